@@ -1,0 +1,179 @@
+"""What a denoiser says: the law of the clean token given the REST of the noisy sequence.
+
+The row's own evidence is excluded; every formula of the engine multiplies it in. With the full conditional instead, the
+bound is off by tenths of a nat wherever a visible token may be wrong. Networks that give the full conditional (plain
+cross-entropy at visible rows) declare `given="all"` and are converted by `drop_own_evidence`. A score is not a law.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple, Protocol, final
+
+import torch
+from torch import Tensor
+
+from ddiff.core.numerics import draw_index
+from ddiff.core.vocabulary import Vocabulary
+from ddiff.errors import ArgumentError, NonFiniteError
+
+
+class CleanLaw(Protocol):
+    """r rows of P(x_i | the rest of the sequence), read through the vocabulary's tree."""
+
+    def log_prob(self, node: Tensor) -> Tensor:
+        """[r] ids of any level -> [r] log P(token below node)."""
+
+    def log_child(self, node: Tensor, child: Tensor) -> Tensor:
+        """[r], [r] -> [r] log P(child | node), child at any depth below node (0 where they are equal)."""
+
+    def log_mass(self, level: int) -> Tensor:
+        """[r, n_level] log P of every node of a level, in id order; level 0 is the dense log_p."""
+
+    def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
+        """[r] nodes, [r] target levels, [r] uniforms -> [r] a descendant of each node at its level."""
+
+
+class Score(NamedTuple):
+    """log_ratio [r,S]: log s_theta(y) for every state y, 0 at zt itself. Not a law: nothing can be drawn from it."""
+
+    log_ratio: Tensor
+
+
+class SubtreeLaw(ABC):
+    """Rows that all ask below one node `top`; a subclass says the law of each level given `top`.
+
+    Nothing above `top` is known, so `log_prob` and `log_mass` need `top` to be the root.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, top: int) -> None:
+        self.vocabulary = vocabulary
+        self.top = top
+
+    @abstractmethod
+    def log_below(self, level: int) -> Tensor:
+        """[r, w] log P(node | top) for the w nodes of `level` below top, in tree order."""
+
+    def log_prob(self, node: Tensor) -> Tensor:
+        self._needs_root("log_prob")
+        return self._log_given_top(node)
+
+    def log_child(self, node: Tensor, child: Tensor) -> Tensor:
+        return self._log_given_top(child) - self._log_given_top(node)
+
+    def log_mass(self, level: int) -> Tensor:
+        self._needs_root("log_mass")
+        mass = self.log_below(level)
+        return mass if level == self.vocabulary.num_levels else mass[:, self.vocabulary.position(level, mass.device)]
+
+    def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
+        drawn = node.clone()
+        for target in range(max(self.vocabulary.num_levels, 1)):
+            rows = ((level == target) & (self.vocabulary.level_of(node) > target)).nonzero().squeeze(-1)
+            if len(rows):
+                drawn[rows] = self._draw_at(node[rows], target, u[rows], rows)
+        return drawn
+
+    def _draw_at(self, node: Tensor, level: int, u: Tensor, rows: Tensor) -> Tensor:
+        """One descendant at `level` per row, by inverse CDF within the node's range."""
+        log_p = self.log_below(level)[rows]
+        if bool(log_p.isnan().any()):
+            raise NonFiniteError(
+                "CleanLaw.draw: the denoiser's law holds NaN, so nothing can be drawn from it. "
+                "Its weights or inputs are not finite; go back to an earlier checkpoint."
+            )
+        start, stop = self._local_range(node, level)
+        place = torch.arange(log_p.shape[1], device=log_p.device)
+        inside = (place >= start.unsqueeze(-1)) & (place < stop.unsqueeze(-1))
+        peak = log_p.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)
+        weights = (log_p - peak).exp().masked_fill(~inside, 0.0)
+        first, _ = self.vocabulary.node_range(self._top(node), level)
+        return self.vocabulary.order(level, node.device)[first + draw_index(weights, u)]
+
+    def _top(self, like: Tensor) -> Tensor:
+        return torch.full_like(like, self.top)
+
+    def _local_range(self, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """The node's range of places at `level`, counted from the first place below top."""
+        first, _ = self.vocabulary.node_range(self._top(node), level)
+        start, stop = self.vocabulary.node_range(node, level)
+        return start - first, stop - first
+
+    def _log_given_top(self, node: Tensor) -> Tensor:
+        """[r] log P(node | top); 0 at top itself."""
+        own_level = self.vocabulary.level_of(node)
+        top_level = int(self.vocabulary.level_of(torch.tensor(self.top)))
+        value: Tensor | None = None
+        for level in range(top_level):
+            here = own_level == level
+            if not bool(here.any()):
+                continue
+            log_p = self.log_below(level)
+            place, _ = self._local_range(torch.where(here, node, self._first_id(level)), level)
+            picked = log_p.gather(-1, place.clamp(0, log_p.shape[1] - 1).unsqueeze(-1)).squeeze(-1)
+            value = torch.where(here, picked, torch.zeros_like(picked) if value is None else value)
+        return torch.zeros(node.shape, device=node.device) if value is None else value
+
+    def _first_id(self, level: int) -> int:
+        """Some id of `level` that lies below top, to stand in where a row is not asked about."""
+        start, _ = self.vocabulary.node_range(torch.tensor(self.top), level)
+        return int(self.vocabulary.order(level)[start])
+
+    def _needs_root(self, name: str) -> None:
+        if self.top != self.vocabulary.root:
+            raise ArgumentError(
+                f"CleanLaw.{name}: the rows asked below node {self.top} only, so the law above it is not known. "
+                "Ask at the root (ForwardProcess.scope), or use log_child."
+            )
+
+
+@final
+class DenseLaw(SubtreeLaw):
+    """A law given by its log-probabilities of words.
+
+    `log_p` [r, V] in id order covers the whole vocabulary; with `top` below the root it holds only the words below top,
+    in tree order, normalised there (tied heads).
+    """
+
+    def __init__(self, log_p: Tensor, vocabulary: Vocabulary, top: int | None = None) -> None:
+        super().__init__(vocabulary, vocabulary.root if top is None else top)
+        flat = vocabulary.num_levels <= 1
+        self._words = log_p if flat or top is not None else log_p[:, vocabulary.order(0, log_p.device)]
+        self._levels: dict[int, Tensor] = {0: self._words}
+
+    def log_below(self, level: int) -> Tensor:
+        if level not in self._levels:
+            self._levels[level] = self._sum_words(level)
+        return self._levels[level]
+
+    def _sum_words(self, level: int) -> Tensor:
+        """log of the sum over each node's words: a segment log-sum-exp over contiguous ranges."""
+        log_p, vocabulary = self._words, self.vocabulary
+        top = torch.tensor(self.top)
+        first, last = vocabulary.node_range(top, 0)
+        words = vocabulary.order(0, log_p.device)[int(first) : int(last)]
+        nodes_first, nodes_last = vocabulary.node_range(top, level)
+        nodes = vocabulary.ancestor(words, level) - vocabulary.offsets[level]
+        segment = vocabulary.position(level, log_p.device)[nodes] - int(nodes_first)
+        return segment_logsumexp(log_p, segment, int(nodes_last - nodes_first))
+
+
+def segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """[r,n] values, [n] segment of each column -> [r,num_segments] log of the sum of exponentials per segment."""
+    index = segment.expand_as(values)
+    peak = values.detach().new_full((len(values), num_segments), -torch.inf).scatter_reduce(
+        -1, index, values.detach(), "amax"
+    )
+    peak = torch.where(peak.isfinite(), peak, torch.zeros_like(peak))
+    total = torch.zeros_like(peak).index_add(-1, segment, (values - peak.gather(-1, index)).exp())
+    return total.log() + peak
+
+
+def drop_own_evidence(log_p: Tensor, log_likelihood: Tensor) -> Tensor:
+    """Turn the full conditional P(x | z) into the rest-law, proportional to p(x) / q_t(z_i | x).
+
+    log_p [r,V], log_likelihood [r,V] = `ForwardProcess.log_likelihood(zt, t)` -> [r,V]. Tokens that cannot have become
+    z_i keep probability 0: the full conditional says nothing about them.
+    """
+    quotient = torch.where(log_likelihood.isfinite(), log_p - log_likelihood, -torch.inf)
+    return quotient.log_softmax(-1)

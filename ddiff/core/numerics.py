@@ -1,0 +1,36 @@
+"""The one numerics policy of the engine.
+
+Formulas hold no epsilon. Marginals are exact at t = 0 and t = 1. Rates and weights, which may diverge at an end where
+the state that they belong to has probability zero, are read at the nearest interior time instead. Times and per-row
+weights are float64; what has the width of the vocabulary keeps the law's own dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EARLIEST = 1e-12
+LATEST = 1.0 - 1e-12
+
+
+def interior(t: Tensor) -> Tensor:
+    """`t` moved into [1e-12, 1 - 1e-12], where every rate and weight is finite."""
+    return t.clamp(EARLIEST, LATEST)
+
+
+def like_rows(values: Tensor, wide: Tensor) -> Tensor:
+    """Per-row values [r] as a column [r,1] in the dtype of `wide`, so that nothing of width S turns float64."""
+    return values.to(wide.dtype).unsqueeze(-1)
+
+
+def draw_index(weights: Tensor, u: Tensor) -> Tensor:
+    """Inverse-CDF draw: the first index whose cumulative weight exceeds u * total. weights [r,n] >= 0, u [r] -> [r].
+
+    Sums are float64; the index is clamped to the last positive weight, so rounding at u -> 1 never names an impossible one.
+    """
+    cdf = weights.double().cumsum(-1)
+    target = (u * cdf[:, -1]).unsqueeze(-1)
+    index = torch.searchsorted(cdf, target, right=True).squeeze(-1)
+    last = weights.shape[-1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
+    return torch.minimum(index, last)
