@@ -1,0 +1,114 @@
+"""The figures of every step: `metrics.jsonl` has one line per step, whatever was killed and started again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, final
+
+import fsspec
+
+from ddiff.errors import CheckpointError
+
+FILE = "metrics.jsonl"
+WALL_CLOCK = ("seconds", "tokens_per_second")  # the only fields that two runs of the same recipe may differ in
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step. `step` counts from 1; `seconds` is wall-clock time; `metrics` are name -> (sum, count)."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr_multiplier: float
+    tokens: float
+    seconds: float
+    skipped_steps: int
+    metrics: Mapping[str, tuple[float, float]]
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step was taken: a loss or a gradient norm that is not finite leaves the parameters alone."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    def to_tree(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> StepRecord:
+        return cls(**tree)
+
+
+def means(records: Sequence[StepRecord]) -> dict[str, float]:
+    """Figures of consecutive steps together: sums over counts of the steps that were taken, tokens over seconds of all.
+
+    `train_loss` is the mean over steps of the loss that was stepped on, in the objective's own unit.
+    """
+    taken = [record for record in records if record.finite]
+    figures: dict[str, float] = {}
+    if taken:
+        figures["train_loss"] = sum(record.loss for record in taken) / len(taken)
+        figures["grad_norm"] = sum(record.grad_norm for record in taken) / len(taken)
+    for name in dict.fromkeys(name for record in taken for name in record.metrics):
+        pairs = [record.metrics[name] for record in taken if name in record.metrics]
+        if count := sum(pair[1] for pair in pairs):
+            figures[name] = sum(pair[0] for pair in pairs) / count
+    seconds = sum(record.seconds for record in records)
+    return figures | {
+        "lr_multiplier": records[-1].lr_multiplier,
+        "skipped_steps": records[-1].skipped_steps,
+        "tokens": sum(record.tokens for record in records),
+        "seconds": seconds,
+        "tokens_per_second": sum(record.tokens for record in records) / max(seconds, 1e-9),
+    }
+
+
+@final
+class MetricsFile:
+    """`metrics.jsonl` of a run directory, open for appending after the line of step `start`."""
+
+    def __init__(self, run_dir: str | os.PathLike[str], start: int) -> None:
+        self._fs, root = fsspec.core.url_to_fs(os.fspath(run_dir))
+        self.path = f"{root}/{FILE}"
+        self._fs.makedirs(root, exist_ok=True)
+        self._cut(start)
+        self._file = self._fs.open(self.path, "ab")
+
+    def append(self, record: StepRecord) -> None:
+        self._file.write((json.dumps({"step": record.step} | means([record]), allow_nan=False) + "\n").encode())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _cut(self, start: int) -> None:
+        """Drop what an earlier process wrote after its last checkpoint: those steps are done again."""
+        lines = list(self._lines_until(start))
+        if len(lines) != start:
+            raise CheckpointError(
+                f"{self.path} holds {len(lines)} of the {start} steps that the checkpoint has behind it: it was "
+                "changed or removed after training wrote it. Restore it from a copy, or start anew with --fresh."
+            )
+        with self._fs.open(f"{self.path}.part", "wb") as file:
+            file.write(b"".join(lines))
+        self._fs.mv(f"{self.path}.part", self.path)
+
+    def _lines_until(self, start: int) -> Iterable[bytes]:
+        if not self._fs.exists(self.path):
+            return
+        with self._fs.open(self.path, "rb") as file:
+            for step, line in enumerate(file.read().splitlines(keepends=True)[:start], start=1):
+                if _step(line) != step:
+                    return
+                yield line
+
+
+def _step(line: bytes) -> int | None:
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,148 @@
+"""AdamW, and Muon for hidden matrices beside AdamW for the rest.
+
+A *hidden matrix* maps hidden units to hidden units: a 2-D parameter that is no table. A *table* has a row per symbol or
+node: the weight of an `nn.Embedding`, a parameter marked by the attribute `is_table = True`, or any parameter inside a
+module so marked (heads mark theirs). Orthogonalised updates suit the former; rows of the latter are seen unevenly
+often, and Adam's own scale per entry suits them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ddiff.training.protocols import Optimizer
+
+Betas = tuple[float, float]
+
+
+def split_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """(hidden matrices, all others) by name, frozen parameters in neither. Tied to a table is a table."""
+    tables = {
+        id(parameter)
+        for owner in module.modules()
+        if isinstance(owner, nn.Embedding) or getattr(owner, "is_table", False)
+        for parameter in owner.parameters()
+    }
+    hidden: dict[str, nn.Parameter] = {}
+    others: dict[str, nn.Parameter] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_table = id(parameter) in tables or getattr(parameter, "is_table", False)
+        (hidden if parameter.ndim == 2 and not is_table else others)[name] = parameter
+    return hidden, others
+
+
+def adamw(
+    module: nn.Module, lr: float = 3e-3, betas: Betas = (0.9, 0.98), weight_decay: float = 0.01
+) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) over the module's parameters; only hidden matrices decay."""
+    hidden, others = split_parameters(module)
+    groups = [_group(hidden, weight_decay), _group(others, 0.0)]
+    return _adamw([group for group in groups if group["params"]], lr, betas)
+
+
+def muon(
+    module: nn.Module,
+    lr: float = 0.02,
+    momentum: float = 0.95,
+    weight_decay: float = 0.01,
+    table_lr: float = 3e-3,
+    table_betas: Betas = (0.9, 0.98),
+) -> JointOptimizer:
+    """Muon (arXiv 2502.16982, with the scale sqrt(max(1, rows/columns))) for hidden matrices, AdamW for all the others.
+
+    `lr`: spectral size of one update of a hidden matrix. `table_lr`: AdamW's rate for tables, norms and biases, which
+    do not decay.
+    """
+    hidden, others = split_parameters(module)
+    parts: dict[str, Optimizer] = {}
+    if hidden:
+        parts["muon"] = Muon(list(hidden.values()), lr=lr, momentum=momentum, weight_decay=weight_decay)
+    if others:
+        parts["adamw"] = _adamw([_group(others, 0.0)], table_lr, table_betas)
+    return JointOptimizer(parts)
+
+
+def _group(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> dict[str, Any]:
+    return {"params": list(parameters.values()), "weight_decay": weight_decay}
+
+
+def _adamw(groups: Iterable[dict[str, Any]], lr: float, betas: Betas) -> torch.optim.AdamW:
+    # The fused kernel took 1.8 ms where the loop took 12 ms for 2.4 M parameters on one core.
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+@final
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon` that orthogonalises in the gradient's own precision on a CPU.
+
+    torch rounds the iterates to bfloat16 on every device. On a CPU without bfloat16 units that took 3 s a step for
+    2.4 M parameters, 15 times as long as float32. On other devices this is torch's own step.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]):
+            return super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return None
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        average = state["momentum_buffer"].lerp_(gradient, 1.0 - group["momentum"])
+        direction = gradient.lerp(average, group["momentum"]) if group["nesterov"] else average
+        rows, columns = parameter.shape
+        parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+        parameter.add_(
+            orthogonalised(direction, group["ns_coefficients"], group["ns_steps"], group["eps"]),
+            alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5,
+        )
+
+
+def orthogonalised(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """U S' V^T of matrix = U S V^T with S' near 1: `steps` Newton-Schulz iterations X <- aX + (bA + cAA)X, A = XX^T."""
+    a, b, c = coefficients
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = matrix if wide else matrix.T
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.T
+
+
+@final
+class JointOptimizer:
+    """Several optimizers of disjoint parameters that step as one."""
+
+    def __init__(self, parts: Mapping[str, Optimizer]) -> None:
+        self.parts = dict(parts)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts.values() for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts.values():
+            part.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])

@@ -1,0 +1,322 @@
+"""The training loop: batches to gradients to steps, with a record of each and a checkpoint now and then.
+
+    optimizer = muon(backend.wrap(objective.module))
+    trainer = Trainer(objective, optimizer, batch_at, noise_at, backend=backend, run_dir="runs/a", steps=1500, slots=64)
+    summary = trainer.fit(trainer.checkpoints.newest())
+
+Steps count from 0 where something is computed for them (`batch_at`, `noise_at`, `multiplier`), and finished steps count
+from 1 where they are recorded. Data and noise are functions of the step, so a step number is all that resuming needs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from ddiff.errors import ArgumentError, CheckpointError, NonFiniteError
+from ddiff.progress import Progress, progress
+from ddiff.training.checkpoint import Checkpoint, Checkpoints
+from ddiff.training.interruption import Interruption
+from ddiff.training.learning_rate import WarmupConstant
+from ddiff.training.metrics import MetricsFile, StepRecord, means
+from ddiff.training.protocols import Backend, Batch, Objective, Optimizer, Tracker
+from ddiff.training.tracker import NoTracker
+
+if TYPE_CHECKING:
+    from ddiff.core.noise import Noise
+
+MOST_SKIPPED_IN_A_ROW = 20
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """How `fit` ended. `step` of `steps` are done in the run; `seconds` and `tokens` are of this process alone."""
+
+    status: Literal["finished", "interrupted"]
+    step: int
+    steps: int
+    skipped_steps: int
+    seconds: float
+    tokens: float
+    metrics: Mapping[str, float]  # the last that were reported: means over up to log_every steps
+    checkpoint: str | None
+    signal: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + signal as a shell has it."""
+        return 128 + self.signal if self.signal is not None else 0
+
+
+@dataclass
+class _Run:
+    """Where a run stands: what a checkpoint holds besides model, optimizer and random state."""
+
+    step: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)  # what the tracker was last told
+    window: list[StepRecord] = field(default_factory=list)  # steps since then
+
+    def to_tree(self) -> dict[str, Any]:
+        return {
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "metrics": self.metrics,
+            "window": [record.to_tree() for record in self.window],
+        }
+
+    def count(self, finite: bool) -> None:
+        self.step += 1
+        self.skipped_steps += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+
+    @classmethod
+    def from_tree(cls, step: int, tree: Mapping[str, Any]) -> _Run:
+        window = [StepRecord.from_tree(record) for record in tree["window"]]
+        return cls(step, tree["skipped_steps"], tree["skipped_in_a_row"], tree["metrics"], window)
+
+
+@final
+class Trainer:
+    """Trains `objective.module` for `steps` steps of one global batch each.
+
+    Args:
+        objective: the loss; its module is on the backend already (`backend.wrap`), and `optimizer` is made of it.
+        batch_at: (step, micro) -> this rank's micro-batch, on the backend's device; a pure function.
+        noise_at: (step, batch) -> the batch's source of draws; a pure function.
+        slots: rows of the global batch, over all micro-batches and ranks.
+        accumulate: micro-batches per step.
+        multiplier: (step) -> factor in (0, 1] of every group's learning rate.
+        clip: largest gradient norm, or None.
+        log_every, checkpoint_every, keep: steps between reports, steps between checkpoints, checkpoints that stay.
+        origins: where each component came from (distribution, version), recorded in each checkpoint.
+        fingerprints: of whatever a checkpoint must fit (vocabulary, data); compared when a run goes on.
+
+    A step whose loss or gradient norm is not finite leaves parameters and optimizer alone and is counted.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: Optimizer,
+        batch_at: Callable[[int, int], Batch],
+        noise_at: Callable[[int, Batch], Noise],
+        *,
+        backend: Backend,
+        run_dir: str | os.PathLike[str],
+        steps: int,
+        slots: int,
+        accumulate: int = 1,
+        multiplier: Callable[[int], float] | None = None,
+        clip: float | None = 1.0,
+        log_every: int = 10,
+        checkpoint_every: int = 200,
+        keep: int = 2,
+        tracker: Tracker | None = None,
+        origins: Mapping[str, str] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
+    ) -> None:
+        numbers = {"steps": steps, "slots": slots, "accumulate": accumulate}
+        numbers |= {"log_every": log_every, "checkpoint_every": checkpoint_every}
+        for name, value in numbers.items():
+            if value < 1:
+                raise ArgumentError(f"Trainer: {name} must be at least 1; got {value}.")
+        if clip is not None and not clip > 0.0:
+            raise ArgumentError(f"Trainer: clip must be positive, or None for no clipping; got {clip}.")
+        self.objective, self.optimizer, self.backend = objective, optimizer, backend
+        self.batch_at, self.noise_at = batch_at, noise_at
+        self.run_dir, self.steps, self.slots, self.accumulate = os.fspath(run_dir), steps, slots, accumulate
+        self.multiplier = multiplier or WarmupConstant()
+        self.clip, self.log_every, self.checkpoint_every = clip, log_every, checkpoint_every
+        self.tracker: Tracker = tracker or NoTracker()
+        self.origins, self.fingerprints = dict(origins or {}), dict(fingerprints or {})
+        self.checkpoints = Checkpoints(f"{self.run_dir}/checkpoints", keep)
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+
+    def fit(self, start: Checkpoint | None = None) -> TrainingSummary:
+        """Train from `start` (None: from the beginning) to the last step, or to the first SIGINT or SIGTERM.
+
+        Raises CheckpointError when `start` does not fit this trainer, NonFiniteError after 20 skipped steps in a row.
+        """
+        run = self._resume(start)
+        began, tokens, checkpoint = time.monotonic(), 0.0, start.path if start else None
+        file = MetricsFile(self.run_dir, run.step) if self.backend.rank == 0 else None
+        self.objective.module.train()
+        try:
+            with Interruption() as interruption, progress(self.steps, "training", start=run.step) as bar:
+                while run.step < self.steps and interruption.signal is None:
+                    record = self._step(run)
+                    tokens += record.tokens
+                    if file:
+                        file.append(record)
+                    self._report(run, bar)
+                    last = run.step == self.steps or interruption.signal is not None
+                    if last or run.step % self.checkpoint_every == 0:
+                        checkpoint = self._save(run)
+        finally:
+            if file:
+                file.close()
+        interrupted = run.step < self.steps
+        return TrainingSummary(
+            status="interrupted" if interrupted else "finished",
+            step=run.step,
+            steps=self.steps,
+            skipped_steps=run.skipped_steps,
+            seconds=time.monotonic() - began,
+            tokens=tokens,
+            metrics=run.metrics,
+            checkpoint=checkpoint,
+            signal=interruption.signal if interrupted else None,
+        )
+
+    def _step(self, run: _Run) -> StepRecord:
+        began = time.monotonic()
+        batches = [self.batch_at(run.step, micro) for micro in range(self.accumulate)]
+        denominators = self._denominators(batches)
+        totals = self.backend.sum(self._backward(run.step, batches, denominators))
+        norm = self.backend.clip(self.objective.module.parameters(), self.clip)
+        tokens = torch.stack(list(denominators.values())).sum()
+        # The one moment of a step at which the host waits for the device: whether to step depends on these figures.
+        (grad_norm, items), (loss, _), *pairs = torch.stack([_pair(norm, tokens), *totals.values()]).tolist()
+        multiplier = self.multiplier(run.step)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            self._update(multiplier)
+        run.count(finite)
+        record = StepRecord(
+            step=run.step,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr_multiplier=multiplier,
+            tokens=items,
+            seconds=time.monotonic() - began,
+            skipped_steps=run.skipped_steps,
+            metrics=dict(zip(list(totals)[1:], map(tuple, pairs))),
+        )
+        run.window.append(record)
+        if run.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(self._despair(record))
+        return record
+
+    def _denominators(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """field -> scored items of the global batch. From the data alone, so it is known before the first forward."""
+        totals: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, count in self.objective.counts(batch).items():
+                count = torch.as_tensor(count, dtype=torch.float64, device=self.backend.device)
+                totals[name] = totals[name] + count if name in totals else count
+        return self.backend.sum(totals)
+
+    def _backward(self, step: int, batches: Sequence[Batch], denominators: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Leave the gradients in the parameters; (loss, 0), then (sum, count) of each metric, as [2] tensors."""
+        self.optimizer.zero_grad()
+        totals = {"loss": torch.zeros(2, dtype=torch.float64, device=self.backend.device)}
+        for batch in batches:
+            terms = self.objective(batch, self.noise_at(step, batch), denominators, self.slots)
+            terms.loss.backward()
+            totals["loss"] = totals["loss"] + _pair(terms.loss, torch.zeros_like(terms.loss))
+            for name, pair in terms.metrics.items():
+                totals[name] = totals[name] + _pair(*pair) if name in totals else _pair(*pair)
+        return totals
+
+    def _update(self, multiplier: float) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self._rates):
+            group["lr"] = rate * multiplier
+        self.optimizer.step()
+
+    def _report(self, run: _Run, bar: Progress) -> None:
+        """Show the step; at every `log_every`-th, and the last, tell the tracker the means since it was last told."""
+        if run.step % self.log_every and run.step < self.steps:
+            bar.advance()
+            return
+        run.metrics = means(run.window)
+        run.window.clear()
+        if self.backend.rank == 0:
+            self.tracker.log(run.step, run.metrics)
+        shown = {"train_loss": "loss", "tokens_per_second": "tokens_per_second"}
+        shown |= {"skipped_steps": "skipped"} if run.skipped_steps else {}
+        bar.advance(1, **{shown[name]: value for name, value in run.metrics.items() if name in shown})
+
+    def _save(self, run: _Run) -> str | None:
+        state = {
+            "run": run.to_tree(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": _random_state(self.backend.device),
+            "multiplier": repr(self.multiplier),
+            "origins": self.origins,
+            "fingerprints": self.fingerprints,
+        }
+        path = None
+        if self.backend.rank == 0:
+            path = self.checkpoints.save(run.step, self.objective.module.state_dict(), state)
+        self.backend.barrier()
+        return path
+
+    def _resume(self, start: Checkpoint | None) -> _Run:
+        if start is None:
+            if found := self.checkpoints.steps():
+                raise CheckpointError(
+                    f"{self.checkpoints.root} already holds a run up to {_steps(found)}: training from the beginning "
+                    "would mix the two. Go on from its newest checkpoint, empty the run directory, or name another one."
+                )
+            return _Run()
+        self._check_fit(start)
+        start.restore(self.objective.module)
+        self.optimizer.load_state_dict(start.state["optimizer"])
+        _set_random_state(start.state["random"], self.backend.device)
+        return _Run.from_tree(start.step, start.state["run"])
+
+    def _check_fit(self, start: Checkpoint) -> None:
+        if start.step > self.steps:
+            raise ArgumentError(
+                f"Trainer: steps must be at least the {start.step} that {start.path} has behind it; got {self.steps}. "
+                "Ask for more steps, or start anew with --fresh."
+            )
+        theirs = start.state["fingerprints"]
+        if theirs != self.fingerprints:
+            names = sorted({*theirs, *self.fingerprints})
+            differing = [name for name in names if theirs.get(name) != self.fingerprints.get(name)]
+            pairs = [f"{name} was {theirs.get(name)}, is {self.fingerprints.get(name)}" for name in differing]
+            raise CheckpointError(
+                f"{start.path} was trained with something else than this run has: {'; '.join(pairs)}. Restore what it "
+                "was trained with, or start anew with --fresh."
+            )
+
+    def _despair(self, record: StepRecord) -> str:
+        return (
+            f"Loss or gradient was not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row, the last of them step "
+            f"{record.step} (loss {record.loss}, gradient norm {record.grad_norm}); none of them changed the model. "
+            "Parameters, data or logits hold a NaN or overflow: lower the learning rate, lengthen the warm-up, clip "
+            "harder, or look at the rows of that step. The newest checkpoint is of "
+            f"{_steps(self.checkpoints.steps())}."
+        )
+
+
+def _pair(first: Tensor, second: Tensor) -> Tensor:
+    return torch.stack([first.detach().to(torch.float64), second.detach().to(torch.float64)])
+
+
+def _steps(steps: Sequence[int]) -> str:
+    return f"step {steps[-1]}" if steps else "no step"
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """torch's own generators. Noise is counter-based and needs none; dropout draws from these."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
