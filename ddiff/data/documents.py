@@ -1,0 +1,251 @@
+"""Corpora as documents: the bundled novels, text files, rows of symbols.
+
+Documents are what evaluation intervals are over, so a reader says what a document is: a chapter, a file, a paragraph, a line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import fsspec
+import pyarrow as pa
+from datasets import Dataset, Value
+
+from ddiff.data.arrow import read_table, write_table
+from ddiff.data.cache import Cache
+from ddiff.errors import ArgumentError, DataError
+from ddiff.progress import progress
+
+Split = Literal["file", "paragraph", "line"]
+
+_SCHEMA = pa.schema([("text", pa.large_string()), ("name", pa.string())])
+_HELD_OUT_NOVEL = "persuasion"
+_CHAPTER = re.compile(r"(?m)^(?:VOLUME [IVX]+\n+)?(?:CHAPTER|Chapter) [0-9IVXL]+$")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A corpus: training and validation documents, each a `datasets.Dataset` with columns "text" and "name".
+
+    `entropy_rate` is the true entropy of the source in nats per symbol where it is known (generated sources). DataError
+    when a part is empty, has no column "text", or holds something that is not text.
+    """
+
+    train: Dataset
+    validation: Dataset
+    entropy_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_part(self.train, "train")
+        _check_part(self.validation, "validation")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the text of both parts."""
+        return hashlib.sha256((text_fingerprint(self.train) + text_fingerprint(self.validation)).encode()).hexdigest()[:32]
+
+
+def text_fingerprint(documents: Dataset) -> str:
+    """32 hexadecimal digits of the SHA-256 of the documents' text, their boundaries included."""
+    digest = hashlib.sha256()
+    for batch in documents.select_columns("text").iter(256):
+        for text in batch["text"]:
+            content = text.encode()
+            digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()[:32]
+
+
+def from_texts(texts: Iterable[str], names: Iterable[str] | None = None) -> Dataset:
+    """Documents held in memory; DataError for content that is not text or holds NUL."""
+    texts = list(texts)
+    names = [f"text {number}" for number in range(len(texts))] if names is None else list(names)
+    checked = [_checked_text(text, name) for text, name in zip(texts, names)]
+    return Dataset.from_dict({"text": checked, "name": names})
+
+
+def bundled_novels() -> Documents:
+    """Jane Austen's six novels by chapter: five for training (245 chapters), Persuasion (24) for validation."""
+    train: list[tuple[str, str]] = []
+    validation: list[tuple[str, str]] = []
+    for file in sorted(files("ddiff.data").joinpath("novels").iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".txt.xz"):
+            title = file.name.removesuffix(".txt.xz")
+            part = validation if title == _HELD_OUT_NOVEL else train
+            part += [(text, f"{title} {number}") for number, text in enumerate(_chapters(file.read_bytes()), start=1)]
+    return Documents(*(from_texts(*zip(*part)) for part in (train, validation)))
+
+
+def text_files(
+    train: Sequence[str],
+    *,
+    validation: Sequence[str] = (),
+    held_out: float = 0.05,
+    split: Split = "file",
+    cache: Cache | None = None,
+) -> Documents:
+    """UTF-8 text files by fsspec path or glob; a document is a file, a paragraph (blank lines between) or a line.
+
+    Without validation files each document is held out with probability `held_out` in (0,1) by the hash of its text, so
+    equal documents fall on the same side and adding files moves none. Blank documents are left out. DataError for files
+    that are missing, empty, not UTF-8 or that hold NUL.
+    """
+    if not validation and not 0 < held_out < 1:
+        raise ArgumentError(f"text_files: held_out must lie in (0, 1); got {held_out}. Or name validation files.")
+    corpus = _read(train, split, cache)
+    if validation:
+        return Documents(corpus, _read(validation, split, cache))
+    train_numbers, validation_numbers = _held_out(corpus, held_out)
+    if not train_numbers or not validation_numbers:
+        raise DataError(
+            f"text_files: {len(corpus)} document(s) by {split} cannot be divided with held_out = {held_out}: "
+            f"{len(train_numbers)} for training and {len(validation_numbers)} for validation. Name validation files, or "
+            'choose smaller documents (split = "paragraph" or "line"), or another share.'
+        )
+    return Documents(corpus.select(train_numbers), corpus.select(validation_numbers))
+
+
+def symbol_rows(
+    train: Sequence[str],
+    *,
+    length: int,
+    validation: Sequence[str] = (),
+    held_out: float = 0.05,
+    cache: Cache | None = None,
+) -> Documents:
+    """Text files of fixed-length rows of symbols, one per line, such as aligned DNA; blank lines are no rows.
+
+    DataError names the file and line of a row that has not `length` symbols. See `text_files` for the rest.
+    """
+    documents = text_files(train, validation=validation, held_out=held_out, split="line", cache=cache)
+    for part in (documents.train, documents.validation):
+        for row in part:
+            if len(row["text"]) != length:
+                raise DataError(
+                    f'symbol_rows: {row["name"]} has {len(row["text"])} symbols, but every row must have length = {length}. '
+                    "Mend the file, or set [data] length to the length of its rows."
+                )
+    return documents
+
+
+def _chapters(compressed: bytes) -> list[str]:
+    """A novel cut before each chapter heading; a volume's heading and the front matter go with the chapter that follows."""
+    text = lzma.decompress(compressed).decode()
+    cuts = [0, *[heading.start() for heading in _CHAPTER.finditer(text)][1:], len(text)]
+    return [text[start:stop].strip() for start, stop in zip(cuts, cuts[1:])]
+
+
+def _check_part(part: Dataset, name: str) -> None:
+    if "text" not in part.column_names:
+        raise DataError(f'Documents: {name} must have a column "text"; it has {part.column_names}. Rename the column.')
+    if part.features["text"] not in (Value("string"), Value("large_string")):
+        raise DataError(
+            f'Documents: the column "text" of {name} must hold strings; it holds {part.features["text"]}. '
+            "Numbers and NaN are not text: convert or drop them."
+        )
+    if len(part) == 0:
+        raise DataError(f"Documents: {name} is empty. A corpus needs at least one document there.")
+    if part.data.column("text").null_count:
+        raise DataError(f'Documents: the column "text" of {name} has missing values (None or NaN). Drop those rows.')
+
+
+def _checked_text(text: str, name: str) -> str:
+    if not isinstance(text, str):
+        raise DataError(f"{name} is not text but {text!r} ({type(text).__name__}). Drop it, or convert it to a string.")
+    if "\0" in text:
+        raise DataError(
+            f"{name} holds the NUL character at {text.index(chr(0))}: this is not plain text (a binary file, or UTF-16?). "
+            "Convert it to UTF-8."
+        )
+    return text
+
+
+def _held_out(corpus: Dataset, share: float) -> tuple[list[int], list[int]]:
+    train: list[int] = []
+    validation: list[int] = []
+    for number, text in enumerate(corpus["text"]):
+        place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") / 2**64
+        (validation if place < share else train).append(number)
+    return train, validation
+
+
+def _read(patterns: Sequence[str], split: Split, cache: Cache | None) -> Dataset:
+    """The documents of all files, memory-mapped from the cache when there is one."""
+    paths = [path for pattern in patterns for path in _expand(pattern)]
+    if cache is None:
+        corpus = write_table(_SCHEMA, _batches(paths, split))
+    else:
+        inputs = {"files": [[_base_name(path), _file_fingerprint(path)] for path in paths], "split": split}
+        entry = cache.entry("documents", inputs, lambda place: _write(paths, split, place))
+        corpus = read_table(entry / "documents.arrow")
+    if not len(corpus):
+        raise DataError(f"The corpus is empty: {', '.join(patterns)} holds no text. Name files with text in them.")
+    return corpus
+
+
+def _write(paths: Sequence[str], split: Split, place: Path) -> None:
+    write_table(_SCHEMA, _batches(paths, split), place / "documents.arrow")
+
+
+def _expand(pattern: str) -> list[str]:
+    """The files that a path or glob names, sorted; DataError when there are none."""
+    try:
+        system, path = fsspec.url_to_fs(pattern)
+        found = sorted(system.glob(path)) if any(mark in path for mark in "*?[") else [path] * system.isfile(path)
+    except (ValueError, ImportError) as error:
+        raise DataError(f"{pattern} cannot be opened: {error}. Give a local path or one that fsspec knows.") from error
+    if not found:
+        raise DataError(
+            f"There is no file {pattern} (looked from {Path.cwd()}). Check the path; relative paths start where ddiff runs."
+        )
+    return [system.unstrip_protocol(name) for name in found]
+
+
+def _base_name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def _file_fingerprint(path: str) -> str:
+    digest = hashlib.sha256()
+    with fsspec.open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _batches(paths: Sequence[str], split: Split) -> Iterator[pa.RecordBatch]:
+    with progress(len(paths), "reading text") as bar:
+        for path in paths:
+            texts, names = _file_documents(path, split)
+            yield pa.RecordBatch.from_arrays([pa.array(texts, pa.large_string()), pa.array(names, pa.string())], schema=_SCHEMA)
+            bar.advance(1)
+
+
+def _file_documents(path: str, split: Split) -> tuple[list[str], list[str]]:
+    """The non-blank documents of one file with their names."""
+    with fsspec.open(path, "rb") as file:
+        content = file.read()
+    try:
+        text = _checked_text(content.decode("utf-8-sig"), path)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset {error.start}. Convert it to UTF-8, "
+            "for instance with iconv."
+        ) from error
+    pieces = _pieces(text.replace("\r\n", "\n"), split)
+    name = _base_name(path)
+    found = [(piece, name if split == "file" else f"{name} {split} {number}") for number, piece in pieces if piece.strip()]
+    return [piece for piece, _ in found], [name for _, name in found]
+
+
+def _pieces(text: str, split: Split) -> Iterable[tuple[int, str]]:
+    if split == "file":
+        return [(1, text)]
+    return enumerate(text.split("\n") if split == "line" else re.split(r"\n[ \t]*\n\s*", text), start=1)

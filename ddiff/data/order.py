@@ -1,0 +1,54 @@
+"""The order in which rows are visited: a pure function of seed, epoch and place, with nothing kept in memory.
+
+An epoch is a keyed permutation of the rows: a Feistel network on the smallest even number of bits that covers them, applied
+again while the result falls outside ("cycle walking"). Restarts, workers and world size therefore cannot change the order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ddiff.errors import ArgumentError
+
+_ROUNDS = 8  # four make a permutation hard to tell from random; narrow halves want more
+_UINT = NDArray[np.uint64]
+
+
+def row_at(seed: int, position: ArrayLike, num_rows: int) -> NDArray[np.int64]:
+    """The row that global sample number `position` shows; any shape of positions >= 0, the same shape back.
+
+    Epoch e covers positions e*num_rows .. (e+1)*num_rows - 1 and shows every row exactly once.
+    """
+    if num_rows < 1:
+        raise ArgumentError(f"row_at: num_rows must be at least 1; got {num_rows}.")
+    positions = np.asarray(position, dtype=np.int64)
+    if positions.size and positions.min() < 0:
+        raise ArgumentError(f"row_at: position must be >= 0; got {positions.min()}.")
+    epoch, place = np.divmod(positions.ravel().astype(np.uint64), np.uint64(num_rows))
+    key = _mix(_mix(np.uint64(seed % 2**64)) ^ epoch)
+    half_bits = max(1, (int(num_rows - 1).bit_length() + 1) // 2)
+    rows = _feistel(place, key, half_bits)
+    outside = rows >= num_rows
+    while outside.any():
+        rows[outside] = _feistel(rows[outside], key[outside], half_bits)
+        outside = rows >= num_rows
+    return rows.astype(np.int64).reshape(positions.shape)
+
+
+def _feistel(value: _UINT, key: _UINT, half_bits: int) -> _UINT:
+    """One keyed permutation of 0 .. 4**half_bits - 1."""
+    shift, low = np.uint64(half_bits), np.uint64(2**half_bits - 1)
+    left, right = value >> shift, value & low
+    for number in range(_ROUNDS):
+        left, right = right, left ^ (_mix(key ^ _mix(right + np.uint64(number << 40))) & low)
+    return (left << shift) | right
+
+
+def _mix(value: _UINT | np.uint64) -> _UINT:
+    """The finaliser of splitmix64: every input bit reaches every output bit; arithmetic modulo 2**64 is meant."""
+    with np.errstate(over="ignore"):
+        z = np.atleast_1d(value) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
