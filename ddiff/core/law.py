@@ -19,7 +19,16 @@ from ddiff.errors import ArgumentError, NonFiniteError
 
 
 class CleanLaw(Protocol):
-    """r rows of P(x_i | the rest of the sequence), read through the vocabulary's tree."""
+    """r rows of P(x_i | the rest of the sequence), read through the vocabulary's tree.
+
+    All rows of one law ask below the same node `top`; nothing above it is known.
+    """
+
+    vocabulary: Vocabulary
+    top: int
+
+    def log_below(self, level: int) -> Tensor:
+        """[r, w] log P(node | top) for the w nodes of `level` below top, in tree order: what processors reshape."""
 
     def log_prob(self, node: Tensor) -> Tensor:
         """[r] ids of any level -> [r] log P(token below node)."""
@@ -161,8 +170,10 @@ class DenseLaw(SubtreeLaw):
 def segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
     """[r,n] values, [n] segment of each column -> [r,num_segments] log of the sum of exponentials per segment."""
     index = segment.expand_as(values)
-    peak = values.detach().new_full((len(values), num_segments), -torch.inf).scatter_reduce(
-        -1, index, values.detach(), "amax"
+    peak = (
+        values.detach()
+        .new_full((len(values), num_segments), -torch.inf)
+        .scatter_reduce(-1, index, values.detach(), "amax")
     )
     peak = torch.where(peak.isfinite(), peak, torch.zeros_like(peak))
     total = torch.zeros_like(peak).index_add(-1, segment, (values - peak.gather(-1, index)).exp())

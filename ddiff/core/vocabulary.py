@@ -13,6 +13,7 @@ permutation of each level in which every node above it owns a contiguous range.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, final
@@ -178,11 +179,11 @@ class HierarchicalVocabulary(Vocabulary):
                 "For words alone use FlatVocabulary."
             )
         levels = [_checked_parents(p, level) for level, p in enumerate(parents)]
-        for level, (below, above) in enumerate(zip(levels, levels[1:])):
+        for level, (below, above) in enumerate(itertools.pairwise(levels)):
             if int(below.max()) + 1 != len(above):
                 raise ArgumentError(
-                    f"HierarchicalVocabulary: parents[{level}] names {int(below.max()) + 1} nodes, but parents[{level + 1}] "
-                    f"has {len(above)} entries; each node of level {level + 1} needs exactly one."
+                    f"HierarchicalVocabulary: parents[{level}] names {int(below.max()) + 1} nodes, but "
+                    f"parents[{level + 1}] has {len(above)} entries; each node of level {level + 1} needs exactly one."
                 )
         if int(levels[-1].max()) > 0:
             levels.append(torch.zeros(int(levels[-1].max()) + 1, dtype=torch.long))
@@ -291,7 +292,9 @@ def _build_tables(vocabulary: Vocabulary) -> dict[str, Tensor]:
                 climbing = vocabulary.parents[above][climbing]
     ids = torch.arange(rows)
     parent = ancestor[ids, (level + 1).clamp(max=num_levels)]
-    num_children = torch.bincount(parent[: offsets[num_levels]], minlength=rows) if num_levels else torch.zeros(rows).long()
+    num_children = (
+        torch.bincount(parent[: offsets[num_levels]], minlength=rows) if num_levels else torch.zeros(rows).long()
+    )
     tables = {"level": level, "ancestor": ancestor, "parent": parent, "num_children": num_children}
     for own in range(num_levels + 1):
         tables |= _order_tables(own, ancestor, offsets[own], sizes[own], rows, vocabulary)

@@ -1,0 +1,115 @@
+"""The dense family: a user's own rate matrix, with everything else derived.
+
+>>> import torch
+>>> from ddiff.core.vocabulary import FlatVocabulary
+>>> chain = torch.tensor([[-1.0, 1.0], [2.0, -2.0]])
+>>> process = DenseProcess(FlatVocabulary(2, mask=False), chain)      # bound, loss, samplers and checks follow
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddiff.core.kernel import DenseKernel, Kernel
+from ddiff.core.numerics import LATEST, draw_index, interior
+from ddiff.core.oracle import propagate
+from ddiff.core.process import ForwardProcess, Prior
+from ddiff.core.schedule import LinearSchedule, Schedule
+from ddiff.core.vocabulary import FlatVocabulary, Vocabulary
+from ddiff.errors import ArgumentError
+
+MAX_STATES = 512
+
+
+class DenseProcess(ForwardProcess):
+    """Any chain on up to 512 states.
+
+    `matrix` is one generator [S,S] (rows sum to 0, off-diagonal >= 0), run at the speed of `schedule`: Q_t = rate(t) matrix
+    with rate = -alpha'/alpha, so that the total noise is -ln alpha; or a function t[r] -> [r,S,S] that gives Q_t itself
+    (the schedule is then not used). The prior is q_1: the mean over clean tokens of their laws at t = 1, which
+    `closes_at_prior` declares equal when they are within 1e-9. Cost O(S^3) per distinct time, so S is bounded.
+    """
+
+    steps = 128  # Magnus steps across an interval, where generators do not commute
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        matrix: Tensor | Callable[[Tensor], Tensor],
+        schedule: Schedule | None = None,
+    ) -> None:
+        self.vocabulary, self.schedule = vocabulary, schedule or LinearSchedule()
+        self._function = None if isinstance(matrix, Tensor) else matrix
+        self._matrix = matrix.double() if isinstance(matrix, Tensor) else None
+        self._check(self._matrix if self._matrix is not None else self._generator(torch.tensor([0.5]).double())[0])
+        last = self._between(torch.zeros(1).double(), torch.ones(1).double())[0, : vocabulary.num_tokens]
+        self.prior = Prior(last.mean(0).clamp(min=0.0).log())
+        self.closes_at_prior = bool((last - last.mean(0)).abs().max() < 1e-9)
+        self.closes_at_clean = True
+
+    def _check(self, matrix: Tensor) -> None:
+        size = self.vocabulary.num_states
+        if size > MAX_STATES or matrix.shape != (size, size):
+            raise ArgumentError(
+                f"DenseProcess: matrix must be [S,S] for the {size} states of the vocabulary, S at most {MAX_STATES}; got "
+                f"{tuple(matrix.shape)}. Larger spaces need a structured process (TreeProcess, InterpolatingProcess)."
+            )
+        off_diagonal = matrix - matrix.diagonal().diag()
+        row_sums = matrix.sum(-1).abs().max()
+        if not matrix.isfinite().all() or off_diagonal.min() < 0 or row_sums > 1e-8 * matrix.abs().max():
+            raise ArgumentError(
+                f"DenseProcess: matrix must be a generator: finite, off-diagonal rates >= 0, rows that sum to 0; got "
+                f"a smallest rate of {float(off_diagonal.min()):.3g} and a row sum of {float(row_sums):.3g}. Row y holds the "
+                "rates from y."
+            )
+
+    def _generator(self, t: Tensor) -> Tensor:
+        t = interior(t)
+        if self._function is not None:
+            return self._function(t).double()
+        assert self._matrix is not None
+        return (-self.schedule.d_alpha(t) / self.schedule.alpha(t))[:, None, None] * self._matrix.to(t.device)
+
+    def _between(self, s: Tensor, t: Tensor) -> Tensor:
+        """[r,S,S] the transition; each distinct pair of times is computed once."""
+        pairs, inverse = torch.unique(torch.stack([s, t], -1), dim=0, return_inverse=True)
+        start, stop = pairs[:, 0], pairs[:, 1]
+        if self._matrix is None:
+            return propagate(self._generator, start, stop, self.vocabulary.num_states, self.steps)[inverse]
+        log_alpha = lambda time: self.schedule.alpha(time.clamp(max=LATEST)).log()  # noqa: E731
+        elapsed = log_alpha(start) - log_alpha(stop)
+        return torch.matrix_exp(elapsed[:, None, None] * self._matrix.to(t.device))[inverse].clamp(min=0.0)
+
+    def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
+        reached = self._between(torch.zeros_like(t), t)[:, : self.vocabulary.num_tokens].to(log_p.dtype)
+        return (log_p.exp().unsqueeze(1) @ reached).squeeze(1).log()
+
+    def rates(self, t: Tensor) -> Kernel:
+        return DenseKernel(self._generator(t))
+
+    def transition(self, s: Tensor, t: Tensor) -> Kernel:
+        return DenseKernel(self._between(s, t))
+
+    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return draw_index(self.transition(torch.zeros_like(t), t).row(x0), u[:, 0])
+
+    def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
+        reached = self._between(torch.zeros_like(t), t)
+        return reached[torch.arange(len(zt), device=zt.device), : self.vocabulary.num_tokens, zt].log()
+
+    @classmethod
+    def examples(cls) -> list[ForwardProcess]:
+        """One chain of fixed direction, one whose generators at different times do not commute."""
+        generator = torch.Generator().manual_seed(0)
+        first, second = (torch.rand(4, 4, generator=generator).double() for _ in range(2))
+        first, second = (m - m.sum(-1).diag() for m in (first, second))
+        bare = FlatVocabulary(4, mask=False)
+
+        def turning(t: Tensor) -> Tensor:
+            t = t[:, None, None]
+            return first * (1.0 - t) / (1.0 - t * 0.9) + second * 4.0 * t
+
+        return [cls(bare, first), cls(bare, turning)]

@@ -1,0 +1,130 @@
+"""The bound: closing term + diffusion term + decoding term, for any process, any window and any time rule.
+
+    NELBO(x) = E_{z1 ~ prior} KL( q_{t1}(.|x) || law of z_{t1} under the network at z1 )        one call at t = 1
+             + E_tau sum_i speed_i density_i(z_i, x_i)                                          one call at random times
+             + E_{z ~ q_{t0}} sum_i -ln P(x_i | z_i)                                            one call at the first times
+
+It is exact for any window, finite where a point prior would give infinity, and never sees a training weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddiff.core.law import DenseLaw
+from ddiff.core.noise import Noise
+from ddiff.core.process import ForwardProcess, RowFunction, Visit
+from ddiff.core.times import Noisy, TimeRule, Times
+from ddiff.core.vocabulary import Vocabulary
+
+Ask = Callable[[Noisy], Visit]
+
+
+class NelboTerms(NamedTuple):
+    """[B,L] float64 nats each, 0 where a position is not scored; `noisy` is what the diffusion term was read at."""
+
+    closing: Tensor
+    diffusion: Tensor
+    decoding: Tensor
+    noisy: Noisy
+
+    @property
+    def total(self) -> Tensor:
+        """[B] nats per sequence."""
+        return (self.closing + self.diffusion + self.decoding).sum(-1)
+
+
+def nelbo(
+    process: ForwardProcess,
+    ask: Ask,
+    x0: Tensor,
+    scored: Tensor,
+    rule: TimeRule,
+    noise: Noise,
+    slot: Tensor,
+    slots: int,
+) -> NelboTerms:
+    """One unbiased draw of the three terms per sequence.
+
+    x0 [B,L]; scored bool [B,L]: the others stay clean and count nothing; slot [B] is each sequence's stratum of `slots`.
+    """
+    length = x0.shape[1]
+    first, last = rule.ends(noise, slot, slots, length)
+    times = rule.draw(noise, slot, slots, length)
+    noisy = corrupt(process, x0, times, scored, noise, "diffusion")
+    return NelboTerms(
+        closing_term(process, ask, x0, last, scored, noise),
+        diffusion_term(process, ask, x0, noisy, times.speed),
+        decoding_term(process, ask, x0, first, scored, noise),
+        noisy,
+    )
+
+
+def corrupt(process: ForwardProcess, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str) -> Noisy:
+    """z_t ~ q_t(.|x0) at scored positions that the rule noises; the others are clean, at time 0."""
+    u = noise.uniform(channel, process.uniforms_per_sample).reshape(x0.numel(), -1)
+    zt = process.sample(x0.reshape(-1), times.t.reshape(-1), u).reshape(x0.shape)
+    clean = times.clean | ~scored
+    return Noisy(torch.where(clean, x0, zt), torch.where(clean, 0.0, times.t), clean)
+
+
+def diffusion_term(process: ForwardProcess, ask: Ask, x0: Tensor, noisy: Noisy, speed: Tensor) -> Tensor:
+    """[B,L] speed * density, read only where it can be non-zero."""
+    reads = (speed > 0) & ~noisy.clean & process.active(noisy.zt)
+    return speed * _read(ask, noisy, reads, process.scope, process.density, x0, noisy.zt, noisy.t)
+
+
+def decoding_term(process: ForwardProcess, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise) -> Tensor:
+    """[B,L] -ln P(x0 | z) at the first times, own evidence included; nothing where the process has closed."""
+    noisy = corrupt(process, x0, times, scored, noise, "decoding")
+    reads = (times.speed > 0) & ~noisy.clean
+    if process.closes_at_clean:
+        reads = reads & (times.t > 0)
+    return times.speed * _read(ask, noisy, reads, process.scope, process.decode_nll, x0, noisy.zt, noisy.t)
+
+
+def closing_term(process: ForwardProcess, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise) -> Tensor:
+    """[B,L] KL at the last times, the network being asked at a draw of the prior; nothing where the process has closed."""
+    clean = times.clean | ~scored
+    z1 = torch.where(clean, x0, process.prior.draw(noise.uniform("closing")))
+    reads = (times.speed > 0) & ~clean
+    if process.closes_at_prior:
+        reads = reads & (times.t < 1)
+    whole = lambda zt: torch.full_like(zt, process.vocabulary.root)  # noqa: E731
+    shown = Noisy(z1, torch.where(clean, 0.0, 1.0).to(times.t), clean)
+    return times.speed * _read(ask, shown, reads, whole, process.closing_kl, x0, times.t)
+
+
+def _read(
+    ask: Ask,
+    noisy: Noisy,
+    reads: Tensor,
+    scope: Callable[[Tensor], Tensor],
+    formula: Callable[..., Tensor],
+    *arguments: Tensor,
+) -> Tensor:
+    """[B,L] formula(law, *arguments) at the marked positions of one network call, 0 elsewhere."""
+    rows = reads.reshape(-1).nonzero().squeeze(-1)
+    values = torch.zeros(reads.numel(), dtype=torch.float64, device=reads.device)
+    if len(rows):
+        flat = [argument.reshape(-1)[rows] for argument in arguments]
+        fn: RowFunction = lambda law, idx: formula(law, *(argument[idx] for argument in flat))  # noqa: E731
+        values[rows] = ask(noisy)(rows, scope(noisy.zt.reshape(-1)[rows]), fn).double()
+    return values.reshape(reads.shape)
+
+
+def ask_table(denoiser: Callable[[Tensor, Tensor], Tensor], vocabulary: Vocabulary) -> Ask:
+    """An `Ask` from a plain function (zt [B,L], t [B,L]) -> log_p [B,L,V], for toys, oracles and own networks."""
+
+    def ask(noisy: Noisy) -> Visit:
+        def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+            log_p = denoiser(noisy.zt, noisy.t).reshape(-1, vocabulary.num_tokens)[rows]
+            return fn(DenseLaw(log_p, vocabulary), torch.arange(len(rows), device=rows.device))
+
+        return visit
+
+    return ask

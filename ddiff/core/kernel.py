@@ -1,0 +1,172 @@
+"""Kernels: one linear operator on the states per row. Generators and finite transitions are both kernels.
+
+Row convention: K[y,z] is the rate, or the probability, of going from y to z; laws are row vectors and `apply(v) = v K`.
+Structured kernels answer `row`, `column` and `apply` without ever forming [S,S]; `dense` is for the oracle.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ddiff.core.numerics import like_rows
+
+
+class Kernel(ABC):
+    """r operators on S states; ids [r] long, vectors [r,S]."""
+
+    num_states: int
+
+    @abstractmethod
+    def row(self, ids: Tensor) -> Tensor:
+        """[r,S] K[ids, .]: where each row's state goes."""
+
+    @abstractmethod
+    def column(self, ids: Tensor) -> Tensor:
+        """[r,S] K[., ids]: where each row's state may have come from."""
+
+    @abstractmethod
+    def apply(self, vector: Tensor) -> Tensor:
+        """[r,S] vector @ K."""
+
+    def dense(self) -> Tensor:
+        """[r,S,S] the whole operator, from its rows. Oracle only: O(r S^2) memory."""
+        rows = [self.row(torch.full((self._num_rows(),), y)) for y in range(self.num_states)]
+        return torch.stack(rows, 1)
+
+    @abstractmethod
+    def _num_rows(self) -> int: ...
+
+    def __add__(self, other: Kernel) -> Kernel:
+        return SumKernel(self, other)
+
+    def __rmul__(self, factor: Tensor) -> Kernel:
+        return ScaledKernel(factor, self)
+
+
+@final
+class DenseKernel(Kernel):
+    """Any matrices [r,S,S]."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.num_states = matrix.shape[-1]
+
+    def row(self, ids: Tensor) -> Tensor:
+        return self.matrix[torch.arange(len(ids), device=ids.device), ids]
+
+    def column(self, ids: Tensor) -> Tensor:
+        return self.matrix[torch.arange(len(ids), device=ids.device), :, ids]
+
+    def apply(self, vector: Tensor) -> Tensor:
+        return (vector.unsqueeze(1) @ self.matrix.to(vector.dtype)).squeeze(1)
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    def _num_rows(self) -> int:
+        return len(self.matrix)
+
+
+@final
+class InterpolatingKernel(Kernel):
+    """K[y,z] = stay 1[y=z] + arrive[z]: a diagonal plus rank one, the same arrivals from every state.
+
+    stay [r], arrive [r,S]. As a transition: keep with `stay`, else redraw. As a generator: stay = -sum(arrive).
+    """
+
+    def __init__(self, stay: Tensor, arrive: Tensor) -> None:
+        self.stay, self.arrive = stay, arrive
+        self.num_states = arrive.shape[-1]
+
+    def row(self, ids: Tensor) -> Tensor:
+        return self.arrive + self._diagonal(ids)
+
+    def column(self, ids: Tensor) -> Tensor:
+        return self.arrive.gather(-1, ids.unsqueeze(-1)) + self._diagonal(ids)
+
+    def apply(self, vector: Tensor) -> Tensor:
+        total = vector.sum(-1, keepdim=True)
+        return like_rows(self.stay, vector) * vector + total * self.arrive.to(vector.dtype)
+
+    def _diagonal(self, ids: Tensor) -> Tensor:
+        return torch.zeros_like(self.arrive).scatter(-1, ids.unsqueeze(-1), self.stay.unsqueeze(-1))
+
+    def _num_rows(self) -> int:
+        return len(self.stay)
+
+
+def uniform_kernel(stay: Tensor, each: Tensor, num_states: int) -> InterpolatingKernel:
+    """K[y,z] = stay 1[y=z] + each, over all S states."""
+    return InterpolatingKernel(stay, each.unsqueeze(-1).expand(-1, num_states))
+
+
+@final
+class AbsorbingKernel(Kernel):
+    """Every state but `target` stays with `stay` and goes to `target` with `leave`; the target's row is stay + leave."""
+
+    def __init__(self, stay: Tensor, leave: Tensor, target: int, num_states: int) -> None:
+        self.stay, self.leave, self.target, self.num_states = stay, leave, target, num_states
+
+    def row(self, ids: Tensor) -> Tensor:
+        row = self.stay.new_zeros(len(ids), self.num_states)
+        row.scatter_(-1, ids.unsqueeze(-1), self.stay.unsqueeze(-1))
+        row[:, self.target] += self.leave
+        return row
+
+    def column(self, ids: Tensor) -> Tensor:
+        column = (self.leave * (ids == self.target)).unsqueeze(-1).repeat(1, self.num_states)
+        return column.scatter_add(-1, ids.unsqueeze(-1), self.stay.unsqueeze(-1))
+
+    def apply(self, vector: Tensor) -> Tensor:
+        moved = like_rows(self.stay, vector) * vector
+        moved[:, self.target] += self.leave.to(vector.dtype) * vector.sum(-1)
+        return moved
+
+    def _num_rows(self) -> int:
+        return len(self.stay)
+
+
+@final
+class SumKernel(Kernel):
+    """The sum of two kernels."""
+
+    def __init__(self, first: Kernel, second: Kernel) -> None:
+        self.first, self.second = first, second
+        self.num_states = first.num_states
+
+    def row(self, ids: Tensor) -> Tensor:
+        return self.first.row(ids) + self.second.row(ids)
+
+    def column(self, ids: Tensor) -> Tensor:
+        return self.first.column(ids) + self.second.column(ids)
+
+    def apply(self, vector: Tensor) -> Tensor:
+        return self.first.apply(vector) + self.second.apply(vector)
+
+    def _num_rows(self) -> int:
+        return self.first._num_rows()
+
+
+@final
+class ScaledKernel(Kernel):
+    """A kernel times a factor per row [r]."""
+
+    def __init__(self, factor: Tensor, kernel: Kernel) -> None:
+        self.factor, self.kernel = factor, kernel
+        self.num_states = kernel.num_states
+
+    def row(self, ids: Tensor) -> Tensor:
+        return self.factor.unsqueeze(-1) * self.kernel.row(ids)
+
+    def column(self, ids: Tensor) -> Tensor:
+        return self.factor.unsqueeze(-1) * self.kernel.column(ids)
+
+    def apply(self, vector: Tensor) -> Tensor:
+        return like_rows(self.factor, vector) * self.kernel.apply(vector)
+
+    def _num_rows(self) -> int:
+        return self.kernel._num_rows()

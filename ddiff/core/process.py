@@ -1,0 +1,193 @@
+"""The forward process: what a family writes, and everything that follows from it.
+
+A family gives the marginal, the rates and a way to sample; transition, bound density, reverse step, end terms and the
+last draw are derived here by formulas that hold for any chain. A derived method may be overridden for speed or accuracy,
+and then "override = derived" is a law of the conformance kit (`ForwardProcess.density(process, ...)` is the derived one).
+
+Shapes: x0, zt [r] long; t, s [r] float64; log_p [r,V]; states run over S.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddiff.core.kernel import DenseKernel, Kernel
+from ddiff.core.law import CleanLaw, Score
+from ddiff.core.numerics import draw_index, interior
+from ddiff.core.oracle import propagate
+from ddiff.core.vocabulary import Vocabulary
+
+RowFunction = Callable[[CleanLaw, Tensor], Any]
+Visit = Callable[[Tensor, Tensor, RowFunction], Any]
+
+
+class Informed(IntEnum):
+    """What of the law the bound trains at a row in a given state."""
+
+    NONE = 0
+    BELOW_NODE = 1
+    ALL = 2
+
+
+class Prior:
+    """The law that sampling starts from: log_prob [S] float64."""
+
+    def __init__(self, log_prob: Tensor) -> None:
+        self.log_prob = log_prob.double()
+
+    @classmethod
+    def point(cls, state: int, num_states: int) -> Prior:
+        return cls(torch.full((num_states,), -torch.inf).index_fill(0, torch.tensor([state]), 0.0))
+
+    def draw(self, u: Tensor) -> Tensor:
+        """Uniforms of any shape -> states of that shape."""
+        weights = self.log_prob.exp().to(u.device).expand(u.numel(), -1)
+        return draw_index(weights, u.reshape(-1)).reshape(u.shape)
+
+
+class ForwardProcess(ABC):
+    """A continuous-time Markov chain on the states of one position, started at the clean token.
+
+    `closes_at_clean` declares q_0(.|x) = delta_x, `closes_at_prior` declares q_1(.|x) = prior for every x.
+    `uniforms_per_sample`, `_step`, `_decode` say how many uniforms per position each draw takes.
+    """
+
+    vocabulary: Vocabulary
+    prior: Prior
+    closes_at_clean: bool = True
+    closes_at_prior: bool = True
+    uniforms_per_sample: int = 1
+    uniforms_per_step: int = 1
+    uniforms_per_decode: int = 1
+
+    # ------------------------------------------------------------------ what a family writes
+
+    @abstractmethod
+    def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
+        """[r,S] log of the law of z_t when x0 ~ p."""
+
+    @abstractmethod
+    def rates(self, t: Tensor) -> Kernel:
+        """The generator Q_t, read at interior times."""
+
+    @abstractmethod
+    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        """[r] a draw of z_t given x0 from uniforms u [r, uniforms_per_sample]."""
+
+    @classmethod
+    def examples(cls) -> list[ForwardProcess]:
+        """Small instances on which the conformance kit can run (V <= 8)."""
+        return []
+
+    # ------------------------------------------------------------------ derived
+
+    def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
+        """[r,V] log q_t(z_t | x) for every x."""
+        num_tokens, rows = self.vocabulary.num_tokens, len(zt)
+        certain = torch.eye(num_tokens, dtype=torch.float64, device=zt.device).log().repeat(rows, 1)
+        marginal = self.log_marginal(certain, t.repeat_interleave(num_tokens))
+        return marginal.gather(-1, zt.repeat_interleave(num_tokens).unsqueeze(-1)).reshape(rows, num_tokens)
+
+    def transition(self, s: Tensor, t: Tensor) -> Kernel:
+        """P(z_t | z_s), from the rates by the oracle."""
+        generator = lambda time: self.rates(time).dense()  # noqa: E731
+        return DenseKernel(propagate(generator, s, t, self.vocabulary.num_states))
+
+    def density(self, answer: CleanLaw | Score, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        """[r] nats per unit of the row's own t that the bound charges at (z_t, t).
+
+        l = sum_{y != z} Q[y,z] ( s_theta(y) - s(y) + s(y) ln(s(y)/s_theta(y)) ), with s(y) = q_t(y|x)/q_t(z|x) and
+        s_theta(y) the same ratio under x ~ law. Score entropy (arXiv 2310.16834, eq. 5) for any generator.
+        """
+        t = interior(t)
+        log_s, log_s_theta = self._log_ratios(answer, x0, zt, t)
+        inward = self._inward(zt, t)
+        s, s_theta = log_s.exp(), log_s_theta.exp()
+        cross = torch.where(s > 0, s * (log_s - log_s_theta), 0.0)
+        return torch.where(inward > 0, inward * (s_theta - s + cross), 0.0).sum(-1)
+
+    def factors(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(weight, divergence) [r] with density = weight * divergence; weight is the total true reverse rate."""
+        log_s, _ = self._log_ratios(law, x0, zt, interior(t))
+        weight = torch.where(self._inward(zt, t) > 0, self._inward(zt, t) * log_s.exp(), 0.0).sum(-1)
+        weight = torch.where(weight > 0, weight, torch.ones_like(weight))
+        return weight, self.density(law, x0, zt, t) / weight
+
+    def reverse_log_probs(self, log_p: Tensor, zt: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """[r,S] log P(z_s | z_t) when x0 ~ p given the rest: q_s-bar(y) P(z_t | z_s = y) / q_t-bar(z_t)."""
+        joint = self.log_marginal(log_p, s) + self.transition(s, t).column(zt).to(log_p.dtype).log()
+        return joint.log_softmax(-1)
+
+    def decode_nll(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        """[r] -ln P(x0 | z_t) in nats, own evidence included: -ln [ p(x) q_t(z|x) / q_t-bar(z) ]."""
+        log_joint = law.log_mass(0) + self.log_likelihood(zt, t)
+        return log_joint.logsumexp(-1) - log_joint.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
+
+    def closing_kl(self, law: CleanLaw, x0: Tensor, t: Tensor) -> Tensor:
+        """[r] KL( q_t(.|x) || law of z_t under x ~ law ) in nats."""
+        log_q = self.log_marginal(self._certain(x0), t)
+        log_q_theta = self.log_marginal(law.log_mass(0), t)
+        return torch.where(log_q.isfinite(), log_q.exp() * (log_q - log_q_theta), 0.0).sum(-1)
+
+    def active(self, zt: Tensor) -> Tensor:
+        """bool [r]: whether the density can be non-zero in this state."""
+        return torch.ones_like(zt, dtype=torch.bool)
+
+    def informed(self, zt: Tensor) -> Tensor:
+        """[r] `Informed` codes: what of the law the bound trains in this state."""
+        return torch.full_like(zt, Informed.ALL)
+
+    def scope(self, zt: Tensor) -> Tensor:
+        """[r] the node below which a row's formulas read the law; the root unless a family needs less."""
+        return torch.full_like(zt, self.vocabulary.root)
+
+    def step(self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
+        """[r] z_s given z_t by the exact reverse transition; u [r, uniforms_per_step]; visits at most once.
+
+        Derived: every row reads its law and one float64 draw over S decides. Families decide first, then visit.
+        """
+
+        def draw(law: CleanLaw, rows: Tensor) -> Tensor:
+            log_probs = self.reverse_log_probs(law.log_mass(0), zt[rows], t[rows], s[rows])
+            return draw_index(log_probs.exp(), u[rows, 0])
+
+        return visit(torch.arange(len(zt), device=zt.device), self.scope(zt), draw)
+
+    def decode(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        """[r] the last draw, x ~ p(x) q_t(z|x) / q_t-bar(z), own evidence included; u [r, uniforms_per_decode]."""
+
+        def draw(law: CleanLaw, rows: Tensor) -> Tensor:
+            log_joint = law.log_mass(0) + self.log_likelihood(zt[rows], t[rows]).to(law.log_mass(0).dtype)
+            return draw_index(log_joint.softmax(-1), u[rows, 0])
+
+        if self.closes_at_clean and bool((t == 0.0).all()):
+            return zt.clone()
+        return visit(torch.arange(len(zt), device=zt.device), self.scope(zt), draw)
+
+    # ------------------------------------------------------------------ parts of the formulas above
+
+    def _certain(self, x0: Tensor) -> Tensor:
+        """[r,V] log of the law that is sure of x0."""
+        log_p = torch.full((len(x0), self.vocabulary.num_tokens), -torch.inf, dtype=torch.float64, device=x0.device)
+        return log_p.scatter(-1, x0.unsqueeze(-1), 0.0)
+
+    def _inward(self, zt: Tensor, t: Tensor) -> Tensor:
+        """[r,S] Q_t[y, z_t] for y != z_t, 0 at z_t."""
+        return self.rates(interior(t)).column(zt).scatter(-1, zt.unsqueeze(-1), 0.0)
+
+    def _log_ratios(self, answer: CleanLaw | Score, x0: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log s [r,S] of the truth and log s_theta [r,S] of the answer."""
+        log_s = _relative_to(self.log_marginal(self._certain(x0), t), zt)
+        if isinstance(answer, Score):
+            return log_s, answer.log_ratio
+        return log_s, _relative_to(self.log_marginal(answer.log_mass(0), t), zt)
+
+
+def _relative_to(log_values: Tensor, ids: Tensor) -> Tensor:
+    return log_values - log_values.gather(-1, ids.unsqueeze(-1))

@@ -1,0 +1,95 @@
+"""Schedules: how much of the clean token survives until t.
+
+A schedule defines ONE function, alpha. Its derivative comes from it by autograd; a closed form is allowed for speed and
+is tested against autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ddiff.errors import ArgumentError
+
+
+class Schedule(ABC):
+    """alpha(t): the probability that a token is untouched at t; decreasing on [0,1].
+
+    `closes_at_clean` declares alpha(0) = 1, `closes_at_prior` declares alpha(1) = 0; the conformance kit holds both.
+    """
+
+    closes_at_clean: bool = True
+    closes_at_prior: bool = True
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Survival probability at t, same shape, float64."""
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        """d alpha / dt <= 0, from `alpha` by autograd. May be overridden for speed."""
+        with torch.enable_grad():
+            time = t.detach().requires_grad_()
+            return torch.autograd.grad(self.alpha(time).sum(), time)[0]
+
+    def noised(self, t: Tensor) -> Tensor:
+        """1 - alpha(t). May be overridden to stay accurate where alpha is near 1."""
+        return 1.0 - self.alpha(t)
+
+
+@final
+class LinearSchedule(Schedule):
+    """alpha = 1 - (1 - floor) t, the log-linear noise of SEDD and MDLM (arXiv 2310.16834, 2406.07524); floor in [0,1)."""
+
+    def __init__(self, floor: float = 0.0) -> None:
+        if not 0.0 <= floor < 1.0:
+            raise ArgumentError(f"LinearSchedule: floor = alpha(1) must be in [0, 1); got {floor}.")
+        self.floor = floor
+        self.closes_at_prior = floor == 0.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (1.0 - t) + self.floor * t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, self.floor - 1.0)
+
+    def noised(self, t: Tensor) -> Tensor:
+        return (1.0 - self.floor) * t
+
+
+@final
+class CosineSchedule(Schedule):
+    """alpha = 1 - sin(pi t / 2), so that little is lost early (Chang et al., arXiv 2202.04200, turned to our t)."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        # 1 - sin(x) = 2 sin^2((pi/2 - x)/2) keeps its relative accuracy where alpha is near 0
+        return 2.0 * torch.sin((1.0 - t) * (math.pi / 4)) ** 2
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -(math.pi / 2) * torch.sin((1.0 - t) * (math.pi / 2))
+
+    def noised(self, t: Tensor) -> Tensor:
+        return torch.sin(t * (math.pi / 2))
+
+
+@final
+class PowerSchedule(Schedule):
+    """alpha = 1 - t^power; power > 0. Large powers lose words late, small ones early."""
+
+    def __init__(self, power: float = 1.0) -> None:
+        if not power > 0:
+            raise ArgumentError(f"PowerSchedule: power must be > 0; got {power}.")
+        self.power = power
+
+    def alpha(self, t: Tensor) -> Tensor:
+        # -expm1(p ln t) keeps its relative accuracy where alpha is near 0
+        return -torch.expm1(self.power * torch.log(t))
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -self.power * t ** (self.power - 1.0)
+
+    def noised(self, t: Tensor) -> Tensor:
+        return t**self.power

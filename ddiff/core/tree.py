@@ -1,0 +1,391 @@
+"""The tree family: a position climbs from its word to ever coarser nodes, the root being the mask.
+
+One level is masked diffusion (arXiv 2406.07524), two levels the hierarchical model of arXiv 2510.08632, any number of
+levels works. Parents may be stochastic: level l is entered at the right parent with probability xi_l and at any other
+with (1 - xi_l)/(n_l - 1). Writing A_ij for the probability "surely right" and r_ij for the state-independent remainder,
+
+    kappa_ij(y, z) = A_ij 1[anc_j(y) = z] + r_ij(z)              y at level i, z at level j
+    q_t(z | x)     = pi_j(t) kappa_0j(x, z)                       j the level of z
+    density        = (F_l'/pi_l) KL( state one level down | z, x  ||  the same | z, law )        l the level of z
+
+which for xi = 1 is (F_l'/pi_l) (-ln P(a_{l-1} | a_l)), and is a true bound for xi < 1, unlike the published one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
+from ddiff.core.kernel import Kernel
+from ddiff.core.law import CleanLaw, Score
+from ddiff.core.numerics import draw_index, interior, like_rows
+from ddiff.core.process import ForwardProcess, Informed, Prior, Visit
+from ddiff.core.schedule import PowerSchedule
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
+from ddiff.errors import ArgumentError, nearest
+
+DECODING = ("bayes", "within", "between", "free")
+
+
+class StochasticParents:
+    """kappa_ij for all pairs of levels, from xi_l per level (1 where a level has one node).
+
+    `sure[i][j]` is the number A_ij; `stray[i][j]` the vector r_ij [n_j] in the level's id order (None where it is zero).
+    """
+
+    def __init__(self, vocabulary: Vocabulary, xi: Sequence[float]) -> None:
+        self.vocabulary = vocabulary
+        self.xi = tuple(1.0 if size == 1 else float(x) for x, size in zip(xi, vocabulary.level_sizes[1:]))
+        self.certain = all(x == 1.0 for x in self.xi)
+        levels = range(vocabulary.num_levels + 1)
+        self.sure = [[0.0] * len(levels) for _ in levels]
+        self.stray: list[list[Tensor | None]] = [[None] * len(levels) for _ in levels]
+        for i in levels:
+            self.sure[i][i] = 1.0
+            for j in range(i + 1, len(levels)):
+                self._climb(i, j)
+
+    def _climb(self, i: int, j: int) -> None:
+        """From level j-1 to j: p -> a push(p) + b with a = xi - b, b = (1 - xi)/(n - 1)."""
+        size, xi = self.vocabulary.level_sizes[j], self.xi[j - 1]
+        each = 0.0 if xi == 1.0 else (1.0 - xi) / (size - 1)
+        keep = xi - each
+        self.sure[i][j] = keep * self.sure[i][j - 1]
+        below = self.stray[i][j - 1]
+        if below is None and each == 0.0:
+            return
+        pushed = torch.zeros(size, dtype=torch.float64)
+        if below is not None:
+            pushed.index_add_(0, self.vocabulary.parents[j - 1], below)
+        # what "surely right" loses on the way is spread evenly; the rest follows its own parents
+        self.stray[i][j] = keep * pushed + each
+
+    def entry(self, i: int, j: int, y: Tensor, z: Tensor) -> Tensor:
+        """[r] kappa_ij(y, z) for ids y of level i and z of level j."""
+        right = self.vocabulary.ancestor(y, j) == z
+        return self.sure[i][j] * right.double() + self.stray_at(i, j, z)
+
+    def stray_at(self, i: int, j: int, z: Tensor) -> Tensor:
+        """[r] r_ij(z) for ids z of level j."""
+        stray = self.stray[i][j]
+        if stray is None:
+            return torch.zeros(z.shape, dtype=torch.float64, device=z.device)
+        return stray.to(z.device)[z - self.vocabulary.offsets[j]]
+
+    def log_spread(self, i: int, j: int, log_mass: Tensor) -> Tensor:
+        """[r,n_j] log of the law at level j when the right ancestors at level j have log_mass and y is at level i."""
+        stray = self.stray[i][j]
+        if stray is None:
+            return log_mass
+        return (self.sure[i][j] * log_mass.exp() + stray.to(log_mass)).log()
+
+
+@final
+class TreeKernel(Kernel):
+    """Block upper triangular: levels [r,L+1,L+1] between levels, `parents` between the nodes of two levels."""
+
+    def __init__(self, levels: Tensor, parents: StochasticParents) -> None:
+        self.levels, self.parents = levels, parents
+        self.num_states = parents.vocabulary.num_states
+
+    def row(self, ids: Tensor) -> Tensor:
+        return self._entries(ids, outward=True)
+
+    def column(self, ids: Tensor) -> Tensor:
+        return self._entries(ids, outward=False)
+
+    def _entries(self, ids: Tensor, outward: bool) -> Tensor:
+        vocabulary = self.parents.vocabulary
+        states = torch.arange(self.num_states, device=ids.device)
+        values = torch.zeros(len(ids), self.num_states, dtype=self.levels.dtype, device=ids.device)
+        own, other = vocabulary.level_of(ids), vocabulary.level_of(states)
+        for i in range(vocabulary.num_levels + 1):
+            for j in range(i, vocabulary.num_levels + 1):
+                rows = (own == (i if outward else j)).nonzero().squeeze(-1)
+                far = states[other == (j if outward else i)]
+                here = ids[rows].repeat_interleave(len(far))
+                there = far.repeat(len(rows))
+                y, z = (here, there) if outward else (there, here)
+                block = self.parents.entry(i, j, y, z).reshape(len(rows), len(far))
+                values[rows.unsqueeze(-1), far] = self.levels[rows, i, j].unsqueeze(-1) * block
+        return values
+
+    def apply(self, vector: Tensor) -> Tensor:
+        vocabulary, parts = self.parents.vocabulary, []
+        for j in range(vocabulary.num_levels + 1):
+            total = vector.new_zeros(len(vector), vocabulary.level_sizes[j])
+            for i in range(j + 1):
+                total = total + like_rows(self.levels[:, i, j], vector) * self._push(vector, i, j)
+            parts.append(total)
+        return torch.cat(parts, -1)
+
+    def _push(self, vector: Tensor, i: int, j: int) -> Tensor:
+        vocabulary = self.parents.vocabulary
+        block = vector[:, vocabulary.offsets[i] : vocabulary.offsets[i] + vocabulary.level_sizes[i]]
+        ids = vocabulary.offsets[i] + torch.arange(vocabulary.level_sizes[i], device=vector.device)
+        pushed = vector.new_zeros(len(vector), vocabulary.level_sizes[j])
+        pushed.index_add_(-1, vocabulary.ancestor(ids, j) - vocabulary.offsets[j], self.parents.sure[i][j] * block)
+        stray = self.parents.stray[i][j]
+        return pushed if stray is None else pushed + block.sum(-1, keepdim=True) * stray.to(vector)
+
+    def _num_rows(self) -> int:
+        return len(self.levels)
+
+
+class TreeProcess(ForwardProcess):
+    """Words climb a vocabulary tree by a level clock, with stochastic parents where xi < 1.
+
+    `xi`: one number in (0,1] for every level with several nodes, or one per level 1..L. `decoding` names how a step
+    draws below a node when xi < 1: `bayes` is the exact posterior; `within` keeps to the node's own words; `between`
+    gives the node's words the mass xi and the others 1 - xi, each in proportion to the law; `free` ignores the node.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, clock: LevelClock, xi: float | Sequence[float] = 1.0, decoding: str = "bayes"
+    ) -> None:
+        self._check(vocabulary, clock, decoding)
+        self.vocabulary, self.clock, self.decoding = vocabulary, clock, decoding
+        self.parents = StochasticParents(vocabulary, _checked_xi(xi, vocabulary.num_levels))
+        self.prior = Prior.point(vocabulary.root, vocabulary.num_states)
+        self.closes_at_clean, self.closes_at_prior = clock.closes_at_clean, clock.closes_at_prior
+        self.uniforms_per_sample = 1 if self.parents.certain else 2
+        self.uniforms_per_step = 2
+
+    @staticmethod
+    def _check(vocabulary: Vocabulary, clock: LevelClock, decoding: str) -> None:
+        if vocabulary.num_levels == 0:
+            raise ArgumentError(
+                f"{TreeProcess.__name__}: vocabulary must have a mask or more levels; {vocabulary} has words only. "
+                "Use FlatVocabulary(num_tokens, mask=True)."
+            )
+        if clock.num_levels != vocabulary.num_levels:
+            raise ArgumentError(
+                f"{TreeProcess.__name__}: clock must have one level per level above the words, {vocabulary.num_levels} "
+                f"for {vocabulary}; got a clock of {clock.num_levels}. Give it {vocabulary.num_levels} rates or schedules."
+            )
+        if decoding not in DECODING:
+            raise ArgumentError(
+                f"{TreeProcess.__name__}: decoding must be one of {', '.join(DECODING)}; got {decoding!r}."
+                + nearest(decoding, DECODING)
+            )
+
+    # ------------------------------------------------------------------ forward
+
+    def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
+        from ddiff.core.law import DenseLaw
+
+        law, log_pi = DenseLaw(log_p, self.vocabulary), self.clock.pi(t).log()
+        levels = [
+            like_rows(log_pi[:, level], log_p) + self.parents.log_spread(0, level, law.log_mass(level))
+            for level in range(self.vocabulary.num_levels + 1)
+        ]
+        return torch.cat(levels, -1)
+
+    def rates(self, t: Tensor) -> Kernel:
+        return TreeKernel(self.clock.generator(interior(t)), self.parents)
+
+    def transition(self, s: Tensor, t: Tensor) -> Kernel:
+        return TreeKernel(self.clock.transition(s, t), self.parents)
+
+    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        level = (u[:, :1] < self.clock.climbed(t)).sum(-1)
+        zt = self.vocabulary.ancestor(x0, level)
+        return zt if self.parents.certain else self._stray(zt, level, u[:, 1])
+
+    def _stray(self, zt: Tensor, level: Tensor, u: Tensor) -> Tensor:
+        """Leave the right ancestor with probability 1 - A_0l for a draw from r_0l; one uniform serves both."""
+        drawn = zt.clone()
+        for j in range(1, self.vocabulary.num_levels + 1):
+            stray, sure = self.parents.stray[0][j], self.parents.sure[0][j]
+            rows = ((level == j) & (u >= sure)).nonzero().squeeze(-1)
+            if stray is not None and len(rows):
+                left = (u[rows] - sure) / (1.0 - sure)
+                drawn[rows] = self.vocabulary.offsets[j] + draw_index(stray.to(u).expand(len(rows), -1), left)
+        return drawn
+
+    def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
+        vocabulary, level = self.vocabulary, self.vocabulary.level_of(zt)
+        words = torch.arange(vocabulary.num_tokens, device=zt.device)
+        above = vocabulary.ancestor(words.unsqueeze(0), level.unsqueeze(-1))
+        sure = torch.tensor(self.parents.sure[0], dtype=torch.float64, device=zt.device)[level].unsqueeze(-1)
+        spread = torch.where(above == zt.unsqueeze(-1), sure, 0.0) + self._stray_of(0, zt).unsqueeze(-1)
+        return (self._occupation(zt, t).unsqueeze(-1) * spread).log()
+
+    # ------------------------------------------------------------------ the bound
+
+    def factors(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(F_l'/pi_l, KL one level down); both 0 at words. E[weight 1{level l}] = 1 per level where the clock closes."""
+        level = self.vocabulary.level_of(zt)
+        t = interior(t)
+        inflow = self.clock.inflow(t).gather(-1, (level - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        weight = torch.where(level > 0, inflow / self._occupation(zt, t), 0.0)
+        return weight, self._surprise_below(law, x0, zt, level)
+
+    def density(self, answer: CleanLaw | Score, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        if isinstance(answer, Score):
+            return super().density(answer, x0, zt, t)
+        weight, divergence = self.factors(answer, x0, zt, t)
+        return weight * divergence
+
+    def _surprise_below(self, law: CleanLaw, x0: Tensor, zt: Tensor, level: Tensor) -> Tensor:
+        """[r] KL( y | z, x || y | z, law ), y the state one level down; 0 at words."""
+        if self.parents.certain:
+            return -law.log_child(zt, self.vocabulary.ancestor(x0, (level - 1).clamp(min=0)))
+        value: Tensor | None = None
+        for l in range(1, self.vocabulary.num_levels + 1):
+            here = level == l
+            if not bool(here.any()):
+                continue
+            # rows of other levels are evaluated at an ancestor of x0, a harmless stand-in, and dropped
+            z = torch.where(here, zt, self.vocabulary.ancestor(x0, l))
+            surprise = self._decode_surprise(law, x0, z) if l == 1 else self._parent_surprise(law, x0, z, l)
+            value = torch.where(here, surprise, torch.zeros_like(surprise) if value is None else value)
+        return torch.zeros(x0.shape, dtype=torch.float64, device=x0.device) if value is None else value
+
+    def _parent_surprise(self, law: CleanLaw, x0: Tensor, zt: Tensor, level: int) -> Tensor:
+        """The same at one level >= 2: the state below is known only up to its kernel."""
+        vocabulary, below = self.vocabulary, level - 1
+        log_mass = law.log_mass(below)
+        nodes = vocabulary.offsets[below] + torch.arange(vocabulary.level_sizes[below], device=zt.device)
+        onward = self._matrix(below, level, nodes, zt).to(log_mass.dtype).log()
+        right = vocabulary.ancestor(x0, below).unsqueeze(-1) == nodes
+        truth = right.double() * self.parents.sure[0][below] + self.parents.stray_at(0, below, nodes)
+        log_truth = (truth.to(log_mass.dtype).log() + onward).log_softmax(-1)
+        log_model = (self.parents.log_spread(0, below, log_mass) + onward).log_softmax(-1)
+        return torch.where(log_truth.isfinite(), log_truth.exp() * (log_truth - log_model), 0.0).sum(-1)
+
+    def _matrix(self, i: int, j: int, nodes: Tensor, zt: Tensor) -> Tensor:
+        """[r,n_i] kappa_ij(y, z_t) for all nodes y of level i."""
+        right = self.vocabulary.ancestor(nodes, j) == zt.unsqueeze(-1)
+        return self.parents.sure[i][j] * right.double() + self.parents.stray_at(i, j, zt).unsqueeze(-1)
+
+    def _decode_surprise(self, law: CleanLaw, x0: Tensor, zt: Tensor) -> Tensor:
+        """-ln P(x0 | z_t) for xi < 1: words are certain, a node divides by what the law expects of it."""
+        level = self.vocabulary.level_of(zt)
+        sure = torch.tensor(self.parents.sure[0], dtype=torch.float64, device=zt.device)[level]
+        stray, word = self._stray_of(0, zt), level == 0
+        right = self.vocabulary.ancestor(x0, level) == zt
+        log_evidence = (sure * right + stray).log()
+        log_expected = (sure * law.log_prob(zt).exp() + stray).log()
+        return torch.where(word, 0.0, log_expected - log_evidence - law.log_prob(x0))
+
+    def decode_nll(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return -law.log_child(zt, x0) if self.parents.certain else self._decode_surprise(law, x0, zt)
+
+    def closing_kl(self, law: CleanLaw, x0: Tensor, t: Tensor) -> Tensor:
+        if not self.parents.certain:
+            return super().closing_kl(law, x0, t)
+        pi, total = self.clock.pi(t), torch.zeros_like(t)
+        for level in range(self.vocabulary.num_levels):
+            total = total - pi[:, level] * law.log_prob(self.vocabulary.ancestor(x0, level))
+        return total
+
+    def active(self, zt: Tensor) -> Tensor:
+        return self.vocabulary.level_of(zt) > 0
+
+    def informed(self, zt: Tensor) -> Tensor:
+        trained = Informed.BELOW_NODE if self.parents.certain else Informed.ALL
+        whole = torch.where(zt == self.vocabulary.root, int(Informed.ALL), int(trained))
+        return torch.where(self.active(zt), whole, int(Informed.NONE))
+
+    def scope(self, zt: Tensor) -> Tensor:
+        return zt if self.parents.certain else torch.full_like(zt, self.vocabulary.root)
+
+    # ------------------------------------------------------------------ reverse
+
+    def step(self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
+        """The level at s is drawn first, without the network: P(i | j) = pi_i(s) K_ij(s,t) / pi_j(t); then the node."""
+        level = self.vocabulary.level_of(zt)
+        pick = level.unsqueeze(-1)
+        arrive = self.clock.transition(s, t).gather(-1, pick.unsqueeze(1).expand(-1, self.clock.num_levels + 1, 1))
+        target = draw_index(self.clock.pi(s) * arrive.squeeze(-1), u[:, 0])
+        return self._descend(visit, zt, target, u[:, 1])
+
+    def decode(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return self._descend(visit, zt, torch.zeros_like(zt), u[:, 0])
+
+    def _descend(self, visit: Visit, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
+        """Draw the state at level `target` given z_t; rows that stay are not shown to the network."""
+        moving = (target < self.vocabulary.level_of(zt)).nonzero().squeeze(-1)
+        zs = zt.clone()
+        if len(moving) == 0:
+            return zs
+
+        def draw(law: CleanLaw, rows: Tensor) -> Tensor:
+            picked = moving[rows]
+            return self._draw_below(law, zt[picked], target[picked], u[picked])
+
+        zs[moving] = visit(moving, self.scope(zt[moving]), draw)
+        return zs
+
+    def _draw_below(self, law: CleanLaw, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
+        if self.parents.certain or self.decoding == "within":
+            return law.draw(zt, target, u)
+        if self.decoding == "free":
+            return law.draw(torch.full_like(zt, self.vocabulary.root), target, u)
+        drawn, level = zt.clone(), self.vocabulary.level_of(zt)
+        for i in range(self.vocabulary.num_levels):
+            for j in range(i + 1, self.vocabulary.num_levels + 1):
+                rows = ((target == i) & (level == j)).nonzero().squeeze(-1)
+                if len(rows):
+                    weights = self._weights_below(law.log_mass(i)[rows], zt[rows], i, j)
+                    drawn[rows] = self.vocabulary.offsets[i] + draw_index(weights, u[rows])
+        return drawn
+
+    def _weights_below(self, log_mass: Tensor, zt: Tensor, i: int, j: int) -> Tensor:
+        """[r,n_i] unnormalised law of the state at level i below z_t at level j, by the decoding rule."""
+        nodes = self.vocabulary.offsets[i] + torch.arange(log_mass.shape[1], device=zt.device)
+        kappa = self._matrix(i, j, nodes, zt)
+        if self.decoding == "bayes":
+            return self.parents.log_spread(0, i, log_mass).exp() * kappa
+        inside = self.vocabulary.ancestor(nodes, j) == zt.unsqueeze(-1)
+        own = log_mass.masked_fill(~inside, -torch.inf).softmax(-1)
+        if bool(inside.all()):
+            return own
+        others = log_mass.masked_fill(inside, -torch.inf).softmax(-1).nan_to_num(0.0)
+        right = self.parents.sure[i][j] + self.parents.stray_at(i, j, zt).unsqueeze(-1)
+        return right * own + (1.0 - right) * others
+
+    # ------------------------------------------------------------------ parts
+
+    def _occupation(self, zt: Tensor, t: Tensor) -> Tensor:
+        """[r] pi_l(t), l the level of z_t."""
+        return self.clock.pi(t).gather(-1, self.vocabulary.level_of(zt).unsqueeze(-1)).squeeze(-1)
+
+    def _stray_of(self, i: int, zt: Tensor) -> Tensor:
+        """[r] r_il(z_t), l the level of z_t."""
+        table = torch.zeros(self.vocabulary.num_states, dtype=torch.float64, device=zt.device)
+        for level, (offset, size) in enumerate(zip(self.vocabulary.offsets, self.vocabulary.level_sizes)):
+            stray = self.parents.stray[i][level]
+            if stray is not None:
+                table[offset : offset + size] = stray.to(zt.device)
+        return table[zt]
+
+    @classmethod
+    def examples(cls) -> list[ForwardProcess]:
+        pair = HierarchicalVocabulary([[0, 1, 0, 1, 1]])
+        three = HierarchicalVocabulary([[2, 0, 1, 0, 1, 2], [1, 0, 1]])
+        powers = CdfClock([PowerSchedule(0.8), PowerSchedule(1.5), PowerSchedule(3.0)])
+        return [
+            cls(FlatVocabulary(4), LogTimeClock((1.0,))),
+            cls(pair, LogTimeClock((0.5, 1.0))),
+            cls(pair, LogTimeClock((1.0, 1.0)), xi=0.8),
+            cls(three, LogTimeClock((1.0, 1.0001, 0.7)), xi=(0.8, 0.9, 1.0)),
+            cls(three, powers, xi=(0.85, 1.0, 1.0)),
+        ]
+
+
+def _checked_xi(xi: float | Sequence[float], num_levels: int) -> tuple[float, ...]:
+    values = (float(xi),) * num_levels if isinstance(xi, (int, float)) else tuple(float(x) for x in xi)
+    if len(values) == num_levels - 1:
+        values = (*values, 1.0)
+    if len(values) != num_levels or not all(0.0 < x <= 1.0 for x in values):
+        raise ArgumentError(
+            f"TreeProcess: xi must be one number in (0, 1], or one for each of the {num_levels} levels above the words; "
+            f"got {xi}. xi is the probability that a position climbs to its own parent; 1 is the plain tree."
+        )
+    return values
