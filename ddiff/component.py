@@ -35,7 +35,8 @@ class ComponentConfig(BaseModel):
     """The keys of a component's table, with their types, ranges and defaults.
 
     A component nests one as `Config`; keys that it does not name are refused, values cannot change later, and infinity
-    and NaN are no numbers. A recipe reads it strictly (no "3" for 3, no 1 for true); Python callers may pass lists for tuples.
+    and NaN are no numbers. A recipe reads it strictly (no "3" for 3, no 1 for true); Python callers may pass lists for
+    tuples.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -13,6 +13,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ddiff.component import ComponentConfig
@@ -109,7 +110,8 @@ class Component:
     def _check_contract(self, found: Any) -> None:
         if not callable(getattr(found, "build", None)):
             raise PluginError(
-                f'The {self} has no build: "{self.target}" must offer {KINDS[self.kind].partition(": ")[2]}, as a class method.'
+                f'The {self} has no build: "{self.target}" must offer {KINDS[self.kind].partition(": ")[2]}, '
+                "as a class method or static method."
             )
         config = getattr(found, "Config", NoKeys)
         if not (isinstance(config, type) and issubclass(config, ComponentConfig)):
@@ -143,12 +145,13 @@ class Registry:
             )
         if not (isinstance(name, str) and _NAME.fullmatch(name)):
             raise PluginError(
-                f"registry.add: the name of a {kind} must be a word of letters, digits, _ . and -; got {name!r} (from {self.origin})."
+                f"registry.add: the name of a {kind} must be a word of letters, digits, _ . and -; got {name!r} "
+                f"(from {self.origin})."
             )
         if not (isinstance(target, str) and _TARGET.fullmatch(target)):
             raise PluginError(
-                f'registry.add: the target of {kind} "{name}" must be a string "module:object", which is imported only when a '
-                f"recipe names it; got {target!r} (from {self.origin})."
+                f'registry.add: the target of {kind} "{name}" must be a string "module:object", which is imported only '
+                f"when a recipe names it; got {target!r} (from {self.origin})."
             )
         self._admit(Component(kind, name, target, self.origin))
 
@@ -220,4 +223,5 @@ def describe(error: BaseException) -> str:
 
 
 def _is_machinery(filename: str) -> bool:
-    return filename.startswith("<frozen") or filename in (__file__, importlib.__file__)
+    """The frames of importing itself, which say nothing about the plugin."""
+    return filename.startswith("<frozen") or Path(filename).parent.name in ("importlib", "metadata", "pluggy", "ddiff")

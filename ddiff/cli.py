@@ -1,0 +1,143 @@
+"""The command line. It answers about itself without importing torch; the work is done in `ddiff.runs`.
+
+A mistake that the caller can mend is printed as one paragraph, and the exit code is 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ddiff import __version__
+from ddiff.errors import DdiffError
+
+app = typer.Typer(
+    help="Discrete diffusion: train, evaluate and sample from recipes; prove a plugin's mathematics.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Path of a TOML file, or the name of a shipped recipe.")
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory, such as runs/<name>.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A dotted key and its TOML value; may be repeated."),
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    settings: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it resolved, and stop.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run directory holds and start over.")] = False,
+) -> None:
+    """Train, evaluate and sample as a recipe says; run again to resume."""
+    from ddiff.recipe import read_recipe
+
+    resolved = read_recipe(recipe, settings or ())
+    if dry_run:
+        typer.echo(resolved.to_toml(), nl=False)
+        return
+    from ddiff.runs import run_recipe
+
+    raise typer.Exit(run_recipe(resolved, fresh=fresh))
+
+
+@app.command("eval")
+def evaluate(run_dir: RunDir) -> None:
+    """The likelihood bound of a trained run on its validation text, with intervals and baselines."""
+    from ddiff.runs import evaluate_run
+
+    evaluate_run(run_dir)
+
+
+@app.command()
+def sample(
+    run_dir: RunDir,
+    count: Annotated[int | None, typer.Option(min=1, help="Samples to draw; the recipe's by default.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps from noise to text.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same samples.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples drawn at a time; changes no sample.")] = None,
+) -> None:
+    """Draw samples from a trained run as JSON lines."""
+    from ddiff.runs import sample_run
+
+    sample_run(run_dir, count=count, steps=steps, seed=seed, batch=batch)
+
+
+@app.command()
+def check(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A component, or a plugin: then all its processes.")],
+    settings: Settings = None,
+) -> None:
+    """Prove the laws that a component must obey; print the largest error of each."""
+    from ddiff.testing.command import check as check_laws
+
+    raise typer.Exit(check_laws(name, settings or []))
+
+
+@app.command()
+def plugins(
+    components: Annotated[bool, typer.Option("--components", help="List what each plugin registers.")] = False,
+) -> None:
+    """List the installed plugins; one that is broken says why and does not hide the others."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ddiff.plugin import survey_plugins
+
+    reports = survey_plugins().reports
+    table = Table("plugin", "package", "distribution", "version", "components", box=None, pad_edge=False)
+    for plugin, registered, error in reports:
+        origin = plugin.origin
+        summary = "broken" if error else ", ".join(f"{part.kind} {part.name}" for part in registered)
+        shown = summary if components or error else str(len(registered))
+        table.add_row(plugin.name, origin.package, origin.distribution, origin.version, shown)
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    broken = [report.error for report in reports if report.error is not None]
+    for error in broken:
+        typer.echo(f"\n{error}", err=True)
+    raise typer.Exit(2 if broken else 0)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with ddiff: `ddiff run NAME`."""
+    from ddiff.recipe import shipped_recipes
+
+    shipped = shipped_recipes()
+    width = max(map(len, shipped), default=0)
+    for name, path in shipped.items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        typer.echo(f"{name:{width}}  {first.removeprefix('#').strip() if first.startswith('#') else ''}".rstrip())
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ddiff {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point `ddiff`; exits with 2 after a mistake that the caller can mend."""
+    try:
+        app(arguments)
+    except DdiffError as error:
+        typer.echo(str(error), err=True)
+        raise SystemExit(2) from error

@@ -1,0 +1,90 @@
+"""What pydantic found wrong with a table, in the words of a recipe."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from ddiff.errors import nearest
+
+
+def explain(
+    error: Mapping[str, Any], model: type[BaseModel], path: Sequence[str | int], owner: str, known: Sequence[str]
+) -> str:
+    """One paragraph for one entry of `ValidationError.errors()`.
+
+    `path` is the table's place in the recipe, `owner` says whose table it is, `known` are the keys that it takes.
+    """
+    inside = error["loc"]
+    subject = f"{table_label(path)}{_dotted(inside)}"
+    if error["type"] in ("extra_forbidden", "missing"):
+        table, key = table_label((*path, *inside[:-1])), str(inside[-1])
+        if error["type"] == "missing":
+            return f'{table} needs the key "{key}"{owner}: {_meaning(model, inside)}.'
+        takes = known if len(inside) == 1 else _nested_keys(model, inside[:-1])
+        return f'{table} has no key "{key}"{owner}.{nearest(key, takes)} It takes: {", ".join(takes) or "no keys"}.'
+    if error["type"] == "value_error":
+        return f"{subject}: {error['msg'].removeprefix('Value error, ').rstrip('.')}."
+    came = error["input"]
+    return f"{subject} {_due(error['msg'])}; got {shown(came)}.{_nearest_choice(model, inside, came)}"
+
+
+def shown(value: Any) -> str:
+    """A value as TOML would write it; a string is called one, because the quotes may be the mistake."""
+    text = json.dumps(value, default=str)
+    return f"{text} (a string)" if isinstance(value, str) else text
+
+
+def table_label(path: Sequence[str | int]) -> str:
+    """`[train.optimizer]`, or "the recipe" for what stands above all tables."""
+    return f"[{'.'.join(map(str, path))}]" if path else "the recipe"
+
+
+def _due(message: str) -> str:
+    """`Input should be a valid integer` -> `must be an integer`."""
+    text = message.replace("Input should be", "must be").replace("Input should have", "must have").replace("'", '"')
+    for valid, plain in {
+        "a valid integer": "an integer", "a valid number": "a number", "a valid string": "a string in quotes",
+        "a valid boolean": "true or false", "a finite number": "a finite number", "a valid array": "a list",
+        "a valid tuple": "a list", "a valid list": "a list", "an object": "a table",
+        "String must": "must", "Tuple must": "must", "List must": "must", "String should": "must",
+        "List should": "must", "Tuple should": "must",
+    }.items():  # fmt: skip
+        text = text.replace(valid, plain)
+    return text if text.startswith("must") else f"is not valid: {text[:1].lower()}{text[1:]}"
+
+
+def _nearest_choice(model: type[BaseModel], inside: Sequence[str | int], came: Any) -> str:
+    """The nearest of the words that a key may be, when it is a choice among words."""
+    known = model.model_fields.get(str(inside[0])) if len(inside) == 1 else None
+    choices = [choice for choice in get_args(known.annotation) if isinstance(choice, str)] if known else []
+    return nearest(came, choices) if isinstance(came, str) else ""
+
+
+def _meaning(model: type[BaseModel], inside: Sequence[str | int]) -> str:
+    annotation = model.model_fields[str(inside[0])].annotation if len(inside) == 1 else None
+    return f"a value of type {inspect.formatannotation(annotation)}" if annotation else "it has no default"
+
+
+def _nested_keys(model: type[BaseModel], inside: Sequence[str | int]) -> list[str]:
+    """The keys of the table inside a component's table where pydantic met an unknown one."""
+    for key in inside:
+        if isinstance(key, int) or key not in model.model_fields:
+            continue
+        annotation = model.model_fields[key].annotation
+        models = [
+            kind
+            for kind in (annotation, *get_args(annotation))
+            if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
+        model = models[0] if models else model
+    return list(model.model_fields)
+
+
+def _dotted(inside: Sequence[str | int]) -> str:
+    """` sizes[0]`, ` clock.rates`: a key inside a table; nothing for the table itself."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in inside).replace(".", " ", 1)

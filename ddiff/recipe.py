@@ -1,0 +1,549 @@
+"""Recipes: TOML text -> checked settings and the components that they name.
+
+    recipe = read_recipe("recipes/mine.toml", settings=["train.steps=200"])
+    recipe.process.build(vocabulary=vocabulary)
+
+A recipe has a few keys of its own and a table per part of an experiment (`TABLES`). A table may hold keys that the engine
+reads, and otherwise belongs to the component that its `kind` names: its keys are those of that component's `Config`.
+Some keys are slots for a component inside a table (`[train] optimizer`). Wherever a component is named, a string stands
+for a table with nothing but a kind: `optimizer = "muon"` is `optimizer = {kind = "muon"}`.
+
+Reading a recipe imports the components that it names, to ask for their keys; importing this module imports none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from pydantic import Field, ValidationError, model_validator
+
+from ddiff import __version__
+from ddiff.component import ComponentConfig, NonNegativeInt, PositiveFloat, PositiveInt
+from ddiff.errors import PluginError, RecipeError, nearest
+from ddiff.explain import explain, shown, table_label
+from ddiff.plugin import load_plugins
+from ddiff.registry import Component, Registry
+from ddiff.toml import Draft, KeyPath, read_settings, read_toml, scalars_first, write_toml
+
+Keys = TypeVar("Keys", bound=ComponentConfig)
+
+
+class Heading(ComponentConfig):
+    """The keys above all tables."""
+
+    name: str = Field(min_length=1)
+    seed: NonNegativeInt = 0
+    run_dir: str = ""
+    """Where the run is written; `runs/<name>` when it is left out."""
+    plugins: tuple[str, ...] = ()
+
+
+class DataKeys(ComponentConfig):
+    """What the engine reads in [data]."""
+
+    length: PositiveInt
+    """Tokens in a row."""
+
+
+class TrainKeys(ComponentConfig):
+    """[train], beside the optimizer's own table."""
+
+    steps: PositiveInt
+    batch: PositiveInt
+    """Rows in the global batch of one step."""
+    warmup: NonNegativeInt = 100
+    """Steps in which the learning rate rises linearly."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip: PositiveFloat = 1.0
+    """Largest norm of the whole gradient."""
+    accumulate: PositiveInt = 1
+    """Micro-batches that a step's batch is cut into."""
+    log_every: PositiveInt = 10
+    checkpoint_every: PositiveInt = 200
+    keep: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainKeys:
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"batch must be a multiple of accumulate; got batch = {self.batch}, accumulate = {self.accumulate}"
+            )
+        return self
+
+
+class BackendKeys(ComponentConfig):
+    """What the engine reads in [backend]."""
+
+    device: str = "auto"
+    processes: PositiveInt = 1
+
+
+class EvaluateKeys(ComponentConfig):
+    """[evaluate]: the bound on the validation rows."""
+
+    batch: PositiveInt = 64
+    window: tuple[float, float] = (1e-3, 0.999)
+    """Times between which the diffusion term is integrated; the two end terms cover the rest."""
+    draws: PositiveInt = 1
+    """Times drawn per row."""
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _window_is_inside(self) -> EvaluateKeys:
+        start, stop = self.window
+        if not 0.0 <= start < stop <= 1.0:
+            raise ValueError(f"window must be two times with 0 <= start < stop <= 1; got [{start}, {stop}]")
+        return self
+
+
+class SampleKeys(ComponentConfig):
+    """[sample], beside the sampler's own table."""
+
+    steps: PositiveInt = 64
+    count: PositiveInt = 8
+    batch: PositiveInt = 8
+    seed: NonNegativeInt = 0
+
+
+class Slot(NamedTuple):
+    """A place that names a component: its kind, and the name it has when the recipe gives none."""
+
+    kind: str
+    default: str | None
+
+
+class Table(NamedTuple):
+    """A table of a recipe: the keys that the engine reads, whose the others are, and its slots."""
+
+    component: Slot | None = None
+    keys: type[ComponentConfig] | None = None
+    slots: Mapping[str, Slot] = {}
+    optional: bool = False
+
+    def engine_keys(self) -> list[str]:
+        return [*self.slots, *(self.keys.model_fields if self.keys else ())]
+
+
+TABLES: dict[str, Table] = {
+    "data": Table(Slot("dataset", None), DataKeys),
+    "tokenizer": Table(Slot("tokenizer", None)),
+    "vocabulary": Table(Slot("vocabulary", None)),
+    "process": Table(Slot("process", None), optional=True),
+    "denoiser": Table(Slot("backbone", None), slots={"head": Slot("head", "tokens")}),
+    "objective": Table(
+        Slot("objective", "nelbo"), slots={"loss": Slot("training_loss", "elbo"), "times": Slot("time_rule", "flat")}
+    ),
+    "train": Table(None, TrainKeys, {"optimizer": Slot("optimizer", "adamw")}),
+    "backend": Table(Slot("backend", "single"), BackendKeys),
+    "evaluate": Table(None, EvaluateKeys),
+    "sample": Table(None, SampleKeys, {"sampler": Slot("sampler", "ancestral")}),
+    "tracker": Table(Slot("tracker", "none")),
+}
+
+SLOTS: dict[KeyPath, Slot] = {
+    **{(name,): table.component for name, table in TABLES.items() if table.component},
+    **{(name, key): slot for name, table in TABLES.items() for key, slot in table.slots.items()},
+}
+"""Every place in a recipe that names a component."""
+
+TOP_LEVEL = [*Heading.model_fields, "extends", *TABLES]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component with its settings, ready to be built."""
+
+    component: Component
+    config: ComponentConfig
+
+    def build(self, **inputs: Any) -> Any:
+        """`build(config, **inputs)` of the component; PluginError when it does not take these inputs."""
+        build = self.component.load().build
+        try:
+            inspect.signature(build).bind(self.config, **inputs)
+        except TypeError as error:
+            raise PluginError(
+                f"The {self.component} cannot be built: its build{inspect.signature(build)} is called with config and "
+                f"{', '.join(inputs) or 'nothing else'}, but {error}."
+            ) from error
+        return build(self.config, **inputs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.component.name, **self.config.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe with every default filled in. A part is None where the recipe has none."""
+
+    name: str
+    seed: int
+    run_dir: str
+    plugins: tuple[str, ...]
+    length: int
+    data: Part
+    tokenizer: Part
+    vocabulary: Part
+    process: Part | None
+    denoiser: Part
+    head: Part | None
+    objective: Part
+    loss: Part | None
+    times: Part | None
+    train: TrainKeys
+    optimizer: Part
+    backend: Part
+    placement: BackendKeys
+    evaluate: EvaluateKeys
+    sample: SampleKeys
+    sampler: Part
+    tracker: Part
+    registry: Registry = field(repr=False, compare=False)
+
+    def parts(self) -> dict[str, Part]:
+        """Every part by its place in the recipe: `process`, `denoiser.head`, `train.optimizer`."""
+        named = {
+            "data": self.data, "tokenizer": self.tokenizer, "vocabulary": self.vocabulary, "process": self.process,
+            "denoiser": self.denoiser, "denoiser.head": self.head,
+            "objective": self.objective, "objective.loss": self.loss, "objective.times": self.times,
+            "train.optimizer": self.optimizer, "backend": self.backend, "sample.sampler": self.sampler,
+            "tracker": self.tracker,
+        }  # fmt: skip
+        return {place: part for place, part in named.items() if part is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as nested tables of plain values, every default written out, nothing shortened."""
+        tree: dict[str, Any] = {
+            "name": self.name, "seed": self.seed, "run_dir": self.run_dir, "plugins": list(self.plugins),
+            "data": {"length": self.length}, "train": self.train.model_dump(mode="json"),
+            "backend": self.placement.model_dump(mode="json"), "evaluate": self.evaluate.model_dump(mode="json"),
+            "sample": self.sample.model_dump(mode="json"),
+        }  # fmt: skip
+        for place, part in self.parts().items():
+            table, _, slot = place.partition(".")
+            if slot:
+                tree[table][slot] = part.to_dict()
+            else:
+                tree[table] = {**part.to_dict(), **tree.get(table, {})}
+        return scalars_first({key: tree[key] for key in TOP_LEVEL if key in tree})
+
+    def to_toml(self) -> str:
+        """`to_dict` as TOML text, which reads back as the same recipe."""
+        return write_toml(
+            self.to_dict(), f"Every key of this recipe with its value, as ddiff {__version__} resolved it."
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of `to_dict`."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def origins(self) -> dict[str, str]:
+        """Where each component comes from: `{"process": "kimura (ddiff_kimura, ddiff-kimura 1.0)"}`."""
+        return {place: f"{part.component.name} ({part.component.origin})" for place, part in self.parts().items()}
+
+
+def read_recipe(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
+    """Read a recipe by path or by the name of a shipped one; `settings` are `--set` texts that go over it.
+
+    Raises RecipeError (file, line, key, what came and what is due) and PluginError.
+    """
+    return resolve(_extended(_read_draft(str(name)), ()), settings)
+
+
+def parse_recipe(text: str, source: str = "<text>", settings: Iterable[str] = ()) -> Recipe:
+    """The same for TOML text; `source` stands for the file in messages and is where `extends` looks first."""
+    return resolve(_extended(_shorthand_expanded(read_toml(text, source)), ()), settings)
+
+
+def resolve(draft: Draft, settings: Iterable[str] = ()) -> Recipe:
+    """Check a draft and load what it names."""
+    draft = _shorthand_expanded(read_settings(settings)).under(draft, _handed_on)
+    _check_tables(draft)
+    heading = _checked(Heading, {key: draft.tree[key] for key in Heading.model_fields if key in draft.tree}, draft, ())
+    registry = _load_plugins(heading, draft)
+    resolver = _Resolver(draft, registry)
+    data, tokenizer, vocabulary = resolver.part("data"), resolver.part("tokenizer"), resolver.part("vocabulary")
+    process = resolver.part("process") if "process" in draft.tree else None
+    denoiser, objective = resolver.part("denoiser"), resolver.part("objective")
+    return Recipe(
+        name=heading.name,
+        seed=heading.seed,
+        run_dir=heading.run_dir or f"runs/{heading.name}",
+        plugins=tuple(dict.fromkeys(heading.plugins)),
+        length=resolver.keys(DataKeys, "data").length,
+        data=data,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        process=process,
+        denoiser=denoiser,
+        head=resolver.slot("denoiser", "head"),
+        objective=objective,
+        loss=resolver.slot("objective", "loss"),
+        times=resolver.slot("objective", "times"),
+        train=resolver.keys(TrainKeys, "train"),
+        optimizer=resolver.part("train", "optimizer"),
+        backend=resolver.part("backend"),
+        placement=resolver.keys(BackendKeys, "backend"),
+        evaluate=resolver.keys(EvaluateKeys, "evaluate"),
+        sample=resolver.keys(SampleKeys, "sample"),
+        sampler=resolver.part("sample", "sampler"),
+        tracker=resolver.part("tracker"),
+        registry=registry,
+    )
+
+
+def component_part(component: Component, settings: Iterable[str] = ()) -> Part:
+    """A component outside a recipe, with `key=value` settings of its own: what `ddiff check NAME --set` reads."""
+    draft = read_settings(settings)
+    known = list(component.config_class().model_fields)
+    return Part(component, _checked(component.config_class(), draft.tree, draft, (), component, known))
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The dotted keys in which two `Recipe.to_dict` differ, with both values; None where one has no such key."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    keys = dict.fromkeys([*before, *after])
+    return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with ddiff, by name; `paper/<name>` in a sub-folder."""
+    package = Path(__file__).parent
+    folder = package / "_recipes" if (package / "_recipes").is_dir() else package.parent / "recipes"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.toml"))}
+
+
+class _Resolver:
+    """Finds the parts and engine keys of one draft."""
+
+    def __init__(self, draft: Draft, registry: Registry) -> None:
+        self.draft = draft
+        self.registry = registry
+
+    def table(self, path: KeyPath) -> dict[str, Any]:
+        tree = self.draft.tree
+        for key in path:
+            tree = tree.get(key, {})
+        return tree
+
+    def part(self, *path: str) -> Part:
+        table, slot = self.table(path), SLOTS[path]
+        component = self.component(path, slot, table)
+        config = component.config_class()
+        shared = self.engine_keys(path, component)
+        _check_no_shared_keys(component, config, shared)
+        own = {key: value for key, value in table.items() if key not in ("kind", *shared)}
+        known = [*config.model_fields, *shared]
+        return Part(component, _checked(config, own, self.draft, path, component, known))
+
+    def slot(self, table: str, key: str) -> Part | None:
+        """The component in a slot; None where the table's own component declines that slot."""
+        owner = self.component((table,), SLOTS[table,], self.table((table,)))
+        return self.part(table, key) if key in self.engine_keys((table,), owner) else None
+
+    def engine_keys(self, path: KeyPath, component: Component) -> list[str]:
+        """The keys of a table that are not its component's; a component with `slots` names the slots that it has."""
+        if len(path) > 1:
+            return []
+        table = TABLES[str(path[0])]
+        used = getattr(component.load(), "slots", table.slots)
+        return [key for key in table.engine_keys() if key not in table.slots or key in used]
+
+    def keys(self, model: type[Keys], name: str) -> Keys:
+        table = TABLES[name]
+        mine = model.model_fields if table.component else self.table((name,))
+        values = {key: value for key, value in self.table((name,)).items() if key in mine and key not in table.slots}
+        return _checked(model, values, self.draft, (name,), known=table.engine_keys())
+
+    def component(self, path: KeyPath, slot: Slot, table: Mapping[str, Any]) -> Component:
+        name = table.get("kind", slot.default)
+        label = table_label(path)
+        if not isinstance(name, str):
+            place = self.draft.place((*path, "kind") if "kind" in table else path)
+            came = f"; got {shown(name)}" if "kind" in table else ""
+            raise RecipeError(
+                f"{place}: {label} needs a kind, the name of a {slot.kind} in quotes{came}. "
+                f"There is: {', '.join(self.registry.names(slot.kind)) or 'none in the listed plugins'}."
+            )
+        try:
+            return self.registry.component(slot.kind, name)
+        except PluginError as error:
+            raise RecipeError(f'{self.draft.place((*path, "kind"))}: {label} kind = "{name}": {error}') from error
+
+
+def _read_draft(name: str, place: str = "") -> Draft:
+    """The draft of a recipe file or shipped recipe, its shorthand expanded; `place` is where its name was written."""
+    return _shorthand_expanded(read_toml(*_read_text(name, place)))
+
+
+def _read_text(name: str, place: str) -> tuple[str, str]:
+    """The text of a recipe and the name of its file."""
+    path = Path(name)
+    if "://" not in name and not path.is_file():
+        shipped = shipped_recipes()
+        if name not in shipped:
+            raise RecipeError(_missing_file(name, place, shipped))
+        path = _shortest(shipped[name])
+    try:
+        if "://" in name:
+            import fsspec
+
+            with fsspec.open(name, "r", encoding="utf-8") as file:
+                return file.read(), name
+        return path.read_text(encoding="utf-8"), str(path)
+    except (OSError, ValueError, ImportError) as error:  # ValueError: bytes that are no UTF-8, or an unknown protocol
+        raise RecipeError(
+            f"{place}{name}: this recipe cannot be read: {error}. Give the path of a readable TOML file."
+        ) from error
+
+
+def _missing_file(name: str, place: str, shipped: Mapping[str, Path]) -> str:
+    near = nearest(PurePosixPath(name).stem, shipped) or nearest(name.removesuffix(".toml"), shipped)
+    what = (
+        "is a directory, not a recipe file"
+        if Path(name).is_dir()
+        else "there is no such file and no shipped recipe of that name"
+    )
+    return f"{place}{name}: {what}.{near} Shipped recipes: {', '.join(shipped) or 'none'}."
+
+
+def _shortest(path: Path) -> Path:
+    """Relative to the working directory when that is shorter to read."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _extended(draft: Draft, below: tuple[str, ...]) -> Draft:
+    """The draft over the recipe that it extends, and so on down."""
+    if "extends" not in draft.tree:
+        return draft
+    name, place = draft.tree.pop("extends"), draft.place(("extends",))
+    if not isinstance(name, str):
+        raise RecipeError(f"{place}: extends must be the path or name of one recipe, in quotes; got {shown(name)}.")
+    chain = (*below, draft.source)
+    base = _read_draft(_beside(name, draft.source), f"{place}: extends ")
+    if _identity(base.source) in [_identity(source) for source in chain]:
+        raise RecipeError(
+            f"{place}: extends goes in a circle: {' -> '.join((*chain, base.source))}. Take one link out."
+        )
+    places = {path: f"{written} (extended by {draft.source})" for path, written in base.places.items()}
+    return draft.under(_extended(Draft(base.tree, base.source, places), chain), _handed_on)
+
+
+def _beside(name: str, source: str) -> str:
+    """A relative path is looked for beside the file that extends it, then as it stands."""
+    beside = Path(source).parent / name
+    return str(beside) if "://" not in source and beside.is_file() else name
+
+
+def _identity(source: str) -> str:
+    return source if "://" in source else str(Path(source).resolve())
+
+
+def _shorthand_expanded(draft: Draft) -> Draft:
+    """`optimizer = "muon"` -> `optimizer = {kind = "muon"}` wherever a component is named."""
+    for path in SLOTS:
+        table = draft.tree
+        for key in path[:-1]:
+            table = table.get(key, {}) if isinstance(table, dict) else {}
+        if isinstance(table, dict) and isinstance(table.get(path[-1]), str):
+            table[path[-1]] = {"kind": table[path[-1]]}
+    return draft
+
+
+def _handed_on(path: KeyPath, below: Mapping[str, Any], above: Mapping[str, Any]) -> frozenset[str] | None:
+    """Another kind in a table means other keys: of the old table only those that the engine reads are handed on."""
+    if path not in SLOTS or "kind" not in above or above["kind"] == below.get("kind", SLOTS[path].default):
+        return None
+    return frozenset(TABLES[str(path[0])].engine_keys()) if len(path) == 1 else frozenset()
+
+
+def _check_tables(draft: Draft) -> None:
+    """Top-level names are known, tables are tables, and the required ones are there."""
+    for name in draft.tree:
+        if name not in TOP_LEVEL:
+            raise RecipeError(
+                f'{draft.place((name,))}: a recipe has no key or table "{name}".{nearest(name, TOP_LEVEL)} '
+                f"It takes: {', '.join(TOP_LEVEL)}."
+            )
+    if "extends" in draft.tree:
+        raise RecipeError(f"{draft.place(('extends',))}: extends belongs into a recipe file; it cannot be set.")
+    for path in [*((name,) for name in TABLES), *SLOTS]:
+        _check_is_table(draft, path)
+    missing = [name for name, table in TABLES.items() if not _has_default(table) and name not in draft.tree]
+    if missing:
+        needed = [name for name, table in TABLES.items() if not _has_default(table)]
+        raise RecipeError(
+            f'{draft.source}: there is no [{missing[0]}] table. A recipe needs {", ".join(needed)}; '
+            'extends = "<recipe>" takes what is missing from another one.'
+        )
+
+
+def _check_is_table(draft: Draft, path: KeyPath) -> None:
+    value: Any = draft.tree
+    for key in path:
+        value = value.get(key, {})
+    if isinstance(value, dict):
+        return
+    alternative = f", or the name of a {SLOTS[path].kind} in quotes" if path in SLOTS else ""
+    raise RecipeError(
+        f"{draft.place(path)}: {'.'.join(map(str, path))} must be a table{alternative}; got {shown(value)}."
+    )
+
+
+def _has_default(table: Table) -> bool:
+    named = table.component is None or table.component.default is not None
+    complete = table.keys is None or not any(key.is_required() for key in table.keys.model_fields.values())
+    return table.optional or (named and complete)
+
+
+def _load_plugins(heading: Heading, draft: Draft) -> Registry:
+    try:
+        return load_plugins(heading.plugins)
+    except PluginError as error:
+        raise RecipeError(f"{draft.place(('plugins',))}: plugins = {shown(list(heading.plugins))}: {error}") from error
+
+
+def _check_no_shared_keys(component: Component, config: type[ComponentConfig], shared: list[str]) -> None:
+    taken = [key for key in ("kind", *shared) if key in config.model_fields]
+    if taken:
+        raise PluginError(
+            f'The Config of {component} has the key "{taken[0]}", which the engine reads itself in that '
+            "table and never hands on. Rename it there, or take what build is given."
+        )
+
+
+def _checked(
+    model: type[Keys],
+    values: Mapping[str, Any],
+    draft: Draft,
+    path: KeyPath,
+    component: Component | None = None,
+    known: Iterable[str] = (),
+) -> Keys:
+    """The model of a table's values, or a RecipeError for the first that is wrong; `known` are the table's keys.
+
+    JSON is the strict reading in which an array may still become a tuple and 1 become 1.0, but "3" stays a string.
+    """
+    try:
+        return model.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        owner = f' for kind "{component.name}" (from {component.origin})' if component else ""
+        message = explain(first, model, path, owner, list(known))
+        raise RecipeError(f"{draft.place((*path, *first['loc']))}: {message}") from error
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
