@@ -1,0 +1,12 @@
+"""A diffusion transformer as a backbone. Names only: nothing heavy is imported until a recipe asks for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ddiff.registry import Registry
+
+
+def ddiff_register(registry: Registry) -> None:
+    registry.add("backbone", "dit", "ddiff_dit.dit:DiT")

@@ -1,0 +1,308 @@
+"""Heads: from hidden rows to laws of the clean token, a chunk of rows at a time.
+
+A head never returns a law. It is called back: `fn(law, idx)` sees one chunk of rows that ask below one node, and only
+the logits of that node's part of the table exist then, so nothing of shape [positions, V] is ever held. In training the
+gradients are formed inside the same chunk (three matrix products, as for a fused cross-entropy) and added in place into
+one buffer per table: slicing the table under autograd instead makes a zero-filled [V,d] gradient per slice.
+
+Tables stand in tree order, so that what lies below a node is one range of rows; ids outside keep tokenizer order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddiff.core.law import CleanLaw, DenseLaw, SubtreeLaw, segment_logsumexp
+from ddiff.core.vocabulary import Vocabulary
+from ddiff.errors import ArgumentError, NonFiniteError
+
+Question = Callable[[CleanLaw, Tensor], Tensor | tuple[Tensor, ...]]
+Logits = Callable[[int, int], Tensor]
+TreeKind = Literal["tied", "levelwise"]
+
+
+class Head(nn.Module, ABC):
+    """A linear table over rows `table` [rows, width] with one `bias` per row, read as laws.
+
+    A subclass says how many rows it has, which logits a node needs (`law`) and how many (`logits_per_row`). Table and
+    bias start at zero: the first law is uniform among whatever shares a softmax.
+    """
+
+    is_table = True  # an optimizer for hidden matrices (Muon) must leave these parameters alone
+    forward_methods = ("total", "visit")
+    chunk_logits = 2**22  # logits held at once: 16 MB in float32
+
+    def __init__(self, vocabulary: Vocabulary, width: int, rows: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.width = width
+        self.table = nn.Parameter(torch.zeros(rows, width))
+        self.bias = nn.Parameter(torch.zeros(rows))
+
+    @abstractmethod
+    def law(self, logits: Logits, top: int) -> SubtreeLaw:
+        """The law below `top`; `logits(start, stop)` gives [r, stop-start] for those rows of the table."""
+
+    @abstractmethod
+    def logits_per_row(self, top: int) -> int:
+        """How many logits a row that asks below `top` is expected to need: it bounds the rows of a chunk."""
+
+    @abstractmethod
+    def start_from_counts(self, counts: Tensor) -> None:
+        """Set the biases so that the first law is the unigram law of `counts` [V], each count raised by one."""
+
+    def total(self, hidden: Tensor, node: Tensor, fn: Question) -> tuple[Tensor, ...]:
+        """Sum of fn's first result over all rows, differentiable in hidden and tables, then all results detached.
+
+        hidden [n,d], node [n]: the subtree in which each row asks. `fn(law, idx)` answers for the rows `idx` [k] with
+        [k] or a tuple of [k,...]; what it closes over gets no gradient. Returns (sum, *results in row order). With no
+        rows, fn is asked once about an empty law and the sum is 0 with zero gradients. ArgumentError when a row asks
+        below a word.
+        """
+        return _ChunkedSum.apply(hidden, self.table, self.bias, self, node, fn, torch.is_grad_enabled())
+
+    @torch.no_grad()
+    def visit(self, hidden: Tensor, node: Tensor, fn: Question) -> Tensor | tuple[Tensor, ...]:
+        """fn's results in row order, without gradients; NonFiniteError when a logit is NaN or infinite."""
+        results, finite = [], torch.ones((), dtype=torch.bool, device=hidden.device)
+        grouped, groups = self._grouped(node)
+        dtype = _product_dtype(hidden)
+        with _outside_autocast(hidden.device):
+            for top, first, last in self._chunks(groups):
+                idx = grouped[first:last]
+                logits = _ChunkLogits(hidden[idx].to(dtype), self.table, self.bias, with_gradient=False)
+                results.append(_as_tuple(fn(self.law(logits, top), idx)))
+                finite &= logits.finite()
+        if not bool(finite):
+            raise NonFiniteError(
+                "Head.visit: the denoiser's logits hold NaN or infinity, so nothing can be drawn or scored. Its weights "
+                "or its inputs are not finite: go back to an earlier checkpoint, or train with a smaller learning rate."
+            )
+        gathered = _gather(results, grouped)
+        return gathered[0] if len(gathered) == 1 else gathered
+
+    def _grouped(self, node: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Rows sorted by asked node: their indices [n], and (node, how many) per group."""
+        order = torch.argsort(node, stable=True)
+        tops, counts = torch.unique_consecutive(node[order], return_counts=True)
+        groups = list(zip(tops.tolist(), counts.tolist()))
+        if groups and groups[0][0] < self.vocabulary.num_tokens:
+            raise ArgumentError(
+                f"Head: node must name nodes above the words (ids >= {self.vocabulary.num_tokens}); a row asks below "
+                f"word {groups[0][0]}, under which nothing is open. Leave out rows where process.active(zt) is False."
+            )
+        return order, groups
+
+    def _chunks(self, groups: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+        """(node, first, last) of each chunk of the grouped rows; one empty chunk at the root when there are no rows."""
+        chunks, first = [], 0
+        for top, count in groups:
+            size = max(1, self.chunk_logits // self.logits_per_row(top))
+            chunks += [(top, first + i, first + min(i + size, count)) for i in range(0, count, size)]
+            first += count
+        return chunks or [(self.vocabulary.root, 0, 0)]
+
+    def _range(self, top: int, level: int) -> tuple[int, int]:
+        start, stop = self.vocabulary.node_range(torch.tensor(top), level)
+        return int(start), int(stop)
+
+
+class TokenHead(Head):
+    """One logit per word, in id order; every row asks at the root: P(node) = sum of its words' probabilities."""
+
+    def __init__(self, vocabulary: Vocabulary, width: int) -> None:
+        super().__init__(vocabulary, width, vocabulary.num_tokens)
+
+    def law(self, logits: Logits, top: int) -> SubtreeLaw:
+        return DenseLaw(logits(0, self.vocabulary.num_tokens).log_softmax(-1), self.vocabulary)
+
+    def logits_per_row(self, top: int) -> int:
+        return self.vocabulary.num_tokens
+
+    def start_from_counts(self, counts: Tensor) -> None:
+        _set(self.bias, counts.double().add(1).log())
+
+    def _grouped(self, node: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+        rows = torch.arange(len(node), device=node.device)
+        return rows, [(self.vocabulary.root, len(node))] if len(node) else []
+
+
+class TreeHead(Head):
+    """A head that computes only the part of the tree that a row asks about.
+
+    "tied": one row per word; P(node) is the sum of its words, and a row that asks below a node needs that node's words.
+    "levelwise": one row per state except the root, with logits among siblings; a row needs as many logits as its node
+    has children, and the levels under them, when they are asked for, follow by the chain rule.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, width: int, kind: TreeKind) -> None:
+        if kind not in get_args(TreeKind):
+            raise ArgumentError(f'TreeHead: kind must be "tied" or "levelwise"; got {kind!r}.')
+        levels = max(vocabulary.num_levels, 1) if kind == "levelwise" else 1
+        super().__init__(vocabulary, width, sum(vocabulary.level_sizes[:levels]))
+        self.kind = kind
+        self.levels = levels
+
+    def law(self, logits: Logits, top: int) -> SubtreeLaw:
+        if self.kind == "tied":
+            return DenseLaw(logits(*self._range(top, 0)).log_softmax(-1), self.vocabulary, top)
+        return LevelwiseLaw(logits, self.vocabulary, top)
+
+    def logits_per_row(self, top: int) -> int:
+        first, last = self._range(top, 0)
+        if self.kind == "tied":
+            return last - first
+        children = int(self.vocabulary.num_children(torch.tensor(top))) or last - first
+        return children + (last - first) // 16  # a question about words must not break the bound by more than this
+
+    def start_from_counts(self, counts: Tensor) -> None:
+        counts = counts.double().cpu().add(1)
+        words = torch.arange(self.vocabulary.num_tokens)
+        masses = []
+        for level, size in enumerate(self.vocabulary.level_sizes[: self.levels]):
+            index = self.vocabulary.ancestor(words, level) - self.vocabulary.offsets[level]
+            mass = torch.zeros(size, dtype=counts.dtype).index_add(0, index, counts)
+            masses.append(mass[self.vocabulary.order(level) - self.vocabulary.offsets[level]])
+        _set(self.bias, torch.cat(masses).log())
+
+
+class LevelwiseLaw(SubtreeLaw):
+    """A law from logits among siblings: log P(node | top) = sum of log-softmaxes along the path from top to node."""
+
+    def __init__(self, logits: Logits, vocabulary: Vocabulary, top: int) -> None:
+        super().__init__(vocabulary, top)
+        self._logits = logits
+        self._levels: dict[int, Tensor] = {}
+
+    def log_below(self, level: int) -> Tensor:
+        if level not in self._levels:
+            self._levels[level] = self._chain(level)
+        return self._levels[level]
+
+    def _chain(self, level: int) -> Tensor:
+        vocabulary, top = self.vocabulary, torch.tensor(self.top)
+        start, stop = (int(place) for place in vocabulary.node_range(top, level))
+        logits = self._logits(vocabulary.offsets[level] + start, vocabulary.offsets[level] + stop)
+        if level + 1 == int(vocabulary.level_of(top)):
+            return logits.log_softmax(-1)
+        above = self.log_below(level + 1)
+        nodes = vocabulary.order(level, logits.device)[start:stop]
+        parent = vocabulary.position(level + 1, logits.device)[vocabulary.parent(nodes) - vocabulary.offsets[level + 1]]
+        parent = parent - int(vocabulary.node_range(top, level + 1)[0])
+        return logits + (above - segment_logsumexp(logits, parent, above.shape[-1]))[:, parent]
+
+
+class _ChunkLogits:
+    """Logits of one chunk, one table slice at a time, each a leaf of fn's graph."""
+
+    def __init__(self, hidden: Tensor, table: Tensor, bias: Tensor, with_gradient: bool) -> None:
+        self.hidden, self.table, self.bias = hidden, table, bias
+        self.with_gradient = with_gradient
+        self.read: list[tuple[slice, Tensor]] = []
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        rows = slice(start, stop)
+        with torch.no_grad():
+            product = F.linear(self.hidden, self._weight(rows))
+            # laws are float32 at least, whatever the product was computed in
+            logits = product.to(torch.promote_types(self.table.dtype, torch.float32)).add_(self.bias[rows])
+        self.read.append((rows, logits.requires_grad_(self.with_gradient)))
+        return logits
+
+    def finite(self) -> Tensor:
+        """[] whether every logit that was read is finite."""
+        return torch.stack([logits.isfinite().all() for _, logits in self.read]).all()
+
+    def push(self, value: Tensor, d_hidden: Tensor, d_table: Tensor, d_bias: Tensor) -> None:
+        """Add the gradient of `value` to the buffers, in place; d_hidden holds this chunk's rows only."""
+        if not value.requires_grad:
+            return
+        gradients = torch.autograd.grad(value, [logits for _, logits in self.read], allow_unused=True)
+        for (rows, _), gradient in zip(self.read, gradients):
+            if gradient is None:
+                continue
+            d_bias[rows] += gradient.sum(0)
+            gradient = gradient.to(self.hidden.dtype)
+            _add_product(d_hidden, gradient, self._weight(rows))
+            _add_product(d_table[rows], gradient.t(), self.hidden)
+
+    def _weight(self, rows: slice) -> Tensor:
+        return self.table[rows].to(self.hidden.dtype)
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """Head.total: gradients of the sum are formed with it, chunk by chunk; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        table: Tensor,
+        bias: Tensor,
+        head: Head,
+        node: Tensor,
+        fn: Question,
+        with_gradient: bool,
+    ) -> tuple[Tensor, ...]:
+        grouped, groups = head._grouped(node)
+        sorted_hidden = hidden.detach()[grouped].to(_product_dtype(hidden))
+        buffers = [torch.zeros_like(tensor) for tensor in (hidden, table, bias)] if with_gradient else []
+        results = []
+        with _outside_autocast(hidden.device), torch.set_grad_enabled(with_gradient):
+            for top, first, last in head._chunks(groups):
+                idx = grouped[first:last]
+                logits = _ChunkLogits(sorted_hidden[first:last], table.detach(), bias.detach(), with_gradient)
+                answer = _as_tuple(fn(head.law(logits, top), idx))
+                if with_gradient:
+                    logits.push(answer[0].sum(), buffers[0][first:last], *buffers[1:])
+                results.append(tuple(tensor.detach() for tensor in answer))
+        if with_gradient:
+            ctx.save_for_backward(grouped, *buffers)
+        rows = _gather(results, grouped)
+        ctx.mark_non_differentiable(*rows)
+        return rows[0].sum(), *rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grouped, d_hidden, d_table, d_bias = ctx.saved_tensors
+        in_row_order = torch.empty_like(d_hidden).index_copy_(0, grouped, d_hidden)
+        return *(buffer * d_sum.to(buffer.dtype) for buffer in (in_row_order, d_table, d_bias)), None, None, None, None
+
+
+def _gather(results: list[tuple[Tensor, ...]], grouped: Tensor) -> tuple[Tensor, ...]:
+    """Chunks' results, in grouped order, back in row order."""
+    columns = [torch.cat(column) for column in zip(*results)]
+    return tuple(torch.empty_like(column).index_copy_(0, grouped, column) for column in columns)
+
+
+def _add_product(buffer: Tensor, left: Tensor, right: Tensor) -> None:
+    if buffer.dtype == left.dtype:
+        buffer.addmm_(left, right)
+    else:
+        buffer += left @ right
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """What the products of logits are computed in: the autocast dtype where autocast is on."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _outside_autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)
+
+
+def _as_tuple(answer: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return answer if isinstance(answer, tuple) else (answer,)
+
+
+def _set(parameter: Tensor, values: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(values)

@@ -1,0 +1,183 @@
+"""A diffusion transformer (arXiv 2212.09748): pre-norm blocks, adaLN-zero, rotary positions, full attention.
+
+One network maps times to a modulation that all blocks share, and each block adds six vectors of its own
+(arXiv 2310.00426): a time per position then costs one matrix product per pass and not one per block.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddiff.component import ComponentConfig, PositiveInt, Probability
+from ddiff.core.vocabulary import Vocabulary
+from ddiff.errors import ArgumentError
+from ddiff.nn.denoiser import Context
+from ddiff.nn.embedding import StateEmbedding
+
+Size = Literal["tiny", "small", "base"]
+SIZES: dict[str, tuple[int, int]] = {"tiny": (512, 8), "small": (768, 12), "base": (1024, 24)}
+HEAD_WIDTH = 64
+TIME_FEATURES = 64
+TIME_WIDTH = 128
+ROTARY_BASE = 10_000.0
+
+Shared = tuple[Tensor, ...]
+
+
+class DiT(nn.Module):
+    """ids [B,L] of any level, times t [B,L] -> hidden states [B,L,width].
+
+    `time=False` leaves t out: the law then depends on the ids alone. ArgumentError when the numbers do not fit.
+    """
+
+    class Config(ComponentConfig):
+        """`size` gives width and layers; each explicit number wins over it; heads default to 64 wide."""
+
+        size: Size = "tiny"
+        width: PositiveInt | None = None
+        layers: PositiveInt | None = None
+        heads: PositiveInt | None = None
+        time: bool = True
+        dropout: Probability = 0.0
+
+    @classmethod
+    def build(cls, config: Config, *, vocabulary: Vocabulary, length: int) -> DiT:
+        """The backbone of a recipe; rotary positions know no longest sequence, so `length` is not needed."""
+        width, layers = SIZES[config.size]
+        width = config.width or width
+        heads = config.heads or max(1, width // HEAD_WIDTH)
+        return cls(vocabulary, width, config.layers or layers, heads, config.time, config.dropout)
+
+    def __init__(
+        self, vocabulary: Vocabulary, width: int, layers: int, heads: int, time: bool = True, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if width % (2 * heads):
+            raise ArgumentError(
+                f"DiT: width must be a multiple of 2 * heads, since positions turn pairs of channels; got width "
+                f"{width} and heads {heads}. Take e.g. heads = width / {HEAD_WIDTH}."
+            )
+        self.width, self.head_width = width, width // heads
+        self.embedding = StateEmbedding(vocabulary, width)
+        self.time = TimeModulation(width) if time else None
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.out_modulation = nn.Parameter(torch.zeros(2, 1, width))
+
+    def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
+        if context.conditions:
+            raise ArgumentError(
+                f"DiT: context.conditions must be empty, since this backbone reads none; got "
+                f"{sorted(context.conditions)}. Take them out of the batch or use a backbone that reads them."
+            )
+        x = self.embedding(ids)
+        mask, rotation = context.attention_mask(), Rotation(x, self.head_width)
+        shared = self.time(_per_sequence(t), x.dtype) if self.time else None
+        for block in self.blocks:
+            x = block(x, shared, rotation, mask)
+        shift, scale = _modulation(self.out_modulation, shared and shared[6:])
+        return modulate(x, shift, scale)
+
+
+class Block(nn.Module):
+    """x + gate * attention(norm x), then x + gate * MLP(norm x); gates start at zero, the block as the identity."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, width // heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attended = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.modulation = nn.Parameter(torch.zeros(6, 1, width))  # not two-dimensional: no hidden matrix
+        for linear in (self.qkv, self.attended, self.up, self.down):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        for linear in (self.up, self.down):
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, shared: Shared | None, rotation: Rotation, mask: Tensor | None) -> Tensor:
+        shift, scale, gate, shift2, scale2, gate2 = _modulation(self.modulation, shared and shared[:6])
+        x = torch.addcmul(x, gate, self.dropout(self._attend(modulate(x, shift, scale), rotation, mask)))
+        hidden = F.gelu(self.up(modulate(x, shift2, scale2)), approximate="tanh")
+        return torch.addcmul(x, gate2, self.dropout(self.down(hidden)))
+
+    def _attend(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
+        turned, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width)).split([2, 1], 2)
+        q, k = rotation(turned).transpose(1, 3).unbind(2)
+        mixed = F.scaled_dot_product_attention(q, k, v.squeeze(2).transpose(1, 2), attn_mask=mask)
+        return self.attended(mixed.transpose(1, 2).flatten(2))
+
+
+class TimeModulation(nn.Module):
+    """t [B, L or 1] in [0,1] -> eight [B, L or 1, width]: six that all blocks share and two for the final norm.
+
+    Sines and cosines of 32 frequencies from 1 to 256 radians per unit, an MLP of width 128, a matrix of zeros at first.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(TIME_FEATURES, TIME_WIDTH), nn.SiLU(), nn.Linear(TIME_WIDTH, TIME_WIDTH), nn.SiLU()
+        )
+        self.out = Channels(TIME_WIDTH, 8 * width)
+        self.register_buffer("frequencies", 2.0 ** torch.linspace(0, 8, TIME_FEATURES // 2), persistent=False)
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Shared:
+        angle = t.to(torch.promote_types(dtype, torch.float32)).unsqueeze(-1) * self.frequencies
+        return self.out(self.mlp(torch.cat([angle.cos(), angle.sin()], -1).to(dtype))).chunk(8, -1)
+
+
+class Channels(nn.Linear):
+    """A linear map to the channels of a modulation, zero at first."""
+
+    is_table = True  # its rows are channels: no hidden matrix to an optimizer
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class Rotation:
+    """Rotary positions (arXiv 2104.09864): channels i and i + w/2 of [B,L,...,w] turn by position * base^(-2i/w).
+
+    Products of a turned query and a turned key depend on the difference of their positions alone, so packed documents
+    need no positions of their own.
+    """
+
+    def __init__(self, x: Tensor, width: int) -> None:
+        # at least float32: an angle of hundreds of radians in bfloat16 is off by whole turns
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        pair = torch.arange(0, width, 2, device=x.device, dtype=dtype)
+        position = torch.arange(x.shape[1], device=x.device, dtype=dtype)
+        angle = position.unsqueeze(-1) * torch.exp(pair * (-math.log(ROTARY_BASE) / width))
+        self.cos = torch.cat([angle.cos(), angle.cos()], -1).to(x.dtype)
+        self.sin = torch.cat([-angle.sin(), angle.sin()], -1).to(x.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        shape = (x.shape[1], *(1,) * (x.dim() - 3), x.shape[-1])
+        cos, sin = self.cos.to(x.dtype).view(shape), self.sin.to(x.dtype).view(shape)
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift, the norm without parameters of its own."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+
+
+def _modulation(own: Tensor, shared: Shared | None) -> Shared:
+    """A block's own vectors [n,1,width] one by one, plus the shared ones where time is read."""
+    if shared is None:
+        return own.unbind()
+    return tuple(mine + theirs for mine, theirs in zip(own, shared))
+
+
+def _per_sequence(t: Tensor) -> Tensor:
+    """[B,1] when t is one time per sequence expanded over positions (a stride of zero says so), else t [B,L]."""
+    return t[:, :1] if t.stride(1) == 0 else t
