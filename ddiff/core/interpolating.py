@@ -129,8 +129,8 @@ class MixtureProcess(InterpolatingProcess):
                 f"MixtureProcess: target must be a law over the {vocabulary.num_states} states, with sum 1; got shape "
                 f"{tuple(target.shape)} and sum {float(target.sum()):.6g}."
             )
-        self.vocabulary, self.schedule, self.target = vocabulary, schedule, target
-        self.prior = Prior(target.log())
+        self.vocabulary, self.schedule, self.target = vocabulary, schedule, target / target.sum()
+        self.prior = Prior(self.target.log())
         self.closes_at_clean, self.closes_at_prior = schedule.closes_at_clean, schedule.closes_at_prior
 
     def alpha(self, t: Tensor) -> Tensor:
