@@ -45,7 +45,7 @@ class DenseProcess(ForwardProcess):
         self._function = None if isinstance(matrix, Tensor) else matrix
         self._matrix = matrix.double() if isinstance(matrix, Tensor) else None
         self._check(self._matrix if self._matrix is not None else self._generator(torch.tensor([0.5]).double())[0])
-        self._knots, self._reached = self._march() if self._matrix is None else (None, None)
+        self._table = self._march() if self._matrix is None else None
         last = self._from_clean(torch.ones(1).double())[0, : vocabulary.num_tokens]
         self.prior = Prior(last.mean(0).clamp(min=0.0).log())
         self.closes_at_prior = bool((last - last.mean(0)).abs().max() < 1e-9)
@@ -62,8 +62,8 @@ class DenseProcess(ForwardProcess):
         row_sums = matrix.sum(-1).abs().max()
         if not matrix.isfinite().all() or off_diagonal.min() < 0 or row_sums > 1e-8 * matrix.abs().max():
             raise ArgumentError(
-                "DenseProcess: matrix must be a generator: finite, off-diagonal rates >= 0, rows that sum to 0 (row y holds "
-                f"the rates from y); got a smallest rate of {float(off_diagonal.min()):.3g} and a row sum of "
+                "DenseProcess: matrix must be a generator: finite, off-diagonal rates >= 0, rows that sum to 0 (row y "
+                f"holds the rates from y); got a smallest rate of {float(off_diagonal.min()):.3g} and a row sum of "
                 f"{float(row_sums):.3g}."
             )
 
@@ -88,7 +88,7 @@ class DenseProcess(ForwardProcess):
         """Times [K] and the transitions [K,S,S] from 0 to them, so that a marginal costs one short step."""
         ends = torch.logit(interior(torch.tensor([0.0, 1.0], dtype=torch.float64)))
         knots = torch.sigmoid(torch.linspace(float(ends[0]), float(ends[1]), self.steps + 1, dtype=torch.float64))
-        moves = propagate(self._generator, knots[:-1], knots[1:], self.vocabulary.num_states, steps=1)
+        moves = propagate(self._generator, knots[:-1], knots[1:], self.vocabulary.num_states, steps=4)
         reached = [torch.eye(self.vocabulary.num_states, dtype=torch.float64)]
         for move in moves:
             reached.append(reached[-1] @ move)
@@ -96,13 +96,13 @@ class DenseProcess(ForwardProcess):
 
     def _from_clean(self, t: Tensor) -> Tensor:
         """[r,S,S] the transition from 0 to t."""
-        if self._knots is None or self._reached is None:
+        if self._table is None:
             return self._between(torch.zeros_like(t), t)
         times, inverse = torch.unique(t, return_inverse=True)
-        knots = self._knots.to(t.device)
+        knots, reached = (part.to(t.device) for part in self._table)
         before = (torch.searchsorted(knots, interior(times), right=True) - 1).clamp(0, len(knots) - 1)
-        rest = propagate(self._generator, knots[before], times, self.vocabulary.num_states, steps=1)
-        return (self._reached.to(t.device)[before] @ rest)[inverse].clamp(min=0.0)
+        rest = propagate(self._generator, knots[before], times, self.vocabulary.num_states, steps=4)
+        return (reached[before] @ rest)[inverse].clamp(min=0.0)
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         reached = self._from_clean(t)[:, : self.vocabulary.num_tokens].to(log_p.dtype)
