@@ -9,18 +9,22 @@ import pyarrow as pa
 from datasets import Dataset
 
 
-def write_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch], path: Path | None = None) -> Dataset | None:
-    """Stream record batches to `path`, or, without a path, into memory as the Dataset that is returned."""
-    sink = pa.BufferOutputStream() if path is None else pa.OSFile(str(path), "wb")
-    with sink, pa.ipc.new_stream(sink, schema) as stream:
+def write_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch], path: Path) -> None:
+    """Stream record batches to a local file."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
         for batch in batches:
             stream.write_batch(batch)
-        if path is None:
-            stream.close()
-            return Dataset.from_buffer(sink.getvalue())
-    return None
 
 
 def read_table(path: Path) -> Dataset:
     """The memory-mapped table of an Arrow stream file."""
     return Dataset.from_file(str(path))
+
+
+def table_in_memory(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Dataset:
+    """The same table without a file."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
+    return Dataset.from_buffer(sink.getvalue())

@@ -1,6 +1,7 @@
 """Corpora as documents: the bundled novels, text files, rows of symbols.
 
-Documents are what evaluation intervals are over, so a reader says what a document is: a chapter, a file, a paragraph, a line.
+Documents are what evaluation intervals are over, so a reader says what a document is: a chapter, a file, a paragraph, a
+line.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +21,7 @@ import fsspec
 import pyarrow as pa
 from datasets import Dataset, Value
 
-from ddiff.data.arrow import read_table, write_table
+from ddiff.data.arrow import read_table, table_in_memory, write_table
 from ddiff.data.cache import Cache
 from ddiff.errors import ArgumentError, DataError
 from ddiff.progress import progress
@@ -50,7 +52,9 @@ class Documents:
     @cached_property
     def fingerprint(self) -> str:
         """Of the text of both parts."""
-        return hashlib.sha256((text_fingerprint(self.train) + text_fingerprint(self.validation)).encode()).hexdigest()[:32]
+        return hashlib.sha256((text_fingerprint(self.train) + text_fingerprint(self.validation)).encode()).hexdigest()[
+            :32
+        ]
 
 
 def text_fingerprint(documents: Dataset) -> str:
@@ -129,8 +133,8 @@ def symbol_rows(
         for row in part:
             if len(row["text"]) != length:
                 raise DataError(
-                    f'symbol_rows: {row["name"]} has {len(row["text"])} symbols, but every row must have length = {length}. '
-                    "Mend the file, or set [data] length to the length of its rows."
+                    f"symbol_rows: {row['name']} has {len(row['text'])} symbols, but every row must have "
+                    f"length = {length}. Mend the file, or set [data] length to the length of its rows."
                 )
     return documents
 
@@ -139,7 +143,7 @@ def _chapters(compressed: bytes) -> list[str]:
     """A novel cut before each chapter heading; a volume's heading and the front matter go with the chapter that follows."""
     text = lzma.decompress(compressed).decode()
     cuts = [0, *[heading.start() for heading in _CHAPTER.finditer(text)][1:], len(text)]
-    return [text[start:stop].strip() for start, stop in zip(cuts, cuts[1:])]
+    return [text[start:stop].strip() for start, stop in pairwise(cuts)]
 
 
 def _check_part(part: Dataset, name: str) -> None:
@@ -180,7 +184,7 @@ def _read(patterns: Sequence[str], split: Split, cache: Cache | None) -> Dataset
     """The documents of all files, memory-mapped from the cache when there is one."""
     paths = [path for pattern in patterns for path in _expand(pattern)]
     if cache is None:
-        corpus = write_table(_SCHEMA, _batches(paths, split))
+        corpus = table_in_memory(_SCHEMA, _batches(paths, split))
     else:
         inputs = {"files": [[_base_name(path), _file_fingerprint(path)] for path in paths], "split": split}
         entry = cache.entry("documents", inputs, lambda place: _write(paths, split, place))
@@ -224,7 +228,8 @@ def _batches(paths: Sequence[str], split: Split) -> Iterator[pa.RecordBatch]:
     with progress(len(paths), "reading text") as bar:
         for path in paths:
             texts, names = _file_documents(path, split)
-            yield pa.RecordBatch.from_arrays([pa.array(texts, pa.large_string()), pa.array(names, pa.string())], schema=_SCHEMA)
+            columns = [pa.array(texts, pa.large_string()), pa.array(names, pa.string())]
+            yield pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
             bar.advance(1)
 
 
@@ -241,7 +246,9 @@ def _file_documents(path: str, split: Split) -> tuple[list[str], list[str]]:
         ) from error
     pieces = _pieces(text.replace("\r\n", "\n"), split)
     name = _base_name(path)
-    found = [(piece, name if split == "file" else f"{name} {split} {number}") for number, piece in pieces if piece.strip()]
+    found = [
+        (piece, name if split == "file" else f"{name} {split} {number}") for number, piece in pieces if piece.strip()
+    ]
     return [piece for piece, _ in found], [name for _, name in found]
 
 

@@ -1,0 +1,39 @@
+"""Whole files at any fsspec path: written under another name and renamed, so that none is ever half there."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any
+
+import fsspec
+
+from ddiff.errors import DataError
+
+
+def write_json(path: str, content: Any) -> None:
+    """Write JSON to a local path or any that fsspec knows; folders are made."""
+    system, place = fsspec.url_to_fs(str(path))
+    partial = f"{place}.partial-{uuid.uuid4().hex[:8]}"
+    if "/" in place:
+        system.makedirs(place.rsplit("/", 1)[0], exist_ok=True)
+    with system.open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False)
+    system.mv(partial, place)
+
+
+def read_bytes(path: str, what: str) -> bytes:
+    """The content of a file; DataError, naming it as `what`, when it cannot be read."""
+    try:
+        with fsspec.open(str(path), "rb") as file:
+            return file.read()
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"{what}: {path} cannot be read ({error}). Check the path.") from error
+
+
+def read_json(path: str, what: str) -> Any:
+    """The JSON in a file; DataError, naming it as `what`, when it is missing or is not whole."""
+    try:
+        return json.loads(read_bytes(path, what))
+    except ValueError as error:
+        raise DataError(f"{what}: {path} is not a whole JSON file ({error}). Make it again.") from error
