@@ -1,0 +1,38 @@
+"""The engine's optimizers as components of a recipe."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ddiff.component import ComponentConfig, NonNegativeFloat, PositiveFloat
+from ddiff.training import optimizers
+from ddiff.training.optimizers import Betas, JointOptimizer
+
+
+class AdamW:
+    """AdamW for every parameter."""
+
+    class Config(ComponentConfig):
+        lr: PositiveFloat = 3e-3
+        betas: Betas = (0.9, 0.98)
+        weight_decay: NonNegativeFloat = 0.01
+
+    @staticmethod
+    def build(config: Config, *, module: nn.Module) -> torch.optim.AdamW:
+        return optimizers.adamw(module, config.lr, config.betas, config.weight_decay)
+
+
+class Muon:
+    """Muon for hidden matrices, AdamW for tables, norms and biases."""
+
+    class Config(ComponentConfig):
+        lr: PositiveFloat = 0.02
+        momentum: NonNegativeFloat = 0.95
+        weight_decay: NonNegativeFloat = 0.01
+        table_lr: PositiveFloat = 3e-3
+        table_betas: Betas = (0.9, 0.98)
+
+    @staticmethod
+    def build(config: Config, *, module: nn.Module) -> JointOptimizer:
+        return optimizers.muon(module, **config.model_dump())
