@@ -46,11 +46,12 @@ def nelbo(
     rule: TimeRule,
     noise: Noise,
     slot: Tensor,
-    slots: int,
+    slots: int | Tensor,
 ) -> NelboTerms:
     """One unbiased draw of the three terms per sequence.
 
-    x0 [B,L]; scored bool [B,L]: the others stay clean and count nothing; slot [B] is each sequence's stratum of `slots`.
+    x0 [B,L]; scored bool [B,L]: the others stay clean and count nothing; slot [B] is each sequence's stratum of `slots`
+    (one number, or [B] when sequences are stratified in groups of their own).
     """
     length = x0.shape[1]
     first, last = rule.ends(noise, slot, slots, length)
@@ -82,8 +83,8 @@ def decoding_term(process: ForwardProcess, ask: Ask, x0: Tensor, times: Times, s
     """[B,L] -ln P(x0 | z) at the first times, own evidence included; nothing where the process has closed."""
     noisy = corrupt(process, x0, times, scored, noise, "decoding")
     reads = (times.speed > 0) & ~noisy.clean
-    if process.closes_at_clean:
-        reads = reads & (times.t > 0)
+    if process.closes_at_clean:  # then a state that nothing ever moves into still holds its clean token
+        reads = reads & (times.t > 0) & process.active(noisy.zt)
     return times.speed * _read(ask, noisy, reads, process.scope, process.decode_nll, x0, noisy.zt, noisy.t)
 
 

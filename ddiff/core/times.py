@@ -38,10 +38,10 @@ class Noisy(NamedTuple):
 class TimeRule(Protocol):
     """Draws times for a global batch of `slots` samples; a pure function of the noise."""
 
-    def draw(self, noise: Noise, slot: Tensor, slots: int, length: int) -> Times:
-        """Times for samples that hold the strata `slot` [B] of `slots`: of a global batch, or of one document's draws."""
+    def draw(self, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
+        """Times for samples that hold the strata `slot` [B] of `slots`: of a global batch, or of each one's document."""
 
-    def ends(self, noise: Noise, slot: Tensor, slots: int, length: int) -> tuple[Times, Times]:
+    def ends(self, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> tuple[Times, Times]:
         """Where the decoding term and the closing term are read; speed is the weight of a position that is read."""
 
 
@@ -57,13 +57,16 @@ class FlatTimes:
             raise ArgumentError(f"FlatTimes: need 0 <= start < stop <= 1; got start = {start}, stop = {stop}.")
         self.start, self.stop = start, stop
 
-    def draw(self, noise: Noise, slot: Tensor, slots: int, length: int) -> Times:
-        u = noise.uniform("time")[:, :1]
-        stratum = van_der_corput_order(slots).to(u.device)[slot].unsqueeze(-1)
+    def draw(self, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
+        groups = torch.as_tensor(slots, device=slot.device).expand_as(slot)
+        stratum = torch.zeros_like(slot)
+        for count in groups.unique().tolist():
+            stratum = torch.where(groups == count, van_der_corput_order(count).to(slot)[slot % count], stratum)
+        share = (stratum + noise.uniform("time")[:, 0]) / groups
         width = self.stop - self.start
-        return _everywhere((self.start + width * (stratum + u) / slots).expand(-1, length), width)
+        return _everywhere((self.start + width * share).unsqueeze(-1).expand(-1, length), width)
 
-    def ends(self, noise: Noise, slot: Tensor, slots: int, length: int) -> tuple[Times, Times]:
+    def ends(self, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> tuple[Times, Times]:
         first = torch.full((len(slot), length), self.start, dtype=torch.float64, device=slot.device)
         return _everywhere(first, 1.0), _everywhere(torch.full_like(first, self.stop), 1.0)
 

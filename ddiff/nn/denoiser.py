@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ddiff.core.law import CleanLaw, DenseLaw, drop_own_evidence
+from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError
 from ddiff.nn.heads import Head, Question
 
@@ -98,7 +99,7 @@ class Denoiser(nn.Module):
 
 
 class Asking:
-    """`ask` over a network: each ask(zt, t) gives a visit that runs the network at its first call and never again.
+    """`ask` over a network: each ask(noisy) gives a visit that runs the network at its first call and never again.
 
     `calls` counts runs of the network (NFE). Dropout is whatever mode the denoiser is in: call `.eval()` first.
     """
@@ -109,15 +110,15 @@ class Asking:
         self.context = context
         self.calls = 0
 
-    def __call__(self, zt: Tensor, t: Tensor) -> _Visit:
-        return _Visit(self, zt, t)
+    def __call__(self, noisy: Noisy) -> _Visit:
+        return _Visit(self, noisy)
 
 
 class _Visit:
     """One state of the sequences: the network's hidden states, once they are there."""
 
-    def __init__(self, asking: Asking, zt: Tensor, t: Tensor) -> None:
-        self.asking, self.zt, self.t = asking, zt, t
+    def __init__(self, asking: Asking, noisy: Noisy) -> None:
+        self.asking, self.zt, self.t = asking, noisy.zt, noisy.t
         self.hidden: Tensor | None = None
 
     @torch.no_grad()
@@ -133,7 +134,7 @@ class _Visit:
 
 
 def asking(denoiser: Denoiser, process: ForwardProcess, context: Context = UNPADDED) -> Asking:
-    """ask(zt[B,L], t[B,L]) -> visit, for samplers and evaluation."""
+    """ask(noisy) -> visit, for samplers and evaluation."""
     return Asking(denoiser, process, context)
 
 

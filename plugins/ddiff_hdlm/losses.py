@@ -1,0 +1,56 @@
+"""Training losses of the paper's code (arXiv 2510.08632). The bound never sees them."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ddiff import ArgumentError, CleanLaw, ComponentConfig, ForwardProcess, NonNegativeFloat, TreeProcess
+
+
+def _tree(process: ForwardProcess, name: str, max_levels: int | None = None) -> TreeProcess:
+    if not isinstance(process, TreeProcess) or (max_levels and process.vocabulary.num_levels != max_levels):
+        shape = f" of {max_levels} levels above the words" if max_levels else ""
+        raise ArgumentError(
+            f'[objective] loss = "{name}" needs a tree process{shape}; got {type(process).__name__} on '
+            f'{process.vocabulary}. Use loss = "elbo" or "clip".'
+        )
+    return process
+
+
+@final
+class Empirical:
+    """Fitted weights instead of the bound's: t^2 - t + 3 at masks and 3 - 2t at clusters, times the same divergence."""
+
+    @classmethod
+    def build(cls, config: ComponentConfig, *, process: ForwardProcess) -> Empirical:
+        _tree(process, "hdlm_empirical", max_levels=2)
+        return cls()
+
+    def rows(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        _, divergence = process.factors(law, x0, zt, t)
+        weight = torch.where(zt == process.vocabulary.root, t * t - t + 3.0, 3.0 - 2.0 * t)
+        return weight * divergence
+
+
+@final
+class HardTokens:
+    """The bound's weight, clipped, times the surprise of the word itself, -ln P(x | node), at every level."""
+
+    class Config(ComponentConfig):
+        largest: NonNegativeFloat = 2.0
+        """Weights above this are cut."""
+
+    def __init__(self, largest: float) -> None:
+        self.largest = largest
+
+    @classmethod
+    def build(cls, config: Config, *, process: ForwardProcess) -> HardTokens:
+        _tree(process, "hdlm_hard")
+        return cls(config.largest)
+
+    def rows(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        weight, _ = process.factors(law, x0, zt, t)
+        return weight.clamp(max=self.largest) * process.decode_nll(law, x0, zt, t)

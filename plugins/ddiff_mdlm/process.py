@@ -1,0 +1,50 @@
+"""Words are masked one by one: the tree of one level (arXiv 2406.07524)."""
+
+from __future__ import annotations
+
+from typing import Literal, final
+
+from ddiff import (
+    ArgumentError,
+    CdfClock,
+    ComponentConfig,
+    CosineSchedule,
+    FlatVocabulary,
+    ForwardProcess,
+    LinearSchedule,
+    PositiveFloat,
+    PowerSchedule,
+    Schedule,
+    TreeProcess,
+    Vocabulary,
+)
+
+
+@final
+class MaskedDiffusion(TreeProcess):
+    """q_t(.|x) = alpha_t delta_x + (1 - alpha_t) delta_mask; density (-alpha'/(1 - alpha)) (-ln p(x)) at masks."""
+
+    class Config(ComponentConfig):
+        schedule: Literal["linear", "cosine", "power"] = "linear"
+        """alpha = 1 - t; 1 - sin(pi t / 2); 1 - t^power."""
+        power: PositiveFloat = 1.0
+        """Of the power schedule."""
+
+    @classmethod
+    def build(cls, config: Config, *, vocabulary: Vocabulary) -> MaskedDiffusion:
+        if vocabulary.num_levels != 1:
+            raise ArgumentError(
+                f"The process mdlm needs words and a mask, nothing between; got {vocabulary}. "
+                'Use [vocabulary] kind = "flat", or the process hdlm for a tree.'
+            )
+        schedules: dict[str, Schedule] = {
+            "linear": LinearSchedule(),
+            "cosine": CosineSchedule(),
+            "power": PowerSchedule(config.power),
+        }
+        return cls(vocabulary, CdfClock([schedules[config.schedule]]))
+
+    @classmethod
+    def examples(cls) -> list[ForwardProcess]:
+        settings = ({"schedule": "linear"}, {"schedule": "cosine"}, {"schedule": "power", "power": 2.5})
+        return [cls.build(cls.Config(**keys), vocabulary=FlatVocabulary(5)) for keys in settings]
