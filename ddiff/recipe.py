@@ -147,7 +147,7 @@ TABLES: dict[str, Table] = {
     "tracker": Table(Slot("tracker", "none")),
 }
 
-SLOTS: dict[KeyPath, Slot] = {
+SLOTS: dict[tuple[str, ...], Slot] = {
     **{(name,): table.component for name, table in TABLES.items() if table.component},
     **{(name, key): slot for name, table in TABLES.items() for key, slot in table.slots.items()},
 }
@@ -265,7 +265,7 @@ def parse_recipe(text: str, source: str = "<text>", settings: Iterable[str] = ()
 
 def resolve(draft: Draft, settings: Iterable[str] = ()) -> Recipe:
     """Check a draft and load what it names."""
-    draft = _shorthand_expanded(read_settings(settings)).under(draft, _handed_on)
+    draft = _shorthand_expanded(read_settings(settings, draft.source)).under(draft, _handed_on)
     _check_tables(draft)
     heading = _checked(Heading, {key: draft.tree[key] for key in Heading.model_fields if key in draft.tree}, draft, ())
     registry = _load_plugins(heading, draft)
@@ -302,7 +302,7 @@ def resolve(draft: Draft, settings: Iterable[str] = ()) -> Recipe:
 
 def component_part(component: Component, settings: Iterable[str] = ()) -> Part:
     """A component outside a recipe, with `key=value` settings of its own: what `ddiff check NAME --set` reads."""
-    draft = read_settings(settings)
+    draft = read_settings(settings, "--set")
     known = list(component.config_class().model_fields)
     return Part(component, _checked(component.config_class(), draft.tree, draft, (), component, known))
 
@@ -328,42 +328,51 @@ class _Resolver:
         self.draft = draft
         self.registry = registry
 
-    def table(self, path: KeyPath) -> dict[str, Any]:
+    def table(self, path: tuple[str, ...]) -> dict[str, Any]:
         tree = self.draft.tree
         for key in path:
             tree = tree.get(key, {})
         return tree
 
     def part(self, *path: str) -> Part:
-        table, slot = self.table(path), SLOTS[path]
-        component = self.component(path, slot, table)
+        """The component that a place names, with its settings."""
+        component = self.component(path)
         config = component.config_class()
-        shared = self.engine_keys(path, component)
-        _check_no_shared_keys(component, config, shared)
-        own = {key: value for key, value in table.items() if key not in ("kind", *shared)}
-        known = [*config.model_fields, *shared]
+        engine = self.engine_keys(path, component)
+        _check_contract(component, config, engine)
+        table = self.table(path)
+        own = {key: value for key, value in table.items() if key not in ("kind", *engine)}
+        # A Config that repeats a key of the engine is given what the engine reads, default or not.
+        own |= {key: value for key, value in engine.items() if key in config.model_fields}
+        known = list(dict.fromkeys([*config.model_fields, *engine]))
         return Part(component, _checked(config, own, self.draft, path, component, known))
 
     def slot(self, table: str, key: str) -> Part | None:
         """The component in a slot; None where the table's own component declines that slot."""
-        owner = self.component((table,), SLOTS[table,], self.table((table,)))
-        return self.part(table, key) if key in self.engine_keys((table,), owner) else None
+        return self.part(table, key) if key in self.engine_keys((table,), self.component((table,))) else None
 
-    def engine_keys(self, path: KeyPath, component: Component) -> list[str]:
-        """The keys of a table that are not its component's; a component with `slots` names the slots that it has."""
+    def engine_keys(self, path: tuple[str, ...], component: Component) -> dict[str, Any]:
+        """What a component's table holds for the engine: its keys with their values, and the slots, which have none.
+
+        A component may decline slots: its attribute `slots` names those that it has.
+        """
         if len(path) > 1:
-            return []
-        table = TABLES[str(path[0])]
-        used = getattr(component.load(), "slots", table.slots)
-        return [key for key in table.engine_keys() if key not in table.slots or key in used]
+            return {}
+        name = path[0]
+        used = getattr(component.load(), "slots", TABLES[name].slots)
+        keys = TABLES[name].keys
+        values = self.keys(keys, name).model_dump(mode="json") if keys else {}
+        return {**dict.fromkeys(slot for slot in TABLES[name].slots if slot in used), **values}
 
     def keys(self, model: type[Keys], name: str) -> Keys:
+        """The engine's keys in a table; in a table without a component there are no others."""
         table = TABLES[name]
         mine = model.model_fields if table.component else self.table((name,))
         values = {key: value for key, value in self.table((name,)).items() if key in mine and key not in table.slots}
         return _checked(model, values, self.draft, (name,), known=table.engine_keys())
 
-    def component(self, path: KeyPath, slot: Slot, table: Mapping[str, Any]) -> Component:
+    def component(self, path: tuple[str, ...]) -> Component:
+        slot, table = SLOTS[path], self.table(path)
         name = table.get("kind", slot.default)
         label = table_label(path)
         if not isinstance(name, str):
@@ -458,7 +467,7 @@ def _shorthand_expanded(draft: Draft) -> Draft:
     return draft
 
 
-def _handed_on(path: KeyPath, below: Mapping[str, Any], above: Mapping[str, Any]) -> frozenset[str] | None:
+def _handed_on(path: tuple[str, ...], below: Mapping[str, Any], above: Mapping[str, Any]) -> frozenset[str] | None:
     """Another kind in a table means other keys: of the old table only those that the engine reads are handed on."""
     if path not in SLOTS or "kind" not in above or above["kind"] == below.get("kind", SLOTS[path].default):
         return None
@@ -481,12 +490,12 @@ def _check_tables(draft: Draft) -> None:
     if missing:
         needed = [name for name, table in TABLES.items() if not _has_default(table)]
         raise RecipeError(
-            f'{draft.source}: there is no [{missing[0]}] table. A recipe needs {", ".join(needed)}; '
+            f"{draft.source}: there is no [{missing[0]}] table. A recipe needs {', '.join(needed)}; "
             'extends = "<recipe>" takes what is missing from another one.'
         )
 
 
-def _check_is_table(draft: Draft, path: KeyPath) -> None:
+def _check_is_table(draft: Draft, path: tuple[str, ...]) -> None:
     value: Any = draft.tree
     for key in path:
         value = value.get(key, {})
@@ -511,12 +520,12 @@ def _load_plugins(heading: Heading, draft: Draft) -> Registry:
         raise RecipeError(f"{draft.place(('plugins',))}: plugins = {shown(list(heading.plugins))}: {error}") from error
 
 
-def _check_no_shared_keys(component: Component, config: type[ComponentConfig], shared: list[str]) -> None:
-    taken = [key for key in ("kind", *shared) if key in config.model_fields]
-    if taken:
+def _check_contract(component: Component, config: type[ComponentConfig], engine: Mapping[str, Any]) -> None:
+    reserved = [key for key in ("kind", *engine) if key in config.model_fields and engine.get(key) is None]
+    if reserved:
         raise PluginError(
-            f'The Config of {component} has the key "{taken[0]}", which the engine reads itself in that '
-            "table and never hands on. Rename it there, or take what build is given."
+            f'The Config of the {component} has the key "{reserved[0]}", which names a component in that table of a '
+            "recipe. Give the key another name."
         )
 
 

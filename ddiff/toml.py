@@ -19,6 +19,9 @@ from ddiff.errors import RecipeError
 KeyPath = tuple[str | int, ...]
 """A path into nested tables; integers index arrays."""
 
+Replaces = Callable[[tuple[str, ...], Mapping[str, Any], Mapping[str, Any]], frozenset[str] | None]
+"""(path, below, above) of a table -> None when `above` changes the table below; else the keys that are handed on."""
+
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _STRING = re.compile(r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'[\s\S]*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'', re.DOTALL)
 _SCALAR = re.compile(r"[^,\]}#\n]*")
@@ -41,11 +44,9 @@ class Draft:
                 return self.places[path[:length]]
         return self.source
 
-    def under(self, base: Draft, replaces: Callable[[KeyPath, Mapping, Mapping], frozenset[str] | None]) -> Draft:
-        """This draft with the keys of `base` where it has none of its own, table by table.
-
-        `replaces(path, below, above)` may say that a table is a new one and not a change of the old: it then gives the
-        keys that the old table still hands on.
+    def under(self, base: Draft, replaces: Replaces) -> Draft:
+        """This draft with the keys of `base` where it has none of its own, table by table. `replaces` may say
+        that a table is a new one and no change of the old.
         """
         places = dict(base.places)
         tree = _merged(base.tree, self.tree, (), places, replaces)
@@ -64,12 +65,12 @@ def read_toml(text: str, source: str) -> Draft:
     return Draft(tree, source, {path: f"{source}:{line}" for path, line in key_lines(text).items()})
 
 
-def read_settings(settings: Iterable[str]) -> Draft:
-    """The draft of `--set a.b=c` texts: a key path and a TOML value, where a bare word is a string.
+def read_settings(settings: Iterable[str], source: str) -> Draft:
+    """The draft of `--set a.b=c` texts over `source`: a key path and a TOML value, where a bare word is a string.
 
     Raises RecipeError for a text without `=`, a broken key or value, and a path through something that is no table.
     """
-    draft = Draft({}, "--set")
+    draft = Draft({}, source)
     for setting in settings:
         tree = _parse_setting(setting)
         path, value = _only_leaf(tree)
@@ -103,7 +104,11 @@ def scalars_first(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged(
-    below: Mapping[str, Any], above: Mapping[str, Any], path: KeyPath, places: dict[KeyPath, str], replaces: Callable
+    below: Mapping[str, Any],
+    above: Mapping[str, Any],
+    path: tuple[str, ...],
+    places: dict[KeyPath, str],
+    replaces: Replaces,
 ) -> dict[str, Any]:
     handed_on = replaces(path, below, above)
     merged = copy.deepcopy({key: value for key, value in below.items() if handed_on is None or key in handed_on})
@@ -144,10 +149,12 @@ def _parse_setting(setting: str) -> dict[str, Any]:
 
 def _only_leaf(tree: dict[str, Any]) -> tuple[tuple[str, ...], Any]:
     """The key path of a one-setting tree; an inline table counts as its value."""
-    (key, value), path = next(iter(tree.items())), ()
+    path: tuple[str, ...] = ()
+    value: Any = tree
     while isinstance(value, dict) and len(value) == 1:
-        path, (key, value) = (*path, key), next(iter(value.items()))
-    return (*path, key), value
+        ((key, value),) = value.items()
+        path = (*path, key)
+    return path, value
 
 
 def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any, setting: str) -> None:

@@ -37,7 +37,7 @@ COMPONENTS = {
     "optimizer": {"adamw": "ddiff_core.optimizers:AdamW", "muon": "ddiff_core.optimizers:Muon"},
     "backend": {"single": "ddiff_core.backends:Single"},
     "sampler": {"ancestral": "ddiff_core.samplers:Ancestral"},
-    "tracker": {"none": "ddiff_core.trackers:NoTracker", "wandb": "ddiff_core.trackers:Wandb"},
+    "tracker": {"none": "ddiff_core.trackers:Nothing", "wandb": "ddiff_core.trackers:WeightsAndBiases"},
 }
 
 

@@ -1,0 +1,98 @@
+"""Names lead to components, which are imported on use; a name that does not is explained."""
+
+from __future__ import annotations
+
+import pytest
+
+from ddiff.errors import PluginError
+from ddiff.plugin import load_plugins
+from ddiff.registry import KINDS, Origin, Registry
+
+HERE = Origin("toy", "toy_pkg", "toy-dist", "1.0")
+
+
+def message(call, *arguments) -> str:
+    with pytest.raises(PluginError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("proces", "toy", "a:b"), 'Did you mean "process"?'),
+        (("process", "two words", "a:b"), "must be a word"),
+        (("process", "", "a:b"), "must be a word"),
+        (("process", "toy", "toy_parts.Toy"), '"module:object"'),
+        (("process", "toy", int), '"module:object"'),
+    ],
+)
+def test_a_malformed_registration_says_what_is_due_and_from_whom(arguments, expected):
+    text = message(Registry(HERE).add, *arguments)
+    assert expected in text
+    assert "toy-dist 1.0" in text
+
+
+def test_a_plugin_cannot_register_a_name_twice():
+    registry = Registry(HERE)
+    registry.add("process", "toy", "a:b")
+    registry.add("sampler", "toy", "a:c")  # another kind is another name
+    assert 'registers the process "toy" twice' in message(registry.add, "process", "toy", "a:d")
+
+
+def test_every_kind_says_what_build_takes_and_returns():
+    assert all("build(config" in line and "->" in line for line in KINDS.values())
+
+
+def test_an_unknown_component_names_the_nearest_and_those_that_are_there(distribution):
+    modules = {"toy_pkg": register("kimura", "jukes")}
+    distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, modules)
+    text = message(load_plugins(["toy"]).component, "process", "kimra")
+    assert 'no process "kimra"' in text
+    assert 'Did you mean "kimura"?' in text
+    assert "jukes, kimura" in text
+
+
+def test_a_component_of_an_unlisted_plugin_says_which_plugin_to_list(distribution):
+    distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": register("kimura")})
+    text = message(load_plugins([]).component, "process", "kimura")
+    assert "toy-dist 1.0" in text
+    assert 'Add "toy" to plugins' in text
+
+
+def test_a_near_name_in_an_unlisted_plugin_is_offered_too(distribution):
+    distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": register("kimura")})
+    text = message(load_plugins([]).component, "process", "kimra")
+    assert 'Did you mean "kimura"?' in text
+    assert '"kimura" with plugin "toy"' in text
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "expected"),
+    [
+        ("toy_missing:Toy", "", "No module named 'toy_missing'"),
+        ("toy_parts:Tow", "class Toy: pass", "has no attribute 'Tow'"),
+        ("toy_parts:Toy", "import not_there", "toy_parts.py, line 1"),
+        ("toy_parts:Toy", "class Toy: pass", "has no build"),
+        ("toy_parts:Toy", "class Toy:\n    class Config: pass\n    def build(): pass", "ddiff.ComponentConfig"),
+    ],
+)
+def test_a_component_that_does_not_load_names_its_distribution_and_the_reason(distribution, target, source, expected):
+    modules = {"toy_pkg": register("toy", target=target), "toy_parts": source}
+    distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, modules)
+    text = message(load_plugins(["toy"]).component("process", "toy").load)
+    assert expected in text
+    assert "toy-dist 1.0" in text
+
+
+def test_a_target_may_be_nested_in_a_class(distribution):
+    source = "class Outer:\n    class Inner:\n        def build(config): pass"
+    modules = {"toy_pkg": register("toy", target="toy_parts:Outer.Inner"), "toy_parts": source}
+    distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, modules)
+    assert load_plugins(["toy"]).component("process", "toy").load().__name__ == "Inner"
+
+
+def register(*names: str, target: str = "toy_parts:Toy") -> str:
+    lines = [f"    registry.add('process', {name!r}, {target!r})" for name in names]
+    return "\n".join(["from ddiff import hookimpl", "@hookimpl", "def ddiff_register(registry):", *lines])
