@@ -1,0 +1,143 @@
+"""Hierarchies and embeddings that somebody else made: token-to-cluster files, embedding matrices, pretrained models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_safetensors
+
+from ddiff.data.files import read_bytes
+from ddiff.errors import DataError
+
+_Ints = NDArray[np.int64]
+_NO_PICKLE = (
+    "Pickled files (.pt, .pkl) are not read, because they can run code: load it where you trust it and save the array "
+    "with numpy.save or safetensors."
+)
+
+
+def read_clusters(
+    paths: Sequence[str], num_tokens: int, *, extra: int = 0, mask_token_id: int | None = None
+) -> list[_Ints]:
+    """Parents per level from files, finest level first: token to cluster, then cluster to coarser cluster, ...
+
+    A file is .npy, .json (a list, or an object from index to cluster) or .safetensors (one tensor) of integers from 0
+    without gaps. The first has an entry for each of the `num_tokens` words. The layout published with arXiv 2510.08632 (one
+    int64 for all words but the mask) fits by saying so: `extra` entries at its end, for special tokens that this tokenizer
+    has not, are left out; with `mask_token_id` the file has none for that token, which joins the cluster of the token before
+    it (it never occurs in text). DataError for a wrong length, with both numbers.
+    """
+    if not paths:
+        raise DataError("read_clusters: paths must name at least one file of token clusters; got none.")
+    words = _read_integers(paths[0])
+    expected = num_tokens + extra - (mask_token_id is not None)
+    if len(words) != expected:
+        raise DataError(
+            f"{paths[0]} has {len(words)} entries, but {expected} are due: the tokenizer has {num_tokens} tokens"
+            f"{f', and extra = {extra}' if extra else ''}{', one of them the mask' if mask_token_id is not None else ''}. "
+            "The file was made for another tokenizer, or it counts special tokens otherwise: set extra (entries at the end "
+            "that the tokenizer has not) or mask_token_id (a token that the file leaves out)."
+        )
+    words = words[: len(words) - extra]
+    if mask_token_id is not None:
+        words = np.insert(words, mask_token_id, words[max(mask_token_id - 1, 0)])
+    levels = [words, *(_read_integers(path) for path in paths[1:])]
+    for path, below, level in zip(paths[1:], levels, levels[1:]):
+        if len(level) != below.max() + 1:
+            raise DataError(
+                f"{path} has {len(level)} entries, but the level below it has {below.max() + 1} clusters. "
+                "Each needs one parent."
+            )
+    for path, level in zip(paths, levels):
+        _check_no_gap(path, level)
+    return levels
+
+
+def read_embeddings(path: str, num_tokens: int) -> NDArray[np.float32]:
+    """[V, d] from a .npy or .safetensors file with one matrix; DataError when it has not V rows."""
+    matrix = _read_array(path)
+    if matrix.ndim != 2 or matrix.dtype.kind != "f" or len(matrix) != num_tokens:
+        raise DataError(
+            f"{path} must hold one float matrix with a row for each of the tokenizer's {num_tokens} tokens; "
+            f"it holds {matrix.dtype} of shape {matrix.shape}. Was it made for another tokenizer?"
+        )
+    return matrix.astype(np.float32)
+
+
+def model_embeddings(source: str, num_tokens: int) -> NDArray[np.float32]:
+    """[V, d] input embeddings of a `transformers` model (directory or hub name); rows that pad its table are left out."""
+    from transformers import AutoModel  # seconds to import
+
+    try:
+        table = AutoModel.from_pretrained(source).get_input_embeddings().weight
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        where = "" if Path(source).is_dir() else " It is no local directory; a hub name needs a connection."
+        raise DataError(f"No model from {source!r}.{where} ({str(error).splitlines()[0]})") from error
+    if len(table) < num_tokens:
+        raise DataError(
+            f"The embeddings of {source!r} have {len(table)} rows, but the tokenizer has {num_tokens} tokens. "
+            "Use the model's own tokenizer."
+        )
+    return table.detach().float().numpy()[:num_tokens]
+
+
+def _read_integers(path: str) -> _Ints:
+    array = _read_array(path)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0:
+        raise DataError(
+            f"{path} must hold one list of integers (the cluster of each entry); "
+            f"it holds {array.dtype} of shape {array.shape}."
+        )
+    return array.astype(np.int64)
+
+
+def _read_array(path: str) -> NDArray[Any]:
+    suffix = Path(path).suffix
+    readers = {".npy": _from_npy, ".json": _from_json, ".safetensors": _from_safetensors}
+    if suffix not in readers:
+        raise DataError(
+            f"{path}: expected a file ending in {', '.join(readers)}; got {suffix or 'no ending'}. {_NO_PICKLE}"
+        )
+    content = read_bytes(path, "clusters and embeddings")
+    try:
+        return readers[suffix](content)
+    except Exception as error:  # each format has errors of its own for a damaged file
+        raise DataError(f"{path} is not a whole {suffix} file of one array ({error}). {_NO_PICKLE}") from error
+
+
+def _from_npy(content: bytes) -> NDArray[Any]:
+    return np.load(BytesIO(content), allow_pickle=False)
+
+
+def _from_json(content: bytes) -> NDArray[Any]:
+    values = json.loads(content)
+    if isinstance(values, dict):
+        keys = sorted(values, key=int)
+        if [int(key) for key in keys] != list(range(len(keys))):
+            raise ValueError("its keys are not 0, 1, 2, ... without gaps")
+        values = [values[key] for key in keys]
+    return np.array(values)
+
+
+def _from_safetensors(content: bytes) -> NDArray[Any]:
+    tensors = load_safetensors(content)
+    if len(tensors) != 1:
+        raise ValueError(f"it holds {len(tensors)} tensors: {', '.join(sorted(tensors))}")
+    return next(iter(tensors.values()))
+
+
+def _check_no_gap(path: str, level: _Ints) -> None:
+    if level.min() < 0:
+        raise DataError(f"{path}: clusters are numbered from 0; it holds {level.min()}.")
+    empty = np.flatnonzero(np.bincount(level) == 0)
+    if len(empty):
+        raise DataError(
+            f"{path}: cluster {empty[0]} of {level.max() + 1} has no member ({len(empty)} such). "
+            "Number the clusters without gaps."
+        )
