@@ -1,6 +1,6 @@
 """A model of four inputs, a regression with ragged rows, and a trainer over them; also a program that trains it.
 
-    python toy.py RUN_DIR STEPS [SECONDS_PER_STEP]
+python toy.py RUN_DIR STEPS [SECONDS_PER_STEP]
 """
 
 from __future__ import annotations

@@ -1,0 +1,42 @@
+"""The single backend: its device, and what it does alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ddiff_core.backends import Single
+from pydantic import ValidationError
+from torch import nn
+
+from ddiff.errors import ArgumentError
+from ddiff.training.backend import SingleBackend
+
+
+def test_auto_is_cuda_when_there_is_one_and_else_the_cpu() -> None:
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert SingleBackend().device.type == Single.build(Single.Config()).device.type == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"), [("mps", "float64"), ("cuda:99", "CUDA devices here"), ("gpu", 'got "gpu"')]
+)
+def test_a_device_that_cannot_be_used_is_refused_with_the_reason(device: str, reason: str) -> None:
+    with pytest.raises(ArgumentError, match=reason):
+        SingleBackend(device)
+
+
+def test_one_process_is_all_it_runs() -> None:
+    with pytest.raises(ValidationError, match='backend "single" runs 1 process, not 2'):
+        Single.Config(processes=2)
+
+
+def test_alone_it_sums_to_the_same_and_clips_to_the_norm() -> None:
+    backend = SingleBackend("cpu")
+    assert (backend.rank, backend.world_size) == (0, 1)
+    assert backend.sum({"a": torch.tensor(2.0)}) == {"a": torch.tensor(2.0)}
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([2.0, 4.0]), torch.tensor([4.0])
+    assert backend.clip(parameters, None) == 6.0
+    assert backend.clip(parameters, 3.0) == 6.0
+    torch.testing.assert_close(parameters[0].grad, torch.tensor([1.0, 2.0]), rtol=1e-5, atol=0)
+    assert backend.clip(parameters, 100.0) == pytest.approx(3.0, rel=1e-5)

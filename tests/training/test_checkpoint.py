@@ -1,0 +1,224 @@
+"""Checkpoints: the same tree comes back, whole or not at all, and damage is named."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy import Net, toy_trainer
+
+from ddiff.errors import ArgumentError, CheckpointError
+from ddiff.training.checkpoint import Checkpoints
+
+MODEL = {"weight": torch.arange(6.0).reshape(2, 3).T, "count": torch.tensor(3)}
+
+
+def save(checkpoints: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        checkpoints.save(step, {"weight": torch.full((3,), float(step))}, {"step_was": step})
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.parametrize("root", ["{tmp}/checkpoints", "memory://checkpoints_of_a_tree"])
+def test_the_same_tree_comes_back(tmp_path: Path, root: str) -> None:
+    state = {
+        "ints": {0: torch.tensor(1.0, dtype=torch.float64), 7: {"betas": (0.9, 0.999), "none": None}},
+        "floats": [0.1, 1e-300, 3, True],
+        "$odd": {"text": "x", "nested": [(1, [torch.arange(3, dtype=torch.uint8)])]},
+        "empty": {},
+    }
+    checkpoints = Checkpoints(root.format(tmp=tmp_path))
+    assert checkpoints.newest() is None
+    path = checkpoints.save(12, MODEL, state)
+    found = checkpoints.newest()
+    assert found is not None
+    assert (found.step, found.path) == (12, path)
+    assert same(found.state, state)
+    assert same(found.model, MODEL)
+    assert same(checkpoints.weights(), MODEL)
+
+
+def test_tied_tensors_come_back_under_every_name(tmp_path: Path) -> None:
+    net = Net()
+    net.head.weight = net.embedding.weight
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, net.state_dict(), {})
+    found = checkpoints.load(1)
+    assert torch.equal(found.model["head.weight"], found.model["embedding.weight"])
+    other = Net()
+    found.restore(other)
+    assert torch.equal(other.head.weight, net.embedding.weight)
+
+
+def test_only_the_newest_stay(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, 5, 10, 15, 20)
+    assert checkpoints.steps() == [15, 20]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000015", "step_00000020"]
+    with pytest.raises(ArgumentError, match="keep must be at least 1"):
+        Checkpoints(tmp_path, keep=0)
+
+
+class Death(BaseException):
+    """What no code of ours catches, as none of it runs after SIGKILL."""
+
+
+class Mortal:
+    """A filesystem that dies before its `last`-th change."""
+
+    def __init__(self, fs: Any, last: int) -> None:
+        self._fs, self._left = fs, last
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fs, name)
+
+    def _live(self) -> None:
+        if self._left == 0:
+            raise Death
+        self._left -= 1
+
+    def makedirs(self, *args: Any, **kwargs: Any) -> Any:
+        self._live()
+        return self._fs.makedirs(*args, **kwargs)
+
+    def mv(self, *args: Any, **kwargs: Any) -> Any:
+        self._live()
+        return self._fs.mv(*args, **kwargs)
+
+    def rm(self, *args: Any, **kwargs: Any) -> Any:
+        self._live()
+        return self._fs.rm(*args, **kwargs)
+
+    def open(self, path: str, mode: str) -> Any:
+        if mode == "wb" and self._left == 0:
+            Path(path).write_bytes(b"half of i")
+        if mode == "wb":
+            self._live()
+        return self._fs.open(path, mode)
+
+
+def test_death_at_any_moment_of_saving_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    survived = []
+    for last in range(20):
+        root = tmp_path / str(last)
+        checkpoints = Checkpoints(root, keep=1)
+        save(checkpoints, 5)
+        whole, checkpoints._fs = checkpoints._fs, Mortal(checkpoints._fs, last)
+        try:
+            save(checkpoints, 10)
+            survived.append(last)
+        except Death:
+            pass
+        checkpoints._fs = whole
+        found = checkpoints.newest()
+        assert found is not None
+        assert found.model["weight"].tolist() == [float(found.step)] * 3
+        save(checkpoints, 15)
+        assert [path.name for path in root.iterdir()] == ["step_00000015"], "what the dead process left is swept up"
+    # four files, two renames and a directory at least: the loop has died at each
+    assert survived
+    assert 7 <= survived[0] < 19
+
+
+def test_a_checkpoint_without_its_marker_is_skipped(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 5, 10)
+    (tmp_path / "step_00000010" / "complete.json").unlink()
+    assert checkpoints.newest().step == 5  # type: ignore[union-attr]
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint of step 10; it has those of \[5\]"):
+        checkpoints.load(10)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "state.json", "complete.json"])
+def test_a_truncated_file_is_named_with_what_to_do(tmp_path: Path, name: str) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 5, 10)
+    file = tmp_path / "step_00000010" / name
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=rf"{name} .*Delete the directory .*step_00000010 to go on from step 5"):
+        checkpoints.newest()
+    assert checkpoints.load(5).step == 5
+
+
+def test_a_flipped_bit_and_a_missing_file_are_named(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 5)
+    file = tmp_path / "step_00000005" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged.*No earlier checkpoint is left"):
+        checkpoints.newest()
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"model.safetensors is missing"):
+        checkpoints.weights()
+
+
+def test_no_checkpoint_to_take_weights_from(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no complete checkpoint. Train first"):
+        Checkpoints(tmp_path / "nowhere").weights()
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 5)
+    marker = tmp_path / "step_00000005" / "complete.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99; this ddiff reads format 1"):
+        checkpoints.newest()
+
+
+def test_another_model_is_refused_by_what_differs(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, Net().state_dict(), {})
+    wider = nn.ModuleDict({"hidden": nn.Linear(4, 9)})
+    with pytest.raises(
+        CheckpointError, match=r"hidden.weight has shape \[4, 4\], the model's has \[9, 4\]|is not in the"
+    ):
+        checkpoints.load(1).restore(wider)
+
+
+def test_a_state_that_json_cannot_hold_is_refused_by_its_place(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(CheckpointError, match=r"state.optimizer.rule is a function"):
+        checkpoints.save(1, MODEL, {"optimizer": {"rule": lambda x: x}})
+    assert checkpoints.newest() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_pickle_is_written_or_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a pickle")
+
+    for module, name in ((torch, "save"), (torch, "load"), (pickle, "dumps"), (pickle, "loads"), (pickle, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    trainer = toy_trainer(tmp_path, 6)
+    trainer.fit()
+    again = toy_trainer(tmp_path, 8)
+    again.fit(again.checkpoints.newest())
+    for file in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert file.suffix in (".json", ".jsonl", ".safetensors")
+        start = file.read_bytes()[:9]
+        assert start[:1] == b"{" or start[8:9] == b"{", f"{file} is neither JSON nor safetensors"
+
+
+def test_a_checkpoint_says_where_its_components_came_from(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, 5, origins={"process": "ddiff_x 1.0"}, fingerprints={"vocabulary": "aa"})
+    trainer.fit()
+    state = json.loads((tmp_path / "checkpoints" / "step_00000005" / "state.json").read_text())["state"]
+    assert state["origins"] == {"process": "ddiff_x 1.0"}
+    assert state["fingerprints"] == {"vocabulary": "aa"}

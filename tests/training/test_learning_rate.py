@@ -1,0 +1,36 @@
+"""Learning rates by step."""
+
+from __future__ import annotations
+
+import pytest
+
+from ddiff.errors import ArgumentError
+from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
+
+
+def test_warm_up_rises_evenly_from_its_first_step_and_then_stays() -> None:
+    rate = WarmupConstant(4)
+    assert [rate(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert WarmupConstant()(0) == 1.0
+
+
+def test_the_cosine_starts_after_warm_up_and_ends_at_its_floor_with_the_last_step() -> None:
+    rate = WarmupCosine(steps=12, warmup=4, floor=0.1)
+    assert [rate(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert rate(7) == pytest.approx(0.55)  # half-way of the eight steps: the mean of 1 and the floor
+    assert rate(11) == pytest.approx(0.1)
+    assert all(rate(step) > rate(step + 1) for step in range(3, 11))
+
+
+def test_a_longer_run_follows_the_cosine_of_its_new_length() -> None:
+    assert WarmupCosine(20)(9) == pytest.approx(0.55)
+    assert WarmupCosine(10)(9) == pytest.approx(0.1)
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="warmup must be at least 0 and shorter than the run; got 10 of 10"):
+        WarmupCosine(steps=10, warmup=10)
+    with pytest.raises(ArgumentError, match="floor must be a share"):
+        WarmupCosine(steps=10, floor=1.5)
+    with pytest.raises(ArgumentError, match="warmup must be a number of steps"):
+        WarmupConstant(-1)

@@ -1,0 +1,150 @@
+"""Optimizers: who gets which, and Muon against torch's own and against its mathematics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ddiff_core.optimizers import AdamW
+from ddiff_core.optimizers import Muon as MuonComponent
+from torch import Tensor, nn
+from toy import Net
+
+from ddiff.training.checkpoint import Checkpoints
+from ddiff.training.optimizers import Muon, adamw, muon, orthogonalised, split_parameters
+
+
+class Everything(nn.Module):
+    """One parameter of each sort."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.tied = nn.Linear(4, 7, bias=False)
+        self.tied.weight = self.embedding.weight
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        self.positions = nn.Parameter(torch.zeros(3, 4))
+        self.positions.is_table = True  # type: ignore[attr-defined]
+        self.filters = nn.Conv1d(2, 2, 3)
+        self.head = nn.ModuleDict({"levels": nn.Linear(4, 7)})
+        self.head.is_table = True  # type: ignore[assignment]
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+
+def test_a_hidden_matrix_is_a_2d_weight_that_is_no_table() -> None:
+    hidden, others = split_parameters(Everything())
+    assert set(hidden) == {"block.0.weight"}
+    assert set(others) == {
+        "embedding.weight",
+        "positions",
+        "block.0.bias",
+        "block.1.weight",
+        "block.1.bias",
+        "filters.weight",
+        "filters.bias",
+        "head.levels.weight",
+        "head.levels.bias",
+    }
+
+
+def test_muon_reaches_hidden_matrices_only() -> None:
+    module = Everything()
+    optimizer = muon(module)
+    reached = {id(p) for group in optimizer.parts["muon"].param_groups for p in group["params"]}
+    assert reached == {id(module.block[0].weight)}
+    everyone = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(everyone) == sorted(id(p) for p in module.parameters() if p.requires_grad)
+
+
+def test_only_hidden_matrices_decay() -> None:
+    for make in (adamw, muon):
+        module = Everything()
+        hidden, _ = split_parameters(module)
+        decaying = {id(p) for g in make(module).param_groups if g["weight_decay"] for p in g["params"]}
+        assert decaying == {id(p) for p in hidden.values()}
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
+def test_an_orthogonalised_matrix_keeps_its_directions_and_evens_its_stretch(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    result = orthogonalised(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    core = u.T @ result @ v.T
+    # an odd polynomial of the matrix has its singular vectors exactly; these coefficients bring s to 0.7 .. 1.2
+    torch.testing.assert_close(core, torch.diag(core.diag()), rtol=0, atol=1e-12)
+    assert (s / s.norm()).min() > 0.01
+    assert core.diag().min() > 0.6
+    assert core.diag().max() < 1.3
+
+
+def steps_of(make: type[torch.optim.Optimizer], shape: tuple[int, int]) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    parameter = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+    optimizer = make([parameter], lr=0.1, weight_decay=0.3, momentum=0.8)  # type: ignore[call-arg]
+    for _ in range(4):
+        parameter.grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+        optimizer.step()
+    return parameter.detach()
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (3, 6)])
+def test_muon_on_a_cpu_is_torchs_muon_in_a_finer_precision(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torch's iterates are bfloat16, 8 bits: four steps of 0.1 times a matrix of norm < 3 differ by a few times 2^-8.
+    torch.testing.assert_close(steps_of(Muon, shape), steps_of(torch.optim.Muon, shape), rtol=0, atol=0.02)
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", orthogonalised)
+    torch.testing.assert_close(steps_of(Muon, shape), steps_of(torch.optim.Muon, shape), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [adamw, muon])
+def test_an_optimizer_goes_on_from_its_saved_state(make: type, tmp_path: object) -> None:
+    def steps(net: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+        for step in range(first, last):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in net.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = make(net)
+    steps(net, optimizer, 0, 3)
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save(3, net.state_dict(), {"optimizer": optimizer.state_dict()})
+    steps(net, optimizer, 3, 6)
+
+    found = checkpoints.load(3)
+    other = Net()
+    found.restore(other)
+    fresh = make(other)
+    fresh.load_state_dict(found.state["optimizer"])
+    steps(other, fresh, 3, 6)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("component", [AdamW, MuonComponent])
+def test_a_component_hands_every_key_on(component: type) -> None:
+    keys = {"AdamW": {"lr": 0.5, "betas": (0.1, 0.2), "weight_decay": 0.7}}
+    keys["Muon"] = {"lr": 0.5, "momentum": 0.6, "weight_decay": 0.7, "table_lr": 0.25, "table_betas": (0.1, 0.2)}
+    config = component.Config(**keys[component.__name__])  # type: ignore[attr-defined]
+    groups = component.build(config, module=Net()).param_groups  # type: ignore[attr-defined]
+    assert groups[0]["lr"] == 0.5
+    assert groups[0]["weight_decay"] == 0.7
+    assert groups[-1]["betas"] == (0.1, 0.2)
+    assert groups[-1]["lr"] == (0.25 if component is MuonComponent else 0.5)
+    assert groups[0].get("momentum", 0.6) == 0.6
+
+
+@pytest.mark.parametrize("make", [adamw, muon])
+def test_an_optimizer_reaches_a_distant_target(make: type) -> None:
+    torch.manual_seed(0)
+    net, target = Net(), Net()
+    optimizer, ids = make(net), torch.arange(5)[None]
+    first = None
+    for _ in range(150):
+        loss = (net(ids) - target(ids).detach()).square().mean()
+        first = first or loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1 * first

@@ -1,0 +1,62 @@
+"""Progress: lines where nobody watches, a bar where somebody does."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from ddiff.progress import progress
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("ddiff.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def shown(clock: Clock, total: int | None, seconds: float, count: int, start: int = 0) -> list[str]:
+    out = io.StringIO()
+    with progress(total, "training", start=start, console=Console(file=out, force_terminal=False, width=40)) as job:
+        for _ in range(count):
+            clock.now += seconds
+            job.advance(1, loss=4.21456, tokens_per_second=5312.0)
+    return out.getvalue().splitlines()
+
+
+def test_lines_come_every_ten_seconds_or_twentieth(clock: Clock) -> None:
+    slow = shown(clock, 1000, seconds=2.0, count=20)
+    assert [line.split()[1] for line in slow] == ["5/1000", "10/1000", "15/1000", "20/1000"]
+    fast = shown(clock, 100, seconds=0.5, count=100)
+    assert [line.split()[1] for line in fast] == [f"{n}/100" for n in range(5, 101, 5)]
+
+
+def test_a_short_job_has_one_line_and_a_line_says_all(clock: Clock) -> None:
+    lines = shown(clock, 40, seconds=0.1, count=10, start=20)
+    assert lines == ["training: 30/40 (75%)  loss 4.215  tokens/s 5.31k  0:00:01 elapsed  ETA 0:00:01"]
+
+
+def test_a_job_of_unknown_length_has_no_end_in_sight(clock: Clock) -> None:
+    assert shown(clock, None, seconds=6.0, count=3) == [
+        "training: 2  loss 4.215  tokens/s 5.31k  0:00:12 elapsed",
+        "training: 3  loss 4.215  tokens/s 5.31k  0:00:18 elapsed",
+    ]
+
+
+def test_a_terminal_gets_a_bar_with_the_figures() -> None:
+    out = io.StringIO()
+    with progress(3, "training", start=1, console=Console(file=out, force_terminal=True, width=120)) as job:
+        job.advance(1, loss=2.0)
+        job.advance(1, tokens_per_second=2e6)
+    text = out.getvalue()
+    assert "training" in text
+    assert "3/3" in text
+    assert "loss 2  tokens/s 2M" in text

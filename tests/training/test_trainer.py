@@ -1,0 +1,249 @@
+"""The loop: what one step adds up to, when it is skipped, what is on record, how signals end it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy import ROWS, Identify, Net, Rows, noise_at, rows_at, toy_trainer
+
+from ddiff.errors import ArgumentError, CheckpointError, NonFiniteError
+from ddiff.training.learning_rate import WarmupConstant
+from ddiff.training.metrics import WALL_CLOCK
+from ddiff.training.protocols import LossTerms
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in text]
+
+
+def weights(trainer: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trainer.objective.module.state_dict().items()}
+
+
+class Broken(Identify):
+    """The same loss, except that `break_loss` is applied to it in the steps named."""
+
+    def __init__(self, module: nn.Module, steps: set[int], kind: str = "loss") -> None:
+        super().__init__(module)
+        self.steps, self.kind = steps, kind
+
+    def __call__(self, batch: Rows, noise: Any, denominators: dict[str, Tensor], slots: int) -> LossTerms:
+        step, numbers = noise
+        terms = super().__call__(batch, numbers, denominators, slots)
+        if step not in self.steps:
+            return terms
+        if self.kind == "loss":
+            return LossTerms(terms.loss * float("nan"), terms.metrics)
+        # finite value, infinite slope: sqrt at 0
+        return LossTerms(terms.loss + (0.0 * self.module.hidden.weight).abs().sqrt().sum(), terms.metrics)
+
+
+def broken_trainer(run_dir: Path, steps: int, broken: set[int], kind: str = "loss", **settings: Any) -> Any:
+    torch.manual_seed(0)
+    objective = Broken(Net().double(), broken, kind)
+    settings["noise_at"] = lambda step, batch: (step, noise_at(step, batch))
+    return toy_trainer(run_dir, steps, objective=objective, **settings)
+
+
+def test_a_global_batch_gives_the_same_gradient_however_it_is_split(tmp_path: Path) -> None:
+    # Rows score between 1 and 6 symbols each, so that a mean of micro-batch means would be off by per cents. What is
+    # allowed is float64 rounding of sums in another order, ~1e-16 relative, grown by six steps.
+    whole = toy_trainer(tmp_path / "1", 6, optimizer=sgd, accumulate=1)
+    whole.fit()
+    for accumulate in (2, 4, 8):
+        split = toy_trainer(tmp_path / str(accumulate), 6, optimizer=sgd, accumulate=accumulate)
+        split.fit()
+        assert split.objective.slots_seen == {ROWS}
+        for name, value in weights(whole).items():
+            torch.testing.assert_close(weights(split)[name], value, rtol=1e-12, atol=1e-12)
+        for one, other in zip(lines(tmp_path / "1"), lines(tmp_path / str(accumulate))):
+            assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-12)
+            assert other["nats_per_symbol"] == pytest.approx(one["nats_per_symbol"], rel=1e-12)
+
+
+def test_the_first_gradient_is_that_of_the_loss_over_the_global_count(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, 1, optimizer=sgd, accumulate=4, clip=None)
+    before, rows = weights(trainer), rows_at(1)(0, 0)
+    net = Net().double()
+    net.load_state_dict(before)
+    losses = nn.functional.cross_entropy(net(rows.ids).transpose(1, 2), rows.ids, reduction="none")
+    loss = (losses * rows.scored * (1 + noise_at(0, rows)[:, None])).sum() / rows.scored.sum()
+    loss.backward()
+    trainer.fit()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(weights(trainer)[name], before[name] - 0.1 * parameter.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_clipping_bounds_the_step_and_reports_the_norm_before_it(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, 1, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=1.0), clip=1e-3)
+    before = weights(trainer)
+    trainer.fit()
+    moved = torch.cat([(weights(trainer)[name] - value).flatten() for name, value in before.items()])
+    # clip_grad divides by norm + 1e-6
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-4)
+    assert lines(tmp_path)[0]["grad_norm"] > 0.1
+
+
+def test_each_step_has_its_learning_rate(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, 3, optimizer=sgd, multiplier=WarmupConstant(4), batch_at=None)
+    rates = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (rates.append(trainer.optimizer.param_groups[0]["lr"]), step())
+    trainer.fit()
+    assert rates == pytest.approx([0.025, 0.05, 0.075])
+    assert [line["lr_multiplier"] for line in lines(tmp_path)] == [0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path: Path, kind: str) -> None:
+    skipped = {2, 3}
+    trainer = broken_trainer(tmp_path, 6, skipped, kind)
+    seen, batch_at = [], trainer.batch_at
+
+    def watched(step: int, micro: int) -> Rows:
+        seen.append((weights(trainer), json.dumps(str(trainer.optimizer.state_dict()))))
+        return batch_at(step, micro)
+
+    trainer.batch_at = watched
+    summary = trainer.fit()
+    unchanged = [a[1] == b[1] and all(torch.equal(a[0][k], b[0][k]) for k in a[0]) for a, b in pairwise(seen)]
+    assert unchanged == [step in skipped for step in range(5)]
+    assert summary.skipped_steps == 2
+    assert summary.status == "finished"
+    assert [line["skipped_steps"] for line in lines(tmp_path)] == [0, 0, 1, 2, 2, 2]
+    assert ["train_loss" in line for line in lines(tmp_path)] == [step not in skipped for step in range(6)]
+
+
+def test_twenty_skipped_steps_in_a_row_end_the_run_with_a_reason(tmp_path: Path) -> None:
+    nearly = broken_trainer(tmp_path / "nearly", 30, set(range(5, 24)))
+    assert nearly.fit().skipped_steps == 19
+    trainer = broken_trainer(tmp_path / "run", 30, set(range(3, 30)))
+    with pytest.raises(
+        NonFiniteError, match=r"20 steps in a row, the last of them step 23.*newest checkpoint is of step 20"
+    ):
+        trainer.fit()
+    again = broken_trainer(tmp_path / "run", 30, set(range(3, 30)))
+    with pytest.raises(NonFiniteError, match="step 23"):  # the count goes on too, not from nought
+        again.fit(again.checkpoints.newest())
+
+
+def test_the_tracker_hears_means_of_sums_over_counts(tmp_path: Path) -> None:
+    heard: list[tuple[int, dict[str, float]]] = []
+
+    class Listening:
+        def log(self, step: int, metrics: dict[str, float]) -> None:
+            heard.append((step, dict(metrics)))
+
+        def close(self) -> None: ...
+
+    trainer = toy_trainer(tmp_path, 10, tracker=Listening(), log_every=4)
+    summary = trainer.fit()
+    assert [step for step, _ in heard] == [4, 8, 10]
+    rows = lines(tmp_path)[:4]
+    tokens = sum(row["tokens"] for row in rows)
+    mean = sum(row["nats_per_symbol"] * row["tokens"] for row in rows) / tokens
+    assert heard[0][1]["nats_per_symbol"] == pytest.approx(mean, rel=1e-12)
+    assert heard[0][1]["tokens"] == tokens
+    assert heard[0][1]["train_loss"] == pytest.approx(sum(row["train_loss"] for row in rows) / 4, rel=1e-12)
+    assert summary.metrics == heard[-1][1]
+
+
+def test_a_line_keeps_wall_clock_apart_from_what_must_repeat(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        toy_trainer(tmp_path / name, 4).fit()
+    a, b = ([{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines(tmp_path / n)] for n in "ab")
+    assert a == b
+    assert [line["step"] for line in a] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_its_step_and_the_run_goes_on_later(tmp_path: Path, number: int, code: int) -> None:
+    trainer, rows = toy_trainer(tmp_path / "run", 9), rows_at(1)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    def batch_at(step: int, micro: int) -> Rows:
+        if step == 3:
+            os.kill(os.getpid(), number)
+        return rows(step, micro)
+
+    trainer.batch_at = batch_at
+    summary = trainer.fit()
+    assert (summary.status, summary.step, summary.exit_code) == ("interrupted", 4, code)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    again = toy_trainer(tmp_path / "run", 9)
+    assert again.checkpoints.steps() == [4]
+    assert again.fit(again.checkpoints.newest()).exit_code == 0
+    straight = toy_trainer(tmp_path / "straight", 9)
+    straight.fit()
+    assert all(torch.equal(weights(again)[name], value) for name, value in weights(straight).items())
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_second_signal_ends_at_once(tmp_path: Path, number: int, error: type[BaseException]) -> None:
+    trainer = toy_trainer(tmp_path, 9)
+
+    def batch_at(step: int, micro: int) -> Rows:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        raise AssertionError("the second signal was not heard")
+
+    trainer.batch_at = batch_at
+    with pytest.raises(error):
+        trainer.fit()
+    assert trainer.checkpoints.steps() == []
+
+
+def test_more_steps_continue_a_finished_run(tmp_path: Path) -> None:
+    short = toy_trainer(tmp_path / "run", 7)
+    assert short.fit().status == "finished"
+    done = toy_trainer(tmp_path / "run", 7)
+    assert done.fit(done.checkpoints.newest()).tokens == 0.0
+    longer = toy_trainer(tmp_path / "run", 12)
+    longer.fit(longer.checkpoints.newest())
+    straight = toy_trainer(tmp_path / "straight", 12)
+    straight.fit()
+    assert all(torch.equal(weights(longer)[name], value) for name, value in weights(straight).items())
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 13))
+
+
+def test_a_trainer_refuses_what_it_cannot_go_on_from(tmp_path: Path) -> None:
+    toy_trainer(tmp_path, 6, fingerprints={"vocabulary": "aa"}).fit()
+    with pytest.raises(CheckpointError, match="already holds a run up to step 6"):
+        toy_trainer(tmp_path, 9).fit()
+    shorter = toy_trainer(tmp_path, 3, fingerprints={"vocabulary": "aa"})
+    with pytest.raises(ArgumentError, match="at least the 6 that"):
+        shorter.fit(shorter.checkpoints.newest())
+    other = toy_trainer(tmp_path, 9, fingerprints={"vocabulary": "bb"})
+    with pytest.raises(CheckpointError, match="vocabulary was aa, is bb"):
+        other.fit(other.checkpoints.newest())
+    (tmp_path / "metrics.jsonl").write_text("")
+    emptied = toy_trainer(tmp_path, 9, fingerprints={"vocabulary": "aa"})
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl holds 0 of the 6 steps"):
+        emptied.fit(emptied.checkpoints.newest())
+
+
+@pytest.mark.parametrize("name", ["steps", "slots", "accumulate", "log_every", "checkpoint_every"])
+def test_numbers_below_one_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ArgumentError, match=f"{name} must be at least 1; got 0"):
+        toy_trainer(tmp_path, batch_at=rows_at(1), **{name: 0})
+
+
+def test_a_clip_that_is_not_positive_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="clip must be positive"):
+        toy_trainer(tmp_path, clip=0.0)
