@@ -62,8 +62,7 @@ class Head(nn.Module, ABC):
 
         hidden [n,d], node [n]: the subtree in which each row asks. `fn(law, idx)` answers for the rows `idx` [k] with
         [k] or a tuple of [k,...]; what it closes over gets no gradient. Returns (sum, *results in row order). With no
-        rows, fn is asked once about an empty law and the sum is 0 with zero gradients. ArgumentError when a row asks
-        below a word.
+        rows, fn is asked once about an empty law and the sum is 0 with zero gradients.
         """
         return _ChunkedSum.apply(hidden, self.table, self.bias, self, node, fn, torch.is_grad_enabled())
 
@@ -77,7 +76,7 @@ class Head(nn.Module, ABC):
             for top, first, last in self._chunks(groups):
                 idx = grouped[first:last]
                 logits = _ChunkLogits(hidden[idx].to(dtype), self.table, self.bias, with_gradient=False)
-                results.append(_as_tuple(fn(self.law(logits, top), idx)))
+                results.append(_as_tuple(fn(self._law(logits, top), idx)))
                 finite &= logits.finite()
         if not bool(finite):
             raise NonFiniteError(
@@ -88,16 +87,14 @@ class Head(nn.Module, ABC):
         return gathered[0] if len(gathered) == 1 else gathered
 
     def _grouped(self, node: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Rows sorted by asked node: their indices [n], and (node, how many) per group."""
+        """Rows sorted by asked node: their indices [n], and (node, how many) per group; words make one group."""
+        node = node.clamp(min=self.vocabulary.num_tokens - 1)
         order = torch.argsort(node, stable=True)
         tops, counts = torch.unique_consecutive(node[order], return_counts=True)
-        groups = list(zip(tops.tolist(), counts.tolist()))
-        if groups and groups[0][0] < self.vocabulary.num_tokens:
-            raise ArgumentError(
-                f"Head: node must name nodes above the words (ids >= {self.vocabulary.num_tokens}); a row asks below "
-                f"word {groups[0][0]}, under which nothing is open. Leave out rows where process.active(zt) is False."
-            )
-        return order, groups
+        return order, list(zip(tops.tolist(), counts.tolist()))
+
+    def _law(self, logits: Logits, top: int) -> SubtreeLaw:
+        return SettledLaw(self.vocabulary, top) if top < self.vocabulary.num_tokens else self.law(logits, top)
 
     def _chunks(self, groups: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
         """(node, first, last) of each chunk of the grouped rows; one empty chunk at the root when there are no rows."""
@@ -198,6 +195,16 @@ class LevelwiseLaw(SubtreeLaw):
         return logits + (above - segment_logsumexp(logits, parent, above.shape[-1]))[:, parent]
 
 
+class SettledLaw(SubtreeLaw):
+    """Rows that ask below words: P(word | word) = 1 and nothing lies below, so no logit is computed."""
+
+    def log_below(self, level: int) -> Tensor:
+        raise ArgumentError(
+            f"CleanLaw: level must be below the node that a row asks in; got level {level} for rows at words, under "
+            "which nothing is open. Ask at the root (ForwardProcess.scope), or leave these rows out."
+        )
+
+
 class _ChunkLogits:
     """Logits of one chunk, one table slice at a time, each a leaf of fn's graph."""
 
@@ -217,7 +224,8 @@ class _ChunkLogits:
 
     def finite(self) -> Tensor:
         """[] whether every logit that was read is finite."""
-        return torch.stack([logits.isfinite().all() for _, logits in self.read]).all()
+        checks = [logits.isfinite().all() for _, logits in self.read]
+        return torch.stack(checks).all() if checks else torch.ones((), dtype=torch.bool, device=self.hidden.device)
 
     def push(self, value: Tensor, d_hidden: Tensor, d_table: Tensor, d_bias: Tensor) -> None:
         """Add the gradient of `value` to the buffers, in place; d_hidden holds this chunk's rows only."""
@@ -258,7 +266,7 @@ class _ChunkedSum(torch.autograd.Function):
             for top, first, last in head._chunks(groups):
                 idx = grouped[first:last]
                 logits = _ChunkLogits(sorted_hidden[first:last], table.detach(), bias.detach(), with_gradient)
-                answer = _as_tuple(fn(head.law(logits, top), idx))
+                answer = _as_tuple(fn(head._law(logits, top), idx))
                 if with_gradient:
                     logits.push(answer[0].sum(), buffers[0][first:last], *buffers[1:])
                 results.append(tuple(tensor.detach() for tensor in answer))

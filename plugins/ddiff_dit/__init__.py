@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ddiff import hookimpl
+
 if TYPE_CHECKING:
-    from ddiff.registry import Registry
+    from ddiff import Registry
 
 
+@hookimpl
 def ddiff_register(registry: Registry) -> None:
     registry.add("backbone", "dit", "ddiff_dit.dit:DiT")

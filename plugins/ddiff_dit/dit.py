@@ -76,7 +76,7 @@ class DiT(nn.Module):
             )
         x = self.embedding(ids)
         mask, rotation = context.attention_mask(), Rotation(x, self.head_width)
-        shared = self.time(_per_sequence(t), x.dtype) if self.time else None
+        shared = self.time(t, x.dtype) if self.time else None
         for block in self.blocks:
             x = block(x, shared, rotation, mask)
         shift, scale = _modulation(self.out_modulation, shared and shared[6:])
@@ -114,7 +114,7 @@ class Block(nn.Module):
 
 
 class TimeModulation(nn.Module):
-    """t [B, L or 1] in [0,1] -> eight [B, L or 1, width]: six that all blocks share and two for the final norm.
+    """t [B,L] in [0,1] -> eight [B,L,width]: six that all blocks share and two for the final norm.
 
     Sines and cosines of 32 frequencies from 1 to 256 radians per unit, an MLP of width 128, a matrix of zeros at first.
     """
@@ -176,8 +176,3 @@ def _modulation(own: Tensor, shared: Shared | None) -> Shared:
     if shared is None:
         return own.unbind()
     return tuple(mine + theirs for mine, theirs in zip(own, shared))
-
-
-def _per_sequence(t: Tensor) -> Tensor:
-    """[B,1] when t is one time per sequence expanded over positions (a stride of zero says so), else t [B,L]."""
-    return t[:, :1] if t.stride(1) == 0 else t

@@ -1,0 +1,77 @@
+"""Vocabularies that are hard on heads, and the dense counterpart of each head under plain autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddiff.core.law import DenseLaw
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
+from ddiff.nn.heads import Head, TokenHead, TreeHead
+
+TREES: dict[str, Vocabulary] = {
+    "words": FlatVocabulary(6, mask=False),
+    "one level": FlatVocabulary(6),
+    # words scattered over nodes, unbalanced, node 2 with a single child
+    "two levels": HierarchicalVocabulary([[1, 0, 3, 1, 2, 0, 1, 3, 1]]),
+    "three levels": HierarchicalVocabulary([[3, 0, 1, 2, 0, 3, 4, 1, 3], [1, 0, 1, 2, 1]]),
+    # a chain of single children: word 4 alone under node 3, alone under node 1 of level 2, alone under node 1 of level 3
+    "four levels": HierarchicalVocabulary([[2, 0, 1, 2, 3, 0, 1, 2], [0, 2, 0, 1], [0, 1, 0]]),
+}
+KINDS = ("tokens", "tied", "levelwise")
+
+
+def make_head(kind: str, vocabulary: Vocabulary, width: int = 5, scale: float = 1.0) -> Head:
+    """A head in float64 with random table and bias."""
+    head = TokenHead(vocabulary, width) if kind == "tokens" else TreeHead(vocabulary, width, kind)  # type: ignore[arg-type]
+    head = head.double()
+    with torch.no_grad():
+        head.table.normal_(std=scale)
+        head.bias.normal_(std=scale)
+    return head
+
+
+def dense_log_p(head: Head, hidden: Tensor) -> Tensor:
+    """[n,V] the same law from all logits at once, written from the definition and slow."""
+    vocabulary = head.vocabulary
+    logits = hidden @ head.table.t() + head.bias
+    if isinstance(head, TokenHead):
+        return logits.log_softmax(-1)
+    if head.kind == "tied":
+        return logits.log_softmax(-1)[:, vocabulary.position(0)]
+    columns = []
+    for word in range(vocabulary.num_tokens):
+        node, total = word, hidden.new_zeros(len(hidden))
+        for level in range(max(vocabulary.num_levels, 1)):
+            parent = (
+                vocabulary.root if level + 1 >= vocabulary.num_levels else int(vocabulary.parent(torch.tensor(node)))
+            )
+            siblings = [row_of(vocabulary, int(child)) for child in vocabulary.children(parent)]
+            total = total + logits[:, row_of(vocabulary, node)] - logits[:, siblings].logsumexp(-1)
+            node = parent
+        columns.append(total)
+    return torch.stack(columns, -1)
+
+
+def row_of(vocabulary: Vocabulary, node: int) -> int:
+    """The row of a levelwise table that belongs to a state: tree order per level."""
+    level = int(vocabulary.level_of(torch.tensor(node)))
+    return vocabulary.offsets[level] + int(vocabulary.position(level)[node - vocabulary.offsets[level]])
+
+
+def dense_law(head: Head, hidden: Tensor) -> DenseLaw:
+    return DenseLaw(dense_log_p(head, hidden), head.vocabulary)
+
+
+def asked_nodes(vocabulary: Vocabulary, rows: int, generator: torch.Generator) -> Tensor:
+    """[n] nodes of every level above the words, the root included, in random order and uneven numbers."""
+    nodes = torch.arange(vocabulary.num_tokens, vocabulary.root + 1)
+    picked = torch.randint(len(nodes), (rows,), generator=generator)
+    return nodes[torch.where(torch.rand(rows, generator=generator) < 0.3, len(nodes) - 1, picked)]
+
+
+def word_below(vocabulary: Vocabulary, node: Tensor, generator: torch.Generator) -> Tensor:
+    """[n] a random word below each node."""
+    start, stop = vocabulary.node_range(node, 0)
+    place = start + (torch.rand(len(node), generator=generator) * (stop - start)).long()
+    return vocabulary.order(0)[place]

@@ -1,0 +1,325 @@
+"""Heads that answer chunk by chunk are the dense law, in value and in both gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from dense_heads import KINDS, TREES, asked_nodes, dense_law, dense_log_p, make_head, word_below
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddiff.core.law import CleanLaw
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
+from ddiff.errors import ArgumentError, NonFiniteError
+from ddiff.nn.heads import Head, LevelwiseLaw, TokenHead, TreeHead
+
+# Chunks sum the same numbers in another order; in float64 that moves values of size one by less than 1e-14 a term.
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+ROWS = 23
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(7)
+
+
+@pytest.fixture(params=[(tree, kind) for tree in TREES for kind in KINDS], ids="-".join)
+def head(request: pytest.FixtureRequest) -> Head:
+    tree, kind = request.param
+    return make_head(kind, TREES[tree])
+
+
+def rows_of(head: Head, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden (a leaf), node, a word below each node, and a child at any depth between the two."""
+    generator = torch.Generator().manual_seed(3)
+    vocabulary = head.vocabulary
+    hidden = torch.randn(rows, head.width, generator=generator, dtype=torch.float64, requires_grad=True)
+    node = asked_nodes(vocabulary, rows, generator)
+    word = word_below(vocabulary, node, generator)
+    depth = (torch.rand(rows, generator=generator) * vocabulary.level_of(node)).long()
+    return hidden, node, word, vocabulary.ancestor(word, depth)
+
+
+def weighted_surprise(node: Tensor, child: Tensor, weight: Tensor) -> object:
+    def fn(law: CleanLaw, idx: Tensor) -> tuple[Tensor, Tensor]:
+        surprise = -law.log_child(node[idx], child[idx])
+        return weight[idx] * surprise + surprise.square(), surprise
+
+    return fn
+
+
+def gradients(value: Tensor, hidden: Tensor, head: Head) -> list[Tensor]:
+    return list(torch.autograd.grad(value, [hidden, head.table, head.bias]))
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 20, 2**22])
+def test_total_equals_the_dense_law_in_value_and_gradients(head: Head, chunk_logits: int) -> None:
+    head.chunk_logits = chunk_logits
+    hidden, node, _, child = rows_of(head)
+    weight = torch.rand(ROWS, dtype=torch.float64)
+    fn = weighted_surprise(node, child, weight)
+    total, values, surprise = head.total(hidden, node, fn)
+    dense_values, dense_surprise = fn(dense_law(head, hidden), torch.arange(ROWS))
+    torch.testing.assert_close(total, dense_values.sum(), **EXACT)
+    torch.testing.assert_close(values, dense_values.detach(), **EXACT)
+    torch.testing.assert_close(surprise, dense_surprise.detach(), **EXACT)
+    assert not values.requires_grad
+    for ours, dense in zip(
+        gradients(3.0 * total, hidden, head), gradients(3.0 * dense_values.sum(), hidden, head), strict=True
+    ):
+        torch.testing.assert_close(ours, dense, **EXACT)
+
+
+def test_laws_at_the_root_know_every_mass(head: Head) -> None:
+    hidden, _, word, _ = rows_of(head)
+    root = torch.full_like(word, head.vocabulary.root)
+    dense = dense_law(head, hidden)
+    levels = range(max(head.vocabulary.num_levels, 1))
+
+    def fn(law: CleanLaw, idx: Tensor) -> tuple[Tensor, ...]:
+        return law.log_mass(0).logsumexp(-1), law.log_prob(word[idx]), *(law.log_mass(level) for level in levels)
+
+    whole, log_prob, *masses = head.visit(hidden, root, fn)
+    torch.testing.assert_close(whole, torch.zeros_like(whole), **EXACT)
+    torch.testing.assert_close(log_prob, dense.log_prob(word).detach(), **EXACT)
+    for level, mass in zip(levels, masses, strict=True):
+        assert mass.shape[1] == head.vocabulary.level_sizes[level]  # words only at level 0: the mask has no logit
+        torch.testing.assert_close(mass, dense.log_mass(level).detach(), **EXACT)
+
+
+def test_gradients_of_a_mass_at_the_root_pass_through_all_levels(head: Head) -> None:
+    """A question that no closed form has: the entropy of every level of the law."""
+    hidden, _, word, _ = rows_of(head)
+    root = torch.full_like(word, head.vocabulary.root)
+
+    def fn(law: CleanLaw, idx: Tensor) -> Tensor:
+        masses = [law.log_mass(level) for level in range(max(head.vocabulary.num_levels, 1))]
+        return sum((-(mass.exp() * mass).sum(-1) for mass in masses), torch.zeros(len(idx), dtype=torch.float64))
+
+    total = head.total(hidden, root, fn)[0]
+    dense = fn(dense_law(head, hidden), torch.arange(ROWS)).sum()
+    for ours, expected in zip(gradients(total, hidden, head), gradients(dense, hidden, head), strict=True):
+        torch.testing.assert_close(ours, expected, **EXACT)
+
+
+def test_visit_gathers_what_total_returns(head: Head) -> None:
+    hidden, node, _, child = rows_of(head)
+    fn = weighted_surprise(node, child, torch.rand(ROWS, dtype=torch.float64))
+    head.chunk_logits = 20
+    for visited, returned in zip(head.visit(hidden, node, fn), head.total(hidden, node, fn)[1:], strict=True):
+        torch.testing.assert_close(visited, returned, **EXACT)
+
+
+def test_draws_are_those_of_the_dense_law(head: Head) -> None:
+    hidden, node, _, _ = rows_of(head, 200)
+    level, u = torch.zeros_like(node), torch.rand(200, dtype=torch.float64)
+    fn = lambda law, idx: law.draw(node[idx], level[idx], u[idx])  # noqa: E731
+    drawn = head.visit(hidden, node, fn)
+    assert torch.equal(drawn, fn(dense_law(head, hidden.detach()), torch.arange(200)))
+
+
+def test_gradcheck() -> None:
+    """Finite differences know nothing of chunks; gradcheck's defaults are made for float64."""
+    head = make_head("levelwise", TREES["three levels"], width=3)
+    head.chunk_logits = 10
+    hidden, node, _, child = rows_of(head, 6)
+    fn = weighted_surprise(node, child, torch.rand(6, dtype=torch.float64))
+
+    def value(hidden: Tensor, table: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(_Total(head), {"head.table": table, "head.bias": bias}, (hidden, node, fn))
+
+    assert torch.autograd.gradcheck(value, (hidden, head.table, head.bias))
+
+
+class _Total(torch.nn.Module):
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor, node: Tensor, fn: object) -> Tensor:
+        return self.head.total(hidden, node, fn)[0]
+
+
+def test_without_rows_the_sum_is_zero_and_so_are_the_gradients(head: Head) -> None:
+    """Every parameter still gets a gradient: a rank without rows must not keep the others waiting."""
+    hidden, node, _, child = rows_of(head)
+    fn = weighted_surprise(node[:0], child[:0], torch.rand(0, dtype=torch.float64))
+    total, values, _ = head.total(hidden[:0], node[:0], fn)
+    assert total == 0
+    assert len(values) == 0
+    assert all(not gradient.any() for gradient in gradients(total, hidden, head))
+    assert len(head.visit(hidden[:0], node[:0], fn)[0]) == 0
+
+
+def test_rows_at_words_are_certain_and_cost_no_logits() -> None:
+    """A process that leaves words as they are may still ask there; mixed with others they change nothing."""
+    head = make_head("tied", TREES["two levels"])
+    hidden, node, word, _ = rows_of(head)
+    node[::3] = word[::3]
+    fn = weighted_surprise(node, word, torch.ones(ROWS, dtype=torch.float64))
+    total, _, surprise = head.total(hidden, node, fn)
+    assert not surprise[::3].any()
+    assert not gradients(total, hidden, head)[0][::3].any()
+    with pytest.raises(ArgumentError, match="nothing is open"):
+        head.visit(hidden, word, lambda law, idx: law.log_below(0))
+
+
+def test_no_gradient_is_formed_without_autograd(head: Head) -> None:
+    hidden, node, _, child = rows_of(head)
+    with torch.no_grad():
+        total, *_ = head.total(hidden, node, weighted_surprise(node, child, torch.ones(ROWS)))
+    assert not total.requires_grad
+
+
+def test_backward_twice_scales_the_same_gradients(head: Head) -> None:
+    hidden, node, _, child = rows_of(head)
+    total = head.total(hidden, node, weighted_surprise(node, child, torch.ones(ROWS)))[0]
+    once = torch.autograd.grad(total, head.table, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(2 * total, head.table)[0], 2 * once)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts results of a given number of elements that are no views of an argument."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.count = elements, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() == self.elements:
+            arguments = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+            self.count += result.untyped_storage().data_ptr() not in arguments
+        return result
+
+
+@pytest.mark.parametrize("kind", ["tied", "levelwise"])
+def test_one_gradient_buffer_however_many_slices(kind: str) -> None:
+    """64 nodes are asked, yet tensors of the table's size are made twice: the buffer and its product with d_sum.
+
+    Slicing the table under autograd would make one per node: 36 times slower at a vocabulary of 50k.
+    """
+    vocabulary = HierarchicalVocabulary([torch.arange(512) % 64])
+    head = make_head(kind, vocabulary, width=3)
+    node = vocabulary.offsets[1] + torch.arange(64).repeat(2)
+    word = node - vocabulary.offsets[1]
+    hidden = torch.randn(128, 3, dtype=torch.float64, requires_grad=True)
+    with Allocations(head.table.numel()) as allocations:
+        head.total(hidden, node, lambda law, idx: -law.log_child(node[idx], word[idx]))[0].backward()
+    assert head.table.grad is not None
+    assert allocations.count <= 2
+
+
+@pytest.mark.parametrize("kind", ["tied", "levelwise"])
+def test_a_row_computes_only_the_logits_below_its_node(kind: str) -> None:
+    head = make_head(kind, TREES["three levels"])
+    assert isinstance(head, TreeHead)
+    vocabulary, read = head.vocabulary, []
+    node = vocabulary.offsets[2]
+
+    def logits(start: int, stop: int) -> Tensor:
+        read.append(stop - start)
+        return torch.zeros(2, stop - start, dtype=torch.float64)
+
+    law = head.law(logits, node)
+    children = vocabulary.children(node)
+    law.log_child(torch.tensor([node, node]), children[[0, -1]])
+    words = int((vocabulary.ancestor(torch.arange(vocabulary.num_tokens), 2) == node).sum())
+    assert read == [words if kind == "tied" else len(children)]
+
+
+def test_the_first_law_is_uniform() -> None:
+    vocabulary = TREES["three levels"]
+    root = torch.tensor([vocabulary.root])
+    mass = lambda law, idx: law.log_mass(0)  # noqa: E731
+    for head in (TokenHead(vocabulary, 4), TreeHead(vocabulary, 4, "tied")):
+        log_p = head.visit(torch.randn(1, 4), root, mass)
+        torch.testing.assert_close(log_p, torch.full_like(log_p, -math.log(vocabulary.num_tokens)))
+    head = TreeHead(vocabulary, 4, "levelwise")
+    log_p = head.visit(torch.randn(1, 4), root, mass)[0]
+    for word in range(vocabulary.num_tokens):
+        path = [int(vocabulary.ancestor(torch.tensor(word), level)) for level in range(1, vocabulary.num_levels + 1)]
+        choices = math.prod(int(vocabulary.num_children(torch.tensor(node))) for node in path)
+        assert log_p[word] == pytest.approx(-math.log(choices), abs=1e-6)  # float32
+
+
+def test_a_start_from_counts_is_the_unigram_law() -> None:
+    for vocabulary in TREES.values():
+        counts = torch.randint(50, (vocabulary.num_tokens,))
+        counts[0] = 0  # a word that was never seen keeps a finite loss
+        unigram = ((counts + 1).double() / (counts + 1).sum()).log()
+        for kind in KINDS:
+            head = make_head(kind, vocabulary)
+            torch.nn.init.zeros_(head.table)
+            head.start_from_counts(counts)
+            log_p = dense_log_p(head, torch.randn(1, head.width, dtype=torch.float64))[0]
+            torch.testing.assert_close(log_p, unigram, **EXACT)
+
+
+def test_state_survives_a_round_trip(head: Head) -> None:
+    kind = getattr(head, "kind", "tokens")
+    again = make_head(kind, head.vocabulary)
+    again.load_state_dict(head.state_dict())
+    hidden, _, word, _ = rows_of(head)
+    root = torch.full_like(word, head.vocabulary.root)
+    mass = lambda law, idx: law.log_mass(0)  # noqa: E731
+    assert torch.equal(again.visit(hidden, root, mass), head.visit(hidden, root, mass))
+
+
+def test_laws_are_float32_under_autocast() -> None:
+    """The product may round to bfloat16 (relative 2^-8 of logits of size 1-3), the softmax may not: it sums to one."""
+    head = make_head("levelwise", TREES["two levels"]).float()
+    hidden, node, _, child = rows_of(head)
+    hidden = hidden.detach().float().requires_grad_()
+    seen = []
+
+    def fn(law: CleanLaw, idx: Tensor) -> Tensor:
+        value = -law.log_child(node[idx], child[idx])
+        seen.append(value.dtype)
+        return value
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = head.total(hidden, node, fn)
+        root = torch.full_like(node, head.vocabulary.root)
+        log_p = head.visit(hidden, root, lambda law, idx: law.log_mass(0))
+    total.backward()
+    assert set(seen) == {torch.float32}
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(ROWS))
+    assert head.table.grad is not None
+    exact = head.total(hidden, node, fn)[0]
+    torch.testing.assert_close(total, exact, rtol=2e-2, atol=0)
+    ours, expected = head.table.grad.flatten(), torch.autograd.grad(exact, head.table)[0].flatten()
+    assert torch.nn.functional.cosine_similarity(ours, expected, dim=0) > 0.999
+
+
+def test_tables_are_marked_for_the_optimizer() -> None:
+    assert all(make_head(kind, FlatVocabulary(4)).is_table for kind in KINDS)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_visit_refuses_logits_that_are_not_finite(head: Head, value: float) -> None:
+    hidden, node, _, child = rows_of(head)
+    with torch.no_grad():
+        hidden[4, 2] = value
+    with pytest.raises(NonFiniteError, match="checkpoint"):
+        head.visit(hidden, node, lambda law, idx: law.log_child(node[idx], child[idx]))
+
+
+def test_an_unknown_kind_is_named() -> None:
+    with pytest.raises(ArgumentError, match="tied"):
+        TreeHead(FlatVocabulary(4), 3, "flat")  # type: ignore[arg-type]
+
+
+def test_levelwise_laws_read_a_level_once() -> None:
+    calls = []
+
+    def logits(start: int, stop: int) -> Tensor:
+        calls.append(start)
+        return torch.zeros(1, stop - start, dtype=torch.float64)
+
+    vocabulary = TREES["three levels"]
+    law = LevelwiseLaw(logits, vocabulary, vocabulary.root)
+    law.log_mass(0), law.log_mass(0), law.log_mass(1)
+    assert len(calls) == len(set(calls)) == 3
