@@ -26,11 +26,16 @@ def explain(
         if error["type"] == "missing":
             return f'{table} needs the key "{key}"{owner}: {_meaning(model, inside)}.'
         takes = known if len(inside) == 1 else _nested_keys(model, inside[:-1])
-        return f'{table} has no key "{key}"{owner}.{nearest(key, takes)} It takes: {", ".join(takes) or "no keys"}.'
+        return unknown_key(table, key, owner, takes)
     if error["type"] == "value_error":
         return f"{subject}: {error['msg'].removeprefix('Value error, ').rstrip('.')}."
     came = error["input"]
     return f"{subject} {_due(error['msg'])}; got {shown(came)}.{_nearest_choice(model, inside, came)}"
+
+
+def unknown_key(table: str, key: str, owner: str, takes: Sequence[str]) -> str:
+    """The paragraph for a key that a table does not take."""
+    return f'{table} has no key "{key}"{owner}.{nearest(key, takes)} It takes: {", ".join(takes) or "no keys"}.'
 
 
 def shown(value: Any) -> str:

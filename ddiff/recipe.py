@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError, model_validator
 from ddiff import __version__
 from ddiff.component import ComponentConfig, NonNegativeInt, PositiveFloat, PositiveInt
 from ddiff.errors import PluginError, RecipeError, nearest
-from ddiff.explain import explain, shown, table_label
+from ddiff.explain import explain, shown, table_label, unknown_key
 from ddiff.plugin import load_plugins
 from ddiff.registry import Component, Registry
 from ddiff.toml import Draft, KeyPath, read_settings, read_toml, scalars_first, write_toml
@@ -164,16 +164,22 @@ class Part:
     config: ComponentConfig
 
     def build(self, **inputs: Any) -> Any:
-        """`build(config, **inputs)` of the component; PluginError when it does not take these inputs."""
+        """`build(config, ...)` with those of the inputs that it names; PluginError when it names another one.
+
+        A component takes what it needs, so that an input that comes to a kind later breaks nobody's plugin.
+        """
         build = self.component.load().build
+        signature = inspect.signature(build)
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+        wanted = {name: value for name, value in inputs.items() if takes_all or name in signature.parameters}
         try:
-            inspect.signature(build).bind(self.config, **inputs)
+            signature.bind(self.config, **wanted)
         except TypeError as error:
             raise PluginError(
-                f"The {self.component} cannot be built: its build{inspect.signature(build)} is called with config and "
+                f"The {self.component} cannot be built: its build{signature} may ask for config and "
                 f"{', '.join(inputs) or 'nothing else'}, but {error}."
             ) from error
-        return build(self.config, **inputs)
+        return build(self.config, **wanted)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.component.name, **self.config.model_dump(mode="json")}
@@ -336,33 +342,30 @@ class _Resolver:
 
     def part(self, *path: str) -> Part:
         """The component that a place names, with its settings."""
-        component = self.component(path)
-        config = component.config_class()
-        engine = self.engine_keys(path, component)
-        _check_contract(component, config, engine)
-        table = self.table(path)
-        own = {key: value for key, value in table.items() if key not in ("kind", *engine)}
-        # A Config that repeats a key of the engine is given what the engine reads, default or not.
-        own |= {key: value for key, value in engine.items() if key in config.model_fields}
-        known = list(dict.fromkeys([*config.model_fields, *engine]))
+        component, slots = self.component(path), self.slots(path)
+        config, table = component.config_class(), self.table(path)
+        shared = TABLES[path[0]].keys if len(path) == 1 else None
+        known = list(dict.fromkeys([*config.model_fields, *slots, *(shared.model_fields if shared else ())]))
+        _check_contract(component, config, slots)
+        _refuse_unknown([key for key in table if key not in ("kind", *known)], self.draft, path, component, known)
+        own = {key: value for key, value in table.items() if key in config.model_fields}
+        if shared:
+            # A Config that repeats a key of the engine is given what the engine reads, default or not.
+            engine = self.keys(shared, path[0]).model_dump(mode="json")
+            own |= {key: value for key, value in engine.items() if key in config.model_fields}
         return Part(component, _checked(config, own, self.draft, path, component, known))
 
     def slot(self, table: str, key: str) -> Part | None:
         """The component in a slot; None where the table's own component declines that slot."""
-        return self.part(table, key) if key in self.engine_keys((table,), self.component((table,))) else None
+        return self.part(table, key) if key in self.slots((table,)) else None
 
-    def engine_keys(self, path: tuple[str, ...], component: Component) -> dict[str, Any]:
-        """What a component's table holds for the engine: its keys with their values, and the slots, which have none.
-
-        A component may decline slots: its attribute `slots` names those that it has.
-        """
+    def slots(self, path: tuple[str, ...]) -> list[str]:
+        """The slots of a component's table; a component with the attribute `slots` has those that it names there."""
         if len(path) > 1:
-            return {}
-        name = path[0]
-        used = getattr(component.load(), "slots", TABLES[name].slots)
-        keys = TABLES[name].keys
-        values = self.keys(keys, name).model_dump(mode="json") if keys else {}
-        return {**dict.fromkeys(slot for slot in TABLES[name].slots if slot in used), **values}
+            return []
+        offered = TABLES[path[0]].slots
+        used = getattr(self.component(path).load(), "slots", offered)
+        return [slot for slot in offered if slot in used]
 
     def keys(self, model: type[Keys], name: str) -> Keys:
         """The engine's keys in a table; in a table without a component there are no others."""
@@ -379,7 +382,7 @@ class _Resolver:
             place = self.draft.place((*path, "kind") if "kind" in table else path)
             came = f"; got {shown(name)}" if "kind" in table else ""
             raise RecipeError(
-                f"{place}: {label} needs a kind, the name of a {slot.kind} in quotes{came}. "
+                f"{place}: {label} needs a kind, the {slot.kind}'s name in quotes{came}. "
                 f"There is: {', '.join(self.registry.names(slot.kind)) or 'none in the listed plugins'}."
             )
         try:
@@ -501,7 +504,7 @@ def _check_is_table(draft: Draft, path: tuple[str, ...]) -> None:
         value = value.get(key, {})
     if isinstance(value, dict):
         return
-    alternative = f", or the name of a {SLOTS[path].kind} in quotes" if path in SLOTS else ""
+    alternative = f", or the {SLOTS[path].kind}'s name in quotes" if path in SLOTS else ""
     raise RecipeError(
         f"{draft.place(path)}: {'.'.join(map(str, path))} must be a table{alternative}; got {shown(value)}."
     )
@@ -520,13 +523,23 @@ def _load_plugins(heading: Heading, draft: Draft) -> Registry:
         raise RecipeError(f"{draft.place(('plugins',))}: plugins = {shown(list(heading.plugins))}: {error}") from error
 
 
-def _check_contract(component: Component, config: type[ComponentConfig], engine: Mapping[str, Any]) -> None:
-    reserved = [key for key in ("kind", *engine) if key in config.model_fields and engine.get(key) is None]
+def _check_contract(component: Component, config: type[ComponentConfig], slots: Iterable[str]) -> None:
+    reserved = [key for key in ("kind", *slots) if key in config.model_fields]
     if reserved:
         raise PluginError(
             f'The Config of the {component} has the key "{reserved[0]}", which names a component in that table of a '
             "recipe. Give the key another name."
         )
+
+
+def _refuse_unknown(unknown: list[str], draft: Draft, path: KeyPath, component: Component, known: list[str]) -> None:
+    for key in unknown:
+        message = unknown_key(table_label(path), key, _owner(component), known)
+        raise RecipeError(f"{draft.place((*path, key))}: {message}")
+
+
+def _owner(component: Component | None) -> str:
+    return f' for kind "{component.name}" (from {component.origin})' if component else ""
 
 
 def _checked(
@@ -544,9 +557,9 @@ def _checked(
     try:
         return model.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        owner = f' for kind "{component.name}" (from {component.origin})' if component else ""
-        message = explain(first, model, path, owner, list(known))
+        # An unknown key first: it is often the misspelt one that is missing.
+        first = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
+        message = explain(first, model, path, _owner(component), list(known))
         raise RecipeError(f"{draft.place((*path, *first['loc']))}: {message}") from error
 
 

@@ -1,0 +1,145 @@
+"""A stranger's plugin with a component of every kind, without torch, and a recipe that uses it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ddiff import plugin
+from ddiff.registry import KINDS
+
+PARTS = """
+from typing import Literal
+from pydantic import field_validator
+from ddiff.component import ComponentConfig, PositiveFloat, Share
+
+class Plain:
+    @classmethod
+    def build(cls, config, **inputs):
+        return inputs
+
+class Clock(ComponentConfig):
+    rates: tuple[PositiveFloat, ...] = (1.0,)
+    kind: Literal["even", "uneven"] = "even"
+
+class Toy(Plain):
+    class Config(ComponentConfig):
+        gamma: PositiveFloat = 1.0
+        xi: Share = 1.0
+        clock: Clock = Clock()
+        note: str | None = None
+
+        @field_validator("gamma")
+        @classmethod
+        def _not_thirteen(cls, gamma):
+            if gamma == 13.0:
+                raise ValueError("thirteen brings bad luck")
+            return gamma
+
+    @classmethod
+    def build(cls, config, *, vocabulary):
+        return config.gamma, vocabulary
+
+class Clusters(Plain):
+    class Config(ComponentConfig):
+        sizes: tuple[int, ...]
+
+class Net(Plain):
+    class Config(ComponentConfig):
+        width: int = 8
+
+class Muon(Plain):
+    class Config(ComponentConfig):
+        lr: PositiveFloat = 0.02
+
+class Autoregression(Plain):
+    slots = ()
+
+class Backend(Plain):
+    class Config(ComponentConfig):
+        device: str = "abacus"
+
+class Greedy(Plain):
+    class Config(ComponentConfig):
+        head: str = "mine"
+"""
+NAMES = {
+    "process": {"toy": "Toy"},
+    "vocabulary": {"clusters": "Clusters"},
+    "backbone": {"net": "Net", "greedy": "Greedy"},
+    "optimizer": {"muon": "Muon", "adamw": "Plain"},
+    "objective": {"nelbo": "Plain", "next": "Autoregression"},
+    "training_loss": {"elbo": "Plain", "clip": "Plain"},
+    "time_rule": {"flat": "Plain"},
+    "head": {"tokens": "Plain", "tied": "Plain"},
+    "backend": {"single": "Backend"},
+    "sampler": {"ancestral": "Plain"},
+    "tracker": {"none": "Plain"},
+}
+TARGETS = [
+    (kind, name, f"toy_parts:{NAMES.get(kind, {}).get(name, 'Plain')}")
+    for kind in KINDS
+    for name in NAMES.get(kind, ["plain"])
+]
+REGISTER = f"""
+from ddiff import hookimpl
+
+@hookimpl
+def ddiff_register(registry):
+    for kind, name, target in {TARGETS!r}:
+        registry.add(kind, name, target)
+"""
+
+RECIPE = """\
+# A recipe.
+name = "mine"
+plugins = ["toy"]
+
+[data]
+kind = "plain"
+length = 16
+
+[tokenizer]
+kind = "plain"
+
+[vocabulary]
+kind = "clusters"
+sizes = [
+    64,
+    8,
+]
+
+[process]
+kind = "toy"
+gamma = 2
+
+[denoiser]
+kind = "net"
+head = "tied"
+
+[train]
+steps = 10
+batch = 4
+"""
+
+
+@pytest.fixture
+def toy(distribution, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy plugin stands in for the engine's own components too, so that no test here waits for torch."""
+    distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": REGISTER, "toy_parts": PARTS})
+    monkeypatch.setattr(plugin, "CORE", "toy")
+
+
+@pytest.fixture
+def write(toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`write(text, name)` puts a recipe into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def write_recipe(text: str = RECIPE, name: str = "mine.toml") -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return name
+
+    return write_recipe

@@ -1,0 +1,206 @@
+"""A recipe is read strictly, completed with every default, and written back as the same recipe."""
+
+from __future__ import annotations
+
+import tomllib
+
+import fsspec
+import pytest
+
+from ddiff.errors import PluginError, RecipeError
+from ddiff.plugin import load_plugins
+from ddiff.recipe import changed_keys, component_part, parse_recipe, read_recipe
+
+from .conftest import RECIPE
+
+
+def test_a_recipe_gets_every_default(write):
+    recipe = read_recipe(write())
+    assert (recipe.name, recipe.seed, recipe.run_dir, recipe.plugins, recipe.length) == (
+        "mine",
+        0,
+        "runs/mine",
+        ("toy",),
+        16,
+    )
+    assert {place: part.component.name for place, part in recipe.parts().items()} == {
+        "data": "plain",
+        "tokenizer": "plain",
+        "vocabulary": "clusters",
+        "process": "toy",
+        "denoiser": "net",
+        "denoiser.head": "tied",
+        "objective": "nelbo",
+        "objective.loss": "elbo",
+        "objective.times": "flat",
+        "train.optimizer": "adamw",
+        "backend": "single",
+        "sample.sampler": "ancestral",
+        "tracker": "none",
+    }
+    assert (recipe.train.warmup, recipe.train.schedule, recipe.train.clip) == (100, "cosine", 1.0)
+    assert (recipe.placement.device, recipe.placement.processes) == ("auto", 1)
+    assert recipe.evaluate.window == (1e-3, 0.999)
+    assert (recipe.sample.steps, recipe.sample.count) == (64, 8)
+
+
+def test_a_resolved_recipe_reads_back_as_itself(write):
+    recipe = read_recipe(write(), ["train.optimizer=muon", "process.clock.rates=[1, 2]", "sample.seed=3"])
+    again = read_recipe(write(recipe.to_toml(), "resolved.toml"))
+    assert again == recipe
+    assert again.to_dict() == recipe.to_dict() == tomllib.loads(recipe.to_toml())
+    assert again.fingerprint == recipe.fingerprint
+
+
+def test_the_fingerprint_sees_any_key_and_no_shorthand(write):
+    recipe = read_recipe(write())
+    assert read_recipe(write(), ["process.xi=0.9"]).fingerprint != recipe.fingerprint
+    assert read_recipe(write(), ["denoiser.head={kind = 'tied'}", "process.xi=1"]).fingerprint == recipe.fingerprint
+
+
+def test_a_string_stands_for_a_table_with_a_kind(write):
+    text = RECIPE.replace('[tokenizer]\nkind = "plain"\n', "").replace(
+        'name = "mine"', 'name = "mine"\ntokenizer = "plain"'
+    )
+    assert read_recipe(write(text)) == read_recipe(write())
+
+
+def test_a_part_is_built_from_its_settings(write):
+    process = read_recipe(write()).process
+    assert process.build(vocabulary="words") == (2.0, "words")
+    with pytest.raises(PluginError, match=r"cannot be built: .*missing a required argument: 'vocabulary'"):
+        process.build()
+
+
+def test_the_origin_of_every_component_is_told(write):
+    assert read_recipe(write()).origins()["process"] == "toy (toy_pkg, toy-dist 1.0)"
+
+
+def test_an_objective_may_decline_the_slots_and_the_process(write):
+    text = RECIPE.replace('[process]\nkind = "toy"\ngamma = 2\n', '[objective]\nkind = "next"\n')
+    recipe = read_recipe(write(text))
+    assert (recipe.process, recipe.loss, recipe.times) == (None, None, None)
+    assert recipe.to_dict()["objective"] == {"kind": "next"}
+    with pytest.raises(RecipeError, match=r'\[objective\] has no key "loss" for kind "next"'):
+        read_recipe(write(text), ["objective.loss=elbo"])
+
+
+def test_a_component_that_repeats_an_engine_key_is_given_what_the_engine_reads(write):
+    recipe = read_recipe(write())
+    assert recipe.backend.config.device == recipe.placement.device == "auto"
+
+
+def test_a_component_cannot_take_the_name_of_a_slot(write):
+    with pytest.raises(PluginError, match=r'backbone "greedy" .*has the key "head"'):
+        read_recipe(write(), ["denoiser.kind=greedy"])
+
+
+# extends
+
+
+def test_extends_merges_table_by_table(write):
+    write()
+    recipe = read_recipe(write('extends = "mine.toml"\nname = "child"\n[process]\nxi = 0.5\n', "child.toml"))
+    assert (recipe.name, recipe.run_dir, recipe.process.config.gamma, recipe.process.config.xi) == (
+        "child",
+        "runs/child",
+        2.0,
+        0.5,
+    )
+
+
+def test_extends_looks_beside_the_file_that_extends(write):
+    write(name="base/mine.toml")
+    assert read_recipe(write('extends = "mine.toml"\nname = "child"', "base/child.toml")).length == 16
+
+
+def test_another_kind_starts_from_its_own_defaults_but_keeps_what_the_engine_reads(write):
+    write(
+        RECIPE.replace('head = "tied"', 'head = "tied"\nwidth = 32').replace(
+            "steps = 10", 'steps = 10\noptimizer = {kind = "muon", lr = 1.0}'
+        )
+    )
+    recipe = read_recipe(
+        write('extends = "mine.toml"\n[vocabulary]\nkind = "clusters"\n[train]\noptimizer = "adamw"', "child.toml")
+    )
+    assert recipe.vocabulary.config.sizes == (64, 8)
+    assert recipe.optimizer.component.name == "adamw"
+    changed = read_recipe("mine.toml", ["data.kind=plain", "objective.kind=next"])
+    assert changed.length == 16
+    with pytest.raises(RecipeError, match=r'\[process\] kind = "other": There is no process "other"'):
+        read_recipe("mine.toml", ["process.kind=other"])
+
+
+def test_a_circle_of_extends_is_an_error(write):
+    write('extends = "two.toml"', "one.toml")
+    write('extends = "./one.toml"', "two.toml")
+    with pytest.raises(RecipeError, match=r"two.toml:1 .*circle: .*one.toml"):
+        read_recipe("one.toml")
+
+
+def test_any_fsspec_path_is_a_recipe(toy):
+    with fsspec.open("memory://recipes/mine.toml", "w") as file:
+        file.write(RECIPE)
+    assert read_recipe("memory://recipes/mine.toml").name == "mine"
+
+
+# --set
+
+
+@pytest.mark.parametrize(
+    ("setting", "table", "key", "value"),
+    [
+        ("train.steps=200", "train", "steps", 200),
+        ("train.schedule=constant", "train", "schedule", "constant"),
+        ("train.schedule='constant'", "train", "schedule", "constant"),
+        ("backend.device=cuda:0", "backend", "device", "cuda:0"),
+        ("evaluate.window=[0.01, 0.9]", "evaluate", "window", [0.01, 0.9]),
+        ("train.clip=2", "train", "clip", 2.0),
+        ("process.note=1e-x", "process", "note", "1e-x"),
+        ("process={kind = 'toy', gamma = 3.0}", "process", "gamma", 3.0),
+    ],
+)
+def test_set_takes_a_toml_value_or_a_bare_word(write, setting, table, key, value):
+    assert read_recipe(write(), [setting]).to_dict()[table][key] == value
+
+
+def test_set_reaches_a_list_at_the_top(write):
+    assert read_recipe(write(), ['plugins=["toy", "toy"]']).plugins == ("toy",)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.optimizer=muon", "train.optimizer.lr=0.5"],
+        ["train.optimizer.lr=0.5", "train.optimizer=muon"],
+        ["train.optimizer.lr=0.5", "train.optimizer.kind=muon"],
+        ["train.optimizer={kind='muon', lr=0.5}"],
+    ],
+)
+def test_set_expands_a_shorthand_in_any_order(write, settings):
+    optimizer = read_recipe(write(), settings).optimizer
+    assert (optimizer.component.name, optimizer.config.lr) == ("muon", 0.5)
+
+
+def test_set_changes_a_key_of_a_component_that_the_file_names_in_short(write):
+    path = write(RECIPE.replace("steps = 10", 'steps = 10\noptimizer = "muon"'))
+    assert read_recipe(path, ["train.optimizer.lr=0.5"]).optimizer.config.lr == 0.5
+
+
+def test_a_component_can_be_set_up_without_a_recipe(toy):
+    component = load_plugins(["toy"]).component("process", "toy")
+    assert component_part(component, ["gamma=0.5", "xi=0.9"]).config.gamma == 0.5
+    with pytest.raises(RecipeError, match=r'--set gama=0.5: .* has no key "gama" .*Did you mean "gamma"\?'):
+        component_part(component, ["gama=0.5"])
+
+
+def test_changed_keys_are_dotted_and_show_both_values(write):
+    old = read_recipe(write()).to_dict()
+    new = read_recipe(write(), ["train.steps=20", "train.optimizer=muon", "vocabulary.sizes=[64]"]).to_dict()
+    assert sorted(changed_keys(old, new)) == [
+        ("train.optimizer.kind", "adamw", "muon"),
+        ("train.optimizer.lr", None, 0.02),
+        ("train.steps", 10, 20),
+        ("vocabulary.sizes", [64, 8], [64]),
+    ]
+    assert changed_keys(old, parse_recipe(RECIPE).to_dict()) == []
