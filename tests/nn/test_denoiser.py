@@ -1,0 +1,150 @@
+"""The denoiser joins a trunk and a head, and is asked at most once per state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense_heads import TREES, asked_nodes, dense_law, make_head, word_below
+from torch import Tensor, nn
+
+from ddiff.core.clock import LogTimeClock
+from ddiff.core.law import CleanLaw
+from ddiff.core.times import Noisy
+from ddiff.core.tree import TreeProcess
+from ddiff.errors import ArgumentError
+from ddiff.nn.denoiser import UNPADDED, Context, Denoiser, asking
+from ddiff.nn.heads import TokenHead
+
+VOCABULARY = TREES["two levels"]
+BATCH, LENGTH, WIDTH = 3, 4, 5
+
+
+class Trunk(nn.Module):
+    """Hidden states that depend on ids, times and every weight; counts its runs."""
+
+    width = WIDTH
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY.num_states, WIDTH)
+        self.runs = 0
+
+    def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
+        self.runs += 1
+        return self.embedding(ids) + t.unsqueeze(-1)
+
+
+@pytest.fixture
+def denoiser() -> Denoiser:
+    torch.manual_seed(1)
+    return Denoiser(Trunk(), make_head("levelwise", VOCABULARY, WIDTH)).double()
+
+
+def shown() -> Noisy:
+    generator = torch.Generator().manual_seed(2)
+    zt = asked_nodes(VOCABULARY, BATCH * LENGTH, generator).reshape(BATCH, LENGTH)
+    t = torch.rand(BATCH, LENGTH, dtype=torch.float64, generator=generator)
+    return Noisy(zt, t, torch.zeros_like(zt, dtype=torch.bool))
+
+
+def test_one_forward_trains_trunk_and_head(denoiser: Denoiser) -> None:
+    """Gradients through the chunks reach the trunk as plain autograd's do; float64, sums in another order."""
+    zt, t, _ = shown()
+    rows = torch.tensor([7, 0, 3, 10])
+    node = zt.flatten()[rows]
+    word = word_below(VOCABULARY, node, torch.Generator().manual_seed(0))
+    fn = lambda law, idx: -law.log_child(node[idx], word[idx])  # noqa: E731
+    total, values = denoiser(zt, t, UNPADDED, rows, node, fn)
+    dense = fn(dense_law(denoiser.head, denoiser.trunk(zt, t, UNPADDED)[rows]), torch.arange(4))
+    torch.testing.assert_close(values, dense.detach(), rtol=1e-12, atol=1e-12)
+    parameters = list(denoiser.parameters())
+    for ours, expected in zip(torch.autograd.grad(total, parameters), torch.autograd.grad(dense.sum(), parameters)):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(denoiser.visit(zt, t, UNPADDED, rows, node, fn), values, rtol=1e-12, atol=1e-12)
+
+
+def test_the_network_runs_at_the_first_visit_and_never_again(denoiser: Denoiser) -> None:
+    process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)))
+    ask = asking(denoiser, process)
+    noisy = shown()
+    visit = ask(noisy)
+    assert (ask.calls, denoiser.backbone.runs) == (0, 0)
+    fn = lambda law, idx: law.log_below(0).logsumexp(-1)  # noqa: E731
+    rows = torch.arange(5)
+    first = visit(rows, noisy.zt.flatten()[rows], fn)
+    visit(rows + 3, noisy.zt.flatten()[rows + 3], fn)
+    assert (ask.calls, denoiser.backbone.runs) == (1, 1)
+    assert not first.requires_grad
+    ask(noisy)(rows, noisy.zt.flatten()[rows], fn)
+    assert ask.calls == 2
+
+
+class FullConditional(nn.Module):
+    """Hidden states that are the exact log P(x | z), own evidence included, for given rest-laws [B,L,V]."""
+
+    width = VOCABULARY.num_tokens
+
+    def __init__(self, process: TreeProcess, log_rest: Tensor) -> None:
+        super().__init__()
+        self.process, self.log_rest = process, log_rest
+
+    def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
+        likelihood = self.process.log_likelihood(ids.flatten(), t.flatten()).reshape(self.log_rest.shape)
+        return (self.log_rest + likelihood).log_softmax(-1)
+
+
+def test_a_network_given_all_is_asked_for_the_rest() -> None:
+    """p(x) q_t(z|x) divided by q_t(z|x) is p(x) again, whatever node the row asks below; 1e-12 for float64."""
+    process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)), xi=0.8)
+    log_rest = torch.randn(BATCH, LENGTH, VOCABULARY.num_tokens, dtype=torch.float64).log_softmax(-1)
+    head = TokenHead(VOCABULARY, VOCABULARY.num_tokens).double()
+    with torch.no_grad():
+        head.table.copy_(torch.eye(VOCABULARY.num_tokens))
+    noisy, rows = shown(), torch.tensor([2, 11, 5])
+    mass = lambda law, idx: law.log_mass(0)  # noqa: E731
+    laws = {
+        given: asking(Denoiser(FullConditional(process, log_rest), head, given), process)(noisy)(
+            rows, noisy.zt.flatten()[rows], mass
+        )
+        for given in ("all", "rest")
+    }
+    expected = log_rest.flatten(0, 1)[rows]
+    torch.testing.assert_close(laws["all"], expected, rtol=1e-12, atol=1e-12)
+    nodes = noisy.zt.flatten()[rows] != VOCABULARY.root  # at the root the evidence says nothing
+    assert nodes.any()
+    assert ((laws["rest"] - expected).abs().amax(-1) > 0.1)[nodes].all()
+
+
+def test_attention_is_unmasked_unless_somebody_must_not_be_seen() -> None:
+    assert UNPADDED.attention_mask() is None
+    valid = torch.tensor([[True, True, False]])
+    document = torch.tensor([[0, 1, 1]])
+    padded = Context(valid=valid).attention_mask()
+    packed = Context(valid=valid, document=document).attention_mask()
+    assert padded is not None
+    assert packed is not None
+    assert padded[0, 0].tolist() == [[True, True, False], [True, True, False], [True, True, True]]
+    assert packed[0, 0].tolist() == [[True, False, False], [False, True, False], [False, True, True]]
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="as wide as"):
+        Denoiser(Trunk(), TokenHead(VOCABULARY, WIDTH + 1))
+    with pytest.raises(ArgumentError, match="given"):
+        Denoiser(Trunk(), TokenHead(VOCABULARY, WIDTH), given="some")  # type: ignore[arg-type]
+
+
+def test_law_protocol_is_what_visits_hand_out(denoiser: Denoiser) -> None:
+    """A question sees each asked row exactly once."""
+    noisy = shown()
+    seen: list[int] = []
+
+    def fn(law: CleanLaw, idx: Tensor) -> Tensor:
+        seen.extend(idx.tolist())
+        return idx
+
+    process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)))
+    rows = torch.tensor([1, 4, 4, 9, 0])
+    order = asking(denoiser, process)(noisy)(rows, noisy.zt.flatten()[rows], fn)
+    assert sorted(seen) == [0, 1, 2, 3, 4]
+    assert order.tolist() == [0, 1, 2, 3, 4]

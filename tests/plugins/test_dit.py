@@ -1,0 +1,167 @@
+"""The diffusion transformer: what it may see, what it starts as."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from ddiff_dit.dit import SIZES, DiT, Rotation
+from torch import Tensor
+
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
+from ddiff.errors import ArgumentError
+from ddiff.nn.denoiser import UNPADDED, Context, Denoiser
+from ddiff.nn.heads import TokenHead
+from ddiff.training.optimizers import split_parameters
+
+VOCABULARY = HierarchicalVocabulary([[1, 0, 2, 1, 2, 0, 1, 1]])
+BATCH, LENGTH, WIDTH = 2, 12, 16
+
+
+def make(time: bool = True, trained: bool = True, **kwargs: float) -> DiT:
+    """A DiT in float64; `trained` fills what starts at zero, so that every path carries a signal."""
+    torch.manual_seed(0)
+    model = DiT(VOCABULARY, WIDTH, layers=2, heads=2, time=time, **kwargs).double().eval()  # type: ignore[arg-type]
+    if trained:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.3)
+    return model
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCABULARY.num_states, (BATCH, LENGTH), generator=generator)
+    return ids, torch.rand(BATCH, LENGTH, generator=generator, dtype=torch.float64)
+
+
+def test_hidden_states_have_the_declared_width_and_the_module_its_own_dtype() -> None:
+    ids, t = inputs()
+    model = make()
+    assert model(ids, t, UNPADDED).shape == (BATCH, LENGTH, model.width)
+    assert model.float()(ids, t, UNPADDED).dtype == torch.float32  # times stay float64 outside
+
+
+def test_blocks_start_as_the_identity() -> None:
+    ids, t = inputs()
+    model = make(trained=False)
+    start = torch.nn.functional.layer_norm(model.embedding(ids), (WIDTH,))
+    assert torch.equal(model(ids, t, UNPADDED), start)
+
+
+def test_the_first_loss_is_that_of_the_uniform_law() -> None:
+    ids, t = inputs()
+    denoiser = Denoiser(make(trained=False), TokenHead(VOCABULARY, WIDTH).double())
+    rows = torch.arange(ids.numel())
+    root = torch.full_like(rows, VOCABULARY.root)
+    total, _ = denoiser(ids, t, UNPADDED, rows, root, lambda law, idx: -law.log_prob(ids.flatten()[idx] % 8))
+    assert total.item() == pytest.approx(len(rows) * math.log(VOCABULARY.num_tokens), rel=1e-12)
+
+
+def test_products_of_turned_vectors_depend_on_the_difference_of_positions_alone() -> None:
+    """Rounding of an angle of 40 radians is 1e-14 in float64."""
+    rotation = Rotation(torch.zeros(1, 40, WIDTH, dtype=torch.float64), 8)
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 40, 1, 8)
+    products = torch.einsum("bihw,bjhw->ij", rotation(q), rotation(k))
+    for shift in (1, 7, 30):
+        torch.testing.assert_close(products[shift:, shift:], products[:-shift, :-shift], rtol=0, atol=1e-12)
+    assert (products[0, 0] - products[0, 5]).abs() > 0.01  # and do depend on it
+
+
+def test_a_document_may_stand_anywhere_in_its_row() -> None:
+    ids, t = inputs()
+    model = make()
+    alone = model(ids[:, 5:9], t[:, 5:9], UNPADDED)
+    document = torch.tensor([0] * 5 + [1] * 4 + [2] * 3).expand(BATCH, -1)
+    packed = model(ids, t, Context(document=document))[:, 5:9]
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
+
+
+def test_documents_of_one_row_do_not_see_each_other() -> None:
+    """Bit for bit: a masked position has the weight exp(-inf) = 0."""
+    ids, t = inputs()
+    model = make()
+    context = Context(document=(torch.arange(LENGTH) >= 5).long().expand(BATCH, -1))
+    before = model(ids, t, context)
+    ids[:, :5] = (ids[:, :5] + 1) % VOCABULARY.num_states
+    t[:, :5] = 1 - t[:, :5]
+    after = model(ids, t, context)
+    assert torch.equal(after[:, 5:], before[:, 5:])
+    assert not torch.equal(after[:, :5], before[:, :5])
+
+
+def test_padding_changes_nothing() -> None:
+    ids, t = inputs()
+    model = make()
+    valid = (torch.arange(LENGTH) < 7).expand(BATCH, -1)
+    before = model(ids, t, Context(valid=valid))
+    ids[:, 7:] = 0
+    t[:, 7:] = 1.0
+    after = model(ids, t, Context(valid=valid))
+    assert torch.equal(after[:, :7], before[:, :7])
+    unpadded = model(ids[:, :7], t[:, :7], UNPADDED)
+    torch.testing.assert_close(after[:, :7], unpadded, rtol=0, atol=1e-12)  # longer rows are summed in another order
+    assert model(ids, t, Context(valid=torch.zeros_like(valid))).isfinite().all()
+
+
+def test_without_a_mask_everybody_is_seen() -> None:
+    ids, t = inputs()
+    model = make()
+    before = model(ids, t, UNPADDED)
+    ids[:, -1] = (ids[:, -1] + 1) % VOCABULARY.num_states
+    assert ((model(ids, t, UNPADDED) - before).abs().amax(-1) > 1e-6).all()
+
+
+def test_time_is_read_per_position_or_not_at_all() -> None:
+    ids, t = inputs()
+    later = t.clone()
+    later[:, 3] = 1 - later[:, 3]
+    timeless = make(time=False)
+    assert torch.equal(timeless(ids, t, UNPADDED), timeless(ids, later, UNPADDED))
+    model = make()
+    change = (model(ids, later, UNPADDED) - model(ids, t, UNPADDED)).abs().amax(-1)
+    assert (change > 1e-6).all()  # position 3 itself, and through attention the others
+    apart = Context(document=torch.arange(LENGTH).expand(BATCH, -1))  # nobody sees anybody
+    change = (model(ids, later, apart) - model(ids, t, apart)).abs().amax(-1)
+    assert (change[:, 3] > 1e-6).all()
+    assert not change[:, torch.arange(LENGTH) != 3].any()
+
+
+def test_dropout_is_off_in_evaluation() -> None:
+    ids, t = inputs()
+    model = make(dropout=0.5)
+    assert torch.equal(model(ids, t, UNPADDED), model(ids, t, UNPADDED))
+    model.train()
+    assert not torch.equal(model(ids, t, UNPADDED), model(ids, t, UNPADDED))
+
+
+def test_every_parameter_learns() -> None:
+    ids, t = inputs()
+    model = make()
+    weight = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64)
+    (model(ids, t, UNPADDED) * weight).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_muon_gets_the_matrices_of_blocks_and_no_tables() -> None:
+    hidden, _ = split_parameters(Denoiser(make(), TokenHead(VOCABULARY, WIDTH)))
+    assert {name.split(".")[-2] for name in hidden} == {"qkv", "attended", "up", "down", "0", "2"}  # 0, 2: the time MLP
+
+
+def test_sizes_and_explicit_numbers() -> None:
+    config = DiT.Config(size="tiny", width=128, layers=3)
+    model = DiT.build(config, vocabulary=FlatVocabulary(10), length=8)
+    assert (model.width, len(model.blocks), model.blocks[0].heads) == (128, 3, 2)
+    assert SIZES["small"] == (768, 12)
+    published = DiT.build(DiT.Config(size="tiny"), vocabulary=FlatVocabulary(10), length=8)
+    assert (published.width, len(published.blocks), published.blocks[0].heads) == (512, 8, 8)
+
+
+def test_numbers_that_do_not_fit_and_unread_conditions_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="heads"):
+        DiT(VOCABULARY, width=20, layers=1, heads=3)
+    ids, t = inputs()
+    with pytest.raises(ArgumentError, match="reads none"):
+        make()(ids, t, Context(conditions={"label": ids}))
