@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.kernel import DenseKernel, Kernel
-from ddiff.core.numerics import LATEST, draw_index, interior
+from ddiff.core.numerics import LATEST, draw_index, interior, log_or_never
 from ddiff.core.oracle import propagate
 from ddiff.core.process import ForwardProcess, Prior
 from ddiff.core.schedule import LinearSchedule, Schedule
@@ -106,7 +106,7 @@ class DenseProcess(ForwardProcess):
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         reached = self._from_clean(t)[:, : self.vocabulary.num_tokens].to(log_p.dtype)
-        return (log_p.exp().unsqueeze(1) @ reached).squeeze(1).log()
+        return log_or_never((log_p.exp().unsqueeze(1) @ reached).squeeze(1))
 
     def rates(self, t: Tensor) -> Kernel:
         return DenseKernel(self._generator(t))

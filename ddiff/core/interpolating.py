@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddiff.core.kernel import InterpolatingKernel, Kernel
 from ddiff.core.law import CleanLaw, Score
-from ddiff.core.numerics import draw_index, interior, like_rows
+from ddiff.core.numerics import draw_index, interior, like_rows, log_or_never
 from ddiff.core.process import ForwardProcess, Prior
 from ddiff.core.schedule import LinearSchedule, Schedule
 from ddiff.core.vocabulary import FlatVocabulary, Vocabulary
@@ -57,7 +57,7 @@ class InterpolatingProcess(ForwardProcess):
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         faded = like_rows(self.alpha(t), log_p) * log_p.exp()
         extra = self.vocabulary.num_states - self.vocabulary.num_tokens
-        return (torch.nn.functional.pad(faded, (0, extra)) + self.noise(t).to(log_p.dtype)).log()
+        return log_or_never(torch.nn.functional.pad(faded, (0, extra)) + self.noise(t).to(log_p.dtype))
 
     def rates(self, t: Tensor) -> Kernel:
         arrive = self.arrivals(t)

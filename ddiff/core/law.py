@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddiff.core.numerics import draw_index
 from ddiff.core.vocabulary import Vocabulary
-from ddiff.errors import ArgumentError, NonFiniteError
+from ddiff.errors import ArgumentError
 
 
 class CleanLaw(Protocol):
@@ -68,12 +68,13 @@ class SubtreeLaw(ABC):
         return self._log_given_top(node)
 
     def log_child(self, node: Tensor, child: Tensor) -> Tensor:
-        return self._log_given_top(child) - self._log_given_top(node)
+        below = self._log_given_top(child) - self._log_given_top(node)
+        return torch.where(child == node, 0.0, below)
 
     def log_mass(self, level: int) -> Tensor:
         self._needs_root("log_mass")
         mass = self.log_below(level)
-        return mass if level == self.vocabulary.num_levels else mass[:, self.vocabulary.position(level, mass.device)]
+        return mass if level == self.vocabulary.num_levels else mass.index_select(-1, self.vocabulary.position(level, mass.device))
 
     def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
         drawn = node.clone()
@@ -86,16 +87,11 @@ class SubtreeLaw(ABC):
     def _draw_at(self, node: Tensor, level: int, u: Tensor, rows: Tensor) -> Tensor:
         """One descendant at `level` per row, by inverse CDF within the node's range."""
         log_p = self.log_below(level)[rows]
-        if bool(log_p.isnan().any()):
-            raise NonFiniteError(
-                "CleanLaw.draw: the denoiser's law holds NaN, so nothing can be drawn from it. "
-                "Its weights or inputs are not finite; go back to an earlier checkpoint."
-            )
         start, stop = self._local_range(node, level)
         place = torch.arange(log_p.shape[1], device=log_p.device)
         inside = (place >= start.unsqueeze(-1)) & (place < stop.unsqueeze(-1))
         peak = log_p.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)
-        weights = (log_p - peak).exp().masked_fill(~inside, 0.0)
+        weights = (log_p - peak.masked_fill(peak == -torch.inf, 0.0)).exp().masked_fill(~inside, 0.0)
         first, _ = self.vocabulary.node_range(self._top(node), level)
         return self.vocabulary.order(level, node.device)[first + draw_index(weights, u)]
 
@@ -147,7 +143,7 @@ class DenseLaw(SubtreeLaw):
     def __init__(self, log_p: Tensor, vocabulary: Vocabulary, top: int | None = None) -> None:
         super().__init__(vocabulary, vocabulary.root if top is None else top)
         flat = vocabulary.num_levels <= 1
-        self._words = log_p if flat or top is not None else log_p[:, vocabulary.order(0, log_p.device)]
+        self._words = log_p if flat or top is not None else log_p.index_select(-1, vocabulary.order(0, log_p.device))
         self._levels: dict[int, Tensor] = {0: self._words}
 
     def log_below(self, level: int) -> Tensor:

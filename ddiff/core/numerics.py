@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddiff.errors import NonFiniteError
+
 EARLIEST = 1e-12
 LATEST = 1.0 - 1e-12
 
@@ -24,12 +26,25 @@ def like_rows(values: Tensor, wide: Tensor) -> Tensor:
     return values.to(wide.dtype).unsqueeze(-1)
 
 
+def log_or_never(mass: Tensor) -> Tensor:
+    """ln mass; -inf where the mass is 0, and no gradient there (the plain log gives 0/0 = NaN to all that it sums)."""
+    return torch.where(mass == 0, 1.0, mass).log().masked_fill(mass == 0, -torch.inf)
+
+
 def draw_index(weights: Tensor, u: Tensor) -> Tensor:
     """Inverse-CDF draw: the first index whose cumulative weight exceeds u * total. weights [r,n] >= 0, u [r] -> [r].
 
     Sums are float64; the index is clamped to the last positive weight, so rounding at u -> 1 never names an impossible one.
+    NonFiniteError where a row's weights have no positive finite sum.
     """
     cdf = weights.double().cumsum(-1)
+    drawable = (cdf[:, -1] > 0) & (cdf[:, -1] < torch.inf)
+    if not bool(drawable.all()):
+        raise NonFiniteError(
+            f"draw_index: weights must have a positive, finite sum in every row; got {cdf[~drawable, -1][0]}. Either the "
+            "denoiser's law holds NaN (its weights or inputs are not finite: go back to an earlier checkpoint), or it "
+            "gives no probability to anything below the state that a row is in."
+        )
     target = (u * cdf[:, -1]).unsqueeze(-1)
     index = torch.searchsorted(cdf, target, right=True).squeeze(-1)
     last = weights.shape[-1] - 1 - (weights > 0).flip(-1).int().argmax(-1)

@@ -197,14 +197,16 @@ class TreeProcess(ForwardProcess):
         return zt if self.parents.certain else self._stray(zt, level, u[:, 1])
 
     def _stray(self, zt: Tensor, level: Tensor, u: Tensor) -> Tensor:
-        """Leave the right ancestor with probability 1 - A_0l for a draw from r_0l; one uniform serves both."""
+        """Replace the right ancestor z_t by a draw from kappa_0l(x, .) = A_0l 1[. = z_t] + r_0l; A_0l < 0 where xi < 1/n."""
         drawn = zt.clone()
         for j in range(1, self.vocabulary.num_levels + 1):
             stray, sure = self.parents.stray[0][j], self.parents.sure[0][j]
-            rows = ((level == j) & (u >= sure)).nonzero().squeeze(-1)
+            rows = (level == j).nonzero().squeeze(-1)
             if stray is not None and len(rows):
-                left = (u[rows] - sure) / (1.0 - sure)
-                drawn[rows] = self.vocabulary.offsets[j] + draw_index(stray.to(u).expand(len(rows), -1), left)
+                right = (zt[rows] - self.vocabulary.offsets[j]).unsqueeze(-1)
+                spread = stray.to(u.device).repeat(len(rows), 1)
+                weights = spread.scatter_add(-1, right, spread.new_full(right.shape, sure))
+                drawn[rows] = self.vocabulary.offsets[j] + draw_index(weights, u[rows])
         return drawn
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
@@ -341,7 +343,7 @@ class TreeProcess(ForwardProcess):
         nodes = self.vocabulary.offsets[i] + torch.arange(log_mass.shape[1], device=zt.device)
         kappa = self._matrix(i, j, nodes, zt)
         if self.decoding == "bayes":
-            return self.parents.log_spread(0, i, log_mass).exp() * kappa
+            return (self.parents.log_spread(0, i, log_mass) + kappa.log()).softmax(-1)
         inside = self.vocabulary.ancestor(nodes, j) == zt.unsqueeze(-1)
         own = log_mass.masked_fill(~inside, -torch.inf).softmax(-1)
         if bool(inside.all()):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import uuid
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, final
 
@@ -71,7 +72,7 @@ class Vocabulary:
         return self._table("ancestor", ids.device)[ids, level]
 
     def parent(self, ids: Tensor) -> Tensor:
-        """The id one level up; the root is its own parent."""
+        """The id one level up; the root (without a mask: the name of the whole) is its own parent and that of its children."""
         return self._table("parent", ids.device)[ids]
 
     def children(self, node: int) -> Tensor:
@@ -103,7 +104,7 @@ class Vocabulary:
         return table[..., 0], table[..., 1]
 
     def save(self, path: str) -> None:
-        """Write the tree, its centroids and fingerprints to one safetensors file (any fsspec path)."""
+        """Write the tree, its centroids and fingerprints to one safetensors file (any fsspec path), whole or not at all."""
         tensors = {f"parents.{i}": p.contiguous() for i, p in enumerate(self.parents)}
         for i, centroid in enumerate(self.centroids or ()):
             if centroid is not None:
@@ -111,35 +112,30 @@ class Vocabulary:
         metadata = {"num_tokens": str(self.num_tokens), "fingerprint": self.fingerprint}
         if self.tokenizer_fingerprint:
             metadata["tokenizer_fingerprint"] = self.tokenizer_fingerprint
-        with fsspec.open(path, "wb") as file:
+        files, place = fsspec.url_to_fs(path)
+        if "/" in place:
+            files.makedirs(place.rsplit("/", 1)[0], exist_ok=True)
+        partial = f"{place}.{uuid.uuid4().hex[:8]}.part"
+        with files.open(partial, "wb") as file:
             file.write(save_safetensors(tensors, metadata))
+        files.mv(partial, place)
 
     @staticmethod
     def load(path: str) -> Vocabulary:
         """Read what `save` wrote; DataError when the file is not a vocabulary or its tree does not fit its fingerprint."""
         try:
             with fsspec.open(path, "rb") as file:
-                content = file.read()
-            tensors, metadata = load_safetensors(content), _metadata(content)
+                vocabulary, written = _parse(file.read())
         except FileNotFoundError:
             raise DataError(f"Vocabulary.load: path must name a saved vocabulary; {path} does not exist.") from None
         except Exception as error:
             raise DataError(
                 f"Vocabulary.load: {path} is not a whole vocabulary file ({error}). Build the vocabulary again."
             ) from error
-        parents = [tensors[f"parents.{i}"] for i in range(sum(key.startswith("parents.") for key in tensors))]
-        centroids = [tensors.get(f"centroids.{level}") for level in range(1, len(parents) + 1)]
-        has_centroids = any(c is not None for c in centroids)
-        vocabulary = _restore(
-            int(metadata["num_tokens"]),
-            parents,
-            centroids if has_centroids else None,
-            metadata.get("tokenizer_fingerprint"),
-        )
-        if vocabulary.fingerprint != metadata["fingerprint"]:
+        if vocabulary.fingerprint != written:
             raise DataError(
                 f"Vocabulary.load: the tree in {path} has fingerprint {vocabulary.fingerprint}, but the file names "
-                f"{metadata['fingerprint']}: it was damaged. Build the vocabulary again."
+                f"{written}: it was damaged. Build the vocabulary again."
             )
         return vocabulary
 
@@ -226,6 +222,16 @@ def _metadata(content: bytes) -> dict[str, str]:
     return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
 
 
+def _parse(content: bytes) -> tuple[Vocabulary, str]:
+    """The vocabulary in a file's content, and the fingerprint written beside it."""
+    tensors, metadata = load_safetensors(content), _metadata(content)
+    parents = [tensors[f"parents.{i}"] for i in range(sum(key.startswith("parents.") for key in tensors))]
+    centroids = [tensors.get(f"centroids.{level}") for level in range(1, len(parents) + 1)]
+    known = centroids if any(c is not None for c in centroids) else None
+    vocabulary = _restore(int(metadata["num_tokens"]), parents, known, metadata.get("tokenizer_fingerprint"))
+    return vocabulary, metadata["fingerprint"]
+
+
 def _restore(
     num_tokens: int, parents: list[Tensor], centroids: list[Tensor | None] | None, tokenizer_fingerprint: str | None
 ) -> Vocabulary:
@@ -292,9 +298,9 @@ def _build_tables(vocabulary: Vocabulary) -> dict[str, Tensor]:
                 climbing = vocabulary.parents[above][climbing]
     ids = torch.arange(rows)
     parent = ancestor[ids, (level + 1).clamp(max=num_levels)]
-    num_children = (
-        torch.bincount(parent[: offsets[num_levels]], minlength=rows) if num_levels else torch.zeros(rows).long()
-    )
+    if not num_levels:
+        parent = torch.full_like(ids, vocabulary.root)
+    num_children = torch.bincount(parent[: vocabulary.root], minlength=rows)
     tables = {"level": level, "ancestor": ancestor, "parent": parent, "num_children": num_children}
     for own in range(num_levels + 1):
         tables |= _order_tables(own, ancestor, offsets[own], sizes[own], rows, vocabulary)
