@@ -150,14 +150,19 @@ class ForwardProcess(ABC):
     def step(self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """[r] z_s given z_t by the exact reverse transition; u [r, uniforms_per_step]; visits at most once.
 
-        Derived: every row reads its law and one float64 draw over S decides. Families decide first, then visit.
+        Derived: every row with s < t reads its law and one float64 draw over S decides. Families decide first, then visit.
         """
+        zs, moving = zt.clone(), (s < t).nonzero().squeeze(-1)
+        if len(moving) == 0:
+            return zs
 
         def draw(law: CleanLaw, rows: Tensor) -> Tensor:
-            log_probs = self.reverse_log_probs(law.log_mass(0), zt[rows], t[rows], s[rows])
-            return draw_index(log_probs.exp(), u[rows, 0])
+            picked = moving[rows]
+            log_probs = self.reverse_log_probs(law.log_mass(0), zt[picked], t[picked], s[picked])
+            return draw_index(log_probs.exp(), u[picked, 0])
 
-        return visit(torch.arange(len(zt), device=zt.device), self.scope(zt), draw)
+        zs[moving] = visit(moving, self.scope(zt[moving]), draw)
+        return zs
 
     def decode(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """[r] the last draw, x ~ p(x) q_t(z|x) / q_t-bar(z), own evidence included; u [r, uniforms_per_decode]."""

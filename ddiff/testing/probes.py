@@ -1,0 +1,149 @@
+"""What the laws are tried on: fixed laws, times, grids of uniforms and quadrature nodes. Nothing here is random twice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddiff.core.law import CleanLaw, DenseLaw
+from ddiff.core.numerics import interior
+from ddiff.core.process import ForwardProcess, RowFunction
+from ddiff.core.vocabulary import Vocabulary
+from ddiff.errors import ArgumentError
+
+MAX_STATES = 64
+INNER = (0.02, 0.31, 0.5, 0.77, 0.97)
+NEAR_ENDS = (1e-6, 1.0 - 1e-6)
+ENDS = (0.0, 1.0)
+STEPS = ((0.31, 0.77), (0.02, 0.5), (0.5, 0.97), (0.1, 0.9))
+
+
+def times(*groups: tuple[float, ...]) -> Tensor:
+    return torch.tensor([t for group in groups for t in group], dtype=torch.float64)
+
+
+def random_laws(num_tokens: int, count: int = 3, seed: int = 0) -> Tensor:
+    """[count, V] log-laws from nearly even to peaked."""
+    logits = torch.randn(count, num_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    sharpness = torch.linspace(0.5, 2.5, count, dtype=torch.float64)
+    return (sharpness.unsqueeze(-1) * logits).log_softmax(-1)
+
+
+def certain_laws(num_tokens: int) -> Tensor:
+    """[V, V] the log-law that is sure of each word."""
+    return torch.eye(num_tokens, dtype=torch.float64).log()
+
+
+def product(*axes: Tensor) -> tuple[Tensor, ...]:
+    """All combinations of the entries of 1-d tensors, one flat tensor each."""
+    places = torch.meshgrid(*(torch.arange(len(axis)) for axis in axes), indexing="ij")
+    return tuple(axis[place.reshape(-1)] for axis, place in zip(axes, places))
+
+
+def grid_of_uniforms(count: int, dimensions: int) -> Tensor:
+    """[count, dimensions] float64 Sobol points: an even covering of the unit cube, the same every time."""
+    return torch.quasirandom.SobolEngine(dimensions).draw(count, dtype=torch.float64)
+
+
+def logit_nodes(start: float, stop: float, panels: int, order: int = 10) -> tuple[Tensor, Tensor, Tensor]:
+    """Nodes for integrals over t in [start, stop] that resolve both ends: v in [0,1], logit t, and the weights of dv.
+
+    Gauss-Legendre on equal panels of logit t; v is logit t scaled to [0,1].
+    """
+    x, w = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(order))
+    left = torch.arange(panels, dtype=torch.float64).unsqueeze(-1)
+    v = ((left + (x + 1.0) / 2.0) / panels).reshape(-1)
+    first, last = torch.logit(interior(torch.tensor([start, stop], dtype=torch.float64)))
+    return v, first + v * (last - first), (w / 2.0 / panels).repeat(panels)
+
+
+def num_panels(start: float, stop: float) -> int:
+    """One panel per 2.3 units of logit t (ten nodes each): integrands here are analytic within pi of the real axis."""
+    first, last = torch.logit(interior(torch.tensor([start, stop], dtype=torch.float64)))
+    return max(2, math.ceil(float(last - first) / 2.3))
+
+
+def likelihoods(process: ForwardProcess, t: Tensor) -> Tensor:
+    """[r, V, S] q_t(z|x), read from the marginal alone."""
+    num_tokens = process.vocabulary.num_tokens
+    rows = process.log_marginal(certain_laws(num_tokens).repeat(len(t), 1), t.repeat_interleave(num_tokens))
+    return rows.exp().reshape(len(t), num_tokens, -1)
+
+
+class Rows:
+    """Every (law, clean token, state, time) in which the state can occur: what the bound may meet."""
+
+    def __init__(self, process: ForwardProcess, t: Tensor, laws: Tensor | None = None) -> None:
+        vocabulary = process.vocabulary
+        self.laws = random_laws(vocabulary.num_tokens) if laws is None else laws
+        x0, zt = torch.arange(vocabulary.num_tokens), torch.arange(vocabulary.num_states)
+        law_index, time_index, x0, zt = product(torch.arange(len(self.laws)), torch.arange(len(t)), x0, zt)
+        weight = likelihoods(process, t)[time_index, x0, zt]
+        possible = weight > 0
+        self.x0, self.zt, self.t = x0[possible], zt[possible], t[time_index[possible]]
+        self.weight, self.log_p = weight[possible], self.laws[law_index[possible]]
+        self.law = DenseLaw(self.log_p, vocabulary)
+
+    @property
+    def labels(self) -> dict[str, Tensor]:
+        return {"x0": self.x0, "zt": self.zt, "t": self.t}
+
+
+class TableVisit:
+    """A visit over fixed laws log_p [n,V] that gives away no more than was asked: below `node`, nothing above it.
+
+    `calls` counts visits, `asked` remembers the rows of the last one.
+    """
+
+    def __init__(self, log_p: Tensor, vocabulary: Vocabulary) -> None:
+        self.log_p, self.vocabulary = log_p, vocabulary
+        self.calls = 0
+        self.asked = torch.empty(0, dtype=torch.long)
+
+    def __call__(self, rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+        self.calls, self.asked = self.calls + 1, rows
+        parts = [(idx, fn(law, idx)) for idx, law in laws_below(self.log_p[rows], node, self.vocabulary)]
+        order = torch.cat([idx for idx, _ in parts])
+        if isinstance(parts[0][1], tuple):
+            return tuple(_in_order(order, column) for column in zip(*(result for _, result in parts)))
+        return _in_order(order, [result for _, result in parts])
+
+
+def laws_below(log_p: Tensor, node: Tensor, vocabulary: Vocabulary) -> Iterator[tuple[Tensor, CleanLaw]]:
+    """Rows grouped by the node that they ask below: (which rows, a law that knows nothing else)."""
+    for top in node.unique().tolist():
+        idx = (node == top).nonzero().squeeze(-1)
+        if top == vocabulary.root:
+            yield idx, DenseLaw(log_p[idx], vocabulary)
+            continue
+        start, stop = vocabulary.node_range(torch.tensor(top), 0)
+        words = vocabulary.order(0)[int(start) : int(stop)]
+        yield idx, DenseLaw(log_p[idx][:, words].log_softmax(-1), vocabulary, top)
+
+
+def read_below(
+    formula: Callable[..., Tensor], log_p: Tensor, node: Tensor, vocabulary: Vocabulary, *arguments: Tensor
+) -> Tensor:
+    """[r] formula(law, *arguments) where every row's law knows only what lies below its node."""
+    fn = lambda law, idx: formula(law, *(argument[idx] for argument in arguments))  # noqa: E731
+    return TableVisit(log_p, vocabulary)(torch.arange(len(log_p)), node, fn)
+
+
+def _in_order(order: Tensor, pieces: Any) -> Tensor:
+    gathered = torch.cat(list(pieces))
+    return torch.empty_like(gathered).index_copy_(0, order, gathered)
+
+
+def require_small(process: ForwardProcess) -> None:
+    """The kit works by brute force over all states."""
+    states = process.vocabulary.num_states
+    if states > MAX_STATES:
+        raise ArgumentError(
+            f"check_process: process must be a small instance, at most {MAX_STATES} states, because the laws are proven by "
+            f"brute force; got {states}. Build it on a toy vocabulary, as `examples()` does."
+        )

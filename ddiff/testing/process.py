@@ -1,0 +1,55 @@
+"""All laws of a forward process, cheap ones first."""
+
+from __future__ import annotations
+
+from ddiff.core.process import ForwardProcess
+from ddiff.testing import bound, chain, draws, reverse
+from ddiff.testing.probes import require_small
+from ddiff.testing.report import Law, LawReport, check
+
+PROCESS_LAWS: tuple[Law, ...] = (
+    chain.rates_rows_sum_to_zero,
+    chain.rates_are_not_negative,
+    chain.kernels_agree,
+    chain.transition_rows_are_laws,
+    chain.transition_is_oracle,
+    chain.chapman_kolmogorov,
+    chain.marginal_follows_transitions,
+    chain.total_probability,
+    chain.ends_as_declared,
+    chain.ends_are_approached,
+    chain.safe_at_ends,
+    reverse.posterior_is_bayes,
+    reverse.posterior_is_derived,
+    reverse.likelihood_is_derived,
+    reverse.density_is_derived,
+    reverse.score_is_law,
+    reverse.factors_multiply,
+    reverse.density_is_a_divergence,
+    reverse.decode_nll_is_derived,
+    reverse.closing_kl_is_derived,
+    reverse.active_covers_density,
+    reverse.scope_suffices,
+    reverse.informed_is_enough,
+    draws.sample_follows_marginal,
+    draws.step_follows_posterior,
+    draws.decode_follows_bayes,
+    draws.step_asks_once,
+    draws.decode_asks_once,
+    draws.draws_are_their_own,
+    draws.arguments_are_untouched,
+    bound.weights_are_level_flows,
+    bound.constant_denoiser,
+    bound.discrete_bound_converges,
+    bound.entropy_equality,
+    bound.speed_equality,
+)
+
+
+def check_process(process: ForwardProcess) -> list[LawReport]:
+    """Every law that applies to a small instance (at most 64 states), by brute force in float64.
+
+    Raises ArgumentError for a larger one; a law that the process breaks, or raises in, is a report that has not passed.
+    """
+    require_small(process)
+    return check(process, PROCESS_LAWS)
