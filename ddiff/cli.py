@@ -5,14 +5,16 @@ A mistake that the caller can mend is printed as one paragraph, and the exit cod
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ddiff import __version__
-from ddiff.errors import DdiffError
+from ddiff.errors import DdiffError, PluginError
+
+if TYPE_CHECKING:
+    from ddiff.registry import Component
 
 app = typer.Typer(
     help="Discrete diffusion: train, evaluate and sample from recipes; prove a plugin's mathematics.",
@@ -88,23 +90,36 @@ def plugins(
     components: Annotated[bool, typer.Option("--components", help="List what each plugin registers.")] = False,
 ) -> None:
     """List the installed plugins; one that is broken says why and does not hide the others."""
-    from rich.console import Console
-    from rich.table import Table
-
     from ddiff.plugin import survey_plugins
 
-    reports = survey_plugins().reports
-    table = Table("plugin", "package", "distribution", "version", "components", box=None, pad_edge=False)
-    for plugin, registered, error in reports:
-        origin = plugin.origin
-        summary = "broken" if error else ", ".join(f"{part.kind} {part.name}" for part in registered)
-        shown = summary if components or error else str(len(registered))
-        table.add_row(plugin.name, origin.package, origin.distribution, origin.version, shown)
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    registry, reports = survey_plugins()
+    rows = [[plugin.name, str(plugin.origin), summarised(found, error)] for plugin, found, error in reports]
+    print_columns(["plugin", "from", "components"], rows)
+    if components:
+        typer.echo()
+        listed = [[part.kind, part.name, part.plugin, part.target] for part in registry.components()]
+        print_columns(["kind", "name", "plugin", "target"], listed)
     broken = [report.error for report in reports if report.error is not None]
     for error in broken:
         typer.echo(f"\n{error}", err=True)
     raise typer.Exit(2 if broken else 0)
+
+
+def summarised(components: list[Component], error: PluginError | None) -> str:
+    return "does not load: see below" if error else str(len(components))
+
+
+def print_columns(titles: list[str], rows: list[list[str]]) -> None:
+    """Aligned columns of plain text, as wide as they need to be."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(title, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table, crop=False, soft_wrap=True)
 
 
 @app.command()

@@ -5,17 +5,34 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
 from ddiff.errors import nearest
 
 
+def first_error(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> Mapping[str, Any]:
+    """The entry of `ValidationError.errors()` to tell: `loc` as the recipe writes it, a union's branches as one.
+
+    An unknown key goes first, for it is often the misspelt one that is missing.
+    """
+    first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
+    if not _is_union(model, first["loc"]):
+        return first
+    branches = [_unbranched(error) for error in errors if error["loc"][0] == first["loc"][0]]
+    fitting = [branch for branch in branches if not branch["type"].endswith("_type")]
+    if fitting:  # one branch took the type and refused the value: that is what to say
+        return fitting[0]
+    types = [_due(branch["msg"]).removeprefix("must be ") for branch in branches]
+    return {**branches[0], "msg": f"must be {' or '.join(dict.fromkeys(types))}"}
+
+
 def explain(
     error: Mapping[str, Any], model: type[BaseModel], path: Sequence[str | int], owner: str, known: Sequence[str]
 ) -> str:
-    """One paragraph for one entry of `ValidationError.errors()`.
+    """One paragraph for a `first_error`.
 
     `path` is the table's place in the recipe, `owner` says whose table it is, `known` are the keys that it takes.
     """
@@ -47,6 +64,18 @@ def shown(value: Any) -> str:
 def table_label(path: Sequence[str | int]) -> str:
     """`[train.optimizer]`, or "the recipe" for what stands above all tables."""
     return f"[{'.'.join(map(str, path))}]" if path else "the recipe"
+
+
+def _is_union(model: type[BaseModel], inside: Sequence[str | int]) -> bool:
+    """pydantic puts the name of the branch behind the key of a union."""
+    known = model.model_fields.get(str(inside[0])) if len(inside) > 1 else None
+    if known is None or get_origin(known.annotation) not in (Union, UnionType):
+        return False
+    return len([branch for branch in get_args(known.annotation) if branch is not NoneType]) > 1
+
+
+def _unbranched(error: Mapping[str, Any]) -> dict[str, Any]:
+    return {**error, "loc": (error["loc"][0], *error["loc"][2:])}
 
 
 def _due(message: str) -> str:

@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError, model_validator
 from ddiff import __version__
 from ddiff.component import ComponentConfig, NonNegativeInt, PositiveFloat, PositiveInt
 from ddiff.errors import PluginError, RecipeError, nearest
-from ddiff.explain import explain, shown, table_label, unknown_key
+from ddiff.explain import explain, first_error, shown, table_label, unknown_key
 from ddiff.plugin import load_plugins
 from ddiff.registry import Component, Registry
 from ddiff.toml import Draft, KeyPath, read_settings, read_toml, scalars_first, write_toml
@@ -557,8 +557,7 @@ def _checked(
     try:
         return model.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        # An unknown key first: it is often the misspelt one that is missing.
-        first = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
+        first = first_error(error.errors(include_url=False), model)
         message = explain(first, model, path, _owner(component), list(known))
         raise RecipeError(f"{draft.place((*path, *first['loc']))}: {message}") from error
 

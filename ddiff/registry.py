@@ -30,8 +30,8 @@ KINDS: dict[str, str] = {
     "training_loss": "[objective] loss: build(config, *, process) -> TrainingLoss",
     "time_rule": "[objective] times: build(config) -> TimeRule",
     "optimizer": "[train] optimizer: build(config, *, module) -> optimizer",
-    "backend": "[backend]: build(config, ...) -> Backend",
-    "sampler": "[sample] sampler: build(config) -> Sampler",
+    "backend": "[backend]: build(config, *, device, processes) -> Backend",
+    "sampler": "[sample] sampler: build(config, *, steps) -> Sampler",
     "tracker": "[tracker]: build(config, *, run_dir, recipe) -> Tracker",
 }
 """Every kind of component: the place in a recipe that names it, what `build` takes and what it returns."""

@@ -26,7 +26,7 @@ class Clock(ComponentConfig):
 class Toy(Plain):
     class Config(ComponentConfig):
         gamma: PositiveFloat = 1.0
-        xi: Share = 1.0
+        xi: Share | tuple[Share, ...] = 1.0
         clock: Clock = Clock()
         note: str | None = None
 

@@ -75,7 +75,7 @@ tables = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.dictionaries(keys, tables, max_size=4))
 def test_written_tables_read_back_and_every_value_has_its_line(tree):
     text = write_toml(tree, "any tables")

@@ -1,0 +1,172 @@
+"""The command line answers about itself at once, hands work on, and prints a mistake as one paragraph with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import ddiff
+from ddiff.cli import app, main
+from ddiff.plugin import installed_plugins, survey_plugins
+from ddiff.recipe import read_recipe, shipped_recipes
+
+HEAVY = ("torch", "transformers", "datasets", "wandb", "torchmetrics", "faiss", "numpy")
+PROBE = """
+import json, sys, time
+from ddiff.cli import main
+code = 0
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    code = stop.code or 0
+print(json.dumps([code, time.process_time(), sorted(sys.modules)]), file=sys.stderr)
+"""
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of one command."""
+    code = 0
+    try:
+        main(list(arguments))
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    written = capsys.readouterr()
+    return code, written.out, written.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["plugins", "--components"], ["recipes"], ["run", "--help"]]
+)
+def test_questions_about_itself_are_answered_without_torch_in_half_a_second_of_cpu(arguments):
+    # The budget is CPU time of the whole process, best of three: other work on the machine inflates single timings.
+    seconds = []
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, timeout=60, check=True
+        )
+        code, cpu, modules = json.loads(done.stderr.splitlines()[-1])
+        assert code == 0, done.stderr
+        assert not set(HEAVY) & set(modules)
+        seconds.append(cpu)
+        if cpu < 0.5:
+            break
+    assert min(seconds) < 0.5
+
+
+def test_importing_ddiff_imports_nothing_heavy_and_nothing_of_its_own():
+    heavy = ("ddiff", "torch", "pydantic")
+    code = f"import sys, ddiff; print(sorted(name for name in sys.modules if name.startswith({heavy})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "['ddiff']"
+
+
+def test_help_names_every_command(capsys):
+    code, out, _ = call(capsys, "--help")
+    assert code == 0
+    assert [command for command in ("run", "eval", "sample", "check", "plugins", "recipes") if command not in out] == []
+    assert len(app.registered_commands) == 6
+
+
+def test_the_version_is_the_distributions(capsys):
+    assert call(capsys, "--version")[1] == f"ddiff {ddiff.__version__}\n"
+    assert {plugin.origin.version for plugin in installed_plugins()["core"]} == {ddiff.__version__}
+
+
+def test_plugins_lists_every_installed_plugin_and_component(capsys):
+    code, out, _ = call(capsys, "plugins", "--components")
+    registry, reports = survey_plugins()
+    assert code == 0
+    for report in reports:
+        assert f"{report.plugin.name} " in out
+        assert str(report.plugin.origin) in out
+    assert [component.target for component in registry.components() if component.target not in out] == []
+
+
+def test_a_broken_plugin_is_listed_with_its_reason_and_hides_no_other(capsys, distribution):
+    distribution("broken-dist", "0.3", {"broken": "broken_pkg"}, {"broken_pkg": "import does_not_exist"})
+    code, out, err = call(capsys, "plugins")
+    assert code == 2
+    assert "broken_pkg, broken-dist 0.3" in out
+    assert "core " in out
+    assert "No module named 'does_not_exist'" in err
+
+
+def test_recipes_lists_every_shipped_recipe_with_its_first_line(capsys):
+    _, out, _ = call(capsys, "recipes")
+    lines = dict(line.split("  ", 1) for line in out.splitlines())
+    assert [name.strip() for name in lines] == list(shipped_recipes())
+    assert all(text.strip().endswith(".") for text in lines.values())
+
+
+def test_every_shipped_recipe_resolves_and_reads_back_as_itself(capsys, tmp_path):
+    assert {"hdlm_small", "hdlm_three_level", "mdlm_small"} <= set(shipped_recipes())
+    for name in shipped_recipes():
+        code, out, err = call(capsys, "run", name, "--dry-run")
+        assert code == 0, err
+        path = tmp_path / "resolved.toml"
+        path.write_text(out)
+        assert read_recipe(path) == read_recipe(name)
+        assert tomllib.loads(out)["name"] == Path(name).name
+
+
+def test_a_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call(capsys, "run", sorted(shipped_recipes())[0], "--dry-run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "no_such_recipe"], "no_such_recipe: there is no such file and no shipped recipe"),
+        (["run", "hdlm_small", "--set", "process.gama=1"], '--set process.gama=1: [process] has no key "gama"'),
+        (["run", "hdlm_small", "--set", "process.xi=1.5"], "--set process.xi=1.5: [process] xi must be"),
+        (["run", "hdlm_small", "--set", "plugins=[]"], 'Add "hdlm" to plugins'),
+    ],
+)
+def test_a_mistake_is_one_paragraph_on_stderr_and_exit_code_two(capsys, arguments, expected):
+    code, out, err = call(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert expected in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+def test_an_unknown_option_also_exits_with_two(capsys):
+    code, _, err = call(capsys, "run", "hdlm_small", "--freesh")
+    assert code == 2
+    assert "--fresh" in err
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Stand-ins for the modules that do the work; they note what they are called with."""
+    calls: list = []
+    module = ModuleType("ddiff.runs")
+    module.run_recipe = lambda recipe, *, fresh: calls.append(("run", recipe.name, recipe.train.steps, fresh)) or 130  # type: ignore[attr-defined]
+    module.evaluate_run = lambda run_dir: calls.append(("eval", run_dir))  # type: ignore[attr-defined]
+    module.sample_run = lambda run_dir, **options: calls.append(("sample", run_dir, options))  # type: ignore[attr-defined]
+    command = ModuleType("ddiff.testing.command")
+    command.check = lambda name, settings: calls.append(("check", name, settings)) or 1  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ddiff.runs", module)
+    monkeypatch.setitem(sys.modules, "ddiff.testing.command", command)
+    return calls
+
+
+def test_commands_hand_their_arguments_on_and_the_exit_code_back(capsys, runs):
+    assert call(capsys, "run", "mdlm_small", "--set", "train.steps=3", "--fresh")[0] == 130
+    assert call(capsys, "eval", "runs/x")[0] == 0
+    assert call(capsys, "sample", "runs/x", "--count", "4", "--seed", "1")[0] == 0
+    assert call(capsys, "check", "toy", "--set", "gamma=0.5", "--set", "xi=0.9")[0] == 1
+    assert runs == [
+        ("run", "mdlm_small", 3, True),
+        ("eval", Path("runs/x")),
+        ("sample", Path("runs/x"), {"count": 4, "steps": None, "seed": 1, "batch": None}),
+        ("check", "toy", ["gamma=0.5", "xi=0.9"]),
+    ]

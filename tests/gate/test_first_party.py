@@ -1,0 +1,25 @@
+"""What the first-party plugins register exists: every target loads and keeps the contract of its kind."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+from ddiff.plugin import survey_plugins
+from ddiff.registry import KINDS, Component
+
+COMPONENTS = survey_plugins().registry.components()
+
+
+@pytest.mark.parametrize("component", COMPONENTS, ids=lambda component: f"{component.kind}-{component.name}")
+def test_every_component_loads_and_its_build_takes_what_its_kind_is_given(component: Component):
+    built = component.load()
+    config = component.config_class()
+    assert all(field != "kind" for field in config.model_fields)
+    signature = inspect.signature(built.build)
+    given = re.search(r"build\(config(?:, \*, (.*?))?\)", KINDS[component.kind])
+    assert given is not None
+    if component.kind != "objective":  # its inputs depend on its own sub-components
+        signature.bind("config", **dict.fromkeys(given[1].split(", ") if given[1] else []))
