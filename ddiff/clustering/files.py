@@ -30,7 +30,7 @@ def read_clusters(
     A file is .npy, .json (a list, or an object from index to cluster) or .safetensors (one tensor) of integers from 0
     without gaps. The first has an entry for each of the `num_tokens` words. The layout published with arXiv 2510.08632 (one
     int64 for all words but the mask) fits by saying so: `extra` entries at its end, for special tokens that this tokenizer
-    has not, are left out; with `mask_token_id` the file has none for that token, which joins the cluster of the token before
+    has not, are left out; with `mask_token_id` it has none for that token, which joins the cluster of the token before
     it (it never occurs in text). DataError for a wrong length, with both numbers.
     """
     if not paths:

@@ -1,0 +1,100 @@
+"""The engine's corpora as components of a recipe. What reads text is imported when a corpus is, not when a recipe is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from ddiff.component import ComponentConfig, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+if TYPE_CHECKING:
+    from ddiff.data.cache import Cache
+    from ddiff.data.documents import Documents
+    from ddiff.data.markov import MarkovSource
+
+Paths = Annotated[tuple[str, ...], Field(min_length=1)]
+HeldOut = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Bundled:
+    """Jane Austen's six novels by chapter, Persuasion held out for validation; 4.0 MB, nothing to fetch."""
+
+    class Config(ComponentConfig):
+        """No keys."""
+
+    @staticmethod
+    def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
+        from ddiff.data.documents import bundled_novels
+
+        return bundled_novels()
+
+
+class Text:
+    """UTF-8 text files."""
+
+    class Config(ComponentConfig):
+        files: Paths
+        """Paths or globs, local or of any fsspec protocol."""
+        validation: tuple[str, ...] = ()
+        """Paths or globs of the validation documents; without them a share is held out."""
+        held_out: HeldOut = 0.05
+        """The share of the documents for validation, chosen by the hash of their text."""
+        split: Literal["file", "paragraph", "line"] = "file"
+        """What a document is; blank lines divide paragraphs."""
+
+    @staticmethod
+    def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
+        from ddiff.data.documents import text_files
+
+        return text_files(
+            config.files, validation=config.validation, held_out=config.held_out, split=config.split, cache=cache
+        )
+
+
+class Symbols:
+    """Rows of symbols, one per line, each of [data] length: DNA, proteins and the like. For tokenizer "alphabet"."""
+
+    class Config(ComponentConfig):
+        files: Paths
+        """Paths or globs, local or of any fsspec protocol."""
+        validation: tuple[str, ...] = ()
+        """Paths or globs of the validation rows; without them a share is held out."""
+        held_out: HeldOut = 0.05
+        """The share of the rows for validation, chosen by their hash: equal rows fall on one side."""
+
+    @staticmethod
+    def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
+        from ddiff.data.documents import symbol_rows
+
+        return symbol_rows(
+            config.files, length=length, validation=config.validation, held_out=config.held_out, cache=cache
+        )
+
+
+class Markov:
+    """Rows of a generated Markov chain of known entropy: no honest bound is below it. For tokenizer "alphabet".
+
+    The rows depend on this table alone, not on the recipe's seed: other seeds train on the same data.
+    """
+
+    class Config(ComponentConfig):
+        alphabet: Annotated[int, Field(ge=4, le=16)] = 8
+        peakedness: NonNegativeFloat = 2.0
+        """0: all symbols equally likely; larger: more predictable."""
+        rows: PositiveInt = 4096
+        validation: PositiveInt = 512
+        """Rows for validation."""
+        seed: NonNegativeInt = 0
+        """Of the chain and its rows."""
+
+    @classmethod
+    def build(cls, config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
+        return cls.source(config).documents(rows=config.rows, validation=config.validation, length=length)
+
+    @staticmethod
+    def source(config: Config) -> MarkovSource:
+        """The chain itself, with its exact `entropy_rate` and `row_entropy(length)` in nats per symbol."""
+        from ddiff.data.markov import MarkovSource
+
+        return MarkovSource(config.alphabet, peakedness=config.peakedness, seed=config.seed)

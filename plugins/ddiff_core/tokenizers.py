@@ -1,0 +1,76 @@
+"""The engine's tokenizers as components of a recipe."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from ddiff.component import ComponentConfig
+
+if TYPE_CHECKING:
+    from ddiff.data.cache import Cache
+    from ddiff.data.documents import Documents
+    from ddiff.data.tokenizer import AlphabetTokenizer, PretrainedTokenizer, Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+class BytePair:
+    """Byte-level byte pairs learned from the training documents; one special token, `<|eos|>`."""
+
+    class Config(ComponentConfig):
+        size: Annotated[int, Field(ge=257)] = 2048
+        """Tokens at most: 256 bytes, `<|eos|>` and what is learned."""
+
+    @staticmethod
+    def build(config: Config, *, documents: Documents, cache: Cache | None) -> Tokenizer:
+        from ddiff.data.documents import text_fingerprint
+        from ddiff.data.tokenizer import BytePairTokenizer, load_tokenizer
+
+        def train() -> Tokenizer:
+            return BytePairTokenizer.train(documents.train["text"], config.size)
+
+        def write(place: Path) -> None:
+            train().save(str(place / "tokenizer.json"))
+
+        if cache is None:
+            tokenizer = train()
+        else:
+            inputs = {"documents": text_fingerprint(documents.train), "size": config.size}
+            tokenizer = load_tokenizer(str(cache.entry("byte_pairs", inputs, write) / "tokenizer.json"))
+        if tokenizer.num_tokens < config.size:
+            _log.warning("The corpus gives only %d byte pairs of %d.", tokenizer.num_tokens, config.size)
+        return tokenizer
+
+
+class Alphabet:
+    """One token per character of fixed-length rows, no special tokens; figures are per symbol."""
+
+    class Config(ComponentConfig):
+        symbols: Annotated[str, Field(min_length=1)] = "auto"
+        """The characters in id order, such as "ACGT", or "auto": those of the corpus, validation included."""
+
+    @staticmethod
+    def build(config: Config, *, documents: Documents, cache: Cache | None) -> AlphabetTokenizer:
+        from ddiff.data.tokenizer import AlphabetTokenizer
+
+        if config.symbols != "auto":
+            return AlphabetTokenizer(config.symbols)
+        return AlphabetTokenizer.of(text for part in (documents.train, documents.validation) for text in part["text"])
+
+
+class Pretrained:
+    """A tokenizer of the transformers library, from a directory or the hub."""
+
+    class Config(ComponentConfig):
+        path: str
+        """A local directory, or a name on the hub."""
+
+    @staticmethod
+    def build(config: Config, *, documents: Documents, cache: Cache | None) -> PretrainedTokenizer:
+        from ddiff.data.tokenizer import PretrainedTokenizer
+
+        return PretrainedTokenizer.from_pretrained(config.path)

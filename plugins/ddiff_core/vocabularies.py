@@ -1,0 +1,152 @@
+"""The engine's state spaces as components of a recipe."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, model_validator
+
+from ddiff.component import ComponentConfig, NonNegativeInt, PositiveInt
+from ddiff.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
+    from ddiff.data.cache import Cache
+    from ddiff.data.tokenizer import Tokenizer
+
+COOCCURRENCE = "cooccurrence"
+
+
+class Flat:
+    """The words and, unless `mask = false`, one mask."""
+
+    class Config(ComponentConfig):
+        mask: bool = True
+
+    @staticmethod
+    def build(config: Config, *, tokenizer: Tokenizer, rows: Dataset | None, cache: Cache | None) -> FlatVocabulary:
+        from ddiff.core.vocabulary import FlatVocabulary
+
+        return FlatVocabulary(tokenizer.num_tokens, config.mask, tokenizer.fingerprint)
+
+
+class Clusters:
+    """A tree by nested k-means of word embeddings; centroids are kept, special tokens form a branch of their own."""
+
+    class Config(ComponentConfig):
+        sizes: Annotated[tuple[int, ...], Field(min_length=1)] = (64,)
+        """Nodes per level, finest first; `[512, 32]` makes a three-level tree with its root."""
+        source: str = COOCCURRENCE
+        """Embeddings: "cooccurrence" (of the training rows), or a .npy or .safetensors file with a row per token."""
+        model: str | None = None
+        """In place of a source: a transformers model (directory or hub name) whose input embeddings are clustered."""
+        width: PositiveInt = 64
+        """Dimensions of the co-occurrence embeddings."""
+        window: PositiveInt = 4
+        """How far apart two tokens may stand and still occur together."""
+        min_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+        max_share: Annotated[float, Field(ge=1.0)] = 5.0
+        """A cluster holds between these multiples of the mean number of members."""
+        seed: NonNegativeInt = 0
+
+        @model_validator(mode="after")
+        def _one_source(self) -> Clusters.Config:
+            if self.model is not None and self.source != COOCCURRENCE:
+                raise ValueError(
+                    f"source and model both name embeddings; got {self.source!r} and {self.model!r}, keep one"
+                )
+            return self
+
+    @classmethod
+    def build(
+        cls, config: Config, *, tokenizer: Tokenizer, rows: Dataset | None, cache: Cache | None
+    ) -> HierarchicalVocabulary | Vocabulary:
+        from ddiff.core.vocabulary import Vocabulary
+
+        if cache is None:
+            return cls._tree(config, tokenizer, rows)
+        inputs = config.model_dump() | {
+            "tokenizer": tokenizer.fingerprint,
+            "embeddings": cls._source_fingerprint(config, tokenizer, rows),
+        }
+
+        def write(place: Path) -> None:
+            cls._tree(config, tokenizer, rows).save(str(place / "vocabulary.safetensors"))
+
+        return Vocabulary.load(str(cache.entry("clusters", inputs, write) / "vocabulary.safetensors"))
+
+    @classmethod
+    def _tree(cls, config: Config, tokenizer: Tokenizer, rows: Dataset | None) -> HierarchicalVocabulary:
+        from ddiff.clustering.kmeans import nested_kmeans
+        from ddiff.core.vocabulary import HierarchicalVocabulary
+
+        parents, centroids = nested_kmeans(
+            cls._embeddings(config, tokenizer, rows),
+            config.sizes,
+            seed=config.seed,
+            min_share=config.min_share,
+            max_share=config.max_share,
+            special_ids=tokenizer.special_ids,
+        )
+        return HierarchicalVocabulary(parents, centroids, tokenizer.fingerprint)
+
+    @staticmethod
+    def _embeddings(config: Config, tokenizer: Tokenizer, rows: Dataset | None) -> Any:
+        from ddiff.clustering.cooccurrence import cooccurrence_embeddings
+        from ddiff.clustering.files import model_embeddings, read_embeddings
+        from ddiff.data.rows import token_stream
+
+        if config.model is not None:
+            return model_embeddings(config.model, tokenizer.num_tokens)
+        if config.source != COOCCURRENCE:
+            return read_embeddings(config.source, tokenizer.num_tokens)
+        ids, document = token_stream(_needed(rows))
+        return cooccurrence_embeddings(
+            ids, document, tokenizer.num_tokens, width=config.width, window=config.window, seed=config.seed
+        )
+
+    @classmethod
+    def _source_fingerprint(cls, config: Config, tokenizer: Tokenizer, rows: Dataset | None) -> str:
+        """Of what the embeddings come from: counting costs more than the fingerprint of rows, reading a matrix does not."""
+        from ddiff.data.rows import rows_fingerprint
+
+        if config.model is None and config.source == COOCCURRENCE:
+            return rows_fingerprint(_needed(rows))
+        return hashlib.sha256(cls._embeddings(config, tokenizer, rows).tobytes()).hexdigest()
+
+
+class File:
+    """A tree from token-to-cluster files."""
+
+    class Config(ComponentConfig):
+        paths: Annotated[tuple[str, ...], Field(min_length=1)]
+        """.npy, .json or .safetensors, finest level first: token to cluster, cluster to coarser cluster, ..."""
+        extra: NonNegativeInt = 0
+        """Entries at the end of the first file for special tokens that the tokenizer has not."""
+        mask_token_id: NonNegativeInt | None = None
+        """A token that the first file leaves out."""
+
+    @staticmethod
+    def build(
+        config: Config, *, tokenizer: Tokenizer, rows: Dataset | None, cache: Cache | None
+    ) -> HierarchicalVocabulary:
+        from ddiff.clustering.files import read_clusters
+        from ddiff.core.vocabulary import HierarchicalVocabulary
+
+        levels = read_clusters(
+            config.paths, tokenizer.num_tokens, extra=config.extra, mask_token_id=config.mask_token_id
+        )
+        return HierarchicalVocabulary(levels, tokenizer_fingerprint=tokenizer.fingerprint)
+
+
+def _needed(rows: Dataset | None) -> Dataset:
+    if rows is None:
+        raise DataError(
+            'Clusters with source = "cooccurrence" are counted in the packed training rows, and there are none here. '
+            "Give a file of embeddings as source, or a model."
+        )
+    return rows
