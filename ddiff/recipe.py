@@ -353,7 +353,9 @@ class _Resolver:
             # A Config that repeats a key of the engine is given what the engine reads, default or not.
             engine = self.keys(shared, path[0]).model_dump(mode="json")
             own |= {key: value for key, value in engine.items() if key in config.model_fields}
-        return Part(component, _checked(config, own, self.draft, path, component, known))
+        part = Part(component, _checked(config, own, self.draft, path, component, known))
+        _check_reads_back(part)
+        return part
 
     def slot(self, table: str, key: str) -> Part | None:
         """The component in a slot; None where the table's own component declines that slot."""
@@ -530,6 +532,25 @@ def _check_contract(component: Component, config: type[ComponentConfig], slots: 
             f'The Config of the {component} has the key "{reserved[0]}", which names a component in that table of a '
             "recipe. Give the key another name."
         )
+
+
+def _check_reads_back(part: Part) -> None:
+    """A run keeps its recipe with every default written out; a table that it could not read again ends the run here."""
+    written = json.dumps(scalars_first(part.config.model_dump(mode="json")))
+    try:
+        again = type(part.config).model_validate_json(written, strict=True)
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"]
+        raise PluginError(_unreadable(part, f"is refused: {reason}")) from error
+    if again != part.config:
+        raise PluginError(_unreadable(part, "is read as other values"))
+
+
+def _unreadable(part: Part, what: str) -> str:
+    return (
+        f"The Config of the {part.component} {what} once every default is written out, as a run keeps its recipe. "
+        "In the plugin: give keys that exclude each other the default None, and let validators leave values as they came."
+    )
 
 
 def _refuse_unknown(unknown: list[str], draft: Draft, path: KeyPath, component: Component, known: list[str]) -> None:

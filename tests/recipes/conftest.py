@@ -11,7 +11,7 @@ from ddiff.registry import KINDS
 
 PARTS = """
 from typing import Literal
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 from ddiff.component import ComponentConfig, PositiveFloat, Share
 
 class Plain:
@@ -60,12 +60,32 @@ class Backend(Plain):
     class Config(ComponentConfig):
         device: str = "abacus"
 
+class Choosy(Plain):
+    class Config(ComponentConfig):
+        rate: float = 1.0
+        rates: tuple[float, ...] | None = None
+
+        @model_validator(mode="after")
+        def _one(self):
+            if {"rate", "rates"} <= self.model_fields_set:
+                raise ValueError("only one of rate and rates may be given")
+            return self
+
+class Halving(Plain):
+    class Config(ComponentConfig):
+        rate: float = 1.0
+
+        @field_validator("rate")
+        @classmethod
+        def _half(cls, rate):
+            return rate / 2
+
 class Greedy(Plain):
     class Config(ComponentConfig):
         head: str = "mine"
 """
 NAMES = {
-    "process": {"toy": "Toy"},
+    "process": {"toy": "Toy", "choosy": "Choosy", "halving": "Halving"},
     "vocabulary": {"clusters": "Clusters"},
     "backbone": {"net": "Net", "greedy": "Greedy"},
     "optimizer": {"muon": "Muon", "adamw": "Plain"},

@@ -92,10 +92,18 @@ REPLACED = [
     (
         'kind = "toy"',
         'kind = "tyo"',
-        '[process] kind = "tyo": There is no process "tyo". Did you mean "toy"? There is: toy',
+        '[process] kind = "tyo": There is no process "tyo". Did you mean "toy"? There is: choosy, halving, toy',
     ),
-    ('kind = "toy"', "kind = 3", "[process] needs a kind, the process's name in quotes; got 3. There is: toy."),
-    ('kind = "toy"', "xi = 1.0", "[process] needs a kind, the process's name in quotes. There is: toy."),
+    (
+        'kind = "toy"',
+        "kind = 3",
+        "[process] needs a kind, the process's name in quotes; got 3. There is: choosy, halving, toy.",
+    ),
+    (
+        'kind = "toy"',
+        "xi = 1.0",
+        "[process] needs a kind, the process's name in quotes. There is: choosy, halving, toy.",
+    ),
     ('head = "tied"', 'head = "tide"', '[denoiser.head] kind = "tide": There is no head "tide". Did you mean "tied"?'),
 ]
 

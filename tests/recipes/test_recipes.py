@@ -95,6 +95,12 @@ def test_a_component_cannot_take_the_name_of_a_slot(write):
         read_recipe(write(), ["denoiser.kind=greedy"])
 
 
+@pytest.mark.parametrize(("kind", "key"), [("choosy", "rates=[1.0]"), ("halving", "rate=2.0")])
+def test_a_component_whose_table_does_not_read_back_is_refused_before_anything_runs(write, kind, key):
+    with pytest.raises(PluginError, match=f'process "{kind}" .* every default is written out'):
+        read_recipe(write(), [f"process.kind={kind}", f"process.{key}"])
+
+
 # extends
 
 
