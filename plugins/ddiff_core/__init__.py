@@ -32,7 +32,7 @@ COMPONENTS = {
         "tokens": "ddiff_core.heads:Tokens",
     },
     "objective": {"nelbo": "ddiff_core.objectives:Nelbo"},
-    "training_loss": {"elbo": "ddiff_core.objectives:Elbo"},
+    "training_loss": {"clip": "ddiff_core.objectives:Clip", "elbo": "ddiff_core.objectives:Elbo"},
     "time_rule": {"flat": "ddiff_core.objectives:Flat"},
     "optimizer": {"adamw": "ddiff_core.optimizers:AdamW", "muon": "ddiff_core.optimizers:Muon"},
     "backend": {"single": "ddiff_core.backends:Single"},

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 import re
 
+import ddiff_core
 import pytest
 
 from ddiff.plugin import survey_plugins
@@ -23,3 +26,11 @@ def test_every_component_loads_and_its_build_takes_what_its_kind_is_given(compon
     assert given is not None
     if component.kind != "objective":  # its inputs depend on its own sub-components
         signature.bind("config", **dict.fromkeys(given[1].split(", ") if given[1] else []))
+
+
+def test_no_class_of_core_that_can_be_built_is_left_unregistered():
+    registered = {component.target for component in COMPONENTS if component.plugin == "core"}
+    for module in pkgutil.iter_modules(ddiff_core.__path__, "ddiff_core."):
+        for name, found in vars(importlib.import_module(module.name)).items():
+            if isinstance(found, type) and found.__module__ == module.name and hasattr(found, "build"):
+                assert f"{module.name}:{name}" in registered
