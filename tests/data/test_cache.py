@@ -1,0 +1,112 @@
+"""An entry is found by content, appears whole or not at all, and is built again when it is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddiff.data.cache import Cache, default_root
+from ddiff.errors import DataError
+
+
+class Builder:
+    """Writes one file and counts how often it was asked to."""
+
+    def __init__(self, content: str = "content") -> None:
+        self.calls = 0
+        self.content = content
+
+    def __call__(self, place: Path) -> None:
+        self.calls += 1
+        (place / "file").write_text(self.content)
+
+
+def test_equal_inputs_find_the_entry_and_others_do_not(tmp_path: Path) -> None:
+    build = Builder()
+    first = Cache(tmp_path).entry("rows", {"a": 1, "b": [2, 3]}, build)
+    assert Cache(tmp_path).entry("rows", {"b": [2, 3], "a": 1}, build) == first
+    assert build.calls == 1
+    others = [Cache(tmp_path).entry("rows", {"a": 1, "b": [3, 2]}, build), Cache(tmp_path).entry("trees", {"a": 1}, build)]
+    assert build.calls == 3
+    assert len({first, *others}) == 3
+
+
+def test_a_failing_build_leaves_nothing(tmp_path: Path) -> None:
+    def fail(place: Path) -> None:
+        (place / "file").write_text("half")
+        raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        Cache(tmp_path).entry("rows", {}, fail)
+    assert list((tmp_path / "rows").iterdir()) == []
+    assert (Cache(tmp_path).entry("rows", {}, Builder()) / "file").read_text() == "content"
+
+
+def test_a_killed_build_leaves_no_entry(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from ddiff.data.cache import Cache\n"
+        "def build(place):\n"
+        "    (place / 'file').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Cache(sys.argv[1]).entry('rows', {}, build)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=os.environ)
+    assert ended.returncode == -signal.SIGKILL
+    build = Builder()
+    assert (Cache(tmp_path).entry("rows", {}, build) / "file").read_text() == "content"
+    assert build.calls == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "foreign", "unlisted", "not_json"])
+def test_a_damaged_entry_is_built_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    build = Builder()
+    entry = Cache(tmp_path).entry("rows", {"a": 1}, build)
+    contents = entry / "entry.json"
+    if damage == "truncated":
+        (entry / "file").write_text("con")
+    elif damage == "missing":
+        (entry / "file").unlink()
+    elif damage == "foreign":
+        contents.write_text(json.dumps(json.loads(contents.read_text()) | {"inputs": {"a": 2}}))
+    elif damage == "unlisted":
+        contents.unlink()
+    else:
+        contents.write_text('{"format"')
+    again = Cache(tmp_path).entry("rows", {"a": 1}, build)
+    assert build.calls == 2
+    assert (again / "file").read_text() == "content"
+    assert str(entry) in caplog.text
+    assert [place.name for place in (tmp_path / "rows").iterdir()] == [entry.name]
+
+
+def test_the_slower_of_two_builders_keeps_the_first_entry(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+
+    def slow(place: Path) -> None:
+        cache.entry("rows", {}, Builder("first"))
+        (place / "file").write_text("second")
+
+    assert (cache.entry("rows", {}, slow) / "file").read_text() == "first"
+
+
+def test_the_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "here"))
+    assert default_root() == Cache().root == tmp_path / "here"
+    monkeypatch.delenv("DDIFF_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_root() == tmp_path / "ddiff"
+
+
+def test_roots_that_cannot_hold_entries_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="memory-mapped"):
+        Cache("memory://cache")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="DDIFF_CACHE"):
+        Cache(tmp_path / "file").entry("rows", {}, Builder())

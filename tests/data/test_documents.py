@@ -1,0 +1,188 @@
+"""What a document is, which side of the split it falls on, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fsspec
+import pytest
+from datasets import Dataset
+
+from ddiff.data.cache import Cache
+from ddiff.data.documents import Documents, bundled_novels, from_texts, symbol_rows, text_files, text_fingerprint
+from ddiff.errors import ArgumentError, DataError
+
+
+@pytest.fixture(scope="module")
+def novels() -> Documents:
+    return bundled_novels()
+
+
+def write(folder: Path, **contents: str) -> list[str]:
+    for name, content in contents.items():
+        (folder / f"{name}.txt").write_text(content, encoding="utf-8")
+    return [str(folder / f"{name}.txt") for name in contents]
+
+
+def test_the_novels_are_their_chapters_and_persuasion_is_held_out(novels: Documents) -> None:
+    assert (len(novels.train), len(novels.validation)) == (55 + 48 + 31 + 61 + 50, 24)
+    assert {name.rsplit(" ", 1)[0] for name in novels.validation["name"]} == {"persuasion"}
+    assert "persuasion" not in " ".join(novels.train["name"])
+    assert all(text.splitlines()[0].lower().startswith("chapter") for text in novels.validation["text"][1:])
+
+
+def test_no_text_of_the_novels_is_lost_to_the_chapters(novels: Documents) -> None:
+    # Words as the files' README counts them, headings included.
+    words = {}
+    for part in (novels.train, novels.validation):
+        for row in part:
+            title = row["name"].rsplit(" ", 1)[0]
+            words[title] = words.get(title, 0) + len(row["text"].split())
+    assert words == {
+        "emma": 157416,
+        "mansfield_park": 159513,
+        "northanger_abbey": 77055,
+        "persuasion": 83270,
+        "pride_and_prejudice": 121534,
+        "sense_and_sensibility": 118529,
+    }
+
+
+def test_a_volume_heading_goes_with_the_chapter_that_follows(novels: Documents) -> None:
+    emma = dict(zip(novels.train["name"], novels.train["text"]))
+    assert emma["emma 19"].startswith("VOLUME II\n\nCHAPTER I\n\n")
+    assert "VOLUME" not in emma["emma 18"]
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("file", ["one\ntwo\n\nthree\n", "four"]),
+        ("paragraph", ["one\ntwo", "three\n", "four"]),
+        ("line", ["one", "two", "three", "four"]),
+    ],
+)
+def test_a_document_is_what_split_says(tmp_path: Path, split: str, expected: list[str]) -> None:
+    write(tmp_path, a="one\ntwo\n\nthree\n", b="four", v="held out")
+    documents = text_files([str(tmp_path / "[ab].txt")], validation=[str(tmp_path / "v.txt")], split=split)  # type: ignore[arg-type]
+    assert documents.train["text"] == expected
+    assert documents.validation["text"] == ["held out"]
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_any_fsspec_path_is_read(tmp_path: Path, scheme: str) -> None:
+    root = f"memory://documents{tmp_path}" if scheme == "memory" else f"file://{tmp_path}"
+    for name in ("a", "b"):
+        with fsspec.open(f"{root}/{name}.txt", "w") as file:
+            file.write(f"text {name}")
+    documents = text_files([f"{root}/*.txt"], validation=[f"{root}/b.txt"])
+    assert documents.train["text"] == ["text a", "text b"]
+    assert documents.validation["text"] == ["text b"]
+
+
+def test_the_held_out_share_follows_the_text_alone(tmp_path: Path) -> None:
+    lines = [f"line number {i}" for i in range(400)]
+    whole = text_files(write(tmp_path, a="\n".join(lines)), split="line", held_out=0.2)
+    # 80 +- 8 expected; the split is fixed, and 4.5 deviations tell a wrong share from a right one.
+    assert 44 < len(whole.validation) < 116
+    assert sorted([*whole.train["text"], *whole.validation["text"]]) == sorted(lines)
+    fewer = text_files(write(tmp_path, b="\n".join(reversed(lines[:200] * 2))), split="line", held_out=0.2)
+    assert set(fewer.validation["text"]) == set(whole.validation["text"]) & set(lines[:200])
+
+
+def test_the_cache_answers_for_equal_content_only(tmp_path: Path) -> None:
+    paths, cache = write(tmp_path, a="one\ntwo\nthree\nfour", v="v"), Cache(tmp_path / "cache")
+
+    def train() -> Dataset:
+        return text_files(paths[:1], validation=paths[1:], split="line", cache=cache).train
+
+    def entries() -> int:
+        return len(list((tmp_path / "cache" / "documents").iterdir()))
+
+    first = train()
+    assert train()["text"] == first["text"]
+    assert entries() == 2
+    assert first.cache_files  # memory-mapped, not held in memory
+    write(tmp_path, a="one\ntwo\nthree\nfive")
+    assert train()["text"] == ["one", "two", "three", "five"]
+    assert entries() == 3
+
+
+def test_fingerprints_tell_texts_and_their_boundaries_apart() -> None:
+    fingerprints = {text_fingerprint(from_texts(texts)) for texts in (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"])}
+    assert len(fingerprints) == 4
+    assert text_fingerprint(from_texts(["ab", "c"], ["x", "y"])) in fingerprints
+
+
+def test_line_ends_of_windows_and_a_byte_order_mark_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    documents = text_files([str(tmp_path / "a.txt")], validation=[str(tmp_path / "a.txt")], split="line")
+    assert documents.train["text"] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "corpus is empty"),
+        (b" \n\n \n", "corpus is empty"),
+        (b"caf\xe9 au lait", "0xe9 at offset 3"),
+        (b"nul\0here", "NUL character at 3"),
+    ],
+)
+def test_content_that_is_not_text_is_refused(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    cache = Cache(tmp_path / "cache")
+    with pytest.raises(DataError, match=told) as caught:
+        text_files([str(tmp_path / "a.txt")], split="line", cache=cache)
+    assert "a.txt" in str(caught.value)
+
+
+def test_bad_content_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"nul\0here")
+    with pytest.raises(DataError):
+        text_files([str(tmp_path / "a.txt")], cache=Cache(tmp_path / "cache"))
+    assert list((tmp_path / "cache").rglob("*.*")) == []
+
+
+@pytest.mark.parametrize("path", ["missing.txt", "missing/*.txt", "nosuchprotocol://a.txt"])
+def test_a_missing_file_is_named(tmp_path: Path, path: str) -> None:
+    with pytest.raises(DataError, match="missing|nosuchprotocol"):
+        text_files([path if "://" in path else str(tmp_path / path)])
+
+
+def test_a_corpus_that_cannot_be_divided_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="paragraph"):
+        text_files(write(tmp_path, a="one document"))
+    with pytest.raises(ArgumentError, match="held_out"):
+        text_files(write(tmp_path, a="one document"), held_out=1.0)
+
+
+def test_rows_of_symbols_all_have_the_length(tmp_path: Path) -> None:
+    paths = write(tmp_path, a="acgt\n\nttga\n", v="aaaa\n")
+    documents = symbol_rows(paths[:1], validation=paths[1:], length=4)
+    assert documents.train["text"] == ["acgt", "ttga"]
+    with pytest.raises(DataError, match=r"a\.txt line 3 has 4 symbols.*length = 5|a\.txt line 1 has 4 symbols.*length = 5"):
+        symbol_rows(paths[:1], validation=paths[1:], length=5)
+    write(tmp_path, a="acgt\n\nttg\n")
+    with pytest.raises(DataError, match=r"a\.txt line 3 has 3 symbols"):
+        symbol_rows(paths[:1], validation=paths[1:], length=4)
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"text": []}, "strings|empty"),
+        ({"words": ["a"]}, 'column "text"'),
+        ({"text": [1.0, float("nan")]}, "must hold strings"),
+        ({"text": ["a", None]}, "missing values"),
+    ],
+)
+def test_a_corpus_that_is_not_text_is_refused(columns: dict[str, list[object]], told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        Documents(Dataset.from_dict(columns), from_texts(["a"]))
+
+
+@pytest.mark.parametrize("content", [float("nan"), None, 3, "a\0b"])
+def test_texts_that_are_no_text_are_refused(content: object) -> None:
+    with pytest.raises(DataError, match="text 1"):
+        from_texts(["fine", content])  # type: ignore[list-item]
