@@ -28,18 +28,15 @@ class WarmupConstant:
 
 @dataclass(frozen=True)
 class WarmupCosine:
-    """Warm-up as above, then half a cosine from 1 down to `floor`, which the last of `steps` steps has."""
+    """Warm-up as above (all of a run that is shorter), then half a cosine from 1 down to `floor`, which the last of `steps` steps has."""
 
     steps: int
     warmup: int = 0
     floor: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warmup < self.steps:
-            raise ArgumentError(
-                f"warmup must be at least 0 and shorter than the run; got {self.warmup} of {self.steps} steps. "
-                "Shorten the warm-up or train for longer."
-            )
+        if self.warmup < 0:
+            raise ArgumentError(f"warmup must be a number of steps, at least 0; got {self.warmup}.")
         if not 0.0 <= self.floor <= 1.0:
             raise ArgumentError(f"floor must be a share of the learning rate in [0, 1]; got {self.floor}.")
 

@@ -1,0 +1,467 @@
+"""Runs: what a recipe builds, the directory it lives in, and the stages train, evaluate, sample.
+
+    run = ddiff.run("hdlm_small", settings=["train.steps=200"])      # trains, or goes on where it stopped
+    run = ddiff.load("runs/hdlm_small")
+    run.sample(8, steps=64, seed=1)
+    run.nelbo(["It is a truth universally acknowledged"])
+
+A stage that is done is not done again; what a directory was made with is held against what comes.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddiff import __version__
+from ddiff.core.noise import Noise
+from ddiff.core.process import ForwardProcess
+from ddiff.core.times import FlatTimes
+from ddiff.core.vocabulary import Vocabulary
+from ddiff.data.batch import Batch
+from ddiff.data.cache import Cache
+from ddiff.data.documents import Documents
+from ddiff.data.order import row_at
+from ddiff.data.rows import batch_rows, pack, pack_texts, rows_fingerprint, token_stream
+from ddiff.data.tokenizer import Tokenizer, load_tokenizer
+from ddiff.errors import ArgumentError, CheckpointError, DataError
+from ddiff.evaluation.baselines import Baselines, baselines
+from ddiff.evaluation.likelihood import Evaluation, evaluate
+from ddiff.nn.denoiser import Context, Denoiser, asking
+from ddiff.progress import progress
+from ddiff.recipe import Recipe, changed_keys, read_recipe
+from ddiff.sampling.loop import generate
+from ddiff.summary import print_evaluation, print_summary
+from ddiff.training.checkpoint import Checkpoints, load_weights
+from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
+from ddiff.training.trainer import Trainer, TrainingSummary
+
+RECIPE, ENVIRONMENT = "recipe.toml", "environment.json"
+TOKENIZER, VOCABULARY = "tokenizer.json", "vocabulary.safetensors"
+EVALUATION, SAMPLES = "evaluation.json", "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class Given:
+    """Parts that a Python caller hands in instead of the recipe's."""
+
+    vocabulary: Vocabulary | None = None
+    process: ForwardProcess | None = None
+
+    def to_dict(self) -> dict[str, str]:
+        given: dict[str, str] = {}
+        if self.vocabulary is not None:
+            given["vocabulary"] = self.vocabulary.fingerprint
+        if self.process is not None:
+            given["process"] = f"{type(self.process).__module__}:{type(self.process).__qualname__}"
+        return given
+
+
+class Run:
+    """A recipe's parts, built: `process`, `denoiser`, `tokenizer`, `vocabulary`, `objective`, `recipe`, `run_dir`."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, vocabulary: Vocabulary, given: Given) -> None:
+        self.recipe, self.tokenizer, self.vocabulary = recipe, tokenizer, vocabulary
+        self.run_dir = Path(recipe.run_dir)
+        self.process = given.process or _build_process(recipe, vocabulary)
+        _check_process(self.process, vocabulary)
+        self.backend = recipe.backend.build(
+            device=recipe.placement.device, processes=recipe.placement.processes, length=recipe.length
+        )
+        self.denoiser = self._build_denoiser()
+        self.objective = self._build_objective()
+        self.objective.module = self.backend.wrap(self.objective.module)
+
+    def _build_denoiser(self) -> Denoiser:
+        torch.manual_seed(self.recipe.seed)
+        backbone = self.recipe.denoiser.build(vocabulary=self.vocabulary, length=self.recipe.length)
+        assert self.recipe.head is not None
+        return Denoiser(backbone, self.recipe.head.build(vocabulary=self.vocabulary, width=backbone.width))
+
+    def _build_objective(self) -> Any:
+        recipe = self.recipe
+        loss = recipe.loss.build(process=self.process) if recipe.loss else None
+        times = recipe.times.build(process=self.process) if recipe.times else None
+        return recipe.objective.build(process=self.process, denoiser=self.denoiser, loss=loss, times=times)
+
+    # ------------------------------------------------------------------ data
+
+    @cached_property
+    def cache(self) -> Cache:
+        return Cache()
+
+    @cached_property
+    def documents(self) -> Documents:
+        return build_documents(self.recipe, self.cache)
+
+    @cached_property
+    def train_rows(self) -> Any:
+        return pack(self.documents.train, self.tokenizer, self.recipe.length, cache=self.cache)
+
+    @cached_property
+    def validation_rows(self) -> Any:
+        return pack(self.documents.validation, self.tokenizer, self.recipe.length, separate=True, cache=self.cache)
+
+    # ------------------------------------------------------------------ stages
+
+    def train(self) -> TrainingSummary:
+        """Train to the recipe's last step, going on from the newest checkpoint."""
+        trainer = self._trainer()
+        start = trainer.checkpoints.newest()
+        if start is None:
+            self._start_from_counts()
+        summary = trainer.fit(start)
+        trainer.tracker.close()
+        return summary
+
+    def _start_from_counts(self) -> None:
+        """The first law is the unigram law of the training text, so the first loss is known."""
+        counts = np.bincount(token_stream(self.train_rows)[0], minlength=self.vocabulary.num_tokens)
+        self.denoiser.head.start_from_counts(torch.from_numpy(counts))
+
+    def _trainer(self) -> Trainer:
+        recipe, keys = self.recipe, self.recipe.train
+        cosine = WarmupCosine(keys.steps, keys.warmup)
+        return Trainer(
+            self.objective,
+            recipe.optimizer.build(module=self.objective.module),
+            self._batch_at,
+            lambda step, batch: Noise(recipe.seed, step, batch.index, recipe.length),
+            backend=self.backend,
+            run_dir=self.run_dir,
+            steps=keys.steps,
+            slots=keys.batch,
+            accumulate=keys.accumulate,
+            multiplier=cosine if keys.schedule == "cosine" else WarmupConstant(keys.warmup),
+            clip=keys.clip,
+            log_every=keys.log_every,
+            checkpoint_every=keys.checkpoint_every,
+            keep=keys.keep,
+            tracker=recipe.tracker.build(run_dir=str(self.run_dir), recipe=recipe.to_dict()),
+            origins=recipe.origins(),
+            fingerprints={
+                "tokenizer": self.tokenizer.fingerprint,
+                "vocabulary": self.vocabulary.fingerprint,
+                "training rows": rows_fingerprint(self.train_rows),
+            },
+        )
+
+    def _batch_at(self, step: int, micro: int) -> Batch:
+        """Data order is a function of the seed and the global sample number alone."""
+        keys = self.recipe.train
+        size = keys.batch // keys.accumulate
+        slots = np.arange(micro * size, (micro + 1) * size)
+        rows = row_at(self.recipe.seed, step * keys.batch + slots, len(self.train_rows))
+        return batch_rows(self.train_rows, rows, index=slots).to(self.backend.device)
+
+    def evaluate(self) -> tuple[Evaluation, Baselines]:
+        """The bound on the validation text, every token once, with counting baselines beside it."""
+        keys, rows = self.recipe.evaluate, self.validation_rows
+        texts = self.documents.validation["text"]
+        num_bytes = sum(len(text.encode()) for text in texts) if self.tokenizer.unit == "token" else None
+        return self._score(rows, num_bytes, keys.draws), self._baselines()
+
+    def _score(self, rows: Any, num_bytes: int | None, draws: int) -> Evaluation:
+        keys = self.recipe.evaluate
+        self.objective.module.eval()
+        return evaluate(
+            self.objective,
+            lambda numbers: batch_rows(rows, numbers).to(self.backend.device),
+            _documents_of(rows),
+            length=self.recipe.length,
+            times=FlatTimes(*keys.window),
+            num_bytes=num_bytes,
+            draws=draws,
+            batch=keys.batch,
+            seed=keys.seed,
+            unit=self.tokenizer.unit,
+            device=self.backend.device,
+        )
+
+    def _baselines(self) -> Baselines:
+        streams = token_stream(self.train_rows), token_stream(self.validation_rows)
+        return baselines(*streams, self.vocabulary.num_tokens)
+
+    def nelbo(self, texts: Sequence[str], draws: int = 8) -> Evaluation:
+        """The bound of some texts, each a document; more draws narrow the estimate, not the bound."""
+        rows = pack_texts(texts, self.tokenizer, self.recipe.length)
+        return self._score(rows, sum(len(text.encode()) for text in texts), draws)
+
+    def sample(
+        self, count: int | None = None, *, steps: int | None = None, seed: int | None = None, batch: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Draw sequences of [data] length: dicts with `index`, `ids`, `text` and `nfe`. A sample is a function of its
+        number and the seed, not of its batch."""
+        keys = self.recipe.sample
+        count, seed, batch = _or(count, keys.count), _or(seed, keys.seed), _or(batch, keys.batch)
+        sampler = self.recipe.sampler.build(steps=_or(steps, keys.steps))
+        self.objective.module.eval()
+        samples: list[dict[str, Any]] = []
+        with progress(-(-count // batch) * sampler.steps, "sampling") as bar:
+            for first in range(0, count, batch):
+                index = torch.arange(first, min(first + batch, count), device=self.backend.device)
+                drawn = generate(
+                    sampler,
+                    self.process,
+                    asking(self.denoiser, self.process, Context()),
+                    index=index,
+                    length=self.recipe.length,
+                    seed=seed,
+                    on_step=lambda step, canvas: bar.advance(1),
+                )
+                samples += self._spelled(index, drawn.ids, drawn.nfe)
+        return samples
+
+    def _spelled(self, index: Tensor, ids: Tensor, nfe: int) -> list[dict[str, Any]]:
+        rows = ids.tolist()
+        texts = self.tokenizer.decode(rows)
+        return [{"index": i, "text": text, "ids": row, "nfe": nfe} for i, text, row in zip(index.tolist(), texts, rows)]
+
+
+# ---------------------------------------------------------------------- the Python API
+
+
+def run(
+    recipe: str | Path | Recipe,
+    *,
+    vocabulary: Vocabulary | None = None,
+    process: ForwardProcess | None = None,
+    settings: Iterable[str] = (),
+    fresh: bool = False,
+) -> Run:
+    """Train a recipe (a path, a shipped name, or one already read), or go on with it; evaluate, sample, return the run.
+
+    `vocabulary` and `process` take the place of the recipe's; `settings` are `--set` texts. Raises DdiffError's family.
+    """
+    resolved = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings)
+    built, _ = _run_stages(resolved, Given(vocabulary, process), fresh)
+    return built
+
+
+def load(run_dir: str | Path, *, process: ForwardProcess | None = None) -> Run:
+    """A trained run with its newest weights. `process` is needed when the run was given one from Python."""
+    directory = Path(run_dir)
+    if not (directory / RECIPE).is_file():
+        raise CheckpointError(
+            f"{run_dir} is not a run directory: it has no {RECIPE}. Name one that `ddiff run` wrote, such as runs/<name>."
+        )
+    recipe = read_recipe(directory / RECIPE, [f"run_dir={json.dumps(str(run_dir))}"])
+    made_with = _read_json(directory / ENVIRONMENT).get("given", {})
+    if "process" in made_with and process is None:
+        raise CheckpointError(
+            f"{run_dir} was trained with a process given from Python ({made_with['process']}), which no recipe can name. "
+            "Load it with ddiff.load(run_dir, process=...)."
+        )
+    tokenizer = load_tokenizer(str(directory / TOKENIZER))
+    built = Run(recipe, tokenizer, Vocabulary.load(str(directory / VOCABULARY)), Given(process=process))
+    checkpoints = Checkpoints(str(directory / "checkpoints"))
+    load_weights(built.objective.module, checkpoints.weights(), str(directory))
+    return built
+
+
+# ---------------------------------------------------------------------- the command line's verbs
+
+
+def run_recipe(recipe: Recipe, *, fresh: bool = False) -> int:
+    """`ddiff run`: every stage, then a summary; the exit code (130 or 143 after a signal)."""
+    _, code = _run_stages(recipe, Given(), fresh)
+    return code
+
+
+def evaluate_run(run_dir: str | Path) -> Evaluation:
+    """`ddiff eval`: evaluate anew and write evaluation.json."""
+    built = load(run_dir)
+    evaluation, counted = _evaluate_stage(built, again=True)
+    print_evaluation(evaluation, counted)
+    return evaluation
+
+
+def sample_run(
+    run_dir: str | Path,
+    *,
+    count: int | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    batch: int | None = None,
+) -> None:
+    """`ddiff sample`: JSON lines on standard output."""
+    for sample in load(run_dir).sample(count, steps=steps, seed=seed, batch=batch):
+        print(json.dumps(sample, ensure_ascii=False))
+
+
+# ---------------------------------------------------------------------- stages
+
+
+def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
+    directory = Path(recipe.run_dir)
+    _prepare(directory, recipe, given, fresh)
+    built = _build(recipe, given)
+    _record(directory, recipe, built, given)
+    summary = built.train()
+    if summary.exit_code:
+        print(f"Stopped at step {summary.step} of {summary.steps}, saved. The same command goes on.", file=sys.stderr)
+        return built, summary.exit_code
+    evaluation, counted = _evaluate_stage(built)
+    samples = _sample_stage(built)
+    print_summary(built.run_dir, built.process, built.denoiser, summary, evaluation, counted, samples)
+    return built, 0
+
+
+def _prepare(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> None:
+    """Hold the directory's recipe against this one; only more training steps may differ."""
+    if fresh and directory.exists():
+        if not (directory / RECIPE).is_file() and any(directory.iterdir()):
+            raise CheckpointError(
+                f"--fresh: {directory} holds no {RECIPE}, so it is not a run of ddiff's and is left alone. "
+                "Name another run_dir, or empty that one yourself."
+            )
+        shutil.rmtree(directory)
+    if not (directory / RECIPE).is_file():
+        return
+    old = tomllib.loads((directory / RECIPE).read_text(encoding="utf-8"))
+    changed = [change for change in changed_keys(old, recipe.to_dict()) if not _continues(*change)]
+    was_given = _read_json(directory / ENVIRONMENT).get("given", {})
+    changed += [(f"given {key}", a, b) for key, a, b in changed_keys(was_given, given.to_dict())]
+    if changed:
+        lines = "\n".join(f"  {key}: was {old!r}, is {new!r}" for key, old, new in changed)
+        raise CheckpointError(
+            f"{directory} was made with another recipe. Changed keys:\n{lines}\n"
+            "Run with --fresh to start over there, or set run_dir to another directory. (More train.steps alone continue.)"
+        )
+
+
+def _continues(key: str, old: Any, new: Any) -> bool:
+    return (key == "train.steps" and old is not None and new >= old) or key == "run_dir"
+
+
+def _build(recipe: Recipe, given: Given) -> Run:
+    """Documents, tokenizer and vocabulary by the recipe, then the parts that a saved run has too."""
+    cache = Cache()
+    documents = build_documents(recipe, cache)
+    tokenizer = recipe.tokenizer.build(documents=documents, cache=cache)
+    rows = pack(documents.train, tokenizer, recipe.length, cache=cache)
+    vocabulary = given.vocabulary or (given.process.vocabulary if given.process else None)
+    if vocabulary is None:
+        vocabulary = recipe.vocabulary.build(tokenizer=tokenizer, rows=rows, cache=cache)
+    check_tokenizer(tokenizer, vocabulary)
+    built = Run(recipe, tokenizer, vocabulary, given)
+    vars(built).update(cache=cache, documents=documents, train_rows=rows)
+    return built
+
+
+def build_documents(recipe: Recipe, cache: Cache) -> Documents:
+    return recipe.data.build(length=recipe.length, seed=recipe.seed, cache=cache)
+
+
+def check_tokenizer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    """Raises DataError when a vocabulary was built for another tokenizer."""
+    theirs = vocabulary.tokenizer_fingerprint
+    if vocabulary.num_tokens != tokenizer.num_tokens or (theirs and theirs != tokenizer.fingerprint):
+        raise DataError(
+            f"The vocabulary belongs to another tokenizer: it has {vocabulary.num_tokens} words for tokenizer "
+            f"{theirs or '(not recorded)'}, and the tokenizer in use has {tokenizer.num_tokens} tokens and fingerprint "
+            f"{tokenizer.fingerprint}. Build the vocabulary with this tokenizer, or use the tokenizer it was built for."
+        )
+
+
+def _build_process(recipe: Recipe, vocabulary: Vocabulary) -> ForwardProcess:
+    if recipe.process is None:
+        raise ArgumentError(f'{recipe.name}: [objective] kind = "{recipe.objective.component.name}" needs a [process].')
+    return recipe.process.build(vocabulary=vocabulary)
+
+
+def _check_process(process: ForwardProcess, vocabulary: Vocabulary) -> None:
+    if process.vocabulary.fingerprint != vocabulary.fingerprint:
+        raise ArgumentError(
+            f"process must be on the run's vocabulary {vocabulary}; got one on {process.vocabulary}. "
+            "Hand in both, or build the process on that vocabulary."
+        )
+
+
+def _record(directory: Path, recipe: Recipe, built: Run, given: Given) -> None:
+    """What the run is made with, so that it can be loaded without its data; the recipe last, whole."""
+    directory.mkdir(parents=True, exist_ok=True)
+    built.tokenizer.save(str(directory / TOKENIZER))
+    built.vocabulary.save(str(directory / VOCABULARY))
+    environment = {
+        "ddiff": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": str(built.backend.device),
+        "components": recipe.origins(),
+        "given": given.to_dict(),
+    }
+    _write(directory / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+    _write(directory / RECIPE, recipe.to_toml())
+
+
+def _evaluate_stage(built: Run, again: bool = False) -> tuple[Evaluation, Baselines]:
+    """evaluation.json, unless it stands there for this step."""
+    path, step = built.run_dir / EVALUATION, _step(built)
+    saved = _read_json(path)
+    if saved.get("step") == step and not again:
+        fields = {key: saved[key] for key in Evaluation.__dataclass_fields__}
+        fields["interval"] = tuple(fields["interval"]) if fields["interval"] else None
+        return Evaluation(**fields), Baselines(**saved["baselines"])
+    evaluation, counted = built.evaluate()
+    window = list(built.recipe.evaluate.window)
+    written: Mapping[str, Any] = {
+        "step": step,
+        **evaluation.to_dict(),
+        "window": window,
+        "baselines": counted._asdict(),
+        "entropy_rate_nats_per_symbol": built.documents.entropy_rate,
+    }
+    _write(path, json.dumps(written, indent=2) + "\n")
+    return evaluation, counted
+
+
+def _sample_stage(built: Run) -> list[dict[str, Any]]:
+    """samples.jsonl, unless it stands there for this step."""
+    path, step = built.run_dir / SAMPLES, _step(built)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    saved = [json.loads(line) for line in lines]
+    if len(saved) == built.recipe.sample.count and all(sample.get("step") == step for sample in saved):
+        return saved
+    samples = [{"step": step, **sample} for sample in built.sample()]
+    _write(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+    return samples
+
+
+def _step(built: Run) -> int:
+    steps = Checkpoints(str(built.run_dir / "checkpoints")).steps()
+    return steps[-1] if steps else 0
+
+
+def _write(path: Path, text: str) -> None:
+    """All or nothing."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _documents_of(rows: Any) -> NDArray[np.int64]:
+    return np.asarray(rows["document"])[:, 0]

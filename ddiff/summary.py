@@ -1,0 +1,74 @@
+"""What a person reads at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ddiff.core.process import ForwardProcess
+from ddiff.evaluation.baselines import Baselines
+from ddiff.evaluation.likelihood import Evaluation
+from ddiff.nn.denoiser import Denoiser
+from ddiff.training.trainer import TrainingSummary
+
+
+def print_summary(
+    run_dir: Path,
+    process: ForwardProcess,
+    denoiser: Denoiser,
+    summary: TrainingSummary,
+    evaluation: Evaluation,
+    counted: Baselines,
+    samples: Sequence[Mapping[str, Any]],
+) -> None:
+    """Figures, samples, paths, what to try next."""
+    console = Console(soft_wrap=True, highlight=False)
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    speed = summary.tokens / summary.seconds if summary.tokens else 0.0
+    console.print(f"\n[bold]{run_dir}[/]  {type(process).__name__} on {process.vocabulary}")
+    trained = f"{summary.tokens:,.0f} tokens in {summary.seconds:.0f} s ({speed:,.0f} tokens/s)"
+    skipped = f", {summary.skipped_steps} steps skipped (not finite)" if summary.skipped_steps else ""
+    console.print(f"{parameters:,} parameters, step {summary.step}; this time {trained}{skipped}\n")
+    print_evaluation(evaluation, counted, console)
+    print_samples(samples, console)
+    console.print(f"\nWritten to {run_dir}: evaluation.json, samples.jsonl, metrics.jsonl, checkpoints/, recipe.toml")
+    console.print(
+        f"Next: ddiff sample {run_dir} --count 4 --steps 128 | ddiff eval {run_dir} | "
+        "the same command with --set train.steps=N goes on"
+    )
+
+
+def print_evaluation(evaluation: Evaluation, counted: Baselines, console: Console | None = None) -> None:
+    """The bound with its terms, parts and the baselines."""
+    console = console or Console(soft_wrap=True, highlight=False)
+    unit = evaluation.unit
+    table = Table("validation", f"nats/{unit}", "", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    bound = f"{evaluation.nelbo_nats_per_token:.4f}"
+    if evaluation.interval:
+        bound += f" ± {(evaluation.interval[1] - evaluation.interval[0]) / 2:.4f}"
+    also = f"PPL {evaluation.ppl:.2f}"
+    if evaluation.bits_per_byte is not None:
+        also += f", {evaluation.bits_per_byte:.4f} bits/byte"
+    table.add_row("NELBO", bound, f"{also}; {evaluation.tokens:,} {unit}s, {evaluation.documents} documents")
+    for name, value in evaluation.terms_nats_per_token.items():
+        table.add_row(f"  {name}", f"{value:.4f}", "")
+    if len(evaluation.parts_nats_per_token) > 1:
+        for name, value in evaluation.parts_nats_per_token.items():
+            table.add_row(f"    of diffusion, {name}", f"{value:.4f}", "")
+    under = counted.unigram_nats_per_token - evaluation.nelbo_nats_per_token
+    table.add_row("unigram", f"{counted.unigram_nats_per_token:.4f}", f"the bound is {under:+.4f} under it")
+    table.add_row("bigram", f"{counted.bigram_nats_per_token:.4f}", "Witten-Bell")
+    console.print(table)
+
+
+def print_samples(samples: Sequence[Mapping[str, Any]], console: Console) -> None:
+    if samples:
+        console.print(f"\n{len(samples)} samples, the network asked {samples[0]['nfe']} times for each batch:")
+    for sample in samples:
+        console.print(Text(f"  {sample['index']}  " + " ".join(sample["text"].split())))
