@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ddiff.core.law import DenseLaw
 from ddiff.core.process import ForwardProcess
 from ddiff.testing.probes import (
     ENDS,
@@ -27,7 +28,6 @@ from ddiff.testing.probes import (
 from ddiff.testing.report import Gap, gap, law
 
 POINTS = 4096
-Draw = Callable[[Tensor], Tensor]
 
 
 def law_of_draws(draw: Callable[[Tensor, Tensor], Tensor], rows: int, dimensions: int, states: int) -> Tensor:
@@ -134,7 +134,7 @@ def draws_are_their_own(process: ForwardProcess) -> Iterator[Gap]:
     """A row draws the same alone, in any company and again: other rows' uniforms do not reach it. Equal states, exactly."""
     x0, point = product(torch.arange(process.vocabulary.num_tokens), torch.arange(24))
     count = len(x0)
-    t = 0.1 + 0.8 * grid_of_uniforms(count, 1)[:, 0]
+    t = times(INNER)[torch.arange(count) % len(INNER)]
     u = {
         name: grid_of_uniforms(count + 1, dimensions)[1:]
         for name, dimensions in (
@@ -180,16 +180,17 @@ def arguments_are_untouched(process: ForwardProcess) -> Iterator[Gap]:
     x0 = torch.arange(vocabulary.num_tokens)
     t = torch.full(x0.shape, 0.5, dtype=torch.float64)
     s = t * 0.5
-    u = {n: grid_of_uniforms(len(x0), n) for n in (process.uniforms_per_sample, process.uniforms_per_step,
-                                                   process.uniforms_per_decode)}
-    zt = process.sample(x0, t, u[process.uniforms_per_sample])
+    u_sample = grid_of_uniforms(len(x0), process.uniforms_per_sample)
+    u_step = grid_of_uniforms(len(x0), process.uniforms_per_step)
+    u_decode = grid_of_uniforms(len(x0), process.uniforms_per_decode)
+    zt = process.sample(x0, t, u_sample)
     log_p = random_laws(vocabulary.num_tokens, len(x0))
     visit = TableVisit(log_p, vocabulary)
-    answer = _fresh_law(process, log_p)
+    answer = DenseLaw(log_p, vocabulary)
     vector = random_laws(vocabulary.num_states, len(x0)).exp()
     calls: dict[str, tuple[Callable, tuple]] = {
         "log_marginal": (process.log_marginal, (log_p, t)),
-        "sample": (process.sample, (x0, t, u[process.uniforms_per_sample])),
+        "sample": (process.sample, (x0, t, u_sample)),
         "log_likelihood": (process.log_likelihood, (zt, t)),
         "rates.apply": (process.rates(t).apply, (vector,)),
         "rates.column": (process.rates(t).column, (zt,)),
@@ -203,8 +204,8 @@ def arguments_are_untouched(process: ForwardProcess) -> Iterator[Gap]:
         "active": (process.active, (zt,)),
         "informed": (process.informed, (zt,)),
         "scope": (process.scope, (zt,)),
-        "step": (lambda *rows: process.step(visit, *rows), (zt, t, s, u[process.uniforms_per_step])),
-        "decode": (lambda *rows: process.decode(visit, *rows), (zt, t, u[process.uniforms_per_decode])),
+        "step": (lambda *rows: process.step(visit, *rows), (zt, t, s, u_step)),
+        "decode": (lambda *rows: process.decode(visit, *rows), (zt, t, u_decode)),
     }
     for name, (call, arguments) in calls.items():
         before = [argument.clone() for argument in (*arguments, log_p)]
@@ -215,9 +216,3 @@ def arguments_are_untouched(process: ForwardProcess) -> Iterator[Gap]:
 
 def _fresh_visit(process: ForwardProcess, rows: int) -> TableVisit:
     return TableVisit(random_laws(process.vocabulary.num_tokens, 1, seed=3).expand(rows, -1), process.vocabulary)
-
-
-def _fresh_law(process: ForwardProcess, log_p: Tensor):
-    from ddiff.core.law import DenseLaw
-
-    return DenseLaw(log_p, process.vocabulary)

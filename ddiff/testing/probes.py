@@ -147,3 +147,11 @@ def require_small(process: ForwardProcess) -> None:
             f"check_process: process must be a small instance, at most {MAX_STATES} states, because the laws are proven by "
             f"brute force; got {states}. Build it on a toy vocabulary, as `examples()` does."
         )
+
+
+def integral(rate: Callable[[Tensor], Tensor], start: float, stop: float) -> Tensor:
+    """[k] the integral over t in [start, stop] of rate(t [n]) -> [n,k], by Gauss-Legendre in logit t."""
+    _, y, width = logit_nodes(start, stop, num_panels(start, stop))
+    first, last = torch.logit(interior(times((start, stop))))
+    t = torch.sigmoid(y)
+    return (t * (1.0 - t) * (last - first) * width) @ rate(t)

@@ -1,0 +1,62 @@
+"""Laws of a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ddiff.core.schedule import Schedule
+from ddiff.testing.probes import ENDS, INNER, integral, times
+from ddiff.testing.report import Gap, Law, LawReport, check, gap, law
+
+OPEN = (*INNER, 1e-6, 1e-3, 1.0 - 1e-3, 1.0 - 1e-6)
+
+
+@law("schedule: derivative = autograd", tolerance=1e-9)
+def derivative_is_autograd(schedule: Schedule) -> Iterator[Gap]:
+    """d_alpha is the derivative of alpha, as autograd has it. Relative: both are rounded once or twice."""
+    t = times(OPEN)
+    expected = Schedule.d_alpha(schedule, t)
+    yield gap(schedule.d_alpha(t), expected, {"t": t}, 1.0 + expected.abs())
+
+
+@law("schedule: alpha falls within [0, 1]", tolerance=1e-12)
+def alpha_falls(schedule: Schedule) -> Iterator[Gap]:
+    """alpha is a probability that never rises with t. Rounding of alpha."""
+    t = torch.linspace(0.0, 1.0, 1001, dtype=torch.float64)
+    alpha = schedule.alpha(t)
+    yield gap(alpha.clamp(0.0, 1.0), alpha, {"t": t})
+    yield gap(alpha.diff().clamp(min=0.0), 0.0, {"t": t})
+    yield gap(schedule.d_alpha(times(OPEN)).clamp(min=0.0), 0.0, {"t": times(OPEN)})
+
+
+@law("schedule: ends as declared", tolerance=1e-12)
+def schedule_ends(schedule: Schedule) -> Iterator[Gap]:
+    """closes_at_clean: alpha(0) = 1; closes_at_prior: alpha(1) = 0; neither is declared of a schedule that does not. Rounding."""
+    start, stop = schedule.alpha(times(ENDS))
+    if schedule.closes_at_clean:
+        yield gap(start, 1.0, {"t": 0})
+    if schedule.closes_at_prior:
+        yield gap(stop, 0.0, {"t": 1})
+    yield gap(schedule.alpha(times(ENDS)).isfinite().double(), 1.0, {"finite alpha at t": times(ENDS)})
+
+
+@law("schedule: noised = 1 - alpha, accurate near t = 0", tolerance=1e-9)
+def noised_is_the_rest(schedule: Schedule) -> Iterator[Gap]:
+    """noised + alpha = 1; and from t/1000 to t noised grows by the integral of -d_alpha, relative to itself, so that no digits
+    are lost where alpha is near 1. Quadrature leaves 1e-11."""
+    t = times(OPEN, ENDS)
+    yield gap(schedule.noised(t) + schedule.alpha(t), 1.0, {"t": t})
+    for end in OPEN:
+        grown = schedule.noised(times((end,))) - schedule.noised(times((end / 1000.0,)))
+        flow = integral(lambda t: -schedule.d_alpha(t).unsqueeze(-1), end / 1000.0, end)
+        yield gap(grown, flow, {"t": end}, grown.abs())
+
+
+SCHEDULE_LAWS: tuple[Law, ...] = (derivative_is_autograd, alpha_falls, schedule_ends, noised_is_the_rest)
+
+
+def check_schedule(schedule: Schedule) -> list[LawReport]:
+    """Every law of a schedule."""
+    return check(schedule, SCHEDULE_LAWS)
