@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ddiff.errors import RecipeError
-from ddiff.recipe import TOP_LEVEL, read_recipe, shipped_recipes
+from ddiff.recipe import read_recipe, shipped_recipes
+from ddiff.tables import TOP_LEVEL
 
 from .conftest import RECIPE
 

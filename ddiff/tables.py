@@ -1,0 +1,132 @@
+"""What a recipe may hold: the keys above its tables, and each table's owner, keys and slots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from ddiff.component import ComponentConfig, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class Heading(ComponentConfig):
+    """The keys above all tables."""
+
+    name: str = Field(min_length=1)
+    seed: NonNegativeInt = 0
+    run_dir: str = ""
+    """Where the run is written; `runs/<name>` when it is left out."""
+    plugins: tuple[str, ...] = ()
+
+
+class DataKeys(ComponentConfig):
+    """What the engine reads in [data]."""
+
+    length: PositiveInt
+    """Tokens in a row."""
+
+
+class TrainKeys(ComponentConfig):
+    """[train], beside the optimizer's own table."""
+
+    steps: PositiveInt
+    batch: PositiveInt
+    """Rows in the global batch of one step."""
+    warmup: NonNegativeInt = 100
+    """Steps in which the learning rate rises linearly."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip: PositiveFloat = 1.0
+    """Largest norm of the whole gradient."""
+    accumulate: PositiveInt = 1
+    """Micro-batches that a step's batch is cut into."""
+    log_every: PositiveInt = 10
+    checkpoint_every: PositiveInt = 200
+    keep: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainKeys:
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"batch must be a multiple of accumulate; got batch = {self.batch}, accumulate = {self.accumulate}"
+            )
+        return self
+
+
+class BackendKeys(ComponentConfig):
+    """What the engine reads in [backend]."""
+
+    device: str = "auto"
+    processes: PositiveInt = 1
+
+
+class EvaluateKeys(ComponentConfig):
+    """[evaluate]: the bound on the validation rows."""
+
+    batch: PositiveInt = 64
+    window: tuple[float, float] = (1e-3, 0.999)
+    """Times between which the diffusion term is integrated; the two end terms cover the rest."""
+    draws: PositiveInt = 1
+    """Times drawn per row."""
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _window_is_inside(self) -> EvaluateKeys:
+        start, stop = self.window
+        if not 0.0 <= start < stop <= 1.0:
+            raise ValueError(f"window must be two times with 0 <= start < stop <= 1; got [{start}, {stop}]")
+        return self
+
+
+class SampleKeys(ComponentConfig):
+    """[sample], beside the sampler's own table."""
+
+    steps: PositiveInt = 64
+    count: PositiveInt = 8
+    batch: PositiveInt = 8
+    seed: NonNegativeInt = 0
+
+
+class Slot(NamedTuple):
+    """A place that names a component: its kind, and the name it has when the recipe gives none."""
+
+    kind: str
+    default: str | None
+
+
+class Table(NamedTuple):
+    """A table of a recipe: the keys that the engine reads, whose the others are, and its slots."""
+
+    component: Slot | None = None
+    keys: type[ComponentConfig] | None = None
+    slots: Mapping[str, Slot] = {}
+    optional: bool = False
+
+    def engine_keys(self) -> list[str]:
+        return [*self.slots, *(self.keys.model_fields if self.keys else ())]
+
+
+TABLES: dict[str, Table] = {
+    "data": Table(Slot("dataset", None), DataKeys),
+    "tokenizer": Table(Slot("tokenizer", None)),
+    "vocabulary": Table(Slot("vocabulary", None)),
+    "process": Table(Slot("process", None), optional=True),
+    "denoiser": Table(Slot("backbone", None), slots={"head": Slot("head", "tokens")}),
+    "objective": Table(
+        Slot("objective", "nelbo"), slots={"loss": Slot("training_loss", "elbo"), "times": Slot("time_rule", "flat")}
+    ),
+    "train": Table(None, TrainKeys, {"optimizer": Slot("optimizer", "adamw")}),
+    "backend": Table(Slot("backend", "single"), BackendKeys),
+    "evaluate": Table(None, EvaluateKeys),
+    "sample": Table(None, SampleKeys, {"sampler": Slot("sampler", "ancestral")}),
+    "tracker": Table(Slot("tracker", "none")),
+}
+
+SLOTS: dict[tuple[str, ...], Slot] = {
+    **{(name,): table.component for name, table in TABLES.items() if table.component},
+    **{(name, key): slot for name, table in TABLES.items() for key, slot in table.slots.items()},
+}
+"""Every place in a recipe that names a component."""
+
+TOP_LEVEL = [*Heading.model_fields, "extends", *TABLES]
