@@ -74,7 +74,9 @@ class SubtreeLaw(ABC):
     def log_mass(self, level: int) -> Tensor:
         self._needs_root("log_mass")
         mass = self.log_below(level)
-        return mass if level == self.vocabulary.num_levels else mass.index_select(-1, self.vocabulary.position(level, mass.device))
+        if level == self.vocabulary.num_levels:
+            return mass
+        return mass.index_select(-1, self.vocabulary.position(level, mass.device))
 
     def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
         drawn = node.clone()

@@ -197,7 +197,7 @@ class TreeProcess(ForwardProcess):
         return zt if self.parents.certain else self._stray(zt, level, u[:, 1])
 
     def _stray(self, zt: Tensor, level: Tensor, u: Tensor) -> Tensor:
-        """Replace the right ancestor z_t by a draw from kappa_0l(x, .) = A_0l 1[. = z_t] + r_0l; A_0l < 0 where xi < 1/n."""
+        """Replace the right ancestor z_t by a draw from A_0l 1[. = z_t] + r_0l, where A_0l < 0 when xi < 1/n."""
         drawn = zt.clone()
         for j in range(1, self.vocabulary.num_levels + 1):
             stray, sure = self.parents.stray[0][j], self.parents.sure[0][j]
@@ -219,19 +219,21 @@ class TreeProcess(ForwardProcess):
 
     # ------------------------------------------------------------------ the bound
 
-    def factors(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(F_l'/pi_l, KL one level down); both 0 at words. E[weight 1{level l}] = 1 per level where the clock closes."""
+    def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        """F_l'/pi_l, 0 at words. E[weight 1{level l}] = 1 per level where the clock closes."""
         level = self.vocabulary.level_of(zt)
         t = interior(t)
         inflow = self.clock.inflow(t).gather(-1, (level - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        weight = torch.where(level > 0, inflow / self._occupation(zt, t), 0.0)
-        return weight, self._surprise_below(law, x0, zt, level)
+        return torch.where(level > 0, inflow / self._occupation(zt, t), 0.0)
+
+    def divergence(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        """KL( y | z, x || y | z, law ), y the state one level down; 0 at words."""
+        return self._surprise_below(law, x0, zt, self.vocabulary.level_of(zt))
 
     def density(self, answer: CleanLaw | Score, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         if isinstance(answer, Score):
             return super().density(answer, x0, zt, t)
-        weight, divergence = self.factors(answer, x0, zt, t)
-        return weight * divergence
+        return self.weight(x0, zt, t) * self.divergence(answer, x0, zt, t)
 
     def _surprise_below(self, law: CleanLaw, x0: Tensor, zt: Tensor, level: Tensor) -> Tensor:
         """[r] KL( y | z, x || y | z, law ), y the state one level down; 0 at words."""

@@ -72,7 +72,7 @@ class Vocabulary:
         return self._table("ancestor", ids.device)[ids, level]
 
     def parent(self, ids: Tensor) -> Tensor:
-        """The id one level up; the root (without a mask: the name of the whole) is its own parent and that of its children."""
+        """The id one level up; the root is its own parent. Without a mask the name of the whole stands above the words."""
         return self._table("parent", ids.device)[ids]
 
     def children(self, node: int) -> Tensor:

@@ -1,0 +1,41 @@
+"""Trees for hypothesis, and what a tree means, said the slow way."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from ddiff.core.vocabulary import HierarchicalVocabulary, Vocabulary
+
+Parents = list[list[int]]
+
+
+@st.composite
+def parent_lists(draw: st.DrawFn, max_tokens: int = 9, max_levels: int = 3) -> Parents:
+    """Parents of 1..max_tokens words under 1..max_levels levels, in no order and with only children, before any root."""
+    size, levels = draw(st.integers(1, max_tokens)), []
+    for _ in range(draw(st.integers(1, max_levels))):
+        labels = draw(st.lists(st.integers(0, size - 1), min_size=size, max_size=size))
+        named = draw(st.permutations(sorted(set(labels))))
+        levels.append([named.index(label) for label in labels])
+        size = len(named)
+    return levels
+
+
+def trees(max_tokens: int = 9, max_levels: int = 3) -> st.SearchStrategy[HierarchicalVocabulary]:
+    return parent_lists(max_tokens, max_levels).map(HierarchicalVocabulary)
+
+
+def climb(tree: Vocabulary, node: int) -> list[int]:
+    """The ids from a node up to the root, itself first, by following `parents` one step at a time."""
+    level = next(l for l in reversed(range(tree.num_levels + 1)) if tree.offsets[l] <= node)
+    path, index = [node], node - tree.offsets[level]
+    for above in range(level, tree.num_levels):
+        index = int(tree.parents[above][index])
+        path.append(tree.offsets[above + 1] + index)
+    return path
+
+
+def below(tree: Vocabulary, node: int, level: int) -> set[int]:
+    """The ids of `level` that lie below a node or are it."""
+    first = tree.offsets[level]
+    return {id_ for id_ in range(first, first + tree.level_sizes[level]) if node in climb(tree, id_)}

@@ -1,0 +1,156 @@
+"""Draws by inverse CDF: their edges, their law, and the tail that a single-precision race starves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddiff.core.clock import LogTimeClock
+from ddiff.core.law import DenseLaw
+from ddiff.core.numerics import draw_index, interior, like_rows, log_or_never
+from ddiff.core.process import RowFunction
+from ddiff.core.tree import TreeProcess
+from ddiff.core.vocabulary import FlatVocabulary
+from ddiff.errors import NonFiniteError
+
+LARGEST = 1.0 - 2.0**-53  # the largest uniform that Noise can give
+
+
+def drawn(weights: list[float], *u: float) -> list[int]:
+    rows = torch.tensor(weights, dtype=torch.float64).expand(len(u), -1)
+    return draw_index(rows, torch.tensor(u, dtype=torch.float64)).tolist()
+
+
+def test_each_index_owns_the_half_open_interval_of_its_weight() -> None:
+    assert drawn([1.0, 2.0, 1.0], 0.0, 0.2499, 0.25, 0.7499, 0.75, LARGEST) == [0, 0, 1, 1, 2, 2]
+
+
+def test_weights_need_no_normalisation() -> None:
+    u = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(500, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    # powers of two scale without rounding, so the draws agree exactly
+    assert torch.equal(draw_index(weights, u), draw_index(weights * 2.0**-40, u))
+
+
+def test_a_zero_weight_is_never_drawn() -> None:
+    assert drawn([0.0, 0.0, 1.0, 0.0, 1.0, 0.0], 0.0, 0.5, LARGEST, 0.499) == [2, 4, 4, 2]
+
+
+def test_rounding_at_the_largest_uniform_names_the_last_possible_index() -> None:
+    """u * total may round up to total itself; then the search falls off the end, or into the zeros there."""
+    for seed in range(200):
+        weights = torch.rand(1, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        weights[:, 33:] = 0.0
+        assert draw_index(weights, torch.tensor([LARGEST]).double()).item() <= 32
+    assert draw_index(torch.ones(1, 3).double(), torch.tensor([1.0]).double()).item() == 2
+
+
+def test_small_weights_in_single_precision_are_summed_in_double() -> None:
+    weights = torch.cat([torch.ones(1), torch.full((4096,), 2.0**-25)])  # 1 + 2^-25 == 1 in float32
+    total = 1.0 + 4096 * 2.0**-25
+    u = torch.tensor([(1.0 + 2048.5 * 2.0**-25) / total], dtype=torch.float64)
+    assert draw_index(weights.unsqueeze(0), u).item() == 2049
+
+
+@pytest.mark.parametrize("row", [[0.0, 0.0], [1.0, math.nan], [1.0, math.inf]])
+def test_a_row_from_which_nothing_can_be_drawn_is_an_error(row: list[float]) -> None:
+    weights = torch.tensor([[1.0, 1.0], row])
+    with pytest.raises(NonFiniteError, match="positive, finite sum in every row; got"):
+        draw_index(weights, torch.tensor([0.5, 0.5]).double())
+
+
+def test_no_rows_give_no_draws() -> None:
+    assert draw_index(torch.empty(0, 3), torch.empty(0).double()).shape == (0,)
+
+
+def test_interior_moves_only_the_ends() -> None:
+    t = torch.tensor([0.0, 1e-12, 0.3, 1.0], dtype=torch.float64)
+    assert interior(t).tolist() == [1e-12, 1e-12, 0.3, 1.0 - 1e-12]
+
+
+def test_rows_take_the_dtype_of_what_is_wide() -> None:
+    assert like_rows(torch.ones(2).double(), torch.ones(2, 5)).dtype == torch.float32
+    assert like_rows(torch.ones(2), torch.ones(2, 5)).shape == (2, 1)
+
+
+def test_the_log_of_no_mass_has_no_gradient_and_nan_stays_nan() -> None:
+    mass = torch.tensor([0.0, 0.5, math.nan], dtype=torch.float64, requires_grad=True)
+    log = log_or_never(mass)
+    assert log[:2].tolist() == [-math.inf, math.log(0.5)]
+    assert log[2].isnan()
+    log[:2].exp().sum().backward()
+    assert mass.grad is not None
+    assert mass.grad[:2].tolist() == [0.0, 1.0]
+
+
+# ---------------------------------------------------------------------- the tail (Zheng et al., arXiv 2409.02908)
+
+ZIPF = (1.0 / torch.arange(1, 50_258, dtype=torch.float64)) / (1.0 / torch.arange(1, 50_258, dtype=torch.float64)).sum()
+ENTROPY = float(-(ZIPF * ZIPF.log()).sum())  # 7.566 nats
+STEP = 1.0 / 1024  # the step from t = 1/2 that 1,024 steps take
+RARE = 3e-5  # the likeliest word that the race starves; the words below it hold a quarter of the mass
+
+
+def race_in_single_precision(reveal: float) -> Tensor:
+    """[V] P(word is revealed) when word and mask race exponentials of float32 uniforms, exactly, by its grid.
+
+    A float32 uniform is a multiple of 2^-24, so the exponential -ln(1 - k 2^-24) takes steps of e = 6e-8 near 0. A word of
+    weight w beats the mask's E/(1 - reveal) with probability sum_k 2^-24 exp(-k a) = 2^-24 / (e^a - 1), where
+    a = e (1 - reveal)/w; in exact arithmetic with 2^-24 / a = w/(1 - reveal).
+    """
+    smallest = float(-torch.log1p(-torch.tensor(2.0**-24)))
+    return 2.0**-24 / torch.expm1(smallest * (1.0 - reveal) / (reveal * ZIPF))
+
+
+def test_single_precision_uniforms_are_multiples_of_two_to_the_minus_24() -> None:
+    u = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0)).double() * 2.0**24
+    assert torch.equal(u, u.round())
+
+
+def test_a_joint_race_in_single_precision_starves_the_tail() -> None:
+    """What the two-stage draw is for: a quarter of the mass all but vanishes, and the text looks likelier than it is."""
+    revealed = race_in_single_precision(reveal=2 * STEP)
+    share = revealed / revealed.sum()
+    assert float(ZIPF[ZIPF < RARE].sum()) == pytest.approx(0.25, abs=0.01)
+    assert float(share[ZIPF < RARE].sum()) < 0.1
+    assert float(-(share * ZIPF.log()).sum()) < ENTROPY - 1.0
+    assert float(revealed.sum()) < 0.9 * 2 * STEP  # fewer words are revealed at all
+
+
+def test_deciding_first_and_drawing_then_gives_the_tail_its_mass_in_single_precision() -> None:
+    """One step of masked diffusion with a float32 law, over a midpoint grid of the second uniform.
+
+    Words stand in order of -ln p, so the grid's error in its mean is at most its range, ln V, over the number of points.
+    """
+    vocabulary, points, chunk = FlatVocabulary(len(ZIPF)), 1024, 64
+    process = TreeProcess(vocabulary, LogTimeClock((1.0,)))
+    law = ZIPF.log().float().expand(chunk, -1)
+
+    def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
+        return fn(DenseLaw(law, vocabulary), torch.arange(chunk))
+
+    words = []
+    for grid in ((torch.arange(points, dtype=torch.float64) + 0.5) / points).split(chunk):
+        t = torch.full((chunk,), 0.5, dtype=torch.float64)
+        u = torch.stack([torch.zeros(chunk, dtype=torch.float64), grid], -1)  # 0: the level below is drawn, always
+        words.append(process.step(visit, torch.full((chunk,), vocabulary.root), t, t - STEP, u))
+    revealed = ZIPF[torch.cat(words)]
+    assert float(-revealed.log().mean()) == pytest.approx(ENTROPY, abs=math.log(len(ZIPF)) / points)
+    assert float((revealed < RARE).double().mean()) == pytest.approx(float(ZIPF[ZIPF < RARE].sum()), abs=1.5 / points)
+
+
+def test_a_word_is_revealed_with_its_exact_probability() -> None:
+    """(t - s)/t for linear masked diffusion, over a grid of the first uniform: right to one grid point."""
+    vocabulary, points = FlatVocabulary(2), 100_000
+    process = TreeProcess(vocabulary, LogTimeClock((1.0,)))
+    t = torch.full((points,), 0.5, dtype=torch.float64)
+    grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+
+    def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
+        return fn(DenseLaw(torch.full((len(rows), 2), -math.log(2.0)), vocabulary), torch.arange(len(rows)))
+
+    zs = process.step(visit, torch.full((points,), 2), t, t - STEP, torch.stack([grid, grid], -1))
+    assert float((zs < 2).double().mean()) == pytest.approx(2 * STEP, abs=1.0 / points)

@@ -1,0 +1,268 @@
+"""Vocabularies: ids, trees against their definition, fingerprints, files and mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from hypothesis import given, settings
+from random_trees import Parents, below, climb, parent_lists, trees
+from safetensors.torch import save
+
+import ddiff.core.vocabulary as module
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
+from ddiff.errors import ArgumentError, DataError
+
+many = settings(max_examples=60, deadline=None)
+
+
+@given(parent_lists())
+@many
+def test_words_come_first_then_each_level_and_the_root_last(parents: Parents) -> None:
+    tree = HierarchicalVocabulary(parents)
+    sizes = [len(level) for level in parents]
+    top = max(parents[-1]) + 1
+    assert tree.level_sizes == ((*sizes, 1) if top == 1 else (*sizes, top, 1))
+    assert tree.num_levels == len(tree.level_sizes) - 1
+    assert tree.num_states == sum(tree.level_sizes)
+    assert tree.mask_id == tree.root == tree.num_states - 1
+    for level, (offset, size) in enumerate(zip(tree.offsets, tree.level_sizes)):
+        assert tree.level_of(torch.arange(offset, offset + size)).tolist() == [level] * size
+
+
+@given(trees())
+@many
+def test_every_ancestor_is_what_climbing_finds(tree: HierarchicalVocabulary) -> None:
+    for id_ in range(tree.num_states):
+        path, node = climb(tree, id_), torch.tensor(id_)
+        level = tree.num_levels + 1 - len(path)
+        assert [int(tree.ancestor(node, l)) for l in range(level, tree.num_levels + 1)] == path
+        assert int(tree.parent(node)) == path[min(1, len(path) - 1)]
+        assert all(int(tree.ancestor(node, l)) == -1 for l in range(level))
+
+
+@given(trees())
+@many
+def test_what_lies_below_a_node_is_one_range_of_every_level_in_tree_order(tree: HierarchicalVocabulary) -> None:
+    ids = torch.arange(tree.num_states)
+    for level in range(tree.num_levels + 1):
+        order, position = tree.order(level), tree.position(level)
+        first = tree.offsets[level]
+        assert sorted(order.tolist()) == list(range(first, first + tree.level_sizes[level]))
+        assert torch.equal(position[order - first], torch.arange(len(order)))
+        start, stop = tree.node_range(ids, level)
+        for id_ in ids.tolist():
+            owned = order[int(start[id_]) : int(stop[id_])].tolist()
+            assert len(owned) == len(set(owned))
+            assert set(owned) == below(tree, id_, level)
+
+
+@given(trees())
+@many
+def test_children_are_the_descendants_one_level_down_in_tree_order(tree: HierarchicalVocabulary) -> None:
+    for id_ in range(tree.num_states):
+        level = int(tree.level_of(torch.tensor(id_)))
+        children = tree.children(id_).tolist()
+        assert int(tree.num_children(torch.tensor(id_))) == len(children)
+        if level == 0:
+            assert children == []
+        else:
+            assert set(children) == below(tree, id_, level - 1)
+            assert children == [c for c in tree.order(level - 1).tolist() if c in children]
+
+
+def test_lookups_keep_the_shape_and_take_a_level_per_id() -> None:
+    tree = HierarchicalVocabulary([[0, 1, 0], [0, 0]])
+    ids = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    assert tree.level_of(ids).tolist() == [[0, 0, 0], [1, 1, 2]]
+    assert tree.ancestor(ids, torch.tensor([[0, 1, 2], [1, 2, 2]])).tolist() == [[0, 4, 5], [3, 5, 5]]
+    start, stop = tree.node_range(ids, 0)
+    assert start.shape == stop.shape == ids.shape
+
+
+def test_a_flat_vocabulary_with_a_mask_is_the_tree_of_one_level() -> None:
+    flat, tree = FlatVocabulary(3), HierarchicalVocabulary([[0, 0, 0]])
+    assert (flat.num_levels, flat.level_sizes, flat.mask_id) == (1, (3, 1), 3)
+    assert flat.fingerprint == tree.fingerprint
+    assert flat.children(3).tolist() == [0, 1, 2]
+
+
+def test_without_a_mask_the_root_names_the_whole_and_is_no_state() -> None:
+    bare = FlatVocabulary(3, mask=False)
+    assert (bare.num_levels, bare.num_states, bare.mask_id, bare.root) == (0, 3, None, 3)
+    assert bare.level_of(torch.arange(4)).tolist() == [0, 0, 0, 1]
+    assert bare.parent(torch.arange(4)).tolist() == [3, 3, 3, 3]
+    assert bare.num_children(torch.arange(4)).tolist() == [0, 0, 0, 3]
+    assert bare.children(3).tolist() == [0, 1, 2]
+    start, stop = bare.node_range(torch.arange(4), 0)
+    assert start.tolist() == [0, 1, 2, 0]
+    assert stop.tolist() == [1, 2, 3, 3]
+
+
+def test_a_root_is_added_only_when_it_is_missing() -> None:
+    assert HierarchicalVocabulary([[0, 1, 0]]).level_sizes == (3, 2, 1)
+    assert HierarchicalVocabulary([[0, 1, 0], [0, 0]]).level_sizes == (3, 2, 1)
+
+
+# ---------------------------------------------------------------------- labels
+
+
+def test_labels_make_a_node_per_distinct_path() -> None:
+    labels = {"run": ("verb", "open"), "red": ("colour", "open"), "of": ("verb", "closed"), "walk": ("verb", "open")}
+    tree = HierarchicalVocabulary.from_labels(list(labels), labels.__getitem__)
+    assert tree.level_sizes == (4, 3, 2, 1)  # "verb" under "open" and "verb" under "closed" are two nodes
+    near = tree.ancestor(torch.arange(4), 1).tolist()
+    assert near[0] == near[3]
+    assert len({near[0], near[1], near[2]}) == 3
+    far = tree.ancestor(torch.arange(4), 2).tolist()
+    assert far[0] == far[1] == far[3] != far[2]
+
+
+def test_a_plain_label_is_one_level() -> None:
+    tree = HierarchicalVocabulary.from_labels(["a", "1", "b"], str.isalpha)
+    assert tree.level_sizes == (3, 2, 1)
+    assert tree.ancestor(torch.arange(3), 1).tolist() == [3, 4, 3]
+
+
+@pytest.mark.parametrize("label", [lambda token: ("x",) * len(token), lambda token: ()])
+def test_ragged_or_empty_labels_are_refused(label: Callable[[str], tuple[str, ...]]) -> None:
+    with pytest.raises(ArgumentError, match=r"from_labels: label must name the same number of groups.*depths \["):
+        HierarchicalVocabulary.from_labels(["a", "bb"], label)
+
+
+# ---------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("parents", "message"),
+    [
+        ([], "parents must hold at least one level"),
+        ([[]], r"parents\[0\] must be a non-empty list of integers"),
+        ([[0.0, 1.0]], r"parents\[0\] must be a non-empty list of integers; got torch.float32"),
+        ([[[0, 1]]], r"of shape \(1, 2\)"),
+        ([[0, -1]], r"parents\[0\] must be >= 0; got -1"),
+        ([[0, 2]], r"node 1 of level 1 has no child in parents\[0\]"),
+        ([[0, 1], [0]], r"parents\[0\] names 2 nodes, but parents\[1\] has 1 entries"),
+        ([[0, 1], [0, 0, 0]], r"parents\[0\] names 2 nodes, but parents\[1\] has 3 entries"),
+    ],
+)
+def test_a_list_that_is_no_tree_is_refused(parents: Parents, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        HierarchicalVocabulary(parents)
+
+
+def test_no_words_at_all_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="num_tokens must be at least 1; got 0"):
+        FlatVocabulary(0)
+
+
+@pytest.mark.parametrize("rows", [[3], [2, 2], [2, 1, 1]])
+def test_centroids_must_fit_their_levels(rows: list[int]) -> None:
+    with pytest.raises(ArgumentError, match="one row per node of that level"):
+        HierarchicalVocabulary([[0, 1, 1]], centroids=[torch.zeros(n, 2) for n in rows])
+
+
+def test_the_caller_s_tensors_are_not_shared() -> None:
+    mine = torch.tensor([0, 1, 0])
+    tree = HierarchicalVocabulary([mine])
+    mine[0] = 1
+    assert tree.parents[0].tolist() == [0, 1, 0]
+
+
+# ---------------------------------------------------------------------- fingerprints
+
+
+def test_the_fingerprint_is_of_the_tree_alone_and_never_changes() -> None:
+    tree = HierarchicalVocabulary([[0, 1, 0], [0, 0]])
+    assert tree.fingerprint == "e2dfc7c2d7a902ba"  # stored in checkpoints: a change here makes all of them foreign
+    same = HierarchicalVocabulary([torch.tensor([0, 1, 0], dtype=torch.int32)], [torch.zeros(2, 3)], "tok")
+    assert same.fingerprint == tree.fingerprint
+
+
+@given(parent_lists(), parent_lists())
+@many
+def test_different_trees_have_different_fingerprints(one: Parents, other: Parents) -> None:
+    first, second = HierarchicalVocabulary(one), HierarchicalVocabulary(other)
+    same = [p.tolist() for p in first.parents] == [p.tolist() for p in second.parents]
+    assert (first.fingerprint == second.fingerprint) == same
+
+
+# ---------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    "vocabulary",
+    [
+        FlatVocabulary(4, tokenizer_fingerprint="tok"),
+        FlatVocabulary(4, mask=False),
+        FlatVocabulary(1),
+        HierarchicalVocabulary([[0, 1, 0], [0, 0]]),
+        HierarchicalVocabulary([[1, 0, 2, 1], [0, 1, 0]], [None, torch.arange(4.0).reshape(2, 2)], "tok"),
+        HierarchicalVocabulary([[0, 0]], [torch.ones(1, 2)]),
+    ],
+    ids=repr,
+)
+def test_a_saved_vocabulary_comes_back_whole(vocabulary: Vocabulary) -> None:
+    path = f"memory://vocabularies/{vocabulary.fingerprint}/vocabulary.safetensors"
+    vocabulary.save(path)
+    again = Vocabulary.load(path)
+    assert type(again) is type(vocabulary)
+    assert (again.fingerprint, again.tokenizer_fingerprint) == (vocabulary.fingerprint, vocabulary.tokenizer_fingerprint)
+    assert (again.level_sizes, again.mask_id) == (vocabulary.level_sizes, vocabulary.mask_id)
+    assert (again.centroids is None) == (vocabulary.centroids is None)
+    for saved, loaded in zip(vocabulary.centroids or (), again.centroids or (), strict=True):
+        assert loaded is saved if saved is None else torch.equal(loaded, saved)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "new" / "folder" / "vocabulary.safetensors")
+    FlatVocabulary(4).save(path)
+    monkeypatch.setattr(module, "save_safetensors", lambda tensors, metadata: "not bytes")
+    with pytest.raises(TypeError):
+        FlatVocabulary(5).save(path)
+    assert Vocabulary.load(path).num_tokens == 4
+
+
+def _written(content: bytes) -> str:
+    path = "memory://damaged/vocabulary.safetensors"
+    with fsspec.open(path, "wb") as file:
+        file.write(content)
+    return path
+
+
+def _saved(tree: Vocabulary) -> bytes:
+    tree.save("memory://damaged/whole.safetensors")
+    with fsspec.open("memory://damaged/whole.safetensors", "rb") as file:
+        return file.read()
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(DataError, match="memory://nowhere does not exist"):
+        Vocabulary.load("memory://nowhere")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 60, -1])
+def test_a_truncated_file_is_refused(kept: int) -> None:
+    content = _saved(HierarchicalVocabulary([[0, 1, 0]]))
+    with pytest.raises(DataError, match="not a whole vocabulary file"):
+        Vocabulary.load(_written(content[:kept]))
+
+
+def test_a_file_of_other_tensors_is_refused() -> None:
+    for metadata in (None, {"format": "pt"}):
+        with pytest.raises(DataError, match="not a whole vocabulary file"):
+            Vocabulary.load(_written(save({"weight": torch.zeros(2)}, metadata)))
+
+
+def test_a_tree_that_was_changed_inside_its_file_is_refused() -> None:
+    content = bytearray(_saved(HierarchicalVocabulary([[0, 1, 0, 1]])))
+    where = content.rindex(torch.tensor([0, 1, 0, 1]).numpy().tobytes())
+    content[where] = 1
+    with pytest.raises(DataError, match=r"has fingerprint \w+, but the file names \w+: it was damaged"):
+        Vocabulary.load(_written(bytes(content)))
+    content[where] = 7  # no tree at all
+    with pytest.raises(DataError, match="not a whole vocabulary file"):
+        Vocabulary.load(_written(bytes(content)))
