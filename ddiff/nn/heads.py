@@ -36,7 +36,7 @@ class Head(nn.Module, ABC):
 
     is_table = True  # an optimizer for hidden matrices (Muon) must leave these parameters alone
     forward_methods = ("total", "visit")
-    chunk_logits = 2**22  # logits held at once: 16 MB in float32
+    chunk_logits: int | None = None  # logits held at once; None: what suits the device
 
     def __init__(self, vocabulary: Vocabulary, width: int, rows: int) -> None:
         super().__init__()
@@ -98,9 +98,11 @@ class Head(nn.Module, ABC):
 
     def _chunks(self, groups: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
         """(node, first, last) of each chunk of the grouped rows; one empty chunk at the root when there are no rows."""
+        # a chunk should stay in a CPU's caches (8 MB in float32), while an accelerator wants few and large ones
+        most = self.chunk_logits or (2**21 if self.table.device.type == "cpu" else 2**26)
         chunks, first = [], 0
         for top, count in groups:
-            size = max(1, self.chunk_logits // self.logits_per_row(top))
+            size = max(1, most // self.logits_per_row(top))
             chunks += [(top, first + i, first + min(i + size, count)) for i in range(0, count, size)]
             first += count
         return chunks or [(self.vocabulary.root, 0, 0)]
