@@ -74,9 +74,13 @@ def corrupt(process: ForwardProcess, x0: Tensor, times: Times, scored: Tensor, n
 
 
 def diffusion_term(process: ForwardProcess, ask: Ask, x0: Tensor, noisy: Noisy, speed: Tensor) -> Tensor:
-    """[B,L] speed * density, read only where it can be non-zero."""
+    """[B,L] speed * weight * divergence, read only where it can be non-zero."""
     reads = (speed > 0) & ~noisy.clean & process.active(noisy.zt)
-    return speed * _read(ask, noisy, reads, process.scope, process.density, x0, noisy.zt, noisy.t)
+    divergence = _read(ask, noisy, reads, process.scope, process.divergence, x0, noisy.zt, noisy.t)
+    flat = reads.reshape(-1)
+    weight = torch.zeros(flat.shape, dtype=torch.float64, device=flat.device)
+    weight[flat] = process.weight(*(values.reshape(-1)[flat] for values in (x0, noisy.zt, noisy.t)))
+    return speed * weight.reshape(speed.shape) * divergence
 
 
 def decoding_term(process: ForwardProcess, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise) -> Tensor:

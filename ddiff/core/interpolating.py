@@ -78,30 +78,33 @@ class InterpolatingProcess(ForwardProcess):
         words = torch.arange(self.vocabulary.num_tokens, device=zt.device)
         return (noise + torch.where(words == zt.unsqueeze(-1), self.alpha(t).unsqueeze(-1), 0.0)).log()
 
-    def factors(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(omega(z)/q_t(z|x), KL + rho - 1 - ln rho), the published split."""
+    def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        """omega_t(z) / q_t(z|x), the published split."""
         t = interior(t)
-        pick, noise = zt.unsqueeze(-1), self.noise(t)
-        log_q_bar = self.log_marginal(law.log_mass(0), t)
-        alpha = self.alpha(t)
-        at_z = noise.gather(-1, pick).squeeze(-1)
-        at_x = noise.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
-        q_z = at_z + torch.where(zt == x0, alpha, 0.0)
-        q_x = alpha + at_x
-        # KL over all states, with the clean token's own entry put right
-        log_noise, wide = noise.to(log_q_bar.dtype), log_q_bar
-        everywhere = torch.where(log_noise > 0, log_noise * (log_noise.log() - wide), 0.0).sum(-1)
-        log_q_bar_x = wide.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
+        arrival = self.arrivals(t).gather(-1, zt.unsqueeze(-1)).squeeze(-1)
+        return arrival / self._likelihood(x0, zt, t)
+
+    def divergence(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        """KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho."""
+        t = interior(t)
+        noise, log_q_bar = self.noise(t), self.log_marginal(law.log_mass(0), t)
+        # KL over all states of the noise, then the clean token's own entry put right
+        wide = noise.to(log_q_bar.dtype)
+        everywhere = torch.where(wide > 0, wide * (wide.log() - log_q_bar), 0.0).sum(-1)
+        at_x, q_x = self._noise_at(x0, t), self._likelihood(x0, x0, t)
+        log_q_bar_x = log_q_bar.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
         own = q_x * (q_x.log() - log_q_bar_x) - torch.where(at_x > 0, at_x * (at_x.log() - log_q_bar_x), 0.0)
-        log_rho = q_z.log() - wide.gather(-1, pick).squeeze(-1)
-        arrival = self.arrivals(t).gather(-1, pick).squeeze(-1)
-        return arrival / q_z, everywhere + own + log_rho.exp() - 1.0 - log_rho
+        log_rho = self._likelihood(x0, zt, t).log() - log_q_bar.gather(-1, zt.unsqueeze(-1)).squeeze(-1)
+        return everywhere + own + log_rho.exp() - 1.0 - log_rho
 
     def density(self, answer: CleanLaw | Score, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         if isinstance(answer, Score):
             return super().density(answer, x0, zt, t)
-        weight, divergence = self.factors(answer, x0, zt, t)
-        return weight * divergence
+        return self.weight(x0, zt, t) * self.divergence(answer, x0, zt, t)
+
+    def _likelihood(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        """[r] q_t(z|x)."""
+        return self._noise_at(zt, t) + torch.where(zt == x0, self.alpha(t), 0.0)
 
     def active(self, zt: Tensor) -> Tensor:
         """A state that nothing arrives in charges nothing."""

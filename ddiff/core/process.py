@@ -113,11 +113,22 @@ class ForwardProcess(ABC):
         return torch.where(inward > 0, inward * (s_theta - s + cross), 0.0).sum(-1)
 
     def factors(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(weight, divergence) [r] with density = weight * divergence; weight is the total true reverse rate."""
-        log_s, _ = self._log_ratios(law, x0, zt, interior(t))
-        weight = torch.where(self._inward(zt, t) > 0, self._inward(zt, t) * log_s.exp(), 0.0).sum(-1)
-        weight = torch.where(weight > 0, weight, torch.ones_like(weight))
-        return weight, self.density(law, x0, zt, t) / weight
+        """(weight, divergence) [r], whose product is the density."""
+        return self.weight(x0, zt, t), self.divergence(law, x0, zt, t)
+
+    def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        """[r] the part of the density that no network enters, computed once for all rows; families state their split.
+
+        Derived: the total true reverse rate, sum_{y != z} Q[y,z] s(y); 1 where that is 0.
+        """
+        inward = self._inward(zt, t)
+        log_s = _relative_to(self.log_marginal(self._certain(x0), interior(t)), zt)
+        weight = torch.where(inward > 0, inward * log_s.exp(), 0.0).sum(-1)
+        return torch.where(weight > 0, weight, torch.ones_like(weight))
+
+    def divergence(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        """[r] density / weight: what is left to read the law for."""
+        return self.density(law, x0, zt, t) / self.weight(x0, zt, t)
 
     def reverse_log_probs(self, log_p: Tensor, zt: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """[r,S] log P(z_s | z_t) when x0 ~ p given the rest: q_s-bar(y) P(z_t | z_s = y) / q_t-bar(z_t)."""

@@ -28,7 +28,10 @@ class WarmupConstant:
 
 @dataclass(frozen=True)
 class WarmupCosine:
-    """Warm-up as above (all of a run that is shorter), then half a cosine from 1 down to `floor`, which the last of `steps` steps has."""
+    """Warm-up as above, then half a cosine from 1 down to `floor`, which the last of `steps` steps has.
+
+    A run that is no longer than its warm-up is warm-up all through.
+    """
 
     steps: int
     warmup: int = 0

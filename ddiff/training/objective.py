@@ -23,18 +23,27 @@ if TYPE_CHECKING:
 
 
 class TrainingLoss(Protocol):
-    """What a row costs in training: the bound's density, or a reweighting of it. The bound never calls it."""
+    """What a row costs in training: a weight that no network enters, times what is read of the law.
 
-    def rows(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """[r] nats per unit of the row's own t."""
+    The bound never calls it.
+    """
+
+    def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        """[r] per unit of the row's own t; computed once for all rows."""
+
+    def divergence(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        """[r] nats; called chunk by chunk."""
 
 
 @final
 class ElboLoss:
     """The density itself: the training loss is the bound."""
 
-    def rows(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return process.density(law, x0, zt, t)
+    def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return process.weight(x0, zt, t)
+
+    def divergence(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return process.divergence(law, x0, zt, t)
 
 
 @final
@@ -44,9 +53,11 @@ class ClippedLoss:
     def __init__(self, smallest: float = 0.0, largest: float = 2.0) -> None:
         self.smallest, self.largest = smallest, largest
 
-    def rows(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        weight, divergence = process.factors(law, x0, zt, t)
-        return weight.clamp(self.smallest, self.largest) * divergence
+    def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return process.weight(x0, zt, t).clamp(self.smallest, self.largest)
+
+    def divergence(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return process.divergence(law, x0, zt, t)
 
 
 @dataclass(frozen=True)
@@ -80,11 +91,16 @@ class DiffusionObjective:
         rows = reads.reshape(-1).nonzero().squeeze(-1)
         x_rows, z_rows, t_rows, speed = (v.reshape(-1)[rows] for v in (x0, noisy.zt, noisy.t, times.speed))
 
+        asked = (x_rows, z_rows, t_rows)
+        loss_weight = speed * self.loss.weight(process, *asked)
+        bound_weight = speed * process.weight(*asked)
+
         def question(law: CleanLaw, idx: Tensor) -> tuple[Tensor, ...]:
-            asked = (law, x_rows[idx], z_rows[idx], t_rows[idx])
+            chunk = [values[idx] for values in asked]
+            loss = self.loss.divergence(process, law, *chunk)  # first: a law keeps what it computes, with its graph
             with torch.no_grad():
-                density = speed[idx] * process.density(*asked)
-            return speed[idx] * self.loss.rows(process, *asked), density
+                density = bound_weight[idx] * process.divergence(law, *chunk)
+            return loss_weight[idx] * loss, density
 
         node, fn = process.scope(z_rows), cast(Question, question)
         if self.denoiser.given == "all":

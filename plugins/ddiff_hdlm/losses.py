@@ -29,10 +29,11 @@ class Empirical:
         _tree(process, "hdlm_empirical", max_levels=2)
         return cls()
 
-    def rows(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        _, divergence = process.factors(law, x0, zt, t)
-        weight = torch.where(zt == process.vocabulary.root, t * t - t + 3.0, 3.0 - 2.0 * t)
-        return weight * divergence
+    def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return torch.where(zt == process.vocabulary.root, t * t - t + 3.0, 3.0 - 2.0 * t)
+
+    def divergence(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return process.divergence(law, x0, zt, t)
 
 
 @final
@@ -51,6 +52,8 @@ class HardTokens:
         _tree(process, "hdlm_hard")
         return cls(config.largest)
 
-    def rows(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        weight, _ = process.factors(law, x0, zt, t)
-        return weight.clamp(max=self.largest) * process.decode_nll(law, x0, zt, t)
+    def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return process.weight(x0, zt, t).clamp(max=self.largest)
+
+    def divergence(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return process.decode_nll(law, x0, zt, t)
