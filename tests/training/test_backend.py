@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from ddiff_core.backends import Single
-from pydantic import ValidationError
 from torch import nn
 
+from ddiff.component import ComponentConfig
 from ddiff.errors import ArgumentError
 from ddiff.training.backend import SingleBackend
 
 
 def test_auto_is_cuda_when_there_is_one_and_else_the_cpu() -> None:
     expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert SingleBackend().device.type == Single.build(Single.Config()).device.type == expected
+    component = Single.build(ComponentConfig(), device="auto", processes=1)
+    assert SingleBackend().device.type == component.device.type == expected
 
 
 @pytest.mark.parametrize(
@@ -26,8 +27,8 @@ def test_a_device_that_cannot_be_used_is_refused_with_the_reason(device: str, re
 
 
 def test_one_process_is_all_it_runs() -> None:
-    with pytest.raises(ValidationError, match='backend "single" runs 1 process, not 2'):
-        Single.Config(processes=2)
+    with pytest.raises(ArgumentError, match='kind = "single" runs one process; got processes = 2'):
+        Single.build(ComponentConfig(), device="cpu", processes=2)
 
 
 def test_alone_it_sums_to_the_same_and_clips_to_the_norm() -> None:

@@ -27,9 +27,14 @@ def test_a_longer_run_follows_the_cosine_of_its_new_length() -> None:
     assert WarmupCosine(10)(9) == pytest.approx(0.1)
 
 
+def test_a_run_no_longer_than_its_warm_up_is_warm_up_all_through() -> None:
+    assert [WarmupCosine(steps=2, warmup=4)(step) for step in range(2)] == [0.25, 0.5]
+    assert WarmupCosine(steps=4, warmup=4)(3) == 1.0
+
+
 def test_settings_out_of_range_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="warmup must be at least 0 and shorter than the run; got 10 of 10"):
-        WarmupCosine(steps=10, warmup=10)
+    with pytest.raises(ArgumentError, match="warmup must be a number of steps, at least 0; got -1"):
+        WarmupCosine(steps=10, warmup=-1)
     with pytest.raises(ArgumentError, match="floor must be a share"):
         WarmupCosine(steps=10, floor=1.5)
     with pytest.raises(ArgumentError, match="warmup must be a number of steps"):

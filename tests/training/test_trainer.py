@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -143,25 +144,50 @@ def test_twenty_skipped_steps_in_a_row_end_the_run_with_a_reason(tmp_path: Path)
         again.fit(again.checkpoints.newest())
 
 
+class Listening:
+    """A tracker that keeps what it is told, wall-clock aside."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.heard.append((step, {name: value for name, value in metrics.items() if name not in WALL_CLOCK}))
+
+    def close(self) -> None: ...
+
+
 def test_the_tracker_hears_means_of_sums_over_counts(tmp_path: Path) -> None:
-    heard: list[tuple[int, dict[str, float]]] = []
-
-    class Listening:
-        def log(self, step: int, metrics: dict[str, float]) -> None:
-            heard.append((step, dict(metrics)))
-
-        def close(self) -> None: ...
-
-    trainer = toy_trainer(tmp_path, 10, tracker=Listening(), log_every=4)
-    summary = trainer.fit()
-    assert [step for step, _ in heard] == [4, 8, 10]
-    rows = lines(tmp_path)[:4]
+    tracker = Listening()
+    summary = toy_trainer(tmp_path, 10, tracker=tracker, log_every=4).fit()
+    assert [step for step, _ in tracker.heard] == [4, 8, 10]
+    rows, figures = lines(tmp_path)[:4], tracker.heard[0][1]
     tokens = sum(row["tokens"] for row in rows)
     mean = sum(row["nats_per_symbol"] * row["tokens"] for row in rows) / tokens
-    assert heard[0][1]["nats_per_symbol"] == pytest.approx(mean, rel=1e-12)
-    assert heard[0][1]["tokens"] == tokens
-    assert heard[0][1]["train_loss"] == pytest.approx(sum(row["train_loss"] for row in rows) / 4, rel=1e-12)
-    assert summary.metrics == heard[-1][1]
+    assert figures["nats_per_symbol"] == pytest.approx(mean, rel=1e-12)
+    assert figures["tokens"] == tokens
+    assert figures["train_loss"] == pytest.approx(sum(row["train_loss"] for row in rows) / 4, rel=1e-12)
+    assert {name: value for name, value in summary.metrics.items() if name not in WALL_CLOCK} == tracker.heard[-1][1]
+
+
+def test_the_tracker_hears_the_same_from_a_run_that_went_on_between_two_reports(tmp_path: Path) -> None:
+    straight, went_on = Listening(), Listening()
+    toy_trainer(tmp_path / "straight", 12, tracker=straight, log_every=4).fit()
+    first = toy_trainer(tmp_path / "run", 12, tracker=went_on, log_every=4, checkpoint_every=6, batch_at=stop_in(6))
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    again = toy_trainer(tmp_path / "run", 12, tracker=went_on, log_every=4)
+    assert again.checkpoints.steps() == [6]
+    again.fit(again.checkpoints.newest())
+    assert went_on.heard == straight.heard
+
+
+def stop_in(last: int) -> Callable[[int, int], Rows]:
+    def batch_at(step: int, micro: int) -> Rows:
+        if step == last:
+            raise KeyboardInterrupt
+        return rows_at(1)(step, micro)
+
+    return batch_at
 
 
 def test_a_line_keeps_wall_clock_apart_from_what_must_repeat(tmp_path: Path) -> None:
