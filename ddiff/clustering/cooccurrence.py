@@ -79,6 +79,10 @@ def _positive_information(counts: NDArray[np.float32]) -> NDArray[np.float32]:
 def _leading_vectors(matrix: NDArray[np.float32], rank: int, width: int, seed: int) -> NDArray[np.float32]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        left, singular, _ = torch.svd_lowrank(torch.from_numpy(matrix), q=min(rank + 8, *matrix.shape), niter=4)
-    vectors = (left * singular.sqrt())[:, :rank].numpy()
+        _, singular, right = torch.svd_lowrank(torch.from_numpy(matrix), q=min(rank + 8, *matrix.shape), niter=4)
+    # U sqrt(S) as M V / sqrt(S): a word without company then has exactly zero. Directions of rounding noise are left out.
+    singular, right = singular[:rank], right[:, :rank]
+    real = singular > 1e-5 * singular[0]
+    scale = torch.where(real, singular.rsqrt(), torch.zeros_like(singular))
+    vectors = (torch.from_numpy(matrix) @ right * scale).numpy()
     return np.pad(vectors, ((0, 0), (0, width - rank))).astype(np.float32)

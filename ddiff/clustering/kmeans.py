@@ -85,7 +85,7 @@ def _check(vectors: _Floats, sizes: Sequence[int], min_share: float, max_share: 
 
 
 def _cluster(points: _Floats, size: int, seed: int, min_share: float, max_share: float) -> _Ints:
-    """The cluster of each point: k-means, then balance."""
+    """The cluster of each point: k-means from k-means++ starts, then balance."""
     import faiss  # only clustering needs it
 
     kmeans = faiss.Kmeans(
@@ -97,13 +97,26 @@ def _cluster(points: _Floats, size: int, seed: int, min_share: float, max_share:
         min_points_per_centroid=1,
         max_points_per_centroid=len(points),  # every point is used, none drawn
     )
-    kmeans.train(points)
+    kmeans.train(points, init_centroids=_starts(points, size, np.random.default_rng(seed)))
     centroids = np.asarray(kmeans.centroids, dtype=np.float32).reshape(size, -1)
     affinity = np.matmul(points, _unit(centroids).T)
     mean = len(points) / size
     lower = max(1, math.floor(min_share * mean))
     upper = max(math.ceil(max_share * mean), lower)
     return _balance(affinity, affinity.argmax(1), lower, upper)
+
+
+def _starts(points: _Floats, size: int, draw: np.random.Generator) -> _Floats:
+    """k-means++: each start is drawn in proportion to 1 - its cosine to the nearest start before (any, where all are 0)."""
+    chosen = [int(draw.integers(len(points)))]
+    distance = np.full(len(points), 2.0)
+    for _ in range(size - 1):
+        distance = np.minimum(distance, np.maximum(1.0 - points @ points[chosen[-1]], 0.0))
+        distance[chosen[-1]] = 0.0
+        total = np.cumsum(distance)
+        place = np.searchsorted(total, draw.random() * total[-1], side="right")
+        chosen.append(int(min(place, len(points) - 1)))
+    return points[chosen]
 
 
 def _balance(affinity: _Floats, assignment: _Ints, lower: int, upper: int) -> _Ints:

@@ -32,7 +32,10 @@ def test_equal_inputs_find_the_entry_and_others_do_not(tmp_path: Path) -> None:
     first = Cache(tmp_path).entry("rows", {"a": 1, "b": [2, 3]}, build)
     assert Cache(tmp_path).entry("rows", {"b": [2, 3], "a": 1}, build) == first
     assert build.calls == 1
-    others = [Cache(tmp_path).entry("rows", {"a": 1, "b": [3, 2]}, build), Cache(tmp_path).entry("trees", {"a": 1}, build)]
+    others = [
+        Cache(tmp_path).entry("rows", {"a": 1, "b": [3, 2]}, build),
+        Cache(tmp_path).entry("trees", {"a": 1}, build),
+    ]
     assert build.calls == 3
     assert len({first, *others}) == 3
 

@@ -146,7 +146,7 @@ def test_bad_content_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["missing.txt", "missing/*.txt", "nosuchprotocol://a.txt"])
 def test_a_missing_file_is_named(tmp_path: Path, path: str) -> None:
-    with pytest.raises(DataError, match="missing|nosuchprotocol"):
+    with pytest.raises(DataError, match=r"missing|nosuchprotocol"):
         text_files([path if "://" in path else str(tmp_path / path)])
 
 
@@ -161,7 +161,9 @@ def test_rows_of_symbols_all_have_the_length(tmp_path: Path) -> None:
     paths = write(tmp_path, a="acgt\n\nttga\n", v="aaaa\n")
     documents = symbol_rows(paths[:1], validation=paths[1:], length=4)
     assert documents.train["text"] == ["acgt", "ttga"]
-    with pytest.raises(DataError, match=r"a\.txt line 3 has 4 symbols.*length = 5|a\.txt line 1 has 4 symbols.*length = 5"):
+    with pytest.raises(
+        DataError, match=r"a\.txt line 3 has 4 symbols.*length = 5|a\.txt line 1 has 4 symbols.*length = 5"
+    ):
         symbol_rows(paths[:1], validation=paths[1:], length=5)
     write(tmp_path, a="acgt\n\nttg\n")
     with pytest.raises(DataError, match=r"a\.txt line 3 has 3 symbols"):

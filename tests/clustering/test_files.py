@@ -1,0 +1,122 @@
+"""Hierarchies and embeddings from files are read as they were made, or refused with both numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from transformers import BertConfig, BertModel
+
+from ddiff.clustering.files import model_embeddings, read_clusters, read_embeddings
+from ddiff.errors import DataError
+
+WORDS = np.array([0, 1, 1, 2, 0, 3], dtype=np.int64)
+
+
+def write(folder: Path, kind: str, values: np.ndarray, name: str = "c") -> str:
+    path = folder / f"{name}.{kind.split('-')[0]}"
+    if kind == "npy":
+        np.save(path, values)
+    elif kind == "safetensors":
+        save_file({"clusters": values}, path)
+    elif kind == "json":
+        path.write_text(json.dumps(values.tolist()))
+    else:  # an object with its keys out of order
+        path.write_text(json.dumps({str(i): int(values[i]) for i in reversed(range(len(values)))}))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["npy", "json", "json-object", "safetensors"])
+def test_clusters_are_read_from_every_format(tmp_path: Path, kind: str) -> None:
+    (level,) = read_clusters([write(tmp_path, kind, WORDS)], 6)
+    assert level.dtype == np.int64
+    assert level.tolist() == WORDS.tolist()
+
+
+def test_several_files_are_several_levels(tmp_path: Path) -> None:
+    paths = [write(tmp_path, "npy", WORDS, "a"), write(tmp_path, "json", np.array([0, 1, 1, 0]), "b")]
+    assert [level.tolist() for level in read_clusters(paths, 6)] == [WORDS.tolist(), [0, 1, 1, 0]]
+    with pytest.raises(DataError, match=r"b\.json has 3 entries, but the level below it has 4 clusters"):
+        read_clusters([paths[0], write(tmp_path, "json", np.array([0, 1, 1]), "b")], 6)
+
+
+def test_files_at_fsspec_paths_are_read(tmp_path: Path) -> None:
+    path = f"memory://clusters{tmp_path}/c.json"
+    with fsspec.open(path, "w") as file:
+        json.dump(WORDS.tolist(), file)
+    assert read_clusters([path], 6)[0].tolist() == WORDS.tolist()
+
+
+def test_the_published_layout_fits_by_saying_what_it_counts(tmp_path: Path) -> None:
+    # Words 0..4 and a padding token, no mask: the words' tokenizer has neither special token, or both.
+    path = write(tmp_path, "npy", np.array([0, 1, 1, 2, 0, 0], dtype=np.int64))
+    assert read_clusters([path], 5, extra=1)[0].tolist() == [0, 1, 1, 2, 0]
+    assert read_clusters([path], 7, mask_token_id=6)[0].tolist() == [0, 1, 1, 2, 0, 0, 0]
+    assert read_clusters([path], 7, mask_token_id=3)[0].tolist() == [0, 1, 1, 1, 2, 0, 0]
+
+
+@pytest.mark.parametrize("num_tokens", [5, 7])
+def test_a_wrong_length_names_both_numbers(tmp_path: Path, num_tokens: int) -> None:
+    with pytest.raises(DataError, match=f"has 6 entries, but {num_tokens} are due"):
+        read_clusters([write(tmp_path, "npy", WORDS)], num_tokens)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (np.array([0, 2, 2]), "cluster 1 of 3 has no member"),
+        (np.array([0, -1, 1]), "numbered from 0"),
+        (np.array([0.0, 1.0, 1.0]), "integers"),
+        (np.zeros((3, 1), dtype=np.int64), "one list"),
+        (np.array([0.0, np.nan, 1.0]), "integers"),
+    ],
+)
+def test_files_that_hold_no_clusters_are_refused(tmp_path: Path, values: np.ndarray, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        read_clusters([write(tmp_path, "npy", values)], 3)
+
+
+def test_pickles_and_damaged_files_are_not_read(tmp_path: Path) -> None:
+    torch.save(torch.zeros(3), tmp_path / "c.pt")
+    with pytest.raises(DataError, match="can run code"):
+        read_clusters([str(tmp_path / "c.pt")], 3)
+    np.save(tmp_path / "o.npy", np.array([{}, {}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match="not a whole"):
+        read_clusters([str(tmp_path / "o.npy")], 2)
+    for kind in ("npy", "json", "safetensors"):
+        path = Path(write(tmp_path, kind, WORDS))
+        path.write_bytes(path.read_bytes()[:-3])
+        with pytest.raises(DataError, match="not a whole"):
+            read_clusters([str(path)], 6)
+    with pytest.raises(DataError, match=r"missing\.npy"):
+        read_clusters([str(tmp_path / "missing.npy")], 3)
+    with pytest.raises(DataError, match="at least one file"):
+        read_clusters([], 3)
+
+
+def test_embeddings_need_a_row_per_token(tmp_path: Path) -> None:
+    matrix = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+    assert np.array_equal(read_embeddings(write(tmp_path, "safetensors", matrix), 6), matrix)
+    with pytest.raises(DataError, match=r"5 tokens.*\(6, 3\)"):
+        read_embeddings(write(tmp_path, "npy", matrix), 5)
+
+
+def test_embeddings_of_a_model_are_its_input_table(tmp_path: Path) -> None:
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = BertModel(config)
+    model.save_pretrained(tmp_path)
+    table = model.get_input_embeddings().weight.detach().numpy()
+    assert np.array_equal(model_embeddings(str(tmp_path), 20), table)
+    assert np.array_equal(model_embeddings(str(tmp_path), 17), table[:17])  # a padded table
+    with pytest.raises(DataError, match="20 rows, but the tokenizer has 21"):
+        model_embeddings(str(tmp_path), 21)
+
+
+def test_no_model_to_be_had_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="No model from"):
+        model_embeddings(str(tmp_path), 3)

@@ -1,0 +1,202 @@
+"""The engine's corpora, tokenizers and state spaces as recipes build them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ddiff_core import COMPONENTS
+from ddiff_core.data import Bundled, Markov, Symbols, Text
+from ddiff_core.tokenizers import Alphabet, BytePair, Pretrained
+from ddiff_core.vocabularies import Clusters, File, Flat
+from pydantic import ValidationError
+
+from ddiff.data.cache import Cache
+from ddiff.data.documents import Documents, from_texts
+from ddiff.data.rows import pack
+from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
+from ddiff.errors import ArgumentError, DataError
+
+TEXT = "the cat sat on a mat and the dog ran to the old red house by the sea with a hat"
+WORDS = TEXT.split()
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    draw = np.random.default_rng(seed)
+    return [" ".join(draw.choice(WORDS, 30)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def documents() -> Documents:
+    return Documents(from_texts(sentences(20, 0)), from_texts(sentences(3, 1)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(documents: Documents) -> BytePairTokenizer:
+    return BytePairTokenizer.train(documents.train["text"], 275)
+
+
+def build_clusters(tokenizer: Any, rows: Any = None, cache: Cache | None = None, **keys: Any) -> Any:
+    return Clusters.build(Clusters.Config(**keys), tokenizer=tokenizer, rows=rows, cache=cache)
+
+
+def test_every_registered_component_is_here() -> None:
+    here = {"dataset": (Bundled, Markov, Symbols, Text), "tokenizer": (Alphabet, BytePair, Pretrained)}
+    for kind, objects in (here | {"vocabulary": (Clusters, File, Flat)}).items():
+        assert {target.split(":")[1] for target in COMPONENTS[kind].values()} == {made.__name__ for made in objects}
+
+
+def test_reading_a_recipe_loads_no_torch_and_no_datasets() -> None:
+    script = (
+        "import sys, ddiff_core.data, ddiff_core.tokenizers, ddiff_core.vocabularies\n"
+        "print([name for name in ('torch', 'datasets', 'transformers', 'faiss', 'numpy') if name in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "[]"
+
+
+def test_a_recipe_s_text_becomes_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    (tmp_path / "v.txt").write_text("three")
+    config = Text.Config(files=(str(tmp_path / "a.txt"),), validation=(str(tmp_path / "v.txt"),), split="paragraph")
+    built = Text.build(config, length=8, seed=0, cache=Cache(tmp_path / "cache"))
+    assert (built.train["text"], built.validation["text"]) == (["one", "two"], ["three"])
+
+
+def test_a_recipe_s_symbols_have_the_recipe_s_length(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("ACGT\n" * 3)
+    files = (str(tmp_path / "a.txt"),)
+    config = Symbols.Config(files=files, validation=files)
+    assert Symbols.build(config, length=4, seed=0, cache=None).train["text"] == ["ACGT"] * 3
+    with pytest.raises(DataError, match="length = 5"):
+        Symbols.build(config, length=5, seed=0, cache=None)
+
+
+def test_the_generated_source_knows_its_entropy_and_ignores_the_recipe_s_seed() -> None:
+    config = Markov.Config(alphabet=5, rows=6, validation=2, seed=4)
+    built = [Markov.build(config, length=9, seed=seed, cache=None) for seed in (0, 1)]
+    assert built[0].fingerprint == built[1].fingerprint
+    assert (len(built[0].train), len(built[0].validation)) == (6, 2)
+    assert built[0].entropy_rate == Markov.source(config).row_entropy(9)
+    assert Markov.source(config).entropy_rate < Markov.source(config).row_entropy(9) < np.log(5)
+
+
+def test_byte_pairs_come_from_the_training_part_and_are_cached(documents: Documents, tmp_path: Path) -> None:
+    config, cache = BytePair.Config(size=275), Cache(tmp_path)
+    direct = BytePair.build(config, documents=documents, cache=None)
+    for _ in range(2):
+        assert BytePair.build(config, documents=documents, cache=cache).fingerprint == direct.fingerprint
+    elsewhere = Documents(documents.train, from_texts(["other words"]))
+    assert BytePair.build(config, documents=elsewhere, cache=cache).fingerprint == direct.fingerprint
+    assert len(list((tmp_path / "byte_pairs").iterdir())) == 1
+    assert BytePair.build(BytePair.Config(size=270), documents=documents, cache=cache).fingerprint != direct.fingerprint
+
+
+def test_a_corpus_with_too_few_byte_pairs_says_so(documents: Documents, caplog: pytest.LogCaptureFixture) -> None:
+    built = BytePair.build(BytePair.Config(size=5000), documents=documents, cache=None)
+    assert built.num_tokens < 5000
+    assert "of 5000" in caplog.text
+
+
+def test_an_automatic_alphabet_knows_the_validation_rows_too() -> None:
+    rows = Documents(from_texts(["CA"]), from_texts(["GT"]))
+    assert Alphabet.build(Alphabet.Config(), documents=rows, cache=None).tokens() == list("ACGT")
+    assert Alphabet.build(Alphabet.Config(symbols="TGCA"), documents=rows, cache=None).tokens() == list("TGCA")
+
+
+def test_vocabularies_name_their_tokenizer(documents: Documents, tokenizer: BytePairTokenizer, tmp_path: Path) -> None:
+    np.save(tmp_path / "c.npy", np.arange(tokenizer.num_tokens) % 7)
+    rows = pack(documents.train, tokenizer, 16)
+    built = [
+        Flat.build(Flat.Config(), tokenizer=tokenizer, rows=rows, cache=None),
+        build_clusters(tokenizer, rows, sizes=(8,)),
+        File.build(File.Config(paths=(str(tmp_path / "c.npy"),)), tokenizer=tokenizer, rows=None, cache=None),
+    ]
+    assert {vocabulary.tokenizer_fingerprint for vocabulary in built} == {tokenizer.fingerprint}
+    assert [vocabulary.num_tokens for vocabulary in built] == [tokenizer.num_tokens] * 3
+
+
+def test_clusters_make_a_tree_with_centroids_and_a_special_branch(
+    documents: Documents, tokenizer: BytePairTokenizer
+) -> None:
+    tree = build_clusters(tokenizer, pack(documents.train, tokenizer, 16), sizes=(12, 3), width=8)
+    assert tree.level_sizes == (tokenizer.num_tokens, 12, 3, 1)
+    assert [None if c is None else tuple(c.shape) for c in tree.centroids] == [(12, 8), (3, 8), None]
+    for level in (1, 2):
+        node = int(tree.ancestor(torch.tensor(tokenizer.eos_id), level))
+        start, stop = tree.node_range(torch.tensor(node), 0)
+        assert tree.order(0)[int(start) : int(stop)].tolist() == [tokenizer.eos_id]
+
+
+def test_clusters_are_cached_by_rows_and_settings(
+    documents: Documents, tokenizer: BytePairTokenizer, tmp_path: Path
+) -> None:
+    cache, rows = Cache(tmp_path), pack(documents.train, tokenizer, 16)
+    direct = build_clusters(tokenizer, rows, sizes=(12,), width=8)
+    for _ in range(2):
+        cached = build_clusters(tokenizer, rows, cache, sizes=(12,), width=8)
+        assert cached.fingerprint == direct.fingerprint
+        assert torch.equal(cached.centroids[0], direct.centroids[0])
+        assert cached.tokenizer_fingerprint == tokenizer.fingerprint
+    assert len(list((tmp_path / "clusters").iterdir())) == 1
+    build_clusters(tokenizer, rows, cache, sizes=(12,), width=9)
+    build_clusters(tokenizer, pack(documents.validation, tokenizer, 16), cache, sizes=(12,), width=8)
+    assert len(list((tmp_path / "clusters").iterdir())) == 3
+
+
+def test_clusters_from_a_file_of_embeddings_need_no_rows(tokenizer: BytePairTokenizer, tmp_path: Path) -> None:
+    source = str(tmp_path / "e.npy")
+    np.save(source, np.random.default_rng(0).standard_normal((tokenizer.num_tokens, 5)).astype(np.float32))
+    first = build_clusters(tokenizer, None, Cache(tmp_path / "cache"), sizes=(9,), source=source)
+    assert first.level_sizes == (tokenizer.num_tokens, 9, 1)
+    np.save(source, np.random.default_rng(1).standard_normal((tokenizer.num_tokens, 5)).astype(np.float32))
+    second = build_clusters(tokenizer, None, Cache(tmp_path / "cache"), sizes=(9,), source=source)
+    assert second.fingerprint != first.fingerprint
+
+
+def test_clusters_of_an_alphabet_have_no_special_branch() -> None:
+    config = Markov.Config(alphabet=8, rows=50, validation=5)
+    rows = Markov.build(config, length=20, seed=0, cache=None)
+    tokenizer = AlphabetTokenizer.of(rows.train["text"])
+    tree = build_clusters(tokenizer, pack(rows.train, tokenizer, 20), sizes=(3,), width=4)
+    assert tree.level_sizes == (8, 3, 1)
+
+
+@pytest.mark.parametrize("sizes", [(0,), (10_000,), (8, 8), (4, 8)])
+def test_impossible_cluster_sizes_are_explained(
+    documents: Documents, tokenizer: BytePairTokenizer, sizes: tuple[int, ...], tmp_path: Path
+) -> None:
+    rows = pack(documents.train, tokenizer, 16)
+    with pytest.raises(ArgumentError, match="sizes"):
+        build_clusters(tokenizer, rows, Cache(tmp_path), sizes=sizes)
+    assert not list((tmp_path / "clusters").iterdir())
+
+
+def test_cooccurrence_without_rows_is_explained(tokenizer: BytePairTokenizer) -> None:
+    with pytest.raises(DataError, match="packed training rows"):
+        build_clusters(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("config", "keys"),
+    [
+        (Text.Config, {"files": ()}),
+        (Text.Config, {"files": ("a",), "held_out": 1.0}),
+        (Text.Config, {"files": ("a",), "split": "word"}),
+        (Markov.Config, {"alphabet": 3}),
+        (BytePair.Config, {"size": 256}),
+        (Alphabet.Config, {"symbols": ""}),
+        (Clusters.Config, {"sizes": ()}),
+        (Clusters.Config, {"max_share": 0.5}),
+        (Clusters.Config, {"source": "e.npy", "model": "folder"}),
+        (File.Config, {"paths": ()}),
+        (Flat.Config, {"masks": True}),
+    ],
+)
+def test_impossible_tables_are_refused_before_anything_is_read(config: Any, keys: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        config(**keys)
