@@ -1,0 +1,34 @@
+"""The conformance kit: the laws that a process, schedule, clock, vocabulary, head, denoiser or time rule must obey.
+
+    from ddiff.testing import assert_laws, check_process
+
+    def test_my_process_obeys_every_law():
+        assert_laws(check_process(MyProcess(...)))      # a small instance, at most 64 states
+
+Each law is itself a callable with a `name`, a `tolerance` and a docstring that explains both: `chain.chapman_kolmogorov(process)`
+gives one `LawReport`. Everything is float64, by brute force, and the same every time.
+"""
+
+from ddiff.testing.clock import check_clock
+from ddiff.testing.denoiser import check_denoiser
+from ddiff.testing.head import check_head
+from ddiff.testing.law import check_clean_law
+from ddiff.testing.process import check_process
+from ddiff.testing.report import Law, LawReport, assert_laws
+from ddiff.testing.schedule import check_schedule
+from ddiff.testing.times import check_time_rule
+from ddiff.testing.vocabulary import check_vocabulary
+
+__all__ = [
+    "Law",
+    "LawReport",
+    "assert_laws",
+    "check_clean_law",
+    "check_clock",
+    "check_denoiser",
+    "check_head",
+    "check_process",
+    "check_schedule",
+    "check_time_rule",
+    "check_vocabulary",
+]

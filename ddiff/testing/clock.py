@@ -81,7 +81,7 @@ def occupation_follows_transitions(clock: LevelClock) -> Iterator[Gap]:
 def leave_time_inverts(clock: LevelClock) -> Iterator[Gap]:
     """At s = leave_time(l, t, u) the chance of having entered l before s, pi_l(s) K_ll(s,t) / pi_l(t), is u. The bisection ends
     at the rounding of s, where numerical transitions hold 1e-9."""
-    level, t, u = product(torch.arange(1, clock.num_levels + 1), times((0.02, 0.5, 0.97)), times((0.03, 0.5, 0.9)))
+    level, t, u = product(torch.arange(1, clock.num_levels + 1), times((0.3, 0.97)), times((0.1, 0.7)))
     s = clock.leave_time(level, t, u)
     rows = torch.arange(len(s))
     stay = clock.transition(s, t)[rows, level, level]

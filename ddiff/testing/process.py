@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from ddiff.core.clock import LevelClock
 from ddiff.core.process import ForwardProcess
+from ddiff.core.schedule import Schedule
 from ddiff.testing import bound, chain, draws, reverse
+from ddiff.testing.clock import check_clock
 from ddiff.testing.probes import require_small
 from ddiff.testing.report import Law, LawReport, check
+from ddiff.testing.schedule import check_schedule
+from ddiff.testing.vocabulary import check_vocabulary
 
 PROCESS_LAWS: tuple[Law, ...] = (
     chain.rates_rows_sum_to_zero,
@@ -44,6 +49,18 @@ PROCESS_LAWS: tuple[Law, ...] = (
     bound.entropy_equality,
     bound.speed_equality,
 )
+
+
+def check_parts(process: ForwardProcess) -> list[LawReport]:
+    """The laws of the vocabulary, the clocks and the schedules that a process holds."""
+    reports = check_vocabulary(process.vocabulary)
+    for part in vars(process).values():
+        if isinstance(part, LevelClock):
+            reports += check_clock(part)
+            reports += [report for one in vars(part).get("schedules", ()) for report in check_schedule(one)]
+        elif isinstance(part, Schedule):
+            reports += check_schedule(part)
+    return reports
 
 
 def check_process(process: ForwardProcess) -> list[LawReport]:

@@ -53,7 +53,7 @@ def gap(
     Labels in `where` are shown as they are; a tensor label is read at the worst place (its dimensions are the first
     ones of `got`).
     """
-    got, expected = torch.broadcast_tensors(got.double(), torch.as_tensor(expected, dtype=torch.float64))
+    got, expected = torch.broadcast_tensors(got.detach().double(), torch.as_tensor(expected, dtype=torch.float64).detach())
     difference = torch.where(got == expected, 0.0, (got - expected).abs()) / relative_to
     difference = difference.nan_to_num(nan=math.inf, posinf=math.inf)
     if difference.numel() == 0:
