@@ -1,0 +1,186 @@
+"""Structured kernels against plain matrices, and the oracle against an integrator of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_trees import climb, trees
+from torch import Tensor
+
+from ddiff.core.clock import CdfClock
+from ddiff.core.kernel import AbsorbingKernel, DenseKernel, InterpolatingKernel, Kernel, uniform_kernel
+from ddiff.core.oracle import propagate
+from ddiff.core.schedule import PowerSchedule
+from ddiff.core.tree import StochasticParents, TreeKernel
+from ddiff.core.vocabulary import HierarchicalVocabulary
+
+EXACT = {"rtol": 0.0, "atol": 1e-13}  # sums of a dozen terms of size 1
+ROWS, STATES = 3, 5
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def diagonal(values: Tensor, size: int = STATES) -> Tensor:
+    return values[:, None, None] * torch.eye(size, dtype=torch.float64)
+
+
+def into(target: int, values: Tensor) -> Tensor:
+    """[r,S,S] every row y goes to `target` with values[r]."""
+    matrix = torch.zeros(ROWS, STATES, STATES, dtype=torch.float64)
+    matrix[:, :, target] = values.unsqueeze(-1)
+    return matrix
+
+
+def parents_one_by_one(tree: HierarchicalVocabulary, xi: tuple[float, ...]) -> Tensor:
+    """[S,S] kappa_ij for all pairs of levels, as products of the one-level kernels, straight from the definition of xi."""
+    size = tree.num_states
+    kappa = torch.eye(size, dtype=torch.float64)
+    up = torch.zeros(size, size, dtype=torch.float64)
+    for node in range(size - 1):
+        right = climb(tree, node)[1]
+        level = int(tree.level_of(torch.tensor(right)))
+        nodes = range(tree.offsets[level], tree.offsets[level] + tree.level_sizes[level])
+        sure = 1.0 if len(nodes) == 1 else xi[level - 1]
+        for other in nodes:
+            up[node, other] = sure if other == right else (1.0 - sure) / (len(nodes) - 1)
+    power = kappa
+    for _ in range(tree.num_levels):
+        power = power @ up
+        kappa = kappa + power
+    return kappa
+
+
+def tree_case(seed: int = 5) -> tuple[Kernel, Tensor]:
+    tree = HierarchicalVocabulary([[2, 0, 1, 0, 1, 2], [1, 0, 1]])
+    xi = (0.8, 0.3, 1.0)
+    levels = random(ROWS, 4, 4, seed=seed).triu()
+    level_of = tree.level_of(torch.arange(tree.num_states))
+    between = levels[:, level_of][:, :, level_of]
+    return TreeKernel(levels, StochasticParents(tree, xi)), between * parents_one_by_one(tree, xi)
+
+
+def cases() -> dict[str, tuple[Kernel, Tensor]]:
+    """Each structure beside the matrix that it stands for, written without it."""
+    stay, leave, arrive, full = random(ROWS), random(ROWS, seed=1), random(ROWS, STATES, seed=2), random(ROWS, 5, 5, seed=3)
+    mixed = diagonal(stay) + arrive.unsqueeze(1)
+    absorbing = diagonal(stay) + into(3, leave)
+    return {
+        "dense": (DenseKernel(full), full),
+        "interpolating": (InterpolatingKernel(stay, arrive), mixed),
+        "uniform": (uniform_kernel(stay, leave, STATES), diagonal(stay) + leave[:, None, None]),
+        "absorbing": (AbsorbingKernel(stay, leave, 3, STATES), absorbing),
+        "sum": (DenseKernel(full) + AbsorbingKernel(stay, leave, 3, STATES), full + absorbing),
+        "multiple": (leave * InterpolatingKernel(stay, arrive), leave[:, None, None] * mixed),
+        "tree": tree_case(),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_a_structured_kernel_is_the_matrix_that_it_stands_for(name: str) -> None:
+    kernel, matrix = cases()[name]
+    states, rows = matrix.shape[-1], torch.arange(ROWS)
+    assert kernel.num_states == states
+    torch.testing.assert_close(kernel.dense(), matrix, **EXACT)
+    for shift in range(states):
+        ids = (rows + shift) % states
+        torch.testing.assert_close(kernel.row(ids), matrix[rows, ids], **EXACT)
+        torch.testing.assert_close(kernel.column(ids), matrix[rows, :, ids], **EXACT)
+    vector = random(ROWS, states, seed=4)
+    before = vector.clone()
+    torch.testing.assert_close(kernel.apply(vector), torch.einsum("ry,ryz->rz", vector, matrix), **EXACT)
+    assert torch.equal(vector, before)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_applying_a_kernel_keeps_the_dtype_of_the_law(name: str) -> None:
+    kernel, _ = cases()[name]
+    assert kernel.apply(torch.rand(ROWS, kernel.num_states)).dtype == torch.float32
+
+
+@given(trees(), st.lists(st.floats(0.05, 1.0), min_size=4, max_size=4))
+@settings(deadline=None, max_examples=25)
+def test_stochastic_parents_are_products_of_their_one_level_kernels(
+    tree: HierarchicalVocabulary, xi: list[float]
+) -> None:
+    parents = StochasticParents(tree, xi[: tree.num_levels])
+    expected = parents_one_by_one(tree, tuple(xi))
+    kernel = TreeKernel(torch.ones(1, tree.num_levels + 1, tree.num_levels + 1, dtype=torch.float64).triu(), parents)
+    torch.testing.assert_close(kernel.dense()[0], expected, **EXACT)
+
+
+# ---------------------------------------------------------------------- the oracle
+
+
+def turning(t: Tensor) -> Tensor:
+    """Generators that do not commute: one direction early, another late."""
+    early, late = (random(4, 4, seed=seed) for seed in (6, 7))
+    early, late = (m - m.sum(-1).diag() for m in (early, late))
+    return (1.0 - t)[:, None, None] * early + (5.0 * t * t)[:, None, None] * late
+
+
+def runge_kutta(s: float, t: float, steps: int = 400) -> Tensor:
+    """dP/dt = P Q_t by the classical fourth-order rule: error about (h |Q|)^4 h < 1e-9 at 400 steps."""
+    total, h = torch.eye(4, dtype=torch.float64), (t - s) / steps
+    rate = lambda time: turning(torch.tensor([time], dtype=torch.float64))[0]  # noqa: E731
+    for step in range(steps):
+        at = s + step * h
+        first = total @ rate(at)
+        second = (total + h / 2 * first) @ rate(at + h / 2)
+        third = (total + h / 2 * second) @ rate(at + h / 2)
+        fourth = (total + h * third) @ rate(at + h)
+        total = total + h / 6 * (first + 2 * second + 2 * third + fourth)
+    return total
+
+
+def pair(s: float, t: float) -> tuple[Tensor, Tensor]:
+    return torch.tensor([s], dtype=torch.float64), torch.tensor([t], dtype=torch.float64)
+
+
+def test_the_oracle_solves_the_forward_equation_in_its_time_order() -> None:
+    expected = runge_kutta(0.1, 0.9)
+    got = propagate(turning, *pair(0.1, 0.9), 4)[0]
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=1e-8)
+    early, late = propagate(turning, *pair(0.1, 0.5), 4)[0], propagate(turning, *pair(0.5, 0.9), 4)[0]
+    torch.testing.assert_close(early @ late, got, rtol=0.0, atol=1e-8)
+    assert float((late @ early - got).abs().max()) > 1e-2  # the case can tell the order
+    generators = turning(torch.tensor([0.3, 0.7], dtype=torch.float64))
+    assert float((generators[0] @ generators[1] - generators[1] @ generators[0]).abs().max()) > 1e-1
+
+
+def test_the_oracle_converges_with_the_fourth_power_of_its_steps() -> None:
+    """Twice the steps, a sixteenth of the error; a commutator left out or of the wrong sign makes it a quarter."""
+    best = propagate(turning, *pair(0.1, 0.9), 4, steps=640)
+    errors = [float((propagate(turning, *pair(0.1, 0.9), 4, steps=n) - best).abs().max()) for n in (10, 20, 40)]
+    assert errors[0] < 1e-4
+    for coarse, fine in zip(errors, errors[1:]):
+        assert coarse / fine == pytest.approx(16.0, rel=0.15)
+
+
+def test_one_exponential_of_the_integrated_generator_is_not_enough() -> None:
+    """What the oracle must not be: exact only where generators commute."""
+    grid = torch.linspace(0.1, 0.9, 2001, dtype=torch.float64)
+    once = torch.matrix_exp(torch.trapezoid(turning(grid), grid, dim=0))
+    assert float((once - propagate(turning, *pair(0.1, 0.9), 4)[0]).abs().max()) > 1e-3
+
+
+def test_the_oracle_meets_the_marginals_of_a_clock_that_has_them_in_closed_form() -> None:
+    """The first row from 0 is pi(t), whose hazards diverge at both ends."""
+    clock = CdfClock([PowerSchedule(0.8), PowerSchedule(1.5), PowerSchedule(3.0)])
+    t = torch.tensor([0.01, 0.4, 0.99], dtype=torch.float64)
+    start = torch.full_like(t, 1e-3)
+    moved = propagate(clock.generator, start, t, 4, steps=400)
+    reached = (clock.pi(start).unsqueeze(1) @ moved).squeeze(1)
+    torch.testing.assert_close(reached, clock.pi(t), rtol=0.0, atol=1e-9)
+
+
+def test_no_time_is_no_change_and_rows_do_not_mix() -> None:
+    s = torch.tensor([0.3, 0.0, 1.0, 0.2], dtype=torch.float64)
+    t = torch.tensor([0.3, 0.0, 1.0, 0.8], dtype=torch.float64)
+    moved = propagate(turning, s, t, 4)
+    for row in range(3):
+        assert torch.equal(moved[row], torch.eye(4, dtype=torch.float64))
+    torch.testing.assert_close(moved[3:], propagate(turning, s[3:], t[3:], 4), **EXACT)

@@ -1,0 +1,140 @@
+"""Noise is a pure function of what it is for, and uniform.
+
+Statistical tests have fixed seeds; each was given a one-in-a-million chance to fail before its seed was tried.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddiff.core.noise import Noise
+
+INDEX = torch.tensor([5, 0, 9])
+
+
+def uniform(seed: int = 1, step: int = 2, index: Tensor = INDEX, length: int = 4, purpose: str = "train") -> Tensor:
+    return Noise(seed, step, index, length, purpose).uniform("channel")
+
+
+def test_the_same_arguments_give_the_same_numbers_for_ever() -> None:
+    assert torch.equal(uniform(), uniform())
+    # runs are resumed and repeated by these numbers: a change of the generator is a change of every result
+    assert uniform()[0, :2].tolist() == [0.27460777260881075, 0.10581297539501044]
+
+
+def test_numbers_are_doubles_in_the_half_open_unit_interval() -> None:
+    u = Noise(0, 0, torch.arange(500), 200).uniform("x")
+    assert u.dtype == torch.float64
+    assert 0.0 <= float(u.min())
+    assert float(u.max()) < 1.0
+    assert not torch.equal(u, u.float().double())  # 53 bits, not 24
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"step": 3}, {"purpose": "evaluation"}])
+def test_seed_step_and_purpose_each_change_every_number(change: dict[str, int]) -> None:
+    assert not (uniform() == uniform(**change)).any()  # type: ignore[arg-type]
+
+
+def test_channels_samples_and_positions_have_numbers_of_their_own() -> None:
+    noise = Noise(0, 0, torch.arange(6), 7)
+    everything = torch.cat([noise.uniform("a").flatten(), noise.uniform("b", 3).flatten()])
+    assert len(everything.unique()) == 6 * 7 * 4
+
+
+def test_the_roles_of_seed_step_and_index_are_not_interchangeable() -> None:
+    draws = [uniform(seed=a, step=b, index=torch.tensor([c])) for a, b, c in itertools.permutations((3, 4, 5))]
+    assert len(torch.cat(draws).unique()) == 6 * 4
+
+
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    whole = uniform(index=torch.arange(10))
+    shuffled = torch.tensor([7, 2, 2, 9])
+    assert torch.equal(uniform(index=shuffled), whole[shuffled])
+    assert torch.equal(Noise(1, 2, torch.arange(10), 4).take(shuffled).uniform("channel"), whole[shuffled])
+
+
+def test_a_position_does_not_depend_on_the_length() -> None:
+    for length in (1, 3, 4, 5, 8, 33):  # the generator makes blocks of four
+        assert torch.equal(uniform(length=33)[:, :length], uniform(length=length))
+
+
+def test_several_uniforms_begin_with_the_single_one() -> None:
+    noise = Noise(3, 1, INDEX, 4)
+    three = noise.uniform("x", 3)
+    assert three.shape == (3, 4, 3)
+    assert torch.equal(three[..., 0], noise.uniform("x"))
+
+
+def test_the_noise_of_another_step_is_that_step_s_noise() -> None:
+    assert torch.equal(Noise(1, 0, INDEX, 4).at_step(2).uniform("channel"), uniform())
+
+
+def test_the_shared_number_does_not_depend_on_the_samples() -> None:
+    one, other = (Noise(4, 5, index, length).shared("x") for index, length in [(INDEX, 3), (torch.tensor([8]), 9)])
+    assert one == other != Noise(4, 6, INDEX, 3).shared("x")
+    assert 0.0 <= one < 1.0
+
+
+def test_no_samples_give_an_empty_batch() -> None:
+    assert uniform(index=torch.empty(0, dtype=torch.long)).shape == (0, 4)
+
+
+def test_torch_and_numpy_state_play_no_part() -> None:
+    torch.manual_seed(0)
+    before = uniform()
+    torch.rand(7)
+    assert torch.equal(before, uniform())
+    state = torch.get_rng_state()
+    uniform()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ---------------------------------------------------------------------- statistics
+
+FAILURE = 1e-6
+
+
+def distance_from_uniform(u: Tensor) -> float:
+    """The Kolmogorov-Smirnov statistic."""
+    ordered, count = u.flatten().sort().values, u.numel()
+    steps = torch.arange(count + 1, dtype=torch.float64) / count
+    return float(torch.maximum((ordered - steps[:-1]).abs(), (steps[1:] - ordered).abs()).max())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**40])
+def test_numbers_are_uniform(seed: int) -> None:
+    u = Noise(seed, 17, torch.arange(400), 250).uniform("x")
+    # Dvoretzky-Kiefer-Wolfowitz-Massart: P(D > d) <= 2 exp(-2 n d^2)
+    assert distance_from_uniform(u) < math.sqrt(math.log(2 / FAILURE) / (2 * u.numel()))
+
+
+def test_the_first_position_is_uniform_over_samples_and_steps() -> None:
+    """Stratified times read one number per sample: there the counter changes and the block does not."""
+    over_samples = Noise(0, 3, torch.arange(20_000), 1).uniform("time")
+    over_steps = torch.cat([Noise(0, step, torch.tensor([6]), 1).uniform("time") for step in range(5_000)])
+    for u in (over_samples, over_steps):
+        assert distance_from_uniform(u) < math.sqrt(math.log(2 / FAILURE) / (2 * u.numel()))
+
+
+def test_numbers_for_different_things_are_uncorrelated() -> None:
+    noise = Noise(0, 0, torch.arange(400), 100)
+    x = noise.uniform("x", 2)
+    pairs = {
+        "channels": (x[..., 0], noise.uniform("y")),
+        "numbers of a channel": (x[..., 0], x[..., 1]),
+        "positions": (x[:, :-1, 0], x[:, 1:, 0]),
+        "block of four": (x[:, ::4, 0], x[:, 1::4, 0]),
+        "samples": (x[:-1, :, 0], x[1:, :, 0]),
+        "steps": (x[..., 0], noise.at_step(1).uniform("x")),
+        "seeds": (x[..., 0], Noise(1, 0, torch.arange(400), 100).uniform("x")),
+        "purposes": (x[..., 0], Noise(0, 0, torch.arange(400), 100, "sampling").uniform("x")),
+    }
+    for name, (one, other) in pairs.items():
+        correlation = torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]
+        # nearly normal with variance 1/n: |z| > 5.3 has probability 1.2e-7, and there are eight pairs
+        assert abs(float(correlation)) < 5.3 / math.sqrt(one.numel()), name
