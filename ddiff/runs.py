@@ -94,7 +94,7 @@ class Run:
     def _build_objective(self) -> Any:
         recipe = self.recipe
         loss = recipe.loss.build(process=self.process) if recipe.loss else None
-        times = recipe.times.build(process=self.process) if recipe.times else None
+        times = recipe.times.build() if recipe.times else None
         return recipe.objective.build(process=self.process, denoiser=self.denoiser, loss=loss, times=times)
 
     # ------------------------------------------------------------------ data

@@ -9,7 +9,8 @@ It is exact for any window, finite where a point prior would give infinity, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,14 @@ class NelboTerms(NamedTuple):
     def total(self) -> Tensor:
         """[B] nats per sequence."""
         return (self.closing + self.diffusion + self.decoding).sum(-1)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Nats per position [B,L] by term of the bound, and `parts`, how the diffusion term divides (by level)."""
+
+    terms: Mapping[str, Tensor]
+    parts: Mapping[str, Tensor]
 
 
 def nelbo(

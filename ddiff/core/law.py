@@ -58,6 +58,7 @@ class SubtreeLaw(ABC):
     def __init__(self, vocabulary: Vocabulary, top: int) -> None:
         self.vocabulary = vocabulary
         self.top = top
+        self._first = vocabulary.subtree(top)  # first place below top, level by level
 
     @abstractmethod
     def log_below(self, level: int) -> Tensor:
@@ -94,37 +95,27 @@ class SubtreeLaw(ABC):
         inside = (place >= start.unsqueeze(-1)) & (place < stop.unsqueeze(-1))
         peak = log_p.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)
         weights = (log_p - peak.masked_fill(peak == -torch.inf, 0.0)).exp().masked_fill(~inside, 0.0)
-        first, _ = self.vocabulary.node_range(self._top(node), level)
-        return self.vocabulary.order(level, node.device)[first + draw_index(weights, u)]
-
-    def _top(self, like: Tensor) -> Tensor:
-        return torch.full_like(like, self.top)
+        return self.vocabulary.order(level, node.device)[self._first[level] + draw_index(weights, u)]
 
     def _local_range(self, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """The node's range of places at `level`, counted from the first place below top."""
-        first, _ = self.vocabulary.node_range(self._top(node), level)
         start, stop = self.vocabulary.node_range(node, level)
-        return start - first, stop - first
+        return start - self._first[level], stop - self._first[level]
 
     def _log_given_top(self, node: Tensor) -> Tensor:
         """[r] log P(node | top); 0 at top itself."""
         own_level = self.vocabulary.level_of(node)
-        top_level = int(self.vocabulary.level_of(torch.tensor(self.top)))
         value: Tensor | None = None
-        for level in range(top_level):
+        for level in range(len(self._first)):
             here = own_level == level
             if not bool(here.any()):
                 continue
             log_p = self.log_below(level)
-            place, _ = self._local_range(torch.where(here, node, self._first_id(level)), level)
+            place, _ = self._local_range(node, level)
+            # rows of other levels read some entry, which is dropped
             picked = log_p.gather(-1, place.clamp(0, log_p.shape[1] - 1).unsqueeze(-1)).squeeze(-1)
             value = torch.where(here, picked, torch.zeros_like(picked) if value is None else value)
         return torch.zeros(node.shape, device=node.device) if value is None else value
-
-    def _first_id(self, level: int) -> int:
-        """Some id of `level` that lies below top, to stand in where a row is not asked about."""
-        start, _ = self.vocabulary.node_range(torch.tensor(self.top), level)
-        return int(self.vocabulary.order(level)[start])
 
     def _needs_root(self, name: str) -> None:
         if self.top != self.vocabulary.root:

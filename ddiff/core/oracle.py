@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ddiff.core.numerics import interior
 
-
 BLOCK = 2**20  # entries of the generators that are held at once: 8 MB
 
 

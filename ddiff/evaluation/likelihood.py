@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddiff.core.elbo import Likelihood
 from ddiff.core.noise import Noise
 from ddiff.core.times import TimeRule
 from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.progress import progress
-from ddiff.training.objective import Likelihood
 
 Z95 = 1.959963984540054  # two-sided 95 % of a normal law
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast, final
 
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask, NelboTerms, corrupt, nelbo
+from ddiff.core.elbo import Ask, Likelihood, NelboTerms, corrupt, nelbo
 from ddiff.core.law import CleanLaw
 from ddiff.core.noise import Noise
 from ddiff.core.process import ForwardProcess
@@ -58,14 +57,6 @@ class ClippedLoss:
 
     def divergence(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return process.divergence(law, x0, zt, t)
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """Nats per position [B,L] by term of the bound, and `parts`, how the diffusion term divides (by level)."""
-
-    terms: Mapping[str, Tensor]
-    parts: Mapping[str, Tensor]
 
 
 @final

@@ -33,8 +33,8 @@ class HierarchicalDiffusion(TreeProcess):
     """
 
     class Config(ComponentConfig):
-        gamma: Rate = 1.0
-        """Hazard of leaving the words, in units of the hazard above them."""
+        gamma: Rate | None = None
+        """Hazard of leaving the words, in units of the hazard above them; 1 unless rates or powers are given."""
         rates: tuple[Rate, ...] | None = None
         """One hazard per level above the words, from the words up; instead of gamma."""
         powers: tuple[PositiveFloat, ...] | None = None
@@ -46,8 +46,7 @@ class HierarchicalDiffusion(TreeProcess):
 
         @model_validator(mode="after")
         def _one_clock(self) -> HierarchicalDiffusion.Config:
-            given = [name for name in ("gamma", "rates", "powers") if name in self.model_fields_set]
-            given = [name for name in given if getattr(self, name) is not None]
+            given = [name for name in ("gamma", "rates", "powers") if getattr(self, name) is not None]
             if len(given) > 1:
                 raise ValueError(f"only one of gamma, rates and powers may be given; got {' and '.join(given)}")
             return self
@@ -65,7 +64,7 @@ class HierarchicalDiffusion(TreeProcess):
     def _clock(config: Config, num_levels: int) -> LevelClock:
         if config.powers is not None:
             return CdfClock([PowerSchedule(power) for power in config.powers])
-        return LogTimeClock(config.rates or (config.gamma, *(1.0,) * (num_levels - 1)))
+        return LogTimeClock(config.rates or (config.gamma or 1.0, *(1.0,) * (num_levels - 1)))
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
