@@ -5,8 +5,8 @@
     def test_my_process_obeys_every_law():
         assert_laws(check_process(MyProcess(...)))      # a small instance, at most 64 states
 
-Each law is itself a callable with a `name`, a `tolerance` and a docstring that explains both: `chain.chapman_kolmogorov(process)`
-gives one `LawReport`. Everything is float64, by brute force, and the same every time.
+Each law is itself a callable with a `name`, a `tolerance` and a docstring that explains both: for example
+`chain.chapman_kolmogorov(process)` gives one `LawReport`. Everything is float64, by brute force, and never random.
 """
 
 from ddiff.testing.clock import check_clock

@@ -26,7 +26,7 @@ def occupation_is_a_law(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: ends as declared", tolerance=1e-9)
 def clock_ends(clock: LevelClock) -> Iterator[Gap]:
-    """closes_at_clean: all at level 0 at t = 0; closes_at_prior: all at the root at t = 1, whole steps included. Rounding."""
+    """closes_at_clean: all at level 0 at t = 0; closes_at_prior: all at the root at t = 1. Rounding."""
     start, stop = clock.pi(times(ENDS))
     if clock.closes_at_clean:
         yield gap(start[0], 1.0, {"level 0 at t": 0})
@@ -37,8 +37,8 @@ def clock_ends(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: inflow = growth of what has climbed", tolerance=1e-9)
 def inflow_is_growth(clock: LevelClock) -> Iterator[Gap]:
-    """F_l(t) - F_l(t/1000) is the integral of inflow_l, relative to itself for t >= 1e-6: the derivative is right and no digits
-    are lost where a level is rare, whatever the rates. Quadrature and rounding leave 1e-11."""
+    """F_l(t) - F_l(t/1000) is the integral of inflow_l, relative to itself for t >= 1e-6: the derivative is right and no
+    digits are lost where a level is rare, whatever the rates. Quadrature and rounding leave 1e-11."""
     for t in OPEN:
         grown = (clock.climbed(times((t,))) - clock.climbed(times((t / 1000.0,))))[0]
         flow = integral(clock.inflow, t / 1000.0, t)
@@ -79,8 +79,8 @@ def occupation_follows_transitions(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: leave_time inverts its own law", tolerance=1e-7)
 def leave_time_inverts(clock: LevelClock) -> Iterator[Gap]:
-    """At s = leave_time(l, t, u) the chance of having entered l before s, pi_l(s) K_ll(s,t) / pi_l(t), is u. The bisection ends
-    at the rounding of s, where numerical transitions hold 1e-9."""
+    """At s = leave_time(l, t, u) the chance of having entered l before s, pi_l(s) K_ll(s,t) / pi_l(t), is u. The
+    bisection ends at the rounding of s, where numerical transitions hold 1e-9."""
     level, t, u = product(torch.arange(1, clock.num_levels + 1), times((0.3, 0.97)), times((0.1, 0.7)))
     s = clock.leave_time(level, t, u)
     rows = torch.arange(len(s))

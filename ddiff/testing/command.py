@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -25,7 +26,8 @@ from ddiff.testing.process import check_parts, check_process
 from ddiff.testing.report import LawReport
 from ddiff.testing.times import check_time_rule
 
-WIDTH, LENGTH = 6, 6
+WIDTH, LENGTH = 6, 6  # of the heads and sequences that are checked
+PIPED_WIDTH = 140  # columns of a table that no terminal limits
 
 
 class Instance(NamedTuple):
@@ -101,9 +103,13 @@ def _processes(component: Component, part: Part, configured: bool) -> list[Insta
     else:
         built = _built_on(component, part, _vocabularies(component, examples))
     return [
-        Instance(f"{component.name} {place}: {process.vocabulary}", lambda process=process: _prove_process(process))
+        Instance(f"{component.name} {place} on {_sizes(process.vocabulary)}", partial(_prove_process, process))
         for place, process in enumerate(built, start=1)
     ]
+
+
+def _sizes(vocabulary: Vocabulary) -> str:
+    return " < ".join(map(str, vocabulary.level_sizes))
 
 
 def _prove_process(process: ForwardProcess) -> list[LawReport]:
@@ -139,19 +145,19 @@ def _built_on(component: Component, part: Part, vocabularies: list[Vocabulary], 
     if built:
         return built
     raise ArgumentError(
-        f"ddiff check: the {component} fits none of {len(vocabularies)} small vocabularies with these settings. The last one "
-        f"was refused so: {refusal} A class may offer vocabularies of its own in example_vocabularies()."
+        f"ddiff check: the {component} fits none of {len(vocabularies)} small vocabularies with these settings. The last "
+        f"one was refused so: {refusal} A class may offer vocabularies of its own in example_vocabularies()."
     )
 
 
 def _heads(component: Component, part: Part, configured: bool) -> list[Instance]:
     built = _built_on(component, part, small_vocabularies(), width=WIDTH)
-    return [Instance(f"{component.name} on {head.vocabulary}", lambda head=head: check_head(head)) for head in built]
+    return [Instance(f"{component.name} on {_sizes(head.vocabulary)}", partial(check_head, head)) for head in built]
 
 
 def _time_rules(component: Component, part: Part, configured: bool) -> list[Instance]:
     rule = part.build()
-    return [Instance(component.name, lambda: check_time_rule(rule))]
+    return [Instance(component.name, partial(check_time_rule, rule))]
 
 
 def _backbones(component: Component, part: Part, configured: bool) -> list[Instance]:
@@ -160,7 +166,7 @@ def _backbones(component: Component, part: Part, configured: bool) -> list[Insta
     backbone = _built_on(component, part, [vocabulary], length=LENGTH)[0]
     denoiser = Denoiser(backbone, TokenHead(vocabulary, backbone.width))
     process = TreeProcess(vocabulary, LogTimeClock((1.0,)))
-    return [Instance(f"{component.name} on {vocabulary}", lambda: check_denoiser(denoiser, process))]
+    return [Instance(f"{component.name} on {_sizes(vocabulary)}", partial(check_denoiser, denoiser, process))]
 
 
 INSTANCES: dict[str, Callable[[Component, Part, bool], list[Instance]]] = {
@@ -178,7 +184,8 @@ INSTANCES: dict[str, Callable[[Component, Part, bool], list[Instance]]] = {
 def _prove(instances: list[Instance]) -> Iterator[tuple[str, LawReport]]:
     """(label, report) of every law on every instance, with a progress line on a terminal."""
     columns = SpinnerColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not Console(stderr=True).is_terminal) as shown:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task("", total=None)
         for place, (label, prove) in enumerate(instances, start=1):
             shown.update(task, description=f"{place}/{len(instances)} {label}")
@@ -192,15 +199,15 @@ def _print(name: str, reports: list[tuple[str, LawReport]]) -> None:
         known = worst.get(report.law)
         if known is None or _badness(report) > _badness(known[1]):
             worst[report.law] = (label, report)
-    console = Console(soft_wrap=True)
-    table = Table("law", "largest error", "allowed", "worst instance", "", box=None, pad_edge=False, title=f"Laws of {name}")
+    console = Console() if Console().is_terminal else Console(width=PIPED_WIDTH)
+    table = Table("law", "largest error", "allowed", "worst instance", "", box=None, pad_edge=False)
     for label, report in worst.values():
         verdict = "[green]holds[/]" if report.passed else "[bold red]BROKEN[/]"
         table.add_row(report.law, f"{report.error:.1e}", f"{report.tolerance:.1e}", label, verdict)
     console.print(table)
     for label, report in worst.values():
         if not report.passed:
-            console.print(f"\n{label}: {report}", markup=False, highlight=False)
+            console.print(f"\n{label}: {report}", markup=False, highlight=False, soft_wrap=True)
     broken = sum(not report.passed for _, report in worst.values())
     count = len({label for label, _ in reports})
     console.print(f"\n{len(worst)} laws on {count} instance(s), {broken} broken.", highlight=False)

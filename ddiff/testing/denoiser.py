@@ -33,7 +33,8 @@ def _log_p(denoiser: Denoiser, process: ForwardProcess, noisy: Noisy, context: C
     """[B,L,V] what every row is told at the root, in float64."""
     rows = torch.arange(noisy.zt.numel())
     visit = asking(denoiser, process, context)(noisy)
-    told = visit(rows, torch.full_like(rows, process.vocabulary.root), lambda answer, idx: answer.log_mass(0).double())
+    root = torch.full_like(rows, process.vocabulary.root)
+    told, _ = visit(rows, root, lambda answer, idx: (answer.log_mass(0).double(), idx))
     return told.reshape(*noisy.zt.shape, -1)
 
 
@@ -60,7 +61,7 @@ def batches_agree(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
 
 @law("denoiser: padding does not matter", tolerance=1e-9)
 def padding_is_invisible(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
-    """What stands in padding, and that it is there, changes nothing for valid rows. Float64 products of other shapes: 1e-9."""
+    """What stands in padding, and that it is there, changes nothing for valid rows. Products of other shapes: 1e-9."""
     twin, noisy = _prepared(denoiser, process)
     kept = LENGTH - 2
     valid = (torch.arange(LENGTH) < kept).expand(BATCH, -1)

@@ -35,10 +35,16 @@ def _questions(head: Head) -> tuple[Tensor, Tensor, Tensor]:
     vocabulary = head.vocabulary
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(ROWS, head.width, generator=generator, dtype=torch.float64)
-    nodes = torch.arange(vocabulary.num_tokens, vocabulary.num_states) if vocabulary.num_levels else torch.tensor([vocabulary.root])
+    nodes = torch.arange(vocabulary.num_tokens, vocabulary.root + 1)
     node = nodes[torch.arange(ROWS) * 5 % len(nodes)]
-    word = torch.stack([below(vocabulary, int(n), 0)[i % len(below(vocabulary, int(n), 0))] for i, n in enumerate(node)])
+    words = [below(vocabulary, n, 0) for n in node.tolist()]
+    word = torch.stack([below_node[i % len(below_node)] for i, below_node in enumerate(words)])
     return hidden, node, word
+
+
+def _visit(head: Head, hidden: Tensor, node: Tensor, question: Callable[[CleanLaw, Tensor], Tensor]) -> Tensor:
+    (told,) = head.visit(hidden, node, lambda answer, idx: (question(answer, idx), idx))[:1]
+    return told
 
 
 def _surprise(node: Tensor, word: Tensor) -> Callable[[CleanLaw, Tensor], Tensor]:
@@ -51,22 +57,20 @@ def scopes_agree(head: Head) -> Iterator[Gap]:
     head = in_float64(head)
     hidden, node, word = _questions(head)
     question = _surprise(node, word)
-    whole = head.visit(hidden, torch.full_like(node, head.vocabulary.root), question)
-    assert isinstance(whole, Tensor)
-    yield gap(head.visit(hidden, node, question), whole, {"node": node, "word": word}, 1.0 + whole.abs())
+    whole = _visit(head, hidden, torch.full_like(node, head.vocabulary.root), question)
+    yield gap(_visit(head, hidden, node, question), whole, {"node": node, "word": word}, 1.0 + whole.abs())
 
 
 @law("head: chunks change nothing", tolerance=1e-10)
 def chunks_agree(head: Head) -> Iterator[Gap]:
-    """Rows one at a time and all together give the same values, from `visit` and from `total`, in the rows' order. Rounding."""
+    """Rows one at a time and all together give the same values, from `visit` and `total`, in the rows' order. Rounding."""
     head = in_float64(head)
     hidden, node, word = _questions(head)
     question = _surprise(node, word)
-    whole = head.visit(hidden, node, question)
-    assert isinstance(whole, Tensor)
+    whole = _visit(head, hidden, node, question)
     head.chunk_logits = 1
     total, values = head.total(hidden, node, question)
-    yield gap(head.visit(hidden, node, question), whole, {"node": node}, 1.0 + whole.abs())
+    yield gap(_visit(head, hidden, node, question), whole, {"node": node}, 1.0 + whole.abs())
     yield gap(values, whole, {"node": node}, 1.0 + whole.abs())
     yield gap(total, whole.sum(), {"the": "sum"}, 1.0 + whole.abs().sum())
 

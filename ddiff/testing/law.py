@@ -49,8 +49,8 @@ def masses_add_up(answer: CleanLaw) -> Iterator[Gap]:
 
 @law("clean law: log_child is conditional", tolerance=1e-10)
 def children_are_conditional(answer: CleanLaw) -> Iterator[Gap]:
-    """log P(child | node) is the ratio of their words' masses at any depth, 0 for the node itself, and log_prob the same from
-    the root. Rounding of log-sum-exps."""
+    """log P(child | node) is the ratio of their words' masses at any depth, 0 for the node itself, and log_prob the same
+    from the root. Rounding of log-sum-exps."""
     rows, known = len(answer.log_below(0)), answer.top == answer.vocabulary.root
     for node, level in _asked(answer):
         given = torch.full((rows,), node)
@@ -71,7 +71,9 @@ def draws_follow_law(answer: CleanLaw) -> Iterator[Gap]:
     for node, level in _asked(answer):
         ids = below(answer.vocabulary, node, level)
         given, target = torch.full((rows,), node), torch.full((rows,), level)
-        width = torch.stack([answer.log_child(given, torch.full((rows,), int(child))) for child in ids], -1).double().exp()
+        width = (
+            torch.stack([answer.log_child(given, torch.full((rows,), int(child))) for child in ids], -1).double().exp()
+        )
         right = width.cumsum(-1)
         for place in range(len(ids)):
             wide = width[:, place] > 1e-6

@@ -38,11 +38,11 @@ class LawReport(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """The largest difference among `count` numbers and where it is."""
+    """The largest difference among `probes` numbers and where it is."""
 
     error: float
     where: str
-    count: int
+    probes: int
 
 
 def gap(
@@ -53,15 +53,16 @@ def gap(
     Labels in `where` are shown as they are; a tensor label is read at the worst place (its dimensions are the first
     ones of `got`).
     """
-    got, expected = torch.broadcast_tensors(got.detach().double(), torch.as_tensor(expected, dtype=torch.float64).detach())
-    difference = torch.where(got == expected, 0.0, (got - expected).abs()) / relative_to
+    due = torch.as_tensor(expected, dtype=torch.float64).detach()
+    got, due = torch.broadcast_tensors(got.detach().double(), due)
+    difference = torch.where(got == due, 0.0, (got - due).abs()) / relative_to
     difference = difference.nan_to_num(nan=math.inf, posinf=math.inf)
     if difference.numel() == 0:
         return Gap(0.0, "nothing", 0)
     worst = int(difference.argmax())
     place = torch.unravel_index(torch.tensor(worst), difference.shape)
     labels = [f"{name} = {_at(label, place)}" for name, label in (where or {}).items()]
-    values = f"got {float(got.reshape(-1)[worst]):.6g} for {float(expected.reshape(-1)[worst]):.6g}"
+    values = f"got {float(got.reshape(-1)[worst]):.6g} for {float(due.reshape(-1)[worst]):.6g}"
     entry = tuple(int(index) for index in place)
     found = ", ".join([*labels, f"entry {entry}"] if entry else labels) or "its value"
     return Gap(float(difference.reshape(-1)[worst]), f"{found}: {values}", difference.numel())
@@ -96,7 +97,7 @@ class Law:
             where = f"a call that raised {type(error).__name__}: {error}"
             return LawReport(self.name, math.inf, self.tolerance, where, self.explanation)
         worst = max(gaps, key=lambda found: found.error, default=Gap(0.0, "nothing", 0))
-        probes = sum(found.count for found in gaps)
+        probes = sum(found.probes for found in gaps)
         return LawReport(self.name, worst.error, self.tolerance, worst.where, self.explanation, probes)
 
 

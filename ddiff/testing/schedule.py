@@ -33,7 +33,7 @@ def alpha_falls(schedule: Schedule) -> Iterator[Gap]:
 
 @law("schedule: ends as declared", tolerance=1e-12)
 def schedule_ends(schedule: Schedule) -> Iterator[Gap]:
-    """closes_at_clean: alpha(0) = 1; closes_at_prior: alpha(1) = 0; neither is declared of a schedule that does not. Rounding."""
+    """closes_at_clean: alpha(0) = 1; closes_at_prior: alpha(1) = 0; both ends are finite. Rounding."""
     start, stop = schedule.alpha(times(ENDS))
     if schedule.closes_at_clean:
         yield gap(start, 1.0, {"t": 0})
@@ -44,8 +44,8 @@ def schedule_ends(schedule: Schedule) -> Iterator[Gap]:
 
 @law("schedule: noised = 1 - alpha, accurate near t = 0", tolerance=1e-9)
 def noised_is_the_rest(schedule: Schedule) -> Iterator[Gap]:
-    """noised + alpha = 1; and from t/1000 to t noised grows by the integral of -d_alpha, relative to itself, so that no digits
-    are lost where alpha is near 1. Quadrature leaves 1e-11."""
+    """noised + alpha = 1; and from t/1000 to t noised grows by the integral of -d_alpha, relative to itself, so that no
+    digits are lost where alpha is near 1. Quadrature leaves 1e-11."""
     t = times(OPEN, ENDS)
     yield gap(schedule.noised(t) + schedule.alpha(t), 1.0, {"t": t})
     for end in OPEN:

@@ -18,7 +18,9 @@ def ids_run_by_level(vocabulary: Vocabulary) -> Iterator[Gap]:
     levels = torch.repeat_interleave(torch.arange(vocabulary.num_levels + 1), torch.tensor(vocabulary.level_sizes))
     ids = torch.arange(vocabulary.num_states)
     yield gap(vocabulary.level_of(ids), levels.double(), {"id": ids})
-    yield gap(torch.tensor(sum(vocabulary.level_sizes)), float(vocabulary.num_states), {"sizes": vocabulary.level_sizes})
+    yield gap(
+        torch.tensor(sum(vocabulary.level_sizes)), float(vocabulary.num_states), {"sizes": vocabulary.level_sizes}
+    )
     if vocabulary.num_levels:
         yield gap(torch.tensor(vocabulary.level_sizes[-1]), 1.0, {"size of": "the last level"})
         yield gap(torch.tensor(vocabulary.mask_id or -1), float(vocabulary.num_states - 1), {"mask_id": "the root"})
@@ -39,8 +41,8 @@ def ancestors_climb(vocabulary: Vocabulary) -> Iterator[Gap]:
 
 @law("vocabulary: in tree order every node owns a contiguous range", tolerance=0.0)
 def ranges_are_contiguous(vocabulary: Vocabulary) -> Iterator[Gap]:
-    """order(l) is a permutation with inverse position(l), and node_range(node, l) holds exactly what lies below the node; nodes
-    without a word do not exist."""
+    """order(l) is a permutation with inverse position(l), and node_range(node, l) holds exactly what lies below the node;
+    nodes without a word do not exist."""
     nodes = torch.arange(vocabulary.num_states)
     for level in range(vocabulary.num_levels + 1):
         order, position = vocabulary.order(level), vocabulary.position(level)
@@ -79,7 +81,10 @@ def survives_saving(vocabulary: Vocabulary) -> Iterator[Gap]:
         path = str(Path(folder) / "vocabulary.safetensors")
         vocabulary.save(path)
         loaded = Vocabulary.load(path)
-    same = (loaded.fingerprint, loaded.tokenizer_fingerprint) == (vocabulary.fingerprint, vocabulary.tokenizer_fingerprint)
+    same = (loaded.fingerprint, loaded.tokenizer_fingerprint) == (
+        vocabulary.fingerprint,
+        vocabulary.tokenizer_fingerprint,
+    )
     yield gap(torch.tensor(float(same)), 1.0, {"fingerprint after loading": loaded.fingerprint})
     ids = torch.arange(vocabulary.num_states)
     yield gap(loaded.parent(ids), vocabulary.parent(ids).double(), {"parent of": ids})
