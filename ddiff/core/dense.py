@@ -43,15 +43,18 @@ class DenseProcess(ForwardProcess):
     ) -> None:
         self.vocabulary, self.schedule = vocabulary, schedule or LinearSchedule()
         self._function = None if isinstance(matrix, Tensor) else matrix
-        self._matrix = matrix.double() if isinstance(matrix, Tensor) else None
-        self._check(self._matrix if self._matrix is not None else self._generator(torch.tensor([0.5]).double())[0])
+        self._matrix = self._checked(matrix.double()) if isinstance(matrix, Tensor) else None
+        if self._function is not None:
+            for seen in self._generator(torch.tensor([0.01, 0.5, 0.99], dtype=torch.float64)):
+                self._checked(seen)
         self._table = self._march() if self._matrix is None else None
         last = self._from_clean(torch.ones(1).double())[0, : vocabulary.num_tokens]
         self.prior = Prior(last.mean(0).clamp(min=0.0).log())
         self.closes_at_prior = bool((last - last.mean(0)).abs().max() < 1e-9)
         self.closes_at_clean = True
 
-    def _check(self, matrix: Tensor) -> None:
+    def _checked(self, matrix: Tensor) -> Tensor:
+        """A generator whose rows sum to 0 to the last digit: the caller's rounding must not leak probability."""
         size = self.vocabulary.num_states
         if size > MAX_STATES or matrix.shape != (size, size):
             raise ArgumentError(
@@ -60,12 +63,13 @@ class DenseProcess(ForwardProcess):
             )
         off_diagonal = matrix - matrix.diagonal().diag()
         row_sums = matrix.sum(-1).abs().max()
-        if not matrix.isfinite().all() or off_diagonal.min() < 0 or row_sums > 1e-8 * matrix.abs().max():
+        if not matrix.isfinite().all() or off_diagonal.min() < 0 or row_sums > 1e-6 * matrix.abs().max():
             raise ArgumentError(
                 "DenseProcess: matrix must be a generator: finite, off-diagonal rates >= 0, rows that sum to 0 (row y "
                 f"holds the rates from y); got a smallest rate of {float(off_diagonal.min()):.3g} and a row sum of "
                 f"{float(row_sums):.3g}."
             )
+        return matrix - matrix.sum(-1).diag()
 
     def _generator(self, t: Tensor) -> Tensor:
         t = interior(t)

@@ -127,10 +127,12 @@ class MixtureProcess(InterpolatingProcess):
 
     def __init__(self, vocabulary: Vocabulary, schedule: Schedule, target: Tensor) -> None:
         target = target.double()
-        if target.shape != (vocabulary.num_states,) or not torch.isclose(target.sum(), target.new_ones(())):
+        is_law = bool((target >= 0).all()) and torch.isclose(target.sum(), target.new_ones(()))
+        if target.shape != (vocabulary.num_states,) or not is_law:
             raise ArgumentError(
-                f"MixtureProcess: target must be a law over the {vocabulary.num_states} states, with sum 1; got shape "
-                f"{tuple(target.shape)} and sum {float(target.sum()):.6g}."
+                f"MixtureProcess: target must be a law over the {vocabulary.num_states} states, with no negative entry and "
+                f"sum 1; got shape {tuple(target.shape)}, smallest entry {float(target.min()):.3g} and sum "
+                f"{float(target.sum()):.6g}."
             )
         self.vocabulary, self.schedule, self.target = vocabulary, schedule, target / target.sum()
         self.prior = Prior(self.target.log())

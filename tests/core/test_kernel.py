@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,7 +67,12 @@ def tree_case(seed: int = 5) -> tuple[Kernel, Tensor]:
 
 def cases() -> dict[str, tuple[Kernel, Tensor]]:
     """Each structure beside the matrix that it stands for, written without it."""
-    stay, leave, arrive, full = random(ROWS), random(ROWS, seed=1), random(ROWS, STATES, seed=2), random(ROWS, 5, 5, seed=3)
+    stay, leave, arrive, full = (
+        random(ROWS),
+        random(ROWS, seed=1),
+        random(ROWS, STATES, seed=2),
+        random(ROWS, 5, 5, seed=3),
+    )
     mixed = diagonal(stay) + arrive.unsqueeze(1)
     absorbing = diagonal(stay) + into(3, leave)
     return {
@@ -156,7 +163,7 @@ def test_the_oracle_converges_with_the_fourth_power_of_its_steps() -> None:
     best = propagate(turning, *pair(0.1, 0.9), 4, steps=640)
     errors = [float((propagate(turning, *pair(0.1, 0.9), 4, steps=n) - best).abs().max()) for n in (10, 20, 40)]
     assert errors[0] < 1e-4
-    for coarse, fine in zip(errors, errors[1:]):
+    for coarse, fine in pairwise(errors):
         assert coarse / fine == pytest.approx(16.0, rel=0.15)
 
 

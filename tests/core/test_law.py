@@ -116,9 +116,7 @@ def test_rows_of_one_call_draw_at_their_own_node_and_level() -> None:
     node, level = torch.tensor([13, 13, 11, 4]), torch.tensor([2, 0, 1, 0])
     u = torch.tensor([0.1, 0.7, 0.5, 0.9], dtype=torch.float64)
     together = law.draw(node, level, u)
-    alone = [
-        int(DenseLaw(random_log_p(7, 5, rows=1), some_tree).draw(node[[i]], level[[i]], u[[i]])) for i in range(4)
-    ]
+    alone = [int(DenseLaw(random_log_p(7, 5, rows=1), some_tree).draw(node[[i]], level[[i]], u[[i]])) for i in range(4)]
     assert together.tolist() == alone
     assert some_tree.level_of(together).tolist() == level.tolist()
 
@@ -137,7 +135,9 @@ def test_uniforms_at_both_ends_stay_below_the_node() -> None:
 def test_an_impossible_word_is_never_drawn() -> None:
     log_p = torch.tensor([[-torch.inf, 0.5, 0.0, 0.5, -torch.inf]]).log_softmax(-1).double()
     grid = torch.linspace(0, 1 - 2.0**-53, 101, dtype=torch.float64)
-    drawn = DenseLaw(log_p.expand(101, -1), FlatVocabulary(5)).draw(torch.full((101,), 5), torch.zeros(101).long(), grid)
+    drawn = DenseLaw(log_p.expand(101, -1), FlatVocabulary(5)).draw(
+        torch.full((101,), 5), torch.zeros(101).long(), grid
+    )
     assert set(drawn.tolist()) == {1, 2, 3}
 
 

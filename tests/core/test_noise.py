@@ -30,7 +30,7 @@ def test_the_same_arguments_give_the_same_numbers_for_ever() -> None:
 def test_numbers_are_doubles_in_the_half_open_unit_interval() -> None:
     u = Noise(0, 0, torch.arange(500), 200).uniform("x")
     assert u.dtype == torch.float64
-    assert 0.0 <= float(u.min())
+    assert float(u.min()) >= 0.0
     assert float(u.max()) < 1.0
     assert not torch.equal(u, u.float().double())  # 53 bits, not 24
 

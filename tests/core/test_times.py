@@ -61,9 +61,7 @@ def test_in_plain_order_the_quarters_would_differ() -> None:
 def test_a_rank_draws_its_slice_of_the_global_batch() -> None:
     whole = drawn(24)
     for ranks in (1, 2, 3, 8):
-        parts = [
-            FlatTimes().draw(Noise(0, 0, part, 1), part, 24, 1).t for part in torch.arange(24).chunk(ranks)
-        ]
+        parts = [FlatTimes().draw(Noise(0, 0, part, 1), part, 24, 1).t for part in torch.arange(24).chunk(ranks)]
         assert torch.equal(torch.cat(parts), whole)
 
 

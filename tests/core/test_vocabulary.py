@@ -62,6 +62,15 @@ def test_what_lies_below_a_node_is_one_range_of_every_level_in_tree_order(tree: 
 
 @given(trees())
 @many
+def test_tree_order_sorts_by_the_path_from_the_root_down(tree: HierarchicalVocabulary) -> None:
+    """Heads keep their tables in this order, so it is part of every checkpoint."""
+    for level in range(tree.num_levels + 1):
+        order = tree.order(level).tolist()
+        assert order == sorted(order, key=lambda id_: climb(tree, id_)[::-1])
+
+
+@given(trees())
+@many
 def test_children_are_the_descendants_one_level_down_in_tree_order(tree: HierarchicalVocabulary) -> None:
     for id_ in range(tree.num_states):
         level = int(tree.level_of(torch.tensor(id_)))
@@ -210,7 +219,10 @@ def test_a_saved_vocabulary_comes_back_whole(vocabulary: Vocabulary) -> None:
     vocabulary.save(path)
     again = Vocabulary.load(path)
     assert type(again) is type(vocabulary)
-    assert (again.fingerprint, again.tokenizer_fingerprint) == (vocabulary.fingerprint, vocabulary.tokenizer_fingerprint)
+    assert (again.fingerprint, again.tokenizer_fingerprint) == (
+        vocabulary.fingerprint,
+        vocabulary.tokenizer_fingerprint,
+    )
     assert (again.level_sizes, again.mask_id) == (vocabulary.level_sizes, vocabulary.mask_id)
     assert (again.centroids is None) == (vocabulary.centroids is None)
     for saved, loaded in zip(vocabulary.centroids or (), again.centroids or (), strict=True):

@@ -1,0 +1,260 @@
+"""The tree family: forward draws and decoding rules against their formulas, term by term, and mistakes.
+
+Laws of draws are read off a midpoint grid of N uniforms, which hits an interval of length p between N p - 1 and N p + 1
+times: exact to 1/N per interval, without chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
+from ddiff.core.elbo import ask_table
+from ddiff.core.law import DenseLaw
+from ddiff.core.process import RowFunction, Visit
+from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule
+from ddiff.core.times import Noisy
+from ddiff.core.tree import TreeProcess
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
+from ddiff.errors import ArgumentError
+
+POINTS = 4000
+GRID = (torch.arange(POINTS, dtype=torch.float64) + 0.5) / POINTS
+
+tree = HierarchicalVocabulary([[0, 1, 0, 2, 1, 1]])  # six words under three nodes (6, 7, 8) under the root 9
+PARENT = [0, 1, 0, 2, 1, 1]
+P = torch.tensor([0.3, 0.05, 0.1, 0.25, 0.2, 0.1], dtype=torch.float64)
+MASS = torch.tensor([0.4, 0.35, 0.25], dtype=torch.float64)
+XI = 0.8
+
+
+def shares(drawn: Tensor, num_states: int = 10) -> Tensor:
+    return torch.bincount(drawn, minlength=num_states).double() / len(drawn)
+
+
+def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+    return fn(DenseLaw(P.log().expand(len(rows), -1), tree), torch.arange(len(rows)))
+
+
+def never(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+    raise AssertionError("the network was asked although nothing was to be drawn")
+
+
+def process(decoding: str = "bayes", xi: float | Sequence[float] = XI) -> TreeProcess:
+    return TreeProcess(tree, LogTimeClock((0.7, 1.0)), xi, decoding)
+
+
+# ---------------------------------------------------------------------- decoding rules
+
+
+def words_by_rule(decoding: str, node: int) -> Tensor:
+    """[V] the law of the word below node k, from the formulas: rho_x(k) the climb of x, rho^_k that of the law."""
+    n = 3
+    inside = torch.tensor([parent == node for parent in PARENT])
+    climb = torch.where(inside, XI, (1 - XI) / (n - 1))
+    if decoding == "bayes":
+        expected = XI * MASS[node] + (1 - XI) * (1 - MASS[node]) / (n - 1)
+        return climb * P / expected
+    if decoding == "within":
+        return torch.where(inside, P / MASS[node], 0.0)
+    if decoding == "between":
+        return torch.where(inside, XI * P / MASS[node], (1 - XI) * P / (1 - MASS[node]))
+    return P
+
+
+@pytest.mark.parametrize("decoding", ["bayes", "within", "between", "free"])
+@pytest.mark.parametrize("node", [0, 1, 2])
+def test_the_word_below_a_node_follows_the_formula_of_its_rule(decoding: str, node: int) -> None:
+    zt, t = torch.full((POINTS,), 6 + node), torch.full((POINTS,), 0.4, dtype=torch.float64)
+    expected = words_by_rule(decoding, node)
+    assert float(expected.sum()) == pytest.approx(1.0)
+    drawn = process(decoding).decode(visit, zt, t, GRID.unsqueeze(-1))
+    torch.testing.assert_close(shares(drawn)[:6], expected, rtol=0.0, atol=1.5 / POINTS)
+
+
+@pytest.mark.parametrize("decoding", ["bayes", "within", "between", "free"])
+def test_at_the_root_every_rule_draws_the_law_s_words(decoding: str) -> None:
+    zt, t = torch.full((POINTS,), 9), torch.full((POINTS,), 0.4, dtype=torch.float64)
+    drawn = process(decoding).decode(visit, zt, t, GRID.unsqueeze(-1))
+    torch.testing.assert_close(shares(drawn)[:6], P, rtol=0.0, atol=1.5 / POINTS)
+
+
+@pytest.mark.parametrize("decoding", ["bayes", "within", "between", "free"])
+def test_from_the_root_only_bayes_draws_wrong_nodes_as_often_as_the_forward_chain_makes_them(decoding: str) -> None:
+    rule, t, s = process(decoding), torch.full((POINTS,), 0.8).double(), torch.full((POINTS,), 0.3).double()
+    chance = (rule.clock.pi(s) * rule.clock.transition(s, t)[:, :, 2])[0]
+    words, nodes, _ = (chance / chance.sum()).tolist()
+    u = torch.stack([torch.full_like(GRID, words + nodes / 2), GRID], -1)  # the level of the nodes is decided
+    drawn = rule.step(visit, torch.full((POINTS,), 9), t, s, u)
+    expected = XI * MASS + (1 - XI) * (1 - MASS) / 2 if decoding == "bayes" else MASS
+    torch.testing.assert_close(shares(drawn)[6:9], expected, rtol=0.0, atol=1.5 / POINTS)
+
+
+def test_the_default_step_is_the_exact_reverse_transition_over_both_uniforms() -> None:
+    """Level decided by one uniform and state drawn by the other make the dense posterior; 300 x 300 grid points."""
+    side = 300
+    edge = (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    u = torch.cartesian_prod(edge, edge)
+    rows = len(u)
+    t, s = torch.full((rows,), 0.8).double(), torch.full((rows,), 0.3).double()
+    for state in (6, 8, 9):
+        drawn = process().step(visit, torch.full((rows,), state), t, s, u)
+        exact = process().reverse_log_probs(P.log().unsqueeze(0), torch.tensor([state]), t[:1], s[:1])[0].exp()
+        # 1/side from the level and 1/side within it
+        torch.testing.assert_close(shares(drawn), exact, rtol=0.0, atol=2.0 / side)
+
+
+def test_words_stay_and_are_not_shown_to_the_network() -> None:
+    zt, t = torch.tensor([0, 5]), torch.tensor([0.8, 0.9]).double()
+    u = torch.tensor([[0.1, 0.2], [0.99, 0.5]]).double()
+    assert torch.equal(process().step(never, zt, t, t / 2, u), zt)
+    assert torch.equal(process().decode(never, zt, t, u[:, :1]), zt)
+
+
+def test_levels_without_stray_parents_below_others_with_them_decode_exactly() -> None:
+    """xi = 1 under xi < 1: a node's own level is certain, the one above is not; Bayes by enumeration of all paths."""
+    deep = HierarchicalVocabulary([[0, 1, 2, 3, 0], [0, 1, 0, 1]])
+    chain = TreeProcess(deep, LogTimeClock((1.0, 1.0, 1.0)), xi=(1.0, 0.7, 1.0))
+    p = torch.tensor([0.3, 0.1, 0.2, 0.15, 0.25], dtype=torch.float64)
+
+    def ask(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+        return fn(DenseLaw(p.log().expand(len(rows), -1), deep), torch.arange(len(rows)))
+
+    t = torch.full((POINTS,), 0.5).double()
+    for state in (9, 10):
+        drawn = chain.decode(ask, torch.full((POINTS,), state), t, GRID.unsqueeze(-1))
+        right = torch.tensor([1, 0, 1, 0, 1] if state == 9 else [0, 1, 0, 1, 0], dtype=torch.bool)
+        posterior = p * torch.where(right, 0.7, 0.3)
+        expected = posterior / posterior.sum()
+        torch.testing.assert_close(shares(drawn, 12)[:5], expected, rtol=0.0, atol=1.5 / POINTS)
+
+
+def test_a_law_that_underflows_below_a_node_still_decodes_there() -> None:
+    """In float32 e^-200 is 0; the weights below the node must be formed relative to their largest."""
+    chain = TreeProcess(tree, LogTimeClock((0.7, 1.0)), xi=0.8)
+    deep = HierarchicalVocabulary([[0, 1, 1], [0, 0]])
+    certain = TreeProcess(deep, LogTimeClock((0.7, 1.0)))
+    log_p = torch.tensor([[0.0, -200.0, -201.0]])
+    ask = ask_table(lambda zt, t: log_p.expand(*zt.shape, -1), deep)(
+        Noisy(torch.tensor([[4]]), torch.tensor([[0.5]]).double(), torch.tensor([[False]]))
+    )
+    drawn = certain.decode(ask, torch.tensor([4]), torch.tensor([0.5]).double(), torch.tensor([[0.5]]).double())
+    assert drawn.tolist() == [1]
+    faint = torch.tensor([[0.0, -200.0, -200.0, -200.0, -201.0, -201.0]])
+    law: Visit = lambda rows, node, fn: fn(DenseLaw(faint, tree), torch.arange(1))  # noqa: E731
+    drawn = chain.decode(law, torch.tensor([7]), torch.tensor([0.5]).double(), torch.tensor([[0.5]]).double())
+    assert drawn.tolist() == [0]  # the node itself is then the likelier mistake
+
+
+# ---------------------------------------------------------------------- forward draws
+
+
+@pytest.mark.parametrize("xi", [(0.8, 1.0), (0.3, 0.6), (0.05, 0.2), (1.0, 0.7)])
+def test_forward_draws_have_the_law_of_the_marginal_for_every_xi(xi: tuple[float, float]) -> None:
+    """xi below 1/n included, where the right parent is less likely than each wrong one."""
+    deep = HierarchicalVocabulary([[2, 0, 1, 0, 1, 2], [1, 0, 1]])
+    chain = TreeProcess(deep, LogTimeClock((1.0, 0.6, 1.4)), xi)
+    t = torch.full((POINTS,), 0.6).double()
+    pi = chain.clock.pi(t[:1])[0]
+    climbed = torch.cat([torch.ones(1), chain.clock.climbed(t[:1])[0], torch.zeros(1)]).double()
+    for word in range(6):
+        certain = torch.full((1, 6), -torch.inf).double().index_fill(1, torch.tensor([word]), 0.0)
+        marginal = chain.log_marginal(certain, t[:1])[0].exp()
+        for level in range(4):
+            middle = (climbed[level] + climbed[level + 1]) / 2  # a first uniform that means this level
+            u = torch.stack([middle.expand(POINTS), GRID], -1)[:, : chain.uniforms_per_sample]
+            drawn = chain.sample(torch.full((POINTS,), word), t, u)
+            here = deep.level_of(torch.arange(deep.num_states)) == level
+            expected = torch.where(here, marginal / pi[level], 0.0)
+            torch.testing.assert_close(shares(drawn, deep.num_states), expected, rtol=0.0, atol=1.5 / POINTS)
+
+
+def test_the_level_of_a_forward_draw_has_the_occupation_of_the_clock() -> None:
+    chain = process(xi=1.0)
+    t = torch.full((POINTS,), 0.35).double()
+    level = tree.level_of(chain.sample(torch.zeros(POINTS).long(), t, GRID.unsqueeze(-1)))
+    torch.testing.assert_close(shares(level, 3), chain.clock.pi(t[:1])[0], rtol=0.0, atol=1.0 / POINTS)
+
+
+@pytest.mark.parametrize("xi", [1.0, 0.8])
+def test_forward_draws_are_the_token_at_0_and_the_root_at_1(xi: float) -> None:
+    chain, x0 = process(xi=xi), torch.arange(6)
+    u = torch.tensor([[1e-300, 0.999]]).double().expand(6, -1)
+    assert torch.equal(chain.sample(x0, torch.zeros(6).double(), u), x0)
+    assert torch.equal(chain.sample(x0, torch.ones(6).double(), 1.0 - u.flip(-1)), torch.full((6,), 9))
+
+
+# ---------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("xi", [0.0, -0.1, 1.5, float("nan"), (0.9, 0.0), (0.9, 0.9, 0.9), ()])
+def test_xi_outside_its_range_or_of_the_wrong_length_is_refused(xi: float | Sequence[float]) -> None:
+    with pytest.raises(ArgumentError, match=r"xi must be one number in \(0, 1\], or one for each of the 2 levels"):
+        TreeProcess(tree, LogTimeClock((1.0, 1.0)), xi)
+
+
+@pytest.mark.parametrize("clock", [LogTimeClock((1.0,)), LogTimeClock((1.0, 1.0, 1.0)), CdfClock([LinearSchedule()])])
+def test_a_clock_of_other_levels_is_refused(clock: LevelClock) -> None:
+    with pytest.raises(
+        ArgumentError, match=rf"one level per level above the words, 2 .* a clock of {clock.num_levels}"
+    ):
+        TreeProcess(tree, clock)
+
+
+def test_words_without_a_mask_have_nothing_to_climb() -> None:
+    with pytest.raises(ArgumentError, match="vocabulary must have a mask or more levels"):
+        TreeProcess(FlatVocabulary(4, mask=False), LogTimeClock((1.0,)))
+
+
+def test_an_unknown_decoding_rule_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ArgumentError, match=r'one of bayes, within, between, free; got .withn.. Did you mean "within"'):
+        process("withn")
+
+
+@pytest.mark.parametrize("rates", [(), (0.0,), (1.0, -1.0), (20.5,), (float("nan"),), (float("inf"),)])
+def test_rates_that_are_no_rates_are_refused(rates: tuple[float, ...]) -> None:
+    with pytest.raises(ArgumentError, match=r"rates must be one number in \(0, 20\] per level above the words; got"):
+        LogTimeClock(rates)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CdfClock([]), "schedules must hold one schedule per level"),
+        (lambda: CdfClock([PowerSchedule(2.0), PowerSchedule(1.0)]), r"F_1\(t\) > F_2\(t\).*schedules 0 and 1"),
+        (lambda: CdfClock([LinearSchedule(), LinearSchedule()]), r"F_1\(t\) > F_2\(t\)"),
+        (lambda: LinearSchedule(floor=1.0), r"floor = alpha\(1\) must be in \[0, 1\); got 1.0"),
+        (lambda: LinearSchedule(floor=-0.1), r"must be in \[0, 1\)"),
+        (lambda: PowerSchedule(0.0), "power must be > 0; got 0.0"),
+        (lambda: PowerSchedule(float("nan")), "power must be > 0; got nan"),
+    ],
+)
+def test_clocks_and_schedules_say_what_is_wrong_with_them(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make()
+
+
+def test_a_crossing_of_higher_levels_names_them() -> None:
+    with pytest.raises(ArgumentError, match=r"F_2\(t\) > F_3\(t\).*schedules 1 and 2"):
+        CdfClock([PowerSchedule(0.5), PowerSchedule(3.0), CosineSchedule()])
+
+
+@pytest.mark.parametrize(
+    "clock",
+    [LogTimeClock((0.5, 1.0, 2.0)), CdfClock([PowerSchedule(0.8), PowerSchedule(1.5), PowerSchedule(3.0)])],
+    ids=["log-time", "cdf"],
+)
+def test_the_time_of_leaving_inverts_its_own_distribution(clock: LevelClock) -> None:
+    """P(still at the level at s | there at t) = u at the answer, and the answer lies before t."""
+    level, u = torch.tensor([1, 2, 3, 3]), torch.tensor([0.2, 0.5, 0.01, 0.99]).double()
+    t = torch.tensor([0.4, 0.9, 0.7, 1.0]).double()
+    s = clock.leave_time(level, t, u)
+    assert bool((s < t).all())
+    stay = clock.transition(s, t)[torch.arange(4), level, level]
+    held = clock.pi(s)[torch.arange(4), level] * stay / clock.pi(t)[torch.arange(4), level]
+    torch.testing.assert_close(held, u, rtol=0.0, atol=1e-8)
