@@ -71,7 +71,9 @@ class InterpolatingProcess(ForwardProcess):
         return InterpolatingKernel(stay, arrive.clamp(min=0.0))
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return torch.where(u[:, 0] < self.alpha(t), x0, draw_index(self.noise(t), u[:, 1]))
+        zt, lost = x0.clone(), (u[:, 0] >= self.alpha(t)).nonzero().squeeze(-1)
+        zt[lost] = draw_index(self.noise(t[lost]), u[lost, 1])  # at t = 0 there may be no noise to draw from
+        return zt
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
         noise = self._noise_at(zt, t).unsqueeze(-1)
