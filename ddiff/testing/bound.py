@@ -35,6 +35,7 @@ Window = tuple[float, float]
 Table = Callable[[Tensor, Tensor], Tensor]  # (zt [B,L], t [B,L]) -> log_p [B,L,V]
 FINITE: tuple[Window, ...] = ((1e-3, 1.0 - 1e-3), (0.05, 0.9))
 WHOLE: Window = (0.0, 1.0)
+NODES, FEWER_NODES = 10, 7  # per panel; with two positions states are many, and seven leave 1e-11
 
 
 class Expectation(NamedTuple):
@@ -113,7 +114,7 @@ def exact_nelbo(
     Cost O(nodes (V S)^length): for toys. `path` says where position i is when the window is at v in [0,1].
     """
     vocabulary = process.vocabulary
-    v, _, width = logit_nodes(*window, num_panels(*window))
+    v, _, width = logit_nodes(*window, num_panels(*window), NODES if length == 1 else FEWER_NODES)
     t, speed = _nodes(v, width, window, length, path)  # [n,L]
     sequences = words_of(vocabulary.num_tokens, length)
     states = words_of(vocabulary.num_states, length)

@@ -1,0 +1,145 @@
+"""Chains on which the laws are tried, beside those that ship: what a stranger might write."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddiff.core.clock import CdfClock, LogTimeClock
+from ddiff.core.dense import DenseProcess
+from ddiff.core.interpolating import InterpolatingProcess, MixtureProcess
+from ddiff.core.kernel import DenseKernel, Kernel
+from ddiff.core.numerics import draw_index, interior
+from ddiff.core.process import ForwardProcess, Prior
+from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule
+from ddiff.core.tree import TreeProcess
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
+
+PAIR = HierarchicalVocabulary([[0, 1, 0, 0]])  # four words under two nodes, not in tree order, unbalanced
+THREE = HierarchicalVocabulary([[2, 0, 1, 0, 1], [1, 0, 1]])
+FOUR = HierarchicalVocabulary([[2, 0, 1, 0], [0, 0, 1], [0, 1]])
+SINGLE = HierarchicalVocabulary([[0, 0, 0], [0]])  # a level of one node below the root
+
+
+class HumpedNoise(InterpolatingProcess):
+    """Mask noise and a hump of uniform noise that comes and goes: q = [(1-t) x + t mask + c u] / (1 + c), c ~ sqrt(t(1-t))."""
+
+    def __init__(self, share: float = 0.2) -> None:
+        self.vocabulary = FlatVocabulary(3)
+        self.height = 2.0 * share / (1.0 - share)
+        self.prior = Prior.point(3, 4)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (1.0 - t) / (1.0 + self._hump(t))
+
+    def noise(self, t: Tensor) -> Tensor:
+        hump = self._hump(t).unsqueeze(-1)
+        parts = torch.cat([hump / 3.0 * torch.ones(3, dtype=t.dtype), t.unsqueeze(-1)], -1)
+        return parts / (1.0 + hump)
+
+    def _hump(self, t: Tensor) -> Tensor:
+        return self.height * (t * (1.0 - t)).sqrt()
+
+
+class ShuffledThenMasked(ForwardProcess):
+    """Words are redrawn at one rate and masked at another; masks stay. Its marginals are those of an interpolating process, its
+    generator is not: nothing leaves the mask."""
+
+    num_tokens, redraw, mask = 3, 0.6, 1.0
+
+    def __init__(self) -> None:
+        self.vocabulary = FlatVocabulary(self.num_tokens)
+        self.prior = Prior.point(self.num_tokens, self.num_tokens + 1)
+
+    def _finite(self, left: Tensor) -> Tensor:
+        """[r,S,S] the transition over which 1 - t falls to a share `left` [r] of itself."""
+        size = self.num_tokens
+        kept, unmasked = left**self.redraw, left**self.mask
+        words = kept[:, None, None] * torch.eye(size).double() + (1.0 - kept)[:, None, None] / size
+        top = torch.cat([unmasked[:, None, None] * words, (1.0 - unmasked)[:, None, None].expand(-1, size, 1)], -1)
+        bottom = torch.eye(size + 1, dtype=torch.float64)[-1].expand(len(left), 1, -1)
+        return torch.cat([top, bottom], 1)
+
+    def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
+        return (log_p.exp().unsqueeze(1) @ self._finite(1.0 - t)[:, : self.num_tokens]).squeeze(1).log()
+
+    def rates(self, t: Tensor) -> Kernel:
+        size = self.num_tokens
+        matrix = torch.zeros(size + 1, size + 1, dtype=torch.float64)
+        matrix[:size, :size] = self.redraw / size
+        matrix[:size, size] = self.mask
+        matrix -= matrix.sum(-1).diag()
+        return DenseKernel(matrix / (1.0 - interior(t))[:, None, None])
+
+    def transition(self, s: Tensor, t: Tensor) -> Kernel:
+        return DenseKernel(self._finite(torch.where(s < t, (1.0 - t) / (1.0 - s), 1.0)))
+
+    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return draw_index(DenseKernel(self._finite(1.0 - t)).row(x0), u[:, 0])
+
+
+def kimura(ts: float = 2.0, tv: float = 1.0) -> DenseProcess:
+    """Nucleotide substitution with two rates (Kimura 1980), states A, G, C, T."""
+    matrix = torch.full((4, 4), tv, dtype=torch.float64)
+    for a, b in ((0, 1), (2, 3)):
+        matrix[a, b] = matrix[b, a] = ts
+    matrix.fill_diagonal_(0.0)
+    return DenseProcess(FlatVocabulary(4, mask=False), matrix - matrix.sum(-1).diag(), LinearSchedule())
+
+
+def uniform(num_tokens: int = 3, floor: float = 0.0) -> MixtureProcess:
+    return MixtureProcess(
+        FlatVocabulary(num_tokens, mask=False), LinearSchedule(floor), torch.full((num_tokens,), 1.0 / num_tokens)
+    )
+
+
+def masked(schedule: CosineSchedule | LinearSchedule | PowerSchedule) -> MixtureProcess:
+    return MixtureProcess(FlatVocabulary(4), schedule, torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0]))
+
+
+def trees() -> dict[str, TreeProcess]:
+    """One to four levels, all clocks, xi at no, one and two levels."""
+    log_time, three_powers = LogTimeClock, (0.8, 1.5, 3.0)
+    powers = lambda *p: CdfClock([PowerSchedule(power) for power in p])  # noqa: E731
+    made = {
+        f"gamma {gamma}, xi {xi}": TreeProcess(PAIR, log_time((gamma, 1.0)), xi)
+        for gamma in (0.5, 1.0, 2.0)
+        for xi in (1.0, 0.9, 0.8)
+    }
+    for name, schedule in (("linear", LinearSchedule()), ("cosine", CosineSchedule()), ("power", PowerSchedule(2.5))):
+        made[f"one level, {name}"] = TreeProcess(FlatVocabulary(4), CdfClock([schedule]))
+    return made | {
+        "one level, log-time 0.5": TreeProcess(FlatVocabulary(4), log_time((0.5,))),
+        "two levels, powers": TreeProcess(PAIR, powers(1.0, 2.0), 0.9),
+        "two levels, never at the root": TreeProcess(PAIR, CdfClock([LinearSchedule(0.05), LinearSchedule(0.3)]), 0.9),
+        "two levels, xi below 1/n": TreeProcess(PAIR, log_time((1.0, 1.0)), 0.3),
+        "one node below the root": TreeProcess(SINGLE, log_time((1.0, 2.0)), 0.8),
+        "three levels, equal rates": TreeProcess(THREE, log_time((1.0, 1.0, 1.0))),
+        "three levels, (1,2,1)": TreeProcess(THREE, log_time((1.0, 2.0, 1.0)), (0.8, 1.0)),
+        "three levels, nearly equal": TreeProcess(THREE, log_time((1.0, 1.0001, 0.7)), (0.8, 0.9)),
+        "three levels, powers": TreeProcess(THREE, powers(*three_powers)),
+        "three levels, powers, xi": TreeProcess(THREE, powers(*three_powers), (0.85, 1.0)),
+        "four levels": TreeProcess(FOUR, log_time((1.5, 1.0, 0.7, 1.0)), (0.9, 0.8, 1.0)),
+    }
+
+
+def others() -> dict[str, ForwardProcess]:
+    """Everything that is no tree."""
+    examples = DenseProcess.examples()
+    return {
+        "mixture: mask, cosine": masked(CosineSchedule()),
+        "mixture: mask, power": masked(PowerSchedule(0.5)),
+        "mixture: uniform": uniform(),
+        "mixture: uniform, never quite": uniform(floor=0.01),
+        "mixture: uneven with a mask": MixtureProcess(
+            FlatVocabulary(3), LinearSchedule(), torch.tensor([0.1, 0.2, 0.0, 0.7])
+        ),
+        "humped noise": HumpedNoise(),
+        "shuffled, then masked": ShuffledThenMasked(),
+        "kimura": kimura(),
+        "dense, one direction": examples[0],
+        "dense, not commuting": examples[1],
+    }
+
+
+EVERY: dict[str, ForwardProcess] = {**trees(), **others()}
