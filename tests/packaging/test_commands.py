@@ -1,0 +1,114 @@
+"""The two commands of the README on a machine that is not ready for them, and what the README says of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ("sh", "make", "touch")
+
+
+@pytest.fixture
+def bare_machine(tmp_path: Path) -> Path:
+    """A folder of commands with no Python in it."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for tool in TOOLS:
+        found = shutil.which(tool)
+        if found is None:
+            pytest.skip(f"there is no {tool} on this machine")
+        (commands / tool).symlink_to(found)
+    return commands
+
+
+def make(commands: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`make` in a copy of the Makefile's folder, seeing these commands alone."""
+    folder = commands.parent / "clone"
+    (folder / "ci").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "ci/constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return subprocess.run(
+        ["make", *arguments],
+        cwd=folder,
+        env=environment | {"PATH": str(commands)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def write_command(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("target", ["run", "test"])
+def test_a_too_old_python_is_told_so_before_pip_is_asked(bare_machine: Path, target: str) -> None:
+    write_command(bare_machine / "python3", 'case "$1" in --version) echo "Python 3.9.2";; *) exit 1;; esac')
+    done = make(bare_machine, target)
+    assert done.returncode != 0
+    assert "ddiff needs Python 3.11 or newer. Found: python3 (Python 3.9.2)." in done.stderr
+    assert "pip" not in done.stdout
+    assert not (bare_machine.parent / "clone" / ".venv").exists()
+
+
+def test_a_machine_without_python_is_told_so(bare_machine: Path) -> None:
+    done = make(bare_machine, "run")
+    assert done.returncode != 0
+    assert "ddiff needs Python 3.11 or newer. Found: none." in done.stderr
+
+
+def test_a_newer_python_beside_an_old_one_is_found(bare_machine: Path) -> None:
+    write_command(bare_machine / "python3", 'case "$1" in --version) echo "Python 3.9.2";; *) exit 1;; esac')
+    write_command(bare_machine / "python3.12", 'echo "$@" >> "$0.log"; case "$1" in -m) exit 7;; esac')
+    done = make(bare_machine, "install")
+    assert done.returncode != 0  # this one can make no environment
+    assert "Making .venv with python3.12" in done.stdout
+    assert "-m venv --clear .venv" in (bare_machine / "python3.12.log").read_text()
+    assert not (bare_machine.parent / "clone" / ".venv" / ".made").exists()
+
+
+def test_python_without_the_venv_module_is_told_what_to_install(bare_machine: Path) -> None:
+    write_command(bare_machine / "python3", 'case "$*" in *ensurepip*) exit 1;; --version) echo "Python 3.11.2";; esac')
+    done = make(bare_machine, "run")
+    assert done.returncode != 0
+    assert "apt install python3-venv" in done.stderr
+
+
+def test_ci_calls_the_commands_of_the_readme() -> None:
+    readme, script = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci/run").read_text()
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    for command in ("make run", "make test"):
+        assert command in readme
+        assert command in script
+
+
+def test_the_oldest_python_is_the_same_wherever_it_is_named() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">=3.11"
+    assert "(3, 11)" in (ROOT / "Makefile").read_text()
+    assert "3.11" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_process_that_the_readme_writes_obeys_every_law() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (written,) = [block for block in blocks if "check_process" in block]
+    exec(written, {})
+
+
+def test_every_file_that_the_readme_and_the_guides_link_to_is_there() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+    pages += [*(ROOT / "plugins").glob("*/README.md"), *(ROOT / "examples").glob("*/README.md")]
+    assert len(pages) >= 6
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            if not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
