@@ -297,7 +297,10 @@ class TreeProcess(ForwardProcess):
         return torch.where(self.active(zt), whole, int(Informed.NONE))
 
     def scope(self, zt: Tensor) -> Tensor:
-        return zt if self.parents.certain else torch.full_like(zt, self.vocabulary.root)
+        if not self.parents.certain:
+            return torch.full_like(zt, self.vocabulary.root)
+        # nothing is open below a word; where one is read at all (a clock that does not close), its parent can be asked
+        return torch.where(self.active(zt), zt, self.vocabulary.parent(zt))
 
     # ------------------------------------------------------------------ reverse
 

@@ -32,6 +32,7 @@ from ddiff.testing.probes import (
 from ddiff.testing.report import Gap, gap, law
 
 Window = tuple[float, float]
+Path = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # v in [0,1], position -> place in logit t, its derivative
 Table = Callable[[Tensor, Tensor], Tensor]  # (zt [B,L], t [B,L]) -> log_p [B,L,V]
 FINITE: tuple[Window, ...] = ((1e-3, 1.0 - 1e-3), (0.05, 0.9))
 WHOLE: Window = (0.0, 1.0)
@@ -106,8 +107,7 @@ def exact_nelbo(
     table: Table,
     length: int,
     window: Window,
-    path: Callable[[Tensor, int], tuple[Tensor, Tensor]] = straight,
-    speeds: bool = True,
+    path: Path = straight,
 ) -> Expectation:
     """Exact expectations of `nelbo` for every sequence of `length` words, in the order of `torch.cartesian_prod`.
 
@@ -123,7 +123,7 @@ def exact_nelbo(
     chances = _chances(process, t, window, node, x0, zt)
     kept = sum(chances) > 0
     node, x, x0, zt = node[kept], x[kept], x0[kept], zt[kept]
-    rule = NodeTimes(t[node], speed[node] if speeds else width[node].unsqueeze(-1).expand(-1, length), window)
+    rule = NodeTimes(t[node], speed[node], window)
     slot = torch.arange(len(node))
     terms = nelbo(
         enumerated(process), ask_table(table, vocabulary), x0, torch.ones_like(x0, dtype=torch.bool), rule,
@@ -141,9 +141,7 @@ def words_of(count: int, length: int) -> Tensor:
     return torch.cartesian_prod(*[torch.arange(count)] * length).reshape(-1, length)
 
 
-def _nodes(
-    v: Tensor, width: Tensor, window: Window, length: int, path: Callable[[Tensor, int], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
+def _nodes(v: Tensor, width: Tensor, window: Window, length: int, path: Path) -> tuple[Tensor, Tensor]:
     """[n,L] times of every position at every node, and dt_i dv."""
     first, last = torch.logit(times((max(window[0], EARLIEST), min(window[1], LATEST))))
     t, speed = [], []
@@ -265,11 +263,11 @@ def entropy_equality(
 
 
 @law("speed: positions with times of their own", tolerance=1e-8)
-def speed_equality(process: ForwardProcess, window: Window = (0.05, 0.9), speeds: bool = True) -> Iterator[Gap]:
+def speed_equality(process: ForwardProcess, window: Window = (0.05, 0.9), path: Path = bent) -> Iterator[Gap]:
     """Each position runs its own path t_i = f_i(tau) between the same ends. With the factor dt_i/dtau the bound is what it
     is on the common path, because only the ends matter. Quadrature leaves 1e-9."""
     log_joint = random_joint(process.vocabulary.num_tokens)
-    terms = exact_nelbo(process, rest_table(process, log_joint), 2, window, bent, speeds)
+    terms = exact_nelbo(process, rest_table(process, log_joint), 2, window, path)
     yield gap(_mean(log_joint, terms.total), entropy_of_window(process, log_joint, window), {"window": window})
 
 
@@ -352,8 +350,7 @@ def weights_are_level_flows(process: ForwardProcess, windows: Sequence[Window] =
         t = torch.sigmoid(y)
         dt = t * (1.0 - t) * (torch.logit(times(window)) @ times((-1.0, 1.0))) * width
         chance = likelihoods(process, t)[node, x0, zt]
-        answer = DenseLaw(random_laws(vocabulary.num_tokens, 1).expand(len(node), -1), vocabulary)
-        weight, _ = process.factors(answer, x0, zt, t[node])
+        weight = process.weight(x0, zt, t[node])
         flow = torch.zeros(vocabulary.num_tokens, vocabulary.num_levels + 1, dtype=torch.float64)
         flow.index_put_((x0, vocabulary.level_of(zt)), torch.where(chance > 0, chance * weight * dt[node], 0.0), True)
         start, stop = process.clock.climbed(times(window))

@@ -183,7 +183,7 @@ def arguments_are_untouched(process: ForwardProcess) -> Iterator[Gap]:
     u_sample = grid_of_uniforms(len(x0), process.uniforms_per_sample)
     u_step = grid_of_uniforms(len(x0), process.uniforms_per_step)
     u_decode = grid_of_uniforms(len(x0), process.uniforms_per_decode)
-    zt = process.sample(x0, t, u_sample)
+    zt = process.sample(x0.clone(), t, u_sample)
     log_p = random_laws(vocabulary.num_tokens, len(x0))
     visit = TableVisit(log_p, vocabulary)
     answer = DenseLaw(log_p, vocabulary)
@@ -197,7 +197,8 @@ def arguments_are_untouched(process: ForwardProcess) -> Iterator[Gap]:
         "transition": (process.transition, (s, t)),
         "transition.apply": (process.transition(s, t).apply, (vector,)),
         "density": (lambda *rows: process.density(answer, *rows), (x0, zt, t)),
-        "factors": (lambda *rows: process.factors(answer, *rows), (x0, zt, t)),
+        "weight": (process.weight, (x0, zt, t)),
+        "divergence": (lambda *rows: process.divergence(answer, *rows), (x0, zt, t)),
         "reverse_log_probs": (process.reverse_log_probs, (log_p, zt, t, s)),
         "decode_nll": (lambda *rows: process.decode_nll(answer, *rows), (x0, zt, t)),
         "closing_kl": (lambda *rows: process.closing_kl(answer, *rows), (x0, t)),

@@ -71,13 +71,14 @@ def score_is_law(process: ForwardProcess) -> Iterator[Gap]:
     yield gap(process.density(score, rows.x0, rows.zt, rows.t), expected, rows.labels, 1.0 + expected.abs())
 
 
-@law("factors: product = density", tolerance=1e-9)
+@law("weight * divergence = density", tolerance=1e-9)
 def factors_multiply(process: ForwardProcess) -> Iterator[Gap]:
-    """weight * divergence is the density, whatever the family's split; neither is negative. Relative rounding."""
+    """What the bound multiplies is the density, whatever the family's split; neither is negative. Relative rounding."""
     rows = Rows(process, times(INNER))
     weight, divergence = process.factors(rows.law, rows.x0, rows.zt, rows.t)
     density = process.density(rows.law, rows.x0, rows.zt, rows.t)
     yield gap(weight * divergence, density, rows.labels, 1.0 + density.abs())
+    yield gap(weight, process.weight(rows.x0, rows.zt, rows.t), rows.labels, 1.0 + weight)
     yield gap(weight.clamp(max=0.0), 0.0, rows.labels)
     yield gap(divergence.clamp(max=0.0), 0.0, rows.labels)
 
@@ -90,11 +91,11 @@ def density_is_a_divergence(process: ForwardProcess) -> Iterator[Gap]:
     """
     rows = Rows(process, times(INNER, (1e-6, 1.0 - 1e-6)))
     density = process.density(rows.law, rows.x0, rows.zt, rows.t)
-    weight, _ = process.factors(rows.law, rows.x0, rows.zt, rows.t)
-    yield gap(density.clamp(max=0.0), 0.0, rows.labels, 1.0 + weight)
+    scale = 1.0 + process.weight(rows.x0, rows.zt, rows.t)
+    yield gap(density.clamp(max=0.0), 0.0, rows.labels, scale)
     yield gap(density.isfinite().double(), 1.0, {"finite density at": "", **rows.labels})
     sure = DenseLaw(certain_laws(process.vocabulary.num_tokens)[rows.x0], process.vocabulary)
-    yield gap(process.density(sure, rows.x0, rows.zt, rows.t), 0.0, rows.labels, 1.0 + weight)
+    yield gap(process.density(sure, rows.x0, rows.zt, rows.t), 0.0, rows.labels, scale)
 
 
 @law("override = derived: log_likelihood", tolerance=1e-10)
@@ -153,13 +154,16 @@ def active_covers_density(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("scope: nothing is read above it", tolerance=1e-9)
 def scope_suffices(process: ForwardProcess) -> Iterator[Gap]:
-    """A law that knows only what lies below scope(z) gives the same density and decoding term. Rounding of normalisers."""
+    """A law that knows only what lies below scope(z) gives the same divergence where it is read, and the same decoding
+    term; something is open below every scope. Rounding of normalisers."""
     rows = Rows(process, times(INNER))
     scope, vocabulary = process.scope(rows.zt), process.vocabulary
-    arguments = (rows.x0, rows.zt, rows.t)
-    idle_ask = (scope != vocabulary.root) & (vocabulary.level_of(scope) == 0)
-    for formula, reads in ((process.density, process.active(rows.zt)), (process.decode_nll, ~idle_ask)):
-        asked = [argument[reads] for argument in arguments]
+    yield gap((scope >= vocabulary.num_tokens).double(), 1.0, {"more than a word in the scope of zt": rows.zt})
+    for formula, reads in (
+        (process.divergence, process.active(rows.zt)),
+        (process.decode_nll, torch.ones_like(rows.zt, dtype=torch.bool)),
+    ):
+        asked = [argument[reads] for argument in (rows.x0, rows.zt, rows.t)]
         got = read_below(formula, rows.log_p[reads], scope[reads], vocabulary, *asked)
         expected = formula(DenseLaw(rows.log_p[reads], vocabulary), *asked)
         labels = {name: label[reads] for name, label in rows.labels.items()}

@@ -22,7 +22,7 @@ SINGLE = HierarchicalVocabulary([[0, 0, 0], [0]])  # a level of one node below t
 
 
 class HumpedNoise(InterpolatingProcess):
-    """Mask noise and a hump of uniform noise that comes and goes: q = [(1-t) x + t mask + c u] / (1 + c), c ~ sqrt(t(1-t))."""
+    """Mask noise and a hump of uniform noise: q = [(1-t) x + t mask + c u] / (1 + c), c ~ sqrt(t(1-t))."""
 
     def __init__(self, share: float = 0.2) -> None:
         self.vocabulary = FlatVocabulary(3)
@@ -42,8 +42,9 @@ class HumpedNoise(InterpolatingProcess):
 
 
 class ShuffledThenMasked(ForwardProcess):
-    """Words are redrawn at one rate and masked at another; masks stay. Its marginals are those of an interpolating process, its
-    generator is not: nothing leaves the mask."""
+    """Words are redrawn at one rate and masked at another; masks stay.
+
+    Its marginals are those of an interpolating process, its generator is not: nothing leaves the mask."""
 
     num_tokens, redraw, mask = 3, 0.6, 1.0
 

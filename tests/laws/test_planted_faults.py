@@ -1,0 +1,734 @@
+"""The kit has teeth: each fault is one line away from a class that passes, and the law meant for it finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from chains import PAIR, SINGLE, THREE, ShuffledThenMasked, uniform
+from torch import Tensor
+
+from ddiff.core.clock import LevelClock, LogTimeClock
+from ddiff.core.dense import DenseProcess
+from ddiff.core.interpolating import MixtureProcess
+from ddiff.core.kernel import DenseKernel, InterpolatingKernel, Kernel
+from ddiff.core.law import CleanLaw, SubtreeLaw
+from ddiff.core.numerics import interior
+from ddiff.core.process import Informed, Visit
+from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule, Schedule
+from ddiff.core.times import FlatTimes, Times
+from ddiff.core.tree import StochasticParents, TreeKernel, TreeProcess
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
+from ddiff.nn.denoiser import Context, Denoiser
+from ddiff.nn.heads import Logits, TokenHead, TreeHead
+from ddiff.testing import bound, chain, clock, denoiser, draws, head, law, reverse, schedule, times, vocabulary
+from ddiff.testing.bound import bent, full_table
+from ddiff.testing.report import Law
+
+# ---------------------------------------------------------------------- clocks and schedules
+
+
+class WithoutItsFactor(LogTimeClock):
+    """beta_m' without 1/(gamma - 1), as published: right for gamma = 2 only."""
+
+    def inflow(self, t: Tensor) -> Tensor:
+        return super().inflow(t) * torch.tensor([1.0, self.rates[0] - 1.0], dtype=torch.float64)
+
+
+class ByPartialFractions(LogTimeClock):
+    """Textbook masses for distinct rates, the root being the rest."""
+
+    def pi(self, t: Tensor) -> Tensor:
+        left, levels = (1.0 - t).log(), []
+        for level in range(self.num_levels):
+            rates, total = self.rates[: level + 1], torch.zeros_like(t)
+            for i, rate in enumerate(rates):
+                others = [other - rate for j, other in enumerate(rates) if j != i]
+                total = total + (rate * left).exp() / torch.tensor(others, dtype=torch.float64).prod()
+            levels.append(total * torch.tensor(rates[:-1], dtype=torch.float64).prod())
+        pi = torch.stack(levels, -1)
+        return torch.cat([pi, 1.0 - pi.sum(-1, keepdim=True)], -1)
+
+
+class LeavingBackwards(LogTimeClock):
+    def leave_time(self, level: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return super().leave_time(level, t, 1.0 - u)
+
+
+class OneLevelAtATime(LogTimeClock):
+    """A finite transition in which nobody climbs two levels."""
+
+    def transition(self, s: Tensor, t: Tensor) -> Tensor:
+        single = super().transition(s, t).tril(1)
+        return single / single.sum(-1, keepdim=True)
+
+
+class Squeezed(CosineSchedule):
+    """The usual 1 - eps, in the function and in its derivative."""
+
+    eps = 1e-3
+
+    def noised(self, t: Tensor) -> Tensor:
+        return (1.0 - self.eps) * super().noised(t)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1.0 - self.noised(t)
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return (1.0 - self.eps) * super().d_alpha(t)
+
+    closes_at_prior = False
+
+
+class SqueezedInTheFunctionOnly(Squeezed):
+    """As in a published cosine schedule: every bound 0.1 % too high."""
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return CosineSchedule.d_alpha(self, t)
+
+
+class SaidToClose(LinearSchedule):
+    """alpha(1) = 0.01, declared 0."""
+
+    def __init__(self, floor: float) -> None:
+        super().__init__(floor)
+        self.closes_at_prior = True
+
+
+class JumpingAtTheEnd(SaidToClose):
+    """alpha falls to 0.1 and then jumps to 0, so that the end itself looks right."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.where(t < 1.0, super().alpha(t), 0.0)
+
+    def noised(self, t: Tensor) -> Tensor:
+        return torch.where(t < 1.0, super().noised(t), 1.0)
+
+
+class NotFalling(PowerSchedule):
+    def alpha(self, t: Tensor) -> Tensor:
+        return super().alpha(t) + 0.2 * (6.2831853 * 2.0 * t).sin() * t
+
+
+class LosingDigits(PowerSchedule):
+    """1 - alpha by subtraction: at t = 1e-6 nothing is left of t^3."""
+
+    noised = Schedule.noised
+
+
+# ---------------------------------------------------------------------- parents, kernels, chains
+
+
+class SharingWithItself(StochasticParents):
+    """The wrong parents share 1 - xi among n instead of n - 1, so that rows miss (1 - xi)/n."""
+
+    def _climb(self, i: int, j: int) -> None:
+        super()._climb(i, j)
+        size = self.vocabulary.level_sizes[j]
+        stray = self.stray[i][j]
+        if stray is not None and size > 1:
+            self.stray[i][j] = stray * (size - 1) / size
+
+
+class WithoutACareForOne(StochasticParents):
+    """(1 - xi)/(n - 1) at a level with one node."""
+
+    def _climb(self, i: int, j: int) -> None:
+        super()._climb(i, j)
+        size, xi = self.vocabulary.level_sizes[j], 0.8
+        self.stray[i][j] = torch.full((size,), 1.0 - xi).double() / torch.tensor(size - 1.0)
+
+
+def with_parents(kind: type[StochasticParents], tree: HierarchicalVocabulary, xi: float) -> TreeProcess:
+    process = TreeProcess(tree, LogTimeClock((1.0,) * tree.num_levels), xi)
+    process.parents = kind(tree, (xi,) * tree.num_levels)
+    return process
+
+
+class ConfusedKernel(TreeKernel):
+    def column(self, ids: Tensor) -> Tensor:
+        return self.row(ids)
+
+
+class ConfusedRates(TreeProcess):
+    def rates(self, t: Tensor) -> Kernel:
+        return ConfusedKernel(self.clock.generator(interior(t)), self.parents)
+
+
+class LeakyRates(ShuffledThenMasked):
+    """A generator without its diagonal."""
+
+    def rates(self, t: Tensor) -> Kernel:
+        matrix = super().rates(t).dense()
+        return DenseKernel(matrix - torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1)))
+
+
+class BackwardRates(ShuffledThenMasked):
+    def rates(self, t: Tensor) -> Kernel:
+        return DenseKernel(-super().rates(t).dense())
+
+
+class SameMarginalsAnotherGenerator(ShuffledThenMasked):
+    """The arrivals of the interpolating process with these very marginals: it leaves the mask."""
+
+    def rates(self, t: Tensor) -> Kernel:
+        left = 1.0 - interior(t)
+        alpha, unmasked = left ** (self.redraw + self.mask), left**self.mask
+        d_word = (-self.mask * unmasked + (self.redraw + self.mask) * alpha) / left / self.num_tokens
+        word = d_word + (self.redraw + self.mask) / left * (unmasked - alpha) / self.num_tokens
+        mask = self.mask * unmasked / left + (self.redraw + self.mask) / left * (1.0 - unmasked)
+        arrive = torch.cat([word.unsqueeze(-1).expand(-1, self.num_tokens), mask.unsqueeze(-1)], -1)
+        return InterpolatingKernel(-arrive.sum(-1), arrive)
+
+
+class OneExponential(DenseProcess):
+    """exp of the integrated generator, which forgets the order of time."""
+
+    def transition(self, s: Tensor, t: Tensor) -> Kernel:
+        grid = torch.linspace(0.0, 1.0, 401, dtype=torch.float64)[:-1] + 1.0 / 800.0
+        middle = s.unsqueeze(-1) + (t - s).unsqueeze(-1) * grid
+        mean = torch.stack([self.rates(row).dense().mean(0) for row in middle])
+        return DenseKernel(torch.matrix_exp(mean * (t - s)[:, None, None]))
+
+
+class HastyMarginal(MixtureProcess):
+    """Noised twice as much as its own rates say."""
+
+    def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
+        return super().log_marginal(super().log_marginal(log_p, t), t)
+
+
+class WrongPrior(MixtureProcess):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.prior.log_prob = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+
+
+class NaNAtTheEnd(MixtureProcess):
+    """0/0 where alpha is 0."""
+
+    def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
+        alpha = self.alpha(t).unsqueeze(-1)
+        return (alpha * (log_p.exp() + (1.0 - alpha) / alpha * self.target)).log()
+
+
+# ---------------------------------------------------------------------- bound and posterior
+
+
+class SwappedWeights(TreeProcess):
+    def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        other = torch.where(zt == self.vocabulary.root, self.vocabulary.ancestor(x0, 1), self.vocabulary.root)
+        return super().weight(x0, torch.where(self.active(zt), other, zt), t)
+
+
+class OneLevelOff(TreeProcess):
+    """Charges for the word at every node, where only the next node down is due."""
+
+    def _surprise_below(self, law: CleanLaw, x0: Tensor, zt: Tensor, level: Tensor) -> Tensor:
+        return -law.log_child(zt, x0)
+
+
+class OneTermAtTheMask(TreeProcess):
+    """For xi < 1 the published loss keeps one term of the divergence, that of the right cluster."""
+
+    def _parent_surprise(self, law: CleanLaw, x0: Tensor, zt: Tensor, level: int) -> Tensor:
+        right = self.vocabulary.ancestor(x0, 1) - self.vocabulary.offsets[1]
+        model = self.parents.log_spread(0, 1, law.log_mass(1)).gather(-1, right.unsqueeze(-1)).squeeze(-1)
+        return self.parents.xi[0] * (self.parents.xi[0] / model.exp()).log()
+
+
+class RawDecoding(TreeProcess):
+    """-ln p(x) where -ln P(x|z) is due."""
+
+    def decode_nll(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return -law.log_prob(x0)
+
+
+class FreeClosing(TreeProcess):
+    def closing_kl(self, law: CleanLaw, x0: Tensor, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+
+class NoTwoLevelJumps(TreeProcess):
+    """A posterior that takes a mask to its cluster at most."""
+
+    def reverse_log_probs(self, log_p: Tensor, zt: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        log_probs = super().reverse_log_probs(log_p, zt, t, s)
+        states = torch.arange(self.vocabulary.num_states)
+        far = self.vocabulary.level_of(states) < self.vocabulary.level_of(zt).unsqueeze(-1) - 1
+        return log_probs.masked_fill(far, -torch.inf).log_softmax(-1)
+
+
+class LatePosterior(MixtureProcess):
+    def reverse_log_probs(self, log_p: Tensor, zt: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return super().reverse_log_probs(log_p, zt, t, s + 0.5 * (t - s))
+
+
+class WrongLikelihood(TreeProcess):
+    def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
+        return super().log_likelihood(zt, t).log_softmax(-1)
+
+
+class NegativeAtTheTruth(MixtureProcess):
+    """KL + rho - ln rho, without the -1 that makes it a divergence."""
+
+    def divergence(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return super().divergence(law, x0, zt, t) + 1.0
+
+
+class FactorsOfAnother(TreeProcess):
+    def density(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return 2.0 * super().density(answer, x0, zt, t)
+
+
+class ScoresTwice(MixtureProcess):
+    """A score is charged as if it were a law's marginal, not a ratio."""
+
+    def density(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        charged = super().density(answer, x0, zt, t)
+        return 2.0 * charged if hasattr(answer, "log_ratio") else charged
+
+
+class IdleMasks(TreeProcess):
+    def active(self, zt: Tensor) -> Tensor:
+        return self.vocabulary.level_of(zt) == 1
+
+
+class NarrowScope(TreeProcess):
+    """What is read of words is settled; what is open below them is not what they ask about."""
+
+    def scope(self, zt: Tensor) -> Tensor:
+        return zt
+
+
+class NarrowlyInformed(TreeProcess):
+    def informed(self, zt: Tensor) -> Tensor:
+        return torch.where(self.active(zt), int(Informed.BELOW_NODE), int(Informed.NONE))
+
+
+# ---------------------------------------------------------------------- draws
+
+
+class OneLevelTooFew(TreeProcess):
+    """An off-by-one level in the draw."""
+
+    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        level = (u[:, :1] < self.clock.climbed(t)[:, :-1]).sum(-1)
+        return self.vocabulary.ancestor(x0, level)
+
+
+class NeighboursUniforms(TreeProcess):
+    """Draws with the right law from the uniforms of the row before."""
+
+    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return super().sample(x0, t, u.roll(1, 0))
+
+
+class WritingIntoX0(TreeProcess):
+    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return x0.copy_(super().sample(x0, t, u))
+
+
+class StepByStep(TreeProcess):
+    """A step that descends one level at most, so that a mask never becomes a word at once."""
+
+    def _descend(self, visit: Visit, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
+        return super()._descend(visit, zt, torch.maximum(target, self.vocabulary.level_of(zt) - 1), u)
+
+
+class MostLikely(TreeProcess):
+    """A last draw that is no draw."""
+
+    def decode(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return super().decode(visit, zt, t, torch.full_like(u, 0.5))
+
+
+class AskingTwice(TreeProcess):
+    def step(self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
+        halfway = super().step(visit, zt, t, (s + t) / 2.0, u)
+        return super().step(visit, halfway, (s + t) / 2.0, s, u)
+
+
+class AskingAlways(MixtureProcess):
+    def decode(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        visit(torch.arange(len(zt)), self.scope(zt), lambda answer, rows: rows)
+        return super().decode(visit, zt, t, u)
+
+
+class ContiguousSlices(FlatTimes):
+    """Slot i of n reads (i + u)/n: every rank sees its own slice of time."""
+
+    def draw(self, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
+        t = (slot.unsqueeze(-1) + noise.uniform("time")[:, :1]) / slots
+        return super().draw(noise, slot, slots, length)._replace(t=t.expand(-1, length))
+
+
+class WithoutDensity(FlatTimes):
+    """t drawn as u^2 with the speed of a uniform draw."""
+
+    def draw(self, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
+        drawn = super().draw(noise, slot, slots, length)
+        return drawn._replace(t=drawn.t**2)
+
+
+class ByPlaceInTheBatch(FlatTimes):
+    def draw(self, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
+        return super().draw(noise, torch.arange(len(slot)), slots, length)
+
+
+# ---------------------------------------------------------------------- vocabularies, laws, heads, denoisers
+
+
+class InIdOrder(HierarchicalVocabulary):  # type: ignore[misc]
+    """Ids taken for tree order."""
+
+    def order(self, level: int, device: torch.device | None = None) -> Tensor:
+        return self.offsets[level] + torch.arange(self.level_sizes[level])
+
+
+class HalfALaw(SubtreeLaw):
+    """Level-wise logits that were never normalised among siblings."""
+
+    def log_below(self, level: int) -> Tensor:
+        width = len(law.below(self.vocabulary, self.top, level))
+        return torch.linspace(-1.0, 0.5, width, dtype=torch.float64).expand(2, -1)
+
+
+class ALaw(HalfALaw):
+    """The healthy twin: words normalised, nodes their sums."""
+
+    def log_below(self, level: int) -> Tensor:
+        words = super().log_below(0).log_softmax(-1)
+        nodes = law.below(self.vocabulary, self.top, level)
+        spans = [self.vocabulary.node_range(node, 0) for node in nodes]
+        return torch.stack([words[:, int(a) : int(b)].logsumexp(-1) for a, b in spans], -1)
+
+
+class Reversed(TreeHead):
+    """The words of a node in another order than the table's."""
+
+    def law(self, logits: Logits, top: int) -> SubtreeLaw:
+        flipped = lambda a, b: logits(a, b).flip(-1) if top != self.vocabulary.root else logits(a, b)  # noqa: E731
+        return super().law(flipped, top)
+
+
+class DetachedHidden(TokenHead):
+    """A head that trains its table and not the trunk."""
+
+    def total(self, hidden: Tensor, node: Tensor, fn: Any) -> Any:
+        return super().total(hidden.detach() + 0.0 * hidden, node, fn)
+
+
+class FirstChunkOnly(TokenHead):
+    def visit(self, hidden: Tensor, node: Tensor, fn: Any) -> Any:
+        answers = super().visit(hidden, node, fn)
+        return tuple(answer[:1].expand_as(answer) for answer in answers)
+
+
+class Trunk(torch.nn.Module):
+    """Every position sees the valid positions of its own document, by their mean."""
+
+    width = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(4, 4)
+
+    def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
+        hidden = self.embedding(ids)
+        mask = context.attention_mask()
+        weight = (
+            torch.ones(ids.shape[0], ids.shape[1], ids.shape[1]).to(hidden) if mask is None else mask[:, 0].to(hidden)
+        )
+        return hidden + (weight @ hidden) / weight.sum(-1, keepdim=True) + t.unsqueeze(-1)
+
+
+class BatchNormalised(Trunk):
+    def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
+        hidden = super().forward(ids, t, context)
+        return hidden - hidden.mean((0, 1))
+
+
+class Unmasked(Trunk):
+    def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
+        return super().forward(ids, t, Context())
+
+
+def network(trunk: type[Trunk]) -> Denoiser:
+    return Denoiser(trunk(), TokenHead(FlatVocabulary(3), 4))
+
+
+# ---------------------------------------------------------------------- the table
+
+CLOCK2, CLOCK3 = LogTimeClock((0.5, 1.0)), LogTimeClock((1.0, 2.0, 1.0))
+BARE = FlatVocabulary(3, mask=False)
+EVEN = torch.full((3,), 1.0 / 3.0)
+ONE_LEVEL = TreeProcess(FlatVocabulary(3), LogTimeClock((1.0,)))
+STRAYING = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)), 0.8)
+
+
+class Fault(NamedTuple):
+    what: str
+    law: Law
+    healthy: Callable[[], Any]
+    faulty: Callable[[], Any]
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+def on_pair(kind: type[TreeProcess], xi: float = 1.0) -> Callable[[], TreeProcess]:
+    return lambda: kind(PAIR, CLOCK2, xi)
+
+
+def mixture(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
+    return lambda: kind(BARE, LinearSchedule(), EVEN)  # type: ignore[call-arg]
+
+
+def turning(kind: type[DenseProcess]) -> Callable[[], DenseProcess]:
+    return lambda: kind.examples()[1]  # type: ignore[return-value]
+
+
+def of_clock(clock_: LevelClock) -> Callable[[], TreeProcess]:
+    return lambda: TreeProcess(PAIR, clock_)
+
+
+FAULTS = [
+    # the list of the issue
+    Fault("missing 1/(gamma-1)", clock.inflow_is_growth, lambda: CLOCK2, lambda: WithoutItsFactor((0.5, 1.0))),
+    Fault(
+        "perturbation rows that do not sum to one",
+        chain.transition_rows_are_laws,
+        lambda: with_parents(StochasticParents, PAIR, 0.8),
+        lambda: with_parents(SharingWithItself, PAIR, 0.8),
+    ),
+    Fault("derivative without its 1-eps", schedule.derivative_is_autograd, Squeezed, SqueezedInTheFunctionOnly),
+    Fault(
+        "raw -ln p(x) as decoding term",
+        reverse.decode_nll_is_derived,
+        on_pair(TreeProcess, 0.8),
+        on_pair(RawDecoding, 0.8),
+    ),
+    Fault(
+        "raw -ln p(x) breaks the bound", bound.constant_denoiser, on_pair(TreeProcess, 0.8), on_pair(RawDecoding, 0.8)
+    ),
+    Fault("swapped level weights", bound.weights_are_level_flows, on_pair(TreeProcess), on_pair(SwappedWeights)),
+    Fault("off-by-one level in the draw", draws.sample_follows_marginal, on_pair(TreeProcess), on_pair(OneLevelTooFew)),
+    Fault("off-by-one level in the bound", reverse.density_is_derived, on_pair(TreeProcess), on_pair(OneLevelOff)),
+    Fault(
+        "posterior without two-level jumps", reverse.posterior_is_bayes, on_pair(TreeProcess), on_pair(NoTwoLevelJumps)
+    ),
+    Fault("step without two-level jumps", draws.step_follows_posterior, on_pair(TreeProcess), on_pair(StepByStep)),
+    Fault(
+        "right marginals with another generator",
+        chain.transition_is_oracle,
+        ShuffledThenMasked,
+        SameMarginalsAnotherGenerator,
+    ),
+    Fault(
+        "one-term perturbed-mask loss",
+        reverse.density_is_derived,
+        on_pair(TreeProcess, 0.8),
+        on_pair(OneTermAtTheMask, 0.8),
+    ),
+    Fault("another position's uniforms", draws.draws_are_their_own, on_pair(TreeProcess), on_pair(NeighboursUniforms)),
+    # the last line of seams.md, section 4
+    Fault("contiguous slices of time", times.shares_are_balanced, FlatTimes, ContiguousSlices),
+    Fault(
+        "nearly equal rates by partial fractions",
+        clock.inflow_is_growth,
+        lambda: LogTimeClock((1.0, 1.0001, 0.7)),
+        lambda: ByPartialFractions((1.0, 1.0001, 0.7)),
+    ),
+    Fault(
+        "a level of one node with xi < 1",
+        chain.transition_rows_are_laws,
+        lambda: with_parents(StochasticParents, SINGLE, 0.8),
+        lambda: with_parents(WithoutACareForOne, SINGLE, 0.8),
+    ),
+    # the forward chain
+    Fault("rates without a diagonal", chain.rates_rows_sum_to_zero, ShuffledThenMasked, LeakyRates),
+    Fault("rates of the wrong sign", chain.rates_are_not_negative, ShuffledThenMasked, BackwardRates),
+    Fault("a column that is a row", chain.kernels_agree, on_pair(TreeProcess), on_pair(ConfusedRates)),
+    Fault("one exponential for all times", chain.transition_is_oracle, turning(DenseProcess), turning(OneExponential)),
+    Fault(
+        "transitions one level at a time",
+        chain.chapman_kolmogorov,
+        of_clock(CLOCK2),
+        of_clock(OneLevelAtATime((0.5, 1.0))),
+    ),
+    Fault(
+        "marginals of another speed",
+        chain.marginal_follows_transitions,
+        mixture(MixtureProcess),
+        mixture(HastyMarginal),
+    ),
+    Fault(
+        "parents that lose mass",
+        chain.total_probability,
+        lambda: with_parents(StochasticParents, PAIR, 0.8),
+        lambda: with_parents(SharingWithItself, PAIR, 0.8),
+    ),
+    Fault("a prior that is not the end", chain.ends_as_declared, mixture(MixtureProcess), mixture(WrongPrior)),
+    Fault(
+        "a jump at the end",
+        chain.ends_are_approached,
+        lambda: MixtureProcess(BARE, LinearSchedule(0.1), EVEN),
+        lambda: MixtureProcess(BARE, JumpingAtTheEnd(0.1), EVEN),
+    ),
+    Fault("0/0 at the end", chain.safe_at_ends, mixture(MixtureProcess), mixture(NaNAtTheEnd)),
+    # bound and posterior
+    Fault(
+        "a posterior of other times",
+        reverse.posterior_is_derived,
+        lambda: NoTwoLevelJumps(FlatVocabulary(3), LogTimeClock((1.0,))),
+        mixture(LatePosterior),
+    ),
+    Fault(
+        "a posterior of other times in the limit",
+        bound.discrete_bound_converges,
+        mixture(MixtureProcess),
+        mixture(LatePosterior),
+    ),
+    Fault("normalised likelihoods", reverse.likelihood_is_derived, on_pair(TreeProcess), on_pair(WrongLikelihood)),
+    Fault(
+        "a divergence that is not 0 at the truth",
+        reverse.density_is_a_divergence,
+        mixture(MixtureProcess),
+        mixture(NegativeAtTheTruth),
+    ),
+    Fault("factors of another density", reverse.factors_multiply, on_pair(TreeProcess), on_pair(FactorsOfAnother)),
+    Fault("scores charged twice", reverse.score_is_law, mixture(MixtureProcess), mixture(ScoresTwice)),
+    Fault("no closing term", reverse.closing_kl_is_derived, on_pair(TreeProcess), on_pair(FreeClosing)),
+    Fault("no closing term in the bound", bound.constant_denoiser, on_pair(TreeProcess), on_pair(FreeClosing)),
+    Fault("masks that are idle", reverse.active_covers_density, on_pair(TreeProcess), on_pair(IdleMasks)),
+    Fault("masks that are idle, in the bound", bound.entropy_equality, on_pair(TreeProcess), on_pair(IdleMasks)),
+    Fault("a scope with nothing in it", reverse.scope_suffices, on_pair(TreeProcess), on_pair(NarrowScope)),
+    Fault("too little informed", reverse.informed_is_enough, on_pair(TreeProcess, 0.8), on_pair(NarrowlyInformed, 0.8)),
+    # draws
+    Fault("an arg-max last draw", draws.decode_follows_bayes, on_pair(TreeProcess), on_pair(MostLikely)),
+    Fault("two visits in a step", draws.step_asks_once, on_pair(TreeProcess), on_pair(AskingTwice)),
+    Fault("a visit for nothing", draws.decode_asks_once, mixture(MixtureProcess), mixture(AskingAlways)),
+    Fault(
+        "an argument that is written to", draws.arguments_are_untouched, on_pair(TreeProcess), on_pair(WritingIntoX0)
+    ),
+    # schedules, clocks, times, vocabularies
+    Fault("a schedule said to close", schedule.schedule_ends, LinearSchedule, lambda: SaidToClose(0.01)),
+    Fault("a schedule that rises", schedule.alpha_falls, PowerSchedule, NotFalling),
+    Fault("digits lost near t = 0", schedule.noised_is_the_rest, lambda: PowerSchedule(3.0), lambda: LosingDigits(3.0)),
+    Fault(
+        "hazards of another inflow",
+        clock.hazard_is_inflow_per_head,
+        lambda: CLOCK2,
+        lambda: WithoutItsFactor((0.5, 1.0)),
+    ),
+    Fault(
+        "no two-level jumps in a clock",
+        clock.clock_transition_is_oracle,
+        lambda: CLOCK3,
+        lambda: OneLevelAtATime((1.0, 2.0, 1.0)),
+    ),
+    Fault("a leave time of 1 - u", clock.leave_time_inverts, lambda: CLOCK2, lambda: LeavingBackwards((0.5, 1.0))),
+    Fault("a draw of t without its density", times.speeds_are_unbiased, FlatTimes, WithoutDensity),
+    Fault("times by place in the batch", times.times_are_their_own, FlatTimes, ByPlaceInTheBatch),
+    Fault(
+        "ids taken for tree order",
+        vocabulary.ranges_are_contiguous,
+        lambda: PAIR,
+        lambda: InIdOrder([[0, 1, 0, 0]]),
+    ),
+    # laws, heads, denoisers
+    Fault(
+        "a law that is not normalised",
+        law.masses_add_up,
+        lambda: ALaw(THREE, THREE.root),
+        lambda: HalfALaw(THREE, THREE.root),
+    ),
+    Fault(
+        "words of a node in another order",
+        head.scopes_agree,
+        lambda: TreeHead(PAIR, 4, "tied"),
+        lambda: Reversed(PAIR, 4, "tied"),
+    ),
+    Fault(
+        "no gradient to the trunk", head.gradients_agree, lambda: TokenHead(PAIR, 4), lambda: DetachedHidden(PAIR, 4)
+    ),
+    Fault(
+        "rows that all get the first answer",
+        head.chunks_agree,
+        lambda: TokenHead(PAIR, 4),
+        lambda: FirstChunkOnly(PAIR, 4),
+    ),
+    Fault(
+        "statistics over the batch",
+        denoiser.batches_agree,
+        lambda: network(Trunk),
+        lambda: network(BatchNormalised),
+        {"process": ONE_LEVEL},
+    ),
+    Fault(
+        "padding that is seen",
+        denoiser.padding_is_invisible,
+        lambda: network(Trunk),
+        lambda: network(Unmasked),
+        {"process": ONE_LEVEL},
+    ),
+    Fault(
+        "documents that leak",
+        denoiser.documents_are_apart,
+        lambda: network(Trunk),
+        lambda: network(Unmasked),
+        {"process": ONE_LEVEL},
+    ),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_the_law_meant_for_a_fault_finds_it(fault: Fault) -> None:
+    healthy = fault.law(fault.healthy(), **fault.options)
+    assert healthy.passed, str(healthy)
+    assert healthy.probes > 0
+    report = fault.law(fault.faulty(), **fault.options)
+    assert not report.passed
+    assert "raised" not in report.where, report.where  # found by its numbers, not because the plant itself is broken
+
+
+@pytest.mark.parametrize("process", [uniform(), STRAYING], ids=["uniform", "xi < 1"])
+def test_the_full_conditional_breaks_the_entropy_equality(process: Any) -> None:
+    assert bound.entropy_equality(process).passed
+    report = bound.entropy_equality(process, denoiser=full_table)
+    assert report.error > 0.05  # tenths of a nat on these joints
+
+
+def test_at_masks_both_conditionals_agree_which_hides_the_mistake() -> None:
+    assert bound.entropy_equality(ONE_LEVEL, denoiser=full_table).passed
+
+
+@pytest.mark.parametrize("process", [uniform(), STRAYING, ONE_LEVEL], ids=["uniform", "xi < 1", "masked"])
+def test_a_missing_speed_factor_breaks_the_speed_equality(process: Any) -> None:
+    assert bound.speed_equality(process).passed
+    forgetful = lambda v, position: (bent(v, position)[0], torch.ones_like(v))  # noqa: E731
+    assert not bound.speed_equality(process, path=forgetful).passed
+
+
+def test_a_bound_that_forgets_speed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddiff.core import elbo
+
+    original = elbo.diffusion_term
+
+    def careless(process: Any, ask: Any, x0: Tensor, noisy: Any, speed: Tensor) -> Tensor:
+        return original(process, ask, x0, noisy, speed.mean(-1, keepdim=True).expand_as(speed))
+
+    assert bound.speed_equality(STRAYING).passed
+    monkeypatch.setattr(elbo, "diffusion_term", careless)
+    assert not bound.speed_equality(STRAYING).passed
+
+
+@pytest.mark.parametrize("term", ["closing_term", "decoding_term"])
+def test_a_bound_without_an_end_term_is_found(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddiff.core import elbo
+
+    assert bound.constant_denoiser(STRAYING).passed
+    monkeypatch.setattr(elbo, term, lambda process, ask, x0, *rest: torch.zeros(x0.shape, dtype=torch.float64))
+    assert not bound.constant_denoiser(STRAYING).passed
