@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -26,6 +27,6 @@ def test_own_loop_learns_and_its_bound_is_not_below_the_entropy_of_its_source(tm
     # about 3 nats each put 0.06 on the mean; the floor gets four of those.
     assert math.log(8) - 0.25 <= nats <= 3.5
     rows = [[int(word) for word in re.findall(r"\d+", line)] for line in printed.splitlines()[1:]]
-    follows = [(after - before) % 8 == 1 for row in rows for before, after in zip(row, row[1:])]
+    follows = [(after - before) % 8 == 1 for row in rows for before, after in itertools.pairwise(row)]
     assert len(follows) == 20
     assert sum(follows) >= 10  # by chance 20 / 8 = 2.5

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddiff import ArgumentError, ComponentConfig, DenseProcess, FlatVocabulary, ForwardProcess, PositiveFloat, Vocabulary
+from ddiff import (
+    ArgumentError,
+    ComponentConfig,
+    DenseProcess,
+    FlatVocabulary,
+    ForwardProcess,
+    PositiveFloat,
+    Vocabulary,
+)
 
 PARTNER = {"A": "G", "G": "A", "C": "T", "T": "C"}  # purine for purine, pyrimidine for pyrimidine
 ORDER = "ACGT"
