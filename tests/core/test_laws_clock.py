@@ -1,0 +1,70 @@
+"""Level masses of log-time clocks keep ten digits where a level is rare, whatever the rates."""
+
+from __future__ import annotations
+
+from decimal import Decimal, localcontext
+
+import pytest
+import torch
+
+from ddiff.core.clock import CdfClock, LogTimeClock
+from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule, Schedule
+from ddiff.core.times import FlatTimes
+from ddiff.testing import assert_laws, check_clock, check_schedule, check_time_rule
+
+RATES = [(1.0, 2.0, 1.0), (1.0, 1.0001, 0.7), (1.0, 1.0, 1.0), (0.5, 1.0), (1.0,), (1.5, 1.0, 0.7, 1.0)]
+TIMES = (1e-6, 1e-4, 1e-3, 0.02, 0.5, 0.97, 1.0 - 1e-6)
+
+
+def exact_masses(rates: tuple[float, ...], t: float) -> list[float]:
+    """First row of exp(tau A), tau = -ln(1 - t), by its power series in 80 digits (terms reach e^28 before they fall)."""
+    with localcontext() as context:
+        context.prec = 80
+        tau = -(Decimal(1) - Decimal(t)).ln()
+        hazards = [Decimal(rate) for rate in rates] + [Decimal(0)]
+        term = [Decimal(1)] + [Decimal(0)] * len(rates)
+        total = list(term)
+        for k in range(1, 400):
+            inflow = [Decimal(0)] + [hazards[i] * term[i] for i in range(len(rates))]
+            term = [(inflow[i] - hazards[i] * term[i]) * tau / k for i in range(len(hazards))]
+            total = [sum_ + new for sum_, new in zip(total, term)]
+        return [float(mass) for mass in total]
+
+
+@pytest.mark.parametrize("rates", RATES, ids=str)
+def test_masses_are_exact_to_ten_digits(rates: tuple[float, ...]) -> None:
+    t = torch.tensor(TIMES, dtype=torch.float64)
+    expected = torch.tensor([exact_masses(rates, time) for time in TIMES], dtype=torch.float64)
+    got = LogTimeClock(rates).pi(t)
+    assert float(((got - expected).abs() / expected).max()) < 1e-10
+
+
+@pytest.mark.parametrize("rates", RATES, ids=str)
+def test_log_time_clocks_obey_every_law(rates: tuple[float, ...]) -> None:
+    assert_laws(check_clock(LogTimeClock(rates)))
+
+
+@pytest.mark.parametrize("powers", [(1.0,), (1.0, 2.0), (0.8, 1.5, 3.0)], ids=str)
+def test_clocks_of_given_masses_obey_every_law(powers: tuple[float, ...]) -> None:
+    assert_laws(check_clock(CdfClock([PowerSchedule(power) for power in powers])))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        LinearSchedule(),
+        LinearSchedule(0.01),
+        CosineSchedule(),
+        PowerSchedule(0.5),
+        PowerSchedule(1.0),
+        PowerSchedule(3.0),
+    ],
+    ids=lambda schedule: f"{type(schedule).__name__} {vars(schedule)}",
+)
+def test_schedules_obey_every_law(schedule: Schedule) -> None:
+    assert_laws(check_schedule(schedule))
+
+
+@pytest.mark.parametrize("window", [(0.0, 1.0), (1e-3, 1.0 - 1e-3), (0.05, 0.9)], ids=str)
+def test_flat_times_obey_every_law(window: tuple[float, float]) -> None:
+    assert_laws(check_time_rule(FlatTimes(*window)))

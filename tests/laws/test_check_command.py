@@ -1,0 +1,119 @@
+"""`ddiff check NAME` works for strangers as for the engine's own, and its exit code can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ddiff.errors import ArgumentError, PluginError, RecipeError
+from ddiff.testing.command import check
+
+PLUGIN = """
+from ddiff import hookimpl
+
+@hookimpl
+def ddiff_register(registry):
+    registry.add("process", "swap", "stranger.process:Swap")
+    registry.add("process", "swap_broken", "stranger.process:Broken")
+    registry.add("process", "swap_picky", "stranger.process:Picky")
+"""
+
+PROCESS = """
+import torch
+from ddiff import ArgumentError, ComponentConfig, DenseProcess, FlatVocabulary, PositiveFloat
+
+class Swap(DenseProcess):
+    class Config(ComponentConfig):
+        rate: PositiveFloat = 1.0
+
+    @classmethod
+    def build(cls, config, *, vocabulary):
+        if vocabulary.num_states > 2:
+            raise ArgumentError(f"swap needs two states; got {vocabulary}.")
+        rate = config.rate
+        return cls(vocabulary, torch.tensor([[-rate, rate], [2 * rate, -2 * rate]]))
+
+    @classmethod
+    def examples(cls):
+        return [cls.build(cls.Config(), vocabulary=FlatVocabulary(2, mask=False))]
+
+class Broken(Swap):
+    def decode_nll(self, law, x0, zt, t):
+        return -law.log_prob(x0)
+
+class Picky(DenseProcess):
+    @classmethod
+    def build(cls, config, *, vocabulary):
+        raise ArgumentError("nothing is good enough.")
+"""
+
+
+@pytest.fixture
+def stranger(distribution: Callable[..., Path]) -> None:
+    modules = {"stranger_plugin": PLUGIN, "stranger.__init__": "", "stranger.process": PROCESS}
+    distribution("stranger-swap", "1.0", {"stranger": "stranger_plugin"}, modules)
+
+
+@pytest.mark.usefixtures("stranger")
+def test_a_strangers_process_is_checked_on_its_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("swap", []) == 0
+    out = capsys.readouterr().out
+    assert "constant denoiser: bound = -ln p(x)" in out
+    assert "swap 1 on 2" in out
+    assert "on 1 instance(s), 0 broken" in out
+
+
+@pytest.mark.usefixtures("stranger")
+def test_settings_fill_the_config_on_the_examples_vocabularies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("swap", ["rate=3.0"]) == 0
+    assert "swap 1 on 2" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("stranger")
+def test_a_broken_law_is_named_with_its_place_and_the_exit_code_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("swap_broken", []) == 1
+    out = capsys.readouterr().out
+    assert '"override = derived: decode_nll" is broken: error' in out
+    assert "largest at x0 = " in out
+
+
+@pytest.mark.usefixtures("stranger")
+def test_a_plugin_means_every_process_that_it_registers() -> None:
+    with pytest.raises(ArgumentError, match=r"fits none of .* small vocabularies.*nothing is good enough"):
+        check("stranger", [])  # swap_picky is reached too
+
+
+@pytest.mark.parametrize("name", ["levelwise", "flat"])
+def test_heads_and_time_rules_are_checked_by_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(name, []) == 0
+    assert "0 broken" in capsys.readouterr().out
+
+
+def test_a_backbone_is_checked_within_a_denoiser(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("dit", ["width=16", "layers=1", "heads=2"]) == 0
+    assert "padding does not matter" in capsys.readouterr().out
+
+
+def test_the_shipped_families_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("mdlm", []) == 0
+    assert check("hdlm", ["gamma=0.5", "xi=0.9"]) == 0
+    assert capsys.readouterr().out.count("0 broken") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hdml", 'Did you mean "hdlm"'),
+        ("adamw", 'the optimizer "adamw" .* has no laws to check'),
+    ],
+)
+def test_a_name_without_laws_is_explained(name: str, message: str) -> None:
+    with pytest.raises(PluginError, match=message):
+        check(name, [])
+
+
+def test_a_wrong_setting_is_explained() -> None:
+    with pytest.raises(RecipeError, match="gama"):
+        check("hdlm", ["gama=0.5"])

@@ -1,0 +1,55 @@
+"""Shipped vocabularies, heads and the backbone obey every law of the kit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from chains import FOUR, PAIR, SINGLE, THREE
+
+from ddiff.core.clock import LogTimeClock
+from ddiff.core.law import DenseLaw
+from ddiff.core.tree import TreeProcess
+from ddiff.core.vocabulary import FlatVocabulary, Vocabulary
+from ddiff.nn.denoiser import Denoiser
+from ddiff.nn.heads import TokenHead, TreeHead
+from ddiff.testing import assert_laws, check_clean_law, check_denoiser, check_head, check_vocabulary
+from ddiff.testing.probes import random_laws
+
+VOCABULARIES = {
+    "words": FlatVocabulary(3, mask=False),
+    "one level": FlatVocabulary(4),
+    "two levels": PAIR,
+    "one node below the root": SINGLE,
+    "three levels": THREE,
+    "four levels": FOUR,
+}
+
+
+@pytest.fixture(params=VOCABULARIES.values(), ids=VOCABULARIES.keys())
+def vocabulary(request: pytest.FixtureRequest) -> Vocabulary:
+    return request.param
+
+
+def test_vocabularies_obey_every_law(vocabulary: Vocabulary) -> None:
+    assert_laws(check_vocabulary(vocabulary))
+
+
+def test_dense_laws_obey_every_law(vocabulary: Vocabulary) -> None:
+    assert_laws(check_clean_law(DenseLaw(random_laws(vocabulary.num_tokens), vocabulary)))
+
+
+@pytest.mark.parametrize("kind", ["tokens", "tied", "levelwise"])
+def test_heads_obey_every_law(kind: str, vocabulary: Vocabulary) -> None:
+    head = TokenHead(vocabulary, 5) if kind == "tokens" else TreeHead(vocabulary, 5, kind)  # type: ignore[arg-type]
+    assert_laws(check_head(head))
+
+
+@pytest.mark.parametrize("given", ["rest", "all"])
+@pytest.mark.parametrize("xi", [1.0, 0.8])
+def test_a_transformer_obeys_every_law_of_a_denoiser(given: str, xi: float) -> None:
+    from ddiff_dit.dit import DiT
+
+    torch.manual_seed(0)
+    backbone = DiT(PAIR, width=16, layers=2, heads=2)
+    denoiser = Denoiser(backbone, TreeHead(PAIR, 16, "levelwise"), given)  # type: ignore[arg-type]
+    assert_laws(check_denoiser(denoiser, TreeProcess(PAIR, LogTimeClock((1.0, 1.0)), xi)))
