@@ -80,8 +80,7 @@ class DenseProcess(ForwardProcess):
 
     def _between(self, s: Tensor, t: Tensor) -> Tensor:
         """[r,S,S] the transition; each distinct pair of times is computed once."""
-        pairs, inverse = torch.unique(torch.stack([s, t], -1), dim=0, return_inverse=True)
-        start, stop = pairs[:, 0], pairs[:, 1]
+        start, stop, inverse = _distinct_pairs(s, t)
         if self._matrix is None:
             return propagate(self._generator, start, stop, self.vocabulary.num_states, self.steps)[inverse]
         log_alpha = lambda time: self.schedule.alpha(time.clamp(max=LATEST)).log()  # noqa: E731
@@ -138,3 +137,11 @@ class DenseProcess(ForwardProcess):
             return first * (1.0 - t) / (1.0 - t * 0.9) + second * 4.0 * t
 
         return [cls(bare, first), cls(bare, turning)]
+
+
+def _distinct_pairs(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct (s, t) and each row's place among them; unique over rows of a table is 30 times slower."""
+    first, which_first = torch.unique(s, return_inverse=True)
+    second, which_second = torch.unique(t, return_inverse=True)
+    codes, inverse = torch.unique(which_first * len(second) + which_second, return_inverse=True)
+    return first[codes // len(second)], second[codes % len(second)], inverse
