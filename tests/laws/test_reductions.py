@@ -110,7 +110,7 @@ def test_finite_steps_are_those_of_the_paper(gamma: float) -> None:
 
 @pytest.mark.parametrize("xi", [0.9, 0.8])
 def test_the_perturbed_bound_is_the_exact_one(xi: float) -> None:
-    """w_m KL(rho_x||rho^) at masks, w_c (-ln [ rho_x(k) p(x) / rho^_k ]) at any cluster k: a bound, not so the published one."""
+    """w_m KL(rho_x || rho^) at masks, w_c (-ln [ rho_x(k) p(x) / rho^_k ]) at any cluster k."""
     process = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)), xi)
     rows = Rows(process, times(INNER))
     _, beta_c, beta_m, d_beta_m = masses(1.0, rows.t)
