@@ -27,10 +27,10 @@ def bound(step: int) -> Tensor:
     """[B] nats of sequences that count up from a random start: ln 8 = 2.08 each, and no honest bound is below."""
     noise = Noise(0, step, slots, LENGTH)
     x0 = ((noise.uniform("start")[:, :1] * WORDS).long() + torch.arange(LENGTH)) % WORDS
-    return nelbo(process, ask, x0, scored, FlatTimes(0.02), noise, slots, BATCH).total
+    return nelbo(process, ask, x0, scored, FlatTimes(0.1), noise, slots, BATCH).total
 
 
-optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
+optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
 for step in range(400):
     bound(step).mean().backward()
     optimizer.step()

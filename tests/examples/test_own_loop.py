@@ -23,9 +23,9 @@ def test_own_loop_takes_at_most_forty_lines_and_neither_recipe_nor_trainer() -> 
 def test_own_loop_learns_and_its_bound_is_not_below_the_entropy_of_its_source(tmp_path: Path) -> None:
     printed = python(str(SCRIPT), folder=tmp_path)
     nats = float(printed.split()[0])
-    # Untrained, six uniform letters cost 6 ln 8 = 12.5 nats. 2560 sequences of fixed seed with a standard deviation of
-    # about 3 nats each put 0.06 on the mean; the floor gets four of those.
-    assert math.log(8) - 0.25 <= nats <= 3.5
+    # Untrained, six uniform letters cost 6 ln 8 = 12.5 nats. The mean over 40 stratified batches has a standard error of
+    # 0.11 (measured, fixed seed); the floor leaves it four of those.
+    assert math.log(8) - 0.44 <= nats <= 3.0
     rows = [[int(word) for word in re.findall(r"\d+", line)] for line in printed.splitlines()[1:]]
     follows = [(after - before) % 8 == 1 for row in rows for before, after in itertools.pairwise(row)]
     assert len(follows) == 20
