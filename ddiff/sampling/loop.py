@@ -100,6 +100,8 @@ def _first_canvas(
     """Prior draws at t = 1 everywhere, given words where clamped."""
     shape = (len(index), length)
     prior = process.prior.draw(noise.uniform("start"))
+    if clamped is not None and given is None:
+        raise ArgumentError("generate: clamped needs given, the words to keep at those positions.")
     if clamped is None:
         clamped = torch.zeros(shape, dtype=torch.bool, device=index.device)
     given = prior if given is None else given
@@ -108,8 +110,12 @@ def _first_canvas(
             f"generate: given and clamped must be [{shape[0]}, {shape[1]}] like the canvas; got {tuple(given.shape)} and "
             f"{tuple(clamped.shape)}. A prompt longer than the canvas needs a larger length."
         )
-    if bool((given[clamped] >= process.vocabulary.num_tokens).any()):
-        raise ArgumentError("generate: clamped positions must hold words; got a mask or node id.")
+    kept, num_tokens = given[clamped], process.vocabulary.num_tokens
+    if bool(((kept < 0) | (kept >= num_tokens)).any()):
+        raise ArgumentError(
+            f"generate: clamped positions of given must hold words, ids 0..{num_tokens - 1}; got ids from "
+            f"{int(kept.min())} to {int(kept.max())}. Clamp only where there is a word."
+        )
     times = torch.ones(shape, dtype=torch.float64, device=index.device)
     return Canvas(torch.where(clamped, given, prior), times, clamped)
 

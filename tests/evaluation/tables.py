@@ -1,0 +1,94 @@
+"""Denoisers that are known exactly, to evaluate in a network's place, and the processes to evaluate them on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddiff.core.clock import CdfClock, LogTimeClock
+from ddiff.core.dense import DenseProcess
+from ddiff.core.elbo import Likelihood, ask_table, nelbo
+from ddiff.core.noise import Noise
+from ddiff.core.process import ForwardProcess
+from ddiff.core.schedule import LinearSchedule
+from ddiff.core.times import TimeRule
+from ddiff.core.tree import TreeProcess
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
+from ddiff.data.batch import Batch
+from ddiff.data.markov import MarkovSource
+
+Table = Callable[[Tensor, Tensor], Tensor]
+
+
+def processes() -> dict[str, ForwardProcess]:
+    """Masking, a tree whose parents may be wrong, and an uneven dense chain, on four words."""
+    rates = torch.rand(4, 4, generator=torch.Generator().manual_seed(3)).double() + 0.2
+    return {
+        "masked": TreeProcess(FlatVocabulary(4), CdfClock([LinearSchedule()])),
+        "tree": TreeProcess(HierarchicalVocabulary([[0, 1, 1, 0]]), LogTimeClock((1.0, 1.0)), xi=0.9),
+        "dense": DenseProcess(FlatVocabulary(4, mask=False), rates - rates.sum(1).diag()),
+    }
+
+
+class Known:
+    """What `evaluate` asks of an objective, of a table; notes the rows and strata that it was asked for."""
+
+    def __init__(self, process: ForwardProcess, table: Table) -> None:
+        self.process, self.ask = process, ask_table(table, process.vocabulary)
+        self.asked: list[tuple[int, int, int]] = []  # row, slot, slots
+
+    def nll(self, batch: Batch, noise: Noise, slot: Tensor, slots: Tensor, times: TimeRule) -> Likelihood:
+        self.asked += zip(batch.index.tolist(), slot.tolist(), slots.tolist())
+        terms = nelbo(self.process, self.ask, batch.ids, batch.scored, times, noise, slot, slots)
+        named = {"closing": terms.closing, "diffusion": terms.diffusion, "decoding": terms.decoding}
+        return Likelihood(named, {"everything": terms.diffusion})
+
+
+def constant(law: Tensor) -> Table:
+    """The same law of words everywhere, whatever the context."""
+    return lambda zt, t: law.log().expand(*zt.shape, -1)
+
+
+def given_the_rest(process: ForwardProcess, source: MarkovSource) -> Table:
+    """The exact law of each symbol of a Markov row given the other positions' states, by forward and backward sums."""
+    move, start = torch.from_numpy(source.transition), torch.from_numpy(source.stationary)
+
+    def table(zt: Tensor, t: Tensor) -> Tensor:
+        evidence = process.log_likelihood(zt.reshape(-1), t.reshape(-1)).softmax(-1).reshape(*zt.shape, -1)
+        before, after = [start.expand(len(zt), -1)], [torch.ones(len(zt), len(start)).double()]
+        for i in range(zt.shape[1] - 1):
+            before.append(_law((before[-1] * evidence[:, i]) @ move))
+            after.append(_law((after[-1] * evidence[:, -1 - i]) @ move.T))
+        return _law(torch.stack(before, 1) * torch.stack(after[::-1], 1)).log()
+
+    return table
+
+
+def _law(weights: Tensor) -> Tensor:
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def full_rows(ids: Tensor) -> Callable[[NDArray[np.int64]], Batch]:
+    """Every position of `ids` [R,L] is scored."""
+    return scored_rows(ids, torch.full((len(ids),), ids.shape[1]))
+
+
+def scored_rows(ids: Tensor, num_valid: Tensor) -> Callable[[NDArray[np.int64]], Batch]:
+    """The first `num_valid` [R] positions of each row are valid and scored, the rest is padding."""
+    valid = torch.arange(ids.shape[1]) < num_valid[:, None]
+
+    def batch_of(numbers: NDArray[np.int64]) -> Batch:
+        rows = torch.from_numpy(numbers)
+        document = rows[:, None].expand(-1, ids.shape[1])
+        return Batch(ids[rows], valid[rows], valid[rows], document, rows)
+
+    return batch_of
+
+
+def symbols(source: MarkovSource, count: int, length: int) -> Tensor:
+    """[count, length] ids of rows of the source."""
+    return torch.tensor([[source.symbols.index(symbol) for symbol in row] for row in source.rows(count, length)])

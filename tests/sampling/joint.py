@@ -1,0 +1,81 @@
+"""A joint law of two symbols, small enough that the law of every sampler on it can be summed up exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddiff.core.clock import CdfClock, LogTimeClock
+from ddiff.core.dense import DenseProcess
+from ddiff.core.elbo import Ask, ask_table
+from ddiff.core.interpolating import MixtureProcess
+from ddiff.core.process import ForwardProcess
+from ddiff.core.schedule import LinearSchedule, Schedule
+from ddiff.core.tree import TreeProcess
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
+
+JOINT = torch.tensor([[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64)
+"""P(x_1, x_2), far from the product of its marginals."""
+
+
+def processes() -> dict[str, ForwardProcess]:
+    """Families of every kind on three words."""
+    bare, rates = FlatVocabulary(3, mask=False), torch.tensor([[-3.0, 2.0, 1.0], [0.5, -1.5, 1.0], [1.0, 1.0, -2.0]])
+    return {
+        "masked": TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()])),
+        "tree": TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((1.0, 1.0))),
+        "uncertain tree": TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((1.0, 1.0)), xi=0.8),
+        "uniform": MixtureProcess(bare, LinearSchedule(), torch.full((3,), 1 / 3)),
+        "dense": DenseProcess(bare, rates.double()),
+    }
+
+
+class EarlyNoise(Schedule):
+    """alpha = 0.9 (1 - t): noise remains at t = 0, and the last draw has to remove it."""
+
+    closes_at_clean = False
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 0.9 * (1.0 - t)
+
+
+def given_the_rest(process: ForwardProcess) -> Callable[[Tensor, Tensor], Tensor]:
+    """(zt [B,2], t [B,2]) -> [B,2,3] the exact law of each symbol given the other position's state."""
+
+    def table(zt: Tensor, t: Tensor) -> Tensor:
+        evidence = process.log_likelihood(zt.reshape(-1), t.reshape(-1)).exp().reshape(*zt.shape, -1)
+        laws = torch.stack([evidence[:, 1] @ JOINT.T, evidence[:, 0] @ JOINT], 1)
+        return (laws / laws.sum(-1, keepdim=True)).log()
+
+    return table
+
+
+def exact_ask(process: ForwardProcess) -> Ask:
+    return ask_table(given_the_rest(process), process.vocabulary)
+
+
+def law_of_chain(process: ForwardProcess, num_steps: int) -> Tensor:
+    """[S,S] the law of both states after `num_steps` equal reverse steps, summed over all canvases.
+
+    Positions move independently given the canvas, each by `reverse_log_probs`.
+    """
+    size = process.vocabulary.num_states
+    canvases = torch.cartesian_prod(torch.arange(size), torch.arange(size))
+    prior = process.prior.log_prob.exp()
+    law = torch.outer(prior, prior).reshape(-1)
+    for k in range(num_steps, 0, -1):
+        possible = canvases[law > 0]
+        now, then = (torch.full((2 * len(possible),), step / num_steps).double() for step in (k, k - 1))
+        log_p = given_the_rest(process)(possible, now.reshape(-1, 2)).reshape(-1, 3)
+        step = process.reverse_log_probs(log_p, possible.reshape(-1), now, then).exp().reshape(-1, 2, size)
+        law = torch.einsum("c,ca,cb->ab", law[law > 0], step[:, 0], step[:, 1]).reshape(-1)
+    return law.reshape(size, size)
+
+
+def distance(law: Tensor) -> float:
+    """Total variation between a law of states [S,S] and JOINT."""
+    whole = torch.zeros_like(law)
+    whole[:3, :3] = JOINT
+    return 0.5 * float((law - whole).abs().sum())

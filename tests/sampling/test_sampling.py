@@ -1,0 +1,164 @@
+"""Sampling: the exact chain, prompts kept, batches irrelevant, network calls counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from joint import JOINT, EarlyNoise, distance, exact_ask, given_the_rest, law_of_chain, processes
+from torch import Tensor
+
+from ddiff.core.elbo import ask_table
+from ddiff.core.interpolating import MixtureProcess
+from ddiff.core.process import ForwardProcess
+from ddiff.core.vocabulary import FlatVocabulary
+from ddiff.errors import ArgumentError
+from ddiff.sampling.ancestral import AncestralSampler
+from ddiff.sampling.loop import Canvas, Samples, generate
+
+NAMES = list(processes())
+
+
+class Quick:
+    """Uniforms of one generator, for hundreds of thousands of samples; `Noise` numbers each one and takes longer."""
+
+    def __init__(self, shape: tuple[int, int], generator: torch.Generator) -> None:
+        self.shape, self.generator = shape, generator
+
+    def uniform(self, channel: str, count: int = 1) -> Tensor:
+        drawn = torch.rand(*self.shape, count, generator=self.generator, dtype=torch.float64)
+        return drawn.squeeze(-1) if count == 1 else drawn
+
+
+def many(process: ForwardProcess, num_steps: int, count: int) -> Tensor:
+    """[count,2] samples of the ancestral sampler under the exact laws."""
+    noise = Quick((count, 2), torch.Generator().manual_seed(7))
+    start = process.prior.draw(noise.uniform("start"))
+    canvas = Canvas(start, torch.ones(count, 2).double(), torch.zeros(count, 2, dtype=torch.bool))
+    sampler = AncestralSampler(num_steps)
+    return list(sampler.run(process, exact_ask(process), canvas, lambda step: noise))[-1].zt  # type: ignore[arg-type,return-value]
+
+
+def draw(process: ForwardProcess, index: list[int], length: int = 2, steps: int = 6, **settings: Any) -> Samples:
+    settings = {"sampler": AncestralSampler(steps), "ask": exact_ask(process), "seed": 3} | settings
+    return generate(process=process, index=torch.tensor(index), length=length, **settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_law_of_the_samples_tends_to_the_joint_as_one_over_the_steps(name: str) -> None:
+    """First order: four times the steps, a quarter of the distance, once the steps are short (3.5 to 4.5 from 16 to 64).
+
+    Summed over all canvases, no sampling error. One step draws both symbols from their marginals. Masking is wrong only
+    where both symbols appear in the same of N even steps, with probability 1/N: an equality.
+    """
+    process = processes()[name]
+    far, nearer, near, nearest = (distance(law_of_chain(process, steps)) for steps in (1, 4, 16, 64))
+    marginals = torch.outer(JOINT.sum(1), JOINT.sum(0))
+    assert far == pytest.approx(0.5 * float((marginals - JOINT).abs().sum()), abs=1e-9)
+    assert far > nearer > 2.5 * near
+    assert 3.5 < near / nearest < 4.5
+    if name == "masked":
+        assert [nearer, near, nearest] == pytest.approx([far / 4, far / 16, far / 64], rel=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_sampler_draws_from_the_law_of_that_chain(name: str, steps: int) -> None:
+    """20 000 samples: chi-square of nine cells is above 35 with probability 2.7e-5; ten cases, seed fixed."""
+    process, count = processes()[name], 20_000
+    ids = many(process, steps, count)
+    found = torch.bincount(ids[:, 0] * 3 + ids[:, 1], minlength=9).double()
+    expected = count * law_of_chain(process, steps)[:3, :3].reshape(-1)
+    assert float(expected.sum()) == pytest.approx(count, abs=1e-6), "the chain ends in words"
+    assert float(((found - expected) ** 2 / expected).sum()) < 35
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_given_words_are_kept_bit_for_bit_and_guide_the_others(name: str) -> None:
+    process, given = processes()[name], torch.tensor([[1, 0]] * 400)
+    clamped = torch.tensor([[True, False]] * 400)
+    seen: list[Tensor] = []
+    keep = lambda step, canvas: seen.append(canvas.zt[:, 0].clone())  # noqa: E731
+    drawn = draw(process, list(range(400)), given=given, clamped=clamped, on_step=keep)
+    assert len(seen) == 6
+    assert all(bool((states == 1).all()) for states in seen)
+    # With one free symbol the chain is exact in any number of steps: P(x_2 = 1 | x_1 = 1) = 0.8; 5 sigma is 0.1.
+    assert abs(float((drawn.ids[:, 1] == 1).double().mean()) - 0.8) < 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
+    process = processes()[name]
+    together = draw(process, list(range(12))).ids
+    assert torch.equal(draw(process, [7]).ids, together[7:8])
+    assert torch.equal(draw(process, [11, 0, 4]).ids, together[[11, 0, 4]])
+    assert not torch.equal(draw(process, list(range(12)), seed=4).ids, together)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_network_calls_are_counted(name: str) -> None:
+    process, calls = processes()[name], 0
+
+    def table(zt: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return given_the_rest(process)(zt, t)
+
+    drawn = draw(process, [0, 1], steps=40, ask=ask_table(table, process.vocabulary))
+    assert drawn.nfe == calls
+    assert 1 <= calls <= 40
+    if name == "masked":  # four positions move once each: no more than four of forty steps need the network
+        assert calls <= 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_nothing_moves_the_network_is_not_asked(name: str) -> None:
+    given = torch.tensor([[0, 2], [1, 1]])
+    drawn = draw(processes()[name], [0, 1], given=given, clamped=torch.ones(2, 2, dtype=torch.bool))
+    assert drawn.nfe == 0
+    assert torch.equal(drawn.ids, given)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_step_takes_the_likeliest_word_when_asked_to(name: str) -> None:
+    """One step from the prior, which says nothing of the words: each symbol is its marginal's mode, P = .40 and .37."""
+    drawn = draw(processes()[name], list(range(20)), sampler=AncestralSampler(1, last="argmax"))
+    assert drawn.ids.tolist() == [[int(JOINT.sum(1).argmax()), int(JOINT.sum(0).argmax())]] * 20
+    assert drawn.nfe == 1
+    assert len(set(map(tuple, draw(processes()[name], list(range(20)), steps=1).ids.tolist()))) > 1
+
+
+@pytest.mark.parametrize("last", ["draw", "argmax"])
+def test_what_has_not_closed_at_the_clean_end_is_decoded_into_words(last: Any) -> None:
+    """A tenth of the tokens is masked even at t = 0; the last draw fills them."""
+    point = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    process = MixtureProcess(FlatVocabulary(3), EarlyNoise(), point)
+    seen: list[Tensor] = []
+    keep = lambda step, canvas: seen.append(canvas.zt)  # noqa: E731
+    drawn = draw(process, list(range(300)), sampler=AncestralSampler(8, last), on_step=keep)
+    assert bool((seen[-2] == 3).any())
+    assert bool((drawn.ids < 3).all())
+    assert len(seen) == 8
+    if last == "draw":  # the law of single symbols is right whatever the steps; 5 sigma of 300 draws is 0.15
+        found = torch.bincount(drawn.ids[:, 0], minlength=3) / 300
+        assert float((found - JOINT.sum(1)).abs().max()) < 0.15
+
+
+def test_given_words_that_do_not_fit_are_refused() -> None:
+    process, keep = processes()["masked"], torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(ArgumentError, match=r"must be \[2, 2\].*\(2, 3\)"):
+        draw(process, [0, 1], given=torch.zeros(2, 3, dtype=torch.long), clamped=keep)
+    with pytest.raises(ArgumentError, match=r"must be \[2, 2\].*\(1, 2\)"):
+        draw(process, [0, 1], given=torch.zeros(2, 2, dtype=torch.long), clamped=keep[:1])
+    with pytest.raises(ArgumentError, match="must hold words, ids 0..2"):
+        draw(process, [0, 1], given=torch.full((2, 2), 3), clamped=keep)
+    with pytest.raises(ArgumentError, match="must hold words, ids 0..2"):
+        draw(process, [0, 1], given=torch.full((2, 2), -1), clamped=keep)
+    with pytest.raises(ArgumentError, match="clamped needs given"):
+        draw(process, [0, 1], clamped=keep)
+
+
+def test_a_sampler_takes_at_least_one_step() -> None:
+    with pytest.raises(ArgumentError, match="num_steps must be at least 1; got 0"):
+        AncestralSampler(0)
