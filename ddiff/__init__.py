@@ -100,7 +100,10 @@ _MODULES = {
         "read_recipe",
     ),
     "ddiff.registry": ("Registry",),
+    "ddiff.sampling.ancestral": ("AncestralSampler",),
+    "ddiff.sampling.loop": ("generate",),
     "ddiff.runs": (
+        "Run",
         "load",
         "run",
     ),
@@ -183,5 +186,8 @@ if TYPE_CHECKING:
     from ddiff.recipe import Recipe as Recipe
     from ddiff.recipe import read_recipe as read_recipe
     from ddiff.registry import Registry as Registry
+    from ddiff.runs import Run as Run
     from ddiff.runs import load as load
     from ddiff.runs import run as run
+    from ddiff.sampling.ancestral import AncestralSampler as AncestralSampler
+    from ddiff.sampling.loop import generate as generate

@@ -15,7 +15,7 @@ import platform
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -117,10 +117,16 @@ class Run:
 
     # ------------------------------------------------------------------ stages
 
-    def train(self) -> TrainingSummary:
-        """Train to the recipe's last step, going on from the newest checkpoint."""
+    def train(self, *, accepted: Callable[[], None] = lambda: None) -> TrainingSummary:
+        """Train to the recipe's last step, going on from the newest checkpoint.
+
+        `accepted` is called once that checkpoint is known to be whole and to fit, before anything is written.
+        """
         trainer = self._trainer()
         start = trainer.checkpoints.newest()
+        if start is not None:
+            trainer.check_fit(start)
+        accepted()
         if start is None:
             self._start_from_counts()
         summary = trainer.fit(start)
@@ -246,6 +252,8 @@ def run(
 
     `vocabulary` and `process` take the place of the recipe's; `settings` are `--set` texts. Raises DdiffError's family.
     """
+    if isinstance(recipe, Recipe) and tuple(settings):
+        raise ArgumentError("ddiff.run: settings go over a recipe by path or name; got them with one already read.")
     resolved = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings)
     built, _ = _run_stages(resolved, Given(vocabulary, process), fresh)
     return built
@@ -266,7 +274,9 @@ def load(run_dir: str | Path, *, process: ForwardProcess | None = None) -> Run:
             "Load it with ddiff.load(run_dir, process=...)."
         )
     tokenizer = load_tokenizer(str(directory / TOKENIZER))
-    built = Run(recipe, tokenizer, Vocabulary.load(str(directory / VOCABULARY)), Given(process=process))
+    vocabulary = Vocabulary.load(str(directory / VOCABULARY))
+    check_tokenizer(tokenizer, vocabulary)
+    built = Run(recipe, tokenizer, vocabulary, Given(process=process))
     checkpoints = Checkpoints(str(directory / "checkpoints"))
     load_weights(built.objective.module, checkpoints.weights(), str(directory))
     return built
@@ -307,10 +317,11 @@ def sample_run(
 
 def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
     directory = Path(recipe.run_dir)
-    _prepare(directory, recipe, given, fresh)
+    _check_directory(directory, recipe, given, fresh)
     built = _build(recipe, given)
-    _record(directory, recipe, built, given)
-    summary = built.train()
+    if fresh and directory.exists():
+        shutil.rmtree(directory)  # now that everything else is known to be right
+    summary = built.train(accepted=lambda: _record(directory, recipe, built, given))
     if summary.exit_code:
         print(f"Stopped at step {summary.step} of {summary.steps}, saved. The same command goes on.", file=sys.stderr)
         return built, summary.exit_code
@@ -320,18 +331,17 @@ def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
     return built, 0
 
 
-def _prepare(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> None:
-    """Hold the directory's recipe against this one; only more training steps may differ."""
-    if fresh and directory.exists():
-        if not (directory / RECIPE).is_file() and any(directory.iterdir()):
-            raise CheckpointError(
-                f"--fresh: {directory} holds no {RECIPE}, so it is not a run of ddiff's and is left alone. "
-                "Name another run_dir, or empty that one yourself."
-            )
-        shutil.rmtree(directory)
-    if not (directory / RECIPE).is_file():
+def _check_directory(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> None:
+    """Hold the directory's recipe against this one; only more training steps may differ, unless all starts over."""
+    is_run = (directory / RECIPE).is_file()
+    if fresh and not is_run and directory.exists() and any(directory.iterdir()):
+        raise CheckpointError(
+            f"--fresh: {directory} holds no {RECIPE}, so it is not a run of ddiff's and is left alone. "
+            "Name another run_dir, or empty that one yourself."
+        )
+    if fresh or not is_run:
         return
-    old = tomllib.loads((directory / RECIPE).read_text(encoding="utf-8"))
+    old = _read_recorded(directory)
     changed = [change for change in changed_keys(old, recipe.to_dict()) if not _continues(*change)]
     was_given = _read_json(directory / ENVIRONMENT).get("given", {})
     changed += [(f"given {key}", a, b) for key, a, b in changed_keys(was_given, given.to_dict())]
@@ -341,6 +351,17 @@ def _prepare(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> None
             f"{directory} was made with another recipe. Changed keys:\n{lines}\n"
             "Run with --fresh to start over there, or set run_dir to another directory. (More train.steps alone continue.)"
         )
+
+
+def _read_recorded(directory: Path) -> dict[str, Any]:
+    """The recipe that the directory was made with."""
+    path = directory / RECIPE
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}. Restore it from a copy, or start anew with --fresh."
+        ) from error
 
 
 def _continues(key: str, old: Any, new: Any) -> bool:
@@ -435,7 +456,7 @@ def _sample_stage(built: Run) -> list[dict[str, Any]]:
     """samples.jsonl, unless it stands there for this step."""
     path, step = built.run_dir / SAMPLES, _step(built)
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    saved = [json.loads(line) for line in lines]
+    saved = [_parsed(line, path) for line in lines]
     if len(saved) == built.recipe.sample.count and all(sample.get("step") == step for sample in saved):
         return saved
     samples = [{"step": step, **sample} for sample in built.sample()]
@@ -456,7 +477,18 @@ def _write(path: Path, text: str) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """What stands in a file of the run, nothing where there is none."""
+    return _parsed(path.read_text(encoding="utf-8"), path) if path.is_file() else {}
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        remedy = "Restore it from a copy, or start anew with --fresh."
+        if path.name in (EVALUATION, SAMPLES):
+            remedy = "Delete it, and the same command writes it anew."
+        raise CheckpointError(f"{path} is damaged: {error}. {remedy}") from error
 
 
 def _or(value: int | None, default: int) -> int:

@@ -67,6 +67,9 @@ def read_embeddings(path: str, num_tokens: int) -> NDArray[np.float32]:
             f"{path} must hold one float matrix with a row for each of the tokenizer's {num_tokens} tokens; "
             f"it holds {matrix.dtype} of shape {matrix.shape}. Was it made for another tokenizer?"
         )
+    if not np.isfinite(matrix).all():
+        row = int(np.argmin(np.isfinite(matrix).all(1)))
+        raise DataError(f"{path} holds NaN or infinity, first in row {row}. Make or export the embeddings again.")
     return matrix.astype(np.float32)
 
 

@@ -55,13 +55,15 @@ class ForwardProcess(ABC):
     """A continuous-time Markov chain on the states of one position, started at the clean token.
 
     `closes_at_clean` declares q_0(.|x) = delta_x, `closes_at_prior` declares q_1(.|x) = prior for every x.
-    `uniforms_per_sample`, `_step`, `_decode` say how many uniforms per position each draw takes.
+    `uniforms_per_sample`, `_step`, `_decode` say how many uniforms per position each draw takes; `exact_step` is False
+    where a process was asked to step by a heuristic instead of its own reverse transition.
     """
 
     vocabulary: Vocabulary
     prior: Prior
     closes_at_clean: bool = True
     closes_at_prior: bool = True
+    exact_step: bool = True
     uniforms_per_sample: int = 1
     uniforms_per_step: int = 1
     uniforms_per_decode: int = 1

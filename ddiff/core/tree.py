@@ -154,6 +154,7 @@ class TreeProcess(ForwardProcess):
         self.closes_at_clean, self.closes_at_prior = clock.closes_at_clean, clock.closes_at_prior
         self.uniforms_per_sample = 1 if self.parents.certain else 2
         self.uniforms_per_step = 2
+        self.exact_step = self.parents.certain or decoding == "bayes"
 
     @staticmethod
     def _check(vocabulary: Vocabulary, clock: LevelClock, decoding: str) -> None:

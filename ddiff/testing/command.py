@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
@@ -43,6 +44,7 @@ def check(name: str, settings: Sequence[str], plugins: Sequence[str] | None = No
     `settings` are key=value texts for the component's Config. Without `plugins` everything installed is searched. Raises
     PluginError for an unknown name, RecipeError for a wrong setting, ArgumentError when nothing fits the settings.
     """
+    torch.set_num_threads(1)  # the laws' tensors are small: a second thread costs more than it brings
     instances = [one for component in _named(name, plugins) for one in _instances(component, settings)]
     reports = list(_prove(instances))
     _print(name, reports)

@@ -268,13 +268,14 @@ class Trainer:
                     "would mix the two. Go on from its newest checkpoint, empty the run directory, or name another one."
                 )
             return _Run()
-        self._check_fit(start)
+        self.check_fit(start)
         start.restore(self.objective.module)
         self.optimizer.load_state_dict(start.state["optimizer"])
         _set_random_state(start.state["random"], self.backend.device)
         return _Run.from_tree(start.step, start.state["run"])
 
-    def _check_fit(self, start: Checkpoint) -> None:
+    def check_fit(self, start: Checkpoint) -> None:
+        """Raises ArgumentError or CheckpointError when training cannot go on from `start`; `fit` asks this first."""
         if start.step > self.steps:
             raise ArgumentError(
                 f"Trainer: steps must be at least the {start.step} that {start.path} has behind it; got {self.steps}. "

@@ -13,5 +13,7 @@ class Single:
     @staticmethod
     def build(config: ComponentConfig, *, device: str, processes: int) -> SingleBackend:
         if processes != 1:
-            raise ArgumentError(f'[backend] kind = "single" runs one process; got processes = {processes}. Leave it out.')
+            raise ArgumentError(
+                f'[backend] kind = "single" runs one process; got processes = {processes}. Leave it out.'
+            )
         return SingleBackend(device)
