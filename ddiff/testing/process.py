@@ -69,7 +69,8 @@ def check_parts(process: ForwardProcess) -> list[LawReport]:
 def check_process(process: ForwardProcess) -> list[LawReport]:
     """Every law that applies to a small instance (at most 64 states), by brute force in float64.
 
-    A process that declares `exact_step = False` is not held to its posterior. Raises ArgumentError for a larger one; a law that the process breaks, or raises in, is a report that has not passed.
+    A process that declares `exact_step = False` is not held to its posterior. Raises ArgumentError for a larger one; a law
+    that the process breaks, or raises in, is a report that has not passed.
     """
     require_small(process)
     laws = PROCESS_LAWS if process.exact_step else [law for law in PROCESS_LAWS if law not in OF_EXACT_STEPS]

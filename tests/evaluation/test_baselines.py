@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ def by_hand(train: list[list[int]], validation: list[list[int]], num_tokens: int
     """Unigram and Witten-Bell bigram, token by token over documents."""
     words = [word for document in train for word in document]
     unigram = [(words.count(word) + 1) / (len(words) + num_tokens) for word in range(num_tokens)]
-    pairs = [pair for document in train for pair in zip(document, document[1:])]
+    pairs = [pair for document in train for pair in pairwise(document)]
     flat, bigram = [], []
     for document in validation:
         for place, word in enumerate(document):
