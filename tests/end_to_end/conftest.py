@@ -1,0 +1,51 @@
+"""A folder with a small recipe and its corpus, and the command line called on it. Lets the tests import `small`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from small import CORPUS, RECIPE
+
+from ddiff.cli import main
+
+Called = tuple[int, str, str]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty place to work in with the recipe, its corpus and a cache of its own."""
+    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    Path("small.toml").write_text(RECIPE)
+    Path("corpus.txt").write_text(CORPUS)
+    return Path.cwd()
+
+
+@pytest.fixture
+def ddiff(capsys: pytest.CaptureFixture[str]) -> Callable[..., Called]:
+    """`ddiff("run", "small.toml")` gives the exit code, standard output and standard error."""
+
+    def call(*arguments: str) -> Called:
+        code = 0
+        try:
+            main(list(arguments))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,51 @@
+"""A small recipe that trains in a second, and its corpus."""
+
+from __future__ import annotations
+
+RECIPE = """
+name = "small"
+plugins = ["hdlm", "mdlm", "dit"]
+
+[data]
+kind = "text"
+files = ["corpus.txt"]
+split = "line"
+held_out = 0.2
+length = 8
+
+[tokenizer]
+kind = "bpe"
+size = 270
+
+[vocabulary]
+kind = "clusters"
+sizes = [8]
+
+[process]
+kind = "hdlm"
+
+[denoiser]
+kind = "dit"
+width = 16
+layers = 1
+heads = 2
+dropout = 0.1
+head = "levelwise"
+
+[train]
+steps = 30
+batch = 4
+warmup = 3
+optimizer = "muon"
+checkpoint_every = 7
+log_every = 5
+
+[evaluate]
+batch = 16
+
+[sample]
+steps = 4
+count = 2
+"""
+
+CORPUS = "\n".join(f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd")

@@ -1,0 +1,155 @@
+"""`ddiff run` again goes on where the run stands, bit for bit; what does not fit is refused; `--fresh` starts over."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddiff.training.checkpoint import Checkpoints
+from ddiff.training.metrics import WALL_CLOCK
+
+Command = Callable[..., tuple[int, str, str]]
+STEPS, EVERY = 80, 7
+LONG = ("--set", f"train.steps={STEPS}", "--set", f"train.checkpoint_every={EVERY}", "--set", "train.keep=20")
+
+
+def metrics(run_dir: Path) -> list[str]:
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in json.loads(line).items() if k not in WALL_CLOCK} for line in metrics(run_dir)]
+
+
+def saved(run_dir: Path) -> int:
+    return Checkpoints(run_dir / "checkpoints").steps()[-1]
+
+
+def signalled(run_dir: Path, step: int, number: int) -> subprocess.Popen[str]:
+    """`ddiff run` in a process of its own, sent a signal once `step` stands in its metrics; ended."""
+    code = "import sys; from ddiff.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "run", "small.toml", *LONG, "--set", f"run_dir={str(run_dir)!r}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(metrics(run_dir)) < step:
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    process.wait(timeout=60)
+    return process
+
+
+@pytest.mark.slow
+def test_killed_and_interrupted_it_ends_as_if_left_alone(folder: Path, ddiff: Command) -> None:
+    """SIGKILL at one random step, SIGINT at a later one; dropout is on, so torch's random state matters too."""
+    torn, straight = Path("torn"), Path("straight")
+    draw = random.Random(5)
+
+    process = signalled(torn, draw.randrange(10, 30), signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    reached, kept = len(metrics(torn)), saved(torn)
+    assert reached - EVERY - 1 <= kept <= reached < STEPS
+    assert not (torn / "evaluation.json").exists()
+    before = metrics(torn)[:kept]
+
+    process = signalled(torn, draw.randrange(40, 60), signal.SIGINT)
+    assert process.returncode == 130
+    assert "The same command goes on" in (process.stderr.read() if process.stderr else "")
+    assert metrics(torn)[:kept] == before, "steps up to the checkpoint are not done again: their seconds stand"
+    assert saved(torn) == len(metrics(torn)) < STEPS, "SIGINT saves the step under way"
+    assert not (torn / "evaluation.json").exists()
+
+    before = metrics(torn)
+    code, out, _ = ddiff("run", "small.toml", *LONG, "--set", "run_dir='torn'")
+    assert code == 0
+    assert metrics(torn)[: len(before)] == before
+    done_here = re.search(r"this time ([\d,]+) tokens", out)
+    assert done_here
+    assert int(done_here[1].replace(",", "")) == sum(
+        json.loads(line)["tokens"] for line in metrics(torn)[len(before) :]
+    )
+
+    assert ddiff("run", "small.toml", *LONG, "--set", "run_dir='straight'")[0] == 0
+    assert [record["step"] for record in records(torn)] == list(range(1, STEPS + 1))
+    assert records(torn) == records(straight)
+    for name in ("evaluation.json", "samples.jsonl"):
+        assert (torn / name).read_bytes() == (straight / name).read_bytes(), name
+    for name in ("model.safetensors", "state.safetensors"):
+        place = Path("checkpoints") / f"step_{STEPS:08d}" / name
+        assert (torn / place).read_bytes() == (straight / place).read_bytes(), name
+
+
+SHORT = ("run", "small.toml", "--set", "train.steps=4")
+
+
+def test_a_finished_run_is_not_done_again(folder: Path, ddiff: Command) -> None:
+    assert ddiff(*SHORT)[0] == 0
+    run_dir = Path("runs/small")
+    before = {
+        name: (run_dir / name).stat().st_mtime_ns for name in ("metrics.jsonl", "evaluation.json", "samples.jsonl")
+    }
+    lines = metrics(run_dir)
+    code, out, _ = ddiff(*SHORT)
+    assert code == 0
+    assert "this time 0 tokens" in out
+    assert metrics(run_dir) == lines
+    assert all((run_dir / name).stat().st_mtime_ns == before[name] for name in ("evaluation.json", "samples.jsonl"))
+
+
+def test_more_steps_go_on_and_fewer_are_refused(folder: Path, ddiff: Command) -> None:
+    assert ddiff(*SHORT)[0] == 0
+    run_dir = Path("runs/small")
+    first = metrics(run_dir)
+    assert ddiff(*SHORT, "--set", "train.steps=6")[0] == 0
+    assert metrics(run_dir)[:4] == first
+    assert len(metrics(run_dir)) == 6
+    assert json.loads((run_dir / "evaluation.json").read_text())["step"] == 6
+    assert {json.loads(line)["step"] for line in (run_dir / "samples.jsonl").read_text().splitlines()} == {6}
+    code, _, err = ddiff(*SHORT)
+    assert code == 2
+    assert "train.steps: was 6, is 4" in err
+    assert len(metrics(run_dir)) == 6
+
+
+def test_a_changed_recipe_lists_what_changed_and_stops(folder: Path, ddiff: Command) -> None:
+    assert ddiff(*SHORT)[0] == 0
+    before = Path("runs/small/recipe.toml").read_bytes()
+    code, out, err = ddiff(*SHORT, "--set", "process.gamma=2.0", "--set", "train.batch=8", "--set", "train.steps=6")
+    assert (code, out) == (2, "")
+    assert "train.batch: was 4, is 8" in err
+    assert "process.gamma: was" in err
+    assert "train.steps" not in err.split("Run with")[0]
+    assert "--fresh" in err
+    assert Path("runs/small/recipe.toml").read_bytes() == before
+    assert len(metrics(Path("runs/small"))) == 4
+
+
+def test_fresh_starts_over(folder: Path, ddiff: Command) -> None:
+    assert ddiff(*SHORT)[0] == 0
+    first = records(Path("runs/small"))
+    Path("runs/small/notes.txt").write_text("of the old run")
+    assert ddiff(*SHORT, "--fresh", "--set", "seed=1")[0] == 0
+    assert [record["step"] for record in records(Path("runs/small"))] == [1, 2, 3, 4]
+    assert records(Path("runs/small")) != first
+    assert not Path("runs/small/notes.txt").exists()
+
+
+def test_fresh_deletes_nothing_that_is_no_run(folder: Path, ddiff: Command) -> None:
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years of work")
+    code, out, err = ddiff(*SHORT, "--fresh", "--set", 'run_dir="mine"')
+    assert (code, out) == (2, "")
+    assert "not a run of ddiff's and is left alone" in err
+    assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
+    Path("empty").mkdir()
+    assert ddiff(*SHORT, "--fresh", "--set", 'run_dir="empty"')[0] == 0
