@@ -1,7 +1,7 @@
 """Runs: what a recipe builds, the directory it lives in, and the stages train, evaluate, sample.
 
-    run = ddiff.run("hdlm_small", settings=["train.steps=200"])      # trains, or goes on where it stopped
-    run = ddiff.load("runs/hdlm_small")
+    run = ddiff.run("recipes/mine.toml", settings=["train.steps=200"])      # trains, or goes on where it stopped
+    run = ddiff.load("runs/mine")
     run.sample(8, steps=64, seed=1)
     run.nelbo(["It is a truth universally acknowledged"])
 

@@ -76,7 +76,7 @@ class LevelClock(ABC):
 class LogTimeClock(LevelClock):
     """Hazards g_l / (1 - t): in log-time tau = -ln(1-t) the level chain is homogeneous with rates g_0..g_{L-1}.
 
-    `rates` must be positive and at most 20; equal and nearly equal ones are welcome. (1,) is linear MDLM, (gamma, 1) the
+    `rates` must be positive and at most 20; equal and nearly equal ones are welcome. (1,) is linear masking, (gamma, 1) the
     two-level clock of arXiv 2510.08632. exp(tau A) is computed by uniformisation, a series of positive terms, so every
     entry keeps its relative accuracy (1e-10 for t >= 1e-6), where partial fractions and "root = the rest" cancel.
     """
@@ -154,9 +154,10 @@ class CdfClock(LevelClock):
         self.num_levels = len(schedules)
         self.closes_at_clean = all(schedule.closes_at_clean for schedule in schedules)
         self.closes_at_prior = all(schedule.closes_at_prior for schedule in schedules)
-        grid = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
-        gaps = self.climbed(grid)
-        unordered = (gaps[:, :-1] <= gaps[:, 1:]).any(0).nonzero()
+        near = torch.logspace(-6, -2, 9, dtype=torch.float64)  # two schedules may cross in the last hundredth
+        inside = self.climbed(torch.cat([near, torch.linspace(0.02, 0.98, 97, dtype=torch.float64), 1.0 - near]))
+        ends = self.climbed(torch.tensor([0.0, 1.0], dtype=torch.float64))  # where they may touch
+        unordered = ((inside[:, :-1] <= inside[:, 1:]).any(0) | (ends[:, :-1] < ends[:, 1:]).any(0)).nonzero()
         if len(unordered):
             level = int(unordered[0]) + 1
             raise ArgumentError(

@@ -1,7 +1,7 @@
 """The interpolating family: the clean token fades into noise that does not depend on it.
 
 q_t(.|x) = alpha_t delta_x + b_t. The generator adds arrivals omega_t(z) = b_t'(z) - (alpha'/alpha) b_t(z) >= 0 from every
-state, and the bound has the closed form (GIDD, arXiv 2503.04482, in the reverse-rate reading)
+state, and the bound has the closed form (arXiv 2503.04482, in the reverse-rate reading)
 
     density = (omega_t(z) / q_t(z|x)) [ KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho ],   rho = q_t(z|x) / q_t-bar(z).
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, final
 import torch
 from torch import Tensor
 
-from ddiff.core.numerics import draw_index
+from ddiff.core.numerics import draw_index, log_or_never
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 
@@ -166,7 +166,7 @@ def segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Ten
     )
     peak = torch.where(peak.isfinite(), peak, torch.zeros_like(peak))
     total = torch.zeros_like(peak).index_add(-1, segment, (values - peak.gather(-1, index)).exp())
-    return total.log() + peak
+    return log_or_never(total) + peak  # a segment without mass (`drop_own_evidence` makes them) sends nothing back
 
 
 def drop_own_evidence(log_p: Tensor, log_likelihood: Tensor) -> Tensor:

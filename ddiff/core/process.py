@@ -47,8 +47,10 @@ class Prior:
 
     def draw(self, u: Tensor) -> Tensor:
         """Uniforms of any shape -> states of that shape."""
-        weights = self.log_prob.exp().to(u.device).expand(u.numel(), -1)
-        return draw_index(weights, u.reshape(-1)).reshape(u.shape)
+        weights = self.log_prob.exp().to(u.device)
+        cdf = weights.cumsum(0)  # one for all rows: nothing is as large as u and the states together
+        drawn = torch.searchsorted(cdf, u.contiguous() * cdf[-1], right=True)
+        return drawn.clamp(max=int(weights.nonzero().max()))
 
 
 class ForwardProcess(ABC):

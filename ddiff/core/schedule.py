@@ -42,7 +42,7 @@ class Schedule(ABC):
 
 @final
 class LinearSchedule(Schedule):
-    """alpha = 1 - (1 - floor) t, the log-linear noise of SEDD and MDLM (arXiv 2310.16834, 2406.07524); floor in [0,1)."""
+    """alpha = 1 - (1 - floor) t, the log-linear noise of arXiv 2310.16834 and 2406.07524; floor in [0,1)."""
 
     def __init__(self, floor: float = 0.0) -> None:
         if not 0.0 <= floor < 1.0:

@@ -275,7 +275,10 @@ class TreeProcess(ForwardProcess):
         stray, word = self._stray_of(0, zt), level == 0
         right = self.vocabulary.ancestor(x0, level) == zt
         log_evidence = (sure * right + stray).log()
-        log_expected = (sure * law.log_prob(zt).exp() + stray).log()
+        # where nothing strays the mass of a node may underflow, and a bound that reads ln 0 there would be -inf
+        log_mass, strays = law.log_prob(zt), stray > 0
+        spread = torch.where(strays, sure * log_mass.exp() + stray, 1.0)
+        log_expected = torch.where(strays, spread.log(), sure.log() + log_mass)
         return torch.where(word, 0.0, log_expected - log_evidence - law.log_prob(x0))
 
     def decode_nll(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:

@@ -13,5 +13,5 @@ if TYPE_CHECKING:
 @hookimpl
 def ddiff_register(registry: Registry) -> None:
     registry.add("process", "hdlm", "ddiff_hdlm.process:HierarchicalDiffusion")
-    registry.add("training_loss", "hdlm_empirical", "ddiff_hdlm.losses:Empirical")
-    registry.add("training_loss", "hdlm_hard", "ddiff_hdlm.losses:HardTokens")
+    registry.add("training_loss", "empirical", "ddiff_hdlm.losses:Empirical")
+    registry.add("training_loss", "hard", "ddiff_hdlm.losses:HardTokens")

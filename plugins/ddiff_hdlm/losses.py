@@ -26,7 +26,7 @@ class Empirical:
 
     @classmethod
     def build(cls, config: ComponentConfig, *, process: ForwardProcess) -> Empirical:
-        _tree(process, "hdlm_empirical", max_levels=2)
+        _tree(process, "empirical", max_levels=2)
         return cls()
 
     def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class HardTokens:
 
     @classmethod
     def build(cls, config: Config, *, process: ForwardProcess) -> HardTokens:
-        _tree(process, "hdlm_hard")
+        _tree(process, "hard")
         return cls(config.largest)
 
     def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:

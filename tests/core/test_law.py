@@ -197,7 +197,25 @@ def test_segment_sums_have_the_gradient_of_logsumexp() -> None:
     torch.testing.assert_close(values.grad, plain.grad)
 
 
+def test_a_segment_without_mass_sends_no_gradient() -> None:
+    values = torch.tensor([[0.3, -0.2, -torch.inf, -torch.inf]], dtype=torch.float64, requires_grad=True)
+    segment_logsumexp(values, torch.tensor([0, 0, 1, 1]), 2)[:, 0].sum().backward()
+    weights = values.detach()[:, :2].softmax(-1)
+    torch.testing.assert_close(values.grad, torch.nn.functional.pad(weights, (0, 2)), **EXACT)
+
+
 # ---------------------------------------------------------------------- own evidence
+
+
+def test_a_full_conditional_trains_below_a_node_that_rules_tokens_out() -> None:
+    process = TreeProcess(HierarchicalVocabulary([[0, 1, 0, 1]]), LogTimeClock((1.0, 1.0)))
+    logits = torch.tensor([[0.1, 0.2, -0.3, 0.4]], dtype=torch.float64, requires_grad=True)
+    node, x0, t = torch.tensor([4]), torch.tensor([2]), torch.tensor([0.4], dtype=torch.float64)
+    rest = drop_own_evidence(logits.log_softmax(-1), process.log_likelihood(node, t))
+    process.divergence(DenseLaw(rest, process.vocabulary), x0, node, t).sum().backward()
+    share = logits.detach()[0, [0, 2]].softmax(-1)  # -ln P(token 2 | tokens 0 and 2)
+    expected = torch.tensor([[float(share[0]), 0.0, float(share[1]) - 1.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(logits.grad, expected, **EXACT)
 
 
 def conditionals(process: ForwardProcess, zt: Tensor, t: float, joint: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule, Schedule
 from ddiff.core.times import FlatTimes
+from ddiff.errors import ArgumentError
 from ddiff.testing import assert_laws, check_clock, check_schedule, check_time_rule
 
 RATES = [(1.0, 2.0, 1.0), (1.0, 1.0001, 0.7), (1.0, 1.0, 1.0), (0.5, 1.0), (1.0,), (1.5, 1.0, 0.7, 1.0)]
@@ -68,3 +69,21 @@ def test_schedules_obey_every_law(schedule: Schedule) -> None:
 @pytest.mark.parametrize("window", [(0.0, 1.0), (1e-3, 1.0 - 1e-3), (0.05, 0.9)], ids=str)
 def test_flat_times_obey_every_law(window: tuple[float, float]) -> None:
     assert_laws(check_time_rule(FlatTimes(*window)))
+
+
+@pytest.mark.parametrize(
+    "schedules",
+    [
+        [LinearSchedule(0.005), PowerSchedule(3.0)],  # F_1(1) = 0.995 < F_2(1) = 1
+        [PowerSchedule(0.01), CosineSchedule()],  # they cross at t = 0.992 and meet at 1
+    ],
+    ids=["at the end", "in the last hundredth"],
+)
+def test_masses_that_turn_negative_near_the_ends_are_refused(schedules: list[Schedule]) -> None:
+    with pytest.raises(ArgumentError, match="do not keep that order"):
+        CdfClock(schedules)
+
+
+def test_masses_may_meet_at_the_ends() -> None:
+    clock = CdfClock([CosineSchedule(), PowerSchedule(1.0), PowerSchedule(1.001)])
+    assert float(clock.pi(torch.tensor([0.0, *TIMES, 1.0], dtype=torch.float64)).min()) >= 0.0

@@ -73,8 +73,8 @@ MISTAKES = {
     "missing embeddings": (("--set", 'vocabulary.source="none.npy"'), ("none.npy",)),
     "symbols of another length": (("--set", 'tokenizer={kind="alphabet"}'), ("length",)),
     "paper weights on three levels": (
-        ("--set", "vocabulary.sizes=[8, 3]", "--set", 'objective.loss="hdlm_empirical"'),
-        ("hdlm_empirical", "2 levels"),
+        ("--set", "vocabulary.sizes=[8, 3]", "--set", 'objective.loss="empirical"'),
+        ("empirical", "2 levels"),
     ),
 }
 
