@@ -134,6 +134,21 @@ def test_levels_without_stray_parents_below_others_with_them_decode_exactly() ->
         torch.testing.assert_close(shares(drawn, 12)[:5], expected, rtol=0.0, atol=1.5 / POINTS)
 
 
+def test_a_node_whose_mass_underflows_is_charged_and_trained_below_where_nothing_strays() -> None:
+    three = HierarchicalVocabulary([[0, 0, 1, 1], [0, 1], [0, 0]])
+    process = TreeProcess(three, LogTimeClock((1.0, 1.0, 1.0)), xi=(1.0, 0.8, 1.0))
+    logits = torch.tensor([[0.0, 0.5, -150.0, -151.0]], requires_grad=True)  # exp(-150) is 0 in float32
+    law = DenseLaw(logits.log_softmax(-1), three)
+    x0, node, t = torch.tensor([2]), torch.tensor([5]), torch.tensor([0.4], dtype=torch.float64)
+    surprise = process.divergence(law, x0, node, t)
+    surprise.sum().backward()
+    # -ln P(token 2 | tokens 2 and 3) = ln(1 + 1/e); float32 digits of numbers near 150
+    torch.testing.assert_close(surprise.item(), 0.31326168751822286, rtol=0.0, atol=1e-4)
+    share = torch.sigmoid(torch.tensor(1.0)).item()
+    expected = torch.tensor([[0.0, 0.0, share - 1.0, 1.0 - share]])
+    torch.testing.assert_close(logits.grad, expected, rtol=0.0, atol=1e-4)
+
+
 def test_a_law_that_underflows_below_a_node_still_decodes_there() -> None:
     """In float32 e^-200 is 0; the weights below the node must be formed relative to their largest."""
     chain = TreeProcess(tree, LogTimeClock((0.7, 1.0)), xi=0.8)
