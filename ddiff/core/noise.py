@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddiff.errors import ArgumentError
+
 
 class Noise:
     """Uniforms for one step: `uniform(channel)` depends on (seed, purpose, step, sample index, position, channel) only.
@@ -21,6 +23,8 @@ class Noise:
     """
 
     def __init__(self, seed: int, step: int, index: Tensor, length: int, purpose: str = "train") -> None:
+        if not 0 <= seed < 2**64 or step < 0:
+            raise ArgumentError(f"Noise: seed must be in [0, 2^64) and step >= 0; got seed {seed}, step {step}.")
         self.seed, self.step, self.index, self.length, self.purpose = seed, step, index, length, purpose
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:

@@ -24,6 +24,7 @@ from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.progress import progress
 
 Z95 = 1.959963984540054  # two-sided 95 % of a normal law
+LARGEST_MEAN = 700.0  # nats per token whose exponential is still a float64
 
 
 class Scored(Protocol):
@@ -37,9 +38,9 @@ class Scored(Protocol):
 class Evaluation:
     """A bound in nats per token (or symbol) with what it is made of.
 
-    `interval` is the 95 % interval over documents (None with one document): the ratio estimate's normal interval with
-    residuals nats_d - mean * tokens_d, each document having times of its own. `terms` add up to the mean; `parts` to the
-    diffusion term.
+    `interval` is the 95 % interval over documents (None with one document): Student's interval of the ratio
+    estimate with residuals nats_d - mean * tokens_d, each document having times of its own. `terms` add up to the mean;
+    `parts` to the diffusion term.
     """
 
     nelbo_nats_per_token: float
@@ -93,8 +94,11 @@ def evaluate(
             means.add(likelihood, float(counted.sum()))
             bar.advance(len(rows))
     mean, half = _ratio(nats, tokens)
-    if not math.isfinite(mean):
-        raise NonFiniteError("evaluate: the bound is not finite: some token has probability 0 under the network.")
+    if not mean < LARGEST_MEAN:
+        raise NonFiniteError(
+            f"evaluate: the bound is {mean} nats per {unit}, which is no perplexity: some token has (nearly) no probability "
+            "under the network. Its weights have exploded; go back to an earlier checkpoint or train more slowly."
+        )
     once = tokens.sum() / draws
     return Evaluation(
         nelbo_nats_per_token=mean,
@@ -106,7 +110,7 @@ def evaluate(
         tokens=int(once),
         documents=len(names),
         unit=unit,
-        protocol={"draws": draws, "seed": seed, "length": length, "interval": "95 %, normal, over documents"},
+        protocol={"draws": draws, "seed": seed, "length": length, "interval": "95 %, Student, over documents"},
     )
 
 
@@ -136,7 +140,20 @@ def _ratio(nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> tuple[floa
         return mean, None
     residual = nats - mean * tokens
     variance = count / (count - 1) * float((residual**2).sum())
-    return mean, Z95 * math.sqrt(variance) / float(tokens.sum())
+    return mean, student95(count - 1) * math.sqrt(variance) / float(tokens.sum())
+
+
+def student95(freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t: exact for 1 and 2 degrees of freedom, then Fisher's expansion (to 1 %)."""
+    if freedom == 1:
+        return math.tan(math.pi * 0.475)
+    if freedom == 2:
+        return 0.95 * math.sqrt(2.0 / (1.0 - 0.95**2))
+    z, n = Z95, freedom
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / n + second / n**2 + third / n**3
 
 
 class _Means:

@@ -21,7 +21,8 @@ from ddiff import (
     Vocabulary,
 )
 
-Rate = Annotated[float, Field(gt=0.0, le=20.0)]
+# Slower than .3, a position reaches the mask so late that float64 times cannot tell: q_1 would not be the prior.
+Rate = Annotated[float, Field(ge=0.3, le=20.0)]
 
 
 @final
@@ -35,7 +36,7 @@ class HierarchicalDiffusion(TreeProcess):
     class Config(ComponentConfig):
         gamma: Rate | None = None
         """Hazard of leaving the words, in units of the hazard above them; 1 unless rates or powers are given."""
-        rates: tuple[Rate, ...] | None = None
+        rates: Annotated[tuple[Rate, ...], Field(min_length=2)] | None = None
         """One hazard per level above the words, from the words up; instead of gamma."""
         powers: tuple[PositiveFloat, ...] | None = None
         """One power per level: a position has climbed to level l by t with probability t^power; instead of gamma."""

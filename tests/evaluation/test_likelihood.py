@@ -17,7 +17,7 @@ from ddiff.core.process import ForwardProcess
 from ddiff.core.times import FlatTimes
 from ddiff.data.markov import MarkovSource
 from ddiff.errors import ArgumentError, NonFiniteError
-from ddiff.evaluation.likelihood import Evaluation, evaluate
+from ddiff.evaluation.likelihood import Evaluation, evaluate, student95
 from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import TokenHead
 from ddiff.training.objective import ClippedLoss, DiffusionObjective, ElboLoss
@@ -225,3 +225,9 @@ def half_width(evaluation: Evaluation) -> float:
 
 def noise_of(index: Tensor) -> Noise:
     return Noise(0, 0, index, 5)
+
+
+def test_student_quantiles_are_those_of_the_tables() -> None:
+    tables = {1: 12.706, 2: 4.303, 3: 3.182, 5: 2.571, 10: 2.228, 23: 2.069, 100: 1.984}
+    for freedom, quantile in tables.items():
+        assert student95(freedom) == pytest.approx(quantile, rel=0.01)
