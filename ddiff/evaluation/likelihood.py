@@ -96,7 +96,7 @@ def evaluate(
     mean, half = _ratio(nats, tokens)
     if not mean < LARGEST_MEAN:
         raise NonFiniteError(
-            f"evaluate: the bound is {mean} nats per {unit}, which is no perplexity: some token has (nearly) no probability "
+            f"evaluate: the bound is {mean} nats per {unit}, no perplexity: some token has (nearly) no probability "
             "under the network. Its weights have exploded; go back to an earlier checkpoint or train more slowly."
         )
     once = tokens.sum() / draws
