@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +77,28 @@ def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
         Template(text, torch.cat([*ids, last]), torch.cat([*given, torch.ones_like(last, dtype=torch.bool)]), True),
         length,
     )
+
+
+def templates_of(
+    prompts: str | Sequence[str] | None, infills: str | Sequence[str] | None, tokenizer: Tokenizer, length: int
+) -> list[Template]:
+    """The templates of one or several prompts or infill texts. ArgumentError for both at once."""
+    if prompts is not None and infills is not None:
+        raise ArgumentError("run.sample: prompt and infill exclude each other; begin the infill text with the prompt.")
+    texts, read = (infills, infill) if prompts is None else (prompts, prompt)
+    listed = [texts] if isinstance(texts, str) else list(texts or ())
+    return [read(text, tokenizer, length) for text in listed]
+
+
+def check_no_suffix(templates: Iterable[Template]) -> None:
+    """Raises ArgumentError for a gap with text after it, where sampling goes from left to right and does not look ahead."""
+    for template in templates:
+        if template.has_suffix:
+            raise ArgumentError(
+                f"infill: {template.text!r} has text after a gap, which nobody would read: this run is sampled left to "
+                "right, and what comes later is not seen. Give a prompt, or take a run that sees both sides (for "
+                '"blockwise", --set sight=all, if it was trained so).'
+            )
 
 
 def framed(templates: Sequence[Template], length: int, filler: int) -> Frame:

@@ -12,7 +12,8 @@ from small import CORPUS, RECIPE
 
 import ddiff as api
 from ddiff.recipe import read_recipe
-from ddiff.runs import Given, _build
+from ddiff.runs.built import build_run
+from ddiff.runs.parts import Given
 from ddiff.training.checkpoint import Checkpoints
 
 FLAT = ['vocabulary={kind="flat"}', 'process={kind="mdlm"}', 'denoiser.head="tokens"']
@@ -42,7 +43,7 @@ def _here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def begun(*settings: str) -> api.Run:
     """A run with its first weights, not trained."""
-    built = _build(read_recipe("small.toml", [*SHORT, *settings]), Given())
+    built = build_run(read_recipe("small.toml", [*SHORT, *settings]), Given())
     built.begin()
     return built
 

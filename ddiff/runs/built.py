@@ -1,0 +1,340 @@
+"""A run: the parts of a recipe, and what they can do together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddiff.core.noise import Noise
+from ddiff.core.times import FlatTimes
+from ddiff.core.vocabulary import Vocabulary
+from ddiff.data.batch import Batch
+from ddiff.data.cache import Cache
+from ddiff.data.conditions import Conditions, conditions_of
+from ddiff.data.documents import Documents
+from ddiff.data.order import row_at
+from ddiff.data.rows import batch_rows, pack, pack_texts, rows_fingerprint, token_stream
+from ddiff.data.tokenizer import Tokenizer
+from ddiff.errors import ArgumentError
+from ddiff.evaluation.baselines import Baselines, baselines
+from ddiff.evaluation.likelihood import Evaluation, evaluate
+from ddiff.nn.denoiser import Denoiser
+from ddiff.progress import progress
+from ddiff.prompts import Template, check_no_suffix, framed, templates_of
+from ddiff.recipe import Recipe
+from ddiff.requests import Told, ask_for, told
+from ddiff.runs.init import start_from_run
+from ddiff.runs.parts import (
+    Given,
+    build_backend,
+    build_denoiser,
+    build_documents,
+    build_objective,
+    build_process,
+    check_process,
+    check_tokenizer,
+)
+from ddiff.sampling.loop import OnStep, Sampler, generate
+from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
+from ddiff.training.trainer import Trainer, TrainingSummary
+
+
+class Run:
+    """A recipe's parts, built: `process`, `denoiser`, `tokenizer`, `vocabulary`, `objective`, `recipe`, `run_dir`."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, vocabulary: Vocabulary, given: Given) -> None:
+        self.recipe, self.tokenizer, self.vocabulary = recipe, tokenizer, vocabulary
+        self.run_dir = Path(recipe.run_dir)
+        self.process = given.process or build_process(recipe, vocabulary)
+        check_process(self.process, vocabulary)
+        self.backend = build_backend(recipe)
+        denoiser = build_denoiser(recipe, vocabulary)
+        self.objective = build_objective(recipe, self.process, denoiser)
+        # an objective may ask the denoiser in its own way
+        self.denoiser: Denoiser = getattr(self.objective, "denoiser", denoiser)
+        self.objective.module = self.backend.wrap(self.objective.module)
+        self.init: dict[str, Any] | None = None  # what was taken of another run
+        self._begun = False
+
+    # ------------------------------------------------------------------ data
+
+    @cached_property
+    def cache(self) -> Cache:
+        return Cache()
+
+    @cached_property
+    def documents(self) -> Documents:
+        return build_documents(self.recipe, self.cache)
+
+    @cached_property
+    def train_rows(self) -> Any:
+        return pack(self.documents.train, self.tokenizer, self.recipe.length, cache=self.cache)
+
+    @cached_property
+    def validation_rows(self) -> Any:
+        return pack(self.documents.validation, self.tokenizer, self.recipe.length, separate=True, cache=self.cache)
+
+    @cached_property
+    def train_conditions(self) -> Conditions:
+        return conditions_of(self.documents.train, self.denoiser.condition_dropout)
+
+    @cached_property
+    def validation_conditions(self) -> Conditions:
+        return conditions_of(self.documents.validation, self.denoiser.condition_dropout)
+
+    # ------------------------------------------------------------------ stages
+
+    def train(self, *, accepted: Callable[[], None] = lambda: None) -> TrainingSummary:
+        """Train to the recipe's last step, going on from the newest checkpoint.
+
+        `accepted` is called once that checkpoint is known to be whole and to fit, before anything is written.
+        """
+        trainer = self._trainer()
+        with closing(trainer.tracker):
+            start = trainer.checkpoints.newest()
+            if start is not None:
+                trainer.check_fit(start)
+            else:
+                self.begin()
+            accepted()
+            return trainer.fit(start)
+
+    def begin(self) -> None:
+        """The first weights, once: the head's from counts, and what [train] init takes from another run."""
+        if self._begun:
+            return
+        self._begun = True
+        self._start_from_counts()
+        if (init := self.recipe.train.init) is not None:
+            self.init = start_from_run(self.denoiser, self.tokenizer, init.run, init.parts)
+
+    def _start_from_counts(self) -> None:
+        """The first law is the unigram law of the training text, so the first loss is known."""
+        counts = np.bincount(token_stream(self.train_rows)[0], minlength=self.vocabulary.num_tokens)
+        self.denoiser.head.start_from_counts(torch.from_numpy(counts))
+
+    def _trainer(self) -> Trainer:
+        recipe, keys = self.recipe, self.recipe.train
+        cosine = WarmupCosine(keys.steps, keys.warmup)
+        return Trainer(
+            self.objective,
+            recipe.optimizer.build(module=self.objective.module),
+            self._batch_at,
+            lambda step, batch: Noise(recipe.seed, step, batch.index, recipe.length),
+            backend=self.backend,
+            run_dir=self.run_dir,
+            steps=keys.steps,
+            slots=keys.batch,
+            accumulate=keys.accumulate,
+            multiplier=cosine if keys.schedule == "cosine" else WarmupConstant(keys.warmup),
+            clip=keys.clip,
+            log_every=keys.log_every,
+            checkpoint_every=keys.checkpoint_every,
+            keep=keys.keep,
+            tracker=recipe.tracker.build(run_dir=str(self.run_dir), recipe=recipe.to_dict()),
+            origins=recipe.origins(),
+            fingerprints={
+                "tokenizer": self.tokenizer.fingerprint,
+                "vocabulary": self.vocabulary.fingerprint,
+                "training rows": rows_fingerprint(self.train_rows),
+                **({"conditions": self.train_conditions.fingerprint} if self.train_conditions.values else {}),
+            },
+        )
+
+    def _batch_at(self, step: int, micro: int) -> Batch:
+        """Data order is a function of the seed and the global sample number alone."""
+        keys = self.recipe.train
+        size = keys.batch // keys.accumulate
+        slots = np.arange(micro * size, (micro + 1) * size)
+        rows = row_at(self.recipe.seed, step * keys.batch + slots, len(self.train_rows))
+        batch = batch_rows(self.train_rows, rows, index=slots, conditions=self.train_conditions)
+        if keys.prefix > 0.0:
+            batch = batch.with_prefixes(self._prefixes(step, batch.index))
+        return batch.to(self.backend.device)
+
+    def _prefixes(self, step: int, index: Tensor) -> Tensor:
+        """[B] how many first tokens each sample is shown: of a share of them uniformly many, of the others none."""
+        chosen, size = Noise(self.recipe.seed, step, index, 2).uniform("prefix").unbind(-1)
+        return torch.where(chosen < self.recipe.train.prefix, (size * self.recipe.length).long(), 0)
+
+    def evaluate(self) -> tuple[Evaluation, Baselines]:
+        """The bound on the validation text, every token once, with counting baselines beside it."""
+        rows, texts = self.validation_rows, self.documents.validation["text"]
+        evaluation = self._score(rows, texts, self.recipe.evaluate.draws, self.validation_conditions)
+        return evaluation, self._baselines()
+
+    def _score(self, rows: Any, texts: Iterable[str], draws: int, conditions: Conditions) -> Evaluation:
+        """`rows` are those of `texts`, whose bytes mean something where tokens are pieces of text and not symbols."""
+        keys = self.recipe.evaluate
+        num_bytes = sum(len(text.encode()) for text in texts) if self.tokenizer.unit == "token" else None
+        self.objective.module.eval()
+        return evaluate(
+            self.objective,
+            lambda numbers: batch_rows(rows, numbers, conditions=conditions).to(self.backend.device),
+            _documents_of(rows),
+            length=self.recipe.length,
+            times=getattr(self.objective, "times", FlatTimes()).over(*keys.window),
+            num_bytes=num_bytes,
+            draws=draws,
+            batch=keys.batch,
+            seed=keys.seed,
+            unit=self.tokenizer.unit,
+            device=self.backend.device,
+        )
+
+    def _baselines(self) -> Baselines:
+        streams = token_stream(self.train_rows), token_stream(self.validation_rows)
+        return baselines(*streams, self.vocabulary.num_tokens)
+
+    def protocol(self) -> dict[str, Any]:
+        """How the validation text is evaluated: runs that agree in it can be compared."""
+        keys = self.recipe.evaluate
+        return {
+            "window": list(keys.window),
+            "tokenizer": self.tokenizer.fingerprint,
+            "data": rows_fingerprint(self.validation_rows),
+            "conditions": sorted(self.validation_conditions.values),
+        }
+
+    def nelbo(
+        self, texts: Sequence[str], draws: int = 8, *, conditions: Mapping[str, int | Sequence[float]] | None = None
+    ) -> Evaluation:
+        """The bound of some texts, each a document; more draws narrow the estimate, not the bound. All texts are under
+        the `conditions`."""
+        if isinstance(texts, str):
+            raise ArgumentError(
+                f"run.nelbo: texts must be a list of texts, each a document; got {texts!r}. Write [text]."
+            )
+        given = told(self.denoiser, conditions or {}, len(texts))
+        return self._score(
+            pack_texts(texts, self.tokenizer, self.recipe.length), texts, draws, Conditions(given.values)
+        )
+
+    def sample(
+        self,
+        count: int | None = None,
+        *,
+        steps: int | None = None,
+        seed: int | None = None,
+        batch: int | None = None,
+        prompt: str | Sequence[str] | None = None,
+        infill: str | Sequence[str] | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        guidance: float | None = None,
+        sampler: str | Sampler | None = None,
+        settings: Sequence[str] = (),
+        on_step: OnStep | None = None,
+    ) -> list[dict[str, Any]]:
+        """Draw sequences: dicts with `index`, `text`, `ids`, `nfe`, and the `prompt` or `infill` they keep, bit for bit.
+
+        A sample is a function of its number and the seed, not of its batch. `prompt`, one text or several, is gone on from
+        to [data] length; `infill` has gaps, `She [MASK:8] to Bath`, and ends where it ends. `count` samples of each: the
+        recipe's, or one where several are given. `conditions` by name: a label (int), a vector, or one of them per sample;
+        `guidance` above 1 heeds them more. `sampler` is a kind, or an object; `settings` are `key=value` texts over its
+        keys. `on_step(step, canvas)` sees every canvas.
+        """
+        keys = self.recipe.sample
+        seed, batch = _or(seed, keys.seed), _or(batch, keys.batch)
+        templates = templates_of(prompt, infill, self.tokenizer, self.recipe.length)
+        count = _or(count, keys.count if len(templates) <= 1 else 1)
+        if count < 1 or batch < 1:
+            raise ArgumentError(f"run.sample: count and batch must be at least 1; got {count} and {batch}.")
+        wanted = [template for template in templates for _ in range(count)]
+        total = len(wanted) or count
+        given = told(self.denoiser, keys.conditions if conditions is None else conditions, total)
+        strength = keys.guidance if guidance is None else guidance
+        moves = self._sampler(sampler, settings, steps)
+        ask_for(self.denoiser, self.process, moves, given, strength)  # refuses before anything is drawn
+        if self.denoiser.inputs == "previous" or getattr(moves, "cached", False):
+            check_no_suffix(templates)
+        self.objective.module.eval()
+        samples: list[dict[str, Any]] = []
+        batches = range(0, total, batch)
+        with progress(None if moves.steps is None else len(batches) * moves.steps, "sampling") as bar:
+
+            def stepped(step: int, canvas: Any) -> None:
+                bar.advance(1)
+                if on_step:
+                    on_step(step, canvas)
+
+            for first in batches:
+                chosen = slice(first, min(first + batch, total))
+                samples += self._drawn(moves, chosen, wanted[chosen], given.rows(chosen), strength, seed, stepped)
+        return samples
+
+    def _sampler(self, sampler: str | Sampler | None, settings: Sequence[str], steps: int | None) -> Sampler:
+        if sampler is not None and not isinstance(sampler, str):
+            if settings or steps is not None:
+                raise ArgumentError(
+                    "run.sample: steps and settings belong to samplers by kind; a sampler object has its own."
+                )
+            return sampler
+        part = self.recipe.sampler_part(sampler, settings)
+        return part.build(steps=_or(steps, self.recipe.sample.steps), vocabulary=self.vocabulary)
+
+    def _drawn(
+        self,
+        sampler: Sampler,
+        numbers: slice,
+        templates: Sequence[Template],
+        given: Told,
+        guidance: float,
+        seed: int,
+        on_step: OnStep,
+    ) -> list[dict[str, Any]]:
+        """One batch of samples, with these numbers."""
+        device, length = self.backend.device, self.recipe.length
+        index = torch.arange(numbers.start, numbers.stop, device=device)
+        frame = framed(templates, length, self.tokenizer.eos_id or 0).to(device) if templates else None
+        drawn = generate(
+            sampler,
+            self.process,
+            ask_for(self.denoiser, self.process, sampler, given.to(device), guidance, frame.valid if frame else None),
+            index=index,
+            length=length,
+            seed=seed,
+            given=frame.words if frame else None,
+            clamped=frame.clamped if frame else None,
+            on_step=on_step,
+        )
+        sizes = [len(template.ids) if template.whole else length for template in templates] or [length] * len(index)
+        rows = [row[:size] for row, size in zip(drawn.ids.tolist(), sizes)]
+        asked = [{"infill" if template.whole else "prompt": template.text} for template in templates] or [{}] * len(
+            rows
+        )
+        texts, nfe = self.tokenizer.decode(rows), drawn.runs.tolist()
+        return [
+            {"index": number, **told_, "text": text, "ids": row, "nfe": runs}
+            for number, told_, text, row, runs in zip(index.tolist(), asked, texts, rows, nfe)
+        ]
+
+
+def build_run(recipe: Recipe, given: Given) -> Run:
+    """Documents, tokenizer and vocabulary by the recipe, then the parts that a saved run has too."""
+    cache = Cache()
+    documents = build_documents(recipe, cache)
+    tokenizer = recipe.tokenizer.build(documents=documents, cache=cache)
+    rows = pack(documents.train, tokenizer, recipe.length, cache=cache)
+    vocabulary = given.vocabulary or (given.process.vocabulary if given.process else None)
+    if vocabulary is None:
+        vocabulary = recipe.vocabulary.build(tokenizer=tokenizer, rows=rows, cache=cache)
+    check_tokenizer(tokenizer, vocabulary)
+    built = Run(recipe, tokenizer, vocabulary, given)
+    vars(built).update(cache=cache, documents=documents, train_rows=rows)
+    return built
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _documents_of(rows: Any) -> NDArray[np.int64]:
+    return np.asarray(rows["document"])[:, 0]

@@ -1,0 +1,140 @@
+"""The run directory: what stands in it, what it was made with, and whether that is what comes now."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ddiff import __version__
+from ddiff.errors import CheckpointError, DdiffError
+from ddiff.recipe import Recipe, changed_keys, parse_recipe
+from ddiff.runs.parts import Given
+from ddiff.training.checkpoint import Checkpoints
+
+if TYPE_CHECKING:
+    from ddiff.runs.built import Run
+
+RECIPE, ENVIRONMENT = "recipe.toml", "environment.json"
+TOKENIZER, VOCABULARY = "tokenizer.json", "vocabulary.safetensors"
+EVALUATION, SAMPLES, SAMPLING = "evaluation.json", "samples.jsonl", "sampling.json"
+
+
+def check_directory(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> None:
+    """Hold the directory's recipe against this one; only more training steps may differ, unless all starts over."""
+    check_writable(directory)
+    is_run = (directory / RECIPE).is_file()
+    if fresh and not is_run and directory.exists() and any(directory.iterdir()):
+        raise CheckpointError(
+            f"--fresh: {directory} holds no {RECIPE}, so it is not a run of ddiff's and is left alone. "
+            "Name another run_dir, or empty that one yourself."
+        )
+    if fresh or not is_run:
+        return
+    old = _read_recorded(directory)
+    changed = [change for change in changed_keys(old, recipe.to_dict()) if not _continues(*change)]
+    was_given = read_json(directory / ENVIRONMENT).get("given", {})
+    changed += [(f"given {key}", a, b) for key, a, b in changed_keys(was_given, given.to_dict())]
+    if [key for key, _, _ in changed] == ["train.steps"]:
+        raise CheckpointError(_fewer_steps(directory, *changed[0][1:]))
+    if changed:
+        lines = "\n".join(f"  {key}: was {old!r}, is {new!r}" for key, old, new in changed)
+        raise CheckpointError(
+            f"{directory} was made with another recipe. Changed keys:\n{lines}\n"
+            "Run with --fresh to start over there, or set run_dir to another directory. (More train.steps alone continue.)"
+        )
+
+
+def check_writable(directory: Path) -> None:
+    """Raises CheckpointError when a run cannot be written there; leaves nothing behind."""
+    standing = next(place for place in (directory, *directory.absolute().parents) if os.path.exists(place))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".ddiff-", dir=standing):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"run_dir must be a directory that can be written; got {directory}, and {standing} takes no files "
+            f"({error.strerror}). Name another one: --set run_dir=..."
+        ) from error
+
+
+def _fewer_steps(directory: Path, old: int, new: int) -> str:
+    return (
+        f"{directory} is already a run of {old} steps (train.steps: was {old}, is {new}). Repeat with train.steps >= {old} "
+        f"to go on; read it as it is with `ddiff eval {directory}`, `ddiff sample {directory}` or "
+        f'ddiff.load("{directory}"); or start over with --fresh.'
+    )
+
+
+def _read_recorded(directory: Path) -> dict[str, Any]:
+    """The recipe that the directory was made with."""
+    path = directory / RECIPE
+    try:
+        text = path.read_text(encoding="utf-8")
+        recorded = tomllib.loads(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}. Restore it from a copy, or start anew with --fresh."
+        ) from error
+    try:
+        return parse_recipe(text, str(path)).to_dict()  # with the defaults of keys that came after it was written
+    except DdiffError:
+        return recorded  # of other plugins: what differs is told key by key
+
+
+def _continues(key: str, old: Any, new: Any) -> bool:
+    return (key == "train.steps" and old is not None and new >= old) or key == "run_dir"
+
+
+def record(directory: Path, recipe: Recipe, built: Run, given: Given) -> None:
+    """What the run is made with, so that it can be loaded without its data; the recipe last, whole."""
+    directory.mkdir(parents=True, exist_ok=True)
+    built.tokenizer.save(str(directory / TOKENIZER))
+    built.vocabulary.save(str(directory / VOCABULARY))
+    environment = {
+        "ddiff": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": str(built.backend.device),
+        "components": recipe.origins(),
+        "given": given.to_dict(),
+        "parameters": sum(parameter.numel() for parameter in built.denoiser.parameters()),
+        "init": built.init or read_json(directory / ENVIRONMENT).get("init"),
+    }
+    write(directory / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+    write(directory / RECIPE, recipe.to_toml())
+
+
+def newest_step(built: Run) -> int:
+    steps = Checkpoints(str(built.run_dir / "checkpoints")).steps()
+    return steps[-1] if steps else 0
+
+
+def write(path: Path, text: str) -> None:
+    """All or nothing."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What stands in a file of the run, nothing where there is none."""
+    return parsed(path.read_text(encoding="utf-8"), path) if path.is_file() else {}
+
+
+def parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        remedy = "Restore it from a copy, or start anew with --fresh."
+        if path.name in (EVALUATION, SAMPLES, SAMPLING):
+            remedy = "Delete it, and the same command writes it anew."
+        raise CheckpointError(f"{path} is damaged: {error}. {remedy}") from error

@@ -1,0 +1,92 @@
+"""The parts of a recipe, built and held against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ddiff.core.process import ForwardProcess
+from ddiff.core.vocabulary import Vocabulary
+from ddiff.data.cache import Cache
+from ddiff.data.documents import Documents
+from ddiff.data.tokenizer import Tokenizer
+from ddiff.errors import ArgumentError, DataError
+from ddiff.nn.denoiser import Denoiser
+from ddiff.recipe import Recipe
+from ddiff.requests import ask_for, told
+from ddiff.training.protocols import Backend
+
+
+@dataclass(frozen=True)
+class Given:
+    """Parts that a Python caller hands in instead of the recipe's."""
+
+    vocabulary: Vocabulary | None = None
+    process: ForwardProcess | None = None
+
+    def to_dict(self) -> dict[str, str]:
+        given: dict[str, str] = {}
+        if self.vocabulary is not None:
+            given["vocabulary"] = self.vocabulary.fingerprint
+        if self.process is not None:
+            given["process"] = f"{type(self.process).__module__}:{type(self.process).__qualname__}"
+        return given
+
+
+def build_documents(recipe: Recipe, cache: Cache) -> Documents:
+    return recipe.data.build(length=recipe.length, seed=recipe.seed, cache=cache)
+
+
+def build_backend(recipe: Recipe) -> Backend:
+    keys = recipe.placement
+    return recipe.backend.build(device=keys.device, processes=keys.processes, length=recipe.length)
+
+
+def build_process(recipe: Recipe, vocabulary: Vocabulary) -> ForwardProcess | None:
+    """None where the recipe has none and its objective wants none."""
+    if recipe.process is None:
+        if not recipe.objective.wants("process"):
+            return None
+        raise ArgumentError(f'{recipe.name}: [objective] kind = "{recipe.objective.component.name}" needs a [process].')
+    return recipe.process.build(vocabulary=vocabulary)
+
+
+def build_denoiser(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:
+    torch.manual_seed(recipe.seed)
+    backbone = recipe.denoiser.build(vocabulary=vocabulary, length=recipe.length)
+    assert recipe.head is not None
+    return Denoiser(backbone, recipe.head.build(vocabulary=vocabulary, width=backbone.width), recipe.given)
+
+
+def build_objective(recipe: Recipe, process: ForwardProcess | None, denoiser: Denoiser) -> Any:
+    loss = recipe.loss.build(process=process) if recipe.loss else None
+    times = recipe.times.build() if recipe.times else None
+    return recipe.objective.build(process=process, denoiser=denoiser, loss=loss, times=times)
+
+
+def check_tokenizer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    """Raises DataError when a vocabulary was built for another tokenizer."""
+    theirs = vocabulary.tokenizer_fingerprint
+    if vocabulary.num_tokens != tokenizer.num_tokens or (theirs and theirs != tokenizer.fingerprint):
+        raise DataError(
+            f"The vocabulary belongs to another tokenizer: it has {vocabulary.num_tokens} words for tokenizer "
+            f"{theirs or '(not recorded)'}, and the tokenizer in use has {tokenizer.num_tokens} tokens and fingerprint "
+            f"{tokenizer.fingerprint}. Build the vocabulary with this tokenizer, or use the tokenizer it was built for."
+        )
+
+
+def check_process(process: ForwardProcess | None, vocabulary: Vocabulary) -> None:
+    if process is not None and process.vocabulary.fingerprint != vocabulary.fingerprint:
+        raise ArgumentError(
+            f"process must be on the run's vocabulary {vocabulary}; got one on {process.vocabulary}. "
+            "Hand in both, or build the process on that vocabulary."
+        )
+
+
+def check_sampling(recipe: Recipe, vocabulary: Vocabulary, process: ForwardProcess | None, denoiser: Denoiser) -> None:
+    """Raises ArgumentError where the samples at the end of the run could not be drawn."""
+    keys = recipe.sample
+    sampler = recipe.sampler.build(steps=keys.steps, vocabulary=vocabulary)
+    ask_for(denoiser, process, sampler, told(denoiser, keys.conditions, keys.count), keys.guidance)
