@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddiff.core.law import DenseLaw
+from ddiff.core.law import Answer, DenseLaw, Score
 from ddiff.core.noise import Noise
 from ddiff.core.process import ForwardProcess, RowFunction, Visit
 from ddiff.core.times import DrawsTimes, Noisy, Times
@@ -114,7 +115,19 @@ def closing_term(process: ForwardProcess, ask: Ask, x0: Tensor, times: Times, sc
         t=torch.where(charged, 1.0, noisy.t),
     )
     whole = lambda zt: torch.full_like(zt, process.vocabulary.root)  # noqa: E731
-    return times.speed * _read(ask, shown, reads, whole, process.closing_kl, x0, times.t)
+    return times.speed * _read(ask, shown, reads, whole, partial(_closing_kl, process), x0, times.t)
+
+
+def _closing_kl(process: ForwardProcess, answer: Answer, x0: Tensor, t: Tensor) -> Tensor:
+    """[r] KL at t of what was asked at t = 1.
+
+    A score that says what is likely there says nothing of how much noise is left at an earlier t, which the process knows:
+    its shares among the words are taken as their law.
+    """
+    if not isinstance(answer, Score):
+        return process.closing_kl(answer, x0, t)
+    words = DenseLaw(answer.log_ratio[:, : process.vocabulary.num_tokens].log_softmax(-1), process.vocabulary)
+    return torch.where(t < 1, process.closing_kl(words, x0, t), process.closing_kl(answer, x0, t))
 
 
 def _read(

@@ -31,11 +31,14 @@ from ddiff import (
     HierarchicalVocabulary,
     MixtureProcess,
     Noise,
+    Noisy,
     Score,
     TokenHead,
+    Visit,
     asking,
 )
-from ddiff.core.process import ForwardProcess
+from ddiff.core.elbo import closing_term
+from ddiff.core.process import ForwardProcess, RowFunction
 from ddiff.plugin import survey_plugins
 from ddiff.recipe import parse_recipe
 from ddiff.testing import assert_laws, check_head, check_process, check_schedule
@@ -186,6 +189,30 @@ def test_a_score_that_comes_from_a_law_costs_what_the_law_costs(graph: str, nois
     log_marginal = process.log_marginal(rows.log_p, rows.t)
     score = Score(log_marginal - log_marginal.gather(-1, rows.zt.unsqueeze(-1)))
     torch.testing.assert_close(process.density(score, *asked), process.density(rows.law, *asked), **CLOSE)
+
+
+@pytest.mark.parametrize("stop", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("noise", ["loglinear", "geometric"])
+def test_a_window_that_closes_early_closes_under_a_score_as_under_its_law(noise: str, stop: float) -> None:
+    """The score is that of t = 1, where hardly a word is left: read as the law of z at t = 0.5 it would be nats too dear."""
+    process, rule = make("absorb", noise), FlatTimes(0.05, stop)
+    log_p = torch.tensor([[0.4, 0.3, 0.2, 0.06, 0.04]], dtype=torch.float64).log()
+    x0, scored, slot = torch.arange(WORDS).unsqueeze(0), torch.ones(1, WORDS, dtype=torch.bool), torch.zeros(1).long()
+
+    def ask(noisy: Noisy) -> Visit:
+        def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
+            zt, t = noisy.zt.reshape(-1)[rows], noisy.t.reshape(-1)[rows]
+            log_marginal = process.log_marginal(log_p.expand(len(rows), -1), t)
+            return fn(Score(log_marginal - log_marginal.gather(-1, zt.unsqueeze(-1))), torch.arange(len(rows)))
+
+        return visit
+
+    noise_of_bound = Noise(3, 0, slot, WORDS)
+    _, last = rule.ends(noise_of_bound, slot, 1, WORDS)
+    closing = closing_term(process, ask, x0, last, scored, noise_of_bound)
+    law = DenseLaw(log_p.expand(WORDS, -1), process.vocabulary)
+    expected = process.closing_kl(law, x0[0], torch.full((WORDS,), stop, dtype=torch.float64))
+    torch.testing.assert_close(closing[0], expected, **CLOSE)
 
 
 # ---------------------------------------------------------------------- the head
