@@ -1,0 +1,346 @@
+"""Crossings that nobody has written a line for: noise within a tree's levels, hyperschedules and remasking over a tree."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ddiff_hdlm.process import HierarchicalDiffusion
+from ddiff_hybrid.gamma import GammaHybrid
+from exact_windows import ENTROPY, cost_of_ends, exact_law, exact_terms, mean
+from restless_tree import RestlessTree
+from torch import Tensor
+
+import ddiff
+from ddiff import (
+    AncestralSampler,
+    ArgumentError,
+    Cap,
+    FlatTimes,
+    FlatVocabulary,
+    ForwardProcess,
+    HierarchicalVocabulary,
+    Kernel,
+    LogTimeClock,
+    Loop,
+    Noisy,
+    PsiSampler,
+    Rescale,
+    TimeRule,
+    TreeKernel,
+    TreeProcess,
+    WindowTimes,
+)
+from ddiff.sampling.loop import Canvas
+from ddiff.testing import assert_laws, chain, check_process
+from ddiff.testing.bound import WHOLE, exact_nelbo, random_joint, rest_table
+from ddiff.testing.enumerated import ExactAsk, Shifted, measured
+from ddiff.testing.probes import INNER, Rows, likelihoods, times
+
+CLOSE = {"rtol": 1e-11, "atol": 1e-11}  # a few dozen float64 operations on numbers up to 1e4, compared relatively
+JOINT = torch.tensor([[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64)
+TREE = HierarchicalVocabulary([[0, 1, 0]])
+
+
+def restless(below: int, redrawing: float = 0.7) -> RestlessTree:
+    return RestlessTree(TREE, LogTimeClock((1.0, 1.0)), redrawing, below)
+
+
+def hdlm(**keys: Any) -> HierarchicalDiffusion:
+    return HierarchicalDiffusion.build(HierarchicalDiffusion.Config(**keys), vocabulary=TREE)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------------- a tree with uniform noise within its levels
+
+
+@pytest.mark.parametrize("process", RestlessTree.examples(), ids=["words", "words and clusters"])
+def test_a_tree_with_noise_within_its_levels_obeys_every_law(process: ForwardProcess) -> None:
+    assert_laws(check_process(process))
+
+
+class OnlyClimbing(RestlessTree):
+    """Rates that forget that words are redrawn."""
+
+    def rates(self, t: Tensor) -> Kernel:
+        return TreeKernel(self.clock.generator(t), self.parents)
+
+
+def test_rates_that_forget_the_redrawing_are_caught() -> None:
+    assert chain.transition_is_oracle(restless(1)).passed
+    assert not chain.transition_is_oracle(OnlyClimbing(TREE, LogTimeClock((1.0, 1.0)), 0.7)).passed
+
+
+def test_without_redrawing_it_is_the_tree() -> None:
+    process, tree = restless(2, 0.0), TreeProcess(TREE, LogTimeClock((1.0, 1.0)))
+    t = times(INNER)
+    torch.testing.assert_close(likelihoods(process, t), likelihoods(tree, t), **CLOSE)
+    torch.testing.assert_close(process.rates(t).dense(), tree.rates(t).dense(), **CLOSE)
+    rows = Rows(tree, t)
+    asked = (rows.law, rows.x0, rows.zt, rows.t)
+    torch.testing.assert_close(process.density(*asked), tree.density(*asked), **CLOSE)
+
+
+def test_without_clusters_it_is_words_redrawn_until_they_are_masked() -> None:
+    """Redrawn at gamma/(1 - gamma) times the rate of masking: what the gamma-hybrid has closed forms for."""
+    flat, gamma = FlatVocabulary(4), 0.4
+    process, hybrid = RestlessTree(flat, LogTimeClock((1.0,)), gamma / (1.0 - gamma)), GammaHybrid(flat, gamma)
+    t = times(INNER)
+    torch.testing.assert_close(process.rates(t).dense(), hybrid.rates(t).dense(), **CLOSE)
+    torch.testing.assert_close(process.transition(0.5 * t, t).dense(), hybrid.transition(0.5 * t, t).dense(), **CLOSE)
+    rows = Rows(hybrid, t)
+    asked = (rows.law, rows.x0, rows.zt, rows.t)
+    torch.testing.assert_close(process.density(*asked), hybrid.density(*asked), **CLOSE)
+
+
+def test_words_keep_to_their_family_until_they_climb_above_it() -> None:
+    """Words 0 and 2 are siblings, word 1 is alone; clusters 3 and 4 have the shares 2/3 and 1/3 of all words."""
+    within, across = (likelihoods(restless(below), times((0.5,)))[0] for below in (1, 2))
+    assert within[0, 1] == within[1, 0] == within[1, 2] == within[0, 4] == within[1, 3] == 0.0
+    assert within[0, 2] > 0.05
+    lost = 1.0 - 0.5**0.7
+    assert float(across[1, 3] / across[1, 3:5].sum()) == pytest.approx(lost * 2 / 3, rel=1e-11)
+
+
+@pytest.mark.parametrize("below", [1, 2])
+def test_the_bound_of_its_exact_laws_is_the_entropy(below: int) -> None:
+    log_joint = random_joint(3)
+    entropy = -(log_joint.exp() * log_joint).sum()
+    process = restless(below)
+    total = exact_nelbo(process, rest_table(process, log_joint), 2, WHOLE).total
+    # Quadrature leaves 1e-9; so does what lies beyond 1e-12 from the ends.
+    assert float((log_joint.exp().reshape(-1) * total).sum()) == pytest.approx(float(entropy), abs=1e-8)
+
+
+@pytest.mark.parametrize("below", [1, 2])
+def test_ancestral_steps_through_it_tend_to_the_joint(below: int) -> None:
+    """Order 1: four times the steps leave a quarter of the error, .01 at 64 steps beside noise of .004."""
+    far, near = (
+        measured(AncestralSampler(steps), restless(below), JOINT, points=2**12, apart=True).distance(JOINT)
+        for steps in (4, 64)
+    )
+    assert near < 0.025
+    assert far > 4 * near
+
+
+def test_a_rate_or_a_level_that_makes_no_sense_is_refused() -> None:
+    for arguments in ({"redrawing": -1.0}, {"redrawing": 1.0, "below": 3}, {"redrawing": 1.0, "below": 0}):
+        with pytest.raises(ArgumentError, match=r"redrawing must be a rate in \[0, 20\] and below a level in 1\.\.2"):
+            RestlessTree(TREE, LogTimeClock((1.0, 1.0)), **arguments)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- hyperschedules over a tree
+
+RULES: dict[str, TimeRule] = {
+    "flat": FlatTimes(),
+    "quenched": WindowTimes(1),
+    **{
+        f"{shape}, {'paired' if paired else 'alone'}": WindowTimes(2, shape, paired)  # type: ignore[arg-type]
+        for shape in ("block", "slide")
+        for paired in (True, False)
+    },
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_on_the_whole_of_time_the_bound_under_every_rule_is_the_entropy(rule: str) -> None:
+    """gamma = 2 has polynomials for marginals: rounding is all that the quadrature leaves."""
+    closing, diffusion, decoding = exact_terms(hdlm(gamma=2.0), RULES[rule])
+    assert not closing.any()
+    assert not decoding.any()
+    assert mean(diffusion) == pytest.approx(float(ENTROPY), abs=1e-11)
+
+
+@pytest.mark.parametrize("keys", [{"gamma": 0.5}, {"gamma": 1.0, "xi": 0.8}], ids=str)
+@pytest.mark.parametrize("rule", ["quenched", "block, paired", "slide, paired"])
+def test_so_it_is_on_a_window_of_times_with_what_the_ends_cost(rule: str, keys: dict[str, float]) -> None:
+    """Blocks of two settle at once and begin at once, which costs; a position at a time costs nothing."""
+    process, window = hdlm(**keys), (0.05, 0.9)
+    cost = float(cost_of_ends(process, window, [[0, 1], [2]])) if rule == "block, paired" else 0.0
+    total = mean(sum(exact_terms(process, RULES[rule].over(*window))))
+    # What six panels of six nodes leave of integrands that grow as 1/t.
+    assert total == pytest.approx(float(ENTROPY) + cost, abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["block, paired", "slide, paired"])
+def test_a_law_blind_to_the_words_before_its_window_pays_for_it(rule: str) -> None:
+    """What the equality above would not see if the memory were not read: the bound is then above the entropy."""
+    process, blind = hdlm(gamma=2.0), exact_law(hdlm(gamma=2.0))
+
+    def forgetful(noisy: Noisy) -> Tensor:
+        alone = torch.arange(noisy.zt.shape[1]).expand(len(noisy.zt), -1)
+        return blind(noisy._replace(block=alone, memory=None, clean=torch.zeros_like(noisy.clean), t=noisy.t * 0 + 1.0))
+
+    assert mean(sum(exact_terms(process, RULES[rule], forgetful))) > float(ENTROPY) + 0.05
+
+
+# ---------------------------------------------------------------------- through recipes
+
+SMALL = (
+    'data={kind = "text", files = ["corpus.txt"], split = "line", held_out = 0.2, length = 16}',
+    "tokenizer.size=270",
+    "vocabulary.sizes=[8]",
+    "denoiser.width=16",
+    "denoiser.layers=1",
+    "denoiser.heads=2",
+    "train.steps=12",
+    "train.batch=8",
+    "train.warmup=2",
+    "evaluate.batch=16",
+    "evaluate.draws=2",
+    "sample.steps=8",
+    "sample.count=2",
+)
+CORPUS = "\n".join(f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("crossings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("DDIFF_CACHE", str(folder / "cache"))
+        Path("corpus.txt").write_text(CORPUS)
+        yield folder
+
+
+def learns(run: ddiff.Run) -> None:
+    """The bound is finite, and better than before the first step: ln 269 a token at most."""
+    assert run.nelbo(CORPUS.splitlines()[:8]).nelbo_nats_per_token < math.log(269)
+
+
+HYPER = {
+    "block": ("{kind = 'block', width = 4}", "{kind = 'blockwise', width = 4}"),
+    "slide": ("{kind = 'slide', width = 4}", "{kind = 'hyperschedule', width = 4}"),
+    "slide alone": (
+        "{kind = 'slide', width = 4, paired = false}",
+        "{kind = 'hyperschedule', width = 4, inner = 'psi'}",
+    ),
+    "quenched": ("quenched", "{kind = 'hyperschedule', width = 1, shape = 'block'}"),
+}
+
+
+@pytest.mark.parametrize("xi", [1.0, 0.8])
+@pytest.mark.parametrize("rule", HYPER)
+def test_a_tree_trains_and_samples_under_a_hyperschedule(place: Path, rule: str, xi: float) -> None:
+    times_of, sampler = HYPER[rule]
+    named = f"hyper_{rule.replace(' ', '_')}_{xi}"
+    asked = [f"name={named}", f"process.xi={xi}", f"objective.times={times_of}", f"sample.sampler={sampler}"]
+    run = ddiff.run("hdlm_small", settings=[*SMALL, "sample.steps=20", *asked])
+    learns(run)
+    (sample,) = run.sample(1, prompt="the old", seed=2)
+    assert sample["text"].startswith("the old")
+    assert max(sample["ids"]) < run.vocabulary.num_tokens
+
+
+@pytest.fixture(scope="module")
+def flat(place: Path) -> ddiff.Run:
+    return ddiff.run("hdlm_small", settings=[*SMALL, "name=flat"])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "settings"),
+    [
+        ("psi", ["kappa=0.5"]),
+        ("remdm", []),
+        ("remdm", ["setting=rescale", "eta=0.3"]),
+        ("remdm", ["setting=confidence"]),
+        ("remdm", ["setting=loop", "eta=0.3"]),
+    ],
+    ids=str,
+)
+def test_remasking_a_tree_takes_words_back_up_and_ends_in_words(
+    flat: ddiff.Run, sampler: str, settings: list[str]
+) -> None:
+    seen: list[Canvas] = []
+    drawn = flat.sample(
+        16, sampler=sampler, settings=settings, steps=32, seed=3, prompt="the", on_step=lambda step, c: seen.append(c)
+    )
+    words = flat.vocabulary.num_tokens
+    assert all(sample["text"].startswith("the") and max(sample["ids"]) < words for sample in drawn)
+    level = torch.stack([flat.vocabulary.level_of(canvas.zt) for canvas in seen])
+    up = level[1:] > level[:-1]
+    assert bool(up.any())
+    assert not bool(up[..., 0].any())  # the prompt stays
+
+
+def test_a_restless_tree_trains_and_samples_through_a_recipe(place: Path) -> None:
+    """A process from Python under a shipped recipe, with a corrector that only noise among the words makes sense of."""
+    vocabulary = HierarchicalVocabulary([[word % 8 for word in range(270)]])
+    process = RestlessTree(vocabulary, LogTimeClock((1.0, 1.0)), redrawing=0.5, below=2)
+    recipe = ddiff.read_recipe("hdlm_small", [*SMALL, "name=restless"])
+    run = ddiff.run(recipe, vocabulary=vocabulary, process=process)
+    learns(run)
+    for sampler in ("ancestral", "psi", "acs"):
+        (sample,) = run.sample(1, sampler=sampler, steps=8, seed=1)
+        assert max(sample["ids"]) < vocabulary.num_tokens
+
+
+# ---------------------------------------------------------------------- psi on a tree
+
+
+def after_a_psi_step(process: ForwardProcess, sampler: PsiSampler, t: float, s: float) -> Tensor:
+    """[S,S] the law of (first position at s, second at t) when the first alone makes a step, from canvases of law q_t."""
+    size, points = process.vocabulary.num_states, 2**15
+    marginal = likelihoods(process, times((t,)))[0]
+    before = torch.einsum("ab,ai,bj->ij", JOINT, marginal, marginal).reshape(-1)
+    possible = (before > 0).nonzero().squeeze(-1)
+    counts = (points * before[possible]).long().clamp(min=64)
+    zt = torch.cartesian_prod(torch.arange(size), torch.arange(size))[possible].repeat_interleave(counts, 0)
+    weight = (before[possible] / counts).repeat_interleave(counts)
+    free = torch.zeros(zt.shape, dtype=torch.bool)
+    free[:, 0] = True
+    at = torch.full(zt.shape, t, dtype=torch.float64)
+    noise: Any = Shifted(counts, seed=5)
+    canvas = Canvas(zt, at, torch.zeros_like(free), free)
+    moved = sampler.move(process, ExactAsk(process, JOINT), canvas, torch.full_like(at, s), noise)
+    return torch.bincount(moved.zt[:, 0] * size + moved.zt[:, 1], weights=weight, minlength=size * size).reshape(
+        size, -1
+    )
+
+
+def law_at(process: ForwardProcess, s: float, t: float) -> Tensor:
+    """[S,S] of the first position at s and the second at t."""
+    first, second = likelihoods(process, times((s, t)))
+    return torch.einsum("ab,ai,bj->ij", JOINT, first, second)
+
+
+PSI = {
+    "ancestral": (PsiSampler(8, 1.0), 0.7, 0.4),
+    "half": (PsiSampler(8, 0.5), 0.7, 0.4),
+    "none": (PsiSampler(8, 0.0), 0.7, 0.4),
+    "cap": (PsiSampler(8, Cap(0.2)), 0.3, 0.2),
+    "rescale": (PsiSampler(8, Rescale(0.5)), 0.3, 0.2),
+    "loop": (PsiSampler(8, Loop(0.4)), 0.3, 0.3),
+}
+# 2^15 Sobol points shared out among the canvases: the distance of exact steps was at most .0030 over seeds 0..9.
+EVEN = 0.006
+
+
+@pytest.mark.parametrize("process", [hdlm(gamma=0.5), hdlm(gamma=2.0, xi=0.8)], ids=["sure", "unsure"])
+@pytest.mark.parametrize("case", PSI)
+def test_a_psi_step_keeps_the_law_of_the_noise_on_a_tree(case: str, process: ForwardProcess) -> None:
+    """What makes psi psi: at any kappa the position that moved has the law of time s, jointly with its neighbour at t."""
+    sampler, t, s = PSI[case]
+    moved = after_a_psi_step(process, sampler, t, s)
+    assert 0.5 * float((moved - law_at(process, s, t)).abs().sum()) < EVEN
+    if s < t:
+        assert 0.5 * float((moved - law_at(process, t, t)).abs().sum()) > 5 * EVEN
+
+
+def test_a_word_that_goes_back_to_the_noise_of_another_time_is_seen() -> None:
+    process = hdlm(gamma=0.5)
+    late = copy.copy(process)
+    late.sample = lambda x0, t, u: process.sample(x0, torch.full_like(t, 0.7), u)  # type: ignore[method-assign]
+    sampler, t, s = PSI["half"]
+    moved = after_a_psi_step(late, sampler, t, s)
+    assert 0.5 * float((moved - law_at(process, s, t)).abs().sum()) > 5 * EVEN
