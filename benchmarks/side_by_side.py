@@ -1,6 +1,7 @@
 """All families on equal footing: the small recipes with one trunk, one number of tokens and one corpus.
 
-    python benchmarks/side_by_side.py runs/side            # then: ddiff compare --seeds runs/side/* --out docs
+    python benchmarks/side_by_side.py runs/side            # then: ddiff compare --seeds runs/side/* --out docs/results
+    python benchmarks/side_by_side.py runs/side --gap      # hierarchical diffusion trained in other ways, beside them
 
 Each run is its recipe with the same steps, batch and validation; three seeds for the first three, one for the others.
 It may be stopped and called again: what is done is not done twice.
@@ -8,9 +9,11 @@ It may be stopped and called again: what is done is not done twice.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 STEPS = 400
 THREE_SEEDS = ("mdlm_small", "hdlm_small", "ar_small")
@@ -23,19 +26,50 @@ ONE_SEED = (
     "hybrid_gamma_small",
     "bd3_small",
 )
+CLIP = 'objective.loss={kind="clip", largest=10.0}'
 
 
-def main(directory: Path) -> None:
+class Trained(NamedTuple):
+    """A recipe with settings over it; `{side}` in them is the directory of the runs."""
+
+    name: str
+    recipe: str
+    settings: tuple[str, ...] = ()
+
+
+# What may make two levels learn later than masks alone: one change to hdlm_small each, seed 0.
+GAP = (
+    Trained("hdlm_hard", "hdlm_small", ('objective.loss={kind="hard", largest=10.0}',)),
+    Trained("hdlm_after_mdlm", "hdlm_small", ('train.init={run="{side}/mdlm_200", parts="all"}', "train.steps=200")),
+    Trained("hdlm_embeddings", "hdlm_small", ('train.init={run="{side}/mdlm_small_seed0", parts="embeddings"}',)),
+    Trained("hdlm_rates_1_4", "hdlm_small", ('process={kind="hdlm", rates=[1.0, 4.0]}',)),
+    Trained("hdlm_gamma_2", "hdlm_small", ("process.gamma=2.0",)),
+    Trained("hdlm_tied", "hdlm_small", ("denoiser.head=tied",)),
+    Trained("hdlm_even", "hdlm_small", ('objective.loss={kind="clip", smallest=1.0, largest=1.0}',)),
+    Trained("hdlm_three_level_clip", "hdlm_three_level", (CLIP,)),
+)
+
+
+def families() -> list[Trained]:
     runs = [(recipe, seed) for recipe in THREE_SEEDS for seed in range(3)] + [(recipe, 0) for recipe in ONE_SEED]
-    for number, (recipe, seed) in enumerate(sorted(runs, key=lambda run: run[1]), start=1):
-        name = f"{recipe}_seed{seed}"
-        print(f"[{number}/{len(runs)}] {name}", flush=True)
-        settings = (f"run_dir={directory / name}", f"seed={seed}", f"train.steps={STEPS}", "sample.count=16")
-        subprocess.run(
-            [sys.executable, "-m", "ddiff", "run", recipe, *(part for text in settings for part in ("--set", text))],
-            check=True,
-        )
+    ordered = sorted(runs, key=lambda run: run[1])
+    return [Trained(f"{recipe}_seed{seed}", recipe, (f"seed={seed}",)) for recipe, seed in ordered]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("side", type=Path, nargs="?", default=Path("runs/side"), help="where the runs are written")
+    parser.add_argument("--gap", action="store_true", help="hierarchical diffusion trained in other ways")
+    given = parser.parse_args()
+    first = Trained("mdlm_200", "mdlm_small", ("train.steps=200",))
+    runs = (first, *GAP) if given.gap else families()
+    for number, run in enumerate(runs, start=1):
+        print(f"[{number}/{len(runs)}] {run.name}", flush=True)
+        common = (f"run_dir={given.side / run.name}", f"train.steps={STEPS}", "sample.count=16")
+        settings = (*common, *(text.replace("{side}", str(given.side)) for text in run.settings))
+        command = [sys.executable, "-m", "ddiff", "run", run.recipe]
+        subprocess.run([*command, *(part for text in settings for part in ("--set", text))], check=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/side"))
+    main()
