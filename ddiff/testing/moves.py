@@ -172,11 +172,13 @@ def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("kernels: solve inverts apply", tolerance=1e-9)
 def solve_inverts(process: ForwardProcess) -> Iterator[Gap]:
-    """x K = v is solved by `transition.solve`. Relative rounding of an elimination whose pivots are above 0.1."""
+    """x K = v is solved by `transition.solve`. Rounding of an elimination, ten times more for every ten of K's condition
+    number above the first."""
     s, t = times((0.31, 0.5), (0.5, 0.77), (0.02, 0.31), (0.5, 0.5)).reshape(-1, 2).T
     kernel = process.transition(s, t)
     vector = random_laws(process.vocabulary.num_states, len(s)).exp()
-    yield gap(kernel.solve(kernel.apply(vector)), vector, {"s": s, "t": t})
+    conditioning = torch.linalg.cond(kernel.dense()).unsqueeze(-1)
+    yield gap(kernel.solve(kernel.apply(vector)), vector, {"s": s, "t": t}, (conditioning / 10.0).clamp(min=1.0))
 
 
 @law("a score at the ends", tolerance=1e-9)

@@ -44,14 +44,15 @@ def schedule_ends(schedule: Schedule) -> Iterator[Gap]:
 
 @law("schedule: noised = 1 - alpha, accurate near t = 0", tolerance=1e-9)
 def noised_is_the_rest(schedule: Schedule, finer: int = 1) -> Iterator[Gap]:
-    """noised + alpha = 1; and from t/1000 to t noised grows by the integral of -d_alpha, relative to itself, so that no
-    digits are lost where alpha is near 1. Quadrature leaves 1e-11."""
+    """noised + alpha = 1; and from t/1000 to t noised grows by the integral of -d_alpha, relative to noised itself, so that
+    no digits are lost where alpha is near 1. Quadrature leaves 1e-11."""
     t = times(OPEN, ENDS)
     yield gap(schedule.noised(t) + schedule.alpha(t), 1.0, {"t": t})
     for end in OPEN:
-        grown = schedule.noised(times((end,))) - schedule.noised(times((end / 1000.0,)))
+        noised = schedule.noised(times((end,)))
+        grown = noised - schedule.noised(times((end / 1000.0,)))
         flow = integral(lambda t: -schedule.d_alpha(t).unsqueeze(-1), end / 1000.0, end, finer)
-        yield gap(grown, flow, {"t": end}, grown.abs().clamp(min=1e-300))  # a schedule may stand still
+        yield gap(grown, flow, {"t": end}, noised.abs().clamp(min=1e-300))  # a schedule may stand still
 
 
 SCHEDULE_LAWS: tuple[Law, ...] = (derivative_is_autograd, alpha_falls, schedule_ends, noised_is_the_rest)

@@ -7,12 +7,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 from chains import EVERY
+from ddiff_hybrid.epsilon import EpsilonHybrid
 
+from ddiff.core.interpolating import MixtureProcess, mask_law, word_law
 from ddiff.core.process import ForwardProcess
+from ddiff.core.schedule import GeometricSchedule, LinearSchedule, PowerSchedule
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.errors import ArgumentError
-from ddiff.testing import LawReport, assert_laws, check_process
+from ddiff.testing import Law, LawReport, assert_laws, bound, check_process, moves, schedule
 from ddiff.testing.process import PROCESS_LAWS, check_parts
+
+BARE = FlatVocabulary(3, mask=False)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,6 +48,29 @@ def test_every_law_applies_to_some_chain() -> None:
 @pytest.mark.parametrize("name", ["three levels, nearly equal", "two levels, powers", "mixture: uniform"])
 def test_the_parts_of_a_chain_obey_theirs(name: str) -> None:
     assert_laws(check_parts(EVERY[name]))
+
+
+ODD_AND_RIGHT: dict[str, tuple[Law, object]] = {
+    "noise that is there from the start": (schedule.noised_is_the_rest, GeometricSchedule(0.5, 0.5001)),
+    "one word, which costs nothing": (
+        bound.discrete_bound_converges,
+        MixtureProcess(FlatVocabulary(1), LinearSchedule(), mask_law(FlatVocabulary(1))),
+    ),
+    "a transition that hardly remembers": (
+        moves.solve_inverts,
+        MixtureProcess(BARE, GeometricSchedule(1.0, 100.0), word_law(BARE)),
+    ),
+    "early masks over shuffled words": (
+        bound.constant_denoiser,
+        EpsilonHybrid(FlatVocabulary(3), PowerSchedule(0.5), 0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_AND_RIGHT)
+def test_what_is_odd_and_right_is_not_called_broken(name: str) -> None:
+    one, subject = ODD_AND_RIGHT[name]
+    assert_laws([one(subject)])
 
 
 def test_a_large_instance_is_refused() -> None:
