@@ -16,11 +16,13 @@ from ddiff import (
     FlatVocabulary,
     ForwardProcess,
     Vocabulary,
+    interior,
     mask_law,
     word_law,
 )
 
 Form = Literal["current", "original"]
+MOST_AT_ONCE = 0.02  # of the words noise at the earliest time: what a bound from t = 0 on would miss
 
 
 class Mixing(Protocol):
@@ -110,7 +112,15 @@ class GeneralizedInterpolation(ComponentProcess):
                 f"The process gidd needs words and a mask, nothing between; got {vocabulary}. "
                 'Use [vocabulary] kind = "flat".'
             )
-        return cls(vocabulary, MIXINGS[config.form](config.p_uniform, config.gamma, vocabulary.num_tokens))
+        process = cls(vocabulary, MIXINGS[config.form](config.p_uniform, config.gamma, vocabulary.num_tokens))
+        noisy = 1.0 - float(process.alpha(interior(torch.zeros(1, dtype=torch.float64))))
+        if noisy > MOST_AT_ONCE:
+            raise ArgumentError(
+                f"The process gidd with p_uniform = {config.p_uniform} and gamma = {config.gamma}: {noisy:.0%} of the "
+                "words are noise already at the earliest time that is read, t = 1e-12, and no bound that starts at t = 0 "
+                "would charge for them. Use a larger gamma, or a smaller p_uniform."
+            )
+        return process
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.mixing.shares(t)[..., 0]

@@ -17,7 +17,6 @@ from ddiff import (
     ForwardProcess,
     Informed,
     LinearSchedule,
-    PositiveFloat,
     PowerSchedule,
     Schedule,
     Vocabulary,
@@ -27,6 +26,8 @@ from ddiff import (
 
 # Of everything shuffled nothing could be learnt.
 Shuffled = Annotated[float, Field(ge=0.0, lt=1.0)]
+# Outside, words are masked before the earliest time that is read, or none at the middle of time.
+Power = Annotated[float, Field(ge=0.3, le=20.0)]
 
 
 @final
@@ -42,7 +43,7 @@ class EpsilonHybrid(ComponentProcess):
         """Share of the words that are replaced by one drawn evenly (by itself, too); in [0, 1)."""
         schedule: Literal["linear", "cosine", "power"] = "linear"
         """Share without a mask: 1 - t; 1 - sin(pi t / 2); 1 - t^power."""
-        power: PositiveFloat | None = None
+        power: Power | None = None
         """Of the power schedule, which needs it."""
 
         @model_validator(mode="after")

@@ -14,7 +14,6 @@ from ddiff import (
     GeometricSchedule,
     LinearSchedule,
     MixtureProcess,
-    PositiveFloat,
     Schedule,
     Vocabulary,
     mask_law,
@@ -22,6 +21,8 @@ from ddiff import (
 )
 
 Floor = Annotated[float, Field(ge=0.0, lt=1.0)]
+# Below and above float64 knows no noise, and no word.
+LeastSigma, MostSigma = Annotated[float, Field(ge=1e-12, le=1.0)], Annotated[float, Field(gt=0.0, le=100.0)]
 PUBLISHED_FLOOR, PUBLISHED_SIGMA = 1e-3, (1e-4, 20.0)
 
 
@@ -35,9 +36,9 @@ class ScoreEntropyDiffusion:
         """e^-sigma = 1 - (1 - floor) t, or sigma = sigma_min^(1-t) sigma_max^t."""
         floor: Floor | None = None
         """Of log-linear noise: the share of words that is left at t = 1; 0.001 if not given."""
-        sigma_min: PositiveFloat | None = None
+        sigma_min: LeastSigma | None = None
         """Of geometric noise: the total noise at t = 0; 0.0001 if not given."""
-        sigma_max: PositiveFloat | None = None
+        sigma_max: MostSigma | None = None
         """Of geometric noise: the total noise at t = 1; 20 if not given."""
 
         @model_validator(mode="after")

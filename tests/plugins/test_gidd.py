@@ -197,6 +197,16 @@ def test_settings_out_of_range_are_refused(keys: dict[str, float]) -> None:
         GeneralizedInterpolation.Config(**keys)
 
 
+@pytest.mark.parametrize("form", ["current", "original"])
+def test_noise_that_comes_before_the_earliest_time_is_refused(form: Form) -> None:
+    build = lambda **keys: GeneralizedInterpolation.build(  # noqa: E731
+        GeneralizedInterpolation.Config(form=form, **keys), vocabulary=FlatVocabulary(WORDS)
+    )
+    assert build(p_uniform=0.2, gamma=0.3).closes_at_clean
+    with pytest.raises(ArgumentError, match=r"p_uniform = 0\.99 and gamma = 0\.3.*t = 1e-12.*larger gamma"):
+        build(p_uniform=0.99, gamma=0.3)
+
+
 @pytest.mark.parametrize("vocabulary", [FlatVocabulary(4, mask=False), HierarchicalVocabulary([[0, 1, 0, 1]])])
 def test_a_vocabulary_that_does_not_fit_is_refused(vocabulary: FlatVocabulary) -> None:
     with pytest.raises(ArgumentError, match=r'needs words and a mask.*kind = "flat"'):

@@ -438,7 +438,17 @@ def test_gamma_settings_out_of_range_are_refused(keys: dict[str, Any]) -> None:
         GammaHybrid.Config(**keys)
 
 
-@pytest.mark.parametrize("keys", [{"epsilon": 1.0}, {"epsilon": -0.1}, {"power": 2.0}, {"schedule": "power"}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"epsilon": 1.0},
+        {"epsilon": -0.1},
+        {"power": 2.0},
+        {"schedule": "power"},
+        {"power": 0.05, "schedule": "power"},
+        {"power": 1e4, "schedule": "power"},
+    ],
+)
 def test_epsilon_settings_out_of_range_are_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(keys))):
         EpsilonHybrid.Config(**keys)

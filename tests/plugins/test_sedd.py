@@ -194,7 +194,7 @@ def test_a_score_that_comes_from_a_law_costs_what_the_law_costs(graph: str, nois
 @pytest.mark.parametrize("stop", [0.5, 0.9, 1.0])
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
 def test_a_window_that_closes_early_closes_under_a_score_as_under_its_law(noise: str, stop: float) -> None:
-    """The score is that of t = 1, where hardly a word is left: read as the law of z at t = 0.5 it would be nats too dear."""
+    """The score is that of t = 1, where hardly a word is left: read as the law of z at t = 0.5 it is nats too dear."""
     process, rule = make("absorb", noise), FlatTimes(0.05, stop)
     log_p = torch.tensor([[0.4, 0.3, 0.2, 0.06, 0.04]], dtype=torch.float64).log()
     x0, scored, slot = torch.arange(WORDS).unsqueeze(0), torch.ones(1, WORDS, dtype=torch.bool), torch.zeros(1).long()
@@ -387,6 +387,8 @@ class Constant(torch.nn.Module):
         ({"floor": 1.0}, "floor"),
         ({"graph": "cycle"}, "graph"),
         ({"noise": "cosine"}, "noise"),
+        ({"noise": "geometric", "sigma_min": 1e-320}, "sigma_min"),
+        ({"noise": "geometric", "sigma_max": 2000.0}, "sigma_max"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(keys: dict[str, object], named: str) -> None:
@@ -396,7 +398,7 @@ def test_settings_that_do_not_fit_are_refused(keys: dict[str, object], named: st
 
 def test_sigmas_in_the_wrong_order_are_refused() -> None:
     with pytest.raises(ArgumentError, match="0 < sigma_min < sigma_max"):
-        make("uniform", "geometric", sigma_min=5.0, sigma_max=2.0)
+        make("uniform", "geometric", sigma_min=0.5, sigma_max=0.2)
 
 
 def test_a_graph_needs_its_vocabulary() -> None:
