@@ -1,9 +1,9 @@
-"""Lets the tests of this folder import `exact_windows` of the core and the examples."""
+"""Lets the tests of this folder import `exact_windows` of the core, the examples and the benchmarks."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS / "core"), str(TESTS.parent / "examples")]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests" / "core"), str(ROOT / "examples"), str(ROOT / "benchmarks")]

@@ -1,0 +1,164 @@
+"""Wrong parents, xi < 1: the exact bound beside the published approximation of it, with nothing drawn.
+
+python benchmarks/xi_bounds.py                      # the table into plugins/ddiff_hdlm/README.md, a minute
+
+Two words from a known joint law, four words under three clusters; states and times are summed over in float64. Both columns
+are the same assembly of the bound (closing, diffusion, decoding) on the same noise, over the whole of time, with the same
+weights; they differ in the divergence of a row alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddiff import CleanLaw, HierarchicalVocabulary, LogTimeClock, TreeProcess
+from ddiff.testing.bound import WHOLE, Table, constant_table, exact_nelbo, random_joint, rest_table
+
+GAMMAS = (0.5, 1.0, 2.0)
+XIS = (1.0, 0.95, 0.9, 0.8, 0.6)
+TREE = HierarchicalVocabulary([[0, 0, 1, 2]])
+LOG_JOINT = random_joint(TREE.num_tokens)
+UNREAD = 1e-5  # a millionth of the words has still to climb at the last time that is read, 1 - 1e-12, at gamma = 0.5
+README = Path(__file__).parents[1] / "plugins" / "ddiff_hdlm" / "README.md"
+BEGIN, END = "<!-- benchmarks/xi_bounds.py -->\n", "<!-- end -->\n"
+
+
+class Published(TreeProcess):
+    """The objective of arXiv 2510.08632's code for xi < 1 (`simplified`), on two levels.
+
+    With rho = xi P_c + (1 - xi)(1 - P_c)/(n - 1) of the right cluster c: at masks xi (-ln(rho / xi)), one term of the
+    divergence; at the right cluster -ln(xi p(x) / rho), which is exact; at any other -ln p(x), without its normaliser.
+    """
+
+    def divergence(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+        vocabulary, xi, others = self.vocabulary, self.parents.xi[0], self.vocabulary.level_sizes[1] - 1
+        right = vocabulary.ancestor(x0, 1)
+        mass = law.log_prob(right).exp()
+        log_rho = (xi * mass + (1.0 - xi) * (1.0 - mass) / others).log()
+        word = -law.log_prob(x0)
+        at_masks = xi * (torch.full_like(word, xi).log() - log_rho)
+        at_clusters = word + torch.where(zt == right, log_rho - torch.full_like(word, xi).log(), 0.0)
+        return torch.where(zt == vocabulary.root, at_masks, at_clusters)
+
+
+class Row(NamedTuple):
+    """Nats of two words on average: the bound and the published expression under one law."""
+
+    gamma: float
+    xi: float
+    law: str
+    exact: float
+    published: float
+
+
+def process_of(kind: type[TreeProcess], gamma: float, xi: float) -> TreeProcess:
+    return kind(TREE, LogTimeClock((gamma, 1.0)), xi)
+
+
+def laws(process: TreeProcess) -> dict[str, Table]:
+    """What stands in for a network."""
+    true, bend = rest_table(process, LOG_JOINT), torch.tensor([1.0, -0.5, 0.5, -1.0], dtype=torch.float64)
+    return {
+        "exact": true,
+        "bent": lambda zt, t: (true(zt, t) + bend).log_softmax(-1),
+        "constant": constant_table(single_words()),
+        "flattering": lambda zt, t: flattering(process, true(zt, t), zt),
+    }
+
+
+def flattering(process: TreeProcess, log_p: Tensor, zt: Tensor) -> Tensor:
+    """[B,L,V] the law that is least under the published expression, and what a network trained on it tends to.
+
+    From the exact law p of x given the rest, with b = (1 - xi)/(n - 1). At masks P_k = (mu p_k - b)+/(xi - b), mu such that
+    it sums to 1. At a cluster k that is right with probability A, what is below it gets s, the positive root of
+    (1 - A)(xi - b) s^2 + b s - A b = 0, and the other words 1 - s.
+    """
+    xi, count = process.parents.xi[0], TREE.level_sizes[1]
+    if xi == 1.0:
+        return log_p
+    b = (1.0 - xi) / (count - 1)
+    cluster = TREE.ancestor(torch.arange(TREE.num_tokens), 1) - TREE.num_tokens
+    member = torch.nn.functional.one_hot(cluster, count).double()  # [V,n]
+    p = log_p.exp()
+    mass = p @ member
+
+    filled = torch.ones_like(mass, dtype=torch.bool)
+    for _ in range(count):
+        mu = (xi - b + b * filled.sum(-1, keepdim=True)) / (mass * filled).sum(-1, keepdim=True)
+        filled = filled & (mu * mass > b)
+    at_masks = p * (torch.where(filled, mu * mass - b, 0.0) / (xi - b) / mass)[..., cluster]
+
+    here = member.T[(zt - TREE.num_tokens).clamp(0, count - 1)]  # [B,L,V] words below the cluster that is shown
+    own = (p * here).sum(-1, keepdim=True)
+    right = xi * own / (xi * own + b * (1.0 - own))
+    bent = (1.0 - right) * (xi - b)
+    below = ((b * b + 4.0 * bent * right * b).sqrt() - b) / (2.0 * bent)
+    at_clusters = p * torch.where(here > 0, below / own, (1.0 - below) / (1.0 - own))
+    return torch.where((zt == TREE.root).unsqueeze(-1), at_masks, at_clusters).log()
+
+
+def single_words() -> Tensor:
+    """[V] log of the law of a word, wherever it stands."""
+    return (0.5 * (LOG_JOINT.exp().sum(0) + LOG_JOINT.exp().sum(1))).log()
+
+
+def entropy() -> float:
+    return -mean(LOG_JOINT.reshape(-1))
+
+
+def surprise_of_single_words() -> float:
+    """E[-ln p(x_1) p(x_2)] under the constant law: what a bound of it must be."""
+    single = single_words()
+    return -mean((single.unsqueeze(-1) + single).reshape(-1))
+
+
+def mean(values: Tensor) -> float:
+    return float(LOG_JOINT.exp().reshape(-1) @ values)
+
+
+def rows(gammas: Sequence[float] = GAMMAS, xis: Sequence[float] = XIS) -> list[Row]:
+    """Every gamma, xi and law, to 1e-5 nats (`UNREAD`)."""
+    found = []
+    for gamma in gammas:
+        for xi in xis:
+            exact, published = (process_of(kind, gamma, xi) for kind in (TreeProcess, Published))
+            for name, law in laws(exact).items():
+                values = (mean(exact_nelbo(process, law, 2, WHOLE).total) for process in (exact, published))
+                found.append(Row(gamma, xi, name, *values))
+    return found
+
+
+def table(found: Sequence[Row]) -> str:
+    """Markdown: a line for each gamma and xi, bound and published for each law; what is below the entropy in bold."""
+    names = list(dict.fromkeys(row.law for row in found))
+    lines = ["| gamma | xi | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+    for gamma, xi in dict.fromkeys((row.gamma, row.xi) for row in found):
+        cells = [f"{shown(row.exact)} / {shown(row.published)}" for row in found if (row.gamma, row.xi) == (gamma, xi)]
+        lines.append(f"| {gamma:g} | {xi:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def shown(nats: float) -> str:
+    return f"{nats:.4f}" if nats > entropy() - UNREAD else f"**{nats:.4f}**"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--out", type=Path, default=README, help="a page with the two marks that the table stands between"
+    )
+    page = parser.parse_args().out
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    made = table(rows())
+    page.write_text(before + BEGIN + made + END + rest.partition(END)[2], encoding="utf-8")
+    print(f"entropy {entropy():.4f}, surprise of single words {surprise_of_single_words():.4f}\n{made}", end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""xi < 1: the table of the README is what its command computes, and says of bound and published expression what is true."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import xi_bounds as command
+
+from ddiff.testing.bound import WHOLE, exact_nelbo
+
+README = (Path(__file__).parents[2] / "plugins" / "ddiff_hdlm" / "README.md").read_text(encoding="utf-8")
+ROUNDED = 5.1e-5 + command.UNREAD  # four decimals
+
+
+class Cell(NamedTuple):
+    gamma: float
+    xi: float
+    law: str
+    exact: str
+    published: str
+
+
+def cells() -> Iterator[Cell]:
+    head, _, *lines = README.partition(command.BEGIN)[2].partition(command.END)[0].splitlines()
+    names = head.strip("| ").split(" | ")[2:]
+    for line in lines:
+        gamma, xi, *values = line.strip("| ").split(" | ")
+        for name, value in zip(names, values):
+            yield Cell(float(gamma), float(xi), name, *value.split(" / "))
+
+
+def number(written: str) -> float:
+    return float(written.strip("*"))
+
+
+def test_the_table_is_what_its_command_computes() -> None:
+    written = README.partition(command.BEGIN)[2].partition(command.END)[0]
+    for gamma, xi in ((0.5, 0.8), (2.0, 0.95)):
+        (*_, line) = command.table(command.rows((gamma,), (xi,))).splitlines()
+        assert line in written.splitlines()
+    assert len(written.splitlines()) == 2 + len(command.GAMMAS) * len(command.XIS)
+
+
+def test_the_table_holds_every_law_under_every_setting() -> None:
+    laws = ("exact", "bent", "constant", "flattering")
+    expected = {(gamma, xi, law) for gamma in command.GAMMAS for xi in command.XIS for law in laws}
+    assert {cell[:3] for cell in cells()} == expected
+
+
+def test_the_bound_is_never_below_the_entropy_and_is_it_for_the_exact_law() -> None:
+    for cell in cells():
+        assert number(cell.exact) >= command.entropy() - ROUNDED
+        assert "*" not in cell.exact
+        if cell.law == "exact":
+            assert number(cell.exact) == pytest.approx(command.entropy(), abs=ROUNDED)
+        if cell.law == "constant":
+            assert number(cell.exact) == pytest.approx(command.surprise_of_single_words(), abs=ROUNDED)
+
+
+def test_the_published_expression_is_above_it_or_below_as_the_page_says() -> None:
+    for cell in cells():
+        exact, published = number(cell.exact), number(cell.published)
+        assert ("*" in cell.published) == (published < command.entropy() - ROUNDED)
+        if cell.xi == 1.0 or cell.law == "constant":
+            assert published == pytest.approx(exact, abs=2 * ROUNDED)
+        elif cell.law == "flattering":
+            assert published < command.entropy() - 0.01 < exact
+        else:
+            assert published > exact + 0.001
+
+
+def test_the_page_quotes_the_entropies_of_the_command() -> None:
+    assert re.findall(r"joint law of (\d\.\d{4}) nats", README) == [f"{command.entropy():.4f}"]
+    assert re.findall(r"surprise is (\d\.\d{4});", README) == [f"{command.surprise_of_single_words():.4f}"]
+
+
+def test_no_law_nearby_pleases_the_published_expression_more() -> None:
+    """`flattering` is its minimum: any tilt of the law at any state costs."""
+    published = command.process_of(command.Published, 1.0, 0.8)
+    best = command.laws(command.process_of(command.TreeProcess, 1.0, 0.8))["flattering"]
+
+    def nats(tilt: torch.Tensor) -> float:
+        law: Any = lambda zt, t: (best(zt, t) + tilt[zt]).log_softmax(-1)  # noqa: E731
+        return command.mean(exact_nelbo(published, law, 2, WHOLE).total)
+
+    states, words = command.TREE.num_states, command.TREE.num_tokens
+    least = nats(torch.zeros(states, words, dtype=torch.float64))
+    for seed in range(3):
+        tilt = torch.randn(states, words, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert nats(0.05 * tilt) > least + 1e-4
+
+
+def test_the_command_writes_between_its_marks_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{command.BEGIN}old\n{command.END}after\n")
+    monkeypatch.setattr(command, "rows", lambda: [command.Row(1.0, 0.9, "exact", 2.5, 2.0)])
+    monkeypatch.setattr(sys, "argv", ["xi_bounds.py", "--out", str(page)])
+    command.main()
+    made = "| gamma | xi | exact |\n|---|---|---|\n| 1 | 0.9 | 2.5000 / **2.0000** |\n"
+    assert page.read_text() == f"before\n{command.BEGIN}{made}{command.END}after\n"
