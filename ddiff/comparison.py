@@ -215,7 +215,6 @@ class _Report:
     def row(self) -> Row:
         evaluation, unit = self.evaluation, self.evaluation["unit"]
         tokens = sum(line["tokens"] for line in self.metrics)
-        sampler = f"{self.recipe['sample']['sampler']['kind']}, {self.recipe['sample']['steps']}"
         interval, sampled = evaluation["interval"], self.sampling
         return Row(
             run=self.recipe["name"],
@@ -227,12 +226,18 @@ class _Report:
             nats=evaluation[f"{evaluation['bound'].lower()}_nats_per_{unit}"],
             interval=(interval[0], interval[1]) if interval else None,
             bits_per_byte=evaluation["bits_per_byte"],
-            sampler=sampler,
+            sampler=self._sampler(),
             sample_entropy=_average([_entropy(sample["ids"]) for sample in self.samples]),
             nfe=_average([sample["nfe"] for sample in self.samples]),
             train_seconds=1000 * sum(line["seconds"] for line in self.metrics) / max(tokens, 1),
             sample_seconds=1000 * sampled["seconds"] / max(sampled["tokens"], 1),
         )
+
+    def _sampler(self) -> str:
+        """Its kind and the steps that it took; – for one whose steps depend on the draws, whatever [sample] steps says."""
+        asked = self.recipe["sample"]
+        steps = self.sampling.get("steps", asked["steps"])  # not written by every earlier version
+        return f"{asked['sampler']['kind']}, {'–' if steps is None else steps}"
 
 
 def _family(recipe: Mapping[str, Any]) -> str:

@@ -22,13 +22,15 @@ class AlongSampler:
     """The moves of `inner` from rule.at(tau_k) to rule.at(tau_{k+1}), tau on the grid of `inner`; of its quality.
 
     A position that settles within a step draws its word, one that comes off the prior begins; both read what the network
-    says at the beginning of the step. Prompts stay as they are, wherever they stand.
+    says at the beginning of the step. Given words stay as they are, wherever they stand; under a rule with blocks nobody
+    sees those of a later block, and so it does not look ahead.
     """
 
     def __init__(self, inner: SteppedSampler, rule: TimeRule) -> None:
         self.inner, self.rule = inner, rule
         self.quality: Quality = inner.quality
         self.order = inner.order
+        self.looks_ahead = rule.at(torch.ones(1, dtype=torch.float64), 1).block is None
 
     @property
     def steps(self) -> int:

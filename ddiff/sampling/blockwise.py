@@ -11,7 +11,7 @@ import torch
 from ddiff.core.elbo import Ask
 from ddiff.core.process import ForwardProcess
 from ddiff.errors import ArgumentError
-from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says
+from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says, looks_ahead
 
 Sight = Literal["blocks", "all"]
 
@@ -20,9 +20,9 @@ Sight = Literal["blocks", "all"]
 class BlockwiseSampler:
     """Windows of `width` positions, each from noise to words by `inner`, seeing the settled ones before it.
 
-    Later windows wait at the prior. `sight = "blocks"`: no position sees a later window, as block diffusion is trained;
-    "all": the network sees them wait. Of the quality of `inner`. Positions draw from their own noise, so all windows may
-    use the same steps of it.
+    Later windows wait at the prior. `sight = "blocks"`: no position sees a later window, as block diffusion is trained, nor
+    words given there; "all": the network sees them wait. Of the quality of `inner`. Positions draw from their own noise,
+    so all windows may use the same steps of it.
     """
 
     steps: int | None = None
@@ -34,6 +34,7 @@ class BlockwiseSampler:
             raise ArgumentError(f'BlockwiseSampler: sight must be "blocks" or "all"; got {sight!r}.')
         self.inner, self.width, self.sight = inner, width, sight
         self.cached = sight == "blocks"  # then settled windows see nothing that comes later
+        self.looks_ahead = sight == "all" and looks_ahead(inner)
         self.quality: Quality = inner.quality
         self.order = inner.order
 

@@ -23,11 +23,20 @@ class FirstHittingSampler:
     Candidates come from `process.event_time` without the network (thinned by `process.event` where the rate depends on
     it); a new one is drawn for every position after each event, which is the same chain since candidates have no memory.
     Masks: as many network calls as there are positions. Needs a process with events.
+
+    Where words are noise, their candidates come at about 1/t, most of them for nothing: those of words end at `until` in
+    (0,1), and the last draw takes all words from there at once. Positions that are still noise there, a share n of L, are
+    then drawn without each other: an error of at most (n L)^2 / 2 in total variation. Masks and trees have none.
     """
 
     quality: Quality = "exact"
     order: int = 0
     steps: int | None = None
+
+    def __init__(self, until: float = 1e-4) -> None:
+        if not EARLIEST <= until < 1.0:
+            raise ArgumentError(f"FirstHittingSampler: until must be in [{EARLIEST}, 1); got {until}, a time near 0.")
+        self.until = until
 
     def needs(self, process: ForwardProcess | None, says: Says) -> None:
         need_process(self, process)
@@ -40,17 +49,18 @@ class FirstHittingSampler:
 
     def run(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt) -> Iterator[Canvas]:
         for k in count():
+            is_word = canvas.zt < process.vocabulary.num_tokens
             u = uniforms(noise_at(k), "when", 1)[:, 0]
-            waiting = process.event_time(canvas.zt.reshape(-1), canvas.t.reshape(-1), u)
-            when = torch.where(canvas.free, waiting.reshape(canvas.t.shape), 0.0)
+            when = process.event_time(canvas.zt.reshape(-1), canvas.t.reshape(-1), u).reshape(canvas.t.shape)
+            when = torch.where(canvas.free & (~is_word | (when > self.until)), when, 0.0)
             latest, place = when.max(-1, keepdim=True)
             happens = torch.zeros_like(canvas.free).scatter(-1, place, latest > 0)
-            canvas = canvas.moved(canvas.zt, latest.expand_as(canvas.t))
+            end = torch.where(is_word, self.until, EARLIEST)  # candidates of other states are read down to EARLIEST
+            canvas = canvas.moved(canvas.zt, torch.minimum(canvas.t, torch.maximum(latest, end)))
             if not bool(happens.any()):
                 break
             u = uniforms(noise_at(k), "event", process.uniforms_per_event)
             draw = lambda visit, zt, t, rows: process.event(visit, zt, t, u[rows])  # noqa: B023, E731
             canvas = canvas.moved(step_rows(ask, canvas, draw, happens), canvas.t)
             yield canvas
-        is_word = canvas.zt < process.vocabulary.num_tokens  # candidates are read down to EARLIEST
-        yield draw_words(process, ask, canvas.moved(canvas.zt, torch.where(is_word, 0.0, EARLIEST)), noise_at(k))
+        yield draw_words(process, ask, canvas, noise_at(k))

@@ -51,7 +51,8 @@ class Sampler(Protocol):
     """A way from noise to text; `quality` says what it is when the network is right.
 
     "exact": the law of the samples is the network's own, whatever the steps. "of an order": it tends to it as
-    1/steps^order. "heuristic": it does not, or nobody has shown that it does.
+    1/steps^order. "heuristic": it does not, or nobody has shown that it does. Two things a sampler may say beside:
+    `cached = True`, settled positions see nothing that comes later; `looks_ahead = False`, see `looks_ahead`.
     """
 
     quality: Quality
@@ -66,6 +67,14 @@ class Sampler(Protocol):
 
     def run(self, process: Any, ask: Ask, canvas: Canvas, noise_at: NoiseAt) -> Iterator[Canvas]:
         """The canvas after each step; the last one holds words at free positions. Step k draws from `noise_at(k)`."""
+
+
+def looks_ahead(sampler: Sampler) -> bool:
+    """Whether words given after a gap guide what is drawn into it: all samplers but those from left to right.
+
+    Those keep such words, bit for bit, and draw the gap as if they were not there: `looks_ahead = False` is theirs to say.
+    """
+    return bool(getattr(sampler, "looks_ahead", True))
 
 
 @dataclass(frozen=True)

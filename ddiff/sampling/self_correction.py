@@ -15,7 +15,7 @@ from ddiff.core.numerics import draw_index
 from ddiff.core.process import ForwardProcess, Visit
 from ddiff.errors import ArgumentError
 from ddiff.sampling.acs import need_informed_words
-from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says, step_rows
+from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says, looks_ahead, step_rows
 from ddiff.sampling.stepped import every_row, root_of, uniforms
 
 
@@ -48,6 +48,7 @@ class SelfCorrectingSampler:
             )
         self.inner, self.rounds, self.commit = inner, rounds, commit
         self.temperature, self.at, self.patience = temperature, at, patience
+        self.looks_ahead = looks_ahead(inner)
 
     def needs(self, process: ForwardProcess | None, says: Says) -> None:
         self.inner.needs(process, says)
@@ -57,39 +58,50 @@ class SelfCorrectingSampler:
         for canvas in self.inner.run(process, ask, canvas, noise_at):  # noqa: B020
             yield canvas
         going = canvas.free.any(-1)
-        best, since = torch.full_like(going, -1, dtype=torch.long), torch.zeros_like(going, dtype=torch.long)
+        patient = _Patience(self.patience, going)
         for k in range(self.rounds):
             if not bool(going.any()):
                 break
             shown = canvas.moved(canvas.zt, torch.full_like(canvas.t, self.at))
-            drawn, score, right = self._proposals(process, ask, shown, going, noise_at(k))
-            agreeing = right.sum(-1)
-            since = torch.where(agreeing > best, 0, since + 1)
-            best = torch.maximum(best, agreeing)
+            drawn, score, right = proposals(process, ask, shown, going, noise_at(k), self.temperature)
             rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
             change = (rank < self.commit) & (drawn != canvas.zt)
-            going = going & change.any(-1) & (since <= self.patience)
+            going = going & change.any(-1) & patient(right.sum(-1))
             canvas = canvas.moved(torch.where(change, drawn, canvas.zt), torch.zeros_like(canvas.t))
             yield canvas
 
-    def _proposals(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, going: Tensor, noise: Noise
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """[B,L] each: a draw, its ln p where it is new (else -inf), whether what stands is the likeliest word."""
-        u = uniforms(noise, "again", 1)[:, 0]
-        score, right = torch.full_like(canvas.t, -torch.inf).reshape(-1), torch.zeros_like(canvas.free).reshape(-1)
 
-        def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            def again(law: CleanLaw, idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                full = law.log_mass(0).double() + process.log_likelihood(zt[idx], t[idx])
-                tempered = (full / self.temperature).log_softmax(-1)
-                drawn = draw_index(tempered.exp(), u[rows[idx]])
-                log_p = tempered.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
-                return drawn, log_p, full.argmax(-1) == zt[idx]
+class _Patience:
+    """Which sequences have gained within the last `rounds` rounds; told how many of their words [B] are the likeliest."""
 
-            drawn, log_p, right[rows] = visit(every_row(zt), root_of(process, zt), again)
-            score[rows] = torch.where(drawn != zt, log_p, -torch.inf)
-            return drawn
+    def __init__(self, rounds: int, going: Tensor) -> None:
+        self.rounds, self.since = rounds, torch.zeros_like(going, dtype=torch.long)
+        self.best = torch.full_like(self.since, -1)
 
-        drawn = step_rows(ask, canvas, draw, going.unsqueeze(-1).expand_as(canvas.free))
-        return drawn, score.reshape(canvas.t.shape), right.reshape(canvas.t.shape)
+    def __call__(self, agreeing: Tensor) -> Tensor:
+        self.since = torch.where(agreeing > self.best, 0, self.since + 1)
+        self.best = torch.maximum(self.best, agreeing)
+        return self.since <= self.rounds
+
+
+def proposals(
+    process: ForwardProcess, ask: Ask, canvas: Canvas, going: Tensor, noise: Noise, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B,L] each: a draw, its ln p where it is new (else -inf), whether what stands is the likeliest word."""
+    u = uniforms(noise, "again", 1)[:, 0]
+    score, right = torch.full_like(canvas.t, -torch.inf).reshape(-1), torch.zeros_like(canvas.free).reshape(-1)
+
+    def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        def again(law: CleanLaw, idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            full = law.log_mass(0).double() + process.log_likelihood(zt[idx], t[idx])
+            tempered = (full / temperature).log_softmax(-1)
+            drawn = draw_index(tempered.exp(), u[rows[idx]])
+            log_p = tempered.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+            return drawn, log_p, full.argmax(-1) == zt[idx]
+
+        drawn, log_p, right[rows] = visit(every_row(zt), root_of(process, zt), again)
+        score[rows] = torch.where(drawn != zt, log_p, -torch.inf)
+        return drawn
+
+    drawn = step_rows(ask, canvas, draw, going.unsqueeze(-1).expand_as(canvas.free))
+    return drawn, score.reshape(canvas.t.shape), right.reshape(canvas.t.shape)

@@ -19,7 +19,7 @@ from ddiff.core.numerics import draw_index
 from ddiff.core.process import ForwardProcess, RowFunction, Visit
 from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError
-from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says, counting, need_law, runs_of
+from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says, counting, looks_ahead, need_law, runs_of
 
 Shape = Callable[..., Tensor]
 Classifier = Callable[[Noisy, Tensor], Tensor]
@@ -297,6 +297,7 @@ class ShapedSampler:
         self.quality: Quality = inner.quality
         self.order = inner.order
         self.cached = getattr(inner, "cached", False)
+        self.looks_ahead = looks_ahead(inner)
 
     @property
     def steps(self) -> int | None:
