@@ -1,0 +1,83 @@
+"""Every recipe that ships is found by its name, and is trained, evaluated and sampled by one call, small."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import ddiff
+from ddiff.recipe import shipped_recipes
+
+RECIPES = [
+    "ar_small",
+    "bd3_small",
+    "gidd_plus_small",
+    "gidd_small",
+    "hdlm_small",
+    "hdlm_three_level",
+    "hdlm_xi_small",
+    "hf_bert_small",
+    "hybrid_epsilon_slide",
+    "hybrid_epsilon_small",
+    "hybrid_gamma_small",
+    "mdlm_small",
+    "sedd_small",
+    "sedd_uniform_small",
+]
+LENGTH = 32  # two windows of the width that the recipes have
+TINY = [
+    f'data={{kind="text", files=["train.txt"], validation=["validation.txt"], length={LENGTH}}}',
+    "tokenizer.size=400",
+    "train.steps=2",
+    "train.batch=4",
+    "train.warmup=1",
+    "train.log_every=1",
+    "evaluate.draws=1",
+    "sample.steps=2",
+    "sample.count=2",
+    "backend.device=cpu",
+]
+NETWORK = ["denoiser.width=32", "denoiser.layers=1", "denoiser.heads=2"]
+BERT = ["hidden_size=32", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=64"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a little of the bundled novels, and one cache for all: words and clusters are made once."""
+    folder = tmp_path_factory.mktemp("recipes")
+    novels = ddiff.bundled_novels()
+    (folder / "train.txt").write_text(novels.train["text"][0], encoding="utf-8")
+    (folder / "validation.txt").write_text(novels.validation["text"][0][:1500], encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("DDIFF_CACHE", str(folder / "cache"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield folder
+
+
+def test_these_are_all() -> None:
+    assert sorted(shipped_recipes()) == RECIPES
+    assert len(RECIPES) == 14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_evaluates_and_samples(name: str, place: Path) -> None:
+    """Only sizes are changed, and the corpus. Two steps teach nothing: the bound is near that of the even law, ln V."""
+    network = [f"denoiser.settings.{setting}" for setting in BERT] if name.startswith("hf_") else NETWORK
+    run = ddiff.run(name, settings=[*TINY, *network])
+    assert run.recipe.name == name
+
+    logged = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in logged if "step" in line) == 2
+    evaluation = run.evaluate()[0]
+    assert 1.0 < evaluation.nelbo_nats_per_token < 1.5 * math.log(run.vocabulary.num_tokens)
+    samples = [json.loads(line) for line in (run.run_dir / "samples.jsonl").read_text().splitlines()]
+    ids = torch.tensor([sample["ids"] for sample in samples])
+    assert ids.shape == (2, LENGTH)
+    assert 0 <= int(ids.min()) <= int(ids.max()) < run.vocabulary.num_tokens
