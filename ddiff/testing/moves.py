@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddiff.core.law import DenseLaw, Score
 from ddiff.core.oracle import propagate
-from ddiff.core.process import ForwardProcess
+from ddiff.core.process import ForwardProcess, RowFunction
 from ddiff.testing.draws import law_of_draws
 from ddiff.testing.probes import (
     INNER,
@@ -33,6 +33,32 @@ def score_of(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: Tensor) -> S
     """The score that says the same as a law."""
     log_marginal = process.log_marginal(log_p, t)
     return Score(log_marginal - log_marginal.gather(-1, zt.unsqueeze(-1)))
+
+
+@law("decode: a score is drawn from as it is charged", tolerance=5e-3)
+def scores_are_decoded(process: ForwardProcess) -> Iterator[Gap]:
+    """The last draw under a score has the law that decode_nll charges for. 2048 even points resolve a probability to
+    5e-3."""
+    words = torch.arange(process.vocabulary.num_tokens)
+    log_p = random_laws(len(words), 1, seed=3)
+    for t in (0.02, 0.5):
+        zt = (likelihoods(process, times((t,)))[0].sum(0) > 1e-9).nonzero().squeeze(-1)
+        now = torch.full((len(zt),), t, dtype=torch.float64)
+
+        def draw(row: Tensor, u: Tensor, zt: Tensor = zt, now: Tensor = now) -> Tensor:
+            def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
+                asked = row[rows]
+                score = score_of(process, log_p.expand(len(asked), -1), zt[asked], now[asked])
+                drawn: Tensor = fn(score, torch.arange(len(asked)))
+                return drawn
+
+            return process.decode(visit, zt[row], now[row], u)
+
+        drawn = law_of_draws(draw, len(zt), process.uniforms_per_decode, len(words))
+        state, x0 = product(zt, words)
+        then = torch.full(x0.shape, t, dtype=torch.float64)
+        charged = process.decode_nll(score_of(process, log_p.expand(len(x0), -1), state, then), x0, state, then)
+        yield gap(drawn, charged.neg().exp().reshape(drawn.shape), {"zt": zt, "t": t})
 
 
 @law("reverse rates: flows balance", tolerance=1e-9)

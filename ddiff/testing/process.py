@@ -45,6 +45,7 @@ PROCESS_LAWS: tuple[Law, ...] = (
     draws.draws_are_their_own,
     draws.arguments_are_untouched,
     moves.scores_at_ends,
+    moves.scores_are_decoded,
     moves.reverse_flows_balance,
     moves.density_is_of_reverse_rates,
     moves.reverse_rates_make_posterior,

@@ -277,8 +277,8 @@ class GammaHybrid(ForwardProcess):
         if len(open_) == 0:
             return x0
 
-        def draw(law: CleanLaw, rows: Tensor) -> Tensor:
-            picked = open_[rows]
+        def draw(answer: CleanLaw | Score, rows: Tensor) -> Tensor:
+            picked, law = open_[rows], self._law_of_words(answer)
             z = zt[picked]
             stays = self.kept.alpha(t[picked]) * law.log_prob(self._word(z)).double().exp()
             stays = torch.where(masked[picked], 0.0, stays / (stays + each[picked]))
@@ -287,6 +287,12 @@ class GammaHybrid(ForwardProcess):
 
         x0[open_] = visit(open_, self.scope(zt[open_]), draw)
         return x0
+
+    def _law_of_words(self, answer: CleanLaw | Score) -> CleanLaw:
+        """A score's shares among the words are their law where the last draw is made."""
+        if not isinstance(answer, Score):
+            return answer
+        return DenseLaw(answer.log_ratio[:, : self.vocabulary.num_tokens].log_softmax(-1), self.vocabulary)
 
     # ------------------------------------------------------------------ events
 

@@ -18,7 +18,7 @@ from ddiff.core.law import CleanLaw, DenseLaw
 from ddiff.core.numerics import interior
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.vocabulary import FlatVocabulary
-from ddiff.testing import bound, chain, draws, reverse
+from ddiff.testing import bound, chain, draws, moves, reverse
 from ddiff.testing.bound import full_table, random_joint, rest_table
 from ddiff.testing.probes import INNER, times
 from ddiff.testing.report import Gap, Law, gap, law
@@ -117,6 +117,17 @@ class MixedStep(GammaHybrid):  # type: ignore[misc]
         return moved
 
 
+class WithoutItsEvidence(GammaHybrid):  # type: ignore[misc]
+    """A score is drawn from by its shares alone, whatever word stands there."""
+
+    def decode(self, visit: Any, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        def draw(answer: Any, rows: Tensor) -> Tensor:
+            shares = DenseLaw(answer.log_ratio[:, :WORDS].log_softmax(-1), self.vocabulary)
+            return shares.draw(torch.full_like(rows, self.vocabulary.root), torch.zeros_like(rows), u[rows, 1])
+
+        return visit(torch.arange(len(zt)), self.scope(zt), draw)
+
+
 class WithoutTheLastDraw(EpsilonHybrid):  # type: ignore[misc]
     """What shuffled words cost is left out."""
 
@@ -166,6 +177,7 @@ FAULTS = [
     Fault("interpolating rates", chain.transition_is_oracle, gamma_hybrid(), gamma_hybrid(Interpolating)),
     Fault("an interpolating chain", rates_are_the_papers, gamma_hybrid(), gamma_hybrid(InterpolatingThroughout)),
     Fault("masks that hide clean words", draws.step_follows_posterior, gamma_hybrid(), gamma_hybrid(MixedStep)),
+    Fault("a score without the evidence", moves.scores_are_decoded, gamma_hybrid(), gamma_hybrid(WithoutItsEvidence)),
     Fault("no last draw", reverse.decode_nll_is_derived, epsilon_hybrid(), epsilon_hybrid(WithoutTheLastDraw)),
     Fault("no last draw is no bound", bound.constant_denoiser, epsilon_hybrid(), epsilon_hybrid(WithoutTheLastDraw)),
     Fault("a raw last draw", bound.constant_denoiser, epsilon_hybrid(), epsilon_hybrid(RawLastDraw)),
