@@ -53,6 +53,10 @@ class ClippedLoss:
     """The density with its weight held in [smallest, largest]: steadier gradients, no longer the bound."""
 
     def __init__(self, smallest: float = 0.0, largest: float = 2.0) -> None:
+        if not 0.0 <= smallest <= largest:
+            raise ArgumentError(
+                f"ClippedLoss: 0 <= smallest <= largest must hold; got smallest = {smallest}, largest = {largest}."
+            )
         self.smallest, self.largest = smallest, largest
 
     def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ class Dynamic:
         """Weights above this are cut."""
 
     def __init__(self, clean: Literal["snr", "sigmoid"] = "snr", smallest: float = 0.0, largest: float = 2.0) -> None:
+        if not 0.0 <= smallest <= largest:
+            raise ArgumentError(
+                f"Dynamic: 0 <= smallest <= largest must hold; got smallest = {smallest}, largest = {largest}."
+            )
         self.clean, self.smallest, self.largest = clean, smallest, largest
 
     @classmethod

@@ -213,6 +213,12 @@ def test_a_vocabulary_that_does_not_fit_is_refused(vocabulary: FlatVocabulary) -
         GeneralizedInterpolation.build(GeneralizedInterpolation.Config(), vocabulary=vocabulary)
 
 
+@pytest.mark.parametrize("loss", [Dynamic, ClippedLoss])
+def test_a_range_of_weights_inside_out_is_refused(loss: type[Dynamic] | type[ClippedLoss]) -> None:
+    with pytest.raises(ArgumentError, match=r"smallest <= largest.*got smallest = 3.*largest = 2"):
+        loss(smallest=3.0)
+
+
 def test_the_dynamic_loss_needs_this_process() -> None:
     masked = MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(WORDS))
     with pytest.raises(ArgumentError, match=r"reads the mixing of the process gidd; got MaskedDiffusion"):
