@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from code_count import names_and_strings
 
 import ddiff
 
 ROOT = Path(__file__).parents[2]
 ENGINE = Path(ddiff.__file__).parent
-FAMILIES = re.compile(r"\b(hdlm|mdlm|gidd|sedd|udlm|duo|remdm|bd3lm)", re.IGNORECASE)
+FAMILIES = re.compile(r"(?<![a-z])(hdlm|mdlm|gidd|sedd|udlm|duo(?![a-z])|remdm|bd3)", re.IGNORECASE)
+EXAMPLE = re.compile(r"kimura", re.IGNORECASE)  # docstrings of the gate show a plugin by this name
 BELOW_TRAINING = ("core", "nn", "sampling", "data", "clustering")
 
 
@@ -26,6 +29,16 @@ def sources(*rooms: str) -> list[Path]:
 def test_no_file_of_the_engine_names_a_model_family() -> None:
     named = {str(path): match[0] for path in sources() if (match := FAMILIES.search(path.read_text(encoding="utf-8")))}
     assert named == {}
+
+
+def test_no_name_or_string_of_the_engine_is_that_of_the_example() -> None:
+    spoken = {str(path): list(names_and_strings(path.read_text(encoding="utf-8"))) for path in sources()}
+    assert {path for path, words in spoken.items() if any(map(EXAMPLE.search, words))} == set()
+
+
+@pytest.mark.parametrize("line", ["x = is_mdlm", 'if kind == "HDLM":', "import ddiff_sedd", "# as BD3LM does", "Duo()"])
+def test_a_family_is_seen_wherever_it_is_named(line: str) -> None:
+    assert FAMILIES.search(line)
 
 
 def test_nothing_below_training_knows_processes() -> None:
@@ -49,6 +62,25 @@ def is_public(use: str) -> bool:
     """Of a use of ddiff: whether it is the package, one of its public names, or the kit."""
     module, _, name = use.partition(":")
     return module == "ddiff.testing" or (module == "ddiff" and name in {"", "testing", *ddiff._MODULE_OF})
+
+
+def plugins_used(source: str) -> set[str]:
+    """The plugins that a file imports, ddiff itself not counted."""
+    return {use.partition(":")[0].partition(".")[0] for use in uses(ast.parse(source)) if use.startswith("ddiff_")}
+
+
+def test_no_plugin_imports_another() -> None:
+    """The contract of pyproject.toml names each plugin; this one finds them, so that a new one is not forgotten there."""
+    plugins = {path.parent for path in (ROOT / "plugins").glob("*/__init__.py")}
+    assert {plugin.name for plugin in plugins} >= {"ddiff_core", "ddiff_hdlm", "ddiff_mdlm"}
+    used = {
+        plugin.name: plugins_used("\n".join(path.read_text(encoding="utf-8") for path in sorted(plugin.rglob("*.py"))))
+        for plugin in plugins
+    }
+    assert {name: others - {name} for name, others in used.items() if others - {name}} == {}
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][-1]
+    assert contract["type"] == "independence"
+    assert set(contract["modules"]) == set(used)
 
 
 def private_uses(source: str) -> list[str]:
