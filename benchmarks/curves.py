@@ -1,0 +1,94 @@
+"""Learning curves of runs, by level where there are levels: a Markdown table, and a picture.
+
+    python benchmarks/curves.py runs/side/{mdlm,hdlm}_small_seed0 --svg docs/learning_curves.svg
+
+A figure is the mean of `metrics.jsonl` over the training steps since the one before: nats per token of the training text,
+unclipped. It has the diffusion term alone, without what the two ends cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 50, 190, 20, 40
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#8c564b", "#17a64a", "#b03060")
+
+
+class Curve(NamedTuple):
+    name: str
+    steps: list[int]
+    nats: list[float]
+
+
+def curves(run_dir: Path, every: int) -> list[Curve]:
+    """The bound of a run and, under it, its parts; each point the mean of `every` steps."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    groups = [lines[first : first + every] for first in range(0, len(lines), every)]
+    names = [name for name in lines[0] if name.startswith(("nelbo_", "nll_"))]
+    shown = []
+    for name in names:
+        part = name.removeprefix("nelbo_").removesuffix("_nats_per_token")
+        label = run_dir.name if part in ("diffusion", "nll") else f"{run_dir.name}: {part}"
+        means = [sum(line[name] for line in group) / len(group) for group in groups]
+        shown.append(Curve(label, [group[-1]["step"] for group in groups], means))
+    return shown
+
+
+def table(all_curves: Sequence[Curve]) -> str:
+    longest = max((curve.steps for curve in all_curves), key=len)
+    rows = [["run", *(f"{step}" for step in longest)], ["---"] * (len(longest) + 1)]
+    rows += [[curve.name, *(f"{nats:.2f}" for nats in curve.nats)] for curve in all_curves]
+    width = len(longest) + 1
+    return "\n".join("| " + " | ".join(row + [""] * (width - len(row))) + " |" for row in rows)
+
+
+def picture(whole: Sequence[Curve]) -> str:
+    """An SVG of the bounds over the steps."""
+    low = min(min(curve.nats) for curve in whole)
+    high = max(max(curve.nats[1:] or curve.nats) for curve in whole)  # the first points fall from the random start
+    last = max(curve.steps[-1] for curve in whole)
+
+    def x(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / last
+
+    def y(nats: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (high - min(nats, high)) / (high - low)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'<text x="{LEFT}" y="{HEIGHT - 6}">training steps</text><text x="4" y="12">nats per token</text>',
+    ]
+    for count in range(5):
+        nats, step = low + (high - low) * count / 4, last * count // 4
+        parts.append(f'<path d="M{LEFT} {y(nats):.1f}H{WIDTH - RIGHT}" stroke="#dddddd"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(nats) + 4:.1f}" text-anchor="end">{nats:.1f}</text>')
+        parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{step}</text>')
+    for number, curve in enumerate(whole):
+        colour, row = COLOURS[number % len(COLOURS)], TOP + 12 + 18 * number
+        points = " ".join(f"{x(step):.1f},{y(nats):.1f}" for step, nats in zip(curve.steps, curve.nats))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<path d="M{WIDTH - RIGHT + 12} {row - 4}h18" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<text x="{WIDTH - RIGHT + 36}" y="{row}">{escape(curve.name)}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="run directories")
+    parser.add_argument("--every", type=int, default=50, help="steps that make a point")
+    parser.add_argument("--svg", type=Path, help="where to draw the bounds")
+    given = parser.parse_args()
+    drawn = [curves(run_dir, given.every) for run_dir in given.runs]
+    print(table([curve for run in drawn for curve in run]))
+    if given.svg:
+        given.svg.write_text(picture([run[0] for run in drawn]))
+
+
+if __name__ == "__main__":
+    main()
