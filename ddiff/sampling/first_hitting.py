@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from typing import final
 
@@ -12,6 +13,7 @@ from ddiff.core.elbo import Ask
 from ddiff.core.numerics import EARLIEST
 from ddiff.core.process import ForwardProcess
 from ddiff.errors import ArgumentError
+from ddiff.sampling.ancestral import reverse
 from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says, need_law, need_process, step_rows
 from ddiff.sampling.stepped import draw_words, uniforms
 
@@ -24,9 +26,10 @@ class FirstHittingSampler:
     it); a new one is drawn for every position after each event, which is the same chain since candidates have no memory.
     Masks: as many network calls as there are positions. Needs a process with events.
 
-    Where words are noise, their candidates come at about 1/t, most of them for nothing: those of words end at `until` in
-    (0,1), and the last draw takes all words from there at once. Positions that are still noise there, a share n of L, are
-    then drawn without each other: an error of at most (n L)^2 / 2 in total variation. Masks and trees have none.
+    Where words are noise, their candidates come at about 1/t and 1/(1 - t), most of them for nothing. So words take one
+    ancestral step to 1 - `until`, and from `until` the last draw takes all of them at once. The shares n_1 and n_0 of L
+    positions that change there do so without each other: an error of at most (n_1 L)^2 / 2 + (n_0 L)^2 / 2 in total
+    variation. Masks and trees, whose words are no noise, have none. `until` is in (0, 1/2), and small beside 1/L.
     """
 
     quality: Quality = "exact"
@@ -34,8 +37,8 @@ class FirstHittingSampler:
     steps: int | None = None
 
     def __init__(self, until: float = 1e-4) -> None:
-        if not EARLIEST <= until < 1.0:
-            raise ArgumentError(f"FirstHittingSampler: until must be in [{EARLIEST}, 1); got {until}, a time near 0.")
+        if not EARLIEST <= until < 0.5:
+            raise ArgumentError(f"FirstHittingSampler: until must be in [{EARLIEST}, 1/2); got {until}, a time near 0.")
         self.until = until
 
     def needs(self, process: ForwardProcess | None, says: Says) -> None:
@@ -48,6 +51,9 @@ class FirstHittingSampler:
             )
 
     def run(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt) -> Iterator[Canvas]:
+        words = replace(canvas, free=canvas.free & (canvas.zt < process.vocabulary.num_tokens))
+        begun = reverse(process, ask, words, canvas.t.clamp(max=1.0 - self.until), noise_at(0), "first")
+        canvas = replace(begun, free=canvas.free)
         for k in count():
             is_word = canvas.zt < process.vocabulary.num_tokens
             u = uniforms(noise_at(k), "when", 1)[:, 0]

@@ -160,6 +160,20 @@ def test_what_is_no_finished_run_is_named(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_steps_beside_a_sampler_are_those_that_it_took(place: Path, tmp_path: Path) -> None:
+    """A sampler that has none, whatever [sample] steps says, shows none."""
+    asked = api.load(place / "flat").recipe.sample
+    shown = []
+    for name, steps in (("took", 7), ("none", None)):
+        shutil.copytree(place / "flat", tmp_path / name)
+        timing = tmp_path / name / "sampling.json"
+        timing.write_text(json.dumps(read(timing) | {"steps": steps}))
+        shown.append(compare([tmp_path / name]).rows[0].sampler)
+    assert asked.steps != 7
+    assert shown == ["ancestral, 7", "ancestral, –"]
+
+
+@pytest.mark.slow
 def test_comparing_imports_no_torch(place: Path, tmp_path: Path) -> None:
     script = (
         "import sys\nfrom ddiff.cli import main\n"

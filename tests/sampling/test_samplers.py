@@ -13,19 +13,22 @@ from joint import JOINT, EarlyNoise, exact_ask, processes
 from ddiff.core.elbo import ask_table
 from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.process import ForwardProcess
+from ddiff.core.times import FlatTimes, WindowTimes
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.sampling.acs import CorrectingSampler
+from ddiff.sampling.along import AlongSampler
 from ddiff.sampling.analytic import AnalyticSampler
 from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.blockwise import BlockwiseSampler
 from ddiff.sampling.corrected import CorrectedSampler, ForwardBackward
 from ddiff.sampling.first_hitting import FirstHittingSampler
 from ddiff.sampling.grid import Grid, LoopGrid
-from ddiff.sampling.loop import Canvas, Sampler, Samples, generate
+from ddiff.sampling.loop import Canvas, Sampler, Samples, generate, looks_ahead
 from ddiff.sampling.one_level import OneLevelSampler
 from ddiff.sampling.psi import Cap, PsiSampler
 from ddiff.sampling.self_correction import SelfCorrectingSampler
+from ddiff.sampling.shaping import ShapedSampler, Temperature
 from ddiff.sampling.stepped import kept
 from ddiff.sampling.tau_leaping import TauLeapingSampler
 from ddiff.sampling.trapezoidal import TrapezoidalSampler
@@ -111,6 +114,8 @@ def test_numbers_out_of_range_are_refused() -> None:
         lambda: CorrectedSampler(inner, ForwardBackward(), rounds=0),
         lambda: ForwardBackward(0.0),
         lambda: BlockwiseSampler(inner, 0),
+        lambda: FirstHittingSampler(until=0.0),
+        lambda: FirstHittingSampler(until=0.5),
         lambda: AncestralSampler(4, "mode"),
     ]
     for build in wrong:
@@ -276,6 +281,23 @@ def test_on_masks_an_event_is_a_reveal_and_costs_one_call() -> None:
     assert steps == list(range(1, 11))
 
 
+def test_candidate_events_of_words_end_before_they_are_too_many() -> None:
+    """Uniform noise: they come at about 1/t and 2/(3 (1 - t)), 15.5 a position between 1e-4 and 1 - 1e-4; from 1 - 1e-12 to
+    1e-12 it would be 46. A larger `until` takes fewer; its error is what the symbols lose that change there together."""
+    process, count = PROCESSES["uniform"], 2**12
+    near, far = (measured(FirstHittingSampler(until), process, JOINT, points=count) for until in (1e-4, 0.3))
+    assert near.runs < 2 * 16.0 + 2
+    assert far.runs < 0.3 * near.runs
+    assert 0.04 < far.distance(JOINT) < (2 * 0.3) ** 2
+
+
+@pytest.mark.parametrize("name", ["masked", "tree", "uncertain tree"])
+def test_events_that_are_no_candidates_do_not_end(name: str) -> None:
+    """Where words are no noise, `until` is read by nobody: the samples are the same bit for bit."""
+    plain, other = (draw(FirstHittingSampler(until), PROCESSES[name], list(range(50))).ids for until in (1e-4, 0.4))
+    assert torch.equal(plain, other)
+
+
 @pytest.mark.parametrize(
     ("sampler", "most"), [("ancestral", 5), ("trapezoidal", 9), ("dfm", 13), ("margin", 5), ("psi", 5)]
 )
@@ -316,6 +338,62 @@ def test_a_window_settles_before_the_next_one_starts_and_nobody_sees_later_ones(
         assert bool(noisy.clean[0][noisy.block[0] < window].all())
         assert bool((noisy.zt[0][later] == 3).all())
         assert noisy.t[0][later].tolist() == [1.0] * int(later.sum())
+
+
+def test_samplers_from_left_to_right_say_that_they_do_not_look_ahead() -> None:
+    inner, window = AncestralSampler(4), WindowTimes(2, "slide", paired=False)
+    blind: list[Any] = [BlockwiseSampler(inner, 2), AlongSampler(inner, window)]
+    seeing: list[Any] = [
+        inner,
+        FirstHittingSampler(),
+        BlockwiseSampler(inner, 2, "all"),
+        AlongSampler(inner, FlatTimes()),
+    ]
+    for samplers, expected in ((blind, False), (seeing, True)):
+        for sampler in samplers:
+            assert looks_ahead(sampler) is expected
+            for around in (ShapedSampler(sampler, [Temperature(0.5)]), SelfCorrectingSampler(sampler)):
+                assert looks_ahead(around) is expected
+            assert looks_ahead(BlockwiseSampler(sampler, 2, "all")) is expected
+
+
+def test_who_does_not_look_ahead_draws_a_gap_as_if_nothing_came_after_it() -> None:
+    """P(x_1 | x_2 = 1) is (.08, .80, .12) and its marginal (.40, .25, .35): what is drawn tells which one it was."""
+    process, count = PROCESSES["masked"], 400
+    given, clamped = torch.tensor([[0, 1]] * count), torch.tensor([[False, True]] * count)
+    for sampler in (
+        AncestralSampler(2),
+        BlockwiseSampler(AncestralSampler(2), 1),
+        BlockwiseSampler(AncestralSampler(2), 1, "all"),
+        AlongSampler(AncestralSampler(3), WindowTimes(1, "slide", paired=False)),
+    ):
+        ask = BlindAsk(process)
+        drawn = draw(sampler, process, list(range(count)), ask=ask, given=given, clamped=clamped).ids
+        share = float((drawn[:, 0] == 1).double().mean())
+        assert share == pytest.approx(0.8 if looks_ahead(sampler) else 0.25, abs=0.1), "five deviations"
+
+
+class BlindAsk:
+    """The exact law given what each position may see: `block` hides what comes in a later one."""
+
+    def __init__(self, process: ForwardProcess) -> None:
+        self.process, self.exact = process, ExactAsk(process, JOINT)
+
+    def __call__(self, noisy: Any) -> Any:
+        if noisy.block is None:
+            return self.exact(noisy)
+        hidden = (noisy.block[:, 1:] > noisy.block[:, :1]).expand(len(noisy.zt), 1)
+        first = noisy._replace(
+            zt=torch.cat([noisy.zt[:, :1], noisy.zt[:, 1:].masked_fill(hidden, self.process.vocabulary.root)], 1),
+            t=torch.cat([noisy.t[:, :1], noisy.t[:, 1:].masked_fill(hidden, 1.0)], 1),
+            clean=torch.cat([noisy.clean[:, :1], noisy.clean[:, 1:] & ~hidden], 1),
+        )
+        seen, whole = self.exact(first), self.exact(noisy)
+
+        def visit(rows: Any, node: Any, fn: Any) -> Any:
+            return (whole if bool((rows % 2 == 1).all()) else seen)(rows, node, fn)
+
+        return visit
 
 
 def test_self_correction_changes_at_most_one_word_a_round_and_stops() -> None:
