@@ -4,7 +4,7 @@
 
 A word climbs to its cluster, then to the mask, and until it has climbed to level `below` it is redrawn at random among
 the words under its ancestor there: among its cluster for below = 1, among all words for below = 2 on a tree of two levels.
-What is written here is a marginal, rates, transitions and a draw. Training loss, bound, samplers and checks follow:
+What is written here is a marginal (both ways), rates, transitions and a draw. Loss, bound, samplers and checks follow:
 
     ddiff.run(recipe, vocabulary=vocabulary, process=RestlessTree(vocabulary, clock, redrawing=0.5))
 """
@@ -64,6 +64,16 @@ class RestlessTree(ForwardProcess):
         lost = self._lost(torch.zeros_like(t), t).unsqueeze(-1) * self.restless(states)
         redrawn = lost.log() + self.share(states).log() + mass[:, self.family(states)]
         return (occupied + (torch.log1p(-lost) + mass).logaddexp(redrawn)).to(log_p.dtype)
+
+    def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
+        """The marginal read the other way: the engine could derive it, word by word."""
+        words, level = torch.arange(self.vocabulary.num_tokens, device=zt.device), self.vocabulary.level_of(zt)
+        above = self.vocabulary.ancestor(words, level.unsqueeze(-1)) == zt.unsqueeze(-1)
+        at_family = self.vocabulary.ancestor(words, level.clamp(min=self.below).unsqueeze(-1))
+        related = at_family == self.family(zt).unsqueeze(-1)
+        lost, occupied = self._lost(torch.zeros_like(t), t) * self.restless(zt), self.clock.pi(t)
+        kept, redrawn = (part.unsqueeze(-1) for part in (1.0 - lost, lost * self.share(zt)))
+        return (occupied.gather(-1, level.unsqueeze(-1)) * (kept * above + redrawn * related)).log()
 
     def rates(self, t: Tensor) -> Kernel:
         t = interior(t)

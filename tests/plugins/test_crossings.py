@@ -123,7 +123,7 @@ def test_the_bound_of_its_exact_laws_is_the_entropy(below: int) -> None:
 
 @pytest.mark.parametrize("below", [1, 2])
 def test_ancestral_steps_through_it_tend_to_the_joint(below: int) -> None:
-    """Order 1: four times the steps leave a quarter of the error, .01 at 64 steps beside noise of .004."""
+    """Order 1: sixteen times the steps leave a sixteenth of .14 or .17; with the noise .007 to .017 over five seeds."""
     far, near = (
         measured(AncestralSampler(steps), restless(below), JOINT, points=2**12, apart=True).distance(JOINT)
         for steps in (4, 64)
@@ -214,7 +214,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def learns(run: ddiff.Run) -> None:
-    """The bound is finite, and better than before the first step: ln 269 a token at most."""
+    """The bound of text like that it has read is below that of even words."""
     assert run.nelbo(CORPUS.splitlines()[:8]).nelbo_nats_per_token < math.log(269)
 
 
@@ -229,8 +229,8 @@ HYPER = {
 }
 
 
-@pytest.mark.parametrize("xi", [1.0, 0.8])
-@pytest.mark.parametrize("rule", HYPER)
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "xi"), [*((rule, 1.0) for rule in HYPER), ("slide", 0.8)])
 def test_a_tree_trains_and_samples_under_a_hyperschedule(place: Path, rule: str, xi: float) -> None:
     times_of, sampler = HYPER[rule]
     named = f"hyper_{rule.replace(' ', '_')}_{xi}"
@@ -247,6 +247,7 @@ def flat(place: Path) -> ddiff.Run:
     return ddiff.run("hdlm_small", settings=[*SMALL, "name=flat"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "settings"),
     [
@@ -273,6 +274,7 @@ def test_remasking_a_tree_takes_words_back_up_and_ends_in_words(
     assert not bool(up[..., 0].any())  # the prompt stays
 
 
+@pytest.mark.slow
 def test_a_restless_tree_trains_and_samples_through_a_recipe(place: Path) -> None:
     """A process from Python under a shipped recipe, with a corrector that only noise among the words makes sense of."""
     vocabulary = HierarchicalVocabulary([[word % 8 for word in range(270)]])
@@ -322,7 +324,7 @@ PSI = {
     "rescale": (PsiSampler(8, Rescale(0.5)), 0.3, 0.2),
     "loop": (PsiSampler(8, Loop(0.4)), 0.3, 0.3),
 }
-# 2^15 Sobol points shared out among the canvases: the distance of exact steps was at most .0030 over seeds 0..9.
+# 2^15 Sobol points shared out among the canvases: the distance was at most .0040 over seeds 0..9 (the seed is fixed).
 EVEN = 0.006
 
 
