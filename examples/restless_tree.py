@@ -1,4 +1,4 @@
-"""A process in closed form that nobody has published: a tree with uniform noise inside its levels.
+"""A process of one's own in closed form: a tree with uniform noise inside its levels.
 
     python examples/restless_tree.py            # holds two small instances to every law that a process must obey
 
