@@ -1,28 +1,50 @@
 """The proof that cannot be tuned: no trained model reports a bound below the entropy of what it was trained on.
 
 The source is a Markov chain, the entropy of its finite rows is known exactly, and the bound's expectation is at least that
-entropy for any network. Both tails: a reading whose 95 % interval ends below the entropy would have probability 2.5 % at
-most even for a perfect model (nine readings; the seeds are fixed and the models a few percent above it); and the last
-reading of each model is within 5 % of the entropy, the half width of its interval under 3 %, so that it had to learn the
-context (the unigram law is 30 % and more above).
+entropy for any network. Asked of every family:
+
+- **never below**: the 95 % interval of each reading reaches up to the entropy. Even a perfect model would miss that with
+  probability 2.5 % a reading; the seeds are fixed and the models a few percent above.
+- **down to it**: the last reading is within 5 % of the entropy, the half width of its interval under 4 %, so that the
+  context had to be learnt: the unigram law is 29 % and more above.
+
+`FIRST` are read three times on the way, `OTHERS` once, on a smaller alphabet. Beside them every family has a twin that
+needs no training: the exact law of the source in the network's place, on the family's own process, times and answer.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from ddiff_ar.objective import AutoregressiveObjective
+from exact import exact_ask, ids_of, row_nats
+from torch import Tensor
 
 import ddiff
-from ddiff import DenseProcess, FlatVocabulary, ForwardProcess
+from ddiff import (
+    Batch,
+    DenseProcess,
+    FlatVocabulary,
+    ForwardProcess,
+    HierarchicalVocabulary,
+    MarkovSource,
+    Noise,
+    nelbo,
+)
+from ddiff.core.times import FlatTimes
 from ddiff.evaluation.likelihood import Evaluation
-from ddiff.recipe import parse_recipe
+from ddiff.nn.denoiser import Context, Denoiser
+from ddiff.nn.heads import TokenHead
+from ddiff.recipe import Recipe, parse_recipe
 
 RECIPE = """
 name = "markov"
 seed = 1
-plugins = ["hdlm", "mdlm", "dit"]
+plugins = ["hdlm", "mdlm", "gidd", "sedd", "hybrid", "ar", "dit"]
 
 [data]
 kind = "markov"
@@ -38,17 +60,11 @@ kind = "alphabet"
 [vocabulary]
 kind = "flat"
 
-[process]
-kind = "mdlm"
-
 [denoiser]
 kind = "dit"
 width = 32
 layers = 2
 heads = 2
-
-[objective]
-times = { kind = "flat", start = 0.01 }
 
 [train]
 steps = 1
@@ -68,11 +84,36 @@ count = 1
 [backend]
 device = "cpu"
 """
+SMALL = ["data.alphabet=4", "train.steps=120"]
+FLAT = "objective.times.start=0.01"
+MASKS, TREE = ["process.kind=mdlm", FLAT], ['denoiser.head="levelwise"', FLAT]
 
-MODELS = {
-    "mdlm": [],
-    "hdlm": ['vocabulary={kind="clusters", sizes=[3]}', 'process={kind="hdlm"}', 'denoiser.head="levelwise"'],
-    "dense": ["data.alphabet=4"],
+FIRST = {
+    "mdlm": MASKS,
+    "hdlm": [*TREE, 'vocabulary={kind="clusters", sizes=[3]}', 'process={kind="hdlm"}'],
+    "dense": [*MASKS, "data.alphabet=4"],
+}
+OTHERS = {
+    "hdlm, xi 0.8": [*TREE, 'vocabulary={kind="clusters", sizes=[2]}', 'process={kind="hdlm", xi=0.8}'],
+    "hdlm, three levels": [*TREE, 'vocabulary={kind="clusters", sizes=[4, 2]}', 'process={kind="hdlm"}'],
+    "gidd": ['process={kind="gidd", p_uniform=0.1}', FLAT],
+    "sedd, absorb, scores": ['process={kind="sedd"}', "denoiser.head=score", "sample.sampler=analytic", FLAT],
+    "sedd, uniform, laws": ['process={kind="sedd", graph="uniform"}', "vocabulary.mask=false", FLAT],
+    "hybrid_epsilon": ['process={kind="hybrid_epsilon", epsilon=0.01}', FLAT],
+    "hybrid_gamma": ['process={kind="hybrid_gamma", gamma=0.1}', FLAT],
+    "block diffusion": [
+        "process.kind=mdlm",
+        'objective.times={kind="block", width=4}',
+        'sample.sampler={kind="blockwise", width=4}',
+    ],
+    "ar": ["objective.kind=ar", "sample.sampler=left_to_right", "denoiser.time=false"],
+}
+TWINS = [name for name in {**FIRST, **OTHERS} if name not in ("dense", "ar")]  # a dense one is in tests/evaluation
+VOCABULARIES = {
+    "hdlm": HierarchicalVocabulary([[0, 1, 1, 0]]),
+    "hdlm, xi 0.8": HierarchicalVocabulary([[0, 1, 1, 0]]),
+    "hdlm, three levels": HierarchicalVocabulary([[0, 2, 1, 0], [0, 1, 0]]),
+    "sedd, uniform, laws": FlatVocabulary(4, mask=False),
 }
 
 
@@ -89,29 +130,102 @@ def half_width(evaluation: Evaluation) -> float:
     return (evaluation.interval[1] - evaluation.interval[0]) / 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(MODELS))
-def test_the_bound_comes_down_to_the_entropy_and_never_below(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
-    torch.set_num_threads(1)
-    process: ForwardProcess | None = swaps_and_masks() if name == "dense" else None
-    readings = []
-    for steps in (40, 120, 300):  # each goes on from the one before
-        settings = [*MODELS[name], f"run_dir={str(tmp_path / 'run')!r}", f"train.steps={steps}"]
-        run = ddiff.run(parse_recipe(RECIPE, settings=settings), process=process)
-        readings.append(run.nelbo(run.documents.validation["text"], draws=1 if steps < 300 else 4))
+class Reading(NamedTuple):
+    """A bound and the half width of its interval, in units of the source's entropy."""
+
+    bound: float
+    half: float
+
+
+def read(recipe: Recipe, draws: int, process: ForwardProcess | None = None) -> Reading:
+    """Train to the recipe's last step and evaluate."""
+    run = ddiff.run(recipe, process=process)
     entropy = run.documents.entropy_rate
     assert entropy is not None
-    figures = [
-        f"{reading.nelbo_nats_per_token / entropy:.4f} ± {half_width(reading) / entropy:.4f}" for reading in readings
-    ]
-    print(name, entropy, figures)
+    evaluation = run.nelbo(run.documents.validation["text"], draws=draws)
+    assert evaluation.bound == ("NLL" if run.process is None else "NELBO")
+    reading = Reading(evaluation.nelbo_nats_per_token / entropy, half_width(evaluation) / entropy)
+    print(f"{recipe.run_dir} {recipe.train.steps}: {reading.bound:.4f} ± {reading.half:.4f}")
+    return reading
 
-    assert readings[0].nelbo_nats_per_token > 1.1 * entropy, f"nothing was left to learn: {figures}"
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIRST)
+def test_the_bound_comes_down_to_the_entropy_and_never_below(name: str, folder: Path) -> None:
+    process = swaps_and_masks() if name == "dense" else None
+    readings = []
+    for steps in (40, 120, 300):  # each goes on from the one before
+        settings = [*FIRST[name], f"run_dir={str(folder / 'run')!r}", f"train.steps={steps}"]
+        readings.append(read(parse_recipe(RECIPE, settings=settings), 1 if steps < 300 else 4, process))
+
+    assert readings[0].bound > 1.1, f"nothing was left to learn: {readings}"
     for reading in readings:
-        assert reading.interval is not None
-        assert reading.interval[1] >= entropy, f"a bound below the entropy {entropy}: {figures}"
-    assert readings[-1].nelbo_nats_per_token < 1.05 * entropy, figures
-    assert half_width(readings[-1]) < 0.03 * entropy, figures
+        assert reading.bound + reading.half >= 1.0, f"a bound below the entropy: {readings}"
+    assert readings[-1].bound < 1.05, readings
+    assert readings[-1].half < 0.03, readings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_so_does_that_of_every_other_family(name: str, folder: Path) -> None:
+    settings = [*SMALL, *OTHERS[name], f"run_dir={str(folder / 'run')!r}"]
+    reading = read(parse_recipe(RECIPE, settings=settings), 3)
+    assert reading.bound + reading.half >= 1.0, f"a bound below the entropy: {reading}"
+    assert reading.bound < 1.05, reading
+    assert reading.half < 0.04, reading
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_the_exact_law_in_a_networks_place_has_the_entropy_for_its_bound(name: str) -> None:
+    """4,096 rows of 8 symbols: the bound less -ln P(row) has mean 0, within four standard errors (10 cases: 6e-4; seeds
+    fixed), which are under 3 % of the entropy.
+
+    Decoding at t = 0.01 and, with hybrid_epsilon, its last draw cost what positions that are wrong together know of each
+    other: under 1e-3 nats. The laws of tests/laws are exact to 1e-9 about the same; this goes through the recipe.
+    """
+    recipe = parse_recipe(RECIPE, settings={**FIRST, **OTHERS}[name])
+    assert recipe.process is not None
+    assert recipe.times is not None
+    assert recipe.head is not None
+    process = recipe.process.build(vocabulary=VOCABULARIES.get(name, FlatVocabulary(4)))
+    source, index = MarkovSource(4, peakedness=2.0), torch.arange(4096)
+    x0 = ids_of(source, len(index), 8)
+    ask = exact_ask(process, source, "score" if recipe.head.component.name == "score" else "law")
+    rule = recipe.times.build().over(*recipe.evaluate.window)
+    terms = nelbo(process, ask, x0, torch.ones_like(x0) > 0, rule, Noise(0, 0, index, 8), index, len(index))
+    excess = (terms.total - row_nats(source, x0)) / (8 * source.row_entropy(8))
+    error = float(excess.std()) / len(index) ** 0.5
+    assert 0.0 < error < 0.03
+    assert abs(float(excess.mean())) < 4.0 * error
+
+
+class Previous(torch.nn.Module):
+    """A trunk that says which symbol it is shown, one-hot; autoregression shows it the one before."""
+
+    reads_time = False
+
+    def __init__(self, num_states: int) -> None:
+        super().__init__()
+        self.width = num_states
+
+    def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
+        return torch.nn.functional.one_hot(ids, self.width).double()
+
+
+def test_the_exact_law_of_the_next_symbol_has_minus_ln_p_of_every_row() -> None:
+    """Nothing is drawn, so that it holds row by row; 1e-12 for sums of eight logarithms in float64."""
+    source, index, vocabulary = MarkovSource(4, peakedness=2.0), torch.arange(64), FlatVocabulary(4)
+    head = TokenHead(vocabulary, vocabulary.num_states).double()
+    laws = torch.from_numpy(np.vstack([source.transition, source.stationary]))  # after each symbol, and after the mask
+    head.table.data = laws.log().T.contiguous()
+    objective = AutoregressiveObjective(Denoiser(Previous(vocabulary.num_states), head, inputs="previous"))
+    x0 = ids_of(source, len(index), 8)
+    batch = Batch(x0, x0 >= 0, x0 >= 0, torch.zeros_like(x0), index)
+    nll = objective.nll(batch, Noise(0, 0, index, 8), index, len(index), FlatTimes()).terms["nll"]
+    torch.testing.assert_close(nll.sum(-1), row_nats(source, x0), rtol=0.0, atol=1e-12)

@@ -98,5 +98,16 @@ def test_no_sampler_goes_uncounted() -> None:
 
 
 def test_what_counts_is_code() -> None:
-    source = '"""Doc."""\n\n# why\nclass A:\n    """Doc.\n\n    More."""\n\n    x: int = 1\n    """Of x."""\n    y = """a\nb"""\n'
-    assert code_lines(source) == {4, 9, 11, 12}
+    lines = [
+        '"""Doc."""',
+        "",
+        "# why",
+        "class A:",
+        '    """Doc.',
+        "",
+        '    More."""',
+        "",
+        "    x: int = 1",
+        '    """Of x."""',
+    ]
+    assert code_lines("\n".join([*lines, '    y = """a', 'b"""'])) == {4, 9, 11, 12}

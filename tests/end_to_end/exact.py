@@ -1,0 +1,72 @@
+"""The exact law of a Markov source in a network's place, for any process and any time rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddiff import DenseLaw, ForwardProcess, MarkovSource, Noisy, Score
+from ddiff.core.elbo import Ask, RowFunction
+from ddiff.core.process import Visit
+
+
+def exact_ask(process: ForwardProcess, source: MarkovSource, says: str = "law") -> Ask:
+    """Answers with P(x_i | what is in sight of position i, without its own state), or with the score of that law."""
+
+    def ask(noisy: Noisy) -> Visit:
+        log_p = _law_of_rest(process, source, noisy).flatten(0, 1)
+        zt, t = noisy.zt.reshape(-1), noisy.t.reshape(-1)
+
+        def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+            everyone = torch.arange(len(rows))
+            if says == "law":
+                return fn(DenseLaw(log_p[rows], process.vocabulary), everyone)
+            log_q = process.log_marginal(log_p[rows], t[rows])
+            return fn(Score(log_q - log_q.gather(-1, zt[rows].unsqueeze(-1))), everyone)
+
+        return visit
+
+    return ask
+
+
+def row_nats(source: MarkovSource, x0: Tensor) -> Tensor:
+    """[B] -ln P(x) of rows x0 [B,L]."""
+    move, start = torch.from_numpy(source.transition).log(), torch.from_numpy(source.stationary).log()
+    return -(start[x0[:, 0]] + move[x0[:, :-1], x0[:, 1:]].sum(-1))
+
+
+def ids_of(source: MarkovSource, count: int, length: int) -> Tensor:
+    """[count, length] symbols as numbers."""
+    return torch.tensor([[source.symbols.index(symbol) for symbol in row] for row in source.rows(count, length)])
+
+
+def _law_of_rest(process: ForwardProcess, source: MarkovSource, noisy: Noisy) -> Tensor:
+    """[B,L,V] log-probabilities. A draw of the prior, at t = 1, says nothing; with blocks, no later block is seen."""
+    seen = process.log_likelihood(noisy.zt.reshape(-1), noisy.t.reshape(-1)).softmax(-1).reshape(*noisy.zt.shape, -1)
+    seen = torch.where((noisy.t < 1.0).unsqueeze(-1), seen, torch.ones_like(seen))
+    if noisy.block is None:
+        return _forward_backward(seen, source).log()
+    assert noisy.memory is not None
+    block = noisy.block.expand_as(noisy.zt).unsqueeze(-1)
+    told = torch.nn.functional.one_hot(noisy.memory, seen.shape[-1]).double()
+    law = torch.zeros_like(seen)
+    for current in range(int(block.max()) + 1):
+        evidence = torch.where(block < current, told, torch.where(block == current, seen, 1.0))
+        law = torch.where(block == current, _forward_backward(evidence, source), law)
+    return law.log()
+
+
+def _forward_backward(evidence: Tensor, source: MarkovSource) -> Tensor:
+    """[B,L,V] law of each symbol given the evidence [B,L,V] at all other positions."""
+    move, start = torch.from_numpy(source.transition), torch.from_numpy(source.stationary)
+    before, after = [start.expand(len(evidence), -1)], [torch.ones(len(evidence), len(start), dtype=torch.float64)]
+    for i in range(evidence.shape[1] - 1):
+        before.append(_normal((before[-1] * evidence[:, i]) @ move))
+        after.append(_normal((after[-1] * evidence[:, -1 - i]) @ move.T))
+    return _normal(torch.stack(before, 1) * torch.stack(after[::-1], 1))
+
+
+def _normal(weights: Tensor) -> Tensor:
+    return weights / weights.sum(-1, keepdim=True)
