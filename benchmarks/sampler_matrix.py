@@ -60,8 +60,15 @@ their marginals gives {far:.3f}. Under each distance, in small print, how often 
 
 What moves positions independently is summed over all canvases, from {points} draws a step: noise of a distance up to
 {fine:.3f} at N = 64, less at fewer steps (masks at N = 64 are .0064 exactly). The others are sampled: about {coarse:.3f}.
-`exact`: the law of the samples is the network's own. `order n`: it tends to it as 1/N^n. `heuristic`: it does not, or
-nobody has shown that it does. A pair that is missing is refused, and the reason stands at the end.
+`exact`: the law of the samples is the network's own; where words are noise, `first_hitting` leaves an error far below this
+noise (its docstring has the bound). `order n`: it tends to it as 1/N^n. `heuristic`: it does not, or nobody has shown that
+it does. A pair that is missing is refused, and the reason stands at the end.
+
+`trapezoidal` is of order 2 where extrapolated rates stay positive and are smooth in t, which these symbols do not grant:
+one can make a word of the other six times less likely, so that rates are cut off at 0, and the order falls from 1.5 towards
+1 as N grows (masks at N = 4, 8, ..., 128, summed exactly: .0455, .0166, .0065, .0028, .0013, .0006). Under gidd, noise
+sets in as a root at t = 1, where rates are infinite: order 1. `tests/sampling/test_trapezoidal.py` holds it to order 2 on
+symbols that depend mildly.
 """
 
 

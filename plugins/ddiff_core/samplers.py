@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, final
 
 from ddiff import (
@@ -130,11 +131,13 @@ class Trapezoidal:
 class FirstHitting:
     """From event to event, exact; takes as many network calls as there are candidate events, whatever `steps` says."""
 
-    Config = Shapes
+    class Config(Shapes):
+        until: PositiveFloat = 1e-4
+        """How near to either end of time words that are noise are drawn all at once."""
 
     @staticmethod
-    def build(config: Shapes, *, steps: int) -> Sampler:
-        return shaped(config, FirstHittingSampler())
+    def build(config: Config, *, steps: int) -> Sampler:
+        return shaped(config, FirstHittingSampler(config.until))
 
 
 @final
@@ -298,7 +301,10 @@ class Blockwise:
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
-        events = {"first_hitting": FirstHittingSampler, "entropy": EntropyBoundSampler}
+        events: dict[str, Callable[[], Sampler]] = {
+            "first_hitting": FirstHittingSampler,
+            "entropy": EntropyBoundSampler,
+        }
         build = events.get(config.inner)
         inner = build() if build else INNER[config.inner](Grid(config.grid, steps))
         return shaped(config, BlockwiseSampler(inner, config.width, config.sight))
