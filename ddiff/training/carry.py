@@ -117,7 +117,7 @@ def _states(theirs: Tensor, old: Vocabulary, new: Vocabulary) -> Tensor:
 
 
 def _same_head(mine: Head, theirs: Head, same_vocabulary: bool) -> bool:
-    kinds = [(type(head), getattr(head, "kind", None)) for head in (mine, theirs)]
+    kinds = [(type(head), getattr(head, "kind", None), getattr(head, "reading", None)) for head in (mine, theirs)]
     return same_vocabulary and kinds[0] == kinds[1]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, final
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -29,13 +30,12 @@ class RatioLaw(SubtreeLaw):
 
 
 @final
+@dataclass(frozen=True)
 class Ratios:
-    """Reads a `RatioLaw` as a score: log s(y) = raw(y), 0 at z_t; at masks less ln V and, if scaled, ln(e^sigma - 1)."""
+    """Reads a `RatioLaw` as a score: log s(y) = raw(y), 0 at z_t; if scaled, less ln V and ln(e^sigma - 1) at masks."""
 
-    says: Literal["score"] = "score"
-
-    def __init__(self, scaled: bool) -> None:
-        self.scaled = scaled
+    scaled: bool
+    says: ClassVar[Literal["score"]] = "score"
 
     def question(self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor) -> Question:
         scale = self._log_scale(process, zt, t)

@@ -43,6 +43,7 @@ from ddiff.plugin import survey_plugins
 from ddiff.recipe import parse_recipe
 from ddiff.testing import assert_laws, check_head, check_process, check_schedule
 from ddiff.testing.probes import INNER, Rows, times
+from ddiff.training.carry import Source, carried
 
 # Both sides are a few dozen float64 operations on numbers up to 1e5, compared relatively.
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -407,6 +408,17 @@ def test_a_graph_needs_its_vocabulary() -> None:
         build(ScoreEntropyDiffusion.Config(), vocabulary=FlatVocabulary(4, mask=False))
     with pytest.raises(ArgumentError, match=r'graph = "uniform" needs words alone.*mask = false'):
         build(ScoreEntropyDiffusion.Config(graph="uniform"), vocabulary=FlatVocabulary(4))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_ratios_of_another_scale_are_not_carried_over(scaled: bool) -> None:
+    """A scaled head's logits read without the scale are ratios that are off by V (e^sigma - 1)."""
+    vocabulary = FlatVocabulary(WORDS)
+    theirs = ScoreHead(vocabulary, Constant.width, True)
+    mine = Denoiser(Constant(), ScoreHead(vocabulary, Constant.width, scaled))
+    weights = {f"head.{name}": value for name, value in theirs.state_dict().items()}
+    source = Source("there", {**mine.state_dict(), **weights}, vocabulary, theirs)
+    assert (carried(mine, source, "all").anew == []) == scaled
 
 
 def test_a_score_head_needs_a_flat_vocabulary_and_a_mask_to_scale_by() -> None:
