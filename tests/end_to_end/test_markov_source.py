@@ -84,7 +84,7 @@ count = 1
 [backend]
 device = "cpu"
 """
-SMALL = ["data.alphabet=4", "train.steps=120"]
+SMALL = ["data.alphabet=4", "train.steps=160"]
 FLAT = "objective.times.start=0.01"
 MASKS, TREE = ["process.kind=mdlm", FLAT], ['denoiser.head="levelwise"', FLAT]
 
@@ -95,10 +95,15 @@ FIRST = {
 }
 OTHERS = {
     "hdlm, xi 0.8": [*TREE, 'vocabulary={kind="clusters", sizes=[2]}', 'process={kind="hdlm", xi=0.8}'],
-    "hdlm, three levels": [*TREE, 'vocabulary={kind="clusters", sizes=[4, 2]}', 'process={kind="hdlm"}'],
+    "hdlm, three levels": [
+        "train.steps=260",
+        *TREE,
+        'vocabulary={kind="clusters", sizes=[3, 2]}',
+        'process={kind="hdlm"}',
+    ],
     "gidd": ['process={kind="gidd", p_uniform=0.1}', FLAT],
     "sedd, absorb, scores": ['process={kind="sedd"}', "denoiser.head=score", "sample.sampler=analytic", FLAT],
-    "sedd, uniform, laws": ['process={kind="sedd", graph="uniform"}', "vocabulary.mask=false", FLAT],
+    "sedd, uniform, laws": ['process={kind="sedd", graph="uniform"}', "vocabulary.mask=false", "train.steps=320", FLAT],
     "hybrid_epsilon": ['process={kind="hybrid_epsilon", epsilon=0.01}', FLAT],
     "hybrid_gamma": ['process={kind="hybrid_gamma", gamma=0.1}', FLAT],
     "block diffusion": [
@@ -106,7 +111,7 @@ OTHERS = {
         'objective.times={kind="block", width=4}',
         'sample.sampler={kind="blockwise", width=4}',
     ],
-    "ar": ["objective.kind=ar", "sample.sampler=left_to_right", "denoiser.time=false"],
+    "ar": ["objective.kind=ar", "sample.sampler=left_to_right", "denoiser.time=false", "train.steps=60"],
 }
 TWINS = [name for name in {**FIRST, **OTHERS} if name not in ("dense", "ar")]  # a dense one is in tests/evaluation
 VOCABULARIES = {
