@@ -22,7 +22,8 @@ from ddiff import (
 
 Floor = Annotated[float, Field(ge=0.0, lt=1.0)]
 # Below and above float64 knows no noise, and no word.
-LeastSigma, MostSigma = Annotated[float, Field(ge=1e-12, le=1.0)], Annotated[float, Field(gt=0.0, le=100.0)]
+LeastSigma = Annotated[float, Field(ge=1e-12, le=1.0)]
+MostSigma = Annotated[float, Field(gt=0.0, le=100.0)]
 PUBLISHED_FLOOR, PUBLISHED_SIGMA = 1e-3, (1e-4, 20.0)
 
 
