@@ -42,7 +42,7 @@ from ddiff.runs.parts import (
     check_process,
     check_tokenizer,
 )
-from ddiff.sampling.loop import OnStep, Sampler, generate
+from ddiff.sampling.loop import OnStep, Sampler, generate, looks_ahead
 from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
 from ddiff.training.trainer import Trainer, TrainingSummary
 
@@ -251,9 +251,9 @@ class Run:
         total = len(wanted) or count
         given = told(self.denoiser, keys.conditions if conditions is None else conditions, total)
         strength = keys.guidance if guidance is None else guidance
-        moves = self._sampler(sampler, settings, steps)
+        moves = self.sampler(sampler, settings, steps)
         ask_for(self.denoiser, self.process, moves, given, strength)  # refuses before anything is drawn
-        if self.denoiser.inputs == "previous" or getattr(moves, "cached", False):
+        if self.denoiser.inputs == "previous" or not looks_ahead(moves):
             check_no_suffix(templates)
         self.objective.module.eval()
         samples: list[dict[str, Any]] = []
@@ -270,7 +270,10 @@ class Run:
                 samples += self._drawn(moves, chosen, wanted[chosen], given.rows(chosen), strength, seed, stepped)
         return samples
 
-    def _sampler(self, sampler: str | Sampler | None, settings: Sequence[str], steps: int | None) -> Sampler:
+    def sampler(
+        self, sampler: str | Sampler | None = None, settings: Sequence[str] = (), steps: int | None = None
+    ) -> Sampler:
+        """The recipe's sampler, or another by kind with `settings` over its keys; an object is what it is."""
         if sampler is not None and not isinstance(sampler, str):
             if settings or steps is not None:
                 raise ArgumentError(

@@ -203,6 +203,7 @@ def _sample_stage(built: Run) -> list[dict[str, Any]]:
     began = time.monotonic()
     samples = [{"step": step, **sample} for sample in built.sample()]
     seconds, tokens = time.monotonic() - began, sum(len(sample["ids"]) for sample in samples)
-    write(timing, json.dumps({"step": step, "seconds": seconds, "tokens": tokens}) + "\n")
+    figures = {"step": step, "seconds": seconds, "tokens": tokens, "steps": built.sampler().steps}
+    write(timing, json.dumps(figures) + "\n")
     write(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
     return samples

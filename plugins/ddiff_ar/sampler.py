@@ -43,7 +43,7 @@ class LeftToRightSampler:
     quality: Literal["exact", "of an order", "heuristic"] = "exact"
     order = 0
     steps: int | None = None
-    cached = True
+    cached, looks_ahead = True, False
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
