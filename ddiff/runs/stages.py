@@ -19,6 +19,7 @@ from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
 from ddiff.recipe import Recipe, read_recipe
+from ddiff.runs.built import Run, build_run
 from ddiff.runs.directory import (
     ENVIRONMENT,
     EVALUATION,
@@ -45,7 +46,6 @@ from ddiff.runs.parts import (
     check_sampling,
     check_tokenizer,
 )
-from ddiff.runs.built import Run, build_run
 from ddiff.summary import print_evaluation, print_summary
 from ddiff.training.checkpoint import Checkpoints, load_weights
 
