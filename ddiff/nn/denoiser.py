@@ -174,9 +174,15 @@ class Denoiser(nn.Module):
             raise ArgumentError(
                 f"Denoiser: head must be as wide as backbone; got {head.width} for a backbone of {backbone.width}."
             )
+        own = getattr(head, "reading", None)
+        if own is not None and given != "rest":
+            raise ArgumentError(
+                f'Denoiser: given="{given}" is about a law, and the head {type(head).__name__} says how it is read itself. '
+                "Leave given out, or take a head that gives a law."
+            )
         self.backbone = backbone
         self.head = head
-        self.reading: Reading = getattr(head, "reading", None) or READINGS[given]
+        self.reading: Reading = own or READINGS[given]
         self.inputs = inputs
 
     @property

@@ -61,7 +61,8 @@ class FirstHittingSampler:
             when = torch.where(canvas.free & (~is_word | (when > self.until)), when, 0.0)
             latest, place = when.max(-1, keepdim=True)
             happens = torch.zeros_like(canvas.free).scatter(-1, place, latest > 0)
-            end = torch.where(is_word, self.until, EARLIEST)  # candidates of other states are read down to EARLIEST
+            # candidates of other states are read down to EARLIEST
+            end = torch.full_like(canvas.t, EARLIEST).masked_fill(is_word, self.until)
             canvas = canvas.moved(canvas.zt, torch.minimum(canvas.t, torch.maximum(latest, end)))
             if not bool(happens.any()):
                 break
@@ -69,4 +70,4 @@ class FirstHittingSampler:
             draw = lambda visit, zt, t, rows: process.event(visit, zt, t, u[rows])  # noqa: B023, E731
             canvas = canvas.moved(step_rows(ask, canvas, draw, happens), canvas.t)
             yield canvas
-        yield draw_words(process, ask, canvas, noise_at(k))
+        yield draw_words(process, ask, canvas, noise_at(0))  # not of step k, at which the slowest of the batch ended

@@ -18,6 +18,8 @@ from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says, need_law, need_p
 from ddiff.sampling.shaping import next_log_p, unfiltered
 from ddiff.sampling.stepped import SteppedSampler, draw_words, every_row, uniforms
 
+TIE = 2.0**12  # nats, or probabilities, that differ by less than one in so many are equal
+
 Sureness = Literal["confidence", "top", "margin", "entropy"]
 
 
@@ -53,7 +55,7 @@ class UnmaskingSampler(SteppedSampler):
         sureness = sureness + self.noise * s * gumbel
         share = torch.where(canvas.free, s, 0.0).amax(-1)
         budget = left(process, canvas) - (process.vocabulary.num_levels * canvas.free.sum(-1) * share).floor().long()
-        best = sureness.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        best = surest_first(sureness, noise).argsort(dim=-1)
         chosen = (best < budget.unsqueeze(-1)) & process.active(canvas.zt) & canvas.free
         return canvas.moved(torch.where(chosen, drawn, canvas.zt), s)
 
@@ -86,7 +88,8 @@ class EntropyBoundSampler:
             if not bool(is_open.any()):
                 break
             drawn, sureness = descents(process, ask, canvas, noise_at(k), "entropy")
-            entropy, order = (-sureness).sort(dim=-1, stable=True)
+            order = surest_first(sureness, noise_at(k))
+            entropy = -sureness.gather(-1, order)
             held = entropy.masked_fill(entropy.isinf(), 0.0)
             ranked = held.cumsum(-1) - held <= self.bound
             within = ranked.scatter(-1, order, ranked)
@@ -100,6 +103,16 @@ class EntropyBoundSampler:
 def left(process: ForwardProcess, canvas: Canvas) -> Tensor:
     """[B] descents that the free positions still have before them."""
     return torch.where(canvas.free, process.vocabulary.level_of(canvas.zt), 0).sum(-1)
+
+
+def surest_first(sureness: Tensor, noise: Noise) -> Tensor:
+    """[B,L] positions by falling sureness [B,L], equal ones at random.
+
+    Where all positions are masked they may all be equally sure, and what rounding makes of that depends on the batch.
+    """
+    shuffled = noise.uniform("tie").argsort(dim=-1)
+    rounded = (sureness * TIE).round().gather(-1, shuffled)
+    return shuffled.gather(-1, rounded.argsort(dim=-1, descending=True, stable=True))
 
 
 def descents(process: ForwardProcess, ask: Ask, canvas: Canvas, noise: Noise, by: Sureness) -> tuple[Tensor, Tensor]:

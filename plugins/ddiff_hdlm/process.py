@@ -14,7 +14,6 @@ from ddiff import (
     HierarchicalVocabulary,
     LevelClock,
     LogTimeClock,
-    PositiveFloat,
     PowerSchedule,
     Share,
     TreeProcess,
@@ -23,6 +22,7 @@ from ddiff import (
 
 # Slower than .3, a position reaches the mask so late that float64 times cannot tell: q_1 would not be the prior.
 Rate = Annotated[float, Field(ge=0.3, le=20.0)]
+Power = Annotated[float, Field(ge=0.3, le=10.0)]  # likewise, and no later than the middle of time
 
 
 @final
@@ -38,7 +38,7 @@ class HierarchicalDiffusion(TreeProcess):
         """Hazard of leaving the words, in units of the hazard above them; 1 unless rates or powers are given."""
         rates: Annotated[tuple[Rate, ...], Field(min_length=2)] | None = None
         """One hazard per level above the words, from the words up; instead of gamma."""
-        powers: tuple[PositiveFloat, ...] | None = None
+        powers: tuple[Power, ...] | None = None
         """One power per level: a position has climbed to level l by t with probability t^power; instead of gamma."""
         xi: Share | tuple[Share, ...] = 1.0
         """Probability of climbing to one's own parent; one number, or one per level."""

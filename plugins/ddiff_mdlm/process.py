@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from ddiff import (
     ArgumentError,
@@ -14,12 +14,14 @@ from ddiff import (
     FlatVocabulary,
     ForwardProcess,
     LinearSchedule,
-    PositiveFloat,
     PowerSchedule,
     Schedule,
     TreeProcess,
     Vocabulary,
 )
+
+# Outside, words are masked before the earliest time that is read, or none at the middle of time.
+Power = Annotated[float, Field(ge=0.3, le=10.0)]
 
 
 @final
@@ -29,7 +31,7 @@ class MaskedDiffusion(TreeProcess):
     class Config(ComponentConfig):
         schedule: Literal["linear", "cosine", "power"] = "linear"
         """alpha = 1 - t; 1 - sin(pi t / 2); 1 - t^power."""
-        power: PositiveFloat | None = None
+        power: Power | None = None
         """Of the power schedule, which needs it."""
 
         @model_validator(mode="after")

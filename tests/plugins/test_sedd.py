@@ -426,3 +426,11 @@ def test_a_score_head_needs_a_flat_vocabulary_and_a_mask_to_scale_by() -> None:
         ScoreHead(HierarchicalVocabulary([[0, 1, 0, 1]]), 4, scaled=False)
     with pytest.raises(ArgumentError, match="leave scaled out"):
         ScoreHead(FlatVocabulary(4, mask=False), 4, scaled=True)
+
+
+def test_what_a_law_is_given_is_refused_beside_a_head_that_says_scores() -> None:
+    head = ScoreHead(FlatVocabulary(3), 8, scaled=True)
+    backbone = torch.nn.Linear(1, 1)
+    backbone.width = 8  # type: ignore[assignment]
+    with pytest.raises(ArgumentError, match='given="all" is about a law'):
+        Denoiser(backbone, head, given="all")

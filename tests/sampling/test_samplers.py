@@ -10,8 +10,9 @@ import torch
 from all_samplers import SAMPLERS
 from joint import JOINT, EarlyNoise, exact_ask, processes
 
-from ddiff.core.elbo import ask_table
+from ddiff.core.elbo import ask_law, ask_table
 from ddiff.core.interpolating import MixtureProcess
+from ddiff.core.noise import Noise
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import FlatTimes, WindowTimes
 from ddiff.core.vocabulary import FlatVocabulary
@@ -32,7 +33,7 @@ from ddiff.sampling.shaping import ShapedSampler, Temperature
 from ddiff.sampling.stepped import kept
 from ddiff.sampling.tau_leaping import TauLeapingSampler
 from ddiff.sampling.trapezoidal import TrapezoidalSampler
-from ddiff.sampling.unmasking import EntropyBoundSampler, UnmaskingSampler
+from ddiff.sampling.unmasking import EntropyBoundSampler, UnmaskingSampler, surest_first
 from ddiff.testing.enumerated import ExactAsk, Quick, measured
 
 PROCESSES = processes()
@@ -67,6 +68,30 @@ def test_a_sample_does_not_depend_on_its_batch(sampler: str, process: str) -> No
     build = SAMPLERS[sampler][0]
     together = draw(build(4), PROCESSES[process], list(range(6))).ids
     assert torch.equal(draw(build(4), PROCESSES[process], [5, 2]).ids, together[[5, 2]])
+
+
+@pytest.mark.parametrize("process", ["uniform", "masked"])
+def test_first_hitting_ends_each_row_by_its_own_events(process: str) -> None:
+    """Rows end after different numbers of events; what the last draw of one is must not tell when the slowest ended."""
+    law = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    ask = ask_law(lambda noisy: law.expand(*noisy.zt.shape, 3), PROCESSES[process].vocabulary)
+    # the last draw of words is all there is to do from 0.4 on
+    build = lambda: FirstHittingSampler(until=0.4)  # noqa: E731
+    together = draw(build(), PROCESSES[process], list(range(12)), ask=ask, length=8)
+    for row in range(12):
+        assert torch.equal(draw(build(), PROCESSES[process], [row], ask=ask, length=8).ids[0], together.ids[row])
+
+
+def test_positions_that_are_equally_sure_but_for_rounding_are_ranked_the_same() -> None:
+    """Ties of 64 positions, moved by what float32 rounding moves them, at a value that is no edge of the rounding."""
+    noise = Noise(0, 1, torch.arange(4), 64)
+    sureness = torch.full((4, 64), -1.2345, dtype=torch.float64)
+    sureness[:, ::7] = -0.5
+    jitter = 1e-7 * torch.randn(sureness.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    order = surest_first(sureness, noise)
+    assert torch.equal(order, surest_first(sureness + jitter, noise))
+    assert bool((order[:, :10] % 7 == 0).all()), "the surest stand first"
+    assert not torch.equal(order[0], order[1]), "equal ones are not taken from left to right in every row"
 
 
 @pytest.mark.parametrize(("sampler", "process"), REFUSED)
