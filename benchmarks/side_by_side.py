@@ -39,21 +39,25 @@ class Trained(NamedTuple):
 
 LOW = 'objective.times={kind="flat", start=0.02, stop=0.3}'
 
-# What may make two levels learn later than masks alone: one change to hdlm_small each, seed 0; first the runs that others
-# start from. "low" times show most of the words: the first 100 steps are spent there, on either side.
+
+def after(name: str, steps: int, parts: str = "all") -> tuple[str, str]:
+    return f'train.init={{run="{{side}}/{name}", parts="{parts}"}}', f"train.steps={steps}"
+
+
+# What may make two levels learn later than masks alone: one change to hdlm_small each, seed 0. Runs that others start from
+# stand before them. Low times show most of the words: does a start there help masks themselves?
 GAP = (
     Trained("mdlm_200", "mdlm_small", ("train.steps=200",)),
     Trained("mdlm_low_100", "mdlm_small", (LOW, "train.steps=100")),
-    Trained("hdlm_low_100", "hdlm_small", (LOW, "train.steps=100")),
-    Trained("mdlm_low_first", "mdlm_small", ('train.init={run="{side}/mdlm_low_100", parts="all"}', "train.steps=300")),
-    Trained("hdlm_low_first", "hdlm_small", ('train.init={run="{side}/hdlm_low_100", parts="all"}', "train.steps=300")),
+    Trained("mdlm_300_after_low_100", "mdlm_small", after("mdlm_low_100", 300)),
     Trained("hdlm_hard", "hdlm_small", ('objective.loss={kind="hard", largest=10.0}',)),
-    Trained("hdlm_after_mdlm", "hdlm_small", ('train.init={run="{side}/mdlm_200", parts="all"}', "train.steps=200")),
-    Trained("hdlm_embeddings", "hdlm_small", ('train.init={run="{side}/mdlm_small_seed0", parts="embeddings"}',)),
+    Trained("hdlm_100_after_mdlm_400", "hdlm_small", after("mdlm_small_seed0", 100)),
+    Trained("hdlm_200_after_mdlm_200", "hdlm_small", after("mdlm_200", 200)),
+    Trained("hdlm_embeddings", "hdlm_small", after("mdlm_small_seed0", STEPS, "embeddings")),
     Trained("hdlm_rates_1_4", "hdlm_small", ('process={kind="hdlm", rates=[1.0, 4.0]}',)),
-    Trained("hdlm_gamma_2", "hdlm_small", ("process.gamma=2.0",)),
     Trained("hdlm_tied", "hdlm_small", ("denoiser.head=tied",)),
     Trained("hdlm_even", "hdlm_small", ('objective.loss={kind="clip", smallest=1.0, largest=1.0}',)),
+    Trained("hdlm_gamma_2", "hdlm_small", ("process.gamma=2.0",)),
     Trained("hdlm_three_level_clip", "hdlm_three_level", (CLIP,)),
 )
 
