@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import tomllib
 from collections import Counter
@@ -303,7 +304,7 @@ def _mean(reports: Sequence[_Report]) -> Row:
         return None if None in values else statistics.fmean(values)
 
     return Row(
-        run=", ".join(dict.fromkeys(row.run for row in rows)),
+        run=_together(list(dict.fromkeys(row.run for row in rows))),
         process=first.process,
         seeds=len(rows),
         parameters=first.parameters,
@@ -318,6 +319,14 @@ def _mean(reports: Sequence[_Report]) -> Row:
         train_seconds=over("train_seconds"),
         sample_seconds=over("sample_seconds"),
     )
+
+
+def _together(names: Sequence[str]) -> str:
+    """Several names as a shell would take them: a_{0,1,2}."""
+    if len(names) == 1:
+        return names[0]
+    shared = os.path.commonprefix(names)
+    return f"{shared}{{{','.join(name.removeprefix(shared) for name in names)}}}"
 
 
 def _notes(reports: Sequence[_Report]) -> list[str]:
