@@ -48,10 +48,12 @@ def after(name: str, steps: int, parts: str = "all") -> tuple[str, str]:
 # stand before them. Low times show most of the words: does a start there help masks themselves?
 GAP = (
     Trained("mdlm_200", "mdlm_small", ("train.steps=200",)),
+    Trained("mdlm_300", "mdlm_small", ("train.steps=300",)),
     Trained("mdlm_low_100", "mdlm_small", (LOW, "train.steps=100")),
     Trained("mdlm_300_after_low_100", "mdlm_small", after("mdlm_low_100", 300)),
     Trained("hdlm_hard", "hdlm_small", ('objective.loss={kind="hard", largest=10.0}',)),
     Trained("hdlm_100_after_mdlm_400", "hdlm_small", after("mdlm_small_seed0", 100)),
+    Trained("hdlm_100_after_mdlm_300", "hdlm_small", after("mdlm_300", 100)),
     Trained("hdlm_200_after_mdlm_200", "hdlm_small", after("mdlm_200", 200)),
     Trained("hdlm_embeddings", "hdlm_small", after("mdlm_small_seed0", STEPS, "embeddings")),
     Trained("hdlm_rates_1_4", "hdlm_small", ('process={kind="hdlm", rates=[1.0, 4.0]}',)),
