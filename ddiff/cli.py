@@ -18,6 +18,7 @@ from ddiff.launch import MISTAKE, end, follow_launcher, launch, place
 
 if TYPE_CHECKING:
     from ddiff.component import ComponentConfig
+    from ddiff.recipe import Recipe
     from ddiff.registry import Component
 
 app = typer.Typer(
@@ -60,12 +61,20 @@ def run(
         rehearse(resolved, fresh=fresh)
         typer.echo(resolved.to_toml(), nl=False)
         return
-    if resolved.placement.processes > 1 and place() is None:
+    if starts_workers(resolved):
         given = [f"--set={setting}" for setting in settings or ()] + ["--fresh"] * fresh
         raise typer.Exit(launch(["run", *given, "--", recipe], resolved.placement.processes))
     from ddiff.runs import run_recipe
 
     raise typer.Exit(run_recipe(resolved, fresh=fresh))
+
+
+def starts_workers(recipe: Recipe) -> bool:
+    """Whether several processes are asked for, of a backend that takes part in several, and are not there yet."""
+    keys = recipe.placement
+    if keys.processes == 1 or place() is not None:
+        return False
+    return recipe.backend.preview(device=keys.device, processes=keys.processes) is not None
 
 
 @app.command("eval")
