@@ -275,8 +275,8 @@ def _check_shares(train: TrainKeys, placement: BackendKeys, draft: Draft) -> Non
     if train.batch % (train.accumulate * placement.processes):
         raise RecipeError(
             f"{draft.place(('train', 'batch'))}: [train] batch must be a multiple of accumulate times [backend] "
-            f"processes, so that every process has as many rows; got batch = {train.batch}, accumulate = {train.accumulate}, processes = "
-            f"{placement.processes}."
+            f"processes, so that every process has as many rows; got batch = {train.batch}, "
+            f"accumulate = {train.accumulate}, processes = {placement.processes}."
         )
 
 

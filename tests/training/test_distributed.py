@@ -99,12 +99,15 @@ def farthest(run_dir: Path, other: Path, step: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "numbers", "allowed"), [("adamw", (2, 4), 1e-6), ("muon", (2,), 1e-3)])
+@pytest.mark.parametrize(
+    ("optimizer", "accumulate", "numbers", "allowed"), [("adamw", 1, (2, 4), 1e-6), ("muon", 2, (2,), 1e-3)]
+)
 def test_losses_and_parameters_do_not_depend_on_the_number_of_processes(
     tmp_path: Path,
     cache: str,
     monkeypatch: pytest.MonkeyPatch,
     optimizer: str,
+    accumulate: int,
     numbers: tuple[int, ...],
     allowed: float,
 ) -> None:
@@ -114,7 +117,7 @@ def test_losses_and_parameters_do_not_depend_on_the_number_of_processes(
     long = (
         f"train.steps={STEPS}",
         f"train.optimizer.kind={optimizer}",
-        "train.accumulate=2",
+        f"train.accumulate={accumulate}",
         "train.checkpoint_every=99",
     )
     alone = tmp_path / "1"
