@@ -130,6 +130,17 @@ def test_losses_and_parameters_do_not_depend_on_the_number_of_processes(
 
 
 @pytest.mark.slow
+def test_on_as_many_processes_a_run_goes_on_bit_for_bit_dropout_included(tmp_path: Path, cache: str) -> None:
+    long = ("train.checkpoint_every=5", "train.schedule=constant", "denoiser.dropout=0.2")
+    straight, torn = tmp_path / "straight", tmp_path / "torn"
+    on_ranks(2, train_symbols, settings(straight, 2, *long, "train.steps=10"), cache)
+    for steps in (5, 10):
+        on_ranks(2, train_symbols, settings(torn, 2, *long, f"train.steps={steps}"), cache)
+    assert torch.equal(losses(torn), losses(straight))
+    assert farthest(torn, straight, 10) == 0.0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 4])
 def test_shares_add_up_and_a_step_broken_on_one_rank_is_skipped_on_all(tmp_path: Path, number: int) -> None:
     on_ranks(number, train_toys, str(tmp_path))
