@@ -212,6 +212,8 @@ def resolve(draft: Draft, settings: Iterable[str] = ()) -> Recipe:
     data, tokenizer, vocabulary = resolver.part("data"), resolver.part("tokenizer"), resolver.part("vocabulary")
     process = resolver.part("process") if "process" in draft.tree else None
     denoiser, objective = resolver.part("denoiser"), resolver.part("objective")
+    train, placement = resolver.keys(TrainKeys, "train"), resolver.keys(BackendKeys, "backend")
+    _check_shares(train, placement, draft)
     return Recipe(
         name=heading.name,
         seed=heading.seed,
@@ -228,10 +230,10 @@ def resolve(draft: Draft, settings: Iterable[str] = ()) -> Recipe:
         objective=objective,
         loss=resolver.slot("objective", "loss"),
         times=resolver.slot("objective", "times"),
-        train=resolver.keys(TrainKeys, "train"),
+        train=train,
         optimizer=resolver.part("train", "optimizer"),
         backend=resolver.part("backend"),
-        placement=resolver.keys(BackendKeys, "backend"),
+        placement=placement,
         evaluate=resolver.keys(EvaluateKeys, "evaluate"),
         sample=resolver.keys(SampleKeys, "sample"),
         sampler=resolver.part("sample", "sampler"),
@@ -267,6 +269,15 @@ def shipped_recipes() -> dict[str, Path]:
     package = Path(__file__).parent
     folder = package / "_recipes" if (package / "_recipes").is_dir() else package.parent / "recipes"
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.toml"))}
+
+
+def _check_shares(train: TrainKeys, placement: BackendKeys, draft: Draft) -> None:
+    if train.batch % (train.accumulate * placement.processes):
+        raise RecipeError(
+            f"{draft.place(('train', 'batch'))}: [train] batch must be a multiple of accumulate times [backend] "
+            f"processes, so that every process has as many rows; got batch = {train.batch}, "
+            f"accumulate = {train.accumulate}, processes = {placement.processes}."
+        )
 
 
 class _Resolver:

@@ -90,6 +90,7 @@ class BackendKeys(ComponentConfig):
 
     device: str = "auto"
     processes: PositiveInt = 1
+    """Processes on this machine, each with its share of [train] batch; more than one with kind = "ddp"."""
 
 
 class EvaluateKeys(ComponentConfig):

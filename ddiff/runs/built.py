@@ -44,18 +44,22 @@ from ddiff.runs.parts import (
 )
 from ddiff.sampling.loop import OnStep, Sampler, generate, looks_ahead
 from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
+from ddiff.training.protocols import Backend, Tracker
+from ddiff.training.tracker import NoTracker
 from ddiff.training.trainer import Trainer, TrainingSummary
 
 
 class Run:
     """A recipe's parts, built: `process`, `denoiser`, `tokenizer`, `vocabulary`, `objective`, `recipe`, `run_dir`."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, vocabulary: Vocabulary, given: Given) -> None:
+    def __init__(
+        self, recipe: Recipe, tokenizer: Tokenizer, vocabulary: Vocabulary, given: Given, backend: Backend
+    ) -> None:
         self.recipe, self.tokenizer, self.vocabulary = recipe, tokenizer, vocabulary
         self.run_dir = Path(recipe.run_dir)
         self.process = given.process or build_process(recipe, vocabulary)
         check_process(self.process, vocabulary)
-        self.backend = build_backend(recipe)
+        self.backend = backend
         denoiser = build_denoiser(recipe, vocabulary)
         self.objective = build_objective(recipe, self.process, denoiser)
         # an objective may ask the denoiser in its own way
@@ -107,6 +111,11 @@ class Run:
             accepted()
             return trainer.fit(start)
 
+    def end_together(self) -> None:
+        """Leave the other processes, after training: rank 0 goes on alone."""
+        self.objective.module = self.backend.unwrap(self.objective.module)
+        self.backend.close()
+
     def begin(self) -> None:
         """The first weights, once: the head's from counts, and what [train] init takes from another run."""
         if self._begun:
@@ -126,7 +135,7 @@ class Run:
         cosine = WarmupCosine(keys.steps, keys.warmup)
         return Trainer(
             self.objective,
-            recipe.optimizer.build(module=self.objective.module),
+            recipe.optimizer.build(module=self.backend.unwrap(self.objective.module)),
             self._batch_at,
             lambda step, batch: Noise(recipe.seed, step, batch.index, recipe.length),
             backend=self.backend,
@@ -139,7 +148,7 @@ class Run:
             log_every=keys.log_every,
             checkpoint_every=keys.checkpoint_every,
             keep=keys.keep,
-            tracker=recipe.tracker.build(run_dir=str(self.run_dir), recipe=recipe.to_dict()),
+            tracker=self._tracker(),
             origins=recipe.origins(),
             fingerprints={
                 "tokenizer": self.tokenizer.fingerprint,
@@ -149,11 +158,17 @@ class Run:
             },
         )
 
+    def _tracker(self) -> Tracker:
+        if self.backend.rank > 0:
+            return NoTracker()
+        return self.recipe.tracker.build(run_dir=str(self.run_dir), recipe=self.recipe.to_dict())
+
     def _batch_at(self, step: int, micro: int) -> Batch:
-        """Data order is a function of the seed and the global sample number alone."""
+        """This rank's rows of a micro-batch: data order is a function of the seed and the global sample number alone."""
         keys = self.recipe.train
-        size = keys.batch // keys.accumulate
-        slots = np.arange(micro * size, (micro + 1) * size)
+        size = keys.batch // (keys.accumulate * self.backend.world_size)
+        first = (micro * self.backend.world_size + self.backend.rank) * size
+        slots = np.arange(first, first + size)
         rows = row_at(self.recipe.seed, step * keys.batch + slots, len(self.train_rows))
         batch = batch_rows(self.train_rows, rows, index=slots, conditions=self.train_conditions)
         if keys.prefix > 0.0:
@@ -322,15 +337,16 @@ class Run:
 
 def build_run(recipe: Recipe, given: Given) -> Run:
     """Documents, tokenizer and vocabulary by the recipe, then the parts that a saved run has too."""
-    cache = Cache()
-    documents = build_documents(recipe, cache)
-    tokenizer = recipe.tokenizer.build(documents=documents, cache=cache)
-    rows = pack(documents.train, tokenizer, recipe.length, cache=cache)
-    vocabulary = given.vocabulary or (given.process.vocabulary if given.process else None)
-    if vocabulary is None:
-        vocabulary = recipe.vocabulary.build(tokenizer=tokenizer, rows=rows, cache=cache)
+    cache, backend = Cache(), build_backend(recipe)
+    with backend.first():
+        documents = build_documents(recipe, cache)
+        tokenizer = recipe.tokenizer.build(documents=documents, cache=cache)
+        rows = pack(documents.train, tokenizer, recipe.length, cache=cache)
+        vocabulary = given.vocabulary or (given.process.vocabulary if given.process else None)
+        if vocabulary is None:
+            vocabulary = recipe.vocabulary.build(tokenizer=tokenizer, rows=rows, cache=cache)
     check_tokenizer(tokenizer, vocabulary)
-    built = Run(recipe, tokenizer, vocabulary, given)
+    built = Run(recipe, tokenizer, vocabulary, given, backend)
     vars(built).update(cache=cache, documents=documents, train_rows=rows)
     return built
 

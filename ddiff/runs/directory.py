@@ -27,7 +27,7 @@ EVALUATION, SAMPLES, SAMPLING = "evaluation.json", "samples.jsonl", "sampling.js
 
 
 def check_directory(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> None:
-    """Hold the directory's recipe against this one; only more training steps may differ, unless all starts over."""
+    """Hold the directory's recipe against this one; only more steps and [backend] may differ, unless all starts over."""
     check_writable(directory)
     is_run = (directory / RECIPE).is_file()
     if fresh and not is_run and directory.exists() and any(directory.iterdir()):
@@ -47,7 +47,8 @@ def check_directory(directory: Path, recipe: Recipe, given: Given, fresh: bool) 
         lines = "\n".join(f"  {key}: was {old!r}, is {new!r}" for key, old, new in changed)
         raise CheckpointError(
             f"{directory} was made with another recipe. Changed keys:\n{lines}\n"
-            "Run with --fresh to start over there, or set run_dir to another directory. (More train.steps alone continue.)"
+            "Run with --fresh to start over there, or set run_dir to another directory. (More train.steps, or another "
+            "[backend], continue.)"
         )
 
 
@@ -89,7 +90,8 @@ def _read_recorded(directory: Path) -> dict[str, Any]:
 
 
 def _continues(key: str, old: Any, new: Any) -> bool:
-    return (key == "train.steps" and old is not None and new >= old) or key == "run_dir"
+    """More steps, another place, other devices and processes are the same run."""
+    return (key == "train.steps" and old is not None and new >= old) or key == "run_dir" or key.startswith("backend.")
 
 
 def record(directory: Path, recipe: Recipe, built: Run, given: Given) -> None:
@@ -104,6 +106,7 @@ def record(directory: Path, recipe: Recipe, built: Run, given: Given) -> None:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "device": str(built.backend.device),
+        "processes": built.backend.world_size,
         "components": recipe.origins(),
         "given": given.to_dict(),
         "parameters": sum(parameter.numel() for parameter in built.denoiser.parameters()),

@@ -13,9 +13,11 @@ from ddiff.data.cache import Cache
 from ddiff.data.documents import Documents
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError, DataError
+from ddiff.launch import place
 from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe import Recipe
 from ddiff.requests import ask_for, told
+from ddiff.training.backend import SingleBackend
 from ddiff.training.protocols import Backend
 
 
@@ -40,8 +42,36 @@ def build_documents(recipe: Recipe, cache: Cache) -> Documents:
 
 
 def build_backend(recipe: Recipe) -> Backend:
+    """Raises ArgumentError where the batch cannot be shared among the processes that there are."""
+    keys, train = recipe.placement, recipe.train
+    backend: Backend = recipe.backend.build(device=keys.device, processes=keys.processes, length=recipe.length)
+    there = place()
+    if there is not None and there.world_size != backend.world_size:
+        raise ArgumentError(
+            f'[backend] kind = "{recipe.backend.component.name}" runs {backend.world_size} process, but {there.world_size} '
+            'were started, and each would write the same run. Set kind = "ddp", or start one.'
+        )
+    if train.batch % (train.accumulate * backend.world_size):
+        raise ArgumentError(
+            f"[train] batch must be a multiple of accumulate times the number of processes, so that every process has as "
+            f"many rows; got batch = {train.batch}, accumulate = {train.accumulate} and {backend.world_size} processes."
+        )
+    return backend
+
+
+def check_backend(recipe: Recipe) -> None:
+    """Refuse what can be known to fail without starting processes."""
     keys = recipe.placement
-    return recipe.backend.build(device=keys.device, processes=keys.processes, length=recipe.length)
+    if recipe.backend.preview(device=keys.device, processes=keys.processes) is None:
+        build_backend(recipe).close()
+
+
+def backend_alone(recipe: Recipe) -> Backend:
+    """For a trained run, which one process asks, however many trained it."""
+    keys = recipe.placement
+    if keys.processes > 1:
+        return SingleBackend(keys.device)
+    return recipe.backend.build(device=keys.device, processes=1, length=recipe.length)
 
 
 def build_process(recipe: Recipe, vocabulary: Vocabulary) -> ForwardProcess | None:

@@ -39,10 +39,11 @@ from ddiff.runs.directory import (
 from ddiff.runs.init import check_source
 from ddiff.runs.parts import (
     Given,
-    build_backend,
+    backend_alone,
     build_denoiser,
     build_objective,
     build_process,
+    check_backend,
     check_sampling,
     check_tokenizer,
 )
@@ -100,7 +101,7 @@ def load(run_dir: str | Path, *, process: ForwardProcess | None = None, settings
     tokenizer = load_tokenizer(str(directory / TOKENIZER))
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
     check_tokenizer(tokenizer, vocabulary)
-    built = Run(recipe, tokenizer, vocabulary, Given(process=process))
+    built = Run(recipe, tokenizer, vocabulary, Given(process=process), backend_alone(recipe))
     checkpoints = Checkpoints(str(directory / "checkpoints"))
     load_weights(built.objective.module, checkpoints.weights(), str(directory))
     return built
@@ -119,7 +120,7 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> None:
     parts that stand on a vocabulary, built on one of the same shape.
     """
     check_directory(Path(recipe.run_dir), recipe, Given(), fresh)
-    build_backend(recipe).close()
+    check_backend(recipe)
     for part in recipe.parts().values():
         with part.blamed():
             for pattern in part.reads():
@@ -156,9 +157,14 @@ def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
     check_sampling(recipe, built.vocabulary, built.process, built.denoiser)
     if fresh or not newest_step(built):
         built.begin()
-    if fresh and directory.exists():
+    writes = built.backend.rank == 0
+    if fresh and writes and directory.exists():
         shutil.rmtree(directory)  # now that everything else is known to be right
-    summary = built.train(accepted=lambda: record(directory, recipe, built, given))
+    built.backend.barrier()
+    summary = built.train(accepted=lambda: record(directory, recipe, built, given) if writes else None)
+    built.end_together()
+    if not writes:
+        return built, summary.exit_code
     if summary.exit_code:
         print(f"Stopped at step {summary.step} of {summary.steps}, saved. The same command goes on.", file=sys.stderr)
         return built, summary.exit_code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
 import torch
@@ -20,20 +21,25 @@ class SingleBackend:
     world_size = 1
 
     def __init__(self, device: str = "auto") -> None:
-        self.device = _device(device)
+        self.device = device_named(device)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         return module.to(self.device)
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def accumulating(self, module: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def sum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(values)
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-        parameters = [p for p in parameters if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if max_norm is not None:
-            clip_grads_with_norm_(parameters, max_norm, norm)
-        return norm
+        return clipped(parameters, max_norm)
+
+    def first(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def barrier(self) -> None:
         """Nothing to wait for."""
@@ -42,7 +48,17 @@ class SingleBackend:
         """Nothing to close."""
 
 
-def _device(name: str) -> torch.device:
+def clipped(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """The norm (0-d) of all gradients together; they are scaled to `max_norm` when it exceeds that."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm is not None:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def device_named(name: str) -> torch.device:
+    """The device of that name, "auto" for a GPU where there is one; ArgumentError when it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

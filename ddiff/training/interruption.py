@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, final
+
+import torch
+from torch import Tensor
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -29,6 +33,15 @@ class Interruption:
     def __exit__(self, *raised: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def counts(self, device: torch.device) -> Tensor:
+        """[2] float64: whether each of SIGINT and SIGTERM came; over ranks they are summed."""
+        return torch.tensor([float(self.signal == number) for number in SIGNALS], dtype=torch.float64, device=device)
+
+    @staticmethod
+    def received(counts: Sequence[float]) -> int | None:
+        """The signal that some rank received, by the sums of `counts`."""
+        return next((int(number) for number, count in zip(SIGNALS, counts) if count), None)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -45,7 +46,8 @@ class Objective(Protocol):
 class Backend(Protocol):
     """Where the work runs: devices and processes are known here and nowhere else.
 
-    Losses are shares that add up, so a backend with several processes *sums* gradients, it does not average them.
+    Losses are shares that add up, so a backend with several processes *sums* gradients, it does not average them. Rank 0
+    writes, reports, evaluates and samples; the others only train.
     """
 
     rank: int
@@ -56,6 +58,14 @@ class Backend(Protocol):
         """The module on this backend's device(s); call it before an optimizer is made of its parameters."""
         ...
 
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        """What was wrapped: the names of its parameters are those of every other backend."""
+        ...
+
+    def accumulating(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Entered for all micro-batches of a step but the last: gradients stay on their rank until then."""
+        ...
+
     def sum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each value summed over the ranks; the same on every rank."""
         ...
@@ -64,9 +74,15 @@ class Backend(Protocol):
         """The global gradient norm (0-d) before clipping; gradients are scaled to `max_norm` when they exceed it."""
         ...
 
+    def first(self) -> AbstractContextManager[None]:
+        """Rank 0 goes through the block alone, then all the others: what it has put into the cache they find there."""
+        ...
+
     def barrier(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Called on all ranks, once nobody holds the wrapped module; the process goes on alone."""
+        ...
 
 
 class Optimizer(Protocol):

@@ -13,11 +13,14 @@ from __future__ import annotations
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from ddiff.errors import ArgumentError, CheckpointError, NonFiniteError
@@ -64,6 +67,7 @@ class _Run:
     skipped_in_a_row: int = 0
     metrics: dict[str, float] = field(default_factory=dict)  # what the tracker was last told
     window: list[StepRecord] = field(default_factory=list)  # steps since then
+    signal: int | None = None  # that some rank has received, agreed upon by all; in no checkpoint
 
     def to_tree(self) -> dict[str, Any]:
         return {
@@ -140,9 +144,11 @@ class Trainer:
         self.origins, self.fingerprints = dict(origins or {}), dict(fingerprints or {})
         self.checkpoints = Checkpoints(f"{self.run_dir}/checkpoints", keep)
         self._rates = [group["lr"] for group in optimizer.param_groups]
+        self._seed = torch.initial_seed()
 
     def fit(self, start: Checkpoint | None = None) -> TrainingSummary:
-        """Train from `start` (None: from the beginning) to the last step, or to the first SIGINT or SIGTERM.
+        """Train from `start` (None: from the beginning) to the last step, or to the first SIGINT or SIGTERM that any
+        rank receives.
 
         Raises CheckpointError when `start` does not fit this trainer, NonFiniteError after 20 skipped steps in a row.
         """
@@ -151,14 +157,14 @@ class Trainer:
         file = MetricsFile(self.run_dir, run.step) if self.backend.rank == 0 else None
         self.objective.module.train()
         try:
-            with Interruption() as interruption, progress(self.steps, "training", start=run.step) as bar:
-                while run.step < self.steps and interruption.signal is None:
-                    record = self._step(run)
+            with Interruption() as interruption, self._progress(run.step) as bar:
+                while run.step < self.steps and run.signal is None:
+                    record = self._step(run, interruption)
                     tokens += record.tokens
                     if file:
                         file.append(record)
                     self._report(run, bar)
-                    last = run.step == self.steps or interruption.signal is not None
+                    last = run.step == self.steps or run.signal is not None
                     if last or run.step % self.checkpoint_every == 0:
                         checkpoint = self._save(run)
         finally:
@@ -174,23 +180,29 @@ class Trainer:
             tokens=tokens,
             metrics=run.metrics,
             checkpoint=checkpoint,
-            signal=interruption.signal if interrupted else None,
+            signal=run.signal if interrupted else None,
         )
 
-    def _step(self, run: _Run) -> StepRecord:
+    def _progress(self, start: int) -> AbstractContextManager[Progress]:
+        console = None if self.backend.rank == 0 else Console(quiet=True, force_terminal=False)
+        return progress(self.steps, "training", start=start, console=console)
+
+    def _step(self, run: _Run, interruption: Interruption) -> StepRecord:
         began = time.monotonic()
         batches = [self.batch_at(run.step, micro) for micro in range(self.accumulate)]
         denominators = self._denominators(batches)
-        totals = self.backend.sum(self._backward(run.step, batches, denominators))
+        shares = self._backward(run.step, batches, denominators)
+        totals = self.backend.sum({"signals": interruption.counts(self.backend.device)} | shares)
         norm = self.backend.clip(self.objective.module.parameters(), self.clip)
         tokens = torch.stack(list(denominators.values())).sum()
         # The one moment of a step at which the host waits for the device: whether to step depends on these figures.
-        (grad_norm, items), (loss, _), *pairs = torch.stack([_pair(norm, tokens), *totals.values()]).tolist()
+        (grad_norm, items), signals, (loss, _), *pairs = torch.stack([_pair(norm, tokens), *totals.values()]).tolist()
         multiplier = self.multiplier(run.step)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             self._update(multiplier)
         run.count(finite)
+        run.signal = Interruption.received(signals)
         record = StepRecord(
             step=run.step,
             loss=loss,
@@ -199,7 +211,7 @@ class Trainer:
             tokens=items,
             seconds=time.monotonic() - began,
             skipped_steps=run.skipped_steps,
-            metrics=dict(zip(list(totals)[1:], map(tuple, pairs))),
+            metrics=dict(zip(list(totals)[2:], map(tuple, pairs))),
         )
         run.window.append(record)
         if run.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
@@ -219,9 +231,10 @@ class Trainer:
         """Leave the gradients in the parameters; (loss, 0), then (sum, count) of each metric, as [2] tensors."""
         self.optimizer.zero_grad()
         totals = {"loss": torch.zeros(2, dtype=torch.float64, device=self.backend.device)}
-        for batch in batches:
-            terms = self.objective(batch, self.noise_at(step, batch), denominators, self.slots)
-            terms.loss.backward()
+        for micro, batch in enumerate(batches, start=1):
+            with nullcontext() if micro == len(batches) else self.backend.accumulating(self.objective.module):
+                terms = self.objective(batch, self.noise_at(step, batch), denominators, self.slots)
+                terms.loss.backward()
             totals["loss"] = totals["loss"] + _pair(terms.loss, torch.zeros_like(terms.loss))
             for name, pair in terms.metrics.items():
                 totals[name] = totals[name] + _pair(*pair) if name in totals else _pair(*pair)
@@ -256,8 +269,9 @@ class Trainer:
         }
         path = None
         if self.backend.rank == 0:
-            path = self.checkpoints.save(run.step, self.objective.module.state_dict(), state)
+            path = self.checkpoints.save(run.step, self.backend.unwrap(self.objective.module).state_dict(), state)
         self.backend.barrier()
+        self._part_ways(run.step)
         return path
 
     def _resume(self, start: Checkpoint | None) -> _Run:
@@ -267,12 +281,19 @@ class Trainer:
                     f"{self.checkpoints.root} already holds a run up to {_steps(found)}: training from the beginning "
                     "would mix the two. Go on from its newest checkpoint, empty the run directory, or name another one."
                 )
+            self._part_ways(0)
             return _Run()
         self.check_fit(start)
-        start.restore(self.objective.module)
+        start.restore(self.backend.unwrap(self.objective.module))
         self.optimizer.load_state_dict(start.state["optimizer"])
         _set_random_state(start.state["random"], self.backend.device)
+        self._part_ways(start.step)
         return _Run.from_tree(start.step, start.state["run"])
+
+    def _part_ways(self, step: int) -> None:
+        """Give each rank but 0 a random state of its own, from the step alone: a checkpoint holds that of rank 0."""
+        if self.backend.rank > 0:
+            torch.manual_seed(zlib.crc32(f"{self._seed} {self.backend.rank} {step}".encode()))
 
     def check_fit(self, start: Checkpoint) -> None:
         """Raises ArgumentError or CheckpointError when training cannot go on from `start`; `fit` asks this first."""

@@ -41,7 +41,7 @@ COMPONENTS = {
         "slide": "ddiff_core.objectives:Slide",
     },
     "optimizer": {"adamw": "ddiff_core.optimizers:AdamW", "muon": "ddiff_core.optimizers:Muon"},
-    "backend": {"single": "ddiff_core.backends:Single"},
+    "backend": {"ddp": "ddiff_core.backends:DataParallel", "single": "ddiff_core.backends:Single"},
     "sampler": {
         "acs": "ddiff_core.samplers:Correcting",
         "analytic": "ddiff_core.samplers:Analytic",

@@ -1,0 +1,139 @@
+"""Programs for several processes of this machine, forked from one that has imported everything: they cost little."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from toy import ROWS, Identify, Net, Rows, row, toy_trainer
+
+from ddiff.recipe import parse_recipe
+from ddiff.runs.built import build_run
+from ddiff.runs.parts import Given
+from ddiff.training.distributed import DistributedBackend
+from ddiff.training.protocols import LossTerms
+
+START = 60.0  # seconds a rank may take; one that waits for a dead one would wait for ever
+SYMBOLS = Path(__file__).parent / "symbols.toml"
+
+
+def on_ranks(world_size: int, work: Callable[..., None], *arguments: Any) -> None:
+    """`work(*arguments)` on every rank; AssertionError with what a rank said when one does not end with 0."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["ddiff.runs.stages", "ddiff.training.distributed", "torch._dynamo", "ddiff_dit.dit"]
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = [str(Path(__file__).parent), *sys.path]
+    processes = [
+        context.Process(target=_rank, args=(path, rank, world_size, port, work.__name__, arguments))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(START)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * world_size
+
+
+def _rank(path: list[str], rank: int, world_size: int, port: int, work: str, arguments: tuple[Any, ...]) -> None:
+    sys.path[:] = path
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    try:
+        globals()[work](*arguments)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def train_symbols(settings: list[str], cache: str) -> None:
+    """The recipe of this folder with the settings, trained."""
+    os.environ["DDIFF_CACHE"] = cache
+    built = build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings), Given())
+    built.train()
+    built.end_together()
+
+
+class BrokenOn(Identify):
+    """The toy's loss, not a number in one step on one rank alone."""
+
+    def __init__(self, module: torch.nn.Module, rank: int, step: int) -> None:
+        super().__init__(module)
+        self.broken, self.calls, self.step = int(os.environ["RANK"]) == rank, 0, step
+
+    def __call__(self, batch: Rows, noise: Tensor, denominators: dict[str, Tensor], slots: int) -> LossTerms:
+        terms = super().__call__(batch, noise, denominators, slots)
+        self.calls += 1
+        return LossTerms(terms.loss * float("nan"), terms.metrics) if self.broken and self.calls == self.step else terms
+
+
+def shares_at(backend: DistributedBackend, accumulate: int) -> Callable[[int, int], Rows]:
+    def batch_at(step: int, micro: int) -> Rows:
+        size = ROWS // (accumulate * backend.world_size)
+        first = (micro * backend.world_size + backend.rank) * size
+        index = torch.arange(first, first + size)
+        ids, scored = zip(*(row(int(slot), step) for slot in index))
+        return Rows(torch.stack(ids), torch.stack(scored), index)
+
+    return batch_at
+
+
+def train_toys(folder: str) -> None:
+    """In one start: the toy in micro-batches; one with a step that is broken on the last rank; signals on one rank."""
+    backend = DistributedBackend("cpu")
+    for name, accumulate in (("whole", 1), ("micro", 2)):
+        torch.manual_seed(0)
+        objective = Identify(backend.wrap(Net().double()))
+        place, batch_at = Path(folder, name), shares_at(backend, accumulate)
+        trainer = toy_trainer(
+            place, 6, objective=objective, backend=backend, accumulate=accumulate, batch_at=batch_at, log_every=2
+        )
+        trainer.fit()
+        _save(backend, objective, place)
+    torch.manual_seed(0)
+    objective = BrokenOn(backend.wrap(Net().double()), rank=backend.world_size - 1, step=3)
+    place = Path(folder, "broken")
+    summary = toy_trainer(place, 5, objective=objective, backend=backend, batch_at=shares_at(backend, 1)).fit()
+    assert (summary.skipped_steps, summary.step) == (1, 5)
+    _save(backend, objective, place)
+    del objective, trainer
+    backend.close()
+    backend.close()  # a second time, as nothing
+
+
+def _save(backend: DistributedBackend, objective: Identify, place: Path) -> None:
+    place.mkdir(exist_ok=True, parents=True)
+    torch.save(backend.unwrap(objective.module).state_dict(), place / f"rank{backend.rank}.pt")
+
+
+def stop_one(folder: str) -> None:
+    """SIGTERM reaches the last rank alone, in the third step: all stop after the same one."""
+    backend = DistributedBackend("cpu")
+    torch.manual_seed(0)
+    rows = shares_at(backend, 1)
+
+    def batch_at(step: int, micro: int) -> Rows:
+        if step == 2 and backend.rank == backend.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rows(step, micro)
+
+    objective = Identify(backend.wrap(Net().double()))
+    summary = toy_trainer(folder, 9, objective=objective, backend=backend, batch_at=batch_at).fit()
+    assert (summary.step, summary.status, summary.exit_code) == (3, "interrupted", 143)
+    backend.close()

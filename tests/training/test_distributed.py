@@ -1,0 +1,237 @@
+"""Several processes do what one does: the same draws bit for bit, the same losses but for the rounding of sums."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import SYMBOLS, on_ranks, stop_one, train_symbols, train_toys
+from safetensors.torch import load_file
+from torch import Tensor
+from toy import rows_at, toy_trainer
+
+from ddiff.core.noise import Noise
+from ddiff.errors import ArgumentError, CheckpointError, RecipeError
+from ddiff.launch import launch, place
+from ddiff.recipe import parse_recipe
+from ddiff.runs import run_recipe
+from ddiff.runs.built import build_run
+from ddiff.runs.directory import check_directory
+from ddiff.runs.parts import Given
+from ddiff.training.checkpoint import Checkpoints
+from ddiff.training.distributed import DistributedBackend
+
+STEPS = 50
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@dataclass
+class Share:
+    """What `_batch_at` asks of a backend."""
+
+    rank: int
+    world_size: int
+    device: str = "cpu"
+
+
+def draws(built: Any, world_size: int, accumulate: int, step: int) -> dict[str, Tensor]:
+    """What all ranks and micro-batches see of a step, in the order of the slots, and the scored tokens of each share."""
+    recipe, parts = built.recipe, []
+    object.__setattr__(recipe.train, "accumulate", accumulate)
+    for rank in range(world_size):
+        built.backend = Share(rank, world_size)
+        for micro in range(accumulate):
+            batch = built._batch_at(step, micro)
+            noise = Noise(recipe.seed, step, batch.index, recipe.length)
+            noisy = built.objective._draw(batch, noise, recipe.train.batch).noisy
+            parts.append((batch.index, batch.ids, batch.scored, noisy.zt, noisy.t))
+    counts = torch.stack([part[2].sum() for part in parts])
+    index, *seen = (torch.cat(column) for column in zip(*parts))
+    order = index.argsort()
+    names = ("index", "ids", "scored", "zt", "t")
+    return {name: value[order] for name, value in zip(names, (index, *seen))} | {"counts": counts}
+
+
+def test_rows_times_and_noise_are_the_same_bits_however_the_batch_is_shared(
+    cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DDIFF_CACHE", cache)
+    built = build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS)), Given())
+    for step in (0, 7):
+        whole = draws(built, 1, 1, step)
+        assert whole["index"].tolist() == list(range(8))
+        for world_size, accumulate in ((1, 4), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)):
+            shared = draws(built, world_size, accumulate, step)
+            assert len(set(shared["counts"].tolist())) > 1, "the shares must differ in what they score"
+            for name in ("index", "ids", "scored", "zt", "t"):
+                assert torch.equal(shared[name], whole[name]), (world_size, accumulate, step, name)
+
+
+def settings(place: Path, processes: int, *more: str) -> list[str]:
+    several = ["backend.kind=ddp", f"backend.processes={processes}"] if processes > 1 else []
+    return [f"run_dir={json.dumps(str(place))}", *several, *more]
+
+
+def losses(run_dir: Path) -> Tensor:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return torch.tensor([json.loads(line)["train_loss"] for line in lines], dtype=torch.float64)
+
+
+def farthest(run_dir: Path, other: Path, step: int) -> float:
+    """Of the parameters of two runs: the norm of the difference over that of the one."""
+    files = [load_file(place / f"checkpoints/step_{step:08d}/model.safetensors") for place in (run_dir, other)]
+    assert files[0].keys() == files[1].keys()
+    one, two = (torch.cat([file[name].double().ravel() for name in sorted(file)]) for file in files)
+    return ((one - two).norm() / one.norm()).item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "accumulate", "numbers", "allowed"), [("adamw", 1, (2, 4), 1e-6), ("muon", 2, (2,), 1e-3)]
+)
+def test_losses_and_parameters_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path,
+    cache: str,
+    monkeypatch: pytest.MonkeyPatch,
+    optimizer: str,
+    accumulate: int,
+    numbers: tuple[int, ...],
+    allowed: float,
+) -> None:
+    # float32 sums in another order are off by 1e-7 relative; fifty steps of AdamW may carry that to 1e-6 of the loss. The
+    # parameters get ten times as much: Adam divides by the gradient's own size, which for some entries is all rounding.
+    monkeypatch.setenv("DDIFF_CACHE", cache)
+    long = (
+        f"train.steps={STEPS}",
+        f"train.optimizer.kind={optimizer}",
+        f"train.accumulate={accumulate}",
+        "train.checkpoint_every=99",
+    )
+    alone = tmp_path / "1"
+    train_symbols(settings(alone, 1, *long), cache)
+    for number in numbers:
+        shared = tmp_path / str(number)
+        on_ranks(number, train_symbols, settings(shared, number, *long), cache)
+        torch.testing.assert_close(losses(shared), losses(alone), rtol=allowed, atol=0.0)
+        assert farthest(alone, shared, STEPS) < 10 * allowed
+
+
+@pytest.mark.slow
+def test_on_as_many_processes_a_run_goes_on_bit_for_bit_dropout_included(tmp_path: Path, cache: str) -> None:
+    long = ("train.checkpoint_every=5", "train.schedule=constant", "denoiser.dropout=0.2")
+    straight, torn = tmp_path / "straight", tmp_path / "torn"
+    on_ranks(2, train_symbols, settings(straight, 2, *long, "train.steps=10"), cache)
+    for steps in (5, 10):
+        on_ranks(2, train_symbols, settings(torn, 2, *long, f"train.steps={steps}"), cache)
+    assert torch.equal(losses(torn), losses(straight))
+    assert farthest(torn, straight, 10) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 4])
+def test_shares_add_up_and_a_step_broken_on_one_rank_is_skipped_on_all(tmp_path: Path, number: int) -> None:
+    on_ranks(number, train_toys, str(tmp_path))
+
+    def saved(name: str, rank: int) -> dict[str, Tensor]:
+        return torch.load(tmp_path / name / f"rank{rank}.pt")
+
+    alone = toy_trainer(tmp_path / "alone", 6, batch_at=rows_at(1), log_every=2)
+    alone.fit()
+    # float64: sums of another order, through the orthogonalisation of Muon
+    expected = alone.objective.module.state_dict()
+    for rank in range(number):
+        for name in ("whole", "micro"):
+            torch.testing.assert_close(saved(name, rank), expected, rtol=1e-11, atol=1e-12)
+        for name, value in saved("broken", rank).items():
+            assert torch.equal(value, saved("broken", 0)[name])
+            assert value.isfinite().all()
+    lines = [json.loads(line) for line in (tmp_path / "broken/metrics.jsonl").read_text().splitlines()]
+    assert ["train_loss" in line for line in lines] == [True, True, False, True, True]
+    expected_lines = [json.loads(line) for line in (tmp_path / "alone/metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (tmp_path / "micro/metrics.jsonl").read_text().splitlines()]
+    for one, two in zip(expected_lines, found, strict=True):
+        assert one["tokens"] == two["tokens"]
+        assert two["nats_per_symbol"] == pytest.approx(one["nats_per_symbol"], rel=1e-11)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
+    on_ranks(2, stop_one, str(tmp_path))
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [3]
+
+
+def ddiff_run(place: Path, processes: int, cache: str, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ddiff", "run", str(SYMBOLS)]
+    command += [f"--set={setting}" for setting in settings(place, processes, *more)]
+    environment = os.environ | {"DDIFF_CACHE": cache, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_the_command_goes_on_with_another_number_of_processes(
+    tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DDIFF_CACHE", cache)
+    long = ("train.checkpoint_every=10", "train.keep=20", "train.schedule=constant", "train.steps=60")
+    torn, straight = tmp_path / "torn", tmp_path / "straight"
+    process = ddiff_run(torn, 2, cache, *long)
+    file = torn / "metrics.jsonl"
+    while process.poll() is None and (not file.exists() or file.read_text().count("\n") < 15):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    time.sleep(0.5)  # its workers end with it: what they held was its standard input
+    ended = file.read_text()
+    time.sleep(0.5)
+    assert file.read_text() == ended
+    assert 15 <= ended.count("\n") < 60
+
+    assert run_recipe(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings(torn, 1, *long))) == 0
+    train_symbols(settings(straight, 1, *long, "train.steps=70"), cache)
+    assert farthest(torn, straight, 60) < 1e-5
+    process = ddiff_run(torn, 2, cache, *long, "train.steps=70")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("NELBO") == 2  # its row and the word under it: rank 0 alone tells
+    assert "Warning" not in err
+    torch.testing.assert_close(losses(torn), losses(straight), rtol=2e-6, atol=0.0)
+
+
+def test_a_mistake_of_all_workers_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(["run", "no_such_recipe"], 2) == 2
+    told = capfd.readouterr().err
+    assert told.count("no_such_recipe") == 1, told
+    assert "Traceback" not in told
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_with_its_place() -> None:
+    with pytest.raises(RecipeError, match=r"symbols\.toml:\d+: \[train\] batch must be a multiple .* processes = 3"):
+        parse_recipe(SYMBOLS.read_text(), "symbols.toml", ["backend.kind=ddp", "backend.processes=3"])
+
+
+def test_a_process_that_was_started_alone_has_no_others() -> None:
+    assert place() is None
+    with pytest.raises(ArgumentError, match="started by the command `ddiff run`, or by torchrun"):
+        DistributedBackend("cpu", 2)
+
+
+def test_another_backend_goes_on_with_a_run_and_another_recipe_does_not(tmp_path: Path) -> None:
+    recipe = parse_recipe(SYMBOLS.read_text(), "symbols.toml", settings(tmp_path, 2))
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    check_directory(tmp_path, parse_recipe(SYMBOLS.read_text(), "symbols.toml", settings(tmp_path, 4)), Given(), False)
+    other = parse_recipe(SYMBOLS.read_text(), "symbols.toml", settings(tmp_path, 4, "seed=5"))
+    with pytest.raises(CheckpointError, match=r"Changed keys:\n  seed: was 0, is 5\nRun"):
+        check_directory(tmp_path, other, Given(), False)
