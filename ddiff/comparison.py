@@ -325,7 +325,7 @@ def _together(names: Sequence[str]) -> str:
     """Several names as a shell would take them: a_{0,1,2}."""
     if len(names) == 1:
         return names[0]
-    shared = os.path.commonprefix(names)
+    shared = os.path.commonprefix(names)  # noqa: RUF071  # characters are meant, not folders
     return f"{shared}{{{','.join(name.removeprefix(shared) for name in names)}}}"
 
 
