@@ -45,7 +45,7 @@ def after(name: str, steps: int, parts: str = "all") -> tuple[str, str]:
 
 
 # What may make two levels learn later than masks alone: one change to hdlm_small each, seed 0. Runs that others start from
-# stand before them. Low times show most of the words: does a start there help masks themselves?
+# stand before them; masks are given the same start where it may help them as well. Low times show most of the words.
 GAP = (
     Trained("mdlm_200", "mdlm_small", ("train.steps=200",)),
     Trained("mdlm_300", "mdlm_small", ("train.steps=300",)),
@@ -56,6 +56,7 @@ GAP = (
     Trained("hdlm_100_after_mdlm_300", "hdlm_small", after("mdlm_300", 100)),
     Trained("hdlm_200_after_mdlm_200", "hdlm_small", after("mdlm_200", 200)),
     Trained("hdlm_embeddings", "hdlm_small", after("mdlm_small_seed0", STEPS, "embeddings")),
+    Trained("mdlm_embeddings", "mdlm_small", after("mdlm_small_seed0", STEPS, "embeddings")),
     Trained("hdlm_rates_1_4", "hdlm_small", ('process={kind="hdlm", rates=[1.0, 4.0]}',)),
     Trained("hdlm_tied", "hdlm_small", ("denoiser.head=tied",)),
     Trained("hdlm_even", "hdlm_small", ('objective.loss={kind="clip", smallest=1.0, largest=1.0}',)),
