@@ -28,6 +28,7 @@ _MODULES = {
         "Probability",
         "Share",
     ),
+    "ddiff.conditions": ("Label", "Vector"),
     "ddiff.core.clock": (
         "CdfClock",
         "LevelClock",
@@ -239,6 +240,8 @@ if TYPE_CHECKING:
     from ddiff.component import PositiveInt as PositiveInt
     from ddiff.component import Probability as Probability
     from ddiff.component import Share as Share
+    from ddiff.conditions import Label as Label
+    from ddiff.conditions import Vector as Vector
     from ddiff.core.clock import CdfClock as CdfClock
     from ddiff.core.clock import LevelClock as LevelClock
     from ddiff.core.clock import LogTimeClock as LogTimeClock

@@ -150,7 +150,7 @@ def read_conditions(written: list[str] | None) -> dict[str, object] | None:
     """`NAME=VALUE` texts, the value as in a recipe."""
     from ddiff.toml import read_settings
 
-    return read_settings(written, "--condition").tree if written else None
+    return read_settings(written, "--condition", option="--condition").tree if written else None
 
 
 @app.command("compare")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddiff.conditions import Form, Label, Vector
 from ddiff.core.elbo import Ask
 from ddiff.core.process import ForwardProcess
 from ddiff.errors import ArgumentError, nearest
@@ -31,10 +32,11 @@ class Told:
 
 
 def told(denoiser: Denoiser, conditions: Mapping[str, Any], count: int) -> Told:
-    """The conditions of `count` samples: whole numbers are labels, fractions vectors; one for all, or one for each.
+    """The conditions of `count` samples, one for all or one for each.
 
-    ArgumentError for a condition that the denoiser does not read, and for one that it was never trained without and
-    that is not there.
+    Each is a label or a vector as the backbone declares (`condition_forms`); where it does not, whole numbers are labels
+    and fractions vectors. ArgumentError for a condition that the denoiser does not read, for a value of another form, and
+    for a condition that it was never trained without and that is not there.
     """
     known = denoiser.condition_dropout
     for name in conditions:
@@ -48,23 +50,45 @@ def told(denoiser: Denoiser, conditions: Mapping[str, Any], count: int) -> Told:
             f'conditions: "{due[0]}" was told of every training sample (its dropout is 0), so there is no law without it. '
             f"Tell it: [sample] conditions, --condition {due[0]}=... or conditions={{...}}."
         )
-    return Told({name: _values(name, value, count) for name, value in conditions.items()})
+    return Told(
+        {name: _values(name, value, count, denoiser.condition_forms.get(name)) for name, value in conditions.items()}
+    )
 
 
-def _values(name: str, value: Any, count: int) -> Tensor:
+def _values(name: str, value: Any, count: int, declared: Form | None) -> Tensor:
+    """[count] or [count,d]; ArgumentError for what is not of the form, labels below 0 and numbers that are not finite."""
     try:
         values = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentError(f'conditions: "{name}" must be a label or a vector of numbers; got {value!r}.') from error
-    one = 1 if values.is_floating_point() else 0
-    if values.dim() == one:
-        values = values.expand(count, *values.shape)
-    if values.dim() != one + 1 or len(values) != count or values.dtype == torch.bool:
-        raise ArgumentError(
-            f'conditions: "{name}" must be a whole number (a label) or a list of fractions (a vector), or {count} of them, '
-            f"one per sample; got {value!r}."
-        )
-    return values.float() if one else values.long()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise _unfit(name, value, count, declared) from error
+    form = declared or (Vector() if values.is_floating_point() else Label())
+    taken = None
+    if values.dtype != torch.bool:
+        taken = _labels(values, count, form) if isinstance(form, Label) else _vectors(values.float(), count, form)
+    if taken is None:
+        raise _unfit(name, value, count, declared)
+    return taken
+
+
+def _labels(values: Tensor, count: int, form: Label) -> Tensor | None:
+    if values.is_floating_point() or values.dim() > 1 or (values.dim() == 1 and len(values) != count):
+        return None
+    outside = values < 0 if form.classes is None else (values < 0) | (values >= form.classes)
+    return None if bool(outside.any()) else values.long().expand(count)
+
+
+def _vectors(values: Tensor, count: int, form: Vector) -> Tensor | None:
+    if values.dim() not in (1, 2) or (values.dim() == 2 and len(values) != count) or not bool(values.isfinite().all()):
+        return None
+    width = values.shape[-1]
+    return values.expand(count, width) if width == (form.width or width) else None
+
+
+def _unfit(name: str, value: Any, count: int, form: Form | None) -> ArgumentError:
+    return ArgumentError(
+        f'conditions: "{name}" is {form or f"{Label()} or {Vector()}"}. Give one, or {count} of them, one per sample; got '
+        f"{list(value) if isinstance(value, tuple) else value!r}."
+    )
 
 
 def ask_for(

@@ -27,6 +27,16 @@ _STRING = re.compile(r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'[\s\S]*?\'{3,5}|"(?:\\.|[^
 _SCALAR = re.compile(r"[^,\]}#\n]*")
 _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 _PARSER_LINE = re.compile(r" \(at line (\d+), column \d+\)$")
+_WRITTEN = {  # by option: what it expects, and examples
+    "--set": (
+        "key=value with a dotted key, as in --set train.steps=200",
+        "a dotted key and a TOML value: train.steps=200, denoiser.head=tied, 'vocabulary.sizes=[64]'",
+    ),
+    "--condition": (
+        "NAME=VALUE, as in --condition author=2",
+        "the name of a condition and a label or a vector: author=2, 'style=[0.5, 1.0]'",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -65,14 +75,15 @@ def read_toml(text: str, source: str) -> Draft:
     return Draft(tree, source, {path: f"{source}:{line}" for path, line in key_lines(text).items()})
 
 
-def read_settings(settings: Iterable[str], source: str) -> Draft:
+def read_settings(settings: Iterable[str], source: str, option: str = "--set") -> Draft:
     """The draft of `--set a.b=c` texts over `source`: a key path and a TOML value, where a bare word is a string.
 
-    Raises RecipeError for a text without `=`, a broken key or value, and a path through something that is no table.
+    `option`, "--set" or "--condition", is what errors speak of. Raises RecipeError for a text without `=`, a broken key or
+    value, and a path through something that is no table.
     """
     draft = Draft({}, source)
     for setting in settings:
-        tree = _parse_setting(setting)
+        tree = _parse_setting(setting, option)
         path, value = _only_leaf(tree)
         _put(draft.tree, path, value, setting)
         for length in range(1, len(path) + 1):
@@ -127,10 +138,10 @@ def _forget(places: dict[KeyPath, str], path: KeyPath) -> None:
         del places[known]
 
 
-def _parse_setting(setting: str) -> dict[str, Any]:
+def _parse_setting(setting: str, option: str) -> dict[str, Any]:
     key, equals, value = setting.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"--set {setting}: expected key=value with a dotted key, as in --set train.steps=200.")
+        raise RecipeError(f"{option} {setting}: expected {_WRITTEN[option][0]}.")
     try:
         return tomllib.loads(f"{key} = {value}")
     except tomllib.TOMLDecodeError:
@@ -142,8 +153,7 @@ def _parse_setting(setting: str) -> dict[str, Any]:
         except tomllib.TOMLDecodeError as error:
             reason = _PARSER_LINE.sub("", str(error))
             raise RecipeError(
-                f"--set {setting}: {reason[:1].lower()}{reason[1:]}. Write a dotted key and a TOML value: "
-                "train.steps=200, denoiser.head=tied, 'vocabulary.sizes=[64]'."
+                f"{option} {setting}: {reason[:1].lower()}{reason[1:]}. Write {_WRITTEN[option][1]}."
             ) from error
 
 

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from ddiff.conditions import Form, Vector
 from ddiff.errors import DataError
 
 ABSENT = -1  # the label of a document that has none; a vector that is absent is NaN
@@ -38,15 +39,15 @@ class Conditions:
         return digest.hexdigest()[:32]
 
 
-def conditions_of(documents: Dataset, names: Iterable[str]) -> Conditions:
+def conditions_of(documents: Dataset, names: Iterable[str], forms: Mapping[str, Form] = {}) -> Conditions:
     """The columns `names` of documents: whole numbers from 0 are labels, lists of numbers vectors, None is absent.
 
-    DataError when a column is missing, holds something else, or vectors of several lengths.
+    DataError when a column is missing, holds something else, vectors of several lengths, or not what `forms` says of it.
     """
-    return Conditions({name: _values(documents, name) for name in names})
+    return Conditions({name: _values(documents, name, forms.get(name)) for name in names})
 
 
-def _values(documents: Dataset, name: str) -> Tensor:
+def _values(documents: Dataset, name: str, form: Form | None) -> Tensor:
     if name not in documents.column_names:
         others = [column for column in documents.column_names if column not in ("text", "name")]
         raise DataError(
@@ -57,9 +58,12 @@ def _values(documents: Dataset, name: str) -> Tensor:
     present = [value for value in column if value is not None]
     whole = getattr(documents.features[name], "dtype", "").startswith(("int", "uint"))
     if whole and min(present, default=0) >= 0:
+        _check_labels(present, name, form)
         return torch.tensor([ABSENT if value is None else value for value in column])
     if present and all(isinstance(value, list) for value in present):
-        return _vectors(column, name)
+        return _vectors(column, name, form)
+    if not present and isinstance(form, Vector) and form.width is not None:
+        return torch.full((len(column), form.width), torch.nan)
     example = next((value for value in present if not whole or value < 0), None)
     raise DataError(
         f'The column "{name}" of the documents is to be a condition: it must hold whole numbers from 0 (labels) or lists '
@@ -67,11 +71,29 @@ def _values(documents: Dataset, name: str) -> Tensor:
     )
 
 
-def _vectors(column: list[Any], name: str) -> Tensor:
+def _check_labels(present: list[int], name: str, form: Form | None) -> None:
+    if isinstance(form, Vector):
+        raise DataError(
+            f'The documents have labels in "{name}", but to the denoiser it is {form}. Write '
+            f"[denoiser] conditions.{name} = {{ classes = N }}, or name a field of vectors in [data] vectors."
+        )
+    if form is not None and form.classes is not None and (largest := max(present, default=0)) >= form.classes:
+        raise DataError(
+            f'The documents have the label {largest} in "{name}", but to the denoiser it is {form}. Set [denoiser] '
+            f"conditions.{name}.classes = {largest + 1}, or number the classes from 0 without gaps."
+        )
+
+
+def _vectors(column: list[Any], name: str, form: Form | None) -> Tensor:
     widths = sorted({len(value) for value in column if value is not None})
     if len(widths) > 1:
         raise DataError(
             f'The column "{name}" of the documents holds vectors of several lengths, {widths}; a condition has one.'
+        )
+    if form is not None and form != Vector(widths[0]) and form != Vector():
+        raise DataError(
+            f'The documents have vectors of length {widths[0]} in "{name}", but to the denoiser it is {form}. Write '
+            f"[denoiser] conditions.{name} = {{ width = {widths[0]} }}, or mend the data."
         )
     absent = np.full(widths[0], np.nan, np.float32)
     return torch.from_numpy(np.stack([absent if value is None else np.asarray(value, np.float32) for value in column]))

@@ -14,7 +14,7 @@ from datasets import Dataset
 from ddiff.data.arrow import read_table, table_in_memory, write_table
 from ddiff.data.cache import Cache
 from ddiff.data.documents import Documents, base_name, checked_text, divided, file_fingerprint, find_files
-from ddiff.errors import ArgumentError, DataError
+from ddiff.errors import ArgumentError, DataError, nearest
 from ddiff.progress import progress
 
 
@@ -32,12 +32,13 @@ def json_lines(
 
     Fields `labels` hold whole numbers from 0, fields `vectors` lists of numbers; a field that is null or not there is
     absent. They become columns of the same name. See `text_files` for `validation` and `held_out`. DataError names file
-    and line of what cannot be read.
+    and line of what cannot be read, and a field that has a value in no line of `train`.
     """
     if not validation and not 0 < held_out < 1:
         raise ArgumentError(f"json_lines: held_out must lie in (0, 1); got {held_out}. Or name validation files.")
     reader = _Reader(text, tuple(labels), tuple(vectors))
     corpus = reader.read(train, cache)
+    reader.check_found(corpus, train)
     if validation:
         return Documents(corpus, reader.read(validation, cache))
     return divided(corpus, held_out, "by line")
@@ -63,7 +64,7 @@ class _Reader:
         )
 
     def read(self, patterns: Sequence[str], cache: Cache | None) -> Dataset:
-        paths = [path for pattern in patterns for path in find_files(pattern)]
+        paths = _paths(patterns)
         if cache is None:
             corpus = table_in_memory(self.schema, self._batches(paths))
         else:
@@ -79,6 +80,19 @@ class _Reader:
             raise DataError(f"The corpus is empty: {', '.join(patterns)} holds no text. Name files with text in them.")
         return corpus
 
+    def check_found(self, corpus: Dataset, patterns: Sequence[str]) -> None:
+        """Raises DataError for a label or vector that no document has: a name misspelt would be trained without."""
+        for name in (*self.labels, *self.vectors):
+            if corpus.data.column(name).null_count == len(corpus):
+                fields = {field for path in _paths(patterns) for _, found in self._objects(path) for field in found}
+                others = sorted(fields - {self.text, name})
+                key = "labels" if name in self.labels else "vectors"
+                raise DataError(
+                    f'json_lines: {key} names the field "{name}", but it has a value in no line of {", ".join(patterns)}; '
+                    f"beside the text the lines have {others or 'no fields'}.{nearest(name, others)} Mend [data] {key}, or "
+                    "leave the field out."
+                )
+
     def _write(self, paths: Sequence[str], place: Path) -> None:
         write_table(self.schema, self._batches(paths), place / "documents.arrow")
 
@@ -89,6 +103,15 @@ class _Reader:
                 bar.advance(1)
 
     def _documents(self, path: str) -> Iterator[dict[str, Any]]:
+        for place, found in self._objects(path):
+            text = checked_text(found[self.text], place)
+            values: dict[str, Any] = {name: self._label(found.get(name), name, place) for name in self.labels}
+            values |= {name: self._vector(found.get(name), name, place) for name in self.vectors}
+            if text.strip():
+                yield {"text": text, "name": place, **values}
+
+    def _objects(self, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every line that is not blank: its place and its object."""
         with fsspec.open(path, "rt", encoding="utf-8-sig") as file:
             try:
                 lines = list(file)
@@ -97,10 +120,11 @@ class _Reader:
                     f"{path} is not UTF-8: {error}. Convert it to UTF-8, for instance with iconv."
                 ) from error
         for number, line in enumerate(lines, start=1):
-            if line.strip() and (document := self._document(line, f"{base_name(path)} line {number}")):
-                yield document
+            if line.strip():
+                place = f"{base_name(path)} line {number}"
+                yield place, self._object(line, place)
 
-    def _document(self, line: str, place: str) -> dict[str, Any] | None:
+    def _object(self, line: str, place: str) -> dict[str, Any]:
         try:
             found = json.loads(line)
         except ValueError as error:
@@ -111,10 +135,7 @@ class _Reader:
                 f'{place} must be an object with the field "{self.text}"; it has {fields}. Name the field of the text: '
                 'text = "...".'
             )
-        text = checked_text(found[self.text], place)
-        values: dict[str, Any] = {name: self._label(found.get(name), name, place) for name in self.labels}
-        values |= {name: self._vector(found.get(name), name, place) for name in self.vectors}
-        return {"text": text, "name": place, **values} if text.strip() else None
+        return found
 
     def _label(self, value: Any, name: str, place: str) -> int | None:
         if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
@@ -128,3 +149,7 @@ class _Reader:
         if value is None or (numbers and value):
             return value
         raise DataError(f'{place}: the vector "{name}" must be a list of numbers, or null; got {value!r}.')
+
+
+def _paths(patterns: Sequence[str]) -> list[str]:
+    return [path for pattern in patterns for path in find_files(pattern)]

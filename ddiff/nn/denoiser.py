@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, final, get
 import torch
 from torch import Tensor, nn
 
+from ddiff.conditions import Form
 from ddiff.core.law import CleanLaw, DenseLaw, drop_own_evidence
 from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError
@@ -99,8 +100,9 @@ class Backbone(Protocol):
     """An nn.Module from noisy ids [B,L] and their times t [B,L] to hidden states [B,L,width].
 
     It reads `context.attention_mask()` and `context.positions`. It may declare `reads_time = False` (its hidden states
-    depend on the ids alone), `caches = True` (it passes its keys and values through `context.cache`), and
-    `condition_dropout`, the conditions it reads with the share of samples from which each is withheld in training.
+    depend on the ids alone), `caches = True` (it passes its keys and values through `context.cache`),
+    `condition_dropout`, the conditions it reads with the share of samples from which each is withheld in training, and
+    `condition_forms`, what each is, so that what does not fit is refused before the network is asked.
     """
 
     width: int
@@ -196,6 +198,10 @@ class Denoiser(nn.Module):
     @property
     def condition_dropout(self) -> Mapping[str, float]:
         return getattr(self.backbone, "condition_dropout", {})
+
+    @property
+    def condition_forms(self) -> Mapping[str, Form]:
+        return getattr(self.backbone, "condition_forms", {})
 
     def trunk(self, noisy: Noisy, context: Context) -> Tensor:
         """Hidden states [B*L, width] of flat positions."""

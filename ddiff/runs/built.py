@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -88,11 +89,14 @@ class Run:
 
     @cached_property
     def train_conditions(self) -> Conditions:
-        return conditions_of(self.documents.train, self.denoiser.condition_dropout)
+        return self._conditions(self.documents.train)
 
     @cached_property
     def validation_conditions(self) -> Conditions:
-        return conditions_of(self.documents.validation, self.denoiser.condition_dropout)
+        return self._conditions(self.documents.validation)
+
+    def _conditions(self, documents: Dataset) -> Conditions:
+        return conditions_of(documents, self.denoiser.condition_dropout, self.denoiser.condition_forms)
 
     # ------------------------------------------------------------------ stages
 
@@ -347,7 +351,14 @@ def build_run(recipe: Recipe, given: Given) -> Run:
             vocabulary = recipe.vocabulary.build(tokenizer=tokenizer, rows=rows, cache=cache)
     check_tokenizer(tokenizer, vocabulary)
     built = Run(recipe, tokenizer, vocabulary, given, backend)
-    vars(built).update(cache=cache, documents=documents, train_rows=rows)
+    vars(built).update(
+        cache=cache,
+        documents=documents,
+        train_rows=rows,
+        # here and not when first asked for: what the denoiser cannot read is refused before anything is written
+        train_conditions=built._conditions(documents.train),
+        validation_conditions=built._conditions(documents.validation),
+    )
     return built
 
 

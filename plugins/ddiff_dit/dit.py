@@ -16,7 +16,17 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ddiff import ArgumentError, ComponentConfig, Context, PositiveInt, Probability, StateEmbedding, Vocabulary
+from ddiff import (
+    ArgumentError,
+    ComponentConfig,
+    Context,
+    Label,
+    PositiveInt,
+    Probability,
+    StateEmbedding,
+    Vector,
+    Vocabulary,
+)
 
 Size = Literal["tiny", "small", "base"]
 SIZES: dict[str, tuple[int, int]] = {"tiny": (512, 8), "small": (768, 12), "base": (1024, 24)}
@@ -42,6 +52,10 @@ class Condition(ComponentConfig):
         if (self.classes is None) == (self.width is None):
             raise ValueError("a condition has either classes (labels) or width (vectors)")
         return self
+
+    @property
+    def form(self) -> Label | Vector:
+        return Vector(self.width) if self.classes is None else Label(self.classes)
 
 
 class DiT(nn.Module):
@@ -94,6 +108,7 @@ class DiT(nn.Module):
         self.embedding = StateEmbedding(vocabulary, width)
         self.reads_time = time
         self.condition_dropout = {name: condition.dropout for name, condition in conditions.items()}
+        self.condition_forms = {name: condition.form for name, condition in conditions.items()}
         self.modulation = Modulation(width, time, conditions) if time or conditions else None
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.out_modulation = nn.Parameter(torch.zeros(2, 1, width))
@@ -166,7 +181,7 @@ class Modulation(nn.Module):
             if time
             else None
         )
-        self.conditions = nn.ModuleDict({name: ConditionEmbedding(c) for name, c in conditions.items()})
+        self.conditions = nn.ModuleDict({name: ConditionEmbedding(name, c) for name, c in conditions.items()})
         self.out = Channels(TIME_WIDTH, 8 * width)
         self.register_buffer("frequencies", 2.0 ** torch.linspace(0, 8, TIME_FEATURES // 2), persistent=False)
 
@@ -185,8 +200,9 @@ class Modulation(nn.Module):
 class ConditionEmbedding(nn.Module):
     """A label (its row of a table) or a vector (a linear map) -> [B,L or 1,128]; a learned vector where it is absent."""
 
-    def __init__(self, condition: Condition) -> None:
+    def __init__(self, name: str, condition: Condition) -> None:
         super().__init__()
+        self.name = name
         self.table = None if condition.classes is None else nn.Embedding(condition.classes, TIME_WIDTH)
         self.matrix = None if condition.width is None else nn.Linear(condition.width, TIME_WIDTH)
         self.absent = nn.Parameter(torch.zeros(TIME_WIDTH))
@@ -202,8 +218,8 @@ class ConditionEmbedding(nn.Module):
         assert self.table is not None
         if int(value.max()) >= self.table.num_embeddings:
             raise ArgumentError(
-                f"DiT: a label must be below the {self.table.num_embeddings} classes of its condition; got "
-                f"{int(value.max())}. Labels count from 0; -1 is no label."
+                f'DiT: a label of the condition "{self.name}" must be below its {self.table.num_embeddings} classes '
+                f"([denoiser] conditions.{self.name}.classes); got {int(value.max())}. Labels count from 0; -1 is no label."
             )
         return value >= 0, self.table(value.clamp(min=0))
 

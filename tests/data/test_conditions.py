@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from ddiff_core.data import JsonLines
 
+from ddiff.conditions import Label, Vector
 from ddiff.data.cache import Cache
 from ddiff.data.conditions import conditions_of
 from ddiff.data.documents import Documents
@@ -125,5 +126,36 @@ def test_columns_that_cannot_be_conditions_are_explained() -> None:
 
 
 def test_a_part_without_any_label_has_none(tmp_path: Path) -> None:
-    file = written(tmp_path, [{"text": "x"}])
-    assert conditions_of(read(file).train, ["author"]).values["author"].tolist() == [-1]
+    file, bare = written(tmp_path, LINES), written(tmp_path, [{"text": "x"}], "bare.jsonl")
+    part = json_lines([file], labels=["author"], vectors=["style"], validation=[bare]).validation
+    values = conditions_of(part, ["author", "style"], {"style": Vector(2)}).values
+    assert values["author"].tolist() == [-1]
+    assert values["style"].shape == (1, 2)
+    assert bool(values["style"].isnan().all())
+
+
+@pytest.mark.parametrize("line", [{"text": "x", "auhtor": 1}, {"text": "x", "author": None, "auhtor": 2}])
+def test_a_field_with_a_value_in_no_line_is_refused_cached_or_not(line: dict[str, Any], tmp_path: Path) -> None:
+    cache, file, bare = Cache(tmp_path / "cache"), written(tmp_path, LINES), written(tmp_path, [line], "bare.jsonl")
+    json_lines([file], labels=["author"], validation=[bare], cache=cache)  # now its documents are cached
+    for labels, kept in ((["author"], None), (["author"], cache)):
+        with pytest.raises(DataError, match=r'labels names the field "author".*bare\.jsonl.*Did you mean "auhtor"'):
+            json_lines([bare], labels=labels, validation=[file], cache=kept)
+    with pytest.raises(DataError, match=r'vectors names the field "author".*no fields'):
+        json_lines([written(tmp_path, [{"text": "x"}])], vectors=["author"], validation=[bare])
+
+
+def test_columns_of_another_form_than_the_denoiser_reads_are_refused() -> None:
+    documents = Dataset.from_dict({"text": ["a", "b"], "kind": [0, 4], "wide": [[1.0, 2.0], None]})
+    for name, form in (("kind", Label(5)), ("kind", Label()), ("wide", Vector(2)), ("wide", Vector())):
+        assert (
+            conditions_of(documents, [name], {name: form}).fingerprint == conditions_of(documents, [name]).fingerprint
+        )
+    for name, form, expected in (
+        ("kind", Label(4), r'label 4 in "kind".*4 classes.*classes = 5'),
+        ("kind", Vector(1), r'labels in "kind".*width 1'),
+        ("wide", Vector(3), r'length 2 in "wide".*width 3.*width = 2'),
+        ("wide", Label(3), r'length 2 in "wide".*3 classes'),
+    ):
+        with pytest.raises(DataError, match=expected):
+            conditions_of(documents, [name], {name: form})

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from told import RECIPE, rows
 import ddiff as api
 from ddiff.errors import ArgumentError, DataError
 from ddiff.prompts import read_prompts
+from ddiff.requests import told
 
 Command = Callable[..., tuple[int, str, str]]
 PROGRESS = re.compile(r"[a-z ]+: \d+/\d+ ")
@@ -27,7 +29,7 @@ PROGRESS = re.compile(r"[a-z ]+: \d+/\d+ ")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with runs: `told` (dropout trained), `always` (none trained), `small` (a tree, of text)."""
+    """Runs: `told` (dropout trained), `always` (none trained), `styled` (told a vector), `small` (a tree, of text)."""
     folder = tmp_path_factory.mktemp("mistakes")
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -38,6 +40,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         api.run("told.toml")
         always = ["denoiser.conditions.kind.dropout=0.0", "sample.conditions.kind=1"]
         api.run("told.toml", settings=[*always, 'name="always"'])
+        styled = RECIPE.replace("rows.jsonl", "styled.jsonl").replace('labels = ["kind"]', 'vectors = ["style"]')
+        Path("styled.toml").write_text(styled.replace("kind = { classes = 2,", "style = { width = 3,"))
+        lines = [
+            json.loads(line) | {"style": [0.5, 1, number % 3], "group": 1}
+            for number, line in enumerate(rows(60).splitlines())
+        ]
+        Path("styled.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        api.run("styled.toml", settings=['name="styled"', "train.steps=2"])
         Path("corpus.txt").write_text(CORPUS)
         Path("small.toml").write_text(SMALL)
         api.run("small.toml", settings=["train.steps=2"])
@@ -82,7 +92,18 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "a condition nobody reads": ("small", ("--condition", "kind=1"), ('reads no conditions; got "kind"',)),
     "another condition": ("told", ("--condition", "kid=1"), ('got "kid"', '"kind"')),
     "a label that is no number": ("told", ("--condition", "kind=ab"), ('"kind"', "'ab'")),
-    "a label beyond the classes": ("told", ("--condition", "kind=2"), ("below the 2 classes", "got 2")),
+    "a label beyond the classes": (
+        "told",
+        ("--condition", "kind=2"),
+        ('"kind" is a label of 2 classes', "0 to 1", "got 2"),
+    ),
+    "a label below the classes": ("always", ("--condition", "kind=-1"), ('"kind" is a label of 2 classes', "got -1")),
+    "a vector for a label": ("told", ("--condition", "kind=[0.0, 1.0]"), ('"kind" is a label of 2', "got [0.0, 1.0]")),
+    "a label for a vector": ("styled", ("--condition", "style=1"), ('"style" is a vector of width 3', "got 1")),
+    "a vector of another width": ("styled", ("--condition", "style=[1.0, 0.5]"), ("width 3", "got [1.0, 0.5]")),
+    "a vector that is not finite": ("styled", ("--condition", "style=[1.0, nan, 0]"), ("3 finite numbers", "nan")),
+    "a condition without a value": ("told", ("--condition", "kind"), ("--condition kind: expected NAME=VALUE",)),
+    "a broken vector": ("told", ("--condition", "kind=[0,"), ("--condition kind=[0,:", "author=2")),
     "labels for other samples": ("told", ("--condition", "kind=[0, 1, 0]"), ("or 2 of them",)),
     "guidance by nothing": ("told", ("--guidance", "2.0"), ("guidance", "needs a condition")),
     "guidance without trained dropout": (
@@ -115,6 +136,32 @@ def test_arguments_from_python_that_cannot_be_are_explained(place: Path) -> None
         with pytest.raises(ArgumentError, match=expected):
             run.sample(**arguments)
     assert run.sample(1, infill="the [MASK:2]", sampler="blockwise", settings=["width=4"])
+
+
+@pytest.mark.slow
+def test_whole_numbers_are_a_vector_to_who_reads_vectors(place: Path) -> None:
+    run = api.load(place / "runs/styled")
+    for whole in ([1, 0, -1], [[1, 0, -1], [2, 0, 3]]):
+        fractions = torch.tensor(whole).float().tolist()
+        assert run.sample(2, conditions={"style": whole}) == run.sample(2, conditions={"style": fractions})
+        found = told(run.denoiser, {"style": whole}, 2).values["style"]
+        assert found.tolist() == torch.tensor(fractions).expand(2, 3).tolist()
+
+
+class Plain(torch.nn.Module):
+    """A backbone that reads a condition and does not say of which form."""
+
+    width = 4
+    condition_dropout: ClassVar = {"kind": 0.0}
+
+
+def test_a_backbone_that_does_not_say_what_it_reads_is_told_by_the_numbers() -> None:
+    denoiser = api.Denoiser(Plain(), api.TokenHead(api.FlatVocabulary(4), 4))
+    for value, expected in ((7, [7, 7]), ([1, 0], [1, 0]), ([1.0, 0.5, 2.0], [[1.0, 0.5, 2.0]] * 2)):
+        assert told(denoiser, {"kind": value}, 2).values["kind"].tolist() == expected
+    for value in (-7, [0, -1], [1.0, float("nan")], [float("inf")], True, 10**30):
+        with pytest.raises(ArgumentError, match=r'"kind" is a label .* or a vector .*; got'):
+            told(denoiser, {"kind": value}, 2)
 
 
 @pytest.mark.slow
@@ -161,6 +208,26 @@ def resealed(weights: Path) -> None:
 
 BEGINNING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no conditions in the data": (("denoiser.conditions.author.classes=2",), ('"author"', "no such column", "kind")),
+    "labels beyond the classes": (
+        ("denoiser.conditions.kind.classes=1",),
+        ('label 1 in "kind"', "a label of 1 classes", "conditions.kind.classes = 2"),
+    ),
+    "labels for a vector": (
+        (
+            'data={kind="jsonl", files=["styled.jsonl"], labels=["kind", "group"]}',
+            "denoiser.conditions={group={width = 4}}",
+        ),
+        ('labels in "group"', "a vector of width 4", "{ classes = N }"),
+    ),
+    "vectors of another length": (
+        ('data={kind="jsonl", files=["styled.jsonl"], vectors=["style"]}', "denoiser.conditions={style={width = 4}}"),
+        ('vectors of length 3 in "style"', "a vector of width 4", "{ width = 3 }"),
+    ),
+    "a field in no line": (
+        ('data.labels=["kid"]', "denoiser.conditions={kid={classes = 2}}"),
+        ('"kid"', "no line of rows.jsonl", 'Did you mean "kind"?'),
+    ),
+    "a vector for a label at the end": (("sample.conditions.kind=[0.5]",), ('"kind" is a label of 2', "got [0.5]")),
     "guidance at the end that nobody trained": (
         ("denoiser.conditions.kind.dropout=0.0", "sample.conditions.kind=1", "sample.guidance=2.0"),
         ("guidance", "never trained without"),
@@ -206,6 +273,7 @@ def test_starting_over_from_weights_that_do_not_fit_leaves_the_old_run_as_it_was
     monkeypatch.chdir(place)
     before = {path: path.read_bytes() for path in Path("runs/told").rglob("*") if path.is_file()}
     refused(ddiff("run", "told.toml", "--fresh", "--set", 'train.init={run="runs/small"}'), "another tokenizer")
+    refused(ddiff("run", "told.toml", "--fresh", "--set", "denoiser.conditions.kind.classes=1"), 'label 1 in "kind"')
     assert {path: path.read_bytes() for path in Path("runs/told").rglob("*") if path.is_file()} == before
 
 

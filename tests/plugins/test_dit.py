@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from ddiff_dit.dit import SIZES, DiT, Rotation
+from ddiff_dit.dit import SIZES, Condition, DiT, Rotation
 from torch import Tensor
 
+from ddiff.conditions import Label, Vector
 from ddiff.core.times import Noisy
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.errors import ArgumentError
@@ -167,3 +168,12 @@ def test_numbers_that_do_not_fit_and_unread_conditions_are_refused() -> None:
     ids, t = inputs()
     with pytest.raises(ArgumentError, match="reads, none"):
         make()(ids, t, Context(conditions={"label": ids}))
+
+
+def test_what_it_reads_is_said_and_a_label_beyond_its_classes_names_its_condition() -> None:
+    conditions = {"author": Condition(classes=3), "style": Condition(width=2)}
+    model = DiT(VOCABULARY, WIDTH, layers=1, heads=1, conditions=conditions)
+    assert model.condition_forms == {"author": Label(3), "style": Vector(2)}
+    ids, t = inputs()
+    with pytest.raises(ArgumentError, match=r'"author" must be below its 3 classes.*got 3'):
+        model(ids, t, Context(conditions={"author": torch.full((len(ids),), 3)}))
