@@ -82,7 +82,7 @@ def evaluate(
     run_dir: RunDir,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A key of [evaluate], such as evaluate.draws=4."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of \\[evaluate], such as evaluate.draws=4."),
     ] = None,
 ) -> None:
     """The likelihood bound of a trained run on its validation text, with intervals and baselines."""

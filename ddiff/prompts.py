@@ -90,14 +90,13 @@ def templates_of(
     return [read(text, tokenizer, length) for text in listed]
 
 
-def check_no_suffix(templates: Iterable[Template]) -> None:
-    """Raises ArgumentError for a gap with text after it, where sampling goes from left to right and does not look ahead."""
+def check_no_suffix(templates: Iterable[Template], who: str, remedy: str) -> None:
+    """Raises ArgumentError for a gap with text after it, which `who` goes from left to right without seeing."""
     for template in templates:
         if template.has_suffix:
             raise ArgumentError(
-                f"infill: {template.text!r} has text after a gap, which nobody would read: this run is sampled left to "
-                "right, and what comes later is not seen. Give a prompt, or take a run that sees both sides (for "
-                '"blockwise", --set sight=all, if it was trained so).'
+                f"infill: {template.text!r} has text after a gap, which nobody would read: {who} goes from left to right "
+                f"and does not see what comes later. Give a prompt, or {remedy}."
             )
 
 

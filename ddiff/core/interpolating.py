@@ -36,8 +36,9 @@ SLACK = 1.01  # a smooth rate inside a cell is not above the larger of its ends 
 class InterpolatingProcess(ForwardProcess):
     """q_t(.|x) = alpha_t delta_x + b_t; a subclass says alpha and b, derivatives come from them.
 
-    `prior` must be b_1 / |b_1| for the process to close. Noise that is a sum of a few fixed laws has cheaper formulas:
-    `ComponentProcess`.
+    A subclass sets `vocabulary` and `prior`, b_1 / |b_1| for the process to close. Near t = 0 b must keep its relative
+    accuracy, since rates divide by it: t^2 law, not (1 - alpha_t) law, which float64 rounds to 0 there. Noise that is a sum
+    of a few fixed laws has cheaper formulas: `ComponentProcess`.
     """
 
     uniforms_per_sample = 2

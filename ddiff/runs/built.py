@@ -41,6 +41,7 @@ from ddiff.runs.parts import (
     build_objective,
     build_process,
     check_process,
+    check_sight,
     check_tokenizer,
 )
 from ddiff.sampling.loop import OnStep, Sampler, generate, looks_ahead
@@ -272,8 +273,12 @@ class Run:
         strength = keys.guidance if guidance is None else guidance
         moves = self.sampler(sampler, settings, steps)
         ask_for(self.denoiser, self.process, moves, given, strength)  # refuses before anything is drawn
-        if self.denoiser.inputs == "previous" or not looks_ahead(moves):
-            check_no_suffix(templates)
+        check_sight(self.objective, moves, self.recipe.length)
+        if self.denoiser.inputs == "previous":
+            check_no_suffix(templates, "this run's network", "take a run that sees both sides")
+        elif not looks_ahead(moves):
+            remedy = "a sampler that looks ahead (ancestral, or blockwise with sight=all) if the run was trained so"
+            check_no_suffix(templates, f"the sampler {type(moves).__name__}", remedy)
         self.objective.module.eval()
         samples: list[dict[str, Any]] = []
         batches = range(0, total, batch)

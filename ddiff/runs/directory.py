@@ -35,8 +35,8 @@ def check_directory(directory: Path, recipe: Recipe, given: Given, fresh: bool) 
             f"--fresh: {directory} holds no {RECIPE}, so it is not a run of ddiff's and is left alone. "
             "Name another run_dir, or empty that one yourself."
         )
-    if fresh or not is_run:
-        return
+    if fresh or not is_run or not Checkpoints(str(directory / "checkpoints")).steps():
+        return  # without a checkpoint there is nothing to lose: a run that died at its first step may be mended
     old = _read_recorded(directory)
     changed = [change for change in changed_keys(old, recipe.to_dict()) if not _continues(*change)]
     was_given = read_json(directory / ENVIRONMENT).get("given", {})

@@ -17,8 +17,9 @@ from ddiff.launch import place
 from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe import Recipe
 from ddiff.requests import ask_for, told
+from ddiff.sampling.loop import Sampler, looks_ahead
 from ddiff.training.backend import SingleBackend
-from ddiff.training.protocols import Backend
+from ddiff.training.protocols import Backend, Objective
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,23 @@ def check_process(process: ForwardProcess | None, vocabulary: Vocabulary) -> Non
         )
 
 
-def check_sampling(recipe: Recipe, vocabulary: Vocabulary, process: ForwardProcess | None, denoiser: Denoiser) -> None:
+def check_sampling(
+    recipe: Recipe, vocabulary: Vocabulary, process: ForwardProcess | None, denoiser: Denoiser, objective: Objective
+) -> None:
     """Raises ArgumentError where the samples at the end of the run could not be drawn."""
     keys = recipe.sample
     sampler = recipe.sampler.build(steps=keys.steps, vocabulary=vocabulary)
     ask_for(denoiser, process, sampler, told(denoiser, keys.conditions, keys.count), keys.guidance)
+    check_sight(objective, sampler, recipe.length)
+
+
+def check_sight(objective: Objective, sampler: Sampler, length: int) -> None:
+    """Raises ArgumentError where a network that has learnt windows, each without the later ones, is shown all at once."""
+    rule = getattr(objective, "times", None)
+    window = None if rule is None else rule.at(torch.full((1,), 0.5, dtype=torch.float64), length).block
+    if window is not None and bool((window != window[:, :1]).any()) and looks_ahead(sampler):
+        raise ArgumentError(
+            f"{type(sampler).__name__}: this run was trained in windows from left to right ([objective] times) and never "
+            "saw noise after the window that it draws; this sampler shows it all positions at once. Use blockwise or "
+            "hyperschedule with the width of the run, or set looks_ahead = False on a sampler of your own that goes so."
+        )

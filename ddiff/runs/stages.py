@@ -85,6 +85,12 @@ def load(run_dir: str | Path, *, process: ForwardProcess | None = None, settings
         raise CheckpointError(
             f"{run_dir} is not a run directory: it has no {RECIPE}. Name one that `ddiff run` wrote, such as runs/<name>."
         )
+    checkpoints = Checkpoints(str(directory / "checkpoints"))
+    if not checkpoints.steps():
+        raise CheckpointError(
+            f"{run_dir} is not a trained run: it has a {RECIPE} and no complete checkpoint. `ddiff run` with that recipe "
+            "goes on with it."
+        )
     settings = list(settings)
     if alien := [setting for setting in settings if not setting.lstrip().startswith(("evaluate.", "sample."))]:
         raise ArgumentError(
@@ -102,7 +108,6 @@ def load(run_dir: str | Path, *, process: ForwardProcess | None = None, settings
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
     check_tokenizer(tokenizer, vocabulary)
     built = Run(recipe, tokenizer, vocabulary, Given(process=process), backend_alone(recipe))
-    checkpoints = Checkpoints(str(directory / "checkpoints"))
     load_weights(built.objective.module, checkpoints.weights(), str(directory))
     return built
 
@@ -132,7 +137,7 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> None:
         process = build_process(recipe, vocabulary)
         denoiser = build_denoiser(recipe, vocabulary)
         objective = build_objective(recipe, process, denoiser)
-        check_sampling(recipe, vocabulary, process, getattr(objective, "denoiser", denoiser))
+        check_sampling(recipe, vocabulary, process, getattr(objective, "denoiser", denoiser), objective)
 
 
 def evaluate_run(run_dir: str | Path, settings: Iterable[str] = ()) -> Evaluation:
@@ -154,7 +159,7 @@ def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
     directory = Path(recipe.run_dir)
     check_directory(directory, recipe, given, fresh)
     built = build_run(recipe, given)
-    check_sampling(recipe, built.vocabulary, built.process, built.denoiser)
+    check_sampling(recipe, built.vocabulary, built.process, built.denoiser, built.objective)
     if fresh or not newest_step(built):
         built.begin()
     writes = built.backend.rank == 0

@@ -19,7 +19,7 @@ from ddiff.core.numerics import draw_index
 from ddiff.core.process import ForwardProcess, RowFunction, Visit
 from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError
-from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says, counting, looks_ahead, need_law, runs_of
+from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says, counting, looks_ahead, runs_of
 
 Shape = Callable[..., Tensor]
 Classifier = Callable[[Noisy, Tensor], Tensor]
@@ -304,7 +304,11 @@ class ShapedSampler:
         return self.inner.steps
 
     def needs(self, process: ForwardProcess | None, says: Says) -> None:
-        need_law(self, says)
+        if says != "law":
+            raise ArgumentError(
+                "ShapedSampler: temperature, top_k, top_p and min_p reshape laws of words; this denoiser answers with a "
+                "score, which has none. Leave them out, or take a head that gives a law."
+            )
         self.inner.needs(process, says)
 
     def run(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt) -> Iterator[Canvas]:

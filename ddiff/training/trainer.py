@@ -164,6 +164,8 @@ class Trainer:
                     if file:
                         file.append(record)
                     self._report(run, bar)
+                    if self.backend.world_size == 1:  # nobody to agree with: a signal since then ends the run as well
+                        run.signal = interruption.signal
                     last = run.step == self.steps or run.signal is not None
                     if last or run.step % self.checkpoint_every == 0:
                         checkpoint = self._save(run)

@@ -72,6 +72,10 @@ MISTAKES = {
         ("--set", 'vocabulary={kind="flat", mask=false}', "--set", 'process={kind="mdlm"}'),
         ("mdlm",),
     ),
+    "a sampler that shows windows what they never saw": (
+        ("--set", 'objective.times={kind="block", width=4}'),
+        ("AncestralSampler", "trained in windows", "blockwise"),
+    ),
     "heads that do not divide": (("--set", "denoiser.heads=3"), ("[denoiser]: ", "width 16 and heads 3")),
     "window inside out": (("--set", "evaluate.window=[0.9, 0.1]"), ("window", "0.9")),
     "times inside out": (("--set", 'objective.times={kind="flat", start=0.5, stop=0.4}'), ("0.5", "0.4")),
@@ -389,3 +393,19 @@ def test_what_a_killed_build_left_is_removed_a_day_later(tmp_path: Path) -> None
         os.utime(path, (two_days_ago, two_days_ago))
     Cache(tmp_path).entry("rows", {}, lambda place: None)
     assert (abandoned.exists(), under_way.exists()) == (False, True)
+
+
+def test_a_directory_without_a_checkpoint_is_no_trained_run_and_takes_another_recipe(
+    folder: Path, ddiff: Command
+) -> None:
+    """A run that died at its first step is mended under its own name."""
+    (folder / "runs/small").mkdir(parents=True)
+    (folder / "runs/small/recipe.toml").write_text((folder / "small.toml").read_text())
+    refused(ddiff("sample", "runs/small"), "runs/small", "no complete checkpoint")
+    code, _, err = ddiff("run", "small.toml", *SHORT, "--set", "process.gamma=2.0")
+    assert code == 0, err
+
+
+def test_one_window_over_the_whole_canvas_is_every_sampler_s(folder: Path) -> None:
+    settings = ["train.steps=2", 'objective.times={kind="block", width=8}']
+    assert api.run("small.toml", settings=settings).sample(1)

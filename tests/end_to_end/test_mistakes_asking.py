@@ -82,7 +82,7 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "text that a sampler from left to right would not see": (
         "small",
         ("--infill", "the [MASK:2] sat", "--sampler", "blockwise", "--set", "width=4"),
-        ("text after a gap", "sampled left to right", "sight=all"),
+        ("text after a gap", "from left to right", "sight=all"),
     ),
     "prompt and infill": ("small", ("--infill", "[MASK:2]", "--prompt", "a"), ("exclude each other",)),
     "a prompt and a file of them": ("small", ("--prompts", "x.txt", "--prompt", "a"), ("exclude each other",)),
