@@ -1,6 +1,6 @@
 """All families on equal footing: the small recipes with one trunk, one number of tokens and one corpus.
 
-    python benchmarks/side_by_side.py runs/side            # then: ddiff compare --seeds runs/side/* --out docs/results
+    python benchmarks/side_by_side.py runs/side            # then: ddiff compare --seeds runs/side/*_seed?
     python benchmarks/side_by_side.py runs/side --gap      # hierarchical diffusion trained in other ways, beside them
 
 Each run is its recipe with the same steps, batch and validation; three seeds for the first three, one for the others.
@@ -26,7 +26,6 @@ ONE_SEED = (
     "hybrid_gamma_small",
     "bd3_small",
 )
-CLIP = 'objective.loss={kind="clip", largest=10.0}'
 
 
 class Trained(NamedTuple):
@@ -61,7 +60,6 @@ GAP = (
     Trained("hdlm_tied", "hdlm_small", ("denoiser.head=tied",)),
     Trained("hdlm_even", "hdlm_small", ('objective.loss={kind="clip", smallest=1.0, largest=1.0}',)),
     Trained("hdlm_gamma_2", "hdlm_small", ("process.gamma=2.0",)),
-    Trained("hdlm_three_level_clip", "hdlm_three_level", (CLIP,)),
 )
 
 
