@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from chains import PAIR, SINGLE, THREE, HumpedComponents, ShuffledThenMasked, uniform
+from faults import Fault, assert_found
 from torch import Tensor
 
 from ddiff.core.clock import LevelClock, LogTimeClock
@@ -27,7 +27,6 @@ from ddiff.nn.heads import Logits, TokenHead, TreeHead
 from ddiff.testing import bound, chain, clock, denoiser, draws, head, law, moves, reverse, schedule, times, vocabulary
 from ddiff.testing.bound import bent, full_table
 from ddiff.testing.process import PROCESS_LAWS
-from ddiff.testing.report import Law
 
 # ---------------------------------------------------------------------- clocks and schedules
 
@@ -675,14 +674,6 @@ ONE_LEVEL = TreeProcess(FlatVocabulary(3), LogTimeClock((1.0,)))
 STRAYING = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)), 0.8)
 
 
-class Fault(NamedTuple):
-    what: str
-    law: Law
-    healthy: Callable[[], Any]
-    faulty: Callable[[], Any]
-    options: Mapping[str, Any] = MappingProxyType({})
-
-
 def on_pair(kind: type[TreeProcess], xi: float = 1.0) -> Callable[[], TreeProcess]:
     return lambda: kind(PAIR, CLOCK2, xi)
 
@@ -990,12 +981,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
 def test_the_law_meant_for_a_fault_finds_it(fault: Fault) -> None:
-    healthy = fault.law(fault.healthy(), **fault.options)
-    assert healthy.passed, str(healthy)
-    assert healthy.probes > 0
-    report = fault.law(fault.faulty(), **fault.options)
-    assert not report.passed
-    assert "raised" not in report.where, report.where  # found by its numbers, not because the plant itself is broken
+    assert_found(fault)
 
 
 def test_no_law_is_without_a_fault() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +10,13 @@ from ddiff_gidd.losses import Dynamic
 from ddiff_gidd.process import MIXINGS, Form, GeneralizedInterpolation
 from ddiff_sedd.head import RatioLaw, Ratios
 from ddiff_sedd.process import ScoreEntropyDiffusion
+from faults import Fault, assert_found
 from torch import Tensor
 
 from ddiff import FlatVocabulary, MixtureProcess, Score
 from ddiff.core.schedule import GeometricSchedule, Schedule
 from ddiff.testing import bound, chain, reverse, schedule
 from ddiff.testing.bound import full_table
-from ddiff.testing.report import Law
 
 WORDS = FlatVocabulary(3)
 
@@ -152,13 +151,6 @@ class BySubtraction(GeometricSchedule):  # type: ignore[misc]
     noised = Schedule.noised
 
 
-class Fault(NamedTuple):
-    what: str
-    law: Law
-    healthy: Callable[[], Any]
-    faulty: Callable[[], Any]
-
-
 FAULTS = [
     Fault("dynamic weight in the density", reverse.density_is_derived, mixed, lambda: mixed(TrainedWeight)),
     Fault("dynamic weight in the bound", bound.constant_denoiser, mixed, lambda: mixed(TrainedWeight)),
@@ -210,12 +202,7 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
 def test_the_law_meant_for_a_fault_finds_it(fault: Fault) -> None:
     torch.set_num_threads(1)
-    healthy = fault.law(fault.healthy())
-    assert healthy.passed, str(healthy)
-    assert healthy.probes > 0
-    report = fault.law(fault.faulty())
-    assert not report.passed
-    assert "raised" not in report.where, report.where  # found by its numbers, not because the plant itself is broken
+    assert_found(fault)
 
 
 @pytest.mark.parametrize("form", list(MIXINGS))
