@@ -40,8 +40,8 @@ from ddiff.runs.parts import (
     build_documents,
     build_objective,
     build_process,
+    check_asking,
     check_process,
-    check_sight,
     check_tokenizer,
 )
 from ddiff.sampling.loop import OnStep, Sampler, generate, looks_ahead
@@ -272,13 +272,8 @@ class Run:
         given = told(self.denoiser, keys.conditions if conditions is None else conditions, total)
         strength = keys.guidance if guidance is None else guidance
         moves = self.sampler(sampler, settings, steps)
-        ask_for(self.denoiser, self.process, moves, given, strength)  # refuses before anything is drawn
-        check_sight(self.objective, moves, self.recipe.length)
-        if self.denoiser.inputs == "previous":
-            check_no_suffix(templates, "this run's network", "take a run that sees both sides")
-        elif not looks_ahead(moves):
-            remedy = "a sampler that looks ahead (ancestral, or blockwise with sight=all) if the run was trained so"
-            check_no_suffix(templates, f"the sampler {type(moves).__name__}", remedy)
+        check_asking(self.objective, self.process, self.denoiser, moves, given, strength, self.recipe.length)
+        self._check_suffixes(templates, moves)
         self.objective.module.eval()
         samples: list[dict[str, Any]] = []
         batches = range(0, total, batch)
@@ -293,6 +288,14 @@ class Run:
                 chosen = slice(first, min(first + batch, total))
                 samples += self._drawn(moves, chosen, wanted[chosen], given.rows(chosen), strength, seed, stepped)
         return samples
+
+    def _check_suffixes(self, templates: Sequence[Template], sampler: Sampler) -> None:
+        """Refuse text after a gap where network or sampler goes from left to right."""
+        if self.denoiser.inputs == "previous":
+            check_no_suffix(templates, "this run's network", "take a run that sees both sides")
+        elif not looks_ahead(sampler):
+            remedy = "a sampler that looks ahead (ancestral, or blockwise with sight=all) if the run was trained so"
+            check_no_suffix(templates, f"the sampler {type(sampler).__name__}", remedy)
 
     def sampler(
         self, sampler: str | Sampler | None = None, settings: Sequence[str] = (), steps: int | None = None

@@ -16,7 +16,7 @@ from ddiff.errors import ArgumentError, DataError
 from ddiff.launch import place
 from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe import Recipe
-from ddiff.requests import ask_for, told
+from ddiff.requests import Told, ask_for, told
 from ddiff.sampling.loop import Sampler, looks_ahead
 from ddiff.training.backend import SingleBackend
 from ddiff.training.protocols import Backend, Objective
@@ -122,11 +122,25 @@ def check_sampling(
     """Raises ArgumentError where the samples at the end of the run could not be drawn."""
     keys = recipe.sample
     sampler = recipe.sampler.build(steps=keys.steps, vocabulary=vocabulary)
-    ask_for(denoiser, process, sampler, told(denoiser, keys.conditions, keys.count), keys.guidance)
-    check_sight(objective, sampler, recipe.length)
+    given = told(denoiser, keys.conditions, keys.count)
+    check_asking(objective, process, denoiser, sampler, given, keys.guidance, recipe.length)
 
 
-def check_sight(objective: Objective, sampler: Sampler, length: int) -> None:
+def check_asking(
+    objective: Objective,
+    process: ForwardProcess | None,
+    denoiser: Denoiser,
+    sampler: Sampler,
+    conditions: Told,
+    guidance: float,
+    length: int,
+) -> None:
+    """Raises ArgumentError where this sampler makes no sense of this network, so that nothing is drawn first."""
+    ask_for(denoiser, process, sampler, conditions, guidance)
+    _check_sight(objective, sampler, length)
+
+
+def _check_sight(objective: Objective, sampler: Sampler, length: int) -> None:
     """Raises ArgumentError where a network that has learnt windows, each without the later ones, is shown all at once."""
     rule = getattr(objective, "times", None)
     window = None if rule is None else rule.at(torch.full((1,), 0.5, dtype=torch.float64), length).block

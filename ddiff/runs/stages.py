@@ -212,9 +212,10 @@ def _sample_stage(built: Run) -> list[dict[str, Any]]:
     if timed and len(saved) == built.recipe.sample.count and all(sample.get("step") == step for sample in saved):
         return saved
     began = time.monotonic()
-    samples = [{"step": step, **sample} for sample in built.sample()]
+    sampler = built.sampler()
+    samples = [{"step": step, **sample} for sample in built.sample(sampler=sampler)]
     seconds, tokens = time.monotonic() - began, sum(len(sample["ids"]) for sample in samples)
-    figures = {"step": step, "seconds": seconds, "tokens": tokens, "steps": built.sampler().steps}
+    figures = {"step": step, "seconds": seconds, "tokens": tokens, "steps": sampler.steps}
     write(timing, json.dumps(figures) + "\n")
     write(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
     return samples
