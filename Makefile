@@ -5,6 +5,8 @@
 #   make run RECIPE=recipes/mdlm_small.toml SET="--set train.steps=200"
 #   make test           the whole test suite, on two cores
 #   make lint           ruff, mypy, import-linter
+#   make bench          what a step and a sample cost beside the obvious way: a quarter of an hour on a quiet machine
+#   make bench BENCH="--quick --only train"
 #   make clean          remove .venv
 #
 # PYTHON=python3.12 picks the Python, VENV=elsewhere the folder, CONSTRAINTS= (empty) takes any torch in place of the
@@ -15,10 +17,11 @@ SET =
 PYTHON =
 VENV = .venv
 CONSTRAINTS = -c ci/constraints.txt
+BENCH =
 
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check $(CONSTRAINTS)
 
-.PHONY: run test lint install dev clean
+.PHONY: run test lint bench install dev clean
 
 run: install
 	$(VENV)/bin/ddiff run $(RECIPE) $(SET)
@@ -38,6 +41,9 @@ lint: dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+bench: install
+	$(VENV)/bin/python benchmarks/bench $(BENCH)
 
 install: $(VENV)/.installed
 dev: $(VENV)/.installed_dev

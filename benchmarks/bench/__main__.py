@@ -1,0 +1,275 @@
+"""What ddiff costs, beside the obvious way: `make bench`, or `python benchmarks/bench`.
+
+Every case is a process of its own, in which the sides take turns (A B A B); what counts are CPU seconds, and of them the
+ratios of neighbours: least, median, greatest. A table goes to the terminal, everything to a JSON file.
+
+    python benchmarks/bench --quick              # a look: fewer rounds
+    python benchmarks/bench --only train,memory  # some parts
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from measure import BENCH, environment, in_process, machine, ratios
+
+SMALL, LARGE = 8192, 50257
+STEPS, LENGTH = 64, 128
+HEADS = {"mdlm": ["mdlm"], "gidd": ["gidd"], "hdlm": ["hdlm-tied", "hdlm-levelwise"], "ar": ["ar"]}
+TRAIN_TARGETS = {"mdlm": 0.25, "gidd": 0.45, "hdlm-tied": 0.20, "hdlm-levelwise": 0.08}
+SAMPLE_TARGETS = {"mdlm": 0.10, "gidd": 0.25, "hdlm-tied": 0.06, "hdlm-levelwise": 0.06}
+PLAIN_LIMITS = {"mdlm": 8.7, "gidd": 12.8, "hdlm": 17.0}  # times the trunk's forward and backward, as published code
+RISE_TARGET, HANDWRITTEN_TARGET, DDP_TARGET = 0.25, 1.05, 1.10
+
+
+class Effort(NamedTuple):
+    """Rounds of each part; plain sampling at the large vocabulary runs so many steps a round."""
+
+    train: int = 5
+    sample: int = 4
+    plain_steps: int = 8
+    handwritten: int = 9
+    growth: int = 3
+    ddp: int = 5
+
+
+QUICK = Effort(train=2, sample=1, plain_steps=3, handwritten=3, growth=1, ddp=2)
+Part = Callable[[Effort], list[dict[str, Any]]]
+
+
+def say(line: str = "") -> None:
+    print(line, flush=True)
+
+
+def spread(found: dict[str, float]) -> str:
+    return f"{found['median']:.3f} [{found['least']:.3f}, {found['greatest']:.3f}]"
+
+
+def verdict(value: float, target: float | None) -> str:
+    return "" if target is None else f"<= {target:g} {'yes' if value <= target else 'NO'}"
+
+
+def train(effort: Effort) -> list[dict[str, Any]]:
+    """A training step: draw t, noise, forward, loss, backward; no optimizer."""
+    say("\n## Training step, 4 layers, width 256, batch 8x128: CPU seconds\n")
+    say("| family | V | ours | plain | trunk | plain/trunk (limit) | ours/plain [least, greatest] | target |")
+    say("|---|---|---|---|---|---|---|---|")
+    rows = []
+    for vocabulary in (SMALL, LARGE):
+        for family, names in HEADS.items():
+            found = in_process("train", family=family, vocabulary=vocabulary, rounds=effort.train)
+            over = ratios(found["plain"], found["trunk"])
+            limit = PLAIN_LIMITS.get(family) if vocabulary == LARGE else None
+            for name in names:
+                ratio = ratios(found[name], found["plain"])
+                target = TRAIN_TARGETS.get(name) if vocabulary == LARGE else None
+                medians = {side: statistics.median(found[side]) for side in (name, "plain", "trunk")}
+                say(
+                    f"| {name} | {vocabulary} | {medians[name]:.3f} | {medians['plain']:.3f} | {medians['trunk']:.3f} "
+                    f"| {over['median']:.1f} {f'({limit:g})' if limit else ''} | {spread(ratio)} "
+                    f"| {verdict(ratio['median'], target)} |"
+                )
+                row = {"family": name, "vocabulary": vocabulary, "ratio": ratio, "target": target}
+                rows.append(row | {"plain_over_trunk": over, "limit": limit, "seconds": found})
+    return rows
+
+
+def sample(effort: Effort) -> list[dict[str, Any]]:
+    """A whole sampling run. The plain side's steps cost the same wherever they are, so some of them stand for all."""
+    say(f"\n## Sampling, 4x128, N = {STEPS} (ar: {LENGTH} words, ours cached): CPU seconds of a run\n")
+    say(
+        "| family | V | ours | plain | a plain step [least, greatest] | steps run | ours/plain [least, greatest] | target |"
+    )
+    say("|---|---|---|---|---|---|---|---|")
+    rows = []
+    for vocabulary in (SMALL, LARGE):
+        for family, names in HEADS.items():
+            steps = LENGTH if family == "ar" else STEPS
+            few = vocabulary == LARGE or effort == QUICK
+            each = min(steps, effort.plain_steps if few else -(-steps // effort.sample))
+            if family == "ar":  # its prefix grows, so only whole runs compare
+                each = steps
+            found = in_process("sample", family=family, vocabulary=vocabulary, rounds=effort.sample, plain_steps=each)
+            parts = [found["plain_step"][i : i + each] for i in range(0, len(found["plain_step"]), each)]
+            plain = [sum(part) * steps / each for part in parts]
+            for name in names:
+                ratio = ratios(found[name], plain)
+                target = SAMPLE_TARGETS.get(name) if vocabulary == LARGE else None
+                say(
+                    f"| {name} | {vocabulary} | {statistics.median(found[name]):.2f} | {statistics.median(plain):.1f} "
+                    f"| {statistics.median(found['plain_step']):.2f} [{min(found['plain_step']):.2f}, "
+                    f"{max(found['plain_step']):.2f}] | {len(found['plain_step'])} | {spread(ratio)} "
+                    f"| {verdict(ratio['median'], target)} |"
+                )
+                row = {"family": name, "vocabulary": vocabulary, "ratio": ratio, "target": target}
+                rows.append(row | {"seconds": found, "plain_run": plain})
+    return rows
+
+
+def memory(effort: Effort) -> list[dict[str, Any]]:
+    """Each side in a process of its own."""
+    say(f"\n## Rise of memory over the model, gradients included, V = {LARGE}: MB\n")
+    say("| what | family | ours | plain | ours/plain | target |")
+    say("|---|---|---|---|---|---|")
+    rows = []
+    for what in ("train", "sample"):
+        for names in HEADS.values():
+            plain = in_process("memory", what=what, side="plain", family=names[0], vocabulary=LARGE)
+            for name in names:
+                ours = in_process("memory", what=what, side="ours", family=name, vocabulary=LARGE)
+                target = RISE_TARGET if name in TRAIN_TARGETS else None
+                say(
+                    f"| {what} | {name} | {ours:.0f} | {plain:.0f} | {ours / plain:.3f} "
+                    f"| {verdict(ours / plain, target)} |"
+                )
+                rows.append({"what": what, "family": name, "ours_mb": ours, "plain_mb": plain, "target": target})
+    return rows
+
+
+def handwritten(effort: Effort) -> list[dict[str, Any]]:
+    say("\n## The generic engine beside masked diffusion written by hand: a training step\n")
+    say("| V | generic | by hand | generic/by hand [least, greatest] | target |")
+    say("|---|---|---|---|---|")
+    rows = []
+    for vocabulary in (SMALL, LARGE):
+        found = in_process("handwritten", vocabulary=vocabulary, rounds=effort.handwritten)
+        ratio = ratios(found["generic"], found["handwritten"])
+        generic, by_hand = (statistics.median(found[side]) for side in ("generic", "handwritten"))
+        say(
+            f"| {vocabulary} | {generic:.3f} | {by_hand:.3f} | {spread(ratio)} "
+            f"| {verdict(ratio['median'], HANDWRITTEN_TARGET)} |"
+        )
+        rows.append({"vocabulary": vocabulary, "ratio": ratio, "target": HANDWRITTEN_TARGET, "seconds": found})
+    return rows
+
+
+GROWTH: list[tuple[str, str, str, str, list[dict[str, int]]]] = [
+    ("V", family, "train", "a training step", [{"vocabulary": v} for v in (SMALL, 16384, 32768, LARGE)])
+    for family in ("mdlm", "gidd", "hdlm-tied", "hdlm-levelwise", "ar")
+]
+GROWTH += [
+    (
+        "L",
+        "mdlm",
+        "train",
+        "a training step, 1024 words",
+        [{"length": n, "batch": 1024 // n} for n in (64, 128, 256, 512)],
+    )
+]
+GROWTH += [
+    (
+        "levels",
+        "hdlm-levelwise",
+        "train",
+        "a training step, V = 50257",
+        [{"vocabulary": LARGE, "levels": n} for n in (2, 3, 4)],
+    )
+]
+GROWTH += [
+    ("N", family, "sample", "a run of N steps", [{"steps": n} for n in (16, 64, 256)])
+    for family in ("mdlm", "gidd", "hdlm-levelwise")
+]
+
+
+def growth(effort: Effort) -> list[dict[str, Any]]:
+    """Ours alone: what grows with what."""
+    say(f"\n## Growth of our cost, V = {SMALL} where it is not said: CPU seconds\n")
+    say("| with | family | what | CPU seconds |")
+    say("|---|---|---|---|")
+    rows = []
+    for name, family, what, told, sizes in GROWTH:
+        key = {"V": "vocabulary", "L": "length", "levels": "levels", "N": "steps"}[name]
+        found = {}
+        for size in sizes:
+            found[size[key]] = statistics.median(
+                in_process("grow", family=family, what=what, rounds=effort.growth, **size)
+            )
+        say(f"| {name} | {family} | {told} | {', '.join(f'{at}: {value:.3f}' for at, value in found.items())} |")
+        rows.append({"with": name, "family": family, "what": told, "seconds": found})
+    return rows
+
+
+def ddp(effort: Effort) -> list[dict[str, Any]]:
+    """Two ranks, a thread each; a step of 8 rows per rank, by itself and with the gradients summed."""
+    say("\n## Two processes (ddp, gloo) beside one, mdlm, 8x128 for each\n")
+    say("| V | alone | together | CPU, together/alone [least, greatest] | wall clock | target |")
+    say("|---|---|---|---|---|---|")
+    rows = []
+    for vocabulary in (SMALL, LARGE):
+        found = _on_ranks(2, "ddp", vocabulary=vocabulary, rounds=effort.ddp)
+        ratio, wall = ratios(found["together"], found["alone"]), ratios(found["together_wall"], found["alone_wall"])
+        alone, together = (statistics.median(found[side]) for side in ("alone", "together"))
+        say(
+            f"| {vocabulary} | {alone:.3f} | {together:.3f} | {spread(ratio)} | {spread(wall)} "
+            f"| {verdict(ratio['median'], DDP_TARGET)} |"
+        )
+        rows.append({"vocabulary": vocabulary, "ratio": ratio, "wall": wall, "target": DDP_TARGET, "seconds": found})
+    return rows
+
+
+def _on_ranks(count: int, work: str, **arguments: Any) -> Any:
+    """`work` on `count` processes that find each other as under torchrun; rank 0 answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(BENCH / "workers.py"), work, json.dumps(arguments)]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    said = [rank.communicate() for rank in ranks]
+    for rank, (_, errors) in zip(ranks, said):
+        if rank.returncode:
+            raise SystemExit(f"{work} {arguments} ended with {rank.returncode}:\n{errors}")
+    return json.loads(said[0][0].splitlines()[-1])
+
+
+PARTS: dict[str, Part] = {
+    "train": train,
+    "sample": sample,
+    "memory": memory,
+    "handwritten": handwritten,
+    "growth": growth,
+    "ddp": ddp,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, default=Path("runs/bench.json"))
+    chosen = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(chosen.threads)
+    where = machine(chosen.threads) | {"command": shlex.join(["python", "benchmarks/bench", *sys.argv[1:]])}
+    say(", ".join(f"{name}: {value}" for name, value in where.items()))
+    began, found = time.monotonic(), {}
+    for name in chosen.only.split(","):
+        found[name] = PARTS[name](QUICK if chosen.quick else Effort())
+    where["minutes"] = round((time.monotonic() - began) / 60, 1)
+    chosen.json.parent.mkdir(parents=True, exist_ok=True)
+    chosen.json.write_text(json.dumps({"machine": where, **found}, indent=1))
+    say(f"\n{where['minutes']} minutes. Everything: {chosen.json}")
+
+
+if __name__ == "__main__":
+    main()

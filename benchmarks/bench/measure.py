@@ -1,0 +1,100 @@
+"""CPU seconds of sides in turn, the rise of memory in a process of its own, and where it was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BENCH = Path(__file__).parent
+Seconds = dict[str, list[float]]
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """CPU seconds of this process, all its threads together: other people's work counts as little as may be."""
+    began = time.process_time()
+    run()
+    return time.process_time() - began
+
+
+def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int, warm: bool = True) -> Seconds:
+    """A B A B ... after a first round that is not counted."""
+    if warm:
+        for run in sides.values():
+            run()
+    seconds: Seconds = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            seconds[name].append(seconds_of(run))
+    return seconds
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """Of paired runs: least, median, greatest."""
+    each = [a / b for a, b in zip(above, below, strict=True)]
+    return {"least": min(each), "median": statistics.median(each), "greatest": max(each)}
+
+
+def rise_mb(run: Callable[[], object]) -> float:
+    """How far the resident memory of this process rises above where it stands while `run` runs, in MB."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _status("VmRSS")
+        run()
+        return (_status("VmHWM") - before) / 1024
+    except OSError:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def _status(name: str) -> int:
+    """kB"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def in_process(work: str, **arguments: Any) -> Any:
+    """What `work` of workers.py answers in a fresh process; its last line of output is JSON."""
+    command = [sys.executable, str(BENCH / "workers.py"), work, json.dumps(arguments)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{work} {arguments} ended with {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(BENCH), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **more}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "load before": round(os.getloadavg()[0], 2),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        return f"{found['model name']} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"
+    except (OSError, KeyError):
+        return platform.processor()

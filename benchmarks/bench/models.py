@@ -1,0 +1,189 @@
+"""What both sides share: the cases, their vocabularies, and one trunk; and our side of each case."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from ddiff_ar.objective import AutoregressiveObjective
+from ddiff_ar.sampler import LeftToRightSampler
+from ddiff_dit.dit import DiT
+from ddiff_gidd.process import GeneralizedInterpolation
+from ddiff_hdlm.process import HierarchicalDiffusion
+from ddiff_mdlm.process import MaskedDiffusion
+from torch import Tensor, nn
+
+from ddiff import (
+    AncestralSampler,
+    Batch,
+    Denoiser,
+    DiffusionObjective,
+    ElboLoss,
+    FlatTimes,
+    FlatVocabulary,
+    ForwardProcess,
+    Head,
+    HierarchicalVocabulary,
+    Noise,
+    TokenHead,
+    TreeHead,
+    Vocabulary,
+    asking,
+)
+from ddiff.sampling.loop import generate
+
+P_UNIFORM = 0.2
+CLUSTERS = {50257: 128}  # the published clustering of GPT-2's words; elsewhere in proportion to sqrt(V)
+SMALLEST, LARGEST = 24 / 393, 1801 / 393  # cluster sizes of that clustering, relative to their mean
+SPREAD = 0.68  # of ln size: its words sit in clusters of 626 words on average, 1.6 times the mean size
+
+
+class Size(NamedTuple):
+    """How large a case is; `batch` sequences in training, `samples` of them drawn."""
+
+    vocabulary: int
+    width: int = 256
+    layers: int = 4
+    heads: int = 4
+    length: int = 128
+    batch: int = 8
+    samples: int = 4
+    steps: int = 64
+
+
+class Case(NamedTuple):
+    """A family at a size. `family`: mdlm, gidd, hdlm-tied, hdlm-levelwise or ar."""
+
+    family: str
+    size: Size
+    levels: int = 2  # above the words, where there is a tree
+
+    def __str__(self) -> str:
+        return f"{self.family} V={self.size.vocabulary}"
+
+
+def cluster_sizes(num_words: int, clusters: int) -> list[int]:
+    """Sizes as unequal as those of the published clustering: log-normal quantiles between its least and its greatest."""
+    mean = num_words / clusters
+    normal = torch.distributions.Normal(0.0, 1.0)
+    quantile = normal.icdf((torch.arange(clusters, dtype=torch.float64) + 0.5) / clusters)
+    share = torch.exp(SPREAD * quantile - SPREAD**2 / 2).clamp(SMALLEST, LARGEST)
+    share[0], share[-1] = SMALLEST, LARGEST
+    inner = share[1:-1]
+    inner *= (clusters - SMALLEST - LARGEST) / inner.sum()
+    sizes = (share * mean).round().long().clamp(min=1)
+    sizes[clusters // 2] += num_words - int(sizes.sum())
+    return sizes.tolist()
+
+
+def clusters_of(num_words: int) -> int:
+    return CLUSTERS.get(num_words, max(2, round(128 * math.sqrt(num_words / 50257))))
+
+
+def vocabulary_of(case: Case) -> Vocabulary:
+    """Words scattered over their clusters, as k-means leaves them."""
+    num_words = case.size.vocabulary
+    if not case.family.startswith("hdlm"):
+        return FlatVocabulary(num_words)
+    sizes = cluster_sizes(num_words, clusters_of(num_words))
+    finest = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    scattered = finest[torch.randperm(num_words, generator=torch.Generator().manual_seed(0))]
+    parents = [scattered]
+    for _ in range(case.levels - 2):  # coarser levels, each with the square root of the nodes below it
+        below = int(parents[-1].max()) + 1
+        parents.append(torch.arange(below) % max(2, round(math.sqrt(below))))
+    return HierarchicalVocabulary(parents)
+
+
+def process_of(case: Case, vocabulary: Vocabulary) -> ForwardProcess:
+    if case.family == "mdlm":
+        return MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=vocabulary)
+    if case.family == "gidd":
+        config = GeneralizedInterpolation.Config(p_uniform=P_UNIFORM)
+        return GeneralizedInterpolation.build(config, vocabulary=vocabulary)
+    return HierarchicalDiffusion.build(HierarchicalDiffusion.Config(), vocabulary=vocabulary)
+
+
+def head_of(case: Case, vocabulary: Vocabulary) -> Head:
+    if case.family.startswith("hdlm-"):
+        return TreeHead(vocabulary, case.size.width, "tied" if case.family == "hdlm-tied" else "levelwise")
+    return TokenHead(vocabulary, case.size.width)
+
+
+def trunk_of(case: Case, vocabulary: Vocabulary) -> DiT:
+    return awake(DiT(vocabulary, case.size.width, case.size.layers, case.size.heads))
+
+
+def awake(module: nn.Module) -> nn.Module:
+    """Parameters that start at zero made small random numbers: a network in the middle of its training."""
+    for parameter in module.parameters():
+        if not parameter.detach().any():
+            nn.init.normal_(parameter, std=0.02)
+    return module
+
+
+def words_of(case: Case, count: int | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(case.size.vocabulary, (count or case.size.batch, case.size.length), generator=generator)
+
+
+def batch_of(ids: Tensor) -> Batch:
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    return Batch(
+        ids, everywhere, everywhere, torch.zeros_like(ids), torch.arange(len(ids), device=ids.device), packed=False
+    )
+
+
+def denoiser_of(case: Case) -> Denoiser:
+    vocabulary = vocabulary_of(case)
+    inputs = "previous" if case.family == "ar" else "own"
+    return Denoiser(trunk_of(case, vocabulary), awake(head_of(case, vocabulary)), inputs=inputs)
+
+
+def objective_of(case: Case, denoiser: Denoiser) -> DiffusionObjective | AutoregressiveObjective:
+    if case.family == "ar":
+        return AutoregressiveObjective(denoiser)
+    process = process_of(case, denoiser.head.vocabulary)
+    return DiffusionObjective(process, denoiser, ElboLoss(), FlatTimes(1e-3, 1.0))
+
+
+def our_training_step(case: Case) -> Callable[[], float]:
+    """Draw t, noise, forward, loss, backward."""
+    denoiser = denoiser_of(case)
+    return step_of(case, denoiser, objective_of(case, denoiser))
+
+
+def step_of(
+    case: Case, module: nn.Module, objective: DiffusionObjective | AutoregressiveObjective
+) -> Callable[[], float]:
+    batch, count = batch_of(words_of(case)), 0
+
+    def step() -> float:
+        nonlocal count
+        count += 1
+        module.zero_grad()
+        noise = Noise(0, count, batch.index, case.size.length)
+        terms = objective(batch, noise, {"tokens": batch.scored.sum()}, case.size.batch)
+        terms.loss.backward()
+        return float(terms.loss.detach())
+
+    return step
+
+
+def our_sampler(case: Case) -> Callable[[], float]:
+    """One whole run; the share of words that it drew is returned, which is 1."""
+    denoiser = denoiser_of(case).eval()
+    index, length = torch.arange(case.size.samples), case.size.length
+    if case.family == "ar":
+        sampler, process, ask = LeftToRightSampler(denoiser.head.vocabulary), None, asking(denoiser, cached=True)
+    else:
+        process = process_of(case, denoiser.head.vocabulary)
+        sampler, ask = AncestralSampler(case.size.steps), asking(denoiser, process)
+
+    def run() -> float:
+        ids = generate(sampler, process, ask, index=index, length=length, seed=0).ids
+        return float((ids < case.size.vocabulary).double().mean())
+
+    return run

@@ -1,0 +1,264 @@
+"""The plain side: each family in the obvious way of paper code, eager, on the same trunk.
+
+Every position goes through the head, words are one-hot rows, laws of z_t are tensors [B,L,S], and a sampler draws by
+Gumbel noise in float64 over the whole vocabulary at every position of every step. Nothing is wasted on purpose: what one
+line of torch does is done by that line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from models import P_UNIFORM, Case, awake, clusters_of, trunk_of, vocabulary_of, words_of
+from torch import Tensor, nn
+
+from ddiff import Context, Denoiser, TokenHead, Vocabulary
+from ddiff.core.times import Noisy
+
+
+class PlainModel(nn.Module):
+    """The trunk and one linear head over all states."""
+
+    def __init__(self, case: Case, vocabulary: Vocabulary, outputs: int) -> None:
+        super().__init__()
+        self.trunk = trunk_of(case, vocabulary)
+        self.head = nn.Linear(case.size.width, outputs)
+
+    def forward(self, zt: Tensor, t: Tensor) -> Tensor:
+        return self.head(self.trunk(zt, t.unsqueeze(-1).expand(zt.shape), Context()))
+
+
+def stratified(batch: int) -> Tensor:
+    """[B] one time per sequence."""
+    return 1e-3 + (1.0 - 1e-3) * (torch.rand(1) + torch.arange(batch) / batch) % 1.0
+
+
+def gumbel_draw(probs: Tensor) -> Tensor:
+    """argmax of probs over exponential noise, in float64: in float32 the tail of the vocabulary loses mass."""
+    noise = -(torch.rand_like(probs, dtype=torch.float64) + 1e-30).log()
+    return (probs / noise).argmax(-1)
+
+
+def categorical(probs: Tensor) -> Tensor:
+    """Inverse CDF over the last dimension, as for noising."""
+    cdf = probs.cumsum(-1)
+    return (cdf < torch.rand(*probs.shape[:-1], 1) * cdf[..., -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)
+
+
+class Masked:
+    """Masks: log-softmax over all states, unmasked positions overwritten by themselves, -ln p(x) / t at every position."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.vocabulary = case, vocabulary_of(case)
+        self.mask = self.vocabulary.root
+        self.model = PlainModel(case, self.vocabulary, self.vocabulary.num_states)
+
+    def noised(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        return torch.where(torch.rand(x0.shape) < t.unsqueeze(-1), self.mask, x0), None
+
+    def log_p(self, logits: Tensor, zt: Tensor) -> Tensor:
+        logits[..., self.mask] = -1e6
+        log_p = logits - logits.logsumexp(-1, keepdim=True)
+        seen = zt != self.mask
+        log_p[seen] = -1e6
+        log_p[seen, zt[seen]] = 0.0
+        return log_p
+
+    def loss(self, logits: Tensor, x0: Tensor, zt: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
+        """[B,L] nats."""
+        return -self.log_p(logits, zt).gather(-1, x0.unsqueeze(-1)).squeeze(-1) / t.unsqueeze(-1)
+
+    def start(self, shape: tuple[int, int]) -> Tensor:
+        return torch.full(shape, self.mask)
+
+    def move(self, logits: Tensor, zt: Tensor, t: float, s: float) -> Tensor:
+        probs = self.log_p(logits, zt).exp() * (t - s)
+        probs[..., self.mask] = s
+        return torch.where(zt == self.mask, gumbel_draw(probs), zt)
+
+
+class Mixed:
+    """Masks and uniform noise: one-hot words, q_t(.|x) and q_t(.|x_hat) as tensors, their KL element by element."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.vocabulary = case, vocabulary_of(case)
+        self.mask, self.states = self.vocabulary.root, self.vocabulary.num_states
+        self.height = 2.0 * P_UNIFORM / (1.0 - P_UNIFORM)
+        self.model = PlainModel(case, self.vocabulary, self.states)
+
+    def law(self, words: Tensor, t: Tensor) -> Tensor:
+        """[B,L,S] q_t when the clean token has the law `words` [B,L,S]."""
+        hump = self.height * (t * (1.0 - t)).sqrt()
+        noise = (hump / (1.0 + hump) / (self.states - 1)).unsqueeze(-1).expand(-1, self.states).clone()
+        noise[:, self.mask] = t / (1.0 + hump)
+        return ((1.0 - t) / (1.0 + hump))[:, None, None] * words + noise.unsqueeze(1)
+
+    def weight(self, zt: Tensor, t: Tensor) -> Tensor:
+        """[B,L] the rate at which z_t arrives."""
+        root, t = (t * (1.0 - t)).sqrt().unsqueeze(-1), t.unsqueeze(-1)
+        each = self.height / (2.0 * root * (1.0 + self.height * root) * (self.states - 1))
+        return torch.where(zt == self.mask, 1.0 / ((1.0 + self.height * root) * (1.0 - t)), each)
+
+    def x_hat(self, logits: Tensor) -> Tensor:
+        logits[..., self.mask] = -1e6
+        return logits.softmax(-1)
+
+    def noised(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        q = self.law(F.one_hot(x0, self.states).to(t.dtype), t)
+        return categorical(q), q
+
+    def loss(self, logits: Tensor, x0: Tensor, zt: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
+        """[B,L] nats."""
+        assert q is not None
+        q_hat = self.law(self.x_hat(logits), t)
+        kl = F.kl_div(q_hat.log(), q, reduction="none").sum(-1)
+        at = zt.unsqueeze(-1)
+        here, there = q.gather(-1, at).squeeze(-1), q_hat.gather(-1, at).squeeze(-1)
+        ratio = here / there
+        return self.weight(zt, t) / here * (kl + ratio - 1.0 - ratio.log())
+
+    def start(self, shape: tuple[int, int]) -> Tensor:
+        return torch.full(shape, self.mask)
+
+    def move(self, logits: Tensor, zt: Tensor, t: float, s: float) -> Tensor:
+        x_hat, now, then = self.x_hat(logits), torch.full((len(zt),), t), torch.full((len(zt),), s)
+        stay = (1.0 - t) / (1.0 - s) * (1.0 + self.height * (s * (1.0 - s)) ** 0.5)
+        stay = stay / (1.0 + self.height * (t * (1.0 - t)) ** 0.5) if s < 1.0 else 0.0
+        nothing = torch.zeros_like(x_hat[:, :1])
+        arrive = self.law(nothing, now) - stay * self.law(nothing, then)
+        at = F.one_hot(zt, self.states)
+        joint = self.law(x_hat, then) * (stay * at + arrive.expand_as(at).gather(-1, zt.unsqueeze(-1)))
+        return gumbel_draw(joint / joint.sum(-1, keepdim=True))
+
+
+class Clustered:
+    """Words under clusters: clusters by a matrix of memberships, the law one level down by masking q."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.vocabulary = case, vocabulary_of(case)
+        self.words, self.clusters = case.size.vocabulary, clusters_of(case.size.vocabulary)
+        self.mask = self.vocabulary.root
+        self.cluster_of = self.vocabulary.ancestor(torch.arange(self.words), 1) - self.words
+        self.members = F.one_hot(self.cluster_of, self.clusters).float()
+        self.model = PlainModel(case, self.vocabulary, self.words)
+
+    def law(self, words: Tensor, t: Tensor) -> Tensor:
+        """[B,L,S] q_t when the clean token has the law `words` [B,L,V]."""
+        clean, cluster = (1.0 - t)[:, None, None], (-(1.0 - t) * torch.log1p(-t))[:, None, None]
+        mask = (1.0 - clean - cluster).expand(*words.shape[:2], 1)
+        return torch.cat([clean * words, cluster * (words @ self.members.to(words)), mask], -1)
+
+    def noised(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        q = self.law(F.one_hot(x0, self.words).to(t.dtype), t)
+        return categorical(q), q
+
+    def below(self, q: Tensor, zt: Tensor) -> Tensor:
+        """[B,L,V+n] the law of the state one level under z_t, in proportion to q there."""
+        at_mask, cluster = (zt == self.mask).unsqueeze(-1), (zt - self.words).unsqueeze(-1)
+        open_ = torch.cat([self.cluster_of == cluster, at_mask.expand(*zt.shape, self.clusters)], -1)
+        inside = q[..., : self.mask].masked_fill(~open_, 0.0)
+        return inside / inside.sum(-1, keepdim=True).clamp(min=1e-30)
+
+    def loss(self, logits: Tensor, x0: Tensor, zt: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
+        """[B,L] nats."""
+        below = torch.where(zt == self.mask, self.words + self.cluster_of[x0], x0)
+        guess = self.below(self.law(logits.softmax(-1), t), zt)
+        surprise = -guess.gather(-1, below.unsqueeze(-1)).squeeze(-1).clamp(min=1e-30).log()
+        t = t.unsqueeze(-1)
+        cluster = -(1.0 - t) * torch.log1p(-t)
+        weight = torch.where(zt == self.mask, -torch.log1p(-t) / (t - cluster), 1.0 / cluster)
+        return torch.where(zt < self.words, 0.0, weight * surprise)
+
+    def start(self, shape: tuple[int, int]) -> Tensor:
+        return torch.full(shape, self.mask)
+
+    def move(self, logits: Tensor, zt: Tensor, t: float, s: float) -> Tensor:
+        """At most one level down, as the published sampler does it."""
+        p = logits.softmax(-1)
+        cluster = self.words + gumbel_draw(p @ self.members)
+        inside = self.cluster_of == (zt - self.words).unsqueeze(-1)
+        word = gumbel_draw(p.masked_fill(~inside, 0.0))
+        kappa_t, kappa_s = (-(1.0 - torch.tensor(r)) * torch.log1p(-torch.tensor(min(r, 1.0 - 1e-7))) for r in (t, s))
+        leave_mask = 1.0 - (s - kappa_s) / (t - kappa_t)
+        leave_cluster = (t - s) / kappa_t if kappa_t > 0 else torch.zeros(())
+        u = torch.rand(zt.shape)
+        zt = torch.where((zt >= self.words) & (zt != self.mask) & (u < leave_cluster), word, zt)
+        return torch.where((zt == self.mask) & (u < leave_mask), cluster, zt)
+
+
+class Autoregressive:
+    """-ln p(x_i | x_<i) by one cross-entropy; a sampler runs the whole prefix for every word."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.vocabulary = case, vocabulary_of(case)
+        trunk = trunk_of(case, self.vocabulary)
+        unread = TokenHead(self.vocabulary, case.size.width)  # a denoiser has one; what is measured is the head below
+        self.denoiser = Denoiser(trunk, unread, inputs="previous")
+        self.model = nn.ModuleDict({"trunk": trunk, "head": nn.Linear(case.size.width, self.vocabulary.num_tokens)})
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        noisy = Noisy(ids, torch.zeros(ids.shape), torch.ones_like(ids, dtype=torch.bool))
+        return self.denoiser.trunk(noisy, Context())
+
+    def training_loss(self, x0: Tensor) -> Tensor:
+        return F.cross_entropy(self.model["head"](self.hidden(x0)), x0.reshape(-1))
+
+    def word(self, ids: Tensor) -> Tensor:
+        """[B] the next word after ids [B,n], of which the last place is a stand-in."""
+        last = self.hidden(ids).reshape(*ids.shape, -1)[:, -1]
+        return gumbel_draw(self.model["head"](last).softmax(-1))
+
+
+Diffusing = Masked | Mixed | Clustered
+
+
+def side_of(case: Case) -> Diffusing | Autoregressive:
+    kind = {"mdlm": Masked, "gidd": Mixed, "hdlm": Clustered, "ar": Autoregressive}[case.family.split("-")[0]]
+    side = kind(case)
+    awake(side.model)
+    return side
+
+
+def plain_training_step(case: Case) -> Callable[[], float]:
+    """Draw t, noise, forward, loss, backward."""
+    side, x0 = side_of(case), words_of(case)
+
+    def diffusion_loss() -> Tensor:
+        t = stratified(len(x0))
+        zt, q = side.noised(x0, t)
+        return side.loss(side.model(zt, t), x0, zt, t, q).mean()
+
+    def step() -> float:
+        side.model.zero_grad()
+        loss = side.training_loss(x0) if isinstance(side, Autoregressive) else diffusion_loss()
+        loss.backward()
+        return float(loss.detach())
+
+    return step
+
+
+def plain_sampling(case: Case) -> Iterator[None]:
+    """A run that goes on for ever, one step at a time: what a step costs does not depend on where it is."""
+    side = side_of(case)
+    side.model.eval()
+    while True:
+        yield from _run(side, case)
+
+
+def _run(side: Diffusing | Autoregressive, case: Case) -> Iterator[None]:
+    shape, steps = (case.size.samples, case.size.length), case.size.steps
+    if isinstance(side, Autoregressive):
+        ids = torch.zeros(shape, dtype=torch.long)
+        for i in range(shape[1]):
+            with torch.no_grad():
+                ids[:, i] = side.word(ids[:, : i + 1])
+            yield
+        return
+    zt = side.start(shape)
+    for k in range(steps):
+        t, s = 1.0 - k / steps, 1.0 - (k + 1) / steps
+        with torch.no_grad():
+            zt = side.move(side.model(zt, torch.full((shape[0],), t)), zt, t, s)
+        yield

@@ -1,0 +1,122 @@
+"""What is measured in a process of its own: `python workers.py WORK ARGUMENTS`, the answer as JSON on the last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+from handwritten import handwritten_step
+from measure import in_turn, rise_mb, seconds_of
+from models import (
+    Case,
+    Size,
+    batch_of,
+    denoiser_of,
+    objective_of,
+    our_sampler,
+    our_training_step,
+    trunk_of,
+    vocabulary_of,
+    words_of,
+)
+from plain import plain_sampling, plain_training_step
+
+from ddiff import Context, DistributedBackend, Noise
+
+FAMILIES = {"mdlm": ["mdlm"], "gidd": ["gidd"], "hdlm": ["hdlm-tied", "hdlm-levelwise"], "ar": ["ar"]}
+TINY = Size(64, width=16, layers=1, heads=1, length=8, batch=2, samples=2, steps=2)
+
+
+def train(family: str, vocabulary: int, rounds: int) -> dict[str, Any]:
+    """Seconds of a training step: ours with each head, the plain one, and the trunk's forward and backward alone."""
+    case = Case(FAMILIES[family][0], Size(vocabulary))
+    sides = {name: our_training_step(Case(name, Size(vocabulary))) for name in FAMILIES[family]}
+    return in_turn({**sides, "plain": plain_training_step(case), "trunk": trunk_step(case)}, rounds)
+
+
+def trunk_step(case: Case) -> Any:
+    trunk, ids = trunk_of(case, vocabulary_of(case)), words_of(case)
+    t = torch.rand(ids.shape, dtype=torch.float64)
+
+    def step() -> None:
+        trunk.zero_grad()
+        trunk(ids, t, Context()).square().mean().backward()
+
+    return step
+
+
+def sample(family: str, vocabulary: int, rounds: int, plain_steps: int) -> dict[str, Any]:
+    """Seconds of whole runs of ours, and between them of `plain_steps` steps of the plain side, one by one."""
+    size = Size(vocabulary)
+    ours = {name: our_sampler(Case(name, size)) for name in FAMILIES[family]}
+    plain = plain_sampling(Case(FAMILIES[family][0], size))
+    next(plain)
+    seconds: dict[str, list[float]] = {name: [] for name in ours} | {"plain_step": []}
+    for _ in range(rounds):
+        for name, run in ours.items():
+            seconds[name].append(seconds_of(run))
+        seconds["plain_step"] += [seconds_of(lambda: next(plain)) for _ in range(plain_steps)]
+    return seconds
+
+
+def memory(what: str, side: str, family: str, vocabulary: int) -> float:
+    """MB by which one step, or a run, raises the memory of a fresh process above that of its model."""
+    warm, case = Case(family, TINY), Case(family, Size(vocabulary))
+    make = {("train", "ours"): our_training_step, ("train", "plain"): plain_training_step}
+    make |= {("sample", "ours"): our_sampler, ("sample", "plain"): lambda case: plain_sampling(case).__next__}
+    make[what, side](warm)()
+    return rise_mb(make[what, side](case))
+
+
+def handwritten(vocabulary: int, rounds: int) -> dict[str, Any]:
+    case = Case("mdlm", Size(vocabulary))
+    return in_turn({"generic": our_training_step(case), "handwritten": handwritten_step(case)}, rounds)
+
+
+def grow(family: str, what: str, rounds: int, levels: int = 2, **size: int) -> list[float]:
+    """Seconds of ours alone at another size."""
+    case = Case(family, Size(**{"vocabulary": 8192, **size}), levels)
+    run = our_training_step(case) if what == "train" else our_sampler(case)
+    return in_turn({"ours": run}, rounds)["ours"]
+
+
+def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
+    """On each of two ranks in turn: a step of its own rows alone, and the same step with the others' gradients."""
+    backend = DistributedBackend("cpu", int(os.environ["WORLD_SIZE"]))
+    case = Case("mdlm", Size(vocabulary))
+    alone, together = denoiser_of(case), denoiser_of(case)
+    own, shared = objective_of(case, alone), objective_of(case, together)
+    shared.module = backend.wrap(together)
+    batch, rows = batch_of(words_of(case)), case.size.batch * backend.world_size
+    share = {"tokens": batch.scored.sum() * backend.world_size}
+    offset, step = backend.rank * case.size.batch, 0
+
+    def run(objective: Any) -> None:
+        objective.module.zero_grad()
+        noise = Noise(0, step, batch.index + offset, case.size.length)
+        objective(batch, noise, share, rows).loss.backward()
+
+    figures: dict[str, list[float]] = {"alone": [], "together": [], "alone_wall": [], "together_wall": []}
+    for step in range(rounds + 1):
+        for name, objective in (("alone", own), ("together", shared)):
+            backend.barrier()
+            began = time.monotonic()
+            seconds = seconds_of(lambda objective=objective: run(objective))
+            if step:
+                figures[name].append(seconds)
+                figures[f"{name}_wall"].append(time.monotonic() - began)
+    both = [None] * backend.world_size
+    torch.distributed.all_gather_object(both, figures)
+    backend.close()
+    return {name: [sum(each) / len(both) for each in zip(*(f[name] for f in both))] for name in figures}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    torch.manual_seed(0)
+    answer = globals()[sys.argv[1]](**json.loads(sys.argv[2]))
+    print(json.dumps(answer))
