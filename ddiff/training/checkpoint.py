@@ -1,61 +1,124 @@
 """Checkpoints: safetensors and JSON, no pickle; a directory per step that counts only when it is complete.
 
-    checkpoints/step_00000200/model.safetensors      the module's state
-                              state.safetensors      every other tensor: optimizer, random state
-                              state.json             everything else, with the places of those tensors
-                              complete.json          size and SHA-256 of the others, written last
+    checkpoints/step_00000200/model.safetensors               tensors of the model, whole
+                              model.rank_00001.safetensors    the shards that rank 1 had, of a model in shards
+                              optimizer.safetensors, ...      the same of every other entry of the state that has tensors
+                              manifest.json                   each tensor: dtype, size, boxes with their file and place
+                              state.json                      everything else, with the names of those tensors
+                              complete.json                   size and SHA-256 of the others, written last
 
-A checkpoint is written under another name, renamed, and only then marked complete, so a process that dies at any moment
-leaves the earlier ones as they were. Paths may be anything that fsspec writes.
+Saving is collective: tensors are copied at once and written behind the training. A directory without its marker is no
+checkpoint, whatever it holds, and is removed by a later save. Paths may be anything that fsspec writes; all ranks must see
+the same files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, final
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import fsspec
 import torch
-from fsspec.implementations.local import LocalFileSystem
-from safetensors import torch as safetensors
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddiff.errors import ArgumentError, CheckpointError
+from ddiff.training.sealed import Folder, Seal
 
-FORMAT = 1
-MARKER = "complete.json"
-MODEL, STATE_TENSORS, STATE = "model.safetensors", "state.safetensors", "state.json"
+if TYPE_CHECKING:
+    from ddiff.training.storage import Manifest, Staged
+
+MANIFEST, STATE = "manifest.json", "state.json"
+SLOWEST = timedelta(hours=6)  # how long ranks that have written their files wait for the others
 _STEP = re.compile(r"step_(\d{8,})")
+
+Kind = Literal["trained", "ema"]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run was after `step` steps: tensors of the model by name, and the tree of everything else."""
+    """What a run was after `step` steps, opened: its tensors are not read yet.
+
+    `state` is the tree that was saved, with tensors on the device "meta" in the place of its own.
+    """
 
     step: int
-    path: str
-    model: dict[str, Tensor]
     state: dict[str, Any]
+    manifest: Manifest
+    aliases: Mapping[str, str]  # of the model: a tied tensor -> the one that it is stored as
+    folder: Folder
+
+    @property
+    def path(self) -> str:
+        return self.folder.path
 
     def restore(self, module: nn.Module) -> None:
-        """Load the model's tensors into `module`. Raises CheckpointError when they are those of another model."""
-        load_weights(module, self.model, self.path)
+        """Load the model's tensors into `module`, which may be sharded in any way, or not.
+
+        Raises CheckpointError when they are those of another model, or damaged.
+        """
+        from ddiff.training.storage import fill
+
+        own, places = module.state_dict(), self._places()
+        shapes = {name: torch.Size(self.manifest[place].size) for name, place in places.items()}
+        _check_fit({name: tensor.shape for name, tensor in own.items()}, shapes, self.path)
+        fill(
+            {place: own[name] for name, place in places.items() if name not in self.aliases}, self.manifest, self.folder
+        )
+        module.load_state_dict(own | {alias: own[name] for alias, name in self.aliases.items()})
+
+    def tree(self, like: Iterable[Tensor] = ()) -> dict[str, Any]:
+        """The state with its tensors. One of floats with the size of a DTensor in `like` is sharded as that one is; the others
+        are whole, on the CPU. Raises CheckpointError when they are damaged."""
+        from ddiff.training.storage import fill, targets_like
+
+        stored = {name: tensor for name, tensor in self.manifest.items() if name.startswith("state.")}
+        tensors = targets_like(stored, list(like))
+        fill(tensors, self.manifest, self.folder)
+        return _filled(self.state, tensors, "state")
+
+    def weights(self, kind: Kind = "trained") -> dict[str, Tensor]:
+        """The model's tensors by name, whole, on the CPU: as trained, or with their moving averages where they have one."""
+        from ddiff.training.storage import fill
+
+        averages = self.state.get("ema") or {}
+        if kind == "ema" and not averages:
+            raise CheckpointError(
+                f"{self.path} holds no moving averages of the weights: its run was trained without. Take those that were "
+                "trained: --weights trained."
+            )
+        places = self._places() | ({name: f"state.ema.{name}" for name in averages} if kind == "ema" else {})
+        places |= {alias: places[name] for alias, name in self.aliases.items()}
+        tensors = {place: self.manifest[place].empty() for place in places.values()}
+        fill(tensors, self.manifest, self.folder)
+        return {name: tensors[place] for name, place in places.items()}
+
+    def _places(self) -> dict[str, str]:
+        """name -> its place in the manifest."""
+        stored = [place.removeprefix("model.") for place in self.manifest if place.startswith("model.")]
+        return {name: f"model.{name}" for name in stored} | {a: f"model.{b}" for a, b in self.aliases.items()}
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load `weights` into `module`; `source` is named in the error when they do not fit."""
-    own = module.state_dict()
-    faults = [f"{name} is missing" for name in own if name not in weights]
-    faults += [f"{name} is not in the model" for name in weights if name not in own]
+    own = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    _check_fit(own, {name: tensor.shape for name, tensor in weights.items()}, source)
+    module.load_state_dict(weights)
+
+
+def _check_fit(own: Mapping[str, torch.Size], theirs: Mapping[str, torch.Size], source: str) -> None:
+    faults = [f"{name} is missing" for name in own if name not in theirs]
+    faults += [f"{name} is not in the model" for name in theirs if name not in own]
     faults += [
-        f"{name} has shape {list(weights[name].shape)}, the model's has {list(own[name].shape)}"
+        f"{name} has shape {list(theirs[name])}, the model's has {list(own[name])}"
         for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        if name in theirs and theirs[name] != own[name]
     ]
     if faults:
         more = f" and {len(faults) - 3} more differences" if len(faults) > 3 else ""
@@ -63,112 +126,144 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
             f"{source} holds another model than the one that was built: {'; '.join(faults[:3])}{more}. "
             "Load it with the recipe that it was trained with."
         )
-    module.load_state_dict(weights)
 
 
 @final
 class Checkpoints:
-    """The directory of a run's checkpoints, of which the `keep` newest stay."""
+    """The directory of a run's checkpoints, of which the `keep` newest stay.
+
+    Where processes form a group, each of them has one of these and all save together; every one reads for itself.
+    """
 
     def __init__(self, root: str | os.PathLike[str], keep: int = 2) -> None:
         if keep < 1:
             raise ArgumentError(f"keep must be at least 1, the checkpoint that a run goes on from; got {keep}.")
         self.keep = keep
         self._fs, self.root = fsspec.core.url_to_fs(os.fspath(root))
+        self._behind = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._ranks: dist.ProcessGroup | None = None
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        return sorted(
-            int(match[1])
-            for name in self._directories()
-            if (match := _STEP.fullmatch(name)) and self._fs.exists(f"{self.root}/{name}/{MARKER}")
-        )
+        """Steps of the complete checkpoints, ascending; waits for what is being written here."""
+        self.wait()
+        return self._complete()
 
     def save(self, step: int, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
         """Write the checkpoint of `step`, then drop those beyond the `keep` newest; its path is returned.
 
-        `state` is a tree of dicts, lists, tuples, tensors, numbers, strings and None, and comes back as the same tree.
+        `state` is a tree of dicts, lists, tuples, tensors, numbers, strings and None, and comes back as the same tree; its
+        entries give the files their names. DTensors are written in their shards, all else as rank 0 has it.
         """
-        tensors: dict[str, Tensor] = {}
-        distinct, aliases = _distinct(model)
-        tree = {"step": step, "aliases": aliases, "state": _to_json(state, tensors, "state")}
-        files = {
-            MODEL: safetensors.save(distinct),
-            STATE_TENSORS: safetensors.save(tensors),
-            STATE: json.dumps(tree, indent=1).encode(),
-        }
-        writing, path = f"{self.root}/writing_{_name(step)}", f"{self.root}/{_name(step)}"
-        self._remove(writing)
-        self._fs.makedirs(writing, exist_ok=True)
-        for name, data in files.items():
-            self._write(f"{writing}/{name}", data)
-        seals = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()}
-        marker = json.dumps({"format": FORMAT, "step": step, "files": seals}, indent=1).encode()
-        self._remove(path)
-        self._fs.mv(writing, path, recursive=True)
-        self._write(f"{path}/{MARKER}.part", marker)
-        self._fs.mv(f"{path}/{MARKER}.part", f"{path}/{MARKER}")
-        self._prune()
+        path = self.begin(step, model, state)
+        self.wait()
         return path
 
+    def begin(self, step: int, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
+        """`save`, behind the caller's back: what is saved is copied, and may change, when this returns.
+
+        Waits for the one that was begun before, and raises what `wait` raises.
+        """
+        from ddiff.training.storage import distinct, stage
+
+        self.wait()
+        once, aliases = distinct(model)
+        tensors = {f"model.{name}": tensor for name, tensor in once.items()}
+        tree = json.dumps({"step": step, "aliases": aliases, "state": _to_json(state, tensors, "state")}, indent=1)
+        staged = stage(tensors, _file_and_key, self._group())
+        folder = self._folder(step)
+        self._writing = self._behind.submit(self._write, folder, step, staged, tree)
+        return folder.path
+
+    def wait(self) -> None:
+        """Until what was begun is written. CheckpointError, on all ranks, when one of them could not write."""
+        if self._writing is not None:
+            try:
+                self._writing.result()
+            finally:
+                self._writing = None if self._writing.done() else self._writing
+
     def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, or None. Raises CheckpointError when its files are damaged."""
+        """The newest complete checkpoint, or None. Raises CheckpointError as `load` does."""
         steps = self.steps()
         return self.load(steps[-1]) if steps else None
 
     def load(self, step: int) -> Checkpoint:
-        """The checkpoint of `step`. Raises CheckpointError when it is missing, incomplete or damaged."""
-        seals = self._seals(step)
-        tree = json.loads(self._read(step, STATE, seals))
-        tensors = safetensors.load(self._read(step, STATE_TENSORS, seals))
-        model = safetensors.load(self._read(step, MODEL, seals))
-        model |= {alias: model[name] for alias, name in tree["aliases"].items()}
-        return Checkpoint(step, f"{self.root}/{_name(step)}", model, _from_json(tree["state"], tensors))
+        """Open the checkpoint of `step`. Raises CheckpointError when it is incomplete, or a file of it missing or cut off.
 
-    def weights(self, step: int | None = None) -> dict[str, Tensor]:
-        """The model's tensors alone, of `step` or the newest: what evaluation and sampling need."""
+        A damage inside a file of tensors is found when they are read.
+        """
+        from ddiff.training.storage import manifest_from_json
+
+        complete, folder = self.steps(), self._folder(step)
+        if step not in complete:
+            raise CheckpointError(
+                f"{self.root} holds no complete checkpoint of step {step}; it has those of {complete or 'no step'}."
+            )
+        folder.check()
+        manifest = manifest_from_json(folder.read(MANIFEST))
+        tree = json.loads(folder.read(STATE))
+        state = _from_json(tree["state"], {name: stored.empty(device="meta") for name, stored in manifest.items()})
+        return Checkpoint(step, state, manifest, tree["aliases"], folder)
+
+    def weights(self, step: int | None = None, kind: Kind = "trained") -> dict[str, Tensor]:
+        """The model's tensors alone, whole, of `step` or the newest: what evaluation and sampling need."""
         steps = self.steps()
         if not steps and step is None:
             raise CheckpointError(f"{self.root} holds no complete checkpoint. Train first, or name another run.")
-        step = steps[-1] if step is None else step
-        seals = self._seals(step)
-        aliases = json.loads(self._read(step, STATE, seals))["aliases"]
-        model = safetensors.load(self._read(step, MODEL, seals))
-        return model | {alias: model[name] for alias, name in aliases.items()}
+        return self.load(steps[-1] if step is None else step).weights(kind)
 
-    def _seals(self, step: int) -> dict[str, dict[str, Any]]:
-        path = f"{self.root}/{_name(step)}/{MARKER}"
-        if step not in self.steps():
-            raise CheckpointError(
-                f"{self.root} holds no complete checkpoint of step {step}; it has those of {self.steps() or 'no step'}."
-            )
+    # ------------------------------------------------------------------ writing, in a thread of its own
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """The ranks, in a group of their own: they talk about checkpoints while training talks. None for one process."""
+        if self._ranks is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._ranks = dist.new_group(backend="gloo", timeout=SLOWEST)
+        return self._ranks
+
+    def _write(self, folder: Folder, step: int, staged: Staged, tree: str) -> None:
+        leads = staged.manifest is not None
+        self._together(folder, lambda: folder.make() if leads else None)
+        written = self._together(folder, lambda: _write_files(folder, staged, tree))
+        seals = {name: seal for of_rank in written for name, seal in of_rank.items()}
+        self._together(folder, lambda: self._finish(folder, step, seals) if leads else None)
+
+    def _together(self, folder: Folder, act: Callable[[], Any]) -> list[Any]:
+        """Each rank acts; what each has to give. CheckpointError on all of them when one has failed."""
+        failure, given = None, None
         try:
-            with self._fs.open(path, "rb") as file:
-                marker = json.loads(file.read())
-            found, seals = marker["format"], marker["files"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged: it is no checkpoint marker. {self._remedy(step)}") from error
-        if found != FORMAT:
-            raise CheckpointError(f"{path} has format {found}; this ddiff reads format {FORMAT}. {self._remedy(step)}")
-        return seals
-
-    def _read(self, step: int, name: str, seals: Mapping[str, Mapping[str, Any]]) -> bytes:
-        path = f"{self.root}/{_name(step)}/{name}"
-        if not self._fs.exists(path):
-            raise CheckpointError(f"{path} is missing though its checkpoint was completed. {self._remedy(step)}")
-        with self._fs.open(path, "rb") as file:
-            data = file.read()
-        if len(data) != seals[name]["bytes"]:
+            given = act()
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        outcomes: list[Any] = [(failure, given)]
+        if self._ranks is not None:
+            outcomes = [None] * dist.get_world_size(self._ranks)
+            dist.all_gather_object(outcomes, (failure, given), group=self._ranks)
+        if told := [f"{failure} on rank {rank}" for rank, (failure, _) in enumerate(outcomes) if failure]:
             raise CheckpointError(
-                f"{path} has {len(data)} bytes and was completed with {seals[name]['bytes']}: it was cut off or "
-                f"replaced later. {self._remedy(step)}"
+                f"{folder.path} could not be written ({told[0]}), so training ended. Free or mend the place where it goes; "
+                "the same command then goes on from the checkpoint before."
             )
-        if _sha256(data) != seals[name]["sha256"]:
-            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the recorded one. {self._remedy(step)}")
-        return data
+        return [given for _, given in outcomes]
+
+    def _finish(self, folder: Folder, step: int, seals: Mapping[str, Seal]) -> None:
+        folder.mark(step, seals)
+        kept = {_name(step) for step in self._complete()[-self.keep :]}
+        for name in self._directories():
+            if name not in kept and _STEP.fullmatch(name):
+                self._folder(int(name.removeprefix("step_"))).remove()
+
+    # ------------------------------------------------------------------ the directory
+
+    def _complete(self) -> list[int]:
+        steps = [int(match[1]) for name in self._directories() if (match := _STEP.fullmatch(name))]
+        return sorted(step for step in steps if self._folder(step).complete)
+
+    def _folder(self, step: int) -> Folder:
+        return Folder(self._fs, f"{self.root}/{_name(step)}", lambda: self._remedy(step))
 
     def _remedy(self, step: int) -> str:
-        earlier = [other for other in self.steps() if other < step]
+        earlier = [other for other in self._complete() if other < step]
         there = f"{self.root}/{_name(step)}"
         if earlier:
             return f"Delete the directory {there} to go on from step {earlier[-1]}, or start anew with --fresh."
@@ -180,57 +275,37 @@ class Checkpoints:
         self._fs.invalidate_cache(self.root)
         return [path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self.root, detail=False)]
 
-    def _prune(self) -> None:
-        kept = {_name(step) for step in self.steps()[-self.keep :]}
-        for name in self._directories():
-            if name not in kept and _STEP.fullmatch(name.removeprefix("writing_")):
-                self._remove(f"{self.root}/{name}")
-
-    def _remove(self, path: str) -> None:
-        if self._fs.exists(f"{path}/{MARKER}"):  # first, so that a half-removed checkpoint is an incomplete one
-            self._fs.rm(f"{path}/{MARKER}")
-        if self._fs.exists(path):
-            self._fs.rm(path, recursive=True)
-
-    def _write(self, path: str, data: bytes) -> None:
-        with self._fs.open(path, "wb") as file:
-            file.write(data)
-            if isinstance(self._fs, LocalFileSystem):  # the rename must not reach the disk before what it names
-                file.flush()
-                os.fsync(file.fileno())
-
 
 def _name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _file_and_key(place: str) -> tuple[str, str]:
+    """Of a tensor's place in the tree: the file, an entry of the tree, and the key there, the rest of the way."""
+    entry, _, key = place.removeprefix("state.").partition(".")
+    return entry, key or entry
 
 
-def _distinct(model: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors without repetition, and alias -> name for tied ones, which safetensors does not store twice."""
-    names: dict[tuple[Any, ...], str] = {}
-    distinct: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in model.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        if tensor.numel() and place in names:
-            aliases[name] = names[place]
-            continue
-        names[place] = name
-        distinct[name] = _plain(tensor)
-    return distinct, aliases
+def _write_files(folder: Folder, staged: Staged, tree: str) -> dict[str, Seal]:
+    """What this rank writes."""
+    from ddiff.training.storage import manifest_to_json, write_tensors
+
+    seals = {}
+    for name, tensors in staged.files.items():
+        seals[name] = folder.write(name, lambda sink, tensors=tensors: write_tensors(sink, tensors))  # type: ignore[misc]
+    if staged.manifest is not None:
+        for name, text in ((MANIFEST, manifest_to_json(staged.manifest)), (STATE, tree)):
+            seals[name] = folder.write(name, lambda sink, text=text: sink.write(text.encode()))  # type: ignore[misc]
+    return seals
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
+# ---------------------------------------------------------------------- the state as JSON
 
 
 def _to_json(tree: Any, tensors: dict[str, Tensor], place: str) -> Any:
     """JSON that `_from_json` turns back into the same tree; its tensors go to `tensors` under their place in it."""
     if isinstance(tree, torch.Tensor):
-        tensors[place] = _plain(tree)
+        tensors[place] = tree
         return {"$tensor": place}
     if isinstance(tree, Mapping):
         items = [(key, _to_json(value, tensors, f"{place}.{key}")) for key, value in tree.items()]
@@ -259,3 +334,14 @@ def _from_json(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "$items" in tree:
         return {key: _from_json(value, tensors) for key, value in tree["$items"]}
     return {key: _from_json(value, tensors) for key, value in tree.items()}
+
+
+def _filled(tree: Any, tensors: Mapping[str, Tensor], place: str) -> Any:
+    """The tree with the tensors of these places."""
+    if isinstance(tree, torch.Tensor):
+        return tensors[place]
+    if isinstance(tree, dict):
+        return {key: _filled(value, tensors, f"{place}.{key}") for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_filled(value, tensors, f"{place}.{i}") for i, value in enumerate(tree))
+    return tree

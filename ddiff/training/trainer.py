@@ -172,6 +172,7 @@ class Trainer:
         finally:
             if file:
                 file.close()
+            self.checkpoints.wait()
         interrupted = run.step < self.steps
         return TrainingSummary(
             status="interrupted" if interrupted else "finished",
@@ -260,7 +261,7 @@ class Trainer:
         shown |= {"skipped_steps": "skipped"} if run.skipped_steps else {}
         bar.advance(1, **{shown[name]: value for name, value in run.metrics.items() if name in shown})
 
-    def _save(self, run: _Run) -> str | None:
+    def _save(self, run: _Run) -> str:
         state = {
             "run": run.to_tree(),
             "optimizer": self.optimizer.state_dict(),
@@ -269,10 +270,7 @@ class Trainer:
             "origins": self.origins,
             "fingerprints": self.fingerprints,
         }
-        path = None
-        if self.backend.rank == 0:
-            path = self.checkpoints.save(run.step, self.backend.unwrap(self.objective.module).state_dict(), state)
-        self.backend.barrier()
+        path = self.checkpoints.begin(run.step, self.backend.unwrap(self.objective.module).state_dict(), state)
         self._part_ways(run.step)
         return path
 
@@ -286,11 +284,13 @@ class Trainer:
             self._part_ways(0)
             return _Run()
         self.check_fit(start)
-        start.restore(self.backend.unwrap(self.objective.module))
-        self.optimizer.load_state_dict(start.state["optimizer"])
-        _set_random_state(start.state["random"], self.backend.device)
+        module = self.backend.unwrap(self.objective.module)
+        start.restore(module)
+        state = start.tree(like=module.parameters())
+        self.optimizer.load_state_dict(state["optimizer"])
+        _set_random_state(state["random"], self.backend.device)
         self._part_ways(start.step)
-        return _Run.from_tree(start.step, start.state["run"])
+        return _Run.from_tree(start.step, state["run"])
 
     def _part_ways(self, step: int) -> None:
         """Give each rank but 0 a random state of its own, from the step alone: a checkpoint holds that of rank 0."""

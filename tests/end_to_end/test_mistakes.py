@@ -194,7 +194,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
-@pytest.mark.parametrize("file", ["model.safetensors", "state.json", "complete.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "manifest.json", "state.json", "complete.json"])
 def test_a_truncated_checkpoint_is_named_and_left_alone(file: str, name: str, run_dir: Path, ddiff: Command) -> None:
     damaged = newest(run_dir, file)
     damaged.write_bytes(damaged.read_bytes()[:-20])
@@ -245,9 +245,10 @@ def poison(run_dir: Path) -> None:
     checkpoints = Checkpoints(run_dir / "checkpoints")
     newest = checkpoints.newest()
     assert newest is not None
-    name = next(name for name in newest.model if name.endswith("head.bias"))
-    newest.model[name] = torch.full_like(newest.model[name], torch.nan)
-    checkpoints.save(newest.step, newest.model, newest.state)
+    weights, state = newest.weights(), newest.tree()
+    name = next(name for name in weights if name.endswith("head.bias"))
+    weights[name] = torch.full_like(weights[name], torch.nan)
+    checkpoints.save(newest.step, weights, state)
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])

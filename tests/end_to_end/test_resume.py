@@ -58,7 +58,7 @@ def test_killed_and_interrupted_it_ends_as_if_left_alone(folder: Path, ddiff: Co
     process = signalled(torn, draw.randrange(10, 30), signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     reached, kept = len(metrics(torn)), saved(torn)
-    assert reached - EVERY - 1 <= kept <= reached < STEPS
+    assert reached - 2 * EVERY - 1 <= kept <= reached < STEPS, "at most one checkpoint was on its way"
     assert not (torn / "evaluation.json").exists()
     before = metrics(torn)[:kept]
 
@@ -84,7 +84,7 @@ def test_killed_and_interrupted_it_ends_as_if_left_alone(folder: Path, ddiff: Co
     assert records(torn) == records(straight)
     for name in ("evaluation.json", "samples.jsonl"):
         assert (torn / name).read_bytes() == (straight / name).read_bytes(), name
-    for name in ("model.safetensors", "state.safetensors"):
+    for name in ("model.safetensors", "optimizer.safetensors", "random.safetensors"):
         place = Path("checkpoints") / f"step_{STEPS:08d}" / name
         assert (torn / place).read_bytes() == (straight / place).read_bytes(), name
 

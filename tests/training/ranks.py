@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -30,14 +31,14 @@ def on_ranks(world_size: int, work: Callable[..., None], *arguments: Any) -> Non
     """`work(*arguments)` on every rank; AssertionError with what a rank said when one does not end with 0."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["ddiff.runs.stages", "ddiff.training.distributed", "torch._dynamo", "ddiff_dit.dit"]
+        ["ddiff.runs.stages", "ddiff.training.distributed", "torch._dynamo", "ddiff_dit.dit", "ddiff.training.storage"]
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = [str(Path(__file__).parent), *sys.path]
     processes = [
-        context.Process(target=_rank, args=(path, rank, world_size, port, work.__name__, arguments))
+        context.Process(target=_rank, args=(path, rank, world_size, port, (work.__module__, work.__name__), arguments))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -50,13 +51,16 @@ def on_ranks(world_size: int, work: Callable[..., None], *arguments: Any) -> Non
     assert codes == [0] * world_size
 
 
-def _rank(path: list[str], rank: int, world_size: int, port: int, work: str, arguments: tuple[Any, ...]) -> None:
+def _rank(
+    path: list[str], rank: int, world_size: int, port: int, work: tuple[str, str], arguments: tuple[Any, ...]
+) -> None:
     sys.path[:] = path
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     try:
-        globals()[work](*arguments)
+        module, name = work
+        getattr(importlib.import_module(module), name)(*arguments)
     except BaseException:
         traceback.print_exc()
         os._exit(1)

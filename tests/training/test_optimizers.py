@@ -117,7 +117,7 @@ def test_an_optimizer_goes_on_from_its_saved_state(make: type, tmp_path: object)
     other = Net()
     found.restore(other)
     fresh = make(other)
-    fresh.load_state_dict(found.state["optimizer"])
+    fresh.load_state_dict(found.tree()["optimizer"])
     steps(other, fresh, 3, 6)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters()))
 
