@@ -74,8 +74,8 @@ class Checkpoint:
         module.load_state_dict(own | {alias: own[name] for alias, name in self.aliases.items()})
 
     def tree(self, like: Iterable[Tensor] = ()) -> dict[str, Any]:
-        """The state with its tensors. One of floats with the size of a DTensor in `like` is sharded as that one is; the others
-        are whole, on the CPU. Raises CheckpointError when they are damaged."""
+        """The state with its tensors: those of floats with the size of a DTensor in `like` sharded as that one is, the others
+        whole, on the CPU. Raises CheckpointError when they are damaged."""
         from ddiff.training.storage import fill, targets_like
 
         stored = {name: tensor for name, tensor in self.manifest.items() if name.startswith("state.")}

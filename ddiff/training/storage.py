@@ -1,6 +1,6 @@
 """Tensors of a checkpoint in files: safetensors and a manifest, as storage of torch.distributed.checkpoint.
 
-torch plans who writes which box of which tensor and who reads which; DTensors are saved in shards and may be read in others.
+torch plans who writes which box of which tensor and who reads which; DTensors go in shards and come in any others.
 A plan is followed in two parts: `stage` copies what this rank shall write, at once, and `write_tensors` writes the copies,
 whenever that is. To import this module takes torch a second, so `checkpoint.py` does it when there is something to save or
 load.

@@ -79,7 +79,7 @@ def test_every_rank_writes_its_shards_and_one_of_them_the_rest(saved: Path) -> N
 
 
 def test_a_shard_that_is_damaged_or_gone_is_named(tmp_path: Path, saved: Path) -> None:
-        shutil.copytree(saved, tmp_path / "copy")
+    shutil.copytree(saved, tmp_path / "copy")
     file = tmp_path / "copy" / f"step_{STEP:08d}" / "model.rank_00001.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
