@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, final
 
 import fsspec
 import torch
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 MANIFEST, STATE = "manifest.json", "state.json"
 SLOWEST = timedelta(hours=6)  # how long ranks that have written their files wait for the others
 _STEP = re.compile(r"step_(\d{8,})")
-
-Kind = Literal["trained", "ema"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Checkpoint:
         module.load_state_dict(own | {alias: own[name] for alias, name in self.aliases.items()})
 
     def tree(self, like: Iterable[Tensor] = ()) -> dict[str, Any]:
-        """The state with its tensors: those of floats with the size of a DTensor in `like` sharded as that one is, the others
+        """The state with its tensors: floats that have the size of a DTensor in `like` in shards as that one is, all others
         whole, on the CPU. Raises CheckpointError when they are damaged."""
         from ddiff.training.storage import fill, targets_like
 
@@ -83,17 +81,18 @@ class Checkpoint:
         fill(tensors, self.manifest, self.folder)
         return _filled(self.state, tensors, "state")
 
-    def weights(self, kind: Kind = "trained") -> dict[str, Tensor]:
-        """The model's tensors by name, whole, on the CPU: as trained, or with their moving averages where they have one."""
+    def weights(self, *, average: bool = False) -> dict[str, Tensor]:
+        """The model's tensors by name, whole, on the CPU; with `average`, those of `state.ema.weights` in place of the ones
+        that they are averages of. Raises CheckpointError when there are none, or a file is damaged."""
         from ddiff.training.storage import fill
 
-        averages = self.state.get("ema") or {}
-        if kind == "ema" and not averages:
+        averages = (self.state.get("ema") or {}).get("weights", {}) if average else {}
+        if average and not averages:
             raise CheckpointError(
-                f"{self.path} holds no moving averages of the weights: its run was trained without. Take those that were "
-                "trained: --weights trained."
+                f"{self.path} holds no moving average of the weights: its run was trained without [train] ema. Take the "
+                "weights as they were trained."
             )
-        places = self._places() | ({name: f"state.ema.{name}" for name in averages} if kind == "ema" else {})
+        places = self._places() | {name: f"state.ema.weights.{name}" for name in averages}
         places |= {alias: places[name] for alias, name in self.aliases.items()}
         tensors = {place: self.manifest[place].empty() for place in places.values()}
         fill(tensors, self.manifest, self.folder)
@@ -206,12 +205,12 @@ class Checkpoints:
         state = _from_json(tree["state"], {name: stored.empty(device="meta") for name, stored in manifest.items()})
         return Checkpoint(step, state, manifest, tree["aliases"], folder)
 
-    def weights(self, step: int | None = None, kind: Kind = "trained") -> dict[str, Tensor]:
-        """The model's tensors alone, whole, of `step` or the newest: what evaluation and sampling need."""
+    def weights(self, step: int | None = None, *, average: bool = False) -> dict[str, Tensor]:
+        """The model's tensors alone, whole, of `step` or the newest, as `Checkpoint.weights` has them."""
         steps = self.steps()
         if not steps and step is None:
             raise CheckpointError(f"{self.root} holds no complete checkpoint. Train first, or name another run.")
-        return self.load(steps[-1] if step is None else step).weights(kind)
+        return self.load(steps[-1] if step is None else step).weights(average=average)
 
     # ------------------------------------------------------------------ writing, in a thread of its own
 

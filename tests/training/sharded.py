@@ -66,7 +66,8 @@ def parts(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]
 
 def state_of(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, Any]:
     averages = {name: (parameter * 2).detach() for name, parameter in net.named_parameters()}
-    return {"optimizer": optimizer.state_dict(), "ema": averages, "random": {"cpu": torch.tensor([rank])}}
+    state = {"optimizer": optimizer.state_dict(), "ema": {"updates": 2, "weights": averages}}
+    return state | {"random": {"cpu": torch.tensor([rank])}}
 
 
 def trained(sharded: bool, rank: int = 0) -> tuple[Uneven, torch.optim.AdamW, dict[str, Any]]:
@@ -83,7 +84,7 @@ def save_in_shards(folder: str) -> None:
     checkpoints = Checkpoints(folder)
     checkpoints.begin(STEP, net.state_dict(), state)
     with torch.no_grad():
-        for tensor in (*net.parameters(), *state["ema"].values(), net.counts):
+        for tensor in (*net.parameters(), *state["ema"]["weights"].values(), net.counts):
             tensor.mul_(0)
     take_step(net, optimizer, 9)
     assert checkpoints.steps() == [STEP]
@@ -98,7 +99,7 @@ def load_in_shards(folder: str, expected: str) -> None:
     found = Checkpoints(folder).newest()
     assert found is not None
     goes_on(net, optimizer, found, torch.load(expected))
-    ema = found.tree(like=net.parameters())["ema"]
+    ema = found.tree(like=net.parameters())["ema"]["weights"]
     for name, parameter in net.named_parameters():
         assert ema[name].placements == parameter.placements
         assert ema[name].device_mesh == parameter.device_mesh
@@ -111,7 +112,7 @@ def goes_on(net: nn.Module, optimizer: torch.optim.Optimizer, found: Checkpoint,
     state = found.tree(like=net.parameters())
     optimizer.load_state_dict(state["optimizer"])
     assert state["random"]["cpu"].tolist() == [0], "the state of rank 0, for any"
-    for name, value in state["ema"].items():
+    for name, value in state["ema"]["weights"].items():
         assert torch.equal(whole(value), expected["ema"][name]), name
     same(parts(net, optimizer), expected["saved"])
     take_step(net, optimizer, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,22 @@ class Death(BaseException):
     """What no code of ours catches, as none of it runs after SIGKILL."""
 
 
-class Mortal:
-    """A store of objects that dies before its `last`-th change: an object put at once is there whole or not at all."""
+class Store:
+    """A folder taken for a store of objects: an object put at once is there whole or not at all."""
 
-    def __init__(self, fs: Any, last: int) -> None:
-        self._fs, self._left = fs, last
+    def __init__(self, fs: Any) -> None:
+        self._fs = fs
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._fs, name)
+
+
+class Mortal(Store):
+    """One that dies before its `last`-th change."""
+
+    def __init__(self, fs: Any, last: int) -> None:
+        super().__init__(fs)
+        self._left = last
 
     def _live(self) -> None:
         if self._left == 0:
@@ -188,7 +197,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     save(checkpoints, 5)
     marker = tmp_path / "step_00000005" / "complete.json"
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99; this ddiff reads format 2 alone: .* a newer ddiff"):
+    with pytest.raises(CheckpointError, match=r"format 99; this ddiff reads format 2 alone: .* a newer ddiff"):
         checkpoints.newest()
 
 
@@ -232,3 +241,57 @@ def test_a_checkpoint_says_where_its_components_came_from(tmp_path: Path) -> Non
     state = json.loads((tmp_path / "checkpoints" / "step_00000005" / "state.json").read_text())["state"]
     assert state["origins"] == {"process": "ddiff_x 1.0"}
     assert state["fingerprints"] == {"vocabulary": "aa"}
+
+
+def test_weights_without_an_average_say_so(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 5)
+    with pytest.raises(CheckpointError, match=r"step_00000005 holds no moving average .* without \[train\] ema"):
+        checkpoints.weights(average=True)
+
+
+def test_what_is_saved_may_change_while_it_is_written(tmp_path: Path) -> None:
+    """The file waits for the change, and holds what was there before."""
+    checkpoints, changed = Checkpoints(tmp_path), threading.Event()
+    weight, moments = torch.ones(3), {"rate": torch.zeros(2)}
+
+    class Waiting(Store):
+        def open(self, path: str, mode: str) -> Any:
+            assert mode != "wb" or changed.wait(10.0)
+            return self._fs.open(path, mode)
+
+    checkpoints._fs = Waiting(checkpoints._fs)
+    checkpoints.begin(1, {"weight": weight}, {"moments": moments})
+    weight.fill_(2.0)
+    moments["rate"].fill_(3.0)
+    moments["rest"] = torch.zeros(1)
+    changed.set()
+    found = checkpoints.newest()
+    assert found is not None
+    assert same(found.weights(), {"weight": torch.ones(3)})
+    assert same(found.tree(), {"moments": {"rate": torch.zeros(2)}})
+
+
+def test_what_could_not_be_written_is_told_at_the_next_wait_and_leaves_the_one_before(tmp_path: Path) -> None:
+    class Full(Store):
+        def open(self, path: str, mode: str) -> Any:
+            if mode == "wb":
+                raise OSError(28, "No space left on device")
+            return self._fs.open(path, mode)
+
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 5)
+    good, checkpoints._fs = checkpoints._fs, Full(checkpoints._fs)
+    checkpoints.begin(10, MODEL, {})
+    with pytest.raises(CheckpointError, match=r"step_00000010 could not be written \(OSError: .*No space left"):
+        checkpoints.wait()
+    assert checkpoints.steps() == [5]
+    checkpoints._fs = good
+    save(checkpoints, 15)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000005", "step_00000015"]
+
+
+def test_a_tensor_that_the_files_cannot_hold_is_refused_by_its_place(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"state.optimizer.phase has dtype torch.complex64"):
+        Checkpoints(tmp_path).save(1, MODEL, {"optimizer": {"phase": torch.zeros(2, dtype=torch.complex64)}})
+    assert list(tmp_path.iterdir()) == []
