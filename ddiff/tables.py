@@ -46,12 +46,20 @@ class DenoiserKeys(ComponentConfig):
 
 
 class InitKeys(ComponentConfig):
-    """[train] init: another run whose weights this one starts with."""
+    """[train] init: whose weights this run starts with, another run's or a model's of the transformers library."""
 
-    run: str = Field(min_length=1)
-    """Its directory."""
+    run: str | None = Field(None, min_length=1)
+    """The directory of another run."""
+    model: str | None = Field(None, min_length=1)
+    """In place of a run: a directory or hub name, whose input embeddings become those of the words."""
     parts: Literal["all", "embeddings"] = "all"
-    """All weights, or the embeddings of states alone."""
+    """All weights of that run, or its embeddings of states alone."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> InitKeys:
+        if (self.run is None) == (self.model is None):
+            raise ValueError("name either a run, or a model whose embeddings are taken")
+        return self
 
 
 class TrainKeys(ComponentConfig):
@@ -63,6 +71,8 @@ class TrainKeys(ComponentConfig):
     warmup: NonNegativeInt = 100
     """Steps in which the learning rate rises linearly."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    floor: Probability = 0.1
+    """The share of the learning rate at which the cosine ends."""
     clip: PositiveFloat = 1.0
     """Largest norm of the whole gradient."""
     accumulate: PositiveInt = 1

@@ -33,6 +33,8 @@ def initialise_nodes(weight: Tensor, vocabulary: Vocabulary) -> None:
     A level takes the vocabulary's centroids where they are d wide (they must live in the words' space then), else each
     node the mean of its words (arXiv 2510.08632).
     """
+    if weight.is_meta:  # shapes are all that is wanted
+        return
     words = torch.arange(vocabulary.num_tokens, device=weight.device)
     for level in range(1, vocabulary.num_levels + 1):
         first, size = vocabulary.offsets[level], vocabulary.level_sizes[level]

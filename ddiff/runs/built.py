@@ -32,7 +32,7 @@ from ddiff.progress import progress
 from ddiff.prompts import Template, check_no_suffix, framed, templates_of
 from ddiff.recipe import Recipe
 from ddiff.requests import Told, ask_for, told
-from ddiff.runs.init import start_from_run
+from ddiff.runs.init import started
 from ddiff.runs.parts import (
     Given,
     build_backend,
@@ -128,7 +128,7 @@ class Run:
         self._begun = True
         self._start_from_counts()
         if (init := self.recipe.train.init) is not None:
-            self.init = start_from_run(self.denoiser, self.tokenizer, init.run, init.parts)
+            self.init = started(self.denoiser, self.tokenizer, init)
 
     def _start_from_counts(self) -> None:
         """The first law is the unigram law of the training text, so the first loss is known."""
@@ -137,7 +137,7 @@ class Run:
 
     def _trainer(self) -> Trainer:
         recipe, keys = self.recipe, self.recipe.train
-        cosine = WarmupCosine(keys.steps, keys.warmup)
+        cosine = WarmupCosine(keys.steps, keys.warmup, keys.floor)
         return Trainer(
             self.objective,
             recipe.optimizer.build(module=self.backend.unwrap(self.objective.module)),

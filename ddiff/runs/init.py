@@ -1,16 +1,21 @@
-"""Weights of another run before the first step: `[train] init`."""
+"""Weights of another run, or a model's embeddings, before the first step: `[train] init`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ddiff.clustering.files import model_embeddings
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.tokenizer import Tokenizer, load_tokenizer
-from ddiff.errors import CheckpointError, DataError
+from ddiff.errors import ArgumentError, CheckpointError, DataError
 from ddiff.nn.denoiser import Denoiser
+from ddiff.nn.embedding import StateEmbedding
 from ddiff.recipe import read_recipe
 from ddiff.runs.directory import RECIPE, TOKENIZER, VOCABULARY
+from ddiff.tables import InitKeys
 from ddiff.training.carry import Source, carried
 from ddiff.training.checkpoint import Checkpoints
 
@@ -26,8 +31,29 @@ def check_source(run_dir: str) -> Path:
     return directory
 
 
-def start_from_run(denoiser: Denoiser, tokenizer: Tokenizer, run_dir: str, parts: Any) -> dict[str, Any]:
+def started(denoiser: Denoiser, tokenizer: Tokenizer, init: InitKeys) -> dict[str, Any]:
     """Load what [train] init asks for into the denoiser; what was taken, for the record."""
+    if init.run is None:
+        return start_from_model(denoiser, tokenizer, str(init.model))
+    return start_from_run(denoiser, tokenizer, init.run, init.parts)
+
+
+def start_from_model(denoiser: Denoiser, tokenizer: Tokenizer, source: str) -> dict[str, Any]:
+    """The words' rows of the state embeddings from a model of the transformers library, the nodes from their words."""
+    tables = [part for part in denoiser.backbone.modules() if isinstance(part, StateEmbedding)]
+    words = torch.from_numpy(model_embeddings(source, tokenizer.num_tokens))
+    if len(tables) != 1 or tables[0].embedding_dim != words.shape[1]:
+        own = ", ".join(str(table.embedding_dim) for table in tables) or "no embeddings of states"
+        raise ArgumentError(
+            f"[train] init: {source} has embeddings of width {words.shape[1]}, and the network of this run has {own}. Take "
+            "a model as wide as [denoiser], or leave init out."
+        )
+    tables[0].start_from_words(words)
+    return {"model": source, "parts": "embeddings", "tokenizer": tokenizer.fingerprint}
+
+
+def start_from_run(denoiser: Denoiser, tokenizer: Tokenizer, run_dir: str, parts: Any) -> dict[str, Any]:
+    """Another run's weights, all or the embeddings of states."""
     directory = check_source(run_dir)
     theirs = load_tokenizer(str(directory / TOKENIZER)).fingerprint
     if theirs != tokenizer.fingerprint:

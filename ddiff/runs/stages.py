@@ -131,7 +131,7 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> None:
             for pattern in part.reads():
                 find_files(pattern)
     vocabulary = recipe.vocabulary.preview(num_tokens=recipe.tokenizer.preview())
-    if (init := recipe.train.init) is not None:
+    if (init := recipe.train.init) is not None and init.run is not None:
         check_source(init.run)
     if vocabulary is not None:
         process = build_process(recipe, vocabulary)

@@ -9,7 +9,7 @@ often, and Adam's own scale per entry suits them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ddiff.training.protocols import Optimizer
 
 Betas = tuple[float, float]
+Decay = Literal["matrices", "all"]
 
 
 def split_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -38,12 +39,17 @@ def split_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[s
 
 
 def adamw(
-    module: nn.Module, lr: float = 3e-3, betas: Betas = (0.9, 0.98), weight_decay: float = 0.01
+    module: nn.Module,
+    lr: float = 3e-3,
+    betas: Betas = (0.9, 0.98),
+    weight_decay: float = 0.01,
+    eps: float = 1e-8,
+    decay: Decay = "matrices",
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over the module's parameters; only hidden matrices decay."""
+    """AdamW (arXiv 1711.05101) over the module's parameters; hidden matrices alone decay, or all parameters."""
     hidden, others = split_parameters(module)
-    groups = [_group(hidden, weight_decay), _group(others, 0.0)]
-    return _adamw([group for group in groups if group["params"]], lr, betas)
+    groups = [_group(hidden, weight_decay), _group(others, weight_decay if decay == "all" else 0.0)]
+    return _adamw([group for group in groups if group["params"]], lr, betas, eps)
 
 
 def muon(
@@ -72,9 +78,9 @@ def _group(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> dict[
     return {"params": list(parameters.values()), "weight_decay": weight_decay}
 
 
-def _adamw(groups: Iterable[dict[str, Any]], lr: float, betas: Betas) -> torch.optim.AdamW:
+def _adamw(groups: Iterable[dict[str, Any]], lr: float, betas: Betas, eps: float = 1e-8) -> torch.optim.AdamW:
     # The fused kernel took 1.8 ms where the loop took 12 ms for 2.4 M parameters on one core.
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 @final

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -15,10 +17,13 @@ class AdamW:
         lr: PositiveFloat = 3e-3
         betas: tuple[float, float] = (0.9, 0.98)
         weight_decay: NonNegativeFloat = 0.01
+        eps: PositiveFloat = 1e-8
+        decay: Literal["matrices", "all"] = "matrices"
+        """What decays: hidden matrices alone, or tables, norms and biases too."""
 
     @staticmethod
     def build(config: Config, *, module: nn.Module) -> torch.optim.AdamW:
-        return adamw(module, config.lr, config.betas, config.weight_decay)
+        return adamw(module, **config.model_dump())
 
 
 class Muon:

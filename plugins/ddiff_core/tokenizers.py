@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ddiff import ComponentConfig
+from ddiff import ComponentConfig, DataError, PositiveInt
 
 if TYPE_CHECKING:
     from ddiff import AlphabetTokenizer, Cache, Documents, PretrainedTokenizer, Tokenizer
@@ -75,9 +75,22 @@ class Pretrained:
     class Config(ComponentConfig):
         path: str
         """A local directory, or a name on the hub."""
+        size: PositiveInt | None = None
+        """Its tokens, if you know: a dry run then needs no tokenizer, and another one is refused."""
 
     @staticmethod
     def build(config: Config, *, documents: Documents, cache: Cache | None) -> PretrainedTokenizer:
         from ddiff import PretrainedTokenizer
 
-        return PretrainedTokenizer.from_pretrained(config.path)
+        tokenizer = PretrainedTokenizer.from_pretrained(config.path)
+        if config.size not in (None, tokenizer.num_tokens):
+            raise DataError(
+                f"size must be the number of tokens of {config.path!r}, {tokenizer.num_tokens}; got {config.size}. Leave it "
+                "out, or name the tokenizer that has so many."
+            )
+        return tokenizer
+
+    @staticmethod
+    def preview(config: Config) -> int | None:
+        """Tokens, where the recipe says how many."""
+        return config.size

@@ -43,7 +43,7 @@ class Clusters:
 
     class Config(ComponentConfig):
         sizes: Annotated[tuple[int, ...], Field(min_length=1)] = (64,)
-        """Nodes per level, finest first; `[512, 32]` makes a three-level tree with its root."""
+        """Nodes per level, finest first; `[512, 32]` makes a three-level tree with its root, `[1]` one cluster under it."""
         source: str = COOCCURRENCE
         """Embeddings: "cooccurrence" (of the training rows), or a .npy or .safetensors file with a row per token."""
         model: str | None = None
@@ -101,7 +101,7 @@ class Clusters:
                 f"{list(config.sizes)}."
             )
         dealt = [[node * above // under for node in range(under)] for under, above in pairwise(below)]
-        return HierarchicalVocabulary(dealt)
+        return HierarchicalVocabulary(dealt + _above(config.sizes))
 
     @classmethod
     def _tree(cls, config: Config, tokenizer: Tokenizer, rows: Dataset | None) -> HierarchicalVocabulary:
@@ -115,7 +115,7 @@ class Clusters:
             max_share=config.max_share,
             special_ids=tokenizer.special_ids,
         )
-        return HierarchicalVocabulary(parents, centroids, tokenizer.fingerprint)
+        return HierarchicalVocabulary([*parents, *_above(config.sizes)], centroids, tokenizer.fingerprint)
 
     @staticmethod
     def _embeddings(config: Config, tokenizer: Tokenizer, rows: Dataset | None) -> Any:
@@ -165,6 +165,11 @@ class File:
     @staticmethod
     def reads(config: Config) -> tuple[str, ...]:
         return config.paths
+
+
+def _above(sizes: tuple[int, ...]) -> list[list[int]]:
+    """The root over a lone cluster, which would be taken for the root itself."""
+    return [[0]] if sizes == (1,) else []
 
 
 def _needed(rows: Dataset | None) -> Dataset:

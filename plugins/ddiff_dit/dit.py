@@ -28,8 +28,8 @@ from ddiff import (
     Vocabulary,
 )
 
-Size = Literal["tiny", "small", "base"]
-SIZES: dict[str, tuple[int, int]] = {"tiny": (512, 8), "small": (768, 12), "base": (1024, 24)}
+Size = Literal["tiny", "small", "base", "1B"]
+SIZES: dict[str, tuple[int, int]] = {"tiny": (512, 8), "small": (768, 12), "base": (1024, 24), "1B": (2048, 24)}
 HEAD_WIDTH = 64
 TIME_FEATURES = 64
 TIME_WIDTH = 128

@@ -61,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_these_are_all() -> None:
-    assert sorted(shipped_recipes()) == RECIPES
+    assert sorted(name for name in shipped_recipes() if not name.startswith("paper/")) == RECIPES
     assert len(RECIPES) == 14
 
 

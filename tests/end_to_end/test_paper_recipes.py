@@ -1,0 +1,123 @@
+"""The recipes of published scale: each reads, has the published tokens and size, and trains where only sizes shrink."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ddiff
+import ddiff.runs.init
+from ddiff.recipe import changed_keys, read_recipe, shipped_recipes
+from ddiff.registry import Registry
+from ddiff.runs.parts import build_denoiser
+
+PAPER = sorted(name for name in shipped_recipes() if name.startswith("paper/"))
+WIDTH, LENGTH, WORDS = 32, 16, 300
+SMALL = [
+    f'data={{kind="text", files=["train.txt"], validation=["validation.txt"], length={LENGTH}}}',
+    f'tokenizer={{kind="bpe", size={WORDS}}}',
+    "backend={kind='single', device='cpu', processes=1}",
+    "train.steps=2",  # at the last step of a cosine to 0 nothing moves
+    "train.batch=2",
+]
+DIT = [f"denoiser.width={WIDTH}", "denoiser.layers=1", "denoiser.heads=2"]
+LLAMA = [f"hidden_size={WIDTH}", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=64"]
+SHRUNK = ("data.*", "tokenizer.*", "backend.*", "train.steps", "train.batch", "denoiser.*", "run_dir")
+KEPT = ("denoiser.kind", "denoiser.time", "denoiser.dropout", "denoiser.given", "denoiser.head.kind")
+
+
+def small(name: str) -> list[str]:
+    return [*SMALL, *([f"denoiser.settings.{key}" for key in LLAMA] if "llama" in name else DIT)]
+
+
+def embeddings(source: str, num_tokens: int) -> np.ndarray:
+    """In place of a model's: far from their mean in every direction."""
+    return np.random.default_rng(0).standard_normal((num_tokens, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A little text, one cache for all, and embeddings that need no connection."""
+    folder = tmp_path_factory.mktemp("paper")
+    novels = ddiff.bundled_novels()
+    (folder / "train.txt").write_text(novels.train["text"][0][:6000], encoding="utf-8")
+    (folder / "validation.txt").write_text(novels.validation["text"][0][:500], encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("DDIFF_CACHE", str(folder / "cache"))
+        patch.setattr(ddiff, "model_embeddings", embeddings)
+        patch.setattr(ddiff.runs.init, "model_embeddings", embeddings)
+        yield folder
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_recipe_trains_a_step_with_everything_but_its_sizes(name: str, place: Path) -> None:
+    recipe = read_recipe(name, small(name))
+    published = read_recipe(name, SMALL[:1])  # the kind of the data may be that of a plugin that is not there
+    changed = {key for key, _, _ in changed_keys(published.to_dict(), recipe.to_dict())}
+    assert not {key for key in changed if not any(fnmatch.fnmatch(key, shrunk) for shrunk in SHRUNK) or key in KEPT}
+
+    if (init := recipe.train.init) is not None and init.run is not None and not Path(init.run).exists():
+        source = Path(init.run).name.replace("paper_", "paper/")
+        train(source)
+    before, after, loss = train(name)
+    assert math.isfinite(loss) and loss > 0
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def train(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
+    """Weights before and after its steps, and the first loss."""
+    from ddiff.runs.built import build_run
+    from ddiff.runs.directory import record
+    from ddiff.runs.parts import Given
+
+    recipe = read_recipe(name, small(name))
+    run = build_run(recipe, Given())
+    run.begin()
+    before = {key: value.clone() for key, value in run.denoiser.state_dict().items()}
+    summary = run.train(accepted=lambda: record(run.run_dir, recipe, run, Given()))
+    assert (summary.step, summary.skipped_steps) == (2, 0)
+    line = json.loads((run.run_dir / "metrics.jsonl").read_text().splitlines()[0])
+    return before, run.denoiser.state_dict(), line["train_loss"]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_recipe_has_the_published_numbers(name: str) -> None:
+    """Tokens by steps, batch and length; the noise and the loss by the papers' own tables."""
+    recipe = read_recipe(name, ["data.kind=bundled"] if not has_hub() else [])
+    tokens = recipe.train.steps * recipe.train.batch * recipe.length
+    expected = {512: {131e9}, 128: {66e9}, 1024: {524e9, 682e9, 262e9}}[recipe.length]  # 262: the batch of 256 of gamma
+    assert any(abs(tokens / value - 1) < 0.01 for value in expected)
+    assert name.removeprefix("paper/") == recipe.name.removeprefix("paper_")
+
+
+def has_hub() -> bool:
+    registry: Registry = read_recipe("mdlm_small").registry
+    return any(part.name == "hub" for part in registry.components() if part.kind == "dataset")
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "tolerance"),
+    [
+        # Ours have one modulation for all blocks where the published ones have one for each, 6 x 128 x width a block.
+        ("mdlm_small", 169.7, 0.045),
+        ("hdlm_small_64", 169.9, 0.045),
+        ("hdlm_base_128", 424.8, 0.045),
+        ("mdlm_1b", 1453.0, 0.03),
+        ("ar_small_llama", 190.5, 0.001),
+    ],
+)
+def test_a_paper_recipe_has_the_published_size(name: str, millions: float, tolerance: float) -> None:
+    recipe = read_recipe(f"paper/{name}", ["data.kind=bundled"] if not has_hub() else [])
+    vocabulary = recipe.vocabulary.preview(num_tokens=recipe.tokenizer.preview())
+    with torch.device("meta"):
+        denoiser = build_denoiser(recipe, vocabulary)
+    count = sum(parameter.numel() for parameter in denoiser.parameters())
+    assert count / 1e6 == pytest.approx(millions, rel=tolerance)
