@@ -42,6 +42,10 @@ DRY_RUN = (
     "and how the parts fit where the recipe says how many tokens there are. Not checked is what only the data tells: the "
     "texts themselves, an alphabet found in them, tokenizers and models of other origin, checkpoints."
 )
+MEASURE = (
+    "With --dry-run: take that many training steps in a temporary directory and print, in place of the recipe, what it "
+    "costs: parameters, FLOPs and logits per token, memory per rank, tokens/s, MFU, ETA, checkpoint size, the first loss."
+)
 
 
 @app.command()
@@ -49,16 +53,30 @@ def run(
     recipe: RecipeName,
     settings: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
+    measure: Annotated[int | None, typer.Option("--measure", min=1, metavar="STEPS", help=MEASURE)] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run directory holds and start over.")] = False,
 ) -> None:
     """Train, evaluate and sample as a recipe says; run again to resume."""
     from ddiff.recipe import read_recipe
 
+    if measure is not None and not dry_run:
+        raise ArgumentError(
+            f"--measure {measure} goes with --dry-run: its steps are taken in a place of their own and train nothing. Add "
+            "--dry-run to measure, or leave --measure out to train."
+        )
+    if measure:  # nothing is fetched to be measured; the libraries read this when they are imported
+        os.environ["HF_HUB_OFFLINE"] = "1"
     resolved = read_recipe(recipe, settings or ())
     if dry_run:
         from ddiff.runs import rehearse
 
         rehearse(resolved, fresh=fresh)
+        if measure is not None:
+            from ddiff.runs.measure import measure as measured
+            from ddiff.runs.measured import print_measurement
+
+            print_measurement(measured(resolved, measure))
+            return
         typer.echo(resolved.to_toml(), nl=False)
         return
     if starts_workers(resolved):

@@ -106,7 +106,7 @@ class Run:
 
         `accepted` is called once that checkpoint is known to be whole and to fit, before anything is written.
         """
-        trainer = self._trainer()
+        trainer = self.trainer()
         with closing(trainer.tracker):
             start = trainer.checkpoints.newest()
             if start is not None:
@@ -135,7 +135,8 @@ class Run:
         counts = np.bincount(token_stream(self.train_rows)[0], minlength=self.vocabulary.num_tokens)
         self.denoiser.head.start_from_counts(torch.from_numpy(counts))
 
-    def _trainer(self) -> Trainer:
+    def trainer(self) -> Trainer:
+        """What trains this run, as the recipe has it."""
         recipe, keys = self.recipe, self.recipe.train
         cosine = WarmupCosine(keys.steps, keys.warmup, keys.floor)
         return Trainer(

@@ -91,6 +91,15 @@ def build_denoiser(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:
     return Denoiser(backbone, recipe.head.build(vocabulary=vocabulary, width=backbone.width), recipe.given)
 
 
+def outlined(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:
+    """The denoiser without room for its weights, where its parts can be had so: a billion of them are made in no time."""
+    try:
+        with torch.device("meta"):
+            return build_denoiser(recipe, vocabulary)
+    except (NotImplementedError, RuntimeError):  # a part that computes with its weights when it is made
+        return build_denoiser(recipe, vocabulary)
+
+
 def build_objective(recipe: Recipe, process: ForwardProcess | None, denoiser: Denoiser) -> Any:
     loss = recipe.loss.build(process=process) if recipe.loss else None
     times = recipe.times.build() if recipe.times else None

@@ -40,12 +40,12 @@ from ddiff.runs.init import check_source
 from ddiff.runs.parts import (
     Given,
     backend_alone,
-    build_denoiser,
     build_objective,
     build_process,
     check_backend,
     check_sampling,
     check_tokenizer,
+    outlined,
 )
 from ddiff.summary import print_evaluation, print_summary
 from ddiff.training.checkpoint import Checkpoints, load_weights
@@ -135,7 +135,7 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> None:
         check_source(init.run)
     if vocabulary is not None:
         process = build_process(recipe, vocabulary)
-        denoiser = build_denoiser(recipe, vocabulary)
+        denoiser = outlined(recipe, vocabulary)
         objective = build_objective(recipe, process, denoiser)
         check_sampling(recipe, vocabulary, process, getattr(objective, "denoiser", denoiser), objective)
 

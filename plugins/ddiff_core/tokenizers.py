@@ -85,8 +85,8 @@ class Pretrained:
         tokenizer = PretrainedTokenizer.from_pretrained(config.path)
         if config.size not in (None, tokenizer.num_tokens):
             raise DataError(
-                f"size must be the number of tokens of {config.path!r}, {tokenizer.num_tokens}; got {config.size}. Leave it "
-                "out, or name the tokenizer that has so many."
+                f"size must be the number of tokens of {config.path!r}, {tokenizer.num_tokens}; got {config.size}. Leave "
+                "it out, or name the tokenizer that has so many."
             )
         return tokenizer
 

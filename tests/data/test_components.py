@@ -200,3 +200,28 @@ def test_cooccurrence_without_rows_is_explained(tokenizer: BytePairTokenizer) ->
 def test_impossible_tables_are_refused_before_anything_is_read(config: Any, keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         config(**keys)
+
+
+def test_one_cluster_stands_under_the_mask(tokenizer: BytePairTokenizer) -> None:
+    """And not for it: all words, then one node, then the root, built and foreseen alike."""
+    embeddings = np.random.default_rng(0).standard_normal((tokenizer.num_tokens, 4)).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddiff.model_embeddings", lambda source, num_tokens: embeddings, raising=False)
+        built = build_clusters(tokenizer, sizes=(1,), model="somewhere")
+    seen = Clusters.preview(Clusters.Config(sizes=(1,)), num_tokens=tokenizer.num_tokens)
+    assert seen is not None
+    assert built.level_sizes == seen.level_sizes == (tokenizer.num_tokens, 1, 1)
+
+
+def test_a_pretrained_tokenizer_of_another_size_is_refused(tokenizer: BytePairTokenizer, tmp_path: Path) -> None:
+    """The tokenizer is a directory as the transformers library writes it."""
+    transformers = pytest.importorskip("transformers")
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|eos|>")
+    made.save_pretrained(tmp_path)
+    documents: Any = None
+    for size in (None, tokenizer.num_tokens):
+        config = Pretrained.Config(path=str(tmp_path), size=size)
+        assert Pretrained.preview(config) == size
+        assert Pretrained.build(config, documents=documents, cache=None).num_tokens == tokenizer.num_tokens
+    with pytest.raises(DataError, match=f"size must be the number of tokens of .*, {tokenizer.num_tokens}; got 7"):
+        Pretrained.build(Pretrained.Config(path=str(tmp_path), size=7), documents=documents, cache=None)

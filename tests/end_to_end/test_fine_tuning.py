@@ -11,6 +11,7 @@ import torch
 from small import CORPUS, RECIPE
 
 import ddiff as api
+from ddiff.errors import ArgumentError, RecipeError
 from ddiff.recipe import read_recipe
 from ddiff.runs.built import build_run
 from ddiff.runs.parts import Given
@@ -132,6 +133,36 @@ def test_a_run_records_where_it_began_and_goes_on_without_that_run(place: Path) 
     assert json.loads(Path("runs/tuned/environment.json").read_text())["init"] == recorded
 
 
+@pytest.mark.slow
+def test_a_model_s_embeddings_become_those_of_the_words(tmp_path: Path) -> None:
+    """Words take its rows, a cluster the mean of its words' rows; what is not as wide is refused."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    model = transformers.AutoModel.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    run = begun(f"train.init={{model='{tmp_path / 'model'}', parts='embeddings'}}")
+    table, theirs = run.denoiser.state_dict()["backbone.embedding.weight"], model.get_input_embeddings().weight.detach()
+    words = run.vocabulary.num_tokens
+    assert torch.equal(table[:words], theirs[:words])
+    for node in (words, words + 3):
+        members = (run.vocabulary.parent(torch.arange(words)) == node).nonzero().squeeze(-1)
+        torch.testing.assert_close(table[node], theirs[members].mean(0))
+    assert run.init == {"model": str(tmp_path / "model"), "parts": "embeddings", "tokenizer": run.tokenizer.fingerprint}
+    with pytest.raises(ArgumentError, match="embeddings of width 16, and the network of this run has 32"):
+        begun(f"train.init={{model='{tmp_path / 'model'}'}}", "denoiser.width=32")
+
+
+def test_weights_come_from_a_run_or_a_model() -> None:
+    for init in ("{parts='all'}", "{run='a', model='b'}"):
+        with pytest.raises(RecipeError, match="name either a run, or a model whose embeddings are taken"):
+            read_recipe("small.toml", [f"train.init={init}"])
+
+
+def test_the_cosine_ends_where_the_recipe_says() -> None:
+    multiplier = begun("train.floor=0.25").trainer().multiplier
+    assert multiplier(3) == pytest.approx(0.25)
+
+
 # ---------------------------------------------------------------------- prompts in training
 
 
@@ -153,7 +184,7 @@ def test_a_share_of_the_rows_is_shown_a_prefix_of_any_length() -> None:
 def test_a_prefix_is_shown_clean_and_counts_nothing() -> None:
     run = begun("train.prefix=1.0", "train.batch=64")
     batch = run._batch_at(0, 0)
-    drawn = run.objective._draw(batch, run._trainer().noise_at(0, batch), 64)
+    drawn = run.objective._draw(batch, run.trainer().noise_at(0, batch), 64)
     prefix = batch.valid & ~batch.scored
     assert bool(prefix.any())
     assert bool(drawn.noisy.clean[prefix].all())

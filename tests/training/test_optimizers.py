@@ -63,6 +63,13 @@ def test_only_hidden_matrices_decay() -> None:
         assert decaying == {id(p) for p in hidden.values()}
 
 
+def test_everything_decays_where_asked_to() -> None:
+    module = Everything()
+    groups = adamw(module, weight_decay=0.02, eps=1e-9, decay="all").param_groups
+    decaying = {id(p) for g in groups if g["weight_decay"] == 0.02 and g["eps"] == 1e-9 for p in g["params"]}
+    assert decaying == {id(p) for p in module.parameters() if p.requires_grad}
+
+
 @pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
 def test_an_orthogonalised_matrix_keeps_its_directions_and_evens_its_stretch(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

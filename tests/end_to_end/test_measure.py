@@ -1,0 +1,196 @@
+"""`ddiff run --dry-run --measure N` counts what a run costs, and knows its first loss before it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from small import RECIPE
+
+from ddiff.errors import ArgumentError, DataError
+from ddiff.recipe import parse_recipe
+from ddiff.runs import cost
+from ddiff.runs.cost import Footprint, Parameters, counted, num_bytes
+from ddiff.runs.measure import Measurement, measure
+from ddiff.runs.rise import Rise
+from ddiff.training.trainer import Trainer
+
+Called = Callable[..., tuple[int, str, str]]
+WIDTH, LENGTH, LAYERS, WORDS = 16, 8, 1, 270
+FLAT = ["vocabulary={kind='flat'}", "process={kind='mdlm'}", "denoiser.head=tokens"]
+AR = ["plugins=['ar', 'dit']", "vocabulary={kind='flat'}", "denoiser.head=tokens", "denoiser.time=false"]
+ABSENT = f"tokenizer={{kind='pretrained', path='nowhere', size={WORDS}}}"
+
+
+def measured(settings: Sequence[str] = (), steps: int = 2, text: str = RECIPE) -> Measurement:
+    return measure(parse_recipe(text, settings=["backend.device=cpu", "train.optimizer=adamw", *settings]), steps)
+
+
+def autoregressive() -> str:
+    """No process may stand in the recipe."""
+    return RECIPE.replace('[process]\nkind = "hdlm"\n', '[objective]\nkind = "ar"\n').replace(
+        "steps = 4\n", 'sampler = "left_to_right"\n'
+    )
+
+
+# what is counted
+
+
+def test_flops_are_those_of_the_shapes(folder: Path) -> None:
+    """24 d^2 for the matrices of a block (3 + 1 + 4 + 4 of 2 d^2), 4 L d for its attention; without time nothing else."""
+    found = measured([*FLAT, "denoiser.time=false"])
+    assert found.cost.trunk_flops == LAYERS * (24 * WIDTH**2 + 4 * LENGTH * WIDTH)
+    assert found.cost.head_flops == pytest.approx(2 * WIDTH * found.cost.logits)
+    assert found.cost.flops == 3 * (found.cost.trunk_flops + found.cost.head_flops)
+
+
+def test_logits_are_those_that_the_head_computes(folder: Path) -> None:
+    every = measured(AR, text=autoregressive())
+    masked, tree = measured(FLAT, steps=10), measured(steps=10)
+    assert every.cost.logits == every.num_tokens  # at each position all words
+    assert 0.3 * masked.num_tokens < masked.cost.logits < 0.7 * masked.num_tokens  # at the masks alone, half of them
+    assert tree.cost.logits < 0.2 * tree.num_tokens  # clusters, or the words of one
+
+
+def test_parameters_are_told_apart(folder: Path) -> None:
+    found = measured(FLAT)
+    states = found.num_tokens + 1
+    assert found.cost.parameters.embedding == states * WIDTH
+    assert found.cost.parameters.head == found.num_tokens * (WIDTH + 1)
+    assert 4 * found.cost.parameters.total == found.cost.footprint.parameters == found.cost.footprint.gradients
+    moments = 2 * found.cost.footprint.parameters
+    assert moments <= found.cost.footprint.optimizer < 1.01 * moments  # and a count of steps each
+    assert found.cost.checkpoint == found.cost.footprint.parameters + found.cost.footprint.optimizer
+
+
+def test_a_rank_holds_everything_or_its_share() -> None:
+    one = Footprint(parameters=800.0, gradients=800.0, optimizer=1600.0, activations=50.0)
+    assert one.total == 3250.0
+    assert one.replicated().total == one.total + 800.0  # the buckets in which gradients are summed
+    assert one.sharded(8, largest=100.0).total == 3200.0 / 8 + 2 * 100.0 + 50.0
+
+
+def test_the_count_of_logits_ends_with_its_block(folder: Path) -> None:
+    from ddiff import FlatVocabulary, TokenHead
+
+    head = TokenHead(FlatVocabulary(5), 3)
+    hidden, node = torch.zeros(4, 3), torch.full((4,), 5)
+    with counted(head) as logits:
+        head.visit(hidden, node, lambda law, idx: law.log_mass(0))
+    head.visit(hidden, node, lambda law, idx: law.log_mass(0))
+    assert logits.count == 4 * 5
+    assert num_bytes({"a": [hidden, {"b": node}], "c": "text", "d": 1}) == 4 * 3 * 4 + 4 * 8
+
+
+def test_memory_is_seen_to_rise() -> None:
+    """64 MiB that are written to and let go: within half of that, the interpreter does other things too."""
+    rise = Rise(torch.device("cpu"))
+    torch.ones(2**24).sum()
+    assert 48 * 2**20 < rise.bytes() < 96 * 2**20
+
+
+# the first loss
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"), [([], RECIPE), (FLAT, RECIPE), (AR, autoregressive()), (["train.accumulate=2"], RECIPE)]
+)
+def test_the_first_loss_is_known_before_it_is_trained(folder: Path, settings: list[str], text: str) -> None:
+    """The same rows, times and noise: nothing but rounding is between them, dropout included."""
+    found = measured(settings, text=text)
+    assert found.first_law is not None
+    assert found.first_loss == pytest.approx(found.first_law.there, rel=1e-6)
+    assert not found.is_off
+    assert abs(found.first_law.mean - found.unigram) < 6 * found.first_law.error + 0.05  # the bound at the unigram law
+
+
+def test_the_law_of_an_autoregressive_head_starts_at_the_entropy_of_the_unigram(folder: Path) -> None:
+    found = measured(AR, text=autoregressive())
+    assert found.first_law is not None
+    assert found.first_law.mean == pytest.approx(found.unigram, abs=4 * found.first_law.error)
+
+
+def test_a_loss_that_is_divided_by_another_count_is_warned_of(
+    folder: Path, ddiff: Called, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = Trainer._denominators
+    monkeypatch.setattr(
+        Trainer, "_denominators", lambda self, batches: {k: v / 2 for k, v in counts(self, batches).items()}
+    )
+    assert measured().is_off
+    code, out, _ = ddiff("run", "small.toml", "--dry-run", "--measure", "1")
+    assert code == 0
+    assert "WARNING: the first loss is" in out
+
+
+def test_other_weights_leave_the_first_loss_open(folder: Path, ddiff: Called) -> None:
+    assert ddiff("run", "small.toml", "--set", "train.steps=2")[0] == 0
+    assert measured(["train.init={run='runs/small'}", "name=second"]).first_law is None
+
+
+# the command
+
+
+def test_a_measurement_is_one_table_and_leaves_nothing(folder: Path, ddiff: Called) -> None:
+    before = sorted(path.name for path in folder.iterdir())
+    code, out, err = ddiff("run", "small.toml", "--dry-run", "--measure", "3", "--set", "backend.kind=ddp",
+                           "--set", "backend.processes=2")  # fmt: skip
+    assert code == 0, err
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert out.startswith("small, one of 2 processes, on cpu, 2 rows of 8 tokens a step")
+    rows = [
+        "parameters",
+        "logits/token",
+        "FLOPs/token",
+        "tokens/s",
+        "MFU",
+        "ETA",
+        "checkpoint",
+        "first loss",
+        "  expected",
+    ]
+    rows += ["single, accumulate x 2", "ddp, 2 processes", "fsdp, 2 processes"]
+    for row in rows:
+        assert f"\n{row} " in out, row
+    assert "timed here" in out  # no data sheet knows this CPU
+    assert "WARNING" not in out
+
+
+def test_measuring_goes_with_a_dry_run(folder: Path, ddiff: Called) -> None:
+    code, _, err = ddiff("run", "small.toml", "--measure", "3")
+    assert code == 2
+    assert "--measure 3 goes with --dry-run" in err
+    assert not (folder / "runs").exists()
+
+
+def test_text_that_is_not_here_is_stood_in_for(folder: Path) -> None:
+    Path("nowhere").mkdir()  # and no name on the hub, which would be asked for
+    found = measured([ABSENT])
+    assert "nowhere" in found.stand_in
+    assert found.num_tokens == WORDS
+    assert not found.is_off
+    assert measured().stand_in == ""
+
+
+def test_text_that_is_not_here_and_of_unknown_words_is_an_error(folder: Path) -> None:
+    Path("nowhere").mkdir()
+    with pytest.raises(DataError, match="No tokenizer from 'nowhere'"):
+        measured(["tokenizer={kind='pretrained', path='nowhere'}"])
+
+
+def test_what_has_no_room_is_not_begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddiff.runs.measure.free_bytes", lambda device: 1000.0)
+    with pytest.raises(ArgumentError, match=r"parameters, which with gradients .* free\. Measure where"):
+        measured()
+
+
+def test_known_devices_have_the_figures_of_their_makers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, figure in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA H200", 989e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert cost.peak(torch.device("cuda"))[0] == figure
+
+
+def test_parameters_add_up() -> None:
+    assert Parameters(1, 2, 3).total == 6
