@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, final
 
 import numpy as np
 import torch
@@ -25,13 +27,12 @@ from ddiff.data.rows import batch_rows, token_stream
 from ddiff.data.tokenizer import AlphabetTokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import Context, Denoiser
-from ddiff.progress import progress
 from ddiff.recipe import Recipe, parse_recipe
 from ddiff.runs.built import Run, build_run
 from ddiff.runs.cost import TRAINING, Footprint, Parameters, counted, flops, free_bytes, largest_unit, num_bytes, peak
 from ddiff.runs.parts import Given, build_backend, build_objective, outlined
 from ddiff.runs.rise import Rise
-from ddiff.training.metrics import StepRecord
+from ddiff.training.metrics import FILE as METRICS
 from ddiff.training.protocols import Objective
 from ddiff.training.trainer import Trainer
 
@@ -113,8 +114,8 @@ def measure(recipe: Recipe, count: int) -> Measurement:
         first_law, trunk_flops = _first_law(run), _trunk_flops(run)
         head, trainer = run.denoiser.head, run.trainer()
         with counted(head) as logits:
-            records, rise = _stepped(trainer, count)
-        tokens = sum(record.tokens for record in records)
+            steps, rise = _stepped(trainer, count)
+        tokens = sum(step["tokens"] for step in steps)
         denoiser = run.denoiser
         footprint = Footprint(
             parameters=num_bytes(list(denoiser.parameters())),
@@ -137,8 +138,8 @@ def measure(recipe: Recipe, count: int) -> Measurement:
             stand_in=stand_in,
             num_tokens=run.vocabulary.num_tokens,
             cost=cost,
-            pace=_pace(records, run.backend.device),
-            first_loss=records[0].loss,
+            pace=_pace(steps, run.backend.device),
+            first_loss=steps[0]["train_loss"],
             first_law=first_law,
             unigram=_unigram(run),
         )
@@ -215,24 +216,51 @@ def _unigram(run: Run) -> float:
 # ------------------------------------------------------------------ steps
 
 
-def _stepped(trainer: Trainer, count: int) -> tuple[list[StepRecord], float]:
-    """The first steps, and the bytes by which memory rises in one above what stands between two."""
-    records: list[StepRecord] = []
-    rise = Rise(trainer.backend.device)
-    with progress(count, "measuring") as bar:
-        for record in trainer.records(count):
-            if not records:  # the optimizer has its state now, and stays as large
-                rise = Rise(trainer.backend.device)
-            records.append(record)
-            bar.advance(1, loss=record.loss)
-    return records, rise.bytes()
+class Enough(Exception):
+    """The steps to be measured are taken."""
 
 
-def _pace(records: Sequence[StepRecord], device: torch.device) -> Pace:
-    """The median step; the first quarter warms up."""
-    timed = records[max(1, len(records) // 4) :] or records
-    seconds = statistics.median(record.seconds for record in timed)
-    return Pace(statistics.median(record.tokens for record in timed) / seconds, seconds, *peak(device))
+@final
+class Watch:
+    """A tracker that sees how far memory rises between its first call and the last, with which it ends the training."""
+
+    def __init__(self, device: torch.device, last: int) -> None:
+        self.device, self.last = device, last
+        self.rise: Rise | None = None
+        self.bytes = 0.0
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self.rise is None:  # the optimizer has its state now, and stays as large
+            self.rise = Rise(self.device)
+        if step >= self.last:
+            self.bytes = self.rise.bytes()
+            raise Enough
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _stepped(trainer: Trainer, count: int) -> tuple[list[dict[str, float]], float]:
+    """The lines of the first steps in metrics.jsonl, and the bytes by which memory rises above what stands between two."""
+    watch = Watch(trainer.backend.device, count)
+    trainer.tracker, trainer.log_every = watch, _window(count)
+    trainer.steps = trainer.checkpoint_every = count + 1  # no step is the last, so nothing is saved
+    with suppress(Enough):
+        trainer.fit()
+    lines = Path(trainer.run_dir, METRICS).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines], watch.bytes
+
+
+def _window(count: int) -> int:
+    """Steps between two looks at the figures, for which a device must be waited: a quarter of all if that divides them."""
+    return count // 4 if count % 4 == 0 else 1
+
+
+def _pace(steps: Sequence[Mapping[str, float]], device: torch.device) -> Pace:
+    """The mean step once the first quarter has warmed up: a step whose figures are read waits for those before it."""
+    timed = steps[max(1, len(steps) // 4) :] or steps
+    seconds = sum(step["seconds"] for step in timed)
+    return Pace(sum(step["tokens"] for step in timed) / seconds, seconds / len(timed), *peak(device))
 
 
 def _trunk_flops(run: Run) -> float:

@@ -58,7 +58,7 @@ def _timed(measured: Measurement) -> list[tuple[str, str, str]]:
     tokens = keys.steps * keys.batch * recipe.length
     checkpoint = measured.cost.checkpoint
     return [
-        ("tokens/s", f"{pace.tokens_per_second:,.0f}", f"{pace.step_seconds:.3f} s a step (median){together}"),
+        ("tokens/s", f"{pace.tokens_per_second:,.0f}", f"{pace.step_seconds:.3f} s a step{together}"),
         ("MFU", f"{measured.mfu:.1%}", f"of {_short(pace.peak)}FLOP/s: {pace.peak_from}"),
         (
             "ETA",

@@ -14,7 +14,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, final
@@ -185,13 +185,6 @@ class Trainer:
             checkpoint=checkpoint,
             signal=run.signal if interrupted else None,
         )
-
-    def records(self, count: int) -> Iterator[StepRecord]:
-        """The first `count` steps one by one, of which nothing is written: a signal ends them as it ends any program."""
-        run, interruption = _Run(), Interruption()
-        self.objective.module.train()
-        while run.step < count:
-            yield self._step(run, interruption)
 
     def _progress(self, start: int) -> AbstractContextManager[Progress]:
         console = None if self.backend.rank == 0 else Console(quiet=True, force_terminal=False)
