@@ -97,6 +97,7 @@ _MODULES = {
     ),
     "ddiff.data.batch": ("Batch",),
     "ddiff.data.cache": ("Cache",),
+    "ddiff.data.corpus": ("Corpus", "ShardedCorpus", "SourceCorpus"),
     "ddiff.data.documents": (
         "Documents",
         "bundled_novels",
@@ -107,7 +108,8 @@ _MODULES = {
     ),
     "ddiff.data.jsonl": ("json_lines",),
     "ddiff.data.markov": ("MarkovSource",),
-    "ddiff.data.rows": ("rows_fingerprint", "token_stream"),
+    "ddiff.data.rows": ("Rows", "rows_fingerprint", "token_stream"),
+    "ddiff.data.sources": ("TextSource", "file_texts", "hub_texts"),
     "ddiff.data.tokenizer": (
         "AlphabetTokenizer",
         "BytePairTokenizer",
@@ -290,6 +292,9 @@ if TYPE_CHECKING:
     from ddiff.core.vocabulary import Vocabulary as Vocabulary
     from ddiff.data.batch import Batch as Batch
     from ddiff.data.cache import Cache as Cache
+    from ddiff.data.corpus import Corpus as Corpus
+    from ddiff.data.corpus import ShardedCorpus as ShardedCorpus
+    from ddiff.data.corpus import SourceCorpus as SourceCorpus
     from ddiff.data.documents import Documents as Documents
     from ddiff.data.documents import bundled_novels as bundled_novels
     from ddiff.data.documents import from_texts as from_texts
@@ -298,8 +303,12 @@ if TYPE_CHECKING:
     from ddiff.data.documents import text_fingerprint as text_fingerprint
     from ddiff.data.jsonl import json_lines as json_lines
     from ddiff.data.markov import MarkovSource as MarkovSource
+    from ddiff.data.rows import Rows as Rows
     from ddiff.data.rows import rows_fingerprint as rows_fingerprint
     from ddiff.data.rows import token_stream as token_stream
+    from ddiff.data.sources import TextSource as TextSource
+    from ddiff.data.sources import file_texts as file_texts
+    from ddiff.data.sources import hub_texts as hub_texts
     from ddiff.data.tokenizer import AlphabetTokenizer as AlphabetTokenizer
     from ddiff.data.tokenizer import BytePairTokenizer as BytePairTokenizer
     from ddiff.data.tokenizer import PretrainedTokenizer as PretrainedTokenizer

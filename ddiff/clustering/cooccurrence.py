@@ -15,7 +15,7 @@ _CONTEXT_POWER = 0.75  # flattens the contexts' frequencies, so that rare contex
 
 def cooccurrence_embeddings(
     ids: NDArray[np.int32],
-    document: NDArray[np.int32],
+    document: NDArray[np.integer],
     num_tokens: int,
     *,
     width: int = 64,
@@ -42,7 +42,7 @@ def cooccurrence_embeddings(
 
 
 def _counts(
-    ids: NDArray[np.int32], document: NDArray[np.int32], num_tokens: int, window: int
+    ids: NDArray[np.int32], document: NDArray[np.integer], num_tokens: int, window: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """[V, C] weighted counts of the C most frequent words before and after each word."""
     frequency = np.bincount(ids, minlength=num_tokens)

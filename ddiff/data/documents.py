@@ -15,7 +15,7 @@ from functools import cached_property
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import fsspec
 import pyarrow as pa
@@ -23,6 +23,7 @@ from datasets import Dataset, Value
 
 from ddiff.data.arrow import read_table, table_in_memory, write_table
 from ddiff.data.cache import Cache
+from ddiff.data.tokenising import place_of
 from ddiff.errors import ArgumentError, DataError
 from ddiff.progress import progress
 
@@ -57,8 +58,11 @@ class Documents:
         ]
 
 
-def text_fingerprint(documents: Dataset) -> str:
-    """32 hexadecimal digits of the SHA-256 of the documents' text, their boundaries included."""
+def text_fingerprint(documents: Any) -> str:
+    """32 hexadecimal digits of the SHA-256 of the documents' text, their boundaries included; of a part of a corpus that is
+    not held, its own fingerprint."""
+    if not isinstance(documents, Dataset):
+        return documents.fingerprint
     digest = hashlib.sha256()
     for batch in documents.select_columns("text").iter(256):
         for text in batch["text"]:
@@ -180,8 +184,7 @@ def _held_out(corpus: Dataset, share: float) -> tuple[list[int], list[int]]:
     train: list[int] = []
     validation: list[int] = []
     for number, text in enumerate(corpus["text"]):
-        place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") / 2**64
-        (validation if place < share else train).append(number)
+        (validation if place_of(text.encode()) < share else train).append(number)
     return train, validation
 
 

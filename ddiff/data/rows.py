@@ -2,222 +2,227 @@
 
 Training joins documents, each closed by its end mark, and cuts the stream into rows; a row keeps the number of the
 document at each position, so that attention can hold them apart. Evaluation gives each document rows of its own. Only the
-last row of the stream, or of a document, is padded.
+last row of the stream, or of a document, is padded. Rows are cut when they are read: what is stored is the stream.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol, final
 
 import numpy as np
-import pyarrow as pa
 import torch
 from datasets import Dataset
 from numpy.typing import ArrayLike, NDArray
 
-from ddiff.data.arrow import read_table, table_in_memory, write_table
 from ddiff.data.batch import Batch
-from ddiff.data.cache import Cache
+from ddiff.data.cache import Cache, fingerprint
 from ddiff.data.conditions import Conditions
 from ddiff.data.documents import from_texts, text_fingerprint
-from ddiff.data.tokenizer import Tokenizer, UnknownSymbol
+from ddiff.data.order import row_at
+from ddiff.data.shards import TokenStream, gathered, read_shards, write_shards
+from ddiff.data.tokenising import DOCUMENTS_AT_ONCE, TRAIN, Chunk
+from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError, DataError
-from ddiff.progress import progress
 
-_DOCUMENTS_AT_ONCE = 64
+_ROWS_AT_ONCE = 4096
+_READ_WHOLE = 2**26  # tokens up to which rows are known by what they hold, and beyond which by their shards' checksums
 _Ints = NDArray[np.int32]
+
+
+@final
+@dataclass(frozen=True)
+class Block:
+    """Some rows: `ids` [k, length] int32, `document` [k, length] int64, `num_valid` [k] int32."""
+
+    ids: _Ints
+    document: NDArray[np.int64]
+    num_valid: _Ints
+
+
+class Rows(Protocol):
+    """Rows of `length` tokens, read by number.
+
+    Padding stands last in a row, is the end mark (0 without one) and carries the number of the document before it.
+    """
+
+    length: int
+
+    def __getitem__(self, numbers: ArrayLike | slice) -> Block:
+        """The rows with these numbers [k], in this order."""
+        ...
+
+    def order(self, seed: int, positions: ArrayLike) -> NDArray[np.int64]:
+        """The numbers of the rows that the global sample numbers `positions` show."""
+        ...
+
+    def token_counts(self) -> NDArray[np.int64]:
+        """How often each token occurs, [V]."""
+        ...
+
+    def stream(self, at_most: int | None = None) -> tuple[_Ints, NDArray[np.int64]]:
+        """The first ids in order [n] and the document of each [n], padding left out."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that tell rows apart."""
+        ...
+
+
+@final
+class PackedRows:
+    """Rows cut from a stream of tokens: joined, or starting anew with every document (`separate`)."""
+
+    def __init__(self, stream: TokenStream, length: int, *, filler: int, separate: bool = False) -> None:
+        self.tokens, self.length, self._filler = stream, length, filler
+        self._ends = np.concatenate([np.empty(0, np.int64), *stream.document_ends()]) if separate else None
+        self._last_rows = None if self._ends is None else np.cumsum(-(-np.diff(self._ends, prepend=0) // length))
+
+    def __len__(self) -> int:
+        if self._last_rows is None:
+            return -(-self.tokens.num_tokens // self.length)
+        return int(self._last_rows[-1]) if len(self._last_rows) else 0
+
+    def __getitem__(self, numbers: ArrayLike | slice) -> Block:
+        wanted = np.arange(len(self))[numbers] if isinstance(numbers, slice) else np.asarray(numbers, np.int64)
+        if wanted.ndim != 1 or (wanted.size and (wanted.min() < 0 or wanted.max() >= len(self))):
+            raise ArgumentError(f"rows: numbers must be a list of numbers in 0..{len(self) - 1}; got {numbers!r}.")
+        starts, stops = self._spans(wanted)
+        ids = np.full((len(wanted), self.length), self._filler, np.int32)
+        document = np.empty((len(wanted), self.length), np.int64)
+        for row, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist())):
+            size = stop - start
+            ids[row, :size], document[row, :size] = self.tokens.read(start, stop)
+            # Padding keeps the last document's number, so that a padded position still has something to attend to.
+            document[row, size:] = document[row, size - 1]
+        return Block(ids, document, (stops - starts).astype(np.int32))
+
+    def order(self, seed: int, positions: ArrayLike) -> NDArray[np.int64]:
+        return row_at(seed, positions, len(self))
+
+    def token_counts(self) -> NDArray[np.int64]:
+        return self.tokens.counts()
+
+    def stream(self, at_most: int | None = None) -> tuple[_Ints, NDArray[np.int64]]:
+        held = self.tokens.num_tokens
+        return self.tokens.read(0, held if at_most is None else min(at_most, held))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """By ids, documents and lengths of all rows; beyond 2**26 tokens, which take long to read, by the checksums of the
+        shards."""
+        if self.tokens.num_tokens > _READ_WHOLE:
+            return fingerprint([self.tokens.fingerprint, self.length, self._ends is not None, self._filler])
+        digest = hashlib.sha256(str((len(self), self.length)).encode())
+        for name in ("ids", "document", "num_valid"):
+            for block in self._blocks():
+                digest.update(getattr(block, name).astype("<i4").tobytes())
+        return digest.hexdigest()[:32]
+
+    def documents(self) -> NDArray[np.int64]:
+        """[R] the document that each row begins with."""
+        return np.concatenate([block.document[:, 0] for block in self._blocks()])
+
+    def _spans(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where rows start and stop in the stream."""
+        if self._ends is None or self._last_rows is None:
+            starts = numbers * self.length
+            return starts, np.minimum(starts + self.length, self.tokens.num_tokens)
+        document = np.searchsorted(self._last_rows, numbers, side="right")
+        before = np.where(document > 0, self._last_rows[document - 1], 0)
+        starts = np.where(document > 0, self._ends[document - 1], 0) + (numbers - before) * self.length
+        return starts, np.minimum(starts + self.length, self._ends[document])
+
+    def _blocks(self) -> Iterator[Block]:
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            yield self[start : start + _ROWS_AT_ONCE] if self._ends is not None else self._joined(start)
+
+    def _joined(self, first: int) -> Block:
+        """The next rows of the stream, read at once."""
+        size = min(_ROWS_AT_ONCE, len(self) - first)
+        start, stop = first * self.length, min((first + size) * self.length, self.tokens.num_tokens)
+        missing = size * self.length - (stop - start)
+        ids, document = self.tokens.read(start, stop)
+        num_valid = np.full(size, self.length, np.int32)
+        num_valid[-1] -= missing
+        ids, document = np.pad(ids, (0, missing), constant_values=self._filler), np.pad(document, (0, missing), "edge")
+        return Block(ids.reshape(size, -1), document.reshape(size, -1), num_valid)
 
 
 def pack(
     documents: Dataset, tokenizer: Tokenizer, length: int, *, separate: bool = False, cache: Cache | None = None
-) -> Dataset:
-    """Rows of `length` ids: columns `ids` [length], `document` [length] (its number in `documents`) and `num_valid`.
+) -> PackedRows:
+    """Rows of `length` ids of documents, numbered as they stand in `documents`.
 
     `separate` starts a row with every document (evaluation). A tokenizer whose unit is the symbol gives one row per
-    document and wants each to have `length` symbols. Padding stands last in a row, is the end mark (0 without one) and
-    carries the number of the document before it. Memory-mapped from `cache`; in memory without one. DataError when there is
-    no token at all.
+    document and wants each to have `length` symbols. Memory-mapped from `cache`; in memory without one. DataError when
+    there is no token at all.
     """
+    inputs = {"documents": text_fingerprint(documents), "tokenizer": tokenizer.fingerprint} if cache else {}
+    if cache is None:
+        stream = gathered(_chunks(documents), tokenizer)
+    else:
+
+        def build(place: Path) -> None:
+            write_shards(place, lambda _: _chunks(documents), tokenizer, source=inputs, total=len(documents))
+
+        stream = read_shards(cache.entry("tokens", inputs, build)).stream(TRAIN)
+    return rows_of_stream(stream, tokenizer, length, separate=separate)
+
+
+def rows_of_stream(stream: TokenStream, tokenizer: Tokenizer, length: int, *, separate: bool = False) -> PackedRows:
+    """The rows of a tokenised part; DataError where it has no token, or where rows of symbols have another length."""
     if length < 1:
         raise ArgumentError(f"pack: length must be at least 1; got {length}.")
-    if cache is None:
-        rows = table_in_memory(_schema(length), _batches(documents, tokenizer, length, separate))
-    else:
-        inputs = {
-            "documents": text_fingerprint(documents),
-            "tokenizer": tokenizer.fingerprint,
-            "length": length,
-            "separate": separate,
-        }
-        entry = cache.entry("rows", inputs, lambda place: _write(documents, tokenizer, length, separate, place))
-        rows = read_table(entry / "rows.arrow")
-    if not len(rows):
-        raise DataError(f"pack: {len(documents)} document(s) gave no token. Give texts that are not empty.")
-    return rows.with_format("numpy")
+    if not stream.num_tokens:
+        raise DataError(f"pack: {stream.num_documents} document(s) gave no token. Give texts that are not empty.")
+    if tokenizer.unit == "symbol" and (wrong := stream.wrong_size(length)) is not None:
+        raise DataError(
+            f"pack: row {wrong[0]} has {wrong[1]} symbols, but an alphabet's rows must all have length = {length}. "
+            "Mend the row, or set [data] length to the length of the rows."
+        )
+    # rows of symbols are documents of one length: joined, they are cut where documents meet
+    filler = 0 if tokenizer.eos_id is None else tokenizer.eos_id
+    return PackedRows(stream, length, filler=filler, separate=separate and tokenizer.unit != "symbol")
 
 
-def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> Dataset:
+def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> PackedRows:
     """Rows of some texts held in memory, each text a document of its own."""
     return pack(from_texts(texts), tokenizer, length, separate=True)
 
 
 def batch_rows(
-    rows: Dataset, indices: ArrayLike, *, index: ArrayLike | None = None, conditions: Conditions | None = None
+    rows: Rows, indices: ArrayLike, *, index: ArrayLike | None = None, conditions: Conditions | None = None
 ) -> Batch:
     """The rows with these numbers; `index` [B] is their slot in the global batch, else the numbers themselves.
 
     `conditions` are those of the documents that the rows were packed from.
     """
     numbers = np.asarray(indices, dtype=np.int64)
-    columns = rows[numbers]
-    num_valid = columns["num_valid"]
-    ids = torch.from_numpy(columns["ids"].astype(np.int64))
-    document = torch.from_numpy(columns["document"].astype(np.int64))
-    valid = torch.arange(ids.shape[1]) < torch.from_numpy(num_valid.astype(np.int64))[:, None]
+    block = rows[numbers]
+    ids, document = torch.from_numpy(block.ids.astype(np.int64)), torch.from_numpy(block.document)
+    valid = torch.arange(ids.shape[1]) < torch.from_numpy(block.num_valid.astype(np.int64))[:, None]
     slots = torch.from_numpy(np.array(numbers if index is None else index, dtype=np.int64))
     packed = bool((document[:, :1] != document[:, -1:]).any())  # numbers never fall within a row
     told = conditions.of(document, packed) if conditions else {}
     return Batch(ids, valid, valid.clone(), document, slots, packed, told)
 
 
-def num_scored(rows: Dataset) -> int:
-    """How many tokens the rows hold, padding not counted."""
-    return int(rows[:]["num_valid"].sum(dtype=np.int64))
+def token_stream(rows: Rows, at_most: int | None = None) -> tuple[_Ints, NDArray[np.int64]]:
+    """All ids in order [n], or the first of them, and the document of each [n], padding left out."""
+    return rows.stream(at_most)
 
 
-def token_stream(rows: Dataset) -> tuple[_Ints, _Ints]:
-    """All ids in order [n] and the document of each [n], padding left out."""
-    columns = rows[:]
-    valid = np.arange(columns["ids"].shape[1]) < columns["num_valid"][:, None]
-    return columns["ids"][valid], columns["document"][valid]
+def rows_fingerprint(rows: Rows) -> str:
+    """32 hexadecimal digits that tell rows apart."""
+    return rows.fingerprint
 
 
-def rows_fingerprint(rows: Dataset) -> str:
-    """32 hexadecimal digits of the SHA-256 of the rows' ids, documents and lengths."""
-    columns = rows[:]
-    digest = hashlib.sha256(str(columns["ids"].shape).encode())
-    for name in ("ids", "document", "num_valid"):
-        digest.update(columns[name].astype("<i4").tobytes())
-    return digest.hexdigest()[:32]
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Some rows: `ids` and `document` [k, length], `num_valid` [k]."""
-
-    ids: _Ints
-    document: _Ints
-    num_valid: _Ints
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Tokens in order with the document of each, both [n]."""
-
-    ids: _Ints
-    document: _Ints
-
-
-_NOTHING = _Piece(np.empty(0, np.int32), np.empty(0, np.int32))
-
-
-def _schema(length: int) -> pa.Schema:
-    row = pa.list_(pa.int32(), length)
-    return pa.schema([("ids", row), ("document", row), ("num_valid", pa.int32())])
-
-
-def _write(documents: Dataset, tokenizer: Tokenizer, length: int, separate: bool, place: Path) -> None:
-    with progress(len(documents), "packing documents") as bar:
-        batches = _batches(documents, tokenizer, length, separate, bar.advance)
-        write_table(_schema(length), batches, place / "rows.arrow")
-
-
-def _batches(
-    documents: Dataset,
-    tokenizer: Tokenizer,
-    length: int,
-    separate: bool,
-    advance: Callable[[int], None] = lambda count: None,
-) -> Iterator[pa.RecordBatch]:
-    filler = 0 if tokenizer.eos_id is None else tokenizer.eos_id
-    pieces = _tokenised(documents, tokenizer, length, advance)
-    cut = _separate if separate or tokenizer.unit == "symbol" else _joined
-    for block in cut(pieces, length, filler):
-        lists = (pa.array(part.ravel()) for part in (block.ids, block.document))
-        columns = [pa.FixedSizeListArray.from_arrays(flat, length) for flat in lists]
-        yield pa.RecordBatch.from_arrays([*columns, pa.array(block.num_valid)], schema=_schema(length))
-
-
-def _tokenised(
-    documents: Dataset, tokenizer: Tokenizer, length: int, advance: Callable[[int], None]
-) -> Iterator[list[_Piece]]:
-    """Some documents at a time, each with its end mark."""
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    first = 0
-    for some in documents.iter(_DOCUMENTS_AT_ONCE):
-        encoded = _encoded(some, tokenizer, first)
-        if tokenizer.unit == "symbol":
-            _check_lengths(encoded, length, first)
-        yield [
-            _Piece(np.array(ids + end, np.int32), np.full(len(ids) + len(end), first + i, np.int32))
-            for i, ids in enumerate(encoded)
-        ]
-        first += len(encoded)
-        advance(len(encoded))
-
-
-def _encoded(some: dict[str, list[str]], tokenizer: Tokenizer, first: int) -> list[list[int]]:
-    try:
-        return tokenizer.encode(some["text"])
-    except UnknownSymbol as error:
-        name = some["name"][error.row] if "name" in some else "the corpus"
-        raise error.at(first + error.row, f"Row {first + error.row} ({name})") from None
-
-
-def _check_lengths(encoded: list[list[int]], length: int, first: int) -> None:
-    for row, ids in enumerate(encoded, start=first):
-        if len(ids) != length:
-            raise DataError(
-                f"pack: row {row} has {len(ids)} symbols, but an alphabet's rows must all have length = {length}. "
-                "Mend the row, or set [data] length to the length of the rows."
-            )
-
-
-def _joined(pieces: Iterable[list[_Piece]], length: int, filler: int) -> Iterator[_Block]:
-    rest = _NOTHING
-    for some in pieces:
-        stream = _concatenated([rest, *some])
-        whole = len(stream.ids) // length * length
-        if whole:
-            yield _cut(_Piece(stream.ids[:whole], stream.document[:whole]), length, filler)
-        rest = _Piece(stream.ids[whole:], stream.document[whole:])
-    if len(rest.ids):
-        yield _cut(rest, length, filler)
-
-
-def _separate(pieces: Iterable[list[_Piece]], length: int, filler: int) -> Iterator[_Block]:
-    for some in pieces:
-        blocks = [_cut(piece, length, filler) for piece in some if len(piece.ids)]
-        if blocks:
-            yield _Block(
-                *(np.concatenate([getattr(b, name) for b in blocks]) for name in ("ids", "document", "num_valid"))
-            )
-
-
-def _concatenated(pieces: list[_Piece]) -> _Piece:
-    return _Piece(np.concatenate([piece.ids for piece in pieces]), np.concatenate([piece.document for piece in pieces]))
-
-
-def _cut(piece: _Piece, length: int, filler: int) -> _Block:
-    """Rows of a non-empty piece, the last one padded."""
-    count = -(-len(piece.ids) // length)
-    missing = count * length - len(piece.ids)
-    num_valid = np.full(count, length, np.int32)
-    num_valid[-1] -= missing
-    # Padding keeps the last document's number, so that a padded position still has something that it may attend to.
-    ids = np.pad(piece.ids, (0, missing), constant_values=filler)
-    document = np.pad(piece.document, (0, missing), mode="edge")
-    return _Block(ids.reshape(count, length), document.reshape(count, length), num_valid)
+def _chunks(documents: Dataset) -> Iterator[Chunk]:
+    for some in documents.iter(DOCUMENTS_AT_ONCE):
+        yield Chunk(some["text"], names=some.get("name", []))

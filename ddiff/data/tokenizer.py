@@ -63,11 +63,14 @@ class UnknownSymbol(DataError):
     """A character outside the alphabet, in text number `row` of the call."""
 
     def __init__(self, symbol: str, row: int, name: str, symbols: Sequence[str]) -> None:
-        self.symbol, self.row, self.symbols = symbol, row, symbols
+        self.symbol, self.row, self.name, self.symbols = symbol, row, name, symbols
         super().__init__(
             f"{name} holds the character {symbol!r}, which is none of the alphabet's {len(symbols)} symbols "
             f"({' '.join(symbols[:40])}). Mend the row, or add the symbol to the tokenizer's symbols."
         )
+
+    def __reduce__(self) -> tuple[type[UnknownSymbol], tuple[str, int, str, Sequence[str]]]:
+        return UnknownSymbol, (self.symbol, self.row, self.name, self.symbols)
 
     def at(self, row: int, name: str) -> UnknownSymbol:
         """The same finding with the row's number in the corpus and its name."""
@@ -89,6 +92,9 @@ class BytePairTokenizer:
         self.eos_id: int | None = 0
         self.special_ids: tuple[int, ...] = (0,)
         self.fingerprint = fingerprint(["bytepair", json.loads(definition)])[:16]
+
+    def __reduce__(self) -> tuple[type[BytePairTokenizer], tuple[str]]:
+        return BytePairTokenizer, (self._definition,)  # the library's own pickle forgets encode_special_tokens
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> BytePairTokenizer:

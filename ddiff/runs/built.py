@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ddiff.core.noise import Noise
@@ -20,9 +19,9 @@ from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.batch import Batch
 from ddiff.data.cache import Cache
 from ddiff.data.conditions import Conditions, conditions_of
+from ddiff.data.corpus import Corpus, train_rows, validation_rows
 from ddiff.data.documents import Documents
-from ddiff.data.order import row_at
-from ddiff.data.rows import batch_rows, pack, pack_texts, rows_fingerprint, token_stream
+from ddiff.data.rows import PackedRows, Rows, batch_rows, pack_texts, rows_fingerprint, token_stream
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError
 from ddiff.evaluation.baselines import Baselines, baselines
@@ -49,6 +48,8 @@ from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
 from ddiff.training.protocols import Backend, Tracker
 from ddiff.training.tracker import NoTracker
 from ddiff.training.trainer import Trainer, TrainingSummary
+
+_COUNTED = 2**26  # training tokens whose pairs are counted: sorting them all would take longer than an evaluation
 
 
 class Run:
@@ -77,16 +78,16 @@ class Run:
         return Cache()
 
     @cached_property
-    def documents(self) -> Documents:
+    def documents(self) -> Documents | Corpus:
         return build_documents(self.recipe, self.cache)
 
     @cached_property
-    def train_rows(self) -> Any:
-        return pack(self.documents.train, self.tokenizer, self.recipe.length, cache=self.cache)
+    def train_rows(self) -> Rows:
+        return train_rows(self.documents, self.tokenizer, self.recipe.length, self.cache)
 
     @cached_property
-    def validation_rows(self) -> Any:
-        return pack(self.documents.validation, self.tokenizer, self.recipe.length, separate=True, cache=self.cache)
+    def validation_rows(self) -> PackedRows:
+        return validation_rows(self.documents, self.tokenizer, self.recipe.length, self.cache)
 
     @cached_property
     def train_conditions(self) -> Conditions:
@@ -132,8 +133,7 @@ class Run:
 
     def _start_from_counts(self) -> None:
         """The first law is the unigram law of the training text, so the first loss is known."""
-        counts = np.bincount(token_stream(self.train_rows)[0], minlength=self.vocabulary.num_tokens)
-        self.denoiser.head.start_from_counts(torch.from_numpy(counts))
+        self.denoiser.head.start_from_counts(torch.from_numpy(np.array(self.train_rows.token_counts())))
 
     def trainer(self) -> Trainer:
         """What trains this run, as the recipe has it."""
@@ -175,7 +175,7 @@ class Run:
         size = keys.batch // (keys.accumulate * self.backend.world_size)
         first = (micro * self.backend.world_size + self.backend.rank) * size
         slots = np.arange(first, first + size)
-        rows = row_at(self.recipe.seed, step * keys.batch + slots, len(self.train_rows))
+        rows = self.train_rows.order(self.recipe.seed, step * keys.batch + slots)
         batch = batch_rows(self.train_rows, rows, index=slots, conditions=self.train_conditions)
         if keys.prefix > 0.0:
             batch = batch.with_prefixes(self._prefixes(step, batch.index))
@@ -188,22 +188,21 @@ class Run:
 
     def evaluate(self) -> tuple[Evaluation, Baselines]:
         """The bound on the validation text, every token once, with counting baselines beside it."""
-        rows, texts = self.validation_rows, self.documents.validation["text"]
-        evaluation = self._score(rows, texts, self.recipe.evaluate.draws, self.validation_conditions)
+        evaluation = self._score(self.validation_rows, self.recipe.evaluate.draws, self.validation_conditions)
         return evaluation, self._baselines()
 
-    def _score(self, rows: Any, texts: Iterable[str], draws: int, conditions: Conditions) -> Evaluation:
-        """`rows` are those of `texts`, whose bytes mean something where tokens are pieces of text and not symbols."""
+    def _score(self, rows: PackedRows, draws: int, conditions: Conditions) -> Evaluation:
         keys = self.recipe.evaluate
-        num_bytes = sum(len(text.encode()) for text in texts) if self.tokenizer.unit == "token" else None
         self.objective.module.eval()
         return evaluate(
             self.objective,
             lambda numbers: batch_rows(rows, numbers, conditions=conditions).to(self.backend.device),
-            _documents_of(rows),
+            rows.documents(),
             length=self.recipe.length,
             times=getattr(self.objective, "times", FlatTimes()).over(*keys.window),
-            num_bytes=num_bytes,
+            num_bytes=rows.tokens.num_bytes
+            if self.tokenizer.unit == "token"
+            else None,  # bytes of symbols mean nothing
             draws=draws,
             batch=keys.batch,
             seed=keys.seed,
@@ -212,7 +211,7 @@ class Run:
         )
 
     def _baselines(self) -> Baselines:
-        streams = token_stream(self.train_rows), token_stream(self.validation_rows)
+        streams = token_stream(self.train_rows, _COUNTED), token_stream(self.validation_rows)
         return baselines(*streams, self.vocabulary.num_tokens)
 
     def protocol(self) -> dict[str, Any]:
@@ -235,9 +234,7 @@ class Run:
                 f"run.nelbo: texts must be a list of texts, each a document; got {texts!r}. Write [text]."
             )
         given = told(self.denoiser, conditions or {}, len(texts))
-        return self._score(
-            pack_texts(texts, self.tokenizer, self.recipe.length), texts, draws, Conditions(given.values)
-        )
+        return self._score(pack_texts(texts, self.tokenizer, self.recipe.length), draws, Conditions(given.values))
 
     def sample(
         self,
@@ -354,7 +351,7 @@ def build_run(recipe: Recipe, given: Given) -> Run:
     with backend.first():
         documents = build_documents(recipe, cache)
         tokenizer = recipe.tokenizer.build(documents=documents, cache=cache)
-        rows = pack(documents.train, tokenizer, recipe.length, cache=cache)
+        rows = train_rows(documents, tokenizer, recipe.length, cache)
         vocabulary = given.vocabulary or (given.process.vocabulary if given.process else None)
         if vocabulary is None:
             vocabulary = recipe.vocabulary.build(tokenizer=tokenizer, rows=rows, cache=cache)
@@ -373,7 +370,3 @@ def build_run(recipe: Recipe, given: Given) -> Run:
 
 def _or(value: int | None, default: int) -> int:
     return default if value is None else value
-
-
-def _documents_of(rows: Any) -> NDArray[np.int64]:
-    return np.asarray(rows["document"])[:, 0]

@@ -10,6 +10,7 @@ import torch
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.cache import Cache
+from ddiff.data.corpus import Corpus
 from ddiff.data.documents import Documents
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError, DataError
@@ -38,7 +39,7 @@ class Given:
         return given
 
 
-def build_documents(recipe: Recipe, cache: Cache) -> Documents:
+def build_documents(recipe: Recipe, cache: Cache) -> Documents | Corpus:
     return recipe.data.build(length=recipe.length, seed=recipe.seed, cache=cache)
 
 

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 COMPONENTS = {
     "dataset": {
         "bundled": "ddiff_core.data:Bundled",
+        "files": "ddiff_core.data:Files",
+        "hub": "ddiff_core.data:Hub",
         "jsonl": "ddiff_core.data:JsonLines",
         "markov": "ddiff_core.data:Markov",
+        "shards": "ddiff_core.data:Shards",
         "symbols": "ddiff_core.data:Symbols",
         "text": "ddiff_core.data:Text",
     },
@@ -21,6 +24,7 @@ COMPONENTS = {
         "alphabet": "ddiff_core.tokenizers:Alphabet",
         "bpe": "ddiff_core.tokenizers:BytePair",
         "pretrained": "ddiff_core.tokenizers:Pretrained",
+        "saved": "ddiff_core.tokenizers:Saved",
     },
     "vocabulary": {
         "clusters": "ddiff_core.vocabularies:Clusters",

@@ -9,7 +9,7 @@ from pydantic import Field
 from ddiff import ComponentConfig, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
-    from ddiff import Cache, Documents, MarkovSource
+    from ddiff import Cache, Documents, MarkovSource, ShardedCorpus, SourceCorpus, TextSource
 
 Paths = Annotated[tuple[str, ...], Field(min_length=1)]
 HeldOut = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -112,6 +112,88 @@ class Symbols:
     @staticmethod
     def reads(config: Config) -> tuple[str, ...]:
         return config.files + config.validation
+
+
+class Files:
+    """A large corpus in files of parquet, JSON lines or text: tokenised once into memory-mapped shards."""
+
+    class Config(ComponentConfig):
+        files: Paths
+        """Paths or globs, local or of any fsspec protocol (s3://, gs://, hf://); compressed or not."""
+        format: Literal["auto", "parquet", "json", "text"] = "auto"
+        """"auto": by the endings of the files."""
+        column: str = "text"
+        """The column or field of the text."""
+        split: Literal["file", "paragraph", "line"] = "line"
+        """What a document of a text file is."""
+        validation: tuple[str, ...] = ()
+        """Paths or globs of the validation documents; without them a share is held out."""
+        held_out: HeldOut = 0.005
+        """The share of the documents for validation, chosen by the hash of their text."""
+        workers: PositiveInt = 1
+        """Processes that tokenise; the shards are the same whatever their number."""
+
+    @staticmethod
+    def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> SourceCorpus:
+        from ddiff import SourceCorpus, file_texts
+
+        def texts(files: tuple[str, ...]) -> TextSource:
+            format = None if config.format == "auto" else config.format
+            return file_texts(files, format=format, column=config.column, split=config.split)
+
+        validation = texts(config.validation) if config.validation else None
+        return SourceCorpus(texts(config.files), validation, held_out=config.held_out, workers=config.workers)
+
+    @staticmethod
+    def reads(config: Config) -> tuple[str, ...]:
+        return config.files + config.validation
+
+
+class Hub:
+    """A data set of the Hugging Face hub, streamed and tokenised once into memory-mapped shards."""
+
+    class Config(ComponentConfig):
+        name: str
+        """Its name on the hub, or a local folder of its files."""
+        config: str | None = None
+        """Which of its configurations."""
+        split: str = "train"
+        column: str = "text"
+        """The column of the text."""
+        revision: str | None = None
+        """A commit of the hub: without one the shards stay what was tokenised first."""
+        validation: str | None = None
+        """The split of the validation documents; without it a share is held out."""
+        held_out: HeldOut = 0.005
+        """The share of the documents for validation, chosen by the hash of their text."""
+        workers: PositiveInt = 1
+        """Processes that tokenise; the shards are the same whatever their number."""
+
+    @staticmethod
+    def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> SourceCorpus:
+        from ddiff import SourceCorpus, hub_texts
+
+        def texts(split: str) -> TextSource:
+            return hub_texts(
+                config.name, config=config.config, split=split, column=config.column, revision=config.revision
+            )
+
+        validation = None if config.validation is None else texts(config.validation)
+        return SourceCorpus(texts(config.split), validation, held_out=config.held_out, workers=config.workers)
+
+
+class Shards:
+    """Token shards that `ddiff data` made, on this machine or another."""
+
+    class Config(ComponentConfig):
+        path: str
+        """The folder, local or of any fsspec protocol (then it is fetched into the cache)."""
+
+    @staticmethod
+    def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> ShardedCorpus:
+        from ddiff import ShardedCorpus
+
+        return ShardedCorpus(config.path, cache)
 
 
 class Markov:

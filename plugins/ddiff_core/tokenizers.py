@@ -94,3 +94,21 @@ class Pretrained:
     def preview(config: Config) -> int | None:
         """Tokens, where the recipe says how many."""
         return config.size
+
+
+class Saved:
+    """A tokenizer that ddiff saved: `tokenizer.json` of a run directory or of a folder of token shards."""
+
+    class Config(ComponentConfig):
+        path: str
+        """The file, local or of any fsspec protocol."""
+
+    @staticmethod
+    def build(config: Config, *, documents: Documents, cache: Cache | None) -> Tokenizer:
+        from ddiff import load_tokenizer
+
+        return load_tokenizer(config.path)
+
+    @staticmethod
+    def reads(config: Config) -> tuple[str, ...]:
+        return (config.path,)

@@ -12,11 +12,10 @@ from pydantic import Field, model_validator
 from ddiff import ArgumentError, ComponentConfig, DataError, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from ddiff import Cache, FlatVocabulary, HierarchicalVocabulary, Tokenizer, Vocabulary
+    from ddiff import Cache, FlatVocabulary, HierarchicalVocabulary, Rows, Tokenizer, Vocabulary
 
 COOCCURRENCE = "cooccurrence"
+COUNTED = 2**26  # tokens whose neighbours are counted: more would take long and change little
 
 
 class Flat:
@@ -26,7 +25,7 @@ class Flat:
         mask: bool = True
 
     @staticmethod
-    def build(config: Config, *, tokenizer: Tokenizer, rows: Dataset | None, cache: Cache | None) -> FlatVocabulary:
+    def build(config: Config, *, tokenizer: Tokenizer, rows: Rows | None, cache: Cache | None) -> FlatVocabulary:
         from ddiff import FlatVocabulary
 
         return FlatVocabulary(tokenizer.num_tokens, config.mask, tokenizer.fingerprint)
@@ -67,7 +66,7 @@ class Clusters:
 
     @classmethod
     def build(
-        cls, config: Config, *, tokenizer: Tokenizer, rows: Dataset | None, cache: Cache | None
+        cls, config: Config, *, tokenizer: Tokenizer, rows: Rows | None, cache: Cache | None
     ) -> HierarchicalVocabulary | Vocabulary:
         from ddiff import Vocabulary
 
@@ -104,7 +103,7 @@ class Clusters:
         return HierarchicalVocabulary(dealt + _above(config.sizes))
 
     @classmethod
-    def _tree(cls, config: Config, tokenizer: Tokenizer, rows: Dataset | None) -> HierarchicalVocabulary:
+    def _tree(cls, config: Config, tokenizer: Tokenizer, rows: Rows | None) -> HierarchicalVocabulary:
         from ddiff import HierarchicalVocabulary, nested_kmeans
 
         parents, centroids = nested_kmeans(
@@ -118,20 +117,20 @@ class Clusters:
         return HierarchicalVocabulary([*parents, *_above(config.sizes)], centroids, tokenizer.fingerprint)
 
     @staticmethod
-    def _embeddings(config: Config, tokenizer: Tokenizer, rows: Dataset | None) -> Any:
+    def _embeddings(config: Config, tokenizer: Tokenizer, rows: Rows | None) -> Any:
         from ddiff import cooccurrence_embeddings, model_embeddings, read_embeddings, token_stream
 
         if config.model is not None:
             return model_embeddings(config.model, tokenizer.num_tokens)
         if config.source != COOCCURRENCE:
             return read_embeddings(config.source, tokenizer.num_tokens)
-        ids, document = token_stream(_needed(rows))
+        ids, document = token_stream(_needed(rows), COUNTED)
         return cooccurrence_embeddings(
             ids, document, tokenizer.num_tokens, width=config.width, window=config.window, seed=config.seed
         )
 
     @classmethod
-    def _source_fingerprint(cls, config: Config, tokenizer: Tokenizer, rows: Dataset | None) -> str:
+    def _source_fingerprint(cls, config: Config, tokenizer: Tokenizer, rows: Rows | None) -> str:
         """Of what the embeddings come from: counting costs more than the fingerprint of rows, reading a matrix does not."""
         from ddiff import rows_fingerprint
 
@@ -153,7 +152,7 @@ class File:
 
     @staticmethod
     def build(
-        config: Config, *, tokenizer: Tokenizer, rows: Dataset | None, cache: Cache | None
+        config: Config, *, tokenizer: Tokenizer, rows: Rows | None, cache: Cache | None
     ) -> HierarchicalVocabulary:
         from ddiff import HierarchicalVocabulary, read_clusters
 
@@ -172,7 +171,7 @@ def _above(sizes: tuple[int, ...]) -> list[list[int]]:
     return [[0]] if sizes == (1,) else []
 
 
-def _needed(rows: Dataset | None) -> Dataset:
+def _needed(rows: Rows | None) -> Rows:
     if rows is None:
         raise DataError(
             'Clusters with source = "cooccurrence" are counted in the packed training rows, and there are none here. '

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from ddiff_core import COMPONENTS
-from ddiff_core.data import Bundled, JsonLines, Markov, Symbols, Text
-from ddiff_core.tokenizers import Alphabet, BytePair, Pretrained
+from ddiff_core.data import Bundled, Files, Hub, JsonLines, Markov, Shards, Symbols, Text
+from ddiff_core.tokenizers import Alphabet, BytePair, Pretrained, Saved
 from ddiff_core.vocabularies import Clusters, File, Flat
 from pydantic import ValidationError
 
@@ -46,8 +46,12 @@ def build_clusters(tokenizer: Any, rows: Any = None, cache: Cache | None = None,
 
 
 def test_every_registered_component_is_here() -> None:
-    here = {"dataset": (Bundled, JsonLines, Markov, Symbols, Text), "tokenizer": (Alphabet, BytePair, Pretrained)}
-    for kind, objects in (here | {"vocabulary": (Clusters, File, Flat)}).items():
+    here = {
+        "dataset": (Bundled, Files, Hub, JsonLines, Markov, Shards, Symbols, Text),
+        "tokenizer": (Alphabet, BytePair, Pretrained, Saved),
+        "vocabulary": (Clusters, File, Flat),
+    }
+    for kind, objects in here.items():
         assert {target.split(":")[1] for target in COMPONENTS[kind].values()} == {made.__name__ for made in objects}
 
 

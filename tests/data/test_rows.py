@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddiff.data.cache import Cache
 from ddiff.data.documents import from_texts
-from ddiff.data.rows import batch_rows, num_scored, pack, pack_texts, rows_fingerprint, token_stream
+from ddiff.data.rows import PackedRows, batch_rows, pack, pack_texts, rows_fingerprint, token_stream
 from ddiff.data.tokenizer import EOS, AlphabetTokenizer, BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
 
@@ -25,7 +24,7 @@ def ended(texts: list[str]) -> list[list[int]]:
     return [[*ids, 0] for ids in TOKENIZER.encode(texts)]
 
 
-def in_order(rows: Dataset) -> tuple[list[int], list[int]]:
+def in_order(rows: PackedRows) -> tuple[list[int], list[int]]:
     """Ids and documents of all valid positions, read from batches alone."""
     batch = batch_rows(rows, np.arange(len(rows)))
     return batch.ids[batch.valid].tolist(), batch.document[batch.valid].tolist()
@@ -42,7 +41,7 @@ def test_every_token_stands_once_in_order(texts: list[str], length: int, separat
     ids, document = in_order(rows)
     assert ids == [number for row in ended(texts) for number in row]
     assert document == [number for number, row in enumerate(ended(texts)) for _ in row]
-    assert num_scored(rows) == len(ids)
+    assert rows.tokens.num_tokens == len(ids)
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 1000])
@@ -50,7 +49,7 @@ def test_joined_rows_are_full_but_for_the_last(length: int) -> None:
     rows = pack(from_texts(TEXTS), TOKENIZER, length)
     total = sum(map(len, ended(TEXTS)))
     assert len(rows) == -(-total // length)
-    num_valid = rows[:]["num_valid"]
+    num_valid = rows[:].num_valid
     assert (num_valid[:-1] == length).all()
     assert 1 <= num_valid[-1] <= length
 
@@ -88,7 +87,7 @@ def test_the_end_mark_closes_each_document_and_is_scored() -> None:
 
 def test_a_batch_says_whether_some_row_holds_two_documents() -> None:
     rows = pack(from_texts(TEXTS), TOKENIZER, 16)
-    documents = rows[:]["document"]
+    documents = rows[:].document
     holds_two = (documents != documents[:, :1]).any(1)
     assert holds_two.any()
     assert not holds_two.all()
@@ -100,7 +99,7 @@ def test_a_batch_is_the_asked_rows_in_the_asked_order() -> None:
     rows = pack(from_texts(TEXTS), TOKENIZER, 8)
     order = np.array([3, 0, 5, 3])
     batch = batch_rows(rows, order)
-    assert torch.equal(batch.ids, torch.from_numpy(rows[:]["ids"][order]).long())
+    assert torch.equal(batch.ids, torch.from_numpy(rows[:].ids[order]).long())
     assert batch.index.tolist() == order.tolist()
     assert batch_rows(rows, order, index=[8, 9, 10, 11]).index.tolist() == [8, 9, 10, 11]
     assert (batch.ids.dtype, batch.document.dtype, batch.valid.dtype) == (torch.long, torch.long, torch.bool)
@@ -124,8 +123,8 @@ def test_the_stream_is_the_tokens_without_padding() -> None:
 def test_texts_become_rows_of_their_own() -> None:
     rows = pack_texts(["the cat", "the mat " * 20], TOKENIZER, 16)
     assert in_order(rows)[0] == [number for row in ended(["the cat", "the mat " * 20]) for number in row]
-    assert rows[0]["document"][0] == 0
-    assert rows[1]["document"][0] == 1
+    assert rows[[0]].document[0, 0] == 0
+    assert rows[[1]].document[0, 0] == 1
 
 
 def test_an_end_mark_spelled_in_a_text_ends_no_document() -> None:
@@ -157,7 +156,7 @@ def test_an_unknown_symbol_is_named_with_its_row_in_the_corpus() -> None:
         pack(from_texts(texts), AlphabetTokenizer("ACGT"), 4)
 
 
-def test_the_cache_answers_for_the_same_text_tokenizer_length_and_mode_only(tmp_path: Path) -> None:
+def test_the_cache_answers_for_the_same_text_and_tokenizer_only_and_for_any_length(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     other = BytePairTokenizer.train(TEXTS, 260)
     kinds = [
@@ -172,14 +171,13 @@ def test_the_cache_answers_for_the_same_text_tokenizer_length_and_mode_only(tmp_
             cached = pack(from_texts(texts), tokenizer, length, separate=separate, cache=cache)
             fresh = pack(from_texts(texts), tokenizer, length, separate=separate)
             assert rows_fingerprint(cached) == rows_fingerprint(fresh)
-            assert cached.cache_files  # memory-mapped
-        assert len(list((tmp_path / "rows").iterdir())) == len(kinds)
+        assert len(list((tmp_path / "tokens").iterdir())) == len({(*texts, t.fingerprint) for texts, t, _, _ in kinds})
 
 
 def test_a_corpus_that_cannot_be_packed_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
     with pytest.raises(DataError):
-        pack(from_texts(["ACGT", "ACG"]), AlphabetTokenizer("ACGT"), 4, cache=Cache(tmp_path))
-    assert list((tmp_path / "rows").iterdir()) == []
+        pack(from_texts(["ACGT", "ACNT"]), AlphabetTokenizer("ACGT"), 4, cache=Cache(tmp_path))
+    assert list((tmp_path / "tokens").iterdir()) == []
 
 
 def test_fingerprints_tell_rows_apart() -> None:

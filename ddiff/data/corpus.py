@@ -1,0 +1,199 @@
+"""A corpus too large to hold: read once, while it is tokenised into shards, and known by its shards afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, final
+
+import fsspec
+
+from ddiff.data.cache import Cache, fingerprint
+from ddiff.data.documents import Documents
+from ddiff.data.rows import PackedRows, Rows, pack, rows_of_stream
+from ddiff.data.shards import MANIFEST, Shards, read_shards, write_shards
+from ddiff.data.sources import TextSource
+from ddiff.data.tokenising import TRAIN, VALIDATION, Chunk, place_of
+from ddiff.data.tokenizer import Tokenizer
+from ddiff.errors import ArgumentError, DataError
+
+
+class Corpus(Protocol):
+    """What a dataset component may give instead of `Documents`: parts that are read in order, and token shards of them.
+
+    `train["text"]` and `validation["text"]` iterate over texts, for tokenizers that are learned.
+    """
+
+    train: Any
+    validation: Any
+    entropy_rate: float | None
+
+    def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
+        """Both parts tokenised, now or earlier."""
+        ...
+
+
+def train_rows(documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache) -> Rows:
+    """Rows of joined documents, to train on."""
+    if isinstance(documents, Documents):
+        return pack(documents.train, tokenizer, length, cache=cache)
+    return rows_of_stream(documents.shards(tokenizer, cache).stream(TRAIN), tokenizer, length)
+
+
+def validation_rows(documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache) -> PackedRows:
+    """Rows that begin anew with every document, to evaluate on."""
+    if isinstance(documents, Documents):
+        return pack(documents.validation, tokenizer, length, separate=True, cache=cache)
+    return rows_of_stream(documents.shards(tokenizer, cache).stream(VALIDATION), tokenizer, length, separate=True)
+
+
+@final
+@dataclass(frozen=True)
+class SourceCorpus:
+    """Texts of a source, those of another one (or a share `held_out` of them by hash) for validation."""
+
+    source: TextSource
+    validation_source: TextSource | None = None
+    held_out: float = 0.005
+    workers: int = 1
+    entropy_rate: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.validation_source is None and not 0 < self.held_out < 1:
+            raise ArgumentError(f"held_out must lie in (0, 1); got {self.held_out}. Or name validation texts.")
+
+    @property
+    def train(self) -> TextsOf:
+        return TextsOf(self, TRAIN)
+
+    @property
+    def validation(self) -> TextsOf:
+        return TextsOf(self, VALIDATION)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the texts are read from, and which of them are held out."""
+        if self.validation_source is None:
+            return {"source": self.source.identity, "held_out": self.held_out}
+        return {"source": self.source.identity, "validation": self.validation_source.identity}
+
+    def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
+        identity = {"source": self.identity, "tokenizer": tokenizer.fingerprint}
+        return self.write_shards(tokenizer, cache.root / "shards" / fingerprint(identity))
+
+    def write_shards(self, tokenizer: Tokenizer, folder: Path) -> Shards:
+        """Both parts tokenised into a folder, going on with what stands there; DataError when one has no text."""
+        made = write_shards(
+            folder, self.chunks, tokenizer, source=self.identity, held_out=self.held_out, workers=self.workers
+        )
+        for part in (TRAIN, VALIDATION):
+            if not made.records(part):
+                raise DataError(
+                    f"{self.source} gave no text for {part} (held_out = {self.held_out}). Take another share, or name "
+                    "validation texts."
+                )
+        return made
+
+    def chunks(self, cursor: Any = None) -> Iterator[Chunk]:
+        """All texts in order: those to train on, then those of the validation source; or undecided, where there is none."""
+        if self.validation_source is None:
+            yield from self.source.chunks(cursor, part=None)
+            return
+        part, within = cursor or (TRAIN, None)
+        if part == TRAIN:
+            for chunk in self.source.chunks(within, part=TRAIN):
+                yield Chunk(chunk.texts, [TRAIN, chunk.cursor], TRAIN)
+        for chunk in self.validation_source.chunks(within if part == VALIDATION else None, part=VALIDATION):
+            yield Chunk(chunk.texts, [VALIDATION, chunk.cursor], VALIDATION)
+
+    def texts(self, part: str) -> Iterator[str]:
+        """The texts of a part, read anew."""
+        if self.validation_source is not None:
+            source = self.source if part == TRAIN else self.validation_source
+            for chunk in source.chunks():
+                yield from chunk.texts
+            return
+        for chunk in self.source.chunks():
+            for text in chunk.texts:
+                if (place_of(text.encode()) < self.held_out) == (part == VALIDATION):
+                    yield text
+
+
+@final
+@dataclass(frozen=True)
+class TextsOf:
+    """A part of a corpus, of which the one column `text` can be iterated over, and known by its source."""
+
+    corpus: SourceCorpus
+    part: str
+    column_names: tuple[str, ...] = ("text",)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint([self.corpus.identity, self.part])
+
+    def __getitem__(self, column: str) -> Iterator[str]:
+        assert column == "text"
+        return self.corpus.texts(self.part)
+
+
+@final
+class ShardedCorpus:
+    """Shards that were made earlier, here or on another machine; their text is not there."""
+
+    entropy_rate: float | None = None
+
+    def __init__(self, path: str, cache: Cache | None = None) -> None:
+        """A folder by local path, or by fsspec path: then it is fetched into the cache once."""
+        self._made = read_shards(_fetched(path, cache) if "://" in path else Path(path))
+
+    @property
+    def train(self) -> NoTexts:
+        return NoTexts(self._made.folder)
+
+    validation = train
+
+    def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
+        self._made.check_tokenizer(tokenizer)
+        return self._made
+
+
+@final
+@dataclass(frozen=True)
+class NoTexts:
+    """A part of which there are tokens alone."""
+
+    folder: Path
+    column_names: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        raise self._missing()
+
+    def __getitem__(self, column: str) -> Iterator[str]:
+        raise self._missing()
+
+    def _missing(self) -> DataError:
+        return DataError(
+            f"{self.folder} holds tokens and no text to learn a tokenizer from. Take the one that they were made with: "
+            f'[tokenizer] kind = "saved", path = "{self.folder / "tokenizer.json"}".'
+        )
+
+
+def _fetched(path: str, cache: Cache | None) -> Path:
+    """A local copy of a folder of shards, made once for each content of its manifest."""
+    try:
+        system, place = fsspec.url_to_fs(path.rstrip("/"))
+        manifest = system.cat_file(f"{place}/{MANIFEST}")
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(
+            f"{path} cannot be read as a folder of token shards: {error}. Give the folder that has {MANIFEST}."
+        ) from error
+
+    def fetch(folder: Path) -> None:
+        for name in sorted(system.ls(place, detail=False)):
+            system.get_file(name, str(folder / name.rsplit("/", 1)[-1]))
+
+    return (cache or Cache()).entry("fetched", {"manifest": fingerprint(manifest.decode())}, fetch)

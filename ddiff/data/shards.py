@@ -1,0 +1,442 @@
+"""Token shards: a corpus tokenised once, memory-mapped wherever it is read.
+
+A folder holds, for every shard, its ids and where its documents end, both plain `.npy` arrays:
+
+    train_00000.tokens.npy   [n] uint16 (uint32 above 65536 tokens), documents one after another with their end marks
+    train_00000.ends.npy     [k] int64, the place after each document's last token, counted from the shard's start
+    train.counts.npy         [V] int64, how often each token occurs in the part
+    manifest.json            tokenizer, source, and of every shard its size and checksums
+
+Rows of any length are cut from it when they are read (`ddiff.data.rows`), so that another length needs no other shards. A
+shard is written under another name and renamed; the manifest comes last. A build that was killed goes on after its last
+whole shard, for which `journal.json` keeps the source's cursor.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddiff.data.cache import fingerprint
+from ddiff.data.tokenising import TRAIN, VALIDATION, Chunk, Encoded, encoded, token_dtype
+from ddiff.data.tokenizer import Tokenizer
+from ddiff.errors import DataError
+from ddiff.progress import progress
+
+FORMAT = 1
+MANIFEST, JOURNAL = "manifest.json", "journal.json"
+SHARD_TOKENS = 2**25  # 64 MiB of 16-bit ids: few files, and little to do again after a kill
+Chunks = Callable[[Any], Iterable[Chunk]]
+"""The chunks of a source after a cursor (None: from its start)."""
+
+
+@final
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the manifest says of a shard: its sizes, its shortest and longest document, and SHA-256 of both files."""
+
+    name: str
+    documents: int
+    tokens: int
+    bytes: int
+    shortest: int
+    longest: int
+    tokens_sha256: str
+    ends_sha256: str
+
+
+@final
+@dataclass(frozen=True)
+class Shard:
+    """Documents one after another: `tokens` [n], `ends` [k] the place after each document's last token."""
+
+    tokens: NDArray[np.unsignedinteger]
+    ends: NDArray[np.int64]
+    record: ShardRecord
+
+    def read(self, start: int, stop: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
+        """Ids [stop - start] of these places, and the document of each, counted from the shard's first."""
+        first, last = np.searchsorted(self.ends, (start, stop - 1), side="right")
+        inside = np.searchsorted(self.ends[first:last], np.arange(start, stop), side="right")
+        return self.tokens[start:stop], first + inside
+
+
+@final
+class TokenStream:
+    """The shards of a part in order, as one stream of tokens: nothing of it is in memory but what is read."""
+
+    def __init__(self, shards: Sequence[Shard], counts: Callable[[], NDArray[np.int64]]) -> None:
+        """`counts()` gives how often each token occurs, [V]."""
+        self.shards, self.counts = shards, counts
+        self._starts = _cumulated(shard.record.tokens for shard in shards)
+        self._documents = _cumulated(shard.record.documents for shard in shards)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def num_documents(self) -> int:
+        return int(self._documents[-1])
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the text."""
+        return sum(shard.record.bytes for shard in self.shards)
+
+    def read(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Ids [stop - start] from a place of the stream on, and the document of each."""
+        ids, document = np.empty(stop - start, np.int32), np.empty(stop - start, np.int64)
+        number = int(np.searchsorted(self._starts, start, side="right")) - 1
+        at = start
+        while at < stop:
+            base, end = int(self._starts[number]), min(stop, int(self._starts[number + 1]))
+            if at < end:
+                into = slice(at - start, end - start)
+                ids[into], inside = self.shards[number].read(at - base, end - base)
+                document[into] = self._documents[number] + inside
+            at, number = end, number + 1
+        return ids, document
+
+    def document_ends(self) -> Iterator[NDArray[np.int64]]:
+        """Where documents end in the stream, shard by shard."""
+        for start, shard in zip(self._starts, self.shards):
+            yield start + shard.ends
+
+    def wrong_size(self, size: int) -> tuple[int, int] | None:
+        """The first document that has not `size` tokens, and how many it has; None when all have."""
+        for first, shard in zip(self._documents, self.shards):
+            if shard.record.documents and not shard.record.shortest == shard.record.longest == size:
+                sizes = np.diff(shard.ends, prepend=0)
+                wrong = int(np.argmax(sizes != size))
+                return int(first) + wrong, int(sizes[wrong])
+        return None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits of the content, by the checksums of its shards."""
+        return fingerprint([[shard.record.tokens_sha256, shard.record.ends_sha256] for shard in self.shards])
+
+
+@final
+@dataclass(frozen=True)
+class Shards:
+    """A folder of token shards: its manifest, and the parts as streams."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    def records(self, part: str) -> list[ShardRecord]:
+        return [ShardRecord(**record) for record in self.manifest["parts"][part]]
+
+    def stream(self, part: str) -> TokenStream:
+        """The part's shards, memory-mapped; DataError when one is missing or not as long as the manifest says."""
+        dtype = np.dtype(self.manifest["dtype"])
+        shards = [
+            Shard(
+                _mapped(self.folder / f"{record.name}.tokens.npy", dtype, record.tokens),
+                _mapped(self.folder / f"{record.name}.ends.npy", np.dtype(np.int64), record.documents),
+                record,
+            )
+            for record in self.records(part)
+        ]
+        counts = self.folder / f"{part}.counts.npy"
+        return TokenStream(
+            shards, lambda: _mapped(counts, np.dtype(np.int64), self.manifest["tokenizer"]["num_tokens"])
+        )
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """DataError, saying what differs, when the shards were made with another tokenizer."""
+        theirs, ours = self.manifest["tokenizer"], described(tokenizer)
+        if differing := [
+            f"{key} was {theirs.get(key)!r} and is {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]
+        ]:
+            raise DataError(
+                f"The shards in {self.folder} were made with another tokenizer: {'; '.join(differing)}. Take the tokenizer "
+                f'that they were made with ([tokenizer] kind = "saved", path = "{self.folder / "tokenizer.json"}"), or '
+                "tokenise the text anew with `ddiff data`."
+            )
+
+    def verify(self) -> None:
+        """Read every shard and hold it against its checksum; DataError names the one that is damaged, and the remedy."""
+        records = [record for part in (TRAIN, VALIDATION) for record in self.records(part)]
+        with progress(len(records), "verifying shards") as bar:
+            for record in records:
+                for kind, due in (("tokens", record.tokens_sha256), ("ends", record.ends_sha256)):
+                    path = self.folder / f"{record.name}.{kind}.npy"
+                    if not path.is_file() or _file_sha256(path) != due:
+                        raise _damaged(path, "its checksum is not the manifest's")
+                bar.advance(1)
+
+
+def read_shards(folder: Path) -> Shards:
+    """A folder that `write_shards` finished; DataError when it has no manifest or one that is damaged or newer."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        unfinished = (
+            " It holds a build that was stopped: the command that began it goes on." * (folder / JOURNAL).is_file()
+        )
+        raise DataError(
+            f"{folder} is no folder of token shards: it has no {MANIFEST}.{unfinished} `ddiff data RECIPE --out {folder}` "
+            "makes one."
+        )
+    manifest = _read_json(path)
+    if manifest.get("format") != FORMAT or "parts" not in manifest:
+        raise DataError(
+            f"{path} is no manifest that this ddiff reads: format {manifest.get('format')!r}, and {FORMAT} is due. "
+            "Tokenise the text anew with `ddiff data`, or take the ddiff that wrote it."
+        )
+    return Shards(folder, manifest)
+
+
+def described(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What shards must agree with a tokenizer in."""
+    return {
+        "fingerprint": tokenizer.fingerprint,
+        "num_tokens": tokenizer.num_tokens,
+        "eos_id": tokenizer.eos_id,
+        "unit": tokenizer.unit,
+    }
+
+
+def gathered(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> TokenStream:
+    """The stream of all chunks in memory, in one shard."""
+    shard = _Open("")
+    for _, found in encoded(chunks, tokenizer):
+        shard.add(found)
+    held = shard.closed(token_dtype(tokenizer.num_tokens))
+    return TokenStream([held], lambda: _counts([held], tokenizer.num_tokens))
+
+
+def write_shards(
+    folder: Path,
+    chunks: Chunks,
+    tokenizer: Tokenizer,
+    *,
+    source: Mapping[str, Any],
+    held_out: float = 0.0,
+    workers: int = 1,
+    shard_tokens: int = SHARD_TOKENS,
+    total: int | None = None,
+) -> Shards:
+    """Tokenise a source into `folder`, going on where an earlier call was stopped; what is finished is not done again.
+
+    A pair of shards, train and validation, is closed once both together hold `shard_tokens` tokens, at the end of a chunk:
+    what is written does not depend on `workers`. `source` (JSON) and the tokenizer say what the shards are of; `total` is
+    the number of documents, where it is known. Two processes that build the same folder take turns. DataError when the
+    source has no token.
+    """
+    identity = {
+        "format": FORMAT,
+        "source": dict(source),
+        "held_out": held_out,
+        "tokenizer": described(tokenizer),
+        "dtype": token_dtype(tokenizer.num_tokens).name,
+        "shard_tokens": shard_tokens,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        if not (folder / MANIFEST).is_file():
+            build = _Build(folder, json.loads(json.dumps(identity)), shard_tokens)
+            build.run(chunks, tokenizer, held_out, workers, total)
+    made = read_shards(folder)
+    if differing := [key for key in identity if made.manifest.get(key) != json.loads(json.dumps(identity[key]))]:
+        made.check_tokenizer(tokenizer)
+        raise DataError(
+            f"{folder} holds shards of something else: {', '.join(differing)} differ. Name another folder, or delete it."
+        )
+    return made
+
+
+class _Open:
+    """A shard that is being filled."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.num_tokens = 0
+        self._found: list[Encoded] = []
+
+    def add(self, found: Encoded) -> None:
+        if len(found.sizes):
+            self._found.append(found)
+            self.num_tokens += len(found.ids)
+
+    def closed(self, dtype: np.dtype[Any]) -> Shard:
+        tokens = _joined([found.ids for found in self._found], dtype)
+        sizes = _joined([found.sizes for found in self._found], np.dtype(np.int64))
+        num_bytes = sum(int(found.num_bytes.sum()) for found in self._found)
+        ends = np.cumsum(sizes, dtype=np.int64)
+        record = ShardRecord(
+            name=self.name,
+            documents=len(sizes),
+            tokens=len(tokens),
+            bytes=num_bytes,
+            shortest=int(sizes.min()) if len(sizes) else 0,
+            longest=int(sizes.max(initial=0)),
+            tokens_sha256="",
+            ends_sha256="",
+        )
+        return Shard(tokens, ends, record)
+
+
+class _Build:
+    """A folder of shards under way."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], shard_tokens: int) -> None:
+        self._folder, self._identity, self._shard_tokens = folder, identity, shard_tokens
+        self._dtype = np.dtype(identity["dtype"])
+        for abandoned in folder.glob("*.partial"):
+            abandoned.unlink()
+        journal = _read_json(folder / JOURNAL) if (folder / JOURNAL).is_file() else {}
+        goes_on = journal.get("identity") == identity and journal["cursor"] is not None
+        standing = journal if goes_on else {}
+        self.parts: dict[str, list[dict[str, Any]]] = standing.get("parts", {TRAIN: [], VALIDATION: []})
+        self.cursor: Any = standing.get("cursor")
+        self.round: int = standing.get("round", 0)
+        self._reopen()
+
+    def run(self, chunks: Chunks, tokenizer: Tokenizer, held_out: float, workers: int, total: int | None) -> None:
+        began, done, cursor = time.monotonic(), 0, self.cursor
+        with progress(total, "tokenising", start=self._sum("documents")) as bar:
+            for chunk, found in encoded(chunks(cursor), tokenizer, held_out=held_out, workers=workers):
+                for part, opened in self._opened.items():
+                    opened.add(found.of(part == VALIDATION))
+                done, cursor = done + len(found.ids), chunk.cursor
+                bar.advance(len(chunk.texts), tokens=done, tokens_per_second=done / max(1e-9, time.monotonic() - began))
+                if sum(opened.num_tokens for opened in self._opened.values()) >= self._shard_tokens:
+                    self._close(cursor)
+        if any(opened.num_tokens for opened in self._opened.values()):
+            self._close(cursor)
+        if not self._sum("tokens"):
+            raise DataError("The source gave no token. Give texts that are not empty.")
+        self._finish(tokenizer)
+
+    def _reopen(self) -> None:
+        self._opened = {part: _Open(f"{part}_{self.round:05}") for part in (TRAIN, VALIDATION)}
+
+    def _sum(self, what: str) -> int:
+        return sum(record[what] for records in self.parts.values() for record in records)
+
+    def _close(self, cursor: Any) -> None:
+        """Write both shards, then the journal that knows them: a kill in between leaves files that are written again."""
+        for part, opened in self._opened.items():
+            shard = opened.closed(self._dtype)
+            if shard.record.documents:
+                sums = [
+                    _write_array(self._folder / f"{opened.name}.{kind}.npy", array)
+                    for kind, array in (("tokens", shard.tokens), ("ends", shard.ends))
+                ]
+                self.parts[part].append(asdict(replace(shard.record, tokens_sha256=sums[0], ends_sha256=sums[1])))
+        self.round += 1
+        self.cursor = cursor
+        journal = {"identity": self._identity, "parts": self.parts, "cursor": cursor, "round": self.round}
+        _write_text(self._folder / JOURNAL, json.dumps(journal))
+        self._reopen()
+
+    def _finish(self, tokenizer: Tokenizer) -> None:
+        num_tokens = self._identity["tokenizer"]["num_tokens"]
+        manifest = {**self._identity, "parts": self.parts}
+        for part in (TRAIN, VALIDATION):
+            shards = (
+                Shard(
+                    np.load(self._folder / f"{record['name']}.tokens.npy", mmap_mode="r"),
+                    _NO_ENDS,
+                    ShardRecord(**record),
+                )
+                for record in self.parts[part]
+            )
+            _write_array(self._folder / f"{part}.counts.npy", _counts(shards, num_tokens))
+        tokenizer.save(str(self._folder / "tokenizer.json"))
+        _write_text(self._folder / MANIFEST, json.dumps(manifest, indent=1))
+        (self._folder / JOURNAL).unlink(missing_ok=True)
+
+
+_NO_ENDS: NDArray[np.int64] = np.empty(0, np.int64)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with the process, however it ends."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _cumulated(sizes: Iterable[int]) -> NDArray[np.int64]:
+    return np.cumsum([0, *sizes], dtype=np.int64)
+
+
+def _joined(arrays: list[Any], dtype: np.dtype[Any]) -> Any:
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype)
+
+
+def _counts(shards: Iterable[Shard], num_tokens: int) -> NDArray[np.int64]:
+    counts = np.zeros(num_tokens, np.int64)
+    for shard in shards:
+        for start in range(0, len(shard.tokens), 2**22):  # counting makes 64-bit copies
+            counts += np.bincount(shard.tokens[start : start + 2**22], minlength=num_tokens)
+    return counts
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], size: int) -> Any:
+    """A one-dimensional array of that type and size; one without entries cannot be mapped and is read."""
+    try:
+        array = np.load(path, mmap_mode="r" if size else None)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, f"it cannot be read ({error})") from error
+    if array.dtype != dtype or array.shape != (size,):
+        raise _damaged(path, f"it holds {array.dtype} {array.shape}, and {dtype} ({size},) is due")
+    return array.view(np.ndarray)  # a plain view of the same memory: slices of a memmap object are slow
+
+
+def _damaged(path: Path, what: str) -> DataError:
+    return DataError(
+        f"The shard {path} is damaged: {what}. Copy it again from where the shards were made; or delete the folder "
+        f"{path.parent} and tokenise anew: the same command does it."
+    )
+
+
+def _write_array(path: Path, array: NDArray[Any]) -> str:
+    """Whole or not at all; the SHA-256 of the file."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    digest = _file_sha256(partial)
+    partial.replace(path)
+    return digest
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with suppress(ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    raise DataError(f"{path} is damaged. Delete the folder {path.parent}; the same command makes it anew.")

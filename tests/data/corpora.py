@@ -1,0 +1,54 @@
+"""Texts and tokenizers that the tests of data at scale share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ddiff.data.sources import TextSource, file_texts
+from ddiff.data.tokenising import Chunk
+from ddiff.data.tokenizer import BytePairTokenizer
+
+SENTENCE = "the cat sat on a mat and the dog ran to the old red house by the sea with a hat"
+WORDS = SENTENCE.split()
+TOKENIZER = BytePairTokenizer.train([SENTENCE] * 4, 275)
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Distinct texts of 1 to 40 words."""
+    draw = np.random.default_rng(seed)
+    return [" ".join([f"{number}:", *draw.choice(WORDS, draw.integers(1, 40))]) for number in range(count)]
+
+
+def parquet_files(folder: Path, texts: list[str], files: int = 3, column: str = "text") -> str:
+    """The texts in some parquet files of several row groups; the glob that names them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, some in enumerate(np.array_split(np.arange(len(texts)), files)):
+        table = pa.table({column: [texts[i] for i in some], "n": some})
+        pq.write_table(table, folder / f"part-{number}.parquet", row_group_size=37)
+    return str(folder / "*.parquet")
+
+
+def json_file(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def source_of(folder: Path, texts: list[str]) -> TextSource:
+    return file_texts([parquet_files(folder, texts)])
+
+
+def chunks_of(texts: list[str], at_once: int = 8) -> Any:
+    """A source at hand: chunks after a cursor, which is the number of texts before it."""
+
+    def chunks(cursor: int | None) -> Iterator[Chunk]:
+        for start in range(cursor or 0, len(texts), at_once):
+            yield Chunk(texts[start : start + at_once], start + at_once, None)
+
+    return chunks

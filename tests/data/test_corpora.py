@@ -1,0 +1,267 @@
+"""Texts of the hub, of files anywhere and of shards made earlier become the same rows, and faults in them are explained."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from corpora import TOKENIZER, json_file, parquet_files, sentences
+from ddiff_core.data import Files, Hub, Shards
+from ddiff_core.tokenizers import BytePair, Saved
+
+from ddiff.conditions import Label
+from ddiff.data.cache import Cache
+from ddiff.data.conditions import conditions_of
+from ddiff.data.corpus import SourceCorpus, train_rows, validation_rows
+from ddiff.data.documents import divided, from_texts
+from ddiff.data.rows import pack, rows_fingerprint
+from ddiff.data.sources import file_texts, hub_texts
+from ddiff.errors import ArgumentError, DataError
+
+TEXTS = sentences(200)
+
+
+def read(source: Any, cursor: Any = None) -> list[str]:
+    return [text for chunk in source.chunks(cursor) for text in chunk.texts]
+
+
+def in_memory(name: str, content: bytes) -> str:
+    with fsspec.open(f"memory://{name}", "wb") as file:
+        file.write(content)
+    return f"memory://{name}"
+
+
+def test_files_of_every_format_and_place_give_their_texts(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in TEXTS).encode()
+    plain = "\n".join(TEXTS).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    places = [
+        parquet_files(tmp_path / "parquet", TEXTS),
+        f"file://{parquet_files(tmp_path / 'more', TEXTS)}",
+        str(tmp_path / "a.jsonl.gz"),
+        in_memory("corpora/a.jsonl", lines),
+        in_memory("corpora/a.txt", plain),
+    ]
+    for place in places:
+        assert read(file_texts([place])) == TEXTS, place
+
+
+def test_a_glob_takes_files_by_name_and_patterns_in_order(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        json_file(tmp_path / f"{name}.jsonl", [name])
+    assert read(file_texts([f"{tmp_path}/[bc].jsonl", f"{tmp_path}/a.jsonl"])) == ["b", "c", "a"]
+
+
+def test_a_text_file_is_split_as_asked_and_blank_documents_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n\n \n\nthree")
+    pieces = {
+        split: read(file_texts([str(tmp_path / "a.txt")], split=split)) for split in ("line", "paragraph", "file")
+    }
+    assert pieces["line"] == ["one", "two", "three"]
+    assert [piece.strip() for piece in pieces["paragraph"]] == ["one\ntwo", "three"]
+    assert pieces["file"] == ["one\ntwo\n\n \n\nthree"]
+
+
+def test_a_local_folder_is_read_as_a_data_set_of_the_hub_is(tmp_path: Path) -> None:
+    parquet_files(tmp_path / "set" / "data", TEXTS, column="body")
+    assert read(hub_texts(str(tmp_path / "set"), column="body")) == TEXTS
+
+
+@pytest.mark.parametrize("made", ["parquet", "json"])
+def test_from_any_cursor_exactly_the_rest_is_read(tmp_path: Path, made: str) -> None:
+    """Across files, within files and within row groups; cursors are JSON."""
+    texts = sentences(400)
+    folder = tmp_path / "files"
+    place = parquet_files(folder, texts) if made == "parquet" else json_file(tmp_path / "a.jsonl", texts)
+    read_before: list[str] = []
+    for chunk in file_texts([place]).chunks():
+        read_before += chunk.texts
+        rest = read(file_texts([place]), json.loads(json.dumps(chunk.cursor)))
+        assert read_before + rest == texts
+
+
+def corpora(tmp_path: Path) -> dict[str, Any]:
+    """The same texts as a recipe may name them."""
+    (tmp_path / "set").mkdir(parents=True)
+    json_file(tmp_path / "set" / "train.jsonl", TEXTS)
+    files = Files.Config(files=(parquet_files(tmp_path / "p", TEXTS),), held_out=0.2, workers=2)
+    hub = Hub.Config(name=str(tmp_path / "set"), held_out=0.2)
+    return {
+        "files": Files.build(files, length=8, seed=0, cache=None),
+        "hub": Hub.build(hub, length=8, seed=0, cache=None),
+    }
+
+
+def test_large_and_small_corpora_have_the_same_rows(tmp_path: Path) -> None:
+    direct = divided(from_texts(TEXTS), 0.2, "")
+    train, validation = pack(direct.train, TOKENIZER, 16), pack(direct.validation, TOKENIZER, 16, separate=True)
+    cache = Cache(tmp_path / "cache")
+    for corpus in corpora(tmp_path).values():
+        for _ in range(2):
+            assert rows_fingerprint(train_rows(corpus, TOKENIZER, 16, cache)) == train.fingerprint
+            assert rows_fingerprint(validation_rows(corpus, TOKENIZER, 16, cache)) == validation.fingerprint
+        assert list(corpus.train["text"]) == direct.train["text"][:]
+        assert list(corpus.validation["text"]) == direct.validation["text"][:]
+
+
+def test_validation_files_are_the_validation_part(tmp_path: Path) -> None:
+    source, other = parquet_files(tmp_path / "t", TEXTS), json_file(tmp_path / "v.jsonl", ["held", "out"])
+    corpus = SourceCorpus(file_texts([source]), file_texts([other]))
+    cache = Cache(tmp_path / "cache")
+    due = pack(from_texts(["held", "out"]), TOKENIZER, 16, separate=True)
+    assert validation_rows(corpus, TOKENIZER, 16, cache).fingerprint == due.fingerprint
+    assert train_rows(corpus, TOKENIZER, 16, cache).fingerprint == pack(from_texts(TEXTS), TOKENIZER, 16).fingerprint
+    assert list(corpus.validation["text"]) == ["held", "out"]
+
+
+def test_from_any_cursor_of_two_sources_exactly_the_rest_is_read(tmp_path: Path) -> None:
+    corpus = SourceCorpus(
+        file_texts([parquet_files(tmp_path / "t", sentences(150))]), file_texts([parquet_files(tmp_path / "v", TEXTS)])
+    )
+    whole = [(chunk.part, text) for chunk in corpus.chunks() for text in chunk.texts]
+    before: list[Any] = []
+    for chunk in corpus.chunks():
+        before += [(chunk.part, text) for text in chunk.texts]
+        rest = [(later.part, text) for later in corpus.chunks(chunk.cursor) for text in later.texts]
+        assert before + rest == whole
+
+
+def test_shards_are_found_by_source_and_tokenizer_and_read_by_any_length(tmp_path: Path) -> None:
+    corpus, cache = corpora(tmp_path)["hub"], Cache(tmp_path / "cache")
+    for length in (8, 16):
+        train_rows(corpus, TOKENIZER, length, cache)
+    assert len(list((tmp_path / "cache" / "shards").iterdir())) == 1
+    json_file(tmp_path / "a.jsonl", TEXTS)
+    files = [str(tmp_path / "a.jsonl")]
+    train_rows(SourceCorpus(file_texts(files), held_out=0.2), TOKENIZER, 8, cache)
+    json_file(tmp_path / "a.jsonl", [*TEXTS, "one more"])
+    train_rows(SourceCorpus(file_texts(files), held_out=0.2), TOKENIZER, 8, cache)
+    assert len(list((tmp_path / "cache" / "shards").iterdir())) == 3
+
+
+def test_shards_made_elsewhere_are_a_corpus_with_their_tokenizer(tmp_path: Path) -> None:
+    corpus = corpora(tmp_path)["files"]
+    made = corpus.write_shards(TOKENIZER, tmp_path / "shards")
+    remote = "memory://bucket/shards"
+    system, place = fsspec.url_to_fs(remote)
+    system.put(f"{tmp_path}/shards/", place, recursive=True)
+    for path in (str(tmp_path / "shards"), remote):
+        cache = Cache(tmp_path / "cache")
+        again = Shards.build(Shards.Config(path=path), length=8, seed=0, cache=cache)
+        saved = Saved.build(Saved.Config(path=f"{path}/tokenizer.json"), documents=again, cache=cache)
+        assert train_rows(again, saved, 8, cache).fingerprint == train_rows(corpus, TOKENIZER, 8, cache).fingerprint
+        with pytest.raises(DataError, match='kind = "saved"'):
+            BytePair.build(BytePair.Config(size=300), documents=again, cache=cache)
+    assert made.folder == tmp_path / "shards"
+    shutil.rmtree(tmp_path / "shards")
+    with pytest.raises(DataError, match="no folder of token shards"):
+        Shards.build(Shards.Config(path=str(tmp_path / "shards")), length=8, seed=0, cache=None)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        Shards.build(Shards.Config(path="memory://nowhere"), length=8, seed=0, cache=None)
+
+
+def test_a_tokenizer_learned_from_a_large_corpus_is_cached(tmp_path: Path) -> None:
+    direct = divided(from_texts(TEXTS), 0.2, "")
+    due = BytePair.build(BytePair.Config(size=270), documents=direct, cache=None)
+    for _ in range(2):
+        built = BytePair.build(
+            BytePair.Config(size=270), documents=corpora_of(tmp_path), cache=Cache(tmp_path / "cache")
+        )
+        assert built.fingerprint == due.fingerprint
+    assert len(list((tmp_path / "cache" / "byte_pairs").iterdir())) == 1
+
+
+def corpora_of(tmp_path: Path) -> Any:
+    if not (tmp_path / "set").exists():
+        return corpora(tmp_path)["hub"]
+    return Hub.build(Hub.Config(name=str(tmp_path / "set"), held_out=0.2), length=8, seed=0, cache=None)
+
+
+def test_conditions_of_a_large_corpus_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match='kind that carries it, such as "jsonl"'):
+        conditions_of(corpora(tmp_path)["hub"].train, ["author"], {"author": Label(2)})
+
+
+def faults(folder: Path) -> dict[str, Any]:
+    """Sources with a fault: how they are read, and what is told."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parquet = parquet_files(folder / "p", TEXTS[:9], column="body")
+    lines = json_file(folder / "a.jsonl", TEXTS[:3])
+    (folder / "latin.txt").write_bytes("caf\xe9 au lait".encode("latin-1"))
+    (folder / "latin.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "caf\xe9"}\n')
+    (folder / "torn.jsonl").write_text('{"text": "ok"}\n{"text": \n')
+    (folder / "torn.parquet").write_bytes(b"PAR1 and no more")
+    (folder / "a.csv").write_text("text\na\n")
+    return {
+        "column": (lambda: file_texts([parquet]), r'no column "text"; it has \[.body., .n.\]'),
+        "field": (lambda: file_texts([lines], column="txt"), r'no column "txt".*Did you mean "text"'),
+        "number": (lambda: file_texts([parquet], column="n"), r'column "n" must hold text; it holds 0 \(int\)'),
+        "latin": (lambda: file_texts([str(folder / "latin.txt")]), r"latin\.txt is not UTF-8: byte 0xe9 at offset 3"),
+        "json": (
+            lambda: file_texts([str(folder / "latin.jsonl")]),
+            r"latin\.jsonl is not UTF-8: byte 0xe9 at offset 28",
+        ),
+        "torn": (lambda: file_texts([str(folder / "torn.jsonl")]), r"torn\.jsonl.*cannot be read"),
+        "parquet": (lambda: file_texts([str(folder / "torn.parquet")]), r"torn\.parquet.*cannot be read"),
+        "missing": (lambda: file_texts([str(folder / "none.parquet")]), "There is no file"),
+        "hub": (lambda: hub_texts(str(folder / "nowhere")), "cannot be read.*name the folder"),
+        "split": (lambda: hub_texts(str(folder / "p"), split="dev", column="body"), "cannot be read"),
+    }
+
+
+FAULTS = ["column", "field", "number", "latin", "json", "torn", "parquet", "missing", "hub", "split"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_a_source_is_explained(tmp_path: Path, fault: str) -> None:
+    opened, told = faults(tmp_path)[fault]
+    with pytest.raises(DataError, match=rf"(?s){told}"):
+        read(opened())
+
+
+def test_formats_that_cannot_be_told_are_asked_for(tmp_path: Path) -> None:
+    faults(tmp_path)
+    for names in (["a.csv"], ["a.jsonl", "latin.txt"]):
+        with pytest.raises(ArgumentError, match="format ="):
+            file_texts([str(tmp_path / name) for name in names])
+    assert read(file_texts([str(tmp_path / "a.csv")], format="text")) == ["text", "a"]
+
+
+def test_missing_texts_are_left_out(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", None, "", " \n", "b"]}), tmp_path / "a.parquet")
+    assert read(file_texts([str(tmp_path / "a.parquet")])) == ["a", "b"]
+
+
+def test_a_corpus_without_text_for_a_part_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    few = json_file(tmp_path / "few.jsonl", ["a"])
+    cases = [([str(tmp_path / "empty.txt")], "no token"), ([few], "gave no text for (train|validation)")]
+    for files, told in cases:
+        with pytest.raises(DataError, match=told):
+            train_rows(SourceCorpus(file_texts(files), held_out=0.5), TOKENIZER, 8, Cache(tmp_path / "cache"))
+    with pytest.raises(ArgumentError, match="held_out"):
+        SourceCorpus(file_texts([few]), held_out=0.0)
+
+
+def test_no_two_corpora_are_confused(tmp_path: Path) -> None:
+    parquet, lines = parquet_files(tmp_path / "p", TEXTS), json_file(tmp_path / "a.jsonl", TEXTS)
+    made = [
+        SourceCorpus(file_texts([parquet]), held_out=0.2),
+        SourceCorpus(file_texts([parquet]), held_out=0.1),
+        SourceCorpus(file_texts([lines]), held_out=0.2),
+        SourceCorpus(file_texts([lines], column="n"), held_out=0.2),
+        SourceCorpus(file_texts([parquet]), file_texts([lines])),
+        SourceCorpus(hub_texts("a/b"), held_out=0.2),
+        SourceCorpus(hub_texts("a/b", revision="c"), held_out=0.2),
+        SourceCorpus(hub_texts("a/b", split="x"), held_out=0.2),
+    ]
+    known = [part.fingerprint for corpus in made for part in (corpus.train, corpus.validation)]
+    assert not [pair for pair in itertools.combinations(known, 2) if pair[0] == pair[1]]

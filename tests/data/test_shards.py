@@ -1,0 +1,269 @@
+"""Shards are the same tokens whatever the workers, the kills in between and the machine; damage is found and named."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from corpora import SENTENCE, TOKENIZER, chunks_of, sentences
+
+from ddiff.data.documents import divided, from_texts
+from ddiff.data.rows import PackedRows, pack, rows_of_stream
+from ddiff.data.shards import Shards, read_shards, write_shards
+from ddiff.data.tokenising import TRAIN, VALIDATION, Chunk, encoded
+from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
+from ddiff.errors import ArgumentError, DataError
+
+TEXTS = sentences(300)
+HELD_OUT = 0.2
+
+
+def build(folder: Path, texts: list[str] = TEXTS, **settings: Any) -> Shards:
+    given = {"source": {"texts": len(texts)}, "held_out": HELD_OUT, "shard_tokens": 500} | settings
+    return write_shards(folder, chunks_of(texts), TOKENIZER, **given)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def all_of(rows: PackedRows) -> tuple[Any, Any, Any]:
+    block = rows[:]
+    return block.ids.tolist(), block.document.tolist(), block.num_valid.tolist()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return build(tmp_path_factory.mktemp("shards"))
+
+
+def test_shards_hold_what_packing_in_memory_holds(made: Shards) -> None:
+    """The same split by hash, the same rows, document by document, across the borders of many shards."""
+    assert len(made.records(TRAIN)) > 5
+    direct = divided(from_texts(TEXTS), HELD_OUT, "")
+    for part, documents, separate in ((TRAIN, direct.train, False), (VALIDATION, direct.validation, True)):
+        for length in (7, 64, 2000):
+            rows = rows_of_stream(made.stream(part), TOKENIZER, length, separate=separate)
+            due = pack(documents, TOKENIZER, length, separate=separate)
+            assert all_of(rows) == all_of(due)
+            assert rows.fingerprint == due.fingerprint
+            assert (rows.token_counts() == due.token_counts()).all()
+        assert made.stream(part).num_bytes == sum(len(text.encode()) for text in documents["text"])
+
+
+def test_rows_are_read_by_number_in_any_order(made: Shards) -> None:
+    for part, separate in ((TRAIN, False), (TRAIN, True)):
+        rows = rows_of_stream(made.stream(part), TOKENIZER, 16, separate=separate)
+        order = np.random.default_rng(0).permutation(len(rows))
+        ids, document, num_valid = (np.array(column) for column in all_of(rows))
+        asked = rows[order]
+        assert (asked.ids == ids[order]).all()
+        assert (asked.document == document[order]).all()
+        assert (asked.num_valid == num_valid[order]).all()
+        assert (rows.documents() == document[:, 0]).all()
+    with pytest.raises(ArgumentError, match="numbers"):
+        rows[[len(rows)]]
+
+
+def test_ids_are_stored_in_16_bits_and_documents_by_their_ends(made: Shards) -> None:
+    shard = made.stream(TRAIN).shards[0]
+    assert (shard.tokens.dtype, shard.ends.dtype) == (np.uint16, np.int64)
+    assert len(shard.ends) == shard.record.documents < len(shard.tokens)
+    assert isinstance(shard.tokens.base, np.memmap)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_writes_the_same_bytes(made: Shards, tmp_path: Path, workers: int) -> None:
+    build(tmp_path / "many", workers=workers)
+    assert contents(tmp_path / "many") == contents(made.folder)
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{here!r}]
+from pathlib import Path
+from test_shards import TEXTS, build
+import ddiff.data.shards as shards
+from corpora import chunks_of
+wrote, write = 0, shards._write_array
+def write_and_die(path, array):
+    global wrote
+    wrote += 1
+    if wrote == {after}:
+        path.with_name(path.name + ".partial").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(path, array)
+shards._write_array = write_and_die
+build(Path(sys.argv[1]), workers={workers})
+"""
+
+
+@pytest.mark.parametrize(("after", "workers"), [(1, 1), (8, 1), (11, 2)])
+def test_a_killed_build_goes_on_from_its_whole_shards(made: Shards, tmp_path: Path, after: int, workers: int) -> None:
+    """Killed in the middle of a file, between the two files of a shard, and between the shards of a pair."""
+    script = KILLED.format(here=str(Path(__file__).parent), after=after, workers=workers)
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+    assert ended.returncode == -signal.SIGKILL
+    with pytest.raises(DataError, match="it has no manifest" if after == 1 else "a build that was stopped"):
+        read_shards(tmp_path / "killed")
+    asked: list[Any] = []
+
+    def chunks(cursor: Any) -> Any:
+        asked.append(cursor)
+        return chunks_of(TEXTS)(cursor)
+
+    again = {"source": {"texts": len(TEXTS)}, "held_out": HELD_OUT, "shard_tokens": 500}
+    write_shards(tmp_path / "killed", chunks, TOKENIZER, **again)
+    assert contents(tmp_path / "killed") == contents(made.folder)
+    assert asked == [None] if after == 1 else asked[0] > 0  # what was whole is not read again
+    write_shards(tmp_path / "killed", chunks, TOKENIZER, **again)
+    assert len(asked) == 1  # and what is finished not at all
+
+
+def test_a_folder_of_shards_can_be_moved(made: Shards, tmp_path: Path) -> None:
+    shutil.copytree(made.folder, tmp_path / "copy")
+    copy = read_shards(tmp_path / "copy")
+    copy.verify()
+    assert copy.stream(TRAIN).fingerprint == made.stream(TRAIN).fingerprint
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "wide"])
+def test_a_damaged_shard_is_named_with_the_remedy(made: Shards, tmp_path: Path, damage: str) -> None:
+    copied = Path(shutil.copytree(made.folder, tmp_path / "copy"))
+    file = copied / "train_00001.tokens.npy"
+    content = bytearray(file.read_bytes())
+    if damage == "flipped":
+        content[-3] ^= 1
+        file.write_bytes(content)
+        read_shards(copied).stream(TRAIN)  # of the right size: only its checksum tells
+    elif damage == "cut":
+        file.write_bytes(content[:-50])
+    elif damage == "missing":
+        file.unlink()
+    else:
+        np.save(file, np.load(file).astype(np.int64))
+    with pytest.raises(DataError, match=r"train_00001\.tokens\.npy is damaged.*delete the folder"):
+        read_shards(copied).verify()
+    if damage != "flipped":
+        with pytest.raises(DataError, match=r"train_00001\.tokens\.npy is damaged"):
+            read_shards(copied).stream(TRAIN)
+
+
+def test_another_tokenizer_is_refused_with_what_differs(made: Shards) -> None:
+    other = BytePairTokenizer.train([SENTENCE] * 4, 270)
+    with pytest.raises(DataError, match=f"num_tokens was {TOKENIZER.num_tokens} and is {other.num_tokens}"):
+        made.check_tokenizer(other)
+    with pytest.raises(DataError, match="another tokenizer"):
+        write_shards(made.folder, chunks_of(TEXTS), other, source={"texts": len(TEXTS)}, held_out=HELD_OUT)
+    made.check_tokenizer(TOKENIZER)
+
+
+def test_a_folder_of_other_shards_is_not_taken_for_these(made: Shards) -> None:
+    with pytest.raises(DataError, match="something else: source"):
+        build(made.folder, TEXTS[:-1])
+
+
+def test_no_manifest_no_shards(tmp_path: Path, made: Shards) -> None:
+    with pytest.raises(DataError, match="no folder of token shards"):
+        read_shards(tmp_path)
+    copied = Path(shutil.copytree(made.folder, tmp_path / "copy"))
+    (copied / "manifest.json").write_text(json.dumps(dict(made.manifest) | {"format": 99}))
+    with pytest.raises(DataError, match="format 99"):
+        read_shards(copied)
+    (copied / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        read_shards(copied)
+
+
+def test_an_empty_source_leaves_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no token"):
+        build(tmp_path, [])
+    assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_unknown_symbol_is_named_whoever_tokenises(workers: int) -> None:
+    texts = ["ACGT"] * 90 + ["ACNT"] + ["ACGT"] * 9
+    chunks = [Chunk(texts[i : i + 10], names=[f"line {n}" for n in range(i, i + 10)]) for i in range(0, 100, 10)]
+    with pytest.raises(DataError, match=r"Row 90 \(line 90\).*'N'"):
+        list(encoded(chunks, AlphabetTokenizer("ACGT"), workers=workers))
+
+
+def test_a_tokenizer_keeps_its_ways_in_another_process() -> None:
+    """An end mark spelled in a text ends no document there either."""
+    text = ["the <|eos|> cat"]
+    assert pickle.loads(pickle.dumps(TOKENIZER)).encode(text) == TOKENIZER.encode(text)
+    (_, found), *_ = encoded([Chunk(text)], TOKENIZER, workers=2)
+    assert found.ids.tolist() == [*TOKENIZER.encode(text)[0], 0]
+
+
+class Dying:
+    """A tokenizer whose process ends."""
+
+    num_tokens, eos_id = 3, None
+
+    def __reduce__(self) -> Any:
+        return exec, ("import os; os._exit(9)",)  # when the other process reads it
+
+
+def test_a_process_that_dies_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="exit code 9"):
+        list(encoded([Chunk(["a"])] * 3, Dying(), workers=2))  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="workers"):
+        list(encoded([], TOKENIZER, workers=0))
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_refused() -> None:
+    class Lying:
+        num_tokens, eos_id = 2, None
+
+        def encode(self, texts: Any) -> Any:
+            return [[0, 2] for _ in texts]
+
+    with pytest.raises(DataError, match=r"2 tokens, but gave the ids 0\.\.2"):
+        list(encoded([Chunk(["a"])], Lying()))  # type: ignore[arg-type]
+
+
+MEASURED = """
+import resource, sys
+sys.path[:0] = [{here!r}]
+from pathlib import Path
+import numpy as np
+from ddiff.data.rows import rows_of_stream
+from ddiff.data.shards import write_shards
+from ddiff.data.tokenising import TRAIN, Chunk
+from ddiff.data.tokenizer import AlphabetTokenizer
+
+tokenizer = AlphabetTokenizer("0123456789")
+def chunks(cursor):
+    for start in range(0, int(sys.argv[2]), 1000):
+        yield Chunk([str(number) for number in range(start, start + 1000)], start + 1000, None)
+made = write_shards(Path(sys.argv[1]), chunks, tokenizer, source={{}}, held_out=0.01, shard_tokens=50_000)
+tokenizer.unit = "token"
+rows = rows_of_stream(made.stream(TRAIN), tokenizer, 32)
+for step in range(50):
+    rows[rows.order(0, np.arange(step * 64, step * 64 + 64))]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, made.stream(TRAIN).num_documents)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> None:
+    """200,000 documents against 2,000: their texts alone as Python objects would be 11 MB, with an index 25 MB and more."""
+    script, peaks = MEASURED.format(here=str(Path(__file__).parent)), []
+    for documents in (2000, 200_000):
+        command = [sys.executable, "-c", script, str(tmp_path / str(documents)), str(documents)]
+        peak, found = map(int, subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).split())
+        assert found > 0.98 * documents
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 8000  # KiB
+    files = list((tmp_path / "200000").iterdir())
+    assert len(files) < 120
+    assert (tmp_path / "200000" / "manifest.json").stat().st_size < 50_000
