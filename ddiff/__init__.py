@@ -97,7 +97,7 @@ _MODULES = {
     ),
     "ddiff.data.batch": ("Batch",),
     "ddiff.data.cache": ("Cache",),
-    "ddiff.data.corpus": ("Corpus", "ShardedCorpus", "SourceCorpus"),
+    "ddiff.data.corpus": ("Corpus", "ShardedCorpus", "SourceCorpus", "StreamedCorpus"),
     "ddiff.data.documents": (
         "Documents",
         "bundled_novels",
@@ -295,6 +295,7 @@ if TYPE_CHECKING:
     from ddiff.data.corpus import Corpus as Corpus
     from ddiff.data.corpus import ShardedCorpus as ShardedCorpus
     from ddiff.data.corpus import SourceCorpus as SourceCorpus
+    from ddiff.data.corpus import StreamedCorpus as StreamedCorpus
     from ddiff.data.documents import Documents as Documents
     from ddiff.data.documents import bundled_novels as bundled_novels
     from ddiff.data.documents import from_texts as from_texts

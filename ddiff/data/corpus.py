@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +16,14 @@ from ddiff.data.documents import Documents
 from ddiff.data.rows import PackedRows, Rows, pack, rows_of_stream
 from ddiff.data.shards import MANIFEST, Shards, read_shards, write_shards
 from ddiff.data.sources import TextSource
+from ddiff.data.streaming import StreamedRows
 from ddiff.data.tokenising import TRAIN, VALIDATION, Chunk, place_of
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError, DataError
 
 
 class Corpus(Protocol):
-    """What a dataset component may give instead of `Documents`: parts that are read in order, and token shards of them.
+    """What a dataset component may give instead of `Documents`: texts that are read in order, and rows of their tokens.
 
     `train["text"]` and `validation["text"]` iterate over texts, for tokenizers that are learned.
     """
@@ -29,6 +31,14 @@ class Corpus(Protocol):
     train: Any
     validation: Any
     entropy_rate: float | None
+
+    def train_rows(self, tokenizer: Tokenizer, length: int, cache: Cache) -> Rows:
+        """Rows of joined documents."""
+        ...
+
+    def validation_rows(self, tokenizer: Tokenizer, length: int, cache: Cache) -> PackedRows:
+        """Rows that begin anew with every document."""
+        ...
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
         """Both parts tokenised, now or earlier."""
@@ -39,19 +49,32 @@ def train_rows(documents: Documents | Corpus, tokenizer: Tokenizer, length: int,
     """Rows of joined documents, to train on."""
     if isinstance(documents, Documents):
         return pack(documents.train, tokenizer, length, cache=cache)
-    return rows_of_stream(documents.shards(tokenizer, cache).stream(TRAIN), tokenizer, length)
+    return documents.train_rows(tokenizer, length, cache)
 
 
 def validation_rows(documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache) -> PackedRows:
     """Rows that begin anew with every document, to evaluate on."""
     if isinstance(documents, Documents):
         return pack(documents.validation, tokenizer, length, separate=True, cache=cache)
-    return rows_of_stream(documents.shards(tokenizer, cache).stream(VALIDATION), tokenizer, length, separate=True)
+    return documents.validation_rows(tokenizer, length, cache)
+
+
+class _Sharded(ABC):
+    """Rows of a corpus that has shards of both parts."""
+
+    @abstractmethod
+    def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards: ...
+
+    def train_rows(self, tokenizer: Tokenizer, length: int, cache: Cache) -> Rows:
+        return rows_of_stream(self.shards(tokenizer, cache).stream(TRAIN), tokenizer, length)
+
+    def validation_rows(self, tokenizer: Tokenizer, length: int, cache: Cache) -> PackedRows:
+        return rows_of_stream(self.shards(tokenizer, cache).stream(VALIDATION), tokenizer, length, separate=True)
 
 
 @final
 @dataclass(frozen=True)
-class SourceCorpus:
+class SourceCorpus(_Sharded):
     """Texts of a source, those of another one (or a share `held_out` of them by hash) for validation."""
 
     source: TextSource
@@ -88,13 +111,27 @@ class SourceCorpus:
         made = write_shards(
             folder, self.chunks, tokenizer, source=self.identity, held_out=self.held_out, workers=self.workers
         )
+        self.check_parts(made)
+        return made
+
+    def check_parts(self, made: Shards) -> None:
+        """DataError when a part has no text."""
         for part in (TRAIN, VALIDATION):
             if not made.records(part):
                 raise DataError(
                     f"{self.source} gave no text for {part} (held_out = {self.held_out}). Take another share, or name "
                     "validation texts."
                 )
-        return made
+
+    def train_chunks(self, cursor: Any = None) -> Iterator[Chunk]:
+        """The chunks of the source to train on; where no other is for validation, with what is held out."""
+        return self.source.chunks(cursor, part=None if self.validation_source is None else TRAIN)
+
+    def sources(self) -> list[Iterator[Chunk]]:
+        """The chunks of each source, from its start."""
+        if self.validation_source is None:
+            return [self.train_chunks()]
+        return [self.train_chunks(), self.validation_source.chunks(part=VALIDATION)]
 
     def chunks(self, cursor: Any = None) -> Iterator[Chunk]:
         """All texts in order: those to train on, then those of the validation source; or undecided, where there is none."""
@@ -110,15 +147,93 @@ class SourceCorpus:
 
     def texts(self, part: str) -> Iterator[str]:
         """The texts of a part, read anew."""
-        if self.validation_source is not None:
-            source = self.source if part == TRAIN else self.validation_source
-            for chunk in source.chunks():
-                yield from chunk.texts
-            return
-        for chunk in self.source.chunks():
+        return self.texts_of(self.chunks(), part)
+
+    def texts_of(self, chunks: Iterable[Chunk], part: str) -> Iterator[str]:
+        """Those texts of some chunks that belong to a part."""
+        for chunk in chunks:
             for text in chunk.texts:
-                if (place_of(text.encode()) < self.held_out) == (part == VALIDATION):
+                decided = chunk.part or (VALIDATION if place_of(text.encode()) < self.held_out else TRAIN)
+                if decided == part:
                     yield text
+
+
+@final
+class StreamedCorpus(_Sharded):
+    """A corpus that is tokenised while it is trained on.
+
+    Only its `head` is kept, the first so many documents (of the validation source too, if there is one): what is held out
+    of them is evaluated on, and counts, clusters and learned tokenizers come from the others. `block` rows at a time are
+    shuffled.
+    """
+
+    entropy_rate: float | None = None
+
+    def __init__(self, corpus: SourceCorpus, *, head: int = 20_000, block: int = 4096) -> None:
+        if head < 1:
+            raise ArgumentError(f"head must be at least 1 document; got {head}.")
+        self._corpus, self._head, self._block_rows = corpus, head, block
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**self._corpus.identity, "head": self._head}
+
+    @property
+    def train(self) -> TextsOf:
+        return TextsOf(self, TRAIN)
+
+    @property
+    def validation(self) -> TextsOf:
+        return TextsOf(self, VALIDATION)
+
+    def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
+        """Of the head."""
+        corpus = self._corpus
+        known_by = {**self.identity, "tokenizer": tokenizer.fingerprint}
+
+        def build(folder: Path) -> None:
+            write_shards(
+                folder,
+                lambda _: self._head_chunks(),
+                tokenizer,
+                source=self.identity,
+                held_out=corpus.held_out,
+                workers=corpus.workers,
+            )
+
+        made = read_shards(cache.entry("heads", known_by, build))
+        corpus.check_parts(made)
+        return made
+
+    def train_rows(self, tokenizer: Tokenizer, length: int, cache: Cache) -> StreamedRows:
+        corpus = self._corpus
+        known_by = fingerprint([self.identity, tokenizer.fingerprint, length, self._block_rows])
+        head = rows_of_stream(self.shards(tokenizer, cache).stream(TRAIN), tokenizer, length)
+        return StreamedRows(
+            corpus.train_chunks,
+            tokenizer,
+            length,
+            head=head,
+            known_by=known_by,
+            block=self._block_rows,
+            held_out=corpus.held_out,
+            workers=corpus.workers,
+            cursors=cache.root / "streams" / f"{known_by}.jsonl",
+        )
+
+    def texts(self, part: str) -> Iterator[str]:
+        """The texts of a part of the head, read anew."""
+        return self._corpus.texts_of(self._head_chunks(), part)
+
+    def _head_chunks(self) -> Iterator[Chunk]:
+        sizes = {TRAIN: 0, VALIDATION: 0}
+        for chunks in self._corpus.sources():
+            for chunk in chunks:
+                part = chunk.part or TRAIN
+                yield Chunk(chunk.texts[: self._head - sizes[part]], None, chunk.part)
+                sizes[part] += len(chunk.texts)
+                if sizes[part] >= self._head:
+                    break
 
 
 @final
@@ -126,7 +241,7 @@ class SourceCorpus:
 class TextsOf:
     """A part of a corpus, of which the one column `text` can be iterated over, and known by its source."""
 
-    corpus: SourceCorpus
+    corpus: SourceCorpus | StreamedCorpus
     part: str
     column_names: tuple[str, ...] = ("text",)
 
@@ -140,7 +255,7 @@ class TextsOf:
 
 
 @final
-class ShardedCorpus:
+class ShardedCorpus(_Sharded):
     """Shards that were made earlier, here or on another machine; their text is not there."""
 
     entropy_rate: float | None = None

@@ -24,7 +24,7 @@ from ddiff.data.cache import Cache, fingerprint
 from ddiff.data.conditions import Conditions
 from ddiff.data.documents import from_texts, text_fingerprint
 from ddiff.data.order import row_at
-from ddiff.data.shards import TokenStream, gathered, read_shards, write_shards
+from ddiff.data.shards import TokenStream, gathered, read_shards, stream_of_ids, write_shards
 from ddiff.data.tokenising import DOCUMENTS_AT_ONCE, TRAIN, Chunk
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError, DataError
@@ -51,6 +51,10 @@ class Rows(Protocol):
     """
 
     length: int
+
+    def __len__(self) -> int:
+        """How many; 2**62 where there is no end."""
+        ...
 
     def __getitem__(self, numbers: ArrayLike | slice) -> Block:
         """The rows with these numbers [k], in this order."""
@@ -189,6 +193,11 @@ def rows_of_stream(stream: TokenStream, tokenizer: Tokenizer, length: int, *, se
     # rows of symbols are documents of one length: joined, they are cut where documents meet
     filler = 0 if tokenizer.eos_id is None else tokenizer.eos_id
     return PackedRows(stream, length, filler=filler, separate=separate and tokenizer.unit != "symbol")
+
+
+def rows_of_ids(ids: NDArray[np.integer], num_tokens: int) -> PackedRows:
+    """Ids [R,L] at hand as rows, each a document of its own."""
+    return PackedRows(stream_of_ids(ids, num_tokens), ids.shape[1], filler=0)
 
 
 def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> PackedRows:

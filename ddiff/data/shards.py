@@ -213,11 +213,22 @@ def described(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def gathered(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> TokenStream:
     """The stream of all chunks in memory, in one shard."""
-    shard = _Open("")
+    opened = _Open("")
     for _, found in encoded(chunks, tokenizer):
-        shard.add(found)
-    held = shard.closed(token_dtype(tokenizer.num_tokens))
-    return TokenStream([held], lambda: _counts([held], tokenizer.num_tokens))
+        opened.add(found)
+    return _in_memory(opened.closed(token_dtype(tokenizer.num_tokens)), tokenizer.num_tokens)
+
+
+def stream_of_ids(ids: NDArray[np.integer], num_tokens: int) -> TokenStream:
+    """Documents of one length, ids [R,L], as a stream in memory."""
+    documents, size = ids.shape
+    record = ShardRecord("", documents, ids.size, 0, size, size, "", "")
+    tokens = np.ascontiguousarray(ids).astype(token_dtype(num_tokens)).ravel()
+    return _in_memory(Shard(tokens, size * np.arange(1, documents + 1), record), num_tokens)
+
+
+def _in_memory(shard: Shard, num_tokens: int) -> TokenStream:
+    return TokenStream([shard], lambda: _counts([shard], num_tokens))
 
 
 def write_shards(

@@ -17,13 +17,12 @@ from typing import NamedTuple, final
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 
 from ddiff.core.noise import Noise
 from ddiff.data.batch import Batch
 from ddiff.data.conditions import Conditions
-from ddiff.data.rows import batch_rows, token_stream
+from ddiff.data.rows import Rows, batch_rows, rows_of_ids
 from ddiff.data.tokenizer import AlphabetTokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import Context, Denoiser
@@ -196,19 +195,17 @@ def _symbols(num_tokens: int) -> AlphabetTokenizer:
     return AlphabetTokenizer([chr(code) for code, _ in zip(codes, range(num_tokens))])
 
 
-def _random_rows(num_tokens: int, length: int, seed: int) -> Dataset:
+def _random_rows(num_tokens: int, length: int, seed: int) -> Rows:
     """Rows of independent tokens that are as unequally frequent as words (Zipf's law)."""
     random = np.random.default_rng(seed)
     share = 1.0 / (np.arange(num_tokens) + 2.7)
     ids = random.permutation(num_tokens)[random.choice(num_tokens, (STAND_IN_ROWS, length), p=share / share.sum())]
-    document = np.broadcast_to(np.arange(STAND_IN_ROWS)[:, None], ids.shape)
-    columns = {"ids": ids.astype(np.int32), "document": document.astype(np.int32)}
-    return Dataset.from_dict({**columns, "num_valid": np.full(STAND_IN_ROWS, length, np.int32)}).with_format("numpy")
+    return rows_of_ids(ids, num_tokens)
 
 
 def _unigram(run: Run) -> float:
     """Nats per token of the training text under its own counts, each raised by one: what a bound starts from."""
-    counts = np.bincount(token_stream(run.train_rows)[0], minlength=run.vocabulary.num_tokens)
+    counts = run.train_rows.token_counts()
     log_share = np.log(counts + 1.0) - np.log(counts.sum() + len(counts))
     return -float((counts * log_share).sum() / counts.sum())
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from ddiff import ComponentConfig, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
-    from ddiff import Cache, Documents, MarkovSource, ShardedCorpus, SourceCorpus, TextSource
+    from ddiff import Cache, Documents, MarkovSource, ShardedCorpus, SourceCorpus, StreamedCorpus, TextSource
 
 Paths = Annotated[tuple[str, ...], Field(min_length=1)]
 HeldOut = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -131,18 +131,24 @@ class Files:
         held_out: HeldOut = 0.005
         """The share of the documents for validation, chosen by the hash of their text."""
         workers: PositiveInt = 1
-        """Processes that tokenise; the shards are the same whatever their number."""
+        """Processes that tokenise; rows are the same whatever their number."""
+        streaming: bool = False
+        """Tokenise while training, and keep no shards; docs/data.md has the limits."""
+        head: PositiveInt = 20_000
+        """Streaming: documents read first; those held out are evaluated on, the others counted and learned from."""
+        block: PositiveInt = 4096
+        """Streaming: rows that are shuffled together."""
 
     @staticmethod
-    def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> SourceCorpus:
-        from ddiff import SourceCorpus, file_texts
+    def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> SourceCorpus | StreamedCorpus:
+        from ddiff import file_texts
 
         def texts(files: tuple[str, ...]) -> TextSource:
             format = None if config.format == "auto" else config.format
             return file_texts(files, format=format, column=config.column, split=config.split)
 
         validation = texts(config.validation) if config.validation else None
-        return SourceCorpus(texts(config.files), validation, held_out=config.held_out, workers=config.workers)
+        return _corpus(config, texts(config.files), validation)
 
     @staticmethod
     def reads(config: Config) -> tuple[str, ...]:
@@ -167,11 +173,17 @@ class Hub:
         held_out: HeldOut = 0.005
         """The share of the documents for validation, chosen by the hash of their text."""
         workers: PositiveInt = 1
-        """Processes that tokenise; the shards are the same whatever their number."""
+        """Processes that tokenise; rows are the same whatever their number."""
+        streaming: bool = False
+        """Tokenise while training, and keep no shards; docs/data.md has the limits."""
+        head: PositiveInt = 20_000
+        """Streaming: documents read first; those held out are evaluated on, the others counted and learned from."""
+        block: PositiveInt = 4096
+        """Streaming: rows that are shuffled together."""
 
     @staticmethod
-    def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> SourceCorpus:
-        from ddiff import SourceCorpus, hub_texts
+    def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> SourceCorpus | StreamedCorpus:
+        from ddiff import hub_texts
 
         def texts(split: str) -> TextSource:
             return hub_texts(
@@ -179,7 +191,16 @@ class Hub:
             )
 
         validation = None if config.validation is None else texts(config.validation)
-        return SourceCorpus(texts(config.split), validation, held_out=config.held_out, workers=config.workers)
+        return _corpus(config, texts(config.split), validation)
+
+
+def _corpus(
+    config: Files.Config | Hub.Config, source: TextSource, validation: TextSource | None
+) -> SourceCorpus | StreamedCorpus:
+    from ddiff import SourceCorpus, StreamedCorpus
+
+    corpus = SourceCorpus(source, validation, held_out=config.held_out, workers=config.workers)
+    return StreamedCorpus(corpus, head=config.head, block=config.block) if config.streaming else corpus
 
 
 class Shards:

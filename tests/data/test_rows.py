@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ddiff.data.cache import Cache
 from ddiff.data.documents import from_texts
-from ddiff.data.rows import PackedRows, batch_rows, pack, pack_texts, rows_fingerprint, token_stream
+from ddiff.data.rows import PackedRows, batch_rows, pack, pack_texts, rows_fingerprint, rows_of_ids, token_stream
 from ddiff.data.tokenizer import EOS, AlphabetTokenizer, BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
 
@@ -190,3 +190,11 @@ def test_what_cannot_be_packed_is_explained() -> None:
         pack(from_texts(TEXTS), TOKENIZER, 0)
     with pytest.raises(DataError, match="no token"):
         pack_texts([], TOKENIZER, 8)
+
+
+def test_ids_at_hand_are_rows_of_their_own() -> None:
+    ids = np.random.default_rng(0).integers(0, 70_000, (5, 7))
+    rows = rows_of_ids(ids, 70_000)
+    assert (rows[:].ids == ids).all()
+    assert (rows[:].document == np.arange(5)[:, None]).all()
+    assert (rows.token_counts() == np.bincount(ids.ravel(), minlength=70_000)).all()

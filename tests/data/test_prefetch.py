@@ -1,0 +1,103 @@
+"""Reading ahead changes no batch and no order of faults, whatever the number of threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from corpora import TOKENIZER, chunks_of, sentences
+
+from ddiff.data.documents import from_texts
+from ddiff.data.prefetch import Prefetched
+from ddiff.data.rows import Rows, batch_rows, pack
+from ddiff.data.streaming import StreamedRows
+from ddiff.errors import ArgumentError
+
+TEXTS = sentences(60)
+PACKED = pack(from_texts(TEXTS), TOKENIZER, 16)
+
+
+def batches_of(rows: Rows) -> Callable[[int, int], list[list[int]]]:
+    def batch_at(step: int, micro: int) -> list[list[int]]:
+        slots = 8 * step + 4 * micro + np.arange(4)
+        return batch_rows(rows, rows.order(0, slots), index=slots).ids.tolist()
+
+    return batch_at
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+@pytest.mark.parametrize("source", ["packed", "streamed"])
+def test_any_number_of_workers_gives_the_same_bits(source: str, workers: int) -> None:
+    """In order over epochs, then from another step, as after a resumption."""
+    streamed = StreamedRows(chunks_of(TEXTS), TOKENIZER, 16, head=PACKED, known_by="", block=8)
+    rows = PACKED if source == "packed" else streamed
+    plain = batches_of(PACKED if source == "packed" else rows)
+    calls = [(step, micro) for step in [*range(30), *range(7, 12), 3] for micro in range(2)]
+    due = [plain(*call) for call in calls]
+    with Prefetched(batches_of(rows), 3, accumulate=2, workers=workers) as ahead:
+        assert [ahead(*call) for call in calls] == due
+
+
+def test_the_next_calls_are_under_way_while_a_step_computes() -> None:
+    asked: list[tuple[int, int]] = []
+    ready = threading.Event()
+
+    def batch_at(step: int, micro: int) -> int:
+        asked.append((step, micro))
+        if (step, micro) == (1, 1):
+            ready.set()
+        return step
+
+    with Prefetched(batch_at, 3, accumulate=2) as ahead:
+        ahead(0, 0)
+        assert ready.wait(5.0)
+        assert asked == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        ahead(0, 1)
+        ahead(1, 0)
+    assert len(asked) == len(set(asked))  # nothing is read twice
+
+
+def test_reading_ahead_hides_the_time_of_reading() -> None:
+    """Twenty reads of 10 ms beside twenty steps of 10 ms: half a second one after another."""
+
+    def batch_at(step: int, micro: int) -> int:
+        time.sleep(0.01)
+        return step
+
+    spent = []
+    for ahead in (0, 2):
+        with Prefetched(batch_at, ahead, workers=2) as read:
+            began = time.monotonic()
+            for step in range(20):
+                read(step, 0)
+                time.sleep(0.01)
+            spent.append(time.monotonic() - began)
+    assert spent[1] < 0.85 * spent[0]
+
+
+def test_a_fault_is_raised_by_the_call_that_wanted_the_batch() -> None:
+    def batch_at(step: int, micro: int) -> int:
+        if step == 2:
+            raise ValueError("torn row")
+        return step
+
+    with Prefetched(batch_at, 4) as ahead:
+        assert [ahead(0, 0), ahead(1, 0)] == [0, 1]
+        with pytest.raises(ValueError, match="torn row"):
+            ahead(2, 0)
+        assert ahead(3, 0) == 3
+
+
+def test_after_the_end_calls_are_answered_without_threads() -> None:
+    ahead = Prefetched(lambda step, micro: step, 2)
+    before = threading.active_count()
+    ahead(0, 0)
+    assert threading.active_count() > before
+    ahead.close()
+    assert threading.active_count() == before
+    assert ahead(5, 0) == 5
+    with pytest.raises(ArgumentError, match="ahead"):
+        Prefetched(lambda step, micro: step, -1)
