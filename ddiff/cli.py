@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -48,6 +48,12 @@ MEASURE = (
 )
 
 
+VERIFY_RESUME = (
+    "Do K recorded steps again from a checkpoint, compare losses and state with what is recorded, and stop. The exit code is 0 "
+    "when they are equal (to rounding, where [backend] or the machine is another than the record's), else 1."
+)
+
+
 @app.command()
 def run(
     recipe: RecipeName,
@@ -55,6 +61,9 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
     measure: Annotated[int | None, typer.Option("--measure", min=1, metavar="STEPS", help=MEASURE)] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run directory holds and start over.")] = False,
+    verify_resume: Annotated[
+        int | None, typer.Option("--verify-resume", metavar="K", min=1, help=VERIFY_RESUME)
+    ] = None,
 ) -> None:
     """Train, evaluate and sample as a recipe says; run again to resume."""
     from ddiff.recipe import read_recipe
@@ -67,6 +76,8 @@ def run(
     if measure:  # nothing is fetched to be measured; the libraries read this when they are imported
         os.environ["HF_HUB_OFFLINE"] = "1"
     resolved = read_recipe(recipe, settings or ())
+    if verify_resume is not None and (fresh or dry_run):
+        raise ArgumentError("--verify-resume does steps of a run that stands: leave out --fresh and --dry-run.")
     if dry_run:
         from ddiff.runs import rehearse
 
@@ -81,7 +92,12 @@ def run(
         return
     if starts_workers(resolved):
         given = [f"--set={setting}" for setting in settings or ()] + ["--fresh"] * fresh
+        given += [f"--verify-resume={verify_resume}"] if verify_resume is not None else []
         raise typer.Exit(launch(["run", *given, "--", recipe], resolved.placement.processes))
+    if verify_resume is not None:
+        from ddiff.runs import verify_resume as verify
+
+        raise typer.Exit(verify(resolved, verify_resume))
     from ddiff.runs import run_recipe
 
     raise typer.Exit(run_recipe(resolved, fresh=fresh))
@@ -107,6 +123,22 @@ def evaluate(
     from ddiff.runs import evaluate_run
 
     evaluate_run(run_dir, settings or ())
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write, NAME.safetensors.")],
+    weights: Annotated[
+        Literal["auto", "ema", "trained"],
+        typer.Option(help="The moving average, the weights as trained, or the average where the run keeps one."),
+    ] = "auto",
+) -> None:
+    """Write a trained run's weights, whole, into one safetensors file."""
+    from ddiff.runs import export_run
+
+    metadata = export_run(run_dir, file, weights)
+    typer.echo(f"{file}: the {metadata['weights']} weights of step {metadata['step']} of {run_dir}")
 
 
 @app.command()

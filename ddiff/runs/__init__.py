@@ -11,6 +11,8 @@ A stage that is done is not done again; what a directory was made with is held a
 from __future__ import annotations
 
 from ddiff.runs.built import Run
+from ddiff.runs.export import export_run
 from ddiff.runs.stages import evaluate_run, load, rehearse, run, run_recipe, sample_run
+from ddiff.runs.verify import verify_resume
 
-__all__ = ["Run", "evaluate_run", "load", "rehearse", "run", "run_recipe", "sample_run"]
+__all__ = ["Run", "evaluate_run", "export_run", "load", "rehearse", "run", "run_recipe", "sample_run", "verify_resume"]

@@ -44,6 +44,7 @@ from ddiff.runs.parts import (
     check_tokenizer,
 )
 from ddiff.sampling.loop import OnStep, Sampler, generate, looks_ahead
+from ddiff.training.checkpoint import Checkpoint
 from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
 from ddiff.training.protocols import Backend, Tracker
 from ddiff.training.tracker import NoTracker
@@ -117,6 +118,12 @@ class Run:
             accepted()
             return trainer.fit(start)
 
+    def replay(self, start: Checkpoint | None, end: int, folder: Path) -> TrainingSummary:
+        """The steps from `start` (None: the beginning) to `end` again, written to another folder and told to no tracker."""
+        if start is None:
+            self.begin()
+        return self.trainer(folder, end, NoTracker()).fit(start)
+
     def end_together(self) -> None:
         """Leave the other processes, after training: rank 0 goes on alone."""
         self.objective.module = self.backend.unwrap(self.objective.module)
@@ -135,8 +142,8 @@ class Run:
         """The first law is the unigram law of the training text, so the first loss is known."""
         self.denoiser.head.start_from_counts(torch.from_numpy(np.array(self.train_rows.token_counts())))
 
-    def trainer(self) -> Trainer:
-        """What trains this run, as the recipe has it."""
+    def trainer(self, folder: Path | None = None, end: int | None = None, tracker: Tracker | None = None) -> Trainer:
+        """What trains this run, as the recipe has it; or part of its steps, into another folder, told to another tracker."""
         recipe, keys = self.recipe, self.recipe.train
         cosine = WarmupCosine(keys.steps, keys.warmup, keys.floor)
         return Trainer(
@@ -145,8 +152,8 @@ class Run:
             self._batch_at,
             lambda step, batch: Noise(recipe.seed, step, batch.index, recipe.length),
             backend=self.backend,
-            run_dir=self.run_dir,
-            steps=keys.steps,
+            run_dir=folder or self.run_dir,
+            steps=end or keys.steps,
             slots=keys.batch,
             accumulate=keys.accumulate,
             multiplier=cosine if keys.schedule == "cosine" else WarmupConstant(keys.warmup),
@@ -154,7 +161,7 @@ class Run:
             log_every=keys.log_every,
             checkpoint_every=keys.checkpoint_every,
             keep=keys.keep,
-            tracker=self._tracker(),
+            tracker=tracker or self._tracker(),
             origins=recipe.origins(),
             fingerprints={
                 "tokenizer": self.tokenizer.fingerprint,

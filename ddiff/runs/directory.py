@@ -20,6 +20,7 @@ from ddiff.training.checkpoint import Checkpoints
 
 if TYPE_CHECKING:
     from ddiff.runs.built import Run
+    from ddiff.training.protocols import Backend
 
 RECIPE, ENVIRONMENT = "recipe.toml", "environment.json"
 TOKENIZER, VOCABULARY = "tokenizer.json", "vocabulary.safetensors"
@@ -101,12 +102,8 @@ def record(directory: Path, recipe: Recipe, built: Run, given: Given) -> None:
     built.vocabulary.save(str(directory / VOCABULARY))
     environment = {
         "ddiff": __version__,
-        "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "device": str(built.backend.device),
-        "processes": built.backend.world_size,
+        **layout(built.backend),
         "components": recipe.origins(),
         "given": given.to_dict(),
         "parameters": sum(parameter.numel() for parameter in built.denoiser.parameters()),
@@ -116,9 +113,35 @@ def record(directory: Path, recipe: Recipe, built: Run, given: Given) -> None:
     write(directory / RECIPE, recipe.to_toml())
 
 
+def layout(backend: Backend) -> dict[str, Any]:
+    """Where the work is done: a step is the same bits in the same layout."""
+    return {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": str(backend.device),
+        "processes": backend.world_size,
+    }
+
+
 def newest_step(built: Run) -> int:
     steps = Checkpoints(str(built.run_dir / "checkpoints")).steps()
     return steps[-1] if steps else 0
+
+
+def checkpoints_of(directory: Path) -> Checkpoints:
+    """The checkpoints of a trained run; CheckpointError where it is none."""
+    if not (directory / RECIPE).is_file():
+        raise CheckpointError(
+            f"{directory} is not a run directory: it has no {RECIPE}. Name one that `ddiff run` wrote, such as runs/<name>."
+        )
+    checkpoints = Checkpoints(str(directory / "checkpoints"))
+    if not checkpoints.steps():
+        raise CheckpointError(
+            f"{directory} is not a trained run: it has a {RECIPE} and no complete checkpoint. `ddiff run` with that recipe "
+            "goes on with it."
+        )
+    return checkpoints
 
 
 def write(path: Path, text: str) -> None:

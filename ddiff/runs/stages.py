@@ -30,6 +30,7 @@ from ddiff.runs.directory import (
     VOCABULARY,
     check_directory,
     check_writable,
+    checkpoints_of,
     newest_step,
     parsed,
     read_json,
@@ -48,7 +49,7 @@ from ddiff.runs.parts import (
     outlined,
 )
 from ddiff.summary import print_evaluation, print_summary
-from ddiff.training.checkpoint import Checkpoints, load_weights
+from ddiff.training.checkpoint import load_weights
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code of a run that SIGINT ended
 
@@ -81,16 +82,7 @@ def load(run_dir: str | Path, *, process: ForwardProcess | None = None, settings
     """A trained run with its newest weights. `process` is needed when the run was given one from Python; `settings` are
     `--set` texts of the tables [evaluate] and [sample], which change nothing that was trained."""
     directory = Path(run_dir)
-    if not (directory / RECIPE).is_file():
-        raise CheckpointError(
-            f"{run_dir} is not a run directory: it has no {RECIPE}. Name one that `ddiff run` wrote, such as runs/<name>."
-        )
-    checkpoints = Checkpoints(str(directory / "checkpoints"))
-    if not checkpoints.steps():
-        raise CheckpointError(
-            f"{run_dir} is not a trained run: it has a {RECIPE} and no complete checkpoint. `ddiff run` with that recipe "
-            "goes on with it."
-        )
+    checkpoints = checkpoints_of(directory)
     settings = list(settings)
     if alien := [setting for setting in settings if not setting.lstrip().startswith(("evaluate.", "sample."))]:
         raise ArgumentError(

@@ -30,7 +30,7 @@ class Seal(NamedTuple):
 class Sink(Protocol):
     """Where a file's bytes go."""
 
-    def write(self, data: bytes | memoryview) -> None: ...
+    def write(self, data: bytes | memoryview, /) -> Any: ...
 
 
 @final

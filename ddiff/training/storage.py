@@ -108,9 +108,9 @@ def manifest_from_json(text: str | bytes) -> Manifest:
     }
 
 
-def write_tensors(sink: Sink, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(sink: Sink, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file of contiguous CPU tensors, one after the other and none copied."""
-    header = _header(tensors)
+    header = _header(tensors, metadata)
     sink.write(len(header).to_bytes(8, "little") + header)
     for name in _in_order(tensors):
         sink.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
@@ -121,8 +121,9 @@ def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    entries, begin = {}, 0
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    begin = 0
     for name in _in_order(tensors):
         end = begin + tensors[name].nbytes
         entry = {"dtype": CODES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}

@@ -71,9 +71,11 @@ def test_help_names_every_command(capsys):
     code, out, _ = call(capsys, "--help")
     assert code == 0
     assert [
-        command for command in ("run", "eval", "sample", "compare", "check", "plugins", "recipes") if command not in out
+        command
+        for command in ("run", "eval", "export", "sample", "compare", "check", "plugins", "recipes")
+        if command not in out
     ] == []
-    assert len(app.registered_commands) == 7
+    assert len(app.registered_commands) == 8
 
 
 def test_the_version_is_the_distributions(capsys):

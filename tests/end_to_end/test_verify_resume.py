@@ -1,0 +1,107 @@
+"""`ddiff run --verify-resume K`: recorded steps are done again; what differs is said, with how much and where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ddiff.errors import CheckpointError
+from ddiff.runs.verify import chosen
+from ddiff.training.checkpoint import Checkpoints
+
+Command = Callable[..., tuple[int, str, str]]
+RUN = ("run", "small.toml", "--set", "train.steps=6", "--set", "train.checkpoint_every=3")
+
+
+def contents(run_dir: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_was_resumed_right_is_equal(folder: Path, ddiff: Command) -> None:
+    assert ddiff(*RUN)[0] == 0
+    before = contents(Path("runs/small"))
+    code, out, err = ddiff(*RUN, "--verify-resume", "3")
+    assert code == 0, err
+    assert out.splitlines() == [
+        "runs/small: steps 4 to 6 done again from step 3, in the layout of the record: equal bits are due.",
+        "losses and other figures: equal",
+        "state after step 6: equal",
+    ]
+    assert contents(Path("runs/small")) == before
+    code, out, _ = ddiff(*RUN, "--verify-resume", "2")
+    assert code == 0
+    assert "steps 4 to 5 done again from step 3" in out
+    assert "state: not compared" in out
+    code, out, _ = ddiff(*RUN, "--verify-resume", "5")
+    assert code == 0
+    assert "steps 1 to 3 done again from the beginning" in out
+    assert "state after step 3: equal" in out
+
+
+def test_a_record_that_differs_is_found_with_how_much_and_where(folder: Path, ddiff: Command) -> None:
+    assert ddiff(*RUN)[0] == 0
+    path = Path("runs/small/metrics.jsonl")
+    lines = path.read_text().splitlines()
+    changed = json.loads(lines[4])
+    changed["train_loss"] *= 1.0 + 1e-9
+    path.write_text("\n".join([*lines[:4], json.dumps(changed), lines[5], ""]))
+    code, out, _ = ddiff(*RUN, "--verify-resume", "3")
+    assert code == 1
+    assert "losses and other figures: NOT equal; largest relative difference 1e-09, in train_loss of step 5" in out
+    assert "state after step 6: equal" in out
+
+
+def test_a_state_that_differs_is_found_with_how_much_and_where(folder: Path, ddiff: Command) -> None:
+    assert ddiff(*RUN)[0] == 0
+    checkpoints = Checkpoints("runs/small/checkpoints")
+    found = checkpoints.newest()
+    assert found is not None
+    state = found.tree()
+    state["optimizer"]["muon"]["state"][0]["momentum_buffer"][0, 0] += 1.0
+    checkpoints.save(6, found.weights(), state)
+    code, out, _ = ddiff(*RUN, "--verify-resume", "3")
+    assert code == 1
+    assert "losses and other figures: equal" in out
+    assert "state after step 6: NOT equal" in out
+    assert out.rstrip().endswith("in optimizer.muon.state.0.momentum_buffer")
+
+
+def test_what_cannot_be_done_again_is_refused(folder: Path, ddiff: Command) -> None:
+    code, _, err = ddiff(*RUN, "--verify-resume", "3")
+    assert code == 2
+    assert "is not a run directory" in err
+    assert ddiff(*RUN)[0] == 0
+    code, _, err = ddiff("run", "small.toml", "--set", "train.steps=9", "--verify-resume", "3")
+    assert code == 2
+    assert "Changed keys:" in err or "train.steps must be the 6" in err
+    code, _, err = ddiff(*RUN, "--fresh", "--verify-resume", "3")
+    assert code == 2
+    assert "leave out --fresh" in err
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "recorded", "steps", "span"),
+    [
+        ([40, 60], 60, 20, (40, 60, True)),
+        ([40, 60], 60, 5, (40, 45, False)),
+        ([40, 60], 60, 30, (0, 30, False)),
+        ([40, 60], 60, 50, (0, 40, True)),
+        ([40, 60], 60, 100, (40, 60, True)),  # no start has as many: the newest one with any
+        ([40, 60], 75, 10, (60, 70, False)),  # killed fifteen steps after its checkpoint
+        ([40, 60], 75, 20, (40, 60, True)),
+        ([60], 60, 20, (0, 20, False)),
+        ([60], 60, 60, (0, 60, True)),
+    ],
+)
+def test_steps_are_chosen_so_that_there_is_something_to_compare_with(
+    checkpoints: list[int], recorded: int, steps: int, span: tuple[int, int, bool]
+) -> None:
+    assert chosen(checkpoints, recorded, steps) == span
+
+
+def test_without_a_record_there_is_nothing_to_choose() -> None:
+    with pytest.raises(CheckpointError, match="records no step"):
+        chosen([5], 0, 3)
