@@ -1,8 +1,8 @@
 """`ddiff run --verify-resume K`: steps that are recorded are done again from a checkpoint, and held against the record.
 
 Two things are compared: the lines of `metrics.jsonl`, but for what the clock says in them, and, where the steps lead to
-another checkpoint, what stands in it. In the layout of the record (`[backend]`, device, processes, threads, torch) both must be the
-same bits; in another one figures and weights may differ by the rounding of sums in another order.
+another checkpoint, what stands in it. In the layout of the record (`[backend]`, device, processes, threads, torch) both must
+be the same bits; in another one figures and weights may differ by the rounding of sums in another order.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
             f"--verify-resume: train.steps must be the {was.train.steps} that {directory} was recorded with, as learning "
             f"rates depend on it; got {recipe.train.steps}. Leave it as it was, or train on first."
         )
-    recorded = _records(directory)
+    recorded = records(directory)
     span = chosen(checkpoints.steps(), len(recorded), steps)
     built = build_run(recipe, Given())
     there = layout(built.backend)
@@ -103,7 +103,7 @@ def _compare(directory: Path, folder: Path, span: Span, recorded: Sequence[Recor
     origin = f"step {span.start}" if span.start else "the beginning"
     due = "in the layout of the record: equal bits are due" if exact else "in another layout: equal to rounding"
     print(f"{directory}: steps {span.start + 1} to {span.end} done again from {origin}, {due}.")
-    figures = farthest_figure(recorded[span.start : span.end], _records(folder)[span.start :])
+    figures = farthest_figure(recorded[span.start : span.end], records(folder)[span.start :])
     good = _told("losses and other figures", figures, 0.0 if exact else ROUNDING)
     if not span.state:
         print(
@@ -185,7 +185,7 @@ def _leaves(tree: Any, place: str) -> Iterator[tuple[str, Any]]:
         yield place, tree
 
 
-def _records(directory: Path) -> list[Record]:
+def records(directory: Path) -> list[Record]:
     """The lines of metrics.jsonl, up to the first that is none: a process that was killed may have left half of one."""
     path = directory / FILE
     records: list[Record] = []

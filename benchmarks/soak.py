@@ -1,0 +1,275 @@
+"""Kill runs at random moments and resume them: each must end as the run that was left alone.
+
+    python benchmarks/soak.py --trials 50 --seed 0
+
+A trial is a run of a tiny recipe that is killed with SIGKILL one to three times and started again until it is finished. Moments
+are drawn from the start of the process to the evaluation after training; half of them wait for the middle of a save, when a
+checkpoint's directory is there and its marker is not. Of several processes all are killed, or one. A trial stays in one
+layout (single; ddp or fsdp on two processes), with dropout and Muon, and metrics, checkpoint, evaluation and samples must be
+the same bits as those of the run that was left alone; or each start draws a layout (mixed), with AdamW and no dropout, and
+losses must agree within 1e-6 relative, weights within 1e-5 in norm.
+
+Exit code 0 when all trials agree. `make soak` does fifty, the test suite three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+STEPS = 24
+EVERY = (1, 3)  # steps between checkpoints
+RECIPE = f"""
+name = "soak"
+plugins = ["mdlm", "dit"]
+
+[data]
+kind = "markov"
+rows = 256
+validation = 16
+length = 16
+
+[tokenizer]
+kind = "alphabet"
+
+[vocabulary]
+kind = "flat"
+
+[process]
+kind = "mdlm"
+
+[denoiser]
+kind = "dit"
+width = 16
+layers = 1
+heads = 2
+
+[train]
+steps = {STEPS}
+batch = 8
+warmup = 3
+log_every = 5
+
+[evaluate]
+draws = 1
+
+[sample]
+steps = 4
+count = 2
+"""
+PROCESSES = {"single": 1, "ddp": 2, "fsdp": 2}
+SAME = ("train.optimizer.kind=muon", "denoiser.dropout=0.2")
+MIXED = ("train.optimizer.kind=adamw", "denoiser.dropout=0.0")
+PATIENCE = 120.0  # seconds that anything may take on a busy machine
+PRELOAD = [
+    "ddiff.runs.stages",
+    "ddiff.training.distributed",
+    "ddiff.training.storage",
+    "torch._dynamo",
+    "ddiff_dit.dit",
+]
+
+
+class Fate(NamedTuple):
+    """When a run is killed: after a share of the steps that it still has, some seconds later, or then in a save."""
+
+    share: float
+    delay: float
+    in_save: bool
+    all_ranks: bool
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", default=None, help="of single, ddp, fsdp, mixed; all that there are")
+    asked = parser.parse_args()
+    layouts = [kind for kind in PROCESSES if kind in backends()]
+    kinds = asked.kinds or [*layouts, "mixed"]
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        os.environ["DDIFF_CACHE"] = str(Path(folder, "cache"))
+        return soak(Path(folder), kinds, layouts, asked.trials, random.Random(asked.seed))
+
+
+def backends() -> list[str]:
+    from ddiff.plugin import survey_plugins
+
+    return survey_plugins()[0].names("backend")
+
+
+def soak(folder: Path, kinds: Sequence[str], layouts: Sequence[str], trials: int, draw: random.Random) -> int:
+    began, faults, moments = time.monotonic(), 0, Counter[str]()
+    for trial in range(trials):
+        kind, every = kinds[trial % len(kinds)], draw.choice(EVERY)
+        whole = folder / f"whole_{kind}_{every}"
+        if not whole.exists():
+            Run(whole, "single" if kind == "mixed" else kind, kind, every).finish()
+        place, deaths = folder / f"trial_{trial}", draw.randint(1, 3)
+        seen, used = [], []
+        for _ in range(deaths):
+            used.append(draw.choice(layouts) if kind == "mixed" else kind)
+            seen.append(Run(place, used[-1], kind, every).killed(drawn(draw)))
+        used.append(draw.choice(layouts) if kind == "mixed" else kind)
+        Run(place, used[-1], kind, every).finish()
+        moments.update(seen)
+        found = list(differences(whole, place, exact=kind != "mixed"))
+        faults += bool(found)
+        told = ", ".join(f"{layout} killed {moment}" for layout, moment in zip(used, seen))
+        print(f"{trial + 1:3d} {kind}: {told}; ended {used[-1]}: {'; '.join(found) or 'equal'}", flush=True)
+        shutil.rmtree(place)
+    minutes = (time.monotonic() - began) / 60.0
+    when = ", ".join(f"{count} {moment}" for moment, count in moments.most_common())
+    print(
+        f"{trials} runs, {sum(moments.values())} times killed ({when}), {faults} ended differently; {minutes:.1f} min"
+    )
+    return int(faults > 0)
+
+
+def drawn(draw: random.Random) -> Fate:
+    return Fate(draw.random(), draw.uniform(0.0, 0.05), draw.random() < 0.5, draw.random() < 0.5)
+
+
+class Run:
+    """The recipe's run in a directory, started in a layout."""
+
+    def __init__(self, place: Path, layout: str, kind: str, every: int) -> None:
+        self.place, self.layout = place, layout
+        self.settings = [
+            f"run_dir={json.dumps(str(place))}",
+            f"train.checkpoint_every={every}",
+            *(MIXED if kind == "mixed" else SAME),
+            *([f"backend.kind={layout}", f"backend.processes={PROCESSES[layout]}"] if layout != "single" else []),
+        ]
+        self.log = place.with_suffix(".log")
+
+    def finish(self) -> None:
+        """To the end; RuntimeError with what it said when that is not one."""
+        ranks = self._start()
+        deadline = time.monotonic() + PATIENCE
+        for rank in ranks:
+            rank.join(max(0.0, deadline - time.monotonic()))
+        codes = [rank.exitcode for rank in ranks]
+        _kill(ranks)
+        if any(code != 0 for code in codes):
+            raise RuntimeError(f"{self.place} in {self.layout} ended with {codes}:\n{self.log.read_text()[-4000:]}")
+
+    def killed(self, fate: Fate) -> str:
+        """Killed as it is fated, unless it ends before; when that was."""
+        before = self._lines()
+        ranks = self._start()
+        deadline = time.monotonic() + PATIENCE
+        target = before + int(fate.share * (STEPS + 1 - before))
+        while self._lines() < target and _alive(ranks) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(fate.delay)
+        if fate.in_save:
+            while not self._unfinished() and _alive(ranks) and time.monotonic() < deadline:
+                pass
+        alive = _alive(ranks)
+        last = ranks[-1]
+        assert last.pid
+        if fate.all_ranks or len(ranks) == 1 or not alive:
+            _kill(ranks)
+        else:  # the others find that out, or wait for it in vain, as they would for a lost machine
+            os.kill(last.pid, signal.SIGKILL)
+            for rank in ranks:
+                rank.join(10.0)
+            _kill(ranks)
+        if not alive:
+            return "after its end"
+        if self._unfinished():
+            return "in a save"
+        return "before its first step" if not self._lines() else "elsewhere"
+
+    def _start(self) -> list[BaseProcess]:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        world = PROCESSES[self.layout]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        arguments = (world, port, self.settings, str(self.log), sys.path)
+        ranks: list[Any] = [context.Process(target=train, args=(rank, *arguments)) for rank in range(world)]
+        for rank in ranks:
+            rank.start()
+        return ranks
+
+    def _lines(self) -> int:
+        path = self.place / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+    def _unfinished(self) -> list[str]:
+        """Checkpoints that are being written, or never were."""
+        folder = self.place / "checkpoints"
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        return [name for name in names if not (folder / name / "complete.json").exists()]
+
+
+def train(rank: int, world: int, port: int, settings: list[str], log: str, path: list[str]) -> None:
+    """One process of the run, in a process of its own."""
+    sys.path[:] = path
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import torch
+
+    from ddiff.recipe import parse_recipe
+    from ddiff.runs import run_recipe
+
+    torch.set_num_threads(1)
+    sys.exit(run_recipe(parse_recipe(RECIPE, "soak.toml", settings)))
+
+
+def _alive(ranks: Sequence[BaseProcess]) -> bool:
+    return all(rank.exitcode is None for rank in ranks)
+
+
+def _kill(ranks: Sequence[BaseProcess]) -> None:
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.join()
+
+
+def differences(whole: Path, place: Path, exact: bool) -> Iterator[str]:
+    from ddiff.runs.verify import ROUNDING, ROUNDING_OF_WEIGHTS, distance, farthest_figure, farthest_tensor, records
+    from ddiff.training.checkpoint import Checkpoints
+
+    one, two = records(whole), records(place)
+    if [line["step"] for line in two] != list(range(1, STEPS + 1)):
+        yield f"metrics.jsonl has the steps {[line['step'] for line in two]}"
+        return
+    figures = farthest_figure(one, two)
+    theirs, mine = (Checkpoints(run / "checkpoints").load(STEPS) for run in (whole, place))
+    state = farthest_tensor(theirs, mine) if exact else distance(theirs, mine)
+    for difference, allowed in ((figures, ROUNDING), (state, ROUNDING_OF_WEIGHTS)):
+        if difference is not None and difference.size > (0.0 if exact else allowed):
+            yield f"{difference.size:.3g} {difference.where}"
+    for name in ("evaluation.json", "samples.jsonl") if exact else ():
+        if (whole / name).read_bytes() != (place / name).read_bytes():
+            yield f"{name} differs"
+    left = [path.name for path in (place / "checkpoints").iterdir() if not (path / "complete.json").exists()]
+    if left:
+        yield f"left behind: {sorted(left)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
