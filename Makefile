@@ -7,6 +7,7 @@
 #   make lint           ruff, mypy, import-linter
 #   make bench          what a step and a sample cost beside the obvious way: a quarter of an hour on a quiet machine
 #   make bench BENCH="--quick --only train"
+#   make soak           kill runs at fifty random moments, also in a save, and see that each ends as if left alone
 #   make clean          remove .venv
 #
 # PYTHON=python3.12 picks the Python, VENV=elsewhere the folder, CONSTRAINTS= (empty) takes any torch in place of the
@@ -18,20 +19,21 @@ PYTHON =
 VENV = .venv
 CONSTRAINTS = -c ci/constraints.txt
 BENCH =
+SOAK = --trials 50
 
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check $(CONSTRAINTS)
 
-.PHONY: run test lint bench install dev clean
+.PHONY: run test lint bench soak install dev clean
 
 run: install
 	$(VENV)/bin/ddiff run $(RECIPE) $(SET)
 
 # What tests and checks tell the libraries: a thread for each of the two test processes, no question to the Hugging Face
 # hub, nothing sent to W&B, no tokenizer threads in processes that fork. `make run` sets none of it: it uses every core.
-test lint: export OMP_NUM_THREADS = 1
-test lint: export HF_HUB_OFFLINE = 1
-test lint: export WANDB_MODE = offline
-test lint: export TOKENIZERS_PARALLELISM = false
+test lint soak: export OMP_NUM_THREADS = 1
+test lint soak: export HF_HUB_OFFLINE = 1
+test lint soak: export WANDB_MODE = offline
+test lint soak: export TOKENIZERS_PARALLELISM = false
 
 test: dev
 	$(VENV)/bin/python -m pytest -n 2
@@ -44,6 +46,9 @@ lint: dev
 
 bench: install
 	$(VENV)/bin/python benchmarks/bench $(BENCH)
+
+soak: install
+	$(VENV)/bin/python benchmarks/soak.py $(SOAK)
 
 install: $(VENV)/.installed
 dev: $(VENV)/.installed_dev

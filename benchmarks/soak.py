@@ -2,12 +2,12 @@
 
     python benchmarks/soak.py --trials 50 --seed 0
 
-A trial is a run of a tiny recipe that is killed with SIGKILL one to three times and started again until it is finished. Moments
-are drawn from the start of the process to the evaluation after training; half of them wait for the middle of a save, when a
-checkpoint's directory is there and its marker is not. Of several processes all are killed, or one. A trial stays in one
-layout (single; ddp or fsdp on two processes), with dropout and Muon, and metrics, checkpoint, evaluation and samples must be
-the same bits as those of the run that was left alone; or each start draws a layout (mixed), with AdamW and no dropout, and
-losses must agree within 1e-6 relative, weights within 1e-5 in norm.
+A trial is a run of a tiny recipe that is killed with SIGKILL one to three times and started again until it is finished.
+Moments are drawn from the start of the process to the evaluation after training; half of them wait for the middle of a
+save, when a checkpoint's directory is there and its marker is not. Of several processes all are killed, or one. A trial
+stays in one layout (single; ddp or fsdp on two processes), with dropout and Muon, and metrics, checkpoint, evaluation and
+samples must be the same bits as those of the run that was left alone; or each start draws a layout (mixed), with AdamW and
+no dropout, and losses must agree within 1e-6 relative, weights within 1e-5 in norm.
 
 Exit code 0 when all trials agree. `make soak` does fifty, the test suite three.
 """
@@ -103,6 +103,8 @@ def main() -> int:
     kinds = asked.kinds or [*layouts, "mixed"]
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         os.environ["DDIFF_CACHE"] = str(Path(folder, "cache"))
+        # of the semaphores of those that were killed
+        os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
         return soak(Path(folder), kinds, layouts, asked.trials, random.Random(asked.seed))
 
 

@@ -49,8 +49,8 @@ MEASURE = (
 
 
 VERIFY_RESUME = (
-    "Do K recorded steps again from a checkpoint, compare losses and state with what is recorded, and stop. The exit code is "
-    "0 when they are equal (to rounding, where \\[backend] or the machine is another than the record's), else 1."
+    "Do K recorded steps again from a checkpoint, compare losses and state with what is recorded, and stop. The exit code "
+    "is 0 when they are equal (to rounding, where \\[backend] or the machine is another than the record's), else 1."
 )
 
 

@@ -1,8 +1,8 @@
 """`ddiff run --verify-resume K`: steps that are recorded are done again from a checkpoint, and held against the record.
 
 Two things are compared: the lines of `metrics.jsonl`, but for what the clock says in them, and, where the steps lead to
-another checkpoint, what stands in it. In the layout of the record (`[backend]`, device, processes, threads, torch) both must
-be the same bits; in another one figures and weights may differ by the rounding of sums in another order.
+another checkpoint, what stands in it. In the layout of the record (`[backend]`, device, processes, threads, torch) equal
+bits are due; in another one figures and weights may differ by the rounding of sums in another order.
 """
 
 from __future__ import annotations
