@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py --trials 50 --seed 0
 
-A trial is a run of a tiny recipe that is killed with SIGKILL one to three times and started again until it is finished.
+A trial is a run of a tiny recipe that is killed with SIGKILL once or twice and started again until it is finished.
 Moments are drawn from the start of the process to the evaluation after training; half of them wait for the middle of a
 save, when a checkpoint's directory is there and its marker is not. Of several processes all are killed, or one. A trial
 stays in one layout (single; ddp or fsdp on two processes), with dropout and Muon, and metrics, checkpoint, evaluation and
@@ -31,7 +31,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-STEPS = 24
+STEPS = 20
 EVERY = (1, 3)  # steps between checkpoints
 RECIPE = f"""
 name = "soak"
@@ -121,7 +121,7 @@ def soak(folder: Path, kinds: Sequence[str], layouts: Sequence[str], trials: int
         whole = folder / f"whole_{kind}_{every}"
         if not whole.exists():
             Run(whole, "single" if kind == "mixed" else kind, kind, every).finish()
-        place, deaths = folder / f"trial_{trial}", draw.randint(1, 3)
+        place, deaths = folder / f"trial_{trial}", draw.randint(1, 2)
         seen, used = [], []
         for _ in range(deaths):
             used.append(draw.choice(layouts) if kind == "mixed" else kind)

@@ -143,7 +143,7 @@ class Run:
         self.denoiser.head.start_from_counts(torch.from_numpy(np.array(self.train_rows.token_counts())))
 
     def trainer(self, folder: Path | None = None, end: int | None = None, tracker: Tracker | None = None) -> Trainer:
-        """What trains this run, as the recipe has it; or part of its steps, into another folder, told to another tracker."""
+        """What trains this run, as the recipe has it; or some of its steps, to another folder and another tracker."""
         recipe, keys = self.recipe, self.recipe.train
         cosine = WarmupCosine(keys.steps, keys.warmup, keys.floor)
         return Trainer(
