@@ -15,7 +15,6 @@ import torch
 import ddiff
 import ddiff.runs.init
 from ddiff.recipe import changed_keys, read_recipe, shipped_recipes
-from ddiff.registry import Registry
 from ddiff.runs.parts import build_denoiser
 
 PAPER = sorted(name for name in shipped_recipes() if name.startswith("paper/"))
@@ -60,7 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("name", PAPER)
 def test_a_paper_recipe_trains_a_step_with_everything_but_its_sizes(name: str, place: Path) -> None:
     recipe = read_recipe(name, small(name))
-    published = read_recipe(name, SMALL[:1])  # the kind of the data may be that of a plugin that is not there
+    published = read_recipe(name)
     changed = {key for key, _, _ in changed_keys(published.to_dict(), recipe.to_dict())}
     assert not {key for key in changed if not any(fnmatch.fnmatch(key, shrunk) for shrunk in SHRUNK) or key in KEPT}
 
@@ -91,16 +90,11 @@ def train(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], 
 @pytest.mark.parametrize("name", PAPER)
 def test_a_paper_recipe_has_the_published_numbers(name: str) -> None:
     """Tokens by steps, batch and length; the noise and the loss by the papers' own tables."""
-    recipe = read_recipe(name, ["data.kind=bundled"] if not has_hub() else [])
+    recipe = read_recipe(name)
     tokens = recipe.train.steps * recipe.train.batch * recipe.length
     expected = {512: {131e9}, 128: {66e9}, 1024: {524e9, 682e9, 262e9}}[recipe.length]  # 262: the batch of 256 of gamma
     assert any(abs(tokens / value - 1) < 0.01 for value in expected)
     assert name.removeprefix("paper/") == recipe.name.removeprefix("paper_")
-
-
-def has_hub() -> bool:
-    registry: Registry = read_recipe("mdlm_small").registry
-    return any(part.name == "hub" for part in registry.components() if part.kind == "dataset")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +109,7 @@ def has_hub() -> bool:
     ],
 )
 def test_a_paper_recipe_has_the_published_size(name: str, millions: float, tolerance: float) -> None:
-    recipe = read_recipe(f"paper/{name}", ["data.kind=bundled"] if not has_hub() else [])
+    recipe = read_recipe(f"paper/{name}")
     vocabulary = recipe.vocabulary.preview(num_tokens=recipe.tokenizer.preview())
     with torch.device("meta"):
         denoiser = build_denoiser(recipe, vocabulary)
