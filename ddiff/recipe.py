@@ -379,7 +379,9 @@ def _missing_file(name: str, place: str, shipped: Mapping[str, Path]) -> str:
         if Path(name).is_dir()
         else "there is no such file and no shipped recipe of that name"
     )
-    return f"{place}{name}: {what}.{near} Shipped recipes: {', '.join(shipped) or 'none'}."
+    small = [shipped_name for shipped_name in shipped if "/" not in shipped_name]
+    more = f"; all {len(shipped)}: ddiff recipes" if len(small) < len(shipped) else ""
+    return f"{place}{name}: {what}.{near} Shipped recipes: {', '.join(small) or 'none'}{more}."
 
 
 def _shortest(path: Path) -> Path:
