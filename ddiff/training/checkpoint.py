@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ddiff.training.storage import Manifest, Staged
 
 MANIFEST, STATE = "manifest.json", "state.json"
-SLOWEST = timedelta(hours=6)  # how long ranks that have written their files wait for the others
+SLOWEST = timedelta(hours=1)  # how long ranks that have written their files wait for the others
 _STEP = re.compile(r"step_(\d{8,})")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,3 +108,18 @@ def test_steps_are_chosen_so_that_there_is_something_to_compare_with(
 def test_without_a_record_there_is_nothing_to_choose() -> None:
     with pytest.raises(CheckpointError, match="records no step"):
         chosen([5], 0, 3)
+
+
+@pytest.mark.slow
+def test_in_another_layout_rounding_is_allowed(folder: Path, ddiff: Command) -> None:
+    run = (*RUN, "--set", "denoiser.dropout=0.0", "--set", "train.optimizer.kind=adamw")
+    assert ddiff(*run)[0] == 0
+    before = contents(Path("runs/small"))
+    several = ("--set", "backend.kind=ddp", "--set", "backend.processes=2", "--verify-resume", "3")
+    done = subprocess.run([sys.executable, "-m", "ddiff", *run, *several], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = done.stdout
+    assert "steps 4 to 6 done again from step 3, in another layout: equal to rounding." in told
+    assert re.search(r"losses and other figures: (equal|within 1e-06; largest relative difference)", told)
+    assert re.search(r"weights after step 6: (equal|within 1e-05; largest relative difference)", told)
+    assert contents(Path("runs/small")) == before

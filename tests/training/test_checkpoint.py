@@ -192,12 +192,13 @@ def test_no_checkpoint_to_take_weights_from(tmp_path: Path) -> None:
         Checkpoints(tmp_path / "nowhere").weights()
 
 
-def test_another_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "age"), [(1, "an older"), (99, "a newer")])
+def test_another_format_is_refused(tmp_path: Path, number: int, age: str) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 5)
     marker = tmp_path / "step_00000005" / "complete.json"
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": 99}))
-    with pytest.raises(CheckpointError, match=r"format 99; this ddiff reads format 2 alone: .* a newer ddiff"):
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": number}))
+    with pytest.raises(CheckpointError, match=rf"format {number}; this ddiff reads format 2 alone: .* {age} ddiff"):
         checkpoints.newest()
 
 
