@@ -56,7 +56,8 @@ def test_killed_twice_and_terminated_once_it_ends_as_if_never_interrupted(tmp_pa
         if number == signal.SIGTERM:
             assert went_on_from in (begun[-1], begun[-1] - 1), "the step under way is finished and saved"
         else:
-            assert begun[-1] - EVERY - 1 <= went_on_from < begun[-1]
+            # what was being written when the process died is no checkpoint; at most one is on its way
+            assert begun[-1] - 2 * EVERY - 1 <= went_on_from < begun[-1]
     process = start(killed)
     output, _ = process.communicate()
     begun = [int(line.split()[1]) for line in output.splitlines() if line.startswith("step")]
