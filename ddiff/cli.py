@@ -103,6 +103,24 @@ def run(
     raise typer.Exit(run_recipe(resolved, fresh=fresh))
 
 
+@app.command("data")
+def prepare(
+    recipe: RecipeName,
+    settings: Settings = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Copy the shards there: a folder, or any fsspec path.")
+    ] = None,
+) -> None:
+    """Tokenise the text of a recipe ahead of its run; an interrupted build goes on, a finished one is verified."""
+    from ddiff.recipe import read_recipe
+    from ddiff.runs.prepare import prepare_data
+
+    prepared = prepare_data(read_recipe(recipe, settings or ()), out)
+    print_columns(prepared.titles, prepared.parts)
+    for remark in prepared.remarks:
+        typer.echo(remark)
+
+
 def starts_workers(recipe: Recipe) -> bool:
     """Whether several processes are asked for, of a backend that takes part in several, and are not there yet."""
     keys = recipe.placement

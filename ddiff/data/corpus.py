@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, final
 
 import fsspec
+from datasets import Dataset
 
 from ddiff.data.cache import Cache, fingerprint
-from ddiff.data.documents import Documents
-from ddiff.data.rows import PackedRows, Rows, pack, rows_of_stream
+from ddiff.data.documents import Documents, text_fingerprint
+from ddiff.data.rows import PackedRows, Rows, chunks_of, rows_of_stream
 from ddiff.data.shards import MANIFEST, Shards, read_shards, write_shards
 from ddiff.data.sources import TextSource
 from ddiff.data.streaming import StreamedRows
@@ -23,7 +23,7 @@ from ddiff.errors import ArgumentError, DataError
 
 
 class Corpus(Protocol):
-    """What a dataset component may give instead of `Documents`: texts that are read in order, and rows of their tokens.
+    """What a dataset component may give instead of `Documents`: texts that are read in order, and shards of their tokens.
 
     `train["text"]` and `validation["text"]` iterate over texts, for tokenizers that are learned.
     """
@@ -32,14 +32,6 @@ class Corpus(Protocol):
     validation: Any
     entropy_rate: float | None
 
-    def train_rows(self, tokenizer: Tokenizer, length: int, cache: Cache) -> Rows:
-        """Rows of joined documents."""
-        ...
-
-    def validation_rows(self, tokenizer: Tokenizer, length: int, cache: Cache) -> PackedRows:
-        """Rows that begin anew with every document."""
-        ...
-
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
         """Both parts tokenised, now or earlier."""
         ...
@@ -47,34 +39,51 @@ class Corpus(Protocol):
 
 def train_rows(documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache) -> Rows:
     """Rows of joined documents, to train on."""
-    if isinstance(documents, Documents):
-        return pack(documents.train, tokenizer, length, cache=cache)
-    return documents.train_rows(tokenizer, length, cache)
+    if isinstance(documents, StreamedCorpus):
+        return documents.train_rows(tokenizer, length, cache)
+    return rows_of_stream(shards_of(documents, tokenizer, cache).stream(TRAIN), tokenizer, length)
 
 
 def validation_rows(documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache) -> PackedRows:
     """Rows that begin anew with every document, to evaluate on."""
-    if isinstance(documents, Documents):
-        return pack(documents.validation, tokenizer, length, separate=True, cache=cache)
-    return documents.validation_rows(tokenizer, length, cache)
+    return rows_of_stream(shards_of(documents, tokenizer, cache).stream(VALIDATION), tokenizer, length, separate=True)
 
 
-class _Sharded(ABC):
-    """Rows of a corpus that has shards of both parts."""
+def shards_of(documents: Documents | Corpus, tokenizer: Tokenizer, cache: Cache) -> Shards:
+    """Both parts tokenised, now or earlier."""
+    if not isinstance(documents, Documents):
+        return documents.shards(tokenizer, cache)
+    parts = {TRAIN: documents.train, VALIDATION: documents.validation}
+    source = {part: text_fingerprint(texts) for part, texts in parts.items()}
 
-    @abstractmethod
-    def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards: ...
+    def build(folder: Path) -> None:
+        total = len(documents.train) + len(documents.validation)
+        write_shards(folder, lambda _: _chunks_of_parts(parts), tokenizer, source=source, total=total)
 
-    def train_rows(self, tokenizer: Tokenizer, length: int, cache: Cache) -> Rows:
-        return rows_of_stream(self.shards(tokenizer, cache).stream(TRAIN), tokenizer, length)
+    return read_shards(cache.entry("tokens", {**source, "tokenizer": tokenizer.fingerprint}, build))
 
-    def validation_rows(self, tokenizer: Tokenizer, length: int, cache: Cache) -> PackedRows:
-        return rows_of_stream(self.shards(tokenizer, cache).stream(VALIDATION), tokenizer, length, separate=True)
+
+def copy_shards(made: Shards, path: str) -> None:
+    """Copy a folder of shards to any fsspec path, the manifest last; DataError when other shards stand there."""
+    system, place = fsspec.url_to_fs(path.rstrip("/"))
+    manifest = (made.folder / MANIFEST).read_bytes()
+    if system.exists(f"{place}/{MANIFEST}"):
+        if system.cat_file(f"{place}/{MANIFEST}") == manifest:
+            return
+        raise DataError(f"{path} holds other shards. Name another folder, or delete that one.")
+    system.makedirs(place, exist_ok=True)
+    for name in (*made.files(), MANIFEST):
+        system.put_file(str(made.folder / name), f"{place}/{name}")
+
+
+def _chunks_of_parts(parts: Mapping[str, Dataset]) -> Iterator[Chunk]:
+    for part, documents in parts.items():
+        yield from chunks_of(documents, part)
 
 
 @final
 @dataclass(frozen=True)
-class SourceCorpus(_Sharded):
+class SourceCorpus:
     """Texts of a source, those of another one (or a share `held_out` of them by hash) for validation."""
 
     source: TextSource
@@ -159,7 +168,7 @@ class SourceCorpus(_Sharded):
 
 
 @final
-class StreamedCorpus(_Sharded):
+class StreamedCorpus:
     """A corpus that is tokenised while it is trained on.
 
     Only its `head` is kept, the first so many documents (of the validation source too, if there is one): what is held out
@@ -255,7 +264,7 @@ class TextsOf:
 
 
 @final
-class ShardedCorpus(_Sharded):
+class ShardedCorpus:
     """Shards that were made earlier, here or on another machine; their text is not there."""
 
     entropy_rate: float | None = None
@@ -308,7 +317,8 @@ def _fetched(path: str, cache: Cache | None) -> Path:
         ) from error
 
     def fetch(folder: Path) -> None:
-        for name in sorted(system.ls(place, detail=False)):
-            system.get_file(name, str(folder / name.rsplit("/", 1)[-1]))
+        system.get_file(f"{place}/{MANIFEST}", str(folder / MANIFEST))
+        for name in read_shards(folder).files():
+            system.get_file(f"{place}/{name}", str(folder / name))
 
     return (cache or Cache()).entry("fetched", {"manifest": fingerprint(manifest.decode())}, fetch)

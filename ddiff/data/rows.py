@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol, final
 
 import numpy as np
@@ -20,11 +19,11 @@ from datasets import Dataset
 from numpy.typing import ArrayLike, NDArray
 
 from ddiff.data.batch import Batch
-from ddiff.data.cache import Cache, fingerprint
+from ddiff.data.cache import fingerprint
 from ddiff.data.conditions import Conditions
-from ddiff.data.documents import from_texts, text_fingerprint
+from ddiff.data.documents import from_texts
 from ddiff.data.order import row_at
-from ddiff.data.shards import TokenStream, gathered, read_shards, stream_of_ids, write_shards
+from ddiff.data.shards import TokenStream, gathered, stream_of_ids
 from ddiff.data.tokenising import DOCUMENTS_AT_ONCE, TRAIN, Chunk
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError, DataError
@@ -158,25 +157,13 @@ class PackedRows:
         return Block(ids.reshape(size, -1), document.reshape(size, -1), num_valid)
 
 
-def pack(
-    documents: Dataset, tokenizer: Tokenizer, length: int, *, separate: bool = False, cache: Cache | None = None
-) -> PackedRows:
-    """Rows of `length` ids of documents, numbered as they stand in `documents`.
+def pack(documents: Dataset, tokenizer: Tokenizer, length: int, *, separate: bool = False) -> PackedRows:
+    """Rows of `length` ids, in memory, of documents numbered as they stand in `documents`.
 
     `separate` starts a row with every document (evaluation). A tokenizer whose unit is the symbol gives one row per
-    document and wants each to have `length` symbols. Memory-mapped from `cache`; in memory without one. DataError when
-    there is no token at all.
+    document and wants each to have `length` symbols. DataError when there is no token at all.
     """
-    inputs = {"documents": text_fingerprint(documents), "tokenizer": tokenizer.fingerprint} if cache else {}
-    if cache is None:
-        stream = gathered(_chunks(documents), tokenizer)
-    else:
-
-        def build(place: Path) -> None:
-            write_shards(place, lambda _: _chunks(documents), tokenizer, source=inputs, total=len(documents))
-
-        stream = read_shards(cache.entry("tokens", inputs, build)).stream(TRAIN)
-    return rows_of_stream(stream, tokenizer, length, separate=separate)
+    return rows_of_stream(gathered(chunks_of(documents), tokenizer), tokenizer, length, separate=separate)
 
 
 def rows_of_stream(stream: TokenStream, tokenizer: Tokenizer, length: int, *, separate: bool = False) -> PackedRows:
@@ -232,6 +219,7 @@ def rows_fingerprint(rows: Rows) -> str:
     return rows.fingerprint
 
 
-def _chunks(documents: Dataset) -> Iterator[Chunk]:
+def chunks_of(documents: Dataset, part: str = TRAIN) -> Iterator[Chunk]:
+    """Documents at hand as chunks of a part; there is no cursor among them."""
     for some in documents.iter(DOCUMENTS_AT_ONCE):
-        yield Chunk(some["text"], names=some.get("name", []))
+        yield Chunk(some["text"], None, part, some.get("name", []))

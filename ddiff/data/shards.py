@@ -36,6 +36,7 @@ from ddiff.errors import DataError
 from ddiff.progress import progress
 
 FORMAT = 1
+PARTS, KINDS = (TRAIN, VALIDATION), ("tokens", "ends")
 MANIFEST, JOURNAL = "manifest.json", "journal.json"
 SHARD_TOKENS = 2**25  # 64 MiB of 16-bit ids: few files, and little to do again after a kill
 Chunks = Callable[[Any], Iterable[Chunk]]
@@ -169,12 +170,23 @@ class Shards:
                 "tokenise the text anew with `ddiff data`."
             )
 
+    def files(self) -> list[str]:
+        """The names of all files but the manifest."""
+        shards = [f"{record.name}.{kind}.npy" for part in PARTS for record in self.records(part) for kind in KINDS]
+        return [*shards, *(f"{part}.counts.npy" for part in PARTS), "tokenizer.json"]
+
+    def written_since(self, began: float) -> tuple[int, float]:
+        """How many tokens were written after a time (seconds since 1970), and how long it took until all were finished."""
+        records = [record for part in PARTS for record in self.records(part)]
+        new = [record for record in records if _written(self.folder / f"{record.name}.tokens.npy") >= began]
+        return sum(record.tokens for record in new), _written(self.folder / MANIFEST) - began
+
     def verify(self) -> None:
         """Read every shard and hold it against its checksum; DataError names the one that is damaged, and the remedy."""
-        records = [record for part in (TRAIN, VALIDATION) for record in self.records(part)]
+        records = [record for part in PARTS for record in self.records(part)]
         with progress(len(records), "verifying shards") as bar:
             for record in records:
-                for kind, due in (("tokens", record.tokens_sha256), ("ends", record.ends_sha256)):
+                for kind, due in zip(KINDS, (record.tokens_sha256, record.ends_sha256)):
                     path = self.folder / f"{record.name}.{kind}.npy"
                     if not path.is_file() or _file_sha256(path) != due:
                         raise _damaged(path, "its checksum is not the manifest's")
@@ -335,7 +347,7 @@ class _Build:
         self._finish(tokenizer)
 
     def _reopen(self) -> None:
-        self._opened = {part: _Open(f"{part}_{self.round:05}") for part in (TRAIN, VALIDATION)}
+        self._opened = {part: _Open(f"{part}_{self.round:05}") for part in PARTS}
 
     def _sum(self, what: str) -> int:
         return sum(record[what] for records in self.parts.values() for record in records)
@@ -347,7 +359,7 @@ class _Build:
             if shard.record.documents:
                 sums = [
                     _write_array(self._folder / f"{opened.name}.{kind}.npy", array)
-                    for kind, array in (("tokens", shard.tokens), ("ends", shard.ends))
+                    for kind, array in zip(KINDS, (shard.tokens, shard.ends))
                 ]
                 self.parts[part].append(asdict(replace(shard.record, tokens_sha256=sums[0], ends_sha256=sums[1])))
         self.round += 1
@@ -359,7 +371,7 @@ class _Build:
     def _finish(self, tokenizer: Tokenizer) -> None:
         num_tokens = self._identity["tokenizer"]["num_tokens"]
         manifest = {**self._identity, "parts": self.parts}
-        for part in (TRAIN, VALIDATION):
+        for part in PARTS:
             shards = (
                 Shard(
                     np.load(self._folder / f"{record['name']}.tokens.npy", mmap_mode="r"),
@@ -438,6 +450,10 @@ def _write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def _file_sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -225,17 +225,3 @@ def _named(result: Any, chunk: Chunk, first: int) -> Encoded:
     except UnknownSymbol as error:
         name = chunk.names[error.row] if chunk.names else "the corpus"
         raise error.at(first + error.row, f"Row {first + error.row} ({name})") from None
-
-
-def chunks_of(texts: Iterable[str], names: Sequence[str] = (), part: str | None = TRAIN) -> Iterator[Chunk]:
-    """Texts at hand as chunks without cursors."""
-    some: list[str] = []
-    first = 0
-    for text in texts:
-        some.append(text)
-        if len(some) == DOCUMENTS_AT_ONCE:
-            yield Chunk(some, None, part, list(names[first : first + len(some)]))
-            first += len(some)
-            some = []
-    if some:
-        yield Chunk(some, None, part, list(names[first : first + len(some)]))

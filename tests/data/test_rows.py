@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddiff.data.cache import Cache
-from ddiff.data.documents import from_texts
+from ddiff.data.corpus import train_rows, validation_rows
+from ddiff.data.documents import Documents, from_texts
 from ddiff.data.rows import PackedRows, batch_rows, pack, pack_texts, rows_fingerprint, rows_of_ids, token_stream
 from ddiff.data.tokenizer import EOS, AlphabetTokenizer, BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
@@ -159,24 +160,22 @@ def test_an_unknown_symbol_is_named_with_its_row_in_the_corpus() -> None:
 def test_the_cache_answers_for_the_same_text_and_tokenizer_only_and_for_any_length(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     other = BytePairTokenizer.train(TEXTS, 260)
-    kinds = [
-        (TEXTS, TOKENIZER, 16, False),
-        (TEXTS, TOKENIZER, 16, True),
-        (TEXTS, TOKENIZER, 17, False),
-        (TEXTS, other, 16, False),
-        (TEXTS[1:], TOKENIZER, 16, False),
-    ]
+    kinds = [(TEXTS, TOKENIZER, 16), (TEXTS, TOKENIZER, 17), (TEXTS, other, 16), (TEXTS[1:], TOKENIZER, 16)]
     for _ in range(2):
-        for texts, tokenizer, length, separate in kinds:
-            cached = pack(from_texts(texts), tokenizer, length, separate=separate, cache=cache)
-            fresh = pack(from_texts(texts), tokenizer, length, separate=separate)
-            assert rows_fingerprint(cached) == rows_fingerprint(fresh)
-        assert len(list((tmp_path / "tokens").iterdir())) == len({(*texts, t.fingerprint) for texts, t, _, _ in kinds})
+        for texts, tokenizer, length in kinds:
+            documents = Documents(from_texts(texts), from_texts(TEXTS[:2]))
+            train = train_rows(documents, tokenizer, length, cache)
+            held = validation_rows(documents, tokenizer, length, cache)
+            assert rows_fingerprint(train) == rows_fingerprint(pack(documents.train, tokenizer, length))
+            due = pack(documents.validation, tokenizer, length, separate=True)
+            assert rows_fingerprint(held) == rows_fingerprint(due)
+        assert len(list((tmp_path / "tokens").iterdir())) == 3
 
 
 def test_a_corpus_that_cannot_be_packed_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
-    with pytest.raises(DataError):
-        pack(from_texts(["ACGT", "ACNT"]), AlphabetTokenizer("ACGT"), 4, cache=Cache(tmp_path))
+    documents = Documents(from_texts(["ACGT", "ACNT"]), from_texts(["ACGT"]))
+    with pytest.raises(DataError, match=r"Row 1 \(text 1\)"):
+        train_rows(documents, AlphabetTokenizer("ACGT"), 4, Cache(tmp_path))
     assert list((tmp_path / "tokens").iterdir()) == []
 
 

@@ -11,20 +11,31 @@ import pytest
 from small import CORPUS, RECIPE
 
 import ddiff
+from ddiff.cli import main
 
+FILES = ['data.kind="files"', 'data.files=["corpus.parquet"]', "data.held_out=0.2"]
 BRIEF = ["train.steps=3", "sample.count=1", 'train.optimizer="adamw"']
 
 
-def test_shards_train_and_evaluate_as_documents_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def command(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert not ended.value.code
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     Path("corpus.txt").write_text(CORPUS)
     Path("small.toml").write_text(RECIPE)
     pq.write_table(pa.table({"text": CORPUS.splitlines()}), "corpus.parquet")
-    files = ['data.kind="files"', 'data.files=["corpus.parquet"]', "data.held_out=0.2"]
+
+
+def test_shards_train_and_evaluate_as_documents_do() -> None:
     ddiff.run("small.toml", settings=['run_dir="text"', *BRIEF])
-    large = ddiff.run("small.toml", settings=['run_dir="files"', *files, *BRIEF])
-    large.documents.write_shards(large.tokenizer, tmp_path / "made")
+    ddiff.run("small.toml", settings=['run_dir="files"', *FILES, *BRIEF])
+    command("data", "small.toml", "--out", "made", *(f"--set={setting}" for setting in FILES))
     made = ['data.kind="shards"', 'data.path="made"', 'tokenizer.kind="saved"', 'tokenizer.path="made/tokenizer.json"']
     ddiff.run("small.toml", settings=['run_dir="shards"', *made, *BRIEF])
     readings = [json.loads(Path(name, "evaluation.json").read_text()) for name in ("text", "files", "shards")]
@@ -33,3 +44,45 @@ def test_shards_train_and_evaluate_as_documents_do(tmp_path: Path, monkeypatch: 
     assert readings[1] == readings[0]
     assert readings[2] == readings[0]
     assert ddiff.load("shards").evaluate()[0].nelbo_nats_per_token == readings[0]["nelbo_nats_per_token"]
+
+
+def test_a_streamed_run_goes_on_as_if_it_had_not_stopped() -> None:
+    """Blocks of four rows: a step's batch is one, and the second call begins in the middle of the text."""
+    stream = [*FILES, "data.streaming=true", "data.head=20", "data.block=4", "train.checkpoint_every=3"]
+    stream += ['train.schedule="constant"', "train.log_every=1", *BRIEF[1:]]
+    for name, all_steps in (("straight", [6]), ("stopped", [3, 6])):
+        for steps in all_steps:
+            ddiff.run("small.toml", settings=[f'run_dir="{name}"', *stream, f"train.steps={steps}"])
+    losses = [
+        [json.loads(line)["train_loss"] for line in Path(name, "metrics.jsonl").read_text().splitlines()]
+        for name in ("straight", "stopped")
+    ]
+    assert len(losses[0]) == 6
+    assert losses[1] == losses[0]
+    readings = [json.loads(Path(name, "evaluation.json").read_text()) for name in ("straight", "stopped")]
+    assert readings[0] == readings[1]
+
+
+def test_the_data_command_says_what_there_is_and_verifies_it(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [f"--set={setting}" for setting in FILES]
+    command("data", "small.toml", *settings)
+    first = capsys.readouterr().out
+    assert "rows of 8" in first
+    assert "tokens/s" in first
+    command("data", "small.toml", *settings, "--out", "memory://there")
+    second = capsys.readouterr().out
+    assert second.splitlines()[:3] == first.splitlines()[:3]
+    assert "every file has its checksum" in second
+    assert 'path = "memory://there"' in second
+    (shard,) = Path("cache").glob("shards/*/train_00000.tokens.npy")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "small.toml", *settings])
+    assert ended.value.code == 2
+    assert "train_00000.tokens.npy is damaged" in capsys.readouterr().err
+    command("data", "small.toml", "--out", "copy")  # documents that are held have shards too
+    assert Path("copy", "manifest.json").is_file()
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "small.toml", "--set=data.held_out=0.5", "--out", "copy"])
+    assert ended.value.code == 2
+    assert "holds other shards" in capsys.readouterr().err

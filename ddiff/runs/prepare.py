@@ -1,0 +1,59 @@
+"""`ddiff data`: the text of a recipe tokenised ahead of its run, or into a folder to carry elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from ddiff.data.cache import Cache
+from ddiff.data.corpus import StreamedCorpus, copy_shards, shards_of
+from ddiff.data.rows import rows_of_stream
+from ddiff.data.tokenising import TRAIN, VALIDATION
+from ddiff.recipe import Recipe
+from ddiff.runs.parts import build_documents
+
+
+class Prepared(NamedTuple):
+    """What `ddiff data` tells: sizes by part under `titles`, then sentences."""
+
+    titles: list[str]
+    parts: list[list[str]]
+    remarks: list[str]
+
+
+def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
+    """Tokenise the text of a recipe where its run will look for it, and copy the shards to `out`, any fsspec path.
+
+    Shards that were there already are held against their checksums.
+    """
+    cache = Cache()
+    documents = build_documents(recipe, cache)
+    tokenizer = recipe.tokenizer.build(documents=documents, cache=cache)
+    began = time.time()
+    with recipe.data.blamed():
+        made = shards_of(documents, tokenizer, cache)
+        streams = {part: made.stream(part) for part in (TRAIN, VALIDATION)}
+        rows = {
+            part: rows_of_stream(stream, tokenizer, recipe.length, separate=part == VALIDATION)
+            for part, stream in streams.items()
+        }
+    tokens, seconds = made.written_since(began)
+    remarks = [f"Tokens of {recipe.tokenizer.component.name}, {tokenizer.num_tokens} of them; shards in {made.folder}"]
+    if tokens:
+        remarks.append(f"{tokens:,} tokens were made now, in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s.")
+    else:
+        made.verify()
+        remarks.append("They were there already; every file has its checksum.")
+    if isinstance(documents, StreamedCorpus):
+        remarks.append("That is the head of a stream; the rest is tokenised while the run trains.")
+    if out is not None:
+        copy_shards(made, out)
+        remarks.append(
+            f'Copied to {out}: [data] kind = "shards", path = "{out}"; [tokenizer] kind = "saved", path = '
+            f'"{out}/tokenizer.json"'
+        )
+    sizes = [
+        [part, *(f"{size:,}" for size in (stream.num_documents, stream.num_tokens, stream.num_bytes, len(rows[part])))]
+        for part, stream in streams.items()
+    ]
+    return Prepared(["part", "documents", "tokens", "bytes", f"rows of {recipe.length}"], sizes, remarks)
