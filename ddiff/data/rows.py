@@ -129,6 +129,8 @@ class PackedRows:
 
     def documents(self) -> NDArray[np.int64]:
         """[R] the document that each row begins with."""
+        if self._last_rows is not None:
+            return np.repeat(np.arange(len(self._last_rows)), np.diff(self._last_rows, prepend=0))
         return np.concatenate([block.document[:, 0] for block in self._blocks()])
 
     def _spans(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

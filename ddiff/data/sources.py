@@ -110,7 +110,8 @@ def hub_texts(
         column,
         lambda: load_dataset(path, config, split=split, revision=revision, streaming=True),
         lambda: (
-            "Check name, config and split; without a connection, download it on a machine that has one (`hf download "
+            'Check name, config and split. One made by a script is read with revision = "refs/convert/parquet". Without a '
+            "connection, download it on a machine that has one (`hf download "
             f"{path} --repo-type dataset --local-dir FOLDER`) and name the folder."
         ),
     )

@@ -143,8 +143,11 @@ def serve() -> None:
             answer = error
         except Exception:
             answer = RuntimeError(traceback.format_exc())
-        pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
-        answers.flush()
+        try:
+            pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+        except BrokenPipeError:  # who asked was killed
+            os._exit(0)
 
 
 class _Processes:

@@ -42,7 +42,8 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["plugins", "--components"], ["recipes"], ["run", "--help"]]
+    "arguments",
+    [["--help"], ["--version"], ["plugins", "--components"], ["recipes"], ["run", "--help"], ["data", "--help"]],
 )
 def test_questions_about_itself_are_answered_without_torch_in_half_a_second_of_cpu(arguments):
     # The budget is CPU time of the whole process, best of three: other work on the machine inflates single timings.
@@ -72,10 +73,10 @@ def test_help_names_every_command(capsys):
     assert code == 0
     assert [
         command
-        for command in ("run", "eval", "export", "sample", "compare", "check", "plugins", "recipes")
+        for command in ("run", "eval", "export", "sample", "compare", "check", "data", "plugins", "recipes")
         if command not in out
     ] == []
-    assert len(app.registered_commands) == 8
+    assert len(app.registered_commands) == 9
 
 
 def test_the_version_is_the_distributions(capsys):

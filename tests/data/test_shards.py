@@ -233,8 +233,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_refused() -> None:
 
 
 MEASURED = """
-import resource, sys
-sys.path[:0] = [{here!r}]
+import re, sys
 from pathlib import Path
 import numpy as np
 from ddiff.data.rows import rows_of_stream
@@ -242,28 +241,35 @@ from ddiff.data.shards import write_shards
 from ddiff.data.tokenising import TRAIN, Chunk
 from ddiff.data.tokenizer import AlphabetTokenizer
 
-tokenizer = AlphabetTokenizer("0123456789")
+def held():
+    "KiB of memory that is the process's own: pages of mapped files are the system's."
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
 def chunks(cursor):
     for start in range(0, int(sys.argv[2]), 1000):
+        peaks.append(held())
         yield Chunk([str(number) for number in range(start, start + 1000)], start + 1000, None)
-made = write_shards(Path(sys.argv[1]), chunks, tokenizer, source={{}}, held_out=0.01, shard_tokens=50_000)
+
+peaks, tokenizer = [], AlphabetTokenizer("0123456789")
 tokenizer.unit = "token"
+made = write_shards(Path(sys.argv[1]), chunks, tokenizer, source={}, held_out=0.01, shard_tokens=50_000)
 rows = rows_of_stream(made.stream(TRAIN), tokenizer, 32)
-for step in range(50):
+for step in range(200):
     rows[rows.order(0, np.arange(step * 64, step * 64 + 64))]
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, made.stream(TRAIN).num_documents)
+    peaks.append(held())
+print(max(peaks) - peaks[0], made.stream(TRAIN).num_documents)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the memory")
 def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> None:
-    """200,000 documents against 2,000: their texts alone as Python objects would be 11 MB, with an index 25 MB and more."""
-    script, peaks = MEASURED.format(here=str(Path(__file__).parent)), []
+    """A hundred times as many documents: 64 bits for each would be 1.6 MB."""
+    grown = []
     for documents in (2000, 200_000):
-        command = [sys.executable, "-c", script, str(tmp_path / str(documents)), str(documents)]
-        peak, found = map(int, subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).split())
+        command = [sys.executable, "-c", MEASURED, str(tmp_path / str(documents)), str(documents)]
+        rise, found = map(int, subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).split())
         assert found > 0.98 * documents
-        peaks.append(peak)
-    assert peaks[1] - peaks[0] < 8000  # KiB
-    files = list((tmp_path / "200000").iterdir())
-    assert len(files) < 120
+        grown.append(rise)
+    assert grown[1] - grown[0] < 1000  # KiB; 180 on the machine that this was written on
+    assert len(list((tmp_path / "200000").iterdir())) < 120
     assert (tmp_path / "200000" / "manifest.json").stat().st_size < 50_000
