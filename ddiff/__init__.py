@@ -187,7 +187,7 @@ _MODULES = {
     "ddiff.sampling.trapezoidal": ("TrapezoidalSampler",),
     "ddiff.sampling.unmasking": ("EntropyBoundSampler", "UnmaskingSampler"),
     "ddiff.training.backend": ("SingleBackend",),
-    "ddiff.training.distributed": ("DistributedBackend",),
+    "ddiff.training.distributed": ("DistributedBackend", "ShardedBackend"),
     "ddiff.training.objective": (
         "ClippedLoss",
         "DiffusionObjective",
@@ -377,6 +377,7 @@ if TYPE_CHECKING:
     from ddiff.sampling.unmasking import UnmaskingSampler as UnmaskingSampler
     from ddiff.training.backend import SingleBackend as SingleBackend
     from ddiff.training.distributed import DistributedBackend as DistributedBackend
+    from ddiff.training.distributed import ShardedBackend as ShardedBackend
     from ddiff.training.objective import ClippedLoss as ClippedLoss
     from ddiff.training.objective import DiffusionObjective as DiffusionObjective
     from ddiff.training.objective import ElboLoss as ElboLoss

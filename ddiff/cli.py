@@ -123,10 +123,7 @@ def prepare(
 
 def starts_workers(recipe: Recipe) -> bool:
     """Whether several processes are asked for, of a backend that takes part in several, and are not there yet."""
-    keys = recipe.placement
-    if keys.processes == 1 or place() is not None:
-        return False
-    return recipe.backend.preview(device=keys.device, processes=keys.processes) is not None
+    return recipe.placement.processes > 1 and place() is None and recipe.backend.declares("several")
 
 
 @app.command("eval")

@@ -72,6 +72,10 @@ class Part:
         """Whether its `build` names that input."""
         return name in inspect.signature(self.component.load().build).parameters
 
+    def declares(self, name: str) -> bool:
+        """Whether the component has the attribute `name`, and it is true."""
+        return bool(getattr(self.component.load(), name, False))
+
     def preview(self, **inputs: Any) -> Any:
         """What is known of the result before any data is read: `preview(config, ...)` of a component that has one."""
         return self._called("preview", inputs) if hasattr(self.component.load(), "preview") else None

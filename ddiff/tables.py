@@ -85,6 +85,8 @@ class TrainKeys(ComponentConfig):
     """The share of the training rows whose first tokens, uniformly many, are shown clean and not scored: prompts."""
     init: InitKeys | None = None
     """Start with the weights of another run on the same tokenizer (fine-tuning)."""
+    ema: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Keep a moving average of the weights with this decay, such as 0.9999, and evaluate it; 0: none."""
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainKeys:
@@ -100,7 +102,13 @@ class BackendKeys(ComponentConfig):
 
     device: str = "auto"
     processes: PositiveInt = 1
-    """Processes on this machine, each with its share of [train] batch; more than one with kind = "ddp"."""
+    """Processes on this machine, each with its share of [train] batch; more than one with kind = "ddp" or "fsdp"."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; weights, laws and sums are float32 at least. "auto": bfloat16 on a GPU, float32 on the CPU."""
+    compile: bool = False
+    """Compile the blocks of the trunk (torch.compile); the first step then takes a minute or so."""
+    activation_checkpointing: bool = False
+    """Keep of each block its input alone and compute the rest again in the backward: less memory, more work."""
 
 
 class EvaluateKeys(ComponentConfig):
@@ -112,6 +120,8 @@ class EvaluateKeys(ComponentConfig):
     draws: PositiveInt = 1
     """Times drawn per row."""
     seed: NonNegativeInt = 0
+    weights: Literal["auto", "ema", "trained"] = "auto"
+    """Which weights are evaluated, sampled and loaded; "auto": the average where [train] ema keeps one."""
 
     @model_validator(mode="after")
     def _window_is_inside(self) -> EvaluateKeys:

@@ -164,7 +164,8 @@ class Denoiser(nn.Module):
     document) and sees no later one, so that its law is P(x_i | x_<i) whatever stands in its own place.
     """
 
-    forward_methods = ("trunk", "extend", "read", "visit")  # what a sharding backend must register besides forward
+    precision: torch.dtype | None = None
+    """Of matrix products (None: that of the weights); laws and sums are float32 at least whatever it is."""
 
     def __init__(self, backbone: nn.Module, head: Head, given: Given = "rest", inputs: Inputs = "own") -> None:
         super().__init__()
@@ -205,6 +206,13 @@ class Denoiser(nn.Module):
 
     def trunk(self, noisy: Noisy, context: Context) -> Tensor:
         """Hidden states [B*L, width] of flat positions."""
+        with self._products_in(noisy.zt.device):
+            return self._trunk(noisy, context)
+
+    def _products_in(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, self.precision, enabled=self.precision is not None)
+
+    def _trunk(self, noisy: Noisy, context: Context) -> Tensor:
         if self.inputs == "previous":
             return self._causal(noisy, context)
         if noisy.block is None:
@@ -262,7 +270,9 @@ class Denoiser(nn.Module):
                 sight=Sight(columns, seen[columns].unsqueeze(0)),
                 cache=cache,
             )
-            hidden = cache.settle(ids[:, :stop], seen[:stop], self.backbone(ids[:, columns], t[:, columns], shown))
+            with self._products_in(block.device):
+                computed = self.backbone(ids[:, columns], t[:, columns], shown)
+            hidden = cache.settle(ids[:, :stop], seen[:stop], computed)
         else:
             hidden = cache.hidden
         assert hidden is not None
@@ -270,11 +280,14 @@ class Denoiser(nn.Module):
 
     def read(self, hidden: Tensor, node: Tensor, fn: Question) -> Tensor | tuple[Tensor, ...]:
         """fn's results for hidden rows [k,width] that ask below node [k]; no gradients."""
-        return self.head.visit(hidden, node, fn)
+        with self._products_in(hidden.device):
+            return self.head.visit(hidden, node, fn)
 
     def forward(self, noisy: Noisy, context: Context, rows: Tensor, node: Tensor, fn: Question) -> tuple[Tensor, ...]:
         """One training step's pass: (sum of fn's first result over flat positions `rows` [k], *results detached)."""
-        return self.head.total(self.trunk(noisy, context).index_select(0, rows), node, fn)
+        hidden = self.trunk(noisy, context).index_select(0, rows)
+        with self._products_in(hidden.device):
+            return self.head.total(hidden, node, fn)
 
     @torch.no_grad()
     def visit(

@@ -35,7 +35,6 @@ class Head(nn.Module, ABC):
     """
 
     is_table = True  # an optimizer for hidden matrices (Muon) must leave these parameters alone
-    forward_methods = ("total", "visit")
     chunk_logits: int | None = None  # logits held at once; None: what suits the device
 
     def __init__(self, vocabulary: Vocabulary, width: int, rows: int) -> None:

@@ -44,7 +44,9 @@ from ddiff.runs.parts import (
     check_tokenizer,
 )
 from ddiff.sampling.loop import OnStep, Sampler, generate, looks_ahead
-from ddiff.training.checkpoint import Checkpoint
+from ddiff.training.backend import SingleBackend
+from ddiff.training.blocks import compile_blocks, recompute_activations
+from ddiff.training.checkpoint import Checkpoint, Checkpoints, load_weights
 from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
 from ddiff.training.protocols import Backend, Tracker
 from ddiff.training.tracker import NoTracker
@@ -64,13 +66,16 @@ class Run:
         self.process = given.process or build_process(recipe, vocabulary)
         check_process(self.process, vocabulary)
         self.backend = backend
-        denoiser = build_denoiser(recipe, vocabulary)
-        self.objective = build_objective(recipe, self.process, denoiser)
-        # an objective may ask the denoiser in its own way
-        self.denoiser: Denoiser = getattr(self.objective, "denoiser", denoiser)
-        self.objective.module = self.backend.wrap(self.objective.module)
+        self._build_network()
         self.init: dict[str, Any] | None = None  # what was taken of another run
         self._begun = False
+
+    def _build_network(self) -> None:
+        denoiser = build_denoiser(self.recipe, self.vocabulary)
+        self.objective = build_objective(self.recipe, self.process, denoiser)
+        # an objective may ask the denoiser in its own way
+        self.denoiser: Denoiser = getattr(self.objective, "denoiser", denoiser)
+        self.objective.module.to(self.backend.device)
 
     # ------------------------------------------------------------------ data
 
@@ -108,13 +113,14 @@ class Run:
 
         `accepted` is called once that checkpoint is known to be whole and to fit, before anything is written.
         """
+        start = self.checkpoints.newest()
+        if start is None:
+            self.begin()
+        self.distribute()
         trainer = self.trainer()
         with closing(trainer.tracker):
-            start = trainer.checkpoints.newest()
             if start is not None:
                 trainer.check_fit(start)
-            else:
-                self.begin()
             accepted()
             return trainer.fit(start)
 
@@ -122,12 +128,42 @@ class Run:
         """The steps from `start` (None: the beginning) to `end` again, written to another folder and told to no tracker."""
         if start is None:
             self.begin()
+        self.distribute()
         return self.trainer(folder, end, NoTracker()).fit(start)
 
+    def distribute(self) -> None:
+        """The network as it is trained: recomputed, compiled and shared among the processes as the recipe has it."""
+        keys, module = self.recipe.placement, self.objective.module
+        if keys.activation_checkpointing:
+            recompute_activations(module)
+        if keys.compile:
+            compile_blocks(module)
+        self.objective.module = self.backend.wrap(module)
+
     def end_together(self) -> None:
-        """Leave the other processes, after training: rank 0 goes on alone."""
-        self.objective.module = self.backend.unwrap(self.objective.module)
+        """Leave the other processes, after training: what speaks through the group is dropped first."""
+        del self.objective, self.denoiser
         self.backend.close()
+
+    def go_on_alone(self) -> None:
+        """The network anew, with the weights that are evaluated: nothing is sharded, compiled or wrapped."""
+        self.backend = SingleBackend(str(self.backend.device))
+        self._build_network()
+        self.load_weights()
+
+    def load_weights(self) -> None:
+        """The newest checkpoint's weights, the average where it is what is evaluated."""
+        load_weights(self.objective.module, self.checkpoints.weights(average=self.averaged), str(self.run_dir))
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the moving average of the weights is what is evaluated, sampled and loaded."""
+        wanted = self.recipe.evaluate.weights
+        return self.recipe.train.ema > 0.0 if wanted == "auto" else wanted == "ema"
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(str(self.run_dir / "checkpoints"), self.recipe.train.keep)
 
     def begin(self) -> None:
         """The first weights, once: the head's from counts, and what [train] init takes from another run."""
@@ -161,6 +197,7 @@ class Run:
             log_every=keys.log_every,
             checkpoint_every=keys.checkpoint_every,
             keep=keys.keep,
+            ema=keys.ema,
             tracker=tracker or self._tracker(),
             origins=recipe.origins(),
             fingerprints={

@@ -110,6 +110,7 @@ def measure(recipe: Recipe, count: int) -> Measurement:
         _check_room(alone)
         run, stand_in = _built(alone)
         run.begin()
+        run.distribute()
         first_law, trunk_flops = _first_law(run), _trunk_flops(run)
         head, trainer = run.denoiser.head, run.trainer()
         with counted(head) as logits:

@@ -19,7 +19,7 @@ from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe import Recipe
 from ddiff.requests import Told, ask_for, told
 from ddiff.sampling.loop import Sampler, looks_ahead
-from ddiff.training.backend import SingleBackend
+from ddiff.training.backend import SingleBackend, device_named
 from ddiff.training.protocols import Backend, Objective
 
 
@@ -45,13 +45,13 @@ def build_documents(recipe: Recipe, cache: Cache) -> Documents | Corpus:
 
 def build_backend(recipe: Recipe) -> Backend:
     """Raises ArgumentError where the batch cannot be shared among the processes that there are."""
-    keys, train = recipe.placement, recipe.train
-    backend: Backend = recipe.backend.build(device=keys.device, processes=keys.processes, length=recipe.length)
+    train = recipe.train
+    backend = _backend(recipe, recipe.placement.processes)
     there = place()
     if there is not None and there.world_size != backend.world_size:
         raise ArgumentError(
             f'[backend] kind = "{recipe.backend.component.name}" runs {backend.world_size} process, but {there.world_size} '
-            'were started, and each would write the same run. Set kind = "ddp", or start one.'
+            'were started, and each would write the same run. Set kind = "ddp" or "fsdp", or start one.'
         )
     if train.batch % (train.accumulate * backend.world_size):
         raise ArgumentError(
@@ -63,17 +63,29 @@ def build_backend(recipe: Recipe) -> Backend:
 
 def check_backend(recipe: Recipe) -> None:
     """Refuse what can be known to fail without starting processes."""
-    keys = recipe.placement
-    if recipe.backend.preview(device=keys.device, processes=keys.processes) is None:
+    if recipe.backend.declares("several"):
+        device_named(recipe.placement.device)
+    else:
         build_backend(recipe).close()
 
 
 def backend_alone(recipe: Recipe) -> Backend:
     """For a trained run, which one process asks, however many trained it."""
+    return SingleBackend(recipe.placement.device) if recipe.backend.declares("several") else _backend(recipe, 1)
+
+
+def _backend(recipe: Recipe, processes: int) -> Backend:
+    device = recipe.placement.device
+    return recipe.backend.build(
+        device=device, processes=processes, length=recipe.length, precision=build_precision(recipe)
+    )
+
+
+def build_precision(recipe: Recipe) -> torch.dtype | None:
+    """What matrix products are computed in; None: in that of the weights."""
     keys = recipe.placement
-    if keys.processes > 1:
-        return SingleBackend(keys.device)
-    return recipe.backend.build(device=keys.device, processes=1, length=recipe.length)
+    on_gpu = keys.device.startswith("cuda") or (keys.device == "auto" and torch.cuda.is_available())
+    return torch.bfloat16 if keys.precision == "bfloat16" or (keys.precision == "auto" and on_gpu) else None
 
 
 def build_process(recipe: Recipe, vocabulary: Vocabulary) -> ForwardProcess | None:
@@ -89,7 +101,9 @@ def build_denoiser(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:
     torch.manual_seed(recipe.seed)
     backbone = recipe.denoiser.build(vocabulary=vocabulary, length=recipe.length)
     assert recipe.head is not None
-    return Denoiser(backbone, recipe.head.build(vocabulary=vocabulary, width=backbone.width), recipe.given)
+    denoiser = Denoiser(backbone, recipe.head.build(vocabulary=vocabulary, width=backbone.width), recipe.given)
+    denoiser.precision = build_precision(recipe)
+    return denoiser
 
 
 def outlined(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:

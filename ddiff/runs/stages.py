@@ -49,7 +49,6 @@ from ddiff.runs.parts import (
     outlined,
 )
 from ddiff.summary import print_evaluation, print_summary
-from ddiff.training.checkpoint import load_weights
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code of a run that SIGINT ended
 
@@ -100,7 +99,7 @@ def load(run_dir: str | Path, *, process: ForwardProcess | None = None, settings
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
     check_tokenizer(tokenizer, vocabulary)
     built = Run(recipe, tokenizer, vocabulary, Given(process=process), backend_alone(recipe))
-    load_weights(built.objective.module, checkpoints.weights(), str(directory))
+    built.load_weights()
     return built
 
 
@@ -160,11 +159,15 @@ def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
     built.backend.barrier()
     summary = built.train(accepted=lambda: record(directory, recipe, built, given) if writes else None)
     built.end_together()
-    if not writes:
-        return built, summary.exit_code
     if summary.exit_code:
-        print(f"Stopped at step {summary.step} of {summary.steps}, saved. The same command goes on.", file=sys.stderr)
+        if writes:
+            print(
+                f"Stopped at step {summary.step} of {summary.steps}, saved. The same command goes on.", file=sys.stderr
+            )
         return built, summary.exit_code
+    built.go_on_alone()
+    if not writes:
+        return built, 0
     evaluation, counted = _evaluate_stage(built)
     samples = _sample_stage(built)
     rate = built.documents.entropy_rate
@@ -186,6 +189,7 @@ def _evaluate_stage(built: Run, again: bool = False) -> tuple[Evaluation, Baseli
     figures = evaluation.to_dict()
     written: Mapping[str, Any] = {
         "step": step,
+        "weights": "ema" if built.averaged else "trained",
         **figures,
         "protocol": {**figures["protocol"], **built.protocol()},
         "baselines": {name.replace("per_token", per): value for name, value in counted._asdict().items()},

@@ -1,4 +1,4 @@
-"""Data-parallel training: every process holds the whole model and takes its share of each global batch.
+"""Data-parallel training: every process takes its share of each global batch, and holds the whole model or a shard of it.
 
 Losses are shares of one sum over global counts, so gradients are summed over the ranks and nothing is averaged: what a
 step computes does not depend on how many processes compute it, up to the rounding of sums in another order.
@@ -11,22 +11,24 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import final
+from typing import cast, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ddiff.errors import ArgumentError
 from ddiff.launch import place
 from ddiff.training.backend import clipped, device_named
+from ddiff.training.blocks import blocks_of
 
 _PREPARING = timedelta(days=7)  # how long the others wait while rank 0 prepares data
 
 
-@final
-class DistributedBackend:
+class Ranks:
     """One of several processes, on the CPU (gloo) or with a GPU of its own (nccl), that torchrun or `ddiff run` started.
 
     `device` is "auto" (a GPU for each process of this machine when there are any, else the CPU), "cpu" or "cuda";
@@ -70,24 +72,6 @@ class DistributedBackend:
         """Whether `ddiff run` or torchrun started this process as one of several."""
         return place() is not None
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        # A parameter may go unused on some rank or in some step: a condition that no row of the share has.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the newer name of broadcast_buffers is not in torch 2.9
-            wrapped = DistributedDataParallel(
-                module.to(self.device), broadcast_buffers=False, find_unused_parameters=True
-            )
-        wrapped.register_comm_hook(None, lambda _, bucket: _summed(bucket))
-        return wrapped
-
-    def unwrap(self, module: nn.Module) -> nn.Module:
-        return module.module if isinstance(module, DistributedDataParallel) else module
-
-    def accumulating(self, module: nn.Module) -> AbstractContextManager[None]:
-        # Needed, and not only faster: what is summed already would be summed again with the next micro-batch.
-        assert isinstance(module, DistributedDataParallel)
-        return module.no_sync()
-
     def sum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         flat = torch.cat([value.detach().to(self.device, torch.float64).reshape(-1) for value in values.values()])
         dist.all_reduce(flat)
@@ -95,7 +79,8 @@ class DistributedBackend:
         return {name: part.reshape(value.shape) for (name, value), part in zip(values.items(), parts)}
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-        return clipped(parameters, max_norm)
+        norm = clipped(parameters, max_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @contextmanager
     def first(self) -> Iterator[None]:
@@ -116,6 +101,67 @@ class DistributedBackend:
             dist.barrier()
             gc.collect()  # a wrapper that nobody holds any more goes before the group that it speaks through
             dist.destroy_process_group()
+
+
+@final
+class DistributedBackend(Ranks):
+    """Every process holds the whole model (DDP); the arguments are those of `Ranks`."""
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        # A parameter may go unused on some rank or in some step: a condition that no row of the share has.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the newer name of broadcast_buffers is not in torch 2.9
+            wrapped = DistributedDataParallel(
+                module.to(self.device), broadcast_buffers=False, find_unused_parameters=True
+            )
+        wrapped.register_comm_hook(None, lambda _, bucket: _summed(bucket))
+        return wrapped
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        return module.module if isinstance(module, DistributedDataParallel) else module
+
+    def accumulating(self, module: nn.Module) -> AbstractContextManager[None]:
+        # Needed, and not only faster: what is summed already would be summed again with the next micro-batch.
+        assert isinstance(module, DistributedDataParallel)
+        return module.no_sync()
+
+
+@final
+class ShardedBackend(Ranks):
+    """Every process holds a share of parameters, gradients and optimizer state (FSDP2, arXiv 2304.11277).
+
+    Each block of the trunk is gathered when it runs and dropped again, forward and backward; what is outside the blocks,
+    embeddings and head, stays gathered between the two. `precision` is that in which blocks are gathered (None: that of
+    the weights); gradients are summed in float32. The other arguments are those of `Ranks`.
+    """
+
+    def __init__(self, device: str = "auto", processes: int = 1, precision: torch.dtype | None = None) -> None:
+        super().__init__(device, processes)
+        self.precision = precision
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
+        module = module.to(self.device)
+        gathered = MixedPrecisionPolicy(param_dtype=self.precision, reduce_dtype=self.precision and torch.float32)
+        for block in blocks_of(module):
+            fully_shard(block, mesh=mesh, mp_policy=gathered)
+        # One group for the rest: the head is read through forward, so that its table is there for all of its chunks.
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)
+        for shard in module.modules():
+            if isinstance(shard, FSDPModule):
+                shard.set_gradient_divide_factor(1.0)
+                shard.set_force_sum_reduction_for_comms(True)
+        return module
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        return module  # shards are named as the parameters that they are of
+
+    @contextmanager
+    def accumulating(self, module: nn.Module) -> Iterator[None]:
+        shards = cast(FSDPModule, module)
+        shards.set_requires_gradient_sync(False)
+        yield
+        shards.set_requires_gradient_sync(True)
 
 
 def _summed(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ddiff.errors import ArgumentError, CheckpointError, NonFiniteError
 from ddiff.progress import Progress, progress
+from ddiff.training.average import MovingAverage
 from ddiff.training.checkpoint import Checkpoint, Checkpoints
 from ddiff.training.interruption import Interruption
 from ddiff.training.learning_rate import WarmupConstant
@@ -100,6 +101,7 @@ class Trainer:
         accumulate: micro-batches per step.
         multiplier: (step) -> factor in (0, 1] of every group's learning rate.
         clip: largest gradient norm, or None.
+        ema: decay of the moving average of the weights that checkpoints hold beside them; 0: none.
         log_every, checkpoint_every, keep: steps between reports, steps between checkpoints, checkpoints that stay.
         origins: where each component came from (distribution, version), recorded in each checkpoint.
         fingerprints: of whatever a checkpoint must fit (vocabulary, data); compared when a run goes on.
@@ -121,6 +123,7 @@ class Trainer:
         accumulate: int = 1,
         multiplier: Callable[[int], float] | None = None,
         clip: float | None = 1.0,
+        ema: float = 0.0,
         log_every: int = 10,
         checkpoint_every: int = 200,
         keep: int = 2,
@@ -143,6 +146,7 @@ class Trainer:
         self.tracker: Tracker = tracker or NoTracker()
         self.origins, self.fingerprints = dict(origins or {}), dict(fingerprints or {})
         self.checkpoints = Checkpoints(f"{self.run_dir}/checkpoints", keep)
+        self.average = MovingAverage(backend.unwrap(objective.module), ema) if ema else None
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._seed = torch.initial_seed()
 
@@ -247,6 +251,8 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self._rates):
             group["lr"] = rate * multiplier
         self.optimizer.step()
+        if self.average:
+            self.average.update()
 
     def _report(self, run: _Run, bar: Progress) -> None:
         """Show the step; at every `log_every`-th, and the last, tell the tracker the means since it was last told."""
@@ -265,6 +271,7 @@ class Trainer:
         state = {
             "run": run.to_tree(),
             "optimizer": self.optimizer.state_dict(),
+            "ema": self.average and self.average.to_tree(),
             "random": _random_state(self.backend.device),
             "multiplier": repr(self.multiplier),
             "origins": self.origins,
@@ -288,6 +295,8 @@ class Trainer:
         start.restore(module)
         state = start.tree(like=module.parameters())
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average and state.get("ema"):
+            self.average.load_tree(state["ema"])
         _set_random_state(state["random"], self.backend.device)
         self._part_ways(start.step)
         return _Run.from_tree(start.step, state["run"])

@@ -45,7 +45,11 @@ COMPONENTS = {
         "slide": "ddiff_core.objectives:Slide",
     },
     "optimizer": {"adamw": "ddiff_core.optimizers:AdamW", "muon": "ddiff_core.optimizers:Muon"},
-    "backend": {"ddp": "ddiff_core.backends:DataParallel", "single": "ddiff_core.backends:Single"},
+    "backend": {
+        "ddp": "ddiff_core.backends:DataParallel",
+        "fsdp": "ddiff_core.backends:FullySharded",
+        "single": "ddiff_core.backends:Single",
+    },
     "sampler": {
         "acs": "ddiff_core.samplers:Correcting",
         "analytic": "ddiff_core.samplers:Analytic",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ddiff import ArgumentError, Backend, ComponentConfig, DistributedBackend, SingleBackend
+import torch
+
+from ddiff import ArgumentError, Backend, ComponentConfig, DistributedBackend, ShardedBackend, SingleBackend
 
 
 class Single:
@@ -12,7 +14,8 @@ class Single:
     def build(config: ComponentConfig, *, device: str, processes: int) -> SingleBackend:
         if processes != 1:
             raise ArgumentError(
-                f'the kind "single" runs one process; got processes = {processes}. Leave it out, or take kind = "ddp".'
+                f'the kind "single" runs one process; got processes = {processes}. Leave it out, or take kind = "ddp" or '
+                '"fsdp".'
             )
         return SingleBackend(device)
 
@@ -20,12 +23,22 @@ class Single:
 class DataParallel:
     """Several processes, each with the whole model and its share of every batch; under torchrun as many as it starts."""
 
+    several = True
+
     @staticmethod
     def build(config: ComponentConfig, *, device: str, processes: int) -> Backend:
         if processes == 1 and not DistributedBackend.started():
             return SingleBackend(device)
         return DistributedBackend(device, processes)
 
+
+class FullySharded:
+    """Several processes, each with a share of the model and of every batch; under torchrun as many as it starts."""
+
+    several = True
+
     @staticmethod
-    def preview(config: ComponentConfig, *, device: str, processes: int) -> Backend:
-        return SingleBackend(device)
+    def build(config: ComponentConfig, *, device: str, processes: int, precision: torch.dtype | None) -> Backend:
+        if processes == 1 and not ShardedBackend.started():
+            return SingleBackend(device)
+        return ShardedBackend(device, processes, precision)

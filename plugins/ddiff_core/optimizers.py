@@ -35,7 +35,10 @@ class Muon:
         weight_decay: NonNegativeFloat = 0.01
         table_lr: PositiveFloat = 3e-3
         table_betas: tuple[float, float] = (0.9, 0.98)
+        float32: bool = False
+        """Orthogonalise in float32 on a GPU too, where bfloat16 is the rule: the same numbers for any layout."""
 
     @staticmethod
     def build(config: Config, *, module: nn.Module) -> JointOptimizer:
-        return muon(module, **config.model_dump())
+        settings = config.model_dump(exclude={"float32"})
+        return muon(module, **settings, precision=torch.float32 if config.float32 else None)

@@ -1,0 +1,52 @@
+"""A moving average of the weights: what is evaluated is steadier than what is trained."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ddiff.errors import ArgumentError, CheckpointError
+
+
+@final
+class MovingAverage:
+    """w <- d w + (1 - d) p after each step, d = min(decay, (1 + n) / (10 + n)) for the n-th, so that the first weights are
+    soon forgotten.
+
+    The average lies where its parameters lie, sharded as they are, in float32 at least. ArgumentError when the decay is not
+    in (0, 1).
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        if not 0.0 < decay < 1.0:
+            raise ArgumentError(f"MovingAverage: decay must be in (0, 1), such as 0.9999; got {decay}.")
+        self.decay, self.updates = decay, 0
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.weights = {name: _wide(p.detach()).clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the parameters in as they are now."""
+        decay = min(self.decay, (1.0 + self.updates) / (10.0 + self.updates))
+        self.updates += 1
+        for name, average in self.weights.items():
+            average.lerp_(_wide(self._parameters[name].detach()), 1.0 - decay)
+
+    def to_tree(self) -> dict[str, Any]:
+        return {"updates": self.updates, "weights": self.weights}
+
+    @torch.no_grad()
+    def load_tree(self, tree: dict[str, Any]) -> None:
+        """Go on from what `to_tree` gave; CheckpointError when it is the average of another model."""
+        if tree["weights"].keys() != self.weights.keys():
+            differing = sorted(tree["weights"].keys() ^ self.weights.keys())[:3]
+            raise CheckpointError(f"The average in the checkpoint is of another model: {', '.join(differing)} differ.")
+        self.updates = tree["updates"]
+        for name, average in self.weights.items():
+            average.copy_(tree["weights"][name])
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
