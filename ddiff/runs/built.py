@@ -134,10 +134,10 @@ class Run:
     def distribute(self) -> None:
         """The network as it is trained: recomputed, compiled and shared among the processes as the recipe has it."""
         keys, module = self.recipe.placement, self.objective.module
-        if keys.activation_checkpointing:
-            recompute_activations(module)
         if keys.compile:
             compile_blocks(module)
+        if keys.activation_checkpointing:
+            recompute_activations(module)
         self.objective.module = self.backend.wrap(module)
 
     def end_together(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,9 +23,12 @@ def recompute_activations(module: nn.Module) -> None:
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compile each block in place (torch.compile, one graph without breaks), so that equal blocks are compiled once."""
+    """Compile each block in place (torch.compile, one graph without breaks), so that equal blocks are compiled once.
+
+    What is recomputed must be compiled first: compilers do not look through the recomputation.
+    """
     for block in blocks_of(module):
-        block.compile(fullgraph=True)
+        block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]
 
 
 def _listed(module: nn.Module) -> Iterator[nn.Module]:
