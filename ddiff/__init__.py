@@ -194,6 +194,8 @@ _MODULES = {
         "ElboLoss",
         "TrainingLoss",
         "context_of",
+        "device_of",
+        "sent",
         "withheld",
     ),
     "ddiff.training.optimizers": (
@@ -383,6 +385,8 @@ if TYPE_CHECKING:
     from ddiff.training.objective import ElboLoss as ElboLoss
     from ddiff.training.objective import TrainingLoss as TrainingLoss
     from ddiff.training.objective import context_of as context_of
+    from ddiff.training.objective import device_of as device_of
+    from ddiff.training.objective import sent as sent
     from ddiff.training.objective import withheld as withheld
     from ddiff.training.optimizers import JointOptimizer as JointOptimizer
     from ddiff.training.optimizers import adamw as adamw

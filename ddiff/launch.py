@@ -95,6 +95,7 @@ def _end_at_end_of_input() -> None:
 def _start(arguments: Sequence[str], there: Place, port: int, reports: Path) -> subprocess.Popen[bytes]:
     environment = {
         "OMP_NUM_THREADS": str(max(1, _cores() // there.world_size)),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP warns of parameters that it was told to look for and that all were used
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
         "RANK": str(there.rank),

@@ -59,8 +59,9 @@ class Head(nn.Module, ABC):
     def total(self, hidden: Tensor, node: Tensor, fn: Question) -> tuple[Tensor, ...]:
         """Sum of fn's first result over all rows, differentiable in hidden and tables, then all results detached.
 
-        hidden [n,d], node [n]: the subtree in which each row asks. `fn(law, idx)` answers for the rows `idx` [k] with
-        [k] or a tuple of [k,...]; what it closes over gets no gradient. Returns (sum, *results in row order). With no
+        hidden [n,d], node [n]: the subtree in which each row asks, best on the host, where rows are grouped by it.
+        `fn(law, idx)` answers for the rows `idx` [k] with [k] or a tuple of [k,...]; what it closes over gets no
+        gradient. Returns (sum, *results in row order). With no
         rows, fn is asked once about an empty law and the sum is 0 with zero gradients.
         """
         return _ChunkedSum.apply(hidden, self.table, self.bias, self, node, fn, torch.is_grad_enabled())
@@ -70,6 +71,7 @@ class Head(nn.Module, ABC):
         """fn's results in row order, without gradients; NonFiniteError when a logit is NaN or infinite."""
         results, finite = [], torch.ones((), dtype=torch.bool, device=hidden.device)
         grouped, groups = self._grouped(node)
+        grouped = grouped.to(hidden.device)
         dtype = _product_dtype(hidden)
         with _outside_autocast(hidden.device):
             for top, first, last in self._chunks(groups):
@@ -260,6 +262,7 @@ class _ChunkedSum(torch.autograd.Function):
         with_gradient: bool,
     ) -> tuple[Tensor, ...]:
         grouped, groups = head._grouped(node)
+        grouped = grouped.to(hidden.device, non_blocking=True)
         sorted_hidden = hidden.detach()[grouped].to(_product_dtype(hidden))
         buffers = [torch.zeros_like(tensor) for tensor in (hidden, table, bias)] if with_gradient else []
         results = []

@@ -214,7 +214,7 @@ class Run:
         return self.recipe.tracker.build(run_dir=str(self.run_dir), recipe=self.recipe.to_dict())
 
     def _batch_at(self, step: int, micro: int) -> Batch:
-        """This rank's rows of a micro-batch: data order is a function of the seed and the global sample number alone."""
+        """This rank's rows of a micro-batch, on the host; their order is a function of seed and global sample number."""
         keys = self.recipe.train
         size = keys.batch // (keys.accumulate * self.backend.world_size)
         first = (micro * self.backend.world_size + self.backend.rank) * size
@@ -223,7 +223,7 @@ class Run:
         batch = batch_rows(self.train_rows, rows, index=slots, conditions=self.train_conditions)
         if keys.prefix > 0.0:
             batch = batch.with_prefixes(self._prefixes(step, batch.index))
-        return batch.to(self.backend.device)
+        return batch
 
     def _prefixes(self, step: int, index: Tensor) -> Tensor:
         """[B] how many first tokens each sample is shown: of a share of them uniformly many, of the others none."""

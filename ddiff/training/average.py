@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ddiff.errors import ArgumentError, CheckpointError
+from ddiff.training.optimizers import local
 
 
 @final
@@ -27,12 +28,13 @@ class MovingAverage:
         self.weights = {name: _wide(p.detach()).clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take the parameters in as they are now."""
+    def update(self, finite: Tensor) -> None:
+        """Take the parameters in as they are now; nothing where `finite` (0-d bool) says that no step was taken."""
         decay = min(self.decay, (1.0 + self.updates) / (10.0 + self.updates))
         self.updates += 1
         for name, average in self.weights.items():
-            average.lerp_(_wide(self._parameters[name].detach()), 1.0 - decay)
+            mine = local(average)
+            mine.lerp_(_wide(local(self._parameters[name].detach())), finite.to(mine.dtype) * (1.0 - decay))
 
     def to_tree(self) -> dict[str, Any]:
         return {"updates": self.updates, "weights": self.weights}

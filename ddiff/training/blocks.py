@@ -19,7 +19,7 @@ def recompute_activations(module: nn.Module) -> None:
     """Keep of each block its input alone, and compute the rest again in the backward: less memory, a third more work."""
     for block in blocks_of(module):
         # in place of a wrapper, which would rename every parameter below it
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(module: nn.Module) -> None:
@@ -28,7 +28,7 @@ def compile_blocks(module: nn.Module) -> None:
     What is recomputed must be compiled first: compilers do not look through the recomputation.
     """
     for block in blocks_of(module):
-        block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, fullgraph=True)
 
 
 def _listed(module: nn.Module) -> Iterator[nn.Module]:

@@ -142,7 +142,9 @@ class ShardedBackend(Ranks):
     def wrap(self, module: nn.Module) -> nn.Module:
         mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
         module = module.to(self.device)
-        gathered = MixedPrecisionPolicy(param_dtype=self.precision, reduce_dtype=self.precision and torch.float32)
+        gathered = MixedPrecisionPolicy(
+            param_dtype=self.precision, reduce_dtype=self.precision and torch.float32, cast_forward_inputs=False
+        )
         for block in blocks_of(module):
             fully_shard(block, mesh=mesh, mp_policy=gathered)
         # One group for the rest: the head is read through forward, so that its table is there for all of its chunks.

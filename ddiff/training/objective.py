@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast, final
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, final
 
 import torch
 from torch import Tensor
@@ -113,13 +113,14 @@ class DiffusionObjective:
 
     def __call__(self, batch: Batch, noise: Noise, denominators: Mapping[str, Tensor], slots: int) -> LossTerms:
         """(sum of the rows' loss over this micro-batch) / (tokens of the global batch), in nats per token."""
+        reading, process, device = self.denoiser.reading, self.process, device_of(self.module)
+        # All that depends on what was drawn is found where the batch is, on the host: the device is never waited for.
         drawn = self._draw(batch, noise, slots)
-        context = withheld(context_of(batch), self.denoiser.condition_dropout, noise)
-        rows, fn = drawn.rows, self._question(drawn)
-        reading, process = self.denoiser.reading, self.process
         node = reading.scope(process.scope(drawn.zt), process)
-        fn = reading.question(fn, process, drawn.zt, drawn.t)
-        total, _, density = self.module(drawn.noisy, context, rows, node, fn)
+        context = withheld(context_of(batch), self.denoiser.condition_dropout, noise)
+        drawn, context = sent(drawn, device), sent(context, device)
+        fn = reading.question(self._question(drawn), process, drawn.zt, drawn.t)
+        total, _, density = self.module(drawn.noisy, context, drawn.rows, node, fn)
         tokens, metrics = denominators["tokens"], self._metrics(density, drawn.zt, batch)
         if name := getattr(self.loss, "name", None):
             metrics[f"loss_{name}_nats_per_token"] = (total.detach(), batch.scored.sum())
@@ -205,6 +206,25 @@ def _mixed(chosen: Tensor, first: Times, times: Times, share: float) -> Times:
         pick(first.block, times.block),
         times.paired,
     )
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where the module's parameters are."""
+    return next(module.parameters()).device
+
+
+def sent(parts: Any, device: torch.device) -> Any:
+    """A tensor, or whatever a tuple or dict holds of them, on the device, without waiting for what it is doing."""
+    if isinstance(parts, Tensor):
+        if device.type == "cuda" and parts.device.type == "cpu":
+            return parts.pin_memory().to(device, non_blocking=True)  # what is not pinned waits for the device
+        return parts.to(device)
+    if isinstance(parts, dict):
+        return type(parts)((name, sent(value, device)) for name, value in parts.items())
+    if isinstance(parts, tuple):
+        moved = [sent(value, device) for value in parts]
+        return type(parts)(*moved) if hasattr(parts, "_fields") else tuple(moved)
+    return parts
 
 
 def context_of(batch: Batch) -> Context:

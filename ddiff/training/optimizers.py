@@ -22,6 +22,27 @@ Betas = tuple[float, float]
 Decay = Literal["matrices", "all"]
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's share of a tensor that is sharded, the tensor itself otherwise; writing to it writes to the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def step_where(finite: Tensor, optimizer: Optimizer) -> None:
+    """A step of the optimizer where `finite` (0-d bool), none elsewhere.
+
+    Decided on the device where the optimizer can: torch's fused ones read `found_inf`, ours have a `step_where`. For any
+    other the host waits.
+    """
+    if hasattr(optimizer, "step_where"):
+        optimizer.step_where(finite)
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):
+        vars(optimizer).update(grad_scale=None, found_inf=(~finite).float())
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    elif bool(finite):
+        optimizer.step()
+
+
 def split_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """(hidden matrices, all others) by name, frozen parameters in neither. Tied to a table is a table."""
     tables = {
@@ -103,36 +124,44 @@ class Muon(torch.optim.Muon):
         super().__init__(params, **settings)
         self.precision = precision
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        self.step_where(None)
+        return None
+
+    @torch.no_grad()
+    def step_where(self, finite: Tensor | None) -> None:
+        """A step where `finite` (0-d bool; None: always); nothing changes elsewhere, whatever the gradients hold."""
         for group in self.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
             for turn, parameter in enumerate(trained):
-                self._update(parameter, parameter.grad, group, turn)
-        return None
+                self._update(parameter, group, turn, finite)
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], turn: int) -> None:
-        state = self.state[parameter]
+    def _update(self, parameter: Tensor, group: dict[str, Any], turn: int, finite: Tensor | None) -> None:
+        assert parameter.grad is not None
+        state, weights, gradient = self.state[parameter], local(parameter), local(parameter.grad)
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        average = state["momentum_buffer"].lerp_(gradient, 1.0 - group["momentum"])
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        taken: Tensor | float = 1.0
+        if finite is not None:
+            taken, gradient = finite.to(gradient.dtype), torch.where(finite, gradient, 0.0)
+        average = local(state["momentum_buffer"])
+        average.lerp_(gradient, torch.as_tensor(taken * (1.0 - group["momentum"]), dtype=average.dtype))
         direction = gradient.lerp(average, group["momentum"]) if group["nesterov"] else average
         rows, columns = parameter.shape
-        parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-        parameter.add_(
-            self._orthogonalised(direction, group, turn), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5
-        )
+        weights.mul_(1.0 - taken * group["lr"] * group["weight_decay"])
+        turned = self._orthogonalised(direction, parameter, group, turn)
+        weights.sub_(turned.mul_(taken * group["lr"] * max(1.0, rows / columns) ** 0.5))
 
-    def _orthogonalised(self, direction: Tensor, group: dict[str, Any], turn: int) -> Tensor:
-        """In the layout and precision of `direction`; of a sharded matrix by the rank whose `turn` it is."""
-        if not isinstance(direction, DTensor):
+    def _orthogonalised(self, direction: Tensor, parameter: Tensor, group: dict[str, Any], turn: int) -> Tensor:
+        """In layout and precision of `direction`, this rank's share of a matrix: by the rank whose `turn` it is."""
+        if not isinstance(parameter, DTensor):
             return self._whole(direction, group)
-        mesh, whole = direction.device_mesh, direction.full_tensor()
-        ranks = mesh.get_group()
-        owner = turn % mesh.size()
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shared = DTensor.from_local(direction, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+        whole, owner = shared.full_tensor(), turn % mesh.size()
         whole = self._whole(whole, group).contiguous() if mesh.get_local_rank() == owner else torch.empty_like(whole)
-        dist.broadcast(whole, group=ranks, group_src=owner)
-        return distribute_tensor(whole, mesh, direction.placements, src_data_rank=None)
+        dist.broadcast(whole, group=mesh.get_group(), group_src=owner)
+        return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local().clone()
 
     def _whole(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
         dtype = self.precision or (matrix.dtype if matrix.device.type == "cpu" else torch.bfloat16)
@@ -166,6 +195,10 @@ class JointOptimizer:
     def step(self) -> None:
         for part in self.parts.values():
             part.step()
+
+    def step_where(self, finite: Tensor) -> None:
+        for part in self.parts.values():
+            step_where(finite, part)
 
     def zero_grad(self) -> None:
         for part in self.parts.values():

@@ -14,6 +14,7 @@ import math
 import os
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from ddiff.training.checkpoint import Checkpoint, Checkpoints
 from ddiff.training.interruption import Interruption
 from ddiff.training.learning_rate import WarmupConstant
 from ddiff.training.metrics import MetricsFile, StepRecord, means
+from ddiff.training.optimizers import step_where
 from ddiff.training.protocols import Backend, Batch, Objective, Optimizer, Tracker
 from ddiff.training.tracker import NoTracker
 
@@ -87,6 +89,19 @@ class _Run:
     def from_tree(cls, step: int, tree: Mapping[str, Any]) -> _Run:
         window = [StepRecord.from_tree(record) for record in tree["window"]]
         return cls(step, tree["skipped_steps"], tree["skipped_in_a_row"], tree["metrics"], window)
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step that the device has been given, whose figures the host has not read: reading them waits for the device.
+
+    `figures` [k,2]: (gradient norm, tokens), signals, (loss, 0), then (sum, count) of each of `names`.
+    """
+
+    figures: Tensor
+    names: Sequence[str]
+    multiplier: float
+    read: torch.cuda.Event | None = None  # when the figures have arrived, on a GPU
 
 
 @final
@@ -160,16 +175,25 @@ class Trainer:
         began, tokens, checkpoint = time.monotonic(), 0.0, start.path if start else None
         file = MetricsFile(self.run_dir, run.step) if self.backend.rank == 0 else None
         self.objective.module.train()
+        launched: deque[_Launched] = deque()
+        self._settled = began
         try:
             with Interruption() as interruption, self._progress(run.step) as bar:
-                while run.step < self.steps and run.signal is None:
-                    record = self._step(run, interruption)
-                    tokens += record.tokens
-                    if file:
-                        file.append(record)
-                    self._report(run, bar)
-                    if self.backend.world_size == 1:  # nobody to agree with: a signal since then ends the run as well
+                while run.step + len(launched) < self.steps and run.signal is None:
+                    launched.append(self._launch(run.step + len(launched), interruption))
+                    step = run.step + len(launched)
+                    if self.backend.world_size == 1:  # nobody to agree with
                         run.signal = interruption.signal
+                    # The figures of a step are read once the device has the next one to do, so that it never waits; but
+                    # before anything is written of it.
+                    due = step == self.steps or run.signal is not None
+                    due |= step % self.checkpoint_every == 0 or step % self.log_every == 0
+                    while launched and (due or len(launched) > 1 or run.signal is not None):
+                        record = self._settle(run, launched.popleft())
+                        tokens += record.tokens
+                        if file:
+                            file.append(record)
+                        self._report(run, bar)
                     last = run.step == self.steps or run.signal is not None
                     if last or run.step % self.checkpoint_every == 0:
                         checkpoint = self._save(run)
@@ -194,32 +218,42 @@ class Trainer:
         console = None if self.backend.rank == 0 else Console(quiet=True, force_terminal=False)
         return progress(self.steps, "training", start=start, console=console)
 
-    def _step(self, run: _Run, interruption: Interruption) -> StepRecord:
-        began = time.monotonic()
-        batches = [self.batch_at(run.step, micro) for micro in range(self.accumulate)]
+    def _launch(self, step: int, interruption: Interruption) -> _Launched:
+        """Take one step, without waiting for it."""
+        batches = [self.batch_at(step, micro) for micro in range(self.accumulate)]
         denominators = self._denominators(batches)
-        shares = self._backward(run.step, batches, denominators)
+        shares = self._backward(step, batches, denominators)
         totals = self.backend.sum({"signals": interruption.counts(self.backend.device)} | shares)
         norm = self.backend.clip(self.objective.module.parameters(), self.clip)
+        multiplier = self.multiplier(step)
+        self._update(multiplier, norm.isfinite() & totals["loss"].isfinite().all())
         tokens = torch.stack(list(denominators.values())).sum()
-        # The one moment of a step at which the host waits for the device: whether to step depends on these figures.
-        (grad_norm, items), signals, (loss, _), *pairs = torch.stack([_pair(norm, tokens), *totals.values()]).tolist()
-        multiplier = self.multiplier(run.step)
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
-            self._update(multiplier)
-        run.count(finite)
-        run.signal = Interruption.received(signals)
+        figures = torch.stack([_pair(norm, tokens), *totals.values()])
+        read = None
+        if figures.device.type == "cuda":
+            figures, read = figures.to("cpu", non_blocking=True), torch.cuda.Event()
+            read.record()
+        return _Launched(figures, list(totals)[2:], multiplier, read)
+
+    def _settle(self, run: _Run, launched: _Launched) -> StepRecord:
+        """Read the figures of the oldest step that was launched: the one moment at which the host waits for the device."""
+        if launched.read:
+            launched.read.synchronize()
+        (grad_norm, items), signals, (loss, _), *pairs = launched.figures.tolist()
+        run.count(math.isfinite(loss) and math.isfinite(grad_norm))
+        run.signal = Interruption.received(signals) or run.signal
+        now = time.monotonic()
         record = StepRecord(
             step=run.step,
             loss=loss,
             grad_norm=grad_norm,
-            lr_multiplier=multiplier,
+            lr_multiplier=launched.multiplier,
             tokens=items,
-            seconds=time.monotonic() - began,
+            seconds=now - self._settled,
             skipped_steps=run.skipped_steps,
-            metrics=dict(zip(list(totals)[2:], map(tuple, pairs))),
+            metrics=dict(zip(launched.names, map(tuple, pairs))),
         )
+        self._settled = now
         run.window.append(record)
         if run.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
             raise NonFiniteError(self._despair(record))
@@ -243,16 +277,17 @@ class Trainer:
                 terms = self.objective(batch, self.noise_at(step, batch), denominators, self.slots)
                 terms.loss.backward()
             totals["loss"] = totals["loss"] + _pair(terms.loss, torch.zeros_like(terms.loss))
-            for name, pair in terms.metrics.items():
-                totals[name] = totals[name] + _pair(*pair) if name in totals else _pair(*pair)
+            for name, (summed, count) in terms.metrics.items():
+                pair = _pair(summed, count.to(summed.device))
+                totals[name] = totals[name] + pair if name in totals else pair
         return totals
 
-    def _update(self, multiplier: float) -> None:
+    def _update(self, multiplier: float, finite: Tensor) -> None:
         for group, rate in zip(self.optimizer.param_groups, self._rates):
             group["lr"] = rate * multiplier
-        self.optimizer.step()
+        step_where(finite, self.optimizer)
         if self.average:
-            self.average.update()
+            self.average.update(finite)
 
     def _report(self, run: _Run, bar: Progress) -> None:
         """Show the step; at every `log_every`-th, and the last, tell the tracker the means since it was last told."""

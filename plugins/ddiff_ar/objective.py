@@ -22,6 +22,8 @@ from ddiff import (
     TimeRule,
     asking,
     context_of,
+    device_of,
+    sent,
     withheld,
 )
 
@@ -61,9 +63,10 @@ class AutoregressiveObjective:
 
     def __call__(self, batch: Batch, noise: Noise, denominators: Mapping[str, Tensor], slots: int) -> LossTerms:
         """(sum of -ln p over the scored words of this micro-batch) / (tokens of the global batch)."""
-        rows, node, question = self._asked(batch)
+        device = device_of(self.module)
         context = withheld(context_of(batch), self.denoiser.condition_dropout, noise)
-        total, nats = self.module(_shown(batch), context, rows, node, question)
+        rows, node, question = self._asked(batch, device)
+        total, nats = self.module(sent(_shown(batch), device), sent(context, device), rows, node, question)
         tokens = denominators["tokens"]
         return LossTerms(total / tokens.to(total.dtype), {"nll_nats_per_token": (nats.sum(), batch.scored.sum())})
 
@@ -73,22 +76,23 @@ class AutoregressiveObjective:
 
     def nll(self, batch: Batch, noise: Noise, slot: Tensor, slots: int | Tensor, times: TimeRule) -> Likelihood:
         """-ln p(x_i | x_<i) at every scored position; nothing is drawn, so noise and times are not used."""
-        rows, node, question = self._asked(batch)
+        rows, node, question = self._asked(batch, batch.ids.device)
         nats = torch.zeros(batch.ids.numel(), dtype=torch.float64, device=batch.ids.device)
         if len(rows):
             found: Tensor = self.ask(batch)(_shown(batch))(rows, node, question)
             nats[rows] = found.double()
         return Likelihood({"nll": nats.reshape(batch.ids.shape)}, {})
 
-    def _asked(self, batch: Batch) -> tuple[Tensor, Tensor, Callable[[CleanLaw, Tensor], Tensor]]:
-        """The scored positions, the root for each, and the question about them."""
+    def _asked(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Callable[[CleanLaw, Tensor], Tensor]]:
+        """The scored positions on the device, the root for each where the batch is, and the question about them."""
         rows = batch.scored.reshape(-1).nonzero().squeeze(-1)
-        words = batch.ids.reshape(-1)[rows]
+        node = torch.full_like(rows, self.vocabulary.root)
+        rows, words = sent((rows, batch.ids.reshape(-1)[rows]), device)
 
         def question(law: CleanLaw, idx: Tensor) -> Tensor:
             return -law.log_prob(words[idx])
 
-        return rows, torch.full_like(rows, self.vocabulary.root), question
+        return rows, node, question
 
 
 def _shown(batch: Batch) -> Noisy:

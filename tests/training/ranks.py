@@ -127,7 +127,8 @@ def _save(backend: DistributedBackend, objective: Identify, place: Path) -> None
 
 
 def stop_one(folder: str) -> None:
-    """SIGTERM reaches the last rank alone, in the third step: all stop after the same one."""
+    """SIGTERM reaches the last rank alone, in the third step: all stop after the same one, the fourth, since figures are
+    read when the next step is under way."""
     backend = DistributedBackend("cpu")
     torch.manual_seed(0)
     rows = shares_at(backend, 1)
@@ -139,5 +140,5 @@ def stop_one(folder: str) -> None:
 
     objective = Identify(backend.wrap(Net().double()))
     summary = toy_trainer(folder, 9, objective=objective, backend=backend, batch_at=batch_at).fit()
-    assert (summary.step, summary.status, summary.exit_code) == (3, "interrupted", 143)
+    assert (summary.step, summary.status, summary.exit_code) == (4, "interrupted", 143)
     backend.close()
