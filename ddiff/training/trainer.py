@@ -195,7 +195,7 @@ class Trainer:
                             file.append(record)
                         self._report(run, bar)
                     last = run.step == self.steps or run.signal is not None
-                    if last or run.step % self.checkpoint_every == 0:
+                    if last or (not launched and run.step % self.checkpoint_every == 0):
                         checkpoint = self._save(run)
         finally:
             if file:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from ddiff_core.optimizers import AdamW
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from toy import Net
 
 from ddiff.training.checkpoint import Checkpoints
-from ddiff.training.optimizers import Muon, adamw, muon, orthogonalised, split_parameters
+from ddiff.training.optimizers import Muon, adamw, muon, orthogonalised, split_parameters, step_where
 
 
 class Everything(nn.Module):
@@ -155,3 +157,32 @@ def test_an_optimizer_reaches_a_distant_target(make: type) -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1 * first
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda net: adamw(net),
+        lambda net: muon(net),
+        lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),  # decides on the host
+    ],
+    ids=["adamw", "muon", "sgd"],
+)
+def test_a_step_is_taken_where_the_figures_are_finite_and_nothing_changes_elsewhere(made: Any) -> None:
+    nets = [Net().double() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    plain, deciding = made(nets[0]), made(nets[1])
+    for broken in (False, True, False):
+        for net in nets:
+            torch.manual_seed(3)
+            for parameter in net.parameters():
+                parameter.grad = torch.randn_like(parameter)
+        if broken:
+            for parameter in nets[1].parameters():
+                parameter.grad.fill_(torch.nan)
+        else:
+            plain.step()
+        step_where(torch.tensor(not broken), deciding)
+        for one, two in zip(*(net.state_dict().values() for net in nets)):
+            # float64: a factor of one that is a tensor may round elsewhere
+            torch.testing.assert_close(two, one, rtol=1e-13, atol=1e-15)
