@@ -179,23 +179,18 @@ class Trainer:
         self._settled = began
         try:
             with Interruption() as interruption, self._progress(run.step) as bar:
-                while run.step + len(launched) < self.steps and run.signal is None:
+                while run.step < self.steps and run.signal is None:
                     launched.append(self._launch(run.step + len(launched), interruption))
-                    step = run.step + len(launched)
-                    if self.backend.world_size == 1:  # nobody to agree with
-                        run.signal = interruption.signal
                     # The figures of a step are read once the device has the next one to do, so that it never waits; but
                     # before anything is written of it.
-                    due = step == self.steps or run.signal is not None
-                    due |= step % self.checkpoint_every == 0 or step % self.log_every == 0
-                    while launched and (due or len(launched) > 1 or run.signal is not None):
+                    due = self._is_due(run.step + len(launched))
+                    while launched and (due or len(launched) > 1 or self._stops(run, interruption)):
                         record = self._settle(run, launched.popleft())
                         tokens += record.tokens
                         if file:
                             file.append(record)
                         self._report(run, bar)
-                    last = run.step == self.steps or run.signal is not None
-                    if last or (not launched and run.step % self.checkpoint_every == 0):
+                    if not launched and (self._stops(run, interruption) or self._is_saved(run.step)):
                         checkpoint = self._save(run)
         finally:
             if file:
@@ -213,6 +208,18 @@ class Trainer:
             checkpoint=checkpoint,
             signal=run.signal if interrupted else None,
         )
+
+    def _is_saved(self, step: int) -> bool:
+        return step == self.steps or step % self.checkpoint_every == 0
+
+    def _is_due(self, step: int) -> bool:
+        """Whether something is told or saved after that many steps."""
+        return self._is_saved(step) or step % self.log_every == 0
+
+    def _stops(self, run: _Run, interruption: Interruption) -> bool:
+        if self.backend.world_size == 1:  # nobody to agree with
+            run.signal = interruption.signal
+        return run.signal is not None
 
     def _progress(self, start: int) -> AbstractContextManager[Progress]:
         console = None if self.backend.rank == 0 else Console(quiet=True, force_terminal=False)
