@@ -107,6 +107,8 @@ class BackendKeys(ComponentConfig):
     """Of matrix products; weights, laws and sums are float32 at least. "auto": bfloat16 on a GPU, float32 on the CPU."""
     compile: bool = False
     """Compile the blocks of the trunk (torch.compile); the first step then takes a minute or so."""
+    workers: NonNegativeInt = 1
+    """Threads that read batches ahead of the step that asks for them; 0: none. No bit depends on it."""
     activation_checkpointing: bool = False
     """Keep of each block its input alone and compute the rest again in the backward: less memory, more work."""
 

@@ -21,6 +21,7 @@ from ddiff.data.cache import Cache
 from ddiff.data.conditions import Conditions, conditions_of
 from ddiff.data.corpus import Corpus, train_rows, validation_rows
 from ddiff.data.documents import Documents
+from ddiff.data.prefetch import Prefetched
 from ddiff.data.rows import PackedRows, Rows, batch_rows, pack_texts, rows_fingerprint, token_stream
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError
@@ -118,7 +119,7 @@ class Run:
             self.begin()
         self.distribute()
         trainer = self.trainer()
-        with closing(trainer.tracker):
+        with closing(trainer.tracker), closing(self._batches):
             if start is not None:
                 trainer.check_fit(start)
             accepted()
@@ -185,7 +186,7 @@ class Run:
         return Trainer(
             self.objective,
             recipe.optimizer.build(module=self.backend.unwrap(self.objective.module)),
-            self._batch_at,
+            self._batches,
             lambda step, batch: Noise(recipe.seed, step, batch.index, recipe.length),
             backend=self.backend,
             run_dir=folder or self.run_dir,
@@ -212,6 +213,13 @@ class Run:
         if self.backend.rank > 0:
             return NoTracker()
         return self.recipe.tracker.build(run_dir=str(self.run_dir), recipe=self.recipe.to_dict())
+
+    @cached_property
+    def _batches(self) -> Prefetched[Batch]:
+        """`_batch_at`, read ahead."""
+        return Prefetched(
+            self._batch_at, accumulate=self.recipe.train.accumulate, workers=self.recipe.placement.workers
+        )
 
     def _batch_at(self, step: int, micro: int) -> Batch:
         """This rank's rows of a micro-batch, on the host; their order is a function of seed and global sample number."""

@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddiff.nn.denoiser import Denoiser
-from ddiff.nn.embedding import StateEmbedding
 from ddiff.nn.heads import Head
+from ddiff.training.blocks import blocks_of
 
 TRAINING = 3  # FLOPs of forward and backward in units of the forward: a backward has two products for each of its own
 # Dense bfloat16 products per second, by the makers' data sheets; a name is looked for in this order.
@@ -54,27 +54,28 @@ class Footprint:
     gradients: float
     optimizer: float
     activations: float
+    average: float = 0.0
     exchange: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.exchange
+        standing = self.parameters + self.gradients + self.optimizer + self.average
+        return standing + self.activations + self.exchange
 
     def replicated(self) -> Footprint:
         """Every rank holds everything, and the buckets in which gradients are summed."""
         return replace(self, exchange=self.gradients)
 
-    def sharded(self, ranks: int, largest: float) -> Footprint:
-        """Every rank holds its share; the `largest` unit is gathered whole, its gradients too before they are summed."""
-        standing = (self.parameters / ranks, self.gradients / ranks, self.optimizer / ranks)
-        return Footprint(*standing, self.activations, exchange=2 * largest)
+    def sharded(self, ranks: int, gathered: float) -> Footprint:
+        """Every rank holds its share; what is `gathered` is there whole, its gradients too before they are summed."""
+        share = [part / ranks for part in (self.parameters, self.gradients, self.optimizer, self.average)]
+        return Footprint(share[0], share[1], share[2], self.activations, share[3], exchange=2 * gathered)
 
 
-def largest_unit(denoiser: Denoiser) -> int:
-    """Bytes of the largest part that is gathered at once: a block of the trunk, the table of states, the head."""
-    blocks = [block for part in denoiser.backbone.modules() if isinstance(part, nn.ModuleList) for block in part]
-    tables = [part for part in denoiser.backbone.modules() if isinstance(part, StateEmbedding)]
-    return max(num_bytes(unit.parameters()) for unit in (*blocks, *tables, denoiser.head))
+def gathered(denoiser: Denoiser) -> int:
+    """Bytes of what sharding holds gathered at once: what is outside of the trunk's blocks, and the largest of these."""
+    blocks = [num_bytes(block.parameters()) for block in blocks_of(denoiser)]
+    return num_bytes(denoiser.parameters()) - sum(blocks) + max(blocks, default=0)
 
 
 def num_bytes(tree: Any) -> int:

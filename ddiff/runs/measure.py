@@ -28,7 +28,7 @@ from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.recipe import Recipe, parse_recipe
 from ddiff.runs.built import Run, build_run
-from ddiff.runs.cost import TRAINING, Footprint, Parameters, counted, flops, free_bytes, largest_unit, num_bytes, peak
+from ddiff.runs.cost import TRAINING, Footprint, Parameters, counted, flops, free_bytes, gathered, num_bytes, peak
 from ddiff.runs.parts import Given, build_backend, build_objective, outlined
 from ddiff.runs.rise import Rise
 from ddiff.training.metrics import FILE as METRICS
@@ -50,7 +50,7 @@ class Cost(NamedTuple):
     head_flops: float
     logits: float  # per token
     footprint: Footprint
-    largest: int  # bytes of the largest unit that sharding gathers
+    gathered: int  # bytes that are gathered at once where the model is sharded
     checkpoint: float
 
     @property
@@ -110,8 +110,8 @@ def measure(recipe: Recipe, count: int) -> Measurement:
         _check_room(alone)
         run, stand_in = _built(alone)
         run.begin()
-        run.distribute()
         first_law, trunk_flops = _first_law(run), _trunk_flops(run)
+        run.distribute()
         head, trainer = run.denoiser.head, run.trainer()
         with counted(head) as logits:
             steps, rise = _stepped(trainer, count)
@@ -121,6 +121,7 @@ def measure(recipe: Recipe, count: int) -> Measurement:
             parameters=num_bytes(list(denoiser.parameters())),
             gradients=num_bytes([parameter for parameter in denoiser.parameters() if parameter.requires_grad]),
             optimizer=num_bytes(trainer.optimizer.state_dict()),
+            average=num_bytes(trainer.average.weights) if trainer.average else 0,
             activations=rise,
         )
         cost = Cost(
@@ -129,8 +130,8 @@ def measure(recipe: Recipe, count: int) -> Measurement:
             head_flops=2.0 * head.width * logits.count / tokens,
             logits=logits.count / tokens,
             footprint=footprint,
-            largest=largest_unit(denoiser),
-            checkpoint=num_bytes(dict(denoiser.state_dict())) + footprint.optimizer,
+            gathered=gathered(denoiser),
+            checkpoint=num_bytes(dict(denoiser.state_dict())) + footprint.optimizer + footprint.average,
         )
         return Measurement(
             recipe=recipe,

@@ -95,7 +95,7 @@ def _memory(measured: Measurement) -> Table:
         rows = {
             f"single, accumulate x {ranks}": footprint,
             f"ddp, {ranks} processes": footprint.replicated(),
-            f"fsdp, {ranks} processes": footprint.sharded(ranks, measured.cost.largest),
+            f"fsdp, {ranks} processes": footprint.sharded(ranks, measured.cost.gathered),
         }
     for name, one in rows.items():
         figures = (one.parameters, one.gradients, one.optimizer, one.exchange, one.activations, one.total)

@@ -110,7 +110,7 @@ class Trainer:
 
     Args:
         objective: the loss; its module is on the backend already (`backend.wrap`), and `optimizer` is made of it.
-        batch_at: (step, micro) -> this rank's micro-batch, on the backend's device; a pure function.
+        batch_at: (step, micro) -> this rank's micro-batch, where the objective wants it; a pure function.
         noise_at: (step, batch) -> the batch's source of draws; a pure function.
         slots: rows of the global batch, over all micro-batches and ranks.
         accumulate: micro-batches per step.

@@ -69,7 +69,7 @@ def test_a_rank_holds_everything_or_its_share() -> None:
     one = Footprint(parameters=800.0, gradients=800.0, optimizer=1600.0, activations=50.0)
     assert one.total == 3250.0
     assert one.replicated().total == one.total + 800.0  # the buckets in which gradients are summed
-    assert one.sharded(8, largest=100.0).total == 3200.0 / 8 + 2 * 100.0 + 50.0
+    assert one.sharded(8, gathered=100.0).total == 3200.0 / 8 + 2 * 100.0 + 50.0
 
 
 def test_the_count_of_logits_ends_with_its_block(folder: Path) -> None:
