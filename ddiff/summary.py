@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +15,20 @@ from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
 from ddiff.nn.denoiser import Denoiser
 from ddiff.training.trainer import TrainingSummary
+
+
+def print_start(name: str, denoiser: Denoiser, device: torch.device, processes: int, kind: str) -> None:
+    """The first line, beside the progress: what is trained, where, and in what its matrix products are computed."""
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    weights = next(denoiser.parameters()).dtype
+    products = "" if denoiser.precision is None else f", matrix products in {_short(denoiser.precision)}"
+    where = f"{processes} processes ({kind}), each on {device.type}" if processes > 1 else str(device)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"[bold]{name}[/]: {parameters:,} parameters in {_short(weights)}{products}; {where}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def print_summary(

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddiff.nn.denoiser import Denoiser
+from ddiff.nn.embedding import StateEmbedding
 from ddiff.nn.heads import Head
 from ddiff.training.blocks import blocks_of
 

@@ -48,7 +48,7 @@ from ddiff.runs.parts import (
     check_tokenizer,
     outlined,
 )
-from ddiff.summary import print_evaluation, print_summary
+from ddiff.summary import print_evaluation, print_start, print_summary
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code of a run that SIGINT ended
 
@@ -81,7 +81,7 @@ def load(run_dir: str | Path, *, process: ForwardProcess | None = None, settings
     """A trained run with its newest weights. `process` is needed when the run was given one from Python; `settings` are
     `--set` texts of the tables [evaluate] and [sample], which change nothing that was trained."""
     directory = Path(run_dir)
-    checkpoints = checkpoints_of(directory)
+    checkpoints_of(directory)  # refuses what is no trained run
     settings = list(settings)
     if alien := [setting for setting in settings if not setting.lstrip().startswith(("evaluate.", "sample."))]:
         raise ArgumentError(
@@ -157,7 +157,13 @@ def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
     if fresh and writes and directory.exists():
         shutil.rmtree(directory)  # now that everything else is known to be right
     built.backend.barrier()
-    summary = built.train(accepted=lambda: record(directory, recipe, built, given) if writes else None)
+
+    def accepted() -> None:
+        record(directory, recipe, built, given)
+        where, kind = built.backend, recipe.backend.component.name
+        print_start(recipe.name, built.denoiser, where.device, where.world_size, kind)
+
+    summary = built.train(accepted=accepted if writes else lambda: None)
     built.end_together()
     if summary.exit_code:
         if writes:
