@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -181,16 +181,13 @@ class InterpolatingProcess(ForwardProcess):
         """
         log_p, alpha, log_p_x = law.log_mass(0), self.alpha(t), law.log_prob(x0)
         noise, _ = self.noise_like(log_p, t)
-        faded, noisy = like_rows(alpha, log_p) * log_p.exp(), noise > 0
-        gained = faded / torch.where(noisy, noise, 1.0)
-        others = torch.where(noisy, noise * (gained - gained.log1p()), faded)
-        truth = self._likelihood(x0, x0, t)
+        truth, here = self._likelihood(x0, x0, t), self.noise_at(x0, t)
         delta = torch.where(truth > 0, -alpha * torch.expm1(log_p_x) / truth, 0.0)
         log_rest = torch.where(
-            delta < 0.5, torch.log1p(-delta.clamp(max=0.5)), self._log_marginal_at(law, x0, t) - truth.log()
+            delta < 0.5, torch.log1p(-delta.clamp(max=0.5)), _log_mixed(here, alpha, log_p_x) - truth.log()
         )
         own = torch.where(truth > 0, -truth * (delta + log_rest), 0.0)
-        return own + others.scatter(-1, x0.unsqueeze(-1), 0.0).sum(-1)
+        return own + _Others.apply(log_p, like_rows(alpha, log_p), noise, x0)
 
     def _divergence_of_score(self, score: Score, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         log_ratio, pick = score.log_ratio, x0.unsqueeze(-1)
@@ -204,9 +201,8 @@ class InterpolatingProcess(ForwardProcess):
     def _log_marginal_at(self, law: CleanLaw, zt: Tensor, t: Tensor) -> Tensor:
         """[r] ln q_t-bar(z_t). Where no noise is, it is ln alpha + ln p: the mass of a word may underflow."""
         noise, word = self.noise_at(zt, t), zt < self.vocabulary.num_tokens
-        log_faded = self.alpha(t).log() + law.log_prob(torch.where(word, zt, 0))
-        both = torch.where(word & (noise > 0), noise + log_faded.exp(), 1.0).log()
-        return torch.where(noise > 0, torch.where(word, both, noise.log()), log_faded)
+        mixed = _log_mixed(noise, self.alpha(t), law.log_prob(torch.where(word, zt, 0)))
+        return torch.where(word | (noise == 0), mixed, torch.where(noise > 0, noise, 1.0).log())
 
     def _likelihood(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] q_t(z|x)."""
@@ -295,6 +291,42 @@ class InterpolatingProcess(ForwardProcess):
                 "with steps."
             )
         return self._leave(visit, zt, t, t, arrive, u)
+
+
+def _log_mixed(noise: Tensor, alpha: Tensor, log_p: Tensor) -> Tensor:
+    """[r] ln(b + alpha p); where no noise is ln alpha + ln p, since the mass of a word may underflow."""
+    log_faded = alpha.log() + log_p
+    return torch.where(noise > 0, torch.where(noise > 0, noise + log_faded.exp(), 1.0).log(), log_faded)
+
+
+class _Others(torch.autograd.Function):
+    """[r] sum over words y != x of b_y phi(alpha p_y / b_y), phi(v) = v - ln(1 + v); alpha p_y where b_y = 0.
+
+    By hand, since autograd would keep every step of it at the width of the vocabulary: the derivative by ln p_y is
+    b v^2 / (1 + v) with v = alpha p_y / b_y. log_p [r,V], alpha [r,1], noise [r,1] or [r,V].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, alpha: Tensor, noise: Tensor, x0: Tensor) -> Tensor:
+        noisy = noise > 0
+        scale = torch.where(noisy, noise, 1.0)
+        gained = log_p.exp().mul_(alpha / scale)
+        gained = gained.scatter_(-1, x0.unsqueeze(-1), 0.0)
+        ctx.save_for_backward(gained, scale, noisy)
+        lost = gained.log1p()
+        if not bool(noisy.all()):
+            lost *= noisy
+        each = torch.sub(gained, lost, out=lost)
+        return (each.sum(-1, keepdim=True) * scale).squeeze(-1) if scale.shape[-1] == 1 else (each * scale).sum(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gained, scale, noisy = ctx.saved_tensors
+        each = gained.square().div_(gained + 1.0)
+        if not bool(noisy.all()):
+            each = torch.where(noisy, each, gained)
+        return each.mul_(scale * gradient.unsqueeze(-1)), None, None, None
 
 
 class _Cells:

@@ -8,7 +8,7 @@ cross-entropy at visible rows) declare `given="all"` and are converted by `drop_
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol, final
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
@@ -89,9 +89,9 @@ class SubtreeLaw(ABC):
     def log_mass(self, level: int) -> Tensor:
         self._needs_root("log_mass")
         mass = self.log_below(level)
-        if level == self.vocabulary.num_levels:
+        if self.vocabulary.num_levels <= 1:  # one order
             return mass
-        return mass.index_select(-1, self.vocabulary.position(level, mass.device))
+        return _columns(mass, self.vocabulary.position(level, mass.device))
 
     def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
         drawn = node.clone()
@@ -111,6 +111,15 @@ class SubtreeLaw(ABC):
         weights = (log_p - peak.masked_fill(peak == -torch.inf, 0.0)).exp().masked_fill(~inside, 0.0)
         return self.vocabulary.order(level, node.device)[self._first[level] + draw_index(weights, u)]
 
+    def _log_at(self, level: int, place: Tensor) -> Tensor:
+        """[r] log P(node | top) of one node of `level` per row, by its place below top."""
+        return self.log_below(level).gather(-1, place.unsqueeze(-1)).squeeze(-1)
+
+    def _width(self, level: int) -> int:
+        """How many nodes of `level` lie below top."""
+        first, last = self.vocabulary.node_range(torch.tensor(self.top), level)
+        return int(last - first)
+
     def _local_range(self, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """The node's range of places at `level`, counted from the first place below top."""
         start, stop = self.vocabulary.node_range(node, level)
@@ -124,10 +133,9 @@ class SubtreeLaw(ABC):
             here = own_level == level
             if not bool(here.any()):
                 continue
-            log_p = self.log_below(level)
             place, _ = self._local_range(node, level)
             # rows of other levels read some entry, which is dropped
-            picked = log_p.gather(-1, place.clamp(0, log_p.shape[1] - 1).unsqueeze(-1)).squeeze(-1)
+            picked = self._log_at(level, place.clamp(0, self._width(level) - 1))
             value = torch.where(here, picked, torch.zeros_like(picked) if value is None else value)
         return torch.zeros(node.shape, device=node.device) if value is None else value
 
@@ -159,15 +167,123 @@ class DenseLaw(SubtreeLaw):
         return self._levels[level]
 
     def _sum_words(self, level: int) -> Tensor:
-        """log of the sum over each node's words: a segment log-sum-exp over contiguous ranges."""
-        log_p, vocabulary = self._words, self.vocabulary
-        top = torch.tensor(self.top)
-        first, last = vocabulary.node_range(top, 0)
-        words = vocabulary.order(0, log_p.device)[int(first) : int(last)]
-        nodes_first, nodes_last = vocabulary.node_range(top, level)
-        nodes = vocabulary.ancestor(words, level) - vocabulary.offsets[level]
-        segment = vocabulary.position(level, log_p.device)[nodes] - int(nodes_first)
-        return segment_logsumexp(log_p, segment, int(nodes_last - nodes_first))
+        segment = _segments(self.vocabulary, self.top, level, self._words.device)
+        return segment_logsumexp(self._words, segment, self._width(level))
+
+
+@final
+class LogitLaw(SubtreeLaw):
+    """A law given by logits of words, exp(logit) / sum of all: what a softmax says, never written out for all words.
+
+    `logits` [r,w] in id order cover the whole vocabulary, with `top` below the root the words below top in tree order. The
+    exponentials are formed once; what is read of them (one word, the masses of a level) sends back one product with them,
+    in whichever memory order the logits are.
+    """
+
+    def __init__(self, logits: Tensor, vocabulary: Vocabulary, top: int | None = None) -> None:
+        super().__init__(vocabulary, vocabulary.root if top is None else top)
+        flat = vocabulary.num_levels <= 1
+        self._logits = logits if flat or top is not None else _columns(logits, vocabulary.order(0, logits.device))
+        fixed = self._logits.detach()
+        peak = fixed.amax(-1, keepdim=True) if fixed.shape[-1] else fixed.sum(-1, keepdim=True)
+        exponentials = fixed.sub(peak).exp_()
+        total = exponentials.sum(-1, keepdim=True)
+        self._softmax = _Softmax(exponentials, total, peak + total.log())
+        self._levels: dict[int, Tensor] = {}
+
+    def log_below(self, level: int) -> Tensor:
+        if level not in self._levels:
+            self._levels[level] = self._masses(level) if level else _LogSoftmax.apply(self._logits, self._softmax)
+        return self._levels[level]
+
+    def _log_at(self, level: int, place: Tensor) -> Tensor:
+        if level or level in self._levels:
+            return super()._log_at(level, place)
+        return _Pick.apply(self._logits, self._softmax, place)
+
+    def _masses(self, level: int) -> Tensor:
+        """[r,n] log of the mass of each node of `level`: a segment log-sum-exp over contiguous ranges of words."""
+        device = self._logits.device
+        nodes_first, nodes_last = self.vocabulary.node_range(torch.tensor(self.top), level)
+        nodes = self.vocabulary.order(level, device)[int(nodes_first) : int(nodes_last)]
+        first, last = self.vocabulary.node_range(nodes, 0)
+        sizes = (last - first).tolist()
+        sums = torch.stack([part.sum(-1) for part in self._softmax.exponentials.split(sizes, -1)], -1)
+        segment = _segments(self.vocabulary, self.top, level, device)
+        if bool((sums < torch.finfo(sums.dtype).tiny).any()):  # beside the likeliest word a node may underflow
+            return segment_logsumexp(self.log_below(0), segment, len(nodes))
+        return _Masses.apply(self._logits, self._softmax, sums, segment)
+
+
+class _Softmax(NamedTuple):
+    """exp(logit - peak) [r,w], their sums [r,1], and the logs of the sums of exp(logit) [r,1]; constants to autograd."""
+
+    exponentials: Tensor
+    total: Tensor
+    log_total: Tensor
+
+    def scaled(self, factor: Tensor) -> Tensor:
+        """[r,w] probabilities times a factor per row [r]."""
+        return self.exponentials * (factor.unsqueeze(-1) / self.total)
+
+
+class _LogSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, softmax: _Softmax) -> Tensor:
+        ctx.softmax = softmax
+        return logits - softmax.log_total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient - ctx.softmax.scaled(gradient.sum(-1)), None
+
+
+class _Pick(torch.autograd.Function):
+    """[r] log-probability of one word per row."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, softmax: _Softmax, place: Tensor) -> Tensor:
+        ctx.softmax, ctx.place = softmax, place.unsqueeze(-1)
+        return (logits.gather(-1, ctx.place) - softmax.log_total).squeeze(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        d_logits = ctx.softmax.scaled(-gradient)
+        return d_logits.scatter_add_(-1, ctx.place, gradient.unsqueeze(-1)), None, None
+
+
+class _Masses(torch.autograd.Function):
+    """[r,n] log-probability of each segment of words."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, softmax: _Softmax, sums: Tensor, segment: Tensor) -> Tensor:
+        ctx.softmax, ctx.sums, ctx.segment = softmax, sums, segment
+        return (sums / softmax.total).log()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        softmax = ctx.softmax
+        each = gradient / ctx.sums - gradient.sum(-1, keepdim=True) / softmax.total
+        return _columns(each, ctx.segment, softmax.exponentials).mul_(softmax.exponentials), None, None, None
+
+
+def _columns(values: Tensor, index: Tensor, like: Tensor | None = None) -> Tensor:
+    """values[:, index] in the memory order of `like` (of `values`)."""
+    if (values if like is None else like).stride(-1) == 1:
+        return values.index_select(-1, index)
+    return values.t().index_select(0, index).t()
+
+
+def _segments(vocabulary: Vocabulary, top: int, level: int, device: torch.device) -> Tensor:
+    """[w] for each word below top, in tree order, the place below top of the node of `level` above it."""
+    first, last = vocabulary.node_range(torch.tensor(top), 0)
+    nodes_first, _ = vocabulary.node_range(torch.tensor(top), level)
+    words = vocabulary.order(0, device)[int(first) : int(last)]
+    nodes = vocabulary.ancestor(words, level) - vocabulary.offsets[level]
+    return vocabulary.position(level, device)[nodes] - int(nodes_first)
 
 
 def segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
