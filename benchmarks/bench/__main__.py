@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from measure import BENCH, environment, in_process, machine, ratios
 
 SMALL, LARGE = 8192, 50257
@@ -242,6 +243,47 @@ def _on_ranks(count: int, work: str, **arguments: Any) -> Any:
     return json.loads(said[0][0].splitlines()[-1])
 
 
+GPU_BATCHES = (64, 128, 256)  # of 512 words; the plain side is asked how many it can hold
+
+
+def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
+    """The small transformer at 64x512; the ratios of HDLM, MDLM and AR; how large a batch each side holds."""
+    say("\n## On an accelerator: 12 layers, width 768, V = 50257, bfloat16, 64x512\n")
+    if not rehearsal and not torch.cuda.is_available():
+        say("no GPU here")
+        return []
+    say(
+        "| family | compiled ms | tokens/s | TFLOP/s | MFU | memory GB | eager ms | compiled/eager | plain ms | memory GB |"
+    )
+    say("|---|---|---|---|---|---|---|---|---|---|")
+    batch, rows = (2 if rehearsal else GPU_BATCHES[0]), []
+    ask = lambda family, side, batch=batch: in_process(  # noqa: E731
+        "gpu", family=family, side=side, batch=batch, rehearsal=rehearsal
+    )
+    told = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"  # noqa: E731
+    for name in (name for names in HEADS.values() for name in names):
+        compiled, eager, plain = (ask(name, side) for side in ("compiled", "eager", "plain"))
+        say(
+            f"| {name} | {compiled['ms']:.1f} | {compiled['tokens_per_second']:.0f} | {compiled['tflops_per_second']:.1f} "
+            f"| {told(compiled['mfu'], 3)} | {compiled['memory_gb']:.1f} | {eager['ms']:.1f} "
+            f"| {compiled['ms'] / eager['ms']:.2f} | {told(plain['ms'], 1)} | {told(plain['memory_gb'], 1)} |"
+        )
+        rows.append({"family": name, "compiled": compiled, "eager": eager, "plain": plain})
+    ms = {row["family"]: row["compiled"]["ms"] for row in rows}
+    for above, below in (("hdlm-levelwise", "mdlm"), ("hdlm-tied", "mdlm"), ("mdlm", "ar"), ("gidd", "ar")):
+        say(f"\n{above}/{below}: {ms[above] / ms[below]:.3f}")
+    if not rehearsal:
+        for rows_at_once in GPU_BATCHES[1:]:
+            sides = {side: ask("hdlm-levelwise", side, rows_at_once) for side in ("compiled", "plain")}
+            said = {
+                side: "does not fit" if found["ms"] is None else f"{found['ms']:.0f} ms"
+                for side, found in sides.items()
+            }
+            say(f"\nhdlm-levelwise, {rows_at_once}x512: ours {said['compiled']}, plain {said['plain']}")
+            rows.append({"family": "hdlm-levelwise", "batch": rows_at_once} | sides)
+    return rows
+
+
 PARTS: dict[str, Part] = {
     "train": train,
     "sample": sample,
@@ -249,6 +291,7 @@ PARTS: dict[str, Part] = {
     "handwritten": handwritten,
     "growth": growth,
     "ddp": ddp,
+    "gpu": gpu,
 }
 
 
@@ -256,10 +299,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--rehearse-gpu", action="store_true", help="go through the GPU part in miniature on the CPU")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=Path("runs/bench.json"))
     chosen = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(chosen.threads)
+    if chosen.rehearse_gpu:
+        gpu(QUICK, rehearsal=True)
+        return
     where = machine(chosen.threads) | {"command": shlex.join(["python", "benchmarks/bench", *sys.argv[1:]])}
     say(", ".join(f"{name}: {value}" for name, value in where.items()))
     began, found = time.monotonic(), {}

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import torch
+from gpu import SMALL, TIMED, gpu_step, plain_gpu_step
 from handwritten import handwritten_step
 from measure import in_turn, rise_mb, seconds_of
 from models import (
@@ -113,6 +114,16 @@ def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
     torch.distributed.all_gather_object(both, figures)
     backend.close()
     return {name: [sum(each) / len(both) for each in zip(*(f[name] for f in both))] for name in figures}
+
+
+def gpu(family: str, side: str, batch: int, rehearsal: bool = False) -> dict[str, Any]:
+    """A step on the accelerator; `rehearsal` is a tiny one on the CPU, to see that this runs where there is none."""
+    size, where = (
+        (TINY._replace(batch=batch), ("cpu", 1)) if rehearsal else (SMALL._replace(batch=batch), ("cuda", TIMED))
+    )
+    if side == "plain":
+        return plain_gpu_step(family, size, *where)
+    return gpu_step(family, side == "compiled", size, *where)
 
 
 if __name__ == "__main__":

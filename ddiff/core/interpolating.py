@@ -323,7 +323,8 @@ class _Others(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gained, scale, noisy = ctx.saved_tensors
-        each = gained.square().div_(gained + 1.0)
+        each = gained + 1.0
+        each = torch.div(gained, each, out=each).mul_(gained)
         if not bool(noisy.all()):
             each = torch.where(noisy, each, gained)
         return each.mul_(scale * gradient.unsqueeze(-1)), None, None, None

@@ -184,22 +184,20 @@ class LogitLaw(SubtreeLaw):
         super().__init__(vocabulary, vocabulary.root if top is None else top)
         flat = vocabulary.num_levels <= 1
         self._logits = logits if flat or top is not None else _columns(logits, vocabulary.order(0, logits.device))
-        fixed = self._logits.detach()
-        peak = fixed.amax(-1, keepdim=True) if fixed.shape[-1] else fixed.sum(-1, keepdim=True)
-        exponentials = fixed.sub(peak).exp_()
-        total = exponentials.sum(-1, keepdim=True)
-        self._softmax = _Softmax(exponentials, total, peak + total.log())
+        self._softmax = _Softmax(self._logits.detach())
         self._levels: dict[int, Tensor] = {}
 
     def log_below(self, level: int) -> Tensor:
         if level not in self._levels:
-            self._levels[level] = self._masses(level) if level else _LogSoftmax.apply(self._logits, self._softmax)
+            self._levels[level] = (
+                self._masses(level) if level else _LogSoftmax.apply(self._logits, self._softmax.read())
+            )
         return self._levels[level]
 
     def _log_at(self, level: int, place: Tensor) -> Tensor:
         if level or level in self._levels:
             return super()._log_at(level, place)
-        return _Pick.apply(self._logits, self._softmax, place)
+        return _Pick.apply(self._logits, self._softmax.read(), place)
 
     def _masses(self, level: int) -> Tensor:
         """[r,n] log of the mass of each node of `level`: a segment log-sum-exp over contiguous ranges of words."""
@@ -212,19 +210,33 @@ class LogitLaw(SubtreeLaw):
         segment = _segments(self.vocabulary, self.top, level, device)
         if bool((sums < torch.finfo(sums.dtype).tiny).any()):  # beside the likeliest word a node may underflow
             return segment_logsumexp(self.log_below(0), segment, len(nodes))
-        return _Masses.apply(self._logits, self._softmax, sums, segment)
+        return _Masses.apply(self._logits, self._softmax.read(), sums, segment)
 
 
-class _Softmax(NamedTuple):
-    """exp(logit - peak) [r,w], their sums [r,1], and the logs of the sums of exp(logit) [r,1]; constants to autograd."""
+class _Softmax:
+    """exp(logit - peak) [r,w], their sums [r,1], and the logs of the sums of exp(logit) [r,1]; constants to autograd.
 
-    exponentials: Tensor
-    total: Tensor
-    log_total: Tensor
+    A chunk's graph is walked once, so the last reader to send its gradient back writes it over the exponentials.
+    """
 
-    def scaled(self, factor: Tensor) -> Tensor:
-        """[r,w] probabilities times a factor per row [r]."""
-        return self.exponentials * (factor.unsqueeze(-1) / self.total)
+    def __init__(self, logits: Tensor) -> None:
+        peak = logits.amax(-1, keepdim=True) if logits.shape[-1] else logits.sum(-1, keepdim=True)
+        self.exponentials = logits.sub(peak).exp_()
+        self.total = self.exponentials.sum(-1, keepdim=True)
+        self.log_total = peak + self.total.log()
+        self.readers = 0
+
+    def read(self) -> _Softmax:
+        self.readers += int(torch.is_grad_enabled())
+        return self
+
+    def scaled(self, factor: Tensor, beside: Tensor | None = None) -> Tensor:
+        """[r,w] probabilities times a factor per row [r], plus what is beside: a reader's gradient."""
+        self.readers -= 1
+        each, place = factor.unsqueeze(-1) / self.total, self.exponentials if self.readers == 0 else None
+        if beside is None:
+            return torch.mul(self.exponentials, each, out=place)
+        return torch.addcmul(beside, self.exponentials, each, out=place)
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -236,7 +248,7 @@ class _LogSoftmax(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient - ctx.softmax.scaled(gradient.sum(-1)), None
+        return ctx.softmax.scaled(-gradient.sum(-1), gradient), None
 
 
 class _Pick(torch.autograd.Function):
@@ -266,6 +278,7 @@ class _Masses(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         softmax = ctx.softmax
+        softmax.readers -= 1
         each = gradient / ctx.sums - gradient.sum(-1, keepdim=True) / softmax.total
         return _columns(each, ctx.segment, softmax.exponentials).mul_(softmax.exponentials), None, None, None
 

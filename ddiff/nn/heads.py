@@ -273,12 +273,12 @@ class _ChunkedSum(torch.autograd.Function):
         results = []
         with _outside_autocast(hidden.device), torch.set_grad_enabled(with_gradient):
             for top, first, last in head._chunks(groups):
-                idx = grouped[first:last]
                 logits = _ChunkLogits(sorted_hidden[first:last], table.detach(), bias.detach(), with_gradient)
-                answer = _as_tuple(fn(head._law(logits, top), idx))
+                answer = _as_tuple(fn(head._law(logits, top), grouped[first:last]))
                 if with_gradient:
                     logits.push(answer[0].sum(), buffers[0][first:last], *buffers[1:])
                 results.append(tuple(tensor.detach() for tensor in answer))
+                del logits, answer  # before the next chunk is made: one chunk is held at a time
         if with_gradient:
             ctx.save_for_backward(grouped, *buffers)
         rows = _gather(results, grouped)

@@ -1,0 +1,114 @@
+"""On an accelerator: the small diffusion transformer in bfloat16, compiled and not, all families with one trunk.
+
+FLOPs are those that a step needs: 6 per parameter of the trunk and position, attention, and 6 per logit, channel and row
+that is read. MFU is their rate over what the card does densely in bfloat16, where that is known.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from models import Case, Size, batch_of, denoiser_of, objective_of, words_of
+from plain import plain_training_step
+from torch import Tensor
+
+from ddiff import Noise
+
+SMALL = Size(50257, width=768, layers=12, heads=12, length=512, batch=64)
+DENSE_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+WARM, TIMED = 10, 30
+
+
+def gpu_step(
+    family: str, compiled: bool, size: Size = SMALL, device: str = "cuda", timed: int = TIMED
+) -> dict[str, Any]:
+    """Milliseconds of a training step (forward and backward), tokens/s, MFU and the greatest memory."""
+    case = Case(family, size)
+    denoiser = denoiser_of(case).to(device)
+    objective = objective_of(case, denoiser)
+    if compiled:
+        denoiser.backbone.compile(dynamic=False)
+    rows = _counted_rows(denoiser)
+    batch, count = batch_of(words_of(case).to(device)), 0
+    share = {"tokens": batch.scored.sum()}
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        denoiser.zero_grad()
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            terms = objective(batch, Noise(0, count, batch.index, size.length), share, size.batch)
+        terms.loss.backward()
+
+    milliseconds, memory = _timed(step, device, timed)
+    trunk = sum(p.numel() for name, p in denoiser.backbone.named_parameters() if "embedding" not in name)
+    tokens = size.batch * size.length
+    flops = tokens * (6 * trunk + 12 * size.layers * size.length * size.width) + 6 * size.width * statistics.mean(rows)
+    rate = flops / (milliseconds / 1e3)
+    peak = next((speed for name, speed in DENSE_BF16.items() if name in _card(device)), None)
+    return {
+        "ms": milliseconds,
+        "tokens_per_second": tokens / milliseconds * 1e3,
+        "tflops_per_second": rate / 1e12,
+        "mfu": None if peak is None else rate / peak,
+        "memory_gb": memory,
+        "card": _card(device),
+    }
+
+
+def plain_gpu_step(family: str, size: Size = SMALL, device: str = "cuda", timed: int = TIMED) -> dict[str, Any]:
+    """The plain side on the same card, eager and in bfloat16; what it says when it does not fit."""
+    try:
+        with torch.device(device):
+            step = plain_training_step(Case(family, size), device)
+
+        def in_bfloat16() -> None:
+            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+                step()
+
+        milliseconds, memory = _timed(in_bfloat16, device, timed)
+        return {"ms": milliseconds, "memory_gb": memory}
+    except torch.cuda.OutOfMemoryError:
+        return {"ms": None, "memory_gb": None}
+
+
+def _counted_rows(denoiser: Any) -> list[int]:
+    """Grows by the number of logits that a step's rows need."""
+    counted: list[int] = []
+    total = denoiser.head.total
+
+    def counting(hidden: Tensor, node: Tensor, fn: Any) -> Any:
+        asked, times = denoiser.head._grouped(node)[1], 0
+        for top, rows in asked:
+            times += rows * denoiser.head.logits_per_row(top)
+        counted.append(times)
+        return total(hidden, node, fn)
+
+    denoiser.head.total = counting
+    return counted
+
+
+def _timed(step: Callable[[], None], device: str, timed: int) -> tuple[float, float]:
+    """Median milliseconds after a warm-up, and the greatest memory in GB."""
+    cuda = torch.device(device).type == "cuda"
+    wait = torch.cuda.synchronize if cuda else (lambda: None)
+    for _ in range(WARM if cuda else 2):
+        step()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    each = []
+    for _ in range(timed):
+        wait()
+        began = time.perf_counter()
+        step()
+        wait()
+        each.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(each), torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+
+
+def _card(device: str) -> str:
+    return torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "no card"
