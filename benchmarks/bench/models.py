@@ -65,8 +65,13 @@ class Case(NamedTuple):
 
 
 def cluster_sizes(num_words: int, clusters: int) -> list[int]:
-    """Sizes as unequal as those of the published clustering: log-normal quantiles between its least and its greatest."""
+    """Sizes as unequal as those of the published clustering: log-normal quantiles between its least and its greatest.
+
+    A few clusters cannot be; they are even.
+    """
     mean = num_words / clusters
+    if clusters < 16:
+        return [len(part) for part in torch.arange(num_words).tensor_split(clusters)]
     normal = torch.distributions.Normal(0.0, 1.0)
     quantile = normal.icdf((torch.arange(clusters, dtype=torch.float64) + 0.5) / clusters)
     share = torch.exp(SPREAD * quantile - SPREAD**2 / 2).clamp(SMALLEST, LARGEST)

@@ -1,0 +1,67 @@
+"""What the benchmark compares with is right: the plain side computes our bound, the hand-written loop our loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from handwritten import ChunkedCrossEntropy
+from models import CLUSTERS, Case, Size, cluster_sizes, process_of, vocabulary_of
+from plain import side_of
+
+from ddiff import DenseLaw
+
+SMALL = Size(20, width=8, layers=1, heads=1, length=16, batch=4)
+
+
+@pytest.mark.parametrize("family", ["mdlm", "gidd", "hdlm"])
+def test_the_plain_side_computes_the_density(family: str) -> None:
+    """Float32 beside float64, with weights of at most some hundreds: 1e-4."""
+    torch.manual_seed(0)
+    case = Case(family, SMALL)
+    side, process = side_of(case), process_of(case, vocabulary_of(case))
+    x0, t = torch.randint(20, (4, 16)), torch.tensor([0.1, 0.4, 0.7, 0.9])
+    zt, q = side.noised(x0, t)
+    logits = torch.randn(4, 16, side.model.head.out_features)
+    words = logits[..., :20].double().log_softmax(-1).reshape(-1, 20)
+    expected = process.density(
+        DenseLaw(words, process.vocabulary), x0.flatten(), zt.flatten(), t.double().repeat_interleave(16)
+    )
+    expected = torch.where(process.active(zt.flatten()), expected, 0.0).reshape(4, 16)
+    ours = side.loss(logits.clone(), x0, zt, t, q)
+    assert len(zt.unique()) > 3
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mdlm", "gidd", "hdlm"])
+def test_a_plain_run_leaves_no_mask(family: str) -> None:
+    """Nor a cluster, but where the published rule goes down one level a step."""
+    torch.manual_seed(0)
+    side, steps = side_of(Case(family, SMALL)), 8
+    zt = side.start((4, 16))
+    with torch.no_grad():
+        for k in range(steps):
+            t, s = 1.0 - k / steps, 1.0 - (k + 1) / steps
+            zt = side.move(side.model(zt, torch.full((4,), t)), zt, t, s)
+    assert (zt < (side.mask if family == "hdlm" else 20)).all()
+
+
+def test_the_hand_written_loss_is_cross_entropy() -> None:
+    torch.manual_seed(0)
+    hidden, table = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (40, 7))
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    target, weight = torch.randint(7, (40,)), torch.rand(40, dtype=torch.float64)
+    by_hand = ChunkedCrossEntropy.apply(hidden, table, bias, target, weight)
+    dense = (weight * torch.nn.functional.cross_entropy(hidden @ table.t() + bias, target, reduction="none")).sum()
+    torch.testing.assert_close(by_hand, dense)
+    inputs = (hidden, table, bias)
+    for ours, expected in zip(torch.autograd.grad(by_hand, inputs), torch.autograd.grad(dense, inputs), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_clusters_are_as_unequal_as_the_published_ones() -> None:
+    """128 clusters of GPT-2's words: mean 393, least 24, greatest about 1801, 626 weighted by size."""
+    sizes = torch.tensor(cluster_sizes(50257, CLUSTERS[50257])).double()
+    assert sizes.sum() == 50257
+    assert int(sizes.min()) == 24
+    assert 1750 < sizes.max() < 1850
+    assert (sizes.square().sum() / sizes.sum()).item() == pytest.approx(626, rel=0.05)
