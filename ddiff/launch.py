@@ -21,6 +21,7 @@ from typing import IO, NamedTuple, NoReturn
 
 MISTAKE = 2  # the exit code of a mistake that the caller can mend
 GRACE = 5.0  # seconds that workers have to end by themselves after one of them has failed
+_ALONE = "DDIFF_LAUNCH_CORES"  # the cores of a machine that workers were given equal shares of
 _REPORTS = "DDIFF_LAUNCH_REPORTS"  # the folder in which a worker leaves the message that it ends with
 
 
@@ -38,6 +39,11 @@ def place() -> Place | None:
         return None
     rank = int(os.environ["RANK"])
     return Place(rank, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ["WORLD_SIZE"]))
+
+
+def cores_alone() -> int | None:
+    """How many threads a worker may use once the others have ended; None where nobody has divided them."""
+    return int(os.environ[_ALONE]) if _ALONE in os.environ else None
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
@@ -94,7 +100,7 @@ def _end_at_end_of_input() -> None:
 
 def _start(arguments: Sequence[str], there: Place, port: int, reports: Path) -> subprocess.Popen[bytes]:
     environment = {
-        "OMP_NUM_THREADS": str(max(1, _cores() // there.world_size)),
+        **_shares_of_cores(there.world_size),
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP warns of parameters that it was told to look for and that all were used
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
@@ -152,6 +158,13 @@ def _outcome(workers: Sequence[subprocess.Popen[bytes]], reports: Path) -> int:
             file=sys.stderr,
         )
     return 128 - code if code < 0 else code
+
+
+def _shares_of_cores(workers: int) -> dict[str, str]:
+    """Each worker's share, unless the caller has said how many threads there shall be."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, _cores() // workers)), _ALONE: str(_cores())}
 
 
 def _free_port() -> int:

@@ -27,6 +27,7 @@ from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError
 from ddiff.evaluation.baselines import Baselines, baselines
 from ddiff.evaluation.likelihood import Evaluation, evaluate
+from ddiff.launch import cores_alone
 from ddiff.nn.denoiser import Denoiser
 from ddiff.progress import progress
 from ddiff.prompts import Template, check_no_suffix, framed, templates_of
@@ -148,6 +149,8 @@ class Run:
 
     def go_on_alone(self) -> None:
         """The network anew, with the weights that are evaluated: nothing is sharded, compiled or wrapped."""
+        if cores := cores_alone():
+            torch.set_num_threads(cores)
         self.backend = SingleBackend(str(self.backend.device))
         self._build_network()
         self.load_weights()
