@@ -103,7 +103,15 @@ def _type_of(schema: Mapping[str, Any]) -> str:
 
 
 def _meanings(model: type[BaseModel]) -> dict[str, str]:
-    """The docstring under each key in the source of a model, where there is source."""
+    """The docstring under each key in the source of a model and of those that it extends, where there is source."""
+    found: dict[str, str] = {}
+    for owner in reversed(model.__mro__):
+        if issubclass(owner, BaseModel):
+            found |= _meanings_in(owner)
+    return found
+
+
+def _meanings_in(model: type[BaseModel]) -> dict[str, str]:
     try:
         tree = ast.parse(dedent(inspect.getsource(model)))
     except OSError:

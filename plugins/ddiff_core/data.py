@@ -114,10 +114,25 @@ class Symbols:
         return config.files + config.validation
 
 
+class TokenisedConfig(ComponentConfig):
+    """Keys of every corpus that is tokenised into shards, or while it is trained on."""
+
+    held_out: HeldOut = 0.005
+    """The share of the documents for validation, chosen by the hash of their text."""
+    workers: PositiveInt = 1
+    """Processes that tokenise; rows are the same whatever their number."""
+    streaming: bool = False
+    """Tokenise while training, and keep no shards; docs/data.md has the limits."""
+    head: PositiveInt = 20_000
+    """Streaming: documents read first; those held out are evaluated on, the others counted and learned from."""
+    block: PositiveInt = 4096
+    """Streaming: rows that are shuffled together."""
+
+
 class Files:
     """A large corpus in files of parquet, JSON lines or text: tokenised once into memory-mapped shards."""
 
-    class Config(ComponentConfig):
+    class Config(TokenisedConfig):
         files: Paths
         """Paths or globs, local or of any fsspec protocol (s3://, gs://, hf://); compressed or not."""
         format: Literal["auto", "parquet", "json", "text"] = "auto"
@@ -128,16 +143,6 @@ class Files:
         """What a document of a text file is."""
         validation: tuple[str, ...] = ()
         """Paths or globs of the validation documents; without them a share is held out."""
-        held_out: HeldOut = 0.005
-        """The share of the documents for validation, chosen by the hash of their text."""
-        workers: PositiveInt = 1
-        """Processes that tokenise; rows are the same whatever their number."""
-        streaming: bool = False
-        """Tokenise while training, and keep no shards; docs/data.md has the limits."""
-        head: PositiveInt = 20_000
-        """Streaming: documents read first; those held out are evaluated on, the others counted and learned from."""
-        block: PositiveInt = 4096
-        """Streaming: rows that are shuffled together."""
 
     @staticmethod
     def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> SourceCorpus | StreamedCorpus:
@@ -158,7 +163,7 @@ class Files:
 class Hub:
     """A data set of the Hugging Face hub, streamed and tokenised once into memory-mapped shards."""
 
-    class Config(ComponentConfig):
+    class Config(TokenisedConfig):
         name: str
         """Its name on the hub, or a local folder of its files."""
         config: str | None = None
@@ -170,16 +175,6 @@ class Hub:
         """A commit of the hub: without one the shards stay what was tokenised first."""
         validation: str | None = None
         """The split of the validation documents; without it a share is held out."""
-        held_out: HeldOut = 0.005
-        """The share of the documents for validation, chosen by the hash of their text."""
-        workers: PositiveInt = 1
-        """Processes that tokenise; rows are the same whatever their number."""
-        streaming: bool = False
-        """Tokenise while training, and keep no shards; docs/data.md has the limits."""
-        head: PositiveInt = 20_000
-        """Streaming: documents read first; those held out are evaluated on, the others counted and learned from."""
-        block: PositiveInt = 4096
-        """Streaming: rows that are shuffled together."""
 
     @staticmethod
     def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> SourceCorpus | StreamedCorpus:
