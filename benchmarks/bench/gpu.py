@@ -32,8 +32,7 @@ def gpu_step(
     objective = objective_of(case, denoiser)
     if compiled:
         denoiser.backbone.compile(dynamic=False)
-    rows = _counted_rows(denoiser)
-    batch, count = batch_of(words_of(case).to(device)), 0
+    batch, count = batch_of(words_of(case)), 0  # on the host, as the trainer's is
     share = {"tokens": batch.scored.sum()}
 
     def step() -> None:
@@ -44,10 +43,11 @@ def gpu_step(
             terms = objective(batch, Noise(0, count, batch.index, size.length), share, size.batch)
         terms.loss.backward()
 
+    logits = _logits_of(denoiser, step)
     milliseconds, memory = _timed(step, device, timed)
     trunk = sum(p.numel() for name, p in denoiser.backbone.named_parameters() if "embedding" not in name)
     tokens = size.batch * size.length
-    flops = tokens * (6 * trunk + 12 * size.layers * size.length * size.width) + 6 * size.width * statistics.mean(rows)
+    flops = tokens * (6 * trunk + 12 * size.layers * size.length * size.width) + 6 * size.width * logits
     rate = flops / (milliseconds / 1e3)
     peak = next((speed for name, speed in DENSE_BF16.items() if name in _card(device)), None)
     return {
@@ -63,11 +63,10 @@ def gpu_step(
 def plain_gpu_step(family: str, size: Size = SMALL, device: str = "cuda", timed: int = TIMED) -> dict[str, Any]:
     """The plain side on the same card, eager and in bfloat16; what it says when it does not fit."""
     try:
-        with torch.device(device):
-            step = plain_training_step(Case(family, size), device)
+        step = plain_training_step(Case(family, size), device)
 
         def in_bfloat16() -> None:
-            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            with torch.device(device), torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
                 step()
 
         milliseconds, memory = _timed(in_bfloat16, device, timed)
@@ -76,20 +75,20 @@ def plain_gpu_step(family: str, size: Size = SMALL, device: str = "cuda", timed:
         return {"ms": None, "memory_gb": None}
 
 
-def _counted_rows(denoiser: Any) -> list[int]:
-    """Grows by the number of logits that a step's rows need."""
-    counted: list[int] = []
-    total = denoiser.head.total
+def _logits_of(denoiser: Any, step: Callable[[], None], steps: int = 4) -> float:
+    """The mean number of logits that a step's rows need, over some steps that are not timed."""
+    head, counted = denoiser.head, []
+    total = head.total
 
     def counting(hidden: Tensor, node: Tensor, fn: Any) -> Any:
-        asked, times = denoiser.head._grouped(node)[1], 0
-        for top, rows in asked:
-            times += rows * denoiser.head.logits_per_row(top)
-        counted.append(times)
+        counted.append(sum(rows * head.logits_per_row(top) for top, rows in head._grouped(node)[1]))
         return total(hidden, node, fn)
 
-    denoiser.head.total = counting
-    return counted
+    head.total = counting
+    for _ in range(steps):
+        step()
+    head.total = total
+    return statistics.mean(counted)
 
 
 def _timed(step: Callable[[], None], device: str, timed: int) -> tuple[float, float]:

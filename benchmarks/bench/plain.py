@@ -222,9 +222,8 @@ def side_of(case: Case) -> Diffusing | Autoregressive:
 
 
 def plain_training_step(case: Case, device: str = "cpu") -> Callable[[], float]:
-    """Draw t, noise, forward, loss, backward. On a device that is torch's default one."""
-    with torch.device("cpu"):
-        side, x0 = side_of(case), words_of(case).to(device)
+    """Draw t, noise, forward, loss, backward; on another device, call it with that one as torch's default."""
+    side, x0 = side_of(case), words_of(case).to(device)
     side.model.to(device)
     if isinstance(side, Clustered):
         side.cluster_of, side.members = side.cluster_of.to(device), side.members.to(device)
