@@ -126,6 +126,7 @@ _MODULES = {
         "PluginError",
         "RecipeError",
     ),
+    "ddiff.nn.attention": ("Seen", "attend"),
     "ddiff.nn.denoiser": (
         "Backbone",
         "Context",
@@ -324,6 +325,8 @@ if TYPE_CHECKING:
     from ddiff.errors import NonFiniteError as NonFiniteError
     from ddiff.errors import PluginError as PluginError
     from ddiff.errors import RecipeError as RecipeError
+    from ddiff.nn.attention import Seen as Seen
+    from ddiff.nn.attention import attend as attend
     from ddiff.nn.denoiser import Backbone as Backbone
     from ddiff.nn.denoiser import Context as Context
     from ddiff.nn.denoiser import Denoiser as Denoiser

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+Seen = Tensor | BlockMask | None
+"""Who sees whom as `attend` takes it: a mask [B or 1,1,L,m+L], the same in flex attention's form, None for everybody."""
+
+TILE = 128  # columns, flex attention's own default
+NARROWEST = 16  # channels of a head that its kernels take
 
 
 class Sight(NamedTuple):
@@ -20,15 +29,102 @@ class Sight(NamedTuple):
     block: Tensor
     noisy: Tensor | None = None
 
-    def mask(self, cached: int = 0) -> Tensor:
-        """[1 or B, n, m + n] bool: may the column (second) look at the key (third)? The m cached keys come first, and are
-        earlier than every column."""
-        query, key = self.block.unsqueeze(-1), self.block.unsqueeze(-2)
-        if self.noisy is None:
-            return F.pad(key <= query, (cached, 0), value=True)
-        noisy_query, noisy_key = self.noisy.unsqueeze(-1), self.noisy.unsqueeze(-2)
-        onto_clean = ~noisy_key & torch.where(noisy_query, key < query, key <= query)
-        return onto_clean | (noisy_key & noisy_query & (key == query))
+
+class Columns(NamedTuple):
+    """Of each of n columns what decides who sees it, [1 or B,n]: its `place` in the row, and what is known beside it."""
+
+    place: Tensor
+    valid: Tensor | None = None
+    document: Tensor | None = None
+    block: Tensor | None = None
+    noisy: Tensor | None = None
+
+    def each(self, pick: Callable[[Tensor], Tensor]) -> Columns:
+        """The same of the columns that `pick` takes out of each fact."""
+        return Columns(*(None if fact is None else pick(fact) for fact in self))
+
+    def at(self, row: Tensor, column: Tensor) -> Columns:
+        """Those of one column: row and column are numbers of no dimension."""
+        return self.each(lambda fact: fact[row if len(fact) > 1 else 0, column])
+
+
+def sees(query: Columns, key: Columns) -> Tensor:
+    """May the column `query` look at the column `key`? Bool, of the shape that their facts broadcast to.
+
+    It may if the key is valid, of the same document and within sight. A column always sees itself, so that no row of the
+    softmax is empty.
+    """
+    seen = [_in_sight(query, key)] if key.block is not None else []
+    if key.document is not None:
+        seen.append(query.document == key.document)
+    if key.valid is not None:
+        seen.append(key.valid)
+    for part in seen[1:]:
+        seen[0] = seen[0] & part
+    return seen[0] | (query.place == key.place)
+
+
+def _in_sight(query: Columns, key: Columns) -> Tensor:
+    if query.noisy is None or key.noisy is None:
+        return key.block <= query.block
+    onto_clean = ~key.noisy & ((key.block < query.block) | (~query.noisy & (key.block == query.block)))
+    return onto_clean | (key.noisy & query.noisy & (key.block == query.block))
+
+
+def dense_mask(columns: Columns, cached: int = 0) -> Tensor:
+    """[1 or B,1,n-m,n] bool: what the columns behind the m cached ones see."""
+    query = columns.each(lambda fact: fact[:, cached:].unsqueeze(-1))
+    return sees(query, columns.each(lambda fact: fact.unsqueeze(-2))).unsqueeze(1)
+
+
+def block_mask(columns: Columns) -> BlockMask:
+    """What flex attention (arXiv 2412.05496) wants to know: which tiles are seen in part and which as a whole.
+
+    A tile's rows are looked at together and forgotten, so that n^2 entries are never held at once.
+    """
+    length = columns.place.shape[-1]
+    key, count = columns.each(lambda fact: fact.unsqueeze(-2)), []
+    for start in range(0, length, TILE):
+        query = columns.each(lambda fact: fact[:, start : start + TILE].unsqueeze(-1))  # noqa: B023  # called at once
+        seen = F.pad(sees(query, key), (0, -length % TILE))
+        count.append(seen.unflatten(-1, (-1, TILE)).sum((1, 3)))
+    seen_of = torch.stack(count, 1).unsqueeze(1)
+    whole = seen_of == TILE * TILE
+
+    def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(columns.at(row, query), columns.at(row, key))
+
+    return BlockMask.from_kv_blocks(
+        *_in_order((seen_of > 0) & ~whole), *_in_order(whole), TILE, mask_mod, seq_lengths=(length, length)
+    )
+
+
+def _in_order(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tiles of each row are marked, and all tiles with the marked ones first."""
+    marked = tiles.int()
+    return marked.sum(-1, dtype=torch.int32), marked.argsort(dim=-1, descending=True, stable=True).int()
+
+
+def flexes(x: Tensor, width: int) -> bool:
+    """Whether flex attention has a fused kernel for values like x, in heads of that width, and `sdpa_kernel` allows one."""
+    fused = torch.backends.cuda.flash_sdp_enabled()  # not where attention is to be written out, as for counting products
+    return x.is_cuda and x.dtype != torch.float64 and width >= NARROWEST and fused
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+    """softmax(q k^T / sqrt(w)) v over the columns seen: q [B,heads,L,w], k and v [B,heads,m+L,w] -> [B,heads,L,w].
+
+    `seen` is what `Context.seen` gave for the whole pass. Flex attention leaves out what nobody sees.
+    """
+    if seen is None or isinstance(seen, Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()  # what is being compiled takes it in
+    return flex(q, k, v, block_mask=seen)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
 
 
 @final

@@ -12,7 +12,7 @@ from ddiff.conditions import Form
 from ddiff.core.law import CleanLaw, DenseLaw, drop_own_evidence
 from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError
-from ddiff.nn.attention import KeyValues, Sight
+from ddiff.nn.attention import Columns, KeyValues, Seen, Sight, block_mask, dense_mask, flexes
 from ddiff.nn.heads import Head, Question
 
 if TYPE_CHECKING:
@@ -39,35 +39,39 @@ class Context(NamedTuple):
     cache: KeyValues | None = None
 
     def attention_mask(self) -> Tensor | None:
-        """[B or 1,1,L,m+L] bool, who may look at whom, the m cached columns first; None when everybody at all.
+        """[B or 1,1,L,m+L] bool, who may look at whom, the m cached columns first; None when everybody at all."""
+        columns = self._columns()
+        return None if columns is None else dense_mask(columns, self.cache.columns if self.cache else 0)
 
-        Valid columns of one's own document within sight. A column always sees itself, so that no row of the softmax is
-        empty.
+    def seen(self, x: Tensor, width: int) -> Seen:
+        """The same as `attend` takes it, for hidden states x [B,L,d] and heads `width` wide: made once for all layers.
+
+        A GPU is given tiles for flex attention, but beside a cache, where L changes from pass to pass.
         """
-        parts = [part for part in (self._in_sight(), self._in_document(), self._at_padding()) if part is not None]
-        if not parts:
-            return None
-        visible = parts[0]
-        for part in parts[1:]:
-            visible = visible & part
-        cached = self.cache.columns if self.cache else 0
-        itself = torch.eye(visible.shape[-1], dtype=torch.bool, device=visible.device)[cached:]
-        return (visible | itself).unsqueeze(1)
+        if self.cache or not flexes(x, width):
+            return self.attention_mask()
+        columns = self._columns()
+        return None if columns is None else block_mask(columns)
 
-    def _in_sight(self) -> Tensor | None:
-        if self.sight is None:
+    def _columns(self) -> Columns | None:
+        """What is known of the columns, the cached ones first; None when it hides nothing."""
+        block, noisy = self._blocks(), None
+        if self.sight is not None and self.sight.noisy is not None:
+            noisy = self.sight.noisy.unsqueeze(0)
+        known = [fact for fact in (self.valid, self.document, block) if fact is not None]
+        if not known:
             return None
-        mask = self.sight.mask(self.cache.columns if self.cache else 0)
-        return None if self.cache and bool(mask.all()) else mask
+        place = torch.arange(known[0].shape[-1], device=known[0].device).unsqueeze(0)
+        return Columns(place, self.valid, self.document, block, noisy)
 
-    def _in_document(self) -> Tensor | None:
-        if self.document is None:
+    def _blocks(self) -> Tensor | None:
+        """[1 or B,m+L]: cached columns are seen by all the others, as their first block is."""
+        if self.sight is None or self.cache is None:
+            return None if self.sight is None else self.sight.block
+        first = self.sight.block.amin(-1, keepdim=True)
+        if bool((self.sight.block == first).all()):
             return None
-        queries = self.document[:, self.cache.columns if self.cache else 0 :]
-        return queries.unsqueeze(-1) == self.document.unsqueeze(-2)
-
-    def _at_padding(self) -> Tensor | None:
-        return None if self.valid is None else self.valid.unsqueeze(-2)
+        return torch.cat([first.expand(-1, self.cache.columns), self.sight.block], -1)
 
     def positions(self, length: int, device: torch.device) -> Tensor:
         """[L] long: where each column stands in its sequence."""
@@ -99,10 +103,11 @@ UNPADDED = Context()
 class Backbone(Protocol):
     """An nn.Module from noisy ids [B,L] and their times t [B,L] to hidden states [B,L,width].
 
-    It reads `context.attention_mask()` and `context.positions`. It may declare `reads_time = False` (its hidden states
-    depend on the ids alone), `caches = True` (it passes its keys and values through `context.cache`),
-    `condition_dropout`, the conditions it reads with the share of samples from which each is withheld in training, and
-    `condition_forms`, what each is, so that what does not fit is refused before the network is asked.
+    It reads `context.positions` and, for `attend`, `context.seen` (or `context.attention_mask()`). It may declare
+    `reads_time = False` (its hidden states depend on the ids alone), `caches = True` (it passes its keys and values
+    through `context.cache`), `condition_dropout`, the conditions it reads with the share of samples from which each is
+    withheld in training, and `condition_forms`, what each is, so that what does not fit is refused before the network is
+    asked.
     """
 
     width: int

@@ -23,9 +23,11 @@ from ddiff import (
     Label,
     PositiveInt,
     Probability,
+    Seen,
     StateEmbedding,
     Vector,
     Vocabulary,
+    attend,
 )
 
 Size = Literal["tiny", "small", "base", "1B"]
@@ -121,11 +123,11 @@ class DiT(nn.Module):
                 f"got {unknown}. Name them in [denoiser] conditions, or take them out of the batch."
             )
         x = self.embedding(ids)
-        mask, positions = context.attention_mask(), context.positions(ids.shape[1], ids.device)
+        seen, positions = context.seen(x, self.head_width), context.positions(ids.shape[1], ids.device)
         rotation = Rotation(x, self.head_width, positions)
         shared = self.modulation(t, context.conditions, x.dtype) if self.modulation else None
         for layer, block in enumerate(self.blocks):
-            x = block(x, shared, rotation, mask, context.cache and partial(context.cache.extended, layer))
+            x = block(x, shared, rotation, seen, context.cache and partial(context.cache.extended, layer))
         shift, scale = _modulation(self.out_modulation, shared and shared[6:])
         return modulate(x, shift, scale)
 
@@ -148,21 +150,20 @@ class Block(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(
-        self, x: Tensor, shared: Shared | None, rotation: Rotation, mask: Tensor | None, remembered: Remembered | None
+        self, x: Tensor, shared: Shared | None, rotation: Rotation, seen: Seen, remembered: Remembered | None
     ) -> Tensor:
         shift, scale, gate, shift2, scale2, gate2 = _modulation(self.modulation, shared and shared[:6])
-        x = torch.addcmul(x, gate, self.dropout(self._attend(modulate(x, shift, scale), rotation, mask, remembered)))
+        x = torch.addcmul(x, gate, self.dropout(self._attend(modulate(x, shift, scale), rotation, seen, remembered)))
         hidden = F.gelu(self.up(modulate(x, shift2, scale2)), approximate="tanh")
         return torch.addcmul(x, gate2, self.dropout(self.down(hidden)))
 
-    def _attend(self, x: Tensor, rotation: Rotation, mask: Tensor | None, remembered: Remembered | None) -> Tensor:
+    def _attend(self, x: Tensor, rotation: Rotation, seen: Seen, remembered: Remembered | None) -> Tensor:
         turned, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width)).split([2, 1], 2)
         q, k = rotation(turned).transpose(1, 3).unbind(2)
         v = v.squeeze(2).transpose(1, 2)
         if remembered:
             k, v = remembered(k, v)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.attended(mixed.transpose(1, 2).flatten(2))
+        return self.attended(attend(q, k, v, seen).transpose(1, 2).flatten(2))
 
 
 class Modulation(nn.Module):

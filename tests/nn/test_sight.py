@@ -77,6 +77,12 @@ def hidden(model: Denoiser, noisy: Noisy, context: Context = UNPADDED) -> Tensor
     return model.trunk(noisy, context).unflatten(0, (BATCH, -1)).detach()
 
 
+def dense(context: Context) -> Tensor:
+    mask = context.attention_mask()
+    assert mask is not None
+    return mask[:, 0]
+
+
 def cut(context: Context, stop: int) -> Context:
     return context.columns(torch.arange(stop), LENGTH)
 
@@ -145,13 +151,14 @@ def test_one_block_is_no_block(backbone: DiT) -> None:
 def test_the_mask_is_that_of_block_diffusion() -> None:
     """Written out for two blocks of two, clean columns first (arXiv 2503.09573, figure 3)."""
     block = torch.tensor([[0, 0, 1, 1]])
-    twice = Sight(torch.arange(4).repeat(2), block.repeat(1, 2), torch.arange(8) >= 4)
+    twice = Context(sight=Sight(torch.arange(4).repeat(2), block.repeat(1, 2), torch.arange(8) >= 4))
     rows = ["11......", "11......", "1111....", "1111....", "....11..", "....11..", "11....11", "11....11"]
-    assert ["".join(".1"[int(x)] for x in row) for row in twice.mask()[0]] == rows
-    assert Sight(torch.arange(2), torch.tensor([[0, 1]])).mask(cached=2)[0].tolist() == [
-        [True, True, True, False],
-        [True, True, True, True],
-    ]
+    assert ["".join(".1"[int(x)] for x in row) for row in dense(twice)[0]] == rows
+    cache = KeyValues()
+    cache.ids = torch.zeros(1, 2, dtype=torch.long)
+    beside = Context(sight=Sight(torch.arange(2), torch.tensor([[0, 1]])), cache=cache)
+    assert dense(beside)[0].tolist() == [[True, True, True, False], [True, True, True, True]]
+    assert beside._replace(sight=Sight(torch.arange(2), torch.tensor([[4, 4]]))).attention_mask() is None
 
 
 # ---------------------------------------------------------------------- autoregression
