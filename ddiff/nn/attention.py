@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class Columns(NamedTuple):
 
     def each(self, pick: Callable[[Tensor], Tensor]) -> Columns:
         """The same of the columns that `pick` takes out of each fact."""
-        return Columns(*(None if fact is None else pick(fact) for fact in self))
+        return Columns(pick(self.place), *(None if fact is None else pick(fact) for fact in self[1:]))
 
     def at(self, row: Tensor, column: Tensor) -> Columns:
         """Those of one column: row and column are numbers of no dimension."""
@@ -54,21 +54,18 @@ def sees(query: Columns, key: Columns) -> Tensor:
     It may if the key is valid, of the same document and within sight. A column always sees itself, so that no row of the
     softmax is empty.
     """
-    seen = [_in_sight(query, key)] if key.block is not None else []
-    if key.document is not None:
-        seen.append(query.document == key.document)
+    seen = query.place != key.place  # all the others, to begin with
+    if query.block is not None and key.block is not None:
+        before, same = key.block < query.block, key.block == query.block
+        if query.noisy is None or key.noisy is None:
+            seen = seen & (before | same)
+        else:
+            seen = seen & torch.where(key.noisy, query.noisy & same, before | (~query.noisy & same))
+    if query.document is not None and key.document is not None:
+        seen = seen & (query.document == key.document)
     if key.valid is not None:
-        seen.append(key.valid)
-    for part in seen[1:]:
-        seen[0] = seen[0] & part
-    return seen[0] | (query.place == key.place)
-
-
-def _in_sight(query: Columns, key: Columns) -> Tensor:
-    if query.noisy is None or key.noisy is None:
-        return key.block <= query.block
-    onto_clean = ~key.noisy & ((key.block < query.block) | (~query.noisy & (key.block == query.block)))
-    return onto_clean | (key.noisy & query.noisy & (key.block == query.block))
+        seen = seen & key.valid
+    return seen | (query.place == key.place)
 
 
 def dense_mask(columns: Columns, cached: int = 0) -> Tensor:
@@ -107,7 +104,9 @@ def _in_order(tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 def flexes(x: Tensor, width: int) -> bool:
     """Whether flex attention has a fused kernel for values like x, in heads of that width, and `sdpa_kernel` allows one."""
-    fused = torch.backends.cuda.flash_sdp_enabled()  # not where attention is to be written out, as for counting products
+    fused = (
+        torch.backends.cuda.flash_sdp_enabled()
+    )  # not where products are counted, and attention written out for that
     return x.is_cuda and x.dtype != torch.float64 and width >= NARROWEST and fused
 
 
@@ -118,7 +117,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     """
     if seen is None or isinstance(seen, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()  # what is being compiled takes it in
+    # what is itself being compiled takes it in
+    flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     return flex(q, k, v, block_mask=seen)
 
 

@@ -5,17 +5,32 @@ Passes that should agree are sums in another order: 1e-12 in float64 for hidden 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from ddiff_dit.dit import Condition, DiT
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
-from ddiff.core.times import Noisy
+from ddiff.core.interpolating import MixtureProcess, word_law
+from ddiff.core.noise import Noise
+from ddiff.core.schedule import LinearSchedule
+from ddiff.core.times import FlatTimes, Noisy, WindowTimes
 from ddiff.core.vocabulary import FlatVocabulary
+from ddiff.data.batch import Batch
 from ddiff.errors import ArgumentError
-from ddiff.nn.attention import KeyValues, Sight
+from ddiff.nn import attention
+from ddiff.nn import denoiser as asked
+from ddiff.nn.attention import KeyValues, Sight, attend
 from ddiff.nn.denoiser import UNPADDED, Context, Denoiser, Inputs, asking
 from ddiff.nn.heads import TokenHead
+from ddiff.training.objective import DiffusionObjective, ElboLoss
 
 VOCABULARY = FlatVocabulary(7)
 BATCH, LENGTH, WIDTH = 3, 10, 16
@@ -315,3 +330,201 @@ def test_what_a_cache_cannot_do_is_refused(backbone: DiT) -> None:
     plain.width = WIDTH  # type: ignore[assignment]
     with pytest.raises(ArgumentError, match="caches = True"):
         asking(Denoiser(plain, TokenHead(VOCABULARY, WIDTH)), cached=True)
+
+
+# ---------------------------------------------------------------------- flex attention
+
+
+@pytest.fixture
+def flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks in flex attention's form, in tiles of four, and that form written out: what a CPU can do, without gradients."""
+    monkeypatch.setattr(asked, "flexes", lambda x, width: True)
+    monkeypatch.setattr(attention, "TILE", 4)
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention.flex_attention)
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+
+
+OWN = torch.stack([BLOCKS[name] for name in ("fours", "singles", "uneven")])
+TWICE, HALF = torch.arange(LENGTH).repeat(2), torch.arange(2 * LENGTH) >= LENGTH
+SIGHTS = {
+    "all": None,
+    "blocks": Sight(torch.arange(LENGTH), BLOCKS["fours"].unsqueeze(0)),
+    "own blocks": Sight(torch.arange(LENGTH), OWN),
+    "paired": Sight(TWICE, BLOCKS["fours"][TWICE].unsqueeze(0), HALF),
+    "own paired": Sight(TWICE, OWN[:, TWICE], HALF),
+}
+
+
+def contexts() -> Iterator[tuple[str, Context]]:
+    """Padding, documents, blocks and paired blocks, with one another, where anything is hidden."""
+    for sight_name, sight in SIGHTS.items():
+        for name in ("alone", "packed", "padded", "both"):
+            context = CONTEXTS[name]._replace(sight=sight)
+            if sight is not None and sight.noisy is not None:
+                context = context.columns(TWICE, LENGTH)
+            if (name, sight) != ("alone", None):
+                yield f"{name}, {sight_name}", context
+
+
+ALL = dict(contexts())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_flex_attention_sees_what_the_mask_shows(flex: None, name: str) -> None:
+    """Entry by entry, and tile by tile as torch finds them from the dense mask. The values then are softmaxes over the
+    same columns: 1e-5 in float32, 1e-13 in float64."""
+    context = ALL[name]
+    mask = context.attention_mask()
+    assert mask is not None
+    size = mask.shape[-1]
+    seen = context.seen(torch.empty(0), WIDTH)
+    assert isinstance(seen, flex_attention.BlockMask)
+    assert seen.shape == (*mask.shape[:2], size, size)
+    assert torch.equal(flex_attention.create_mask(seen.mask_mod, len(mask), 1, size, size, "cpu"), mask)
+    tiles = flex_attention.create_block_mask(
+        lambda b, h, q, k: mask[b, h, q, k], len(mask), 1, size, size, "cpu", BLOCK_SIZE=4
+    )
+    for field in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+        assert torch.equal(getattr(seen, field), getattr(tiles, field)), field
+    for dtype, atol in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
+        q, k, v = torch.randn(3, BATCH, 2, size, 8, dtype=dtype, generator=torch.Generator().manual_seed(19))
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        torch.testing.assert_close(attend(q, k, v, mask), expected, rtol=0, atol=0)
+        torch.testing.assert_close(attend(q, k, v, seen), expected, rtol=0, atol=atol)
+
+
+def test_where_nothing_is_hidden_there_is_nothing_to_make(flex: None) -> None:
+    assert UNPADDED.seen(torch.empty(0), WIDTH) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inputs", ["own", "previous"])
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_a_pass_through_flex_attention_is_the_pass_through_the_mask(
+    backbone: DiT, flex: None, monkeypatch: pytest.MonkeyPatch, inputs: Inputs, name: str
+) -> None:
+    model, plain = denoiser(backbone, inputs), drawn(20)
+    memory = plain._replace(block=OWN, memory=words(21))
+    for noisy in (plain, memory, memory._replace(memory=None), memory._replace(block=OWN[:1])):
+        with monkeypatch.context() as patch:
+            patch.setattr(asked, "flexes", attention.flexes)
+            expected = hidden(model, noisy, CONTEXTS[name])
+        torch.testing.assert_close(hidden(model, noisy, CONTEXTS[name]), expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_beside_a_cache_there_is_a_mask(backbone: DiT, flex: None) -> None:
+    model, noisy = denoiser(backbone), drawn(22, PROMPTS["ragged"])._replace(block=BLOCKS["fours"].unsqueeze(0))
+    got, columns = model.extend(noisy, CONTEXTS["both"], KeyValues())
+    torch.testing.assert_close(got, hidden(model, noisy, CONTEXTS["both"])[:, columns], **CLOSE)
+
+
+def test_flex_attention_is_for_what_has_a_kernel() -> None:
+    assert not attention.flexes(torch.empty(1), 64)
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda")
+        assert attention.flexes(x, 16)
+        assert attention.flexes(x.bfloat16(), 64)
+        assert not attention.flexes(x.double(), 64)
+        assert not attention.flexes(x, 8)
+        with sdpa_kernel(SDPBackend.MATH):  # whoever counts products wants them written out
+            assert not attention.flexes(x, 64)
+
+
+@torch.no_grad()
+def test_blocks_that_are_compiled_take_flex_attention_in_and_new_masks_compile_nothing(
+    backbone: DiT, flex: None
+) -> None:
+    """Traced and not run by a compiler: one graph without breaks for all blocks and batches."""
+    model = denoiser(deepcopy(backbone))
+    noisy = drawn(23)._replace(block=OWN, memory=words(24))
+    batches = [CONTEXTS["both"], CONTEXTS["both"]._replace(document=DOCUMENTS.flip(0), valid=VALID.flip(0))]
+    expected = [hidden(model, noisy, context) for context in batches]
+    assert not torch.equal(*expected)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for block in model.backbone.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=counter)
+    for context, values in zip(batches, expected):
+        torch.testing.assert_close(hidden(model, noisy, context), values, **CLOSE)
+    assert counter.frame_count == 1
+
+
+# ---------------------------------------------------------------------- packed documents
+
+
+def elsewhere(ids: Tensor, there: Tensor) -> Tensor:
+    return torch.where(there, (ids + 1) % VOCABULARY.num_tokens, ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inputs", ["own", "previous"])
+@pytest.mark.parametrize("name", ["packed", "both"])
+def test_hidden_states_and_laws_of_a_document_are_its_own(backbone: DiT, name: str, inputs: Inputs) -> None:
+    """Bit for bit, whatever the tokens, times and clean words of the other documents of the row."""
+    model, context = denoiser(backbone, inputs), CONTEXTS[name]
+    every, root = torch.arange(BATCH * LENGTH), torch.full((BATCH * LENGTH,), VOCABULARY.root)
+
+    def told(noisy: Noisy) -> tuple[Tensor, Tensor]:
+        laws = model.visit(noisy, context, every, root, lambda law, idx: law.log_mass(0))
+        assert isinstance(laws, Tensor)
+        return hidden(model, noisy, context), laws.unflatten(0, (BATCH, LENGTH))
+
+    for block in (None, BLOCKS["fours"].unsqueeze(0), OWN):
+        for memory in (None, words(26)) if block is not None else (None,):
+            noisy = drawn(25)._replace(block=block, memory=memory)
+            before = told(noisy)
+            for number in range(3):
+                there = number == DOCUMENTS
+                after = told(
+                    noisy._replace(
+                        zt=elsewhere(noisy.zt, there),
+                        t=torch.where(there, 1 - noisy.t, noisy.t),
+                        memory=None if memory is None else elsewhere(memory, there),
+                    )
+                )
+                for old, new in zip(before, after):
+                    assert torch.equal(old[~there], new[~there])
+                    assert not torch.equal(old[there], new[there])
+
+
+RULES = {
+    "flat": ("own", FlatTimes()),
+    "blocks": ("own", WindowTimes(4, paired=False)),
+    "paired blocks": ("own", WindowTimes(4)),
+    "a gliding window": ("own", WindowTimes(4, shape="slide")),
+    "word by word": ("previous", WindowTimes(1)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_bound_loss_and_gradient_of_a_document_are_its_own(backbone: DiT, rule: str) -> None:
+    """The words of other documents in a row move neither the terms of the bound at its positions, nor, where it alone is
+    scored, its training loss and what that teaches the network. Bit for bit: all words are noised by a uniform law here,
+    so that the same positions are read."""
+    inputs, times = RULES[rule]
+    process = MixtureProcess(VOCABULARY, LinearSchedule(floor=0.01), word_law(VOCABULARY))
+    model = denoiser(backbone, inputs)
+    objective, slots = DiffusionObjective(process, model, ElboLoss(), times), torch.arange(BATCH)
+    batch = Batch(words(27), VALID, VALID, DOCUMENTS, slots, packed=True)
+    noise = Noise(0, 0, slots, LENGTH)
+
+    def charged(batch: Batch) -> Tensor:
+        return sum(objective.nll(batch, noise, slots, BATCH, times).terms.values(), torch.zeros(BATCH, LENGTH))
+
+    def trained(batch: Batch) -> list[Tensor]:
+        loss = objective(batch, noise, {"tokens": torch.tensor(1.0)}, BATCH).loss
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)]
+
+    before = charged(batch)
+    for number in range(3):
+        there = number == DOCUMENTS
+        changed = replace(batch, ids=elsewhere(batch.ids, there))
+        after = charged(changed)
+        assert torch.equal(before[~there], after[~there])
+        assert not torch.equal(before[there], after[there])
+        others = VALID & ~there
+        mine, theirs = (trained(replace(b, scored=others)) for b in (batch, changed))
+        assert mine[0] != 0
+        for old, new in zip(mine, theirs):
+            assert (old is None and new is None) or torch.equal(old, new)
