@@ -431,6 +431,28 @@ def test_flex_attention_is_for_what_has_a_kernel() -> None:
             assert not attention.flexes(x, 64)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_the_kernels_have_the_values_and_gradients_of_the_mask(sight: str) -> None:
+    """float32 in another order, 1e-4; rows of 300 are no multiple of the tiles."""
+    length, device = 300, "cuda"
+    wide, stretch = torch.arange(length), torch.arange(length) * LENGTH // length
+    shown = SIGHTS[sight]
+    if shown is not None:
+        noisy = None if shown.noisy is None else shown.noisy[wide * len(shown.noisy) // length].to(device)
+        columns = wide * shown.block.shape[-1] // length
+        shown = Sight(wide.to(device), shown.block[:, columns].to(device), noisy)
+    context = Context(VALID[:, stretch].to(device), DOCUMENTS[:, stretch].to(device), sight=shown)
+    parts = [torch.randn(BATCH, 2, length, 16, device=device, requires_grad=True) for _ in range(3)]
+    values, gradients = [], []
+    for seen in (context.attention_mask(), context.seen(parts[0], 16)):
+        values.append(attend(*parts, seen))
+        gradients.append(torch.stack(torch.autograd.grad(values[-1].square().sum(), parts)))
+    assert isinstance(seen, flex_attention.BlockMask)
+    torch.testing.assert_close(values[1], values[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_blocks_that_are_compiled_take_flex_attention_in_and_new_masks_compile_nothing(
     backbone: DiT, flex: None
