@@ -75,8 +75,9 @@ class Run:
     def _build_network(self) -> None:
         denoiser = build_denoiser(self.recipe, self.vocabulary)
         self.objective = build_objective(self.recipe, self.process, denoiser)
-        # an objective may ask the denoiser in its own way
+        # an objective may ask the denoiser in its own way, by one of its own on the same parts
         self.denoiser: Denoiser = getattr(self.objective, "denoiser", denoiser)
+        self.denoiser.precision = denoiser.precision
         self.objective.module.to(self.backend.device)
 
     # ------------------------------------------------------------------ data

@@ -24,6 +24,8 @@ from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Context, Denoiser, asking
 from ddiff.nn.heads import TokenHead, TreeHead
 from ddiff.recipe import parse_recipe, shipped_recipes
+from ddiff.runs.built import build_run
+from ddiff.runs.parts import Given
 from ddiff.sampling.loop import generate
 
 TREE = HierarchicalVocabulary([[0, 1, 0]])
@@ -182,6 +184,19 @@ evaluate = { batch = 512 }
 sample = { sampler = "left_to_right", count = 1 }
 backend = { kind = "single", device = "cpu" }
 """
+
+
+def test_products_are_rounded_as_the_recipe_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The objective asks by a denoiser of its own, which is no reason to compute in another precision."""
+    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
+    run = build_run(parse_recipe(RECIPE, settings=["data.rows=16", "backend.precision=bfloat16"]), Given())
+    assert run.objective.module is run.denoiser
+    assert run.denoiser.precision == torch.bfloat16
+    products = []
+    run.denoiser.backbone.blocks[0].up.register_forward_hook(lambda module, given, out: products.append(out.dtype))
+    batch = run._batch_at(0, 0)
+    run.objective(batch, Noise(0, 0, batch.index, 16), {"tokens": batch.scored.sum().double()}, len(batch.index))
+    assert products == [torch.bfloat16]
 
 
 @pytest.mark.slow
