@@ -227,6 +227,7 @@ class Trainer:
 
     def _launch(self, step: int, interruption: Interruption) -> _Launched:
         """Take one step, without waiting for it."""
+        self._part_ways(step)
         batches = [self.batch_at(step, micro) for micro in range(self.accumulate)]
         denominators = self._denominators(batches)
         shares = self._backward(step, batches, denominators)
@@ -319,9 +320,7 @@ class Trainer:
             "origins": self.origins,
             "fingerprints": self.fingerprints,
         }
-        path = self.checkpoints.begin(run.step, self.backend.unwrap(self.objective.module).state_dict(), state)
-        self._part_ways(run.step)
-        return path
+        return self.checkpoints.begin(run.step, self.backend.unwrap(self.objective.module).state_dict(), state)
 
     def _resume(self, start: Checkpoint | None) -> _Run:
         if start is None:
@@ -330,7 +329,6 @@ class Trainer:
                     f"{self.checkpoints.root} already holds a run up to {_steps(found)}: training from the beginning "
                     "would mix the two. Go on from its newest checkpoint, empty the run directory, or name another one."
                 )
-            self._part_ways(0)
             return _Run()
         self.check_fit(start)
         module = self.backend.unwrap(self.objective.module)
@@ -340,11 +338,11 @@ class Trainer:
         if self.average and state.get("ema"):
             self.average.load_tree(state["ema"])
         _set_random_state(state["random"], self.backend.device)
-        self._part_ways(start.step)
         return _Run.from_tree(start.step, state["run"])
 
     def _part_ways(self, step: int) -> None:
-        """Give each rank but 0 a random state of its own, from the step alone: a checkpoint holds that of rank 0."""
+        """Give each rank but 0 a random state of its own, from the step alone: a checkpoint holds that of rank 0, and when
+        there is one must change nothing."""
         if self.backend.rank > 0:
             torch.manual_seed(zlib.crc32(f"{self._seed} {self.backend.rank} {step}".encode()))
 

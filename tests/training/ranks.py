@@ -121,6 +121,28 @@ def train_toys(folder: str) -> None:
     backend.close()  # a second time, as nothing
 
 
+def train_with_dropout(folder: str) -> None:
+    """The toy in three: with two checkpoints, with many, and stopped by a signal in between."""
+    backend = DistributedBackend("cpu")
+    rows = shares_at(backend, 1)
+    for name, checkpoint_every, starts in (("few", 6, 1), ("many", 1, 1), ("stopped", 6, 2)):
+        for start in range(starts):
+
+            def batch_at(step: int, micro: int, stops: bool = start + 1 < starts) -> Rows:
+                if stops and step == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return rows(step, micro)
+
+            torch.manual_seed(0)
+            objective = Identify(backend.wrap(Net(dropout=0.3).double()))
+            settings = {"objective": objective, "backend": backend, "checkpoint_every": checkpoint_every}
+            trainer = toy_trainer(Path(folder, name), 6, batch_at=batch_at, **settings)
+            trainer.fit(trainer.checkpoints.newest())
+        _save(backend, objective, Path(folder, name))
+    del objective, trainer, settings
+    backend.close()
+
+
 def _save(backend: DistributedBackend, objective: Identify, place: Path) -> None:
     place.mkdir(exist_ok=True, parents=True)
     torch.save(backend.unwrap(objective.module).state_dict(), place / f"rank{backend.rank}.pt")

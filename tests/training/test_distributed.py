@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import SYMBOLS, on_ranks, stop_one, train_symbols, train_toys
+from ranks import SYMBOLS, on_ranks, stop_one, train_symbols, train_toys, train_with_dropout
 from torch import Tensor
 from toy import rows_at, toy_trainer
 
@@ -182,6 +182,16 @@ def test_shares_add_up_and_a_step_broken_on_one_rank_is_skipped_on_all(tmp_path:
     for one, two in zip(expected_lines, found, strict=True):
         assert one["tokens"] == two["tokens"]
         assert two["nats_per_symbol"] == pytest.approx(one["nats_per_symbol"], rel=1e-11)
+
+
+@pytest.mark.slow
+def test_dropout_on_several_ranks_does_not_depend_on_when_checkpoints_are_written(tmp_path: Path) -> None:
+    """Neither by their number nor by a signal between two of them."""
+    on_ranks(2, train_with_dropout, str(tmp_path))
+    expected = torch.load(tmp_path / "few" / "rank0.pt")
+    for name in ("many", "stopped"):
+        for key, value in torch.load(tmp_path / name / "rank0.pt").items():
+            assert torch.equal(value, expected[key]), (name, key)
 
 
 @pytest.mark.slow
