@@ -217,7 +217,9 @@ def resolve(draft: Draft, settings: Iterable[str] = ()) -> Recipe:
     process = resolver.part("process") if "process" in draft.tree else None
     denoiser, objective = resolver.part("denoiser"), resolver.part("objective")
     train, placement = resolver.keys(TrainKeys, "train"), resolver.keys(BackendKeys, "backend")
+    evaluate = resolver.keys(EvaluateKeys, "evaluate")
     _check_shares(train, placement, draft)
+    _check_average(train, evaluate, draft)
     return Recipe(
         name=heading.name,
         seed=heading.seed,
@@ -238,7 +240,7 @@ def resolve(draft: Draft, settings: Iterable[str] = ()) -> Recipe:
         optimizer=resolver.part("train", "optimizer"),
         backend=resolver.part("backend"),
         placement=placement,
-        evaluate=resolver.keys(EvaluateKeys, "evaluate"),
+        evaluate=evaluate,
         sample=resolver.keys(SampleKeys, "sample"),
         sampler=resolver.part("sample", "sampler"),
         tracker=resolver.part("tracker"),
@@ -281,6 +283,14 @@ def _check_shares(train: TrainKeys, placement: BackendKeys, draft: Draft) -> Non
             f"{draft.place(('train', 'batch'))}: [train] batch must be a multiple of accumulate times [backend] "
             f"processes, so that every process has as many rows; got batch = {train.batch}, "
             f"accumulate = {train.accumulate}, processes = {placement.processes}."
+        )
+
+
+def _check_average(train: TrainKeys, evaluate: EvaluateKeys, draft: Draft) -> None:
+    if evaluate.weights == "ema" and not train.ema:
+        raise RecipeError(
+            f'{draft.place(("evaluate", "weights"))}: [evaluate] weights = "ema" wants a moving average of the weights, '
+            'and the run keeps none. Set [train] ema, such as 0.9999, or leave weights at "auto".'
         )
 
 

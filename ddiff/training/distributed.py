@@ -132,7 +132,8 @@ class ShardedBackend(Ranks):
 
     Each block of the trunk is gathered when it runs and dropped again, forward and backward; what is outside the blocks,
     embeddings and head, stays gathered between the two. `precision` is that in which blocks are gathered (None: that of
-    the weights); gradients are summed in float32. The other arguments are those of `Ranks`.
+    the weights); gradients are summed in float32. In a step all ranks must use the same parameters: one that some rank
+    has no gradient of ends the run (`DistributedBackend` takes it as zero). The other arguments are those of `Ranks`.
     """
 
     def __init__(self, device: str = "auto", processes: int = 1, precision: torch.dtype | None = None) -> None:

@@ -337,6 +337,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average and state.get("ema"):
             self.average.load_tree(state["ema"])
+        elif self.average:  # the run had none so far: it starts with the weights as they are now
+            self.average = MovingAverage(module, self.average.decay)
         _set_random_state(state["random"], self.backend.device)
         return _Run.from_tree(start.step, state["run"])
 

@@ -70,6 +70,11 @@ REPLACED = [
         "batch must be a multiple of accumulate; got batch = 4, accumulate = 3.",
     ),
     (
+        'name = "mine"',
+        'name = "mine"\nevaluate.weights = "ema"',
+        '[evaluate] weights = "ema" wants a moving average of the weights, and the run keeps none. Set [train] ema',
+    ),
+    (
         "steps = 10",
         'steps = 10\noptimizer = {kind = "muon", lrr = 1.0}',
         '[train.optimizer] has no key "lrr" for kind "muon"',

@@ -248,6 +248,17 @@ def test_more_steps_continue_a_finished_run(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 13))
 
 
+def test_an_average_that_a_run_goes_on_with_starts_from_the_weights_that_it_has_come_to(tmp_path: Path) -> None:
+    first = toy_trainer(tmp_path, 6)
+    first.fit()
+    then = toy_trainer(tmp_path, 7, ema=0.999)
+    then.fit(then.checkpoints.newest())
+    assert then.average is not None
+    before = weights(first)
+    for name, now in weights(then).items():  # float64; the first decay is 1/10
+        torch.testing.assert_close(then.average.weights[name], 0.1 * before[name] + 0.9 * now, rtol=1e-14, atol=1e-15)
+
+
 def test_a_trainer_refuses_what_it_cannot_go_on_from(tmp_path: Path) -> None:
     toy_trainer(tmp_path, 6, fingerprints={"vocabulary": "aa"}).fit()
     with pytest.raises(CheckpointError, match="already holds a run up to step 6"):
