@@ -59,7 +59,7 @@ def run(
     recipe: RecipeName,
     settings: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
-    measure: Annotated[int | None, typer.Option("--measure", min=1, metavar="STEPS", help=MEASURE)] = None,
+    measure: Annotated[int | None, typer.Option("--measure", min=2, metavar="STEPS", help=MEASURE)] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run directory holds and start over.")] = False,
     verify_resume: Annotated[
         int | None, typer.Option("--verify-resume", metavar="K", min=1, help=VERIFY_RESUME)

@@ -101,7 +101,6 @@ def _end_at_end_of_input() -> None:
 def _start(arguments: Sequence[str], there: Place, port: int, reports: Path) -> subprocess.Popen[bytes]:
     environment = {
         **_shares_of_cores(there.world_size),
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP warns of parameters that it was told to look for and that all were used
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
         "RANK": str(there.rank),

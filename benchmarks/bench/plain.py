@@ -106,8 +106,11 @@ class Mixed:
         return logits.softmax(-1)
 
     def noised(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        q = self.law(F.one_hot(x0, self.states).to(t.dtype), t)
-        return categorical(q), q
+        hump = self.height * (t * (1.0 - t)).sqrt()
+        clean, masked = ((part / (1.0 + hump)).unsqueeze(-1) for part in (1.0 - t, t))
+        u = torch.rand(x0.shape)
+        noise = torch.where(u < clean + masked, self.mask, torch.randint(self.states - 1, x0.shape))
+        return torch.where(u < clean, x0, noise), self.law(F.one_hot(x0, self.states).to(t.dtype), t)
 
     def loss(self, logits: Tensor, x0: Tensor, zt: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
         """[B,L] nats."""

@@ -290,7 +290,11 @@ class _ChunkedSum(torch.autograd.Function):
     def backward(ctx: Any, d_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grouped, d_hidden, d_table, d_bias = ctx.saved_tensors
         in_row_order = torch.empty_like(d_hidden).index_copy_(0, grouped, d_hidden)
-        return *(buffer * d_sum.to(buffer.dtype) for buffer in (in_row_order, d_table, d_bias)), None, None, None, None
+        gradients = [in_row_order, d_table, d_bias]
+        # A loss is the sum itself, mostly; to look costs nothing on the CPU, and the table's gradient need not be copied.
+        if d_sum.device.type != "cpu" or float(d_sum) != 1.0:
+            gradients = [gradient * d_sum.to(gradient.dtype) for gradient in gradients]
+        return *gradients, None, None, None, None
 
 
 def _gather(results: list[tuple[Tensor, ...]], grouped: Tensor) -> tuple[Tensor, ...]:

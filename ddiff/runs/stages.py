@@ -136,6 +136,8 @@ def evaluate_run(run_dir: str | Path, settings: Iterable[str] = ()) -> Evaluatio
     built = load(run_dir, settings=settings)
     check_writable(built.run_dir)
     evaluation, counted = _evaluate_stage(built, again=True)
+    if built.recipe.train.ema:
+        print("The moving average of the weights:" if built.averaged else "The weights as they were trained:")
     print_evaluation(evaluation, counted, built.documents.entropy_rate)
     return evaluation
 
@@ -172,16 +174,25 @@ def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
             )
         return built, summary.exit_code
     built.go_on_alone()
-    if not writes:
-        return built, 0
-    evaluation, counted = _evaluate_stage(built)
-    samples = _sample_stage(built)
-    rate = built.documents.entropy_rate
-    what = type(built.process or built.objective).__name__
-    print_summary(
-        built.run_dir, f"{what} on {built.vocabulary}", built.denoiser, summary, evaluation, counted, rate, samples
+    return built, _after_training(built, summary) if writes else 0
+
+
+def _after_training(built: Run, summary: TrainingSummary) -> int:
+    """Evaluate, sample, and tell of it; the exit code."""
+    try:
+        evaluation, counted = _evaluate_stage(built)
+        samples = _sample_stage(built)
+    except KeyboardInterrupt:
+        print("Stopped after training, which is saved. The same command evaluates and samples.", file=sys.stderr)
+        return INTERRUPTED
+    what, rate = (
+        f"{type(built.process or built.objective).__name__} on {built.vocabulary}",
+        built.documents.entropy_rate,
     )
-    return built, 0
+    if built.averaged:
+        what += ", the moving average of its weights"
+    print_summary(built.run_dir, what, built.denoiser, summary, evaluation, counted, rate, samples)
+    return 0
 
 
 def _evaluate_stage(built: Run, again: bool = False) -> tuple[Evaluation, Baselines]:

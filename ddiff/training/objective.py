@@ -25,16 +25,15 @@ if TYPE_CHECKING:
 class TrainingLoss(Protocol):
     """What a row costs in training: a weight that no network enters, times what is read of the law.
 
-    The bound never calls it. A loss that wants other rows than those that the bound charges chooses them in a method
-    `reads(process, noisy, times) -> bool [B,L]`; rows that have no speed of their own count with speed 1. A loss that is no
-    bound may bear a `name`: its sum is then logged as `loss_{name}_nats_per_token`.
+    The bound never calls it. What is read is the process's own divergence, unless the loss has a method
+    `divergence(process, law, x0, zt, t) -> [r]` nats, called chunk by chunk. A loss that wants other rows than those that
+    the bound charges chooses them in a method `reads(process, noisy, times) -> bool [B,L]`; rows that have no speed of
+    their own count with speed 1. A loss that is no bound may bear a `name`: its sum is then logged as
+    `loss_{name}_nats_per_token`.
     """
 
     def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] per unit of the row's own t; computed once for all rows."""
-
-    def divergence(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """[r] nats; called chunk by chunk."""
 
 
 @final
@@ -43,9 +42,6 @@ class ElboLoss:
 
     def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return process.weight(x0, zt, t)
-
-    def divergence(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return process.divergence(law, x0, zt, t)
 
 
 @final
@@ -61,9 +57,6 @@ class ClippedLoss:
 
     def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return process.weight(x0, zt, t).clamp(self.smallest, self.largest)
-
-    def divergence(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return process.divergence(law, x0, zt, t)
 
 
 DECODING_SHARE = 0.1  # of the sequences of a batch, where the process does not close at the clean end
@@ -119,12 +112,13 @@ class DiffusionObjective:
         node = reading.scope(process.scope(drawn.zt), process)
         context = withheld(context_of(batch), self.denoiser.condition_dropout, noise)
         drawn, context = sent(drawn, device), sent(context, device)
-        fn = reading.question(self._question(drawn), process, drawn.zt, drawn.t)
-        total, _, density = self.module(drawn.noisy, context, drawn.rows, node, fn)
-        tokens, metrics = denominators["tokens"], self._metrics(density, drawn.zt, batch)
+        tokens = denominators["tokens"]
+        fn = reading.question(self._question(drawn, tokens), process, drawn.zt, drawn.t)
+        loss, _, density = self.module(drawn.noisy, context, drawn.rows, node, fn)
+        metrics = self._metrics(density, drawn.zt, batch)
         if name := getattr(self.loss, "name", None):
-            metrics[f"loss_{name}_nats_per_token"] = (total.detach(), batch.scored.sum())
-        return LossTerms(total / tokens.to(total.dtype), metrics)
+            metrics[f"loss_{name}_nats_per_token"] = (loss.detach() * tokens, batch.scored.sum())
+        return LossTerms(loss, metrics)
 
     def _draw(self, batch: Batch, noise: Noise, slots: int) -> _Drawn:
         """The rows of a batch that are read, and what each stands for."""
@@ -151,21 +145,29 @@ class DiffusionObjective:
             bound, loss = (torch.where(is_decoded, speed, weight) for weight in (bound, loss))
         return _Drawn(noisy, rows, x_rows, z_rows, t_rows, bound, loss, is_decoded if share > 0.0 else None)
 
-    def _question(self, drawn: _Drawn) -> Question:
-        process = self.process
+    def _question(self, drawn: _Drawn, tokens: Tensor) -> Question:
+        """(this row's share of the loss, its density) of a chunk; the shares are of the mean over `tokens`."""
+        process, weight = self.process, drawn.loss_weight / tokens
 
         def question(law: CleanLaw, idx: Tensor) -> tuple[Tensor, ...]:
             chunk = (drawn.x0[idx], drawn.zt[idx], drawn.t[idx])
-            loss = self.loss.divergence(process, law, *chunk)  # first: a law keeps what it computes, with its graph
-            decoding = None if drawn.decodes is None else process.decode_nll(law, *chunk)
-            with torch.no_grad():
-                divergence = process.divergence(law, *chunk)
-            if decoding is not None and drawn.decodes is not None:
-                loss = torch.where(drawn.decodes[idx], decoding, loss)
-                divergence = torch.where(drawn.decodes[idx], 0.0, divergence)  # the diffusion term alone is reported
-            return drawn.loss_weight[idx] * loss, drawn.bound_weight[idx] * divergence
+            loss, divergence = self._read(law, chunk)
+            if drawn.decodes is not None:
+                decodes = drawn.decodes[idx]
+                loss = torch.where(decodes, process.decode_nll(law, *chunk), loss)
+                divergence = torch.where(decodes, 0.0, divergence)  # the diffusion term alone is reported
+            return weight[idx] * loss, drawn.bound_weight[idx] * divergence
 
         return cast(Question, question)
+
+    def _read(self, law: CleanLaw, chunk: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the loss reads of the law, with its graph, and the bound's divergence without one: one reading mostly."""
+        if (read := getattr(self.loss, "divergence", None)) is None:
+            divergence = self.process.divergence(law, *chunk)
+            return divergence, divergence.detach()
+        loss = read(self.process, law, *chunk)  # first: a law keeps what it computes, with its graph
+        with torch.no_grad():
+            return loss, self.process.divergence(law, *chunk)
 
     def _metrics(self, density: Tensor, z_rows: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         count = batch.scored.sum()

@@ -66,9 +66,14 @@ class AutoregressiveObjective:
         device = device_of(self.module)
         context = withheld(context_of(batch), self.denoiser.condition_dropout, noise)
         rows, node, question = self._asked(batch, device)
-        total, nats = self.module(sent(_shown(batch), device), sent(context, device), rows, node, question)
         tokens = denominators["tokens"]
-        return LossTerms(total / tokens.to(total.dtype), {"nll_nats_per_token": (nats.sum(), batch.scored.sum())})
+
+        def share(law: CleanLaw, idx: Tensor) -> tuple[Tensor, Tensor]:
+            nats = question(law, idx)
+            return nats / tokens, nats.detach()
+
+        loss, _, nats = self.module(sent(_shown(batch), device), sent(context, device), rows, node, share)
+        return LossTerms(loss, {"nll_nats_per_token": (nats.sum(), batch.scored.sum())})
 
     def ask(self, batch: Batch) -> Ask:
         """How the denoiser is asked about these rows."""

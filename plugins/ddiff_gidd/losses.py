@@ -9,12 +9,10 @@ from torch import Tensor
 
 from ddiff import (
     ArgumentError,
-    CleanLaw,
     ComponentConfig,
     ForwardProcess,
     NonNegativeFloat,
     PositiveFloat,
-    Score,
 )
 from ddiff_gidd.process import GeneralizedInterpolation
 
@@ -58,11 +56,6 @@ class Dynamic:
         own = mixing.per_word * torch.exp(mixing.gamma / 2 * lightness)
         elsewhere = torch.where(zt == process.vocabulary.root, 2.0, 1.0).to(t.dtype)
         return torch.where(zt == x0, own, elsewhere).clamp(self.smallest, self.largest)
-
-    def divergence(
-        self, process: ForwardProcess, answer: CleanLaw | Score, x0: Tensor, zt: Tensor, t: Tensor
-    ) -> Tensor:
-        return process.divergence(answer, x0, zt, t)
 
 
 def _mixing(process: ForwardProcess) -> GeneralizedInterpolation:

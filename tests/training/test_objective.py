@@ -120,3 +120,24 @@ def test_conditions_are_withheld_from_their_share_of_the_samples() -> None:
     assert torch.equal(shown["vector"].isnan().any((1, 2)), apart), "a sample keeps its condition whole or not at all"
     assert torch.equal(shown["always"], label)
     assert Condition(classes=3).dropout == 0.1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_loss_without_a_reading_of_its_own_reads_what_the_bound_does_once(share: float) -> None:
+    slots = torch.arange(SLOTS)
+    calls = []
+
+    class Counting(type(NEVER_CLEAN)):  # type: ignore[misc]
+        def divergence(self, *asked: Tensor) -> Tensor:
+            calls.append(1)
+            return super().divergence(*asked)
+
+    found = []
+    for loss in (ElboLoss(), Watching()):
+        one = objective(loss, RULES["flat"], share)
+        one.process = Counting(VOCABULARY, LinearSchedule(), torch.full((5,), 0.2))
+        calls.clear()
+        found.append((loss_at(one, 3, slots), len(calls)))
+    (once, reads), (twice, more) = found
+    assert once == twice
+    assert more == 2 * reads > 0
