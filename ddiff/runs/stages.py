@@ -49,6 +49,7 @@ from ddiff.runs.parts import (
     outlined,
 )
 from ddiff.summary import print_evaluation, print_start, print_summary
+from ddiff.training.trainer import TrainingSummary
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code of a run that SIGINT ended
 
