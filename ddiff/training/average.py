@@ -23,18 +23,21 @@ class MovingAverage:
     def __init__(self, module: nn.Module, decay: float) -> None:
         if not 0.0 < decay < 1.0:
             raise ArgumentError(f"MovingAverage: decay must be in (0, 1), such as 0.9999; got {decay}.")
-        self.decay, self.updates = decay, 0
+        self.decay = decay
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.weights = {name: _wide(p.detach()).clone() for name, p in self._parameters.items()}
+        device = next(iter(self._parameters.values())).device
+        self.updates = torch.zeros((), dtype=torch.float64, device=device)  # there, as steps are decided there
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
         """Take the parameters in as they are now; nothing where `finite` (0-d bool) says that no step was taken."""
-        decay = min(self.decay, (1.0 + self.updates) / (10.0 + self.updates))
-        self.updates += 1
+        taken = finite.to(torch.float64)
+        share = taken * (1.0 - ((1.0 + self.updates) / (10.0 + self.updates)).clamp(max=self.decay))
+        self.updates += taken
         for name, average in self.weights.items():
             mine = local(average)
-            mine.lerp_(_wide(local(self._parameters[name].detach())), finite.to(mine.dtype) * (1.0 - decay))
+            mine.lerp_(_wide(local(self._parameters[name].detach())), share.to(mine.dtype))
 
     def to_tree(self) -> dict[str, Any]:
         return {"updates": self.updates, "weights": self.weights}
@@ -45,7 +48,7 @@ class MovingAverage:
         if tree["weights"].keys() != self.weights.keys():
             differing = sorted(tree["weights"].keys() ^ self.weights.keys())[:3]
             raise CheckpointError(f"The average in the checkpoint is of another model: {', '.join(differing)} differ.")
-        self.updates = tree["updates"]
+        self.updates.copy_(tree["updates"])
         for name, average in self.weights.items():
             average.copy_(tree["weights"][name])
 

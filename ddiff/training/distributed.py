@@ -132,8 +132,8 @@ class ShardedBackend(Ranks):
 
     Each block of the trunk is gathered when it runs and dropped again, forward and backward; what is outside the blocks,
     embeddings and head, stays gathered between the two. `precision` is that in which blocks are gathered (None: that of
-    the weights); gradients are summed in float32. In a step all ranks must use the same parameters: one that some rank
-    has no gradient of ends the run (`DistributedBackend` takes it as zero). The other arguments are those of `Ranks`.
+    the weights); gradients are summed in float32. What a rank does not use in a step has a gradient of zero there, and so
+    decays; before torch 2.13 such a step ends the run. The other arguments are those of `Ranks`.
     """
 
     def __init__(self, device: str = "auto", processes: int = 1, precision: torch.dtype | None = None) -> None:
@@ -152,6 +152,8 @@ class ShardedBackend(Ranks):
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
         for shard in module.modules():
             if isinstance(shard, FSDPModule):
+                if hasattr(shard, "set_reduce_scatter_unused_params"):
+                    shard.set_reduce_scatter_unused_params(True, recurse=False)
                 shard.set_gradient_divide_factor(1.0)
                 shard.set_force_sum_reduction_for_comms(True)
         return module

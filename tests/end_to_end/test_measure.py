@@ -120,7 +120,7 @@ def test_a_loss_that_is_divided_by_another_count_is_warned_of(
         Trainer, "_denominators", lambda self, batches: {k: v / 2 for k, v in counts(self, batches).items()}
     )
     assert measured().is_off
-    code, out, _ = ddiff("run", "small.toml", "--dry-run", "--measure", "1")
+    code, out, _ = ddiff("run", "small.toml", "--dry-run", "--measure", "2")
     assert code == 0
     assert "WARNING: the first loss is" in out
 

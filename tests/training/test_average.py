@@ -38,6 +38,7 @@ def test_a_step_that_was_not_taken_leaves_it_alone() -> None:
     average.update(NO)
     assert torch.equal(average.weights["weight"], before)
     average.update(YES)
+    torch.testing.assert_close(average.weights["weight"], before + 0.9, rtol=1e-6, atol=1e-7)  # as the first step's
     assert not torch.equal(average.weights["weight"], before)
 
 
