@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ddiff.errors import ArgumentError
+from ddiff.training.memory import keep_freed_memory
 
 
 @final
@@ -22,6 +23,8 @@ class SingleBackend:
 
     def __init__(self, device: str = "auto") -> None:
         self.device = device_named(device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def wrap(self, module: nn.Module) -> nn.Module:
         return module.to(self.device)

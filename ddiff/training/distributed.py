@@ -24,6 +24,7 @@ from ddiff.errors import ArgumentError
 from ddiff.launch import place
 from ddiff.training.backend import clipped, device_named
 from ddiff.training.blocks import blocks_of
+from ddiff.training.memory import keep_freed_memory
 
 _PREPARING = timedelta(days=7)  # how long the others wait while rank 0 prepares data
 
@@ -57,6 +58,8 @@ class Ranks:
         self.device = device_named(f"cuda:{there.local_rank}" if on_gpu else "cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
+        else:
+            keep_freed_memory()
         self._store, _, _ = next(dist.rendezvous("env://", there.rank, there.world_size))
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
