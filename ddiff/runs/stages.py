@@ -122,6 +122,7 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> None:
         with part.blamed():
             for pattern in part.reads():
                 find_files(pattern)
+    recipe.data.preview()
     vocabulary = recipe.vocabulary.preview(num_tokens=recipe.tokenizer.preview())
     if (init := recipe.train.init) is not None and init.run is not None:
         check_source(init.run)

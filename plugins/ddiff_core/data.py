@@ -144,8 +144,13 @@ class Files:
         validation: tuple[str, ...] = ()
         """Paths or globs of the validation documents; without them a share is held out."""
 
+    @classmethod
+    def build(cls, config: Config, *, length: int, seed: int, cache: Cache | None) -> SourceCorpus | StreamedCorpus:
+        return cls.preview(config)
+
     @staticmethod
-    def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> SourceCorpus | StreamedCorpus:
+    def preview(config: Config) -> SourceCorpus | StreamedCorpus:
+        """The corpus, of which no file is read yet: files that are missing or of several formats are refused."""
         from ddiff import file_texts
 
         def texts(files: tuple[str, ...]) -> TextSource:

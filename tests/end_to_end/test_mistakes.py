@@ -221,6 +221,13 @@ def test_a_truncated_file_of_the_run_is_named_when_the_run_goes_on(file: str, ru
     refused(ddiff(*COMMANDS["run"]), file)
 
 
+def test_files_of_two_formats_are_refused_before_they_are_read(folder: Path, ddiff: Command) -> None:
+    for name in ("a.jsonl", "b.parquet"):
+        (folder / name).write_text('{"text": "It rained."}\n')
+    corpus = 'data={kind="files", files=["*.jsonl", "*.parquet"], length=16}'
+    refused(ddiff("run", "small.toml", "--dry-run", "--set", corpus), "one of", "parquet", "files of one format")
+
+
 def test_a_run_without_a_checkpoint_cannot_be_read(run_dir: Path, ddiff: Command) -> None:
     shutil.rmtree(run_dir / "checkpoints")
     refused(ddiff("eval", "runs/small"), "no complete checkpoint")
