@@ -58,7 +58,8 @@ class InitKeys(ComponentConfig):
     @model_validator(mode="after")
     def _one_source(self) -> InitKeys:
         if (self.run is None) == (self.model is None):
-            raise ValueError("name either a run, or a model whose embeddings are taken")
+            came = "neither" if self.run is None else f"run = {self.run!r} and model = {self.model!r}"
+            raise ValueError(f'name either "run", or "model", whose embeddings are taken; got {came}')
         return self
 
 

@@ -236,7 +236,7 @@ BEGINNING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a sampler of another plugin": (('sample.sampler="confidnce"',), ("confidnce", '"confidence"')),
     "a prefix share over one": (("train.prefix=1.5",), ("[train] prefix", "1.5")),
     "weights of no run": (('train.init={run="nowhere"}',), ("[train] init", "nowhere", "not a trained run")),
-    "weights without a run": (('train.init={parts="all"}',), ("[train.init]", '"run"')),
+    "weights without a run": (('train.init={parts="all"}',), ("[train] init", '"run"', "got neither")),
     "weights of unknown parts": (('train.init={run="runs/told", parts="half"}',), ("parts", "half")),
     "weights on another tokenizer": (('train.init={run="runs/small"}',), ("[train] init", "another tokenizer")),
     "weights of another width": (
