@@ -154,7 +154,7 @@ def test_a_model_s_embeddings_become_those_of_the_words(tmp_path: Path) -> None:
 
 def test_weights_come_from_a_run_or_a_model() -> None:
     for init in ("{parts='all'}", "{run='a', model='b'}"):
-        with pytest.raises(RecipeError, match="name either a run, or a model whose embeddings are taken"):
+        with pytest.raises(RecipeError, match='name either "run", or "model", whose embeddings are taken'):
             read_recipe("small.toml", [f"train.init={init}"])
 
 
