@@ -26,7 +26,8 @@ from models import (
 )
 from plain import plain_sampling, plain_training_step
 
-from ddiff import Context, DistributedBackend, Noise, SingleBackend
+from ddiff import Context, DistributedBackend, Noise
+from ddiff.training.memory import keep_freed_memory
 
 FAMILIES = {"mdlm": ["mdlm"], "gidd": ["gidd"], "hdlm": ["hdlm-tied", "hdlm-levelwise"], "ar": ["ar"]}
 TINY = Size(64, width=16, layers=1, heads=1, length=8, batch=2, samples=2, steps=2)
@@ -34,7 +35,7 @@ TINY = Size(64, width=16, layers=1, heads=1, length=8, batch=2, samples=2, steps
 
 def train(family: str, vocabulary: int, rounds: int) -> dict[str, Any]:
     """Seconds of a training step: ours with each head, the plain one, and the trunk's forward and backward alone."""
-    SingleBackend("cpu")  # both sides keep the memory that they have freed, as training does
+    keep_freed_memory()  # both sides keep the memory that they have freed, as training does
     case = Case(FAMILIES[family][0], Size(vocabulary))
     sides = {name: our_training_step(Case(name, Size(vocabulary))) for name in FAMILIES[family]}
     return in_turn({**sides, "plain": plain_training_step(case), "trunk": trunk_step(case)}, rounds)
@@ -53,7 +54,7 @@ def trunk_step(case: Case) -> Any:
 
 def sample(family: str, vocabulary: int, rounds: int, plain_steps: int) -> dict[str, Any]:
     """Seconds of whole runs of ours, and between them of `plain_steps` steps of the plain side, one by one."""
-    SingleBackend("cpu")
+    keep_freed_memory()
     size = Size(vocabulary)
     ours = {name: our_sampler(Case(name, size)) for name in FAMILIES[family]}
     plain = plain_sampling(Case(FAMILIES[family][0], size))
@@ -76,14 +77,14 @@ def memory(what: str, side: str, family: str, vocabulary: int) -> float:
 
 
 def handwritten(vocabulary: int, rounds: int) -> dict[str, Any]:
-    SingleBackend("cpu")
+    keep_freed_memory()
     case = Case("mdlm", Size(vocabulary))
     return in_turn({"generic": our_training_step(case), "handwritten": handwritten_step(case)}, rounds)
 
 
 def grow(family: str, what: str, rounds: int, levels: int = 2, **size: int) -> list[float]:
     """Seconds of ours alone at another size."""
-    SingleBackend("cpu")
+    keep_freed_memory()
     case = Case(family, Size(**{"vocabulary": 8192, **size}), levels)
     run = our_training_step(case) if what == "train" else our_sampler(case)
     return in_turn({"ours": run}, rounds)["ours"]

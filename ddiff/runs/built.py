@@ -132,7 +132,8 @@ class Run:
         if start is None:
             self.begin()
         self.distribute()
-        return self.trainer(folder, end, NoTracker()).fit(start)
+        with closing(self._batches):
+            return self.trainer(folder, end, NoTracker()).fit(start)
 
     def distribute(self) -> None:
         """The network as it is trained: recomputed, compiled and shared among the processes as the recipe has it."""

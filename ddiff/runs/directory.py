@@ -125,7 +125,7 @@ def layout(backend: Backend) -> dict[str, Any]:
 
 
 def newest_step(built: Run) -> int:
-    steps = Checkpoints(str(built.run_dir / "checkpoints")).steps()
+    steps = built.checkpoints.steps()
     return steps[-1] if steps else 0
 
 

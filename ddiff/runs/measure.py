@@ -325,7 +325,6 @@ def _first_step(run: Run, objective: Objective) -> float:
 @torch.no_grad()
 def _loss(run: Run, objective: Objective, batch: Batch, noise: Noise, slots: int, tokens: int | None = None) -> float:
     """An objective's loss on some rows, over its own count or over `tokens`."""
-    batch = batch.to(run.backend.device)
     own = {name: torch.as_tensor(count, dtype=torch.float64) for name, count in objective.counts(batch).items()}
     counts = own if tokens is None else {name: torch.full_like(count, tokens) for name, count in own.items()}
     return float(objective(batch, noise, counts, slots).loss)

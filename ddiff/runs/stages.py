@@ -187,12 +187,10 @@ def _after_training(built: Run, summary: TrainingSummary) -> int:
     except KeyboardInterrupt:
         print("Stopped after training, which is saved. The same command evaluates and samples.", file=sys.stderr)
         return INTERRUPTED
-    what, rate = (
-        f"{type(built.process or built.objective).__name__} on {built.vocabulary}",
-        built.documents.entropy_rate,
-    )
+    what = f"{type(built.process or built.objective).__name__} on {built.vocabulary}"
     if built.averaged:
         what += ", the moving average of its weights"
+    rate = built.documents.entropy_rate
     print_summary(built.run_dir, what, built.denoiser, summary, evaluation, counted, rate, samples)
     return 0
 

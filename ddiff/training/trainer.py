@@ -71,6 +71,7 @@ class _Run:
     metrics: dict[str, float] = field(default_factory=dict)  # what the tracker was last told
     window: list[StepRecord] = field(default_factory=list)  # steps since then
     signal: int | None = None  # that some rank has received, agreed upon by all; in no checkpoint
+    settled: float = field(default_factory=time.monotonic)  # when figures were last read; in no checkpoint
 
     def to_tree(self) -> dict[str, Any]:
         return {
@@ -176,7 +177,6 @@ class Trainer:
         file = MetricsFile(self.run_dir, run.step) if self.backend.rank == 0 else None
         self.objective.module.train()
         launched: deque[_Launched] = deque()
-        self._settled = began
         try:
             with Interruption() as interruption, self._progress(run.step) as bar:
                 while run.step < self.steps and run.signal is None:
@@ -257,11 +257,11 @@ class Trainer:
             grad_norm=grad_norm,
             lr_multiplier=launched.multiplier,
             tokens=items,
-            seconds=now - self._settled,
+            seconds=now - run.settled,
             skipped_steps=run.skipped_steps,
             metrics=dict(zip(launched.names, map(tuple, pairs))),
         )
-        self._settled = now
+        run.settled = now
         run.window.append(record)
         if run.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
             raise NonFiniteError(self._despair(record))
