@@ -1,13 +1,15 @@
-"""Throw-away distributions: a folder on sys.path with a dist-info, as pip would leave it."""
+"""Throw-away distributions: a folder on sys.path with a dist-info, as pip would leave it; and a device without answers."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import torch
 
 MakeDistribution = Callable[..., Path]
 
@@ -43,3 +45,13 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ma
     yield make
     for module in made:
         sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def no_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes "meta" fit for a training step: a device whose tensors have no values, so that to ask one is an error.
+
+    It stands for a GPU that is not waited for. Autocast, which it does not know, is left out.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)

@@ -134,7 +134,7 @@ class DenseProcess(ForwardProcess):
 
         def turning(t: Tensor) -> Tensor:
             t = t[:, None, None]
-            return first * (1.0 - t) / (1.0 - t * 0.9) + second * 4.0 * t
+            return first.to(t.device) * (1.0 - t) / (1.0 - t * 0.9) + second.to(t.device) * 4.0 * t
 
         return [cls(bare, first), cls(bare, turning)]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ddiff.core.kernel import InterpolatingKernel, Kernel
 from ddiff.core.law import Answer, CleanLaw, Score, certainly_law
-from ddiff.core.numerics import EARLIEST, LATEST, draw_index, interior, like_rows, log_or_never
+from ddiff.core.numerics import EARLIEST, LATEST, Constant, draw_index, interior, like_rows, log_or_never
 from ddiff.core.process import ForwardProcess, Prior, Visit
 from ddiff.core.schedule import LinearSchedule, Schedule
 from ddiff.core.vocabulary import FlatVocabulary, Vocabulary
@@ -153,8 +153,9 @@ class InterpolatingProcess(ForwardProcess):
         t = interior(t)
         if isinstance(answer, Score):
             return self._divergence_of_score(answer, x0, zt, t)
-        log_rho = self._likelihood(x0, zt, t).log() - self._log_marginal_at(answer, zt, t)
-        return self._kl(answer, x0, t) + torch.expm1(log_rho) - log_rho
+        others, log_p_x, log_p_z = self._read(answer, x0, zt, t)
+        log_rho = self._likelihood(x0, zt, t).log() - self._log_marginal_at(log_p_z, zt, t)
+        return self._kl(others, log_p_x, x0, t) + torch.expm1(log_rho) - log_rho
 
     def density(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return self.weight(x0, zt, t) * self.divergence(answer, x0, zt, t)
@@ -163,31 +164,39 @@ class InterpolatingProcess(ForwardProcess):
         if isinstance(answer, Score):
             return super().decode_nll(answer, x0, zt, t)
         evidence = self._likelihood(x0, zt, t).log()
-        return self._log_marginal_at(answer, zt, t) - answer.log_prob(x0) - evidence
+        return self._log_marginal_at(answer.log_prob(self._word(zt)), zt, t) - answer.log_prob(x0) - evidence
 
     def closing_kl(self, answer: Answer, x0: Tensor, t: Tensor) -> Tensor:
-        return super().closing_kl(answer, x0, t) if isinstance(answer, Score) else self._kl(answer, x0, t)
+        if isinstance(answer, Score):
+            return super().closing_kl(answer, x0, t)
+        others, log_p_x, _ = self._read(answer, x0, x0, t)
+        return self._kl(others, log_p_x, x0, t)
 
     def reverse_rates(self, answer: Answer, zt: Tensor, t: Tensor) -> Tensor:
         ratio = self._log_ratio(answer, zt, interior(t)).exp()
         arrive = like_rows(self.arrivals_at(zt, t), ratio)
         return torch.where(arrive > 0, arrive * ratio, 0.0).scatter(-1, zt.unsqueeze(-1), 0.0)
 
-    def _kl(self, law: CleanLaw, x0: Tensor, t: Tensor) -> Tensor:
+    def _read(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[r] each: what `_kl` sums over the words other than x0, ln p at x0, and ln p at z_t where that is a word."""
+        log_p = law.log_mass(0)
+        noise, _ = self.noise_like(log_p, t)
+        return _Words.apply(log_p, like_rows(self.alpha(t), log_p), noise, x0, self._word(zt))
+
+    def _kl(self, others: Tensor, log_p_x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """[r] KL( q_t(.|x) || q_t-bar ) = q_x phi(-delta) + sum_{y != x} b_y phi(alpha p_y / b_y), phi(v) = v - ln(1 + v).
 
         delta = alpha (1 - p_x) / q_x. No term is negative, so that nothing cancels where alpha is small; alpha p_y where
         b_y = 0. States beyond the words have the same noise on both sides and give nothing.
         """
-        log_p, alpha, log_p_x = law.log_mass(0), self.alpha(t), law.log_prob(x0)
-        noise, _ = self.noise_like(log_p, t)
+        alpha = self.alpha(t)
         truth, here = self._likelihood(x0, x0, t), self.noise_at(x0, t)
         delta = torch.where(truth > 0, -alpha * torch.expm1(log_p_x) / truth, 0.0)
         log_rest = torch.where(
             delta < 0.5, torch.log1p(-delta.clamp(max=0.5)), _log_mixed(here, alpha, log_p_x) - truth.log()
         )
         own = torch.where(truth > 0, -truth * (delta + log_rest), 0.0)
-        return own + _Others.apply(log_p, like_rows(alpha, log_p), noise, x0)
+        return own + others
 
     def _divergence_of_score(self, score: Score, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         log_ratio, pick = score.log_ratio, x0.unsqueeze(-1)
@@ -198,10 +207,14 @@ class InterpolatingProcess(ForwardProcess):
         terms = log_model.exp() - q + torch.where(q > 0, q * (q.log() - log_model), 0.0)
         return terms.scatter(-1, zt.unsqueeze(-1), 0.0).sum(-1).double()
 
-    def _log_marginal_at(self, law: CleanLaw, zt: Tensor, t: Tensor) -> Tensor:
+    def _word(self, zt: Tensor) -> Tensor:
+        """[r] z_t where that is a word, some word elsewhere."""
+        return torch.where(zt < self.vocabulary.num_tokens, zt, 0)
+
+    def _log_marginal_at(self, log_p_z: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] ln q_t-bar(z_t). Where no noise is, it is ln alpha + ln p: the mass of a word may underflow."""
         noise, word = self.noise_at(zt, t), zt < self.vocabulary.num_tokens
-        mixed = _log_mixed(noise, self.alpha(t), law.log_prob(torch.where(word, zt, 0)))
+        mixed = _log_mixed(noise, self.alpha(t), log_p_z)
         return torch.where(word | (noise == 0), mixed, torch.where(noise > 0, noise, 1.0).log())
 
     def _likelihood(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
@@ -245,7 +258,9 @@ class InterpolatingProcess(ForwardProcess):
             total = elsewhere.double().sum(-1)
             # a law that is sure of z itself leaves nothing elsewhere: it draws z
             drawn = draw_index(elsewhere.scatter(-1, z.unsqueeze(-1), like_rows(total == 0, elsewhere)), u[picked, 1])
-            leaves = arrive[picked] * total / self._log_marginal_at(law, z, t[picked]).double().exp()
+            leaves = (
+                arrive[picked] * total / self._log_marginal_at(law.log_prob(self._word(z)), z, t[picked]).double().exp()
+            )
             return torch.where(u[picked, 0] < leaves, drawn, z)
 
         zs[candidates] = visit(candidates, self.scope(zt[candidates]), draw)
@@ -299,35 +314,37 @@ def _log_mixed(noise: Tensor, alpha: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(noise > 0, torch.where(noise > 0, noise + log_faded.exp(), 1.0).log(), log_faded)
 
 
-class _Others(torch.autograd.Function):
-    """[r] sum over words y != x of b_y phi(alpha p_y / b_y), phi(v) = v - ln(1 + v); alpha p_y where b_y = 0.
+class _Words(torch.autograd.Function):
+    """[r] sum over words y != x of b_y phi(alpha p_y / b_y), phi(v) = v - ln(1 + v), alpha p_y where b_y = 0; beside it
+    ln p_x and ln p_z.
 
-    By hand, since autograd would keep every step of it at the width of the vocabulary: the derivative by ln p_y is
-    b v^2 / (1 + v) with v = alpha p_y / b_y. log_p [r,V], alpha [r,1], noise [r,1] or [r,V].
+    By hand, since autograd would keep every step of it, and add up a gradient for each word that is read, at the width of
+    the vocabulary: the derivative by ln p_y is b v^2 / (1 + v) with v = alpha p_y / b_y. log_p [r,V], alpha [r,1], noise
+    [r,1] or [r,V], x0 and z [r] words.
     """
 
     @staticmethod
-    def forward(ctx: Any, log_p: Tensor, alpha: Tensor, noise: Tensor, x0: Tensor) -> Tensor:
-        noisy = noise > 0
-        scale = torch.where(noisy, noise, 1.0)
+    def forward(
+        ctx: Any, log_p: Tensor, alpha: Tensor, noise: Tensor, x0: Tensor, z: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        read = torch.stack([x0, z], -1)
+        scale = noise.clamp(min=torch.finfo(noise.dtype).tiny)  # b phi(v) at b -> 0 is alpha p, and v stays finite
         gained = log_p.exp().mul_(alpha / scale)
         gained = gained.scatter_(-1, x0.unsqueeze(-1), 0.0)
-        ctx.save_for_backward(gained, scale, noisy)
+        ctx.save_for_backward(gained, scale, read)
         lost = gained.log1p()
-        if not bool(noisy.all()):
-            lost *= noisy
         each = torch.sub(gained, lost, out=lost)
-        return (each.sum(-1, keepdim=True) * scale).squeeze(-1) if scale.shape[-1] == 1 else (each * scale).sum(-1)
+        others = (each.sum(-1, keepdim=True) * scale).squeeze(-1) if scale.shape[-1] == 1 else (each * scale).sum(-1)
+        log_p_x, log_p_z = log_p.gather(-1, read).unbind(-1)
+        return others, log_p_x, log_p_z
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gained, scale, noisy = ctx.saved_tensors
+    def backward(ctx: Any, d_others: Tensor, d_x: Tensor, d_z: Tensor) -> tuple[Tensor | None, ...]:
+        gained, scale, read = ctx.saved_tensors
         each = gained + 1.0
-        each = torch.div(gained, each, out=each).mul_(gained)
-        if not bool(noisy.all()):
-            each = torch.where(noisy, each, gained)
-        return each.mul_(scale * gradient.unsqueeze(-1)), None, None, None
+        each = torch.div(gained, each, out=each).mul_(gained).mul_(scale * d_others.unsqueeze(-1))
+        return each.scatter_add_(-1, read, torch.stack([d_x, d_z], -1)), None, None, None, None
 
 
 class _Cells:
@@ -394,6 +411,7 @@ class ComponentProcess(InterpolatingProcess):
     def __init__(self, vocabulary: Vocabulary, components: Sequence[Tensor]) -> None:
         self.vocabulary = vocabulary
         self.components = torch.stack([_checked_law(self, vocabulary, law) for law in components])
+        self._on = Constant(self.components).on
         words = self.components[:, : vocabulary.num_tokens]
         self._even = bool((words == words[:, :1]).all())  # then b_t is one number per row over the words
         clean, last = self.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
@@ -416,44 +434,44 @@ class ComponentProcess(InterpolatingProcess):
         return _without_rounding(self.d_coefficients(t), fading * self.coefficients(t))
 
     def noise(self, t: Tensor) -> Tensor:
-        return self.coefficients(t) @ self.components.to(t.device)
+        return self.coefficients(t) @ self._on(t.device)
 
     def d_noise(self, t: Tensor) -> Tensor:
-        return self.d_coefficients(t) @ self.components.to(t.device)
+        return self.d_coefficients(t) @ self._on(t.device)
 
     def arrivals(self, t: Tensor) -> Tensor:
-        return self._flow(t) @ self.components.to(t.device)
+        return self._flow(t) @ self._on(t.device)
 
     def noise_at(self, zt: Tensor, t: Tensor) -> Tensor:
-        return (self.coefficients(t) * self.components.T.to(zt.device)[zt]).sum(-1)
+        return (self.coefficients(t) * self._on(zt.device).T[zt]).sum(-1)
 
     def arrivals_at(self, zt: Tensor, t: Tensor) -> Tensor:
-        return (self._flow(t) * self.components.T.to(zt.device)[zt]).sum(-1)
+        return (self._flow(t) * self._on(zt.device).T[zt]).sum(-1)
 
     def alike(self, zt: Tensor) -> Tensor:
-        return self._first_alike.to(zt.device)[zt]
+        return self._first_alike.on(zt.device)[zt]
 
     @cached_property
-    def _first_alike(self) -> Tensor:
+    def _first_alike(self) -> Constant:
         """[S] the first state with the same share of every component."""
         _, kind = self.components.T.unique(dim=0, return_inverse=True)
         states = torch.arange(len(kind))
-        return torch.full_like(kind, len(kind)).scatter_reduce(0, kind, states, "amin")[kind]
+        return Constant(torch.full_like(kind, len(kind)).scatter_reduce(0, kind, states, "amin")[kind])
 
     def noise_of(self, states: Tensor, t: Tensor) -> Tensor:
-        return self.coefficients(t) @ self.components.to(t.device)[:, states]
+        return self.coefficients(t) @ self._on(t.device)[:, states]
 
     def arrivals_of(self, states: Tensor, t: Tensor) -> Tensor:
-        return self._flow(t) @ self.components.to(t.device)[:, states]
+        return self._flow(t) @ self._on(t.device)[:, states]
 
     def noise_like(self, log_p: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        mass, components = self.coefficients(t).to(log_p.dtype), self.components.to(log_p)
+        mass, components = self.coefficients(t).to(log_p.dtype), self._on(log_p.device).to(log_p.dtype)
         num_tokens = self.vocabulary.num_tokens
         words, beyond = components[:, : 1 if self._even else num_tokens], components[:, num_tokens:]
         return _weighted(mass, words), _weighted(mass, beyond)
 
     def _arrive_at(self, zt: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        return (self._arriving(s, t) * self.components.T.to(zt.device)[zt]).sum(-1)
+        return (self._arriving(s, t) * self._on(zt.device).T[zt]).sum(-1)
 
     def _arriving(self, s: Tensor, t: Tensor) -> Tensor:
         """[r,K] the mass of each component that arrives between s and t."""
@@ -475,7 +493,7 @@ class ComponentProcess(InterpolatingProcess):
         left = torch.where(which > 0, share.gather(-1, (which - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1), 0.0)
         # where in its component's cell the uniform lies is a uniform of its own
         rest = ((u[lost, 1] - left) / (right - left)).clamp(0.0, 1.0 - 2.0**-53)
-        for k, component in enumerate(self.components.to(ids.device)):
+        for k, component in enumerate(self._on(ids.device)):
             rows = which == k
             drawn[lost[rows]] = Prior(component.log()).draw(rest[rows])
         return drawn

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, final
 import torch
 from torch import Tensor
 
-from ddiff.core.numerics import draw_index, log_or_never
+from ddiff.core.numerics import draw_index, log_or_never, may_hold
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 
@@ -35,6 +35,9 @@ class CleanLaw(Protocol):
 
     def log_child(self, node: Tensor, child: Tensor) -> Tensor:
         """[r], [r] -> [r] log P(child | node), child at any depth below node (0 where they are equal)."""
+
+    def log_step(self, node: Tensor, child: Tensor) -> Tensor:
+        """log_child for nodes that the rows asked below and children one level down, or equal to their node."""
 
     def log_mass(self, level: int) -> Tensor:
         """[r, n_level] log P of every node of a level, in id order; level 0 is the dense log_p."""
@@ -66,12 +69,14 @@ def certainly_law(answer: Answer, asker: str) -> CleanLaw:
 class SubtreeLaw(ABC):
     """Rows that all ask below one node `top`; a subclass says the law of each level given `top`.
 
-    Nothing above `top` is known, so `log_prob` and `log_mass` need `top` to be the root.
+    Nothing above `top` is known, so `log_prob` and `log_mass` need `top` to be the root. `asked` says that `top` is the
+    very node that every row asked below; a law that answers from further up leaves it out.
     """
 
-    def __init__(self, vocabulary: Vocabulary, top: int) -> None:
+    def __init__(self, vocabulary: Vocabulary, top: int, asked: bool = False) -> None:
         self.vocabulary = vocabulary
         self.top = top
+        self.asked = asked
         self._first = vocabulary.subtree(top)  # first place below top, level by level
 
     @abstractmethod
@@ -85,6 +90,12 @@ class SubtreeLaw(ABC):
     def log_child(self, node: Tensor, child: Tensor) -> Tensor:
         below = self._log_given_top(child) - self._log_given_top(node)
         return torch.where(child == node, 0.0, below)
+
+    def log_step(self, node: Tensor, child: Tensor) -> Tensor:
+        if not self.asked:
+            return self.log_child(node, child)
+        level = len(self._first) - 1  # one below top: known here, so that no other level is computed or looked for
+        return torch.where(child == node, 0.0, self._log_at(level, self._place(child, level)))
 
     def log_mass(self, level: int) -> Tensor:
         self._needs_root("log_mass")
@@ -120,6 +131,10 @@ class SubtreeLaw(ABC):
         first, last = self.vocabulary.node_range(torch.tensor(self.top), level)
         return int(last - first)
 
+    def _place(self, node: Tensor, level: int) -> Tensor:
+        """[r] each node's place among those of `level` below top; of one that is not there some place."""
+        return self._local_range(node, level)[0].clamp(0, self._width(level) - 1)
+
     def _local_range(self, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """The node's range of places at `level`, counted from the first place below top."""
         start, stop = self.vocabulary.node_range(node, level)
@@ -131,11 +146,9 @@ class SubtreeLaw(ABC):
         value: Tensor | None = None
         for level in range(len(self._first)):
             here = own_level == level
-            if not bool(here.any()):
+            if not may_hold(here):
                 continue
-            place, _ = self._local_range(node, level)
-            # rows of other levels read some entry, which is dropped
-            picked = self._log_at(level, place.clamp(0, self._width(level) - 1))
+            picked = self._log_at(level, self._place(node, level))
             value = torch.where(here, picked, torch.zeros_like(picked) if value is None else value)
         return torch.zeros(node.shape, device=node.device) if value is None else value
 
@@ -180,8 +193,8 @@ class LogitLaw(SubtreeLaw):
     in whichever memory order the logits are.
     """
 
-    def __init__(self, logits: Tensor, vocabulary: Vocabulary, top: int | None = None) -> None:
-        super().__init__(vocabulary, vocabulary.root if top is None else top)
+    def __init__(self, logits: Tensor, vocabulary: Vocabulary, top: int | None = None, asked: bool = False) -> None:
+        super().__init__(vocabulary, vocabulary.root if top is None else top, asked)
         flat = vocabulary.num_levels <= 1
         self._logits = logits if flat or top is not None else _columns(logits, vocabulary.order(0, logits.device))
         self._softmax = _Softmax(self._logits.detach())
@@ -201,16 +214,19 @@ class LogitLaw(SubtreeLaw):
 
     def _masses(self, level: int) -> Tensor:
         """[r,n] log of the mass of each node of `level`: a segment log-sum-exp over contiguous ranges of words."""
-        device = self._logits.device
         nodes_first, nodes_last = self.vocabulary.node_range(torch.tensor(self.top), level)
-        nodes = self.vocabulary.order(level, device)[int(nodes_first) : int(nodes_last)]
+        nodes = self.vocabulary.order(level)[int(nodes_first) : int(nodes_last)]
         first, last = self.vocabulary.node_range(nodes, 0)
         sizes = (last - first).tolist()
         sums = torch.stack([part.sum(-1) for part in self._softmax.exponentials.split(sizes, -1)], -1)
-        segment = _segments(self.vocabulary, self.top, level, device)
-        if bool((sums < torch.finfo(sums.dtype).tiny).any()):  # beside the likeliest word a node may underflow
+        segment = _segments(self.vocabulary, self.top, level, self._logits.device)
+        smallest = torch.finfo(sums.dtype).tiny
+        # Beside the likeliest word a node may underflow. On a device training does not wait to see whether one did: its
+        # log is then read as that of the smallest number, 87 below, and whatever has no gradient is exact.
+        waits = sums.device.type == "cpu" or not torch.is_grad_enabled()
+        if waits and bool((sums < smallest).any()):
             return segment_logsumexp(self.log_below(0), segment, len(nodes))
-        return _Masses.apply(self._logits, self._softmax.read(), sums, segment)
+        return _Masses.apply(self._logits, self._softmax.read(), sums.clamp(min=smallest), segment)
 
 
 class _Softmax:

@@ -31,6 +31,24 @@ def log_or_never(mass: Tensor) -> Tensor:
     return torch.where(mass == 0, 1.0, mass).log().masked_fill(mass == 0, -torch.inf)
 
 
+def may_hold(condition: Tensor) -> bool:
+    """Whether any entry is true, as far as the host can say: a device is not waited for, and there one may be."""
+    return condition.device.type != "cpu" or bool(condition.any())
+
+
+class Constant:
+    """A tensor that is copied once to each device that reads it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copies = {tensor.device: tensor}
+        self._first = tensor
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self._copies:
+            self._copies[device] = self._first.to(device)
+        return self._copies[device]
+
+
 def draw_index(weights: Tensor, u: Tensor) -> Tensor:
     """Inverse-CDF draw: the first index whose cumulative weight exceeds u * total. weights [r,n] >= 0, u [r] -> [r].
 

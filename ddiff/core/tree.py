@@ -22,7 +22,7 @@ from torch import Tensor
 from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.kernel import Kernel, refuse_singular
 from ddiff.core.law import Answer, CleanLaw, Score, certainly_law
-from ddiff.core.numerics import draw_index, interior, like_rows
+from ddiff.core.numerics import draw_index, interior, like_rows, may_hold
 from ddiff.core.process import ForwardProcess, Informed, Prior, Visit
 from ddiff.core.schedule import PowerSchedule
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
@@ -271,11 +271,11 @@ class TreeProcess(ForwardProcess):
     def _surprise_below(self, law: CleanLaw, x0: Tensor, zt: Tensor, level: Tensor) -> Tensor:
         """[r] KL( y | z, x || y | z, law ), y the state one level down; 0 at words."""
         if self.parents.certain:
-            return -law.log_child(zt, self.vocabulary.ancestor(x0, (level - 1).clamp(min=0)))
+            return -law.log_step(zt, self.vocabulary.ancestor(x0, (level - 1).clamp(min=0)))
         value: Tensor | None = None
         for l in range(1, self.vocabulary.num_levels + 1):
             here = level == l
-            if not bool(here.any()):
+            if not may_hold(here):
                 continue
             # rows of other levels are evaluated at an ancestor of x0, a harmless stand-in, and dropped
             z = torch.where(here, zt, self.vocabulary.ancestor(x0, l))

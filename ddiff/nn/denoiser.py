@@ -121,8 +121,11 @@ class Reading(Protocol):
     @property
     def says(self) -> Literal["law", "score"]: ...
 
-    def question(self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor) -> Question:
-        """`fn` as the head can call it, for rows in states zt [k] at times t [k]."""
+    def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor | None:
+        """[k] what the question needs to know of rows in states zt [k] at times t [k], found where they were drawn."""
+
+    def question(self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any) -> Question:
+        """`fn` as the head can call it; the rows, and what is `prepared` of them, are where the head is."""
 
     def scope(self, node: Tensor, process: ForwardProcess) -> Tensor:
         """[k] the nodes below which rows must ask that want to ask below `node` [k]."""
@@ -134,7 +137,10 @@ class RestLaw:
 
     says: Literal["law"] = "law"
 
-    def question(self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor) -> Question:
+    def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> None:
+        return None
+
+    def question(self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any) -> Question:
         return fn
 
     def scope(self, node: Tensor, process: ForwardProcess) -> Tensor:
@@ -147,7 +153,10 @@ class FullLaw:
 
     says: Literal["law"] = "law"
 
-    def question(self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor) -> Question:
+    def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> None:
+        return None
+
+    def question(self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any) -> Question:
         def question(law: CleanLaw, idx: Tensor) -> Tensor | tuple[Tensor, ...]:
             log_p = drop_own_evidence(law.log_mass(0), process.log_likelihood(zt[idx], t[idx]))
             return fn(DenseLaw(log_p, process.vocabulary), idx)
@@ -352,8 +361,9 @@ class _Visit:
         self._check_within(rows)
         denoiser, process = self.asking.denoiser, self.asking.process
         if process is not None:
-            fn = denoiser.reading.question(fn, process, self.noisy.zt.flatten()[rows], self.noisy.t.flatten()[rows])
-            node = denoiser.reading.scope(node, process)
+            reading, zt, t = denoiser.reading, self.noisy.zt.flatten()[rows], self.noisy.t.flatten()[rows]
+            fn = reading.question(fn, process, zt, t, reading.prepared(process, zt, t))
+            node = reading.scope(node, process)
         return denoiser.read(hidden, node, fn)
 
     def _hidden(self, rows: Tensor) -> Tensor:

@@ -152,8 +152,8 @@ class TreeHead(Head):
 
     def law(self, logits: Logits, top: int) -> SubtreeLaw:
         if self.kind == "tied":
-            return LogitLaw(logits(*self._range(top, 0)), self.vocabulary, top)
-        return LevelwiseLaw(logits, self.vocabulary, top)
+            return LogitLaw(logits(*self._range(top, 0)), self.vocabulary, top, asked=True)
+        return LevelwiseLaw(logits, self.vocabulary, top, asked=True)
 
     def logits_per_row(self, top: int) -> int:
         first, last = self._range(top, 0)
@@ -176,8 +176,8 @@ class TreeHead(Head):
 class LevelwiseLaw(SubtreeLaw):
     """A law from logits among siblings: log P(node | top) = sum of log-softmaxes along the path from top to node."""
 
-    def __init__(self, logits: Logits, vocabulary: Vocabulary, top: int) -> None:
-        super().__init__(vocabulary, top)
+    def __init__(self, logits: Logits, vocabulary: Vocabulary, top: int, asked: bool = False) -> None:
+        super().__init__(vocabulary, top, asked)
         self._logits = logits
         self._levels: dict[int, Tensor] = {}
 

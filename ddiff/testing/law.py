@@ -52,13 +52,17 @@ def children_are_conditional(answer: CleanLaw) -> Iterator[Gap]:
     """log P(child | node) is the ratio of their words' masses at any depth, 0 for the node itself, and log_prob the same
     from the root. Rounding of log-sum-exps."""
     rows, known = len(answer.log_below(0)), answer.top == answer.vocabulary.root
+    top_level = int(answer.vocabulary.level_of(torch.tensor(answer.top)))
     for node, level in _asked(answer):
         given = torch.full((rows,), node)
         yield gap(answer.log_child(given, given), 0.0, {"node and child": node})
+        yield gap(answer.log_step(given, given), 0.0, {"node and child, by log_step": node})
         for child in below(answer.vocabulary, node, level).tolist():
             mass = _words_below(answer, child).logsumexp(-1)
             expected = mass - _words_below(answer, node).logsumexp(-1)
             yield gap(answer.log_child(given, torch.full((rows,), child)), expected, {"node": node, "child": child})
+            if node == answer.top and level == top_level - 1:
+                yield gap(answer.log_step(given, torch.full((rows,), child)), expected, {"child, by log_step": child})
             if known:
                 yield gap(answer.log_prob(torch.full((rows,), child)), mass, {"node": child})
 

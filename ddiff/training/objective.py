@@ -111,9 +111,10 @@ class DiffusionObjective:
         drawn = self._draw(batch, noise, slots)
         node = reading.scope(process.scope(drawn.zt), process)
         context = withheld(context_of(batch), self.denoiser.condition_dropout, noise)
-        drawn, context = sent(drawn, device), sent(context, device)
+        prepared = reading.prepared(process, drawn.zt, drawn.t)
+        drawn, context, prepared = sent((drawn, context, prepared), device)
         tokens = denominators["tokens"]
-        fn = reading.question(self._question(drawn, tokens), process, drawn.zt, drawn.t)
+        fn = reading.question(self._question(drawn, tokens), process, drawn.zt, drawn.t, prepared)
         loss, _, density = self.module(drawn.noisy, context, drawn.rows, node, fn)
         metrics = self._metrics(density, drawn.zt, batch)
         if name := getattr(self.loss, "name", None):

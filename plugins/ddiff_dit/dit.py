@@ -217,7 +217,7 @@ class ConditionEmbedding(nn.Module):
 
     def _label(self, value: Tensor) -> tuple[Tensor, Tensor]:
         assert self.table is not None
-        if int(value.max()) >= self.table.num_embeddings:
+        if value.device.type == "cpu" and int(value.max()) >= self.table.num_embeddings:  # a device is not waited for
             raise ArgumentError(
                 f'DiT: a label of the condition "{self.name}" must be below its {self.table.num_embeddings} classes '
                 f"([denoiser] conditions.{self.name}.classes); got {int(value.max())}. Labels count from 0; -1 is no label."

@@ -37,20 +37,7 @@ class Ratios:
     scaled: bool
     says: ClassVar[Literal["score"]] = "score"
 
-    def question(self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor) -> Question:
-        scale = self._log_scale(process, zt, t)
-
-        def question(law: RatioLaw, idx: Tensor) -> Any:
-            own = zt[idx].unsqueeze(-1)
-            log_ratio = law.raw - scale[idx].to(law.raw.dtype).unsqueeze(-1)
-            return fn(Score(log_ratio.scatter(-1, own, 0.0)), idx)
-
-        return question
-
-    def scope(self, node: Tensor, process: ForwardProcess) -> Tensor:
-        return torch.full_like(node, process.vocabulary.root)
-
-    def _log_scale(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
+    def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
         """[k] ln(V (e^sigma - 1)) at masks, 0 elsewhere; e^sigma - 1 is how likely the mask is beside all words."""
         scale = torch.zeros_like(t)
         masked = ((zt == process.vocabulary.root) & self.scaled).nonzero().squeeze(-1)
@@ -62,6 +49,17 @@ class Ratios:
             odds = log_q[:, process.vocabulary.root] - log_q[:, :num_tokens].logsumexp(-1) + even[:, 0].neg()
             scale[masked] = odds[place]
         return scale
+
+    def question(self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any) -> Question:
+        def question(law: RatioLaw, idx: Tensor) -> Any:
+            own = zt[idx].unsqueeze(-1)
+            log_ratio = law.raw - prepared[idx].to(law.raw.dtype).unsqueeze(-1)
+            return fn(Score(log_ratio.scatter(-1, own, 0.0)), idx)
+
+        return question
+
+    def scope(self, node: Tensor, process: ForwardProcess) -> Tensor:
+        return torch.full_like(node, process.vocabulary.root)
 
 
 @final

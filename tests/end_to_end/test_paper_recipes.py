@@ -14,8 +14,11 @@ import torch
 
 import ddiff
 import ddiff.runs.init
+from ddiff.core.noise import Noise
 from ddiff.recipe import changed_keys, read_recipe, shipped_recipes
-from ddiff.runs.parts import build_denoiser
+from ddiff.runs.built import build_run
+from ddiff.runs.directory import record
+from ddiff.runs.parts import Given, build_denoiser
 
 PAPER = sorted(name for name in shipped_recipes() if name.startswith("paper/"))
 WIDTH, LENGTH, WORDS = 32, 16, 300
@@ -56,6 +59,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.usefixtures("no_answers")
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_recipe_asks_its_device_nothing_in_a_step(name: str, place: Path) -> None:
+    run = build_run(read_recipe(name, small(name)), Given())
+    run.objective.module.to("meta")
+    batch = run._batch_at(0, 0)
+    counts = run.objective.counts(batch)
+    run.objective(batch, Noise(0, 0, batch.index, LENGTH), counts, len(batch.index)).loss.backward()
+    assert all(parameter.grad is not None for parameter in run.denoiser.head.parameters())
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_a_paper_recipe_trains_a_step_with_everything_but_its_sizes(name: str, place: Path) -> None:
     recipe = read_recipe(name, small(name))
@@ -73,10 +87,6 @@ def test_a_paper_recipe_trains_a_step_with_everything_but_its_sizes(name: str, p
 
 def train(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
     """Weights before and after its steps, and the first loss."""
-    from ddiff.runs.built import build_run
-    from ddiff.runs.directory import record
-    from ddiff.runs.parts import Given
-
     recipe = read_recipe(name, small(name))
     run = build_run(recipe, Given())
     run.begin()

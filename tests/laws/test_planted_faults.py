@@ -16,7 +16,7 @@ from ddiff.core.dense import DenseProcess
 from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.kernel import DenseKernel, InterpolatingKernel, Kernel
 from ddiff.core.law import CleanLaw, DenseLaw, SubtreeLaw
-from ddiff.core.numerics import interior
+from ddiff.core.numerics import Constant, interior
 from ddiff.core.process import Informed, Visit
 from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule, Schedule
 from ddiff.core.times import FlatTimes, Times, WindowTimes, stratified
@@ -428,6 +428,7 @@ class SaidToBeEven(HumpedComponents):
     def __init__(self) -> None:
         super().__init__(FlatVocabulary(3))
         self.components = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.5, 0.3, 0.2, 0.0]], dtype=torch.float64)
+        self._on = Constant(self.components).on
 
 
 class KnownToBeUneven(SaidToBeEven):

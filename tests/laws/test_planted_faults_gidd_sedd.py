@@ -221,7 +221,8 @@ def test_an_unscaled_reading_is_not_the_score_of_its_law() -> None:
     expected, charged = process.density(rows.law, rows.x0, rows.zt, rows.t), {}
     for scaled in (True, False):
         fn = lambda answer, idx: process.density(answer, rows.x0[idx], rows.zt[idx], rows.t[idx])  # noqa: E731
-        question = Ratios(scaled).question(fn, process, rows.zt, rows.t)
+        reading = Ratios(scaled)
+        question = reading.question(fn, process, rows.zt, rows.t, reading.prepared(process, rows.zt, rows.t))
         charged[scaled] = question(RatioLaw(raw, WORDS), torch.arange(len(rows.zt)))
     torch.testing.assert_close(charged[True], expected, rtol=1e-10, atol=1e-10)
     assert (charged[False] - expected).abs().max() > 0.05

@@ -1,4 +1,4 @@
-"""The chunked loss of every family by every head is the dense bound, in value and in gradient."""
+"""The chunked loss of every family by every head is the dense bound, in value and gradient, and asks its device nothing."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from ddiff_hybrid.epsilon import EpsilonHybrid
 from ddiff_hybrid.gamma import GammaHybrid
 from ddiff_mdlm.process import MaskedDiffusion
 from dense_heads import KINDS, dense_law, make_head
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddiff.core.dense import DenseProcess
 from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.law import CleanLaw
+from ddiff.core.noise import Noise
 from ddiff.core.process import ForwardProcess
+from ddiff.core.times import FlatTimes
 from ddiff.core.tree import TreeProcess
+from ddiff.data.batch import Batch
+from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import Head
+from ddiff.training.objective import DiffusionObjective, ElboLoss
 
 FAMILIES = (
     TreeProcess,
@@ -57,6 +62,35 @@ def test_every_head_trains_every_process_on_its_dense_bound(name: str, kind: str
     torch.testing.assert_close(each, dense.detach(), **close)
     for ours, expected in zip(gradients(total, hidden, head), gradients(dense.sum(), hidden, head), strict=True):
         torch.testing.assert_close(ours, expected, **close)
+
+
+@pytest.mark.usefixtures("no_answers")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [name for name in PROCESSES if "Dense" not in name])  # an oracle, which may wait
+def test_no_step_asks_its_device_anything(name: str, kind: str) -> None:
+    """A tensor on "meta" has no values: whoever asked it how many, which or whether would be refused."""
+    process = PROCESSES[name]
+    head = make_head(kind, process.vocabulary)
+    head.chunk_logits = 30
+    objective = DiffusionObjective(process, Denoiser(Rows(process, head), head).to("meta"), ElboLoss(), FlatTimes())
+    ids = torch.randint(process.vocabulary.num_tokens, (8, 5))
+    every, index = torch.ones_like(ids, dtype=torch.bool), torch.arange(8)
+    batch = Batch(ids, every, every, torch.zeros_like(ids), index, packed=False, conditions={})
+    terms = objective(batch, Noise(0, 0, index, 5), {"tokens": torch.tensor(40.0)}, 8)
+    assert terms.loss.is_meta
+    terms.loss.backward()
+    assert head.table.grad is not None
+
+
+class Rows(nn.Embedding):
+    """A backbone without attention: hidden states of ids alone."""
+
+    def __init__(self, process: ForwardProcess, head: Head) -> None:
+        super().__init__(process.vocabulary.num_states, head.width, dtype=torch.float64)
+        self.width = head.width
+
+    def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
+        return super().forward(ids)
 
 
 def drawn(process: ForwardProcess) -> tuple[Tensor, Tensor, Tensor]:

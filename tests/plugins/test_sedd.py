@@ -158,7 +158,9 @@ def test_the_bound_of_udlm_and_duo_is_the_uniform_one(noise: str) -> None:
 def read(head: ScoreHead, process: ForwardProcess, raw: Tensor, zt: Tensor, t: Tensor) -> Score:
     """What the head's reading makes of ratios [r,S]."""
     taken: list[Score] = []
-    question = head.reading.question(lambda answer, idx: taken.append(answer), process, zt, t)
+    question = head.reading.question(
+        lambda answer, idx: taken.append(answer), process, zt, t, head.reading.prepared(process, zt, t)
+    )
     question(RatioLaw(raw, process.vocabulary), torch.arange(len(zt)))
     return taken[0]
 
