@@ -88,7 +88,7 @@ class SubtreeLaw(ABC):
         return self._log_given_top(node)
 
     def log_child(self, node: Tensor, child: Tensor) -> Tensor:
-        below = self._log_given_top(child) - self._log_given_top(node)
+        below = self._log_given_top(child) - self._log_given_top(node, lowest=1)  # below a word is nothing but itself
         return torch.where(child == node, 0.0, below)
 
     def log_step(self, node: Tensor, child: Tensor) -> Tensor:
@@ -140,11 +140,11 @@ class SubtreeLaw(ABC):
         start, stop = self.vocabulary.node_range(node, level)
         return start - self._first[level], stop - self._first[level]
 
-    def _log_given_top(self, node: Tensor) -> Tensor:
-        """[r] log P(node | top); 0 at top itself."""
+    def _log_given_top(self, node: Tensor, lowest: int = 0) -> Tensor:
+        """[r] log P(node | top); 0 at top itself, and at levels under the lowest that is looked for."""
         own_level = self.vocabulary.level_of(node)
         value: Tensor | None = None
-        for level in range(len(self._first)):
+        for level in range(lowest, len(self._first)):
             here = own_level == level
             if not may_hold(here):
                 continue

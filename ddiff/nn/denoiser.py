@@ -18,6 +18,8 @@ from ddiff.nn.heads import Head, Question
 if TYPE_CHECKING:
     from ddiff.core.process import ForwardProcess
 
+CAPACITIES = 32
+
 Given = Literal["rest", "all"]
 Inputs = Literal["own", "previous"]
 
@@ -181,6 +183,9 @@ class Denoiser(nn.Module):
     precision: torch.dtype | None = None
     """Of matrix products (None: that of the weights); laws and sums are float32 at least whatever it is."""
 
+    fixed_shapes = False
+    """Whether the rows of a step are filled up to one of `CAPACITIES` numbers, so that few shapes reach the head."""
+
     def __init__(self, backbone: nn.Module, head: Head, given: Given = "rest", inputs: Inputs = "own") -> None:
         super().__init__()
         if inputs not in get_args(Inputs):
@@ -299,9 +304,13 @@ class Denoiser(nn.Module):
 
     def forward(self, noisy: Noisy, context: Context, rows: Tensor, node: Tensor, fn: Question) -> tuple[Tensor, ...]:
         """One training step's pass: (sum of fn's first result over flat positions `rows` [k], *results detached)."""
+        count = len(rows)
+        if self.fixed_shapes and count:
+            rows, node, fn = _filled(rows, node, fn, noisy.zt.numel())
         hidden = self.trunk(noisy, context).index_select(0, rows)
         with self._products_in(hidden.device):
-            return self.head.total(hidden, node, fn)
+            total, *results = self.head.total(hidden, node, fn)
+        return total, *(result[:count] for result in results)
 
     @torch.no_grad()
     def visit(
@@ -309,6 +318,20 @@ class Denoiser(nn.Module):
     ) -> Tensor | tuple[Tensor, ...]:
         """fn's results for flat positions `rows` [k] that ask below node [k], in row order; no gradients."""
         return self.read(self.trunk(noisy, context).index_select(0, rows), node, fn)
+
+
+def _filled(rows: Tensor, node: Tensor, fn: Question, positions: int) -> tuple[Tensor, Tensor, Question]:
+    """Rows and nodes [k], the last repeated up to a multiple of `positions` / CAPACITIES, and an fn that counts it once."""
+    count = len(rows)
+    missing = -count % max(1, positions // CAPACITIES)
+
+    def question(law: CleanLaw, idx: Tensor) -> tuple[Tensor, ...]:
+        answer = fn(law, idx.clamp(max=count - 1))
+        first, *others = answer if isinstance(answer, tuple) else (answer,)
+        return torch.where(idx < count, first, 0.0), *others
+
+    again = torch.arange(count + missing, device=rows.device).clamp(max=count - 1)
+    return rows[again], node[again.to(node.device)], question
 
 
 class Asking:

@@ -121,7 +121,9 @@ class TokenHead(Head):
         super().__init__(vocabulary, width, vocabulary.num_tokens)
 
     def law(self, logits: Logits, top: int) -> SubtreeLaw:
-        return LogitLaw(logits(0, self.vocabulary.num_tokens), self.vocabulary)
+        # where there is one level all rows ask below the root; elsewhere some ask further down
+        asked = self.vocabulary.num_levels == 1
+        return LogitLaw(logits(0, self.vocabulary.num_tokens), self.vocabulary, asked=asked)
 
     def logits_per_row(self, top: int) -> int:
         return self.vocabulary.num_tokens

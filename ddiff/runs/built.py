@@ -140,6 +140,7 @@ class Run:
         keys, module = self.recipe.placement, self.objective.module
         if keys.compile:
             compile_blocks(module)
+            self.denoiser.fixed_shapes = True
         if keys.activation_checkpointing:
             recompute_activations(module)
         self.objective.module = self.backend.wrap(module)

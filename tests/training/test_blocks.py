@@ -10,6 +10,7 @@ from ranks import SYMBOLS
 from torch import Tensor, nn
 
 from ddiff.core.noise import Noise
+from ddiff.nn.denoiser import CAPACITIES
 from ddiff.recipe import parse_recipe
 from ddiff.runs.built import Run, build_run
 from ddiff.runs.parts import Given
@@ -24,11 +25,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
     return build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), DEEP), Given())
 
 
-def step(run: Run) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of the first batch and its gradients."""
+def step(run: Run, number: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch, the first if nothing is said, and its gradients."""
     torch.manual_seed(1)  # dropout
-    batch = run._batch_at(0, 0)
-    noise = Noise(0, 0, batch.index, run.recipe.length)
+    batch = run._batch_at(number, 0)
+    noise = Noise(0, number, batch.index, run.recipe.length)
     run.objective.module.zero_grad()
     loss = run.objective(batch, noise, {"tokens": batch.scored.sum().double()}, 8).loss
     loss.backward()
@@ -97,6 +98,25 @@ def test_equal_blocks_are_one_graph_without_breaks_that_is_compiled_once(run: Ru
     torch.testing.assert_close(compiled, loss, rtol=1e-6, atol=0.0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_that_fill_a_step_up_count_nothing_and_leave_few_shapes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_random_head(run)
+    shapes: set[int] = set()
+    total = run.denoiser.head.total
+    for number in range(12):
+        plain, gradients = step(run, number)
+        with monkeypatch.context() as patch:
+            patch.setattr(run.denoiser, "fixed_shapes", True)
+            patch.setattr(run.denoiser.head, "total", lambda h, *rest: shapes.add(len(h)) or total(h, *rest))
+            filled, theirs = step(run, number)
+        # float32 sums in another order
+        torch.testing.assert_close(filled, plain, rtol=1e-6, atol=0.0)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-6)
+    positions = 8 * run.recipe.length
+    assert len(shapes) > 1
+    assert all(size % (positions // CAPACITIES) == 0 for size in shapes)
 
 
 def test_products_are_rounded_and_laws_are_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
