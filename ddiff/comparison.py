@@ -279,8 +279,8 @@ def _common_protocol(reports: Sequence[_Report]) -> dict[str, Any]:
         lines = "\n".join(differing)
         raise ArgumentError(
             f"ddiff compare: these runs were not evaluated alike, so their figures do not belong in one table.\n{lines}\n"
-            "Train on the same [data] and [tokenizer]; window and draws are set anew by "
-            "ddiff eval RUN_DIR --set evaluate.draws=4."
+            "Train on the same [data] and [tokenizer]; window, draws and how many "
+            "rows are read are set anew by ddiff eval RUN_DIR --set evaluate.draws=4."
         )
     return common
 

@@ -122,6 +122,8 @@ class EvaluateKeys(ComponentConfig):
     """Times between which the diffusion term is integrated; the two end terms cover the rest."""
     draws: PositiveInt = 1
     """Times drawn per row."""
+    rows: PositiveInt | None = None
+    """How many rows are read, spread evenly over the validation text; all if not given."""
     seed: NonNegativeInt = 0
     weights: Literal["auto", "ema", "trained"] = "auto"
     """Which weights are evaluated, sampled and loaded; "auto": the average where [train] ema keeps one."""

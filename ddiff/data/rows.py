@@ -133,6 +133,14 @@ class PackedRows:
             return np.repeat(np.arange(len(self._last_rows)), np.diff(self._last_rows, prepend=0))
         return np.concatenate([block.document[:, 0] for block in self._blocks()])
 
+    def tokens_of(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """[n] which tokens of the stream stand in the rows with these numbers."""
+        starts, stops = self._spans(numbers)
+        border = np.zeros(self.tokens.num_tokens + 1, np.int64)
+        np.add.at(border, starts, 1)
+        np.add.at(border, stops, -1)
+        return border.cumsum()[:-1] > 0
+
     def _spans(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where rows start and stop in the stream."""
         if self._ends is None or self._last_rows is None:

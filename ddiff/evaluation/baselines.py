@@ -17,8 +17,13 @@ class Baselines(NamedTuple):
     bigram_nats_per_token: float
 
 
-def baselines(train: tuple[Ints, Ints], validation: tuple[Ints, Ints], num_tokens: int) -> Baselines:
-    """(ids [n], document [n]) of both parts -> exact scores of every validation token.
+def baselines(
+    train: tuple[Ints, Ints],
+    validation: tuple[Ints, Ints],
+    num_tokens: int,
+    counted: NDArray[np.bool_] | slice = slice(None),
+) -> Baselines:
+    """(ids [n], document [n]) of both parts -> exact scores of every validation token, or of those `counted` [n].
 
     Unigram: counts plus one. Bigram: Witten-Bell, P(b|a) = (c(a,b) + T(a) P(b)) / (c(a) + T(a)) with T(a) the number of
     distinct followers of a; a document's first token is scored by the unigram.
@@ -27,7 +32,8 @@ def baselines(train: tuple[Ints, Ints], validation: tuple[Ints, Ints], num_token
     log_unigram = np.log(unigram / unigram.sum())
     ids = validation[0].astype(np.int64)
     flat = log_unigram[ids]
-    return Baselines(-float(flat.mean()), -float(_bigram(train, validation, num_tokens, np.exp(log_unigram)).mean()))
+    paired = _bigram(train, validation, num_tokens, np.exp(log_unigram))
+    return Baselines(-float(flat[counted].mean()), -float(paired[counted].mean()))
 
 
 def _bigram(

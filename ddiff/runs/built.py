@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ddiff.core.noise import Noise
@@ -245,22 +246,29 @@ class Run:
         return torch.where(chosen < self.recipe.train.prefix, (size * self.recipe.length).long(), 0)
 
     def evaluate(self) -> tuple[Evaluation, Baselines]:
-        """The bound on the validation text, every token once, with counting baselines beside it."""
-        evaluation = self._score(self.validation_rows, self.recipe.evaluate.draws, self.validation_conditions)
-        return evaluation, self._baselines()
+        """The bound on the validation text, every token of the rows read, once, with counting baselines beside it."""
+        keys, chosen = self.recipe.evaluate, self._evaluated
+        evaluation = self._score(self.validation_rows, chosen, keys.draws, self.validation_conditions)
+        return evaluation, self._baselines(chosen)
 
-    def _score(self, rows: PackedRows, draws: int, conditions: Conditions) -> Evaluation:
+    @property
+    def _evaluated(self) -> NDArray[np.int64]:
+        """The numbers of the validation rows that are read."""
+        held, wanted = len(self.validation_rows), self.recipe.evaluate.rows
+        return np.arange(held) if wanted is None or wanted >= held else np.arange(wanted) * held // wanted
+
+    def _score(self, rows: PackedRows, chosen: NDArray[np.int64], draws: int, conditions: Conditions) -> Evaluation:
         keys = self.recipe.evaluate
+        # bytes of symbols mean nothing, and those of some rows are not known
+        has_bytes = self.tokenizer.unit == "token" and len(chosen) == len(rows)
         self.objective.module.eval()
         return evaluate(
             self.objective,
-            lambda numbers: batch_rows(rows, numbers, conditions=conditions).to(self.backend.device),
-            rows.documents(),
+            lambda numbers: batch_rows(rows, chosen[numbers], conditions=conditions).to(self.backend.device),
+            rows.documents()[chosen],
             length=self.recipe.length,
             times=getattr(self.objective, "times", FlatTimes()).over(*keys.window),
-            num_bytes=rows.tokens.num_bytes
-            if self.tokenizer.unit == "token"
-            else None,  # bytes of symbols mean nothing
+            num_bytes=rows.tokens.num_bytes if has_bytes else None,
             draws=draws,
             batch=keys.batch,
             seed=keys.seed,
@@ -268,17 +276,18 @@ class Run:
             device=self.backend.device,
         )
 
-    def _baselines(self) -> Baselines:
+    def _baselines(self, chosen: NDArray[np.int64]) -> Baselines:
         streams = token_stream(self.train_rows, _COUNTED), token_stream(self.validation_rows)
-        return baselines(*streams, self.vocabulary.num_tokens)
+        return baselines(*streams, self.vocabulary.num_tokens, self.validation_rows.tokens_of(chosen))
 
     def protocol(self) -> dict[str, Any]:
         """How the validation text is evaluated: runs that agree in it can be compared."""
-        keys = self.recipe.evaluate
+        keys, rows, read = self.recipe.evaluate, self.validation_rows, len(self._evaluated)
+        some = f", {read} of {len(rows)} rows" if read < len(rows) else ""
         return {
             "window": list(keys.window),
             "tokenizer": self.tokenizer.fingerprint,
-            "data": rows_fingerprint(self.validation_rows),
+            "data": rows_fingerprint(rows) + some,
             "conditions": sorted(self.validation_conditions.values),
         }
 
@@ -292,7 +301,8 @@ class Run:
                 f"run.nelbo: texts must be a list of texts, each a document; got {texts!r}. Write [text]."
             )
         given = told(self.denoiser, conditions or {}, len(texts))
-        return self._score(pack_texts(texts, self.tokenizer, self.recipe.length), draws, Conditions(given.values))
+        rows = pack_texts(texts, self.tokenizer, self.recipe.length)
+        return self._score(rows, np.arange(len(rows)), draws, Conditions(given.values))
 
     def sample(
         self,

@@ -1,0 +1,60 @@
+"""`[evaluate] rows`: a bound on some rows of the validation text, and baselines on the same tokens."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small import RECIPE
+
+from ddiff.data.rows import batch_rows
+from ddiff.recipe import parse_recipe
+from ddiff.runs.built import Run, build_run
+from ddiff.runs.parts import Given
+
+LONG = 'data={kind="text", files=["corpus.txt"], validation=["corpus.txt"], length=8}'  # one document of many rows
+
+
+def built(*settings: str) -> Run:
+    run = build_run(parse_recipe(RECIPE, "small.toml", [LONG, *settings]), Given())
+    run.begin()
+    return run
+
+
+@pytest.fixture(autouse=True)
+def place(folder: Path) -> None:
+    """The recipe and its corpus."""
+
+
+def test_some_rows_are_evaluated_and_what_is_counted_is_of_them() -> None:
+    run = built("evaluate.rows=7")
+    rows, (found, counted) = run.validation_rows, run.evaluate()
+    chosen = np.arange(7) * len(rows) // 7
+    assert len(rows) > 14  # so that neighbours are left out
+    read = batch_rows(rows, chosen)
+    assert found.tokens == int(read.scored.sum())
+    assert found.bits_per_byte is None
+    train, _ = run.train_rows.stream()
+    counts = np.bincount(train, minlength=run.vocabulary.num_tokens) + 1.0
+    expected = -np.log(counts / counts.sum())[read.ids[read.valid].numpy()].mean()
+    assert math.isclose(counted.unigram_nats_per_token, expected, rel_tol=1e-12)
+
+
+def test_a_network_that_knows_counts_alone_has_their_bound_on_any_rows() -> None:
+    """At the first step the law is the unigram law, so that every row's bound is its tokens' log-counts, whatever is
+    drawn but how much of the row is masked: the mean over rows is the baseline's, within the interval of a few rows."""
+    found, counted = built("evaluate.rows=12", "evaluate.draws=400").evaluate()
+    assert found.nelbo_nats_per_token == pytest.approx(counted.unigram_nats_per_token, rel=0.02)
+
+
+def test_as_many_rows_as_there_are_is_all_of_them() -> None:
+    whole, limited = built().evaluate(), built("evaluate.rows=10000").evaluate()
+    assert limited == whole
+    assert whole[0].bits_per_byte is not None
+
+
+def test_runs_that_read_other_rows_are_told_apart() -> None:
+    assert built().protocol()["data"] != built("evaluate.rows=7").protocol()["data"]
+    assert built().protocol() == built("evaluate.rows=10000").protocol()
