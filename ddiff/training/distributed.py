@@ -134,7 +134,7 @@ class ShardedBackend(Ranks):
     """Every process holds a share of parameters, gradients and optimizer state (FSDP2, arXiv 2304.11277).
 
     Each block of the trunk is gathered when it runs and dropped again, forward and backward; what is outside the blocks,
-    embeddings and head, stays gathered between the two. `precision` is that in which blocks are gathered (None: that of
+    embeddings and head, stays gathered between the two. `precision` is that in which a GPU gathers blocks (None: that of
     the weights); gradients are summed in float32. What a rank does not use in a step has a gradient of zero there, and so
     decays; before torch 2.13 such a step ends the run. The other arguments are those of `Ranks`.
     """
@@ -146,8 +146,10 @@ class ShardedBackend(Ranks):
     def wrap(self, module: nn.Module) -> nn.Module:
         mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
         module = module.to(self.device)
+        # A CPU knows no layer norm of float32 hidden states and bfloat16 weights, and gathers through memory anyway.
+        precision = None if self.device.type == "cpu" else self.precision
         gathered = MixedPrecisionPolicy(
-            param_dtype=self.precision, reduce_dtype=self.precision and torch.float32, cast_forward_inputs=False
+            param_dtype=precision, reduce_dtype=precision and torch.float32, cast_forward_inputs=False
         )
         for block in blocks_of(module):
             fully_shard(block, mesh=mesh, mp_policy=gathered)

@@ -158,6 +158,20 @@ def test_on_as_many_processes_a_run_goes_on_bit_for_bit_dropout_included(tmp_pat
 
 
 @pytest.mark.slow
+def test_a_model_of_the_library_trains_sharded_in_bfloat16(tmp_path: Path, cache: str) -> None:
+    """Its layer norms have weights, which stay what they are. The first losses differ by float32 sums; gradients are
+    products in bfloat16, eight bits, summed over the rank's rows before the ranks'."""
+    sizes = "hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32"
+    bert = f"denoiser={{kind='hf', architecture='bert', settings={{{sizes}}}}}"
+    long = ("plugins=['mdlm', 'hf']", bert, "backend.precision=bfloat16", "train.optimizer.kind=muon", "train.steps=4")
+    on_ranks(1, train_symbols, settings(tmp_path / "one", 1, *long), cache)
+    on_ranks(2, train_symbols, settings(tmp_path / "two", 2, *long, kind="fsdp"), cache)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    torch.testing.assert_close(two[:1], one[:1], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(two, one, rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 4])
 def test_shares_add_up_and_a_step_broken_on_one_rank_is_skipped_on_all(tmp_path: Path, number: int) -> None:
     on_ranks(number, train_toys, str(tmp_path))
