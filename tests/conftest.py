@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 MakeDistribution = Callable[..., Path]
 
@@ -47,11 +50,26 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ma
         sys.modules.pop(module, None)
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses copies from the host to "meta" that would wait for a device: all but those of `sent`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        source = {"aten._to_copy.default": 0, "aten.copy_.default": 1}.get(str(func))
+        if source is not None and result.is_meta and not args[source].is_meta:
+            callers = {frame.name for frame in traceback.extract_stack()}
+            assert (kwargs or {}).get("non_blocking") or "sent" in callers, f"{func} waits for the device"
+        return result
+
+
 @pytest.fixture
-def no_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_answers(monkeypatch: pytest.MonkeyPatch) -> type[NoWaiting]:
     """Makes "meta" fit for a training step: a device whose tensors have no values, so that to ask one is an error.
 
-    It stands for a GPU that is not waited for. Autocast, which it does not know, is left out.
+    It stands for a GPU that is not waited for. Left out are autocast and torch's fused AdamW, which it does not know.
+    Under the class that is given, copies that wait are errors too; constants are copied once, before.
     """
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: None)
+    return NoWaiting

@@ -22,7 +22,7 @@ from torch import Tensor
 from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.kernel import Kernel, refuse_singular
 from ddiff.core.law import Answer, CleanLaw, Score, certainly_law
-from ddiff.core.numerics import draw_index, interior, like_rows, may_hold
+from ddiff.core.numerics import Constant, draw_index, interior, like_rows, may_hold
 from ddiff.core.process import ForwardProcess, Informed, Prior, Visit
 from ddiff.core.schedule import PowerSchedule
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
@@ -48,6 +48,8 @@ class StochasticParents:
             self.sure[i][i] = 1.0
             for j in range(i + 1, len(levels)):
                 self._climb(i, j)
+        self._stray = [[None if stray is None else Constant(stray) for stray in row] for row in self.stray]
+        self._of_words = Constant(torch.cat([self._shares(level) for level in levels], 1))
 
     def _climb(self, i: int, j: int) -> None:
         """From level j-1 to j: p -> a push(p) + b with a = xi - b, b = (1 - xi)/(n - 1)."""
@@ -64,6 +66,17 @@ class StochasticParents:
         # what "surely right" loses on the way is spread evenly; the rest follows its own parents
         self.stray[i][j] = keep * pushed + each
 
+    def _shares(self, level: int) -> Tensor:
+        """[2,n] A_0l and r_0l(z) for the nodes z of a level."""
+        stray, size = self.stray[0][level], self.vocabulary.level_sizes[level]
+        strays = torch.zeros(size, dtype=torch.float64) if stray is None else stray
+        return torch.stack([torch.full_like(strays, self.sure[0][level]), strays])
+
+    def of_words(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """[r], [r] A_0l and r_0l(z) for ids z of any level l."""
+        sure, stray = self._of_words.on(z.device)[:, z]
+        return sure, stray
+
     def entry(self, i: int, j: int, y: Tensor, z: Tensor) -> Tensor:
         """[r] kappa_ij(y, z) for ids y of level i and z of level j."""
         right = self.vocabulary.ancestor(y, j) == z
@@ -71,17 +84,17 @@ class StochasticParents:
 
     def stray_at(self, i: int, j: int, z: Tensor) -> Tensor:
         """[r] r_ij(z) for ids z of level j."""
-        stray = self.stray[i][j]
+        stray = self._stray[i][j]
         if stray is None:
             return torch.zeros(z.shape, dtype=torch.float64, device=z.device)
-        return stray.to(z.device)[z - self.vocabulary.offsets[j]]
+        return stray.on(z.device)[z - self.vocabulary.offsets[j]]
 
     def log_spread(self, i: int, j: int, log_mass: Tensor) -> Tensor:
         """[r,n_j] log of the law at level j when the right ancestors at level j have log_mass and y is at level i."""
-        stray = self.stray[i][j]
+        stray = self._stray[i][j]
         if stray is None:
             return log_mass
-        return (self.sure[i][j] * log_mass.exp() + stray.to(log_mass)).log()
+        return (self.sure[i][j] * log_mass.exp() + stray.on(log_mass.device).to(log_mass.dtype)).log()
 
 
 @final
@@ -244,8 +257,8 @@ class TreeProcess(ForwardProcess):
         vocabulary, level = self.vocabulary, self.vocabulary.level_of(zt)
         words = torch.arange(vocabulary.num_tokens, device=zt.device)
         above = vocabulary.ancestor(words.unsqueeze(0), level.unsqueeze(-1))
-        sure = torch.tensor(self.parents.sure[0], dtype=torch.float64, device=zt.device)[level].unsqueeze(-1)
-        spread = torch.where(above == zt.unsqueeze(-1), sure, 0.0) + self._stray_of(0, zt).unsqueeze(-1)
+        sure, stray = (share.unsqueeze(-1) for share in self.parents.of_words(zt))
+        spread = torch.where(above == zt.unsqueeze(-1), sure, 0.0) + stray
         return (self._occupation(zt, t).unsqueeze(-1) * spread).log()
 
     # ------------------------------------------------------------------ the bound
@@ -303,8 +316,7 @@ class TreeProcess(ForwardProcess):
     def _decode_surprise(self, law: CleanLaw, x0: Tensor, zt: Tensor) -> Tensor:
         """-ln P(x0 | z_t) for xi < 1: words are certain, a node divides by what the law expects of it."""
         level = self.vocabulary.level_of(zt)
-        sure = torch.tensor(self.parents.sure[0], dtype=torch.float64, device=zt.device)[level]
-        stray, word = self._stray_of(0, zt), level == 0
+        (sure, stray), word = self.parents.of_words(zt), level == 0
         right = self.vocabulary.ancestor(x0, level) == zt
         log_evidence = (sure * right + stray).log()
         # where nothing strays the mass of a node may underflow, and a bound that reads ln 0 there would be -inf
@@ -426,15 +438,6 @@ class TreeProcess(ForwardProcess):
     def _occupation(self, zt: Tensor, t: Tensor) -> Tensor:
         """[r] pi_l(t), l the level of z_t."""
         return self.clock.pi(t).gather(-1, self.vocabulary.level_of(zt).unsqueeze(-1)).squeeze(-1)
-
-    def _stray_of(self, i: int, zt: Tensor) -> Tensor:
-        """[r] r_il(z_t), l the level of z_t."""
-        table = torch.zeros(self.vocabulary.num_states, dtype=torch.float64, device=zt.device)
-        for level, (offset, size) in enumerate(zip(self.vocabulary.offsets, self.vocabulary.level_sizes)):
-            stray = self.parents.stray[i][level]
-            if stray is not None:
-                table[offset : offset + size] = stray.to(zt.device)
-        return table[zt]
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:

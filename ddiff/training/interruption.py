@@ -34,9 +34,9 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def counts(self, device: torch.device) -> Tensor:
+    def counts(self) -> Tensor:
         """[2] float64: whether each of SIGINT and SIGTERM came; over ranks they are summed."""
-        return torch.tensor([float(self.signal == number) for number in SIGNALS], dtype=torch.float64, device=device)
+        return torch.tensor([float(self.signal == number) for number in SIGNALS], dtype=torch.float64)
 
     @staticmethod
     def received(counts: Sequence[float]) -> int | None:

@@ -31,6 +31,7 @@ from ddiff.training.checkpoint import Checkpoint, Checkpoints
 from ddiff.training.interruption import Interruption
 from ddiff.training.learning_rate import WarmupConstant
 from ddiff.training.metrics import MetricsFile, StepRecord, means
+from ddiff.training.objective import sent
 from ddiff.training.optimizers import step_where
 from ddiff.training.protocols import Backend, Batch, Objective, Optimizer, Tracker
 from ddiff.training.tracker import NoTracker
@@ -231,7 +232,7 @@ class Trainer:
         batches = [self.batch_at(step, micro) for micro in range(self.accumulate)]
         denominators = self._denominators(batches)
         shares = self._backward(step, batches, denominators)
-        totals = self.backend.sum({"signals": interruption.counts(self.backend.device)} | shares)
+        totals = self.backend.sum({"signals": sent(interruption.counts(), self.backend.device)} | shares)
         norm = self.backend.clip(self.objective.module.parameters(), self.clip)
         multiplier = self.multiplier(step)
         self._update(multiplier, norm.isfinite() & totals["loss"].isfinite().all())
@@ -272,7 +273,7 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         for batch in batches:
             for name, count in self.objective.counts(batch).items():
-                count = torch.as_tensor(count, dtype=torch.float64, device=self.backend.device)
+                count = sent(torch.as_tensor(count, dtype=torch.float64), self.backend.device)
                 totals[name] = totals[name] + count if name in totals else count
         return self.backend.sum(totals)
 
@@ -286,7 +287,7 @@ class Trainer:
                 terms.loss.backward()
             totals["loss"] = totals["loss"] + _pair(terms.loss, torch.zeros_like(terms.loss))
             for name, (summed, count) in terms.metrics.items():
-                pair = _pair(summed, count.to(summed.device))
+                pair = _pair(summed, sent(count, summed.device))
                 totals[name] = totals[name] + pair if name in totals else pair
         return totals
 

@@ -1,0 +1,38 @@
+"""A training step never waits for its device: on one whose tensors have no values, it is launched all the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import SYMBOLS
+
+from ddiff.recipe import parse_recipe
+from ddiff.runs.built import build_run
+from ddiff.runs.parts import Given
+from ddiff.training.interruption import Interruption
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_is_launched_without_waiting_for_its_device(
+    optimizer: str, no_answers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Noise, forward, backward, clipping, the decision whether to step, Muon, the average and the figures."""
+    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    settings = [f"train.optimizer={optimizer}", "train.ema=0.9", "train.accumulate=2"]
+    run = build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings), Given())
+    run.objective.module.to("meta")
+    run.backend.device = torch.device("meta")
+    trainer = run.trainer()
+    trainer._launch(0, Interruption())
+    with no_answers():
+        launched = trainer._launch(1, Interruption())
+    assert launched.figures.is_meta
+
+
+def test_waiting_is_found(no_answers: Any) -> None:
+    with no_answers(), pytest.raises(AssertionError, match="waits"):
+        torch.ones(2).to("meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(torch.ones(2, device="meta").any())
