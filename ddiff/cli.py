@@ -5,6 +5,7 @@ A mistake that the caller can mend is printed as one paragraph, and the exit cod
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from pathlib import Path
@@ -27,6 +28,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left, no quota left
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Path of a TOML file, or the name of a shipped recipe.")
@@ -351,6 +354,15 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except DdiffError as error:
         end(str(error), MISTAKE)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        end(
+            f"{error.strerror}{f': {error.filename}' if error.filename else ''}. What was being written is lost, "
+            "nothing that stood before. Make room, or name another folder, and repeat the command: a run goes on from "
+            "its last checkpoint.",
+            MISTAKE,
+        )
     except Exception:
         if place() is None:
             raise

@@ -190,6 +190,8 @@ class Trainer:
                         tokens += record.tokens
                         if file:
                             file.append(record)
+                        if run.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
+                            raise NonFiniteError(self._despair(record))
                         self._report(run, bar)
                     if not launched and (self._stops(run, interruption) or self._is_saved(run.step)):
                         checkpoint = self._save(run)
@@ -264,8 +266,6 @@ class Trainer:
         )
         run.settled = now
         run.window.append(record)
-        if run.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(self._despair(record))
         return record
 
     def _denominators(self, batches: Sequence[Batch]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import ArgumentError, DdiffError
 from ddiff.testing import check_process
 from ddiff.training.checkpoint import Checkpoints
+from ddiff.training.metrics import MetricsFile, StepRecord
 from ddiff.training.tracker import NoTracker
 
 PROGRESS = re.compile(r"[a-z ]+: \d+/\d+ |\w+: [\d,]+ parameters in ")
@@ -272,7 +274,7 @@ def test_training_that_only_gives_nan_stops_with_a_reason(run_dir: Path, ddiff: 
     answer = ddiff("run", "small.toml", *SHORT, "--set", "train.steps=40")
     refused(answer, "not finite in 20 steps in a row", "step 24")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 24)), "each step that did not end in the error"
+    assert [line["step"] for line in lines] == list(range(1, 25)), "the last one too"
 
 
 def test_a_vocabulary_of_another_tokenizer_is_refused(run_dir: Path, ddiff: Command) -> None:
@@ -353,6 +355,24 @@ def test_a_signal_is_not_swallowed_and_the_same_call_goes_on(
     assert Checkpoints(folder / "runs/small/checkpoints").steps()[-1] == 2
     assert not (folder / "runs/small/evaluation.json").exists()
     api.run("small.toml", settings=settings)
+    assert Checkpoints(folder / "runs/small/checkpoints").steps()[-1] == 4
+
+
+def test_a_full_disk_is_told_and_the_same_command_goes_on(
+    folder: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = MetricsFile.append
+
+    def full(file: MetricsFile, record: StepRecord) -> None:
+        if record.step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(file, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "append", full)
+        refused(ddiff("run", "small.toml", *SHORT), "No space left", "repeat the command")
+    assert Checkpoints(folder / "runs/small/checkpoints").steps() == [2]
+    assert ddiff("run", "small.toml", *SHORT)[0] == 0
     assert Checkpoints(folder / "runs/small/checkpoints").steps()[-1] == 4
 
 
