@@ -77,7 +77,7 @@ class SubtreeLaw(ABC):
         self.vocabulary = vocabulary
         self.top = top
         self.asked = asked
-        self._first = vocabulary.subtree(top)  # first place below top, level by level
+        self._below = vocabulary.subtree(top)  # its places, level by level
 
     @abstractmethod
     def log_below(self, level: int) -> Tensor:
@@ -94,7 +94,7 @@ class SubtreeLaw(ABC):
     def log_step(self, node: Tensor, child: Tensor) -> Tensor:
         if not self.asked:
             return self.log_child(node, child)
-        level = len(self._first) - 1  # one below top: known here, so that no other level is computed or looked for
+        level = len(self._below) - 1  # one below top: known here, so that no other level is computed or looked for
         return torch.where(child == node, 0.0, self._log_at(level, self._place(child, level)))
 
     def log_mass(self, level: int) -> Tensor:
@@ -120,16 +120,17 @@ class SubtreeLaw(ABC):
         inside = (place >= start.unsqueeze(-1)) & (place < stop.unsqueeze(-1))
         peak = log_p.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)
         weights = (log_p - peak.masked_fill(peak == -torch.inf, 0.0)).exp().masked_fill(~inside, 0.0)
-        return self.vocabulary.order(level, node.device)[self._first[level] + draw_index(weights, u)]
+        return self.vocabulary.order(level, node.device)[self._below[level].start + draw_index(weights, u)]
 
     def _log_at(self, level: int, place: Tensor) -> Tensor:
         """[r] log P(node | top) of one node of `level` per row, by its place below top."""
         return self.log_below(level).gather(-1, place.unsqueeze(-1)).squeeze(-1)
 
     def _width(self, level: int) -> int:
-        """How many nodes of `level` lie below top."""
-        first, last = self.vocabulary.node_range(torch.tensor(self.top), level)
-        return int(last - first)
+        """How many nodes of `level` lie below top; top is one itself."""
+        if level == len(self._below):
+            return 1
+        return self._below[level].stop - self._below[level].start
 
     def _place(self, node: Tensor, level: int) -> Tensor:
         """[r] each node's place among those of `level` below top; of one that is not there some place."""
@@ -137,14 +138,14 @@ class SubtreeLaw(ABC):
 
     def _local_range(self, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """The node's range of places at `level`, counted from the first place below top."""
-        start, stop = self.vocabulary.node_range(node, level)
-        return start - self._first[level], stop - self._first[level]
+        (start, stop), first = self.vocabulary.node_range(node, level), self._below[level].start
+        return start - first, stop - first
 
     def _log_given_top(self, node: Tensor, lowest: int = 0) -> Tensor:
         """[r] log P(node | top); 0 at top itself, and at levels under the lowest that is looked for."""
         own_level = self.vocabulary.level_of(node)
         value: Tensor | None = None
-        for level in range(lowest, len(self._first)):
+        for level in range(lowest, len(self._below)):
             here = own_level == level
             if not may_hold(here):
                 continue
@@ -214,8 +215,7 @@ class LogitLaw(SubtreeLaw):
 
     def _masses(self, level: int) -> Tensor:
         """[r,n] log of the mass of each node of `level`: a segment log-sum-exp over contiguous ranges of words."""
-        nodes_first, nodes_last = self.vocabulary.node_range(torch.tensor(self.top), level)
-        nodes = self.vocabulary.order(level)[int(nodes_first) : int(nodes_last)]
+        nodes = self.vocabulary.order(level)[self._below[level]]
         first, last = self.vocabulary.node_range(nodes, 0)
         sizes = (last - first).tolist()
         sums = torch.stack([part.sum(-1) for part in self._softmax.exponentials.split(sizes, -1)], -1)
@@ -308,11 +308,12 @@ def _columns(values: Tensor, index: Tensor, like: Tensor | None = None) -> Tenso
 
 def _segments(vocabulary: Vocabulary, top: int, level: int, device: torch.device) -> Tensor:
     """[w] for each word below top, in tree order, the place below top of the node of `level` above it."""
-    first, last = vocabulary.node_range(torch.tensor(top), 0)
-    nodes_first, _ = vocabulary.node_range(torch.tensor(top), level)
-    words = vocabulary.order(0, device)[int(first) : int(last)]
+    below = vocabulary.subtree(top)
+    words = vocabulary.order(0, device)[below[0]]
+    if level == len(below):
+        return torch.zeros_like(words)
     nodes = vocabulary.ancestor(words, level) - vocabulary.offsets[level]
-    return vocabulary.position(level, device)[nodes] - int(nodes_first)
+    return vocabulary.position(level, device)[nodes] - below[level].start
 
 
 def segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:

@@ -55,7 +55,7 @@ class Vocabulary:
         self.centroids = _checked_centroids(centroids, self.level_sizes)
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.fingerprint = _fingerprint(self.level_sizes, self.parents)
-        self._subtrees: dict[int, tuple[int, ...]] = {}
+        self._subtrees: dict[int, tuple[slice, ...]] = {}
         self._tables = {torch.device("cpu"): _build_tables(self)}
 
     def _table(self, name: str, device: torch.device) -> Tensor:
@@ -104,12 +104,12 @@ class Vocabulary:
         table = self._table(f"range{level}", ids.device)[ids]
         return table[..., 0], table[..., 1]
 
-    def subtree(self, node: int) -> tuple[int, ...]:
-        """The first place below `node` in each level under it: its length is the node's level. Plain numbers, kept."""
+    def subtree(self, node: int) -> tuple[slice, ...]:
+        """The places below one node in the order of each level under it: as many slices as the node's level. Kept."""
         if node not in self._subtrees:
             ids = torch.tensor(node)
-            levels = range(int(self.level_of(ids)))
-            self._subtrees[node] = tuple(int(self.node_range(ids, level)[0]) for level in levels)
+            ranges = [self.node_range(ids, level) for level in range(int(self.level_of(ids)))]
+            self._subtrees[node] = tuple(slice(int(start), int(stop)) for start, stop in ranges)
         return self._subtrees[node]
 
     def save(self, path: str) -> None:

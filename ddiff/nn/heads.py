@@ -109,10 +109,6 @@ class Head(nn.Module, ABC):
             first += count
         return chunks or [(self.vocabulary.root, 0, 0)]
 
-    def _range(self, top: int, level: int) -> tuple[int, int]:
-        start, stop = self.vocabulary.node_range(torch.tensor(top), level)
-        return int(start), int(stop)
-
 
 class TokenHead(Head):
     """One logit per word, in id order; every row asks at the root: P(node) = sum of its words' probabilities."""
@@ -154,15 +150,18 @@ class TreeHead(Head):
 
     def law(self, logits: Logits, top: int) -> SubtreeLaw:
         if self.kind == "tied":
-            return LogitLaw(logits(*self._range(top, 0)), self.vocabulary, top, asked=True)
+            words = self.vocabulary.subtree(top)[0]
+            return LogitLaw(logits(words.start, words.stop), self.vocabulary, top, asked=True)
         return LevelwiseLaw(logits, self.vocabulary, top, asked=True)
 
     def logits_per_row(self, top: int) -> int:
-        first, last = self._range(top, 0)
+        below = [places.stop - places.start for places in self.vocabulary.subtree(top)]
+        if not below:  # a word
+            return 1
+        words, children = below[0], below[-1]
         if self.kind == "tied":
-            return last - first
-        children = int(self.vocabulary.num_children(torch.tensor(top))) or last - first
-        return children + (last - first) // 16  # a question about words must not break the bound by more than this
+            return words
+        return children + words // 16  # a question about words must not break the bound by more than this
 
     def start_from_counts(self, counts: Tensor) -> None:
         counts = counts.double().cpu().add(1)
@@ -189,15 +188,14 @@ class LevelwiseLaw(SubtreeLaw):
         return self._levels[level]
 
     def _chain(self, level: int) -> Tensor:
-        vocabulary, top = self.vocabulary, torch.tensor(self.top)
-        start, stop = (int(place) for place in vocabulary.node_range(top, level))
-        logits = self._logits(vocabulary.offsets[level] + start, vocabulary.offsets[level] + stop)
-        if level + 1 == int(vocabulary.level_of(top)):
+        vocabulary, places, first = self.vocabulary, self._below[level], self.vocabulary.offsets[level]
+        logits = self._logits(first + places.start, first + places.stop)
+        if level + 1 == len(self._below):
             return logits.log_softmax(-1)
         above = self.log_below(level + 1)
-        nodes = vocabulary.order(level, logits.device)[start:stop]
+        nodes = vocabulary.order(level, logits.device)[places]
         parent = vocabulary.position(level + 1, logits.device)[vocabulary.parent(nodes) - vocabulary.offsets[level + 1]]
-        parent = parent - int(vocabulary.node_range(top, level + 1)[0])
+        parent = parent - self._below[level + 1].start
         return logits + (above - segment_logsumexp(logits, parent, above.shape[-1]))[:, parent]
 
 

@@ -50,11 +50,11 @@ class ShapedLaw(SubtreeLaw):
     def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
         """Down the tree one conditional at a time; what is left of the uniform after a draw serves for the next."""
         drawn, left = node.clone(), u.clone()
-        for below in reversed(range(len(self._first))):
+        for below in reversed(range(len(self._below))):
             rows = ((self.vocabulary.level_of(drawn) == below + 1) & (level <= below)).nonzero().squeeze(-1)
             if len(rows):
                 place, left[rows] = _invert(self.conditional(drawn[rows], below, rows).exp(), left[rows])
-                drawn[rows] = self.vocabulary.order(below, node.device)[self._first[below] + place]
+                drawn[rows] = self.vocabulary.order(below, node.device)[self._below[below].start + place]
         return drawn
 
     def log_below(self, level: int) -> Tensor:
@@ -66,12 +66,14 @@ class ShapedLaw(SubtreeLaw):
         """Every conditional on the way to `level`, one parent after the other."""
         raw, above = self.laws[0].log_below(level), level + 1
         rows = torch.arange(len(raw), device=raw.device)
-        if above == len(self._first):
+        if above == len(self._below):
             return self.conditional(torch.full_like(rows, self.top), level, rows).to(raw.dtype)
         joint, mass = torch.full_like(raw, -torch.inf), self.log_below(above)
-        nodes = self.vocabulary.order(above)[self._first[above] : self._first[above] + mass.shape[1]]
+        nodes = self.vocabulary.order(above)[self._below[above]]
         for place, node in enumerate(nodes.tolist()):
-            start, stop = (int(x) - self._first[level] for x in self.vocabulary.node_range(torch.tensor(node), level))
+            start, stop = (
+                int(x) - self._below[level].start for x in self.vocabulary.node_range(torch.tensor(node), level)
+            )
             given = self.conditional(torch.full_like(rows, node), level, rows)[:, start:stop]
             joint[:, start:stop] = mass[:, place : place + 1] + given.to(raw.dtype)
         return joint
@@ -79,7 +81,7 @@ class ShapedLaw(SubtreeLaw):
 
 def next_log_p(law: CleanLaw, node: Tensor, level: int, rows: Tensor) -> Tensor:
     """[k,w] log P(child | node [k]) over the places of `level` below the law's top; -inf outside the node."""
-    log_p, first = law.log_below(level)[rows], law.vocabulary.subtree(law.top)[level]
+    log_p, first = law.log_below(level)[rows], law.vocabulary.subtree(law.top)[level].start
     start, stop = (place.unsqueeze(-1) - first for place in law.vocabulary.node_range(node, level))
     place = torch.arange(log_p.shape[1], device=log_p.device)
     return log_p.masked_fill((place < start) | (place >= stop), -torch.inf).log_softmax(-1)
@@ -258,8 +260,7 @@ class _Steered(_Composed):
 
     def _law(self, law: CleanLaw, noisy: Noisy, rows: Tensor) -> CleanLaw:
         log_p, vocabulary = law.log_below(0), law.vocabulary
-        first = vocabulary.subtree(law.top)[0]
-        words = vocabulary.order(0, log_p.device)[first : first + log_p.shape[1]]
+        words = vocabulary.order(0, log_p.device)[vocabulary.subtree(law.top)[0]]
         evidence = self.log_likelihood(noisy, rows)
         if evidence.shape != (len(rows), vocabulary.num_tokens):
             raise ArgumentError(
