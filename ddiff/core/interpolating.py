@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ddiff.core.kernel import InterpolatingKernel, Kernel
 from ddiff.core.law import Answer, CleanLaw, Score, certainly_law
-from ddiff.core.numerics import EARLIEST, LATEST, Constant, draw_index, interior, like_rows, log_or_never
+from ddiff.core.numerics import EARLIEST, LATEST, Constant, draw_index, interior, like_rows, log_or_never, per_time
 from ddiff.core.process import ForwardProcess, Prior, Visit
 from ddiff.core.schedule import LinearSchedule, Schedule
 from ddiff.core.vocabulary import FlatVocabulary, Vocabulary
@@ -443,10 +443,10 @@ class ComponentProcess(InterpolatingProcess):
         return self._flow(t) @ self._on(t.device)
 
     def noise_at(self, zt: Tensor, t: Tensor) -> Tensor:
-        return (self.coefficients(t) * self._on(zt.device).T[zt]).sum(-1)
+        return (per_time(self.coefficients, t) * self._on(zt.device).T[zt]).sum(-1)
 
     def arrivals_at(self, zt: Tensor, t: Tensor) -> Tensor:
-        return (self._flow(t) * self._on(zt.device).T[zt]).sum(-1)
+        return (per_time(self._flow, t) * self._on(zt.device).T[zt]).sum(-1)
 
     def alike(self, zt: Tensor) -> Tensor:
         return self._first_alike.on(zt.device)[zt]
@@ -479,7 +479,7 @@ class ComponentProcess(InterpolatingProcess):
         return _without_rounding(self.coefficients(t), faded).clamp(min=0.0)
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return self._redraw(x0, self.alpha(t), self.coefficients(t), u)
+        return self._redraw(x0, per_time(self.alpha, t), per_time(self.coefficients, t), u)
 
     def climb(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self._redraw(zs, self._stay(s, t), self._arriving(s, t), u)

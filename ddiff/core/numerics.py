@@ -7,6 +7,8 @@ weights are float64; what has the width of the vocabulary keeps the law's own dt
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,17 @@ def like_rows(values: Tensor, wide: Tensor) -> Tensor:
 def log_or_never(mass: Tensor) -> Tensor:
     """ln mass; -inf where the mass is 0, and no gradient there (the plain log gives 0/0 = NaN to all that it sums)."""
     return torch.where(mass == 0, 1.0, mass).log().masked_fill(mass == 0, -torch.inf)
+
+
+def per_time(values: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """values(t) [r,...] for t [r], read once for neighbours of the same time: the positions of a sequence mostly are.
+
+    On a device, which would have to be asked how many there are, it is read for every row.
+    """
+    if t.device.type != "cpu":
+        return values(t)
+    distinct, place = t.unique_consecutive(return_inverse=True)
+    return values(distinct)[place]
 
 
 def may_hold(condition: Tensor) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.kernel import Kernel, refuse_singular
 from ddiff.core.law import Answer, CleanLaw, Score, certainly_law
-from ddiff.core.numerics import Constant, draw_index, interior, like_rows, may_hold
+from ddiff.core.numerics import Constant, draw_index, interior, like_rows, may_hold, per_time
 from ddiff.core.process import ForwardProcess, Informed, Prior, Visit
 from ddiff.core.schedule import PowerSchedule
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
@@ -222,7 +222,7 @@ class TreeProcess(ForwardProcess):
         return TreeKernel(self.clock.transition(s, t), self.parents)
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        level = (u[:, :1] < self.clock.climbed(t)).sum(-1)
+        level = (u[:, :1] < per_time(self.clock.climbed, t)).sum(-1)
         return self._at_level(x0, level, u)
 
     def climb(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ class TreeProcess(ForwardProcess):
         """F_l'/pi_l, 0 at words. E[weight 1{level l}] = 1 per level where the clock closes."""
         level = self.vocabulary.level_of(zt)
         t = interior(t)
-        inflow = self.clock.inflow(t).gather(-1, (level - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        inflow = per_time(self.clock.inflow, t).gather(-1, (level - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
         return torch.where(level > 0, inflow / self._occupation(zt, t), 0.0)
 
     def divergence(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
@@ -437,7 +437,7 @@ class TreeProcess(ForwardProcess):
 
     def _occupation(self, zt: Tensor, t: Tensor) -> Tensor:
         """[r] pi_l(t), l the level of z_t."""
-        return self.clock.pi(t).gather(-1, self.vocabulary.level_of(zt).unsqueeze(-1)).squeeze(-1)
+        return per_time(self.clock.pi, t).gather(-1, self.vocabulary.level_of(zt).unsqueeze(-1)).squeeze(-1)
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:

@@ -140,8 +140,10 @@ class DiffusionObjective:
             v.reshape(-1)[rows] for v in (x0, noisy.zt, noisy.t, times.speed, charged, decodes)
         )
         asked = (x_rows, z_rows, t_rows)
-        bound = torch.where(is_charged, speed * process.weight(*asked), 0.0)
-        loss = torch.where(speed > 0, speed, 1.0) * self.loss.weight(process, *asked)
+        exact = process.weight(*asked)
+        weight = exact if isinstance(self.loss, ElboLoss) else self.loss.weight(process, *asked)  # not the same twice
+        bound = torch.where(is_charged, speed * exact, 0.0)
+        loss = torch.where(speed > 0, speed, 1.0) * weight
         if share > 0.0:
             bound, loss = (torch.where(is_decoded, speed, weight) for weight in (bound, loss))
         return _Drawn(noisy, rows, x_rows, z_rows, t_rows, bound, loss, is_decoded if share > 0.0 else None)
