@@ -125,27 +125,26 @@ class Muon(torch.optim.Muon):
         self.precision = precision
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        self.step_where(None)
+        device = self.param_groups[0]["params"][0].device
+        self.step_where(torch.ones((), dtype=torch.bool, device=device))
         return None
 
     @torch.no_grad()
-    def step_where(self, finite: Tensor | None) -> None:
-        """A step where `finite` (0-d bool; None: always); nothing changes elsewhere, whatever the gradients hold."""
+    def step_where(self, finite: Tensor) -> None:
+        """A step where `finite` (0-d bool); nothing changes elsewhere, whatever the gradients hold."""
         for group in self.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
             for turn, parameter in enumerate(trained):
                 self._update(parameter, group, turn, finite)
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], turn: int, finite: Tensor | None) -> None:
+    def _update(self, parameter: Tensor, group: dict[str, Any], turn: int, finite: Tensor) -> None:
         assert parameter.grad is not None
         state, weights, gradient = self.state[parameter], local(parameter), local(parameter.grad)
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        taken: Tensor | float = 1.0
-        if finite is not None:
-            taken, gradient = finite.to(gradient.dtype), torch.where(finite, gradient, 0.0)
+        taken, gradient = finite.to(gradient.dtype), torch.where(finite, gradient, 0.0)
         average = local(state["momentum_buffer"])
-        average.lerp_(gradient, torch.as_tensor(taken * (1.0 - group["momentum"]), dtype=average.dtype))
+        average.lerp_(gradient, (taken * (1.0 - group["momentum"])).to(average.dtype))
         direction = gradient.lerp(average, group["momentum"]) if group["nesterov"] else average
         rows, columns = parameter.shape
         weights.mul_(1.0 - taken * group["lr"] * group["weight_decay"])
