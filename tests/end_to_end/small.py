@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
 RECIPE = """
 name = "small"
 plugins = ["hdlm", "mdlm", "dit"]
@@ -49,3 +56,16 @@ count = 2
 """
 
 CORPUS = "\n".join(f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd")
+FLAT = ['vocabulary={kind="flat"}', 'process={kind="mdlm"}', 'denoiser.head="tokens"']
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """`folder` with the recipe, its corpus and a cache of its own, for the fixtures of whole files."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("DDIFF_CACHE", str(folder / "cache"))
+        Path("small.toml").write_text(RECIPE)
+        Path("corpus.txt").write_text(CORPUS)
+        yield

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import CORPUS
-from small import RECIPE as SMALL
+from small import working_in
 from told import RECIPE, rows
 
 import ddiff as api
@@ -23,15 +22,10 @@ Command = Callable[..., tuple[int, str, str]]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with two trained runs: `told` of rows of two kinds, `small` of text."""
     folder = tmp_path_factory.mktemp("asking")
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("DDIFF_CACHE", str(folder / "cache"))
+    with working_in(folder):
         Path("rows.jsonl").write_text(rows(400))
         Path("told.toml").write_text(RECIPE)
         api.run("told.toml")
-        Path("corpus.txt").write_text(CORPUS)
-        Path("small.toml").write_text(SMALL)
         api.run("small.toml", settings=["train.steps=4", "data.length=24"])
         yield folder
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from small import CORPUS, RECIPE
+from small import FLAT, working_in
 
 import ddiff as api
 from ddiff.comparison import compare
@@ -21,7 +20,6 @@ from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.evaluation.intervals import student95
 
 Command = Callable[..., tuple[int, str, str]]
-FLAT = ['vocabulary={kind="flat"}', 'process={kind="mdlm"}', 'denoiser.head="tokens"']
 SHORT = ["train.steps=3", "denoiser.dropout=0.0"]
 
 
@@ -29,12 +27,7 @@ SHORT = ["train.steps=3", "denoiser.dropout=0.0"]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """runs/tree, runs/flat, runs/flat1 (another seed), runs/long (rows of 12), runs/window (another window)."""
     folder = tmp_path_factory.mktemp("compare")
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("DDIFF_CACHE", str(folder / "cache"))
-        Path("small.toml").write_text(RECIPE)
-        Path("corpus.txt").write_text(CORPUS)
+    with working_in(folder):
         api.run("small.toml", settings=[*SHORT, 'name="tree"'])
         for name, *settings in (
             ("flat",),

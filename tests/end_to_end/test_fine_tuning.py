@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import CORPUS, RECIPE
+from small import FLAT, working_in
 
 import ddiff as api
 from ddiff.errors import ArgumentError, RecipeError
@@ -17,7 +17,6 @@ from ddiff.runs.built import build_run
 from ddiff.runs.parts import Given
 from ddiff.training.checkpoint import Checkpoints
 
-FLAT = ['vocabulary={kind="flat"}', 'process={kind="mdlm"}', 'denoiser.head="tokens"']
 SHORT = ["train.steps=4", "evaluate.draws=1"]
 
 
@@ -25,12 +24,7 @@ SHORT = ["train.steps=4", "evaluate.draws=1"]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with runs/flat (masking, a head of words), runs/tree (two levels, level-wise)."""
     folder = tmp_path_factory.mktemp("tuning")
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("DDIFF_CACHE", str(folder / "cache"))
-        Path("small.toml").write_text(RECIPE)
-        Path("corpus.txt").write_text(CORPUS)
+    with working_in(folder):
         api.run("small.toml", settings=[*SHORT, *FLAT, 'name="flat"', "train.steps=12"])
         api.run("small.toml", settings=[*SHORT, 'name="tree"'])
         yield folder

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import CORPUS, RECIPE
+from small import working_in
 
 import ddiff as api
 from ddiff.data.cache import Cache
@@ -168,11 +168,7 @@ def test_a_mistake_with_fresh_leaves_the_old_run_as_it_was(run_dir: Path, ddiff:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run beside its recipe and corpus, to be copied and damaged."""
     folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("DDIFF_CACHE", str(folder / "cache"))
-        Path("small.toml").write_text(RECIPE)
-        Path("corpus.txt").write_text(CORPUS)
+    with working_in(folder):
         api.run("small.toml", settings=["train.steps=4", "train.checkpoint_every=2"])
     return folder / "runs"
 

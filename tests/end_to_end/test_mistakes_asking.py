@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import CORPUS
-from small import RECIPE as SMALL
+from small import working_in
 from told import RECIPE, rows
 
 import ddiff as api
@@ -31,10 +30,7 @@ PROGRESS = re.compile(r"[a-z ]+: \d+/\d+ ")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Runs: `told` (dropout trained), `always` (none trained), `styled` (told a vector), `small` (a tree, of text)."""
     folder = tmp_path_factory.mktemp("mistakes")
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("DDIFF_CACHE", str(folder / "cache"))
+    with working_in(folder):
         Path("rows.jsonl").write_text(rows(60))
         Path("told.toml").write_text(RECIPE.replace("steps = 80", "steps = 2"))
         api.run("told.toml")
@@ -48,8 +44,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ]
         Path("styled.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         api.run("styled.toml", settings=['name="styled"', "train.steps=2"])
-        Path("corpus.txt").write_text(CORPUS)
-        Path("small.toml").write_text(SMALL)
         api.run("small.toml", settings=["train.steps=2"])
         yield folder
 
