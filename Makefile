@@ -5,7 +5,7 @@
 #   make run RECIPE=recipes/mdlm_small.toml SET="--set train.steps=200"
 #   make test           the whole test suite, on two cores
 #   make lint           ruff, mypy, import-linter
-#   make bench          what a step and a sample cost beside the obvious way: a quarter of an hour on a quiet machine
+#   make bench          what a step and a sample cost beside the obvious way: half an hour on a quiet machine
 #   make bench BENCH="--quick --only train"
 #   make soak           kill runs at fifty random moments, also in a save, and see that each ends as if left alone
 #   make clean          remove .venv

@@ -25,6 +25,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from ddiff.core.numerics import Constant
 from ddiff.errors import ArgumentError, DataError
 
 
@@ -56,13 +57,11 @@ class Vocabulary:
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.fingerprint = _fingerprint(self.level_sizes, self.parents)
         self._subtrees: dict[int, tuple[slice, ...]] = {}
-        self._tables = {torch.device("cpu"): _build_tables(self)}
+        self._tables = {name: Constant(table) for name, table in _build_tables(self).items()}
 
     def _table(self, name: str, device: torch.device) -> Tensor:
-        """A named table on a device; tables are made once on the CPU and copied once per device."""
-        if device not in self._tables:
-            self._tables[device] = {key: table.to(device) for key, table in self._tables[torch.device("cpu")].items()}
-        return self._tables[device][name]
+        """A named table on a device."""
+        return self._tables[name].on(device)
 
     def level_of(self, ids: Tensor) -> Tensor:
         """The level of each id, 0..L; any shape. The name of the whole lies one above the words when there is no mask."""
