@@ -597,6 +597,13 @@ class Unconditional(ALaw):
         return self.log_prob(child)
 
 
+class SteppingFromTheTop(ALaw):
+    """A step to the node where the row is already costs what it takes to get there."""
+
+    def log_step(self, node: Tensor, child: Tensor) -> Tensor:
+        return self.log_prob(child)
+
+
 class ForgettingWhere(ALaw):
     """Draws below the root, wherever a row is."""
 
@@ -921,6 +928,12 @@ FAULTS = [
         law.children_are_conditional,
         lambda: ALaw(THREE, THREE.root),
         lambda: Unconditional(THREE, THREE.root),
+    ),
+    Fault(
+        "steps that start at the top",
+        law.children_are_conditional,
+        lambda: ALaw(THREE, THREE.root),
+        lambda: SteppingFromTheTop(THREE, THREE.root),
     ),
     Fault(
         "draws that forget the node",
