@@ -193,7 +193,10 @@ def read_recipe(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
 
     Raises RecipeError (file, line, key, what came and what is due) and PluginError.
     """
-    return resolve(_extended(_read_draft(str(name)), ()), settings)
+    draft = _read_draft(str(name))
+    if "extends" in draft.tree:  # or it would be written over the run of the recipe that it extends
+        draft.tree.setdefault("name", PurePosixPath(draft.source).stem)
+    return resolve(_extended(draft, ()), settings)
 
 
 def parse_recipe(text: str, source: str = "<text>", settings: Iterable[str] = ()) -> Recipe:
@@ -452,8 +455,10 @@ def _check_tables(draft: Draft) -> None:
     """Top-level names are known, tables are tables, and the required ones are there."""
     for name in draft.tree:
         if name not in TOP_LEVEL:
+            owners = [table for table, keys in TABLES.items() if name in keys.engine_keys()]
+            near = f' Did you mean "{owners[0]}.{name}"?' if owners else nearest(name, TOP_LEVEL)
             raise RecipeError(
-                f'{draft.place((name,))}: a recipe has no key or table "{name}".{nearest(name, TOP_LEVEL)} '
+                f'{draft.place((name,))}: a recipe has no key or table "{name}".{near} '
                 f"It takes: {', '.join(TOP_LEVEL)}."
             )
     if "extends" in draft.tree:

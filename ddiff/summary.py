@@ -25,6 +25,26 @@ def print_start(name: str, denoiser: Denoiser, device: torch.device, processes: 
     where = f"{processes} processes ({kind}), each on {device.type}" if processes > 1 else str(device)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(f"[bold]{name}[/]: {parameters:,} parameters in {_short(weights)}{products}; {where}")
+    if denoiser.precision == torch.bfloat16 and device.type == "cpu" and not _multiplies_bfloat16():
+        console.print("This CPU has no units for bfloat16: a step may take ten times as long as in float32.")
+
+
+def _multiplies_bfloat16() -> bool:
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()  # of those without, some emulate it
+
+
+def print_going_on(done: int, steps: int, before: int | None) -> None:
+    """From which step a run goes on, and whether it was told to take another number, `before`, of them."""
+    if done >= steps:
+        line = f"All {steps} steps are done."
+    elif before in (None, steps):
+        line = f"Going on from step {done} of {steps}."
+    else:
+        line = (
+            f"Going on from step {done}. The run was of {before} steps, and its learning rate fell towards their end; from "
+            f"here it follows the schedule of {steps}. A run of {steps} from the start may end elsewhere."
+        )
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -46,15 +66,17 @@ def print_summary(
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     speed = summary.tokens / summary.seconds if summary.tokens else 0.0
     console.print(f"\n[bold]{run_dir}[/]  {what}")
-    trained = f"{summary.tokens:,.0f} tokens in {summary.seconds:.0f} s ({speed:,.0f} tokens/s)"
+    trained = f"this time {summary.tokens:,.0f} tokens in {summary.seconds:.0f} s ({speed:,.0f} tokens/s)"
     skipped = f", {summary.skipped_steps} steps skipped (not finite)" if summary.skipped_steps else ""
-    console.print(f"{parameters:,} parameters, step {summary.step}; this time {trained}{skipped}\n")
+    console.print(
+        f"{parameters:,} parameters, step {summary.step}; {trained if speed else 'trained before'}{skipped}\n"
+    )
     print_evaluation(evaluation, counted, entropy_rate, console)
     print_samples(samples, console)
     console.print(f"\nWritten to {run_dir}: evaluation.json, samples.jsonl, metrics.jsonl, checkpoints/, recipe.toml")
     console.print(
-        f"Next: ddiff sample {run_dir} --count 4 --steps 128 | ddiff eval {run_dir} | "
-        "the same command with --set train.steps=N goes on"
+        f"Next: `ddiff sample {run_dir} --count 4 --steps 128`, `ddiff eval {run_dir}`, or the same command with "
+        "--set train.steps=N, which goes on"
     )
 
 
@@ -79,9 +101,8 @@ def print_evaluation(
         for name, value in evaluation.parts_nats_per_token.items():
             table.add_row(f"    of diffusion, {name}", f"{value:.4f}", "")
     under = counted.unigram_nats_per_token - evaluation.nelbo_nats_per_token
-    table.add_row(
-        "unigram", f"{counted.unigram_nats_per_token:.4f}", f"the {evaluation.bound} is {under:+.4f} under it"
-    )
+    side = f"{abs(under):.4f} {'under' if under >= 0 else 'above'} it"
+    table.add_row("unigram", f"{counted.unigram_nats_per_token:.4f}", f"the {evaluation.bound} is {side}")
     table.add_row("bigram", f"{counted.bigram_nats_per_token:.4f}", "Witten-Bell")
     if entropy_rate is not None:
         table.add_row("entropy rate", f"{entropy_rate:.4f}", "of the source: no model is below it")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import tempfile
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +49,43 @@ def check_directory(directory: Path, recipe: Recipe, given: Given, fresh: bool) 
         raise CheckpointError(_fewer_steps(directory, *changed[0][1:]))
     if changed:
         lines = "\n".join(f"  {key}: was {old!r}, is {new!r}" for key, old, new in changed)
-        raise CheckpointError(
-            f"{directory} was made with another recipe. Changed keys:\n{lines}\n"
-            "Run with --fresh to start over there, or set run_dir to another directory. (More train.steps, or another "
-            "[backend], continue.)"
+        anew = {key.split(".")[0] for key, _, _ in changed} <= {"evaluate", "sample"}
+        remedy = (
+            f"What is trained is the same: `ddiff eval {directory} --set ...` and `ddiff sample {directory} --set ...` "
+            "read it by other settings. For a run of its own: --set name=..."
+            if anew
+            else "Give this one another name (--set name=...), or start over there with --fresh, which deletes what was "
+            "trained. (More train.steps, or another [backend], continue.)"
         )
+        raise CheckpointError(f"{directory} was made with another recipe. Changed keys:\n{lines}\n{remedy}")
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """One process at a time writes to a run directory; CheckpointError while another does. The lock, a file beside the
+    directory, goes with the process, however it ends."""
+    place = directory.absolute().parent / f".{directory.name}.lock"
+    was_there = place.parent.exists()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            raise CheckpointError(
+                f"{directory} is being written by another process ({lock.read().strip() or 'unknown'}). Wait until it has "
+                "ended, stop it, or give this run another name: --set name=..."
+            ) from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {platform.node()}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
+            if not was_there:
+                with suppress(OSError):  # something stands in it now
+                    place.parent.rmdir()
 
 
 def check_writable(directory: Path) -> None:
@@ -68,10 +103,17 @@ def check_writable(directory: Path) -> None:
 
 def _fewer_steps(directory: Path, old: int, new: int) -> str:
     return (
-        f"{directory} is already a run of {old} steps (train.steps: was {old}, is {new}). Repeat with train.steps >= {old} "
+        f"{directory} is a run of {old} steps (train.steps: was {old}, is {new}). Repeat with train.steps >= {old} "
         f"to go on; read it as it is with `ddiff eval {directory}`, `ddiff sample {directory}` or "
         f'ddiff.load("{directory}"); or start over with --fresh.'
     )
+
+
+def recorded_steps(directory: Path) -> int | None:
+    """How many steps the run in the directory was told to take, where there is one."""
+    if not (directory / RECIPE).is_file():
+        return None
+    return _read_recorded(directory).get("train", {}).get("steps")
 
 
 def _read_recorded(directory: Path) -> dict[str, Any]:

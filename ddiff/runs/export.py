@@ -39,6 +39,7 @@ def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto")
         **{f"{name} fingerprint": value for name, value in newest.state["fingerprints"].items()},
     }
     tensors = newest.weights(average=average)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with part.open("wb") as sink:
         write_tensors(sink, tensors, metadata)

@@ -25,13 +25,14 @@ from ddiff.data.conditions import Conditions
 from ddiff.data.rows import Rows, batch_rows, rows_of_ids
 from ddiff.data.tokenizer import AlphabetTokenizer
 from ddiff.errors import ArgumentError, DataError
-from ddiff.nn.denoiser import Context, Denoiser
+from ddiff.nn.denoiser import UNPADDED, Context, Denoiser
 from ddiff.recipe import Recipe, parse_recipe
 from ddiff.runs.built import Run, build_run
 from ddiff.runs.cost import TRAINING, Footprint, Parameters, counted, flops, free_bytes, gathered, num_bytes, peak
 from ddiff.runs.parts import Given, build_backend, build_objective, outlined
 from ddiff.runs.rise import Rise
 from ddiff.training.metrics import FILE as METRICS
+from ddiff.training.objective import device_of
 from ddiff.training.protocols import Objective
 from ddiff.training.trainer import Trainer
 
@@ -162,12 +163,43 @@ def _check_room(recipe: Recipe) -> None:
     backend = build_backend(recipe)
     needed, free = COPIES * num_bytes(list(denoiser.parameters())), free_bytes(backend.device)
     backend.close()
+    rows = recipe.train.batch // recipe.train.accumulate
+    kept: float = 0 if recipe.placement.activation_checkpointing else rows * _kept_of_a_row(denoiser, recipe.length)
+    if denoiser.precision is not None:  # products are kept in half the bytes
+        kept /= 2
+    if needed <= free < needed + kept:
+        raise ArgumentError(
+            f"--measure: {recipe.name} keeps about {kept / 2**30:.1f} GiB for the backward of {rows} rows at a time, "
+            f"beside {needed / 2**30:.1f} GiB of parameters, gradients and moments; {backend.device} has "
+            f"{free / 2**30:.1f} GiB free. Measure fewer at a time: --set train.accumulate=N, more processes, or "
+            f"--set backend.processes=1 --set train.batch={max(1, int(rows * (free - needed) / (2 * kept)))}."
+        )
     if needed > free:
         raise ArgumentError(
             f"--measure: {recipe.name} has {Parameters.of(denoiser).total:,} parameters, which with gradients and the two "
             f"moments of AdamW take {needed / 2**30:.1f} GiB; {backend.device} has {free / 2**30:.1f} GiB free. Measure "
             "where there is more, or a part of it: --set denoiser.layers=2."
         )
+
+
+def _kept_of_a_row(denoiser: Denoiser, length: int) -> int:
+    """Bytes that the trunk keeps of a row for its backward, without what attention may spare; 0 where nobody can tell."""
+    weights = {parameter.untyped_storage()._cdata for parameter in denoiser.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.shape[-2:] != (length, length):
+            kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no other storage has its number
+        return tensor
+
+    device = device_of(denoiser)
+    ids, t = torch.zeros(1, length, dtype=torch.long, device=device), torch.zeros(1, length, device=device).double()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            denoiser.backbone(ids, t, UNPADDED)
+    except (NotImplementedError, RuntimeError):  # a trunk that computes with values, and has none here
+        return 0
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
 
 
 # ------------------------------------------------------------------ text

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ddiff.data.tokenizer import load_tokenizer
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
+from ddiff.launch import place
 from ddiff.recipe import Recipe, read_recipe
 from ddiff.runs.built import Run, build_run
 from ddiff.runs.directory import (
@@ -31,10 +33,12 @@ from ddiff.runs.directory import (
     check_directory,
     check_writable,
     checkpoints_of,
+    held,
     newest_step,
     parsed,
     read_json,
     record,
+    recorded_steps,
     write,
 )
 from ddiff.runs.init import check_source
@@ -48,7 +52,7 @@ from ddiff.runs.parts import (
     check_tokenizer,
     outlined,
 )
-from ddiff.summary import print_evaluation, print_start, print_summary
+from ddiff.summary import print_evaluation, print_going_on, print_start, print_summary
 from ddiff.training.trainer import TrainingSummary
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code of a run that SIGINT ended
@@ -141,6 +145,7 @@ def evaluate_run(run_dir: str | Path, settings: Iterable[str] = ()) -> Evaluatio
     if built.recipe.train.ema:
         print("The moving average of the weights:" if built.averaged else "The weights as they were trained:")
     print_evaluation(evaluation, counted, built.documents.entropy_rate)
+    print(f"Written to {built.run_dir / EVALUATION}")
     return evaluation
 
 
@@ -151,8 +156,13 @@ def sample_run(run_dir: str | Path, count: int | None = None, **asked: Any) -> N
 
 
 def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
-    directory = Path(recipe.run_dir)
+    directory, there = Path(recipe.run_dir), place()
     check_directory(directory, recipe, given, fresh)
+    with held(directory) if there is None or there.rank == 0 else nullcontext():
+        return _stages(directory, recipe, given, fresh)
+
+
+def _stages(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
     built = build_run(recipe, given)
     check_sampling(recipe, built.vocabulary, built.process, built.denoiser, built.objective)
     if fresh or not newest_step(built):
@@ -163,9 +173,12 @@ def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
     built.backend.barrier()
 
     def accepted() -> None:
+        before = recorded_steps(directory)
         record(directory, recipe, built, given)
         where, kind = built.backend, recipe.backend.component.name
         print_start(recipe.name, built.denoiser, where.device, where.world_size, kind)
+        if done := newest_step(built):
+            print_going_on(done, recipe.train.steps, before)
 
     summary = built.train(accepted=accepted if writes else lambda: None)
     built.end_together()
@@ -196,19 +209,21 @@ def _after_training(built: Run, summary: TrainingSummary) -> int:
 
 
 def _evaluate_stage(built: Run, again: bool = False) -> tuple[Evaluation, Baselines]:
-    """evaluation.json, unless it stands there for this step."""
-    path, step = built.run_dir / EVALUATION, newest_step(built)
+    """evaluation.json, unless it stands there for this step, evaluated as the recipe has it."""
+    path, step, keys = built.run_dir / EVALUATION, newest_step(built), built.recipe.evaluate
     saved = read_json(path)
-    if saved.get("step") == step and "bound" in saved and not again:
+    wanted = {"step": step, "weights": "ema" if built.averaged else "trained"}
+    protocol = {"draws": keys.draws, "seed": keys.seed, **built.protocol()}
+    stands = "bound" in saved and {**saved, **saved["protocol"]}.items() >= {**wanted, **protocol}.items()
+    if stands and not again:
         return Evaluation.from_dict(saved), Baselines(*saved["baselines"].values())
     evaluation, counted = built.evaluate()
     per = f"per_{evaluation.unit}"
     figures = evaluation.to_dict()
     written: Mapping[str, Any] = {
-        "step": step,
-        "weights": "ema" if built.averaged else "trained",
+        **wanted,
         **figures,
-        "protocol": {**figures["protocol"], **built.protocol()},
+        "protocol": {**figures["protocol"], **protocol},
         "baselines": {name.replace("per_token", per): value for name, value in counted._asdict().items()},
         f"entropy_rate_nats_{per}": built.documents.entropy_rate,
     }

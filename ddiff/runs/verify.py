@@ -24,7 +24,7 @@ from ddiff.runs.parts import Given
 from ddiff.training.checkpoint import Checkpoint, Checkpoints
 from ddiff.training.metrics import FILE, WALL_CLOCK
 
-ROUNDING = 1e-6  # relative, of figures in another layout
+ROUNDING = 1e-5  # relative, of figures in another layout: float32 sums, which Muon's orthogonalisation makes tenfold
 ROUNDING_OF_WEIGHTS = (
     1e-5  # of the norm of all: Adam divides by a gradient's own size, which for some entries is rounding
 )

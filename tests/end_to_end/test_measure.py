@@ -181,6 +181,8 @@ def test_text_that_is_not_here_and_of_unknown_words_is_an_error(folder: Path) ->
 
 
 def test_what_has_no_room_is_not_begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArgumentError, match=r"for the backward of 4000000 rows.*train.batch=\d+"):
+        measured(["train.batch=4000000"])
     monkeypatch.setattr("ddiff.runs.measure.free_bytes", lambda device: 1000.0)
     with pytest.raises(ArgumentError, match=r"parameters, which with gradients .* free\. Measure where"):
         measured()

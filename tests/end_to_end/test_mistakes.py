@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +30,7 @@ from ddiff.training.checkpoint import Checkpoints
 from ddiff.training.metrics import MetricsFile, StepRecord
 from ddiff.training.tracker import NoTracker
 
-PROGRESS = re.compile(r"[a-z ]+: \d+/\d+ |\w+: [\d,]+ parameters in ")
+PROGRESS = re.compile(r"[a-z ]+: \d+/\d+ |\w+: [\d,]+ parameters in |Going on from step |All \d+ steps are done")
 Command = Callable[..., tuple[int, str, str]]
 SHORT = ("--set", "train.steps=4", "--set", "train.checkpoint_every=2")
 
@@ -236,7 +238,7 @@ def test_fewer_steps_than_a_run_has_are_answered_with_what_can_be_done(run_dir: 
     for mode in ([], ["--dry-run"]):
         refused(
             ddiff(*COMMANDS["run"], "--set", "train.steps=3", *mode),
-            "already a run of 4 steps",
+            "is a run of 4 steps",
             "train.steps >= 4",
             "`ddiff eval runs/small`",
             "`ddiff sample runs/small`",
@@ -370,6 +372,54 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(
     assert Checkpoints(folder / "runs/small/checkpoints").steps() == [2]
     assert ddiff("run", "small.toml", *SHORT)[0] == 0
     assert Checkpoints(folder / "runs/small/checkpoints").steps()[-1] == 4
+
+
+def test_one_process_at_a_time_writes_to_a_run(run_dir: Path, ddiff: Command) -> None:
+    """Not even --fresh takes the place of a run that is being trained; the lock goes with the process that held it."""
+    before = files(run_dir)
+    code = "from ddiff.runs.directory import held; from pathlib import Path; import time\n"
+    code += f"with held(Path({str(run_dir)!r})): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        for more in ((), ("--fresh",)):
+            refused(ddiff("run", "small.toml", *SHORT, *more), "being written by another process", str(other.pid))
+        other.kill()
+    assert files(run_dir) == before
+    assert ddiff("run", "small.toml", *SHORT)[0] == 0
+    assert not (run_dir.parent / ".small.lock").exists()
+
+
+def test_a_run_is_evaluated_as_its_recipe_has_it_whatever_was_read_in_between(run_dir: Path, ddiff: Command) -> None:
+    first = json.loads((run_dir / "evaluation.json").read_text())
+    code, out, _ = ddiff("eval", "runs/small", "--set", "evaluate.draws=3")
+    assert (code, "Written to runs/small/evaluation.json" in out) == (0, True)
+    assert json.loads((run_dir / "evaluation.json").read_text()) != first
+    assert ddiff("run", "small.toml", *SHORT)[0] == 0
+    assert json.loads((run_dir / "evaluation.json").read_text()) == first
+
+
+def test_a_recipe_that_only_evaluates_otherwise_is_sent_to_eval(run_dir: Path, ddiff: Command) -> None:
+    code, _, err = ddiff("run", "small.toml", *SHORT, "--set", "evaluate.draws=3")
+    assert code == 2
+    assert "evaluate.draws: was 1, is 3" in err
+    assert "ddiff eval runs/small" in err
+    assert "--fresh" not in err
+
+
+def test_a_recipe_that_extends_another_has_the_name_of_its_file(folder: Path) -> None:
+    Path("mine.toml").write_text('extends = "small.toml"\n')
+    assert api.read_recipe("mine.toml").run_dir == "runs/mine"
+    assert api.read_recipe("mine.toml", ["name=other"]).run_dir == "runs/other"
+
+
+def test_a_key_outside_its_table_is_sent_there(folder: Path, ddiff: Command) -> None:
+    refused(ddiff("run", "small.toml", "--set", "steps=4"), 'Did you mean "train.steps"?')
+
+
+def test_exports_make_their_folder(run_dir: Path, ddiff: Command) -> None:
+    assert ddiff("export", "runs/small", "new/folder/small.safetensors")[0] == 0
+    assert Path("new/folder/small.safetensors").is_file()
 
 
 def test_a_tracker_is_closed_however_training_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,9 +99,10 @@ def test_a_finished_run_is_not_done_again(folder: Path, ddiff: Command) -> None:
         name: (run_dir / name).stat().st_mtime_ns for name in ("metrics.jsonl", "evaluation.json", "samples.jsonl")
     }
     lines = metrics(run_dir)
-    code, out, _ = ddiff(*SHORT)
+    code, out, err = ddiff(*SHORT)
     assert code == 0
-    assert "this time 0 tokens" in out
+    assert "All 4 steps are done." in err
+    assert "step 4; trained before" in out
     assert metrics(run_dir) == lines
     assert all((run_dir / name).stat().st_mtime_ns == before[name] for name in ("evaluation.json", "samples.jsonl"))
 
@@ -128,7 +129,7 @@ def test_a_changed_recipe_lists_what_changed_and_stops(folder: Path, ddiff: Comm
     assert (code, out) == (2, "")
     assert "train.batch: was 4, is 8" in err
     assert "process.gamma: was" in err
-    assert "train.steps" not in err.split("Run with")[0]
+    assert "train.steps" not in err.split("Give this one")[0]
     assert "--fresh" in err
     assert Path("runs/small/recipe.toml").read_bytes() == before
     assert len(metrics(Path("runs/small"))) == 4

@@ -275,5 +275,5 @@ def test_another_backend_goes_on_with_a_run_and_another_recipe_does_not(tmp_path
     Checkpoints(tmp_path / "checkpoints").save(1, {}, {})  # without one there is nothing that could be mixed
     check_directory(tmp_path, parse_recipe(SYMBOLS.read_text(), "symbols.toml", settings(tmp_path, 4)), Given(), False)
     other = parse_recipe(SYMBOLS.read_text(), "symbols.toml", settings(tmp_path, 4, "seed=5"))
-    with pytest.raises(CheckpointError, match=r"Changed keys:\n  seed: was 0, is 5\nRun"):
+    with pytest.raises(CheckpointError, match=r"Changed keys:\n  seed: was 0, is 5\nGive"):
         check_directory(tmp_path, other, Given(), False)
