@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import platform
 import tempfile
+import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 RECIPE, ENVIRONMENT = "recipe.toml", "environment.json"
 TOKENIZER, VOCABULARY = "tokenizer.json", "vocabulary.safetensors"
+PATIENCE = 5.0  # seconds that a run waits for another to let go of its directory
 EVALUATION, SAMPLES, SAMPLING = "evaluation.json", "samples.jsonl", "sampling.json"
 
 
@@ -63,19 +66,19 @@ def check_directory(directory: Path, recipe: Recipe, given: Given, fresh: bool) 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
     """One process at a time writes to a run directory; CheckpointError while another does. The lock, a file beside the
-    directory, goes with the process, however it ends."""
-    place = directory.absolute().parent / f".{directory.name}.lock"
-    was_there = place.parent.exists()
-    place.parent.mkdir(parents=True, exist_ok=True)
+    directory, goes with the process, however it ends; a file system without locks has none."""
+    parent = directory.absolute().parent
+    was_there = parent.exists()
+    parent.mkdir(parents=True, exist_ok=True)
+    # a directory may be writable where the one around it is not: a mounted volume
+    place = parent / f".{directory.name}.lock" if os.access(parent, os.W_OK) else directory / ".lock"
     with place.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not _locked(lock):
             lock.seek(0)
             raise CheckpointError(
                 f"{directory} is being written by another process ({lock.read().strip() or 'unknown'}). Wait until it has "
                 "ended, stop it, or give this run another name: --set name=..."
-            ) from error
+            )
         lock.truncate(0)
         lock.write(f"{os.getpid()} on {platform.node()}")
         lock.flush()
@@ -85,7 +88,24 @@ def held(directory: Path) -> Iterator[None]:
             place.unlink(missing_ok=True)
             if not was_there:
                 with suppress(OSError):  # something stands in it now
-                    place.parent.rmdir()
+                    parent.rmdir()
+
+
+def _locked(lock: IO[str]) -> bool:
+    """Whether the lock was had, at once or within seconds: those who were killed may take a moment to let go."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        return True
 
 
 def check_writable(directory: Path) -> None:
