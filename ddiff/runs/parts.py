@@ -110,7 +110,8 @@ def outlined(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:
     """The denoiser without room for its weights, where its parts can be had so: a billion of them are made in no time."""
     try:
         with torch.device("meta"):
-            return build_denoiser(recipe, vocabulary)
+            denoiser = build_denoiser(recipe, vocabulary)
+        return denoiser.to("meta")  # a library may have made a buffer where it pleased
     except (NotImplementedError, RuntimeError):  # a part that computes with its weights when it is made
         return build_denoiser(recipe, vocabulary)
 
