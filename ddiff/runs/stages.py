@@ -173,7 +173,8 @@ def _stages(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> tuple
     built.backend.barrier()
 
     def accepted() -> None:
-        before = recorded_steps(directory)
+        # a learning rate that stays constant is the same in a run of more steps
+        before = recorded_steps(directory) if recipe.train.schedule == "cosine" else None
         record(directory, recipe, built, given)
         where, kind = built.backend, recipe.backend.component.name
         print_start(recipe.name, built.denoiser, where.device, where.world_size, kind)
