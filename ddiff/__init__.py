@@ -57,6 +57,7 @@ _MODULES = {
         "Kernel",
         "uniform_kernel",
     ),
+    "ddiff.core.information": ("InformationTime", "OwnTime", "TimeChange"),
     "ddiff.core.law": (
         "CleanLaw",
         "DenseLaw",
@@ -257,6 +258,9 @@ if TYPE_CHECKING:
     from ddiff.core.elbo import ask_law as ask_law
     from ddiff.core.elbo import ask_table as ask_table
     from ddiff.core.elbo import nelbo as nelbo
+    from ddiff.core.information import InformationTime as InformationTime
+    from ddiff.core.information import OwnTime as OwnTime
+    from ddiff.core.information import TimeChange as TimeChange
     from ddiff.core.interpolating import ComponentProcess as ComponentProcess
     from ddiff.core.interpolating import InterpolatingProcess as InterpolatingProcess
     from ddiff.core.interpolating import MixtureProcess as MixtureProcess

@@ -15,7 +15,7 @@ from torch import Tensor
 from ddiff.core.kernel import DenseKernel, Kernel
 from ddiff.core.numerics import LATEST, draw_index, interior, log_or_never
 from ddiff.core.oracle import propagate
-from ddiff.core.process import ForwardProcess, Prior
+from ddiff.core.process import REFERENCE_ENTRIES, ForwardProcess, Prior
 from ddiff.core.schedule import LinearSchedule, Schedule
 from ddiff.core.vocabulary import FlatVocabulary, Vocabulary
 from ddiff.errors import ArgumentError
@@ -110,6 +110,21 @@ class DenseProcess(ForwardProcess):
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         reached = self._from_clean(t)[:, : self.vocabulary.num_tokens].to(log_p.dtype)
         return log_or_never((log_p.exp().unsqueeze(1) @ reached).squeeze(1))
+
+    def information(self, t: Tensor) -> Tensor:
+        """The mean over tokens x of KL( q_t(.|x) || q_t-bar ), with one transition for each time."""
+        together = max(1, REFERENCE_ENTRIES // self.vocabulary.num_states**2)
+        return torch.cat([self._information(part) for part in t.split(together)])
+
+    def _information(self, t: Tensor) -> Tensor:
+        reached = self._from_clean(t)[:, : self.vocabulary.num_tokens]
+        mean = reached.mean(1, keepdim=True)
+        return torch.special.xlogy(reached, reached / torch.where(mean > 0, mean, 1.0)).sum(-1).mean(-1)
+
+    def moved(self, t: Tensor) -> Tensor:
+        together = max(1, REFERENCE_ENTRIES // self.vocabulary.num_states**2)
+        parts = [self._from_clean(part).diagonal(dim1=-2, dim2=-1) for part in t.split(together)]
+        return 1.0 - torch.cat(parts)[:, : self.vocabulary.num_tokens].mean(-1)
 
     def rates(self, t: Tensor) -> Kernel:
         return DenseKernel(self._generator(t))

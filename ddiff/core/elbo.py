@@ -4,7 +4,8 @@
              + E_tau sum_i speed_i density_i(z_i, x_i)                                          one call at random times
              + E_{z ~ q_{t0}} sum_i -ln P(x_i | z_i)                                            one call at the first times
 
-It is exact for any window, finite where a point prior would give infinity, and never sees a training weight.
+Times are drawn by the process's information time, speed_i = dt_i/dtau (`ddiff.core.information`). The bound is exact for
+any window, finite where a point prior would give infinity, and never sees a training weight.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ def nelbo(
     (one number, or [B] when sequences are stratified in groups of their own).
     """
     length = x0.shape[1]
-    first, last = rule.ends(noise, slot, slots, length)
-    times = rule.draw(noise, slot, slots, length)
+    clock = process.information_time
+    first, last = rule.ends(clock, noise, slot, slots, length)
+    times = rule.draw(clock, noise, slot, slots, length)
     noisy = corrupt(process, x0, times, scored, noise, "diffusion")
     return NelboTerms(
         closing_term(process, ask, x0, last, scored, noise),

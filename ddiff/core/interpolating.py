@@ -221,6 +221,26 @@ class InterpolatingProcess(ForwardProcess):
         """[r] q_t(z|x)."""
         return self.noise_at(zt, t) + torch.where(zt == x0, self.alpha(t), 0.0)
 
+    def information(self, t: Tensor) -> Tensor:
+        """The mean over tokens x of KL( q_t(.|x) || q_t-bar ), each kind of token being read once."""
+        num_tokens = self.vocabulary.num_tokens
+        kinds, counts = self.alike(torch.arange(num_tokens)).unique(return_counts=True)
+        alpha = self.alpha(t).unsqueeze(-1)
+        noise = self.noise_of(kinds, t)
+        # in the notation of `_kl`, with p = 1/V at every token
+        gained = torch.where(noise > 0, alpha / (num_tokens * noise), 0.0)
+        other = torch.where(noise > 0, noise * (gained - gained.log1p()), alpha / num_tokens)
+        truth = alpha + noise
+        delta = torch.where(truth > 0, alpha * (1.0 - 1.0 / num_tokens) / truth, 0.0)
+        own = torch.where(truth > 0, -truth * (delta + torch.log1p(-delta)), 0.0)
+        share = counts / num_tokens
+        return ((own - other + (counts * other).sum(-1, keepdim=True)) * share).sum(-1)
+
+    def moved(self, t: Tensor) -> Tensor:
+        kinds, counts = self.alike(torch.arange(self.vocabulary.num_tokens)).unique(return_counts=True)
+        kept = self.alpha(t) + (self.noise_of(kinds, t) * counts).sum(-1) / self.vocabulary.num_tokens
+        return (1.0 - kept).clamp(min=0.0)
+
     def active(self, zt: Tensor) -> Tensor:
         """A state that nothing arrives in charges nothing."""
         return self._reached().to(zt.device)[zt]

@@ -12,13 +12,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddiff.core.information import InformationTime, uniform_reference
 from ddiff.core.kernel import DenseKernel, Kernel
-from ddiff.core.law import Answer, Score, certainly_law
+from ddiff.core.law import Answer, DenseLaw, Score, certainly_law
 from ddiff.core.numerics import draw_index, interior
 from ddiff.core.oracle import propagate
 from ddiff.core.vocabulary import Vocabulary
@@ -26,6 +28,10 @@ from ddiff.errors import ArgumentError
 
 RowFunction = Callable[[Any, Tensor], Any]  # fn(answer, idx); the answer is a law where a draw is asked for
 Visit = Callable[[Tensor, Tensor, RowFunction], Any]
+
+
+REFERENCE_TOKENS = 64  # of which the derived information is the mean: enough for a time change
+REFERENCE_ENTRIES = 2**21  # of marginals that are held at once while it is computed
 
 
 class Informed(IntEnum):
@@ -164,6 +170,47 @@ class ForwardProcess(ABC):
         else:
             log_q_theta = self.log_marginal(answer.log_mass(0), t)
         return torch.where(log_q.isfinite(), log_q.exp() * (log_q - log_q_theta), 0.0).sum(-1)
+
+    def information(self, t: Tensor) -> Tensor:
+        """[n] I(X; Z_t) in nats for X uniform over the tokens, t [n].
+
+        Derived: the mean of KL( q_t(.|x) || q_t-bar ) over the tokens x, over 64 of them spread evenly if there are
+        more. Only the variance of estimates depends on its accuracy, never their mean.
+        """
+        reference = uniform_reference(self.vocabulary.num_tokens)
+
+        def about(x0: Tensor, t: Tensor) -> Tensor:
+            return self.closing_kl(DenseLaw(reference.expand(len(x0), -1), self.vocabulary), x0, t)
+
+        return self._over_tokens(about, t)
+
+    def moved(self, t: Tensor) -> Tensor:
+        """[n] P(Z_t != X) for X uniform over the tokens, t [n]; derived from marginals as `information` is."""
+
+        def away(x0: Tensor, t: Tensor) -> Tensor:
+            return -torch.expm1(self.log_marginal(self._certain(x0), t).gather(-1, x0.unsqueeze(-1)).squeeze(-1))
+
+        return self._over_tokens(away, t)
+
+    def _over_tokens(self, values: Callable[[Tensor, Tensor], Tensor], t: Tensor) -> Tensor:
+        """[n] the mean of values(x, t) over the tokens x, or over 64 of them spread evenly."""
+        num_tokens = self.vocabulary.num_tokens
+        tokens = torch.linspace(0, num_tokens - 1, min(num_tokens, REFERENCE_TOKENS)).round().long()
+        together = max(1, REFERENCE_ENTRIES // (len(tokens) * self.vocabulary.num_states))
+        means = []
+        for part in t.split(together):
+            each = values(tokens.repeat(len(part)), part.repeat_interleave(len(tokens)))
+            means.append(each.reshape(len(part), -1).mean(-1))
+        return torch.cat(means)
+
+    def information_lost(self, t: Tensor) -> Tensor:
+        """[n] I(X; Z_0) - I(X; Z_t) in nats. May be overridden to stay accurate near t = 0."""
+        return self.information(torch.zeros_like(t)) - self.information(t)
+
+    @cached_property
+    def information_time(self) -> InformationTime:
+        """t as a function of the share of the information that is lost: the clock that time rules draw by."""
+        return InformationTime(self.information, self.information_lost, self.moved)
 
     def active(self, zt: Tensor) -> Tensor:
         """bool [r]: whether the density can be non-zero in this state."""

@@ -1,4 +1,8 @@
-"""Times: at which t each position is read, and how much of the bound that reading stands for."""
+"""Times: at which t each position is read, and how much of the bound that reading stands for.
+
+A time rule speaks of tau, the share of the information that is lost (`ddiff.core.information`): its windows are shares
+of tau and its draws are made in tau. The process's clock, a `TimeChange`, turns them into the times t that formulas take.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Literal, NamedTuple, Protocol, final, get_args
 import torch
 from torch import Tensor
 
+from ddiff.core.information import TimeChange
 from ddiff.core.noise import Noise
 from ddiff.errors import ArgumentError
 
@@ -16,7 +21,7 @@ Shape = Literal["block", "slide"]
 class Times(NamedTuple):
     """At which time each position of a batch is read.
 
-    `t` [B,L] float64, the position's own time; `speed` [B,L] = dt_i/dtau over the density of the draw, 0 where the
+    `t` [B,L] float64, the position's own time; `speed` [B,L] = dt_i/dv for a draw with v uniform in [0,1], 0 where the
     position is not charged; `clean` bool [B,L] where it still holds its token (settled, or not noised by this rule). A
     sum of speed * density is an unbiased bound. `waiting` bool [B,L] (None: nowhere) where the position holds a draw
     of the prior and no position that is charged sees it; `block` [1 or B,L] long numbers who sees whom (None:
@@ -51,11 +56,16 @@ class Noisy(NamedTuple):
 class DrawsTimes(Protocol):
     """Times for a global batch of `slots` samples, a pure function of the noise: what the bound asks of a rule."""
 
-    def draw(self, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
-        """Times for samples that hold the strata `slot` [B] of `slots`: of a global batch, or of each one's document."""
+    def draw(self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
+        """Times for samples that hold the strata `slot` [B] of `slots`: of a global batch, or of each one's document.
 
-    def ends(self, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> tuple[Times, Times]:
-        """Where the decoding term and the closing term are read; speed is the weight of a position that is read.
+        `clock` is the process's: t and dt/dtau at a share tau of lost information.
+        """
+
+    def ends(
+        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+    ) -> tuple[Times, Times]:
+        """The times at which the decoding term and the closing term are read; speed is a position's weight there.
 
         In the closing term exactly the positions with speed > 0 hold draws of the prior, the others stand at their
         times.
@@ -65,38 +75,49 @@ class DrawsTimes(Protocol):
 class TimeRule(DrawsTimes, Protocol):
     """A rule with the path that it draws from."""
 
-    def at(self, tau: Tensor, length: int) -> Times:
+    def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
         """[B] the state of the path at tau in [0,1], 0 all settled and 1 all at the prior: what samplers walk along."""
 
     def over(self, start: float, stop: float) -> TimeRule:
-        """The same rule on another window of times."""
+        """The same rule on another window of tau."""
 
 
 @final
 class FlatTimes:
-    """One t per sequence in [start, stop], stratified: slot i of n has its stratum, in van der Corput order.
+    """One tau per sequence in [start, stop], stratified: slot i of n has its stratum, in van der Corput order.
 
     The spread-out order gives every contiguous share of the slots (a rank, a micro-batch) times from the whole window.
+    `tokens` is the number of tokens of a sequence for which the density of draws has the least variance; it is not read
+    off the batch, so that a sequence's times do not depend on how far it is padded.
     """
 
-    def __init__(self, start: float = 0.0, stop: float = 1.0) -> None:
+    def __init__(self, start: float = 0.0, stop: float = 1.0, tokens: int = 64) -> None:
         if not 0.0 <= start < stop <= 1.0:
             raise ArgumentError(f"FlatTimes: need 0 <= start < stop <= 1; got start = {start}, stop = {stop}.")
-        self.start, self.stop = start, stop
+        if tokens < 1:
+            raise ArgumentError(f"FlatTimes: tokens must be at least 1; got {tokens}.")
+        self.start, self.stop, self.tokens = start, stop, tokens
 
-    def draw(self, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
-        return self.at(stratified(noise.uniform("time")[:, :1], slot.unsqueeze(-1), slots).squeeze(-1), length)
+    def draw(self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
+        v = stratified(noise.uniform("time")[:, :1], slot.unsqueeze(-1), slots)
+        t, speed = clock.drawn(v, self.start, self.stop, self.tokens)
+        return _everywhere(t.expand(-1, length), speed.expand(-1, length))
 
-    def at(self, tau: Tensor, length: int) -> Times:
+    def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
         width = self.stop - self.start
-        return _everywhere((self.start + width * tau).unsqueeze(-1).expand(-1, length), width)
+        t, speed = clock.at((self.start + width * tau).unsqueeze(-1))
+        return _everywhere(t.expand(-1, length), (width * speed).expand(-1, length))
 
-    def ends(self, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> tuple[Times, Times]:
-        first = torch.full((len(slot), length), self.start, dtype=torch.float64, device=slot.device)
-        return _everywhere(first, 1.0), _everywhere(torch.full_like(first, self.stop), 1.0)
+    def ends(
+        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+    ) -> tuple[Times, Times]:
+        tau = torch.tensor([self.start, self.stop], dtype=torch.float64, device=slot.device)
+        t = clock.at(tau)[0]
+        ones = torch.ones(len(slot), length, dtype=torch.float64, device=slot.device)
+        return _everywhere(t[0] * ones, ones), _everywhere(t[1] * ones, ones)
 
     def over(self, start: float, stop: float) -> FlatTimes:
-        return FlatTimes(start, stop)
+        return FlatTimes(start, stop, self.tokens)
 
 
 @final
@@ -104,8 +125,8 @@ class WindowTimes:
     """A window of `width` positions is denoised at a time; what is before it is settled, what is after it waits.
 
     "block": windows stand side by side, all positions of one at the same time (arXiv 2503.09573; width 1 is
-    autoregression, width L one t for all). "slide": the window glides from left to right, and t rises along it from the
-    settled side to the waiting one (arXiv 2504.06416). In both a position's own t is uniform in [start, stop] and its
+    autoregression, width L one t for all). "slide": the window glides from left to right, and tau rises along it from the
+    settled side to the waiting one (arXiv 2504.06416). In both a position goes once through [start, stop] and its
     path is part of a path of the whole sequence, so the sum is a bound for any process.
 
     `paired` reads every window in one pass, each beside the clean words before it (Noisy.memory). Without it one
@@ -126,83 +147,118 @@ class WindowTimes:
     def over(self, start: float, stop: float) -> WindowTimes:
         return WindowTimes(self.width, self.shape, self.paired, start, stop)
 
-    def draw(self, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
+    def draw(self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
         if not self.paired:
-            return self.at(stratified(noise.uniform("time")[:, :1], slot.unsqueeze(-1), slots).squeeze(-1), length)
-        phase = stratified(noise.uniform("time")[:, :1], slot.unsqueeze(-1), slots)
+            return self._one_window(clock, noise, slot, slots, length)
         if self.shape == "slide":
-            return self._sliding(phase * self.width, length)
-        # windows stand evenly apart in time within a sequence, and each is spread over the batch
-        window, count = self._windows(length, slot.device), self._count(length)
-        apart = van_der_corput_order(count).to(phase) / count
-        return self._all_windows((phase + apart[window]) % 1.0, window)
+            phase = stratified(noise.uniform("time")[:, :1], slot.unsqueeze(-1), slots)
+            return self._sliding(clock, phase * self.width, length)
+        return self._all_blocks(clock, jointly_stratified(noise, slot, slots, self._count(length)), length)
 
-    def ends(self, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> tuple[Times, Times]:
+    def ends(
+        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+    ) -> tuple[Times, Times]:
         if self.shape == "block":
-            return self._ends_of_blocks(noise, slot, length)
-        return self._ends_of_slides(noise, slot, length)
+            return self._ends_of_blocks(clock, noise, slot, length)
+        return self._ends_of_slides(clock, noise, slot, length)
 
     # ------------------------------------------------------------------ paired: every window at once
 
-    def _all_windows(self, share: Tensor, window: Tensor) -> Times:
-        t = self.start + (self.stop - self.start) * share
-        return Times(t, torch.full_like(t, self.stop - self.start), _nowhere(t), block=window, paired=True)
+    def _all_windows(self, t: Tensor, speed: Tensor, window: Tensor) -> Times:
+        return Times(t, speed, _nowhere(t), block=window, paired=True)
 
-    def _sliding(self, offset: Tensor, length: int) -> Times:
-        """`offset` [B,1] in [0, width): how far the first window hangs over the left edge."""
+    def _all_blocks(self, clock: TimeChange, v: Tensor, length: int) -> Times:
+        """Every block at its own v [B,count]."""
+        window = self._windows(length, v.device)
+        t, speed = clock.drawn(v, self.start, self.stop, self.width)
+        return self._all_windows(t[:, window[0]], speed[:, window[0]], window)
+
+    def _sliding(self, clock: TimeChange, offset: Tensor, length: int) -> Times:
+        """`offset` [B,1] in [0, width): the part of the first window that hangs over the left edge."""
         place = torch.arange(length, device=offset.device) + offset
         window = (place / self.width).floor().long()
-        return self._all_windows(place / self.width - window, window)
+        return self._all_windows(*self._on_the_way(clock, place / self.width - window), window)
+
+    def _on_the_way(self, clock: TimeChange, share: Tensor) -> tuple[Tensor, Tensor]:
+        """t and dt/dshare at a share in [0,1] of the way from start to stop."""
+        t, speed = clock.at(self.start + (self.stop - self.start) * share)
+        return t, speed * (self.stop - self.start)
 
     # ------------------------------------------------------------------ one window of each sequence
 
-    def at(self, tau: Tensor, length: int) -> Times:
-        place, share = torch.arange(length, device=tau.device), 1.0 - tau.unsqueeze(-1)
+    def _one_window(self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
+        v = stratified(noise.uniform("time")[:, :1], slot.unsqueeze(-1), slots).squeeze(-1)
+        if self.shape == "slide":
+            return self.at(clock, v, length)
+        count = self._count(length)
+        share = (1.0 - v).unsqueeze(-1) * count
+        current = share.long().clamp(max=count - 1)
+        t, speed = clock.drawn(current + 1 - share, self.start, self.stop, self.width)
+        return self._open_block(t, speed * count, current, length)
+
+    def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
+        share = 1.0 - tau.unsqueeze(-1)
         if self.shape == "block":
-            window, count = self._windows(length, tau.device), self._count(length)
+            count = self._count(length)
             current = (share * count).long().clamp(max=count - 1)
-            level = (current + 1 - share * count).expand(-1, length)
-            return self._placed(level, window < current, window > current, window, float(count))
+            t, speed = self._on_the_way(clock, current + 1 - share * count)
+            return self._open_block(t, speed * count, current, length)
+        place = torch.arange(length, device=tau.device)
         first = share * (length + self.width) - self.width
         level = (place - first) / self.width
-        return self._placed(level, level <= 0, level > 1, _after(level), (length + self.width) / self.width)
+        t, speed = self._on_the_way(clock, level.clamp(0.0, 1.0))
+        speed = speed * ((length + self.width) / self.width)
+        return self._placed(t, speed, level <= 0, level > 1, _after(level))
 
-    def _placed(self, level: Tensor, clean: Tensor, waiting: Tensor, block: Tensor, times: float) -> Times:
-        """Times of sequences of which one window is open; `times` is what its reading stands for."""
-        t = (self.start + (self.stop - self.start) * level).masked_fill(clean, 0.0).masked_fill(waiting, 1.0)
-        speed = torch.full_like(t, times * (self.stop - self.start)).masked_fill(clean | waiting, 0.0)
-        return Times(t, speed, clean, waiting, block)
+    def _open_block(self, t: Tensor, speed: Tensor, current: Tensor, length: int) -> Times:
+        """[B,1] each: the block `current` is at t, those before it are clean, those after it wait."""
+        window = self._windows(length, t.device)
+        wide = torch.zeros_like(window, dtype=t.dtype)
+        return self._placed(t + wide, speed + wide, window < current, window > current, window)
+
+    def _placed(self, t: Tensor, speed: Tensor, clean: Tensor, waiting: Tensor, block: Tensor) -> Times:
+        """Times of sequences of which one window is open; speed is that of its reading for all windows."""
+        t = t.masked_fill(clean, 0.0).masked_fill(waiting, 1.0)
+        return Times(t, speed.masked_fill(clean | waiting, 0.0), clean, waiting, block)
 
     # ------------------------------------------------------------------ ends
 
-    def _ends_of_blocks(self, noise: Noise, slot: Tensor, length: int) -> tuple[Times, Times]:
-        window, count = self._windows(length, slot.device), self._count(length)
+    def _ends_of_blocks(self, clock: TimeChange, noise: Noise, slot: Tensor, length: int) -> tuple[Times, Times]:
+        count = self._count(length)
+        ones = torch.ones(len(slot), length, dtype=torch.float64, device=slot.device)
+        t = clock.at(torch.tensor([self.start, self.stop], dtype=torch.float64, device=slot.device))[0]
         if self.paired:
-            zero = torch.zeros(len(slot), length, dtype=torch.float64, device=slot.device)
-            first, last = (self._all_windows(zero + share, window) for share in (0.0, 1.0))
-        else:
-            current = (noise.uniform("window")[:, :1] * count).long()
-            clean, waiting = window < current, window > current
-            zero = torch.zeros(clean.shape, dtype=torch.float64, device=slot.device)
-            first, last = (self._placed(zero + share, clean, waiting, window, float(count)) for share in (0.0, 1.0))
-        return _weighted(first, self.stop - self.start), _weighted(last, self.stop - self.start)
+            window = self._windows(length, slot.device)
+            return self._all_windows(t[0] * ones, ones, window), self._all_windows(t[1] * ones, ones, window)
+        current = (noise.uniform("window")[:, :1] * count).long()
+        weight = ones[:, :1] * count
+        first = self._open_block(t[0] * ones[:, :1], weight, current, length)
+        return first, self._open_block(t[1] * ones[:, :1], weight, current, length)
 
-    def _ends_of_slides(self, noise: Noise, slot: Tensor, length: int) -> tuple[Times, Times]:
+    def _ends_of_slides(self, clock: TimeChange, noise: Noise, slot: Tensor, length: int) -> tuple[Times, Times]:
         """A position settles when it is first in its window, and has just come off the prior when it is last."""
         place = torch.arange(length, device=slot.device)
         if self.paired:
             shift = (noise.uniform("window")[:, :1] * self.width).floor()
-            first = self._sliding(shift, length)
+            first = self._sliding(clock, shift, length)
             window = ((place + shift) / self.width).floor().long()
-            last = self._all_windows(((place + shift) % self.width + 1.0) / self.width, window)
-            charged, times = ((place + shift) % self.width), float(self.width)
+            along = ((place + shift) % self.width + 1.0) / self.width
+            last = self._all_windows(*self._on_the_way(clock, along), window)
+            charged = (place + shift) % self.width
+            times = float(self.width)
             return _charged(first, charged == 0, times), _charged(last, charged == self.width - 1, times)
         chosen = (noise.uniform("window")[:, :1] * length).floor()
-        before, after = (place - chosen) / self.width, (place - chosen) / self.width + 1.0
+        before = (place - chosen) / self.width
+        after = before + 1.0
         # decoded while the next one still waits; come off the prior when the last one has settled
-        first = self._placed(before, before < 0, before >= 1, before.floor().long(), 1.0)
-        last = self._placed(after, after <= 0, after > 1, _after(after), 1.0)
-        return _charged(first, place == chosen, float(length)), _charged(last, place == chosen, float(length))
+        first = self._on_the_way(clock, before.clamp(0.0, 1.0))
+        last = self._on_the_way(clock, after.clamp(0.0, 1.0))
+        decoded = self._placed(*first, before < 0, before >= 1, before.floor().long())
+        closed = self._placed(*last, after <= 0, after > 1, _after(after))
+        return (
+            _charged(decoded, place == chosen, float(length)),
+            _charged(closed, place == chosen, float(length)),
+        )
 
     def _windows(self, length: int, device: torch.device) -> Tensor:
         return (torch.arange(length, device=device) // self.width).unsqueeze(0)
@@ -216,11 +272,6 @@ def _after(level: Tensor) -> Tensor:
     return level.ceil().long() - 1
 
 
-def _weighted(times: Times, width: float) -> Times:
-    """An end is read once, whatever the width of the window of times."""
-    return times._replace(speed=times.speed / width)
-
-
 def _charged(times: Times, charged: Tensor, weight: float) -> Times:
     return times._replace(speed=torch.where(charged, weight, 0.0).to(times.t))
 
@@ -232,18 +283,43 @@ def stratified(u: Tensor, stratum: Tensor, strata: int | Tensor) -> Tensor:
     """
     groups = torch.as_tensor(strata, device=stratum.device)
     groups = (groups.unsqueeze(-1) if groups.dim() else groups).expand_as(stratum)
+    return (_rank(stratum, groups) + u) / groups
+
+
+def jointly_stratified(noise: Noise, slot: Tensor, slots: int | Tensor, count: int) -> Tensor:
+    """[B,count] numbers in [0,1), one for each of `count` windows of the samples that hold the strata `slot` of `slots`.
+
+    The windows of a sample stand evenly apart; each window is stratified over the slots, and all windows of all slots
+    together, one in each of slots * count cells. The cells are turned by a number that all of a group share, since
+    otherwise a window would see only one cell of each of its strata.
+    """
+    u = noise.uniform("time")[:, :1]
+    if count == 1:
+        return stratified(u, slot.unsqueeze(-1), slots)
+    groups = torch.as_tensor(slots, device=slot.device).expand_as(slot).unsqueeze(-1)
+    rank = _rank(slot.unsqueeze(-1), groups)
+    window = van_der_corput_order(count).to(slot.device)
+    # windows that slots * window would put into the same cell, as many as the common divisor, are moved by one each
+    common = torch.gcd(groups, torch.full_like(groups, count))
+    cell = count * rank + groups * window + window // (count // common)
+    turn = noise.shared("time").unsqueeze(-1)
+    return ((cell + u) / (groups * count) + turn / groups) % 1.0
+
+
+def _rank(stratum: Tensor, groups: Tensor) -> Tensor:
+    """[B,k] the place of each stratum in the van der Corput order of its group."""
     rank = torch.zeros_like(stratum)
     for count in groups.unique().tolist():
         rank = torch.where(groups == count, van_der_corput_order(count).to(stratum)[stratum % count], rank)
-    return (rank + u) / groups
+    return rank
 
 
 def _nowhere(like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=torch.bool)
 
 
-def _everywhere(t: Tensor, speed: float) -> Times:
-    return Times(t, torch.full_like(t, speed), _nowhere(t))
+def _everywhere(t: Tensor, speed: Tensor) -> Times:
+    return Times(t, speed, _nowhere(t))
 
 
 def van_der_corput_order(count: int) -> Tensor:

@@ -14,14 +14,16 @@ which for xi = 1 is (F_l'/pi_l) (-ln P(a_{l-1} | a_l)), and is a true bound for 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import final
 
 import torch
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
+from ddiff.core.information import uniform_reference
 from ddiff.core.kernel import Kernel, refuse_singular
-from ddiff.core.law import Answer, CleanLaw, Score, certainly_law
+from ddiff.core.law import Answer, CleanLaw, DenseLaw, Score, certainly_law
 from ddiff.core.numerics import Constant, draw_index, interior, like_rows, may_hold, per_time
 from ddiff.core.process import ForwardProcess, Informed, Prior, Visit
 from ddiff.core.schedule import PowerSchedule
@@ -206,8 +208,6 @@ class TreeProcess(ForwardProcess):
     # ------------------------------------------------------------------ forward
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
-        from ddiff.core.law import DenseLaw
-
         law, log_pi = DenseLaw(log_p, self.vocabulary), self.clock.pi(t).log()
         levels = [
             like_rows(log_pi[:, level], log_p) + self.parents.log_spread(0, level, law.log_mass(level))
@@ -337,6 +337,39 @@ class TreeProcess(ForwardProcess):
         for level in range(self.vocabulary.num_levels):
             total = total - pi[:, level] * answer.log_prob(self.vocabulary.ancestor(x0, level))
         return total
+
+    def information(self, t: Tensor) -> Tensor:
+        """sum_l pi_l(t) I(X; node at level l): the level itself says nothing of the token."""
+        return self.clock.pi(t) @ self._level_information
+
+    def information_lost(self, t: Tensor) -> Tensor:
+        """sum_l (pi_l(t) - pi_l(0)) (I(X; X) - I(X; node at level l)): no term cancels another."""
+        levels = self._level_information
+        gained = self.clock.pi(t) - self.clock.pi(torch.zeros_like(t))
+        return gained @ (levels[0] - levels)
+
+    def moved(self, t: Tensor) -> Tensor:
+        return self.clock.climbed(t)[:, 0]
+
+    @cached_property
+    def _level_information(self) -> Tensor:
+        """[L+1] I(X; node at level l) in nats for X uniform over the tokens, the node drawn from kappa_0l(X, .)."""
+        reference = uniform_reference(self.vocabulary.num_tokens)
+        law = DenseLaw(reference, self.vocabulary)
+        levels = range(self.vocabulary.num_levels + 1)
+        return torch.stack([self._information_at(level, law.log_mass(level)[0].exp()) for level in levels])
+
+    def _information_at(self, level: int, mass: Tensor) -> Tensor:
+        """H(node) - H(node | X), where `mass` [n] is the probability of each node as the right ancestor."""
+        stray = self.parents.stray[0][level]
+        if stray is None:
+            return -torch.special.xlogy(mass, mass).sum()
+        sure = self.parents.sure[0][level]
+        spread = sure * mass + stray
+        # given X all nodes have their stray share, and the right ancestor has `sure` in addition
+        at_right = torch.special.xlogy(sure + stray, sure + stray) - torch.special.xlogy(stray, stray)
+        given = torch.special.xlogy(stray, stray).sum() + (mass * at_right).sum()
+        return given - torch.special.xlogy(spread, spread).sum()
 
     def active(self, zt: Tensor) -> Tensor:
         return self.vocabulary.level_of(zt) > 0

@@ -1,8 +1,8 @@
-"""The likelihood bound of a text, with all its terms, its parts and an interval over documents.
+"""The likelihood bound of a text, with all its terms, its parts and intervals.
 
-Every token is scored once. The default window [1e-3, 1 - 1e-3] keeps the weights' variance down (they grow as 1/t at the
-clean end); what lies outside is not dropped but charged by the decoding and closing terms, so the sum is a bound for any
-window.
+Every token is scored once in each draw. Times are drawn in information time, so that no time is charged more than another
+and the estimate is not skewed (`ddiff.core.information`). What lies outside the window, [1e-3, 1 - 1e-3] by default, is
+charged by the decoding and closing terms, so the sum is a bound for any window.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ddiff.core.elbo import Likelihood
 from ddiff.core.noise import Noise
 from ddiff.core.times import TimeRule
 from ddiff.errors import ArgumentError, NonFiniteError
-from ddiff.evaluation.intervals import student95
+from ddiff.evaluation.intervals import Error, RatioEstimate
 from ddiff.progress import progress
 
 LARGEST_MEAN = 700.0  # nats per token whose exponential is still a float64
@@ -42,13 +42,19 @@ class Scored(Protocol):
 class Evaluation:
     """A bound in nats per token (per symbol, where that is the `unit`) with what it is made of.
 
-    `bound` is "NELBO", or "NLL" where the figure is the exact negative log-likelihood. `interval` is the 95 % interval over
-    documents (None with one document): Student's interval of the ratio estimate with residuals nats_d - mean * tokens_d,
-    each document having times of its own. `terms` add up to the mean, `parts` to the diffusion term.
+    `bound` is "NELBO", or "NLL" if the figure is the exact negative log-likelihood. `terms` add up to the mean, `parts` to
+    the diffusion term.
+
+    `interval` is the 95 % interval of the bound of texts like these documents (None for one document). It holds two errors:
+    that of the random times and noise, and the differences between documents. `monte_carlo_interval` is that of the bound
+    of these very documents, from the first error alone (None for one draw, which cannot tell the two apart).
+    `standard_errors` has their sizes: "total", "monte_carlo", "documents". All intervals are Student's.
     """
 
     nelbo_nats_per_token: float
     interval: tuple[float, float] | None
+    monte_carlo_interval: tuple[float, float] | None
+    standard_errors_nats_per_token: Mapping[str, float | None]
     ppl: float
     bits_per_byte: float | None
     terms_nats_per_token: Mapping[str, float]
@@ -66,9 +72,11 @@ class Evaluation:
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Evaluation:
         """What `to_dict` wrote, as JSON gives it back; KeyError when something is missing."""
-        named = cls(0.0, None, 1.0, None, {}, {}, 0, 0, tree["unit"], {}, tree["bound"])
+        named = cls(0.0, None, None, {}, 1.0, None, {}, {}, 0, 0, tree["unit"], {}, tree["bound"])
         values = {field.name: tree[named._name(field.name)] for field in fields(cls)}
-        return cls(**values | {"interval": tuple(values["interval"]) if values["interval"] else None})
+        for name in ("interval", "monte_carlo_interval"):
+            values[name] = tuple(values[name]) if values[name] else None
+        return cls(**values)
 
     def _name(self, field: str) -> str:
         if field == "tokens":
@@ -92,40 +100,50 @@ def evaluate(
 ) -> Evaluation:
     """Score every row `draws` times. `document` [R] numbers each row's document; `batch_of(rows)` gives their batch.
 
-    The rows of a document share its strata of time, dealt out from a random first row, so that each row's time is uniform
-    and a document's times are even. Raises ArgumentError without rows, NonFiniteError when the bound is not a number.
+    In each draw the rows of a document share its strata of time, dealt out from a random first row, so that each row's time
+    is uniform and a document's times are even. Draws and documents are independent of each other. Raises ArgumentError
+    without rows, NonFiniteError when the bound is not a number.
     """
     if len(document) == 0 or draws < 1:
         raise ArgumentError(f"evaluate: need at least one row and one draw; got {len(document)} rows, {draws} draws.")
     names, index = np.unique(document, return_inverse=True)
-    nats, tokens = np.zeros(len(names)), np.zeros(len(names))
+    nats = np.zeros((len(names), draws))
+    tokens = np.zeros(len(names))
     means = _Means()
     with progress(len(document) * draws, "evaluating") as bar:
         for rows, slot, slots, draw in _readings(index, draws, batch, seed):
             shown = batch_of(rows)
-            noise = Noise(seed, draw, shown.index, length, "evaluate")
+            group = torch.from_numpy(index[rows]).to(shown.index.device)
+            noise = Noise(seed, draw, shown.index, length, "evaluate", group)
             likelihood = objective.nll(shown, noise, slot.to(device), slots.to(device), times)
             total = sum(likelihood.terms.values()).sum(-1).cpu().numpy()  # type: ignore[union-attr]
             counted = shown.scored.sum(-1).cpu().numpy()
-            np.add.at(nats, index[rows], total)
-            np.add.at(tokens, index[rows], counted)
+            np.add.at(nats[:, draw], index[rows], total)
+            np.add.at(tokens, index[rows], counted / draws)
             means.add(likelihood, float(counted.sum()))
             bar.advance(len(rows))
-    mean, half = _ratio(nats, tokens)
+    estimate = RatioEstimate.of(nats, tokens)
+    mean = estimate.mean
     if not mean < LARGEST_MEAN:
         raise NonFiniteError(
             f"evaluate: the bound is {mean} nats per {unit}, no perplexity: some token has (nearly) no probability "
             "under the network. Its weights have exploded; go back to an earlier checkpoint or train more slowly."
         )
-    once = float(tokens.sum()) / draws
+    once = float(tokens.sum())
     return Evaluation(
         nelbo_nats_per_token=mean,
-        interval=None if half is None else (mean - half, mean + half),
+        interval=_interval(mean, estimate.total),
+        monte_carlo_interval=_interval(mean, estimate.monte_carlo),
+        standard_errors_nats_per_token={
+            "total": _standard(estimate.total),
+            "monte_carlo": _standard(estimate.monte_carlo),
+            "documents": estimate.documents,
+        },
         ppl=math.exp(mean),
         bits_per_byte=None if not num_bytes else mean * once / math.log(2) / num_bytes,
         terms_nats_per_token=means.compute("term"),
         parts_nats_per_token=means.compute("part"),
-        tokens=int(once),
+        tokens=round(once),
         documents=len(names),
         unit=unit,
         bound=getattr(objective, "bound", "NELBO"),
@@ -141,25 +159,24 @@ def _readings(
     order = np.argsort(index, kind="stable")
     place = np.empty(len(index), np.int64)
     place[order] = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
-    first = torch.arange(len(counts))
-    turn = Noise(seed, 0, first, 1, "evaluate").uniform("rotation")[:, 0].numpy()
-    slots = counts[index] * draws
+    documents = torch.arange(len(counts))
+    slots = counts[index]
     for draw in range(draws):
-        slot = (place * draws + draw + np.floor(turn[index] * slots).astype(np.int64)) % slots
+        turn = Noise(seed, draw, documents, 1, "evaluate").uniform("rotation")[:, 0].numpy()
+        slot = (place + np.floor(turn[index] * slots).astype(np.int64)) % slots
         for start in range(0, len(index), batch):
             rows = np.arange(start, min(start + batch, len(index)))
             yield rows, torch.from_numpy(slot[rows]), torch.from_numpy(slots[rows]), draw
 
 
-def _ratio(nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> tuple[float, float | None]:
-    """Sum over sum, and the half width of its 95 % interval over documents."""
-    mean = float(nats.sum() / tokens.sum())
-    count = len(nats)
-    if count < 2:
-        return mean, None
-    residual = nats - mean * tokens
-    variance = count / (count - 1) * float((residual**2).sum())
-    return mean, student95(count - 1) * math.sqrt(variance) / float(tokens.sum())
+def _interval(mean: float, error: Error | None) -> tuple[float, float] | None:
+    if error is None:
+        return None
+    return mean - error.half_width, mean + error.half_width
+
+
+def _standard(error: Error | None) -> float | None:
+    return None if error is None else error.standard
 
 
 class _Means:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ddiff.core.information import OwnTime
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.cache import Cache
@@ -118,7 +119,7 @@ def outlined(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:
 
 def build_objective(recipe: Recipe, process: ForwardProcess | None, denoiser: Denoiser) -> Any:
     loss = recipe.loss.build(process=process) if recipe.loss else None
-    times = recipe.times.build() if recipe.times else None
+    times = recipe.times.build(length=recipe.length) if recipe.times else None
     return recipe.objective.build(process=process, denoiser=denoiser, loss=loss, times=times)
 
 
@@ -168,7 +169,7 @@ def check_asking(
 def _check_sight(objective: Objective, sampler: Sampler, length: int) -> None:
     """Raises ArgumentError where a network that has learnt windows, each without the later ones, is shown all at once."""
     rule = getattr(objective, "times", None)
-    window = None if rule is None else rule.at(torch.full((1,), 0.5, dtype=torch.float64), length).block
+    window = None if rule is None else rule.at(OwnTime(), torch.full((1,), 0.5, dtype=torch.float64), length).block
     if window is not None and bool((window != window[:, :1]).any()) and looks_ahead(sampler):
         raise ArgumentError(
             f"{type(sampler).__name__}: this run was trained in windows from left to right ([objective] times) and never "

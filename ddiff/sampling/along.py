@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Ask
+from ddiff.core.information import OwnTime
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import TimeRule, Times
 from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says
@@ -30,7 +31,7 @@ class AlongSampler:
         self.inner, self.rule = inner, rule
         self.quality: Quality = inner.quality
         self.order = inner.order
-        self.looks_ahead = rule.at(torch.ones(1, dtype=torch.float64), 1).block is None
+        self.looks_ahead = rule.at(OwnTime(), torch.ones(1, dtype=torch.float64), 1).block is None
 
     @property
     def steps(self) -> int:
@@ -42,7 +43,8 @@ class AlongSampler:
     def run(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt) -> Iterator[Canvas]:
         open_ = canvas.free
         for k, (tau, then) in enumerate(pairwise(self.inner.grid.times())):
-            now, later = self._at(tau, canvas), self._at(then, canvas)
+            now = self._at(process, tau, canvas)
+            later = self._at(process, then, canvas)
             settles = open_ & (later.clean | (then == 0.0))
             shown = replace(canvas, clean=canvas.clean | ~open_, t=_times(now), block=now.block)
             visit = ask(shown.noisy())
@@ -54,8 +56,9 @@ class AlongSampler:
             canvas = replace(shown, zt=zt, t=torch.where(open_, _times(later), 0.0), clean=~open_)
             yield canvas
 
-    def _at(self, tau: float, canvas: Canvas) -> Times:
-        return self.rule.at(torch.full_like(canvas.t[:, 0], tau), canvas.t.shape[1])
+    def _at(self, process: ForwardProcess, tau: float, canvas: Canvas) -> Times:
+        reached = torch.full_like(canvas.t[:, 0], tau)
+        return self.rule.at(process.information_time, reached, canvas.t.shape[1])
 
 
 def _times(times: Times) -> Tensor:

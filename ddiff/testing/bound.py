@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import ask_table, nelbo
+from ddiff.core.information import TimeChange
 from ddiff.core.law import DenseLaw
 from ddiff.core.noise import Noise
 from ddiff.core.numerics import EARLIEST, LATEST
@@ -52,15 +53,17 @@ class Expectation(NamedTuple):
 
 
 class NodeTimes:
-    """A time rule that gives quadrature nodes: t, speed [B,L], and the window's ends."""
+    """A time rule that gives quadrature nodes in t itself, whatever the clock: t, speed [B,L], and the window's ends."""
 
     def __init__(self, t: Tensor, speed: Tensor, window: Window) -> None:
         self.t, self.speed, self.window = t, speed, window
 
-    def draw(self, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
+    def draw(self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
         return Times(self.t, self.speed, torch.zeros_like(self.t, dtype=torch.bool))
 
-    def ends(self, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> tuple[Times, Times]:
+    def ends(
+        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+    ) -> tuple[Times, Times]:
         first, last = (torch.full_like(self.t, end) for end in self.window)
         ones, clean = torch.ones_like(self.t), torch.zeros_like(self.t, dtype=torch.bool)
         return Times(first, ones, clean), Times(last, ones, clean)

@@ -6,7 +6,7 @@ from ddiff.core.clock import LevelClock
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import Schedule
 from ddiff.errors import ArgumentError
-from ddiff.testing import bound, chain, draws, moves, reverse
+from ddiff.testing import bound, chain, draws, information, moves, reverse
 from ddiff.testing.clock import check_clock
 from ddiff.testing.probes import require_small
 from ddiff.testing.report import Law, LawReport, check
@@ -54,6 +54,10 @@ PROCESS_LAWS: tuple[Law, ...] = (
     moves.events_ask_once,
     moves.monotone_moves_reveal,
     moves.solve_inverts,
+    information.information_is_enumerated,
+    information.clock_is_a_time_change,
+    information.tau_is_the_share_lost,
+    information.variance_has_no_tail,
     bound.weights_are_level_flows,
     bound.constant_denoiser,
     bound.discrete_bound_converges,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ddiff.core.information import OwnTime
 from ddiff.core.noise import Noise
 from ddiff.core.times import TimeRule, Times
 from ddiff.testing.report import Gap, Law, LawReport, check, gap, law
@@ -15,7 +16,7 @@ SLOTS, LENGTH, DRAWS = 64, 4, 128
 
 
 def _drawn(rule: TimeRule, step: int, slot: Tensor) -> Times:
-    return rule.draw(Noise(11, step, slot, LENGTH), slot, SLOTS, LENGTH)
+    return rule.draw(OwnTime(), Noise(11, step, slot, LENGTH), slot, SLOTS, LENGTH)
 
 
 def _draws(rule: TimeRule) -> list[Times]:
@@ -26,7 +27,7 @@ def _window(rule: TimeRule) -> tuple[Tensor, Tensor]:
     """[L] each: the times between which each position is charged, as the ends that are read say."""
     slot, found = torch.arange(SLOTS), []
     for which in (0, 1):
-        end = rule.ends(Noise(11, 0, slot, LENGTH), slot, SLOTS, LENGTH)[which]
+        end = rule.ends(OwnTime(), Noise(11, 0, slot, LENGTH), slot, SLOTS, LENGTH)[which]
         read = (end.speed > 0).double()
         found.append((end.t * read).sum(0) / read.sum(0))
     return found[0], found[1]
@@ -79,7 +80,7 @@ def ends_are_read_once(rule: TimeRule) -> Iterator[Gap]:
     """
     first, last = _window(rule)
     slot = torch.arange(SLOTS)
-    pairs = [rule.ends(Noise(11, step, slot, LENGTH), slot, SLOTS, LENGTH) for step in range(DRAWS)]
+    pairs = [rule.ends(OwnTime(), Noise(11, step, slot, LENGTH), slot, SLOTS, LENGTH) for step in range(DRAWS)]
     for name, times, ends in (("first", first, [a for a, _ in pairs]), ("last", last, [b for _, b in pairs])):
         speed = torch.stack([end.speed for end in ends])
         yield gap(speed.mean((0, 1)), 1.0, {"end": name, "position": torch.arange(LENGTH)})
@@ -106,7 +107,7 @@ def paths_go_forwards(rule: TimeRule) -> Iterator[Gap]:
     """Along `at`, with tau from 0 to 1, every position goes from clean over its window to waiting and never back, and
     where it is charged dt/dtau is its speed. Difference quotients of straight lines leave 1e-10."""
     tau = torch.linspace(0.0, 1.0, 241, dtype=torch.float64)
-    path, after = rule.at(tau, LENGTH), {"after tau": tau[:-1].unsqueeze(-1).expand(-1, LENGTH)}
+    path, after = rule.at(OwnTime(), tau, LENGTH), {"after tau": tau[:-1].unsqueeze(-1).expand(-1, LENGTH)}
     waiting = torch.zeros_like(path.clean) if path.waiting is None else path.waiting
     stage = 1.0 - path.clean.double() + waiting.double()
     yield gap(stage.diff(dim=0).clamp(max=0.0), 0.0, after)
@@ -120,7 +121,7 @@ def paths_go_forwards(rule: TimeRule) -> Iterator[Gap]:
 @law("times: nobody who is charged sees a position that waits", tolerance=0.0)
 def waiting_is_unseen(rule: TimeRule) -> Iterator[Gap]:
     """Blocks rise from left to right; what is clean is not after, and what waits is after, all that is charged. Exactly."""
-    for times in (_drawn(rule, 0, torch.arange(SLOTS)), rule.at(torch.linspace(0.0, 1.0, 61).double(), LENGTH)):
+    for times in (_drawn(rule, 0, torch.arange(SLOTS)), rule.at(OwnTime(), torch.linspace(0.0, 1.0, 61).double(), LENGTH)):
         if times.block is None:
             yield gap(_nowhere(times).double(), 0.0, {"no blocks, and yet a position is clean or waits at t": times.t})
             continue

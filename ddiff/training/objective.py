@@ -124,12 +124,13 @@ class DiffusionObjective:
     def _draw(self, batch: Batch, noise: Noise, slots: int) -> _Drawn:
         """The rows of a batch that are read, and what each stands for."""
         process, x0, share = self.process, batch.ids, self.decoding_share
-        times = self.times.draw(noise, batch.index, slots, x0.shape[1])
+        clock = process.information_time
+        times = self.times.draw(clock, noise, batch.index, slots, x0.shape[1])
         decodes = torch.zeros_like(batch.scored)
         if share > 0.0:
             # neighbours in the batch, from a random first one: their times, and so the times of all others, are spread out
             chosen = ((batch.index / slots + noise.shared("ends")) % 1.0 < share).unsqueeze(-1)
-            first, _ = self.times.ends(noise, batch.index, slots, x0.shape[1])
+            first, _ = self.times.ends(clock, noise, batch.index, slots, x0.shape[1])
             times, decodes = _mixed(chosen, first, times, share), decodes | chosen
         noisy = corrupt(process, x0, times, batch.scored, noise, "diffusion")
         charged = (times.speed > 0) & ~noisy.clean & (process.active(noisy.zt) | decodes)

@@ -58,7 +58,7 @@ class Clip:
 
 
 class Window(ComponentConfig):
-    """Between which times every position is trained."""
+    """The window of tau, the share of the information that is lost, in which every position is trained."""
 
     start: Probability = 1e-3
     stop: Probability = 1.0
@@ -91,8 +91,8 @@ class Flat:
     Config = Window
 
     @staticmethod
-    def build(config: Window) -> FlatTimes:
-        return FlatTimes(config.start, config.stop)
+    def build(config: Window, *, length: int) -> FlatTimes:
+        return FlatTimes(config.start, config.stop, length)
 
 
 @final

@@ -152,6 +152,14 @@ class GammaHybrid(ForwardProcess):
         word = self.words.log_likelihood(self._word(zt), t) + self.visible.log_alpha(t).unsqueeze(-1)
         return torch.where(self._masked(zt).unsqueeze(-1), self.visible.noised(t).log().unsqueeze(-1), word)
 
+    def information(self, t: Tensor) -> Tensor:
+        """A_t I(X; word under uniform diffusion): a mask says nothing of the token."""
+        return self.visible.alpha(t) * self.words.information(t)
+
+    def moved(self, t: Tensor) -> Tensor:
+        """Masked, or redrawn as another token."""
+        return self.visible.noised(t) + self.visible.alpha(t) * self.words.moved(t)
+
     def rates(self, t: Tensor) -> Kernel:
         """Masked at (1 - gamma) sigma', redrawn at gamma sigma'; from the mask nowhere."""
         t = interior(t)

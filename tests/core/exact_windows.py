@@ -7,6 +7,7 @@ computed by the engine's own assembly, at the exact conditional laws of what a n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import ask_law, closing_term, corrupt, decoding_term, diffusion_term
+from ddiff.core.information import OwnTime
 from ddiff.core.noise import Noise
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import DrawsTimes, Noisy, Times
@@ -28,16 +30,24 @@ ENTROPY = -(JOINT * JOINT.log()).sum()
 
 
 class Scripted(Noise):
-    """`time` and `window` as they are told, every other channel the middle of the cell of a state."""
+    """`time` and `window` as they are told, every other channel the middle of the cell of a state.
 
-    def __init__(self, time: Tensor, window: Tensor, zt: Tensor, num_states: int) -> None:
+    With `turned` the time is told as the number that a group shares, which turns all windows together.
+    """
+
+    def __init__(self, time: Tensor, window: Tensor, zt: Tensor, num_states: int, turned: bool = False) -> None:
         super().__init__(0, 0, torch.arange(len(zt)), LENGTH)
+        self.turn = time
+        time = torch.zeros_like(time) if turned else time
         self.told = {"time": time.unsqueeze(-1).expand(-1, LENGTH), "window": window.unsqueeze(-1).expand(-1, LENGTH)}
         self.cells = (zt.double() + 0.5) / num_states
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:
         drawn = self.told.get(channel, self.cells)
         return drawn if count == 1 else drawn.unsqueeze(-1).expand(-1, -1, count)
+
+    def shared(self, channel: str) -> Tensor:
+        return self.turn
 
 
 def nodes(rule: DrawsTimes, order: int = 6) -> tuple[Tensor, Tensor]:
@@ -88,17 +98,20 @@ def exact_terms(
     """[27] the expectations of closing, diffusion and decoding term for every sequence."""
     twin, ask = enumerated(process), ask_law(law or exact_law(process), process.vocabulary)
     u, weight = nodes(rule)
+    blocks = getattr(rule, "paired", False) and getattr(rule, "shape", "") == "block"
+    turned = blocks and rule.width < LENGTH  # a window as long as the sequence has no other to be turned with
+    scripted = partial(Scripted, turned=turned)
     cells = (torch.arange(6, dtype=torch.float64) + 0.5) / 6.0  # windows, places in a window, positions: 1, 2 or 3 each
     zero = torch.zeros(6, dtype=torch.float64)
 
     def first(noise: Noise, slot: Tensor) -> Times:
-        return rule.ends(noise, slot, 1, LENGTH)[0]
+        return rule.ends(OwnTime(), noise, slot, 1, LENGTH)[0]
 
     def last(noise: Noise, slot: Tensor) -> Times:
-        return rule.ends(noise, slot, 1, LENGTH)[1]
+        return rule.ends(OwnTime(), noise, slot, 1, LENGTH)[1]
 
     def drawn(noise: Noise, slot: Tensor) -> Times:
-        return rule.draw(noise, slot, 1, LENGTH)
+        return rule.draw(OwnTime(), noise, slot, 1, LENGTH)
 
     def diffusion(x0: Tensor, times: Times, scored: Tensor, noise: Noise) -> Tensor:
         return diffusion_term(twin, ask, x0, corrupt(twin, x0, times, scored, noise, "diffusion"), times.speed)
@@ -107,14 +120,15 @@ def exact_terms(
     decoding = lambda *a: decoding_term(twin, ask, *a)  # noqa: E731
     flat = torch.full((6,), 1.0 / 6.0, dtype=torch.float64)
     return (
-        _expected(process, last, zero, cells, flat, closing, at_prior=True),
-        _expected(process, drawn, u, torch.zeros_like(u), weight, diffusion),
-        _expected(process, first, zero, cells, flat, decoding),
+        _expected(process, scripted, last, zero, cells, flat, closing, at_prior=True),
+        _expected(process, scripted, drawn, u, torch.zeros_like(u), weight, diffusion),
+        _expected(process, scripted, first, zero, cells, flat, decoding),
     )
 
 
 def _expected(
     process: ForwardProcess,
+    scripted: Callable[..., Noise],
     times_of: Callable[[Noise, Tensor], Times],
     time: Tensor,
     window: Tensor,
@@ -131,10 +145,10 @@ def _expected(
             part, torch.arange(len(SEQUENCES)), torch.arange(len(grid)), indexing="ij"
         ))  # fmt: skip
         x0, zt = SEQUENCES[x], grid[z]
-        chance = weight[node] * _chance(process, times_of, time[node], window[node], x0, zt, at_prior)
+        chance = weight[node] * _chance(process, scripted, times_of, time[node], window[node], x0, zt, at_prior)
         kept = (chance > 0).nonzero().squeeze(-1)
         x0, zt, node = x0[kept], zt[kept], node[kept]
-        noise = Scripted(time[node], window[node], zt, states)
+        noise = scripted(time[node], window[node], zt, states)
         times = times_of(noise, torch.zeros(len(kept), dtype=torch.long))
         values = term(x0, times, torch.ones_like(x0, dtype=torch.bool), noise).sum(-1)
         total.index_add_(0, x[kept], chance[kept] * values)
@@ -143,6 +157,7 @@ def _expected(
 
 def _chance(
     process: ForwardProcess,
+    scripted: Callable[..., Noise],
     times_of: Callable[[Noise, Tensor], Times],
     time: Tensor,
     window: Tensor,
@@ -151,7 +166,7 @@ def _chance(
     at_prior: bool,
 ) -> Tensor:
     """[n] the probability of states zt: clean words, draws of the prior (waiting, or charged at the end), else q_t."""
-    times = times_of(Scripted(time, window, zt, process.vocabulary.num_states), torch.zeros(len(zt), dtype=torch.long))
+    times = times_of(scripted(time, window, zt, process.vocabulary.num_states), torch.zeros(len(zt), dtype=torch.long))
     distinct, place = times.t.unique(return_inverse=True)
     chance = likelihoods(process, distinct)[place, x0, zt]
     prior = torch.zeros_like(times.clean) if times.waiting is None else times.waiting

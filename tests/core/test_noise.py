@@ -76,8 +76,18 @@ def test_the_noise_of_another_step_is_that_step_s_noise() -> None:
 
 def test_the_shared_number_does_not_depend_on_the_samples() -> None:
     one, other = (Noise(4, 5, index, length).shared("x") for index, length in [(INDEX, 3), (torch.tensor([8]), 9)])
-    assert one == other != Noise(4, 6, INDEX, 3).shared("x")
-    assert 0.0 <= one < 1.0
+    assert torch.equal(one[:1], other)
+    assert one[0] != Noise(4, 6, INDEX, 3).shared("x")[0]
+    assert one.unique().numel() == 1
+    assert 0.0 <= float(one[0]) < 1.0
+
+
+def test_groups_share_their_own_numbers() -> None:
+    group = torch.tensor([3, 7, 3])
+    index = torch.arange(3)
+    shared = Noise(4, 5, index, 2, group=group).shared("x")
+    assert shared[0] == shared[2] != shared[1]
+    assert shared[1] == Noise(4, 5, index[:1], 2, group=group[1:2]).shared("x")[0]
 
 
 def test_no_samples_give_an_empty_batch() -> None:

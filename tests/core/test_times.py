@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ddiff.core.information import OwnTime
 from ddiff.core.noise import Noise
 from ddiff.core.times import FlatTimes, van_der_corput_order
 from ddiff.errors import ArgumentError
@@ -17,7 +18,7 @@ from ddiff.errors import ArgumentError
 def drawn(slots: int, rule: FlatTimes | None = None, step: int = 0, length: int = 1) -> torch.Tensor:
     """[slots, length] times of a whole global batch."""
     slot = torch.arange(slots)
-    return (rule or FlatTimes()).draw(Noise(0, step, slot, length), slot, slots, length).t
+    return (rule or FlatTimes()).draw(OwnTime(), Noise(0, step, slot, length), slot, slots, length).t
 
 
 @given(st.integers(1, 300))
@@ -61,7 +62,9 @@ def test_in_plain_order_the_quarters_would_differ() -> None:
 def test_a_rank_draws_its_slice_of_the_global_batch() -> None:
     whole = drawn(24)
     for ranks in (1, 2, 3, 8):
-        parts = [FlatTimes().draw(Noise(0, 0, part, 1), part, 24, 1).t for part in torch.arange(24).chunk(ranks)]
+        parts = [
+            FlatTimes().draw(OwnTime(), Noise(0, 0, part, 1), part, 24, 1).t for part in torch.arange(24).chunk(ranks)
+        ]
         assert torch.equal(torch.cat(parts), whole)
 
 
@@ -69,13 +72,13 @@ def test_a_rank_draws_its_slice_of_the_global_batch() -> None:
 def test_times_stay_in_their_window_and_are_charged_its_width(start: float, stop: float) -> None:
     slot = torch.arange(64)
     rule, noise = FlatTimes(start, stop), Noise(0, 0, slot, 3)
-    times = rule.draw(noise, slot, 64, 3)
+    times = rule.draw(OwnTime(), noise, slot, 64, 3)
     assert start <= float(times.t.min()) <= start + (stop - start) / 64
     assert stop - (stop - start) / 64 <= float(times.t.max()) <= stop
     assert torch.equal(times.t, times.t[:, :1].expand(-1, 3))  # one time per sequence
     assert times.speed.unique().tolist() == [stop - start]
     assert not times.clean.any()
-    first, last = rule.ends(noise, slot, 64, 3)
+    first, last = rule.ends(OwnTime(), noise, slot, 64, 3)
     assert first.t.unique().tolist() == [start]
     assert last.t.unique().tolist() == [stop]
     assert first.speed.unique().tolist() == last.speed.unique().tolist() == [1.0]
@@ -93,7 +96,7 @@ def test_speed_times_a_function_of_time_is_an_unbiased_integral() -> None:
     for slots in (1, 2, 3, 7, 8):
         slot, total = torch.arange(slots), 0.0
         for step in range(steps):
-            times = FlatTimes(start, stop).draw(Noise(1, step, slot, 1), slot, slots, 1)
+            times = FlatTimes(start, stop).draw(OwnTime(), Noise(1, step, slot, 1), slot, slots, 1)
             total += float((times.speed / times.t).mean()) / steps
         assert abs(total - expected) < 5.3 * math.sqrt(variance / (steps * slots))
 

@@ -24,6 +24,7 @@ from exact_windows import (
 
 from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.elbo import ask_law, nelbo
+from ddiff.core.information import OwnTime, TimeChange
 from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.noise import Noise
 from ddiff.core.process import ForwardProcess
@@ -121,7 +122,7 @@ def test_a_block_as_long_as_the_sequence_is_one_time_for_all_bit_for_bit(paired:
     ask, scored = ask_law(exact_law(process), process.vocabulary), torch.ones_like(SEQUENCES, dtype=torch.bool)
     flat, block = (
         nelbo(process, ask, SEQUENCES, scored, rule.over(*WINDOW), Noise(3, 0, slot, LENGTH), slot, len(slot))
-        for rule in (FlatTimes(), WindowTimes(LENGTH, "block", paired=True))
+        for rule in (FlatTimes(tokens=LENGTH), WindowTimes(LENGTH, "block", paired=True))
     )
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(block[:3], flat[:3]))
     ours = exact_terms(process, WindowTimes(LENGTH, "block", paired).over(*WINDOW))
@@ -135,12 +136,16 @@ class WithoutSpeed:
     def __init__(self, rule: WindowTimes) -> None:
         self.rule, self.width, self.shape, self.paired = rule, rule.width, rule.shape, rule.paired
 
-    def draw(self, noise: Noise, slot: torch.Tensor, slots: int | torch.Tensor, length: int) -> Times:
-        times = self.rule.draw(noise, slot, slots, length)
+    def draw(
+        self, clock: TimeChange, noise: Noise, slot: torch.Tensor, slots: int | torch.Tensor, length: int
+    ) -> Times:
+        times = self.rule.draw(clock, noise, slot, slots, length)
         return times._replace(speed=(times.speed > 0).double())
 
-    def ends(self, noise: Noise, slot: torch.Tensor, slots: int | torch.Tensor, length: int) -> tuple[Times, Times]:
-        return self.rule.ends(noise, slot, slots, length)
+    def ends(
+        self, clock: TimeChange, noise: Noise, slot: torch.Tensor, slots: int | torch.Tensor, length: int
+    ) -> tuple[Times, Times]:
+        return self.rule.ends(clock, noise, slot, slots, length)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -198,7 +203,7 @@ def test_window_rules_obey_every_law(rule: str, window: tuple[float, float]) -> 
 def test_windows_of_a_sequence_stand_evenly_apart_in_time() -> None:
     """Sixteen windows, one in each sixteenth of the unit interval, whatever the sequence."""
     slot = torch.arange(5)
-    times = WindowTimes(4).draw(Noise(0, 0, slot, 64), slot, 5, 64)
+    times = WindowTimes(4).draw(OwnTime(), Noise(0, 0, slot, 64), slot, 5, 64)
     per_window = times.t.unflatten(1, (16, 4))
     assert torch.equal(per_window, per_window[..., :1].expand(-1, -1, 4))
     places = (per_window[..., 0] * 16).floor().long()
@@ -208,7 +213,7 @@ def test_windows_of_a_sequence_stand_evenly_apart_in_time() -> None:
 
 def test_along_a_slide_times_rise_from_the_settled_side_and_the_window_glides() -> None:
     tau = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    times = WindowTimes(4, "slide").at(tau, 12)
+    times = WindowTimes(4, "slide").at(OwnTime(), tau, 12)
     assert times.waiting is not None
     assert times.block is not None
     for row in range(3):

@@ -489,35 +489,35 @@ class AskingAlways(MixtureProcess):
 class ContiguousSlices(FlatTimes):
     """Slot i of n reads (i + u)/n: every rank sees its own slice of time."""
 
-    def draw(self, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
+    def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
         t = (slot.unsqueeze(-1) + noise.uniform("time")[:, :1]) / slots
-        return super().draw(noise, slot, slots, length)._replace(t=t.expand(-1, length))
+        return super().draw(clock, noise, slot, slots, length)._replace(t=t.expand(-1, length))
 
 
 class WithoutDensity(FlatTimes):
     """t drawn as u^2 with the speed of a uniform draw."""
 
-    def draw(self, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
-        drawn = super().draw(noise, slot, slots, length)
+    def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
+        drawn = super().draw(clock, noise, slot, slots, length)
         return drawn._replace(t=drawn.t**2)
 
 
 class BackInTime(FlatTimes):
-    def draw(self, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
-        drawn = super().draw(noise, slot, slots, length)
+    def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
+        drawn = super().draw(clock, noise, slot, slots, length)
         return drawn._replace(speed=-drawn.speed)
 
 
 class ByPlaceInTheBatch(FlatTimes):
-    def draw(self, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
-        return super().draw(noise, torch.arange(len(slot)), slots, length)
+    def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
+        return super().draw(clock, noise, torch.arange(len(slot)), slots, length)
 
 
 class WindowsByPlaceInTheGrid(WindowTimes):  # type: ignore[misc]
     """Times of all windows of a batch dealt out in one grid: a window then always has the same quarter of time."""
 
-    def draw(self, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
-        drawn = super().draw(noise, slot, slots, length)
+    def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
+        drawn = super().draw(clock, noise, slot, slots, length)
         stratum = slot.unsqueeze(-1) * length + torch.arange(length)
         return drawn._replace(t=stratified(noise.uniform("time"), stratum, slots * length))
 
@@ -525,22 +525,22 @@ class WindowsByPlaceInTheGrid(WindowTimes):  # type: ignore[misc]
 class DecodedTwice(WindowTimes):  # type: ignore[misc]
     """Both the window that settles and the next one are read where a window settles."""
 
-    def ends(self, noise: Any, slot: Tensor, slots: Any, length: int) -> tuple[Times, Times]:
-        first, last = super().ends(noise, slot, slots, length)
+    def ends(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> tuple[Times, Times]:
+        first, last = super().ends(clock, noise, slot, slots, length)
         return first._replace(speed=first.speed + first.speed.roll(1, -1)), last
 
 
 class PathsAtHalfSpeed(WindowTimes):  # type: ignore[misc]
-    def at(self, tau: Tensor, length: int) -> Times:
-        path = super().at(tau, length)
+    def at(self, clock: Any, tau: Tensor, length: int) -> Times:
+        path = super().at(clock, tau, length)
         return path._replace(speed=path.speed / 2)
 
 
 class WaitingInSight(WindowTimes):  # type: ignore[misc]
     """What is settled is in one block, all else in the next."""
 
-    def at(self, tau: Tensor, length: int) -> Times:
-        path = super().at(tau, length)
+    def at(self, clock: Any, tau: Tensor, length: int) -> Times:
+        path = super().at(clock, tau, length)
         return path._replace(block=(~path.clean).long())
 
 

@@ -31,6 +31,7 @@ from ddiff import (
     LinearSchedule,
     Noise,
     Noisy,
+    OwnTime,
     Score,
     TokenHead,
     mask_law,
@@ -352,7 +353,7 @@ def test_visible_words_are_read_if_they_count(epsilon: float, lam: float, everyt
     zt, clean = torch.tensor([[0, WORDS, 1, WORDS]]), torch.tensor([[False, False, True, False]])
     t = torch.full((1, 4), 0.5, dtype=torch.float64)
     speed = torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
-    timed = FlatTimes().at(t[:, 0], 4)._replace(speed=speed, clean=clean)
+    timed = FlatTimes().at(OwnTime(), t[:, 0], 4)._replace(speed=speed, clean=clean)
     reads = EverywhereCrossEntropy(lam).reads(process, Noisy(zt, t, clean), timed)
     assert reads.tolist() == [[everything, True, False, False]]
 

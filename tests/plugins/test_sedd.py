@@ -33,6 +33,7 @@ from ddiff import (
     MixtureProcess,
     Noise,
     Noisy,
+    OwnTime,
     Score,
     TokenHead,
     Visit,
@@ -212,7 +213,7 @@ def test_a_window_that_closes_early_closes_under_a_score_as_under_its_law(noise:
         return visit
 
     noise_of_bound = Noise(3, 0, slot, WORDS)
-    _, last = rule.ends(noise_of_bound, slot, 1, WORDS)
+    _, last = rule.ends(OwnTime(), noise_of_bound, slot, 1, WORDS)
     closing = closing_term(process, ask, x0, last, scored, noise_of_bound)
     law = DenseLaw(log_p.expand(WORDS, -1), process.vocabulary)
     expected = process.closing_kl(law, x0[0], torch.full((WORDS,), stop, dtype=torch.float64))

@@ -1,0 +1,194 @@
+"""Information time: what a process loses by t, the time change that follows from it, and draws of least variance."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ddiff.core.clock import CdfClock, LogTimeClock
+from ddiff.core.dense import DenseProcess
+from ddiff.core.information import MonotoneMap, OwnTime
+from ddiff.core.interpolating import MixtureProcess
+from ddiff.core.law import DenseLaw
+from ddiff.core.process import ForwardProcess
+from ddiff.core.schedule import GeometricSchedule, LinearSchedule, PowerSchedule
+from ddiff.core.tree import TreeProcess
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
+
+PAIR = HierarchicalVocabulary([[0, 1, 0, 1, 1]])
+PROCESSES: dict[str, ForwardProcess] = {
+    f"{kind.__name__} {number}": process
+    for kind in (TreeProcess, MixtureProcess, DenseProcess)
+    for number, process in enumerate(kind.examples())
+}
+PROCESSES["early masks"] = TreeProcess(FlatVocabulary(4), CdfClock([PowerSchedule(0.05)]))
+PROCESSES["late tree"] = TreeProcess(PAIR, LogTimeClock((0.05, 1.0)))
+TAU = torch.cat(
+    [
+        torch.logspace(-9, -2, 8, dtype=torch.float64),
+        torch.linspace(0.05, 0.95, 19, dtype=torch.float64),
+        1.0 - torch.logspace(-2, -6, 5, dtype=torch.float64),
+    ]
+)
+SLOPES = {"rtol": 1e-8, "atol": 1e-9}  # autograd reads 1 - t off t, to 1e-16, where t is within 1e-12 of 1
+
+
+def enumerated_information(process: ForwardProcess, t: Tensor) -> Tensor:
+    """I(X; Z_t) from the joint table of X and Z_t, sum of q ln(q / (p q-bar))."""
+    num_tokens = process.vocabulary.num_tokens
+    certain = torch.eye(num_tokens, dtype=torch.float64).log()
+    found = []
+    for time in t:
+        given_x = process.log_marginal(certain, time.expand(num_tokens)).exp()
+        mean = given_x.mean(0, keepdim=True).expand_as(given_x)
+        ratio = torch.where(given_x > 0, given_x / mean, 1.0)
+        found.append((given_x * ratio.log()).sum(-1).mean())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_information_is_that_of_the_joint_table(name: str) -> None:
+    process = PROCESSES[name]
+    t = torch.tensor([0.0, 1e-6, 0.01, 0.3, 0.8, 0.999, 1.0], dtype=torch.float64)
+    expected = enumerated_information(process, t)
+    torch.testing.assert_close(process.information(t), expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(process.information_lost(t), expected[0] - expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_overrides_equal_the_derived_information(name: str) -> None:
+    process = PROCESSES[name]
+    t = torch.tensor([0.0, 1e-9, 0.01, 0.3, 0.8, 0.999, 1.0], dtype=torch.float64)
+    for method in ("information", "moved"):
+        derived = getattr(ForwardProcess, method)(process, t)
+        torch.testing.assert_close(getattr(process, method)(t), derived, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_equal_steps_of_tau_lose_equal_information(name: str) -> None:
+    """Between the ends of the clock; 257 knots with a cubic between them leave 2e-4 of the information."""
+    process = PROCESSES[name]
+    clock = process.information_time
+    t, _ = clock.at(TAU)
+    ends = process.information(torch.tensor([clock.at(x)[0] for x in torch.tensor([0.0, 1.0]).double()]).double())
+    lost = (ends[0] - process.information(t)) / (ends[0] - ends[1])
+    torch.testing.assert_close(lost, TAU, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_speed_is_the_exact_derivative_of_t(name: str) -> None:
+    """By autograd through the interpolant, so that no estimate in tau is biased by interpolation."""
+    tau = TAU.clone().requires_grad_()
+    t, speed = PROCESSES[name].information_time.at(tau)
+    (slope,) = torch.autograd.grad(t.sum(), tau)
+    torch.testing.assert_close(speed, slope, **SLOPES)
+    assert bool((t.diff() > 0).all())
+
+
+@pytest.mark.parametrize("length", [1, 64, 10_000])
+@pytest.mark.parametrize("window", [(0.0, 1.0), (1e-3, 0.999), (0.2, 0.3)])
+@pytest.mark.parametrize("name", ["TreeProcess 1", "MixtureProcess 1", "DenseProcess 1", "late tree"])
+def test_draws_rise_through_the_window_at_their_own_slope(name: str, window: tuple[float, float], length: int) -> None:
+    clock = PROCESSES[name].information_time
+    v = torch.linspace(0.001, 0.999, 99, dtype=torch.float64).requires_grad_()
+    t, speed = clock.drawn(v, *window, length)
+    (slope,) = torch.autograd.grad(t.sum(), v)
+    torch.testing.assert_close(speed, slope, **SLOPES)
+    ends = clock.at(torch.tensor(window, dtype=torch.float64))[0]
+    assert bool((t.diff() > 0).all())
+    assert bool((ends[0] <= t[0]) & (t[-1] <= ends[1]))
+
+
+def test_draws_have_the_density_of_least_variance() -> None:
+    """For masks P(tau) = tau, so that the v-quantile of sqrt(1 + 1/(L tau)) is known: with a = 1/L its integral is
+    sqrt(tau (tau + a)) + a asinh(sqrt(tau / a)). Trapezoids between 257 knots leave 1e-3."""
+    clock = TreeProcess(FlatVocabulary(7), LogTimeClock((1.0,))).information_time
+    v = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    for length in (4, 64, 1024):
+        tau, _ = clock.drawn(v, 0.0, 1.0, length)
+        a = 1.0 / length
+
+        def integral(tau: Tensor, a: float = a) -> Tensor:
+            return (tau * (tau + a)).sqrt() + a * torch.asinh((tau / a).sqrt())
+
+        torch.testing.assert_close(integral(tau) / integral(torch.ones_like(tau)), v, rtol=0, atol=1e-3)
+
+
+def test_linear_masking_has_tau_equal_to_t() -> None:
+    for process in (
+        TreeProcess(FlatVocabulary(50), LogTimeClock((1.0,))),
+        TreeProcess(FlatVocabulary(50), CdfClock([LinearSchedule()])),
+    ):
+        t, speed = process.information_time.at(TAU)
+        torch.testing.assert_close(t, TAU, rtol=1e-12, atol=0)
+        torch.testing.assert_close(speed, torch.ones_like(TAU), rtol=1e-9, atol=0)
+
+
+def test_a_tree_sums_over_its_levels() -> None:
+    """Hazards (1, 1): pi_0 = 1 - t, pi_1 = -(1 - t) ln(1 - t); five tokens in clusters of two and three."""
+    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    process = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)))
+    clusters = -(0.4 * math.log(0.4) + 0.6 * math.log(0.6))
+    expected = (1.0 - t) * math.log(5) - (1.0 - t) * (1.0 - t).log() * clusters
+    torch.testing.assert_close(process.information(t), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_mean_density_of_the_uniform_prediction_is_flat_in_tau(name: str) -> None:
+    """Enumerated over x and z; the identity behind the clock, d/dtau of the information that is lost."""
+    process = PROCESSES[name]
+    clock = process.information_time
+    states, tokens = process.vocabulary.num_states, process.vocabulary.num_tokens
+    x0 = torch.arange(tokens).repeat_interleave(states)
+    zt = torch.arange(states).repeat(tokens)
+    law = DenseLaw(torch.full((len(x0), tokens), -math.log(tokens), dtype=torch.float64), process.vocabulary)
+    charged = []
+    for tau in (0.03, 0.2, 0.5, 0.8, 0.97):
+        t, speed = clock.at(torch.tensor(tau, dtype=torch.float64))
+        times = t.expand(len(x0))
+        q = process.log_likelihood(zt, times).exp().gather(-1, x0.unsqueeze(-1)).squeeze(-1)
+        density = torch.where(q > 0, process.density(law, x0, zt, times), 0.0)
+        charged.append(float(speed * (q * density).sum() / tokens))
+    ends = process.information(torch.stack([clock.at(x)[0] for x in torch.tensor([0.0, 1.0]).double()]))
+    expected = float(ends[0] - ends[1])
+    assert charged == pytest.approx([expected] * 5, rel=5e-3)
+
+
+def test_information_beyond_the_interior_times_is_left_to_the_ends() -> None:
+    """(1e-12)^0.05 = 25 % of the tokens are masked before the first interior time: there the bound decodes."""
+    early = PROCESSES["early masks"].information_time
+    assert early.first == pytest.approx(1e-12**0.05, rel=1e-6)
+    assert float(early.at(torch.zeros(1).double())[0]) == 1e-12
+    late = PROCESSES["late tree"].information_time
+    assert late.last < 0.9
+    assert float(late.at(torch.ones(1).double())[0]) == 1.0 - 1e-12
+    plain = TreeProcess(FlatVocabulary(4), LogTimeClock((1.0,))).information_time
+    assert plain.at(torch.tensor([0.0, 1.0]).double())[0].tolist() == [0.0, 1.0]
+
+
+def test_a_process_that_closes_at_neither_end_keeps_its_window() -> None:
+    process = MixtureProcess(FlatVocabulary(3), GeometricSchedule(0.05, 3.0), torch.tensor([0.2, 0.3, 0.5, 0.0]))
+    assert process.information_time.at(torch.tensor([0.0, 1.0]).double())[0].tolist() == [0.0, 1.0]
+
+
+@given(st.lists(st.floats(0.01, 5.0), min_size=3, max_size=12), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=40)
+def test_monotone_maps_rise_and_pass_through_their_knots(steps: list[float], seed: int) -> None:
+    rises = torch.rand(len(steps), generator=torch.Generator().manual_seed(seed)).double() + 0.01
+    x = torch.tensor(steps, dtype=torch.float64).cumsum(0) - sum(steps) / 2
+    y = rises.cumsum(0) - float(rises.sum()) / 2
+    mapped = MonotoneMap(x, y)
+    torch.testing.assert_close(torch.logit(mapped(torch.sigmoid(x))[0]), y, rtol=0, atol=1e-9)
+    fine = torch.sigmoid(torch.linspace(float(x[0]) - 1.0, float(x[-1]) + 1.0, 300, dtype=torch.float64))
+    assert bool((mapped(fine)[0].diff() >= 0).all())
+    assert bool((mapped(fine)[1] >= 0).all())
+
+
+def test_own_time_is_the_identity() -> None:
+    assert OwnTime().at(TAU)[0] is TAU
+    assert torch.equal(OwnTime().drawn(TAU, 0.2, 0.6, 5)[0], 0.2 + (0.6 - 0.2) * TAU)

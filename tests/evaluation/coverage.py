@@ -1,0 +1,74 @@
+"""Many repeated evaluations in one: how often their intervals cover the value that is known."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tables import Known, constant, full_rows
+from torch import Tensor
+
+from ddiff.core.elbo import Likelihood
+from ddiff.core.process import ForwardProcess
+from ddiff.core.times import FlatTimes
+from ddiff.evaluation.intervals import RatioEstimate
+from ddiff.evaluation.likelihood import evaluate
+
+LENGTH = 32
+DOCUMENTS = 24
+ROWS = 2  # of a document
+
+
+class Recorded(Known):
+    """Remembers the nats of every row, in the order in which rows are read."""
+
+    def __init__(self, process: ForwardProcess, prediction: Tensor) -> None:
+        super().__init__(process, constant(prediction))
+        self.nats: list[Tensor] = []
+
+    def nll(self, *arguments: object) -> Likelihood:  # type: ignore[override]
+        likelihood = super().nll(*arguments)  # type: ignore[arg-type]
+        self.nats.append(sum(likelihood.terms.values()).sum(-1))  # type: ignore[union-attr]
+        return likelihood
+
+
+class Repeats(NamedTuple):
+    """Of `runs` evaluations: their bounds [runs], and whether the interval covers and lies below the known value."""
+
+    bounds: np.ndarray
+    covers: np.ndarray
+    below: np.ndarray
+    truth: float
+
+
+def repeated(
+    process: ForwardProcess, window: tuple[float, float], runs: int, prediction: Tensor, seed: int = 0
+) -> Repeats:
+    """`runs` evaluations of fresh texts of independent tokens, of 24 documents with two rows of 32 tokens each.
+
+    The network predicts the tokens' own distribution whatever it is shown, so that the bound of such texts is its entropy.
+    All runs are one call of `evaluate`, whose documents are read independently of each other.
+    """
+    count = runs * DOCUMENTS * ROWS
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.multinomial(prediction, count * LENGTH, replacement=True, generator=generator).reshape(count, LENGTH)
+    objective = Recorded(process, prediction)
+    document = np.arange(count) // ROWS
+    evaluate(objective, full_rows(ids), document, length=LENGTH, times=FlatTimes(*window), seed=seed, batch=256)
+    nats = torch.cat(objective.nats).numpy().reshape(runs, DOCUMENTS, ROWS).sum(-1)
+    tokens = np.full(DOCUMENTS, float(ROWS * LENGTH))
+    truth = -float((prediction * prediction.log()).sum())
+    bounds = np.empty(runs)
+    half = np.empty(runs)
+    for run in range(runs):
+        estimate = RatioEstimate.of(nats[run, :, None], tokens)
+        assert estimate.total is not None
+        bounds[run] = estimate.mean
+        half[run] = estimate.total.half_width
+    return Repeats(bounds, np.abs(bounds - truth) <= half, bounds + half < truth, truth)
+
+
+def zipf(num_tokens: int) -> Tensor:
+    weights = 1.0 / torch.arange(1, num_tokens + 1, dtype=torch.float64)
+    return weights / weights.sum()
