@@ -95,6 +95,9 @@ def print_evaluation(
     if evaluation.bits_per_byte is not None:
         also += f", {evaluation.bits_per_byte:.4f} bits/byte"
     table.add_row(evaluation.bound, bound, f"{also}; {evaluation.tokens:,} {unit}s, {evaluation.documents} documents")
+    if evaluation.monte_carlo_interval:
+        low, high = evaluation.monte_carlo_interval
+        table.add_row("  of it from random times", f"± {(high - low) / 2:.4f}", "for these very documents")
     for name, value in evaluation.terms_nats_per_token.items():
         table.add_row(f"  {name}", f"{value:.4f}", "")
     if len(evaluation.parts_nats_per_token) > 1:

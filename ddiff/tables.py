@@ -119,9 +119,9 @@ class EvaluateKeys(ComponentConfig):
 
     batch: PositiveInt = 64
     window: tuple[float, float] = (1e-3, 0.999)
-    """Times between which the diffusion term is integrated; the two end terms cover the rest."""
+    """Shares of tau between which the diffusion term is integrated; the two end terms cover the rest."""
     draws: PositiveInt = 1
-    """Times drawn per row."""
+    """Times drawn per row; two or more tell the error of the estimate from the differences between documents."""
     rows: PositiveInt | None = None
     """How many rows are read, spread evenly over the validation text; all if not given."""
     seed: NonNegativeInt = 0
@@ -132,7 +132,7 @@ class EvaluateKeys(ComponentConfig):
     def _window_is_inside(self) -> EvaluateKeys:
         start, stop = self.window
         if not 0.0 <= start < stop <= 1.0:
-            raise ValueError(f"window must be two times with 0 <= start < stop <= 1; got [{start}, {stop}]")
+            raise ValueError(f"window must be two shares of tau with 0 <= start < stop <= 1; got [{start}, {stop}]")
         return self
 
 

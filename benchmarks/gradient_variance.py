@@ -1,0 +1,83 @@
+"""Variance of training gradients under three clocks: even t, even information time, information time as it is drawn.
+
+    python benchmarks/gradient_variance.py runs/variance [RECIPE ...]
+
+Each recipe is trained for a few steps, so that the gradient is that of a network at work. Then the same rows are noised
+again and again: what differs between the gradients is the times and the noise alone. The figure is
+trace(Cov(gradient)) / |mean gradient|^2 for one batch of the recipe, with its loss as the recipe has it and with the bound
+itself as loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ddiff
+from ddiff import Noise, OwnTime, TimeChange
+
+RECIPES = ("mdlm_small", "hdlm_small", "gidd_small", "hybrid_gamma_small", "sedd_uniform_small")
+STEPS = 60
+DRAWS = 48
+
+
+class Even:
+    """Another clock's times, drawn evenly in its tau."""
+
+    def __init__(self, clock: TimeChange) -> None:
+        self.clock = clock
+
+    def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
+        return self.clock.at(tau)
+
+    def drawn(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
+        t, speed = self.clock.at(start + (stop - start) * v)
+        return t, (stop - start) * speed
+
+
+def gradients(run: Any, clock: TimeChange, loss: Any) -> Tensor:
+    """[DRAWS, parameters] float32 gradients of one batch, whose rows are always the same."""
+    objective = run.objective
+    run.process.__dict__["information_time"] = clock
+    objective.loss = loss
+    batch = run._batch_at(0, 0)
+    tokens = {"tokens": batch.scored.sum()}
+    found = []
+    for draw in range(DRAWS):
+        objective.module.zero_grad(set_to_none=True)
+        noise = Noise(run.recipe.seed, draw, batch.index, run.recipe.length, "variance")
+        objective(batch, noise, tokens, len(batch.index)).loss.backward()
+        parts = [p.grad.reshape(-1) for p in objective.module.parameters() if p.grad is not None]
+        found.append(torch.cat(parts).clone())
+    return torch.stack(found)
+
+
+def relative_variance(gradient: Tensor) -> float:
+    """trace(Cov) / |mean|^2, the mean's own share of the variance taken off."""
+    mean = gradient.double().mean(0)
+    variance = float((gradient.double() - mean).square().sum()) / (len(gradient) - 1)
+    return variance / (float(mean.square().sum()) - variance / len(gradient))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", type=Path, help="where the short runs are written")
+    parser.add_argument("recipes", nargs="*", default=RECIPES)
+    given = parser.parse_args()
+    print("| recipe | loss | even t | even tau | tau as drawn |\n| --- | --- | --- | --- | --- |")
+    for name in given.recipes:
+        settings = [f"run_dir={given.runs / name}", f"train.steps={STEPS}", "evaluate.rows=64", "sample.count=1"]
+        run = ddiff.run(ddiff.read_recipe(name, settings))
+        information = run.process.information_time
+        clocks = (OwnTime(), Even(information), information)
+        for label, loss in (("of the recipe", run.objective.loss), ("elbo", ddiff.ElboLoss())):
+            row = [f"{relative_variance(gradients(run, clock, loss)):.2f}" for clock in clocks]
+            print(f"| {name} | {label} | " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
