@@ -88,7 +88,10 @@ class SubtreeLaw(ABC):
         return self._log_given_top(node)
 
     def log_child(self, node: Tensor, child: Tensor) -> Tensor:
-        below = self._log_given_top(child) - self._log_given_top(node, lowest=1)  # below a word is nothing but itself
+        log_child = self._log_given_top(child)
+        log_node = self._log_given_top(node, lowest=1)  # below a word is nothing but itself
+        # below a node of probability 0 nothing is possible: -inf, not the difference of two infinities
+        below = log_child - torch.where(log_node > -torch.inf, log_node, 0.0)
         return torch.where(child == node, 0.0, below)
 
     def log_step(self, node: Tensor, child: Tensor) -> Tensor:
