@@ -5,8 +5,8 @@ state, and the bound has the closed form (arXiv 2503.04482, in the reverse-rate 
 
     density = (omega_t(z) / q_t(z|x)) [ KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho ],   rho = q_t(z|x) / q_t-bar(z).
 
-The bracket is `mismatch`. The weight is the total true reverse rate, as in every family, omega_t(z) (1 - q_t(z|x)) / q_t(z|x);
-the divergence is the rest, mismatch / (1 - q_t(z|x)).
+The bracket is `mismatch`. The weight is the total true reverse rate, as in every family,
+omega_t(z) (1 - q_t(z|x)) / q_t(z|x), and the divergence is the rest, mismatch / (1 - q_t(z|x)).
 
 Masked diffusion, uniform diffusion and their mixtures are of this family. The chain run backwards leaves z at the rate
 omega_t(z) (1 - q_t-bar(z)) / q_t-bar(z) for y ~ q_t-bar elsewhere. Since q_t-bar >= b_t, putting b_t for q_t-bar bounds
@@ -169,7 +169,7 @@ class InterpolatingProcess(ForwardProcess):
         shares of its tokens are left.
         """
         log_s = score.log_ratio.double().log_softmax(-1)[:, : self.vocabulary.num_tokens]
-        noise, _ = self.noise_like(log_s, t)
+        noise, _ = self.noise_like(log_s, self.of_scores(t))
         possible = log_s > -torch.inf
         log_s = where_read(possible, log_s)
         signal = -torch.expm1(noise.log() - log_s)

@@ -17,17 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddiff.core.kernel import MAX_DENSE, DenseKernel, Kernel
+from ddiff.core.kernel import MAX_DENSE, DenseKernel, Kernel, read_back
 from ddiff.core.law import Answer, Score, certainly_law
-from ddiff.core.numerics import FLOOR, draw_index, interior, log_shares, where_read
+from ddiff.core.numerics import FLOOR, LATEST, draw_index, interior, log_shares, may_hold, where_read
 from ddiff.core.oracle import propagate
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 
 RowFunction = Callable[[Any, Tensor], Any]  # fn(answer, idx); the answer is a law where a draw is asked for
 Visit = Callable[[Tensor, Tensor, RowFunction], Any]
-
-FORGOTTEN = 1e-13  # singular values, relative to the largest, below which rounding of a score is all that is read
 
 
 class Informed(IntEnum):
@@ -136,25 +134,32 @@ class ForwardProcess(ABC):
         K is `from_clean(t)`. What comes out negative, which no true ratio does, is raised to 1e-14 of the token's share
         of s, so that every probability is positive and its logarithm has a gradient; then p is normalised. Rounding of s
         reaches p multiplied by the condition number of K. Directions of p that K has shrunk below 1e-13 cannot be read
-        off s: they are left out, which makes p even where nothing can be read.
+        off s: p is even along them.
         """
         num_tokens = self.vocabulary.num_tokens
         s = score.log_ratio.double().softmax(-1)
-        distinct, place = interior(t).unique(return_inverse=True)
+        t = self.of_scores(t)
+        distinct, place = t.unique(return_inverse=True)
         kernel = self.from_clean(distinct)
         if kernel.num_states > MAX_DENSE:
-            p = self.from_clean(interior(t)).solve(s)[:, :num_tokens]
+            p = self.from_clean(t).solve(s)[:, :num_tokens]
         else:
-            p = _read_back(kernel.dense()[:, :num_tokens], s, place)
+            even = torch.full((len(distinct), num_tokens), 1.0 / num_tokens, dtype=s.dtype, device=s.device)
+            p = read_back(kernel.dense()[:, :num_tokens], even, s, place)
         least = FLOOR * s[:, :num_tokens]
         return log_shares(torch.maximum(p, least).log())
+
+    def of_scores(self, t: Tensor) -> Tensor:
+        """The times at which scores of t are read: 1 - 1e-12 at t = 1 where the process closes, since the ratios of the
+        prior say nothing of the token."""
+        return t.clamp(max=LATEST) if self.closes_at_prior else t
 
     def density(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] nats per unit of the row's own t that the bound charges at (z_t, t).
 
         l = sum_{y != z} Q[y,z] ( s_theta(y) - s(y) + s(y) ln(s(y)/s_theta(y)) ), with s(y) = q_t(y|x)/q_t(z|x) and
         s_theta(y) the same ratio under x ~ law. Score entropy (arXiv 2310.16834, eq. 5) for any generator. +inf where the
-        prediction rules out z_t, or a state that z_t may have come from.
+        prediction rules out z_t, or a state that z_t may have come from; 0 where z_t can only have been x0.
         """
         t = interior(t)
         inward = self._inward(zt, t)
@@ -164,8 +169,11 @@ class ForwardProcess(ABC):
         log_s_theta = where_read(arrives, self._log_ratio(answer, zt, t))
         s = log_s.exp()
         cross = torch.where(s > 0, s * (log_s - log_s_theta), 0.0)
-        terms = torch.where(arrives, inward * (log_s_theta.exp() - s + cross), 0.0)
-        return torch.where(terms.isnan(), torch.inf, terms).sum(-1)
+        density = torch.where(arrives, inward * (log_s_theta.exp() - s + cross), 0.0).sum(-1)
+        undefined = density.isnan()
+        if not may_hold(undefined):
+            return density
+        return torch.where(undefined, torch.where(_tells(self.log_likelihood(zt, t), x0), 0.0, torch.inf), density)
 
     def factors(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(weight, divergence) [r], whose product is the density."""
@@ -208,8 +216,7 @@ class ForwardProcess(ABC):
         log_joint = self._log_clean(answer, t)
         log_joint = log_joint + log_likelihood.to(log_joint.dtype)
         pick = x0.unsqueeze(-1)
-        possible = log_likelihood.isfinite()
-        sure = (possible.sum(-1) == 1) & possible.gather(-1, pick).squeeze(-1)
+        sure = _tells(log_likelihood, x0)
         finite = log_joint.gather(-1, pick).squeeze(-1).isfinite()
         log_joint = where_read((finite & ~sure).unsqueeze(-1), log_joint)
         nll = log_joint.logsumexp(-1) - log_joint.gather(-1, pick).squeeze(-1)
@@ -321,21 +328,10 @@ class ForwardProcess(ABC):
         )
 
 
-def _read_back(forward: Tensor, s: Tensor, place: Tensor) -> Tensor:
-    """[r,V] p with p forward[place] = s [r,S], by the pseudo-inverse of forward [n,V,S].
-
-    Columns are divided by their mean first: states that are rare at t, such as tokens late in masking, then count as much
-    as frequent ones, and what is left is how well tokens can be told from one another.
-    """
-    mean = forward.mean(1)
-    scale = torch.where(mean > 0, 1.0 / torch.where(mean > 0, mean, 1.0), 0.0)
-    inverse = torch.linalg.pinv(forward * scale.unsqueeze(1), rtol=FORGOTTEN)
-    scaled = s * scale[place]
-    p = torch.zeros(len(s), forward.shape[1], dtype=s.dtype, device=s.device)
-    for k, one in enumerate(inverse):  # a time at a time: [r,S,V] would be as large as the batch times the square of S
-        rows = (place == k).nonzero().squeeze(-1)
-        p = p.index_copy(0, rows, scaled[rows] @ one)
-    return p
+def _tells(log_likelihood: Tensor, x0: Tensor) -> Tensor:
+    """bool [r]: only x0 can have become the state whose log q_t(z|x) [r,V] these are."""
+    possible = log_likelihood > -torch.inf
+    return (possible.sum(-1) == 1) & possible.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
 
 
 def _relative_to(log_values: Tensor, ids: Tensor) -> Tensor:

@@ -288,7 +288,10 @@ class TreeProcess(ForwardProcess):
     # ------------------------------------------------------------------ the bound
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """F_l'/pi_l, the total true reverse rate; 0 at tokens. E[weight 1{level l}] = 1 per level where the clock closes."""
+        """F_l'/pi_l, the total true reverse rate; 0 at tokens.
+
+        E[weight 1{level l}] = 1 per level where the clock closes.
+        """
         level = self.vocabulary.level_of(zt)
         t = interior(t)
         inflow = per_time(self.clock.inflow, t).gather(-1, (level - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -353,7 +356,8 @@ class TreeProcess(ForwardProcess):
         spread = torch.where(strays, sure * log_mass.exp() + stray, 1.0)
         log_expected = torch.where(strays, spread.log(), sure.log() + log_mass)
         log_p = law.log_prob(x0)
-        read = ~word & log_p.isfinite()  # a token that the prediction rules out costs infinity, also where its node does
+        # a token that the prediction rules out costs infinity, also where it rules out its node
+        read = ~word & log_p.isfinite()
         surprise = where_read(read, log_expected) - where_read(read, log_evidence + log_p)
         return torch.where(word, 0.0, torch.where(log_p.isfinite(), surprise, torch.inf))
 

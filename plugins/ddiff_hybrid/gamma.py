@@ -295,7 +295,6 @@ class GammaHybrid(ForwardProcess):
         x0[open_] = visit(open_, self.scope(zt[open_]), draw)
         return x0
 
-
     # ------------------------------------------------------------------ events
 
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
