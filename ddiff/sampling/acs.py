@@ -38,8 +38,8 @@ class CorrectingSampler(SteppedSampler):
         need_informed_words(self, process, says)
 
     def move(self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise) -> Canvas:
-        alpha_s = kept(process, canvas.zt, s)
-        alpha_t = kept(process, canvas.zt, canvas.t)
+        alpha_s = kept(process, s, canvas.zt)
+        alpha_t = kept(process, canvas.t, canvas.zt)
         reveal = ((alpha_s - alpha_t) / (1.0 - alpha_t)).clamp(0.0, 1.0)
         word = canvas.zt < process.vocabulary.num_tokens
         again = (word & (noise.uniform("correct") < self.eta * (1.0 - reveal))).reshape(-1)

@@ -107,8 +107,8 @@ class _Remasking:
         self.eta = eta
 
     def __call__(self, process: ForwardProcess, canvas: Canvas, s: Tensor) -> Tensor:
-        alpha_s = kept(process, canvas.zt, s)
-        alpha_t = kept(process, canvas.zt, canvas.t)
+        alpha_s = kept(process, s, canvas.zt)
+        alpha_t = kept(process, canvas.t, canvas.zt)
         largest = ((1.0 - alpha_s) / alpha_t).nan_to_num(1.0).clamp(max=1.0)
         gone = self.sigma(process, canvas, s, largest) / (1.0 - alpha_s).clamp(min=1e-300)
         return 1.0 - gone.clamp(max=1.0)

@@ -79,17 +79,19 @@ def every_row(zt: Tensor) -> Tensor:
     return torch.arange(len(zt), device=zt.device)
 
 
-def kept(process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
-    """Like t: alpha_t = q_t(x | x), the probability that a token is still clean, for the token at each position.
+def kept(process: ForwardProcess, t: Tensor, zt: Tensor | None = None) -> Tensor:
+    """Like t: alpha_t = q_t(x | x), the probability that a token is still clean, for the tokens among the states zt.
 
-    Where no token stands (masks, nodes of a tree) it is the mean over tokens, over 512 of them where there are more: only
-    dense chains have tokens of unequal rates, and they have no more states.
+    Where no token stands (masks, nodes of a tree), or without zt, it is the mean over tokens, over 512 of them where there
+    are more: only dense chains have tokens of unequal rates, and they have no more states.
     """
-    is_token = zt < process.vocabulary.num_tokens
     times, place = torch.unique(t, return_inverse=True)
     tokens = some_tokens(process.vocabulary.num_tokens, SAMPLED, t.device)
     each = process.stay_probability(tokens.repeat(len(times)), times.repeat_interleave(len(tokens)))
     mean = each.reshape(len(times), -1).mean(-1)[place]
+    if zt is None:
+        return mean
+    is_token = zt < process.vocabulary.num_tokens
     own = process.stay_probability(torch.where(is_token, zt, 0).reshape(-1), t.reshape(-1))
     return torch.where(is_token, own.reshape(t.shape), mean)
 
