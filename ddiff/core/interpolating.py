@@ -205,10 +205,9 @@ class InterpolatingProcess(ForwardProcess):
         return torch.where(arrives, divergence, 0.0)
 
     def density(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        t = interior(t)
-        rate = self.arrivals_at(zt, t) / self._likelihood(x0, zt, t)
-        mismatch = self.mismatch(answer, x0, zt, t)
-        return torch.where(rate > 0, rate * where_read(rate > 0, mismatch), 0.0)
+        weight = self.weight(x0, zt, t)
+        read = weight > 0
+        return torch.where(read, weight * where_read(read, self.divergence(answer, x0, zt, t)), 0.0)
 
     def decode_nll(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         if isinstance(answer, Score):
