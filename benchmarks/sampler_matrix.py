@@ -58,11 +58,18 @@ and the exact law of each given the other's state in place of a network, so that
 the total variation between the law of its samples and the joint, over the number of steps N. Drawing both symbols from
 their marginals gives {far:.3f}. Under each distance, in small print, how often a sequence goes through the network.
 
+Rows marked `score` give the same prediction as ratios of marginals, what a head `score` says, wherever that head is taken
+(words, or words and a mask). They stop at what the last draw recovers of the distribution, so they fall as the rows of
+distributions do.
+
 What moves positions independently is summed over all canvases, from {points} draws a step: noise of a distance up to
 {fine:.3f} at N = 64, less at fewer steps (masks at N = 64 are .0064 exactly). The others are sampled: about {coarse:.3f}.
-`exact`: the law of the samples is the network's own; where words are noise, `first_hitting` leaves an error far below this
-noise (its docstring has the bound). `order n`: it tends to it as 1/N^n. `heuristic`: it does not, or nobody has shown that
-it does. A pair that is missing is refused, and the reason stands at the end.
+`exact`: the law of the samples is the network's own; where tokens are noise, `first_hitting` leaves an error of 1e-6 (its
+docstring has the bound). `order n`: it tends to it as 1/N^n. `heuristic`: it does not, or nobody has shown that it does. A
+pair that is missing is refused, and the reason stands at the end.
+
+`hybrid_epsilon` shuffles a tenth of the words at t = 0. Only the last draw undoes that, for all positions at once, so that
+no sampler, `first_hitting` included, comes nearer than about .02 = (.1 L)^2 / 2 with L = 2.
 
 `trapezoidal` is of order 2 where extrapolated rates stay positive and are smooth in t, which these symbols do not grant:
 one can make a word of the other six times less likely, so that rates are cut off at 0, and the order falls from 1.5 towards
@@ -135,15 +142,37 @@ def rows(
         except ArgumentError as error:
             refused.setdefault(f"{label} on {name}", str(error))
             continue
-        begun, cells = time.perf_counter(), []
-        for count in steps[:1] if entry.single else steps:
-            share = points if entry.apart else 4 * points
-            result = measured(entry.build(count), process, JOINT, points=share, apart=entry.apart)
-            cells.append(f"{result.distance(JOINT):.4f}<br><sub>{result.runs:.1f}</sub>")
-        cells += [""] * (len(steps) - len(cells))
-        kind = f"order {sampler.order}" if sampler.quality == "of an order" else sampler.quality
-        print(f"{name}: {label}, {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
-        yield f"| {label} | {kind} | " + " | ".join(cells) + " |"
+        yield row(label, entry, process, steps, points, "law", name)
+        if takes_scores(sampler, process):
+            yield row(f"{label}, score", entry, process, steps, points, "score", name)
+
+
+def takes_scores(sampler: Sampler, process: ForwardProcess) -> bool:
+    """Whether the sampler reads scores, and a head says them on the vocabulary of the process."""
+    if process.vocabulary.num_levels > 1:
+        return False
+    try:
+        sampler.needs(process, "score")
+    except ArgumentError:
+        return False
+    return True
+
+
+def row(
+    label: str, entry: Entry, process: ForwardProcess, steps: Sequence[int], points: int, says: str, name: str
+) -> str:
+    """One line of a table: distances and network calls over the numbers of steps."""
+    begun = time.perf_counter()
+    share = points if entry.apart else 4 * points
+    cells = []
+    for count in steps[:1] if entry.single else steps:
+        result = measured(entry.build(count), process, JOINT, points=share, apart=entry.apart, says=says)
+        cells.append(f"{result.distance(JOINT):.4f}<br><sub>{result.runs:.1f}</sub>")
+    cells += [""] * (len(steps) - len(cells))
+    sampler = entry.build(4)
+    kind = f"order {sampler.order}" if sampler.quality == "of an order" else sampler.quality
+    print(f"{name}: {label}, {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+    return f"| {label} | {kind} | " + " | ".join(cells) + " |"
 
 
 def pages(names: Sequence[str], steps: Sequence[int], points: int) -> Iterator[str]:

@@ -55,17 +55,15 @@ _MODULES = {
         "DenseKernel",
         "InterpolatingKernel",
         "Kernel",
+        "ScaledKernel",
+        "SumKernel",
         "uniform_kernel",
     ),
     "ddiff.core.information": ("InformationTime", "OwnTime", "TimeChange"),
-    "ddiff.core.law": (
-        "CleanLaw",
-        "DenseLaw",
-        "Score",
-        "SubtreeLaw",
-    ),
+    "ddiff.core.law": ("Answer", "CleanLaw", "DenseLaw", "Score", "SubtreeLaw", "drop_own_evidence"),
     "ddiff.core.noise": ("Noise",),
     "ddiff.core.numerics": ("interior",),
+    "ddiff.core.oracle": ("propagate",),
     "ddiff.core.process": (
         "ForwardProcess",
         "Informed",
@@ -127,7 +125,7 @@ _MODULES = {
         "PluginError",
         "RecipeError",
     ),
-    "ddiff.nn.attention": ("Seen", "attend"),
+    "ddiff.nn.attention": ("Seen", "Sight", "attend"),
     "ddiff.nn.denoiser": (
         "Backbone",
         "Context",
@@ -150,7 +148,7 @@ _MODULES = {
         "run",
     ),
     "ddiff.sampling.acs": ("CorrectingSampler",),
-    "ddiff.sampling.analytic": ("AnalyticSampler",),
+    "ddiff.sampling.analytic": ("AnalyticSampler", "reverse_probs"),
     "ddiff.sampling.ancestral": ("AncestralSampler",),
     "ddiff.sampling.along": ("AlongSampler",),
     "ddiff.sampling.blockwise": ("BlockwiseSampler",),
@@ -270,13 +268,18 @@ if TYPE_CHECKING:
     from ddiff.core.kernel import DenseKernel as DenseKernel
     from ddiff.core.kernel import InterpolatingKernel as InterpolatingKernel
     from ddiff.core.kernel import Kernel as Kernel
+    from ddiff.core.kernel import ScaledKernel as ScaledKernel
+    from ddiff.core.kernel import SumKernel as SumKernel
     from ddiff.core.kernel import uniform_kernel as uniform_kernel
+    from ddiff.core.law import Answer as Answer
     from ddiff.core.law import CleanLaw as CleanLaw
     from ddiff.core.law import DenseLaw as DenseLaw
     from ddiff.core.law import Score as Score
     from ddiff.core.law import SubtreeLaw as SubtreeLaw
+    from ddiff.core.law import drop_own_evidence as drop_own_evidence
     from ddiff.core.noise import Noise as Noise
     from ddiff.core.numerics import interior as interior
+    from ddiff.core.oracle import propagate as propagate
     from ddiff.core.process import ForwardProcess as ForwardProcess
     from ddiff.core.process import Informed as Informed
     from ddiff.core.process import Prior as Prior
@@ -330,6 +333,7 @@ if TYPE_CHECKING:
     from ddiff.errors import PluginError as PluginError
     from ddiff.errors import RecipeError as RecipeError
     from ddiff.nn.attention import Seen as Seen
+    from ddiff.nn.attention import Sight as Sight
     from ddiff.nn.attention import attend as attend
     from ddiff.nn.denoiser import Backbone as Backbone
     from ddiff.nn.denoiser import Context as Context
@@ -350,6 +354,7 @@ if TYPE_CHECKING:
     from ddiff.sampling.acs import CorrectingSampler as CorrectingSampler
     from ddiff.sampling.along import AlongSampler as AlongSampler
     from ddiff.sampling.analytic import AnalyticSampler as AnalyticSampler
+    from ddiff.sampling.analytic import reverse_probs as reverse_probs
     from ddiff.sampling.ancestral import AncestralSampler as AncestralSampler
     from ddiff.sampling.blockwise import BlockwiseSampler as BlockwiseSampler
     from ddiff.sampling.corrected import CorrectedSampler as CorrectedSampler

@@ -80,7 +80,7 @@ class DenseProcess(ForwardProcess):
 
     def _between(self, s: Tensor, t: Tensor) -> Tensor:
         """[r,S,S] the transition; each distinct pair of times is computed once."""
-        start, stop, inverse = _distinct_pairs(s, t)
+        start, stop, inverse = distinct_pairs(s, t)
         if self._matrix is None:
             return propagate(self._generator, start, stop, self.vocabulary.num_states, self.steps)[inverse]
         log_alpha = lambda time: self.schedule.alpha(time.clamp(max=LATEST)).log()  # noqa: E731
@@ -132,6 +132,13 @@ class DenseProcess(ForwardProcess):
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
         return DenseKernel(self._between(s, t))
 
+    def from_clean(self, t: Tensor) -> Kernel:
+        return DenseKernel(self._from_clean(t))
+
+    def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
+        distinct, place = torch.unique(t, return_inverse=True)
+        return self._from_clean(distinct).diagonal(dim1=-2, dim2=-1)[place, x0]
+
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return draw_index(DenseKernel(self._from_clean(t)).row(x0), u[:, 0])
 
@@ -164,7 +171,7 @@ def _as_tensor(matrix: Tensor | Sequence[Sequence[float]]) -> Tensor:
         ) from error
 
 
-def _distinct_pairs(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def distinct_pairs(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The distinct (s, t) and each row's place among them; unique over rows of a table is 30 times slower."""
     first, which_first = torch.unique(s, return_inverse=True)
     second, which_second = torch.unique(t, return_inverse=True)

@@ -5,6 +5,9 @@ state, and the bound has the closed form (arXiv 2503.04482, in the reverse-rate 
 
     density = (omega_t(z) / q_t(z|x)) [ KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho ],   rho = q_t(z|x) / q_t-bar(z).
 
+The bracket is `mismatch`. The weight is the total true reverse rate, as in every family,
+omega_t(z) (1 - q_t(z|x)) / q_t(z|x), and the divergence is the rest, mismatch / (1 - q_t(z|x)).
+
 Masked diffusion, uniform diffusion and their mixtures are of this family. The chain run backwards leaves z at the rate
 omega_t(z) (1 - q_t-bar(z)) / q_t-bar(z) for y ~ q_t-bar elsewhere. Since q_t-bar >= b_t, putting b_t for q_t-bar bounds
 that rate without a network: only rows that may move are shown to it (thinning).
@@ -21,8 +24,20 @@ import torch
 from torch import Tensor
 
 from ddiff.core.kernel import InterpolatingKernel, Kernel
-from ddiff.core.law import Answer, CleanLaw, Score, certainly_law
-from ddiff.core.numerics import EARLIEST, LATEST, Constant, draw_index, interior, like_rows, log_or_never, per_time
+from ddiff.core.law import Answer, CleanLaw, DenseLaw, Score, certainly_law
+from ddiff.core.numerics import (
+    EARLIEST,
+    FLOOR,
+    LATEST,
+    Constant,
+    draw_index,
+    interior,
+    like_rows,
+    log_or_never,
+    log_shares,
+    per_time,
+    where_read,
+)
 from ddiff.core.process import ForwardProcess, Prior, Visit
 from ddiff.core.schedule import LinearSchedule, Schedule
 from ddiff.core.vocabulary import FlatVocabulary, Vocabulary
@@ -140,31 +155,69 @@ class InterpolatingProcess(ForwardProcess):
         words = torch.arange(self.vocabulary.num_tokens, device=zt.device)
         return (noise + torch.where(words == zt.unsqueeze(-1), self.alpha(t).unsqueeze(-1), 0.0)).log()
 
+    def from_clean(self, t: Tensor) -> Kernel:
+        """alpha_t I + 1 (x) b_t."""
+        return InterpolatingKernel(self.alpha(t), self.noise(t))
+
+    def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
+        return self._likelihood(x0, x0, t)
+
+    def tweedie(self, score: Score, t: Tensor) -> Tensor:
+        """p = (s / sum s - b_t) / alpha_t on tokens, the inverse of alpha_t I + 1 (x) b_t.
+
+        Relative to s it is 1 - b_t sum s / s, held above 1e-14: of a score that is nothing but noise, at t near 1, the
+        shares of its tokens are left.
+        """
+        log_s = score.log_ratio.double().log_softmax(-1)[:, : self.vocabulary.num_tokens]
+        noise, _ = self.noise_like(log_s, self.of_scores(t))
+        possible = log_s > -torch.inf
+        log_s = where_read(possible, log_s)
+        signal = -torch.expm1(noise.log() - log_s)
+        return log_shares(torch.where(possible, log_s + signal.clamp(min=FLOOR).log(), -torch.inf))
+
     # ------------------------------------------------------------------ the bound
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """omega_t(z) / q_t(z|x), the published split."""
+        """omega_t(z) (1 - q_t(z|x)) / q_t(z|x), the total true reverse rate."""
         t = interior(t)
-        return self.arrivals_at(zt, t) / self._likelihood(x0, zt, t)
+        arrive = self.arrivals_at(zt, t)
+        rate = arrive * (self._elsewhere(x0, zt, t) / self._likelihood(x0, zt, t))
+        return torch.where(arrive > 0, rate, 0.0)
 
     def divergence(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho; for a score sum_{y != z} of the same between q_t(y|x) and
-        q_t(z|x) s_theta(y), in its own dtype."""
+        """mismatch / (1 - q_t(z|x)); 0 at states where nothing arrives."""
+        elsewhere = self._elsewhere(x0, zt, interior(t))
+        return self.mismatch(answer, x0, zt, t) / torch.where(elsewhere > 0, elsewhere, 1.0)
+
+    def mismatch(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        """[r] KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho, which published losses weigh; 0 where nothing arrives in z_t.
+
+        For a score it is sum_{y != z} of the same between q_t(y|x) and q_t(z|x) s_theta(y), in its own dtype.
+        """
         t = interior(t)
+        arrives = self.arrivals_at(zt, t) > 0
         if isinstance(answer, Score):
-            return self._divergence_of_score(answer, x0, zt, t)
+            return torch.where(arrives, self._divergence_of_score(answer, x0, zt, t), 0.0)
         others, log_p_x, log_p_z = self._read(answer, x0, zt, t)
-        log_rho = self._likelihood(x0, zt, t).log() - self._log_marginal_at(log_p_z, zt, t)
-        return self._kl(others, log_p_x, x0, t) + torch.expm1(log_rho) - log_rho
+        # dropped where nothing arrives: ln 0 of a token that the prediction rules out is infinite in both terms there
+        log_rho = self._likelihood(x0, zt, t).log() - self._log_marginal_at(where_read(arrives, log_p_z), zt, t)
+        divergence = self._kl(others, where_read(arrives, log_p_x), x0, t) + torch.expm1(log_rho) - log_rho
+        return torch.where(arrives, divergence, 0.0)
 
     def density(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return self.weight(x0, zt, t) * self.divergence(answer, x0, zt, t)
+        weight = self.weight(x0, zt, t)
+        read = weight > 0
+        return torch.where(read, weight * where_read(read, self.divergence(answer, x0, zt, t)), 0.0)
 
     def decode_nll(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         if isinstance(answer, Score):
             return super().decode_nll(answer, x0, zt, t)
         evidence = self._likelihood(x0, zt, t).log()
-        return self._log_marginal_at(answer.log_prob(self._word(zt)), zt, t) - answer.log_prob(x0) - evidence
+        # a token that no noise reaches tells what it is, whatever the prediction
+        told = (self.noise_at(zt, t) == 0) & (zt == x0)
+        log_p_z = where_read(~told, answer.log_prob(self._word(zt)))
+        log_p_x = where_read(~told, answer.log_prob(x0))
+        return torch.where(told, 0.0, self._log_marginal_at(log_p_z, zt, t) - log_p_x - evidence)
 
     def closing_kl(self, answer: Answer, x0: Tensor, t: Tensor) -> Tensor:
         if isinstance(answer, Score):
@@ -191,11 +244,12 @@ class InterpolatingProcess(ForwardProcess):
         """
         alpha = self.alpha(t)
         truth, here = self._likelihood(x0, x0, t), self.noise_at(x0, t)
-        delta = torch.where(truth > 0, -alpha * torch.expm1(log_p_x) / truth, 0.0)
-        log_rest = torch.where(
-            delta < 0.5, torch.log1p(-delta.clamp(max=0.5)), _log_mixed(here, alpha, log_p_x) - truth.log()
-        )
-        own = torch.where(truth > 0, -truth * (delta + log_rest), 0.0)
+        read = truth > 0
+        truth = torch.where(read, truth, 1.0)
+        delta = torch.where(read, -alpha * torch.expm1(log_p_x) / truth, 0.0)
+        mixed = _log_mixed(here, alpha, where_read(read, log_p_x))
+        log_rest = torch.where(delta < 0.5, torch.log1p(-delta.clamp(max=0.5)), mixed - truth.log())
+        own = torch.where(read, -truth * (delta + log_rest), 0.0)
         return own + others
 
     def _divergence_of_score(self, score: Score, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
@@ -240,6 +294,14 @@ class InterpolatingProcess(ForwardProcess):
         kinds, counts = self.alike(torch.arange(self.vocabulary.num_tokens)).unique(return_counts=True)
         kept = self.alpha(t) + (self.noise_of(kinds, t) * counts).sum(-1) / self.vocabulary.num_tokens
         return (1.0 - kept).clamp(min=0.0)
+
+    def _elsewhere(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        """[r] 1 - q_t(z|x) = sum of b_t(y) over y != z, and alpha_t where z is not x."""
+        return self._noise_elsewhere(zt, t) + torch.where(zt == x0, 0.0, self.alpha(t))
+
+    def _noise_elsewhere(self, zt: Tensor, t: Tensor) -> Tensor:
+        """[r] sum of b_t(y) over y != z_t."""
+        return _at(lambda time: self.noise(time).sum(-1, keepdim=True) - self.noise(time), zt, t)
 
     def active(self, zt: Tensor) -> Tensor:
         """A state that nothing arrives in charges nothing."""
@@ -299,7 +361,7 @@ class InterpolatingProcess(ForwardProcess):
             picked = open_[rows]
             z = zt[picked]
             if isinstance(answer, Score):
-                return draw_index(self._decoding(answer, z, t[picked]).softmax(-1), u[picked, 1])
+                answer = DenseLaw(self.tweedie(answer, t[picked]), self.vocabulary)
             kept = self.alpha(t[picked]) * answer.log_prob(torch.where(word[picked], z, 0)).double().exp()
             kept = torch.where(word[picked], kept / (kept + noise[picked]), 0.0)
             root, words = torch.full_like(z, self.vocabulary.root), torch.zeros_like(z)
@@ -467,6 +529,9 @@ class ComponentProcess(InterpolatingProcess):
 
     def arrivals_at(self, zt: Tensor, t: Tensor) -> Tensor:
         return (per_time(self._flow, t) * self._on(zt.device).T[zt]).sum(-1)
+
+    def _noise_elsewhere(self, zt: Tensor, t: Tensor) -> Tensor:
+        return (per_time(self.coefficients, t) * (1.0 - self._on(zt.device).T[zt])).sum(-1)
 
     def alike(self, zt: Tensor) -> Tensor:
         return self._first_alike.on(zt.device)[zt]

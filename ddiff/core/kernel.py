@@ -16,6 +16,7 @@ from ddiff.core.numerics import like_rows
 from ddiff.errors import ArgumentError
 
 MAX_DENSE = 512
+FORGOTTEN = 1e-13  # singular values, relative to the largest, below which only the rounding of a vector would be read
 
 
 class Kernel(ABC):
@@ -72,6 +73,30 @@ def refuse_singular(singular: Tensor, name: str) -> None:
             f"singular, the first at row {int(singular.nonzero()[0, 0])}. A transition up to t = 1 forgets where it came "
             "from, and a generator has no inverse: start below t = 1."
         )
+
+
+def read_back(matrix: Tensor, base: Tensor, vectors: Tensor, place: Tensor) -> Tensor:
+    """[r,A] distributions x with x matrix[place] = vectors [r,S], where several may be, the nearest to base[place].
+
+    matrix [n,A,S] holds transition probabilities, base [n,A] a distribution of where they start, place [r] which of the n
+    a row is of. Columns are divided by what base makes of them: states that are rare, such as tokens late in masking, then
+    count as much as frequent ones. What is left is how well starts can be told from one another; directions in which they
+    cannot be told are those of base. From base on, three steps of refinement by the residual: small probabilities get a
+    relative accuracy of their own, which evidence of 1/t multiplies.
+    """
+    reached = (base.unsqueeze(1) @ matrix).squeeze(1)
+    scale = torch.where(reached > 0, 1.0 / torch.where(reached > 0, reached, 1.0), 0.0)
+    scaled = matrix * scale.unsqueeze(1)
+    inverse = torch.linalg.pinv(scaled, rtol=FORGOTTEN)
+    targets = vectors * scale[place]
+    x = torch.zeros(len(vectors), matrix.shape[1], dtype=vectors.dtype, device=vectors.device)
+    for k in range(len(matrix)):  # one by one: [r,A,S] would be as large as the batch times the square of S
+        rows = (place == k).nonzero().squeeze(-1)
+        solved = base[k].expand(len(rows), -1)
+        for _ in range(3):
+            solved = solved + (targets[rows] - solved @ scaled[k]) @ inverse[k]
+        x = x.index_copy(0, rows, solved)
+    return x
 
 
 @final

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, final
 import torch
 from torch import Tensor
 
-from ddiff.core.numerics import draw_index, log_or_never, may_hold
+from ddiff.core.numerics import draw_index, log_or_never, may_hold, where_read
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 
@@ -88,8 +88,21 @@ class SubtreeLaw(ABC):
         return self._log_given_top(node)
 
     def log_child(self, node: Tensor, child: Tensor) -> Tensor:
-        below = self._log_given_top(child) - self._log_given_top(node, lowest=1)  # below a word is nothing but itself
-        return torch.where(child == node, 0.0, below)
+        log_child = self._log_given_top(child)
+        log_node = self._log_given_top(node, lowest=1)  # below a word is nothing but itself
+        # below a node of probability 0 nothing is possible: -inf, not the difference of two infinities
+        possible = log_node > -torch.inf
+        below = log_child - torch.where(possible, log_node, 0.0)
+        only = child == node
+        if may_hold(~possible):
+            only = only | (~possible & self._holds_all(node, child))
+        return torch.where(only, 0.0, where_read(~only, below))
+
+    def _holds_all(self, node: Tensor, child: Tensor) -> Tensor:
+        """bool [r]: every word below the node is below the child, so that P(child | node) = 1 in any law."""
+        first, last = self.vocabulary.node_range(node, 0)
+        child_first, child_last = self.vocabulary.node_range(child, 0)
+        return (last - first) == (child_last - child_first)
 
     def log_step(self, node: Tensor, child: Tensor) -> Tensor:
         if not self.asked:

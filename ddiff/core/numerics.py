@@ -16,6 +16,7 @@ from ddiff.errors import NonFiniteError
 
 EARLIEST = 1e-12
 LATEST = 1.0 - 1e-12
+FLOOR = 1e-14  # of its share in a score a token keeps at least so much where the score says that it has no probability
 
 
 def interior(t: Tensor) -> Tensor:
@@ -31,6 +32,20 @@ def like_rows(values: Tensor, wide: Tensor) -> Tensor:
 def log_or_never(mass: Tensor) -> Tensor:
     """ln mass; -inf where the mass is 0, and no gradient there (the plain log gives 0/0 = NaN to all that it sums)."""
     return torch.where(mass == 0, 1.0, mass).log().masked_fill(mass == 0, -torch.inf)
+
+
+def log_shares(log_mass: Tensor) -> Tensor:
+    """[r,n] log of the shares of masses; even where a row has no mass at all."""
+    empty = log_mass.isneginf().all(-1, keepdim=True)
+    return log_mass.masked_fill(empty, 0.0).log_softmax(-1)
+
+
+def where_read(read: Tensor, values: Tensor) -> Tensor:
+    """`values` where they are read, 0 elsewhere; for the input of a formula whose result is dropped there.
+
+    To drop the result alone is not enough: where it is infinite, its gradient is 0 * inf = NaN.
+    """
+    return torch.where(read, values, 0.0)
 
 
 def per_time(values: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ddiff.core.information import InformationTime, uniform_reference
-from ddiff.core.kernel import DenseKernel, Kernel
+from ddiff.core.kernel import MAX_DENSE, DenseKernel, Kernel, read_back
 from ddiff.core.law import Answer, DenseLaw, Score, certainly_law
-from ddiff.core.numerics import draw_index, interior
+from ddiff.core.numerics import FLOOR, LATEST, draw_index, interior, log_shares, may_hold, where_read
 from ddiff.core.oracle import propagate
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
@@ -114,35 +114,91 @@ class ForwardProcess(ABC):
         generator = lambda time: self.rates(time).dense()  # noqa: E731
         return DenseKernel(propagate(generator, s, t, self.vocabulary.num_states))
 
+    def from_clean(self, t: Tensor) -> Kernel:
+        """The operator from the clean token to z_t: row x is q_t(.|x), for every token x.
+
+        Equal to `transition(0, t)` where the process closes at the clean end. Where noise does not start at 0,
+        `transition(0, t)` goes from z_0, and this operator has the noise of t = 0 in it, too. Rows of states that are not
+        tokens only keep the operator invertible.
+        """
+        kernel = self.transition(torch.zeros_like(t), t)
+        if self.closes_at_clean:
+            return kernel
+        num_tokens = self.vocabulary.num_tokens
+        certain = torch.eye(num_tokens, dtype=torch.float64, device=t.device).log().repeat(len(t), 1)
+        tokens = self.log_marginal(certain, t.repeat_interleave(num_tokens)).exp()
+        beyond = kernel.dense()[:, num_tokens:]
+        return DenseKernel(torch.cat([tokens.reshape(len(t), num_tokens, -1), beyond], 1))
+
+    def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
+        """[r] alpha_t = q_t(x | x), the probability that z_t is the clean token x."""
+        return self.log_marginal(self._certain(x0), t).gather(-1, x0.unsqueeze(-1)).squeeze(-1).exp()
+
+    def tweedie(self, score: Score, t: Tensor) -> Tensor:
+        """[r,V] float64 log of the distribution p of the clean token whose score this is: p = s K^-1 on tokens.
+
+        K is `from_clean(t)`. What comes out negative, which no true ratio does, is raised to 1e-14 of the token's share
+        of s, so that every probability is positive and its logarithm has a gradient; then p is normalised. Rounding of s
+        reaches p multiplied by the condition number of K. Directions of p that K has shrunk below 1e-13 cannot be read
+        off s: p is even along them.
+        """
+        num_tokens = self.vocabulary.num_tokens
+        s = score.log_ratio.double().softmax(-1)
+        t = self.of_scores(t)
+        distinct, place = t.unique(return_inverse=True)
+        kernel = self.from_clean(distinct)
+        if kernel.num_states > MAX_DENSE:
+            p = self.from_clean(t).solve(s)[:, :num_tokens]
+        else:
+            even = torch.full((len(distinct), num_tokens), 1.0 / num_tokens, dtype=s.dtype, device=s.device)
+            p = read_back(kernel.dense()[:, :num_tokens], even, s, place)
+        least = FLOOR * s[:, :num_tokens]
+        return log_shares(torch.maximum(p, least).log())
+
+    def of_scores(self, t: Tensor) -> Tensor:
+        """The times at which scores of t are read: 1 - 1e-12 at t = 1 where the process closes, since the ratios of the
+        prior say nothing of the token."""
+        return t.clamp(max=LATEST) if self.closes_at_prior else t
+
     def density(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] nats per unit of the row's own t that the bound charges at (z_t, t).
 
         l = sum_{y != z} Q[y,z] ( s_theta(y) - s(y) + s(y) ln(s(y)/s_theta(y)) ), with s(y) = q_t(y|x)/q_t(z|x) and
-        s_theta(y) the same ratio under x ~ law. Score entropy (arXiv 2310.16834, eq. 5) for any generator.
+        s_theta(y) the same ratio under x ~ law. Score entropy (arXiv 2310.16834, eq. 5) for any generator. +inf where the
+        prediction rules out z_t, or a state that z_t may have come from; 0 where z_t can only have been x0.
         """
         t = interior(t)
-        log_s, log_s_theta = self._true_log_ratio(x0, zt, t), self._log_ratio(answer, zt, t)
         inward = self._inward(zt, t)
-        s, s_theta = log_s.exp(), log_s_theta.exp()
+        arrives = inward > 0
+        log_s = self._true_log_ratio(x0, zt, t)
+        # read only where something arrives: elsewhere an infinite ratio has a gradient of 0 * inf
+        log_s_theta = where_read(arrives, self._log_ratio(answer, zt, t))
+        s = log_s.exp()
         cross = torch.where(s > 0, s * (log_s - log_s_theta), 0.0)
-        return torch.where(inward > 0, inward * (s_theta - s + cross), 0.0).sum(-1)
+        density = torch.where(arrives, inward * (log_s_theta.exp() - s + cross), 0.0).sum(-1)
+        undefined = density.isnan()
+        if not may_hold(undefined):
+            return density
+        return torch.where(undefined, torch.where(_tells(self.log_likelihood(zt, t), x0), 0.0, torch.inf), density)
 
     def factors(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(weight, divergence) [r], whose product is the density."""
         return self.weight(x0, zt, t), self.divergence(answer, x0, zt, t)
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """[r] the part of the density that no network enters, computed once for all rows; families state their split.
+        """[r] the total true reverse rate, sum_{y != z} Q[y,z] s(y): the part of the density that no network enters.
 
-        Derived: the total true reverse rate, sum_{y != z} Q[y,z] s(y); 1 where that is 0.
+        The same number for the same chain, whatever family it is written in, so that a loss that holds weights in a range
+        is the same function. 0 where nothing arrives in z_t and the density is 0; 1 where something may arrive, but for
+        this x never does.
         """
         inward = self._inward(zt, t)
         log_s = self._true_log_ratio(x0, zt, interior(t))
         weight = torch.where(inward > 0, inward * log_s.exp(), 0.0).sum(-1)
-        return torch.where(weight > 0, weight, torch.ones_like(weight))
+        return torch.where(weight > 0, weight, (inward > 0).any(-1).to(weight))
 
     def divergence(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """[r] density / weight, 0 where both are: what is left to read the answer for."""
+        """[r] density / weight, 0 where both are."""
         weight = self.weight(x0, zt, t)
         return self.density(answer, x0, zt, t) / torch.where(weight > 0, weight, 1.0)
 
@@ -157,10 +213,20 @@ class ForwardProcess(ABC):
         return joint.log_softmax(-1)
 
     def decode_nll(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """[r] -ln P(x0 | z_t) in nats, own evidence included: -ln [ p(x) q_t(z|x) / q_t-bar(z) ]; a score decodes by
-        s_theta(x) q_t(z|x), made a law over words."""
-        log_joint = self._decoding(answer, zt, t)
-        return log_joint.logsumexp(-1) - log_joint.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
+        """[r] -ln P(x0 | z_t) in nats, own evidence included: -ln [ p(x) q_t(z|x) / q_t-bar(z) ]; p of a score is
+        `tweedie`.
+
+        +inf where the prediction rules x0 out; 0 where z_t can only have been x0, whatever the prediction.
+        """
+        log_likelihood = self.log_likelihood(zt, t)
+        log_joint = self._log_clean(answer, t)
+        log_joint = log_joint + log_likelihood.to(log_joint.dtype)
+        pick = x0.unsqueeze(-1)
+        sure = _tells(log_likelihood, x0)
+        finite = log_joint.gather(-1, pick).squeeze(-1).isfinite()
+        log_joint = where_read((finite & ~sure).unsqueeze(-1), log_joint)
+        nll = log_joint.logsumexp(-1) - log_joint.gather(-1, pick).squeeze(-1)
+        return torch.where(sure, 0.0, torch.where(finite, nll, torch.inf))
 
     def closing_kl(self, answer: Answer, x0: Tensor, t: Tensor) -> Tensor:
         """[r] KL( q_t(.|x) || law of z_t under x ~ law ) in nats; a score's law of z_t is softmax(log_ratio)."""
@@ -169,7 +235,8 @@ class ForwardProcess(ABC):
             log_q_theta = answer.log_ratio.log_softmax(-1)
         else:
             log_q_theta = self.log_marginal(answer.log_mass(0), t)
-        return torch.where(log_q.isfinite(), log_q.exp() * (log_q - log_q_theta), 0.0).sum(-1)
+        q = log_q.exp()
+        return torch.where(q > 0, q * (log_q - where_read(q > 0, log_q_theta)), 0.0).sum(-1)
 
     def information(self, t: Tensor) -> Tensor:
         """[n] I(X; Z_t) in nats for X uniform over the tokens, t [n].
@@ -294,15 +361,24 @@ class ForwardProcess(ABC):
 
     def _decoding(self, answer: Answer, zt: Tensor, t: Tensor) -> Tensor:
         """[r,V] log of the weights of the last draw, not normalised."""
-        num_tokens = self.vocabulary.num_tokens
-        log_p = answer.log_ratio[:, :num_tokens] if isinstance(answer, Score) else answer.log_mass(0)
+        log_p = self._log_clean(answer, t)
         return log_p + self.log_likelihood(zt, t).to(log_p.dtype)
+
+    def _log_clean(self, answer: Answer, t: Tensor) -> Tensor:
+        """[r,V] log of the predicted distribution of the clean token."""
+        return self.tweedie(answer, t) if isinstance(answer, Score) else answer.log_mass(0)
 
     def _without_events(self, method: str) -> str:
         return (
             f"{type(self).__name__}.{method}: this process offers no events (has_events is False): its reverse rate has no "
             "bound that is free of the network. Use a sampler with steps, such as ancestral or tau-leaping."
         )
+
+
+def _tells(log_likelihood: Tensor, x0: Tensor) -> Tensor:
+    """bool [r]: only x0 can have become the state whose log q_t(z|x) [r,V] these are."""
+    possible = log_likelihood > -torch.inf
+    return (possible.sum(-1) == 1) & possible.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
 
 
 def _relative_to(log_values: Tensor, ids: Tensor) -> Tensor:

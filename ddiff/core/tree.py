@@ -24,7 +24,17 @@ from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.information import uniform_reference
 from ddiff.core.kernel import Kernel, refuse_singular
 from ddiff.core.law import Answer, CleanLaw, DenseLaw, Score, certainly_law
-from ddiff.core.numerics import Constant, draw_index, interior, like_rows, may_hold, per_time
+from ddiff.core.numerics import (
+    Constant,
+    draw_index,
+    interior,
+    like_rows,
+    log_or_never,
+    log_shares,
+    may_hold,
+    per_time,
+    where_read,
+)
 from ddiff.core.process import ForwardProcess, Informed, Prior, Visit
 from ddiff.core.schedule import PowerSchedule
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
@@ -96,7 +106,7 @@ class StochasticParents:
         stray = self._stray[i][j]
         if stray is None:
             return log_mass
-        return (self.sure[i][j] * log_mass.exp() + stray.on(log_mass.device).to(log_mass.dtype)).log()
+        return log_or_never(self.sure[i][j] * log_mass.exp() + stray.on(log_mass.device).to(log_mass.dtype))
 
 
 @final
@@ -261,10 +271,27 @@ class TreeProcess(ForwardProcess):
         spread = torch.where(above == zt.unsqueeze(-1), sure, 0.0) + stray
         return (self._occupation(zt, t).unsqueeze(-1) * spread).log()
 
+    def from_clean(self, t: Tensor) -> Kernel:
+        """As `transition(0, t)`, with pi(t) for the levels that a token is at."""
+        levels = self.clock.transition(torch.zeros_like(t), t).clone()
+        levels[:, 0] = self.clock.pi(t)
+        return TreeKernel(levels, self.parents)
+
+    def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
+        """[r] pi_0(t)."""
+        return self._occupation(x0, t)
+
+    def tweedie(self, score: Score, t: Tensor) -> Tensor:
+        """Nothing strays into a token, so that the marginal of tokens is pi_0 p: p are the shares of s among tokens."""
+        return log_shares(score.log_ratio[:, : self.vocabulary.num_tokens].double())
+
     # ------------------------------------------------------------------ the bound
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """F_l'/pi_l, 0 at words. E[weight 1{level l}] = 1 per level where the clock closes."""
+        """F_l'/pi_l, the total true reverse rate; 0 at tokens.
+
+        E[weight 1{level l}] = 1 per level where the clock closes.
+        """
         level = self.vocabulary.level_of(zt)
         t = interior(t)
         inflow = per_time(self.clock.inflow, t).gather(-1, (level - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -305,8 +332,13 @@ class TreeProcess(ForwardProcess):
         right = vocabulary.ancestor(x0, below).unsqueeze(-1) == nodes
         truth = right.double() * self.parents.sure[0][below] + self.parents.stray_at(0, below, nodes)
         log_truth = (truth.to(log_mass.dtype).log() + onward).log_softmax(-1)
-        log_model = (self.parents.log_spread(0, below, log_mass) + onward).log_softmax(-1)
-        return torch.where(log_truth.isfinite(), log_truth.exp() * (log_truth - log_model), 0.0).sum(-1)
+        log_model = self.parents.log_spread(0, below, log_mass) + onward
+        # a prediction that rules z_t out has no state below it: the divergence is infinite
+        possible = (log_model > -torch.inf).any(-1, keepdim=True)
+        log_model = where_read(possible, log_model).log_softmax(-1)
+        read = log_truth.isfinite()
+        divergence = torch.where(read, log_truth.exp() * (log_truth - where_read(read, log_model)), 0.0).sum(-1)
+        return torch.where(possible.squeeze(-1), divergence, torch.inf)
 
     def _matrix(self, i: int, j: int, nodes: Tensor, zt: Tensor) -> Tensor:
         """[r,n_i] kappa_ij(y, z_t) for all nodes y of level i."""
@@ -323,7 +355,11 @@ class TreeProcess(ForwardProcess):
         log_mass, strays = law.log_prob(zt), stray > 0
         spread = torch.where(strays, sure * log_mass.exp() + stray, 1.0)
         log_expected = torch.where(strays, spread.log(), sure.log() + log_mass)
-        return torch.where(word, 0.0, log_expected - log_evidence - law.log_prob(x0))
+        log_p = law.log_prob(x0)
+        # a token that the prediction rules out costs infinity, also where it rules out its node
+        read = ~word & log_p.isfinite()
+        surprise = where_read(read, log_expected) - where_read(read, log_evidence + log_p)
+        return torch.where(word, 0.0, torch.where(log_p.isfinite(), surprise, torch.inf))
 
     def decode_nll(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         if isinstance(answer, Score):
@@ -335,7 +371,9 @@ class TreeProcess(ForwardProcess):
             return super().closing_kl(answer, x0, t)
         pi, total = self.clock.pi(t), torch.zeros_like(t)
         for level in range(self.vocabulary.num_levels):
-            total = total - pi[:, level] * answer.log_prob(self.vocabulary.ancestor(x0, level))
+            share = pi[:, level]
+            log_p = where_read(share > 0, answer.log_prob(self.vocabulary.ancestor(x0, level)))
+            total = total - share * log_p
         return total
 
     def information(self, t: Tensor) -> Tensor:

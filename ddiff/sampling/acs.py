@@ -20,9 +20,9 @@ from ddiff.sampling.stepped import SteppedSampler, kept, uniforms
 class CorrectingSampler(SteppedSampler):
     """The ancestral step, but a visible word is with probability eta (1 - pi) redrawn from P(x | z_t). Heuristic.
 
-    pi = (alpha_s - alpha_t)/(1 - alpha_t), the chance of a reveal (1 - s/t where alpha is linear): early steps correct
-    most, the last none. The word is drawn with its own evidence and stays without noise. Needs a process whose bound
-    trains the law at words.
+    pi = (alpha_s - alpha_t)/(1 - alpha_t), the chance of a reveal (1 - s/t where alpha is linear), alpha that of the token
+    that stands there: early steps correct most, the last none. The token is drawn with its own evidence and stays without
+    noise. Needs a process whose bound trains the distribution at tokens.
     """
 
     quality: Quality = "heuristic"
@@ -38,7 +38,8 @@ class CorrectingSampler(SteppedSampler):
         need_informed_words(self, process, says)
 
     def move(self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise) -> Canvas:
-        alpha_s, alpha_t = kept(process, s), kept(process, canvas.t)
+        alpha_s = kept(process, s, canvas.zt)
+        alpha_t = kept(process, canvas.t, canvas.zt)
         reveal = ((alpha_s - alpha_t) / (1.0 - alpha_t)).clamp(0.0, 1.0)
         word = canvas.zt < process.vocabulary.num_tokens
         again = (word & (noise.uniform("correct") < self.eta * (1.0 - reveal))).reshape(-1)

@@ -7,7 +7,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ddiff.core.dense import distinct_pairs
 from ddiff.core.elbo import Ask
+from ddiff.core.kernel import Kernel, read_back
 from ddiff.core.law import Answer, Score
 from ddiff.core.noise import Noise
 from ddiff.core.numerics import draw_index, interior
@@ -45,8 +47,20 @@ class AnalyticSampler(SteppedSampler):
 
 
 def reverse_probs(process: ForwardProcess, answer: Answer, zt: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """[r,S] P(z_s | z_t); sums to 1, and is a law unless the answer is a score."""
+    """[r,S] P(z_s | z_t); sums to 1, and is a law unless the answer is a score.
+
+    Where K has forgotten z_s to rounding, as a dense chain has at t = 1, a score says nothing of it, and z_s is distributed
+    as for an even clean token.
+    """
     if not isinstance(answer, Score):
         return process.reverse_log_probs(answer.log_mass(0), zt, t, s).exp()
     kernel = process.transition(s, interior(t))  # at t = 1 nothing of z_s is left in z_t and K has no inverse
-    return kernel.solve(answer.log_ratio.double().exp()) * kernel.column(zt)
+    ratio = answer.log_ratio.double().exp()
+    if type(kernel).solve is not Kernel.solve:
+        return kernel.solve(ratio) * kernel.column(zt)
+    first, last, place = distinct_pairs(s, interior(t))
+    matrix = process.transition(first, last).dense()
+    even = torch.zeros(len(first), process.vocabulary.num_tokens, dtype=ratio.dtype, device=ratio.device)
+    base = process.log_marginal(even.log_softmax(-1), first).exp()
+    total = ratio.sum(-1, keepdim=True)
+    return read_back(matrix, base, ratio / total, place) * total * kernel.column(zt)

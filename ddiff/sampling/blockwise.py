@@ -13,7 +13,7 @@ from ddiff.core.process import ForwardProcess
 from ddiff.errors import ArgumentError
 from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says, looks_ahead
 
-Sight = Literal["blocks", "all"]
+WindowSight = Literal["blocks", "all"]
 
 
 @final
@@ -27,7 +27,7 @@ class BlockwiseSampler:
 
     steps: int | None = None
 
-    def __init__(self, inner: Sampler, width: int, sight: Sight = "blocks") -> None:
+    def __init__(self, inner: Sampler, width: int, sight: WindowSight = "blocks") -> None:
         if width < 1:
             raise ArgumentError(f"BlockwiseSampler: width must be at least 1; got {width}.")
         if sight not in ("blocks", "all"):

@@ -30,8 +30,9 @@ class Kappa(Protocol):
 class PsiSampler(SteppedSampler):
     """With probability kappa the posterior step, else x ~ P(x | z_t, rest) and z_s ~ q_s(. | x): every position can change.
 
-    One network call a step. kappa = 1 is ancestral. Each single position keeps its law whatever kappa is; redrawing
-    dependent positions together is an error of its own, which fades with the steps but at no proven order.
+    One network call a step. kappa = 1 is ancestral. Each single position keeps its distribution for any kappa that does not
+    depend on its state; redrawing dependent positions together is an error of its own, which fades with the steps but at no
+    proven order.
     """
 
     quality: Quality = "heuristic"
@@ -94,7 +95,8 @@ class _Remasking:
     """kappa = 1 - sigma/(1 - alpha_s): a word goes back to noise with probability sigma.
 
     sigma is at most sigma_max = min(1, (1 - alpha_s)/alpha_t) in the paper; kappa >= 0 keeps it to 1 - alpha_s, which is
-    less by alpha_t and binds in the last steps only. alpha is q_t(x|x), pi_0 on a tree.
+    less by alpha_t and binds in the last steps only. alpha is q_t(x|x) of the token x that stands there, pi_0 on a tree:
+    where tokens have rates of their own (dense chains), each goes back to noise with sigma, and kappa depends on it.
     """
 
     watches = False
@@ -105,7 +107,8 @@ class _Remasking:
         self.eta = eta
 
     def __call__(self, process: ForwardProcess, canvas: Canvas, s: Tensor) -> Tensor:
-        alpha_s, alpha_t = kept(process, s), kept(process, canvas.t)
+        alpha_s = kept(process, s, canvas.zt)
+        alpha_t = kept(process, canvas.t, canvas.zt)
         largest = ((1.0 - alpha_s) / alpha_t).nan_to_num(1.0).clamp(max=1.0)
         gone = self.sigma(process, canvas, s, largest) / (1.0 - alpha_s).clamp(min=1e-300)
         return 1.0 - gone.clamp(max=1.0)

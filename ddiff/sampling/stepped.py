@@ -14,6 +14,8 @@ from ddiff.core.process import ForwardProcess
 from ddiff.sampling.grid import Grid, Steps
 from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says, need_law, need_process, step_rows
 
+SAMPLED = 512  # tokens that an average over tokens reads
+
 
 class SteppedSampler(ABC):
     """A rule that moves the canvas from t to s, walked along a grid; the last step draws the words.
@@ -77,8 +79,25 @@ def every_row(zt: Tensor) -> Tensor:
     return torch.arange(len(zt), device=zt.device)
 
 
-def kept(process: ForwardProcess, t: Tensor) -> Tensor:
-    """Like t: alpha_t = q_t(x | x), the chance that a word still stands (read at word 0); pi_0 on a tree."""
+def kept(process: ForwardProcess, t: Tensor, zt: Tensor | None = None) -> Tensor:
+    """Like t: alpha_t = q_t(x | x), the probability that a token is still clean, for the tokens among the states zt.
+
+    Where no token stands (masks, nodes of a tree), or without zt, it is the mean over tokens, over 512 of them where there
+    are more: only dense chains have tokens of unequal rates, and they have no more states.
+    """
     times, place = torch.unique(t, return_inverse=True)
-    log_alpha = process.log_likelihood(torch.zeros_like(times, dtype=torch.long), times)[:, 0]
-    return log_alpha.exp()[place]
+    tokens = some_tokens(process.vocabulary.num_tokens, SAMPLED, t.device)
+    each = process.stay_probability(tokens.repeat(len(times)), times.repeat_interleave(len(tokens)))
+    mean = each.reshape(len(times), -1).mean(-1)[place]
+    if zt is None:
+        return mean
+    is_token = zt < process.vocabulary.num_tokens
+    own = process.stay_probability(torch.where(is_token, zt, 0).reshape(-1), t.reshape(-1))
+    return torch.where(is_token, own.reshape(t.shape), mean)
+
+
+def some_tokens(num_tokens: int, count: int, device: torch.device) -> Tensor:
+    """At most `count` tokens, evenly spread over the vocabulary, all of them where there are no more."""
+    if num_tokens <= count:
+        return torch.arange(num_tokens, device=device)
+    return torch.linspace(0, num_tokens - 1, count, device=device).long()

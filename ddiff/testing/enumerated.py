@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ddiff.core.elbo import Ask
 from ddiff.core.law import DenseLaw, Score
-from ddiff.core.numerics import interior
 from ddiff.core.process import ForwardProcess, RowFunction, Visit
 from ddiff.core.times import Noisy
 from ddiff.sampling.loop import Canvas, Sampler, counting
@@ -67,7 +66,7 @@ class ExactAsk:
             log_p = given_the_other(self.process, self.joint, *shown)[place, rows % 2]
             if self.says == "law":
                 return fn(DenseLaw(log_p, self.process.vocabulary), place)
-            log_q = self.process.log_marginal(log_p, interior(noisy.t.reshape(-1)[rows]))
+            log_q = self.process.log_marginal(log_p, self.process.of_scores(noisy.t.reshape(-1)[rows]))
             return fn(Score(log_q - log_q.gather(-1, noisy.zt.reshape(-1)[rows].unsqueeze(-1))), place)
 
         return visit

@@ -41,7 +41,7 @@ def scores_are_decoded(process: ForwardProcess) -> Iterator[Gap]:
     5e-3."""
     words = torch.arange(process.vocabulary.num_tokens)
     log_p = random_laws(len(words), 1, seed=3)
-    for t in (0.02, 0.5):
+    for t in (0.02, 0.5, 0.97):
         zt = (likelihoods(process, times((t,)))[0].sum(0) > 1e-9).nonzero().squeeze(-1)
         now = torch.full((len(zt),), t, dtype=torch.float64)
 
@@ -59,6 +59,78 @@ def scores_are_decoded(process: ForwardProcess) -> Iterator[Gap]:
         then = torch.full(x0.shape, t, dtype=torch.float64)
         charged = process.decode_nll(score_of(process, log_p.expand(len(x0), -1), state, then), x0, state, then)
         yield gap(drawn, charged.neg().exp().reshape(drawn.shape), {"zt": zt, "t": t})
+
+
+@law("a perfect score decodes to the posterior", tolerance=1e-12)
+def scores_decode_to_posterior(process: ForwardProcess) -> Iterator[Gap]:
+    """Tweedie's formula: the distribution of the clean token is s K^-1, K = `from_clean(t)`, so that the last draw is that
+    of the distribution which the score comes from, p(x) q_t(z|x) / q_t-bar(z), for every z from t = 1e-6 on.
+
+    Rounding of s is multiplied by `hiding`. Where that is above 1e10 the score says nothing any more; what is decoded then
+    is still a distribution.
+    """
+    inner = times((1e-6, 1e-3), INNER, (0.999, 1.0 - 1e-6, 1.0 - 1e-12, 1.0))
+    hidden = hiding(process, process.of_scores(inner))
+    rows = Rows(process, inner, _distributions(process.vocabulary.num_tokens))
+    now = process.of_scores(rows.t)
+    seen = process.log_marginal(rows.log_p, now).gather(-1, rows.zt.unsqueeze(-1)).squeeze(-1).isfinite()
+    rows = rows.take(seen)  # no score is relative to a state that cannot be
+    place = torch.searchsorted(inner, rows.t)
+    score = score_of(process, rows.log_p, rows.zt, now[seen])
+    decoded = process.tweedie(score, rows.t)
+    evidence = process.log_likelihood(rows.zt, rows.t)
+    got = (decoded + evidence).softmax(-1)
+    expected = (rows.log_p + evidence).softmax(-1)
+    yield gap(decoded.exp().sum(-1), 1.0, rows.labels)
+    readable = hidden[place] < READABLE
+    labels = {name: label[readable] for name, label in rows.labels.items()}
+    scale = (hidden[place[readable]] / 100.0).clamp(min=1.0).unsqueeze(-1)
+    yield gap(got[readable], expected[readable], labels, scale)
+
+
+def _distributions(num_tokens: int) -> Tensor:
+    """Log-distributions of tokens, one of them with impossible tokens."""
+    few = torch.zeros(1, num_tokens, dtype=torch.float64)
+    few[0, : max(1, num_tokens // 2)] = torch.arange(1, max(1, num_tokens // 2) + 1)
+    return torch.cat([random_laws(num_tokens), (few / few.sum()).log()])
+
+
+READABLE = 1e10
+
+
+def hiding(process: ForwardProcess, t: Tensor) -> Tensor:
+    """[n] by how much the noise of t [n] hides the clean token: the condition number of q_t(z|x) [V,S] for reading p off
+    its marginal, columns counting alike."""
+    forward = likelihoods(process, t)
+    mean = forward.mean(1, keepdim=True)
+    scaled = torch.where(mean > 0, forward / torch.where(mean > 0, mean, 1.0), 0.0)
+    singular = torch.linalg.svdvals(scaled)
+    return singular[:, 0] / singular[:, -1].clamp(min=1e-300)
+
+
+@law("from clean: row x is the marginal of x", tolerance=1e-9)
+def from_clean_is_marginal(process: ForwardProcess) -> Iterator[Gap]:
+    """The operator from the clean token to t holds q_t(.|x), with the noise that a process may have at t = 0; it can be
+    solved for every distribution of the clean token. Rounding of an elimination, as of transitions."""
+    t, x0 = product(times((0.0,), INNER), torch.arange(process.vocabulary.num_tokens))
+    distinct, place = t.unique(return_inverse=True)
+    expected = likelihoods(process, distinct)[place, x0]
+    kernel = process.from_clean(t)
+    yield gap(kernel.row(x0), expected, {"x0": x0, "t": t})
+    solved = kernel.solve(expected)
+    clean = torch.nn.functional.one_hot(x0, process.vocabulary.num_states).double()
+    conditioning = torch.linalg.cond(kernel.dense()).unsqueeze(-1)
+    solvable = conditioning.squeeze(-1) < READABLE
+    scale = (conditioning / 10.0).clamp(min=1.0)
+    yield gap(solved[solvable], clean[solvable], {"x0": x0[solvable], "t": t[solvable]}, scale[solvable])
+
+
+@law("override = derived: stay_probability", tolerance=1e-9)
+def stay_probability_is_derived(process: ForwardProcess) -> Iterator[Gap]:
+    """The probability that z_t is the clean token is that of the marginal. Rounding."""
+    t, x0 = product(times(INNER, (0.0, 1.0)), torch.arange(process.vocabulary.num_tokens))
+    expected = ForwardProcess.stay_probability(process, x0, t)
+    yield gap(process.stay_probability(x0, t), expected, {"x0": x0, "t": t})
 
 
 @law("reverse rates: flows balance", tolerance=1e-9)
@@ -209,17 +281,23 @@ def solve_inverts(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("a score at the ends", tolerance=1e-9)
 def scores_at_ends(process: ForwardProcess) -> Iterator[Gap]:
-    """A score decodes by s(x) q_t(z|x), made a law over words; it closes as the law that it comes from; and its weight *
-    divergence is its density. Relative rounding."""
+    """A score decodes and closes as the distribution that it comes from, and its weight * divergence is its density.
+
+    Relative rounding. Where the noise of t hides the token, rounding reaches the decoding term multiplied by `hiding`.
+    """
     rows = Rows(process, times(INNER))
     score = score_of(process, rows.log_p, rows.zt, rows.t)
-    words = torch.arange(process.vocabulary.num_tokens)
     distinct, place = rows.t.unique(return_inverse=True)
     evidence = likelihoods(process, distinct)[place, :, rows.zt]
-    expected = -(score.log_ratio[:, : len(words)] + evidence.log()).log_softmax(-1)
+    posterior = (rows.log_p + evidence.log()).log_softmax(-1)
+    expected = -posterior.gather(-1, rows.x0.unsqueeze(-1)).squeeze(-1)
     nll = process.decode_nll(score, rows.x0, rows.zt, rows.t)
-    due = expected.gather(-1, rows.x0.unsqueeze(-1)).squeeze(-1)
-    yield gap(nll, due, rows.labels, 1.0 + due.abs())
+    # a small probability has a large logarithm, and so a large error of it
+    hidden = hiding(process, distinct)[place] * expected.exp()
+    readable = hidden < READABLE
+    labels = {name: label[readable] for name, label in rows.labels.items()}
+    scale = 1.0 + expected + 1e-4 * hidden
+    yield gap(nll[readable], expected[readable], labels, scale[readable])
     closing = process.closing_kl(rows.law, rows.x0, rows.t)
     yield gap(process.closing_kl(score, rows.x0, rows.t), closing, rows.labels)
     density = process.density(score, rows.x0, rows.zt, rows.t)

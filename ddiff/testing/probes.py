@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -91,6 +92,14 @@ class Rows:
         self.x0, self.zt, self.t = x0[possible], zt[possible], t[time_index[possible]]
         self.weight, self.log_p = weight[possible], self.laws[law_index[possible]]
         self.law = DenseLaw(self.log_p, vocabulary)
+
+    def take(self, which: Tensor) -> Rows:
+        """The rows marked by a bool [r]."""
+        some = copy.copy(self)
+        some.x0, some.zt, some.t = self.x0[which], self.zt[which], self.t[which]
+        some.weight, some.log_p = self.weight[which], self.log_p[which]
+        some.law = DenseLaw(some.log_p, self.law.vocabulary)
+        return some
 
     @property
     def labels(self) -> dict[str, Tensor]:

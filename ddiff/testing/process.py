@@ -6,7 +6,7 @@ from ddiff.core.clock import LevelClock
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import Schedule
 from ddiff.errors import ArgumentError
-from ddiff.testing import bound, chain, draws, information, moves, reverse
+from ddiff.testing import bound, chain, draws, edges, information, moves, reverse
 from ddiff.testing.clock import check_clock
 from ddiff.testing.probes import require_small
 from ddiff.testing.report import Law, LawReport, check
@@ -30,6 +30,7 @@ PROCESS_LAWS: tuple[Law, ...] = (
     reverse.likelihood_is_derived,
     reverse.density_is_derived,
     reverse.score_is_law,
+    reverse.weight_is_derived,
     reverse.factors_multiply,
     reverse.density_is_a_divergence,
     reverse.decode_nll_is_derived,
@@ -44,7 +45,12 @@ PROCESS_LAWS: tuple[Law, ...] = (
     draws.decode_asks_once,
     draws.draws_are_their_own,
     draws.arguments_are_untouched,
+    edges.gradients_are_finite,
+    edges.impossible_truth_is_bayes,
+    moves.from_clean_is_marginal,
+    moves.stay_probability_is_derived,
     moves.scores_at_ends,
+    moves.scores_decode_to_posterior,
     moves.scores_are_decoded,
     moves.reverse_flows_balance,
     moves.density_is_of_reverse_rates,

@@ -71,6 +71,15 @@ def score_is_law(process: ForwardProcess) -> Iterator[Gap]:
     yield gap(process.density(score, rows.x0, rows.zt, rows.t), expected, rows.labels, 1.0 + expected.abs())
 
 
+@law("override = derived: weight", tolerance=1e-9)
+def weight_is_derived(process: ForwardProcess) -> Iterator[Gap]:
+    """The weight is the total true reverse rate, sum_y Q[y,z] q_t(y|x)/q_t(z|x), in every family: a loss that holds weights
+    in a range is then the same function for the same chain. 0 where nothing arrives. Relative rounding."""
+    rows = Rows(process, times(INNER, (1e-3, 1.0 - 1e-3)))
+    expected = ForwardProcess.weight(process, rows.x0, rows.zt, rows.t)
+    yield gap(process.weight(rows.x0, rows.zt, rows.t), expected, rows.labels, 1.0 + expected)
+
+
 @law("weight * divergence = density", tolerance=1e-9)
 def factors_multiply(process: ForwardProcess) -> Iterator[Gap]:
     """What the bound multiplies is the density, whatever the family's split; neither is negative. Relative rounding."""

@@ -46,7 +46,11 @@ class ElboLoss:
 
 @final
 class ClippedLoss:
-    """The density with its weight held in [smallest, largest]: steadier gradients, no longer the bound."""
+    """The density with its weight held in [smallest, largest]: steadier gradients, no longer the bound.
+
+    The weight is the total true reverse rate, so that this is the same loss for the same chain in every family. Keep
+    `smallest` at 0 where tokens are noise: a clean token weighs almost nothing near t = 0, and its divergence grows as 1/t.
+    """
 
     def __init__(self, smallest: float = 0.0, largest: float = 2.0) -> None:
         if not 0.0 <= smallest <= largest:

@@ -132,8 +132,8 @@ class FirstHitting:
     """From event to event, exact; takes as many network calls as there are candidate events, whatever `steps` says."""
 
     class Config(Shapes):
-        until: PositiveFloat = 1e-4
-        """How near to either end of time words that are noise are drawn all at once."""
+        until: PositiveFloat = 1e-3
+        """Where tokens are noise: how many positions change at once at either end of time. The error is until^2 / 2."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddiff import (
+    Answer,
     ArgumentError,
     ComponentConfig,
     ForwardProcess,
@@ -21,7 +22,7 @@ WIDEST = 20.0  # of ln(alpha/(1 - alpha)), as published
 
 @final
 class Dynamic:
-    """2 at masks, 1 at other words, b e^(gamma L/2) at the clean word, held in a range; times the bound's divergence.
+    """2 at masks, 1 at other words, b e^(gamma L/2) at the clean word, held in a range; times the bound's mismatch.
 
     L = -ln(alpha/(1 - alpha)) ("snr") makes that 2 t (1 - t) times the weight of the bound, for few wrong words; the code
     as it is reads L = 1/(1 + e^t) ("sigmoid"), with which the last of the three hardly depends on t.
@@ -56,6 +57,10 @@ class Dynamic:
         own = mixing.per_word * torch.exp(mixing.gamma / 2 * lightness)
         elsewhere = torch.where(zt == process.vocabulary.root, 2.0, 1.0).to(t.dtype)
         return torch.where(zt == x0, own, elsewhere).clamp(self.smallest, self.largest)
+
+    def divergence(self, process: ForwardProcess, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        """KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho, the published split of the bound."""
+        return _mixing(process).mismatch(answer, x0, zt, t)
 
 
 def _mixing(process: ForwardProcess) -> GeneralizedInterpolation:

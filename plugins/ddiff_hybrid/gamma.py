@@ -187,25 +187,26 @@ class GammaHybrid(ForwardProcess):
     # ------------------------------------------------------------------ the bound
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """-A'/(1 - A) at masks; at words -B'/(V B r_t(z|x))."""
+        """The total true reverse rate: -A'/(1 - A) at masks; at tokens -B'/(V B) (1 - r_t(z|x)) / r_t(z|x)."""
         t = interior(t)
         revealing = -self.visible.d_alpha(t) / self.visible.noised(t)
         return torch.where(self._masked(zt), revealing, self.words.weight(x0, self._word(zt), t))
 
     def divergence(self, answer: CleanLaw | Score, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """KL( r_t(.|x) || r_t(.|p) ), at words + rho - 1 - ln rho with rho = r_t(z|x) / r_t(z|p)."""
+        """KL( r_t(.|x) || r_t(.|p) ) at masks; at tokens that of uniform diffusion."""
         if isinstance(answer, Score):
             return super().divergence(answer, x0, zt, t)
-        t, word = interior(t), self._word(zt)
-        each, kept = self._each(t), self.kept.alpha(t)
-        truth, law = each + kept * (word == x0), each + kept * answer.log_prob(word).double().exp()
-        log_rho = torch.where(self._masked(zt), 0.0, truth.log() - law.log())
-        return self.words.closing_kl(answer, x0, t) + torch.expm1(log_rho) - log_rho
+        masks = self.words.closing_kl(answer, x0, interior(t))
+        if self.gamma == 0.0:  # tokens are not noise, and cost nothing
+            return torch.where(self._masked(zt), masks, 0.0)
+        words = self.words.divergence(answer, x0, self._word(zt), t)
+        return torch.where(self._masked(zt), masks, words)
 
     def density(self, answer: CleanLaw | Score, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         if isinstance(answer, Score):
             return super().density(answer, x0, zt, t)
-        return self.weight(x0, zt, t) * self.divergence(answer, x0, zt, t)
+        weight = self.weight(x0, zt, t)
+        return torch.where(weight > 0, weight * self.divergence(answer, x0, zt, t), 0.0)
 
     def decode_nll(self, answer: CleanLaw | Score, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """-ln p(x) at masks; at words as in uniform diffusion."""
@@ -276,6 +277,10 @@ class GammaHybrid(ForwardProcess):
         beside = torch.cat([log_p, log_p[:, :1]], -1).scatter(-1, z.unsqueeze(-1), -torch.inf)[:, :-1]
         return DenseLaw(beside, self.vocabulary).draw(torch.full_like(z, self.vocabulary.root), torch.zeros_like(z), u)
 
+    def tweedie(self, score: Score, t: Tensor) -> Tensor:
+        """That of uniform diffusion for the shares of the tokens: the mask says nothing of them."""
+        return self.words.tweedie(Score(score.log_ratio[:, : self.vocabulary.num_tokens]), t)
+
     def decode(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """z itself with probability B p(z) / r_t(z|p), otherwise and at masks x ~ p."""
         if bool((t == 0.0).all()):
@@ -286,7 +291,9 @@ class GammaHybrid(ForwardProcess):
             return x0
 
         def draw(answer: CleanLaw | Score, rows: Tensor) -> Tensor:
-            picked, law = open_[rows], self._law_of_words(answer)
+            picked = open_[rows]
+            is_score = isinstance(answer, Score)
+            law = DenseLaw(self.tweedie(answer, t[picked]), self.vocabulary) if is_score else answer
             z = zt[picked]
             stays = self.kept.alpha(t[picked]) * law.log_prob(self._word(z)).double().exp()
             stays = torch.where(masked[picked], 0.0, stays / (stays + each[picked]))
@@ -295,12 +302,6 @@ class GammaHybrid(ForwardProcess):
 
         x0[open_] = visit(open_, self.scope(zt[open_]), draw)
         return x0
-
-    def _law_of_words(self, answer: CleanLaw | Score) -> CleanLaw:
-        """A score's shares among the words are their law where the last draw is made."""
-        if not isinstance(answer, Score):
-            return answer
-        return DenseLaw(answer.log_ratio[:, : self.vocabulary.num_tokens].log_softmax(-1), self.vocabulary)
 
     # ------------------------------------------------------------------ events
 

@@ -13,18 +13,32 @@ from torch import Tensor
 
 from ddiff.core.clock import LevelClock, LogTimeClock
 from ddiff.core.dense import DenseProcess
-from ddiff.core.interpolating import MixtureProcess
+from ddiff.core.interpolating import MixtureProcess, mask_law
 from ddiff.core.kernel import DenseKernel, InterpolatingKernel, Kernel
-from ddiff.core.law import CleanLaw, DenseLaw, SubtreeLaw
+from ddiff.core.law import CleanLaw, DenseLaw, Score, SubtreeLaw
 from ddiff.core.numerics import Constant, interior
 from ddiff.core.process import Informed, Visit
-from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule, Schedule
+from ddiff.core.schedule import CosineSchedule, GeometricSchedule, LinearSchedule, PowerSchedule, Schedule
 from ddiff.core.times import FlatTimes, Times, WindowTimes, stratified
 from ddiff.core.tree import StochasticParents, TreeKernel, TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import Logits, TokenHead, TreeHead
-from ddiff.testing import bound, chain, clock, denoiser, draws, head, law, moves, reverse, schedule, times, vocabulary
+from ddiff.testing import (
+    bound,
+    chain,
+    clock,
+    denoiser,
+    draws,
+    edges,
+    head,
+    law,
+    moves,
+    reverse,
+    schedule,
+    times,
+    vocabulary,
+)
 from ddiff.testing.bound import bent, full_table
 from ddiff.testing.process import PROCESS_LAWS
 
@@ -291,9 +305,56 @@ class NegativeAtTheTruth(MixtureProcess):
         return super().divergence(law, x0, zt, t) + 1.0
 
 
+class PublishedSplit(MixtureProcess):
+    """omega/q times KL + rho - 1 - ln rho: the same density, and another clipped loss than that of the same chain."""
+
+    def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return super().weight(x0, zt, t) / self._elsewhere(x0, zt, interior(t))
+
+    def divergence(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return self.mismatch(answer, x0, zt, t)
+
+
 class FactorsOfAnother(TreeProcess):
     def density(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return 2.0 * super().density(answer, x0, zt, t)
+
+
+class DecodedByShares(MixtureProcess):
+    """A score is decoded by its own shares among the words, as if they were not mixed with noise."""
+
+    def tweedie(self, score: Score, t: Tensor) -> Tensor:
+        return score.log_ratio[:, : self.vocabulary.num_tokens].log_softmax(-1)
+
+
+class FromTheNoiseAtZero(MixtureProcess):
+    """The operator from the clean token begins at z_0, which has noise in it already."""
+
+    def from_clean(self, t: Tensor) -> Kernel:
+        return self.transition(torch.zeros_like(t), t)
+
+
+class StayingByAlpha(MixtureProcess):
+    """A word that is redrawn as itself is taken for changed."""
+
+    def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
+        return self.alpha(t)
+
+
+class DroppedAfterwards(MixtureProcess):
+    """Words that no noise reaches are dropped after the logarithm of their probability was read."""
+
+    def divergence(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        surprise = answer.log_prob(x0).exp().log() if not isinstance(answer, Score) else 0.0
+        return torch.where(self.active(zt), super().divergence(answer, x0, zt, t), surprise * 0.0)
+
+
+class DifferenceOfInfinities(MixtureProcess):
+    """-ln P(x|z) as the difference of two logarithms, both infinite where z says what x is."""
+
+    def decode_nll(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        joint = self._decoding(answer, zt, t)
+        return joint.logsumexp(-1) - joint.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
 
 
 class ScoresTwice(MixtureProcess):
@@ -690,6 +751,15 @@ def mixture(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
     return lambda: kind(BARE, LinearSchedule(), EVEN)  # type: ignore[call-arg]
 
 
+def masking(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
+    return lambda: kind(ONE_LEVEL.vocabulary, LinearSchedule(), mask_law(ONE_LEVEL.vocabulary))  # type: ignore[call-arg]
+
+
+def late(kind: type[MixtureProcess]) -> MixtureProcess:
+    """Noise that does not start at 0."""
+    return kind(BARE, GeometricSchedule(0.1, 5.0), EVEN)  # type: ignore[call-arg]
+
+
 def uneven(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
     return lambda: kind(BARE, LinearSchedule(), UNEVEN)  # type: ignore[call-arg]
 
@@ -834,6 +904,22 @@ FAULTS = [
         mixture(MixtureProcess),
         mixture(NegativeAtTheTruth),
     ),
+    Fault("the published split", reverse.weight_is_derived, mixture(MixtureProcess), mixture(PublishedSplit)),
+    Fault(
+        "scores decoded by shares",
+        moves.scores_decode_to_posterior,
+        mixture(MixtureProcess),
+        mixture(DecodedByShares),
+    ),
+    Fault(
+        "from z_0, not from x",
+        moves.from_clean_is_marginal,
+        lambda: late(MixtureProcess),
+        lambda: late(FromTheNoiseAtZero),
+    ),
+    Fault("alpha for q(x|x)", moves.stay_probability_is_derived, mixture(MixtureProcess), mixture(StayingByAlpha)),
+    Fault("dropped infinities", edges.gradients_are_finite, masking(MixtureProcess), masking(DroppedAfterwards)),
+    Fault("inf - inf", edges.impossible_truth_is_bayes, masking(MixtureProcess), masking(DifferenceOfInfinities)),
     Fault("factors of another density", reverse.factors_multiply, on_pair(TreeProcess), on_pair(FactorsOfAnother)),
     Fault("scores charged twice", reverse.score_is_law, mixture(MixtureProcess), mixture(ScoresTwice)),
     Fault("no closing term", reverse.closing_kl_is_derived, on_pair(TreeProcess), on_pair(FreeClosing)),

@@ -135,7 +135,10 @@ def test_humped_noise_without_a_hump_is_masked_diffusion() -> None:
 
 
 def test_humped_noise_has_the_published_weights() -> None:
-    """arXiv 2503.04482 with g = 1: 1/(t(1-t)) at the mask, 1/(2t(1-t)) at another word, its formula at the clean one."""
+    """arXiv 2503.04482 with g = 1: 1/(t(1-t)) at the mask, 1/(2t(1-t)) at another word, its formula at the clean one.
+
+    Those are omega/q; the weight of every family is the rate out of z, omega (1 - q)/q.
+    """
     process, size = HumpedNoise(0.2), 3
     rows = Rows(process, times(INNER))
     t, c = rows.t, process.height * (rows.t * (1.0 - rows.t)).sqrt()
@@ -143,7 +146,7 @@ def test_humped_noise_has_the_published_weights() -> None:
     own = (c + (1.0 - t) * d_c) / (size * (1.0 - t) * (1.0 - t + c / size))
     both = t * (1.0 - t)
     expected = torch.where(rows.zt == size, 1.0 / both, torch.where(rows.zt == rows.x0, own, 0.5 / both))
-    torch.testing.assert_close(process.weight(rows.x0, rows.zt, t), expected, **CLOSE)
+    torch.testing.assert_close(process.weight(rows.x0, rows.zt, t), expected * (1.0 - rows.weight), **CLOSE)
 
 
 def test_a_mask_becomes_a_word_in_one_step_with_its_true_probability() -> None:

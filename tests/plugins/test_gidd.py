@@ -56,7 +56,8 @@ def test_weights_and_density_are_those_of_the_paper(gamma: float) -> None:
     at_mask, at_other = 1.0 / (t * (1.0 - t)), arriving / ((1.0 - t) * c)
     at_clean = arriving / WORDS / ((1.0 - t) * (1.0 - t + c / WORDS))
     weight = torch.where(rows.zt == WORDS, at_mask, torch.where(rows.zt == rows.x0, at_clean, at_other))
-    torch.testing.assert_close(process.weight(rows.x0, rows.zt, t), weight, **CLOSE)
+    elsewhere = 1.0 - rows.weight  # the weight of every family is the rate out of z, which is not to z itself
+    torch.testing.assert_close(process.weight(rows.x0, rows.zt, t), weight * elsewhere, **CLOSE)
 
     words = torch.nn.functional.one_hot(rows.x0, WORDS).double()
     both = [
@@ -66,18 +67,22 @@ def test_weights_and_density_are_those_of_the_paper(gamma: float) -> None:
     q, q_bar = both
     log_rho = (q / q_bar).log().gather(-1, rows.zt.unsqueeze(-1)).squeeze(-1)
     divergence = (q * (q / q_bar).log()).sum(-1) + log_rho.exp() - log_rho - 1.0
+    torch.testing.assert_close(process.mismatch(rows.law, rows.x0, rows.zt, t), divergence, **CLOSE)
     torch.testing.assert_close(process.density(rows.law, rows.x0, rows.zt, t), weight * divergence, **CLOSE)
 
 
 @pytest.mark.parametrize("form", list(MIXINGS))
 def test_the_older_bound_is_the_same_on_average(form: Form) -> None:
-    """It has no -1 beside rho - ln rho, and alpha'/alpha instead: E[weight] = -alpha'/alpha."""
+    """It has no -1 beside rho - ln rho, and alpha'/alpha instead: the mean of omega/q is -alpha'/alpha."""
     process, t = make(0.3, 1.5, form), times(INNER)
     for x in range(WORDS):
         states = torch.arange(WORDS + 1)
         chance = likelihoods(process, t)[:, x]
         expected = torch.stack(
-            [(row * process.weight(torch.full((5,), x), states, one.expand(5))).sum() for row, one in zip(chance, t)]
+            [
+                (row / (1.0 - row) * process.weight(torch.full((5,), x), states, one.expand(5))).sum()
+                for row, one in zip(chance, t)
+            ]
         )
         torch.testing.assert_close(expected, -process.d_alpha(t) / process.alpha(t), **CLOSE)
 
@@ -166,14 +171,14 @@ def test_the_dynamic_weights_are_the_published_ones() -> None:
 
 
 def test_read_by_the_signal_the_dynamic_weight_is_the_bounds_without_its_poles() -> None:
-    """2 t (1 - t) times the bound's weight at gamma = 1: exactly at masks and wrong words; at the clean word for few wrong
-    words and many words (here one wrong in a million, one word in a thousand, so to 0.2 %). The other reading is not."""
+    """2 t (1 - t) times omega/q at gamma = 1: exactly at masks and wrong tokens; at the clean token for few wrong tokens and
+    many tokens (here one wrong in a million, one token in a thousand, so to 0.2 %). The other reading is not."""
     process = make(1e-6, 1.0, words=1000)
     t = times(INNER)
     x0 = torch.zeros(len(t), dtype=torch.long)
     for state, tolerance in ((1000, 1e-9), (1, 1e-9), (0, 2e-3)):
         zt = torch.full_like(x0, state)
-        bound = 2.0 * t * (1.0 - t) * process.weight(x0, zt, t)
+        bound = 2.0 * t * (1.0 - t) * process.arrivals_at(zt, t) / process.log_likelihood(zt, t)[:, 0].exp()
         torch.testing.assert_close(Dynamic("snr").weight(process, x0, zt, t), bound, rtol=tolerance, atol=0.0)
     assert not torch.allclose(Dynamic("sigmoid").weight(process, x0, x0, t), bound, rtol=0.5, atol=0.0)
 

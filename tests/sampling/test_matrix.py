@@ -17,7 +17,7 @@ def test_the_matrix_is_written_by_its_command(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 17, "a heading, and every sampler but the two that masks refuse"
+    assert len(rows) == 1 + 17 + 3, "a heading, every sampler but the two that masks refuse, three of them from scores"
     assert "| first_hitting | exact |" in page.read_text()
     assert "- acs on mdlm: CorrectingSampler: it reads the law at visible words" in page.read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["samplers.md"]

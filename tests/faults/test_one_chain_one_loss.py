@@ -1,0 +1,112 @@
+"""The same chain and prediction have the same weight and divergence in every family, so a clipped loss is one function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from all_examples import every_example
+from ddiff_gidd.process import GeneralizedInterpolation
+from ddiff_hybrid.epsilon import EpsilonHybrid
+from ddiff_hybrid.gamma import GammaHybrid
+from ddiff_mdlm.process import MaskedDiffusion
+from ddiff_sedd.process import ScoreEntropyDiffusion
+from torch import Tensor
+
+from ddiff import (
+    ClippedLoss,
+    DenseLaw,
+    DenseProcess,
+    FlatVocabulary,
+    ForwardProcess,
+    LinearSchedule,
+    MixtureProcess,
+    mask_law,
+    word_law,
+)
+from ddiff.testing.moves import score_of
+from ddiff.testing.probes import Rows, times
+from ddiff.testing.process import PROCESS_LAWS
+from ddiff.testing.report import check
+from ddiff.testing.reverse import weight_is_derived
+
+TIMES = (1e-3, 0.02, 0.31, 0.5, 0.77, 0.99)
+
+
+def masks() -> dict[str, ForwardProcess]:
+    """Masks one by one, alpha = 1 - t."""
+    vocabulary = FlatVocabulary(4)
+    rates = -torch.eye(5, dtype=torch.float64)
+    rates[:, -1] = 1.0
+    rates[-1] = 0.0
+    sedd = ScoreEntropyDiffusion.Config(graph="absorb", floor=0.0)
+    return {
+        "mdlm": MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=vocabulary),
+        "sedd": ScoreEntropyDiffusion.build(sedd, vocabulary=vocabulary),
+        "gidd": GeneralizedInterpolation.build(GeneralizedInterpolation.Config(p_uniform=0.0), vocabulary=vocabulary),
+        "mixture": MixtureProcess(vocabulary, LinearSchedule(), mask_law(vocabulary)),
+        "hybrid_epsilon": EpsilonHybrid(vocabulary, LinearSchedule(), 0.0),
+        "hybrid_gamma": GammaHybrid(vocabulary, 0.0),
+        "dense": DenseProcess(vocabulary, rates),
+    }
+
+
+def redrawn() -> dict[str, ForwardProcess]:
+    """Uniform noise among tokens, alpha = 1 - t."""
+    vocabulary = FlatVocabulary(4, mask=False)
+    rates = torch.full((4, 4), 0.25, dtype=torch.float64) - torch.eye(4, dtype=torch.float64)
+    sedd = ScoreEntropyDiffusion.Config(graph="uniform", floor=0.0)
+    return {
+        "sedd": ScoreEntropyDiffusion.build(sedd, vocabulary=vocabulary),
+        "mixture": MixtureProcess(vocabulary, LinearSchedule(), word_law(vocabulary)),
+        "dense": DenseProcess(vocabulary, rates),
+    }
+
+
+def factors(process: ForwardProcess, rows: Rows, says: str, largest: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, divergence and clipped loss at every row."""
+    law = DenseLaw(rows.log_p, process.vocabulary)
+    answer = law if says == "law" else score_of(process, rows.log_p, rows.zt, rows.t)
+    asked = (rows.x0, rows.zt, rows.t)
+    weight = process.weight(*asked)
+    divergence = process.divergence(answer, *asked)
+    return weight, divergence, ClippedLoss(largest=largest).weight(process, *asked) * divergence
+
+
+@pytest.mark.parametrize("says", ["law", "score"])
+@pytest.mark.parametrize("chain", [masks, redrawn])
+def test_families_of_one_chain_have_one_clipped_loss(chain: object, says: str) -> None:
+    """Relative rounding: the dense chain has its noise from a matrix exponential."""
+    processes = chain()  # type: ignore[operator]
+    rows = Rows(processes["mixture"], times(TIMES))
+    expected = factors(processes["mixture"], rows, says, 10.0)
+    for name, process in processes.items():
+        for part, due in zip(factors(process, rows, says, 10.0), expected):
+            torch.testing.assert_close(part, due, rtol=1e-8, atol=1e-9, msg=f"{name}, {says}")
+
+
+def test_nearly_masked_text_counts_in_full() -> None:
+    """At t = .99 the weight of -ln p(x) is 1/t in both; sedd had .10 of it under a clip of 10."""
+    rows = Rows(masks()["mdlm"], times((0.99,)))
+    mask = rows.take(rows.zt == 4)
+    surprise = -mask.log_p.gather(-1, mask.x0.unsqueeze(-1)).squeeze(-1)
+    for name in ("mdlm", "sedd"):
+        _, _, clipped = factors(masks()[name], mask, "law", 10.0)
+        torch.testing.assert_close(clipped, surprise / 0.99, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("process", every_example())
+def test_weight_is_the_total_true_reverse_rate(process: ForwardProcess) -> None:
+    (report,) = check(process, (weight_is_derived,))
+    assert report.passed, str(report)
+    assert weight_is_derived in PROCESS_LAWS
+
+
+@pytest.mark.parametrize("process", every_example())
+def test_clipped_loss_is_never_above_the_density(process: ForwardProcess) -> None:
+    """Near t = 0 the divergence at the clean token grows as 1/t and its weight falls as t: the loss stays the density,
+    which is finite there. `smallest` above 0 would lose that."""
+    rows = Rows(process, times((1e-9, 1e-6, 1e-3, 0.5, 1.0 - 1e-6)))
+    density = process.density(rows.law, rows.x0, rows.zt, rows.t)
+    _, _, clipped = factors(process, rows, "law", 10.0)
+    assert bool(clipped.isfinite().all())
+    assert bool((clipped <= density * (1.0 + 1e-6) + 1e-6).all())

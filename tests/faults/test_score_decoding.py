@@ -1,0 +1,201 @@
+"""A score is decoded by Tweedie's formula: with a perfect score the last draw is the posterior."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from all_examples import every_example
+from ddiff_hybrid.epsilon import EpsilonHybrid
+from ddiff_hybrid.gamma import GammaHybrid
+from torch import Tensor
+
+from ddiff import (
+    AnalyticSampler,
+    ArgumentError,
+    DenseLaw,
+    DenseProcess,
+    FlatVocabulary,
+    ForwardProcess,
+    GeometricSchedule,
+    LinearSchedule,
+    MixtureProcess,
+    Score,
+    TauLeapingSampler,
+    mask_law,
+    word_law,
+)
+from ddiff.testing.enumerated import measured
+from ddiff.testing.moves import READABLE, hiding, score_of, scores_at_ends, scores_decode_to_posterior
+from ddiff.testing.probes import Rows, likelihoods, random_laws, times
+from ddiff.testing.report import check
+
+JOINT = torch.tensor([[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64)
+PATH = (1e-6, 1e-4, 1e-2, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999, 1.0)
+
+
+def uniform(num_tokens: int) -> MixtureProcess:
+    vocabulary = FlatVocabulary(num_tokens, mask=False)
+    return MixtureProcess(vocabulary, LinearSchedule(), word_law(vocabulary))
+
+
+def posterior(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    distinct, place = t.unique(return_inverse=True)
+    joint = log_p.exp() * likelihoods(process, distinct)[place, :, zt]
+    return joint / joint.sum(-1, keepdim=True)
+
+
+def test_the_reported_case_is_decoded_to_its_token() -> None:
+    """Uniform noise over 7 tokens, t = 0.7, a perfect score of data that is always token 1, z = 6: P(x = 1) = 1."""
+    process = uniform(7)
+    log_p = torch.full((1, 7), -torch.inf, dtype=torch.float64)
+    log_p[0, 1] = 0.0
+    zt = torch.tensor([6])
+    t = times((0.7,))
+    score = score_of(process, log_p, zt, t)
+    assert float(process.decode_nll(score, torch.tensor([1]), zt, t).exp()) == pytest.approx(1.0, abs=1e-12)
+    u = torch.linspace(0.001, 0.999, 64, dtype=torch.float64).unsqueeze(-1).expand(-1, process.uniforms_per_decode)
+    answer = Score(score.log_ratio.expand(64, -1))
+    visit = lambda rows, node, fn: fn(answer, rows)  # noqa: E731
+    assert process.decode(visit, zt.expand(64), t.expand(64), u).tolist() == [1] * 64
+
+
+@pytest.mark.parametrize("process", every_example())
+def test_perfect_score_decodes_to_the_posterior(process: ForwardProcess) -> None:
+    """1e-12 where the noise hides the token by up to 100; beyond, 1e-14 times that, which is rounding of the score."""
+    path = times(PATH)
+    rows = Rows(process, path, random_laws(process.vocabulary.num_tokens))
+    now = process.of_scores(rows.t)
+    hidden = hiding(process, process.of_scores(path))[torch.searchsorted(path, rows.t)]
+    score = score_of(process, rows.log_p, rows.zt, now)
+    got = process._decoding(score, rows.zt, rows.t).softmax(-1)
+    error = (got - posterior(process, rows.log_p, rows.zt, rows.t)).abs().amax(-1)
+    readable = hidden < READABLE
+    assert bool((error[readable] <= 1e-12 * (hidden[readable] / 100.0).clamp(min=1.0)).all())
+    early = (rows.t <= 0.5) & (hidden < 100.0)
+    assert bool(early.any())
+    assert float(error[early].max()) <= 1e-12
+
+
+@pytest.mark.parametrize("process", every_example())
+def test_perfect_score_is_charged_as_its_distribution(process: ForwardProcess) -> None:
+    """The decoding term of a perfect score is not above that of the distribution, at t0 = 0.1 and at t0 = 0."""
+    rows = Rows(process, times((0.0, 0.1)))
+    score = score_of(process, rows.log_p, rows.zt, rows.t)
+    of_score = process.decode_nll(score, rows.x0, rows.zt, rows.t)
+    of_law = process.decode_nll(rows.law, rows.x0, rows.zt, rows.t)
+    assert float((of_score - of_law).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("process", every_example())
+def test_kit_asserts_the_posterior(process: ForwardProcess) -> None:
+    for report in check(process, (scores_at_ends, scores_decode_to_posterior)):
+        assert report.passed, str(report)
+
+
+def test_kit_sees_a_score_that_is_decoded_by_its_shares() -> None:
+    """The planted fault weighs tokens by s(x) q_t(z|x), as scores were decoded before."""
+    faulty = uniform(4)
+    faulty.tweedie = lambda score, t: score.log_ratio[:, :4].double().log_softmax(-1)  # type: ignore[method-assign]
+    for report in check(faulty, (scores_at_ends, scores_decode_to_posterior)):
+        assert not report.passed, str(report)
+
+
+@pytest.mark.parametrize("sampler", [TauLeapingSampler, AnalyticSampler])
+@pytest.mark.parametrize(
+    "process",
+    [
+        pytest.param(uniform(3), id="uniform"),
+        pytest.param(
+            MixtureProcess(FlatVocabulary(3, mask=False), GeometricSchedule(), torch.full((3,), 1 / 3)), id="geometric"
+        ),
+        pytest.param(EpsilonHybrid(FlatVocabulary(3), LinearSchedule(), 0.1), id="hybrid_epsilon"),
+        pytest.param(GammaHybrid(FlatVocabulary(3), 0.3), id="hybrid_gamma"),
+        pytest.param(DenseProcess(FlatVocabulary(3, mask=False), [[-3, 2, 1], [0.5, -1.5, 1], [1, 1, -2]]), id="dense"),
+    ],
+)
+def test_samples_from_scores_are_as_near_as_from_distributions(sampler: Any, process: ForwardProcess) -> None:
+    """Both are computed with the same draws, so that they differ by rounding alone, at 8 steps and at 32."""
+    for steps in (8, 32):
+        of_law, of_score = (
+            measured(sampler(steps), process, JOINT, points=512, apart=True, says=says).distance(JOINT)
+            for says in ("law", "score")
+        )
+        assert of_score == pytest.approx(of_law, abs=1e-3)
+
+
+def test_analytic_sampler_gives_no_impossible_tokens() -> None:
+    """Log-linear uniform noise, data without tokens 4 and 5 (1.18 % of the samples were impossible at 16 steps)."""
+    process = uniform(6)
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0, 0.0], dtype=torch.float64)
+    joint = torch.outer(p, p)
+    law = measured(AnalyticSampler(16), process, joint, points=512, apart=True, says="score").law
+    assert float(law[4:].sum() + law[:, 4:].sum()) < 1e-6
+    law = measured(TauLeapingSampler(8), process, joint, points=512, apart=True, says="score").law
+    assert float(law[4:].sum() + law[:, 4:].sum()) < 1e-6
+
+
+@pytest.mark.parametrize("process", every_example())
+def test_raw_scores_give_a_finite_bound_with_a_gradient(process: ForwardProcess) -> None:
+    """Ratios that no distribution has: every decoding term is finite, and so is its gradient (a bound of +inf would be no
+    use, and a last draw that is trained would stop)."""
+    rows = Rows(process, times((1e-3, 0.02, 0.5, 0.97)))
+    generator = torch.Generator().manual_seed(1)
+    raw = 6.0 * torch.randn(len(rows.zt), process.vocabulary.num_states, generator=generator, dtype=torch.float64)
+    raw = raw.scatter(-1, rows.zt.unsqueeze(-1), 0.0).requires_grad_()
+    nll = process.decode_nll(Score(raw), rows.x0, rows.zt, rows.t)
+    assert bool(nll.isfinite().all())
+    nll.sum().backward()
+    assert raw.grad is not None
+    assert bool(raw.grad.isfinite().all())
+    words = torch.arange(process.vocabulary.num_tokens)
+    every = torch.stack(
+        [process.decode_nll(Score(raw.detach()), x.expand_as(rows.zt), rows.zt, rows.t) for x in words], -1
+    )
+    total = every.neg().exp().sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-9, atol=0.0)
+
+
+def test_score_that_cannot_be_read_gives_what_is_stated() -> None:
+    """At t = 1 a dense chain has forgotten the token: p is even. Uniform noise has only the shares of s, which are even."""
+    bare = FlatVocabulary(3, mask=False)
+    dense = DenseProcess(bare, [[-3, 2, 1], [0.5, -1.5, 1], [1, 1, -2]])
+    log_p = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log()
+    zt, t = torch.tensor([0]), times((1.0,))
+    for process in (dense, uniform(3)):
+        score = score_of(process, log_p, zt, t)
+        torch.testing.assert_close(
+            process.tweedie(score, t).exp(), torch.full((1, 3), 1 / 3).double(), atol=1e-3, rtol=0
+        )
+    masked = FlatVocabulary(3)
+    absorbing = MixtureProcess(masked, LinearSchedule(), mask_law(masked))
+    late = absorbing.of_scores(t)
+    mask = torch.tensor([3])
+    score = score_of(absorbing, log_p, mask, late)
+    torch.testing.assert_close(absorbing.tweedie(score, t), log_p, atol=1e-12, rtol=0)  # masks hide, and do not mix
+
+
+def test_from_clean_has_the_noise_of_the_beginning() -> None:
+    """Geometric noise at sigma_min = 0.2 is on tokens at t = 0; `transition(0, t)` starts after it."""
+    vocabulary = FlatVocabulary(4, mask=False)
+    process = MixtureProcess(vocabulary, GeometricSchedule(0.2, 5.0), word_law(vocabulary))
+    t = times((0.0, 0.4))
+    x0 = torch.tensor([1, 1])
+    marginal = likelihoods(process, t)[torch.arange(2), x0]
+    torch.testing.assert_close(process.from_clean(t).row(x0), marginal, atol=1e-14, rtol=0)
+    torch.testing.assert_close(
+        ForwardProcess.from_clean(process, t).row(x0), marginal, atol=1e-9, rtol=0, msg="derived from marginals"
+    )
+    started = process.transition(torch.zeros_like(t), t).row(x0)
+    assert float((started - marginal).abs().max()) > 0.05
+
+
+def test_dense_kernel_still_refuses_what_is_singular() -> None:
+    """`Kernel.solve` states that it cannot; only decoding has a fallback, which its docstring names."""
+    process = DenseProcess(FlatVocabulary(2, mask=False), [[-1.0, 1.0], [1.0, -1.0]])
+    kernel = process.transition(times((0.0,)), times((1.0,)))
+    with pytest.raises(ArgumentError, match="must be invertible in every row"):
+        kernel.solve(torch.tensor([[0.6, 0.4]], dtype=torch.float64))
+    law = DenseLaw(torch.tensor([[0.6, 0.4]], dtype=torch.float64).log(), process.vocabulary)
+    assert bool(process.decode_nll(law, torch.tensor([0]), torch.tensor([1]), times((1.0,))).isfinite())

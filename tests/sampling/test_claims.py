@@ -1,0 +1,196 @@
+"""What README and docs/samplers.md say of samplers is what is measured, and what the samplers declare of themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from ddiff import ArgumentError, FlatVocabulary, MixtureProcess, TreeProcess, guided
+from ddiff.core.clock import CdfClock
+from ddiff.core.elbo import ask_law
+from ddiff.core.interpolating import word_law
+from ddiff.core.schedule import LinearSchedule
+from ddiff.core.times import Noisy
+from ddiff.plugin import load_plugins
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "samplers.md").read_text()
+README = (ROOT / "README.md").read_text()
+NOISE = 0.015  # of a distance in the tables, whose heading gives 0.008 for sampled rows
+
+Table = dict[str, tuple[str, list[float]]]  # label -> what it is, distances by N
+
+
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("sampler_matrix", ROOT / "benchmarks" / "sampler_matrix.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tables() -> dict[str, Table]:
+    """The tables of docs/samplers.md by process."""
+    found: dict[str, Table] = {}
+    name = ""
+    for line in PAGE.splitlines():
+        if line.startswith("## "):
+            name = line[3:]
+        elif line.startswith("| ") and not line.startswith("| sampler"):
+            label, kind, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+            numbers = [float(cell.partition("<")[0]) for cell in cells if cell]
+            found.setdefault(name, {})[label] = (kind, numbers)
+    return found
+
+
+TABLES = tables()
+ROWS = [(process, label) for process, table in TABLES.items() for label in table]
+
+
+def test_every_process_of_the_benchmark_has_a_table() -> None:
+    assert set(TABLES) == set(benchmark().processes())
+
+
+@pytest.mark.parametrize(("process", "label"), [row for row in ROWS if TABLES[row[0]][row[1]][0] == "exact"])
+def test_exact_samplers_are_as_near_as_the_noise(process: str, label: str) -> None:
+    """hybrid_epsilon shuffles a tenth of the words at t = 0, which the last draw undoes for both at once: .1^2 L^2 / 2."""
+    _, distances = TABLES[process][label]
+    shuffled = (0.1 * 2) ** 2 / 2 if process == "hybrid_epsilon" else 0.0
+    assert max(distances) < shuffled + NOISE
+
+
+@pytest.mark.parametrize(("process", "label"), [row for row in ROWS if "order" in TABLES[row[0]][row[1]][0]])
+def test_samplers_of_an_order_fall_with_the_steps(process: str, label: str) -> None:
+    """From N = 8 to N = 64 order 1 falls to an eighth: to less than a third here, down to the noise of a distance."""
+    _, distances = TABLES[process][label]
+    floor = (0.1 * 2) ** 2 / 2 if process == "hybrid_epsilon" else 0.0
+    assert distances[-1] < floor + max(NOISE, (distances[3] - floor) / 3.0)
+
+
+@pytest.mark.parametrize("process", [name for name in TABLES if "hdlm" not in name])
+@pytest.mark.parametrize("sampler", ["analytic", "tau_leaping", "trapezoidal"])
+def test_scores_fall_as_distributions_do(process: str, sampler: str) -> None:
+    """A process on words, or words and a mask, has rows of scores; they are those of distributions, up to noise."""
+    _, of_law = TABLES[process][sampler]
+    _, of_score = TABLES[process][f"{sampler}, score"]
+    assert len(of_law) == len(of_score) == 7
+    for law, score in zip(of_law, of_score):
+        assert score == pytest.approx(law, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("process", "label", "says", "steps"),
+    [
+        ("mdlm", "ancestral", "law", 2),
+        ("mdlm", "analytic", "score", 4),
+        ("sedd uniform", "tau_leaping", "score", 4),
+        ("hybrid_gamma", "analytic", "score", 2),
+        ("hybrid_epsilon", "tau_leaping", "law", 2),
+        ("dense", "analytic", "score", 2),
+    ],
+)
+def test_numbers_of_the_page_are_computed(process: str, label: str, says: str, steps: int) -> None:
+    """The benchmark's own call: its draws are the same every time, to what another machine rounds."""
+    matrix = benchmark()
+    line = matrix.row(label, matrix.SAMPLERS[label], matrix.processes()[process](), (steps,), 2**12, says, process)
+    computed = float(line.split("|")[3].partition("<")[0])
+    place = (1, 2, 4, 8, 16, 32, 64).index(steps)
+    _, distances = TABLES[process][label if says == "law" else f"{label}, score"]
+    assert computed == pytest.approx(distances[place], abs=3e-3)
+
+
+def test_readme_lists_every_sampler_under_what_it_declares() -> None:
+    lines = README[README.index("**Samplers**") :].splitlines()
+    group = ""
+    listed: dict[str, str] = {}
+    for line in lines[lines.index("| | `kind` | |") + 2 :]:
+        if not line.startswith("|"):
+            break
+        kind, names, _ = [cell.strip() for cell in line.strip("|").split("|", 2)]
+        group = kind or group
+        listed |= dict.fromkeys(re.findall(r"`(\w+)`", names), group)
+    registry = load_plugins(["ar"])
+    vocabulary = FlatVocabulary(4)
+    declared = {}
+    for name in listed:
+        component = registry.component("sampler", name).load()
+        keys = {"width": 2} if name in ("blockwise", "hyperschedule") else {}
+        try:
+            sampler = component.build(component.Config(**keys), steps=4, vocabulary=vocabulary)
+        except TypeError:
+            sampler = component.build(component.Config(**keys), steps=4)
+        declared[name] = f"order {sampler.order}" if sampler.quality == "of an order" else sampler.quality
+    for name, said in listed.items():
+        if said != "as what they hold":
+            assert said.startswith(declared[name]), name
+    assert {"first_hitting", "trapezoidal", "ancestral", "psi"} <= set(listed)
+
+
+def test_first_hitting_is_refused_where_it_would_not_be_exact() -> None:
+    """The README calls it exact for every process with events."""
+    gidd = load_plugins(["gidd"]).component("process", "gidd").load()
+    process = gidd.build(gidd.Config(p_uniform=0.9, gamma=0.5), vocabulary=FlatVocabulary(3))
+    from ddiff.sampling.first_hitting import between
+
+    with pytest.raises(ArgumentError, match="drawn at once"):
+        between(process, 1e-3, 64)
+
+
+# ---------------------------------------------------------------------- guidance
+
+
+def _distributions() -> tuple[torch.Tensor, torch.Tensor]:
+    told = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64).log()
+    untold = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64).log()
+    return told, untold
+
+
+def _guided(process: MixtureProcess | TreeProcess, zt: torch.Tensor, t: float, s: float, weight: float) -> torch.Tensor:
+    """[S] the reverse transition under the guided distribution of the clean token."""
+    told, untold = _distributions()
+    asks = [ask_law(lambda noisy, log_p=log_p: log_p.expand(1, 1, 3), process.vocabulary) for log_p in (told, untold)]
+    ask = guided(asks[0], asks[1], weight)
+    now = torch.full((1, 1), t, dtype=torch.float64)
+    noisy = Noisy(zt.reshape(1, 1), now, torch.zeros(1, 1, dtype=torch.bool))
+    visit = ask(noisy)
+    log_p = visit(torch.tensor([0]), torch.tensor([process.vocabulary.root]), lambda law, idx: law.log_mass(0))
+    return process.reverse_log_probs(log_p, zt, now[0], torch.full((1,), s, dtype=torch.float64)).exp()[0]
+
+
+def _guided_transition(
+    process: MixtureProcess | TreeProcess, zt: torch.Tensor, t: float, s: float, weight: float
+) -> torch.Tensor:
+    """[S] p(z_s|z_t)^w p_null(z_s|z_t)^(1-w), normalised: what arXiv 2412.10193 draws from."""
+    now = torch.full((1,), t, dtype=torch.float64)
+    then = torch.full((1,), s, dtype=torch.float64)
+    told, untold = (process.reverse_log_probs(log_p[None], zt, now, then) for log_p in _distributions())
+    mixed = weight * told + (1.0 - weight) * untold
+    return mixed.nan_to_num(nan=-torch.inf).softmax(-1)[0]
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 3.0])
+def test_guided_masks_come_off_at_the_rate_of_the_process(weight: float) -> None:
+    process = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))
+    mask = torch.tensor([3])
+    assert float(_guided(process, mask, 0.8, 0.4, weight)[3]) == pytest.approx(0.5, abs=1e-12)
+
+
+def test_guided_clean_distribution_is_another_than_a_guided_transition() -> None:
+    """They agree at w = 0 and w = 1. At w = 3 a guided transition also changes how fast masks come off."""
+    process = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))
+    bare = FlatVocabulary(3, mask=False)
+    uniform = MixtureProcess(bare, LinearSchedule(), word_law(bare))
+    for chain, state in ((process, 3), (uniform, 1)):
+        zt = torch.tensor([state])
+        for weight in (0.0, 1.0):
+            ours = _guided(chain, zt, 0.8, 0.4, weight)
+            theirs = _guided_transition(chain, zt, 0.8, 0.4, weight)
+            torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0.0)
+        gap = _guided(chain, zt, 0.8, 0.4, 3.0) - _guided_transition(chain, zt, 0.8, 0.4, 3.0)
+        assert float(gap.abs().max()) > 0.05

@@ -1,0 +1,89 @@
+"""Samplers that read alpha read it of the token that stands there: dense chains have tokens of unequal rates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddiff import (
+    Canvas,
+    Cap,
+    CorrectingSampler,
+    DenseLaw,
+    DenseProcess,
+    FlatVocabulary,
+    ForwardProcess,
+    PsiSampler,
+    TreeProcess,
+)
+from ddiff.core.clock import CdfClock
+from ddiff.core.schedule import LinearSchedule
+from ddiff.sampling.stepped import kept
+from ddiff.testing.enumerated import Quick
+
+RATES = torch.tensor([[-0.2, 0.1, 0.1], [2.0, -4.0, 2.0], [0.5, 0.5, -1.0]], dtype=torch.float64)
+PROCESS = DenseProcess(FlatVocabulary(3, mask=False), RATES)
+T, S = 0.6, 0.4
+
+
+def canvas_of(tokens: Tensor, t: float) -> Canvas:
+    free = torch.ones_like(tokens, dtype=torch.bool)
+    return Canvas(tokens, torch.full(tokens.shape, t, dtype=torch.float64), ~free, free)
+
+
+def test_alpha_is_that_of_the_token_at_each_position() -> None:
+    tokens = torch.tensor([[0, 1, 2]])
+    t = torch.full(tokens.shape, T, dtype=torch.float64)
+    diagonal = PROCESS.from_clean(t[0, :1]).dense()[0].diagonal()
+    torch.testing.assert_close(kept(PROCESS, t, tokens)[0], diagonal)
+    assert float(diagonal.max() - diagonal.min()) > 0.3
+    torch.testing.assert_close(kept(PROCESS, t), diagonal.mean().expand_as(t))
+
+
+def test_alpha_where_no_token_stands_is_the_mean_over_tokens() -> None:
+    masked = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))
+    t = torch.tensor([[0.25, 0.5]], dtype=torch.float64)
+    assert kept(masked, t, torch.tensor([[3, 1]])).tolist() == [[0.75, 0.5]]
+
+
+def test_remasking_sends_every_token_back_with_the_same_probability() -> None:
+    """sigma = .05: kappa_i = 1 - sigma/(1 - alpha_s(x_i)), so that noise replaces each token with .05, fast or slow."""
+    tokens = torch.tensor([[0, 1, 2]])
+    canvas = canvas_of(tokens, T)
+    s = torch.full(tokens.shape, S, dtype=torch.float64)
+    back = 1.0 - Cap(0.05)(PROCESS, canvas, s)
+    alpha_s = kept(PROCESS, s, tokens)
+    assert float(alpha_s.max() - alpha_s.min()) > 0.3
+    torch.testing.assert_close(back * (1.0 - alpha_s), torch.full_like(back, 0.05))
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2], [2, 0, 1]])
+def test_names_of_tokens_do_not_matter(order: list[int]) -> None:
+    """The same chain with its tokens renumbered: the same probability of leaving, from 2^15 draws (five sigma .014)."""
+    place = torch.tensor(order)
+    renamed = DenseProcess(FlatVocabulary(3, mask=False), RATES[place][:, place])
+    for sampler in (PsiSampler(2, Cap(0.3)), CorrectingSampler(2, eta=0.9)):
+        first = _leaving(sampler, PROCESS)
+        second = _leaving(sampler, renamed)
+        torch.testing.assert_close(second, first[place], atol=0.02, rtol=0.0)
+
+
+def _leaving(sampler: PsiSampler | CorrectingSampler, process: ForwardProcess) -> Tensor:
+    """[3] how often a token is another one after a step from T to S, the network knowing nothing."""
+    count = 2**15
+    leaving = []
+    for tokens in (torch.tensor([[0, 1]]), torch.tensor([[2, 2]])):
+        canvas = canvas_of(tokens.repeat(count, 1), T)
+
+        def ask(noisy: object) -> object:
+            def visit(rows: Tensor, node: Tensor, fn: object) -> object:
+                even = torch.zeros(len(rows), 3, dtype=torch.float64).log_softmax(-1)
+                return fn(DenseLaw(even, process.vocabulary), torch.arange(len(rows)))  # type: ignore[operator]
+
+            return visit
+
+        s = torch.full(canvas.zt.shape, S, dtype=torch.float64)
+        moved = sampler.move(process, ask, canvas, s, Quick(count, 5)).zt  # type: ignore[arg-type]
+        leaving.append((moved != canvas.zt).double().mean(0))
+    return torch.cat([leaving[0], leaving[1][:1]])
