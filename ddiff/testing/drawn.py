@@ -67,10 +67,11 @@ class Moments(NamedTuple):
 
 
 def other_table(process: ForwardProcess) -> Table:
-    """The exact distribution of each of two tokens given the other position's state, as of its time, at most `latest`.
+    """The exact distribution of each of two tokens given the other position's state, up to a `latest` time.
 
-    An exact network ignores all states at t = 1 of a process that closes, and so whatever is shown there. This one goes on
-    to read them, so that a state that was drawn from x0 shows. States that no token leads to say nothing.
+    An exact network ignores all states at t = 1 of a process that closes, and so whatever is shown there. Told a later
+    time than `latest`, this one goes on to read states as of `latest`, and predicts the flatter the later it is: a state
+    that was drawn from x0 shows, and so does the time that is told. States that no token leads to say nothing.
     """
     latest = inner_window(process)[1]
     joint = (0.5 * random_joint(process.vocabulary.num_tokens)).exp()  # far from certain, so that no term is tiny
@@ -81,7 +82,8 @@ def other_table(process: ForwardProcess) -> Table:
         evidence = likelihoods(process, distinct).transpose(1, 2)[place, zt]  # [B,2,V]
         evidence = torch.where(evidence.sum(-1, keepdim=True) > 0, evidence, 1.0)
         stacked = torch.stack([evidence[:, 1] @ joint.T, evidence[:, 0] @ joint], 1)
-        return (stacked / stacked.sum(-1, keepdim=True)).log()
+        flatter = 1.0 - 0.5 * ((t - latest) / (1.0 - latest)).clamp(min=0.0)
+        return (flatter.unsqueeze(-1) * stacked.log()).log_softmax(-1)
 
     return table
 

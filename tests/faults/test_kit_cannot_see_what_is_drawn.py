@@ -49,15 +49,15 @@ CORRUPT, DIFFUSION, DECODING = elbo.corrupt, elbo.diffusion_term, elbo.decoding_
 # ---------------------------------------------------------------------- planted faults
 
 
-def closing_shows(zt_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The closing term with other states at the positions that are charged."""
+def closing_shows(zt_of: Callable[..., Tensor], told: float | None = 1.0) -> Callable[..., Tensor]:
+    """The closing term with other states, or another time (None: the end of the window), where positions are charged."""
 
     def closing(process: Any, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise) -> Tensor:
         charged = (times.speed > 0) & ~times.clean & scored
         reads = charged & (times.t < 1) if process.closes_at_prior else charged
         noisy = CORRUPT(process, x0, times, scored, noise, "closing")
         states = torch.where(charged, zt_of(process, x0, times, scored, noise, noisy), noisy.zt)
-        shown = noisy._replace(zt=states, t=torch.where(charged, 1.0, noisy.t))
+        shown = noisy._replace(zt=states, t=noisy.t if told is None else torch.where(charged, told, noisy.t))
         root = process.vocabulary.root
         formula = partial(elbo._closing_kl, process)
         whole = lambda zt: torch.full_like(zt, root)  # noqa: E731
@@ -68,6 +68,10 @@ def closing_shows(zt_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def drawn_from_q_1(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, noisy: Noisy) -> Tensor:
     return CORRUPT(process, x0, times._replace(t=torch.ones_like(times.t)), scored, noise, "prior").zt
+
+
+def drawn_from_the_prior(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, noisy: Noisy) -> Tensor:
+    return process.prior.draw(noise.uniform("prior"))
 
 
 def states_at_the_end(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, noisy: Noisy) -> Tensor:
@@ -129,6 +133,11 @@ def speed_squared(process: Any, ask: Ask, x0: Tensor, noisy: Noisy, speed: Tenso
 LEAKS: dict[str, tuple[str, Callable[..., Any], str]] = {
     "the closing term shows a draw of q_1(.|x0)": ("closing_term", closing_shows(drawn_from_q_1), "closing"),
     "the closing term shows z at the end of the window": ("closing_term", closing_shows(states_at_the_end), "closing"),
+    "the closing term tells the end of the window": (
+        "closing_term",
+        closing_shows(drawn_from_the_prior, None),
+        "closing",
+    ),
     "z is drawn at 0.9 t": ("corrupt", corrupt_earlier, "diffusion"),
     "a time of 0.8 t is told": ("corrupt", tell_an_earlier_time, "diffusion"),
     "decoding is noised at 0": ("decoding_term", decode_noised_at_zero, "decoding"),
@@ -214,3 +223,17 @@ def test_information_path_integrates_its_speed(name: str) -> None:
         expected = (window[1] ** (power + 1) - window[0] ** (power + 1)) / (power + 1)
         assert (speed * t**power).mean(0).tolist() == pytest.approx([expected] * 2, rel=1e-4)
     assert bool((t.diff(dim=0) > 0).all())
+
+
+def test_positions_at_the_prior_say_nothing_of_their_token() -> None:
+    """Tokens are left at t = 1 of this process; what has not begun yet is a draw of the prior all the same."""
+    process = PROCESSES["uniform, tokens left at t = 1"]
+    x0 = torch.arange(3).repeat(4096).reshape(-1, 2)
+    noise = Noise(0, 0, torch.arange(len(x0)), 2)
+    everywhere = torch.ones_like(x0, dtype=torch.bool)
+    times = Times(torch.ones(x0.shape).double(), torch.zeros(x0.shape).double(), ~everywhere, waiting=everywhere)
+    noisy = CORRUPT(process, x0, times, everywhere, noise, "diffusion")
+    stays = float((noisy.zt == x0).double().mean())
+    assert stays == pytest.approx(1 / 3, abs=0.02), "four standard errors; q_1 would keep .53 of them"
+    begun = CORRUPT(process, x0, times._replace(waiting=~everywhere), everywhere, noise, "diffusion")
+    assert float((begun.zt == x0).double().mean()) == pytest.approx(0.3 + 0.7 / 3, abs=0.02)
