@@ -69,20 +69,36 @@ class NodeTimes:
         return Times(first, ones, clean), Times(last, ones, clean)
 
 
+CHANNELS = ("diffusion", "decoding", "prior")  # each is read off cells of its own; "closing" is never drawn from here
+
+
 class EnumeratedNoise(Noise):
-    """Every channel gives the middle of the cell (state, state + 1) / S, for `enumerated` processes to read back."""
+    """Each channel gives the middle of the cell (state, state + 1) / S, for `enumerated` processes to read back.
+
+    The state is zt shifted by the place of the channel among CHANNELS: still every state once, but a term that reads the
+    channel of another is shown states that its probabilities do not belong to.
+    """
 
     def __init__(self, zt: Tensor, num_states: int) -> None:
         super().__init__(0, 0, torch.arange(len(zt)), zt.shape[1])
-        self.cells = (zt.double() + 0.5) / num_states
+        self.zt, self.num_states = zt, num_states
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:
-        return self.cells if count == 1 else self.cells.unsqueeze(-1).expand(-1, -1, count)
+        cells = (shifted(self.zt, channel, self.num_states).double() + 0.5) / self.num_states
+        return cells if count == 1 else cells.unsqueeze(-1).expand(-1, -1, count)
+
+
+def shifted(zt: Tensor, channel: str, num_states: int) -> Tensor:
+    """The states that a channel gives where zt are enumerated."""
+    place = CHANNELS.index(channel) if channel in CHANNELS else len(CHANNELS)
+    return (zt + place) % num_states
 
 
 class EnumeratedPrior(Prior):
+    """Reads states off the uniforms from above: a prior that is drawn in place of a sample, or the other way, shows."""
+
     def draw(self, u: Tensor) -> Tensor:
-        return (u * len(self.log_prob)).long()
+        return ((1.0 - u) * len(self.log_prob)).long()
 
 
 def enumerated(process: ForwardProcess) -> ForwardProcess:
@@ -161,10 +177,14 @@ def _nodes(v: Tensor, width: Tensor, window: Window, length: int, path: Path) ->
 def _chances(
     process: ForwardProcess, t: Tensor, window: Window, node: Tensor, x0: Tensor, zt: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities [B] of zt under the prior, q_t and q_{t0}; what does not depend on the node is counted once."""
+    """Probabilities [B] under the prior, q_t and q_{t0} of what each term is shown; what does not depend on the node is
+    counted once."""
     length, once = x0.shape[1], node == 0
-    prior = process.prior.log_prob.exp()[zt].prod(-1) * once
-    first = likelihoods(process, times((window[0],)))[0][x0, zt].prod(-1) * once
+    states = process.vocabulary.num_states
+    started = states - 1 - shifted(zt, "prior", states)
+    decoded = shifted(zt, "decoding", states)
+    prior = process.prior.log_prob.exp()[started].prod(-1) * once
+    first = likelihoods(process, times((window[0],)))[0][x0, decoded].prod(-1) * once
     along = torch.ones(len(node), dtype=torch.float64)
     for position in range(length):
         distinct, place = t[:, position].unique(return_inverse=True)

@@ -6,7 +6,7 @@ from ddiff.core.clock import LevelClock
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import Schedule
 from ddiff.errors import ArgumentError
-from ddiff.testing import bound, chain, draws, edges, information, moves, reverse
+from ddiff.testing import bound, chain, drawn, draws, edges, information, moves, reverse
 from ddiff.testing.clock import check_clock
 from ddiff.testing.probes import require_small
 from ddiff.testing.report import Law, LawReport, check
@@ -69,6 +69,7 @@ PROCESS_LAWS: tuple[Law, ...] = (
     bound.discrete_bound_converges,
     bound.entropy_equality,
     bound.speed_equality,
+    drawn.draws_of_the_bound,
 )
 
 OF_EXACT_STEPS = (draws.step_follows_posterior, draws.decode_follows_bayes, moves.events_follow_reverse_rates)

@@ -41,6 +41,17 @@ def test_planted_clusters_are_found() -> None:
     assert len({(a, b) for a, b in zip(parents[0].tolist(), group.tolist())}) == 8
 
 
+def test_a_common_offset_of_all_embeddings_does_not_hide_the_clusters() -> None:
+    """Embeddings of language models share a large mean, beside which all of them point the same way."""
+    points, group = planted(8, 20)
+    plain, _ = nested_kmeans(points, [8])
+    offset = np.full(points.shape[1], 1000.0 * np.abs(points).max(), dtype=np.float32)
+    moved, centroids = nested_kmeans((points + offset).astype(np.float32), [8])
+    assert len({(a, b) for a, b in zip(moved[0].tolist(), group.tolist())}) == 8
+    assert len({(a, b) for a, b in zip(moved[0].tolist(), plain[0].tolist())}) == 8
+    assert float(np.abs(centroids[0] - offset).max()) < 2 * np.abs(points).max(), "centroids are as they were given"
+
+
 def test_two_planted_levels_are_found() -> None:
     draw = np.random.default_rng(1)
     coarse = np.repeat(np.arange(4), 4)

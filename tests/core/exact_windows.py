@@ -171,7 +171,9 @@ def _chance(
     chance = likelihoods(process, distinct)[place, x0, zt]
     prior = torch.zeros_like(times.clean) if times.waiting is None else times.waiting
     prior = prior | (times.speed > 0) if at_prior else prior
-    chance = torch.where(prior, process.prior.log_prob.exp()[zt], chance)
+    # an enumerated prior reads its states off the uniforms from above
+    from_above = process.vocabulary.num_states - 1 - zt
+    chance = torch.where(prior, process.prior.log_prob.exp()[from_above], chance)
     return torch.where(times.clean, (x0 == zt).double(), chance).prod(-1)
 
 

@@ -29,6 +29,7 @@ from ddiff.testing import (
     chain,
     clock,
     denoiser,
+    drawn,
     draws,
     edges,
     head,
@@ -1089,11 +1090,13 @@ def test_no_law_is_without_a_fault() -> None:
         *PROCESS_LAWS, *clock.CLOCK_LAWS, *schedule.SCHEDULE_LAWS, *vocabulary.VOCABULARY_LAWS, *times.TIME_RULE_LAWS,
         *law.CLEAN_LAW_LAWS, *head.HEAD_LAWS, *denoiser.DENOISER_LAWS,
     )  # fmt: skip
-    # two that are missing here have tests of their own below, and the third a fault among the hybrids'
+    # two that are missing here have tests of their own below, the third a fault among the hybrids', and the draws of the
+    # bound have theirs in tests/faults
     assert {one.name for one in kit} - {fault.law.name for fault in FAULTS} == {
         bound.speed_equality.name,
         denoiser.evidence_is_dropped.name,
         moves.scores_are_decoded.name,
+        drawn.draws_of_the_bound.name,
     }
 
 

@@ -86,6 +86,22 @@ def test_only_scored_words_count_and_padding_changes_nothing() -> None:
     torch.testing.assert_close(padded[:, :4], nll(one, batch_of(ids[:, :4])), rtol=0, atol=1e-12)
 
 
+def test_prompts_are_read_and_cost_nothing_in_training_and_evaluation() -> None:
+    """Valid and not scored: the tokens guide those after them, and neither loss nor likelihood nor count holds them."""
+    one, ids = objective(), torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
+    prompt = torch.tensor([[True, True, False, False], [True, False, False, False]])
+    whole, part = batch_of(ids), batch_of(ids, scored=~prompt)
+    kept = nll(one, whole).masked_fill(prompt, 0.0)
+    torch.testing.assert_close(nll(one, part), kept, rtol=0, atol=1e-12)
+    assert one.counts(part)["tokens"].item() == 5
+    terms = one(part, Noise(0, 0, part.index, LENGTH), {"tokens": torch.tensor(5.0)}, 2)
+    assert terms.loss.item() == pytest.approx(float(kept.sum()) / 5.0, rel=1e-12)
+    total, count = terms.metrics["nll_nats_per_token"]
+    assert (total.item(), count.item()) == (pytest.approx(float(kept.sum()), rel=1e-12), 5)
+    other = batch_of(torch.tensor([[1, 1, 2, 0], [0, 2, 1, 0]]), scored=~prompt)
+    assert not torch.allclose(nll(one, other), kept, rtol=0, atol=1e-6), "prompts guide"
+
+
 def test_packed_documents_are_scored_as_if_alone() -> None:
     one, ids = objective(), torch.tensor([[0, 1, 2, 0, 1, 1]])
     packed = nll(one, batch_of(ids, document=torch.tensor([[0, 0, 0, 1, 1, 1]]), packed=True))

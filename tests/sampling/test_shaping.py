@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from ddiff_ar.sampler import LeftToRight
+from ddiff_core.samplers import Ancestral
 from joint import exact_ask, processes
 from torch import Tensor
 
@@ -192,3 +194,40 @@ def test_the_order_of_reveals_is_that_of_the_law_without_filters(by: Any) -> Non
         return seen
 
     assert order([Temperature(0.01)]) == order([])
+
+
+def law_of(sampler: Any, p: Tensor) -> list[float]:
+    """The distribution that the shapers of a configured sampler make of p."""
+    log_p = p.log().unsqueeze(0)
+    for shaper in sampler.shapers:
+        log_p = shaper(log_p).log_softmax(-1)
+    shaped_p: list[float] = log_p.exp()[0].tolist()
+    return shaped_p
+
+
+def configured(settings: dict[str, float]) -> list[Any]:
+    """The two components that take filters: those of the engine, and autoregression."""
+    ancestral = Ancestral.build(Ancestral.Config(**settings), steps=4)
+    left_to_right = LeftToRight.build(LeftToRight.Config(**settings), steps=4, vocabulary=FlatVocabulary(4))
+    return [ancestral, left_to_right]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["ancestral", "left_to_right"])
+def test_temperature_acts_before_top_p_and_top_k_before_both_shares(which: int) -> None:
+    """p = (.4, .3, .2, .1): squared it is (16, 9, 4, 1)/30, of which two hold .8; of p itself it takes three."""
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    got = law_of(configured({"temperature": 0.5, "top_p": 0.8})[which], p)
+    assert got == pytest.approx([0.64, 0.36, 0.0, 0.0])
+    # two of three are kept: .4/.9 and .7/.9 are below .75 and above; without top_k first it would be three
+    got = law_of(configured({"top_k": 3, "top_p": 0.75})[which], p)
+    assert got == pytest.approx([4 / 7, 3 / 7, 0.0, 0.0])
+    got = law_of(configured({"temperature": 0.5, "min_p": 0.3})[which], p)
+    assert got == pytest.approx([0.64, 0.36, 0.0, 0.0])  # 4/16 < .3 <= 9/16, and .2/.4 > .3
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["ancestral", "left_to_right"])
+def test_filters_at_their_defaults_are_left_out(which: int) -> None:
+    for settings in ({}, {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}):
+        assert not isinstance(configured(settings)[which], ShapedSampler)
+    for one in ({"temperature": 0.9}, {"top_k": 1}, {"top_p": 0.99}, {"min_p": 0.01}):
+        assert len(configured(one)[which].shapers) == 1

@@ -12,12 +12,12 @@ from ddiff.core.law import CleanLaw
 from ddiff.core.noise import Noise
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule
-from ddiff.core.times import FlatTimes, TimeRule, WindowTimes
+from ddiff.core.times import FlatTimes, Noisy, TimeRule, Times, WindowTimes
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.data.batch import Batch
 from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import TokenHead
-from ddiff.training.objective import DiffusionObjective, ElboLoss, withheld
+from ddiff.training.objective import DECODING_SHARE, ClippedLoss, DiffusionObjective, ElboLoss, withheld
 
 VOCABULARY = FlatVocabulary(5, mask=False)
 SLOTS, LENGTH, START = 20, 6, 0.05
@@ -141,3 +141,80 @@ def test_a_loss_without_a_reading_of_its_own_reads_what_the_bound_does_once(shar
     (once, reads), (twice, more) = found
     assert once == twice
     assert more == 2 * reads > 0
+
+
+class OneNat(MixtureProcess):
+    """Every row that is read costs one nat, in the diffusion term per unit of time and in the decoding term."""
+
+    def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def divergence(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return 0.0 * law.log_prob(x0) + 1.0
+
+    def decode_nll(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return 0.0 * law.log_prob(x0) + 1.0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("loss", [ElboLoss(), Watching()], ids=["elbo", "own divergence"])
+def test_each_kind_of_row_counts_for_the_whole_batch(rule: str, loss: ElboLoss | Watching, share: float) -> None:
+    """20 sequences, of which exactly a share is decoded, each for 1/share, the others for 1/(1 - share).
+
+    So the diffusion rows sum up to the width of the window per token, and those of the decoding term to one.
+    """
+    one = objective(loss, RULES[rule], share)
+    one.process = OneNat(VOCABULARY, LinearSchedule(), torch.full((5,), 0.2))
+    steps = [loss_at(one, step, torch.arange(SLOTS)) for step in range(40)]
+    total, diffusion = (sum(values) / len(steps) for values in zip(*steps))
+    exact = 1e-9 if rule != "slide" else 0.02  # there a position is charged by chance
+    assert diffusion == pytest.approx(1.0 - START, abs=exact)
+    # every window settles one position at a time in the gliding rule, so which ones are decoded is drawn
+    assert total == pytest.approx(1.0 - START + (share > 0.0), abs=exact if rule != "slide" else 0.1)
+
+
+def test_no_share_is_decoded_where_none_is_asked_for() -> None:
+    """0 is a share, and not the default; the default depends on what the process declares and the loss reads."""
+
+    class Choosing(Watching):
+        def reads(self, process: ForwardProcess, noisy: Noisy, times: Times) -> Tensor:
+            return times.speed > 0
+
+    noisy_at_zero = EarlyNoise()
+    never_clean = MixtureProcess(VOCABULARY, noisy_at_zero, torch.full((5,), 0.2))
+    model = objective(ElboLoss(), RULES["flat"], 0.0).denoiser
+    build = lambda process, loss, share: DiffusionObjective(process, model, loss, RULES["flat"], share)  # noqa: E731
+    assert build(never_clean, ElboLoss(), None).decoding_share == DECODING_SHARE
+    assert build(never_clean, ElboLoss(), 0.0).decoding_share == 0.0
+    assert build(never_clean, Choosing(), None).decoding_share == 0.0
+    assert build(NEVER_CLEAN, ElboLoss(), None).decoding_share == 0.0
+
+
+class EarlyNoise(LinearSchedule):
+    """alpha = 0.9 (1 - t)."""
+
+    closes_at_clean = False
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 0.9 * super().alpha(t)
+
+    def noised(self, t: Tensor) -> Tensor:
+        return 1.0 - self.alpha(t)
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return 0.9 * super().d_alpha(t)
+
+
+def test_a_clipped_loss_clips_the_weight_and_not_the_speed() -> None:
+    """Weights are held in [smallest, largest] per unit of the row's own time."""
+    x0 = torch.tensor([0, 0, 1])
+    zt = torch.tensor([1, 1, 1])
+    t = torch.tensor([1e-3, 0.5, 0.999], dtype=torch.float64)
+    weight = NEVER_CLEAN.weight(x0, zt, t)
+    low, middle, high = weight.sort().values.tolist()
+    smallest, largest = (low + middle) / 2, (middle + high) / 2
+    clipped = ClippedLoss(smallest, largest).weight(NEVER_CLEAN, x0, zt, t)
+    assert clipped.tolist() == [min(max(w, smallest), largest) for w in weight.tolist()]
+    assert low < smallest < largest < high
+    assert (ClippedLoss().smallest, ClippedLoss().largest) == (0.0, 2.0)

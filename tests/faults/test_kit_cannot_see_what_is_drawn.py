@@ -1,0 +1,239 @@
+"""The kit sees from which distribution each term of `nelbo` draws: leaks that are planted into it break a law."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddiff.core import elbo
+from ddiff.core.clock import CdfClock, LogTimeClock
+from ddiff.core.elbo import Ask
+from ddiff.core.interpolating import MixtureProcess, word_law
+from ddiff.core.noise import Noise
+from ddiff.core.process import ForwardProcess
+from ddiff.core.schedule import LinearSchedule, Schedule
+from ddiff.core.times import Noisy, Times
+from ddiff.core.tree import TreeProcess
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
+from ddiff.testing import bound, check_process
+from ddiff.testing.drawn import CoveringNoise, InformationPath, draws_of_the_bound, inner_window
+
+BARE = FlatVocabulary(3, mask=False)
+
+
+class NoisyFromTheStart(Schedule):
+    """alpha = 0.9 - 0.6 t: noise at t = 0, tokens at t = 1."""
+
+    closes_at_clean = False
+    closes_at_prior = False
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 0.9 - 0.6 * t
+
+
+PROCESSES: dict[str, ForwardProcess] = {
+    "masked": TreeProcess(FlatVocabulary(4), CdfClock([LinearSchedule()])),
+    "tree": TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((0.5, 1.0)), 0.9),
+    "uniform": MixtureProcess(BARE, LinearSchedule(), word_law(BARE)),
+    "uniform, tokens left at t = 1": MixtureProcess(BARE, LinearSchedule(0.3), word_law(BARE)),
+    "uniform, never closed": MixtureProcess(BARE, NoisyFromTheStart(), word_law(BARE)),
+}
+CORRUPT, DIFFUSION, DECODING = elbo.corrupt, elbo.diffusion_term, elbo.decoding_term
+
+
+# ---------------------------------------------------------------------- planted faults
+
+
+def closing_shows(zt_of: Callable[..., Tensor], told: float | None = 1.0) -> Callable[..., Tensor]:
+    """The closing term with other states, or another time (None: the end of the window), where positions are charged."""
+
+    def closing(process: Any, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise) -> Tensor:
+        charged = (times.speed > 0) & ~times.clean & scored
+        reads = charged & (times.t < 1) if process.closes_at_prior else charged
+        noisy = CORRUPT(process, x0, times, scored, noise, "closing")
+        states = torch.where(charged, zt_of(process, x0, times, scored, noise, noisy), noisy.zt)
+        shown = noisy._replace(zt=states, t=noisy.t if told is None else torch.where(charged, told, noisy.t))
+        root = process.vocabulary.root
+        formula = partial(elbo._closing_kl, process)
+        whole = lambda zt: torch.full_like(zt, root)  # noqa: E731
+        return times.speed * elbo._read(ask, shown, reads, whole, formula, x0, times.t)
+
+    return closing
+
+
+def drawn_from_q_1(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, noisy: Noisy) -> Tensor:
+    return CORRUPT(process, x0, times._replace(t=torch.ones_like(times.t)), scored, noise, "prior").zt
+
+
+def drawn_from_the_prior(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, noisy: Noisy) -> Tensor:
+    return process.prior.draw(noise.uniform("prior"))
+
+
+def states_at_the_end(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, noisy: Noisy) -> Tensor:
+    return noisy.zt
+
+
+def corrupt_earlier(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str) -> Noisy:
+    early = CORRUPT(process, x0, times._replace(t=0.9 * times.t), scored, noise, channel)
+    return early._replace(t=torch.where(early.clean, 0.0, times.t))
+
+
+def tell_an_earlier_time(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str) -> Noisy:
+    noisy = CORRUPT(process, x0, times, scored, noise, channel)
+    return noisy._replace(t=0.8 * noisy.t)
+
+
+def decode_noised_at_zero(process: Any, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise) -> Tensor:
+    def corrupt_at_zero(process: Any, x0: Tensor, times: Times, *rest: Any) -> Noisy:
+        noisy = CORRUPT(process, x0, times._replace(t=torch.zeros_like(times.t)), *rest)
+        return noisy._replace(t=torch.where(noisy.clean, 0.0, times.t))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elbo, "corrupt", corrupt_at_zero)
+        return DECODING(process, ask, x0, times, scored, noise)
+
+
+def corrupt_by(name: str) -> Callable[..., Noisy]:
+    """Every draw reads one channel of the noise."""
+
+    def corrupt(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str) -> Noisy:
+        return CORRUPT(process, x0, times, scored, noise, name)
+
+    return corrupt
+
+
+def corrupt_alike(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str) -> Noisy:
+    """Both positions read the uniforms of the first."""
+
+    class OfTheFirst(Noise):
+        def uniform(self, channel: str, count: int = 1) -> Tensor:
+            u = noise.uniform(channel, count)
+            return u[:, :1].expand_as(u)
+
+    return CORRUPT(process, x0, times, scored, OfTheFirst(0, 0, noise.index, noise.length), channel)
+
+
+def corrupt_prompts(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str) -> Noisy:
+    return CORRUPT(process, x0, times, torch.ones_like(scored), noise, channel)
+
+
+def speeds_swapped(process: Any, ask: Ask, x0: Tensor, noisy: Noisy, speed: Tensor) -> Tensor:
+    return DIFFUSION(process, ask, x0, noisy, speed.flip(-1))
+
+
+def speed_squared(process: Any, ask: Ask, x0: Tensor, noisy: Noisy, speed: Tensor) -> Tensor:
+    return speed * DIFFUSION(process, ask, x0, noisy, speed)
+
+
+LEAKS: dict[str, tuple[str, Callable[..., Any], str]] = {
+    "the closing term shows a draw of q_1(.|x0)": ("closing_term", closing_shows(drawn_from_q_1), "closing"),
+    "the closing term shows z at the end of the window": ("closing_term", closing_shows(states_at_the_end), "closing"),
+    "the closing term tells the end of the window": (
+        "closing_term",
+        closing_shows(drawn_from_the_prior, None),
+        "closing",
+    ),
+    "z is drawn at 0.9 t": ("corrupt", corrupt_earlier, "diffusion"),
+    "a time of 0.8 t is told": ("corrupt", tell_an_earlier_time, "diffusion"),
+    "decoding is noised at 0": ("decoding_term", decode_noised_at_zero, "decoding"),
+    "terms share a channel": ("corrupt", corrupt_by("diffusion"), "channel"),
+    "times and states share a channel": ("corrupt", corrupt_by("time"), "channel"),
+    "positions share their uniforms": ("corrupt", corrupt_alike, "diffusion"),
+    "what is not scored is noised": ("corrupt", corrupt_prompts, "diffusion"),
+    "speeds belong to the other position": ("diffusion_term", speeds_swapped, "diffusion"),
+    "speed counts twice": ("diffusion_term", speed_squared, "diffusion"),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_shipped_bound_draws_what_it_charges(name: str) -> None:
+    report = draws_of_the_bound(PROCESSES[name])
+    assert report.passed, str(report)
+    assert report.probes > 2 * 3 * 6
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_planted_leak_breaks_the_law_of_draws(name: str, leak: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, fault, term = LEAKS[leak]
+    monkeypatch.setattr(elbo, where, fault)
+    report = draws_of_the_bound(PROCESSES[name])
+    assert not report.passed, str(report)
+    assert "raised" not in report.where, "found by its numbers, not because the plant itself is broken"
+    if where != "corrupt":  # that one is read by all three terms
+        assert term in report.where
+
+
+@pytest.mark.parametrize("fault", [corrupt_by("prior"), corrupt_by("decoding")], ids=["prior", "decoding"])
+def test_channels_kept_apart_show_a_swap_to_the_entropy_law(
+    fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The enumeration reads each channel off cells of its own, so states of another channel have other probabilities."""
+    process = PROCESSES["uniform"]
+    assert bound.entropy_equality(process).passed
+    monkeypatch.setattr(elbo, "corrupt", fault)
+    assert not bound.entropy_equality(process).passed
+
+
+def test_check_process_runs_the_law_of_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elbo, "closing_term", closing_shows(drawn_from_q_1))
+    broken = {report.law for report in check_process(PROCESSES["masked"]) if not report.passed}
+    assert draws_of_the_bound.name in broken
+
+
+def test_the_leak_of_x0_lowers_the_bound_where_tokens_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why it matters: with tokens left at t = 1, q_1(.|x0) at one position tells the network of x0 at the other."""
+    from ddiff.testing.drawn import drawn_terms, enumerated_terms, other_table
+
+    process = PROCESSES["uniform, tokens left at t = 1"]
+    x0 = torch.tensor([[0, 0], [2, 2]])
+    scored = torch.ones_like(x0, dtype=torch.bool)
+    table = other_table(process)
+    due = enumerated_terms(process, table, x0, scored, (0.0, 1.0))["closing"].mean
+    monkeypatch.setattr(elbo, "closing_term", closing_shows(drawn_from_q_1))
+    leaking = drawn_terms(process, table, x0, scored, (0.0, 1.0))[0].closing.mean(1)
+    assert float((due - leaking).abs().max()) > 1e-3
+
+
+# ---------------------------------------------------------------------- the parts of the law
+
+
+def test_covering_gives_every_channel_dimensions_of_its_own() -> None:
+    noise = CoveringNoise(torch.arange(256), 256, 2)
+    drawn = torch.cat([noise.uniform("a"), noise.uniform("b", 3).flatten(1), noise.uniform("c")], 1)
+    assert torch.equal(noise.uniform("a"), drawn[:, :2])
+    assert noise.queries == {"a": 2, "b": 1, "c": 1}
+    assert float((drawn.mean(0) - 0.5).abs().max()) < 1e-9  # every dimension is evenly covered
+    correlation = torch.corrcoef(drawn.T) - torch.eye(drawn.shape[1], dtype=torch.float64)
+    assert float(correlation.abs().max()) < 0.2
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_information_path_integrates_its_speed(name: str) -> None:
+    process = PROCESSES[name]
+    window = inner_window(process)
+    v = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+    t, speed = InformationPath(process, window)(v, 2)
+    for power in (0, 1, 2):
+        expected = (window[1] ** (power + 1) - window[0] ** (power + 1)) / (power + 1)
+        assert (speed * t**power).mean(0).tolist() == pytest.approx([expected] * 2, rel=1e-4)
+    assert bool((t.diff(dim=0) > 0).all())
+
+
+def test_positions_at_the_prior_say_nothing_of_their_token() -> None:
+    """Tokens are left at t = 1 of this process; what has not begun yet is a draw of the prior all the same."""
+    process = PROCESSES["uniform, tokens left at t = 1"]
+    x0 = torch.arange(3).repeat(4096).reshape(-1, 2)
+    noise = Noise(0, 0, torch.arange(len(x0)), 2)
+    everywhere = torch.ones_like(x0, dtype=torch.bool)
+    times = Times(torch.ones(x0.shape).double(), torch.zeros(x0.shape).double(), ~everywhere, waiting=everywhere)
+    noisy = CORRUPT(process, x0, times, everywhere, noise, "diffusion")
+    stays = float((noisy.zt == x0).double().mean())
+    assert stays == pytest.approx(1 / 3, abs=0.02), "four standard errors; q_1 would keep .53 of them"
+    begun = CORRUPT(process, x0, times._replace(waiting=~everywhere), everywhere, noise, "diffusion")
+    assert float((begun.zt == x0).double().mean()) == pytest.approx(0.3 + 0.7 / 3, abs=0.02)

@@ -1,0 +1,132 @@
+"""Every key of the engine's own components reaches what they build."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ddiff_core import samplers
+from ddiff_core.objectives import Block, Clip, Flat, Quenched, Slide, Width
+
+from ddiff.core.times import FlatTimes, WindowTimes
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
+from ddiff.sampling.grid import Grid, LoopGrid
+from ddiff.sampling.psi import Cap, Confidence, Loop, Rescale
+from ddiff.sampling.shaping import MinP, Temperature, TopK, TopP
+
+TREE = HierarchicalVocabulary([[0, 1, 0]])
+
+
+def built(component: Any, **settings: Any) -> Any:
+    return component.build(component.Config(**settings), steps=7)
+
+
+ON_A_GRID = [
+    samplers.Ancestral, samplers.TauLeaping, samplers.Analytic, samplers.Trapezoidal, samplers.Surest, samplers.Margin,
+    samplers.Psi, samplers.Remasking, samplers.Correcting, samplers.Returning, samplers.OneLevel,
+]  # fmt: skip
+INSIDE = [samplers.SelfCorrecting, samplers.Blockwise, samplers.Hyperschedule]
+
+
+@pytest.mark.parametrize("component", [*ON_A_GRID, *INSIDE], ids=lambda one: one.__name__)
+def test_sampler_walks_the_grid_of_its_settings(component: Any) -> None:
+    for spacing in ("uniform", "cosine", "log"):
+        sampler = built(component, grid=spacing)
+        sampler = sampler.inner if component in INSIDE else sampler
+        assert sampler.grid.times() == Grid(spacing, 7).times()
+
+
+EVERY = [*ON_A_GRID, *INSIDE, samplers.FirstHitting, samplers.EntropyBound]
+
+
+@pytest.mark.parametrize("component", EVERY, ids=lambda one: one.__name__)
+def test_sampler_takes_all_four_filters_in_their_order(component: Any) -> None:
+    shaped = built(component, temperature=0.5, top_k=3, top_p=0.8, min_p=0.1)
+    assert [type(shaper) for shaper in shaped.shapers] == [Temperature, TopK, TopP, MinP]
+    temperature, top_k, top_p, min_p = shaped.shapers
+    assert (temperature.temperature, top_k.k, top_p.p, min_p.share) == (0.5, 3, 0.8, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("component", "settings", "attributes"),
+    [
+        (samplers.Ancestral, {"last": "argmax"}, {"last": "argmax"}),
+        (samplers.Trapezoidal, {"theta": 0.3}, {"theta": 0.3}),
+        (samplers.Trapezoidal, {}, {"theta": 0.5}),
+        (samplers.FirstHitting, {"until": 0.01}, {"until": 0.01}),
+        (samplers.Surest, {"by": "entropy", "noise": 0.7}, {"by": "entropy", "noise": 0.7}),
+        (samplers.Surest, {}, {"by": "confidence", "noise": 0.0}),
+        (samplers.Margin, {"noise": 0.7}, {"by": "margin", "noise": 0.7}),
+        (samplers.EntropyBound, {"bound": 0.4}, {"bound": 0.4}),
+        (samplers.Correcting, {"eta": 0.6}, {"eta": 0.6}),
+        (samplers.Returning, {"rounds": 3, "share": 0.4}, {"rounds": 3, "corrector.share": 0.4}),
+        (
+            samplers.SelfCorrecting,
+            {"rounds": 5, "commit": 2, "sharpness": 0.3, "at": 0.2, "patience": 4},
+            {"rounds": 5, "commit": 2, "temperature": 0.3, "at": 0.2, "patience": 4},
+        ),
+        (samplers.Psi, {"kappa": 0.3}, {"kappa.kappa": 0.3}),
+        (samplers.Psi, {"kappa": 0.0}, {"kappa.kappa": 0.0}),
+        (samplers.Blockwise, {"width": 5, "sight": "all"}, {"width": 5, "sight": "all"}),
+        (samplers.Hyperschedule, {"width": 5, "shape": "block"}, {"rule.width": 5, "rule.shape": "block"}),
+        (samplers.Hyperschedule, {}, {"rule.width": 16, "rule.shape": "slide", "rule.paired": False}),
+    ],
+    ids=str,
+)
+def test_sampler_is_built_from_its_settings(component: Any, settings: Any, attributes: dict[str, Any]) -> None:
+    sampler = built(component, **settings)
+    for path, value in attributes.items():
+        found = sampler
+        for name in path.split("."):
+            found = getattr(found, name)
+        assert found == value, path
+
+
+@pytest.mark.parametrize(
+    ("setting", "rule"), [("cap", Cap), ("rescale", Rescale), ("confidence", Confidence), ("loop", Loop)]
+)
+def test_remasking_has_the_rule_that_is_named(setting: Any, rule: type) -> None:
+    sampler = built(samplers.Remasking, setting=setting, eta=0.3)
+    assert isinstance(sampler.kappa, rule)
+    assert sampler.kappa.eta == 0.3
+
+
+def test_a_remasking_loop_rests_at_hold() -> None:
+    assert built(samplers.Remasking, setting="loop", hold=0.3).grid.times() == LoopGrid(7, hold=0.3).times()
+    assert built(samplers.Remasking, setting="loop").grid.times() == LoopGrid(7, hold=0.1).times()
+
+
+@pytest.mark.parametrize("inner", ["ancestral", "tau_leaping", "confidence", "psi", "first_hitting", "entropy"])
+def test_blockwise_moves_by_the_inner_sampler_that_is_named(inner: Any) -> None:
+    expected = {
+        "ancestral": "AncestralSampler", "tau_leaping": "TauLeapingSampler", "confidence": "UnmaskingSampler",
+        "psi": "PsiSampler", "first_hitting": "FirstHittingSampler", "entropy": "EntropyBoundSampler",
+    }  # fmt: skip
+    assert type(built(samplers.Blockwise, inner=inner).inner).__name__ == expected[inner]
+
+
+# ---------------------------------------------------------------------- losses and times
+
+
+def test_clip_holds_weights_between_its_settings() -> None:
+    from ddiff_mdlm.process import MaskedDiffusion
+
+    process = MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(3))
+    x0, t = torch.zeros(3, dtype=torch.long), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    weight = Clip.build(Clip.Config(smallest=1.5, largest=4.0), process=process).weight(
+        process, x0, torch.full_like(x0, 3), t
+    )
+    assert weight.tolist() == pytest.approx([4.0, 2.0, 1.5])
+    assert (Clip.Config().smallest, Clip.Config().largest) == (0.0, 2.0)
+
+
+def test_windows_of_positions_are_what_is_named() -> None:
+    block = Block.build(Width(width=3, start=0.1, stop=0.8, paired=False))
+    slide = Slide.build(Width(width=4))
+    single = Quenched.build(Quenched.Config())
+    assert all(isinstance(rule, WindowTimes) for rule in (block, slide, single))
+    assert (block.width, block.shape, block.paired) == (3, "block", False)
+    assert (slide.width, slide.shape, slide.paired) == (4, "slide", True)
+    assert (single.width, single.shape, single.paired) == (1, "block", True)
+    assert isinstance(Flat.build(Flat.Config()), FlatTimes)

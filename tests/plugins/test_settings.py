@@ -1,0 +1,176 @@
+"""What a setting does, by numbers: clocks and schedules as they are built, and settings of 0 that are no defaults."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from ddiff_core.samplers import EntropyBound, Remasking
+from ddiff_gidd.process import GeneralizedInterpolation
+from ddiff_hdlm.losses import Empirical, HardTokens
+from ddiff_hdlm.process import HierarchicalDiffusion
+from ddiff_hybrid.epsilon import EpsilonHybrid
+from ddiff_hybrid.losses import Published
+from ddiff_mdlm.process import MaskedDiffusion
+from ddiff_sedd.process import ScoreEntropyDiffusion
+from torch import Tensor
+
+from ddiff import ComponentConfig, FlatVocabulary, HierarchicalVocabulary
+from ddiff.core.law import DenseLaw
+from ddiff.testing.probes import INNER, likelihoods, times
+
+TWO = HierarchicalVocabulary([[0, 1, 0, 1, 1, 2]])
+THREE = HierarchicalVocabulary([[2, 0, 1, 0, 1, 2], [1, 0, 1]])
+T = times(INNER)
+
+
+def levels(process: Any, t: Tensor) -> Tensor:
+    """[n,L+1] how much of token 0 is at each level, from the marginal."""
+    mass = likelihoods(process, t)[:, 0]
+    return torch.stack([part.sum(-1) for part in mass.split(process.vocabulary.level_sizes, -1)], -1)
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+# ---------------------------------------------------------------------- clocks
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0, 3.0])
+def test_hdlm_gamma_is_the_hazard_of_leaving_the_tokens(gamma: float) -> None:
+    """alpha = (1 - t)^gamma, and beta_c = gamma ((1 - t) - (1 - t)^gamma)/(gamma - 1)."""
+    process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(gamma=gamma), vocabulary=TWO)
+    clean = (1.0 - T) ** gamma
+    cluster = gamma * ((1.0 - T) - clean) / (gamma - 1.0)
+    close(levels(process, T), torch.stack([clean, cluster, 1.0 - clean - cluster], -1))
+
+
+def test_hdlm_gamma_is_one_unless_given() -> None:
+    process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(), vocabulary=TWO)
+    close(levels(process, T)[:, 1], -(1.0 - T) * torch.log1p(-T))
+
+
+def test_hdlm_rates_run_from_the_tokens_up() -> None:
+    """The fast level of (4, .5) is the first: tokens are left as (1 - t)^4, clusters as (1 - t)^.5."""
+    process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(rates=(4.0, 0.5)), vocabulary=TWO)
+    clean = (1.0 - T) ** 4
+    cluster = 4.0 * (clean - (1.0 - T) ** 0.5) / (0.5 - 4.0)
+    close(levels(process, T), torch.stack([clean, cluster, 1.0 - clean - cluster], -1))
+
+
+def test_hdlm_gamma_leaves_all_levels_above_at_one() -> None:
+    built = [
+        HierarchicalDiffusion.build(HierarchicalDiffusion.Config(**keys), vocabulary=THREE)
+        for keys in ({"gamma": 2.0}, {"rates": (2.0, 1.0, 1.0)})
+    ]
+    close(levels(built[0], T), levels(built[1], T))
+
+
+def test_hdlm_powers_are_of_the_levels_from_the_lowest_up() -> None:
+    process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(powers=(0.8, 3.0)), vocabulary=TWO)
+    close(levels(process, T), torch.stack([1.0 - T**0.8, T**0.8 - T**3, T**3], -1))
+
+
+def test_hdlm_xi_is_the_chance_of_the_own_parent() -> None:
+    process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(xi=0.7), vocabulary=TWO)
+    at_clusters = likelihoods(process, T)[:, 0, 6:9]
+    close(at_clusters / at_clusters.sum(-1, keepdim=True), times((0.7, 0.15, 0.15)).expand(5, -1))
+
+
+@pytest.mark.parametrize(
+    ("keys", "alpha"),
+    [
+        ({"schedule": "linear"}, lambda t: 1.0 - t),
+        ({"schedule": "cosine"}, lambda t: 1.0 - torch.sin(math.pi / 2 * t)),
+        ({"schedule": "power", "power": 0.4}, lambda t: 1.0 - t**0.4),
+        ({"schedule": "power", "power": 2.5}, lambda t: 1.0 - t**2.5),
+    ],
+    ids=["linear", "cosine", "power .4", "power 2.5"],
+)
+def test_mdlm_schedule_is_the_one_that_is_named(keys: dict[str, Any], alpha: Any) -> None:
+    process = MaskedDiffusion.build(MaskedDiffusion.Config(**keys), vocabulary=FlatVocabulary(4))
+    close(levels(process, T)[:, 0], alpha(T))
+
+
+# ---------------------------------------------------------------------- zero is a setting
+
+
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+@pytest.mark.parametrize(("keys", "left"), [({}, 1e-3), ({"floor": 0.0}, 0.0), ({"floor": 0.2}, 0.2)], ids=str)
+def test_sedd_floor_is_what_is_left_of_tokens(graph: Any, keys: dict[str, float], left: float) -> None:
+    vocabulary = FlatVocabulary(3, mask=graph == "absorb")
+    process = ScoreEntropyDiffusion.build(ScoreEntropyDiffusion.Config(graph=graph, **keys), vocabulary=vocabulary)
+    close(process.schedule.alpha(times((0.0, 0.5, 1.0))), 1.0 - (1.0 - left) * times((0.0, 0.5, 1.0)))
+    assert process.closes_at_prior == (left == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sigmas"),
+    [({}, (1e-4, 20.0)), ({"sigma_min": 0.1}, (0.1, 20.0)), ({"sigma_max": 3.0}, (1e-4, 3.0))],
+    ids=str,
+)
+def test_sedd_geometric_noise_runs_between_its_sigmas(keys: dict[str, float], sigmas: tuple[float, float]) -> None:
+    config = ScoreEntropyDiffusion.Config(noise="geometric", **keys)
+    schedule = ScoreEntropyDiffusion.build(config, vocabulary=FlatVocabulary(3)).schedule
+    least, most = sigmas
+    close(schedule.alpha(T), torch.exp(-(least ** (1.0 - T)) * most**T))
+
+
+def test_remasking_with_strength_zero_remasks_nothing() -> None:
+    for setting, default in (("cap", 0.008), ("rescale", 0.015), ("confidence", 1.0), ("loop", 0.02)):
+        eta = lambda **keys: Remasking.build(Remasking.Config(**keys), steps=4).kappa.eta  # noqa: E731
+        assert eta(setting=setting, eta=0.0) == 0.0
+        assert eta(setting=setting) == default
+
+
+def test_published_loss_with_lambda_zero_reads_masks_only() -> None:
+    process = EpsilonHybrid.build(EpsilonHybrid.Config(), vocabulary=FlatVocabulary(3))
+    assert Published.build(Published.Config(lam=0.0), process=process).lam == 0.0  # type: ignore[union-attr]
+    assert Published.build(Published.Config(), process=process).lam == 1.0  # type: ignore[union-attr]
+
+
+def test_entropy_bound_of_zero_is_zero() -> None:
+    assert EntropyBound.build(EntropyBound.Config(bound=0.0), steps=4).bound == 0.0  # type: ignore[attr-defined]
+
+
+def test_gidd_without_uniform_noise_has_none() -> None:
+    config = GeneralizedInterpolation.Config(p_uniform=0.0)
+    process = GeneralizedInterpolation.build(config, vocabulary=FlatVocabulary(3))
+    assert float(likelihoods(process, T)[:, 0, 1:3].max()) == 0.0
+
+
+# ---------------------------------------------------------------------- losses of hdlm
+
+
+def test_hdlm_empirical_weights_are_the_fitted_ones() -> None:
+    """t^2 - t + 3 at masks and 3 - 2t at clusters, whatever the clock; what is read is the bound's divergence."""
+    process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(gamma=2.0), vocabulary=TWO)
+    loss = Empirical.build(ComponentConfig(), process=process)
+    t = times((0.0, 0.25, 1.0))
+    x0 = torch.zeros(3, dtype=torch.long)
+    root, cluster = torch.full_like(x0, 9), torch.full_like(x0, 6)
+    assert loss.weight(process, x0, root, t).tolist() == [3.0, 2.8125, 3.0]
+    assert loss.weight(process, x0, cluster, t).tolist() == [3.0, 2.5, 1.0]
+    answer = DenseLaw(torch.tensor([[0.3, 0.2, 0.2, 0.1, 0.1, 0.1]] * 3, dtype=torch.float64).log(), TWO)
+    at = times((0.2, 0.25, 0.9))
+    close(loss.divergence(process, answer, x0, root, at), process.divergence(answer, x0, root, at))
+    close(loss.divergence(process, answer, x0, root, at), -times((0.5, 0.5, 0.5)).log())  # its cluster: .3 + .2
+
+
+def test_hdlm_hard_reads_the_token_itself_at_every_level() -> None:
+    """The bound's weight, at most `largest`, times -ln P(x | node)."""
+    process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(gamma=1.0), vocabulary=TWO)
+    loss = HardTokens.build(HardTokens.Config(largest=1.5), process=process)
+    assert HardTokens.Config().largest == 2.0
+    x0 = torch.zeros(2, dtype=torch.long)
+    zt, t = torch.tensor([9, 6]), times((0.5, 0.5))
+    answer = DenseLaw(torch.tensor([[0.3, 0.2, 0.2, 0.1, 0.1, 0.1]] * 2, dtype=torch.float64).log(), TWO)
+    close(loss.divergence(process, answer, x0, zt, t), -times((0.3, 0.3 / 0.5)).log())
+    early, late = times((0.05, 0.05)), times((0.9, 0.9))
+    for at in (early, t, late):
+        expected = [min(weight, 1.5) for weight in process.weight(x0, zt, at).tolist()]
+        assert loss.weight(process, x0, zt, at).tolist() == expected
+    assert float(process.weight(x0, zt, early).max()) > 1.5

@@ -1,0 +1,357 @@
+"""One step of each sampler by its numbers: where a state goes, with which probability, from which time.
+
+A network that always predicts the same distribution makes every probability of a step a short formula. Draws come from
+an even covering of the uniforms, which resolves a probability to 5e-3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddiff.core.clock import CdfClock, LogTimeClock
+from ddiff.core.elbo import Ask, ask_law
+from ddiff.core.interpolating import MixtureProcess, word_law
+from ddiff.core.process import ForwardProcess
+from ddiff.core.schedule import LinearSchedule
+from ddiff.core.times import Noisy
+from ddiff.core.tree import TreeProcess
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
+from ddiff.sampling.acs import CorrectingSampler
+from ddiff.sampling.ancestral import AncestralSampler
+from ddiff.sampling.corrected import CorrectedSampler, ForwardBackward
+from ddiff.sampling.grid import LoopGrid
+from ddiff.sampling.loop import Canvas
+from ddiff.sampling.one_level import OneLevelSampler
+from ddiff.sampling.psi import Cap, Confidence, Loop, PsiSampler, Rescale
+from ddiff.sampling.self_correction import SelfCorrectingSampler, _Patience, proposals
+from ddiff.sampling.stepped import SteppedSampler
+from ddiff.sampling.tau_leaping import TauLeapingSampler, leap
+from ddiff.sampling.trapezoidal import TrapezoidalSampler
+from ddiff.sampling.unmasking import EntropyBoundSampler, UnmaskingSampler
+from ddiff.testing.drawn import CoveringNoise
+
+POINTS = 8192
+RESOLVED = 5e-3
+MASK, P = 3, (0.5, 0.3, 0.2)  # of the masked process on three tokens; what the network predicts
+MASKED = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))  # alpha = 1 - t
+BARE = FlatVocabulary(3, mask=False)
+UNIFORM = MixtureProcess(BARE, LinearSchedule(), word_law(BARE))
+TREE = TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((2.0, 1.0)))
+
+
+def predicting(process: ForwardProcess, *p: tuple[float, ...]) -> Ask:
+    """The same distributions whatever is shown: one for all positions, or one for each."""
+    log_p = torch.tensor(p, dtype=torch.float64).log()
+    return ask_law(lambda noisy: log_p.expand(*noisy.zt.shape, -1), process.vocabulary)
+
+
+def canvas_of(states: tuple[int, ...], t: float, count: int = POINTS) -> Canvas:
+    zt = torch.tensor(states).expand(count, -1).clone()
+    free = torch.ones_like(zt, dtype=torch.bool)
+    return Canvas(zt, torch.full(zt.shape, t, dtype=torch.float64), ~free, free)
+
+
+def covering(length: int) -> Any:
+    return CoveringNoise(torch.arange(POINTS), POINTS, length)
+
+
+def moved(sampler: SteppedSampler, process: ForwardProcess, ask: Ask, canvas: Canvas, s: float) -> Canvas:
+    return sampler.move(process, ask, canvas, torch.full_like(canvas.t, s), covering(canvas.zt.shape[1]))
+
+
+def step_of(sampler: SteppedSampler, process: ForwardProcess, state: int, t: float, s: float) -> list[float]:
+    """The probabilities of all states after one step of a single position."""
+    after = moved(sampler, process, predicting(process, P), canvas_of((state,), t), s).zt
+    return shares(after[:, 0], process.vocabulary.num_states)
+
+
+def shares(states: Tensor, count: int) -> list[float]:
+    found: list[float] = (torch.bincount(states, minlength=count).double() / len(states)).tolist()
+    return found
+
+
+def near(expected: Any) -> Any:
+    return pytest.approx(expected, abs=RESOLVED)
+
+
+# ---------------------------------------------------------------------- rates
+
+
+def test_leap_leaves_with_one_minus_exp_of_rate_times_span() -> None:
+    rates = torch.tensor([[0.0, 1.5, 0.5]], dtype=torch.float64).expand(POINTS, -1)
+    zt = torch.zeros(POINTS, dtype=torch.long)
+    u = covering(2).uniform("leap")
+    after = leap(rates, zt, torch.full((POINTS,), 0.4, dtype=torch.float64), u)
+    gone = 1.0 - math.exp(-2.0 * 0.4)
+    assert shares(after, 3) == near([1.0 - gone, 0.75 * gone, 0.25 * gone])
+
+
+def test_tau_leaping_holds_the_rates_of_the_start() -> None:
+    """Masks are revealed at the rate 1/t."""
+    gone = 1.0 - math.exp(-(0.8 - 0.3) / 0.8)
+    expected = [*(gone * p for p in P), 1.0 - gone]
+    assert step_of(TauLeapingSampler(4), MASKED, MASK, 0.8, 0.3) == near(expected)
+
+
+@pytest.mark.parametrize("theta", [0.3, 0.5, 0.8])
+def test_trapezoidal_extrapolates_from_theta_of_the_step(theta: float) -> None:
+    """A mask stays for theta of the step at 1/t, then at [a/rho - (a - 1)/t]_+, rho being where the first stage ends."""
+    t, s = 0.8, 0.3
+    rho, ahead = t - theta * (t - s), 0.5 / (theta * (1.0 - theta))
+    late = max(ahead / rho - (ahead - 1.0) / t, 0.0)
+    stays = math.exp(-theta * (t - s) / t - late * (1.0 - theta) * (t - s))
+    expected = [*((1.0 - stays) * p for p in P), stays]
+    assert step_of(TrapezoidalSampler(4, theta), MASKED, MASK, t, s) == near(expected)
+
+
+# ---------------------------------------------------------------------- levels
+
+
+@pytest.mark.parametrize(("state", "level"), [(5, 2), (3, 1)])
+def test_one_level_falls_by_the_flow_out_of_its_level(state: int, level: int) -> None:
+    """The share (F_l(t) - F_l(s)) / pi_l(t) goes one level down and no further; tokens stay."""
+    t, s = 0.7, 0.5
+    now, then = TREE.clock.pi(torch.tensor([t, s], dtype=torch.float64))
+    falls = float((now[level:].sum() - then[level:].sum()) / now[level])
+    below = {5: {3: 0.7, 4: 0.3}, 3: {0: 0.5 / 0.7, 2: 0.2 / 0.7}}[state]  # clusters {0, 2} and {1}
+    expected = [0.0] * 6
+    expected[state] = 1.0 - falls
+    for child, share in below.items():
+        expected[child] = falls * share
+    assert 0.1 < falls < 0.9
+    assert step_of(OneLevelSampler(4), TREE, state, t, s) == near(expected)
+    assert step_of(OneLevelSampler(4), TREE, 0, t, s) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+# ---------------------------------------------------------------------- remasking
+
+
+def test_psi_is_kappa_of_the_posterior_and_the_rest_drawn_again() -> None:
+    t, s, kappa = 0.6, 0.4, 0.7
+    stays = kappa * s / t + (1.0 - kappa) * s  # the posterior leaves s/t of the masks, noise anew leaves s
+    expected = [*((1.0 - stays) * p for p in P), stays]
+    assert step_of(PsiSampler(4, kappa), MASKED, MASK, t, s) == near(expected)
+    assert step_of(PsiSampler(4, kappa), MASKED, 0, t, s) == near([1.0 - 0.3 * s, 0.0, 0.0, 0.3 * s])
+
+
+@pytest.mark.parametrize(
+    ("rule", "t", "s", "sigma"),
+    [
+        (Cap(0.2), 0.45, 0.3, 0.2),
+        (Cap(0.9), 0.45, 0.3, 0.3),  # at most 1 - alpha_s, whatever sigma_max = .545 says
+        (Cap(0.2), 0.5, 0.05, 0.05),
+        (Rescale(0.4), 0.45, 0.3, 0.4 * 0.3 / 0.55),
+        (Rescale(0.5), 0.3, 0.1, 0.5 * 0.1 / 0.7),
+        (Rescale(0.3), 0.9, 0.6, 0.3),  # sigma_max = min(1, .6/.1)
+        (Rescale(0.0), 0.5, 0.3, 0.0),
+        (Loop(0.15), 0.4, 0.4, 0.15),
+        (Loop(0.15), 0.4, 0.3, 0.0),
+    ],
+    ids=lambda value: type(value).__name__ if callable(value) else str(value),
+)
+def test_a_token_is_remasked_with_probability_sigma(rule: Any, t: float, s: float, sigma: float) -> None:
+    assert step_of(PsiSampler(4, rule), MASKED, 0, t, s) == near([1.0 - sigma, 0.0, 0.0, sigma])
+
+
+def test_confidence_remasks_tokens_that_were_drawn_with_low_probability() -> None:
+    """sigma_i = eta sigma_max softmax_i(-p_i) over tokens with a note; masks and tokens without one weigh nothing."""
+    t, s, eta = 0.45, 0.3, 0.5
+    drawn_with = torch.tensor([0.9, 0.1, 0.5, 0.5])
+    sureness = drawn_with.double().log()
+    sureness[3] = torch.inf  # given, or there from the start
+    canvas = canvas_of((0, 1, 0, 1, MASK), t)
+    note = torch.cat([sureness, torch.tensor([-0.2]).double()]).expand(POINTS, -1)
+    canvas = replace(canvas, notes={"sureness": note})
+    after = moved(PsiSampler(4, Confidence(eta)), MASKED, predicting(MASKED, P), canvas, s).zt
+    weights = [math.exp(-p) for p in (0.9, 0.1, 0.5)]
+    expected = [eta * 0.3 / 0.55 * weight / sum(weights) for weight in weights]
+    assert (after[:, :4] == MASK).double().mean(0).tolist() == near([*expected, 0.0])
+
+
+def test_psi_notes_how_probable_new_tokens_were() -> None:
+    canvas = canvas_of((MASK, 1), 0.8, POINTS)
+    after = moved(PsiSampler(4, Confidence(0.0)), MASKED, predicting(MASKED, P), canvas, 0.2)
+    first, second = after.notes["sureness"].unbind(-1)
+    revealed = after.zt[:, 0] != MASK
+    log_p = torch.tensor(P, dtype=torch.float64).log()
+    torch.testing.assert_close(first[revealed], log_p[after.zt[:, 0][revealed]], rtol=0, atol=1e-12)
+    assert bool(first[~revealed].isinf().all())
+    assert bool(second.isinf().all()), "a token that stays keeps its note"
+
+
+def test_loop_grid_rests_between_on_and_off() -> None:
+    """tau = 1, .9, ...: from 1 to `on` down to `hold`, rest, and from `off` down to 0."""
+    times = LoopGrid(10, on=0.6, off=0.2, hold=0.3).times()
+    expected = [1.0, 0.825, 0.65, 0.475, 0.3, 0.3, 0.3, 0.3, 0.3, 0.15, 0.0]
+    assert times == pytest.approx(expected, abs=1e-12)
+
+
+# ---------------------------------------------------------------------- correcting
+
+
+@pytest.mark.parametrize(("t", "s"), [(0.8, 0.4), (0.5, 0.45)])
+def test_acs_redraws_by_what_is_not_revealed(t: float, s: float) -> None:
+    """With probability eta (1 - pi), pi = (alpha_s - alpha_t)/(1 - alpha_t) = (t - s)/t, Bayes; else the posterior."""
+    eta = 0.6
+    again = eta * (1.0 - (t - s) / t)
+    at, then = torch.tensor([t], dtype=torch.float64), torch.tensor([s], dtype=torch.float64)
+    zt, log_p = torch.tensor([2]), torch.tensor([P], dtype=torch.float64).log()
+    posterior = UNIFORM.reverse_log_probs(log_p, zt, at, then).exp()[0]
+    bayes = (log_p + UNIFORM.log_likelihood(zt, at)).softmax(-1)[0]
+    expected = again * bayes + (1.0 - again) * posterior
+    assert step_of(CorrectingSampler(4, eta), UNIFORM, 2, t, s) == near(expected.tolist())
+
+
+@pytest.mark.parametrize(("share", "above"), [(1.0, 0.7), (0.5, 0.6), (4.0, 1.0)])
+def test_forward_backward_climbs_a_share_of_the_step(share: float, above: float) -> None:
+    """From t = .5 after a step of .2 to `above`, at most 1; a token goes up with (above - t)/(1 - t), and of those that did
+    t/above are still masked after the way back."""
+    canvas = canvas_of((0,), 0.5)
+    noise = covering(1)
+    span = torch.full_like(canvas.t, 0.2)
+    after = ForwardBackward(share).correct(MASKED, predicting(MASKED, P), canvas, span, noise, "correct")
+    up = (above - 0.5) / (1.0 - 0.5)
+    masked, back = up * 0.5 / above, up * (1.0 - 0.5 / above)
+    expected = [1.0 - up + back * P[0], back * P[1], back * P[2], masked]
+    assert shares(after.zt[:, 0], 4) == near(expected)
+
+
+def test_corrected_sampler_gives_the_corrector_the_span_of_the_step() -> None:
+    spans: list[float] = []
+    channels: list[str] = []
+
+    class Watching:
+        def needs(self, process: Any, says: Any) -> None: ...
+
+        def correct(self, process: Any, ask: Any, canvas: Canvas, span: Tensor, noise: Any, channel: str) -> Canvas:
+            assert canvas.t.unique().tolist() == [0.3]
+            spans.extend(span.unique().tolist())
+            channels.append(channel)
+            return canvas
+
+    sampler = CorrectedSampler(AncestralSampler(4), Watching(), rounds=2)
+    moved(sampler, MASKED, predicting(MASKED, P), canvas_of((MASK,), 0.8, POINTS), 0.3)
+    assert spans == pytest.approx([0.5, 0.5])
+    assert len(set(channels)) == 2, "each round draws for itself"
+
+
+# ---------------------------------------------------------------------- self-correction
+
+
+def test_self_correction_proposes_with_own_evidence_at_its_temperature() -> None:
+    """x' ~ [P(x) q_at(z|x)]^(1/T), q read at the time that is told."""
+    at, temperature, state = 0.4, 0.7, 2
+    canvas = canvas_of((state,), at)
+    going = torch.ones(POINTS, dtype=torch.bool)
+    drawn, score, right = proposals(UNIFORM, predicting(UNIFORM, P), canvas, going, covering(1), temperature)
+    log_q = UNIFORM.log_likelihood(torch.tensor([state]), torch.tensor([at], dtype=torch.float64))[0]
+    full = torch.tensor(P, dtype=torch.float64).log() + log_q
+    tempered = (full / temperature).log_softmax(-1)
+    assert shares(drawn[:, 0], 3) == near(tempered.exp().tolist())
+    changed = drawn[:, 0] != state
+    torch.testing.assert_close(score[:, 0][changed], tempered[drawn[:, 0][changed]], rtol=0, atol=1e-12)
+    assert bool(score[:, 0][~changed].isneginf().all())
+    assert bool((right == (int(full.argmax()) == state)).all())
+    assert int(full.argmax()) == state != P.index(max(P)), "evidence decides which token is the likeliest"
+
+
+def test_patience_ends_after_so_many_rounds_without_gain() -> None:
+    patient = _Patience(2, torch.ones(1, dtype=torch.bool))
+    told = [3, 3, 4, 4, 2, 4]
+    going = [bool(patient(torch.tensor([agreeing]))[0]) for agreeing in told]
+    assert going == [True, True, True, True, True, False], "the third round without more than 4"
+
+
+def test_self_correction_tells_its_time_and_keeps_the_likeliest_changes() -> None:
+    shown: list[Noisy] = []
+    rows = ((0.8, 0.1, 0.1), (0.05, 0.9, 0.05), (0.01, 0.01, 0.98))
+    log_p = torch.tensor(rows, dtype=torch.float64).log()
+
+    def network(noisy: Noisy) -> Tensor:
+        shown.append(noisy)
+        return log_p.expand(len(noisy.zt), -1, -1)
+
+    class Given:
+        quality, order, steps = "exact", 0, 1
+
+        def needs(self, process: Any, says: Any) -> None: ...
+
+        def run(self, process: Any, ask: Any, canvas: Canvas, noise_at: Any) -> Iterator[Canvas]:
+            yield canvas.moved(torch.tensor([[2, 0, 1]]), torch.zeros_like(canvas.t))
+
+    sampler = SelfCorrectingSampler(Given(), rounds=1, commit=2, temperature=0.5, at=0.9)  # type: ignore[arg-type]
+    noise: Callable[[int], Any] = lambda k: CoveringNoise(torch.zeros(1, dtype=torch.long), 64, 3)  # noqa: E731
+    *_, last = sampler.run(UNIFORM, ask_law(network, BARE), canvas_of((0, 0, 0), 1.0, 1), noise)
+    assert shown[-1].t.unique().tolist() == [0.9]
+    assert last.t.unique().tolist() == [0.0]
+    assert last.zt.tolist() == [[2, 1, 2]], "all three would change; the two likeliest changes are made"
+
+
+# ---------------------------------------------------------------------- unmasking
+
+
+def first_revealed(sampler: UnmaskingSampler, rows: tuple[tuple[float, ...], ...], s: float) -> list[float]:
+    """How often each masked position is among those that are revealed in the step from 1 to s."""
+    process = TreeProcess(FlatVocabulary(len(rows[0])), CdfClock([LinearSchedule()]))
+    mask = len(rows[0])
+    canvas = canvas_of((mask,) * len(rows), 1.0)
+    after = moved(sampler, process, predicting(process, *rows), canvas, s).zt
+    found: list[float] = (after != mask).double().mean(0).tolist()
+    return found
+
+
+PEAKED, SPREAD = (0.6, 0.4, *(0.0,) * 10), (0.2, *(0.8 / 11,) * 11)
+
+
+def test_margin_is_between_probabilities_not_logarithms() -> None:
+    """.6 - .4 is more than .2 - .073, though .6/.4 is less than .2/.073."""
+    assert first_revealed(UnmaskingSampler(4, "margin"), (PEAKED, SPREAD), 0.5) == [1.0, 0.0]
+
+
+def test_top_ranks_by_the_likeliest_and_confidence_by_what_is_drawn() -> None:
+    rows = ((0.55, 0.45), (0.6, 0.4))
+    assert first_revealed(UnmaskingSampler(4, "top"), rows, 0.5) == [0.0, 1.0]
+    # the second is likelier unless it draws .4, which is less than whatever the first draws
+    assert first_revealed(UnmaskingSampler(4, "confidence"), rows, 0.5) == near([0.4, 0.6])
+
+
+def test_entropy_reveals_the_lowest_first() -> None:
+    rows = ((0.5, 0.48, 0.02), (0.55, 0.225, 0.225))  # the second has the likelier top, the first less entropy
+    assert first_revealed(UnmaskingSampler(4, "entropy"), rows, 0.5) == [1.0, 0.0]
+    assert first_revealed(UnmaskingSampler(4, "top"), rows, 0.5) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("s", [0.5, 0.8])
+def test_gumbel_noise_fades_with_time(s: float) -> None:
+    """Of two positions the surer one is first with probability 1/(1 + e^(-d/b)), b = noise s."""
+    rows = ((0.8, 0.2), (0.5, 0.5))
+    first = 1.0 / (1.0 + math.exp(-math.log(0.8 / 0.5) / (2.0 * s)))
+    assert first_revealed(UnmaskingSampler(4, "top", noise=2.0), rows, s) == near([first, 1.0 - first])
+
+
+def steps_of_entropy_bound(bound: float, rows: tuple[tuple[float, ...], ...]) -> tuple[list[int], list[float]]:
+    """How many positions are masked after each step, and the times that are told."""
+    canvas = canvas_of((MASK,) * len(rows), 1.0, 1)
+    noise: Callable[[int], Any] = lambda k: CoveringNoise(torch.zeros(1, dtype=torch.long), 64, len(rows))  # noqa: E731
+    steps = list(EntropyBoundSampler(bound).run(MASKED, predicting(MASKED, *rows), canvas, noise))
+    return [int((step.zt == MASK).sum()) for step in steps], [float(step.t[0, 0]) for step in steps]
+
+
+def test_entropy_bound_includes_the_bound_itself() -> None:
+    """Positions that are certain hold no entropy, and a bound of 0 takes all of them at once."""
+    certain = (1.0, 0.0, 0.0)
+    assert steps_of_entropy_bound(0.0, (certain, certain, certain)) == ([0], [0.0])
+
+
+def test_entropy_bound_counts_all_but_the_largest() -> None:
+    """Entropies h, h, h with h = ln 3: with a bound between h and 2 h two positions move, with one below h a single one."""
+    flat = (1 / 3, 1 / 3, 1 / 3)
+    assert steps_of_entropy_bound(1.5, (flat, flat, flat))[0] == [1, 0]
+    assert steps_of_entropy_bound(1.0, (flat, flat, flat)) == ([2, 1, 0], pytest.approx([2 / 3, 1 / 3, 0.0]))
