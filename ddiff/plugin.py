@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pluggy
 
-from ddiff.errors import PluginError, nearest
+from ddiff.errors import PluginError, nearest, shortened
 from ddiff.registry import Component, Origin, Registry, describe
 
 GROUP = "ddiff"
@@ -178,7 +178,7 @@ def _only_claim(name: str) -> Plugin:
     installed = installed_plugins()
     if name not in installed:
         raise PluginError(
-            f'There is no plugin "{name}".{nearest(name, installed)} Installed: {", ".join(installed) or "none"}. '
+            f'There is no plugin "{shortened(name)}".{nearest(name, installed)} Installed: {", ".join(installed) or "none"}. '
             f'A plugin is the name of an entry point in the group "{GROUP}"; `ddiff plugins` lists them.'
         )
     _check_single(name, installed[name])
