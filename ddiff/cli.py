@@ -5,31 +5,56 @@ A mistake that the caller can mend is printed as one paragraph, and the exit cod
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
+import signal
+import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from ddiff import __version__
-from ddiff.errors import ArgumentError, DdiffError, PluginError
+from ddiff.errors import ArgumentError, DataError, PluginError, shortened
 from ddiff.launch import MISTAKE, end, follow_launcher, launch, place
+from ddiff.mistakes import REPORT, TRACEBACK, explained
 
 if TYPE_CHECKING:
     from ddiff.component import ComponentConfig
     from ddiff.recipe import Recipe
     from ddiff.registry import Component
 
+LONGEST_MESSAGE = 6000  # characters; what a message repeats of the input is cut by whoever writes it, mostly
+BROKEN_PIPE = 128 + signal.SIGPIPE
+
+
+class Commands(TyperGroup):
+    """The commands, with two exceptions kept from typer, which would print "Aborted." or end with 1 without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:
+            raise DataError(explained(error)) from error
+        except BrokenPipeError as error:
+            _forget_output()
+            raise typer.Exit(BROKEN_PIPE) from error
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Discrete diffusion: train, evaluate and sample from recipes; prove a plugin's mathematics.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left, no quota left
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Path of a TOML file, or the name of a shipped recipe.")
@@ -347,23 +372,75 @@ def main(arguments: list[str] | None = None) -> None:
     # Threads that wait for one another by spinning stall when anything else runs: 0.4 steps a second against 1.9 measured
     # on two busy cores. It must be said before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if place() is not None:  # DDP warns of each run that no parameter went unused, which is as it should be
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    follow_launcher()
     try:
-        app(arguments)
-    except DdiffError as error:
-        end(str(error), MISTAKE)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        end(
-            f"{error.strerror}{f': {error.filename}' if error.filename else ''}. What was being written is lost, "
-            "nothing that stood before. Make room, or name another folder, and repeat the command: a run goes on from "
-            "its last checkpoint.",
-            MISTAKE,
-        )
-    except Exception:
-        if place() is None:
-            raise
-        end(traceback.format_exc(), 1)
+        if place() is not None:  # DDP warns of each run that no parameter went unused, which is as it should be
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        follow_launcher()
+        _encode_what_can_be()
+        with _ended_in_order():
+            try:
+                app(arguments)
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # here, where a full disk or a closed pipe still has a message
+    except BrokenPipeError:
+        _forget_output()
+        raise SystemExit(BROKEN_PIPE) from None
+    except Exception as error:
+        _end_with(error)
+
+
+def _end_with(error: Exception) -> NoReturn:
+    """A paragraph for what the user can mend; else the traceback, and where to send it."""
+    message = explained(error)
+    if message is None:
+        # one command's own process dies as Python programs do; a worker hands its traceback to the launcher
+        end(f"{traceback.format_exc()}{REPORT}", 1)
+    if os.environ.get(TRACEBACK):
+        message = f"{traceback.format_exc()}{message}"
+    end(shortened(message, LONGEST_MESSAGE), MISTAKE)
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM unwinds the stack like Ctrl-C does, so that locks and half-written files go; workers leave it to training."""
+    if place() is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _encode_what_can_be() -> None:
+    """Write what the encoding of an output lacks as an escape that TOML and JSON read back, in place of a UnicodeError."""
+    codecs.register_error("ddiff", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="ddiff")
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    written = [f"\\u{ord(x):04x}" if ord(x) < 0x10000 else f"\\U{ord(x):08x}" for x in error.object[error.start : error.end]]
+    return "".join(written), error.end
+
+
+def _forget_output() -> None:
+    """After a closed pipe: Python writes what is left in its buffer when it ends, and would complain again."""
+    with open(os.devnull, "w") as nowhere:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError, AttributeError):
+                try:
+                    os.dup2(nowhere.fileno(), stream.fileno())
+                except (OSError, ValueError, AttributeError):  # no file behind it
+                    continue
