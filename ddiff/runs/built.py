@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,14 @@ from ddiff.prompts import Template, check_no_suffix, framed, templates_of
 from ddiff.recipe import Recipe
 from ddiff.requests import Told, ask_for, told
 from ddiff.runs.init import started
+from ddiff.runs.memory import check_memory
 from ddiff.runs.parts import (
     Given,
     build_backend,
     build_denoiser,
     build_documents,
     build_objective,
+    build_on_meta,
     build_process,
     check_asking,
     check_process,
@@ -424,6 +426,8 @@ def build_run(recipe: Recipe, given: Given) -> Run:
         if vocabulary is None:
             vocabulary = recipe.vocabulary.build(tokenizer=tokenizer, rows=rows, cache=cache)
     check_tokenizer(tokenizer, vocabulary)
+    with suppress(NotImplementedError, RuntimeError):  # a part that cannot be built without its weights
+        check_memory(recipe, build_on_meta(recipe, vocabulary))
     built = Run(recipe, tokenizer, vocabulary, given, backend)
     vars(built).update(
         cache=cache,
