@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ddiff.recipe import Recipe
     from ddiff.registry import Component
 
+MOST = 2**31 - 1  # of counts and steps, as in a recipe
 LONGEST_MESSAGE = 6000  # characters; what a message repeats of the input is cut by whoever writes it, mostly
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
@@ -88,10 +89,10 @@ def run(
     recipe: RecipeName,
     settings: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
-    measure: Annotated[int | None, typer.Option("--measure", min=2, metavar="STEPS", help=MEASURE)] = None,
+    measure: Annotated[int | None, typer.Option("--measure", min=2, max=MOST, metavar="STEPS", help=MEASURE)] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run directory holds and start over.")] = False,
     verify_resume: Annotated[
-        int | None, typer.Option("--verify-resume", metavar="K", min=1, help=VERIFY_RESUME)
+        int | None, typer.Option("--verify-resume", metavar="K", min=1, max=MOST, help=VERIFY_RESUME)
     ] = None,
 ) -> None:
     """Train, evaluate and sample as a recipe says; run again to resume."""
@@ -193,10 +194,10 @@ def export(
 @app.command()
 def sample(
     run_dir: RunDir,
-    count: Annotated[int | None, typer.Option(min=1, help="Samples to draw; the recipe's by default.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps from noise to text.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same samples.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Samples drawn at a time; changes no sample.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, max=MOST, help="Samples to draw; the recipe's by default.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=MOST, help="Steps from noise to text.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same samples.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, max=MOST, help="Samples drawn at a time; changes no sample.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A text to go on from; may be repeated.")] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts, one a line.")] = None,
     infill: Annotated[

@@ -14,6 +14,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddiff.component import COUNTS
 from ddiff.core.noise import Noise
 from ddiff.core.times import FlatTimes
 from ddiff.core.vocabulary import Vocabulary
@@ -25,7 +26,7 @@ from ddiff.data.documents import Documents
 from ddiff.data.prefetch import Prefetched
 from ddiff.data.rows import PackedRows, Rows, batch_rows, pack_texts, rows_fingerprint, token_stream
 from ddiff.data.tokenizer import Tokenizer
-from ddiff.errors import ArgumentError
+from ddiff.errors import ArgumentError, shortened
 from ddiff.evaluation.baselines import Baselines, baselines
 from ddiff.evaluation.likelihood import Evaluation, evaluate
 from ddiff.launch import cores_alone
@@ -333,8 +334,7 @@ class Run:
         seed, batch = _or(seed, keys.seed), _or(batch, keys.batch)
         templates = templates_of(prompt, infill, self.tokenizer, self.recipe.length)
         count = _or(count, keys.count if len(templates) <= 1 else 1)
-        if count < 1 or batch < 1:
-            raise ArgumentError(f"run.sample: count and batch must be at least 1; got {count} and {batch}.")
+        _check_asked(count, batch, seed, _or(steps, keys.steps))
         wanted = [template for template in templates for _ in range(count)]
         total = len(wanted) or count
         given = told(self.denoiser, keys.conditions if conditions is None else conditions, total)
@@ -438,6 +438,15 @@ def build_run(recipe: Recipe, given: Given) -> Run:
         validation_conditions=built._conditions(documents.validation),
     )
     return built
+
+
+def _check_asked(count: int, batch: int, seed: int, steps: int) -> None:
+    """Raises ArgumentError for numbers that a recipe would refuse."""
+    for name, number in (("count", count), ("batch", batch), ("steps", steps)):
+        if not 1 <= number < COUNTS:
+            raise ArgumentError(f"run.sample: {name} must be at least 1 and below 2^31; got {shortened(str(number))}.")
+    if not 0 <= seed < 2**64:
+        raise ArgumentError(f"run.sample: seed must be in [0, 2^64); got {shortened(str(seed))}.")
 
 
 def _or(value: int | None, default: int) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from ddiff.errors import ArgumentError
+from ddiff.mistakes import explained
 from ddiff.recipe import Recipe
 from ddiff.runs.directory import check_directory
 from ddiff.runs.memory import check_memory
@@ -25,7 +29,8 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:
     if (init := recipe.train.init) is not None and init.run is not None:
         from ddiff.runs.init import check_source
 
-        check_source(init.run)
+        with _told_of("[train] init"):
+            check_source(init.run)
     if vocabulary is None:
         return check_memory(recipe, None)
     process = build_process(recipe, vocabulary)
@@ -43,6 +48,15 @@ def _check_files(recipe: Recipe) -> None:
         if patterns:
             from ddiff.data.documents import find_files  # imports `datasets`: half a second
 
-            with part.blamed():
+            with part.blamed(), _told_of(part.table):
                 for pattern in patterns:
                     find_files(pattern)
+
+
+@contextmanager
+def _told_of(table: str) -> Iterator[None]:
+    """Errors of the file system are told with the table that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ArgumentError(f"{table}: {explained(error)}") from error

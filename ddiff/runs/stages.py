@@ -123,7 +123,13 @@ def evaluate_run(run_dir: str | Path, settings: Iterable[str] = ()) -> Evaluatio
 def sample_run(run_dir: str | Path, count: int | None = None, **asked: Any) -> None:
     """`ddiff sample`: JSON lines on standard output; `asked` are the arguments of `Run.sample`."""
     for sample in load(run_dir).sample(count, **asked):
-        print(json.dumps(sample, ensure_ascii=False))
+        print(json.dumps(sample, ensure_ascii=not _writes_unicode()))
+
+
+def _writes_unicode() -> bool:
+    """Whether standard output takes every character; JSON escapes mean the same where it does not."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return encoding.lower().replace("-", "").replace("_", "").startswith("utf")
 
 
 def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
