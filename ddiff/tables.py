@@ -157,6 +157,8 @@ class BackendKeys(ComponentConfig):
 class EvaluateKeys(ComponentConfig):
     """[evaluate]: the bound on the validation rows."""
 
+    every: PositiveInt | None = None
+    """Steps between evaluations while training, logged and shown; without it the run is evaluated at its end only."""
     batch: PositiveInt = 64
     window: tuple[float, float] = (1e-3, 0.999)
     """Times between which the diffusion term is integrated; the two end terms cover the rest."""

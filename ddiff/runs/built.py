@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 
 from ddiff.component import COUNTS
@@ -56,7 +57,7 @@ from ddiff.training.checkpoint import Checkpoint, Checkpoints, load_weights
 from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
 from ddiff.training.protocols import Backend, Tracker
 from ddiff.training.tracker import NoTracker
-from ddiff.training.trainer import Trainer, TrainingSummary
+from ddiff.training.trainer import Trainer, TrainingSummary, Validation
 
 _COUNTED = 2**26  # training tokens whose pairs are counted: sorting them all would take longer than an evaluation
 
@@ -123,6 +124,9 @@ class Run:
         start = self.checkpoints.newest()
         if start is None:
             self.begin()
+        if self.recipe.evaluate.every:
+            with self.backend.first():  # every rank evaluates: rank 0 packs the rows, the others find them
+                self.validation_rows  # noqa: B018
         self.distribute()
         trainer = self.trainer()
         with closing(trainer.tracker), closing(self._batches):
@@ -210,6 +214,7 @@ class Run:
             keep=keys.keep,
             ema=keys.ema,
             tracker=tracker or self._tracker(),
+            validation=self._validation(),
             origins=recipe.origins(),
             fingerprints={
                 "tokenizer": self.tokenizer.fingerprint,
@@ -218,6 +223,24 @@ class Run:
                 **({"conditions": self.train_conditions.fingerprint} if self.train_conditions.values else {}),
             },
         )
+
+    def _validation(self) -> Validation | None:
+        """The evaluation while training, of what is evaluated at the end, on the same rows."""
+        every = self.recipe.evaluate.every
+        return None if every is None else Validation(every, self._validated, self.averaged)
+
+    def _validated(self) -> tuple[Mapping[str, float], str]:
+        quiet = Console(quiet=True, force_terminal=False)  # the bar of training stands
+        keys = self.recipe.evaluate
+        found = self._score(self.validation_rows, self._evaluated, keys.draws, self.validation_conditions, quiet)
+        unit, mean = f"nats_per_{found.unit}", found.nelbo_nats_per_token
+        figures = {f"validation_{found.bound.lower()}_{unit}": mean}
+        spoken = f"validation {found.bound} {mean:.4f}"
+        if found.interval is not None:
+            low, high = found.interval
+            figures |= {f"validation_interval_low_{unit}": low, f"validation_interval_high_{unit}": high}
+            spoken += f" ({low:.4f} to {high:.4f})"
+        return figures, f"{spoken} nats/{found.unit}"
 
     def _tracker(self) -> Tracker:
         if self.backend.rank > 0:
@@ -260,7 +283,14 @@ class Run:
         held, wanted = len(self.validation_rows), self.recipe.evaluate.rows
         return np.arange(held) if wanted is None or wanted >= held else np.arange(wanted) * held // wanted
 
-    def _score(self, rows: PackedRows, chosen: NDArray[np.int64], draws: int, conditions: Conditions) -> Evaluation:
+    def _score(
+        self,
+        rows: PackedRows,
+        chosen: NDArray[np.int64],
+        draws: int,
+        conditions: Conditions,
+        console: Console | None = None,
+    ) -> Evaluation:
         keys = self.recipe.evaluate
         # bytes of symbols mean nothing, and those of some rows are not known
         has_bytes = self.tokenizer.unit == "token" and len(chosen) == len(rows)
@@ -277,6 +307,7 @@ class Run:
             seed=keys.seed,
             unit=self.tokenizer.unit,
             device=self.backend.device,
+            console=console,
         )
 
     def _baselines(self, chosen: NDArray[np.int64]) -> Baselines:
