@@ -273,7 +273,7 @@ def compare_runs(
 
 @app.command()
 def check(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A component, or a plugin: then all its processes.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A component, or a plugin: then all its processes and samplers.")],
     settings: Settings = None,
 ) -> None:
     """Prove the laws that a component must obey; print the largest error of each."""

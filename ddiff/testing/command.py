@@ -25,9 +25,11 @@ from ddiff.testing.denoiser import check_denoiser
 from ddiff.testing.head import check_head
 from ddiff.testing.process import check_parts, check_process
 from ddiff.testing.report import LawReport
+from ddiff.testing.sampler import accepted, check_sampler
 from ddiff.testing.times import check_time_rule
 
 WIDTH, LENGTH = 6, 6  # of the heads and sequences that are checked
+OF_PLUGINS = ("process", "sampler")  # kinds that are checked by the name of their plugin
 PIPED_WIDTH = 140  # columns of a table that no terminal limits
 
 
@@ -39,7 +41,7 @@ class Instance(NamedTuple):
 
 
 def check(name: str, settings: Sequence[str], plugins: Sequence[str] | None = None) -> int:
-    """Check a component, or every process of a plugin; 0 when all laws hold, 1 when one is broken.
+    """Check a component, or every process and sampler of a plugin; 0 when all laws hold, 1 when one is broken.
 
     `settings` are key=value texts for the component's Config. Without `plugins` everything installed is searched. Raises
     PluginError for an unknown name, RecipeError for a wrong setting, ArgumentError when nothing fits the settings.
@@ -55,12 +57,13 @@ def check(name: str, settings: Sequence[str], plugins: Sequence[str] | None = No
 
 
 def _named(name: str, plugins: Sequence[str] | None) -> list[Component]:
-    """The components called NAME that have laws; else the processes of the plugin called NAME."""
+    """The components called NAME that have laws; else the processes and samplers of the plugin called NAME."""
     survey = survey_plugins() if plugins is None else Survey(load_plugins(plugins), [])
     registry = survey.registry
     same_name = [component for component in registry.components() if component.name == name]
     found = [component for component in same_name if component.kind in INSTANCES]
-    found = found or [component for component in registry.components("process") if component.plugin == name]
+    of_plugin = [part for kind in OF_PLUGINS for part in registry.components(kind) if part.plugin == name]
+    found = found or of_plugin
     if found:
         return found
     for plugin, _, error in survey.reports:
@@ -75,7 +78,7 @@ def _explain(name: str, same_name: list[Component], registry: Registry) -> str:
     if same_name:
         return f"ddiff check: the {same_name[0]} has no laws to check. Those that have: {there_is}."
     if any(component.plugin == name for component in registry.components()):
-        return f'ddiff check: the plugin "{name}" registers no process. What can be checked by name: {there_is}.'
+        return f'ddiff check: the plugin "{name}" registers no process and no sampler. What can be checked by name: {there_is}.'
     names = [component.name for component in known] + [component.plugin for component in known]
     return f'ddiff check: there is no component or plugin "{name}".{nearest(name, names)} There is: {there_is}.'
 
@@ -171,11 +174,26 @@ def _backbones(component: Component, part: Part, configured: bool) -> list[Insta
     return [Instance(f"{component.name} on {_sizes(vocabulary)}", partial(check_denoiser, denoiser, process))]
 
 
+def _samplers(component: Component, part: Part, configured: bool) -> list[Instance]:
+    """The sampler on each small process that it takes."""
+    subjects, refused = accepted(lambda vocabulary, steps: part.build(steps=steps, vocabulary=vocabulary))
+    if not subjects:
+        raise ArgumentError(
+            f"ddiff check: the {component} refuses every small process with these settings, so nothing can be checked. "
+            f"The last refusal: {refused[-1]}"
+        )
+    return [
+        Instance(f"{component.name} on {name}", partial(check_sampler, subject.build, subject.process, subject.says))
+        for name, subject in subjects.items()
+    ]
+
+
 INSTANCES: dict[str, Callable[[Component, Part, bool], list[Instance]]] = {
     "process": _processes,
     "head": _heads,
     "time_rule": _time_rules,
     "backbone": _backbones,
+    "sampler": _samplers,
 }
 """How to make small instances of each kind that has laws."""
 
