@@ -47,7 +47,7 @@ def check(name: str, settings: Sequence[str], plugins: Sequence[str] | None = No
     PluginError for an unknown name, RecipeError for a wrong setting, ArgumentError when nothing fits the settings.
     """
     torch.set_num_threads(1)  # the laws' tensors are small: a second thread costs more than it brings
-    instances = [one for component in _named(name, plugins) for one in _instances(component, settings)]
+    instances = [one for component in _named(name, plugins, bool(settings)) for one in _instances(component, settings)]
     reports = list(_prove(instances))
     _print(name, reports)
     return 0 if all(report.passed for _, report in reports) else 1
@@ -56,16 +56,19 @@ def check(name: str, settings: Sequence[str], plugins: Sequence[str] | None = No
 # ---------------------------------------------------------------------- which components
 
 
-def _named(name: str, plugins: Sequence[str] | None) -> list[Component]:
-    """The components called NAME that have laws; else the processes and samplers of the plugin called NAME."""
+def _named(name: str, plugins: Sequence[str] | None, configured: bool) -> list[Component]:
+    """The components called NAME that have laws, and the processes and samplers of the plugin called NAME.
+
+    Settings belong to one component, so with them the plugin is meant only where no component has the name.
+    """
     survey = survey_plugins() if plugins is None else Survey(load_plugins(plugins), [])
     registry = survey.registry
     same_name = [component for component in registry.components() if component.name == name]
     found = [component for component in same_name if component.kind in INSTANCES]
     of_plugin = [part for kind in OF_PLUGINS for part in registry.components(kind) if part.plugin == name]
-    found = found or of_plugin
-    if found:
-        return found
+    chosen = found if found and configured else list(dict.fromkeys([*found, *of_plugin]))
+    if chosen:
+        return chosen
     for plugin, _, error in survey.reports:
         if plugin.name == name and error is not None:
             raise error
