@@ -26,6 +26,7 @@ _MODULES = {
         "PositiveFloat",
         "PositiveInt",
         "Probability",
+        "Seed",
         "Share",
     ),
     "ddiff.conditions": ("Label", "Vector"),
@@ -243,6 +244,7 @@ if TYPE_CHECKING:
     from ddiff.component import PositiveFloat as PositiveFloat
     from ddiff.component import PositiveInt as PositiveInt
     from ddiff.component import Probability as Probability
+    from ddiff.component import Seed as Seed
     from ddiff.component import Share as Share
     from ddiff.conditions import Label as Label
     from ddiff.conditions import Vector as Vector

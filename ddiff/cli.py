@@ -5,31 +5,57 @@ A mistake that the caller can mend is printed as one paragraph, and the exit cod
 
 from __future__ import annotations
 
-import errno
+import codecs
+import gc
 import os
+import signal
+import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from ddiff import __version__
-from ddiff.errors import ArgumentError, DdiffError, PluginError
+from ddiff.errors import ArgumentError, DataError, PluginError, shortened
 from ddiff.launch import MISTAKE, end, follow_launcher, launch, place
+from ddiff.mistakes import REPORT, TRACEBACK, explained
 
 if TYPE_CHECKING:
     from ddiff.component import ComponentConfig
     from ddiff.recipe import Recipe
     from ddiff.registry import Component
 
+MOST = 2**31 - 1  # of counts and steps, as in a recipe
+LONGEST_MESSAGE = 6000  # characters; what a message repeats of the input is cut by whoever writes it, mostly
+BROKEN_PIPE = 128 + signal.SIGPIPE
+
+
+class Commands(TyperGroup):
+    """The commands, with two exceptions kept from typer, which would print "Aborted." or end with 1 without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:
+            raise DataError(explained(error)) from error
+        except BrokenPipeError as error:
+            _forget_output()
+            raise typer.Exit(BROKEN_PIPE) from error
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Discrete diffusion: train, evaluate and sample from recipes; prove a plugin's mathematics.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left, no quota left
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Path of a TOML file, or the name of a shipped recipe.")
@@ -41,9 +67,10 @@ Settings = Annotated[
 ]
 
 DRY_RUN = (
-    "Check the recipe, print it resolved, and stop. Checked are keys, the run directory, files that are named, the device, "
-    "and how the parts fit where the recipe says how many tokens there are. Not checked is what only the data tells: the "
-    "texts themselves, an alphabet found in them, tokenizers and models of other origin, checkpoints."
+    "Check the recipe, print it resolved with a verdict below, and stop. Checked are keys, the run directory, files that are "
+    "named, the device, the memory, and how the parts fit where the recipe says how many tokens there are. Not checked is "
+    "what only the data tells: the texts themselves, an alphabet found in them, tokenizers and models of other origin, "
+    "checkpoints."
 )
 MEASURE = (
     "With --dry-run: take that many training steps in a temporary directory and print, in place of the recipe, what it "
@@ -62,15 +89,13 @@ def run(
     recipe: RecipeName,
     settings: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
-    measure: Annotated[int | None, typer.Option("--measure", min=2, metavar="STEPS", help=MEASURE)] = None,
+    measure: Annotated[int | None, typer.Option("--measure", min=2, max=MOST, metavar="STEPS", help=MEASURE)] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run directory holds and start over.")] = False,
     verify_resume: Annotated[
-        int | None, typer.Option("--verify-resume", metavar="K", min=1, help=VERIFY_RESUME)
+        int | None, typer.Option("--verify-resume", metavar="K", min=1, max=MOST, help=VERIFY_RESUME)
     ] = None,
 ) -> None:
     """Train, evaluate and sample as a recipe says; run again to resume."""
-    from ddiff.recipe import read_recipe
-
     if measure is not None and not dry_run:
         raise ArgumentError(
             f"--measure {measure} goes with --dry-run: its steps are taken in a place of their own and train nothing. Add "
@@ -78,21 +103,28 @@ def run(
         )
     if measure:  # nothing is fetched to be measured; the libraries read this when they are imported
         os.environ["HF_HUB_OFFLINE"] = "1"
-    resolved = read_recipe(recipe, settings or ())
     if verify_resume is not None and (fresh or dry_run):
         raise ArgumentError("--verify-resume does steps of a run that stands: leave out --fresh and --dry-run.")
     if dry_run:
-        from ddiff.runs import rehearse
+        with _answered_quickly():
+            from ddiff.recipe import read_recipe
+            from ddiff.runs import rehearse
 
-        rehearse(resolved, fresh=fresh)
+            resolved = read_recipe(recipe, settings or ())
+            verdict = rehearse(resolved, fresh=fresh)
         if measure is not None:
             from ddiff.runs.measure import measure as measured
             from ddiff.runs.measured import print_measurement
 
             print_measurement(measured(resolved, measure))
+            print(verdict)
             return
-        typer.echo(resolved.to_toml(), nl=False)
+        print(resolved.to_toml(), end="")
+        print(f"# {verdict}")  # a comment, so that the output stays a recipe
         return
+    from ddiff.recipe import read_recipe
+
+    resolved = read_recipe(recipe, settings or ())
     if starts_workers(resolved):
         given = [f"--set={setting}" for setting in settings or ()] + ["--fresh"] * fresh
         given += [f"--verify-resume={verify_resume}"] if verify_resume is not None else []
@@ -162,10 +194,10 @@ def export(
 @app.command()
 def sample(
     run_dir: RunDir,
-    count: Annotated[int | None, typer.Option(min=1, help="Samples to draw; the recipe's by default.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps from noise to text.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same samples.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Samples drawn at a time; changes no sample.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, max=MOST, help="Samples to draw; the recipe's by default.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=MOST, help="Steps from noise to text.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same samples.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, max=MOST, help="Samples drawn at a time; changes no sample.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A text to go on from; may be repeated.")] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts, one a line.")] = None,
     infill: Annotated[
@@ -241,7 +273,7 @@ def compare_runs(
 
 @app.command()
 def check(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A component, or a plugin: then all its processes.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A component, or a plugin: then all its processes and samplers.")],
     settings: Settings = None,
 ) -> None:
     """Prove the laws that a component must obey; print the largest error of each."""
@@ -261,7 +293,8 @@ def plugins(
     from ddiff.plugin import survey_plugins
 
     if name is not None:
-        print_plugin(name)
+        with _answered_quickly():
+            print_plugin(name)
         return
     registry, reports = survey_plugins()
     rows = [[plugin.name, str(plugin.origin), summarised(found, error)] for plugin, found, error in reports]
@@ -342,28 +375,101 @@ def _root(
     pass
 
 
+@contextmanager
+def _answered_quickly() -> Iterator[None]:
+    """Pause the garbage collector: while torch is imported it looks through a million objects that all stay."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _leaves_at_once(arguments: list[str]) -> bool:
+    """Whether a command only answers, so that nothing is left to close when it has ended."""
+    return arguments[:1] == ["plugins"] or (arguments[:1] == ["run"] and "--dry-run" in arguments)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The entry point `ddiff`; exits with 2 after a mistake that the caller can mend."""
     # Threads that wait for one another by spinning stall when anything else runs: 0.4 steps a second against 1.9 measured
     # on two busy cores. It must be said before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if place() is not None:  # DDP warns of each run that no parameter went unused, which is as it should be
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    follow_launcher()
     try:
-        app(arguments)
-    except DdiffError as error:
-        end(str(error), MISTAKE)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        end(
-            f"{error.strerror}{f': {error.filename}' if error.filename else ''}. What was being written is lost, "
-            "nothing that stood before. Make room, or name another folder, and repeat the command: a run goes on from "
-            "its last checkpoint.",
-            MISTAKE,
-        )
-    except Exception:
-        if place() is None:
-            raise
-        end(traceback.format_exc(), 1)
+        if place() is not None:  # DDP warns of each run that no parameter went unused, which is as it should be
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        follow_launcher()
+        _encode_what_can_be()
+        with _ended_in_order():
+            try:
+                app(arguments)
+            finally:
+                for stream in filter(None, (sys.stdout, sys.stderr)):
+                    stream.flush()  # here, where a full disk or a closed pipe still has a message
+    except SystemExit as ending:
+        if arguments is None and _leaves_at_once(sys.argv[1:]):
+            os._exit(ending.code if isinstance(ending.code, int) else 0)  # taking torch down costs half a second
+        raise
+    except BrokenPipeError:
+        _forget_output()
+        raise SystemExit(BROKEN_PIPE) from None
+    except Exception as error:
+        _end_with(error)
+
+
+def _end_with(error: Exception) -> NoReturn:
+    """A paragraph for what the user can mend; else the traceback, and where to send it."""
+    message = explained(error)
+    if message is None:
+        # one command's own process dies as Python programs do; a worker hands its traceback to the launcher
+        end(f"{traceback.format_exc()}{REPORT}", 1)
+    if os.environ.get(TRACEBACK):
+        message = f"{traceback.format_exc()}{message}"
+    end(shortened(message, LONGEST_MESSAGE), MISTAKE)
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM unwinds the stack like Ctrl-C does, so that locks and half-written files go; workers leave it to training."""
+    if place() is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _encode_what_can_be() -> None:
+    """Write what the encoding of an output lacks as an escape that TOML and JSON read back, in place of a UnicodeError."""
+    codecs.register_error("ddiff", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="ddiff")
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    written = [f"\\u{ord(x):04x}" if ord(x) < 0x10000 else f"\\U{ord(x):08x}" for x in error.object[error.start : error.end]]
+    return "".join(written), error.end
+
+
+def _forget_output() -> None:
+    """After a closed pipe: Python writes what is left in its buffer when it ends, and would complain again."""
+    with open(os.devnull, "w") as nowhere:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError, AttributeError):
+                try:
+                    os.dup2(nowhere.fileno(), stream.fileno())
+                except (OSError, ValueError, AttributeError):  # no file behind it
+                    continue

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-)
+from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
     "ComponentConfig",
@@ -21,8 +13,30 @@ __all__ = [
     "PositiveFloat",
     "PositiveInt",
     "Probability",
+    "Seed",
     "Share",
 ]
+
+COUNTS = 2**31
+"""Counts, steps and sizes are below this: torch and numpy index with 64 bits, and products of three of them must fit."""
+
+LARGEST = 1e30
+"""Floats are below this: a larger one times a weight has no float32."""
+
+PositiveInt = Annotated[int, Field(gt=0, lt=COUNTS)]
+"""A count in [1, 2^31)."""
+
+NonNegativeInt = Annotated[int, Field(ge=0, lt=COUNTS)]
+"""A count or label in [0, 2^31)."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+"""A seed of the random generators, in [0, 2^64)."""
+
+PositiveFloat = Annotated[float, Field(gt=0.0, lt=LARGEST)]
+"""A number in (0, 1e30)."""
+
+NonNegativeFloat = Annotated[float, Field(ge=0.0, lt=LARGEST)]
+"""A number in [0, 1e30)."""
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 """A number in [0, 1]."""

@@ -37,7 +37,20 @@ class NonFiniteError(DdiffError):
     """NaN or infinity where a number is due."""
 
 
+LONGEST = 160  # characters of a value that a message repeats
+
+
+def shortened(text: str, longest: int = LONGEST) -> str:
+    """`text`, or its beginning and end around the number of characters that are left out."""
+    if len(text) <= longest:
+        return text
+    kept = longest // 2
+    return f"{text[:kept]} ... ({len(text) - 2 * kept} more characters) ... {text[-kept:]}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """` Did you mean "x"?` for the nearest known name, or an empty string."""
+    if len(name) > LONGEST:
+        return ""
     close = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f' Did you mean "{close[0]}"?' if close else ""

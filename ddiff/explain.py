@@ -5,15 +5,17 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import linecache
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import pairwise
-from textwrap import dedent
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from ddiff.errors import nearest
+from ddiff.component import COUNTS, LARGEST
+from ddiff.errors import nearest, shortened
 
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
@@ -73,12 +75,12 @@ def explain(
 
 def unknown_key(table: str, key: str, owner: str, takes: Sequence[str]) -> str:
     """The paragraph for a key that a table does not take."""
-    return f'{table} has no key "{key}"{owner}.{nearest(key, takes)} It takes: {", ".join(takes) or "no keys"}.'
+    return f'{table} has no key "{shortened(key)}"{owner}.{nearest(key, takes)} It takes: {", ".join(takes) or "no keys"}.'
 
 
 def shown(value: Any) -> str:
     """A value as TOML would write it; a string is called one, because the quotes may be the mistake."""
-    text = json.dumps(value, default=str)
+    text = shortened(json.dumps(value, default=str, ensure_ascii=False))
     return f"{text} (a string)" if isinstance(value, str) else text
 
 
@@ -98,7 +100,9 @@ def _type_of(schema: Mapping[str, Any]) -> str:
         items = schema.get("prefixItems", [schema["items"]] if "items" in schema else [])
         return "list of " + " and ".join(dict.fromkeys(_type_of(item) for item in items))
     names = {"object": "table", "boolean": "true or false"}
-    bounds = [f"{sign} {schema[bound]:g}" for bound, sign in _BOUNDS.items() if bound in schema]
+    # the limits that every count and number has would be noise in a list of keys
+    stated = {bound: schema[bound] for bound in _BOUNDS if bound in schema and schema[bound] not in (COUNTS, LARGEST)}
+    bounds = [f"{_BOUNDS[bound]} {value:g}" for bound, value in stated.items()]
     return f"{names.get(kind, kind)} {' and '.join(bounds)}".rstrip()
 
 
@@ -111,12 +115,39 @@ def _meanings(model: type[BaseModel]) -> dict[str, str]:
     return found
 
 
-def _meanings_in(model: type[BaseModel]) -> dict[str, str]:
-    try:
-        tree = ast.parse(dedent(inspect.getsource(model)))
-    except OSError:
+def _meanings_in(model: type[BaseModel]) -> Mapping[str, str]:
+    """The docstrings under the keys of this class itself; none for pydantic's own classes."""
+    if model.__module__.partition(".")[0] == "pydantic":
         return {}
-    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+    try:
+        file = inspect.getsourcefile(model)
+    except (TypeError, OSError):  # a class made at a prompt
+        return {}
+    return _meanings_of_file(file).get(model.__qualname__, {}) if file else {}
+
+
+@cache
+def _meanings_of_file(file: str) -> dict[str, dict[str, str]]:
+    """Class name -> key -> docstring. One parse per file: inspect.getsource parses it again for every class."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except (SyntaxError, ValueError):
+        return {}
+    found: dict[str, dict[str, str]] = {}
+    pending: list[tuple[str, ast.AST]] = [("", tree)]
+    while pending:
+        prefix, parent = pending.pop()
+        for node in ast.iter_child_nodes(parent):
+            if isinstance(node, ast.ClassDef):
+                found[prefix + node.name] = _documented(node.body)
+                pending.append((f"{prefix}{node.name}.", node))
+            elif isinstance(node, ast.FunctionDef):
+                pending.append((f"{prefix}{node.name}.<locals>.", node))
+    return found
+
+
+def _documented(body: Sequence[ast.stmt]) -> dict[str, str]:
+    """The string after each annotated name of a class body, in one line."""
     return {
         key.target.id: " ".join(str(text.value.value).split())
         for key, text in pairwise(body)

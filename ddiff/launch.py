@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, NamedTuple, NoReturn
 
+from ddiff.errors import ArgumentError, shortened
+
 MISTAKE = 2  # the exit code of a mistake that the caller can mend
 GRACE = 5.0  # seconds that workers have to end by themselves after one of them has failed
 _ALONE = "DDIFF_LAUNCH_CORES"  # the cores of a machine that workers were given equal shares of
@@ -37,8 +39,25 @@ def place() -> Place | None:
     """This process's place among those that torchrun or `launch` started; None when it stands alone."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return None
-    rank = int(os.environ["RANK"])
-    return Place(rank, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ["WORLD_SIZE"]))
+    rank, world_size = _count("RANK"), _count("WORLD_SIZE")
+    local_rank = _count("LOCAL_RANK") if "LOCAL_RANK" in os.environ else rank
+    if rank >= world_size:
+        raise ArgumentError(
+            f"The environment variable RANK must be below WORLD_SIZE; got {rank} and {world_size}. Unset both (and "
+            "MASTER_ADDR) to run one process, or start several with torchrun."
+        )
+    return Place(rank, local_rank, world_size)
+
+
+def _count(name: str) -> int:
+    """The whole number in an environment variable; ArgumentError when it holds something else."""
+    written = os.environ[name]
+    if not written.isascii() or not written.strip().isdecimal():
+        raise ArgumentError(
+            f"The environment variable {name} must be a whole number from 0, as torchrun sets it; got "
+            f"{shortened(written)!r}. Unset it to run one process."
+        )
+    return int(written)
 
 
 def cores_alone() -> int | None:
@@ -74,7 +93,11 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 def end(message: str, code: int) -> NoReturn:
     """End this process with a message: told here, or by the launcher, once for all workers."""
-    there, reports = place(), os.environ.get(_REPORTS)
+    try:
+        there = place()
+    except ArgumentError:  # that is what is being told
+        there = None
+    reports = os.environ.get(_REPORTS)
     if there and reports:
         Path(reports, str(there.rank)).write_text(message, encoding="utf-8")
     else:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pluggy
 
-from ddiff.errors import PluginError, nearest
+from ddiff.errors import PluginError, nearest, shortened
 from ddiff.registry import Component, Origin, Registry, describe
 
 GROUP = "ddiff"
@@ -144,8 +144,9 @@ def load_plugins(names: Iterable[str]) -> Registry:
     """
     wanted = list(dict.fromkeys([CORE, *names]))
     registry = Registry(unlisted=lambda: _unlisted(wanted))
+    installed = installed_plugins()
     for name in wanted:
-        registry.admit(_only_claim(name).registered())
+        registry.admit(_only_claim(name, installed).registered())
     return registry
 
 
@@ -174,11 +175,10 @@ def _unlisted(listed: list[str]) -> list[Component]:
     return [component for report in reports if report.plugin.name not in listed for component in report.components]
 
 
-def _only_claim(name: str) -> Plugin:
-    installed = installed_plugins()
+def _only_claim(name: str, installed: Mapping[str, list[Plugin]]) -> Plugin:
     if name not in installed:
         raise PluginError(
-            f'There is no plugin "{name}".{nearest(name, installed)} Installed: {", ".join(installed) or "none"}. '
+            f'There is no plugin "{shortened(name)}".{nearest(name, installed)} Installed: {", ".join(installed) or "none"}. '
             f'A plugin is the name of an entry point in the group "{GROUP}"; `ddiff plugins` lists them.'
         )
     _check_single(name, installed[name])

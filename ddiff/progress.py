@@ -23,6 +23,10 @@ class Progress(Protocol):
         """`n` more are done; `figures` are shown from now on (`tokens_per_second=5300.0` as "tokens/s 5.3k")."""
         ...
 
+    def note(self, text: str) -> None:
+        """Print a line of its own, now."""
+        ...
+
 
 @contextmanager
 def progress(total: int | None, title: str, *, start: int = 0, console: Console | None = None) -> Iterator[Progress]:
@@ -58,6 +62,9 @@ class ProgressBar:
         self._figures |= figures
         self._bar.update(self._task, advance=n, figures=_spelled(self._figures))
 
+    def note(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
 
 @final
 class ProgressLines:
@@ -76,6 +83,9 @@ class ProgressLines:
         share = (self._done - self._printed) / self._total if self._total else 0.0
         if waited >= LINE_EVERY_SECONDS or (waited >= 1.0 and share >= LINE_EVERY_SHARE):
             self._print()
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def finish(self) -> None:
         """Print where the job ended, unless that line stands already."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddiff.data.tokenizer import Tokenizer, UnknownSymbol
-from ddiff.errors import ArgumentError, DataError
+from ddiff.errors import ArgumentError, DataError, shortened
 
 GAP = re.compile(r" ?\[MASK(?::([^\]]*))?\]")
 
@@ -63,13 +63,13 @@ def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
     ids, given, rest = [], [], 0
     for gap in GAP.finditer(text):
         before = _encoded(text[rest : gap.start()], text, tokenizer)
-        size = _size(gap, text)
+        size = _size(gap, text, length)
         ids += [before, torch.zeros(size, dtype=torch.long)]
         given += [torch.ones_like(before, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)]
         rest = gap.end()
     if not ids:
         raise ArgumentError(
-            f"infill: the text must have a gap, such as [MASK:8] for eight tokens; got {text!r}. A text to go on from is a "
+            f"infill: the text must have a gap, such as [MASK:8] for eight tokens; got {shortened(text)!r}. A text to go on from is a "
             "prompt."
         )
     last = _encoded(text[rest:], text, tokenizer)
@@ -95,7 +95,7 @@ def check_no_suffix(templates: Iterable[Template], who: str, remedy: str) -> Non
     for template in templates:
         if template.has_suffix:
             raise ArgumentError(
-                f"infill: {template.text!r} has text after a gap, which nobody would read: {who} goes from left to right "
+                f"infill: {shortened(template.text)!r} has text after a gap, which nobody would read: {who} goes from left to right "
                 f"and does not see what comes later. Give a prompt, or {remedy}."
             )
 
@@ -118,9 +118,9 @@ def read_prompts(path: str | Path) -> list[str]:
     """One prompt a line; blank lines are left out. DataError when there is none, or the file is no UTF-8 text."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the name
         raise DataError(
-            f"--prompts: {path} cannot be read: {error}. Give a UTF-8 text file, one prompt a line."
+            f"--prompts: {shortened(str(path))} cannot be read: {shortened(str(error))}. Give a UTF-8 text file, one prompt a line."
         ) from error
     prompts = [line for line in lines if line.strip()]
     if not prompts:
@@ -130,19 +130,33 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def _encoded(piece: str, text: str, tokenizer: Tokenizer) -> Tensor:
     try:
+        piece.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(
+            f"prompt or infill: the text must be Unicode text; got {shortened(text)!r}, whose bytes at {error.start} are no "
+            "UTF-8. Write it in a UTF-8 file for --prompts."
+        ) from error
+    try:
         return torch.tensor(tokenizer.encode([piece])[0], dtype=torch.long)
     except UnknownSymbol as error:
-        raise error.at(0, repr(text)) from None
+        raise error.at(0, repr(shortened(text))) from None
 
 
-def _size(gap: re.Match[str], text: str) -> int:
+def _size(gap: re.Match[str], text: str, length: int) -> int:
+    """The tokens of a gap. Refused here where it is longer than the canvas, before a tensor of that length is made."""
     written = gap[1]
-    if written is None or not written.isdecimal() or int(written) < 1:
+    if written is None or not (written.isascii() and written.isdecimal()) or not written.strip("0"):
         raise ArgumentError(
-            f"infill: a gap is written [MASK:8], with the number of its tokens, at least 1; got {gap[0].strip()!r} in "
-            f"{text!r}."
+            f"infill: a gap is written [MASK:8], with the number of its tokens, at least 1; got "
+            f"{shortened(gap[0].strip())!r} in {shortened(text)!r}."
         )
-    return int(written)
+    digits = written.lstrip("0")
+    if len(digits) > 18 or int(digits) > length:
+        raise ArgumentError(
+            f"infill: the canvas holds {length} tokens, [data] length of the run; got a gap of {shortened(digits)} in "
+            f"{shortened(text)!r}. Take a shorter gap, or train with a larger length."
+        )
+    return int(digits)
 
 
 def _fitting(template: Template, length: int) -> Template:
@@ -150,10 +164,7 @@ def _fitting(template: Template, length: int) -> Template:
         kind = "infill" if template.whole else "prompt"
         raise ArgumentError(
             f"{kind}: the canvas holds {length} tokens, [data] length of the run; got a text of {len(template.ids)}, "
-            f"{_short(template.text)!r}. Shorten it, or train with a larger length."
+            f"{shortened(template.text)!r}. Shorten it, or train with a larger length."
         )
     return template
 
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:40]} ... {text[-15:]}"

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from ddiff import __version__
 from ddiff.component import ComponentConfig
-from ddiff.errors import ArgumentError, DataError, PluginError, RecipeError, nearest
+from ddiff.errors import ArgumentError, DataError, PluginError, RecipeError, nearest, shortened
 from ddiff.explain import explain, first_error, shown, table_label, unknown_key
 from ddiff.plugin import installed_plugins, load_plugins
 from ddiff.registry import Component, Registry
@@ -46,6 +46,9 @@ from ddiff.tables import (
 from ddiff.toml import Draft, KeyPath, read_settings, read_toml, scalars_first, write_toml
 
 Keys = TypeVar("Keys", bound=ComponentConfig)
+
+LONGEST_CHAIN = 32  # recipes that extend one another
+LARGEST_FILE = 2**20  # bytes of a recipe; the shipped ones have two thousand
 
 
 @dataclass(frozen=True)
@@ -360,7 +363,7 @@ class _Resolver:
         try:
             return self.registry.component(slot.kind, name)
         except PluginError as error:
-            raise RecipeError(f'{self.draft.place((*path, "kind"))}: {label} kind = "{name}": {error}') from error
+            raise RecipeError(f'{self.draft.place((*path, "kind"))}: {label} kind = "{shortened(name)}": {error}') from error
 
 
 def _read_draft(name: str, place: str = "") -> Draft:
@@ -371,34 +374,69 @@ def _read_draft(name: str, place: str = "") -> Draft:
 def _read_text(name: str, place: str) -> tuple[str, str]:
     """The text of a recipe and the name of its file."""
     path = Path(name)
-    if "://" not in name and not path.is_file():
+    if "://" not in name and not _is_file(path):
         shipped = shipped_recipes()
         if name not in shipped:
             raise RecipeError(_missing_file(name, place, shipped))
         path = _shortest(shipped[name])
     try:
-        if "://" in name:
-            import fsspec
-
-            with fsspec.open(name, "r", encoding="utf-8") as file:
-                return file.read(), name
-        return path.read_text(encoding="utf-8"), str(path)
+        written = _read_remote(name) if "://" in name else _read_local(path)
+        return written.decode("utf-8-sig"), name if "://" in name else str(path)
     except (OSError, ValueError, ImportError) as error:  # ValueError: bytes that are no UTF-8, or an unknown protocol
         raise RecipeError(
-            f"{place}{name}: this recipe cannot be read: {error}. Give the path of a readable TOML file."
+            f"{place}{shortened(name)}: this recipe cannot be read: {shortened(str(error))}. Give the path of a readable "
+            "TOML file."
         ) from error
+
+
+def _read_local(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return _limited(file.read(LARGEST_FILE + 1))
+
+
+def _read_remote(name: str) -> bytes:
+    import fsspec
+
+    try:
+        with fsspec.open(name, "rb") as file:
+            return _limited(file.read(LARGEST_FILE + 1))
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # every protocol has errors of its own
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _limited(written: bytes) -> bytes:
+    if len(written) > LARGEST_FILE:
+        raise ValueError(f"it has more than {LARGEST_FILE:,} bytes, so it is no recipe")
+    return written
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; False for a name that no file can have, on which `Path.is_file` raises."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def _missing_file(name: str, place: str, shipped: Mapping[str, Path]) -> str:
     near = nearest(PurePosixPath(name).stem, shipped) or nearest(name.removesuffix(".toml"), shipped)
     what = (
         "is a directory, not a recipe file"
-        if Path(name).is_dir()
+        if _is_dir(Path(name))
         else "there is no such file and no shipped recipe of that name"
     )
     small = [shipped_name for shipped_name in shipped if "/" not in shipped_name]
     more = f"; all {len(shipped)}: ddiff recipes" if len(small) < len(shipped) else ""
-    return f"{place}{name}: {what}.{near} Shipped recipes: {', '.join(small) or 'none'}{more}."
+    return f"{place}{shortened(name)}: {what}.{near} Shipped recipes: {', '.join(small) or 'none'}{more}."
 
 
 def _shortest(path: Path) -> Path:
@@ -414,6 +452,11 @@ def _extended(draft: Draft, below: tuple[str, ...]) -> Draft:
     if not isinstance(name, str):
         raise RecipeError(f"{place}: extends must be the path or name of one recipe, in quotes; got {shown(name)}.")
     chain = (*below, draft.source)
+    if len(chain) > LONGEST_CHAIN:
+        raise RecipeError(
+            f"{place}: recipes extend one another more than {LONGEST_CHAIN} times: {chain[0]} -> {chain[1]} -> ... -> "
+            f"{shortened(name)}. Write the tables of the first few into one file."
+        )
     base = _read_draft(_beside(name, draft.source), f"{place}: extends ")
     if _identity(base.source) in [_identity(source) for source in chain]:
         raise RecipeError(
@@ -426,7 +469,7 @@ def _extended(draft: Draft, below: tuple[str, ...]) -> Draft:
 def _beside(name: str, source: str) -> str:
     """A relative path is looked for beside the file that extends it, then as it stands."""
     beside = Path(source).parent / name
-    return str(beside) if "://" not in source and beside.is_file() else name
+    return str(beside) if "://" not in source and _is_file(beside) else name
 
 
 def _identity(source: str) -> str:
@@ -458,7 +501,7 @@ def _check_tables(draft: Draft) -> None:
             owners = [table for table, keys in TABLES.items() if name in keys.engine_keys()]
             near = f' Did you mean "{owners[0]}.{name}"?' if owners else nearest(name, TOP_LEVEL)
             raise RecipeError(
-                f'{draft.place((name,))}: a recipe has no key or table "{name}".{near} '
+                f'{draft.place((name,))}: a recipe has no key or table "{shortened(name)}".{near} '
                 f"It takes: {', '.join(TOP_LEVEL)}."
             )
     if "extends" in draft.tree:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ddiff.component import ComponentConfig
-from ddiff.errors import PluginError, nearest
+from ddiff.errors import PluginError, nearest, shortened
 
 KINDS: dict[str, str] = {
     "dataset": "[data]: build(config, *, length, seed, cache) -> Documents(train, validation)",
@@ -197,7 +197,7 @@ class Registry:
         others = {component.name: component.plugin for component in unlisted}
         more = "".join(f'; "{other}" with plugin "{plugin}"' for other, plugin in sorted(others.items()))
         return (
-            f'There is no {kind} "{name}".{nearest(name, [*known, *others])} '
+            f'There is no {kind} "{shortened(name)}".{nearest(name, [*known, *others])} '
             f"There is: {', '.join(known) or 'none in the listed plugins'}{more}."
         )
 

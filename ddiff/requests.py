@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddiff.component import LARGEST
 from ddiff.conditions import Form, Label, Vector
 from ddiff.core.elbo import Ask
 from ddiff.core.process import ForwardProcess
@@ -104,6 +105,11 @@ def ask_for(
     ArgumentError where the sampler does not suit the process or what the denoiser says, and for guidance by a condition
     that was never withheld in training: there is no unconditional law then to compare with.
     """
+    if not 0.0 <= guidance < LARGEST:
+        raise ArgumentError(
+            f"guidance: must be a number in [0, {LARGEST:g}); got {guidance}. 1 is off, 2 to 8 are usual, and far above that "
+            "only the likeliest token under the condition is left."
+        )
     sampler.needs(process, denoiser.reading.says)
     cached = bool(getattr(sampler, "cached", False)) and denoiser.caches
     ask = asking(denoiser, process, Context(valid, None, conditions.values), cached)

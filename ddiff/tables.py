@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from ddiff.component import ComponentConfig, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability
+from ddiff.component import (
+    ComponentConfig,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Seed,
+)
+from ddiff.errors import shortened
+
+NAME_BYTES = 200  # of a file name: systems take 255, and ddiff writes others beside it (.NAME.lock, NAME.part)
+PATH_BYTES = 3800  # of a whole path: systems take 4096, and checkpoints lie two folders below
+
+Processes = Annotated[int, Field(gt=0, le=1024)]
+"""Processes on one machine."""
+
+Threads = Annotated[int, Field(ge=0, le=256)]
+"""Threads of one process."""
 
 
 class Heading(ComponentConfig):
     """The keys above all tables."""
 
     name: str = Field(min_length=1)
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     run_dir: str = ""
     """Where the run is written; `runs/<name>` when it is left out."""
     plugins: tuple[str, ...] = ()
@@ -27,7 +46,28 @@ class Heading(ComponentConfig):
                 f"a name is no path: it takes no slash, backslash or control character; got {name!r}. "
                 "Say with run_dir where the run is written"
             )
+        _check_path("name", name)
         return name
+
+    @field_validator("run_dir")
+    @classmethod
+    def _can_be_a_path(cls, run_dir: str) -> str:
+        _check_path("run_dir", run_dir)
+        return run_dir
+
+
+def _check_path(key: str, path: str) -> None:
+    """Raises ValueError for what no file system takes as a path."""
+    if not path.isprintable():
+        raise ValueError(f"{key} takes no control characters; got {shortened(path)!r}")
+    longest = max(path.split("/"), key=lambda part: len(os.fsencode(part)))
+    if len(os.fsencode(longest)) > NAME_BYTES:
+        raise ValueError(
+            f"{key} must have at most {NAME_BYTES} bytes between slashes, since it names a folder; got "
+            f"{len(os.fsencode(longest))} bytes, {shortened(longest)!r}"
+        )
+    if len(os.fsencode(path)) > PATH_BYTES:
+        raise ValueError(f"{key} must have at most {PATH_BYTES} bytes; got {len(os.fsencode(path))}")
 
 
 class DataKeys(ComponentConfig):
@@ -102,13 +142,13 @@ class BackendKeys(ComponentConfig):
     """What the engine reads in [backend]."""
 
     device: str = "auto"
-    processes: PositiveInt = 1
+    processes: Processes = 1
     """Processes on this machine, each with its share of [train] batch; more than one with kind = "ddp" or "fsdp"."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products; weights, laws and sums are float32 at least. "auto": bfloat16 on a GPU, float32 on the CPU."""
     compile: bool = False
     """Compile the blocks of the trunk (torch.compile); the first step then takes a minute or so."""
-    workers: NonNegativeInt = 1
+    workers: Threads = 1
     """Threads that read batches ahead of the step that asks for them; 0: none. No bit depends on it."""
     activation_checkpointing: bool = False
     """Keep of each block its input alone and compute the rest again in the backward: less memory, more work."""
@@ -117,6 +157,8 @@ class BackendKeys(ComponentConfig):
 class EvaluateKeys(ComponentConfig):
     """[evaluate]: the bound on the validation rows."""
 
+    every: PositiveInt | None = None
+    """Steps between evaluations while training, logged and shown; without it the run is evaluated at its end only."""
     batch: PositiveInt = 64
     window: tuple[float, float] = (1e-3, 0.999)
     """Shares of tau between which the diffusion term is integrated; the two end terms cover the rest."""
@@ -124,7 +166,7 @@ class EvaluateKeys(ComponentConfig):
     """Times drawn per row; two or more tell the error of the estimate from the differences between documents."""
     rows: PositiveInt | None = None
     """How many rows are read, spread evenly over the validation text; all if not given."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     weights: Literal["auto", "ema", "trained"] = "auto"
     """Which weights are evaluated, sampled and loaded; "auto": the average where [train] ema keeps one."""
 
@@ -142,7 +184,7 @@ class SampleKeys(ComponentConfig):
     steps: PositiveInt = 64
     count: PositiveInt = 8
     batch: PositiveInt = 8
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     conditions: dict[str, NonNegativeInt | tuple[float, ...]] = Field(default_factory=dict)
     """What the network is told, of [denoiser] conditions: a label, or a vector."""
     guidance: NonNegativeFloat = 1.0

@@ -7,20 +7,23 @@ both, so that an error can say `recipes/mine.toml:14`. Drafts merge: what a reci
 from __future__ import annotations
 
 import copy
-import json
+import datetime
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddiff.errors import RecipeError
+from ddiff.errors import RecipeError, shortened
 
 KeyPath = tuple[str | int, ...]
 """A path into nested tables; integers index arrays."""
 
 Replaces = Callable[[tuple[str, ...], Mapping[str, Any], Mapping[str, Any]], frozenset[str] | None]
 """(path, below, above) of a table -> None when `above` changes the table below; else the keys that are handed on."""
+
+DEEPEST = 16  # tables and lists inside one another; a recipe has four
+INTEGERS = -(2**63), 2**64  # what TOML's 64 bits hold, signed or not
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _STRING = re.compile(r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'[\s\S]*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'', re.DOTALL)
@@ -64,14 +67,17 @@ class Draft:
 
 
 def read_toml(text: str, source: str) -> Draft:
-    """Parse TOML; RecipeError names `source` and the line where the text is broken."""
+    """Parse TOML; RecipeError names `source` and the line where the text is broken, or holds what no recipe may."""
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         found = _PARSER_LINE.search(str(error))
         place = f"{source}:{found[1]}" if found else source
-        reason = _PARSER_LINE.sub("", str(error))
-        raise RecipeError(f"{place}: this is not TOML: {reason[:1].lower()}{reason[1:]}. Mend that line.") from error
+        raise RecipeError(f"{place}: this is not TOML: {_reason(error)}. Mend that line.") from error
+    except (RecursionError, ValueError) as error:
+        raise RecipeError(f"{source}: this is not a recipe: {_unparsed(error)}.") from error
+    if fault := _unfit(tree):
+        raise RecipeError(f"{source}: {fault}.")  # before the lines are looked for: the scanner goes as deep as the text
     return Draft(tree, source, {path: f"{source}:{line}" for path, line in key_lines(text).items()})
 
 
@@ -79,15 +85,17 @@ def read_settings(settings: Iterable[str], source: str, option: str = "--set") -
     """The draft of `--set a.b=c` texts over `source`: a key path and a TOML value, where a bare word is a string.
 
     `option`, "--set" or "--condition", is what errors speak of. Raises RecipeError for a text without `=`, a broken key or
-    value, and a path through something that is no table.
+    value, more than one key, and a path through something that is no table.
     """
     draft = Draft({}, source)
     for setting in settings:
-        tree = _parse_setting(setting, option)
-        path, value = _only_leaf(tree)
-        _put(draft.tree, path, value, setting)
+        place = f"{option} {shortened(setting)}"
+        path, value = _parse_setting(setting, option, place)
+        if fault := _unfit(value):
+            raise RecipeError(f"{place}: {fault}.")
+        _put(draft.tree, path, value, place)
         for length in range(1, len(path) + 1):
-            draft.places[path[:length]] = f"--set {setting}"
+            draft.places[path[:length]] = place
     return draft
 
 
@@ -138,49 +146,103 @@ def _forget(places: dict[KeyPath, str], path: KeyPath) -> None:
         del places[known]
 
 
-def _parse_setting(setting: str, option: str) -> dict[str, Any]:
+def _parse_setting(setting: str, option: str, place: str) -> tuple[tuple[str, ...], Any]:
+    """The key path and the value of one `key=value` text."""
     key, equals, value = setting.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"{option} {setting}: expected {_WRITTEN[option][0]}.")
+        raise RecipeError(f"{place}: expected {_WRITTEN[option][0]}.")
     try:
-        return tomllib.loads(f"{key} = {value}")
-    except tomllib.TOMLDecodeError:
-        # Not a TOML value: a bare word is a string, but a broken bracket or quote must not become one silently.
-        try:
-            if value.strip()[:1] in tuple("[{\"'"):
-                raise
-            return tomllib.loads(f"{key} = {json.dumps(value.strip())}")
-        except tomllib.TOMLDecodeError as error:
-            reason = _PARSER_LINE.sub("", str(error))
-            raise RecipeError(
-                f"{option} {setting}: {reason[:1].lower()}{reason[1:]}. Write {_WRITTEN[option][1]}."
-            ) from error
+        setting.encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            f"{place}: the bytes are no UTF-8 text (byte {setting[error.start : error.start + 1]!a} at {error.start})."
+        ) from error
+    try:
+        path = _key_path(key)
+        return path, _value_at(path, key, value)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{place}: {_reason(error)}. Write {_WRITTEN[option][1]}.") from error
+    except (RecursionError, ValueError) as error:
+        raise RecipeError(f"{place}: {_unparsed(error)}. Write {_WRITTEN[option][1]}.") from error
 
 
-def _only_leaf(tree: dict[str, Any]) -> tuple[tuple[str, ...], Any]:
-    """The key path of a one-setting tree; an inline table counts as its value."""
+def _key_path(key: str) -> tuple[str, ...]:
+    """The path of a dotted key. Raises TOMLDecodeError for what is none, a line break included."""
+    if "\n" in key or "\r" in key:
+        raise tomllib.TOMLDecodeError("a key stands on one line")
+    if key.count(".") > DEEPEST:
+        raise ValueError(f"the key has more than {DEEPEST} parts")
     path: tuple[str, ...] = ()
-    value: Any = tree
-    while isinstance(value, dict) and len(value) == 1:
-        ((key, value),) = value.items()
-        path = (*path, key)
-    return path, value
+    tree: Any = tomllib.loads(f"{key} = 0")
+    while isinstance(tree, dict):
+        if len(tree) != 1:
+            raise tomllib.TOMLDecodeError("expected one key")
+        ((name, tree),) = tree.items()
+        path = (*path, name)
+    return path
 
 
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any, setting: str) -> None:
+def _value_at(path: tuple[str, ...], key: str, value: str) -> Any:
+    """The TOML value, or the bare word as a string. A broken bracket or quote does not become one silently."""
+    try:
+        tree: Any = tomllib.loads(f"{key} = {value}")
+    except tomllib.TOMLDecodeError:
+        if value.strip()[:1] in tuple("[{\"'"):
+            raise
+        return value.strip()
+    for name in path:
+        if not isinstance(tree, dict) or list(tree) != [name]:
+            raise tomllib.TOMLDecodeError("one setting takes one key; repeat the option for the next one")
+        tree = tree[name]
+    return tree
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any, place: str) -> None:
     for depth, key in enumerate(path[:-1], start=1):
         below = tree.setdefault(key, {})
         if isinstance(below, str):  # the shorthand for {kind = "..."}, given by an earlier --set
             below = tree[key] = {"kind": below}
         if not isinstance(below, dict):
-            raise RecipeError(
-                f"--set {setting}: another --set gives {'.'.join(path[:depth])} a value that is no table."
-            )
+            raise RecipeError(f"{place}: another setting gives {'.'.join(path[:depth])} a value that is no table.")
         tree = below
     if isinstance(tree.get(path[-1]), dict) and isinstance(value, str):
         tree[path[-1]]["kind"] = value
     else:
         tree[path[-1]] = value
+
+
+def _unfit(value: Any) -> str | None:
+    """What a recipe may not hold anywhere: depth without end, integers of more than 64 bits, dates. None if all is well.
+
+    Iterative, because what is nested too deep for this function is what it looks for.
+    """
+    pending: list[tuple[Any, int, str]] = [(value, 0, "")]
+    while pending:
+        current, depth, name = pending.pop()
+        about = f"{shortened(name)} " if name else "it "
+        if depth > DEEPEST:
+            return f"{about}is nested deeper than {DEEPEST} tables and lists, and no recipe has more than a few"
+        if isinstance(current, dict):
+            pending += [(below, depth + 1, name or key) for key, below in current.items()]
+        elif isinstance(current, list):
+            pending += [(below, depth + 1, name) for below in current]
+        elif isinstance(current, int) and not INTEGERS[0] <= current < INTEGERS[1]:
+            return f"{about}holds an integer of more than 64 bits, which no key takes"
+        elif isinstance(current, datetime.date | datetime.time):
+            return f"{about}holds a date or time, {current}, which no key takes: put it in quotes"
+    return None
+
+
+def _reason(error: tomllib.TOMLDecodeError) -> str:
+    reason = shortened(_PARSER_LINE.sub("", str(error)))
+    return reason[:1].lower() + reason[1:]
+
+
+def _unparsed(error: Exception) -> str:
+    """Why the parser gave up on text that it did not find broken."""
+    if isinstance(error, RecursionError):
+        return f"it is nested deeper than {DEEPEST} tables and lists"
+    return f"the parser refuses it ({shortened(str(error))})"
 
 
 class _Scanner:
@@ -189,6 +251,7 @@ class _Scanner:
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
+        self.counted = (0, 1)  # a place, and its line: lines are counted from there on
         self.found: dict[KeyPath, int] = {}
         self.array_sizes: dict[KeyPath, int] = {}
 
@@ -277,7 +340,10 @@ class _Scanner:
         self.found.setdefault(path, line)
 
     def line(self) -> int:
-        return self.text.count("\n", 0, self.at) + 1
+        place, line = self.counted
+        line += self.text.count("\n", place, self.at)
+        self.counted = (self.at, line)
+        return line
 
     def peek(self, token: str) -> bool:
         return self.text.startswith(token, self.at)

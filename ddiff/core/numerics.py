@@ -48,6 +48,19 @@ def where_read(read: Tensor, values: Tensor) -> Tensor:
     return torch.where(read, values, 0.0)
 
 
+def temper(log_p: Tensor, temperature: float) -> Tensor:
+    """Log-weights of p^(1/T) along the last dimension, for T >= 0; 0 keeps only the first of the likeliest entries.
+
+    The largest log p is subtracted before the division, so that every T > 0 is finite at the likeliest entry.
+    """
+    largest, first = log_p.max(-1, keepdim=True)
+    if temperature == 0.0:
+        return torch.full_like(log_p, -torch.inf).scatter(-1, first, 0.0)
+    # a T below the smallest normal number is that number: 1/T would be infinite, and 0 * inf is NaN
+    scale = max(temperature, torch.finfo(log_p.dtype).tiny)
+    return torch.where(log_p == largest, 0.0, (log_p - largest) / scale)
+
+
 def per_time(values: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """values(t) [r,...] for t [r], read once for neighbours of the same time: the positions of a sequence mostly are.
 
@@ -88,8 +101,8 @@ def draw_index(weights: Tensor, u: Tensor) -> Tensor:
     if not bool(drawable.all()):
         raise NonFiniteError(
             f"draw_index: weights must have a positive, finite sum in every row; got {cdf[~drawable, -1][0]}. Either the "
-            "denoiser's law holds NaN (its weights or inputs are not finite: go back to an earlier checkpoint), or it "
-            "gives no probability to anything below the state that a row is in."
+            "predicted distribution holds NaN (the network's weights or inputs are not finite: go back to an earlier "
+            "checkpoint), or it gives no probability to anything below the state that a row is in."
         )
     target = (u * cdf[:, -1]).unsqueeze(-1)
     index = torch.searchsorted(cdf, target, right=True).squeeze(-1)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 
 from ddiff.core.elbo import Likelihood
@@ -97,6 +98,7 @@ def evaluate(
     seed: int = 0,
     unit: str = "token",
     device: torch.device | None = None,
+    console: Console | None = None,
 ) -> Evaluation:
     """Score every row `draws` times. `document` [R] numbers each row's document; `batch_of(rows)` gives their batch.
 
@@ -110,7 +112,7 @@ def evaluate(
     nats = np.zeros((len(names), draws))
     tokens = np.zeros(len(names))
     means = _Means()
-    with progress(len(document) * draws, "evaluating") as bar:
+    with progress(len(document) * draws, "evaluating", console=console) as bar:
         for rows, slot, slots, draw in _readings(index, draws, batch, seed):
             shown = batch_of(rows)
             group = torch.from_numpy(index[rows]).to(shown.index.device)

@@ -10,9 +10,39 @@ A stage that is done is not done again; what a directory was made with is held a
 
 from __future__ import annotations
 
-from ddiff.runs.built import Run
-from ddiff.runs.export import export_run
-from ddiff.runs.stages import evaluate_run, load, rehearse, run, run_recipe, sample_run
-from ddiff.runs.verify import verify_resume
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddiff.runs.built import Run as Run
+    from ddiff.runs.export import export_run as export_run
+    from ddiff.runs.rehearsal import rehearse as rehearse
+    from ddiff.runs.stages import evaluate_run as evaluate_run
+    from ddiff.runs.stages import load as load
+    from ddiff.runs.stages import run as run
+    from ddiff.runs.stages import run_recipe as run_recipe
+    from ddiff.runs.stages import sample_run as sample_run
+    from ddiff.runs.verify import verify_resume as verify_resume
+
+_MODULE_OF = {
+    "Run": "built",
+    "evaluate_run": "stages",
+    "export_run": "export",
+    "load": "stages",
+    "rehearse": "rehearsal",
+    "run": "stages",
+    "run_recipe": "stages",
+    "sample_run": "stages",
+    "verify_resume": "verify",
+}
 
 __all__ = ["Run", "evaluate_run", "export_run", "load", "rehearse", "run", "run_recipe", "sample_run", "verify_resume"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name from its module when it is first asked for: a dry run needs no corpus library."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f'module "ddiff.runs" has no attribute "{name}"')
+    value = getattr(importlib.import_module(f"ddiff.runs.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value

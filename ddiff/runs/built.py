@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 
+from ddiff.component import COUNTS
 from ddiff.core.noise import Noise
 from ddiff.core.times import FlatTimes
 from ddiff.core.vocabulary import Vocabulary
@@ -25,7 +27,7 @@ from ddiff.data.documents import Documents
 from ddiff.data.prefetch import Prefetched
 from ddiff.data.rows import PackedRows, Rows, batch_rows, pack_texts, rows_fingerprint, token_stream
 from ddiff.data.tokenizer import Tokenizer
-from ddiff.errors import ArgumentError
+from ddiff.errors import ArgumentError, shortened
 from ddiff.evaluation.baselines import Baselines, baselines
 from ddiff.evaluation.likelihood import Evaluation, evaluate
 from ddiff.launch import cores_alone
@@ -35,12 +37,14 @@ from ddiff.prompts import Template, check_no_suffix, framed, templates_of
 from ddiff.recipe import Recipe
 from ddiff.requests import Told, ask_for, told
 from ddiff.runs.init import started
+from ddiff.runs.memory import check_memory
 from ddiff.runs.parts import (
     Given,
     build_backend,
     build_denoiser,
     build_documents,
     build_objective,
+    build_on_meta,
     build_process,
     check_asking,
     check_process,
@@ -53,7 +57,7 @@ from ddiff.training.checkpoint import Checkpoint, Checkpoints, load_weights
 from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
 from ddiff.training.protocols import Backend, Tracker
 from ddiff.training.tracker import NoTracker
-from ddiff.training.trainer import Trainer, TrainingSummary
+from ddiff.training.trainer import Trainer, TrainingSummary, Validation
 
 _COUNTED = 2**26  # training tokens whose pairs are counted: sorting them all would take longer than an evaluation
 
@@ -120,6 +124,9 @@ class Run:
         start = self.checkpoints.newest()
         if start is None:
             self.begin()
+        if self.recipe.evaluate.every:
+            with self.backend.first():  # every rank evaluates: rank 0 packs the rows, the others find them
+                self.validation_rows  # noqa: B018
         self.distribute()
         trainer = self.trainer()
         with closing(trainer.tracker), closing(self._batches):
@@ -207,6 +214,7 @@ class Run:
             keep=keys.keep,
             ema=keys.ema,
             tracker=tracker or self._tracker(),
+            validation=self._validation(),
             origins=recipe.origins(),
             fingerprints={
                 "tokenizer": self.tokenizer.fingerprint,
@@ -215,6 +223,24 @@ class Run:
                 **({"conditions": self.train_conditions.fingerprint} if self.train_conditions.values else {}),
             },
         )
+
+    def _validation(self) -> Validation | None:
+        """The evaluation while training, of what is evaluated at the end, on the same rows."""
+        every = self.recipe.evaluate.every
+        return None if every is None else Validation(every, self._validated, self.averaged)
+
+    def _validated(self) -> tuple[Mapping[str, float], str]:
+        quiet = Console(quiet=True, force_terminal=False)  # the bar of training stands
+        keys = self.recipe.evaluate
+        found = self._score(self.validation_rows, self._evaluated, keys.draws, self.validation_conditions, quiet)
+        unit, mean = f"nats_per_{found.unit}", found.nelbo_nats_per_token
+        figures = {f"validation_{found.bound.lower()}_{unit}": mean}
+        spoken = f"validation {found.bound} {mean:.4f}"
+        if found.interval is not None:
+            low, high = found.interval
+            figures |= {f"validation_interval_low_{unit}": low, f"validation_interval_high_{unit}": high}
+            spoken += f" ({low:.4f} to {high:.4f})"
+        return figures, f"{spoken} nats/{found.unit}"
 
     def _tracker(self) -> Tracker:
         if self.backend.rank > 0:
@@ -257,7 +283,14 @@ class Run:
         held, wanted = len(self.validation_rows), self.recipe.evaluate.rows
         return np.arange(held) if wanted is None or wanted >= held else np.arange(wanted) * held // wanted
 
-    def _score(self, rows: PackedRows, chosen: NDArray[np.int64], draws: int, conditions: Conditions) -> Evaluation:
+    def _score(
+        self,
+        rows: PackedRows,
+        chosen: NDArray[np.int64],
+        draws: int,
+        conditions: Conditions,
+        console: Console | None = None,
+    ) -> Evaluation:
         keys = self.recipe.evaluate
         # bytes of symbols mean nothing, and those of some rows are not known
         has_bytes = self.tokenizer.unit == "token" and len(chosen) == len(rows)
@@ -274,6 +307,7 @@ class Run:
             seed=keys.seed,
             unit=self.tokenizer.unit,
             device=self.backend.device,
+            console=console,
         )
 
     def _baselines(self, chosen: NDArray[np.int64]) -> Baselines:
@@ -331,8 +365,7 @@ class Run:
         seed, batch = _or(seed, keys.seed), _or(batch, keys.batch)
         templates = templates_of(prompt, infill, self.tokenizer, self.recipe.length)
         count = _or(count, keys.count if len(templates) <= 1 else 1)
-        if count < 1 or batch < 1:
-            raise ArgumentError(f"run.sample: count and batch must be at least 1; got {count} and {batch}.")
+        _check_asked(count, batch, seed, _or(steps, keys.steps))
         wanted = [template for template in templates for _ in range(count)]
         total = len(wanted) or count
         given = told(self.denoiser, keys.conditions if conditions is None else conditions, total)
@@ -424,6 +457,8 @@ def build_run(recipe: Recipe, given: Given) -> Run:
         if vocabulary is None:
             vocabulary = recipe.vocabulary.build(tokenizer=tokenizer, rows=rows, cache=cache)
     check_tokenizer(tokenizer, vocabulary)
+    with suppress(NotImplementedError, RuntimeError):  # a part that cannot be built without its weights
+        check_memory(recipe, build_on_meta(recipe, vocabulary))
     built = Run(recipe, tokenizer, vocabulary, given, backend)
     vars(built).update(
         cache=cache,
@@ -434,6 +469,15 @@ def build_run(recipe: Recipe, given: Given) -> Run:
         validation_conditions=built._conditions(documents.validation),
     )
     return built
+
+
+def _check_asked(count: int, batch: int, seed: int, steps: int) -> None:
+    """Raises ArgumentError for numbers that a recipe would refuse."""
+    for name, number in (("count", count), ("batch", batch), ("steps", steps)):
+        if not 1 <= number < COUNTS:
+            raise ArgumentError(f"run.sample: {name} must be at least 1 and below 2^31; got {shortened(str(number))}.")
+    if not 0 <= seed < 2**64:
+        raise ArgumentError(f"run.sample: seed must be in [0, 2^64); got {shortened(str(seed))}.")
 
 
 def _or(value: int | None, default: int) -> int:

@@ -153,8 +153,10 @@ def _read_recorded(directory: Path) -> dict[str, Any]:
 
 
 def _continues(key: str, old: Any, new: Any) -> bool:
-    """More steps, another place, other devices and processes are the same run."""
-    return (key == "train.steps" and old is not None and new >= old) or key == "run_dir" or key.startswith("backend.")
+    """More steps, another place, other devices and processes are the same run, however often it is evaluated."""
+    if key in ("run_dir", "evaluate.every") or key.startswith("backend."):
+        return True
+    return key == "train.steps" and old is not None and new >= old
 
 
 def record(directory: Path, recipe: Recipe, built: Run, given: Given) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ddiff.core.information import OwnTime
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
-from ddiff.data.cache import Cache
-from ddiff.data.corpus import Corpus
-from ddiff.data.documents import Documents
-from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.launch import place
 from ddiff.nn.denoiser import Denoiser
@@ -23,6 +22,23 @@ from ddiff.sampling.loop import Sampler, looks_ahead
 from ddiff.training.backend import SingleBackend, device_named
 from ddiff.training.protocols import Backend, Objective
 
+if TYPE_CHECKING:  # these load the libraries of texts, which a dry run mostly does without
+    from ddiff.data.cache import Cache
+    from ddiff.data.corpus import Corpus
+    from ddiff.data.documents import Documents
+    from ddiff.data.tokenizer import Tokenizer
+
+_FILLS = {
+    torch.Tensor.normal_,
+    torch.Tensor.uniform_,
+    nn.init.normal_,
+    nn.init.uniform_,
+    nn.init.trunc_normal_,
+    nn.init.kaiming_uniform_,
+    nn.init.kaiming_normal_,
+    nn.init.xavier_uniform_,
+    nn.init.xavier_normal_,
+}
 
 @dataclass(frozen=True)
 class Given:
@@ -110,11 +126,38 @@ def build_denoiser(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:
 def outlined(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:
     """The denoiser without room for its weights, where its parts can be had so: a billion of them are made in no time."""
     try:
-        with torch.device("meta"):
-            denoiser = build_denoiser(recipe, vocabulary)
-        return denoiser.to("meta")  # a library may have made a buffer where it pleased
-    except (NotImplementedError, RuntimeError):  # a part that computes with its weights when it is made
+        return build_on_meta(recipe, vocabulary)
+    except (NotImplementedError, RuntimeError) as error:  # a part that computes with its weights when it is made
+        if _overflows(error):
+            raise ArgumentError(
+                f"{recipe.denoiser.table}: a tensor of these sizes has more bytes than 64 bits can count ({error}). Take "
+                "a smaller network."
+            ) from error
         return build_denoiser(recipe, vocabulary)
+
+
+def build_on_meta(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:
+    """The denoiser with shapes and no storage. RuntimeError or NotImplementedError where a part cannot be built so."""
+    with torch.device("meta"), _Unfilled():
+        denoiser = build_denoiser(recipe, vocabulary)
+    return denoiser.to("meta")  # a library may have made a buffer where it pleased
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves meta tensors unfilled: torch would load its compiler (a second) to draw numbers that nothing holds."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        tensor = args[0] if args else given.get("tensor")
+        if func in _FILLS and isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            return tensor
+        return func(*args, **given)
+
+
+def _overflows(error: Exception) -> bool:
+    return "overflow" in str(error).lower()
 
 
 def build_objective(recipe: Recipe, process: ForwardProcess | None, denoiser: Denoiser) -> Any:

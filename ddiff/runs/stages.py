@@ -14,7 +14,6 @@ from typing import Any
 
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
-from ddiff.data.documents import find_files
 from ddiff.data.tokenizer import load_tokenizer
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.evaluation.baselines import Baselines
@@ -41,16 +40,11 @@ from ddiff.runs.directory import (
     recorded_steps,
     write,
 )
-from ddiff.runs.init import check_source
 from ddiff.runs.parts import (
     Given,
     backend_alone,
-    build_objective,
-    build_process,
-    check_backend,
     check_sampling,
     check_tokenizer,
-    outlined,
 )
 from ddiff.summary import print_evaluation, print_going_on, print_start, print_summary
 from ddiff.training.trainer import TrainingSummary
@@ -114,29 +108,6 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False) -> int:
     return code
 
 
-def rehearse(recipe: Recipe, *, fresh: bool = False) -> None:
-    """`ddiff run --dry-run`: refuse what can be known to fail before any data is read.
-
-    The run directory, the files that are named, the device; and where the recipe tells how many tokens there are, the
-    parts that stand on a vocabulary, built on one of the same shape.
-    """
-    check_directory(Path(recipe.run_dir), recipe, Given(), fresh)
-    check_backend(recipe)
-    for part in recipe.parts().values():
-        with part.blamed():
-            for pattern in part.reads():
-                find_files(pattern)
-    recipe.data.preview()
-    vocabulary = recipe.vocabulary.preview(num_tokens=recipe.tokenizer.preview())
-    if (init := recipe.train.init) is not None and init.run is not None:
-        check_source(init.run)
-    if vocabulary is not None:
-        process = build_process(recipe, vocabulary)
-        denoiser = outlined(recipe, vocabulary)
-        objective = build_objective(recipe, process, denoiser)
-        check_sampling(recipe, vocabulary, process, getattr(objective, "denoiser", denoiser), objective)
-
-
 def evaluate_run(run_dir: str | Path, settings: Iterable[str] = ()) -> Evaluation:
     """`ddiff eval`: evaluate anew, with `settings` over [evaluate], and write evaluation.json."""
     built = load(run_dir, settings=settings)
@@ -152,7 +123,13 @@ def evaluate_run(run_dir: str | Path, settings: Iterable[str] = ()) -> Evaluatio
 def sample_run(run_dir: str | Path, count: int | None = None, **asked: Any) -> None:
     """`ddiff sample`: JSON lines on standard output; `asked` are the arguments of `Run.sample`."""
     for sample in load(run_dir).sample(count, **asked):
-        print(json.dumps(sample, ensure_ascii=False))
+        print(json.dumps(sample, ensure_ascii=not _writes_unicode()))
+
+
+def _writes_unicode() -> bool:
+    """Whether standard output takes every character; JSON escapes mean the same where it does not."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return encoding.lower().replace("-", "").replace("_", "").startswith("utf")
 
 
 def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddiff.core.elbo import Ask
 from ddiff.core.law import CleanLaw
 from ddiff.core.noise import Noise
-from ddiff.core.numerics import draw_index
+from ddiff.core.numerics import draw_index, temper
 from ddiff.core.process import ForwardProcess, Visit
 from ddiff.errors import ArgumentError
 from ddiff.sampling.acs import need_informed_words
@@ -41,9 +41,9 @@ class SelfCorrectingSampler:
         at: float = 0.01,
         patience: int = 32,
     ) -> None:
-        if min(rounds, commit, patience) < 1 or not 0.0 < temperature < float("inf") or not 0.0 < at < 1.0:
+        if min(rounds, commit, patience) < 1 or not 0.0 <= temperature < float("inf") or not 0.0 < at < 1.0:
             raise ArgumentError(
-                "SelfCorrectingSampler: rounds, commit and patience must be at least 1, temperature above 0 and at in "
+                "SelfCorrectingSampler: rounds, commit and patience must be at least 1, temperature at least 0 and at in "
                 f"(0, 1); got {rounds}, {commit}, {patience}, {temperature} and {at}."
             )
         self.inner, self.rounds, self.commit = inner, rounds, commit
@@ -94,7 +94,7 @@ def proposals(
     def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         def again(law: CleanLaw, idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             full = law.log_mass(0).double() + process.log_likelihood(zt[idx], t[idx])
-            tempered = (full / temperature).log_softmax(-1)
+            tempered = temper(full, temperature).log_softmax(-1)
             drawn = draw_index(tempered.exp(), u[rows[idx]])
             log_p = tempered.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
             return drawn, log_p, full.argmax(-1) == zt[idx]

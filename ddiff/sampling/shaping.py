@@ -7,6 +7,7 @@ the clean token, before any posterior is formed; samplers that rank positions ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ddiff.core.elbo import Ask
 from ddiff.core.law import CleanLaw, DenseLaw, SubtreeLaw
-from ddiff.core.numerics import draw_index
+from ddiff.core.numerics import draw_index, temper
 from ddiff.core.process import ForwardProcess, RowFunction, Visit
 from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError
@@ -105,15 +106,17 @@ def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 @final
 class Temperature:
-    """p^(1/T), T > 0; T < 1 sharpens."""
+    """p^(1/T) for T >= 0: T < 1 sharpens, 0 is greedy (the likeliest entry alone, the first of equal ones)."""
 
     def __init__(self, temperature: float) -> None:
-        if not 0.0 < temperature < float("inf"):
-            raise ArgumentError(f"Temperature: must be a finite number above 0; got {temperature}. 1 changes nothing.")
+        if not 0.0 <= temperature < float("inf"):
+            raise ArgumentError(
+                f"Temperature: must be a finite number of at least 0; got {temperature}. 1 changes nothing, 0 is greedy."
+            )
         self.temperature = temperature
 
     def __call__(self, log_p: Tensor) -> Tensor:
-        return log_p / self.temperature
+        return temper(log_p, self.temperature)
 
 
 @final
@@ -210,7 +213,7 @@ class _Shaped(_Composed):
 class _Guided(_Composed):
     def __init__(self, ask: Ask, null_ask: Ask, weight: float) -> None:
         super().__init__("guided", ask, null_ask)
-        self.weight = weight
+        self.weight = _finite("guided", weight)
 
     def __call__(self, noisy: Noisy) -> Visit:
         visit, null_visit = (part(noisy) for part in self.parts)
@@ -229,7 +232,14 @@ class _Guided(_Composed):
 
     def _shape(self, log_p: Tensor, log_null: Tensor) -> Tensor:
         impossible = log_p.isneginf() | log_null.isneginf()
-        return torch.where(impossible, -torch.inf, (1.0 - self.weight) * log_null + self.weight * log_p)
+        if abs(self.weight) <= 1.0:
+            mixed = (1.0 - self.weight) * log_null + self.weight * log_p
+        else:
+            # in units of the weight, and the largest subtracted before it multiplies: no weight overflows
+            mixed = (log_p - log_null) + log_null / self.weight
+            mixed = mixed if self.weight > 0.0 else -mixed
+            mixed = temper(mixed.masked_fill(impossible, -torch.inf), 1.0 / abs(self.weight))
+        return mixed.masked_fill(impossible, -torch.inf)
 
 
 @final
@@ -248,7 +258,7 @@ class _Rows(SubtreeLaw):
 class _Steered(_Composed):
     def __init__(self, ask: Ask, log_likelihood: Classifier, weight: float) -> None:
         super().__init__("steered", ask)
-        self.log_likelihood, self.weight = log_likelihood, weight
+        self.log_likelihood, self.weight = log_likelihood, _finite("steered", weight)
 
     def __call__(self, noisy: Noisy) -> Visit:
         visit = self.parts[0](noisy)
@@ -267,7 +277,20 @@ class _Steered(_Composed):
                 f"steered: log_likelihood must give [{len(rows)}, {vocabulary.num_tokens}], log p(y | x_i = v) for each "
                 f"asked row and word; got {tuple(evidence.shape)}."
             )
-        return DenseLaw((log_p + self.weight * evidence.to(log_p)[:, words]).log_softmax(-1), vocabulary, law.top)
+        steered = log_p + self.weight * evidence.to(log_p)[:, words]
+        if bool(steered.isnan().any()) or not bool(steered.isfinite().any(-1).all()):
+            raise ArgumentError(
+                f"steered: log p + weight * log_likelihood must be a number, and above -inf for some token of every row; the "
+                f"classifier's values are in [{float(evidence.min())}, {float(evidence.max())}], the weight is "
+                f"{self.weight}. Mend log_likelihood, or take a smaller weight."
+            )
+        return DenseLaw(steered.log_softmax(-1), vocabulary, law.top)
+
+
+def _finite(name: str, weight: float) -> float:
+    if not math.isfinite(weight):
+        raise ArgumentError(f"{name}: weight must be a finite number; got {weight}. 1 follows the condition as trained.")
+    return weight
 
 
 def shaped(ask: Ask, shapers: Sequence[Callable[[Tensor], Tensor]]) -> Ask:

@@ -15,6 +15,7 @@ from ddiff.testing.head import check_head
 from ddiff.testing.law import check_clean_law
 from ddiff.testing.process import check_process
 from ddiff.testing.report import Law, LawReport, assert_laws
+from ddiff.testing.sampler import check_sampler
 from ddiff.testing.schedule import check_schedule
 from ddiff.testing.times import check_time_rule
 from ddiff.testing.vocabulary import check_vocabulary
@@ -28,6 +29,7 @@ __all__ = [
     "check_denoiser",
     "check_head",
     "check_process",
+    "check_sampler",
     "check_schedule",
     "check_time_rule",
     "check_vocabulary",

@@ -25,9 +25,11 @@ from ddiff.testing.denoiser import check_denoiser
 from ddiff.testing.head import check_head
 from ddiff.testing.process import check_parts, check_process
 from ddiff.testing.report import LawReport
+from ddiff.testing.sampler import accepted, check_sampler
 from ddiff.testing.times import check_time_rule
 
 WIDTH, LENGTH = 6, 6  # of the heads and sequences that are checked
+OF_PLUGINS = ("process", "sampler")  # kinds that are checked by the name of their plugin
 PIPED_WIDTH = 140  # columns of a table that no terminal limits
 
 
@@ -39,13 +41,13 @@ class Instance(NamedTuple):
 
 
 def check(name: str, settings: Sequence[str], plugins: Sequence[str] | None = None) -> int:
-    """Check a component, or every process of a plugin; 0 when all laws hold, 1 when one is broken.
+    """Check a component, or every process and sampler of a plugin; 0 when all laws hold, 1 when one is broken.
 
     `settings` are key=value texts for the component's Config. Without `plugins` everything installed is searched. Raises
     PluginError for an unknown name, RecipeError for a wrong setting, ArgumentError when nothing fits the settings.
     """
     torch.set_num_threads(1)  # the laws' tensors are small: a second thread costs more than it brings
-    instances = [one for component in _named(name, plugins) for one in _instances(component, settings)]
+    instances = [one for component in _named(name, plugins, bool(settings)) for one in _instances(component, settings)]
     reports = list(_prove(instances))
     _print(name, reports)
     return 0 if all(report.passed for _, report in reports) else 1
@@ -54,15 +56,19 @@ def check(name: str, settings: Sequence[str], plugins: Sequence[str] | None = No
 # ---------------------------------------------------------------------- which components
 
 
-def _named(name: str, plugins: Sequence[str] | None) -> list[Component]:
-    """The components called NAME that have laws; else the processes of the plugin called NAME."""
+def _named(name: str, plugins: Sequence[str] | None, configured: bool) -> list[Component]:
+    """The components called NAME that have laws, and the processes and samplers of the plugin called NAME.
+
+    Settings belong to one component, so with them the plugin is meant only where no component has the name.
+    """
     survey = survey_plugins() if plugins is None else Survey(load_plugins(plugins), [])
     registry = survey.registry
     same_name = [component for component in registry.components() if component.name == name]
     found = [component for component in same_name if component.kind in INSTANCES]
-    found = found or [component for component in registry.components("process") if component.plugin == name]
-    if found:
-        return found
+    of_plugin = [part for kind in OF_PLUGINS for part in registry.components(kind) if part.plugin == name]
+    chosen = found if found and configured else list(dict.fromkeys([*found, *of_plugin]))
+    if chosen:
+        return chosen
     for plugin, _, error in survey.reports:
         if plugin.name == name and error is not None:
             raise error
@@ -75,7 +81,7 @@ def _explain(name: str, same_name: list[Component], registry: Registry) -> str:
     if same_name:
         return f"ddiff check: the {same_name[0]} has no laws to check. Those that have: {there_is}."
     if any(component.plugin == name for component in registry.components()):
-        return f'ddiff check: the plugin "{name}" registers no process. What can be checked by name: {there_is}.'
+        return f'ddiff check: the plugin "{name}" registers no process and no sampler. What can be checked by name: {there_is}.'
     names = [component.name for component in known] + [component.plugin for component in known]
     return f'ddiff check: there is no component or plugin "{name}".{nearest(name, names)} There is: {there_is}.'
 
@@ -171,11 +177,26 @@ def _backbones(component: Component, part: Part, configured: bool) -> list[Insta
     return [Instance(f"{component.name} on {_sizes(vocabulary)}", partial(check_denoiser, denoiser, process))]
 
 
+def _samplers(component: Component, part: Part, configured: bool) -> list[Instance]:
+    """The sampler on each small process that it takes."""
+    subjects, refused = accepted(lambda vocabulary, steps: part.build(steps=steps, vocabulary=vocabulary))
+    if not subjects:
+        raise ArgumentError(
+            f"ddiff check: the {component} refuses every small process with these settings, so nothing can be checked. "
+            f"The last refusal: {refused[-1]}"
+        )
+    return [
+        Instance(f"{component.name} on {name}", partial(check_sampler, subject.build, subject.process, subject.says))
+        for name, subject in subjects.items()
+    ]
+
+
 INSTANCES: dict[str, Callable[[Component, Part, bool], list[Instance]]] = {
     "process": _processes,
     "head": _heads,
     "time_rule": _time_rules,
     "backbone": _backbones,
+    "sampler": _samplers,
 }
 """How to make small instances of each kind that has laws."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -38,6 +40,21 @@ class MovingAverage:
         for name, average in self.weights.items():
             mine = local(average)
             mine.lerp_(_wide(local(self._parameters[name].detach())), share.to(mine.dtype))
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Put the average into the module for a while; afterwards the parameters are the same bits as before."""
+        kept = {name: local(p.detach()).clone() for name, p in self._parameters.items()}
+        self._install({name: local(average) for name, average in self.weights.items()})
+        try:
+            yield
+        finally:
+            self._install(kept)
+
+    @torch.no_grad()
+    def _install(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            local(parameter).copy_(weights[name])
 
     def to_tree(self) -> dict[str, Any]:
         return {"updates": self.updates, "weights": self.weights}

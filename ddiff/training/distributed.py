@@ -173,6 +173,16 @@ class ShardedBackend(Ranks):
         yield
         shards.set_requires_gradient_sync(True)
 
+    @contextmanager
+    def gathering(self, module: nn.Module) -> Iterator[None]:
+        """Gather what lies outside the blocks, so that head and embeddings can be queried without the module's forward."""
+        shards = cast(FSDPModule, module)
+        shards.unshard()
+        try:
+            yield
+        finally:
+            shards.reshard()
+
 
 def _summed(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """The sum over the ranks, where DDP's own hook gives the mean."""

@@ -78,8 +78,10 @@ class MetricsFile:
         self._cut(start)
         self._file = self._fs.open(self.path, "ab")
 
-    def append(self, record: StepRecord) -> None:
-        self._file.write((json.dumps({"step": record.step} | means([record]), allow_nan=False) + "\n").encode())
+    def append(self, record: StepRecord, validation: Mapping[str, float] = {}) -> None:
+        """Write the line of a step, with the figures of an evaluation after it if there was one."""
+        line = {"step": record.step} | means([record]) | dict(validation)
+        self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())
         self._file.flush()
 
     def close(self) -> None:

@@ -8,13 +8,13 @@ often, and Adam's own scale per entry suits them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ddiff.training.protocols import Optimizer
 
@@ -24,7 +24,13 @@ Decay = Literal["matrices", "all"]
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's share of a tensor that is sharded, the tensor itself otherwise; writing to it writes to the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; that module takes most of a second to import, and where it is not there is no DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def step_where(finite: Tensor, optimizer: Optimizer) -> None:
@@ -153,8 +159,11 @@ class Muon(torch.optim.Muon):
 
     def _orthogonalised(self, direction: Tensor, parameter: Tensor, group: dict[str, Any], turn: int) -> Tensor:
         """In layout and precision of `direction`, this rank's share of a matrix: by the rank whose `turn` it is."""
-        if not isinstance(parameter, DTensor):
+        if not _is_sharded(parameter):
             return self._whole(direction, group)
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(parameter, DTensor)
         mesh, placements = parameter.device_mesh, parameter.placements
         shared = DTensor.from_local(direction, mesh, placements, shape=parameter.shape, stride=parameter.stride())
         whole, owner = shared.full_tensor(), turn % mesh.size()

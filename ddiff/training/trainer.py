@@ -62,6 +62,19 @@ class TrainingSummary:
         return 128 + self.signal if self.signal is not None else 0
 
 
+@dataclass(frozen=True)
+class Validation:
+    """An evaluation after every `every` steps, of the moving average of the weights or of the weights themselves.
+
+    `score()` gives figures by name, for metrics.jsonl and the tracker, and a sentence. Every rank calls it at the same
+    step, on the same rows: a module in shards needs all of them.
+    """
+
+    every: int
+    score: Callable[[], tuple[Mapping[str, float], str]]
+    of_average: bool = False
+
+
 @dataclass
 class _Run:
     """Where a run stands: what a checkpoint holds besides model, optimizer and random state."""
@@ -119,6 +132,7 @@ class Trainer:
         multiplier: (step) -> factor in (0, 1] of every group's learning rate.
         clip: largest gradient norm, or None.
         ema: decay of the moving average of the weights that checkpoints hold beside them; 0: none.
+        validation: an evaluation while training; it changes no bit of what is trained.
         log_every, checkpoint_every, keep: steps between reports, steps between checkpoints, checkpoints that stay.
         origins: where each component came from (distribution, version), recorded in each checkpoint.
         fingerprints: of whatever a checkpoint must fit (vocabulary, data); compared when a run goes on.
@@ -145,6 +159,7 @@ class Trainer:
         checkpoint_every: int = 200,
         keep: int = 2,
         tracker: Tracker | None = None,
+        validation: Validation | None = None,
         origins: Mapping[str, str] | None = None,
         fingerprints: Mapping[str, str] | None = None,
     ) -> None:
@@ -161,6 +176,7 @@ class Trainer:
         self.multiplier = multiplier or WarmupConstant()
         self.clip, self.log_every, self.checkpoint_every = clip, log_every, checkpoint_every
         self.tracker: Tracker = tracker or NoTracker()
+        self.validation = validation
         self.origins, self.fingerprints = dict(origins or {}), dict(fingerprints or {})
         self.checkpoints = Checkpoints(f"{self.run_dir}/checkpoints", keep)
         self.average = MovingAverage(backend.unwrap(objective.module), ema) if ema else None
@@ -188,8 +204,9 @@ class Trainer:
                     while launched and (due or len(launched) > 1 or self._stops(run, interruption)):
                         record = self._settle(run, launched.popleft())
                         tokens += record.tokens
+                        figures = self._validate(run, bar) if self._is_validated(run, interruption) else {}
                         if file:
-                            file.append(record)
+                            file.append(record, figures)
                         if run.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
                             raise NonFiniteError(self._despair(record))
                         self._report(run, bar)
@@ -216,8 +233,33 @@ class Trainer:
         return step == self.steps or step % self.checkpoint_every == 0
 
     def _is_due(self, step: int) -> bool:
-        """Whether something is told or saved after that many steps."""
-        return self._is_saved(step) or step % self.log_every == 0
+        """Whether something is told, evaluated or saved after that many steps."""
+        evaluated = self.validation is not None and step % self.validation.every == 0
+        return self._is_saved(step) or evaluated or step % self.log_every == 0
+
+    def _is_validated(self, run: _Run, interruption: Interruption) -> bool:
+        """Not once a signal has come: an evaluation may take longer than what sent it waits."""
+        due = self.validation is not None and run.step % self.validation.every == 0
+        return due and not self._stops(run, interruption)
+
+    def _validate(self, run: _Run, bar: Progress) -> Mapping[str, float]:
+        """The figures of an evaluation of the weights as they are; nothing that training goes on from is changed."""
+        assert self.validation is not None
+        module, before = self.backend.unwrap(self.objective.module), _random_state(self.backend.device)
+        gathering = getattr(self.backend, "gathering", None)
+        averaged = self.average.installed() if self.average and self.validation.of_average else nullcontext()
+        with averaged, gathering(module) if gathering else nullcontext():
+            try:
+                figures, sentence = self.validation.score()
+            except NonFiniteError as error:  # worth knowing, and no reason to end the run
+                figures, sentence = {}, str(error)
+        self.objective.module.train()
+        _set_random_state(before, self.backend.device)
+        if self.backend.rank == 0 and figures:
+            self.tracker.log(run.step, figures)
+        bar.note(f"step {run.step}: {sentence}")
+        run.settled = time.monotonic()  # tokens/s are those of training
+        return figures
 
     def _stops(self, run: _Run, interruption: Interruption) -> bool:
         if self.backend.world_size == 1:  # nobody to agree with

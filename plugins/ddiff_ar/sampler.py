@@ -18,7 +18,7 @@ from ddiff import (
     ForwardProcess,
     MinP,
     Noise,
-    PositiveFloat,
+    NonNegativeFloat,
     PositiveInt,
     Probability,
     Sampler,
@@ -86,8 +86,8 @@ class LeftToRight:
     class Config(ComponentConfig):
         """What each conditional passes through before it is drawn from; the defaults change nothing."""
 
-        temperature: PositiveFloat = 1.0
-        """p^(1/temperature)."""
+        temperature: NonNegativeFloat = 1.0
+        """p^(1/temperature); 0 is greedy."""
         top_k: PositiveInt | None = None
         """The k likeliest alone."""
         top_p: Share = 1.0

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from ddiff import ArgumentError, Backend, ComponentConfig, DistributedBackend, ShardedBackend, SingleBackend
+from ddiff import ArgumentError, ComponentConfig
+
+if TYPE_CHECKING:  # importing torch's sharding takes a second, and one process needs none of it
+    import torch
+
+    from ddiff import Backend, SingleBackend
 
 
 class Single:
@@ -17,6 +22,8 @@ class Single:
                 f'the kind "single" runs one process; got processes = {processes}. Leave it out, or take kind = "ddp" or '
                 '"fsdp".'
             )
+        from ddiff import SingleBackend
+
         return SingleBackend(device)
 
 
@@ -27,6 +34,8 @@ class DataParallel:
 
     @staticmethod
     def build(config: ComponentConfig, *, device: str, processes: int) -> Backend:
+        from ddiff import DistributedBackend, SingleBackend
+
         if processes == 1 and not DistributedBackend.started():
             return SingleBackend(device)
         return DistributedBackend(device, processes)
@@ -39,6 +48,8 @@ class FullySharded:
 
     @staticmethod
     def build(config: ComponentConfig, *, device: str, processes: int, precision: torch.dtype | None) -> Backend:
+        from ddiff import ShardedBackend, SingleBackend
+
         if processes == 1 and not ShardedBackend.started():
             return SingleBackend(device)
         return ShardedBackend(device, processes, precision)

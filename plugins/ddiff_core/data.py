@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from ddiff import ComponentConfig, NonNegativeFloat, NonNegativeInt, PositiveInt
+from ddiff import ArgumentError, ComponentConfig, PositiveInt, Seed
 
 if TYPE_CHECKING:
     from ddiff import Cache, Documents, MarkovSource, ShardedCorpus, SourceCorpus, StreamedCorpus, TextSource
 
 Paths = Annotated[tuple[str, ...], Field(min_length=1)]
+MOST_SYMBOLS = 2**30  # of a generated corpus
 HeldOut = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -119,7 +120,7 @@ class TokenisedConfig(ComponentConfig):
 
     held_out: HeldOut = 0.005
     """The share of the documents for validation, chosen by the hash of their text."""
-    workers: PositiveInt = 1
+    workers: Annotated[int, Field(gt=0, le=1024)] = 1
     """Processes that tokenise; rows are the same whatever their number."""
     streaming: bool = False
     """Tokenise while training, and keep no shards; docs/data.md has the limits."""
@@ -225,17 +226,28 @@ class Markov:
 
     class Config(ComponentConfig):
         alphabet: Annotated[int, Field(ge=4, le=16)] = 8
-        peakedness: NonNegativeFloat = 2.0
+        peakedness: Annotated[float, Field(ge=0.0, le=100.0)] = 2.0
         """0: all symbols equally likely; larger: more predictable."""
         rows: PositiveInt = 4096
         validation: PositiveInt = 512
         """Rows for validation."""
-        seed: NonNegativeInt = 0
+        seed: Seed = 0
         """Of the chain and its rows."""
 
     @classmethod
     def build(cls, config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
+        cls.preview(config, length=length)
         return cls.source(config).documents(rows=config.rows, validation=config.validation, length=length)
+
+    @staticmethod
+    def preview(config: Config, *, length: int) -> None:
+        """Raises ArgumentError where the rows would have more symbols than can be held."""
+        symbols = (config.rows + config.validation) * length
+        if symbols > MOST_SYMBOLS:
+            raise ArgumentError(
+                f"rows and validation must have at most {MOST_SYMBOLS:,} symbols together, since they are held in memory; "
+                f"got {config.rows} + {config.validation} rows of length {length}, {symbols:,}. Take fewer rows."
+            )
 
     @staticmethod
     def source(config: Config) -> MarkovSource:

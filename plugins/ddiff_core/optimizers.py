@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from ddiff import ComponentConfig, JointOptimizer, NonNegativeFloat, PositiveFloat, adamw, muon
+
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""The share of a moving average that stays, in [0, 1)."""
+
+Epsilon = Annotated[float, Field(ge=1e-30, le=1.0)]
+"""What is added to a root before it divides; below 1e-30 it is 0 in float32, and 0/0 is NaN."""
 
 
 class AdamW:
@@ -15,9 +22,9 @@ class AdamW:
 
     class Config(ComponentConfig):
         lr: PositiveFloat = 3e-3
-        betas: tuple[float, float] = (0.9, 0.98)
+        betas: tuple[Decay, Decay] = (0.9, 0.98)
         weight_decay: NonNegativeFloat = 0.01
-        eps: PositiveFloat = 1e-8
+        eps: Epsilon = 1e-8
         decay: Literal["matrices", "all"] = "matrices"
         """What decays: hidden matrices alone, or tables, norms and biases too."""
 
@@ -31,10 +38,10 @@ class Muon:
 
     class Config(ComponentConfig):
         lr: PositiveFloat = 0.02
-        momentum: NonNegativeFloat = 0.95
+        momentum: Decay = 0.95
         weight_decay: NonNegativeFloat = 0.01
         table_lr: PositiveFloat = 3e-3
-        table_betas: tuple[float, float] = (0.9, 0.98)
+        table_betas: tuple[Decay, Decay] = (0.9, 0.98)
         float32: bool = False
         """Orthogonalise in float32 on a GPU too, where bfloat16 is the rule: the same numbers for any layout."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, final
+from typing import Annotated, Literal, final
+
+from pydantic import Field
 
 from ddiff import (
     AlongSampler,
@@ -48,8 +50,8 @@ Spacing = Literal["uniform", "cosine", "log"]
 class Shapes(ComponentConfig):
     """What each conditional passes through before it is drawn from; the defaults change nothing."""
 
-    temperature: PositiveFloat = 1.0
-    """p^(1/temperature)."""
+    temperature: NonNegativeFloat = 1.0
+    """p^(1/temperature); 0 is greedy."""
     top_k: PositiveInt | None = None
     """The k likeliest alone."""
     top_p: Share = 1.0
@@ -236,9 +238,9 @@ class SelfCorrecting:
         """At most."""
         commit: PositiveInt = 1
         """Changes a round."""
-        sharpness: PositiveFloat = 0.1
+        sharpness: NonNegativeFloat = 0.1
         """The temperature of the proposals."""
-        at: PositiveFloat = 0.01
+        at: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
         """The time that the network is told."""
         patience: PositiveInt = 32
         """Rounds without gain."""

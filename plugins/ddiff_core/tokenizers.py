@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ddiff import ComponentConfig, DataError, PositiveInt
+from ddiff import ComponentConfig, DataError
 
 if TYPE_CHECKING:
     from ddiff import AlphabetTokenizer, Cache, Documents, PretrainedTokenizer, Tokenizer
 
 _log = logging.getLogger(__name__)
 
+MOST = 2**24  # tokens: sixteen million, a hundred times what models have
+
 
 class BytePair:
     """Byte-level byte pairs learned from the training documents; one special token, `<|eos|>`."""
 
     class Config(ComponentConfig):
-        size: Annotated[int, Field(ge=257)] = 2048
+        size: Annotated[int, Field(ge=257, le=MOST)] = 2048
         """Tokens at most: 256 bytes, `<|eos|>` and what is learned."""
 
     @staticmethod
@@ -75,7 +77,7 @@ class Pretrained:
     class Config(ComponentConfig):
         path: str
         """A local directory, or a name on the hub."""
-        size: PositiveInt | None = None
+        size: Annotated[int, Field(gt=0, le=MOST)] | None = None
         """Its tokens, if you know: a dry run then needs no tokenizer, and another one is refused."""
 
     @staticmethod

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
-from ddiff import ArgumentError, ComponentConfig, DataError, NonNegativeInt, PositiveInt
+from ddiff import ArgumentError, ComponentConfig, DataError, NonNegativeInt, PositiveInt, Seed
 
 if TYPE_CHECKING:
     from ddiff import Cache, FlatVocabulary, HierarchicalVocabulary, Rows, Tokenizer, Vocabulary
@@ -41,20 +41,20 @@ class Clusters:
     """A tree by nested k-means of word embeddings; centroids are kept, special tokens form a branch of their own."""
 
     class Config(ComponentConfig):
-        sizes: Annotated[tuple[int, ...], Field(min_length=1)] = (64,)
+        sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=64)] = (64,)
         """Nodes per level, finest first; `[512, 32]` makes a three-level tree with its root, `[1]` one cluster under it."""
         source: str = COOCCURRENCE
         """Embeddings: "cooccurrence" (of the training rows), or a .npy or .safetensors file with a row per token."""
         model: str | None = None
         """In place of a source: a transformers model (directory or hub name) whose input embeddings are clustered."""
-        width: PositiveInt = 64
+        width: Annotated[int, Field(gt=0, le=65536)] = 64
         """Dimensions of the co-occurrence embeddings."""
-        window: PositiveInt = 4
+        window: Annotated[int, Field(gt=0, le=1024)] = 4
         """How far apart two tokens may stand and still occur together."""
         min_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-        max_share: Annotated[float, Field(ge=1.0)] = 5.0
+        max_share: Annotated[float, Field(ge=1.0, le=1e9)] = 5.0
         """A cluster holds between these multiples of the mean number of members."""
-        seed: NonNegativeInt = 0
+        seed: Seed = 0
 
         @model_validator(mode="after")
         def _one_source(self) -> Clusters.Config:
@@ -89,6 +89,8 @@ class Clusters:
     @staticmethod
     def preview(config: Config, *, num_tokens: int | None) -> HierarchicalVocabulary | None:
         """A tree of these sizes, the nodes dealt out evenly; it has no less room than the real one."""
+        import torch
+
         from ddiff import HierarchicalVocabulary
 
         if not num_tokens:
@@ -99,8 +101,8 @@ class Clusters:
                 f"sizes must decrease strictly, from at most the {num_tokens} tokens to at least one cluster; got "
                 f"{list(config.sizes)}."
             )
-        dealt = [[node * above // under for node in range(under)] for under, above in pairwise(below)]
-        return HierarchicalVocabulary(dealt + _above(config.sizes))
+        dealt = [torch.arange(under) * above // under for under, above in pairwise(below)]
+        return HierarchicalVocabulary([*dealt, *_above(config.sizes)])
 
     @classmethod
     def _tree(cls, config: Config, tokenizer: Tokenizer, rows: Rows | None) -> HierarchicalVocabulary:

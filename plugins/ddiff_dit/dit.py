@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ HEAD_WIDTH = 64
 TIME_FEATURES = 64
 TIME_WIDTH = 128
 ROTARY_BASE = 10_000.0
+
+Layers = Annotated[int, Field(gt=0, le=4096)]
 
 Shared = tuple[Tensor, ...]
 Remembered = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -75,7 +77,7 @@ class DiT(nn.Module):
 
         size: Size = "tiny"
         width: PositiveInt | None = None
-        layers: PositiveInt | None = None
+        layers: Layers | None = None
         heads: PositiveInt | None = None
         time: bool = True
         dropout: Probability = 0.0

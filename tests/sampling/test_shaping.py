@@ -45,7 +45,7 @@ def test_filters_on_a_law_of_three() -> None:
 
 
 def test_filters_out_of_range_are_refused() -> None:
-    wrong: list[Any] = [lambda: Temperature(0.0), lambda: TopK(0), lambda: TopP(0.0), lambda: MinP(1.5)]
+    wrong: list[Any] = [lambda: Temperature(-0.1), lambda: TopK(0), lambda: TopP(0.0), lambda: MinP(1.5)]
     for build in wrong:
         with pytest.raises(ArgumentError, match="got"):
             build()

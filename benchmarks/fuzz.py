@@ -1,0 +1,329 @@
+"""Mutate recipes and hand them to the command line: each is accepted or refused in words, and what is accepted runs.
+
+python benchmarks/fuzz.py                          # 1,000 dry runs, and two-step runs of a tenth of what passes
+python benchmarks/fuzz.py --recipes 100 --runs 5 --seed 3
+
+Everything happens in one process and in a temporary directory. A recipe that is answered with a traceback, with an empty or
+endless message, too slowly, or that leaves files behind is a fault; it is printed with the recipe's text and its number, and
+`--seed S --only N` repeats it. The exit code is 1 where there was one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ddiff.cli import main as ddiff
+from ddiff.plugin import installed_plugins, survey_plugins
+from ddiff.recipe import read_recipe, shipped_recipes
+from ddiff.tables import SLOTS
+
+SECONDS = 20.0  # of CPU: what a dry run, and a run of two steps, may take
+LONGEST = 4000  # characters of a refusal
+CORPUS = "\n".join(f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd")
+SMALL = [
+    "data.length=8", "denoiser.width=16", "denoiser.layers=1", "denoiser.heads=2", "train.steps=2", "train.batch=4",
+    "train.warmup=1", "evaluate.rows=4", "evaluate.batch=4", "sample.steps=2", "sample.count=2", "sample.batch=2",
+]  # fmt: skip
+SHORT = ["train.steps=2", "evaluate.rows=4", "evaluate.draws=1", "sample.steps=2", "sample.count=2"]
+TEXT = 'data={kind="text", files=["corpus.txt"], split="line", held_out=0.2, length=8}'
+CHAIN = 'data={kind="markov", rows=64, validation=8, length=8}'
+INTEGERS = [0, -1, 1, 2, 3, 7, 64, 255, 2**31 - 1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30]
+FLOATS = [0.0, -0.0, 1e-320, 1e-12, 0.1, 0.5, 1.0, 1.5, 2.0, 1e30, 1e38, 1e308, math.inf, -math.inf, math.nan, -0.5]
+TEXTS = ["", " ", "x" * 300, "x" * 5000, "é😀", "..", "../x", "/", "a\x00b", "a\nb", "nan", "auto", "cuda", "cpu:7", "none", "[x]"]
+
+
+class Fault(NamedTuple):
+    """What went wrong with which recipe."""
+
+    number: int
+    what: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"--- recipe {self.number}: {self.what}\n{self.text}"
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+def bases() -> list[dict[str, Any]]:
+    """The shipped small recipes with every default written out, smaller still, and two kinds of data."""
+    plugins = [name for name in installed_plugins() if name != "core"]
+    found = []
+    for name in shipped_recipes():
+        if "/" in name:
+            continue
+        for data in (TEXT, CHAIN):
+            alphabet = ['tokenizer={kind="alphabet", symbols="ABCDEFGH"}'] if data is CHAIN else ["tokenizer.size=270"]
+            clusters = ["vocabulary.sizes=[4]"] if "hdlm" in name and "three" not in name else []
+            try:
+                tree = read_recipe(name, [data, *alphabet, *SMALL, *clusters]).to_dict()
+            except Exception:  # a recipe of another backbone or tokenizer: its own keys are not these
+                continue
+            found.append({**tree, "plugins": plugins})
+    return found
+
+
+# ---------------------------------------------------------------------- mutations
+
+
+def leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in tree.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+
+
+def inside(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def odd_value(chance: random.Random, depth: int = 0) -> Any:
+    makers: list[Callable[[], Any]] = [
+        lambda: chance.choice(INTEGERS),
+        lambda: -chance.choice(INTEGERS),
+        lambda: chance.choice(FLOATS),
+        lambda: chance.choice(TEXTS),
+        lambda: chance.choice([True, False]),
+    ]
+    if depth < 3:
+        makers += [
+            lambda: [odd_value(chance, depth + 1) for _ in range(chance.randrange(4))],
+            lambda: {chance.choice(["kind", "x", "", "é"]): odd_value(chance, depth + 1)},
+            lambda: {},
+        ]
+    return chance.choice(makers)()
+
+
+def set_oddly(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
+    *path, key = chance.choice(list(leaves(tree)))
+    inside(tree, path)[key] = odd_value(chance)
+
+
+def near_limits(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
+    """A number of the same type: what is most often accepted."""
+    numbers = [path for path in leaves(tree) if type(inside(tree, path[:-1])[path[-1]]) in (int, float)]
+    *path, key = chance.choice(numbers)
+    table = inside(tree, path)
+    table[key] = chance.choice(INTEGERS if isinstance(table[key], int) else FLOATS)
+
+
+def drop(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
+    *path, key = chance.choice(list(leaves(tree)))
+    del inside(tree, path)[key]
+
+
+def rename(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
+    *path, key = chance.choice(list(leaves(tree)))
+    table = inside(tree, path)
+    odd = [key.upper(), key[:-1], key + "s", "", "é", "x" * 400, f"{key}.{key}", "kind"]
+    table[chance.choice(odd)] = table.pop(key)
+
+
+def swap_kind(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
+    places = [place for place in SLOTS if isinstance(reached(tree, place), dict)]
+    place = chance.choice(places)
+    kind = SLOTS[place].kind if chance.random() < 0.8 else chance.choice(list(kinds))
+    inside(tree, place[:-1])[place[-1]] = {"kind": chance.choice(kinds[kind])} | (
+        {"length": 8} if place == ("data",) else {}
+    )
+
+
+def wrap(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
+    """A list in place of a scalar, a scalar in place of a list, a table around either."""
+    *path, key = chance.choice(list(leaves(tree)))
+    table = inside(tree, path)
+    value = table[key]
+    unlisted = value[0] if isinstance(value, list) and value else value
+    table[key] = chance.choice([[value], unlisted, {"kind": value}, [value, value]])
+
+
+def reached(tree: dict[str, Any], path: Sequence[str]) -> Any:
+    value: Any = tree
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+MUTATIONS = [set_oddly, set_oddly, near_limits, near_limits, near_limits, drop, rename, swap_kind, swap_kind, wrap]
+
+
+def mutate_text(text: str, chance: random.Random) -> str:
+    """Damage that no tree has: cut off, doubled, with characters that do not belong there."""
+    at = chance.randrange(len(text) + 1)
+    return chance.choice(
+        [
+            text[:at],
+            text[:at] + chance.choice("\x00\x07\x7f\u2028\ufeff\"'[]{}=#\\😀") + text[at:],
+            text.replace("\n", "\r\n"),
+            "\ufeff" + text,
+            text + text[at:],
+            f"deep = {'[' * 2000}{']' * 2000}\n{text}",
+            text.replace("=", ":", 1),
+        ]
+    )
+
+
+def written(value: Any) -> str:
+    """A value as TOML, whatever it is: libraries would refuse to write some of what a user can."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return "nan" if math.isnan(value) else ("-inf" if value < 0 else "inf") if math.isinf(value) else repr(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, str):
+        return '"' + "".join(x if x.isprintable() and x not in '"\\' else f"\\u{ord(x):04x}" for x in value) + '"'
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{written(str(key))} = {written(inner)}" for key, inner in value.items()) + "}"
+    return "[" + ", ".join(map(written, value)) + "]"
+
+
+def mutant(number: int, seed: int, trees: list[dict[str, Any]], kinds: dict[str, list[str]]) -> str:
+    """The text of a mutated recipe: a function of its number and the seed."""
+    import copy
+
+    chance = random.Random(f"{seed} {number}")
+    tree = copy.deepcopy(chance.choice(trees))
+    for _ in range(chance.choice([1, 1, 1, 2, 3])):
+        with contextlib.suppress(KeyError, IndexError, TypeError):  # what an earlier one took away
+            chance.choice(MUTATIONS)(tree, chance, kinds)
+    text = "\n".join(f"{written(str(key))} = {written(value)}" for key, value in tree.items()) + "\n"
+    return mutate_text(text, chance) if chance.random() < 0.1 else text
+
+
+# ---------------------------------------------------------------------- what is asked of each
+
+
+class TooSlow(BaseException):
+    """Not an Exception: no handler of the command line may take it for its own."""
+
+
+def called(*arguments: str) -> Answer:
+    """`ddiff ARGUMENTS` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    began, code = time.process_time(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            with time_limit(SECONDS):
+                ddiff(list(arguments))
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        except TooSlow:
+            code = -1
+        except BaseException:
+            err.write(traceback.format_exc())
+            code = 1
+    return Answer(code, out.getvalue(), err.getvalue(), time.process_time() - began)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise TooSlow
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def wrong_with(answer: Answer, running: bool) -> str | None:
+    """What is wrong with an answer; a run may take longer than the limit, since a recipe may ask for much."""
+    if answer.code == -1:
+        return None if running else f"no answer after {SECONDS} s"
+    if "Traceback" in answer.err or answer.code not in (0, 2):
+        return f"exit code {answer.code}: {answer.err[-3000:]}"
+    if answer.code == 0:
+        return None if running or "\n# fits" in answer.out else "no verdict"
+    if not answer.err.strip():
+        return "a refusal without a word"
+    return f"a refusal of {len(answer.err)} characters" if len(answer.err) > LONGEST and not running else None
+
+
+def fuzz(recipes: Sequence[int], runs: int, seed: int, told: Callable[[str], None]) -> list[Fault]:
+    """Dry runs of these numbers, then real runs of `runs` of those that pass, evenly spread."""
+    registry = survey_plugins().registry
+    kinds: dict[str, list[str]] = {}
+    for component in registry.components():
+        kinds.setdefault(component.kind, []).append(component.name)
+    trees, faults, passed = bases(), [], []
+    Path("corpus.txt").write_text(CORPUS)
+    before = sorted(os.listdir())
+    for number in recipes:
+        text = mutant(number, seed, trees, kinds)
+        Path("../mutant.toml").write_text(text, encoding="utf-8", newline="")
+        answer = called("run", "../mutant.toml", "--dry-run")
+        what = wrong_with(answer, running=False)
+        if sorted(os.listdir()) != before:
+            what = f"files are left: {sorted(set(os.listdir()) - set(before))}"
+        if what is not None:
+            faults.append(Fault(number, what, text))
+            told(str(faults[-1]))
+        elif answer.code == 0:
+            passed.append((number, text))
+    told(f"{len(recipes)} recipes: {len(passed)} accepted, {len(faults)} faults")
+    chosen = passed[:: max(1, len(passed) // runs)][:runs] if runs else []
+    late = 0
+    for number, text in chosen:
+        Path("../mutant.toml").write_text(text, encoding="utf-8", newline="")
+        settings = [f"--set={setting}" for setting in (*SHORT, f'run_dir="runs/r{number}"', 'tracker="none"')]
+        answer = called("run", "../mutant.toml", *settings)
+        if what := wrong_with(answer, running=True):
+            faults.append(Fault(number, f"accepted, then {what}", text))
+            told(str(faults[-1]))
+        elif answer.code == 2:
+            late += 1
+            told(f"--- recipe {number}: accepted, then refused: {answer.err.strip().splitlines()[-1][:600]}")
+        shutil.rmtree("runs", ignore_errors=True)
+    told(f"{len(chosen)} runs: {late} refused late, {len(faults)} faults in all")
+    return faults
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", type=int, default=1000)
+    parser.add_argument("--runs", type=int, default=40, help="two-step runs of those that pass")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="the number of one recipe")
+    chosen = parser.parse_args(arguments)
+    numbers = range(chosen.recipes) if chosen.only is None else [chosen.only]
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory(prefix="ddiff-fuzz-") as folder:
+        os.environ["DDIFF_CACHE"] = f"{folder}/cache"
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        work = Path(folder, "work")
+        work.mkdir()
+        os.chdir(work)
+        try:
+            faults = fuzz(numbers, chosen.runs, chosen.seed, lambda line: print(line, flush=True))
+        finally:
+            os.chdir(here)
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

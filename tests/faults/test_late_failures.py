@@ -1,0 +1,151 @@
+"""What a dry run accepts does not die in the run for a reason that the recipe holds; limits work, above them is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from commands import called, entries, place, refusal
+from pydantic import ValidationError
+
+from ddiff import ArgumentError, ComponentConfig, Noise, load
+from ddiff.component import COUNTS, LARGEST, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
+from ddiff.plugin import survey_plugins
+
+__all__ = ["place"]
+BUILT_IN = ["corpus.txt", "fast.toml", "tiny.toml"]
+
+
+class Every(ComponentConfig):
+    count: PositiveInt = 1
+    label: NonNegativeInt = 0
+    seed: Seed = 0
+    rate: PositiveFloat = 1.0
+    share: NonNegativeFloat = 0.0
+
+
+def test_the_types_of_a_config_have_both_ends() -> None:
+    most = Every(count=COUNTS - 1, label=COUNTS - 1, seed=2**64 - 1, rate=LARGEST / 2, share=LARGEST / 2)
+    assert (most.count, most.seed) == (2**31 - 1, 2**64 - 1)
+    outside = {"count": COUNTS, "label": COUNTS, "seed": 2**64, "rate": LARGEST, "share": LARGEST}
+    outside_below = {"count": 0, "label": -1, "seed": -1, "rate": 0.0, "share": -1e-9}
+    for key, value in [*outside.items(), *outside_below.items(), ("rate", math.nan), ("share", math.inf)]:
+        with pytest.raises(ValidationError):
+            Every(**{key: value})
+
+
+def test_no_config_of_any_plugin_takes_an_integer_without_end() -> None:
+    """Every whole number of every component has a largest value, so that none reaches torch that it cannot hold."""
+    open_ended = []
+    for component in survey_plugins().registry.components():
+        for key, schema in component.config_class().model_json_schema().get("properties", {}).items():
+            branches = [schema, *schema.get("anyOf", ())]
+            for branch in branches:
+                items = branch.get("items", {})
+                for number in (branch, items):
+                    bounded = {"maximum", "exclusiveMaximum"} & number.keys()
+                    if number.get("type") == "integer" and not bounded and "additionalProperties" not in schema:
+                        open_ended.append(f"{component}: {key}")
+    assert open_ended == []
+
+
+LATE = {
+    "sample.seed": "99999999999999999999999",
+    "evaluate.seed": "99999999999999999999999",
+    "vocabulary.seed": "99999999999999999999999",
+    "evaluate.draws": "1000000000000000000000000000000",
+    "train.batch": "18446744073709551616",
+    "sample.steps": "1000000000000",
+    "train.steps": "1000000000000000000000000000000",
+}
+
+
+@pytest.mark.parametrize("key", LATE)
+def test_what_failed_late_is_refused_first(key: str, place: Path, capsys) -> None:
+    for dry in ([], ["--dry-run"]):
+        message = refusal(called(capsys, "run", "tiny.toml", *dry, "--set", f"{key}={LATE[key]}"))
+        assert key.split(".")[1] in message
+    assert entries(place) == BUILT_IN
+
+
+def test_the_largest_seeds_run_to_the_end(place: Path, capsys) -> None:
+    most = 2**64 - 1
+    seeds = [f"--set={key}={most}" for key in ("seed", "evaluate.seed", "sample.seed")]
+    code, _, err = called(capsys, "run", "fast.toml", *seeds)
+    assert code == 0, err
+    assert len(load("runs/fast").sample(1, seed=most)) == 1
+
+
+def test_a_sampler_near_temperature_zero_ends_the_run_well(place: Path, capsys) -> None:
+    code, _, err = called(capsys, "run", "fast.toml", "--set", "sample.sampler.temperature=1e-320")
+    assert code == 0, err
+    assert Path("runs/fast/samples.jsonl").read_text().count("\n") == 2
+
+
+# ---------------------------------------------------------------------- what is asked of a trained run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from commands import CORPUS, FAST
+
+    from ddiff import run
+
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("DDIFF_CACHE", str(folder / "cache"))
+        Path("fast.toml").write_text(FAST)
+        Path("corpus.txt").write_text(CORPUS)
+        run("fast.toml")
+    return folder / "runs" / "fast"
+
+
+ASKED = {
+    "gap of many digits": ("--infill", "[MASK:99999999999999999999]"),
+    "gap longer than the canvas": ("--infill", "a [MASK:9] b"),
+    "gap of five thousand digits": ("--infill", f"[MASK:{'9' * 5000}]"),
+    "gap of no tokens": ("--infill", "[MASK:0]"),
+    "gap of other digits": ("--infill", "[MASK:٣]"),
+    "gap below zero": ("--infill", "[MASK:-3]"),
+    "no gap": ("--infill", "MASK"),
+    "seed": ("--seed", "99999999999999999999999"),
+    "count": ("--count", "99999999999999999999999"),
+    "steps": ("--steps", "99999999999999999999999"),
+    "batch": ("--batch", "99999999999999999999999"),
+    "guidance": ("--guidance", "1e308"),
+    "guidance nan": ("--guidance", "nan"),
+    "guidance inf": ("--guidance", "inf"),
+    "condition of a run without": ("--condition", "author=1"),
+    "condition without a name": ("--condition", "=1"),
+    "condition over two lines": ("--condition", "author=1\nb=2"),
+    "condition nested": ("--condition", "author=" + "[" * 400 + "]" * 400),
+    "sampler": ("--sampler", "n" * 300),
+    "setting": ("--set", "temperature=nan"),
+    "setting of a table": ("--set", "sample.steps=3"),
+    "setting of two keys": ("--set", "top_k=1\ntop_p=0.5"),
+    "prompt too long": ("--prompt", "the cat " * 5000),
+    "prompt of lone surrogates": ("--prompt", "\udce9"),
+    "prompts file": ("--prompts", "n" * 300),
+    "prompts folder": ("--prompts", "."),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_is_asked_of_a_run_is_refused_in_words(name: str, trained: Path, capsys) -> None:
+    refusal(called(capsys, "sample", str(trained), *ASKED[name]))
+
+
+@pytest.mark.parametrize(
+    "asked", [{"seed": 2**64}, {"seed": -1}, {"count": 2**31}, {"steps": 2**31}, {"batch": 0}, {"guidance": -1.0}], ids=str
+)
+def test_python_callers_get_the_same_limits(asked: dict, trained: Path) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(asked))):
+        load(trained).sample(**asked)
+
+
+def test_noise_takes_every_seed_of_64_bits() -> None:
+    import torch
+
+    assert 0.0 <= Noise(2**64 - 1, 0, torch.arange(1), 1).shared("x") < 1.0

@@ -1,0 +1,153 @@
+"""Temperatures and guidance weights at their limits: drawn as written, or refused as such; the weights are not blamed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddiff import (
+    ArgumentError,
+    FlatVocabulary,
+    HierarchicalVocabulary,
+    LogTimeClock,
+    MinP,
+    Noisy,
+    Temperature,
+    TopK,
+    TopP,
+    TreeProcess,
+    ask_table,
+    guided,
+    steered,
+)
+from ddiff.core.numerics import temper
+from ddiff.plugin import load_plugins
+
+P = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+TIES = torch.tensor([[0.2, 0.4, 0.4]], dtype=torch.float64)
+
+
+def distribution(shaper: Any, p: Tensor = P, dtype: torch.dtype = torch.float32) -> list[float]:
+    return shaper(p.log().to(dtype)).softmax(-1)[0].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1e-40, 1e-308, 5e-324, 1e-12])
+def test_any_temperature_above_zero_leaves_the_likeliest_token(temperature: float, dtype: torch.dtype) -> None:
+    assert distribution(Temperature(temperature), dtype=dtype) == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("temperature", [1e20, 1e300])
+def test_a_huge_temperature_is_uniform(temperature: float) -> None:
+    assert distribution(Temperature(temperature)) == pytest.approx([1 / 3] * 3)
+
+
+def test_tiny_temperature_shares_between_equal_tokens_and_zero_takes_the_first() -> None:
+    assert distribution(Temperature(1e-30), TIES) == [0.0, 0.5, 0.5]
+    assert distribution(Temperature(0.0), TIES) == [0.0, 1.0, 0.0]
+    assert distribution(TopK(1), TIES) == distribution(Temperature(0.0), TIES)
+
+
+def test_impossible_tokens_stay_impossible_at_every_temperature() -> None:
+    log_p = torch.tensor([[-math.inf, -1.0, -2.0]])
+    for temperature in (0.0, 1e-40, 0.5, 1.0, 1e30):
+        assert temper(log_p, temperature).softmax(-1)[0, 0] == 0.0
+
+
+@pytest.mark.parametrize("temperature", [-1e-9, math.inf, math.nan, -math.inf])
+def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
+    with pytest.raises(ArgumentError, match="Temperature: must be"):
+        Temperature(temperature)
+
+
+@pytest.mark.parametrize("share", [1e-320, 1e-12, 1.0])
+def test_the_limits_of_top_p_keep_the_likeliest(share: float) -> None:
+    assert distribution(TopP(share))[0] >= 0.5
+    assert sum(distribution(TopP(share))) == pytest.approx(1.0)
+
+
+def test_the_limits_of_min_p_and_top_k() -> None:
+    assert distribution(MinP(1.0)) == [1.0, 0.0, 0.0]
+    assert distribution(MinP(0.0)) == pytest.approx(P[0].tolist())
+    assert distribution(TopK(2**31 - 1)) == pytest.approx(P[0].tolist())
+    for build in (lambda: TopP(math.nan), lambda: MinP(math.nan), lambda: TopP(0.0), lambda: MinP(1.0 + 1e-9)):
+        with pytest.raises(ArgumentError):
+            build()
+
+
+# ---------------------------------------------------------------------- guidance
+
+VOCABULARIES = [FlatVocabulary(3), HierarchicalVocabulary([[0, 0, 1]])]
+
+
+def guided_distribution(vocabulary: Any, weight: float) -> list[float]:
+    """Of a position at the prior, told p = .5, .3, .2 under the condition and .2, .3, .5 without."""
+    told = P.log().float()
+    ask = ask_table(lambda zt, t: told.expand(*zt.shape, 3), vocabulary)
+    null = ask_table(lambda zt, t: told.flip(-1).expand(*zt.shape, 3), vocabulary)
+    noisy = Noisy(torch.full((1, 1), vocabulary.root), torch.ones(1, 1).double(), torch.zeros(1, 1, dtype=torch.bool))
+    visit = guided(ask, null, weight)(noisy)
+    node = torch.tensor([vocabulary.root])
+    return visit(torch.tensor([0]), node, lambda law, idx: law.log_mass(0).exp())[0].tolist()
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES, ids=["flat", "tree"])
+@pytest.mark.parametrize("weight", [1e30, 1e38, 1e308])
+def test_a_huge_guidance_weight_leaves_what_the_condition_raises_most(vocabulary: Any, weight: float) -> None:
+    assert guided_distribution(vocabulary, weight) == pytest.approx([1.0, 0.0, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 1.000001, 3.0])
+def test_guidance_follows_its_formula_on_both_sides_of_one(weight: float) -> None:
+    expected = (weight * P.log() + (1 - weight) * P.flip(-1).log()).softmax(-1)[0].tolist()
+    assert guided_distribution(VOCABULARIES[0], weight) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("weight", [math.inf, -math.inf, math.nan])
+def test_a_guidance_weight_that_is_no_number_is_refused(weight: float) -> None:
+    ask = ask_table(lambda zt, t: P.log().expand(*zt.shape, 3), FlatVocabulary(3))
+    with pytest.raises(ArgumentError, match="guided: weight must be a finite number"):
+        guided(ask, ask, weight)
+    with pytest.raises(ArgumentError, match="steered: weight must be a finite number"):
+        steered(ask, lambda noisy, rows: torch.zeros(len(rows), 3), weight)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_classifier_that_gives_no_numbers_is_named(value: float) -> None:
+    vocabulary = FlatVocabulary(3)
+    ask = ask_table(lambda zt, t: P.log().expand(*zt.shape, 3), vocabulary)
+    noisy = Noisy(torch.full((1, 1), 3), torch.ones(1, 1).double(), torch.zeros(1, 1, dtype=torch.bool))
+    visit = steered(ask, lambda noisy, rows: torch.full((len(rows), 3), value).double())(noisy)
+    with pytest.raises(ArgumentError, match="steered: .*Mend log_likelihood"):
+        visit(torch.tensor([0]), torch.tensor([3]), lambda law, idx: law.log_mass(0))
+
+
+# ---------------------------------------------------------------------- whole samplers
+
+SHAPED = sorted(
+    component.name
+    for component in load_plugins([]).components("sampler")
+    if "temperature" in component.config_class().model_fields
+)
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_every_sampler_is_drawn_from_at_temperature_zero_and_near_it(name: str) -> None:
+    from ddiff import generate
+
+    assert len(SHAPED) >= 15
+    process = TreeProcess(VOCABULARIES[1], LogTimeClock((1.0, 1.0)))
+    ask = ask_table(lambda zt, t: P.log().float().expand(*zt.shape, 3), process.vocabulary)
+    component = load_plugins([]).component("sampler", name).load()
+    for temperature in (0.0, 1e-320):
+        sampler = component.build(component.Config(temperature=temperature), steps=3)
+        try:
+            sampler.needs(process, "law")
+        except ArgumentError:
+            pytest.skip("needs another process")
+        drawn = generate(sampler, process, ask, index=torch.arange(4), length=4, seed=0)
+        assert set(drawn.ids.reshape(-1).tolist()) <= {0, 1, 2}

@@ -1,0 +1,194 @@
+"""`ddiff check` sees a sampler that is not what it declares, and takes a stranger's as the engine's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddiff.errors import ArgumentError, PluginError
+from ddiff.sampling.ancestral import AncestralSampler
+from ddiff.sampling.first_hitting import FirstHittingSampler
+from ddiff.sampling.loop import Canvas
+from ddiff.sampling.trapezoidal import TrapezoidalSampler
+from ddiff.sampling.unmasking import UnmaskingSampler
+from ddiff.testing import assert_laws, check_sampler
+from ddiff.testing import sampler as laws
+from ddiff.testing.command import check
+from ddiff.testing.sampler import Subject, accepted, small_processes
+
+MASKS = small_processes()["masks"]
+
+
+class Claims:
+    """Another sampler under a claim of its own."""
+
+    cached, looks_ahead = False, True
+
+    def __init__(self, inner: Any, quality: str, order: int) -> None:
+        self.inner, self.quality, self.order = inner, quality, order
+
+    @property
+    def steps(self) -> int | None:
+        return self.inner.steps
+
+    def needs(self, process: Any, says: str) -> None:
+        self.inner.needs(process, says)
+
+    def run(self, *arguments: Any) -> Iterator[Canvas]:
+        yield from self.inner.run(*arguments)
+
+
+def claimed(build: Callable[[int], Any], quality: str, order: int, says: Any = "law") -> Subject:
+    return Subject(lambda steps: Claims(build(steps), quality, order), MASKS, says)
+
+
+@pytest.mark.parametrize(
+    ("build", "order", "holds"),
+    [
+        (AncestralSampler, 1, True),
+        (AncestralSampler, 2, False),
+        (TrapezoidalSampler, 2, True),
+        (TrapezoidalSampler, 3, False),
+        (UnmaskingSampler, 1, False),  # the surest first: it does not tend to the joint at all
+    ],
+)
+def test_a_declared_order_is_measured(build: Any, order: int, holds: bool) -> None:
+    assert laws.orders_are_reached(claimed(build, "of an order", order)).passed is holds
+
+
+def test_a_declared_exactness_is_measured() -> None:
+    assert laws.exact_samplers_are_exact(claimed(lambda n: FirstHittingSampler(), "exact", 0)).passed
+    report = laws.exact_samplers_are_exact(claimed(AncestralSampler, "exact", 0))
+    assert not report.passed
+    assert report.error == pytest.approx(0.408, abs=0.02), "one step draws both symbols from their marginals"
+
+
+@pytest.mark.parametrize(
+    ("quality", "order"), [("of an order", 0), ("exact", 1), ("heuristic", 2), ("perfect", 0), ("of an order", -1)]
+)
+def test_declarations_that_contradict_each_other_are_seen(quality: str, order: int) -> None:
+    assert not laws.declarations_are_whole(claimed(AncestralSampler, quality, order)).passed
+
+
+class StopsEarly(Claims):
+    def run(self, process: Any, ask: Any, canvas: Canvas, noise_at: Any) -> Iterator[Canvas]:
+        yield from list(self.inner.run(process, ask, canvas, noise_at))[:-1]
+
+
+class Forgets(Claims):
+    def run(self, process: Any, ask: Any, canvas: Canvas, noise_at: Any) -> Iterator[Canvas]:
+        for canvas in self.inner.run(process, ask, canvas, noise_at):  # noqa: B020
+            yield canvas
+        yield canvas.moved(torch.zeros_like(canvas.zt), canvas.t)
+
+
+class SharesNoise(Claims):
+    def run(self, process: Any, ask: Any, canvas: Canvas, noise_at: Any) -> Iterator[Canvas]:
+        for canvas in self.inner.run(process, ask, canvas, noise_at):  # noqa: B020
+            yield canvas.moved(canvas.zt.roll(1, 0), canvas.t)
+
+
+def test_planted_faults_break_the_law_that_names_them() -> None:
+    def broken(fault: type[Claims]) -> set[str]:
+        subject = Subject(lambda steps: fault(AncestralSampler(steps), "heuristic", 0), MASKS)
+        reports = [one(subject) for one in laws.LAWS]
+        return {report.law.partition(": ")[2] for report in reports if not report.passed}
+
+    assert broken(Claims) == set()
+    assert broken(StopsEarly) == {"as many canvases as steps", "ends in tokens and keeps what is given"}
+    assert "ends in tokens and keeps what is given" in broken(Forgets)
+    assert "a sample does not depend on its batch" in broken(SharesNoise)
+
+
+def test_the_kit_checks_a_sampler_by_its_builder() -> None:
+    assert_laws(check_sampler(lambda steps: FirstHittingSampler(), MASKS))
+    with pytest.raises(ArgumentError, match="UnmaskingSampler"):
+        check_sampler(UnmaskingSampler, small_processes()["uniform noise"])
+
+
+def test_refusals_are_told_apart_from_errors() -> None:
+    subjects, refused = accepted(lambda vocabulary, steps: UnmaskingSampler(steps))
+    assert sorted(subjects) == ["a tree, law", "masks, law"]
+    assert len(refused) == 5
+
+    def broken(vocabulary: Any, steps: int) -> Any:
+        raise TypeError("no sampler")
+
+    with pytest.raises(TypeError):
+        accepted(broken)
+
+
+PLUGIN = """
+from ddiff import hookimpl
+
+@hookimpl
+def ddiff_register(registry):
+    registry.add("sampler", "honest", "odd.samplers:Honest")
+    registry.add("sampler", "boasting", "odd.samplers:Boasting")
+    registry.add("sampler", "choosy", "odd.samplers:Choosy")
+"""
+
+SAMPLERS = """
+from ddiff import AncestralSampler, ArgumentError, ComponentConfig, FirstHittingSampler, PositiveInt
+
+class Honest:
+    class Config(ComponentConfig):
+        extra: PositiveInt = 1
+
+    @staticmethod
+    def build(config, *, steps):
+        return FirstHittingSampler()
+
+class Boasting:
+    @staticmethod
+    def build(config, *, steps):
+        sampler = AncestralSampler(steps)
+        sampler.quality, sampler.order = "exact", 0
+        return sampler
+
+class Nowhere(AncestralSampler):
+    def needs(self, process, says):
+        raise ArgumentError("Nowhere: nothing suits it.")
+
+class Choosy:
+    @staticmethod
+    def build(config, *, steps):
+        return Nowhere(steps)
+"""
+
+
+@pytest.fixture
+def stranger(distribution: Callable[..., Path]) -> None:
+    modules = {"odd_plugin": PLUGIN, "odd.__init__": "", "odd.samplers": SAMPLERS}
+    distribution("odd-samplers", "1.0", {"odd": "odd_plugin"}, modules)
+
+
+@pytest.mark.usefixtures("stranger")
+def test_a_strangers_sampler_is_checked_by_name_and_by_plugin(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("honest", ["extra=3"]) == 0
+    assert "on 3 instance(s), 0 broken" in capsys.readouterr().out
+    assert check("boasting", []) == 1
+    assert '"sampler: exact where it says so" is broken: error 0.4' in capsys.readouterr().out
+    with pytest.raises(ArgumentError, match=r"refuses every small process.*Nowhere: nothing suits it"):
+        check("choosy", [])
+    with pytest.raises(ArgumentError, match="choosy"):
+        check("odd", [])  # by the plugin's name all of its samplers, and processes, are meant
+
+
+def test_what_has_no_laws_is_told_with_the_samplers_among_what_has() -> None:
+    with pytest.raises(PluginError, match=r"has no laws to check.*sampler ancestral"):
+        check("wandb", [])
+
+
+@pytest.mark.usefixtures("stranger")
+def test_a_plugin_that_shares_a_components_name_is_checked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddiff.testing.command import _named
+
+    assert [part.name for part in _named("odd", None, configured=False)] == ["boasting", "choosy", "honest"]
+    assert [part.name for part in _named("hdlm", None, configured=True)] == ["hdlm"]
+    core = {(part.kind, part.name) for part in _named("core", None, configured=False)}
+    assert ("sampler", "trapezoidal") in core

@@ -1,0 +1,178 @@
+"""Evaluation while training: logged with its interval, the same as `evaluate` gives, and no bit of training changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import SYMBOLS, on_ranks, train_symbols
+from rich.console import Console
+
+from ddiff import load, run
+from ddiff.errors import NonFiniteError
+from ddiff.progress import progress
+from ddiff.recipe import parse_recipe
+from ddiff.runs import verify_resume
+from ddiff.training.average import MovingAverage
+from ddiff.training.checkpoint import Checkpoints
+from ddiff.training.metrics import WALL_CLOCK
+
+BOUND = "validation_nelbo_nats_per_symbol"
+ENDS = ("validation_interval_low_nats_per_symbol", "validation_interval_high_nats_per_symbol")
+DROPOUT = ("denoiser.dropout=0.3", "train.checkpoint_every=2")  # the random state of torch matters too
+
+
+@pytest.fixture(autouse=True)
+def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+
+
+def trained(folder: str, *settings: str) -> Any:
+    return run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), [f'run_dir="{folder}"', *settings]))
+
+
+def lines(folder: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def without_validation(folder: str) -> list[dict[str, Any]]:
+    kept = [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines(folder)]
+    return [{k: v for k, v in line.items() if not k.startswith("validation")} for line in kept]
+
+
+def state(folder: str) -> dict[str, Any]:
+    newest = Checkpoints(f"{folder}/checkpoints").newest()
+    assert newest is not None
+    return {"model": newest.weights(), **newest.tree()}
+
+
+def assert_same(one: Any, two: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            if key not in ("seconds", "tokens_per_second", "settled"):
+                assert_same(one[key], two[key])
+    elif isinstance(one, list | tuple):
+        for a, b in zip(one, two, strict=True):
+            assert_same(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    else:
+        assert one == two
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_evaluation_while_training_changes_no_bit_of_it(ema: float) -> None:
+    trained("plain", f"train.ema={ema}", *DROPOUT)
+    trained("watched", f"train.ema={ema}", "evaluate.every=2", *DROPOUT)
+    assert without_validation("plain") == without_validation("watched")
+    assert_same(state("plain"), state("watched"))
+
+
+def test_the_line_of_a_step_has_the_bound_that_evaluate_finds_there(capsys: pytest.CaptureFixture[str]) -> None:
+    for weights in ("ema", "trained"):
+        made = trained(weights, "train.ema=0.5", f"evaluate.weights={weights}", "evaluate.every=3", "evaluate.draws=2")
+        found, _ = load(weights).evaluate()
+        watched = lines(weights)
+        assert [BOUND in line for line in watched] == [False, False, True] * 2
+        assert watched[-1][BOUND] == pytest.approx(found.nelbo_nats_per_token, rel=1e-12)
+        assert found.interval is not None
+        assert [watched[-1][end] for end in ENDS] == pytest.approx(found.interval, rel=1e-12)
+        assert made.denoiser.training is False
+    assert "step 3: validation NELBO" in capsys.readouterr().err
+    assert lines("ema")[-1][BOUND] != lines("trained")[-1][BOUND]
+
+
+def test_a_run_that_was_stopped_and_resumed_logs_the_same_evaluations() -> None:
+    trained("straight", "evaluate.every=2", *DROPOUT)
+    trained("torn", "evaluate.every=2", "train.steps=3", "train.schedule=constant", *DROPOUT)
+    trained("whole", "evaluate.every=2", "train.schedule=constant", *DROPOUT)
+    trained("torn", "evaluate.every=2", "train.schedule=constant", *DROPOUT)
+    drop = [[{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines(name)] for name in ("torn", "whole")]
+    assert drop[0] == drop[1]
+    assert sum(BOUND in line for line in lines("torn")) == 3
+
+
+def test_a_run_may_be_resumed_with_other_intervals_of_evaluation() -> None:
+    trained("run", "train.steps=3", "train.schedule=constant", *DROPOUT)
+    trained("run", "evaluate.every=1", "train.schedule=constant", *DROPOUT)
+    assert [BOUND in line for line in lines("run")] == [False] * 3 + [True] * 3
+
+
+def test_verified_steps_are_evaluated_again(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ['run_dir="run"', "evaluate.every=2", *DROPOUT]
+    trained("run", *settings[1:])
+    capsys.readouterr()
+    assert verify_resume(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings), 2) == 0
+    assert "losses and other figures: equal" in capsys.readouterr().out
+
+
+def test_a_bound_that_is_no_number_is_told_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: Any) -> Any:
+        raise NonFiniteError("the bound is inf nats")
+
+    monkeypatch.setattr("ddiff.runs.built.Run._validated", broken)
+    trained("run", "evaluate.every=3")
+    assert "step 3: the bound is inf nats" in capsys.readouterr().err
+    assert not any(BOUND in line for line in lines("run"))
+
+
+def test_a_tracker_is_told_at_the_step_of_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, bool]] = []
+
+    class Listening:
+        def log(self, step: int, metrics: Any) -> None:
+            told.append((step, BOUND in metrics))
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("ddiff.runs.built.Run._tracker", lambda self: Listening())
+    trained("run", "evaluate.every=4")
+    assert told == [(4, True), (5, False), (6, False)]
+
+
+def test_an_installed_average_leaves_the_weights_as_they_were() -> None:
+    module = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+    average = MovingAverage(module, 0.9)
+    with torch.no_grad():
+        module.weight += 1.0
+    before = module.weight.clone()
+    with pytest.raises(RuntimeError), average.installed():
+        assert not torch.equal(module.weight, before)
+        raise RuntimeError
+    assert torch.equal(module.weight, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_ranks_evaluate_together_and_train_as_without(kind: str, ema: float, tmp_path: Path) -> None:
+    common = [f"backend.kind={kind}", "backend.processes=2", f"train.ema={ema}", "denoiser.dropout=0.3"]
+    for name, more in (("plain", []), ("watched", ["evaluate.every=2"])):
+        settings = [f'run_dir="{tmp_path / name}"', *common, *more]
+        on_ranks(2, train_symbols, settings, str(tmp_path / "cache"))
+    assert without_validation("plain") == without_validation("watched")
+    one = trained("single", f"train.ema={ema}", "denoiser.dropout=0.3", "evaluate.every=2")
+    assert one.backend.world_size == 1
+    figures = [[line[BOUND] for line in lines(name) if BOUND in line] for name in ("watched", "single")]
+    assert len(figures[0]) == 3
+    assert figures[0] == pytest.approx(figures[1], rel=0.05)
+
+
+def test_notes_stand_between_the_lines_of_a_log_and_above_a_bar() -> None:
+    import io
+
+    for terminal in (False, True):
+        out = io.StringIO()
+        with progress(3, "training", console=Console(file=out, force_terminal=terminal, width=100)) as job:
+            job.advance(1)
+            job.note("step 1: validation NELBO [4.0]")
+        assert "step 1: validation NELBO [4.0]" in out.getvalue()
