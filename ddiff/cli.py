@@ -7,22 +7,47 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from ddiff import __version__
 from ddiff.errors import ArgumentError, DdiffError, PluginError
 from ddiff.launch import MISTAKE, end, follow_launcher, launch, place
+from ddiff.registry import describe
 
 if TYPE_CHECKING:
+    from click import Context
+
     from ddiff.component import ComponentConfig
     from ddiff.recipe import Recipe
     from ddiff.registry import Component
 
+
+class Commands(TyperGroup):
+    """The commands, none of which ends the process by itself: code of others that calls `sys.exit` is reported.
+
+    Otherwise a plugin that leaves with 0 would look like a check that has passed.
+    """
+
+    def invoke(self, ctx: Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SystemExit as stop:
+            if stop.code == 128 + signal.SIGTERM:  # the second SIGTERM of a user who does not want to wait
+                raise
+            raise PluginError(
+                f"A plugin, or a library that it uses, ended the command: {describe(stop)}. Nothing can be said of what "
+                "was asked. Mend or uninstall that distribution."
+            ) from stop
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Discrete diffusion: train, evaluate and sample from recipes; prove a plugin's mathematics.",
     no_args_is_help=True,
     add_completion=False,
@@ -51,6 +76,10 @@ MEASURE = (
 )
 
 
+FRESH = (
+    "Delete the run that stands in the run directory, and start over. Refused where anything stands there that ddiff did "
+    "not write."
+)
 VERIFY_RESUME = (
     "Do K recorded steps again from a checkpoint, compare losses and state with what is recorded, and stop. The exit code "
     "is 0 when they are equal (to rounding, where \\[backend] or the machine is another than the record's), else 1."
@@ -63,7 +92,7 @@ def run(
     settings: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
     measure: Annotated[int | None, typer.Option("--measure", min=2, metavar="STEPS", help=MEASURE)] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run directory holds and start over.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help=FRESH)] = False,
     verify_resume: Annotated[
         int | None, typer.Option("--verify-resume", metavar="K", min=1, help=VERIFY_RESUME)
     ] = None,
@@ -136,17 +165,21 @@ def evaluate(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A key of \\[evaluate], such as evaluate.draws=4."),
     ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write the figures there, NAME.json, and leave the run's own as they are."),
+    ] = None,
 ) -> None:
     """The likelihood bound of a trained run on its validation text, with intervals and baselines."""
     from ddiff.runs import evaluate_run
 
-    evaluate_run(run_dir, settings or ())
+    evaluate_run(run_dir, settings or (), out)
 
 
 @app.command()
 def export(
     run_dir: RunDir,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write, NAME.safetensors.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The file to write, NAME.safetensors; any fsspec path.")],
     weights: Annotated[
         Literal["auto", "ema", "trained"],
         typer.Option(help="The moving average, the weights as trained, or the average where the run keeps one."),
@@ -225,7 +258,7 @@ def read_conditions(written: list[str] | None) -> dict[str, object] | None:
 def compare_runs(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs, such as runs/<name>.")],
     seeds: Annotated[bool, typer.Option("--seeds", help="Average runs that differ in their seed alone.")] = False,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where compare.json and compare.md go.")] = Path(),
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where compare.json and compare.md go.")] = ".",
 ) -> None:
     """Runs side by side in one table; refused unless all were evaluated in the same way."""
     from ddiff.comparison import compare, write_comparison

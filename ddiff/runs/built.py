@@ -28,13 +28,23 @@ from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError
 from ddiff.evaluation.baselines import Baselines, baselines
 from ddiff.evaluation.likelihood import Evaluation, evaluate
+from ddiff.identity import (
+    DATA,
+    Difference,
+    check_fingerprints,
+    check_noising,
+    differing_fingerprints,
+    dotted,
+)
 from ddiff.launch import cores_alone
 from ddiff.nn.denoiser import Denoiser
 from ddiff.progress import progress
 from ddiff.prompts import Template, check_no_suffix, framed, templates_of
 from ddiff.recipe import Recipe
 from ddiff.requests import Told, ask_for, told
+from ddiff.run_files import CHECKPOINTS
 from ddiff.runs.init import started
+from ddiff.runs.noising import noising_of
 from ddiff.runs.parts import (
     Given,
     build_backend,
@@ -66,6 +76,7 @@ class Run:
     ) -> None:
         self.recipe, self.tokenizer, self.vocabulary = recipe, tokenizer, vocabulary
         self.run_dir = Path(recipe.run_dir)
+        self.given = given
         self.process = given.process or build_process(recipe, vocabulary)
         check_process(self.process, vocabulary)
         self.backend = backend
@@ -125,6 +136,7 @@ class Run:
         with closing(trainer.tracker), closing(self._batches):
             if start is not None:
                 trainer.check_fit(start)
+                self.check_trained_with(start.state)
             accepted()
             return trainer.fit(start)
 
@@ -132,6 +144,8 @@ class Run:
         """The steps from `start` (None: the beginning) to `end` again, written to another folder and told to no tracker."""
         if start is None:
             self.begin()
+        else:
+            self.check_trained_with(start.state)
         self.distribute()
         with closing(self._batches):
             return self.trainer(folder, end, NoTracker()).fit(start)
@@ -163,6 +177,30 @@ class Run:
         """The newest checkpoint's weights, the average where it is what is evaluated."""
         load_weights(self.objective.module, self.checkpoints.weights(average=self.averaged), str(self.run_dir))
 
+    def check_trained_with(self, state: Mapping[str, Any]) -> None:
+        """Raise CheckpointError unless this run's parts are those that a checkpoint of this state was trained with."""
+        parts = {"tokenizer": self.tokenizer.fingerprint, "vocabulary": self.vocabulary.fingerprint}
+        check_fingerprints(
+            self.run_dir,
+            state,
+            parts,
+            f"Restore the files of {self.run_dir} that say so from a copy; a run keeps those that it was trained with.",
+            parts,
+        )
+        remedy = (
+            "Hand in the process that it was trained with: ddiff.load(run_dir, process=...)."
+            if self.given.process is not None
+            else "Install the version of the plugin that it was trained with, or train again."
+        )
+        check_noising(self.run_dir, state, noising_of(self.process), remedy)
+
+    def changed_data(self) -> list[Difference]:
+        """Which data differ from those that the newest checkpoint was trained with, by their fingerprints."""
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return []
+        return differing_fingerprints(newest.state["fingerprints"], self.fingerprints(), DATA)
+
     @property
     def averaged(self) -> bool:
         """Whether the moving average of the weights is what is evaluated, sampled and loaded."""
@@ -171,7 +209,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Checkpoints:
-        return Checkpoints(str(self.run_dir / "checkpoints"), self.recipe.train.keep)
+        return Checkpoints(str(self.run_dir / CHECKPOINTS), self.recipe.train.keep)
 
     def begin(self) -> None:
         """The first weights, once: the head's from counts, and what [train] init takes from another run."""
@@ -208,13 +246,24 @@ class Run:
             ema=keys.ema,
             tracker=tracker or self._tracker(),
             origins=recipe.origins(),
-            fingerprints={
-                "tokenizer": self.tokenizer.fingerprint,
-                "vocabulary": self.vocabulary.fingerprint,
-                "training rows": rows_fingerprint(self.train_rows),
-                **({"conditions": self.train_conditions.fingerprint} if self.train_conditions.values else {}),
+            fingerprints=self.fingerprints(),
+            made_with={
+                "recipe": dotted(recipe.to_dict()),
+                "given": self.given.to_dict(),
+                "noising": noising_of(self.process),
             },
         )
+
+    def fingerprints(self) -> dict[str, str]:
+        """What tells the parts and the data of this run from others."""
+        found = {
+            "tokenizer": self.tokenizer.fingerprint,
+            "vocabulary": self.vocabulary.fingerprint,
+            "training rows": rows_fingerprint(self.train_rows),
+            "validation rows": rows_fingerprint(self.validation_rows),
+        }
+        conditions = {"conditions": self.train_conditions, "validation conditions": self.validation_conditions}
+        return found | {name: known.fingerprint for name, known in conditions.items() if known.values}
 
     def _tracker(self) -> Tracker:
         if self.backend.rank > 0:

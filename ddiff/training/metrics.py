@@ -12,8 +12,8 @@ from typing import Any, final
 import fsspec
 
 from ddiff.errors import CheckpointError
+from ddiff.run_files import METRICS as FILE
 
-FILE = "metrics.jsonl"
 WALL_CLOCK = ("seconds", "tokens_per_second")  # the only fields that two runs of the same recipe may differ in
 
 

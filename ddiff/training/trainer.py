@@ -25,7 +25,9 @@ from rich.console import Console
 from torch import Tensor
 
 from ddiff.errors import ArgumentError, CheckpointError, NonFiniteError
+from ddiff.identity import check_fingerprints
 from ddiff.progress import Progress, progress
+from ddiff.run_files import CHECKPOINTS
 from ddiff.training.average import MovingAverage
 from ddiff.training.checkpoint import Checkpoint, Checkpoints
 from ddiff.training.interruption import Interruption
@@ -122,6 +124,7 @@ class Trainer:
         log_every, checkpoint_every, keep: steps between reports, steps between checkpoints, checkpoints that stay.
         origins: where each component came from (distribution, version), recorded in each checkpoint.
         fingerprints: of whatever a checkpoint must fit (vocabulary, data); compared when a run goes on.
+        made_with: what else a checkpoint records of the parts (see ddiff.identity); plain values.
 
     A step whose loss or gradient norm is not finite leaves parameters and optimizer alone and is counted.
     """
@@ -147,6 +150,7 @@ class Trainer:
         tracker: Tracker | None = None,
         origins: Mapping[str, str] | None = None,
         fingerprints: Mapping[str, str] | None = None,
+        made_with: Mapping[str, Any] | None = None,
     ) -> None:
         numbers = {"steps": steps, "slots": slots, "accumulate": accumulate}
         numbers |= {"log_every": log_every, "checkpoint_every": checkpoint_every}
@@ -162,7 +166,8 @@ class Trainer:
         self.clip, self.log_every, self.checkpoint_every = clip, log_every, checkpoint_every
         self.tracker: Tracker = tracker or NoTracker()
         self.origins, self.fingerprints = dict(origins or {}), dict(fingerprints or {})
-        self.checkpoints = Checkpoints(f"{self.run_dir}/checkpoints", keep)
+        self.made_with = dict(made_with or {})
+        self.checkpoints = Checkpoints(f"{self.run_dir}/{CHECKPOINTS}", keep)
         self.average = MovingAverage(backend.unwrap(objective.module), ema) if ema else None
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._seed = torch.initial_seed()
@@ -320,6 +325,7 @@ class Trainer:
             "multiplier": repr(self.multiplier),
             "origins": self.origins,
             "fingerprints": self.fingerprints,
+            "made_with": self.made_with,
         }
         return self.checkpoints.begin(run.step, self.backend.unwrap(self.objective.module).state_dict(), state)
 
@@ -356,15 +362,12 @@ class Trainer:
                 f"Trainer: steps must be at least the {start.step} that {start.path} has behind it; got {self.steps}. "
                 "Ask for more steps, or start anew with --fresh."
             )
-        theirs = start.state["fingerprints"]
-        if theirs != self.fingerprints:
-            names = sorted({*theirs, *self.fingerprints})
-            differing = [name for name in names if theirs.get(name) != self.fingerprints.get(name)]
-            pairs = [f"{name} was {theirs.get(name)}, is {self.fingerprints.get(name)}" for name in differing]
-            raise CheckpointError(
-                f"{start.path} was trained with something else than this run has: {'; '.join(pairs)}. Restore what it "
-                "was trained with, or start anew with --fresh."
-            )
+        check_fingerprints(
+            start.path,
+            start.state,
+            self.fingerprints,
+            "Restore what it was trained with, or start over with --fresh.",
+        )
 
     def _despair(self, record: StepRecord) -> str:
         return (
