@@ -321,11 +321,22 @@ def print_plugin(name: str) -> None:
         for table, owner in TABLES.items():
             if owner.keys is not None:
                 print_keys(f"[{table}], keys of the engine:", owner.keys)
+    broken: list[PluginError] = []
     for component in registry.components():
-        if component.plugin == name:
-            summary = " ".join((component.load().__doc__ or "").partition("\n\n")[0].split())
-            place = KINDS[component.kind].partition(":")[0]
-            print_keys(f'{place} kind = "{component.name}": {summary}', component.config_class())
+        if component.plugin != name:
+            continue
+        try:
+            found, keys = component.load(), component.config_class()
+        except PluginError as error:
+            broken.append(error)
+            continue
+        summary = " ".join(str(found.__doc__ or "").partition("\n\n")[0].split())
+        place = KINDS[component.kind].partition(":")[0]
+        print_keys(f'{place} kind = "{component.name}": {summary}', keys)
+    for error in broken:
+        typer.echo(str(error), err=True)
+    if broken:
+        raise typer.Exit(2)
 
 
 def print_keys(title: str, model: type[ComponentConfig]) -> None:

@@ -127,7 +127,7 @@ def refuse(place: object, differing: Sequence[Difference], remedy: str) -> None:
     if len(differing) > _SHOWN:
         lines.append(f"and {len(differing) - _SHOWN} more")
     # a few stand in the paragraph, many below one another
-    told = f" {'; '.join(lines)}. " if len(lines) <= 3 else "".join(f"\n  {line}" for line in lines) + "\n"
+    told = f" {'; '.join(lines)}. " if len(lines) <= 6 else "".join(f"\n  {line}" for line in lines) + "\n"
     raise CheckpointError(f"{place} was trained with something else than this run has:{told}{remedy}")
 
 

@@ -196,7 +196,11 @@ def _origin(entry_point: importlib.metadata.EntryPoint) -> Origin:
     distribution = entry_point.dist
     if distribution is None:
         return Origin(entry_point.name, package, "no distribution", "0")
-    return Origin(entry_point.name, package, distribution.name, distribution.version)
+    try:
+        name, version = distribution.name, distribution.version
+    except Exception:  # metadata that are missing or damaged
+        name, version = None, None
+    return Origin(entry_point.name, package, name or "a distribution without metadata", version or "0")
 
 
 def _last_line(error: Exception) -> str:

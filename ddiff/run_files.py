@@ -27,7 +27,7 @@ FILES = (RECIPE, ENVIRONMENT, TOKENIZER, VOCABULARY, METRICS, EVALUATION, SAMPLE
 REPEATABLE = (EVALUATION, SAMPLES, SAMPLING)  # the same command writes them again
 HEADER = "Every key of this recipe with its value, as ddiff"  # begins the first line of a resolved recipe
 
-_PARTIAL = re.compile(r"\.([0-9a-f]{8}\.)?part|\.partial-[0-9a-f]{8}")
+_PARTIAL = re.compile(r"(\.([0-9a-f]{8}\.)?part|\.partial-[0-9a-f]{8})$")
 _STEP = re.compile(r"step_\d{8,}")
 _OF_STEP = re.compile(
     r"(model|optimizer|ema|random|run)(\.rank_\d{5,})?\.safetensors|(manifest|state|complete)\.json(\.part)?"
