@@ -25,7 +25,7 @@ from ddiff.data.documents import Documents
 from ddiff.data.prefetch import Prefetched
 from ddiff.data.rows import PackedRows, Rows, batch_rows, pack_texts, rows_fingerprint, token_stream
 from ddiff.data.tokenizer import Tokenizer
-from ddiff.errors import ArgumentError
+from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.evaluation.baselines import Baselines, baselines
 from ddiff.evaluation.likelihood import Evaluation, evaluate
 from ddiff.identity import (
@@ -294,8 +294,13 @@ class Run:
         chosen, size = Noise(self.recipe.seed, step, index, 2).uniform("prefix").unbind(-1)
         return torch.where(chosen < self.recipe.train.prefix, (size * self.recipe.length).long(), 0)
 
-    def evaluate(self) -> tuple[Evaluation, Baselines]:
-        """The bound on the validation text, every token of the rows read, once, with counting baselines beside it."""
+    def evaluate(self, *, changed_data: bool = False) -> tuple[Evaluation, Baselines]:
+        """Compute the bound on the validation text, every token of the rows read, once, with counting baselines.
+
+        Raises CheckpointError when the data are not those that the run was trained with, unless `changed_data` allows it.
+        """
+        if not changed_data and (changed := self.changed_data()):
+            raise CheckpointError(other_data(self.run_dir, changed))
         keys, chosen = self.recipe.evaluate, self._evaluated
         evaluation = self._score(self.validation_rows, chosen, keys.draws, self.validation_conditions)
         return evaluation, self._baselines(chosen)
@@ -460,6 +465,16 @@ class Run:
             {"index": number, **told_, "text": text, "ids": row, "nfe": runs}
             for number, told_, text, row, runs in zip(index.tolist(), asked, texts, rows, nfe)
         ]
+
+
+def other_data(run_dir: Path, changed: Sequence[Difference]) -> str:
+    """The message for data that are not those of the run."""
+    return (
+        f"The data are not those that {run_dir} was trained and evaluated with: {'; '.join(map(str, changed))}. Its "
+        "figures would change though the model did not, text that was trained on may be scored, and the baselines count "
+        f"another corpus. Restore the files of [data]; or score the data as they are now beside the run's own figures: "
+        f"ddiff eval {run_dir} --out other_data.json (from Python, run.evaluate(changed_data=True))."
+    )
 
 
 def build_run(recipe: Recipe, given: Given) -> Run:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
@@ -35,7 +35,7 @@ from ddiff.run_files import (
     read_lines,
     remove,
 )
-from ddiff.runs.built import Run, build_run
+from ddiff.runs.built import Run, build_run, other_data
 from ddiff.runs.directory import (
     check_directory,
     check_writable,
@@ -156,14 +156,14 @@ def evaluate_run(run_dir: str | Path, settings: Iterable[str] = (), out: str | P
     With `out` the figures go to that JSON file, and the run's own stay as they are. Raises CheckpointError when the data
     are not those that the run was trained and evaluated with, unless `out` says where the figures of others go.
     """
-    target = None if out is None else check_destination(out, "ddiff eval --out", suffix=".json")
+    target = None if out is None else check_destination(out, "ddiff eval --out", suffix=".json", owned=_is_evaluation)
     built = load(run_dir, settings=settings)
     if target is None:
         check_writable(built.run_dir)
     changed = _changed_data(built)
     if changed and target is None:
-        raise CheckpointError(_other_data(built.run_dir, changed))
-    figures = _evaluated(built)
+        raise CheckpointError(other_data(built.run_dir, changed))
+    figures = _evaluated(built, changed_data=bool(changed))
     if changed:
         figures.written["changed_data"] = [str(difference) for difference in changed]
         print(
@@ -184,6 +184,15 @@ def evaluate_run(run_dir: str | Path, settings: Iterable[str] = (), out: str | P
     return figures.evaluation
 
 
+def _is_evaluation(file: IO[bytes]) -> bool:
+    """Whether a file holds figures that `ddiff eval` wrote."""
+    try:
+        found = json.load(file)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"step", "weights", "protocol"} <= found.keys()
+
+
 def _changed_data(built: Run) -> list[Difference]:
     """Which data differ from those of the checkpoint, or from those that evaluation.json speaks of."""
     changed = built.changed_data()
@@ -193,15 +202,6 @@ def _changed_data(built: Run) -> list[Difference]:
         if was != now:
             changed.append(Difference("validation rows", was, now))
     return changed
-
-
-def _other_data(run_dir: Path, changed: list[Difference]) -> str:
-    return (
-        f"The data are not those that {run_dir} was trained and evaluated with: {'; '.join(map(str, changed))}. Its "
-        "figures would change though the model did not, text that was trained on may be scored, and the baselines count "
-        f"another corpus. Restore the files of [data]; or score the data as they are now beside the run's own figures: "
-        f"ddiff eval {run_dir} --out other_data.json"
-    )
 
 
 def sample_run(run_dir: str | Path, count: int | None = None, **asked: Any) -> None:
@@ -296,9 +296,9 @@ def _asked(built: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     return wanted, {"draws": keys.draws, "seed": keys.seed, **built.protocol()}
 
 
-def _evaluated(built: Run) -> _Figures:
+def _evaluated(built: Run, changed_data: bool = False) -> _Figures:
     wanted, protocol = _asked(built)
-    evaluation, counted = built.evaluate()
+    evaluation, counted = built.evaluate(changed_data=changed_data)
     per = f"per_{evaluation.unit}"
     figures = evaluation.to_dict()
     written = {
