@@ -84,6 +84,19 @@ class Run:
         self.init: dict[str, Any] | None = None  # what was taken of another run
         self._begun = False
 
+    def __repr__(self) -> str:
+        steps = self.checkpoints.steps()
+        denoiser = vars(self).get("denoiser")  # there is none between training and evaluation
+        parts = [
+            f"{self.process or type(vars(self).get('objective')).__name__}",
+            f"{sum(parameter.numel() for parameter in denoiser.parameters()):,} parameters"
+            if denoiser
+            else "no network",
+            f"step {steps[-1] if steps else 0} of {self.recipe.train.steps}",
+            str(self.backend.device),
+        ]
+        return f"Run({str(self.run_dir)!r}: {', '.join(parts)})"
+
     def _build_network(self) -> None:
         denoiser = build_denoiser(self.recipe, self.vocabulary)
         self.objective = build_objective(self.recipe, self.process, denoiser)

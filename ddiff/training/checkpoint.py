@@ -50,6 +50,9 @@ class Checkpoint:
     aliases: Mapping[str, str]  # of the model: a tied tensor -> the one that it is stored as
     folder: Folder
 
+    def __repr__(self) -> str:
+        return f"Checkpoint(step {self.step}, {self.path})"
+
     @property
     def path(self) -> str:
         return self.folder.path
