@@ -112,22 +112,26 @@ def _resolved(name: str, argument: str) -> Destination:
     return Destination(name, system, str(path).rstrip("/") or "/", argument)
 
 
+def within_checkpoints(path: Path) -> Path | None:
+    """The folder of checkpoints, or the checkpoint, that a resolved path lies in; None elsewhere."""
+    for above in (path, *path.parents):
+        if above.name in (CHECKPOINTS, REPLAY) and (above.parent / RECIPE).is_file():
+            return above
+        if above.name.startswith("step_") and (above / "complete.json").exists():
+            return above
+    return None
+
+
 def _check_outside_runs(place: Destination, folder: bool) -> None:
     """Raise ArgumentError for a place inside the checkpoints of a run, or one of a run's own files."""
     path = Path(place.path)
     # of a file that is a link the link is replaced, so only what leads there is resolved
     real = path.resolve() if folder else path.parent.resolve() / path.name
-    for above in (real, *real.parents):
-        if above.name in (CHECKPOINTS, REPLAY) and (above.parent / RECIPE).is_file():
-            raise ArgumentError(
-                f"{place.argument}: {place.name} lies in {above.name}/ of the run {above.parent}, where a checkpoint would "
-                "be damaged. Name a place outside of the run."
-            )
-        if above.name.startswith("step_") and (above / "complete.json").exists():
-            raise ArgumentError(
-                f"{place.argument}: {place.name} lies in the checkpoint {above}, which would be damaged. Name a place "
-                "outside of it."
-            )
+    if (above := within_checkpoints(real)) is not None:
+        raise ArgumentError(
+            f"{place.argument}: {place.name} lies in {above}, where a checkpoint would be damaged. Name a place outside of "
+            "the run's checkpoints."
+        )
     if real.name in FILES and (real.parent / RECIPE).is_file():
         raise ArgumentError(
             f"{place.argument}: {place.name} is a file of the run {real.parent} itself. Name another file."

@@ -212,7 +212,7 @@ def is_own_recipe(path: Path) -> bool:
 
 
 def contents(directory: Path, also: Iterable[str] = ()) -> Contents:
-    """Sort what stands in a directory; `also` are names there that the run's tracker has written.
+    """Sort what stands in a directory, its lock left out; `also` are names there that the run's tracker has written.
 
     Symbolic links are foreign wherever they stand, and never followed.
     """
@@ -221,6 +221,8 @@ def contents(directory: Path, also: Iterable[str] = ()) -> Contents:
     tracked = {*also, *(f"{name}.part" for name in also)}
     for entry in _entries(directory):
         name = _PARTIAL.sub("", entry.name)
+        if entry.name == LOCK:
+            continue  # held by whoever writes here; it goes with the process
         if entry.is_symlink():
             foreign.append(entry.name)
         elif entry.name in tracked:
@@ -282,7 +284,7 @@ def _is_own_file(entry: Path, name: str) -> bool:
     """Whether a run writes what stands at `entry`; `name` is its name once it is whole."""
     if _PROBE.fullmatch(entry.name):
         return entry.is_dir() and not any(entry.iterdir())
-    return (name in FILES or name == LOCK) and entry.is_file()
+    return name in FILES and entry.is_file()
 
 
 def _sort_checkpoints(place: Path, root: Path, written: list[Path], foreign: list[str]) -> None:

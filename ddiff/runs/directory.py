@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from ddiff import __version__
+from ddiff.destination import within_checkpoints
 from ddiff.errors import ArgumentError, CheckpointError, DdiffError
 from ddiff.identity import check_recorded, given_in
 from ddiff.recipe import Recipe, changed_keys, parse_recipe
@@ -95,6 +96,11 @@ def check_local(run_dir: str) -> None:
             f"run_dir must be a directory of this machine; got {run_dir}. Name one, or mount the place and name that: "
             "--set run_dir=..."
         )
+    if (above := within_checkpoints(Path(run_dir).resolve())) is not None:
+        raise ArgumentError(
+            f"run_dir must not lie among the checkpoints of a run; got {run_dir}, in {above}. Name another one: --set "
+            "run_dir=..."
+        )
 
 
 def check_fresh(directory: Path, recipe: Recipe) -> None:
@@ -106,6 +112,12 @@ def check_fresh(directory: Path, recipe: Recipe) -> None:
             f"--fresh: {directory} {reason}, so nothing there is deleted. Name another run_dir (--set run_dir=...), or "
             "empty that one yourself."
         )
+    for place, path in _inputs(recipe):
+        if directory.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise CheckpointError(
+                f"--fresh: {directory} holds {path}, which this recipe reads ([{place}]), so nothing there is deleted. "
+                "Name another run_dir (--set run_dir=...), or copy that file elsewhere first."
+            )
     if not is_own_recipe(directory / RECIPE) and (there := sorted(path.name for path in directory.iterdir())):
         raise CheckpointError(
             f"--fresh: {directory} holds {listed(there)} and no {RECIPE} of ddiff's, so it is not a run of ddiff's and is "
@@ -113,6 +125,17 @@ def check_fresh(directory: Path, recipe: Recipe) -> None:
         )
     if foreign := contents(directory, tracked_names(recipe)).foreign:
         raise CheckpointError(foreign_refusal(directory, foreign))
+
+
+def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The local paths that a recipe reads, each after the table that names it."""
+    for place, part in recipe.parts().items():
+        for path in part.reads():
+            if "://" not in path:
+                yield place, path
+    init = recipe.train.init
+    if init is not None and init.run is not None:
+        yield "train.init", init.run
 
 
 def tracked_names(recipe: Recipe) -> tuple[str, ...]:

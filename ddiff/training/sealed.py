@@ -20,6 +20,7 @@ FORMAT = 2
 MARKER = "complete.json"
 STATE = "state.json"
 STEP = re.compile(r"step_(\d{8,})")
+_OWN = re.compile(r"[\w.]+\.safetensors|(manifest|state)\.json")  # of a checkpoint that was cut short
 BLOCK = 1 << 24  # bytes that are hashed, read and written at a time
 
 
@@ -79,15 +80,35 @@ class Folder:
     # ------------------------------------------------------------------ writing
 
     def make(self) -> None:
-        """Empty, whatever stood there."""
+        """Make the folder, without files of an earlier checkpoint."""
         self.remove()
         self._fs.makedirs(self.path, exist_ok=True)
 
     def remove(self) -> None:
+        """Delete the checkpoint's files, and the folder unless something else stands in it."""
+        sealed = self._sealed_names()
         if self.complete:  # first, so that a half-removed folder is an incomplete one
             self._fs.rm(f"{self.path}/{MARKER}")
-        if self._fs.exists(self.path):
+        if not self._fs.exists(self.path):
+            return
+        self._fs.invalidate_cache(self.path)
+        kept = 0
+        for entry in self._fs.ls(self.path, detail=True):
+            name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
+            is_own = name in sealed if sealed else _OWN.fullmatch(name) is not None
+            if entry["type"] == "file" and (is_own or name.startswith(MARKER)):
+                self._fs.rm(f"{self.path}/{name}")
+            else:
+                kept += 1
+        if not kept and self._fs.exists(self.path):
             self._fs.rm(self.path, recursive=True)
+
+    def _sealed_names(self) -> set[str]:
+        """The files that the marker names; none where there is no marker, or a damaged one."""
+        try:
+            return set(self.seals) if self.complete else set()
+        except CheckpointError:
+            return set()
 
     def write(self, name: str, fill: Callable[[Sink], None]) -> Seal:
         """Write a file by `fill(sink)`."""

@@ -32,7 +32,7 @@ from ddiff.training.average import MovingAverage
 from ddiff.training.checkpoint import Checkpoint, Checkpoints
 from ddiff.training.interruption import Interruption
 from ddiff.training.learning_rate import WarmupConstant
-from ddiff.training.metrics import MetricsFile, StepRecord, means
+from ddiff.training.metrics import MetricsFile, StepRecord, check_metrics, means
 from ddiff.training.objective import sent
 from ddiff.training.optimizers import step_where
 from ddiff.training.protocols import Backend, Batch, Objective, Optimizer, Tracker
@@ -368,6 +368,7 @@ class Trainer:
             self.fingerprints,
             "Restore what it was trained with, or start over with --fresh.",
         )
+        check_metrics(self.run_dir, start.step)
 
     def _despair(self, record: StepRecord) -> str:
         return (

@@ -130,8 +130,7 @@ def test_python_paths_are_checked_too(run_dir: Path) -> None:
     with pytest.raises(ArgumentError, match="lost a slash"):
         export_run(run_dir, Path("s3://bucket/w.safetensors"))
     with pytest.raises(ArgumentError, match="checkpoint"):
-        api_path = Path(STEP) / "model.safetensors"
-        export_run(run_dir, api_path)
+        export_run(run_dir, Path(STEP) / "model.safetensors")
 
 
 def test_data_out_writes_over_nothing(run_dir: Path, ddiff: Command) -> None:

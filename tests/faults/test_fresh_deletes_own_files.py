@@ -180,3 +180,36 @@ def test_run_dir_that_is_an_address_is_refused(address: str, folder: Path, ddiff
     for more in ((), ("--dry-run",)):
         assert is_refusal(ddiff("run", "tiny.toml", "--set", f"run_dir={address}", *more), address, "run_dir")
     assert sorted(path.name for path in folder.iterdir()) == ["corpus.txt", "tiny.toml"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ('train.init={run="runs/tiny"}', "train.init"),
+        ('tokenizer={kind="saved", path="runs/tiny/tokenizer.json"}', "tokenizer.json"),
+    ],
+)
+def test_fresh_refuses_to_delete_what_its_recipe_reads(setting: str, name: str, run_dir: Path, ddiff: Command) -> None:
+    before = files(run_dir)
+    assert is_refusal(ddiff(*FRESH, "--set", setting), name, "runs/tiny")
+    assert files(run_dir) == before
+
+
+def test_run_is_not_written_among_checkpoints(run_dir: Path, ddiff: Command) -> None:
+    before = files(run_dir)
+    for place in ("runs/tiny/checkpoints/mine", "runs/tiny/checkpoints/step_00000004"):
+        assert is_refusal(ddiff("run", "tiny.toml", "--set", f"run_dir={place}"), "checkpoints")
+    assert files(run_dir) == before
+
+
+def test_old_checkpoints_go_without_what_somebody_put_there(run_dir: Path, ddiff: Command) -> None:
+    """`[train] keep` drops the checkpoint of step 2 and its files, and neither notes nor weights of others."""
+    old = run_dir / "checkpoints/step_00000002"
+    put(old / "notes.txt")
+    put(old / "kept/exported.safetensors")
+    put(old / "mine.safetensors")
+    answer = ddiff("run", "tiny.toml", "--set", "train.steps=6")
+    assert answer.code == 0, answer.err
+    assert sorted(files(old)) == ["kept/exported.safetensors", "mine.safetensors", "notes.txt"]
+    steps = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert steps == ["step_00000002", "step_00000004", "step_00000006"]
