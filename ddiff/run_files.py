@@ -133,6 +133,13 @@ def check_kinds(directory: Path) -> None:
         raise CheckpointError(f"{path} is a file, and a run has a folder there. Move it away and repeat the command.")
 
 
+def check_readable(directory: Path) -> None:
+    """Raise CheckpointError when a file that the stages of a run read back is damaged, before any of them works."""
+    for name in (ENVIRONMENT, EVALUATION, SAMPLING):
+        read_json(directory / name)
+    read_lines(directory / SAMPLES)
+
+
 def _remedy(path: Path) -> str:
     if path.name in REPEATABLE:
         return "Delete it, and `ddiff run` with the run's recipe writes it again."

@@ -31,6 +31,7 @@ from ddiff.run_files import (
     TOKENIZER,
     VOCABULARY,
     check_kinds,
+    check_readable,
     contents,
     foreign_refusal,
     is_own_recipe,
@@ -64,6 +65,7 @@ def check_directory(directory: Path, recipe: Recipe, given: Given, fresh: bool) 
     _check_not_written_over(directory)
     if not (directory / RECIPE).is_file():
         return
+    check_readable(directory)
     newest = Checkpoints(str(directory / CHECKPOINTS)).newest()
     if newest is None:
         return  # without a checkpoint there is nothing to lose: a run that died at its first step may be mended
