@@ -21,8 +21,6 @@ from ddiff.launch import MISTAKE, end, follow_launcher, launch, place
 from ddiff.registry import describe
 
 if TYPE_CHECKING:
-    from click import Context
-
     from ddiff.component import ComponentConfig
     from ddiff.recipe import Recipe
     from ddiff.registry import Component
@@ -34,7 +32,7 @@ class Commands(TyperGroup):
     Otherwise a plugin that leaves with 0 would look like a check that has passed.
     """
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except SystemExit as stop:
@@ -333,8 +331,8 @@ def print_plugin(name: str) -> None:
         summary = " ".join(str(found.__doc__ or "").partition("\n\n")[0].split())
         place = KINDS[component.kind].partition(":")[0]
         print_keys(f'{place} kind = "{component.name}": {summary}', keys)
-    for error in broken:
-        typer.echo(str(error), err=True)
+    for problem in broken:
+        typer.echo(str(problem), err=True)
     if broken:
         raise typer.Exit(2)
 

@@ -217,7 +217,7 @@ class _Report:
         """Raise CheckpointError when evaluation.json has no figure of the bound that it names."""
         name = f"{self.evaluation['bound'].lower()}_nats_per_{self.evaluation['unit']}"
         counts = [f"{self.evaluation['unit']}s", "documents"]
-        figures = {name: (int, float), **dict.fromkeys(counts, int)}
+        figures: dict[str, tuple[type, ...]] = {name: (int, float), **dict.fromkeys(counts, (int,))}
         for key, types in figures.items():
             value = self.evaluation.get(key)
             if not isinstance(value, types) or isinstance(value, bool):

@@ -191,11 +191,14 @@ def _check_not_written_over(directory: Path) -> None:
             "run_dir=...); or, if it is the record of this run, keep your comments in another file and take them out here."
         )
     taken = [name for name in FILES if (directory / name).exists() or (directory / name).is_symlink()]
+    checkpoints = directory / CHECKPOINTS
+    if checkpoints.is_symlink() or (checkpoints.is_dir() and any(checkpoints.iterdir())):
+        taken.append(CHECKPOINTS)  # of another tool: steps beyond [train] keep would be deleted
     if taken:
+        them = "it" if len(taken) == 1 else "them"
         raise CheckpointError(
             f"{directory} holds {listed(taken)} and no {RECIPE} of ddiff's, so it is not a run, and a run would write over "
-            f"{'that file' if len(taken) == 1 else 'those files'}. Name another run_dir (--set run_dir=...), or move "
-            f"{'it' if len(taken) == 1 else 'them'} away."
+            f"{them}. Name another run_dir (--set run_dir=...), or move {them} away."
         )
 
 

@@ -212,7 +212,7 @@ def records(directory: Path) -> list[Record]:
     for line in read_text(path).splitlines() if path.exists() else []:
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not is_record(found, len(records) + 1):
             break

@@ -213,3 +213,10 @@ def test_old_checkpoints_go_without_what_somebody_put_there(run_dir: Path, ddiff
     assert sorted(files(old)) == ["kept/exported.safetensors", "mine.safetensors", "notes.txt"]
     steps = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert steps == ["step_00000002", "step_00000004", "step_00000006"]
+
+
+def test_first_run_refuses_checkpoints_of_another_tool(folder: Path, ddiff: Command) -> None:
+    put(Path("own/checkpoints/step_00000001/model.safetensors"))
+    for more in ((), ("--fresh",)):
+        assert is_refusal(ddiff("run", "tiny.toml", "--set", "run_dir=own", *more), "checkpoints")
+    assert list(files(Path("own"))) == ["checkpoints/step_00000001/model.safetensors"]
