@@ -92,16 +92,12 @@ class Folder:
         if not self._fs.exists(self.path):
             return
         self._fs.invalidate_cache(self.path)
-        kept = 0
-        for entry in self._fs.ls(self.path, detail=True):
-            name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
-            is_own = name in sealed if sealed else _OWN.fullmatch(name) is not None
-            if entry["type"] == "file" and (is_own or name.startswith(MARKER)):
-                self._fs.rm(f"{self.path}/{name}")
-            else:
-                kept += 1
-        if not kept and self._fs.exists(self.path):
+        entries = self._fs.ls(self.path, detail=True)
+        own = [entry["name"] for entry in entries if _is_own(entry, sealed)]
+        if len(own) == len(entries):
             self._fs.rm(self.path, recursive=True)
+        elif own:
+            self._fs.rm(own)
 
     def _sealed_names(self) -> set[str]:
         """The files that the marker names; none where there is no marker, or a damaged one."""
@@ -220,6 +216,13 @@ class Folder:
 
     def _no_marker(self) -> CheckpointError:
         return CheckpointError(f"{self.path}/{MARKER} is damaged: it is no checkpoint marker. {self._remedy()}")
+
+
+def _is_own(entry: dict[str, Any], sealed: set[str]) -> bool:
+    """Whether an entry of a listing is a file of the checkpoint: one of those `sealed`, or named as if it were."""
+    name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
+    is_named = name in sealed if sealed else _OWN.fullmatch(name) is not None
+    return entry["type"] == "file" and (is_named or name.startswith(MARKER))
 
 
 def _is_count(value: Any) -> bool:
