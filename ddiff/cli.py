@@ -25,6 +25,7 @@ from ddiff import __version__
 from ddiff.errors import ArgumentError, DataError, PluginError, shortened
 from ddiff.launch import MISTAKE, end, follow_launcher, launch, place
 from ddiff.mistakes import REPORT, TRACEBACK, explained
+from ddiff.registry import describe
 
 if TYPE_CHECKING:
     from ddiff.component import ComponentConfig
@@ -37,7 +38,11 @@ BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
 class Commands(TyperGroup):
-    """The commands, with two exceptions kept from typer, which would print "Aborted." or end with 1 without a word."""
+    """The commands, none of which ends the process by itself, whatever it or a plugin of others raises.
+
+    typer would print "Aborted." for the end of a file, and end with 1 without a word where the reader of a pipe has left.
+    A plugin that leaves with 0 would look like a check that has passed.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -47,6 +52,13 @@ class Commands(TyperGroup):
         except BrokenPipeError as error:
             _forget_output()
             raise typer.Exit(BROKEN_PIPE) from error
+        except SystemExit as stop:
+            if stop.code == 128 + signal.SIGTERM:  # the second SIGTERM of a user who does not want to wait
+                raise
+            raise PluginError(
+                f"A plugin, or a library that it uses, ended the command: {describe(stop)}. Nothing can be said of what "
+                "was asked. Mend or uninstall that distribution."
+            ) from stop
 
 
 app = typer.Typer(
@@ -78,6 +90,10 @@ MEASURE = (
 )
 
 
+FRESH = (
+    "Delete the run that stands in the run directory, and start over. Refused where anything stands there that ddiff did "
+    "not write."
+)
 VERIFY_RESUME = (
     "Do K recorded steps again from a checkpoint, compare losses and state with what is recorded, and stop. The exit code "
     "is 0 when they are equal (to rounding, where \\[backend] or the machine is another than the record's), else 1."
@@ -90,7 +106,7 @@ def run(
     settings: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
     measure: Annotated[int | None, typer.Option("--measure", min=2, max=MOST, metavar="STEPS", help=MEASURE)] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run directory holds and start over.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help=FRESH)] = False,
     verify_resume: Annotated[
         int | None, typer.Option("--verify-resume", metavar="K", min=1, max=MOST, help=VERIFY_RESUME)
     ] = None,
@@ -168,17 +184,21 @@ def evaluate(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A key of \\[evaluate], such as evaluate.draws=4."),
     ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write the figures there, NAME.json, and leave the run's own as they are."),
+    ] = None,
 ) -> None:
     """The likelihood bound of a trained run on its validation text, with intervals and baselines."""
     from ddiff.runs import evaluate_run
 
-    evaluate_run(run_dir, settings or ())
+    evaluate_run(run_dir, settings or (), out)
 
 
 @app.command()
 def export(
     run_dir: RunDir,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write, NAME.safetensors.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The file to write, NAME.safetensors; any fsspec path.")],
     weights: Annotated[
         Literal["auto", "ema", "trained"],
         typer.Option(help="The moving average, the weights as trained, or the average where the run keeps one."),
@@ -257,7 +277,7 @@ def read_conditions(written: list[str] | None) -> dict[str, object] | None:
 def compare_runs(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs, such as runs/<name>.")],
     seeds: Annotated[bool, typer.Option("--seeds", help="Average runs that differ in their seed alone.")] = False,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where compare.json and compare.md go.")] = Path(),
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where compare.json and compare.md go.")] = ".",
 ) -> None:
     """Runs side by side in one table; refused unless all were evaluated in the same way."""
     from ddiff.comparison import compare, write_comparison
@@ -321,11 +341,22 @@ def print_plugin(name: str) -> None:
         for table, owner in TABLES.items():
             if owner.keys is not None:
                 print_keys(f"[{table}], keys of the engine:", owner.keys)
+    broken: list[PluginError] = []
     for component in registry.components():
-        if component.plugin == name:
-            summary = " ".join((component.load().__doc__ or "").partition("\n\n")[0].split())
-            place = KINDS[component.kind].partition(":")[0]
-            print_keys(f'{place} kind = "{component.name}": {summary}', component.config_class())
+        if component.plugin != name:
+            continue
+        try:
+            found, keys = component.load(), component.config_class()
+        except PluginError as error:
+            broken.append(error)
+            continue
+        summary = " ".join(str(found.__doc__ or "").partition("\n\n")[0].split())
+        place = KINDS[component.kind].partition(":")[0]
+        print_keys(f'{place} kind = "{component.name}": {summary}', keys)
+    for problem in broken:
+        typer.echo(str(problem), err=True)
+    if broken:
+        raise typer.Exit(2)
 
 
 def print_keys(title: str, model: type[ComponentConfig]) -> None:

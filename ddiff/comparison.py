@@ -10,15 +10,30 @@ import json
 import math
 import os
 import statistics
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from ddiff.destination import check_destination, write_text
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.evaluation.intervals import student95
+from ddiff.identity import Difference, check_recorded, refuse
+from ddiff.run_files import (
+    CHECKPOINTS,
+    ENVIRONMENT,
+    EVALUATION,
+    METRICS,
+    RECIPE,
+    SAMPLES,
+    SAMPLING,
+    damaged,
+    read_json,
+    read_lines,
+    read_recipe_tree,
+)
+from ddiff.training.sealed import newest_state
 
 PROTOCOL = ("unit", "length", "tokenizer", "data", "conditions", "window", "draws")
 BOUND_ONLY = ("window", "draws")  # an exact likelihood is not integrated over time
@@ -144,23 +159,31 @@ def compare(run_dirs: Sequence[str | Path], *, group_seeds: bool = False) -> Com
     return Comparison({**protocol, **counts}, counted, rows, _notes(reports))
 
 
-def write_comparison(comparison: Comparison, directory: Path, command: str) -> list[Path]:
-    """compare.json and compare.md in a directory, each whole or not at all; their paths."""
+def write_comparison(comparison: Comparison, directory: str | Path, command: str) -> list[Path]:
+    """Write compare.json and compare.md to a directory, each whole or not at all; their paths are returned.
+
+    Raises ArgumentError when the directory takes no files, or when a file of that name is not one that `ddiff compare`
+    has written.
+    """
     texts = {
         "compare.json": json.dumps({"command": command, **comparison.to_dict()}, indent=2) + "\n",
         "compare.md": comparison.to_markdown(command),
     }
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            part = directory / f"{name}.part"
-            part.write_text(text, encoding="utf-8")
-            part.replace(directory / name)
-    except OSError as error:
-        raise ArgumentError(
-            f"ddiff compare: {directory} takes no files ({error.strerror}). Name another one: --out DIR."
-        ) from error
-    return [directory / name for name in texts]
+    folder = check_destination(directory, "ddiff compare --out", folder=True)
+    if folder.local is None:
+        raise ArgumentError(f"ddiff compare --out: a folder of this machine was expected; got {directory}.")
+    places = {
+        name: check_destination(Path(directory) / name, "ddiff compare --out", owned=_is_comparison) for name in texts
+    }
+    for name, place in places.items():
+        write_text(place, texts[name])
+    return [Path(directory) / name for name in texts]
+
+
+def _is_comparison(file: IO[bytes]) -> bool:
+    """Whether a file begins as compare.json and compare.md do."""
+    start = file.read(200).lstrip()
+    return start.startswith(b"`ddiff compare") or b'"command": "ddiff compare' in start
 
 
 class _Report:
@@ -168,28 +191,47 @@ class _Report:
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        if not (place / "recipe.toml").is_file():
+        if not (place / RECIPE).is_file():
             raise CheckpointError(
                 f"{place} is not a run directory: it has no recipe.toml. Name one that `ddiff run` wrote: runs/<name>."
             )
-        self.recipe = self._read("recipe.toml", tomllib.loads)
-        self.environment = self._read("environment.json", json.loads)
-        self.evaluation = self._read("evaluation.json", json.loads)
-        self.metrics = self._read("metrics.jsonl", _lines)
-        self.samples = self._read("samples.jsonl", _lines)
-        self.sampling = self._read("sampling.json", json.loads)
+        self.recipe = read_recipe_tree(place / RECIPE)
+        self.environment = self._read(ENVIRONMENT, read_json)
+        self.evaluation = self._read(EVALUATION, read_json)
+        self.metrics = self._read(METRICS, read_lines)
+        self.samples = self._read(SAMPLES, read_lines)
+        self.sampling = self._read(SAMPLING, read_json)
+        self._check_figure()
         self._check_steps()
+        self._check_trained_with()
 
-    def _read(self, name: str, parse: Callable[[str], Any]) -> Any:
+    def _read(self, name: str, read: Callable[[Path], Any]) -> Any:
         path = self.place / name
-        if not path.is_file():
+        if not path.exists():
             raise CheckpointError(
                 f"{self.place} is not finished: it has no {name}. Repeat `ddiff run` with its recipe: it goes on."
             )
-        try:
-            return parse(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path} is damaged: {error}. Delete it and repeat `ddiff run`.") from error
+        return read(path)
+
+    def _check_figure(self) -> None:
+        """Raise CheckpointError when evaluation.json has no figure of the bound that it names."""
+        name = f"{self.evaluation['bound'].lower()}_nats_per_{self.evaluation['unit']}"
+        counts = [f"{self.evaluation['unit']}s", "documents"]
+        figures: dict[str, tuple[type, ...]] = {name: (int, float), **dict.fromkeys(counts, (int,))}
+        for key, types in figures.items():
+            value = self.evaluation.get(key)
+            if not isinstance(value, types) or isinstance(value, bool):
+                raise damaged(self.place / EVALUATION, f'the key "{key}" should have a number; it has {value!r}')
+
+    def _check_trained_with(self) -> None:
+        """Raise CheckpointError when the run's files speak of something else than its checkpoint was trained with."""
+        state = newest_state(str(self.place / CHECKPOINTS))
+        if state is None:
+            return  # the figures stand, though the weights were deleted
+        check_recorded(self.place, state)
+        was, now = state["fingerprints"].get("tokenizer"), self.evaluation["protocol"].get("tokenizer")
+        if was is not None and now is not None and was != now:
+            refuse(self.place, [Difference("tokenizer of evaluation.json", was, now)], "Evaluate it again: ddiff eval.")
 
     def _check_steps(self) -> None:
         steps = {
@@ -248,10 +290,6 @@ def _family(recipe: Mapping[str, Any]) -> str:
         return objective["kind"]
     times = objective.get("times", {}).get("kind", "flat")
     return recipe["process"]["kind"] + (f", {times}" if times != "flat" else "")
-
-
-def _lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def _entropy(ids: Sequence[int]) -> float:

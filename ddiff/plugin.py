@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pluggy
 
 from ddiff.errors import PluginError, nearest, shortened
-from ddiff.registry import Component, Origin, Registry, describe
+from ddiff.registry import Component, Origin, Registry, describe, reported
 
 GROUP = "ddiff"
 CORE = "core"
@@ -60,25 +60,23 @@ class Plugin:
         Raises PluginError when it does not import, implements no hook or a hook that does not exist, or its hook fails.
         """
         registry = Registry(self.origin)
-        hooks = self._hooks(self._load())
-        try:
-            hooks.ddiff_register(registry=registry)
-        except PluginError:
-            raise
-        except Exception as error:
-            raise PluginError(
-                f"The plugin {self} fails to register: ddiff_register raised {describe(error)}."
-            ) from error
+        module = self._load()
+        with reported(self._fails_to_register):
+            self._hooks(module).ddiff_register(registry=registry)
         return registry
 
     def _load(self) -> Any:
-        try:
+        with reported(self._does_not_load):
             return self.entry_point.load()
-        except Exception as error:
-            raise PluginError(
-                f'The plugin {self} does not load: importing "{self.entry_point.value}" raised {describe(error)}. '
-                "Mend, reinstall or uninstall that distribution, or leave the plugin out; the others are not affected."
-            ) from error
+
+    def _does_not_load(self, error: BaseException) -> PluginError:
+        return PluginError(
+            f'The plugin {self} does not load: importing "{self.entry_point.value}" raised {describe(error)}. '
+            "Mend, reinstall or uninstall that distribution, or leave the plugin out; the others are not affected."
+        )
+
+    def _fails_to_register(self, error: BaseException) -> PluginError:
+        return PluginError(f"The plugin {self} fails to register: ddiff_register raised {describe(error)}.")
 
     def _hooks(self, module: Any) -> pluggy.HookRelay:
         manager = pluggy.PluginManager(GROUP)
@@ -198,7 +196,11 @@ def _origin(entry_point: importlib.metadata.EntryPoint) -> Origin:
     distribution = entry_point.dist
     if distribution is None:
         return Origin(entry_point.name, package, "no distribution", "0")
-    return Origin(entry_point.name, package, distribution.name, distribution.version)
+    try:
+        name, version = distribution.name, distribution.version
+    except Exception:  # metadata that are missing or damaged
+        name, version = None, None
+    return Origin(entry_point.name, package, name or "a distribution without metadata", version or "0")
 
 
 def _last_line(error: Exception) -> str:

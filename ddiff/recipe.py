@@ -28,8 +28,10 @@ from ddiff import __version__
 from ddiff.component import ComponentConfig
 from ddiff.errors import ArgumentError, DataError, PluginError, RecipeError, nearest, shortened
 from ddiff.explain import explain, first_error, shown, table_label, unknown_key
+from ddiff.identity import dotted
 from ddiff.plugin import installed_plugins, load_plugins
 from ddiff.registry import Component, Registry
+from ddiff.run_files import HEADER
 from ddiff.tables import (
     SLOTS,
     TABLES,
@@ -139,6 +141,8 @@ class Recipe:
     sampler: Part
     tracker: Part
     registry: Registry = field(repr=False, compare=False)
+    source: str = field(default="", repr=False, compare=False)
+    """The file that it was read from."""
 
     def parts(self) -> dict[str, Part]:
         """Every part by its place in the recipe: `process`, `denoiser.head`, `train.optimizer`."""
@@ -169,9 +173,7 @@ class Recipe:
 
     def to_toml(self) -> str:
         """`to_dict` as TOML text, which reads back as the same recipe."""
-        return write_toml(
-            self.to_dict(), f"Every key of this recipe with its value, as ddiff {__version__} resolved it."
-        )
+        return write_toml(self.to_dict(), f"{HEADER} {__version__} resolved it.")
 
     def sampler_part(self, kind: str | None, settings: Iterable[str] = ()) -> Part:
         """Another sampler, or the recipe's own, with `key=value` settings that go over its keys."""
@@ -251,6 +253,7 @@ def resolve(draft: Draft, settings: Iterable[str] = ()) -> Recipe:
         sampler=resolver.part("sample", "sampler"),
         tracker=resolver.part("tracker"),
         registry=registry,
+        source=draft.source,
     )
 
 
@@ -271,7 +274,7 @@ def component_part(component: Component, settings: Iterable[str] = (), below: Ma
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """The dotted keys in which two `Recipe.to_dict` differ, with both values; None where one has no such key."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = dotted(old), dotted(new)
     keys = dict.fromkeys([*before, *after])
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 
@@ -603,11 +606,3 @@ def _checked(
         first = first_error(error.errors(include_url=False), model)
         message = explain(first, model, path, _owner(component), list(known), whole)
         raise RecipeError(f"{draft.place((*path, *first['loc']))}: {message}") from error
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

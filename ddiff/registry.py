@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import importlib
 import re
+import signal
+import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ddiff.component import ComponentConfig
@@ -91,16 +95,18 @@ class Component:
         Raises PluginError when the import fails, the object is missing or does not keep that contract.
         """
         module, _, path = self.target.partition(":")
-        try:
+
+        def refusal(error: BaseException) -> PluginError:
+            return PluginError(
+                f'The {self} does not load: importing its target "{self.target}" raised {describe(error)}. '
+                f"Mend or reinstall that distribution, or name another {self.kind}."
+            )
+
+        with reported(refusal):
             found = importlib.import_module(module)
             for name in path.split("."):
                 found = getattr(found, name)
-        except Exception as error:
-            raise PluginError(
-                f'The {self} does not load: importing its target "{self.target}" raised {describe(error)}. '
-                f"Mend or reinstall that distribution, or name another {self.kind}."
-            ) from error
-        self._check_contract(found)
+            self._check_contract(found)
         return found
 
     def config_class(self) -> type[ComponentConfig]:
@@ -202,6 +208,39 @@ class Registry:
         )
 
 
+@contextmanager
+def reported(refusal: Callable[[BaseException], PluginError]) -> Iterator[None]:
+    """Run somebody else's code: whatever it raises becomes a PluginError, SystemExit and KeyboardInterrupt included.
+
+    A Ctrl-C of the user stays one: it is told from a KeyboardInterrupt of the code by the signal that came.
+    """
+    interrupted: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        interrupted.append(number)
+        if callable(before):
+            before(number, frame)
+
+    before: Any = None
+    listens = threading.current_thread() is threading.main_thread()
+    if listens:
+        before = signal.getsignal(signal.SIGINT)
+        listens = callable(before)  # else the signal is ignored, or handled outside of Python
+    if listens:
+        signal.signal(signal.SIGINT, receive)
+    try:
+        yield
+    except PluginError:
+        raise
+    except BaseException as error:
+        if interrupted and isinstance(error, KeyboardInterrupt):
+            raise
+        raise refusal(error) from error
+    finally:
+        if listens and signal.getsignal(signal.SIGINT) is receive:
+            signal.signal(signal.SIGINT, before)
+
+
 def refuse_twice(first: Component, second: Component) -> None:
     """Raise the PluginError of two components that claim one name."""
     if first.origin == second.origin:
@@ -217,7 +256,11 @@ def refuse_twice(first: Component, second: Component) -> None:
 
 def describe(error: BaseException) -> str:
     """`ValueError: message (file.py, line 3)`: what went wrong in somebody else's code, and where, in one line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    try:
+        words = str(error)
+    except Exception:  # of a class whose own text fails
+        words = ""
+    text = " ".join(f"{type(error).__name__}: {words}".split())
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_machinery(frame.filename)]
     return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else text
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddiff.core.description import Described
 from ddiff.core.numerics import EARLIEST, LATEST, interior
 from ddiff.core.oracle import propagate
 from ddiff.core.schedule import Schedule
@@ -28,7 +29,7 @@ CELL = (HIGHEST - LOWEST) / CELLS
 MAX_RATE = 20.0  # keeps exp(-rate * 27.6) above the smallest float64
 
 
-class LevelClock(ABC):
+class LevelClock(Described, ABC):
     """Occupation of L levels above the words. Times are float64 [r]."""
 
     num_levels: int

@@ -35,6 +35,10 @@ class NelboTerms(NamedTuple):
     decoding: Tensor
     noisy: Noisy
 
+    def __repr__(self) -> str:
+        terms = {"closing": self.closing, "diffusion": self.diffusion, "decoding": self.decoding}
+        return f"NelboTerms({_means(terms)})"
+
     @property
     def total(self) -> Tensor:
         """[B] nats per sequence."""
@@ -47,6 +51,18 @@ class Likelihood:
 
     terms: Mapping[str, Tensor]
     parts: Mapping[str, Tensor]
+
+    def __repr__(self) -> str:
+        return f"Likelihood({_means(self.terms)}; parts {', '.join(self.parts) or 'none'})"
+
+
+def _means(terms: Mapping[str, Tensor]) -> str:
+    """`closing 0.0000, diffusion 3.1052; mean nats per position of 8 x 16`, for people."""
+    shapes = {" x ".join(map(str, tensor.shape)) for tensor in terms.values()}
+    if any(tensor.is_meta for tensor in terms.values()):
+        return f"{', '.join(terms)}; of {', '.join(sorted(shapes))}, on meta"
+    shown = ", ".join(f"{name} {float(tensor.detach().double().mean()):.4f}" for name, tensor in terms.items())
+    return f"{shown}; mean nats per position of {', '.join(sorted(shapes))}"
 
 
 def nelbo(

@@ -10,7 +10,7 @@ Shapes: x0, zt [r] long; t, s [r] float64; log_p [r,V]; states run over S.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddiff.core.description import settings_of
 from ddiff.core.information import InformationTime, uniform_reference
 from ddiff.core.kernel import MAX_DENSE, DenseKernel, Kernel, read_back
 from ddiff.core.law import Answer, DenseLaw, Score, certainly_law
@@ -52,6 +53,11 @@ class Prior:
     def point(cls, state: int, num_states: int) -> Prior:
         return cls(torch.full((num_states,), -torch.inf).index_fill(0, torch.tensor([state]), 0.0))
 
+    def __repr__(self) -> str:
+        likely = self.log_prob.isfinite().nonzero().flatten().tolist()
+        where = f"state {likely[0]}" if len(likely) == 1 else f"{len(likely)} states"
+        return f"Prior({where} of {len(self.log_prob)})"
+
     def draw(self, u: Tensor) -> Tensor:
         """Uniforms of any shape -> states of that shape."""
         weights = self.log_prob.exp().to(u.device)
@@ -80,6 +86,14 @@ class ForwardProcess(ABC):
     uniforms_per_climb: int = 1
     uniforms_per_event: int = 1
     has_events: bool = False
+
+    def __repr__(self) -> str:
+        sizes = " < ".join(map(str, self.vocabulary.level_sizes)) if hasattr(self, "vocabulary") else ""
+        return f"{type(self).__name__}({sizes}; {', '.join(self._settings())})"
+
+    def _settings(self) -> Iterable[str]:
+        """The settings that the text form shows."""
+        return settings_of(self)
 
     # ------------------------------------------------------------------ what a family writes
 

@@ -13,10 +13,11 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ddiff.core.description import Described
 from ddiff.errors import ArgumentError
 
 
-class Schedule(ABC):
+class Schedule(Described, ABC):
     """alpha(t): the probability that a token is untouched at t; decreasing on [0,1].
 
     `closes_at_clean` declares alpha(0) = 1, `closes_at_prior` declares alpha(1) = 0; the conformance kit holds both.

@@ -13,7 +13,7 @@ which for xi = 1 is (F_l'/pi_l) (-ln P(a_{l-1} | a_l)), and is a true bound for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import final
 
@@ -196,6 +196,10 @@ class TreeProcess(ForwardProcess):
         self.uniforms_per_climb = self.uniforms_per_sample
         self.uniforms_per_step = 2
         self.exact_step = self.parents.certain or decoding == "bayes"
+
+    def _settings(self) -> Iterable[str]:
+        xi = self.parents.xi
+        return [f"clock={self.clock!r}", f"xi={xi[0] if len(set(xi)) == 1 else xi}", f"decoding={self.decoding!r}"]
 
     @staticmethod
     def _check(vocabulary: Vocabulary, clock: LevelClock, decoding: str) -> None:

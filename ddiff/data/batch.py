@@ -27,6 +27,11 @@ class Batch:
     packed: bool = False
     conditions: dict[str, Tensor] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        rows, length = self.ids.shape
+        told = f", conditions {', '.join(self.conditions)}" if self.conditions else ""
+        return f"Batch({rows} rows of {length} on {self.ids.device}{', packed' if self.packed else ''}{told})"
+
     def with_prefixes(self, sizes: Tensor) -> Batch:
         """The first `sizes` [B] positions of each row are shown and not scored."""
         beyond = torch.arange(self.ids.shape[1]) >= sizes.unsqueeze(-1)

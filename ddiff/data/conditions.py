@@ -25,6 +25,10 @@ class Conditions:
 
     values: Mapping[str, Tensor]
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.values.items())
+        return f"Conditions({shown or 'none'})"
+
     def of(self, document: Tensor, packed: bool) -> dict[str, Tensor]:
         """The values of a batch: one per position of document [B,L] where rows are packed, else one per row."""
         numbers = document if packed else document[:, 0]

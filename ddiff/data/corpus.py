@@ -71,9 +71,19 @@ def copy_shards(made: Shards, path: str) -> None:
         if system.cat_file(f"{place}/{MANIFEST}") == manifest:
             return
         raise DataError(f"{path} holds other shards. Name another folder, or delete that one.")
+    files = made.files()
+    for name in files:
+        # of a copy that was cut short, files are whole: each is renamed when it is
+        if system.exists(f"{place}/{name}") and system.size(f"{place}/{name}") != (made.folder / name).stat().st_size:
+            raise DataError(
+                f"{path} holds a file {name} of another kind, which would be written over. Name another folder, or move "
+                "that file away."
+            )
     system.makedirs(place, exist_ok=True)
-    for name in (*made.files(), MANIFEST):
-        system.put_file(str(made.folder / name), f"{place}/{name}")
+    for name in (*files, MANIFEST):
+        partial = f"{place}/{name}.partial"
+        system.put_file(str(made.folder / name), partial)
+        system.mv(partial, f"{place}/{name}")
 
 
 def _chunks_of_parts(parts: Mapping[str, Dataset]) -> Iterator[Chunk]:

@@ -35,5 +35,5 @@ def read_json(path: str, what: str) -> Any:
     """The JSON in a file; DataError, naming it as `what`, when it is missing or is not whole."""
     try:
         return json.loads(read_bytes(path, what))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{what}: {path} is not a whole JSON file ({error}). Make it again.") from error

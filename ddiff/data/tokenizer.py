@@ -127,6 +127,9 @@ class BytePairTokenizer:
         ids = self._tokenizer.get_vocab()
         return sorted(ids, key=ids.__getitem__)
 
+    def __repr__(self) -> str:
+        return _described(self)
+
     def save(self, path: str) -> None:
         write_json(path, {"kind": "bytepair", "definition": json.loads(self._definition)})
 
@@ -173,6 +176,9 @@ class AlphabetTokenizer:
 
     def tokens(self) -> list[str]:
         return list(self._symbols)
+
+    def __repr__(self) -> str:
+        return _described(self)
 
     def save(self, path: str) -> None:
         write_json(path, {"kind": "alphabet", "symbols": self._symbols})
@@ -235,6 +241,9 @@ class PretrainedTokenizer:
     def tokens(self) -> list[str]:
         return self._tokenizer.convert_ids_to_tokens(list(range(self.num_tokens)))
 
+    def __repr__(self) -> str:
+        return _described(self)
+
     def save(self, path: str) -> None:
         with tempfile.TemporaryDirectory() as directory:
             self._tokenizer.save_pretrained(directory)
@@ -280,6 +289,11 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise DataError(
             f"load_tokenizer: the {kind} tokenizer in {path} is damaged ({error}). Make it again."
         ) from error
+
+
+def _described(tokenizer: Tokenizer) -> str:
+    """`BytePairTokenizer(512 tokens; 3f2a...)`, the fingerprint last."""
+    return f"{type(tokenizer).__name__}({tokenizer.num_tokens} {tokenizer.unit}s; {tokenizer.fingerprint})"
 
 
 def _checked_ids(ids: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:

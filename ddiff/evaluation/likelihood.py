@@ -66,6 +66,13 @@ class Evaluation:
     protocol: Mapping[str, Any]
     bound: str = "NELBO"
 
+    def __repr__(self) -> str:
+        half = f" ± {(self.interval[1] - self.interval[0]) / 2:.4f}" if self.interval else ""
+        return (
+            f"Evaluation({self.bound} {self.nelbo_nats_per_token:.4f}{half} nats per {self.unit}, PPL {self.ppl:.2f}; "
+            f"{self.tokens:,} {self.unit}s in {self.documents:,} documents)"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Every field, named by what was measured and its unit: `nll_nats_per_symbol`."""
         return {self._name(field): value for field, value in asdict(self).items()}

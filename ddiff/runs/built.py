@@ -27,17 +27,27 @@ from ddiff.data.documents import Documents
 from ddiff.data.prefetch import Prefetched
 from ddiff.data.rows import PackedRows, Rows, batch_rows, pack_texts, rows_fingerprint, token_stream
 from ddiff.data.tokenizer import Tokenizer
-from ddiff.errors import ArgumentError, shortened
+from ddiff.errors import ArgumentError, CheckpointError, shortened
 from ddiff.evaluation.baselines import Baselines, baselines
 from ddiff.evaluation.likelihood import Evaluation, evaluate
+from ddiff.identity import (
+    DATA,
+    Difference,
+    check_fingerprints,
+    check_noising,
+    differing_fingerprints,
+    dotted,
+)
 from ddiff.launch import cores_alone
 from ddiff.nn.denoiser import Denoiser
 from ddiff.progress import progress
 from ddiff.prompts import Template, check_no_suffix, framed, templates_of
 from ddiff.recipe import Recipe
 from ddiff.requests import Told, ask_for, told
+from ddiff.run_files import CHECKPOINTS
 from ddiff.runs.init import started
 from ddiff.runs.memory import check_memory
+from ddiff.runs.noising import noising_of
 from ddiff.runs.parts import (
     Given,
     build_backend,
@@ -70,12 +80,26 @@ class Run:
     ) -> None:
         self.recipe, self.tokenizer, self.vocabulary = recipe, tokenizer, vocabulary
         self.run_dir = Path(recipe.run_dir)
+        self.given = given
         self.process = given.process or build_process(recipe, vocabulary)
         check_process(self.process, vocabulary)
         self.backend = backend
         self._build_network()
         self.init: dict[str, Any] | None = None  # what was taken of another run
         self._begun = False
+
+    def __repr__(self) -> str:
+        steps = self.checkpoints.steps()
+        denoiser = vars(self).get("denoiser")  # there is none between training and evaluation
+        parts = [
+            f"{self.process or type(vars(self).get('objective')).__name__}",
+            f"{sum(parameter.numel() for parameter in denoiser.parameters()):,} parameters"
+            if denoiser
+            else "no network",
+            f"step {steps[-1] if steps else 0} of {self.recipe.train.steps}",
+            str(self.backend.device),
+        ]
+        return f"Run({str(self.run_dir)!r}: {', '.join(parts)})"
 
     def _build_network(self) -> None:
         denoiser = build_denoiser(self.recipe, self.vocabulary)
@@ -132,6 +156,7 @@ class Run:
         with closing(trainer.tracker), closing(self._batches):
             if start is not None:
                 trainer.check_fit(start)
+                self.check_trained_with(start.state)
             accepted()
             return trainer.fit(start)
 
@@ -139,6 +164,8 @@ class Run:
         """The steps from `start` (None: the beginning) to `end` again, written to another folder and told to no tracker."""
         if start is None:
             self.begin()
+        else:
+            self.check_trained_with(start.state)
         self.distribute()
         with closing(self._batches):
             return self.trainer(folder, end, NoTracker()).fit(start)
@@ -170,6 +197,30 @@ class Run:
         """The newest checkpoint's weights, the average where it is what is evaluated."""
         load_weights(self.objective.module, self.checkpoints.weights(average=self.averaged), str(self.run_dir))
 
+    def check_trained_with(self, state: Mapping[str, Any]) -> None:
+        """Raise CheckpointError unless this run's parts are those that a checkpoint of this state was trained with."""
+        parts = {"tokenizer": self.tokenizer.fingerprint, "vocabulary": self.vocabulary.fingerprint}
+        check_fingerprints(
+            self.run_dir,
+            state,
+            parts,
+            f"Restore the files of {self.run_dir} that say so from a copy; a run keeps those that it was trained with.",
+            parts,
+        )
+        remedy = (
+            "Hand in the process that it was trained with: ddiff.load(run_dir, process=...)."
+            if self.given.process is not None
+            else "Install the version of the plugin that it was trained with, or train again."
+        )
+        check_noising(self.run_dir, state, noising_of(self.process), remedy)
+
+    def changed_data(self) -> list[Difference]:
+        """Which data differ from those that the newest checkpoint was trained with, by their fingerprints."""
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return []
+        return differing_fingerprints(newest.state["fingerprints"], self.fingerprints(), DATA)
+
     @property
     def averaged(self) -> bool:
         """Whether the moving average of the weights is what is evaluated, sampled and loaded."""
@@ -178,7 +229,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Checkpoints:
-        return Checkpoints(str(self.run_dir / "checkpoints"), self.recipe.train.keep)
+        return Checkpoints(str(self.run_dir / CHECKPOINTS), self.recipe.train.keep)
 
     def begin(self) -> None:
         """The first weights, once: the head's from counts, and what [train] init takes from another run."""
@@ -216,11 +267,11 @@ class Run:
             tracker=tracker or self._tracker(),
             validation=self._validation(),
             origins=recipe.origins(),
-            fingerprints={
-                "tokenizer": self.tokenizer.fingerprint,
-                "vocabulary": self.vocabulary.fingerprint,
-                "training rows": rows_fingerprint(self.train_rows),
-                **({"conditions": self.train_conditions.fingerprint} if self.train_conditions.values else {}),
+            fingerprints=self.fingerprints(),
+            made_with={
+                "recipe": dotted(recipe.to_dict()),
+                "given": self.given.to_dict(),
+                "noising": noising_of(self.process),
             },
         )
 
@@ -241,6 +292,17 @@ class Run:
             figures |= {f"validation_interval_low_{unit}": low, f"validation_interval_high_{unit}": high}
             spoken += f" ({low:.4f} to {high:.4f})"
         return figures, f"{spoken} nats/{found.unit}"
+
+    def fingerprints(self) -> dict[str, str]:
+        """What tells the parts and the data of this run from others."""
+        found = {
+            "tokenizer": self.tokenizer.fingerprint,
+            "vocabulary": self.vocabulary.fingerprint,
+            "training rows": rows_fingerprint(self.train_rows),
+            "validation rows": rows_fingerprint(self.validation_rows),
+        }
+        conditions = {"conditions": self.train_conditions, "validation conditions": self.validation_conditions}
+        return found | {name: known.fingerprint for name, known in conditions.items() if known.values}
 
     def _tracker(self) -> Tracker:
         if self.backend.rank > 0:
@@ -271,8 +333,13 @@ class Run:
         chosen, size = Noise(self.recipe.seed, step, index, 2).uniform("prefix").unbind(-1)
         return torch.where(chosen < self.recipe.train.prefix, (size * self.recipe.length).long(), 0)
 
-    def evaluate(self) -> tuple[Evaluation, Baselines]:
-        """The bound on the validation text, every token of the rows read, once, with counting baselines beside it."""
+    def evaluate(self, *, changed_data: bool = False) -> tuple[Evaluation, Baselines]:
+        """Compute the bound on the validation text, every token of the rows read, once, with counting baselines.
+
+        Raises CheckpointError when the data are not those that the run was trained with, unless `changed_data` allows it.
+        """
+        if not changed_data and (changed := self.changed_data()):
+            raise CheckpointError(other_data(self.run_dir, changed))
         keys, chosen = self.recipe.evaluate, self._evaluated
         evaluation = self._score(self.validation_rows, chosen, keys.draws, self.validation_conditions)
         return evaluation, self._baselines(chosen)
@@ -444,6 +511,16 @@ class Run:
             {"index": number, **told_, "text": text, "ids": row, "nfe": runs}
             for number, told_, text, row, runs in zip(index.tolist(), asked, texts, rows, nfe)
         ]
+
+
+def other_data(run_dir: Path, changed: Sequence[Difference]) -> str:
+    """The message for data that are not those of the run."""
+    return (
+        f"The data are not those that {run_dir} was trained and evaluated with: {'; '.join(map(str, changed))}. Its "
+        "figures would change though the model did not, text that was trained on may be scored, and the baselines count "
+        f"another corpus. Restore the files of [data]; or score the data as they are now beside the run's own figures: "
+        f"ddiff eval {run_dir} --out other_data.json (from Python, run.evaluate(changed_data=True))."
+    )
 
 
 def build_run(recipe: Recipe, given: Given) -> Run:

@@ -7,9 +7,9 @@ import fcntl
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,8 +18,28 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from ddiff import __version__
-from ddiff.errors import CheckpointError, DdiffError
+from ddiff.destination import within_checkpoints
+from ddiff.errors import ArgumentError, CheckpointError, DdiffError
+from ddiff.identity import check_recorded, given_in
 from ddiff.recipe import Recipe, changed_keys, parse_recipe
+from ddiff.run_files import (
+    CHECKPOINTS,
+    ENVIRONMENT,
+    FILES,
+    LOCK,
+    RECIPE,
+    TOKENIZER,
+    VOCABULARY,
+    check_kinds,
+    check_readable,
+    contents,
+    foreign_refusal,
+    is_own_recipe,
+    listed,
+    read_json,
+    read_recipe_tree,
+    read_text,
+)
 from ddiff.runs.parts import Given
 from ddiff.training.checkpoint import Checkpoints
 
@@ -27,26 +47,34 @@ if TYPE_CHECKING:
     from ddiff.runs.built import Run
     from ddiff.training.protocols import Backend
 
-RECIPE, ENVIRONMENT = "recipe.toml", "environment.json"
-TOKENIZER, VOCABULARY = "tokenizer.json", "vocabulary.safetensors"
 PATIENCE = 5.0  # seconds that a run waits for another to let go of its directory
-EVALUATION, SAMPLES, SAMPLING = "evaluation.json", "samples.jsonl", "sampling.json"
 
 
 def check_directory(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> None:
-    """Hold the directory's recipe against this one; only more steps and [backend] may differ, unless all starts over."""
+    """Refuse a run directory that this recipe cannot be written to, or that `fresh` must not empty.
+
+    Only more steps and [backend] may differ from the recipe of the run that stands there, unless all starts over; what
+    ddiff did not write is never written over or deleted.
+    """
+    check_local(recipe.run_dir)
     check_writable(directory)
-    is_run = (directory / RECIPE).is_file()
-    if fresh and not is_run and directory.exists() and any(directory.iterdir()):
-        raise CheckpointError(
-            f"--fresh: {directory} holds no {RECIPE}, so it is not a run of ddiff's and is left alone. "
-            "Name another run_dir, or empty that one yourself."
-        )
-    if fresh or not is_run or not Checkpoints(str(directory / "checkpoints")).steps():
+    if fresh:
+        check_fresh(directory, recipe)
+        return
+    check_kinds(directory)
+    _check_not_written_over(directory)
+    if not (directory / RECIPE).is_file():
+        return
+    check_readable(directory)
+    newest = Checkpoints(str(directory / CHECKPOINTS)).newest()
+    if newest is None:
         return  # without a checkpoint there is nothing to lose: a run that died at its first step may be mended
+    check_recorded(directory, newest.state, training=True)
     old = _read_recorded(directory)
     changed = [change for change in changed_keys(old, recipe.to_dict()) if not _continues(*change)]
-    was_given = read_json(directory / ENVIRONMENT).get("given", {})
+    was_given = given_in(newest.state)
+    if was_given is None:
+        was_given = read_json(directory / ENVIRONMENT).get("given", {})
     changed += [(f"given {key}", a, b) for key, a, b in changed_keys(was_given, given.to_dict())]
     if [key for key, _, _ in changed] == ["train.steps"]:
         raise CheckpointError(_fewer_steps(directory, *changed[0][1:]))
@@ -63,6 +91,117 @@ def check_directory(directory: Path, recipe: Recipe, given: Given, fresh: bool) 
         raise CheckpointError(f"{directory} was made with another recipe. Changed keys:\n{lines}\n{remedy}")
 
 
+def check_local(run_dir: str) -> None:
+    """Raise ArgumentError for a run directory that is an address: runs are written to file systems."""
+    if "://" in run_dir:
+        raise ArgumentError(
+            f"run_dir must be a directory of this machine; got {run_dir}. Name one, or mount the place and name that: "
+            "--set run_dir=..."
+        )
+    if (above := within_checkpoints(Path(run_dir).resolve())) is not None:
+        raise ArgumentError(
+            f"run_dir must not lie among the checkpoints of a run; got {run_dir}, in {above}. Name another one: --set "
+            "run_dir=..."
+        )
+
+
+def check_fresh(directory: Path, recipe: Recipe) -> None:
+    """Raise CheckpointError when --fresh would delete more than what a run has written there."""
+    if not directory.exists():
+        return
+    if reason := _protection(directory, recipe.source):
+        raise CheckpointError(
+            f"--fresh: {directory} {reason}, so nothing there is deleted. Name another run_dir (--set run_dir=...), or "
+            "empty that one yourself."
+        )
+    for place, path in _inputs(recipe):
+        if directory.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise CheckpointError(
+                f"--fresh: {directory} holds {path}, which this recipe reads ([{place}]), so nothing there is deleted. "
+                "Name another run_dir (--set run_dir=...), or copy that file elsewhere first."
+            )
+    if not is_own_recipe(directory / RECIPE) and (there := sorted(path.name for path in directory.iterdir())):
+        raise CheckpointError(
+            f"--fresh: {directory} holds {listed(there)} and no {RECIPE} of ddiff's, so it is not a run of ddiff's and is "
+            "left alone. Name another run_dir, or empty that one yourself."
+        )
+    if foreign := contents(directory, tracked_names(recipe)).foreign:
+        raise CheckpointError(foreign_refusal(directory, foreign))
+
+
+def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The local paths that a recipe reads, each after the table that names it."""
+    for place, part in recipe.parts().items():
+        for path in part.reads():
+            if "://" not in path:
+                yield place, path
+    init = recipe.train.init
+    if init is not None and init.run is not None:
+        yield "train.init", init.run
+
+
+def tracked_names(recipe: Recipe) -> tuple[str, ...]:
+    """Names in a run directory that the recipe's tracker writes: the attribute `writes` of the component."""
+    return tuple(getattr(recipe.tracker.component.load(), "writes", ()))
+
+
+def print_foreign(directory: Path, recipe: Recipe) -> None:
+    """Say that a first run is written into a directory that holds something else, which stays as it is."""
+    if is_own_recipe(directory / RECIPE):
+        return
+    if foreign := contents(directory, tracked_names(recipe)).foreign:
+        print(
+            f"{directory} already holds {listed(foreign)}, which ddiff did not write: the run is written next to that, "
+            "and --fresh will refuse to empty the directory.",
+            file=sys.stderr,
+        )
+
+
+def _protection(directory: Path, recipe: str) -> str | None:
+    """Why a directory must never be emptied; None where it may."""
+    real = directory.resolve()
+    if directory.is_symlink():
+        return f"is a symbolic link to {real}"
+    here = Path.cwd().resolve()
+    if real == here:
+        return "is the working directory"
+    if real in here.parents:
+        return "holds the working directory"
+    try:
+        home = Path.home().resolve()
+    except RuntimeError:
+        home = here
+    if real == home or real in home.parents:
+        return "is or holds the home directory"
+    if "://" not in recipe and real in Path(recipe).resolve().parents:
+        return f"holds the recipe {recipe}"
+    return None
+
+
+def _check_not_written_over(directory: Path) -> None:
+    """Raise CheckpointError when a file of somebody else's has the name of one that a run writes."""
+    own = directory / RECIPE
+    if own.exists() or own.is_symlink():
+        if is_own_recipe(own):
+            return
+        if Checkpoints(str(directory / CHECKPOINTS)).steps():
+            read_recipe_tree(own)  # a run's record that is damaged is told as such
+        raise CheckpointError(
+            f"{own} was written or annotated by hand, and a run writes a file of that name. Name another run_dir (--set "
+            "run_dir=...); or, if it is the record of this run, keep your comments in another file and take them out here."
+        )
+    taken = [name for name in FILES if (directory / name).exists() or (directory / name).is_symlink()]
+    checkpoints = directory / CHECKPOINTS
+    if checkpoints.is_symlink() or (checkpoints.is_dir() and any(checkpoints.iterdir())):
+        taken.append(CHECKPOINTS)  # of another tool: steps beyond [train] keep would be deleted
+    if taken:
+        them = "it" if len(taken) == 1 else "them"
+        raise CheckpointError(
+            f"{directory} holds {listed(taken)} and no {RECIPE} of ddiff's, so it is not a run, and a run would write over "
+            f"{them}. Name another run_dir (--set run_dir=...), or move {them} away."
+        )
+
+
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
     """One process at a time writes to a run directory; CheckpointError while another does. The lock, a file beside the
@@ -71,7 +210,7 @@ def held(directory: Path) -> Iterator[None]:
     was_there = parent.exists()
     parent.mkdir(parents=True, exist_ok=True)
     # a directory may be writable where the one around it is not: a mounted volume
-    place = parent / f".{directory.name}.lock" if os.access(parent, os.W_OK) else directory / ".lock"
+    place = parent / f".{directory.name}.lock" if os.access(parent, os.W_OK) else directory / LOCK
     with place.open("a+") as lock:
         if not _locked(lock):
             lock.seek(0)
@@ -133,35 +272,36 @@ def recorded_steps(directory: Path) -> int | None:
     """How many steps the run in the directory was told to take, where there is one."""
     if not (directory / RECIPE).is_file():
         return None
-    return _read_recorded(directory).get("train", {}).get("steps")
+    steps = _read_recorded(directory).get("train", {}).get("steps")
+    return steps if isinstance(steps, int) else None
 
 
 def _read_recorded(directory: Path) -> dict[str, Any]:
     """The recipe that the directory was made with."""
     path = directory / RECIPE
+    recorded = read_recipe_tree(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        recorded = tomllib.loads(text)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is damaged: {error}. Restore it from a copy, or start anew with --fresh."
-        ) from error
-    try:
-        return parse_recipe(text, str(path)).to_dict()  # with the defaults of keys that came after it was written
+        # with the defaults of keys that came after it was written
+        return parse_recipe(read_text(path), str(path)).to_dict()
     except DdiffError:
         return recorded  # of other plugins: what differs is told key by key
 
 
 def _continues(key: str, old: Any, new: Any) -> bool:
     """More steps, another place, other devices and processes are the same run, however often it is evaluated."""
-    if key in ("run_dir", "evaluate.every") or key.startswith("backend."):
-        return True
-    return key == "train.steps" and old is not None and new >= old
+    if key == "train.steps":
+        return isinstance(old, int) and new >= old
+    return key in ("run_dir", "evaluate.every") or key.startswith("backend.")
 
 
 def record(directory: Path, recipe: Recipe, built: Run, given: Given) -> None:
-    """What the run is made with, so that it can be loaded without its data; the recipe last, whole."""
+    """Write what the run is made with, so that it can be loaded without its data.
+
+    The recipe goes first: a directory with files of a run has one, however early the run was killed.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    before = read_json(directory / ENVIRONMENT, partly=True)
+    write(directory / RECIPE, recipe.to_toml())
     built.tokenizer.save(str(directory / TOKENIZER))
     built.vocabulary.save(str(directory / VOCABULARY))
     environment = {
@@ -171,10 +311,9 @@ def record(directory: Path, recipe: Recipe, built: Run, given: Given) -> None:
         "components": recipe.origins(),
         "given": given.to_dict(),
         "parameters": sum(parameter.numel() for parameter in built.denoiser.parameters()),
-        "init": built.init or read_json(directory / ENVIRONMENT).get("init"),
+        "init": built.init or before.get("init"),
     }
     write(directory / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
-    write(directory / RECIPE, recipe.to_toml())
 
 
 def layout(backend: Backend) -> dict[str, Any]:
@@ -199,7 +338,7 @@ def checkpoints_of(directory: Path) -> Checkpoints:
         raise CheckpointError(
             f"{directory} is not a run directory: it has no {RECIPE}. Name one that `ddiff run` wrote, such as runs/<name>."
         )
-    checkpoints = Checkpoints(str(directory / "checkpoints"))
+    checkpoints = Checkpoints(str(directory / CHECKPOINTS))
     if not checkpoints.steps():
         raise CheckpointError(
             f"{directory} is not a trained run: it has a {RECIPE} and no complete checkpoint. `ddiff run` with that recipe "
@@ -209,22 +348,17 @@ def checkpoints_of(directory: Path) -> Checkpoints:
 
 
 def write(path: Path, text: str) -> None:
-    """All or nothing."""
+    """Write a file of the run, all or nothing; CheckpointError when its place takes no file."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What stands in a file of the run, nothing where there is none."""
-    return parsed(path.read_text(encoding="utf-8"), path) if path.is_file() else {}
-
-
-def parsed(text: str, path: Path) -> dict[str, Any]:
     try:
-        return json.loads(text)
-    except ValueError as error:
-        remedy = "Restore it from a copy, or start anew with --fresh."
-        if path.name in (EVALUATION, SAMPLES, SAMPLING):
-            remedy = "Delete it, and the same command writes it anew."
-        raise CheckpointError(f"{path} is damaged: {error}. {remedy}") from error
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # told as such by the command
+        raise CheckpointError(
+            f"{path} cannot be written ({error.strerror}). Make room for it: move away what stands there, or make the "
+            "directory writable; then repeat the command."
+        ) from error

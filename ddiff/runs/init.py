@@ -11,10 +11,11 @@ from ddiff.clustering.files import model_embeddings
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.tokenizer import Tokenizer, load_tokenizer
 from ddiff.errors import ArgumentError, CheckpointError, DataError
+from ddiff.identity import check_fingerprints, check_recorded
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.embedding import StateEmbedding
 from ddiff.recipe import read_recipe
-from ddiff.runs.directory import RECIPE, TOKENIZER, VOCABULARY
+from ddiff.run_files import CHECKPOINTS, RECIPE, TOKENIZER, VOCABULARY
 from ddiff.tables import InitKeys
 from ddiff.training.carry import Source, carried
 from ddiff.training.checkpoint import Checkpoints
@@ -23,7 +24,7 @@ from ddiff.training.checkpoint import Checkpoints
 def check_source(run_dir: str) -> Path:
     """The directory that [train] init names; CheckpointError when it is no trained run."""
     directory = Path(run_dir)
-    if not (directory / RECIPE).is_file() or not Checkpoints(str(directory / "checkpoints")).steps():
+    if not (directory / RECIPE).is_file() or not Checkpoints(str(directory / CHECKPOINTS)).steps():
         raise CheckpointError(
             f"[train] init: {run_dir} is not a trained run: it has no {RECIPE} or no complete checkpoint. Name a directory "
             "that `ddiff run` has trained, relative to where ddiff runs."
@@ -55,15 +56,20 @@ def start_from_model(denoiser: Denoiser, tokenizer: Tokenizer, source: str) -> d
 def start_from_run(denoiser: Denoiser, tokenizer: Tokenizer, run_dir: str, parts: Any) -> dict[str, Any]:
     """Another run's weights, all or the embeddings of states."""
     directory = check_source(run_dir)
+    newest = Checkpoints(str(directory / CHECKPOINTS)).newest()
+    assert newest is not None
+    check_recorded(directory, newest.state)
     theirs = load_tokenizer(str(directory / TOKENIZER)).fingerprint
     if theirs != tokenizer.fingerprint:
         raise DataError(
             f"[train] init: {run_dir} has another tokenizer ({theirs}) than this run ({tokenizer.fingerprint}): its words "
             "are not these words. Use the same [tokenizer] on the same [data]."
         )
-    checkpoints, recipe = Checkpoints(str(directory / "checkpoints")), read_recipe(directory / RECIPE)
+    recipe = read_recipe(directory / RECIPE)
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
-    weights = checkpoints.weights()
+    kept = {"tokenizer": theirs, "vocabulary": vocabulary.fingerprint}
+    check_fingerprints(directory, newest.state, kept, f"Restore the files of {directory} from a copy.", kept)
+    weights = newest.weights()
     assert recipe.head is not None
     width = weights["head.table"].shape[-1] if "head.table" in weights else denoiser.head.width
     source = Source(run_dir, weights, vocabulary, recipe.head.build(vocabulary=vocabulary, width=width))
@@ -72,7 +78,7 @@ def start_from_run(denoiser: Denoiser, tokenizer: Tokenizer, run_dir: str, parts
     return {
         "run": run_dir,
         "parts": parts,
-        "step": checkpoints.steps()[-1],
+        "step": newest.step,
         "tokenizer": theirs,
         "vocabulary": vocabulary.fingerprint,
         "recipe": recipe.fingerprint,

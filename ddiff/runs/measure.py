@@ -218,7 +218,8 @@ def _built(recipe: Recipe) -> tuple[Run, str]:
     without_init = replace(recipe, train=recipe.train.model_copy(update={"init": None}))
     run = Run(without_init, _symbols(num_tokens), vocabulary, Given(), build_backend(recipe))
     rows = _random_rows(num_tokens, recipe.length, recipe.seed)
-    vars(run).update(train_rows=rows, train_conditions=Conditions({}))
+    none = Conditions({})
+    vars(run).update(train_rows=rows, validation_rows=rows, train_conditions=none, validation_conditions=none)
     return run, reason
 
 

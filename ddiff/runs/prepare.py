@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from ddiff.data.cache import Cache
 from ddiff.data.corpus import StreamedCorpus, copy_shards, shards_of
 from ddiff.data.rows import rows_of_stream
 from ddiff.data.tokenising import TRAIN, VALIDATION
+from ddiff.destination import check_destination, takes_no_files
 from ddiff.recipe import Recipe
 from ddiff.runs.parts import build_documents
 
@@ -26,6 +28,7 @@ def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
 
     Shards that were there already are held against their checksums.
     """
+    target = None if out is None else check_destination(out, "ddiff data --out", folder=True)
     cache = Cache()
     documents = build_documents(recipe, cache)
     tokenizer = recipe.tokenizer.build(documents=documents, cache=cache)
@@ -46,8 +49,13 @@ def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
         remarks.append("They were there already; every file has its checksum.")
     if isinstance(documents, StreamedCorpus):
         remarks.append("That is the head of a stream; the rest is tokenised while the run trains.")
-    if out is not None:
-        copy_shards(made, out)
+    if out is not None and target is not None:
+        try:
+            copy_shards(made, out)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # told as such by the command
+            raise takes_no_files(target, error) from error
         remarks.append(
             f'Copied to {out}: [data] kind = "shards", path = "{out}"; [tokenizer] kind = "saved", path = '
             f'"{out}/tokenizer.json"'

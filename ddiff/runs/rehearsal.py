@@ -9,7 +9,7 @@ from pathlib import Path
 from ddiff.errors import ArgumentError
 from ddiff.mistakes import explained
 from ddiff.recipe import Recipe
-from ddiff.runs.directory import check_directory
+from ddiff.runs.directory import check_directory, print_foreign
 from ddiff.runs.memory import check_memory
 from ddiff.runs.parts import Given, build_objective, build_process, check_backend, check_sampling, outlined
 
@@ -21,6 +21,7 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:
     tokens there are, the parts that stand on a vocabulary, built on one of the same shape.
     """
     check_directory(Path(recipe.run_dir), recipe, Given(), fresh)
+    print_foreign(Path(recipe.run_dir), recipe)
     check_backend(recipe)
     check_memory(recipe, None)
     _check_files(recipe)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.tokenizer import load_tokenizer
+from ddiff.destination import check_destination, write_text
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
+from ddiff.identity import Difference, check_recorded, given_in
 from ddiff.launch import place
 from ddiff.recipe import Recipe, read_recipe
-from ddiff.runs.built import Run, build_run
-from ddiff.runs.directory import (
+from ddiff.run_files import (
     ENVIRONMENT,
     EVALUATION,
     RECIPE,
@@ -29,15 +29,22 @@ from ddiff.runs.directory import (
     SAMPLING,
     TOKENIZER,
     VOCABULARY,
+    damaged,
+    read_json,
+    read_lines,
+    remove,
+)
+from ddiff.runs.built import Run, build_run, other_data
+from ddiff.runs.directory import (
     check_directory,
     check_writable,
     checkpoints_of,
     held,
     newest_step,
-    parsed,
-    read_json,
+    print_foreign,
     record,
     recorded_steps,
+    tracked_names,
     write,
 )
 from ddiff.runs.parts import (
@@ -80,24 +87,29 @@ def load(run_dir: str | Path, *, process: ForwardProcess | None = None, settings
     """A trained run with its newest weights. `process` is needed when the run was given one from Python; `settings` are
     `--set` texts of the tables [evaluate] and [sample], which change nothing that was trained."""
     directory = Path(run_dir)
-    checkpoints_of(directory)  # refuses what is no trained run
+    newest = checkpoints_of(directory).newest()
+    assert newest is not None  # or the line above had refused
     settings = list(settings)
     if alien := [setting for setting in settings if not setting.lstrip().startswith(("evaluate.", "sample."))]:
         raise ArgumentError(
             f"settings of a trained run must be a list of keys of [evaluate] or [sample], such as evaluate.draws=4; got "
             f"{alien[0]!r}. Whatever else is changed makes another run."
         )
+    check_recorded(directory, newest.state)
     recipe = read_recipe(directory / RECIPE, [f"run_dir={json.dumps(str(run_dir))}", *settings])
-    made_with = read_json(directory / ENVIRONMENT).get("given", {})
-    if "process" in made_with and process is None:
+    given = given_in(newest.state)
+    if given is None:
+        given = read_json(directory / ENVIRONMENT).get("given", {})
+    if "process" in given and process is None:
         raise CheckpointError(
-            f"{run_dir} was trained with a process given from Python ({made_with['process']}), which no recipe can name. "
+            f"{run_dir} was trained with a process given from Python ({given['process']}), which no recipe can name. "
             "Load it with ddiff.load(run_dir, process=...)."
         )
     tokenizer = load_tokenizer(str(directory / TOKENIZER))
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
     check_tokenizer(tokenizer, vocabulary)
     built = Run(recipe, tokenizer, vocabulary, Given(process=process), backend_alone(recipe))
+    built.check_trained_with(newest.state)
     built.load_weights()
     return built
 
@@ -108,16 +120,58 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False) -> int:
     return code
 
 
-def evaluate_run(run_dir: str | Path, settings: Iterable[str] = ()) -> Evaluation:
-    """`ddiff eval`: evaluate anew, with `settings` over [evaluate], and write evaluation.json."""
+def evaluate_run(run_dir: str | Path, settings: Iterable[str] = (), out: str | Path | None = None) -> Evaluation:
+    """`ddiff eval`: evaluate again, with `settings` over [evaluate], and write evaluation.json.
+
+    With `out` the figures go to that JSON file, and the run's own stay as they are. Raises CheckpointError when the data
+    are not those that the run was trained and evaluated with, unless `out` says where the figures of others go.
+    """
+    target = None if out is None else check_destination(out, "ddiff eval --out", suffix=".json", owned=_is_evaluation)
     built = load(run_dir, settings=settings)
-    check_writable(built.run_dir)
-    evaluation, counted = _evaluate_stage(built, again=True)
+    if target is None:
+        check_writable(built.run_dir)
+    changed = _changed_data(built)
+    if changed and target is None:
+        raise CheckpointError(other_data(built.run_dir, changed))
+    figures = _evaluated(built, changed_data=bool(changed))
+    if changed:
+        figures.written["changed_data"] = [str(difference) for difference in changed]
+        print(
+            f"These figures are of other data than {built.run_dir} was trained and evaluated with "
+            f"({'; '.join(map(str, changed))}): they do not belong beside its own, and text that is scored here may have "
+            "been trained on.",
+            file=sys.stderr,
+        )
+    text = json.dumps(figures.written, indent=2) + "\n"
+    if target is None:
+        write(built.run_dir / EVALUATION, text)
+    else:
+        write_text(target, text)
     if built.recipe.train.ema:
         print("The moving average of the weights:" if built.averaged else "The weights as they were trained:")
-    print_evaluation(evaluation, counted, built.documents.entropy_rate)
-    print(f"Written to {built.run_dir / EVALUATION}")
-    return evaluation
+    print_evaluation(figures.evaluation, figures.counted, built.documents.entropy_rate)
+    print(f"Written to {out if out is not None else built.run_dir / EVALUATION}")
+    return figures.evaluation
+
+
+def _is_evaluation(file: IO[bytes]) -> bool:
+    """Whether a file holds figures that `ddiff eval` wrote."""
+    try:
+        found = json.load(file)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"step", "weights", "protocol"} <= found.keys()
+
+
+def _changed_data(built: Run) -> list[Difference]:
+    """Which data differ from those of the checkpoint, or from those that evaluation.json speaks of."""
+    changed = built.changed_data()
+    recorded = read_json(built.run_dir / EVALUATION, partly=True).get("protocol", {}).get("data")
+    if isinstance(recorded, str) and not any(difference.key == "validation rows" for difference in changed):
+        was, now = recorded.partition(",")[0], built.fingerprints()["validation rows"]
+        if was != now:
+            changed.append(Difference("validation rows", was, now))
+    return changed
 
 
 def sample_run(run_dir: str | Path, count: int | None = None, **asked: Any) -> None:
@@ -135,6 +189,8 @@ def _writes_unicode() -> bool:
 def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
     directory, there = Path(recipe.run_dir), place()
     check_directory(directory, recipe, given, fresh)
+    if there is None or there.rank == 0:
+        print_foreign(directory, recipe)
     with held(directory) if there is None or there.rank == 0 else nullcontext():
         return _stages(directory, recipe, given, fresh)
 
@@ -145,8 +201,8 @@ def _stages(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> tuple
     if fresh or not newest_step(built):
         built.begin()
     writes = built.backend.rank == 0
-    if fresh and writes and directory.exists():
-        shutil.rmtree(directory)  # now that everything else is known to be right
+    if fresh and writes:
+        remove(directory, tracked_names(recipe))  # now that everything else is known to be right
     built.backend.barrier()
 
     def accepted() -> None:
@@ -186,34 +242,55 @@ def _after_training(built: Run, summary: TrainingSummary) -> int:
     return 0
 
 
-def _evaluate_stage(built: Run, again: bool = False) -> tuple[Evaluation, Baselines]:
+class _Figures(NamedTuple):
+    """An evaluation with the counting baselines, and both as evaluation.json has them."""
+
+    evaluation: Evaluation
+    counted: Baselines
+    written: dict[str, Any]
+
+
+def _evaluate_stage(built: Run) -> tuple[Evaluation, Baselines]:
     """evaluation.json, unless it stands there for this step, evaluated as the recipe has it."""
-    path, step, keys = built.run_dir / EVALUATION, newest_step(built), built.recipe.evaluate
+    path = built.run_dir / EVALUATION
     saved = read_json(path)
-    wanted = {"step": step, "weights": "ema" if built.averaged else "trained"}
-    protocol = {"draws": keys.draws, "seed": keys.seed, **built.protocol()}
-    stands = "bound" in saved and {**saved, **saved["protocol"]}.items() >= {**wanted, **protocol}.items()
-    if stands and not again:
-        return Evaluation.from_dict(saved), Baselines(*saved["baselines"].values())
-    evaluation, counted = built.evaluate()
+    wanted, protocol = _asked(built)
+    if saved and {**saved, **saved["protocol"]}.items() >= {**wanted, **protocol}.items():
+        try:
+            return Evaluation.from_dict(saved), Baselines(*saved["baselines"].values())
+        except (KeyError, TypeError) as error:
+            raise damaged(path, f"not every figure of an evaluation is there ({error})") from error
+    figures = _evaluated(built)
+    write(path, json.dumps(figures.written, indent=2) + "\n")
+    return figures.evaluation, figures.counted
+
+
+def _asked(built: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is evaluated, and how."""
+    keys = built.recipe.evaluate
+    wanted = {"step": newest_step(built), "weights": "ema" if built.averaged else "trained"}
+    return wanted, {"draws": keys.draws, "seed": keys.seed, **built.protocol()}
+
+
+def _evaluated(built: Run, changed_data: bool = False) -> _Figures:
+    wanted, protocol = _asked(built)
+    evaluation, counted = built.evaluate(changed_data=changed_data)
     per = f"per_{evaluation.unit}"
     figures = evaluation.to_dict()
-    written: Mapping[str, Any] = {
+    written = {
         **wanted,
         **figures,
         "protocol": {**figures["protocol"], **protocol},
         "baselines": {name.replace("per_token", per): value for name, value in counted._asdict().items()},
         f"entropy_rate_nats_{per}": built.documents.entropy_rate,
     }
-    write(path, json.dumps(written, indent=2) + "\n")
-    return evaluation, counted
+    return _Figures(evaluation, counted, written)
 
 
 def _sample_stage(built: Run) -> list[dict[str, Any]]:
     """samples.jsonl, unless it stands there for this step."""
     path, timing, step = built.run_dir / SAMPLES, built.run_dir / SAMPLING, newest_step(built)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    saved = [parsed(line, path) for line in lines]
+    saved = read_lines(path)
     timed = read_json(timing).get("step") == step
     if timed and len(saved) == built.recipe.sample.count and all(sample.get("step") == step for sample in saved):
         return saved

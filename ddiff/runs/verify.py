@@ -18,8 +18,10 @@ from torch import Tensor
 
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.recipe import Recipe, parse_recipe
+from ddiff.run_files import CHECKPOINTS, ENVIRONMENT, RECIPE, contents, listed, read_json, read_text
+from ddiff.run_files import REPLAY as FOLDER
 from ddiff.runs.built import build_run
-from ddiff.runs.directory import ENVIRONMENT, RECIPE, check_directory, checkpoints_of, layout, read_json
+from ddiff.runs.directory import check_directory, checkpoints_of, layout
 from ddiff.runs.parts import Given
 from ddiff.training.checkpoint import Checkpoint, Checkpoints
 from ddiff.training.metrics import FILE, WALL_CLOCK
@@ -28,7 +30,6 @@ ROUNDING = 1e-5  # relative, of figures in another layout: float32 sums, which M
 ROUNDING_OF_WEIGHTS = (
     1e-5  # of the norm of all: Adam divides by a gradient's own size, which for some entries is rounding
 )
-FOLDER = "replay"  # in the run directory while it lasts
 
 Record = Mapping[str, float]
 
@@ -56,7 +57,7 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
     directory = Path(recipe.run_dir)
     checkpoints = checkpoints_of(directory)
     check_directory(directory, recipe, Given(), fresh=False)
-    was = parse_recipe((directory / RECIPE).read_text(encoding="utf-8"), str(directory / RECIPE))
+    was = parse_recipe(read_text(directory / RECIPE), str(directory / RECIPE))
     if was.train.steps != recipe.train.steps:
         raise ArgumentError(
             f"--verify-resume: train.steps must be the {was.train.steps} that {directory} was recorded with, as learning "
@@ -69,9 +70,8 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
     exact = there.items() <= read_json(directory / ENVIRONMENT).items() and was.placement == recipe.placement
     folder, leads = directory / FOLDER, built.backend.rank == 0
     if leads:
-        shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
-        folder.mkdir()
-        lines = (directory / FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+        _empty(folder)
+        lines = read_text(directory / FILE).splitlines(keepends=True)
         (folder / FILE).write_text("".join(lines[: span.start]), encoding="utf-8")
     built.backend.barrier()
     summary = built.replay(checkpoints.load(span.start) if span.start else None, span.end, folder)
@@ -82,6 +82,19 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
         return summary.exit_code or _compare(directory, folder, span, recorded, exact)
     finally:
         shutil.rmtree(folder)
+
+
+def _empty(folder: Path) -> None:
+    """An empty folder for the steps; what a verification that was killed has left there is removed."""
+    foreign = [name for name in contents(folder.parent).foreign if Path(name).parts[0] == folder.name]
+    if foreign:
+        raise CheckpointError(
+            f"--verify-resume: the steps are written to {folder} for a while, and {folder.parent} holds {listed(foreign)}, "
+            "which ddiff did not write. Move that away."
+        )
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
 
 
 def chosen(checkpoints: Sequence[int], recorded: int, steps: int) -> Span:
@@ -110,7 +123,7 @@ def _compare(directory: Path, folder: Path, span: Span, recorded: Sequence[Recor
             "state: not compared, as no checkpoint lies among these steps; ask for more steps, or keep more checkpoints."
         )
         return int(not good)
-    theirs, mine = (Checkpoints(str(place / "checkpoints")).load(span.end) for place in (directory, folder))
+    theirs, mine = (Checkpoints(str(place / CHECKPOINTS)).load(span.end) for place in (directory, folder))
     if exact:
         same = _told(f"state after step {span.end}", farthest_tensor(theirs, mine), 0.0)
     else:
@@ -185,13 +198,23 @@ def _leaves(tree: Any, place: str) -> Iterator[tuple[str, Any]]:
         yield place, tree
 
 
+def is_record(line: Any, step: int) -> bool:
+    """Whether a line of metrics.jsonl is that of a step: numbers by name."""
+    return (
+        isinstance(line, dict) and line.get("step") == step and all(isinstance(x, int | float) for x in line.values())
+    )
+
+
 def records(directory: Path) -> list[Record]:
     """The lines of metrics.jsonl, up to the first that is none: a process that was killed may have left half of one."""
     path = directory / FILE
     records: list[Record] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in read_text(path).splitlines() if path.exists() else []:
         try:
-            records.append({name: value for name, value in json.loads(line).items() if name not in WALL_CLOCK})
-        except ValueError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not is_record(found, len(records) + 1):
+            break
+        records.append({name: value for name, value in found.items() if name not in WALL_CLOCK})
     return records

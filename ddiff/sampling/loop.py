@@ -89,6 +89,10 @@ class Samples:
     runs: Tensor
     clamped: Tensor
 
+    def __repr__(self) -> str:
+        count, length = self.ids.shape
+        return f"Samples({count} sequences of {length} tokens; {self.nfe} network evaluations)"
+
 
 def generate(
     sampler: Sampler,

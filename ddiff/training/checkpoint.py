@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,14 +28,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddiff.errors import ArgumentError, CheckpointError
-from ddiff.training.sealed import Folder, Seal
+from ddiff.training.sealed import STATE, STEP, Folder, Seal, complete_steps, step_name
 
 if TYPE_CHECKING:
     from ddiff.training.storage import Manifest, Staged
 
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST = "manifest.json"
 SLOWEST = timedelta(hours=1)  # how long ranks that have written their files wait for the others
-_STEP = re.compile(r"step_(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,9 @@ class Checkpoint:
     manifest: Manifest
     aliases: Mapping[str, str]  # of the model: a tied tensor -> the one that it is stored as
     folder: Folder
+
+    def __repr__(self) -> str:
+        return f"Checkpoint(step {self.step}, {self.path})"
 
     @property
     def path(self) -> str:
@@ -247,23 +248,22 @@ class Checkpoints:
 
     def _finish(self, folder: Folder, step: int, seals: Mapping[str, Seal]) -> None:
         folder.mark(step, seals)
-        kept = {_name(step) for step in self._complete()[-self.keep :]}
+        kept = {step_name(step) for step in self._complete()[-self.keep :]}
         for name in self._directories():
-            if name not in kept and _STEP.fullmatch(name):
+            if name not in kept and STEP.fullmatch(name):
                 self._folder(int(name.removeprefix("step_"))).remove()
 
     # ------------------------------------------------------------------ the directory
 
     def _complete(self) -> list[int]:
-        steps = [int(match[1]) for name in self._directories() if (match := _STEP.fullmatch(name))]
-        return sorted(step for step in steps if self._folder(step).complete)
+        return complete_steps(self._fs, self.root)
 
     def _folder(self, step: int) -> Folder:
-        return Folder(self._fs, f"{self.root}/{_name(step)}", lambda: self._remedy(step))
+        return Folder(self._fs, f"{self.root}/{step_name(step)}", lambda: self._remedy(step))
 
     def _remedy(self, step: int) -> str:
         earlier = [other for other in self._complete() if other < step]
-        there = f"{self.root}/{_name(step)}"
+        there = f"{self.root}/{step_name(step)}"
         if earlier:
             return f"Delete the directory {there} to go on from step {earlier[-1]}, or start anew with --fresh."
         return f"No earlier checkpoint is left: restore {there} from a copy, or start anew with --fresh."
@@ -273,10 +273,6 @@ class Checkpoints:
             return []
         self._fs.invalidate_cache(self.root)
         return [path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self.root, detail=False)]
-
-
-def _name(step: int) -> str:
-    return f"step_{step:08d}"
 
 
 def _file_and_key(place: str) -> tuple[str, str]:

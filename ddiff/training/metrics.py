@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
 import fsspec
 
 from ddiff.errors import CheckpointError
+from ddiff.run_files import METRICS as FILE
 
-FILE = "metrics.jsonl"
 WALL_CLOCK = ("seconds", "tokens_per_second")  # the only fields that two runs of the same recipe may differ in
 
 
@@ -89,28 +89,43 @@ class MetricsFile:
 
     def _cut(self, start: int) -> None:
         """Drop what an earlier process wrote after its last checkpoint: those steps are done again."""
-        lines = list(self._lines_until(start))
-        if len(lines) != start:
-            raise CheckpointError(
-                f"{self.path} holds {len(lines)} of the {start} steps that the checkpoint has behind it: it was "
-                "changed or removed after training wrote it. Restore it from a copy, or start anew with --fresh."
-            )
+        lines = recorded_lines(self._fs, self.path, start)
         with self._fs.open(f"{self.path}.part", "wb") as file:
             file.write(b"".join(lines))
         self._fs.mv(f"{self.path}.part", self.path)
 
-    def _lines_until(self, start: int) -> Iterable[bytes]:
-        if not self._fs.exists(self.path):
-            return
-        with self._fs.open(self.path, "rb") as file:
-            for step, line in enumerate(file.read().splitlines(keepends=True)[:start], start=1):
-                if _step(line) != step:
-                    return
-                yield line
+
+def check_metrics(run_dir: str | os.PathLike[str], start: int) -> None:
+    """Raise CheckpointError unless `metrics.jsonl` of a run directory holds every step up to `start`."""
+    fs, root = fsspec.core.url_to_fs(os.fspath(run_dir))
+    recorded_lines(fs, f"{root}/{FILE}", start)
+
+
+def recorded_lines(fs: Any, path: str, start: int) -> list[bytes]:
+    """The lines of the first `start` steps; CheckpointError when one is missing or damaged."""
+    lines: list[bytes] = []
+    try:
+        if start and fs.exists(path):
+            with fs.open(path, "rb") as file:
+                lines = file.read().splitlines(keepends=True)[:start]
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror or error}): a run has a file of metrics there. Restore it from a "
+            "copy, or move away what stands there and start over with --fresh."
+        ) from error
+    whole = 0
+    while whole < len(lines) and _step(lines[whole]) == whole + 1:
+        whole += 1
+    if whole != start:
+        raise CheckpointError(
+            f"{path} holds {whole} of the {start} steps that the checkpoint has behind it: it was changed or removed after "
+            "training wrote it. Restore it from a copy, or start over with --fresh."
+        )
+    return lines
 
 
 def _step(line: bytes) -> int | None:
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, Protocol, final
 
@@ -17,6 +18,9 @@ from ddiff.errors import CheckpointError
 
 FORMAT = 2
 MARKER = "complete.json"
+STATE = "state.json"
+STEP = re.compile(r"step_(\d{8,})")
+_OWN = re.compile(r"[\w.]+\.safetensors|(manifest|state)\.json")  # of a checkpoint that was cut short
 BLOCK = 1 << 24  # bytes that are hashed, read and written at a time
 
 
@@ -31,6 +35,34 @@ class Sink(Protocol):
     """Where a file's bytes go."""
 
     def write(self, data: bytes | memoryview, /) -> Any: ...
+
+
+def complete_steps(fs: Any, root: str) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending."""
+    if not fs.isdir(root):
+        return []
+    fs.invalidate_cache(root)
+    names = [path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)]
+    steps = [int(match[1]) for name in names if (match := STEP.fullmatch(name))]
+    return sorted(step for step in steps if fs.exists(f"{root}/{step_name(step)}/{MARKER}"))
+
+
+def step_name(step: int) -> str:
+    """The folder of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def newest_state(root: str) -> dict[str, Any] | None:
+    """The plain values of the newest checkpoint's state, read without torch; None without a checkpoint.
+
+    Raises CheckpointError when the file is damaged.
+    """
+    fs = LocalFileSystem()
+    steps = complete_steps(fs, root)
+    if not steps:
+        return None
+    folder = Folder(fs, f"{root}/{step_name(steps[-1])}", lambda: "Repeat `ddiff run` with the recipe of that run.")
+    return json.loads(folder.read(STATE))["state"]
 
 
 @final
@@ -48,15 +80,31 @@ class Folder:
     # ------------------------------------------------------------------ writing
 
     def make(self) -> None:
-        """Empty, whatever stood there."""
+        """Make the folder, without files of an earlier checkpoint."""
         self.remove()
         self._fs.makedirs(self.path, exist_ok=True)
 
     def remove(self) -> None:
+        """Delete the checkpoint's files, and the folder unless something else stands in it."""
+        sealed = self._sealed_names()
         if self.complete:  # first, so that a half-removed folder is an incomplete one
             self._fs.rm(f"{self.path}/{MARKER}")
-        if self._fs.exists(self.path):
+        if not self._fs.exists(self.path):
+            return
+        self._fs.invalidate_cache(self.path)
+        entries = self._fs.ls(self.path, detail=True)
+        own = [entry["name"] for entry in entries if _is_own(entry, sealed)]
+        if len(own) == len(entries):
             self._fs.rm(self.path, recursive=True)
+        elif own:
+            self._fs.rm(own)
+
+    def _sealed_names(self) -> set[str]:
+        """The files that the marker names; none where there is no marker, or a damaged one."""
+        try:
+            return set(self.seals) if self.complete else set()
+        except CheckpointError:
+            return set()
 
     def write(self, name: str, fill: Callable[[Sink], None]) -> Seal:
         """Write a file by `fill(sink)`."""
@@ -110,7 +158,8 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         """A whole file; CheckpointError where it is damaged."""
-        return b"".join(self.chunks(name, [(0, self.seals[name].bytes)]))
+        size = self.seals[name].bytes if name in self.seals else 0
+        return b"".join(self.chunks(name, [(0, size)]))
 
     def chunks(self, name: str, places: Sequence[tuple[int, int]]) -> Iterator[bytearray]:
         """The bytes of each (begin, length) of a file, in ascending order and apart from one another.
@@ -118,7 +167,7 @@ class Folder:
         The file is read once and whole. CheckpointError after the last chunk when its SHA-256 is not the sealed one.
         """
         digest, at = hashlib.sha256(), 0
-        with self._fs.open(f"{self.path}/{name}", "rb") as file:
+        with self._opened(name) as file:
             for begin, length in places:
                 for skipped in _blocks(file, begin - at):
                     digest.update(skipped)
@@ -134,19 +183,54 @@ class Folder:
                 f"{self.path}/{name} is damaged: its SHA-256 is not the recorded one. {self._remedy()}"
             )
 
+    def _opened(self, name: str) -> Any:
+        """A file of the folder, open for reading; CheckpointError when there is none, or a folder, or no access."""
+        if name not in self.seals:
+            raise CheckpointError(
+                f"{self.path}/{MARKER} is damaged: it does not list {name}, which every checkpoint has. {self._remedy()}"
+            )
+        try:
+            return self._fs.open(f"{self.path}/{name}", "rb")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}/{name} cannot be read ({error.strerror or error}). {self._remedy()}"
+            ) from error
+
     def _read_marker(self) -> dict[str, Seal]:
         path = f"{self.path}/{MARKER}"
         try:
             marker = json.loads(self._fs.cat_file(path))
-            found, seals = marker["format"], marker["files"]
-            if found == FORMAT:
-                return {name: Seal(seal["bytes"], seal["sha256"]) for name, seal in seals.items()}
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged: it is no checkpoint marker. {self._remedy()}") from error
-        raise CheckpointError(
-            f"{path} has format {found}; this ddiff reads format {FORMAT} alone: it was written by "
-            f"{'an older' if found < FORMAT else 'a newer'} ddiff. Go on with that one, or start anew with --fresh."
-        )
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._no_marker() from error
+        if not isinstance(marker, dict) or not _is_count(marker.get("format")):
+            raise self._no_marker()
+        found, files = marker["format"], marker.get("files")
+        if found != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {found}; this ddiff reads format {FORMAT} alone: it was written by "
+                f"{'an older' if found < FORMAT else 'a newer'} ddiff. Go on with that one, or start anew with --fresh."
+            )
+        if not isinstance(files, dict) or not all(map(_is_seal, files.values())):
+            raise self._no_marker()
+        return {name: Seal(seal["bytes"], seal["sha256"]) for name, seal in files.items()}
+
+    def _no_marker(self) -> CheckpointError:
+        return CheckpointError(f"{self.path}/{MARKER} is damaged: it is no checkpoint marker. {self._remedy()}")
+
+
+def _is_own(entry: dict[str, Any], sealed: set[str]) -> bool:
+    """Whether an entry of a listing is a file of the checkpoint: one of those `sealed`, or named as if it were."""
+    name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
+    is_named = name in sealed if sealed else _OWN.fullmatch(name) is not None
+    return entry["type"] == "file" and (is_named or name.startswith(MARKER))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_seal(value: Any) -> bool:
+    return isinstance(value, dict) and _is_count(value.get("bytes")) and isinstance(value.get("sha256"), str)
 
 
 class _Sealing:

@@ -25,12 +25,14 @@ from rich.console import Console
 from torch import Tensor
 
 from ddiff.errors import ArgumentError, CheckpointError, NonFiniteError
+from ddiff.identity import check_fingerprints
 from ddiff.progress import Progress, progress
+from ddiff.run_files import CHECKPOINTS
 from ddiff.training.average import MovingAverage
 from ddiff.training.checkpoint import Checkpoint, Checkpoints
 from ddiff.training.interruption import Interruption
 from ddiff.training.learning_rate import WarmupConstant
-from ddiff.training.metrics import MetricsFile, StepRecord, means
+from ddiff.training.metrics import MetricsFile, StepRecord, check_metrics, means
 from ddiff.training.objective import sent
 from ddiff.training.optimizers import step_where
 from ddiff.training.protocols import Backend, Batch, Objective, Optimizer, Tracker
@@ -136,6 +138,7 @@ class Trainer:
         log_every, checkpoint_every, keep: steps between reports, steps between checkpoints, checkpoints that stay.
         origins: where each component came from (distribution, version), recorded in each checkpoint.
         fingerprints: of whatever a checkpoint must fit (vocabulary, data); compared when a run goes on.
+        made_with: what else a checkpoint records of the parts (see ddiff.identity); plain values.
 
     A step whose loss or gradient norm is not finite leaves parameters and optimizer alone and is counted.
     """
@@ -162,6 +165,7 @@ class Trainer:
         validation: Validation | None = None,
         origins: Mapping[str, str] | None = None,
         fingerprints: Mapping[str, str] | None = None,
+        made_with: Mapping[str, Any] | None = None,
     ) -> None:
         numbers = {"steps": steps, "slots": slots, "accumulate": accumulate}
         numbers |= {"log_every": log_every, "checkpoint_every": checkpoint_every}
@@ -178,7 +182,8 @@ class Trainer:
         self.tracker: Tracker = tracker or NoTracker()
         self.validation = validation
         self.origins, self.fingerprints = dict(origins or {}), dict(fingerprints or {})
-        self.checkpoints = Checkpoints(f"{self.run_dir}/checkpoints", keep)
+        self.made_with = dict(made_with or {})
+        self.checkpoints = Checkpoints(f"{self.run_dir}/{CHECKPOINTS}", keep)
         self.average = MovingAverage(backend.unwrap(objective.module), ema) if ema else None
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._seed = torch.initial_seed()
@@ -362,6 +367,7 @@ class Trainer:
             "multiplier": repr(self.multiplier),
             "origins": self.origins,
             "fingerprints": self.fingerprints,
+            "made_with": self.made_with,
         }
         return self.checkpoints.begin(run.step, self.backend.unwrap(self.objective.module).state_dict(), state)
 
@@ -398,15 +404,13 @@ class Trainer:
                 f"Trainer: steps must be at least the {start.step} that {start.path} has behind it; got {self.steps}. "
                 "Ask for more steps, or start anew with --fresh."
             )
-        theirs = start.state["fingerprints"]
-        if theirs != self.fingerprints:
-            names = sorted({*theirs, *self.fingerprints})
-            differing = [name for name in names if theirs.get(name) != self.fingerprints.get(name)]
-            pairs = [f"{name} was {theirs.get(name)}, is {self.fingerprints.get(name)}" for name in differing]
-            raise CheckpointError(
-                f"{start.path} was trained with something else than this run has: {'; '.join(pairs)}. Restore what it "
-                "was trained with, or start anew with --fresh."
-            )
+        check_fingerprints(
+            start.path,
+            start.state,
+            self.fingerprints,
+            "Restore what it was trained with, or start over with --fresh.",
+        )
+        check_metrics(self.run_dir, start.step)
 
     def _despair(self, record: StepRecord) -> str:
         return (

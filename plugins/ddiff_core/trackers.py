@@ -30,6 +30,8 @@ class WeightsAndBiases:
     A run that goes on after an end goes on under the same id, which the run directory keeps.
     """
 
+    writes = ("wandb", "wandb_id")  # names in the run directory, so that --fresh knows them
+
     class Config(ComponentConfig):
         mode: Literal["auto", "online", "offline", "off"] = "auto"
         project: str = "ddiff"

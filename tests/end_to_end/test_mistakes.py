@@ -291,7 +291,7 @@ def test_weights_of_another_model_are_refused(run_dir: Path, ddiff: Command) -> 
     text = (run_dir / "recipe.toml").read_text()
     assert "width = 16\n" in text
     (run_dir / "recipe.toml").write_text(text.replace("width = 16\n", "width = 32\n"))
-    refused(ddiff("sample", "runs/small"), "another model")
+    refused(ddiff("sample", "runs/small"), "denoiser.width: was 16, is 32", "recipe.toml")
 
 
 def test_another_corpus_is_not_trained_on_by_accident(run_dir: Path, ddiff: Command) -> None:
@@ -475,7 +475,7 @@ def test_a_directory_without_a_checkpoint_is_no_trained_run_and_takes_another_re
 ) -> None:
     """A run that died at its first step is mended under its own name."""
     (folder / "runs/small").mkdir(parents=True)
-    (folder / "runs/small/recipe.toml").write_text((folder / "small.toml").read_text())
+    (folder / "runs/small/recipe.toml").write_text(api.read_recipe("small.toml").to_toml())
     refused(ddiff("sample", "runs/small"), "runs/small", "no complete checkpoint")
     code, _, err = ddiff("run", "small.toml", *SHORT, "--set", "process.gamma=2.0")
     assert code == 0, err

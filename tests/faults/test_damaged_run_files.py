@@ -1,0 +1,215 @@
+"""Whatever stands in a file of a run: a command works, or says in one paragraph which file it is and the way out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import Command, files, is_refusal
+
+from ddiff.errors import CheckpointError
+from ddiff.run_files import OBJECTS, read_json, read_lines, read_recipe_tree
+
+STEP = "checkpoints/step_00000004"
+FILES = [
+    "recipe.toml",
+    "environment.json",
+    "tokenizer.json",
+    "vocabulary.safetensors",
+    "metrics.jsonl",
+    "evaluation.json",
+    "samples.jsonl",
+    "sampling.json",
+    f"{STEP}/complete.json",
+    f"{STEP}/state.json",
+    f"{STEP}/manifest.json",
+    f"{STEP}/model.safetensors",
+]
+
+
+def nulls(content: bytes) -> bytes:
+    """Every value of every object is null; other files become the word."""
+    try:
+        lines = [json.loads(line) for line in content.splitlines()]
+    except ValueError:
+        lines = []
+    if len(lines) > 1 or (lines and isinstance(lines[0], dict)):
+        return "".join(json.dumps(dict.fromkeys(line)) + "\n" for line in lines).encode()
+    try:
+        return json.dumps(dict.fromkeys(json.loads(content))).encode()
+    except ValueError:
+        return b"null"
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "not UTF-8": lambda content: b"\xff\xfe{}",
+    "UTF-16": lambda content: "{}".encode("utf-16"),
+    "empty": lambda content: b"",
+    "a text": lambda content: b'"x"',
+    "a list": lambda content: b"[1]",
+    "an empty object": lambda content: b"{}",
+    "null": lambda content: b"null",
+    "null values": nulls,
+    "half": lambda content: content[: len(content) // 2],
+    "deeply nested": lambda content: b"[" * 100_000,
+    "strings for numbers": lambda content: content.replace(b": 4", b': "4"').replace(b"= 4", b'= "4"'),
+}
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "run": ("run", "tiny.toml"),
+    "more steps": ("run", "tiny.toml", "--set", "train.steps=5"),
+    "dry run": ("run", "tiny.toml", "--dry-run"),
+    "eval": ("eval", "runs/tiny"),
+    "sample": ("sample", "runs/tiny", "--count", "1"),
+    "export": ("export", "runs/tiny", "weights.safetensors"),
+    "compare": ("compare", "runs/tiny"),
+    "verify": ("run", "tiny.toml", "--verify-resume", "1"),
+    "init": ("run", "tiny.toml", "--dry-run", "--set", "name=other", "--set", 'train.init={run="runs/tiny"}'),
+}
+READS_NO_DATA = ("dry run", "export", "compare", "sample")
+
+
+def damage(run_dir: Path, file: str, kind: str) -> None:
+    path = run_dir / file
+    if kind == "a folder":
+        path.unlink()
+        (path / "within").mkdir(parents=True)
+    else:
+        path.write_bytes(DAMAGES[kind](path.read_bytes()))
+
+
+def holds(answer: Any, file: str) -> bool:
+    """Whether a command has worked, or was refused by the name of the file and not by a traceback."""
+    assert "Traceback" not in answer.err
+    if answer.code in (0, 1):  # 1: a verification that found a difference
+        return answer.code == 0 or "NOT equal" in answer.out
+    return is_refusal(answer, Path(file).name)
+
+
+def check(file: str, kind: str, run_dir: Path, ddiff: Command, commands: Any) -> None:
+    whole = Path("whole").absolute()
+    shutil.copytree(run_dir, whole)
+    for name in commands:
+        shutil.rmtree(run_dir)
+        shutil.copytree(whole, run_dir)
+        damage(run_dir, file, kind)
+        before = files(run_dir)
+        answer = ddiff(*COMMANDS[name])
+        assert holds(answer, file), (name, answer)
+        if answer.code == 2:
+            assert files(run_dir) == before, (name, "something was written though the command was refused")
+
+
+@pytest.mark.parametrize("kind", [*DAMAGES, "a folder"])
+@pytest.mark.parametrize("file", FILES)
+def test_commands_that_read_no_data_work_or_name_the_file(file: str, kind: str, run_dir: Path, ddiff: Command) -> None:
+    check(file, kind, run_dir, ddiff, READS_NO_DATA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*DAMAGES, "a folder"])
+@pytest.mark.parametrize("file", FILES)
+def test_every_other_command_works_or_names_the_file(file: str, kind: str, run_dir: Path, ddiff: Command) -> None:
+    check(file, kind, run_dir, ddiff, [name for name in COMMANDS if name not in READS_NO_DATA])
+
+
+# ---------------------------------------------------------------------- the reader alone
+
+
+def read(path: Path) -> Any:
+    if path.name == "recipe.toml":
+        return read_recipe_tree(path)
+    return read_lines(path) if path.suffix == ".jsonl" else read_json(path)
+
+
+KEYS = [(file, key) for file, shape in OBJECTS.items() for key in shape if file != "recipe.toml"]
+
+
+@pytest.mark.parametrize("value", ["text", [1], {"a": "b"}, True, 1.5, None], ids=str)
+@pytest.mark.parametrize(("file", "key"), KEYS)
+def test_a_value_of_another_type_is_refused_by_its_key(file: str, key: str, value: Any, run_dir: Path) -> None:
+    path = run_dir / file
+    lines = [json.loads(line) for line in path.read_text().split("\n") if line and file.endswith("l")]
+    lines = lines or [json.loads(path.read_text())]
+    right = lines[-1].get(key)
+    if type(value) is type(right) or (right is None and value is None):
+        return
+    path.write_text("".join(json.dumps({**line, key: value}) + "\n" for line in lines))
+    if fits(right, key, value):
+        assert read(path)
+        return
+    with pytest.raises(CheckpointError, match=f'"{key}".* has the value'):
+        read(path)
+
+
+def fits(right: Any, key: str, value: Any) -> bool:
+    """Whether a value of another type is as good: 1.5 for another number, nothing for what is optional."""
+    if value is None:
+        return key in OPTIONAL
+    if isinstance(value, dict):
+        return key in ("given", "protocol", "init")
+    return isinstance(value, float) and (isinstance(right, float) or key == "nfe")
+
+
+OPTIONAL = ("init", "interval", "bits_per_byte")
+
+
+@pytest.mark.parametrize(("file", "key"), KEYS)
+def test_a_missing_key_is_refused_unless_it_may_be_null(file: str, key: str, run_dir: Path) -> None:
+    path = run_dir / file
+    lines = [json.loads(line) for line in path.read_text().split("\n") if line and file.endswith("l")]
+    for line in lines or [json.loads(path.read_text())]:
+        line.pop(key)
+        path.write_text(json.dumps(line) + "\n")
+        break
+    if key in OPTIONAL:
+        assert read(path)
+        return
+    with pytest.raises(CheckpointError, match=f'"{key}" is missing'):
+        read(path)
+
+
+def test_a_damaged_line_is_named_by_its_number(run_dir: Path) -> None:
+    path = run_dir / "samples.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text(f"{lines[0]}\n[]\n")
+    with pytest.raises(CheckpointError, match=r"samples\.jsonl is damaged: .* in line 2"):
+        read_lines(path)
+
+
+def test_missing_files_are_empty(run_dir: Path) -> None:
+    assert (read_json(run_dir / "no.json"), read_lines(run_dir / "no.jsonl")) == ({}, [])
+
+
+@pytest.mark.parametrize("command", ["run", "eval", "compare", "export"])
+def test_a_file_in_the_place_of_the_checkpoints_is_named(command: str, run_dir: Path, ddiff: Command) -> None:
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "checkpoints").write_text("not a folder")
+    answer = ddiff(*COMMANDS[command])
+    assert answer.code == 0 if command == "compare" else is_refusal(answer, "checkpoint"), answer
+    assert "Traceback" not in answer.err
+
+
+MARKERS = {
+    "null": "null",
+    "a list": "[]",
+    "a null format": '{"format": null, "files": {}}',
+    "a text as format": '{"format": "2", "files": {}}',
+    "null files": '{"format": 2, "files": null}',
+    "a list of files": '{"format": 2, "files": []}',
+    "null seals": '{"format": 2, "files": {"state.json": null}}',
+    "null in seals": '{"format": 2, "files": {"state.json": {"bytes": null, "sha256": null}}}',
+    "a negative size": '{"format": 2, "files": {"state.json": {"bytes": -1, "sha256": ""}}}',
+    "no files": '{"format": 2, "files": {}}',
+}
+
+
+@pytest.mark.parametrize("name", MARKERS)
+def test_markers_of_another_shape_are_damaged(name: str, run_dir: Path, ddiff: Command) -> None:
+    (run_dir / STEP / "complete.json").write_text(MARKERS[name])
+    for command in ("sample", "export", "compare", "dry run"):
+        assert is_refusal(ddiff(*COMMANDS[command]), "complete.json is damaged")

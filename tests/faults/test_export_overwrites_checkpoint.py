@@ -1,0 +1,192 @@
+"""What a command writes where the user says destroys nothing, and is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import fsspec
+import pytest
+from safetensors.torch import load_file
+from tiny_run import Command, files, is_refusal
+
+import ddiff as api
+from ddiff.destination import check_destination, write_file
+from ddiff.errors import ArgumentError
+from ddiff.runs import export_run
+
+EXPORT = ("export", "runs/tiny")
+DATA = ("data", "tiny.toml", "--out")
+COMPARE = ("compare", "runs/tiny", "--out")
+STEP = "runs/tiny/checkpoints/step_00000004"
+is_root = os.geteuid() == 0
+
+IN_A_RUN = {
+    "weights of a checkpoint": f"{STEP}/model.safetensors",
+    "a new file in a checkpoint": f"{STEP}/new.safetensors",
+    "a new file among checkpoints": "runs/tiny/checkpoints/new.safetensors",
+    "the run's vocabulary": "runs/tiny/vocabulary.safetensors",
+    "by a way around": "runs/other/../tiny/checkpoints/new.safetensors",
+    "by a link": "link/new.safetensors",
+    "by an address": "file://{here}/runs/tiny/vocabulary.safetensors",
+}
+
+
+@pytest.mark.parametrize("name", IN_A_RUN)
+def test_export_into_a_run_is_refused_and_harms_nothing(name: str, run_dir: Path, ddiff: Command) -> None:
+    Path("runs/other").mkdir()
+    Path("link").symlink_to((run_dir / "checkpoints").absolute())
+    before = files(Path())
+    target = IN_A_RUN[name].format(here=Path.cwd())
+    assert is_refusal(ddiff(*EXPORT, target), "export", "run" if "vocabulary" in target else "checkpoint")
+    assert files(Path()) == before
+
+
+def test_export_beside_the_files_of_a_run_is_allowed(run_dir: Path, ddiff: Command) -> None:
+    assert ddiff(*EXPORT, "runs/tiny/weights.safetensors").code == 0
+    assert load_file("runs/tiny/weights.safetensors")
+    assert ddiff("sample", "runs/tiny", "--count", "1").code == 0
+
+
+ADDRESSES = {
+    "a scheme of nobody's": "foo://x/{name}",
+    "a scheme without its library": "gs://bucket/{name}",
+    "a slash short": "s3:/bucket/{name}",
+    "under a file": "corpus.txt/{name}",
+    "where nobody writes": "/proc/{name}",
+    "a name with a NUL": "a\0b/{name}",
+}
+
+
+@pytest.mark.parametrize("name", ADDRESSES)
+@pytest.mark.parametrize("command", ["export", "data", "compare", "eval"])
+def test_places_that_take_no_files_are_named(name: str, command: str, run_dir: Path, ddiff: Command) -> None:
+    call, file = {
+        "export": (EXPORT, "w.safetensors"),
+        "data": (DATA, "shards"),
+        "compare": (COMPARE, "tables"),
+        "eval": (("eval", "runs/tiny", "--out"), "e.json"),
+    }[command]
+    before = files(Path())
+    assert is_refusal(ddiff(*call, ADDRESSES[name].format(name=file)), command)
+    assert files(Path()) == before
+    assert not Path("foo:").exists()
+    assert not Path("s3:").exists()
+    assert not Path("gs:").exists()
+
+
+@pytest.mark.skipif(is_root, reason="root writes everywhere")
+def test_read_only_folders_are_named(run_dir: Path, ddiff: Command) -> None:
+    Path("locked").mkdir(mode=0o555)
+    for call in ((*EXPORT, "locked/w.safetensors"), (*DATA, "locked/shards"), (*COMPARE, "locked")):
+        assert is_refusal(ddiff(*call), "locked")
+
+
+def test_export_writes_any_address_that_fsspec_does(run_dir: Path, ddiff: Command) -> None:
+    answer = ddiff(*EXPORT, "memory://bucket/w.safetensors")
+    assert answer.code == 0, answer.err
+    memory = fsspec.filesystem("memory")
+    assert [entry.rsplit("/", 1)[-1] for entry in memory.ls("/bucket", detail=False)] == ["w.safetensors"]
+    content = memory.cat_file("/bucket/w.safetensors")
+    assert ddiff(*EXPORT, "w.safetensors").code == 0
+    assert Path("w.safetensors").read_bytes() == content
+    memory.rm("/bucket", recursive=True)
+    assert sorted(path.name for path in Path().iterdir()) == ["corpus.txt", "runs", "tiny.toml", "w.safetensors"]
+
+
+def test_export_replaces_only_what_an_export_has_written(run_dir: Path, ddiff: Command) -> None:
+    assert ddiff(*EXPORT, "w.safetensors").code == 0
+    assert ddiff(*EXPORT, "w.safetensors").code == 0
+    own = Path(STEP, "model.safetensors").read_bytes()
+    for content in (own, b"precious", b"", b"\xff" * 64):
+        Path("mine.safetensors").write_bytes(content)
+        assert is_refusal(ddiff(*EXPORT, "mine.safetensors"), "mine.safetensors", "did not write it")
+        assert Path("mine.safetensors").read_bytes() == content
+
+
+def test_export_onto_a_folder_is_refused(run_dir: Path, ddiff: Command) -> None:
+    Path("w.safetensors").mkdir()
+    assert is_refusal(ddiff(*EXPORT, "w.safetensors"), "is a folder")
+    assert list(Path("w.safetensors").iterdir()) == []
+
+
+def test_export_makes_folders_and_leaves_nothing_half_written(
+    run_dir: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ddiff(*EXPORT, "new/deep/w.safetensors").code == 0
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    before = files(Path())
+    monkeypatch.setattr("ddiff.training.storage.write_tensors", fail)
+    for name in ("new/deep/w.safetensors", "new/deep/other.safetensors"):
+        assert is_refusal(ddiff(*EXPORT, name), "Input/output error")
+    assert files(Path()) == before
+
+
+def test_python_paths_are_checked_too(run_dir: Path) -> None:
+    with pytest.raises(ArgumentError, match="lost a slash"):
+        export_run(run_dir, Path("s3://bucket/w.safetensors"))
+    with pytest.raises(ArgumentError, match="checkpoint"):
+        export_run(run_dir, Path(STEP) / "model.safetensors")
+
+
+def test_data_out_writes_over_nothing(run_dir: Path, ddiff: Command) -> None:
+    Path("mine").mkdir()
+    Path("mine/tokenizer.json").write_text("precious")
+    Path("file").write_text("precious")
+    before = files(Path())
+    assert is_refusal(ddiff(*DATA, "mine"), "mine", "tokenizer.json")
+    assert is_refusal(ddiff(*DATA, "file"), "file")
+    assert is_refusal(ddiff(*DATA, "runs/tiny/checkpoints/shards"), "checkpoints")
+    assert files(Path()) == before
+
+
+def test_data_out_goes_on_with_a_copy_that_was_cut_short(run_dir: Path, ddiff: Command) -> None:
+    assert ddiff(*DATA, "shards").code == 0
+    whole = files(Path("shards"))
+    Path("shards/manifest.json").unlink()
+    assert ddiff(*DATA, "shards").code == 0
+    assert files(Path("shards")) == whole
+    assert ddiff(*DATA, "memory://shards").code == 0
+    assert not [name for name in whole if "partial" in name]
+
+
+def test_compare_out_replaces_only_its_own_tables(run_dir: Path, ddiff: Command) -> None:
+    assert ddiff(*COMPARE, "tables").code == 0
+    assert ddiff(*COMPARE, "tables").code == 0
+    table = Path("tables/compare.md").read_text()
+    for name in ("compare.md", "compare.json"):
+        kept = Path("tables", name).read_text()
+        Path("tables", name).write_text("my notes")
+        before = files(Path("tables"))
+        assert is_refusal(ddiff(*COMPARE, "tables"), name)
+        assert files(Path("tables")) == before
+        Path("tables", name).write_text(kept)
+    assert table.startswith("`ddiff compare")
+    assert is_refusal(ddiff(*COMPARE, "runs/tiny/checkpoints"), "checkpoints")
+    assert is_refusal(ddiff(*COMPARE, "corpus.txt"), "corpus.txt")
+    assert json.loads(Path("tables/compare.json").read_text())["rows"]
+
+
+def test_what_fails_in_writing_leaves_the_old_file(folder: Path) -> None:
+    Path("a.json").write_text("old")
+    place = check_destination("a.json", "test")
+
+    def fill(file: object) -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ArgumentError, match=r"a\.json"):
+        write_file(place, fill)
+    assert Path("a.json").read_text() == "old"
+    assert sorted(path.name for path in folder.iterdir()) == ["a.json", "corpus.txt", "tiny.toml"]
+
+
+@pytest.mark.parametrize("tilde", ["~/out.safetensors"])
+def test_home_is_expanded(tilde: str, run_dir: Path, ddiff: Command) -> None:
+    Path(os.environ["HOME"]).mkdir()
+    assert ddiff(*EXPORT, tilde).code == 0
+    assert (Path.home() / "out.safetensors").is_file()
+    assert api.load(run_dir)

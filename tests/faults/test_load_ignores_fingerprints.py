@@ -1,0 +1,244 @@
+"""A checkpoint is read only by the process, the network and the tree that it was trained with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import RECIPE, Command, files, is_refusal
+
+import ddiff as api
+from ddiff.errors import CheckpointError
+from ddiff.identity import check_recorded, dotted
+from ddiff.recipe import parse_recipe
+from ddiff.toml import write_toml
+from ddiff.training.sealed import newest_state
+
+MEANING = ("process", "denoiser", "objective", "tokenizer", "vocabulary")
+FREE = {
+    "backend.device": "cpu:0",
+    "backend.precision": "bfloat16",
+    "data.held_out": 0.3,
+    "data.files": ["elsewhere.txt"],
+    "evaluate.draws": 3,
+    "evaluate.rows": 4,
+    "name": "renamed",
+    "run_dir": "moved/here",
+    "sample.steps": 9,
+    "sample.sampler.kind": "confidence",
+    "train.steps": 40,
+    "train.keep": 5,
+    "train.log_every": 1,
+}
+
+
+def tree(text: str) -> dict[str, Any]:
+    return tomllib.loads(text)
+
+
+def changed(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of nested tables with another value at a dotted key; None: without the key."""
+    copy = json.loads(json.dumps(tree))
+    place = copy
+    *tables, last = key.split(".")
+    for table in tables:
+        place = place.setdefault(table, {})
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return copy
+
+
+def another(value: Any) -> Any:
+    """A value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value + 0.125
+    if isinstance(value, str):
+        return f"{value}_other"
+    return [*value, value[0]] if value else [1]
+
+
+def mutations(text: str) -> Iterator[tuple[str, Any]]:
+    for key, value in dotted(tree(text)).items():
+        if key.startswith(tuple(f"{table}." for table in MEANING)) or key in ("data.length", "seed", "train.ema"):
+            yield key, another(value)
+            yield key, None
+
+
+def resolved() -> str:
+    return parse_recipe(RECIPE).to_toml()
+
+
+@pytest.mark.parametrize(("key", "value"), list(mutations(resolved())))
+def test_every_changed_key_of_what_was_trained_is_refused_and_named(key: str, value: Any, run_dir: Path) -> None:
+    recipe = run_dir / "recipe.toml"
+    recipe.write_text(write_toml(changed(tree(recipe.read_text()), key, value), "resolved"))
+    state = newest_state(str(run_dir / "checkpoints"))
+    assert state is not None
+    is_needed = value is None and key in ("seed", "objective.kind")  # every recipe of a run has them
+    expected = r"recipe\.toml is damaged" if is_needed else f"{key}: was .*, is "
+    with pytest.raises(CheckpointError, match=expected):
+        check_recorded(run_dir, state)
+
+
+def test_keys_that_were_absent_are_refused_too(run_dir: Path) -> None:
+    """None is left out of TOML: hdlm's `rates` and `powers` stand in no recipe that has none."""
+    recipe, before = run_dir / "recipe.toml", (run_dir / "recipe.toml").read_text()
+    state = newest_state(str(run_dir / "checkpoints"))
+    assert state is not None
+    for key, value in {"process.rates": [1.0, 3.0], "process.powers": [1.0, 2.0], "process.new": 1}.items():
+        recipe.write_text(write_toml(changed(tree(before), key, value), "resolved"))
+        with pytest.raises(CheckpointError, match=f"{key}: was absent"):
+            check_recorded(run_dir, state)
+
+
+def test_mutations_cover_every_table_that_matters() -> None:
+    keys = {key for key, _ in mutations(resolved())}
+    assert {"process.xi", "process.decoding", "denoiser.heads", "denoiser.given", "vocabulary.sizes"} <= keys
+    assert {"denoiser.head.kind", "objective.kind", "objective.times.kind", "tokenizer.size", "data.length"} <= keys
+
+
+@pytest.mark.parametrize("key", FREE)
+def test_what_does_not_change_the_meaning_of_weights_may_differ(key: str, run_dir: Path) -> None:
+    recipe = run_dir / "recipe.toml"
+    recipe.write_text(write_toml(changed(tree(recipe.read_text()), key, FREE[key]), "resolved"))
+    state = newest_state(str(run_dir / "checkpoints"))
+    assert state is not None
+    check_recorded(run_dir, state)
+
+
+def test_training_keys_matter_where_training_resumes(run_dir: Path) -> None:
+    recipe, before = run_dir / "recipe.toml", (run_dir / "recipe.toml").read_text()
+    state = newest_state(str(run_dir / "checkpoints"))
+    assert state is not None
+    for key, value in {"train.batch": 8, "train.warmup": 1, "train.optimizer.kind": "muon", "train.clip": 0.5}.items():
+        recipe.write_text(write_toml(changed(tree(before), key, value), "resolved"))
+        check_recorded(run_dir, state)
+        with pytest.raises(CheckpointError, match=key):
+            check_recorded(run_dir, state, training=True)
+
+
+def edited(run_dir: Path, old: str, new: str) -> None:
+    recipe = run_dir / "recipe.toml"
+    assert old in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace(old, new))
+
+
+COMMANDS = {
+    "eval": ("eval", "runs/tiny"),
+    "sample": ("sample", "runs/tiny"),
+    "export": ("export", "runs/tiny", "out.safetensors"),
+    "compare": ("compare", "runs/tiny", "--out", "."),
+    "verify": ("run", "tiny.toml", "--verify-resume", "1", "--set", "process.xi=0.7"),
+    "resume": ("run", "tiny.toml", "--set", "train.steps=6", "--set", "process.xi=0.7"),
+    "init": ("run", "tiny.toml", "--set", "name=other", "--set", 'train.init={run="runs/tiny"}'),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_reader_refuses_an_edited_process(command: str, run_dir: Path, ddiff: Command) -> None:
+    """Also where the recipe that is run was changed in the same way."""
+    edited(run_dir, "xi = 1.0", "xi = 0.7")
+    before = files(run_dir)
+    assert is_refusal(ddiff(*COMMANDS[command]), "process.xi: was 1.0, is 0.7", "recipe.toml")
+    assert files(run_dir) == before
+    assert not Path("out.safetensors").exists()
+    assert not Path("compare.json").exists()
+
+
+def retreed(run_dir: Path) -> None:
+    """Another tree over the same words."""
+    path = str(run_dir / "vocabulary.safetensors")
+    vocabulary = api.Vocabulary.load(path)
+    parents = (vocabulary.parent(torch.arange(vocabulary.num_tokens)) - vocabulary.offsets[1]).tolist()
+    other = [(parent + 1) % vocabulary.level_sizes[1] for parent in parents[:100]] + parents[100:]
+    api.HierarchicalVocabulary([other], tokenizer_fingerprint=vocabulary.tokenizer_fingerprint).save(path)
+
+
+@pytest.mark.parametrize("command", ["eval", "sample", "init"])
+def test_another_tree_over_the_same_words_is_refused(command: str, run_dir: Path, ddiff: Command) -> None:
+    retreed(run_dir)
+    before = files(run_dir)
+    assert is_refusal(ddiff(*COMMANDS[command]), "vocabulary: was ")
+    assert files(run_dir) == before
+
+
+# ---------------------------------------------------------------------- parts from Python
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was given a tree and a process from Python."""
+    place = tmp_path_factory.mktemp("given")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("DDIFF_CACHE", str(place / "cache"))
+        (place / "corpus.txt").write_text("\n".join(f"the cat sat on {c}" for c in "abcdefghij" * 3))
+        recipe = parse_recipe(RECIPE)
+        documents = recipe.data.build(length=recipe.length, seed=recipe.seed, cache=None)
+        size = recipe.tokenizer.build(documents=documents, cache=None).num_tokens
+        vocabulary = api.HierarchicalVocabulary([[token % 5 for token in range(size)]])
+        api.run(recipe, vocabulary=vocabulary, process=process_on(vocabulary, (1.0, 2.0)))
+    return place
+
+
+def process_on(vocabulary: api.Vocabulary, rates: tuple[float, float]) -> api.ForwardProcess:
+    return api.TreeProcess(vocabulary, api.LogTimeClock(rates))
+
+
+@pytest.fixture
+def given_run(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(given / "runs", tmp_path / "runs")
+    monkeypatch.setenv("DDIFF_CACHE", str(given / "cache"))
+    shutil.copy(given / "corpus.txt", tmp_path / "corpus.txt")
+    monkeypatch.chdir(tmp_path)
+    return Path("runs/tiny")
+
+
+@pytest.mark.parametrize("environment", [None, "{}", '{"parameters": 1, "given": {}}'])
+def test_a_given_process_is_asked_for_whatever_environment_json_says(
+    environment: str | None, given_run: Path, ddiff: Command
+) -> None:
+    (given_run / "environment.json").unlink()
+    if environment is not None:
+        (given_run / "environment.json").write_text(environment)
+    assert is_refusal(ddiff("eval", "runs/tiny"))
+    with pytest.raises(CheckpointError):
+        api.load(given_run)
+    if environment is None:
+        with pytest.raises(CheckpointError, match="process given from Python"):
+            api.load(given_run)
+
+
+def test_the_given_process_is_taken_and_another_one_refused(given_run: Path) -> None:
+    vocabulary = api.Vocabulary.load(str(given_run / "vocabulary.safetensors"))
+    right = process_on(vocabulary, (1.0, 2.0))
+    assert api.load(given_run, process=right).process is right
+    with pytest.raises(CheckpointError, match="process"):
+        api.load(given_run, process=process_on(vocabulary, (1.0, 2.5)))
+
+
+def test_a_process_from_python_does_not_take_the_place_of_the_recipes(run_dir: Path) -> None:
+    vocabulary = api.Vocabulary.load(str(run_dir / "vocabulary.safetensors"))
+    same = process_on(vocabulary, (1.0, 1.0))
+    assert api.load(run_dir, process=same).process is same
+    with pytest.raises(CheckpointError, match="process"):
+        api.load(run_dir, process=process_on(vocabulary, (2.0, 1.0)))
+
+
+def test_a_checkpoint_says_what_it_was_given(given_run: Path) -> None:
+    state = newest_state(str(given_run / "checkpoints"))
+    assert state is not None
+    assert set(state["made_with"]["given"]) == {"vocabulary", "process"}
+    assert state["made_with"]["given"]["process"].endswith(":TreeProcess")

@@ -1,0 +1,188 @@
+"""A plugin that ends the process is reported as any broken plugin; no command passes over it in silence."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_run import Command, is_refusal
+
+from ddiff.errors import PluginError
+from ddiff.plugin import load_plugins, survey_plugins
+from ddiff.registry import reported
+
+Distribution = Callable[..., Path]
+
+ENDINGS = {
+    "SystemExit(0)": "raise SystemExit(0)",
+    "SystemExit()": "raise SystemExit",
+    "sys.exit with words": "import sys; sys.exit('bye')",
+    "KeyboardInterrupt": "raise KeyboardInterrupt",
+    "GeneratorExit": "raise GeneratorExit",
+    "its own BaseException": "raise type('Odd', (BaseException,), {})('odd')",
+    "an error without words": "raise type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})()",
+    "recursion": "f = lambda: f(); f()",
+}
+
+HOOK = """
+from ddiff import hookimpl
+
+@hookimpl
+def ddiff_register(registry):
+    {body}
+"""
+
+
+def at_import(ending: str) -> dict[str, str]:
+    return {"bad_mod": ending + "\n"}
+
+
+def in_the_hook(ending: str) -> dict[str, str]:
+    return {"bad_mod": HOOK.format(body=ending)}
+
+
+ATTRIBUTE = """
+def __dir__():
+    return ["ddiff_register"]
+
+def __getattr__(name):
+    if name == "ddiff_register":
+        {body}
+    raise AttributeError(name)
+"""
+
+
+def at_an_attribute(ending: str) -> dict[str, str]:
+    """pluggy looks at every name of a module."""
+    return {"bad_mod": ATTRIBUTE.format(body=ending)}
+
+
+def in_a_component(ending: str) -> dict[str, str]:
+    body = "registry.add('time_rule', 'bad_rule', 'bad_parts:Rule')"
+    return {"bad_mod": HOOK.format(body=body), "bad_parts": ending + "\n"}
+
+
+PLACES = {"import": at_import, "hook": in_the_hook, "attribute": at_an_attribute}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("place", PLACES)
+def test_plugins_reports_it_and_lists_the_others(
+    place: str, ending: str, distribution: Distribution, ddiff: Command
+) -> None:
+    distribution("bad-dist", "1.0", {"bad": "bad_mod"}, PLACES[place](ENDINGS[ending]))
+    answer = ddiff("plugins")
+    assert answer.code == 2
+    assert '"bad" (bad_mod, bad-dist 1.0)' in answer.err
+    assert "Traceback" not in answer.err
+    for name in ("core", "hdlm", "mdlm"):
+        assert f"\n{name} " in answer.out
+    broken = [report.plugin.name for report in survey_plugins().reports if report.error is not None]
+    assert broken == ["bad"]
+
+
+@pytest.mark.parametrize("ending", ["SystemExit(0)", "KeyboardInterrupt"])
+@pytest.mark.parametrize("place", PLACES)
+def test_other_commands_are_unaffected(
+    place: str, ending: str, distribution: Distribution, folder: Path, ddiff: Command
+) -> None:
+    distribution("bad-dist", "1.0", {"bad": "bad_mod"}, PLACES[place](ENDINGS[ending]))
+    answer = ddiff("check", "flat")
+    assert answer.code == 0
+    assert "0 broken" in answer.out
+    assert is_refusal(ddiff("run", "tiny.toml", "--dry-run", "--set", 'process.kind="hdml"'), "hdml", '"hdlm"')
+    assert is_refusal(ddiff("run", "tiny.toml", "--dry-run", "--set", 'plugins=["bad"]'), '"bad"')
+    assert is_refusal(ddiff("check", "bad"), '"bad"')
+    with pytest.raises(PluginError, match="bad"):
+        load_plugins(["bad"])
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_component_that_ends_the_process_is_reported(ending: str, distribution: Distribution, ddiff: Command) -> None:
+    distribution("bad-dist", "1.0", {"bad": "bad_mod"}, in_a_component(ENDINGS[ending]))
+    with pytest.raises(PluginError, match="bad_rule"):
+        load_plugins(["bad"]).component("time_rule", "bad_rule").load()
+    assert is_refusal(ddiff("check", "bad_rule"), "bad_rule", "bad_parts")
+
+
+RULE = """
+import sys
+from ddiff import ComponentConfig
+
+class Good:
+    class Config(ComponentConfig):
+        size: int = 1
+
+    @staticmethod
+    def build(config):
+        {body}
+"""
+
+
+def test_a_broken_component_does_not_hide_the_keys_of_the_others(distribution: Distribution, ddiff: Command) -> None:
+    body = (
+        "registry.add('time_rule', 'a_bad', 'no_such_module:X'); registry.add('time_rule', 'good', 'good_parts:Good')"
+    )
+    modules = {"bad_mod": HOOK.format(body=body), "good_parts": RULE.format(body="return None")}
+    distribution("half-dist", "1.0", {"half": "bad_mod"}, modules)
+    answer = ddiff("plugins", "half")
+    assert answer.code == 2
+    assert "size" in answer.out
+    assert "a_bad" in answer.err
+
+
+@pytest.mark.parametrize("ending", ["sys.exit(0)", "sys.exit('bye')", "raise SystemExit(3)"])
+def test_no_command_passes_when_a_component_leaves(
+    ending: str, distribution: Distribution, folder: Path, ddiff: Command
+) -> None:
+    """It is built, not loaded: the recipe is right, and so is the import."""
+    body = "registry.add('time_rule', 'leaver', 'leaver_parts:Good')"
+    modules = {"bad_mod": HOOK.format(body=body), "leaver_parts": RULE.format(body=ending)}
+    distribution("leaver-dist", "1.0", {"leaver": "bad_mod"}, modules)
+    assert is_refusal(ddiff("check", "leaver"), "ended the command", "leaver_parts")
+    plugins = 'plugins=["hdlm", "mdlm", "dit", "leaver"]'
+    settings = ("--set", plugins, "--set", 'objective.times="leaver"')
+    assert is_refusal(ddiff("run", "tiny.toml", *settings), "ended the command", "leaver_parts")
+
+
+def test_metadata_that_cannot_be_read_spoil_nothing(distribution: Distribution, ddiff: Command) -> None:
+    folder = distribution("odd-dist", "1.0", {"odd": "odd_mod"}, {"odd_mod": HOOK.format(body="pass")})
+    next(folder.glob("*.dist-info/METADATA")).unlink()
+    answer = ddiff("plugins")
+    assert "Traceback" not in answer.err
+    assert "\nhdlm " in answer.out
+    importlib.metadata.entry_points(group="ddiff")
+
+
+def refusal(error: BaseException) -> PluginError:
+    return PluginError(type(error).__name__)
+
+
+def test_ctrl_c_of_the_user_stays_one() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), reported(refusal):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(PluginError, match="KeyboardInterrupt"), reported(refusal):
+        raise KeyboardInterrupt
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_plugins_load_in_other_threads_too() -> None:
+    told: list[str] = []
+
+    def load() -> None:
+        try:
+            with reported(refusal):
+                raise SystemExit(0)
+        except PluginError as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    assert told == ["SystemExit"]

@@ -1,0 +1,140 @@
+"""A recipe that trains in less than a second, a finished run of it to copy and damage, and the command line in process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import ddiff as api
+from ddiff.cli import main
+
+RECIPE = """
+name = "tiny"
+plugins = ["hdlm", "mdlm", "dit"]
+
+[data]
+kind = "text"
+files = ["corpus.txt"]
+split = "line"
+held_out = 0.2
+length = 8
+
+[tokenizer]
+kind = "bpe"
+size = 262
+
+[vocabulary]
+kind = "clusters"
+sizes = [8]
+
+[process]
+kind = "hdlm"
+
+[denoiser]
+kind = "dit"
+width = 16
+layers = 1
+heads = 2
+head = "levelwise"
+
+[train]
+steps = 4
+batch = 4
+warmup = 2
+checkpoint_every = 2
+
+[evaluate]
+batch = 16
+
+[sample]
+steps = 2
+count = 2
+"""
+
+CORPUS = "\n".join(f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd")
+
+
+class Answer(NamedTuple):
+    """What a command said."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Answer]
+
+
+def prepare(place: Path) -> None:
+    """Write the recipe and its corpus."""
+    (place / "tiny.toml").write_text(RECIPE)
+    (place / "corpus.txt").write_text(CORPUS)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, which holds tiny.toml and corpus.txt; the cache is elsewhere."""
+    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    torch.set_num_threads(1)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    prepare(work)
+    return work
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run, to be copied."""
+    place = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("DDIFF_CACHE", str(place / "cache"))
+        torch.set_num_threads(1)
+        prepare(place)
+        api.run("tiny.toml")
+    return place / "runs/tiny"
+
+
+@pytest.fixture
+def run_dir(finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished run, `runs/tiny` in the working directory."""
+    monkeypatch.setenv("DDIFF_CACHE", str(finished.parents[1] / "cache"))
+    shutil.copytree(finished, "runs/tiny")
+    return Path("runs/tiny")
+
+
+@pytest.fixture
+def ddiff(capsys: pytest.CaptureFixture[str]) -> Command:
+    """`ddiff("eval", "runs/tiny")` gives the exit code and what was printed."""
+
+    def call(*arguments: str) -> Answer:
+        code = 0
+        try:
+            main(list(arguments))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        written = capsys.readouterr()
+        return Answer(code, written.out, written.err)
+
+    return call
+
+
+def files(place: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+def is_refusal(answer: Answer, *expected: str) -> bool:
+    """Whether a command was refused in words that hold all of `expected`."""
+    assert answer.code == 2, answer
+    assert "Traceback" not in answer.err
+    missing = [text for text in expected if text not in answer.err]
+    assert missing == [], answer.err
+    return True
