@@ -14,7 +14,7 @@ from typing import Any
 
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
-from ddiff.data.documents import find_files
+from ddiff.data.paths import find_files
 from ddiff.data.tokenizer import load_tokenizer
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.evaluation.baselines import Baselines
