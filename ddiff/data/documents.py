@@ -51,11 +51,14 @@ class Documents:
         _check_part(self.validation, "validation")
 
     @cached_property
+    def part_fingerprints(self) -> tuple[str, str]:
+        """Of the text of each part."""
+        return text_fingerprint(self.train), text_fingerprint(self.validation)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Of the text of both parts."""
-        return hashlib.sha256((text_fingerprint(self.train) + text_fingerprint(self.validation)).encode()).hexdigest()[
-            :32
-        ]
+        return hashlib.sha256("".join(self.part_fingerprints).encode()).hexdigest()[:32]
 
 
 def text_fingerprint(documents: Any) -> str:

@@ -20,7 +20,7 @@ from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.batch import Batch
 from ddiff.data.cache import Cache
 from ddiff.data.conditions import Conditions, conditions_of
-from ddiff.data.corpus import Corpus, train_rows, validation_rows
+from ddiff.data.corpus import Corpus, check_repetitions, shards_of, train_rows, validation_rows
 from ddiff.data.documents import Documents
 from ddiff.data.prefetch import Prefetched
 from ddiff.data.rows import PackedRows, Rows, batch_rows, pack_texts, rows_fingerprint, token_stream
@@ -420,6 +420,7 @@ def build_run(recipe: Recipe, given: Given) -> Run:
         documents = build_documents(recipe, cache)
         tokenizer = recipe.tokenizer.build(documents=documents, cache=cache)
         rows = train_rows(documents, tokenizer, recipe.length, cache)
+        check_repetitions(documents, shards_of(documents, tokenizer, cache))
         vocabulary = given.vocabulary or (given.process.vocabulary if given.process else None)
         if vocabulary is None:
             vocabulary = recipe.vocabulary.build(tokenizer=tokenizer, rows=rows, cache=cache)
