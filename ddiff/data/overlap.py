@@ -141,7 +141,9 @@ def document_hashes(shard: Shard) -> _Hashes:
         here = slice(first, last + 1)
         firsts = np.maximum(begins[here], start)
         sizes = np.minimum(ends[here], stop) - firsts
-        places = np.arange(start, stop) - np.repeat(begins[here], sizes)
+        places = (
+            np.arange(start, stop) - np.repeat(begins[here], sizes) + 1
+        )  # from 1: token 0 at place 0 would mix to 0
         mixed = shard.tokens[start:stop].astype(np.uint64) | (places.astype(np.uint64) << np.uint64(32))
         sums[here] += np.add.reduceat(_mix(mixed), firsts - start)
     hashes[filled] = sums

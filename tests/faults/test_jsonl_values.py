@@ -217,7 +217,7 @@ def test_a_prompt_on_the_command_line_that_is_not_utf8_is_refused(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     Path("small.toml").write_text(RECIPE)
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["run", "small.toml"])
     capsys.readouterr()
     for option, text in (("--prompt", "\udcff\udcfe hello"), ("--infill", "\udcff [MASK:2]")):
