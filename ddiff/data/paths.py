@@ -78,8 +78,8 @@ def shown(path: str) -> str:
 def file_mark(path: str) -> list[Any]:
     """Return what changes when a file does: its name, size, and tag or time of change."""
     with explained(path):
-        if _is_local(path):
-            found = os.stat(path)
+        if (local := _local_path(path)) is not None:
+            found = os.stat(local)
             return [base_name(path), found.st_size, str(found.st_mtime)]
         system, place = fsspec.url_to_fs(path)
         info = system.info(place)
@@ -87,15 +87,15 @@ def file_mark(path: str) -> list[Any]:
         return [base_name(path), info.get("size"), changed]
 
 
-_CHANGED = ("ETag", "etag", "md5Hash", "sha256", "blob_id", "mtime", "LastModified", "last_modified", "created")
+_CHANGED = ("ETag", "etag", "md5Hash", "sha256", "blob_id", "CRC", "mtime", "LastModified", "last_modified", "created")
 
 
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
     """Open a file to read bytes; what goes wrong while it is read is a DataError that names it."""
     with explained(path):
-        if _is_local(path):
-            with open(path, "rb") as file:
+        if (local := _local_path(path)) is not None:
+            with open(local, "rb") as file:
                 yield file
         else:
             system, place = fsspec.url_to_fs(path)
@@ -111,7 +111,7 @@ def explained(path: str) -> Iterator[None]:
     except (DdiffError, MemoryError):
         raise
     except PermissionError as error:
-        raise DataError(f"{shown(path)} must not be read: permission denied. Change its permissions.") from error
+        raise _forbidden(path) from error
     except Exception as error:  # each file system and each format has errors of its own
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(
@@ -127,11 +127,6 @@ def _local_path(pattern: str) -> str | None:
     if "://" in pattern and not _exists(pattern):
         return None
     return pattern if _exists(pattern) else os.path.expanduser(pattern)
-
-
-def _is_local(path: str) -> bool:
-    """Whether a path that `find_files` gave, or a single path of a user, is on this machine."""
-    return "://" not in path or _exists(path)
 
 
 def _exists(path: str) -> bool:
@@ -220,6 +215,8 @@ def _check_regular(path: str) -> None:
             f"{shown(path)} is a folder, and files are due. Name the files in it, for instance {inside}, or .../**/*.txt "
             "for those of its folders too."
         )
+    if stat.S_ISREG(mode) and not os.access(path, os.R_OK):
+        raise _forbidden(path)
     if not stat.S_ISREG(mode):
         raise DataError(
             f"{shown(path)} is a pipe or a device, which can be read only once. Write its content to a file first."
@@ -238,7 +235,7 @@ def _remote_files(pattern: str) -> list[str]:
             raise DataError(f"{pattern} is a folder, and files are due. Name the files in it: {pattern.rstrip('/')}/*")
         else:
             found = []
-        return [system.unstrip_protocol(name) for name in found]
+        return [_remote_path(pattern, name, system) for name in found]
     except DataError:
         raise
     except Exception as error:  # each file system has errors of its own
@@ -247,6 +244,20 @@ def _remote_files(pattern: str) -> list[str]:
             f"{shown(pattern)} cannot be opened: {type(error).__name__}: {reason}. Give a local path or one that fsspec "
             "knows."
         ) from error
+
+
+def _remote_path(pattern: str, name: str, system: Any) -> str:
+    """The path of a file that a file system calls `name`, with which it can be opened: a chain is kept."""
+    first, _, others = pattern.partition("::")
+    if not others:
+        return system.unstrip_protocol(name)
+    if "://" in first:  # within an archive: zip://NAME::ARCHIVE
+        return f"{first.partition('://')[0]}://{name}::{others}"
+    return f"{first}::{others.partition('://')[0]}://{name.lstrip('/')}"  # through a cache: simplecache::s3://NAME
+
+
+def _forbidden(path: str) -> DataError:
+    return DataError(f"{shown(path)} must not be read: permission denied. Change its permissions.")
 
 
 def _not_found(pattern: str, local: str | None) -> str:
@@ -263,9 +274,9 @@ def _not_found(pattern: str, local: str | None) -> str:
 
 def _identity(path: str) -> Any:
     """What two paths of one file have in common."""
-    if not _is_local(path):
+    if (local := _local_path(path)) is None:
         return path
-    about = os.stat(path)
+    about = os.stat(local)
     return about.st_dev, about.st_ino
 
 

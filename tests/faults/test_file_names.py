@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from ddiff.data.cache import Cache
 from ddiff.data.documents import text_files
+from ddiff.data.files import read_bytes, read_json
 from ddiff.data.jsonl import json_lines
 from ddiff.data.paths import check_disjoint, find_all, find_files
 from ddiff.data.sources import file_texts
@@ -201,3 +204,36 @@ def test_a_link_to_a_training_file_is_no_validation_file(folder: Path) -> None:
     with pytest.raises(DataError, match=r"link\.txt is named by validation and by files \(there as a\.txt\)"):
         check_disjoint(["a.txt"], ["link.txt"])
     check_disjoint(["a.txt"], ["held_out.txt"])
+
+
+def test_files_of_other_file_systems_and_of_chains_are_read(folder: Path) -> None:
+    with zipfile.ZipFile("x.zip", "w") as archive:
+        for name in ("a.txt", "b.txt", "c.md"):
+            archive.writestr(name, f"zipped {name}")
+    system = fsspec.filesystem("memory")
+    for name in ("b?1.txt", "bx1.txt", "[m].txt"):
+        system.pipe(f"/odd{folder}/{name}", f"in memory {name}".encode())
+    memory = f"memory://odd{folder}"
+    assert documents("text", "zip://*.txt::x.zip") == ["zipped a.txt", "zipped b.txt"]
+    assert documents("files", "zip://b.txt::x.zip") == ["zipped b.txt"]
+    assert documents("text", f"{memory}/b?1.txt") == ["in memory b?1.txt"]
+    assert documents("files", f"{memory}/[m].txt") == ["in memory [m].txt"]
+    assert documents("text", f"simplecache::{memory}/b*.txt") == ["in memory b?1.txt", "in memory bx1.txt"]
+    with pytest.raises(DataError, match="is a folder"):
+        find_files(memory)
+    with pytest.raises(DataError, match="is named by validation"):
+        text_files([f"{memory}/b*.txt"], validation=[f"{memory}/bx1.txt"])
+
+
+def test_a_home_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "a.txt").write_text("at home")
+    assert documents("text", "~/a.txt") == documents("text", "~/[a].txt") == ["at home"]
+    assert read_bytes("~/a.txt", "a file") == read_bytes(f"file://{folder}/a.txt", "a file") == b"at home"
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", "\ufeff{}x", ""])
+def test_json_files_that_are_not_whole_are_named(folder: Path, content: str) -> None:
+    (folder / "a[1]::b.json").write_text(content)
+    with pytest.raises(DataError, match=r"clusters: a\[1\]::b\.json is not a whole JSON file"):
+        read_json("a[1]::b.json", "clusters")
