@@ -60,15 +60,16 @@ def json_objects(file: BinaryIO, path: str) -> Iterator[tuple[int, str, dict[str
     """Yield the objects of a file of JSON lines, or of one JSON array: their numbers (of the line, or in the array, from
     1), their places as messages name them, and themselves. DataError names the place of what is no object."""
     lines = enumerate(text_lines(file, shown(path)), start=1)
+    name = base_name(path)
     first = True
     for number, line in lines:
         if not line or line.isspace():
             continue
         if first and line.lstrip().startswith("["):
-            yield from _array_objects("\n".join(chain([line], (later for _, later in lines))), base_name(path))
+            yield from _array_objects("\n".join(chain([line], (later for _, later in lines))), name)
             return
         first = False
-        place = f"{base_name(path)} line {number}"
+        place = f"{name} line {number}"
         yield number, place, _checked_object(_parsed(line, place), place)
 
 
@@ -208,7 +209,7 @@ def _checked_object(value: Any, place: str) -> dict[str, Any]:
 
 def _parsed(written: str, place: str) -> Any:
     try:
-        return json.loads(written, object_pairs_hook=_object_of)
+        return _DECODER.decode(written)
     except RecursionError as error:
         raise DataError(f"{place} is nested too deeply to be read as JSON. Drop the line.") from error
     except ValueError as error:  # also a number of more digits than Python converts
@@ -223,6 +224,9 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     repeating = _Repeating(found)
     repeating.twice = frozenset(name for name, times in written.items() if times > 1)
     return repeating
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object_of)  # made once: json.loads would make one for each line
 
 
 def _short(value: Any) -> str:

@@ -253,7 +253,8 @@ def _remote_path(pattern: str, name: str, system: Any) -> str:
         return system.unstrip_protocol(name)
     if "://" in first:  # within an archive: zip://NAME::ARCHIVE
         return f"{first.partition('://')[0]}://{name}::{others}"
-    return f"{first}::{others.partition('://')[0]}://{name.lstrip('/')}"  # through a cache: simplecache::s3://NAME
+    protocol = others.partition("://")[0]  # through a cache: simplecache::s3://NAME
+    return f"{first}::{protocol}://{name if protocol in ('file', 'local') else name.lstrip('/')}"
 
 
 def _forbidden(path: str) -> DataError:

@@ -6,6 +6,7 @@ on without reading what came before (the file under way excepted).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,13 +66,18 @@ def hub_texts(
     It is known by its name, split and `revision`: pin one (a commit), since without it what was tokenised first stays.
     """
     name = f"The data set {path} ({split})"
+    remedy = (
+        'Check its files, or take kind = "files", which names the one that is at fault.'
+        if os.path.isdir(path)
+        else 'Check name, config and split. One made by a script is read with revision = "refs/convert/parquet". Without a '
+        f"connection, download it on a machine that has one (`hf download {path} --repo-type dataset --local-dir FOLDER`) "
+        "and name the folder."
+    )
     stream = _HubStream(
         name,
         column,
         lambda: load_dataset(path, config, split=split, revision=revision, streaming=True),
-        'Check name, config and split. One made by a script is read with revision = "refs/convert/parquet". Without a '
-        f"connection, download it on a machine that has one (`hf download {path} --repo-type dataset --local-dir FOLDER`) "
-        "and name the folder.",
+        remedy,
     )
     identity = {"hub": path, "config": config, "split": split, "column": column, "revision": revision}
     return TextSource(name, identity, stream.read)
@@ -187,7 +193,8 @@ def _parquet_records(column: str, path: str, done: int) -> Iterator[tuple[int, s
         raise DataError(f"{shown(path)} is a packed parquet file. Unpack it: parquet packs its columns itself.")
     with open_file(path) as file:
         table = pq.ParquetFile(file)
-        _check_named(shown(path), column, table.schema_arrow.names)
+        name = shown(path)
+        _check_named(name, column, table.schema_arrow.names)
         number = 0
         for group in range(table.num_row_groups):
             size = table.metadata.row_group(group).num_rows
@@ -199,7 +206,7 @@ def _parquet_records(column: str, path: str, done: int) -> Iterator[tuple[int, s
                 for value in batch.column(column).to_pylist():
                     number += 1
                     if number > done:
-                        yield number, _text(value, f"{shown(path)} row {number}", column)
+                        yield number, _text(value, f"{name} row {number}", column)
 
 
 def _text(value: Any, place: str, column: str) -> str | None:
