@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddiff.data.compression import open_plain
+from ddiff.data.paths import shown
+from ddiff.data.text import checked_text, text_lines
 from ddiff.data.tokenizer import Tokenizer, UnknownSymbol
 from ddiff.errors import ArgumentError, DataError, shortened
 
@@ -49,7 +52,8 @@ class Frame(NamedTuple):
 
 
 def prompt(text: str, tokenizer: Tokenizer, length: int) -> Template:
-    """A text that samples of `length` tokens begin with. ArgumentError when it does not fit."""
+    """A text that samples of `length` tokens begin with. ArgumentError when it does not fit or is no text."""
+    _check_text(text, "prompt")
     ids = _encoded(text, text, tokenizer)
     return _fitting(Template(text, ids, torch.ones_like(ids, dtype=torch.bool), False), length)
 
@@ -60,6 +64,7 @@ def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
     One space before a gap belongs to it, since the words that fill it bring their own. ArgumentError for a text without
     a gap, a gap of no tokens, and more than `length` tokens.
     """
+    _check_text(text, "infill")
     ids, given, rest = [], [], 0
     for gap in GAP.finditer(text):
         before = _encoded(text[rest : gap.start()], text, tokenizer)
@@ -82,11 +87,14 @@ def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
 def templates_of(
     prompts: str | Sequence[str] | None, infills: str | Sequence[str] | None, tokenizer: Tokenizer, length: int
 ) -> list[Template]:
-    """The templates of one or several prompts or infill texts. ArgumentError for both at once."""
+    """The templates of one or several prompts or infill texts. ArgumentError for both at once, and for what is no text."""
     if prompts is not None and infills is not None:
         raise ArgumentError("run.sample: prompt and infill exclude each other; begin the infill text with the prompt.")
     texts, read = (infills, infill) if prompts is None else (prompts, prompt)
-    listed = [texts] if isinstance(texts, str) else list(texts or ())
+    if texts is None:
+        return []
+    # bytes and mappings can be iterated over, too, and would be taken for their numbers or keys
+    listed = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str | bytes | dict) else [texts]
     return [read(text, tokenizer, length) for text in listed]
 
 
@@ -117,15 +125,20 @@ def framed(templates: Sequence[Template], length: int, filler: int) -> Frame:
 def read_prompts(path: str | Path) -> list[str]:
     """One prompt a line; blank lines are left out. DataError when there is none, or the file is no UTF-8 text."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the name
-        raise DataError(
-            f"--prompts: {shortened(str(path))} cannot be read: {shortened(str(error))}. Give a UTF-8 text file, one prompt a line."
-        ) from error
-    prompts = [line for line in lines if line.strip()]
+        with open_plain(str(path)) as file:
+            prompts = [line for line in text_lines(file, shown(str(path))) if line and not line.isspace()]
+    except DataError as error:
+        raise DataError(f"--prompts: {error} A UTF-8 text file is due, one prompt a line.") from error
     if not prompts:
-        raise DataError(f"--prompts: {path} holds no prompt. Write one a line.")
+        raise DataError(f"--prompts: {shown(str(path))} holds no prompt. Write one a line.")
     return prompts
+
+
+def _check_text(text: str, argument: str) -> None:
+    try:
+        checked_text(text, f"{argument}: {_short(text)!r}" if isinstance(text, str) else argument)
+    except DataError as error:
+        raise ArgumentError(str(error)) from error
 
 
 def _encoded(piece: str, text: str, tokenizer: Tokenizer) -> Tensor:

@@ -12,7 +12,9 @@ import fsspec
 from datasets import Dataset
 
 from ddiff.data.cache import Cache, fingerprint
-from ddiff.data.documents import Documents, text_fingerprint
+from ddiff.data.documents import Documents
+from ddiff.data.overlap import Watch, check_overlap
+from ddiff.data.paths import check_disjoint
 from ddiff.data.rows import PackedRows, Rows, chunks_of, rows_of_stream
 from ddiff.data.shards import MANIFEST, Shards, read_shards, write_shards
 from ddiff.data.sources import TextSource
@@ -49,12 +51,21 @@ def validation_rows(documents: Documents | Corpus, tokenizer: Tokenizer, length:
     return rows_of_stream(shards_of(documents, tokenizer, cache).stream(VALIDATION), tokenizer, length, separate=True)
 
 
+def check_repetitions(documents: Documents | Corpus, made: Shards) -> None:
+    """Raise DataError if all validation documents are in the training text; warn of some, and of many that occur twice.
+
+    Rows of a generated source, whose entropy is known, may repeat each other by chance, and are not looked at.
+    """
+    if documents.entropy_rate is None:
+        check_overlap(made.overlap, documents if isinstance(documents, SourceCorpus) else "The corpus")
+
+
 def shards_of(documents: Documents | Corpus, tokenizer: Tokenizer, cache: Cache) -> Shards:
     """Both parts tokenised, now or earlier."""
     if not isinstance(documents, Documents):
         return documents.shards(tokenizer, cache)
     parts = {TRAIN: documents.train, VALIDATION: documents.validation}
-    source = {part: text_fingerprint(texts) for part, texts in parts.items()}
+    source = dict(zip(parts, documents.part_fingerprints))
 
     def build(folder: Path) -> None:
         total = len(documents.train) + len(documents.validation)
@@ -105,6 +116,16 @@ class SourceCorpus:
     def __post_init__(self) -> None:
         if self.validation_source is None and not 0 < self.held_out < 1:
             raise ArgumentError(f"held_out must lie in (0, 1); got {self.held_out}. Or name validation texts.")
+        if self.validation_source is not None:
+            check_disjoint(self.source.paths, self.validation_source.paths)
+            if self.source.identity == self.validation_source.identity:
+                raise DataError(
+                    f"{self.source} is named for training and for validation: the model would be evaluated on text that it "
+                    "was trained on. Name another split or other files, or no validation texts: then a share is held out."
+                )
+
+    def __str__(self) -> str:
+        return str(self.source)
 
     @property
     def train(self) -> TextsOf:
@@ -192,6 +213,7 @@ class StreamedCorpus:
         if head < 1:
             raise ArgumentError(f"head must be at least 1 document; got {head}.")
         self._corpus, self._head, self._block_rows = corpus, head, block
+        self._watch = Watch(lambda: self.texts(VALIDATION), corpus)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -229,7 +251,7 @@ class StreamedCorpus:
         known_by = fingerprint([self.identity, tokenizer.fingerprint, length, self._block_rows])
         head = rows_of_stream(self.shards(tokenizer, cache).stream(TRAIN), tokenizer, length)
         return StreamedRows(
-            corpus.train_chunks,
+            self._train_chunks,
             tokenizer,
             length,
             head=head,
@@ -239,6 +261,11 @@ class StreamedCorpus:
             workers=corpus.workers,
             cursors=cache.root / "streams" / f"{known_by}.jsonl",
         )
+
+    def _train_chunks(self, cursor: Any = None) -> Iterator[Chunk]:
+        chunks = self._corpus.train_chunks(cursor)
+        # what is held out by hash is on one side only; another source may hold what is trained on
+        return chunks if self._corpus.validation_source is None else self._watch.chunks(chunks)
 
     def texts(self, part: str) -> Iterator[str]:
         """The texts of a part of the head, read anew."""

@@ -15,19 +15,19 @@ from functools import cached_property
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import fsspec
 import pyarrow as pa
 from datasets import Dataset, Value
 
 from ddiff.data.arrow import read_table, table_in_memory, write_table
 from ddiff.data.cache import Cache
+from ddiff.data.compression import open_plain
+from ddiff.data.paths import base_name, find_parts, open_file, shown
+from ddiff.data.text import RULES, Split, checked_text, text_documents
 from ddiff.data.tokenising import place_of
 from ddiff.errors import ArgumentError, DataError
 from ddiff.progress import progress
-
-Split = Literal["file", "paragraph", "line"]
 
 _SCHEMA = pa.schema([("text", pa.large_string()), ("name", pa.string())])
 _HELD_OUT_NOVEL = "persuasion"
@@ -51,11 +51,14 @@ class Documents:
         _check_part(self.validation, "validation")
 
     @cached_property
+    def part_fingerprints(self) -> tuple[str, str]:
+        """Of the text of each part."""
+        return text_fingerprint(self.train), text_fingerprint(self.validation)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Of the text of both parts."""
-        return hashlib.sha256((text_fingerprint(self.train) + text_fingerprint(self.validation)).encode()).hexdigest()[
-            :32
-        ]
+        return hashlib.sha256("".join(self.part_fingerprints).encode()).hexdigest()[:32]
 
 
 def text_fingerprint(documents: Any) -> str:
@@ -99,17 +102,19 @@ def text_files(
     split: Split = "file",
     cache: Cache | None = None,
 ) -> Documents:
-    """UTF-8 text files by fsspec path or glob; a document is a file, a paragraph (blank lines between) or a line.
+    """Read UTF-8 text files by fsspec path or glob; a document is a file, a paragraph (blank lines between) or a line.
 
     Without validation files each document is held out with probability `held_out` in (0,1) by the hash of its text, so
-    equal documents fall on the same side and adding files moves none. Blank documents are left out. DataError for files
-    that are missing, empty, not UTF-8 or that hold NUL.
+    equal documents fall on the same side and adding files moves none. Blank documents are left out; `ddiff.data.text` has
+    the rule for line ends. A file that two patterns name is read once. DataError for files that are missing, empty,
+    packed, not UTF-8 or that hold NUL, and for one that is named for training and for validation.
     """
     if not validation and not 0 < held_out < 1:
         raise ArgumentError(f"text_files: held_out must lie in (0, 1); got {held_out}. Or name validation files.")
-    corpus = _read(train, split, cache)
-    if validation:
-        return Documents(corpus, _read(validation, split, cache))
+    paths, validation_paths = find_parts(train, validation)
+    corpus = _read(paths, split, cache)
+    if validation_paths:
+        return Documents(corpus, _read(validation_paths, split, cache))
     return divided(corpus, held_out, f"by {split}")
 
 
@@ -169,17 +174,6 @@ def _check_part(part: Dataset, name: str) -> None:
         raise DataError(f'Documents: the column "text" of {name} has missing values (None or NaN). Drop those rows.')
 
 
-def checked_text(text: str, name: str) -> str:
-    if not isinstance(text, str):
-        raise DataError(f"{name} is not text but {text!r} ({type(text).__name__}). Drop it, or convert it to a string.")
-    if "\0" in text:
-        raise DataError(
-            f"{name} holds the NUL character at {text.index(chr(0))}: this is not plain text (a binary file, or UTF-16?). "
-            "Convert it to UTF-8."
-        )
-    return text
-
-
 def _held_out(corpus: Dataset, share: float) -> tuple[list[int], list[int]]:
     train: list[int] = []
     validation: list[int] = []
@@ -188,45 +182,33 @@ def _held_out(corpus: Dataset, share: float) -> tuple[list[int], list[int]]:
     return train, validation
 
 
-def _read(patterns: Sequence[str], split: Split, cache: Cache | None) -> Dataset:
+def _read(paths: Sequence[str], split: Split, cache: Cache | None) -> Dataset:
     """The documents of all files, memory-mapped from the cache when there is one."""
-    paths = [path for pattern in patterns for path in find_files(pattern)]
     if cache is None:
         corpus = table_in_memory(_SCHEMA, _batches(paths, split))
     else:
-        inputs = {"files": [[base_name(path), file_fingerprint(path)] for path in paths], "split": split}
+        files = [[base_name(path), file_fingerprint(path)] for path in paths]
+        inputs = {"files": files, "split": split, "rules": RULES}
         entry = cache.entry("documents", inputs, lambda place: _write(paths, split, place))
         corpus = read_table(entry / "documents.arrow")
-    if not len(corpus):
-        raise DataError(f"The corpus is empty: {', '.join(patterns)} holds no text. Name files with text in them.")
+    check_any(corpus, paths)
     return corpus
+
+
+def check_any(corpus: Dataset, paths: Sequence[str]) -> None:
+    """DataError if no document was read."""
+    if not len(corpus):
+        listed = ", ".join(shown(path) for path in paths[:5]) + (", ..." if len(paths) > 5 else "")
+        raise DataError(f"The corpus is empty: {listed} holds no text. Name files with text in them.")
 
 
 def _write(paths: Sequence[str], split: Split, place: Path) -> None:
     write_table(_SCHEMA, _batches(paths, split), place / "documents.arrow")
 
 
-def find_files(pattern: str) -> list[str]:
-    """The files that a path or glob names, sorted; DataError when there are none."""
-    try:
-        system, path = fsspec.url_to_fs(pattern)
-        found = sorted(system.glob(path)) if any(mark in path for mark in "*?[") else [path] * system.isfile(path)
-    except (ValueError, ImportError) as error:
-        raise DataError(f"{pattern} cannot be opened: {error}. Give a local path or one that fsspec knows.") from error
-    if not found:
-        raise DataError(
-            f"There is no file {pattern} (looked from {Path.cwd()}). Check the path; relative paths start where ddiff runs."
-        )
-    return [system.unstrip_protocol(name) for name in found]
-
-
-def base_name(path: str) -> str:
-    return path.rsplit("/", 1)[-1]
-
-
 def file_fingerprint(path: str) -> str:
     digest = hashlib.sha256()
-    with fsspec.open(path, "rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -243,24 +225,9 @@ def _batches(paths: Sequence[str], split: Split) -> Iterator[pa.RecordBatch]:
 
 def _file_documents(path: str, split: Split) -> tuple[list[str], list[str]]:
     """The non-blank documents of one file with their names."""
-    with fsspec.open(path, "rb") as file:
-        content = file.read()
-    try:
-        text = checked_text(content.decode("utf-8-sig"), path)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset {error.start}. Convert it to UTF-8, "
-            "for instance with iconv."
-        ) from error
-    pieces = _pieces(text.replace("\r\n", "\n"), split)
     name = base_name(path)
-    found = [
-        (piece, name if split == "file" else f"{name} {split} {number}") for number, piece in pieces if piece.strip()
-    ]
-    return [piece for piece, _ in found], [name for _, name in found]
-
-
-def _pieces(text: str, split: Split) -> Iterable[tuple[int, str]]:
-    if split == "file":
-        return [(1, text)]
-    return enumerate(text.split("\n") if split == "line" else re.split(r"\n[ \t]*\n\s*", text), start=1)
+    with open_plain(path) as file:
+        found = list(text_documents(file, shown(path), split))
+    texts = [text for _, text in found]
+    names = [name if split == "file" else f"{name} {split} {number}" for number, _ in found]
+    return texts, names

@@ -8,6 +8,7 @@ from typing import Any
 
 import fsspec
 
+from ddiff.data.paths import open_file
 from ddiff.errors import DataError
 
 
@@ -25,15 +26,16 @@ def write_json(path: str, content: Any) -> None:
 def read_bytes(path: str, what: str) -> bytes:
     """The content of a file; DataError, naming it as `what`, when it cannot be read."""
     try:
-        with fsspec.open(str(path), "rb") as file:
+        with open_file(str(path)) as file:
             return file.read()
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{what}: {path} cannot be read ({error}). Check the path.") from error
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error
 
 
 def read_json(path: str, what: str) -> Any:
     """The JSON in a file; DataError, naming it as `what`, when it is missing or is not whole."""
+    content = read_bytes(path, what)
     try:
-        return json.loads(read_bytes(path, what))
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{what}: {path} is not a whole JSON file ({error}). Make it again.") from error

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import fsspec
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
 from ddiff.data.arrow import read_table, table_in_memory, write_table
 from ddiff.data.cache import Cache
-from ddiff.data.documents import Documents, base_name, checked_text, divided, file_fingerprint, find_files
+from ddiff.data.compression import open_plain
+from ddiff.data.documents import Documents, check_any, divided, file_fingerprint
+from ddiff.data.paths import base_name, find_parts, shown
+from ddiff.data.text import RULES, checked_text, text_lines
 from ddiff.errors import ArgumentError, DataError, nearest
 from ddiff.progress import progress
+
+_LARGEST_LABEL = 2**63 - 1
+_LARGEST_NUMBER = float(np.finfo(np.float32).max)
+_ROWS_AT_ONCE = 4096
+_SHOWN = 80  # characters of a value in a message: a line of a scraped corpus may be a megabyte
 
 
 def json_lines(
@@ -28,7 +39,7 @@ def json_lines(
     held_out: float = 0.05,
     cache: Cache | None = None,
 ) -> Documents:
-    """Files of JSON lines by fsspec path or glob: the field `text` of each object is a document.
+    """Read files of JSON lines by fsspec path or glob: the field `text` of each object is a document.
 
     Fields `labels` hold whole numbers from 0, fields `vectors` lists of numbers; a field that is null or not there is
     absent. They become columns of the same name. See `text_files` for `validation` and `held_out`. DataError names file
@@ -37,11 +48,41 @@ def json_lines(
     if not validation and not 0 < held_out < 1:
         raise ArgumentError(f"json_lines: held_out must lie in (0, 1); got {held_out}. Or name validation files.")
     reader = _Reader(text, tuple(labels), tuple(vectors))
-    corpus = reader.read(train, cache)
-    reader.check_found(corpus, train)
-    if validation:
-        return Documents(corpus, reader.read(validation, cache))
+    paths, validation_paths = find_parts(train, validation)
+    corpus = reader.read(paths, cache)
+    reader.check_found(corpus, paths, train)
+    if validation_paths:
+        return Documents(corpus, reader.read(validation_paths, cache))
     return divided(corpus, held_out, "by line")
+
+
+def json_objects(file: BinaryIO, path: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yield the objects of a file of JSON lines, or of one JSON array: their numbers (of the line, or in the array, from
+    1), their places as messages name them, and themselves. DataError names the place of what is no object."""
+    lines = enumerate(text_lines(file, shown(path)), start=1)
+    name = base_name(path)
+    first = True
+    for number, line in lines:
+        if not line or line.isspace():
+            continue
+        if first and line.lstrip().startswith("["):
+            yield from _array_objects("\n".join(chain([line], (later for _, later in lines))), name)
+            return
+        first = False
+        place = f"{name} line {number}"
+        yield number, place, _checked_object(_parsed(line, place), place)
+
+
+def check_once(found: dict[str, Any], fields: Iterable[str], place: str) -> None:
+    """DataError if an object has one of these fields twice: JSON does not say which counts."""
+    if isinstance(found, _Repeating) and (twice := sorted(found.twice & set(fields))):
+        raise DataError(f'{place} has the field "{twice[0]}" twice. Leave one of them out.')
+
+
+class _Repeating(dict[str, Any]):
+    """An object of which some fields are written more than once."""
+
+    twice: frozenset[str]
 
 
 class _Reader:
@@ -63,8 +104,7 @@ class _Reader:
             ]
         )
 
-    def read(self, patterns: Sequence[str], cache: Cache | None) -> Dataset:
-        paths = _paths(patterns)
+    def read(self, paths: Sequence[str], cache: Cache | None) -> Dataset:
         if cache is None:
             corpus = table_in_memory(self.schema, self._batches(paths))
         else:
@@ -73,18 +113,18 @@ class _Reader:
                 "text": self.text,
                 "labels": self.labels,
                 "vectors": self.vectors,
+                "rules": RULES,
             }
             entry = cache.entry("json_lines", inputs, lambda place: self._write(paths, place))
             corpus = read_table(entry / "documents.arrow")
-        if not len(corpus):
-            raise DataError(f"The corpus is empty: {', '.join(patterns)} holds no text. Name files with text in them.")
+        check_any(corpus, paths)
         return corpus
 
-    def check_found(self, corpus: Dataset, patterns: Sequence[str]) -> None:
-        """Raises DataError for a label or vector that no document has: a name misspelt would be trained without."""
+    def check_found(self, corpus: Dataset, paths: Sequence[str], patterns: Sequence[str]) -> None:
+        """Raise DataError for a label or vector that no document has: a name misspelt would be trained without."""
         for name in (*self.labels, *self.vectors):
             if corpus.data.column(name).null_count == len(corpus):
-                fields = {field for path in _paths(patterns) for _, found in self._objects(path) for field in found}
+                fields = {field for path in paths for _, found in self._objects(path) for field in found}
                 others = sorted(fields - {self.text, name})
                 key = "labels" if name in self.labels else "vectors"
                 raise DataError(
@@ -99,7 +139,9 @@ class _Reader:
     def _batches(self, paths: Sequence[str]) -> Iterator[pa.RecordBatch]:
         with progress(len(paths), "reading text") as bar:
             for path in paths:
-                yield pa.RecordBatch.from_pylist(list(self._documents(path)), schema=self.schema)
+                documents = self._documents(path)
+                while rows := list(islice(documents, _ROWS_AT_ONCE)):
+                    yield pa.RecordBatch.from_pylist(rows, schema=self.schema)
                 bar.advance(1)
 
     def _documents(self, path: str) -> Iterator[dict[str, Any]]:
@@ -107,49 +149,89 @@ class _Reader:
             text = checked_text(found[self.text], place)
             values: dict[str, Any] = {name: self._label(found.get(name), name, place) for name in self.labels}
             values |= {name: self._vector(found.get(name), name, place) for name in self.vectors}
-            if text.strip():
+            if text and not text.isspace():
                 yield {"text": text, "name": place, **values}
 
     def _objects(self, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every line that is not blank: its place and its object."""
-        with fsspec.open(path, "rt", encoding="utf-8-sig") as file:
-            try:
-                lines = list(file)
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path} is not UTF-8: {error}. Convert it to UTF-8, for instance with iconv."
-                ) from error
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                place = f"{base_name(path)} line {number}"
-                yield place, self._object(line, place)
-
-    def _object(self, line: str, place: str) -> dict[str, Any]:
-        try:
-            found = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{place} is no JSON: {error}. Every line must be one object.") from error
-        if not isinstance(found, dict) or self.text not in found:
-            fields = sorted(found) if isinstance(found, dict) else type(found).__name__
-            raise DataError(
-                f'{place} must be an object with the field "{self.text}"; it has {fields}. Name the field of the text: '
-                'text = "...".'
-            )
-        return found
+        """Every object of a file with its place; DataError for one without the text."""
+        with open_plain(path) as file:
+            for _, place, found in json_objects(file, path):
+                check_once(found, (self.text, *self.labels, *self.vectors), place)
+                if self.text not in found:
+                    raise DataError(
+                        f'{place} must be an object with the field "{self.text}"; it has {sorted(found)}. Name the field '
+                        'of the text: text = "...".'
+                    )
+                yield place, found
 
     def _label(self, value: Any, name: str, place: str) -> int | None:
-        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is None or (whole and 0 <= value <= _LARGEST_LABEL):
             return value
         raise DataError(
-            f'{place}: the label "{name}" must be a whole number from 0, or null; got {value!r}. Number the classes.'
+            f'{place}: the label "{name}" must be a whole number from 0 (to {_LARGEST_LABEL}), or null; got '
+            f"{_short(value)}. Number the classes."
         )
 
     def _vector(self, value: Any, name: str, place: str) -> list[float] | None:
-        numbers = isinstance(value, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
-        if value is None or (numbers and value):
+        if value is None or (isinstance(value, list) and value and all(map(_fits_float32, value))):
             return value
-        raise DataError(f'{place}: the vector "{name}" must be a list of numbers, or null; got {value!r}.')
+        what = "a list of numbers, or null"
+        if isinstance(value, list) and value and all(map(_is_number, value)):
+            what += f"; each must be finite and at most {_LARGEST_NUMBER:.4g} in size"
+        raise DataError(f'{place}: the vector "{name}" must be {what}; got {_short(value)}.')
 
 
-def _paths(patterns: Sequence[str]) -> list[str]:
-    return [path for pattern in patterns for path in find_files(pattern)]
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _fits_float32(value: Any) -> bool:
+    # a whole number is compared as it is: one of 400 digits is no float
+    if not _is_number(value) or (isinstance(value, float) and not math.isfinite(value)):
+        return False
+    return bool(-_LARGEST_NUMBER <= value <= _LARGEST_NUMBER)
+
+
+def _array_objects(written: str, name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """The objects of a file that is one JSON array."""
+    found = _parsed(written, name)
+    for number, value in enumerate(found, start=1):
+        place = f"{name} object {number}"
+        yield number, place, _checked_object(value, place)
+
+
+def _checked_object(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{place} must be an object, {{...}}; got {_short(value)} ({type(value).__name__}).")
+    return value
+
+
+def _parsed(written: str, place: str) -> Any:
+    try:
+        return _DECODER.decode(written)
+    except RecursionError as error:
+        raise DataError(f"{place} is nested too deeply to be read as JSON. Drop the line.") from error
+    except ValueError as error:  # also a number of more digits than Python converts
+        raise DataError(f"{place} is no JSON: it cannot be read ({error}). Every line must be one object.") from error
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    written = Counter(name for name, _ in pairs)
+    repeating = _Repeating(found)
+    repeating.twice = frozenset(name for name, times in written.items() if times > 1)
+    return repeating
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object_of)  # made once: json.loads would make one for each line
+
+
+def _short(value: Any) -> str:
+    try:
+        written = repr(value)
+    except ValueError:  # more digits than Python writes
+        return "a number of very many digits"
+    return written if len(written) <= _SHOWN else f"{written[:_SHOWN]} ..."

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddiff.data.cache import fingerprint
+from ddiff.data.overlap import find_overlap
 from ddiff.data.tokenising import TRAIN, VALIDATION, Chunk, Encoded, encoded, token_dtype
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import DataError
@@ -157,6 +158,11 @@ class Shards:
         return TokenStream(
             shards, lambda: _mapped(counts, np.dtype(np.int64), self.manifest["tokenizer"]["num_tokens"])
         )
+
+    @cached_property
+    def overlap(self) -> dict[str, list[int]]:
+        """Documents that occur more than once, as `find_overlap` counts them when shards are written; else counted now."""
+        return self.manifest.get("overlap") or find_overlap(self.stream(TRAIN), self.stream(VALIDATION))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """DataError, saying what differs, when the shards were made with another tokenizer."""
@@ -382,6 +388,8 @@ class _Build:
             )
             _write_array(self._folder / f"{part}.counts.npy", _counts(shards, num_tokens))
         tokenizer.save(str(self._folder / "tokenizer.json"))
+        made = Shards(self._folder, manifest)
+        manifest["overlap"] = find_overlap(made.stream(TRAIN), made.stream(VALIDATION), self._folder)
         _write_text(self._folder / MANIFEST, json.dumps(manifest, indent=1))
         (self._folder / JOURNAL).unlink(missing_ok=True)
 

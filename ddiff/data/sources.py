@@ -1,46 +1,50 @@
-"""Where the texts of a large corpus come from: data sets of the hub, and files anywhere, read in order by `datasets`.
+"""Where the texts of a large corpus come from: data sets of the hub, and files anywhere, read in order.
 
-Nothing is copied: texts stream past. A chunk's cursor is the state of the stream after it, from which another process goes
+Nothing is copied: texts stream past. A chunk's cursor is the place in the stream after it, from which another process goes
 on without reading what came before (the file under way excepted).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, final
 
-import fsspec
+import pyarrow.parquet as pq
 from datasets import IterableDataset, load_dataset
 
-from ddiff.data.documents import base_name, find_files
+from ddiff.data.compression import ENDINGS as PACKED
+from ddiff.data.compression import open_unpacked
+from ddiff.data.jsonl import check_once, json_objects
+from ddiff.data.paths import base_name, file_mark, find_all, open_file, shown
+from ddiff.data.text import RULES, Split, checked_text, text_documents
 from ddiff.data.tokenising import DOCUMENTS_AT_ONCE, TRAIN, Chunk
 from ddiff.errors import ArgumentError, DataError, nearest
 
 Format = Literal["parquet", "json", "text"]
-Split = Literal["file", "paragraph", "line"]
+Texts = list[str | None]
 
 _ENDINGS: dict[str, Format] = {
     ".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "text", ".text": "text",
 }  # fmt: skip
-_PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
-_SAMPLED = {"file": "document", "paragraph": "paragraph", "line": "line"}
-_MARKS = ("ETag", "etag", "md5Hash", "sha256", "blob_id", "mtime", "LastModified", "last_modified", "created")
 
 
 @final
 @dataclass(frozen=True)
 class TextSource:
-    """The texts of one column; `name` is for messages, `identity` (JSON) tells sources apart, `load` opens the stream.
+    """The texts of a corpus in order.
 
+    `name` is for messages, and `identity` (JSON) tells sources apart. `read(cursor)` gives lists of texts from a cursor on
+    (None: from the start), each with the cursor after it (JSON). `paths` are the files that are read, if they are known.
     Blank and missing texts are left out.
     """
 
     name: str
     identity: Any
-    column: str
-    load: Callable[[], IterableDataset]
-    explain: Callable[[], str] = lambda: ""
+    read: Callable[[Any], Iterator[tuple[Texts, Any]]]
+    paths: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -48,53 +52,10 @@ class TextSource:
     def chunks(self, cursor: Any = None, part: str | None = TRAIN) -> Iterator[Chunk]:
         """The texts after a cursor (None: all) in order; DataError for a column that is missing or not of text, and for
         what cannot be read."""
-        stream = self._opened()
-        if cursor is not None:
-            stream.load_state_dict(cursor)
-        batches = stream.iter(DOCUMENTS_AT_ONCE)
-        while (batch := self._next(batches)) is not None:
-            texts = [text for text in self._column(batch) if text is not None and text and not text.isspace()]
+        for found, after in self.read(cursor):
+            texts = [text for text in found if text is not None and text and not text.isspace()]
             if texts:
-                yield Chunk(texts, stream.state_dict(), part)
-
-    def _opened(self) -> IterableDataset:
-        try:
-            stream = self.load()
-        except DataError:
-            raise
-        except Exception as error:  # of any library that reads some format from some place
-            raise self._unreadable(error) from error
-        if stream.column_names is None:
-            return stream
-        self._check_named(stream.column_names)
-        return stream.select_columns([self.column])
-
-    def _next(self, batches: Iterator[Any]) -> Any:
-        try:
-            return next(batches, None)
-        except Exception as error:
-            raise self._unreadable(error) from error
-
-    def _column(self, batch: dict[str, list[Any]]) -> list[str | None]:
-        self._check_named(list(batch))
-        for text in batch[self.column]:
-            if text is not None and not isinstance(text, str):
-                raise DataError(
-                    f'{self.name}: the column "{self.column}" must hold text; it holds {text!r} ({type(text).__name__}). '
-                    "Name the column of the text: column = ..."
-                )
-        return batch[self.column]
-
-    def _check_named(self, columns: Sequence[str]) -> None:
-        if self.column not in columns:
-            raise DataError(
-                f'{self.name} has no column "{self.column}"; it has {sorted(columns)}.{nearest(self.column, columns)} Name '
-                "the column of the text: column = ..."
-            )
-
-    def _unreadable(self, error: Exception) -> DataError:
-        first = (str(error).splitlines() or [""])[0]
-        return DataError(f"{self.name} cannot be read: {type(error).__name__}: {first}. {self.explain()}".rstrip())
+                yield Chunk(texts, after, part)
 
 
 def hub_texts(
@@ -104,17 +65,22 @@ def hub_texts(
 
     It is known by its name, split and `revision`: pin one (a commit), since without it what was tokenised first stays.
     """
-    return TextSource(
-        f"The data set {path} ({split})",
-        {"hub": path, "config": config, "split": split, "column": column, "revision": revision},
+    name = f"The data set {path} ({split})"
+    remedy = (
+        'Check its files, or take kind = "files", which names the one that is at fault.'
+        if os.path.isdir(path)
+        else 'Check name, config and split. One made by a script is read with revision = "refs/convert/parquet". Without a '
+        f"connection, download it on a machine that has one (`hf download {path} --repo-type dataset --local-dir FOLDER`) "
+        "and name the folder."
+    )
+    stream = _HubStream(
+        name,
         column,
         lambda: load_dataset(path, config, split=split, revision=revision, streaming=True),
-        lambda: (
-            'Check name, config and split. One made by a script is read with revision = "refs/convert/parquet". Without a '
-            "connection, download it on a machine that has one (`hf download "
-            f"{path} --repo-type dataset --local-dir FOLDER`) and name the folder."
-        ),
+        remedy,
     )
+    identity = {"hub": path, "config": config, "split": split, "column": column, "revision": revision}
+    return TextSource(name, identity, stream.read)
 
 
 def file_texts(
@@ -122,23 +88,144 @@ def file_texts(
 ) -> TextSource:
     """Files of parquet, JSON lines or text, by fsspec paths and globs, in the order of the patterns, then of their names.
 
-    `format` is told by the endings, compressed or not. A document is a row, or a `split` of a text file. Files are known by
-    name, size and time or tag of change: they are not read for it. DataError when there are none, or of several formats.
+    `format` is told by the endings, packed or not; a file that two patterns name is read once. A document is a row, or a
+    `split` of a text file. Files are known by name, size and time or tag of change: they are not read for it. DataError
+    when there are none, or of several formats.
     """
-    paths = [path for pattern in patterns for path in find_files(pattern)]
+    paths = find_all(patterns)
     found = format or _format(paths)
-    options = {"sample_by": _SAMPLED[split]} if found == "text" else {}
-
-    def load() -> IterableDataset:
-        return load_dataset(found, data_files=paths, split="train", streaming=True, **options)
-
+    options = {"split": split} if found == "text" else {}
     return TextSource(
-        f"{', '.join(patterns)} ({len(paths)} files of {found})",
-        {"files": [_mark(path) for path in paths], "format": found, "column": column, **options},
-        "text" if found == "text" else column,
-        load,
-        lambda: _undecodable(paths) if found != "parquet" else "",
+        f"{', '.join(map(shown, patterns))} ({len(paths)} files of {found})",
+        {"files": [file_mark(path) for path in paths], "format": found, "column": column, "rules": RULES, **options},
+        partial(_read_files, paths, _records(found, column, split)),
+        tuple(paths),
     )
+
+
+@dataclass(frozen=True)
+class _HubStream:
+    """A stream of the datasets library, of which one column is read; `remedy` is for what cannot be opened."""
+
+    name: str
+    column: str
+    load: Callable[[], IterableDataset]
+    remedy: str
+
+    def read(self, cursor: Any) -> Iterator[tuple[Texts, Any]]:
+        stream = self._opened()
+        if cursor is not None:
+            stream.load_state_dict(cursor)
+        batches = stream.iter(DOCUMENTS_AT_ONCE)
+        while (batch := self._next(batches)) is not None:
+            _check_named(self.name, self.column, list(batch))
+            texts = [_text(value, self.name, self.column) for value in batch[self.column]]
+            yield texts, stream.state_dict()
+
+    def _opened(self) -> IterableDataset:
+        try:
+            stream = self.load()
+        except Exception as error:  # of any library that reads some format from some place
+            raise self._unreadable(error) from error
+        if stream.column_names is None:
+            return stream
+        _check_named(self.name, self.column, stream.column_names)
+        return stream.select_columns([self.column])
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        try:
+            return next(batches, None)
+        except Exception as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> DataError:
+        first = (str(error).splitlines() or [""])[0]
+        return DataError(f"{self.name} cannot be read: {type(error).__name__}: {first}. {self.remedy}")
+
+
+Records = Callable[[str, int], Iterator[tuple[int, str | None]]]
+"""The texts of a file after so many of its records, each with the number of its record (counted from 1)."""
+
+
+def _read_files(paths: Sequence[str], records: Records, cursor: Any) -> Iterator[tuple[Texts, Any]]:
+    """Texts of files one after another; a cursor is the number of a file and of its last record that was read."""
+    first, done = (0, 0) if cursor is None else cursor
+    texts: Texts = []
+    place: list[int] = []
+    for number in range(first, len(paths)):
+        for record, text in records(paths[number], done if number == first else 0):
+            texts.append(text)
+            place = [number, record]
+            if len(texts) == DOCUMENTS_AT_ONCE:
+                yield texts, place
+                texts = []
+    if texts:
+        yield texts, place
+
+
+def _records(format: Format, column: str, split: Split) -> Records:
+    if format == "text":
+        return partial(_text_records, split)
+    return partial(_json_records if format == "json" else _parquet_records, column)
+
+
+def _text_records(split: Split, path: str, done: int) -> Iterator[tuple[int, str | None]]:
+    with open_unpacked(path) as file:
+        for number, text in text_documents(file, shown(path), split):
+            if number > done:
+                yield number, text
+
+
+def _json_records(column: str, path: str, done: int) -> Iterator[tuple[int, str | None]]:
+    with open_unpacked(path) as file:
+        first = True
+        for number, place, found in json_objects(file, path):
+            if first:  # later objects may lack it, and then have no text: logs hold other lines, too
+                _check_named(place, column, list(found))
+                first = False
+            check_once(found, [column], place)
+            if number > done:
+                yield number, _text(found.get(column), place, column)
+
+
+def _parquet_records(column: str, path: str, done: int) -> Iterator[tuple[int, str | None]]:
+    if path.lower().endswith(tuple(PACKED)):
+        raise DataError(f"{shown(path)} is a packed parquet file. Unpack it: parquet packs its columns itself.")
+    with open_file(path) as file:
+        table = pq.ParquetFile(file)
+        name = shown(path)
+        _check_named(name, column, table.schema_arrow.names)
+        number = 0
+        for group in range(table.num_row_groups):
+            size = table.metadata.row_group(group).num_rows
+            if number + size <= done:
+                number += size
+                continue
+            # the other columns are not read: they may differ from file to file
+            for batch in table.iter_batches(DOCUMENTS_AT_ONCE, row_groups=[group], columns=[column]):
+                for value in batch.column(column).to_pylist():
+                    number += 1
+                    if number > done:
+                        yield number, _text(value, f"{name} row {number}", column)
+
+
+def _text(value: Any, place: str, column: str) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise DataError(
+            f'{place}: the column "{column}" must hold text; it holds {repr(value)[:80]} ({type(value).__name__}). '
+            "Name the column of the text: column = ..."
+        )
+    return checked_text(value, place)
+
+
+def _check_named(place: str, column: str, columns: Sequence[str]) -> None:
+    if column not in columns:
+        raise DataError(
+            f'{place} has no column "{column}"; it has {sorted(columns)}.{nearest(column, columns)} Name the column of '
+            "the text: column = ..."
+        )
 
 
 def _format(paths: Sequence[str]) -> Format:
@@ -155,31 +242,7 @@ def _format(paths: Sequence[str]) -> Format:
 
 
 def _ending(path: str) -> str:
-    name = base_name(path)
-    for packed in _PACKED:
+    name = base_name(path).lower()
+    for packed in PACKED:
         name = name.removesuffix(packed)
-    return name[name.rfind(".") :].lower() if "." in name else ""
-
-
-def _mark(path: str) -> list[Any]:
-    """What changes when a file does: its name, size, and tag or time of change."""
-    system, place = fsspec.url_to_fs(path)
-    info = system.info(place)
-    return [base_name(path), info.get("size"), next((str(info[key]) for key in _MARKS if info.get(key)), "")]
-
-
-def _undecodable(paths: Sequence[str]) -> str:
-    """Which file is not UTF-8, and where, if one is."""
-    for path in paths:
-        with fsspec.open(path, "rb", compression="infer") as file:
-            offset = 0
-            for line in file:
-                try:
-                    line.decode()
-                except UnicodeDecodeError as error:
-                    return (
-                        f"{path} is not UTF-8: byte {line[error.start]:#04x} at offset {offset + error.start}. Convert it "
-                        "to UTF-8, for instance with iconv."
-                    )
-                offset += len(line)
-    return ""
+    return name[name.rfind(".") :] if "." in name else ""

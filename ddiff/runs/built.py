@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +22,11 @@ from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.batch import Batch
 from ddiff.data.cache import Cache
 from ddiff.data.conditions import Conditions, conditions_of
-from ddiff.data.corpus import Corpus, train_rows, validation_rows
+from ddiff.data.corpus import Corpus, check_repetitions, shards_of, train_rows, validation_rows
 from ddiff.data.documents import Documents
 from ddiff.data.prefetch import Prefetched
 from ddiff.data.rows import PackedRows, Rows, batch_rows, pack_texts, rows_fingerprint, token_stream
+from ddiff.data.text import checked_text
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError, CheckpointError, shortened
 from ddiff.evaluation.baselines import Baselines, baselines
@@ -397,10 +398,11 @@ class Run:
     ) -> Evaluation:
         """The bound of some texts, each a document; more draws narrow the estimate, not the bound. All texts are under
         the `conditions`."""
-        if isinstance(texts, str):
+        if isinstance(texts, str | bytes | dict) or not isinstance(texts, Iterable):
             raise ArgumentError(
                 f"run.nelbo: texts must be a list of texts, each a document; got {texts!r}. Write [text]."
             )
+        texts = [checked_text(text, f"run.nelbo: text {number}") for number, text in enumerate(texts)]
         given = told(self.denoiser, conditions or {}, len(texts))
         rows = pack_texts(texts, self.tokenizer, self.recipe.length)
         return self._score(rows, np.arange(len(rows)), draws, Conditions(given.values))
@@ -530,6 +532,7 @@ def build_run(recipe: Recipe, given: Given) -> Run:
         documents = build_documents(recipe, cache)
         tokenizer = recipe.tokenizer.build(documents=documents, cache=cache)
         rows = train_rows(documents, tokenizer, recipe.length, cache)
+        check_repetitions(documents, shards_of(documents, tokenizer, cache))
         vocabulary = given.vocabulary or (given.process.vocabulary if given.process else None)
         if vocabulary is None:
             vocabulary = recipe.vocabulary.build(tokenizer=tokenizer, rows=rows, cache=cache)

@@ -7,7 +7,7 @@ import time
 from typing import NamedTuple
 
 from ddiff.data.cache import Cache
-from ddiff.data.corpus import StreamedCorpus, copy_shards, shards_of
+from ddiff.data.corpus import StreamedCorpus, check_repetitions, copy_shards, shards_of
 from ddiff.data.rows import rows_of_stream
 from ddiff.data.tokenising import TRAIN, VALIDATION
 from ddiff.destination import check_destination, takes_no_files
@@ -35,6 +35,7 @@ def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
     began = time.time()
     with recipe.data.blamed():
         made = shards_of(documents, tokenizer, cache)
+        check_repetitions(documents, made)
         streams = {part: made.stream(part) for part in (TRAIN, VALIDATION)}
         rows = {
             part: rows_of_stream(stream, tokenizer, recipe.length, separate=part == VALIDATION)

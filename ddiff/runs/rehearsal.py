@@ -47,7 +47,7 @@ def _check_files(recipe: Recipe) -> None:
     for part in recipe.parts().values():
         patterns = part.reads()
         if patterns:
-            from ddiff.data.documents import find_files  # imports `datasets`: half a second
+            from ddiff.data.paths import find_files
 
             with part.blamed(), _told_of(part.table):
                 for pattern in patterns:

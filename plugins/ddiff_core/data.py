@@ -51,6 +51,11 @@ class Text:
         )
 
     @staticmethod
+    def preview(config: Config) -> None:
+        """Refuses a file that is named for training and for validation."""
+        _check_files(config)
+
+    @staticmethod
     def reads(config: Config) -> tuple[str, ...]:
         return config.files + config.validation
 
@@ -87,6 +92,11 @@ class JsonLines:
         )
 
     @staticmethod
+    def preview(config: Config) -> None:
+        """Refuses a file that is named for training and for validation."""
+        _check_files(config)
+
+    @staticmethod
     def reads(config: Config) -> tuple[str, ...]:
         return config.files + config.validation
 
@@ -111,8 +121,19 @@ class Symbols:
         )
 
     @staticmethod
+    def preview(config: Config) -> None:
+        """Refuses a file that is named for training and for validation."""
+        _check_files(config)
+
+    @staticmethod
     def reads(config: Config) -> tuple[str, ...]:
         return config.files + config.validation
+
+
+def _check_files(config: Text.Config | JsonLines.Config | Symbols.Config) -> None:
+    from ddiff import find_parts
+
+    find_parts(config.files, config.validation)
 
 
 class TokenisedConfig(ComponentConfig):

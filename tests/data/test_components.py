@@ -73,8 +73,8 @@ def test_a_recipe_s_text_becomes_documents(tmp_path: Path) -> None:
 
 def test_a_recipe_s_symbols_have_the_recipe_s_length(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("ACGT\n" * 3)
-    files = (str(tmp_path / "a.txt"),)
-    config = Symbols.Config(files=files, validation=files)
+    (tmp_path / "v.txt").write_text("AAAA\n")
+    config = Symbols.Config(files=(str(tmp_path / "a.txt"),), validation=(str(tmp_path / "v.txt"),))
     assert Symbols.build(config, length=4, seed=0, cache=None).train["text"] == ["ACGT"] * 3
     with pytest.raises(DataError, match="length = 5"):
         Symbols.build(config, length=5, seed=0, cache=None)

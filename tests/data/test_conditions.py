@@ -39,7 +39,8 @@ def written(folder: Path, lines: list[Any], name: str = "some.jsonl") -> str:
 
 
 def read(file: str, cache: Cache | None = None) -> Documents:
-    return json_lines([file], labels=["author"], vectors=["style"], validation=[file], cache=cache)
+    other = written(Path(file).parent, [{"text": "held out"}], "held_out.jsonl")
+    return json_lines([file], labels=["author"], vectors=["style"], validation=[other], cache=cache)
 
 
 def test_fields_become_columns_and_absence_stays(file: str, tmp_path: Path) -> None:
@@ -77,9 +78,10 @@ def test_a_row_of_one_document_has_one_value() -> None:
 
 
 def test_a_recipe_names_the_fields(file: str) -> None:
-    config = JsonLines.Config(files=(file,), validation=(file,), labels=("author",))
+    other = written(Path(file).parent, [{"text": "held out"}], "held_out.jsonl")
+    config = JsonLines.Config(files=(file,), validation=(other,), labels=("author",))
     assert JsonLines.build(config, length=8, seed=0, cache=None).train.column_names == ["text", "name", "author"]
-    assert JsonLines.reads(config) == (file, file)
+    assert JsonLines.reads(config) == (file, other)
 
 
 BAD_LINES: dict[str, tuple[Any, str]] = {

@@ -14,7 +14,7 @@ from ddiff.recipe import parse_recipe
 from ddiff.runs.built import Run, build_run
 from ddiff.runs.parts import Given
 
-LONG = 'data={kind="text", files=["corpus.txt"], validation=["corpus.txt"], length=8}'  # one document of many rows
+LONG = 'data={kind="text", files=["corpus.txt"], validation=["held_out.txt"], length=8}'  # one document of many rows
 
 
 def built(*settings: str) -> Run:
@@ -25,7 +25,8 @@ def built(*settings: str) -> Run:
 
 @pytest.fixture(autouse=True)
 def place(folder: Path) -> None:
-    """The recipe and its corpus."""
+    """The recipe, its corpus and one document to evaluate on."""
+    Path("held_out.txt").write_text(Path("corpus.txt").read_text().replace("cat", "dog"))
 
 
 def test_some_rows_are_evaluated_and_what_is_counted_is_of_them() -> None:

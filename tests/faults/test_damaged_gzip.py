@@ -1,0 +1,66 @@
+"""A damaged .gz ends every command with one paragraph that names it, and not as an interruption or a traceback."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from ddiff.cli import main
+
+TEXT = "\n".join(f"line {number} of words" for number in range(9000)).encode()
+RECIPE = """
+name = "d"
+extends = "mdlm_small"
+[data]
+kind = "files"
+length = 16
+files = [{files}]
+[tokenizer]
+size = 260
+"""
+FILES = {
+    "cut.txt.gz": (gzip.compress(TEXT)[:-200], "cut.txt.gz is cut off"),
+    "fake.txt.gz": (TEXT, "fake.txt.gz is named as a gzip file"),
+    "zeros.txt.gz": (gzip.compress(TEXT)[:100] + bytes(500), "zeros.txt.gz is"),
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    return int(stopped.value.code or 0), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "data"])
+@pytest.mark.parametrize("name", list(FILES))
+def test_a_damaged_gzip_file_ends_a_command_with_its_name(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: str, name: str
+) -> None:
+    content, told = FILES[name]
+    (folder / name).write_bytes(content)
+    (folder / "good.txt.gz").write_bytes(gzip.compress(TEXT))
+    (folder / "g.toml").write_text(RECIPE.format(files=f'"good.txt.gz", "{name}"'))
+    code, said = called(capsys, command, "g.toml")
+    assert code == 2
+    assert told in " ".join(said.split())
+    assert "Aborted" not in said
+    assert "Traceback" not in said
+    assert not (folder / "runs").exists()
+
+
+def test_text_says_that_files_unpacks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "good.txt.gz").write_bytes(gzip.compress(TEXT))
+    (folder / "g.toml").write_text(RECIPE.format(files='"good.txt.gz"').replace('"files"', '"text"'))
+    code, said = called(capsys, "run", "g.toml")
+    assert code == 2
+    assert "begins as a gzip file" in " ".join(said.split())
+    assert 'kind = "files"' in " ".join(said.split())

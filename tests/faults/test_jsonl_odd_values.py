@@ -1,0 +1,63 @@
+"""Values that are legal JSON end a run with one paragraph that names file and line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ddiff.cli import main
+
+RECIPE = """
+name = "odd"
+extends = "mdlm_small"
+[data]
+kind = "{kind}"
+files = ["odd.jsonl"]
+length = 16
+{keys}
+[tokenizer]
+size = 260
+[denoiser]
+kind = "dit"
+width = 16
+layers = 1
+heads = 2
+{conditions}
+"""
+ODD = {
+    "half a surrogate pair": ('{"text":"\\ud800 bad"}\n' * 99, "", "odd.jsonl line 1 holds half a surrogate pair"),
+    "deep nesting": ('{"text":' + "[" * 100_000 + "}", "", "odd.jsonl line 1 is nested too deeply"),
+    "a label of 32 digits": (
+        "\n".join(f'{{"text": "t {number}", "l": 10000000000000000000000000000000}}' for number in range(99)),
+        'labels = ["l"]',
+        'odd.jsonl line 1: the label "l" must be a whole number',
+    ),
+    "a label beyond the classes": (
+        "\n".join(f'{{"text": "t {number}", "l": {number}}}' for number in range(99)),
+        'labels = ["l"]',
+        "the label 9",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "files"])
+@pytest.mark.parametrize("name", list(ODD))
+def test_an_odd_value_ends_a_run_with_its_file_and_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, name: str
+) -> None:
+    content, keys, told = ODD[name]
+    if keys and kind == "files":
+        pytest.skip("files have no labels")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
+    Path("odd.jsonl").write_text(content)
+    conditions = "conditions = { l = { classes = 3 } }" if keys else ""
+    Path("odd.toml").write_text(RECIPE.format(kind=kind, keys=keys, conditions=conditions))
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "odd.toml"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert stopped.value.code == 2
+    assert told in said
+    assert "Traceback" not in said
+    assert not Path("runs").exists()

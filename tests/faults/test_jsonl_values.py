@@ -1,0 +1,229 @@
+"""Values that are JSON and no text, label or vector are refused with file and line; prompts are checked as texts are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddiff.cli import main
+from ddiff.data.documents import Documents, from_texts
+from ddiff.data.jsonl import json_lines
+from ddiff.data.rows import pack_texts
+from ddiff.data.sources import file_texts
+from ddiff.data.tokenizer import BytePairTokenizer
+from ddiff.errors import ArgumentError, DataError
+from ddiff.prompts import infill, prompt, read_prompts, templates_of
+from ddiff.recipe import parse_recipe
+from ddiff.runs.built import Run, build_run
+from ddiff.runs.parts import Given
+
+GOOD = [json.dumps({"text": f"line number {number} is here", "y": 0, "v": [0.5, 1.0]}) for number in range(60)]
+TOKENIZER = BytePairTokenizer.train(["line number is here"], 260)
+
+
+def read(folder: Path, *lines: str, labels: tuple[str, ...] = ("y",), vectors: tuple[str, ...] = ("v",)) -> Documents:
+    (folder / "x.jsonl").write_text("\n".join([*GOOD, *lines]), encoding="utf-8")
+    (folder / "v.jsonl").write_text('{"text": "held out"}')
+    return json_lines([str(folder / "x.jsonl")], validation=[str(folder / "v.jsonl")], labels=labels, vectors=vectors)
+
+
+BAD: dict[str, tuple[str, str]] = {
+    "half a pair": (r'{"text": "a \ud800 b"}', r"holds half a surrogate pair at 2 \(U\+D800\)"),
+    "the other half": (r'{"text": "\udc00"}', r"half a surrogate pair at 0 \(U\+DC00\)"),
+    "halves in the wrong order": (r'{"text": "\ude00\ud83d"}', "half a surrogate pair at 0"),
+    "NUL": (r'{"text": "a\u0000b"}', "holds the NUL character at 1"),
+    "a label of 64 bits": ('{"text": "a", "y": 9223372036854775808}', 'the label "y" must be .* got 9223372036854775808'),
+    "a label of 32 digits": ('{"text": "a", "y": 1%s}' % ("0" * 31), 'the label "y" must be a whole number from 0'),
+    "a label of 5000 digits": ('{"text": "a", "y": 1%s}' % ("0" * 5000), "is no JSON: it cannot be read"),
+    "a label below 0": ('{"text": "a", "y": -1}', 'the label "y"'),
+    "a label that is true": ('{"text": "a", "y": true}', "got True"),
+    "a label that is 1.0": ('{"text": "a", "y": 1.0}', "got 1.0"),
+    "a label by name": ('{"text": "a", "y": "austen"}', "got 'austen'"),
+    "a vector of 400 digits": ('{"text": "a", "v": [1%s, 1.0]}' % ("0" * 400), r"finite and at most 3\.403e\+38"),
+    "a vector beyond 32 bits": ('{"text": "a", "v": [1e39, 1.0]}', "finite and at most"),
+    "a vector beyond 64 bits": ('{"text": "a", "v": [1e999, 1.0]}', "finite and at most"),
+    "a vector with NaN": ('{"text": "a", "v": [NaN, 1.0]}', "finite and at most"),
+    "a vector with infinity": ('{"text": "a", "v": [1.0, -Infinity]}', "finite and at most"),
+    "a vector of text": ('{"text": "a", "v": ["1"]}', "a list of numbers"),
+    "a vector of nothing": ('{"text": "a", "v": []}', "a list of numbers"),
+    "a vector of lists": ('{"text": "a", "v": [[1.0]]}', "a list of numbers"),
+    "a vector that is long": ('{"text": "a", "v": ["%s"]}' % ("x" * 100_000), "a list of numbers"),
+    "deep nesting": ('{"text": "a", "z": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested too deeply"),
+    "deep nesting that is not closed": ('{"text":' + "[" * 100_000 + "}", "nested too deeply"),
+    "deep objects": ('{"text": "a", "z": ' + '{"a":' * 100_000 + "1" + "}" * 100_001, "nested too deeply"),
+    "the text twice": ('{"text": "a", "text": "b"}', 'has the field "text" twice'),
+    "a label twice": ('{"text": "a", "y": 1, "y": 0}', 'has the field "y" twice'),
+    "a number as text": ('{"text": 3}', "is not text but 3"),
+    "a long list as text": ('{"text": [%s1]}' % ("1," * 50_000), "is not text but"),
+    "no text": ('{"y": 1}', 'an object with the field "text"'),
+    "a string": ('"text"', "must be an object"),
+    "a number": ("3", "must be an object"),
+    "half a line": ('{"text": "a', "is no JSON"),
+    "two objects": ('{"text": "a"} {"text": "b"}', "is no JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(BAD))
+def test_a_value_that_cannot_be_used_is_named_with_its_line(tmp_path: Path, kind: str) -> None:
+    line, told = BAD[kind]
+    with pytest.raises(DataError, match=rf"x\.jsonl line 61\b.*{told}") as raised:
+        read(tmp_path, line)
+    assert len(str(raised.value)) < 700
+    str(raised.value).encode()  # or it could not be printed
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BAD if not kind.startswith(("a label", "a vector", "no text"))])
+def test_files_refuse_what_is_no_text_with_its_line(tmp_path: Path, kind: str) -> None:
+    line, told = BAD[kind]
+    (tmp_path / "x.jsonl").write_text("\n".join([*GOOD, line]), encoding="utf-8")
+    told = told.replace("is not text but", "must hold text; it holds")
+    with pytest.raises(DataError, match=rf"x\.jsonl line 61\b.*{told}"):
+        list(file_texts([str(tmp_path / "x.jsonl")]).chunks())
+
+
+def test_values_at_the_limits_are_kept(tmp_path: Path) -> None:
+    largest = float(np.finfo(np.float32).max)
+    lines = [
+        '{"text": "largest label", "y": 9223372036854775807}',
+        json.dumps({"text": "largest numbers", "v": [largest, -largest]}),
+        r'{"text": "a whole pair \ud83d\ude00", "y": null}',
+        '{"text": "fields that nobody reads", "z": [1e999, NaN], "z": 3, "w": 1%s}' % ("0" * 400),
+    ]
+    train = read(tmp_path, *lines).train
+    assert train["y"][60] == 2**63 - 1
+    assert train["v"][61] == [largest, -largest]
+    assert train["text"][62] == "a whole pair \U0001f600"
+    assert (train["y"][62], train["v"][63]) == (None, None)
+
+
+NOT_TEXT: dict[str, tuple[Any, str]] = {
+    "half a pair": ("\ud800", "half a surrogate pair at 0"),
+    "an argument that is not UTF-8": ("\udcff\udcfe hello", "half a surrogate pair at 0"),
+    "NUL": ("a\0b", "NUL character at 1"),
+    "bytes": (b"She", r"is not text but b'She' \(bytes\)"),
+    "a number": (3, "is not text but 3"),
+    "nothing": (None, "is not text but None"),
+}
+
+
+@pytest.mark.parametrize("kind", list(NOT_TEXT))
+def test_texts_in_memory_and_prompts_are_checked_alike(kind: str) -> None:
+    text, told = NOT_TEXT[kind]
+    with pytest.raises(DataError, match=f"text 1.*{told}"):
+        from_texts(["fine", text])
+    with pytest.raises(DataError, match=told):
+        pack_texts([text], TOKENIZER, 8)
+    for read_one in (prompt, infill):
+        given = f"{text} [MASK:2]" if isinstance(text, str) else text
+        with pytest.raises(ArgumentError, match=told) as raised:
+            read_one(given, TOKENIZER, 32)
+        str(raised.value).encode()
+    with pytest.raises(ArgumentError, match=told):
+        templates_of(["fine", text], None, TOKENIZER, 32)
+    if text is not None:
+        with pytest.raises(ArgumentError, match=told):
+            templates_of(text, None, TOKENIZER, 32)
+
+
+RECIPE = """
+name = "small"
+extends = "mdlm_small"
+[data]
+kind = "markov"
+alphabet = 4
+rows = 64
+validation = 8
+length = 8
+[tokenizer]
+kind = "alphabet"
+[denoiser]
+width = 16
+layers = 1
+heads = 2
+[train]
+steps = 1
+batch = 4
+warmup = 1
+[sample]
+steps = 2
+count = 1
+[evaluate]
+batch = 8
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("run")
+        patch.chdir(folder)
+        patch.setenv("DDIFF_CACHE", str(folder / "cache"))
+        built = build_run(parse_recipe(RECIPE, "small.toml", []), Given())
+        built.begin()
+        return built
+
+
+@pytest.mark.parametrize("kind", list(NOT_TEXT))
+def test_a_run_refuses_what_is_no_text(run: Run, kind: str) -> None:
+    text, told = NOT_TEXT[kind]
+    with pytest.raises(DataError, match=f"run.nelbo: text 0.*{told}"):
+        run.nelbo([text])
+    if text is not None:
+        with pytest.raises(ArgumentError, match=told):
+            run.sample(prompt=text)
+        with pytest.raises(ArgumentError, match=told):
+            run.sample(prompt=[text])
+        with pytest.raises(ArgumentError):
+            run.sample(infill=text)
+
+
+@pytest.mark.parametrize("texts", ["acgt", b"acgt", {"a": 1}, 3, None])
+def test_nelbo_wants_a_list_of_texts(run: Run, texts: Any) -> None:
+    with pytest.raises(ArgumentError, match="must be a list of texts"):
+        run.nelbo(texts)
+
+
+PROMPT_FILES: dict[str, tuple[bytes, str]] = {
+    "UTF-16": ("She\n".encode("utf-16"), "UTF-16"),
+    "Windows-1252": (b"caf\xe9\n", "0xe9 at offset 3"),
+    "NUL": (b"a\0b\n", "NUL"),
+    "packed": (b"\x1f\x8b\x08" + b"x" * 20, "gzip"),
+    "blank": (b" \n\t\r\n", "holds no prompt"),
+    "empty": (b"", "holds no prompt"),
+}
+
+
+@pytest.mark.parametrize("kind", list(PROMPT_FILES))
+def test_a_file_of_prompts_is_read_as_text_is(tmp_path: Path, kind: str) -> None:
+    content, told = PROMPT_FILES[kind]
+    (tmp_path / "p[1].txt").write_bytes(content)
+    with pytest.raises(DataError, match=rf"--prompts: \S*p\[1\]\.txt.*{told}"):
+        read_prompts(tmp_path / "p[1].txt")
+    (tmp_path / "p[1].txt").write_bytes("\ufeffone\rtwo\u2028still two\r\n \r\r\nthree".encode())
+    assert read_prompts(tmp_path / "p[1].txt") == ["one", "two\u2028still two", "three"]
+    with pytest.raises(DataError, match=r"--prompts: .*cannot be read"):
+        read_prompts(tmp_path)
+
+
+def test_a_prompt_on_the_command_line_that_is_not_utf8_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
+    Path("small.toml").write_text(RECIPE)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["run", "small.toml"])
+    capsys.readouterr()
+    for option, text in (("--prompt", "\udcff\udcfe hello"), ("--infill", "\udcff [MASK:2]")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["sample", "runs/small", option, text])
+        said = " ".join(capsys.readouterr().err.split())
+        assert stopped.value.code == 2
+        assert "half a surrogate pair at 0" in said
+        assert "Traceback" not in said

@@ -1,0 +1,237 @@
+"""Packed, cut-off, mis-named and unequal files are refused by name and cause; an empty part is no text."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ddiff.data.cache import Cache
+from ddiff.data.corpus import SourceCorpus
+from ddiff.data.documents import symbol_rows, text_files
+from ddiff.data.jsonl import json_lines
+from ddiff.data.sources import file_texts
+from ddiff.data.tokenizer import BytePairTokenizer
+from ddiff.errors import ArgumentError, DataError
+
+LINES = [f"line {number} of words that do not repeat: {number * 7919 % 1009}" for number in range(3000)]
+PLAIN = "\n".join(LINES).encode()
+JSON = "\n".join(f'{{"text": "{line}"}}' for line in LINES).encode()
+
+
+def by_arrow(codec: str) -> Callable[[bytes], bytes]:
+    def pack(content: bytes) -> bytes:
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, codec) as stream:
+            stream.write(content)
+        return sink.getvalue().to_pybytes()
+
+    return pack
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": by_arrow("zstd"),
+    ".lz4": by_arrow("lz4"),
+}
+NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4"}
+
+
+def read(*paths: Path, **options: Any) -> list[str]:
+    return [text for chunk in file_texts([str(path) for path in paths], **options).chunks() for text in chunk.texts]
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("ending", list(PACKERS))
+@pytest.mark.parametrize("content", [PLAIN, JSON])
+def test_packed_files_are_read_as_the_unpacked_are(tmp_path: Path, ending: str, content: bytes) -> None:
+    inner = ".txt" if content is PLAIN else ".jsonl"
+    pack = PACKERS[ending]
+    whole = written(tmp_path / f"a{inner}{ending}", pack(content))
+    assert read(whole) == LINES
+    half = len(content) // 2 if content is PLAIN else content.index(b"\n", len(content) // 2) + 1
+    joined = written(tmp_path / f"b{inner}{ending.upper()}", pack(content[:half]) + pack(content[half:]))
+    assert read(joined) == LINES
+
+
+@pytest.mark.parametrize("ending", list(PACKERS))
+@pytest.mark.parametrize("kept", [0, 1, 3, 12, 0.5, -1, -9])
+def test_a_cut_off_file_is_named_among_many(tmp_path: Path, ending: str, kept: float) -> None:
+    packed = PACKERS[ending](PLAIN)
+    size = int(len(packed) * kept) if isinstance(kept, float) else kept if kept >= 0 else len(packed) + int(kept)
+    for number in range(3):
+        written(tmp_path / f"part-{number}.txt{ending}", packed)
+    written(tmp_path / f"part-1.txt{ending}", packed[:size])
+    with pytest.raises(DataError, match=r"part-1\.txt\S* is (cut off|named as)") as raised:
+        read(tmp_path / f"*{ending}")
+    assert "part-0" not in str(raised.value)
+
+
+@pytest.mark.parametrize("ending", list(PACKERS))
+def test_a_damaged_file_is_named(tmp_path: Path, ending: str) -> None:
+    packed = bytearray(PACKERS[ending](PLAIN))
+    middle = len(packed) // 2
+    packed[middle : middle + 40] = b"\xff" * 40
+    with pytest.raises(DataError, match=r"a\.txt\S* (is damaged|is cut off|is not UTF-8)"):
+        read(written(tmp_path / f"a.txt{ending}", bytes(packed)))
+
+
+@pytest.mark.parametrize("ending", list(PACKERS))
+def test_a_plain_file_that_is_named_as_packed_is_refused(tmp_path: Path, ending: str) -> None:
+    with pytest.raises(
+        DataError, match=rf"a\.txt\{ending} is named as a {NAMES[ending]} file, but it begins with b'line"
+    ):
+        read(written(tmp_path / f"a.txt{ending}", PLAIN))
+    with pytest.raises(DataError, match="but it is empty"):
+        read(written(tmp_path / f"empty.txt{ending}", b""))
+
+
+@pytest.mark.parametrize("ending", list(PACKERS))
+def test_a_file_packed_otherwise_than_it_is_named_is_refused(tmp_path: Path, ending: str) -> None:
+    packed = PACKERS[ending](PLAIN)
+    with pytest.raises(DataError, match=rf"a\.txt is no plain text: it begins as a {NAMES[ending]} file.*\{ending}"):
+        read(written(tmp_path / "a.txt", packed))
+    other = ".xz" if ending == ".gz" else ".gz"
+    with pytest.raises(DataError, match=rf"which is {NAMES[ending]}"):
+        read(written(tmp_path / f"a.txt{other}", packed))
+
+
+PLAIN_READERS: dict[str, Callable[[str], Any]] = {
+    "text": lambda path: text_files([path], split="line"),
+    "jsonl": lambda path: json_lines([path]),
+    "symbols": lambda path: symbol_rows([path], length=8),
+}
+
+
+@pytest.mark.parametrize("kind", list(PLAIN_READERS))
+@pytest.mark.parametrize("ending", list(PACKERS))
+@pytest.mark.parametrize("named", [True, False])
+def test_kinds_that_do_not_unpack_say_who_does(tmp_path: Path, kind: str, ending: str, named: bool) -> None:
+    path = written(tmp_path / (f"x.jsonl{ending}" if named else "x.jsonl"), PACKERS[ending](JSON))
+    with pytest.raises(DataError, match=rf'begins as a {NAMES[ending]} file.*Unpack.*kind = "files"'):
+        PLAIN_READERS[kind](str(path))
+
+
+@pytest.mark.parametrize("kind", list(PLAIN_READERS))
+def test_other_binary_files_are_told_by_what_they_are(tmp_path: Path, kind: str) -> None:
+    pq.write_table(pa.table({"text": LINES}), tmp_path / "a.txt")
+    with pytest.raises(DataError, match="begins as a parquet file"):
+        PLAIN_READERS[kind](str(tmp_path / "a.txt"))
+    with pytest.raises(DataError, match="begins as a zip file"):
+        PLAIN_READERS[kind](str(written(tmp_path / "b.txt", b"PK\x03\x04" + b"x" * 40)))
+    with pytest.raises(DataError, match=r"a\.txt is no plain text: it begins as a parquet file"):
+        read(tmp_path / "a.txt")
+
+
+def test_a_text_that_begins_with_the_letters_of_a_format_is_text(tmp_path: Path) -> None:
+    for number, line in enumerate(["BZh9 is how bzip2 begins", "PK", "P", "B", "%PDF"]):
+        assert read(written(tmp_path / f"{number}.txt", line.encode())) == [line]
+
+
+def parquet(path: Path, **columns: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=7)
+    return path
+
+
+TEXT = pa.string()
+
+
+def test_empty_parquet_parts_are_no_text(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", text=pa.array([], TEXT))
+    parquet(tmp_path / "b.parquet", text=LINES[:20])
+    parquet(tmp_path / "c.parquet", text=pa.array([], TEXT))
+    parquet(tmp_path / "d.parquet", text=pa.array([None, "", " "], TEXT))
+    parquet(tmp_path / "e.parquet", text=LINES[20:30])
+    assert read(tmp_path / "*.parquet") == LINES[:30]
+    corpus = SourceCorpus(file_texts([str(tmp_path / "[acd].parquet")]), held_out=0.5)
+    with pytest.raises(DataError, match="no token"):
+        corpus.shards(BytePairTokenizer.train(["a"], 257), Cache(tmp_path / "cache"))
+
+
+def test_columns_that_nobody_asked_for_may_differ(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", text=LINES[:9], url=["u"] * 9)
+    parquet(tmp_path / "b.parquet", n=list(range(9)), text=LINES[9:18])
+    parquet(tmp_path / "c.parquet", url=[1.5] * 9, text=pa.array(LINES[18:27], pa.large_string()), more=[[1]] * 9)
+    parquet(tmp_path / "d.parquet", text=pa.array(LINES[27:30]).dictionary_encode())
+    assert read(tmp_path / "*.parquet") == LINES[:30]
+
+
+def not_utf8() -> pa.Array:
+    """Strings of which one is no UTF-8: writers in other languages do not check."""
+    return pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ok\xff\xfe"))
+
+
+UNEQUAL: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no such column": (lambda path: parquet(path, body=LINES[:9]), 'no column "text"; it has'),
+    "a column of bytes": (lambda path: parquet(path, text=[b"a"]), r"row 1: the column .* holds b'a' \(bytes\)"),
+    "a column of numbers": (lambda path: parquet(path, text=[None, 1]), r"row 2: .* holds 1 \(int\)"),
+    "a column of lists": (lambda path: parquet(path, text=[["a"]]), r"row 1: .*\(list\)"),
+    "NUL": (lambda path: parquet(path, text=["ok", "a\0b"]), "row 2 holds the NUL character at 1"),
+    "not UTF-8": (lambda path: parquet(path, text=not_utf8()), "cannot be read: UnicodeDecodeError"),
+    "no bytes": (lambda path: written(path, b""), "cannot be read"),
+    "cut off": (lambda path: written(path, parquet(path, text=LINES).read_bytes()[:-50]), "cannot be read"),
+    "text": (lambda path: written(path, PLAIN), "cannot be read"),
+    "packed": (lambda path: written(path, gzip.compress(PLAIN)), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", list(UNEQUAL))
+def test_a_parquet_file_that_cannot_be_used_is_named(tmp_path: Path, kind: str) -> None:
+    write, told = UNEQUAL[kind]
+    parquet(tmp_path / "part-0.parquet", text=LINES[:9])
+    parquet(tmp_path / "part-2.parquet", text=LINES[:9])
+    write(tmp_path / "part-1.parquet")
+    with pytest.raises(DataError, match=rf"part-1\.parquet.*{told}") as raised:
+        read(tmp_path / "*.parquet")
+    assert "part-2" not in str(raised.value)
+
+
+def test_a_packed_parquet_file_is_refused(tmp_path: Path) -> None:
+    packed = gzip.compress(parquet(tmp_path / "a.parquet", text=LINES).read_bytes())
+    with pytest.raises(DataError, match="Unpack it"):
+        read(written(tmp_path / "a.parquet.gz", packed))
+
+
+@pytest.mark.parametrize("form", ["parquet", "json", "text"])
+def test_from_any_cursor_exactly_the_rest_is_read(tmp_path: Path, form: str) -> None:
+    """Across empty parts and packed files; blank records count."""
+    if form == "parquet":
+        parquet(tmp_path / "a.parquet", text=LINES[:90])
+        parquet(tmp_path / "b.parquet", text=pa.array([None], TEXT))
+        parquet(tmp_path / "c.parquet", text=LINES[90:300])
+    elif form == "json":
+        written(tmp_path / "a.jsonl.gz", gzip.compress(JSON[: JSON.index(b'{"text": "line 200 ')]))
+        written(tmp_path / "b.jsonl", b"\n\n")
+        written(tmp_path / "c.json", b'[{"text": "one"},\n {"text": "array"}]')
+    else:
+        written(tmp_path / "a.txt.xz", lzma.compress("\n\n".join(LINES[:200]).encode()))
+        written(tmp_path / "b.txt", b"\n\n")
+        written(tmp_path / "c.txt", b"\nlast")
+    source = file_texts([str(tmp_path / "*")])
+    whole = [text for chunk in source.chunks() for text in chunk.texts]
+    assert len(whole) >= 200
+    before: list[str] = []
+    for chunk in source.chunks():
+        before += chunk.texts
+        assert before + [text for later in source.chunks(chunk.cursor) for text in later.texts] == whole
+
+
+def test_formats_that_cannot_be_told_are_asked_for_whatever_the_packing(tmp_path: Path) -> None:
+    for name in ("a.csv.gz", "a.zip", "a"):
+        with pytest.raises(ArgumentError, match="format ="):
+            read(written(tmp_path / name, PLAIN))
