@@ -136,7 +136,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def _check_text(text: str, argument: str) -> None:
     try:
-        checked_text(text, f"{argument}: {_short(text)!r}" if isinstance(text, str) else argument)
+        checked_text(text, f"{argument}: {shortened(text)!r}" if isinstance(text, str) else argument)
     except DataError as error:
         raise ArgumentError(str(error)) from error
 

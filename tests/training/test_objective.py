@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from ddiff_dit.dit import Condition, DiT
 from torch import Tensor
 
+from ddiff.core.information import OwnTime
 from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.law import CleanLaw
 from ddiff.core.noise import Noise
@@ -66,11 +69,15 @@ def loss_at(one: DiffusionObjective, step: int, slots: Tensor) -> tuple[float, f
 def test_reading_the_last_draw_takes_sequences_of_all_times(rule: str) -> None:
     """Over 100 steps the other sequences' times are uniform over the window: each tenth of it holds a tenth of the rows.
 
+    The process keeps to its own time here, so that even draws are even in t.
+
     12 000 rows, of which a tenth in each bin has a standard error of 0.003 even if they were independent; 0.015 is five.
     Were the sequences taken from those of early times, the first tenth would be empty.
     """
     watching, everything = Watching(), torch.arange(SLOTS)
     one = objective(watching, RULES[rule], share=0.1)
+    one.process = copy.copy(one.process)
+    one.process.__dict__["information_time"] = OwnTime()
     for step in range(100):
         loss_at(one, step, everything)
     t = torch.cat(watching.times)
@@ -162,10 +169,12 @@ class OneNat(MixtureProcess):
 def test_each_kind_of_row_counts_for_the_whole_batch(rule: str, loss: ElboLoss | Watching, share: float) -> None:
     """20 sequences, of which exactly a share is decoded, each for 1/share, the others for 1/(1 - share).
 
-    So the diffusion rows sum up to the width of the window per token, and those of the decoding term to one.
+    So the diffusion rows sum up to the width of the window per token, and those of the decoding term to one. Times are even:
+    with one nat per unit of t, draws that crowd would leave a variance.
     """
     one = objective(loss, RULES[rule], share)
     one.process = OneNat(VOCABULARY, LinearSchedule(), torch.full((5,), 0.2))
+    one.process.__dict__["information_time"] = OwnTime()
     steps = [loss_at(one, step, torch.arange(SLOTS)) for step in range(40)]
     total, diffusion = (sum(values) / len(steps) for values in zip(*steps))
     exact = 1e-9 if rule != "slide" else 0.02  # there a position is charged by chance
