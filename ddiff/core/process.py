@@ -286,7 +286,7 @@ class ForwardProcess(ABC):
 
     def information_lost(self, t: Tensor) -> Tensor:
         """[n] I(X; Z_0) - I(X; Z_t) in nats. May be overridden to stay accurate near t = 0."""
-        return self.information(torch.zeros_like(t)) - self.information(t)
+        return self.information(torch.zeros_like(t[:1])) - self.information(t)
 
     @cached_property
     def information_time(self) -> InformationTime:

@@ -22,7 +22,7 @@ from ddiff import (
 )
 
 Form = Literal["current", "original"]
-MOST_AT_ONCE = 0.02  # of the words noise at the earliest time: what a bound from t = 0 on would miss
+MOST_AT_ONCE = 0.02  # of the tokens noise at the earliest time: a share that no draw of training reaches
 
 
 class Mixing(Protocol):
@@ -117,8 +117,8 @@ class GeneralizedInterpolation(ComponentProcess):
         if noisy > MOST_AT_ONCE:
             raise ArgumentError(
                 f"The process gidd with p_uniform = {config.p_uniform} and gamma = {config.gamma}: {noisy:.0%} of the "
-                "words are noise already at the earliest time that is read, t = 1e-12, and no bound that starts at t = 0 "
-                "would charge for them. Use a larger gamma, or a smaller p_uniform."
+                "tokens are noise already at the earliest time that is read, t = 1e-12, so that training never draws the "
+                "times at which they become it. Use a larger gamma, or a smaller p_uniform."
             )
         return process
 

@@ -132,5 +132,5 @@ def test_a_step_from_a_law_of_nan_is_an_error_and_not_a_word() -> None:
         lambda: process.step(visit, torch.tensor([0, 1]), t, t / 2, torch.tensor([[0.1], [0.9]]).double()),
         lambda: process.decode(visit, torch.tensor([0, 1]), t, torch.tensor([[0.1], [0.9]]).double()),
     ):
-        with pytest.raises(NonFiniteError, match="the denoiser's law holds NaN"):
+        with pytest.raises(NonFiniteError, match="the predicted distribution holds NaN"):
             draw()

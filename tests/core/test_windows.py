@@ -29,7 +29,7 @@ from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.noise import Noise
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule, Schedule
-from ddiff.core.times import FlatTimes, Noisy, TimeRule, Times, WindowTimes
+from ddiff.core.times import FlatTimes, Noisy, TimeRule, Times, WindowTimes, jointly_stratified
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.errors import ArgumentError
@@ -209,6 +209,31 @@ def test_windows_of_a_sequence_stand_evenly_apart_in_time() -> None:
     places = (per_window[..., 0] * 16).floor().long()
     assert torch.equal(places.sort(-1).values, torch.arange(16).expand(5, -1))
     assert torch.equal(times.block, (torch.arange(64) // 4).unsqueeze(0))
+
+
+@pytest.mark.parametrize(("slots", "count"), [(4, 4), (6, 4), (5, 16), (8, 6), (7, 1), (1, 5)])
+def test_windows_of_a_batch_are_stratified_jointly(slots: int, count: int) -> None:
+    """One in each of slots * count cells, and each window one in each of `slots` strata, once the turn is undone."""
+    slot = torch.arange(slots)
+    for step in range(3):
+        noise = Noise(0, step, slot, count)
+        v = jointly_stratified(noise, slot, slots, count)
+        turn = noise.shared("time")[0] / slots if count > 1 else 0.0
+        turned = (v - turn) % 1.0
+        cells = (turned * slots * count).floor().long()
+        assert sorted(cells.reshape(-1).tolist()) == list(range(slots * count))
+        for window in range(count):
+            assert sorted((turned[:, window] * slots).floor().long().tolist()) == list(range(slots))
+        for sample in range(slots):
+            assert sorted((cells[sample] // slots).tolist()) == list(range(count))
+
+
+def test_jointly_stratified_windows_are_uniform() -> None:
+    """Every window's v over 4,000 steps: means of t and t^2 within five standard errors of 1/2 and 1/3."""
+    slot = torch.arange(3)
+    drawn = torch.stack([jointly_stratified(Noise(1, step, slot, 4), slot, 3, 4) for step in range(4000)])
+    assert float((drawn.mean((0, 1)) - 1 / 2).abs().max()) < 5 * 0.29 / 12_000**0.5
+    assert float((drawn.square().mean((0, 1)) - 1 / 3).abs().max()) < 5 * 0.30 / 12_000**0.5
 
 
 def test_along_a_slide_times_rise_from_the_settled_side_and_the_window_glides() -> None:
