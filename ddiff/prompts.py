@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddiff.data.tokenizer import Tokenizer, UnknownSymbol
+from ddiff.data.tokenizer import Tokenizer, Unencodable
 from ddiff.errors import ArgumentError, DataError
 
 GAP = re.compile(r" ?\[MASK(?::([^\]]*))?\]")
@@ -131,7 +131,7 @@ def read_prompts(path: str | Path) -> list[str]:
 def _encoded(piece: str, text: str, tokenizer: Tokenizer) -> Tensor:
     try:
         return torch.tensor(tokenizer.encode([piece])[0], dtype=torch.long)
-    except UnknownSymbol as error:
+    except Unencodable as error:
         raise error.at(0, repr(text)) from None
 
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from ddiff.data.cache import fingerprint
 from ddiff.data.tokenising import TRAIN, VALIDATION, Chunk, Encoded, encoded, token_dtype
-from ddiff.data.tokenizer import Tokenizer
+from ddiff.data.tokenizer import Tokenizer, check_round_trip
 from ddiff.errors import DataError
 from ddiff.progress import progress
 
@@ -334,6 +334,8 @@ class _Build:
         began, done, cursor = time.monotonic(), 0, self.cursor
         with progress(total, "tokenising", start=self._sum("documents")) as bar:
             for chunk, found in encoded(chunks(cursor), tokenizer, held_out=held_out, workers=workers):
+                if not done:
+                    check_round_trip(tokenizer, chunk.texts)
                 for part, opened in self._opened.items():
                     opened.add(found.of(part == VALIDATION))
                 done, cursor = done + len(found.ids), chunk.cursor
