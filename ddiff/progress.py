@@ -47,6 +47,11 @@ def progress(total: int | None, title: str, *, start: int = 0, console: Console 
         yield ProgressBar(bar, bar.add_task(title, total=total, completed=start, figures=""))
 
 
+def print_line(line: str, console: Console | None = None) -> None:
+    """Print a line as it is on stderr, above a live bar if there is one."""
+    (console or Console(stderr=True)).print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def under_way(title: str, *, console: Console | None = None) -> Iterator[None]:
     """Show that a job of unknown size goes on: a spinner on a terminal, elsewhere a line every ten seconds."""
@@ -60,8 +65,7 @@ def under_way(title: str, *, console: Console | None = None) -> Iterator[None]:
 
     def tell() -> None:
         while not ended.wait(LINE_EVERY_SECONDS):
-            line = f"{title}: {_clock(time.monotonic() - began)} elapsed"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            print_line(f"{title}: {_clock(time.monotonic() - began)} elapsed", console)
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()

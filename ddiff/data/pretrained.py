@@ -31,7 +31,7 @@ def load_pretrained(
     place of the source there. DataError, with the cause, for whatever cannot be loaded.
     """
     shown = name or source
-    is_local = bool(source.strip()) and Path(source).is_dir()
+    is_local = is_folder(source)
     if not is_local:
         _check_hub_name(source, shown, what)
     try:
@@ -58,6 +58,16 @@ def code_refused(shown: str, what: str) -> DataError:
     )
 
 
+def is_folder(source: str) -> bool:
+    """Whether a text names a folder of this machine; an empty one, which is the working directory to pathlib, does not."""
+    return bool(source.strip()) and Path(source).is_dir()
+
+
+def is_place(source: str) -> bool:
+    """Whether a text can only be meant as a place on this machine: names on the hub are NAME or OWNER/NAME."""
+    return not source.strip() or source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, with its type where that says little."""
     lines = str(error).strip().splitlines()
@@ -73,7 +83,7 @@ def _check_hub_name(source: str, shown: str, what: str) -> None:
         raise DataError(
             f"No {what} from {shown!r}: it is a file, and the folder that it is in is due. Name {str(path.parent)!r}."
         )
-    if not source.strip() or source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
+    if is_place(source):
         raise DataError(
             f"No {what} from {shown!r}: there is no such folder, and it is no name on the hub (NAME or OWNER/NAME). Check "
             "the path; it is relative to where ddiff runs."

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, final
 
+import datasets
 import fsspec
 from datasets import IterableDataset, load_dataset
 
 from ddiff.data.documents import base_name, find_files
+from ddiff.data.pretrained import is_folder, is_place
 from ddiff.data.tokenising import DOCUMENTS_AT_ONCE, TRAIN, Chunk
 from ddiff.errors import ArgumentError, DataError, nearest
+
+# The library would tell the hub of every opening, that of local files too. Without a network each such request waits.
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 Format = Literal["parquet", "json", "text"]
 Split = Literal["file", "paragraph", "line"]
@@ -104,6 +110,11 @@ def hub_texts(
 
     It is known by its name, split and `revision`: pin one (a commit), since without it what was tokenised first stays.
     """
+    if Path(path).is_file() or (is_place(path) and not is_folder(path)):
+        raise DataError(
+            f"The data set {path!r} is no folder, and no name on the hub (NAME or OWNER/NAME). Name a folder of data "
+            'files, relative to where ddiff runs; single files are read by [data] kind = "files".'
+        )
     return TextSource(
         f"The data set {path} ({split})",
         {"hub": path, "config": config, "split": split, "column": column, "revision": revision},

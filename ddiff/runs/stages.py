@@ -185,9 +185,10 @@ def _stages(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> tuple
     built.end_together()
     if summary.exit_code:
         if writes:
-            print(
-                f"Stopped at step {summary.step} of {summary.steps}, saved. The same command goes on.", file=sys.stderr
+            where = (
+                f"at step {summary.step} of {summary.steps}, saved" if summary.checkpoint else "before the first step"
             )
+            print(f"Stopped {where}. The same command goes on.", file=sys.stderr)
         return built, summary.exit_code
     built.go_on_alone()
     return built, _after_training(built, summary) if writes else 0
