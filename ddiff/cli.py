@@ -5,7 +5,6 @@ A mistake that the caller can mend is printed as one paragraph, and the exit cod
 
 from __future__ import annotations
 
-import errno
 import os
 import traceback
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ddiff import __version__
-from ddiff.errors import ArgumentError, DdiffError, PluginError
+from ddiff.errors import ArgumentError, DdiffError, PluginError, no_room
 from ddiff.launch import MISTAKE, end, follow_launcher, launch, place
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left, no quota left
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Path of a TOML file, or the name of a shipped recipe.")
@@ -354,16 +351,14 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except DdiffError as error:
         end(str(error), MISTAKE)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        end(
-            f"{error.strerror}{f': {error.filename}' if error.filename else ''}. What was being written is lost, "
-            "nothing that stood before. Make room, or name another folder, and repeat the command: a run goes on from "
-            "its last checkpoint.",
-            MISTAKE,
-        )
-    except Exception:
+    except Exception as error:
+        if (full := no_room(error)) is not None:
+            end(
+                f"{full.strerror}{f': {full.filename}' if full.filename else ''}. What was being written is lost, "
+                "nothing that stood before. Make room, or name another folder, and repeat the command: a run goes on from "
+                "its last checkpoint.",
+                MISTAKE,
+            )
         if place() is None:
             raise
         end(traceback.format_exc(), 1)

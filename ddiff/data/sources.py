@@ -112,8 +112,9 @@ def hub_texts(
     """
     if Path(path).is_file() or (is_place(path) and not is_folder(path)):
         raise DataError(
-            f"The data set {path!r} is no folder, and no name on the hub (NAME or OWNER/NAME). Name a folder of data "
-            'files, relative to where ddiff runs; single files are read by [data] kind = "files".'
+            f"The data set {path!r} cannot be read: it is no folder, and no name on the hub (NAME or OWNER/NAME). Correct "
+            "it, or name the folder of the data files, relative to where ddiff runs; single files are read by "
+            '[data] kind = "files".'
         )
     return TextSource(
         f"The data set {path} ({split})",

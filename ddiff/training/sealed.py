@@ -117,6 +117,16 @@ class Folder:
 
         The file is read once and whole. CheckpointError after the last chunk when its SHA-256 is not the sealed one.
         """
+        if name not in self.seals:
+            raise CheckpointError(
+                f"{self.path} has no file {name} that its marker knows, though another file of it says so: it was changed "
+                f"later. {self._remedy()}"
+            )
+        if any(begin + length > self.seals[name].bytes for begin, length in places):
+            raise CheckpointError(
+                f"{self.path}/{name} has {self.seals[name].bytes} bytes, and a tensor is said to lie beyond them: the "
+                f"manifest was changed later. {self._remedy()}"
+            )
         digest, at = hashlib.sha256(), 0
         with self._fs.open(f"{self.path}/{name}", "rb") as file:
             for begin, length in places:
@@ -140,8 +150,11 @@ class Folder:
             marker = json.loads(self._fs.cat_file(path))
             found, seals = marker["format"], marker["files"]
             if found == FORMAT:
-                return {name: Seal(seal["bytes"], seal["sha256"]) for name, seal in seals.items()}
-        except (ValueError, KeyError, TypeError) as error:
+                if outside := [name for name in seals if "/" in name or "\\" in name or name in ("", ".", "..")]:
+                    raise ValueError(f"{outside[0]!r} is no file of the folder")
+                return {name: Seal(int(seal["bytes"]), str(seal["sha256"])) for name, seal in seals.items()}
+            found = int(found)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged: it is no checkpoint marker. {self._remedy()}") from error
         raise CheckpointError(
             f"{path} has format {found}; this ddiff reads format {FORMAT} alone: it was written by "

@@ -99,7 +99,7 @@ def test_a_folder_that_is_not_there_is_no_name_on_the_hub(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file.txt").write_text("text")
-    with pytest.raises(DataError, match="is no folder, and no name on the hub"):
+    with pytest.raises(DataError, match="it is no folder, and no name on the hub"):
         hub_texts(name)
 
 
