@@ -154,8 +154,12 @@ def write_comparison(comparison: Comparison, directory: Path, command: str) -> l
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             part = directory / f"{name}.part"
-            part.write_text(text, encoding="utf-8")
-            part.replace(directory / name)
+            try:
+                part.write_text(text, encoding="utf-8")
+                part.replace(directory / name)
+            except OSError:
+                part.unlink(missing_ok=True)
+                raise
     except OSError as error:
         raise ArgumentError(
             f"ddiff compare: {directory} takes no files ({error.strerror}). Name another one: --out DIR."

@@ -6,6 +6,7 @@ The command line prints them as one paragraph and exits with 2; anything else is
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -46,7 +47,7 @@ def no_room(error: BaseException) -> OSError | None:
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in FULL:
-            return seen
+            return OSError(seen.errno, os.strerror(seen.errno), seen.filename)
         words = next((words for words in _FULL_IN_WORDS if words.lower() in str(seen).lower()), None)
         # numpy's tofile says how much it wrote, and nothing else
         short = isinstance(seen, OSError) and seen.errno is None and str(seen).endswith(" written")

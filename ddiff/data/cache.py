@@ -75,7 +75,8 @@ class Cache:
             raise not_writable(self.root, error) from error
         try:
             with lock:
-                _hold(lock)
+                with suppress(OSError):  # a file system without locks
+                    _hold(lock)
                 build(partial)
                 (partial / _LOCK).unlink()
                 _write_contents(partial, identity)
@@ -94,8 +95,8 @@ def not_writable(root: Path, error: OSError) -> DataError:
 
 
 def _hold(lock: IO[str]) -> bool:
-    """Take a lock unless another process has it; it goes with the process, however it ends. A file system without locks has
-    none to give, and none is taken for free: OSError."""
+    """Take a lock unless another process has it; it goes with the process, however it ends. OSError on a file system without
+    locks."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -22,9 +22,11 @@ def write_json(path: str, content: Any) -> None:
         with system.open(partial, "w", encoding="utf-8") as file:
             json.dump(content, file, ensure_ascii=False)
         system.mv(partial, place)
-    except BaseException:
+    except BaseException as error:
         with suppress(Exception):  # what went wrong is told, and not that this did too
             system.rm(partial)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 

@@ -578,8 +578,10 @@ def _write(path: Path, fill: Callable[[IO[bytes]], Any]) -> str:
             fill(file)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)  # where the disk is full, its room is needed
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
     digest = file_sha256(partial)
     partial.replace(path)

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import tempfile
 import time
 import tomllib
@@ -31,6 +32,7 @@ RECIPE, ENVIRONMENT = "recipe.toml", "environment.json"
 TOKENIZER, VOCABULARY = "tokenizer.json", "vocabulary.safetensors"
 PATIENCE = 5.0  # seconds that a run waits for another to let go of its directory
 EVALUATION, SAMPLES, SAMPLING = "evaluation.json", "samples.jsonl", "sampling.json"
+METRICS = "metrics.jsonl"
 
 
 def check_directory(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> None:
@@ -207,10 +209,23 @@ def checkpoints_of(directory: Path) -> Checkpoints:
 
 
 def write(path: Path, text: str) -> None:
-    """All or nothing."""
+    """Write a file, whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what killed processes left half written of the files of a run. The lock of the directory must be held."""
+    for name in (TOKENIZER, VOCABULARY, RECIPE, ENVIRONMENT, EVALUATION, SAMPLES, SAMPLING, METRICS):
+        leftover = re.compile(re.escape(name) + r"(\.[0-9a-f]{8})?\.part(ial-[0-9a-f]{8})?")
+        for path in directory.glob(f"{name}.*"):
+            if leftover.fullmatch(path.name) and path.is_file():
+                path.unlink()
 
 
 def read_json(path: Path) -> dict[str, Any]:

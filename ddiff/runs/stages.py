@@ -39,6 +39,7 @@ from ddiff.runs.directory import (
     read_json,
     record,
     recorded_steps,
+    remove_leftovers,
     write,
 )
 from ddiff.runs.init import check_source
@@ -158,7 +159,10 @@ def sample_run(run_dir: str | Path, count: int | None = None, **asked: Any) -> N
 def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
     directory, there = Path(recipe.run_dir), place()
     check_directory(directory, recipe, given, fresh)
-    with held(directory) if there is None or there.rank == 0 else nullcontext():
+    leads = there is None or there.rank == 0
+    with held(directory) if leads else nullcontext():
+        if leads:
+            remove_leftovers(directory)
         return _stages(directory, recipe, given, fresh)
 
 
