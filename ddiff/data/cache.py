@@ -95,8 +95,10 @@ def not_writable(root: Path, error: OSError) -> DataError:
 
 
 def _hold(lock: IO[str]) -> bool:
-    """Take a lock unless another process has it; it goes with the process, however it ends. OSError on a file system without
-    locks."""
+    """Take a lock unless another process has it; it goes with the process, however it ends.
+
+    OSError on a file system without locks.
+    """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

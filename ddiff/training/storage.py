@@ -63,10 +63,8 @@ CODES = {
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
-
-_FILE = re.compile(
-    r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors"
-)  # names a file of the folder, and nothing outside of it
+# Names a file of the folder, and nothing outside of it.
+_FILE = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
 
 
 class Chunk(NamedTuple):
