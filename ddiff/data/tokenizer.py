@@ -250,7 +250,7 @@ class AlphabetTokenizer:
 
 @final
 class PretrainedTokenizer:
-    """A tokenizer of the `transformers` library; its files travel inside the saved JSON, so a run needs no hub later."""
+    """Tokenizer of the `transformers` library; its files travel inside the saved JSON, so a run needs no hub later."""
 
     unit: Unit = "token"
 
@@ -269,6 +269,9 @@ class PretrainedTokenizer:
         self.special_ids: tuple[int, ...] = tuple(sorted(holes | set(tokenizer.all_special_ids)))
         self.fingerprint = fingerprint(["pretrained", self._definition()])[:16]
         self._drops = _dropped_characters(getattr(tokenizer, "backend_tokenizer", None))
+
+    def __reduce__(self) -> tuple[type[PretrainedTokenizer], tuple[Any]]:
+        return PretrainedTokenizer, (self._tokenizer,)  # what is derived from it is derived again in another process
 
     @classmethod
     def from_pretrained(cls, source: str, name: str | None = None) -> PretrainedTokenizer:

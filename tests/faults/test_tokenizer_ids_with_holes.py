@@ -98,6 +98,15 @@ def test_text_without_ids_is_refused_with_its_row_and_word(model: Any, tmp_path:
     with pytest.raises(DataError, match=r"Row 4 \(c.txt\) holds"):
         list(encoded(chunks, tokenizer))
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    assert pickle.loads(pickle.dumps(tokenizer)).encode(["cat dog"]) == tokenizer.encode(["cat dog"])
+
+
+def test_another_process_names_the_row_without_ids_too(tmp_path: Path) -> None:
+    letters = models.BPE({letter: number for number, letter in enumerate("catdgo")}, [])
+    tokenizer = PretrainedTokenizer.from_pretrained(str(saved(tmp_path / "d", fast(letters))))
+    chunks = [Chunk(["cat"] * 3, names=["a"] * 3), Chunk(["dog", "zebu"], names=["b.txt", "c.txt"])]
+    with pytest.raises(DataError, match=r"Row 4 \(c.txt\) holds"):
+        list(encoded(chunks, tokenizer, workers=2))
 
 
 def test_byte_level_pairs_without_all_bytes_refuse_what_they_would_drop(tmp_path: Path) -> None:
