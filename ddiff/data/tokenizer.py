@@ -32,6 +32,7 @@ from ddiff.progress import under_way
 
 EOS = "<|eos|>"
 LONGEST_WORD = 1000  # characters; learning byte pairs takes time that grows as the square of a word's length
+MOST_TOKENS = 2**24
 _WORDS = (  # GPT-2's words, as ByteLevel cuts them, but none longer than that
     r"'s|'t|'re|'ve|'m|'ll|'d"
     rf"| ?\p{{L}}{{1,{LONGEST_WORD}}}| ?\p{{N}}{{1,{LONGEST_WORD}}}| ?[^\s\p{{L}}\p{{N}}]{{1,{LONGEST_WORD}}}"
@@ -264,6 +265,11 @@ class PretrainedTokenizer:
         if not self._spellings:
             raise DataError(f"{name} has no tokens: its vocabulary is empty. Name the folder of a trained tokenizer.")
         self.num_tokens = max(self._spellings) + 1
+        if self.num_tokens > MOST_TOKENS:
+            raise DataError(
+                f"{name} has {len(self._spellings)} tokens with ids up to {self.num_tokens - 1}, and every id takes a row of "
+                f"the network: at most {MOST_TOKENS} are possible. Number its tokens 0, 1, 2, ..."
+            )
         self.eos_id: int | None = tokenizer.eos_token_id
         holes = set(range(self.num_tokens)) - set(self._spellings)
         self.special_ids: tuple[int, ...] = tuple(sorted(holes | set(tokenizer.all_special_ids)))

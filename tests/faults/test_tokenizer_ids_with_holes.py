@@ -134,6 +134,12 @@ def test_an_empty_vocabulary_is_refused(tmp_path: Path) -> None:
         PretrainedTokenizer.from_pretrained(str(saved(tmp_path / "d", fast(models.WordLevel({})))))
 
 
+def test_ids_that_no_network_has_room_for_are_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "d", fast(models.WordLevel({"cat": 0, "dog": 2**32 - 1})))
+    with pytest.raises(DataError, match="2 tokens with ids up to 4294967295"):
+        PretrainedTokenizer.from_pretrained(str(folder))
+
+
 def test_pretrained_tokenizer_neither_adds_cuts_nor_pads(tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
