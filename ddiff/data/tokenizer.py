@@ -267,8 +267,8 @@ class PretrainedTokenizer:
         self.num_tokens = max(self._spellings) + 1
         if self.num_tokens > MOST_TOKENS:
             raise DataError(
-                f"{name} has {len(self._spellings)} tokens with ids up to {self.num_tokens - 1}, and every id takes a row of "
-                f"the network: at most {MOST_TOKENS} are possible. Number its tokens 0, 1, 2, ..."
+                f"{name} has {len(self._spellings)} tokens with ids up to {self.num_tokens - 1}, and every id takes a row "
+                f"of the network: at most {MOST_TOKENS} are possible. Number its tokens 0, 1, 2, ..."
             )
         self.eos_id: int | None = tokenizer.eos_token_id
         holes = set(range(self.num_tokens)) - set(self._spellings)
