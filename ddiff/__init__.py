@@ -109,6 +109,7 @@ _MODULES = {
     "ddiff.data.jsonl": ("json_lines",),
     "ddiff.data.markov": ("MarkovSource",),
     "ddiff.data.paths": ("find_parts",),
+    "ddiff.data.pretrained": ("load_pretrained",),
     "ddiff.data.rows": ("Rows", "rows_fingerprint", "token_stream"),
     "ddiff.data.sources": ("TextSource", "file_texts", "hub_texts"),
     "ddiff.data.tokenizer": (
@@ -318,6 +319,7 @@ if TYPE_CHECKING:
     from ddiff.data.jsonl import json_lines as json_lines
     from ddiff.data.markov import MarkovSource as MarkovSource
     from ddiff.data.paths import find_parts as find_parts
+    from ddiff.data.pretrained import load_pretrained as load_pretrained
     from ddiff.data.rows import Rows as Rows
     from ddiff.data.rows import rows_fingerprint as rows_fingerprint
     from ddiff.data.rows import token_stream as token_stream

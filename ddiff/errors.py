@@ -5,8 +5,13 @@ The command line prints them as one paragraph and exits with 2; anything else is
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space left, no quota left, larger than files may be
+_FULL_IN_WORDS = ("No space left on device", "Disk quota exceeded")
 
 
 class DdiffError(Exception):
@@ -46,6 +51,21 @@ def shortened(text: str, longest: int = LONGEST) -> str:
         return text
     kept = longest // 2
     return f"{text[:kept]} ... ({len(text) - 2 * kept} more characters) ... {text[-kept:]}"
+
+
+def no_room(error: BaseException) -> OSError | None:
+    """The error of a full disk or quota among an error and its causes, where libraries hide its number; else None."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in FULL:
+            return OSError(seen.errno, os.strerror(seen.errno), seen.filename)
+        words = next((words for words in _FULL_IN_WORDS if words.lower() in str(seen).lower()), None)
+        # numpy's tofile says how much it wrote, and nothing else
+        short = isinstance(seen, OSError) and seen.errno is None and str(seen).endswith(" written")
+        if words or short:
+            return OSError(errno.ENOSPC, words or "No space left on device")
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

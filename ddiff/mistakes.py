@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import errno
 
-from ddiff.errors import DdiffError, shortened
+from ddiff.errors import FULL, DdiffError, no_room, shortened
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left, no quota left
 TRACEBACK = "DDIFF_TRACEBACK"
 """The environment variable that shows where a mistake was found."""
 
@@ -41,6 +40,9 @@ def explained(error: BaseException) -> str | None:
     """One paragraph for an exception that a user can cause; None for what must be a defect."""
     if isinstance(error, DdiffError):
         return str(error)
+    full = no_room(error)
+    if full is not None:
+        return _of_the_system(full)
     if isinstance(error, OSError):
         return _of_the_system(error)
     what = shortened(" ".join(str(error).split()))

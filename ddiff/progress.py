@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,35 @@ def progress(total: int | None, title: str, *, start: int = 0, console: Console 
     )
     with RichProgress(*columns, console=console) as bar:
         yield ProgressBar(bar, bar.add_task(title, total=total, completed=start, figures=""))
+
+
+def print_line(line: str, console: Console | None = None) -> None:
+    """Print a line as it is on stderr, above a live bar if there is one."""
+    (console or Console(stderr=True)).print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def under_way(title: str, *, console: Console | None = None) -> Iterator[None]:
+    """Show that a job of unknown size goes on: a spinner on a terminal, elsewhere a line every ten seconds."""
+    console = console or Console(stderr=True)
+    if console.is_terminal:
+        with console.status(title):
+            yield
+        return
+    ended = threading.Event()
+    began = time.monotonic()
+
+    def tell() -> None:
+        while not ended.wait(LINE_EVERY_SECONDS):
+            print_line(f"{title}: {_clock(time.monotonic() - began)} elapsed", console)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 @final

@@ -13,7 +13,7 @@ from torch import Tensor
 from ddiff.data.compression import open_plain
 from ddiff.data.paths import shown
 from ddiff.data.text import checked_text, text_lines
-from ddiff.data.tokenizer import Tokenizer, UnknownSymbol
+from ddiff.data.tokenizer import Tokenizer, Unencodable
 from ddiff.errors import ArgumentError, DataError, shortened
 
 GAP = re.compile(r" ?\[MASK(?::([^\]]*))?\]")
@@ -151,7 +151,7 @@ def _encoded(piece: str, text: str, tokenizer: Tokenizer) -> Tensor:
         ) from error
     try:
         return torch.tensor(tokenizer.encode([piece])[0], dtype=torch.long)
-    except UnknownSymbol as error:
+    except Unencodable as error:
         raise error.at(0, repr(shortened(text))) from None
 
 

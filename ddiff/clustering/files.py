@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_safetensors
 
 from ddiff.data.files import read_bytes
+from ddiff.data.pretrained import load_pretrained
 from ddiff.errors import DataError
 
 _Ints = NDArray[np.int64]
@@ -46,15 +47,19 @@ def read_clusters(
         )
     words = words[: len(words) - extra]
     if mask_token_id is not None:
+        if mask_token_id >= num_tokens:
+            raise DataError(
+                f"mask_token_id must be one of the tokenizer's {num_tokens} tokens, 0..{num_tokens - 1}; "
+                f"got {mask_token_id}."
+            )
         words = np.insert(words, mask_token_id, words[max(mask_token_id - 1, 0)])
     levels = [words, *(_read_integers(path) for path in paths[1:])]
-    for path, below, level in zip(paths[1:], levels, levels[1:]):
-        if len(level) != below.max() + 1:
+    for number, (path, level) in enumerate(zip(paths, levels)):
+        if number and len(level) != levels[number - 1].max() + 1:
             raise DataError(
-                f"{path} has {len(level)} entries, but the level below it has {below.max() + 1} clusters. "
+                f"{path} has {len(level)} entries, but the level below it has {levels[number - 1].max() + 1} clusters. "
                 "Each needs one parent."
             )
-    for path, level in zip(paths, levels):
         _check_no_gap(path, level)
     return levels
 
@@ -77,11 +82,18 @@ def model_embeddings(source: str, num_tokens: int) -> NDArray[np.float32]:
     """[V, d] input embeddings of a `transformers` model (directory or hub name); rows that pad its table are left out."""
     from transformers import AutoModel  # seconds to import
 
+    model = load_pretrained(AutoModel.from_pretrained, source, "model")
     try:
-        table = AutoModel.from_pretrained(source).get_input_embeddings().weight
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        where = "" if Path(source).is_dir() else " It is no local directory; a hub name needs a connection."
-        raise DataError(f"No model from {source!r}.{where} ({str(error).splitlines()[0]})") from error
+        table = model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError) as error:
+        raise DataError(
+            f"The model {source!r} ({type(model).__name__}) has no table of input embeddings. Name a language model."
+        ) from error
+    if table.ndim != 2 or not table.isfinite().all():
+        raise DataError(
+            f"The embeddings of {source!r} must be one matrix of finite numbers; they have shape "
+            f"{list(table.shape)}, with NaN or infinity. Download or export the model again."
+        )
     if len(table) < num_tokens:
         raise DataError(
             f"The embeddings of {source!r} have {len(table)} rows, but the tokenizer has {num_tokens} tokens. "
@@ -97,6 +109,8 @@ def _read_integers(path: str) -> _Ints:
             f"{path} must hold one list of integers (the cluster of each entry); "
             f"it holds {array.dtype} of shape {array.shape}."
         )
+    if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
+        raise DataError(f"{path}: clusters are numbered from 0 without gaps; it holds {array.max()}.")
     return array.astype(np.int64)
 
 
@@ -115,17 +129,27 @@ def _read_array(path: str) -> NDArray[Any]:
 
 
 def _from_npy(content: bytes) -> NDArray[Any]:
-    return np.load(BytesIO(content), allow_pickle=False)
+    found = np.load(BytesIO(content), allow_pickle=False)
+    if not isinstance(found, np.ndarray):
+        raise ValueError("it is an archive of arrays (.npz)")
+    return found
 
 
 def _from_json(content: bytes) -> NDArray[Any]:
-    values = json.loads(content)
+    values = json.loads(content, object_pairs_hook=_distinct)
     if isinstance(values, dict):
         keys = sorted(values, key=int)
         if [int(key) for key in keys] != list(range(len(keys))):
             raise ValueError("its keys are not 0, 1, 2, ... without gaps")
         values = [values[key] for key in keys]
     return np.array(values)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key comes twice")
+    return found
 
 
 def _from_safetensors(content: bytes) -> NDArray[Any]:
@@ -138,6 +162,11 @@ def _from_safetensors(content: bytes) -> NDArray[Any]:
 def _check_no_gap(path: str, level: _Ints) -> None:
     if level.min() < 0:
         raise DataError(f"{path}: clusters are numbered from 0; it holds {level.min()}.")
+    if level.max() >= len(level):  # known without counting members, which for a huge number would take as much memory
+        raise DataError(
+            f"{path}: it has {len(level)} entries and holds the cluster {level.max()}, so that not every cluster up to "
+            "that one can have a member. Number the clusters from 0 without gaps."
+        )
     empty = np.flatnonzero(np.bincount(level) == 0)
     if len(empty):
         raise DataError(

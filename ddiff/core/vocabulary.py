@@ -17,6 +17,7 @@ import itertools
 import json
 import uuid
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any, final
 
 import fsspec
@@ -124,9 +125,14 @@ class Vocabulary:
         if "/" in place:
             files.makedirs(place.rsplit("/", 1)[0], exist_ok=True)
         partial = f"{place}.{uuid.uuid4().hex[:8]}.part"
-        with files.open(partial, "wb") as file:
-            file.write(save_safetensors(tensors, metadata))
-        files.mv(partial, place)
+        try:
+            with files.open(partial, "wb") as file:
+                file.write(save_safetensors(tensors, metadata))
+            files.mv(partial, place)
+        except BaseException:
+            with suppress(Exception):  # what went wrong is told, and not that this did too
+                files.rm(partial)
+            raise
 
     @staticmethod
     def load(path: str) -> Vocabulary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -12,12 +13,14 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ddiff.errors import DataError
 
-FORMAT = 1  # raise it when the layout of any entry changes: every older entry is then built again
+FORMAT = 2  # raise it when the layout of any entry changes: every older entry is then built again
 _CONTENTS = "entry.json"
+_LOCK = ".lock"  # in an entry under way: held by the process that builds it
+SMALL = 2**26  # bytes of a file that is hashed whenever its entry is looked up
 _STALE = 24 * 3600.0  # seconds after which a build that has written nothing is held to be dead
 _log = logging.getLogger(__name__)
 
@@ -38,8 +41,9 @@ class Cache:
     """A folder of entries, each a directory named by the fingerprint of what it was built from.
 
     Entries are memory-mapped, so the root is a local folder. An entry appears whole or not at all: it is built under
-    another name and renamed. One that does not hold what its list of contents says is built again. What killed processes
-    left half built is removed by a later build of that kind, a day after it was last written to.
+    another name and renamed. One that does not hold what its list of contents says is built again: the sizes of files are
+    compared, and the SHA-256 of small ones and of those that were written to since. What killed processes left half built
+    is removed by the next build of that kind.
     """
 
     def __init__(self, root: str | Path | None = None) -> None:
@@ -61,37 +65,71 @@ class Cache:
         if _is_whole(place, identity):
             return place
         partial = place.with_name(f"{place.name}.partial-{uuid.uuid4().hex[:8]}")
-        self._make(partial)
-        _remove_abandoned(place.parent)
         try:
-            build(partial)
-            _write_contents(partial, identity)
-            _publish(partial, place, identity)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(place.parent)
+            partial.mkdir()
+            lock = (partial / _LOCK).open("w")
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise not_writable(self.root, error) from error
+        try:
+            with lock:
+                with suppress(OSError):  # a file system without locks
+                    _hold(lock)
+                build(partial)
+                (partial / _LOCK).unlink()
+                _write_contents(partial, identity)
+                _publish(partial, place, identity)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return place
 
-    def _make(self, directory: Path) -> None:
-        try:
-            directory.mkdir(parents=True)
-        except OSError as error:
-            raise DataError(
-                f"Cache: the folder {self.root} cannot be written ({error.strerror}). "
-                "Set DDIFF_CACHE to a folder that can, or make room there."
-            ) from error
+
+def not_writable(root: Path, error: OSError) -> DataError:
+    """The error of a cache folder that nothing can be written to."""
+    return DataError(
+        f"Cache: the folder {root} cannot be written ({error.strerror}). "
+        "Set DDIFF_CACHE to a folder that can, or make room there."
+    )
+
+
+def _hold(lock: IO[str]) -> bool:
+    """Take a lock unless another process has it; it goes with the process, however it ends.
+
+    OSError on a file system without locks.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _remove_abandoned(folder: Path) -> None:
+    """Remove entries that no process builds any more."""
     for partial in folder.glob("*.partial-*"):
         with suppress(OSError):  # its own process, or another one that cleans up, was faster
-            written = max(file.stat().st_mtime for file in (partial, *partial.rglob("*")))
-            if time.time() - written > _STALE:
+            if _is_abandoned(partial):
                 shutil.rmtree(partial, ignore_errors=True)
 
 
+def _is_abandoned(partial: Path) -> bool:
+    try:
+        with (partial / _LOCK).open("r+") as lock:
+            return _hold(lock)
+    except OSError:  # not locked yet, finished in this moment, or on a file system without locks: time tells
+        written = max(file.stat().st_mtime for file in (partial, *partial.rglob("*")))
+        return time.time() - written > _STALE
+
+
 def _write_contents(directory: Path, identity: dict[str, Any]) -> None:
-    sizes = {str(file.relative_to(directory)): file.stat().st_size for file in directory.rglob("*") if file.is_file()}
-    (directory / _CONTENTS).write_text(json.dumps(identity | {"files": sizes}, indent=1))
+    files = {
+        str(file.relative_to(directory)): [file.stat().st_size, file.stat().st_mtime_ns, _sha256(file)]
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+    (directory / _CONTENTS).write_text(json.dumps(identity | {"files": files}, indent=1))
 
 
 def _is_whole(place: Path, identity: dict[str, Any]) -> bool:
@@ -100,13 +138,27 @@ def _is_whole(place: Path, identity: dict[str, Any]) -> bool:
         return False
     try:
         contents = json.loads((place / _CONTENTS).read_text())
-        sizes = contents.pop("files")
-        whole = contents == identity and all((place / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, AttributeError):
+        files = contents.pop("files")
+        whole = contents == identity and all(_is_intact(place / name, *known) for name, known in files.items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         whole = False
     if not whole:
-        _log.warning("The cache entry %s is truncated or is not ours; it is built again.", place)
+        _log.warning("The cache entry %s is truncated, damaged or is not ours; it is built again.", place)
     return whole
+
+
+def _is_intact(file: Path, size: int, written: int, sha256: str) -> bool:
+    """Whether a file is the one that was written. Large ones are read only where they were touched: a gigabyte takes
+    seconds."""
+    found = file.stat()
+    if found.st_size != size:
+        return False
+    return (size > SMALL and found.st_mtime_ns == written) or _sha256(file) == sha256
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _publish(partial: Path, place: Path, identity: dict[str, Any]) -> None:

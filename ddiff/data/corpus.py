@@ -16,12 +16,12 @@ from ddiff.data.documents import Documents
 from ddiff.data.overlap import Watch, check_overlap
 from ddiff.data.paths import check_disjoint
 from ddiff.data.rows import PackedRows, Rows, chunks_of, rows_of_stream
-from ddiff.data.shards import MANIFEST, Shards, read_shards, write_shards
+from ddiff.data.shards import MANIFEST, PARTS, Shards, file_sha256, read_shards, write_shards
 from ddiff.data.sources import TextSource
 from ddiff.data.streaming import StreamedRows
 from ddiff.data.tokenising import TRAIN, VALIDATION, Chunk, place_of
 from ddiff.data.tokenizer import Tokenizer
-from ddiff.errors import ArgumentError, DataError
+from ddiff.errors import FULL, ArgumentError, DataError
 
 
 class Corpus(Protocol):
@@ -144,7 +144,9 @@ class SourceCorpus:
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
         identity = {"source": self.identity, "tokenizer": tokenizer.fingerprint}
-        return self.write_shards(tokenizer, cache.root / "shards" / fingerprint(identity))
+        made = self.write_shards(tokenizer, cache.root / "shards" / fingerprint(identity))
+        made.check_touched()
+        return made
 
     def write_shards(self, tokenizer: Tokenizer, folder: Path) -> Shards:
         """Both parts tokenised into a folder, going on with what stands there; DataError when one has no text."""
@@ -318,6 +320,7 @@ class ShardedCorpus:
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
         self._made.check_tokenizer(tokenizer)
+        self._made.check_touched()
         return self._made
 
 
@@ -348,14 +351,40 @@ def _fetched(path: str, cache: Cache | None) -> Path:
     try:
         system, place = fsspec.url_to_fs(path.rstrip("/"))
         manifest = system.cat_file(f"{place}/{MANIFEST}")
+        manifest.decode()
     except (OSError, ValueError, ImportError) as error:
         raise DataError(
             f"{path} cannot be read as a folder of token shards: {error}. Give the folder that has {MANIFEST}."
         ) from error
 
     def fetch(folder: Path) -> None:
-        system.get_file(f"{place}/{MANIFEST}", str(folder / MANIFEST))
-        for name in read_shards(folder).files():
-            system.get_file(f"{place}/{name}", str(folder / name))
+        (folder / MANIFEST).write_bytes(manifest)
+        found = read_shards(folder, name=path)  # with names that stay in the folder, or nothing is fetched
+        for record in (record for part in PARTS for record in found.records(part)):
+            for file, due in found.sealed(record):
+                _fetch(system, f"{place}/{file.name}", file, due, path)
+        for name in found.unsealed():
+            _fetch(system, f"{place}/{name}", folder / name, None, path)
+        found.verify()
 
     return (cache or Cache()).entry("fetched", {"manifest": fingerprint(manifest.decode())}, fetch)
+
+
+def _fetch(system: Any, place: str, file: Path, sha256: str | None, source: str) -> None:
+    """Fetch a file; DataError when it is not the one that the manifest was made with, at the second try neither."""
+    for _ in range(2):
+        try:
+            system.get_file(place, str(file))
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+            raise DataError(
+                f"{source}: {file.name}, which its {MANIFEST} names, cannot be fetched ({error}). Copy the folder there "
+                "again from where the shards were made."
+            ) from error
+        if sha256 is None or file_sha256(file) == sha256:
+            return
+    raise DataError(
+        f"{source}: {file.name} is damaged: fetched twice, its SHA-256 is not the one that {MANIFEST} has. Copy the folder "
+        "there again from where the shards were made."
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from contextlib import suppress
 from typing import Any
 
 import fsspec
@@ -18,9 +19,16 @@ def write_json(path: str, content: Any) -> None:
     partial = f"{place}.partial-{uuid.uuid4().hex[:8]}"
     if "/" in place:
         system.makedirs(place.rsplit("/", 1)[0], exist_ok=True)
-    with system.open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=False)
-    system.mv(partial, place)
+    try:
+        with system.open(partial, "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False)
+        system.mv(partial, place)
+    except BaseException as error:
+        with suppress(Exception):  # what went wrong is told, and not that this did too
+            system.rm(partial)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def read_bytes(path: str, what: str) -> bytes:

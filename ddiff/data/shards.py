@@ -18,25 +18,29 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from typing import IO, Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddiff.data.cache import fingerprint
+from ddiff.data.cache import fingerprint, not_writable
 from ddiff.data.overlap import find_overlap
 from ddiff.data.tokenising import TRAIN, VALIDATION, Chunk, Encoded, encoded, token_dtype
-from ddiff.data.tokenizer import Tokenizer
+from ddiff.data.tokenizer import Tokenizer, check_round_trip
 from ddiff.errors import DataError
 from ddiff.progress import progress
 
 FORMAT = 1
+SMALL = 2**26  # bytes of a file that is hashed whenever it is opened
+_NAME = re.compile(r"(train|validation)_\d{5,}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 PARTS, KINDS = (TRAIN, VALIDATION), ("tokens", "ends")
 MANIFEST, JOURNAL = "manifest.json", "journal.json"
 SHARD_TOKENS = 2**25  # 64 MiB of 16-bit ids: few files, and little to do again after a kill
@@ -179,7 +183,11 @@ class Shards:
     def files(self) -> list[str]:
         """The names of all files but the manifest."""
         shards = [f"{record.name}.{kind}.npy" for part in PARTS for record in self.records(part) for kind in KINDS]
-        return [*shards, *(f"{part}.counts.npy" for part in PARTS), "tokenizer.json"]
+        return [*shards, *self.unsealed()]
+
+    def unsealed(self) -> list[str]:
+        """The names of the files that the manifest has no checksum of."""
+        return [*(f"{part}.counts.npy" for part in PARTS), "tokenizer.json"]
 
     def written_since(self, began: float) -> tuple[int, float]:
         """How many tokens were written after a time (seconds since 1970), and how long it took until all were finished."""
@@ -188,19 +196,61 @@ class Shards:
         return sum(record.tokens for record in new), _written(self.folder / MANIFEST) - began
 
     def verify(self) -> None:
-        """Read every shard and hold it against its checksum; DataError names the one that is damaged, and the remedy."""
+        """Read every shard and hold it against its checksum and the counts.
+
+        DataError names the one that is damaged, and the remedy.
+        """
         records = [record for part in PARTS for record in self.records(part)]
         with progress(len(records), "verifying shards") as bar:
             for record in records:
-                for kind, due in zip(KINDS, (record.tokens_sha256, record.ends_sha256)):
-                    path = self.folder / f"{record.name}.{kind}.npy"
-                    if not path.is_file() or _file_sha256(path) != due:
+                for path, due in self.sealed(record):
+                    if not path.is_file() or file_sha256(path) != due:
                         raise _damaged(path, "its checksum is not the manifest's")
                 bar.advance(1)
+        for part in PARTS:
+            self._check_counts(part)
+
+    def sealed(self, record: ShardRecord) -> Iterator[tuple[Path, str]]:
+        """Both files of a shard with the SHA-256 of each."""
+        for kind, due in zip(KINDS, (record.tokens_sha256, record.ends_sha256)):
+            yield self.folder / f"{record.name}.{kind}.npy", due
+
+    def check_touched(self) -> None:
+        """Hold small files against their checksums, and large ones that were written to after the manifest.
+
+        It takes no time that counts, unlike `verify`. DataError as there.
+        """
+        records = [record for part in PARTS for record in self.records(part)]
+        finished = _written(self.folder / MANIFEST)
+        for path, due in (file for record in records for file in self.sealed(record)):
+            try:
+                is_suspect = path.stat().st_size <= SMALL or _written(path) > finished
+                if is_suspect and file_sha256(path) != due:
+                    raise _damaged(path, "its checksum is not the manifest's")
+            except OSError as error:
+                raise _damaged(path, f"it cannot be read ({error})") from error
+
+    def _check_counts(self, part: str) -> None:
+        """No checksum of the counts is kept: they are counted again. Ids that are no tokens are found by it too."""
+        stream = self.stream(part)
+        num_tokens = self.manifest["tokenizer"]["num_tokens"]
+        counts = stream.counts()
+        for shard in stream.shards:
+            if len(shard.tokens) and int(shard.tokens.max()) >= num_tokens:
+                path = self.folder / f"{shard.record.name}.tokens.npy"
+                raise _damaged(path, f"it holds the id {shard.tokens.max()}, and the tokenizer has {num_tokens} tokens")
+            if (np.diff(shard.ends, prepend=0) < 0).any() or shard.ends[-1:].tolist() != [len(shard.tokens)]:
+                path = self.folder / f"{shard.record.name}.ends.npy"
+                raise _damaged(path, "documents do not end one after another, the last where the shard does")
+        if not np.array_equal(counts, _counts(stream.shards, num_tokens)):
+            raise _damaged(self.folder / f"{part}.counts.npy", "the tokens of the shards are others")
 
 
-def read_shards(folder: Path) -> Shards:
-    """A folder that `write_shards` finished; DataError when it has no manifest or one that is damaged or newer."""
+def read_shards(folder: Path, name: str | None = None) -> Shards:
+    """Read the manifest of a folder that `write_shards` finished; `name` takes the place of the folder in messages.
+
+    DataError when there is none, or one that is damaged, newer, or names files that are not in the folder.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         unfinished = (
@@ -211,12 +261,63 @@ def read_shards(folder: Path) -> Shards:
             "makes one."
         )
     manifest = _read_json(path)
+    shown = f"{name.rstrip('/')}/{MANIFEST}" if name else path
     if manifest.get("format") != FORMAT or "parts" not in manifest:
         raise DataError(
-            f"{path} is no manifest that this ddiff reads: format {manifest.get('format')!r}, and {FORMAT} is due. "
+            f"{shown} is no manifest that this ddiff reads: format {manifest.get('format')!r}, and {FORMAT} is due. "
             "Tokenise the text anew with `ddiff data`, or take the ddiff that wrote it."
         )
+    check_manifest(manifest, shown)
     return Shards(folder, manifest)
+
+
+def check_manifest(manifest: Mapping[str, Any], path: Path | str) -> None:
+    """Raise DataError unless a manifest has what shards are read by.
+
+    Shards must be named as ddiff names them: a name is a part of paths, and another one may lead out of the folder.
+    """
+    parts, tokenizer = manifest.get("parts"), manifest.get("tokenizer")
+    if not isinstance(parts, dict) or sorted(parts) != sorted(PARTS):
+        raise _wrong_manifest(path, f"parts must be {' and '.join(PARTS)}")
+    if manifest.get("dtype") not in ("uint16", "uint32"):
+        raise _wrong_manifest(path, f"dtype must be uint16 or uint32; it is {manifest.get('dtype')!r}")
+    if not isinstance(tokenizer, dict) or not _is_count(tokenizer.get("num_tokens")):
+        raise _wrong_manifest(path, "tokenizer must say its num_tokens")
+    for part, records in parts.items():
+        if not isinstance(records, list):
+            raise _wrong_manifest(path, f"{part} must be a list of shards")
+        for record in records:
+            _check_record(record, part, path)
+        names = [record["name"] for record in records]
+        if len(set(names)) != len(names):
+            raise _wrong_manifest(path, f"{part} names a shard twice")
+
+
+def _check_record(record: Any, part: str, path: Path | str) -> None:
+    if not isinstance(record, dict) or set(record) != {field.name for field in fields(ShardRecord)}:
+        raise _wrong_manifest(path, f"{part} holds {str(record)[:80]!r}, which does not describe a shard")
+    name = record["name"]
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or not name.startswith(f"{part}_"):
+        raise _wrong_manifest(
+            path, f"the shards of {part} are named {part}_00000, {part}_00001, ... and lie in its folder; got {name!r}"
+        )
+    for key, value in record.items():
+        if key.endswith("sha256"):
+            if not isinstance(value, str) or not _SHA256.fullmatch(value):
+                raise _wrong_manifest(path, f"{key} of {name} is no SHA-256: {str(value)[:80]!r}")
+        elif key != "name" and not _is_count(value):
+            raise _wrong_manifest(path, f"{key} of {name} must be a whole number from 0; got {str(value)[:80]!r}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
+def _wrong_manifest(path: Path | str, what: str) -> DataError:
+    return DataError(
+        f"{path} is no manifest of token shards that ddiff wrote: {what}. Nothing was read by it. Copy the folder again "
+        "from where the shards were made, or tokenise the text anew with `ddiff data`."
+    )
 
 
 def described(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -275,11 +376,12 @@ def write_shards(
         "dtype": token_dtype(tokenizer.num_tokens).name,
         "shard_tokens": shard_tokens,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        if not (folder / MANIFEST).is_file():
-            build = _Build(folder, json.loads(json.dumps(identity)), shard_tokens)
-            build.run(chunks, tokenizer, held_out, workers, total)
+    if not (folder / MANIFEST).is_file():  # what is finished is read, also where nothing can be written
+        _make(folder)
+        with _alone(folder):
+            if not (folder / MANIFEST).is_file():
+                build = _Build(folder, json.loads(json.dumps(identity)), shard_tokens)
+                build.run(chunks, tokenizer, held_out, workers, total)
     made = read_shards(folder)
     if differing := [key for key in identity if made.manifest.get(key) != json.loads(json.dumps(identity[key]))]:
         made.check_tokenizer(tokenizer)
@@ -326,11 +428,11 @@ class _Build:
     def __init__(self, folder: Path, identity: dict[str, Any], shard_tokens: int) -> None:
         self._folder, self._identity, self._shard_tokens = folder, identity, shard_tokens
         self._dtype = np.dtype(identity["dtype"])
-        for abandoned in folder.glob("*.partial"):
+        for abandoned in (*folder.glob("*.partial"), *folder.glob("*.partial-*")):
             abandoned.unlink()
         journal = _read_json(folder / JOURNAL) if (folder / JOURNAL).is_file() else {}
-        goes_on = journal.get("identity") == identity and journal["cursor"] is not None
-        standing = journal if goes_on else {}
+        goes_on = journal.get("identity") == identity and journal.get("cursor") is not None
+        standing = journal if goes_on and _is_ours(journal, folder / JOURNAL) else {}
         self.parts: dict[str, list[dict[str, Any]]] = standing.get("parts", {TRAIN: [], VALIDATION: []})
         self.cursor: Any = standing.get("cursor")
         self.round: int = standing.get("round", 0)
@@ -340,6 +442,8 @@ class _Build:
         began, done, cursor = time.monotonic(), 0, self.cursor
         with progress(total, "tokenising", start=self._sum("documents")) as bar:
             for chunk, found in encoded(chunks(cursor), tokenizer, held_out=held_out, workers=workers):
+                if not done:
+                    check_round_trip(tokenizer, chunk.texts)
                 for part, opened in self._opened.items():
                     opened.add(found.of(part == VALIDATION))
                 done, cursor = done + len(found.ids), chunk.cursor
@@ -394,13 +498,33 @@ class _Build:
         (self._folder / JOURNAL).unlink(missing_ok=True)
 
 
+def _is_ours(journal: Mapping[str, Any], path: Path) -> bool:
+    """Whether a journal describes shards as a build writes them; a damaged one is passed over, and all is done again."""
+    try:
+        check_manifest({**journal["identity"], "parts": journal["parts"]}, path)
+    except (DataError, KeyError):
+        return False
+    return _is_count(journal.get("round"))
+
+
 _NO_ENDS: NDArray[np.int64] = np.empty(0, np.int64)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_writable(folder, error) from error
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time; the lock goes with the process, however it ends."""
-    with (folder / "lock").open("w") as lock:
+    try:
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise not_writable(folder, error) from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -440,31 +564,44 @@ def _damaged(path: Path, what: str) -> DataError:
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> str:
-    """Whole or not at all; the SHA-256 of the file."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    digest = _file_sha256(partial)
-    partial.replace(path)
-    return digest
+    """Write a `.npy` file, whole or not at all; the SHA-256 of the file."""
+
+    def fill(file: IO[bytes]) -> None:
+        # As numpy.save has it, which writes by tofile: its error on a full disk has no number that tells what it is.
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(array).data)
+
+    return _write(path, fill)
 
 
 def _write_text(path: Path, text: str) -> None:
+    _write(path, lambda file: file.write(text.encode()))
+
+
+def _write(path: Path, fill: Callable[[IO[bytes]], Any]) -> str:
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        partial.unlink(missing_ok=True)  # where the disk is full, its room is needed
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
+    digest = file_sha256(partial)
     partial.replace(path)
+    return digest
 
 
 def _written(path: Path) -> float:
     return path.stat().st_mtime
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

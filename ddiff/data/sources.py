@@ -10,8 +10,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, final
 
+import datasets
 import pyarrow.parquet as pq
 from datasets import IterableDataset, load_dataset
 
@@ -19,9 +21,13 @@ from ddiff.data.compression import ENDINGS as PACKED
 from ddiff.data.compression import open_unpacked
 from ddiff.data.jsonl import check_once, json_objects
 from ddiff.data.paths import base_name, file_mark, find_all, open_file, shown
+from ddiff.data.pretrained import is_folder, is_place
 from ddiff.data.text import RULES, Split, checked_text, text_documents
 from ddiff.data.tokenising import DOCUMENTS_AT_ONCE, TRAIN, Chunk
 from ddiff.errors import ArgumentError, DataError, nearest
+
+# The library would tell the hub of every opening, that of local files too. Without a network each such request waits.
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 Format = Literal["parquet", "json", "text"]
 Texts = list[str | None]
@@ -65,6 +71,12 @@ def hub_texts(
 
     It is known by its name, split and `revision`: pin one (a commit), since without it what was tokenised first stays.
     """
+    if Path(path).is_file() or (is_place(path) and not is_folder(path)):
+        raise DataError(
+            f"The data set {path!r} cannot be read: it is no folder, and no name on the hub (NAME or OWNER/NAME). Correct "
+            "it, or name the folder of the data files, relative to where ddiff runs; single files are read by "
+            '[data] kind = "files".'
+        )
     name = f"The data set {path} ({split})"
     remedy = (
         'Check its files, or take kind = "files", which names the one that is at fault.'

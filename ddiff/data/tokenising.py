@@ -25,7 +25,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from ddiff.data.tokenizer import Tokenizer, UnknownSymbol
+from ddiff.data.tokenizer import Tokenizer, Unencodable
 from ddiff.errors import ArgumentError, DataError
 
 TRAIN, VALIDATION = "train", "validation"
@@ -225,6 +225,6 @@ def _finished(first: int, chunk: Chunk, answer: Future[Encoded]) -> tuple[Chunk,
 def _named(result: Any, chunk: Chunk, first: int) -> Encoded:
     try:
         return result()
-    except UnknownSymbol as error:
+    except Unencodable as error:
         name = chunk.names[error.row] if chunk.names else "the corpus"
         raise error.at(first + error.row, f"Row {first + error.row} ({name})") from None

@@ -314,7 +314,10 @@ class Run:
     def _batches(self) -> Prefetched[Batch]:
         """`_batch_at`, read ahead."""
         return Prefetched(
-            self._batch_at, accumulate=self.recipe.train.accumulate, workers=self.recipe.placement.workers
+            self._batch_at,
+            accumulate=self.recipe.train.accumulate,
+            workers=self.recipe.placement.workers,
+            quiet=self.backend.rank > 0,
         )
 
     def _batch_at(self, step: int, micro: int) -> Batch:

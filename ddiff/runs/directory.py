@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -19,7 +20,7 @@ import torch
 
 from ddiff import __version__
 from ddiff.destination import within_checkpoints
-from ddiff.errors import ArgumentError, CheckpointError, DdiffError
+from ddiff.errors import ArgumentError, CheckpointError, DdiffError, no_room
 from ddiff.identity import check_recorded, given_in
 from ddiff.recipe import Recipe, changed_keys, parse_recipe
 from ddiff.run_files import (
@@ -348,7 +349,7 @@ def checkpoints_of(directory: Path) -> Checkpoints:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file of the run, all or nothing; CheckpointError when its place takes no file."""
+    """Write a file of the run, whole or not at all; CheckpointError when its place takes no file."""
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -356,9 +357,18 @@ def write(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             part.unlink()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if no_room(error) is not None:
             raise  # told as such by the command
         raise CheckpointError(
             f"{path} cannot be written ({error.strerror}). Make room for it: move away what stands there, or make the "
             "directory writable; then repeat the command."
         ) from error
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what killed processes left half written of the files of a run. The lock of the directory must be held."""
+    for name in FILES:
+        leftover = re.compile(re.escape(name) + r"(\.[0-9a-f]{8})?\.part(ial-[0-9a-f]{8})?")
+        for path in directory.glob(f"{name}.*"):
+            if leftover.fullmatch(path.name) and path.is_file():
+                path.unlink()

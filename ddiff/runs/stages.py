@@ -44,6 +44,7 @@ from ddiff.runs.directory import (
     print_foreign,
     record,
     recorded_steps,
+    remove_leftovers,
     tracked_names,
     write,
 )
@@ -189,9 +190,12 @@ def _writes_unicode() -> bool:
 def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
     directory, there = Path(recipe.run_dir), place()
     check_directory(directory, recipe, given, fresh)
-    if there is None or there.rank == 0:
+    leads = there is None or there.rank == 0
+    if leads:
         print_foreign(directory, recipe)
-    with held(directory) if there is None or there.rank == 0 else nullcontext():
+    with held(directory) if leads else nullcontext():
+        if leads:
+            remove_leftovers(directory)
         return _stages(directory, recipe, given, fresh)
 
 
@@ -218,9 +222,10 @@ def _stages(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> tuple
     built.end_together()
     if summary.exit_code:
         if writes:
-            print(
-                f"Stopped at step {summary.step} of {summary.steps}, saved. The same command goes on.", file=sys.stderr
+            where = (
+                f"at step {summary.step} of {summary.steps}, saved" if summary.checkpoint else "before the first step"
             )
+            print(f"Stopped {where}. The same command goes on.", file=sys.stderr)
         return built, summary.exit_code
     built.go_on_alone()
     return built, _after_training(built, summary) if writes else 0

@@ -201,10 +201,17 @@ class Checkpoints:
                 f"{self.root} holds no complete checkpoint of step {step}; it has those of {complete or 'no step'}."
             )
         folder.check()
-        manifest = manifest_from_json(folder.read(MANIFEST))
-        tree = json.loads(folder.read(STATE))
-        state = _from_json(tree["state"], {name: stored.empty(device="meta") for name, stored in manifest.items()})
-        return Checkpoint(step, state, manifest, tree["aliases"], folder)
+        manifest = manifest_from_json(folder.read(MANIFEST), f"{folder.path}/{MANIFEST}")
+        try:
+            tree = json.loads(folder.read(STATE))
+            state = _from_json(tree["state"], {name: stored.empty(device="meta") for name, stored in manifest.items()})
+            aliases = dict(tree["aliases"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{folder.path}/{STATE} is damaged: it is no state of a run ({type(error).__name__}: {error}). "
+                f"{self._remedy(step)}"
+            ) from error
+        return Checkpoint(step, state, manifest, aliases, folder)
 
     def weights(self, step: int | None = None, *, average: bool = False) -> dict[str, Tensor]:
         """The model's tensors alone, whole, of `step` or the newest, as `Checkpoint.weights` has them."""

@@ -18,6 +18,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruption:
     """While entered, the first signal sets `signal`, and a second raises KeyboardInterrupt or SystemExit(128 + signal).
 
+    Whoever waits for data looks at `signal` and gives up: nothing is under way then that could be lost.
+
     Only the main thread can have handlers; elsewhere this does nothing and the signals do what they did before.
     """
 

@@ -166,6 +166,16 @@ class Folder:
 
         The file is read once and whole. CheckpointError after the last chunk when its SHA-256 is not the sealed one.
         """
+        if name not in self.seals:
+            raise CheckpointError(
+                f"{self.path} has no file {name} that its marker knows, though another file of it says so: it was changed "
+                f"later. {self._remedy()}"
+            )
+        if any(begin + length > self.seals[name].bytes for begin, length in places):
+            raise CheckpointError(
+                f"{self.path}/{name} has {self.seals[name].bytes} bytes, and a tensor is said to lie beyond them: the "
+                f"manifest was changed later. {self._remedy()}"
+            )
         digest, at = hashlib.sha256(), 0
         with self._opened(name) as file:
             for begin, length in places:
@@ -211,6 +221,8 @@ class Folder:
                 f"{'an older' if found < FORMAT else 'a newer'} ddiff. Go on with that one, or start anew with --fresh."
             )
         if not isinstance(files, dict) or not all(map(_is_seal, files.values())):
+            raise self._no_marker()
+        if any("/" in name or "\\" in name or name in ("", ".", "..") for name in files):
             raise self._no_marker()
         return {name: Seal(seal["bytes"], seal["sha256"]) for name, seal in files.items()}
 

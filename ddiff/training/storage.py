@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,6 +63,9 @@ CODES = {
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
+# Names a file of the folder, and nothing outside of it.
+_FILE = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
+
 
 class Chunk(NamedTuple):
     """A box of a tensor and where it stands: under `key` in a safetensors file, from byte `begin` of that file."""
@@ -95,17 +99,48 @@ def manifest_to_json(manifest: Manifest) -> str:
     return json.dumps({"tensors": tensors})
 
 
-def manifest_from_json(text: str | bytes) -> Manifest:
-    return {
-        name: Stored(
-            DTYPES[entry["dtype"]],
-            tuple(entry["size"]),
-            tuple(
-                Chunk(tuple(c["offsets"]), tuple(c["sizes"]), c["file"], c["key"], c["begin"]) for c in entry["chunks"]
-            ),
-        )
-        for name, entry in json.loads(text)["tensors"].items()
-    }
+def manifest_from_json(text: str | bytes, path: str = "the manifest") -> Manifest:
+    """Read a manifest.
+
+    CheckpointError, naming it as `path`, unless it says which bytes of which file of its folder each tensor is made of.
+    """
+    try:
+        return {name: _stored(name, entry, path) for name, entry in json.loads(text)["tensors"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _wrong_manifest(path, f"it cannot be read as one ({type(error).__name__}: {error})") from error
+
+
+def _stored(name: str, entry: Mapping[str, Any], path: str) -> Stored:
+    dtype, size = DTYPES[entry["dtype"]], _whole_numbers(entry["size"])
+    chunks = []
+    for written in entry["chunks"]:
+        if set(written) != set(Chunk._fields):
+            raise _wrong_manifest(path, f"a part of {name} has the keys {sorted(written)}")
+        file, offsets, sizes = written["file"], _whole_numbers(written["offsets"]), _whole_numbers(written["sizes"])
+        if not isinstance(file, str) or not _FILE.fullmatch(file):
+            raise _wrong_manifest(path, f"{name} lies in {file!r}, which is no safetensors file of its folder")
+        if not len(offsets) == len(sizes) == len(size):
+            raise _wrong_manifest(path, f"a part of {name} has other dimensions than {list(size)}")
+        if any(begin + length > whole for begin, length, whole in zip(offsets, sizes, size)):
+            raise _wrong_manifest(path, f"a part of {name} lies outside of {list(size)}")
+        (begin,) = _whole_numbers([written["begin"]])
+        chunks.append(Chunk(offsets, sizes, file, str(written["key"]), begin))
+    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
+        raise _wrong_manifest(path, f"the parts of {name} do not fill {list(size)}")
+    return Stored(dtype, size, tuple(chunks))
+
+
+def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...]:
+    if any(not isinstance(value, int) or isinstance(value, bool) or value < 0 for value in values):
+        raise ValueError(f"{values!r} must be whole numbers from 0")
+    return tuple(values)
+
+
+def _wrong_manifest(path: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is no manifest of a checkpoint that ddiff wrote: {what}. Nothing was read by it. Restore the checkpoint "
+        "from a copy, delete its directory to resume from an earlier one, or start anew with --fresh."
+    )
 
 
 def write_tensors(sink: Sink, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -127,7 +127,8 @@ class Trainer:
 
     Args:
         objective: the loss; its module is on the backend already (`backend.wrap`), and `optimizer` is made of it.
-        batch_at: (step, micro) -> this rank's micro-batch, where the objective wants it; a pure function.
+        batch_at: (step, micro) -> this rank's micro-batch, where the objective wants it; a pure function. One that reads
+            ahead may have `unless(step, micro, stopped)`, which gives None when `stopped()` comes before the batch.
         noise_at: (step, batch) -> the batch's source of draws; a pure function.
         slots: rows of the global batch, over all micro-batches and ranks.
         accumulate: micro-batches per step.
@@ -190,19 +191,23 @@ class Trainer:
 
     def fit(self, start: Checkpoint | None = None) -> TrainingSummary:
         """Train from `start` (None: from the beginning) to the last step, or to the first SIGINT or SIGTERM that any
-        rank receives.
+        rank receives: to the end of the step under way, and at once where one process waits for data that is read ahead.
 
         Raises CheckpointError when `start` does not fit this trainer, NonFiniteError after 20 skipped steps in a row.
         """
         run = self._resume(start)
         began, tokens, checkpoint = time.monotonic(), 0.0, start.path if start else None
+        saved = run.step  # the step of the newest checkpoint, 0 where there is none
         file = MetricsFile(self.run_dir, run.step) if self.backend.rank == 0 else None
         self.objective.module.train()
         launched: deque[_Launched] = deque()
         try:
             with Interruption() as interruption, self._progress(run.step) as bar:
                 while run.step < self.steps and run.signal is None:
-                    launched.append(self._launch(run.step + len(launched), interruption))
+                    step = run.step + len(launched)
+                    batches = self._batches(step, interruption)
+                    if batches is not None:
+                        launched.append(self._launch(step, batches, interruption))
                     # The figures of a step are read once the device has the next one to do, so that it never waits; but
                     # before anything is written of it.
                     due = self._is_due(run.step + len(launched))
@@ -215,8 +220,10 @@ class Trainer:
                         if run.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
                             raise NonFiniteError(self._despair(record))
                         self._report(run, bar)
-                    if not launched and (self._stops(run, interruption) or self._is_saved(run.step)):
+                    ends = self._stops(run, interruption) or self._is_saved(run.step)
+                    if not launched and ends and run.step > saved:
                         checkpoint = self._save(run)
+                        saved = run.step
         finally:
             if file:
                 file.close()
@@ -275,10 +282,23 @@ class Trainer:
         console = None if self.backend.rank == 0 else Console(quiet=True, force_terminal=False)
         return progress(self.steps, "training", start=start, console=console)
 
-    def _launch(self, step: int, interruption: Interruption) -> _Launched:
+    def _batches(self, step: int, interruption: Interruption) -> list[Batch] | None:
+        """The micro-batches of a step; None when a signal came while they were waited for."""
+        unless = getattr(self.batch_at, "unless", None)
+        batches: list[Batch] = []
+        for micro in range(self.accumulate):
+            if unless is None or self.backend.world_size > 1:  # several processes only stop after the same step
+                batches.append(self.batch_at(step, micro))
+                continue
+            batch = unless(step, micro, lambda: interruption.signal is not None)
+            if batch is None:
+                return None
+            batches.append(batch)
+        return batches
+
+    def _launch(self, step: int, batches: Sequence[Batch], interruption: Interruption) -> _Launched:
         """Take one step, without waiting for it."""
         self._part_ways(step)
-        batches = [self.batch_at(step, micro) for micro in range(self.accumulate)]
         denominators = self._denominators(batches)
         shares = self._backward(step, batches, denominators)
         totals = self.backend.sum({"signals": sent(interruption.counts(), self.backend.device)} | shares)

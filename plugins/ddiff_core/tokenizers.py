@@ -72,7 +72,7 @@ class Alphabet:
 
 
 class Pretrained:
-    """A tokenizer of the transformers library, from a directory or the hub."""
+    """Tokenizer of the transformers library, from a directory or the hub; code of its own is not run."""
 
     class Config(ComponentConfig):
         path: str

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, final
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ddiff import ArgumentError, ComponentConfig, Context, DataError, NonNegativeInt, StateEmbedding, Vocabulary
+from ddiff import ArgumentError, ComponentConfig, Context, NonNegativeInt, StateEmbedding, Vocabulary, load_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,24 +122,20 @@ class PretrainedBackbone(nn.Module):
 
 
 def load_model(path: str, pretrained: bool = True) -> PreTrainedModel:
-    """The bare model of a directory or hub name, in float32; DataError when there is none, ArgumentError for two stacks."""
+    """The bare model of a directory or hub name, in float32, none of whose own code is run.
+
+    DataError when there is none, ArgumentError for an encoder with a decoder.
+    """
     from transformers import AutoConfig, AutoModel  # seconds to import
 
-    try:
-        config = AutoConfig.from_pretrained(path)
-        _check_one_stack(config)
-        if not pretrained:
-            return AutoModel.from_config(config, dtype=torch.float32)
-        return AutoModel.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, ArgumentError):
-            raise
-        where = (
-            "That directory holds none that can be read."
-            if Path(path).is_dir()
-            else "It is no local directory, and the hub did not give it: without a connection, name a directory."
-        )
-        raise DataError(f"No model from {path!r}. {where} ({str(error).splitlines()[0]})") from error
+    config = load_pretrained(AutoConfig.from_pretrained, path, "model")
+    _check_one_stack(config)
+    if pretrained:
+        return load_pretrained(AutoModel.from_pretrained, path, "model", dtype=torch.float32)
+    model: PreTrainedModel = load_pretrained(
+        lambda _, **options: AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False), path, "model"
+    )
+    return model
 
 
 def make_model(architecture: str, settings: Mapping[str, Any]) -> PreTrainedModel:

@@ -74,6 +74,9 @@ def test_a_wrong_length_names_both_numbers(tmp_path: Path, num_tokens: int) -> N
         (np.array([0.0, 1.0, 1.0]), "integers"),
         (np.zeros((3, 1), dtype=np.int64), "one list"),
         (np.array([0.0, np.nan, 1.0]), "integers"),
+        (np.array([True, False, True]), "integers"),
+        (np.array([0, 1, 10**15]), "cluster 1000000000000000"),
+        (np.array([0, 1, 2**63 + 5], dtype=np.uint64), "numbered from 0"),
     ],
 )
 def test_files_that_hold_no_clusters_are_refused(tmp_path: Path, values: np.ndarray, told: str) -> None:
@@ -97,6 +100,37 @@ def test_pickles_and_damaged_files_are_not_read(tmp_path: Path) -> None:
         read_clusters([str(tmp_path / "missing.npy")], 3)
     with pytest.raises(DataError, match="at least one file"):
         read_clusters([], 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"0": 0, "0": 1, "1": 1}', "comes twice"),
+        ('{"0": 0, "2": 1}', "without gaps"),
+        ('{"a": 0}', "not a whole"),
+        ("[[0], [1, 2]]", "not a whole"),
+        ("[0, null]", "integers"),
+        ('"01"', "one list"),
+        ("[" * 5000 + "]" * 5000, "not a whole"),
+    ],
+)
+def test_json_that_holds_no_clusters_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(DataError, match=told):
+        read_clusters([str(tmp_path / "c.json")], 2)
+
+
+def test_an_archive_of_arrays_is_no_array(tmp_path: Path) -> None:
+    np.savez(tmp_path / "c.npz", WORDS)
+    (tmp_path / "c.npz").rename(tmp_path / "c.npy")
+    for read in (lambda path: read_clusters([path], 6), lambda path: read_embeddings(path, 6)):
+        with pytest.raises(DataError, match="archive"):
+            read(str(tmp_path / "c.npy"))
+
+
+def test_a_mask_that_is_no_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"mask_token_id .* 7 tokens, 0\.\.6; got 9"):
+        read_clusters([write(tmp_path, "npy", WORDS)], 7, mask_token_id=9)
 
 
 def test_embeddings_need_a_row_per_token(tmp_path: Path) -> None:

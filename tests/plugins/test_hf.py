@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, path: str) -> None:
         trunk(path, mask_token=99)
     with pytest.raises(ArgumentError, match=r"reads no conditions; got \['author'\]"):
         trunk(path)(*inputs(), Context(conditions={"author": torch.zeros(BATCH, dtype=torch.long)}))
-    with pytest.raises(DataError, match="That directory holds none"):
+    with pytest.raises(DataError, match="That directory holds no model that can be read"):
         load_model(str(tmp_path))
     both = tmp_path / "t5"
     transformers.T5Config(vocab_size=V, d_model=16, d_ff=16, num_layers=1, num_heads=2).save_pretrained(both)

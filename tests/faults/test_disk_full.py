@@ -1,0 +1,86 @@
+"""What killed or failed writes left in a run directory goes with the next run; a run goes on when there is room again."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import ddiff
+from ddiff.comparison import write_comparison
+from ddiff.errors import ArgumentError
+from ddiff.runs import directory
+from ddiff.runs.directory import remove_leftovers
+
+LEFT = [
+    "tokenizer.json.partial-e555366c",
+    "evaluation.json.part",
+    "samples.jsonl.part",
+    "vocabulary.safetensors.0a1b2c3d.part",
+    "metrics.jsonl.part",
+    "recipe.toml.part",
+]
+OWN = ["notes.part", "tokenizer.json.partial", "tokenizer.json.bak", "evaluation.json.part.txt", "x.partial-e555366c"]
+
+
+def test_leftovers_of_a_runs_own_files_are_removed_and_no_others(tmp_path: Path) -> None:
+    for name in (*LEFT, *OWN, "recipe.toml"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "sampling.json.part").mkdir()
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*OWN, "recipe.toml", "sampling.json.part"}
+    remove_leftovers(tmp_path / "none")
+
+
+def test_a_run_removes_what_an_earlier_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("the cat sat on the mat\n" * 60)
+    settings = [
+        'data={kind="text", files=["a.txt"], split="line", length=8, validation=["a.txt"]}',
+        'tokenizer={kind="bpe", size=257}',
+        'denoiser={kind="dit", width=16, layers=1, heads=1, time=false, head="tokens"}',
+        "train.steps=1",
+        "train.batch=4",
+        "evaluate.rows=4",
+        "sample.count=1",
+        "sample.steps=2",
+    ]
+    folder = Path("runs/mdlm_small")
+    folder.mkdir(parents=True)
+    for name in (*LEFT, *OWN):
+        (folder / name).write_text(name)
+    ddiff.run("mdlm_small", settings=settings)
+    assert not {path.name for path in folder.iterdir()} & set(LEFT)
+    assert {path.name for path in folder.iterdir()} >= set(OWN)
+
+
+@pytest.mark.parametrize("stage", ["write", "rename"])
+def test_a_file_of_a_run_that_cannot_be_written_leaves_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    path = tmp_path / "evaluation.json"
+    path.write_text("before")
+    if stage == "write":
+        (tmp_path / "evaluation.json.part").symlink_to("/dev/full")
+        error = errno.ENOSPC
+    else:
+        monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+        error = errno.EROFS
+    with pytest.raises(OSError) as caught:
+        directory.write(path, "after" * 9999)
+    assert caught.value.errno == error
+    assert [entry.name for entry in tmp_path.iterdir()] == ["evaluation.json"]
+    assert path.read_text() == "before"
+
+
+def test_a_comparison_that_cannot_be_written_leaves_no_part(tmp_path: Path) -> None:
+    (tmp_path / "compare.json.part").symlink_to("/dev/full")
+    comparison: Any = SimpleNamespace(to_dict=dict, to_markdown=str)
+    with pytest.raises(ArgumentError, match="No space left"):
+        write_comparison(comparison, tmp_path, "ddiff compare")
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,212 @@
+"""A full disk, a quota or a read-only place under the cache is told in a sentence, and nothing half-written stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ddiff import cli, errors
+from ddiff.core.vocabulary import FlatVocabulary
+from ddiff.data import cache as cache_module
+from ddiff.data import shards
+from ddiff.data.cache import Cache
+from ddiff.data.corpus import SourceCorpus, shards_of
+from ddiff.data.documents import Documents, from_texts
+from ddiff.data.sources import file_texts
+from ddiff.data.tokenizer import BytePairTokenizer
+from ddiff.errors import DataError, no_room
+
+BYTES = BytePairTokenizer.train(["text"], 257)
+TEXTS = [f"text number {number}" for number in range(3000)]  # 100 kB of tokens
+
+
+def mount(place: Path, *options: str) -> bool:
+    """Mount a small file system in memory, where this process may."""
+    command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(place)]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 40 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if not mount(place, "size=40k"):
+        pytest.skip("mounting a small disk takes root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("array", [np.arange(0), np.arange(7, dtype=np.uint16), np.arange(9)[::2]], ids=str)
+def test_arrays_are_written_as_numpy_writes_them(tmp_path: Path, array: Any) -> None:
+    shards._write_array(tmp_path / "ours.npy", array)
+    np.save(tmp_path / "theirs.npy", array)
+    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "theirs.npy").read_bytes()
+
+
+def test_shards_on_a_full_disk_raise_its_error_and_leave_nothing(small_disk: Path) -> None:
+    documents = Documents(from_texts(TEXTS), from_texts(TEXTS[:1]))
+    with pytest.raises(OSError, match="No space left") as caught:
+        shards_of(documents, BYTES, Cache(small_disk))
+    assert caught.value.errno == errno.ENOSPC
+    assert str(caught.value.filename).endswith("train_00000.tokens.npy")
+    assert [path for path in small_disk.rglob("*") if path.is_file()] == []
+
+
+def test_a_build_goes_on_when_there_is_room_again(small_disk: Path, tmp_path: Path) -> None:
+    """Shards that a journal knows stay in their folder; what was half-written does not."""
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
+    corpus = SourceCorpus(file_texts([str(tmp_path / "a.txt")]), held_out=0.1)
+    with pytest.raises(OSError, match="No space left"):
+        corpus.write_shards(BYTES, small_disk / "shards")
+    assert not list(small_disk.rglob("*.partial*"))
+    assert mount(small_disk, "remount", "size=4000k")
+    corpus.write_shards(BYTES, small_disk / "shards").verify()
+
+
+def test_small_files_on_a_full_disk_leave_no_part(small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(b"x" * 36_000)
+    tokenizer = BytePairTokenizer.train(TEXTS, 300)
+    with pytest.raises(OSError, match="No space left"):
+        tokenizer.save(str(small_disk / "tokenizer.json"))
+    with pytest.raises(OSError, match="No space left"):
+        FlatVocabulary(2000).save(str(small_disk / "vocabulary.safetensors"))
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+
+
+def test_a_finished_corpus_is_read_from_a_read_only_cache(small_disk: Path, tmp_path: Path) -> None:
+    assert mount(small_disk, "remount", "size=4000k")
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS[:200]))
+    corpus = SourceCorpus(file_texts([str(tmp_path / "a.txt")]), held_out=0.1)
+    documents = Documents(from_texts(TEXTS), from_texts(TEXTS[:1]))
+    made = corpus.shards(BYTES, Cache(small_disk)), shards_of(documents, BYTES, Cache(small_disk))
+    assert mount(small_disk, "remount", "ro")
+    assert corpus.shards(BYTES, Cache(small_disk)).folder == made[0].folder
+    assert shards_of(documents, BYTES, Cache(small_disk)).folder == made[1].folder
+    (tmp_path / "b.txt").write_text("\n".join(TEXTS[:100]))
+    other = SourceCorpus(file_texts([str(tmp_path / "b.txt")]), held_out=0.1)
+    for build in (
+        lambda: other.shards(BYTES, Cache(small_disk)),
+        lambda: shards_of(Documents(from_texts(TEXTS[1:]), from_texts(TEXTS[:1])), BYTES, Cache(small_disk)),
+    ):
+        with pytest.raises(DataError, match=r"cannot be written \(Read-only file system\).*DDIFF_CACHE"):
+            build()
+
+
+def test_a_cache_that_is_no_folder_is_a_data_error_for_every_kind_of_corpus(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS[:100]))
+    corpus = SourceCorpus(file_texts([str(tmp_path / "a.txt")]), held_out=0.1)
+    with pytest.raises(DataError, match=r"cannot be written .*DDIFF_CACHE"):
+        corpus.shards(BYTES, Cache(tmp_path / "file"))
+
+
+def raised(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "Error writing bytes to file"),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        OSError(errno.EFBIG, os.strerror(errno.EFBIG)),
+        OSError("1213873 requested and 495552 written"),  # numpy's tofile
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        raised(ValueError("cannot be stored"), OSError(errno.ENOSPC, "")),
+    ],
+    ids=str,
+)
+def test_every_form_of_a_full_disk_is_told_in_the_same_words(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", full)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(("No space left on device", "Disk quota exceeded", "File too large"))
+    assert "Make room" in told
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EACCES, "Permission denied"), ValueError("written"), OSError("cannot read")], ids=str
+)
+def test_another_error_is_no_full_disk(error: Exception) -> None:
+    assert no_room(error) is None
+    assert errno.ENOSPC in errors.FULL
+
+
+def test_a_file_that_may_not_grow_ends_a_run_with_one_sentence(tmp_path: Path) -> None:
+    """As under a quota: `ulimit -f`, which needs no root."""
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    ended = subprocess.run(
+        [sys.executable, "-m", "ddiff", "run", "mdlm_small", "--set", "data.length=16"],
+        cwd=tmp_path,
+        env={**os.environ, "DDIFF_CACHE": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=limited,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2, ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("File too large: ")
+    assert "train_00000.tokens.npy" in last
+    assert "Traceback" not in ended.stderr
+    assert not list((tmp_path / "cache").rglob("*.partial*"))
+
+
+def test_what_a_killed_build_left_goes_with_the_next_build(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from ddiff.data.cache import Cache\n"
+        "def build(place):\n"
+        "    (place / 'file').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Cache(sys.argv[1]).entry('rows', {}, build)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)])
+    assert len(list((tmp_path / "rows").iterdir())) == 1
+    entry = Cache(tmp_path).entry("rows", {"other": 1}, lambda place: None)
+    assert list((tmp_path / "rows").iterdir()) == [entry]
+
+
+def test_a_build_under_way_is_left_alone_by_another(tmp_path: Path) -> None:
+    def build(place: Path) -> None:
+        (place / "file").write_text("half")
+        Cache(tmp_path).entry("rows", {"other": 1}, lambda other: None)
+        assert (place / "file").exists()
+
+    assert (Cache(tmp_path).entry("rows", {}, build) / "file").read_text() == "half"
+
+
+def test_without_locks_time_tells_what_is_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(cache_module.fcntl, "flock", no_locks)
+    old, new = (tmp_path / "rows" / f"{name}.partial-0" for name in ("old", "new"))
+    for partial in (old, new):
+        partial.mkdir(parents=True)
+        (partial / ".lock").write_text("")
+    for path in (old / ".lock", old):
+        os.utime(path, (0, 0))
+    Cache(tmp_path).entry("rows", {}, lambda place: None)
+    assert (old.exists(), new.exists()) == (False, True)

@@ -1,0 +1,319 @@
+"""Names of a manifest never lead out of its folder, and what is fetched or cached is held against its SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from ddiff.data.cache import Cache
+from ddiff.data.corpus import ShardedCorpus, SourceCorpus
+from ddiff.data.shards import MANIFEST, Shards, read_shards, write_shards
+from ddiff.data.sources import file_texts
+from ddiff.data.tokenising import Chunk
+from ddiff.data.tokenizer import BytePairTokenizer
+from ddiff.errors import CheckpointError, DataError
+from ddiff.training.checkpoint import Checkpoints
+
+BYTES = BytePairTokenizer.train(["text"], 257)
+TEXTS = [f"text number {number}" for number in range(40)]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Shards:
+    chunks = [Chunk(TEXTS[place : place + 5], place + 5, None) for place in range(0, 40, 5)]
+    return write_shards(tmp_path / "made", lambda _: chunks, BYTES, source={}, held_out=0.3, shard_tokens=200)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+def url(folder: Path) -> str:
+    return f"file://{folder}"
+
+
+def change(folder: Path, edit: Callable[[Any], None]) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    edit(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+NAMES = [
+    "../outside/train_00000",
+    "{out}/owned",
+    "{out}/train_00000",
+    "train_00000/../../outside/owned",
+    "..",
+    ".",
+    "",
+    "train_00000\0",
+    "train_00000.tokens.npy",
+    "validation_00000",
+    "train_0",
+    3,
+    None,
+    ["train_00000"],
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("place", ["local", "fetched"])
+def test_names_that_lead_out_of_the_folder_are_refused(
+    made: Shards, cache: Cache, tmp_path: Path, name: Any, place: str
+) -> None:
+    """The shard is there under the name, so that nothing but the name is wrong; the victim keeps its content."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for kind in ("tokens", "ends"):
+        shutil.copy(made.folder / f"train_00000.{kind}.npy", outside / f"train_00000.{kind}.npy")
+        (outside / f"owned.{kind}.npy").write_text("precious")
+    named = name.format(out=outside) if isinstance(name, str) else name
+    change(made.folder, lambda manifest: manifest["parts"]["train"][0].update(name=named))
+    before = tree(outside)
+    with pytest.raises(DataError, match=r"manifest\.json is no manifest of token shards that ddiff wrote"):
+        ShardedCorpus(str(made.folder) if place == "local" else url(made.folder), cache)
+    assert tree(outside) == before
+    assert not tree(tmp_path / "cache")
+
+
+EDITS: dict[str, Callable[[Any], None]] = {
+    "twice": lambda manifest: manifest["parts"]["train"].append(manifest["parts"]["train"][0]),
+    "other part": lambda manifest: manifest["parts"].update(test=[]),
+    "no part": lambda manifest: manifest["parts"].pop("validation"),
+    "parts": lambda manifest: manifest.update(parts=[]),
+    "list": lambda manifest: manifest["parts"].update(train={}),
+    "record": lambda manifest: manifest["parts"]["train"].append("train_00009"),
+    "more": lambda manifest: manifest["parts"]["train"][0].update(path="/etc"),
+    "less": lambda manifest: manifest["parts"]["train"][0].pop("ends_sha256"),
+    "negative": lambda manifest: manifest["parts"]["train"][0].update(tokens=-1),
+    "fraction": lambda manifest: manifest["parts"]["train"][0].update(tokens=1.5),
+    "text": lambda manifest: manifest["parts"]["train"][0].update(documents="9"),
+    "sum": lambda manifest: manifest["parts"]["train"][0].update(tokens_sha256="abc"),
+    "object": lambda manifest: manifest.update(dtype="object"),
+    "float": lambda manifest: manifest.update(dtype="float64"),
+    "tokenizer": lambda manifest: manifest.update(tokenizer=None),
+    "num_tokens": lambda manifest: manifest["tokenizer"].update(num_tokens="many"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_manifest_that_describes_no_shards_is_refused(made: Shards, edit: str) -> None:
+    change(made.folder, EDITS[edit])
+    with pytest.raises(DataError, match="is no manifest of token shards that ddiff wrote"):
+        read_shards(made.folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format": 1}', b'{"format": [1]}'])
+@pytest.mark.parametrize("place", ["local", "fetched"])
+def test_a_damaged_manifest_is_a_data_error(made: Shards, cache: Cache, content: bytes, place: str) -> None:
+    (made.folder / MANIFEST).write_bytes(content)
+    with pytest.raises(DataError):
+        ShardedCorpus(str(made.folder) if place == "local" else url(made.folder), cache)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+FILES = ["train_00000.tokens.npy", "validation_00000.ends.npy", "train.counts.npy"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_fetched_shard_that_is_damaged_is_refused(made: Shards, cache: Cache, file: str) -> None:
+    flip(made.folder / file)
+    for _ in range(2):
+        with pytest.raises(DataError, match=rf"{file}.* is damaged"):
+            ShardedCorpus(url(made.folder), cache)
+    assert not tree(cache.root)
+
+
+@pytest.mark.parametrize("file", FILES[:2])
+def test_a_local_shard_that_is_damaged_is_refused(made: Shards, cache: Cache, file: str) -> None:
+    flip(made.folder / file)
+    with pytest.raises(DataError, match=rf"{file} is damaged"):
+        ShardedCorpus(str(made.folder)).shards(BYTES, cache)
+
+
+def test_a_shard_that_is_damaged_on_its_way_is_fetched_again(
+    made: Shards, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = type(fsspec.filesystem("file"))
+    get, seen = system.get_file, set()
+
+    def torn(self: Any, source: str, target: str, **more: Any) -> None:
+        get(self, source, target, **more)
+        if source not in seen:
+            seen.add(source)
+            flip(Path(target))
+
+    monkeypatch.setattr(system, "get_file", torn)
+    monkeypatch.setattr(Shards, "unsealed", lambda self: [])
+    monkeypatch.setattr(Shards, "verify", lambda self: None)
+    fetched = read_shards(ShardedCorpus(url(made.folder), cache)._made.folder)
+    for record in fetched.records("train"):
+        for file, due in fetched.sealed(record):
+            assert hashlib.sha256(file.read_bytes()).hexdigest() == due
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_refused(made: Shards, cache: Cache) -> None:
+    """With the right checksum: only counting tells."""
+    path = made.folder / "train_00000.tokens.npy"
+    tokens = np.load(path)
+    tokens[3] = 60000
+    np.save(path, tokens)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    change(made.folder, lambda manifest: manifest["parts"]["train"][0].update(tokens_sha256=sha256))
+    with pytest.raises(DataError, match="holds the id 60000, and the tokenizer has 257 tokens"):
+        ShardedCorpus(url(made.folder), cache)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_a_cached_copy_that_is_damaged_is_fetched_again(made: Shards, cache: Cache, damage: str) -> None:
+    copy = ShardedCorpus(url(made.folder), cache)._made.folder
+    path = copy / "train_00000.tokens.npy"
+    whole = path.read_bytes()
+    if damage == "flipped":
+        flip(path)
+    elif damage == "cut":
+        path.write_bytes(whole[:-2])
+    else:
+        path.unlink()
+    assert ShardedCorpus(url(made.folder), cache)._made.folder == copy
+    assert path.read_bytes() == whole
+
+
+def test_a_cached_file_with_other_content_of_its_size_and_time_is_built_again(tmp_path: Path) -> None:
+    def build(place: Path) -> None:
+        (place / "file").write_text("content")
+
+    entry = Cache(tmp_path).entry("kind", {}, build)
+    times = (entry / "file").stat()
+    (entry / "file").write_text("CONTENT")
+    os.utime(entry / "file", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (Cache(tmp_path).entry("kind", {}, build) / "file").read_text() == "content"
+
+
+def test_shards_in_the_cache_that_are_damaged_are_refused(tmp_path: Path, cache: Cache) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
+    corpus = SourceCorpus(file_texts([str(tmp_path / "a.txt")]), held_out=0.3)
+    folder = corpus.shards(BYTES, cache).folder
+    flip(folder / "train_00000.tokens.npy")
+    with pytest.raises(DataError, match=r"train_00000\.tokens\.npy is damaged"):
+        corpus.shards(BYTES, cache)
+
+
+def test_a_journal_that_names_other_files_is_passed_over(tmp_path: Path) -> None:
+    """A build that was stopped goes on by its journal, whose names are paths too."""
+
+    def stopped(cursor: Any) -> Any:
+        yield Chunk(["abc"], 1)
+        raise KeyboardInterrupt
+
+    chunks = [Chunk(["abc"], 1), Chunk(["de"], 2)]
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path / "s", stopped, BYTES, source={}, shard_tokens=2)
+    journal = json.loads((tmp_path / "s" / "journal.json").read_text())
+    journal["parts"]["train"][0]["name"] = "../outside"
+    (tmp_path / "s" / "journal.json").write_text(json.dumps(journal))
+    made = write_shards(tmp_path / "s", lambda at: chunks[at or 0 :], BYTES, source={}, shard_tokens=2)
+    assert [record.name for record in made.records("train")] == ["train_00000", "train_00001"]
+    made.verify()
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    model = {"weight": torch.arange(6.0).reshape(2, 3)}
+    return Path(checkpoints.save(8, model, {"optimizer": {"step": torch.tensor(3)}}))
+
+
+def reseal(folder: Path, file: str, content: bytes) -> None:
+    """Change a file and its seal, as somebody may who wants it to be read."""
+    (folder / file).write_bytes(content)
+    marker = json.loads((folder / "complete.json").read_text())
+    marker["files"][file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "complete.json").write_text(json.dumps(marker))
+
+
+def box(manifest: Any) -> Any:
+    return manifest["tensors"]["model.weight"]["chunks"][0]
+
+
+CHECKPOINT_EDITS: dict[str, Callable[[Any], None]] = {
+    "outside": lambda manifest: box(manifest).update(file="../../../x.safetensors"),
+    "absolute": lambda manifest: box(manifest).update(file="/x.safetensors"),
+    "backslash": lambda manifest: box(manifest).update(file="..\\x.safetensors"),
+    "hidden": lambda manifest: box(manifest).update(file="..safetensors"),
+    "other file": lambda manifest: box(manifest).update(file="state.json"),
+    "not there": lambda manifest: box(manifest).update(file="none.safetensors"),
+    "number": lambda manifest: box(manifest).update(file=3),
+    "key": lambda manifest: box(manifest).update(path="x"),
+    "beyond": lambda manifest: box(manifest).update(begin=10**15),
+    "before": lambda manifest: box(manifest).update(begin=-8),
+    "size": lambda manifest: manifest["tensors"]["model.weight"].update(size=[2, 10**15]),
+    "box": lambda manifest: box(manifest).update(sizes=[2, 4]),
+    "part": lambda manifest: box(manifest).update(sizes=[2, 2]),
+    "dims": lambda manifest: box(manifest).update(sizes=[6]),
+    "dtype": lambda manifest: manifest["tensors"]["model.weight"].update(dtype="OBJECT"),
+    "chunks": lambda manifest: manifest["tensors"]["model.weight"].update(chunks=None),
+    "tensors": lambda manifest: manifest.update(tensors=[1]),
+}
+
+
+@pytest.mark.parametrize("edit", CHECKPOINT_EDITS)
+def test_a_checkpoint_whose_manifest_was_changed_is_refused(checkpoint: Path, edit: str) -> None:
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    CHECKPOINT_EDITS[edit](manifest)
+    reseal(checkpoint, "manifest.json", json.dumps(manifest).encode())
+    with pytest.raises(CheckpointError, match="step_00000008"):
+        Checkpoints(checkpoint.parent).weights()
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "state.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b"\xff", b"3", b'{"tensors": 3, "state": {"$tensor": "x"}}']
+)
+def test_a_checkpoint_with_a_file_that_is_no_json_of_its_kind_is_refused(
+    checkpoint: Path, file: str, content: bytes
+) -> None:
+    reseal(checkpoint, file, content)
+    with pytest.raises(CheckpointError, match=f"step_00000008/{file}"):
+        Checkpoints(checkpoint.parent).load(8)
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", ".."])
+def test_a_marker_that_names_other_files_is_refused(checkpoint: Path, name: str) -> None:
+    marker = json.loads((checkpoint / "complete.json").read_text())
+    marker["files"][name] = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    (checkpoint / "complete.json").write_text(json.dumps(marker))
+    with pytest.raises(CheckpointError, match=r"complete\.json is damaged"):
+        Checkpoints(checkpoint.parent).load(8)
+
+
+@pytest.mark.parametrize(
+    "marker", [b"", b"[]", b'{"format": null, "files": {}}', b'{"format": 2, "files": [1]}', b"\xff"]
+)
+def test_a_damaged_marker_is_a_checkpoint_error(checkpoint: Path, marker: bytes) -> None:
+    (checkpoint / "complete.json").write_bytes(marker)
+    with pytest.raises(CheckpointError, match=r"complete\.json"):
+        Checkpoints(checkpoint.parent).load(8)
