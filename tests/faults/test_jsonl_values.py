@@ -154,6 +154,8 @@ steps = 2
 count = 1
 [evaluate]
 batch = 8
+rows = 2
+draws = 1
 """
 
 

@@ -90,6 +90,7 @@ REFUSED = {
     "NUL behind many characters": ("é".encode() * 600_000 + b"\0", "NUL character at 600000"),
     "Windows-1252": ("“quoted”".encode("cp1252"), r"0x93 at offset 0.*WINDOWS-1252"),
     "Windows-1252 far on": (b"x" * 1_500_000 + b"\x93", r"0x93 at offset 1500000"),
+    "a byte amiss where blocks meet": (b"x" * (2**20 - 1) + b"\xc3\xff", "0xc3 at offset 1048575"),
     "UTF-16": ("text".encode("utf-16"), "UTF-16LE.*iconv"),
     "UTF-16 of the other order": (b"\xfe\xff\0t", "UTF-16BE"),
     "UTF-32": ("text".encode("utf-32"), "UTF-32LE"),
