@@ -39,8 +39,8 @@ def open_plain(path: str) -> Iterator[BinaryIO]:
         head, whole = _peeked(file)
         if (found := format_of(head)) is not None:
             raise DataError(
-                f"{shown(path)} is no plain text: it begins as a {found} file does. Unpack or convert it, or take "
-                '[data] kind = "files", which reads gzip, bzip2, xz, zstd and lz4 by the endings of the names, and parquet.'
+                f"{shown(path)} is no plain text: it begins as a {found} file does. Unpack or convert it. A corpus may "
+                'stay packed with [data] kind = "files", which reads gzip, bzip2, xz, zstd, lz4 and parquet by the endings.'
             )
         yield whole
 

@@ -124,10 +124,15 @@ def divided(corpus: Dataset, held_out: float, kind: str) -> Documents:
     if not train or not validation:
         raise DataError(
             f"{len(corpus)} document(s) {kind} cannot be divided with held_out = {held_out}: {len(train)} for training "
-            f"and {len(validation)} for validation. Name validation files, or choose smaller documents "
-            '(split = "paragraph" or "line"), or another share.'
+            f"and {len(validation)} for validation. Name validation files, or choose {_SMALLER.get(kind, '')}another share."
         )
     return Documents(corpus.select(train), corpus.select(validation))
+
+
+_SMALLER = {
+    "by file": 'smaller documents (split = "paragraph" or "line"), or ',
+    "by paragraph": 'smaller documents (split = "line"), or ',
+}
 
 
 def symbol_rows(

@@ -127,8 +127,9 @@ class _Reader:
                 fields = {field for path in paths for _, found in self._objects(path) for field in found}
                 others = sorted(fields - {self.text, name})
                 key = "labels" if name in self.labels else "vectors"
+                where = ", ".join(map(shown, patterns))
                 raise DataError(
-                    f'json_lines: {key} names the field "{name}", but it has a value in no line of {", ".join(patterns)}; '
+                    f'json_lines: {key} names the field "{name}", but it has a value in no line of {where}; '
                     f"beside the text the lines have {others or 'no fields'}.{nearest(name, others)} Mend [data] {key}, or "
                     "leave the field out."
                 )

@@ -154,6 +154,8 @@ steps = 2
 count = 1
 [evaluate]
 batch = 8
+rows = 2
+draws = 1
 """
 
 
@@ -211,6 +213,7 @@ def test_a_file_of_prompts_is_read_as_text_is(tmp_path: Path, kind: str) -> None
         read_prompts(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_prompt_on_the_command_line_that_is_not_utf8_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

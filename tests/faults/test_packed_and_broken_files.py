@@ -235,3 +235,15 @@ def test_formats_that_cannot_be_told_are_asked_for_whatever_the_packing(tmp_path
     for name in ("a.csv.gz", "a.zip", "a"):
         with pytest.raises(ArgumentError, match="format ="):
             read(written(tmp_path / name, PLAIN))
+
+
+def test_a_damaged_column_that_nobody_asked_for_is_not_read(tmp_path: Path) -> None:
+    table = pa.table({"junk": [f"{number * 7919}" * 5 for number in range(900)], "text": LINES[:900]})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    start = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0).data_page_offset
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[start : start + 200] = b"\xff" * 200
+    (tmp_path / "a.parquet").write_bytes(bytes(content))
+    with pytest.raises(OSError):
+        pq.read_table(tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == LINES[:900]

@@ -48,7 +48,7 @@ def expected(written: str, split: str) -> list[str]:
 
 @pytest.mark.parametrize("split", SPLITS)
 @given(written=ODD, block=st.integers(1, 9))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_documents_follow_the_rule_whatever_the_blocks_that_are_read(split: Any, written: str, block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_module, "_BLOCK", max(3, block))  # a byte order mark is in the first block
@@ -90,6 +90,7 @@ REFUSED = {
     "NUL behind many characters": ("é".encode() * 600_000 + b"\0", "NUL character at 600000"),
     "Windows-1252": ("“quoted”".encode("cp1252"), r"0x93 at offset 0.*WINDOWS-1252"),
     "Windows-1252 far on": (b"x" * 1_500_000 + b"\x93", r"0x93 at offset 1500000"),
+    "a byte amiss where blocks meet": (b"x" * (2**20 - 1) + b"\xc3\xff", "0xc3 at offset 1048575"),
     "UTF-16": ("text".encode("utf-16"), "UTF-16LE.*iconv"),
     "UTF-16 of the other order": (b"\xfe\xff\0t", "UTF-16BE"),
     "UTF-32": ("text".encode("utf-32"), "UTF-32LE"),
@@ -125,3 +126,16 @@ def test_json_lines_end_as_text_lines_do(tmp_path: Path, end: str) -> None:
     assert documents.train["text"] == [f"a {number}" for number in range(60)]
     assert documents.train["name"][59] == "a.jsonl line 60"
     assert from_files(tmp_path / "a.jsonl", "line") == [f"a {number}" for number in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("split", "advised"), [("file", '"paragraph" or "line"'), ("paragraph", '"line"'), ("line", None)]
+)
+def test_a_single_document_is_not_advised_the_split_that_it_has(
+    tmp_path: Path, split: Any, advised: str | None
+) -> None:
+    (tmp_path / "a.txt").write_text("one line and no more")
+    with pytest.raises(DataError, match=rf"1 document\(s\) by {split} cannot be divided") as raised:
+        text_files([str(tmp_path / "a.txt")], split=split)
+    assert (f"(split = {advised})" if advised else "another share") in str(raised.value)
+    assert ("split =" in str(raised.value)) == (advised is not None)
