@@ -232,3 +232,32 @@ def test_markers_of_another_shape_are_damaged(name: str, run_dir: Path, ddiff: C
     (run_dir / STEP / "complete.json").write_text(MARKERS[name])
     for command in ("sample", "export", "compare", "dry run"):
         assert is_refusal(ddiff(*COMMANDS[command]), "complete.json is damaged")
+
+
+FIGURES = {
+    "nelbo_nats_per_token": "a text",
+    "terms_nats_per_token": {"closing": None},
+    "parts_nats_per_token": [1.0],
+    "tokens": 1.5,
+    "interval": [1.0],
+    "bound": "NLL",
+    "unit": "symbol",
+    "baselines": {"unigram": 1.0},
+}
+
+
+@pytest.mark.parametrize("key", FIGURES)
+def test_figures_of_another_shape_are_refused(key: str, run_dir: Path, ddiff: Command) -> None:
+    path = run_dir / "evaluation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: FIGURES[key]}))
+    answer = ddiff(*COMMANDS["run"])
+    assert is_refusal(answer, "evaluation.json is damaged")
+
+
+def test_a_run_that_began_with_a_models_embeddings_can_be_compared(run_dir: Path, ddiff: Command) -> None:
+    path = run_dir / "environment.json"
+    init = {"model": "some/model", "parts": "embeddings", "tokenizer": "0"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init": init}))
+    answer = ddiff(*COMMANDS["compare"])
+    assert answer.code == 0, answer.err
+    assert "began with weights of some/model" in answer.out
