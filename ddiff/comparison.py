@@ -217,7 +217,7 @@ class _Report:
         if state is None:
             return  # the figures stand, though the weights were deleted
         check_recorded(self.place, state)
-        was, now = state["fingerprints"].get("tokenizer"), self.evaluation["protocol"].get("tokenizer")
+        was, now = state.get("fingerprints", {}).get("tokenizer"), self.evaluation["protocol"].get("tokenizer")
         if was is not None and now is not None and was != now:
             refuse(self.place, [Difference("tokenizer of evaluation.json", was, now)], "Evaluate it again: ddiff eval.")
 
