@@ -53,12 +53,21 @@ class Commands(TyperGroup):
             _forget_output()
             raise typer.Exit(BROKEN_PIPE) from error
         except SystemExit as stop:
-            if stop.code == 128 + signal.SIGTERM:  # the second SIGTERM of a user who does not want to wait
+            # The second SIGTERM of a user who does not want to wait, or the script that calls `main`.
+            if stop.code == 128 + signal.SIGTERM or _comes_from_main(stop):
                 raise
             raise PluginError(
                 f"A plugin, or a library that it uses, ended the command: {describe(stop)}. Nothing can be said of what "
                 "was asked. Mend or uninstall that distribution."
             ) from stop
+
+
+def _comes_from_main(error: BaseException) -> bool:
+    """Whether an error was raised by the script that was started, and by no module that it imports."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__") == "__main__"
 
 
 app = typer.Typer(
@@ -192,7 +201,10 @@ def evaluate(
     """The likelihood bound of a trained run on its validation text, with intervals and baselines."""
     from ddiff.runs import evaluate_run
 
-    evaluate_run(run_dir, settings or (), out)
+    if out is None:
+        evaluate_run(run_dir, settings or ())
+    else:
+        evaluate_run(run_dir, settings or (), out)
 
 
 @app.command()

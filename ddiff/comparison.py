@@ -28,7 +28,6 @@ from ddiff.run_files import (
     RECIPE,
     SAMPLES,
     SAMPLING,
-    damaged,
     read_json,
     read_lines,
     read_recipe_tree,
@@ -201,7 +200,6 @@ class _Report:
         self.metrics = self._read(METRICS, read_lines)
         self.samples = self._read(SAMPLES, read_lines)
         self.sampling = self._read(SAMPLING, read_json)
-        self._check_figure()
         self._check_steps()
         self._check_trained_with()
 
@@ -213,23 +211,13 @@ class _Report:
             )
         return read(path)
 
-    def _check_figure(self) -> None:
-        """Raise CheckpointError when evaluation.json has no figure of the bound that it names."""
-        name = f"{self.evaluation['bound'].lower()}_nats_per_{self.evaluation['unit']}"
-        counts = [f"{self.evaluation['unit']}s", "documents"]
-        figures: dict[str, tuple[type, ...]] = {name: (int, float), **dict.fromkeys(counts, (int,))}
-        for key, types in figures.items():
-            value = self.evaluation.get(key)
-            if not isinstance(value, types) or isinstance(value, bool):
-                raise damaged(self.place / EVALUATION, f'the key "{key}" should have a number; it has {value!r}')
-
     def _check_trained_with(self) -> None:
         """Raise CheckpointError when the run's files speak of something else than its checkpoint was trained with."""
         state = newest_state(str(self.place / CHECKPOINTS))
         if state is None:
             return  # the figures stand, though the weights were deleted
         check_recorded(self.place, state)
-        was, now = state["fingerprints"].get("tokenizer"), self.evaluation["protocol"].get("tokenizer")
+        was, now = state.get("fingerprints", {}).get("tokenizer"), self.evaluation["protocol"].get("tokenizer")
         if was is not None and now is not None and was != now:
             refuse(self.place, [Difference("tokenizer of evaluation.json", was, now)], "Evaluate it again: ddiff eval.")
 
@@ -258,7 +246,7 @@ class _Report:
     def row(self) -> Row:
         evaluation, unit = self.evaluation, self.evaluation["unit"]
         tokens = sum(line["tokens"] for line in self.metrics)
-        interval, sampled = evaluation["interval"], self.sampling
+        interval, sampled = evaluation.get("interval"), self.sampling
         return Row(
             run=self.recipe["name"],
             process=_family(self.recipe),
@@ -268,7 +256,7 @@ class _Report:
             bound=evaluation["bound"],
             nats=evaluation[f"{evaluation['bound'].lower()}_nats_per_{unit}"],
             interval=(interval[0], interval[1]) if interval else None,
-            bits_per_byte=evaluation["bits_per_byte"],
+            bits_per_byte=evaluation.get("bits_per_byte"),
             sampler=self._sampler(),
             sample_entropy=_average([_entropy(sample["ids"]) for sample in self.samples]),
             nfe=_average([sample["nfe"] for sample in self.samples]),
@@ -377,9 +365,8 @@ def _notes(reports: Sequence[_Report]) -> list[str]:
         notes.append(f"Seconds were taken in different places (device, threads, machine): {', '.join(sorted(places))}.")
     for report in reports:
         if init := report.environment.get("init"):
-            notes.append(
-                f"{report.place} began with weights of {init['run']}; its tokens seen do not count that run's."
-            )
+            source = init.get("run") or init.get("model")
+            notes.append(f"{report.place} began with weights of {source}; its tokens seen do not count that run's.")
     entropy = reports[0].evaluation.get(f"entropy_rate_nats_per_{reports[0].evaluation['unit']}")
     if entropy is not None:
         notes.append(f"Entropy rate of the source: {entropy:.4f} nats; no model is below it.")

@@ -89,7 +89,7 @@ def check_fingerprints(
 
     Compared are `names`, or all that either has; a fingerprint that an earlier version did not record is left out.
     """
-    refuse(place, differing_fingerprints(state["fingerprints"], now, names), remedy)
+    refuse(place, differing_fingerprints(state.get("fingerprints", {}), now, names), remedy)
 
 
 def differing_fingerprints(

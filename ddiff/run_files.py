@@ -59,7 +59,13 @@ OBJECTS: dict[str, Shape] = {
     SAMPLING: {"step": int, "seconds": NUMBER, "tokens": int},
     SAMPLES: {"step": int, "index": int, "text": str, "ids": [int], "nfe": NUMBER},
     METRICS: {"step": int, "tokens": NUMBER, "seconds": NUMBER},
-    RECIPE: {"name": str, "seed": int, "objective": {"kind": str}, "sample": {"steps": int, "sampler": {"kind": str}}},
+    RECIPE: {
+        "name": str,
+        "seed": int,
+        "process": ({"kind": str}, None),
+        "objective": {"kind": str, "times": ({"kind": str}, None)},
+        "sample": {"steps": int, "sampler": {"kind": str}},
+    },
 }
 """What a reader may rely on, by file; the lines of `.jsonl` files have the shape each."""
 
@@ -88,7 +94,23 @@ def read_json(path: Path, *, partly: bool = False) -> dict[str, Any]:
         return {}
     found = _parsed(read_text(path), path)
     _check_shape(found, OBJECTS.get(path.name, {}), path, partly=partly)
+    if path.name == EVALUATION and not partly:
+        _check_shape(found, _figures(found), path)
+        interval = found.get("interval")
+        if interval is not None and len(interval) != 2:
+            raise damaged(path, f"an interval has two ends, got {_shown(interval)}")
     return found
+
+
+def _figures(found: Mapping[str, Any]) -> Shape:
+    """The shape of an evaluation's figures, whose names say bound and unit."""
+    unit = found["unit"]
+    return {
+        f"{found['bound'].lower()}_nats_per_{unit}": NUMBER,
+        f"terms_nats_per_{unit}": {"*": NUMBER},
+        f"parts_nats_per_{unit}": {"*": NUMBER},
+        f"{unit}s": int,
+    }
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

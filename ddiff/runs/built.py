@@ -220,7 +220,7 @@ class Run:
         newest = self.checkpoints.newest()
         if newest is None:
             return []
-        return differing_fingerprints(newest.state["fingerprints"], self.fingerprints(), DATA)
+        return differing_fingerprints(newest.state.get("fingerprints", {}), self.fingerprints(), DATA)
 
     @property
     def averaged(self) -> bool:
