@@ -20,14 +20,15 @@ from ddiff.core.elbo import Ask, ask_law
 from ddiff.core.interpolating import MixtureProcess, word_law
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule
-from ddiff.core.times import Noisy
+from ddiff.core.times import Noisy, WindowTimes
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.sampling.acs import CorrectingSampler
+from ddiff.sampling.along import AlongSampler
 from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.corrected import CorrectedSampler, ForwardBackward
 from ddiff.sampling.grid import LoopGrid
-from ddiff.sampling.loop import Canvas
+from ddiff.sampling.loop import Canvas, generate
 from ddiff.sampling.one_level import OneLevelSampler
 from ddiff.sampling.psi import Cap, Confidence, Loop, PsiSampler, Rescale
 from ddiff.sampling.self_correction import SelfCorrectingSampler, _Patience, proposals
@@ -355,3 +356,67 @@ def test_entropy_bound_counts_all_but_the_largest() -> None:
     flat = (1 / 3, 1 / 3, 1 / 3)
     assert steps_of_entropy_bound(1.5, (flat, flat, flat))[0] == [1, 0]
     assert steps_of_entropy_bound(1.0, (flat, flat, flat)) == ([2, 1, 0], pytest.approx([2 / 3, 1 / 3, 0.0]))
+
+
+# ---------------------------------------------------------------------- the loop around the steps
+
+
+def test_generate_draws_from_the_noise_of_its_seed_purpose_and_step() -> None:
+    """Samples are no replay of the training noise of the same seed, and another seed draws others."""
+    seen: list[tuple[int, int, str, list[int], int]] = []
+
+    class Watching:
+        quality, order, steps = "heuristic", 0, 2
+
+        def needs(self, process: Any, says: Any) -> None: ...
+
+        def run(self, process: Any, ask: Any, canvas: Canvas, noise_at: Any) -> Iterator[Canvas]:
+            for step in (0, 7):
+                noise = noise_at(step)
+                seen.append((noise.seed, noise.step, noise.purpose, noise.index.tolist(), noise.length))
+            yield canvas.moved(torch.zeros_like(canvas.zt), torch.zeros_like(canvas.t))
+
+    index = torch.tensor([4, 9])
+    generate(Watching(), MASKED, predicting(MASKED, P), index=index, length=3, seed=5)  # type: ignore[arg-type]
+    assert seen == [(5, 0, "sample", [4, 9], 3), (5, 7, "sample", [4, 9], 3)]
+    drawn = [
+        generate(AncestralSampler(4), UNIFORM, predicting(UNIFORM, P), index=torch.arange(20), length=3, seed=seed).ids
+        for seed in (0, 1)
+    ]
+    assert not torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("shape", ["block", "slide"])
+def test_given_tokens_are_shown_at_time_zero_wherever_the_window_is(shape: Any) -> None:
+    shown: list[Noisy] = []
+
+    def network(noisy: Noisy) -> Tensor:
+        shown.append(noisy)
+        return torch.tensor(P, dtype=torch.float64).log().expand(*noisy.zt.shape, -1)
+
+    sampler = AlongSampler(AncestralSampler(6), WindowTimes(2, shape, paired=False))
+    given, clamped = torch.tensor([[1, 2, 0, 1, 2]]), torch.tensor([[False, True, False, True, False]])
+    settings: dict[str, Any] = {"given": given, "clamped": clamped}
+    generate(sampler, MASKED, ask_law(network, MASKED.vocabulary), index=torch.arange(1), length=5, seed=0, **settings)
+    assert len(shown) >= 3
+    for noisy in shown:
+        assert bool((noisy.t[noisy.clean] == 0.0).all())
+        assert bool(noisy.clean[clamped].all())
+        assert bool((noisy.zt == given)[clamped].all())
+
+
+def test_only_free_positions_move_in_time() -> None:
+    canvas = canvas_of((MASK, MASK), 0.9, 1)
+    canvas = replace(canvas, free=torch.tensor([[True, False]]))
+    moved_on = canvas.moved(canvas.zt, torch.full_like(canvas.t, 0.4))
+    assert moved_on.t.tolist() == [[0.4, 0.9]]
+
+
+def test_given_tokens_are_at_time_zero_on_every_canvas() -> None:
+    given, clamped = torch.tensor([[1, 2, 0]]), torch.tensor([[False, True, False]])
+    times: list[Tensor] = []
+    settings: dict[str, Any] = {"given": given, "clamped": clamped, "on_step": lambda k, canvas: times.append(canvas.t)}
+    ask = predicting(MASKED, P)
+    generate(AncestralSampler(3), MASKED, ask, index=torch.arange(1), length=3, seed=0, **settings)
+    assert [t[0, 1].item() for t in times] == [0.0, 0.0, 0.0]
+    assert [t[0, 0].item() for t in times] == pytest.approx([2 / 3, 1 / 3, 0.0])
