@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from ddiff_hybrid.epsilon import EpsilonHybrid
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LogTimeClock
@@ -420,3 +421,53 @@ def test_given_tokens_are_at_time_zero_on_every_canvas() -> None:
     generate(AncestralSampler(3), MASKED, ask, index=torch.arange(1), length=3, seed=0, **settings)
     assert [t[0, 1].item() for t in times] == [0.0, 0.0, 0.0]
     assert [t[0, 0].item() for t in times] == pytest.approx([2 / 3, 1 / 3, 0.0])
+
+
+def test_every_step_of_a_grid_draws_from_noise_of_its_own() -> None:
+    asked: list[int] = []
+
+    def noise_at(step: int) -> Any:
+        asked.append(step)
+        return covering(1)
+
+    list(AncestralSampler(4).run(MASKED, predicting(MASKED, P), canvas_of((MASK,), 1.0), noise_at))
+    assert asked == [0, 1, 2, 3]
+
+
+def test_last_draw_corrects_tokens_that_no_noise_enters_but_that_were_corrupted_from_the_start() -> None:
+    """Shuffled, then masked: nothing arrives in a token, and yet .3 of them are not the token that was there."""
+    process = EpsilonHybrid(FlatVocabulary(3), LinearSchedule(), 0.3)
+    assert process.active(torch.arange(4)).tolist() == [False, False, False, True]
+    canvas = canvas_of((2,), 0.25)
+    after = AncestralSampler(4).finish(process, predicting(process, P), canvas, covering(1)).zt
+    joint = torch.tensor(P) * torch.tensor([0.1, 0.1, 0.8])
+    assert shares(after[:, 0], 3) == near((joint / joint.sum()).tolist())
+
+
+def test_kappa_is_a_probability_at_both_ends_of_time() -> None:
+    for rule in (Cap(1.0), Rescale(1.0), Confidence(1.0), Loop(1.0)):
+        for t, s in ((1.0, 0.99), (0.5, 0.5), (0.01, 0.001), (1e-9, 0.0)):
+            canvas = replace(canvas_of((0, MASK), t, 1), notes={"sureness": torch.full((1, 2), -1.0).double()})
+            kappa = rule(MASKED, canvas, torch.full_like(canvas.t, s))
+            assert bool(((kappa >= 0.0) & (kappa <= 1.0)).all()), (rule, t, s)
+
+
+def test_confidence_shares_remasking_among_free_positions_only() -> None:
+    """A settled token of an earlier window has a note, too, and no share."""
+    canvas = canvas_of((0, 1), 0.45, 1)
+    canvas = replace(
+        canvas,
+        free=torch.tensor([[True, False]]),
+        notes={"sureness": torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()},
+    )
+    s = torch.full_like(canvas.t, 0.3)
+    largest = torch.full_like(s, 0.5)
+    assert Confidence(1.0).sigma(MASKED, canvas, s, largest).tolist() == [[0.5, 0.0]]
+
+
+def test_unmasking_counts_descents_of_all_levels() -> None:
+    """Four masks of a tree of two levels have eight descents; at s = .75 six of them are left over."""
+    canvas = canvas_of((5, 5, 5, 5), 1.0)
+    after = moved(UnmaskingSampler(4, "top"), TREE, predicting(TREE, P), canvas, 0.75).zt
+    assert (after != 5).sum(-1).unique().tolist() == [2]
+    assert bool((TREE.vocabulary.level_of(after) >= 1).all()), "one level at a time"
