@@ -471,3 +471,20 @@ def test_unmasking_counts_descents_of_all_levels() -> None:
     after = moved(UnmaskingSampler(4, "top"), TREE, predicting(TREE, P), canvas, 0.75).zt
     assert (after != 5).sum(-1).unique().tolist() == [2]
     assert bool((TREE.vocabulary.level_of(after) >= 1).all()), "one level at a time"
+
+
+def test_trapezoidal_sets_negative_extrapolated_rates_to_zero() -> None:
+    """The prediction turns round within the step: token 0 at its start, token 1 at its middle."""
+    t, s, rho = 0.8, 0.3, 0.55
+    early, late = (0.9, 0.05, 0.05), (0.1, 0.85, 0.05)
+
+    def network(noisy: Noisy) -> Tensor:
+        log_p = torch.where(noisy.t.unsqueeze(-1) > 0.7, torch.tensor(early).double(), torch.tensor(late).double())
+        return log_p.log()
+
+    after = moved(TrapezoidalSampler(4), MASKED, ask_law(network, MASKED.vocabulary), canvas_of((MASK,), t), s).zt
+    rates = [max(2.0 * b / rho - a / t, 0.0) for a, b in zip(early, late)]
+    assert rates[0] == 0.0
+    first, second = math.exp(-(t - rho) / t), math.exp(-sum(rates) * (rho - s))
+    expected = [(1.0 - first) * a + first * (1.0 - second) * rate / sum(rates) for a, rate in zip(early, rates)]
+    assert shares(after[:, 0], 4) == near([*expected, first * second])
