@@ -45,7 +45,7 @@ def batch(slots: Tensor) -> Batch:
     return Batch(ids, everywhere, everywhere, torch.zeros_like(ids), slots)
 
 
-def objective(loss: ElboLoss | Watching, rule: TimeRule, share: float) -> DiffusionObjective:
+def objective(loss: ElboLoss | ClippedLoss | Watching, rule: TimeRule, share: float) -> DiffusionObjective:
     torch.manual_seed(0)
     model = Denoiser(DiT(VOCABULARY, 8, layers=1, heads=2), TokenHead(VOCABULARY, 8)).double()
     with torch.no_grad():
@@ -219,3 +219,14 @@ def test_a_clipped_loss_clips_the_weight_and_not_the_speed() -> None:
     assert clipped.tolist() == [min(max(w, smallest), largest) for w in weight.tolist()]
     assert low < smallest < largest < high
     assert (ClippedLoss().smallest, ClippedLoss().largest) == (0.0, 2.0)
+
+
+def test_the_reported_bound_is_that_of_the_process_whatever_is_trained() -> None:
+    """A clipped loss changes the loss, and the diffusion part that is logged stays the bound's."""
+    slots = torch.arange(SLOTS)
+    (bound, reported), (clipped, still) = (
+        loss_at(objective(loss, RULES["flat"], 0.0), 3, slots) for loss in (ElboLoss(), ClippedLoss(0.0, 1.5))
+    )
+    assert bound == pytest.approx(reported, rel=1e-12)
+    assert still == pytest.approx(reported, rel=1e-12)
+    assert clipped < 0.9 * bound
