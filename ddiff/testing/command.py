@@ -26,7 +26,7 @@ from ddiff.testing.head import check_head
 from ddiff.testing.process import check_parts, check_process
 from ddiff.testing.report import LawReport
 from ddiff.testing.sampler import accepted, check_sampler
-from ddiff.testing.times import LENGTH, check_time_rule
+from ddiff.testing.times import check_time_rule
 
 WIDTH, LENGTH = 6, 6  # of the heads and sequences that are checked
 OF_PLUGINS = ("process", "sampler")  # kinds that are checked by the name of their plugin

@@ -157,8 +157,10 @@ def drawn_terms(
         NodeTimes(t, speed, window), noise, torch.arange(len(sequence)), len(sequence),
     )  # fmt: skip
     shape = (len(x0), points, x0.shape[1])
-    parts = (part.reshape(shape) for part in (terms.closing, terms.diffusion, terms.decoding))
-    return NelboTerms(*parts, terms.noisy), noise
+    apart = NelboTerms(
+        terms.closing.reshape(shape), terms.diffusion.reshape(shape), terms.decoding.reshape(shape), terms.noisy
+    )
+    return apart, noise
 
 
 def enumerated_terms(

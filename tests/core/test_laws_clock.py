@@ -87,3 +87,21 @@ def test_masses_that_turn_negative_near_the_ends_are_refused(schedules: list[Sch
 def test_masses_may_meet_at_the_ends() -> None:
     clock = CdfClock([CosineSchedule(), PowerSchedule(1.0), PowerSchedule(1.001)])
     assert float(clock.pi(torch.tensor([0.0, *TIMES, 1.0], dtype=torch.float64)).min()) >= 0.0
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.5, 1.0])
+def test_a_slow_clock_sends_the_rest_to_the_root_after_the_last_interior_time(rate: float) -> None:
+    """P(at the root at s | at the root at 1) = 1 - (1 - s)^rate = u, though at rate .3 a share of 2.5e-4 gets there within
+    1e-12 of the end; 1 - s is resolved to 1e-16, and a table of entry times to 1e-6 of its logarithm."""
+    clock = LogTimeClock((rate,))
+    u = torch.tensor([0.1, 0.5, 0.9, 0.99, 0.999], dtype=torch.float64)
+    level, end = torch.ones(5, dtype=torch.long), torch.ones(5, dtype=torch.float64)
+    expected = torch.log1p(-u) / rate
+    found = torch.log1p(-clock.leave_time(level, end, u))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
+
+
+def test_two_levels_that_are_reached_together_are_refused() -> None:
+    """No position is ever at the lower of them, and its rates would be 0/0."""
+    with pytest.raises(ArgumentError, match=r"F_1\(t\) > F_2\(t\)"):
+        CdfClock([PowerSchedule(1.5), PowerSchedule(1.5)])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from ddiff_hybrid.epsilon import EpsilonHybrid
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LogTimeClock
@@ -20,14 +21,15 @@ from ddiff.core.elbo import Ask, ask_law
 from ddiff.core.interpolating import MixtureProcess, word_law
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule
-from ddiff.core.times import Noisy
+from ddiff.core.times import Noisy, WindowTimes
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.sampling.acs import CorrectingSampler
+from ddiff.sampling.along import AlongSampler
 from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.corrected import CorrectedSampler, ForwardBackward
 from ddiff.sampling.grid import LoopGrid
-from ddiff.sampling.loop import Canvas
+from ddiff.sampling.loop import Canvas, generate
 from ddiff.sampling.one_level import OneLevelSampler
 from ddiff.sampling.psi import Cap, Confidence, Loop, PsiSampler, Rescale
 from ddiff.sampling.self_correction import SelfCorrectingSampler, _Patience, proposals
@@ -355,3 +357,134 @@ def test_entropy_bound_counts_all_but_the_largest() -> None:
     flat = (1 / 3, 1 / 3, 1 / 3)
     assert steps_of_entropy_bound(1.5, (flat, flat, flat))[0] == [1, 0]
     assert steps_of_entropy_bound(1.0, (flat, flat, flat)) == ([2, 1, 0], pytest.approx([2 / 3, 1 / 3, 0.0]))
+
+
+# ---------------------------------------------------------------------- the loop around the steps
+
+
+def test_generate_draws_from_the_noise_of_its_seed_purpose_and_step() -> None:
+    """Samples are no replay of the training noise of the same seed, and another seed draws others."""
+    seen: list[tuple[int, int, str, list[int], int]] = []
+
+    class Watching:
+        quality, order, steps = "heuristic", 0, 2
+
+        def needs(self, process: Any, says: Any) -> None: ...
+
+        def run(self, process: Any, ask: Any, canvas: Canvas, noise_at: Any) -> Iterator[Canvas]:
+            for step in (0, 7):
+                noise = noise_at(step)
+                seen.append((noise.seed, noise.step, noise.purpose, noise.index.tolist(), noise.length))
+            yield canvas.moved(torch.zeros_like(canvas.zt), torch.zeros_like(canvas.t))
+
+    index = torch.tensor([4, 9])
+    generate(Watching(), MASKED, predicting(MASKED, P), index=index, length=3, seed=5)  # type: ignore[arg-type]
+    assert seen == [(5, 0, "sample", [4, 9], 3), (5, 7, "sample", [4, 9], 3)]
+    drawn = [
+        generate(AncestralSampler(4), UNIFORM, predicting(UNIFORM, P), index=torch.arange(20), length=3, seed=seed).ids
+        for seed in (0, 1)
+    ]
+    assert not torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("shape", ["block", "slide"])
+def test_given_tokens_are_shown_at_time_zero_wherever_the_window_is(shape: Any) -> None:
+    shown: list[Noisy] = []
+
+    def network(noisy: Noisy) -> Tensor:
+        shown.append(noisy)
+        return torch.tensor(P, dtype=torch.float64).log().expand(*noisy.zt.shape, -1)
+
+    sampler = AlongSampler(AncestralSampler(6), WindowTimes(2, shape, paired=False))
+    given, clamped = torch.tensor([[1, 2, 0, 1, 2]]), torch.tensor([[False, True, False, True, False]])
+    settings: dict[str, Any] = {"given": given, "clamped": clamped}
+    generate(sampler, MASKED, ask_law(network, MASKED.vocabulary), index=torch.arange(1), length=5, seed=0, **settings)
+    assert len(shown) >= 3
+    for noisy in shown:
+        assert bool((noisy.t[noisy.clean] == 0.0).all())
+        assert bool(noisy.clean[clamped].all())
+        assert bool((noisy.zt == given)[clamped].all())
+
+
+def test_only_free_positions_move_in_time() -> None:
+    canvas = canvas_of((MASK, MASK), 0.9, 1)
+    canvas = replace(canvas, free=torch.tensor([[True, False]]))
+    moved_on = canvas.moved(canvas.zt, torch.full_like(canvas.t, 0.4))
+    assert moved_on.t.tolist() == [[0.4, 0.9]]
+
+
+def test_given_tokens_are_at_time_zero_on_every_canvas() -> None:
+    given, clamped = torch.tensor([[1, 2, 0]]), torch.tensor([[False, True, False]])
+    times: list[Tensor] = []
+    settings: dict[str, Any] = {"given": given, "clamped": clamped, "on_step": lambda k, canvas: times.append(canvas.t)}
+    ask = predicting(MASKED, P)
+    generate(AncestralSampler(3), MASKED, ask, index=torch.arange(1), length=3, seed=0, **settings)
+    assert [t[0, 1].item() for t in times] == [0.0, 0.0, 0.0]
+    assert [t[0, 0].item() for t in times] == pytest.approx([2 / 3, 1 / 3, 0.0])
+
+
+def test_every_step_of_a_grid_draws_from_noise_of_its_own() -> None:
+    asked: list[int] = []
+
+    def noise_at(step: int) -> Any:
+        asked.append(step)
+        return covering(1)
+
+    list(AncestralSampler(4).run(MASKED, predicting(MASKED, P), canvas_of((MASK,), 1.0), noise_at))
+    assert asked == [0, 1, 2, 3]
+
+
+def test_last_draw_corrects_tokens_that_no_noise_enters_but_that_were_corrupted_from_the_start() -> None:
+    """Shuffled, then masked: nothing arrives in a token, and yet .3 of them are not the token that was there."""
+    process = EpsilonHybrid(FlatVocabulary(3), LinearSchedule(), 0.3)
+    assert process.active(torch.arange(4)).tolist() == [False, False, False, True]
+    canvas = canvas_of((2,), 0.25)
+    after = AncestralSampler(4).finish(process, predicting(process, P), canvas, covering(1)).zt
+    joint = torch.tensor(P) * torch.tensor([0.1, 0.1, 0.8])
+    assert shares(after[:, 0], 3) == near((joint / joint.sum()).tolist())
+
+
+def test_kappa_is_a_probability_at_both_ends_of_time() -> None:
+    for rule in (Cap(1.0), Rescale(1.0), Confidence(1.0), Loop(1.0)):
+        for t, s in ((1.0, 0.99), (0.5, 0.5), (0.01, 0.001), (1e-9, 0.0)):
+            canvas = replace(canvas_of((0, MASK), t, 1), notes={"sureness": torch.full((1, 2), -1.0).double()})
+            kappa = rule(MASKED, canvas, torch.full_like(canvas.t, s))
+            assert bool(((kappa >= 0.0) & (kappa <= 1.0)).all()), (rule, t, s)
+
+
+def test_confidence_shares_remasking_among_free_positions_only() -> None:
+    """A settled token of an earlier window has a note, too, and no share."""
+    canvas = canvas_of((0, 1), 0.45, 1)
+    canvas = replace(
+        canvas,
+        free=torch.tensor([[True, False]]),
+        notes={"sureness": torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()},
+    )
+    s = torch.full_like(canvas.t, 0.3)
+    largest = torch.full_like(s, 0.5)
+    assert Confidence(1.0).sigma(MASKED, canvas, s, largest).tolist() == [[0.5, 0.0]]
+
+
+def test_unmasking_counts_descents_of_all_levels() -> None:
+    """Four masks of a tree of two levels have eight descents; at s = .75 six of them are left over."""
+    canvas = canvas_of((5, 5, 5, 5), 1.0)
+    after = moved(UnmaskingSampler(4, "top"), TREE, predicting(TREE, P), canvas, 0.75).zt
+    assert (after != 5).sum(-1).unique().tolist() == [2]
+    assert bool((TREE.vocabulary.level_of(after) >= 1).all()), "one level at a time"
+
+
+def test_trapezoidal_sets_negative_extrapolated_rates_to_zero() -> None:
+    """The prediction turns round within the step: token 0 at its start, token 1 at its middle."""
+    t, s, rho = 0.8, 0.3, 0.55
+    early, late = (0.9, 0.05, 0.05), (0.1, 0.85, 0.05)
+
+    def network(noisy: Noisy) -> Tensor:
+        log_p = torch.where(noisy.t.unsqueeze(-1) > 0.7, torch.tensor(early).double(), torch.tensor(late).double())
+        return log_p.log()
+
+    after = moved(TrapezoidalSampler(4), MASKED, ask_law(network, MASKED.vocabulary), canvas_of((MASK,), t), s).zt
+    rates = [max(2.0 * b / rho - a / t, 0.0) for a, b in zip(early, late)]
+    assert rates[0] == 0.0
+    first, second = math.exp(-(t - rho) / t), math.exp(-sum(rates) * (rho - s))
+    expected = [(1.0 - first) * a + first * (1.0 - second) * rate / sum(rates) for a, rate in zip(early, rates)]
+    assert shares(after[:, 0], 4) == near([*expected, first * second])

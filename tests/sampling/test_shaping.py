@@ -231,3 +231,10 @@ def test_filters_at_their_defaults_are_left_out(which: int) -> None:
         assert not isinstance(configured(settings)[which], ShapedSampler)
     for one in ({"temperature": 0.9}, {"top_k": 1}, {"top_p": 0.99}, {"min_p": 0.01}):
         assert len(configured(one)[which].shapers) == 1
+
+
+def test_min_p_keeps_entries_of_exactly_its_share() -> None:
+    """A share of 1 keeps the likeliest ones, all of them."""
+    log_p = torch.tensor([[0.4, 0.4, 0.2]], dtype=torch.float64).log()
+    assert listed(MinP(1.0), log_p) == pytest.approx([0.5, 0.5, 0.0])
+    assert listed(MinP(0.0), log_p) == pytest.approx([0.4, 0.4, 0.2])

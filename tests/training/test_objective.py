@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from ddiff_dit.dit import Condition, DiT
 from torch import Tensor
 
+from ddiff.core.clock import LogTimeClock
 from ddiff.core.information import OwnTime
 from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.law import CleanLaw
@@ -16,10 +18,11 @@ from ddiff.core.noise import Noise
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import FlatTimes, Noisy, TimeRule, Times, WindowTimes
-from ddiff.core.vocabulary import FlatVocabulary
+from ddiff.core.tree import TreeProcess
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.data.batch import Batch
 from ddiff.nn.denoiser import Context, Denoiser
-from ddiff.nn.heads import TokenHead
+from ddiff.nn.heads import TokenHead, TreeHead
 from ddiff.training.objective import DECODING_SHARE, ClippedLoss, DiffusionObjective, ElboLoss, withheld
 
 VOCABULARY = FlatVocabulary(5, mask=False)
@@ -48,7 +51,7 @@ def batch(slots: Tensor) -> Batch:
     return Batch(ids, everywhere, everywhere, torch.zeros_like(ids), slots)
 
 
-def objective(loss: ElboLoss | Watching, rule: TimeRule, share: float) -> DiffusionObjective:
+def objective(loss: ElboLoss | ClippedLoss | Watching, rule: TimeRule, share: float) -> DiffusionObjective:
     torch.manual_seed(0)
     model = Denoiser(DiT(VOCABULARY, 8, layers=1, heads=2), TokenHead(VOCABULARY, 8)).double()
     with torch.no_grad():
@@ -175,12 +178,13 @@ def test_each_kind_of_row_counts_for_the_whole_batch(rule: str, loss: ElboLoss |
     one = objective(loss, RULES[rule], share)
     one.process = OneNat(VOCABULARY, LinearSchedule(), torch.full((5,), 0.2))
     one.process.__dict__["information_time"] = OwnTime()
-    steps = [loss_at(one, step, torch.arange(SLOTS)) for step in range(40)]
+    count = 40 if rule == "slide" else 2  # there a position is charged by chance
+    steps = [loss_at(one, step, torch.arange(SLOTS)) for step in range(count)]
     total, diffusion = (sum(values) / len(steps) for values in zip(*steps))
-    exact = 1e-9 if rule != "slide" else 0.02  # there a position is charged by chance
-    assert diffusion == pytest.approx(1.0 - START, abs=exact)
+    tolerance = (0.02, 0.1) if rule == "slide" else (1e-9, 1e-9)
+    assert diffusion == pytest.approx(1.0 - START, abs=tolerance[0])
     # every window settles one position at a time in the gliding rule, so which ones are decoded is drawn
-    assert total == pytest.approx(1.0 - START + (share > 0.0), abs=exact if rule != "slide" else 0.1)
+    assert total == pytest.approx(1.0 - START + (share > 0.0), abs=tolerance[1])
 
 
 def test_no_share_is_decoded_where_none_is_asked_for() -> None:
@@ -227,3 +231,50 @@ def test_a_clipped_loss_clips_the_weight_and_not_the_speed() -> None:
     assert clipped.tolist() == [min(max(w, smallest), largest) for w in weight.tolist()]
     assert low < smallest < largest < high
     assert (ClippedLoss().smallest, ClippedLoss().largest) == (0.0, 2.0)
+
+
+def test_the_reported_bound_is_that_of_the_process_whatever_is_trained() -> None:
+    """A clipped loss changes the loss, and the diffusion part that is logged stays the bound's."""
+    slots = torch.arange(SLOTS)
+    (bound, reported), (clipped, still) = (
+        loss_at(objective(loss, RULES["flat"], 0.0), 3, slots) for loss in (ElboLoss(), ClippedLoss(0.0, 1.5))
+    )
+    assert bound == pytest.approx(reported, rel=1e-12)
+    assert still == pytest.approx(reported, rel=1e-12)
+    assert clipped < 0.9 * bound
+
+
+def test_prompts_are_neither_counted_nor_charged() -> None:
+    one, shown = objective(ElboLoss(), RULES["flat"], 0.0), batch(torch.arange(SLOTS))
+    prompt = torch.arange(LENGTH) < 2
+    part = replace(shown, scored=(~prompt).expand(SLOTS, -1))
+    assert one.counts(part)["tokens"].item() == 4 * SLOTS
+    one.process = OneNat(VOCABULARY, LinearSchedule(), torch.full((5,), 0.2))
+    terms = one(part, Noise(4, 0, part.index, LENGTH), one.counts(part), SLOTS)
+    assert terms.loss.item() == pytest.approx(1.0 - START)
+    total, count = terms.metrics["nelbo_diffusion_nats_per_token"]
+    assert (total.item(), count.item()) == (pytest.approx(4 * SLOTS * (1.0 - START)), 4 * SLOTS)
+
+
+def test_each_level_reports_its_own_rows() -> None:
+    """A tree on which clusters cost nothing and masks one nat: all of it is the second level's."""
+
+    class MasksCost(TreeProcess):
+        def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+            return torch.ones_like(t)
+
+        def divergence(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+            return 0.0 * super().divergence(law, x0, zt, t) + (zt == self.vocabulary.root)
+
+    tree = HierarchicalVocabulary([[0, 1, 0, 1, 1]])
+    model = Denoiser(DiT(tree, 8, layers=1, heads=2), TreeHead(tree, 8, "levelwise")).double()
+    one = DiffusionObjective(MasksCost(tree, LogTimeClock((1.0, 1.0))), model, ElboLoss(), FlatTimes())
+    shown = batch(torch.arange(SLOTS))
+    metrics = one(shown, Noise(4, 0, shown.index, LENGTH), one.counts(shown), SLOTS).metrics
+    first, second, total = (
+        metrics[f"nelbo_{name}_nats_per_token"][0].item() for name in ("level1", "level2", "diffusion")
+    )
+    assert (first, second) == (0.0, total)
+    assert total > 0.0
+    parts = one.nll(shown, Noise(4, 0, shown.index, LENGTH), shown.index, SLOTS, FlatTimes()).parts
+    assert (parts["level1"].sum().item(), sorted(parts)) == (0.0, ["level1", "level2"])
