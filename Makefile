@@ -8,6 +8,7 @@
 #   make bench          what a step and a sample cost beside the obvious way: half an hour on a quiet machine
 #   make bench BENCH="--quick --only train"
 #   make soak           kill runs at fifty random moments, also in a save, and see that each ends as if left alone
+#   make fuzz           a thousand mutated recipes through --dry-run, and short runs of some that pass
 #   make clean          remove .venv
 #
 # PYTHON=python3.12 picks the Python, VENV=elsewhere the folder, CONSTRAINTS= (empty) takes any torch in place of the
@@ -20,20 +21,21 @@ VENV = .venv
 CONSTRAINTS = -c ci/constraints.txt
 BENCH =
 SOAK = --trials 50
+FUZZ = --recipes 1000 --runs 40
 
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check $(CONSTRAINTS)
 
-.PHONY: run test lint bench soak install dev clean
+.PHONY: run test lint bench soak fuzz install dev clean
 
 run: install
 	$(VENV)/bin/ddiff run $(RECIPE) $(SET)
 
 # What tests and checks tell the libraries: a thread for each of the two test processes, no question to the Hugging Face
 # hub, nothing sent to W&B, no tokenizer threads in processes that fork. `make run` sets none of it: it uses every core.
-test lint soak: export OMP_NUM_THREADS = 1
-test lint soak: export HF_HUB_OFFLINE = 1
-test lint soak: export WANDB_MODE = offline
-test lint soak: export TOKENIZERS_PARALLELISM = false
+test lint soak fuzz: export OMP_NUM_THREADS = 1
+test lint soak fuzz: export HF_HUB_OFFLINE = 1
+test lint soak fuzz: export WANDB_MODE = offline
+test lint soak fuzz: export TOKENIZERS_PARALLELISM = false
 
 test: dev
 	$(VENV)/bin/python -m pytest -n 2
@@ -49,6 +51,9 @@ bench: install
 
 soak: install
 	$(VENV)/bin/python benchmarks/soak.py $(SOAK)
+
+fuzz: install
+	$(VENV)/bin/python benchmarks/fuzz.py $(FUZZ)
 
 install: $(VENV)/.installed
 dev: $(VENV)/.installed_dev

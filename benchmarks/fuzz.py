@@ -72,7 +72,7 @@ def bases() -> list[dict[str, Any]]:
         if "/" in name:
             continue
         for data in (TEXT, CHAIN):
-            alphabet = ['tokenizer={kind="alphabet", symbols="ABCDEFGH"}'] if data is CHAIN else ["tokenizer.size=270"]
+            alphabet = ['tokenizer={kind="alphabet", symbols="abcdefgh"}'] if data is CHAIN else ["tokenizer.size=270"]
             clusters = ["vocabulary.sizes=[4]"] if "hdlm" in name and "three" not in name else []
             try:
                 tree = read_recipe(name, [data, *alphabet, *SMALL, *clusters]).to_dict()
@@ -205,7 +205,7 @@ def mutant(number: int, seed: int, trees: list[dict[str, Any]], kinds: dict[str,
 
     chance = random.Random(f"{seed} {number}")
     tree = copy.deepcopy(chance.choice(trees))
-    for _ in range(chance.choice([1, 1, 1, 2, 3])):
+    for _ in range(chance.choice([1, 1, 1, 1, 2, 3])):
         with contextlib.suppress(KeyError, IndexError, TypeError):  # what an earlier one took away
             chance.choice(MUTATIONS)(tree, chance, kinds)
     text = "\n".join(f"{written(str(key))} = {written(value)}" for key, value in tree.items()) + "\n"

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-LINE_EVERY_SECONDS = 10.0
-LINE_EVERY_SHARE = 0.05
+LINE_EVERY_SECONDS = 10.0  # at first: a log of days should have hundreds of lines, not ten thousand
+LINE_EVERY_SECONDS_AT_MOST = 300.0
+LINE_EVERY_SHARE = 0.05  # of a job that is done soon, and of the time that has passed
 
 
 class Progress(Protocol):
@@ -98,7 +99,11 @@ class ProgressBar:
 
 @final
 class ProgressLines:
-    """A line every ten seconds or twentieth of the job, at most one a second."""
+    """A line every ten seconds, later every twentieth of the time that has passed, up to five minutes.
+
+    A job that is soon done has a line for each twentieth of it, and none has more than one a second. What counts is the
+    clock, never the number of calls of `advance`.
+    """
 
     def __init__(self, total: int | None, title: str, start: int, console: Console) -> None:
         self._total, self._title, self._console = total, title, console
@@ -109,9 +114,11 @@ class ProgressLines:
     def advance(self, n: int = 1, **figures: float) -> None:
         self._done += n
         self._figures |= figures
-        waited = time.monotonic() - self._last
+        now = time.monotonic()
+        waited, passed = now - self._last, now - self._began
+        interval = min(max(LINE_EVERY_SECONDS, LINE_EVERY_SHARE * passed), LINE_EVERY_SECONDS_AT_MOST)
         share = (self._done - self._printed) / self._total if self._total else 0.0
-        if waited >= LINE_EVERY_SECONDS or (waited >= 1.0 and share >= LINE_EVERY_SHARE):
+        if waited >= interval or (waited >= 1.0 and share >= LINE_EVERY_SHARE):
             self._print()
 
     def note(self, text: str) -> None:

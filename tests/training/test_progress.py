@@ -39,6 +39,18 @@ def test_lines_come_every_ten_seconds_or_twentieth(clock: Clock) -> None:
     assert [line.split()[1] for line in fast] == [f"{n}/100" for n in range(5, 101, 5)]
 
 
+def test_lines_of_a_long_job_come_by_the_clock_whatever_the_steps(clock: Clock) -> None:
+    def minutes(seconds: float, count: int) -> list[str]:
+        clock.now = 0.0
+        return shown(clock, 10**9, seconds, count)
+
+    day = 24 * 3600
+    seldom, often = minutes(60.0, day // 60), minutes(2.0, day // 2)
+    assert 300 < len(seldom) < 500
+    assert abs(len(often) - len(seldom)) < 100, "thirty times the steps have no more lines"
+    assert len(minutes(0.01, 5000)) == 5, "a line every ten seconds at first"
+
+
 def test_a_short_job_has_one_line_and_a_line_says_all(clock: Clock) -> None:
     lines = shown(clock, 40, seconds=0.1, count=10, start=20)
     assert lines == ["training: 30/40 (75%)  loss 4.215  tokens/s 5.31k  0:00:01 elapsed  ETA 0:00:01"]

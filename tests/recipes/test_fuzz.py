@@ -1,0 +1,61 @@
+"""A small share of `make fuzz`: mutated recipes are accepted or refused in words, and the fuzzer sees those that are not."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def fuzz() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks/fuzz.py"
+    spec = importlib.util.spec_from_file_location("ddiff_fuzz", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ddiff_fuzz"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))  # main() sets it, and the next test must not see it
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_mutated_recipes_are_accepted_or_refused_in_words(fuzz: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuzz.main(["--recipes", "25", "--runs", "1", "--seed", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "25 recipes: " in told
+    assert "25 recipes: 0 accepted" not in told
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda *_, **__: 1 / 0, "ZeroDivisionError"),
+        (lambda *_, **__: Path("left.txt").write_text("x"), "files are left"),
+        (lambda *_, **__: "", "no verdict"),
+    ],
+)
+def test_the_fuzzer_sees_a_traceback_files_and_a_missing_verdict(
+    fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: Any, expected: str
+) -> None:
+    monkeypatch.setattr("ddiff.runs.rehearse", damage, raising=False)
+    if expected == "no verdict":
+        monkeypatch.setattr("ddiff.runs.rehearse", lambda *_, **__: "all is well")
+    assert fuzz.main(["--recipes", "12", "--runs", "0", "--seed", "2"]) == 1
+    assert expected in capsys.readouterr().out
+
+
+def test_a_mutant_is_a_function_of_its_number_and_the_seed(fuzz: ModuleType) -> None:
+    trees, kinds = [{"a": {"b": 1}, "train": {"kind": "x"}, "data": {"kind": "y"}}], {"dataset": ["y"]}
+    one, again = (fuzz.mutant(5, 3, trees, kinds) for _ in range(2))
+    assert one == again
+    assert len({fuzz.mutant(n, 3, trees, kinds) for n in range(20)}) > 5
