@@ -36,8 +36,8 @@ class FirstHittingSampler:
     is left. Positions that change together do so independently, which is an error of at most until^2 / 2 at each end in
     total variation: 1e-6 together by default. Masks and trees, whose tokens are not noise, have none.
 
-    Noise that sets in very early (gidd, small gamma) may exceed until/L at the earliest time that is read, 1e-12. Then t_0
-    is that time, and the sampler is refused where more than 0.05 positions would change from there on: an error of 0.00125.
+    Noise that sets in very early, as a low power of t, may exceed until/L at the earliest time that is read, 1e-12. Then
+    t_0 is that time. The sampler is refused where more than 0.05 positions would change from there on: an error of 0.00125.
     """
 
     quality: Quality = "exact"
@@ -45,12 +45,7 @@ class FirstHittingSampler:
     steps: int | None = None
 
     def __init__(self, until: float = 1e-3) -> None:
-        if not 0.0 < until < 0.5:
-            raise ArgumentError(
-                f"FirstHittingSampler: until must be in (0, 1/2); got {until}. It is the number of positions of a sequence "
-                "that change at once at either end of time; the error is until^2 / 2."
-            )
-        self.until = until
+        self.until = _checked(until)
 
     def needs(self, process: ForwardProcess | None, says: Says) -> None:
         need_process(self, process)
@@ -85,6 +80,15 @@ class FirstHittingSampler:
         yield draw_words(process, ask, canvas, noise_at(0))  # not of step k, at which the slowest of the batch ended
 
 
+def _checked(until: float) -> float:
+    if not 0.0 < until < 0.5:
+        raise ArgumentError(
+            f"FirstHittingSampler: until must be in (0, 1/2); got {until}. It is the number of positions of a sequence "
+            "that change at once at either end of time; the error is until^2 / 2."
+        )
+    return until
+
+
 def between(process: ForwardProcess, until: float, length: int) -> tuple[float, float]:
     """The times (t_1, t_0) between which events of tokens are followed one by one; ArgumentError where t_0 is too early.
 
@@ -101,8 +105,8 @@ def between(process: ForwardProcess, until: float, length: int) -> tuple[float, 
         raise ArgumentError(
             f"FirstHittingSampler: of {length} positions {together:.2g} are noise already at the earliest time that is "
             f"read, t = {EARLIEST}, and all of them would be drawn at once, an error of up to {together**2 / 2:.2g}. Use a "
-            "process whose noise sets in later (gidd: a larger gamma or a smaller p_uniform), a shorter sequence, or a "
-            "sampler with steps, such as ancestral."
+            "process whose noise sets in later or is less (of a hump of uniform noise a larger gamma, a smaller "
+            "p_uniform), a shorter sequence, or a sampler with steps, such as ancestral."
         )
     return _time(begin), _time(finish)
 

@@ -302,8 +302,8 @@ def guided(ask: Ask, null_ask: Ask, weight: float) -> Ask:
     """Guide the distribution of the clean token, classifier-free: log p ~ (1-w) log p_null + w log p, normalised.
 
     On each conditional. w = 1 is the conditional law, 0 the unconditional one, above 1 more of the condition. Two network
-    calls a step. It is guidance of the logits (arXiv 2207.12598; on masked tokens 2301.00704). The chain then steps with the
-    guided distribution as with any other, so that masks come off at the rate of the process whatever w is, which
+    calls a step. It is guidance of the logits (arXiv 2207.12598; on masked tokens 2301.00704). The chain then steps with
+    the guided distribution as with any other, so that masks come off at the rate of the process whatever w is, which
     2507.08965 argues for. Not the same: 2412.10193 guides the reverse transition, p(z_s|z_t)^w p_null(z_s|z_t)^(1-w), and
     2406.01572 the reverse rates. There the mass that w takes from tokens or gives them is a rate of leaving the mask, too.
     """

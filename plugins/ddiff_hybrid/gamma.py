@@ -292,8 +292,7 @@ class GammaHybrid(ForwardProcess):
 
         def draw(answer: CleanLaw | Score, rows: Tensor) -> Tensor:
             picked = open_[rows]
-            is_score = isinstance(answer, Score)
-            law = DenseLaw(self.tweedie(answer, t[picked]), self.vocabulary) if is_score else answer
+            law = self._clean_law(answer, t[picked])
             z = zt[picked]
             stays = self.kept.alpha(t[picked]) * law.log_prob(self._word(z)).double().exp()
             stays = torch.where(masked[picked], 0.0, stays / (stays + each[picked]))
@@ -302,6 +301,9 @@ class GammaHybrid(ForwardProcess):
 
         x0[open_] = visit(open_, self.scope(zt[open_]), draw)
         return x0
+
+    def _clean_law(self, answer: CleanLaw | Score, t: Tensor) -> CleanLaw:
+        return DenseLaw(self.tweedie(answer, t), self.vocabulary) if isinstance(answer, Score) else answer
 
     # ------------------------------------------------------------------ events
 

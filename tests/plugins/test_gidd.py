@@ -171,8 +171,8 @@ def test_the_dynamic_weights_are_the_published_ones() -> None:
 
 
 def test_read_by_the_signal_the_dynamic_weight_is_the_bounds_without_its_poles() -> None:
-    """2 t (1 - t) times omega/q at gamma = 1: exactly at masks and wrong tokens; at the clean token for few wrong tokens and
-    many tokens (here one wrong in a million, one token in a thousand, so to 0.2 %). The other reading is not."""
+    """2 t (1 - t) times omega/q at gamma = 1: exactly at masks and wrong tokens; at the clean token for few wrong tokens
+    and many tokens (here one wrong in a million, one token in a thousand, so to 0.2 %). The other reading is not."""
     process = make(1e-6, 1.0, words=1000)
     t = times(INNER)
     x0 = torch.zeros(len(t), dtype=torch.long)
