@@ -74,8 +74,8 @@ def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
         rest = gap.end()
     if not ids:
         raise ArgumentError(
-            f"infill: the text must have a gap, such as [MASK:8] for eight tokens; got {shortened(text)!r}. A text to go on from is a "
-            "prompt."
+            f"infill: the text must have a gap, such as [MASK:8] for eight tokens; got {shortened(text)!r}. A text to "
+            "continue is a prompt."
         )
     last = _encoded(text[rest:], text, tokenizer)
     return _fitting(
@@ -103,8 +103,8 @@ def check_no_suffix(templates: Iterable[Template], who: str, remedy: str) -> Non
     for template in templates:
         if template.has_suffix:
             raise ArgumentError(
-                f"infill: {shortened(template.text)!r} has text after a gap, which nobody would read: {who} goes from left to right "
-                f"and does not see what comes later. Give a prompt, or {remedy}."
+                f"infill: {shortened(template.text)!r} has text after a gap, which nobody would read: {who} goes from left "
+                f"to right and does not see what comes later. Give a prompt, or {remedy}."
             )
 
 
@@ -146,8 +146,8 @@ def _encoded(piece: str, text: str, tokenizer: Tokenizer) -> Tensor:
         piece.encode()
     except UnicodeEncodeError as error:
         raise ArgumentError(
-            f"prompt or infill: the text must be Unicode text; got {shortened(text)!r}, whose bytes at {error.start} are no "
-            "UTF-8. Write it in a UTF-8 file for --prompts."
+            f"prompt or infill: the text must be Unicode text; got {shortened(text)!r}, whose bytes at {error.start} are "
+            "no UTF-8. Write it in a UTF-8 file for --prompts."
         ) from error
     try:
         return torch.tensor(tokenizer.encode([piece])[0], dtype=torch.long)
@@ -180,4 +180,3 @@ def _fitting(template: Template, length: int) -> Template:
             f"{shortened(template.text)!r}. Shorten it, or train with a larger length."
         )
     return template
-

@@ -280,7 +280,7 @@ class _Steered(_Composed):
         steered = log_p + self.weight * evidence.to(log_p)[:, words]
         if bool(steered.isnan().any()) or not bool(steered.isfinite().any(-1).all()):
             raise ArgumentError(
-                f"steered: log p + weight * log_likelihood must be a number, and above -inf for some token of every row; the "
+                f"steered: log p + weight * log_likelihood must be a number, above -inf for some token of every row; the "
                 f"classifier's values are in [{float(evidence.min())}, {float(evidence.max())}], the weight is "
                 f"{self.weight}. Mend log_likelihood, or take a smaller weight."
             )
@@ -289,7 +289,9 @@ class _Steered(_Composed):
 
 def _finite(name: str, weight: float) -> float:
     if not math.isfinite(weight):
-        raise ArgumentError(f"{name}: weight must be a finite number; got {weight}. 1 follows the condition as trained.")
+        raise ArgumentError(
+            f"{name}: weight must be a finite number; got {weight}. 1 follows the condition as trained."
+        )
     return weight
 
 

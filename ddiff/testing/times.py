@@ -121,7 +121,10 @@ def paths_go_forwards(rule: TimeRule) -> Iterator[Gap]:
 @law("times: nobody who is charged sees a position that waits", tolerance=0.0)
 def waiting_is_unseen(rule: TimeRule) -> Iterator[Gap]:
     """Blocks rise from left to right; what is clean is not after, and what waits is after, all that is charged. Exactly."""
-    for times in (_drawn(rule, 0, torch.arange(SLOTS)), rule.at(OwnTime(), torch.linspace(0.0, 1.0, 61).double(), LENGTH)):
+    for times in (
+        _drawn(rule, 0, torch.arange(SLOTS)),
+        rule.at(OwnTime(), torch.linspace(0.0, 1.0, 61).double(), LENGTH),
+    ):
         if times.block is None:
             yield gap(_nowhere(times).double(), 0.0, {"no blocks, and yet a position is clean or waits at t": times.t})
             continue

@@ -34,7 +34,7 @@ def test_student_quantiles_are_those_of_the_tables(freedom: float, quantile: flo
 def test_the_variance_over_documents_is_unbiased_for_nats_with_variance_in_proportion_to_tokens(
     tokens: np.ndarray,
 ) -> None:
-    """Exact: the residuals are linear in the errors e_d, so the expected square is a sum over unit errors of each document."""
+    """Exact: residuals are linear in the errors, so the expected square is a sum over unit errors of each document."""
     whole = tokens.sum()
     expected = 0.0
     for document, own in enumerate(tokens):

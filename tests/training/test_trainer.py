@@ -267,7 +267,7 @@ def test_a_trainer_refuses_what_it_cannot_go_on_from(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="at least the 6 that"):
         shorter.fit(shorter.checkpoints.newest())
     other = toy_trainer(tmp_path, 9, fingerprints={"vocabulary": "bb"})
-    with pytest.raises(CheckpointError, match="vocabulary: was .aa., is .bb."):
+    with pytest.raises(CheckpointError, match=r"vocabulary: was .aa., is .bb."):
         other.fit(other.checkpoints.newest())
     (tmp_path / "metrics.jsonl").write_text("")
     emptied = toy_trainer(tmp_path, 9, fingerprints={"vocabulary": "aa"})
