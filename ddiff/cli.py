@@ -250,7 +250,18 @@ def read_conditions(written: list[str] | None) -> dict[str, object] | None:
     """`NAME=VALUE` texts, the value as in a recipe."""
     from ddiff.toml import read_settings
 
-    return read_settings(written, "--condition", option="--condition").tree if written else None
+    if not written:
+        return None
+    found: dict[str, object] = {}
+    for one in written:
+        for name, value in read_settings([one], "--condition", option="--condition").tree.items():
+            if name in found:
+                raise ArgumentError(
+                    f'--condition {shortened(one)}: "{shortened(name)}" is given twice. Give each condition once: one value '
+                    "for all samples, or a list with one for each."
+                )
+            found[name] = value
+    return found
 
 
 @app.command("compare")

@@ -138,6 +138,11 @@ def _from_safetensors(content: bytes) -> NDArray[Any]:
 def _check_no_gap(path: str, level: _Ints) -> None:
     if level.min() < 0:
         raise DataError(f"{path}: clusters are numbered from 0; it holds {level.min()}.")
+    if level.max() >= len(level):  # counted, such a number would take all the memory there is
+        raise DataError(
+            f"{path}: {len(level)} entries have at most {len(level)} clusters, numbered from 0; it holds {level.max()}. "
+            "Number the clusters without gaps."
+        )
     empty = np.flatnonzero(np.bincount(level) == 0)
     if len(empty):
         raise DataError(
