@@ -43,7 +43,24 @@ TEXT = 'data={kind="text", files=["corpus.txt"], split="line", held_out=0.2, len
 CHAIN = 'data={kind="markov", rows=64, validation=8, length=8}'
 INTEGERS = [0, -1, 1, 2, 3, 7, 64, 255, 2**31 - 1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30]
 FLOATS = [0.0, -0.0, 1e-320, 1e-12, 0.1, 0.5, 1.0, 1.5, 2.0, 1e30, 1e38, 1e308, math.inf, -math.inf, math.nan, -0.5]
-TEXTS = ["", " ", "x" * 300, "x" * 5000, "é😀", "..", "../x", "/", "a\x00b", "a\nb", "nan", "auto", "cuda", "cpu:7", "none", "[x]"]
+TEXTS = [
+    "",
+    " ",
+    "x" * 300,
+    "x" * 5000,
+    "é😀",
+    "..",
+    "../x",
+    "/",
+    "a\x00b",
+    "a\nb",
+    "nan",
+    "auto",
+    "cuda",
+    "cpu:7",
+    "none",
+    "[x]",
+]
 
 
 class Fault(NamedTuple):

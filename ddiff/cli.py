@@ -194,10 +194,16 @@ def export(
 @app.command()
 def sample(
     run_dir: RunDir,
-    count: Annotated[int | None, typer.Option(min=1, max=MOST, help="Samples to draw; the recipe's by default.")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Samples to draw; the recipe's by default.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=MOST, help="Steps from noise to text.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same samples.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, max=MOST, help="Samples drawn at a time; changes no sample.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same samples.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Samples drawn at a time; changes no sample.")
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A text to go on from; may be repeated.")] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts, one a line.")] = None,
     infill: Annotated[
@@ -284,7 +290,9 @@ def compare_runs(
 
 @app.command()
 def check(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A component, or a plugin: then all its processes and samplers.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A component, or a plugin: then all its processes and samplers.")
+    ],
     settings: Settings = None,
 ) -> None:
     """Prove the laws that a component must obey; print the largest error of each."""
@@ -469,7 +477,9 @@ def _encode_what_can_be() -> None:
 def _escaped(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    written = [f"\\u{ord(x):04x}" if ord(x) < 0x10000 else f"\\U{ord(x):08x}" for x in error.object[error.start : error.end]]
+    written = [
+        f"\\u{ord(x):04x}" if ord(x) < 0x10000 else f"\\U{ord(x):08x}" for x in error.object[error.start : error.end]
+    ]
     return "".join(written), error.end
 
 

@@ -75,7 +75,9 @@ def explain(
 
 def unknown_key(table: str, key: str, owner: str, takes: Sequence[str]) -> str:
     """The paragraph for a key that a table does not take."""
-    return f'{table} has no key "{shortened(key)}"{owner}.{nearest(key, takes)} It takes: {", ".join(takes) or "no keys"}.'
+    return (
+        f'{table} has no key "{shortened(key)}"{owner}.{nearest(key, takes)} It takes: {", ".join(takes) or "no keys"}.'
+    )
 
 
 def shown(value: Any) -> str:

@@ -33,7 +33,13 @@ _REMEDIES = {
     errno.ECONNREFUSED: "Check the address and the network.",
 }
 
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "unable to allocate", "cannot allocate")
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "not enough memory",
+    "unable to allocate",
+    "cannot allocate",
+)
 _OVERFLOW = ("storage size calculation overflowed", "overflow when unpacking long", "exceeds the maximum")
 
 
@@ -56,7 +62,9 @@ def explained(error: BaseException) -> str | None:
             "[evaluate] batch, [sample] batch), a shorter [data] length or a smaller network."
         )
     if isinstance(error, OverflowError) or _says(error, _OVERFLOW):
-        return f"A number is too large to be computed with: {what}. Look for it among the sizes, counts and rates given."
+        return (
+            f"A number is too large to be computed with: {what}. Look for it among the sizes, counts and rates given."
+        )
     if isinstance(error, RuntimeError) and _says(error, ("can't start new thread",)):
         return "The system starts no more threads. Lower [backend] workers and OMP_NUM_THREADS, or raise ulimit -u."
     return None

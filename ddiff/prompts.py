@@ -167,4 +167,3 @@ def _fitting(template: Template, length: int) -> Template:
             f"{shortened(template.text)!r}. Shorten it, or train with a larger length."
         )
     return template
-

@@ -363,7 +363,9 @@ class _Resolver:
         try:
             return self.registry.component(slot.kind, name)
         except PluginError as error:
-            raise RecipeError(f'{self.draft.place((*path, "kind"))}: {label} kind = "{shortened(name)}": {error}') from error
+            raise RecipeError(
+                f'{self.draft.place((*path, "kind"))}: {label} kind = "{shortened(name)}": {error}'
+            ) from error
 
 
 def _read_draft(name: str, place: str = "") -> Draft:

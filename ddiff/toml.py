@@ -77,7 +77,9 @@ def read_toml(text: str, source: str) -> Draft:
     except (RecursionError, ValueError) as error:
         raise RecipeError(f"{source}: this is not a recipe: {_unparsed(error)}.") from error
     if fault := _unfit(tree):
-        raise RecipeError(f"{source}: {fault}.")  # before the lines are looked for: the scanner goes as deep as the text
+        raise RecipeError(
+            f"{source}: {fault}."
+        )  # before the lines are looked for: the scanner goes as deep as the text
     return Draft(tree, source, {path: f"{source}:{line}" for path, line in key_lines(text).items()})
 
 

@@ -39,6 +39,7 @@ _FILLS = {
     nn.init.xavier_normal_,
 }
 
+
 @dataclass(frozen=True)
 class Given:
     """Parts that a Python caller hands in instead of the recipe's."""

@@ -289,7 +289,9 @@ class _Steered(_Composed):
 
 def _finite(name: str, weight: float) -> float:
     if not math.isfinite(weight):
-        raise ArgumentError(f"{name}: weight must be a finite number; got {weight}. 1 follows the condition as trained.")
+        raise ArgumentError(
+            f"{name}: weight must be a finite number; got {weight}. 1 follows the condition as trained."
+        )
     return weight
 
 

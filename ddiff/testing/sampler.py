@@ -132,7 +132,15 @@ def canvases_are_counted(subject: Subject) -> Iterator[Gap]:
         sampler, seen = subject.build(steps), []
         if sampler.steps is not None:
             index = torch.arange(4)
-            generate(sampler, subject.process, subject.ask(), index=index, length=2, seed=3, on_step=lambda k, _: seen.append(k))
+            generate(
+                sampler,
+                subject.process,
+                subject.ask(),
+                index=index,
+                length=2,
+                seed=3,
+                on_step=lambda k, _: seen.append(k),
+            )
             yield gap(torch.tensor(len(seen)), float(sampler.steps), {"steps": steps})
 
 
@@ -144,7 +152,14 @@ def ends_in_tokens(subject: Subject) -> Iterator[Gap]:
     for where in ([False, False], [True, False], [True, True]):
         clamped = torch.tensor(where).expand(64, 2)
         ids = generate(
-            subject.build(3), subject.process, subject.ask(), index=index, length=2, seed=5, given=given, clamped=clamped
+            subject.build(3),
+            subject.process,
+            subject.ask(),
+            index=index,
+            length=2,
+            seed=5,
+            given=given,
+            clamped=clamped,
         ).ids
         yield gap((ids >= len(JOINT)).sum(), 0.0, {"states that are no token, given": where})
         yield gap((clamped & (ids != given)).sum(), 0.0, {"changed tokens, given": where})

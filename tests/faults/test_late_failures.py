@@ -138,7 +138,9 @@ def test_what_is_asked_of_a_run_is_refused_in_words(name: str, trained: Path, ca
 
 
 @pytest.mark.parametrize(
-    "asked", [{"seed": 2**64}, {"seed": -1}, {"count": 2**31}, {"steps": 2**31}, {"batch": 0}, {"guidance": -1.0}], ids=str
+    "asked",
+    [{"seed": 2**64}, {"seed": -1}, {"count": 2**31}, {"steps": 2**31}, {"batch": 0}, {"guidance": -1.0}],
+    ids=str,
 )
 def test_python_callers_get_the_same_limits(asked: dict, trained: Path) -> None:
     with pytest.raises(ArgumentError, match=next(iter(asked))):

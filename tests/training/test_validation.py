@@ -93,7 +93,9 @@ def test_a_run_that_was_stopped_and_resumed_logs_the_same_evaluations() -> None:
     trained("torn", "evaluate.every=2", "train.steps=3", "train.schedule=constant", *DROPOUT)
     trained("whole", "evaluate.every=2", "train.schedule=constant", *DROPOUT)
     trained("torn", "evaluate.every=2", "train.schedule=constant", *DROPOUT)
-    drop = [[{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines(name)] for name in ("torn", "whole")]
+    drop = [
+        [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines(name)] for name in ("torn", "whole")
+    ]
     assert drop[0] == drop[1]
     assert sum(BOUND in line for line in lines("torn")) == 3
 
