@@ -67,9 +67,9 @@ Settings = Annotated[
 ]
 
 DRY_RUN = (
-    "Check the recipe, print it resolved with a verdict below, and stop. Checked are keys, the run directory, files that are "
-    "named, the device, the memory, and how the parts fit where the recipe says how many tokens there are. Not checked is "
-    "what only the data tells: the texts themselves, an alphabet found in them, tokenizers and models of other origin, "
+    "Check the recipe, print it resolved with a verdict below, and stop. Checked are keys, the run directory, files that "
+    "are named, the device, the memory, and how the parts fit where the recipe says how many tokens there are. Not checked "
+    "is what only the data tells: the texts themselves, an alphabet found in them, tokenizers and models of other origin, "
     "checkpoints."
 )
 MEASURE = (
@@ -263,8 +263,8 @@ def read_conditions(written: list[str] | None) -> dict[str, object] | None:
         for name, value in read_settings([one], "--condition", option="--condition").tree.items():
             if name in found:
                 raise ArgumentError(
-                    f'--condition {shortened(one)}: "{shortened(name)}" is given twice. Give each condition once: one value '
-                    "for all samples, or a list with one for each."
+                    f'--condition {shortened(one)}: "{shortened(name)}" is given twice. Give each condition once: one '
+                    "value for all samples, or a list with one for each."
                 )
             found[name] = value
     return found

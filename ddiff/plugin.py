@@ -178,7 +178,8 @@ def _unlisted(listed: list[str]) -> list[Component]:
 def _only_claim(name: str, installed: Mapping[str, list[Plugin]]) -> Plugin:
     if name not in installed:
         raise PluginError(
-            f'There is no plugin "{shortened(name)}".{nearest(name, installed)} Installed: {", ".join(installed) or "none"}. '
+            f'There is no plugin "{shortened(name)}".{nearest(name, installed)} '
+            f"Installed: {', '.join(installed) or 'none'}. "
             f'A plugin is the name of an entry point in the group "{GROUP}"; `ddiff plugins` lists them.'
         )
     _check_single(name, installed[name])

@@ -69,8 +69,8 @@ def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
         rest = gap.end()
     if not ids:
         raise ArgumentError(
-            f"infill: the text must have a gap, such as [MASK:8] for eight tokens; got {shortened(text)!r}. A text to go on from is a "
-            "prompt."
+            f"infill: the text must have a gap, such as [MASK:8] for eight tokens; got {shortened(text)!r}. A text to "
+            "continue is a prompt."
         )
     last = _encoded(text[rest:], text, tokenizer)
     return _fitting(
@@ -95,8 +95,8 @@ def check_no_suffix(templates: Iterable[Template], who: str, remedy: str) -> Non
     for template in templates:
         if template.has_suffix:
             raise ArgumentError(
-                f"infill: {shortened(template.text)!r} has text after a gap, which nobody would read: {who} goes from left to right "
-                f"and does not see what comes later. Give a prompt, or {remedy}."
+                f"infill: {shortened(template.text)!r} has text after a gap, which nobody would read: {who} goes from left "
+                f"to right and does not see what comes later. Give a prompt, or {remedy}."
             )
 
 
@@ -120,7 +120,8 @@ def read_prompts(path: str | Path) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the name
         raise DataError(
-            f"--prompts: {shortened(str(path))} cannot be read: {shortened(str(error))}. Give a UTF-8 text file, one prompt a line."
+            f"--prompts: {shortened(str(path))} cannot be read: {shortened(str(error))}. Give a UTF-8 text file, one "
+            "prompt a line."
         ) from error
     prompts = [line for line in lines if line.strip()]
     if not prompts:
@@ -133,8 +134,8 @@ def _encoded(piece: str, text: str, tokenizer: Tokenizer) -> Tensor:
         piece.encode()
     except UnicodeEncodeError as error:
         raise ArgumentError(
-            f"prompt or infill: the text must be Unicode text; got {shortened(text)!r}, whose bytes at {error.start} are no "
-            "UTF-8. Write it in a UTF-8 file for --prompts."
+            f"prompt or infill: the text must be Unicode text; got {shortened(text)!r}, whose bytes at {error.start} are "
+            "no UTF-8. Write it in a UTF-8 file for --prompts."
         ) from error
     try:
         return torch.tensor(tokenizer.encode([piece])[0], dtype=torch.long)

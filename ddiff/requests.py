@@ -107,8 +107,8 @@ def ask_for(
     """
     if not 0.0 <= guidance < LARGEST:
         raise ArgumentError(
-            f"guidance: must be a number in [0, {LARGEST:g}); got {guidance}. 1 is off, 2 to 8 are usual, and far above that "
-            "only the likeliest token under the condition is left."
+            f"guidance: must be a number in [0, {LARGEST:g}); got {guidance}. 1 is off, 2 to 8 are usual, and far above "
+            "that only the likeliest token under the condition is left."
         )
     sampler.needs(process, denoiser.reading.says)
     cached = bool(getattr(sampler, "cached", False)) and denoiser.caches

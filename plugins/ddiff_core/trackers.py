@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 
 from ddiff import ComponentConfig, NoTracker, PluginError, Tracker
 
-
 MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # that wandb takes
 
 
@@ -47,7 +46,8 @@ class WeightsAndBiases:
             return NoTracker()
         if mode not in MODES:
             raise PluginError(
-                f'tracker "wandb": WANDB_MODE must be one of {", ".join(MODES)}; got {mode!r}. Unset it, or set [tracker] mode.'
+                f'tracker "wandb": WANDB_MODE must be one of {", ".join(MODES)}; got {mode!r}. '
+                "Unset it, or set [tracker] mode."
             )
         return WandbTracker(mode, config.project, config.entity, run_dir, recipe)
 

@@ -91,7 +91,7 @@ def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> Answer:
 
 def refusal(answer: Answer) -> str:
     """The one paragraph of a mistake: exit code 2, no traceback, not the whole input again."""
-    code, out, err = answer
+    code, _, err = answer
     assert code == 2, err
     assert "Traceback" not in err
     assert "Aborted" not in err

@@ -122,7 +122,7 @@ def test_a_classifier_that_gives_no_numbers_is_named(value: float) -> None:
     ask = ask_table(lambda zt, t: P.log().expand(*zt.shape, 3), vocabulary)
     noisy = Noisy(torch.full((1, 1), 3), torch.ones(1, 1).double(), torch.zeros(1, 1, dtype=torch.bool))
     visit = steered(ask, lambda noisy, rows: torch.full((len(rows), 3), value).double())(noisy)
-    with pytest.raises(ArgumentError, match="steered: .*Mend log_likelihood"):
+    with pytest.raises(ArgumentError, match=r"steered: .*Mend log_likelihood"):
         visit(torch.tensor([0]), torch.tensor([3]), lambda law, idx: law.log_mass(0))
 
 
