@@ -3,9 +3,9 @@
 python benchmarks/fuzz.py                          # 1,000 dry runs, and two-step runs of a tenth of what passes
 python benchmarks/fuzz.py --recipes 100 --runs 5 --seed 3
 
-Everything happens in one process and in a temporary directory. A recipe that is answered with a traceback, with an empty
-or endless message, too slowly, or that leaves files behind is a fault; it is printed with the recipe's text and its number,
-and `--seed S --only N` repeats it. The exit code is 1 where there was one.
+Everything happens in one process and in a temporary directory. A recipe that is answered with a traceback, with an empty or
+endless message, too slowly, or that leaves files behind is a fault; it is printed with the recipe's text and its number;
+`--seed S --only N` repeats it. The exit code is 1 where there was one.
 """
 
 from __future__ import annotations

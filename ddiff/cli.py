@@ -88,9 +88,9 @@ Settings = Annotated[
 ]
 
 DRY_RUN = (
-    "Check the recipe, print it resolved with a verdict below, and stop. Checked are keys, the run directory, files "
-    "that are named, the device, the memory, and how the parts fit where the recipe says how many tokens there are. Not checked is "
-    "what only the data tells: the texts themselves, an alphabet found in them, tokenizers and models of other origin, "
+    "Check the recipe, print it resolved with a verdict below, and stop. Checked are keys, the run directory, files that "
+    "are named, the device, the memory, and how the parts fit where the recipe says how many tokens there are. Not checked "
+    "is what only the data tells: the texts themselves, an alphabet found in them, tokenizers and models of other origin, "
     "checkpoints."
 )
 MEASURE = (
@@ -288,7 +288,18 @@ def read_conditions(written: list[str] | None) -> dict[str, object] | None:
     """`NAME=VALUE` texts, the value as in a recipe."""
     from ddiff.toml import read_settings
 
-    return read_settings(written, "--condition", option="--condition").tree if written else None
+    if not written:
+        return None
+    found: dict[str, object] = {}
+    for one in written:
+        for name, value in read_settings([one], "--condition", option="--condition").tree.items():
+            if name in found:
+                raise ArgumentError(
+                    f'--condition {shortened(one)}: "{shortened(name)}" is given twice. Give each condition once: one '
+                    "value for all samples, or a list with one for each."
+                )
+            found[name] = value
+    return found
 
 
 @app.command("compare")

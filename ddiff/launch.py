@@ -49,6 +49,16 @@ def place() -> Place | None:
     return Place(rank, local_rank, world_size)
 
 
+def check_address() -> None:
+    """Raises ArgumentError where MASTER_PORT, at which processes find one another, is no port."""
+    port = _count("MASTER_PORT") if "MASTER_PORT" in os.environ else 0
+    if not 0 < port < 65536:
+        raise ArgumentError(
+            f"The environment variable MASTER_PORT must be a port from 1 to 65535, as torchrun sets it; got "
+            f"{port or 'none'}. Unset RANK, WORLD_SIZE and MASTER_ADDR to run one process."
+        )
+
+
 def _count(name: str) -> int:
     """The whole number in an environment variable; ArgumentError when it holds something else."""
     written = os.environ[name]

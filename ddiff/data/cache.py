@@ -33,7 +33,7 @@ def fingerprint(inputs: object) -> str:
 def default_root() -> Path:
     """$DDIFF_CACHE, else `ddiff` in the user's cache folder."""
     if os.environ.get("DDIFF_CACHE"):
-        return Path(os.environ["DDIFF_CACHE"])
+        return Path(os.environ["DDIFF_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddiff"
 
 
@@ -47,9 +47,10 @@ class Cache:
     """
 
     def __init__(self, root: str | Path | None = None) -> None:
-        if root is not None and "://" in str(root):
+        named = str(os.environ.get("DDIFF_CACHE", "") if root is None else root)
+        if "://" in named:
             raise DataError(
-                f"Cache: root must be a local folder, because its files are memory-mapped; got {root}. "
+                f"Cache: root must be a local folder, because its files are memory-mapped; got {named}. "
                 "Set DDIFF_CACHE to a folder of this machine."
             )
         self.root = default_root() if root is None else Path(root)

@@ -280,8 +280,8 @@ class _Steered(_Composed):
         steered = log_p + self.weight * evidence.to(log_p)[:, words]
         if bool(steered.isnan().any()) or not bool(steered.isfinite().any(-1).all()):
             raise ArgumentError(
-                f"steered: log p + weight * log_likelihood must be a number, above -inf for some token of every row; the "
-                f"classifier's values are in [{float(evidence.min())}, {float(evidence.max())}], the weight is "
+                f"steered: log p + weight * log_likelihood must be a number, and above -inf for some token of every row; "
+                f"the classifier's values are in [{float(evidence.min())}, {float(evidence.max())}], the weight is "
                 f"{self.weight}. Mend log_likelihood, or take a smaller weight."
             )
         return DenseLaw(steered.log_softmax(-1), vocabulary, law.top)

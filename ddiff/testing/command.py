@@ -81,10 +81,7 @@ def _explain(name: str, same_name: list[Component], registry: Registry) -> str:
     if same_name:
         return f"ddiff check: the {same_name[0]} has no laws to check. Those that have: {there_is}."
     if any(component.plugin == name for component in registry.components()):
-        return (
-            f'ddiff check: the plugin "{name}" registers no process and no sampler. What can be checked by name: '
-            f"{there_is}."
-        )
+        return f'ddiff check: the plugin "{name}" registers no process and no sampler. By name: {there_is}.'
     names = [component.name for component in known] + [component.plugin for component in known]
     return f'ddiff check: there is no component or plugin "{name}".{nearest(name, names)} There is: {there_is}.'
 

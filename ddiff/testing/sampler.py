@@ -129,24 +129,26 @@ def declarations_are_whole(subject: Subject) -> Iterator[Gap]:
 def canvases_are_counted(subject: Subject) -> Iterator[Gap]:
     """`run` yields as many canvases as `steps` says, where it says a number. Counts: nothing is allowed."""
     for steps in (1, 3):
-        sampler, seen = subject.build(steps), []
+        sampler = subject.build(steps)
         if sampler.steps is not None:
-            index = torch.arange(4)
-            generate(
-                sampler,
-                subject.process,
-                subject.ask(),
-                index=index,
-                length=2,
-                seed=3,
-                on_step=lambda k, _, seen=seen: seen.append(k),
-            )
-            yield gap(torch.tensor(len(seen)), float(sampler.steps), {"steps": steps})
+            yield gap(torch.tensor(_canvases(sampler, subject)), float(sampler.steps), {"steps": steps})
+
+
+def _canvases(sampler: Sampler, subject: Subject) -> int:
+    """How many canvases a run yields."""
+    seen: list[int] = []
+    index = torch.arange(4)
+    generate(
+        sampler, subject.process, subject.ask(), index=index, length=2, seed=3, on_step=lambda k, _: seen.append(k)
+    )
+    return len(seen)
 
 
 @law("sampler: ends in tokens and keeps what is given", tolerance=0.0)
 def ends_in_tokens(subject: Subject) -> Iterator[Gap]:
-    """The last canvas holds only tokens, and given positions hold the given tokens, bit for bit. Counts."""
+    """The last canvas holds only tokens, and given positions hold what was given, bit for bit.
+
+    Counts: nothing is allowed."""
     index = torch.arange(64)
     given = torch.stack([index % 3, (index // 3) % 3], -1)
     for where in ([False, False], [True, False], [True, True]):

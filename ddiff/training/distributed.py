@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ddiff.errors import ArgumentError
-from ddiff.launch import place
+from ddiff.launch import check_address, place
 from ddiff.training.backend import clipped, device_named
 from ddiff.training.blocks import blocks_of
 from ddiff.training.memory import keep_freed_memory
@@ -60,6 +60,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         else:
             keep_freed_memory()
+        check_address()
         self._store, _, _ = next(dist.rendezvous("env://", there.rank, there.world_size))
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 from ddiff import ComponentConfig, NoTracker, PluginError, Tracker
 
+MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # that wandb takes
+
 
 class Nothing:
     """No tracker."""
@@ -44,6 +46,11 @@ class WeightsAndBiases:
             mode = os.environ.get("WANDB_MODE") or ("online" if has_login() else "off")  # type: ignore[assignment]
         if mode in ("off", "disabled"):
             return NoTracker()
+        if mode not in MODES:
+            raise PluginError(
+                f'tracker "wandb": WANDB_MODE must be one of {", ".join(MODES)}; got {mode!r}. '
+                "Unset it, or set [tracker] mode."
+            )
         return WandbTracker(mode, config.project, config.entity, run_dir, recipe)
 
 

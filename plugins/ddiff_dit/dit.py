@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from ddiff import (
@@ -83,6 +83,19 @@ class DiT(nn.Module):
         dropout: Probability = 0.0
         conditions: dict[str, Condition] = Field(default_factory=dict)
         """What the network is told of a sample, by name: labels or vectors."""
+
+        @field_validator("conditions")
+        @classmethod
+        def _names_of_modules(cls, conditions: dict[str, Condition]) -> dict[str, Condition]:
+            """A condition's embedding is a module of that name, and torch takes only some names."""
+            taken = dir(nn.ModuleDict)
+            for name in conditions:
+                if not name or "." in name or name in taken:
+                    raise ValueError(
+                        f"a condition is named by a word without dots that torch does not use itself; got {name!r}. Rename "
+                        "the field, such as author"
+                    )
+            return conditions
 
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary, length: int) -> DiT:

@@ -1,4 +1,4 @@
-"""A small share of `make fuzz`: mutated recipes are accepted or refused in words, and the fuzzer sees those that are not."""
+"""A small share of `make fuzz`: mutated recipes are accepted or refused in words; the fuzzer sees what is neither."""
 
 from __future__ import annotations
 

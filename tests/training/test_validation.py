@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +148,9 @@ def test_an_installed_average_leaves_the_weights_as_they_were() -> None:
     with torch.no_grad():
         module.weight += 1.0
     before = module.weight.clone()
-    with pytest.raises(RuntimeError), average.installed():
+    with suppress(KeyError), average.installed():
         assert not torch.equal(module.weight, before)
-        raise RuntimeError
+        raise KeyError
     assert torch.equal(module.weight, before)
 
 

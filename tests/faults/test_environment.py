@@ -1,0 +1,151 @@
+"""Environment variables, encodings and outputs that a shell may hand to the command."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import called, place, refusal
+
+from ddiff import ArgumentError, Cache, DataError, PluginError
+from ddiff.cli import _escaped
+from ddiff.data.cache import default_root
+from ddiff.launch import check_address
+from ddiff.launch import place as placed
+from ddiff.mistakes import explained
+
+__all__ = ["place"]
+COMMAND = [sys.executable, "-m", "ddiff"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK must be a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE must be a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK must be below WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": ""}, "LOCAL_RANK must be a whole number"),
+    ],
+)
+def test_a_place_among_processes_that_is_none_is_refused(
+    variables: dict, expected: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    for name, value in {"MASTER_ADDR": "127.0.0.1", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ArgumentError, match=expected):
+        placed()
+    assert expected in refusal(called(capsys, "recipes"))
+
+
+@pytest.mark.parametrize("port", [None, "abc", "0", "70000", "-1"])
+def test_a_port_that_is_none_is_refused(port: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    if port is not None:
+        monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(ArgumentError, match="MASTER_PORT"):
+        check_address()
+
+
+def test_the_cache_folder_is_a_local_one_and_its_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDIFF_CACHE", "~/elsewhere")
+    assert default_root() == Path.home() / "elsewhere"
+    monkeypatch.setenv("DDIFF_CACHE", "s3://bucket/cache")
+    with pytest.raises(DataError, match="must be a local folder"):
+        Cache()
+
+
+@pytest.mark.parametrize("folder", ["/dev/null", "/dev/null/x", "/proc/x"])
+def test_a_cache_that_cannot_be_written_is_named(
+    folder: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("DDIFF_CACHE", folder)
+    assert folder in refusal(called(capsys, "run", "fast.toml"))
+    assert not Path("runs").exists()
+
+
+def test_a_mode_that_wandb_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from ddiff_core.trackers import WeightsAndBiases
+
+    monkeypatch.setenv("WANDB_MODE", "abc")
+    with pytest.raises(PluginError, match="WANDB_MODE"):
+        WeightsAndBiases.build(WeightsAndBiases.Config(), run_dir=str(tmp_path), recipe={})
+
+
+def test_what_an_encoding_lacks_is_written_as_an_escape_of_toml() -> None:
+    import codecs
+    import tomllib
+
+    codecs.register_error("ddiff-test", _escaped)
+    written = 'name = "é😀"'.encode("ascii", "ddiff-test").decode("ascii")
+    assert tomllib.loads(written) == {"name": "é😀"}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_samples_are_json_in_every_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddiff.runs.stages import _writes_unicode
+
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    text = json.dumps({"text": "é😀"}, ensure_ascii=not _writes_unicode())
+    print(text, flush=True)
+    assert json.loads(out.buffer.getvalue().decode(encoding)) == {"text": "é😀"}
+
+
+def test_closed_and_full_outputs_end_without_a_traceback() -> None:
+    shell = f"{' '.join(COMMAND)} recipes"
+    for redirected, codes in ((f"{shell} >&-", (0,)), (f"{shell} > /dev/full", (2,)), (f"{shell} 2>&-", (0,))):
+        done = subprocess.run(["bash", "-c", redirected], capture_output=True, text=True)
+        assert done.returncode in codes, (redirected, done.stderr)
+        assert "Traceback" not in done.stderr
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*COMMAND, "recipes"], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (EOFError(), "ended too early"),
+        (RecursionError("maximum"), "nested too deep"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "UTF-8"),
+        (OverflowError("int too large"), "too large"),
+        (MemoryError(), "memory does not suffice"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory does not suffice"),
+        (RuntimeError("Storage size calculation overflowed"), "too large"),
+        (RuntimeError("can't start new thread"), "no more threads"),
+        (IsADirectoryError(21, "Is a directory", "x"), "Is a directory: x. A file is needed there"),
+        (PermissionError(13, "Permission denied", "x"), "Permission denied: x. Change its permissions"),
+        (OSError(28, "No space left on device"), "Make room"),
+        (ConnectionError("gone"), "gone"),
+    ],
+)
+def test_errors_of_python_are_told_in_words(error: BaseException, expected: str, monkeypatch, capsys) -> None:
+    assert expected in str(explained(error))
+
+    def broken() -> None:
+        raise error
+
+    monkeypatch.setattr("ddiff.recipe.shipped_recipes", broken)
+    assert expected in refusal(called(capsys, "recipes"))
+
+
+def test_an_error_of_ours_keeps_its_traceback_and_says_where_to_send_it(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("ddiff.recipe.shipped_recipes", lambda: 1 / 0)
+    code, _, err = called(capsys, "recipes")
+    assert code == 1
+    assert "ZeroDivisionError" in err
+    assert "Please report it" in err
+
+
+def test_a_mistakes_traceback_is_shown_on_request(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("DDIFF_TRACEBACK", "1")
+    code, _, err = called(capsys, "run", "nowhere.toml")
+    assert code == 2
+    assert "Traceback" in err
