@@ -7,18 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from ddiff_core.objectives import Flat
 from ddiff_core.samplers import EntropyBound, Remasking
+from ddiff_gidd.losses import Dynamic
 from ddiff_gidd.process import GeneralizedInterpolation
 from ddiff_hdlm.losses import Empirical, HardTokens
 from ddiff_hdlm.process import HierarchicalDiffusion
 from ddiff_hybrid.epsilon import EpsilonHybrid
+from ddiff_hybrid.gamma import GammaHybrid
 from ddiff_hybrid.losses import Published
 from ddiff_mdlm.process import MaskedDiffusion
+from ddiff_sedd.head import RatioLaw, Ratios
 from ddiff_sedd.process import ScoreEntropyDiffusion
 from torch import Tensor
 
 from ddiff import ComponentConfig, FlatVocabulary, HierarchicalVocabulary
 from ddiff.core.law import DenseLaw
+from ddiff.core.numerics import EARLIEST, LATEST
 from ddiff.testing.probes import INNER, likelihoods, times
 
 TWO = HierarchicalVocabulary([[0, 1, 0, 1, 1, 2]])
@@ -174,3 +179,30 @@ def test_hdlm_hard_reads_the_token_itself_at_every_level() -> None:
         expected = [min(weight, 1.5) for weight in process.weight(x0, zt, at).tolist()]
         assert loss.weight(process, x0, zt, at).tolist() == expected
     assert float(process.weight(x0, zt, early).max()) > 1.5
+
+
+def test_hybrid_gamma_floor_is_what_is_left_of_the_noise() -> None:
+    """With time = noise, e^-sigma at t = 1 is the floor: 0.005 unless given, and 0 where 0 is given."""
+    for keys, left in (({}, 0.005), ({"floor": 0.0}, 0.0), ({"floor": 0.2}, 0.2)):
+        config = GammaHybrid.Config(gamma=0.3, time="noise", **keys)
+        process = GammaHybrid.build(config, vocabulary=FlatVocabulary(3))
+        close(process.noise.alpha(times((1.0,))), times((left,)))
+        assert process.closes_at_prior == (left == 0.0)
+    assert GammaHybrid.build(GammaHybrid.Config(gamma=0.3), vocabulary=FlatVocabulary(3)).noise.floor == 0.0
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    assert (Flat.Config().start, Flat.Config().stop) == (1e-3, 1.0)
+    assert (Dynamic.Config().clean, Dynamic.Config().smallest, Dynamic.Config().largest) == ("snr", 0.0, 2.0)
+    assert (EARLIEST, LATEST) == (1e-12, 1.0 - 1e-12)
+
+
+def test_score_is_zero_at_the_state_itself() -> None:
+    """The ratio of the probability of z_t to itself is 1, whatever the head's logits are."""
+    process = ScoreEntropyDiffusion.build(ScoreEntropyDiffusion.Config(), vocabulary=FlatVocabulary(3))
+    zt, t = torch.tensor([3, 1]), times((0.5, 0.5))
+    reading = Ratios(True)
+    raw = RatioLaw(torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]]).double(), process.vocabulary)
+    ask = reading.question(lambda score, idx: score.log_ratio, process, zt, t, reading.prepared(process, zt, t))
+    ratio = ask(raw, torch.arange(2))
+    assert ratio.gather(-1, zt.unsqueeze(-1)).tolist() == [[0.0], [0.0]]

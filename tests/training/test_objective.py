@@ -278,3 +278,15 @@ def test_each_level_reports_its_own_rows() -> None:
     assert total > 0.0
     parts = one.nll(shown, Noise(4, 0, shown.index, LENGTH), shown.index, SLOTS, FlatTimes()).parts
     assert (parts["level1"].sum().item(), sorted(parts)) == (0.0, ["level1", "level2"])
+
+
+def test_a_loss_that_chooses_its_rows_is_not_given_prompts() -> None:
+    class Everything(Watching):
+        def reads(self, process: ForwardProcess, noisy: Noisy, times: Times) -> Tensor:
+            return torch.ones_like(noisy.clean)
+
+    loss = Everything()
+    part = replace(batch(torch.arange(SLOTS)), scored=(torch.arange(LENGTH) >= 2).expand(SLOTS, -1))
+    one = objective(loss, RULES["flat"], 0.0)
+    one(part, Noise(4, 0, part.index, LENGTH), one.counts(part), SLOTS)
+    assert [len(t) for t in loss.times] == [4 * SLOTS]
