@@ -172,8 +172,8 @@ class OneNat(MixtureProcess):
 def test_each_kind_of_row_counts_for_the_whole_batch(rule: str, loss: ElboLoss | Watching, share: float) -> None:
     """20 sequences, of which exactly a share is decoded, each for 1/share, the others for 1/(1 - share).
 
-    So the diffusion rows sum up to the width of the window per token, and those of the decoding term to one. Times are even:
-    with one nat per unit of t, draws that crowd would leave a variance.
+    So the diffusion rows sum up to the width of the window per token, and those of the decoding term to one. Times are
+    even: with one nat per unit of t, draws that crowd would leave a variance.
     """
     one = objective(loss, RULES[rule], share)
     one.process = OneNat(VOCABULARY, LinearSchedule(), torch.full((5,), 0.2))
