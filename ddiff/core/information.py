@@ -110,7 +110,8 @@ class InformationTime:
 
     def __init__(self, kept: OfTime, lost: OfTime, moved: OfTime) -> None:
         ends = torch.tensor([0.0, EARLIEST, LATEST, 1.0], dtype=torch.float64)
-        logit_t = torch.linspace(*torch.logit(ends[1:3]).tolist(), KNOTS, dtype=torch.float64)
+        earliest, latest = torch.logit(ends[1:3])
+        logit_t = torch.linspace(float(earliest), float(latest), KNOTS, dtype=torch.float64)
         t = torch.cat([ends, torch.sigmoid(logit_t)])
         kept_at = kept(t)
         lost_at = lost(t)

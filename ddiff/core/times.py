@@ -251,10 +251,10 @@ class WindowTimes:
         before = (place - chosen) / self.width
         after = before + 1.0
         # decoded while the next one still waits; come off the prior when the last one has settled
-        first = self._on_the_way(clock, before.clamp(0.0, 1.0))
-        last = self._on_the_way(clock, after.clamp(0.0, 1.0))
-        decoded = self._placed(*first, before < 0, before >= 1, before.floor().long())
-        closed = self._placed(*last, after <= 0, after > 1, _after(after))
+        t, speed = self._on_the_way(clock, before.clamp(0.0, 1.0))
+        decoded = self._placed(t, speed, before < 0, before >= 1, before.floor().long())
+        t, speed = self._on_the_way(clock, after.clamp(0.0, 1.0))
+        closed = self._placed(t, speed, after <= 0, after > 1, _after(after))
         return (
             _charged(decoded, place == chosen, float(length)),
             _charged(closed, place == chosen, float(length)),

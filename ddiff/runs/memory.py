@@ -10,11 +10,12 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from ddiff.errors import ArgumentError
-from ddiff.nn.denoiser import Denoiser
+from ddiff.nn.denoiser import Backbone, Denoiser
 from ddiff.recipe import Recipe
 from ddiff.training.backend import device_named
 from ddiff.training.blocks import blocks_of
@@ -57,7 +58,7 @@ def need_of(recipe: Recipe, denoiser: Denoiser | None) -> Need:
     weight_bytes = 4.0 * parameters
     copies = 4 if train.ema else 3
     shares = placement.processes  # a share of each: what fsdp holds, and less than ddp does
-    width = 0 if denoiser is None else denoiser.backbone.width
+    width = 0 if denoiser is None else int(cast(Backbone, denoiser.backbone).width)
     layers = 0 if denoiser is None else max(1, len(blocks_of(denoiser)))
     positions = train.batch // (train.accumulate * placement.processes) * recipe.length
     drawn = min(sample.batch, sample.count) * recipe.length
