@@ -58,7 +58,7 @@ def need_of(recipe: Recipe, denoiser: Denoiser | None) -> Need:
     weight_bytes = 4.0 * parameters
     copies = 4 if train.ema else 3
     shares = placement.processes  # a share of each: what fsdp holds, and less than ddp does
-    width = 0 if denoiser is None else int(cast(Backbone, denoiser.backbone).width)
+    width = 0 if denoiser is None else int(denoiser.head.width)
     layers = 0 if denoiser is None else max(1, len(blocks_of(denoiser)))
     positions = train.batch // (train.accumulate * placement.processes) * recipe.length
     drawn = min(sample.batch, sample.count) * recipe.length

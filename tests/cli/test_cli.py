@@ -266,3 +266,36 @@ def test_commands_hand_their_arguments_on_and_the_exit_code_back(capsys, runs):
         ("sample", Path("runs/x"), {**NOTHING, "infill": ["[MASK:2] a", "b [MASK:1]"]}),
         ("check", "toy", ["gamma=0.5", "xi=0.9"]),
     ]
+
+
+ANSWERS = {
+    ("run", "hdlm_small", "--dry-run"): "# fits: 2.1 M parameters, ",
+    ("plugins", "core"): "[tracker] kind",
+}
+HEAVY = ("datasets", "pandas", "transformers", "wandb", "faiss", "torch._dynamo", "torch.distributed.tensor", "sympy")
+LOADED = """
+import sys
+from ddiff.cli import main
+try:
+    main({arguments})
+finally:
+    print([name for name in {heavy} if name in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("arguments", list(ANSWERS))
+def test_a_command_that_only_answers_loads_torch_and_nothing_else_that_is_slow(arguments, tmp_path):
+    """Two seconds of CPU, most of them importing torch: what took the others was one of these."""
+    script = LOADED.format(arguments=list(arguments), heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr.splitlines()[-1] == "[]"
+    assert ANSWERS[arguments] in done.stdout
+
+
+def test_a_dry_run_ends_with_its_verdict_as_a_comment_of_toml(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = call(capsys, "run", "mdlm_small", "--dry-run")[1]
+    assert out.splitlines()[-1].startswith("# fits: ")
+    assert tomllib.loads(out)["name"] == "mdlm_small"
+    unknown = call(capsys, "run", "mdlm_small", "--dry-run", "--set", 'tokenizer={kind="alphabet"}')[1]
+    assert unknown.splitlines()[-1].startswith("# fits as far as is known before the tokens are counted: ")

@@ -1,0 +1,53 @@
+"""SIGINT and SIGTERM outside training: the command ends with 130 or 143, without a traceback, and leaves no half file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import place
+
+__all__ = ["place"]
+
+# The stage says that it has begun and then waits, as one that takes long would.
+STAGE = """
+import sys, time
+import {module}
+
+def waits(*_, **__):
+    print("begun", flush=True)
+    time.sleep(60)
+
+{module}.{name} = waits
+from ddiff.cli import main
+main({arguments})
+"""
+STAGES = {
+    "dry run": ("ddiff.runs.rehearsal", "check_directory", ["run", "fast.toml", "--dry-run"]),
+    "data": ("ddiff.runs.built", "train_rows", ["run", "fast.toml"]),
+    "data command": ("ddiff.runs.prepare", "build_documents", ["data", "fast.toml"]),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_signal_ends_every_stage_in_order(stage: str, number: signal.Signals, place: Path) -> None:
+    module, name, arguments = STAGES[stage]
+    script = STAGE.format(module=module, name=name, arguments=arguments)
+    working = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert working.stdout is not None
+    assert working.stdout.readline() == "begun\n"
+    time.sleep(0.1)
+    working.send_signal(number)
+    _, err = working.communicate(timeout=60)
+    assert working.returncode == 128 + number, err
+    assert "Traceback" not in err
+    left = [name for _, _, names in os.walk(place) for name in names if name.endswith((".part", ".lock"))]
+    assert left == []
