@@ -63,7 +63,10 @@ class RestlessTree(ForwardProcess):
         occupied = self.clock.pi(t).log()[:, self.vocabulary.level_of(states)]
         lost = self._lost(torch.zeros_like(t), t).unsqueeze(-1) * self.restless(states)
         redrawn = lost.log() + self.share(states).log() + mass[:, self.family(states)]
-        return (occupied + (torch.log1p(-lost) + mass).logaddexp(redrawn)).to(log_p.dtype)
+        stayed = torch.log1p(-lost) + mass
+        never = stayed.isneginf() & redrawn.isneginf()  # the sum of two such has no gradient: 0/0
+        either = stayed.masked_fill(never, 0.0).logaddexp(redrawn.masked_fill(never, 0.0))
+        return (occupied + either.masked_fill(never, -torch.inf)).to(log_p.dtype)
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
         """The marginal read the other way: the engine could derive it, word by word."""

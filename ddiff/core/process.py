@@ -30,6 +30,8 @@ from ddiff.errors import ArgumentError
 RowFunction = Callable[[Any, Tensor], Any]  # fn(answer, idx); the answer is a law where a draw is asked for
 Visit = Callable[[Tensor, Tensor, RowFunction], Any]
 
+WELL_CONDITIONED = 1e4  # condition numbers of an operator that elimination inverts to the last digits
+
 
 REFERENCE_TOKENS = 64  # of which the derived information is the mean: enough for a time change
 REFERENCE_ENTRIES = 2**21  # of marginals that are held at once while it is computed
@@ -166,6 +168,7 @@ class ForwardProcess(ABC):
         else:
             even = torch.full((len(distinct), num_tokens), 1.0 / num_tokens, dtype=s.dtype, device=s.device)
             p = read_back(kernel.dense()[:, :num_tokens], even, s, place)
+            p = _eliminated(kernel.dense(), s, place, p)
         least = FLOOR * s[:, :num_tokens]
         return log_shares(torch.maximum(p, least).log())
 
@@ -387,6 +390,20 @@ class ForwardProcess(ABC):
             f"{type(self).__name__}.{method}: this process offers no events (has_events is False): its reverse rate has no "
             "bound that is free of the network. Use a sampler with steps, such as ancestral or tau-leaping."
         )
+
+
+def _eliminated(square: Tensor, s: Tensor, place: Tensor, p: Tensor) -> Tensor:
+    """[r,V] p, but by elimination where square [n,S,S] is well conditioned.
+
+    Early in time tokens are read off tokens first, and a small probability keeps its relative accuracy, which evidence of
+    1/t multiplies.
+    """
+    well = (torch.linalg.cond(square) < WELL_CONDITIONED).nonzero().squeeze(-1)
+    for k in well.tolist():
+        rows = (place == k).nonzero().squeeze(-1)
+        solved = torch.linalg.solve(square[k].T, s[rows].T).T
+        p = p.index_copy(0, rows, solved[:, : p.shape[1]])
+    return p
 
 
 def _tells(log_likelihood: Tensor, x0: Tensor) -> Tensor:
