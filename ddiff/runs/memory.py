@@ -10,12 +10,11 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from ddiff.errors import ArgumentError
-from ddiff.nn.denoiser import Backbone, Denoiser
+from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe import Recipe
 from ddiff.training.backend import device_named
 from ddiff.training.blocks import blocks_of
