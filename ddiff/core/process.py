@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddiff.core.kernel import MAX_DENSE, DenseKernel, Kernel, read_back
 from ddiff.core.law import Answer, Score, certainly_law
-from ddiff.core.numerics import FLOOR, LATEST, draw_index, interior, log_shares, may_hold, where_read
+from ddiff.core.numerics import FLOOR, LATEST, draw_index, interior, log_or_never, log_shares, may_hold, where_read
 from ddiff.core.oracle import propagate
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
@@ -150,7 +150,7 @@ class ForwardProcess(ABC):
             p = read_back(kernel.dense()[:, :num_tokens], even, s, place)
             p = _eliminated(kernel.dense(), s, place, p)
         least = FLOOR * s[:, :num_tokens]
-        return log_shares(torch.maximum(p, least).log())
+        return log_shares(log_or_never(torch.maximum(p, least)))
 
     def of_scores(self, t: Tensor) -> Tensor:
         """The times at which scores of t are read: 1 - 1e-12 at t = 1 where the process closes, since the ratios of the
