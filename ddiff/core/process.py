@@ -22,7 +22,7 @@ from ddiff.core.description import settings_of
 from ddiff.core.information import InformationTime, uniform_reference
 from ddiff.core.kernel import MAX_DENSE, DenseKernel, Kernel, read_back
 from ddiff.core.law import Answer, DenseLaw, Score, certainly_law
-from ddiff.core.numerics import FLOOR, LATEST, draw_index, interior, log_shares, may_hold, where_read
+from ddiff.core.numerics import FLOOR, LATEST, draw_index, interior, log_or_never, log_shares, may_hold, where_read
 from ddiff.core.oracle import propagate
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
@@ -170,7 +170,7 @@ class ForwardProcess(ABC):
             p = read_back(kernel.dense()[:, :num_tokens], even, s, place)
             p = _eliminated(kernel.dense(), s, place, p)
         least = FLOOR * s[:, :num_tokens]
-        return log_shares(torch.maximum(p, least).log())
+        return log_shares(log_or_never(torch.maximum(p, least)))
 
     def of_scores(self, t: Tensor) -> Tensor:
         """The times at which scores of t are read: 1 - 1e-12 at t = 1 where the process closes, since the ratios of the
