@@ -67,7 +67,7 @@ MISTAKES = {
     "xi for other levels": (("--set", "process.xi=[0.9, 0.8, 0.7]"), ("[process]: ", "xi", "2 levels", "0.7")),
     "a power that is not used": (("--set", 'process={kind="mdlm", power=2.0}'), ("power", 'schedule = "linear"')),
     "a power that is missing": (("--set", 'process={kind="mdlm", schedule="power"}'), ("power", "None")),
-    "zero clusters": (("--set", "vocabulary.sizes=[0]"), ("[vocabulary]: sizes", "0")),
+    "zero clusters": (("--set", "vocabulary.sizes=[0]"), ("[vocabulary] sizes[0]", "greater than 0")),
     "more clusters than words": (("--set", "vocabulary.sizes=[4000]"), ("[vocabulary]: sizes", "4000", "270")),
     "levels that grow": (("--set", "vocabulary.sizes=[4, 9]"), ("[vocabulary]: sizes", "9")),
     "tree process on words alone": (FLAT, ("[process]: ", "hdlm", "clusters")),
@@ -361,7 +361,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(
 ) -> None:
     append = MetricsFile.append
 
-    def full(file: MetricsFile, record: StepRecord) -> None:
+    def full(file: MetricsFile, record: StepRecord, *figures: Any) -> None:
         if record.step == 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         append(file, record)

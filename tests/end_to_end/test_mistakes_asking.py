@@ -60,7 +60,7 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "unknown sampler": ("small", ("--sampler", "confidnce"), ('no sampler "confidnce"', '"confidence"')),
     "unknown key of a sampler": ("small", ("--set", "temperatur=1.0"), ("temperatur", '"temperature"')),
     "a key with its table": ("small", ("--set", "sample.sampler.last=argmax"), ("sample", "leave out")),
-    "a key out of range": ("small", ("--set", "temperature=0.0"), ("temperature", "0")),
+    "a key out of range": ("small", ("--set", "temperature=-1.0"), ("temperature", "0")),
     "zero steps": ("small", ("--steps", "0"), ("--steps", "1")),
     "zero samples": ("small", ("--count", "0"), ("--count", "1")),
     "a prompt longer than the canvas": (
