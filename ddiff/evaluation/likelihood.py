@@ -22,7 +22,7 @@ from ddiff.core.elbo import Likelihood
 from ddiff.core.noise import Noise
 from ddiff.core.times import TimeRule
 from ddiff.errors import ArgumentError, NonFiniteError
-from ddiff.evaluation.intervals import Error, RatioEstimate
+from ddiff.evaluation.ratio import Error, RatioEstimate
 from ddiff.progress import progress
 
 LARGEST_MEAN = 700.0  # nats per token whose exponential is still a float64

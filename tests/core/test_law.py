@@ -145,7 +145,7 @@ def test_nothing_is_drawn_from_a_law_of_nan() -> None:
     log_p = random_log_p(7, 0)
     log_p[1, 2] = torch.nan
     law = DenseLaw(log_p, some_tree)
-    with pytest.raises(NonFiniteError, match="the denoiser's law holds NaN"):
+    with pytest.raises(NonFiniteError, match="the predicted distribution holds NaN"):
         law.draw(torch.tensor([13, 13]), torch.zeros(2).long(), torch.tensor([0.1, 0.2]).double())
 
 

@@ -170,7 +170,7 @@ def test_clusters_of_an_alphabet_have_no_special_branch() -> None:
     assert tree.level_sizes == (8, 3, 1)
 
 
-@pytest.mark.parametrize("sizes", [(0,), (10_000,), (8, 8), (4, 8)])
+@pytest.mark.parametrize("sizes", [(10_000,), (8, 8), (4, 8)])
 def test_impossible_cluster_sizes_are_explained(
     documents: Documents, tokenizer: BytePairTokenizer, sizes: tuple[int, ...], tmp_path: Path
 ) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from ddiff.core.elbo import Likelihood
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import FlatTimes
-from ddiff.evaluation.intervals import RatioEstimate
 from ddiff.evaluation.likelihood import evaluate
+from ddiff.evaluation.ratio import RatioEstimate
 
 LENGTH = 32
 DOCUMENTS = 24

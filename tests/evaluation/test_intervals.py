@@ -18,7 +18,8 @@ from ddiff.core.dense import DenseProcess
 from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.process import ForwardProcess
 from ddiff.core.tree import TreeProcess
-from ddiff.evaluation.intervals import RatioEstimate, student95
+from ddiff.evaluation.intervals import student95
+from ddiff.evaluation.ratio import RatioEstimate
 
 UNEQUAL = np.array([1.0, 2.0, 4.0, 60.0, 200.0])
 
