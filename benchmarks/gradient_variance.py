@@ -1,4 +1,4 @@
-"""Variance of training gradients under three clocks: even t, even information time, information time as it is drawn.
+"""Variance of training gradients under several clocks: even t, even information time, and its draws for many or few tokens.
 
     python benchmarks/gradient_variance.py runs/variance [RECIPE ...]
 
@@ -11,6 +11,8 @@ itself as loss.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ from ddiff import Noise, OwnTime, TimeChange
 
 RECIPES = ("mdlm_small", "hdlm_small", "gidd_small", "hybrid_gamma_small", "sedd_uniform_small")
 STEPS = 60
-DRAWS = 48
+DRAWS = 32
+
+
+TOKENS = (64, 16, 4, 1)
 
 
 class Even:
@@ -37,6 +42,17 @@ class Even:
     def drawn(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
         t, speed = self.clock.at(start + (stop - start) * v)
         return t, (stop - start) * speed
+
+
+class Tokens(Even):
+    """Another clock's times, drawn for sequences of so many tokens."""
+
+    def __init__(self, clock: TimeChange, tokens: int) -> None:
+        super().__init__(clock)
+        self.tokens = tokens
+
+    def drawn(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
+        return self.clock.drawn(v, start, stop, self.tokens)
 
 
 def gradients(run: Any, clock: TimeChange, loss: Any) -> Tensor:
@@ -68,12 +84,15 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="where the short runs are written")
     parser.add_argument("recipes", nargs="*", default=RECIPES)
     given = parser.parse_args()
-    print("| recipe | loss | even t | even tau | tau as drawn |\n| --- | --- | --- | --- | --- |")
+    columns = ["even t", "even tau", *(f"tokens = {tokens}" for tokens in TOKENS)]
+    print("| recipe | loss | " + " | ".join(columns) + " |")
+    print("| --- " * (len(columns) + 2) + "|")
     for name in given.recipes:
         settings = [f"run_dir={given.runs / name}", f"train.steps={STEPS}", "evaluate.rows=64", "sample.count=1"]
-        run = ddiff.run(ddiff.read_recipe(name, settings))
+        with contextlib.redirect_stdout(sys.stderr):
+            run = ddiff.run(ddiff.read_recipe(name, settings))
         information = run.process.information_time
-        clocks = (OwnTime(), Even(information), information)
+        clocks = [OwnTime(), Even(information), *(Tokens(information, tokens) for tokens in TOKENS)]
         for label, loss in (("of the recipe", run.objective.loss), ("elbo", ddiff.ElboLoss())):
             row = [f"{relative_variance(gradients(run, clock, loss)):.2f}" for clock in clocks]
             print(f"| {name} | {label} | " + " | ".join(row) + " |", flush=True)

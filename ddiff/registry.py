@@ -32,7 +32,7 @@ KINDS: dict[str, str] = {
     "head": "[denoiser] head: build(config, *, vocabulary, width) -> Head",
     "objective": "[objective]: build(config, *, process, denoiser, and its own sub-components) -> Objective",
     "training_loss": "[objective] loss: build(config, *, process) -> TrainingLoss",
-    "time_rule": "[objective] times: build(config, length) -> TimeRule",
+    "time_rule": "[objective] times: build(config) -> TimeRule",
     "optimizer": "[train] optimizer: build(config, *, module) -> optimizer",
     "backend": "[backend]: build(config, *, device, processes, precision) -> Backend",
     "sampler": "[sample] sampler: build(config, *, steps, vocabulary) -> Sampler",

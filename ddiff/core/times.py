@@ -78,8 +78,8 @@ class TimeRule(DrawsTimes, Protocol):
     def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
         """[B] the state of the path at tau in [0,1], 0 all settled and 1 all at the prior: what samplers walk along."""
 
-    def over(self, start: float, stop: float) -> TimeRule:
-        """The same rule on another window of tau."""
+    def over(self, start: float, stop: float, tokens: int = 64) -> TimeRule:
+        """The same rule on another window of tau, its draws made for sequences of `tokens` tokens."""
 
 
 @final
@@ -116,8 +116,8 @@ class FlatTimes:
         ones = torch.ones(len(slot), length, dtype=torch.float64, device=slot.device)
         return _everywhere(t[0] * ones, ones), _everywhere(t[1] * ones, ones)
 
-    def over(self, start: float, stop: float) -> FlatTimes:
-        return FlatTimes(start, stop, self.tokens)
+    def over(self, start: float, stop: float, tokens: int = 64) -> FlatTimes:
+        return FlatTimes(start, stop, tokens)
 
 
 @final
@@ -144,7 +144,7 @@ class WindowTimes:
             raise ArgumentError(f"WindowTimes: need 0 <= start < stop <= 1; got start = {start}, stop = {stop}.")
         self.width, self.shape, self.paired, self.start, self.stop = width, shape, paired, start, stop
 
-    def over(self, start: float, stop: float) -> WindowTimes:
+    def over(self, start: float, stop: float, tokens: int = 64) -> WindowTimes:
         return WindowTimes(self.width, self.shape, self.paired, start, stop)
 
     def draw(self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:

@@ -371,7 +371,7 @@ class Run:
             lambda numbers: batch_rows(rows, chosen[numbers], conditions=conditions).to(self.backend.device),
             rows.documents()[chosen],
             length=self.recipe.length,
-            times=getattr(self.objective, "times", FlatTimes()).over(*keys.window),
+            times=getattr(self.objective, "times", FlatTimes()).over(*keys.window, self.recipe.length),
             num_bytes=rows.tokens.num_bytes if has_bytes else None,
             draws=draws,
             batch=keys.batch,

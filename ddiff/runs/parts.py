@@ -163,7 +163,7 @@ def _overflows(error: Exception) -> bool:
 
 def build_objective(recipe: Recipe, process: ForwardProcess | None, denoiser: Denoiser) -> Any:
     loss = recipe.loss.build(process=process) if recipe.loss else None
-    times = recipe.times.build(length=recipe.length) if recipe.times else None
+    times = recipe.times.build() if recipe.times else None
     return recipe.objective.build(process=process, denoiser=denoiser, loss=loss, times=times)
 
 

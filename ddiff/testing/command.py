@@ -164,7 +164,7 @@ def _heads(component: Component, part: Part, configured: bool) -> list[Instance]
 
 
 def _time_rules(component: Component, part: Part, configured: bool) -> list[Instance]:
-    rule = part.build(length=LENGTH)
+    rule = part.build()
     return [Instance(component.name, partial(check_time_rule, rule))]
 
 

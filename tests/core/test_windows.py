@@ -121,7 +121,7 @@ def test_a_block_as_long_as_the_sequence_is_one_time_for_all_bit_for_bit(paired:
     process, slot = PROCESSES["closes at neither end"], torch.arange(len(SEQUENCES))
     ask, scored = ask_law(exact_law(process), process.vocabulary), torch.ones_like(SEQUENCES, dtype=torch.bool)
     flat, block = (
-        nelbo(process, ask, SEQUENCES, scored, rule.over(*WINDOW), Noise(3, 0, slot, LENGTH), slot, len(slot))
+        nelbo(process, ask, SEQUENCES, scored, rule.over(*WINDOW, LENGTH), Noise(3, 0, slot, LENGTH), slot, len(slot))
         for rule in (FlatTimes(tokens=LENGTH), WindowTimes(LENGTH, "block", paired=True))
     )
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(block[:3], flat[:3]))
