@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MakeDistribution = Callable[..., Path]
+
+# A shell that starts the suite in the background has it ignore SIGINT, and commands under test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def write_distribution(
