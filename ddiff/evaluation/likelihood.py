@@ -153,7 +153,7 @@ def evaluate(
         terms_nats_per_token=means.compute("term"),
         parts_nats_per_token=means.compute("part"),
         tokens=round(once),
-        documents=len(names),
+        documents=int((tokens > 0).sum()),
         unit=unit,
         bound=getattr(objective, "bound", "NELBO"),
         protocol={"draws": draws, "seed": seed, "length": length, "interval": "95 %, Student, over documents"},

@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import `all_examples`, and the tables and repeats of the evaluation's tests."""
+"""Lets the tests of this folder import their helpers and those of the evaluation's tests, and gives them a tiny run."""
 
 from __future__ import annotations
 
@@ -7,3 +7,7 @@ from pathlib import Path
 
 here = Path(__file__).parent
 sys.path[:0] = [str(here), str(here.parent / "evaluation")]
+
+from tiny_run import ddiff, finished, folder, run_dir
+
+__all__ = ["ddiff", "finished", "folder", "run_dir"]

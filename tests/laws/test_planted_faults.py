@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,9 @@ from chains import PAIR, SINGLE, THREE, HumpedComponents, ShuffledThenMasked, un
 from faults import Fault, assert_found
 from torch import Tensor
 
-from ddiff.core.clock import LevelClock, LogTimeClock
+from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.dense import DenseProcess
+from ddiff.core.information import InformationTime, OwnTime
 from ddiff.core.interpolating import MixtureProcess, mask_law
 from ddiff.core.kernel import DenseKernel, InterpolatingKernel, Kernel
 from ddiff.core.law import CleanLaw, DenseLaw, Score, SubtreeLaw
@@ -33,6 +35,7 @@ from ddiff.testing import (
     draws,
     edges,
     head,
+    information,
     law,
     moves,
     reverse,
@@ -734,6 +737,45 @@ def network(trunk: type[Trunk], head_: type[TokenHead] = TokenHead) -> Denoiser:
     return Denoiser(trunk(), head_(FlatVocabulary(3), 4))
 
 
+# ---------------------------------------------------------------------- information time
+
+
+class MasksAlone(TreeProcess):  # type: ignore[misc]
+    """Clusters taken for masks: what a cluster says of its token is left out."""
+
+    def information(self, t: Tensor) -> Tensor:
+        return self.clock.pi(t)[:, 0] * math.log(self.vocabulary.num_tokens)
+
+
+class SlowClock:
+    """The times of another clock, told with half their speed."""
+
+    def __init__(self, clock: InformationTime) -> None:
+        self.clock = clock
+
+    def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
+        t, speed = self.clock.at(tau)
+        return t, speed / 2.0
+
+
+class SlowTree(TreeProcess):  # type: ignore[misc]
+    @property
+    def information_time(self) -> Any:  # type: ignore[override]
+        return SlowClock(InformationTime(self.information, self.information_lost, self.moved))
+
+
+class EarlyMasks(TreeProcess):  # type: ignore[misc]
+    """t^0.3 of the tokens are masked by t, and times are drawn evenly in t all the same."""
+
+    @property
+    def information_time(self) -> Any:  # type: ignore[override]
+        return OwnTime()
+
+
+def masks_by_power(kind: type[TreeProcess]) -> Callable[[], TreeProcess]:
+    return lambda: kind(FlatVocabulary(4), CdfClock([PowerSchedule(0.3)]))
+
+
 # ---------------------------------------------------------------------- the table
 
 CLOCK2, CLOCK3 = LogTimeClock((0.5, 1.0)), LogTimeClock((1.0, 2.0, 1.0))
@@ -795,6 +837,25 @@ FAULTS = [
     ),
     Fault(
         "raw -ln p(x) breaks the bound", bound.constant_denoiser, on_pair(TreeProcess, 0.8), on_pair(RawDecoding, 0.8)
+    ),
+    Fault(
+        "information without clusters",
+        information.information_is_enumerated,
+        on_pair(TreeProcess),
+        on_pair(MasksAlone),
+    ),
+    Fault("a clock at half its speed", information.clock_is_a_time_change, on_pair(TreeProcess), on_pair(SlowTree)),
+    Fault(
+        "a clock that does not follow the information",
+        information.tau_is_the_share_lost,
+        masks_by_power(TreeProcess),
+        masks_by_power(EarlyMasks),
+    ),
+    Fault(
+        "even times where tokens are masked early",
+        information.variance_has_no_tail,
+        masks_by_power(TreeProcess),
+        masks_by_power(EarlyMasks),
     ),
     Fault("swapped level weights", bound.weights_are_level_flows, on_pair(TreeProcess), on_pair(SwappedWeights)),
     Fault("off-by-one level in the draw", draws.sample_follows_marginal, on_pair(TreeProcess), on_pair(OneLevelTooFew)),
