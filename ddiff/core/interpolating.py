@@ -327,8 +327,8 @@ class InterpolatingProcess(ForwardProcess):
     @cached_property
     def _reached(self) -> Constant:
         """bool [S] states with arrivals at some of REACHED_TIMES times, as a schedule may rest at any one of them."""
-        ends = torch.logit(torch.tensor([EARLIEST, LATEST], dtype=torch.float64)).tolist()
-        times = torch.sigmoid(torch.linspace(*ends, REACHED_TIMES, dtype=torch.float64))
+        low, high = torch.logit(torch.tensor([EARLIEST, LATEST], dtype=torch.float64)).tolist()
+        times = torch.sigmoid(torch.linspace(low, high, REACHED_TIMES, dtype=torch.float64))
         return Constant(self._largest_arrivals(times) > 0)
 
     def _largest_arrivals(self, t: Tensor) -> Tensor:
