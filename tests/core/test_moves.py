@@ -178,7 +178,7 @@ def test_a_law_of_nan_is_an_error_and_not_a_row_that_stays() -> None:
     visit = TableVisit(torch.full((4, 4), torch.nan).double(), WORDS)
     for draw in (lambda: uneven().step(visit, zt, full(0.5, zt), full(0.2, zt), u),
                  lambda: uneven().event(visit, zt, full(0.5, zt), u)):  # fmt: skip
-        with pytest.raises(NonFiniteError, match="the denoiser's law holds NaN"):
+        with pytest.raises(NonFiniteError, match="predicted distribution holds NaN"):
             draw()
 
 
