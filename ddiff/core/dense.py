@@ -28,7 +28,8 @@ class DenseProcess(ForwardProcess):
 
     `matrix` is one generator [S,S], a tensor or nested lists (rows sum to 0, off-diagonal >= 0), run at the speed of
     `schedule`: Q_t = rate(t) matrix with rate = -alpha'/alpha, so that the total noise is -ln alpha; or a function
-    t[r] -> [r,S,S] that gives Q_t itself (the schedule is then not used). The prior is q_1: the mean over clean tokens of
+    t[r] -> [r,S,S] that gives Q_t itself (the schedule is then not used; Q_t must be continuous, since steps across a jump
+    of it are as far off as they are long). The prior is q_1: the mean over clean tokens of
     their laws at t = 1, which `closes_at_prior` declares equal when they are within 1e-9. Cost O(S^3) per distinct time, so
     S is bounded.
     """

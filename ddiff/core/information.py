@@ -32,9 +32,12 @@ from ddiff.core.numerics import EARLIEST, LATEST, Constant
 OfTime = Callable[[Tensor], Tensor]
 
 KNOTS = 257  # in logit t between the interior times; processes change slowly on that scale
+STEEP = 2.0  # rises of logit tau from knot to knot above which knots are put between them
+REFINEMENTS = 40  # halvings of a cell of logit t, until it is as wide as the rounding of its ends
 RELIABLE = 1e-11  # smaller shares of information are differences that rounding has spoilt
 NEGLIGIBLE = 1e-9  # share of the information that the bound may leave out beyond the interior times
 RAREST = 1e-15  # probabilities of being noise below this are rounding
+MOST_PER_NOISE = 50.0  # nats that are lost per probability P of being noise: 1 + ln V + ln 1/P, P >= 1e-15, by Fano
 SMALLEST = 2.0**-53  # shares are kept as far from 0 and 1, so that slopes there are finite
 
 
@@ -104,25 +107,37 @@ class InformationTime:
     the exact derivative of the interpolant, so that a bound drawn in tau is unbiased whatever the interpolation error. That
     error affects its variance only.
 
+    Where logit tau rises by more than 2 between two knots, as where a process starts to lose information in the midst of
+    time, the cell is halved until it does not.
+
     Rates are read at interior times only. Where more than 1e-9 of the information is lost before the first of them, tau = 0
     is that time and not t = 0, and the bound decodes there; likewise at the last.
     """
 
     def __init__(self, kept: OfTime, lost: OfTime, moved: OfTime) -> None:
         ends = torch.tensor([0.0, EARLIEST, LATEST, 1.0], dtype=torch.float64)
-        earliest, latest = torch.logit(ends[1:3])
-        logit_t = torch.linspace(float(earliest), float(latest), KNOTS, dtype=torch.float64)
-        t = torch.cat([ends, torch.sigmoid(logit_t)])
-        kept_at = kept(t)
-        lost_at = lost(t)
+        kept_last = kept(ends)[3]
+        lost_at = lost(ends)
         total = lost_at[3] - lost_at[0]
-        before = ((lost_at - lost_at[0]) / total).clamp(min=0.0)
-        after = ((kept_at - kept_at[3]) / total).clamp(min=0.0)
-        self.first = float(before[1]) if before[1] > NEGLIGIBLE else 0.0
-        self.last = 1.0 - float(after[2]) if after[2] > NEGLIGIBLE else 1.0
+        self._total = max(float(total), 0.0)
+        # of one token, or where nothing ever happens, there is nothing to lose, and tau = t
+        loses = bool(total > NEGLIGIBLE)
+
+        def shares(t: Tensor) -> Tensor:
+            """[2,n] The shares of the information that are lost before and after t [n]."""
+            after = kept(t) - kept_last
+            before = lost(t) - lost_at[0]
+            return (torch.stack([before, after]) / total).clamp(min=0.0)
+
+        before, after = shares(ends)
+        self.first = float(before[1]) if loses and before[1] > NEGLIGIBLE else 0.0
+        self.last = 1.0 - float(after[2]) if loses and after[2] > NEGLIGIBLE else 1.0
         self._first_t = EARLIEST if self.first > 0.0 else 0.0
         self._last_t = LATEST if self.last < 1.0 else 1.0
-        self._map = MonotoneMap(*_rising(before[4:], after[4:], logit_t))
+        earliest, latest = torch.logit(ends[1:3]).tolist()
+        even = torch.linspace(earliest, latest, KNOTS, dtype=torch.float64)
+        knots = _rising(*_refined(shares, even)) if loses else (even, even)
+        self._map = MonotoneMap(*knots)
         self._moved = moved
         self._moved_first = float(moved(ends[:1])[0])
         self._draws: dict[tuple[float, float, int], MonotoneMap] = {}
@@ -145,9 +160,12 @@ class InformationTime:
         """v -> the share of the window that is the v-quantile of the density sqrt(1 + 1/(L P))."""
         logit_share = torch.linspace(-27.0, 27.0, KNOTS, dtype=torch.float64)
         share = torch.sigmoid(logit_share)
-        moved = self._moved(self.at(start + (stop - start) * share)[0])
+        tau = start + (stop - start) * share
+        moved = self._moved(self.at(tau)[0])
         # tokens that are noise from t = 0 on are not charged for becoming it
-        moved = ((moved - self._moved_first) / (1.0 - self._moved_first)).clamp(min=RAREST)
+        moved = ((moved - self._moved_first) / max(1.0 - self._moved_first, RAREST)).clamp(min=RAREST)
+        # where information jumps, since a discontinuous generator is integrated in steps, none may seem to have moved yet
+        moved = torch.maximum(moved, (self.first + (self.last - self.first) * tau) * self._total / MOST_PER_NOISE)
         density = (1.0 + 1.0 / (length * moved)).sqrt()
         # trapezoids between the knots; below the first the density is at most a square root of 1 / share, hence the 2
         cells = (density[1:] + density[:-1]) / 2.0 * share.diff()
@@ -162,8 +180,25 @@ def uniform_reference(num_tokens: int) -> Tensor:
     return torch.full((1, num_tokens), -math.log(num_tokens), dtype=torch.float64)
 
 
-def _rising(before: Tensor, after: Tensor, logit_t: Tensor) -> tuple[Tensor, Tensor]:
+def _refined(shares: OfTime, logit_t: Tensor) -> tuple[Tensor, Tensor]:
+    """The shares [2,k] at knots between which logit tau rises by at most STEEP, and logit t [k] of the knots."""
+    shares_at = shares(torch.sigmoid(logit_t))
+    for _ in range(REFINEMENTS):
+        before, after = shares_at.clamp(min=RELIABLE)
+        # the running maximum bounds the number of steep cells, also where rounding makes tau fall
+        logit_tau = (before / after).log().cummax(0).values
+        steep = (logit_tau.diff() > STEEP).nonzero().squeeze(-1)
+        if len(steep) == 0:
+            break
+        middle = (logit_t[steep] + logit_t[steep + 1]) / 2.0
+        logit_t, order = torch.cat([logit_t, middle]).sort()
+        shares_at = torch.cat([shares_at, shares(torch.sigmoid(middle))], -1)[:, order]
+    return shares_at, logit_t
+
+
+def _rising(shares_at: Tensor, logit_t: Tensor) -> tuple[Tensor, Tensor]:
     """The knots at which logit tau is reliable and higher than at every earlier one."""
+    before, after = shares_at
     reliable = (before > RELIABLE) & (after > RELIABLE)
     logit_tau = (before / after).log()[reliable]
     logit_t = logit_t[reliable]

@@ -45,6 +45,7 @@ from ddiff.errors import ArgumentError
 
 ROUNDING = 1e-12  # differences of noise that small, relative to their terms, are nothing
 CELLS = 1024  # of logit time, each with one rate of candidate events
+REACHED_TIMES = 129  # in logit t, at which it is seen whether anything arrives in a state
 SLACK = 1.01  # a smooth rate inside a cell is not above the larger of its ends by more than a thousandth
 
 
@@ -178,16 +179,26 @@ class InterpolatingProcess(ForwardProcess):
     # ------------------------------------------------------------------ the bound
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """omega_t(z) (1 - q_t(z|x)) / q_t(z|x), the total true reverse rate."""
+        """omega_t(z) (1 - q_t(z|x)) / q_t(z|x), the total true reverse rate.
+
+        1 where that is 0 since z is certain under x, but something may arrive: other tokens that become z cost nats there.
+        """
         t = interior(t)
         arrive = self.arrivals_at(zt, t)
-        rate = arrive * (self._elsewhere(x0, zt, t) / self._likelihood(x0, zt, t))
-        return torch.where(arrive > 0, rate, 0.0)
+        elsewhere = self._elsewhere(x0, zt, t)
+        rate = arrive * (elsewhere / self._likelihood(x0, zt, t))
+        only_state = self.vocabulary.num_states == 1  # where nothing arrives from elsewhere
+        unit = float(not only_state)
+        return torch.where(arrive > 0, torch.where(elsewhere > 0, rate, unit), 0.0)
 
     def divergence(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """mismatch / (1 - q_t(z|x)); 0 at states where nothing arrives."""
-        elsewhere = self._elsewhere(x0, zt, interior(t))
-        return self.mismatch(answer, x0, zt, t) / torch.where(elsewhere > 0, elsewhere, 1.0)
+        """mismatch / (1 - q_t(z|x)), the density where the weight is 1 since z is certain; 0 where nothing arrives."""
+        inner = interior(t)
+        elsewhere = self._elsewhere(x0, zt, inner)
+        arrive = self.arrivals_at(zt, inner)
+        certain = arrive / self._likelihood(x0, zt, inner)
+        scale = torch.where(elsewhere > 0, 1.0 / torch.where(elsewhere > 0, elsewhere, 1.0), certain)
+        return self.mismatch(answer, x0, zt, t) * torch.where(arrive > 0, scale, 1.0)
 
     def mismatch(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho, which published losses weigh; 0 where nothing arrives in z_t.
@@ -305,16 +316,27 @@ class InterpolatingProcess(ForwardProcess):
 
     def active(self, zt: Tensor) -> Tensor:
         """A state that nothing arrives in charges nothing."""
-        return self._reached().to(zt.device)[zt]
+        return self._reached.on(zt.device)[zt]
 
     @property
     def monotone(self) -> bool:
         """Nothing arrives but in the mask, so that a word once seen stays."""
-        return not bool(self._reached()[: self.vocabulary.root].any())
+        reached = self._reached.on(torch.device("cpu"))
+        return not bool(reached[: self.vocabulary.root].any())
 
-    def _reached(self) -> Tensor:
-        """bool [S] states with arrivals, seen at the middle of time."""
-        return self.arrivals(torch.tensor([0.5], dtype=torch.float64))[0] > 0
+    @cached_property
+    def _reached(self) -> Constant:
+        """bool [S] states with arrivals at some of REACHED_TIMES times, as a schedule may rest at any one of them."""
+        low, high = torch.logit(torch.tensor([EARLIEST, LATEST], dtype=torch.float64)).tolist()
+        times = torch.sigmoid(torch.linspace(low, high, REACHED_TIMES, dtype=torch.float64))
+        return Constant(self._largest_arrivals(times) > 0)
+
+    def _largest_arrivals(self, t: Tensor) -> Tensor:
+        """[S] of times t [n]."""
+        largest = self.arrivals(t[:1])[0]
+        for part in t.split(8):
+            largest = torch.maximum(largest, self.arrivals(part).amax(0))
+        return largest
 
     # ------------------------------------------------------------------ reverse
 
@@ -542,6 +564,9 @@ class ComponentProcess(InterpolatingProcess):
         _, kind = self.components.T.unique(dim=0, return_inverse=True)
         states = torch.arange(len(kind))
         return Constant(torch.full_like(kind, len(kind)).scatter_reduce(0, kind, states, "amin")[kind])
+
+    def _largest_arrivals(self, t: Tensor) -> Tensor:
+        return self._flow(t).amax(0) @ self._on(t.device)
 
     def noise_of(self, states: Tensor, t: Tensor) -> Tensor:
         return self.coefficients(t) @ self._on(t.device)[:, states]

@@ -310,7 +310,9 @@ class TreeProcess(ForwardProcess):
     def density(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         if isinstance(answer, Score):
             return super().density(answer, x0, zt, t)
-        return self.weight(x0, zt, t) * self.divergence(answer, x0, zt, t)
+        weight = self.weight(x0, zt, t)
+        read = weight > 0
+        return torch.where(read, weight * where_read(read, self.divergence(answer, x0, zt, t)), 0.0)
 
     def _surprise_below(self, law: CleanLaw, x0: Tensor, zt: Tensor, level: Tensor) -> Tensor:
         """[r] KL( y | z, x || y | z, law ), y the state one level down; 0 at words."""

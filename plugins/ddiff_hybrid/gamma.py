@@ -279,7 +279,10 @@ class GammaHybrid(ForwardProcess):
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
         """That of uniform diffusion for the shares of the tokens: the mask says nothing of them."""
-        return self.words.tweedie(Score(score.log_ratio[:, : self.vocabulary.num_tokens]), t)
+        log_ratio = score.log_ratio[:, : self.vocabulary.num_tokens]
+        # of a score in which no token is possible the softmax has a gradient of NaN; its tokens are alike
+        some_possible = (log_ratio > -torch.inf).any(-1, keepdim=True)
+        return self.words.tweedie(Score(torch.where(some_possible, log_ratio, 0.0)), t)
 
     def decode(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """z itself with probability B p(z) / r_t(z|p), otherwise and at masks x ~ p."""

@@ -8,6 +8,6 @@ from pathlib import Path
 here = Path(__file__).parent
 sys.path[:0] = [str(here), str(here.parent / "evaluation")]
 
-from tiny_run import ddiff, finished, folder, run_dir
+from tiny_run import ddiff, finished, folder, run_dir  # noqa: E402
 
 __all__ = ["ddiff", "finished", "folder", "run_dir"]

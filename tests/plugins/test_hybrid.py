@@ -480,3 +480,15 @@ def test_what_has_forgotten_is_not_solved() -> None:
     for kernel in (process.transition(times((0.2,)), times((1.0,))), process.rates(times((0.5,)))):
         with pytest.raises(ArgumentError, match="invertible in every row"):
             kernel.solve(vector)
+
+
+def test_a_score_without_a_possible_token_has_finite_gradients() -> None:
+    """At t = 1 only the mask is possible, and the tokens of a perfect score are alike."""
+    log_ratio = torch.full((1, WORDS + 1), -torch.inf, dtype=torch.float64)
+    log_ratio[0, WORDS] = 0.0
+    log_ratio.requires_grad_()
+    mask = torch.tensor([WORDS])
+    nll = gamma_hybrid().decode_nll(Score(log_ratio), torch.tensor([2]), mask, torch.ones(1, dtype=torch.float64))
+    assert nll.item() == pytest.approx(torch.tensor(float(WORDS)).log().item())
+    (gradient,) = torch.autograd.grad(nll.sum(), log_ratio)
+    assert gradient.isfinite().all()

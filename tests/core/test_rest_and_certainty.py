@@ -1,0 +1,131 @@
+"""Processes that rest, or that make a state certain: the bound charges all of -ln p there, and times are finite."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddiff.core.dense import DenseProcess
+from ddiff.core.interpolating import MixtureProcess, mask_law, word_law
+from ddiff.core.law import DenseLaw
+from ddiff.core.process import ForwardProcess
+from ddiff.core.schedule import LinearSchedule, Schedule
+from ddiff.core.tree import TreeProcess
+from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
+
+MASKED = FlatVocabulary(3)
+BARE = FlatVocabulary(3, mask=False)
+PREDICTION = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+
+
+class DelayedSchedule(Schedule):
+    """Nothing happens until `start`, then alpha falls linearly to 0."""
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1.0 - self.noised(t)
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.where(t > self.start, -1.0 / (1.0 - self.start), 0.0).to(t)
+
+    def noised(self, t: Tensor) -> Tensor:
+        return (t - self.start).clamp(min=0.0) / (1.0 - self.start)
+
+
+def mean_charge(process: ForwardProcess, token: int, length: int, times: int = 2000) -> float:
+    """The diffusion term of one token for a constant prediction, by midpoints in v and the sum over all states."""
+    v = (torch.arange(times, dtype=torch.float64) + 0.5) / times
+    t, speed = process.information_time.drawn(v, 0.0, 1.0, length)
+    num_states = process.vocabulary.num_states
+    rows = times * num_states
+    time = t.repeat_interleave(num_states)
+    state = torch.arange(num_states).repeat(times)
+    truth = torch.full((rows,), token)
+    law = DenseLaw(PREDICTION.log().expand(rows, -1), process.vocabulary)
+    probability = process.log_likelihood(state, time)[:, token].exp()
+    read = process.active(state) & (probability > 0)
+    density = process.weight(truth, state, time) * process.divergence(law, truth, state, time)
+    charged = torch.where(read, probability * density, 0.0).reshape(times, num_states).sum(-1)
+    return float((speed * charged).mean())
+
+
+@pytest.mark.parametrize("start", [0.1, 0.6, 0.9999])
+@pytest.mark.parametrize("length", [1, 4096])
+@pytest.mark.parametrize("noise", ["mask", "tokens"])
+def test_bound_charges_all_of_a_process_that_starts_late(noise: str, length: int, start: float) -> None:
+    masked = noise == "mask"
+    vocabulary = MASKED if masked else BARE
+    target = mask_law(vocabulary) if masked else word_law(vocabulary)
+    process = MixtureProcess(vocabulary, DelayedSchedule(start), target)
+    for token in range(3):
+        expected = -math.log(float(PREDICTION[token]))
+        assert mean_charge(process, token, length) == pytest.approx(expected, abs=3e-3)
+
+
+def test_draws_do_not_gather_where_a_discontinuous_chain_rests() -> None:
+    matrix = torch.ones(3, 3, dtype=torch.float64) - 3.0 * torch.eye(3, dtype=torch.float64)
+
+    def late(t: Tensor) -> Tensor:
+        rate = (t > 0.3) / (1.0 - t)
+        return rate[:, None, None] * matrix
+
+    clock = DenseProcess(BARE, late).information_time
+    v = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    t = clock.drawn(v, 0.0, 1.0, 64)[0]
+    assert float((t < 0.3).double().mean()) < 0.3
+
+
+@pytest.mark.parametrize("name", ["one token", "one masked token", "no rates"])
+def test_times_are_even_where_there_is_nothing_to_lose(name: str) -> None:
+    alone = FlatVocabulary(1, mask=False)
+    hidden = FlatVocabulary(1)
+    process: ForwardProcess = {
+        "one token": MixtureProcess(alone, LinearSchedule(), word_law(alone)),
+        "one masked token": MixtureProcess(hidden, LinearSchedule(), mask_law(hidden)),
+        "no rates": DenseProcess(BARE, torch.zeros(3, 3, dtype=torch.float64)),
+    }[name]
+    tau = torch.tensor([0.0, 0.2, 0.7, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(process.information_time.at(tau)[0], tau)
+    t, speed = process.information_time.drawn(torch.linspace(0.0, 1.0, 9, dtype=torch.float64), 0.1, 0.9, 64)
+    assert t.isfinite().all()
+    assert (t.diff() > 0).all()
+    assert speed.isfinite().all()
+
+
+@pytest.mark.parametrize("t", [1e-6, 0.4, 1.0 - 1e-6])
+def test_noise_that_is_one_token_is_charged_at_that_token(t: float) -> None:
+    """x = 0 can only be in state 0, but the prediction expects other tokens there."""
+    target = torch.tensor([1.0, 0.0, 0.0])
+    process = MixtureProcess(BARE, LinearSchedule(), target)
+    truth = torch.tensor([0, 1, 1])
+    state = torch.tensor([0, 0, 1])
+    time = torch.full((3,), t, dtype=torch.float64)
+    law = DenseLaw(PREDICTION.log().expand(3, -1), BARE)
+    derived = ForwardProcess.density(process, law, truth, state, time)
+    assert float(derived[0]) > 0
+    torch.testing.assert_close(process.density(law, truth, state, time), derived, rtol=1e-6, atol=0)
+    weight = process.weight(truth, state, time)
+    torch.testing.assert_close(weight, ForwardProcess.weight(process, truth, state, time))
+    torch.testing.assert_close(weight * process.divergence(law, truth, state, time), derived, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("token", [0, 1, 2])
+def test_bound_is_minus_log_p_where_noise_is_one_token(token: int) -> None:
+    process = MixtureProcess(BARE, LinearSchedule(), torch.tensor([1.0, 0.0, 0.0]))
+    expected = -math.log(float(PREDICTION[token]))
+    assert mean_charge(process, token, 64) == pytest.approx(expected, abs=1e-3)
+
+
+def test_tree_density_is_zero_at_tokens_whatever_the_prediction() -> None:
+    tree = HierarchicalVocabulary([[0, 1, 0, 1, 1]])
+    process = TreeProcess.examples()[1]
+    certain = torch.eye(5, dtype=torch.float64).log()[[4, 4]]
+    law = DenseLaw(certain, tree)
+    time = torch.full((2,), 0.5, dtype=torch.float64)
+    density = process.density(law, torch.tensor([0, 4]), torch.tensor([1, 4]), time)
+    assert density.tolist() == [0.0, 0.0]
