@@ -244,8 +244,9 @@ def test_a_run_on_a_tokenizer_with_holes_trains(holes: Path, tmp_path: Path, mon
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("cat dog mat cow\n" * 60)
+    Path("b.txt").write_text("cow mat dog cat\n" * 60)
     settings = [
-        'data={kind="text", files=["a.txt"], split="line", length=8, validation=["a.txt"]}',
+        'data={kind="text", files=["a.txt"], split="line", length=8, validation=["b.txt"]}',
         f'tokenizer={{kind="pretrained", path="{holes}"}}',
         'denoiser={kind="dit", width=16, layers=1, heads=1, time=false, head="tokens"}',
         "train.steps=2",
