@@ -9,14 +9,17 @@ from types import ModuleType
 
 import pytest
 import torch
+from joint import JOINT
 
-from ddiff import ArgumentError, FlatVocabulary, MixtureProcess, TreeProcess, guided
-from ddiff.core.clock import CdfClock
+from ddiff import ArgumentError, FlatVocabulary, HierarchicalVocabulary, MixtureProcess, TreeProcess, guided
+from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.elbo import ask_law
 from ddiff.core.interpolating import word_law
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import Noisy
 from ddiff.plugin import load_plugins
+from ddiff.sampling.tau_leaping import TauLeapingSampler
+from ddiff.testing.enumerated import measured
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "samplers.md").read_text()
@@ -194,3 +197,18 @@ def test_guided_clean_distribution_is_another_than_a_guided_transition() -> None
             torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0.0)
         gap = _guided(chain, zt, 0.8, 0.4, 3.0) - _guided_transition(chain, zt, 0.8, 0.4, 3.0)
         assert float(gap.abs().max()) > 0.05
+
+
+def test_tau_leaping_does_not_converge_on_a_tree_that_leaves_late() -> None:
+    """Its rate of leaving the root is infinite at t = 1, as docs/samplers.md says of hdlm with gamma < 1."""
+    tree = HierarchicalVocabulary([[0, 1, 0]])
+    late = TreeProcess(tree, LogTimeClock((0.5, 1.0)), xi=0.8)
+    even = TreeProcess(tree, LogTimeClock((1.0, 1.0)), xi=0.8)
+    distances = {
+        (name, steps): measured(TauLeapingSampler(steps), process, JOINT, points=2**12).distance(JOINT)
+        for name, process in (("late", late), ("even", even))
+        for steps in (32, 128)
+    }
+    assert distances["late", 128] > 0.04
+    assert distances["late", 128] > 0.6 * distances["late", 32]
+    assert distances["even", 128] < 0.04
