@@ -220,7 +220,7 @@ class Folder:
                 f"{path} has format {found}; this ddiff reads format {FORMAT} alone: it was written by "
                 f"{'an older' if found < FORMAT else 'a newer'} ddiff. Go on with that one, or start anew with --fresh."
             )
-        if not isinstance(files, dict) or not all(map(_is_seal, files.values())):
+        if not isinstance(files, dict) or not files or not all(map(_is_seal, files.values())):
             raise self._no_marker()
         if any("/" in name or "\\" in name or name in ("", ".", "..") for name in files):
             raise self._no_marker()
