@@ -298,7 +298,7 @@ class InterpolatingProcess(ForwardProcess):
         truth = alpha + noise
         delta = torch.where(truth > 0, alpha * (1.0 - 1.0 / num_tokens) / truth, 0.0)
         own = torch.where(truth > 0, -truth * (delta + torch.log1p(-delta)), 0.0)
-        share = counts / num_tokens
+        share = counts.to(t.dtype) / num_tokens
         return ((own - other + (counts * other).sum(-1, keepdim=True)) * share).sum(-1)
 
     def moved(self, t: Tensor) -> Tensor:
