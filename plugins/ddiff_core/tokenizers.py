@@ -41,7 +41,8 @@ class BytePair:
             inputs = {"documents": text_fingerprint(documents.train), "size": config.size}
             tokenizer = load_tokenizer(str(cache.entry("byte_pairs", inputs, write) / "tokenizer.json"))
         if tokenizer.num_tokens < config.size:
-            _log.warning("The corpus gives only %d tokens of the %d that [tokenizer] size asks for.", tokenizer.num_tokens, config.size)
+            given = (tokenizer.num_tokens, config.size)
+            _log.warning("The corpus gives only %d tokens of the %d that [tokenizer] size asks for.", *given)
         return tokenizer
 
     @staticmethod

@@ -130,7 +130,8 @@ def load_model(path: str, pretrained: bool = True) -> PreTrainedModel:
 
     config = load_pretrained(AutoConfig.from_pretrained, path, "model")
     _check_one_stack(config)
-    if pretrained:
+    on_meta = torch.get_default_device().type == "meta"  # only shapes are wanted there, and the library refuses to load
+    if pretrained and not on_meta:
         return load_pretrained(AutoModel.from_pretrained, path, "model", dtype=torch.float32)
     model: PreTrainedModel = load_pretrained(
         lambda _, **options: AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False), path, "model"

@@ -25,9 +25,12 @@ def test_a_step_is_launched_without_waiting_for_its_device(
     run.objective.module.to("meta")
     run.backend.device = torch.device("meta")
     trainer = run.trainer()
-    trainer._launch(0, Interruption())
+    first, second = (trainer._batches(step, Interruption()) for step in (0, 1))
+    assert first is not None
+    assert second is not None
+    trainer._launch(0, first, Interruption())
     with no_answers():
-        launched = trainer._launch(1, Interruption())
+        launched = trainer._launch(1, second, Interruption())
     assert launched.figures.is_meta
 
 

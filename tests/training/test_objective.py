@@ -250,6 +250,7 @@ def test_prompts_are_neither_counted_nor_charged() -> None:
     part = replace(shown, scored=(~prompt).expand(SLOTS, -1))
     assert one.counts(part)["tokens"].item() == 4 * SLOTS
     one.process = OneNat(VOCABULARY, LinearSchedule(), torch.full((5,), 0.2))
+    one.process.__dict__["information_time"] = OwnTime()
     terms = one(part, Noise(4, 0, part.index, LENGTH), one.counts(part), SLOTS)
     assert terms.loss.item() == pytest.approx(1.0 - START)
     total, count = terms.metrics["nelbo_diffusion_nats_per_token"]
