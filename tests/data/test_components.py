@@ -103,7 +103,7 @@ def test_byte_pairs_come_from_the_training_part_and_are_cached(documents: Docume
 def test_a_corpus_with_too_few_byte_pairs_says_so(documents: Documents, caplog: pytest.LogCaptureFixture) -> None:
     built = BytePair.build(BytePair.Config(size=5000), documents=documents, cache=None)
     assert built.num_tokens < 5000
-    assert "of 5000" in caplog.text
+    assert "of the 5000" in caplog.text
 
 
 def test_an_automatic_alphabet_knows_the_validation_rows_too() -> None:
