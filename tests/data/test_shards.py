@@ -270,6 +270,6 @@ def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> No
         rise, found = map(int, subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).split())
         assert found > 0.98 * documents
         grown.append(rise)
-    assert grown[1] - grown[0] < 1000  # KiB; 180 on the machine that this was written on
+    assert grown[1] - grown[0] < 1300  # KiB; 180 mostly, and up to 1110 on a busy machine
     assert len(list((tmp_path / "200000").iterdir())) < 120
     assert (tmp_path / "200000" / "manifest.json").stat().st_size < 50_000
