@@ -484,6 +484,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _end_with(error: Exception) -> NoReturn:
     """A paragraph for what the user can mend; else the traceback, and where to send it."""
     message = explained(error)
+    _forget_output()  # a full disk under the standard output would end Python with another exit code
     if message is None:
         # one command's own process dies as Python programs do; a worker hands its traceback to the launcher
         end(f"{traceback.format_exc()}{REPORT}", 1)

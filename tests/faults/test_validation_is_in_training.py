@@ -27,7 +27,7 @@ from ddiff.recipe import parse_recipe
 from ddiff.runs.built import build_run
 from ddiff.runs.parts import Given
 from ddiff.runs.prepare import prepare_data
-from ddiff.runs.stages import rehearse
+from ddiff.runs.rehearsal import rehearse
 
 DRAW = np.random.default_rng(0)
 WORDS = [
