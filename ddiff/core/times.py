@@ -78,7 +78,7 @@ class TimeRule(DrawsTimes, Protocol):
     def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
         """[B] the state of the path at tau in [0,1], 0 all settled and 1 all at the prior: what samplers walk along."""
 
-    def over(self, start: float, stop: float, tokens: int = 64) -> TimeRule:
+    def over(self, start: float, stop: float, tokens: int = 16) -> TimeRule:
         """The same rule on another window of tau, its draws made for sequences of `tokens` tokens."""
 
 
@@ -91,7 +91,7 @@ class FlatTimes:
     off the batch, so that a sequence's times do not depend on how far it is padded.
     """
 
-    def __init__(self, start: float = 0.0, stop: float = 1.0, tokens: int = 64) -> None:
+    def __init__(self, start: float = 0.0, stop: float = 1.0, tokens: int = 16) -> None:
         if not 0.0 <= start < stop <= 1.0:
             raise ArgumentError(f"FlatTimes: need 0 <= start < stop <= 1; got start = {start}, stop = {stop}.")
         if tokens < 1:
@@ -116,7 +116,7 @@ class FlatTimes:
         ones = torch.ones(len(slot), length, dtype=torch.float64, device=slot.device)
         return _everywhere(t[0] * ones, ones), _everywhere(t[1] * ones, ones)
 
-    def over(self, start: float, stop: float, tokens: int = 64) -> FlatTimes:
+    def over(self, start: float, stop: float, tokens: int = 16) -> FlatTimes:
         return FlatTimes(start, stop, tokens)
 
 
@@ -144,7 +144,7 @@ class WindowTimes:
             raise ArgumentError(f"WindowTimes: need 0 <= start < stop <= 1; got start = {start}, stop = {stop}.")
         self.width, self.shape, self.paired, self.start, self.stop = width, shape, paired, start, stop
 
-    def over(self, start: float, stop: float, tokens: int = 64) -> WindowTimes:
+    def over(self, start: float, stop: float, tokens: int = 16) -> WindowTimes:
         return WindowTimes(self.width, self.shape, self.paired, start, stop)
 
     def draw(self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
