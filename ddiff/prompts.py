@@ -143,13 +143,6 @@ def _check_text(text: str, argument: str) -> None:
 
 def _encoded(piece: str, text: str, tokenizer: Tokenizer) -> Tensor:
     try:
-        piece.encode()
-    except UnicodeEncodeError as error:
-        raise ArgumentError(
-            f"prompt or infill: the text must be Unicode text; got {shortened(text)!r}, whose bytes at {error.start} are "
-            "no UTF-8. Write it in a UTF-8 file for --prompts."
-        ) from error
-    try:
         return torch.tensor(tokenizer.encode([piece])[0], dtype=torch.long)
     except Unencodable as error:
         raise error.at(0, repr(shortened(text))) from None
