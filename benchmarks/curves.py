@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 50, 190, 20, 40
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#8c564b", "#17a64a", "#b03060")
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#555555",
+    "#8c564b",
+    "#17a64a",
+    "#b03060",
+)
 
 
 class Curve(NamedTuple):
@@ -50,7 +61,9 @@ def table(all_curves: Sequence[Curve]) -> str:
 def picture(whole: Sequence[Curve]) -> str:
     """An SVG of the bounds over the steps."""
     low = min(min(curve.nats) for curve in whole)
-    high = max(max(curve.nats[1:] or curve.nats) for curve in whole)  # the first points fall from the random start
+    high = max(
+        max(curve.nats[1:] or curve.nats) for curve in whole
+    )  # the first points fall from the random start
     last = max(curve.steps[-1] for curve in whole)
 
     def x(step: float) -> float:
@@ -67,13 +80,23 @@ def picture(whole: Sequence[Curve]) -> str:
     for count in range(5):
         nats, step = low + (high - low) * count / 4, last * count // 4
         parts.append(f'<path d="M{LEFT} {y(nats):.1f}H{WIDTH - RIGHT}" stroke="#dddddd"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(nats) + 4:.1f}" text-anchor="end">{nats:.1f}</text>')
-        parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{step}</text>')
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{y(nats) + 4:.1f}" text-anchor="end">{nats:.1f}</text>'
+        )
+        parts.append(
+            f'<text x="{x(step):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{step}</text>'
+        )
     for number, curve in enumerate(whole):
         colour, row = COLOURS[number % len(COLOURS)], TOP + 12 + 18 * number
-        points = " ".join(f"{x(step):.1f},{y(nats):.1f}" for step, nats in zip(curve.steps, curve.nats))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<path d="M{WIDTH - RIGHT + 12} {row - 4}h18" stroke="{colour}" stroke-width="2"/>')
+        points = " ".join(
+            f"{x(step):.1f},{y(nats):.1f}" for step, nats in zip(curve.steps, curve.nats)
+        )
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        )
+        parts.append(
+            f'<path d="M{WIDTH - RIGHT + 12} {row - 4}h18" stroke="{colour}" stroke-width="2"/>'
+        )
         parts.append(f'<text x="{WIDTH - RIGHT + 36}" y="{row}">{escape(curve.name)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 

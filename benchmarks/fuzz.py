@@ -33,7 +33,9 @@ from ddiff.tables import SLOTS
 
 SECONDS = 20.0  # of CPU: what a dry run, and a run of two steps, may take
 LONGEST = 4000  # characters of a refusal
-CORPUS = "\n".join(f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd")
+CORPUS = "\n".join(
+    f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd"
+)
 SMALL = [
     "data.length=8", "denoiser.width=16", "denoiser.layers=1", "denoiser.heads=2", "train.steps=2", "train.batch=4",
     "train.warmup=1", "evaluate.rows=4", "evaluate.batch=4", "sample.steps=2", "sample.count=2", "sample.batch=2",
@@ -41,8 +43,42 @@ SMALL = [
 SHORT = ["train.steps=2", "evaluate.rows=4", "evaluate.draws=1", "sample.steps=2", "sample.count=2"]
 TEXT = 'data={kind="text", files=["corpus.txt"], split="line", held_out=0.2, length=8}'
 CHAIN = 'data={kind="markov", rows=64, validation=8, length=8}'
-INTEGERS = [0, -1, 1, 2, 3, 7, 64, 255, 2**31 - 1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30]
-FLOATS = [0.0, -0.0, 1e-320, 1e-12, 0.1, 0.5, 1.0, 1.5, 2.0, 1e30, 1e38, 1e308, math.inf, -math.inf, math.nan, -0.5]
+INTEGERS = [
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    64,
+    255,
+    2**31 - 1,
+    2**31,
+    2**53,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+    2**64,
+    10**30,
+]
+FLOATS = [
+    0.0,
+    -0.0,
+    1e-320,
+    1e-12,
+    0.1,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    1e30,
+    1e38,
+    1e308,
+    math.inf,
+    -math.inf,
+    math.nan,
+    -0.5,
+]
 TEXTS = [
     "",
     " ",
@@ -89,11 +125,17 @@ def bases() -> list[dict[str, Any]]:
         if "/" in name:
             continue
         for data in (TEXT, CHAIN):
-            alphabet = ['tokenizer={kind="alphabet", symbols="abcdefgh"}'] if data is CHAIN else ["tokenizer.size=270"]
+            alphabet = (
+                ['tokenizer={kind="alphabet", symbols="abcdefgh"}']
+                if data is CHAIN
+                else ["tokenizer.size=270"]
+            )
             clusters = ["vocabulary.sizes=[4]"] if "hdlm" in name and "three" not in name else []
             try:
                 tree = read_recipe(name, [data, *alphabet, *SMALL, *clusters]).to_dict()
-            except Exception:  # a recipe of another backbone or tokenizer: its own keys are not these
+            except (
+                Exception
+            ):  # a recipe of another backbone or tokenizer: its own keys are not these
                 continue
             found.append({**tree, "plugins": plugins})
     return found
@@ -139,7 +181,9 @@ def set_oddly(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list
 
 def near_limits(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
     """A number of the same type: what is most often accepted."""
-    numbers = [path for path in leaves(tree) if type(inside(tree, path[:-1])[path[-1]]) in (int, float)]
+    numbers = [
+        path for path in leaves(tree) if type(inside(tree, path[:-1])[path[-1]]) in (int, float)
+    ]
     *path, key = chance.choice(numbers)
     table = inside(tree, path)
     table[key] = chance.choice(INTEGERS if isinstance(table[key], int) else FLOATS)
@@ -182,7 +226,18 @@ def reached(tree: dict[str, Any], path: Sequence[str]) -> Any:
     return value
 
 
-MUTATIONS = [set_oddly, set_oddly, near_limits, near_limits, near_limits, drop, rename, swap_kind, swap_kind, wrap]
+MUTATIONS = [
+    set_oddly,
+    set_oddly,
+    near_limits,
+    near_limits,
+    near_limits,
+    drop,
+    rename,
+    swap_kind,
+    swap_kind,
+    wrap,
+]
 
 
 def mutate_text(text: str, chance: random.Random) -> str:
@@ -206,13 +261,29 @@ def written(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
-        return "nan" if math.isnan(value) else ("-inf" if value < 0 else "inf") if math.isinf(value) else repr(value)
+        return (
+            "nan"
+            if math.isnan(value)
+            else ("-inf" if value < 0 else "inf")
+            if math.isinf(value)
+            else repr(value)
+        )
     if isinstance(value, int):
         return str(value)
     if isinstance(value, str):
-        return '"' + "".join(x if x.isprintable() and x not in '"\\' else f"\\u{ord(x):04x}" for x in value) + '"'
+        return (
+            '"'
+            + "".join(
+                x if x.isprintable() and x not in '"\\' else f"\\u{ord(x):04x}" for x in value
+            )
+            + '"'
+        )
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{written(str(key))} = {written(inner)}" for key, inner in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{written(str(key))} = {written(inner)}" for key, inner in value.items())
+            + "}"
+        )
     return "[" + ", ".join(map(written, value)) + "]"
 
 
@@ -225,7 +296,9 @@ def mutant(number: int, seed: int, trees: list[dict[str, Any]], kinds: dict[str,
     for _ in range(chance.choice([1, 1, 1, 1, 2, 3])):
         with contextlib.suppress(KeyError, IndexError, TypeError):  # what an earlier one took away
             chance.choice(MUTATIONS)(tree, chance, kinds)
-    text = "\n".join(f"{written(str(key))} = {written(value)}" for key, value in tree.items()) + "\n"
+    text = (
+        "\n".join(f"{written(str(key))} = {written(value)}" for key, value in tree.items()) + "\n"
+    )
     return mutate_text(text, chance) if chance.random() < 0.1 else text
 
 
@@ -278,7 +351,11 @@ def wrong_with(answer: Answer, running: bool) -> str | None:
         return None if running or "\n# fits" in answer.out else "no verdict"
     if not answer.err.strip():
         return "a refusal without a word"
-    return f"a refusal of {len(answer.err)} characters" if len(answer.err) > LONGEST and not running else None
+    return (
+        f"a refusal of {len(answer.err)} characters"
+        if len(answer.err) > LONGEST and not running
+        else None
+    )
 
 
 def fuzz(recipes: Sequence[int], runs: int, seed: int, told: Callable[[str], None]) -> list[Fault]:
@@ -307,21 +384,28 @@ def fuzz(recipes: Sequence[int], runs: int, seed: int, told: Callable[[str], Non
     late = 0
     for number, text in chosen:
         Path("../mutant.toml").write_text(text, encoding="utf-8", newline="")
-        settings = [f"--set={setting}" for setting in (*SHORT, f'run_dir="runs/r{number}"', 'tracker="none"')]
+        settings = [
+            f"--set={setting}"
+            for setting in (*SHORT, f'run_dir="runs/r{number}"', 'tracker="none"')
+        ]
         answer = called("run", "../mutant.toml", *settings)
         if what := wrong_with(answer, running=True):
             faults.append(Fault(number, f"accepted, then {what}", text))
             told(str(faults[-1]))
         elif answer.code == 2:
             late += 1
-            told(f"--- recipe {number}: accepted, then refused: {answer.err.strip().splitlines()[-1][:600]}")
+            told(
+                f"--- recipe {number}: accepted, then refused: {answer.err.strip().splitlines()[-1][:600]}"
+            )
         shutil.rmtree("runs", ignore_errors=True)
     told(f"{len(chosen)} runs: {late} refused late, {len(faults)} faults in all")
     return faults
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipes", type=int, default=1000)
     parser.add_argument("--runs", type=int, default=40, help="two-step runs of those that pass")
     parser.add_argument("--seed", type=int, default=0)

@@ -88,7 +88,12 @@ def main() -> None:
     print("| recipe | loss | " + " | ".join(columns) + " |")
     print("| --- " * (len(columns) + 2) + "|")
     for name in given.recipes:
-        settings = [f"run_dir={given.runs / name}", f"train.steps={STEPS}", "evaluate.rows=64", "sample.count=1"]
+        settings = [
+            f"run_dir={given.runs / name}",
+            f"train.steps={STEPS}",
+            "evaluate.rows=64",
+            "sample.count=1",
+        ]
         with contextlib.redirect_stdout(sys.stderr):
             run = ddiff.run(ddiff.read_recipe(name, settings))
         information = run.process.information_time

@@ -46,7 +46,9 @@ from ddiff.errors import ArgumentError
 from ddiff.plugin import load_plugins
 from ddiff.testing.enumerated import measured
 
-JOINT = torch.tensor([[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64)
+JOINT = torch.tensor(
+    [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64
+)
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 HEAD = """# Samplers, measured
 
@@ -110,8 +112,14 @@ SAMPLERS: dict[str, Entry] = {
 
 def processes() -> dict[str, Callable[[], ForwardProcess]]:
     """Every family, by the name of its component, on three words."""
-    masked, bare, tree = FlatVocabulary(3), FlatVocabulary(3, mask=False), HierarchicalVocabulary([[0, 1, 0]])
-    rates = torch.tensor([[-3.0, 2.0, 1.0], [0.5, -1.5, 1.0], [1.0, 1.0, -2.0]], dtype=torch.float64)
+    masked, bare, tree = (
+        FlatVocabulary(3),
+        FlatVocabulary(3, mask=False),
+        HierarchicalVocabulary([[0, 1, 0]]),
+    )
+    rates = torch.tensor(
+        [[-3.0, 2.0, 1.0], [0.5, -1.5, 1.0], [1.0, 1.0, -2.0]], dtype=torch.float64
+    )
 
     def of(kind: str, vocabulary: Vocabulary, **keys: Any) -> Callable[[], ForwardProcess]:
         def build() -> ForwardProcess:
@@ -159,14 +167,22 @@ def takes_scores(sampler: Sampler, process: ForwardProcess) -> bool:
 
 
 def row(
-    label: str, entry: Entry, process: ForwardProcess, steps: Sequence[int], points: int, says: str, name: str
+    label: str,
+    entry: Entry,
+    process: ForwardProcess,
+    steps: Sequence[int],
+    points: int,
+    says: str,
+    name: str,
 ) -> str:
     """One line of a table: distances and network calls over the numbers of steps."""
     begun = time.perf_counter()
     share = points if entry.apart else 4 * points
     cells = []
     for count in steps[:1] if entry.single else steps:
-        result = measured(entry.build(count), process, JOINT, points=share, apart=entry.apart, says=says)
+        result = measured(
+            entry.build(count), process, JOINT, points=share, apart=entry.apart, says=says
+        )
         cells.append(f"{result.distance(JOINT):.4f}<br><sub>{result.runs:.1f}</sub>")
     cells += [""] * (len(steps) - len(cells))
     sampler = entry.build(4)
@@ -180,20 +196,47 @@ def pages(names: Sequence[str], steps: Sequence[int], points: int) -> Iterator[s
     refused: dict[str, str] = {}
     joint = "\n".join("    " + "  ".join(f"{p:.2f}" for p in row) for row in JOINT.tolist())
     far = 0.5 * float((torch.outer(JOINT.sum(1), JOINT.sum(0)) - JOINT).abs().sum())
-    parts = [HEAD.format(joint=joint, far=far, points=points, fine=28.0 / points, coarse=1.0 / (4 * points) ** 0.5)]
+    parts = [
+        HEAD.format(
+            joint=joint,
+            far=far,
+            points=points,
+            fine=28.0 / points,
+            coarse=1.0 / (4 * points) ** 0.5,
+        )
+    ]
     for name in names:
-        table = [f"\n## {name}\n", "| sampler | what it is | " + " | ".join(f"N = {n}" for n in steps) + " |"]
-        table += ["|---" * (len(steps) + 2) + "|", *rows(name, processes()[name](), steps, points, refused)]
+        table = [
+            f"\n## {name}\n",
+            "| sampler | what it is | " + " | ".join(f"N = {n}" for n in steps) + " |",
+        ]
+        table += [
+            "|---" * (len(steps) + 2) + "|",
+            *rows(name, processes()[name](), steps, points, refused),
+        ]
         parts += table
-        yield "\n".join([*parts, "\n## Refused\n", *(f"- {pair}: {reason}" for pair, reason in refused.items())]) + "\n"
+        yield (
+            "\n".join(
+                [
+                    *parts,
+                    "\n## Refused\n",
+                    *(f"- {pair}: {reason}" for pair, reason in refused.items()),
+                ]
+            )
+            + "\n"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=list(processes()), help="processes; all if not given")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(processes()), help="processes; all if not given"
+    )
     parser.add_argument("--steps", nargs="+", type=int, default=STEPS, help="numbers of steps")
     parser.add_argument("--points", type=int, default=2**12, help="draws of a step")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "samplers.md")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parents[1] / "docs" / "samplers.md"
+    )
     given = parser.parse_args()
     for text in pages(given.only or list(processes()), given.steps, given.points):
         part = given.out.with_suffix(".part")

@@ -58,21 +58,29 @@ GAP = (
     Trained("mdlm_embeddings", "mdlm_small", after("mdlm_small_seed0", STEPS, "embeddings")),
     Trained("hdlm_rates_1_4", "hdlm_small", ('process={kind="hdlm", rates=[1.0, 4.0]}',)),
     Trained("hdlm_tied", "hdlm_small", ("denoiser.head=tied",)),
-    Trained("hdlm_even", "hdlm_small", ('objective.loss={kind="clip", smallest=1.0, largest=1.0}',)),
+    Trained(
+        "hdlm_even", "hdlm_small", ('objective.loss={kind="clip", smallest=1.0, largest=1.0}',)
+    ),
     Trained("hdlm_gamma_2", "hdlm_small", ("process.gamma=2.0",)),
 )
 
 
 def families() -> list[Trained]:
-    runs = [(recipe, seed) for recipe in THREE_SEEDS for seed in range(3)] + [(recipe, 0) for recipe in ONE_SEED]
+    runs = [(recipe, seed) for recipe in THREE_SEEDS for seed in range(3)] + [
+        (recipe, 0) for recipe in ONE_SEED
+    ]
     ordered = sorted(runs, key=lambda run: run[1])
     return [Trained(f"{recipe}_seed{seed}", recipe, (f"seed={seed}",)) for recipe, seed in ordered]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("side", type=Path, nargs="?", default=Path("runs/side"), help="where the runs are written")
-    parser.add_argument("--gap", action="store_true", help="hierarchical diffusion trained in other ways")
+    parser.add_argument(
+        "side", type=Path, nargs="?", default=Path("runs/side"), help="where the runs are written"
+    )
+    parser.add_argument(
+        "--gap", action="store_true", help="hierarchical diffusion trained in other ways"
+    )
     given = parser.parse_args()
     runs = GAP if given.gap else families()
     for number, run in enumerate(runs, start=1):
@@ -80,7 +88,9 @@ def main() -> None:
         common = (f"run_dir={given.side / run.name}", f"train.steps={STEPS}", "sample.count=16")
         settings = (*common, *(text.replace("{side}", str(given.side)) for text in run.settings))
         command = [sys.executable, "-m", "ddiff", "run", run.recipe]
-        subprocess.run([*command, *(part for text in settings for part in ("--set", text))], check=True)
+        subprocess.run(
+            [*command, *(part for text in settings for part in ("--set", text))], check=True
+        )
 
 
 if __name__ == "__main__":

@@ -94,10 +94,14 @@ class Fate(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", default=None, help="of single, ddp, fsdp, mixed; all that there are")
+    parser.add_argument(
+        "--kinds", nargs="+", default=None, help="of single, ddp, fsdp, mixed; all that there are"
+    )
     asked = parser.parse_args()
     layouts = [kind for kind in PROCESSES if kind in backends()]
     kinds = asked.kinds or [*layouts, "mixed"]
@@ -114,7 +118,9 @@ def backends() -> list[str]:
     return survey_plugins()[0].names("backend")
 
 
-def soak(folder: Path, kinds: Sequence[str], layouts: Sequence[str], trials: int, draw: random.Random) -> int:
+def soak(
+    folder: Path, kinds: Sequence[str], layouts: Sequence[str], trials: int, draw: random.Random
+) -> int:
     began, faults, moments = time.monotonic(), 0, Counter[str]()
     for trial in range(trials):
         kind, every = kinds[trial % len(kinds)], draw.choice(EVERY)
@@ -132,7 +138,10 @@ def soak(folder: Path, kinds: Sequence[str], layouts: Sequence[str], trials: int
         found = list(differences(whole, place, exact=kind != "mixed"))
         faults += bool(found)
         told = ", ".join(f"{layout} killed {moment}" for layout, moment in zip(used, seen))
-        print(f"{trial + 1:3d} {kind}: {told}; ended {used[-1]}: {'; '.join(found) or 'equal'}", flush=True)
+        print(
+            f"{trial + 1:3d} {kind}: {told}; ended {used[-1]}: {'; '.join(found) or 'equal'}",
+            flush=True,
+        )
         shutil.rmtree(place)
     minutes = (time.monotonic() - began) / 60.0
     when = ", ".join(f"{count} {moment}" for moment, count in moments.most_common())
@@ -155,7 +164,11 @@ class Run:
             f"run_dir={json.dumps(str(place))}",
             f"train.checkpoint_every={every}",
             *(MIXED if kind == "mixed" else SAME),
-            *([f"backend.kind={layout}", f"backend.processes={PROCESSES[layout]}"] if layout != "single" else []),
+            *(
+                [f"backend.kind={layout}", f"backend.processes={PROCESSES[layout]}"]
+                if layout != "single"
+                else []
+            ),
         ]
         self.log = place.with_suffix(".log")
 
@@ -168,7 +181,9 @@ class Run:
         codes = [rank.exitcode for rank in ranks]
         _kill(ranks)
         if any(code != 0 for code in codes):
-            raise RuntimeError(f"{self.place} in {self.layout} ended with {codes}:\n{self.log.read_text()[-4000:]}")
+            raise RuntimeError(
+                f"{self.place} in {self.layout} ended with {codes}:\n{self.log.read_text()[-4000:]}"
+            )
 
     def killed(self, fate: Fate) -> str:
         """Killed as it is fated, unless it ends before; when that was."""
@@ -206,7 +221,9 @@ class Run:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         arguments = (world, port, self.settings, str(self.log), sys.path)
-        ranks: list[Any] = [context.Process(target=train, args=(rank, *arguments)) for rank in range(world)]
+        ranks: list[Any] = [
+            context.Process(target=train, args=(rank, *arguments)) for rank in range(world)
+        ]
         for rank in ranks:
             rank.start()
         return ranks
@@ -252,7 +269,14 @@ def _kill(ranks: Sequence[BaseProcess]) -> None:
 
 
 def differences(whole: Path, place: Path, exact: bool) -> Iterator[str]:
-    from ddiff.runs.verify import ROUNDING, ROUNDING_OF_WEIGHTS, distance, farthest_figure, farthest_tensor, records
+    from ddiff.runs.verify import (
+        ROUNDING,
+        ROUNDING_OF_WEIGHTS,
+        distance,
+        farthest_figure,
+        farthest_tensor,
+        records,
+    )
     from ddiff.training.checkpoint import Checkpoints
 
     one, two = records(whole), records(place)
@@ -268,7 +292,11 @@ def differences(whole: Path, place: Path, exact: bool) -> Iterator[str]:
     for name in ("evaluation.json", "samples.jsonl") if exact else ():
         if (whole / name).read_bytes() != (place / name).read_bytes():
             yield f"{name} differs"
-    left = [path.name for path in (place / "checkpoints").iterdir() if not (path / "complete.json").exists()]
+    left = [
+        path.name
+        for path in (place / "checkpoints").iterdir()
+        if not (path / "complete.json").exists()
+    ]
     if left:
         yield f"left behind: {sorted(left)}"
 

@@ -37,13 +37,19 @@ class Published(TreeProcess):
     """
 
     def divergence(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
-        vocabulary, xi, others = self.vocabulary, self.parents.xi[0], self.vocabulary.level_sizes[1] - 1
+        vocabulary, xi, others = (
+            self.vocabulary,
+            self.parents.xi[0],
+            self.vocabulary.level_sizes[1] - 1,
+        )
         right = vocabulary.ancestor(x0, 1)
         mass = law.log_prob(right).exp()
         log_rho = (xi * mass + (1.0 - xi) * (1.0 - mass) / others).log()
         word = -law.log_prob(x0)
         at_masks = xi * (torch.full_like(word, xi).log() - log_rho)
-        at_clusters = word + torch.where(zt == right, log_rho - torch.full_like(word, xi).log(), 0.0)
+        at_clusters = word + torch.where(
+            zt == right, log_rho - torch.full_like(word, xi).log(), 0.0
+        )
         return torch.where(zt == vocabulary.root, at_masks, at_clusters)
 
 
@@ -63,7 +69,10 @@ def process_of(kind: type[TreeProcess], gamma: float, xi: float) -> TreeProcess:
 
 def laws(process: TreeProcess) -> dict[str, Table]:
     """What stands in for a network."""
-    true, bend = rest_table(process, LOG_JOINT), torch.tensor([1.0, -0.5, 0.5, -1.0], dtype=torch.float64)
+    true, bend = (
+        rest_table(process, LOG_JOINT),
+        torch.tensor([1.0, -0.5, 0.5, -1.0], dtype=torch.float64),
+    )
     return {
         "exact": true,
         "bent": lambda zt, t: (true(zt, t) + bend).log_softmax(-1),
@@ -94,7 +103,9 @@ def flattering(process: TreeProcess, log_p: Tensor, zt: Tensor) -> Tensor:
         filled = filled & (mu * mass > b)
     at_masks = p * (torch.where(filled, mu * mass - b, 0.0) / (xi - b) / mass)[..., cluster]
 
-    here = member.T[(zt - TREE.num_tokens).clamp(0, count - 1)]  # [B,L,V] words below the cluster that is shown
+    here = member.T[
+        (zt - TREE.num_tokens).clamp(0, count - 1)
+    ]  # [B,L,V] words below the cluster that is shown
     own = (p * here).sum(-1, keepdim=True)
     right = xi * own / (xi * own + b * (1.0 - own))
     bent = (1.0 - right) * (xi - b)
@@ -129,7 +140,10 @@ def rows(gammas: Sequence[float] = GAMMAS, xis: Sequence[float] = XIS) -> list[R
         for xi in xis:
             exact, published = (process_of(kind, gamma, xi) for kind in (TreeProcess, Published))
             for name, law in laws(exact).items():
-                values = (mean(exact_nelbo(process, law, 2, WHOLE).total) for process in (exact, published))
+                values = (
+                    mean(exact_nelbo(process, law, 2, WHOLE).total)
+                    for process in (exact, published)
+                )
                 found.append(Row(gamma, xi, name, *values))
     return found
 
@@ -139,7 +153,11 @@ def table(found: Sequence[Row]) -> str:
     names = list(dict.fromkeys(row.law for row in found))
     lines = ["| gamma | xi | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for gamma, xi in dict.fromkeys((row.gamma, row.xi) for row in found):
-        cells = [f"{shown(row.exact)} / {shown(row.published)}" for row in found if (row.gamma, row.xi) == (gamma, xi)]
+        cells = [
+            f"{shown(row.exact)} / {shown(row.published)}"
+            for row in found
+            if (row.gamma, row.xi) == (gamma, xi)
+        ]
         lines.append(f"| {gamma:g} | {xi:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -151,13 +169,19 @@ def shown(nats: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--out", type=Path, default=README, help="a page with the two marks that the table stands between"
+        "--out",
+        type=Path,
+        default=README,
+        help="a page with the two marks that the table stands between",
     )
     page = parser.parse_args().out
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     made = table(rows())
     page.write_text(before + BEGIN + made + END + rest.partition(END)[2], encoding="utf-8")
-    print(f"entropy {entropy():.4f}, surprise of single words {surprise_of_single_words():.4f}\n{made}", end="")
+    print(
+        f"entropy {entropy():.4f}, surprise of single words {surprise_of_single_words():.4f}\n{made}",
+        end="",
+    )
 
 
 if __name__ == "__main__":

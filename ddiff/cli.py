@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from ddiff.registry import Component
 
 MOST = 2**31 - 1  # of counts and steps, as in a recipe
-LONGEST_MESSAGE = 6000  # characters; what a message repeats of the input is cut by whoever writes it, mostly
+LONGEST_MESSAGE = (
+    6000  # characters; what a message repeats of the input is cut by whoever writes it, mostly
+)
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
@@ -79,12 +81,17 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="Path of a TOML file, or the name of a shipped recipe.")
+    str,
+    typer.Argument(metavar="RECIPE", help="Path of a TOML file, or the name of a shipped recipe."),
 ]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory, such as runs/<name>.")]
+RunDir = Annotated[
+    Path, typer.Argument(metavar="RUN_DIR", help="A run directory, such as runs/<name>.")
+]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A dotted key and its TOML value; may be repeated."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="A dotted key and its TOML value; may be repeated."
+    ),
 ]
 
 DRY_RUN = (
@@ -114,10 +121,13 @@ def run(
     recipe: RecipeName,
     settings: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
-    measure: Annotated[int | None, typer.Option("--measure", min=2, max=MOST, metavar="STEPS", help=MEASURE)] = None,
+    measure: Annotated[
+        int | None, typer.Option("--measure", min=2, max=MOST, metavar="STEPS", help=MEASURE)
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help=FRESH)] = False,
     verify_resume: Annotated[
-        int | None, typer.Option("--verify-resume", metavar="K", min=1, max=MOST, help=VERIFY_RESUME)
+        int | None,
+        typer.Option("--verify-resume", metavar="K", min=1, max=MOST, help=VERIFY_RESUME),
     ] = None,
 ) -> None:
     """Train, evaluate and sample as a recipe says; run again to resume."""
@@ -129,7 +139,9 @@ def run(
     if measure:  # nothing is fetched to be measured; the libraries read this when they are imported
         os.environ["HF_HUB_OFFLINE"] = "1"
     if verify_resume is not None and (fresh or dry_run):
-        raise ArgumentError("--verify-resume does steps of a run that stands: leave out --fresh and --dry-run.")
+        raise ArgumentError(
+            "--verify-resume does steps of a run that stands: leave out --fresh and --dry-run."
+        )
     if dry_run:
         with _answered_quickly():
             from ddiff.recipe import read_recipe
@@ -168,7 +180,8 @@ def prepare(
     recipe: RecipeName,
     settings: Settings = None,
     out: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Copy the shards there: a folder, or any fsspec path.")
+        str | None,
+        typer.Option(metavar="DIR", help="Copy the shards there: a folder, or any fsspec path."),
     ] = None,
 ) -> None:
     """Tokenise the text of a recipe ahead of its run; an interrupted build goes on, a finished one is verified."""
@@ -191,11 +204,16 @@ def evaluate(
     run_dir: RunDir,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A key of \\[evaluate], such as evaluate.draws=4."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A key of \\[evaluate], such as evaluate.draws=4."
+        ),
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Write the figures there, NAME.json, and leave the run's own as they are."),
+        typer.Option(
+            metavar="FILE",
+            help="Write the figures there, NAME.json, and leave the run's own as they are.",
+        ),
     ] = None,
 ) -> None:
     """The likelihood bound of a trained run on its validation text, with intervals and baselines."""
@@ -210,10 +228,17 @@ def evaluate(
 @app.command()
 def export(
     run_dir: RunDir,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="The file to write, NAME.safetensors; any fsspec path.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE", help="The file to write, NAME.safetensors; any fsspec path."
+        ),
+    ],
     weights: Annotated[
         Literal["auto", "ema", "trained"],
-        typer.Option(help="The moving average, the weights as trained, or the average where the run keeps one."),
+        typer.Option(
+            help="The moving average, the weights as trained, or the average where the run keeps one."
+        ),
     ] = "auto",
 ) -> None:
     """Write a trained run's weights, whole, into one safetensors file."""
@@ -229,26 +254,43 @@ def sample(
     count: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="Samples to draw; the recipe's by default.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=MOST, help="Steps from noise to text.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Steps from noise to text.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same samples.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Samples drawn at a time; changes no sample.")
+        int | None,
+        typer.Option(min=1, max=MOST, help="Samples drawn at a time; changes no sample."),
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="A text to go on from; may be repeated.")] = None,
-    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts, one a line.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A text to go on from; may be repeated.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts, one a line.")
+    ] = None,
     infill: Annotated[
-        list[str] | None, typer.Option(help='A text with gaps: "She [MASK:8] to Bath"; may be repeated.')
+        list[str] | None,
+        typer.Option(help='A text with gaps: "She [MASK:8] to Bath"; may be repeated.'),
     ] = None,
     condition: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A label, or a vector [0.5, 1.0]; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="A label, or a vector [0.5, 1.0]; may be repeated."
+        ),
     ] = None,
-    guidance: Annotated[float | None, typer.Option(min=0.0, help="Above 1: heed the conditions more.")] = None,
-    sampler: Annotated[str | None, typer.Option(metavar="KIND", help="Another sampler than the recipe's.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0.0, help="Above 1: heed the conditions more.")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Another sampler than the recipe's.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A key of the sampler, such as temperature=0.9."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A key of the sampler, such as temperature=0.9."
+        ),
     ] = None,
 ) -> None:
     """Draw samples from a trained run as JSON lines; what a prompt or infill text gives is kept."""
@@ -272,7 +314,9 @@ def sample(
 def read_prompts(prompts: list[str] | None, file: Path | None) -> str | list[str] | None:
     """--prompt and --prompts; a single --prompt is one text, of which --count samples are drawn."""
     if prompts and file is not None:
-        raise ArgumentError("--prompt and --prompts exclude each other: write all prompts into the file, one a line.")
+        raise ArgumentError(
+            "--prompt and --prompts exclude each other: write all prompts into the file, one a line."
+        )
     if file is None:
         return only_one(prompts)
     from ddiff.prompts import read_prompts as read_file
@@ -304,9 +348,15 @@ def read_conditions(written: list[str] | None) -> dict[str, object] | None:
 
 @app.command("compare")
 def compare_runs(
-    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs, such as runs/<name>.")],
-    seeds: Annotated[bool, typer.Option("--seeds", help="Average runs that differ in their seed alone.")] = False,
-    out: Annotated[str, typer.Option(metavar="DIR", help="Where compare.json and compare.md go.")] = ".",
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs, such as runs/<name>.")
+    ],
+    seeds: Annotated[
+        bool, typer.Option("--seeds", help="Average runs that differ in their seed alone.")
+    ] = False,
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="Where compare.json and compare.md go.")
+    ] = ".",
 ) -> None:
     """Runs side by side in one table; refused unless all were evaluated in the same way."""
     from ddiff.comparison import compare, write_comparison
@@ -323,7 +373,10 @@ def compare_runs(
 @app.command()
 def check(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A component, or a plugin: then all its processes and samplers.")
+        str,
+        typer.Argument(
+            metavar="NAME", help="A component, or a plugin: then all its processes and samplers."
+        ),
     ],
     settings: Settings = None,
 ) -> None:
@@ -336,9 +389,12 @@ def check(
 @app.command()
 def plugins(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A plugin, to see the keys of its tables.")
+        str | None,
+        typer.Argument(metavar="[NAME]", help="A plugin, to see the keys of its tables."),
     ] = None,
-    components: Annotated[bool, typer.Option("--components", help="List what each plugin registers.")] = False,
+    components: Annotated[
+        bool, typer.Option("--components", help="List what each plugin registers.")
+    ] = False,
 ) -> None:
     """List the installed plugins, or the keys of one; a broken plugin says why and does not hide the others."""
     from ddiff.plugin import survey_plugins
@@ -348,11 +404,16 @@ def plugins(
             print_plugin(name)
         return
     registry, reports = survey_plugins()
-    rows = [[plugin.name, str(plugin.origin), summarised(found, error)] for plugin, found, error in reports]
+    rows = [
+        [plugin.name, str(plugin.origin), summarised(found, error)]
+        for plugin, found, error in reports
+    ]
     print_columns(["plugin", "from", "components"], rows)
     if components:
         typer.echo()
-        listed = [[part.kind, part.name, part.plugin, part.target] for part in registry.components()]
+        listed = [
+            [part.kind, part.name, part.plugin, part.target] for part in registry.components()
+        ]
         print_columns(["kind", "name", "plugin", "target"], listed)
     broken = [report.error for report in reports if report.error is not None]
     for error in broken:
@@ -395,7 +456,10 @@ def print_keys(title: str, model: type[ComponentConfig]) -> None:
 
     keys = described(model)
     width = max((len(key) for key, _, _ in keys), default=0)
-    lines = [title, *(f"    {key:{width}}  {value}. {meaning}".rstrip() for key, value, meaning in keys)]
+    lines = [
+        title,
+        *(f"    {key:{width}}  {value}. {meaning}".rstrip() for key, value, meaning in keys),
+    ]
     typer.echo("\n".join(lines) + "\n")
 
 
@@ -419,7 +483,9 @@ def recipes() -> None:
     width = max(map(len, shipped), default=0)
     for name, path in shipped.items():
         first = path.read_text(encoding="utf-8").partition("\n")[0]
-        typer.echo(f"{name:{width}}  {first.removeprefix('#').strip() if first.startswith('#') else ''}".rstrip())
+        typer.echo(
+            f"{name:{width}}  {first.removeprefix('#').strip() if first.startswith('#') else ''}".rstrip()
+        )
 
 
 def _print_version(wanted: bool) -> None:
@@ -431,7 +497,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -460,7 +529,9 @@ def main(arguments: list[str] | None = None) -> None:
     # on two busy cores. It must be said before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        if place() is not None:  # DDP warns of each run that no parameter went unused, which is as it should be
+        if (
+            place() is not None
+        ):  # DDP warns of each run that no parameter went unused, which is as it should be
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         follow_launcher()
         _encode_what_can_be()
@@ -472,7 +543,9 @@ def main(arguments: list[str] | None = None) -> None:
                     stream.flush()  # here, where a full disk or a closed pipe still has a message
     except SystemExit as ending:
         if arguments is None and _leaves_at_once(sys.argv[1:]):
-            os._exit(ending.code if isinstance(ending.code, int) else 0)  # taking torch down costs half a second
+            os._exit(
+                ending.code if isinstance(ending.code, int) else 0
+            )  # taking torch down costs half a second
         raise
     except BrokenPipeError:
         _forget_output()
@@ -522,7 +595,8 @@ def _escaped(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     written = [
-        f"\\u{ord(x):04x}" if ord(x) < 0x10000 else f"\\U{ord(x):08x}" for x in error.object[error.start : error.end]
+        f"\\u{ord(x):04x}" if ord(x) < 0x10000 else f"\\U{ord(x):08x}"
+        for x in error.object[error.start : error.end]
     ]
     return "".join(written), error.end
 

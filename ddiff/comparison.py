@@ -78,7 +78,11 @@ class Comparison:
 
     def columns(self) -> tuple[list[str], list[list[str]]]:
         """Titles and cells, as a person reads them."""
-        shown = [title for title in COLUMNS if title != "seeds" or any(row.seeds > 1 for row in self.rows)]
+        shown = [
+            title
+            for title in COLUMNS
+            if title != "seeds" or any(row.seeds > 1 for row in self.rows)
+        ]
         unit = self.protocol["unit"]
         return [title.format(unit=unit) for title in shown], [
             [COLUMNS[title](row) for title in shown] for row in self.rows
@@ -88,14 +92,18 @@ class Comparison:
         """One table, with the command that made it and how its figures were measured."""
         titles, cells = self.columns()
         lines = [titles, ["---"] * len(titles), *cells]
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        table = "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+        )
         notes = "\n".join(f"- {note}" for note in self.remarks())
         return f"`{command}`\n\n{table}\n\n{notes}\n"
 
     def remarks(self) -> list[str]:
         """How the figures were measured, and what to know before holding them against each other."""
         unit, protocol = self.protocol["unit"], self.protocol
-        measured = ", ".join(f"{name} {protocol[name]}" for name in PROTOCOL if protocol.get(name) is not None)
+        measured = ", ".join(
+            f"{name} {protocol[name]}" for name in PROTOCOL if protocol.get(name) is not None
+        )
         counted = ", ".join(f"{name} {value:.4f}" for name, value in self.baselines.items())
         return [
             f"Evaluated alike: {measured}; {protocol[f'{unit}s']:,} {unit}s in {protocol['documents']} documents.",
@@ -105,7 +113,9 @@ class Comparison:
 
 
 def _interval(row: Row) -> str:
-    return f"{row.nats:.4f}" + (f" ± {(row.interval[1] - row.interval[0]) / 2:.4f}" if row.interval else "")
+    return f"{row.nats:.4f}" + (
+        f" ± {(row.interval[1] - row.interval[0]) / 2:.4f}" if row.interval else ""
+    )
 
 
 def _shown(form: str, read: Callable[[Row], float | None]) -> Callable[[Row], str]:
@@ -142,12 +152,18 @@ def compare(run_dirs: Sequence[str | Path], *, group_seeds: bool = False) -> Com
     if not run_dirs:
         raise ArgumentError("ddiff compare: name at least one run directory, such as runs/<name>.")
     reports = [_Report(Path(run_dir)) for run_dir in run_dirs]
-    if twice := [place for place, count in Counter(str(report.place) for report in reports).items() if count > 1]:
+    if twice := [
+        place
+        for place, count in Counter(str(report.place) for report in reports).items()
+        if count > 1
+    ]:
         raise ArgumentError(f"ddiff compare: {twice[0]} is named twice. Name each run once.")
     protocol = _common_protocol(reports)
     groups: dict[str, list[_Report]] = {}
     for report in reports:
-        groups.setdefault(report.recipe_but_seed() if group_seeds else str(report.place), []).append(report)
+        groups.setdefault(
+            report.recipe_but_seed() if group_seeds else str(report.place), []
+        ).append(report)
     first = reports[0].evaluation
     counts = {name: first[name] for name in (f"{first['unit']}s", "documents")}
     counted = {name.split("_")[0]: value for name, value in first["baselines"].items()}
@@ -170,9 +186,12 @@ def write_comparison(comparison: Comparison, directory: str | Path, command: str
     }
     folder = check_destination(directory, "ddiff compare --out", folder=True)
     if folder.local is None:
-        raise ArgumentError(f"ddiff compare --out: a folder of this machine was expected; got {directory}.")
+        raise ArgumentError(
+            f"ddiff compare --out: a folder of this machine was expected; got {directory}."
+        )
     places = {
-        name: check_destination(Path(directory) / name, "ddiff compare --out", owned=_is_comparison) for name in texts
+        name: check_destination(Path(directory) / name, "ddiff compare --out", owned=_is_comparison)
+        for name in texts
     }
     for name, place in places.items():
         write_text(place, texts[name])
@@ -217,9 +236,16 @@ class _Report:
         if state is None:
             return  # the figures stand, though the weights were deleted
         check_recorded(self.place, state)
-        was, now = state.get("fingerprints", {}).get("tokenizer"), self.evaluation["protocol"].get("tokenizer")
+        was, now = (
+            state.get("fingerprints", {}).get("tokenizer"),
+            self.evaluation["protocol"].get("tokenizer"),
+        )
         if was is not None and now is not None and was != now:
-            refuse(self.place, [Difference("tokenizer of evaluation.json", was, now)], "Evaluate it again: ddiff eval.")
+            refuse(
+                self.place,
+                [Difference("tokenizer of evaluation.json", was, now)],
+                "Evaluate it again: ddiff eval.",
+            )
 
     def _check_steps(self) -> None:
         steps = {
@@ -238,10 +264,15 @@ class _Report:
     def protocol(self) -> dict[str, Any]:
         found = self.evaluation["protocol"] | {"unit": self.evaluation["unit"]}
         exact = self.evaluation["bound"] == "NLL"
-        return {name: None if exact and name in BOUND_ONLY else found.get(name) for name in PROTOCOL}
+        return {
+            name: None if exact and name in BOUND_ONLY else found.get(name) for name in PROTOCOL
+        }
 
     def recipe_but_seed(self) -> str:
-        return json.dumps({key: value for key, value in self.recipe.items() if key not in WHOSE_OWN}, sort_keys=True)
+        return json.dumps(
+            {key: value for key, value in self.recipe.items() if key not in WHOSE_OWN},
+            sort_keys=True,
+        )
 
     def row(self) -> Row:
         evaluation, unit = self.evaluation, self.evaluation["unit"]
@@ -296,11 +327,17 @@ def _common_protocol(reports: Sequence[_Report]) -> dict[str, Any]:
     common: dict[str, Any] = {}
     differing: list[str] = []
     for name in PROTOCOL:
-        found = {str(report.place): p[name] for report, p in zip(reports, protocols) if p[name] is not None}
+        found = {
+            str(report.place): p[name]
+            for report, p in zip(reports, protocols)
+            if p[name] is not None
+        }
         distinct = {json.dumps(value) for value in found.values()}
         common[name] = next(iter(found.values()), None)
         if len(distinct) > 1:
-            differing.append(f"  {name}: " + ", ".join(f"{value} in {place}" for place, value in found.items()))
+            differing.append(
+                f"  {name}: " + ", ".join(f"{value} in {place}" for place, value in found.items())
+            )
     if differing:
         lines = "\n".join(differing)
         raise ArgumentError(
@@ -323,7 +360,10 @@ def _mean(reports: Sequence[_Report]) -> Row:
             f"ddiff compare --seeds: the same recipe and seed stand there twice: {places}. Name each once."
         )
     nats, first = [row.nats for row in rows], rows[0]
-    mean, half = statistics.fmean(nats), student95(len(nats) - 1) * statistics.stdev(nats) / math.sqrt(len(nats))
+    mean, half = (
+        statistics.fmean(nats),
+        student95(len(nats) - 1) * statistics.stdev(nats) / math.sqrt(len(nats)),
+    )
 
     def over(field: str) -> Any:
         values = [getattr(row, field) for row in rows]
@@ -357,16 +397,27 @@ def _together(names: Sequence[str]) -> str:
 
 def _notes(reports: Sequence[_Report]) -> list[str]:
     """What a reader must know before holding two figures against each other."""
-    notes = ["± is half the 95 % interval (Student): over documents for one run, over seeds for several."]
+    notes = [
+        "± is half the 95 % interval (Student): over documents for one run, over seeds for several."
+    ]
     if any(report.evaluation["bound"] == "NLL" for report in reports):
-        notes.append("NLL is exact; NELBO is an upper bound of it: the true NLL of those models is not known.")
-    places = {str([report.environment.get(key) for key in ("device", "threads", "machine")]) for report in reports}
+        notes.append(
+            "NLL is exact; NELBO is an upper bound of it: the true NLL of those models is not known."
+        )
+    places = {
+        str([report.environment.get(key) for key in ("device", "threads", "machine")])
+        for report in reports
+    }
     if len(places) > 1:
-        notes.append(f"Seconds were taken in different places (device, threads, machine): {', '.join(sorted(places))}.")
+        notes.append(
+            f"Seconds were taken in different places (device, threads, machine): {', '.join(sorted(places))}."
+        )
     for report in reports:
         if init := report.environment.get("init"):
             source = init.get("run") or init.get("model")
-            notes.append(f"{report.place} began with weights of {source}; its tokens seen do not count that run's.")
+            notes.append(
+                f"{report.place} began with weights of {source}; its tokens seen do not count that run's."
+            )
     entropy = reports[0].evaluation.get(f"entropy_rate_nats_per_{reports[0].evaluation['unit']}")
     if entropy is not None:
         notes.append(f"Entropy rate of the source: {entropy:.4f} nats; no model is below it.")

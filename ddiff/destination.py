@@ -52,7 +52,9 @@ def check_destination(
     """
     place = _resolved(str(name), argument)
     if suffix and not folder and Path(place.path).suffix != suffix:
-        raise ArgumentError(f"{argument}: the file must end in {suffix}; got {name}. Name it {name}{suffix}.")
+        raise ArgumentError(
+            f"{argument}: the file must end in {suffix}; got {name}. Name it {name}{suffix}."
+        )
     if place.local is not None:
         _check_outside_runs(place, folder)
     _check_standing(place, folder, owned)
@@ -89,7 +91,9 @@ def write_text(place: Destination, text: str) -> None:
 def takes_no_files(place: Destination, error: Exception) -> ArgumentError:
     """The error for a place that cannot be written to."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return ArgumentError(f"{place.argument}: {place.name} cannot be written ({reason}). Name another place.")
+    return ArgumentError(
+        f"{place.argument}: {place.name} cannot be written ({reason}). Name another place."
+    )
 
 
 def _resolved(name: str, argument: str) -> Destination:
@@ -104,7 +108,9 @@ def _resolved(name: str, argument: str) -> Destination:
             f'"{first[0]}//...".'
         )
     try:
-        system, path = fsspec.url_to_fs(name if "://" in name else os.path.abspath(os.path.expanduser(name)))
+        system, path = fsspec.url_to_fs(
+            name if "://" in name else os.path.abspath(os.path.expanduser(name))
+        )
     except (ValueError, ImportError, OSError) as error:
         raise ArgumentError(
             f"{argument}: {name} cannot be written: {error}. Name a local path, or install what that address needs."
@@ -138,15 +144,21 @@ def _check_outside_runs(place: Destination, folder: bool) -> None:
         )
 
 
-def _check_standing(place: Destination, folder: bool, owned: Callable[[IO[bytes]], bool] | None) -> None:
+def _check_standing(
+    place: Destination, folder: bool, owned: Callable[[IO[bytes]], bool] | None
+) -> None:
     """Raise ArgumentError for what stands there and must not be written over, and for a place that takes no files."""
     path, system = place.path, place.system
     try:
         is_folder, is_file = system.isdir(path), system.isfile(path)
         if is_file and folder:
-            raise ArgumentError(f"{place.argument}: {place.name} is a file; a folder was expected. Name another one.")
+            raise ArgumentError(
+                f"{place.argument}: {place.name} is a file; a folder was expected. Name another one."
+            )
         if is_folder and not folder:
-            raise ArgumentError(f"{place.argument}: {place.name} is a folder; a file was expected. Name a file in it.")
+            raise ArgumentError(
+                f"{place.argument}: {place.name} is a folder; a file was expected. Name a file in it."
+            )
         if is_file and owned is not None:
             with system.open(path, "rb") as file:
                 if not owned(file):

@@ -10,7 +10,11 @@ import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space left, no quota left, larger than files may be
+FULL = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+)  # no space left, no quota left, larger than files may be
 _FULL_IN_WORDS = ("No space left on device", "Disk quota exceeded")
 
 
@@ -59,7 +63,9 @@ def no_room(error: BaseException) -> OSError | None:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in FULL:
             return OSError(seen.errno, os.strerror(seen.errno), seen.filename)
-        words = next((words for words in _FULL_IN_WORDS if words.lower() in str(seen).lower()), None)
+        words = next(
+            (words for words in _FULL_IN_WORDS if words.lower() in str(seen).lower()), None
+        )
         # numpy's tofile says how much it wrote, and nothing else
         short = isinstance(seen, OSError) and seen.errno is None and str(seen).endswith(" written")
         if words or short:

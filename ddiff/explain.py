@@ -25,8 +25,18 @@ def described(model: type[BaseModel]) -> list[tuple[str, str, str]]:
     schema, meanings = model.model_json_schema(), _meanings(model)
     rows = []
     for key, value in schema.get("properties", {}).items():
-        ending = ", required" if key in schema.get("required", ()) else f"; default {json.dumps(value.get('default'))}"
-        rows.append((key, _type_of(value) + ending.replace("; default null", ", optional"), meanings.get(key, "")))
+        ending = (
+            ", required"
+            if key in schema.get("required", ())
+            else f"; default {json.dumps(value.get('default'))}"
+        )
+        rows.append(
+            (
+                key,
+                _type_of(value) + ending.replace("; default null", ", optional"),
+                meanings.get(key, ""),
+            )
+        )
     return rows
 
 
@@ -70,14 +80,14 @@ def explain(
     if error["type"] == "value_error":
         return f"{subject}: {error['msg'].removeprefix('Value error, ').rstrip('.')}."
     came = error["input"]
-    return f"{subject} {_due(error['msg'])}; got {shown(came)}.{_nearest_choice(model, inside, came)}"
+    return (
+        f"{subject} {_due(error['msg'])}; got {shown(came)}.{_nearest_choice(model, inside, came)}"
+    )
 
 
 def unknown_key(table: str, key: str, owner: str, takes: Sequence[str]) -> str:
     """The paragraph for a key that a table does not take."""
-    return (
-        f'{table} has no key "{shortened(key)}"{owner}.{nearest(key, takes)} It takes: {", ".join(takes) or "no keys"}.'
-    )
+    return f'{table} has no key "{shortened(key)}"{owner}.{nearest(key, takes)} It takes: {", ".join(takes) or "no keys"}.'
 
 
 def shown(value: Any) -> str:
@@ -94,7 +104,9 @@ def table_label(path: Sequence[str | int], whole: str = "the recipe") -> str:
 def _type_of(schema: Mapping[str, Any]) -> str:
     """`number > 0 or list of number > 0`, of a key's JSON schema."""
     if "anyOf" in schema:
-        return " or ".join(_type_of(branch) for branch in schema["anyOf"] if branch.get("type") != "null")
+        return " or ".join(
+            _type_of(branch) for branch in schema["anyOf"] if branch.get("type") != "null"
+        )
     if "enum" in schema:
         return " or ".join(json.dumps(choice) for choice in schema["enum"])
     kind = schema.get("type", "object")
@@ -103,7 +115,11 @@ def _type_of(schema: Mapping[str, Any]) -> str:
         return "list of " + " and ".join(dict.fromkeys(_type_of(item) for item in items))
     names = {"object": "table", "boolean": "true or false"}
     # the limits that every count and number has would be noise in a list of keys
-    stated = {bound: schema[bound] for bound in _BOUNDS if bound in schema and schema[bound] not in (COUNTS, LARGEST)}
+    stated = {
+        bound: schema[bound]
+        for bound in _BOUNDS
+        if bound in schema and schema[bound] not in (COUNTS, LARGEST)
+    }
     bounds = [f"{_BOUNDS[bound]} {value:g}" for bound, value in stated.items()]
     return f"{names.get(kind, kind)} {' and '.join(bounds)}".rstrip()
 
@@ -172,7 +188,11 @@ def _unbranched(error: Mapping[str, Any]) -> dict[str, Any]:
 
 def _due(message: str) -> str:
     """`Input should be a valid integer` -> `must be an integer`."""
-    text = message.replace("Input should be", "must be").replace("Input should have", "must have").replace("'", '"')
+    text = (
+        message.replace("Input should be", "must be")
+        .replace("Input should have", "must have")
+        .replace("'", '"')
+    )
     for valid, plain in {
         "a valid integer": "an integer", "a valid number": "a number", "a valid string": "a string in quotes",
         "a valid boolean": "true or false", "a finite number": "a finite number", "a valid array": "a list",
@@ -187,13 +207,21 @@ def _due(message: str) -> str:
 def _nearest_choice(model: type[BaseModel], inside: Sequence[str | int], came: Any) -> str:
     """The nearest of the words that a key may be, when it is a choice among words."""
     known = model.model_fields.get(str(inside[0])) if len(inside) == 1 else None
-    choices = [choice for choice in get_args(known.annotation) if isinstance(choice, str)] if known else []
+    choices = (
+        [choice for choice in get_args(known.annotation) if isinstance(choice, str)]
+        if known
+        else []
+    )
     return nearest(came, choices) if isinstance(came, str) else ""
 
 
 def _meaning(model: type[BaseModel], inside: Sequence[str | int]) -> str:
     annotation = model.model_fields[str(inside[0])].annotation if len(inside) == 1 else None
-    return f"a value of type {inspect.formatannotation(annotation)}" if annotation else "it has no default"
+    return (
+        f"a value of type {inspect.formatannotation(annotation)}"
+        if annotation
+        else "it has no default"
+    )
 
 
 def _nested_keys(model: type[BaseModel], inside: Sequence[str | int]) -> list[str]:
@@ -213,4 +241,6 @@ def _nested_keys(model: type[BaseModel], inside: Sequence[str | int]) -> list[st
 
 def _dotted(inside: Sequence[str | int]) -> str:
     """` sizes[0]`, ` clock.rates`: a key inside a table; nothing for the table itself."""
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in inside).replace(".", " ", 1)
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in inside).replace(
+        ".", " ", 1
+    )

@@ -19,11 +19,26 @@ from typing import Any, NamedTuple
 from ddiff.errors import CheckpointError
 from ddiff.run_files import ENVIRONMENT, RECIPE, read_json, read_recipe_tree
 
-READING = ("process", "denoiser", "objective", "tokenizer", "vocabulary", "data.length", "seed", "train.ema")
+READING = (
+    "process",
+    "denoiser",
+    "objective",
+    "tokenizer",
+    "vocabulary",
+    "data.length",
+    "seed",
+    "train.ema",
+)
 """Tables and keys that decide what the weights mean and which of them are read. Others may differ: where the data lie
 (the rows have fingerprints), how long and where was trained, how the run is evaluated, sampled, tracked and called."""
 
-CONTINUING = ("train.steps", "train.keep", "train.log_every", "train.checkpoint_every", "train.init")
+CONTINUING = (
+    "train.steps",
+    "train.keep",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.init",
+)
 """Keys of [train] that may change while a run is trained; the other ones are added to READING then."""
 
 TOLERANCE = 1e-6  # of a probability: the same formula on another machine
@@ -59,7 +74,9 @@ def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def check_recipe(place: object, state: Mapping[str, Any], recipe: Mapping[str, Any], *, training: bool = False) -> None:
+def check_recipe(
+    place: object, state: Mapping[str, Any], recipe: Mapping[str, Any], *, training: bool = False
+) -> None:
     """Raise CheckpointError when a run's recipe is not the one that its checkpoint was trained with.
 
     Args:
@@ -73,7 +90,11 @@ def check_recipe(place: object, state: Mapping[str, Any], recipe: Mapping[str, A
         return  # a checkpoint of a version that recorded none
     now = dotted(recipe)
     keys = [key for key in dict.fromkeys([*trained, *now]) if _counts(key, training)]
-    differing = [Difference(key, trained.get(key), now.get(key)) for key in keys if trained.get(key) != now.get(key)]
+    differing = [
+        Difference(key, trained.get(key), now.get(key))
+        for key in keys
+        if trained.get(key) != now.get(key)
+    ]
     refuse(
         place,
         differing,
@@ -83,7 +104,11 @@ def check_recipe(place: object, state: Mapping[str, Any], recipe: Mapping[str, A
 
 
 def check_fingerprints(
-    place: object, state: Mapping[str, Any], now: Mapping[str, str], remedy: str, names: Iterable[str] | None = None
+    place: object,
+    state: Mapping[str, Any],
+    now: Mapping[str, str],
+    remedy: str,
+    names: Iterable[str] | None = None,
 ) -> None:
     """Raise CheckpointError when parts or data are not those that a checkpoint was trained with.
 
@@ -97,10 +122,16 @@ def differing_fingerprints(
 ) -> list[Difference]:
     """The differences that `check_fingerprints` refuses."""
     compared = list(trained) if names is None else [name for name in names if name in trained]
-    return [Difference(name, trained[name], now.get(name)) for name in compared if trained[name] != now.get(name)]
+    return [
+        Difference(name, trained[name], now.get(name))
+        for name in compared
+        if trained[name] != now.get(name)
+    ]
 
 
-def check_noising(place: object, state: Mapping[str, Any], now: Sequence[float], remedy: str) -> None:
+def check_noising(
+    place: object, state: Mapping[str, Any], now: Sequence[float], remedy: str
+) -> None:
     """Raise CheckpointError when a process noises tokens otherwise than the one that a checkpoint was trained with."""
     trained = state.get("made_with", {}).get("noising")
     if trained is None:
@@ -109,9 +140,15 @@ def check_noising(place: object, state: Mapping[str, Any], now: Sequence[float],
         abs(a - b) <= TOLERANCE * max(1.0, abs(a)) for a, b in zip(trained, now, strict=True)
     )
     if not is_same:
-        where = next((i for i, (a, b) in enumerate(zip(trained, now)) if abs(a - b) > TOLERANCE), None)
+        where = next(
+            (i for i, (a, b) in enumerate(zip(trained, now)) if abs(a - b) > TOLERANCE), None
+        )
         was, value = (trained[where], now[where]) if where is not None else (len(trained), len(now))
-        refuse(place, [Difference("probabilities of the process, such as one that", was, value)], remedy)
+        refuse(
+            place,
+            [Difference("probabilities of the process, such as one that", was, value)],
+            remedy,
+        )
 
 
 def given_in(state: Mapping[str, Any]) -> Mapping[str, str] | None:
@@ -127,8 +164,14 @@ def refuse(place: object, differing: Sequence[Difference], remedy: str) -> None:
     if len(differing) > _SHOWN:
         lines.append(f"and {len(differing) - _SHOWN} more")
     # a few stand in the paragraph, many below one another
-    told = f" {'; '.join(lines)}. " if len(lines) <= 6 else "".join(f"\n  {line}" for line in lines) + "\n"
-    raise CheckpointError(f"{place} was trained with something else than this run has:{told}{remedy}")
+    told = (
+        f" {'; '.join(lines)}. "
+        if len(lines) <= 6
+        else "".join(f"\n  {line}" for line in lines) + "\n"
+    )
+    raise CheckpointError(
+        f"{place} was trained with something else than this run has:{told}{remedy}"
+    )
 
 
 def check_recorded(directory: Path, state: Mapping[str, Any], *, training: bool = False) -> None:

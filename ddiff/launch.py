@@ -24,7 +24,9 @@ from ddiff.errors import ArgumentError, shortened
 MISTAKE = 2  # the exit code of a mistake that the caller can mend
 GRACE = 5.0  # seconds that workers have to end by themselves after one of them has failed
 _ALONE = "DDIFF_LAUNCH_CORES"  # the cores of a machine that workers were given equal shares of
-_REPORTS = "DDIFF_LAUNCH_REPORTS"  # the folder in which a worker leaves the message that it ends with
+_REPORTS = (
+    "DDIFF_LAUNCH_REPORTS"  # the folder in which a worker leaves the message that it ends with
+)
 
 
 class Place(NamedTuple):
@@ -89,7 +91,10 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     with tempfile.TemporaryDirectory(prefix="ddiff-") as folder:
         port, reports = _free_port(), Path(folder)
-        workers = [_start(arguments, Place(rank, rank, processes), port, reports) for rank in range(processes)]
+        workers = [
+            _start(arguments, Place(rank, rank, processes), port, reports)
+            for rank in range(processes)
+        ]
         try:
             _wait(workers, received)
             return _outcome(workers, reports)
@@ -116,7 +121,9 @@ def end(message: str, code: int) -> NoReturn:
         raise SystemExit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # other ranks may wait in a collective: an orderly end would wait for them, or abort
+    os._exit(
+        code
+    )  # other ranks may wait in a collective: an orderly end would wait for them, or abort
 
 
 def follow_launcher() -> None:
@@ -131,7 +138,9 @@ def _end_at_end_of_input() -> None:
     os._exit(1)
 
 
-def _start(arguments: Sequence[str], there: Place, port: int, reports: Path) -> subprocess.Popen[bytes]:
+def _start(
+    arguments: Sequence[str], there: Place, port: int, reports: Path
+) -> subprocess.Popen[bytes]:
     environment = {
         **_shares_of_cores(there.world_size),
         **os.environ,
@@ -147,7 +156,12 @@ def _start(arguments: Sequence[str], there: Place, port: int, reports: Path) -> 
     log: IO[bytes] | None = None if there.rank == 0 else open(reports / f"{there.rank}.log", "wb")  # noqa: SIM115
     # A session of its own: a Ctrl-C reaches the workers once, through the launcher, and not from the terminal as well.
     worker = subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+        command,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
     )
     if log:
         log.close()
@@ -174,7 +188,9 @@ def _outcome(workers: Sequence[subprocess.Popen[bytes]], reports: Path) -> int:
         return 0
 
     def order(rank: int) -> tuple[bool, int, int]:
-        report = reports / str(rank)  # who was killed left none, and the others' are what came of it
+        report = reports / str(
+            rank
+        )  # who was killed left none, and the others' are what came of it
         written = report.stat().st_mtime_ns if report.exists() else 0
         return workers[rank].returncode != MISTAKE, written, rank
 

@@ -39,7 +39,11 @@ _OUT_OF_MEMORY = (
     "unable to allocate",
     "cannot allocate",
 )
-_OVERFLOW = ("storage size calculation overflowed", "overflow when unpacking long", "exceeds the maximum")
+_OVERFLOW = (
+    "storage size calculation overflowed",
+    "overflow when unpacking long",
+    "exceeds the maximum",
+)
 
 
 def explained(error: BaseException) -> str | None:
@@ -64,9 +68,7 @@ def explained(error: BaseException) -> str | None:
             "[evaluate] batch, [sample] batch), a shorter [data] length or a smaller network."
         )
     if isinstance(error, OverflowError) or _says(error, _OVERFLOW):
-        return (
-            f"A number is too large to be computed with: {what}. Look for it among the sizes, counts and rates given."
-        )
+        return f"A number is too large to be computed with: {what}. Look for it among the sizes, counts and rates given."
     if isinstance(error, RuntimeError) and _says(error, ("can't start new thread",)):
         return "The system starts no more threads. Lower [backend] workers and OMP_NUM_THREADS, or raise ulimit -u."
     return None
@@ -74,7 +76,9 @@ def explained(error: BaseException) -> str | None:
 
 def _of_the_system(error: OSError) -> str:
     reason = error.strerror or shortened(" ".join(str(error).split())) or type(error).__name__
-    places = [shortened(str(name)) for name in (error.filename, error.filename2) if name is not None]
+    places = [
+        shortened(str(name)) for name in (error.filename, error.filename2) if name is not None
+    ]
     what = f"{reason}: {' and '.join(places)}" if places else reason
     if error.errno in FULL:
         return (

@@ -76,7 +76,9 @@ class Plugin:
         )
 
     def _fails_to_register(self, error: BaseException) -> PluginError:
-        return PluginError(f"The plugin {self} fails to register: ddiff_register raised {describe(error)}.")
+        return PluginError(
+            f"The plugin {self} fails to register: ddiff_register raised {describe(error)}."
+        )
 
     def _hooks(self, module: Any) -> pluggy.HookRelay:
         manager = pluggy.PluginManager(GROUP)
@@ -97,7 +99,8 @@ class Plugin:
                     f"The hooks are: {', '.join(HOOKS)}."
                 )
         if any(
-            implementation.argnames != ("registry",) for implementation in manager.hook.ddiff_register.get_hookimpls()
+            implementation.argnames != ("registry",)
+            for implementation in manager.hook.ddiff_register.get_hookimpls()
         ):
             raise self._wrong_arguments("it does not take registry")
         if not implemented:
@@ -170,7 +173,12 @@ def _report(plugin: Plugin, claims: list[Plugin], registry: Registry) -> PluginR
 
 def _unlisted(listed: list[str]) -> list[Component]:
     reports = survey_plugins().reports
-    return [component for report in reports if report.plugin.name not in listed for component in report.components]
+    return [
+        component
+        for report in reports
+        if report.plugin.name not in listed
+        for component in report.components
+    ]
 
 
 def _only_claim(name: str, installed: Mapping[str, list[Plugin]]) -> Plugin:
@@ -201,7 +209,9 @@ def _origin(entry_point: importlib.metadata.EntryPoint) -> Origin:
         name, version = distribution.name, distribution.version
     except Exception:  # metadata that are missing or damaged
         name, version = None, None
-    return Origin(entry_point.name, package, name or "a distribution without metadata", version or "0")
+    return Origin(
+        entry_point.name, package, name or "a distribution without metadata", version or "0"
+    )
 
 
 def _last_line(error: Exception) -> str:

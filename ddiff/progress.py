@@ -10,7 +10,14 @@ from datetime import timedelta
 from typing import Protocol, final
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 
 LINE_EVERY_SECONDS = 10.0  # at first: a log of days should have hundreds of lines, not ten thousand
@@ -31,7 +38,9 @@ class Progress(Protocol):
 
 
 @contextmanager
-def progress(total: int | None, title: str, *, start: int = 0, console: Console | None = None) -> Iterator[Progress]:
+def progress(
+    total: int | None, title: str, *, start: int = 0, console: Console | None = None
+) -> Iterator[Progress]:
     """Show a job of `total` items (None: unknown) of which `start` were done before."""
     console = console or Console(stderr=True)
     if not console.is_terminal:
@@ -116,7 +125,9 @@ class ProgressLines:
         self._figures |= figures
         now = time.monotonic()
         waited, passed = now - self._last, now - self._began
-        interval = min(max(LINE_EVERY_SECONDS, LINE_EVERY_SHARE * passed), LINE_EVERY_SECONDS_AT_MOST)
+        interval = min(
+            max(LINE_EVERY_SECONDS, LINE_EVERY_SHARE * passed), LINE_EVERY_SECONDS_AT_MOST
+        )
         share = (self._done - self._printed) / self._total if self._total else 0.0
         if waited >= interval or (waited >= 1.0 and share >= LINE_EVERY_SHARE):
             self._print()
@@ -132,12 +143,18 @@ class ProgressLines:
     def _print(self) -> None:
         self._printed, self._last = self._done, time.monotonic()
         seconds = self._last - self._began
-        parts = [f"{self._title}: {self._done}", _spelled(self._figures), f"{_clock(seconds)} elapsed"]
+        parts = [
+            f"{self._title}: {self._done}",
+            _spelled(self._figures),
+            f"{_clock(seconds)} elapsed",
+        ]
         if self._total:
             parts[0] += f"/{self._total} ({self._done / self._total:.0%})"
             left = seconds / max(1, self._done - self._start) * (self._total - self._done)
             parts.append(f"ETA {_clock(left)}")
-        self._console.print("  ".join(part for part in parts if part), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(
+            "  ".join(part for part in parts if part), markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def _clock(seconds: float) -> str:

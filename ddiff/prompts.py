@@ -48,7 +48,11 @@ class Frame(NamedTuple):
         return Frame(self.words.to(device), self.clamped.to(device), valid)
 
     def rows(self, chosen: slice) -> Frame:
-        return Frame(self.words[chosen], self.clamped[chosen], None if self.valid is None else self.valid[chosen])
+        return Frame(
+            self.words[chosen],
+            self.clamped[chosen],
+            None if self.valid is None else self.valid[chosen],
+        )
 
 
 def prompt(text: str, tokenizer: Tokenizer, length: int) -> Template:
@@ -79,22 +83,36 @@ def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
         )
     last = _encoded(text[rest:], text, tokenizer)
     return _fitting(
-        Template(text, torch.cat([*ids, last]), torch.cat([*given, torch.ones_like(last, dtype=torch.bool)]), True),
+        Template(
+            text,
+            torch.cat([*ids, last]),
+            torch.cat([*given, torch.ones_like(last, dtype=torch.bool)]),
+            True,
+        ),
         length,
     )
 
 
 def templates_of(
-    prompts: str | Sequence[str] | None, infills: str | Sequence[str] | None, tokenizer: Tokenizer, length: int
+    prompts: str | Sequence[str] | None,
+    infills: str | Sequence[str] | None,
+    tokenizer: Tokenizer,
+    length: int,
 ) -> list[Template]:
     """The templates of one or several prompts or infill texts. ArgumentError for both at once, and for what is no text."""
     if prompts is not None and infills is not None:
-        raise ArgumentError("run.sample: prompt and infill exclude each other; begin the infill text with the prompt.")
+        raise ArgumentError(
+            "run.sample: prompt and infill exclude each other; begin the infill text with the prompt."
+        )
     texts, read = (infills, infill) if prompts is None else (prompts, prompt)
     if texts is None:
         return []
     # bytes and mappings can be iterated over, too, and would be taken for their numbers or keys
-    listed = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str | bytes | dict) else [texts]
+    listed = (
+        list(texts)
+        if isinstance(texts, Iterable) and not isinstance(texts, str | bytes | dict)
+        else [texts]
+    )
     return [read(text, tokenizer, length) for text in listed]
 
 
@@ -126,9 +144,13 @@ def read_prompts(path: str | Path) -> list[str]:
     """One prompt a line; blank lines are left out. DataError when there is none, or the file is no UTF-8 text."""
     try:
         with open_plain(str(path)) as file:
-            prompts = [line for line in text_lines(file, shown(str(path))) if line and not line.isspace()]
+            prompts = [
+                line for line in text_lines(file, shown(str(path))) if line and not line.isspace()
+            ]
     except DataError as error:
-        raise DataError(f"--prompts: {error} A UTF-8 text file is due, one prompt a line.") from error
+        raise DataError(
+            f"--prompts: {error} A UTF-8 text file is due, one prompt a line."
+        ) from error
     if not prompts:
         raise DataError(f"--prompts: {shown(str(path))} holds no prompt. Write one a line.")
     return prompts
@@ -136,7 +158,9 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def _check_text(text: str, argument: str) -> None:
     try:
-        checked_text(text, f"{argument}: {shortened(text)!r}" if isinstance(text, str) else argument)
+        checked_text(
+            text, f"{argument}: {shortened(text)!r}" if isinstance(text, str) else argument
+        )
     except DataError as error:
         raise ArgumentError(str(error)) from error
 

@@ -83,7 +83,9 @@ class Part:
 
     def preview(self, **inputs: Any) -> Any:
         """What is known of the result before any data is read: `preview(config, ...)` of a component that has one."""
-        return self._called("preview", inputs) if hasattr(self.component.load(), "preview") else None
+        return (
+            self._called("preview", inputs) if hasattr(self.component.load(), "preview") else None
+        )
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -97,8 +99,12 @@ class Part:
     def _called(self, name: str, inputs: Mapping[str, Any]) -> Any:
         function = getattr(self.component.load(), name)
         signature = inspect.signature(function)
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
-        wanted = {key: value for key, value in inputs.items() if takes_all or key in signature.parameters}
+        takes_all = any(
+            parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()
+        )
+        wanted = {
+            key: value for key, value in inputs.items() if takes_all or key in signature.parameters
+        }
         try:
             signature.bind(self.config, **wanted)
         except TypeError as error:
@@ -180,8 +186,12 @@ class Recipe:
         if kind is None and not tuple(settings):
             return self.sampler
         own = kind in (None, self.sampler.component.name)
-        component = self.sampler.component if kind is None else self.registry.component("sampler", kind)
-        return component_part(component, settings, self.sampler.config.model_dump(mode="json") if own else {})
+        component = (
+            self.sampler.component if kind is None else self.registry.component("sampler", kind)
+        )
+        return component_part(
+            component, settings, self.sampler.config.model_dump(mode="json") if own else {}
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -190,7 +200,10 @@ class Recipe:
 
     def origins(self) -> dict[str, str]:
         """Where each component comes from: `{"process": "kimura (ddiff_kimura, ddiff-kimura 1.0)"}`."""
-        return {place: f"{part.component.name} ({part.component.origin})" for place, part in self.parts().items()}
+        return {
+            place: f"{part.component.name} ({part.component.origin})"
+            for place, part in self.parts().items()
+        }
 
 
 def read_recipe(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
@@ -218,10 +231,19 @@ def resolve(draft: Draft, settings: Iterable[str] = ()) -> Recipe:
         )
     draft = _shorthand_expanded(read_settings(settings, draft.source)).under(draft, _handed_on)
     _check_tables(draft)
-    heading = _checked(Heading, {key: draft.tree[key] for key in Heading.model_fields if key in draft.tree}, draft, ())
+    heading = _checked(
+        Heading,
+        {key: draft.tree[key] for key in Heading.model_fields if key in draft.tree},
+        draft,
+        (),
+    )
     registry = _load_plugins(heading, draft)
     resolver = _Resolver(draft, registry)
-    data, tokenizer, vocabulary = resolver.part("data"), resolver.part("tokenizer"), resolver.part("vocabulary")
+    data, tokenizer, vocabulary = (
+        resolver.part("data"),
+        resolver.part("tokenizer"),
+        resolver.part("vocabulary"),
+    )
     process = resolver.part("process") if "process" in draft.tree else None
     denoiser, objective = resolver.part("denoiser"), resolver.part("objective")
     train, placement = resolver.keys(TrainKeys, "train"), resolver.keys(BackendKeys, "backend")
@@ -257,10 +279,14 @@ def resolve(draft: Draft, settings: Iterable[str] = ()) -> Recipe:
     )
 
 
-def component_part(component: Component, settings: Iterable[str] = (), below: Mapping[str, Any] | None = None) -> Part:
+def component_part(
+    component: Component, settings: Iterable[str] = (), below: Mapping[str, Any] | None = None
+) -> Part:
     """A component outside a recipe, with `key=value` settings of its own over the keys `below`: what `ddiff check NAME
     --set` reads."""
-    draft = read_settings(settings, "--set").under(Draft(dict(below or {}), "--set"), lambda path, old, new: None)
+    draft = read_settings(settings, "--set").under(
+        Draft(dict(below or {}), "--set"), lambda path, old, new: None
+    )
     config = component.config_class()
     for table in draft.tree:
         if table in TABLES and table not in config.model_fields:
@@ -269,21 +295,28 @@ def component_part(component: Component, settings: Iterable[str] = (), below: Ma
                 f"leave out {table} and the dot. It takes: {', '.join(config.model_fields) or 'no keys'}."
             )
     whole = f"the {component}"
-    return Part(component, _checked(config, draft.tree, draft, (), known=config.model_fields, whole=whole))
+    return Part(
+        component, _checked(config, draft.tree, draft, (), known=config.model_fields, whole=whole)
+    )
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """The dotted keys in which two `Recipe.to_dict` differ, with both values; None where one has no such key."""
     before, after = dotted(old), dotted(new)
     keys = dict.fromkeys([*before, *after])
-    return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+    return [
+        (key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
+    ]
 
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with ddiff, by name; `paper/<name>` in a sub-folder."""
     package = Path(__file__).parent
     folder = package / "_recipes" if (package / "_recipes").is_dir() else package.parent / "recipes"
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.toml"))}
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*.toml"))
+    }
 
 
 def _check_shares(train: TrainKeys, placement: BackendKeys, draft: Draft) -> None:
@@ -321,15 +354,25 @@ class _Resolver:
         component, slots = self.component(path), self.slots(path)
         config, table = component.config_class(), self.table(path)
         shared = TABLES[path[0]].keys if len(path) == 1 else None
-        known = list(dict.fromkeys([*config.model_fields, *slots, *(shared.model_fields if shared else ())]))
+        known = list(
+            dict.fromkeys([*config.model_fields, *slots, *(shared.model_fields if shared else ())])
+        )
         _check_contract(component, config, slots)
-        _refuse_unknown([key for key in table if key not in ("kind", *known)], self.draft, path, component, known)
+        _refuse_unknown(
+            [key for key in table if key not in ("kind", *known)],
+            self.draft,
+            path,
+            component,
+            known,
+        )
         own = {key: value for key, value in table.items() if key in config.model_fields}
         if shared:
             # A Config that repeats a key of the engine is given what the engine reads, default or not.
             engine = self.keys(shared, path[0]).model_dump(mode="json")
             own |= {key: value for key, value in engine.items() if key in config.model_fields}
-        part = Part(component, _checked(config, own, self.draft, path, component, known), table_label(path))
+        part = Part(
+            component, _checked(config, own, self.draft, path, component, known), table_label(path)
+        )
         _check_reads_back(part)
         return part
 
@@ -349,7 +392,11 @@ class _Resolver:
         """The engine's keys in a table; in a table without a component there are no others."""
         table = TABLES[name]
         mine = model.model_fields if table.component else self.table((name,))
-        values = {key: value for key, value in self.table((name,)).items() if key in mine and key not in table.slots}
+        values = {
+            key: value
+            for key, value in self.table((name,)).items()
+            if key in mine and key not in table.slots
+        }
         return _checked(model, values, self.draft, (name,), known=table.engine_keys())
 
     def component(self, path: tuple[str, ...]) -> Component:
@@ -387,7 +434,11 @@ def _read_text(name: str, place: str) -> tuple[str, str]:
     try:
         written = _read_remote(name) if "://" in name else _read_local(path)
         return written.decode("utf-8-sig"), name if "://" in name else str(path)
-    except (OSError, ValueError, ImportError) as error:  # ValueError: bytes that are no UTF-8, or an unknown protocol
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+    ) as error:  # ValueError: bytes that are no UTF-8, or an unknown protocol
         raise RecipeError(
             f"{place}{shortened(name)}: this recipe cannot be read: {shortened(str(error))}. Give the path of a readable "
             "TOML file."
@@ -433,7 +484,9 @@ def _is_dir(path: Path) -> bool:
 
 
 def _missing_file(name: str, place: str, shipped: Mapping[str, Path]) -> str:
-    near = nearest(PurePosixPath(name).stem, shipped) or nearest(name.removesuffix(".toml"), shipped)
+    near = nearest(PurePosixPath(name).stem, shipped) or nearest(
+        name.removesuffix(".toml"), shipped
+    )
     what = (
         "is a directory, not a recipe file"
         if _is_dir(Path(name))
@@ -455,7 +508,9 @@ def _extended(draft: Draft, below: tuple[str, ...]) -> Draft:
         return draft
     name, place = draft.tree.pop("extends"), draft.place(("extends",))
     if not isinstance(name, str):
-        raise RecipeError(f"{place}: extends must be the path or name of one recipe, in quotes; got {shown(name)}.")
+        raise RecipeError(
+            f"{place}: extends must be the path or name of one recipe, in quotes; got {shown(name)}."
+        )
     chain = (*below, draft.source)
     if len(chain) > LONGEST_CHAIN:
         raise RecipeError(
@@ -467,7 +522,9 @@ def _extended(draft: Draft, below: tuple[str, ...]) -> Draft:
         raise RecipeError(
             f"{place}: extends goes in a circle: {' -> '.join((*chain, base.source))}. Take one link out."
         )
-    places = {path: f"{written} (extended by {draft.source})" for path, written in base.places.items()}
+    places = {
+        path: f"{written} (extended by {draft.source})" for path, written in base.places.items()
+    }
     return draft.under(_extended(Draft(base.tree, base.source, places), chain), _handed_on)
 
 
@@ -492,9 +549,15 @@ def _shorthand_expanded(draft: Draft) -> Draft:
     return draft
 
 
-def _handed_on(path: tuple[str, ...], below: Mapping[str, Any], above: Mapping[str, Any]) -> frozenset[str] | None:
+def _handed_on(
+    path: tuple[str, ...], below: Mapping[str, Any], above: Mapping[str, Any]
+) -> frozenset[str] | None:
     """Another kind in a table means other keys: of the old table only those that the engine reads are handed on."""
-    if path not in SLOTS or "kind" not in above or above["kind"] == below.get("kind", SLOTS[path].default):
+    if (
+        path not in SLOTS
+        or "kind" not in above
+        or above["kind"] == below.get("kind", SLOTS[path].default)
+    ):
         return None
     return frozenset(TABLES[str(path[0])].engine_keys()) if len(path) == 1 else frozenset()
 
@@ -510,10 +573,14 @@ def _check_tables(draft: Draft) -> None:
                 f"It takes: {', '.join(TOP_LEVEL)}."
             )
     if "extends" in draft.tree:
-        raise RecipeError(f"{draft.place(('extends',))}: extends belongs into a recipe file; it cannot be set.")
+        raise RecipeError(
+            f"{draft.place(('extends',))}: extends belongs into a recipe file; it cannot be set."
+        )
     for path in [*((name,) for name in TABLES), *SLOTS]:
         _check_is_table(draft, path)
-    missing = [name for name, table in TABLES.items() if not _has_default(table) and name not in draft.tree]
+    missing = [
+        name for name, table in TABLES.items() if not _has_default(table) and name not in draft.tree
+    ]
     if missing:
         needed = [name for name, table in TABLES.items() if not _has_default(table)]
         raise RecipeError(
@@ -536,7 +603,9 @@ def _check_is_table(draft: Draft, path: tuple[str, ...]) -> None:
 
 def _has_default(table: Table) -> bool:
     named = table.component is None or table.component.default is not None
-    complete = table.keys is None or not any(key.is_required() for key in table.keys.model_fields.values())
+    complete = table.keys is None or not any(
+        key.is_required() for key in table.keys.model_fields.values()
+    )
     return table.optional or (named and complete)
 
 
@@ -545,12 +614,20 @@ def _load_plugins(heading: Heading, draft: Draft) -> Registry:
         return load_plugins(heading.plugins)
     except PluginError as error:
         missing = not set(heading.plugins) <= set(installed_plugins())
-        remedy = " Install the distribution that brings it: pip install -e path/to/it." if missing else ""
+        remedy = (
+            " Install the distribution that brings it: pip install -e path/to/it."
+            if missing
+            else ""
+        )
         place = draft.place(("plugins",))
-        raise RecipeError(f"{place}: plugins = {shown(list(heading.plugins))}: {error}{remedy}") from error
+        raise RecipeError(
+            f"{place}: plugins = {shown(list(heading.plugins))}: {error}{remedy}"
+        ) from error
 
 
-def _check_contract(component: Component, config: type[ComponentConfig], slots: Iterable[str]) -> None:
+def _check_contract(
+    component: Component, config: type[ComponentConfig], slots: Iterable[str]
+) -> None:
     reserved = [key for key in ("kind", *slots) if key in config.model_fields]
     if reserved:
         raise PluginError(
@@ -578,7 +655,9 @@ def _unreadable(part: Part, what: str) -> str:
     )
 
 
-def _refuse_unknown(unknown: list[str], draft: Draft, path: KeyPath, component: Component, known: list[str]) -> None:
+def _refuse_unknown(
+    unknown: list[str], draft: Draft, path: KeyPath, component: Component, known: list[str]
+) -> None:
     for key in unknown:
         message = unknown_key(table_label(path), key, _owner(component), known)
         raise RecipeError(f"{draft.place((*path, key))}: {message}")

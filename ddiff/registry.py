@@ -61,7 +61,9 @@ class Origin:
         return f"{self.package}, {self.distribution} {self.version}"
 
 
-UNPACKAGED = Origin(plugin="(none)", package="this session", distribution="no distribution", version="0")
+UNPACKAGED = Origin(
+    plugin="(none)", package="this session", distribution="no distribution", version="0"
+)
 """The origin of what is added to a registry by hand, outside a plugin."""
 
 
@@ -134,7 +136,9 @@ class Registry:
     that is not here.
     """
 
-    def __init__(self, origin: Origin = UNPACKAGED, unlisted: Callable[[], Iterable[Component]] = tuple) -> None:
+    def __init__(
+        self, origin: Origin = UNPACKAGED, unlisted: Callable[[], Iterable[Component]] = tuple
+    ) -> None:
         self.origin = origin
         self._unlisted = unlisted
         self._components: dict[tuple[str, str], Component] = {}
@@ -177,8 +181,12 @@ class Registry:
 
     def components(self, kind: str | None = None) -> list[Component]:
         """All components, or those of one kind, by kind and name."""
-        chosen = [component for component in self._components.values() if kind in (None, component.kind)]
-        return sorted(chosen, key=lambda component: (list(KINDS).index(component.kind), component.name))
+        chosen = [
+            component for component in self._components.values() if kind in (None, component.kind)
+        ]
+        return sorted(
+            chosen, key=lambda component: (list(KINDS).index(component.kind), component.name)
+        )
 
     def names(self, kind: str) -> list[str]:
         return [component.name for component in self.components(kind)]
@@ -201,7 +209,9 @@ class Registry:
                 )
         known = self.names(kind)
         others = {component.name: component.plugin for component in unlisted}
-        more = "".join(f'; "{other}" with plugin "{plugin}"' for other, plugin in sorted(others.items()))
+        more = "".join(
+            f'; "{other}" with plugin "{plugin}"' for other, plugin in sorted(others.items())
+        )
         return (
             f'There is no {kind} "{shortened(name)}".{nearest(name, [*known, *others])} '
             f"There is: {', '.join(known) or 'none in the listed plugins'}{more}."
@@ -261,10 +271,19 @@ def describe(error: BaseException) -> str:
     except Exception:  # of a class whose own text fails
         words = ""
     text = " ".join(f"{type(error).__name__}: {words}".split())
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_machinery(frame.filename)]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not _is_machinery(frame.filename)
+    ]
     return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else text
 
 
 def _is_machinery(filename: str) -> bool:
     """The frames of importing itself, which say nothing about the plugin."""
-    return filename.startswith("<frozen") or Path(filename).parent.name in ("importlib", "metadata", "pluggy", "ddiff")
+    return filename.startswith("<frozen") or Path(filename).parent.name in (
+        "importlib",
+        "metadata",
+        "pluggy",
+        "ddiff",
+    )

@@ -52,7 +52,10 @@ def told(denoiser: Denoiser, conditions: Mapping[str, Any], count: int) -> Told:
             f"Tell it: [sample] conditions, --condition {due[0]}=... or conditions={{...}}."
         )
     return Told(
-        {name: _values(name, value, count, denoiser.condition_forms.get(name)) for name, value in conditions.items()}
+        {
+            name: _values(name, value, count, denoiser.condition_forms.get(name))
+            for name, value in conditions.items()
+        }
     )
 
 
@@ -65,21 +68,33 @@ def _values(name: str, value: Any, count: int, declared: Form | None) -> Tensor:
     form = declared or (Vector() if values.is_floating_point() else Label())
     taken = None
     if values.dtype != torch.bool:
-        taken = _labels(values, count, form) if isinstance(form, Label) else _vectors(values.float(), count, form)
+        taken = (
+            _labels(values, count, form)
+            if isinstance(form, Label)
+            else _vectors(values.float(), count, form)
+        )
     if taken is None:
         raise _unfit(name, value, count, declared)
     return taken
 
 
 def _labels(values: Tensor, count: int, form: Label) -> Tensor | None:
-    if values.is_floating_point() or values.dim() > 1 or (values.dim() == 1 and len(values) != count):
+    if (
+        values.is_floating_point()
+        or values.dim() > 1
+        or (values.dim() == 1 and len(values) != count)
+    ):
         return None
     outside = values < 0 if form.classes is None else (values < 0) | (values >= form.classes)
     return None if bool(outside.any()) else values.long().expand(count)
 
 
 def _vectors(values: Tensor, count: int, form: Vector) -> Tensor | None:
-    if values.dim() not in (1, 2) or (values.dim() == 2 and len(values) != count) or not bool(values.isfinite().all()):
+    if (
+        values.dim() not in (1, 2)
+        or (values.dim() == 2 and len(values) != count)
+        or not bool(values.isfinite().all())
+    ):
         return None
     width = values.shape[-1]
     return values.expand(count, width) if width == (form.width or width) else None

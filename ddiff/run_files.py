@@ -75,7 +75,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise damaged(path, f"it is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise damaged(
+            path, f"it is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
     except IsADirectoryError as error:
         raise damaged(path, "it is a folder, and a run has a file there") from error
     except OSError as error:
@@ -152,7 +154,9 @@ def check_kinds(directory: Path) -> None:
             raise damaged(path, "it is a folder, and a run has a file there")
     path = directory / CHECKPOINTS
     if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{path} is a file, and a run has a folder there. Move it away and repeat the command.")
+        raise CheckpointError(
+            f"{path} is a file, and a run has a folder there. Move it away and repeat the command."
+        )
 
 
 def check_readable(directory: Path) -> None:
@@ -184,7 +188,9 @@ def _parsed(text: str, path: Path, where: str = "") -> dict[str, Any]:
     return found
 
 
-def _check_shape(found: Mapping[str, Any], shape: Shape, path: Path, where: str = "", *, partly: bool = False) -> None:
+def _check_shape(
+    found: Mapping[str, Any], shape: Shape, path: Path, where: str = "", *, partly: bool = False
+) -> None:
     for key, types in shape.items():
         if key == "*":
             wrong = [name for name, value in found.items() if not _fits(value, types)]
@@ -195,7 +201,9 @@ def _check_shape(found: Mapping[str, Any], shape: Shape, path: Path, where: str 
         else:
             wrong = [] if _fits(found[key], types) else [key]
         if wrong:
-            raise damaged(path, f'the key "{wrong[0]}"{where} has the value {_shown(found[wrong[0]])}')
+            raise damaged(
+                path, f'the key "{wrong[0]}"{where} has the value {_shown(found[wrong[0]])}'
+            )
 
 
 def _fits(value: Any, types: Any) -> bool:
@@ -203,7 +211,9 @@ def _fits(value: Any, types: Any) -> bool:
         return any(_fits(value, one) for one in types)
     if isinstance(types, Mapping):
         return isinstance(value, dict) and all(
-            all(_fits(entry, one) for entry in value.values()) if key == "*" else _fits(value.get(key), one)
+            all(_fits(entry, one) for entry in value.values())
+            if key == "*"
+            else _fits(value.get(key), one)
             for key, one in types.items()
         )
     if isinstance(types, list):

@@ -17,16 +17,26 @@ from ddiff.nn.denoiser import Denoiser
 from ddiff.training.trainer import TrainingSummary
 
 
-def print_start(name: str, denoiser: Denoiser, device: torch.device, processes: int, kind: str) -> None:
+def print_start(
+    name: str, denoiser: Denoiser, device: torch.device, processes: int, kind: str
+) -> None:
     """The first line, beside the progress: what is trained, where, and in what its matrix products are computed."""
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     weights = next(denoiser.parameters()).dtype
-    products = "" if denoiser.precision is None else f", matrix products in {_short(denoiser.precision)}"
-    where = f"{processes} processes ({kind}), each on {device.type}" if processes > 1 else str(device)
+    products = (
+        "" if denoiser.precision is None else f", matrix products in {_short(denoiser.precision)}"
+    )
+    where = (
+        f"{processes} processes ({kind}), each on {device.type}" if processes > 1 else str(device)
+    )
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(f"[bold]{name}[/]: {parameters:,} parameters in {_short(weights)}{products}; {where}")
+    console.print(
+        f"[bold]{name}[/]: {parameters:,} parameters in {_short(weights)}{products}; {where}"
+    )
     if denoiser.precision == torch.bfloat16 and device.type == "cpu" and not _multiplies_bfloat16():
-        console.print("This CPU has no units for bfloat16: a step may take ten times as long as in float32.")
+        console.print(
+            "This CPU has no units for bfloat16: a step may take ten times as long as in float32."
+        )
 
 
 def _multiplies_bfloat16() -> bool:
@@ -66,14 +76,20 @@ def print_summary(
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     speed = summary.tokens / summary.seconds if summary.tokens else 0.0
     console.print(f"\n[bold]{run_dir}[/]  {what}")
-    trained = f"this time {summary.tokens:,.0f} tokens in {summary.seconds:.0f} s ({speed:,.0f} tokens/s)"
-    skipped = f", {summary.skipped_steps} steps skipped (not finite)" if summary.skipped_steps else ""
+    trained = (
+        f"this time {summary.tokens:,.0f} tokens in {summary.seconds:.0f} s ({speed:,.0f} tokens/s)"
+    )
+    skipped = (
+        f", {summary.skipped_steps} steps skipped (not finite)" if summary.skipped_steps else ""
+    )
     console.print(
         f"{parameters:,} parameters, step {summary.step}; {trained if speed else 'trained before'}{skipped}\n"
     )
     print_evaluation(evaluation, counted, entropy_rate, console)
     print_samples(samples, console)
-    console.print(f"\nWritten to {run_dir}: evaluation.json, samples.jsonl, metrics.jsonl, checkpoints/, recipe.toml")
+    console.print(
+        f"\nWritten to {run_dir}: evaluation.json, samples.jsonl, metrics.jsonl, checkpoints/, recipe.toml"
+    )
     console.print(
         f"Next: `ddiff sample {run_dir} --count 4 --steps 128`, `ddiff eval {run_dir}`, or the same command with "
         "--set train.steps=N, which goes on"
@@ -81,7 +97,10 @@ def print_summary(
 
 
 def print_evaluation(
-    evaluation: Evaluation, counted: Baselines, entropy_rate: float | None, console: Console | None = None
+    evaluation: Evaluation,
+    counted: Baselines,
+    entropy_rate: float | None,
+    console: Console | None = None,
 ) -> None:
     """The bound with its terms, parts and the baselines; `entropy_rate` of the source, in nats per symbol, if known."""
     console = console or Console(soft_wrap=True, highlight=False)
@@ -94,10 +113,16 @@ def print_evaluation(
     also = f"PPL {evaluation.ppl:.2f}"
     if evaluation.bits_per_byte is not None:
         also += f", {evaluation.bits_per_byte:.4f} bits/byte"
-    table.add_row(evaluation.bound, bound, f"{also}; {evaluation.tokens:,} {unit}s, {evaluation.documents} documents")
+    table.add_row(
+        evaluation.bound,
+        bound,
+        f"{also}; {evaluation.tokens:,} {unit}s, {evaluation.documents} documents",
+    )
     if evaluation.monte_carlo_interval:
         low, high = evaluation.monte_carlo_interval
-        table.add_row("  of it from random times", f"± {(high - low) / 2:.4f}", "for these very documents")
+        table.add_row(
+            "  of it from random times", f"± {(high - low) / 2:.4f}", "for these very documents"
+        )
     for name, value in evaluation.terms_nats_per_token.items():
         table.add_row(f"  {name}", f"{value:.4f}", "")
     if len(evaluation.parts_nats_per_token) > 1:
@@ -105,7 +130,9 @@ def print_evaluation(
             table.add_row(f"    of diffusion, {name}", f"{value:.4f}", "")
     under = counted.unigram_nats_per_token - evaluation.nelbo_nats_per_token
     side = f"{abs(under):.4f} {'under' if under >= 0 else 'above'} it"
-    table.add_row("unigram", f"{counted.unigram_nats_per_token:.4f}", f"the {evaluation.bound} is {side}")
+    table.add_row(
+        "unigram", f"{counted.unigram_nats_per_token:.4f}", f"the {evaluation.bound} is {side}"
+    )
     table.add_row("bigram", f"{counted.bigram_nats_per_token:.4f}", "Witten-Bell")
     if entropy_rate is not None:
         table.add_row("entropy rate", f"{entropy_rate:.4f}", "of the source: no model is below it")

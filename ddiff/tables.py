@@ -67,7 +67,9 @@ def _check_path(key: str, path: str) -> None:
             f"{len(os.fsencode(longest))} bytes, {shortened(longest)!r}"
         )
     if len(os.fsencode(path)) > PATH_BYTES:
-        raise ValueError(f"{key} must have at most {PATH_BYTES} bytes; got {len(os.fsencode(path))}")
+        raise ValueError(
+            f"{key} must have at most {PATH_BYTES} bytes; got {len(os.fsencode(path))}"
+        )
 
 
 class DataKeys(ComponentConfig):
@@ -98,8 +100,12 @@ class InitKeys(ComponentConfig):
     @model_validator(mode="after")
     def _one_source(self) -> InitKeys:
         if (self.run is None) == (self.model is None):
-            came = "neither" if self.run is None else f"run = {self.run!r} and model = {self.model!r}"
-            raise ValueError(f'name either "run", or "model", whose embeddings are taken; got {came}')
+            came = (
+                "neither" if self.run is None else f"run = {self.run!r} and model = {self.model!r}"
+            )
+            raise ValueError(
+                f'name either "run", or "model", whose embeddings are taken; got {came}'
+            )
         return self
 
 
@@ -174,7 +180,9 @@ class EvaluateKeys(ComponentConfig):
     def _window_is_inside(self) -> EvaluateKeys:
         start, stop = self.window
         if not 0.0 <= start < stop <= 1.0:
-            raise ValueError(f"window must be two shares of tau with 0 <= start < stop <= 1; got [{start}, {stop}]")
+            raise ValueError(
+                f"window must be two shares of tau with 0 <= start < stop <= 1; got [{start}, {stop}]"
+            )
         return self
 
 
@@ -217,7 +225,8 @@ TABLES: dict[str, Table] = {
     "process": Table(Slot("process", None), optional=True),
     "denoiser": Table(Slot("backbone", None), DenoiserKeys, slots={"head": Slot("head", "tokens")}),
     "objective": Table(
-        Slot("objective", "nelbo"), slots={"loss": Slot("training_loss", "elbo"), "times": Slot("time_rule", "flat")}
+        Slot("objective", "nelbo"),
+        slots={"loss": Slot("training_loss", "elbo"), "times": Slot("time_rule", "flat")},
     ),
     "train": Table(None, TrainKeys, {"optimizer": Slot("optimizer", "adamw")}),
     "backend": Table(Slot("backend", "single"), BackendKeys),

@@ -26,7 +26,9 @@ DEEPEST = 16  # tables and lists inside one another; a recipe has four
 INTEGERS = -(2**63), 2**64  # what TOML's 64 bits hold, signed or not
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-_STRING = re.compile(r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'[\s\S]*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'', re.DOTALL)
+_STRING = re.compile(
+    r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'[\s\S]*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'', re.DOTALL
+)
 _SCALAR = re.compile(r"[^,\]}#\n]*")
 _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 _PARSER_LINE = re.compile(r" \(at line (\d+), column \d+\)$")
@@ -73,7 +75,9 @@ def read_toml(text: str, source: str) -> Draft:
     except tomllib.TOMLDecodeError as error:
         found = _PARSER_LINE.search(str(error))
         place = f"{source}:{found[1]}" if found else source
-        raise RecipeError(f"{place}: this is not TOML: {_reason(error)}. Mend that line.") from error
+        raise RecipeError(
+            f"{place}: this is not TOML: {_reason(error)}. Mend that line."
+        ) from error
     except (RecursionError, ValueError) as error:
         raise RecipeError(f"{source}: this is not a recipe: {_unparsed(error)}.") from error
     if fault := _unfit(tree):
@@ -121,7 +125,9 @@ def scalars_first(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The same tables without None, each with its sub-tables last, as TOML needs them."""
     kept = {key: value for key, value in tree.items() if value is not None}
     ordered = sorted(kept.items(), key=lambda item: isinstance(item[1], Mapping))
-    return {key: scalars_first(value) if isinstance(value, Mapping) else value for key, value in ordered}
+    return {
+        key: scalars_first(value) if isinstance(value, Mapping) else value for key, value in ordered
+    }
 
 
 def _merged(
@@ -132,7 +138,9 @@ def _merged(
     replaces: Replaces,
 ) -> dict[str, Any]:
     handed_on = replaces(path, below, above)
-    merged = copy.deepcopy({key: value for key, value in below.items() if handed_on is None or key in handed_on})
+    merged = copy.deepcopy(
+        {key: value for key, value in below.items() if handed_on is None or key in handed_on}
+    )
     for key, value in above.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key, {}), Mapping):
             merged[key] = _merged(merged.get(key, {}), value, (*path, key), places, replaces)
@@ -194,7 +202,9 @@ def _value_at(path: tuple[str, ...], key: str, value: str) -> Any:
         return value.strip()
     for name in path:
         if not isinstance(tree, dict) or list(tree) != [name]:
-            raise tomllib.TOMLDecodeError("one setting takes one key; repeat the option for the next one")
+            raise tomllib.TOMLDecodeError(
+                "one setting takes one key; repeat the option for the next one"
+            )
         tree = tree[name]
     return tree
 
@@ -205,7 +215,9 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any, place: str) ->
         if isinstance(below, str):  # the shorthand for {kind = "..."}, given by an earlier --set
             below = tree[key] = {"kind": below}
         if not isinstance(below, dict):
-            raise RecipeError(f"{place}: another setting gives {'.'.join(path[:depth])} a value that is no table.")
+            raise RecipeError(
+                f"{place}: another setting gives {'.'.join(path[:depth])} a value that is no table."
+            )
         tree = below
     if isinstance(tree.get(path[-1]), dict) and isinstance(value, str):
         tree[path[-1]]["kind"] = value

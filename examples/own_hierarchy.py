@@ -25,8 +25,12 @@ recipe = ddiff.read_recipe("hdlm_small", settings)
 documents = recipe.data.build(length=recipe.length, seed=recipe.seed, cache=None)
 tokenizer = recipe.tokenizer.build(documents=documents, cache=None)
 
-vocabulary = ddiff.HierarchicalVocabulary.from_labels(tokenizer.tokens(), groups, tokenizer.fingerprint)
-process = ddiff.TreeProcess(vocabulary, ddiff.LogTimeClock((1.0, 1.0, 1.0)))  # a rate per level: finer, coarser, mask
+vocabulary = ddiff.HierarchicalVocabulary.from_labels(
+    tokenizer.tokens(), groups, tokenizer.fingerprint
+)
+process = ddiff.TreeProcess(
+    vocabulary, ddiff.LogTimeClock((1.0, 1.0, 1.0))
+)  # a rate per level: finer, coarser, mask
 run = ddiff.run(recipe, vocabulary=vocabulary, process=process)
 
 evaluation = run.nelbo(["It is a truth universally acknowledged"])

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 import ddiff
 
 WORDS, LENGTH, BATCH = 8, 6, 64
-vocabulary = ddiff.HierarchicalVocabulary([[word // 2 for word in range(WORDS)]])  # four pairs of words and a mask
+vocabulary = ddiff.HierarchicalVocabulary(
+    [[word // 2 for word in range(WORDS)]]
+)  # four pairs of words and a mask
 process = ddiff.TreeProcess(vocabulary, ddiff.LogTimeClock((1.0, 1.0)))
 slots, scored = torch.arange(BATCH), torch.ones(BATCH, LENGTH, dtype=torch.bool)
 
@@ -19,7 +21,9 @@ network = nn.Sequential(  # noisy ids [B,L] -> logits [B,L*V]
     nn.Linear(512, LENGTH * WORDS),
 )
 # anything that gives log_p [B,L,V] will do
-ask = ddiff.ask_table(lambda zt, t: network(zt).reshape(*zt.shape, WORDS).log_softmax(-1), vocabulary)
+ask = ddiff.ask_table(
+    lambda zt, t: network(zt).reshape(*zt.shape, WORDS).log_softmax(-1), vocabulary
+)
 
 
 def bound(step: int) -> Tensor:
@@ -36,4 +40,8 @@ for step in range(400):
     optimizer.zero_grad()
 nats = torch.cat([bound(step).detach() for step in range(400, 440)]).mean()
 print(f"{nats:.3f} nats per sequence; the source has 2.079")
-print(ddiff.generate(ddiff.AncestralSampler(16), process, ask, index=slots[:4], length=LENGTH, seed=1).ids)
+print(
+    ddiff.generate(
+        ddiff.AncestralSampler(16), process, ask, index=slots[:4], length=LENGTH, seed=1
+    ).ids
+)

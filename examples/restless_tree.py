@@ -46,20 +46,29 @@ class RestlessTree(ForwardProcess):
 
     uniforms_per_sample = 3
 
-    def __init__(self, vocabulary: Vocabulary, clock: LevelClock, redrawing: float, below: int = 1) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, clock: LevelClock, redrawing: float, below: int = 1
+    ) -> None:
         if not 0.0 <= redrawing <= 20.0 or not 1 <= below <= vocabulary.num_levels:
             raise ArgumentError(
                 f"RestlessTree: redrawing must be a rate in [0, 20] and below a level in 1..{vocabulary.num_levels} of the "
                 f"tree; got {redrawing} and {below}. below = 1 redraws a word among those of its own cluster."
             )
-        self.vocabulary, self.clock, self.redrawing, self.below = vocabulary, clock, redrawing, below
+        self.vocabulary, self.clock, self.redrawing, self.below = (
+            vocabulary,
+            clock,
+            redrawing,
+            below,
+        )
         self.prior = Prior.point(vocabulary.root, vocabulary.num_states)
         self.closes_at_clean, self.closes_at_prior = clock.closes_at_clean, clock.closes_at_prior
         self.parents = StochasticParents(vocabulary, (1.0,) * vocabulary.num_levels)
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         law, states = DenseLaw(log_p, self.vocabulary), self._states(t)
-        mass = torch.cat([law.log_mass(level) for level in range(self.vocabulary.num_levels + 1)], -1)
+        mass = torch.cat(
+            [law.log_mass(level) for level in range(self.vocabulary.num_levels + 1)], -1
+        )
         occupied = self.clock.pi(t).log()[:, self.vocabulary.level_of(states)]
         lost = self._lost(torch.zeros_like(t), t).unsqueeze(-1) * self.restless(states)
         redrawn = lost.log() + self.share(states).log() + mass[:, self.family(states)]
@@ -70,7 +79,10 @@ class RestlessTree(ForwardProcess):
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
         """The marginal read the other way: the engine could derive it, word by word."""
-        words, level = torch.arange(self.vocabulary.num_tokens, device=zt.device), self.vocabulary.level_of(zt)
+        words, level = (
+            torch.arange(self.vocabulary.num_tokens, device=zt.device),
+            self.vocabulary.level_of(zt),
+        )
         above = self.vocabulary.ancestor(words, level.unsqueeze(-1)) == zt.unsqueeze(-1)
         at_family = self.vocabulary.ancestor(words, level.clamp(min=self.below).unsqueeze(-1))
         related = at_family == self.family(zt).unsqueeze(-1)
@@ -104,7 +116,9 @@ class RestlessTree(ForwardProcess):
 
     def family(self, states: Tensor) -> Tensor:
         """The node whose words a state is redrawn among."""
-        return self.vocabulary.ancestor(states, self.vocabulary.level_of(states).clamp(min=self.below))
+        return self.vocabulary.ancestor(
+            states, self.vocabulary.level_of(states).clamp(min=self.below)
+        )
 
     def share(self, states: Tensor) -> Tensor:
         """Of the words of its family, those under each state."""
@@ -124,7 +138,10 @@ class RestlessTree(ForwardProcess):
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        pair, three = HierarchicalVocabulary([[0, 1, 0, 1, 0]]), HierarchicalVocabulary([[2, 0, 1, 0, 2], [1, 0, 1]])
+        pair, three = (
+            HierarchicalVocabulary([[0, 1, 0, 1, 0]]),
+            HierarchicalVocabulary([[2, 0, 1, 0, 2], [1, 0, 1]]),
+        )
         return [
             cls(pair, LogTimeClock((1.0, 1.0)), redrawing=0.7),
             cls(three, LogTimeClock((1.5, 1.0, 0.7)), redrawing=1.3, below=2),
@@ -149,15 +166,22 @@ class Redrawing(Kernel):
     def apply(self, vector: Tensor) -> Tensor:
         states = torch.arange(self.num_states, device=vector.device)
         level, family = self.process.vocabulary.level_of(states), self.process.family(states)
-        climbed = TreeKernel(self.levels, self.process.parents).apply(vector) * self.process.restless(states)
+        climbed = TreeKernel(self.levels, self.process.parents).apply(
+            vector
+        ) * self.process.restless(states)
         place = level * self.num_states + family  # a state is redrawn within its level
-        together = vector.new_zeros(len(vector), int(place.max()) + 1).index_add(-1, place, climbed)[:, place]
+        together = vector.new_zeros(len(vector), int(place.max()) + 1).index_add(
+            -1, place, climbed
+        )[:, place]
         return together * self.process.share(states).to(vector.dtype) - climbed
 
     def _entries(self, y: Tensor, z: Tensor) -> Tensor:
         """K[y,z] for ids y and z that broadcast to [r,S]."""
         process, vocabulary = self.process, self.process.vocabulary
-        row, to = torch.arange(len(self.levels), device=z.device).unsqueeze(-1), vocabulary.level_of(z)
+        row, to = (
+            torch.arange(len(self.levels), device=z.device).unsqueeze(-1),
+            vocabulary.level_of(z),
+        )
         climbs = self.levels[row, vocabulary.level_of(y), to] * process.restless(z)
         related = process.family(y) == process.family(z)
         return climbs * (process.share(z) * related - (vocabulary.ancestor(y, to) == z).double())

@@ -22,7 +22,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def write_distribution(
-    folder: Path, name: str, version: str, entry_points: Mapping[str, str], modules: Mapping[str, str]
+    folder: Path,
+    name: str,
+    version: str,
+    entry_points: Mapping[str, str],
+    modules: Mapping[str, str],
 ) -> Path:
     """Write modules (dotted name -> source) and the dist-info of a distribution into a new folder."""
     folder.mkdir(parents=True)
@@ -32,7 +36,9 @@ def write_distribution(
         path.write_text(dedent(source))
     information = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (information / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    )
     lines = [f"{plugin} = {target}" for plugin, target in entry_points.items()]
     (information / "entry_points.txt").write_text("\n".join(["[ddiff]", *lines, ""]))
     return folder
@@ -43,8 +49,12 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ma
     """`distribution(name, version, entry_points, modules)` installs one for the time of a test."""
     made: list[str] = []
 
-    def make(name: str, version: str, entry_points: Mapping[str, str], modules: Mapping[str, str]) -> Path:
-        folder = write_distribution(tmp_path / "site" / str(len(made)), name, version, entry_points, modules)
+    def make(
+        name: str, version: str, entry_points: Mapping[str, str], modules: Mapping[str, str]
+    ) -> Path:
+        folder = write_distribution(
+            tmp_path / "site" / str(len(made)), name, version, entry_points, modules
+        )
         made.extend(modules)
         monkeypatch.syspath_prepend(str(folder))
         return folder
@@ -62,7 +72,9 @@ class NoWaiting(TorchDispatchMode):
         source = {"aten._to_copy.default": 0, "aten.copy_.default": 1}.get(str(func))
         if source is not None and result.is_meta and not args[source].is_meta:
             callers = {frame.name for frame in traceback.extract_stack()}
-            assert (kwargs or {}).get("non_blocking") or "sent" in callers, f"{func} waits for the device"
+            assert (kwargs or {}).get("non_blocking") or "sent" in callers, (
+                f"{func} waits for the device"
+            )
         return result
 
 

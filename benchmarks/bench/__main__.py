@@ -30,7 +30,11 @@ STEPS, LENGTH = 64, 128
 HEADS = {"mdlm": ["mdlm"], "gidd": ["gidd"], "hdlm": ["hdlm-tied", "hdlm-levelwise"], "ar": ["ar"]}
 TRAIN_TARGETS = {"mdlm": 0.25, "gidd": 0.45, "hdlm-tied": 0.20, "hdlm-levelwise": 0.08}
 SAMPLE_TARGETS = {"mdlm": 0.10, "gidd": 0.25, "hdlm-tied": 0.06, "hdlm-levelwise": 0.06}
-PLAIN_LIMITS = {"mdlm": 8.7, "gidd": 12.8, "hdlm": 17.0}  # times the trunk's forward and backward, as published code
+PLAIN_LIMITS = {
+    "mdlm": 8.7,
+    "gidd": 12.8,
+    "hdlm": 17.0,
+}  # times the trunk's forward and backward, as published code
 RISE_TARGET, HANDWRITTEN_TARGET, DDP_TARGET = 0.25, 1.05, 1.10
 
 
@@ -64,7 +68,9 @@ def verdict(value: float, target: float | None) -> str:
 def train(effort: Effort) -> list[dict[str, Any]]:
     """A training step: draw t, noise, forward, loss, backward; no optimizer."""
     say("\n## Training step, 4 layers, width 256, batch 8x128: CPU seconds\n")
-    say("| family | V | ours | plain | trunk | plain/trunk (limit) | ours/plain [least, greatest] | target |")
+    say(
+        "| family | V | ours | plain | trunk | plain/trunk (limit) | ours/plain [least, greatest] | target |"
+    )
     say("|---|---|---|---|---|---|---|---|")
     rows = []
     for vocabulary in (SMALL, LARGE):
@@ -73,11 +79,15 @@ def train(effort: Effort) -> list[dict[str, Any]]:
             over = ratios(found["plain"], found["trunk"])
             limit = PLAIN_LIMITS.get(family) if vocabulary == LARGE else None
             # What the plain side costs beyond its limit is the machine's page faults: it does not count for us.
-            counted = [min(p, limit * t) if limit else p for p, t in zip(found["plain"], found["trunk"])]
+            counted = [
+                min(p, limit * t) if limit else p for p, t in zip(found["plain"], found["trunk"])
+            ]
             for name in names:
                 ratio = ratios(found[name], counted)
                 target = TRAIN_TARGETS.get(name) if vocabulary == LARGE else None
-                medians = {side: statistics.median(found[side]) for side in (name, "plain", "trunk")}
+                medians = {
+                    side: statistics.median(found[side]) for side in (name, "plain", "trunk")
+                }
                 say(
                     f"| {name} | {vocabulary} | {medians[name]:.3f} | {medians['plain']:.3f} | {medians['trunk']:.3f} "
                     f"| {over['median']:.1f} {f'({limit:g})' if limit else ''} | {spread(ratio)} "
@@ -90,7 +100,9 @@ def train(effort: Effort) -> list[dict[str, Any]]:
 
 def sample(effort: Effort) -> list[dict[str, Any]]:
     """A whole sampling run. The plain side's steps cost the same wherever they are, so some of them stand for all."""
-    say(f"\n## Sampling, 4x128, N = {STEPS} (ar: {LENGTH} words, ours cached): CPU seconds of a run\n")
+    say(
+        f"\n## Sampling, 4x128, N = {STEPS} (ar: {LENGTH} words, ours cached): CPU seconds of a run\n"
+    )
     say(
         "| family | V | ours | plain | a plain step [least, greatest] | steps run | ours/plain [least, greatest] | target |"
     )
@@ -103,8 +115,16 @@ def sample(effort: Effort) -> list[dict[str, Any]]:
             each = min(steps, effort.plain_steps if few else -(-steps // effort.sample))
             if family == "ar":  # its prefix grows, so only whole runs compare
                 each = steps
-            found = in_process("sample", family=family, vocabulary=vocabulary, rounds=effort.sample, plain_steps=each)
-            parts = [found["plain_step"][i : i + each] for i in range(0, len(found["plain_step"]), each)]
+            found = in_process(
+                "sample",
+                family=family,
+                vocabulary=vocabulary,
+                rounds=effort.sample,
+                plain_steps=each,
+            )
+            parts = [
+                found["plain_step"][i : i + each] for i in range(0, len(found["plain_step"]), each)
+            ]
             plain = [sum(part) * steps / each for part in parts]
             for name in names:
                 ratio = ratios(found[name], plain)
@@ -136,7 +156,15 @@ def memory(effort: Effort) -> list[dict[str, Any]]:
                     f"| {what} | {name} | {ours:.0f} | {plain:.0f} | {ours / plain:.3f} "
                     f"| {verdict(ours / plain, target)} |"
                 )
-                rows.append({"what": what, "family": name, "ours_mb": ours, "plain_mb": plain, "target": target})
+                rows.append(
+                    {
+                        "what": what,
+                        "family": name,
+                        "ours_mb": ours,
+                        "plain_mb": plain,
+                        "target": target,
+                    }
+                )
     return rows
 
 
@@ -153,12 +181,25 @@ def handwritten(effort: Effort) -> list[dict[str, Any]]:
             f"| {vocabulary} | {generic:.3f} | {by_hand:.3f} | {spread(ratio)} "
             f"| {verdict(ratio['median'], HANDWRITTEN_TARGET)} |"
         )
-        rows.append({"vocabulary": vocabulary, "ratio": ratio, "target": HANDWRITTEN_TARGET, "seconds": found})
+        rows.append(
+            {
+                "vocabulary": vocabulary,
+                "ratio": ratio,
+                "target": HANDWRITTEN_TARGET,
+                "seconds": found,
+            }
+        )
     return rows
 
 
 GROWTH: list[tuple[str, str, str, str, list[dict[str, int]]]] = [
-    ("V", family, "train", "a training step", [{"vocabulary": v} for v in (SMALL, 16384, 32768, LARGE)])
+    (
+        "V",
+        family,
+        "train",
+        "a training step",
+        [{"vocabulary": v} for v in (SMALL, 16384, 32768, LARGE)],
+    )
     for family in ("mdlm", "gidd", "hdlm-tied", "hdlm-levelwise", "ar")
 ]
 GROWTH += [
@@ -198,7 +239,9 @@ def growth(effort: Effort) -> list[dict[str, Any]]:
             found[size[key]] = statistics.median(
                 in_process("grow", family=family, what=what, rounds=effort.growth, **size)
             )
-        say(f"| {name} | {family} | {told} | {', '.join(f'{at}: {value:.3f}' for at, value in found.items())} |")
+        say(
+            f"| {name} | {family} | {told} | {', '.join(f'{at}: {value:.3f}' for at, value in found.items())} |"
+        )
         rows.append({"with": name, "family": family, "what": told, "seconds": found})
     return rows
 
@@ -211,13 +254,24 @@ def ddp(effort: Effort) -> list[dict[str, Any]]:
     rows = []
     for vocabulary in (SMALL, LARGE):
         found = _on_ranks(2, "ddp", vocabulary=vocabulary, rounds=effort.ddp)
-        ratio, wall = ratios(found["together"], found["alone"]), ratios(found["together_wall"], found["alone_wall"])
+        ratio, wall = (
+            ratios(found["together"], found["alone"]),
+            ratios(found["together_wall"], found["alone_wall"]),
+        )
         alone, together = (statistics.median(found[side]) for side in ("alone", "together"))
         say(
             f"| {vocabulary} | {alone:.3f} | {together:.3f} | {spread(ratio)} | {spread(wall)} "
             f"| {verdict(ratio['median'], DDP_TARGET)} |"
         )
-        rows.append({"vocabulary": vocabulary, "ratio": ratio, "wall": wall, "target": DDP_TARGET, "seconds": found})
+        rows.append(
+            {
+                "vocabulary": vocabulary,
+                "ratio": ratio,
+                "wall": wall,
+                "target": DDP_TARGET,
+                "seconds": found,
+            }
+        )
     return rows
 
 
@@ -227,7 +281,12 @@ def _on_ranks(count: int, work: str, **arguments: Any) -> Any:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(BENCH / "workers.py"), work, json.dumps(arguments)]
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     ranks = [
         subprocess.Popen(
             command,
@@ -272,16 +331,25 @@ def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
         )
         rows.append({"family": name, "compiled": compiled, "eager": eager, "plain": plain})
     ms = {row["family"]: row["compiled"]["ms"] for row in rows}
-    for above, below in (("hdlm-levelwise", "mdlm"), ("hdlm-tied", "mdlm"), ("mdlm", "ar"), ("gidd", "ar")):
+    for above, below in (
+        ("hdlm-levelwise", "mdlm"),
+        ("hdlm-tied", "mdlm"),
+        ("mdlm", "ar"),
+        ("gidd", "ar"),
+    ):
         say(f"\n{above}/{below}: {ms[above] / ms[below]:.3f}")
     if not rehearsal:
         for rows_at_once in GPU_BATCHES[1:]:
-            sides = {side: ask("hdlm-levelwise", side, rows_at_once) for side in ("compiled", "plain")}
+            sides = {
+                side: ask("hdlm-levelwise", side, rows_at_once) for side in ("compiled", "plain")
+            }
             said = {
                 side: "does not fit" if found["ms"] is None else f"{found['ms']:.0f} ms"
                 for side, found in sides.items()
             }
-            say(f"\nhdlm-levelwise, {rows_at_once}x512: ours {said['compiled']}, plain {said['plain']}")
+            say(
+                f"\nhdlm-levelwise, {rows_at_once}x512: ours {said['compiled']}, plain {said['plain']}"
+            )
             rows.append({"family": "hdlm-levelwise", "batch": rows_at_once} | sides)
     return rows
 
@@ -298,10 +366,16 @@ PARTS: dict[str, Part] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--rehearse-gpu", action="store_true", help="go through the GPU part in miniature on the CPU")
+    parser.add_argument(
+        "--rehearse-gpu",
+        action="store_true",
+        help="go through the GPU part in miniature on the CPU",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=Path("runs/bench.json"))
     chosen = parser.parse_args()
@@ -309,7 +383,9 @@ def main() -> None:
     if chosen.rehearse_gpu:
         gpu(QUICK, rehearsal=True)
         return
-    where = machine(chosen.threads) | {"command": shlex.join(["python", "benchmarks/bench", *sys.argv[1:]])}
+    where = machine(chosen.threads) | {
+        "command": shlex.join(["python", "benchmarks/bench", *sys.argv[1:]])
+    }
     say(", ".join(f"{name}: {value}" for name, value in where.items()))
     began, found = time.monotonic(), {}
     for name in chosen.only.split(","):

@@ -45,9 +45,13 @@ def gpu_step(
 
     logits = _logits_of(denoiser, step)
     milliseconds, memory = _timed(step, device, timed)
-    trunk = sum(p.numel() for name, p in denoiser.backbone.named_parameters() if "embedding" not in name)
+    trunk = sum(
+        p.numel() for name, p in denoiser.backbone.named_parameters() if "embedding" not in name
+    )
     tokens = size.batch * size.length
-    flops = tokens * (6 * trunk + 12 * size.layers * size.length * size.width) + 6 * size.width * logits
+    flops = (
+        tokens * (6 * trunk + 12 * size.layers * size.length * size.width) + 6 * size.width * logits
+    )
     rate = flops / (milliseconds / 1e3)
     peak = next((speed for name, speed in DENSE_BF16.items() if name in _card(device)), None)
     return {
@@ -60,13 +64,18 @@ def gpu_step(
     }
 
 
-def plain_gpu_step(family: str, size: Size = SMALL, device: str = "cuda", timed: int = TIMED) -> dict[str, Any]:
+def plain_gpu_step(
+    family: str, size: Size = SMALL, device: str = "cuda", timed: int = TIMED
+) -> dict[str, Any]:
     """The plain side on the same card, eager and in bfloat16; what it says when it does not fit."""
     try:
         step = plain_training_step(Case(family, size), device)
 
         def in_bfloat16() -> None:
-            with torch.device(device), torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            with (
+                torch.device(device),
+                torch.autocast(torch.device(device).type, dtype=torch.bfloat16),
+            ):
                 step()
 
         milliseconds, memory = _timed(in_bfloat16, device, timed)

@@ -18,13 +18,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum over rows of weight * (lse - logit of the target), gradients formed beside it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, table: Tensor, bias: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, table: Tensor, bias: Tensor, target: Tensor, weight: Tensor
+    ) -> Tensor:
         d_hidden, d_table, d_bias = (torch.zeros_like(tensor) for tensor in (hidden, table, bias))
         total = hidden.new_zeros(())
         size = CHUNK // len(table) // 16 * 16 or 1
         for first in range(0, len(hidden), size):
             part = slice(first, first + size)
-            shares = torch.mm(table, hidden[part].t())  # word by word: on a CPU all three products are faster so
+            shares = torch.mm(
+                table, hidden[part].t()
+            )  # word by word: on a CPU all three products are faster so
             shares += bias.unsqueeze(-1)
             at, factor = target[part].unsqueeze(0), weight[part]
             peak, own = shares.amax(0), shares.gather(0, at)

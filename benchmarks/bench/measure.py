@@ -94,7 +94,10 @@ def machine(threads: int) -> dict[str, Any]:
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        found = {
+            name.strip(): value.strip()
+            for name, _, value in (line.partition(":") for line in lines)
+        }
         return f"{found['model name']} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"
     except (OSError, KeyError):
         return platform.processor()

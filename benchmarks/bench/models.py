@@ -35,9 +35,13 @@ from ddiff import (
 from ddiff.sampling.loop import generate
 
 P_UNIFORM = 0.2
-CLUSTERS = {50257: 128}  # the published clustering of GPT-2's words; elsewhere in proportion to sqrt(V)
+CLUSTERS = {
+    50257: 128
+}  # the published clustering of GPT-2's words; elsewhere in proportion to sqrt(V)
 SMALLEST, LARGEST = 24 / 393, 1801 / 393  # cluster sizes of that clustering, relative to their mean
-SPREAD = 0.68  # of ln size: its words sit in clusters of 626 words on average, 1.6 times the mean size
+SPREAD = (
+    0.68  # of ln size: its words sit in clusters of 626 words on average, 1.6 times the mean size
+)
 
 
 class Size(NamedTuple):
@@ -96,7 +100,9 @@ def vocabulary_of(case: Case) -> Vocabulary:
     finest = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     scattered = finest[torch.randperm(num_words, generator=torch.Generator().manual_seed(0))]
     parents = [scattered]
-    for _ in range(case.levels - 2):  # coarser levels, each with the square root of the nodes below it
+    for _ in range(
+        case.levels - 2
+    ):  # coarser levels, each with the square root of the nodes below it
         below = int(parents[-1].max()) + 1
         parents.append(torch.arange(below) % max(2, round(math.sqrt(below))))
     return HierarchicalVocabulary(parents)
@@ -113,7 +119,9 @@ def process_of(case: Case, vocabulary: Vocabulary) -> ForwardProcess:
 
 def head_of(case: Case, vocabulary: Vocabulary) -> Head:
     if case.family.startswith("hdlm-"):
-        return TreeHead(vocabulary, case.size.width, "tied" if case.family == "hdlm-tied" else "levelwise")
+        return TreeHead(
+            vocabulary, case.size.width, "tied" if case.family == "hdlm-tied" else "levelwise"
+        )
     return TokenHead(vocabulary, case.size.width)
 
 
@@ -131,13 +139,20 @@ def awake(module: nn.Module) -> nn.Module:
 
 def words_of(case: Case, count: int | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(case.size.vocabulary, (count or case.size.batch, case.size.length), generator=generator)
+    return torch.randint(
+        case.size.vocabulary, (count or case.size.batch, case.size.length), generator=generator
+    )
 
 
 def batch_of(ids: Tensor) -> Batch:
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     return Batch(
-        ids, everywhere, everywhere, torch.zeros_like(ids), torch.arange(len(ids), device=ids.device), packed=False
+        ids,
+        everywhere,
+        everywhere,
+        torch.zeros_like(ids),
+        torch.arange(len(ids), device=ids.device),
+        packed=False,
     )
 
 
@@ -182,7 +197,11 @@ def our_sampler(case: Case) -> Callable[[], float]:
     denoiser = denoiser_of(case).eval()
     index, length = torch.arange(case.size.samples), case.size.length
     if case.family == "ar":
-        sampler, process, ask = LeftToRightSampler(denoiser.head.vocabulary), None, asking(denoiser, cached=True)
+        sampler, process, ask = (
+            LeftToRightSampler(denoiser.head.vocabulary),
+            None,
+            asking(denoiser, cached=True),
+        )
     else:
         process = process_of(case, denoiser.head.vocabulary)
         sampler, ask = AncestralSampler(case.size.steps), asking(denoiser, process)

@@ -44,7 +44,11 @@ def gumbel_draw(probs: Tensor) -> Tensor:
 def categorical(probs: Tensor) -> Tensor:
     """Inverse CDF over the last dimension, as for noising."""
     cdf = probs.cumsum(-1)
-    return (cdf < torch.rand(*probs.shape[:-1], 1) * cdf[..., -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)
+    return (
+        (cdf < torch.rand(*probs.shape[:-1], 1) * cdf[..., -1:])
+        .sum(-1)
+        .clamp(max=probs.shape[-1] - 1)
+    )
 
 
 class Masked:
@@ -91,7 +95,9 @@ class Mixed:
     def law(self, words: Tensor, t: Tensor) -> Tensor:
         """[B,L,S] q_t when the clean token has the law `words` [B,L,S]."""
         hump = self.height * (t * (1.0 - t)).sqrt()
-        noise = (hump / (1.0 + hump) / (self.states - 1)).unsqueeze(-1).expand(-1, self.states).clone()
+        noise = (
+            (hump / (1.0 + hump) / (self.states - 1)).unsqueeze(-1).expand(-1, self.states).clone()
+        )
         noise[:, self.mask] = t / (1.0 + hump)
         return ((1.0 - t) / (1.0 + hump))[:, None, None] * words + noise.unsqueeze(1)
 
@@ -110,7 +116,9 @@ class Mixed:
         clean, masked = ((part / (1.0 + hump)).unsqueeze(-1) for part in (1.0 - t, t))
         u = torch.rand(x0.shape)
         noise = torch.where(u < clean + masked, self.mask, torch.randint(self.states - 1, x0.shape))
-        return torch.where(u < clean, x0, noise), self.law(F.one_hot(x0, self.states).to(t.dtype), t)
+        return torch.where(u < clean, x0, noise), self.law(
+            F.one_hot(x0, self.states).to(t.dtype), t
+        )
 
     def loss(self, logits: Tensor, x0: Tensor, zt: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
         """[B,L] nats."""
@@ -132,7 +140,9 @@ class Mixed:
         nothing = torch.zeros_like(x_hat[:, :1])
         arrive = self.law(nothing, now) - stay * self.law(nothing, then)
         at = F.one_hot(zt, self.states)
-        joint = self.law(x_hat, then) * (stay * at + arrive.expand_as(at).gather(-1, zt.unsqueeze(-1)))
+        joint = self.law(x_hat, then) * (
+            stay * at + arrive.expand_as(at).gather(-1, zt.unsqueeze(-1))
+        )
         return gumbel_draw(joint / joint.sum(-1, keepdim=True))
 
 
@@ -160,7 +170,9 @@ class Clustered:
     def below(self, q: Tensor, zt: Tensor) -> Tensor:
         """[B,L,V+n] the law of the state one level under z_t, in proportion to q there."""
         at_mask, cluster = (zt == self.mask).unsqueeze(-1), (zt - self.words).unsqueeze(-1)
-        open_ = torch.cat([self.cluster_of == cluster, at_mask.expand(*zt.shape, self.clusters)], -1)
+        open_ = torch.cat(
+            [self.cluster_of == cluster, at_mask.expand(*zt.shape, self.clusters)], -1
+        )
         inside = q[..., : self.mask].masked_fill(~open_, 0.0)
         return inside / inside.sum(-1, keepdim=True).clamp(min=1e-30)
 
@@ -183,7 +195,10 @@ class Clustered:
         cluster = self.words + gumbel_draw(p @ self.members)
         inside = self.cluster_of == (zt - self.words).unsqueeze(-1)
         word = gumbel_draw(p.masked_fill(~inside, 0.0))
-        kappa_t, kappa_s = (-(1.0 - torch.tensor(r)) * torch.log1p(-torch.tensor(min(r, 1.0 - 1e-7))) for r in (t, s))
+        kappa_t, kappa_s = (
+            -(1.0 - torch.tensor(r)) * torch.log1p(-torch.tensor(min(r, 1.0 - 1e-7)))
+            for r in (t, s)
+        )
         leave_mask = 1.0 - (s - kappa_s) / (t - kappa_t)
         leave_cluster = (t - s) / kappa_t if kappa_t > 0 else torch.zeros(())
         u = torch.rand(zt.shape)
@@ -197,9 +212,13 @@ class Autoregressive:
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
         trunk = trunk_of(case, self.vocabulary)
-        unread = TokenHead(self.vocabulary, case.size.width)  # a denoiser has one; what is measured is the head below
+        unread = TokenHead(
+            self.vocabulary, case.size.width
+        )  # a denoiser has one; what is measured is the head below
         self.denoiser = Denoiser(trunk, unread, inputs="previous")
-        self.model = nn.ModuleDict({"trunk": trunk, "head": nn.Linear(case.size.width, self.vocabulary.num_tokens)})
+        self.model = nn.ModuleDict(
+            {"trunk": trunk, "head": nn.Linear(case.size.width, self.vocabulary.num_tokens)}
+        )
 
     def hidden(self, ids: Tensor) -> Tensor:
         noisy = Noisy(ids, torch.zeros(ids.shape), torch.ones_like(ids, dtype=torch.bool))
@@ -218,7 +237,9 @@ Diffusing = Masked | Mixed | Clustered
 
 
 def side_of(case: Case) -> Diffusing | Autoregressive:
-    kind = {"mdlm": Masked, "gidd": Mixed, "hdlm": Clustered, "ar": Autoregressive}[case.family.split("-")[0]]
+    kind = {"mdlm": Masked, "gidd": Mixed, "hdlm": Clustered, "ar": Autoregressive}[
+        case.family.split("-")[0]
+    ]
     side = kind(case)
     awake(side.model)
     return side

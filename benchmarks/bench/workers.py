@@ -29,7 +29,12 @@ from plain import plain_sampling, plain_training_step
 from ddiff import Context, DistributedBackend, Noise
 from ddiff.training.memory import keep_freed_memory
 
-FAMILIES = {"mdlm": ["mdlm"], "gidd": ["gidd"], "hdlm": ["hdlm-tied", "hdlm-levelwise"], "ar": ["ar"]}
+FAMILIES = {
+    "mdlm": ["mdlm"],
+    "gidd": ["gidd"],
+    "hdlm": ["hdlm-tied", "hdlm-levelwise"],
+    "ar": ["ar"],
+}
 TINY = Size(64, width=16, layers=1, heads=1, length=8, batch=2, samples=2, steps=2)
 
 
@@ -71,7 +76,10 @@ def memory(what: str, side: str, family: str, vocabulary: int) -> float:
     """MB by which one step, or a run, raises the memory of a fresh process above that of its model."""
     warm, case = Case(family, TINY), Case(family, Size(vocabulary))
     make = {("train", "ours"): our_training_step, ("train", "plain"): plain_training_step}
-    make |= {("sample", "ours"): our_sampler, ("sample", "plain"): lambda case: plain_sampling(case).__next__}
+    make |= {
+        ("sample", "ours"): our_sampler,
+        ("sample", "plain"): lambda case: plain_sampling(case).__next__,
+    }
     make[what, side](warm)()
     return rise_mb(make[what, side](case))
 
@@ -79,7 +87,9 @@ def memory(what: str, side: str, family: str, vocabulary: int) -> float:
 def handwritten(vocabulary: int, rounds: int) -> dict[str, Any]:
     keep_freed_memory()
     case = Case("mdlm", Size(vocabulary))
-    return in_turn({"generic": our_training_step(case), "handwritten": handwritten_step(case)}, rounds)
+    return in_turn(
+        {"generic": our_training_step(case), "handwritten": handwritten_step(case)}, rounds
+    )
 
 
 def grow(family: str, what: str, rounds: int, levels: int = 2, **size: int) -> list[float]:
@@ -106,7 +116,12 @@ def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
         noise = Noise(0, step, batch.index + offset, case.size.length)
         objective(batch, noise, share, rows).loss.backward()
 
-    figures: dict[str, list[float]] = {"alone": [], "together": [], "alone_wall": [], "together_wall": []}
+    figures: dict[str, list[float]] = {
+        "alone": [],
+        "together": [],
+        "alone_wall": [],
+        "together_wall": [],
+    }
     for step in range(rounds + 1):
         for name, objective in (("alone", own), ("together", shared)):
             backend.barrier()
@@ -118,13 +133,17 @@ def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
     both = [None] * backend.world_size
     torch.distributed.all_gather_object(both, figures)
     backend.close()
-    return {name: [sum(each) / len(both) for each in zip(*(f[name] for f in both))] for name in figures}
+    return {
+        name: [sum(each) / len(both) for each in zip(*(f[name] for f in both))] for name in figures
+    }
 
 
 def gpu(family: str, side: str, batch: int, rehearsal: bool = False) -> dict[str, Any]:
     """A step on the accelerator; `rehearsal` is a tiny one on the CPU, to see that this runs where there is none."""
     size, where = (
-        (TINY._replace(batch=batch), ("cpu", 1)) if rehearsal else (SMALL._replace(batch=batch), ("cuda", TIMED))
+        (TINY._replace(batch=batch), ("cpu", 1))
+        if rehearsal
+        else (SMALL._replace(batch=batch), ("cuda", TIMED))
     )
     if side == "plain":
         return plain_gpu_step(family, size, *where)

@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 
 from ddiff.errors import ArgumentError
 
-MAX_CONTEXTS = 2048  # the most frequent words tell contexts apart; more would cost memory in V * contexts
+MAX_CONTEXTS = (
+    2048  # the most frequent words tell contexts apart; more would cost memory in V * contexts
+)
 _PAIRS_AT_ONCE = 1 << 22
 _CONTEXT_POWER = 0.75  # flattens the contexts' frequencies, so that rare contexts do not dominate
 
@@ -29,7 +31,9 @@ def cooccurrence_embeddings(
     values S: U sqrt(S). A word that never occurs has the zero vector. The same input and seed give the same vectors.
     """
     if width < 1 or window < 1:
-        raise ArgumentError(f"cooccurrence_embeddings: width and window must be at least 1; got {width} and {window}.")
+        raise ArgumentError(
+            f"cooccurrence_embeddings: width and window must be at least 1; got {width} and {window}."
+        )
     if len(ids) == 0:
         raise ArgumentError("cooccurrence_embeddings: ids must hold at least one token; got none.")
     if ids.min() < 0 or ids.max() >= num_tokens:
@@ -60,9 +64,13 @@ def _counts(
     return before, after
 
 
-def _add_pairs(counts: NDArray[np.float32], rows: NDArray[np.int32], columns: NDArray[np.int64], weight: float) -> None:
+def _add_pairs(
+    counts: NDArray[np.float32], rows: NDArray[np.int32], columns: NDArray[np.int64], weight: float
+) -> None:
     known = columns >= 0
-    cells, times = np.unique(rows[known].astype(np.int64) * counts.shape[1] + columns[known], return_counts=True)
+    cells, times = np.unique(
+        rows[known].astype(np.int64) * counts.shape[1] + columns[known], return_counts=True
+    )
     counts.ravel()[cells] += (weight * times).astype(np.float32)
 
 
@@ -76,10 +84,14 @@ def _positive_information(counts: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.log(np.maximum(ratio, 1.0))
 
 
-def _leading_vectors(matrix: NDArray[np.float32], rank: int, width: int, seed: int) -> NDArray[np.float32]:
+def _leading_vectors(
+    matrix: NDArray[np.float32], rank: int, width: int, seed: int
+) -> NDArray[np.float32]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _, singular, right = torch.svd_lowrank(torch.from_numpy(matrix), q=min(rank + 8, *matrix.shape), niter=4)
+        _, singular, right = torch.svd_lowrank(
+            torch.from_numpy(matrix), q=min(rank + 8, *matrix.shape), niter=4
+        )
     # U sqrt(S) as M V / sqrt(S): a word without company then has exactly zero. Directions of rounding noise are left out.
     singular, right = singular[:rank], right[:, :rank]
     real = singular > 1e-5 * singular[0]

@@ -35,7 +35,9 @@ def read_clusters(
     it (it never occurs in text). DataError for a wrong length, with both numbers.
     """
     if not paths:
-        raise DataError("read_clusters: paths must name at least one file of token clusters; got none.")
+        raise DataError(
+            "read_clusters: paths must name at least one file of token clusters; got none."
+        )
     words = _read_integers(paths[0])
     expected = num_tokens + extra - (mask_token_id is not None)
     if len(words) != expected:
@@ -74,7 +76,9 @@ def read_embeddings(path: str, num_tokens: int) -> NDArray[np.float32]:
         )
     if not np.isfinite(matrix).all():
         row = int(np.argmin(np.isfinite(matrix).all(1)))
-        raise DataError(f"{path} holds NaN or infinity, first in row {row}. Make or export the embeddings again.")
+        raise DataError(
+            f"{path} holds NaN or infinity, first in row {row}. Make or export the embeddings again."
+        )
     return matrix.astype(np.float32)
 
 
@@ -110,7 +114,9 @@ def _read_integers(path: str) -> _Ints:
             f"it holds {array.dtype} of shape {array.shape}."
         )
     if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
-        raise DataError(f"{path}: clusters are numbered from 0 without gaps; it holds {array.max()}.")
+        raise DataError(
+            f"{path}: clusters are numbered from 0 without gaps; it holds {array.max()}."
+        )
     return array.astype(np.int64)
 
 
@@ -125,7 +131,9 @@ def _read_array(path: str) -> NDArray[Any]:
     try:
         return readers[suffix](content)
     except Exception as error:  # each format has errors of its own for a damaged file
-        raise DataError(f"{path} is not a whole {suffix} file of one array ({error}). {_NO_PICKLE}") from error
+        raise DataError(
+            f"{path} is not a whole {suffix} file of one array ({error}). {_NO_PICKLE}"
+        ) from error
 
 
 def _from_npy(content: bytes) -> NDArray[Any]:
@@ -162,7 +170,9 @@ def _from_safetensors(content: bytes) -> NDArray[Any]:
 def _check_no_gap(path: str, level: _Ints) -> None:
     if level.min() < 0:
         raise DataError(f"{path}: clusters are numbered from 0; it holds {level.min()}.")
-    if level.max() >= len(level):  # known without counting members, which for a huge number would take as much memory
+    if level.max() >= len(
+        level
+    ):  # known without counting members, which for a huge number would take as much memory
         raise DataError(
             f"{path}: it has {len(level)} entries and holds the cluster {level.max()}, so that not every cluster up to "
             "that one can have a member. Number the clusters from 0 without gaps."

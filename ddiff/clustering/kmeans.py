@@ -59,14 +59,18 @@ def nested_kmeans(
     return parents, centroids
 
 
-def _check(vectors: _Floats, sizes: Sequence[int], min_share: float, max_share: float, words: int) -> None:
+def _check(
+    vectors: _Floats, sizes: Sequence[int], min_share: float, max_share: float, words: int
+) -> None:
     if len(sizes) == 0 or min(sizes) < 1:
         raise ArgumentError(
             f"sizes must name at least one cluster on every level; got {list(sizes)}. Zero clusters hold no word: "
             'use a flat vocabulary (kind = "flat") for a model without clusters.'
         )
     if any(above >= below for below, above in pairwise(sizes)):
-        raise ArgumentError(f"sizes must decrease strictly from the finest level to the coarsest; got {list(sizes)}.")
+        raise ArgumentError(
+            f"sizes must decrease strictly from the finest level to the coarsest; got {list(sizes)}."
+        )
     most = words + (words < len(vectors) and sizes[0] > 1)
     if sizes[0] > most:
         raise ArgumentError(
@@ -81,7 +85,9 @@ def _check(vectors: _Floats, sizes: Sequence[int], min_share: float, max_share: 
         )
     if not np.isfinite(vectors).all():
         row = int(np.argmin(np.isfinite(vectors).all(1)))
-        raise DataError(f"The embeddings hold NaN or infinity, first in row {row}. Make or export them again.")
+        raise DataError(
+            f"The embeddings hold NaN or infinity, first in row {row}. Make or export them again."
+        )
 
 
 def _cluster(points: _Floats, size: int, seed: int, min_share: float, max_share: float) -> _Ints:
@@ -131,7 +137,9 @@ def _balance(affinity: _Floats, assignment: _Ints, lower: int, upper: int) -> _I
     return assignment
 
 
-def _give_away(affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, upper: int) -> None:
+def _give_away(
+    affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, upper: int
+) -> None:
     """Move points of `cluster` to their best clusters with room until it fits or one of those is full."""
     members = np.flatnonzero(assignment == cluster)
     open_clusters = np.flatnonzero(counts < upper)
@@ -162,7 +170,9 @@ def _take_in(affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, 
 def _unit(vectors: _Floats) -> _Floats:
     """Rows of length one; zero rows stay zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.ascontiguousarray(vectors / np.maximum(lengths, np.finfo(np.float32).tiny), dtype=np.float32)
+    return np.ascontiguousarray(
+        vectors / np.maximum(lengths, np.finfo(np.float32).tiny), dtype=np.float32
+    )
 
 
 def _means(vectors: _Floats, node: _Ints, size: int) -> _Floats:

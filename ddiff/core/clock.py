@@ -65,7 +65,9 @@ class LevelClock(Described, ABC):
         totals, cell = self._entry_table[0].to(t.device), torch.zeros_like(level)
         for l in range(1, self.num_levels + 1):
             rows = level == l
-            cell[rows] = torch.searchsorted(totals[:, l - 1].contiguous(), goal[rows], right=True) - 1
+            cell[rows] = (
+                torch.searchsorted(totals[:, l - 1].contiguous(), goal[rows], right=True) - 1
+            )
         cell = cell.clamp(0, CELLS - 1)
         into = torch.full_like(t, 0.5)
         for _ in range(6):  # Newton on a nearly straight line: cells are narrow
@@ -87,7 +89,9 @@ class LevelClock(Described, ABC):
         inside = torch.sigmoid(edges[:-1].unsqueeze(-1) + CELL * (nodes + 1.0) / 2.0)
         rates = self._entry_rates(inside.reshape(-1)).reshape(CELLS, len(nodes), -1)
         cells = (rates * (CELL / 2.0 * weights).unsqueeze(-1)).sum(1)
-        return torch.nn.functional.pad(cells.cumsum(0), (0, 0, 1, 0)), self._entry_rates(torch.sigmoid(edges))
+        return torch.nn.functional.pad(cells.cumsum(0), (0, 0, 1, 0)), self._entry_rates(
+            torch.sigmoid(edges)
+        )
 
     def _entered(self, level: Tensor, t: Tensor) -> Tensor:
         """[r] the integral of a level's entry rate from 1e-12 to t."""
@@ -97,7 +101,9 @@ class LevelClock(Described, ABC):
 
     def _entered_last(self, level: Tensor, t: Tensor) -> Tensor:
         """[r] what a slow clock still sends to the root after the last interior time, for rows at t = 1."""
-        root = self.pi(torch.tensor([LATEST, 1.0], dtype=torch.float64, device=t.device))[:, -1].log()
+        root = self.pi(torch.tensor([LATEST, 1.0], dtype=torch.float64, device=t.device))[
+            :, -1
+        ].log()
         return torch.where((t > LATEST) & (level == self.num_levels), root[1] - root[0], 0.0)
 
     def _within(self, level: Tensor, cell: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +159,9 @@ class LogTimeClock(LevelClock):
         powers = self._powers.to(tau.device)
         powers = powers if row is None else powers[:, row]
         count = len(powers)
-        times, place = torch.unique(tau, return_inverse=True)  # the rows of a sequence, or of a step, share their times
+        times, place = torch.unique(
+            tau, return_inverse=True
+        )  # the rows of a sequence, or of a step, share their times
         scaled = (self._speed * times).unsqueeze(-1)
         ratios = scaled / torch.arange(1, count, dtype=tau.dtype, device=tau.device)
         weights = torch.cat([torch.ones_like(scaled), ratios.cumprod(-1)], -1) * (-scaled).exp()
@@ -194,15 +202,23 @@ class CdfClock(LevelClock):
 
     def __init__(self, schedules: Sequence[Schedule]) -> None:
         if not schedules:
-            raise ArgumentError("CdfClock: schedules must hold one schedule per level above the words; got none.")
+            raise ArgumentError(
+                "CdfClock: schedules must hold one schedule per level above the words; got none."
+            )
         self.schedules = tuple(schedules)
         self.num_levels = len(schedules)
         self.closes_at_clean = all(schedule.closes_at_clean for schedule in schedules)
         self.closes_at_prior = all(schedule.closes_at_prior for schedule in schedules)
-        near = torch.logspace(-6, -2, 9, dtype=torch.float64)  # two schedules may cross in the last hundredth
-        inside = self.climbed(torch.cat([near, torch.linspace(0.02, 0.98, 97, dtype=torch.float64), 1.0 - near]))
+        near = torch.logspace(
+            -6, -2, 9, dtype=torch.float64
+        )  # two schedules may cross in the last hundredth
+        inside = self.climbed(
+            torch.cat([near, torch.linspace(0.02, 0.98, 97, dtype=torch.float64), 1.0 - near])
+        )
         ends = self.climbed(torch.tensor([0.0, 1.0], dtype=torch.float64))  # where they may touch
-        unordered = ((inside[:, :-1] <= inside[:, 1:]).any(0) | (ends[:, :-1] < ends[:, 1:]).any(0)).nonzero()
+        unordered = (
+            (inside[:, :-1] <= inside[:, 1:]).any(0) | (ends[:, :-1] < ends[:, 1:]).any(0)
+        ).nonzero()
         if len(unordered):
             level = int(unordered[0]) + 1
             raise ArgumentError(
@@ -226,7 +242,11 @@ class CdfClock(LevelClock):
             alpha = self.schedules[0].alpha
             stay = torch.where(s < t, alpha(t) / alpha(torch.minimum(s, t)), torch.ones_like(t))
             return torch.stack(
-                [torch.stack([stay, 1.0 - stay], -1), torch.tensor([0.0, 1.0]).to(t).expand(len(t), 2)], 1
+                [
+                    torch.stack([stay, 1.0 - stay], -1),
+                    torch.tensor([0.0, 1.0]).to(t).expand(len(t), 2),
+                ],
+                1,
             )
         pairs, inverse = torch.unique(torch.stack([s, t], -1), dim=0, return_inverse=True)
         moved = propagate(self.generator, pairs[:, 0], pairs[:, 1], self.num_levels + 1, self.steps)

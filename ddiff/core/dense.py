@@ -65,7 +65,11 @@ class DenseProcess(ForwardProcess):
             )
         off_diagonal = matrix - matrix.diagonal().diag()
         row_sums = matrix.sum(-1).abs().max()
-        if not matrix.isfinite().all() or off_diagonal.min() < 0 or row_sums > 1e-6 * matrix.abs().max():
+        if (
+            not matrix.isfinite().all()
+            or off_diagonal.min() < 0
+            or row_sums > 1e-6 * matrix.abs().max()
+        ):
             raise ArgumentError(
                 "DenseProcess: matrix must be a generator: finite, off-diagonal rates >= 0, rows that sum to 0 (row y "
                 f"holds the rates from y); got a smallest rate of {float(off_diagonal.min()):.3g} and a row sum of "
@@ -78,22 +82,32 @@ class DenseProcess(ForwardProcess):
         if self._function is not None:
             return self._function(t).double()
         assert self._matrix is not None
-        return (-self.schedule.d_alpha(t) / self.schedule.alpha(t))[:, None, None] * self._matrix.to(t.device)
+        return (-self.schedule.d_alpha(t) / self.schedule.alpha(t))[
+            :, None, None
+        ] * self._matrix.to(t.device)
 
     def _between(self, s: Tensor, t: Tensor) -> Tensor:
         """[r,S,S] the transition; each distinct pair of times is computed once."""
         start, stop, inverse = distinct_pairs(s, t)
         if self._matrix is None:
-            return propagate(self._generator, start, stop, self.vocabulary.num_states, self.steps)[inverse]
+            return propagate(self._generator, start, stop, self.vocabulary.num_states, self.steps)[
+                inverse
+            ]
         log_alpha = lambda time: self.schedule.alpha(time.clamp(max=LATEST)).log()  # noqa: E731
         elapsed = log_alpha(start) - log_alpha(stop)
-        return torch.matrix_exp(elapsed[:, None, None] * self._matrix.to(t.device))[inverse].clamp(min=0.0)
+        return torch.matrix_exp(elapsed[:, None, None] * self._matrix.to(t.device))[inverse].clamp(
+            min=0.0
+        )
 
     def _march(self) -> tuple[Tensor, Tensor]:
         """Times [K] and the transitions [K,S,S] from 0 to them, so that a marginal costs one short step."""
         ends = torch.logit(interior(torch.tensor([0.0, 1.0], dtype=torch.float64)))
-        knots = torch.sigmoid(torch.linspace(float(ends[0]), float(ends[1]), self.steps + 1, dtype=torch.float64))
-        moves = propagate(self._generator, knots[:-1], knots[1:], self.vocabulary.num_states, steps=4)
+        knots = torch.sigmoid(
+            torch.linspace(float(ends[0]), float(ends[1]), self.steps + 1, dtype=torch.float64)
+        )
+        moves = propagate(
+            self._generator, knots[:-1], knots[1:], self.vocabulary.num_states, steps=4
+        )
         reached = [torch.eye(self.vocabulary.num_states, dtype=torch.float64)]
         for move in moves:
             reached.append(reached[-1] @ move)
@@ -105,7 +119,9 @@ class DenseProcess(ForwardProcess):
             return self._between(torch.zeros_like(t), t)
         times, inverse = torch.unique(t, return_inverse=True)
         knots, reached = (part.to(t.device) for part in self._table)
-        before = (torch.searchsorted(knots, interior(times), right=True) - 1).clamp(0, len(knots) - 1)
+        before = (torch.searchsorted(knots, interior(times), right=True) - 1).clamp(
+            0, len(knots) - 1
+        )
         rest = propagate(self._generator, knots[before], times, self.vocabulary.num_states, steps=4)
         return (reached[before] @ rest)[inverse].clamp(min=0.0)
 
@@ -136,7 +152,11 @@ class DenseProcess(ForwardProcess):
     def _uniform_tokens_at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         reached = self._from_clean(t)[:, : self.vocabulary.num_tokens]
         mean = reached.mean(1, keepdim=True)
-        information = torch.special.xlogy(reached, reached / torch.where(mean > 0, mean, 1.0)).sum(-1).mean(-1)
+        information = (
+            torch.special.xlogy(reached, reached / torch.where(mean > 0, mean, 1.0))
+            .sum(-1)
+            .mean(-1)
+        )
         return information, 1.0 - reached.diagonal(dim1=-2, dim2=-1).mean(-1)
 
     def rates(self, t: Tensor) -> Kernel:
@@ -157,7 +177,9 @@ class DenseProcess(ForwardProcess):
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
         reached = self._from_clean(t)
-        return reached[torch.arange(len(zt), device=zt.device), : self.vocabulary.num_tokens, zt].log()
+        return reached[
+            torch.arange(len(zt), device=zt.device), : self.vocabulary.num_tokens, zt
+        ].log()
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:

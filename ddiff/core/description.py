@@ -7,7 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_DERIVED = ("closes_at_", "uniforms_per_", "exact_step", "has_events", "num_", "vocabulary", "prior")
+_DERIVED = (
+    "closes_at_",
+    "uniforms_per_",
+    "exact_step",
+    "has_events",
+    "num_",
+    "vocabulary",
+    "prior",
+)
 _DEEPEST = 2  # objects within objects
 _LONGEST = 8  # entries of a tuple
 

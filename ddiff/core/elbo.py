@@ -61,7 +61,9 @@ def _means(terms: Mapping[str, Tensor]) -> str:
     shapes = {" x ".join(map(str, tensor.shape)) for tensor in terms.values()}
     if any(tensor.is_meta for tensor in terms.values()):
         return f"{', '.join(terms)}; of {', '.join(sorted(shapes))}, on meta"
-    shown = ", ".join(f"{name} {float(tensor.detach().double().mean()):.4f}" for name, tensor in terms.items())
+    shown = ", ".join(
+        f"{name} {float(tensor.detach().double().mean()):.4f}" for name, tensor in terms.items()
+    )
     return f"{shown}; mean nats per position of {', '.join(sorted(shapes))}"
 
 
@@ -93,7 +95,9 @@ def nelbo(
     )
 
 
-def corrupt(process: ForwardProcess, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str) -> Noisy:
+def corrupt(
+    process: ForwardProcess, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str
+) -> Noisy:
     """z_t ~ q_t(.|x0) at scored positions that the rule noises; the others are clean, at time 0; some wait at the prior."""
     u = noise.uniform(channel, process.uniforms_per_sample).reshape(x0.numel(), -1)
     zt = process.sample(x0.reshape(-1), times.t.reshape(-1), u).reshape(x0.shape)
@@ -101,10 +105,14 @@ def corrupt(process: ForwardProcess, x0: Tensor, times: Times, scored: Tensor, n
         zt = torch.where(times.waiting, process.prior.draw(noise.uniform(f"{channel}.waiting")), zt)
     clean = times.clean | ~scored
     memory = x0 if times.paired else None
-    return Noisy(torch.where(clean, x0, zt), torch.where(clean, 0.0, times.t), clean, times.block, memory)
+    return Noisy(
+        torch.where(clean, x0, zt), torch.where(clean, 0.0, times.t), clean, times.block, memory
+    )
 
 
-def diffusion_term(process: ForwardProcess, ask: Ask, x0: Tensor, noisy: Noisy, speed: Tensor) -> Tensor:
+def diffusion_term(
+    process: ForwardProcess, ask: Ask, x0: Tensor, noisy: Noisy, speed: Tensor
+) -> Tensor:
     """[B,L] speed * weight * divergence, read only where it can be non-zero."""
     reads = (speed > 0) & ~noisy.clean & process.active(noisy.zt)
     divergence = _read(ask, noisy, reads, process.scope, process.divergence, x0, noisy.zt, noisy.t)
@@ -114,16 +122,24 @@ def diffusion_term(process: ForwardProcess, ask: Ask, x0: Tensor, noisy: Noisy, 
     return speed * weight.reshape(speed.shape) * divergence
 
 
-def decoding_term(process: ForwardProcess, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise) -> Tensor:
+def decoding_term(
+    process: ForwardProcess, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise
+) -> Tensor:
     """[B,L] -ln P(x0 | z) at the first times, own evidence included; nothing where the process has closed."""
     noisy = corrupt(process, x0, times, scored, noise, "decoding")
     reads = (times.speed > 0) & ~noisy.clean
-    if process.closes_at_clean:  # then a state that nothing ever moves into still holds its clean token
+    if (
+        process.closes_at_clean
+    ):  # then a state that nothing ever moves into still holds its clean token
         reads = reads & (times.t > 0) & process.active(noisy.zt)
-    return times.speed * _read(ask, noisy, reads, process.scope, process.decode_nll, x0, noisy.zt, noisy.t)
+    return times.speed * _read(
+        ask, noisy, reads, process.scope, process.decode_nll, x0, noisy.zt, noisy.t
+    )
 
 
-def closing_term(process: ForwardProcess, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise) -> Tensor:
+def closing_term(
+    process: ForwardProcess, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise
+) -> Tensor:
     """[B,L] KL at the last times, charged positions being at a draw of the prior; nothing where the process has closed."""
     charged = (times.speed > 0) & ~times.clean & scored
     reads = charged & (times.t < 1) if process.closes_at_prior else charged
@@ -144,7 +160,9 @@ def _closing_kl(process: ForwardProcess, answer: Answer, x0: Tensor, t: Tensor) 
     """
     if not isinstance(answer, Score):
         return process.closing_kl(answer, x0, t)
-    words = DenseLaw(answer.log_ratio[:, : process.vocabulary.num_tokens].log_softmax(-1), process.vocabulary)
+    words = DenseLaw(
+        answer.log_ratio[:, : process.vocabulary.num_tokens].log_softmax(-1), process.vocabulary
+    )
     return torch.where(t < 1, process.closing_kl(words, x0, t), process.closing_kl(answer, x0, t))
 
 

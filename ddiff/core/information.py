@@ -163,9 +163,13 @@ class InformationTime:
         tau = start + (stop - start) * share
         moved = self._moved(self.at(tau)[0])
         # tokens that are noise from t = 0 on are not charged for becoming it
-        moved = ((moved - self._moved_first) / max(1.0 - self._moved_first, RAREST)).clamp(min=RAREST)
+        moved = ((moved - self._moved_first) / max(1.0 - self._moved_first, RAREST)).clamp(
+            min=RAREST
+        )
         # where information jumps, since a discontinuous generator is integrated in steps, none may seem to have moved yet
-        moved = torch.maximum(moved, (self.first + (self.last - self.first) * tau) * self._total / MOST_PER_NOISE)
+        moved = torch.maximum(
+            moved, (self.first + (self.last - self.first) * tau) * self._total / MOST_PER_NOISE
+        )
         density = (1.0 + 1.0 / (length * moved)).sqrt()
         # trapezoids between the knots; below the first the density is at most a square root of 1 / share, hence the 2
         cells = (density[1:] + density[:-1]) / 2.0 * share.diff()

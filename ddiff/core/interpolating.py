@@ -83,7 +83,9 @@ class InterpolatingProcess(ForwardProcess):
     def arrivals(self, t: Tensor) -> Tensor:
         """[r,S] omega_t(z), the rate into z from any other state."""
         t = interior(t)
-        return _without_rounding(self.d_noise(t), (self.d_alpha(t) / self.alpha(t)).unsqueeze(-1) * self.noise(t))
+        return _without_rounding(
+            self.d_noise(t), (self.d_alpha(t) / self.alpha(t)).unsqueeze(-1) * self.noise(t)
+        )
 
     # ------------------------------------------------------------------ the noise, no wider than it is asked for
 
@@ -115,7 +117,9 @@ class InterpolatingProcess(ForwardProcess):
 
     def _arrive_at(self, zt: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """[r] P(z_t | z_s = y) for y != z_t: what arrives from anywhere else between s and t."""
-        return _without_rounding(self.noise_at(zt, t), self._stay(s, t) * self.noise_at(zt, s)).clamp(min=0.0)
+        return _without_rounding(
+            self.noise_at(zt, t), self._stay(s, t) * self.noise_at(zt, s)
+        ).clamp(min=0.0)
 
     def _stay(self, s: Tensor, t: Tensor) -> Tensor:
         """[r] alpha_t / alpha_s."""
@@ -126,7 +130,9 @@ class InterpolatingProcess(ForwardProcess):
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         words, beyond = self.noise_like(log_p, t)
-        return log_or_never(torch.cat([like_rows(self.alpha(t), log_p) * log_p.exp() + words, beyond], -1))
+        return log_or_never(
+            torch.cat([like_rows(self.alpha(t), log_p) * log_p.exp() + words, beyond], -1)
+        )
 
     def rates(self, t: Tensor) -> Kernel:
         arrive = self.arrivals(t)
@@ -140,7 +146,9 @@ class InterpolatingProcess(ForwardProcess):
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         zt, lost = x0.clone(), (u[:, 0] >= self.alpha(t)).nonzero().squeeze(-1)
-        zt[lost] = draw_index(self.noise(t[lost]), u[lost, 1])  # at t = 0 there may be no noise to draw from
+        zt[lost] = draw_index(
+            self.noise(t[lost]), u[lost, 1]
+        )  # at t = 0 there may be no noise to draw from
         return zt
 
     def climb(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
@@ -154,7 +162,9 @@ class InterpolatingProcess(ForwardProcess):
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
         noise = self.noise_at(zt, t).unsqueeze(-1)
         words = torch.arange(self.vocabulary.num_tokens, device=zt.device)
-        return (noise + torch.where(words == zt.unsqueeze(-1), self.alpha(t).unsqueeze(-1), 0.0)).log()
+        return (
+            noise + torch.where(words == zt.unsqueeze(-1), self.alpha(t).unsqueeze(-1), 0.0)
+        ).log()
 
     def from_clean(self, t: Tensor) -> Kernel:
         """alpha_t I + 1 (x) b_t."""
@@ -197,7 +207,9 @@ class InterpolatingProcess(ForwardProcess):
         elsewhere = self._elsewhere(x0, zt, inner)
         arrive = self.arrivals_at(zt, inner)
         certain = arrive / self._likelihood(x0, zt, inner)
-        scale = torch.where(elsewhere > 0, 1.0 / torch.where(elsewhere > 0, elsewhere, 1.0), certain)
+        scale = torch.where(
+            elsewhere > 0, 1.0 / torch.where(elsewhere > 0, elsewhere, 1.0), certain
+        )
         return self.mismatch(answer, x0, zt, t) * torch.where(arrive > 0, scale, 1.0)
 
     def mismatch(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
@@ -211,8 +223,12 @@ class InterpolatingProcess(ForwardProcess):
             return torch.where(arrives, self._divergence_of_score(answer, x0, zt, t), 0.0)
         others, log_p_x, log_p_z = self._read(answer, x0, zt, t)
         # dropped where nothing arrives: ln 0 of a token that the prediction rules out is infinite in both terms there
-        log_rho = self._likelihood(x0, zt, t).log() - self._log_marginal_at(where_read(arrives, log_p_z), zt, t)
-        divergence = self._kl(others, where_read(arrives, log_p_x), x0, t) + torch.expm1(log_rho) - log_rho
+        log_rho = self._likelihood(x0, zt, t).log() - self._log_marginal_at(
+            where_read(arrives, log_p_z), zt, t
+        )
+        divergence = (
+            self._kl(others, where_read(arrives, log_p_x), x0, t) + torch.expm1(log_rho) - log_rho
+        )
         return torch.where(arrives, divergence, 0.0)
 
     def density(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
@@ -241,7 +257,9 @@ class InterpolatingProcess(ForwardProcess):
         arrive = like_rows(self.arrivals_at(zt, t), ratio)
         return torch.where(arrive > 0, arrive * ratio, 0.0).scatter(-1, zt.unsqueeze(-1), 0.0)
 
-    def _read(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(
+        self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """[r] each: what `_kl` sums over the words other than x0, ln p at x0, and ln p at z_t where that is a word."""
         log_p = law.log_mass(0)
         noise, _ = self.noise_like(log_p, t)
@@ -302,8 +320,12 @@ class InterpolatingProcess(ForwardProcess):
         return ((own - other + (counts * other).sum(-1, keepdim=True)) * share).sum(-1)
 
     def moved(self, t: Tensor) -> Tensor:
-        kinds, counts = self.alike(torch.arange(self.vocabulary.num_tokens)).unique(return_counts=True)
-        kept = self.alpha(t) + (self.noise_of(kinds, t) * counts).sum(-1) / self.vocabulary.num_tokens
+        kinds, counts = self.alike(torch.arange(self.vocabulary.num_tokens)).unique(
+            return_counts=True
+        )
+        kept = (
+            self.alpha(t) + (self.noise_of(kinds, t) * counts).sum(-1) / self.vocabulary.num_tokens
+        )
         return (1.0 - kept).clamp(min=0.0)
 
     def _elsewhere(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
@@ -344,7 +366,9 @@ class InterpolatingProcess(ForwardProcess):
         """P(z_s != z | z_t = z) = arrive_ts(z) (1 - q_s-bar(z)) / q_t-bar(z), for y ~ q_s-bar elsewhere."""
         return self._leave(visit, zt, t, s, self._arrive_at(zt, s, t), u)
 
-    def _leave(self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, arrive: Tensor, u: Tensor) -> Tensor:
+    def _leave(
+        self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, arrive: Tensor, u: Tensor
+    ) -> Tensor:
         """Leave z with probability arrive (1 - q_s-bar(z)) / q_t-bar(z) for y ~ q_s-bar elsewhere; u [r,2].
 
         b for q-bar bounds that probability without the network, so only rows below the bound are shown to it.
@@ -358,12 +382,21 @@ class InterpolatingProcess(ForwardProcess):
         def draw(answer: Answer, rows: Tensor) -> Tensor:
             picked, law = candidates[rows], certainly_law(answer, "InterpolatingProcess.step")
             z = zt[picked]
-            elsewhere = self.log_marginal(law.log_mass(0), s[picked]).exp().scatter(-1, z.unsqueeze(-1), 0.0)
+            elsewhere = (
+                self.log_marginal(law.log_mass(0), s[picked])
+                .exp()
+                .scatter(-1, z.unsqueeze(-1), 0.0)
+            )
             total = elsewhere.double().sum(-1)
             # a law that is sure of z itself leaves nothing elsewhere: it draws z
-            drawn = draw_index(elsewhere.scatter(-1, z.unsqueeze(-1), like_rows(total == 0, elsewhere)), u[picked, 1])
+            drawn = draw_index(
+                elsewhere.scatter(-1, z.unsqueeze(-1), like_rows(total == 0, elsewhere)),
+                u[picked, 1],
+            )
             leaves = (
-                arrive[picked] * total / self._log_marginal_at(law.log_prob(self._word(z)), z, t[picked]).double().exp()
+                arrive[picked]
+                * total
+                / self._log_marginal_at(law.log_prob(self._word(z)), z, t[picked]).double().exp()
             )
             return torch.where(u[picked, 0] < leaves, drawn, z)
 
@@ -384,7 +417,10 @@ class InterpolatingProcess(ForwardProcess):
             z = zt[picked]
             if isinstance(answer, Score):
                 answer = DenseLaw(self.tweedie(answer, t[picked]), self.vocabulary)
-            kept = self.alpha(t[picked]) * answer.log_prob(torch.where(word[picked], z, 0)).double().exp()
+            kept = (
+                self.alpha(t[picked])
+                * answer.log_prob(torch.where(word[picked], z, 0)).double().exp()
+            )
             kept = torch.where(word[picked], kept / (kept + noise[picked]), 0.0)
             root, words = torch.full_like(z, self.vocabulary.root), torch.zeros_like(z)
             return torch.where(u[picked, 0] < kept, z, answer.draw(root, words, u[picked, 1]))
@@ -403,7 +439,9 @@ class InterpolatingProcess(ForwardProcess):
         t = interior(t)
         candidates = _Cells(self, zt).rate(t)
         arrive = torch.where(candidates > 0, self.arrivals_at(zt, t) / candidates, 0.0)
-        if bool((arrive * (1.0 - self.noise_at(zt, t)) > self.noise_at(zt, t) * (1.0 + 1e-9)).any()):
+        if bool(
+            (arrive * (1.0 - self.noise_at(zt, t)) > self.noise_at(zt, t) * (1.0 + 1e-9)).any()
+        ):
             raise ArgumentError(
                 f"{type(self).__name__}.event: the arrivals rise by more than {SLACK - 1.0:.0%} within one of {CELLS} "
                 "cells of logit time, so that candidate events are too few. Give it a smoother schedule, or use a sampler "
@@ -415,7 +453,9 @@ class InterpolatingProcess(ForwardProcess):
 def _log_mixed(noise: Tensor, alpha: Tensor, log_p: Tensor) -> Tensor:
     """[r] ln(b + alpha p); where no noise is ln alpha + ln p, since the mass of a word may underflow."""
     log_faded = alpha.log() + log_p
-    return torch.where(noise > 0, torch.where(noise > 0, noise + log_faded.exp(), 1.0).log(), log_faded)
+    return torch.where(
+        noise > 0, torch.where(noise > 0, noise + log_faded.exp(), 1.0).log(), log_faded
+    )
 
 
 class _Words(torch.autograd.Function):
@@ -432,13 +472,19 @@ class _Words(torch.autograd.Function):
         ctx: Any, log_p: Tensor, alpha: Tensor, noise: Tensor, x0: Tensor, z: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         read = torch.stack([x0, z], -1)
-        scale = noise.clamp(min=torch.finfo(noise.dtype).tiny)  # b phi(v) at b -> 0 is alpha p, and v stays finite
+        scale = noise.clamp(
+            min=torch.finfo(noise.dtype).tiny
+        )  # b phi(v) at b -> 0 is alpha p, and v stays finite
         gained = log_p.exp().mul_(alpha / scale)
         gained = gained.scatter_(-1, x0.unsqueeze(-1), 0.0)
         ctx.save_for_backward(gained, scale, read)
         lost = gained.log1p()
         each = torch.sub(gained, lost, out=lost)
-        others = (each.sum(-1, keepdim=True) * scale).squeeze(-1) if scale.shape[-1] == 1 else (each * scale).sum(-1)
+        others = (
+            (each.sum(-1, keepdim=True) * scale).squeeze(-1)
+            if scale.shape[-1] == 1
+            else (each * scale).sum(-1)
+        )
         log_p_x, log_p_z = log_p.gather(-1, read).unbind(-1)
         return others, log_p_x, log_p_z
 
@@ -462,9 +508,13 @@ class _Cells:
         states, self.state = process.alike(zt).unique(return_inverse=True)
         t = torch.sigmoid(edges)
         noise, arrivals = process.noise_of(states, t), process.arrivals_of(states, t)
-        hazard = torch.where(arrivals > 0, arrivals * (1.0 - noise) / noise, 0.0) * (t * (1.0 - t)).unsqueeze(-1)
+        hazard = torch.where(arrivals > 0, arrivals * (1.0 - noise) / noise, 0.0) * (
+            t * (1.0 - t)
+        ).unsqueeze(-1)
         self.rates = SLACK * torch.maximum(hazard[:-1], hazard[1:])  # [CELLS, states]
-        self.total = torch.nn.functional.pad(self.rates.cumsum(0) * self.width, (0, 0, 1, 0))  # from the lowest edge
+        self.total = torch.nn.functional.pad(
+            self.rates.cumsum(0) * self.width, (0, 0, 1, 0)
+        )  # from the lowest edge
 
     def _cell(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Each row's cell and how far into it the row is, in logit time."""
@@ -485,7 +535,10 @@ class _Cells:
         for _ in range(CELLS.bit_length()):
             middle = (low + high + 1) // 2
             below = self.total[middle, self.state] <= goal
-            low, high = torch.where(below, middle, low), torch.where(below, high, (middle - 1).clamp(min=0))
+            low, high = (
+                torch.where(below, middle, low),
+                torch.where(below, high, (middle - 1).clamp(min=0)),
+            )
         into = (goal - self.total[low, self.state]) / self.rates[low, self.state]
         s = torch.sigmoid(self.low + low * self.width + into)
         return torch.where((goal > 0) & (self.rates[low, self.state] > 0), torch.minimum(s, t), 0.0)
@@ -517,9 +570,14 @@ class ComponentProcess(InterpolatingProcess):
         self.components = torch.stack([_checked_law(self, vocabulary, law) for law in components])
         self._on = Constant(self.components).on
         words = self.components[:, : vocabulary.num_tokens]
-        self._even = bool((words == words[:, :1]).all())  # then b_t is one number per row over the words
+        self._even = bool(
+            (words == words[:, :1]).all()
+        )  # then b_t is one number per row over the words
         clean, last = self.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
-        self.closes_at_clean, self.closes_at_prior = abs(1.0 - clean) < ROUNDING, abs(last) < ROUNDING
+        self.closes_at_clean, self.closes_at_prior = (
+            abs(1.0 - clean) < ROUNDING,
+            abs(last) < ROUNDING,
+        )
         noise = self.noise(torch.ones(1, dtype=torch.float64))[0]
         self.prior = Prior((noise / noise.sum()).log())
 
@@ -563,7 +621,9 @@ class ComponentProcess(InterpolatingProcess):
         """[S] the first state with the same share of every component."""
         _, kind = self.components.T.unique(dim=0, return_inverse=True)
         states = torch.arange(len(kind))
-        return Constant(torch.full_like(kind, len(kind)).scatter_reduce(0, kind, states, "amin")[kind])
+        return Constant(
+            torch.full_like(kind, len(kind)).scatter_reduce(0, kind, states, "amin")[kind]
+        )
 
     def _largest_arrivals(self, t: Tensor) -> Tensor:
         return self._flow(t).amax(0) @ self._on(t.device)
@@ -575,7 +635,10 @@ class ComponentProcess(InterpolatingProcess):
         return self._flow(t) @ self._on(t.device)[:, states]
 
     def noise_like(self, log_p: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        mass, components = self.coefficients(t).to(log_p.dtype), self._on(log_p.device).to(log_p.dtype)
+        mass, components = (
+            self.coefficients(t).to(log_p.dtype),
+            self._on(log_p.device).to(log_p.dtype),
+        )
         num_tokens = self.vocabulary.num_tokens
         words, beyond = components[:, : 1 if self._even else num_tokens], components[:, num_tokens:]
         return _weighted(mass, words), _weighted(mass, beyond)
@@ -600,7 +663,9 @@ class ComponentProcess(InterpolatingProcess):
         share = mass[lost].cumsum(-1) / mass[lost].sum(-1, keepdim=True)
         which = draw_index(mass[lost], u[lost, 1])
         right = share.gather(-1, which.unsqueeze(-1)).squeeze(-1)
-        left = torch.where(which > 0, share.gather(-1, (which - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1), 0.0)
+        left = torch.where(
+            which > 0, share.gather(-1, (which - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1), 0.0
+        )
         # where in its component's cell the uniform lies is a uniform of its own
         rest = ((u[lost, 1] - left) / (right - left)).clamp(0.0, 1.0 - 2.0**-53)
         for k, component in enumerate(self._on(ids.device)):
@@ -658,7 +723,10 @@ class MixtureProcess(ComponentProcess):
         self.schedule = schedule
         super().__init__(vocabulary, [target])
         self.target = self.components[0]
-        self.closes_at_clean, self.closes_at_prior = schedule.closes_at_clean, schedule.closes_at_prior
+        self.closes_at_clean, self.closes_at_prior = (
+            schedule.closes_at_clean,
+            schedule.closes_at_prior,
+        )
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.schedule.alpha(t)

@@ -51,7 +51,9 @@ class Kernel(ABC):
                 f"{type(self).__name__}.solve: the kernel must have at most {MAX_DENSE} states, since it is solved as "
                 f"a dense matrix; got {self.num_states}. Use a process whose transition has a structure of its own."
             )
-        solved, info = torch.linalg.solve_ex(self.dense().transpose(-1, -2), vector.double().unsqueeze(-1))
+        solved, info = torch.linalg.solve_ex(
+            self.dense().transpose(-1, -2), vector.double().unsqueeze(-1)
+        )
         refuse_singular(info != 0, type(self).__name__)
         return solved.squeeze(-1).to(vector.dtype)
 
@@ -90,7 +92,9 @@ def read_back(matrix: Tensor, base: Tensor, vectors: Tensor, place: Tensor) -> T
     inverse = torch.linalg.pinv(scaled, rtol=FORGOTTEN)
     targets = vectors * scale[place]
     x = torch.zeros(len(vectors), matrix.shape[1], dtype=vectors.dtype, device=vectors.device)
-    for k in range(len(matrix)):  # one by one: [r,A,S] would be as large as the batch times the square of S
+    for k in range(
+        len(matrix)
+    ):  # one by one: [r,A,S] would be as large as the batch times the square of S
         rows = (place == k).nonzero().squeeze(-1)
         solved = base[k].expand(len(rows), -1)
         for _ in range(3):
@@ -147,7 +151,9 @@ class InterpolatingKernel(Kernel):
     def solve(self, vector: Tensor) -> Tensor:
         """x = (v - |x| arrive) / stay, with |x| = |v| / (stay + |arrive|)."""
         leaving = self.stay + self.arrive.sum(-1)
-        refuse_singular((self.stay == 0) | (leaving.abs() <= 1e-15 * self.stay.abs()), type(self).__name__)
+        refuse_singular(
+            (self.stay == 0) | (leaving.abs() <= 1e-15 * self.stay.abs()), type(self).__name__
+        )
         total = vector.sum(-1, keepdim=True) / like_rows(leaving, vector)
         return (vector - total * self.arrive.to(vector.dtype)) / like_rows(self.stay, vector)
 
@@ -187,9 +193,13 @@ class AbsorbingKernel(Kernel):
 
     def solve(self, vector: Tensor) -> Tensor:
         leaving = self.stay + self.leave
-        refuse_singular((self.stay == 0) | (leaving.abs() <= 1e-15 * self.stay.abs()), type(self).__name__)
+        refuse_singular(
+            (self.stay == 0) | (leaving.abs() <= 1e-15 * self.stay.abs()), type(self).__name__
+        )
         solved = vector / like_rows(self.stay, vector)
-        solved[:, self.target] -= (self.leave / (self.stay * leaving)).to(vector.dtype) * vector.sum(-1)
+        solved[:, self.target] -= (self.leave / (self.stay * leaving)).to(
+            vector.dtype
+        ) * vector.sum(-1)
         return solved
 
     def _num_rows(self) -> int:

@@ -107,7 +107,9 @@ class SubtreeLaw(ABC):
     def log_step(self, node: Tensor, child: Tensor) -> Tensor:
         if not self.asked:
             return self.log_child(node, child)
-        level = len(self._below) - 1  # one below top: known here, so that no other level is computed or looked for
+        level = (
+            len(self._below) - 1
+        )  # one below top: known here, so that no other level is computed or looked for
         return torch.where(child == node, 0.0, self._log_at(level, self._place(child, level)))
 
     def log_mass(self, level: int) -> Tensor:
@@ -120,7 +122,11 @@ class SubtreeLaw(ABC):
     def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
         drawn = node.clone()
         for target in range(max(self.vocabulary.num_levels, 1)):
-            rows = ((level == target) & (self.vocabulary.level_of(node) > target)).nonzero().squeeze(-1)
+            rows = (
+                ((level == target) & (self.vocabulary.level_of(node) > target))
+                .nonzero()
+                .squeeze(-1)
+            )
             if len(rows):
                 drawn[rows] = self._draw_at(node[rows], target, u[rows], rows)
         return drawn
@@ -132,8 +138,12 @@ class SubtreeLaw(ABC):
         place = torch.arange(log_p.shape[1], device=log_p.device)
         inside = (place >= start.unsqueeze(-1)) & (place < stop.unsqueeze(-1))
         peak = log_p.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)
-        weights = (log_p - peak.masked_fill(peak == -torch.inf, 0.0)).exp().masked_fill(~inside, 0.0)
-        return self.vocabulary.order(level, node.device)[self._below[level].start + draw_index(weights, u)]
+        weights = (
+            (log_p - peak.masked_fill(peak == -torch.inf, 0.0)).exp().masked_fill(~inside, 0.0)
+        )
+        return self.vocabulary.order(level, node.device)[
+            self._below[level].start + draw_index(weights, u)
+        ]
 
     def _log_at(self, level: int, place: Tensor) -> Tensor:
         """[r] log P(node | top) of one node of `level` per row, by its place below top."""
@@ -185,7 +195,11 @@ class DenseLaw(SubtreeLaw):
     def __init__(self, log_p: Tensor, vocabulary: Vocabulary, top: int | None = None) -> None:
         super().__init__(vocabulary, vocabulary.root if top is None else top)
         flat = vocabulary.num_levels <= 1
-        self._words = log_p if flat or top is not None else log_p.index_select(-1, vocabulary.order(0, log_p.device))
+        self._words = (
+            log_p
+            if flat or top is not None
+            else log_p.index_select(-1, vocabulary.order(0, log_p.device))
+        )
         self._levels: dict[int, Tensor] = {0: self._words}
 
     def log_below(self, level: int) -> Tensor:
@@ -207,17 +221,25 @@ class LogitLaw(SubtreeLaw):
     in whichever memory order the logits are.
     """
 
-    def __init__(self, logits: Tensor, vocabulary: Vocabulary, top: int | None = None, asked: bool = False) -> None:
+    def __init__(
+        self, logits: Tensor, vocabulary: Vocabulary, top: int | None = None, asked: bool = False
+    ) -> None:
         super().__init__(vocabulary, vocabulary.root if top is None else top, asked)
         flat = vocabulary.num_levels <= 1
-        self._logits = logits if flat or top is not None else _columns(logits, vocabulary.order(0, logits.device))
+        self._logits = (
+            logits
+            if flat or top is not None
+            else _columns(logits, vocabulary.order(0, logits.device))
+        )
         self._softmax = _Softmax(self._logits.detach())
         self._levels: dict[int, Tensor] = {}
 
     def log_below(self, level: int) -> Tensor:
         if level not in self._levels:
             self._levels[level] = (
-                self._masses(level) if level else _LogSoftmax.apply(self._logits, self._softmax.read())
+                self._masses(level)
+                if level
+                else _LogSoftmax.apply(self._logits, self._softmax.read())
             )
         return self._levels[level]
 
@@ -231,7 +253,9 @@ class LogitLaw(SubtreeLaw):
         nodes = self.vocabulary.order(level)[self._below[level]]
         first, last = self.vocabulary.node_range(nodes, 0)
         sizes = (last - first).tolist()
-        sums = torch.stack([part.sum(-1) for part in self._softmax.exponentials.split(sizes, -1)], -1)
+        sums = torch.stack(
+            [part.sum(-1) for part in self._softmax.exponentials.split(sizes, -1)], -1
+        )
         segment = _segments(self.vocabulary, self.top, level, self._logits.device)
         smallest = torch.finfo(sums.dtype).tiny
         # Beside the likeliest word a node may underflow. On a device training does not wait to see whether one did: its
@@ -262,7 +286,10 @@ class _Softmax:
     def scaled(self, factor: Tensor, beside: Tensor | None = None) -> Tensor:
         """[r,w] probabilities times a factor per row [r], plus what is beside: a reader's gradient."""
         self.readers -= 1
-        each, place = factor.unsqueeze(-1) / self.total, self.exponentials if self.readers == 0 else None
+        each, place = (
+            factor.unsqueeze(-1) / self.total,
+            self.exponentials if self.readers == 0 else None,
+        )
         if beside is None:
             return torch.mul(self.exponentials, each, out=place)
         return torch.addcmul(beside, self.exponentials, each, out=place)
@@ -299,7 +326,9 @@ class _Masses(torch.autograd.Function):
     """[r,n] log-probability of each segment of words."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, softmax: _Softmax, sums: Tensor, segment: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, softmax: _Softmax, sums: Tensor, segment: Tensor
+    ) -> Tensor:
         ctx.softmax, ctx.sums, ctx.segment = softmax, sums, segment
         return (sums / softmax.total).log()
 
@@ -309,7 +338,12 @@ class _Masses(torch.autograd.Function):
         softmax = ctx.softmax
         softmax.readers -= 1
         each = gradient / ctx.sums - gradient.sum(-1, keepdim=True) / softmax.total
-        return _columns(each, ctx.segment, softmax.exponentials).mul_(softmax.exponentials), None, None, None
+        return (
+            _columns(each, ctx.segment, softmax.exponentials).mul_(softmax.exponentials),
+            None,
+            None,
+            None,
+        )
 
 
 def _columns(values: Tensor, index: Tensor, like: Tensor | None = None) -> Tensor:
@@ -339,7 +373,9 @@ def segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Ten
     )
     peak = torch.where(peak.isfinite(), peak, torch.zeros_like(peak))
     total = torch.zeros_like(peak).index_add(-1, segment, (values - peak.gather(-1, index)).exp())
-    return log_or_never(total) + peak  # a segment without mass (`drop_own_evidence` makes them) sends nothing back
+    return (
+        log_or_never(total) + peak
+    )  # a segment without mass (`drop_own_evidence` makes them) sends nothing back
 
 
 def drop_own_evidence(log_p: Tensor, log_likelihood: Tensor) -> Tensor:

@@ -33,8 +33,16 @@ class Noise:
         group: Tensor | None = None,
     ) -> None:
         if not 0 <= seed < 2**64 or step < 0:
-            raise ArgumentError(f"Noise: seed must be in [0, 2^64) and step >= 0; got seed {seed}, step {step}.")
-        self.seed, self.step, self.index, self.length, self.purpose = seed, step, index, length, purpose
+            raise ArgumentError(
+                f"Noise: seed must be in [0, 2^64) and step >= 0; got seed {seed}, step {step}."
+            )
+        self.seed, self.step, self.index, self.length, self.purpose = (
+            seed,
+            step,
+            index,
+            length,
+            purpose,
+        )
         self.group = torch.zeros_like(index) if group is None else group
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:
@@ -45,17 +53,23 @@ class Noise:
     def _one(self, channel: str) -> Tensor:
         words = [self._words(i, channel, self.length) for i in self.index.tolist()]
         stacked = np.stack(words) if words else np.empty((0, self.length), dtype=np.uint64)
-        return torch.from_numpy((stacked >> np.uint64(11)).astype(np.float64) * 2.0**-53).to(self.index.device)
+        return torch.from_numpy((stacked >> np.uint64(11)).astype(np.float64) * 2.0**-53).to(
+            self.index.device
+        )
 
     def shared(self, channel: str) -> Tensor:
         """[B] one uniform for all samples of a group (without groups: of the global batch) in this step."""
         groups, place = self.group.unique(return_inverse=True)
-        words = [int(self._words(i, f"shared.{channel}", 1)[0] >> np.uint64(11)) for i in groups.tolist()]
+        words = [
+            int(self._words(i, f"shared.{channel}", 1)[0] >> np.uint64(11)) for i in groups.tolist()
+        ]
         return (torch.tensor(words, dtype=torch.float64) * 2.0**-53).to(self.index.device)[place]
 
     def _words(self, index: int, channel: str, count: int) -> np.ndarray:
         counter = np.array([0, index, self.step, _hash(channel)], np.uint64)
-        bits = np.random.Philox(key=np.array([self.seed, _hash(self.purpose)], np.uint64), counter=counter)
+        bits = np.random.Philox(
+            key=np.array([self.seed, _hash(self.purpose)], np.uint64), counter=counter
+        )
         return bits.random_raw(count)
 
     def take(self, samples: Tensor) -> Noise:

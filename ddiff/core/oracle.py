@@ -18,7 +18,9 @@ from ddiff.core.numerics import interior
 BLOCK = 2**20  # entries of the generators that are held at once: 8 MB
 
 
-def propagate(generator: Callable[[Tensor], Tensor], s: Tensor, t: Tensor, num_states: int, steps: int = 200) -> Tensor:
+def propagate(
+    generator: Callable[[Tensor], Tensor], s: Tensor, t: Tensor, num_states: int, steps: int = 200
+) -> Tensor:
     """[r,S,S] the transition from s to t of the chain with generator `generator(t[n]) -> [n,S,S]`.
 
     s, t [r] float64, s <= t; identity where they are equal. Cost O(r steps S^3). Errors fall as steps^-4: 200 steps give
@@ -39,7 +41,9 @@ def _moves(generator: Callable[[Tensor], Tensor], middle: Tensor, width: Tensor)
     """[k,r,S,S] the transitions over k steps of `width` [r] about `middle` [k,r] in logit time."""
     offset = math.sqrt(3.0) / 6.0
     early, late = (
-        _in_logit_time(generator, (middle + sign * offset * width).reshape(-1)).unflatten(0, middle.shape)
+        _in_logit_time(generator, (middle + sign * offset * width).reshape(-1)).unflatten(
+            0, middle.shape
+        )
         for sign in (-1.0, 1.0)
     )
     h = width[:, None, None]

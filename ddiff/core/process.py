@@ -22,15 +22,28 @@ from ddiff.core.description import settings_of
 from ddiff.core.information import InformationTime, uniform_reference
 from ddiff.core.kernel import MAX_DENSE, DenseKernel, Kernel, read_back
 from ddiff.core.law import Answer, DenseLaw, Score, certainly_law
-from ddiff.core.numerics import FLOOR, LATEST, draw_index, interior, log_or_never, log_shares, may_hold, where_read
+from ddiff.core.numerics import (
+    FLOOR,
+    LATEST,
+    draw_index,
+    interior,
+    log_or_never,
+    log_shares,
+    may_hold,
+    where_read,
+)
 from ddiff.core.oracle import propagate
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 
-RowFunction = Callable[[Any, Tensor], Any]  # fn(answer, idx); the answer is a law where a draw is asked for
+RowFunction = Callable[
+    [Any, Tensor], Any
+]  # fn(answer, idx); the answer is a law where a draw is asked for
 Visit = Callable[[Tensor, Tensor, RowFunction], Any]
 
-WELL_CONDITIONED = 1e4  # condition numbers of an operator that elimination inverts to the last digits
+WELL_CONDITIONED = (
+    1e4  # condition numbers of an operator that elimination inverts to the last digits
+)
 
 
 REFERENCE_TOKENS = 64  # of which the derived information is the mean: enough for a time change
@@ -63,7 +76,9 @@ class Prior:
     def draw(self, u: Tensor) -> Tensor:
         """Uniforms of any shape -> states of that shape."""
         weights = self.log_prob.exp().to(u.device)
-        cdf = weights.cumsum(0)  # one for all rows: nothing is as large as u and the states together
+        cdf = weights.cumsum(
+            0
+        )  # one for all rows: nothing is as large as u and the states together
         drawn = torch.searchsorted(cdf, u.contiguous() * cdf[-1], right=True)
         return drawn.clamp(max=int(weights.nonzero().max()))
 
@@ -90,7 +105,9 @@ class ForwardProcess(ABC):
     has_events: bool = False
 
     def __repr__(self) -> str:
-        sizes = " < ".join(map(str, self.vocabulary.level_sizes)) if hasattr(self, "vocabulary") else ""
+        sizes = (
+            " < ".join(map(str, self.vocabulary.level_sizes)) if hasattr(self, "vocabulary") else ""
+        )
         return f"{type(self).__name__}({sizes}; {', '.join(self._settings())})"
 
     def _settings(self) -> Iterable[str]:
@@ -123,7 +140,9 @@ class ForwardProcess(ABC):
         num_tokens, rows = self.vocabulary.num_tokens, len(zt)
         certain = torch.eye(num_tokens, dtype=torch.float64, device=zt.device).log().repeat(rows, 1)
         marginal = self.log_marginal(certain, t.repeat_interleave(num_tokens))
-        return marginal.gather(-1, zt.repeat_interleave(num_tokens).unsqueeze(-1)).reshape(rows, num_tokens)
+        return marginal.gather(-1, zt.repeat_interleave(num_tokens).unsqueeze(-1)).reshape(
+            rows, num_tokens
+        )
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
         """P(z_t | z_s), from the rates by the oracle."""
@@ -141,14 +160,18 @@ class ForwardProcess(ABC):
         if self.closes_at_clean:
             return kernel
         num_tokens = self.vocabulary.num_tokens
-        certain = torch.eye(num_tokens, dtype=torch.float64, device=t.device).log().repeat(len(t), 1)
+        certain = (
+            torch.eye(num_tokens, dtype=torch.float64, device=t.device).log().repeat(len(t), 1)
+        )
         tokens = self.log_marginal(certain, t.repeat_interleave(num_tokens)).exp()
         beyond = kernel.dense()[:, num_tokens:]
         return DenseKernel(torch.cat([tokens.reshape(len(t), num_tokens, -1), beyond], 1))
 
     def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
         """[r] alpha_t = q_t(x | x), the probability that z_t is the clean token x."""
-        return self.log_marginal(self._certain(x0), t).gather(-1, x0.unsqueeze(-1)).squeeze(-1).exp()
+        return (
+            self.log_marginal(self._certain(x0), t).gather(-1, x0.unsqueeze(-1)).squeeze(-1).exp()
+        )
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
         """[r,V] float64 log of the distribution p of the clean token whose score this is: p = s K^-1 on tokens.
@@ -166,7 +189,9 @@ class ForwardProcess(ABC):
         if kernel.num_states > MAX_DENSE:
             p = self.from_clean(t).solve(s)[:, :num_tokens]
         else:
-            even = torch.full((len(distinct), num_tokens), 1.0 / num_tokens, dtype=s.dtype, device=s.device)
+            even = torch.full(
+                (len(distinct), num_tokens), 1.0 / num_tokens, dtype=s.dtype, device=s.device
+            )
             p = read_back(kernel.dense()[:, :num_tokens], even, s, place)
             p = _eliminated(kernel.dense(), s, place, p)
         least = FLOOR * s[:, :num_tokens]
@@ -196,7 +221,9 @@ class ForwardProcess(ABC):
         undefined = density.isnan()
         if not may_hold(undefined):
             return density
-        return torch.where(undefined, torch.where(_tells(self.log_likelihood(zt, t), x0), 0.0, torch.inf), density)
+        return torch.where(
+            undefined, torch.where(_tells(self.log_likelihood(zt, t), x0), 0.0, torch.inf), density
+        )
 
     def factors(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(weight, divergence) [r], whose product is the density."""
@@ -272,7 +299,9 @@ class ForwardProcess(ABC):
         """[n] P(Z_t != X) for X uniform over the tokens, t [n]; derived from marginals as `information` is."""
 
         def away(x0: Tensor, t: Tensor) -> Tensor:
-            return -torch.expm1(self.log_marginal(self._certain(x0), t).gather(-1, x0.unsqueeze(-1)).squeeze(-1))
+            return -torch.expm1(
+                self.log_marginal(self._certain(x0), t).gather(-1, x0.unsqueeze(-1)).squeeze(-1)
+            )
 
         return self._over_tokens(away, t)
 
@@ -359,7 +388,9 @@ class ForwardProcess(ABC):
 
     def _certain(self, x0: Tensor) -> Tensor:
         """[r,V] log of the law that is sure of x0."""
-        log_p = torch.full((len(x0), self.vocabulary.num_tokens), -torch.inf, dtype=torch.float64, device=x0.device)
+        log_p = torch.full(
+            (len(x0), self.vocabulary.num_tokens), -torch.inf, dtype=torch.float64, device=x0.device
+        )
         return log_p.scatter(-1, x0.unsqueeze(-1), 0.0)
 
     def _inward(self, zt: Tensor, t: Tensor) -> Tensor:

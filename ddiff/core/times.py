@@ -56,7 +56,9 @@ class Noisy(NamedTuple):
 class DrawsTimes(Protocol):
     """Times for a global batch of `slots` samples, a pure function of the noise: what the bound asks of a rule."""
 
-    def draw(self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
+    def draw(
+        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+    ) -> Times:
         """Times for samples that hold the strata `slot` [B] of `slots`: of a global batch, or of each one's document.
 
         `clock` is the process's: t and dt/dtau at a share tau of lost information.
@@ -93,12 +95,16 @@ class FlatTimes:
 
     def __init__(self, start: float = 0.0, stop: float = 1.0, tokens: int = 16) -> None:
         if not 0.0 <= start < stop <= 1.0:
-            raise ArgumentError(f"FlatTimes: need 0 <= start < stop <= 1; got start = {start}, stop = {stop}.")
+            raise ArgumentError(
+                f"FlatTimes: need 0 <= start < stop <= 1; got start = {start}, stop = {stop}."
+            )
         if tokens < 1:
             raise ArgumentError(f"FlatTimes: tokens must be at least 1; got {tokens}.")
         self.start, self.stop, self.tokens = start, stop, tokens
 
-    def draw(self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
+    def draw(
+        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+    ) -> Times:
         v = stratified(noise.uniform("time")[:, :1], slot.unsqueeze(-1), slots)
         t, speed = clock.drawn(v, self.start, self.stop, self.tokens)
         return _everywhere(t.expand(-1, length), speed.expand(-1, length))
@@ -134,26 +140,43 @@ class WindowTimes:
     """
 
     def __init__(
-        self, width: int, shape: Shape = "block", paired: bool = True, start: float = 0.0, stop: float = 1.0
+        self,
+        width: int,
+        shape: Shape = "block",
+        paired: bool = True,
+        start: float = 0.0,
+        stop: float = 1.0,
     ) -> None:
         if width < 1:
             raise ArgumentError(f"WindowTimes: width must be at least 1; got {width}.")
         if shape not in get_args(Shape):
             raise ArgumentError(f'WindowTimes: shape must be "block" or "slide"; got {shape!r}.')
         if not 0.0 <= start < stop <= 1.0:
-            raise ArgumentError(f"WindowTimes: need 0 <= start < stop <= 1; got start = {start}, stop = {stop}.")
-        self.width, self.shape, self.paired, self.start, self.stop = width, shape, paired, start, stop
+            raise ArgumentError(
+                f"WindowTimes: need 0 <= start < stop <= 1; got start = {start}, stop = {stop}."
+            )
+        self.width, self.shape, self.paired, self.start, self.stop = (
+            width,
+            shape,
+            paired,
+            start,
+            stop,
+        )
 
     def over(self, start: float, stop: float, tokens: int = 16) -> WindowTimes:
         return WindowTimes(self.width, self.shape, self.paired, start, stop)
 
-    def draw(self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
+    def draw(
+        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+    ) -> Times:
         if not self.paired:
             return self._one_window(clock, noise, slot, slots, length)
         if self.shape == "slide":
             phase = stratified(noise.uniform("time")[:, :1], slot.unsqueeze(-1), slots)
             return self._sliding(clock, phase * self.width, length)
-        return self._all_blocks(clock, jointly_stratified(noise, slot, slots, self._count(length)), length)
+        return self._all_blocks(
+            clock, jointly_stratified(noise, slot, slots, self._count(length)), length
+        )
 
     def ends(
         self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
@@ -186,7 +209,9 @@ class WindowTimes:
 
     # ------------------------------------------------------------------ one window of each sequence
 
-    def _one_window(self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
+    def _one_window(
+        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+    ) -> Times:
         v = stratified(noise.uniform("time")[:, :1], slot.unsqueeze(-1), slots).squeeze(-1)
         if self.shape == "slide":
             return self.at(clock, v, length)
@@ -216,26 +241,36 @@ class WindowTimes:
         wide = torch.zeros_like(window, dtype=t.dtype)
         return self._placed(t + wide, speed + wide, window < current, window > current, window)
 
-    def _placed(self, t: Tensor, speed: Tensor, clean: Tensor, waiting: Tensor, block: Tensor) -> Times:
+    def _placed(
+        self, t: Tensor, speed: Tensor, clean: Tensor, waiting: Tensor, block: Tensor
+    ) -> Times:
         """Times of sequences of which one window is open; speed is that of its reading for all windows."""
         t = t.masked_fill(clean, 0.0).masked_fill(waiting, 1.0)
         return Times(t, speed.masked_fill(clean | waiting, 0.0), clean, waiting, block)
 
     # ------------------------------------------------------------------ ends
 
-    def _ends_of_blocks(self, clock: TimeChange, noise: Noise, slot: Tensor, length: int) -> tuple[Times, Times]:
+    def _ends_of_blocks(
+        self, clock: TimeChange, noise: Noise, slot: Tensor, length: int
+    ) -> tuple[Times, Times]:
         count = self._count(length)
         ones = torch.ones(len(slot), length, dtype=torch.float64, device=slot.device)
-        t = clock.at(torch.tensor([self.start, self.stop], dtype=torch.float64, device=slot.device))[0]
+        t = clock.at(
+            torch.tensor([self.start, self.stop], dtype=torch.float64, device=slot.device)
+        )[0]
         if self.paired:
             window = self._windows(length, slot.device)
-            return self._all_windows(t[0] * ones, ones, window), self._all_windows(t[1] * ones, ones, window)
+            return self._all_windows(t[0] * ones, ones, window), self._all_windows(
+                t[1] * ones, ones, window
+            )
         current = (noise.uniform("window")[:, :1] * count).long()
         weight = ones[:, :1] * count
         first = self._open_block(t[0] * ones[:, :1], weight, current, length)
         return first, self._open_block(t[1] * ones[:, :1], weight, current, length)
 
-    def _ends_of_slides(self, clock: TimeChange, noise: Noise, slot: Tensor, length: int) -> tuple[Times, Times]:
+    def _ends_of_slides(
+        self, clock: TimeChange, noise: Noise, slot: Tensor, length: int
+    ) -> tuple[Times, Times]:
         """A position settles when it is first in its window, and has just come off the prior when it is last."""
         place = torch.arange(length, device=slot.device)
         if self.paired:
@@ -246,7 +281,9 @@ class WindowTimes:
             last = self._all_windows(*self._on_the_way(clock, along), window)
             charged = (place + shift) % self.width
             times = float(self.width)
-            return _charged(first, charged == 0, times), _charged(last, charged == self.width - 1, times)
+            return _charged(first, charged == 0, times), _charged(
+                last, charged == self.width - 1, times
+            )
         chosen = (noise.uniform("window")[:, :1] * length).floor()
         before = (place - chosen) / self.width
         after = before + 1.0
@@ -310,7 +347,9 @@ def _rank(stratum: Tensor, groups: Tensor) -> Tensor:
     """[B,k] the place of each stratum in the van der Corput order of its group."""
     rank = torch.zeros_like(stratum)
     for count in groups.unique().tolist():
-        rank = torch.where(groups == count, van_der_corput_order(count).to(stratum)[stratum % count], rank)
+        rank = torch.where(
+            groups == count, van_der_corput_order(count).to(stratum)[stratum % count], rank
+        )
     return rank
 
 

@@ -51,7 +51,9 @@ class StochasticParents:
 
     def __init__(self, vocabulary: Vocabulary, xi: Sequence[float]) -> None:
         self.vocabulary = vocabulary
-        self.xi = tuple(1.0 if size == 1 else float(x) for x, size in zip(xi, vocabulary.level_sizes[1:]))
+        self.xi = tuple(
+            1.0 if size == 1 else float(x) for x, size in zip(xi, vocabulary.level_sizes[1:])
+        )
         self.certain = all(x == 1.0 for x in self.xi)
         levels = range(vocabulary.num_levels + 1)
         self.sure = [[0.0] * len(levels) for _ in levels]
@@ -60,7 +62,9 @@ class StochasticParents:
             self.sure[i][i] = 1.0
             for j in range(i + 1, len(levels)):
                 self._climb(i, j)
-        self._stray = [[None if stray is None else Constant(stray) for stray in row] for row in self.stray]
+        self._stray = [
+            [None if stray is None else Constant(stray) for stray in row] for row in self.stray
+        ]
         self._of_words = Constant(torch.cat([self._shares(level) for level in levels], 1))
 
     def _climb(self, i: int, j: int) -> None:
@@ -106,7 +110,9 @@ class StochasticParents:
         stray = self._stray[i][j]
         if stray is None:
             return log_mass
-        return log_or_never(self.sure[i][j] * log_mass.exp() + stray.on(log_mass.device).to(log_mass.dtype))
+        return log_or_never(
+            self.sure[i][j] * log_mass.exp() + stray.on(log_mass.device).to(log_mass.dtype)
+        )
 
 
 @final
@@ -166,7 +172,9 @@ class TreeKernel(Kernel):
         block = vector[:, vocabulary.offsets[i] : vocabulary.offsets[i] + vocabulary.level_sizes[i]]
         ids = vocabulary.offsets[i] + torch.arange(vocabulary.level_sizes[i], device=vector.device)
         pushed = vector.new_zeros(len(vector), vocabulary.level_sizes[j])
-        pushed.index_add_(-1, vocabulary.ancestor(ids, j) - vocabulary.offsets[j], self.parents.sure[i][j] * block)
+        pushed.index_add_(
+            -1, vocabulary.ancestor(ids, j) - vocabulary.offsets[j], self.parents.sure[i][j] * block
+        )
         stray = self.parents.stray[i][j]
         return pushed if stray is None else pushed + block.sum(-1, keepdim=True) * stray.to(vector)
 
@@ -185,7 +193,11 @@ class TreeProcess(ForwardProcess):
     has_events = True
 
     def __init__(
-        self, vocabulary: Vocabulary, clock: LevelClock, xi: float | Sequence[float] = 1.0, decoding: str = "bayes"
+        self,
+        vocabulary: Vocabulary,
+        clock: LevelClock,
+        xi: float | Sequence[float] = 1.0,
+        decoding: str = "bayes",
     ) -> None:
         self._check(vocabulary, clock, decoding)
         self.vocabulary, self.clock, self.decoding = vocabulary, clock, decoding
@@ -199,7 +211,11 @@ class TreeProcess(ForwardProcess):
 
     def _settings(self) -> Iterable[str]:
         xi = self.parents.xi
-        return [f"clock={self.clock!r}", f"xi={xi[0] if len(set(xi)) == 1 else xi}", f"decoding={self.decoding!r}"]
+        return [
+            f"clock={self.clock!r}",
+            f"xi={xi[0] if len(set(xi)) == 1 else xi}",
+            f"decoding={self.decoding!r}",
+        ]
 
     @staticmethod
     def _check(vocabulary: Vocabulary, clock: LevelClock, decoding: str) -> None:
@@ -224,7 +240,8 @@ class TreeProcess(ForwardProcess):
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         law, log_pi = DenseLaw(log_p, self.vocabulary), self.clock.pi(t).log()
         levels = [
-            like_rows(log_pi[:, level], log_p) + self.parents.log_spread(0, level, law.log_mass(level))
+            like_rows(log_pi[:, level], log_p)
+            + self.parents.log_spread(0, level, law.log_mass(level))
             for level in range(self.vocabulary.num_levels + 1)
         ]
         return torch.cat(levels, -1)
@@ -298,7 +315,11 @@ class TreeProcess(ForwardProcess):
         """
         level = self.vocabulary.level_of(zt)
         t = interior(t)
-        inflow = per_time(self.clock.inflow, t).gather(-1, (level - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        inflow = (
+            per_time(self.clock.inflow, t)
+            .gather(-1, (level - 1).clamp(min=0).unsqueeze(-1))
+            .squeeze(-1)
+        )
         return torch.where(level > 0, inflow / self._occupation(zt, t), 0.0)
 
     def divergence(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
@@ -325,31 +346,47 @@ class TreeProcess(ForwardProcess):
                 continue
             # rows of other levels are evaluated at an ancestor of x0, a harmless stand-in, and dropped
             z = torch.where(here, zt, self.vocabulary.ancestor(x0, l))
-            surprise = self._decode_surprise(law, x0, z) if l == 1 else self._parent_surprise(law, x0, z, l)
-            value = torch.where(here, surprise, torch.zeros_like(surprise) if value is None else value)
-        return torch.zeros(x0.shape, dtype=torch.float64, device=x0.device) if value is None else value
+            surprise = (
+                self._decode_surprise(law, x0, z)
+                if l == 1
+                else self._parent_surprise(law, x0, z, l)
+            )
+            value = torch.where(
+                here, surprise, torch.zeros_like(surprise) if value is None else value
+            )
+        return (
+            torch.zeros(x0.shape, dtype=torch.float64, device=x0.device) if value is None else value
+        )
 
     def _parent_surprise(self, law: CleanLaw, x0: Tensor, zt: Tensor, level: int) -> Tensor:
         """The same at one level >= 2: the state below is known only up to its kernel."""
         vocabulary, below = self.vocabulary, level - 1
         log_mass = law.log_mass(below)
-        nodes = vocabulary.offsets[below] + torch.arange(vocabulary.level_sizes[below], device=zt.device)
+        nodes = vocabulary.offsets[below] + torch.arange(
+            vocabulary.level_sizes[below], device=zt.device
+        )
         onward = self._matrix(below, level, nodes, zt).to(log_mass.dtype).log()
         right = vocabulary.ancestor(x0, below).unsqueeze(-1) == nodes
-        truth = right.double() * self.parents.sure[0][below] + self.parents.stray_at(0, below, nodes)
+        truth = right.double() * self.parents.sure[0][below] + self.parents.stray_at(
+            0, below, nodes
+        )
         log_truth = (truth.to(log_mass.dtype).log() + onward).log_softmax(-1)
         log_model = self.parents.log_spread(0, below, log_mass) + onward
         # a prediction that rules z_t out has no state below it: the divergence is infinite
         possible = (log_model > -torch.inf).any(-1, keepdim=True)
         log_model = where_read(possible, log_model).log_softmax(-1)
         read = log_truth.isfinite()
-        divergence = torch.where(read, log_truth.exp() * (log_truth - where_read(read, log_model)), 0.0).sum(-1)
+        divergence = torch.where(
+            read, log_truth.exp() * (log_truth - where_read(read, log_model)), 0.0
+        ).sum(-1)
         return torch.where(possible.squeeze(-1), divergence, torch.inf)
 
     def _matrix(self, i: int, j: int, nodes: Tensor, zt: Tensor) -> Tensor:
         """[r,n_i] kappa_ij(y, z_t) for all nodes y of level i."""
         right = self.vocabulary.ancestor(nodes, j) == zt.unsqueeze(-1)
-        return self.parents.sure[i][j] * right.double() + self.parents.stray_at(i, j, zt).unsqueeze(-1)
+        return self.parents.sure[i][j] * right.double() + self.parents.stray_at(i, j, zt).unsqueeze(
+            -1
+        )
 
     def _decode_surprise(self, law: CleanLaw, x0: Tensor, zt: Tensor) -> Tensor:
         """-ln P(x0 | z_t) for xi < 1: words are certain, a node divides by what the law expects of it."""
@@ -370,7 +407,11 @@ class TreeProcess(ForwardProcess):
     def decode_nll(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         if isinstance(answer, Score):
             return super().decode_nll(answer, x0, zt, t)
-        return -answer.log_child(zt, x0) if self.parents.certain else self._decode_surprise(answer, x0, zt)
+        return (
+            -answer.log_child(zt, x0)
+            if self.parents.certain
+            else self._decode_surprise(answer, x0, zt)
+        )
 
     def closing_kl(self, answer: Answer, x0: Tensor, t: Tensor) -> Tensor:
         if isinstance(answer, Score) or not self.parents.certain:
@@ -401,7 +442,9 @@ class TreeProcess(ForwardProcess):
         reference = uniform_reference(self.vocabulary.num_tokens)
         law = DenseLaw(reference, self.vocabulary)
         levels = range(self.vocabulary.num_levels + 1)
-        return torch.stack([self._information_at(level, law.log_mass(level)[0].exp()) for level in levels])
+        return torch.stack(
+            [self._information_at(level, law.log_mass(level)[0].exp()) for level in levels]
+        )
 
     def _information_at(self, level: int, mass: Tensor) -> Tensor:
         """H(node) - H(node | X), where `mass` [n] is the probability of each node as the right ancestor."""
@@ -411,7 +454,9 @@ class TreeProcess(ForwardProcess):
         sure = self.parents.sure[0][level]
         spread = sure * mass + stray
         # given X all nodes have their stray share, and the right ancestor has `sure` in addition
-        at_right = torch.special.xlogy(sure + stray, sure + stray) - torch.special.xlogy(stray, stray)
+        at_right = torch.special.xlogy(sure + stray, sure + stray) - torch.special.xlogy(
+            stray, stray
+        )
         given = torch.special.xlogy(stray, stray).sum() + (mass * at_right).sum()
         return given - torch.special.xlogy(spread, spread).sum()
 
@@ -439,7 +484,9 @@ class TreeProcess(ForwardProcess):
         """The level at s is drawn first, without the network: P(i | j) = pi_i(s) K_ij(s,t) / pi_j(t); then the node."""
         level = self.vocabulary.level_of(zt)
         pick = level.unsqueeze(-1)
-        arrive = self.clock.transition(s, t).gather(-1, pick.unsqueeze(1).expand(-1, self.clock.num_levels + 1, 1))
+        arrive = self.clock.transition(s, t).gather(
+            -1, pick.unsqueeze(1).expand(-1, self.clock.num_levels + 1, 1)
+        )
         target = draw_index(self.clock.pi(s) * arrive.squeeze(-1), u[:, 0])
         return self._down_to(visit, zt, target, u[:, 1])
 
@@ -468,17 +515,23 @@ class TreeProcess(ForwardProcess):
         """Draw the state at level `target` given z_t."""
 
         def draw(answer: Answer, zt: Tensor, rows: Tensor) -> Tensor:
-            return self._draw_below(certainly_law(answer, "TreeProcess.step"), zt, target[rows], u[rows])
+            return self._draw_below(
+                certainly_law(answer, "TreeProcess.step"), zt, target[rows], u[rows]
+            )
 
         return self._descend(visit, zt, target, draw)
 
-    def _descend(self, visit: Visit, zt: Tensor, target: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+    def _descend(
+        self, visit: Visit, zt: Tensor, target: Tensor, draw: Callable[..., Tensor]
+    ) -> Tensor:
         """draw(answer, z_t, rows) where the target is below z_t; rows that stay are not shown to the network."""
         moving = (target < self.vocabulary.level_of(zt)).nonzero().squeeze(-1)
         zs = zt.clone()
         if len(moving):
             zs[moving] = visit(
-                moving, self.scope(zt[moving]), lambda answer, rows: draw(answer, zt[moving[rows]], moving[rows])
+                moving,
+                self.scope(zt[moving]),
+                lambda answer, rows: draw(answer, zt[moving[rows]], moving[rows]),
             )
         return zs
 
@@ -514,7 +567,11 @@ class TreeProcess(ForwardProcess):
 
     def _occupation(self, zt: Tensor, t: Tensor) -> Tensor:
         """[r] pi_l(t), l the level of z_t."""
-        return per_time(self.clock.pi, t).gather(-1, self.vocabulary.level_of(zt).unsqueeze(-1)).squeeze(-1)
+        return (
+            per_time(self.clock.pi, t)
+            .gather(-1, self.vocabulary.level_of(zt).unsqueeze(-1))
+            .squeeze(-1)
+        )
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
@@ -531,7 +588,9 @@ class TreeProcess(ForwardProcess):
 
 
 def _checked_xi(xi: float | Sequence[float], num_levels: int) -> tuple[float, ...]:
-    values = (float(xi),) * num_levels if isinstance(xi, (int, float)) else tuple(float(x) for x in xi)
+    values = (
+        (float(xi),) * num_levels if isinstance(xi, (int, float)) else tuple(float(x) for x in xi)
+    )
     if len(values) == num_levels - 1:
         values = (*values, 1.0)
     if len(values) != num_levels or not all(0.0 < x <= 1.0 for x in values):

@@ -141,7 +141,9 @@ class Vocabulary:
             with fsspec.open(path, "rb") as file:
                 vocabulary, written = _parse(file.read())
         except FileNotFoundError:
-            raise DataError(f"Vocabulary.load: path must name a saved vocabulary; {path} does not exist.") from None
+            raise DataError(
+                f"Vocabulary.load: path must name a saved vocabulary; {path} does not exist."
+            ) from None
         except Exception as error:
             raise DataError(
                 f"Vocabulary.load: {path} is not a whole vocabulary file ({error}). Build the vocabulary again."
@@ -162,7 +164,9 @@ class Vocabulary:
 class FlatVocabulary(Vocabulary):
     """V words and, unless `mask=False`, one mask: the tree of one level."""
 
-    def __init__(self, num_tokens: int, mask: bool = True, tokenizer_fingerprint: str | None = None) -> None:
+    def __init__(
+        self, num_tokens: int, mask: bool = True, tokenizer_fingerprint: str | None = None
+    ) -> None:
         if num_tokens < 1:
             raise ArgumentError(f"FlatVocabulary: num_tokens must be at least 1; got {num_tokens}.")
         parents = [torch.zeros(num_tokens, dtype=torch.long)] if mask else []
@@ -197,7 +201,11 @@ class HierarchicalVocabulary(Vocabulary):
                 )
         if int(levels[-1].max()) > 0:
             levels.append(torch.zeros(int(levels[-1].max()) + 1, dtype=torch.long))
-        tensors = None if centroids is None else [None if c is None else torch.as_tensor(c) for c in centroids]
+        tensors = (
+            None
+            if centroids is None
+            else [None if c is None else torch.as_tensor(c) for c in centroids]
+        )
         super().__init__(len(levels[0]), levels, tensors, tokenizer_fingerprint)
 
     @classmethod
@@ -239,18 +247,29 @@ def _metadata(content: bytes) -> dict[str, str]:
 def _parse(content: bytes) -> tuple[Vocabulary, str]:
     """The vocabulary in a file's content, and the fingerprint written beside it."""
     tensors, metadata = load_safetensors(content), _metadata(content)
-    parents = [tensors[f"parents.{i}"] for i in range(sum(key.startswith("parents.") for key in tensors))]
+    parents = [
+        tensors[f"parents.{i}"] for i in range(sum(key.startswith("parents.") for key in tensors))
+    ]
     centroids = [tensors.get(f"centroids.{level}") for level in range(1, len(parents) + 1)]
     known = centroids if any(c is not None for c in centroids) else None
-    vocabulary = _restore(int(metadata["num_tokens"]), parents, known, metadata.get("tokenizer_fingerprint"))
+    vocabulary = _restore(
+        int(metadata["num_tokens"]), parents, known, metadata.get("tokenizer_fingerprint")
+    )
     return vocabulary, metadata["fingerprint"]
 
 
 def _restore(
-    num_tokens: int, parents: list[Tensor], centroids: list[Tensor | None] | None, tokenizer_fingerprint: str | None
+    num_tokens: int,
+    parents: list[Tensor],
+    centroids: list[Tensor | None] | None,
+    tokenizer_fingerprint: str | None,
 ) -> Vocabulary:
-    if len(parents) == 0 or (len(parents) == 1 and int(parents[0].max()) == 0 and centroids is None):
-        return FlatVocabulary(num_tokens, mask=bool(parents), tokenizer_fingerprint=tokenizer_fingerprint)
+    if len(parents) == 0 or (
+        len(parents) == 1 and int(parents[0].max()) == 0 and centroids is None
+    ):
+        return FlatVocabulary(
+            num_tokens, mask=bool(parents), tokenizer_fingerprint=tokenizer_fingerprint
+        )
     return HierarchicalVocabulary(parents, centroids, tokenizer_fingerprint)
 
 
@@ -264,7 +283,9 @@ def _checked_parents(parents: Any, level: int) -> Tensor:
         )
     tensor = tensor.long().clone()
     if int(tensor.min()) < 0:
-        raise ArgumentError(f"HierarchicalVocabulary: parents[{level}] must be >= 0; got {int(tensor.min())}.")
+        raise ArgumentError(
+            f"HierarchicalVocabulary: parents[{level}] must be >= 0; got {int(tensor.min())}."
+        )
     counts = torch.bincount(tensor)
     if int(counts.min()) == 0:
         empty = int((counts == 0).nonzero()[0])
@@ -282,7 +303,9 @@ def _checked_centroids(
         return None
     padded = [*centroids, *[None] * (len(level_sizes) - 1 - len(centroids))]
     for level, centroid in enumerate(padded, start=1):
-        if level >= len(level_sizes) or (centroid is not None and len(centroid) != level_sizes[level]):
+        if level >= len(level_sizes) or (
+            centroid is not None and len(centroid) != level_sizes[level]
+        ):
             raise ArgumentError(
                 f"Vocabulary: centroids of level {level} must have one row per node of that level; got "
                 f"{None if centroid is None else tuple(centroid.shape)} for level sizes {level_sizes}."
@@ -301,7 +324,9 @@ def _build_tables(vocabulary: Vocabulary) -> dict[str, Tensor]:
     """Every look-up table by id. When there is no root state one more row stands for the whole."""
     sizes, offsets, num_levels = vocabulary.level_sizes, vocabulary.offsets, vocabulary.num_levels
     rows = max(vocabulary.num_states, vocabulary.root + 1)
-    level = torch.ones(rows, dtype=torch.long)  # without a root state, the whole still lies above the words
+    level = torch.ones(
+        rows, dtype=torch.long
+    )  # without a root state, the whole still lies above the words
     ancestor = torch.full((rows, num_levels + 1), -1)
     for own, (offset, size) in enumerate(zip(offsets, sizes)):
         level[offset : offset + size] = own

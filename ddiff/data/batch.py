@@ -40,6 +40,12 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
         moved: dict[str, Any] = {
-            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+            f.name: value.to(device)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, **moved, conditions={name: value.to(device) for name, value in self.conditions.items()})
+        return replace(
+            self,
+            **moved,
+            conditions={name: value.to(device) for name, value in self.conditions.items()},
+        )

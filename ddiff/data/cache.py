@@ -27,7 +27,9 @@ _log = logging.getLogger(__name__)
 
 def fingerprint(inputs: object) -> str:
     """32 hexadecimal digits of the SHA-256 of `inputs` as canonical JSON."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(
+        json.dumps(inputs, sort_keys=True, ensure_ascii=True).encode()
+    ).hexdigest()[:32]
 
 
 def default_root() -> Path:
@@ -119,14 +121,20 @@ def _is_abandoned(partial: Path) -> bool:
     try:
         with (partial / _LOCK).open("r+") as lock:
             return _hold(lock)
-    except OSError:  # not locked yet, finished in this moment, or on a file system without locks: time tells
+    except (
+        OSError
+    ):  # not locked yet, finished in this moment, or on a file system without locks: time tells
         written = max(file.stat().st_mtime for file in (partial, *partial.rglob("*")))
         return time.time() - written > _STALE
 
 
 def _write_contents(directory: Path, identity: dict[str, Any]) -> None:
     files = {
-        str(file.relative_to(directory)): [file.stat().st_size, file.stat().st_mtime_ns, _sha256(file)]
+        str(file.relative_to(directory)): [
+            file.stat().st_size,
+            file.stat().st_mtime_ns,
+            _sha256(file),
+        ]
         for file in sorted(directory.rglob("*"))
         if file.is_file()
     }
@@ -140,11 +148,15 @@ def _is_whole(place: Path, identity: dict[str, Any]) -> bool:
     try:
         contents = json.loads((place / _CONTENTS).read_text())
         files = contents.pop("files")
-        whole = contents == identity and all(_is_intact(place / name, *known) for name, known in files.items())
+        whole = contents == identity and all(
+            _is_intact(place / name, *known) for name, known in files.items()
+        )
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         whole = False
     if not whole:
-        _log.warning("The cache entry %s is truncated, damaged or is not ours; it is built again.", place)
+        _log.warning(
+            "The cache entry %s is truncated, damaged or is not ours; it is built again.", place
+        )
     return whole
 
 

@@ -28,7 +28,10 @@ _HEADS = {
     b"ARROW1": "Arrow",
     b"%PDF-": "PDF",
 }
-_BZIP2_BLOCKS = (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")  # after "BZh9": a text may begin with "BZh"
+_BZIP2_BLOCKS = (
+    b"1AY&SY",
+    b"\x17\x72\x45\x38\x50\x90",
+)  # after "BZh9": a text may begin with "BZh"
 _HEAD_BYTES = 16
 
 
@@ -51,7 +54,9 @@ def open_unpacked(path: str) -> Iterator[BinaryIO]:
 
     DataError if the content is not what the ending says, or is cut off or damaged.
     """
-    said = next((packed for ending, packed in ENDINGS.items() if path.lower().endswith(ending)), None)
+    said = next(
+        (packed for ending, packed in ENDINGS.items() if path.lower().endswith(ending)), None
+    )
     with open_file(path) as file:
         head, whole = _peeked(file)
         _check_said(path, said, format_of(head), head)
@@ -75,9 +80,19 @@ def _check_said(path: str, said: str | None, found: str | None, head: bytes) -> 
         return
     if said is None:
         ending = next((ending for ending, packed in ENDINGS.items() if packed == found), None)
-        remedy = f"Name it ...{ending}" if ending else f'Convert it, or say format = "{found}" if it is parquet'
-        raise DataError(f"{shown(path)} is no plain text: it begins as a {found} file does. {remedy}.")
-    what = "is empty" if not head else f"begins with {head[:8]!r}" + (f", which is {found}" if found else "")
+        remedy = (
+            f"Name it ...{ending}"
+            if ending
+            else f'Convert it, or say format = "{found}" if it is parquet'
+        )
+        raise DataError(
+            f"{shown(path)} is no plain text: it begins as a {found} file does. {remedy}."
+        )
+    what = (
+        "is empty"
+        if not head
+        else f"begins with {head[:8]!r}" + (f", which is {found}" if found else "")
+    )
     raise DataError(
         f"{shown(path)} is named as a {said} file, but it {what}. Download it again if it should be packed; else give it "
         "the ending of what it holds."

@@ -39,11 +39,15 @@ class Conditions:
         """32 hexadecimal digits of names and values."""
         digest = hashlib.sha256()
         for name, value in sorted(self.values.items()):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode() + value.numpy().tobytes())
+            digest.update(
+                f"{name} {tuple(value.shape)} {value.dtype}".encode() + value.numpy().tobytes()
+            )
         return digest.hexdigest()[:32]
 
 
-def conditions_of(documents: Dataset, names: Iterable[str], forms: Mapping[str, Form] = {}) -> Conditions:
+def conditions_of(
+    documents: Dataset, names: Iterable[str], forms: Mapping[str, Form] = {}
+) -> Conditions:
     """The columns `names` of documents: whole numbers from 0 are labels, lists of numbers vectors, None is absent.
 
     DataError when a column is missing, holds something else, vectors of several lengths, or not what `forms` says of it.
@@ -81,7 +85,11 @@ def _check_labels(present: list[int], name: str, form: Form | None) -> None:
             f'The documents have labels in "{name}", but to the denoiser it is {form}. Write '
             f"[denoiser] conditions.{name} = {{ classes = N }}, or name a field of vectors in [data] vectors."
         )
-    if form is not None and form.classes is not None and (largest := max(present, default=0)) >= form.classes:
+    if (
+        form is not None
+        and form.classes is not None
+        and (largest := max(present, default=0)) >= form.classes
+    ):
         raise DataError(
             f'The documents have the label {largest} in "{name}", but to the denoiser it is {form}. Set [denoiser] '
             f"conditions.{name}.classes = {largest + 1}, or number the classes from 0 without gaps."
@@ -100,4 +108,6 @@ def _vectors(column: list[Any], name: str, form: Form | None) -> Tensor:
             f"[denoiser] conditions.{name} = {{ width = {widths[0]} }}, or mend the data."
         )
     absent = np.full(widths[0], np.nan, np.float32)
-    return torch.from_numpy(np.stack([absent if value is None else np.asarray(value, np.float32) for value in column]))
+    return torch.from_numpy(
+        np.stack([absent if value is None else np.asarray(value, np.float32) for value in column])
+    )

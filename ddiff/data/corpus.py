@@ -39,16 +39,22 @@ class Corpus(Protocol):
         ...
 
 
-def train_rows(documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache) -> Rows:
+def train_rows(
+    documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache
+) -> Rows:
     """Rows of joined documents, to train on."""
     if isinstance(documents, StreamedCorpus):
         return documents.train_rows(tokenizer, length, cache)
     return rows_of_stream(shards_of(documents, tokenizer, cache).stream(TRAIN), tokenizer, length)
 
 
-def validation_rows(documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache) -> PackedRows:
+def validation_rows(
+    documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache
+) -> PackedRows:
     """Rows that begin anew with every document, to evaluate on."""
-    return rows_of_stream(shards_of(documents, tokenizer, cache).stream(VALIDATION), tokenizer, length, separate=True)
+    return rows_of_stream(
+        shards_of(documents, tokenizer, cache).stream(VALIDATION), tokenizer, length, separate=True
+    )
 
 
 def check_repetitions(documents: Documents | Corpus, made: Shards) -> None:
@@ -57,7 +63,9 @@ def check_repetitions(documents: Documents | Corpus, made: Shards) -> None:
     Rows of a generated source, whose entropy is known, may repeat each other by chance, and are not looked at.
     """
     if documents.entropy_rate is None:
-        check_overlap(made.overlap, documents if isinstance(documents, SourceCorpus) else "The corpus")
+        check_overlap(
+            made.overlap, documents if isinstance(documents, SourceCorpus) else "The corpus"
+        )
 
 
 def shards_of(documents: Documents | Corpus, tokenizer: Tokenizer, cache: Cache) -> Shards:
@@ -69,7 +77,9 @@ def shards_of(documents: Documents | Corpus, tokenizer: Tokenizer, cache: Cache)
 
     def build(folder: Path) -> None:
         total = len(documents.train) + len(documents.validation)
-        write_shards(folder, lambda _: _chunks_of_parts(parts), tokenizer, source=source, total=total)
+        write_shards(
+            folder, lambda _: _chunks_of_parts(parts), tokenizer, source=source, total=total
+        )
 
     return read_shards(cache.entry("tokens", {**source, "tokenizer": tokenizer.fingerprint}, build))
 
@@ -85,7 +95,10 @@ def copy_shards(made: Shards, path: str) -> None:
     files = made.files()
     for name in files:
         # of a copy that was cut short, files are whole: each is renamed when it is
-        if system.exists(f"{place}/{name}") and system.size(f"{place}/{name}") != (made.folder / name).stat().st_size:
+        if (
+            system.exists(f"{place}/{name}")
+            and system.size(f"{place}/{name}") != (made.folder / name).stat().st_size
+        ):
             raise DataError(
                 f"{path} holds a file {name} of another kind, which would be written over. Name another folder, or move "
                 "that file away."
@@ -115,7 +128,9 @@ class SourceCorpus:
 
     def __post_init__(self) -> None:
         if self.validation_source is None and not 0 < self.held_out < 1:
-            raise ArgumentError(f"held_out must lie in (0, 1); got {self.held_out}. Or name validation texts.")
+            raise ArgumentError(
+                f"held_out must lie in (0, 1); got {self.held_out}. Or name validation texts."
+            )
         if self.validation_source is not None:
             check_disjoint(self.source.paths, self.validation_source.paths)
             if self.source.identity == self.validation_source.identity:
@@ -151,7 +166,12 @@ class SourceCorpus:
     def write_shards(self, tokenizer: Tokenizer, folder: Path) -> Shards:
         """Both parts tokenised into a folder, going on with what stands there; DataError when one has no text."""
         made = write_shards(
-            folder, self.chunks, tokenizer, source=self.identity, held_out=self.held_out, workers=self.workers
+            folder,
+            self.chunks,
+            tokenizer,
+            source=self.identity,
+            held_out=self.held_out,
+            workers=self.workers,
         )
         self.check_parts(made)
         return made
@@ -184,7 +204,9 @@ class SourceCorpus:
         if part == TRAIN:
             for chunk in self.source.chunks(within, part=TRAIN):
                 yield Chunk(chunk.texts, [TRAIN, chunk.cursor], TRAIN)
-        for chunk in self.validation_source.chunks(within if part == VALIDATION else None, part=VALIDATION):
+        for chunk in self.validation_source.chunks(
+            within if part == VALIDATION else None, part=VALIDATION
+        ):
             yield Chunk(chunk.texts, [VALIDATION, chunk.cursor], VALIDATION)
 
     def texts(self, part: str) -> Iterator[str]:
@@ -195,7 +217,9 @@ class SourceCorpus:
         """Those texts of some chunks that belong to a part."""
         for chunk in chunks:
             for text in chunk.texts:
-                decided = chunk.part or (VALIDATION if place_of(text.encode()) < self.held_out else TRAIN)
+                decided = chunk.part or (
+                    VALIDATION if place_of(text.encode()) < self.held_out else TRAIN
+                )
                 if decided == part:
                     yield text
 
@@ -359,7 +383,9 @@ def _fetched(path: str, cache: Cache | None) -> Path:
 
     def fetch(folder: Path) -> None:
         (folder / MANIFEST).write_bytes(manifest)
-        found = read_shards(folder, name=path)  # with names that stay in the folder, or nothing is fetched
+        found = read_shards(
+            folder, name=path
+        )  # with names that stay in the folder, or nothing is fetched
         for record in (record for part in PARTS for record in found.records(part)):
             for file, due in found.sealed(record):
                 _fetch(system, f"{place}/{file.name}", file, due, path)

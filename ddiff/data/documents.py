@@ -86,11 +86,16 @@ def bundled_novels() -> Documents:
     """Jane Austen's six novels by chapter: five for training (245 chapters), Persuasion (24) for validation."""
     train: list[tuple[str, str]] = []
     validation: list[tuple[str, str]] = []
-    for file in sorted(files("ddiff.data").joinpath("novels").iterdir(), key=lambda file: file.name):
+    for file in sorted(
+        files("ddiff.data").joinpath("novels").iterdir(), key=lambda file: file.name
+    ):
         if file.name.endswith(".txt.xz"):
             title = file.name.removesuffix(".txt.xz")
             part = validation if title == _HELD_OUT_NOVEL else train
-            part += [(text, f"{title} {number}") for number, text in enumerate(_chapters(file.read_bytes()), start=1)]
+            part += [
+                (text, f"{title} {number}")
+                for number, text in enumerate(_chapters(file.read_bytes()), start=1)
+            ]
     return Documents(*(from_texts(*zip(*part)) for part in (train, validation)))
 
 
@@ -110,7 +115,9 @@ def text_files(
     packed, not UTF-8 or that hold NUL, and for one that is named for training and for validation.
     """
     if not validation and not 0 < held_out < 1:
-        raise ArgumentError(f"text_files: held_out must lie in (0, 1); got {held_out}. Or name validation files.")
+        raise ArgumentError(
+            f"text_files: held_out must lie in (0, 1); got {held_out}. Or name validation files."
+        )
     paths, validation_paths = find_parts(train, validation)
     corpus = _read(paths, split, cache)
     if validation_paths:
@@ -147,7 +154,9 @@ def symbol_rows(
 
     DataError names the file and line of a row that has not `length` symbols. See `text_files` for the rest.
     """
-    documents = text_files(train, validation=validation, held_out=held_out, split="line", cache=cache)
+    documents = text_files(
+        train, validation=validation, held_out=held_out, split="line", cache=cache
+    )
     for part in (documents.train, documents.validation):
         for row in part:
             if len(row["text"]) != length:
@@ -167,7 +176,9 @@ def _chapters(compressed: bytes) -> list[str]:
 
 def _check_part(part: Dataset, name: str) -> None:
     if "text" not in part.column_names:
-        raise DataError(f'Documents: {name} must have a column "text"; it has {part.column_names}. Rename the column.')
+        raise DataError(
+            f'Documents: {name} must have a column "text"; it has {part.column_names}. Rename the column.'
+        )
     if part.features["text"] not in (Value("string"), Value("large_string")):
         raise DataError(
             f'Documents: the column "text" of {name} must hold strings; it holds {part.features["text"]}. '
@@ -176,7 +187,9 @@ def _check_part(part: Dataset, name: str) -> None:
     if len(part) == 0:
         raise DataError(f"Documents: {name} is empty. A corpus needs at least one document there.")
     if part.data.column("text").null_count:
-        raise DataError(f'Documents: the column "text" of {name} has missing values (None or NaN). Drop those rows.')
+        raise DataError(
+            f'Documents: the column "text" of {name} has missing values (None or NaN). Drop those rows.'
+        )
 
 
 def _held_out(corpus: Dataset, share: float) -> tuple[list[int], list[int]]:
@@ -204,7 +217,9 @@ def check_any(corpus: Dataset, paths: Sequence[str]) -> None:
     """DataError if no document was read."""
     if not len(corpus):
         listed = ", ".join(shown(path) for path in paths[:5]) + (", ..." if len(paths) > 5 else "")
-        raise DataError(f"The corpus is empty: {listed} holds no text. Name files with text in them.")
+        raise DataError(
+            f"The corpus is empty: {listed} holds no text. Name files with text in them."
+        )
 
 
 def _write(paths: Sequence[str], split: Split, place: Path) -> None:

@@ -46,4 +46,6 @@ def read_json(path: str, what: str) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{what}: {path} is not a whole JSON file ({error}). Make it again.") from error
+        raise DataError(
+            f"{what}: {path} is not a whole JSON file ({error}). Make it again."
+        ) from error

@@ -46,7 +46,9 @@ def json_lines(
     and line of what cannot be read, and a field that has a value in no line of `train`.
     """
     if not validation and not 0 < held_out < 1:
-        raise ArgumentError(f"json_lines: held_out must lie in (0, 1); got {held_out}. Or name validation files.")
+        raise ArgumentError(
+            f"json_lines: held_out must lie in (0, 1); got {held_out}. Or name validation files."
+        )
     reader = _Reader(text, tuple(labels), tuple(vectors))
     paths, validation_paths = find_parts(train, validation)
     corpus = reader.read(paths, cache)
@@ -124,7 +126,9 @@ class _Reader:
         """Raise DataError for a label or vector that no document has: a name misspelt would be trained without."""
         for name in (*self.labels, *self.vectors):
             if corpus.data.column(name).null_count == len(corpus):
-                fields = {field for path in paths for _, found in self._objects(path) for field in found}
+                fields = {
+                    field for path in paths for _, found in self._objects(path) for field in found
+                }
                 others = sorted(fields - {self.text, name})
                 key = "labels" if name in self.labels else "vectors"
                 where = ", ".join(map(shown, patterns))
@@ -148,7 +152,9 @@ class _Reader:
     def _documents(self, path: str) -> Iterator[dict[str, Any]]:
         for place, found in self._objects(path):
             text = checked_text(found[self.text], place)
-            values: dict[str, Any] = {name: self._label(found.get(name), name, place) for name in self.labels}
+            values: dict[str, Any] = {
+                name: self._label(found.get(name), name, place) for name in self.labels
+            }
             values |= {name: self._vector(found.get(name), name, place) for name in self.vectors}
             if text and not text.isspace():
                 yield {"text": text, "name": place, **values}
@@ -204,7 +210,9 @@ def _array_objects(written: str, name: str) -> Iterator[tuple[int, str, dict[str
 
 def _checked_object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{place} must be an object, {{...}}; got {_short(value)} ({type(value).__name__}).")
+        raise DataError(
+            f"{place} must be an object, {{...}}; got {_short(value)} ({type(value).__name__})."
+        )
     return value
 
 
@@ -212,9 +220,13 @@ def _parsed(written: str, place: str) -> Any:
     try:
         return _DECODER.decode(written)
     except RecursionError as error:
-        raise DataError(f"{place} is nested too deeply to be read as JSON. Drop the line.") from error
+        raise DataError(
+            f"{place} is nested too deeply to be read as JSON. Drop the line."
+        ) from error
     except ValueError as error:  # also a number of more digits than Python converts
-        raise DataError(f"{place} is no JSON: it cannot be read ({error}). Every line must be one object.") from error
+        raise DataError(
+            f"{place} is no JSON: it cannot be read ({error}). Every line must be one object."
+        ) from error
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -227,7 +239,9 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return repeating
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object_of)  # made once: json.loads would make one for each line
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object_of
+)  # made once: json.loads would make one for each line
 
 
 def _short(value: Any) -> str:

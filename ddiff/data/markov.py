@@ -22,9 +22,13 @@ class MarkovSource:
 
     def __init__(self, alphabet: int = 8, *, peakedness: float = 2.0, seed: int = 0) -> None:
         if not 4 <= alphabet <= len(SYMBOLS):
-            raise ArgumentError(f"MarkovSource: alphabet must lie in 4..{len(SYMBOLS)}; got {alphabet}.")
+            raise ArgumentError(
+                f"MarkovSource: alphabet must lie in 4..{len(SYMBOLS)}; got {alphabet}."
+            )
         if not 0 <= peakedness < np.inf:
-            raise ArgumentError(f"MarkovSource: peakedness must be a finite number >= 0; got {peakedness}.")
+            raise ArgumentError(
+                f"MarkovSource: peakedness must be a finite number >= 0; got {peakedness}."
+            )
         self.symbols = SYMBOLS[:alphabet]
         self._seed = seed
         logits = peakedness * np.random.default_rng([seed, 0]).standard_normal((alphabet, alphabet))
@@ -51,7 +55,9 @@ class MarkovSource:
     def documents(self, *, rows: int, validation: int, length: int) -> Documents:
         """A corpus of rows with its `entropy_rate` set to the entropy of a row per symbol."""
         train, held_out = self.rows(rows, length), self.rows(validation, length, stream=1)
-        return Documents(from_texts(train), from_texts(held_out), entropy_rate=self.row_entropy(length))
+        return Documents(
+            from_texts(train), from_texts(held_out), entropy_rate=self.row_entropy(length)
+        )
 
     def _walk(self, uniforms: NDArray[np.float64]) -> Iterator[NDArray[np.int64]]:
         """The state of all rows at each position, by inversion of the laws' cumulative sums."""

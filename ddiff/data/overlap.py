@@ -44,7 +44,9 @@ class Found(NamedTuple):
         return f"{self.documents:,} of the {self.of:,} documents"
 
 
-def find_overlap(train: TokenStream, validation: TokenStream, folder: Path | None = None) -> dict[str, list[int]]:
+def find_overlap(
+    train: TokenStream, validation: TokenStream, folder: Path | None = None
+) -> dict[str, list[int]]:
     """Count, in JSON, validation documents that are in the training text, and repetitions within each part.
 
     64 bits of each training document are sorted in a temporary file in `folder`, and not in memory.
@@ -55,7 +57,9 @@ def find_overlap(train: TokenStream, validation: TokenStream, folder: Path | Non
             file.write(document_hashes(shard).tobytes())
         file.flush()
         size = file.tell() // 8
-        trained = np.memmap(file, np.uint64, "r+", shape=(size,)) if size else np.empty(0, np.uint64)
+        trained = (
+            np.memmap(file, np.uint64, "r+", shape=(size,)) if size else np.empty(0, np.uint64)
+        )
         trained.sort()
         return {
             "validation_in_train": [_count_seen(held_out, trained), len(held_out)],
@@ -81,7 +85,10 @@ def check_overlap(found: dict[str, list[int]], source: object) -> None:
             seen,
             100 * seen.share,
         )
-    for part, effect in (("train", "is trained on more often"), ("validation", "makes the interval too narrow")):
+    for part, effect in (
+        ("train", "is trained on more often"),
+        ("validation", "makes the interval too narrow"),
+    ):
         repeated = Found(*found[f"{part}_repeated"])
         if repeated.share > _MANY:
             _log.warning(
@@ -144,7 +151,9 @@ def document_hashes(shard: Shard) -> _Hashes:
         places = (
             np.arange(start, stop) - np.repeat(begins[here], sizes) + 1
         )  # from 1: token 0 at place 0 would mix to 0
-        mixed = shard.tokens[start:stop].astype(np.uint64) | (places.astype(np.uint64) << np.uint64(32))
+        mixed = shard.tokens[start:stop].astype(np.uint64) | (
+            places.astype(np.uint64) << np.uint64(32)
+        )
         sums[here] += np.add.reduceat(_mix(mixed), firsts - start)
     hashes[filled] = sums
     return hashes

@@ -87,7 +87,18 @@ def file_mark(path: str) -> list[Any]:
         return [base_name(path), info.get("size"), changed]
 
 
-_CHANGED = ("ETag", "etag", "md5Hash", "sha256", "blob_id", "CRC", "mtime", "LastModified", "last_modified", "created")
+_CHANGED = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "sha256",
+    "blob_id",
+    "CRC",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "created",
+)
 
 
 @contextmanager
@@ -173,7 +184,11 @@ def _matching(folder: str, part: str) -> list[str]:
     if not any(mark in part for mark in _MARKS) or _exists(os.path.join(folder, part)):
         return [part]
     hidden = part.startswith(".")
-    return [name for name in _names(folder) if fnmatchcase(name, part) and name.startswith(".") == hidden]
+    return [
+        name
+        for name in _names(folder)
+        if fnmatchcase(name, part) and name.startswith(".") == hidden
+    ]
 
 
 def _folders(folder: str) -> Iterator[str]:
@@ -195,7 +210,9 @@ def _names(folder: str) -> list[str]:
     try:
         return sorted(os.listdir(folder or "."))
     except PermissionError as error:
-        raise DataError(f"The folder {shown(folder or '.')} must not be listed: permission denied.") from error
+        raise DataError(
+            f"The folder {shown(folder or '.')} must not be listed: permission denied."
+        ) from error
 
 
 def _check_regular(path: str) -> None:
@@ -208,7 +225,9 @@ def _check_regular(path: str) -> None:
             raise DataError(
                 f"{shown(path)} is a link to {target}, which cannot be reached ({error.strerror}). Mend or remove the link."
             ) from error
-        raise DataError(f"{shown(path)} cannot be read: {error.strerror}. Check the path.") from error
+        raise DataError(
+            f"{shown(path)} cannot be read: {error.strerror}. Check the path."
+        ) from error
     if stat.S_ISDIR(mode):
         inside = f"{shown(path.rstrip('/'))}/*.txt"
         raise DataError(
@@ -230,9 +249,13 @@ def _remote_files(pattern: str) -> list[str]:
             found = [path]
         elif any(mark in path for mark in _MARKS):
             matches = system.glob(path, detail=True)
-            found = sorted(name for name, info in matches.items() if info.get("type") != "directory")
+            found = sorted(
+                name for name, info in matches.items() if info.get("type") != "directory"
+            )
         elif system.isdir(path):
-            raise DataError(f"{pattern} is a folder, and files are due. Name the files in it: {pattern.rstrip('/')}/*")
+            raise DataError(
+                f"{pattern} is a folder, and files are due. Name the files in it: {pattern.rstrip('/')}/*"
+            )
         else:
             found = []
         return [_remote_path(pattern, name, system) for name in found]
@@ -268,8 +291,12 @@ def _not_found(pattern: str, local: str | None) -> str:
         what += f", and none that it matches as a pattern (it holds {' '.join(marks)})"
     if local is None:
         return f"{what}. Check the path."
-    fixed = os.path.dirname(local.partition(next((mark for mark in local if mark in _MARKS), "\0"))[0])
-    missing = f" There is no folder {shown(fixed)} either." if fixed and not os.path.isdir(fixed) else ""
+    fixed = os.path.dirname(
+        local.partition(next((mark for mark in local if mark in _MARKS), "\0"))[0]
+    )
+    missing = (
+        f" There is no folder {shown(fixed)} either." if fixed and not os.path.isdir(fixed) else ""
+    )
     return f"{what} (looked from {Path.cwd()}).{missing} Check the path; relative paths start where ddiff runs."
 
 

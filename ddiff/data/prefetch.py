@@ -109,13 +109,17 @@ class _Threads:
     a source that stands still would keep a run that was told to stop."""
 
     def __init__(self, number: int) -> None:
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = (
+            queue.SimpleQueue()
+        )
         self._number = number
         self._threads: list[threading.Thread] = []
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         while len(self._threads) < self._number:
-            thread = threading.Thread(target=self._work, name=f"batches_{len(self._threads)}", daemon=True)
+            thread = threading.Thread(
+                target=self._work, name=f"batches_{len(self._threads)}", daemon=True
+            )
             self._threads.append(thread)
             thread.start()
         future: Future[Any] = Future()

@@ -17,7 +17,9 @@ _log = logging.getLogger(__name__)
 
 # What reads a vocabulary file that is not the tokenizer.json of a fast tokenizer: ending -> package.
 _READERS = {".model": "sentencepiece", ".tiktoken": "tiktoken"}
-_REQUIRED = re.compile(r"(?:requires? (?:the )?|`)([A-Za-z][\w-]+)`?(?: library)?(?:,? is required| but it was not)")
+_REQUIRED = re.compile(
+    r"(?:requires? (?:the )?|`)([A-Za-z][\w-]+)`?(?: library)?(?:,? is required| but it was not)"
+)
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -65,7 +67,12 @@ def is_folder(source: str) -> bool:
 
 def is_place(source: str) -> bool:
     """Whether a text can only be meant as a place on this machine: names on the hub are NAME or OWNER/NAME."""
-    return not source.strip() or source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
+    return (
+        not source.strip()
+        or source.startswith((".", "/", "~"))
+        or source.count("/") > 1
+        or "\\" in source
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -73,7 +80,11 @@ def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
-    return lines[0] if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {lines[0]}"
+    return (
+        lines[0]
+        if isinstance(error, OSError | ValueError)
+        else f"{type(error).__name__}: {lines[0]}"
+    )
 
 
 def _check_hub_name(source: str, shown: str, what: str) -> None:
@@ -117,7 +128,9 @@ def _explained(error: Exception, source: str, shown: str, what: str, is_local: b
             f"loaded because it can run code ({said}). Save the model with safetensors where you trust it, and name that "
             "folder."
         )
-    return DataError(f"No {what} from {shown!r}. That directory holds no {what} that can be read. ({said})")
+    return DataError(
+        f"No {what} from {shown!r}. That directory holds no {what} that can be read. ({said})"
+    )
 
 
 def _missing_package(error: Exception, folder: Path, what: str, is_local: bool) -> str | None:

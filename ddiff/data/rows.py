@@ -29,7 +29,9 @@ from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError, DataError
 
 _ROWS_AT_ONCE = 4096
-_READ_WHOLE = 2**26  # tokens up to which rows are known by what they hold, and beyond which by their shards' checksums
+_READ_WHOLE = (
+    2**26
+)  # tokens up to which rows are known by what they hold, and beyond which by their shards' checksums
 _Ints = NDArray[np.int32]
 
 
@@ -81,10 +83,16 @@ class Rows(Protocol):
 class PackedRows:
     """Rows cut from a stream of tokens: joined, or starting anew with every document (`separate`)."""
 
-    def __init__(self, stream: TokenStream, length: int, *, filler: int, separate: bool = False) -> None:
+    def __init__(
+        self, stream: TokenStream, length: int, *, filler: int, separate: bool = False
+    ) -> None:
         self.tokens, self.length, self._filler = stream, length, filler
-        self._ends = np.concatenate([np.empty(0, np.int64), *stream.document_ends()]) if separate else None
-        self._last_rows = None if self._ends is None else np.cumsum(-(-np.diff(self._ends, prepend=0) // length))
+        self._ends = (
+            np.concatenate([np.empty(0, np.int64), *stream.document_ends()]) if separate else None
+        )
+        self._last_rows = (
+            None if self._ends is None else np.cumsum(-(-np.diff(self._ends, prepend=0) // length))
+        )
 
     def __len__(self) -> int:
         if self._last_rows is None:
@@ -92,9 +100,15 @@ class PackedRows:
         return int(self._last_rows[-1]) if len(self._last_rows) else 0
 
     def __getitem__(self, numbers: ArrayLike | slice) -> Block:
-        wanted = np.arange(len(self))[numbers] if isinstance(numbers, slice) else np.asarray(numbers, np.int64)
+        wanted = (
+            np.arange(len(self))[numbers]
+            if isinstance(numbers, slice)
+            else np.asarray(numbers, np.int64)
+        )
         if wanted.ndim != 1 or (wanted.size and (wanted.min() < 0 or wanted.max() >= len(self))):
-            raise ArgumentError(f"rows: numbers must be a list of numbers in 0..{len(self) - 1}; got {numbers!r}.")
+            raise ArgumentError(
+                f"rows: numbers must be a list of numbers in 0..{len(self) - 1}; got {numbers!r}."
+            )
         starts, stops = self._spans(wanted)
         ids = np.full((len(wanted), self.length), self._filler, np.int32)
         document = np.empty((len(wanted), self.length), np.int64)
@@ -120,7 +134,9 @@ class PackedRows:
         """By ids, documents and lengths of all rows; beyond 2**26 tokens, which take long to read, by the checksums of the
         shards."""
         if self.tokens.num_tokens > _READ_WHOLE:
-            return fingerprint([self.tokens.fingerprint, self.length, self._ends is not None, self._filler])
+            return fingerprint(
+                [self.tokens.fingerprint, self.length, self._ends is not None, self._filler]
+            )
         digest = hashlib.sha256(str((len(self), self.length)).encode())
         for name in ("ids", "document", "num_valid"):
             for block in self._blocks():
@@ -148,12 +164,18 @@ class PackedRows:
             return starts, np.minimum(starts + self.length, self.tokens.num_tokens)
         document = np.searchsorted(self._last_rows, numbers, side="right")
         before = np.where(document > 0, self._last_rows[document - 1], 0)
-        starts = np.where(document > 0, self._ends[document - 1], 0) + (numbers - before) * self.length
+        starts = (
+            np.where(document > 0, self._ends[document - 1], 0) + (numbers - before) * self.length
+        )
         return starts, np.minimum(starts + self.length, self._ends[document])
 
     def _blocks(self) -> Iterator[Block]:
         for start in range(0, len(self), _ROWS_AT_ONCE):
-            yield self[start : start + _ROWS_AT_ONCE] if self._ends is not None else self._joined(start)
+            yield (
+                self[start : start + _ROWS_AT_ONCE]
+                if self._ends is not None
+                else self._joined(start)
+            )
 
     def _joined(self, first: int) -> Block:
         """The next rows of the stream, read at once."""
@@ -163,25 +185,36 @@ class PackedRows:
         ids, document = self.tokens.read(start, stop)
         num_valid = np.full(size, self.length, np.int32)
         num_valid[-1] -= missing
-        ids, document = np.pad(ids, (0, missing), constant_values=self._filler), np.pad(document, (0, missing), "edge")
+        ids, document = (
+            np.pad(ids, (0, missing), constant_values=self._filler),
+            np.pad(document, (0, missing), "edge"),
+        )
         return Block(ids.reshape(size, -1), document.reshape(size, -1), num_valid)
 
 
-def pack(documents: Dataset, tokenizer: Tokenizer, length: int, *, separate: bool = False) -> PackedRows:
+def pack(
+    documents: Dataset, tokenizer: Tokenizer, length: int, *, separate: bool = False
+) -> PackedRows:
     """Rows of `length` ids, in memory, of documents numbered as they stand in `documents`.
 
     `separate` starts a row with every document (evaluation). A tokenizer whose unit is the symbol gives one row per
     document and wants each to have `length` symbols. DataError when there is no token at all.
     """
-    return rows_of_stream(gathered(chunks_of(documents), tokenizer), tokenizer, length, separate=separate)
+    return rows_of_stream(
+        gathered(chunks_of(documents), tokenizer), tokenizer, length, separate=separate
+    )
 
 
-def rows_of_stream(stream: TokenStream, tokenizer: Tokenizer, length: int, *, separate: bool = False) -> PackedRows:
+def rows_of_stream(
+    stream: TokenStream, tokenizer: Tokenizer, length: int, *, separate: bool = False
+) -> PackedRows:
     """The rows of a tokenised part; DataError where it has no token, or where rows of symbols have another length."""
     if length < 1:
         raise ArgumentError(f"pack: length must be at least 1; got {length}.")
     if not stream.num_tokens:
-        raise DataError(f"pack: {stream.num_documents} document(s) gave no token. Give texts that are not empty.")
+        raise DataError(
+            f"pack: {stream.num_documents} document(s) gave no token. Give texts that are not empty."
+        )
     if tokenizer.unit == "symbol" and (wrong := stream.wrong_size(length)) is not None:
         raise DataError(
             f"pack: row {wrong[0]} has {wrong[1]} symbols, but an alphabet's rows must all have length = {length}. "
@@ -189,7 +222,9 @@ def rows_of_stream(stream: TokenStream, tokenizer: Tokenizer, length: int, *, se
         )
     # rows of symbols are documents of one length: joined, they are cut where documents meet
     filler = 0 if tokenizer.eos_id is None else tokenizer.eos_id
-    return PackedRows(stream, length, filler=filler, separate=separate and tokenizer.unit != "symbol")
+    return PackedRows(
+        stream, length, filler=filler, separate=separate and tokenizer.unit != "symbol"
+    )
 
 
 def rows_of_ids(ids: NDArray[np.integer], num_tokens: int) -> PackedRows:
@@ -203,7 +238,11 @@ def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> Packe
 
 
 def batch_rows(
-    rows: Rows, indices: ArrayLike, *, index: ArrayLike | None = None, conditions: Conditions | None = None
+    rows: Rows,
+    indices: ArrayLike,
+    *,
+    index: ArrayLike | None = None,
+    conditions: Conditions | None = None,
 ) -> Batch:
     """The rows with these numbers; `index` [B] is their slot in the global batch, else the numbers themselves.
 

@@ -133,7 +133,9 @@ class TokenStream:
     @cached_property
     def fingerprint(self) -> str:
         """32 hexadecimal digits of the content, by the checksums of its shards."""
-        return fingerprint([[shard.record.tokens_sha256, shard.record.ends_sha256] for shard in self.shards])
+        return fingerprint(
+            [[shard.record.tokens_sha256, shard.record.ends_sha256] for shard in self.shards]
+        )
 
 
 @final
@@ -153,26 +155,33 @@ class Shards:
         shards = [
             Shard(
                 _mapped(self.folder / f"{record.name}.tokens.npy", dtype, record.tokens),
-                _mapped(self.folder / f"{record.name}.ends.npy", np.dtype(np.int64), record.documents),
+                _mapped(
+                    self.folder / f"{record.name}.ends.npy", np.dtype(np.int64), record.documents
+                ),
                 record,
             )
             for record in self.records(part)
         ]
         counts = self.folder / f"{part}.counts.npy"
         return TokenStream(
-            shards, lambda: _mapped(counts, np.dtype(np.int64), self.manifest["tokenizer"]["num_tokens"])
+            shards,
+            lambda: _mapped(counts, np.dtype(np.int64), self.manifest["tokenizer"]["num_tokens"]),
         )
 
     @cached_property
     def overlap(self) -> dict[str, list[int]]:
         """Documents that occur more than once, as `find_overlap` counts them when shards are written; else counted now."""
-        return self.manifest.get("overlap") or find_overlap(self.stream(TRAIN), self.stream(VALIDATION))
+        return self.manifest.get("overlap") or find_overlap(
+            self.stream(TRAIN), self.stream(VALIDATION)
+        )
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """DataError, saying what differs, when the shards were made with another tokenizer."""
         theirs, ours = self.manifest["tokenizer"], described(tokenizer)
         if differing := [
-            f"{key} was {theirs.get(key)!r} and is {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]
+            f"{key} was {theirs.get(key)!r} and is {ours[key]!r}"
+            for key in ours
+            if theirs.get(key) != ours[key]
         ]:
             raise DataError(
                 f"The shards in {self.folder} were made with another tokenizer: {'; '.join(differing)}. Take the tokenizer "
@@ -182,7 +191,12 @@ class Shards:
 
     def files(self) -> list[str]:
         """The names of all files but the manifest."""
-        shards = [f"{record.name}.{kind}.npy" for part in PARTS for record in self.records(part) for kind in KINDS]
+        shards = [
+            f"{record.name}.{kind}.npy"
+            for part in PARTS
+            for record in self.records(part)
+            for kind in KINDS
+        ]
         return [*shards, *self.unsealed()]
 
     def unsealed(self) -> list[str]:
@@ -192,7 +206,11 @@ class Shards:
     def written_since(self, began: float) -> tuple[int, float]:
         """How many tokens were written after a time (seconds since 1970), and how long it took until all were finished."""
         records = [record for part in PARTS for record in self.records(part)]
-        new = [record for record in records if _written(self.folder / f"{record.name}.tokens.npy") >= began]
+        new = [
+            record
+            for record in records
+            if _written(self.folder / f"{record.name}.tokens.npy") >= began
+        ]
         return sum(record.tokens for record in new), _written(self.folder / MANIFEST) - began
 
     def verify(self) -> None:
@@ -238,12 +256,21 @@ class Shards:
         for shard in stream.shards:
             if len(shard.tokens) and int(shard.tokens.max()) >= num_tokens:
                 path = self.folder / f"{shard.record.name}.tokens.npy"
-                raise _damaged(path, f"it holds the id {shard.tokens.max()}, and the tokenizer has {num_tokens} tokens")
-            if (np.diff(shard.ends, prepend=0) < 0).any() or shard.ends[-1:].tolist() != [len(shard.tokens)]:
+                raise _damaged(
+                    path,
+                    f"it holds the id {shard.tokens.max()}, and the tokenizer has {num_tokens} tokens",
+                )
+            if (np.diff(shard.ends, prepend=0) < 0).any() or shard.ends[-1:].tolist() != [
+                len(shard.tokens)
+            ]:
                 path = self.folder / f"{shard.record.name}.ends.npy"
-                raise _damaged(path, "documents do not end one after another, the last where the shard does")
+                raise _damaged(
+                    path, "documents do not end one after another, the last where the shard does"
+                )
         if not np.array_equal(counts, _counts(stream.shards, num_tokens)):
-            raise _damaged(self.folder / f"{part}.counts.npy", "the tokens of the shards are others")
+            raise _damaged(
+                self.folder / f"{part}.counts.npy", "the tokens of the shards are others"
+            )
 
 
 def read_shards(folder: Path, name: str | None = None) -> Shards:
@@ -254,7 +281,8 @@ def read_shards(folder: Path, name: str | None = None) -> Shards:
     path = folder / MANIFEST
     if not path.is_file():
         unfinished = (
-            " It holds a build that was stopped: the command that began it goes on." * (folder / JOURNAL).is_file()
+            " It holds a build that was stopped: the command that began it goes on."
+            * (folder / JOURNAL).is_file()
         )
         raise DataError(
             f"{folder} is no folder of token shards: it has no {MANIFEST}.{unfinished} `ddiff data RECIPE --out {folder}` "
@@ -280,7 +308,9 @@ def check_manifest(manifest: Mapping[str, Any], path: Path | str) -> None:
     if not isinstance(parts, dict) or sorted(parts) != sorted(PARTS):
         raise _wrong_manifest(path, f"parts must be {' and '.join(PARTS)}")
     if manifest.get("dtype") not in ("uint16", "uint32"):
-        raise _wrong_manifest(path, f"dtype must be uint16 or uint32; it is {manifest.get('dtype')!r}")
+        raise _wrong_manifest(
+            path, f"dtype must be uint16 or uint32; it is {manifest.get('dtype')!r}"
+        )
     if not isinstance(tokenizer, dict) or not _is_count(tokenizer.get("num_tokens")):
         raise _wrong_manifest(path, "tokenizer must say its num_tokens")
     for part, records in parts.items():
@@ -295,18 +325,23 @@ def check_manifest(manifest: Mapping[str, Any], path: Path | str) -> None:
 
 def _check_record(record: Any, part: str, path: Path | str) -> None:
     if not isinstance(record, dict) or set(record) != {field.name for field in fields(ShardRecord)}:
-        raise _wrong_manifest(path, f"{part} holds {str(record)[:80]!r}, which does not describe a shard")
+        raise _wrong_manifest(
+            path, f"{part} holds {str(record)[:80]!r}, which does not describe a shard"
+        )
     name = record["name"]
     if not isinstance(name, str) or not _NAME.fullmatch(name) or not name.startswith(f"{part}_"):
         raise _wrong_manifest(
-            path, f"the shards of {part} are named {part}_00000, {part}_00001, ... and lie in its folder; got {name!r}"
+            path,
+            f"the shards of {part} are named {part}_00000, {part}_00001, ... and lie in its folder; got {name!r}",
         )
     for key, value in record.items():
         if key.endswith("sha256"):
             if not isinstance(value, str) or not _SHA256.fullmatch(value):
                 raise _wrong_manifest(path, f"{key} of {name} is no SHA-256: {str(value)[:80]!r}")
         elif key != "name" and not _is_count(value):
-            raise _wrong_manifest(path, f"{key} of {name} must be a whole number from 0; got {str(value)[:80]!r}")
+            raise _wrong_manifest(
+                path, f"{key} of {name} must be a whole number from 0; got {str(value)[:80]!r}"
+            )
 
 
 def _is_count(value: Any) -> bool:
@@ -376,14 +411,18 @@ def write_shards(
         "dtype": token_dtype(tokenizer.num_tokens).name,
         "shard_tokens": shard_tokens,
     }
-    if not (folder / MANIFEST).is_file():  # what is finished is read, also where nothing can be written
+    if not (
+        folder / MANIFEST
+    ).is_file():  # what is finished is read, also where nothing can be written
         _make(folder)
         with _alone(folder):
             if not (folder / MANIFEST).is_file():
                 build = _Build(folder, json.loads(json.dumps(identity)), shard_tokens)
                 build.run(chunks, tokenizer, held_out, workers, total)
     made = read_shards(folder)
-    if differing := [key for key in identity if made.manifest.get(key) != json.loads(json.dumps(identity[key]))]:
+    if differing := [
+        key for key in identity if made.manifest.get(key) != json.loads(json.dumps(identity[key]))
+    ]:
         made.check_tokenizer(tokenizer)
         raise DataError(
             f"{folder} holds shards of something else: {', '.join(differing)} differ. Name another folder, or delete it."
@@ -433,21 +472,31 @@ class _Build:
         journal = _read_json(folder / JOURNAL) if (folder / JOURNAL).is_file() else {}
         goes_on = journal.get("identity") == identity and journal.get("cursor") is not None
         standing = journal if goes_on and _is_ours(journal, folder / JOURNAL) else {}
-        self.parts: dict[str, list[dict[str, Any]]] = standing.get("parts", {TRAIN: [], VALIDATION: []})
+        self.parts: dict[str, list[dict[str, Any]]] = standing.get(
+            "parts", {TRAIN: [], VALIDATION: []}
+        )
         self.cursor: Any = standing.get("cursor")
         self.round: int = standing.get("round", 0)
         self._reopen()
 
-    def run(self, chunks: Chunks, tokenizer: Tokenizer, held_out: float, workers: int, total: int | None) -> None:
+    def run(
+        self, chunks: Chunks, tokenizer: Tokenizer, held_out: float, workers: int, total: int | None
+    ) -> None:
         began, done, cursor = time.monotonic(), 0, self.cursor
         with progress(total, "tokenising", start=self._sum("documents")) as bar:
-            for chunk, found in encoded(chunks(cursor), tokenizer, held_out=held_out, workers=workers):
+            for chunk, found in encoded(
+                chunks(cursor), tokenizer, held_out=held_out, workers=workers
+            ):
                 if not done:
                     check_round_trip(tokenizer, chunk.texts)
                 for part, opened in self._opened.items():
                     opened.add(found.of(part == VALIDATION))
                 done, cursor = done + len(found.ids), chunk.cursor
-                bar.advance(len(chunk.texts), tokens=done, tokens_per_second=done / max(1e-9, time.monotonic() - began))
+                bar.advance(
+                    len(chunk.texts),
+                    tokens=done,
+                    tokens_per_second=done / max(1e-9, time.monotonic() - began),
+                )
                 if sum(opened.num_tokens for opened in self._opened.values()) >= self._shard_tokens:
                     self._close(cursor)
         if any(opened.num_tokens for opened in self._opened.values()):
@@ -471,10 +520,17 @@ class _Build:
                     _write_array(self._folder / f"{opened.name}.{kind}.npy", array)
                     for kind, array in zip(KINDS, (shard.tokens, shard.ends))
                 ]
-                self.parts[part].append(asdict(replace(shard.record, tokens_sha256=sums[0], ends_sha256=sums[1])))
+                self.parts[part].append(
+                    asdict(replace(shard.record, tokens_sha256=sums[0], ends_sha256=sums[1]))
+                )
         self.round += 1
         self.cursor = cursor
-        journal = {"identity": self._identity, "parts": self.parts, "cursor": cursor, "round": self.round}
+        journal = {
+            "identity": self._identity,
+            "parts": self.parts,
+            "cursor": cursor,
+            "round": self.round,
+        }
         _write_text(self._folder / JOURNAL, json.dumps(journal))
         self._reopen()
 
@@ -493,7 +549,9 @@ class _Build:
             _write_array(self._folder / f"{part}.counts.npy", _counts(shards, num_tokens))
         tokenizer.save(str(self._folder / "tokenizer.json"))
         made = Shards(self._folder, manifest)
-        manifest["overlap"] = find_overlap(made.stream(TRAIN), made.stream(VALIDATION), self._folder)
+        manifest["overlap"] = find_overlap(
+            made.stream(TRAIN), made.stream(VALIDATION), self._folder
+        )
         _write_text(self._folder / MANIFEST, json.dumps(manifest, indent=1))
         (self._folder / JOURNAL).unlink(missing_ok=True)
 
@@ -553,7 +611,9 @@ def _mapped(path: Path, dtype: np.dtype[Any], size: int) -> Any:
         raise _damaged(path, f"it cannot be read ({error})") from error
     if array.dtype != dtype or array.shape != (size,):
         raise _damaged(path, f"it holds {array.dtype} {array.shape}, and {dtype} ({size},) is due")
-    return array.view(np.ndarray)  # a plain view of the same memory: slices of a memmap object are slow
+    return array.view(
+        np.ndarray
+    )  # a plain view of the same memory: slices of a memmap object are slow
 
 
 def _damaged(path: Path, what: str) -> DataError:
@@ -611,4 +671,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return found
-    raise DataError(f"{path} is damaged. Delete the folder {path.parent}; the same command makes it anew.")
+    raise DataError(
+        f"{path} is damaged. Delete the folder {path.parent}; the same command makes it anew."
+    )

@@ -65,7 +65,12 @@ class TextSource:
 
 
 def hub_texts(
-    path: str, *, config: str | None = None, split: str = "train", column: str = "text", revision: str | None = None
+    path: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    column: str = "text",
+    revision: str | None = None,
 ) -> TextSource:
     """A data set of the hub, or a local folder of files, streamed.
 
@@ -91,12 +96,22 @@ def hub_texts(
         lambda: load_dataset(path, config, split=split, revision=revision, streaming=True),
         remedy,
     )
-    identity = {"hub": path, "config": config, "split": split, "column": column, "revision": revision}
+    identity = {
+        "hub": path,
+        "config": config,
+        "split": split,
+        "column": column,
+        "revision": revision,
+    }
     return TextSource(name, identity, stream.read)
 
 
 def file_texts(
-    patterns: Sequence[str], *, format: Format | None = None, column: str = "text", split: Split = "line"
+    patterns: Sequence[str],
+    *,
+    format: Format | None = None,
+    column: str = "text",
+    split: Split = "line",
 ) -> TextSource:
     """Files of parquet, JSON lines or text, by fsspec paths and globs, in the order of the patterns, then of their names.
 
@@ -109,7 +124,13 @@ def file_texts(
     options = {"split": split} if found == "text" else {}
     return TextSource(
         f"{', '.join(map(shown, patterns))} ({len(paths)} files of {found})",
-        {"files": [file_mark(path) for path in paths], "format": found, "column": column, "rules": RULES, **options},
+        {
+            "files": [file_mark(path) for path in paths],
+            "format": found,
+            "column": column,
+            "rules": RULES,
+            **options,
+        },
         partial(_read_files, paths, _records(found, column, split)),
         tuple(paths),
     )
@@ -152,7 +173,9 @@ class _HubStream:
 
     def _unreadable(self, error: Exception) -> DataError:
         first = (str(error).splitlines() or [""])[0]
-        return DataError(f"{self.name} cannot be read: {type(error).__name__}: {first}. {self.remedy}")
+        return DataError(
+            f"{self.name} cannot be read: {type(error).__name__}: {first}. {self.remedy}"
+        )
 
 
 Records = Callable[[str, int], Iterator[tuple[int, str | None]]]
@@ -192,7 +215,9 @@ def _json_records(column: str, path: str, done: int) -> Iterator[tuple[int, str 
     with open_unpacked(path) as file:
         first = True
         for number, place, found in json_objects(file, path):
-            if first:  # later objects may lack it, and then have no text: logs hold other lines, too
+            if (
+                first
+            ):  # later objects may lack it, and then have no text: logs hold other lines, too
                 _check_named(place, column, list(found))
                 first = False
             check_once(found, [column], place)
@@ -202,7 +227,9 @@ def _json_records(column: str, path: str, done: int) -> Iterator[tuple[int, str 
 
 def _parquet_records(column: str, path: str, done: int) -> Iterator[tuple[int, str | None]]:
     if path.lower().endswith(tuple(PACKED)):
-        raise DataError(f"{shown(path)} is a packed parquet file. Unpack it: parquet packs its columns itself.")
+        raise DataError(
+            f"{shown(path)} is a packed parquet file. Unpack it: parquet packs its columns itself."
+        )
     with open_file(path) as file:
         table = pq.ParquetFile(file)
         name = shown(path)
@@ -214,7 +241,9 @@ def _parquet_records(column: str, path: str, done: int) -> Iterator[tuple[int, s
                 number += size
                 continue
             # the other columns are not read: they may differ from file to file
-            for batch in table.iter_batches(DOCUMENTS_AT_ONCE, row_groups=[group], columns=[column]):
+            for batch in table.iter_batches(
+                DOCUMENTS_AT_ONCE, row_groups=[group], columns=[column]
+            ):
                 for value in batch.column(column).to_pylist():
                     number += 1
                     if number > done:

@@ -100,7 +100,9 @@ class StreamedRows:
         return ENDLESS
 
     def __getitem__(self, numbers: ArrayLike | slice) -> Block:
-        wanted = np.asarray(range(ENDLESS)[numbers] if isinstance(numbers, slice) else numbers, np.int64)
+        wanted = np.asarray(
+            range(ENDLESS)[numbers] if isinstance(numbers, slice) else numbers, np.int64
+        )
         ids = np.empty((len(wanted), self.length), np.int32)
         document = np.empty((len(wanted), self.length), np.int64)
         blocks, places = np.divmod(wanted, self._rows)
@@ -156,11 +158,15 @@ class StreamedRows:
             filled += taken
             beyond = piece.after(taken, self._cursor.block + 1)
             if taken < len(piece.ids):
-                self._rest.append(_Piece(piece.ids[taken:], piece.document[taken:], beyond, piece.period))
+                self._rest.append(
+                    _Piece(piece.ids[taken:], piece.document[taken:], beyond, piece.period)
+                )
         self._cursor = beyond
         self._keep(beyond)
         return Block(
-            ids.reshape(-1, self.length), document.reshape(-1, self.length), np.full(self._rows, self.length, np.int32)
+            ids.reshape(-1, self.length),
+            document.reshape(-1, self.length),
+            np.full(self._rows, self.length, np.int32),
         )
 
     def _read(self, start: Cursor) -> Iterator[_Piece]:
@@ -171,17 +177,30 @@ class StreamedRows:
             small: list[Encoded] = []  # a whole pass, while it is smaller than a block
             num_tokens = 0
             for chunk, found in encoded(
-                self._chunks(source), self._tokenizer, held_out=self._held_out, workers=self._workers
+                self._chunks(source),
+                self._tokenizer,
+                held_out=self._held_out,
+                workers=self._workers,
             ):
                 kept = found.of(held_out=False)
                 num_tokens += len(kept.ids)
                 if is_whole and num_tokens < self._rows * self.length:
                     small.append(kept)
                 if len(kept.ids) > skip:
-                    yield _Piece(kept.ids[skip:], _numbers(kept, document)[skip:], Cursor(0, source, skip, document))
-                source, skip, document = chunk.cursor, max(0, skip - len(kept.ids)), document + len(kept.sizes)
+                    yield _Piece(
+                        kept.ids[skip:],
+                        _numbers(kept, document)[skip:],
+                        Cursor(0, source, skip, document),
+                    )
+                source, skip, document = (
+                    chunk.cursor,
+                    max(0, skip - len(kept.ids)),
+                    document + len(kept.sizes),
+                )
             if is_whole and not num_tokens:
-                raise DataError("The source gave no token to train on. Give texts that are not empty.")
+                raise DataError(
+                    "The source gave no token to train on. Give texts that are not empty."
+                )
             if is_whole and num_tokens < self._rows * self.length:
                 yield from self._repeated(small, skip, document)
             source = None
@@ -209,7 +228,9 @@ class StreamedRows:
         each = np.tile(numbers, passes) + np.repeat(np.arange(passes) * num_documents, num_tokens)
         period = (num_tokens, num_documents)
         while True:
-            yield _Piece(every[skip:], each[skip:] + document, Cursor(0, None, skip, document), period)
+            yield _Piece(
+                every[skip:], each[skip:] + document, Cursor(0, None, skip, document), period
+            )
             skip = 0
             document += passes * num_documents
 
@@ -231,7 +252,9 @@ class StreamedRows:
         try:
             self._cursors.parent.mkdir(parents=True, exist_ok=True)
             with self._cursors.open("a", encoding="utf-8") as lines:
-                lines.write("\n" + json.dumps(asdict(cursor)))  # first, so that a torn line spoils no other
+                lines.write(
+                    "\n" + json.dumps(asdict(cursor))
+                )  # first, so that a torn line spoils no other
         except OSError as error:  # a full disk or a read-only cache: training needs none of it
             _log.warning(
                 "Where blocks of the stream begin can no longer be kept in %s (%s): resuming will read the text from an "

@@ -132,7 +132,10 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _check_encoding(head: bytes, name: str) -> None:
-    for mark, encoding in _OTHER_ENCODINGS.items():  # the longer marks come first: they begin with a shorter one
+    for (
+        mark,
+        encoding,
+    ) in _OTHER_ENCODINGS.items():  # the longer marks come first: they begin with a shorter one
         if head.startswith(mark):
             raise DataError(
                 f"{name} is {encoding} (it begins with that byte order mark), not UTF-8. Convert it, for instance with "
@@ -143,7 +146,9 @@ def _check_encoding(head: bytes, name: str) -> None:
 def _not_utf8(name: str, error: UnicodeDecodeError, offset: int) -> DataError:
     byte = error.object[error.start]
     if error.reason == "unexpected end of data":
-        return DataError(f"{name} is not UTF-8: it ends within a character, at offset {offset}. Is it cut off?")
+        return DataError(
+            f"{name} is not UTF-8: it ends within a character, at offset {offset}. Is it cut off?"
+        )
     guess = " (Windows-1252 or Latin-1 text has such bytes: iconv -f WINDOWS-1252 -t UTF-8)"
     return DataError(
         f"{name} is not UTF-8: byte {byte:#04x} at offset {offset}. Convert it to UTF-8, for instance with iconv{guess}."

@@ -31,9 +31,7 @@ from ddiff.errors import ArgumentError, DataError
 TRAIN, VALIDATION = "train", "validation"
 DOCUMENTS_AT_ONCE = 64
 _AHEAD = 3  # chunks under way for each process: one is worked on while others wait
-_SERVE = (
-    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from ddiff.data.tokenising import serve; serve()"
-)
+_SERVE = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from ddiff.data.tokenising import serve; serve()"
 
 
 @final
@@ -67,7 +65,10 @@ class Encoded:
         if chosen.all():
             return self
         return Encoded(
-            self.ids[np.repeat(chosen, self.sizes)], self.sizes[chosen], self.num_bytes[chosen], self.held_out[chosen]
+            self.ids[np.repeat(chosen, self.sizes)],
+            self.sizes[chosen],
+            self.num_bytes[chosen],
+            self.held_out[chosen],
         )
 
 
@@ -93,7 +94,10 @@ def encoded(
     numbered = _numbered(chunks)
     if workers == 1:
         for first, chunk in numbered:
-            yield chunk, _named(lambda chunk=chunk: encode(tokenizer, chunk, held_out), chunk, first)
+            yield (
+                chunk,
+                _named(lambda chunk=chunk: encode(tokenizer, chunk, held_out), chunk, first),
+            )
         return
     with _Processes(tokenizer, held_out, workers) as processes:
         waiting: deque[tuple[int, Chunk, Future[Encoded]]] = deque()
@@ -127,7 +131,9 @@ def encode(tokenizer: Tokenizer, chunk: Chunk, held_out: float = 0.0) -> Encoded
 
 def serve() -> None:
     """What a tokenising process does: read chunks from standard input and answer until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides; its end closes our input
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the process that asks decides; its end closes our input
     source, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a tokenizer prints is no answer
     tokenizer, held_out = pickle.load(source)
@@ -159,7 +165,10 @@ class _Processes:
         hello = pickle.dumps(sys.path) + pickle.dumps((tokenizer, held_out))
         self._running = [
             subprocess.Popen(
-                [sys.executable, "-c", _SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+                [sys.executable, "-c", _SERVE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
             )
             for _ in range(workers)
         ]

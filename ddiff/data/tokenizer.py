@@ -31,7 +31,9 @@ from ddiff.errors import ArgumentError, DataError
 from ddiff.progress import under_way
 
 EOS = "<|eos|>"
-LONGEST_WORD = 1000  # characters; learning byte pairs takes time that grows as the square of a word's length
+LONGEST_WORD = (
+    1000  # characters; learning byte pairs takes time that grows as the square of a word's length
+)
 MOST_TOKENS = 2**24
 _WORDS = (  # GPT-2's words, as ByteLevel cuts them, but none longer than that
     r"'s|'t|'re|'ve|'m|'ll|'d"
@@ -127,7 +129,9 @@ class BytePairTokenizer:
         """`definition` is the JSON of the `tokenizers` library, as `train` or a saved file gives it."""
         self._definition = definition
         self._tokenizer = TokenizersTokenizer.from_str(definition)
-        self._tokenizer.encode_special_tokens = True  # "<|eos|>" in a text is text: only packing ends documents
+        self._tokenizer.encode_special_tokens = (
+            True  # "<|eos|>" in a text is text: only packing ends documents
+        )
         vocabulary = self._tokenizer.get_vocab()
         self.num_tokens = len(vocabulary)
         if vocabulary.get(EOS) != 0 or sorted(vocabulary.values()) != list(range(self.num_tokens)):
@@ -141,7 +145,9 @@ class BytePairTokenizer:
         self.fingerprint = fingerprint(["bytepair", json.loads(definition)])[:16]
 
     def __reduce__(self) -> tuple[type[BytePairTokenizer], tuple[str]]:
-        return BytePairTokenizer, (self._definition,)  # the library's own pickle forgets encode_special_tokens
+        return BytePairTokenizer, (
+            self._definition,
+        )  # the library's own pickle forgets encode_special_tokens
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> BytePairTokenizer:
@@ -155,7 +161,9 @@ class BytePairTokenizer:
                 f"BytePairTokenizer.train: size must be at least 257 (256 bytes and {EOS}); got {size}."
             )
         tokenizer = TokenizersTokenizer(BPE())
-        tokenizer.pre_tokenizer = PreTokenizers([_CUT, ByteLevel(add_prefix_space=False, use_regex=False)])
+        tokenizer.pre_tokenizer = PreTokenizers(
+            [_CUT, ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
         tokenizer.decoder = ByteLevelDecoder()
         trainer = BpeTrainer(
             vocab_size=size,
@@ -176,7 +184,10 @@ class BytePairTokenizer:
         return _encode_explained(self._encode, texts)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         checked = _checked_ids(ids, self.num_tokens)
@@ -215,7 +226,9 @@ class AlphabetTokenizer:
             )
         if len(set(self._symbols)) != len(self._symbols):
             twice = sorted({symbol for symbol in self._symbols if self._symbols.count(symbol) > 1})
-            raise ArgumentError(f"AlphabetTokenizer: symbols must be distinct; {twice} come more than once.")
+            raise ArgumentError(
+                f"AlphabetTokenizer: symbols must be distinct; {twice} come more than once."
+            )
         self.num_tokens = len(self._symbols)
         self.fingerprint = fingerprint(["alphabet", self._symbols])[:16]
         codes = np.array([ord(symbol) for symbol in self._symbols])
@@ -231,7 +244,10 @@ class AlphabetTokenizer:
         return [self._encode(text, row) for row, text in enumerate(texts)]
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        return ["".join(self._symbols[number] for number in row) for row in _checked_ids(ids, self.num_tokens)]
+        return [
+            "".join(self._symbols[number] for number in row)
+            for row in _checked_ids(ids, self.num_tokens)
+        ]
 
     def tokens(self) -> list[str]:
         return list(self._symbols)
@@ -248,7 +264,9 @@ class AlphabetTokenizer:
 
     def _encode(self, text: str, row: int) -> list[int]:
         # a lone surrogate is a character as any other here: it is none of the alphabet's
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.int64)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(
+            np.int64
+        )
         ids = np.where(codes < len(self._ids), self._ids[np.minimum(codes, len(self._ids) - 1)], -1)
         if (ids < 0).any():
             raise UnknownSymbol(text[int(np.argmax(ids < 0))], row, f"Row {row}", self._symbols)
@@ -267,9 +285,13 @@ class PretrainedTokenizer:
         V is one more than the highest id, added tokens counted: ids may have holes, which no text encodes to.
         """
         self._tokenizer = tokenizer
-        self._spellings: dict[int, str] = {number: token for token, number in tokenizer.get_vocab().items()}
+        self._spellings: dict[int, str] = {
+            number: token for token, number in tokenizer.get_vocab().items()
+        }
         if not self._spellings:
-            raise DataError(f"{name} has no tokens: its vocabulary is empty. Name the folder of a trained tokenizer.")
+            raise DataError(
+                f"{name} has no tokens: its vocabulary is empty. Name the folder of a trained tokenizer."
+            )
         self.num_tokens = max(self._spellings) + 1
         if self.num_tokens > MOST_TOKENS:
             raise DataError(
@@ -283,13 +305,17 @@ class PretrainedTokenizer:
         self._drops = _dropped_characters(getattr(tokenizer, "backend_tokenizer", None))
 
     def __reduce__(self) -> tuple[type[PretrainedTokenizer], tuple[Any]]:
-        return PretrainedTokenizer, (self._tokenizer,)  # what is derived from it is derived again in another process
+        return PretrainedTokenizer, (
+            self._tokenizer,
+        )  # what is derived from it is derived again in another process
 
     @classmethod
     def from_pretrained(cls, source: str, name: str | None = None) -> PretrainedTokenizer:
         """From a local directory or the name of a model on the hub; DataError, with the cause, when neither gives a
         tokenizer, or one that is defined by Python code of its own. `name` takes the place of the source in messages."""
-        from transformers import AutoTokenizer  # seconds to import, and only this tokenizer needs it
+        from transformers import (
+            AutoTokenizer,
+        )  # seconds to import, and only this tokenizer needs it
 
         shown = name or source
         if source.strip():
@@ -310,18 +336,23 @@ class PretrainedTokenizer:
         return _encode_explained(self._encode, texts)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)[
-            "input_ids"
-        ]
+        return self._tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """The text of each list of ids; those that no token has (holes) have no text."""
         checked = _checked_ids(ids, self.num_tokens)
         spelled = [[number for number in row if number in self._spellings] for row in checked]
-        return self._tokenizer.batch_decode(spelled, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._tokenizer.batch_decode(
+            spelled, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     def tokens(self) -> list[str]:
-        return [self._spellings.get(number, f"<|no token {number}|>") for number in range(self.num_tokens)]
+        return [
+            self._spellings.get(number, f"<|no token {number}|>")
+            for number in range(self.num_tokens)
+        ]
 
     def __repr__(self) -> str:
         return _described(self)
@@ -330,7 +361,8 @@ class PretrainedTokenizer:
         with tempfile.TemporaryDirectory() as directory:
             self._tokenizer.save_pretrained(directory)
             files = {
-                file.name: base64.b64encode(file.read_bytes()).decode() for file in sorted(Path(directory).iterdir())
+                file.name: base64.b64encode(file.read_bytes()).decode()
+                for file in sorted(Path(directory).iterdir())
             }
         write_json(path, {"kind": "pretrained", "files": files})
 
@@ -338,7 +370,9 @@ class PretrainedTokenizer:
     def restore(cls, saved: dict[str, Any], name: str) -> PretrainedTokenizer:
         with tempfile.TemporaryDirectory() as directory:
             for file, content in saved["files"].items():
-                (Path(directory) / Path(file).name).write_bytes(base64.b64decode(content, validate=True))
+                (Path(directory) / Path(file).name).write_bytes(
+                    base64.b64decode(content, validate=True)
+                )
             return cls.from_pretrained(directory, name)
 
     def _definition(self) -> Any:
@@ -347,7 +381,9 @@ class PretrainedTokenizer:
         if backend is None:
             return [type(self._tokenizer).__name__, self._tokenizer.get_vocab()]
         definition = json.loads(backend.to_str())
-        return {key: value for key, value in definition.items() if key not in ("padding", "truncation")}
+        return {
+            key: value for key, value in definition.items() if key not in ("padding", "truncation")
+        }
 
 
 _KINDS: dict[str, Any] = {
@@ -367,7 +403,9 @@ def load_tokenizer(path: str) -> Tokenizer:
         )
     kind = saved.get("kind") if isinstance(saved, dict) else None
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise DataError(f"load_tokenizer: {path} is not a saved tokenizer: kind {kind!r} is none of {sorted(_KINDS)}.")
+        raise DataError(
+            f"load_tokenizer: {path} is not a saved tokenizer: kind {kind!r} is none of {sorted(_KINDS)}."
+        )
     try:
         return _KINDS[kind].restore(saved, path)
     except Exception as error:  # the tokenizers library raises plain Exception for a definition that it cannot read
@@ -434,14 +472,14 @@ def _check_not_ours(source: Path, shown: str) -> None:
 # ------------------------------------------------------------------------------------------------ texts without ids
 
 _NO_TOKEN = "the tokenizer has no token for it, and no token for what is unknown"
-_OTHER_TOKENIZER = (
-    "Take a tokenizer that has an unknown token or knows all bytes, add the word to this one, or leave the text out."
-)
+_OTHER_TOKENIZER = "Take a tokenizer that has an unknown token or knows all bytes, add the word to this one, or leave the text out."
 _NO_UNICODE = "it has a lone surrogate, half of a character, which UTF-8 does not have"
 _WRITE_AGAIN = "Write the text again as UTF-8."
 
 
-def _encode_explained(encode: Callable[[Sequence[str]], list[list[int]]], texts: Sequence[str]) -> list[list[int]]:
+def _encode_explained(
+    encode: Callable[[Sequence[str]], list[list[int]]], texts: Sequence[str]
+) -> list[list[int]]:
     """`encode(texts)`; UnknownWord, with the first text and word that have no ids, where it fails."""
     try:
         return encode(texts)
@@ -482,16 +520,25 @@ def _dropped_characters(backend: Any) -> Callable[[str], str] | None:
     model = definition["model"]
     if model["type"] != "BPE" or model.get("unk_token") is not None or model.get("byte_fallback"):
         return None
-    prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+    prefix, suffix = (
+        model.get("continuing_subword_prefix") or "",
+        model.get("end_of_word_suffix") or "",
+    )
     alphabet = {token.removeprefix(prefix).removesuffix(suffix) for token in backend.get_vocab()}
-    if '"ByteLevel"' in json.dumps(definition["pre_tokenizer"]) and alphabet >= set(ByteLevel.alphabet()):
+    if '"ByteLevel"' in json.dumps(definition["pre_tokenizer"]) and alphabet >= set(
+        ByteLevel.alphabet()
+    ):
         return None
     for added in definition["added_tokens"]:
         alphabet |= set(added["content"])  # found in a text before byte pairs are
 
     def dropped(text: str) -> str:
         text = backend.normalizer.normalize_str(text) if backend.normalizer else text
-        pieces = backend.pre_tokenizer.pre_tokenize_str(text) if backend.pre_tokenizer else [(text, None)]
+        pieces = (
+            backend.pre_tokenizer.pre_tokenize_str(text)
+            if backend.pre_tokenizer
+            else [(text, None)]
+        )
         characters = set().union(*(piece for piece, _ in pieces))
         return next(iter(sorted(characters - alphabet)), "")
 

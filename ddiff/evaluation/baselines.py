@@ -37,7 +37,10 @@ def baselines(
 
 
 def _bigram(
-    train: tuple[Ints, Ints], validation: tuple[Ints, Ints], num_tokens: int, unigram: NDArray[np.float64]
+    train: tuple[Ints, Ints],
+    validation: tuple[Ints, Ints],
+    num_tokens: int,
+    unigram: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """[n] log-probability of each validation token given the one before."""
     pairs, _ = _pairs(*train, num_tokens)
@@ -46,7 +49,9 @@ def _bigram(
     followers = np.bincount(codes // num_tokens, minlength=num_tokens)
     asked, inside = _pairs(*validation, num_tokens)
     place = np.clip(np.searchsorted(codes, asked), 0, max(len(codes) - 1, 0))
-    known = np.where(codes[place] == asked, counts[place], 0) if len(codes) else np.zeros(len(asked))
+    known = (
+        np.where(codes[place] == asked, counts[place], 0) if len(codes) else np.zeros(len(asked))
+    )
     before, after = asked // num_tokens, asked % num_tokens
     total = seen[before] + followers[before]
     smoothed = (known + followers[before] * unigram[after]) / np.maximum(total, 1)
@@ -55,7 +60,9 @@ def _bigram(
     return log_p
 
 
-def _pairs(ids: Ints, document: Ints, num_tokens: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _pairs(
+    ids: Ints, document: Ints, num_tokens: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Codes a*V + b of neighbours within a document, and where (among the n-1 places) they stand."""
     inside = document[1:] == document[:-1]
     wide = ids.astype(np.int64)

@@ -35,7 +35,9 @@ class Scored(Protocol):
     negative log-likelihood in expectation.
     """
 
-    def nll(self, batch: Any, noise: Noise, slot: Tensor, slots: Tensor, times: TimeRule) -> Likelihood:
+    def nll(
+        self, batch: Any, noise: Noise, slot: Tensor, slots: Tensor, times: TimeRule
+    ) -> Likelihood:
         """One unbiased draw of nats per position."""
 
 
@@ -114,7 +116,9 @@ def evaluate(
     without rows, NonFiniteError when the bound is not a number.
     """
     if len(document) == 0 or draws < 1:
-        raise ArgumentError(f"evaluate: need at least one row and one draw; got {len(document)} rows, {draws} draws.")
+        raise ArgumentError(
+            f"evaluate: need at least one row and one draw; got {len(document)} rows, {draws} draws."
+        )
     names, index = np.unique(document, return_inverse=True)
     nats = np.zeros((len(names), draws))
     tokens = np.zeros(len(names))
@@ -156,7 +160,12 @@ def evaluate(
         documents=int((tokens > 0).sum()),
         unit=unit,
         bound=getattr(objective, "bound", "NELBO"),
-        protocol={"draws": draws, "seed": seed, "length": length, "interval": "95 %, Student, over documents"},
+        protocol={
+            "draws": draws,
+            "seed": seed,
+            "length": length,
+            "interval": "95 %, Student, over documents",
+        },
     )
 
 
@@ -195,12 +204,20 @@ class _Means:
         self._metrics: dict[tuple[str, str], Any] = {}
 
     def add(self, likelihood: Likelihood, tokens: float) -> None:
-        from torchmetrics.aggregation import MeanMetric  # imports slowly, and only evaluation needs it
+        from torchmetrics.aggregation import (
+            MeanMetric,
+        )  # imports slowly, and only evaluation needs it
 
         for kind, values in (("term", likelihood.terms), ("part", likelihood.parts)):
             for name, value in values.items():
-                metric = self._metrics.setdefault((kind, name), MeanMetric().set_dtype(torch.float64))
+                metric = self._metrics.setdefault(
+                    (kind, name), MeanMetric().set_dtype(torch.float64)
+                )
                 metric.update(value.sum().cpu().double() / tokens, tokens)
 
     def compute(self, kind: str) -> dict[str, float]:
-        return {name: float(metric.compute()) for (own, name), metric in self._metrics.items() if own == kind}
+        return {
+            name: float(metric.compute())
+            for (own, name), metric in self._metrics.items()
+            if own == kind
+        }

@@ -48,7 +48,9 @@ class RatioEstimate:
         tokens = tokens[tokens > 0]
         read = nats.mean(-1)
         mean = float(read.sum() / tokens.sum())
-        return cls(mean, _over_documents(read - mean * tokens, tokens), _over_readings(nats, tokens))
+        return cls(
+            mean, _over_documents(read - mean * tokens, tokens), _over_readings(nats, tokens)
+        )
 
     @property
     def documents(self) -> float | None:

@@ -41,7 +41,9 @@ class Columns(NamedTuple):
 
     def each(self, pick: Callable[[Tensor], Tensor]) -> Columns:
         """The same of the columns that `pick` takes out of each fact."""
-        return Columns(pick(self.place), *(None if fact is None else pick(fact) for fact in self[1:]))
+        return Columns(
+            pick(self.place), *(None if fact is None else pick(fact) for fact in self[1:])
+        )
 
     def at(self, row: Tensor, column: Tensor) -> Columns:
         """Those of one column: row and column are numbers of no dimension."""
@@ -92,14 +94,20 @@ def block_mask(columns: Columns) -> BlockMask:
         return sees(columns.at(row, query), columns.at(row, key))
 
     return BlockMask.from_kv_blocks(
-        *_in_order((seen_of > 0) & ~whole), *_in_order(whole), TILE, mask_mod, seq_lengths=(length, length)
+        *_in_order((seen_of > 0) & ~whole),
+        *_in_order(whole),
+        TILE,
+        mask_mod,
+        seq_lengths=(length, length),
     )
 
 
 def _in_order(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """How many tiles of each row are marked, and all tiles with the marked ones first."""
     marked = tiles.int()
-    return marked.sum(-1, dtype=torch.int32), marked.argsort(dim=-1, descending=True, stable=True).int()
+    return marked.sum(-1, dtype=torch.int32), marked.argsort(
+        dim=-1, descending=True, stable=True
+    ).int()
 
 
 def flexes(x: Tensor, width: int) -> bool:
@@ -155,7 +163,9 @@ class KeyValues:
         """
         held = min(self.columns, settled) if len(self.ids) == len(ids) else 0
         if held:
-            same = (self.ids[:, :held] == ids[:, :held]).all(0) & (self.block[:held] == block[:held])
+            same = (self.ids[:, :held] == ids[:, :held]).all(0) & (
+                self.block[:held] == block[:held]
+            )
             held = int(same.long().cumprod(0).sum())
         for numbers in (
             block,
@@ -164,7 +174,9 @@ class KeyValues:
             if held < len(numbers):
                 held = int((numbers[:held] < numbers[held]).sum())
         if held < self.columns:
-            self.keys, self.values = ([x[:, :, :held] for x in layers] for layers in (self.keys, self.values))
+            self.keys, self.values = (
+                [x[:, :, :held] for x in layers] for layers in (self.keys, self.values)
+            )
             self.ids, self.block = self.ids[:, :held], self.block[:held]
             self.hidden = None if self.hidden is None else self.hidden[:, :held]
         return held
@@ -190,7 +202,11 @@ class KeyValues:
 
         `hidden` [B,n,width] are those of the pass. What it stored counts from now on.
         """
-        whole = torch.cat([self.hidden, hidden], 1) if self.hidden is not None and self.columns else hidden
+        whole = (
+            torch.cat([self.hidden, hidden], 1)
+            if self.hidden is not None and self.columns
+            else hidden
+        )
         settled = self.columns + self._settling
         self.ids, self.block, self.hidden = ids[:, :settled], block[:settled], whole[:, :settled]
         self._settling = 0

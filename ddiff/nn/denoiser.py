@@ -43,7 +43,11 @@ class Context(NamedTuple):
     def attention_mask(self) -> Tensor | None:
         """[B or 1,1,L,m+L] bool, who may look at whom, the m cached columns first; None when everybody at all."""
         columns = self._columns()
-        return None if columns is None else dense_mask(columns, self.cache.columns if self.cache else 0)
+        return (
+            None
+            if columns is None
+            else dense_mask(columns, self.cache.columns if self.cache else 0)
+        )
 
     def seen(self, x: Tensor, width: int) -> Seen:
         """The same as `attend` takes it, for hidden states x [B,L,d] and heads `width` wide: made once for all layers.
@@ -83,15 +87,20 @@ class Context(NamedTuple):
         """The same for some of the sequences [b]."""
         pick = lambda value: None if value is None else value[sequences]  # noqa: E731
         conditions = {name: value[sequences] for name, value in self.conditions.items()}
-        return self._replace(valid=pick(self.valid), document=pick(self.document), conditions=conditions)
+        return self._replace(
+            valid=pick(self.valid), document=pick(self.document), conditions=conditions
+        )
 
     def columns(self, columns: Tensor, length: int) -> Context:
         """The same for some columns [n] of the L of each sequence."""
         pick = lambda value: None if value is None else value[:, columns]  # noqa: E731
         conditions = {
-            name: value[:, columns] if _by_position(value, length) else value for name, value in self.conditions.items()
+            name: value[:, columns] if _by_position(value, length) else value
+            for name, value in self.conditions.items()
         }
-        return self._replace(valid=pick(self.valid), document=pick(self.document), conditions=conditions)
+        return self._replace(
+            valid=pick(self.valid), document=pick(self.document), conditions=conditions
+        )
 
 
 def _by_position(value: Tensor, length: int) -> bool:
@@ -126,7 +135,9 @@ class Reading(Protocol):
     def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor | None:
         """[k] what the question needs to know of rows in states zt [k] at times t [k], found where they were drawn."""
 
-    def question(self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any) -> Question:
+    def question(
+        self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
+    ) -> Question:
         """`fn` as the head can call it; the rows, and what is `prepared` of them, are where the head is."""
 
     def scope(self, node: Tensor, process: ForwardProcess) -> Tensor:
@@ -142,7 +153,9 @@ class RestLaw:
     def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> None:
         return None
 
-    def question(self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any) -> Question:
+    def question(
+        self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
+    ) -> Question:
         return fn
 
     def scope(self, node: Tensor, process: ForwardProcess) -> Tensor:
@@ -158,7 +171,9 @@ class FullLaw:
     def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> None:
         return None
 
-    def question(self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any) -> Question:
+    def question(
+        self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
+    ) -> Question:
         def question(law: CleanLaw, idx: Tensor) -> Tensor | tuple[Tensor, ...]:
             log_p = drop_own_evidence(law.log_mass(0), process.log_likelihood(zt[idx], t[idx]))
             return fn(DenseLaw(log_p, process.vocabulary), idx)
@@ -186,7 +201,9 @@ class Denoiser(nn.Module):
     fixed_shapes = False
     """Whether the rows of a step are filled up to one of `CAPACITIES` numbers, so that few shapes reach the head."""
 
-    def __init__(self, backbone: nn.Module, head: Head, given: Given = "rest", inputs: Inputs = "own") -> None:
+    def __init__(
+        self, backbone: nn.Module, head: Head, given: Given = "rest", inputs: Inputs = "own"
+    ) -> None:
         super().__init__()
         if inputs not in get_args(Inputs):
             raise ArgumentError(f'Denoiser: inputs must be "own" or "previous"; got {inputs!r}.')
@@ -236,14 +253,20 @@ class Denoiser(nn.Module):
             return self._causal(noisy, context)
         if noisy.block is None:
             return self.backbone(noisy.zt, noisy.t, context).flatten(0, 1)
-        length, position = noisy.zt.shape[1], torch.arange(noisy.zt.shape[1], device=noisy.zt.device)
+        length, position = (
+            noisy.zt.shape[1],
+            torch.arange(noisy.zt.shape[1], device=noisy.zt.device),
+        )
         if noisy.memory is None:
             context = context._replace(sight=Sight(position, noisy.block))
             return self.backbone(noisy.zt, noisy.t, context).flatten(0, 1)
         twice = torch.cat([position, position])
         half = torch.arange(2 * length, device=position.device) >= length
         sight = Sight(twice, torch.cat([noisy.block, noisy.block], -1), half)
-        both, t = torch.cat([noisy.memory, noisy.zt], 1), torch.cat([torch.zeros_like(noisy.t), noisy.t], 1)
+        both, t = (
+            torch.cat([noisy.memory, noisy.zt], 1),
+            torch.cat([torch.zeros_like(noisy.t), noisy.t], 1),
+        )
         hidden = self.backbone(both, t, context.columns(twice, length)._replace(sight=sight))
         return hidden[:, length:].flatten(0, 1)
 
@@ -251,7 +274,9 @@ class Denoiser(nn.Module):
         position = torch.arange(noisy.zt.shape[1], device=noisy.zt.device)
         sight = Sight(position, position.unsqueeze(0))
         ids = self._previous(noisy.zt if noisy.memory is None else noisy.memory, context.document)
-        return self.backbone(ids, torch.zeros_like(noisy.t), context._replace(sight=sight)).flatten(0, 1)
+        return self.backbone(ids, torch.zeros_like(noisy.t), context._replace(sight=sight)).flatten(
+            0, 1
+        )
 
     def _previous(self, ids: Tensor, document: Tensor | None) -> Tensor:
         """[B,L] the word before each; the mask where a document starts."""
@@ -259,7 +284,13 @@ class Denoiser(nn.Module):
         before = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
         if document is None:
             return before
-        same = torch.cat([torch.ones_like(document[:, :1], dtype=torch.bool), document[:, 1:] == document[:, :-1]], 1)
+        same = torch.cat(
+            [
+                torch.ones_like(document[:, :1], dtype=torch.bool),
+                document[:, 1:] == document[:, :-1],
+            ],
+            1,
+        )
         return torch.where(same, before, start)
 
     @torch.no_grad()
@@ -274,13 +305,23 @@ class Denoiser(nn.Module):
         causal = self.inputs == "previous"
         is_open = (~noisy.clean).any(0)
         first_open = int(is_open.int().argmax()) if bool(is_open.any()) else len(block) - 1
-        start, stop = int((block < block[first_open]).sum()), int((block <= block[first_open]).sum())
+        start, stop = (
+            int((block < block[first_open]).sum()),
+            int((block <= block[first_open]).sum()),
+        )
         ids, t, seen, settled = noisy.zt, noisy.t, block, start
         if causal:  # shown the word before it, the first open column is settled itself
-            ids, t, settled = self._previous(noisy.zt, context.document), torch.zeros_like(t), first_open + 1
+            ids, t, settled = (
+                self._previous(noisy.zt, context.document),
+                torch.zeros_like(t),
+                first_open + 1,
+            )
             seen = torch.arange(len(block), device=block.device)
         held = cache.forget(ids, seen, settled)
-        columns, until = torch.arange(held, stop, device=block.device), torch.arange(stop, device=block.device)
+        columns, until = (
+            torch.arange(held, stop, device=block.device),
+            torch.arange(stop, device=block.device),
+        )
         hidden: Tensor | None = None
         if len(columns):
             cache.expect(settled - held)
@@ -302,7 +343,9 @@ class Denoiser(nn.Module):
         with self._products_in(hidden.device):
             return self.head.visit(hidden, node, fn)
 
-    def forward(self, noisy: Noisy, context: Context, rows: Tensor, node: Tensor, fn: Question) -> tuple[Tensor, ...]:
+    def forward(
+        self, noisy: Noisy, context: Context, rows: Tensor, node: Tensor, fn: Question
+    ) -> tuple[Tensor, ...]:
         """One training step's pass: (sum of fn's first result over flat positions `rows` [k], *results detached)."""
         count = len(rows)
         if self.fixed_shapes and count:
@@ -320,7 +363,9 @@ class Denoiser(nn.Module):
         return self.read(self.trunk(noisy, context).index_select(0, rows), node, fn)
 
 
-def _filled(rows: Tensor, node: Tensor, fn: Question, positions: int) -> tuple[Tensor, Tensor, Question]:
+def _filled(
+    rows: Tensor, node: Tensor, fn: Question, positions: int
+) -> tuple[Tensor, Tensor, Question]:
     """Rows and nodes [k], the last repeated up to a multiple of `positions` / CAPACITIES, and an fn that counts it once."""
     count = len(rows)
     missing = -count % max(1, positions // CAPACITIES)
@@ -384,7 +429,11 @@ class _Visit:
         self._check_within(rows)
         denoiser, process = self.asking.denoiser, self.asking.process
         if process is not None:
-            reading, zt, t = denoiser.reading, self.noisy.zt.flatten()[rows], self.noisy.t.flatten()[rows]
+            reading, zt, t = (
+                denoiser.reading,
+                self.noisy.zt.flatten()[rows],
+                self.noisy.t.flatten()[rows],
+            )
             fn = reading.question(fn, process, zt, t, reading.prepared(process, zt, t))
             node = reading.scope(node, process)
         return denoiser.read(hidden, node, fn)
@@ -409,7 +458,9 @@ class _Visit:
         same = last.known & (last.noisy.zt == self.noisy.zt).all(-1)
         if self.asking.denoiser.reads_time:
             same &= (last.noisy.t == self.noisy.t).all(-1)
-        if last.columns is not None:  # a cached pass is over all sequences, and over the block that is open in any
+        if (
+            last.columns is not None
+        ):  # a cached pass is over all sequences, and over the block that is open in any
             same &= same.all() & torch.equal(last.noisy.clean, self.noisy.clean)
         if bool(same.any()):
             self.hidden, self.known, self.columns = last.hidden.clone(), same, last.columns
@@ -437,7 +488,11 @@ class _Visit:
     def _check_within(self, rows: Tensor) -> None:
         if self.columns is None or not len(rows):
             return
-        column, first, last = rows % self.noisy.zt.shape[1], int(self.columns[0]), int(self.columns[-1])
+        column, first, last = (
+            rows % self.noisy.zt.shape[1],
+            int(self.columns[0]),
+            int(self.columns[-1]),
+        )
         if bool(((column < first) | (column > last)).any()):
             raise ArgumentError(
                 f"Asking: with cached=True only the first block that is not clean can be asked about, here positions "
@@ -448,8 +503,18 @@ class _Visit:
 def _shared_block(noisy: Noisy) -> Tensor:
     """[L] the blocks, which all sequences must share, in rising order."""
     block = noisy.block
-    if block is None or noisy.memory is not None or bool((block != block[:1]).any() or (block.diff(dim=-1) < 0).any()):
-        came = "none" if block is None else "a memory beside it" if noisy.memory is not None else f"{block.tolist()}"
+    if (
+        block is None
+        or noisy.memory is not None
+        or bool((block != block[:1]).any() or (block.diff(dim=-1) < 0).any())
+    ):
+        came = (
+            "none"
+            if block is None
+            else "a memory beside it"
+            if noisy.memory is not None
+            else f"{block.tolist()}"
+        )
         raise ArgumentError(
             "Denoiser.extend: noisy.block must number the blocks of the sequence from left to right, the same in all "
             f"sequences, without a memory; got {came}. Without cached=True any numbers will do."
@@ -474,7 +539,10 @@ def _some(noisy: Noisy, sequences: Tensor) -> Noisy:
 
 
 def asking(
-    denoiser: Denoiser, process: ForwardProcess | None = None, context: Context = UNPADDED, cached: bool = False
+    denoiser: Denoiser,
+    process: ForwardProcess | None = None,
+    context: Context = UNPADDED,
+    cached: bool = False,
 ) -> Asking:
     """ask(noisy) -> visit, for samplers and evaluation."""
     return Asking(denoiser, process, context, cached)

@@ -43,5 +43,9 @@ def initialise_nodes(weight: Tensor, vocabulary: Vocabulary) -> None:
             weight[first : first + size] = centroid.to(weight)
         else:
             index = vocabulary.ancestor(words, level) - first
-            sums = weight.new_zeros(size, weight.shape[-1]).index_add(0, index, weight[: vocabulary.num_tokens])
-            weight[first : first + size] = sums / torch.bincount(index, minlength=size).unsqueeze(-1).to(weight)
+            sums = weight.new_zeros(size, weight.shape[-1]).index_add(
+                0, index, weight[: vocabulary.num_tokens]
+            )
+            weight[first : first + size] = sums / torch.bincount(index, minlength=size).unsqueeze(
+                -1
+            ).to(weight)

@@ -64,7 +64,9 @@ class Head(nn.Module, ABC):
         gradient. Returns (sum, *results in row order). With no
         rows, fn is asked once about an empty law and the sum is 0 with zero gradients.
         """
-        return _ChunkedSum.apply(hidden, self.table, self.bias, self, node, fn, torch.is_grad_enabled())
+        return _ChunkedSum.apply(
+            hidden, self.table, self.bias, self, node, fn, torch.is_grad_enabled()
+        )
 
     @torch.no_grad()
     def visit(self, hidden: Tensor, node: Tensor, fn: Question) -> Tensor | tuple[Tensor, ...]:
@@ -76,7 +78,9 @@ class Head(nn.Module, ABC):
         with _outside_autocast(hidden.device):
             for top, first, last in self._chunks(groups):
                 idx = grouped[first:last]
-                logits = _ChunkLogits(hidden[idx].to(dtype), self.table, self.bias, with_gradient=False)
+                logits = _ChunkLogits(
+                    hidden[idx].to(dtype), self.table, self.bias, with_gradient=False
+                )
                 results.append(_as_tuple(fn(self._law(logits, top), idx)))
                 finite &= logits.finite()
         if not bool(finite):
@@ -95,7 +99,11 @@ class Head(nn.Module, ABC):
         return order, list(zip(tops.tolist(), counts.tolist()))
 
     def _law(self, logits: Logits, top: int) -> SubtreeLaw:
-        return SettledLaw(self.vocabulary, top) if top < self.vocabulary.num_tokens else self.law(logits, top)
+        return (
+            SettledLaw(self.vocabulary, top)
+            if top < self.vocabulary.num_tokens
+            else self.law(logits, top)
+        )
 
     def _chunks(self, groups: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
         """(node, first, last) of each chunk of the grouped rows; one empty chunk at the root when there are no rows."""
@@ -105,7 +113,9 @@ class Head(nn.Module, ABC):
         for top, count in groups:
             size = max(1, most // self.logits_per_row(top))
             size -= size % 16 if size > 16 else 0  # products are fastest at whole tiles
-            chunks += [(top, first + i, first + min(i + size, count)) for i in range(0, count, size)]
+            chunks += [
+                (top, first + i, first + min(i + size, count)) for i in range(0, count, size)
+            ]
             first += count
         return chunks or [(self.vocabulary.root, 0, 0)]
 
@@ -161,7 +171,9 @@ class TreeHead(Head):
         words, children = below[0], below[-1]
         if self.kind == "tied":
             return words
-        return children + words // 16  # a question about words must not break the bound by more than this
+        return (
+            children + words // 16
+        )  # a question about words must not break the bound by more than this
 
     def start_from_counts(self, counts: Tensor) -> None:
         counts = counts.double().cpu().add(1)
@@ -177,7 +189,9 @@ class TreeHead(Head):
 class LevelwiseLaw(SubtreeLaw):
     """A law from logits among siblings: log P(node | top) = sum of log-softmaxes along the path from top to node."""
 
-    def __init__(self, logits: Logits, vocabulary: Vocabulary, top: int, asked: bool = False) -> None:
+    def __init__(
+        self, logits: Logits, vocabulary: Vocabulary, top: int, asked: bool = False
+    ) -> None:
         super().__init__(vocabulary, top, asked)
         self._logits = logits
         self._levels: dict[int, Tensor] = {}
@@ -188,13 +202,19 @@ class LevelwiseLaw(SubtreeLaw):
         return self._levels[level]
 
     def _chain(self, level: int) -> Tensor:
-        vocabulary, places, first = self.vocabulary, self._below[level], self.vocabulary.offsets[level]
+        vocabulary, places, first = (
+            self.vocabulary,
+            self._below[level],
+            self.vocabulary.offsets[level],
+        )
         logits = self._logits(first + places.start, first + places.stop)
         if level + 1 == len(self._below):
             return logits.log_softmax(-1)
         above = self.log_below(level + 1)
         nodes = vocabulary.order(level, logits.device)[places]
-        parent = vocabulary.position(level + 1, logits.device)[vocabulary.parent(nodes) - vocabulary.offsets[level + 1]]
+        parent = vocabulary.position(level + 1, logits.device)[
+            vocabulary.parent(nodes) - vocabulary.offsets[level + 1]
+        ]
         parent = parent - self._below[level + 1].start
         return logits + (above - segment_logsumexp(logits, parent, above.shape[-1]))[:, parent]
 
@@ -226,20 +246,28 @@ class _ChunkLogits:
             else:
                 product = F.linear(self.hidden, self._weight(rows))
             # laws are float32 at least, whatever the product was computed in
-            logits = product.to(torch.promote_types(self.table.dtype, torch.float32)).add_(self.bias[rows])
+            logits = product.to(torch.promote_types(self.table.dtype, torch.float32)).add_(
+                self.bias[rows]
+            )
         self.read.append((rows, logits.requires_grad_(self.with_gradient)))
         return logits
 
     def finite(self) -> Tensor:
         """[] whether every logit that was read is finite."""
         checks = [logits.isfinite().all() for _, logits in self.read]
-        return torch.stack(checks).all() if checks else torch.ones((), dtype=torch.bool, device=self.hidden.device)
+        return (
+            torch.stack(checks).all()
+            if checks
+            else torch.ones((), dtype=torch.bool, device=self.hidden.device)
+        )
 
     def push(self, value: Tensor, d_hidden: Tensor, d_table: Tensor, d_bias: Tensor) -> None:
         """Add the gradient of `value` to the buffers, in place; d_hidden holds this chunk's rows only."""
         if not value.requires_grad:
             return
-        gradients = torch.autograd.grad(value, [logits for _, logits in self.read], allow_unused=True)
+        gradients = torch.autograd.grad(
+            value, [logits for _, logits in self.read], allow_unused=True
+        )
         for (rows, _), gradient in zip(self.read, gradients):
             if gradient is None:
                 continue
@@ -269,11 +297,15 @@ class _ChunkedSum(torch.autograd.Function):
         grouped, groups = head._grouped(node)
         grouped = grouped.to(hidden.device, non_blocking=True)
         sorted_hidden = hidden.detach()[grouped].to(_product_dtype(hidden))
-        buffers = [torch.zeros_like(tensor) for tensor in (hidden, table, bias)] if with_gradient else []
+        buffers = (
+            [torch.zeros_like(tensor) for tensor in (hidden, table, bias)] if with_gradient else []
+        )
         results = []
         with _outside_autocast(hidden.device), torch.set_grad_enabled(with_gradient):
             for top, first, last in head._chunks(groups):
-                logits = _ChunkLogits(sorted_hidden[first:last], table.detach(), bias.detach(), with_gradient)
+                logits = _ChunkLogits(
+                    sorted_hidden[first:last], table.detach(), bias.detach(), with_gradient
+                )
                 answer = _as_tuple(fn(head._law(logits, top), grouped[first:last]))
                 if with_gradient:
                     logits.push(answer[0].sum(), buffers[0][first:last], *buffers[1:])

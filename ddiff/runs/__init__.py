@@ -36,7 +36,17 @@ _MODULE_OF = {
     "verify_resume": "verify",
 }
 
-__all__ = ["Run", "evaluate_run", "export_run", "load", "rehearse", "run", "run_recipe", "sample_run", "verify_resume"]
+__all__ = [
+    "Run",
+    "evaluate_run",
+    "export_run",
+    "load",
+    "rehearse",
+    "run",
+    "run_recipe",
+    "sample_run",
+    "verify_resume",
+]
 
 
 def __getattr__(name: str) -> Any:

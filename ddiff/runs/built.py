@@ -70,14 +70,21 @@ from ddiff.training.protocols import Backend, Tracker
 from ddiff.training.tracker import NoTracker
 from ddiff.training.trainer import Trainer, TrainingSummary, Validation
 
-_COUNTED = 2**26  # training tokens whose pairs are counted: sorting them all would take longer than an evaluation
+_COUNTED = (
+    2**26
+)  # training tokens whose pairs are counted: sorting them all would take longer than an evaluation
 
 
 class Run:
     """A recipe's parts, built: `process`, `denoiser`, `tokenizer`, `vocabulary`, `objective`, `recipe`, `run_dir`."""
 
     def __init__(
-        self, recipe: Recipe, tokenizer: Tokenizer, vocabulary: Vocabulary, given: Given, backend: Backend
+        self,
+        recipe: Recipe,
+        tokenizer: Tokenizer,
+        vocabulary: Vocabulary,
+        given: Given,
+        backend: Backend,
     ) -> None:
         self.recipe, self.tokenizer, self.vocabulary = recipe, tokenizer, vocabulary
         self.run_dir = Path(recipe.run_dir)
@@ -137,7 +144,9 @@ class Run:
         return self._conditions(self.documents.validation)
 
     def _conditions(self, documents: Dataset) -> Conditions:
-        return conditions_of(documents, self.denoiser.condition_dropout, self.denoiser.condition_forms)
+        return conditions_of(
+            documents, self.denoiser.condition_dropout, self.denoiser.condition_forms
+        )
 
     # ------------------------------------------------------------------ stages
 
@@ -150,7 +159,9 @@ class Run:
         if start is None:
             self.begin()
         if self.recipe.evaluate.every:
-            with self.backend.first():  # every rank evaluates: rank 0 packs the rows, the others find them
+            with (
+                self.backend.first()
+            ):  # every rank evaluates: rank 0 packs the rows, the others find them
                 self.validation_rows  # noqa: B018
         self.distribute()
         trainer = self.trainer()
@@ -196,7 +207,11 @@ class Run:
 
     def load_weights(self) -> None:
         """The newest checkpoint's weights, the average where it is what is evaluated."""
-        load_weights(self.objective.module, self.checkpoints.weights(average=self.averaged), str(self.run_dir))
+        load_weights(
+            self.objective.module,
+            self.checkpoints.weights(average=self.averaged),
+            str(self.run_dir),
+        )
 
     def check_trained_with(self, state: Mapping[str, Any]) -> None:
         """Raise CheckpointError unless this run's parts are those that a checkpoint of this state was trained with."""
@@ -220,7 +235,9 @@ class Run:
         newest = self.checkpoints.newest()
         if newest is None:
             return []
-        return differing_fingerprints(newest.state.get("fingerprints", {}), self.fingerprints(), DATA)
+        return differing_fingerprints(
+            newest.state.get("fingerprints", {}), self.fingerprints(), DATA
+        )
 
     @property
     def averaged(self) -> bool:
@@ -243,9 +260,13 @@ class Run:
 
     def _start_from_counts(self) -> None:
         """The first law is the unigram law of the training text, so the first loss is known."""
-        self.denoiser.head.start_from_counts(torch.from_numpy(np.array(self.train_rows.token_counts())))
+        self.denoiser.head.start_from_counts(
+            torch.from_numpy(np.array(self.train_rows.token_counts()))
+        )
 
-    def trainer(self, folder: Path | None = None, end: int | None = None, tracker: Tracker | None = None) -> Trainer:
+    def trainer(
+        self, folder: Path | None = None, end: int | None = None, tracker: Tracker | None = None
+    ) -> Trainer:
         """What trains this run, as the recipe has it; or some of its steps, to another folder and another tracker."""
         recipe, keys = self.recipe, self.recipe.train
         cosine = WarmupCosine(keys.steps, keys.warmup, keys.floor)
@@ -284,13 +305,18 @@ class Run:
     def _validated(self) -> tuple[Mapping[str, float], str]:
         quiet = Console(quiet=True, force_terminal=False)  # the bar of training stands
         keys = self.recipe.evaluate
-        found = self._score(self.validation_rows, self._evaluated, keys.draws, self.validation_conditions, quiet)
+        found = self._score(
+            self.validation_rows, self._evaluated, keys.draws, self.validation_conditions, quiet
+        )
         unit, mean = f"nats_per_{found.unit}", found.nelbo_nats_per_token
         figures = {f"validation_{found.bound.lower()}_{unit}": mean}
         spoken = f"validation {found.bound} {mean:.4f}"
         if found.interval is not None:
             low, high = found.interval
-            figures |= {f"validation_interval_low_{unit}": low, f"validation_interval_high_{unit}": high}
+            figures |= {
+                f"validation_interval_low_{unit}": low,
+                f"validation_interval_high_{unit}": high,
+            }
             spoken += f" ({low:.4f} to {high:.4f})"
         return figures, f"{spoken} nats/{found.unit}"
 
@@ -302,8 +328,13 @@ class Run:
             "training rows": rows_fingerprint(self.train_rows),
             "validation rows": rows_fingerprint(self.validation_rows),
         }
-        conditions = {"conditions": self.train_conditions, "validation conditions": self.validation_conditions}
-        return found | {name: known.fingerprint for name, known in conditions.items() if known.values}
+        conditions = {
+            "conditions": self.train_conditions,
+            "validation conditions": self.validation_conditions,
+        }
+        return found | {
+            name: known.fingerprint for name, known in conditions.items() if known.values
+        }
 
     def _tracker(self) -> Tracker:
         if self.backend.rank > 0:
@@ -345,14 +376,20 @@ class Run:
         if not changed_data and (changed := self.changed_data()):
             raise CheckpointError(other_data(self.run_dir, changed))
         keys, chosen = self.recipe.evaluate, self._evaluated
-        evaluation = self._score(self.validation_rows, chosen, keys.draws, self.validation_conditions)
+        evaluation = self._score(
+            self.validation_rows, chosen, keys.draws, self.validation_conditions
+        )
         return evaluation, self._baselines(chosen)
 
     @property
     def _evaluated(self) -> NDArray[np.int64]:
         """The numbers of the validation rows that are read."""
         held, wanted = len(self.validation_rows), self.recipe.evaluate.rows
-        return np.arange(held) if wanted is None or wanted >= held else np.arange(wanted) * held // wanted
+        return (
+            np.arange(held)
+            if wanted is None or wanted >= held
+            else np.arange(wanted) * held // wanted
+        )
 
     def _score(
         self,
@@ -368,10 +405,14 @@ class Run:
         self.objective.module.eval()
         return evaluate(
             self.objective,
-            lambda numbers: batch_rows(rows, chosen[numbers], conditions=conditions).to(self.backend.device),
+            lambda numbers: batch_rows(rows, chosen[numbers], conditions=conditions).to(
+                self.backend.device
+            ),
             rows.documents()[chosen],
             length=self.recipe.length,
-            times=getattr(self.objective, "times", FlatTimes()).over(*keys.window, self.recipe.length),
+            times=getattr(self.objective, "times", FlatTimes()).over(
+                *keys.window, self.recipe.length
+            ),
             num_bytes=rows.tokens.num_bytes if has_bytes else None,
             draws=draws,
             batch=keys.batch,
@@ -383,7 +424,9 @@ class Run:
 
     def _baselines(self, chosen: NDArray[np.int64]) -> Baselines:
         streams = token_stream(self.train_rows, _COUNTED), token_stream(self.validation_rows)
-        return baselines(*streams, self.vocabulary.num_tokens, self.validation_rows.tokens_of(chosen))
+        return baselines(
+            *streams, self.vocabulary.num_tokens, self.validation_rows.tokens_of(chosen)
+        )
 
     def protocol(self) -> dict[str, Any]:
         """How the validation text is evaluated: runs that agree in it can be compared."""
@@ -397,7 +440,11 @@ class Run:
         }
 
     def nelbo(
-        self, texts: Sequence[str], draws: int = 8, *, conditions: Mapping[str, int | Sequence[float]] | None = None
+        self,
+        texts: Sequence[str],
+        draws: int = 8,
+        *,
+        conditions: Mapping[str, int | Sequence[float]] | None = None,
     ) -> Evaluation:
         """The bound of some texts, each a document; more draws narrow the estimate, not the bound. All texts are under
         the `conditions`."""
@@ -405,7 +452,9 @@ class Run:
             raise ArgumentError(
                 f"run.nelbo: texts must be a list of texts, each a document; got {texts!r}. Write [text]."
             )
-        texts = [checked_text(text, f"run.nelbo: text {number}") for number, text in enumerate(texts)]
+        texts = [
+            checked_text(text, f"run.nelbo: text {number}") for number, text in enumerate(texts)
+        ]
         given = told(self.denoiser, conditions or {}, len(texts))
         rows = pack_texts(texts, self.tokenizer, self.recipe.length)
         return self._score(rows, np.arange(len(rows)), draws, Conditions(given.values))
@@ -443,12 +492,16 @@ class Run:
         given = told(self.denoiser, keys.conditions if conditions is None else conditions, total)
         strength = keys.guidance if guidance is None else guidance
         moves = self.sampler(sampler, settings, steps)
-        check_asking(self.objective, self.process, self.denoiser, moves, given, strength, self.recipe.length)
+        check_asking(
+            self.objective, self.process, self.denoiser, moves, given, strength, self.recipe.length
+        )
         self._check_suffixes(templates, moves)
         self.objective.module.eval()
         samples: list[dict[str, Any]] = []
         batches = range(0, total, batch)
-        with progress(None if moves.steps is None else len(batches) * moves.steps, "sampling") as bar:
+        with progress(
+            None if moves.steps is None else len(batches) * moves.steps, "sampling"
+        ) as bar:
 
             def stepped(step: int, canvas: Any) -> None:
                 bar.advance(1)
@@ -457,7 +510,9 @@ class Run:
 
             for first in batches:
                 chosen = slice(first, min(first + batch, total))
-                samples += self._drawn(moves, chosen, wanted[chosen], given.rows(chosen), strength, seed, stepped)
+                samples += self._drawn(
+                    moves, chosen, wanted[chosen], given.rows(chosen), strength, seed, stepped
+                )
         return samples
 
     def _check_suffixes(self, templates: Sequence[Template], sampler: Sampler) -> None:
@@ -469,7 +524,10 @@ class Run:
             check_no_suffix(templates, f"the sampler {type(sampler).__name__}", remedy)
 
     def sampler(
-        self, sampler: str | Sampler | None = None, settings: Sequence[str] = (), steps: int | None = None
+        self,
+        sampler: str | Sampler | None = None,
+        settings: Sequence[str] = (),
+        steps: int | None = None,
     ) -> Sampler:
         """The recipe's sampler, or another by kind with `settings` over its keys; an object is what it is."""
         if sampler is not None and not isinstance(sampler, str):
@@ -494,11 +552,20 @@ class Run:
         """One batch of samples, with these numbers."""
         device, length = self.backend.device, self.recipe.length
         index = torch.arange(numbers.start, numbers.stop, device=device)
-        frame = framed(templates, length, self.tokenizer.eos_id or 0).to(device) if templates else None
+        frame = (
+            framed(templates, length, self.tokenizer.eos_id or 0).to(device) if templates else None
+        )
         drawn = generate(
             sampler,
             self.process,
-            ask_for(self.denoiser, self.process, sampler, given.to(device), guidance, frame.valid if frame else None),
+            ask_for(
+                self.denoiser,
+                self.process,
+                sampler,
+                given.to(device),
+                guidance,
+                frame.valid if frame else None,
+            ),
             index=index,
             length=length,
             seed=seed,
@@ -506,11 +573,13 @@ class Run:
             clamped=frame.clamped if frame else None,
             on_step=on_step,
         )
-        sizes = [len(template.ids) if template.whole else length for template in templates] or [length] * len(index)
+        sizes = [len(template.ids) if template.whole else length for template in templates] or [
+            length
+        ] * len(index)
         rows = [row[:size] for row, size in zip(drawn.ids.tolist(), sizes)]
-        asked = [{"infill" if template.whole else "prompt": template.text} for template in templates] or [{}] * len(
-            rows
-        )
+        asked = [
+            {"infill" if template.whole else "prompt": template.text} for template in templates
+        ] or [{}] * len(rows)
         texts, nfe = self.tokenizer.decode(rows), drawn.runs.tolist()
         return [
             {"index": number, **told_, "text": text, "ids": row, "nfe": runs}
@@ -540,7 +609,9 @@ def build_run(recipe: Recipe, given: Given) -> Run:
         if vocabulary is None:
             vocabulary = recipe.vocabulary.build(tokenizer=tokenizer, rows=rows, cache=cache)
     check_tokenizer(tokenizer, vocabulary)
-    with suppress(NotImplementedError, RuntimeError):  # a part that cannot be built without its weights
+    with suppress(
+        NotImplementedError, RuntimeError
+    ):  # a part that cannot be built without its weights
         check_memory(recipe, build_on_meta(recipe, vocabulary))
     built = Run(recipe, tokenizer, vocabulary, given, backend)
     vars(built).update(
@@ -558,7 +629,9 @@ def _check_asked(count: int, batch: int, seed: int, steps: int) -> None:
     """Raises ArgumentError for numbers that a recipe would refuse."""
     for name, number in (("count", count), ("batch", batch), ("steps", steps)):
         if not 1 <= number < COUNTS:
-            raise ArgumentError(f"run.sample: {name} must be at least 1 and below 2^31; got {shortened(str(number))}.")
+            raise ArgumentError(
+                f"run.sample: {name} must be at least 1 and below 2^31; got {shortened(str(number))}."
+            )
     if not 0 <= seed < 2**64:
         raise ArgumentError(f"run.sample: seed must be in [0, 2^64); got {shortened(str(seed))}.")
 

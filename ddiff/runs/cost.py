@@ -69,8 +69,12 @@ class Footprint:
 
     def sharded(self, ranks: int, gathered: float) -> Footprint:
         """Every rank holds its share; what is `gathered` is there whole, its gradients too before they are summed."""
-        share = [part / ranks for part in (self.parameters, self.gradients, self.optimizer, self.average)]
-        return Footprint(share[0], share[1], share[2], self.activations, share[3], exchange=2 * gathered)
+        share = [
+            part / ranks for part in (self.parameters, self.gradients, self.optimizer, self.average)
+        ]
+        return Footprint(
+            share[0], share[1], share[2], self.activations, share[3], exchange=2 * gathered
+        )
 
 
 def gathered(denoiser: Denoiser) -> int:
@@ -85,7 +89,9 @@ def num_bytes(tree: Any) -> int:
         return tree.numel() * tree.element_size()
     if isinstance(tree, dict):
         return sum(map(num_bytes, tree.values()))
-    return sum(map(num_bytes, tree)) if hasattr(tree, "__iter__") and not isinstance(tree, str) else 0
+    return (
+        sum(map(num_bytes, tree)) if hasattr(tree, "__iter__") and not isinstance(tree, str) else 0
+    )
 
 
 @dataclass
@@ -130,7 +136,9 @@ def peak(device: torch.device) -> tuple[float, str]:
             if known in name:
                 return figure, f"{known}, dense bfloat16, by its data sheet"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _measured_peak(device, dtype), f"a {str(dtype).removeprefix('torch.')} product of matrices, timed here"
+    return _measured_peak(
+        device, dtype
+    ), f"a {str(dtype).removeprefix('torch.')} product of matrices, timed here"
 
 
 def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -151,7 +159,11 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:
-        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        line = next(
+            line
+            for line in Path("/proc/meminfo").read_text().splitlines()
+            if line.startswith("MemAvailable")
+        )
     except (OSError, StopIteration):  # no Linux: the memory that there is
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return float(line.split()[1]) * 1024.0

@@ -89,7 +89,9 @@ def check_directory(directory: Path, recipe: Recipe, given: Given, fresh: bool) 
             else "Give this one another name (--set name=...), or start over there with --fresh, which deletes what was "
             "trained. (More train.steps, or another [backend], continue.)"
         )
-        raise CheckpointError(f"{directory} was made with another recipe. Changed keys:\n{lines}\n{remedy}")
+        raise CheckpointError(
+            f"{directory} was made with another recipe. Changed keys:\n{lines}\n{remedy}"
+        )
 
 
 def check_local(run_dir: str) -> None:
@@ -121,7 +123,9 @@ def check_fresh(directory: Path, recipe: Recipe) -> None:
                 f"--fresh: {directory} holds {path}, which this recipe reads ([{place}]), so nothing there is deleted. "
                 "Name another run_dir (--set run_dir=...), or copy that file elsewhere first."
             )
-    if not is_own_recipe(directory / RECIPE) and (there := sorted(path.name for path in directory.iterdir())):
+    if not is_own_recipe(directory / RECIPE) and (
+        there := sorted(path.name for path in directory.iterdir())
+    ):
         raise CheckpointError(
             f"--fresh: {directory} holds {listed(there)} and no {RECIPE} of ddiff's, so it is not a run of ddiff's and is "
             "left alone. Name another run_dir, or empty that one yourself."
@@ -191,7 +195,9 @@ def _check_not_written_over(directory: Path) -> None:
             f"{own} was written or annotated by hand, and a run writes a file of that name. Name another run_dir (--set "
             "run_dir=...); or, if it is the record of this run, keep your comments in another file and take them out here."
         )
-    taken = [name for name in FILES if (directory / name).exists() or (directory / name).is_symlink()]
+    taken = [
+        name for name in FILES if (directory / name).exists() or (directory / name).is_symlink()
+    ]
     checkpoints = directory / CHECKPOINTS
     if checkpoints.is_symlink() or (checkpoints.is_dir() and any(checkpoints.iterdir())):
         taken.append(CHECKPOINTS)  # of another tool: steps beyond [train] keep would be deleted
@@ -250,7 +256,9 @@ def _locked(lock: IO[str]) -> bool:
 
 def check_writable(directory: Path) -> None:
     """Raises CheckpointError when a run cannot be written there; leaves nothing behind."""
-    standing = next(place for place in (directory, *directory.absolute().parents) if os.path.exists(place))
+    standing = next(
+        place for place in (directory, *directory.absolute().parents) if os.path.exists(place)
+    )
     try:
         with tempfile.TemporaryDirectory(prefix=".ddiff-", dir=standing):
             pass

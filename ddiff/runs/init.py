@@ -53,7 +53,9 @@ def start_from_model(denoiser: Denoiser, tokenizer: Tokenizer, source: str) -> d
     return {"model": source, "parts": "embeddings", "tokenizer": tokenizer.fingerprint}
 
 
-def start_from_run(denoiser: Denoiser, tokenizer: Tokenizer, run_dir: str, parts: Any) -> dict[str, Any]:
+def start_from_run(
+    denoiser: Denoiser, tokenizer: Tokenizer, run_dir: str, parts: Any
+) -> dict[str, Any]:
     """Another run's weights, all or the embeddings of states."""
     directory = check_source(run_dir)
     newest = Checkpoints(str(directory / CHECKPOINTS)).newest()
@@ -68,11 +70,15 @@ def start_from_run(denoiser: Denoiser, tokenizer: Tokenizer, run_dir: str, parts
     recipe = read_recipe(directory / RECIPE)
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
     kept = {"tokenizer": theirs, "vocabulary": vocabulary.fingerprint}
-    check_fingerprints(directory, newest.state, kept, f"Restore the files of {directory} from a copy.", kept)
+    check_fingerprints(
+        directory, newest.state, kept, f"Restore the files of {directory} from a copy.", kept
+    )
     weights = newest.weights()
     assert recipe.head is not None
     width = weights["head.table"].shape[-1] if "head.table" in weights else denoiser.head.width
-    source = Source(run_dir, weights, vocabulary, recipe.head.build(vocabulary=vocabulary, width=width))
+    source = Source(
+        run_dir, weights, vocabulary, recipe.head.build(vocabulary=vocabulary, width=width)
+    )
     taken = carried(denoiser, source, parts)
     denoiser.load_state_dict(taken.weights)
     return {

@@ -28,7 +28,17 @@ from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import UNPADDED, Context, Denoiser
 from ddiff.recipe import Recipe, parse_recipe
 from ddiff.runs.built import Run, build_run
-from ddiff.runs.cost import TRAINING, Footprint, Parameters, counted, flops, free_bytes, gathered, num_bytes, peak
+from ddiff.runs.cost import (
+    TRAINING,
+    Footprint,
+    Parameters,
+    counted,
+    flops,
+    free_bytes,
+    gathered,
+    num_bytes,
+    peak,
+)
 from ddiff.runs.parts import Given, build_backend, build_objective, outlined
 from ddiff.runs.rise import Rise
 from ddiff.training.metrics import FILE as METRICS
@@ -39,7 +49,9 @@ from ddiff.training.trainer import Trainer
 STAND_IN_ROWS = 4096
 GROUPS = 16  # of rows, over which the first loss is expected
 GROUP_LOGITS = 2**25  # that a group may want: a second on a CPU
-ROUNDING = 1e-3  # by which the first loss may miss the head's first law, relative: sums in another order
+ROUNDING = (
+    1e-3  # by which the first loss may miss the head's first law, relative: sums in another order
+)
 COPIES = 4  # of the parameters that training holds at least, with AdamW: themselves, gradients, two moments
 
 
@@ -101,7 +113,9 @@ class Measurement:
         """Whether the first loss is another than the head's first law has on the same rows, times and noise."""
         if self.first_law is None:
             return False
-        return not abs(self.first_loss - self.first_law.there) <= ROUNDING * max(1.0, abs(self.first_law.there))
+        return not abs(self.first_loss - self.first_law.there) <= ROUNDING * max(
+            1.0, abs(self.first_law.there)
+        )
 
 
 def measure(recipe: Recipe, count: int) -> Measurement:
@@ -120,7 +134,9 @@ def measure(recipe: Recipe, count: int) -> Measurement:
         denoiser = run.denoiser
         footprint = Footprint(
             parameters=num_bytes(list(denoiser.parameters())),
-            gradients=num_bytes([parameter for parameter in denoiser.parameters() if parameter.requires_grad]),
+            gradients=num_bytes(
+                [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+            ),
             optimizer=num_bytes(trainer.optimizer.state_dict()),
             average=num_bytes(trainer.average.weights) if trainer.average else 0,
             activations=rise,
@@ -132,7 +148,9 @@ def measure(recipe: Recipe, count: int) -> Measurement:
             logits=logits.count / tokens,
             footprint=footprint,
             gathered=gathered(denoiser),
-            checkpoint=num_bytes(dict(denoiser.state_dict())) + footprint.optimizer + footprint.average,
+            checkpoint=num_bytes(dict(denoiser.state_dict()))
+            + footprint.optimizer
+            + footprint.average,
         )
         return Measurement(
             recipe=recipe,
@@ -151,7 +169,9 @@ def _alone(recipe: Recipe, directory: str) -> Recipe:
     """The recipe of one of its processes, with that one's share of the batch."""
     share = recipe.train.batch // recipe.placement.processes
     settings = [f"run_dir={json.dumps(directory)}", f"train.batch={share}", "tracker=none"]
-    return parse_recipe(recipe.to_toml(), recipe.name, [*settings, "backend.kind=single", "backend.processes=1"])
+    return parse_recipe(
+        recipe.to_toml(), recipe.name, [*settings, "backend.kind=single", "backend.processes=1"]
+    )
 
 
 def _check_room(recipe: Recipe) -> None:
@@ -164,7 +184,11 @@ def _check_room(recipe: Recipe) -> None:
     needed, free = COPIES * num_bytes(list(denoiser.parameters())), free_bytes(backend.device)
     backend.close()
     rows = recipe.train.batch // recipe.train.accumulate
-    kept: float = 0 if recipe.placement.activation_checkpointing else rows * _kept_of_a_row(denoiser, recipe.length)
+    kept: float = (
+        0
+        if recipe.placement.activation_checkpointing
+        else rows * _kept_of_a_row(denoiser, recipe.length)
+    )
     if denoiser.precision is not None:  # products are kept in half the bytes
         kept /= 2
     if needed <= free < needed + kept:
@@ -189,17 +213,27 @@ def _kept_of_a_row(denoiser: Denoiser, length: int) -> int:
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.shape[-2:] != (length, length):
-            kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no other storage has its number
+            kept[tensor.untyped_storage()._cdata] = (
+                tensor  # held, so that no other storage has its number
+            )
         return tensor
 
     device = device_of(denoiser)
-    ids, t = torch.zeros(1, length, dtype=torch.long, device=device), torch.zeros(1, length, device=device).double()
+    ids, t = (
+        torch.zeros(1, length, dtype=torch.long, device=device),
+        torch.zeros(1, length, device=device).double(),
+    )
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             denoiser.backbone(ids, t, UNPADDED)
-    except (NotImplementedError, RuntimeError):  # a trunk that computes with values, and has none here
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ):  # a trunk that computes with values, and has none here
         return 0
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
+    return sum(
+        tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights
+    )
 
 
 # ------------------------------------------------------------------ text
@@ -219,7 +253,9 @@ def _built(recipe: Recipe) -> tuple[Run, str]:
     run = Run(without_init, _symbols(num_tokens), vocabulary, Given(), build_backend(recipe))
     rows = _random_rows(num_tokens, recipe.length, recipe.seed)
     none = Conditions({})
-    vars(run).update(train_rows=rows, validation_rows=rows, train_conditions=none, validation_conditions=none)
+    vars(run).update(
+        train_rows=rows, validation_rows=rows, train_conditions=none, validation_conditions=none
+    )
     return run, reason
 
 
@@ -234,7 +270,9 @@ def _random_rows(num_tokens: int, length: int, seed: int) -> Rows:
     """Rows of independent tokens that are as unequally frequent as words (Zipf's law)."""
     random = np.random.default_rng(seed)
     share = 1.0 / (np.arange(num_tokens) + 2.7)
-    ids = random.permutation(num_tokens)[random.choice(num_tokens, (STAND_IN_ROWS, length), p=share / share.sum())]
+    ids = random.permutation(num_tokens)[
+        random.choice(num_tokens, (STAND_IN_ROWS, length), p=share / share.sum())
+    ]
     return rows_of_ids(ids, num_tokens)
 
 
@@ -292,15 +330,27 @@ def _pace(steps: Sequence[Mapping[str, float]], device: torch.device) -> Pace:
     """The mean step once the first quarter has warmed up: a step whose figures are read waits for those before it."""
     timed = steps[max(1, len(steps) // 4) :] or steps
     seconds = sum(step["seconds"] for step in timed)
-    return Pace(sum(step["tokens"] for step in timed) / seconds, seconds / len(timed), *peak(device))
+    return Pace(
+        sum(step["tokens"] for step in timed) / seconds, seconds / len(timed), *peak(device)
+    )
 
 
 def _trunk_flops(run: Run) -> float:
     """FLOPs of the trunk per token in one forward, as an objective runs it."""
-    batch = batch_rows(run.train_rows, np.arange(2), index=np.arange(2), conditions=run.train_conditions)
+    batch = batch_rows(
+        run.train_rows, np.arange(2), index=np.arange(2), conditions=run.train_conditions
+    )
     with flops() as counter, counted(run.denoiser.head) as logits:
-        _loss(run, run.objective, batch, Noise(run.recipe.seed, 0, batch.index, run.recipe.length), slots=2)
-    return (counter.get_total_flops() - 2.0 * run.denoiser.head.width * logits.count) / int(batch.scored.sum())
+        _loss(
+            run,
+            run.objective,
+            batch,
+            Noise(run.recipe.seed, 0, batch.index, run.recipe.length),
+            slots=2,
+        )
+    return (counter.get_total_flops() - 2.0 * run.denoiser.head.width * logits.count) / int(
+        batch.scored.sum()
+    )
 
 
 # ------------------------------------------------------------------ the first loss
@@ -326,22 +376,43 @@ def _first_law(run: Run) -> FirstLaw | None:
         return None
     objective = _blank_objective(run)
     rows, length = len(run.train_rows), run.recipe.length
-    size = max(1, min(rows // GROUPS, run.recipe.train.batch, GROUP_LOGITS // (length * run.vocabulary.num_tokens)))
+    size = max(
+        1,
+        min(
+            rows // GROUPS,
+            run.recipe.train.batch,
+            GROUP_LOGITS // (length * run.vocabulary.num_tokens),
+        ),
+    )
     losses = []
     for group in range(GROUPS):
         numbers = (np.arange(size) + group * size) % rows
-        batch = batch_rows(run.train_rows, numbers, index=np.arange(size), conditions=run.train_conditions)
-        losses.append(_loss(run, objective, batch, Noise(run.recipe.seed + 1, group, batch.index, length), slots=size))
+        batch = batch_rows(
+            run.train_rows, numbers, index=np.arange(size), conditions=run.train_conditions
+        )
+        losses.append(
+            _loss(
+                run,
+                objective,
+                batch,
+                Noise(run.recipe.seed + 1, group, batch.index, length),
+                slots=size,
+            )
+        )
     deviation = statistics.stdev(losses)
     spread = deviation * (size / run.recipe.train.batch) ** 0.5
-    return FirstLaw(statistics.fmean(losses), deviation / GROUPS**0.5, spread, _first_step(run, objective))
+    return FirstLaw(
+        statistics.fmean(losses), deviation / GROUPS**0.5, spread, _first_step(run, objective)
+    )
 
 
 def _blank_objective(run: Run) -> Objective:
     """The recipe's objective on the head's first law."""
     assert run.recipe.head is not None
     head = run.recipe.head.build(vocabulary=run.vocabulary, width=Blank.width)
-    biases = {name: value for name, value in run.denoiser.head.state_dict().items() if name != "table"}
+    biases = {
+        name: value for name, value in run.denoiser.head.state_dict().items() if name != "table"
+    }
     head.load_state_dict(biases, strict=False)
     blank = Denoiser(Blank(), head, run.recipe.given).to(run.backend.device)
     return build_objective(run.recipe, run.process, blank)
@@ -352,12 +423,29 @@ def _first_step(run: Run, objective: Objective) -> float:
     keys, trainer = run.recipe.train, run.trainer()
     batches = [trainer.batch_at(0, micro) for micro in range(keys.accumulate)]
     tokens = sum(int(batch.scored.sum()) for batch in batches)
-    return sum(_loss(run, objective, batch, trainer.noise_at(0, batch), keys.batch, tokens) for batch in batches)
+    return sum(
+        _loss(run, objective, batch, trainer.noise_at(0, batch), keys.batch, tokens)
+        for batch in batches
+    )
 
 
 @torch.no_grad()
-def _loss(run: Run, objective: Objective, batch: Batch, noise: Noise, slots: int, tokens: int | None = None) -> float:
+def _loss(
+    run: Run,
+    objective: Objective,
+    batch: Batch,
+    noise: Noise,
+    slots: int,
+    tokens: int | None = None,
+) -> float:
     """An objective's loss on some rows, over its own count or over `tokens`."""
-    own = {name: torch.as_tensor(count, dtype=torch.float64) for name, count in objective.counts(batch).items()}
-    counts = own if tokens is None else {name: torch.full_like(count, tokens) for name, count in own.items()}
+    own = {
+        name: torch.as_tensor(count, dtype=torch.float64)
+        for name, count in objective.counts(batch).items()
+    }
+    counts = (
+        own
+        if tokens is None
+        else {name: torch.full_like(count, tokens) for name, count in own.items()}
+    )
     return float(objective(batch, noise, counts, slots).loss)

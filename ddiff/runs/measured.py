@@ -40,8 +40,16 @@ def _counted(measured: Measurement) -> list[tuple[str, str, str]]:
     cost = measured.cost
     trunk, embedding, head = cost.parameters
     return [
-        ("parameters", f"{cost.parameters.total:,}", f"trunk {trunk:,}, embedding {embedding:,}, head {head:,}"),
-        ("logits/token", f"{cost.logits:,.1f}", f"of {measured.num_tokens:,}: what the head computes, counted"),
+        (
+            "parameters",
+            f"{cost.parameters.total:,}",
+            f"trunk {trunk:,}, embedding {embedding:,}, head {head:,}",
+        ),
+        (
+            "logits/token",
+            f"{cost.logits:,.1f}",
+            f"of {measured.num_tokens:,}: what the head computes, counted",
+        ),
         (
             "FLOPs/token",
             _short(cost.flops),
@@ -54,11 +62,18 @@ def _counted(measured: Measurement) -> list[tuple[str, str, str]]:
 def _timed(measured: Measurement) -> list[tuple[str, str, str]]:
     pace, recipe = measured.pace, measured.recipe
     ranks, keys = recipe.placement.processes, recipe.train
-    together = f" x {ranks} processes = {pace.tokens_per_second * ranks:,.0f}, their exchange not counted" * (ranks > 1)
+    together = (
+        f" x {ranks} processes = {pace.tokens_per_second * ranks:,.0f}, their exchange not counted"
+        * (ranks > 1)
+    )
     tokens = keys.steps * keys.batch * recipe.length
     checkpoint = measured.cost.checkpoint
     return [
-        ("tokens/s", f"{pace.tokens_per_second:,.0f}", f"{pace.step_seconds:.3f} s a step{together}"),
+        (
+            "tokens/s",
+            f"{pace.tokens_per_second:,.0f}",
+            f"{pace.step_seconds:.3f} s a step{together}",
+        ),
         ("MFU", f"{measured.mfu:.1%}", f"of {_short(pace.peak)}FLOP/s: {pace.peak_from}"),
         (
             "ETA",
@@ -73,8 +88,13 @@ def _first(measured: Measurement) -> list[tuple[str, str, str]]:
     law = measured.first_law
     rows = [("first loss", f"{measured.first_loss:.4f}", "nats/token, of step 1 as it was trained")]
     if law is None:
-        return [*rows, ("  expected", "", "unknown: the head begins with other weights than its counts")]
-    expected = f"± {law.error:.4f}: the loss of the head's first law over rows and times, no network asked"
+        return [
+            *rows,
+            ("  expected", "", "unknown: the head begins with other weights than its counts"),
+        ]
+    expected = (
+        f"± {law.error:.4f}: the loss of the head's first law over rows and times, no network asked"
+    )
     return [
         *rows,
         ("  expected", f"{law.mean:.4f}", f"{expected}; a step is off by {law.spread:.4f}"),
@@ -86,7 +106,15 @@ def _first(measured: Measurement) -> list[tuple[str, str, str]]:
 def _memory(measured: Measurement) -> Table:
     """Bytes on each rank, activations of one rank's micro-batch as they were measured."""
     footprint, ranks = measured.cost.footprint, measured.recipe.placement.processes
-    table = Table("memory per rank", "parameters", "gradients", "optimizer", "exchange", "step's rise", "in all")
+    table = Table(
+        "memory per rank",
+        "parameters",
+        "gradients",
+        "optimizer",
+        "exchange",
+        "step's rise",
+        "in all",
+    )
     table.box, table.pad_edge = None, False
     for column in table.columns[1:]:
         column.justify = "right"
@@ -98,7 +126,14 @@ def _memory(measured: Measurement) -> Table:
             f"fsdp, {ranks} processes": footprint.sharded(ranks, measured.cost.gathered),
         }
     for name, one in rows.items():
-        figures = (one.parameters, one.gradients, one.optimizer, one.exchange, one.activations, one.total)
+        figures = (
+            one.parameters,
+            one.gradients,
+            one.optimizer,
+            one.exchange,
+            one.activations,
+            one.total,
+        )
         table.add_row(name, *map(_bytes, figures))
     return table
 

@@ -46,14 +46,18 @@ def check_memory(recipe: Recipe, denoiser: Denoiser | None) -> str:
             f"{recipe.name} does not fit into memory: {_sizes(recipe, need)} need {held}. Take a smaller [denoiser], "
             "[train] batch (or more accumulate), [data] length, [sample] steps or batch."
         )
-    fits = "fits" if denoiser is not None else "fits as far as is known before the tokens are counted"
+    fits = (
+        "fits" if denoiser is not None else "fits as far as is known before the tokens are counted"
+    )
     return f"{fits}: {_sizes(recipe, need)}; {held}"
 
 
 def need_of(recipe: Recipe, denoiser: Denoiser | None) -> Need:
     """Weights, their gradients and one moment; of every row the input of each block; of sampling, times and canvas."""
     train, sample, placement = recipe.train, recipe.sample, recipe.placement
-    parameters = 0 if denoiser is None else sum(parameter.numel() for parameter in denoiser.parameters())
+    parameters = (
+        0 if denoiser is None else sum(parameter.numel() for parameter in denoiser.parameters())
+    )
     weight_bytes = 4.0 * parameters
     copies = 4 if train.ema else 3
     shares = placement.processes  # a share of each: what fsdp holds, and less than ddp does

@@ -89,7 +89,11 @@ def check_backend(recipe: Recipe) -> None:
 
 def backend_alone(recipe: Recipe) -> Backend:
     """For a trained run, which one process asks, however many trained it."""
-    return SingleBackend(recipe.placement.device) if recipe.backend.declares("several") else _backend(recipe, 1)
+    return (
+        SingleBackend(recipe.placement.device)
+        if recipe.backend.declares("several")
+        else _backend(recipe, 1)
+    )
 
 
 def _backend(recipe: Recipe, processes: int) -> Backend:
@@ -103,7 +107,11 @@ def build_precision(recipe: Recipe) -> torch.dtype | None:
     """What matrix products are computed in; None: in that of the weights."""
     keys = recipe.placement
     on_gpu = keys.device.startswith("cuda") or (keys.device == "auto" and torch.cuda.is_available())
-    return torch.bfloat16 if keys.precision == "bfloat16" or (keys.precision == "auto" and on_gpu) else None
+    return (
+        torch.bfloat16
+        if keys.precision == "bfloat16" or (keys.precision == "auto" and on_gpu)
+        else None
+    )
 
 
 def build_process(recipe: Recipe, vocabulary: Vocabulary) -> ForwardProcess | None:
@@ -111,7 +119,9 @@ def build_process(recipe: Recipe, vocabulary: Vocabulary) -> ForwardProcess | No
     if recipe.process is None:
         if not recipe.objective.wants("process"):
             return None
-        raise ArgumentError(f'{recipe.name}: [objective] kind = "{recipe.objective.component.name}" needs a [process].')
+        raise ArgumentError(
+            f'{recipe.name}: [objective] kind = "{recipe.objective.component.name}" needs a [process].'
+        )
     return recipe.process.build(vocabulary=vocabulary)
 
 
@@ -119,7 +129,9 @@ def build_denoiser(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:
     torch.manual_seed(recipe.seed)
     backbone = recipe.denoiser.build(vocabulary=vocabulary, length=recipe.length)
     assert recipe.head is not None
-    denoiser = Denoiser(backbone, recipe.head.build(vocabulary=vocabulary, width=backbone.width), recipe.given)
+    denoiser = Denoiser(
+        backbone, recipe.head.build(vocabulary=vocabulary, width=backbone.width), recipe.given
+    )
     denoiser.precision = build_precision(recipe)
     return denoiser
 
@@ -128,7 +140,10 @@ def outlined(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:
     """The denoiser without room for its weights, where its parts can be had so: a billion of them are made in no time."""
     try:
         return build_on_meta(recipe, vocabulary)
-    except (NotImplementedError, RuntimeError) as error:  # a part that computes with its weights when it is made
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ) as error:  # a part that computes with its weights when it is made
         if _overflows(error):
             raise ArgumentError(
                 f"{recipe.denoiser.table}: a tensor of these sizes has more bytes than 64 bits can count ({error}). Take "
@@ -148,7 +163,11 @@ class _Unfilled(TorchFunctionMode):
     """Leaves meta tensors unfilled: torch would load its compiler (a second) to draw numbers that nothing holds."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         given = dict(kwargs or {})
         tensor = args[0] if args else given.get("tensor")
@@ -170,7 +189,9 @@ def build_objective(recipe: Recipe, process: ForwardProcess | None, denoiser: De
 def check_tokenizer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     """Raises DataError when a vocabulary was built for another tokenizer."""
     theirs = vocabulary.tokenizer_fingerprint
-    if vocabulary.num_tokens != tokenizer.num_tokens or (theirs and theirs != tokenizer.fingerprint):
+    if vocabulary.num_tokens != tokenizer.num_tokens or (
+        theirs and theirs != tokenizer.fingerprint
+    ):
         raise DataError(
             f"The vocabulary belongs to another tokenizer: it has {vocabulary.num_tokens} words for tokenizer "
             f"{theirs or '(not recorded)'}, and the tokenizer in use has {tokenizer.num_tokens} tokens and fingerprint "
@@ -187,7 +208,11 @@ def check_process(process: ForwardProcess | None, vocabulary: Vocabulary) -> Non
 
 
 def check_sampling(
-    recipe: Recipe, vocabulary: Vocabulary, process: ForwardProcess | None, denoiser: Denoiser, objective: Objective
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    process: ForwardProcess | None,
+    denoiser: Denoiser,
+    objective: Objective,
 ) -> None:
     """Raises ArgumentError where the samples at the end of the run could not be drawn."""
     keys = recipe.sample
@@ -213,7 +238,11 @@ def check_asking(
 def _check_sight(objective: Objective, sampler: Sampler, length: int) -> None:
     """Raises ArgumentError where a network that has learnt windows, each without the later ones, is shown all at once."""
     rule = getattr(objective, "times", None)
-    window = None if rule is None else rule.at(OwnTime(), torch.full((1,), 0.5, dtype=torch.float64), length).block
+    window = (
+        None
+        if rule is None
+        else rule.at(OwnTime(), torch.full((1,), 0.5, dtype=torch.float64), length).block
+    )
     if window is not None and bool((window != window[:, :1]).any()) and looks_ahead(sampler):
         raise ArgumentError(
             f"{type(sampler).__name__}: this run was trained in windows from left to right ([objective] times) and never "

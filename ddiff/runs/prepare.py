@@ -42,9 +42,13 @@ def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
             for part, stream in streams.items()
         }
     tokens, seconds = made.written_since(began)
-    remarks = [f"Tokens of {recipe.tokenizer.component.name}, {tokenizer.num_tokens} of them; shards in {made.folder}"]
+    remarks = [
+        f"Tokens of {recipe.tokenizer.component.name}, {tokenizer.num_tokens} of them; shards in {made.folder}"
+    ]
     if tokens:
-        remarks.append(f"{tokens:,} tokens were made now, in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s.")
+        remarks.append(
+            f"{tokens:,} tokens were made now, in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s."
+        )
     else:
         made.verify()
         remarks.append("They were there already; every file has its checksum.")
@@ -62,7 +66,20 @@ def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
             f'"{out}/tokenizer.json"'
         )
     sizes = [
-        [part, *(f"{size:,}" for size in (stream.num_documents, stream.num_tokens, stream.num_bytes, len(rows[part])))]
+        [
+            part,
+            *(
+                f"{size:,}"
+                for size in (
+                    stream.num_documents,
+                    stream.num_tokens,
+                    stream.num_bytes,
+                    len(rows[part]),
+                )
+            ),
+        ]
         for part, stream in streams.items()
     ]
-    return Prepared(["part", "documents", "tokens", "bytes", f"rows of {recipe.length}"], sizes, remarks)
+    return Prepared(
+        ["part", "documents", "tokens", "bytes", f"rows of {recipe.length}"], sizes, remarks
+    )

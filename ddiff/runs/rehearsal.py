@@ -11,7 +11,14 @@ from ddiff.mistakes import explained
 from ddiff.recipe import Recipe
 from ddiff.runs.directory import check_directory, print_foreign
 from ddiff.runs.memory import check_memory
-from ddiff.runs.parts import Given, build_objective, build_process, check_backend, check_sampling, outlined
+from ddiff.runs.parts import (
+    Given,
+    build_objective,
+    build_process,
+    check_backend,
+    check_sampling,
+    outlined,
+)
 
 
 def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:

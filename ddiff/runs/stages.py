@@ -74,7 +74,9 @@ def run(
     and after SIGINT (SIGTERM), once the step under way is saved, KeyboardInterrupt (SystemExit): the same call goes on.
     """
     if isinstance(recipe, Recipe) and tuple(settings):
-        raise ArgumentError("ddiff.run: settings go over a recipe by path or name; got them with one already read.")
+        raise ArgumentError(
+            "ddiff.run: settings go over a recipe by path or name; got them with one already read."
+        )
     resolved = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings)
     built, code = _run_stages(resolved, Given(vocabulary, process), fresh)
     if code == INTERRUPTED:
@@ -84,14 +86,18 @@ def run(
     return built
 
 
-def load(run_dir: str | Path, *, process: ForwardProcess | None = None, settings: Iterable[str] = ()) -> Run:
+def load(
+    run_dir: str | Path, *, process: ForwardProcess | None = None, settings: Iterable[str] = ()
+) -> Run:
     """A trained run with its newest weights. `process` is needed when the run was given one from Python; `settings` are
     `--set` texts of the tables [evaluate] and [sample], which change nothing that was trained."""
     directory = Path(run_dir)
     newest = checkpoints_of(directory).newest()
     assert newest is not None  # or the line above had refused
     settings = list(settings)
-    if alien := [setting for setting in settings if not setting.lstrip().startswith(("evaluate.", "sample."))]:
+    if alien := [
+        setting for setting in settings if not setting.lstrip().startswith(("evaluate.", "sample."))
+    ]:
         raise ArgumentError(
             f"settings of a trained run must be a list of keys of [evaluate] or [sample], such as evaluate.draws=4; got "
             f"{alien[0]!r}. Whatever else is changed makes another run."
@@ -121,13 +127,19 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False) -> int:
     return code
 
 
-def evaluate_run(run_dir: str | Path, settings: Iterable[str] = (), out: str | Path | None = None) -> Evaluation:
+def evaluate_run(
+    run_dir: str | Path, settings: Iterable[str] = (), out: str | Path | None = None
+) -> Evaluation:
     """`ddiff eval`: evaluate again, with `settings` over [evaluate], and write evaluation.json.
 
     With `out` the figures go to that JSON file, and the run's own stay as they are. Raises CheckpointError when the data
     are not those that the run was trained and evaluated with, unless `out` says where the figures of others go.
     """
-    target = None if out is None else check_destination(out, "ddiff eval --out", suffix=".json", owned=_is_evaluation)
+    target = (
+        None
+        if out is None
+        else check_destination(out, "ddiff eval --out", suffix=".json", owned=_is_evaluation)
+    )
     built = load(run_dir, settings=settings)
     if target is None:
         check_writable(built.run_dir)
@@ -149,7 +161,11 @@ def evaluate_run(run_dir: str | Path, settings: Iterable[str] = (), out: str | P
     else:
         write_text(target, text)
     if built.recipe.train.ema:
-        print("The moving average of the weights:" if built.averaged else "The weights as they were trained:")
+        print(
+            "The moving average of the weights:"
+            if built.averaged
+            else "The weights as they were trained:"
+        )
     print_evaluation(figures.evaluation, figures.counted, built.documents.entropy_rate)
     print(f"Written to {out if out is not None else built.run_dir / EVALUATION}")
     return figures.evaluation
@@ -168,7 +184,9 @@ def _changed_data(built: Run) -> list[Difference]:
     """Which data differ from those of the checkpoint, or from those that evaluation.json speaks of."""
     changed = built.changed_data()
     recorded = read_json(built.run_dir / EVALUATION, partly=True).get("protocol", {}).get("data")
-    if isinstance(recorded, str) and not any(difference.key == "validation rows" for difference in changed):
+    if isinstance(recorded, str) and not any(
+        difference.key == "validation rows" for difference in changed
+    ):
         was, now = recorded.partition(",")[0], built.fingerprints()["validation rows"]
         if was != now:
             changed.append(Difference("validation rows", was, now))
@@ -223,7 +241,9 @@ def _stages(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> tuple
     if summary.exit_code:
         if writes:
             where = (
-                f"at step {summary.step} of {summary.steps}, saved" if summary.checkpoint else "before the first step"
+                f"at step {summary.step} of {summary.steps}, saved"
+                if summary.checkpoint
+                else "before the first step"
             )
             print(f"Stopped {where}. The same command goes on.", file=sys.stderr)
         return built, summary.exit_code
@@ -237,7 +257,10 @@ def _after_training(built: Run, summary: TrainingSummary) -> int:
         evaluation, counted = _evaluate_stage(built)
         samples = _sample_stage(built)
     except KeyboardInterrupt:
-        print("Stopped after training, which is saved. The same command evaluates and samples.", file=sys.stderr)
+        print(
+            "Stopped after training, which is saved. The same command evaluates and samples.",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     what = f"{type(built.process or built.objective).__name__} on {built.vocabulary}"
     if built.averaged:
@@ -286,7 +309,9 @@ def _evaluated(built: Run, changed_data: bool = False) -> _Figures:
         **wanted,
         **figures,
         "protocol": {**figures["protocol"], **protocol},
-        "baselines": {name.replace("per_token", per): value for name, value in counted._asdict().items()},
+        "baselines": {
+            name.replace("per_token", per): value for name, value in counted._asdict().items()
+        },
         f"entropy_rate_nats_{per}": built.documents.entropy_rate,
     }
     return _Figures(evaluation, counted, written)
@@ -297,7 +322,11 @@ def _sample_stage(built: Run) -> list[dict[str, Any]]:
     path, timing, step = built.run_dir / SAMPLES, built.run_dir / SAMPLING, newest_step(built)
     saved = read_lines(path)
     timed = read_json(timing).get("step") == step
-    if timed and len(saved) == built.recipe.sample.count and all(sample.get("step") == step for sample in saved):
+    if (
+        timed
+        and len(saved) == built.recipe.sample.count
+        and all(sample.get("step") == step for sample in saved)
+    ):
         return saved
     began = time.monotonic()
     sampler = built.sampler()

@@ -27,9 +27,7 @@ from ddiff.training.checkpoint import Checkpoint, Checkpoints
 from ddiff.training.metrics import FILE, WALL_CLOCK
 
 ROUNDING = 1e-5  # relative, of figures in another layout: float32 sums, which Muon's orthogonalisation makes tenfold
-ROUNDING_OF_WEIGHTS = (
-    1e-5  # of the norm of all: Adam divides by a gradient's own size, which for some entries is rounding
-)
+ROUNDING_OF_WEIGHTS = 1e-5  # of the norm of all: Adam divides by a gradient's own size, which for some entries is rounding
 
 Record = Mapping[str, float]
 
@@ -67,7 +65,10 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
     span = chosen(checkpoints.steps(), len(recorded), steps)
     built = build_run(recipe, Given())
     there = layout(built.backend)
-    exact = there.items() <= read_json(directory / ENVIRONMENT).items() and was.placement == recipe.placement
+    exact = (
+        there.items() <= read_json(directory / ENVIRONMENT).items()
+        and was.placement == recipe.placement
+    )
     folder, leads = directory / FOLDER, built.backend.rank == 0
     if leads:
         _empty(folder)
@@ -86,7 +87,9 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
 
 def _empty(folder: Path) -> None:
     """An empty folder for the steps; what a verification that was killed has left there is removed."""
-    foreign = [name for name in contents(folder.parent).foreign if Path(name).parts[0] == folder.name]
+    foreign = [
+        name for name in contents(folder.parent).foreign if Path(name).parts[0] == folder.name
+    ]
     if foreign:
         raise CheckpointError(
             f"--verify-resume: the steps are written to {folder} for a while, and {folder.parent} holds {listed(foreign)}, "
@@ -109,12 +112,20 @@ def chosen(checkpoints: Sequence[int], recorded: int, steps: int) -> Span:
         )
     start = max([s for s in starts if s + steps <= recorded] or starts[-1:])
     among = [step for step in checkpoints if start < step <= start + steps]
-    return Span(start, among[-1], True) if among else Span(start, min(start + steps, recorded), False)
+    return (
+        Span(start, among[-1], True) if among else Span(start, min(start + steps, recorded), False)
+    )
 
 
-def _compare(directory: Path, folder: Path, span: Span, recorded: Sequence[Record], exact: bool) -> int:
+def _compare(
+    directory: Path, folder: Path, span: Span, recorded: Sequence[Record], exact: bool
+) -> int:
     origin = f"step {span.start}" if span.start else "the beginning"
-    due = "in the layout of the record: equal bits are due" if exact else "in another layout: equal to rounding"
+    due = (
+        "in the layout of the record: equal bits are due"
+        if exact
+        else "in another layout: equal to rounding"
+    )
     print(f"{directory}: steps {span.start + 1} to {span.end} done again from {origin}, {due}.")
     figures = farthest_figure(recorded[span.start : span.end], records(folder)[span.start :])
     good = _told("losses and other figures", figures, 0.0 if exact else ROUNDING)
@@ -123,7 +134,9 @@ def _compare(directory: Path, folder: Path, span: Span, recorded: Sequence[Recor
             "state: not compared, as no checkpoint lies among these steps; ask for more steps, or keep more checkpoints."
         )
         return int(not good)
-    theirs, mine = (Checkpoints(str(place / CHECKPOINTS)).load(span.end) for place in (directory, folder))
+    theirs, mine = (
+        Checkpoints(str(place / CHECKPOINTS)).load(span.end) for place in (directory, folder)
+    )
     if exact:
         same = _told(f"state after step {span.end}", farthest_tensor(theirs, mine), 0.0)
     else:
@@ -137,8 +150,12 @@ def _told(what: str, difference: Difference | None, allowed: float) -> bool:
         print(f"{what}: equal")
         return True
     good = difference.size <= allowed
-    verdict = f"within {allowed:g}" if good else f"NOT within {allowed:g}" if allowed else "NOT equal"
-    print(f"{what}: {verdict}; largest relative difference {difference.size:.3g}, {difference.where}")
+    verdict = (
+        f"within {allowed:g}" if good else f"NOT within {allowed:g}" if allowed else "NOT equal"
+    )
+    print(
+        f"{what}: {verdict}; largest relative difference {difference.size:.3g}, {difference.where}"
+    )
     return good
 
 
@@ -150,9 +167,15 @@ def farthest_figure(theirs: Sequence[Record], mine: Sequence[Record]) -> Differe
             a, b = one.get(name), two.get(name)
             if a == b:
                 continue
-            size = abs(a - b) / max(abs(a), abs(b)) if a is not None and b is not None else float("inf")
+            size = (
+                abs(a - b) / max(abs(a), abs(b))
+                if a is not None and b is not None
+                else float("inf")
+            )
             if worst is None or size > worst.size:
-                worst = Difference(size, f"in {name} of step {int(one['step'])} ({a} recorded, {b} now)")
+                worst = Difference(
+                    size, f"in {name} of step {int(one['step'])} ({a} recorded, {b} now)"
+                )
     return worst
 
 
@@ -179,14 +202,23 @@ def farthest_tensor(theirs: Checkpoint, mine: Checkpoint) -> Difference | None:
 def distance(theirs: Checkpoint, mine: Checkpoint) -> Difference | None:
     """The norm of the difference of all weights over that of the weights; None when they are equal."""
     one, two = theirs.weights(), mine.weights()
-    flat = [torch.cat([tensors[name].double().ravel() for name in sorted(tensors)]) for tensors in (one, two)]
+    flat = [
+        torch.cat([tensors[name].double().ravel() for name in sorted(tensors)])
+        for tensors in (one, two)
+    ]
     if torch.equal(*flat):
         return None
-    return Difference(((flat[0] - flat[1]).norm() / flat[0].norm()).item(), "the norm of all of them together")
+    return Difference(
+        ((flat[0] - flat[1]).norm() / flat[0].norm()).item(), "the norm of all of them together"
+    )
 
 
 def _all(checkpoint: Checkpoint) -> dict[str, Any]:
-    tree = {name: entry for name, entry in checkpoint.tree().items() if name in ("optimizer", "ema", "random")}
+    tree = {
+        name: entry
+        for name, entry in checkpoint.tree().items()
+        if name in ("optimizer", "ema", "random")
+    }
     return dict(_leaves({"model": checkpoint.weights()} | tree, ""))
 
 
@@ -201,7 +233,9 @@ def _leaves(tree: Any, place: str) -> Iterator[tuple[str, Any]]:
 def is_record(line: Any, step: int) -> bool:
     """Whether a line of metrics.jsonl is that of a step: numbers by name."""
     return (
-        isinstance(line, dict) and line.get("step") == step and all(isinstance(x, int | float) for x in line.values())
+        isinstance(line, dict)
+        and line.get("step") == step
+        and all(isinstance(x, int | float) for x in line.values())
     )
 
 

@@ -31,13 +31,17 @@ class CorrectingSampler(SteppedSampler):
     def __init__(self, grid: Steps | int = 64, eta: float = 0.25) -> None:
         super().__init__(grid)
         if not 0.0 <= eta <= 1.0:
-            raise ArgumentError(f"CorrectingSampler: eta must be in [0, 1]; got {eta}. 0 corrects nothing.")
+            raise ArgumentError(
+                f"CorrectingSampler: eta must be in [0, 1]; got {eta}. 0 corrects nothing."
+            )
         self.eta = eta
 
     def needs(self, process: ForwardProcess | None, says: Says) -> None:
         need_informed_words(self, process, says)
 
-    def move(self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise) -> Canvas:
+    def move(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+    ) -> Canvas:
         alpha_s = kept(process, s, canvas.zt)
         alpha_t = kept(process, canvas.t, canvas.zt)
         reveal = ((alpha_s - alpha_t) / (1.0 - alpha_t)).clamp(0.0, 1.0)
@@ -48,9 +52,14 @@ class CorrectingSampler(SteppedSampler):
         then = s.reshape(-1)
 
         def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            zs, (on, over) = zt.clone(), (part.nonzero().squeeze(-1) for part in (~again[rows], again[rows]))
+            zs, (on, over) = (
+                zt.clone(),
+                (part.nonzero().squeeze(-1) for part in (~again[rows], again[rows])),
+            )
             if len(on):
-                zs[on] = process.step(only(visit, on), zt[on], t[on], then[rows[on]], step[rows[on]])
+                zs[on] = process.step(
+                    only(visit, on), zt[on], t[on], then[rows[on]], step[rows[on]]
+                )
             if len(over):
                 zs[over] = process.decode(only(visit, over), zt[over], t[over], last[rows[over]])
             return zs
@@ -61,7 +70,10 @@ class CorrectingSampler(SteppedSampler):
 def need_informed_words(sampler: object, process: ForwardProcess | None, says: Says) -> None:
     need_process(sampler, process)
     need_law(sampler, says)
-    if process is not None and int(process.informed(torch.zeros(1, dtype=torch.long))[0]) == Informed.NONE:
+    if (
+        process is not None
+        and int(process.informed(torch.zeros(1, dtype=torch.long))[0]) == Informed.NONE
+    ):
         raise ArgumentError(
             f"{type(sampler).__name__}: it reads the law at visible words, and the bound of {type(process).__name__} "
             "trains nothing there: a network may say anything, most likely the word itself. Use a process with noise among "

@@ -40,7 +40,9 @@ class AlongSampler:
     def needs(self, process: ForwardProcess | None, says: Says) -> None:
         self.inner.needs(process, says)
 
-    def run(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt) -> Iterator[Canvas]:
+    def run(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt
+    ) -> Iterator[Canvas]:
         open_ = canvas.free
         for k, (tau, then) in enumerate(pairwise(self.inner.grid.times())):
             now = self._at(process, tau, canvas)
@@ -49,7 +51,9 @@ class AlongSampler:
             shown = replace(canvas, clean=canvas.clean | ~open_, t=_times(now), block=now.block)
             visit = ask(shown.noisy())
             shared = lambda noisy, visit=visit: visit  # noqa: E731
-            moved = self.inner.move(process, shared, replace(shown, free=open_ & ~settles), _times(later), noise_at(k))
+            moved = self.inner.move(
+                process, shared, replace(shown, free=open_ & ~settles), _times(later), noise_at(k)
+            )
             ended = self.inner.finish(process, shared, replace(shown, free=settles), noise_at(k))
             zt = torch.where(settles, ended.zt, moved.zt)
             open_ = open_ & ~settles

@@ -30,7 +30,9 @@ class AnalyticSampler(SteppedSampler):
     def needs(self, process: ForwardProcess | None, says: Says) -> None:
         need_process(self, process)
 
-    def move(self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise) -> Canvas:
+    def move(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+    ) -> Canvas:
         u, then = uniforms(noise, "step", 1)[:, 0], s.reshape(-1)
         clamped = canvas.notes.get("clamped", torch.zeros_like(canvas.t)).reshape(-1).clone()
 
@@ -46,7 +48,9 @@ class AnalyticSampler(SteppedSampler):
         return canvas.moved(zt, s, clamped=clamped.reshape(s.shape))
 
 
-def reverse_probs(process: ForwardProcess, answer: Answer, zt: Tensor, t: Tensor, s: Tensor) -> Tensor:
+def reverse_probs(
+    process: ForwardProcess, answer: Answer, zt: Tensor, t: Tensor, s: Tensor
+) -> Tensor:
     """[r,S] P(z_s | z_t); sums to 1, and is a law unless the answer is a score.
 
     Where K has forgotten z_s to rounding, as a dense chain has at t = 1, a score says nothing of it, and z_s is distributed
@@ -54,13 +58,17 @@ def reverse_probs(process: ForwardProcess, answer: Answer, zt: Tensor, t: Tensor
     """
     if not isinstance(answer, Score):
         return process.reverse_log_probs(answer.log_mass(0), zt, t, s).exp()
-    kernel = process.transition(s, interior(t))  # at t = 1 nothing of z_s is left in z_t and K has no inverse
+    kernel = process.transition(
+        s, interior(t)
+    )  # at t = 1 nothing of z_s is left in z_t and K has no inverse
     ratio = answer.log_ratio.double().exp()
     if type(kernel).solve is not Kernel.solve:
         return kernel.solve(ratio) * kernel.column(zt)
     first, last, place = distinct_pairs(s, interior(t))
     matrix = process.transition(first, last).dense()
-    even = torch.zeros(len(first), process.vocabulary.num_tokens, dtype=ratio.dtype, device=ratio.device)
+    even = torch.zeros(
+        len(first), process.vocabulary.num_tokens, dtype=ratio.dtype, device=ratio.device
+    )
     base = process.log_marginal(even.log_softmax(-1), first).exp()
     total = ratio.sum(-1, keepdim=True)
     return read_back(matrix, base, ratio / total, place) * total * kernel.column(zt)

@@ -31,7 +31,9 @@ class AncestralSampler(SteppedSampler):
             raise ArgumentError(f'AncestralSampler: last must be "draw" or "argmax"; got {last!r}.')
         self.last = last
 
-    def move(self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise) -> Canvas:
+    def move(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+    ) -> Canvas:
         return reverse(process, ask, canvas, s, noise, "step")
 
     def finish(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise: Noise) -> Canvas:
@@ -44,10 +46,14 @@ class AncestralSampler(SteppedSampler):
 
             return visit(every_row(zt), root_of(process, zt), likeliest)
 
-        return canvas.moved(step_rows(ask, canvas, choose, open_at(process, canvas)), torch.zeros_like(canvas.t))
+        return canvas.moved(
+            step_rows(ask, canvas, choose, open_at(process, canvas)), torch.zeros_like(canvas.t)
+        )
 
 
-def reverse(process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise, channel: str) -> Canvas:
+def reverse(
+    process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise, channel: str
+) -> Canvas:
     """One exact reverse transition of every free position from its time to s [B,L]."""
     u, then = uniforms(noise, channel, process.uniforms_per_step), s.reshape(-1)
 

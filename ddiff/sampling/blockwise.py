@@ -31,7 +31,9 @@ class BlockwiseSampler:
         if width < 1:
             raise ArgumentError(f"BlockwiseSampler: width must be at least 1; got {width}.")
         if sight not in ("blocks", "all"):
-            raise ArgumentError(f'BlockwiseSampler: sight must be "blocks" or "all"; got {sight!r}.')
+            raise ArgumentError(
+                f'BlockwiseSampler: sight must be "blocks" or "all"; got {sight!r}.'
+            )
         self.inner, self.width, self.sight = inner, width, sight
         self.cached = sight == "blocks"  # then settled windows see nothing that comes later
         self.looks_ahead = sight == "all" and looks_ahead(inner)
@@ -41,7 +43,9 @@ class BlockwiseSampler:
     def needs(self, process: ForwardProcess | None, says: Says) -> None:
         self.inner.needs(process, says)
 
-    def run(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt) -> Iterator[Canvas]:
+    def run(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt
+    ) -> Iterator[Canvas]:
         block = torch.arange(canvas.zt.shape[1], device=canvas.zt.device) // self.width
         free, sight = canvas.free, block.unsqueeze(0) if self.sight == "blocks" else None
         for number in range(int(block.max()) + 1):

@@ -22,7 +22,13 @@ class Corrector(Protocol):
     def needs(self, process: ForwardProcess | None, says: Says) -> None: ...
 
     def correct(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, span: Tensor, noise: Noise, channel: str
+        self,
+        process: ForwardProcess,
+        ask: Ask,
+        canvas: Canvas,
+        span: Tensor,
+        noise: Noise,
+        channel: str,
     ) -> Canvas:
         """The canvas at the same times; span [B,L] is how far the step before went."""
 
@@ -45,11 +51,19 @@ class ForwardBackward:
         need_law(self, says)
 
     def correct(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, span: Tensor, noise: Noise, channel: str
+        self,
+        process: ForwardProcess,
+        ask: Ask,
+        canvas: Canvas,
+        span: Tensor,
+        noise: Noise,
+        channel: str,
     ) -> Canvas:
         u = uniforms(noise, f"{channel}.up", process.uniforms_per_climb)
         s, above = canvas.t, (canvas.t + self.share * span).clamp(max=1.0)
-        climbed = process.climb(canvas.zt.reshape(-1), s.reshape(-1), above.reshape(-1), u).reshape(s.shape)
+        climbed = process.climb(canvas.zt.reshape(-1), s.reshape(-1), above.reshape(-1), u).reshape(
+            s.shape
+        )
         higher = canvas.moved(torch.where(canvas.free, climbed, canvas.zt), above)
         return reverse(process, ask, higher, s, noise, f"{channel}.down")
 
@@ -70,7 +84,9 @@ class CorrectedSampler(SteppedSampler):
         self.inner.needs(process, says)
         self.corrector.needs(process, says)
 
-    def move(self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise) -> Canvas:
+    def move(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+    ) -> Canvas:
         span = canvas.t - s
         canvas = self.inner.move(process, ask, canvas, s, noise)
         for k in range(self.rounds):

@@ -56,7 +56,9 @@ class FirstHittingSampler:
                 "nothing that is free of the network. Use a sampler with steps, such as ancestral or tau_leaping."
             )
 
-    def run(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt) -> Iterator[Canvas]:
+    def run(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt
+    ) -> Iterator[Canvas]:
         begin, finish = between(process, self.until, canvas.zt.shape[1])
         words = replace(canvas, free=canvas.free & (canvas.zt < process.vocabulary.num_tokens))
         begun = reverse(process, ask, words, canvas.t.clamp(max=begin), noise_at(0), "first")
@@ -64,7 +66,9 @@ class FirstHittingSampler:
         for k in count():
             is_word = canvas.zt < process.vocabulary.num_tokens
             u = uniforms(noise_at(k), "when", 1)[:, 0]
-            when = process.event_time(canvas.zt.reshape(-1), canvas.t.reshape(-1), u).reshape(canvas.t.shape)
+            when = process.event_time(canvas.zt.reshape(-1), canvas.t.reshape(-1), u).reshape(
+                canvas.t.shape
+            )
             when = torch.where(canvas.free & (~is_word | (when > finish)), when, 0.0)
             latest, place = when.max(-1, keepdim=True)
             happens = torch.zeros_like(canvas.free).scatter(-1, place, latest > 0)
@@ -77,7 +81,9 @@ class FirstHittingSampler:
             draw = lambda visit, zt, t, rows: process.event(visit, zt, t, u[rows])  # noqa: B023, E731
             canvas = canvas.moved(step_rows(ask, canvas, draw, happens), canvas.t)
             yield canvas
-        yield draw_words(process, ask, canvas, noise_at(0))  # not of step k, at which the slowest of the batch ended
+        yield draw_words(
+            process, ask, canvas, noise_at(0)
+        )  # not of step k, at which the slowest of the batch ended
 
 
 def _checked(until: float) -> float:
@@ -97,7 +103,9 @@ def between(process: ForwardProcess, until: float, length: int) -> tuple[float, 
     if _noise(process, 0.5)[0] == 0.0:  # no token is noise
         return LATEST, EARLIEST
     share = until / length
-    low, high = (float(torch.logit(torch.tensor(t, dtype=torch.float64))) for t in (EARLIEST, LATEST))
+    low, high = (
+        float(torch.logit(torch.tensor(t, dtype=torch.float64))) for t in (EARLIEST, LATEST)
+    )
     finish = _last(lambda y: _noise(process, _time(y))[1] <= share, low, 0.0)
     begin = _last(lambda y: _left(process, _time(y)) > share, 0.0, high)
     together = length * _noise(process, EARLIEST)[1]
@@ -143,5 +151,7 @@ def _left(process: ForwardProcess, t: float) -> float:
 def _some_rows(process: ForwardProcess, t: float) -> tuple[Tensor, Tensor]:
     """Tokens whose rows are read, two at least, and the time for each."""
     vocabulary = process.vocabulary
-    tokens = some_tokens(vocabulary.num_tokens, max(2, READ // vocabulary.num_states), torch.device("cpu"))
+    tokens = some_tokens(
+        vocabulary.num_tokens, max(2, READ // vocabulary.num_states), torch.device("cpu")
+    )
     return tokens, torch.full(tokens.shape, t, dtype=torch.float64)

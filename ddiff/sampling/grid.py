@@ -52,7 +52,9 @@ class LoopGrid:
     With tau = 1 - k/N: tau from 1 to `on` goes from t = 1 to `hold`, from `on` to `off` t rests, from `off` to 0 it ends.
     """
 
-    def __init__(self, steps: int = 64, on: float = 0.55, off: float = 0.05, hold: float = 0.1) -> None:
+    def __init__(
+        self, steps: int = 64, on: float = 0.55, off: float = 0.05, hold: float = 0.1
+    ) -> None:
         if not 0.0 < off < on < 1.0 or not 0.0 < hold < 1.0:
             raise ArgumentError(
                 f"LoopGrid: need 0 < off < on < 1 and hold in (0, 1); got off = {off}, on = {on}, hold = {hold}."
@@ -70,5 +72,7 @@ class LoopGrid:
 
 def _checked(steps: int) -> int:
     if steps < 1:
-        raise ArgumentError(f"Grid: steps must be at least 1, each a move towards t = 0; got {steps}.")
+        raise ArgumentError(
+            f"Grid: steps must be at least 1, each a move towards t = 0; got {steps}."
+        )
     return steps

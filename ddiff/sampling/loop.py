@@ -44,7 +44,9 @@ class Canvas:
 
     def moved(self, zt: Tensor, s: Tensor, **notes: Tensor) -> Canvas:
         """The canvas with states zt, free positions at time s [B,L]."""
-        return replace(self, zt=zt, t=torch.where(self.free, s, self.t), notes={**self.notes, **notes})
+        return replace(
+            self, zt=zt, t=torch.where(self.free, s, self.t), notes={**self.notes, **notes}
+        )
 
 
 class Sampler(Protocol):
@@ -170,7 +172,11 @@ def _first_canvas(
     """Prior draws at t = 1 everywhere (word 0 without a process), given words where clamped."""
     shape = (len(index), length)
     times = torch.ones(shape, dtype=torch.float64, device=index.device)
-    prior = process.prior.draw(noise.uniform("start")) if process else torch.zeros_like(times, dtype=torch.long)
+    prior = (
+        process.prior.draw(noise.uniform("start"))
+        if process
+        else torch.zeros_like(times, dtype=torch.long)
+    )
     if clamped is not None and given is None:
         raise ArgumentError("generate: clamped needs given, the words to keep at those positions.")
     if clamped is None:
@@ -187,7 +193,9 @@ def _first_canvas(
             f"generate: clamped positions of given must hold words, ids 0..{num_tokens - 1}; got ids from "
             f"{int(kept.min())} to {int(kept.max())}. Clamp only where there is a word."
         )
-    return Canvas(torch.where(clamped, given, prior), torch.where(clamped, 0.0, times), clamped, ~clamped)
+    return Canvas(
+        torch.where(clamped, given, prior), torch.where(clamped, 0.0, times), clamped, ~clamped
+    )
 
 
 class _CountedAsk:
@@ -219,4 +227,8 @@ def counting(ask: Ask) -> Any:
 def runs_of(ask: Any, batch: int) -> Tensor:
     """[B] how often each sequence has gone through the network so far."""
     runs: Tensor | None = ask.runs
-    return runs.clone() if runs is not None and len(runs) == batch else torch.zeros(batch, dtype=torch.long)
+    return (
+        runs.clone()
+        if runs is not None and len(runs) == batch
+        else torch.zeros(batch, dtype=torch.long)
+    )

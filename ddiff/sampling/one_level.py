@@ -28,7 +28,9 @@ class OneLevelSampler(SteppedSampler):
     def needs(self, process: ForwardProcess | None, says: Says) -> None:
         need_monotone(self, process, says)
 
-    def move(self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise) -> Canvas:
+    def move(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+    ) -> Canvas:
         u, then = uniforms(noise, "level", 2), s.reshape(-1)
         level_of = process.vocabulary.level_of
 
@@ -55,7 +57,9 @@ def occupation(process: ForwardProcess, t: Tensor) -> Tensor:
     """[r,L+1] pi_l(t), how much of a position's law is at each level."""
     times, place = torch.unique(t, return_inverse=True)
     vocabulary = process.vocabulary
-    flat = torch.zeros(len(times), vocabulary.num_tokens, dtype=torch.float64, device=t.device).log_softmax(-1)
+    flat = torch.zeros(
+        len(times), vocabulary.num_tokens, dtype=torch.float64, device=t.device
+    ).log_softmax(-1)
     mass = process.log_marginal(flat, times).exp()
     return torch.stack([part.sum(-1) for part in mass.split(vocabulary.level_sizes, -1)], -1)[place]
 

@@ -42,19 +42,29 @@ class PsiSampler(SteppedSampler):
         super().__init__(grid)
         self.kappa: Kappa = _Constant(kappa) if isinstance(kappa, (int, float)) else kappa
 
-    def move(self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise) -> Canvas:
+    def move(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+    ) -> Canvas:
         keeps = noise.uniform("kappa") < self.kappa(process, canvas, s)
         step = uniforms(noise, "step", process.uniforms_per_step)
         decode = uniforms(noise, "x", process.uniforms_per_decode)
         again, then = uniforms(noise, "again", process.uniforms_per_sample), s.reshape(-1)
         uncertain = open_at(process, canvas).reshape(-1)
-        sureness = canvas.notes.get("sureness", torch.full_like(canvas.t, torch.inf)).reshape(-1).clone()
+        sureness = (
+            canvas.notes.get("sureness", torch.full_like(canvas.t, torch.inf)).reshape(-1).clone()
+        )
 
         def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             keep, asked, zs = keeps.reshape(-1)[rows], uncertain[rows], zt.clone()
-            on, back, x = (keep & asked).nonzero().squeeze(-1), (~keep & asked).nonzero().squeeze(-1), zt.clone()
+            on, back, x = (
+                (keep & asked).nonzero().squeeze(-1),
+                (~keep & asked).nonzero().squeeze(-1),
+                zt.clone(),
+            )
             if len(on):
-                zs[on] = process.step(only(visit, on), zt[on], t[on], then[rows[on]], step[rows[on]])
+                zs[on] = process.step(
+                    only(visit, on), zt[on], t[on], then[rows[on]], step[rows[on]]
+                )
             if len(back):
                 x[back] = process.decode(only(visit, back), zt[back], t[back], decode[rows[back]])
             redrawn = process.sample(x, then[rows], again[rows])
@@ -65,7 +75,9 @@ class PsiSampler(SteppedSampler):
             return zs
 
         zs = step_rows(ask, canvas, draw, open_at(process, canvas) | ~keeps)
-        return canvas.moved(zs, s, **({"sureness": sureness.reshape(s.shape)} if self.kappa.watches else {}))
+        return canvas.moved(
+            zs, s, **({"sureness": sureness.reshape(s.shape)} if self.kappa.watches else {})
+        )
 
 
 def _log_p(process: ForwardProcess, visit: Visit, words: Tensor) -> Tensor:
@@ -84,7 +96,9 @@ class _Constant:
 
     def __init__(self, kappa: float) -> None:
         if not 0.0 <= kappa <= 1.0:
-            raise ArgumentError(f"PsiSampler: kappa must be in [0, 1]; got {kappa}. 1 is the posterior step alone.")
+            raise ArgumentError(
+                f"PsiSampler: kappa must be in [0, 1]; got {kappa}. 1 is the posterior step alone."
+            )
         self.kappa = kappa
 
     def __call__(self, process: ForwardProcess, canvas: Canvas, s: Tensor) -> Tensor:
@@ -103,7 +117,9 @@ class _Remasking:
 
     def __init__(self, eta: float) -> None:
         if not 0.0 <= eta <= 1.0:
-            raise ArgumentError(f"{type(self).__name__}: eta must be in [0, 1]; got {eta}. 0 never remasks.")
+            raise ArgumentError(
+                f"{type(self).__name__}: eta must be in [0, 1]; got {eta}. 0 never remasks."
+            )
         self.eta = eta
 
     def __call__(self, process: ForwardProcess, canvas: Canvas, s: Tensor) -> Tensor:

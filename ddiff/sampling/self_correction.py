@@ -41,7 +41,11 @@ class SelfCorrectingSampler:
         at: float = 0.01,
         patience: int = 32,
     ) -> None:
-        if min(rounds, commit, patience) < 1 or not 0.0 <= temperature < float("inf") or not 0.0 < at < 1.0:
+        if (
+            min(rounds, commit, patience) < 1
+            or not 0.0 <= temperature < float("inf")
+            or not 0.0 < at < 1.0
+        ):
             raise ArgumentError(
                 "SelfCorrectingSampler: rounds, commit and patience must be at least 1, temperature at least 0 and at in "
                 f"(0, 1); got {rounds}, {commit}, {patience}, {temperature} and {at}."
@@ -54,7 +58,9 @@ class SelfCorrectingSampler:
         self.inner.needs(process, says)
         need_informed_words(self, process, says)
 
-    def run(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt) -> Iterator[Canvas]:
+    def run(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt
+    ) -> Iterator[Canvas]:
         for canvas in self.inner.run(process, ask, canvas, noise_at):  # noqa: B020
             yield canvas
         going = canvas.free.any(-1)
@@ -63,7 +69,9 @@ class SelfCorrectingSampler:
             if not bool(going.any()):
                 break
             shown = canvas.moved(canvas.zt, torch.full_like(canvas.t, self.at))
-            drawn, score, right = proposals(process, ask, shown, going, noise_at(k), self.temperature)
+            drawn, score, right = proposals(
+                process, ask, shown, going, noise_at(k), self.temperature
+            )
             rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
             change = (rank < self.commit) & (drawn != canvas.zt)
             going = going & change.any(-1) & patient(right.sum(-1))
@@ -85,11 +93,19 @@ class _Patience:
 
 
 def proposals(
-    process: ForwardProcess, ask: Ask, canvas: Canvas, going: Tensor, noise: Noise, temperature: float
+    process: ForwardProcess,
+    ask: Ask,
+    canvas: Canvas,
+    going: Tensor,
+    noise: Noise,
+    temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[B,L] each: a draw, its ln p where it is new (else -inf), whether what stands is the likeliest word."""
     u = uniforms(noise, "again", 1)[:, 0]
-    score, right = torch.full_like(canvas.t, -torch.inf).reshape(-1), torch.zeros_like(canvas.free).reshape(-1)
+    score, right = (
+        torch.full_like(canvas.t, -torch.inf).reshape(-1),
+        torch.zeros_like(canvas.free).reshape(-1),
+    )
 
     def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         def again(law: CleanLaw, idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,16 @@ from ddiff.core.numerics import draw_index, temper
 from ddiff.core.process import ForwardProcess, RowFunction, Visit
 from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError
-from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says, counting, looks_ahead, runs_of
+from ddiff.sampling.loop import (
+    Canvas,
+    NoiseAt,
+    Quality,
+    Sampler,
+    Says,
+    counting,
+    looks_ahead,
+    runs_of,
+)
 
 Shape = Callable[..., Tensor]
 Classifier = Callable[[Noisy, Tensor], Tensor]
@@ -34,7 +43,9 @@ class ShapedLaw(SubtreeLaw):
     law without filters, which orders positions.
     """
 
-    def __init__(self, laws: Sequence[CleanLaw], shape: Shape, plain: CleanLaw | None = None) -> None:
+    def __init__(
+        self, laws: Sequence[CleanLaw], shape: Shape, plain: CleanLaw | None = None
+    ) -> None:
         super().__init__(laws[0].vocabulary, laws[0].top)
         if any(law.top != self.top for law in laws):
             raise ArgumentError(
@@ -52,10 +63,18 @@ class ShapedLaw(SubtreeLaw):
         """Down the tree one conditional at a time; what is left of the uniform after a draw serves for the next."""
         drawn, left = node.clone(), u.clone()
         for below in reversed(range(len(self._below))):
-            rows = ((self.vocabulary.level_of(drawn) == below + 1) & (level <= below)).nonzero().squeeze(-1)
+            rows = (
+                ((self.vocabulary.level_of(drawn) == below + 1) & (level <= below))
+                .nonzero()
+                .squeeze(-1)
+            )
             if len(rows):
-                place, left[rows] = _invert(self.conditional(drawn[rows], below, rows).exp(), left[rows])
-                drawn[rows] = self.vocabulary.order(below, node.device)[self._below[below].start + place]
+                place, left[rows] = _invert(
+                    self.conditional(drawn[rows], below, rows).exp(), left[rows]
+                )
+                drawn[rows] = self.vocabulary.order(below, node.device)[
+                    self._below[below].start + place
+                ]
         return drawn
 
     def log_below(self, level: int) -> Tensor:
@@ -73,7 +92,8 @@ class ShapedLaw(SubtreeLaw):
         nodes = self.vocabulary.order(above)[self._below[above]]
         for place, node in enumerate(nodes.tolist()):
             start, stop = (
-                int(x) - self._below[level].start for x in self.vocabulary.node_range(torch.tensor(node), level)
+                int(x) - self._below[level].start
+                for x in self.vocabulary.node_range(torch.tensor(node), level)
             )
             given = self.conditional(torch.full_like(rows, node), level, rows)[:, start:stop]
             joint[:, start:stop] = mass[:, place : place + 1] + given.to(raw.dtype)
@@ -146,7 +166,9 @@ class TopP:
         ranked, order = log_p.sort(dim=-1, descending=True, stable=True)
         mass = ranked.double().exp()
         before = mass.cumsum(-1) - mass
-        return torch.full_like(log_p, -torch.inf).scatter(-1, order, ranked.masked_fill(before >= self.p, -torch.inf))
+        return torch.full_like(log_p, -torch.inf).scatter(
+            -1, order, ranked.masked_fill(before >= self.p, -torch.inf)
+        )
 
 
 @final
@@ -199,7 +221,9 @@ class _Shaped(_Composed):
         visit = self.parts[0](noisy)
 
         def reshaped(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-            return visit(rows, node, lambda law, idx: fn(ShapedLaw([law], self._shape, unfiltered(law)), idx))
+            return visit(
+                rows, node, lambda law, idx: fn(ShapedLaw([law], self._shape, unfiltered(law)), idx)
+            )
 
         return reshaped
 
@@ -222,7 +246,9 @@ class _Guided(_Composed):
             def with_null(law: CleanLaw, idx: Tensor) -> Any:
                 def mixed(null: CleanLaw, part: Tensor) -> Any:
                     same = len(part) == len(idx)
-                    return fn(ShapedLaw([law if same else _Rows(law, part), null], self._shape), idx[part])
+                    return fn(
+                        ShapedLaw([law if same else _Rows(law, part), null], self._shape), idx[part]
+                    )
 
                 return null_visit(rows[idx], node[idx], mixed)
 
@@ -340,5 +366,7 @@ class ShapedSampler:
             )
         self.inner.needs(process, says)
 
-    def run(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt) -> Iterator[Canvas]:
+    def run(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt
+    ) -> Iterator[Canvas]:
         return self.inner.run(process, shaped(ask, self.shapers), canvas, noise_at)

@@ -38,14 +38,18 @@ class SteppedSampler(ABC):
         need_process(self, process)
         need_law(self, says)
 
-    def run(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt) -> Iterator[Canvas]:
+    def run(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt
+    ) -> Iterator[Canvas]:
         for k, s in enumerate(self.grid.times()[1:-1]):
             canvas = self.move(process, ask, canvas, torch.full_like(canvas.t, s), noise_at(k))
             yield canvas
         yield self.finish(process, ask, canvas, noise_at(self.steps - 1))
 
     @abstractmethod
-    def move(self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise) -> Canvas:
+    def move(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+    ) -> Canvas:
         """The canvas at times s [B,L], 0 < s <= t."""
 
     def finish(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise: Noise) -> Canvas:
@@ -57,7 +61,9 @@ def draw_words(process: ForwardProcess, ask: Ask, canvas: Canvas, noise: Noise) 
     """The last draw at every free position whose state does not tell its word."""
     u = uniforms(noise, "last", process.uniforms_per_decode)
     draw = lambda visit, zt, t, rows: process.decode(visit, zt, t, u[rows])  # noqa: E731
-    return canvas.moved(step_rows(ask, canvas, draw, open_at(process, canvas)), torch.zeros_like(canvas.t))
+    return canvas.moved(
+        step_rows(ask, canvas, draw, open_at(process, canvas)), torch.zeros_like(canvas.t)
+    )
 
 
 def open_at(process: ForwardProcess, canvas: Canvas) -> Tensor:

@@ -26,7 +26,9 @@ class TauLeapingSampler(SteppedSampler):
     def needs(self, process: ForwardProcess | None, says: Says) -> None:
         need_process(self, process)
 
-    def move(self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise) -> Canvas:
+    def move(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+    ) -> Canvas:
         u, then = uniforms(noise, "leap", 2), s.reshape(-1)
 
         def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:

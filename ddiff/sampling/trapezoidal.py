@@ -42,7 +42,9 @@ class TrapezoidalSampler(SteppedSampler):
     def needs(self, process: ForwardProcess | None, says: Says) -> None:
         need_process(self, process)
 
-    def move(self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise) -> Canvas:
+    def move(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+    ) -> Canvas:
         first, second = uniforms(noise, "first", 2), uniforms(noise, "second", 2)
         start_zt, start_t, then = canvas.zt.reshape(-1), canvas.t.reshape(-1), s.reshape(-1)
         start = ask(canvas.noisy())
@@ -50,7 +52,9 @@ class TrapezoidalSampler(SteppedSampler):
 
         def early(rows: Tensor) -> Tensor:
             """Rates at the start of the step."""
-            read = lambda answer, idx: process.reverse_rates(answer, start_zt[rows[idx]], start_t[rows[idx]])  # noqa: E731
+            read = lambda answer, idx: process.reverse_rates(
+                answer, start_zt[rows[idx]], start_t[rows[idx]]
+            )  # noqa: E731
             return only(start, rows)(every_row(rows), root_of(process, rows), read)
 
         def halfway(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
@@ -64,7 +68,9 @@ class TrapezoidalSampler(SteppedSampler):
             def jump(answer: Answer, idx: Tensor) -> Tensor:
                 rates = self.ahead * process.reverse_rates(answer, zt[idx], t[idx])
                 still = (zt[idx] == start_zt[rows[idx]]).nonzero().squeeze(-1)
-                rates[still] = (rates[still] - (self.ahead - 1.0) * early(rows[idx][still])).clamp(min=0.0)
+                rates[still] = (rates[still] - (self.ahead - 1.0) * early(rows[idx][still])).clamp(
+                    min=0.0
+                )
                 return leap(rates, zt[idx], t[idx] - then[rows[idx]], second[rows[idx]])
 
             return visit(every_row(zt), root_of(process, zt), jump)

@@ -35,7 +35,9 @@ class UnmaskingSampler(SteppedSampler):
     quality: Quality = "heuristic"
     order = 0
 
-    def __init__(self, grid: Steps | int = 64, by: Sureness = "confidence", noise: float = 0.0) -> None:
+    def __init__(
+        self, grid: Steps | int = 64, by: Sureness = "confidence", noise: float = 0.0
+    ) -> None:
         super().__init__(grid)
         if by not in get_args(Sureness):
             raise ArgumentError(
@@ -43,18 +45,27 @@ class UnmaskingSampler(SteppedSampler):
                 + nearest(by, get_args(Sureness))
             )
         if not 0.0 <= noise < float("inf"):
-            raise ArgumentError(f"UnmaskingSampler: noise must be a finite number, 0 or more; got {noise}.")
+            raise ArgumentError(
+                f"UnmaskingSampler: noise must be a finite number, 0 or more; got {noise}."
+            )
         self.by, self.noise = by, noise
 
     def needs(self, process: ForwardProcess | None, says: Says) -> None:
         need_monotone(self, process, says)
 
-    def move(self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise) -> Canvas:
+    def move(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+    ) -> Canvas:
         drawn, sureness = descents(process, ask, canvas, noise, self.by)
-        gumbel = -(-uniforms(noise, "gumbel", 1)[:, 0].clamp(min=2.0**-54).log()).log().reshape(s.shape)
+        gumbel = (
+            -(-uniforms(noise, "gumbel", 1)[:, 0].clamp(min=2.0**-54).log()).log().reshape(s.shape)
+        )
         sureness = sureness + self.noise * s * gumbel
         share = torch.where(canvas.free, s, 0.0).amax(-1)
-        budget = left(process, canvas) - (process.vocabulary.num_levels * canvas.free.sum(-1) * share).floor().long()
+        budget = (
+            left(process, canvas)
+            - (process.vocabulary.num_levels * canvas.free.sum(-1) * share).floor().long()
+        )
         best = surest_first(sureness, noise).argsort(dim=-1)
         chosen = (best < budget.unsqueeze(-1)) & process.active(canvas.zt) & canvas.free
         return canvas.moved(torch.where(chosen, drawn, canvas.zt), s)
@@ -75,13 +86,17 @@ class EntropyBoundSampler:
 
     def __init__(self, bound: float = 0.1) -> None:
         if not 0.0 <= bound < float("inf"):
-            raise ArgumentError(f"EntropyBoundSampler: bound must be a finite number of nats, 0 or more; got {bound}.")
+            raise ArgumentError(
+                f"EntropyBoundSampler: bound must be a finite number of nats, 0 or more; got {bound}."
+            )
         self.bound = bound
 
     def needs(self, process: ForwardProcess | None, says: Says) -> None:
         need_monotone(self, process, says)
 
-    def run(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt) -> Iterator[Canvas]:
+    def run(
+        self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt
+    ) -> Iterator[Canvas]:
         total = (process.vocabulary.num_levels * canvas.free.sum(-1)).clamp(min=1)
         for k in range(int(left(process, canvas).max())):
             is_open = process.active(canvas.zt) & canvas.free
@@ -94,10 +109,15 @@ class EntropyBoundSampler:
             ranked = held.cumsum(-1) - held <= self.bound
             within = ranked.scatter(-1, order, ranked)
             canvas = canvas.moved(torch.where(within & is_open, drawn, canvas.zt), canvas.t)
-            canvas = canvas.moved(canvas.zt, (left(process, canvas) / total).double().unsqueeze(-1).expand_as(canvas.t))
+            canvas = canvas.moved(
+                canvas.zt,
+                (left(process, canvas) / total).double().unsqueeze(-1).expand_as(canvas.t),
+            )
             yield canvas
         if not process.closes_at_clean:
-            yield draw_words(process, ask, canvas, noise_at(process.vocabulary.num_levels * canvas.zt.shape[1]))
+            yield draw_words(
+                process, ask, canvas, noise_at(process.vocabulary.num_levels * canvas.zt.shape[1])
+            )
 
 
 def left(process: ForwardProcess, canvas: Canvas) -> Tensor:
@@ -115,7 +135,9 @@ def surest_first(sureness: Tensor, noise: Noise) -> Tensor:
     return shuffled.gather(-1, rounded.argsort(dim=-1, descending=True, stable=True))
 
 
-def descents(process: ForwardProcess, ask: Ask, canvas: Canvas, noise: Noise, by: Sureness) -> tuple[Tensor, Tensor]:
+def descents(
+    process: ForwardProcess, ask: Ask, canvas: Canvas, noise: Noise, by: Sureness
+) -> tuple[Tensor, Tensor]:
     """What every open position would draw one level down [B,L], and how sure that is [B,L], -inf elsewhere."""
     u = uniforms(noise, "descent", 1)[:, 0]
     sureness = torch.full_like(canvas.t, -torch.inf).reshape(-1)

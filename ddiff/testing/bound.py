@@ -33,7 +33,9 @@ from ddiff.testing.probes import (
 from ddiff.testing.report import Gap, gap, law
 
 Window = tuple[float, float]
-Path = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # v in [0,1], position -> place in logit t, its derivative
+Path = Callable[
+    [Tensor, int], tuple[Tensor, Tensor]
+]  # v in [0,1], position -> place in logit t, its derivative
 Table = Callable[[Tensor, Tensor], Tensor]  # (zt [B,L], t [B,L]) -> log_p [B,L,V]
 FINITE: tuple[Window, ...] = ((1e-3, 1.0 - 1e-3), (0.05, 0.9))
 WHOLE: Window = (0.0, 1.0)
@@ -58,7 +60,9 @@ class NodeTimes:
     def __init__(self, t: Tensor, speed: Tensor, window: Window) -> None:
         self.t, self.speed, self.window = t, speed, window
 
-    def draw(self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int) -> Times:
+    def draw(
+        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+    ) -> Times:
         return Times(self.t, self.speed, torch.zeros_like(self.t, dtype=torch.bool))
 
     def ends(
@@ -69,7 +73,11 @@ class NodeTimes:
         return Times(first, ones, clean), Times(last, ones, clean)
 
 
-CHANNELS = ("diffusion", "decoding", "prior")  # each is read off cells of its own; "closing" is never drawn from here
+CHANNELS = (
+    "diffusion",
+    "decoding",
+    "prior",
+)  # each is read off cells of its own; "closing" is never drawn from here
 
 
 class EnumeratedNoise(Noise):
@@ -135,11 +143,15 @@ def exact_nelbo(
     multiplies the nodes.
     """
     vocabulary = process.vocabulary
-    v, _, width = logit_nodes(*window, num_panels(*window, finer), NODES if length == 1 else FEWER_NODES)
+    v, _, width = logit_nodes(
+        *window, num_panels(*window, finer), NODES if length == 1 else FEWER_NODES
+    )
     t, speed = _nodes(v, width, window, length, path)  # [n,L]
     sequences = words_of(vocabulary.num_tokens, length)
     states = words_of(vocabulary.num_states, length)
-    node, x, z = product(torch.arange(len(v)), torch.arange(len(sequences)), torch.arange(len(states)))
+    node, x, z = product(
+        torch.arange(len(v)), torch.arange(len(sequences)), torch.arange(len(states))
+    )
     x0, zt = sequences[x], states[z]
     chances = _chances(process, t, window, node, x0, zt)
     kept = sum(chances) > 0
@@ -162,7 +174,9 @@ def words_of(count: int, length: int) -> Tensor:
     return torch.cartesian_prod(*[torch.arange(count)] * length).reshape(-1, length)
 
 
-def _nodes(v: Tensor, width: Tensor, window: Window, length: int, path: Path) -> tuple[Tensor, Tensor]:
+def _nodes(
+    v: Tensor, width: Tensor, window: Window, length: int, path: Path
+) -> tuple[Tensor, Tensor]:
     """[n,L] times of every position at every node, and dt_i dv."""
     first, last = torch.logit(times((max(window[0], EARLIEST), min(window[1], LATEST))))
     t, speed = [], []
@@ -188,7 +202,9 @@ def _chances(
     along = torch.ones(len(node), dtype=torch.float64)
     for position in range(length):
         distinct, place = t[:, position].unique(return_inverse=True)
-        along = along * likelihoods(process, distinct)[place[node], x0[:, position], zt[:, position]]
+        along = (
+            along * likelihoods(process, distinct)[place[node], x0[:, position], zt[:, position]]
+        )
     return prior, along, first
 
 
@@ -205,7 +221,9 @@ def constant_denoiser(process: ForwardProcess, finer: int = 1) -> Iterator[Gap]:
         table = constant_table(log_p)
         for window in FINITE:
             yield gap(
-                exact_nelbo(process, table, 1, window, finer=finer).total, -log_p, {"x0": words, "window": window}
+                exact_nelbo(process, table, 1, window, finer=finer).total,
+                -log_p,
+                {"x0": words, "window": window},
             )
         total = exact_nelbo(process, table, 1, WHOLE, finer=finer).total + _beyond(process, log_p)
         yield gap(total, -log_p, {"x0": words, "window": WHOLE})
@@ -222,7 +240,9 @@ def _beyond(process: ForwardProcess, log_p: Tensor) -> Tensor:
     answer = DenseLaw(log_p.expand(len(words), -1), process.vocabulary)
 
     def closing(t: float) -> Tensor:
-        return ForwardProcess.closing_kl(process, answer, words, torch.full(words.shape, t, dtype=torch.float64))
+        return ForwardProcess.closing_kl(
+            process, answer, words, torch.full(words.shape, t, dtype=torch.float64)
+        )
 
     def decoding(t: float) -> Tensor:
         joint = log_p.exp().unsqueeze(-1) * likelihoods(process, times((t,)))[0]
@@ -237,7 +257,9 @@ def _beyond(process: ForwardProcess, log_p: Tensor) -> Tensor:
 def random_joint(num_tokens: int, length: int = 2, seed: int = 4) -> Tensor:
     """[V, ..., V] log-probabilities of sequences whose positions depend on each other strongly."""
     shape = (num_tokens,) * length
-    logits = 1.5 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits = 1.5 * torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return logits - logits.logsumexp(tuple(range(length)))
 
 
@@ -293,7 +315,11 @@ def entropy_equality(
     """
     log_joint = random_joint(process.vocabulary.num_tokens)
     terms = exact_nelbo(process, denoiser(process, log_joint), 2, window, finer=finer)
-    yield gap(_mean(log_joint, terms.total), entropy_of_window(process, log_joint, window), {"window": window})
+    yield gap(
+        _mean(log_joint, terms.total),
+        entropy_of_window(process, log_joint, window),
+        {"window": window},
+    )
 
 
 @law("speed: positions with times of their own", tolerance=1e-8)
@@ -304,7 +330,11 @@ def speed_equality(
     is on the common path, because only the ends matter. Quadrature leaves 1e-9."""
     log_joint = random_joint(process.vocabulary.num_tokens)
     terms = exact_nelbo(process, rest_table(process, log_joint), 2, window, path, finer)
-    yield gap(_mean(log_joint, terms.total), entropy_of_window(process, log_joint, window), {"window": window})
+    yield gap(
+        _mean(log_joint, terms.total),
+        entropy_of_window(process, log_joint, window),
+        {"window": window},
+    )
 
 
 def _mean(log_joint: Tensor, values: Tensor) -> Tensor:
@@ -316,9 +346,15 @@ def entropy_of_window(process: ForwardProcess, log_joint: Tensor, window: Window
     joint = log_joint.exp()
     early, late = likelihoods(process, times(window))
     full = torch.einsum("ab,ai,bj->abij", joint, early, early)
-    start = _conditional(full.sum(1), (0,)) + _conditional(full.sum(0), (0,)) - _conditional(full, (0, 1))
+    start = (
+        _conditional(full.sum(1), (0,))
+        + _conditional(full.sum(0), (0,))
+        - _conditional(full, (0, 1))
+    )
     noisy = torch.einsum("ab,ai,bj->ij", joint, late, late)
-    return _entropy(joint) + start + _entropy(noisy.sum(0)) + _entropy(noisy.sum(1)) - _entropy(noisy)
+    return (
+        _entropy(joint) + start + _entropy(noisy.sum(0)) + _entropy(noisy.sum(1)) - _entropy(noisy)
+    )
 
 
 def _entropy(p: Tensor) -> Tensor:
@@ -360,7 +396,9 @@ def _discrete(process: ForwardProcess, table: Table, window: Window, steps: int)
     first, last = torch.logit(times(window))
     grid = torch.sigmoid(torch.linspace(float(first), float(last), steps + 1, dtype=torch.float64))
     step, x0, zt = product(
-        torch.arange(steps), torch.arange(vocabulary.num_tokens), torch.arange(vocabulary.num_states)
+        torch.arange(steps),
+        torch.arange(vocabulary.num_tokens),
+        torch.arange(vocabulary.num_states),
     )
     chance = likelihoods(process, grid[1:])[step, x0, zt]
     kept = chance > 0
@@ -369,11 +407,15 @@ def _discrete(process: ForwardProcess, table: Table, window: Window, steps: int)
     truth = process.reverse_log_probs(certain_laws(vocabulary.num_tokens)[x0], zt, t, s)
     model = process.reverse_log_probs(table(zt.unsqueeze(1), t.unsqueeze(1)).squeeze(1), zt, t, s)
     divergence = torch.where(truth.isfinite(), truth.exp() * (truth - model), 0.0).sum(-1)
-    return torch.zeros(vocabulary.num_tokens, dtype=torch.float64).index_add(0, x0, chance * divergence)
+    return torch.zeros(vocabulary.num_tokens, dtype=torch.float64).index_add(
+        0, x0, chance * divergence
+    )
 
 
 @law("weights: every level is charged once", tolerance=1e-8)
-def weights_are_level_flows(process: ForwardProcess, windows: Sequence[Window] = FINITE) -> Iterator[Gap]:
+def weights_are_level_flows(
+    process: ForwardProcess, windows: Sequence[Window] = FINITE
+) -> Iterator[Gap]:
     """The expected weight of a level's rows is the flow into that level: F_l(t1) - F_l(t0), which is 1 over [0,1] where the
     clock closes. For trees, whose weights mean that; quadrature leaves 1e-9."""
     if not isinstance(process, TreeProcess):
@@ -388,7 +430,13 @@ def weights_are_level_flows(process: ForwardProcess, windows: Sequence[Window] =
         chance = likelihoods(process, t)[node, x0, zt]
         weight = process.weight(x0, zt, t[node])
         flow = torch.zeros(vocabulary.num_tokens, vocabulary.num_levels + 1, dtype=torch.float64)
-        flow.index_put_((x0, vocabulary.level_of(zt)), torch.where(chance > 0, chance * weight * dt[node], 0.0), True)
+        flow.index_put_(
+            (x0, vocabulary.level_of(zt)),
+            torch.where(chance > 0, chance * weight * dt[node], 0.0),
+            True,
+        )
         start, stop = process.clock.climbed(times(window))
         levels = torch.arange(1, vocabulary.num_levels + 1).expand(vocabulary.num_tokens, -1)
-        yield gap(flow[:, 1:], (stop - start).expand_as(flow[:, 1:]), {"level": levels, "window": window})
+        yield gap(
+            flow[:, 1:], (stop - start).expand_as(flow[:, 1:]), {"level": levels, "window": window}
+        )

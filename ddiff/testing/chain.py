@@ -23,7 +23,13 @@ from ddiff.testing.probes import (
 from ddiff.testing.report import Gap, gap, law
 
 PAIRS = ((0.31, 0.77), (0.02, 0.97), (0.5, 0.5), (1e-3, 0.5), (0.5, 1.0 - 1e-3))
-TRIPLES = ((0.0, 0.31, 0.77), (1e-6, 0.02, 0.5), (0.31, 0.5, 1.0), (0.5, 0.97, 1.0 - 1e-6), (0.0, 0.5, 1.0))
+TRIPLES = (
+    (0.0, 0.31, 0.77),
+    (1e-6, 0.02, 0.5),
+    (0.31, 0.5, 1.0),
+    (0.5, 0.97, 1.0 - 1e-6),
+    (0.0, 0.5, 1.0),
+)
 
 
 @law("rates: rows sum to zero", tolerance=1e-9)
@@ -90,13 +96,21 @@ def chapman_kolmogorov(process: ForwardProcess) -> Iterator[Gap]:
     """P(s,u) P(u,t) = P(s,t), from clean to prior as well. A numerical product over all of [0,1] leaves 1e-7."""
     s, u, t = times(*TRIPLES).reshape(-1, 3).T
     whole = process.transition(s, t).dense()
-    yield gap(process.transition(s, u).dense() @ process.transition(u, t).dense(), whole, {"s": s, "u": u, "t": t})
+    yield gap(
+        process.transition(s, u).dense() @ process.transition(u, t).dense(),
+        whole,
+        {"s": s, "u": u, "t": t},
+    )
 
 
 @law("marginal follows the transitions", tolerance=1e-6)
 def marginal_follows_transitions(process: ForwardProcess) -> Iterator[Gap]:
     """q_t(.|x) = q_s(.|x) P(s,t), also from s = 0. A numerical product over all of [0,1] leaves 1e-7."""
-    s, t = times((0.0, 0.31), (0.0, 0.97), (0.0, 1.0), (1e-6, 0.5), (0.31, 0.77), (0.5, 1.0)).reshape(-1, 2).T
+    s, t = (
+        times((0.0, 0.31), (0.0, 0.97), (0.0, 1.0), (1e-6, 0.5), (0.31, 0.77), (0.5, 1.0))
+        .reshape(-1, 2)
+        .T
+    )
     moved = likelihoods(process, s) @ process.transition(s, t).dense()
     yield gap(moved, likelihoods(process, t), {"s": s, "t": t})
 
@@ -105,10 +119,15 @@ def marginal_follows_transitions(process: ForwardProcess) -> Iterator[Gap]:
 def total_probability(process: ForwardProcess) -> Iterator[Gap]:
     """log_marginal(p, t) is the mixture of q_t(.|x) over p and sums to 1, at both ends too. Rounding of V terms."""
     t = times(INNER, NEAR_ENDS, ENDS)
-    for log_p in (*random_laws(process.vocabulary.num_tokens), *certain_laws(process.vocabulary.num_tokens)):
+    for log_p in (
+        *random_laws(process.vocabulary.num_tokens),
+        *certain_laws(process.vocabulary.num_tokens),
+    ):
         marginal = process.log_marginal(log_p.expand(len(t), -1), t).exp()
         yield gap(marginal.sum(-1), 1.0, {"t": t})
-        yield gap(marginal, (log_p.exp().unsqueeze(0) @ likelihoods(process, t)).squeeze(1), {"t": t})
+        yield gap(
+            marginal, (log_p.exp().unsqueeze(0) @ likelihoods(process, t)).squeeze(1), {"t": t}
+        )
 
 
 @law("ends as declared", tolerance=1e-9)
@@ -117,7 +136,11 @@ def ends_as_declared(process: ForwardProcess) -> Iterator[Gap]:
     clean, prior = likelihoods(process, times(ENDS))
     yield gap(process.prior.log_prob.exp().sum(), 1.0, {"the prior's": "sum"})
     if process.closes_at_clean:
-        yield gap(clean, torch.eye(process.vocabulary.num_tokens, process.vocabulary.num_states).double(), {"t": "0"})
+        yield gap(
+            clean,
+            torch.eye(process.vocabulary.num_tokens, process.vocabulary.num_states).double(),
+            {"t": "0"},
+        )
     if process.closes_at_prior:
         yield gap(prior, process.prior.log_prob.exp(), {"t": "1"})
 
@@ -132,7 +155,11 @@ def ends_are_approached(process: ForwardProcess) -> Iterator[Gap]:
     for end, far, near in ((0.0, 1e-9, 1e-12), (1.0, 1.0 - 1e-9, 1.0 - 1e-12)):
         at_end, at_far, at_near = likelihoods(process, times((end, far, near)))
         distance = (at_near - at_end).abs()
-        yield gap(torch.where(distance > 1e-7, distance / (at_far - at_end).abs(), 0.0), 0.0, {"t towards": end})
+        yield gap(
+            torch.where(distance > 1e-7, distance / (at_far - at_end).abs(), 0.0),
+            0.0,
+            {"t towards": end},
+        )
 
 
 @law("safe at both ends", tolerance=0.0)

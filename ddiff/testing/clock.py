@@ -32,7 +32,11 @@ def clock_ends(clock: LevelClock) -> Iterator[Gap]:
         yield gap(start[0], 1.0, {"level 0 at t": 0})
     if clock.closes_at_prior:
         yield gap(stop[-1], 1.0, {"the root at t": 1})
-        yield gap(clock.transition(times((0.3,)), times((1.0,)))[0, :, -1], 1.0, {"the root from 0.3 to t": 1})
+        yield gap(
+            clock.transition(times((0.3,)), times((1.0,)))[0, :, -1],
+            1.0,
+            {"the root from 0.3 to t": 1},
+        )
 
 
 @law("clock: inflow = growth of what has climbed", tolerance=1e-9)
@@ -58,7 +62,9 @@ def clock_transition_is_oracle(clock: LevelClock) -> Iterator[Gap]:
     """P(level j at t | level i at s) solves the chain of the hazards; 600 Magnus steps hold 1e-9. Rows are laws."""
     s, t = times(*PAIRS).reshape(-1, 2).T
     got = clock.transition(s, t)
-    yield gap(got, propagate(clock.generator, s, t, clock.num_levels + 1, steps=600), {"s": s, "t": t})
+    yield gap(
+        got, propagate(clock.generator, s, t, clock.num_levels + 1, steps=600), {"s": s, "t": t}
+    )
     yield gap(got.sum(-1), 1.0, {"sum from s": s, "t": t})
 
 
@@ -66,13 +72,21 @@ def clock_transition_is_oracle(clock: LevelClock) -> Iterator[Gap]:
 def clock_chapman_kolmogorov(clock: LevelClock) -> Iterator[Gap]:
     """K(s,u) K(u,t) = K(s,t), from clean to prior as well. A numerical product over all of [0,1] leaves 1e-7."""
     s, u, t = times(*TRIPLES).reshape(-1, 3).T
-    yield gap(clock.transition(s, u) @ clock.transition(u, t), clock.transition(s, t), {"s": s, "u": u, "t": t})
+    yield gap(
+        clock.transition(s, u) @ clock.transition(u, t),
+        clock.transition(s, t),
+        {"s": s, "u": u, "t": t},
+    )
 
 
 @law("clock: occupation follows the transitions", tolerance=1e-6)
 def occupation_follows_transitions(clock: LevelClock) -> Iterator[Gap]:
     """pi(t) = pi(s) K(s,t), also from s = 0. A numerical product over all of [0,1] leaves 1e-7."""
-    s, t = times((0.0, 1e-6), (0.0, 0.31), (0.0, 1.0), (0.02, 0.77), (0.5, 1.0 - 1e-6)).reshape(-1, 2).T
+    s, t = (
+        times((0.0, 1e-6), (0.0, 0.31), (0.0, 1.0), (0.02, 0.77), (0.5, 1.0 - 1e-6))
+        .reshape(-1, 2)
+        .T
+    )
     moved = (clock.pi(s).unsqueeze(1) @ clock.transition(s, t)).squeeze(1)
     yield gap(moved, clock.pi(t), {"s": s, "t": t})
 
@@ -81,11 +95,17 @@ def occupation_follows_transitions(clock: LevelClock) -> Iterator[Gap]:
 def leave_time_inverts(clock: LevelClock) -> Iterator[Gap]:
     """At s = leave_time(l, t, u) the chance of having entered l before s, pi_l(s) K_ll(s,t) / pi_l(t), is u. The
     bisection ends at the rounding of s, where numerical transitions hold 1e-9."""
-    level, t, u = product(torch.arange(1, clock.num_levels + 1), times((0.3, 0.97)), times((0.1, 0.7)))
+    level, t, u = product(
+        torch.arange(1, clock.num_levels + 1), times((0.3, 0.97)), times((0.1, 0.7))
+    )
     s = clock.leave_time(level, t, u)
     rows = torch.arange(len(s))
     stay = clock.transition(s, t)[rows, level, level]
-    yield gap(clock.pi(s)[rows, level] * stay / clock.pi(t)[rows, level], u, {"level": level, "t": t, "u": u})
+    yield gap(
+        clock.pi(s)[rows, level] * stay / clock.pi(t)[rows, level],
+        u,
+        {"level": level, "t": t, "u": u},
+    )
 
 
 CLOCK_LAWS: tuple[Law, ...] = (

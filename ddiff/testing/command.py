@@ -46,8 +46,14 @@ def check(name: str, settings: Sequence[str], plugins: Sequence[str] | None = No
     `settings` are key=value texts for the component's Config. Without `plugins` everything installed is searched. Raises
     PluginError for an unknown name, RecipeError for a wrong setting, ArgumentError when nothing fits the settings.
     """
-    torch.set_num_threads(1)  # the laws' tensors are small: a second thread costs more than it brings
-    instances = [one for component in _named(name, plugins, bool(settings)) for one in _instances(component, settings)]
+    torch.set_num_threads(
+        1
+    )  # the laws' tensors are small: a second thread costs more than it brings
+    instances = [
+        one
+        for component in _named(name, plugins, bool(settings))
+        for one in _instances(component, settings)
+    ]
     reports = list(_prove(instances))
     _print(name, reports)
     return 0 if all(report.passed for _, report in reports) else 1
@@ -65,7 +71,9 @@ def _named(name: str, plugins: Sequence[str] | None, configured: bool) -> list[C
     registry = survey.registry
     same_name = [component for component in registry.components() if component.name == name]
     found = [component for component in same_name if component.kind in INSTANCES]
-    of_plugin = [part for kind in OF_PLUGINS for part in registry.components(kind) if part.plugin == name]
+    of_plugin = [
+        part for kind in OF_PLUGINS for part in registry.components(kind) if part.plugin == name
+    ]
     chosen = found if found and configured else list(dict.fromkeys([*found, *of_plugin]))
     if chosen:
         return chosen
@@ -111,7 +119,10 @@ def _processes(component: Component, part: Part, configured: bool) -> list[Insta
     else:
         built = _built_on(component, part, _vocabularies(component, examples))
     return [
-        Instance(f"{component.name} {place} on {_sizes(process.vocabulary)}", partial(_prove_process, process))
+        Instance(
+            f"{component.name} {place} on {_sizes(process.vocabulary)}",
+            partial(_prove_process, process),
+        )
         for place, process in enumerate(built, start=1)
     ]
 
@@ -142,7 +153,9 @@ def _vocabularies(component: Component, examples: list[ForwardProcess]) -> list[
     return list(distinct.values()) or small_vocabularies()
 
 
-def _built_on(component: Component, part: Part, vocabularies: list[Vocabulary], **inputs: Any) -> list[Any]:
+def _built_on(
+    component: Component, part: Part, vocabularies: list[Vocabulary], **inputs: Any
+) -> list[Any]:
     """What `build` makes of each vocabulary that it takes; its last refusal when it takes none."""
     built, refusal = [], None
     for vocabulary in vocabularies:
@@ -160,7 +173,10 @@ def _built_on(component: Component, part: Part, vocabularies: list[Vocabulary], 
 
 def _heads(component: Component, part: Part, configured: bool) -> list[Instance]:
     built = _built_on(component, part, small_vocabularies(), width=WIDTH)
-    return [Instance(f"{component.name} on {_sizes(head.vocabulary)}", partial(check_head, head)) for head in built]
+    return [
+        Instance(f"{component.name} on {_sizes(head.vocabulary)}", partial(check_head, head))
+        for head in built
+    ]
 
 
 def _time_rules(component: Component, part: Part, configured: bool) -> list[Instance]:
@@ -174,19 +190,28 @@ def _backbones(component: Component, part: Part, configured: bool) -> list[Insta
     backbone = _built_on(component, part, [vocabulary], length=LENGTH)[0]
     denoiser = Denoiser(backbone, TokenHead(vocabulary, backbone.width))
     process = TreeProcess(vocabulary, LogTimeClock((1.0,)))
-    return [Instance(f"{component.name} on {_sizes(vocabulary)}", partial(check_denoiser, denoiser, process))]
+    return [
+        Instance(
+            f"{component.name} on {_sizes(vocabulary)}", partial(check_denoiser, denoiser, process)
+        )
+    ]
 
 
 def _samplers(component: Component, part: Part, configured: bool) -> list[Instance]:
     """The sampler on each small process that it takes."""
-    subjects, refused = accepted(lambda vocabulary, steps: part.build(steps=steps, vocabulary=vocabulary))
+    subjects, refused = accepted(
+        lambda vocabulary, steps: part.build(steps=steps, vocabulary=vocabulary)
+    )
     if not subjects:
         raise ArgumentError(
             f"ddiff check: the {component} refuses every small process with these settings, so nothing can be checked. "
             f"The last refusal: {refused[-1]}"
         )
     return [
-        Instance(f"{component.name} on {name}", partial(check_sampler, subject.build, subject.process, subject.says))
+        Instance(
+            f"{component.name} on {name}",
+            partial(check_sampler, subject.build, subject.process, subject.says),
+        )
         for name, subject in subjects.items()
     ]
 
@@ -208,7 +233,9 @@ def _prove(instances: list[Instance]) -> Iterator[tuple[str, LawReport]]:
     """(label, report) of every law on every instance, with a progress line on a terminal."""
     columns = SpinnerColumn(), TextColumn("{task.description}")
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as shown:
         task = shown.add_task("", total=None)
         for place, (label, prove) in enumerate(instances, start=1):
             shown.update(task, description=f"{place}/{len(instances)} {label}")

@@ -98,8 +98,12 @@ def evidence_is_dropped(denoiser: Denoiser, process: ForwardProcess) -> Iterator
 
     twin.visit(noisy, Context(), rows, root, keep)
     expected = torch.cat(said)
-    if isinstance(twin.reading, type(READINGS["all"])):  # a copy of the denoiser holds a copy of its reading
-        expected = drop_own_evidence(expected, process.log_likelihood(noisy.zt.reshape(-1), noisy.t.reshape(-1)))
+    if isinstance(
+        twin.reading, type(READINGS["all"])
+    ):  # a copy of the denoiser holds a copy of its reading
+        expected = drop_own_evidence(
+            expected, process.log_likelihood(noisy.zt.reshape(-1), noisy.t.reshape(-1))
+        )
     got = _log_p(twin, process, noisy, Context()).reshape(len(rows), -1)
     yield gap(got.exp(), expected.exp(), {"zt": noisy.zt.reshape(-1)})
 

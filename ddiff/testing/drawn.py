@@ -41,7 +41,10 @@ class CoveringNoise(Noise):
     def __init__(self, point: Tensor, points: int, length: int) -> None:
         super().__init__(0, 0, torch.arange(len(point)), length)
         # the first point of the sequence is 0, an edge of every piece: the cube is shifted by half a cell
-        cube = torch.quasirandom.SobolEngine(DIMENSIONS).draw(points, dtype=torch.float64) + 0.5 / points
+        cube = (
+            torch.quasirandom.SobolEngine(DIMENSIONS).draw(points, dtype=torch.float64)
+            + 0.5 / points
+        )
         self.cube = cube[point]
         self.first: dict[str, int] = {}
         self.used = 0
@@ -74,7 +77,9 @@ def other_table(process: ForwardProcess) -> Table:
     that was drawn from x0 shows, and so does the time that is told. States that no token leads to say nothing.
     """
     latest = inner_window(process)[1]
-    joint = (0.5 * random_joint(process.vocabulary.num_tokens)).exp()  # far from certain, so that no term is tiny
+    joint = (
+        0.5 * random_joint(process.vocabulary.num_tokens)
+    ).exp()  # far from certain, so that no term is tiny
     joint = joint / joint.sum()
 
     def table(zt: Tensor, t: Tensor) -> Tensor:
@@ -113,11 +118,15 @@ class InformationPath:
         for position in range(length):
             place, slope = bent(v, position)
             tau = place**2 * (3.0 - 2.0 * place) * self.tau[-1]
-            cell = torch.searchsorted(self.tau, tau.contiguous(), right=True).clamp(1, len(self.tau) - 1)
+            cell = torch.searchsorted(self.tau, tau.contiguous(), right=True).clamp(
+                1, len(self.tau) - 1
+            )
             steep = (self.y[cell] - self.y[cell - 1]) / (self.tau[cell] - self.tau[cell - 1])
             here = torch.sigmoid(self.y[cell - 1] + (tau - self.tau[cell - 1]) * steep)
             t.append(here)
-            speed.append(here * (1.0 - here) * steep * self.tau[-1] * 6.0 * place * (1.0 - place) * slope)
+            speed.append(
+                here * (1.0 - here) * steep * self.tau[-1] * 6.0 * place * (1.0 - place) * slope
+            )
         return torch.stack(t, -1), torch.stack(speed, -1)
 
 
@@ -135,12 +144,19 @@ def with_another_prior(process: ForwardProcess) -> ForwardProcess:
     Where the prior is q_1, a network that is shown q_1(.|x0) in the closing term is right by accident.
     """
     twin = copy.copy(process)
-    twin.prior = Prior(torch.arange(1.0, process.vocabulary.num_states + 1.0).double().log().log_softmax(-1))
+    twin.prior = Prior(
+        torch.arange(1.0, process.vocabulary.num_states + 1.0).double().log().log_softmax(-1)
+    )
     return twin
 
 
 def drawn_terms(
-    process: ForwardProcess, table: Table, x0: Tensor, scored: Tensor, window: Window, points: int = POINTS
+    process: ForwardProcess,
+    table: Table,
+    x0: Tensor,
+    scored: Tensor,
+    window: Window,
+    points: int = POINTS,
 ) -> tuple[NelboTerms, CoveringNoise]:
     """`nelbo` of x0 [n,L] at every point of the covering, its terms as [n,points,L], and the noise that it read.
 
@@ -158,7 +174,10 @@ def drawn_terms(
     )  # fmt: skip
     shape = (len(x0), points, x0.shape[1])
     apart = NelboTerms(
-        terms.closing.reshape(shape), terms.diffusion.reshape(shape), terms.decoding.reshape(shape), terms.noisy
+        terms.closing.reshape(shape),
+        terms.diffusion.reshape(shape),
+        terms.decoding.reshape(shape),
+        terms.noisy,
     )
     return apart, noise
 
@@ -183,9 +202,15 @@ def enumerated_terms(
 
     prior = process.prior.log_prob.exp().expand(1, process.vocabulary.num_tokens, -1)
     return {
-        "closing": _summed(process, table, x0, scored, last, one, prior.unsqueeze(1), closing, shown=one),
-        "diffusion": _summed(process, table, x0, scored, t, speed, _marginals(process, t), process.density),
-        "decoding": _summed(process, table, x0, scored, first, one, _marginals(process, first), process.decode_nll),
+        "closing": _summed(
+            process, table, x0, scored, last, one, prior.unsqueeze(1), closing, shown=one
+        ),
+        "diffusion": _summed(
+            process, table, x0, scored, t, speed, _marginals(process, t), process.density
+        ),
+        "decoding": _summed(
+            process, table, x0, scored, first, one, _marginals(process, first), process.decode_nll
+        ),
     }
 
 
@@ -230,7 +255,9 @@ def _summed(
         mean[:, i].index_add_(0, n, chance * value / len(t))
         square[:, i].index_add_(0, n, chance * value**2 / len(t))
         total += value
-    return Moments(mean, square, torch.zeros(len(x0)).double().index_add_(0, n, chance * total**2 / len(t)))
+    return Moments(
+        mean, square, torch.zeros(len(x0)).double().index_add_(0, n, chance * total**2 / len(t))
+    )
 
 
 @law("nelbo: every term has its expectation, with its own draws", tolerance=1.0)
@@ -250,7 +277,9 @@ def draws_of_the_bound(process: ForwardProcess, points: int = POINTS) -> Iterato
     process = with_another_prior(process)
     for window in (WHOLE, inner_window(process)):
         terms, noise = drawn_terms(process, table, x0, scored, window, points)
-        for name, (mean, square, square_of_sum) in enumerated_terms(process, table, x0, scored, window).items():
+        for name, (mean, square, square_of_sum) in enumerated_terms(
+            process, table, x0, scored, window
+        ).items():
             drawn = getattr(terms, name).mean(1)
             labels = {"term": name, "window": window}
             allowed = _allowed(mean, square, points)
@@ -258,7 +287,9 @@ def draws_of_the_bound(process: ForwardProcess, points: int = POINTS) -> Iterato
             allowed = _allowed(mean.sum(), square_of_sum.sum(), points)
             yield gap(drawn.sum(), mean.sum(), {**labels, "summed over": "all sequences"}, allowed)
         for channel, count in noise.queries.items():
-            yield gap(torch.tensor(count), 1.0, {"times that a channel of the noise is used": channel})
+            yield gap(
+                torch.tensor(count), 1.0, {"times that a channel of the noise is used": channel}
+            )
 
 
 def _allowed(mean: Tensor, square: Tensor, points: int) -> Tensor:

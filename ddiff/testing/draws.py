@@ -30,7 +30,9 @@ from ddiff.testing.report import Gap, gap, law
 POINTS = 2048
 
 
-def law_of_draws(draw: Callable[[Tensor, Tensor], Tensor], rows: int, dimensions: int, states: int) -> Tensor:
+def law_of_draws(
+    draw: Callable[[Tensor, Tensor], Tensor], rows: int, dimensions: int, states: int
+) -> Tensor:
     """[rows, states] the law of draw(which row [n], uniforms [n, dimensions]) over an even covering of the cube."""
     cube = grid_of_uniforms(POINTS, dimensions)
     row, point = product(torch.arange(rows), torch.arange(POINTS))
@@ -66,7 +68,10 @@ def _step_gaps(process: ForwardProcess, s: float, t: float) -> Iterator[Gap]:
     log_p = random_laws(vocabulary.num_tokens, 1, seed=3)
     reachable = (log_p.exp() @ likelihoods(process, times((t,)))[0])[0] > 1e-9
     zt = reachable.nonzero().squeeze(-1)
-    last, first = torch.full((len(zt),), t, dtype=torch.float64), torch.full((len(zt),), s, dtype=torch.float64)
+    last, first = (
+        torch.full((len(zt),), t, dtype=torch.float64),
+        torch.full((len(zt),), s, dtype=torch.float64),
+    )
 
     def draw(row: Tensor, u: Tensor) -> Tensor:
         visit = TableVisit(log_p.expand(len(row), -1), vocabulary)
@@ -89,7 +94,9 @@ def decode_follows_bayes(process: ForwardProcess) -> Iterator[Gap]:
         now = torch.full((len(zt),), t, dtype=torch.float64)
 
         def draw(row: Tensor, u: Tensor, zt: Tensor = zt, now: Tensor = now) -> Tensor:
-            return process.decode(TableVisit(log_p.expand(len(row), -1), vocabulary), zt[row], now[row], u)
+            return process.decode(
+                TableVisit(log_p.expand(len(row), -1), vocabulary), zt[row], now[row], u
+            )
 
         drawn = law_of_draws(draw, len(zt), process.uniforms_per_decode, vocabulary.num_tokens)
         yield gap(drawn, (joint / joint.sum(0)).T[zt], {"zt": zt, "t": t})
@@ -107,7 +114,9 @@ def step_asks_once(process: ForwardProcess) -> Iterator[Gap]:
     visit = _fresh_visit(process, len(zt))
     t = torch.full(zt.shape, 0.5, dtype=torch.float64)
     zs = process.step(visit, zt, t, t - 0.2, u[point])
-    yield gap(torch.tensor(max(visit.calls - 1, 0)), 0.0, {"extra calls in a step from 0.5 to": 0.3})
+    yield gap(
+        torch.tensor(max(visit.calls - 1, 0)), 0.0, {"extra calls in a step from 0.5 to": 0.3}
+    )
     unasked = torch.ones(len(zt), dtype=torch.bool).index_fill(0, visit.asked, False)
     yield gap(zs[unasked], zt[unasked].double(), {"a row that was not asked, zt": zt[unasked]})
     visit = _fresh_visit(process, len(zt))
@@ -148,10 +157,14 @@ def draws_are_their_own(process: ForwardProcess) -> Iterator[Gap]:
     table = random_laws(process.vocabulary.num_tokens, count, seed=2)
 
     def stepped(rows: Tensor, uniforms: Tensor) -> Tensor:
-        return process.step(TableVisit(table[rows], process.vocabulary), zt[rows], t[rows], t[rows] * 0.4, uniforms)
+        return process.step(
+            TableVisit(table[rows], process.vocabulary), zt[rows], t[rows], t[rows] * 0.4, uniforms
+        )
 
     def decoded(rows: Tensor, uniforms: Tensor) -> Tensor:
-        return process.decode(TableVisit(table[rows], process.vocabulary), zt[rows], t[rows], uniforms)
+        return process.decode(
+            TableVisit(table[rows], process.vocabulary), zt[rows], t[rows], uniforms
+        )
 
     draws = {
         "sample": lambda rows, v: process.sample(x0[rows], t[rows], v),
@@ -170,13 +183,23 @@ def _company_gaps(name: str, draw: Callable[[Tensor, Tensor], Tensor], u: Tensor
     yield gap(draw(everybody, u), together.double(), {**labels, "drawn": "again"})
     mixed = (everybody * 7) % len(u)
     if len(mixed.unique()) == len(mixed):
-        yield gap(draw(mixed, u[mixed]), together[mixed].double(), {**labels, "drawn": "in another order"})
+        yield gap(
+            draw(mixed, u[mixed]), together[mixed].double(), {**labels, "drawn": "in another order"}
+        )
     some = everybody[::5]
-    yield gap(draw(some, u[some]), together[some].double(), {"draw": name, "row": some, "drawn": "in less company"})
+    yield gap(
+        draw(some, u[some]),
+        together[some].double(),
+        {"draw": name, "row": some, "drawn": "in less company"},
+    )
     others = torch.where((everybody % 2 == 0).unsqueeze(-1), u, 1.0 - u - 2.0**-40)
     even = everybody[::2]
     changed = draw(everybody, others)[even]
-    yield gap(changed, together[even].double(), {"draw": name, "row": even, "changed": "the others' uniforms"})
+    yield gap(
+        changed,
+        together[even].double(),
+        {"draw": name, "row": even, "changed": "the others' uniforms"},
+    )
 
 
 @law("no function modifies its arguments", tolerance=0.0)
@@ -230,4 +253,6 @@ def arguments_are_untouched(process: ForwardProcess) -> Iterator[Gap]:
 
 
 def _fresh_visit(process: ForwardProcess, rows: int) -> TableVisit:
-    return TableVisit(random_laws(process.vocabulary.num_tokens, 1, seed=3).expand(rows, -1), process.vocabulary)
+    return TableVisit(
+        random_laws(process.vocabulary.num_tokens, 1, seed=3).expand(rows, -1), process.vocabulary
+    )

@@ -39,7 +39,9 @@ def _terms(process: ForwardProcess, rows: Rows) -> dict[str, Term]:
 
 
 def _extreme_rows(process: ForwardProcess) -> Rows:
-    return Rows(process, times((0.02, 0.5, 0.97)), extreme_distributions(process.vocabulary.num_tokens))
+    return Rows(
+        process, times((0.02, 0.5, 0.97)), extreme_distributions(process.vocabulary.num_tokens)
+    )
 
 
 @law("edges: gradients are finite where values are", tolerance=0.0)
@@ -50,12 +52,16 @@ def gradients_are_finite(process: ForwardProcess) -> Iterator[Gap]:
     log_marginal = process.log_marginal(rows.log_p, rows.t)
     own = log_marginal.gather(-1, rows.zt.unsqueeze(-1))
     for name, term in _terms(process, rows).items():
-        yield from _gradient(lambda leaf: DenseLaw(leaf, process.vocabulary), rows.log_p, term, name, rows)
+        yield from _gradient(
+            lambda leaf: DenseLaw(leaf, process.vocabulary), rows.log_p, term, name, rows
+        )
         ratio = torch.where(own.isfinite(), log_marginal - own, 0.0)
         yield from _gradient(Score, ratio, term, f"{name} of a score", rows)
 
 
-def _gradient(answer: Callable[[Tensor], Answer], values: Tensor, term: Term, name: str, rows: Rows) -> Iterator[Gap]:
+def _gradient(
+    answer: Callable[[Tensor], Answer], values: Tensor, term: Term, name: str, rows: Rows
+) -> Iterator[Gap]:
     leaf = values.clone().requires_grad_()
     value = term(answer(leaf))
     finite = value.isfinite()
@@ -68,7 +74,10 @@ def _gradient(answer: Callable[[Tensor], Answer], values: Tensor, term: Term, na
     yield gap(smooth, 1.0, {"finite gradient of": name, **labels})
 
 
-@law("edges: a prediction that rules the truth out costs infinity, or what Bayes says", tolerance=1e-9)
+@law(
+    "edges: a prediction that rules the truth out costs infinity, or what Bayes says",
+    tolerance=1e-9,
+)
 def impossible_truth_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
     """Every term has the value of its definition for predictions with probabilities of 0, +inf included, and is never NaN.
 
@@ -89,7 +98,11 @@ def impossible_truth_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
         due = expected[name]
         settled = ~due.isnan()
         got, due = got[settled], due[settled]
-        yield gap(got.isposinf().double(), due.isposinf().double(), {"infinite": name, **rows.take(settled).labels})
+        yield gap(
+            got.isposinf().double(),
+            due.isposinf().double(),
+            {"infinite": name, **rows.take(settled).labels},
+        )
         finite = due.isfinite() & got.isfinite()
         labels = {key: label[finite] for key, label in rows.take(settled).labels.items()}
         yield gap(got[finite], due[finite], {"term": name, **labels}, 1.0 + due[finite].abs())
@@ -135,4 +148,8 @@ def _expected(process: ForwardProcess, rows: Rows) -> dict[str, Tensor]:
     alike = torch.isclose(most, least).all(-1)
     density = torch.where(ruled_out & alike, torch.nan, density)
     ruled_out = ruled_out & ~alike
-    return {"closing_kl": closing, "decode_nll": decoding, "density": torch.where(ruled_out, torch.inf, density)}
+    return {
+        "closing_kl": closing,
+        "decode_nll": decoding,
+        "density": torch.where(ruled_out, torch.inf, density),
+    }

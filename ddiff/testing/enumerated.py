@@ -37,15 +37,21 @@ class Measured(NamedTuple):
         return 0.5 * float((self.law - whole).abs().sum())
 
 
-def given_the_other(process: ForwardProcess, joint: Tensor, zt: Tensor, t: Tensor, clean: Tensor) -> Tensor:
+def given_the_other(
+    process: ForwardProcess, joint: Tensor, zt: Tensor, t: Tensor, clean: Tensor
+) -> Tensor:
     """[B,2] each -> [B,2,V] log of the exact law of each symbol given the other position: its word where it is clean."""
     times, place = t.unique(return_inverse=True)
     states = torch.arange(process.vocabulary.num_states)
     if len(times) <= FEW_TIMES:  # one table for all canvases
-        table = process.log_likelihood(states.repeat(len(times)), times.repeat_interleave(len(states)))
+        table = process.log_likelihood(
+            states.repeat(len(times)), times.repeat_interleave(len(states))
+        )
         evidence = table[place * len(states) + zt].exp()
     else:
-        evidence = process.log_likelihood(zt.reshape(-1), t.reshape(-1)).exp().reshape(*zt.shape, -1)
+        evidence = (
+            process.log_likelihood(zt.reshape(-1), t.reshape(-1)).exp().reshape(*zt.shape, -1)
+        )
     certain = torch.nn.functional.one_hot(torch.where(clean, zt, 0), len(joint)).to(evidence)
     evidence = torch.where(clean.unsqueeze(-1), certain, evidence)
     laws = torch.stack([evidence[:, 1] @ joint.T, evidence[:, 0] @ joint], 1)
@@ -66,8 +72,12 @@ class ExactAsk:
             log_p = given_the_other(self.process, self.joint, *shown)[place, rows % 2]
             if self.says == "law":
                 return fn(DenseLaw(log_p, self.process.vocabulary), place)
-            log_q = self.process.log_marginal(log_p, self.process.of_scores(noisy.t.reshape(-1)[rows]))
-            return fn(Score(log_q - log_q.gather(-1, noisy.zt.reshape(-1)[rows].unsqueeze(-1))), place)
+            log_q = self.process.log_marginal(
+                log_p, self.process.of_scores(noisy.t.reshape(-1)[rows])
+            )
+            return fn(
+                Score(log_q - log_q.gather(-1, noisy.zt.reshape(-1)[rows].unsqueeze(-1))), place
+            )
 
         return visit
 
@@ -91,13 +101,17 @@ class Shifted:
     def __init__(self, counts: Tensor, seed: int) -> None:
         self.canvas = torch.arange(len(counts)).repeat_interleave(counts)
         self.place = torch.arange(len(self.canvas)) - (counts.cumsum(0) - counts)[self.canvas]
-        self.points = torch.quasirandom.SobolEngine(DIMENSIONS).draw(int(counts.max()), dtype=torch.float64)
+        self.points = torch.quasirandom.SobolEngine(DIMENSIONS).draw(
+            int(counts.max()), dtype=torch.float64
+        )
         self.used, self.generator = 0, torch.Generator().manual_seed(seed)
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:
         own = self.points[:, self.used : self.used + 2 * count]
         self.used += 2 * count
-        shift = torch.rand(int(self.canvas.max()) + 1, 2 * count, generator=self.generator, dtype=torch.float64)
+        shift = torch.rand(
+            int(self.canvas.max()) + 1, 2 * count, generator=self.generator, dtype=torch.float64
+        )
         drawn = ((own[self.place] + shift[self.canvas]) % 1.0).reshape(-1, 2, count)
         return drawn.squeeze(-1) if count == 1 else drawn
 
@@ -120,14 +134,18 @@ def measured(
     """
     ask = ExactAsk(process, joint, says)
     sampler.needs(process, says)  # type: ignore[arg-type]
-    if isinstance(sampler, SteppedSampler) and not getattr(getattr(sampler, "kappa", None), "watches", False):
+    if isinstance(sampler, SteppedSampler) and not getattr(
+        getattr(sampler, "kappa", None), "watches", False
+    ):
         return _step_by_step(sampler, process, ask, points, apart, seed)
     counted = counting(ask)
     noise: Any = Quick(points, seed)
     start = process.prior.draw(noise.uniform("start"))
     for canvas in sampler.run(process, counted, _canvas(start, 1.0), lambda step: noise):  # noqa: B007
         pass
-    return Measured(_histogram(canvas.zt, torch.ones(points), process), float(counted.runs.double().mean()))
+    return Measured(
+        _histogram(canvas.zt, torch.ones(points), process), float(counted.runs.double().mean())
+    )
 
 
 def _step_by_step(
@@ -148,7 +166,11 @@ def _step_by_step(
         else:
             moved = sampler.move(process, counted, canvas, torch.full_like(canvas.t, s), noise)
         runs += float(weight @ counted.runs.double()) if counted.calls else 0.0
-        law = _together(moved.zt, weight, noise.canvas, size) if apart else _histogram(moved.zt, weight, process)
+        law = (
+            _together(moved.zt, weight, noise.canvas, size)
+            if apart
+            else _histogram(moved.zt, weight, process)
+        )
         law = law.reshape(-1)
     return Measured(law.reshape(size, size), runs)
 
@@ -156,9 +178,9 @@ def _step_by_step(
 def _together(zt: Tensor, weight: Tensor, canvas: Tensor, size: int) -> Tensor:
     """[S,S] the sum over canvases of the product of both positions' laws; rows zt [n,2] of a canvas have one weight."""
     parts = [
-        torch.bincount(canvas * size + zt[:, i], weights=weight, minlength=size * (int(canvas.max()) + 1)).reshape(
-            -1, size
-        )
+        torch.bincount(
+            canvas * size + zt[:, i], weights=weight, minlength=size * (int(canvas.max()) + 1)
+        ).reshape(-1, size)
         for i in (0, 1)
     ]
     return parts[0].T @ (parts[1] / parts[1].sum(-1, keepdim=True))
@@ -172,5 +194,7 @@ def _canvas(zt: Tensor, t: float) -> Canvas:
 def _histogram(zt: Tensor, weight: Tensor, process: ForwardProcess) -> Tensor:
     """[S,S] the law of rows zt [n,2] with weights [n]."""
     size = process.vocabulary.num_states
-    counts = torch.bincount(zt[:, 0] * size + zt[:, 1], weights=weight.double(), minlength=size * size)
+    counts = torch.bincount(
+        zt[:, 0] * size + zt[:, 1], weights=weight.double(), minlength=size * size
+    )
     return (counts / counts.sum()).reshape(size, size)

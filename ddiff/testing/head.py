@@ -26,7 +26,9 @@ def in_float64(module: Module, scale: float = 1.0) -> Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.copy_(
+                scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            )
     return twin
 
 
@@ -42,13 +44,17 @@ def _questions(head: Head) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, node, word
 
 
-def _visit(head: Head, hidden: Tensor, node: Tensor, question: Callable[[CleanLaw, Tensor], Tensor]) -> Tensor:
+def _visit(
+    head: Head, hidden: Tensor, node: Tensor, question: Callable[[CleanLaw, Tensor], Tensor]
+) -> Tensor:
     (told,) = head.visit(hidden, node, lambda answer, idx: (question(answer, idx), idx))[:1]
     return told
 
 
 def _surprise(node: Tensor, word: Tensor) -> Callable[[CleanLaw, Tensor], Tensor]:
-    return lambda answer, idx: answer.log_child(node[idx], word[idx]).square() - answer.log_child(node[idx], word[idx])
+    return lambda answer, idx: (
+        answer.log_child(node[idx], word[idx]).square() - answer.log_child(node[idx], word[idx])
+    )
 
 
 @law("head: visit below a node = visit at the root", tolerance=1e-10)
@@ -58,7 +64,9 @@ def scopes_agree(head: Head) -> Iterator[Gap]:
     hidden, node, word = _questions(head)
     question = _surprise(node, word)
     whole = _visit(head, hidden, torch.full_like(node, head.vocabulary.root), question)
-    yield gap(_visit(head, hidden, node, question), whole, {"node": node, "word": word}, 1.0 + whole.abs())
+    yield gap(
+        _visit(head, hidden, node, question), whole, {"node": node, "word": word}, 1.0 + whole.abs()
+    )
 
 
 @law("head: chunks change nothing", tolerance=1e-10)
@@ -82,11 +90,15 @@ def gradients_agree(head: Head) -> Iterator[Gap]:
     hidden, node, word = _questions(head)
     question, everybody = _surprise(node, word), torch.arange(ROWS)
     inputs = [hidden.requires_grad_(), *twin.parameters()]
-    whole = twin.law(lambda a, b: hidden @ twin.table[a:b].t() + twin.bias[a:b], twin.vocabulary.root)
+    whole = twin.law(
+        lambda a, b: hidden @ twin.table[a:b].t() + twin.bias[a:b], twin.vocabulary.root
+    )
     expected = torch.autograd.grad(3.0 * question(whole, everybody).sum(), inputs)
     twin.chunk_logits = 1
     got = torch.autograd.grad(3.0 * twin.total(hidden, node, question)[0], inputs)
-    for name, ours, dense in zip(("hidden", *(name for name, _ in twin.named_parameters())), got, expected):
+    for name, ours, dense in zip(
+        ("hidden", *(name for name, _ in twin.named_parameters())), got, expected
+    ):
         yield gap(ours, dense, {"gradient of": name}, 1.0 + dense.abs().max())
 
 
@@ -96,13 +108,18 @@ HEAD_LAWS: tuple[Law, ...] = (scopes_agree, chunks_agree, gradients_agree)
 def check_head(head: Head) -> list[LawReport]:
     """Every law of a head on a small vocabulary, and those of the laws that it gives at the root and below each node."""
     reports = check(head, HEAD_LAWS)
-    for node in (head.vocabulary.root, *range(head.vocabulary.num_tokens, head.vocabulary.num_states - 1)):
+    for node in (
+        head.vocabulary.root,
+        *range(head.vocabulary.num_tokens, head.vocabulary.num_states - 1),
+    ):
         reports += _law_reports(in_float64(head), node)
     return reports
 
 
 def _law_reports(head: Head, node: int) -> list[LawReport]:
-    hidden = torch.randn(3, head.width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    hidden = torch.randn(
+        3, head.width, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
     gathered: list[LawReport] = []
 
     def question(answer: CleanLaw, idx: Tensor) -> Tensor:

@@ -85,7 +85,9 @@ def _second_moment(process: ForwardProcess, t: Tensor) -> Tensor:
     """[n] E[density^2] over x uniform and z ~ q_t(.|x), for the uniform prediction."""
     tokens = process.vocabulary.num_tokens
     q = likelihoods(process, t)
-    time, x0, zt = product(torch.arange(len(t)), torch.arange(tokens), torch.arange(process.vocabulary.num_states))
+    time, x0, zt = product(
+        torch.arange(len(t)), torch.arange(tokens), torch.arange(process.vocabulary.num_states)
+    )
     uniform = torch.full((len(x0), tokens), -math.log(tokens), dtype=torch.float64)
     density = process.density(DenseLaw(uniform, process.vocabulary), x0, zt, t[time])
     chance = q.reshape(-1)

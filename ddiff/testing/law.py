@@ -22,8 +22,15 @@ def _asked(answer: CleanLaw) -> list[tuple[int, int]]:
     """Every (node, level below it) that may be asked about under `top`."""
     vocabulary = answer.vocabulary
     top_level = int(vocabulary.level_of(torch.tensor(answer.top)))
-    nodes = [answer.top, *(int(n) for level in range(1, top_level) for n in below(vocabulary, answer.top, level))]
-    return [(node, level) for node in nodes for level in range(int(vocabulary.level_of(torch.tensor(node))))]
+    nodes = [
+        answer.top,
+        *(int(n) for level in range(1, top_level) for n in below(vocabulary, answer.top, level)),
+    ]
+    return [
+        (node, level)
+        for node in nodes
+        for level in range(int(vocabulary.level_of(torch.tensor(node))))
+    ]
 
 
 def _words_below(answer: CleanLaw, node: int) -> Tensor:
@@ -41,8 +48,12 @@ def masses_add_up(answer: CleanLaw) -> Iterator[Gap]:
     words = below(vocabulary, answer.top, 0)
     for level in range(int(vocabulary.level_of(torch.tensor(answer.top)))):
         mass, nodes = answer.log_below(level).double(), below(vocabulary, answer.top, level)
-        place = torch.empty(vocabulary.num_states, dtype=torch.long).index_copy_(0, nodes, torch.arange(len(nodes)))
-        summed = segment_logsumexp(answer.log_below(0).double(), place[vocabulary.ancestor(words, level)], len(nodes))
+        place = torch.empty(vocabulary.num_states, dtype=torch.long).index_copy_(
+            0, nodes, torch.arange(len(nodes))
+        )
+        summed = segment_logsumexp(
+            answer.log_below(0).double(), place[vocabulary.ancestor(words, level)], len(nodes)
+        )
         yield gap(mass.exp().sum(-1), 1.0, {"sum of level": level})
         yield gap(mass.exp(), summed.exp(), {"level": level})
 
@@ -60,9 +71,17 @@ def children_are_conditional(answer: CleanLaw) -> Iterator[Gap]:
         for child in below(answer.vocabulary, node, level).tolist():
             mass = _words_below(answer, child).logsumexp(-1)
             expected = mass - _words_below(answer, node).logsumexp(-1)
-            yield gap(answer.log_child(given, torch.full((rows,), child)), expected, {"node": node, "child": child})
+            yield gap(
+                answer.log_child(given, torch.full((rows,), child)),
+                expected,
+                {"node": node, "child": child},
+            )
             if node == answer.top and level == top_level - 1:
-                yield gap(answer.log_step(given, torch.full((rows,), child)), expected, {"child, by log_step": child})
+                yield gap(
+                    answer.log_step(given, torch.full((rows,), child)),
+                    expected,
+                    {"child, by log_step": child},
+                )
             if known:
                 yield gap(answer.log_prob(torch.full((rows,), child)), mass, {"node": child})
 
@@ -76,7 +95,11 @@ def draws_follow_law(answer: CleanLaw) -> Iterator[Gap]:
         ids = below(answer.vocabulary, node, level)
         given, target = torch.full((rows,), node), torch.full((rows,), level)
         width = (
-            torch.stack([answer.log_child(given, torch.full((rows,), int(child))) for child in ids], -1).double().exp()
+            torch.stack(
+                [answer.log_child(given, torch.full((rows,), int(child))) for child in ids], -1
+            )
+            .double()
+            .exp()
         )
         right = width.cumsum(-1)
         for place in range(len(ids)):

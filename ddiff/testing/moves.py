@@ -57,7 +57,9 @@ def scores_are_decoded(process: ForwardProcess) -> Iterator[Gap]:
         drawn = law_of_draws(draw, len(zt), process.uniforms_per_decode, len(words))
         state, x0 = product(zt, words)
         then = torch.full(x0.shape, t, dtype=torch.float64)
-        charged = process.decode_nll(score_of(process, log_p.expand(len(x0), -1), state, then), x0, state, then)
+        charged = process.decode_nll(
+            score_of(process, log_p.expand(len(x0), -1), state, then), x0, state, then
+        )
         yield gap(drawn, charged.neg().exp().reshape(drawn.shape), {"zt": zt, "t": t})
 
 
@@ -73,7 +75,12 @@ def scores_decode_to_posterior(process: ForwardProcess) -> Iterator[Gap]:
     hidden = hiding(process, process.of_scores(inner))
     rows = Rows(process, inner, _distributions(process.vocabulary.num_tokens))
     now = process.of_scores(rows.t)
-    seen = process.log_marginal(rows.log_p, now).gather(-1, rows.zt.unsqueeze(-1)).squeeze(-1).isfinite()
+    seen = (
+        process.log_marginal(rows.log_p, now)
+        .gather(-1, rows.zt.unsqueeze(-1))
+        .squeeze(-1)
+        .isfinite()
+    )
     rows = rows.take(seen)  # no score is relative to a state that cannot be
     place = torch.searchsorted(inner, rows.t)
     score = score_of(process, rows.log_p, rows.zt, now[seen])
@@ -122,7 +129,9 @@ def from_clean_is_marginal(process: ForwardProcess) -> Iterator[Gap]:
     conditioning = torch.linalg.cond(kernel.dense()).unsqueeze(-1)
     solvable = conditioning.squeeze(-1) < READABLE
     scale = (conditioning / 10.0).clamp(min=1.0)
-    yield gap(solved[solvable], clean[solvable], {"x0": x0[solvable], "t": t[solvable]}, scale[solvable])
+    yield gap(
+        solved[solvable], clean[solvable], {"x0": x0[solvable], "t": t[solvable]}, scale[solvable]
+    )
 
 
 @law("override = derived: stay_probability", tolerance=1e-9)
@@ -139,7 +148,9 @@ def reverse_flows_balance(process: ForwardProcess) -> Iterator[Gap]:
     a law and under the score that says the same. Relative to the largest flow: rounding."""
     rows = Rows(process, times(INNER))
     marginal = process.log_marginal(rows.log_p, rows.t).exp()
-    forward = marginal * process.rates(rows.t).column(rows.zt).scatter(-1, rows.zt.unsqueeze(-1), 0.0)
+    forward = marginal * process.rates(rows.t).column(rows.zt).scatter(
+        -1, rows.zt.unsqueeze(-1), 0.0
+    )
     scale = forward.amax(-1, keepdim=True).clamp(min=1.0)
     own = marginal.gather(-1, rows.zt.unsqueeze(-1))
     for answer in (rows.law, score_of(process, rows.log_p, rows.zt, rows.t)):
@@ -172,7 +183,9 @@ def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
         t, zt = product(1.0 - left, states[possible])
         answer = DenseLaw(log_p.expand(len(t), -1), vocabulary)
         matrix = torch.zeros(len(left), len(states), len(states), dtype=torch.float64)
-        matrix[:, possible] = process.reverse_rates(answer, zt, t).reshape(len(left), -1, len(states))
+        matrix[:, possible] = process.reverse_rates(answer, zt, t).reshape(
+            len(left), -1, len(states)
+        )
         return matrix - torch.diag_embed(matrix.sum(-1))
 
     s, t = times((0.31, 0.77), (0.1, 0.9)).reshape(-1, 2).T
@@ -191,7 +204,9 @@ def climb_follows_transition(process: ForwardProcess) -> Iterator[Gap]:
         first, last = (torch.full(states.shape, end, dtype=torch.float64) for end in (s, t))
         draw = lambda row, u: process.climb(states[row], first[row], last[row], u)  # noqa: B023, E731
         drawn = law_of_draws(draw, len(states), process.uniforms_per_climb, len(states))
-        yield gap(drawn, process.transition(first, last).row(states), {"zs": states, "s": s, "t": t})
+        yield gap(
+            drawn, process.transition(first, last).row(states), {"zs": states, "s": s, "t": t}
+        )
     u = grid_of_uniforms(len(states), process.uniforms_per_climb)
     now = torch.full(states.shape, 0.5, dtype=torch.float64)
     yield gap(process.climb(states, now, now, u), states.double(), {"s = t = 0.5, zs": states})
@@ -215,11 +230,15 @@ def events_follow_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
         yield gap((s < start).double(), 1.0, {"an event before t = ": t, "zt": zt, "u": u})
         yield from _unforeseen(process, log_p, zt[s == 0], u[s == 0], t)
         zt, u, start, s = (values[s > 1e-6] for values in (zt, u, start, s))
-        later, sooner = (process.event_time(zt, start, u * (1.0 + sign * NEAR)) for sign in (1.0, -1.0))
+        later, sooner = (
+            process.event_time(zt, start, u * (1.0 + sign * NEAR)) for sign in (1.0, -1.0)
+        )
         candidates = 2.0 * NEAR / (later - sooner)
 
         def draw(row: Tensor, v: Tensor, zt: Tensor = zt, s: Tensor = s) -> Tensor:
-            return process.event(TableVisit(log_p.expand(len(row), -1), vocabulary), zt[row], s[row], v)
+            return process.event(
+                TableVisit(log_p.expand(len(row), -1), vocabulary), zt[row], s[row], v
+            )
 
         drawn = law_of_draws(draw, len(zt), process.uniforms_per_event, vocabulary.num_states)
         moved = drawn.scatter(-1, zt.unsqueeze(-1), 0.0)
@@ -227,7 +246,9 @@ def events_follow_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
         yield gap(moved, rates / candidates.unsqueeze(-1), {"zt": zt, "s": s})
 
 
-def _unforeseen(process: ForwardProcess, log_p: Tensor, zt: Tensor, u: Tensor, t: float) -> Iterator[Gap]:
+def _unforeseen(
+    process: ForwardProcess, log_p: Tensor, zt: Tensor, u: Tensor, t: float
+) -> Iterator[Gap]:
     """How much more happens between 0 and t than -ln u, where no event is foreseen."""
     states, place = zt.unique(return_inverse=True)
 
@@ -237,7 +258,11 @@ def _unforeseen(process: ForwardProcess, log_p: Tensor, zt: Tensor, u: Tensor, t
         return process.reverse_rates(answer, z, time).sum(-1).reshape(len(times_), len(states))
 
     expected = integral(leaving, 1e-9, t)[place]
-    yield gap((expected + u.log()).clamp(min=0.0), 0.0, {"nothing foreseen before t = ": t, "zt": zt, "u": u})
+    yield gap(
+        (expected + u.log()).clamp(min=0.0),
+        0.0,
+        {"nothing foreseen before t = ": t, "zt": zt, "u": u},
+    )
 
 
 @law("events: asked at most once, and only what is shown moves", tolerance=0.0)
@@ -247,7 +272,10 @@ def events_ask_once(process: ForwardProcess) -> Iterator[Gap]:
         return
     possible = (likelihoods(process, times((0.5,)))[0].sum(0) > 0).nonzero().squeeze(-1)
     zt, point = product(possible, torch.arange(32))
-    visit = TableVisit(random_laws(process.vocabulary.num_tokens, 1, seed=3).expand(len(zt), -1), process.vocabulary)
+    visit = TableVisit(
+        random_laws(process.vocabulary.num_tokens, 1, seed=3).expand(len(zt), -1),
+        process.vocabulary,
+    )
     t = torch.full(zt.shape, 0.5, dtype=torch.float64)
     zs = process.event(visit, zt, t, grid_of_uniforms(32, process.uniforms_per_event)[point])
     yield gap(torch.tensor(max(visit.calls - 1, 0)), 0.0, {"extra calls of": "event"})
@@ -265,7 +293,9 @@ def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
     level, own = vocabulary.level_of(states), vocabulary.level_of(rows.zt).unsqueeze(-1)
     above = vocabulary.ancestor(states.unsqueeze(0), torch.maximum(own, level))
     below = (level < own) & (above == rows.zt.unsqueeze(-1))
-    yield gap(process.reverse_rates(rows.law, rows.zt, rows.t).masked_fill(below, 0.0), 0.0, rows.labels)
+    yield gap(
+        process.reverse_rates(rows.law, rows.zt, rows.t).masked_fill(below, 0.0), 0.0, rows.labels
+    )
 
 
 @law("kernels: solve inverts apply", tolerance=1e-9)
@@ -276,7 +306,12 @@ def solve_inverts(process: ForwardProcess) -> Iterator[Gap]:
     kernel = process.transition(s, t)
     vector = random_laws(process.vocabulary.num_states, len(s)).exp()
     conditioning = torch.linalg.cond(kernel.dense()).unsqueeze(-1)
-    yield gap(kernel.solve(kernel.apply(vector)), vector, {"s": s, "t": t}, (conditioning / 10.0).clamp(min=1.0))
+    yield gap(
+        kernel.solve(kernel.apply(vector)),
+        vector,
+        {"s": s, "t": t},
+        (conditioning / 10.0).clamp(min=1.0),
+    )
 
 
 @law("a score at the ends", tolerance=1e-9)

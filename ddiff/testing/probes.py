@@ -30,7 +30,9 @@ def times(*groups: tuple[float, ...]) -> Tensor:
 
 def random_laws(num_tokens: int, count: int = 3, seed: int = 0) -> Tensor:
     """[count, V] log-laws from nearly even to peaked."""
-    logits = torch.randn(count, num_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits = torch.randn(
+        count, num_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     sharpness = torch.linspace(0.5, 2.5, count, dtype=torch.float64)
     return (sharpness.unsqueeze(-1) * logits).log_softmax(-1)
 
@@ -51,7 +53,9 @@ def grid_of_uniforms(count: int, dimensions: int) -> Tensor:
     return torch.quasirandom.SobolEngine(dimensions).draw(count, dtype=torch.float64)
 
 
-def logit_nodes(start: float, stop: float, panels: int, order: int = 10) -> tuple[Tensor, Tensor, Tensor]:
+def logit_nodes(
+    start: float, stop: float, panels: int, order: int = 10
+) -> tuple[Tensor, Tensor, Tensor]:
     """Nodes for integrals over t in [start, stop] that resolve both ends: v in [0,1], logit t, and the weights of dv.
 
     Gauss-Legendre on equal panels of logit t; v is logit t scaled to [0,1].
@@ -75,7 +79,9 @@ def num_panels(start: float, stop: float, finer: int = 1) -> int:
 def likelihoods(process: ForwardProcess, t: Tensor) -> Tensor:
     """[r, V, S] q_t(z|x), read from the marginal alone."""
     num_tokens = process.vocabulary.num_tokens
-    rows = process.log_marginal(certain_laws(num_tokens).repeat(len(t), 1), t.repeat_interleave(num_tokens))
+    rows = process.log_marginal(
+        certain_laws(num_tokens).repeat(len(t), 1), t.repeat_interleave(num_tokens)
+    )
     return rows.exp().reshape(len(t), num_tokens, -1)
 
 
@@ -86,7 +92,9 @@ class Rows:
         vocabulary = process.vocabulary
         self.laws = random_laws(vocabulary.num_tokens) if laws is None else laws
         x0, zt = torch.arange(vocabulary.num_tokens), torch.arange(vocabulary.num_states)
-        law_index, time_index, x0, zt = product(torch.arange(len(self.laws)), torch.arange(len(t)), x0, zt)
+        law_index, time_index, x0, zt = product(
+            torch.arange(len(self.laws)), torch.arange(len(t)), x0, zt
+        )
         weight = likelihoods(process, t)[time_index, x0, zt]
         possible = weight > 0
         self.x0, self.zt, self.t = x0[possible], zt[possible], t[time_index[possible]]
@@ -119,14 +127,20 @@ class TableVisit:
 
     def __call__(self, rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
         self.calls, self.asked = self.calls + 1, rows
-        parts = [(idx, fn(law, idx)) for idx, law in laws_below(self.log_p[rows], node, self.vocabulary)]
+        parts = [
+            (idx, fn(law, idx)) for idx, law in laws_below(self.log_p[rows], node, self.vocabulary)
+        ]
         order = torch.cat([idx for idx, _ in parts])
         if isinstance(parts[0][1], tuple):
-            return tuple(_in_order(order, column) for column in zip(*(result for _, result in parts)))
+            return tuple(
+                _in_order(order, column) for column in zip(*(result for _, result in parts))
+            )
         return _in_order(order, [result for _, result in parts])
 
 
-def laws_below(log_p: Tensor, node: Tensor, vocabulary: Vocabulary) -> Iterator[tuple[Tensor, CleanLaw]]:
+def laws_below(
+    log_p: Tensor, node: Tensor, vocabulary: Vocabulary
+) -> Iterator[tuple[Tensor, CleanLaw]]:
     """Rows grouped by the node that they ask below: (which rows, a law that knows nothing else)."""
     for top in node.unique().tolist():
         idx = (node == top).nonzero().squeeze(-1)
@@ -139,7 +153,11 @@ def laws_below(log_p: Tensor, node: Tensor, vocabulary: Vocabulary) -> Iterator[
 
 
 def read_below(
-    formula: Callable[..., Tensor], log_p: Tensor, node: Tensor, vocabulary: Vocabulary, *arguments: Tensor
+    formula: Callable[..., Tensor],
+    log_p: Tensor,
+    node: Tensor,
+    vocabulary: Vocabulary,
+    *arguments: Tensor,
 ) -> Tensor:
     """[r] formula(law, *arguments) where every row's law knows only what lies below its node."""
     fn = lambda law, idx: formula(law, *(argument[idx] for argument in arguments))  # noqa: E731

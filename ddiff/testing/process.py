@@ -72,7 +72,11 @@ PROCESS_LAWS: tuple[Law, ...] = (
     drawn.draws_of_the_bound,
 )
 
-OF_EXACT_STEPS = (draws.step_follows_posterior, draws.decode_follows_bayes, moves.events_follow_reverse_rates)
+OF_EXACT_STEPS = (
+    draws.step_follows_posterior,
+    draws.decode_follows_bayes,
+    moves.events_follow_reverse_rates,
+)
 """What a process that declares `exact_step = False` does not promise."""
 
 
@@ -82,7 +86,9 @@ def check_parts(process: ForwardProcess) -> list[LawReport]:
     for part in vars(process).values():
         if isinstance(part, LevelClock):
             reports += check_clock(part)
-            reports += [report for one in vars(part).get("schedules", ()) for report in check_schedule(one)]
+            reports += [
+                report for one in vars(part).get("schedules", ()) for report in check_schedule(one)
+            ]
         elif isinstance(part, Schedule):
             reports += check_schedule(part)
     return reports
@@ -100,5 +106,9 @@ def check_process(process: ForwardProcess) -> list[LawReport]:
             "vocabulary: a class is no process yet, but its `examples()` are."
         )
     require_small(process)
-    laws = PROCESS_LAWS if process.exact_step else [law for law in PROCESS_LAWS if law not in OF_EXACT_STEPS]
+    laws = (
+        PROCESS_LAWS
+        if process.exact_step
+        else [law for law in PROCESS_LAWS if law not in OF_EXACT_STEPS]
+    )
     return check(process, laws)

@@ -49,7 +49,10 @@ class Gap(NamedTuple):
 
 
 def gap(
-    got: Tensor, expected: Tensor | float, where: Mapping[str, Any] | None = None, relative_to: Tensor | float = 1.0
+    got: Tensor,
+    expected: Tensor | float,
+    where: Mapping[str, Any] | None = None,
+    relative_to: Tensor | float = 1.0,
 ) -> Gap:
     """The largest |got - expected| / relative_to; NaN, and infinity on one side only, count as infinite.
 
@@ -109,7 +112,9 @@ class Law:
             return LawReport(self.name, math.inf, self.tolerance, where, self.explanation)
         worst = max(gaps, key=lambda found: found.error, default=Gap(0.0, "nothing", 0))
         probes = sum(found.probes for found in gaps)
-        return LawReport(self.name, worst.error, self.tolerance, worst.where, self.explanation, probes)
+        return LawReport(
+            self.name, worst.error, self.tolerance, worst.where, self.explanation, probes
+        )
 
 
 def law(name: str, tolerance: float) -> Callable[[Measure], Law]:
@@ -127,7 +132,9 @@ def assert_laws(reports: Iterable[LawReport]) -> None:
     """Raise AssertionError with every broken law; ArgumentError when there is no report at all."""
     reports = list(reports)
     if not reports:
-        raise ArgumentError("assert_laws: reports must hold at least one report; got none, so nothing was proven.")
+        raise ArgumentError(
+            "assert_laws: reports must hold at least one report; got none, so nothing was proven."
+        )
     broken = [str(report) for report in reports if not report.passed]
     if broken:
         raise AssertionError("\n".join(broken))

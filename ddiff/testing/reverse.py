@@ -38,7 +38,13 @@ def posterior_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
     """
     vocabulary = process.vocabulary
     pairs = times(*STEPS, (0.5, 0.5)).reshape(-1, 2)
-    moves = propagate(lambda time: process.rates(time).dense(), pairs[:, 0], pairs[:, 1], vocabulary.num_states, 300)
+    moves = propagate(
+        lambda time: process.rates(time).dense(),
+        pairs[:, 0],
+        pairs[:, 1],
+        vocabulary.num_states,
+        300,
+    )
     before = likelihoods(process, pairs[:, 0])
     for log_p in random_laws(vocabulary.num_tokens):
         joint = (log_p.exp() @ before).unsqueeze(-1) * moves  # [pairs, y, z]
@@ -68,7 +74,12 @@ def score_is_law(process: ForwardProcess) -> Iterator[Gap]:
     log_marginal = process.log_marginal(rows.log_p, rows.t)
     score = Score(log_marginal - log_marginal.gather(-1, rows.zt.unsqueeze(-1)))
     expected = process.density(rows.law, rows.x0, rows.zt, rows.t)
-    yield gap(process.density(score, rows.x0, rows.zt, rows.t), expected, rows.labels, 1.0 + expected.abs())
+    yield gap(
+        process.density(score, rows.x0, rows.zt, rows.t),
+        expected,
+        rows.labels,
+        1.0 + expected.abs(),
+    )
 
 
 @law("override = derived: weight", tolerance=1e-9)
@@ -123,8 +134,14 @@ def posterior_is_derived(process: ForwardProcess) -> Iterator[Gap]:
         for s, t in (*STEPS, (0.0, 1.0), (0.0, 0.5)):
             rows = Rows(process, times((t,)))
             start = torch.full_like(rows.t, s)
-            derived = ForwardProcess.reverse_log_probs(process, rows.log_p, rows.zt, rows.t, start).exp()
-            yield gap(process.reverse_log_probs(rows.log_p, rows.zt, rows.t, start).exp(), derived, rows.labels)
+            derived = ForwardProcess.reverse_log_probs(
+                process, rows.log_p, rows.zt, rows.t, start
+            ).exp()
+            yield gap(
+                process.reverse_log_probs(rows.log_p, rows.zt, rows.t, start).exp(),
+                derived,
+                rows.labels,
+            )
 
 
 @law("override = derived: decode_nll", tolerance=1e-9)
@@ -133,7 +150,9 @@ def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     if overrides(process, "decode_nll"):
         rows = Rows(process, times(INNER, ENDS, (1e-6,)))
         log_q = likelihood_rows(process, rows).log()
-        expected = -(rows.log_p + log_q).log_softmax(-1).gather(-1, rows.x0.unsqueeze(-1)).squeeze(-1)
+        expected = (
+            -(rows.log_p + log_q).log_softmax(-1).gather(-1, rows.x0.unsqueeze(-1)).squeeze(-1)
+        )
         got = process.decode_nll(rows.law, rows.x0, rows.zt, rows.t)
         yield gap(got, expected, rows.labels, 1.0 + expected.abs())
 
@@ -143,7 +162,9 @@ def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """KL( q_t(.|x) || marginal of the law ), over every state; 0 at t = 1 when the process closes. Rounding."""
     vocabulary = process.vocabulary
     laws = random_laws(vocabulary.num_tokens)
-    index, x0, t = product(torch.arange(len(laws)), torch.arange(vocabulary.num_tokens), times(INNER, (1.0,)))
+    index, x0, t = product(
+        torch.arange(len(laws)), torch.arange(vocabulary.num_tokens), times(INNER, (1.0,))
+    )
     got = process.closing_kl(DenseLaw(laws[index], vocabulary), x0, t)
     if overrides(process, "closing_kl"):
         expected = ForwardProcess.closing_kl(process, DenseLaw(laws[index], vocabulary), x0, t)
@@ -167,7 +188,11 @@ def scope_suffices(process: ForwardProcess) -> Iterator[Gap]:
     term; something is open below every scope. Rounding of normalisers."""
     rows = Rows(process, times(INNER))
     scope, vocabulary = process.scope(rows.zt), process.vocabulary
-    yield gap((scope >= vocabulary.num_tokens).double(), 1.0, {"more than a word in the scope of zt": rows.zt})
+    yield gap(
+        (scope >= vocabulary.num_tokens).double(),
+        1.0,
+        {"more than a word in the scope of zt": rows.zt},
+    )
     for formula, reads in (
         (process.divergence, process.active(rows.zt)),
         (process.decode_nll, torch.ones_like(rows.zt, dtype=torch.bool)),
@@ -202,7 +227,9 @@ def _reshaped_outside(process: ForwardProcess, log_p: Tensor, zt: Tensor) -> Ten
     """The same conditional law below z_t, another one elsewhere and another mass of z_t."""
     vocabulary = process.vocabulary
     words = torch.arange(vocabulary.num_tokens)
-    below = vocabulary.ancestor(words.unsqueeze(0), vocabulary.level_of(zt).unsqueeze(-1)) == zt.unsqueeze(-1)
+    below = vocabulary.ancestor(
+        words.unsqueeze(0), vocabulary.level_of(zt).unsqueeze(-1)
+    ) == zt.unsqueeze(-1)
     return torch.where(below, log_p + 0.7, _reshaped(process, log_p, zt)).log_softmax(-1)
 
 

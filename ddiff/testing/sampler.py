@@ -28,7 +28,9 @@ from ddiff.sampling.loop import Canvas, Quality, Sampler, Says, generate
 from ddiff.testing.enumerated import ExactAsk, Quick
 from ddiff.testing.report import Gap, LawReport, check, gap, law
 
-JOINT = torch.tensor([[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64)
+JOINT = torch.tensor(
+    [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64
+)
 """P(x_1, x_2), .41 in total variation from the product of its marginals."""
 
 POINTS = 2**15  # samples: a distance of 0 is measured as about .006
@@ -51,7 +53,11 @@ class Subject(NamedTuple):
         return FlatVocabulary(3) if self.process is None else self.process.vocabulary
 
     def ask(self) -> Ask:
-        return NextAsk(self.vocabulary) if self.process is None else ExactAsk(self.process, JOINT, self.says)
+        return (
+            NextAsk(self.vocabulary)
+            if self.process is None
+            else ExactAsk(self.process, JOINT, self.says)
+        )
 
 
 class NextAsk:
@@ -66,7 +72,10 @@ class NextAsk:
         def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
             before = noisy.zt[rows // 2, 0].clamp(max=len(JOINT) - 1)
             p = torch.where((rows % 2 == 0).unsqueeze(-1), JOINT.sum(1), JOINT[before])
-            return fn(DenseLaw((p / p.sum(-1, keepdim=True)).log(), self.vocabulary), torch.arange(len(rows)))
+            return fn(
+                DenseLaw((p / p.sum(-1, keepdim=True)).log(), self.vocabulary),
+                torch.arange(len(rows)),
+            )
 
         return visit
 
@@ -76,7 +85,9 @@ def small_processes() -> dict[str, ForwardProcess | None]:
     return {
         "masks": TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()])),
         "a tree": TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((1.0, 1.0))),
-        "uniform noise": MixtureProcess(FlatVocabulary(3, mask=False), LinearSchedule(), torch.full((3,), 1 / 3)),
+        "uniform noise": MixtureProcess(
+            FlatVocabulary(3, mask=False), LinearSchedule(), torch.full((3,), 1 / 3)
+        ),
         "no process": None,
     }
 
@@ -108,7 +119,9 @@ def distance(subject: Subject, steps: int) -> float:
             pass
         final = canvas.zt
     size = subject.vocabulary.num_states
-    counts = torch.bincount(final[:, 0] * size + final[:, 1], minlength=size * size).reshape(size, size)
+    counts = torch.bincount(final[:, 0] * size + final[:, 1], minlength=size * size).reshape(
+        size, size
+    )
     due = torch.zeros(size, size, dtype=torch.float64)
     due[: len(JOINT), : len(JOINT)] = JOINT
     return 0.5 * float((counts / counts.sum() - due).abs().sum())
@@ -122,7 +135,9 @@ def declarations_are_whole(subject: Subject) -> Iterator[Gap]:
     known = sampler.quality in get_args(Quality)
     yield gap(torch.tensor(int(not known)), 0.0, {"quality": sampler.quality})
     whole = sampler.order >= 1 if sampler.quality == "of an order" else sampler.order == 0
-    yield gap(torch.tensor(int(not whole)), 0.0, {"quality": sampler.quality, "order": sampler.order})
+    yield gap(
+        torch.tensor(int(not whole)), 0.0, {"quality": sampler.quality, "order": sampler.order}
+    )
 
 
 @law("sampler: as many canvases as steps", tolerance=0.0)
@@ -131,7 +146,9 @@ def canvases_are_counted(subject: Subject) -> Iterator[Gap]:
     for steps in (1, 3):
         sampler = subject.build(steps)
         if sampler.steps is not None:
-            yield gap(torch.tensor(_canvases(sampler, subject)), float(sampler.steps), {"steps": steps})
+            yield gap(
+                torch.tensor(_canvases(sampler, subject)), float(sampler.steps), {"steps": steps}
+            )
 
 
 def _canvases(sampler: Sampler, subject: Subject) -> int:
@@ -139,7 +156,13 @@ def _canvases(sampler: Sampler, subject: Subject) -> int:
     seen: list[int] = []
     index = torch.arange(4)
     generate(
-        sampler, subject.process, subject.ask(), index=index, length=2, seed=3, on_step=lambda k, _: seen.append(k)
+        sampler,
+        subject.process,
+        subject.ask(),
+        index=index,
+        length=2,
+        seed=3,
+        on_step=lambda k, _: seen.append(k),
     )
     return len(seen)
 
@@ -173,7 +196,9 @@ def samples_are_their_own(subject: Subject) -> Iterator[Gap]:
     index = torch.arange(24)
 
     def drawn(chosen: Tensor) -> Tensor:
-        return generate(subject.build(3), subject.process, subject.ask(), index=chosen, length=2, seed=11).ids
+        return generate(
+            subject.build(3), subject.process, subject.ask(), index=chosen, length=2, seed=11
+        ).ids
 
     together = drawn(index)
     yield gap(drawn(index), together.double(), {"drawn": "again"})
@@ -186,8 +211,12 @@ def samples_are_their_own(subject: Subject) -> Iterator[Gap]:
 def exact_samplers_are_exact(subject: Subject) -> Iterator[Gap]:
     """Samples of an exact sampler have the joint distribution, whatever the steps: .006 is the noise of the samples."""
     if subject.build(FEW).quality == "exact":
-        for steps in (1, FEW)[: 1 if subject.build(1).steps is None else 2]:  # None: steps change nothing
-            yield gap(torch.tensor(distance(subject, steps)), 0.0, {"total variation at steps": steps})
+        for steps in (1, FEW)[
+            : 1 if subject.build(1).steps is None else 2
+        ]:  # None: steps change nothing
+            yield gap(
+                torch.tensor(distance(subject, steps)), 0.0, {"total variation at steps": steps}
+            )
 
 
 @law("sampler: of the order that it declares", tolerance=SLACK)
@@ -200,7 +229,9 @@ def orders_are_reached(subject: Subject) -> Iterator[Gap]:
         return
     steps, few, best = FEW, distance(subject, FEW), -math.inf
     while few >= TELLING and best < sampler.order - SLACK and steps <= MANY:
-        best = max(best, math.log(few / max(distance(subject, 4 * steps) - SAMPLING, 1e-6)) / math.log(4))
+        best = max(
+            best, math.log(few / max(distance(subject, 4 * steps) - SAMPLING, 1e-6)) / math.log(4)
+        )
         steps *= 2
         few = distance(subject, steps)
     missing = 0.0 if best == -math.inf and few < TELLING else max(0.0, sampler.order - best)

@@ -39,7 +39,9 @@ def schedule_ends(schedule: Schedule) -> Iterator[Gap]:
         yield gap(start, 1.0, {"t": 0})
     if schedule.closes_at_prior:
         yield gap(stop, 0.0, {"t": 1})
-    yield gap(schedule.alpha(times(ENDS)).isfinite().double(), 1.0, {"finite alpha at t": times(ENDS)})
+    yield gap(
+        schedule.alpha(times(ENDS)).isfinite().double(), 1.0, {"finite alpha at t": times(ENDS)}
+    )
 
 
 @law("schedule: noised = 1 - alpha, accurate near t = 0", tolerance=1e-9)
@@ -52,10 +54,17 @@ def noised_is_the_rest(schedule: Schedule, finer: int = 1) -> Iterator[Gap]:
         noised = schedule.noised(times((end,)))
         grown = noised - schedule.noised(times((end / 1000.0,)))
         flow = integral(lambda t: -schedule.d_alpha(t).unsqueeze(-1), end / 1000.0, end, finer)
-        yield gap(grown, flow, {"t": end}, noised.abs().clamp(min=1e-300))  # a schedule may stand still
+        yield gap(
+            grown, flow, {"t": end}, noised.abs().clamp(min=1e-300)
+        )  # a schedule may stand still
 
 
-SCHEDULE_LAWS: tuple[Law, ...] = (derivative_is_autograd, alpha_falls, schedule_ends, noised_is_the_rest)
+SCHEDULE_LAWS: tuple[Law, ...] = (
+    derivative_is_autograd,
+    alpha_falls,
+    schedule_ends,
+    noised_is_the_rest,
+)
 
 
 def check_schedule(schedule: Schedule) -> list[LawReport]:

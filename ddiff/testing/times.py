@@ -44,7 +44,11 @@ def times_are_times(rule: TimeRule) -> Iterator[Gap]:
     drawn = _drawn(rule, 0, torch.arange(SLOTS))
     yield gap(drawn.t.clamp(0.0, 1.0), drawn.t, {"t": drawn.t})
     yield gap(((drawn.speed >= 0.0) & drawn.speed.isfinite()).double(), 1.0, {"speed": drawn.speed})
-    yield gap(torch.where(_nowhere(drawn), drawn.speed, 0.0), 0.0, {"speed of an uncharged position at t": drawn.t})
+    yield gap(
+        torch.where(_nowhere(drawn), drawn.speed, 0.0),
+        0.0,
+        {"speed of an uncharged position at t": drawn.t},
+    )
 
 
 @law("times: a sample's time does not depend on its batch", tolerance=0.0)
@@ -69,7 +73,9 @@ def speeds_are_unbiased(rule: TimeRule) -> Iterator[Gap]:
     for power in range(3):
         expected = (last ** (power + 1) - first ** (power + 1)) / (power + 1)
         got = (speed * t**power).mean((0, 1))
-        yield gap(got, expected, {"position": torch.arange(LENGTH), "g = t to the": power}, expected)
+        yield gap(
+            got, expected, {"position": torch.arange(LENGTH), "g = t to the": power}, expected
+        )
 
 
 @law("times: every position is read once at either end", tolerance=0.1)
@@ -80,8 +86,14 @@ def ends_are_read_once(rule: TimeRule) -> Iterator[Gap]:
     """
     first, last = _window(rule)
     slot = torch.arange(SLOTS)
-    pairs = [rule.ends(OwnTime(), Noise(11, step, slot, LENGTH), slot, SLOTS, LENGTH) for step in range(DRAWS)]
-    for name, times, ends in (("first", first, [a for a, _ in pairs]), ("last", last, [b for _, b in pairs])):
+    pairs = [
+        rule.ends(OwnTime(), Noise(11, step, slot, LENGTH), slot, SLOTS, LENGTH)
+        for step in range(DRAWS)
+    ]
+    for name, times, ends in (
+        ("first", first, [a for a, _ in pairs]),
+        ("last", last, [b for _, b in pairs]),
+    ):
         speed = torch.stack([end.speed for end in ends])
         yield gap(speed.mean((0, 1)), 1.0, {"end": name, "position": torch.arange(LENGTH)})
         t = torch.stack([torch.where(end.speed > 0, end.t, times) for end in ends])
@@ -97,7 +109,9 @@ def shares_are_balanced(rule: TimeRule) -> Iterator[Gap]:
     """
     drawn, (first, last) = _drawn(rule, 0, torch.arange(SLOTS)), _window(rule)
     waiting = torch.zeros_like(drawn.clean) if drawn.waiting is None else drawn.waiting
-    along = ((drawn.t - first) / (last - first)).masked_fill(drawn.clean, 0.0).masked_fill(waiting, 1.0)
+    along = (
+        ((drawn.t - first) / (last - first)).masked_fill(drawn.clean, 0.0).masked_fill(waiting, 1.0)
+    )
     means = along.reshape(8, -1).mean(-1)
     yield gap(means, float(means.mean()), {"share": torch.arange(8)})
 
@@ -107,7 +121,10 @@ def paths_go_forwards(rule: TimeRule) -> Iterator[Gap]:
     """Along `at`, with tau from 0 to 1, every position goes from clean over its window to waiting and never back, and
     where it is charged dt/dtau is its speed. Difference quotients of straight lines leave 1e-10."""
     tau = torch.linspace(0.0, 1.0, 241, dtype=torch.float64)
-    path, after = rule.at(OwnTime(), tau, LENGTH), {"after tau": tau[:-1].unsqueeze(-1).expand(-1, LENGTH)}
+    path, after = (
+        rule.at(OwnTime(), tau, LENGTH),
+        {"after tau": tau[:-1].unsqueeze(-1).expand(-1, LENGTH)},
+    )
     waiting = torch.zeros_like(path.clean) if path.waiting is None else path.waiting
     stage = 1.0 - path.clean.double() + waiting.double()
     yield gap(stage.diff(dim=0).clamp(max=0.0), 0.0, after)
@@ -126,7 +143,11 @@ def waiting_is_unseen(rule: TimeRule) -> Iterator[Gap]:
         rule.at(OwnTime(), torch.linspace(0.0, 1.0, 61).double(), LENGTH),
     ):
         if times.block is None:
-            yield gap(_nowhere(times).double(), 0.0, {"no blocks, and yet a position is clean or waits at t": times.t})
+            yield gap(
+                _nowhere(times).double(),
+                0.0,
+                {"no blocks, and yet a position is clean or waits at t": times.t},
+            )
             continue
         block = times.block.expand(times.t.shape).double()
         yield gap(block.diff(dim=-1).clamp(max=0.0), 0.0, {"block": block[:, 1:]})
@@ -134,7 +155,9 @@ def waiting_is_unseen(rule: TimeRule) -> Iterator[Gap]:
         earliest = torch.where(times.speed > 0, block, torch.inf).amin(-1, keepdim=True)
         waiting = torch.zeros_like(times.clean) if times.waiting is None else times.waiting
         yield gap((waiting & (block <= latest)).double(), 0.0, {"block of who waits": block})
-        yield gap((times.clean & (block >= earliest)).double(), 0.0, {"block of a clean position": block})
+        yield gap(
+            (times.clean & (block >= earliest)).double(), 0.0, {"block of a clean position": block}
+        )
 
 
 TIME_RULE_LAWS: tuple[Law, ...] = (

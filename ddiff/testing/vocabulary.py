@@ -15,15 +15,23 @@ from ddiff.testing.report import Gap, Law, LawReport, check, gap, law
 @law("vocabulary: ids run level by level", tolerance=0.0)
 def ids_run_by_level(vocabulary: Vocabulary) -> Iterator[Gap]:
     """Words first, then each level's nodes, the root (= mask) alone and last."""
-    levels = torch.repeat_interleave(torch.arange(vocabulary.num_levels + 1), torch.tensor(vocabulary.level_sizes))
+    levels = torch.repeat_interleave(
+        torch.arange(vocabulary.num_levels + 1), torch.tensor(vocabulary.level_sizes)
+    )
     ids = torch.arange(vocabulary.num_states)
     yield gap(vocabulary.level_of(ids), levels.double(), {"id": ids})
     yield gap(
-        torch.tensor(sum(vocabulary.level_sizes)), float(vocabulary.num_states), {"sizes": vocabulary.level_sizes}
+        torch.tensor(sum(vocabulary.level_sizes)),
+        float(vocabulary.num_states),
+        {"sizes": vocabulary.level_sizes},
     )
     if vocabulary.num_levels:
         yield gap(torch.tensor(vocabulary.level_sizes[-1]), 1.0, {"size of": "the last level"})
-        yield gap(torch.tensor(vocabulary.mask_id or -1), float(vocabulary.num_states - 1), {"mask_id": "the root"})
+        yield gap(
+            torch.tensor(vocabulary.mask_id or -1),
+            float(vocabulary.num_states - 1),
+            {"mask_id": "the root"},
+        )
 
 
 @law("vocabulary: ancestors climb one parent at a time", tolerance=0.0)
@@ -35,8 +43,16 @@ def ancestors_climb(vocabulary: Vocabulary) -> Iterator[Gap]:
     for level in range(vocabulary.num_levels):
         below = ids[own <= level]
         above = vocabulary.ancestor(below, level + 1)
-        yield gap(above, vocabulary.parent(vocabulary.ancestor(below, level)).double(), {"id": below, "level": level})
-        yield gap(vocabulary.level_of(above), level + 1.0, {"id": below, "level of its ancestor at": level + 1})
+        yield gap(
+            above,
+            vocabulary.parent(vocabulary.ancestor(below, level)).double(),
+            {"id": below, "level": level},
+        )
+        yield gap(
+            vocabulary.level_of(above),
+            level + 1.0,
+            {"id": below, "level of its ancestor at": level + 1},
+        )
 
 
 @law("vocabulary: in tree order every node owns a contiguous range", tolerance=0.0)
@@ -53,11 +69,17 @@ def ranges_are_contiguous(vocabulary: Vocabulary) -> Iterator[Gap]:
         start, stop = vocabulary.node_range(above, level)
         place = torch.arange(len(order))
         inside = (place >= start.unsqueeze(-1)) & (place < stop.unsqueeze(-1))
-        below = vocabulary.ancestor(order.unsqueeze(0), vocabulary.level_of(above).unsqueeze(-1)) == above.unsqueeze(-1)
+        below = vocabulary.ancestor(
+            order.unsqueeze(0), vocabulary.level_of(above).unsqueeze(-1)
+        ) == above.unsqueeze(-1)
         yield gap(inside.double(), below.double(), {"node": above, "level": level})
         yield gap(inside.any(-1).double(), 1.0, {"something below node": above, "level": level})
         whole = vocabulary.node_range(torch.tensor(vocabulary.root), level)
-        yield gap(torch.stack(whole), torch.tensor([0.0, len(order)]), {"range of the root at level": level})
+        yield gap(
+            torch.stack(whole),
+            torch.tensor([0.0, len(order)]),
+            {"range of the root at level": level},
+        )
 
 
 @law("vocabulary: children are those whose parent it is", tolerance=0.0)

@@ -24,12 +24,16 @@ class MovingAverage:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         if not 0.0 < decay < 1.0:
-            raise ArgumentError(f"MovingAverage: decay must be in (0, 1), such as 0.9999; got {decay}.")
+            raise ArgumentError(
+                f"MovingAverage: decay must be in (0, 1), such as 0.9999; got {decay}."
+            )
         self.decay = decay
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.weights = {name: _wide(p.detach()).clone() for name, p in self._parameters.items()}
         device = next(iter(self._parameters.values())).device
-        self.updates = torch.zeros((), dtype=torch.float64, device=device)  # there, as steps are decided there
+        self.updates = torch.zeros(
+            (), dtype=torch.float64, device=device
+        )  # there, as steps are decided there
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
@@ -64,7 +68,9 @@ class MovingAverage:
         """Go on from what `to_tree` gave; CheckpointError when it is the average of another model."""
         if tree["weights"].keys() != self.weights.keys():
             differing = sorted(tree["weights"].keys() ^ self.weights.keys())[:3]
-            raise CheckpointError(f"The average in the checkpoint is of another model: {', '.join(differing)} differ.")
+            raise CheckpointError(
+                f"The average in the checkpoint is of another model: {', '.join(differing)} differ."
+            )
         self.updates.copy_(tree["updates"])
         for name, average in self.weights.items():
             average.copy_(tree["weights"][name])

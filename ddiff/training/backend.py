@@ -67,7 +67,9 @@ def device_named(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ArgumentError(f'device must be "auto", "cpu", "cuda" or "cuda:N"; got "{name}".') from error
+        raise ArgumentError(
+            f'device must be "auto", "cpu", "cuda" or "cuda:N"; got "{name}".'
+        ) from error
     if device.type == "mps":
         raise ArgumentError(
             'device "mps" cannot be used: times, bounds and draws are computed in float64, which Metal does not have. '

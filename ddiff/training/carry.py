@@ -61,8 +61,14 @@ def carried(denoiser: Denoiser, source: Source, parts: Parts) -> Carried:
     if parts == "all":
         _check_nothing_else(own, source)
     same = vocabulary.fingerprint == source.vocabulary.fingerprint
-    weights = {name: source.weights[name].to(own[name]) for name in taken if same or name not in states}
-    by_word = {} if same else {name: _states(source.weights[name], source.vocabulary, vocabulary) for name in states}
+    weights = {
+        name: source.weights[name].to(own[name]) for name in taken if same or name not in states
+    }
+    by_word = (
+        {}
+        if same
+        else {name: _states(source.weights[name], source.vocabulary, vocabulary) for name in states}
+    )
     if parts == "all":
         if _same_head(denoiser.head, source.head, same):
             _check(own, source, head)
@@ -73,7 +79,9 @@ def carried(denoiser: Denoiser, source: Source, parts: Parts) -> Carried:
     return Carried({**own, **weights, **by_word}, list(weights), list(by_word), anew)
 
 
-def _check(own: Mapping[str, Tensor], source: Source, names: Sequence[str], states: Sequence[str] = ()) -> None:
+def _check(
+    own: Mapping[str, Tensor], source: Source, names: Sequence[str], states: Sequence[str] = ()
+) -> None:
     """Raises CheckpointError unless `names` are there; tables of states may have other rows, not another width."""
     faults = []
     for name in names:
@@ -102,7 +110,9 @@ def _refuse(faults: list[str], source: Source) -> None:
 
 def _means(rows: Tensor, vocabulary: Vocabulary, level: int) -> Tensor:
     """[n_l,d] the mean over the words of each node of rows [V,d]."""
-    index = vocabulary.ancestor(torch.arange(vocabulary.num_tokens), level) - vocabulary.offsets[level]
+    index = (
+        vocabulary.ancestor(torch.arange(vocabulary.num_tokens), level) - vocabulary.offsets[level]
+    )
     sums = rows.new_zeros(vocabulary.level_sizes[level], rows.shape[1]).index_add(0, index, rows)
     return sums / torch.bincount(index, minlength=len(sums)).unsqueeze(-1).to(rows)
 
@@ -117,7 +127,10 @@ def _states(theirs: Tensor, old: Vocabulary, new: Vocabulary) -> Tensor:
 
 
 def _same_head(mine: Head, theirs: Head, same_vocabulary: bool) -> bool:
-    kinds = [(type(head), getattr(head, "kind", None), getattr(head, "reading", None)) for head in (mine, theirs)]
+    kinds = [
+        (type(head), getattr(head, "kind", None), getattr(head, "reading", None))
+        for head in (mine, theirs)
+    ]
     return same_vocabulary and kinds[0] == kinds[1]
 
 

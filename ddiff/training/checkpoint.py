@@ -68,7 +68,9 @@ class Checkpoint:
         shapes = {name: torch.Size(self.manifest[place].size) for name, place in places.items()}
         _check_fit({name: tensor.shape for name, tensor in own.items()}, shapes, self.path)
         fill(
-            {place: own[name] for name, place in places.items() if name not in self.aliases}, self.manifest, self.folder
+            {place: own[name] for name, place in places.items() if name not in self.aliases},
+            self.manifest,
+            self.folder,
         )
         module.load_state_dict(own | {alias: own[name] for alias, name in self.aliases.items()})
 
@@ -77,7 +79,9 @@ class Checkpoint:
         whole, on the CPU. Raises CheckpointError when they are damaged."""
         from ddiff.training.storage import fill, targets_like
 
-        stored = {name: tensor for name, tensor in self.manifest.items() if name.startswith("state.")}
+        stored = {
+            name: tensor for name, tensor in self.manifest.items() if name.startswith("state.")
+        }
         tensors = targets_like(stored, list(like))
         fill(tensors, self.manifest, self.folder)
         return _filled(self.state, tensors, "state")
@@ -101,8 +105,12 @@ class Checkpoint:
 
     def _places(self) -> dict[str, str]:
         """name -> its place in the manifest."""
-        stored = [place.removeprefix("model.") for place in self.manifest if place.startswith("model.")]
-        return {name: f"model.{name}" for name in stored} | {a: f"model.{b}" for a, b in self.aliases.items()}
+        stored = [
+            place.removeprefix("model.") for place in self.manifest if place.startswith("model.")
+        ]
+        return {name: f"model.{name}" for name in stored} | {
+            a: f"model.{b}" for a, b in self.aliases.items()
+        }
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -112,7 +120,9 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
     module.load_state_dict(weights)
 
 
-def _check_fit(own: Mapping[str, torch.Size], theirs: Mapping[str, torch.Size], source: str) -> None:
+def _check_fit(
+    own: Mapping[str, torch.Size], theirs: Mapping[str, torch.Size], source: str
+) -> None:
     faults = [f"{name} is missing" for name in own if name not in theirs]
     faults += [f"{name} is not in the model" for name in theirs if name not in own]
     faults += [
@@ -137,7 +147,9 @@ class Checkpoints:
 
     def __init__(self, root: str | os.PathLike[str], keep: int = 2) -> None:
         if keep < 1:
-            raise ArgumentError(f"keep must be at least 1, the checkpoint that a run goes on from; got {keep}.")
+            raise ArgumentError(
+                f"keep must be at least 1, the checkpoint that a run goes on from; got {keep}."
+            )
         self.keep = keep
         self._fs, self.root = fsspec.core.url_to_fs(os.fspath(root))
         self._behind = ThreadPoolExecutor(1, "checkpoint")
@@ -169,7 +181,9 @@ class Checkpoints:
         self.wait()
         once, aliases = distinct(model)
         tensors = {f"model.{name}": tensor for name, tensor in once.items()}
-        tree = json.dumps({"step": step, "aliases": aliases, "state": _to_json(state, tensors, "state")}, indent=1)
+        tree = json.dumps(
+            {"step": step, "aliases": aliases, "state": _to_json(state, tensors, "state")}, indent=1
+        )
         staged = stage(tensors, _file_and_key, self._group())
         folder = self._folder(step)
         self._writing = self._behind.submit(self._write, folder, step, staged, tree)
@@ -204,7 +218,10 @@ class Checkpoints:
         manifest = manifest_from_json(folder.read(MANIFEST), f"{folder.path}/{MANIFEST}")
         try:
             tree = json.loads(folder.read(STATE))
-            state = _from_json(tree["state"], {name: stored.empty(device="meta") for name, stored in manifest.items()})
+            state = _from_json(
+                tree["state"],
+                {name: stored.empty(device="meta") for name, stored in manifest.items()},
+            )
             aliases = dict(tree["aliases"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
@@ -217,14 +234,21 @@ class Checkpoints:
         """The model's tensors alone, whole, of `step` or the newest, as `Checkpoint.weights` has them."""
         steps = self.steps()
         if not steps and step is None:
-            raise CheckpointError(f"{self.root} holds no complete checkpoint. Train first, or name another run.")
+            raise CheckpointError(
+                f"{self.root} holds no complete checkpoint. Train first, or name another run."
+            )
         return self.load(steps[-1] if step is None else step).weights(average=average)
 
     # ------------------------------------------------------------------ writing, in a thread of its own
 
     def _group(self) -> dist.ProcessGroup | None:
         """The ranks, in a group of their own: they talk about checkpoints while training talks. None for one process."""
-        if self._ranks is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if (
+            self._ranks is None
+            and dist.is_available()
+            and dist.is_initialized()
+            and dist.get_world_size() > 1
+        ):
             self._ranks = dist.new_group(backend="gloo", timeout=SLOWEST)
         return self._ranks
 
@@ -246,7 +270,9 @@ class Checkpoints:
         if self._ranks is not None:
             outcomes = [None] * dist.get_world_size(self._ranks)
             dist.all_gather_object(outcomes, (failure, given), group=self._ranks)
-        if told := [f"{failure} on rank {rank}" for rank, (failure, _) in enumerate(outcomes) if failure]:
+        if told := [
+            f"{failure} on rank {rank}" for rank, (failure, _) in enumerate(outcomes) if failure
+        ]:
             raise CheckpointError(
                 f"{folder.path} could not be written ({told[0]}), so training ended. Free or mend the place where it goes; "
                 "the same command then goes on from the checkpoint before."
@@ -279,7 +305,9 @@ class Checkpoints:
         if not self._fs.isdir(self.root):
             return []
         self._fs.invalidate_cache(self.root)
-        return [path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self.root, detail=False)]
+        return [
+            path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self.root, detail=False)
+        ]
 
 
 def _file_and_key(place: str) -> tuple[str, str]:

@@ -77,10 +77,14 @@ class Ranks:
         return place() is not None
 
     def sum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        flat = torch.cat([value.detach().to(self.device, torch.float64).reshape(-1) for value in values.values()])
+        flat = torch.cat(
+            [value.detach().to(self.device, torch.float64).reshape(-1) for value in values.values()]
+        )
         dist.all_reduce(flat)
         parts = flat.split([value.numel() for value in values.values()])
-        return {name: part.reshape(value.shape) for (name, value), part in zip(values.items(), parts)}
+        return {
+            name: part.reshape(value.shape) for (name, value), part in zip(values.items(), parts)
+        }
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
         norm = clipped(parameters, max_norm)
@@ -114,7 +118,9 @@ class DistributedBackend(Ranks):
     def wrap(self, module: nn.Module) -> nn.Module:
         # A parameter may go unused on some rank or in some step: a condition that no row of the share has.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the newer name of broadcast_buffers is not in torch 2.9
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # the newer name of broadcast_buffers is not in torch 2.9
             wrapped = DistributedDataParallel(
                 module.to(self.device), broadcast_buffers=False, find_unused_parameters=True
             )
@@ -140,7 +146,9 @@ class ShardedBackend(Ranks):
     decays; before torch 2.13 such a step ends the run. The other arguments are those of `Ranks`.
     """
 
-    def __init__(self, device: str = "auto", processes: int = 1, precision: torch.dtype | None = None) -> None:
+    def __init__(
+        self, device: str = "auto", processes: int = 1, precision: torch.dtype | None = None
+    ) -> None:
         super().__init__(device, processes)
         self.precision = precision
 
@@ -150,7 +158,9 @@ class ShardedBackend(Ranks):
         # A CPU knows no layer norm of float32 hidden states and bfloat16 weights, and gathers through memory anyway.
         precision = None if self.device.type == "cpu" else self.precision
         gathered = MixedPrecisionPolicy(
-            param_dtype=precision, reduce_dtype=precision and torch.float32, cast_forward_inputs=False
+            param_dtype=precision,
+            reduce_dtype=precision and torch.float32,
+            cast_forward_inputs=False,
         )
         for block in blocks_of(module):
             fully_shard(block, mesh=mesh, mp_policy=gathered)
@@ -187,5 +197,7 @@ class ShardedBackend(Ranks):
 
 def _summed(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """The sum over the ranks, where DDP's own hook gives the mean."""
-    future: torch.futures.Future[list[Tensor]] = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    future: torch.futures.Future[list[Tensor]] = dist.all_reduce(
+        bucket.buffer(), async_op=True
+    ).get_future()
     return future.then(lambda done: done.value()[0])

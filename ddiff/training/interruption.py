@@ -38,7 +38,9 @@ class Interruption:
 
     def counts(self) -> Tensor:
         """[2] float64: whether each of SIGINT and SIGTERM came; over ranks they are summed."""
-        return torch.tensor([float(self.signal == number) for number in SIGNALS], dtype=torch.float64)
+        return torch.tensor(
+            [float(self.signal == number) for number in SIGNALS], dtype=torch.float64
+        )
 
     @staticmethod
     def received(counts: Sequence[float]) -> int | None:

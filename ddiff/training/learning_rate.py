@@ -41,7 +41,9 @@ class WarmupCosine:
         if self.warmup < 0:
             raise ArgumentError(f"warmup must be a number of steps, at least 0; got {self.warmup}.")
         if not 0.0 <= self.floor <= 1.0:
-            raise ArgumentError(f"floor must be a share of the learning rate in [0, 1]; got {self.floor}.")
+            raise ArgumentError(
+                f"floor must be a share of the learning rate in [0, 1]; got {self.floor}."
+            )
 
     def __call__(self, step: int) -> float:
         if step < self.warmup:

@@ -18,4 +18,6 @@ def keep_freed_memory() -> bool:
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    return mallopt is not None and all(mallopt(name, value) == 1 for name, value in _SETTINGS.items())
+    return mallopt is not None and all(
+        mallopt(name, value) == 1 for name, value in _SETTINGS.items()
+    )

@@ -14,7 +14,10 @@ import fsspec
 from ddiff.errors import CheckpointError
 from ddiff.run_files import METRICS as FILE
 
-WALL_CLOCK = ("seconds", "tokens_per_second")  # the only fields that two runs of the same recipe may differ in
+WALL_CLOCK = (
+    "seconds",
+    "tokens_per_second",
+)  # the only fields that two runs of the same recipe may differ in
 
 
 @dataclass(frozen=True)

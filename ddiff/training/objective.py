@@ -63,7 +63,9 @@ class ClippedLoss:
         return process.weight(x0, zt, t).clamp(self.smallest, self.largest)
 
 
-DECODING_SHARE = 0.1  # of the sequences of a batch, where the process does not close at the clean end
+DECODING_SHARE = (
+    0.1  # of the sequences of a batch, where the process does not close at the clean end
+)
 
 
 class _Drawn(NamedTuple):
@@ -98,9 +100,13 @@ class DiffusionObjective:
         decoding_share: float | None = None,
     ) -> None:
         if decoding_share is None:  # a bound that charges a last draw has to train it
-            decoding_share = 0.0 if process.closes_at_clean or hasattr(loss, "reads") else DECODING_SHARE
+            decoding_share = (
+                0.0 if process.closes_at_clean or hasattr(loss, "reads") else DECODING_SHARE
+            )
         if not 0.0 <= decoding_share < 1.0:
-            raise ArgumentError(f"DiffusionObjective: decoding_share must be in [0, 1); got {decoding_share}.")
+            raise ArgumentError(
+                f"DiffusionObjective: decoding_share must be in [0, 1); got {decoding_share}."
+            )
         self.process, self.denoiser, self.loss, self.times = process, denoiser, loss, times
         self.decoding_share = decoding_share
         self.module: torch.nn.Module = denoiser
@@ -108,7 +114,9 @@ class DiffusionObjective:
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         return {"tokens": batch.scored.sum()}
 
-    def __call__(self, batch: Batch, noise: Noise, denominators: Mapping[str, Tensor], slots: int) -> LossTerms:
+    def __call__(
+        self, batch: Batch, noise: Noise, denominators: Mapping[str, Tensor], slots: int
+    ) -> LossTerms:
         """(sum of the rows' loss over this micro-batch) / (tokens of the global batch), in nats per token."""
         reading, process, device = self.denoiser.reading, self.process, device_of(self.module)
         # All that depends on what was drawn is found where the batch is, on the host: the device is never waited for.
@@ -146,12 +154,16 @@ class DiffusionObjective:
         )
         asked = (x_rows, z_rows, t_rows)
         exact = process.weight(*asked)
-        weight = exact if isinstance(self.loss, ElboLoss) else self.loss.weight(process, *asked)  # not the same twice
+        weight = (
+            exact if isinstance(self.loss, ElboLoss) else self.loss.weight(process, *asked)
+        )  # not the same twice
         bound = torch.where(is_charged, speed * exact, 0.0)
         loss = torch.where(speed > 0, speed, 1.0) * weight
         if share > 0.0:
             bound, loss = (torch.where(is_decoded, speed, weight) for weight in (bound, loss))
-        return _Drawn(noisy, rows, x_rows, z_rows, t_rows, bound, loss, is_decoded if share > 0.0 else None)
+        return _Drawn(
+            noisy, rows, x_rows, z_rows, t_rows, bound, loss, is_decoded if share > 0.0 else None
+        )
 
     def _question(self, drawn: _Drawn, tokens: Tensor) -> Question:
         """(this row's share of the loss, its density) of a chunk; the shares are of the mean over `tokens`."""
@@ -163,7 +175,9 @@ class DiffusionObjective:
             if drawn.decodes is not None:
                 decodes = drawn.decodes[idx]
                 loss = torch.where(decodes, process.decode_nll(law, *chunk), loss)
-                divergence = torch.where(decodes, 0.0, divergence)  # the diffusion term alone is reported
+                divergence = torch.where(
+                    decodes, 0.0, divergence
+                )  # the diffusion term alone is reported
             return weight[idx] * loss, drawn.bound_weight[idx] * divergence
 
         return cast(Question, question)
@@ -173,11 +187,15 @@ class DiffusionObjective:
         if (read := getattr(self.loss, "divergence", None)) is None:
             divergence = self.process.divergence(law, *chunk)
             return divergence, divergence.detach()
-        loss = read(self.process, law, *chunk)  # first: a law keeps what it computes, with its graph
+        loss = read(
+            self.process, law, *chunk
+        )  # first: a law keeps what it computes, with its graph
         with torch.no_grad():
             return loss, self.process.divergence(law, *chunk)
 
-    def _metrics(self, density: Tensor, z_rows: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+    def _metrics(
+        self, density: Tensor, z_rows: Tensor, batch: Batch
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         count = batch.scored.sum()
         metrics = {"nelbo_diffusion_nats_per_token": (density.sum(), count)}
         level = self.process.vocabulary.level_of(z_rows)
@@ -190,9 +208,13 @@ class DiffusionObjective:
         """How samplers and the bound ask the denoiser about these rows."""
         return asking(self.denoiser, self.process, context_of(batch))
 
-    def nll(self, batch: Batch, noise: Noise, slot: Tensor, slots: int | Tensor, times: TimeRule) -> Likelihood:
+    def nll(
+        self, batch: Batch, noise: Noise, slot: Tensor, slots: int | Tensor, times: TimeRule
+    ) -> Likelihood:
         """One unbiased draw of the bound for every position of the batch; no training weight enters it."""
-        terms = nelbo(self.process, self.ask(batch), batch.ids, batch.scored, times, noise, slot, slots)
+        terms = nelbo(
+            self.process, self.ask(batch), batch.ids, batch.scored, times, noise, slot, slots
+        )
         named = {"closing": terms.closing, "diffusion": terms.diffusion, "decoding": terms.decoding}
         return Likelihood(named, self._by_level(terms))
 
@@ -227,7 +249,9 @@ def sent(parts: Any, device: torch.device) -> Any:
     """A tensor, or whatever a tuple or dict holds of them, on the device, without waiting for what it is doing."""
     if isinstance(parts, Tensor):
         if device.type == "cuda" and parts.device.type == "cpu":
-            return parts.pin_memory().to(device, non_blocking=True)  # what is not pinned waits for the device
+            return parts.pin_memory().to(
+                device, non_blocking=True
+            )  # what is not pinned waits for the device
         return parts.to(device)
     if isinstance(parts, dict):
         return type(parts)((name, sent(value, device)) for name, value in parts.items())
@@ -247,7 +271,9 @@ def withheld(context: Context, dropout: Mapping[str, float], noise: Noise) -> Co
     """A context for training: each condition is withheld from its share of the samples, so that guidance has a law
     without it to compare with."""
     dropped = {
-        name: absent_where(noise.uniform(f"condition.{name}")[:, 0] < share, context.conditions[name])
+        name: absent_where(
+            noise.uniform(f"condition.{name}")[:, 0] < share, context.conditions[name]
+        )
         for name, share in dropout.items()
         if name in context.conditions and share > 0
     }

@@ -38,7 +38,9 @@ class Objective(Protocol):
         """field -> number of scored items, from the data alone: summed over the global batch before any forward."""
         ...
 
-    def __call__(self, batch: Batch, noise: Noise, denominators: Mapping[str, Tensor], slots: int) -> LossTerms:
+    def __call__(
+        self, batch: Batch, noise: Noise, denominators: Mapping[str, Tensor], slots: int
+    ) -> LossTerms:
         """`denominators`: global counts per field (0-d float64); `slots`: rows of the global batch."""
         ...
 

@@ -20,7 +20,9 @@ FORMAT = 2
 MARKER = "complete.json"
 STATE = "state.json"
 STEP = re.compile(r"step_(\d{8,})")
-_OWN = re.compile(r"[\w.]+\.safetensors|(manifest|state)\.json")  # of a checkpoint that was cut short
+_OWN = re.compile(
+    r"[\w.]+\.safetensors|(manifest|state)\.json"
+)  # of a checkpoint that was cut short
 BLOCK = 1 << 24  # bytes that are hashed, read and written at a time
 
 
@@ -61,7 +63,11 @@ def newest_state(root: str) -> dict[str, Any] | None:
     steps = complete_steps(fs, root)
     if not steps:
         return None
-    folder = Folder(fs, f"{root}/{step_name(steps[-1])}", lambda: "Repeat `ddiff run` with the recipe of that run.")
+    folder = Folder(
+        fs,
+        f"{root}/{step_name(steps[-1])}",
+        lambda: "Repeat `ddiff run` with the recipe of that run.",
+    )
     return json.loads(folder.read(STATE))["state"]
 
 
@@ -129,7 +135,9 @@ class Folder:
         os.replace(f"{path}.part", path)
 
     def _reach_the_disk(self, file: IO[bytes]) -> None:
-        if isinstance(self._fs, LocalFileSystem):  # the marker must not get there before what it speaks of
+        if isinstance(
+            self._fs, LocalFileSystem
+        ):  # the marker must not get there before what it speaks of
             file.flush()
             os.fsync(file.fileno())
 
@@ -138,7 +146,10 @@ class Folder:
     def check(self) -> None:
         """Raises CheckpointError unless every file is there in its size; the marker alone is read."""
         self._fs.invalidate_cache(self.path)
-        there = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in self._fs.ls(self.path, detail=True)}
+        there = {
+            entry["name"].rsplit("/", 1)[-1]: entry["size"]
+            for entry in self._fs.ls(self.path, detail=True)
+        }
         for name, seal in self.seals.items():
             if name not in there:
                 raise CheckpointError(
@@ -227,7 +238,9 @@ class Folder:
         return {name: Seal(seal["bytes"], seal["sha256"]) for name, seal in files.items()}
 
     def _no_marker(self) -> CheckpointError:
-        return CheckpointError(f"{self.path}/{MARKER} is damaged: it is no checkpoint marker. {self._remedy()}")
+        return CheckpointError(
+            f"{self.path}/{MARKER} is damaged: it is no checkpoint marker. {self._remedy()}"
+        )
 
 
 def _is_own(entry: dict[str, Any], sealed: set[str]) -> bool:
@@ -242,7 +255,11 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_seal(value: Any) -> bool:
-    return isinstance(value, dict) and _is_count(value.get("bytes")) and isinstance(value.get("sha256"), str)
+    return (
+        isinstance(value, dict)
+        and _is_count(value.get("bytes"))
+        and isinstance(value.get("sha256"), str)
+    )
 
 
 class _Sealing:

@@ -105,9 +105,13 @@ def manifest_from_json(text: str | bytes, path: str = "the manifest") -> Manifes
     CheckpointError, naming it as `path`, unless it says which bytes of which file of its folder each tensor is made of.
     """
     try:
-        return {name: _stored(name, entry, path) for name, entry in json.loads(text)["tensors"].items()}
+        return {
+            name: _stored(name, entry, path) for name, entry in json.loads(text)["tensors"].items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _wrong_manifest(path, f"it cannot be read as one ({type(error).__name__}: {error})") from error
+        raise _wrong_manifest(
+            path, f"it cannot be read as one ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _stored(name: str, entry: Mapping[str, Any], path: str) -> Stored:
@@ -116,9 +120,15 @@ def _stored(name: str, entry: Mapping[str, Any], path: str) -> Stored:
     for written in entry["chunks"]:
         if set(written) != set(Chunk._fields):
             raise _wrong_manifest(path, f"a part of {name} has the keys {sorted(written)}")
-        file, offsets, sizes = written["file"], _whole_numbers(written["offsets"]), _whole_numbers(written["sizes"])
+        file, offsets, sizes = (
+            written["file"],
+            _whole_numbers(written["offsets"]),
+            _whole_numbers(written["sizes"]),
+        )
         if not isinstance(file, str) or not _FILE.fullmatch(file):
-            raise _wrong_manifest(path, f"{name} lies in {file!r}, which is no safetensors file of its folder")
+            raise _wrong_manifest(
+                path, f"{name} lies in {file!r}, which is no safetensors file of its folder"
+            )
         if not len(offsets) == len(sizes) == len(size):
             raise _wrong_manifest(path, f"a part of {name} has other dimensions than {list(size)}")
         if any(begin + length > whole for begin, length, whole in zip(offsets, sizes, size)):
@@ -143,7 +153,9 @@ def _wrong_manifest(path: str, what: str) -> CheckpointError:
     )
 
 
-def write_tensors(sink: Sink, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    sink: Sink, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file of contiguous CPU tensors, one after the other and none copied."""
     header = _header(tensors, metadata)
     sink.write(len(header).to_bytes(8, "little") + header)
@@ -161,7 +173,11 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
     begin = 0
     for name in _in_order(tensors):
         end = begin + tensors[name].nbytes
-        entry = {"dtype": CODES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+        entry = {
+            "dtype": CODES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
         entries[name], begin = entry, end
     text = json.dumps(entries, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
@@ -187,7 +203,13 @@ def distinct(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     for name, tensor in tensors.items():
         part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         # The storage itself and not its address: all empty ones have the address 0.
-        place = (part.untyped_storage()._cdata, part.storage_offset(), tensor.shape, part.stride(), tensor.dtype)
+        place = (
+            part.untyped_storage()._cdata,
+            part.storage_offset(),
+            tensor.shape,
+            part.stride(),
+            tensor.dtype,
+        )
         if tensor.numel() and place in names:
             aliases[name] = names[place]
             continue
@@ -205,7 +227,9 @@ class Staged:
 
 
 def stage(
-    tensors: Mapping[str, Tensor], place: Callable[[str], tuple[str, str]], group: dist.ProcessGroup | None
+    tensors: Mapping[str, Tensor],
+    place: Callable[[str], tuple[str, str]],
+    group: dist.ProcessGroup | None,
 ) -> Staged:
     """Plan with the ranks of `group` (None: alone) who writes what of `tensors`, and copy this rank's part.
 
@@ -224,7 +248,13 @@ def stage(
     )
     with _in_its_own_words(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that a process is alone
-        dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+        dcp.save(
+            dict(tensors),
+            storage_writer=writer,
+            planner=planner,
+            process_group=group,
+            no_dist=group is None,
+        )
     return writer.staged
 
 
@@ -261,18 +291,27 @@ class _StagingWriter(StorageWriter):
         begins = {file: _begins(tensors) for file, tensors in self.staged.files.items()}
         future: Future[list[WriteResult]] = Future()
         future.set_result(
-            [WriteResult(index, 0, (file, key, begins[file][key])) for index, (file, key) in places.items()]
+            [
+                WriteResult(index, 0, (file, key, begins[file][key]))
+                for index, (file, key) in places.items()
+            ]
         )
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        where = {(r.index.fqn, tuple(r.index.offset or ())): r.storage_data for rank in results for r in rank}
+        where = {
+            (r.index.fqn, tuple(r.index.offset or ())): r.storage_data
+            for rank in results
+            for r in rank
+        }
         self.staged.manifest = {
             name: Stored(
                 tensor.properties.dtype,
                 tuple(tensor.size),
                 tuple(
-                    Chunk(tuple(chunk.offsets), tuple(chunk.sizes), *where[name, tuple(chunk.offsets)])
+                    Chunk(
+                        tuple(chunk.offsets), tuple(chunk.sizes), *where[name, tuple(chunk.offsets)]
+                    )
                     for chunk in tensor.chunks
                 ),
             )
@@ -294,7 +333,11 @@ class _StagingWriter(StorageWriter):
 
 
 def _is_empty_shard(item: WriteItem) -> bool:
-    return item.type == WriteItemType.SHARD and item.tensor_data is not None and 0 in item.tensor_data.chunk.sizes
+    return (
+        item.type == WriteItemType.SHARD
+        and item.tensor_data is not None
+        and 0 in item.tensor_data.chunk.sizes
+    )
 
 
 def copied(tensor: Tensor) -> Tensor:
@@ -313,20 +356,29 @@ def fill(targets: Mapping[str, Tensor], manifest: Manifest, folder: Folder) -> N
     with _in_its_own_words(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         # Every rank reads for itself: who needs which box follows from the manifest, so there is nothing to agree upon.
-        dcp.load(dict(targets), storage_reader=_Reader(manifest, folder), planner=planner, no_dist=True)
+        dcp.load(
+            dict(targets), storage_reader=_Reader(manifest, folder), planner=planner, no_dist=True
+        )
 
 
 @final
 class _Reader(StorageReader):
     def __init__(self, manifest: Manifest, folder: Folder) -> None:
         self._folder = folder
-        self._chunks = {(name, chunk.offsets): chunk for name, stored in manifest.items() for chunk in stored.chunks}
+        self._chunks = {
+            (name, chunk.offsets): chunk
+            for name, stored in manifest.items()
+            for chunk in stored.chunks
+        }
         self._metadata = Metadata(
             {
                 name: TensorStorageMetadata(
                     TensorProperties(dtype=dtype),
                     torch.Size(size),
-                    [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in chunks],
+                    [
+                        ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+                        for chunk in chunks
+                    ],
                 )
                 for name, (dtype, size, chunks) in manifest.items()
             }
@@ -339,7 +391,9 @@ class _Reader(StorageReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._metadata
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
         """Nothing to set up."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -355,7 +409,10 @@ class _Reader(StorageReader):
             wanted.setdefault(chunk.file, {}).setdefault(chunk.begin, []).append(item)
         for file, at in sorted(wanted.items()):
             # Of an empty tensor nothing is read, and it may begin where the next one does.
-            items = [[item for item in at[begin] if math.prod(self._chunk(item).sizes)] for begin in sorted(at)]
+            items = [
+                [item for item in at[begin] if math.prod(self._chunk(item).sizes)]
+                for begin in sorted(at)
+            ]
             items = [group for group in items if group]
             places = [(self._chunk(group[0]).begin, self._bytes(group[0])) for group in items]
             # strict, so that the last chunk is followed by the check of the file
@@ -377,7 +434,9 @@ class _Reader(StorageReader):
         return math.prod(self._chunk(item).sizes) * self._dtypes[item.storage_index.fqn].itemsize
 
     def _copy(self, item: ReadItem, data: bytearray, planner: LoadPlanner) -> None:
-        box = torch.frombuffer(data, dtype=self._dtypes[item.storage_index.fqn]).reshape(self._chunk(item).sizes)
+        box = torch.frombuffer(data, dtype=self._dtypes[item.storage_index.fqn]).reshape(
+            self._chunk(item).sizes
+        )
         for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths)):
             box = box.narrow(dim, start, length)
         target = planner.resolve_tensor(item).detach()

@@ -87,7 +87,9 @@ class _Run:
     metrics: dict[str, float] = field(default_factory=dict)  # what the tracker was last told
     window: list[StepRecord] = field(default_factory=list)  # steps since then
     signal: int | None = None  # that some rank has received, agreed upon by all; in no checkpoint
-    settled: float = field(default_factory=time.monotonic)  # when figures were last read; in no checkpoint
+    settled: float = field(
+        default_factory=time.monotonic
+    )  # when figures were last read; in no checkpoint
 
     def to_tree(self) -> dict[str, Any]:
         return {
@@ -174,10 +176,17 @@ class Trainer:
             if value < 1:
                 raise ArgumentError(f"Trainer: {name} must be at least 1; got {value}.")
         if clip is not None and not clip > 0.0:
-            raise ArgumentError(f"Trainer: clip must be positive, or None for no clipping; got {clip}.")
+            raise ArgumentError(
+                f"Trainer: clip must be positive, or None for no clipping; got {clip}."
+            )
         self.objective, self.optimizer, self.backend = objective, optimizer, backend
         self.batch_at, self.noise_at = batch_at, noise_at
-        self.run_dir, self.steps, self.slots, self.accumulate = os.fspath(run_dir), steps, slots, accumulate
+        self.run_dir, self.steps, self.slots, self.accumulate = (
+            os.fspath(run_dir),
+            steps,
+            slots,
+            accumulate,
+        )
         self.multiplier = multiplier or WarmupConstant()
         self.clip, self.log_every, self.checkpoint_every = clip, log_every, checkpoint_every
         self.tracker: Tracker = tracker or NoTracker()
@@ -214,7 +223,11 @@ class Trainer:
                     while launched and (due or len(launched) > 1 or self._stops(run, interruption)):
                         record = self._settle(run, launched.popleft())
                         tokens += record.tokens
-                        figures = self._validate(run, bar) if self._is_validated(run, interruption) else {}
+                        figures = (
+                            self._validate(run, bar)
+                            if self._is_validated(run, interruption)
+                            else {}
+                        )
                         if file:
                             file.append(record, figures)
                         if run.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
@@ -257,9 +270,16 @@ class Trainer:
     def _validate(self, run: _Run, bar: Progress) -> Mapping[str, float]:
         """The figures of an evaluation of the weights as they are; nothing that training goes on from is changed."""
         assert self.validation is not None
-        module, before = self.backend.unwrap(self.objective.module), _random_state(self.backend.device)
+        module, before = (
+            self.backend.unwrap(self.objective.module),
+            _random_state(self.backend.device),
+        )
         gathering = getattr(self.backend, "gathering", None)
-        averaged = self.average.installed() if self.average and self.validation.of_average else nullcontext()
+        averaged = (
+            self.average.installed()
+            if self.average and self.validation.of_average
+            else nullcontext()
+        )
         with averaged, gathering(module) if gathering else nullcontext():
             try:
                 figures, sentence = self.validation.score()
@@ -287,7 +307,9 @@ class Trainer:
         unless = getattr(self.batch_at, "unless", None)
         batches: list[Batch] = []
         for micro in range(self.accumulate):
-            if unless is None or self.backend.world_size > 1:  # several processes only stop after the same step
+            if (
+                unless is None or self.backend.world_size > 1
+            ):  # several processes only stop after the same step
                 batches.append(self.batch_at(step, micro))
                 continue
             batch = unless(step, micro, lambda: interruption.signal is not None)
@@ -301,7 +323,9 @@ class Trainer:
         self._part_ways(step)
         denominators = self._denominators(batches)
         shares = self._backward(step, batches, denominators)
-        totals = self.backend.sum({"signals": sent(interruption.counts(), self.backend.device)} | shares)
+        totals = self.backend.sum(
+            {"signals": sent(interruption.counts(), self.backend.device)} | shares
+        )
         norm = self.backend.clip(self.objective.module.parameters(), self.clip)
         multiplier = self.multiplier(step)
         self._update(multiplier, norm.isfinite() & totals["loss"].isfinite().all())
@@ -344,12 +368,18 @@ class Trainer:
                 totals[name] = totals[name] + count if name in totals else count
         return self.backend.sum(totals)
 
-    def _backward(self, step: int, batches: Sequence[Batch], denominators: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _backward(
+        self, step: int, batches: Sequence[Batch], denominators: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Leave the gradients in the parameters; (loss, 0), then (sum, count) of each metric, as [2] tensors."""
         self.optimizer.zero_grad()
         totals = {"loss": torch.zeros(2, dtype=torch.float64, device=self.backend.device)}
         for micro, batch in enumerate(batches, start=1):
-            with nullcontext() if micro == len(batches) else self.backend.accumulating(self.objective.module):
+            with (
+                nullcontext()
+                if micro == len(batches)
+                else self.backend.accumulating(self.objective.module)
+            ):
                 terms = self.objective(batch, self.noise_at(step, batch), denominators, self.slots)
                 terms.loss.backward()
             totals["loss"] = totals["loss"] + _pair(terms.loss, torch.zeros_like(terms.loss))
@@ -376,7 +406,9 @@ class Trainer:
             self.tracker.log(run.step, run.metrics)
         shown = {"train_loss": "loss", "tokens_per_second": "tokens_per_second"}
         shown |= {"skipped_steps": "skipped"} if run.skipped_steps else {}
-        bar.advance(1, **{shown[name]: value for name, value in run.metrics.items() if name in shown})
+        bar.advance(
+            1, **{shown[name]: value for name, value in run.metrics.items() if name in shown}
+        )
 
     def _save(self, run: _Run) -> str:
         state = {
@@ -389,7 +421,9 @@ class Trainer:
             "fingerprints": self.fingerprints,
             "made_with": self.made_with,
         }
-        return self.checkpoints.begin(run.step, self.backend.unwrap(self.objective.module).state_dict(), state)
+        return self.checkpoints.begin(
+            run.step, self.backend.unwrap(self.objective.module).state_dict(), state
+        )
 
     def _resume(self, start: Checkpoint | None) -> _Run:
         if start is None:

@@ -3,7 +3,12 @@
 import math
 import random
 
-NEXT = {"A": (4, 2, 3, 1), "C": (3, 4, 0.5, 3), "G": (3, 2, 4, 1), "T": (1, 2, 3, 4)}  # weights of A, C, G, T after it
+NEXT = {
+    "A": (4, 2, 3, 1),
+    "C": (3, 4, 0.5, 3),
+    "G": (3, 2, 4, 1),
+    "T": (1, 2, 3, 4),
+}  # weights of A, C, G, T after it
 ROWS, LENGTH, START = 3000, 64, 1000
 
 source = random.Random(0)
@@ -16,4 +21,6 @@ with open("reads.txt", "w", encoding="ascii") as file:
 
 entropy = {y: -sum(w / sum(row) * math.log(w / sum(row)) for w in row) for y, row in NEXT.items()}
 rate = sum(entropy[letter] for letter in text) / len(text)
-print(f"{ROWS} reads; the chain's entropy rate is {rate:.4f} nats per letter, uniform is {math.log(4):.4f}")
+print(
+    f"{ROWS} reads; the chain's entropy rate is {rate:.4f} nats per letter, uniform is {math.log(4):.4f}"
+)

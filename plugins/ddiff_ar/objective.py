@@ -61,7 +61,9 @@ class AutoregressiveObjective:
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         return {"tokens": batch.scored.sum()}
 
-    def __call__(self, batch: Batch, noise: Noise, denominators: Mapping[str, Tensor], slots: int) -> LossTerms:
+    def __call__(
+        self, batch: Batch, noise: Noise, denominators: Mapping[str, Tensor], slots: int
+    ) -> LossTerms:
         """(sum of -ln p over the scored words of this micro-batch) / (tokens of the global batch)."""
         device = device_of(self.module)
         context = withheld(context_of(batch), self.denoiser.condition_dropout, noise)
@@ -72,14 +74,18 @@ class AutoregressiveObjective:
             nats = question(law, idx)
             return nats / tokens, nats.detach()
 
-        loss, _, nats = self.module(sent(_shown(batch), device), sent(context, device), rows, node, share)
+        loss, _, nats = self.module(
+            sent(_shown(batch), device), sent(context, device), rows, node, share
+        )
         return LossTerms(loss, {"nll_nats_per_token": (nats.sum(), batch.scored.sum())})
 
     def ask(self, batch: Batch) -> Ask:
         """How the denoiser is asked about these rows."""
         return asking(self.denoiser, None, context_of(batch))
 
-    def nll(self, batch: Batch, noise: Noise, slot: Tensor, slots: int | Tensor, times: TimeRule) -> Likelihood:
+    def nll(
+        self, batch: Batch, noise: Noise, slot: Tensor, slots: int | Tensor, times: TimeRule
+    ) -> Likelihood:
         """-ln p(x_i | x_<i) at every scored position; nothing is drawn, so noise and times are not used."""
         rows, node, question = self._asked(batch, batch.ids.device)
         nats = torch.zeros(batch.ids.numel(), dtype=torch.float64, device=batch.ids.device)
@@ -88,7 +94,9 @@ class AutoregressiveObjective:
             nats[rows] = found.double()
         return Likelihood({"nll": nats.reshape(batch.ids.shape)}, {})
 
-    def _asked(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Callable[[CleanLaw, Tensor], Tensor]]:
+    def _asked(
+        self, batch: Batch, device: torch.device
+    ) -> tuple[Tensor, Tensor, Callable[[CleanLaw, Tensor], Tensor]]:
         """The scored positions on the device, the root for each where the batch is, and the question about them."""
         rows = batch.scored.reshape(-1).nonzero().squeeze(-1)
         node = torch.full_like(rows, self.vocabulary.root)
@@ -103,7 +111,9 @@ class AutoregressiveObjective:
 def _shown(batch: Batch) -> Noisy:
     """All words, clean: who sees which of them is the denoiser's business."""
     return Noisy(
-        batch.ids, torch.zeros(batch.ids.shape, device=batch.ids.device).double(), torch.ones_like(batch.scored)
+        batch.ids,
+        torch.zeros(batch.ids.shape, device=batch.ids.device).double(),
+        torch.ones_like(batch.scored),
     )
 
 
@@ -118,4 +128,6 @@ class Autoregression:
 
     @staticmethod
     def build(config: Config, *, denoiser: Denoiser) -> AutoregressiveObjective:
-        return AutoregressiveObjective(Denoiser(denoiser.backbone, denoiser.head, inputs="previous"))
+        return AutoregressiveObjective(
+            Denoiser(denoiser.backbone, denoiser.head, inputs="previous")
+        )

@@ -68,7 +68,10 @@ COMPONENTS = {
         "tau_leaping": "ddiff_core.samplers:TauLeaping",
         "trapezoidal": "ddiff_core.samplers:Trapezoidal",
     },
-    "tracker": {"none": "ddiff_core.trackers:Nothing", "wandb": "ddiff_core.trackers:WeightsAndBiases"},
+    "tracker": {
+        "none": "ddiff_core.trackers:Nothing",
+        "wandb": "ddiff_core.trackers:WeightsAndBiases",
+    },
 }
 
 

@@ -47,7 +47,9 @@ class FullySharded:
     several = True
 
     @staticmethod
-    def build(config: ComponentConfig, *, device: str, processes: int, precision: torch.dtype | None) -> Backend:
+    def build(
+        config: ComponentConfig, *, device: str, processes: int, precision: torch.dtype | None
+    ) -> Backend:
         from ddiff import ShardedBackend, SingleBackend
 
         if processes == 1 and not ShardedBackend.started():

@@ -9,7 +9,15 @@ from pydantic import Field
 from ddiff import ArgumentError, ComponentConfig, PositiveInt, Seed
 
 if TYPE_CHECKING:
-    from ddiff import Cache, Documents, MarkovSource, ShardedCorpus, SourceCorpus, StreamedCorpus, TextSource
+    from ddiff import (
+        Cache,
+        Documents,
+        MarkovSource,
+        ShardedCorpus,
+        SourceCorpus,
+        StreamedCorpus,
+        TextSource,
+    )
 
 Paths = Annotated[tuple[str, ...], Field(min_length=1)]
 MOST_SYMBOLS = 2**30  # of a generated corpus
@@ -47,7 +55,11 @@ class Text:
         from ddiff import text_files
 
         return text_files(
-            config.files, validation=config.validation, held_out=config.held_out, split=config.split, cache=cache
+            config.files,
+            validation=config.validation,
+            held_out=config.held_out,
+            split=config.split,
+            cache=cache,
         )
 
     @staticmethod
@@ -117,7 +129,11 @@ class Symbols:
         from ddiff import symbol_rows
 
         return symbol_rows(
-            config.files, length=length, validation=config.validation, held_out=config.held_out, cache=cache
+            config.files,
+            length=length,
+            validation=config.validation,
+            held_out=config.held_out,
+            cache=cache,
         )
 
     @staticmethod
@@ -167,7 +183,9 @@ class Files:
         """Paths or globs of the validation documents; without them a share is held out."""
 
     @classmethod
-    def build(cls, config: Config, *, length: int, seed: int, cache: Cache | None) -> SourceCorpus | StreamedCorpus:
+    def build(
+        cls, config: Config, *, length: int, seed: int, cache: Cache | None
+    ) -> SourceCorpus | StreamedCorpus:
         return cls.preview(config)
 
     @staticmethod
@@ -204,12 +222,18 @@ class Hub:
         """The split of the validation documents; without it a share is held out."""
 
     @staticmethod
-    def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> SourceCorpus | StreamedCorpus:
+    def build(
+        config: Config, *, length: int, seed: int, cache: Cache | None
+    ) -> SourceCorpus | StreamedCorpus:
         from ddiff import hub_texts
 
         def texts(split: str) -> TextSource:
             return hub_texts(
-                config.name, config=config.config, split=split, column=config.column, revision=config.revision
+                config.name,
+                config=config.config,
+                split=split,
+                column=config.column,
+                revision=config.revision,
             )
 
         validation = None if config.validation is None else texts(config.validation)
@@ -222,7 +246,9 @@ def _corpus(
     from ddiff import SourceCorpus, StreamedCorpus
 
     corpus = SourceCorpus(source, validation, held_out=config.held_out, workers=config.workers)
-    return StreamedCorpus(corpus, head=config.head, block=config.block) if config.streaming else corpus
+    return (
+        StreamedCorpus(corpus, head=config.head, block=config.block) if config.streaming else corpus
+    )
 
 
 class Shards:
@@ -258,7 +284,9 @@ class Markov:
     @classmethod
     def build(cls, config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
         cls.preview(config, length=length)
-        return cls.source(config).documents(rows=config.rows, validation=config.validation, length=length)
+        return cls.source(config).documents(
+            rows=config.rows, validation=config.validation, length=length
+        )
 
     @staticmethod
     def preview(config: Config, *, length: int) -> None:

@@ -30,7 +30,12 @@ class Nelbo:
 
     @staticmethod
     def build(
-        config: ComponentConfig, *, process: ForwardProcess, denoiser: Denoiser, loss: TrainingLoss, times: TimeRule
+        config: ComponentConfig,
+        *,
+        process: ForwardProcess,
+        denoiser: Denoiser,
+        loss: TrainingLoss,
+        times: TimeRule,
     ) -> DiffusionObjective:
         return DiffusionObjective(process, denoiser, loss, times)
 

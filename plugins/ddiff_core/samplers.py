@@ -210,9 +210,15 @@ class Remasking:
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
-        rule = {"cap": Cap, "rescale": Rescale, "confidence": Confidence, "loop": Loop}[config.setting]
+        rule = {"cap": Cap, "rescale": Rescale, "confidence": Confidence, "loop": Loop}[
+            config.setting
+        ]
         kappa = rule() if config.eta is None else rule(config.eta)
-        grid = LoopGrid(steps, hold=config.hold) if config.setting == "loop" else Grid(config.grid, steps)
+        grid = (
+            LoopGrid(steps, hold=config.hold)
+            if config.setting == "loop"
+            else Grid(config.grid, steps)
+        )
         return shaped(config, PsiSampler(grid, kappa))
 
 
@@ -250,7 +256,9 @@ class SelfCorrecting:
         inner = AncestralSampler(Grid(config.grid, steps))
         return shaped(
             config,
-            SelfCorrectingSampler(inner, config.rounds, config.commit, config.sharpness, config.at, config.patience),
+            SelfCorrectingSampler(
+                inner, config.rounds, config.commit, config.sharpness, config.at, config.patience
+            ),
         )
 
 
@@ -296,7 +304,9 @@ class Blockwise:
     class Config(Steps):
         width: PositiveInt = 16
         """Positions of a window."""
-        inner: Literal["ancestral", "tau_leaping", "confidence", "psi", "first_hitting", "entropy"] = "ancestral"
+        inner: Literal[
+            "ancestral", "tau_leaping", "confidence", "psi", "first_hitting", "entropy"
+        ] = "ancestral"
         """What moves inside a window, with its defaults."""
         sight: Literal["blocks", "all"] = "blocks"
         """Nobody sees later windows, or the network sees them wait."""
@@ -327,4 +337,6 @@ class Hyperschedule:
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
         inner = INNER[config.inner](Grid(config.grid, steps))
-        return shaped(config, AlongSampler(inner, WindowTimes(config.width, config.shape, paired=False)))
+        return shaped(
+            config, AlongSampler(inner, WindowTimes(config.width, config.shape, paired=False))
+        )

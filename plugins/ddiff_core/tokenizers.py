@@ -39,10 +39,14 @@ class BytePair:
             tokenizer = train()
         else:
             inputs = {"documents": text_fingerprint(documents.train), "size": config.size}
-            tokenizer = load_tokenizer(str(cache.entry("byte_pairs", inputs, write) / "tokenizer.json"))
+            tokenizer = load_tokenizer(
+                str(cache.entry("byte_pairs", inputs, write) / "tokenizer.json")
+            )
         if tokenizer.num_tokens < config.size:
             given = (tokenizer.num_tokens, config.size)
-            _log.warning("The corpus gives only %d tokens of the %d that [tokenizer] size asks for.", *given)
+            _log.warning(
+                "The corpus gives only %d tokens of the %d that [tokenizer] size asks for.", *given
+            )
         return tokenizer
 
     @staticmethod
@@ -64,7 +68,9 @@ class Alphabet:
 
         if config.symbols != "auto":
             return AlphabetTokenizer(config.symbols)
-        return AlphabetTokenizer.of(text for part in (documents.train, documents.validation) for text in part["text"])
+        return AlphabetTokenizer.of(
+            text for part in (documents.train, documents.validation) for text in part["text"]
+        )
 
     @staticmethod
     def preview(config: Config) -> int | None:

@@ -57,7 +57,9 @@ class WeightsAndBiases:
 class WandbTracker:
     """A run of the wandb library. Raises PluginError when wandb will not start it."""
 
-    def __init__(self, mode: str, project: str, entity: str | None, run_dir: str, recipe: Mapping[str, Any]) -> None:
+    def __init__(
+        self, mode: str, project: str, entity: str | None, run_dir: str, recipe: Mapping[str, Any]
+    ) -> None:
         import wandb
 
         Path(run_dir).mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,9 @@ class Flat:
         mask: bool = True
 
     @staticmethod
-    def build(config: Config, *, tokenizer: Tokenizer, rows: Rows | None, cache: Cache | None) -> FlatVocabulary:
+    def build(
+        config: Config, *, tokenizer: Tokenizer, rows: Rows | None, cache: Cache | None
+    ) -> FlatVocabulary:
         from ddiff import FlatVocabulary
 
         return FlatVocabulary(tokenizer.num_tokens, config.mask, tokenizer.fingerprint)
@@ -80,7 +82,9 @@ class Clusters:
         def write(place: Path) -> None:
             cls._tree(config, tokenizer, rows).save(str(place / "vocabulary.safetensors"))
 
-        return Vocabulary.load(str(cache.entry("clusters", inputs, write) / "vocabulary.safetensors"))
+        return Vocabulary.load(
+            str(cache.entry("clusters", inputs, write) / "vocabulary.safetensors")
+        )
 
     @staticmethod
     def reads(config: Config) -> tuple[str, ...]:
@@ -96,7 +100,11 @@ class Clusters:
         if not num_tokens:
             return None
         below = (num_tokens, *config.sizes)
-        if below[0] < below[1] or min(below) < 1 or any(above >= under for under, above in pairwise(below[1:])):
+        if (
+            below[0] < below[1]
+            or min(below) < 1
+            or any(above >= under for under, above in pairwise(below[1:]))
+        ):
             raise ArgumentError(
                 f"sizes must decrease strictly, from at most the {num_tokens} tokens to at least one cluster; got "
                 f"{list(config.sizes)}."
@@ -105,7 +113,9 @@ class Clusters:
         return HierarchicalVocabulary([*dealt, *_above(config.sizes)])
 
     @classmethod
-    def _tree(cls, config: Config, tokenizer: Tokenizer, rows: Rows | None) -> HierarchicalVocabulary:
+    def _tree(
+        cls, config: Config, tokenizer: Tokenizer, rows: Rows | None
+    ) -> HierarchicalVocabulary:
         from ddiff import HierarchicalVocabulary, nested_kmeans
 
         parents, centroids = nested_kmeans(
@@ -116,7 +126,9 @@ class Clusters:
             max_share=config.max_share,
             special_ids=tokenizer.special_ids,
         )
-        return HierarchicalVocabulary([*parents, *_above(config.sizes)], centroids, tokenizer.fingerprint)
+        return HierarchicalVocabulary(
+            [*parents, *_above(config.sizes)], centroids, tokenizer.fingerprint
+        )
 
     @staticmethod
     def _embeddings(config: Config, tokenizer: Tokenizer, rows: Rows | None) -> Any:
@@ -128,7 +140,12 @@ class Clusters:
             return read_embeddings(config.source, tokenizer.num_tokens)
         ids, document = token_stream(_needed(rows), COUNTED)
         return cooccurrence_embeddings(
-            ids, document, tokenizer.num_tokens, width=config.width, window=config.window, seed=config.seed
+            ids,
+            document,
+            tokenizer.num_tokens,
+            width=config.width,
+            window=config.window,
+            seed=config.seed,
         )
 
     @classmethod
@@ -159,7 +176,10 @@ class File:
         from ddiff import HierarchicalVocabulary, read_clusters
 
         levels = read_clusters(
-            config.paths, tokenizer.num_tokens, extra=config.extra, mask_token_id=config.mask_token_id
+            config.paths,
+            tokenizer.num_tokens,
+            extra=config.extra,
+            mask_token_id=config.mask_token_id,
         )
         return HierarchicalVocabulary(levels, tokenizer_fingerprint=tokenizer.fingerprint)
 

@@ -31,7 +31,12 @@ from ddiff import (
 )
 
 Size = Literal["tiny", "small", "base", "1B"]
-SIZES: dict[str, tuple[int, int]] = {"tiny": (512, 8), "small": (768, 12), "base": (1024, 24), "1B": (2048, 24)}
+SIZES: dict[str, tuple[int, int]] = {
+    "tiny": (512, 8),
+    "small": (768, 12),
+    "base": (1024, 24),
+    "1B": (2048, 24),
+}
 HEAD_WIDTH = 64
 TIME_FEATURES = 64
 TIME_WIDTH = 128
@@ -103,7 +108,15 @@ class DiT(nn.Module):
         width, layers = SIZES[config.size]
         width = config.width or width
         heads = config.heads or max(1, width // HEAD_WIDTH)
-        return cls(vocabulary, width, config.layers or layers, heads, config.time, config.dropout, config.conditions)
+        return cls(
+            vocabulary,
+            width,
+            config.layers or layers,
+            heads,
+            config.time,
+            config.dropout,
+            config.conditions,
+        )
 
     def __init__(
         self,
@@ -138,11 +151,16 @@ class DiT(nn.Module):
                 f"got {unknown}. Name them in [denoiser] conditions, or take them out of the batch."
             )
         x = self.embedding(ids)
-        seen, positions = context.seen(x, self.head_width), context.positions(ids.shape[1], ids.device)
+        seen, positions = (
+            context.seen(x, self.head_width),
+            context.positions(ids.shape[1], ids.device),
+        )
         rotation = Rotation(x, self.head_width, positions)
         shared = self.modulation(t, context.conditions, x.dtype) if self.modulation else None
         for layer, block in enumerate(self.blocks):
-            x = block(x, shared, rotation, seen, context.cache and partial(context.cache.extended, layer))
+            x = block(
+                x, shared, rotation, seen, context.cache and partial(context.cache.extended, layer)
+            )
         shift, scale = _modulation(self.out_modulation, shared and shared[6:])
         return modulate(x, shift, scale)
 
@@ -158,21 +176,36 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
-        self.modulation = nn.Parameter(torch.zeros(6, 1, width))  # not two-dimensional: no hidden matrix
+        self.modulation = nn.Parameter(
+            torch.zeros(6, 1, width)
+        )  # not two-dimensional: no hidden matrix
         for linear in (self.qkv, self.attended, self.up, self.down):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         for linear in (self.up, self.down):
             nn.init.zeros_(linear.bias)
 
     def forward(
-        self, x: Tensor, shared: Shared | None, rotation: Rotation, seen: Seen, remembered: Remembered | None
+        self,
+        x: Tensor,
+        shared: Shared | None,
+        rotation: Rotation,
+        seen: Seen,
+        remembered: Remembered | None,
     ) -> Tensor:
-        shift, scale, gate, shift2, scale2, gate2 = _modulation(self.modulation, shared and shared[:6])
-        x = torch.addcmul(x, gate, self.dropout(self._attend(modulate(x, shift, scale), rotation, seen, remembered)))
+        shift, scale, gate, shift2, scale2, gate2 = _modulation(
+            self.modulation, shared and shared[:6]
+        )
+        x = torch.addcmul(
+            x,
+            gate,
+            self.dropout(self._attend(modulate(x, shift, scale), rotation, seen, remembered)),
+        )
         hidden = F.gelu(self.up(modulate(x, shift2, scale2)), approximate="tanh")
         return torch.addcmul(x, gate2, self.dropout(self.down(hidden)))
 
-    def _attend(self, x: Tensor, rotation: Rotation, seen: Seen, remembered: Remembered | None) -> Tensor:
+    def _attend(
+        self, x: Tensor, rotation: Rotation, seen: Seen, remembered: Remembered | None
+    ) -> Tensor:
         turned, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width)).split([2, 1], 2)
         q, k = rotation(turned).transpose(1, 3).unbind(2)
         v = v.squeeze(2).transpose(1, 2)
@@ -193,13 +226,22 @@ class Modulation(nn.Module):
     def __init__(self, width: int, time: bool, conditions: Mapping[str, Condition]) -> None:
         super().__init__()
         self.mlp = (
-            nn.Sequential(nn.Linear(TIME_FEATURES, TIME_WIDTH), nn.SiLU(), nn.Linear(TIME_WIDTH, TIME_WIDTH), nn.SiLU())
+            nn.Sequential(
+                nn.Linear(TIME_FEATURES, TIME_WIDTH),
+                nn.SiLU(),
+                nn.Linear(TIME_WIDTH, TIME_WIDTH),
+                nn.SiLU(),
+            )
             if time
             else None
         )
-        self.conditions = nn.ModuleDict({name: ConditionEmbedding(name, c) for name, c in conditions.items()})
+        self.conditions = nn.ModuleDict(
+            {name: ConditionEmbedding(name, c) for name, c in conditions.items()}
+        )
         self.out = Channels(TIME_WIDTH, 8 * width)
-        self.register_buffer("frequencies", 2.0 ** torch.linspace(0, 8, TIME_FEATURES // 2), persistent=False)
+        self.register_buffer(
+            "frequencies", 2.0 ** torch.linspace(0, 8, TIME_FEATURES // 2), persistent=False
+        )
 
     def forward(self, t: Tensor, conditions: Mapping[str, Tensor], dtype: torch.dtype) -> Shared:
         features = [] if self.mlp is None else [self._of_time(t, dtype)]
@@ -219,20 +261,26 @@ class ConditionEmbedding(nn.Module):
     def __init__(self, name: str, condition: Condition) -> None:
         super().__init__()
         self.name = name
-        self.table = None if condition.classes is None else nn.Embedding(condition.classes, TIME_WIDTH)
+        self.table = (
+            None if condition.classes is None else nn.Embedding(condition.classes, TIME_WIDTH)
+        )
         self.matrix = None if condition.width is None else nn.Linear(condition.width, TIME_WIDTH)
         self.absent = nn.Parameter(torch.zeros(TIME_WIDTH))
 
     def forward(self, value: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         if value is None:
             return self.absent.to(dtype).expand(shape[0], 1, -1)
-        present, embedded = self._label(value) if self.table is not None else self._vector(value, dtype)
+        present, embedded = (
+            self._label(value) if self.table is not None else self._vector(value, dtype)
+        )
         embedded = torch.where(present.unsqueeze(-1), embedded, self.absent).to(dtype)
         return embedded if embedded.dim() == 3 else embedded.unsqueeze(1)
 
     def _label(self, value: Tensor) -> tuple[Tensor, Tensor]:
         assert self.table is not None
-        if value.device.type == "cpu" and int(value.max()) >= self.table.num_embeddings:  # a device is not waited for
+        if (
+            value.device.type == "cpu" and int(value.max()) >= self.table.num_embeddings
+        ):  # a device is not waited for
             raise ArgumentError(
                 f'DiT: a label of the condition "{self.name}" must be below its {self.table.num_embeddings} classes '
                 f"([denoiser] conditions.{self.name}.classes); got {int(value.max())}. Labels count from 0; -1 is no label."
@@ -265,7 +313,9 @@ class Rotation:
         # at least float32: an angle of hundreds of radians in bfloat16 is off by whole turns
         dtype = torch.promote_types(x.dtype, torch.float32)
         pair = torch.arange(0, width, 2, device=x.device, dtype=dtype)
-        angle = positions.to(dtype).unsqueeze(-1) * torch.exp(pair * (-math.log(ROTARY_BASE) / width))
+        angle = positions.to(dtype).unsqueeze(-1) * torch.exp(
+            pair * (-math.log(ROTARY_BASE) / width)
+        )
         self.cos = torch.cat([angle.cos(), angle.cos()], -1).to(x.dtype)
         self.sin = torch.cat([-angle.sin(), angle.sin()], -1).to(x.dtype)
 

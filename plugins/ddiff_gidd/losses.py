@@ -36,7 +36,9 @@ class Dynamic:
         largest: PositiveFloat = 2.0
         """Weights above this are cut."""
 
-    def __init__(self, clean: Literal["snr", "sigmoid"] = "snr", smallest: float = 0.0, largest: float = 2.0) -> None:
+    def __init__(
+        self, clean: Literal["snr", "sigmoid"] = "snr", smallest: float = 0.0, largest: float = 2.0
+    ) -> None:
         if not 0.0 <= smallest <= largest:
             raise ArgumentError(
                 f"Dynamic: 0 <= smallest <= largest must hold; got smallest = {smallest}, largest = {largest}."
@@ -58,7 +60,9 @@ class Dynamic:
         elsewhere = torch.where(zt == process.vocabulary.root, 2.0, 1.0).to(t.dtype)
         return torch.where(zt == x0, own, elsewhere).clamp(self.smallest, self.largest)
 
-    def divergence(self, process: ForwardProcess, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def divergence(
+        self, process: ForwardProcess, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor
+    ) -> Tensor:
         """KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho, the published split of the bound."""
         return _mixing(process).mismatch(answer, x0, zt, t)
 

@@ -22,7 +22,9 @@ from ddiff import (
 )
 
 Form = Literal["current", "original"]
-MOST_AT_ONCE = 0.02  # of the tokens noise at the earliest time: a share that no draw of training reaches
+MOST_AT_ONCE = (
+    0.02  # of the tokens noise at the earliest time: a share that no draw of training reaches
+)
 
 
 class Mixing(Protocol):
@@ -87,7 +89,10 @@ class OriginalMixing:
         return shares / shares.sum(-1, keepdim=True)
 
 
-MIXINGS: dict[Form, type[CurrentMixing] | type[OriginalMixing]] = {"current": CurrentMixing, "original": OriginalMixing}
+MIXINGS: dict[Form, type[CurrentMixing] | type[OriginalMixing]] = {
+    "current": CurrentMixing,
+    "original": OriginalMixing,
+}
 
 
 class GeneralizedInterpolation(ComponentProcess):
@@ -112,7 +117,9 @@ class GeneralizedInterpolation(ComponentProcess):
                 f"The process gidd needs words and a mask, nothing between; got {vocabulary}. "
                 'Use [vocabulary] kind = "flat".'
             )
-        process = cls(vocabulary, MIXINGS[config.form](config.p_uniform, config.gamma, vocabulary.num_tokens))
+        process = cls(
+            vocabulary, MIXINGS[config.form](config.p_uniform, config.gamma, vocabulary.num_tokens)
+        )
         noisy = 1.0 - float(process.alpha(interior(torch.zeros(1, dtype=torch.float64))))
         if noisy > MOST_AT_ONCE:
             raise ArgumentError(

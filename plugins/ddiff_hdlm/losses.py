@@ -7,11 +7,20 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ddiff import ArgumentError, CleanLaw, ComponentConfig, ForwardProcess, NonNegativeFloat, TreeProcess
+from ddiff import (
+    ArgumentError,
+    CleanLaw,
+    ComponentConfig,
+    ForwardProcess,
+    NonNegativeFloat,
+    TreeProcess,
+)
 
 
 def _tree(process: ForwardProcess, name: str, max_levels: int | None = None) -> TreeProcess:
-    if not isinstance(process, TreeProcess) or (max_levels and process.vocabulary.num_levels != max_levels):
+    if not isinstance(process, TreeProcess) or (
+        max_levels and process.vocabulary.num_levels != max_levels
+    ):
         shape = f" of {max_levels} levels above the words" if max_levels else ""
         raise ArgumentError(
             f'[objective] loss = "{name}" needs a tree process{shape}; got {type(process).__name__} on '
@@ -32,7 +41,9 @@ class Empirical:
     def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return torch.where(zt == process.vocabulary.root, t * t - t + 3.0, 3.0 - 2.0 * t)
 
-    def divergence(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def divergence(
+        self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor
+    ) -> Tensor:
         return process.divergence(law, x0, zt, t)
 
 
@@ -55,5 +66,7 @@ class HardTokens:
     def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return process.weight(x0, zt, t).clamp(max=self.largest)
 
-    def divergence(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def divergence(
+        self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor
+    ) -> Tensor:
         return process.decode_nll(law, x0, zt, t)

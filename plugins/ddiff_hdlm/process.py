@@ -47,9 +47,13 @@ class HierarchicalDiffusion(TreeProcess):
 
         @model_validator(mode="after")
         def _one_clock(self) -> HierarchicalDiffusion.Config:
-            given = [name for name in ("gamma", "rates", "powers") if getattr(self, name) is not None]
+            given = [
+                name for name in ("gamma", "rates", "powers") if getattr(self, name) is not None
+            ]
             if len(given) > 1:
-                raise ValueError(f"only one of gamma, rates and powers may be given; got {' and '.join(given)}")
+                raise ValueError(
+                    f"only one of gamma, rates and powers may be given; got {' and '.join(given)}"
+                )
             return self
 
     @classmethod
@@ -59,7 +63,9 @@ class HierarchicalDiffusion(TreeProcess):
                 f"The process hdlm needs a vocabulary with clusters between words and mask; got {vocabulary}. "
                 'Use [vocabulary] kind = "clusters", or the process mdlm for a flat one.'
             )
-        return cls(vocabulary, cls._clock(config, vocabulary.num_levels), config.xi, config.decoding)
+        return cls(
+            vocabulary, cls._clock(config, vocabulary.num_levels), config.xi, config.decoding
+        )
 
     @staticmethod
     def _clock(config: Config, num_levels: int) -> LevelClock:

@@ -10,7 +10,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ddiff import ArgumentError, ComponentConfig, Context, NonNegativeInt, StateEmbedding, Vocabulary, load_pretrained
+from ddiff import (
+    ArgumentError,
+    ComponentConfig,
+    Context,
+    NonNegativeInt,
+    StateEmbedding,
+    Vocabulary,
+    load_pretrained,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,8 +53,12 @@ class PretrainedBackbone(nn.Module):
 
         @model_validator(mode="after")
         def _one_model(self) -> Self:
-            if (self.path is None) == (self.architecture is None) or (self.settings and self.architecture is None):
-                raise ValueError("name either a path or an architecture, which alone takes settings")
+            if (self.path is None) == (self.architecture is None) or (
+                self.settings and self.architecture is None
+            ):
+                raise ValueError(
+                    "name either a path or an architecture, which alone takes settings"
+                )
             return self
 
     @classmethod
@@ -130,11 +142,17 @@ def load_model(path: str, pretrained: bool = True) -> PreTrainedModel:
 
     config = load_pretrained(AutoConfig.from_pretrained, path, "model")
     _check_one_stack(config)
-    on_meta = torch.get_default_device().type == "meta"  # only shapes are wanted there, and the library refuses to load
+    on_meta = (
+        torch.get_default_device().type == "meta"
+    )  # only shapes are wanted there, and the library refuses to load
     if pretrained and not on_meta:
         return load_pretrained(AutoModel.from_pretrained, path, "model", dtype=torch.float32)
     model: PreTrainedModel = load_pretrained(
-        lambda _, **options: AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False), path, "model"
+        lambda _, **options: AutoModel.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        ),
+        path,
+        "model",
     )
     return model
 

@@ -57,14 +57,18 @@ class EpsilonHybrid(ComponentProcess):
     def __init__(self, vocabulary: Vocabulary, schedule: Schedule, epsilon: float) -> None:
         require_words_and_mask(vocabulary, "hybrid_epsilon")
         if not 0.0 <= epsilon < 1.0:
-            raise ArgumentError(f"EpsilonHybrid: epsilon must be in [0, 1), the share that is shuffled; got {epsilon}.")
+            raise ArgumentError(
+                f"EpsilonHybrid: epsilon must be in [0, 1), the share that is shuffled; got {epsilon}."
+            )
         self.schedule, self.epsilon = schedule, epsilon
         super().__init__(vocabulary, [word_law(vocabulary), mask_law(vocabulary)])
 
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary) -> EpsilonHybrid:
         schedules: dict[str, Schedule] = {"linear": LinearSchedule(), "cosine": CosineSchedule()}
-        schedule = schedules[config.schedule] if config.power is None else PowerSchedule(config.power)
+        schedule = (
+            schedules[config.schedule] if config.power is None else PowerSchedule(config.power)
+        )
         return cls(vocabulary, schedule, config.epsilon)
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -94,7 +98,10 @@ class EpsilonHybrid(ComponentProcess):
             {"epsilon": 0.3, "schedule": "cosine"},
             {"epsilon": 0.01, "schedule": "power", "power": 2.5},
         )
-        return [cls.build(cls.Config.model_validate(keys), vocabulary=FlatVocabulary(4)) for keys in settings]
+        return [
+            cls.build(cls.Config.model_validate(keys), vocabulary=FlatVocabulary(4))
+            for keys in settings
+        ]
 
 
 def require_words_and_mask(vocabulary: Vocabulary, process: str) -> None:

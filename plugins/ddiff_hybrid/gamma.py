@@ -104,7 +104,9 @@ class GammaHybrid(ForwardProcess):
         @model_validator(mode="after")
         def _floor_of_its_time(self) -> GammaHybrid.Config:
             if self.floor is not None and self.time != "noise":
-                raise ValueError(f'floor belongs to time = "noise"; got time = "{self.time}", floor = {self.floor}')
+                raise ValueError(
+                    f'floor belongs to time = "noise"; got time = "{self.time}", floor = {self.floor}'
+                )
             return self
 
     def __init__(
@@ -116,7 +118,9 @@ class GammaHybrid(ForwardProcess):
     ) -> None:
         require_words_and_mask(vocabulary, "hybrid_gamma")
         if not 0.0 <= gamma <= MOST:
-            raise ArgumentError(f"GammaHybrid: gamma must be in [0, {MOST}], the share of uniform noise; got {gamma}.")
+            raise ArgumentError(
+                f"GammaHybrid: gamma must be in [0, {MOST}], the share of uniform noise; got {gamma}."
+            )
         if time == "noise" and floor == 0.0 and 1.0 - gamma < SLOWEST:
             raise ArgumentError(
                 f"GammaHybrid: with time = noise, floor = 0 and gamma = {gamma} words are masked at 1 - gamma = "
@@ -125,8 +129,13 @@ class GammaHybrid(ForwardProcess):
             )
         self.vocabulary, self.gamma = vocabulary, gamma
         self.noise = LinearSchedule(floor)  # its powers are A, B and e^-sigma
-        self.masking, self.redrawing = (1.0 - gamma, gamma) if time == "noise" else (1.0, gamma / (1.0 - gamma))
-        self.visible, self.kept = PowerOf(self.noise, self.masking), PowerOf(self.noise, self.redrawing)
+        self.masking, self.redrawing = (
+            (1.0 - gamma, gamma) if time == "noise" else (1.0, gamma / (1.0 - gamma))
+        )
+        self.visible, self.kept = (
+            PowerOf(self.noise, self.masking),
+            PowerOf(self.noise, self.redrawing),
+        )
         self.closes_at_prior = self.noise.closes_at_prior
         self.prior = self._prior()
         bare = FlatVocabulary(vocabulary.num_tokens, mask=False)
@@ -139,18 +148,27 @@ class GammaHybrid(ForwardProcess):
 
     def _prior(self) -> Prior:
         """The marginal at t = 1 of a word drawn evenly."""
-        size, hidden = self.vocabulary.num_tokens, self.visible.noised(torch.ones(1, dtype=torch.float64))
+        size, hidden = (
+            self.vocabulary.num_tokens,
+            self.visible.noised(torch.ones(1, dtype=torch.float64)),
+        )
         return Prior(torch.cat([((1.0 - hidden) / size).expand(size), hidden]).log())
 
     # ------------------------------------------------------------------ forward
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
-        words = self.words.log_marginal(log_p, t) + self.visible.log_alpha(t).to(log_p.dtype).unsqueeze(-1)
+        words = self.words.log_marginal(log_p, t) + self.visible.log_alpha(t).to(
+            log_p.dtype
+        ).unsqueeze(-1)
         return torch.cat([words, self.visible.noised(t).log().to(log_p.dtype).unsqueeze(-1)], -1)
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
-        word = self.words.log_likelihood(self._word(zt), t) + self.visible.log_alpha(t).unsqueeze(-1)
-        return torch.where(self._masked(zt).unsqueeze(-1), self.visible.noised(t).log().unsqueeze(-1), word)
+        word = self.words.log_likelihood(self._word(zt), t) + self.visible.log_alpha(t).unsqueeze(
+            -1
+        )
+        return torch.where(
+            self._masked(zt).unsqueeze(-1), self.visible.noised(t).log().unsqueeze(-1), word
+        )
 
     def information(self, t: Tensor) -> Tensor:
         """A_t I(X; word under uniform diffusion): a mask says nothing of the token."""
@@ -164,13 +182,23 @@ class GammaHybrid(ForwardProcess):
         """Masked at (1 - gamma) sigma', redrawn at gamma sigma'; from the mask nowhere."""
         t = interior(t)
         hazard = -self.noise.d_alpha(t) / self.noise.alpha(t)
-        masked, redrawn, size = self.masking * hazard, self.redrawing * hazard, self.vocabulary.num_tokens
+        masked, redrawn, size = (
+            self.masking * hazard,
+            self.redrawing * hazard,
+            self.vocabulary.num_tokens,
+        )
         return RedrawKernel(-(masked + redrawn), redrawn / size, masked, torch.zeros_like(t), size)
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
-        masked, redrawn, size = self.visible.lost(s, t), self.kept.lost(s, t), self.vocabulary.num_tokens
+        masked, redrawn, size = (
+            self.visible.lost(s, t),
+            self.kept.lost(s, t),
+            self.vocabulary.num_tokens,
+        )
         seen = 1.0 - masked
-        return RedrawKernel(seen * (1.0 - redrawn), seen * redrawn / size, masked, torch.ones_like(t), size)
+        return RedrawKernel(
+            seen * (1.0 - redrawn), seen * redrawn / size, masked, torch.ones_like(t), size
+        )
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self._noised(x0, self.visible.noised(t), self.kept.noised(t), u)
@@ -237,10 +265,19 @@ class GammaHybrid(ForwardProcess):
         """Masks are revealed with 1 - (1 - A_s)/(1 - A_t), whatever the network says; for words that is bounded."""
         before, now = self.visible.noised(s), self.visible.noised(t)
         reveal = torch.where(s < t, (now - before) / now, 0.0)
-        return self._move(visit, zt, t, s, reveal, self.kept.lost(s, t) / self.vocabulary.num_tokens, u)
+        return self._move(
+            visit, zt, t, s, reveal, self.kept.lost(s, t) / self.vocabulary.num_tokens, u
+        )
 
     def _move(
-        self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, reveal: Tensor, arrive: Tensor, u: Tensor
+        self,
+        visit: Visit,
+        zt: Tensor,
+        t: Tensor,
+        s: Tensor,
+        reveal: Tensor,
+        arrive: Tensor,
+        u: Tensor,
     ) -> Tensor:
         """A mask becomes y ~ r_s(.|p) with `reveal` [r]; a word z leaves with arrive (1 - r_s(z))/r_t(z), for y ~ r_s
         elsewhere; u [r,3].
@@ -250,7 +287,10 @@ class GammaHybrid(ForwardProcess):
         size, masked = self.vocabulary.num_tokens, self._masked(zt)
         before, now = self._each(s), self._each(t)
         bound = torch.where(arrive > 0, arrive * (1.0 - before) / now, 0.0)
-        zs, moving = zt.clone(), (u[:, 0] < torch.where(masked, reveal, bound)).nonzero().squeeze(-1)
+        zs, moving = (
+            zt.clone(),
+            (u[:, 0] < torch.where(masked, reveal, bound)).nonzero().squeeze(-1),
+        )
         if len(moving) == 0:
             return zs
 
@@ -259,7 +299,10 @@ class GammaHybrid(ForwardProcess):
             z, hidden, first, which, source = zt[picked], masked[picked], *u[picked].unbind(-1)
             log_p_z = torch.where(hidden, -torch.inf, law.log_prob(self._word(z)).double())
             others = size - (~hidden).long()
-            by_noise, by_law = others * before[picked], -self.kept.alpha(s[picked]) * torch.expm1(log_p_z)
+            by_noise, by_law = (
+                others * before[picked],
+                -self.kept.alpha(s[picked]) * torch.expm1(log_p_z),
+            )
             here = now[picked] + self.kept.alpha(t[picked]) * log_p_z.exp()
             leaves = hidden | (first < arrive[picked] * (by_noise + by_law) / here)
             evenly = (which * others).long()
@@ -274,8 +317,12 @@ class GammaHybrid(ForwardProcess):
     def _elsewhere(self, law: CleanLaw, rows: Tensor, z: Tensor, u: Tensor) -> Tensor:
         """[k] words drawn from some rows [k] of a law without the words z [k]; nothing is left out for masks."""
         log_p = law.log_mass(0)[rows]
-        beside = torch.cat([log_p, log_p[:, :1]], -1).scatter(-1, z.unsqueeze(-1), -torch.inf)[:, :-1]
-        return DenseLaw(beside, self.vocabulary).draw(torch.full_like(z, self.vocabulary.root), torch.zeros_like(z), u)
+        beside = torch.cat([log_p, log_p[:, :1]], -1).scatter(-1, z.unsqueeze(-1), -torch.inf)[
+            :, :-1
+        ]
+        return DenseLaw(beside, self.vocabulary).draw(
+            torch.full_like(z, self.vocabulary.root), torch.zeros_like(z), u
+        )
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
         """That of uniform diffusion for the shares of the tokens: the mask says nothing of them."""
@@ -299,14 +346,20 @@ class GammaHybrid(ForwardProcess):
             z = zt[picked]
             stays = self.kept.alpha(t[picked]) * law.log_prob(self._word(z)).double().exp()
             stays = torch.where(masked[picked], 0.0, stays / (stays + each[picked]))
-            drawn = law.draw(torch.full_like(z, self.vocabulary.root), torch.zeros_like(z), u[picked, 1])
+            drawn = law.draw(
+                torch.full_like(z, self.vocabulary.root), torch.zeros_like(z), u[picked, 1]
+            )
             return torch.where(u[picked, 0] < stays, z, drawn)
 
         x0[open_] = visit(open_, self.scope(zt[open_]), draw)
         return x0
 
     def _clean_law(self, answer: CleanLaw | Score, t: Tensor) -> CleanLaw:
-        return DenseLaw(self.tweedie(answer, t), self.vocabulary) if isinstance(answer, Score) else answer
+        return (
+            DenseLaw(self.tweedie(answer, t), self.vocabulary)
+            if isinstance(answer, Score)
+            else answer
+        )
 
     # ------------------------------------------------------------------ events
 
@@ -350,4 +403,7 @@ class GammaHybrid(ForwardProcess):
             {"gamma": 0.3, "time": "noise", "floor": 0.0},
             {"gamma": 0.9, "time": "noise"},
         )
-        return [cls.build(cls.Config.model_validate(keys), vocabulary=FlatVocabulary(3)) for keys in settings]
+        return [
+            cls.build(cls.Config.model_validate(keys), vocabulary=FlatVocabulary(3))
+            for keys in settings
+        ]

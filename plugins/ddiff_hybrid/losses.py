@@ -37,7 +37,9 @@ class Published:
         """`annealing`, of hyperschedules, does not divide visible words by their share; flat if none. Of hybrid_epsilon."""
 
     @classmethod
-    def build(cls, config: Config, *, process: ForwardProcess) -> EverywhereCrossEntropy | MixedEntropies:
+    def build(
+        cls, config: Config, *, process: ForwardProcess
+    ) -> EverywhereCrossEntropy | MixedEntropies:
         if isinstance(process, EpsilonHybrid):
             lam = 1.0 if config.lam is None else config.lam
             return EverywhereCrossEntropy(lam, config.weights or "flat")
@@ -70,17 +72,28 @@ class EverywhereCrossEntropy:
     def reads(self, process: EpsilonHybrid, noisy: Noisy, times: Times) -> Tensor:
         """bool [B,L]: masks, and words if they count at all."""
         rows = (times.speed > 0) & ~noisy.clean
-        return rows if self.lam * process.epsilon > 0.0 else rows & (noisy.zt == process.vocabulary.root)
+        return (
+            rows
+            if self.lam * process.epsilon > 0.0
+            else rows & (noisy.zt == process.vocabulary.root)
+        )
 
     def weight(self, process: EpsilonHybrid, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        epsilon, masks = process.epsilon, process.schedule.noised(t).clamp(min=1e-4)  # the floor is the code's
+        epsilon, masks = (
+            process.epsilon,
+            process.schedule.noised(t).clamp(min=1e-4),
+        )  # the floor is the code's
         itself = epsilon / process.vocabulary.num_tokens
-        shuffled = torch.ones_like(t).masked_fill(zt == x0, itself / (1.0 - epsilon + itself))  # float64, as t is
+        shuffled = torch.ones_like(t).masked_fill(
+            zt == x0, itself / (1.0 - epsilon + itself)
+        )  # float64, as t is
         word = self.lam * ((1.0 - epsilon) * shuffled + epsilon * (1.0 - shuffled))
         share = process.schedule.alpha(t) if self.weights == "flat" else torch.ones_like(t)
         return torch.where(zt == process.vocabulary.root, 1.0 / masks, word / share)
 
-    def divergence(self, process: EpsilonHybrid, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def divergence(
+        self, process: EpsilonHybrid, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor
+    ) -> Tensor:
         return process.decode_nll(law, x0, zt, t)
 
 
@@ -105,15 +118,21 @@ class MixedEntropies:
         masked = (1.0 - process.gamma) * self.masked.weight(x0, hidden, t)
         return torch.where(zt == root, masked, process.gamma * self.uniform.weight(x0, word, t))
 
-    def divergence(self, process: GammaHybrid, answer: CleanLaw | Score, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def divergence(
+        self, process: GammaHybrid, answer: CleanLaw | Score, x0: Tensor, zt: Tensor, t: Tensor
+    ) -> Tensor:
         root, (hidden, word) = process.vocabulary.root, self._parts(zt)
         ratio = _ratio(process, answer, zt, interior(t))
         masked = self.masked.divergence(Score(ratio), x0, hidden, t)
-        return torch.where(zt == root, masked, self.uniform.divergence(Score(ratio[:, :root]), x0, word, t))
+        return torch.where(
+            zt == root, masked, self.uniform.divergence(Score(ratio[:, :root]), x0, word, t)
+        )
 
     def _parts(self, zt: Tensor) -> tuple[Tensor, Tensor]:
         """[r] the mask everywhere, and the words with some word where the mask is."""
-        return torch.full_like(zt, self.masked.vocabulary.root), zt.remainder(self.masked.vocabulary.root)
+        return torch.full_like(zt, self.masked.vocabulary.root), zt.remainder(
+            self.masked.vocabulary.root
+        )
 
 
 def _ratio(process: ForwardProcess, answer: CleanLaw | Score, zt: Tensor, t: Tensor) -> Tensor:

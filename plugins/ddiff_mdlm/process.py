@@ -50,10 +50,16 @@ class MaskedDiffusion(TreeProcess):
                 'Use [vocabulary] kind = "flat", or the process hdlm for a tree.'
             )
         schedules: dict[str, Schedule] = {"linear": LinearSchedule(), "cosine": CosineSchedule()}
-        schedule = schedules[config.schedule] if config.power is None else PowerSchedule(config.power)
+        schedule = (
+            schedules[config.schedule] if config.power is None else PowerSchedule(config.power)
+        )
         return cls(vocabulary, CdfClock([schedule]))
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        settings = ({"schedule": "linear"}, {"schedule": "cosine"}, {"schedule": "power", "power": 2.5})
+        settings = (
+            {"schedule": "linear"},
+            {"schedule": "cosine"},
+            {"schedule": "power", "power": 2.5},
+        )
         return [cls.build(cls.Config(**keys), vocabulary=FlatVocabulary(5)) for keys in settings]

@@ -9,7 +9,15 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from ddiff import ArgumentError, ComponentConfig, ForwardProcess, Head, Score, SubtreeLaw, Vocabulary
+from ddiff import (
+    ArgumentError,
+    ComponentConfig,
+    ForwardProcess,
+    Head,
+    Score,
+    SubtreeLaw,
+    Vocabulary,
+)
 
 LATEST = 1.0 - 1e-12  # a ratio to the mask diverges where everything is masked
 
@@ -44,13 +52,21 @@ class Ratios:
         if len(masked):
             num_tokens = process.vocabulary.num_tokens
             distinct, place = t[masked].clamp(max=LATEST).unique(return_inverse=True)
-            even = torch.zeros(len(distinct), num_tokens, dtype=t.dtype, device=t.device).log_softmax(-1)
+            even = torch.zeros(
+                len(distinct), num_tokens, dtype=t.dtype, device=t.device
+            ).log_softmax(-1)
             log_q = process.log_marginal(even, distinct)
-            odds = log_q[:, process.vocabulary.root] - log_q[:, :num_tokens].logsumexp(-1) + even[:, 0].neg()
+            odds = (
+                log_q[:, process.vocabulary.root]
+                - log_q[:, :num_tokens].logsumexp(-1)
+                + even[:, 0].neg()
+            )
             scale[masked] = odds[place]
         return scale
 
-    def question(self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any) -> Question:
+    def question(
+        self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
+    ) -> Question:
         def question(law: RatioLaw, idx: Tensor) -> Any:
             own = zt[idx].unsqueeze(-1)
             log_ratio = law.raw - prepared[idx].to(law.raw.dtype).unsqueeze(-1)

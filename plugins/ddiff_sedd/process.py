@@ -70,7 +70,9 @@ class ScoreEntropyDiffusion:
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        build = lambda mask, **keys: cls.build(cls.Config(**keys), vocabulary=FlatVocabulary(3, mask=mask))  # noqa: E731
+        build = lambda mask, **keys: cls.build(
+            cls.Config(**keys), vocabulary=FlatVocabulary(3, mask=mask)
+        )  # noqa: E731
         return [
             build(True, graph="absorb", noise="loglinear"),
             build(True, graph="absorb", noise="loglinear", floor=0.0),

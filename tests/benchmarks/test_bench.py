@@ -24,7 +24,10 @@ def test_the_plain_side_computes_the_density(family: str) -> None:
     logits = torch.randn(4, 16, side.model.head.out_features)
     words = logits[..., :20].double().log_softmax(-1).reshape(-1, 20)
     expected = process.density(
-        DenseLaw(words, process.vocabulary), x0.flatten(), zt.flatten(), t.double().repeat_interleave(16)
+        DenseLaw(words, process.vocabulary),
+        x0.flatten(),
+        zt.flatten(),
+        t.double().repeat_interleave(16),
     )
     expected = torch.where(process.active(zt.flatten()), expected, 0.0).reshape(4, 16)
     ours = side.loss(logits.clone(), x0, zt, t, q)
@@ -51,10 +54,15 @@ def test_the_hand_written_loss_is_cross_entropy() -> None:
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
     target, weight = torch.randint(7, (40,)), torch.rand(40, dtype=torch.float64)
     by_hand = ChunkedCrossEntropy.apply(hidden, table, bias, target, weight)
-    dense = (weight * torch.nn.functional.cross_entropy(hidden @ table.t() + bias, target, reduction="none")).sum()
+    dense = (
+        weight
+        * torch.nn.functional.cross_entropy(hidden @ table.t() + bias, target, reduction="none")
+    ).sum()
     torch.testing.assert_close(by_hand, dense)
     inputs = (hidden, table, bias)
-    for ours, expected in zip(torch.autograd.grad(by_hand, inputs), torch.autograd.grad(dense, inputs), strict=True):
+    for ours, expected in zip(
+        torch.autograd.grad(by_hand, inputs), torch.autograd.grad(dense, inputs), strict=True
+    ):
         torch.testing.assert_close(ours, expected)
 
 

@@ -43,14 +43,25 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["plugins", "--components"], ["recipes"], ["run", "--help"], ["data", "--help"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["plugins", "--components"],
+        ["recipes"],
+        ["run", "--help"],
+        ["data", "--help"],
+    ],
 )
 def test_questions_about_itself_are_answered_without_torch_in_half_a_second_of_cpu(arguments):
     # The budget is CPU time of the whole process, best of three: other work on the machine inflates single timings.
     seconds = []
     for _ in range(3):
         done = subprocess.run(
-            [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, timeout=60, check=True
+            [sys.executable, "-c", PROBE, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
         )
         code, cpu, modules = json.loads(done.stderr.splitlines()[-1])
         assert code == 0, done.stderr
@@ -64,7 +75,9 @@ def test_questions_about_itself_are_answered_without_torch_in_half_a_second_of_c
 def test_importing_ddiff_imports_nothing_heavy_and_nothing_of_its_own():
     heavy = ("ddiff", "torch", "pydantic")
     code = f"import sys, ddiff; print(sorted(name for name in sys.modules if name.startswith({heavy})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.strip() == "['ddiff']"
 
 
@@ -73,7 +86,17 @@ def test_help_names_every_command(capsys):
     assert code == 0
     assert [
         command
-        for command in ("run", "eval", "export", "sample", "compare", "check", "data", "plugins", "recipes")
+        for command in (
+            "run",
+            "eval",
+            "export",
+            "sample",
+            "compare",
+            "check",
+            "data",
+            "plugins",
+            "recipes",
+        )
         if command not in out
     ] == []
     assert len(app.registered_commands) == 9
@@ -91,7 +114,9 @@ def test_plugins_lists_every_installed_plugin_and_component(capsys):
     for report in reports:
         assert f"{report.plugin.name} " in out
         assert str(report.plugin.origin) in out
-    assert [component.target for component in registry.components() if component.target not in out] == []
+    assert [
+        component.target for component in registry.components() if component.target not in out
+    ] == []
 
 
 @pytest.mark.parametrize("name", list(installed_plugins()))
@@ -138,7 +163,9 @@ def test_a_key_is_shown_with_its_type_default_and_meaning(capsys, distribution):
         def ddiff_register(registry):
             registry.add("process", "shown", "shown_parts:Toy")
     """
-    distribution("shown-dist", "1.0", {"shown": "shown_pkg"}, {"shown_pkg": register, "shown_parts": parts})
+    distribution(
+        "shown-dist", "1.0", {"shown": "shown_pkg"}, {"shown_pkg": register, "shown_parts": parts}
+    )
     assert call(capsys, "plugins", "shown")[1].splitlines() == [
         '[process] kind = "shown": A process to look at, in two lines.',
         "    rate  number > 0, required. How fast it goes.",
@@ -161,7 +188,9 @@ def test_help_says_what_a_dry_run_does_not_check(capsys):
 
 
 def test_a_broken_plugin_is_listed_with_its_reason_and_hides_no_other(capsys, distribution):
-    distribution("broken-dist", "0.3", {"broken": "broken_pkg"}, {"broken_pkg": "import does_not_exist"})
+    distribution(
+        "broken-dist", "0.3", {"broken": "broken_pkg"}, {"broken_pkg": "import does_not_exist"}
+    )
     code, out, err = call(capsys, "plugins")
     assert code == 2
     assert "broken_pkg, broken-dist 0.3" in out
@@ -180,7 +209,9 @@ def test_every_shipped_recipe_resolves_and_reads_back_as_itself(capsys, tmp_path
     assert {"hdlm_small", "hdlm_three_level", "mdlm_small"} <= set(shipped_recipes())
     for name in shipped_recipes():
         code, out, err = call(capsys, "run", name, "--dry-run")
-        if name == "paper/hdlm_small_64_embeddings":  # begins with another run's weights, which are not here
+        if (
+            name == "paper/hdlm_small_64_embeddings"
+        ):  # begins with another run's weights, which are not here
             assert (code, "is not a trained run" in err) == (2, True)
             continue
         assert code == 0, err
@@ -200,8 +231,14 @@ def test_a_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
     ("arguments", "expected"),
     [
         (["run", "no_such_recipe"], "no_such_recipe: there is no such file and no shipped recipe"),
-        (["run", "hdlm_small", "--set", "process.gama=1"], '--set process.gama=1: [process] has no key "gama"'),
-        (["run", "hdlm_small", "--set", "process.xi=1.5"], "--set process.xi=1.5: [process] xi must be"),
+        (
+            ["run", "hdlm_small", "--set", "process.gama=1"],
+            '--set process.gama=1: [process] has no key "gama"',
+        ),
+        (
+            ["run", "hdlm_small", "--set", "process.xi=1.5"],
+            "--set process.xi=1.5: [process] xi must be",
+        ),
         (["run", "hdlm_small", "--set", "plugins=[]"], 'Add "hdlm" to plugins'),
     ],
 )
@@ -224,7 +261,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list:
     """Stand-ins for the modules that do the work; they note what they are called with."""
     calls: list = []
     module = ModuleType("ddiff.runs")
-    module.run_recipe = lambda recipe, *, fresh: calls.append(("run", recipe.name, recipe.train.steps, fresh)) or 130  # type: ignore[attr-defined]
+    module.run_recipe = lambda recipe, *, fresh: (
+        calls.append(("run", recipe.name, recipe.train.steps, fresh)) or 130
+    )  # type: ignore[attr-defined]
     module.evaluate_run = lambda run_dir, settings: calls.append(("eval", run_dir, settings))  # type: ignore[attr-defined]
     module.sample_run = lambda run_dir, **options: calls.append(("sample", run_dir, options))  # type: ignore[attr-defined]
     command = ModuleType("ddiff.testing.command")
@@ -243,9 +282,22 @@ def test_commands_hand_their_arguments_on_and_the_exit_code_back(capsys, runs):
     assert call(capsys, "run", "mdlm_small", "--set", "train.steps=3", "--fresh")[0] == 130
     assert call(capsys, "eval", "runs/x", "--set", "evaluate.draws=2")[0] == 0
     assert call(capsys, "sample", "runs/x", "--count", "4", "--seed", "1")[0] == 0
-    asked = ("--prompt", "She", "--condition", "label=2", "--guidance", "1.5", "--sampler", "psi", "--set", "top_k=3")
+    asked = (
+        "--prompt",
+        "She",
+        "--condition",
+        "label=2",
+        "--guidance",
+        "1.5",
+        "--sampler",
+        "psi",
+        "--set",
+        "top_k=3",
+    )
     assert call(capsys, "sample", "runs/x", *asked)[0] == 0
-    assert call(capsys, "sample", "runs/x", "--infill", "[MASK:2] a", "--infill", "b [MASK:1]")[0] == 0
+    assert (
+        call(capsys, "sample", "runs/x", "--infill", "[MASK:2] a", "--infill", "b [MASK:1]")[0] == 0
+    )
     assert call(capsys, "check", "toy", "--set", "gamma=0.5", "--set", "xi=0.9")[0] == 1
     assert runs == [
         ("run", "mdlm_small", 3, True),
@@ -272,7 +324,16 @@ ANSWERS = {
     ("run", "hdlm_small", "--dry-run"): "# fits: 2.1 M parameters, ",
     ("plugins", "core"): "[tracker] kind",
 }
-HEAVY = ("datasets", "pandas", "transformers", "wandb", "faiss", "torch._dynamo", "torch.distributed.tensor", "sympy")
+HEAVY = (
+    "datasets",
+    "pandas",
+    "transformers",
+    "wandb",
+    "faiss",
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "sympy",
+)
 LOADED = """
 import sys
 from ddiff.cli import main
@@ -287,7 +348,9 @@ finally:
 def test_a_command_that_only_answers_loads_torch_and_nothing_else_that_is_slow(arguments, tmp_path):
     """Two seconds of CPU, most of them importing torch: what took the others was one of these."""
     script = LOADED.format(arguments=list(arguments), heavy=HEAVY)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.stderr.splitlines()[-1] == "[]"
     assert ANSWERS[arguments] in done.stdout
 
@@ -297,5 +360,9 @@ def test_a_dry_run_ends_with_its_verdict_as_a_comment_of_toml(capsys, tmp_path, 
     out = call(capsys, "run", "mdlm_small", "--dry-run")[1]
     assert out.splitlines()[-1].startswith("# fits: ")
     assert tomllib.loads(out)["name"] == "mdlm_small"
-    unknown = call(capsys, "run", "mdlm_small", "--dry-run", "--set", 'tokenizer={kind="alphabet"}')[1]
-    assert unknown.splitlines()[-1].startswith("# fits as far as is known before the tokens are counted: ")
+    unknown = call(
+        capsys, "run", "mdlm_small", "--dry-run", "--set", 'tokenizer={kind="alphabet"}'
+    )[1]
+    assert unknown.splitlines()[-1].startswith(
+        "# fits as far as is known before the tokens are counted: "
+    )

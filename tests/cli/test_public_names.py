@@ -25,7 +25,12 @@ def test_no_public_name_is_a_submodule_that_importing_would_put_in_its_place():
 def test_type_checkers_see_the_same_names_from_the_same_modules():
     tree = ast.parse(Path(ddiff.__file__).read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    seen = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     assert seen == ddiff._MODULE_OF
 
 

@@ -21,7 +21,9 @@ def two_topics(length: int = 6000) -> tuple[NDArray[np.int32], NDArray[np.int32]
     """Documents of ten words, each all from 0..4 or all from 5..9."""
     draw = np.random.default_rng(0)
     document = np.arange(length) // 10
-    return (draw.integers(0, 5, length) + 5 * (document % 2)).astype(np.int32), document.astype(np.int32)
+    return (draw.integers(0, 5, length) + 5 * (document % 2)).astype(np.int32), document.astype(
+        np.int32
+    )
 
 
 def reference_counts(
@@ -39,7 +41,9 @@ def reference_counts(
 
 
 @pytest.mark.parametrize("pairs_at_once", [7, 1 << 22])
-def test_counts_are_those_of_the_definition(pairs_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_are_those_of_the_definition(
+    pairs_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cooccurrence, "_PAIRS_AT_ONCE", pairs_at_once)
     draw = np.random.default_rng(1)
     ids, document = draw.integers(0, 6, 60).astype(np.int32), (np.arange(60) // 9).astype(np.int32)
@@ -83,7 +87,9 @@ def test_only_the_most_frequent_words_are_contexts(monkeypatch: pytest.MonkeyPat
 
 
 def test_words_that_never_meet_are_no_error() -> None:
-    vectors = cooccurrence_embeddings(np.array([0, 1, 2], np.int32), np.array([0, 1, 2], np.int32), 3, width=2)
+    vectors = cooccurrence_embeddings(
+        np.array([0, 1, 2], np.int32), np.array([0, 1, 2], np.int32), 3, width=2
+    )
     assert (vectors == 0).all()
 
 
@@ -98,4 +104,6 @@ def test_words_that_never_meet_are_no_error() -> None:
 )
 def test_impossible_input_is_explained(ids: list[int], settings: dict[str, int], told: str) -> None:
     with pytest.raises(ArgumentError, match=told):
-        cooccurrence_embeddings(np.array(ids, np.int32), np.zeros(len(ids), np.int32), 5, **settings)  # type: ignore[arg-type]
+        cooccurrence_embeddings(
+            np.array(ids, np.int32), np.zeros(len(ids), np.int32), 5, **settings
+        )  # type: ignore[arg-type]

@@ -39,9 +39,14 @@ def test_clusters_are_read_from_every_format(tmp_path: Path, kind: str) -> None:
 
 
 def test_several_files_are_several_levels(tmp_path: Path) -> None:
-    paths = [write(tmp_path, "npy", WORDS, "a"), write(tmp_path, "json", np.array([0, 1, 1, 0]), "b")]
+    paths = [
+        write(tmp_path, "npy", WORDS, "a"),
+        write(tmp_path, "json", np.array([0, 1, 1, 0]), "b"),
+    ]
     assert [level.tolist() for level in read_clusters(paths, 6)] == [WORDS.tolist(), [0, 1, 1, 0]]
-    with pytest.raises(DataError, match=r"b\.json has 3 entries, but the level below it has 4 clusters"):
+    with pytest.raises(
+        DataError, match=r"b\.json has 3 entries, but the level below it has 4 clusters"
+    ):
         read_clusters([paths[0], write(tmp_path, "json", np.array([0, 1, 1]), "b")], 6)
 
 
@@ -79,7 +84,9 @@ def test_a_wrong_length_names_both_numbers(tmp_path: Path, num_tokens: int) -> N
         (np.array([0, 1, 2**63 + 5], dtype=np.uint64), "numbered from 0"),
     ],
 )
-def test_files_that_hold_no_clusters_are_refused(tmp_path: Path, values: np.ndarray, told: str) -> None:
+def test_files_that_hold_no_clusters_are_refused(
+    tmp_path: Path, values: np.ndarray, told: str
+) -> None:
     with pytest.raises(DataError, match=told):
         read_clusters([write(tmp_path, "npy", values)], 3)
 
@@ -141,7 +148,13 @@ def test_embeddings_need_a_row_per_token(tmp_path: Path) -> None:
 
 
 def test_embeddings_of_a_model_are_its_input_table(tmp_path: Path) -> None:
-    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
     model = BertModel(config)
     model.save_pretrained(tmp_path)
     table = model.get_input_embeddings().weight.detach().numpy()

@@ -49,7 +49,9 @@ def test_a_common_offset_of_all_embeddings_does_not_hide_the_clusters() -> None:
     moved, centroids = nested_kmeans((points + offset).astype(np.float32), [8])
     assert len({(a, b) for a, b in zip(moved[0].tolist(), group.tolist())}) == 8
     assert len({(a, b) for a, b in zip(moved[0].tolist(), plain[0].tolist())}) == 8
-    assert float(np.abs(centroids[0] - offset).max()) < 2 * np.abs(points).max(), "centroids are as they were given"
+    assert float(np.abs(centroids[0] - offset).max()) < 2 * np.abs(points).max(), (
+        "centroids are as they were given"
+    )
 
 
 def test_two_planted_levels_are_found() -> None:
@@ -65,7 +67,9 @@ def test_two_planted_levels_are_found() -> None:
 
 @pytest.mark.parametrize("sizes", [[1], [2], [50], [199], [60, 12], [60, 12, 3], [60, 1]])
 @pytest.mark.parametrize("special", [(), (0, 7)])
-def test_every_level_has_its_size_and_no_node_is_empty(sizes: list[int], special: tuple[int, ...]) -> None:
+def test_every_level_has_its_size_and_no_node_is_empty(
+    sizes: list[int], special: tuple[int, ...]
+) -> None:
     points = np.random.default_rng(2).standard_normal((200, 8)).astype(np.float32)
     parents, centroids = nested_kmeans(points, sizes, special_ids=special)
     assert [len(level) for level in parents] == [200, *sizes[:-1]]
@@ -104,7 +108,9 @@ def test_a_centroid_is_the_mean_of_its_words_at_every_level() -> None:
             assert mean == pytest.approx(points[below == node].mean(0), abs=1e-6)  # float32
 
 
-@pytest.mark.parametrize(("min_share", "max_share"), [(0.1, 5.0), (0.5, 1.5), (1.0, 1.0), (0.0, 1.2)])
+@pytest.mark.parametrize(
+    ("min_share", "max_share"), [(0.1, 5.0), (0.5, 1.5), (1.0, 1.0), (0.0, 1.2)]
+)
 def test_clusters_keep_the_limits(min_share: float, max_share: float) -> None:
     # One crowd of 150 points that k-means alone would keep whole, and 50 scattered ones.
     draw = np.random.default_rng(6)
@@ -153,7 +159,10 @@ def test_the_embeddings_are_left_as_they_were() -> None:
         ({"sizes": []}, "at least one cluster"),
         ({"sizes": [0]}, "Zero clusters"),
         ({"sizes": [51]}, "51 clusters, but there are only 50 words"),
-        ({"sizes": [50], "special_ids": [1, 2]}, "only 48 words.*one branch of 2 special.*at most 49"),
+        (
+            {"sizes": [50], "special_ids": [1, 2]},
+            "only 48 words.*one branch of 2 special.*at most 49",
+        ),
         ({"sizes": [8, 8]}, "decrease strictly"),
         ({"sizes": [4, 8]}, "decrease strictly"),
         ({"sizes": [4], "min_share": 1.5}, "min_share"),

@@ -35,11 +35,16 @@ class Scripted(Noise):
     With `turned` the time is told as the number that a group shares, which turns all windows together.
     """
 
-    def __init__(self, time: Tensor, window: Tensor, zt: Tensor, num_states: int, turned: bool = False) -> None:
+    def __init__(
+        self, time: Tensor, window: Tensor, zt: Tensor, num_states: int, turned: bool = False
+    ) -> None:
         super().__init__(0, 0, torch.arange(len(zt)), LENGTH)
         self.turn = time
         time = torch.zeros_like(time) if turned else time
-        self.told = {"time": time.unsqueeze(-1).expand(-1, LENGTH), "window": window.unsqueeze(-1).expand(-1, LENGTH)}
+        self.told = {
+            "time": time.unsqueeze(-1).expand(-1, LENGTH),
+            "window": window.unsqueeze(-1).expand(-1, LENGTH),
+        }
         self.cells = (zt.double() + 0.5) / num_states
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:
@@ -55,7 +60,11 @@ def nodes(rule: DrawsTimes, order: int = 6) -> tuple[Tensor, Tensor]:
     width, alone = getattr(rule, "width", LENGTH), not getattr(rule, "paired", True)
     panels = 6
     if alone:
-        panels = (LENGTH + width) * 6 // width if getattr(rule, "shape", "") == "slide" else -(-LENGTH // width) * 6
+        panels = (
+            (LENGTH + width) * 6 // width
+            if getattr(rule, "shape", "") == "slide"
+            else -(-LENGTH // width) * 6
+        )
     x, w = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(order))
     left = torch.arange(panels, dtype=torch.float64).unsqueeze(-1)
     return ((left + (x + 1.0) / 2.0) / panels).reshape(-1), (w / 2.0 / panels).repeat(panels)
@@ -75,13 +84,18 @@ def exact_law(process: ForwardProcess) -> Callable[[Noisy], Tensor]:
             .squeeze(-1)
         )  # [B,L,V]
         evidence = torch.where((noisy.t < 1.0).unsqueeze(-1), evidence, 1.0)
-        certain = lambda ids: torch.nn.functional.one_hot(ids.clamp(max=NUM_WORDS - 1), NUM_WORDS).double()  # noqa: E731
+        certain = lambda ids: torch.nn.functional.one_hot(
+            ids.clamp(max=NUM_WORDS - 1), NUM_WORDS
+        ).double()  # noqa: E731
         evidence = torch.where(noisy.clean.unsqueeze(-1), certain(noisy.zt), evidence)
         laws = []
         for i in range(LENGTH):
             of_sequences = JOINT.expand(batch, -1)
             for j in set(range(LENGTH)) - {i}:
-                same, before = (block[:, j] == block[:, i])[:, None], (block[:, j] < block[:, i])[:, None]
+                same, before = (
+                    (block[:, j] == block[:, i])[:, None],
+                    (block[:, j] < block[:, i])[:, None],
+                )
                 earlier = evidence[:, j] if noisy.memory is None else certain(noisy.memory[:, j])
                 said = torch.where(same, evidence[:, j], torch.where(before, earlier, 1.0))
                 of_sequences = of_sequences * said[:, SEQUENCES[:, j]]
@@ -99,9 +113,13 @@ def exact_terms(
     twin, ask = enumerated(process), ask_law(law or exact_law(process), process.vocabulary)
     u, weight = nodes(rule)
     blocks = getattr(rule, "paired", False) and getattr(rule, "shape", "") == "block"
-    turned = blocks and rule.width < LENGTH  # a window as long as the sequence has no other to be turned with
+    turned = (
+        blocks and rule.width < LENGTH
+    )  # a window as long as the sequence has no other to be turned with
     scripted = partial(Scripted, turned=turned)
-    cells = (torch.arange(6, dtype=torch.float64) + 0.5) / 6.0  # windows, places in a window, positions: 1, 2 or 3 each
+    cells = (
+        torch.arange(6, dtype=torch.float64) + 0.5
+    ) / 6.0  # windows, places in a window, positions: 1, 2 or 3 each
     zero = torch.zeros(6, dtype=torch.float64)
 
     def first(noise: Noise, slot: Tensor) -> Times:
@@ -114,7 +132,9 @@ def exact_terms(
         return rule.draw(OwnTime(), noise, slot, 1, LENGTH)
 
     def diffusion(x0: Tensor, times: Times, scored: Tensor, noise: Noise) -> Tensor:
-        return diffusion_term(twin, ask, x0, corrupt(twin, x0, times, scored, noise, "diffusion"), times.speed)
+        return diffusion_term(
+            twin, ask, x0, corrupt(twin, x0, times, scored, noise, "diffusion"), times.speed
+        )
 
     closing = lambda *a: closing_term(twin, ask, *a)  # noqa: E731
     decoding = lambda *a: decoding_term(twin, ask, *a)  # noqa: E731
@@ -145,7 +165,9 @@ def _expected(
             part, torch.arange(len(SEQUENCES)), torch.arange(len(grid)), indexing="ij"
         ))  # fmt: skip
         x0, zt = SEQUENCES[x], grid[z]
-        chance = weight[node] * _chance(process, scripted, times_of, time[node], window[node], x0, zt, at_prior)
+        chance = weight[node] * _chance(
+            process, scripted, times_of, time[node], window[node], x0, zt, at_prior
+        )
         kept = (chance > 0).nonzero().squeeze(-1)
         x0, zt, node = x0[kept], zt[kept], node[kept]
         noise = scripted(time[node], window[node], zt, states)
@@ -166,7 +188,10 @@ def _chance(
     at_prior: bool,
 ) -> Tensor:
     """[n] the probability of states zt: clean words, draws of the prior (waiting, or charged at the end), else q_t."""
-    times = times_of(scripted(time, window, zt, process.vocabulary.num_states), torch.zeros(len(zt), dtype=torch.long))
+    times = times_of(
+        scripted(time, window, zt, process.vocabulary.num_states),
+        torch.zeros(len(zt), dtype=torch.long),
+    )
     distinct, place = times.t.unique(return_inverse=True)
     chance = likelihoods(process, distinct)[place, x0, zt]
     prior = torch.zeros_like(times.clean) if times.waiting is None else times.waiting
@@ -177,7 +202,9 @@ def _chance(
     return torch.where(times.clean, (x0 == zt).double(), chance).prod(-1)
 
 
-def cost_of_ends(process: ForwardProcess, window: tuple[float, float], blocks: Sequence[Sequence[int]]) -> Tensor:
+def cost_of_ends(
+    process: ForwardProcess, window: tuple[float, float], blocks: Sequence[Sequence[int]]
+) -> Tensor:
     """What it costs that all positions of a block are decoded at once, and come off the prior at once.
 
     The sum over blocks of [sum_i H(X_i | Z_t0, before) - H(X | Z_t0, before)] and the same of Z_t1 without words.
@@ -187,12 +214,15 @@ def cost_of_ends(process: ForwardProcess, window: tuple[float, float], blocks: S
     for block in blocks:
         n, rest = len(block), tuple(range(block[-1] + 1, LENGTH))
         words = JOINT.reshape((NUM_WORDS,) * LENGTH)
-        words = (words.sum(rest) if rest else words).reshape(-1, *(NUM_WORDS,) * n)  # [before, words of the block]
+        words = (words.sum(rest) if rest else words).reshape(
+            -1, *(NUM_WORDS,) * n
+        )  # [before, words of the block]
         x_axes = tuple(range(1, n + 1))
         with_early, with_late = words, words
         for axis in x_axes:  # the states come after the words, one axis each
             with_early, with_late = (
-                p.unsqueeze(-1) * rows.reshape([-1 if a == axis else 1 for a in range(p.dim())] + [rows.shape[-1]])
+                p.unsqueeze(-1)
+                * rows.reshape([-1 if a == axis else 1 for a in range(p.dim())] + [rows.shape[-1]])
                 for p, rows in ((with_early, early), (with_late, late))
             )
         noisy = with_late.sum(x_axes)

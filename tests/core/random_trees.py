@@ -38,4 +38,6 @@ def climb(tree: Vocabulary, node: int) -> list[int]:
 def below(tree: Vocabulary, node: int, level: int) -> set[int]:
     """The ids of `level` that lie below a node or are it."""
     first = tree.offsets[level]
-    return {id_ for id_ in range(first, first + tree.level_sizes[level]) if node in climb(tree, id_)}
+    return {
+        id_ for id_ in range(first, first + tree.level_sizes[level]) if node in climb(tree, id_)
+    }

@@ -29,7 +29,10 @@ chain = torch.tensor([[-1.0, 0.5, 0.5], [0.2, -0.2, 0.0], [1.0, 3.0, -4.0]], dty
         (chain + 0.1, "a generator: .* a row sum of 0.3"),
         (chain.T, "rows that sum to 0"),
         (-chain, "off-diagonal rates >= 0"),
-        (torch.tensor([[-1.0, 1.5, -0.5], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]), "a smallest rate of -0.5"),
+        (
+            torch.tensor([[-1.0, 1.5, -0.5], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
+            "a smallest rate of -0.5",
+        ),
         (chain * math.nan, "must be a generator: finite"),
         (chain * math.inf, "must be a generator: finite"),
         (lambda t: chain.T.expand(len(t), -1, -1), "rows that sum to 0"),
@@ -48,7 +51,9 @@ chain = torch.tensor([[-1.0, 0.5, 0.5], [0.2, -0.2, 0.0], [1.0, 3.0, -4.0]], dty
         "function late",
     ],
 )
-def test_a_matrix_that_generates_no_chain_is_refused(matrix: Tensor | Callable[[Tensor], Tensor], message: str) -> None:
+def test_a_matrix_that_generates_no_chain_is_refused(
+    matrix: Tensor | Callable[[Tensor], Tensor], message: str
+) -> None:
     with pytest.raises(ArgumentError, match=message):
         DenseProcess(bare, matrix)
 
@@ -68,10 +73,13 @@ def test_rounding_in_the_rows_of_a_float32_matrix_is_accepted() -> None:
     torch.testing.assert_close(moved.sum(-1), torch.ones(1, 3).double(), rtol=0.0, atol=1e-13)
 
 
-@pytest.mark.parametrize("target", [torch.ones(4), torch.tensor([0.5, 0.2, 0.2]), torch.full((3,), math.nan)])
+@pytest.mark.parametrize(
+    "target", [torch.ones(4), torch.tensor([0.5, 0.2, 0.2]), torch.full((3,), math.nan)]
+)
 def test_noise_that_is_no_law_is_refused(target: Tensor) -> None:
     with pytest.raises(
-        ArgumentError, match="the noise must be a law over the 3 states, with no negative entry and sum 1"
+        ArgumentError,
+        match="the noise must be a law over the 3 states, with no negative entry and sum 1",
     ):
         MixtureProcess(bare, LinearSchedule(), target)
 
@@ -99,7 +107,9 @@ def test_a_state_that_is_never_reached_leaves_value_and_gradient_finite(
 ) -> None:
     process = make()
     density = ForwardProcess.density if derived else type(process).density
-    logits = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    logits = torch.randn(
+        6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
     x0, zt = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([0, 0, 0, 1, 2, 1])
     t = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 1.0], dtype=torch.float64)
     value = density(process, DenseLaw(logits.log_softmax(-1), process.vocabulary), x0, zt, t)
@@ -116,7 +126,9 @@ def test_a_word_whose_probability_underflows_leaves_the_gradient_finite() -> Non
     process = MixtureProcess(vocabulary, LinearSchedule(), torch.tensor([0.0, 0.0, 0.0, 1.0]))
     logits = torch.tensor([[0.0, 0.0, -200.0]], requires_grad=True)
     law = DenseLaw(logits.log_softmax(-1), vocabulary)
-    process.density(law, torch.tensor([0]), torch.tensor([3]), torch.tensor([0.5]).double()).sum().backward()
+    process.density(
+        law, torch.tensor([0]), torch.tensor([3]), torch.tensor([0.5]).double()
+    ).sum().backward()
     # -ln p(x0)/t, with gradient (p - onehot)/t
     torch.testing.assert_close(logits.grad, torch.tensor([[-1.0, 1.0, 0.0]]))
 
@@ -125,12 +137,18 @@ def test_a_step_from_a_law_of_nan_is_an_error_and_not_a_word() -> None:
     process = DenseProcess(bare, chain)
 
     def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
-        return fn(DenseLaw(torch.full((len(rows), 3), math.nan).double(), bare), torch.arange(len(rows)))
+        return fn(
+            DenseLaw(torch.full((len(rows), 3), math.nan).double(), bare), torch.arange(len(rows))
+        )
 
     t = torch.tensor([0.5, 0.6], dtype=torch.float64)
     for draw in (
-        lambda: process.step(visit, torch.tensor([0, 1]), t, t / 2, torch.tensor([[0.1], [0.9]]).double()),
-        lambda: process.decode(visit, torch.tensor([0, 1]), t, torch.tensor([[0.1], [0.9]]).double()),
+        lambda: process.step(
+            visit, torch.tensor([0, 1]), t, t / 2, torch.tensor([[0.1], [0.9]]).double()
+        ),
+        lambda: process.decode(
+            visit, torch.tensor([0, 1]), t, torch.tensor([[0.1], [0.9]]).double()
+        ),
     ):
         with pytest.raises(NonFiniteError, match="the predicted distribution holds NaN"):
             draw()

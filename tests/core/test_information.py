@@ -35,7 +35,10 @@ TAU = torch.cat(
         1.0 - torch.logspace(-2, -6, 5, dtype=torch.float64),
     ]
 )
-SLOPES = {"rtol": 1e-8, "atol": 1e-9}  # autograd reads 1 - t off t, to 1e-16, where t is within 1e-12 of 1
+SLOPES = {
+    "rtol": 1e-8,
+    "atol": 1e-9,
+}  # autograd reads 1 - t off t, to 1e-16, where t is within 1e-12 of 1
 
 
 def enumerated_information(process: ForwardProcess, t: Tensor) -> Tensor:
@@ -57,7 +60,9 @@ def test_information_is_that_of_the_joint_table(name: str) -> None:
     t = torch.tensor([0.0, 1e-6, 0.01, 0.3, 0.8, 0.999, 1.0], dtype=torch.float64)
     expected = enumerated_information(process, t)
     torch.testing.assert_close(process.information(t), expected, rtol=0, atol=1e-11)
-    torch.testing.assert_close(process.information_lost(t), expected[0] - expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        process.information_lost(t), expected[0] - expected, rtol=0, atol=1e-11
+    )
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -75,7 +80,9 @@ def test_equal_steps_of_tau_lose_equal_information(name: str) -> None:
     process = PROCESSES[name]
     clock = process.information_time
     t, _ = clock.at(TAU)
-    ends = process.information(torch.tensor([clock.at(x)[0] for x in torch.tensor([0.0, 1.0]).double()]).double())
+    ends = process.information(
+        torch.tensor([clock.at(x)[0] for x in torch.tensor([0.0, 1.0]).double()]).double()
+    )
     lost = (ends[0] - process.information(t)) / (ends[0] - ends[1])
     torch.testing.assert_close(lost, TAU, rtol=0, atol=2e-4)
 
@@ -92,8 +99,12 @@ def test_speed_is_the_exact_derivative_of_t(name: str) -> None:
 
 @pytest.mark.parametrize("length", [1, 64, 10_000])
 @pytest.mark.parametrize("window", [(0.0, 1.0), (1e-3, 0.999), (0.2, 0.3)])
-@pytest.mark.parametrize("name", ["TreeProcess 1", "MixtureProcess 1", "DenseProcess 1", "late tree"])
-def test_draws_rise_through_the_window_at_their_own_slope(name: str, window: tuple[float, float], length: int) -> None:
+@pytest.mark.parametrize(
+    "name", ["TreeProcess 1", "MixtureProcess 1", "DenseProcess 1", "late tree"]
+)
+def test_draws_rise_through_the_window_at_their_own_slope(
+    name: str, window: tuple[float, float], length: int
+) -> None:
     clock = PROCESSES[name].information_time
     v = torch.linspace(0.001, 0.999, 99, dtype=torch.float64).requires_grad_()
     t, speed = clock.drawn(v, *window, length)
@@ -116,7 +127,9 @@ def test_draws_have_the_density_of_least_variance() -> None:
         def integral(tau: Tensor, a: float = a) -> Tensor:
             return (tau * (tau + a)).sqrt() + a * torch.asinh((tau / a).sqrt())
 
-        torch.testing.assert_close(integral(tau) / integral(torch.ones_like(tau)), v, rtol=0, atol=1e-3)
+        torch.testing.assert_close(
+            integral(tau) / integral(torch.ones_like(tau)), v, rtol=0, atol=1e-3
+        )
 
 
 def test_linear_masking_has_tau_equal_to_t() -> None:
@@ -146,7 +159,9 @@ def test_the_mean_density_of_the_uniform_prediction_is_flat_in_tau(name: str) ->
     states, tokens = process.vocabulary.num_states, process.vocabulary.num_tokens
     x0 = torch.arange(tokens).repeat_interleave(states)
     zt = torch.arange(states).repeat(tokens)
-    law = DenseLaw(torch.full((len(x0), tokens), -math.log(tokens), dtype=torch.float64), process.vocabulary)
+    law = DenseLaw(
+        torch.full((len(x0), tokens), -math.log(tokens), dtype=torch.float64), process.vocabulary
+    )
     charged = []
     for tau in (0.03, 0.2, 0.5, 0.8, 0.97):
         t, speed = clock.at(torch.tensor(tau, dtype=torch.float64))
@@ -154,7 +169,9 @@ def test_the_mean_density_of_the_uniform_prediction_is_flat_in_tau(name: str) ->
         q = process.log_likelihood(zt, times).exp().gather(-1, x0.unsqueeze(-1)).squeeze(-1)
         density = torch.where(q > 0, process.density(law, x0, zt, times), 0.0)
         charged.append(float(speed * (q * density).sum() / tokens))
-    ends = process.information(torch.stack([clock.at(x)[0] for x in torch.tensor([0.0, 1.0]).double()]))
+    ends = process.information(
+        torch.stack([clock.at(x)[0] for x in torch.tensor([0.0, 1.0]).double()])
+    )
     expected = float(ends[0] - ends[1])
     assert charged == pytest.approx([expected] * 5, rel=5e-3)
 
@@ -172,7 +189,9 @@ def test_information_beyond_the_interior_times_is_left_to_the_ends() -> None:
 
 
 def test_a_process_that_closes_at_neither_end_keeps_its_window() -> None:
-    process = MixtureProcess(FlatVocabulary(3), GeometricSchedule(0.05, 3.0), torch.tensor([0.2, 0.3, 0.5, 0.0]))
+    process = MixtureProcess(
+        FlatVocabulary(3), GeometricSchedule(0.05, 3.0), torch.tensor([0.2, 0.3, 0.5, 0.0])
+    )
     assert process.information_time.at(torch.tensor([0.0, 1.0]).double())[0].tolist() == [0.0, 1.0]
 
 
@@ -185,7 +204,9 @@ def test_monotone_maps_rise_and_pass_through_their_knots(steps: list[float], see
     mapped = MonotoneMap(x, y)
     # to 1e-16 of x, times slopes of up to 100, where 1 - x is down to 1e-9
     torch.testing.assert_close(torch.logit(mapped(torch.sigmoid(x))[0]), y, rtol=0, atol=1e-5)
-    fine = torch.sigmoid(torch.linspace(float(x[0]) - 1.0, float(x[-1]) + 1.0, 300, dtype=torch.float64))
+    fine = torch.sigmoid(
+        torch.linspace(float(x[0]) - 1.0, float(x[-1]) + 1.0, 300, dtype=torch.float64)
+    )
     assert bool((mapped(fine)[0].diff() >= 0).all())
     assert bool((mapped(fine)[1] >= 0).all())
 

@@ -12,7 +12,13 @@ from random_trees import climb, trees
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock
-from ddiff.core.kernel import AbsorbingKernel, DenseKernel, InterpolatingKernel, Kernel, uniform_kernel
+from ddiff.core.kernel import (
+    AbsorbingKernel,
+    DenseKernel,
+    InterpolatingKernel,
+    Kernel,
+    uniform_kernel,
+)
 from ddiff.core.oracle import propagate
 from ddiff.core.schedule import PowerSchedule
 from ddiff.core.tree import StochasticParents, TreeKernel
@@ -98,7 +104,9 @@ def test_a_structured_kernel_is_the_matrix_that_it_stands_for(name: str) -> None
         torch.testing.assert_close(kernel.column(ids), matrix[rows, :, ids], **EXACT)
     vector = random(ROWS, states, seed=4)
     before = vector.clone()
-    torch.testing.assert_close(kernel.apply(vector), torch.einsum("ry,ryz->rz", vector, matrix), **EXACT)
+    torch.testing.assert_close(
+        kernel.apply(vector), torch.einsum("ry,ryz->rz", vector, matrix), **EXACT
+    )
     assert torch.equal(vector, before)
 
 
@@ -115,7 +123,9 @@ def test_stochastic_parents_are_products_of_their_one_level_kernels(
 ) -> None:
     parents = StochasticParents(tree, xi[: tree.num_levels])
     expected = parents_one_by_one(tree, tuple(xi))
-    kernel = TreeKernel(torch.ones(1, tree.num_levels + 1, tree.num_levels + 1, dtype=torch.float64).triu(), parents)
+    kernel = TreeKernel(
+        torch.ones(1, tree.num_levels + 1, tree.num_levels + 1, dtype=torch.float64).triu(), parents
+    )
     torch.testing.assert_close(kernel.dense()[0], expected, **EXACT)
 
 
@@ -151,7 +161,10 @@ def test_the_oracle_solves_the_forward_equation_in_its_time_order() -> None:
     expected = runge_kutta(0.1, 0.9)
     got = propagate(turning, *pair(0.1, 0.9), 4)[0]
     torch.testing.assert_close(got, expected, rtol=0.0, atol=1e-8)
-    early, late = propagate(turning, *pair(0.1, 0.5), 4)[0], propagate(turning, *pair(0.5, 0.9), 4)[0]
+    early, late = (
+        propagate(turning, *pair(0.1, 0.5), 4)[0],
+        propagate(turning, *pair(0.5, 0.9), 4)[0],
+    )
     torch.testing.assert_close(early @ late, got, rtol=0.0, atol=1e-8)
     assert float((late @ early - got).abs().max()) > 1e-2  # the case can tell the order
     generators = turning(torch.tensor([0.3, 0.7], dtype=torch.float64))
@@ -161,7 +174,10 @@ def test_the_oracle_solves_the_forward_equation_in_its_time_order() -> None:
 def test_the_oracle_converges_with_the_fourth_power_of_its_steps() -> None:
     """Twice the steps, a sixteenth of the error; a commutator left out or of the wrong sign makes it a quarter."""
     best = propagate(turning, *pair(0.1, 0.9), 4, steps=640)
-    errors = [float((propagate(turning, *pair(0.1, 0.9), 4, steps=n) - best).abs().max()) for n in (10, 20, 40)]
+    errors = [
+        float((propagate(turning, *pair(0.1, 0.9), 4, steps=n) - best).abs().max())
+        for n in (10, 20, 40)
+    ]
     assert errors[0] < 1e-4
     for coarse, fine in pairwise(errors):
         assert coarse / fine == pytest.approx(16.0, rel=0.15)

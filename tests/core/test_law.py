@@ -26,7 +26,9 @@ some_tree = HierarchicalVocabulary([[2, 0, 1, 0, 1, 2, 3], [1, 0, 1, 0]])
 
 
 def random_log_p(num_tokens: int, seed: int, rows: int = 2, impossible: bool = False) -> Tensor:
-    logits = 3.0 * torch.randn(rows, num_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    logits = 3.0 * torch.randn(
+        rows, num_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     if impossible and num_tokens > 1:
         logits[:, seed % num_tokens] = -torch.inf
     return logits.log_softmax(-1)
@@ -39,7 +41,9 @@ def mass(tree: Vocabulary, log_p: Tensor, node: int) -> Tensor:
 
 @given(trees(), st.integers(0, 99), st.booleans())
 @many
-def test_masses_are_sums_over_the_words_below(tree: HierarchicalVocabulary, seed: int, impossible: bool) -> None:
+def test_masses_are_sums_over_the_words_below(
+    tree: HierarchicalVocabulary, seed: int, impossible: bool
+) -> None:
     log_p = random_log_p(tree.num_tokens, seed, impossible=impossible)
     law = DenseLaw(log_p, tree)
     for level, (first, size) in enumerate(zip(tree.offsets, tree.level_sizes)):
@@ -48,7 +52,9 @@ def test_masses_are_sums_over_the_words_below(tree: HierarchicalVocabulary, seed
         places = tree.order(level) - first
         torch.testing.assert_close(law.log_below(level).exp(), expected[:, places], **EXACT)
     for node in range(tree.num_states):
-        torch.testing.assert_close(law.log_prob(torch.tensor([node] * 2)).exp(), mass(tree, log_p, node), **EXACT)
+        torch.testing.assert_close(
+            law.log_prob(torch.tensor([node] * 2)).exp(), mass(tree, log_p, node), **EXACT
+        )
 
 
 @given(trees(), st.integers(0, 99))
@@ -83,7 +89,9 @@ def test_a_draw_is_the_inverse_cdf_below_the_node_in_tree_order(
     uniforms = torch.rand(9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     for node, level in itertools.product(range(tree.num_states), range(tree.num_levels + 1)):
         inside = [z for z in tree.order(level).tolist() if z in below(tree, node, level)]
-        if mass(tree, log_p, node) == 0 or (not inside and level < int(tree.level_of(torch.tensor(node)))):
+        if mass(tree, log_p, node) == 0 or (
+            not inside and level < int(tree.level_of(torch.tensor(node)))
+        ):
             continue
         rows = len(uniforms)
         law = DenseLaw(log_p.expand(rows, -1), tree)
@@ -102,7 +110,14 @@ def test_the_law_of_a_draw_is_the_conditional() -> None:
     grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     log_p = random_log_p(7, 3, rows=1)
     law = DenseLaw(log_p.expand(points, -1), some_tree)
-    for node, level in [(some_tree.root, 0), (some_tree.root, 1), (some_tree.root, 2), (11, 0), (11, 1), (7, 0)]:
+    for node, level in [
+        (some_tree.root, 0),
+        (some_tree.root, 1),
+        (some_tree.root, 2),
+        (11, 0),
+        (11, 1),
+        (7, 0),
+    ]:
         drawn = law.draw(torch.full((points,), node), torch.full((points,), level), grid)
         share = torch.bincount(drawn, minlength=some_tree.num_states) / points
         expected = torch.zeros(some_tree.num_states)
@@ -116,7 +131,10 @@ def test_rows_of_one_call_draw_at_their_own_node_and_level() -> None:
     node, level = torch.tensor([13, 13, 11, 4]), torch.tensor([2, 0, 1, 0])
     u = torch.tensor([0.1, 0.7, 0.5, 0.9], dtype=torch.float64)
     together = law.draw(node, level, u)
-    alone = [int(DenseLaw(random_log_p(7, 5, rows=1), some_tree).draw(node[[i]], level[[i]], u[[i]])) for i in range(4)]
+    alone = [
+        int(DenseLaw(random_log_p(7, 5, rows=1), some_tree).draw(node[[i]], level[[i]], u[[i]]))
+        for i in range(4)
+    ]
     assert together.tolist() == alone
     assert some_tree.level_of(together).tolist() == level.tolist()
 
@@ -159,7 +177,9 @@ def test_nothing_is_drawn_below_a_node_without_probability() -> None:
 
 @given(trees(max_levels=3), st.integers(0, 99))
 @many
-def test_a_law_that_knows_only_below_its_top_says_the_same_there(tree: HierarchicalVocabulary, seed: int) -> None:
+def test_a_law_that_knows_only_below_its_top_says_the_same_there(
+    tree: HierarchicalVocabulary, seed: int
+) -> None:
     log_p, u = random_log_p(tree.num_tokens, seed), torch.tensor([0.2, 0.8], dtype=torch.float64)
     whole = DenseLaw(log_p, tree)
     for top in range(tree.num_tokens, tree.num_states):
@@ -168,11 +188,15 @@ def test_a_law_that_knows_only_below_its_top_says_the_same_there(tree: Hierarchi
         local = DenseLaw(log_p[:, words].log_softmax(-1), tree, top)
         for level in range(int(tree.level_of(torch.tensor(top)))):
             drawn = local.draw(torch.tensor([top, top]), torch.tensor([level, level]), u)
-            assert torch.equal(drawn, whole.draw(torch.tensor([top, top]), torch.tensor([level, level]), u))
+            assert torch.equal(
+                drawn, whole.draw(torch.tensor([top, top]), torch.tensor([level, level]), u)
+            )
             for child in below(tree, top, level):
                 for node in climb(tree, child)[: int(tree.level_of(torch.tensor(top))) - level + 1]:
                     pair = torch.tensor([node] * 2), torch.tensor([child] * 2)
-                    torch.testing.assert_close(local.log_child(*pair), whole.log_child(*pair), rtol=0.0, atol=1e-11)
+                    torch.testing.assert_close(
+                        local.log_child(*pair), whole.log_child(*pair), rtol=0.0, atol=1e-11
+                    )
 
 
 def test_what_lies_above_the_top_cannot_be_asked() -> None:
@@ -185,7 +209,9 @@ def test_what_lies_above_the_top_cannot_be_asked() -> None:
 def test_segments_sum_where_everything_and_nothing_is_possible() -> None:
     values = torch.tensor([[-1000.0, -1001.0, -torch.inf, 5.0, 800.0]], dtype=torch.float64)
     sums = segment_logsumexp(values, torch.tensor([0, 0, 1, 2, 2]), 3)
-    torch.testing.assert_close(sums, torch.tensor([[-1000.0 + 0.31326168751822286, -torch.inf, 800.0]]).double())
+    torch.testing.assert_close(
+        sums, torch.tensor([[-1000.0 + 0.31326168751822286, -torch.inf, 800.0]]).double()
+    )
 
 
 def test_segment_sums_have_the_gradient_of_logsumexp() -> None:
@@ -198,7 +224,9 @@ def test_segment_sums_have_the_gradient_of_logsumexp() -> None:
 
 
 def test_a_segment_without_mass_sends_no_gradient() -> None:
-    values = torch.tensor([[0.3, -0.2, -torch.inf, -torch.inf]], dtype=torch.float64, requires_grad=True)
+    values = torch.tensor(
+        [[0.3, -0.2, -torch.inf, -torch.inf]], dtype=torch.float64, requires_grad=True
+    )
     segment_logsumexp(values, torch.tensor([0, 0, 1, 1]), 2)[:, 0].sum().backward()
     weights = values.detach()[:, :2].softmax(-1)
     torch.testing.assert_close(values.grad, torch.nn.functional.pad(weights, (0, 2)), **EXACT)
@@ -214,11 +242,15 @@ def test_a_full_conditional_trains_below_a_node_that_rules_tokens_out() -> None:
     rest = drop_own_evidence(logits.log_softmax(-1), process.log_likelihood(node, t))
     process.divergence(DenseLaw(rest, process.vocabulary), x0, node, t).sum().backward()
     share = logits.detach()[0, [0, 2]].softmax(-1)  # -ln P(token 2 | tokens 0 and 2)
-    expected = torch.tensor([[float(share[0]), 0.0, float(share[1]) - 1.0, 0.0]], dtype=torch.float64)
+    expected = torch.tensor(
+        [[float(share[0]), 0.0, float(share[1]) - 1.0, 0.0]], dtype=torch.float64
+    )
     torch.testing.assert_close(logits.grad, expected, **EXACT)
 
 
-def conditionals(process: ForwardProcess, zt: Tensor, t: float, joint: Tensor) -> tuple[Tensor, Tensor]:
+def conditionals(
+    process: ForwardProcess, zt: Tensor, t: float, joint: Tensor
+) -> tuple[Tensor, Tensor]:
     """[2,V] P(x_i | z) and P(x_i | z without z_i), by enumeration of a joint over two tokens [V,V]."""
     evidence = process.log_likelihood(zt, torch.full((2,), t, dtype=torch.float64)).exp()
     first, second = evidence[0].unsqueeze(1), evidence[1].unsqueeze(0)
@@ -235,7 +267,9 @@ def conditionals(process: ForwardProcess, zt: Tensor, t: float, joint: Tensor) -
     ],
     ids=["stochastic parents", "uniform noise"],
 )
-def test_dropping_the_own_evidence_of_the_full_conditional_leaves_the_rest_law(process: ForwardProcess) -> None:
+def test_dropping_the_own_evidence_of_the_full_conditional_leaves_the_rest_law(
+    process: ForwardProcess,
+) -> None:
     joint = torch.rand(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     joint /= joint.sum()
     t, checked = 0.4, 0

@@ -13,7 +13,14 @@ from ddiff.core.times import FlatTimes
 from ddiff.errors import ArgumentError
 from ddiff.testing import assert_laws, check_clock, check_schedule, check_time_rule
 
-RATES = [(1.0, 2.0, 1.0), (1.0, 1.0001, 0.7), (1.0, 1.0, 1.0), (0.5, 1.0), (1.0,), (1.5, 1.0, 0.7, 1.0)]
+RATES = [
+    (1.0, 2.0, 1.0),
+    (1.0, 1.0001, 0.7),
+    (1.0, 1.0, 1.0),
+    (0.5, 1.0),
+    (1.0,),
+    (1.5, 1.0, 0.7, 1.0),
+]
 TIMES = (1e-6, 1e-4, 1e-3, 0.02, 0.5, 0.97, 1.0 - 1e-6)
 
 

@@ -12,7 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.dense import DenseProcess
-from ddiff.core.interpolating import ComponentProcess, InterpolatingProcess, MixtureProcess, mask_law, word_law
+from ddiff.core.interpolating import (
+    ComponentProcess,
+    InterpolatingProcess,
+    MixtureProcess,
+    mask_law,
+    word_law,
+)
 from ddiff.core.kernel import DenseKernel, InterpolatingKernel, Kernel
 from ddiff.core.law import DenseLaw, Score
 from ddiff.core.process import ForwardProcess
@@ -75,7 +81,10 @@ def last_before(holds: Callable[[Tensor], Tensor], count: int) -> Tensor:
     low, high = torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
     for _ in range(52):
         middle = (low + high) / 2
-        low, high = torch.where(holds(middle), middle, low), torch.where(holds(middle), high, middle)
+        low, high = (
+            torch.where(holds(middle), middle, low),
+            torch.where(holds(middle), high, middle),
+        )
     return (low + high) / 2
 
 
@@ -91,7 +100,10 @@ def law_of_step(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: float, s:
 
     moving = last_before(lambda v: step(v, full(0.5, zt)) != zt, len(zt))
     first = torch.where(moving > 1e-12, 0.0, 1.0 - 2.0**-53).double()
-    reached = [last_before(lambda v, y=y: step(first, v) <= y, len(zt)) for y in range(process.vocabulary.num_states)]
+    reached = [
+        last_before(lambda v, y=y: step(first, v) <= y, len(zt))
+        for y in range(process.vocabulary.num_states)
+    ]
     cdf = torch.stack(reached, -1)
     drawn = cdf.diff(dim=-1, prepend=torch.zeros_like(cdf[:, :1])) * moving.unsqueeze(-1)
     return drawn.scatter_add(-1, zt.unsqueeze(-1), (1.0 - moving).unsqueeze(-1))
@@ -104,15 +116,22 @@ def test_the_law_of_a_thinned_step_is_the_dense_posterior(name: str, t: float, s
     log_p = random_laws(process.vocabulary.num_tokens, 1, seed=3)
     reached = process.log_marginal(log_p, full(t, log_p[:, 0]))[0].exp() > 1e-12
     zt = reached.nonzero().squeeze(-1)
-    expected = process.reverse_log_probs(log_p.expand(len(zt), -1), zt, full(t, zt), full(s, zt)).exp()
-    torch.testing.assert_close(law_of_step(process, log_p, zt, t, s), expected, rtol=0.0, atol=1e-12)
+    expected = process.reverse_log_probs(
+        log_p.expand(len(zt), -1), zt, full(t, zt), full(s, zt)
+    ).exp()
+    torch.testing.assert_close(
+        law_of_step(process, log_p, zt, t, s), expected, rtol=0.0, atol=1e-12
+    )
 
 
 def test_only_rows_that_may_move_are_shown_to_the_network() -> None:
     """Words of uniform noise step by 1/64 of the way: about 1/64 of t (1 - t) of them are candidates, and none at s = t."""
     vocabulary = FlatVocabulary(1000, mask=False)
     process = MixtureProcess(vocabulary, LinearSchedule(), word_law(vocabulary))
-    zt, u = torch.randint(1000, (4096,), generator=torch.Generator().manual_seed(0)), torch.rand(4096, 2).double()
+    zt, u = (
+        torch.randint(1000, (4096,), generator=torch.Generator().manual_seed(0)),
+        torch.rand(4096, 2).double(),
+    )
     visit = TableVisit(random_laws(1000, 1).expand(4096, -1), vocabulary)
     process.step(visit, zt, full(0.5, zt), full(0.5, zt), u)
     assert visit.calls == 0
@@ -131,7 +150,11 @@ class WideDoubles(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.dtype == torch.float64 and result.numel() >= self.size:
+        if (
+            isinstance(result, Tensor)
+            and result.dtype == torch.float64
+            and result.numel() >= self.size
+        ):
             self.found.append(f"{func}: {tuple(result.shape)}")
         return result
 
@@ -143,13 +166,18 @@ def test_component_noise_makes_nothing_wide_in_float64(even: bool) -> None:
     process._even = even
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, 500, generator=generator, requires_grad=True)
-    x0, t = torch.randint(500, (rows,), generator=generator), torch.rand(rows, generator=generator).double()
+    x0, t = (
+        torch.randint(500, (rows,), generator=generator),
+        torch.rand(rows, generator=generator).double(),
+    )
     with WideDoubles(rows * 400) as seen:
         law = DenseLaw(logits.log_softmax(-1), vocabulary)
         zt = process.sample(x0, t, torch.rand(rows, 2, generator=generator).double())
         density = process.density(law, x0, zt, t)
         decoding, closing = process.decode_nll(law, x0, zt, t), process.closing_kl(law, x0, t)
-        score = Score(torch.randn(rows, 501, generator=generator).scatter(-1, zt.unsqueeze(-1), 0.0))
+        score = Score(
+            torch.randn(rows, 501, generator=generator).scatter(-1, zt.unsqueeze(-1), 0.0)
+        )
         scored = process.density(score, x0, zt, t)
         density.sum().backward()
         process.log_marginal(law.log_mass(0), t)
@@ -163,14 +191,21 @@ def test_component_noise_makes_nothing_wide_in_float64(even: bool) -> None:
         (closing, ForwardProcess.closing_kl(process, law, x0, t)),
         (scored, ForwardProcess.density(process, score, x0, zt, t)),
     ):
-        torch.testing.assert_close(got, derived, rtol=1e-4, atol=1e-4, check_dtype=False)  # the law is float32
+        torch.testing.assert_close(
+            got, derived, rtol=1e-4, atol=1e-4, check_dtype=False
+        )  # the law is float32
 
 
 def test_a_law_that_is_sure_of_the_state_itself_leaves_it_there() -> None:
     process = uneven()
     log_p = torch.eye(4).double().log()
     zt, u = torch.arange(4), torch.tensor([[0.0, 0.5]]).double().expand(4, -1)
-    assert process.step(TableVisit(log_p, WORDS), zt, full(0.5, zt), full(0.0, zt), u).tolist() == [0, 1, 2, 3]
+    assert process.step(TableVisit(log_p, WORDS), zt, full(0.5, zt), full(0.0, zt), u).tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_a_law_of_nan_is_an_error_and_not_a_row_that_stays() -> None:
@@ -190,7 +225,9 @@ def test_a_score_is_drawn_from_by_no_step() -> None:
     masked = MixtureProcess(FlatVocabulary(4), LinearSchedule(), mask_law(FlatVocabulary(4)))
     tree = TreeProcess(FlatVocabulary(4), LogTimeClock((1.0,)))
     for process in (masked, tree):
-        with pytest.raises(ArgumentError, match=r"must be a law of the clean token.*got a Score.*tau-leaping"):
+        with pytest.raises(
+            ArgumentError, match=r"must be a law of the clean token.*got a Score.*tau-leaping"
+        ):
             process.step(visit, zt, full(0.5, zt), full(0.2, zt), u)
         assert process.decode(visit, zt, full(0.5, zt), u).max() < 4  # a last draw is made a law of
 
@@ -201,7 +238,9 @@ def test_a_score_is_drawn_from_by_no_step() -> None:
 EVENTFUL: dict[str, Callable[[], ForwardProcess]] = {
     "two levels, xi < 1": lambda: TreeProcess(PAIR, LogTimeClock((0.5, 1.0)), 0.8),
     "two powers": lambda: TreeProcess(PAIR, CdfClock([PowerSchedule(1.0), PowerSchedule(2.0)])),
-    "never quite at the root": lambda: TreeProcess(PAIR, CdfClock([LinearSchedule(0.05), LinearSchedule(0.3)]), 0.9),
+    "never quite at the root": lambda: TreeProcess(
+        PAIR, CdfClock([LinearSchedule(0.05), LinearSchedule(0.3)]), 0.9
+    ),
     "mask and words": lambda: MaskAndWords(MASKED),
     "uneven": uneven,
 }
@@ -225,7 +264,9 @@ def test_the_chain_of_events_has_the_law_of_the_posterior(name: str) -> None:
             going, when = going[when > s], when[when > s]
             visit = TableVisit(log_p.expand(len(going), -1), process.vocabulary)
             if len(going):
-                zt[going] = process.event(visit, zt[going], when, rand(len(going), process.uniforms_per_event))
+                zt[going] = process.event(
+                    visit, zt[going], when, rand(len(going), process.uniforms_per_event)
+                )
             t[going] = when
         row = torch.tensor([z])
         expected = process.reverse_log_probs(log_p, row, full(0.9, row), full(s, row))[0].exp()
@@ -251,7 +292,8 @@ def test_a_process_without_events_says_so() -> None:
     assert not process.has_events
     zt = torch.zeros(1, dtype=torch.long)
     with pytest.raises(
-        ArgumentError, match=r"DenseProcess.event_time: this process offers no events.*sampler with steps"
+        ArgumentError,
+        match=r"DenseProcess.event_time: this process offers no events.*sampler with steps",
     ):
         process.event_time(zt, full(0.5, zt), full(0.5, zt))
 
@@ -261,12 +303,16 @@ def test_arrivals_that_leap_within_a_cell_are_refused_and_not_thinned_wrongly() 
         """Arrivals three times as many in a thousandth of time, which the edges of the cells do not see."""
 
         def d_coefficients(self, t: Tensor) -> Tensor:
-            return super().d_coefficients(t) * torch.where((t - 0.507).abs() < 3e-3, 3.0, 1.0).unsqueeze(-1)
+            return super().d_coefficients(t) * torch.where(
+                (t - 0.507).abs() < 3e-3, 3.0, 1.0
+            ).unsqueeze(-1)
 
     process = Leaping(WORDS, LinearSchedule(), word_law(WORDS))
     zt = torch.arange(4)
     with pytest.raises(ArgumentError, match="candidate events are too few"):
-        process.event(TableVisit(random_laws(4, 4), WORDS), zt, full(0.507, zt), torch.rand(4, 2).double())
+        process.event(
+            TableVisit(random_laws(4, 4), WORDS), zt, full(0.507, zt), torch.rand(4, 2).double()
+        )
 
 
 # ---------------------------------------------------------------------- components and inverses
@@ -282,7 +328,9 @@ def test_components_are_the_process_written_out() -> None:
         ("noise_at", (zt, t)), ("arrivals_at", (zt, t)), ("log_marginal", (log_p, t)), ("reverse_rates", (law, zt, t)),
         ("density", (law, x0, zt, t)), ("decode_nll", (law, x0, zt, t)), ("closing_kl", (law, x0, t)),
     ):  # fmt: skip
-        torch.testing.assert_close(getattr(first, method)(*arguments), getattr(second, method)(*arguments))
+        torch.testing.assert_close(
+            getattr(first, method)(*arguments), getattr(second, method)(*arguments)
+        )
 
 
 def test_a_process_of_components_reads_its_ends_off_its_coefficients() -> None:
@@ -296,8 +344,14 @@ def test_noise_that_is_no_law_and_masks_that_are_none_are_refused() -> None:
         def __init__(self, law: Tensor) -> None:
             ComponentProcess.__init__(self, MASKED, [mask_law(MASKED), law])
 
-    for law in (torch.tensor([0.5, 0.5, 0.5, 0.0]), torch.tensor([1.5, -0.5, 0.0, 0.0]), torch.ones(2) / 2):
-        with pytest.raises(ArgumentError, match=r"Wrong: the noise must be a law over the 4 states.*got shape"):
+    for law in (
+        torch.tensor([0.5, 0.5, 0.5, 0.0]),
+        torch.tensor([1.5, -0.5, 0.0, 0.0]),
+        torch.ones(2) / 2,
+    ):
+        with pytest.raises(
+            ArgumentError, match=r"Wrong: the noise must be a law over the 4 states.*got shape"
+        ):
             Wrong(law)
     with pytest.raises(ArgumentError, match="vocabulary must have a mask"):
         mask_law(WORDS)
@@ -309,12 +363,21 @@ def test_solve_inverts_what_it_is_given() -> None:
     matrix = torch.eye(4, dtype=torch.float64) + 0.2 * noise
     factor, vector = torch.tensor([0.5, 2.0, 3.0]).double(), random_laws(4, 3).exp()
     mixed = InterpolatingKernel(factor, matrix[:, 0])
-    kernels: list[Kernel] = [DenseKernel(matrix), mixed, factor * DenseKernel(matrix), DenseKernel(matrix) + mixed]
+    kernels: list[Kernel] = [
+        DenseKernel(matrix),
+        mixed,
+        factor * DenseKernel(matrix),
+        DenseKernel(matrix) + mixed,
+    ]
     for kernel in kernels:
-        torch.testing.assert_close(kernel.solve(kernel.apply(vector)), vector, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            kernel.solve(kernel.apply(vector)), vector, rtol=1e-12, atol=1e-12
+        )
 
 
-@pytest.mark.parametrize("process", [uneven(), TreeProcess(PAIR, LogTimeClock((1.0, 1.0)))], ids=["uneven", "tree"])
+@pytest.mark.parametrize(
+    "process", [uneven(), TreeProcess(PAIR, LogTimeClock((1.0, 1.0)))], ids=["uneven", "tree"]
+)
 def test_a_kernel_that_forgets_has_no_inverse(process: ForwardProcess) -> None:
     vector = random_laws(process.vocabulary.num_states, 2).exp()
     s, t = torch.tensor([0.2, 0.3]).double(), torch.tensor([0.5, 1.0]).double()

@@ -17,7 +17,9 @@ from ddiff.core.noise import Noise
 INDEX = torch.tensor([5, 0, 9])
 
 
-def uniform(seed: int = 1, step: int = 2, index: Tensor = INDEX, length: int = 4, purpose: str = "train") -> Tensor:
+def uniform(
+    seed: int = 1, step: int = 2, index: Tensor = INDEX, length: int = 4, purpose: str = "train"
+) -> Tensor:
     return Noise(seed, step, index, length, purpose).uniform("channel")
 
 
@@ -47,7 +49,10 @@ def test_channels_samples_and_positions_have_numbers_of_their_own() -> None:
 
 
 def test_the_roles_of_seed_step_and_index_are_not_interchangeable() -> None:
-    draws = [uniform(seed=a, step=b, index=torch.tensor([c])) for a, b, c in itertools.permutations((3, 4, 5))]
+    draws = [
+        uniform(seed=a, step=b, index=torch.tensor([c]))
+        for a, b, c in itertools.permutations((3, 4, 5))
+    ]
     assert len(torch.cat(draws).unique()) == 6 * 4
 
 
@@ -55,7 +60,9 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     whole = uniform(index=torch.arange(10))
     shuffled = torch.tensor([7, 2, 2, 9])
     assert torch.equal(uniform(index=shuffled), whole[shuffled])
-    assert torch.equal(Noise(1, 2, torch.arange(10), 4).take(shuffled).uniform("channel"), whole[shuffled])
+    assert torch.equal(
+        Noise(1, 2, torch.arange(10), 4).take(shuffled).uniform("channel"), whole[shuffled]
+    )
 
 
 def test_a_position_does_not_depend_on_the_length() -> None:
@@ -75,7 +82,10 @@ def test_the_noise_of_another_step_is_that_step_s_noise() -> None:
 
 
 def test_the_shared_number_does_not_depend_on_the_samples() -> None:
-    one, other = (Noise(4, 5, index, length).shared("x") for index, length in [(INDEX, 3), (torch.tensor([8]), 9)])
+    one, other = (
+        Noise(4, 5, index, length).shared("x")
+        for index, length in [(INDEX, 3), (torch.tensor([8]), 9)]
+    )
     assert torch.equal(one[:1], other)
     assert one[0] != Noise(4, 6, INDEX, 3).shared("x")[0]
     assert one.unique().numel() == 1
@@ -126,7 +136,9 @@ def test_numbers_are_uniform(seed: int) -> None:
 def test_the_first_position_is_uniform_over_samples_and_steps() -> None:
     """Stratified times read one number per sample: there the counter changes and the block does not."""
     over_samples = Noise(0, 3, torch.arange(20_000), 1).uniform("time")
-    over_steps = torch.cat([Noise(0, step, torch.tensor([6]), 1).uniform("time") for step in range(5_000)])
+    over_steps = torch.cat(
+        [Noise(0, step, torch.tensor([6]), 1).uniform("time") for step in range(5_000)]
+    )
     for u in (over_samples, over_steps):
         assert distance_from_uniform(u) < math.sqrt(math.log(2 / FAILURE) / (2 * u.numel()))
 

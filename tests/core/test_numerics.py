@@ -42,7 +42,9 @@ def test_a_zero_weight_is_never_drawn() -> None:
 def test_rounding_at_the_largest_uniform_names_the_last_possible_index() -> None:
     """u * total may round up to total itself; then the search falls off the end, or into the zeros there."""
     for seed in range(200):
-        weights = torch.rand(1, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        weights = torch.rand(
+            1, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
         weights[:, 33:] = 0.0
         assert draw_index(weights, torch.tensor([LARGEST]).double()).item() <= 32
     assert draw_index(torch.ones(1, 3).double(), torch.tensor([1.0]).double()).item() == 2
@@ -88,10 +90,14 @@ def test_the_log_of_no_mass_has_no_gradient_and_nan_stays_nan() -> None:
 
 # ---------------------------------------------------------------------- the tail (Zheng et al., arXiv 2409.02908)
 
-ZIPF = (1.0 / torch.arange(1, 50_258, dtype=torch.float64)) / (1.0 / torch.arange(1, 50_258, dtype=torch.float64)).sum()
+ZIPF = (1.0 / torch.arange(1, 50_258, dtype=torch.float64)) / (
+    1.0 / torch.arange(1, 50_258, dtype=torch.float64)
+).sum()
 ENTROPY = float(-(ZIPF * ZIPF.log()).sum())  # 7.566 nats
 STEP = 1.0 / 1024  # the step from t = 1/2 that 1,024 steps take
-RARE = 3e-5  # the likeliest word that the race starves; the words below it hold a quarter of the mass
+RARE = (
+    3e-5  # the likeliest word that the race starves; the words below it hold a quarter of the mass
+)
 
 
 def race_in_single_precision(reveal: float) -> Tensor:
@@ -135,11 +141,15 @@ def test_deciding_first_and_drawing_then_gives_the_tail_its_mass_in_single_preci
     words = []
     for grid in ((torch.arange(points, dtype=torch.float64) + 0.5) / points).split(chunk):
         t = torch.full((chunk,), 0.5, dtype=torch.float64)
-        u = torch.stack([torch.zeros(chunk, dtype=torch.float64), grid], -1)  # 0: the level below is drawn, always
+        u = torch.stack(
+            [torch.zeros(chunk, dtype=torch.float64), grid], -1
+        )  # 0: the level below is drawn, always
         words.append(process.step(visit, torch.full((chunk,), vocabulary.root), t, t - STEP, u))
     revealed = ZIPF[torch.cat(words)]
     assert float(-revealed.log().mean()) == pytest.approx(ENTROPY, abs=math.log(len(ZIPF)) / points)
-    assert float((revealed < RARE).double().mean()) == pytest.approx(float(ZIPF[ZIPF < RARE].sum()), abs=1.5 / points)
+    assert float((revealed < RARE).double().mean()) == pytest.approx(
+        float(ZIPF[ZIPF < RARE].sum()), abs=1.5 / points
+    )
 
 
 def test_a_word_is_revealed_with_its_exact_probability() -> None:
@@ -150,7 +160,10 @@ def test_a_word_is_revealed_with_its_exact_probability() -> None:
     grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points
 
     def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
-        return fn(DenseLaw(torch.full((len(rows), 2), -math.log(2.0)), vocabulary), torch.arange(len(rows)))
+        return fn(
+            DenseLaw(torch.full((len(rows), 2), -math.log(2.0)), vocabulary),
+            torch.arange(len(rows)),
+        )
 
     zs = process.step(visit, torch.full((points,), 2), t, t - STEP, torch.stack([grid, grid], -1))
     assert float((zs < 2).double().mean()) == pytest.approx(2 * STEP, abs=1.0 / points)

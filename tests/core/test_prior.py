@@ -23,4 +23,6 @@ def test_a_point_is_drawn_for_every_uniform() -> None:
 
 def test_no_table_of_rows_by_states_is_made() -> None:
     many = 2**20  # such a table would take 8 TB
-    assert bool((Prior.point(many - 1, many).draw(torch.zeros(many, dtype=torch.float64)) == many - 1).all())
+    assert bool(
+        (Prior.point(many - 1, many).draw(torch.zeros(many, dtype=torch.float64)) == many - 1).all()
+    )

@@ -57,7 +57,9 @@ def mean_charge(process: ForwardProcess, token: int, length: int, times: int = 2
 @pytest.mark.parametrize("start", [0.1, 0.6, 0.9999])
 @pytest.mark.parametrize("length", [1, 4096])
 @pytest.mark.parametrize("noise", ["mask", "tokens"])
-def test_bound_charges_all_of_a_process_that_starts_late(noise: str, length: int, start: float) -> None:
+def test_bound_charges_all_of_a_process_that_starts_late(
+    noise: str, length: int, start: float
+) -> None:
     masked = noise == "mask"
     vocabulary = MASKED if masked else BARE
     target = mask_law(vocabulary) if masked else word_law(vocabulary)
@@ -91,7 +93,9 @@ def test_times_are_even_where_there_is_nothing_to_lose(name: str) -> None:
     }[name]
     tau = torch.tensor([0.0, 0.2, 0.7, 1.0], dtype=torch.float64)
     torch.testing.assert_close(process.information_time.at(tau)[0], tau)
-    t, speed = process.information_time.drawn(torch.linspace(0.0, 1.0, 9, dtype=torch.float64), 0.1, 0.9, 64)
+    t, speed = process.information_time.drawn(
+        torch.linspace(0.0, 1.0, 9, dtype=torch.float64), 0.1, 0.9, 64
+    )
     assert t.isfinite().all()
     assert (t.diff() > 0).all()
     assert speed.isfinite().all()
@@ -111,7 +115,9 @@ def test_noise_that_is_one_token_is_charged_at_that_token(t: float) -> None:
     torch.testing.assert_close(process.density(law, truth, state, time), derived, rtol=1e-6, atol=0)
     weight = process.weight(truth, state, time)
     torch.testing.assert_close(weight, ForwardProcess.weight(process, truth, state, time))
-    torch.testing.assert_close(weight * process.divergence(law, truth, state, time), derived, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        weight * process.divergence(law, truth, state, time), derived, rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("token", [0, 1, 2])

@@ -15,10 +15,14 @@ from ddiff.core.times import FlatTimes, van_der_corput_order
 from ddiff.errors import ArgumentError
 
 
-def drawn(slots: int, rule: FlatTimes | None = None, step: int = 0, length: int = 1) -> torch.Tensor:
+def drawn(
+    slots: int, rule: FlatTimes | None = None, step: int = 0, length: int = 1
+) -> torch.Tensor:
     """[slots, length] times of a whole global batch."""
     slot = torch.arange(slots)
-    return (rule or FlatTimes()).draw(OwnTime(), Noise(0, step, slot, length), slot, slots, length).t
+    return (
+        (rule or FlatTimes()).draw(OwnTime(), Noise(0, step, slot, length), slot, slots, length).t
+    )
 
 
 @given(st.integers(1, 300))
@@ -34,7 +38,9 @@ def test_a_power_of_two_is_ordered_by_reversed_bits() -> None:
 @given(st.integers(1, 130), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=50)
 def test_every_stratum_has_one_sample(slots: int, step: int) -> None:
-    assert (drawn(slots, step=step)[:, 0] * slots).floor().long().sort().values.tolist() == list(range(slots))
+    assert (drawn(slots, step=step)[:, 0] * slots).floor().long().sort().values.tolist() == list(
+        range(slots)
+    )
 
 
 @pytest.mark.parametrize("slots", [4, 16, 64, 512])
@@ -63,7 +69,8 @@ def test_a_rank_draws_its_slice_of_the_global_batch() -> None:
     whole = drawn(24)
     for ranks in (1, 2, 3, 8):
         parts = [
-            FlatTimes().draw(OwnTime(), Noise(0, 0, part, 1), part, 24, 1).t for part in torch.arange(24).chunk(ranks)
+            FlatTimes().draw(OwnTime(), Noise(0, 0, part, 1), part, 24, 1).t
+            for part in torch.arange(24).chunk(ranks)
         ]
         assert torch.equal(torch.cat(parts), whole)
 
@@ -101,7 +108,9 @@ def test_speed_times_a_function_of_time_is_an_unbiased_integral() -> None:
         assert abs(total - expected) < 5.3 * math.sqrt(variance / (steps * slots))
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0.5, 0.5), (0.9, 0.1), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0)])
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0.5, 0.5), (0.9, 0.1), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0)]
+)
 def test_a_window_outside_the_unit_interval_is_refused(start: float, stop: float) -> None:
     with pytest.raises(ArgumentError, match=r"need 0 <= start < stop <= 1; got start ="):
         FlatTimes(start, stop)

@@ -26,7 +26,9 @@ from ddiff.errors import ArgumentError
 POINTS = 4000
 GRID = (torch.arange(POINTS, dtype=torch.float64) + 0.5) / POINTS
 
-tree = HierarchicalVocabulary([[0, 1, 0, 2, 1, 1]])  # six words under three nodes (6, 7, 8) under the root 9
+tree = HierarchicalVocabulary(
+    [[0, 1, 0, 2, 1, 1]]
+)  # six words under three nodes (6, 7, 8) under the root 9
 PARENT = [0, 1, 0, 2, 1, 1]
 P = torch.tensor([0.3, 0.05, 0.1, 0.25, 0.2, 0.1], dtype=torch.float64)
 MASS = torch.tensor([0.4, 0.35, 0.25], dtype=torch.float64)
@@ -85,11 +87,19 @@ def test_at_the_root_every_rule_draws_the_law_s_words(decoding: str) -> None:
 
 
 @pytest.mark.parametrize("decoding", ["bayes", "within", "between", "free"])
-def test_from_the_root_only_bayes_draws_wrong_nodes_as_often_as_the_forward_chain_makes_them(decoding: str) -> None:
-    rule, t, s = process(decoding), torch.full((POINTS,), 0.8).double(), torch.full((POINTS,), 0.3).double()
+def test_from_the_root_only_bayes_draws_wrong_nodes_as_often_as_the_forward_chain_makes_them(
+    decoding: str,
+) -> None:
+    rule, t, s = (
+        process(decoding),
+        torch.full((POINTS,), 0.8).double(),
+        torch.full((POINTS,), 0.3).double(),
+    )
     chance = (rule.clock.pi(s) * rule.clock.transition(s, t)[:, :, 2])[0]
     words, nodes, _ = (chance / chance.sum()).tolist()
-    u = torch.stack([torch.full_like(GRID, words + nodes / 2), GRID], -1)  # the level of the nodes is decided
+    u = torch.stack(
+        [torch.full_like(GRID, words + nodes / 2), GRID], -1
+    )  # the level of the nodes is decided
     drawn = rule.step(visit, torch.full((POINTS,), 9), t, s, u)
     expected = XI * MASS + (1 - XI) * (1 - MASS) / 2 if decoding == "bayes" else MASS
     torch.testing.assert_close(shares(drawn)[6:9], expected, rtol=0.0, atol=1.5 / POINTS)
@@ -104,7 +114,11 @@ def test_the_default_step_is_the_exact_reverse_transition_over_both_uniforms() -
     t, s = torch.full((rows,), 0.8).double(), torch.full((rows,), 0.3).double()
     for state in (6, 8, 9):
         drawn = process().step(visit, torch.full((rows,), state), t, s, u)
-        exact = process().reverse_log_probs(P.log().unsqueeze(0), torch.tensor([state]), t[:1], s[:1])[0].exp()
+        exact = (
+            process()
+            .reverse_log_probs(P.log().unsqueeze(0), torch.tensor([state]), t[:1], s[:1])[0]
+            .exp()
+        )
         # 1/side from the level and 1/side within it
         torch.testing.assert_close(shares(drawn), exact, rtol=0.0, atol=2.0 / side)
 
@@ -137,7 +151,9 @@ def test_levels_without_stray_parents_below_others_with_them_decode_exactly() ->
 def test_a_node_whose_mass_underflows_is_charged_and_trained_below_where_nothing_strays() -> None:
     three = HierarchicalVocabulary([[0, 0, 1, 1], [0, 1], [0, 0]])
     process = TreeProcess(three, LogTimeClock((1.0, 1.0, 1.0)), xi=(1.0, 0.8, 1.0))
-    logits = torch.tensor([[0.0, 0.5, -150.0, -151.0]], requires_grad=True)  # exp(-150) is 0 in float32
+    logits = torch.tensor(
+        [[0.0, 0.5, -150.0, -151.0]], requires_grad=True
+    )  # exp(-150) is 0 in float32
     law = DenseLaw(logits.log_softmax(-1), three)
     x0, node, t = torch.tensor([2]), torch.tensor([5]), torch.tensor([0.4], dtype=torch.float64)
     surprise = process.divergence(law, x0, node, t)
@@ -158,11 +174,15 @@ def test_a_law_that_underflows_below_a_node_still_decodes_there() -> None:
     ask = ask_table(lambda zt, t: log_p.expand(*zt.shape, -1), deep)(
         Noisy(torch.tensor([[4]]), torch.tensor([[0.5]]).double(), torch.tensor([[False]]))
     )
-    drawn = certain.decode(ask, torch.tensor([4]), torch.tensor([0.5]).double(), torch.tensor([[0.5]]).double())
+    drawn = certain.decode(
+        ask, torch.tensor([4]), torch.tensor([0.5]).double(), torch.tensor([[0.5]]).double()
+    )
     assert drawn.tolist() == [1]
     faint = torch.tensor([[0.0, -200.0, -200.0, -200.0, -201.0, -201.0]])
     law: Visit = lambda rows, node, fn: fn(DenseLaw(faint, tree), torch.arange(1))  # noqa: E731
-    drawn = chain.decode(law, torch.tensor([7]), torch.tensor([0.5]).double(), torch.tensor([[0.5]]).double())
+    drawn = chain.decode(
+        law, torch.tensor([7]), torch.tensor([0.5]).double(), torch.tensor([[0.5]]).double()
+    )
     assert drawn.tolist() == [0]  # the node itself is then the likelier mistake
 
 
@@ -181,19 +201,25 @@ def test_forward_draws_have_the_law_of_the_marginal_for_every_xi(xi: tuple[float
         certain = torch.full((1, 6), -torch.inf).double().index_fill(1, torch.tensor([word]), 0.0)
         marginal = chain.log_marginal(certain, t[:1])[0].exp()
         for level in range(4):
-            middle = (climbed[level] + climbed[level + 1]) / 2  # a first uniform that means this level
+            middle = (
+                climbed[level] + climbed[level + 1]
+            ) / 2  # a first uniform that means this level
             u = torch.stack([middle.expand(POINTS), GRID], -1)[:, : chain.uniforms_per_sample]
             drawn = chain.sample(torch.full((POINTS,), word), t, u)
             here = deep.level_of(torch.arange(deep.num_states)) == level
             expected = torch.where(here, marginal / pi[level], 0.0)
-            torch.testing.assert_close(shares(drawn, deep.num_states), expected, rtol=0.0, atol=1.5 / POINTS)
+            torch.testing.assert_close(
+                shares(drawn, deep.num_states), expected, rtol=0.0, atol=1.5 / POINTS
+            )
 
 
 def test_the_level_of_a_forward_draw_has_the_occupation_of_the_clock() -> None:
     chain = process(xi=1.0)
     t = torch.full((POINTS,), 0.35).double()
     level = tree.level_of(chain.sample(torch.zeros(POINTS).long(), t, GRID.unsqueeze(-1)))
-    torch.testing.assert_close(shares(level, 3), chain.clock.pi(t[:1])[0], rtol=0.0, atol=1.0 / POINTS)
+    torch.testing.assert_close(
+        shares(level, 3), chain.clock.pi(t[:1])[0], rtol=0.0, atol=1.0 / POINTS
+    )
 
 
 @pytest.mark.parametrize("xi", [1.0, 0.8])
@@ -201,22 +227,31 @@ def test_forward_draws_are_the_token_at_0_and_the_root_at_1(xi: float) -> None:
     chain, x0 = process(xi=xi), torch.arange(6)
     u = torch.tensor([[1e-300, 0.999]]).double().expand(6, -1)
     assert torch.equal(chain.sample(x0, torch.zeros(6).double(), u), x0)
-    assert torch.equal(chain.sample(x0, torch.ones(6).double(), 1.0 - u.flip(-1)), torch.full((6,), 9))
+    assert torch.equal(
+        chain.sample(x0, torch.ones(6).double(), 1.0 - u.flip(-1)), torch.full((6,), 9)
+    )
 
 
 # ---------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize("xi", [0.0, -0.1, 1.5, float("nan"), (0.9, 0.0), (0.9, 0.9, 0.9), ()])
-def test_xi_outside_its_range_or_of_the_wrong_length_is_refused(xi: float | Sequence[float]) -> None:
-    with pytest.raises(ArgumentError, match=r"xi must be one number in \(0, 1\], or one for each of the 2 levels"):
+def test_xi_outside_its_range_or_of_the_wrong_length_is_refused(
+    xi: float | Sequence[float],
+) -> None:
+    with pytest.raises(
+        ArgumentError, match=r"xi must be one number in \(0, 1\], or one for each of the 2 levels"
+    ):
         TreeProcess(tree, LogTimeClock((1.0, 1.0)), xi)
 
 
-@pytest.mark.parametrize("clock", [LogTimeClock((1.0,)), LogTimeClock((1.0, 1.0, 1.0)), CdfClock([LinearSchedule()])])
+@pytest.mark.parametrize(
+    "clock", [LogTimeClock((1.0,)), LogTimeClock((1.0, 1.0, 1.0)), CdfClock([LinearSchedule()])]
+)
 def test_a_clock_of_other_levels_is_refused(clock: LevelClock) -> None:
     with pytest.raises(
-        ArgumentError, match=rf"one level per level above the words, 2 .* a clock of {clock.num_levels}"
+        ArgumentError,
+        match=rf"one level per level above the words, 2 .* a clock of {clock.num_levels}",
     ):
         TreeProcess(tree, clock)
 
@@ -227,13 +262,20 @@ def test_words_without_a_mask_have_nothing_to_climb() -> None:
 
 
 def test_an_unknown_decoding_rule_is_answered_with_the_nearest() -> None:
-    with pytest.raises(ArgumentError, match=r'one of bayes, within, between, free; got .withn.. Did you mean "within"'):
+    with pytest.raises(
+        ArgumentError,
+        match=r'one of bayes, within, between, free; got .withn.. Did you mean "within"',
+    ):
         process("withn")
 
 
-@pytest.mark.parametrize("rates", [(), (0.0,), (1.0, -1.0), (20.5,), (float("nan"),), (float("inf"),)])
+@pytest.mark.parametrize(
+    "rates", [(), (0.0,), (1.0, -1.0), (20.5,), (float("nan"),), (float("inf"),)]
+)
 def test_rates_that_are_no_rates_are_refused(rates: tuple[float, ...]) -> None:
-    with pytest.raises(ArgumentError, match=r"rates must be one number in \(0, 20\] per level above the words; got"):
+    with pytest.raises(
+        ArgumentError, match=r"rates must be one number in \(0, 20\] per level above the words; got"
+    ):
         LogTimeClock(rates)
 
 
@@ -241,7 +283,10 @@ def test_rates_that_are_no_rates_are_refused(rates: tuple[float, ...]) -> None:
     ("make", "message"),
     [
         (lambda: CdfClock([]), "schedules must hold one schedule per level"),
-        (lambda: CdfClock([PowerSchedule(2.0), PowerSchedule(1.0)]), r"F_1\(t\) > F_2\(t\).*schedules 0 and 1"),
+        (
+            lambda: CdfClock([PowerSchedule(2.0), PowerSchedule(1.0)]),
+            r"F_1\(t\) > F_2\(t\).*schedules 0 and 1",
+        ),
         (lambda: CdfClock([LinearSchedule(), LinearSchedule()]), r"F_1\(t\) > F_2\(t\)"),
         (lambda: LinearSchedule(floor=1.0), r"floor = alpha\(1\) must be in \[0, 1\); got 1.0"),
         (lambda: LinearSchedule(floor=-0.1), r"must be in \[0, 1\)"),
@@ -249,7 +294,9 @@ def test_rates_that_are_no_rates_are_refused(rates: tuple[float, ...]) -> None:
         (lambda: PowerSchedule(float("nan")), "power must be > 0; got nan"),
     ],
 )
-def test_clocks_and_schedules_say_what_is_wrong_with_them(make: Callable[[], object], message: str) -> None:
+def test_clocks_and_schedules_say_what_is_wrong_with_them(
+    make: Callable[[], object], message: str
+) -> None:
     with pytest.raises(ArgumentError, match=message):
         make()
 
@@ -261,7 +308,10 @@ def test_a_crossing_of_higher_levels_names_them() -> None:
 
 @pytest.mark.parametrize(
     "clock",
-    [LogTimeClock((0.5, 1.0, 2.0)), CdfClock([PowerSchedule(0.8), PowerSchedule(1.5), PowerSchedule(3.0)])],
+    [
+        LogTimeClock((0.5, 1.0, 2.0)),
+        CdfClock([PowerSchedule(0.8), PowerSchedule(1.5), PowerSchedule(3.0)]),
+    ],
     ids=["log-time", "cdf"],
 )
 def test_the_time_of_leaving_inverts_its_own_distribution(clock: LevelClock) -> None:

@@ -46,7 +46,9 @@ def test_every_ancestor_is_what_climbing_finds(tree: HierarchicalVocabulary) -> 
 
 @given(trees())
 @many
-def test_what_lies_below_a_node_is_one_range_of_every_level_in_tree_order(tree: HierarchicalVocabulary) -> None:
+def test_what_lies_below_a_node_is_one_range_of_every_level_in_tree_order(
+    tree: HierarchicalVocabulary,
+) -> None:
     ids = torch.arange(tree.num_states)
     for level in range(tree.num_levels + 1):
         order, position = tree.order(level), tree.position(level)
@@ -71,7 +73,9 @@ def test_tree_order_sorts_by_the_path_from_the_root_down(tree: HierarchicalVocab
 
 @given(trees())
 @many
-def test_children_are_the_descendants_one_level_down_in_tree_order(tree: HierarchicalVocabulary) -> None:
+def test_children_are_the_descendants_one_level_down_in_tree_order(
+    tree: HierarchicalVocabulary,
+) -> None:
     for id_ in range(tree.num_states):
         level = int(tree.level_of(torch.tensor(id_)))
         children = tree.children(id_).tolist()
@@ -87,7 +91,10 @@ def test_lookups_keep_the_shape_and_take_a_level_per_id() -> None:
     tree = HierarchicalVocabulary([[0, 1, 0], [0, 0]])
     ids = torch.tensor([[0, 1, 2], [3, 4, 5]])
     assert tree.level_of(ids).tolist() == [[0, 0, 0], [1, 1, 2]]
-    assert tree.ancestor(ids, torch.tensor([[0, 1, 2], [1, 2, 2]])).tolist() == [[0, 4, 5], [3, 5, 5]]
+    assert tree.ancestor(ids, torch.tensor([[0, 1, 2], [1, 2, 2]])).tolist() == [
+        [0, 4, 5],
+        [3, 5, 5],
+    ]
     start, stop = tree.node_range(ids, 0)
     assert start.shape == stop.shape == ids.shape
 
@@ -120,9 +127,19 @@ def test_a_root_is_added_only_when_it_is_missing() -> None:
 
 
 def test_labels_make_a_node_per_distinct_path() -> None:
-    labels = {"run": ("verb", "open"), "red": ("colour", "open"), "of": ("verb", "closed"), "walk": ("verb", "open")}
+    labels = {
+        "run": ("verb", "open"),
+        "red": ("colour", "open"),
+        "of": ("verb", "closed"),
+        "walk": ("verb", "open"),
+    }
     tree = HierarchicalVocabulary.from_labels(list(labels), labels.__getitem__)
-    assert tree.level_sizes == (4, 3, 2, 1)  # "verb" under "open" and "verb" under "closed" are two nodes
+    assert tree.level_sizes == (
+        4,
+        3,
+        2,
+        1,
+    )  # "verb" under "open" and "verb" under "closed" are two nodes
     near = tree.ancestor(torch.arange(4), 1).tolist()
     assert near[0] == near[3]
     assert len({near[0], near[1], near[2]}) == 3
@@ -138,7 +155,9 @@ def test_a_plain_label_is_one_level() -> None:
 
 @pytest.mark.parametrize("label", [lambda token: ("x",) * len(token), lambda token: ()])
 def test_ragged_or_empty_labels_are_refused(label: Callable[[str], tuple[str, ...]]) -> None:
-    with pytest.raises(ArgumentError, match=r"from_labels: label must name the same number of groups.*depths \["):
+    with pytest.raises(
+        ArgumentError, match=r"from_labels: label must name the same number of groups.*depths \["
+    ):
         HierarchicalVocabulary.from_labels(["a", "bb"], label)
 
 
@@ -186,8 +205,12 @@ def test_the_caller_s_tensors_are_not_shared() -> None:
 
 def test_the_fingerprint_is_of_the_tree_alone_and_never_changes() -> None:
     tree = HierarchicalVocabulary([[0, 1, 0], [0, 0]])
-    assert tree.fingerprint == "e2dfc7c2d7a902ba"  # stored in checkpoints: a change here makes all of them foreign
-    same = HierarchicalVocabulary([torch.tensor([0, 1, 0], dtype=torch.int32)], [torch.zeros(2, 3)], "tok")
+    assert (
+        tree.fingerprint == "e2dfc7c2d7a902ba"
+    )  # stored in checkpoints: a change here makes all of them foreign
+    same = HierarchicalVocabulary(
+        [torch.tensor([0, 1, 0], dtype=torch.int32)], [torch.zeros(2, 3)], "tok"
+    )
     assert same.fingerprint == tree.fingerprint
 
 
@@ -209,7 +232,9 @@ def test_different_trees_have_different_fingerprints(one: Parents, other: Parent
         FlatVocabulary(4, mask=False),
         FlatVocabulary(1),
         HierarchicalVocabulary([[0, 1, 0], [0, 0]]),
-        HierarchicalVocabulary([[1, 0, 2, 1], [0, 1, 0]], [None, torch.arange(4.0).reshape(2, 2)], "tok"),
+        HierarchicalVocabulary(
+            [[1, 0, 2, 1], [0, 1, 0]], [None, torch.arange(4.0).reshape(2, 2)], "tok"
+        ),
         HierarchicalVocabulary([[0, 0]], [torch.ones(1, 2)]),
     ],
     ids=repr,
@@ -229,7 +254,9 @@ def test_a_saved_vocabulary_comes_back_whole(vocabulary: Vocabulary) -> None:
         assert loaded is saved if saved is None else torch.equal(loaded, saved)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = str(tmp_path / "new" / "folder" / "vocabulary.safetensors")
     FlatVocabulary(4).save(path)
     monkeypatch.setattr(module, "save_safetensors", lambda tensors, metadata: "not bytes")
@@ -273,7 +300,9 @@ def test_a_tree_that_was_changed_inside_its_file_is_refused() -> None:
     content = bytearray(_saved(HierarchicalVocabulary([[0, 1, 0, 1]])))
     where = content.rindex(torch.tensor([0, 1, 0, 1]).numpy().tobytes())
     content[where] = 1
-    with pytest.raises(DataError, match=r"has fingerprint \w+, but the file names \w+: it was damaged"):
+    with pytest.raises(
+        DataError, match=r"has fingerprint \w+, but the file names \w+: it was damaged"
+    ):
         Vocabulary.load(_written(bytes(content)))
     content[where] = 7  # no tree at all
     with pytest.raises(DataError, match="not a whole vocabulary file"):

@@ -36,9 +36,7 @@ from ddiff.errors import ArgumentError
 from ddiff.testing import assert_laws, check_time_rule
 
 WINDOW = (0.05, 0.9)
-QUADRATURE = (
-    1e-6  # what six panels of six nodes leave of integrands that grow as 1/t; the effects here are 1e-3 and more
-)
+QUADRATURE = 1e-6  # what six panels of six nodes leave of integrands that grow as 1/t; the effects here are 1e-3 and more
 
 
 class EarlyNoise(Schedule):
@@ -53,7 +51,9 @@ class EarlyNoise(Schedule):
 PROCESSES: dict[str, ForwardProcess] = {
     "masked": TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()])),
     "humped noise": HumpedNoise(),
-    "closes at neither end": MixtureProcess(FlatVocabulary(3), EarlyNoise(), torch.tensor([0.0, 0.0, 0.0, 1.0])),
+    "closes at neither end": MixtureProcess(
+        FlatVocabulary(3), EarlyNoise(), torch.tensor([0.0, 0.0, 0.0, 1.0])
+    ),
 }
 STRAYING = TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((1.0, 1.0)), xi=0.8)
 RULES = {
@@ -75,7 +75,9 @@ def cost(process: ForwardProcess, rule: TimeRule, window: tuple[float, float]) -
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("process", PROCESSES)
-def test_the_bound_of_the_exact_laws_is_the_entropy_and_what_the_ends_cost(process: str, rule: str) -> None:
+def test_the_bound_of_the_exact_laws_is_the_entropy_and_what_the_ends_cost(
+    process: str, rule: str
+) -> None:
     chain, times = PROCESSES[process], RULES[rule].over(*WINDOW)
     closing, diffusion, decoding = exact_terms(chain, times)
     expected = float(ENTROPY) + cost(chain, times, WINDOW)
@@ -119,9 +121,21 @@ def test_blocks_of_one_are_autoregression_for_every_sequence(process: str, paire
 @pytest.mark.parametrize("paired", [True, False])
 def test_a_block_as_long_as_the_sequence_is_one_time_for_all_bit_for_bit(paired: bool) -> None:
     process, slot = PROCESSES["closes at neither end"], torch.arange(len(SEQUENCES))
-    ask, scored = ask_law(exact_law(process), process.vocabulary), torch.ones_like(SEQUENCES, dtype=torch.bool)
+    ask, scored = (
+        ask_law(exact_law(process), process.vocabulary),
+        torch.ones_like(SEQUENCES, dtype=torch.bool),
+    )
     flat, block = (
-        nelbo(process, ask, SEQUENCES, scored, rule.over(*WINDOW, LENGTH), Noise(3, 0, slot, LENGTH), slot, len(slot))
+        nelbo(
+            process,
+            ask,
+            SEQUENCES,
+            scored,
+            rule.over(*WINDOW, LENGTH),
+            Noise(3, 0, slot, LENGTH),
+            slot,
+            len(slot),
+        )
         for rule in (FlatTimes(tokens=LENGTH), WindowTimes(LENGTH, "block", paired=True))
     )
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(block[:3], flat[:3]))
@@ -137,13 +151,23 @@ class WithoutSpeed:
         self.rule, self.width, self.shape, self.paired = rule, rule.width, rule.shape, rule.paired
 
     def draw(
-        self, clock: TimeChange, noise: Noise, slot: torch.Tensor, slots: int | torch.Tensor, length: int
+        self,
+        clock: TimeChange,
+        noise: Noise,
+        slot: torch.Tensor,
+        slots: int | torch.Tensor,
+        length: int,
     ) -> Times:
         times = self.rule.draw(clock, noise, slot, slots, length)
         return times._replace(speed=(times.speed > 0).double())
 
     def ends(
-        self, clock: TimeChange, noise: Noise, slot: torch.Tensor, slots: int | torch.Tensor, length: int
+        self,
+        clock: TimeChange,
+        noise: Noise,
+        slot: torch.Tensor,
+        slots: int | torch.Tensor,
+        length: int,
     ) -> tuple[Times, Times]:
         return self.rule.ends(clock, noise, slot, slots, length)
 
@@ -156,7 +180,9 @@ def test_without_the_factor_of_speed_it_is_not(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["block 2, paired", "slide 2, paired"])
-def test_a_law_that_sees_the_clean_words_of_its_own_window_falls_below_the_entropy(rule: str) -> None:
+def test_a_law_that_sees_the_clean_words_of_its_own_window_falls_below_the_entropy(
+    rule: str,
+) -> None:
     """What sight is for: a bound below the entropy is the mark of a leak."""
     honest, times = exact_law(PROCESSES["masked"]), RULES[rule].over(*WINDOW)
 
@@ -231,7 +257,9 @@ def test_windows_of_a_batch_are_stratified_jointly(slots: int, count: int) -> No
 def test_jointly_stratified_windows_are_uniform() -> None:
     """Every window's v over 4,000 steps: means of t and t^2 within five standard errors of 1/2 and 1/3."""
     slot = torch.arange(3)
-    drawn = torch.stack([jointly_stratified(Noise(1, step, slot, 4), slot, 3, 4) for step in range(4000)])
+    drawn = torch.stack(
+        [jointly_stratified(Noise(1, step, slot, 4), slot, 3, 4) for step in range(4000)]
+    )
     assert float((drawn.mean((0, 1)) - 1 / 2).abs().max()) < 5 * 0.29 / 12_000**0.5
     assert float((drawn.square().mean((0, 1)) - 1 / 3).abs().max()) < 5 * 0.30 / 12_000**0.5
 
@@ -244,7 +272,9 @@ def test_along_a_slide_times_rise_from_the_settled_side_and_the_window_glides() 
     for row in range(3):
         opened = ~times.clean[row] & ~times.waiting[row]
         assert 3 <= int(opened.sum()) <= 4
-        torch.testing.assert_close(times.t[row][opened].diff(), torch.full((int(opened.sum()) - 1,), 0.25).double())
+        torch.testing.assert_close(
+            times.t[row][opened].diff(), torch.full((int(opened.sum()) - 1,), 0.25).double()
+        )
         assert times.block[row][opened].unique().tolist() == [0]
         assert (times.block[row][times.clean[row]] < 0).all()
         assert (times.block[row][times.waiting[row]] > 0).all()

@@ -23,7 +23,10 @@ TOKENIZER = BytePairTokenizer.train([SENTENCE] * 4, 275)
 def sentences(count: int, seed: int = 0) -> list[str]:
     """Distinct texts of 1 to 40 words."""
     draw = np.random.default_rng(seed)
-    return [" ".join([f"{number}:", *draw.choice(WORDS, draw.integers(1, 40))]) for number in range(count)]
+    return [
+        " ".join([f"{number}:", *draw.choice(WORDS, draw.integers(1, 40))])
+        for number in range(count)
+    ]
 
 
 def parquet_files(folder: Path, texts: list[str], files: int = 3, column: str = "text") -> str:

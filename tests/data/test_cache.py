@@ -68,7 +68,9 @@ def test_a_killed_build_leaves_no_entry(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "foreign", "unlisted", "not_json"])
-def test_a_damaged_entry_is_built_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_entry_is_built_again(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     build = Builder()
     entry = Cache(tmp_path).entry("rows", {"a": 1}, build)
     contents = entry / "entry.json"
@@ -99,7 +101,9 @@ def test_the_slower_of_two_builders_keeps_the_first_entry(tmp_path: Path) -> Non
     assert (cache.entry("rows", {}, slow) / "file").read_text() == "first"
 
 
-def test_the_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_root_comes_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "here"))
     assert default_root() == Cache().root == tmp_path / "here"
     monkeypatch.delenv("DDIFF_CACHE")

@@ -41,7 +41,9 @@ def tokenizer(documents: Documents) -> BytePairTokenizer:
     return BytePairTokenizer.train(documents.train["text"], 275)
 
 
-def build_clusters(tokenizer: Any, rows: Any = None, cache: Cache | None = None, **keys: Any) -> Any:
+def build_clusters(
+    tokenizer: Any, rows: Any = None, cache: Cache | None = None, **keys: Any
+) -> Any:
     return Clusters.build(Clusters.Config(**keys), tokenizer=tokenizer, rows=rows, cache=cache)
 
 
@@ -52,7 +54,9 @@ def test_every_registered_component_is_here() -> None:
         "vocabulary": (Clusters, File, Flat),
     }
     for kind, objects in here.items():
-        assert {target.split(":")[1] for target in COMPONENTS[kind].values()} == {made.__name__ for made in objects}
+        assert {target.split(":")[1] for target in COMPONENTS[kind].values()} == {
+            made.__name__ for made in objects
+        }
 
 
 def test_reading_a_recipe_loads_no_torch_and_no_datasets() -> None:
@@ -66,7 +70,9 @@ def test_reading_a_recipe_loads_no_torch_and_no_datasets() -> None:
 def test_a_recipe_s_text_becomes_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     (tmp_path / "v.txt").write_text("three")
-    config = Text.Config(files=(str(tmp_path / "a.txt"),), validation=(str(tmp_path / "v.txt"),), split="paragraph")
+    config = Text.Config(
+        files=(str(tmp_path / "a.txt"),), validation=(str(tmp_path / "v.txt"),), split="paragraph"
+    )
     built = Text.build(config, length=8, seed=0, cache=Cache(tmp_path / "cache"))
     assert (built.train["text"], built.validation["text"]) == (["one", "two"], ["three"])
 
@@ -89,18 +95,30 @@ def test_the_generated_source_knows_its_entropy_and_ignores_the_recipe_s_seed() 
     assert Markov.source(config).entropy_rate < Markov.source(config).row_entropy(9) < np.log(5)
 
 
-def test_byte_pairs_come_from_the_training_part_and_are_cached(documents: Documents, tmp_path: Path) -> None:
+def test_byte_pairs_come_from_the_training_part_and_are_cached(
+    documents: Documents, tmp_path: Path
+) -> None:
     config, cache = BytePair.Config(size=275), Cache(tmp_path)
     direct = BytePair.build(config, documents=documents, cache=None)
     for _ in range(2):
-        assert BytePair.build(config, documents=documents, cache=cache).fingerprint == direct.fingerprint
+        assert (
+            BytePair.build(config, documents=documents, cache=cache).fingerprint
+            == direct.fingerprint
+        )
     elsewhere = Documents(documents.train, from_texts(["other words"]))
-    assert BytePair.build(config, documents=elsewhere, cache=cache).fingerprint == direct.fingerprint
+    assert (
+        BytePair.build(config, documents=elsewhere, cache=cache).fingerprint == direct.fingerprint
+    )
     assert len(list((tmp_path / "byte_pairs").iterdir())) == 1
-    assert BytePair.build(BytePair.Config(size=270), documents=documents, cache=cache).fingerprint != direct.fingerprint
+    assert (
+        BytePair.build(BytePair.Config(size=270), documents=documents, cache=cache).fingerprint
+        != direct.fingerprint
+    )
 
 
-def test_a_corpus_with_too_few_byte_pairs_says_so(documents: Documents, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_corpus_with_too_few_byte_pairs_says_so(
+    documents: Documents, caplog: pytest.LogCaptureFixture
+) -> None:
     built = BytePair.build(BytePair.Config(size=5000), documents=documents, cache=None)
     assert built.num_tokens < 5000
     assert "of the 5000" in caplog.text
@@ -109,16 +127,25 @@ def test_a_corpus_with_too_few_byte_pairs_says_so(documents: Documents, caplog: 
 def test_an_automatic_alphabet_knows_the_validation_rows_too() -> None:
     rows = Documents(from_texts(["CA"]), from_texts(["GT"]))
     assert Alphabet.build(Alphabet.Config(), documents=rows, cache=None).tokens() == list("ACGT")
-    assert Alphabet.build(Alphabet.Config(symbols="TGCA"), documents=rows, cache=None).tokens() == list("TGCA")
+    assert Alphabet.build(
+        Alphabet.Config(symbols="TGCA"), documents=rows, cache=None
+    ).tokens() == list("TGCA")
 
 
-def test_vocabularies_name_their_tokenizer(documents: Documents, tokenizer: BytePairTokenizer, tmp_path: Path) -> None:
+def test_vocabularies_name_their_tokenizer(
+    documents: Documents, tokenizer: BytePairTokenizer, tmp_path: Path
+) -> None:
     np.save(tmp_path / "c.npy", np.arange(tokenizer.num_tokens) % 7)
     rows = pack(documents.train, tokenizer, 16)
     built = [
         Flat.build(Flat.Config(), tokenizer=tokenizer, rows=rows, cache=None),
         build_clusters(tokenizer, rows, sizes=(8,)),
-        File.build(File.Config(paths=(str(tmp_path / "c.npy"),)), tokenizer=tokenizer, rows=None, cache=None),
+        File.build(
+            File.Config(paths=(str(tmp_path / "c.npy"),)),
+            tokenizer=tokenizer,
+            rows=None,
+            cache=None,
+        ),
     ]
     assert {vocabulary.tokenizer_fingerprint for vocabulary in built} == {tokenizer.fingerprint}
     assert [vocabulary.num_tokens for vocabulary in built] == [tokenizer.num_tokens] * 3
@@ -129,7 +156,11 @@ def test_clusters_make_a_tree_with_centroids_and_a_special_branch(
 ) -> None:
     tree = build_clusters(tokenizer, pack(documents.train, tokenizer, 16), sizes=(12, 3), width=8)
     assert tree.level_sizes == (tokenizer.num_tokens, 12, 3, 1)
-    assert [None if c is None else tuple(c.shape) for c in tree.centroids] == [(12, 8), (3, 8), None]
+    assert [None if c is None else tuple(c.shape) for c in tree.centroids] == [
+        (12, 8),
+        (3, 8),
+        None,
+    ]
     for level in (1, 2):
         node = int(tree.ancestor(torch.tensor(tokenizer.eos_id), level))
         start, stop = tree.node_range(torch.tensor(node), 0)
@@ -148,16 +179,26 @@ def test_clusters_are_cached_by_rows_and_settings(
         assert cached.tokenizer_fingerprint == tokenizer.fingerprint
     assert len(list((tmp_path / "clusters").iterdir())) == 1
     build_clusters(tokenizer, rows, cache, sizes=(12,), width=9)
-    build_clusters(tokenizer, pack(documents.validation, tokenizer, 16), cache, sizes=(12,), width=8)
+    build_clusters(
+        tokenizer, pack(documents.validation, tokenizer, 16), cache, sizes=(12,), width=8
+    )
     assert len(list((tmp_path / "clusters").iterdir())) == 3
 
 
-def test_clusters_from_a_file_of_embeddings_need_no_rows(tokenizer: BytePairTokenizer, tmp_path: Path) -> None:
+def test_clusters_from_a_file_of_embeddings_need_no_rows(
+    tokenizer: BytePairTokenizer, tmp_path: Path
+) -> None:
     source = str(tmp_path / "e.npy")
-    np.save(source, np.random.default_rng(0).standard_normal((tokenizer.num_tokens, 5)).astype(np.float32))
+    np.save(
+        source,
+        np.random.default_rng(0).standard_normal((tokenizer.num_tokens, 5)).astype(np.float32),
+    )
     first = build_clusters(tokenizer, None, Cache(tmp_path / "cache"), sizes=(9,), source=source)
     assert first.level_sizes == (tokenizer.num_tokens, 9, 1)
-    np.save(source, np.random.default_rng(1).standard_normal((tokenizer.num_tokens, 5)).astype(np.float32))
+    np.save(
+        source,
+        np.random.default_rng(1).standard_normal((tokenizer.num_tokens, 5)).astype(np.float32),
+    )
     second = build_clusters(tokenizer, None, Cache(tmp_path / "cache"), sizes=(9,), source=source)
     assert second.fingerprint != first.fingerprint
 
@@ -201,31 +242,48 @@ def test_cooccurrence_without_rows_is_explained(tokenizer: BytePairTokenizer) ->
         (Flat.Config, {"masks": True}),
     ],
 )
-def test_impossible_tables_are_refused_before_anything_is_read(config: Any, keys: dict[str, Any]) -> None:
+def test_impossible_tables_are_refused_before_anything_is_read(
+    config: Any, keys: dict[str, Any]
+) -> None:
     with pytest.raises(ValidationError):
         config(**keys)
 
 
 def test_one_cluster_stands_under_the_mask(tokenizer: BytePairTokenizer) -> None:
     """And not for it: all words, then one node, then the root, built and foreseen alike."""
-    embeddings = np.random.default_rng(0).standard_normal((tokenizer.num_tokens, 4)).astype(np.float32)
+    embeddings = (
+        np.random.default_rng(0).standard_normal((tokenizer.num_tokens, 4)).astype(np.float32)
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ddiff.model_embeddings", lambda source, num_tokens: embeddings, raising=False)
+        patch.setattr(
+            "ddiff.model_embeddings", lambda source, num_tokens: embeddings, raising=False
+        )
         built = build_clusters(tokenizer, sizes=(1,), model="somewhere")
     seen = Clusters.preview(Clusters.Config(sizes=(1,)), num_tokens=tokenizer.num_tokens)
     assert seen is not None
     assert built.level_sizes == seen.level_sizes == (tokenizer.num_tokens, 1, 1)
 
 
-def test_a_pretrained_tokenizer_of_another_size_is_refused(tokenizer: BytePairTokenizer, tmp_path: Path) -> None:
+def test_a_pretrained_tokenizer_of_another_size_is_refused(
+    tokenizer: BytePairTokenizer, tmp_path: Path
+) -> None:
     """The tokenizer is a directory as the transformers library writes it."""
     transformers = pytest.importorskip("transformers")
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|eos|>")
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, eos_token="<|eos|>"
+    )
     made.save_pretrained(tmp_path)
     documents: Any = None
     for size in (None, tokenizer.num_tokens):
         config = Pretrained.Config(path=str(tmp_path), size=size)
         assert Pretrained.preview(config) == size
-        assert Pretrained.build(config, documents=documents, cache=None).num_tokens == tokenizer.num_tokens
-    with pytest.raises(DataError, match=f"size must be the number of tokens of .*, {tokenizer.num_tokens}; got 7"):
-        Pretrained.build(Pretrained.Config(path=str(tmp_path), size=7), documents=documents, cache=None)
+        assert (
+            Pretrained.build(config, documents=documents, cache=None).num_tokens
+            == tokenizer.num_tokens
+        )
+    with pytest.raises(
+        DataError, match=f"size must be the number of tokens of .*, {tokenizer.num_tokens}; got 7"
+    ):
+        Pretrained.build(
+            Pretrained.Config(path=str(tmp_path), size=7), documents=documents, cache=None
+        )

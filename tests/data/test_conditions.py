@@ -34,7 +34,9 @@ def file(tmp_path: Path) -> str:
 
 
 def written(folder: Path, lines: list[Any], name: str = "some.jsonl") -> str:
-    (folder / name).write_text("".join(json.dumps(line) + "\n\n" for line in lines), encoding="utf-8")
+    (folder / name).write_text(
+        "".join(json.dumps(line) + "\n\n" for line in lines), encoding="utf-8"
+    )
     return str(folder / name)
 
 
@@ -49,7 +51,11 @@ def test_fields_become_columns_and_absence_stays(file: str, tmp_path: Path) -> N
     values = conditions_of(documents.train, ["author", "style"]).values
     assert values["author"].tolist() == [2, -1, 0]
     torch.testing.assert_close(
-        values["style"], torch.tensor([[0.5, -1.0], [torch.nan] * 2, [2.0, 3.0]]), equal_nan=True, rtol=0, atol=0
+        values["style"],
+        torch.tensor([[0.5, -1.0], [torch.nan] * 2, [2.0, 3.0]]),
+        equal_nan=True,
+        rtol=0,
+        atol=0,
     )
     cached = conditions_of(read(file, Cache(tmp_path / "cache")).train, ["author", "style"])
     assert cached.fingerprint == conditions_of(documents.train, ["author", "style"]).fingerprint
@@ -65,7 +71,9 @@ def test_in_packed_rows_every_position_has_its_own_document_s(file: str) -> None
     assert batch.conditions["author"].shape == batch.ids.shape
     expected = torch.tensor([2, -1, 0])[batch.document]
     assert torch.equal(batch.conditions["author"], expected)
-    assert len(expected[0].unique()) > 1 or len(expected[1].unique()) > 1  # or nothing here was packed
+    assert (
+        len(expected[0].unique()) > 1 or len(expected[1].unique()) > 1
+    )  # or nothing here was packed
     assert batch.conditions["style"].shape == (*batch.ids.shape, 2)
     assert torch.equal(batch.conditions["style"].isnan().any(-1), expected == -1)
 
@@ -80,14 +88,21 @@ def test_a_row_of_one_document_has_one_value() -> None:
 def test_a_recipe_names_the_fields(file: str) -> None:
     other = written(Path(file).parent, [{"text": "held out"}], "held_out.jsonl")
     config = JsonLines.Config(files=(file,), validation=(other,), labels=("author",))
-    assert JsonLines.build(config, length=8, seed=0, cache=None).train.column_names == ["text", "name", "author"]
+    assert JsonLines.build(config, length=8, seed=0, cache=None).train.column_names == [
+        "text",
+        "name",
+        "author",
+    ]
     assert JsonLines.reads(config) == (file, other)
 
 
 BAD_LINES: dict[str, tuple[Any, str]] = {
     "no text": ({"author": 1}, 'line 3 must be an object with the field "text"'),
     "no object": ([1], "line 3 must be an object"),
-    "a class by name": ({"text": "x", "author": "austen"}, 'line 3: the label "author" must be a whole number from 0'),
+    "a class by name": (
+        {"text": "x", "author": "austen"},
+        'line 3: the label "author" must be a whole number from 0',
+    ),
     "a negative label": ({"text": "x", "author": -1}, "line 3: the label"),
     "a vector of text": ({"text": "x", "style": ["a"]}, 'line 3: the vector "style"'),
     "a number for a vector": ({"text": "x", "style": 3}, 'line 3: the vector "style"'),
@@ -136,12 +151,24 @@ def test_a_part_without_any_label_has_none(tmp_path: Path) -> None:
     assert bool(values["style"].isnan().all())
 
 
-@pytest.mark.parametrize("line", [{"text": "x", "auhtor": 1}, {"text": "x", "author": None, "auhtor": 2}])
-def test_a_field_with_a_value_in_no_line_is_refused_cached_or_not(line: dict[str, Any], tmp_path: Path) -> None:
-    cache, file, bare = Cache(tmp_path / "cache"), written(tmp_path, LINES), written(tmp_path, [line], "bare.jsonl")
-    json_lines([file], labels=["author"], validation=[bare], cache=cache)  # now its documents are cached
+@pytest.mark.parametrize(
+    "line", [{"text": "x", "auhtor": 1}, {"text": "x", "author": None, "auhtor": 2}]
+)
+def test_a_field_with_a_value_in_no_line_is_refused_cached_or_not(
+    line: dict[str, Any], tmp_path: Path
+) -> None:
+    cache, file, bare = (
+        Cache(tmp_path / "cache"),
+        written(tmp_path, LINES),
+        written(tmp_path, [line], "bare.jsonl"),
+    )
+    json_lines(
+        [file], labels=["author"], validation=[bare], cache=cache
+    )  # now its documents are cached
     for labels, kept in ((["author"], None), (["author"], cache)):
-        with pytest.raises(DataError, match=r'labels names the field "author".*bare\.jsonl.*Did you mean "auhtor"'):
+        with pytest.raises(
+            DataError, match=r'labels names the field "author".*bare\.jsonl.*Did you mean "auhtor"'
+        ):
             json_lines([bare], labels=labels, validation=[file], cache=kept)
     with pytest.raises(DataError, match=r'vectors names the field "author".*no fields'):
         json_lines([written(tmp_path, [{"text": "x"}])], vectors=["author"], validation=[bare])
@@ -149,9 +176,15 @@ def test_a_field_with_a_value_in_no_line_is_refused_cached_or_not(line: dict[str
 
 def test_columns_of_another_form_than_the_denoiser_reads_are_refused() -> None:
     documents = Dataset.from_dict({"text": ["a", "b"], "kind": [0, 4], "wide": [[1.0, 2.0], None]})
-    for name, form in (("kind", Label(5)), ("kind", Label()), ("wide", Vector(2)), ("wide", Vector())):
+    for name, form in (
+        ("kind", Label(5)),
+        ("kind", Label()),
+        ("wide", Vector(2)),
+        ("wide", Vector()),
+    ):
         assert (
-            conditions_of(documents, [name], {name: form}).fingerprint == conditions_of(documents, [name]).fingerprint
+            conditions_of(documents, [name], {name: form}).fingerprint
+            == conditions_of(documents, [name]).fingerprint
         )
     for name, form, expected in (
         ("kind", Label(4), r'label 4 in "kind".*4 classes.*classes = 5'),

@@ -63,7 +63,8 @@ def test_a_glob_takes_files_by_name_and_patterns_in_order(tmp_path: Path) -> Non
 def test_a_text_file_is_split_as_asked_and_blank_documents_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n\n \n\nthree")
     pieces = {
-        split: read(file_texts([str(tmp_path / "a.txt")], split=split)) for split in ("line", "paragraph", "file")
+        split: read(file_texts([str(tmp_path / "a.txt")], split=split))
+        for split in ("line", "paragraph", "file")
     }
     assert pieces["line"] == ["one", "two", "three"]
     assert [piece.strip() for piece in pieces["paragraph"]] == ["one\ntwo", "three"]
@@ -80,7 +81,11 @@ def test_from_any_cursor_exactly_the_rest_is_read(tmp_path: Path, made: str) -> 
     """Across files, within files and within row groups; cursors are JSON."""
     texts = sentences(400)
     folder = tmp_path / "files"
-    place = parquet_files(folder, texts) if made == "parquet" else json_file(tmp_path / "a.jsonl", texts)
+    place = (
+        parquet_files(folder, texts)
+        if made == "parquet"
+        else json_file(tmp_path / "a.jsonl", texts)
+    )
     read_before: list[str] = []
     for chunk in file_texts([place]).chunks():
         read_before += chunk.texts
@@ -102,29 +107,42 @@ def corpora(tmp_path: Path) -> dict[str, Any]:
 
 def test_large_and_small_corpora_have_the_same_rows(tmp_path: Path) -> None:
     direct = divided(from_texts(TEXTS), 0.2, "")
-    train, validation = pack(direct.train, TOKENIZER, 16), pack(direct.validation, TOKENIZER, 16, separate=True)
+    train, validation = (
+        pack(direct.train, TOKENIZER, 16),
+        pack(direct.validation, TOKENIZER, 16, separate=True),
+    )
     cache = Cache(tmp_path / "cache")
     for corpus in corpora(tmp_path).values():
         for _ in range(2):
             assert rows_fingerprint(train_rows(corpus, TOKENIZER, 16, cache)) == train.fingerprint
-            assert rows_fingerprint(validation_rows(corpus, TOKENIZER, 16, cache)) == validation.fingerprint
+            assert (
+                rows_fingerprint(validation_rows(corpus, TOKENIZER, 16, cache))
+                == validation.fingerprint
+            )
         assert list(corpus.train["text"]) == direct.train["text"][:]
         assert list(corpus.validation["text"]) == direct.validation["text"][:]
 
 
 def test_validation_files_are_the_validation_part(tmp_path: Path) -> None:
-    source, other = parquet_files(tmp_path / "t", TEXTS), json_file(tmp_path / "v.jsonl", ["held", "out"])
+    source, other = (
+        parquet_files(tmp_path / "t", TEXTS),
+        json_file(tmp_path / "v.jsonl", ["held", "out"]),
+    )
     corpus = SourceCorpus(file_texts([source]), file_texts([other]))
     cache = Cache(tmp_path / "cache")
     due = pack(from_texts(["held", "out"]), TOKENIZER, 16, separate=True)
     assert validation_rows(corpus, TOKENIZER, 16, cache).fingerprint == due.fingerprint
-    assert train_rows(corpus, TOKENIZER, 16, cache).fingerprint == pack(from_texts(TEXTS), TOKENIZER, 16).fingerprint
+    assert (
+        train_rows(corpus, TOKENIZER, 16, cache).fingerprint
+        == pack(from_texts(TEXTS), TOKENIZER, 16).fingerprint
+    )
     assert list(corpus.validation["text"]) == ["held", "out"]
 
 
 def test_from_any_cursor_of_two_sources_exactly_the_rest_is_read(tmp_path: Path) -> None:
     corpus = SourceCorpus(
-        file_texts([parquet_files(tmp_path / "t", sentences(150))]), file_texts([parquet_files(tmp_path / "v", TEXTS)])
+        file_texts([parquet_files(tmp_path / "t", sentences(150))]),
+        file_texts([parquet_files(tmp_path / "v", TEXTS)]),
     )
     whole = [(chunk.part, text) for chunk in corpus.chunks() for text in chunk.texts]
     before: list[Any] = []
@@ -156,8 +174,13 @@ def test_shards_made_elsewhere_are_a_corpus_with_their_tokenizer(tmp_path: Path)
     for path in (str(tmp_path / "shards"), remote):
         cache = Cache(tmp_path / "cache")
         again = Shards.build(Shards.Config(path=path), length=8, seed=0, cache=cache)
-        saved = Saved.build(Saved.Config(path=f"{path}/tokenizer.json"), documents=again, cache=cache)
-        assert train_rows(again, saved, 8, cache).fingerprint == train_rows(corpus, TOKENIZER, 8, cache).fingerprint
+        saved = Saved.build(
+            Saved.Config(path=f"{path}/tokenizer.json"), documents=again, cache=cache
+        )
+        assert (
+            train_rows(again, saved, 8, cache).fingerprint
+            == train_rows(corpus, TOKENIZER, 8, cache).fingerprint
+        )
         with pytest.raises(DataError, match='kind = "saved"'):
             BytePair.build(BytePair.Config(size=300), documents=again, cache=cache)
     assert made.folder == tmp_path / "shards"
@@ -173,7 +196,9 @@ def test_a_tokenizer_learned_from_a_large_corpus_is_cached(tmp_path: Path) -> No
     due = BytePair.build(BytePair.Config(size=270), documents=direct, cache=None)
     for _ in range(2):
         built = BytePair.build(
-            BytePair.Config(size=270), documents=corpora_of(tmp_path), cache=Cache(tmp_path / "cache")
+            BytePair.Config(size=270),
+            documents=corpora_of(tmp_path),
+            cache=Cache(tmp_path / "cache"),
         )
         assert built.fingerprint == due.fingerprint
     assert len(list((tmp_path / "cache" / "byte_pairs").iterdir())) == 1
@@ -182,7 +207,9 @@ def test_a_tokenizer_learned_from_a_large_corpus_is_cached(tmp_path: Path) -> No
 def corpora_of(tmp_path: Path) -> Any:
     if not (tmp_path / "set").exists():
         return corpora(tmp_path)["hub"]
-    return Hub.build(Hub.Config(name=str(tmp_path / "set"), held_out=0.2), length=8, seed=0, cache=None)
+    return Hub.build(
+        Hub.Config(name=str(tmp_path / "set"), held_out=0.2), length=8, seed=0, cache=None
+    )
 
 
 def test_conditions_of_a_large_corpus_are_refused(tmp_path: Path) -> None:
@@ -202,22 +229,48 @@ def faults(folder: Path) -> dict[str, Any]:
     (folder / "a.csv").write_text("text\na\n")
     return {
         "column": (lambda: file_texts([parquet]), r'no column "text"; it has \[.body., .n.\]'),
-        "field": (lambda: file_texts([lines], column="txt"), r'no column "txt".*Did you mean "text"'),
-        "number": (lambda: file_texts([parquet], column="n"), r'column "n" must hold text; it holds 0 \(int\)'),
-        "latin": (lambda: file_texts([str(folder / "latin.txt")]), r"latin\.txt is not UTF-8: byte 0xe9 at offset 3"),
+        "field": (
+            lambda: file_texts([lines], column="txt"),
+            r'no column "txt".*Did you mean "text"',
+        ),
+        "number": (
+            lambda: file_texts([parquet], column="n"),
+            r'column "n" must hold text; it holds 0 \(int\)',
+        ),
+        "latin": (
+            lambda: file_texts([str(folder / "latin.txt")]),
+            r"latin\.txt is not UTF-8: byte 0xe9 at offset 3",
+        ),
         "json": (
             lambda: file_texts([str(folder / "latin.jsonl")]),
             r"latin\.jsonl is not UTF-8: byte 0xe9 at offset 28",
         ),
         "torn": (lambda: file_texts([str(folder / "torn.jsonl")]), r"torn\.jsonl.*cannot be read"),
-        "parquet": (lambda: file_texts([str(folder / "torn.parquet")]), r"torn\.parquet.*cannot be read"),
+        "parquet": (
+            lambda: file_texts([str(folder / "torn.parquet")]),
+            r"torn\.parquet.*cannot be read",
+        ),
         "missing": (lambda: file_texts([str(folder / "none.parquet")]), "There is no file"),
         "hub": (lambda: hub_texts(str(folder / "nowhere")), "cannot be read.*name the folder"),
-        "split": (lambda: hub_texts(str(folder / "p"), split="dev", column="body"), "cannot be read"),
+        "split": (
+            lambda: hub_texts(str(folder / "p"), split="dev", column="body"),
+            "cannot be read",
+        ),
     }
 
 
-FAULTS = ["column", "field", "number", "latin", "json", "torn", "parquet", "missing", "hub", "split"]
+FAULTS = [
+    "column",
+    "field",
+    "number",
+    "latin",
+    "json",
+    "torn",
+    "parquet",
+    "missing",
+    "hub",
+    "split",
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -243,10 +296,18 @@ def test_missing_texts_are_left_out(tmp_path: Path) -> None:
 def test_a_corpus_without_text_for_a_part_is_explained(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     few = json_file(tmp_path / "few.jsonl", ["a"])
-    cases = [([str(tmp_path / "empty.txt")], "no token"), ([few], "gave no text for (train|validation)")]
+    cases = [
+        ([str(tmp_path / "empty.txt")], "no token"),
+        ([few], "gave no text for (train|validation)"),
+    ]
     for files, told in cases:
         with pytest.raises(DataError, match=told):
-            train_rows(SourceCorpus(file_texts(files), held_out=0.5), TOKENIZER, 8, Cache(tmp_path / "cache"))
+            train_rows(
+                SourceCorpus(file_texts(files), held_out=0.5),
+                TOKENIZER,
+                8,
+                Cache(tmp_path / "cache"),
+            )
     with pytest.raises(ArgumentError, match="held_out"):
         SourceCorpus(file_texts([few]), held_out=0.0)
 

@@ -9,7 +9,14 @@ import pytest
 from datasets import Dataset
 
 from ddiff.data.cache import Cache
-from ddiff.data.documents import Documents, bundled_novels, from_texts, symbol_rows, text_files, text_fingerprint
+from ddiff.data.documents import (
+    Documents,
+    bundled_novels,
+    from_texts,
+    symbol_rows,
+    text_files,
+    text_fingerprint,
+)
 from ddiff.errors import ArgumentError, DataError
 
 
@@ -28,7 +35,9 @@ def test_the_novels_are_their_chapters_and_persuasion_is_held_out(novels: Docume
     assert (len(novels.train), len(novels.validation)) == (55 + 48 + 31 + 61 + 50, 24)
     assert {name.rsplit(" ", 1)[0] for name in novels.validation["name"]} == {"persuasion"}
     assert "persuasion" not in " ".join(novels.train["name"])
-    assert all(text.splitlines()[0].lower().startswith("chapter") for text in novels.validation["text"][1:])
+    assert all(
+        text.splitlines()[0].lower().startswith("chapter") for text in novels.validation["text"][1:]
+    )
 
 
 def test_no_text_of_the_novels_is_lost_to_the_chapters(novels: Documents) -> None:
@@ -64,7 +73,9 @@ def test_a_volume_heading_goes_with_the_chapter_that_follows(novels: Documents) 
 )
 def test_a_document_is_what_split_says(tmp_path: Path, split: str, expected: list[str]) -> None:
     write(tmp_path, a="one\ntwo\n\nthree\n", b="four", v="held out")
-    documents = text_files([str(tmp_path / "[ab].txt")], validation=[str(tmp_path / "v.txt")], split=split)  # type: ignore[arg-type]
+    documents = text_files(
+        [str(tmp_path / "[ab].txt")], validation=[str(tmp_path / "v.txt")], split=split
+    )  # type: ignore[arg-type]
     assert documents.train["text"] == expected
     assert documents.validation["text"] == ["held out"]
 
@@ -86,7 +97,9 @@ def test_the_held_out_share_follows_the_text_alone(tmp_path: Path) -> None:
     # 80 +- 8 expected; the split is fixed, and 4.5 deviations tell a wrong share from a right one.
     assert 44 < len(whole.validation) < 116
     assert sorted([*whole.train["text"], *whole.validation["text"]]) == sorted(lines)
-    fewer = text_files(write(tmp_path, b="\n".join(reversed(lines[:200] * 2))), split="line", held_out=0.2)
+    fewer = text_files(
+        write(tmp_path, b="\n".join(reversed(lines[:200] * 2))), split="line", held_out=0.2
+    )
     assert set(fewer.validation["text"]) == set(whole.validation["text"]) & set(lines[:200])
 
 
@@ -109,14 +122,19 @@ def test_the_cache_answers_for_equal_content_only(tmp_path: Path) -> None:
 
 
 def test_fingerprints_tell_texts_and_their_boundaries_apart() -> None:
-    fingerprints = {text_fingerprint(from_texts(texts)) for texts in (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"])}
+    fingerprints = {
+        text_fingerprint(from_texts(texts))
+        for texts in (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"])
+    }
     assert len(fingerprints) == 4
     assert text_fingerprint(from_texts(["ab", "c"], ["x", "y"])) in fingerprints
 
 
 def test_line_ends_of_windows_and_a_byte_order_mark_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
-    documents = text_files([str(tmp_path / "a.txt")], validation=write(tmp_path, v="held out"), split="line")
+    documents = text_files(
+        [str(tmp_path / "a.txt")], validation=write(tmp_path, v="held out"), split="line"
+    )
     assert documents.train["text"] == ["one", "two"]
 
 
@@ -162,7 +180,8 @@ def test_rows_of_symbols_all_have_the_length(tmp_path: Path) -> None:
     documents = symbol_rows(paths[:1], validation=paths[1:], length=4)
     assert documents.train["text"] == ["acgt", "ttga"]
     with pytest.raises(
-        DataError, match=r"a\.txt line 3 has 4 symbols.*length = 5|a\.txt line 1 has 4 symbols.*length = 5"
+        DataError,
+        match=r"a\.txt line 3 has 4 symbols.*length = 5|a\.txt line 1 has 4 symbols.*length = 5",
     ):
         symbol_rows(paths[:1], validation=paths[1:], length=5)
     write(tmp_path, a="acgt\n\nttg\n")

@@ -30,12 +30,16 @@ def test_epochs_and_seeds_give_different_orders() -> None:
 def test_the_row_depends_on_its_own_position_alone() -> None:
     together = row_at(7, np.arange(300), 129)
     assert [int(row_at(7, position, 129)) for position in range(300)] == together.tolist()
-    assert row_at(7, np.arange(300).reshape(3, 100), 129).tolist() == together.reshape(3, 100).tolist()
+    assert (
+        row_at(7, np.arange(300).reshape(3, 100), 129).tolist() == together.reshape(3, 100).tolist()
+    )
 
 
 @pytest.mark.parametrize("num_rows", [2, 3, 5, 12])
 def test_over_seeds_the_first_place_shows_every_row_equally_often(num_rows: int) -> None:
-    counts = np.bincount([int(row_at(seed, 0, num_rows)) for seed in range(1000)], minlength=num_rows)
+    counts = np.bincount(
+        [int(row_at(seed, 0, num_rows)) for seed in range(1000)], minlength=num_rows
+    )
     expected = 1000 / num_rows
     chi_square = ((counts - expected) ** 2 / expected).sum()
     # Fixed seeds; for at most 11 degrees of freedom a value above 45 has probability under 1e-5.
@@ -44,7 +48,9 @@ def test_over_seeds_the_first_place_shows_every_row_equally_often(num_rows: int)
 
 def test_an_order_is_not_a_run() -> None:
     shown = row_at(0, np.arange(1000), 1000)
-    assert sum(after - before == 1 for before, after in pairwise(shown.tolist())) < 12  # one on average
+    assert (
+        sum(after - before == 1 for before, after in pairwise(shown.tolist())) < 12
+    )  # one on average
 
 
 def test_positions_far_into_a_run_are_exact() -> None:
@@ -56,7 +62,9 @@ def test_positions_far_into_a_run_are_exact() -> None:
     assert 0 <= row_at(0, position, num_rows) < num_rows
 
 
-@pytest.mark.parametrize(("position", "num_rows", "named"), [(0, 0, "num_rows"), (-1, 5, "position")])
+@pytest.mark.parametrize(
+    ("position", "num_rows", "named"), [(0, 0, "num_rows"), (-1, 5, "position")]
+)
 def test_impossible_arguments_are_named(position: int, num_rows: int, named: str) -> None:
     with pytest.raises(ArgumentError, match=named):
         row_at(0, position, num_rows)

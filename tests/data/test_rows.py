@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from ddiff.data.cache import Cache
 from ddiff.data.corpus import train_rows, validation_rows
 from ddiff.data.documents import Documents, from_texts
-from ddiff.data.rows import PackedRows, batch_rows, pack, pack_texts, rows_fingerprint, rows_of_ids, token_stream
+from ddiff.data.rows import (
+    PackedRows,
+    batch_rows,
+    pack,
+    pack_texts,
+    rows_fingerprint,
+    rows_of_ids,
+    token_stream,
+)
 from ddiff.data.tokenizer import EOS, AlphabetTokenizer, BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
 
@@ -103,14 +111,22 @@ def test_a_batch_is_the_asked_rows_in_the_asked_order() -> None:
     assert torch.equal(batch.ids, torch.from_numpy(rows[:].ids[order]).long())
     assert batch.index.tolist() == order.tolist()
     assert batch_rows(rows, order, index=[8, 9, 10, 11]).index.tolist() == [8, 9, 10, 11]
-    assert (batch.ids.dtype, batch.document.dtype, batch.valid.dtype) == (torch.long, torch.long, torch.bool)
+    assert (batch.ids.dtype, batch.document.dtype, batch.valid.dtype) == (
+        torch.long,
+        torch.long,
+        torch.bool,
+    )
 
 
 def test_a_batch_moves_with_its_conditions() -> None:
     batch = batch_rows(pack(from_texts(TEXTS), TOKENIZER, 8), [0, 1])
     batch.conditions["label"] = torch.zeros(2)
     moved = batch.to("meta")
-    assert {moved.ids.device.type, moved.index.device.type, moved.conditions["label"].device.type} == {"meta"}
+    assert {
+        moved.ids.device.type,
+        moved.index.device.type,
+        moved.conditions["label"].device.type,
+    } == {"meta"}
     assert batch.ids.device.type == "cpu"
     assert moved.packed == batch.packed
 
@@ -123,7 +139,9 @@ def test_the_stream_is_the_tokens_without_padding() -> None:
 
 def test_texts_become_rows_of_their_own() -> None:
     rows = pack_texts(["the cat", "the mat " * 20], TOKENIZER, 16)
-    assert in_order(rows)[0] == [number for row in ended(["the cat", "the mat " * 20]) for number in row]
+    assert in_order(rows)[0] == [
+        number for row in ended(["the cat", "the mat " * 20]) for number in row
+    ]
     assert rows[[0]].document[0, 0] == 0
     assert rows[[1]].document[0, 0] == 1
 
@@ -136,14 +154,17 @@ def test_an_end_mark_spelled_in_a_text_ends_no_document() -> None:
 def test_symbols_give_one_row_per_document() -> None:
     tokenizer = AlphabetTokenizer("ACGT")
     for separate in (False, True):
-        batch = batch_rows(pack(from_texts(["ACGT", "TTTT"]), tokenizer, 4, separate=separate), [0, 1])
+        batch = batch_rows(
+            pack(from_texts(["ACGT", "TTTT"]), tokenizer, 4, separate=separate), [0, 1]
+        )
         assert batch.ids.tolist() == [[0, 1, 2, 3], [3, 3, 3, 3]]
         assert batch.valid.all()
         assert not batch.packed
 
 
 @pytest.mark.parametrize(
-    ("texts", "told"), [(["ACGT", "ACG"], "row 1 has 3 symbols"), (["ACGTA"], "row 0 has 5 symbols")]
+    ("texts", "told"),
+    [(["ACGT", "ACG"], "row 1 has 3 symbols"), (["ACGTA"], "row 0 has 5 symbols")],
 )
 def test_symbol_rows_of_another_length_are_refused(texts: list[str], told: str) -> None:
     with pytest.raises(DataError, match=told):
@@ -157,16 +178,25 @@ def test_an_unknown_symbol_is_named_with_its_row_in_the_corpus() -> None:
         pack(from_texts(texts), AlphabetTokenizer("ACGT"), 4)
 
 
-def test_the_cache_answers_for_the_same_text_and_tokenizer_only_and_for_any_length(tmp_path: Path) -> None:
+def test_the_cache_answers_for_the_same_text_and_tokenizer_only_and_for_any_length(
+    tmp_path: Path,
+) -> None:
     cache = Cache(tmp_path)
     other = BytePairTokenizer.train(TEXTS, 260)
-    kinds = [(TEXTS, TOKENIZER, 16), (TEXTS, TOKENIZER, 17), (TEXTS, other, 16), (TEXTS[1:], TOKENIZER, 16)]
+    kinds = [
+        (TEXTS, TOKENIZER, 16),
+        (TEXTS, TOKENIZER, 17),
+        (TEXTS, other, 16),
+        (TEXTS[1:], TOKENIZER, 16),
+    ]
     for _ in range(2):
         for texts, tokenizer, length in kinds:
             documents = Documents(from_texts(texts), from_texts(TEXTS[:2]))
             train = train_rows(documents, tokenizer, length, cache)
             held = validation_rows(documents, tokenizer, length, cache)
-            assert rows_fingerprint(train) == rows_fingerprint(pack(documents.train, tokenizer, length))
+            assert rows_fingerprint(train) == rows_fingerprint(
+                pack(documents.train, tokenizer, length)
+            )
             due = pack(documents.validation, tokenizer, length, separate=True)
             assert rows_fingerprint(held) == rows_fingerprint(due)
         assert len(list((tmp_path / "tokens").iterdir())) == 3
@@ -180,7 +210,11 @@ def test_a_corpus_that_cannot_be_packed_leaves_nothing_in_the_cache(tmp_path: Pa
 
 
 def test_fingerprints_tell_rows_apart() -> None:
-    made = [pack(from_texts(TEXTS), TOKENIZER, length, separate=s) for length in (8, 16) for s in (False, True)]
+    made = [
+        pack(from_texts(TEXTS), TOKENIZER, length, separate=s)
+        for length in (8, 16)
+        for s in (False, True)
+    ]
     assert len({rows_fingerprint(rows) for rows in made}) == 4
 
 

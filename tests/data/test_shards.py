@@ -49,7 +49,10 @@ def test_shards_hold_what_packing_in_memory_holds(made: Shards) -> None:
     """The same split by hash, the same rows, document by document, across the borders of many shards."""
     assert len(made.records(TRAIN)) > 5
     direct = divided(from_texts(TEXTS), HELD_OUT, "")
-    for part, documents, separate in ((TRAIN, direct.train, False), (VALIDATION, direct.validation, True)):
+    for part, documents, separate in (
+        (TRAIN, direct.train, False),
+        (VALIDATION, direct.validation, True),
+    ):
         for length in (7, 64, 2000):
             rows = rows_of_stream(made.stream(part), TOKENIZER, length, separate=separate)
             due = pack(documents, TOKENIZER, length, separate=separate)
@@ -81,7 +84,9 @@ def test_ids_are_stored_in_16_bits_and_documents_by_their_ends(made: Shards) -> 
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_workers_writes_the_same_bytes(made: Shards, tmp_path: Path, workers: int) -> None:
+def test_any_number_of_workers_writes_the_same_bytes(
+    made: Shards, tmp_path: Path, workers: int
+) -> None:
     build(tmp_path / "many", workers=workers)
     assert contents(tmp_path / "many") == contents(made.folder)
 
@@ -107,12 +112,18 @@ build(Path(sys.argv[1]), workers={workers})
 
 
 @pytest.mark.parametrize(("after", "workers"), [(1, 1), (8, 1), (11, 2)])
-def test_a_killed_build_goes_on_from_its_whole_shards(made: Shards, tmp_path: Path, after: int, workers: int) -> None:
+def test_a_killed_build_goes_on_from_its_whole_shards(
+    made: Shards, tmp_path: Path, after: int, workers: int
+) -> None:
     """Killed in the middle of a file, between the two files of a shard, and between the shards of a pair."""
     script = KILLED.format(here=str(Path(__file__).parent), after=after, workers=workers)
-    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "killed")], stderr=subprocess.DEVNULL
+    )
     assert ended.returncode == -signal.SIGKILL
-    with pytest.raises(DataError, match="it has no manifest" if after == 1 else "a build that was stopped"):
+    with pytest.raises(
+        DataError, match="it has no manifest" if after == 1 else "a build that was stopped"
+    ):
         read_shards(tmp_path / "killed")
     asked: list[Any] = []
 
@@ -136,7 +147,9 @@ def test_a_folder_of_shards_can_be_moved(made: Shards, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "wide"])
-def test_a_damaged_shard_is_named_with_the_remedy(made: Shards, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_shard_is_named_with_the_remedy(
+    made: Shards, tmp_path: Path, damage: str
+) -> None:
     copied = Path(shutil.copytree(made.folder, tmp_path / "copy"))
     file = copied / "train_00001.tokens.npy"
     content = bytearray(file.read_bytes())
@@ -159,10 +172,14 @@ def test_a_damaged_shard_is_named_with_the_remedy(made: Shards, tmp_path: Path, 
 
 def test_another_tokenizer_is_refused_with_what_differs(made: Shards) -> None:
     other = BytePairTokenizer.train([SENTENCE] * 4, 270)
-    with pytest.raises(DataError, match=f"num_tokens was {TOKENIZER.num_tokens} and is {other.num_tokens}"):
+    with pytest.raises(
+        DataError, match=f"num_tokens was {TOKENIZER.num_tokens} and is {other.num_tokens}"
+    ):
         made.check_tokenizer(other)
     with pytest.raises(DataError, match="another tokenizer"):
-        write_shards(made.folder, chunks_of(TEXTS), other, source={"texts": len(TEXTS)}, held_out=HELD_OUT)
+        write_shards(
+            made.folder, chunks_of(TEXTS), other, source={"texts": len(TEXTS)}, held_out=HELD_OUT
+        )
     made.check_tokenizer(TOKENIZER)
 
 
@@ -192,7 +209,10 @@ def test_an_empty_source_leaves_no_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_unknown_symbol_is_named_whoever_tokenises(workers: int) -> None:
     texts = ["ACGT"] * 90 + ["ACNT"] + ["ACGT"] * 9
-    chunks = [Chunk(texts[i : i + 10], names=[f"line {n}" for n in range(i, i + 10)]) for i in range(0, 100, 10)]
+    chunks = [
+        Chunk(texts[i : i + 10], names=[f"line {n}" for n in range(i, i + 10)])
+        for i in range(0, 100, 10)
+    ]
     with pytest.raises(DataError, match=r"Row 90 \(line 90\).*'N'"):
         list(encoded(chunks, AlphabetTokenizer("ACGT"), workers=workers))
 
@@ -267,7 +287,9 @@ def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> No
     grown = []
     for documents in (2000, 200_000):
         command = [sys.executable, "-c", MEASURED, str(tmp_path / str(documents)), str(documents)]
-        rise, found = map(int, subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).split())
+        rise, found = map(
+            int, subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).split()
+        )
         assert found > 0.98 * documents
         grown.append(rise)
     assert grown[1] - grown[0] < 1300  # KiB; 180 mostly, and up to 1110 on a busy machine

@@ -86,12 +86,18 @@ class Counted:
 
 
 @pytest.mark.parametrize("place", ["list", "parquet", "json"])
-def test_another_process_goes_on_without_reading_what_came_before(tmp_path: Path, place: str) -> None:
+def test_another_process_goes_on_without_reading_what_came_before(
+    tmp_path: Path, place: str
+) -> None:
     """From the file of cursors, at every block of two epochs; a line that a kill has torn is passed over."""
     if place == "list":
         chunks: Any = chunks_of(TEXTS)
     else:
-        file = parquet_files(tmp_path / "p", TEXTS) if place == "parquet" else json_file(tmp_path / "a.jsonl", TEXTS)
+        file = (
+            parquet_files(tmp_path / "p", TEXTS)
+            if place == "parquet"
+            else json_file(tmp_path / "a.jsonl", TEXTS)
+        )
         config = Files.Config(files=(file,), held_out=HELD_OUT)
         chunks = Files.build(config, length=LENGTH, seed=0, cache=None).train_chunks
     count = 2 * len(PACKED)
@@ -107,7 +113,9 @@ def test_another_process_goes_on_without_reading_what_came_before(tmp_path: Path
         assert (found.ids == ids[numbers]).all()
         assert (found.document == document[numbers]).all()
         if place == "list":
-            assert counted.texts <= 8 * 3 + BLOCK * LENGTH  # a few chunks, and at most a text a token
+            assert (
+                counted.texts <= 8 * 3 + BLOCK * LENGTH
+            )  # a few chunks, and at most a text a token
 
 
 def test_a_state_is_json_and_says_where_to_go_on() -> None:
@@ -135,12 +143,19 @@ def test_a_source_without_text_to_train_on_ends() -> None:
 
 def test_a_streamed_corpus_evaluates_and_counts_on_its_head(tmp_path: Path) -> None:
     config = Files.Config(
-        files=(parquet_files(tmp_path / "p", TEXTS),), held_out=HELD_OUT, streaming=True, head=50, block=BLOCK
+        files=(parquet_files(tmp_path / "p", TEXTS),),
+        held_out=HELD_OUT,
+        streaming=True,
+        head=50,
+        block=BLOCK,
     )
     corpus = Files.build(config, length=LENGTH, seed=0, cache=None)
     assert isinstance(corpus, StreamedCorpus)
     head, cache = divided(from_texts(TEXTS[:50]), HELD_OUT, ""), Cache(tmp_path / "cache")
-    rows, held = train_rows(corpus, TOKENIZER, LENGTH, cache), validation_rows(corpus, TOKENIZER, LENGTH, cache)
+    rows, held = (
+        train_rows(corpus, TOKENIZER, LENGTH, cache),
+        validation_rows(corpus, TOKENIZER, LENGTH, cache),
+    )
     assert held.fingerprint == pack(head.validation, TOKENIZER, LENGTH, separate=True).fingerprint
     assert (rows.token_counts() == pack(head.train, TOKENIZER, LENGTH).token_counts()).all()
     assert list(corpus.train["text"]) == head.train["text"][:]
@@ -153,7 +168,10 @@ def test_a_streamed_corpus_evaluates_and_counts_on_its_head(tmp_path: Path) -> N
 
 
 def test_a_head_takes_documents_of_both_sources(tmp_path: Path) -> None:
-    train, other = parquet_files(tmp_path / "t", TEXTS), parquet_files(tmp_path / "v", sentences(30, seed=1))
+    train, other = (
+        parquet_files(tmp_path / "t", TEXTS),
+        parquet_files(tmp_path / "v", sentences(30, seed=1)),
+    )
     config = Files.Config(files=(train,), validation=(other,), streaming=True, head=10)
     corpus = Files.build(config, length=LENGTH, seed=0, cache=None)
     assert list(corpus.train["text"]) == TEXTS[:10]

@@ -41,7 +41,9 @@ def model_folder(byte_pairs: BytePairTokenizer, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module", params=["bytepair", "alphabet", "pretrained"])
-def tokenizer(request: pytest.FixtureRequest, byte_pairs: BytePairTokenizer, model_folder: Path) -> Tokenizer:
+def tokenizer(
+    request: pytest.FixtureRequest, byte_pairs: BytePairTokenizer, model_folder: Path
+) -> Tokenizer:
     if request.param == "bytepair":
         return byte_pairs
     if request.param == "alphabet":
@@ -66,8 +68,14 @@ def test_there_is_one_spelling_per_id(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("place", ["local", "memory"])
-def test_a_saved_tokenizer_restores_as_itself(tokenizer: Tokenizer, place: str, tmp_path: Path) -> None:
-    path = f"memory://tokenizers{tmp_path}/t.json" if place == "memory" else str(tmp_path / "deep" / "t.json")
+def test_a_saved_tokenizer_restores_as_itself(
+    tokenizer: Tokenizer, place: str, tmp_path: Path
+) -> None:
+    path = (
+        f"memory://tokenizers{tmp_path}/t.json"
+        if place == "memory"
+        else str(tmp_path / "deep" / "t.json")
+    )
     tokenizer.save(path)
     restored = load_tokenizer(path)
     assert type(restored) is type(tokenizer)
@@ -98,7 +106,9 @@ def test_byte_pairs_have_one_special_token_with_id_zero(byte_pairs: BytePairToke
     assert len(byte_pairs.encode(["the cat"])[0]) < 7  # it has learned something
 
 
-def test_training_is_deterministic_and_fingerprints_tell_corpora_apart(byte_pairs: BytePairTokenizer) -> None:
+def test_training_is_deterministic_and_fingerprints_tell_corpora_apart(
+    byte_pairs: BytePairTokenizer,
+) -> None:
     assert BytePairTokenizer.train(CORPUS, 270).fingerprint == byte_pairs.fingerprint
     assert BytePairTokenizer.train(CORPUS, 269).fingerprint != byte_pairs.fingerprint
     assert BytePairTokenizer.train(["xyz xyz"] * 9, 270).fingerprint != byte_pairs.fingerprint
@@ -144,7 +154,9 @@ def test_encoding_does_not_change_a_fingerprint(model_folder: Path) -> None:
     assert PretrainedTokenizer(tokenizer._tokenizer).fingerprint == tokenizer.fingerprint
 
 
-def test_no_tokenizer_to_be_had_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tokenizer_to_be_had_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(DataError, match="holds no tokenizer"):
         PretrainedTokenizer.from_pretrained(str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -163,7 +175,9 @@ def test_no_tokenizer_to_be_had_is_explained(tmp_path: Path, monkeypatch: pytest
         ('{"kind": "alphabet"}', "damaged"),
     ],
 )
-def test_files_that_hold_no_tokenizer_are_explained(tmp_path: Path, content: str | None, told: str) -> None:
+def test_files_that_hold_no_tokenizer_are_explained(
+    tmp_path: Path, content: str | None, told: str
+) -> None:
     path = tmp_path / "t.json"
     if content is not None:
         path.write_text(content)

@@ -33,18 +33,27 @@ def exact_ask(process: ForwardProcess, source: MarkovSource, says: str = "law") 
 
 def row_nats(source: MarkovSource, x0: Tensor) -> Tensor:
     """[B] -ln P(x) of rows x0 [B,L]."""
-    move, start = torch.from_numpy(source.transition).log(), torch.from_numpy(source.stationary).log()
+    move, start = (
+        torch.from_numpy(source.transition).log(),
+        torch.from_numpy(source.stationary).log(),
+    )
     return -(start[x0[:, 0]] + move[x0[:, :-1], x0[:, 1:]].sum(-1))
 
 
 def ids_of(source: MarkovSource, count: int, length: int) -> Tensor:
     """[count, length] symbols as numbers."""
-    return torch.tensor([[source.symbols.index(symbol) for symbol in row] for row in source.rows(count, length)])
+    return torch.tensor(
+        [[source.symbols.index(symbol) for symbol in row] for row in source.rows(count, length)]
+    )
 
 
 def _law_of_rest(process: ForwardProcess, source: MarkovSource, noisy: Noisy) -> Tensor:
     """[B,L,V] log-probabilities. A draw of the prior, at t = 1, says nothing; with blocks, no later block is seen."""
-    seen = process.log_likelihood(noisy.zt.reshape(-1), noisy.t.reshape(-1)).softmax(-1).reshape(*noisy.zt.shape, -1)
+    seen = (
+        process.log_likelihood(noisy.zt.reshape(-1), noisy.t.reshape(-1))
+        .softmax(-1)
+        .reshape(*noisy.zt.shape, -1)
+    )
     seen = torch.where((noisy.t < 1.0).unsqueeze(-1), seen, torch.ones_like(seen))
     if noisy.block is None:
         return _forward_backward(seen, source).log()
@@ -61,7 +70,10 @@ def _law_of_rest(process: ForwardProcess, source: MarkovSource, noisy: Noisy) ->
 def _forward_backward(evidence: Tensor, source: MarkovSource) -> Tensor:
     """[B,L,V] law of each symbol given the evidence [B,L,V] at all other positions."""
     move, start = torch.from_numpy(source.transition), torch.from_numpy(source.stationary)
-    before, after = [start.expand(len(evidence), -1)], [torch.ones(len(evidence), len(start), dtype=torch.float64)]
+    before, after = (
+        [start.expand(len(evidence), -1)],
+        [torch.ones(len(evidence), len(start), dtype=torch.float64)],
+    )
     for i in range(evidence.shape[1] - 1):
         before.append(_normal((before[-1] * evidence[:, i]) @ move))
         after.append(_normal((after[-1] * evidence[:, -1 - i]) @ move.T))

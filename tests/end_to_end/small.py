@@ -55,7 +55,9 @@ steps = 4
 count = 2
 """
 
-CORPUS = "\n".join(f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd")
+CORPUS = "\n".join(
+    f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd"
+)
 FLAT = ['vocabulary={kind="flat"}', 'process={kind="mdlm"}', 'denoiser.head="tokens"']
 
 

@@ -73,7 +73,9 @@ def test_guidance_between_and_beyond(told: Run) -> None:
     plain = told.sample(8, conditions={"kind": 1}, batch=8)
     assert told.sample(8, conditions={"kind": 1}, guidance=1.0, batch=8) == plain
     none = told.sample(8, conditions={"kind": 1}, guidance=0.0, batch=8)
-    assert [sample["ids"] for sample in none] == [sample["ids"] for sample in told.sample(8, batch=8)]
+    assert [sample["ids"] for sample in none] == [
+        sample["ids"] for sample in told.sample(8, batch=8)
+    ]
     strong = told.sample(8, conditions={"kind": 1}, guidance=3.0, batch=8)
     assert strong[0]["nfe"] > 1.5 * max(sample["nfe"] for sample in plain)
     assert share(strong, "cd") >= share(plain, "cd")
@@ -81,7 +83,9 @@ def test_guidance_between_and_beyond(told: Run) -> None:
 
 @pytest.mark.slow
 def test_a_text_is_likelier_under_its_own_kind(told: Run) -> None:
-    own, other = (told.nelbo(["abbaabab"], conditions={"kind": kind}).nelbo_nats_per_token for kind in (0, 1))
+    own, other = (
+        told.nelbo(["abbaabab"], conditions={"kind": kind}).nelbo_nats_per_token for kind in (0, 1)
+    )
     assert own + 2.0 < other
 
 
@@ -96,7 +100,16 @@ def test_evaluation_is_told_the_documents_own_labels(told: Run) -> None:
 
 @pytest.mark.slow
 def test_the_command_line_tells_too(place: Path, told: Run, ddiff: Command) -> None:
-    arguments = ("sample", str(place / "runs/told"), "--count", "3", "--condition", "kind=1", "--guidance", "2.5")
+    arguments = (
+        "sample",
+        str(place / "runs/told"),
+        "--count",
+        "3",
+        "--condition",
+        "kind=1",
+        "--guidance",
+        "2.5",
+    )
     code, out, _ = ddiff(*arguments)
     assert code == 0
     samples = [json.loads(line) for line in out.splitlines()]
@@ -109,11 +122,16 @@ def test_a_vector_is_told_as_a_label_is(place: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(place)
     monkeypatch.setenv("DDIFF_CACHE", str(place / "cache"))
     lines = [
-        json.loads(line) | {"style": [0.5, float(number % 3)]} for number, line in enumerate(rows(60).splitlines())
+        json.loads(line) | {"style": [0.5, float(number % 3)]}
+        for number, line in enumerate(rows(60).splitlines())
     ]
     (place / "vectors.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    recipe = RECIPE.replace("rows.jsonl", "vectors.jsonl").replace('labels = ["kind"]', 'vectors = ["style"]')
-    recipe = recipe.replace("kind = { classes = 2,", "style = { width = 2,").replace('"told"', '"vectors"')
+    recipe = RECIPE.replace("rows.jsonl", "vectors.jsonl").replace(
+        'labels = ["kind"]', 'vectors = ["style"]'
+    )
+    recipe = recipe.replace("kind = { classes = 2,", "style = { width = 2,").replace(
+        '"told"', '"vectors"'
+    )
     (place / "vectors.toml").write_text(recipe)
     run = api.run("vectors.toml", settings=["train.steps=2"])
     with torch.no_grad():
@@ -128,7 +146,10 @@ def test_a_vector_is_told_as_a_label_is(place: Path, monkeypatch: pytest.MonkeyP
     assert one == same != other
     each = run.sample(2, conditions={"style": [[1.0, 0.0], [0.0, 5.0]]}, batch=2)
     for number, vector in enumerate(([1.0, 0.0], [0.0, 5.0])):
-        assert each[number]["ids"] == run.sample(2, conditions={"style": vector}, batch=2)[number]["ids"]
+        assert (
+            each[number]["ids"]
+            == run.sample(2, conditions={"style": vector}, batch=2)[number]["ids"]
+        )
 
 
 # ---------------------------------------------------------------------- prompts and gaps
@@ -139,7 +160,9 @@ def encoded(run: Run, text: str) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["ancestral", "confidence", "first_hitting", "remdm", "tau_leaping"])
+@pytest.mark.parametrize(
+    "sampler", ["ancestral", "confidence", "first_hitting", "remdm", "tau_leaping"]
+)
 def test_prompts_of_any_length_are_kept_bit_for_bit(sampler: str, small: Run) -> None:
     prompts = ["the old cat", "the", "", "a red hat sat"]
     samples = small.sample(prompt=prompts, sampler=sampler, steps=3, batch=3)
@@ -173,15 +196,30 @@ def test_a_text_with_gaps_does_not_depend_on_the_texts_beside_it(small: Run) -> 
 
 
 @pytest.mark.slow
-def test_the_command_line_reads_prompts_from_a_file(place: Path, small: Run, ddiff: Command) -> None:
+def test_the_command_line_reads_prompts_from_a_file(
+    place: Path, small: Run, ddiff: Command
+) -> None:
     (place / "prompts.txt").write_text("the old\n\nthe red cat\n")
-    code, out, _ = ddiff("sample", str(place / "runs/small"), "--prompts", str(place / "prompts.txt"), "--steps", "3")
-    assert code == 0
-    assert [json.loads(line) for line in out.splitlines()] == small.sample(prompt=["the old", "the red cat"], steps=3)
     code, out, _ = ddiff(
-        "sample", str(place / "runs/small"), "--infill", "the [MASK:2]", "--count", "2", "--steps", "3"
+        "sample", str(place / "runs/small"), "--prompts", str(place / "prompts.txt"), "--steps", "3"
     )
-    assert [json.loads(line) for line in out.splitlines()] == small.sample(2, infill="the [MASK:2]", steps=3)
+    assert code == 0
+    assert [json.loads(line) for line in out.splitlines()] == small.sample(
+        prompt=["the old", "the red cat"], steps=3
+    )
+    code, out, _ = ddiff(
+        "sample",
+        str(place / "runs/small"),
+        "--infill",
+        "the [MASK:2]",
+        "--count",
+        "2",
+        "--steps",
+        "3",
+    )
+    assert [json.loads(line) for line in out.splitlines()] == small.sample(
+        2, infill="the [MASK:2]", steps=3
+    )
 
 
 # ---------------------------------------------------------------------- samplers
@@ -190,15 +228,22 @@ def test_the_command_line_reads_prompts_from_a_file(place: Path, small: Run, ddi
 @pytest.mark.slow
 def test_settings_go_over_the_sampler_s_own_keys(told: Run, small: Run) -> None:
     """A temperature of a hundredth takes the likelier of every pair of symbols: far fewer different rows are left."""
-    cold = {sample["text"] for sample in told.sample(16, conditions={"kind": 0}, settings=["temperature=0.01"])}
-    assert len(cold) < len({sample["text"] for sample in told.sample(16, conditions={"kind": 0})}) / 2
+    cold = {
+        sample["text"]
+        for sample in told.sample(16, conditions={"kind": 0}, settings=["temperature=0.01"])
+    }
+    assert (
+        len(cold) < len({sample["text"] for sample in told.sample(16, conditions={"kind": 0})}) / 2
+    )
     assert small.sample(2, steps=3, sampler="ancestral") == small.sample(2, steps=3)
 
 
 @pytest.mark.slow
 def test_a_sampler_may_be_an_object_and_every_step_may_be_seen(small: Run) -> None:
     seen: list[int] = []
-    samples = small.sample(2, sampler=api.AncestralSampler(3), on_step=lambda step, canvas: seen.append(step))
+    samples = small.sample(
+        2, sampler=api.AncestralSampler(3), on_step=lambda step, canvas: seen.append(step)
+    )
     assert samples == small.sample(2, steps=3)
     assert seen == [1, 2, 3]
 

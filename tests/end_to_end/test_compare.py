@@ -53,25 +53,38 @@ def test_every_figure_is_what_the_files_say(place: Path) -> None:
     assert [row.process for row in comparison.rows] == ["hdlm", "mdlm"]
     for row in comparison.rows:
         run = api.load(place / row.run)
-        evaluation, metrics = read(place / row.run / "evaluation.json"), lines(place / row.run / "metrics.jsonl")
+        evaluation, metrics = (
+            read(place / row.run / "evaluation.json"),
+            lines(place / row.run / "metrics.jsonl"),
+        )
         assert row.parameters == sum(parameter.numel() for parameter in run.denoiser.parameters())
         assert row.tokens_seen == sum(line["tokens"] for line in metrics)
         assert (row.bound, row.nats) == ("NELBO", evaluation["nelbo_nats_per_token"])
         assert list(row.interval or ()) == evaluation["interval"]
         assert row.bits_per_byte == evaluation["bits_per_byte"]
-        assert row.train_seconds == pytest.approx(1000 * sum(line["seconds"] for line in metrics) / row.tokens_seen)
-        samples, timing = lines(place / row.run / "samples.jsonl"), read(place / row.run / "sampling.json")
+        assert row.train_seconds == pytest.approx(
+            1000 * sum(line["seconds"] for line in metrics) / row.tokens_seen
+        )
+        samples, timing = (
+            lines(place / row.run / "samples.jsonl"),
+            read(place / row.run / "sampling.json"),
+        )
         assert row.nfe == sum(sample["nfe"] for sample in samples) / len(samples)
         assert row.sample_seconds == pytest.approx(1000 * timing["seconds"] / (8 * len(samples)))
         entropies = [
-            -sum(sample["ids"].count(v) / 8 * math.log(sample["ids"].count(v) / 8) for v in set(sample["ids"]))
+            -sum(
+                sample["ids"].count(v) / 8 * math.log(sample["ids"].count(v) / 8)
+                for v in set(sample["ids"])
+            )
             for sample in samples
         ]
         assert row.sample_entropy == pytest.approx(sum(entropies) / len(entropies))
 
 
 @pytest.mark.slow
-def test_the_command_prints_and_writes_one_table(place: Path, ddiff: Command, tmp_path: Path) -> None:
+def test_the_command_prints_and_writes_one_table(
+    place: Path, ddiff: Command, tmp_path: Path
+) -> None:
     runs = [str(place / "tree"), str(place / "flat")]
     code, out, _ = ddiff("compare", *runs, "--out", str(tmp_path / "made"))
     assert code == 0
@@ -87,14 +100,19 @@ def test_the_command_prints_and_writes_one_table(place: Path, ddiff: Command, tm
     assert len({line.count("|") for line in table}) == 1
     assert "nats/token" in table[0]
     assert "unigram" in markdown
-    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["compare.json", "compare.md"]
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [
+        "compare.json",
+        "compare.md",
+    ]
 
 
 @pytest.mark.slow
 def test_seeds_of_one_recipe_become_one_row_with_student_s_interval(place: Path) -> None:
     comparison = compare([place / "flat", place / "tree", place / "flat1"], group_seeds=True)
     assert [(row.run, row.seeds) for row in comparison.rows] == [("flat{,1}", 2), ("tree", 1)]
-    nats = [read(place / name / "evaluation.json")["nelbo_nats_per_token"] for name in ("flat", "flat1")]
+    nats = [
+        read(place / name / "evaluation.json")["nelbo_nats_per_token"] for name in ("flat", "flat1")
+    ]
     row, half = comparison.rows[0], student95(1) * abs(nats[0] - nats[1]) / 2
     assert nats[0] != nats[1]
     assert row.nats == pytest.approx(sum(nats) / 2)
@@ -111,10 +129,21 @@ def test_rows_of_one_name_are_told_apart_by_their_directories(place: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_runs_that_were_evaluated_otherwise_are_refused_and_what_differs_is_named(place: Path, ddiff: Command) -> None:
-    code, out, err = ddiff("compare", str(place / "flat"), str(place / "long"), str(place / "window"))
+def test_runs_that_were_evaluated_otherwise_are_refused_and_what_differs_is_named(
+    place: Path, ddiff: Command
+) -> None:
+    code, out, err = ddiff(
+        "compare", str(place / "flat"), str(place / "long"), str(place / "window")
+    )
     assert (code, out) == (2, "")
-    for expected in ("length: 8 in", "12 in", "data: ", "window: [0.001, 0.999] in", "[0.1, 0.9] in", "draws: 1 in"):
+    for expected in (
+        "length: 8 in",
+        "12 in",
+        "data: ",
+        "window: [0.001, 0.999] in",
+        "[0.1, 0.9] in",
+        "draws: 1 in",
+    ):
         assert expected in err
     assert "tokenizer: " not in err
     assert not Path("compare.json").exists()
@@ -144,7 +173,9 @@ def test_what_is_no_finished_run_is_named(place: Path, tmp_path: Path) -> None:
     (tmp_path / "half/evaluation.json").write_text('{"step": ')
     with pytest.raises(CheckpointError, match=r"evaluation\.json is damaged"):
         compare([tmp_path / "half"])
-    (tmp_path / "half/evaluation.json").write_text(json.dumps(read(place / "flat/evaluation.json") | {"step": 2}))
+    (tmp_path / "half/evaluation.json").write_text(
+        json.dumps(read(place / "flat/evaluation.json") | {"step": 2})
+    )
     with pytest.raises(CheckpointError, match=r"evaluation\.json of step 2"):
         compare([tmp_path / "half"])
     (tmp_path / "half/samples.jsonl").unlink()
@@ -175,7 +206,11 @@ def test_comparing_imports_no_torch(place: Path, tmp_path: Path) -> None:
     )
     arguments = ["compare", str(place / "flat"), "--out", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     assert done.stdout.splitlines()[-1] == "[]"
 

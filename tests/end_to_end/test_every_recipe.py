@@ -69,7 +69,9 @@ def test_these_are_all() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_evaluates_and_samples(name: str, place: Path) -> None:
     """Only sizes are changed, and the corpus. Two steps teach nothing: the bound is near that of the even law, ln V."""
-    network = [f"denoiser.settings.{setting}" for setting in BERT] if name.startswith("hf_") else NETWORK
+    network = (
+        [f"denoiser.settings.{setting}" for setting in BERT] if name.startswith("hf_") else NETWORK
+    )
     run = ddiff.run(name, settings=[*TINY, *network])
     assert run.recipe.name == name
 
@@ -77,7 +79,9 @@ def test_a_recipe_trains_evaluates_and_samples(name: str, place: Path) -> None:
     assert max(line["step"] for line in logged if "step" in line) == 2
     evaluation = run.evaluate()[0]
     assert 1.0 < evaluation.nelbo_nats_per_token < 1.5 * math.log(run.vocabulary.num_tokens)
-    samples = [json.loads(line) for line in (run.run_dir / "samples.jsonl").read_text().splitlines()]
+    samples = [
+        json.loads(line) for line in (run.run_dir / "samples.jsonl").read_text().splitlines()
+    ]
     ids = torch.tensor([sample["ids"] for sample in samples])
     assert ids.shape == (2, LENGTH)
     assert 0 <= int(ids.min()) <= int(ids.max()) < run.vocabulary.num_tokens

@@ -28,10 +28,16 @@ def test_the_weights_of_a_run_are_one_file(folder: Path, ddiff: Command) -> None
         metadata = file.metadata()
     assert metadata["vocabulary fingerprint"] == run.vocabulary.fingerprint
     assert metadata["tokenizer fingerprint"] == run.tokenizer.fingerprint
-    assert (metadata["step"], metadata["weights"], metadata["ddiff"]) == ("4", "trained", api.__version__)
+    assert (metadata["step"], metadata["weights"], metadata["ddiff"]) == (
+        "4",
+        "trained",
+        api.__version__,
+    )
 
 
-def test_an_average_is_taken_where_there_is_one_and_asked_for_where_there_is_none(folder: Path, ddiff: Command) -> None:
+def test_an_average_is_taken_where_there_is_one_and_asked_for_where_there_is_none(
+    folder: Path, ddiff: Command
+) -> None:
     assert ddiff("run", "small.toml", "--set", "train.steps=2")[0] == 0
     code, _, err = ddiff("export", "runs/small", "weights.safetensors", "--weights", "ema")
     assert code == 2

@@ -68,7 +68,9 @@ def test_a_tree_takes_a_flat_run_s_words_and_mask_and_its_clusters_begin_at_thei
     cluster = vocabulary.parent(torch.arange(words))
     for node in cluster.unique().tolist():
         torch.testing.assert_close(table[node], old[:words][cluster == node].mean(0))
-    assert torch.equal(state["backbone.blocks.0.qkv.weight"], theirs["backbone.blocks.0.qkv.weight"])
+    assert torch.equal(
+        state["backbone.blocks.0.qkv.weight"], theirs["backbone.blocks.0.qkv.weight"]
+    )
     assert run.init is not None
     assert set(run.init["by_word"]) == {"backbone.embedding.weight", "head.table", "head.bias"}
 
@@ -77,11 +79,16 @@ def test_a_tree_takes_a_flat_run_s_words_and_mask_and_its_clusters_begin_at_thei
 def test_below_a_cluster_the_new_head_has_the_law_of_the_old_one() -> None:
     """Softmax of the old words' logits within each cluster, at random hidden rows."""
     run, theirs = begun('train.init={run="runs/flat"}'), weights("flat")
-    vocabulary, hidden = run.vocabulary, torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    vocabulary, hidden = (
+        run.vocabulary,
+        torch.randn(5, 16, generator=torch.Generator().manual_seed(0)),
+    )
     logits = hidden @ theirs["head.table"].T + theirs["head.bias"]
     cluster = vocabulary.parent(torch.arange(vocabulary.num_tokens))
     for node in cluster.unique().tolist():
-        law = run.denoiser.head.visit(hidden, torch.full((5,), node), lambda law, idx: law.log_below(0).exp())
+        law = run.denoiser.head.visit(
+            hidden, torch.full((5,), node), lambda law, idx: law.log_below(0).exp()
+        )
         first = int(vocabulary.node_range(torch.tensor(node), 0)[0])
         below = vocabulary.order(0)[first : first + law.shape[1]]
         assert set(below.tolist()) == set((cluster == node).nonzero().squeeze(-1).tolist())
@@ -90,7 +97,11 @@ def test_below_a_cluster_the_new_head_has_the_law_of_the_old_one() -> None:
 
 @pytest.mark.slow
 def test_embeddings_alone_leave_the_rest_as_it_would_have_begun() -> None:
-    run, plain, theirs = begun('train.init={run="runs/flat", parts="embeddings"}'), begun(), weights("flat")
+    run, plain, theirs = (
+        begun('train.init={run="runs/flat", parts="embeddings"}'),
+        begun(),
+        weights("flat"),
+    )
     words = run.vocabulary.num_tokens
     for name, value in run.denoiser.state_dict().items():
         if name == "backbone.embedding.weight":
@@ -115,7 +126,10 @@ def test_a_run_records_where_it_began_and_goes_on_without_that_run(place: Path) 
     api.run("small.toml", settings=settings)
     recorded = json.loads(Path("runs/tuned/environment.json").read_text())["init"]
     assert (recorded["run"], recorded["parts"], recorded["step"]) == ("runs/flat", "all", 12)
-    first = [json.loads(line)["train_loss"] for line in Path("runs/tuned/metrics.jsonl").read_text().splitlines()]
+    first = [
+        json.loads(line)["train_loss"]
+        for line in Path("runs/tuned/metrics.jsonl").read_text().splitlines()
+    ]
     Path("runs/flat").rename("runs/elsewhere")
     try:
         api.run("small.toml", settings=[*settings, "train.steps=6"])
@@ -135,20 +149,31 @@ def test_a_model_s_embeddings_become_those_of_the_words(tmp_path: Path) -> None:
     model = transformers.AutoModel.from_config(config)
     model.save_pretrained(tmp_path / "model")
     run = begun(f"train.init={{model='{tmp_path / 'model'}', parts='embeddings'}}")
-    table, theirs = run.denoiser.state_dict()["backbone.embedding.weight"], model.get_input_embeddings().weight.detach()
+    table, theirs = (
+        run.denoiser.state_dict()["backbone.embedding.weight"],
+        model.get_input_embeddings().weight.detach(),
+    )
     words = run.vocabulary.num_tokens
     assert torch.equal(table[:words], theirs[:words])
     for node in (words, words + 3):
         members = (run.vocabulary.parent(torch.arange(words)) == node).nonzero().squeeze(-1)
         torch.testing.assert_close(table[node], theirs[members].mean(0))
-    assert run.init == {"model": str(tmp_path / "model"), "parts": "embeddings", "tokenizer": run.tokenizer.fingerprint}
-    with pytest.raises(ArgumentError, match="embeddings of width 16, and the network of this run has 32"):
+    assert run.init == {
+        "model": str(tmp_path / "model"),
+        "parts": "embeddings",
+        "tokenizer": run.tokenizer.fingerprint,
+    }
+    with pytest.raises(
+        ArgumentError, match="embeddings of width 16, and the network of this run has 32"
+    ):
         begun(f"train.init={{model='{tmp_path / 'model'}'}}", "denoiser.width=32")
 
 
 def test_weights_come_from_a_run_or_a_model() -> None:
     for init in ("{parts='all'}", "{run='a', model='b'}"):
-        with pytest.raises(RecipeError, match='name either "run", or "model", whose embeddings are taken'):
+        with pytest.raises(
+            RecipeError, match='name either "run", or "model", whose embeddings are taken'
+        ):
             read_recipe("small.toml", [f"train.init={init}"])
 
 

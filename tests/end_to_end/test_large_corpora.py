@@ -36,34 +36,58 @@ def test_shards_train_and_evaluate_as_documents_do() -> None:
     ddiff.run("small.toml", settings=['run_dir="text"', *BRIEF])
     ddiff.run("small.toml", settings=['run_dir="files"', *FILES, *BRIEF])
     command("data", "small.toml", "--out", "made", *(f"--set={setting}" for setting in FILES))
-    made = ['data.kind="shards"', 'data.path="made"', 'tokenizer.kind="saved"', 'tokenizer.path="made/tokenizer.json"']
+    made = [
+        'data.kind="shards"',
+        'data.path="made"',
+        'tokenizer.kind="saved"',
+        'tokenizer.path="made/tokenizer.json"',
+    ]
     ddiff.run("small.toml", settings=['run_dir="shards"', *made, *BRIEF])
-    readings = [json.loads(Path(name, "evaluation.json").read_text()) for name in ("text", "files", "shards")]
+    readings = [
+        json.loads(Path(name, "evaluation.json").read_text())
+        for name in ("text", "files", "shards")
+    ]
     assert readings[0]["tokens"] > 50
     assert readings[0]["bits_per_byte"] > 0
     assert readings[1] == readings[0]
     assert readings[2] == readings[0]
-    assert ddiff.load("shards").evaluate()[0].nelbo_nats_per_token == readings[0]["nelbo_nats_per_token"]
+    assert (
+        ddiff.load("shards").evaluate()[0].nelbo_nats_per_token
+        == readings[0]["nelbo_nats_per_token"]
+    )
 
 
 def test_a_streamed_run_goes_on_as_if_it_had_not_stopped() -> None:
     """Blocks of four rows: a step's batch is one, and the second call begins in the middle of the text."""
-    stream = [*FILES, "data.streaming=true", "data.head=20", "data.block=4", "train.checkpoint_every=3"]
+    stream = [
+        *FILES,
+        "data.streaming=true",
+        "data.head=20",
+        "data.block=4",
+        "train.checkpoint_every=3",
+    ]
     stream += ['train.schedule="constant"', "train.log_every=1", *BRIEF[1:]]
     for name, all_steps in (("straight", [6]), ("stopped", [3, 6])):
         for steps in all_steps:
             ddiff.run("small.toml", settings=[f'run_dir="{name}"', *stream, f"train.steps={steps}"])
     losses = [
-        [json.loads(line)["train_loss"] for line in Path(name, "metrics.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)["train_loss"]
+            for line in Path(name, "metrics.jsonl").read_text().splitlines()
+        ]
         for name in ("straight", "stopped")
     ]
     assert len(losses[0]) == 6
     assert losses[1] == losses[0]
-    readings = [json.loads(Path(name, "evaluation.json").read_text()) for name in ("straight", "stopped")]
+    readings = [
+        json.loads(Path(name, "evaluation.json").read_text()) for name in ("straight", "stopped")
+    ]
     assert readings[0] == readings[1]
 
 
-def test_the_data_command_says_what_there_is_and_verifies_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_data_command_says_what_there_is_and_verifies_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     settings = [f"--set={setting}" for setting in FILES]
     command("data", "small.toml", *settings)
     first = capsys.readouterr().out

@@ -95,7 +95,11 @@ FIRST = {
     "dense": [*MASKS, "data.alphabet=4"],
 }
 OTHERS = {
-    "hdlm, xi 0.8": [*TREE, 'vocabulary={kind="clusters", sizes=[2]}', 'process={kind="hdlm", xi=0.8}'],
+    "hdlm, xi 0.8": [
+        *TREE,
+        'vocabulary={kind="clusters", sizes=[2]}',
+        'process={kind="hdlm", xi=0.8}',
+    ],
     "hdlm, three levels": [
         "train.steps=240",
         'objective.loss={kind="hard", largest=10.0}',
@@ -104,8 +108,18 @@ OTHERS = {
         'process={kind="hdlm"}',
     ],
     "gidd": ['process={kind="gidd", p_uniform=0.1}', FLAT],
-    "sedd, absorb, scores": ['process={kind="sedd"}', "denoiser.head=score", "sample.sampler=analytic", FLAT],
-    "sedd, uniform, laws": ['process={kind="sedd", graph="uniform"}', "vocabulary.mask=false", "train.steps=320", FLAT],
+    "sedd, absorb, scores": [
+        'process={kind="sedd"}',
+        "denoiser.head=score",
+        "sample.sampler=analytic",
+        FLAT,
+    ],
+    "sedd, uniform, laws": [
+        'process={kind="sedd", graph="uniform"}',
+        "vocabulary.mask=false",
+        "train.steps=320",
+        FLAT,
+    ],
     "hybrid_epsilon": ['process={kind="hybrid_epsilon", epsilon=0.01}', FLAT],
     "hybrid_gamma": ['process={kind="hybrid_gamma", gamma=0.1}', FLAT],
     "block diffusion": [
@@ -113,9 +127,16 @@ OTHERS = {
         'objective.times={kind="block", width=4}',
         'sample.sampler={kind="blockwise", width=4}',
     ],
-    "ar": ["objective.kind=ar", "sample.sampler=left_to_right", "denoiser.time=false", "train.steps=60"],
+    "ar": [
+        "objective.kind=ar",
+        "sample.sampler=left_to_right",
+        "denoiser.time=false",
+        "train.steps=60",
+    ],
 }
-TWINS = [name for name in {**FIRST, **OTHERS} if name not in ("dense", "ar")]  # a dense one is in tests/evaluation
+TWINS = [
+    name for name in {**FIRST, **OTHERS} if name not in ("dense", "ar")
+]  # a dense one is in tests/evaluation
 VOCABULARIES = {
     "hdlm": HierarchicalVocabulary([[0, 1, 1, 0]]),
     "hdlm, xi 0.8": HierarchicalVocabulary([[0, 1, 1, 0]]),
@@ -127,7 +148,9 @@ VOCABULARIES = {
 def swaps_and_masks() -> DenseProcess:
     """Symbols are masked at rate 1 and changed into each other at uneven rates up to 0.2."""
     matrix = torch.zeros(5, 5, dtype=torch.float64)
-    matrix[:4, :4] = 0.2 * torch.rand(4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    matrix[:4, :4] = 0.2 * torch.rand(
+        4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
     matrix[:4, 4] = 1.0
     return DenseProcess(FlatVocabulary(4), matrix - matrix.sum(1).diag())
 
@@ -169,7 +192,9 @@ def test_the_bound_comes_down_to_the_entropy_and_never_below(name: str, folder: 
     readings = []
     for steps in (40, 120, 300):  # each goes on from the one before
         settings = [*FIRST[name], f"run_dir={str(folder / 'run')!r}", f"train.steps={steps}"]
-        readings.append(read(parse_recipe(RECIPE, settings=settings), 1 if steps < 300 else 4, process))
+        readings.append(
+            read(parse_recipe(RECIPE, settings=settings), 1 if steps < 300 else 4, process)
+        )
 
     assert readings[0].bound > 1.1, f"nothing was left to learn: {readings}"
     for reading in readings:
@@ -205,7 +230,9 @@ def test_the_exact_law_in_a_networks_place_has_the_entropy_for_its_bound(name: s
     x0 = ids_of(source, len(index), 8)
     ask = exact_ask(process, source, "score" if recipe.head.component.name == "score" else "law")
     rule = recipe.times.build().over(*recipe.evaluate.window)
-    terms = nelbo(process, ask, x0, torch.ones_like(x0) > 0, rule, Noise(0, 0, index, 8), index, len(index))
+    terms = nelbo(
+        process, ask, x0, torch.ones_like(x0) > 0, rule, Noise(0, 0, index, 8), index, len(index)
+    )
     excess = (terms.total - row_nats(source, x0)) / (8 * source.row_entropy(8))
     error = float(excess.std()) / len(index) ** 0.5
     assert 0.0 < error < 0.03
@@ -229,9 +256,13 @@ def test_the_exact_law_of_the_next_symbol_has_minus_ln_p_of_every_row() -> None:
     """Nothing is drawn, so that it holds row by row; 1e-12 for sums of eight logarithms in float64."""
     source, index, vocabulary = MarkovSource(4, peakedness=2.0), torch.arange(64), FlatVocabulary(4)
     head = TokenHead(vocabulary, vocabulary.num_states).double()
-    laws = torch.from_numpy(np.vstack([source.transition, source.stationary]))  # after each symbol, and after the mask
+    laws = torch.from_numpy(
+        np.vstack([source.transition, source.stationary])
+    )  # after each symbol, and after the mask
     head.table.data = laws.log().T.contiguous()
-    objective = AutoregressiveObjective(Denoiser(Previous(vocabulary.num_states), head, inputs="previous"))
+    objective = AutoregressiveObjective(
+        Denoiser(Previous(vocabulary.num_states), head, inputs="previous")
+    )
     x0 = ids_of(source, len(index), 8)
     batch = Batch(x0, x0 >= 0, x0 >= 0, torch.zeros_like(x0), index)
     nll = objective.nll(batch, Noise(0, 0, index, 8), index, len(index), FlatTimes()).terms["nll"]

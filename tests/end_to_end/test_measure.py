@@ -20,12 +20,20 @@ from ddiff.training.trainer import Trainer
 Called = Callable[..., tuple[int, str, str]]
 WIDTH, LENGTH, LAYERS, WORDS = 16, 8, 1, 270
 FLAT = ["vocabulary={kind='flat'}", "process={kind='mdlm'}", "denoiser.head=tokens"]
-AR = ["plugins=['ar', 'dit']", "vocabulary={kind='flat'}", "denoiser.head=tokens", "denoiser.time=false"]
+AR = [
+    "plugins=['ar', 'dit']",
+    "vocabulary={kind='flat'}",
+    "denoiser.head=tokens",
+    "denoiser.time=false",
+]
 ABSENT = f"tokenizer={{kind='pretrained', path='nowhere', size={WORDS}}}"
 
 
 def measured(settings: Sequence[str] = (), steps: int = 2, text: str = RECIPE) -> Measurement:
-    return measure(parse_recipe(text, settings=["backend.device=cpu", "train.optimizer=adamw", *settings]), steps)
+    return measure(
+        parse_recipe(text, settings=["backend.device=cpu", "train.optimizer=adamw", *settings]),
+        steps,
+    )
 
 
 def autoregressive() -> str:
@@ -50,7 +58,9 @@ def test_logits_are_those_that_the_head_computes(folder: Path) -> None:
     every = measured(AR, text=autoregressive())
     masked, tree = measured(FLAT, steps=10), measured(steps=10)
     assert every.cost.logits == every.num_tokens  # at each position all words
-    assert 0.3 * masked.num_tokens < masked.cost.logits < 0.7 * masked.num_tokens  # at the masks alone, half of them
+    assert (
+        0.3 * masked.num_tokens < masked.cost.logits < 0.7 * masked.num_tokens
+    )  # at the masks alone, half of them
     assert tree.cost.logits < 0.2 * tree.num_tokens  # clusters, or the words of one
 
 
@@ -59,7 +69,11 @@ def test_parameters_are_told_apart(folder: Path) -> None:
     states = found.num_tokens + 1
     assert found.cost.parameters.embedding == states * WIDTH
     assert found.cost.parameters.head == found.num_tokens * (WIDTH + 1)
-    assert 4 * found.cost.parameters.total == found.cost.footprint.parameters == found.cost.footprint.gradients
+    assert (
+        4 * found.cost.parameters.total
+        == found.cost.footprint.parameters
+        == found.cost.footprint.gradients
+    )
     moments = 2 * found.cost.footprint.parameters
     assert moments <= found.cost.footprint.optimizer < 1.01 * moments  # and a count of steps each
     assert found.cost.checkpoint == found.cost.footprint.parameters + found.cost.footprint.optimizer
@@ -95,18 +109,25 @@ def test_memory_is_seen_to_rise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "text"), [([], RECIPE), (FLAT, RECIPE), (AR, autoregressive()), (["train.accumulate=2"], RECIPE)]
+    ("settings", "text"),
+    [([], RECIPE), (FLAT, RECIPE), (AR, autoregressive()), (["train.accumulate=2"], RECIPE)],
 )
-def test_the_first_loss_is_known_before_it_is_trained(folder: Path, settings: list[str], text: str) -> None:
+def test_the_first_loss_is_known_before_it_is_trained(
+    folder: Path, settings: list[str], text: str
+) -> None:
     """The same rows, times and noise: nothing but rounding is between them, dropout included."""
     found = measured(settings, text=text)
     assert found.first_law is not None
     assert found.first_loss == pytest.approx(found.first_law.there, rel=1e-6)
     assert not found.is_off
-    assert abs(found.first_law.mean - found.unigram) < 6 * found.first_law.error + 0.05  # the bound at the unigram law
+    assert (
+        abs(found.first_law.mean - found.unigram) < 6 * found.first_law.error + 0.05
+    )  # the bound at the unigram law
 
 
-def test_the_law_of_an_autoregressive_head_starts_at_the_entropy_of_the_unigram(folder: Path) -> None:
+def test_the_law_of_an_autoregressive_head_starts_at_the_entropy_of_the_unigram(
+    folder: Path,
+) -> None:
     found = measured(AR, text=autoregressive())
     assert found.first_law is not None
     assert found.first_law.mean == pytest.approx(found.unigram, abs=4 * found.first_law.error)
@@ -117,7 +138,9 @@ def test_a_loss_that_is_divided_by_another_count_is_warned_of(
 ) -> None:
     counts = Trainer._denominators
     monkeypatch.setattr(
-        Trainer, "_denominators", lambda self, batches: {k: v / 2 for k, v in counts(self, batches).items()}
+        Trainer,
+        "_denominators",
+        lambda self, batches: {k: v / 2 for k, v in counts(self, batches).items()},
     )
     assert measured().is_off
     code, out, _ = ddiff("run", "small.toml", "--dry-run", "--measure", "2")
@@ -184,12 +207,18 @@ def test_what_has_no_room_is_not_begun(folder: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ArgumentError, match=r"for the backward of 4000000 rows.*train.batch=\d+"):
         measured(["train.batch=4000000"])
     monkeypatch.setattr("ddiff.runs.measure.free_bytes", lambda device: 1000.0)
-    with pytest.raises(ArgumentError, match=r"parameters, which with gradients .* free\. Measure where"):
+    with pytest.raises(
+        ArgumentError, match=r"parameters, which with gradients .* free\. Measure where"
+    ):
         measured()
 
 
 def test_known_devices_have_the_figures_of_their_makers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, figure in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA H200", 989e12)):
+    for name, figure in (
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA H200", 989e12),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert cost.peak(torch.device("cuda"))[0] == figure
 

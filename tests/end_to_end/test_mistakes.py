@@ -30,7 +30,9 @@ from ddiff.training.checkpoint import Checkpoints
 from ddiff.training.metrics import MetricsFile, StepRecord
 from ddiff.training.tracker import NoTracker
 
-PROGRESS = re.compile(r"[a-z ]+: \d+/\d+ |\w+: [\d,]+ parameters in |Going on from step |All \d+ steps are done")
+PROGRESS = re.compile(
+    r"[a-z ]+: \d+/\d+ |\w+: [\d,]+ parameters in |Going on from step |All \d+ steps are done"
+)
 Command = Callable[..., tuple[int, str, str]]
 SHORT = ("--set", "train.steps=4", "--set", "train.checkpoint_every=2")
 
@@ -48,7 +50,11 @@ def refused(answer: tuple[int, str, str], *expected: str) -> str:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 FLAT = ("--set", 'vocabulary={kind="flat"}')
@@ -62,16 +68,37 @@ MISTAKES = {
     "missing file": (("--set", 'data.files=["nowhere.txt"]'), ("[data]: ", "nowhere.txt")),
     "xi over one": (("--set", "process.xi=1.5"), ("[process] xi", "1.5")),
     "xi of zero": (("--set", "process.xi=0.0"), ("[process] xi", "0")),
-    "two clocks": (("--set", "process.gamma=1.0", "--set", "process.rates=[1.0, 2.0]"), ("gamma and rates",)),
+    "two clocks": (
+        ("--set", "process.gamma=1.0", "--set", "process.rates=[1.0, 2.0]"),
+        ("gamma and rates",),
+    ),
     "too many rates": (("--set", "process.rates=[1.0, 2.0, 3.0]"), ("[process]: ", "3", "2")),
-    "xi for other levels": (("--set", "process.xi=[0.9, 0.8, 0.7]"), ("[process]: ", "xi", "2 levels", "0.7")),
-    "a power that is not used": (("--set", 'process={kind="mdlm", power=2.0}'), ("power", 'schedule = "linear"')),
-    "a power that is missing": (("--set", 'process={kind="mdlm", schedule="power"}'), ("power", "None")),
-    "zero clusters": (("--set", "vocabulary.sizes=[0]"), ("[vocabulary] sizes[0]", "greater than 0")),
-    "more clusters than words": (("--set", "vocabulary.sizes=[4000]"), ("[vocabulary]: sizes", "4000", "270")),
+    "xi for other levels": (
+        ("--set", "process.xi=[0.9, 0.8, 0.7]"),
+        ("[process]: ", "xi", "2 levels", "0.7"),
+    ),
+    "a power that is not used": (
+        ("--set", 'process={kind="mdlm", power=2.0}'),
+        ("power", 'schedule = "linear"'),
+    ),
+    "a power that is missing": (
+        ("--set", 'process={kind="mdlm", schedule="power"}'),
+        ("power", "None"),
+    ),
+    "zero clusters": (
+        ("--set", "vocabulary.sizes=[0]"),
+        ("[vocabulary] sizes[0]", "greater than 0"),
+    ),
+    "more clusters than words": (
+        ("--set", "vocabulary.sizes=[4000]"),
+        ("[vocabulary]: sizes", "4000", "270"),
+    ),
     "levels that grow": (("--set", "vocabulary.sizes=[4, 9]"), ("[vocabulary]: sizes", "9")),
     "tree process on words alone": (FLAT, ("[process]: ", "hdlm", "clusters")),
-    "flat process on a tree": (("--set", 'process={kind="mdlm"}'), ("[process]: ", "mdlm", '"flat"')),
+    "flat process on a tree": (
+        ("--set", 'process={kind="mdlm"}'),
+        ("[process]: ", "mdlm", '"flat"'),
+    ),
     "masks for a vocabulary without": (
         ("--set", 'vocabulary={kind="flat", mask=false}', "--set", 'process={kind="mdlm"}'),
         ("mdlm",),
@@ -80,15 +107,27 @@ MISTAKES = {
         ("--set", 'objective.times={kind="block", width=4}'),
         ("AncestralSampler", "trained in windows", "blockwise"),
     ),
-    "heads that do not divide": (("--set", "denoiser.heads=3"), ("[denoiser]: ", "width 16 and heads 3")),
+    "heads that do not divide": (
+        ("--set", "denoiser.heads=3"),
+        ("[denoiser]: ", "width 16 and heads 3"),
+    ),
     "window inside out": (("--set", "evaluate.window=[0.9, 0.1]"), ("window", "0.9")),
-    "times inside out": (("--set", 'objective.times={kind="flat", start=0.5, stop=0.4}'), ("0.5", "0.4")),
+    "times inside out": (
+        ("--set", 'objective.times={kind="flat", start=0.5, stop=0.4}'),
+        ("0.5", "0.4"),
+    ),
     "unknown component": (("--set", 'process={kind="hdml"}'), ("hdml", "hdlm")),
     "unknown device": (("--set", 'backend.device="tpu9"'), ("[backend]: device", "tpu9")),
-    "device that is not here": (("--set", 'backend.device="cuda:99"'), ("[backend]: device", "cuda:99")),
+    "device that is not here": (
+        ("--set", 'backend.device="cuda:99"'),
+        ("[backend]: device", "cuda:99"),
+    ),
     "several processes": (("--set", "backend.processes=4"), ("[backend]: ", "4")),
     "too small an alphabet": (("--set", "tokenizer.size=12"), ("[tokenizer] size", "257")),
-    "missing embeddings": (("--set", 'vocabulary.source="none.npy"'), ("[vocabulary]: ", "none.npy")),
+    "missing embeddings": (
+        ("--set", 'vocabulary.source="none.npy"'),
+        ("[vocabulary]: ", "none.npy"),
+    ),
     "symbols of another length": (("--set", 'tokenizer={kind="alphabet"}'), ("length",)),
     "paper weights on three levels": (
         ("--set", "vocabulary.sizes=[8, 3]", "--set", 'objective.loss="empirical"'),
@@ -97,13 +136,18 @@ MISTAKES = {
     "run_dir under a file": (("--set", 'run_dir="corpus.txt/run"'), ("run_dir", "corpus.txt")),
     "run_dir that is a file": (("--set", 'run_dir="corpus.txt"'), ("run_dir", "corpus.txt")),
     "run_dir where nobody writes": (("--set", 'run_dir="/proc/run"'), ("run_dir", "/proc")),
-    "name that is a path": (("--set", 'name="../small"'), ("the recipe name", "../small", "run_dir")),
+    "name that is a path": (
+        ("--set", 'name="../small"'),
+        ("the recipe name", "../small", "run_dir"),
+    ),
 }
 ONLY_THE_DATA_TELLS = {"symbols of another length"}
 
 
 @pytest.mark.parametrize("name", list(MISTAKES))
-def test_a_recipe_that_cannot_be_run_says_why_and_writes_nothing(name: str, folder: Path, ddiff: Command) -> None:
+def test_a_recipe_that_cannot_be_run_says_why_and_writes_nothing(
+    name: str, folder: Path, ddiff: Command
+) -> None:
     settings, expected = MISTAKES[name]
     refused(ddiff("run", "small.toml", *settings), *expected)
     assert sorted(path.name for path in folder.iterdir()) == ["corpus.txt", "small.toml"]
@@ -122,9 +166,13 @@ def test_a_dry_run_refuses_what_the_run_would_unless_only_the_data_tells(
     assert sorted(path.name for path in folder.iterdir()) == ["corpus.txt", "small.toml"]
 
 
-def test_where_a_run_is_to_be_written_is_asked_before_its_data_is_read(folder: Path, ddiff: Command) -> None:
+def test_where_a_run_is_to_be_written_is_asked_before_its_data_is_read(
+    folder: Path, ddiff: Command
+) -> None:
     Path("corpus.txt").write_bytes(b"\xff\xfe")
-    refused(ddiff("run", "small.toml", "--set", 'run_dir="small.toml/run"'), "run_dir", "small.toml")
+    refused(
+        ddiff("run", "small.toml", "--set", 'run_dir="small.toml/run"'), "run_dir", "small.toml"
+    )
 
 
 CORPORA = {
@@ -136,7 +184,9 @@ CORPORA = {
 
 
 @pytest.mark.parametrize("name", list(CORPORA))
-def test_a_corpus_that_is_no_text_says_why_and_writes_nothing(name: str, folder: Path, ddiff: Command) -> None:
+def test_a_corpus_that_is_no_text_says_why_and_writes_nothing(
+    name: str, folder: Path, ddiff: Command
+) -> None:
     content, expected = CORPORA[name]
     Path("corpus.txt").write_bytes(content)
     refused(ddiff("run", "small.toml"), *expected)
@@ -145,7 +195,9 @@ def test_a_corpus_that_is_no_text_says_why_and_writes_nothing(name: str, folder:
 
 def test_embeddings_with_nan_make_no_clusters(folder: Path, ddiff: Command) -> None:
     np.save("embeddings.npy", np.full((270, 4), np.nan, np.float32))
-    refused(ddiff("run", "small.toml", "--set", 'vocabulary.source="embeddings.npy"'), "embeddings.npy")
+    refused(
+        ddiff("run", "small.toml", "--set", 'vocabulary.source="embeddings.npy"'), "embeddings.npy"
+    )
     assert not Path("runs").exists()
 
 
@@ -182,7 +234,12 @@ def run_dir(finished: Path, folder: Path) -> Path:
 
 
 def newest(run_dir: Path, name: str) -> Path:
-    return run_dir / "checkpoints" / f"step_{Checkpoints(run_dir / 'checkpoints').steps()[-1]:08d}" / name
+    return (
+        run_dir
+        / "checkpoints"
+        / f"step_{Checkpoints(run_dir / 'checkpoints').steps()[-1]:08d}"
+        / name
+    )
 
 
 COMMANDS = {
@@ -194,8 +251,12 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
-@pytest.mark.parametrize("file", ["model.safetensors", "manifest.json", "state.json", "complete.json"])
-def test_a_truncated_checkpoint_is_named_and_left_alone(file: str, name: str, run_dir: Path, ddiff: Command) -> None:
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "manifest.json", "state.json", "complete.json"]
+)
+def test_a_truncated_checkpoint_is_named_and_left_alone(
+    file: str, name: str, run_dir: Path, ddiff: Command
+) -> None:
     damaged = newest(run_dir, file)
     damaged.write_bytes(damaged.read_bytes()[:-20])
     before = files(run_dir)
@@ -203,9 +264,13 @@ def test_a_truncated_checkpoint_is_named_and_left_alone(file: str, name: str, ru
     assert files(run_dir) == before
 
 
-@pytest.mark.parametrize("file", ["recipe.toml", "environment.json", "tokenizer.json", "vocabulary.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["recipe.toml", "environment.json", "tokenizer.json", "vocabulary.safetensors"]
+)
 @pytest.mark.parametrize("command", ["eval", "sample"])
-def test_a_truncated_file_of_the_run_is_named(file: str, command: str, run_dir: Path, ddiff: Command) -> None:
+def test_a_truncated_file_of_the_run_is_named(
+    file: str, command: str, run_dir: Path, ddiff: Command
+) -> None:
     damaged = run_dir / file
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
     before = files(run_dir)
@@ -213,19 +278,32 @@ def test_a_truncated_file_of_the_run_is_named(file: str, command: str, run_dir: 
     assert files(run_dir) == before
 
 
-@pytest.mark.parametrize("file", ["recipe.toml", "environment.json", "evaluation.json", "samples.jsonl"])
-def test_a_truncated_file_of_the_run_is_named_when_the_run_goes_on(file: str, run_dir: Path, ddiff: Command) -> None:
+@pytest.mark.parametrize(
+    "file", ["recipe.toml", "environment.json", "evaluation.json", "samples.jsonl"]
+)
+def test_a_truncated_file_of_the_run_is_named_when_the_run_goes_on(
+    file: str, run_dir: Path, ddiff: Command
+) -> None:
     damaged = run_dir / file
     content = damaged.read_bytes()
-    damaged.write_bytes(content[: content.rindex(b'"')])  # within a text: what is left is never whole by chance
+    damaged.write_bytes(
+        content[: content.rindex(b'"')]
+    )  # within a text: what is left is never whole by chance
     refused(ddiff(*COMMANDS["run"]), file)
 
 
-def test_files_of_two_formats_are_refused_before_they_are_read(folder: Path, ddiff: Command) -> None:
+def test_files_of_two_formats_are_refused_before_they_are_read(
+    folder: Path, ddiff: Command
+) -> None:
     for name in ("a.jsonl", "b.parquet"):
         (folder / name).write_text('{"text": "It rained."}\n')
     corpus = 'data={kind="files", files=["*.jsonl", "*.parquet"], length=16}'
-    refused(ddiff("run", "small.toml", "--dry-run", "--set", corpus), "one of", "parquet", "files of one format")
+    refused(
+        ddiff("run", "small.toml", "--dry-run", "--set", corpus),
+        "one of",
+        "parquet",
+        "files of one format",
+    )
 
 
 def test_a_run_without_a_checkpoint_cannot_be_read(run_dir: Path, ddiff: Command) -> None:
@@ -233,7 +311,9 @@ def test_a_run_without_a_checkpoint_cannot_be_read(run_dir: Path, ddiff: Command
     refused(ddiff("eval", "runs/small"), "no complete checkpoint")
 
 
-def test_fewer_steps_than_a_run_has_are_answered_with_what_can_be_done(run_dir: Path, ddiff: Command) -> None:
+def test_fewer_steps_than_a_run_has_are_answered_with_what_can_be_done(
+    run_dir: Path, ddiff: Command
+) -> None:
     before = files(run_dir)
     for mode in ([], ["--dry-run"]):
         refused(
@@ -260,7 +340,9 @@ def poison(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])
-def test_weights_with_nan_neither_score_nor_speak(command: str, run_dir: Path, ddiff: Command) -> None:
+def test_weights_with_nan_neither_score_nor_speak(
+    command: str, run_dir: Path, ddiff: Command
+) -> None:
     poison(run_dir)
     before = files(run_dir)
     refused(ddiff(command, "runs/small"), "finite")
@@ -276,7 +358,9 @@ def test_training_that_only_gives_nan_stops_with_a_reason(run_dir: Path, ddiff: 
 
 
 def test_a_vocabulary_of_another_tokenizer_is_refused(run_dir: Path, ddiff: Command) -> None:
-    other = BytePairTokenizer.train(["quite another text, quite another text and its words"] * 9, 270)
+    other = BytePairTokenizer.train(
+        ["quite another text, quite another text and its words"] * 9, 270
+    )
     other.save(str(run_dir / "tokenizer.json"))
     for command in ("eval", "sample"):
         refused(ddiff(command, "runs/small"), "another tokenizer", other.fingerprint)
@@ -295,7 +379,9 @@ def test_weights_of_another_model_are_refused(run_dir: Path, ddiff: Command) -> 
 
 
 def test_another_corpus_is_not_trained_on_by_accident(run_dir: Path, ddiff: Command) -> None:
-    Path("corpus.txt").write_text(Path("corpus.txt").read_text() + "\nand one line more that was not there")
+    Path("corpus.txt").write_text(
+        Path("corpus.txt").read_text() + "\nand one line more that was not there"
+    )
     before = files(run_dir)
     refused(ddiff(*COMMANDS["more steps"]), "--fresh")
     assert files(run_dir) == before
@@ -329,7 +415,9 @@ def test_a_rate_matrix_may_be_lists_and_anything_else_is_explained() -> None:
     vocabulary = api.FlatVocabulary(2, mask=False)
     rates = [[-1.0, 1.0], [2.0, -2.0]]
     t = torch.tensor([0.3], dtype=torch.float64)
-    given = [api.DenseProcess(vocabulary, matrix) for matrix in (rates, torch.tensor(rates).double())]
+    given = [
+        api.DenseProcess(vocabulary, matrix) for matrix in (rates, torch.tensor(rates).double())
+    ]
     assert torch.equal(*(process.rates(t).dense() for process in given))
     for wrong in ([[-1.0, 1.0], [2.0]], "rates", None):
         with pytest.raises(ArgumentError, match="matrix must be"):
@@ -341,7 +429,9 @@ def test_a_class_in_place_of_a_process_is_explained() -> None:
         check_process(api.DenseProcess)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
 def test_a_signal_is_not_swallowed_and_the_same_call_goes_on(
     number: int, error: type[BaseException], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,14 +473,20 @@ def test_one_process_at_a_time_writes_to_a_run(run_dir: Path, ddiff: Command) ->
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         for more in ((), ("--fresh",)):
-            refused(ddiff("run", "small.toml", *SHORT, *more), "being written by another process", str(other.pid))
+            refused(
+                ddiff("run", "small.toml", *SHORT, *more),
+                "being written by another process",
+                str(other.pid),
+            )
         other.kill()
     assert files(run_dir) == before
     assert ddiff("run", "small.toml", *SHORT)[0] == 0
     assert not (run_dir.parent / ".small.lock").exists()
 
 
-def test_a_run_is_evaluated_as_its_recipe_has_it_whatever_was_read_in_between(run_dir: Path, ddiff: Command) -> None:
+def test_a_run_is_evaluated_as_its_recipe_has_it_whatever_was_read_in_between(
+    run_dir: Path, ddiff: Command
+) -> None:
     first = json.loads((run_dir / "evaluation.json").read_text())
     code, out, _ = ddiff("eval", "runs/small", "--set", "evaluate.draws=3")
     assert (code, "Written to runs/small/evaluation.json" in out) == (0, True)
@@ -399,7 +495,9 @@ def test_a_run_is_evaluated_as_its_recipe_has_it_whatever_was_read_in_between(ru
     assert json.loads((run_dir / "evaluation.json").read_text()) == first
 
 
-def test_a_recipe_that_only_evaluates_otherwise_is_sent_to_eval(run_dir: Path, ddiff: Command) -> None:
+def test_a_recipe_that_only_evaluates_otherwise_is_sent_to_eval(
+    run_dir: Path, ddiff: Command
+) -> None:
     code, _, err = ddiff("run", "small.toml", *SHORT, "--set", "evaluate.draws=3")
     assert code == 2
     assert "evaluate.draws: was 1, is 3" in err
@@ -422,7 +520,9 @@ def test_exports_make_their_folder(run_dir: Path, ddiff: Command) -> None:
     assert Path("new/folder/small.safetensors").is_file()
 
 
-def test_a_tracker_is_closed_however_training_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_is_closed_however_training_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(tracker: NoTracker, step: int, metrics: object) -> None:
         raise RuntimeError("the disk is full")
 
@@ -440,7 +540,9 @@ GENERATED = (
 )  # fmt: skip
 
 
-def test_a_generated_source_is_shown_with_its_entropy_rate_and_has_no_bytes(folder: Path, ddiff: Command) -> None:
+def test_a_generated_source_is_shown_with_its_entropy_rate_and_has_no_bytes(
+    folder: Path, ddiff: Command
+) -> None:
     for command in (("run", "small.toml", *SHORT, *GENERATED), ("eval", "runs/small")):
         code, out, err = ddiff(*command)
         assert code == 0, err

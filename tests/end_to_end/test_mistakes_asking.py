@@ -36,8 +36,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         api.run("told.toml")
         always = ["denoiser.conditions.kind.dropout=0.0", "sample.conditions.kind=1"]
         api.run("told.toml", settings=[*always, 'name="always"'])
-        styled = RECIPE.replace("rows.jsonl", "styled.jsonl").replace('labels = ["kind"]', 'vectors = ["style"]')
-        Path("styled.toml").write_text(styled.replace("kind = { classes = 2,", "style = { width = 3,"))
+        styled = RECIPE.replace("rows.jsonl", "styled.jsonl").replace(
+            'labels = ["kind"]', 'vectors = ["style"]'
+        )
+        Path("styled.toml").write_text(
+            styled.replace("kind = { classes = 2,", "style = { width = 3,")
+        )
         lines = [
             json.loads(line) | {"style": [0.5, 1, number % 3], "group": 1}
             for number, line in enumerate(rows(60).splitlines())
@@ -57,9 +61,21 @@ def refused(answer: tuple[int, str, str], *expected: str) -> None:
 
 
 SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "unknown sampler": ("small", ("--sampler", "confidnce"), ('no sampler "confidnce"', '"confidence"')),
-    "unknown key of a sampler": ("small", ("--set", "temperatur=1.0"), ("temperatur", '"temperature"')),
-    "a key with its table": ("small", ("--set", "sample.sampler.last=argmax"), ("sample", "leave out")),
+    "unknown sampler": (
+        "small",
+        ("--sampler", "confidnce"),
+        ('no sampler "confidnce"', '"confidence"'),
+    ),
+    "unknown key of a sampler": (
+        "small",
+        ("--set", "temperatur=1.0"),
+        ("temperatur", '"temperature"'),
+    ),
+    "a key with its table": (
+        "small",
+        ("--set", "sample.sampler.last=argmax"),
+        ("sample", "leave out"),
+    ),
     "a key out of range": ("small", ("--set", "temperature=-1.0"), ("temperature", "0")),
     "zero steps": ("small", ("--steps", "0"), ("--steps", "1")),
     "zero samples": ("small", ("--count", "0"), ("--count", "1")),
@@ -68,22 +84,46 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("--prompt", "the old cat sat on the red hat and on the old cat and on the hat"),
         ("prompt", "8 tokens", "[data] length"),
     ),
-    "an infill longer than the canvas": ("small", ("--infill", "the [MASK:8]"), ("infill", "8 tokens", "of 9")),
+    "an infill longer than the canvas": (
+        "small",
+        ("--infill", "the [MASK:8]"),
+        ("infill", "8 tokens", "of 9"),
+    ),
     "no gap": ("small", ("--infill", "the cat"), ("gap", "[MASK:8]")),
     "an empty gap": ("small", ("--infill", "the [MASK:0]"), ("at least 1", "[MASK:0]")),
-    "a gap without a number": ("small", ("--infill", "the [MASK]"), ("number of its tokens", "[MASK]")),
+    "a gap without a number": (
+        "small",
+        ("--infill", "the [MASK]"),
+        ("number of its tokens", "[MASK]"),
+    ),
     "a gap of words": ("small", ("--infill", "the [MASK:many]"), ("[MASK:many]",)),
     "text that a sampler from left to right would not see": (
         "small",
         ("--infill", "the [MASK:2] sat", "--sampler", "blockwise", "--set", "width=4"),
         ("text after a gap", "from left to right", "sight=all"),
     ),
-    "prompt and infill": ("small", ("--infill", "[MASK:2]", "--prompt", "a"), ("exclude each other",)),
-    "a prompt and a file of them": ("small", ("--prompts", "x.txt", "--prompt", "a"), ("exclude each other",)),
-    "a file that is not there": ("small", ("--prompts", "nowhere.txt"), ("nowhere.txt", "cannot be read")),
+    "prompt and infill": (
+        "small",
+        ("--infill", "[MASK:2]", "--prompt", "a"),
+        ("exclude each other",),
+    ),
+    "a prompt and a file of them": (
+        "small",
+        ("--prompts", "x.txt", "--prompt", "a"),
+        ("exclude each other",),
+    ),
+    "a file that is not there": (
+        "small",
+        ("--prompts", "nowhere.txt"),
+        ("nowhere.txt", "cannot be read"),
+    ),
     "a file without a prompt": ("small", ("--prompts", "empty.txt"), ("empty.txt", "no prompt")),
     "a prompt outside the alphabet": ("told", ("--prompt", "abx"), ("'abx'", "'x'", "a b c d")),
-    "a condition nobody reads": ("small", ("--condition", "kind=1"), ('reads no conditions; got "kind"',)),
+    "a condition nobody reads": (
+        "small",
+        ("--condition", "kind=1"),
+        ('reads no conditions; got "kind"',),
+    ),
     "another condition": ("told", ("--condition", "kid=1"), ('got "kid"', '"kind"')),
     "a label that is no number": ("told", ("--condition", "kind=ab"), ('"kind"', "'ab'")),
     "a label beyond the classes": (
@@ -91,12 +131,36 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("--condition", "kind=2"),
         ('"kind" is a label of 2 classes', "0 to 1", "got 2"),
     ),
-    "a label below the classes": ("always", ("--condition", "kind=-1"), ('"kind" is a label of 2 classes', "got -1")),
-    "a vector for a label": ("told", ("--condition", "kind=[0.0, 1.0]"), ('"kind" is a label of 2', "got [0.0, 1.0]")),
-    "a label for a vector": ("styled", ("--condition", "style=1"), ('"style" is a vector of width 3', "got 1")),
-    "a vector of another width": ("styled", ("--condition", "style=[1.0, 0.5]"), ("width 3", "got [1.0, 0.5]")),
-    "a vector that is not finite": ("styled", ("--condition", "style=[1.0, nan, 0]"), ("3 finite numbers", "nan")),
-    "a condition without a value": ("told", ("--condition", "kind"), ("--condition kind: expected NAME=VALUE",)),
+    "a label below the classes": (
+        "always",
+        ("--condition", "kind=-1"),
+        ('"kind" is a label of 2 classes', "got -1"),
+    ),
+    "a vector for a label": (
+        "told",
+        ("--condition", "kind=[0.0, 1.0]"),
+        ('"kind" is a label of 2', "got [0.0, 1.0]"),
+    ),
+    "a label for a vector": (
+        "styled",
+        ("--condition", "style=1"),
+        ('"style" is a vector of width 3', "got 1"),
+    ),
+    "a vector of another width": (
+        "styled",
+        ("--condition", "style=[1.0, 0.5]"),
+        ("width 3", "got [1.0, 0.5]"),
+    ),
+    "a vector that is not finite": (
+        "styled",
+        ("--condition", "style=[1.0, nan, 0]"),
+        ("3 finite numbers", "nan"),
+    ),
+    "a condition without a value": (
+        "told",
+        ("--condition", "kind"),
+        ("--condition kind: expected NAME=VALUE",),
+    ),
     "a broken vector": ("told", ("--condition", "kind=[0,"), ("--condition kind=[0,:", "author=2")),
     "labels for other samples": ("told", ("--condition", "kind=[0, 1, 0]"), ("or 2 of them",)),
     "guidance by nothing": ("told", ("--guidance", "2.0"), ("guidance", "needs a condition")),
@@ -113,7 +177,9 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 def test_a_sample_that_cannot_be_drawn_says_why(name: str, place: Path, ddiff: Command) -> None:
     run, arguments, expected = SAMPLING[name]
     (place / "empty.txt").write_text("\n \n")
-    patched = [str(place / argument) if argument == "empty.txt" else argument for argument in arguments]
+    patched = [
+        str(place / argument) if argument == "empty.txt" else argument for argument in arguments
+    ]
     refused(ddiff("sample", str(place / "runs" / run), *patched), *expected)
 
 
@@ -137,7 +203,9 @@ def test_whole_numbers_are_a_vector_to_who_reads_vectors(place: Path) -> None:
     run = api.load(place / "runs/styled")
     for whole in ([1, 0, -1], [[1, 0, -1], [2, 0, 3]]):
         fractions = torch.tensor(whole).float().tolist()
-        assert run.sample(2, conditions={"style": whole}) == run.sample(2, conditions={"style": fractions})
+        assert run.sample(2, conditions={"style": whole}) == run.sample(
+            2, conditions={"style": fractions}
+        )
         found = told(run.denoiser, {"style": whole}, 2).values["style"]
         assert found.tolist() == torch.tensor(fractions).expand(2, 3).tolist()
 
@@ -151,7 +219,11 @@ class Plain(torch.nn.Module):
 
 def test_a_backbone_that_does_not_say_what_it_reads_is_told_by_the_numbers() -> None:
     denoiser = api.Denoiser(Plain(), api.TokenHead(api.FlatVocabulary(4), 4))
-    for value, expected in ((7, [7, 7]), ([1, 0], [1, 0]), ([1.0, 0.5, 2.0], [[1.0, 0.5, 2.0]] * 2)):
+    for value, expected in (
+        (7, [7, 7]),
+        ([1, 0], [1, 0]),
+        ([1.0, 0.5, 2.0], [[1.0, 0.5, 2.0]] * 2),
+    ):
         assert told(denoiser, {"kind": value}, 2).values["kind"].tolist() == expected
     for value in (-7, [0, -1], [1.0, float("nan")], [float("inf")], True, 10**30):
         with pytest.raises(ArgumentError, match=r'"kind" is a label .* or a vector .*; got'):
@@ -175,7 +247,11 @@ def test_a_sampler_that_the_process_cannot_serve_is_refused_before_it_trains(pla
     recipe = (place / "told.toml").read_text().replace('name = "told"', 'name = "swapping"')
     (place / "swapping.toml").write_text(recipe + '\n[sample.sampler]\nkind = "confidence"\n')
     with pytest.raises(ArgumentError) as raised:
-        api.run(place / "swapping.toml", process=process, settings=[f"run_dir={str(place / 'swapping')!r}"])
+        api.run(
+            place / "swapping.toml",
+            process=process,
+            settings=[f"run_dir={str(place / 'swapping')!r}"],
+        )
     assert "UnmaskingSampler" in str(raised.value)
     assert not (place / "swapping").exists()
 
@@ -187,7 +263,10 @@ SWAPPING = (np.full((5, 5), 0.2) - np.eye(5)).tolist()
 def test_weights_that_are_not_finite_draw_nothing(place: Path, ddiff: Command) -> None:
     shutil.copytree(place / "runs/small", place / "runs/nan")
     [weights] = (place / "runs/nan/checkpoints").glob("*/model.safetensors")
-    save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(weights).items()}, weights)
+    save_file(
+        {name: torch.full_like(value, torch.nan) for name, value in load_file(weights).items()},
+        weights,
+    )
     resealed(weights)
     refused(ddiff("sample", str(place / "runs/nan")), "NaN")
 
@@ -196,12 +275,18 @@ def resealed(weights: Path) -> None:
     """Whoever changed the file also changed what its marker says of it."""
     marker = weights.with_name("complete.json")
     content, data = json.loads(marker.read_text()), weights.read_bytes()
-    content["files"][weights.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    content["files"][weights.name] = {
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
     marker.write_text(json.dumps(content))
 
 
 BEGINNING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "no conditions in the data": (("denoiser.conditions.author.classes=2",), ('"author"', "no such column", "kind")),
+    "no conditions in the data": (
+        ("denoiser.conditions.author.classes=2",),
+        ('"author"', "no such column", "kind"),
+    ),
     "labels beyond the classes": (
         ("denoiser.conditions.kind.classes=1",),
         ('label 1 in "kind"', "a label of 1 classes", "conditions.kind.classes = 2"),
@@ -214,25 +299,46 @@ BEGINNING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ('labels in "group"', "a vector of width 4", "{ classes = N }"),
     ),
     "vectors of another length": (
-        ('data={kind="jsonl", files=["styled.jsonl"], vectors=["style"]}', "denoiser.conditions={style={width = 4}}"),
+        (
+            'data={kind="jsonl", files=["styled.jsonl"], vectors=["style"]}',
+            "denoiser.conditions={style={width = 4}}",
+        ),
         ('vectors of length 3 in "style"', "a vector of width 4", "{ width = 3 }"),
     ),
     "a field in no line": (
         ('data.labels=["kid"]', "denoiser.conditions={kid={classes = 2}}"),
         ('"kid"', "no line of rows.jsonl", 'Did you mean "kind"?'),
     ),
-    "a vector for a label at the end": (("sample.conditions.kind=[0.5]",), ('"kind" is a label of 2', "got [0.5]")),
+    "a vector for a label at the end": (
+        ("sample.conditions.kind=[0.5]",),
+        ('"kind" is a label of 2', "got [0.5]"),
+    ),
     "guidance at the end that nobody trained": (
         ("denoiser.conditions.kind.dropout=0.0", "sample.conditions.kind=1", "sample.guidance=2.0"),
         ("guidance", "never trained without"),
     ),
-    "a kind at the end that is not told": (("denoiser.conditions.kind.dropout=0.0",), ("told of every",)),
+    "a kind at the end that is not told": (
+        ("denoiser.conditions.kind.dropout=0.0",),
+        ("told of every",),
+    ),
     "a sampler of another plugin": (('sample.sampler="confidnce"',), ("confidnce", '"confidence"')),
     "a prefix share over one": (("train.prefix=1.5",), ("[train] prefix", "1.5")),
-    "weights of no run": (('train.init={run="nowhere"}',), ("[train] init", "nowhere", "not a trained run")),
-    "weights without a run": (('train.init={parts="all"}',), ("[train] init", '"run"', "got neither")),
-    "weights of unknown parts": (('train.init={run="runs/told", parts="half"}',), ("parts", "half")),
-    "weights on another tokenizer": (('train.init={run="runs/small"}',), ("[train] init", "another tokenizer")),
+    "weights of no run": (
+        ('train.init={run="nowhere"}',),
+        ("[train] init", "nowhere", "not a trained run"),
+    ),
+    "weights without a run": (
+        ('train.init={parts="all"}',),
+        ("[train] init", '"run"', "got neither"),
+    ),
+    "weights of unknown parts": (
+        ('train.init={run="runs/told", parts="half"}',),
+        ("parts", "half"),
+    ),
+    "weights on another tokenizer": (
+        ('train.init={run="runs/small"}',),
+        ("[train] init", "another tokenizer"),
+    ),
     "weights of another width": (
         ('train.init={run="runs/told"}', "denoiser.width=32"),
         ("[train] init", "shape", "do not fit"),
@@ -266,17 +372,36 @@ def test_starting_over_from_weights_that_do_not_fit_leaves_the_old_run_as_it_was
 ) -> None:
     monkeypatch.chdir(place)
     before = {path: path.read_bytes() for path in Path("runs/told").rglob("*") if path.is_file()}
-    refused(ddiff("run", "told.toml", "--fresh", "--set", 'train.init={run="runs/small"}'), "another tokenizer")
-    refused(ddiff("run", "told.toml", "--fresh", "--set", "denoiser.conditions.kind.classes=1"), 'label 1 in "kind"')
-    assert {path: path.read_bytes() for path in Path("runs/told").rglob("*") if path.is_file()} == before
+    refused(
+        ddiff("run", "told.toml", "--fresh", "--set", 'train.init={run="runs/small"}'),
+        "another tokenizer",
+    )
+    refused(
+        ddiff("run", "told.toml", "--fresh", "--set", "denoiser.conditions.kind.classes=1"),
+        'label 1 in "kind"',
+    )
+    assert {
+        path: path.read_bytes() for path in Path("runs/told").rglob("*") if path.is_file()
+    } == before
 
 
 @pytest.mark.slow
-def test_a_trained_run_is_evaluated_with_other_keys_of_its_evaluation_alone(place: Path, ddiff: Command) -> None:
+def test_a_trained_run_is_evaluated_with_other_keys_of_its_evaluation_alone(
+    place: Path, ddiff: Command
+) -> None:
     run_dir = place / "runs/always"
-    refused(ddiff("eval", str(run_dir), "--set", "train.steps=9"), "[evaluate] or [sample]", "train.steps=9")
+    refused(
+        ddiff("eval", str(run_dir), "--set", "train.steps=9"),
+        "[evaluate] or [sample]",
+        "train.steps=9",
+    )
     refused(ddiff("eval", str(run_dir), "--set", "evaluate.window=[0.9, 0.1]"), "window", "0.9")
-    assert ddiff("eval", str(run_dir), "--set", "evaluate.draws=3", "--set", "evaluate.window=[0.1, 0.9]")[0] == 0
+    assert (
+        ddiff(
+            "eval", str(run_dir), "--set", "evaluate.draws=3", "--set", "evaluate.window=[0.1, 0.9]"
+        )[0]
+        == 0
+    )
     protocol = json.loads((run_dir / "evaluation.json").read_text())["protocol"]
     assert (protocol["draws"], protocol["window"]) == (3, [0.1, 0.9])
 

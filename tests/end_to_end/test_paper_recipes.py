@@ -30,9 +30,28 @@ SMALL = [
     "train.batch=2",
 ]
 DIT = [f"denoiser.width={WIDTH}", "denoiser.layers=1", "denoiser.heads=2"]
-LLAMA = [f"hidden_size={WIDTH}", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=64"]
-SHRUNK = ("data.*", "tokenizer.*", "backend.*", "train.steps", "train.batch", "denoiser.*", "run_dir")
-KEPT = ("denoiser.kind", "denoiser.time", "denoiser.dropout", "denoiser.given", "denoiser.head.kind")
+LLAMA = [
+    f"hidden_size={WIDTH}",
+    "num_hidden_layers=1",
+    "num_attention_heads=2",
+    "intermediate_size=64",
+]
+SHRUNK = (
+    "data.*",
+    "tokenizer.*",
+    "backend.*",
+    "train.steps",
+    "train.batch",
+    "denoiser.*",
+    "run_dir",
+)
+KEPT = (
+    "denoiser.kind",
+    "denoiser.time",
+    "denoiser.dropout",
+    "denoiser.given",
+    "denoiser.head.kind",
+)
 
 
 def small(name: str) -> list[str]:
@@ -75,9 +94,17 @@ def test_a_paper_recipe_trains_a_step_with_everything_but_its_sizes(name: str, p
     recipe = read_recipe(name, small(name))
     published = read_recipe(name)
     changed = {key for key, _, _ in changed_keys(published.to_dict(), recipe.to_dict())}
-    assert not {key for key in changed if not any(fnmatch.fnmatch(key, shrunk) for shrunk in SHRUNK) or key in KEPT}
+    assert not {
+        key
+        for key in changed
+        if not any(fnmatch.fnmatch(key, shrunk) for shrunk in SHRUNK) or key in KEPT
+    }
 
-    if (init := recipe.train.init) is not None and init.run is not None and not Path(init.run).exists():
+    if (
+        (init := recipe.train.init) is not None
+        and init.run is not None
+        and not Path(init.run).exists()
+    ):
         source = Path(init.run).name.replace("paper_", "paper/")
         train(source)
     before, after, loss = train(name)
@@ -102,7 +129,9 @@ def test_a_paper_recipe_has_the_published_numbers(name: str) -> None:
     """Tokens by steps, batch and length; the noise and the loss by the papers' own tables."""
     recipe = read_recipe(name)
     tokens = recipe.train.steps * recipe.train.batch * recipe.length
-    expected = {512: {131e9}, 128: {66e9}, 1024: {524e9, 682e9, 262e9}}[recipe.length]  # 262: the batch of 256 of gamma
+    expected = {512: {131e9}, 128: {66e9}, 1024: {524e9, 682e9, 262e9}}[
+        recipe.length
+    ]  # 262: the batch of 256 of gamma
     assert any(abs(tokens / value - 1) < 0.01 for value in expected)
     assert name.removeprefix("paper/") == recipe.name.removeprefix("paper_")
 
@@ -118,7 +147,9 @@ def test_a_paper_recipe_has_the_published_numbers(name: str) -> None:
         ("ar_small_llama", 190.5, 0.001),
     ],
 )
-def test_a_paper_recipe_has_the_published_size(name: str, millions: float, tolerance: float) -> None:
+def test_a_paper_recipe_has_the_published_size(
+    name: str, millions: float, tolerance: float
+) -> None:
     recipe = read_recipe(f"paper/{name}")
     vocabulary = recipe.vocabulary.preview(num_tokens=recipe.tokenizer.preview())
     with torch.device("meta"):

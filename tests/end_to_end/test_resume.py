@@ -21,7 +21,14 @@ from ddiff.training.metrics import WALL_CLOCK
 
 Command = Callable[..., tuple[int, str, str]]
 STEPS, EVERY = 80, 7
-LONG = ("--set", f"train.steps={STEPS}", "--set", f"train.checkpoint_every={EVERY}", "--set", "train.keep=20")
+LONG = (
+    "--set",
+    f"train.steps={STEPS}",
+    "--set",
+    f"train.checkpoint_every={EVERY}",
+    "--set",
+    "train.keep=20",
+)
 
 
 def metrics(run_dir: Path) -> list[str]:
@@ -30,7 +37,10 @@ def metrics(run_dir: Path) -> list[str]:
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in json.loads(line).items() if k not in WALL_CLOCK} for line in metrics(run_dir)]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in WALL_CLOCK}
+        for line in metrics(run_dir)
+    ]
 
 
 def saved(run_dir: Path) -> int:
@@ -40,7 +50,16 @@ def saved(run_dir: Path) -> int:
 def signalled(run_dir: Path, step: int, number: int) -> subprocess.Popen[str]:
     """`ddiff run` in a process of its own, sent a signal once `step` stands in its metrics; ended."""
     code = "import sys; from ddiff.cli import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "run", "small.toml", *LONG, "--set", f"run_dir={str(run_dir)!r}"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "run",
+        "small.toml",
+        *LONG,
+        "--set",
+        f"run_dir={str(run_dir)!r}",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and len(metrics(run_dir)) < step:
         time.sleep(0.002)
@@ -58,14 +77,18 @@ def test_killed_and_interrupted_it_ends_as_if_left_alone(folder: Path, ddiff: Co
     process = signalled(torn, draw.randrange(10, 30), signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     reached, kept = len(metrics(torn)), saved(torn)
-    assert reached - 2 * EVERY - 1 <= kept <= reached < STEPS, "at most one checkpoint was on its way"
+    assert reached - 2 * EVERY - 1 <= kept <= reached < STEPS, (
+        "at most one checkpoint was on its way"
+    )
     assert not (torn / "evaluation.json").exists()
     before = metrics(torn)[:kept]
 
     process = signalled(torn, draw.randrange(40, 60), signal.SIGINT)
     assert process.returncode == 130
     assert "The same command goes on" in (process.stderr.read() if process.stderr else "")
-    assert metrics(torn)[:kept] == before, "steps up to the checkpoint are not done again: their seconds stand"
+    assert metrics(torn)[:kept] == before, (
+        "steps up to the checkpoint are not done again: their seconds stand"
+    )
     assert saved(torn) == len(metrics(torn)) < STEPS, "SIGINT saves the step under way"
     assert not (torn / "evaluation.json").exists()
 
@@ -96,7 +119,8 @@ def test_a_finished_run_is_not_done_again(folder: Path, ddiff: Command) -> None:
     assert ddiff(*SHORT)[0] == 0
     run_dir = Path("runs/small")
     before = {
-        name: (run_dir / name).stat().st_mtime_ns for name in ("metrics.jsonl", "evaluation.json", "samples.jsonl")
+        name: (run_dir / name).stat().st_mtime_ns
+        for name in ("metrics.jsonl", "evaluation.json", "samples.jsonl")
     }
     lines = metrics(run_dir)
     code, out, err = ddiff(*SHORT)
@@ -104,7 +128,10 @@ def test_a_finished_run_is_not_done_again(folder: Path, ddiff: Command) -> None:
     assert "All 4 steps are done." in err
     assert "step 4; trained before" in out
     assert metrics(run_dir) == lines
-    assert all((run_dir / name).stat().st_mtime_ns == before[name] for name in ("evaluation.json", "samples.jsonl"))
+    assert all(
+        (run_dir / name).stat().st_mtime_ns == before[name]
+        for name in ("evaluation.json", "samples.jsonl")
+    )
 
 
 def test_more_steps_go_on_and_fewer_are_refused(folder: Path, ddiff: Command) -> None:
@@ -115,7 +142,9 @@ def test_more_steps_go_on_and_fewer_are_refused(folder: Path, ddiff: Command) ->
     assert metrics(run_dir)[:4] == first
     assert len(metrics(run_dir)) == 6
     assert json.loads((run_dir / "evaluation.json").read_text())["step"] == 6
-    assert {json.loads(line)["step"] for line in (run_dir / "samples.jsonl").read_text().splitlines()} == {6}
+    assert {
+        json.loads(line)["step"] for line in (run_dir / "samples.jsonl").read_text().splitlines()
+    } == {6}
     code, _, err = ddiff(*SHORT)
     assert code == 2
     assert "train.steps: was 6, is 4" in err
@@ -125,7 +154,9 @@ def test_more_steps_go_on_and_fewer_are_refused(folder: Path, ddiff: Command) ->
 def test_a_changed_recipe_lists_what_changed_and_stops(folder: Path, ddiff: Command) -> None:
     assert ddiff(*SHORT)[0] == 0
     before = Path("runs/small/recipe.toml").read_bytes()
-    code, out, err = ddiff(*SHORT, "--set", "process.gamma=2.0", "--set", "train.batch=8", "--set", "train.steps=6")
+    code, out, err = ddiff(
+        *SHORT, "--set", "process.gamma=2.0", "--set", "train.batch=8", "--set", "train.steps=6"
+    )
     assert (code, out) == (2, "")
     assert "train.batch: was 4, is 8" in err
     assert "process.gamma: was" in err

@@ -32,8 +32,12 @@ SECONDS = 20.0  # 6 to 7 on a machine where importing torch and its compiler, wh
 
 
 def started(folder: Path, *settings: str) -> tuple[float, list[str], list[str]]:
-    script = SCRIPT.replace("{heavy}", ", ".join(map(repr, HEAVY))).replace("{settings}", repr(list(settings)))
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+    script = SCRIPT.replace("{heavy}", ", ".join(map(repr, HEAVY))).replace(
+        "{settings}", repr(list(settings))
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 

@@ -60,10 +60,15 @@ def test_terms_of_the_bound_print_their_means() -> None:
     ("tokenizer", "expected"),
     [
         (api.AlphabetTokenizer("ACGT"), r"AlphabetTokenizer\(4 symbols; [0-9a-f]{16}\)"),
-        (api.BytePairTokenizer.train(["the cat sat"], 257), r"BytePairTokenizer\(257 tokens; [0-9a-f]{16}\)"),
+        (
+            api.BytePairTokenizer.train(["the cat sat"], 257),
+            r"BytePairTokenizer\(257 tokens; [0-9a-f]{16}\)",
+        ),
     ],
 )
-def test_tokenizers_print_their_size_and_fingerprint(tokenizer: api.Tokenizer, expected: str) -> None:
+def test_tokenizers_print_their_size_and_fingerprint(
+    tokenizer: api.Tokenizer, expected: str
+) -> None:
     assert re.fullmatch(expected, repr(tokenizer))
 
 

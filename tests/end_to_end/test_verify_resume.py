@@ -44,7 +44,9 @@ def test_a_run_that_was_resumed_right_is_equal(folder: Path, ddiff: Command) -> 
     assert "state after step 3: equal" in out
 
 
-def test_a_record_that_differs_is_found_with_how_much_and_where(folder: Path, ddiff: Command) -> None:
+def test_a_record_that_differs_is_found_with_how_much_and_where(
+    folder: Path, ddiff: Command
+) -> None:
     assert ddiff(*RUN)[0] == 0
     path = Path("runs/small/metrics.jsonl")
     lines = path.read_text().splitlines()
@@ -53,11 +55,16 @@ def test_a_record_that_differs_is_found_with_how_much_and_where(folder: Path, dd
     path.write_text("\n".join([*lines[:4], json.dumps(changed), lines[5], ""]))
     code, out, _ = ddiff(*RUN, "--verify-resume", "3")
     assert code == 1
-    assert "losses and other figures: NOT equal; largest relative difference 1e-09, in train_loss of step 5" in out
+    assert (
+        "losses and other figures: NOT equal; largest relative difference 1e-09, in train_loss of step 5"
+        in out
+    )
     assert "state after step 6: equal" in out
 
 
-def test_a_state_that_differs_is_found_with_how_much_and_where(folder: Path, ddiff: Command) -> None:
+def test_a_state_that_differs_is_found_with_how_much_and_where(
+    folder: Path, ddiff: Command
+) -> None:
     assert ddiff(*RUN)[0] == 0
     checkpoints = Checkpoints("runs/small/checkpoints")
     found = checkpoints.newest()
@@ -116,10 +123,16 @@ def test_in_another_layout_rounding_is_allowed(folder: Path, ddiff: Command) -> 
     assert ddiff(*run)[0] == 0
     before = contents(Path("runs/small"))
     several = ("--set", "backend.kind=ddp", "--set", "backend.processes=2", "--verify-resume", "3")
-    done = subprocess.run([sys.executable, "-m", "ddiff", *run, *several], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ddiff", *run, *several], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     told = done.stdout
     assert "steps 4 to 6 done again from step 3, in another layout: equal to rounding." in told
-    assert re.search(r"losses and other figures: (equal|within 1e-05; largest relative difference)", told)
-    assert re.search(r"weights after step 6: (equal|within 1e-05; largest relative difference)", told)
+    assert re.search(
+        r"losses and other figures: (equal|within 1e-05; largest relative difference)", told
+    )
+    assert re.search(
+        r"weights after step 6: (equal|within 1e-05; largest relative difference)", told
+    )
     assert contents(Path("runs/small")) == before

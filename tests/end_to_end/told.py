@@ -59,5 +59,6 @@ def rows(count: int) -> str:
     draw = random.Random(0)
     kinds = [(number % 2, "cd" if number % 2 else "ab") for number in range(count)]
     return "".join(
-        json.dumps({"text": "".join(draw.choice(two) for _ in range(8)), "kind": kind}) + "\n" for kind, two in kinds
+        json.dumps({"text": "".join(draw.choice(two) for _ in range(8)), "kind": kind}) + "\n"
+        for kind, two in kinds
     )

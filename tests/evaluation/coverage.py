@@ -43,7 +43,11 @@ class Repeats(NamedTuple):
 
 
 def repeated(
-    process: ForwardProcess, window: tuple[float, float], runs: int, prediction: Tensor, seed: int = 0
+    process: ForwardProcess,
+    window: tuple[float, float],
+    runs: int,
+    prediction: Tensor,
+    seed: int = 0,
 ) -> Repeats:
     """`runs` evaluations of fresh texts of independent tokens, of 24 documents with two rows of 32 tokens each.
 
@@ -52,10 +56,20 @@ def repeated(
     """
     count = runs * DOCUMENTS * ROWS
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.multinomial(prediction, count * LENGTH, replacement=True, generator=generator).reshape(count, LENGTH)
+    ids = torch.multinomial(
+        prediction, count * LENGTH, replacement=True, generator=generator
+    ).reshape(count, LENGTH)
     objective = Recorded(process, prediction)
     document = np.arange(count) // ROWS
-    evaluate(objective, full_rows(ids), document, length=LENGTH, times=FlatTimes(*window), seed=seed, batch=256)
+    evaluate(
+        objective,
+        full_rows(ids),
+        document,
+        length=LENGTH,
+        times=FlatTimes(*window),
+        seed=seed,
+        batch=256,
+    )
     nats = torch.cat(objective.nats).numpy().reshape(runs, DOCUMENTS, ROWS).sum(-1)
     tokens = np.full(DOCUMENTS, float(ROWS * LENGTH))
     truth = -float((prediction * prediction.log()).sum())

@@ -29,7 +29,9 @@ def processes() -> dict[str, ForwardProcess]:
     rates = torch.rand(4, 4, generator=torch.Generator().manual_seed(3)).double() + 0.2
     return {
         "masked": TreeProcess(FlatVocabulary(4), CdfClock([LinearSchedule()])),
-        "tree": TreeProcess(HierarchicalVocabulary([[0, 1, 1, 0]]), LogTimeClock((1.0, 1.0)), xi=0.9),
+        "tree": TreeProcess(
+            HierarchicalVocabulary([[0, 1, 1, 0]]), LogTimeClock((1.0, 1.0)), xi=0.9
+        ),
         "dense": DenseProcess(FlatVocabulary(4, mask=False), rates - rates.sum(1).diag()),
     }
 
@@ -41,7 +43,9 @@ class Known:
         self.process, self.ask = process, ask_table(table, process.vocabulary)
         self.asked: list[tuple[int, int, int]] = []  # row, slot, slots
 
-    def nll(self, batch: Batch, noise: Noise, slot: Tensor, slots: Tensor, times: TimeRule) -> Likelihood:
+    def nll(
+        self, batch: Batch, noise: Noise, slot: Tensor, slots: Tensor, times: TimeRule
+    ) -> Likelihood:
         self.asked += zip(batch.index.tolist(), slot.tolist(), slots.tolist())
         terms = nelbo(self.process, self.ask, batch.ids, batch.scored, times, noise, slot, slots)
         named = {"closing": terms.closing, "diffusion": terms.diffusion, "decoding": terms.decoding}
@@ -58,7 +62,9 @@ def given_the_rest(process: ForwardProcess, source: MarkovSource) -> Table:
     move, start = torch.from_numpy(source.transition), torch.from_numpy(source.stationary)
 
     def table(zt: Tensor, t: Tensor) -> Tensor:
-        evidence = process.log_likelihood(zt.reshape(-1), t.reshape(-1)).softmax(-1).reshape(*zt.shape, -1)
+        evidence = (
+            process.log_likelihood(zt.reshape(-1), t.reshape(-1)).softmax(-1).reshape(*zt.shape, -1)
+        )
         before, after = [start.expand(len(zt), -1)], [torch.ones(len(zt), len(start)).double()]
         for i in range(zt.shape[1] - 1):
             before.append(_law((before[-1] * evidence[:, i]) @ move))
@@ -91,4 +97,6 @@ def scored_rows(ids: Tensor, num_valid: Tensor) -> Callable[[NDArray[np.int64]],
 
 def symbols(source: MarkovSource, count: int, length: int) -> Tensor:
     """[count, length] ids of rows of the source."""
-    return torch.tensor([[source.symbols.index(symbol) for symbol in row] for row in source.rows(count, length)])
+    return torch.tensor(
+        [[source.symbols.index(symbol) for symbol in row] for row in source.rows(count, length)]
+    )

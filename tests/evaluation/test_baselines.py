@@ -11,7 +11,9 @@ import pytest
 from ddiff.evaluation.baselines import baselines
 
 
-def by_hand(train: list[list[int]], validation: list[list[int]], num_tokens: int) -> tuple[float, float]:
+def by_hand(
+    train: list[list[int]], validation: list[list[int]], num_tokens: int
+) -> tuple[float, float]:
     """Unigram and Witten-Bell bigram, token by token over documents."""
     words = [word for document in train for word in document]
     unigram = [(words.count(word) + 1) / (len(words) + num_tokens) for word in range(num_tokens)]
@@ -37,14 +39,19 @@ def stream(documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 def test_both_baselines_are_the_sums_by_hand(seed: int) -> None:
     draw = np.random.default_rng(seed)
     train, validation = (
-        [draw.integers(0, 6, size).tolist() for size in draw.integers(1, 12, documents)] for documents in (5, 4)
+        [draw.integers(0, 6, size).tolist() for size in draw.integers(1, 12, documents)]
+        for documents in (5, 4)
     )
-    assert baselines(stream(train), stream(validation), 6) == pytest.approx(by_hand(train, validation, 6), abs=1e-12)
+    assert baselines(stream(train), stream(validation), 6) == pytest.approx(
+        by_hand(train, validation, 6), abs=1e-12
+    )
 
 
 def test_words_never_seen_and_documents_of_one_word_are_scored() -> None:
     train, validation = [[0], [1]], [[2], [2, 0], [0, 1]]
-    assert baselines(stream(train), stream(validation), 4) == pytest.approx(by_hand(train, validation, 4), abs=1e-12)
+    assert baselines(stream(train), stream(validation), 4) == pytest.approx(
+        by_hand(train, validation, 4), abs=1e-12
+    )
 
 
 def test_the_bigram_law_of_each_word_sums_to_one() -> None:

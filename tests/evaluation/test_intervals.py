@@ -25,7 +25,8 @@ UNEQUAL = np.array([1.0, 2.0, 4.0, 60.0, 200.0])
 
 
 @pytest.mark.parametrize(
-    ("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (100, 1.98397), (1e9, 1.95996)]
+    ("freedom", "quantile"),
+    [(1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (100, 1.98397), (1e9, 1.95996)],
 )
 def test_student_quantiles_are_those_of_the_tables(freedom: float, quantile: float) -> None:
     assert student95(freedom) == pytest.approx(quantile, rel=1e-5)
@@ -86,7 +87,9 @@ def test_the_interval_over_documents_covers_for_normal_nats(
 
 @pytest.mark.parametrize("tokens", [np.ones(1), np.ones(12), UNEQUAL])
 @pytest.mark.parametrize("readings", [2, 5])
-def test_the_monte_carlo_interval_covers_the_bound_of_these_very_documents(tokens: np.ndarray, readings: int) -> None:
+def test_the_monte_carlo_interval_covers_the_bound_of_these_very_documents(
+    tokens: np.ndarray, readings: int
+) -> None:
     """Documents differ by far more than their readings do; 10,000 repeats, 95 % +- 1.2 % is five standard errors. Pooled
     variances of unequal documents leave up to 1.5 % more."""
     generator = np.random.default_rng(1)
@@ -113,7 +116,9 @@ def test_the_two_parts_add_up_to_the_total_variance() -> None:
     assert estimate.documents is not None
     assert estimate.monte_carlo.standard == pytest.approx(1.0 / math.sqrt(4 * 400), rel=0.1)
     assert estimate.documents == pytest.approx(0.5 / math.sqrt(400), rel=0.2)
-    assert estimate.total.standard**2 == pytest.approx(estimate.monte_carlo.standard**2 + estimate.documents**2)
+    assert estimate.total.standard**2 == pytest.approx(
+        estimate.monte_carlo.standard**2 + estimate.documents**2
+    )
 
 
 def test_one_reading_or_one_document_leaves_its_part_unknown() -> None:
@@ -133,7 +138,11 @@ KINDS = (
 
 
 def examples() -> dict[str, ForwardProcess]:
-    return {f"{kind.__name__} {i}": process for kind in KINDS for i, process in enumerate(kind.examples())}
+    return {
+        f"{kind.__name__} {i}": process
+        for kind in KINDS
+        for i, process in enumerate(kind.examples())
+    }
 
 
 @pytest.mark.slow

@@ -31,10 +31,14 @@ WINDOW = FlatTimes(0.05, 0.95)
 def words(rows: int, length: int, seed: int = 0) -> Tensor:
     """Independent draws of LAW."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.multinomial(LAW, rows * length, replacement=True, generator=generator).reshape(rows, length)
+    return torch.multinomial(LAW, rows * length, replacement=True, generator=generator).reshape(
+        rows, length
+    )
 
 
-def score(objective: Any, ids: Tensor, document: list[int] | None = None, **settings: Any) -> Evaluation:
+def score(
+    objective: Any, ids: Tensor, document: list[int] | None = None, **settings: Any
+) -> Evaluation:
     """Every row a document of its own unless told otherwise."""
     numbers = np.arange(len(ids)) if document is None else np.array(document)
     settings = {"batch_of": full_rows(ids), "length": ids.shape[1], "times": WINDOW} | settings
@@ -59,7 +63,9 @@ def test_a_document_has_each_of_its_strata_once_in_each_draw() -> None:
     for draw in range(4):
         asked = objective.asked[6 * draw : 6 * draw + 6]
         for name, count in Counter(document).items():
-            assert sorted(slot for row, slot, _ in asked if document[row] == name) == list(range(count))
+            assert sorted(slot for row, slot, _ in asked if document[row] == name) == list(
+                range(count)
+            )
     assert {(document[row], slots) for row, _, slots in objective.asked} == {(0, 3), (1, 2), (2, 1)}
 
 
@@ -79,13 +85,17 @@ def test_terms_add_up_to_the_bound_and_parts_to_the_diffusion_term(name: str) ->
     terms = evaluation.terms_nats_per_token
     assert list(terms) == ["closing", "diffusion", "decoding"]
     assert sum(terms.values()) == pytest.approx(evaluation.nelbo_nats_per_token, abs=1e-12)
-    assert sum(evaluation.parts_nats_per_token.values()) == pytest.approx(terms["diffusion"], abs=1e-12)
+    assert sum(evaluation.parts_nats_per_token.values()) == pytest.approx(
+        terms["diffusion"], abs=1e-12
+    )
     assert evaluation.ppl == pytest.approx(math.exp(evaluation.nelbo_nats_per_token))
 
 
 @pytest.mark.parametrize("window", [(1e-3, 0.999), (0.02, 1.0), (0.3, 0.6)])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_constant_law_scores_its_cross_entropy_in_any_window(name: str, window: tuple[float, float]) -> None:
+def test_a_constant_law_scores_its_cross_entropy_in_any_window(
+    name: str, window: tuple[float, float]
+) -> None:
     """Symbols that the network calls independent have a tight bound: E NELBO = -mean ln p(x), whatever the window.
 
     Sixteen seeds of times and noise on the same rows; |t_15| > 5 has probability 2e-4, nine cases: 1.4e-3, seeds fixed.
@@ -93,7 +103,10 @@ def test_a_constant_law_scores_its_cross_entropy_in_any_window(name: str, window
     ids = words(24, 6)
     exact = -float(LAW.log()[ids].mean())
     objective = Known(processes()[name], constant(LAW))
-    off = [score(objective, ids, times=FlatTimes(*window), seed=s).nelbo_nats_per_token - exact for s in range(16)]
+    off = [
+        score(objective, ids, times=FlatTimes(*window), seed=s).nelbo_nats_per_token - exact
+        for s in range(16)
+    ]
     assert np.std(off) > 0
     assert abs(np.mean(off)) < 5 * np.std(off, ddof=1) / 4
 
@@ -106,7 +119,9 @@ def test_the_exact_law_of_a_markov_source_scores_its_entropy(name: str) -> None:
     """
     source, process = MarkovSource(4, peakedness=2.0), processes()[name]
     known = Known(process, given_the_rest(process, source))
-    evaluation = score(known, symbols(source, 512, 16), times=FlatTimes(0.02, 0.999), draws=4, batch=256)
+    evaluation = score(
+        known, symbols(source, 512, 16), times=FlatTimes(0.02, 0.999), draws=4, batch=256
+    )
     half = half_width(evaluation)
     entropy = source.row_entropy(16)
     assert half < 0.08 * entropy, "or the test says nothing"
@@ -131,13 +146,18 @@ def test_the_interval_over_documents_covers() -> None:
 
 
 def test_one_document_has_no_interval() -> None:
-    assert score(Known(processes()["masked"], constant(LAW)), words(4, 3), [5, 5, 5, 5]).interval is None
+    assert (
+        score(Known(processes()["masked"], constant(LAW)), words(4, 3), [5, 5, 5, 5]).interval
+        is None
+    )
 
 
 def test_bits_per_byte_are_nats_over_all_bytes() -> None:
     objective = Known(processes()["masked"], constant(LAW))
     evaluation = score(objective, words(6, 5), num_bytes=90, draws=2)
-    assert evaluation.bits_per_byte == pytest.approx(evaluation.nelbo_nats_per_token * 30 / math.log(2) / 90)
+    assert evaluation.bits_per_byte == pytest.approx(
+        evaluation.nelbo_nats_per_token * 30 / math.log(2) / 90
+    )
     assert score(objective, words(6, 5)).bits_per_byte is None
 
 
@@ -164,7 +184,11 @@ class Mean(nn.Module):
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
         valid = torch.ones_like(ids, dtype=torch.bool) if context.valid is None else context.valid
         seen = self.table(ids) * valid.unsqueeze(-1)
-        return torch.tanh(self.table(ids) + seen.sum(1, keepdim=True) / valid.sum(1)[:, None, None] + t.unsqueeze(-1))
+        return torch.tanh(
+            self.table(ids)
+            + seen.sum(1, keepdim=True) / valid.sum(1)[:, None, None]
+            + t.unsqueeze(-1)
+        )
 
 
 def network(process: ForwardProcess, loss: Any = None) -> DiffusionObjective:
@@ -179,7 +203,10 @@ def network(process: ForwardProcess, loss: Any = None) -> DiffusionObjective:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_batch_size_does_not_change_the_bound(name: str) -> None:
     """Beyond the order of float64 sums: 1e-12 of a few nats."""
-    scores = [score(network(processes()[name]), words(11, 5), batch=batch, draws=2) for batch in (1, 4, 64)]
+    scores = [
+        score(network(processes()[name]), words(11, 5), batch=batch, draws=2)
+        for batch in (1, 4, 64)
+    ]
     for one in scores[1:]:
         assert one.nelbo_nats_per_token == pytest.approx(scores[0].nelbo_nats_per_token, abs=1e-12)
         assert one.interval == pytest.approx(scores[0].interval, abs=1e-12)
@@ -206,8 +233,12 @@ def test_clipping_in_training_leaves_the_bound_alone(name: str) -> None:
     honest, steadier = (objective(batch, noise, tokens, 8) for objective in (plain, clipped))
     assert honest.loss.item() != steadier.loss.item()
     key = "nelbo_diffusion_nats_per_token"
-    assert float(honest.metrics[key][0]) == pytest.approx(float(steadier.metrics[key][0]), abs=1e-12)
-    assert honest.loss.item() == pytest.approx(float(honest.metrics[key][0] / honest.metrics[key][1]), abs=1e-12)
+    assert float(honest.metrics[key][0]) == pytest.approx(
+        float(steadier.metrics[key][0]), abs=1e-12
+    )
+    assert honest.loss.item() == pytest.approx(
+        float(honest.metrics[key][0] / honest.metrics[key][1]), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -237,5 +268,9 @@ def test_what_is_written_is_named_by_bound_and_unit_and_reads_back(unit: str, bo
     written = json.loads(json.dumps(evaluation.to_dict()))
     assert written[f"{bound.lower()}_nats_per_{unit}"] == evaluation.nelbo_nats_per_token
     assert written[f"{unit}s"] == 30
-    assert not [key for key in written if key != "unit" and ("token" if unit == "symbol" else "symbol") in key]
+    assert not [
+        key
+        for key in written
+        if key != "unit" and ("token" if unit == "symbol" else "symbol") in key
+    ]
     assert Evaluation.from_dict(written) == evaluation

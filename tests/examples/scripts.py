@@ -22,7 +22,9 @@ def python(*arguments: str, folder: Path, path: Path | None = None) -> str:
         "PYTHONPATH": str(path or ""),
         "COLUMNS": "200",
     }
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

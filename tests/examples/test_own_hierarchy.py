@@ -23,9 +23,24 @@ TINY = (
 
 @pytest.mark.slow
 def test_a_hierarchy_written_by_hand_trains_evaluates_and_samples(tmp_path: Path) -> None:
-    names = ["Anne", "Catherine", "Eleanor", "Henry", "Isabella", "James", "John", "Maria", "Richard", "Sarah"]
+    names = [
+        "Anne",
+        "Catherine",
+        "Eleanor",
+        "Henry",
+        "Isabella",
+        "James",
+        "John",
+        "Maria",
+        "Richard",
+        "Sarah",
+    ]
     for number, name in enumerate(names):
-        sentences = [f"{name} walked to the village with {other}, and it rained." for other in names if other != name]
+        sentences = [
+            f"{name} walked to the village with {other}, and it rained."
+            for other in names
+            if other != name
+        ]
         (tmp_path / f"{number}.txt").write_text(" ".join(sentences))
     settings = [*TINY, 'data.validation=["0.txt"]', 'data.files=["[1-9].txt"]']
     printed = python(str(EXAMPLES / "own_hierarchy.py"), *settings, folder=tmp_path)

@@ -27,7 +27,10 @@ def test_the_recipe_that_it_writes_resolves_and_keeps_what_it_says() -> None:
 
 
 def test_the_sizes_that_it_tells_of_hdlm_small_are_those_of_the_recipe() -> None:
-    assert f"hdlm_small has {ddiff.read_recipe('hdlm_small').to_dict()['vocabulary']['sizes']}" in README
+    assert (
+        f"hdlm_small has {ddiff.read_recipe('hdlm_small').to_dict()['vocabulary']['sizes']}"
+        in README
+    )
 
 
 def test_the_mistake_that_it_quotes_is_answered_in_those_words() -> None:

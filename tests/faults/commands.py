@@ -39,7 +39,9 @@ steps = 4
 batch = 2
 """
 
-CORPUS = "\n".join(f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd")
+CORPUS = "\n".join(
+    f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd"
+)
 
 FAST = """
 name = "fast"

@@ -40,7 +40,24 @@ steps = 4
 count = 2
 """
 LINES = 'data={kind="text", files=["corp/a.txt"], split="line", length=32}'
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "old", "red", "house", "by", "sea", "hat"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "dog",
+    "ran",
+    "to",
+    "old",
+    "red",
+    "house",
+    "by",
+    "sea",
+    "hat",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +83,9 @@ def test_a_base_recipe_trains_evaluates_and_samples(folder: Path, settings: list
 
 
 @pytest.mark.parametrize("settings", [[], ["--set", LINES]], ids=["base", "txt"])
-def test_a_base_recipe_passes_a_dry_run_and_leaves_nothing(folder: Path, settings: list[str]) -> None:
+def test_a_base_recipe_passes_a_dry_run_and_leaves_nothing(
+    folder: Path, settings: list[str]
+) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["run", "base.toml", "--dry-run", *settings])
     assert sorted(path.name for path in folder.iterdir()) == ["base.toml", "corp"]

@@ -59,7 +59,9 @@ def test_a_damaged_gzip_file_ends_a_command_with_its_name(
 
 def test_text_says_that_files_unpacks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "good.txt.gz").write_bytes(gzip.compress(TEXT))
-    (folder / "g.toml").write_text(RECIPE.format(files='"good.txt.gz"').replace('"files"', '"text"'))
+    (folder / "g.toml").write_text(
+        RECIPE.format(files='"good.txt.gz"').replace('"files"', '"text"')
+    )
     code, said = called(capsys, "run", "g.toml")
     assert code == 2
     assert "begins as a gzip file" in " ".join(said.split())

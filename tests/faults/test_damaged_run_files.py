@@ -55,9 +55,13 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "an empty object": lambda content: b"{}",
     "null": lambda content: b"null",
     "null values": nulls,
-    "cut off": lambda content: content[: content.rindex(b'"')],  # within a text: never whole by chance
+    "cut off": lambda content: content[
+        : content.rindex(b'"')
+    ],  # within a text: never whole by chance
     "deeply nested": lambda content: b"[" * 100_000,
-    "strings for numbers": lambda content: content.replace(b": 4", b': "4"').replace(b"= 4", b'= "4"'),
+    "strings for numbers": lambda content: content.replace(b": 4", b': "4"').replace(
+        b"= 4", b'= "4"'
+    ),
 }
 
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -69,7 +73,15 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "export": ("export", "runs/tiny", "weights.safetensors"),
     "compare": ("compare", "runs/tiny"),
     "verify": ("run", "tiny.toml", "--verify-resume", "1"),
-    "init": ("run", "tiny.toml", "--dry-run", "--set", "name=other", "--set", 'train.init={run="runs/tiny"}'),
+    "init": (
+        "run",
+        "tiny.toml",
+        "--dry-run",
+        "--set",
+        "name=other",
+        "--set",
+        'train.init={run="runs/tiny"}',
+    ),
 }
 READS_NO_DATA = ("dry run", "export", "compare", "sample")
 
@@ -102,7 +114,10 @@ def check(file: str, kind: str, run_dir: Path, ddiff: Command, commands: Any) ->
         answer = ddiff(*COMMANDS[name])
         assert holds(answer, file), (name, answer)
         if answer.code == 2:
-            assert files(run_dir) == before, (name, "something was written though the command was refused")
+            assert files(run_dir) == before, (
+                name,
+                "something was written though the command was refused",
+            )
 
 
 WORST = ("not UTF-8", "a list", "null values", "deeply nested", "a folder")
@@ -111,14 +126,18 @@ WORST = ("not UTF-8", "a list", "null values", "deeply nested", "a folder")
 
 @pytest.mark.parametrize("kind", WORST)
 @pytest.mark.parametrize("file", FILES)
-def test_commands_that_read_no_data_work_or_name_the_file(file: str, kind: str, run_dir: Path, ddiff: Command) -> None:
+def test_commands_that_read_no_data_work_or_name_the_file(
+    file: str, kind: str, run_dir: Path, ddiff: Command
+) -> None:
     check(file, kind, run_dir, ddiff, READS_NO_DATA)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WORST)
 @pytest.mark.parametrize("file", [file for file in FILES if "/" not in file])
-def test_every_other_command_works_or_names_the_file(file: str, kind: str, run_dir: Path, ddiff: Command) -> None:
+def test_every_other_command_works_or_names_the_file(
+    file: str, kind: str, run_dir: Path, ddiff: Command
+) -> None:
     check(file, kind, run_dir, ddiff, [name for name in COMMANDS if name not in READS_NO_DATA])
 
 
@@ -139,7 +158,9 @@ def test_the_reader_names_the_file_in_every_damage(file: str, kind: str, run_dir
     if kind == "empty" and file.endswith(".jsonl"):
         assert read(run_dir / file) == []
     elif kind == "strings for numbers" and file in ("environment.json", "recipe.toml"):
-        assert read(run_dir / file).keys() == before.keys(), "keys that no reader asks for may hold anything"
+        assert read(run_dir / file).keys() == before.keys(), (
+            "keys that no reader asks for may hold anything"
+        )
     else:
         with pytest.raises(CheckpointError, match=re.escape(f"{run_dir / file} is damaged: ")):
             read(run_dir / file)
@@ -150,9 +171,13 @@ KEYS = [(file, key) for file, shape in OBJECTS.items() for key in shape if file 
 
 @pytest.mark.parametrize("value", ["text", [1], {"a": "b"}, True, 1.5, None], ids=str)
 @pytest.mark.parametrize(("file", "key"), KEYS)
-def test_a_value_of_another_type_is_refused_by_its_key(file: str, key: str, value: Any, run_dir: Path) -> None:
+def test_a_value_of_another_type_is_refused_by_its_key(
+    file: str, key: str, value: Any, run_dir: Path
+) -> None:
     path = run_dir / file
-    lines = [json.loads(line) for line in path.read_text().split("\n") if line and file.endswith("l")]
+    lines = [
+        json.loads(line) for line in path.read_text().split("\n") if line and file.endswith("l")
+    ]
     lines = lines or [json.loads(path.read_text())]
     right = lines[-1].get(key)
     if type(value) is type(right) or (right is None and value is None):
@@ -180,7 +205,9 @@ OPTIONAL = ("init", "interval", "bits_per_byte")
 @pytest.mark.parametrize(("file", "key"), KEYS)
 def test_a_missing_key_is_refused_unless_it_may_be_null(file: str, key: str, run_dir: Path) -> None:
     path = run_dir / file
-    lines = [json.loads(line) for line in path.read_text().split("\n") if line and file.endswith("l")]
+    lines = [
+        json.loads(line) for line in path.read_text().split("\n") if line and file.endswith("l")
+    ]
     for line in lines or [json.loads(path.read_text())]:
         line.pop(key)
         path.write_text(json.dumps(line) + "\n")
@@ -205,7 +232,9 @@ def test_missing_files_are_empty(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "eval", "compare", "export"])
-def test_a_file_in_the_place_of_the_checkpoints_is_named(command: str, run_dir: Path, ddiff: Command) -> None:
+def test_a_file_in_the_place_of_the_checkpoints_is_named(
+    command: str, run_dir: Path, ddiff: Command
+) -> None:
     shutil.rmtree(run_dir / "checkpoints")
     (run_dir / "checkpoints").write_text("not a folder")
     answer = ddiff(*COMMANDS[command])
@@ -254,7 +283,9 @@ def test_figures_of_another_shape_are_refused(key: str, run_dir: Path, ddiff: Co
     assert is_refusal(answer, "evaluation.json is damaged")
 
 
-def test_a_run_that_began_with_a_models_embeddings_can_be_compared(run_dir: Path, ddiff: Command) -> None:
+def test_a_run_that_began_with_a_models_embeddings_can_be_compared(
+    run_dir: Path, ddiff: Command
+) -> None:
     path = run_dir / "environment.json"
     init = {"model": "some/model", "parts": "embeddings", "tokenizer": "0"}
     path.write_text(json.dumps({**json.loads(path.read_text()), "init": init}))

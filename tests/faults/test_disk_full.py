@@ -24,7 +24,13 @@ LEFT = [
     "metrics.jsonl.part",
     "recipe.toml.part",
 ]
-OWN = ["notes.part", "tokenizer.json.partial", "tokenizer.json.bak", "evaluation.json.part.txt", "x.partial-e555366c"]
+OWN = [
+    "notes.part",
+    "tokenizer.json.partial",
+    "tokenizer.json.bak",
+    "evaluation.json.part.txt",
+    "x.partial-e555366c",
+]
 
 
 def test_leftovers_of_a_runs_own_files_are_removed_and_no_others(tmp_path: Path) -> None:
@@ -36,7 +42,9 @@ def test_leftovers_of_a_runs_own_files_are_removed_and_no_others(tmp_path: Path)
     remove_leftovers(tmp_path / "none")
 
 
-def test_a_run_removes_what_an_earlier_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_removes_what_an_earlier_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("the cat sat on the mat\n" * 60)
@@ -70,7 +78,9 @@ def test_a_file_of_a_run_that_cannot_be_written_leaves_no_part(
         (tmp_path / "evaluation.json.part").symlink_to("/dev/full")
         expected: type[Exception] = OSError  # the command line has one sentence for every full disk
     else:
-        monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+        monkeypatch.setattr(
+            Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only"))
+        )
         expected = CheckpointError
     with pytest.raises(expected):
         directory.write(path, "after" * 9999)
@@ -78,12 +88,16 @@ def test_a_file_of_a_run_that_cannot_be_written_leaves_no_part(
     assert path.read_text() == "before"
 
 
-def test_a_comparison_that_cannot_be_written_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_that_cannot_be_written_leaves_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(source: str, target: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
 
     monkeypatch.setattr("ddiff.destination.os.replace", full)
     comparison: Any = SimpleNamespace(to_dict=dict, to_markdown=str)
-    with pytest.raises(OSError, match="No space left"):  # the command line has one sentence for every full disk
+    with pytest.raises(
+        OSError, match="No space left"
+    ):  # the command line has one sentence for every full disk
         write_comparison(comparison, tmp_path, "ddiff compare")
     assert os.listdir(tmp_path) == []

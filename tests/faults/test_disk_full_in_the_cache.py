@@ -46,7 +46,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize("array", [np.arange(0), np.arange(7, dtype=np.uint16), np.arange(9)[::2]], ids=str)
+@pytest.mark.parametrize(
+    "array", [np.arange(0), np.arange(7, dtype=np.uint16), np.arange(9)[::2]], ids=str
+)
 def test_arrays_are_written_as_numpy_writes_them(tmp_path: Path, array: Any) -> None:
     shards._write_array(tmp_path / "ours.npy", array)
     np.save(tmp_path / "theirs.npy", array)
@@ -96,9 +98,13 @@ def test_a_finished_corpus_is_read_from_a_read_only_cache(small_disk: Path, tmp_
     other = SourceCorpus(file_texts([str(tmp_path / "b.txt")]), held_out=0.1)
     for build in (
         lambda: other.shards(BYTES, Cache(small_disk)),
-        lambda: shards_of(Documents(from_texts(TEXTS[1:]), from_texts(TEXTS[:1])), BYTES, Cache(small_disk)),
+        lambda: shards_of(
+            Documents(from_texts(TEXTS[1:]), from_texts(TEXTS[:1])), BYTES, Cache(small_disk)
+        ),
     ):
-        with pytest.raises(DataError, match=r"cannot be written \(Read-only file system\).*DDIFF_CACHE"):
+        with pytest.raises(
+            DataError, match=r"cannot be written \(Read-only file system\).*DDIFF_CACHE"
+        ):
             build()
 
 
@@ -144,7 +150,9 @@ def test_every_form_of_a_full_disk_is_told_in_the_same_words(
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.EACCES, "Permission denied"), ValueError("written"), OSError("cannot read")], ids=str
+    "error",
+    [OSError(errno.EACCES, "Permission denied"), ValueError("written"), OSError("cannot read")],
+    ids=str,
 )
 def test_another_error_is_no_full_disk(error: Exception) -> None:
     assert no_room(error) is None
@@ -197,7 +205,9 @@ def test_a_build_under_way_is_left_alone_by_another(tmp_path: Path) -> None:
     assert (Cache(tmp_path).entry("rows", {}, build) / "file").read_text() == "half"
 
 
-def test_without_locks_time_tells_what_is_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_time_tells_what_is_abandoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -51,7 +51,9 @@ def test_a_port_that_is_none_is_refused(port: str | None, monkeypatch: pytest.Mo
         check_address()
 
 
-def test_the_cache_folder_is_a_local_one_and_its_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_is_a_local_one_and_its_tilde_is_the_home(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("DDIFF_CACHE", "~/elsewhere")
     assert default_root() == Path.home() / "elsewhere"
     monkeypatch.setenv("DDIFF_CACHE", "s3://bucket/cache")
@@ -68,7 +70,9 @@ def test_a_cache_that_cannot_be_written_is_named(
     assert not Path("runs").exists()
 
 
-def test_a_mode_that_wandb_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_mode_that_wandb_does_not_know_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from ddiff_core.trackers import WeightsAndBiases
 
     monkeypatch.setenv("WANDB_MODE", "abc")
@@ -98,7 +102,11 @@ def test_samples_are_json_in_every_encoding(encoding: str, monkeypatch: pytest.M
 
 def test_closed_and_full_outputs_end_without_a_traceback() -> None:
     shell = f"{' '.join(COMMAND)} recipes"
-    for redirected, codes in ((f"{shell} >&-", (0,)), (f"{shell} > /dev/full", (2,)), (f"{shell} 2>&-", (0,))):
+    for redirected, codes in (
+        (f"{shell} >&-", (0,)),
+        (f"{shell} > /dev/full", (2,)),
+        (f"{shell} 2>&-", (0,)),
+    ):
         done = subprocess.run(["bash", "-c", redirected], capture_output=True, text=True)
         assert done.returncode in codes, (redirected, done.stderr)
         assert "Traceback" not in done.stderr
@@ -117,16 +125,24 @@ def test_closed_and_full_outputs_end_without_a_traceback() -> None:
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "UTF-8"),
         (OverflowError("int too large"), "too large"),
         (MemoryError(), "memory does not suffice"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory does not suffice"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "memory does not suffice",
+        ),
         (RuntimeError("Storage size calculation overflowed"), "too large"),
         (RuntimeError("can't start new thread"), "no more threads"),
         (IsADirectoryError(21, "Is a directory", "x"), "Is a directory: x. A file is needed there"),
-        (PermissionError(13, "Permission denied", "x"), "Permission denied: x. Change its permissions"),
+        (
+            PermissionError(13, "Permission denied", "x"),
+            "Permission denied: x. Change its permissions",
+        ),
         (OSError(28, "No space left on device"), "Make room"),
         (ConnectionError("gone"), "gone"),
     ],
 )
-def test_errors_of_python_are_told_in_words(error: BaseException, expected: str, monkeypatch, capsys) -> None:
+def test_errors_of_python_are_told_in_words(
+    error: BaseException, expected: str, monkeypatch, capsys
+) -> None:
     assert expected in str(explained(error))
 
     def broken() -> None:
@@ -136,7 +152,9 @@ def test_errors_of_python_are_told_in_words(error: BaseException, expected: str,
     assert expected in refusal(called(capsys, "recipes"))
 
 
-def test_an_error_of_ours_keeps_its_traceback_and_says_where_to_send_it(monkeypatch, capsys) -> None:
+def test_an_error_of_ours_keeps_its_traceback_and_says_where_to_send_it(
+    monkeypatch, capsys
+) -> None:
     monkeypatch.setattr("ddiff.recipe.shipped_recipes", lambda: 1 / 0)
     code, _, err = called(capsys, "recipes")
     assert code == 1

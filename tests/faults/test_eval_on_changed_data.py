@@ -57,7 +57,9 @@ CHANGES: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_eval_refuses_changed_data_and_names_what_differs(name: str, run_dir: Path, ddiff: Command) -> None:
+def test_eval_refuses_changed_data_and_names_what_differs(
+    name: str, run_dir: Path, ddiff: Command
+) -> None:
     changed, expected = CHANGES[name]
     write(changed(LINES))
     before = files(run_dir)
@@ -122,7 +124,10 @@ def test_a_finished_run_is_not_evaluated_on_other_data(run_dir: Path, ddiff: Com
     assert files(run_dir) == before
 
 
-LABELS = ("--set", 'data={kind="jsonl", files=["rows.jsonl"], labels=["topic"], held_out=0.3, length=8}')
+LABELS = (
+    "--set",
+    'data={kind="jsonl", files=["rows.jsonl"], labels=["topic"], held_out=0.3, length=8}',
+)
 
 
 def labelled(shift: int) -> None:
@@ -140,7 +145,9 @@ def test_changed_labels_are_changed_data(folder: Path, ddiff: Command) -> None:
     assert is_refusal(ddiff(*EVAL), "conditions", "--out")
 
 
-@pytest.mark.parametrize("place", ["runs/tiny/evaluation.json", "runs/tiny/checkpoints/x.json", "corpus.txt", "."])
+@pytest.mark.parametrize(
+    "place", ["runs/tiny/evaluation.json", "runs/tiny/checkpoints/x.json", "corpus.txt", "."]
+)
 def test_out_writes_over_nothing_of_the_run(place: str, run_dir: Path, ddiff: Command) -> None:
     before = files(Path())
     assert is_refusal(ddiff(*EVAL, "--out", place), "ddiff eval --out")

@@ -34,12 +34,16 @@ IN_A_RUN = {
 
 
 @pytest.mark.parametrize("name", IN_A_RUN)
-def test_export_into_a_run_is_refused_and_harms_nothing(name: str, run_dir: Path, ddiff: Command) -> None:
+def test_export_into_a_run_is_refused_and_harms_nothing(
+    name: str, run_dir: Path, ddiff: Command
+) -> None:
     Path("runs/other").mkdir()
     Path("link").symlink_to((run_dir / "checkpoints").absolute())
     before = files(Path())
     target = IN_A_RUN[name].format(here=Path.cwd())
-    assert is_refusal(ddiff(*EXPORT, target), "export", "run" if "vocabulary" in target else "checkpoint")
+    assert is_refusal(
+        ddiff(*EXPORT, target), "export", "run" if "vocabulary" in target else "checkpoint"
+    )
     assert files(Path()) == before
 
 
@@ -61,7 +65,9 @@ ADDRESSES = {
 
 @pytest.mark.parametrize("name", ADDRESSES)
 @pytest.mark.parametrize("command", ["export", "data", "compare", "eval"])
-def test_places_that_take_no_files_are_named(name: str, command: str, run_dir: Path, ddiff: Command) -> None:
+def test_places_that_take_no_files_are_named(
+    name: str, command: str, run_dir: Path, ddiff: Command
+) -> None:
     call, file = {
         "export": (EXPORT, "w.safetensors"),
         "data": (DATA, "shards"),
@@ -87,12 +93,19 @@ def test_export_writes_any_address_that_fsspec_does(run_dir: Path, ddiff: Comman
     answer = ddiff(*EXPORT, "memory://bucket/w.safetensors")
     assert answer.code == 0, answer.err
     memory = fsspec.filesystem("memory")
-    assert [entry.rsplit("/", 1)[-1] for entry in memory.ls("/bucket", detail=False)] == ["w.safetensors"]
+    assert [entry.rsplit("/", 1)[-1] for entry in memory.ls("/bucket", detail=False)] == [
+        "w.safetensors"
+    ]
     content = memory.cat_file("/bucket/w.safetensors")
     assert ddiff(*EXPORT, "w.safetensors").code == 0
     assert Path("w.safetensors").read_bytes() == content
     memory.rm("/bucket", recursive=True)
-    assert sorted(path.name for path in Path().iterdir()) == ["corpus.txt", "runs", "tiny.toml", "w.safetensors"]
+    assert sorted(path.name for path in Path().iterdir()) == [
+        "corpus.txt",
+        "runs",
+        "tiny.toml",
+        "w.safetensors",
+    ]
 
 
 def test_export_replaces_only_what_an_export_has_written(run_dir: Path, ddiff: Command) -> None:
@@ -101,7 +114,9 @@ def test_export_replaces_only_what_an_export_has_written(run_dir: Path, ddiff: C
     own = Path(STEP, "model.safetensors").read_bytes()
     for content in (own, b"precious", b"", b"\xff" * 64):
         Path("mine.safetensors").write_bytes(content)
-        assert is_refusal(ddiff(*EXPORT, "mine.safetensors"), "mine.safetensors", "did not write it")
+        assert is_refusal(
+            ddiff(*EXPORT, "mine.safetensors"), "mine.safetensors", "did not write it"
+        )
         assert Path("mine.safetensors").read_bytes() == content
 
 

@@ -50,15 +50,29 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def documents(kind: str, path: str) -> list[str]:
     if kind == "text":
-        return list(text_files([path], validation=["held_out.txt"], cache=Cache("cache")).train["text"])
-    return [text for chunk in file_texts([path], format="text", split="file").chunks() for text in chunk.texts]
+        return list(
+            text_files([path], validation=["held_out.txt"], cache=Cache("cache")).train["text"]
+        )
+    return [
+        text
+        for chunk in file_texts([path], format="text", split="file").chunks()
+        for text in chunk.texts
+    ]
 
 
 @pytest.mark.parametrize("kind", ["text", "files"])
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_any_name_is_found_as_it_is_written(folder: Path, kind: str, absolute: bool, name: str) -> None:
-    for other in ("b1.txt", "bx1.txt", "x.txt", "a.txt", "star.txt"):  # what the names match as patterns
+def test_any_name_is_found_as_it_is_written(
+    folder: Path, kind: str, absolute: bool, name: str
+) -> None:
+    for other in (
+        "b1.txt",
+        "bx1.txt",
+        "x.txt",
+        "a.txt",
+        "star.txt",
+    ):  # what the names match as patterns
         (folder / other).write_text("another file")
     (folder / name).write_text(f"text of {name}")
     assert documents(kind, str(folder / name) if absolute else name) == [f"text of {name}"]
@@ -100,7 +114,9 @@ def test_endings_are_read_without_regard_to_case(folder: Path, ending: str) -> N
     import gzip
 
     content = b"upper case\n"
-    (folder / f"f{ending}").write_bytes(gzip.compress(content) if "gz" in ending.lower() else content)
+    (folder / f"f{ending}").write_bytes(
+        gzip.compress(content) if "gz" in ending.lower() else content
+    )
     assert [chunk.texts for chunk in file_texts([f"f{ending}"]).chunks()] == [["upper case"]]
 
 
@@ -133,7 +149,10 @@ def test_a_file_that_two_patterns_name_is_listed_once(folder: Path) -> None:
     for name in ("x1.txt", "x2.txt"):
         (folder / name).write_text(name)
     (folder / "x3.txt").symlink_to("x1.txt")
-    assert find_all(["x2.txt", "x*.txt", "./x1.txt", str(folder / "x2.txt")]) == ["x2.txt", "x1.txt"]
+    assert find_all(["x2.txt", "x*.txt", "./x1.txt", str(folder / "x2.txt")]) == [
+        "x2.txt",
+        "x1.txt",
+    ]
 
 
 def broken(folder: Path) -> dict[str, tuple[str, str]]:
@@ -149,7 +168,10 @@ def broken(folder: Path) -> dict[str, tuple[str, str]]:
         "a pipe": ("pipe.txt", r"pipe\.txt is a pipe"),
         "a device": ("/dev/null", "/dev/null is a pipe or a device"),
         "nothing": ("none.txt", r"There is no file none\.txt"),
-        "nothing, with brackets": ("none[1].txt", r"none\[1\]\.txt, and none that it matches as a pattern"),
+        "nothing, with brackets": (
+            "none[1].txt",
+            r"none\[1\]\.txt, and none that it matches as a pattern",
+        ),
         "a missing folder": ("missing/*.txt", "There is no folder missing either"),
         "an empty path": ("", "There is no file"),
         "NUL": ("a\0b.txt", r"There is no file a\\x00b\.txt"),
@@ -186,7 +208,9 @@ def test_what_is_no_file_is_refused_and_named(folder: Path, reader: Any, kind: s
         raise refused[0]
 
 
-def test_a_file_that_must_not_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_must_not_be_read_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "a.txt").write_text("secret")
 
     def refuse(*_: Any, **__: Any) -> Any:  # the permissions themselves do not hold for root
@@ -201,7 +225,9 @@ def test_a_file_that_must_not_be_read_is_named(folder: Path, monkeypatch: pytest
 def test_a_link_to_a_training_file_is_no_validation_file(folder: Path) -> None:
     (folder / "a.txt").write_text("a")
     (folder / "link.txt").symlink_to("a.txt")
-    with pytest.raises(DataError, match=r"link\.txt is named by validation and by files \(there as a\.txt\)"):
+    with pytest.raises(
+        DataError, match=r"link\.txt is named by validation and by files \(there as a\.txt\)"
+    ):
         check_disjoint(["a.txt"], ["link.txt"])
     check_disjoint(["a.txt"], ["held_out.txt"])
 
@@ -218,7 +244,10 @@ def test_files_of_other_file_systems_and_of_chains_are_read(folder: Path) -> Non
     assert documents("files", "zip://b.txt::x.zip") == ["zipped b.txt"]
     assert documents("text", f"{memory}/b?1.txt") == ["in memory b?1.txt"]
     assert documents("files", f"{memory}/[m].txt") == ["in memory [m].txt"]
-    assert documents("text", f"simplecache::{memory}/b*.txt") == ["in memory b?1.txt", "in memory bx1.txt"]
+    assert documents("text", f"simplecache::{memory}/b*.txt") == [
+        "in memory b?1.txt",
+        "in memory bx1.txt",
+    ]
     with pytest.raises(DataError, match="is a folder"):
         find_files(memory)
     with pytest.raises(DataError, match="is named by validation"):
@@ -229,7 +258,11 @@ def test_a_home_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HOME", str(folder))
     (folder / "a.txt").write_text("at home")
     assert documents("text", "~/a.txt") == documents("text", "~/[a].txt") == ["at home"]
-    assert read_bytes("~/a.txt", "a file") == read_bytes(f"file://{folder}/a.txt", "a file") == b"at home"
+    assert (
+        read_bytes("~/a.txt", "a file")
+        == read_bytes(f"file://{folder}/a.txt", "a file")
+        == b"at home"
+    )
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "\ufeff{}x", ""])

@@ -25,19 +25,25 @@ from ddiff.core.numerics import EARLIEST, LATEST
 from ddiff.sampling.first_hitting import MOST_AT_ONCE, between
 from ddiff.testing.enumerated import measured
 
-JOINT = torch.tensor([[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64)
+JOINT = torch.tensor(
+    [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64
+)
 POINTS = 2**13
 NOISE = 0.02  # total variation that 2^13 samples leave: 0.012 on average, 0.003 its deviation
 
 
-def gidd(p_uniform: float, gamma: float, form: Form = "current", num_tokens: int = 3) -> GeneralizedInterpolation:
+def gidd(
+    p_uniform: float, gamma: float, form: Form = "current", num_tokens: int = 3
+) -> GeneralizedInterpolation:
     config = GeneralizedInterpolation.Config(p_uniform=p_uniform, gamma=gamma, form=form)
     return GeneralizedInterpolation.build(config, vocabulary=FlatVocabulary(num_tokens))
 
 
 def kept(process: ForwardProcess, t: float) -> float:
     """q_t(x | x) for token 0."""
-    return float(process.stay_probability(torch.tensor([0]), torch.tensor([t], dtype=torch.float64)))
+    return float(
+        process.stay_probability(torch.tensor([0]), torch.tensor([t], dtype=torch.float64))
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +56,9 @@ def kept(process: ForwardProcess, t: float) -> float:
         (0.2, 1.0, "current"),
     ],
 )
-def test_samples_of_gidd_have_the_joint_distribution(p_uniform: float, gamma: float, form: Form) -> None:
+def test_samples_of_gidd_have_the_joint_distribution(
+    p_uniform: float, gamma: float, form: Form
+) -> None:
     """By default. With a time in place of a share, p .9 and gamma .5 came out at 0.274."""
     result = measured(FirstHittingSampler(), gidd(p_uniform, gamma, form), JOINT, points=POINTS)
     assert result.distance(JOINT) < NOISE
@@ -58,7 +66,9 @@ def test_samples_of_gidd_have_the_joint_distribution(p_uniform: float, gamma: fl
 
 @pytest.mark.parametrize("length", [2, 128, 512])
 @pytest.mark.parametrize(("p_uniform", "gamma"), [(0.1, 1.0), (0.2, 1.0), (0.1, 2.0)])
-def test_few_positions_change_at_once_at_any_length(p_uniform: float, gamma: float, length: int) -> None:
+def test_few_positions_change_at_once_at_any_length(
+    p_uniform: float, gamma: float, length: int
+) -> None:
     """Between t_1 and t_0 events are followed; `until` positions of a sequence are noise at t_0 and known at t_1."""
     until = 1e-3
     process = gidd(p_uniform, gamma)
@@ -90,7 +100,10 @@ def test_tokens_of_unequal_rates_are_all_read() -> None:
 def test_noise_too_early_for_the_length_is_refused_with_the_number() -> None:
     """p .9, gamma .5: 1.3 % of the tokens are noise at the earliest time that is read."""
     process = gidd(0.9, 0.5)
-    with pytest.raises(ArgumentError, match=r"of 128 positions 1\.\d+ are noise already.*error of up to 0\.\d+.*gamma"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"of 128 positions 1\.\d+ are noise already.*error of up to 0\.\d+.*gamma",
+    ):
         between(process, 1e-3, 128)
     assert between(process, 1e-3, 2)[1] == pytest.approx(EARLIEST)
     assert 2 * (1.0 - kept(process, EARLIEST)) < MOST_AT_ONCE
@@ -109,8 +122,14 @@ def test_noise_that_is_there_at_t_0_does_not_move_the_ends() -> None:
 @pytest.mark.parametrize(
     "process",
     [
-        pytest.param(MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(3)), id="masks"),
-        pytest.param(TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((1.0, 1.0)), xi=0.8), id="tree"),
+        pytest.param(
+            MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(3)),
+            id="masks",
+        ),
+        pytest.param(
+            TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((1.0, 1.0)), xi=0.8),
+            id="tree",
+        ),
         pytest.param(GammaHybrid(FlatVocabulary(3), 0.0), id="hybrid without noise"),
     ],
 )

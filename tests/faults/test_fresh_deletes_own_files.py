@@ -57,7 +57,11 @@ def test_fresh_trains_again_where_a_run_alone_stands(run_dir: Path, ddiff: Comma
 
 
 def test_fresh_deletes_what_a_killed_run_has_left(run_dir: Path) -> None:
-    for name in ("recipe.toml.part", "tokenizer.json.partial-0123abcd", "vocabulary.safetensors.89abcdef.part"):
+    for name in (
+        "recipe.toml.part",
+        "tokenizer.json.partial-0123abcd",
+        "vocabulary.safetensors.89abcdef.part",
+    ):
         put(run_dir / name)
     put(run_dir / "checkpoints/step_00000006/model.rank_00001.safetensors")
     put(run_dir / "checkpoints/step_00000006/complete.json.part")
@@ -72,7 +76,9 @@ def test_every_file_of_a_finished_run_is_known(run_dir: Path) -> None:
     found = contents(run_dir)
     assert found.foreign == []
     assert {str(run_dir / name) for name in files(run_dir)} <= set(map(str, found.written))
-    assert found.written[-1].name == "recipe.toml", "what is left of half a deletion is still known for a run"
+    assert found.written[-1].name == "recipe.toml", (
+        "what is left of half a deletion is still known for a run"
+    )
     assert {name for name in files(run_dir) if "/" not in name} == set(FILES)
 
 
@@ -137,14 +143,18 @@ def test_run_never_writes_over_a_recipe_of_the_users(folder: Path, ddiff: Comman
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "recipe.toml"])
-def test_first_run_refuses_a_directory_with_a_file_of_its_name(name: str, folder: Path, ddiff: Command) -> None:
+def test_first_run_refuses_a_directory_with_a_file_of_its_name(
+    name: str, folder: Path, ddiff: Command
+) -> None:
     put(Path("model") / name)
     for more in ((), ("--fresh",)):
         assert is_refusal(ddiff("run", "tiny.toml", "--set", "run_dir=model", *more), "model", name)
         assert files(Path("model")) == {name: b"precious"}
 
 
-def test_first_run_says_what_else_stands_in_its_directory_and_leaves_it(folder: Path, ddiff: Command) -> None:
+def test_first_run_says_what_else_stands_in_its_directory_and_leaves_it(
+    folder: Path, ddiff: Command
+) -> None:
     put(Path("own/thesis.tex"))
     answer = ddiff("run", "tiny.toml", "--set", "run_dir=own", "--set", "train.steps=2")
     assert answer.code == 0, answer.err
@@ -153,7 +163,9 @@ def test_first_run_says_what_else_stands_in_its_directory_and_leaves_it(folder: 
     assert Path("own/thesis.tex").read_text() == "precious"
 
 
-def test_comments_in_the_record_of_a_run_are_not_written_over(run_dir: Path, ddiff: Command) -> None:
+def test_comments_in_the_record_of_a_run_are_not_written_over(
+    run_dir: Path, ddiff: Command
+) -> None:
     recipe = run_dir / "recipe.toml"
     recipe.write_text(recipe.read_text() + "# the best so far\n")
     before = files(run_dir)
@@ -170,7 +182,9 @@ def test_fresh_deletes_what_the_tracker_declares(run_dir: Path) -> None:
     with pytest.raises(CheckpointError, match="wandb"):
         remove(run_dir)
     assert (run_dir / "recipe.toml").is_file()
-    remove(run_dir, api.read_recipe("tiny.toml", ['tracker="wandb"']).tracker.component.load().writes)
+    remove(
+        run_dir, api.read_recipe("tiny.toml", ['tracker="wandb"']).tracker.component.load().writes
+    )
     assert list(run_dir.iterdir()) == []
     assert Path("corpus.txt").is_file()
 
@@ -178,7 +192,9 @@ def test_fresh_deletes_what_the_tracker_declares(run_dir: Path) -> None:
 @pytest.mark.parametrize("address", ["s3://bucket/run", "memory://run", "file:///tmp/run"])
 def test_run_dir_that_is_an_address_is_refused(address: str, folder: Path, ddiff: Command) -> None:
     for more in ((), ("--dry-run",)):
-        assert is_refusal(ddiff("run", "tiny.toml", "--set", f"run_dir={address}", *more), address, "run_dir")
+        assert is_refusal(
+            ddiff("run", "tiny.toml", "--set", f"run_dir={address}", *more), address, "run_dir"
+        )
     assert sorted(path.name for path in folder.iterdir()) == ["corpus.txt", "tiny.toml"]
 
 
@@ -189,7 +205,9 @@ def test_run_dir_that_is_an_address_is_refused(address: str, folder: Path, ddiff
         ('tokenizer={kind="saved", path="runs/tiny/tokenizer.json"}', "tokenizer.json"),
     ],
 )
-def test_fresh_refuses_to_delete_what_its_recipe_reads(setting: str, name: str, run_dir: Path, ddiff: Command) -> None:
+def test_fresh_refuses_to_delete_what_its_recipe_reads(
+    setting: str, name: str, run_dir: Path, ddiff: Command
+) -> None:
     before = files(run_dir)
     assert is_refusal(ddiff(*FRESH, "--set", setting), name, "runs/tiny")
     assert files(run_dir) == before

@@ -35,7 +35,9 @@ def hdlm(**settings: object) -> ForwardProcess:
 
 
 def gidd(tokens: FlatVocabulary = FLAT, **settings: object) -> ForwardProcess:
-    return GeneralizedInterpolation.build(GeneralizedInterpolation.Config(**settings), vocabulary=tokens)
+    return GeneralizedInterpolation.build(
+        GeneralizedInterpolation.Config(**settings), vocabulary=tokens
+    )
 
 
 CASES = [

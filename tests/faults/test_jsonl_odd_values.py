@@ -26,10 +26,17 @@ heads = 2
 {conditions}
 """
 ODD = {
-    "half a surrogate pair": ('{"text":"\\ud800 bad"}\n' * 99, "", "odd.jsonl line 1 holds half a surrogate pair"),
+    "half a surrogate pair": (
+        '{"text":"\\ud800 bad"}\n' * 99,
+        "",
+        "odd.jsonl line 1 holds half a surrogate pair",
+    ),
     "deep nesting": ('{"text":' + "[" * 100_000 + "}", "", "odd.jsonl line 1 is nested too deeply"),
     "a label of 32 digits": (
-        "\n".join(f'{{"text": "t {number}", "l": 10000000000000000000000000000000}}' for number in range(99)),
+        "\n".join(
+            f'{{"text": "t {number}", "l": 10000000000000000000000000000000}}'
+            for number in range(99)
+        ),
         'labels = ["l"]',
         'odd.jsonl line 1: the label "l" must be a whole number',
     ),
@@ -44,7 +51,11 @@ ODD = {
 @pytest.mark.parametrize("kind", ["jsonl", "files"])
 @pytest.mark.parametrize("name", list(ODD))
 def test_an_odd_value_ends_a_run_with_its_file_and_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, name: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    name: str,
 ) -> None:
     content, keys, told = ODD[name]
     if keys and kind == "files":

@@ -22,14 +22,24 @@ from ddiff.recipe import parse_recipe
 from ddiff.runs.built import Run, build_run
 from ddiff.runs.parts import Given
 
-GOOD = [json.dumps({"text": f"line number {number} is here", "y": 0, "v": [0.5, 1.0]}) for number in range(60)]
+GOOD = [
+    json.dumps({"text": f"line number {number} is here", "y": 0, "v": [0.5, 1.0]})
+    for number in range(60)
+]
 TOKENIZER = BytePairTokenizer.train(["line number is here"], 260)
 
 
-def read(folder: Path, *lines: str, labels: tuple[str, ...] = ("y",), vectors: tuple[str, ...] = ("v",)) -> Documents:
+def read(
+    folder: Path, *lines: str, labels: tuple[str, ...] = ("y",), vectors: tuple[str, ...] = ("v",)
+) -> Documents:
     (folder / "x.jsonl").write_text("\n".join([*GOOD, *lines]), encoding="utf-8")
     (folder / "v.jsonl").write_text('{"text": "held out"}')
-    return json_lines([str(folder / "x.jsonl")], validation=[str(folder / "v.jsonl")], labels=labels, vectors=vectors)
+    return json_lines(
+        [str(folder / "x.jsonl")],
+        validation=[str(folder / "v.jsonl")],
+        labels=labels,
+        vectors=vectors,
+    )
 
 
 BAD: dict[str, tuple[str, str]] = {
@@ -77,7 +87,9 @@ def test_a_value_that_cannot_be_used_is_named_with_its_line(tmp_path: Path, kind
     str(raised.value).encode()  # or it could not be printed
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BAD if not kind.startswith(("a label", "a vector", "no text"))])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in BAD if not kind.startswith(("a label", "a vector", "no text"))]
+)
 def test_files_refuse_what_is_no_text_with_its_line(tmp_path: Path, kind: str) -> None:
     line, told = BAD[kind]
     (tmp_path / "x.jsonl").write_text("\n".join([*GOOD, line]), encoding="utf-8")

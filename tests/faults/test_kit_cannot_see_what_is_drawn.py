@@ -52,12 +52,16 @@ CORRUPT, DIFFUSION, DECODING = elbo.corrupt, elbo.diffusion_term, elbo.decoding_
 def closing_shows(zt_of: Callable[..., Tensor], told: float | None = 1.0) -> Callable[..., Tensor]:
     """The closing term with other states, or another time (None: the end of the window), where positions are charged."""
 
-    def closing(process: Any, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise) -> Tensor:
+    def closing(
+        process: Any, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise
+    ) -> Tensor:
         charged = (times.speed > 0) & ~times.clean & scored
         reads = charged & (times.t < 1) if process.closes_at_prior else charged
         noisy = CORRUPT(process, x0, times, scored, noise, "closing")
         states = torch.where(charged, zt_of(process, x0, times, scored, noise, noisy), noisy.zt)
-        shown = noisy._replace(zt=states, t=noisy.t if told is None else torch.where(charged, told, noisy.t))
+        shown = noisy._replace(
+            zt=states, t=noisy.t if told is None else torch.where(charged, told, noisy.t)
+        )
         root = process.vocabulary.root
         formula = partial(elbo._closing_kl, process)
         whole = lambda zt: torch.full_like(zt, root)  # noqa: E731
@@ -66,29 +70,43 @@ def closing_shows(zt_of: Callable[..., Tensor], told: float | None = 1.0) -> Cal
     return closing
 
 
-def drawn_from_q_1(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, noisy: Noisy) -> Tensor:
-    return CORRUPT(process, x0, times._replace(t=torch.ones_like(times.t)), scored, noise, "prior").zt
+def drawn_from_q_1(
+    process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, noisy: Noisy
+) -> Tensor:
+    return CORRUPT(
+        process, x0, times._replace(t=torch.ones_like(times.t)), scored, noise, "prior"
+    ).zt
 
 
-def drawn_from_the_prior(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, noisy: Noisy) -> Tensor:
+def drawn_from_the_prior(
+    process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, noisy: Noisy
+) -> Tensor:
     return process.prior.draw(noise.uniform("prior"))
 
 
-def states_at_the_end(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, noisy: Noisy) -> Tensor:
+def states_at_the_end(
+    process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, noisy: Noisy
+) -> Tensor:
     return noisy.zt
 
 
-def corrupt_earlier(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str) -> Noisy:
+def corrupt_earlier(
+    process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str
+) -> Noisy:
     early = CORRUPT(process, x0, times._replace(t=0.9 * times.t), scored, noise, channel)
     return early._replace(t=torch.where(early.clean, 0.0, times.t))
 
 
-def tell_an_earlier_time(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str) -> Noisy:
+def tell_an_earlier_time(
+    process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str
+) -> Noisy:
     noisy = CORRUPT(process, x0, times, scored, noise, channel)
     return noisy._replace(t=0.8 * noisy.t)
 
 
-def decode_noised_at_zero(process: Any, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise) -> Tensor:
+def decode_noised_at_zero(
+    process: Any, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise
+) -> Tensor:
     def corrupt_at_zero(process: Any, x0: Tensor, times: Times, *rest: Any) -> Noisy:
         noisy = CORRUPT(process, x0, times._replace(t=torch.zeros_like(times.t)), *rest)
         return noisy._replace(t=torch.where(noisy.clean, 0.0, times.t))
@@ -101,13 +119,17 @@ def decode_noised_at_zero(process: Any, ask: Ask, x0: Tensor, times: Times, scor
 def corrupt_by(name: str) -> Callable[..., Noisy]:
     """Every draw reads one channel of the noise."""
 
-    def corrupt(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str) -> Noisy:
+    def corrupt(
+        process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str
+    ) -> Noisy:
         return CORRUPT(process, x0, times, scored, noise, name)
 
     return corrupt
 
 
-def corrupt_alike(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str) -> Noisy:
+def corrupt_alike(
+    process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str
+) -> Noisy:
     """Both positions read the uniforms of the first."""
 
     class OfTheFirst(Noise):
@@ -118,7 +140,9 @@ def corrupt_alike(process: Any, x0: Tensor, times: Times, scored: Tensor, noise:
     return CORRUPT(process, x0, times, scored, OfTheFirst(0, 0, noise.index, noise.length), channel)
 
 
-def corrupt_prompts(process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str) -> Noisy:
+def corrupt_prompts(
+    process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str
+) -> Noisy:
     return CORRUPT(process, x0, times, torch.ones_like(scored), noise, channel)
 
 
@@ -131,8 +155,16 @@ def speed_squared(process: Any, ask: Ask, x0: Tensor, noisy: Noisy, speed: Tenso
 
 
 LEAKS: dict[str, tuple[str, Callable[..., Any], str]] = {
-    "the closing term shows a draw of q_1(.|x0)": ("closing_term", closing_shows(drawn_from_q_1), "closing"),
-    "the closing term shows z at the end of the window": ("closing_term", closing_shows(states_at_the_end), "closing"),
+    "the closing term shows a draw of q_1(.|x0)": (
+        "closing_term",
+        closing_shows(drawn_from_q_1),
+        "closing",
+    ),
+    "the closing term shows z at the end of the window": (
+        "closing_term",
+        closing_shows(states_at_the_end),
+        "closing",
+    ),
     "the closing term tells the end of the window": (
         "closing_term",
         closing_shows(drawn_from_the_prior, None),
@@ -159,17 +191,23 @@ def test_the_shipped_bound_draws_what_it_charges(name: str) -> None:
 
 @pytest.mark.parametrize("leak", LEAKS)
 @pytest.mark.parametrize("name", PROCESSES)
-def test_a_planted_leak_breaks_the_law_of_draws(name: str, leak: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_leak_breaks_the_law_of_draws(
+    name: str, leak: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where, fault, term = LEAKS[leak]
     monkeypatch.setattr(elbo, where, fault)
     report = draws_of_the_bound(PROCESSES[name])
     assert not report.passed, str(report)
-    assert "raised" not in report.where, "found by its numbers, not because the plant itself is broken"
+    assert "raised" not in report.where, (
+        "found by its numbers, not because the plant itself is broken"
+    )
     if where != "corrupt":  # that one is read by all three terms
         assert term in report.where
 
 
-@pytest.mark.parametrize("fault", [corrupt_by("prior"), corrupt_by("decoding")], ids=["prior", "decoding"])
+@pytest.mark.parametrize(
+    "fault", [corrupt_by("prior"), corrupt_by("decoding")], ids=["prior", "decoding"]
+)
 def test_channels_kept_apart_show_a_swap_to_the_entropy_law(
     fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +224,9 @@ def test_check_process_runs_the_law_of_draws(monkeypatch: pytest.MonkeyPatch) ->
     assert draws_of_the_bound.name in broken
 
 
-def test_the_leak_of_x0_lowers_the_bound_where_tokens_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_leak_of_x0_lowers_the_bound_where_tokens_are_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Why it matters: with tokens left at t = 1, q_1(.|x0) at one position tells the network of x0 at the other."""
     from ddiff.testing.drawn import drawn_terms, enumerated_terms, other_table
 
@@ -231,9 +271,18 @@ def test_positions_at_the_prior_say_nothing_of_their_token() -> None:
     x0 = torch.arange(3).repeat(4096).reshape(-1, 2)
     noise = Noise(0, 0, torch.arange(len(x0)), 2)
     everywhere = torch.ones_like(x0, dtype=torch.bool)
-    times = Times(torch.ones(x0.shape).double(), torch.zeros(x0.shape).double(), ~everywhere, waiting=everywhere)
+    times = Times(
+        torch.ones(x0.shape).double(),
+        torch.zeros(x0.shape).double(),
+        ~everywhere,
+        waiting=everywhere,
+    )
     noisy = CORRUPT(process, x0, times, everywhere, noise, "diffusion")
     stays = float((noisy.zt == x0).double().mean())
-    assert stays == pytest.approx(1 / 3, abs=0.02), "four standard errors; q_1 would keep .53 of them"
-    begun = CORRUPT(process, x0, times._replace(waiting=~everywhere), everywhere, noise, "diffusion")
+    assert stays == pytest.approx(1 / 3, abs=0.02), (
+        "four standard errors; q_1 would keep .53 of them"
+    )
+    begun = CORRUPT(
+        process, x0, times._replace(waiting=~everywhere), everywhere, noise, "diffusion"
+    )
     assert float((begun.zt == x0).double().mean()) == pytest.approx(0.3 + 0.7 / 3, abs=0.02)

@@ -10,7 +10,15 @@ from commands import called, entries, place, refusal
 from pydantic import ValidationError
 
 from ddiff import ArgumentError, ComponentConfig, Noise, load
-from ddiff.component import COUNTS, LARGEST, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
+from ddiff.component import (
+    COUNTS,
+    LARGEST,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+)
 from ddiff.plugin import survey_plugins
 
 __all__ = ["place"]
@@ -26,11 +34,18 @@ class Every(ComponentConfig):
 
 
 def test_the_types_of_a_config_have_both_ends() -> None:
-    most = Every(count=COUNTS - 1, label=COUNTS - 1, seed=2**64 - 1, rate=LARGEST / 2, share=LARGEST / 2)
+    most = Every(
+        count=COUNTS - 1, label=COUNTS - 1, seed=2**64 - 1, rate=LARGEST / 2, share=LARGEST / 2
+    )
     assert (most.count, most.seed) == (2**31 - 1, 2**64 - 1)
     outside = {"count": COUNTS, "label": COUNTS, "seed": 2**64, "rate": LARGEST, "share": LARGEST}
     outside_below = {"count": 0, "label": -1, "seed": -1, "rate": 0.0, "share": -1e-9}
-    for key, value in [*outside.items(), *outside_below.items(), ("rate", math.nan), ("share", math.inf)]:
+    for key, value in [
+        *outside.items(),
+        *outside_below.items(),
+        ("rate", math.nan),
+        ("share", math.inf),
+    ]:
         with pytest.raises(ValidationError):
             Every(**{key: value})
 
@@ -39,13 +54,19 @@ def test_no_config_of_any_plugin_takes_an_integer_without_end() -> None:
     """Every whole number of every component has a largest value, so that none reaches torch that it cannot hold."""
     open_ended = []
     for component in survey_plugins().registry.components():
-        for key, schema in component.config_class().model_json_schema().get("properties", {}).items():
+        for key, schema in (
+            component.config_class().model_json_schema().get("properties", {}).items()
+        ):
             branches = [schema, *schema.get("anyOf", ())]
             for branch in branches:
                 items = branch.get("items", {})
                 for number in (branch, items):
                     bounded = {"maximum", "exclusiveMaximum"} & number.keys()
-                    if number.get("type") == "integer" and not bounded and "additionalProperties" not in schema:
+                    if (
+                        number.get("type") == "integer"
+                        and not bounded
+                        and "additionalProperties" not in schema
+                    ):
                         open_ended.append(f"{component}: {key}")
     assert open_ended == []
 
@@ -139,7 +160,14 @@ def test_what_is_asked_of_a_run_is_refused_in_words(name: str, trained: Path, ca
 
 @pytest.mark.parametrize(
     "asked",
-    [{"seed": 2**64}, {"seed": -1}, {"count": 2**31}, {"steps": 2**31}, {"batch": 0}, {"guidance": -1.0}],
+    [
+        {"seed": 2**64},
+        {"seed": -1},
+        {"count": 2**31},
+        {"steps": 2**31},
+        {"batch": 0},
+        {"guidance": -1.0},
+    ],
     ids=str,
 )
 def test_python_callers_get_the_same_limits(asked: dict, trained: Path) -> None:

@@ -71,7 +71,11 @@ def another(value: Any) -> Any:
 
 def mutations(text: str) -> Iterator[tuple[str, Any]]:
     for key, value in dotted(tree(text)).items():
-        if key.startswith(tuple(f"{table}." for table in MEANING)) or key in ("data.length", "seed", "train.ema"):
+        if key.startswith(tuple(f"{table}." for table in MEANING)) or key in (
+            "data.length",
+            "seed",
+            "train.ema",
+        ):
             yield key, another(value)
             yield key, None
 
@@ -81,13 +85,19 @@ def resolved() -> str:
 
 
 @pytest.mark.parametrize(("key", "value"), list(mutations(resolved())))
-def test_every_changed_key_of_what_was_trained_is_refused_and_named(key: str, value: Any, run_dir: Path) -> None:
+def test_every_changed_key_of_what_was_trained_is_refused_and_named(
+    key: str, value: Any, run_dir: Path
+) -> None:
     recipe = run_dir / "recipe.toml"
     recipe.write_text(write_toml(changed(tree(recipe.read_text()), key, value), "resolved"))
     state = newest_state(str(run_dir / "checkpoints"))
     assert state is not None
-    is_needed = value is None and (key == "seed" or key.endswith("kind"))  # tables of a run that are read have them
-    expected = rf"recipe\.toml is damaged|{key}: was .*, is " if is_needed else f"{key}: was .*, is "
+    is_needed = value is None and (
+        key == "seed" or key.endswith("kind")
+    )  # tables of a run that are read have them
+    expected = (
+        rf"recipe\.toml is damaged|{key}: was .*, is " if is_needed else f"{key}: was .*, is "
+    )
     with pytest.raises(CheckpointError, match=expected):
         check_recorded(run_dir, state)
 
@@ -97,7 +107,11 @@ def test_keys_that_were_absent_are_refused_too(run_dir: Path) -> None:
     recipe, before = run_dir / "recipe.toml", (run_dir / "recipe.toml").read_text()
     state = newest_state(str(run_dir / "checkpoints"))
     assert state is not None
-    for key, value in {"process.rates": [1.0, 3.0], "process.powers": [1.0, 2.0], "process.new": 1}.items():
+    for key, value in {
+        "process.rates": [1.0, 3.0],
+        "process.powers": [1.0, 2.0],
+        "process.new": 1,
+    }.items():
         recipe.write_text(write_toml(changed(tree(before), key, value), "resolved"))
         with pytest.raises(CheckpointError, match=f"{key}: was absent"):
             check_recorded(run_dir, state)
@@ -105,8 +119,20 @@ def test_keys_that_were_absent_are_refused_too(run_dir: Path) -> None:
 
 def test_mutations_cover_every_table_that_matters() -> None:
     keys = {key for key, _ in mutations(resolved())}
-    assert {"process.xi", "process.decoding", "denoiser.heads", "denoiser.given", "vocabulary.sizes"} <= keys
-    assert {"denoiser.head.kind", "objective.kind", "objective.times.kind", "tokenizer.size", "data.length"} <= keys
+    assert {
+        "process.xi",
+        "process.decoding",
+        "denoiser.heads",
+        "denoiser.given",
+        "vocabulary.sizes",
+    } <= keys
+    assert {
+        "denoiser.head.kind",
+        "objective.kind",
+        "objective.times.kind",
+        "tokenizer.size",
+        "data.length",
+    } <= keys
 
 
 @pytest.mark.parametrize("key", FREE)
@@ -122,7 +148,12 @@ def test_training_keys_matter_where_training_resumes(run_dir: Path) -> None:
     recipe, before = run_dir / "recipe.toml", (run_dir / "recipe.toml").read_text()
     state = newest_state(str(run_dir / "checkpoints"))
     assert state is not None
-    for key, value in {"train.batch": 8, "train.warmup": 1, "train.optimizer.kind": "muon", "train.clip": 0.5}.items():
+    for key, value in {
+        "train.batch": 8,
+        "train.warmup": 1,
+        "train.optimizer.kind": "muon",
+        "train.clip": 0.5,
+    }.items():
         recipe.write_text(write_toml(changed(tree(before), key, value), "resolved"))
         check_recorded(run_dir, state)
         with pytest.raises(CheckpointError, match=key):
@@ -147,7 +178,9 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_reader_refuses_an_edited_process(command: str, run_dir: Path, ddiff: Command) -> None:
+def test_every_reader_refuses_an_edited_process(
+    command: str, run_dir: Path, ddiff: Command
+) -> None:
     """Also where the recipe that is run was changed in the same way."""
     edited(run_dir, "xi = 1.0", "xi = 0.7")
     before = files(run_dir)
@@ -161,13 +194,19 @@ def retreed(run_dir: Path) -> None:
     """Another tree over the same words."""
     path = str(run_dir / "vocabulary.safetensors")
     vocabulary = api.Vocabulary.load(path)
-    parents = (vocabulary.parent(torch.arange(vocabulary.num_tokens)) - vocabulary.offsets[1]).tolist()
+    parents = (
+        vocabulary.parent(torch.arange(vocabulary.num_tokens)) - vocabulary.offsets[1]
+    ).tolist()
     other = [(parent + 1) % vocabulary.level_sizes[1] for parent in parents[:100]] + parents[100:]
-    api.HierarchicalVocabulary([other], tokenizer_fingerprint=vocabulary.tokenizer_fingerprint).save(path)
+    api.HierarchicalVocabulary(
+        [other], tokenizer_fingerprint=vocabulary.tokenizer_fingerprint
+    ).save(path)
 
 
 @pytest.mark.parametrize("command", ["eval", "sample", "init"])
-def test_another_tree_over_the_same_words_is_refused(command: str, run_dir: Path, ddiff: Command) -> None:
+def test_another_tree_over_the_same_words_is_refused(
+    command: str, run_dir: Path, ddiff: Command
+) -> None:
     retreed(run_dir)
     before = files(run_dir)
     assert is_refusal(ddiff(*COMMANDS[command]), "vocabulary: was ")
@@ -184,7 +223,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setenv("DDIFF_CACHE", str(place / "cache"))
-        (place / "corpus.txt").write_text("\n".join(f"the cat sat on {c}" for c in "abcdefghij" * 3))
+        (place / "corpus.txt").write_text(
+            "\n".join(f"the cat sat on {c}" for c in "abcdefghij" * 3)
+        )
         recipe = parse_recipe(RECIPE)
         documents = recipe.data.build(length=recipe.length, seed=recipe.seed, cache=None)
         size = recipe.tokenizer.build(documents=documents, cache=None).num_tokens

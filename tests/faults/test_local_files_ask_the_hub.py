@@ -31,7 +31,9 @@ from ddiff.data.tokenising import Chunk
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import DataError
 
-BYTES = BytePairTokenizer.train(["text"], 257)  # a token per byte, and one at the end of each document
+BYTES = BytePairTokenizer.train(
+    ["text"], 257
+)  # a token per byte, and one at the end of each document
 
 # Run in a process of its own, since the libraries read their switches when they are imported.
 READ_EVERYTHING = """
@@ -79,13 +81,25 @@ def test_local_files_make_no_request(tmp_path: Path) -> None:
     (tmp_path / "folder" / "train.jsonl").write_text(lines)
     made = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]").save_pretrained(tmp_path / "tokenizer")
-    config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]").save_pretrained(
+        tmp_path / "tokenizer"
+    )
+    config = BertConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
     BertModel(config).save_pretrained(tmp_path / "model")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("HF_", "TRANSFORMERS_"))
+    }
     environment |= {"HF_HOME": str(tmp_path / "hf"), "DDIFF_CACHE": str(tmp_path / "cache")}
     ended = subprocess.run(
-        [sys.executable, "-c", READ_EVERYTHING], cwd=tmp_path, env=environment, text=True, capture_output=True
+        [sys.executable, "-c", READ_EVERYTHING],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        capture_output=True,
     )
     assert ended.returncode == 0, ended.stderr
     assert "REQUEST" not in ended.stdout
@@ -155,7 +169,9 @@ def test_a_source_of_one_token_is_streamed_in_seconds() -> None:
     assert time.monotonic() - began < 20
 
 
-def test_cursors_that_cannot_be_kept_do_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_cursors_that_cannot_be_kept_do_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
     rows = streamed(Source(["hello world"]), 4, cursors=tmp_path / "file" / "c.jsonl")
     assert len(rows[np.arange(40)].ids) == 40
@@ -218,7 +234,9 @@ main(sys.argv[2:])
 
 
 @pytest.mark.parametrize(("number", "blocks"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
-def test_the_first_signal_ends_a_run_that_waits_for_data(tmp_path: Path, number: int, blocks: int) -> None:
+def test_the_first_signal_ends_a_run_that_waits_for_data(
+    tmp_path: Path, number: int, blocks: int
+) -> None:
     """Before the first step nothing is saved; later what was trained."""
     (tmp_path / "one.txt").write_text("hello world\n" * 3)
     (tmp_path / "two.txt").write_text("hello\nworld\n")
@@ -250,6 +268,8 @@ def test_the_first_signal_ends_a_run_that_waits_for_data(tmp_path: Path, number:
     assert time.monotonic() - began < 15
     told = "".join(lines)
     assert "Traceback" not in told
-    assert ("Stopped before the first step" if not blocks else "Stopped at step 2 of 9, saved") in told
+    assert (
+        "Stopped before the first step" if not blocks else "Stopped at step 2 of 9, saved"
+    ) in told
     saved = tmp_path / "runs" / "t" / "checkpoints"
     assert [place.name for place in saved.glob("*")] == (["step_00000002"] if blocks else [])

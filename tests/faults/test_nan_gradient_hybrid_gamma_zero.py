@@ -26,7 +26,9 @@ def test_hybrid_gamma_without_redrawing_has_a_gradient_at_masks_and_tokens(state
     x0, zt = torch.tensor([1]), torch.tensor([state])
     t = torch.tensor([0.5], dtype=torch.float64)
     total, value = head.total(
-        hidden, process.scope(zt), lambda law, idx: process.divergence(law, x0[idx], zt[idx], t[idx]).float()
+        hidden,
+        process.scope(zt),
+        lambda law, idx: process.divergence(law, x0[idx], zt[idx], t[idx]).float(),
     )
     assert value.item() == 0.0
     gradient = torch.autograd.grad(total, hidden)[0]
@@ -46,7 +48,9 @@ def test_terms_have_finite_gradients_by_logits(process: ForwardProcess, apart: f
     vocabulary = process.vocabulary
     sure = apart * torch.eye(vocabulary.num_tokens)
     rows = Rows(process, times((1e-6, 0.5, 1.0 - 1e-6)), sure.double().log_softmax(-1))
-    logits = apart * torch.nn.functional.one_hot(rows.log_p.argmax(-1), vocabulary.num_tokens).float()
+    logits = (
+        apart * torch.nn.functional.one_hot(rows.log_p.argmax(-1), vocabulary.num_tokens).float()
+    )
     asked = (rows.x0, rows.zt, rows.t)
     for term in (
         lambda law: process.divergence(law, *asked),
@@ -68,7 +72,9 @@ def test_kit_finds_the_gradient_that_was_nan() -> None:
     """The planted fault drops an infinite value and keeps its gradient, 0 * inf."""
     process = GammaHybrid(FlatVocabulary(3), 0.0)
 
-    def divergence(answer: DenseLaw, x0: torch.Tensor, zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def divergence(
+        answer: DenseLaw, x0: torch.Tensor, zt: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
         law = answer.log_prob(torch.where(zt == 3, 0, zt)).exp()
         return torch.where(zt == 3, -answer.log_prob(x0), law.log() * 0.0)
 

@@ -64,7 +64,9 @@ def test_reported_case_is_zero() -> None:
     process = ScoreEntropyDiffusion.build(config, vocabulary=FlatVocabulary(2))
     law = DenseLaw(torch.tensor([[-torch.inf, 0.0]], dtype=torch.float64), process.vocabulary)
     zero = torch.tensor([0])
-    assert float(process.decode_nll(law, zero, zero, torch.tensor([1e-3], dtype=torch.float64))) == 0.0
+    assert (
+        float(process.decode_nll(law, zero, zero, torch.tensor([1e-3], dtype=torch.float64))) == 0.0
+    )
 
 
 @pytest.mark.parametrize("process", every_example())
@@ -99,4 +101,6 @@ def test_node_that_the_prediction_rules_out_is_infinite_and_its_only_child_sure(
     first, second = torch.tensor([3]), torch.tensor([4])
     assert law.log_child(first, torch.tensor([1])).item() == -math.inf
     assert law.log_child(first, first).item() == 0.0
-    assert other.log_child(second, torch.tensor([2])).item() == 0.0  # whatever is under node 4 is token 2
+    assert (
+        other.log_child(second, torch.tensor([2])).item() == 0.0
+    )  # whatever is under node 4 is token 2

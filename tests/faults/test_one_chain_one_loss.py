@@ -42,7 +42,9 @@ def masks() -> dict[str, ForwardProcess]:
     return {
         "mdlm": MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=vocabulary),
         "sedd": ScoreEntropyDiffusion.build(sedd, vocabulary=vocabulary),
-        "gidd": GeneralizedInterpolation.build(GeneralizedInterpolation.Config(p_uniform=0.0), vocabulary=vocabulary),
+        "gidd": GeneralizedInterpolation.build(
+            GeneralizedInterpolation.Config(p_uniform=0.0), vocabulary=vocabulary
+        ),
         "mixture": MixtureProcess(vocabulary, LinearSchedule(), mask_law(vocabulary)),
         "hybrid_epsilon": EpsilonHybrid(vocabulary, LinearSchedule(), 0.0),
         "hybrid_gamma": GammaHybrid(vocabulary, 0.0),
@@ -62,7 +64,9 @@ def redrawn() -> dict[str, ForwardProcess]:
     }
 
 
-def factors(process: ForwardProcess, rows: Rows, says: str, largest: float) -> tuple[Tensor, Tensor, Tensor]:
+def factors(
+    process: ForwardProcess, rows: Rows, says: str, largest: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weight, divergence and clipped loss at every row."""
     law = DenseLaw(rows.log_p, process.vocabulary)
     answer = law if says == "law" else score_of(process, rows.log_p, rows.zt, rows.t)

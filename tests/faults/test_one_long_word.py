@@ -69,7 +69,14 @@ def test_learning_from_one_long_word_takes_seconds() -> None:
 
 @pytest.mark.parametrize(
     "word",
-    [letters(4321), letters(3210, "0123456789"), letters(3000, "+/=_"), " " * 3000, "\n" * 2500, "é日" * 1200],
+    [
+        letters(4321),
+        letters(3210, "0123456789"),
+        letters(3000, "+/=_"),
+        " " * 3000,
+        "\n" * 2500,
+        "é日" * 1200,
+    ],
     ids=["letters", "digits", "marks", "blanks", "newlines", "beyond ascii"],
 )
 def test_a_long_word_is_learned_in_pieces_and_comes_back(word: str) -> None:
@@ -96,7 +103,9 @@ def test_encoding_a_long_word_takes_time_as_its_length() -> None:
     assert seconds[1] < 9 * seconds[0] + 0.3
 
 
-def test_learning_shows_that_it_goes_on(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_learning_shows_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.02)
     BytePairTokenizer.train([letters(200_000)], 300)
     lines = capfd.readouterr().err.splitlines()

@@ -21,7 +21,9 @@ from ddiff.data.sources import file_texts
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
 
-LINES = [f"line {number} of words that do not repeat: {number * 7919 % 1009}" for number in range(3000)]
+LINES = [
+    f"line {number} of words that do not repeat: {number * 7919 % 1009}" for number in range(3000)
+]
 PLAIN = "\n".join(LINES).encode()
 JSON = "\n".join(f'{{"text": "{line}"}}' for line in LINES).encode()
 
@@ -47,7 +49,11 @@ NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".lz4": "l
 
 
 def read(*paths: Path, **options: Any) -> list[str]:
-    return [text for chunk in file_texts([str(path) for path in paths], **options).chunks() for text in chunk.texts]
+    return [
+        text
+        for chunk in file_texts([str(path) for path in paths], **options).chunks()
+        for text in chunk.texts
+    ]
 
 
 def written(path: Path, content: bytes) -> Path:
@@ -58,13 +64,17 @@ def written(path: Path, content: bytes) -> Path:
 
 @pytest.mark.parametrize("ending", list(PACKERS))
 @pytest.mark.parametrize("content", [PLAIN, JSON])
-def test_packed_files_are_read_as_the_unpacked_are(tmp_path: Path, ending: str, content: bytes) -> None:
+def test_packed_files_are_read_as_the_unpacked_are(
+    tmp_path: Path, ending: str, content: bytes
+) -> None:
     inner = ".txt" if content is PLAIN else ".jsonl"
     pack = PACKERS[ending]
     whole = written(tmp_path / f"a{inner}{ending}", pack(content))
     assert read(whole) == LINES
     half = len(content) // 2 if content is PLAIN else content.index(b"\n", len(content) // 2) + 1
-    joined = written(tmp_path / f"b{inner}{ending.upper()}", pack(content[:half]) + pack(content[half:]))
+    joined = written(
+        tmp_path / f"b{inner}{ending.upper()}", pack(content[:half]) + pack(content[half:])
+    )
     assert read(joined) == LINES
 
 
@@ -72,7 +82,13 @@ def test_packed_files_are_read_as_the_unpacked_are(tmp_path: Path, ending: str, 
 @pytest.mark.parametrize("kept", [0, 1, 3, 12, 0.5, -1, -9])
 def test_a_cut_off_file_is_named_among_many(tmp_path: Path, ending: str, kept: float) -> None:
     packed = PACKERS[ending](PLAIN)
-    size = int(len(packed) * kept) if isinstance(kept, float) else kept if kept >= 0 else len(packed) + int(kept)
+    size = (
+        int(len(packed) * kept)
+        if isinstance(kept, float)
+        else kept
+        if kept >= 0
+        else len(packed) + int(kept)
+    )
     for number in range(3):
         written(tmp_path / f"part-{number}.txt{ending}", packed)
     written(tmp_path / f"part-1.txt{ending}", packed[:size])
@@ -93,7 +109,8 @@ def test_a_damaged_file_is_named(tmp_path: Path, ending: str) -> None:
 @pytest.mark.parametrize("ending", list(PACKERS))
 def test_a_plain_file_that_is_named_as_packed_is_refused(tmp_path: Path, ending: str) -> None:
     with pytest.raises(
-        DataError, match=rf"a\.txt\{ending} is named as a {NAMES[ending]} file, but it begins with b'line"
+        DataError,
+        match=rf"a\.txt\{ending} is named as a {NAMES[ending]} file, but it begins with b'line",
     ):
         read(written(tmp_path / f"a.txt{ending}", PLAIN))
     with pytest.raises(DataError, match="but it is empty"):
@@ -103,7 +120,9 @@ def test_a_plain_file_that_is_named_as_packed_is_refused(tmp_path: Path, ending:
 @pytest.mark.parametrize("ending", list(PACKERS))
 def test_a_file_packed_otherwise_than_it_is_named_is_refused(tmp_path: Path, ending: str) -> None:
     packed = PACKERS[ending](PLAIN)
-    with pytest.raises(DataError, match=rf"a\.txt is no plain text: it begins as a {NAMES[ending]} file.*\{ending}"):
+    with pytest.raises(
+        DataError, match=rf"a\.txt is no plain text: it begins as a {NAMES[ending]} file.*\{ending}"
+    ):
         read(written(tmp_path / "a.txt", packed))
     other = ".xz" if ending == ".gz" else ".gz"
     with pytest.raises(DataError, match=rf"which is {NAMES[ending]}"):
@@ -120,9 +139,13 @@ PLAIN_READERS: dict[str, Callable[[str], Any]] = {
 @pytest.mark.parametrize("kind", list(PLAIN_READERS))
 @pytest.mark.parametrize("ending", list(PACKERS))
 @pytest.mark.parametrize("named", [True, False])
-def test_kinds_that_do_not_unpack_say_who_does(tmp_path: Path, kind: str, ending: str, named: bool) -> None:
+def test_kinds_that_do_not_unpack_say_who_does(
+    tmp_path: Path, kind: str, ending: str, named: bool
+) -> None:
     path = written(tmp_path / (f"x.jsonl{ending}" if named else "x.jsonl"), PACKERS[ending](JSON))
-    with pytest.raises(DataError, match=rf'begins as a {NAMES[ending]} file.*Unpack.*kind = "files"'):
+    with pytest.raises(
+        DataError, match=rf'begins as a {NAMES[ending]} file.*Unpack.*kind = "files"'
+    ):
         PLAIN_READERS[kind](str(path))
 
 
@@ -166,25 +189,44 @@ def test_empty_parquet_parts_are_no_text(tmp_path: Path) -> None:
 def test_columns_that_nobody_asked_for_may_differ(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", text=LINES[:9], url=["u"] * 9)
     parquet(tmp_path / "b.parquet", n=list(range(9)), text=LINES[9:18])
-    parquet(tmp_path / "c.parquet", url=[1.5] * 9, text=pa.array(LINES[18:27], pa.large_string()), more=[[1]] * 9)
+    parquet(
+        tmp_path / "c.parquet",
+        url=[1.5] * 9,
+        text=pa.array(LINES[18:27], pa.large_string()),
+        more=[[1]] * 9,
+    )
     parquet(tmp_path / "d.parquet", text=pa.array(LINES[27:30]).dictionary_encode())
     assert read(tmp_path / "*.parquet") == LINES[:30]
 
 
 def not_utf8() -> pa.Array:
     """Strings of which one is no UTF-8: writers in other languages do not check."""
-    return pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ok\xff\xfe"))
+    return pa.StringArray.from_buffers(
+        2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ok\xff\xfe")
+    )
 
 
 UNEQUAL: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no such column": (lambda path: parquet(path, body=LINES[:9]), 'no column "text"; it has'),
-    "a column of bytes": (lambda path: parquet(path, text=[b"a"]), r"row 1: the column .* holds b'a' \(bytes\)"),
-    "a column of numbers": (lambda path: parquet(path, text=[None, 1]), r"row 2: .* holds 1 \(int\)"),
+    "a column of bytes": (
+        lambda path: parquet(path, text=[b"a"]),
+        r"row 1: the column .* holds b'a' \(bytes\)",
+    ),
+    "a column of numbers": (
+        lambda path: parquet(path, text=[None, 1]),
+        r"row 2: .* holds 1 \(int\)",
+    ),
     "a column of lists": (lambda path: parquet(path, text=[["a"]]), r"row 1: .*\(list\)"),
     "NUL": (lambda path: parquet(path, text=["ok", "a\0b"]), "row 2 holds the NUL character at 1"),
-    "not UTF-8": (lambda path: parquet(path, text=not_utf8()), "cannot be read: UnicodeDecodeError"),
+    "not UTF-8": (
+        lambda path: parquet(path, text=not_utf8()),
+        "cannot be read: UnicodeDecodeError",
+    ),
     "no bytes": (lambda path: written(path, b""), "cannot be read"),
-    "cut off": (lambda path: written(path, parquet(path, text=LINES).read_bytes()[:-50]), "cannot be read"),
+    "cut off": (
+        lambda path: written(path, parquet(path, text=LINES).read_bytes()[:-50]),
+        "cannot be read",
+    ),
     "text": (lambda path: written(path, PLAIN), "cannot be read"),
     "packed": (lambda path: written(path, gzip.compress(PLAIN)), "cannot be read"),
 }
@@ -228,7 +270,10 @@ def test_from_any_cursor_exactly_the_rest_is_read(tmp_path: Path, form: str) -> 
     before: list[str] = []
     for chunk in source.chunks():
         before += chunk.texts
-        assert before + [text for later in source.chunks(chunk.cursor) for text in later.texts] == whole
+        assert (
+            before + [text for later in source.chunks(chunk.cursor) for text in later.texts]
+            == whole
+        )
 
 
 def test_formats_that_cannot_be_told_are_asked_for_whatever_the_packing(tmp_path: Path) -> None:
@@ -238,7 +283,9 @@ def test_formats_that_cannot_be_told_are_asked_for_whatever_the_packing(tmp_path
 
 
 def test_a_damaged_column_that_nobody_asked_for_is_not_read(tmp_path: Path) -> None:
-    table = pa.table({"junk": [f"{number * 7919}" * 5 for number in range(900)], "text": LINES[:900]})
+    table = pa.table(
+        {"junk": [f"{number * 7919}" * 5 for number in range(900)], "text": LINES[:900]}
+    )
     pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
     start = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0).data_page_offset
     content = bytearray((tmp_path / "a.parquet").read_bytes())

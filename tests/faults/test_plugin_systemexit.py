@@ -94,7 +94,9 @@ def test_other_commands_are_unaffected(
     answer = ddiff("check", "flat")
     assert answer.code == 0
     assert "0 broken" in answer.out
-    assert is_refusal(ddiff("run", "tiny.toml", "--dry-run", "--set", 'process.kind="hdml"'), "hdml", '"hdlm"')
+    assert is_refusal(
+        ddiff("run", "tiny.toml", "--dry-run", "--set", 'process.kind="hdml"'), "hdml", '"hdlm"'
+    )
     assert is_refusal(ddiff("run", "tiny.toml", "--dry-run", "--set", 'plugins=["bad"]'), '"bad"')
     assert is_refusal(ddiff("check", "bad"), '"bad"')
     with pytest.raises(PluginError, match="bad"):
@@ -102,7 +104,9 @@ def test_other_commands_are_unaffected(
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_a_component_that_ends_the_process_is_reported(ending: str, distribution: Distribution, ddiff: Command) -> None:
+def test_a_component_that_ends_the_process_is_reported(
+    ending: str, distribution: Distribution, ddiff: Command
+) -> None:
     distribution("bad-dist", "1.0", {"bad": "bad_mod"}, in_a_component(ENDINGS[ending]))
     with pytest.raises(PluginError, match="bad_rule"):
         load_plugins(["bad"]).component("time_rule", "bad_rule").load()
@@ -123,10 +127,10 @@ class Good:
 """
 
 
-def test_a_broken_component_does_not_hide_the_keys_of_the_others(distribution: Distribution, ddiff: Command) -> None:
-    body = (
-        "registry.add('time_rule', 'a_bad', 'no_such_module:X'); registry.add('time_rule', 'good', 'good_parts:Good')"
-    )
+def test_a_broken_component_does_not_hide_the_keys_of_the_others(
+    distribution: Distribution, ddiff: Command
+) -> None:
+    body = "registry.add('time_rule', 'a_bad', 'no_such_module:X'); registry.add('time_rule', 'good', 'good_parts:Good')"
     modules = {"bad_mod": HOOK.format(body=body), "good_parts": RULE.format(body="return None")}
     distribution("half-dist", "1.0", {"half": "bad_mod"}, modules)
     answer = ddiff("plugins", "half")
@@ -149,8 +153,12 @@ def test_no_command_passes_when_a_component_leaves(
     assert is_refusal(ddiff("run", "tiny.toml", *settings), "ended the command", "leaver_parts")
 
 
-def test_metadata_that_cannot_be_read_spoil_nothing(distribution: Distribution, ddiff: Command) -> None:
-    folder = distribution("odd-dist", "1.0", {"odd": "odd_mod"}, {"odd_mod": HOOK.format(body="pass")})
+def test_metadata_that_cannot_be_read_spoil_nothing(
+    distribution: Distribution, ddiff: Command
+) -> None:
+    folder = distribution(
+        "odd-dist", "1.0", {"odd": "odd_mod"}, {"odd_mod": HOOK.format(body="pass")}
+    )
     next(folder.glob("*.dist-info/METADATA")).unlink()
     answer = ddiff("plugins")
     assert "Traceback" not in answer.err

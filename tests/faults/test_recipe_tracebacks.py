@@ -42,7 +42,10 @@ TOO_LONG = {
     "name": (f"name={LONG}", "the recipe name: name must have at most 200 bytes"),
     "name in bytes": (f"name={'é' * 150}", "300 bytes"),
     "run_dir": (f"run_dir=runs/{LONG}/x", "run_dir must have at most 200 bytes"),
-    "whole run_dir": ("run_dir=" + "/".join(["part"] * 1000), "run_dir must have at most 3800 bytes"),
+    "whole run_dir": (
+        "run_dir=" + "/".join(["part"] * 1000),
+        "run_dir must have at most 3800 bytes",
+    ),
     "extends": (f"extends={LONG}", "extends belongs into a recipe file"),
     "device": (f"backend.device={LONG}", "device must be"),
     "plugin": (f'plugins=["{LONG}"]', "There is no plugin"),
@@ -128,14 +131,20 @@ ABSURD = {
     "batch": ("train.batch=2147483647",),
     "sampled rows": ("sample.batch=2147483647", "sample.count=2147483647"),
     "labels": ("denoiser.conditions={author = {classes = 2147483647}}",),
-    "generated rows": ('data={kind="markov", rows=2147483647}', 'tokenizer={kind="alphabet", symbols="abcd"}'),
+    "generated rows": (
+        'data={kind="markov", rows=2147483647}',
+        'tokenizer={kind="alphabet", symbols="abcd"}',
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ABSURD)
 def test_absurd_sizes_are_refused_before_they_are_allocated(name: str, place: Path, capsys) -> None:
     message = refusal(dry(capsys, "tiny.toml", *ABSURD[name]))
-    assert any(text in message for text in ("does not fit into memory", "more bytes than 64 bits", "must have at most"))
+    assert any(
+        text in message
+        for text in ("does not fit into memory", "more bytes than 64 bits", "must have at most")
+    )
     assert entries(place) == BUILT_IN
 
 
@@ -200,7 +209,11 @@ def test_any_text_can_be_set_bare_or_in_quotes(value: str, place: Path) -> None:
 
 
 def test_a_long_value_is_not_repeated_whole(place: Path, capsys) -> None:
-    for setting in (f"train.steps={'x' * 100_000}", f"{'y' * 100_000}=1", f"train.schedule={'z' * 100_000}"):
+    for setting in (
+        f"train.steps={'x' * 100_000}",
+        f"{'y' * 100_000}=1",
+        f"train.schedule={'z' * 100_000}",
+    ):
         assert "more characters" in refusal(dry(capsys, "tiny.toml", setting))
 
 

@@ -54,14 +54,18 @@ def tokenizer_folder(tmp_path: Path, custom_code: str) -> Path:
     made = Tokenizer(models.WordLevel(VOCABULARY, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     folder = tmp_path / "tokenizer"
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="[UNK]", eos_token="</s>"
+    ).save_pretrained(folder)
     (folder / "custom.py").write_text(custom_code)
     return folder
 
 
 @pytest.fixture
 def model_folder(tmp_path: Path, custom_code: str) -> Path:
-    config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    config = BertConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
     folder = tmp_path / "model"
     BertModel(config).save_pretrained(folder)
     (folder / "custom.py").write_text(custom_code)
@@ -86,9 +90,18 @@ def test_a_tokenizer_with_code_of_its_own_is_refused(
     assert not (tmp_path / "HAS_RUN").exists()
 
 
-def test_a_saved_tokenizer_with_code_of_its_own_is_refused_by_its_file(tokenizer_folder: Path, tmp_path: Path) -> None:
-    changed(tokenizer_folder, "tokenizer_config.json", auto_map={"AutoTokenizer": AUTO_MAPS["AutoTokenizer"]})
-    files = {file.name: base64.b64encode(file.read_bytes()).decode() for file in tokenizer_folder.iterdir()}
+def test_a_saved_tokenizer_with_code_of_its_own_is_refused_by_its_file(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    changed(
+        tokenizer_folder,
+        "tokenizer_config.json",
+        auto_map={"AutoTokenizer": AUTO_MAPS["AutoTokenizer"]},
+    )
+    files = {
+        file.name: base64.b64encode(file.read_bytes()).decode()
+        for file in tokenizer_folder.iterdir()
+    }
     path = tmp_path / "run" / "tokenizer.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"kind": "pretrained", "files": files}))
@@ -145,23 +158,38 @@ def test_pickled_weights_that_hold_more_than_tensors_are_a_data_error(
     if content == "torch":
         torch.save({"weight": running}, weights)
     else:
-        weights.write_bytes({"pickle": pickle.dumps(running), "junk": b"junk", "nothing": b""}[content])
+        weights.write_bytes(
+            {"pickle": pickle.dumps(running), "junk": b"junk", "nothing": b""}[content]
+        )
     with pytest.raises(DataError, match=r"model'.*pytorch_model\.bin"):
         READERS[reader](str(model_folder))
     assert not (tmp_path / "HAS_RUN").exists()
 
 
 DAMAGES = {
-    "config.json": [b"{", b"[]", b"{}", b"\xff", b'{"model_type": 3}', b'{"model_type": "bert", "hidden_size": "x"}'],
+    "config.json": [
+        b"{",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b'{"model_type": 3}',
+        b'{"model_type": "bert", "hidden_size": "x"}',
+    ],
     "model.safetensors": [b"", b"junk", b"\xff" * 40],
 }
 
 
 @pytest.mark.parametrize("reader", ["backbone", "embeddings"])
-@pytest.mark.parametrize(("file", "content"), [(file, content) for file in DAMAGES for content in DAMAGES[file]])
-def test_damaged_files_of_a_model_are_data_errors(model_folder: Path, reader: str, file: str, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("file", "content"), [(file, content) for file in DAMAGES for content in DAMAGES[file]]
+)
+def test_damaged_files_of_a_model_are_data_errors(
+    model_folder: Path, reader: str, file: str, content: bytes
+) -> None:
     (model_folder / file).write_bytes(content)
-    with pytest.raises(DataError, match="No model from .*model'" if content else "model.safetensors"):
+    with pytest.raises(
+        DataError, match="No model from .*model'" if content else "model.safetensors"
+    ):
         READERS[reader](str(model_folder))
 
 
@@ -182,8 +210,14 @@ def test_what_ddiff_says_itself_passes_through() -> None:
         load_pretrained(load, str(Path.cwd()), "model")
 
 
-def test_no_question_reaches_the_terminal_of_the_command_line(tokenizer_folder: Path, tmp_path: Path) -> None:
-    changed(tokenizer_folder, "tokenizer_config.json", auto_map={"AutoTokenizer": AUTO_MAPS["AutoTokenizer"]})
+def test_no_question_reaches_the_terminal_of_the_command_line(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    changed(
+        tokenizer_folder,
+        "tokenizer_config.json",
+        auto_map={"AutoTokenizer": AUTO_MAPS["AutoTokenizer"]},
+    )
     setting = f'tokenizer={{kind="pretrained", path="{tokenizer_folder}"}}'
     ended = subprocess.run(
         [sys.executable, "-m", "ddiff", "run", "mdlm_small", "--set", setting],

@@ -27,11 +27,19 @@ from ddiff import (
     word_law,
 )
 from ddiff.testing.enumerated import measured
-from ddiff.testing.moves import READABLE, hiding, score_of, scores_at_ends, scores_decode_to_posterior
+from ddiff.testing.moves import (
+    READABLE,
+    hiding,
+    score_of,
+    scores_at_ends,
+    scores_decode_to_posterior,
+)
 from ddiff.testing.probes import Rows, likelihoods, random_laws, times
 from ddiff.testing.report import check
 
-JOINT = torch.tensor([[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64)
+JOINT = torch.tensor(
+    [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64
+)
 PATH = (1e-6, 1e-4, 1e-2, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999, 1.0)
 
 
@@ -54,8 +62,14 @@ def test_the_reported_case_is_decoded_to_its_token() -> None:
     zt = torch.tensor([6])
     t = times((0.7,))
     score = score_of(process, log_p, zt, t)
-    assert float(process.decode_nll(score, torch.tensor([1]), zt, t).exp()) == pytest.approx(1.0, abs=1e-12)
-    u = torch.linspace(0.001, 0.999, 64, dtype=torch.float64).unsqueeze(-1).expand(-1, process.uniforms_per_decode)
+    assert float(process.decode_nll(score, torch.tensor([1]), zt, t).exp()) == pytest.approx(
+        1.0, abs=1e-12
+    )
+    u = (
+        torch.linspace(0.001, 0.999, 64, dtype=torch.float64)
+        .unsqueeze(-1)
+        .expand(-1, process.uniforms_per_decode)
+    )
     answer = Score(score.log_ratio.expand(64, -1))
     visit = lambda rows, node, fn: fn(answer, rows)  # noqa: E731
     assert process.decode(visit, zt.expand(64), t.expand(64), u).tolist() == [1] * 64
@@ -108,18 +122,28 @@ def test_kit_sees_a_score_that_is_decoded_by_its_shares() -> None:
     [
         pytest.param(uniform(3), id="uniform"),
         pytest.param(
-            MixtureProcess(FlatVocabulary(3, mask=False), GeometricSchedule(), torch.full((3,), 1 / 3)), id="geometric"
+            MixtureProcess(
+                FlatVocabulary(3, mask=False), GeometricSchedule(), torch.full((3,), 1 / 3)
+            ),
+            id="geometric",
         ),
         pytest.param(EpsilonHybrid(FlatVocabulary(3), LinearSchedule(), 0.1), id="hybrid_epsilon"),
         pytest.param(GammaHybrid(FlatVocabulary(3), 0.3), id="hybrid_gamma"),
-        pytest.param(DenseProcess(FlatVocabulary(3, mask=False), [[-3, 2, 1], [0.5, -1.5, 1], [1, 1, -2]]), id="dense"),
+        pytest.param(
+            DenseProcess(FlatVocabulary(3, mask=False), [[-3, 2, 1], [0.5, -1.5, 1], [1, 1, -2]]),
+            id="dense",
+        ),
     ],
 )
-def test_samples_from_scores_are_as_near_as_from_distributions(sampler: Any, process: ForwardProcess) -> None:
+def test_samples_from_scores_are_as_near_as_from_distributions(
+    sampler: Any, process: ForwardProcess
+) -> None:
     """Both are computed with the same draws, so that they differ by rounding alone, at 8 steps and at 32."""
     for steps in (8, 32):
         of_law, of_score = (
-            measured(sampler(steps), process, JOINT, points=512, apart=True, says=says).distance(JOINT)
+            measured(sampler(steps), process, JOINT, points=512, apart=True, says=says).distance(
+                JOINT
+            )
             for says in ("law", "score")
         )
         assert of_score == pytest.approx(of_law, abs=1e-3)
@@ -142,7 +166,9 @@ def test_raw_scores_give_a_finite_bound_with_a_gradient(process: ForwardProcess)
     use, and a last draw that is trained would stop)."""
     rows = Rows(process, times((1e-3, 0.02, 0.5, 0.97)))
     generator = torch.Generator().manual_seed(1)
-    raw = 6.0 * torch.randn(len(rows.zt), process.vocabulary.num_states, generator=generator, dtype=torch.float64)
+    raw = 6.0 * torch.randn(
+        len(rows.zt), process.vocabulary.num_states, generator=generator, dtype=torch.float64
+    )
     raw = raw.scatter(-1, rows.zt.unsqueeze(-1), 0.0).requires_grad_()
     nll = process.decode_nll(Score(raw), rows.x0, rows.zt, rows.t)
     assert bool(nll.isfinite().all())
@@ -151,7 +177,11 @@ def test_raw_scores_give_a_finite_bound_with_a_gradient(process: ForwardProcess)
     assert bool(raw.grad.isfinite().all())
     words = torch.arange(process.vocabulary.num_tokens)
     every = torch.stack(
-        [process.decode_nll(Score(raw.detach()), x.expand_as(rows.zt), rows.zt, rows.t) for x in words], -1
+        [
+            process.decode_nll(Score(raw.detach()), x.expand_as(rows.zt), rows.zt, rows.t)
+            for x in words
+        ],
+        -1,
     )
     total = every.neg().exp().sum(-1)
     torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-9, atol=0.0)
@@ -173,7 +203,9 @@ def test_score_that_cannot_be_read_gives_what_is_stated() -> None:
     late = absorbing.of_scores(t)
     mask = torch.tensor([3])
     score = score_of(absorbing, log_p, mask, late)
-    torch.testing.assert_close(absorbing.tweedie(score, t), log_p, atol=1e-12, rtol=0)  # masks hide, and do not mix
+    torch.testing.assert_close(
+        absorbing.tweedie(score, t), log_p, atol=1e-12, rtol=0
+    )  # masks hide, and do not mix
 
 
 def test_from_clean_has_the_noise_of_the_beginning() -> None:
@@ -185,7 +217,11 @@ def test_from_clean_has_the_noise_of_the_beginning() -> None:
     marginal = likelihoods(process, t)[torch.arange(2), x0]
     torch.testing.assert_close(process.from_clean(t).row(x0), marginal, atol=1e-14, rtol=0)
     torch.testing.assert_close(
-        ForwardProcess.from_clean(process, t).row(x0), marginal, atol=1e-9, rtol=0, msg="derived from marginals"
+        ForwardProcess.from_clean(process, t).row(x0),
+        marginal,
+        atol=1e-9,
+        rtol=0,
+        msg="derived from marginals",
     )
     started = process.transition(torch.zeros_like(t), t).row(x0)
     assert float((started - marginal).abs().max()) > 0.05
@@ -198,4 +234,6 @@ def test_dense_kernel_still_refuses_what_is_singular() -> None:
     with pytest.raises(ArgumentError, match="must be invertible in every row"):
         kernel.solve(torch.tensor([[0.6, 0.4]], dtype=torch.float64))
     law = DenseLaw(torch.tensor([[0.6, 0.4]], dtype=torch.float64).log(), process.vocabulary)
-    assert bool(process.decode_nll(law, torch.tensor([0]), torch.tensor([1]), times((1.0,))).isfinite())
+    assert bool(
+        process.decode_nll(law, torch.tensor([0]), torch.tensor([1]), times((1.0,))).isfinite()
+    )

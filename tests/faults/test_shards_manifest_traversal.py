@@ -31,7 +31,9 @@ TEXTS = [f"text number {number}" for number in range(40)]
 @pytest.fixture
 def made(tmp_path: Path) -> Shards:
     chunks = [Chunk(TEXTS[place : place + 5], place + 5, None) for place in range(0, 40, 5)]
-    return write_shards(tmp_path / "made", lambda _: chunks, BYTES, source={}, held_out=0.3, shard_tokens=200)
+    return write_shards(
+        tmp_path / "made", lambda _: chunks, BYTES, source={}, held_out=0.3, shard_tokens=200
+    )
 
 
 @pytest.fixture
@@ -85,7 +87,9 @@ def test_names_that_lead_out_of_the_folder_are_refused(
     named = name.format(out=outside) if isinstance(name, str) else name
     change(made.folder, lambda manifest: manifest["parts"]["train"][0].update(name=named))
     before = tree(outside)
-    with pytest.raises(DataError, match=r"manifest\.json is no manifest of token shards that ddiff wrote"):
+    with pytest.raises(
+        DataError, match=r"manifest\.json is no manifest of token shards that ddiff wrote"
+    ):
         ShardedCorpus(str(made.folder) if place == "local" else url(made.folder), cache)
     assert tree(outside) == before
     assert not tree(tmp_path / "cache")
@@ -118,9 +122,13 @@ def test_a_manifest_that_describes_no_shards_is_refused(made: Shards, edit: str)
         read_shards(made.folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format": 1}', b'{"format": [1]}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format": 1}', b'{"format": [1]}']
+)
 @pytest.mark.parametrize("place", ["local", "fetched"])
-def test_a_damaged_manifest_is_a_data_error(made: Shards, cache: Cache, content: bytes, place: str) -> None:
+def test_a_damaged_manifest_is_a_data_error(
+    made: Shards, cache: Cache, content: bytes, place: str
+) -> None:
     (made.folder / MANIFEST).write_bytes(content)
     with pytest.raises(DataError):
         ShardedCorpus(str(made.folder) if place == "local" else url(made.folder), cache)
@@ -185,7 +193,9 @@ def test_ids_that_the_tokenizer_does_not_have_are_refused(made: Shards, cache: C
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
-def test_a_cached_copy_that_is_damaged_is_fetched_again(made: Shards, cache: Cache, damage: str) -> None:
+def test_a_cached_copy_that_is_damaged_is_fetched_again(
+    made: Shards, cache: Cache, damage: str
+) -> None:
     copy = ShardedCorpus(url(made.folder), cache)._made.folder
     path = copy / "train_00000.tokens.npy"
     whole = path.read_bytes()
@@ -199,7 +209,9 @@ def test_a_cached_copy_that_is_damaged_is_fetched_again(made: Shards, cache: Cac
     assert path.read_bytes() == whole
 
 
-def test_a_cached_file_with_other_content_of_its_size_and_time_is_built_again(tmp_path: Path) -> None:
+def test_a_cached_file_with_other_content_of_its_size_and_time_is_built_again(
+    tmp_path: Path,
+) -> None:
     def build(place: Path) -> None:
         (place / "file").write_text("content")
 
@@ -232,7 +244,9 @@ def test_a_journal_that_names_other_files_is_passed_over(tmp_path: Path) -> None
     journal = json.loads((tmp_path / "s" / "journal.json").read_text())
     journal["parts"]["train"][0]["name"] = "../outside"
     (tmp_path / "s" / "journal.json").write_text(json.dumps(journal))
-    made = write_shards(tmp_path / "s", lambda at: chunks[at or 0 :], BYTES, source={}, shard_tokens=2)
+    made = write_shards(
+        tmp_path / "s", lambda at: chunks[at or 0 :], BYTES, source={}, shard_tokens=2
+    )
     assert [record.name for record in made.records("train")] == ["train_00000", "train_00001"]
     made.verify()
 
@@ -291,7 +305,8 @@ def test_a_checkpoint_whose_manifest_was_changed_is_refused(checkpoint: Path, ed
 
 @pytest.mark.parametrize("file", ["manifest.json", "state.json"])
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"{}", b"\xff", b"3", b'{"tensors": 3, "state": {"$tensor": "x"}}']
+    "content",
+    [b"", b"{", b"[]", b"{}", b"\xff", b"3", b'{"tensors": 3, "state": {"$tensor": "x"}}'],
 )
 def test_a_checkpoint_with_a_file_that_is_no_json_of_its_kind_is_refused(
     checkpoint: Path, file: str, content: bytes
@@ -311,7 +326,8 @@ def test_a_marker_that_names_other_files_is_refused(checkpoint: Path, name: str)
 
 
 @pytest.mark.parametrize(
-    "marker", [b"", b"[]", b'{"format": null, "files": {}}', b'{"format": 2, "files": [1]}', b"\xff"]
+    "marker",
+    [b"", b"[]", b'{"format": null, "files": {}}', b'{"format": 2, "files": [1]}', b"\xff"],
 )
 def test_a_damaged_marker_is_a_checkpoint_error(checkpoint: Path, marker: bytes) -> None:
     (checkpoint / "complete.json").write_bytes(marker)

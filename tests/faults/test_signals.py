@@ -36,7 +36,9 @@ STAGES = {
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_signal_ends_every_stage_in_order(stage: str, number: signal.Signals, place: Path) -> None:
+def test_a_signal_ends_every_stage_in_order(
+    stage: str, number: signal.Signals, place: Path
+) -> None:
     module, name, arguments = STAGES[stage]
     script = STAGE.format(module=module, name=name, arguments=arguments)
     working = subprocess.Popen(
@@ -49,5 +51,10 @@ def test_a_signal_ends_every_stage_in_order(stage: str, number: signal.Signals, 
     _, err = working.communicate(timeout=60)
     assert working.returncode == 128 + number, err
     assert "Traceback" not in err
-    left = [name for _, _, names in os.walk(place) for name in names if name.endswith((".part", ".lock"))]
+    left = [
+        name
+        for _, _, names in os.walk(place)
+        for name in names
+        if name.endswith((".part", ".lock"))
+    ]
     assert left == []

@@ -49,9 +49,13 @@ def expected(written: str, split: str) -> list[str]:
 @pytest.mark.parametrize("split", SPLITS)
 @given(written=ODD, block=st.integers(1, 9))
 @settings(max_examples=150, deadline=None)
-def test_documents_follow_the_rule_whatever_the_blocks_that_are_read(split: Any, written: str, block: int) -> None:
+def test_documents_follow_the_rule_whatever_the_blocks_that_are_read(
+    split: Any, written: str, block: int
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_module, "_BLOCK", max(3, block))  # a byte order mark is in the first block
+        patch.setattr(
+            text_module, "_BLOCK", max(3, block)
+        )  # a byte order mark is in the first block
         found = list(text_documents(io.BytesIO(written.encode()), "a.txt", split))
     assert [text for _, text in found] == expected(written, split)
     assert [number for number, _ in found] == sorted({number for number, _ in found})
@@ -63,7 +67,11 @@ def test_text_and_files_give_the_same_documents(tmp_path: Path, split: Any, seed
     pieces = ["a b", "c", "\r", "\n", "\r\n", "\r\r\n", " ", "\t", "\ufeff", "\u2028", "é"]
     written = "word" + "".join(pieces[(seed * 7 + i * i * 5 + i) % len(pieces)] for i in range(40))
     (tmp_path / "a.txt").write_bytes(written.encode())
-    assert from_text(tmp_path / "a.txt", split) == from_files(tmp_path / "a.txt", split) == expected(written, split)
+    assert (
+        from_text(tmp_path / "a.txt", split)
+        == from_files(tmp_path / "a.txt", split)
+        == expected(written, split)
+    )
 
 
 ENDS = {"unix": "\n", "old Mac": "\r", "Windows": "\r\n", "Windows, written twice": "\r\r\n"}
@@ -102,7 +110,9 @@ REFUSED = {
 @pytest.mark.parametrize("reader", [from_text, from_files])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", list(REFUSED))
-def test_what_is_not_utf8_text_is_refused_with_its_place(tmp_path: Path, reader: Any, split: Any, kind: str) -> None:
+def test_what_is_not_utf8_text_is_refused_with_its_place(
+    tmp_path: Path, reader: Any, split: Any, kind: str
+) -> None:
     content, told = REFUSED[kind]
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError, match=rf"a\.txt.*{told}"):
@@ -111,7 +121,9 @@ def test_what_is_not_utf8_text_is_refused_with_its_place(tmp_path: Path, reader:
 
 @pytest.mark.parametrize("reader", [from_text, from_files])
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_file_of_one_line_of_megabytes_is_one_document(tmp_path: Path, reader: Any, split: Any) -> None:
+def test_a_file_of_one_line_of_megabytes_is_one_document(
+    tmp_path: Path, reader: Any, split: Any
+) -> None:
     line = "abcdefg " * 600_000
     (tmp_path / "a.txt").write_text(line)
     assert reader(tmp_path / "a.txt", split) == [line]
@@ -129,7 +141,8 @@ def test_json_lines_end_as_text_lines_do(tmp_path: Path, end: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "advised"), [("file", '"paragraph" or "line"'), ("paragraph", '"line"'), ("line", None)]
+    ("split", "advised"),
+    [("file", '"paragraph" or "line"'), ("paragraph", '"line"'), ("line", None)],
 )
 def test_a_single_document_is_not_advised_the_split_that_it_has(
     tmp_path: Path, split: Any, advised: str | None

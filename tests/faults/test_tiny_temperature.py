@@ -37,7 +37,9 @@ def distribution(shaper: Any, p: Tensor = P, dtype: torch.dtype = torch.float32)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1e-40, 1e-308, 5e-324, 1e-12])
-def test_any_temperature_above_zero_leaves_the_likeliest_token(temperature: float, dtype: torch.dtype) -> None:
+def test_any_temperature_above_zero_leaves_the_likeliest_token(
+    temperature: float, dtype: torch.dtype
+) -> None:
     assert distribution(Temperature(temperature), dtype=dtype) == [1.0, 0.0, 0.0]
 
 
@@ -74,7 +76,12 @@ def test_the_limits_of_min_p_and_top_k() -> None:
     assert distribution(MinP(1.0)) == [1.0, 0.0, 0.0]
     assert distribution(MinP(0.0)) == pytest.approx(P[0].tolist())
     assert distribution(TopK(2**31 - 1)) == pytest.approx(P[0].tolist())
-    for build in (lambda: TopP(math.nan), lambda: MinP(math.nan), lambda: TopP(0.0), lambda: MinP(1.0 + 1e-9)):
+    for build in (
+        lambda: TopP(math.nan),
+        lambda: MinP(math.nan),
+        lambda: TopP(0.0),
+        lambda: MinP(1.0 + 1e-9),
+    ):
         with pytest.raises(ArgumentError):
             build()
 
@@ -89,7 +96,11 @@ def guided_distribution(vocabulary: Any, weight: float) -> list[float]:
     told = P.log().float()
     ask = ask_table(lambda zt, t: told.expand(*zt.shape, 3), vocabulary)
     null = ask_table(lambda zt, t: told.flip(-1).expand(*zt.shape, 3), vocabulary)
-    noisy = Noisy(torch.full((1, 1), vocabulary.root), torch.ones(1, 1).double(), torch.zeros(1, 1, dtype=torch.bool))
+    noisy = Noisy(
+        torch.full((1, 1), vocabulary.root),
+        torch.ones(1, 1).double(),
+        torch.zeros(1, 1, dtype=torch.bool),
+    )
     visit = guided(ask, null, weight)(noisy)
     node = torch.tensor([vocabulary.root])
     return visit(torch.tensor([0]), node, lambda law, idx: law.log_mass(0).exp())[0].tolist()
@@ -97,7 +108,9 @@ def guided_distribution(vocabulary: Any, weight: float) -> list[float]:
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES, ids=["flat", "tree"])
 @pytest.mark.parametrize("weight", [1e30, 1e38, 1e308])
-def test_a_huge_guidance_weight_leaves_what_the_condition_raises_most(vocabulary: Any, weight: float) -> None:
+def test_a_huge_guidance_weight_leaves_what_the_condition_raises_most(
+    vocabulary: Any, weight: float
+) -> None:
     assert guided_distribution(vocabulary, weight) == pytest.approx([1.0, 0.0, 0.0], abs=1e-6)
 
 
@@ -120,7 +133,9 @@ def test_a_guidance_weight_that_is_no_number_is_refused(weight: float) -> None:
 def test_a_classifier_that_gives_no_numbers_is_named(value: float) -> None:
     vocabulary = FlatVocabulary(3)
     ask = ask_table(lambda zt, t: P.log().expand(*zt.shape, 3), vocabulary)
-    noisy = Noisy(torch.full((1, 1), 3), torch.ones(1, 1).double(), torch.zeros(1, 1, dtype=torch.bool))
+    noisy = Noisy(
+        torch.full((1, 1), 3), torch.ones(1, 1).double(), torch.zeros(1, 1, dtype=torch.bool)
+    )
     visit = steered(ask, lambda noisy, rows: torch.full((len(rows), 3), value).double())(noisy)
     with pytest.raises(ArgumentError, match=r"steered: .*Mend log_likelihood"):
         visit(torch.tensor([0]), torch.tensor([3]), lambda law, idx: law.log_mass(0))

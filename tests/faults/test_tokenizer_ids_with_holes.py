@@ -98,7 +98,9 @@ def test_text_without_ids_is_refused_with_its_row_and_word(model: Any, tmp_path:
     with pytest.raises(DataError, match=r"Row 4 \(c.txt\) holds"):
         list(encoded(chunks, tokenizer))
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-    assert pickle.loads(pickle.dumps(tokenizer)).encode(["cat dog"]) == tokenizer.encode(["cat dog"])
+    assert pickle.loads(pickle.dumps(tokenizer)).encode(["cat dog"]) == tokenizer.encode(
+        ["cat dog"]
+    )
 
 
 def test_another_process_names_the_row_without_ids_too(tmp_path: Path) -> None:
@@ -120,7 +122,9 @@ def test_byte_level_pairs_without_all_bytes_refuse_what_they_would_drop(tmp_path
 
 
 @pytest.mark.parametrize(
-    "tokenizer", [BytePairTokenizer.train(["a b"], 257), AlphabetTokenizer("ab")], ids=["bytes", "alphabet"]
+    "tokenizer",
+    [BytePairTokenizer.train(["a b"], 257), AlphabetTokenizer("ab")],
+    ids=["bytes", "alphabet"],
 )
 def test_a_lone_surrogate_is_refused_with_its_row(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="Row 1"):
@@ -152,10 +156,14 @@ def test_pretrained_tokenizer_neither_adds_cuts_nor_pads(tmp_path: Path) -> None
     assert tokenizer.encode(["cat cat cat", "dog"]) == [[2, 2, 2], [3]]
 
 
-def test_a_tokenizer_that_loses_text_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tokenizer_that_loses_text_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     made = fast(models.WordLevel(WHOLE, unk_token="[UNK]"))
     made.normalizer = normalizers.Lowercase()
-    tokenizer = PretrainedTokenizer.from_pretrained(str(saved(tmp_path / "d", made, unk_token="[UNK]")))
+    tokenizer = PretrainedTokenizer.from_pretrained(
+        str(saved(tmp_path / "d", made, unk_token="[UNK]"))
+    )
     write_shards(tmp_path / "s", lambda _: [Chunk(["cat dog"], 1)], tokenizer, source={})
     assert "comes back as" not in caplog.text
     write_shards(tmp_path / "t", lambda _: [Chunk(["cat Dog"], 1)], tokenizer, source={})
@@ -163,12 +171,20 @@ def test_a_tokenizer_that_loses_text_is_told_of(tmp_path: Path, caplog: pytest.L
 
 
 DAMAGES = {
-    "tokenizer.json": ['{"version": "1.0", "trun', "[1, 2]", "3", '{"version": "1.0", "model": 3}', "\udcff"],
+    "tokenizer.json": [
+        '{"version": "1.0", "trun',
+        "[1, 2]",
+        "3",
+        '{"version": "1.0", "model": 3}',
+        "\udcff",
+    ],
     "tokenizer_config.json": ['{"a', "[1]", '{"tokenizer_class": 3}', '{"eos_token": 3}', '"x"'],
 }
 
 
-@pytest.mark.parametrize(("file", "content"), [(file, text) for file in DAMAGES for text in DAMAGES[file]])
+@pytest.mark.parametrize(
+    ("file", "content"), [(file, text) for file in DAMAGES for text in DAMAGES[file]]
+)
 def test_damaged_files_of_a_tokenizer_are_data_errors(whole: Path, file: str, content: str) -> None:
     (whole / file).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=r"No tokenizer from .*whole") as caught:
@@ -179,21 +195,35 @@ def test_damaged_files_of_a_tokenizer_are_data_errors(whole: Path, file: str, co
 
 @pytest.mark.parametrize(
     ("file", "package"),
-    [("spiece.model", "sentencepiece"), ("tokenizer.model", "sentencepiece"), ("tiktoken.model", "tiktoken")],
+    [
+        ("spiece.model", "sentencepiece"),
+        ("tokenizer.model", "sentencepiece"),
+        ("tiktoken.model", "tiktoken"),
+    ],
 )
-def test_a_missing_package_is_named(whole: Path, file: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(
+    whole: Path, file: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (whole / "tokenizer.json").unlink()
     (whole / file).write_bytes(b"xx")
     (whole / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more))
-    with pytest.raises(DataError, match=f"needs the package {package}, which is not installed.*pip install"):
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == package else find(name, *more),
+    )
+    with pytest.raises(
+        DataError, match=f"needs the package {package}, which is not installed.*pip install"
+    ):
         PretrainedTokenizer.from_pretrained(str(whole))
 
 
 def test_a_huggingface_file_is_recognized_and_its_folder_named(whole: Path) -> None:
     file = whole / "tokenizer.json"
-    with pytest.raises(DataError, match=r"tokenizers library \(HuggingFace\).*\"pretrained\".*whole\""):
+    with pytest.raises(
+        DataError, match=r"tokenizers library \(HuggingFace\).*\"pretrained\".*whole\""
+    ):
         load_tokenizer(str(file))
     with pytest.raises(DataError, match=r"tokenizers library \(HuggingFace\).*whole\""):
         PretrainedTokenizer.from_pretrained(str(file))
@@ -213,7 +243,9 @@ def test_a_place_that_is_not_there_is_no_name_on_the_hub(source: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["kind", "hole", "eos", "files", "base64"])
-def test_a_damaged_saved_tokenizer_is_a_data_error(whole: Path, tmp_path: Path, change: str) -> None:
+def test_a_damaged_saved_tokenizer_is_a_data_error(
+    whole: Path, tmp_path: Path, change: str
+) -> None:
     path = tmp_path / "t.json"
     if change in ("files", "base64"):
         PretrainedTokenizer.from_pretrained(str(whole)).save(str(path))
@@ -238,7 +270,9 @@ def test_a_damaged_saved_tokenizer_is_a_data_error(whole: Path, tmp_path: Path, 
         load_tokenizer(str(path))
 
 
-def test_a_run_on_a_tokenizer_with_holes_trains(holes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_a_tokenizer_with_holes_trains(
+    holes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ddiff
 
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))

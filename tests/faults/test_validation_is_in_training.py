@@ -130,7 +130,9 @@ def test_a_file_on_both_sides_is_refused_before_it_is_read(kind: str, files: str
     Path(f"corp/b{ending}").write_bytes(b"\xff")
     asked = recipe(kind, [files + ending], [f"corp/a{ending}"])
     for refuse in (rehearse, lambda asked: build_run(asked, Given())):
-        with pytest.raises(DataError, match=rf"\[data\].*corp/a\{ending} is named by validation and by files"):
+        with pytest.raises(
+            DataError, match=rf"\[data\].*corp/a\{ending} is named by validation and by files"
+        ):
             refuse(asked)
 
 
@@ -140,13 +142,17 @@ def test_a_copy_of_the_training_text_is_refused_for_validation(kind: str) -> Non
     written(kind, a=lines, copy=lines)
     asked = recipe(kind, [f"corp/a{KINDS[kind][0]}"], [f"corp/copy{KINDS[kind][0]}"])
     for refuse in (lambda asked: build_run(asked, Given()), prepare_data):
-        with pytest.raises(DataError, match=rf"all {len(lines)} validation documents are in the training text"):
+        with pytest.raises(
+            DataError, match=rf"all {len(lines)} validation documents are in the training text"
+        ):
             refuse(asked)
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_some_validation_documents_in_training_are_counted(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_some_validation_documents_in_training_are_counted(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     lines = KINDS[kind][1]
     written(kind, a=lines[:120], v=lines[80:160])
     asked = recipe(kind, [f"corp/a{KINDS[kind][0]}"], [f"corp/v{KINDS[kind][0]}"])
@@ -154,7 +160,11 @@ def test_some_validation_documents_in_training_are_counted(kind: str, caplog: py
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             build_run(asked, Given())
-        assert [text for text in caplog.messages if "40 of the 80 documents for validation (50 %)" in text]
+        assert [
+            text
+            for text in caplog.messages
+            if "40 of the 80 documents for validation (50 %)" in text
+        ]
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -215,7 +225,9 @@ def test_shards_made_elsewhere_carry_what_was_counted() -> None:
     assert read_shards(made.folder).overlap == made.overlap
 
 
-def test_a_stream_warns_of_the_first_validation_document_in_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stream_warns_of_the_first_validation_document_in_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     write("jsonl", "a.jsonl", LINES)
     write("jsonl", "v.jsonl", [LINES[150], "held out"])
     source = SourceCorpus(file_texts(["a.jsonl"]), file_texts(["v.jsonl"]))
@@ -263,9 +275,13 @@ def test_what_is_counted_is_what_sets_of_documents_say(seed: int) -> None:
     }
 
 
-def test_hashes_do_not_depend_on_where_blocks_and_shards_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hashes_do_not_depend_on_where_blocks_and_shards_are_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     documents = Documents(from_texts(LINES), from_texts(["held out"]))
-    (shard,) = shards_of(documents, BytePairTokenizer.train(LINES, 270), Cache()).stream(TRAIN).shards
+    (shard,) = (
+        shards_of(documents, BytePairTokenizer.train(LINES, 270), Cache()).stream(TRAIN).shards
+    )
     whole = document_hashes(shard)
     assert len(set(whole.tolist())) == len(LINES)
     for size in (1, 7, 64):

@@ -56,7 +56,9 @@ steps = 2
 count = 2
 """
 
-CORPUS = "\n".join(f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd")
+CORPUS = "\n".join(
+    f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd"
+)
 
 
 class Answer(NamedTuple):
@@ -128,7 +130,11 @@ def ddiff(capsys: pytest.CaptureFixture[str]) -> Command:
 
 def files(place: Path) -> dict[str, bytes]:
     """Every file below a folder with its bytes."""
-    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(place)): path.read_bytes()
+        for path in place.rglob("*")
+        if path.is_file()
+    }
 
 
 def is_refusal(answer: Answer, *expected: str) -> bool:

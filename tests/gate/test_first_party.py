@@ -16,7 +16,9 @@ from ddiff.registry import KINDS, Component
 COMPONENTS = survey_plugins().registry.components()
 
 
-@pytest.mark.parametrize("component", COMPONENTS, ids=lambda component: f"{component.kind}-{component.name}")
+@pytest.mark.parametrize(
+    "component", COMPONENTS, ids=lambda component: f"{component.kind}-{component.name}"
+)
 def test_every_component_loads_and_its_build_takes_what_its_kind_is_given(component: Component):
     built = component.load()
     config = component.config_class()
@@ -33,5 +35,9 @@ def test_no_class_of_core_that_can_be_built_is_left_unregistered():
     registered = {component.target for component in COMPONENTS if component.plugin == "core"}
     for module in pkgutil.iter_modules(ddiff_core.__path__, "ddiff_core."):
         for name, found in vars(importlib.import_module(module.name)).items():
-            if isinstance(found, type) and found.__module__ == module.name and hasattr(found, "build"):
+            if (
+                isinstance(found, type)
+                and found.__module__ == module.name
+                and hasattr(found, "build")
+            ):
                 assert f"{module.name}:{name}" in registered

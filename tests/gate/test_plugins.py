@@ -34,12 +34,18 @@ def message(call, *arguments) -> str:
 def test_a_strangers_plugin_comes_through_the_same_table_as_the_first_party_ones(distribution):
     distribution("toy-dist", "1.5", {"toy": "toy_pkg"}, {"toy_pkg": hook()})
     component = load_plugins(["toy"]).component("process", "toy")
-    assert (component.plugin, component.distribution, component.version) == ("toy", "toy-dist", "1.5")
+    assert (component.plugin, component.distribution, component.version) == (
+        "toy",
+        "toy-dist",
+        "1.5",
+    )
     own = load_plugins([]).component("sampler", "ancestral")
     assert (own.plugin, own.distribution) == ("core", "discrete-diffusion")
 
 
-def test_only_the_plugins_that_are_asked_for_are_imported_and_their_components_not_at_all(distribution):
+def test_only_the_plugins_that_are_asked_for_are_imported_and_their_components_not_at_all(
+    distribution,
+):
     modules = {
         "toy_pkg": hook(),
         "toy_parts": "raise RuntimeError('imported too early')",
@@ -76,7 +82,9 @@ def test_nobody_can_take_the_place_of_the_engines_own_components(distribution):
     assert "discrete-diffusion" in text
 
 
-def test_two_plugins_that_claim_one_component_are_both_named_and_neither_is_half_registered(distribution):
+def test_two_plugins_that_claim_one_component_are_both_named_and_neither_is_half_registered(
+    distribution,
+):
     distribution("first-dist", "1.0", {"one": "toy_one"}, {"toy_one": hook(name="same")})
     both = hook(name="alone") + "    registry.add('process', 'same', 'toy_parts:Toy')\n"
     distribution("second-dist", "2.0", {"two": "toy_two"}, {"toy_two": both})
@@ -91,7 +99,9 @@ def test_two_plugins_that_claim_one_component_are_both_named_and_neither_is_half
     assert "alone" not in registry.names("process")
 
 
-@pytest.mark.parametrize("source", ["import does_not_exist", "this is no Python", "raise ValueError('sulking')"])
+@pytest.mark.parametrize(
+    "source", ["import does_not_exist", "this is no Python", "raise ValueError('sulking')"]
+)
 def test_a_plugin_that_does_not_import_names_its_distribution_and_reason_and_the_others_still_load(
     distribution, source
 ):
@@ -100,10 +110,15 @@ def test_a_plugin_that_does_not_import_names_its_distribution_and_reason_and_the
     assert load_plugins(["toy"]).component("process", "toy")
     text = message(load_plugins, ["broken"])
     assert "broken-dist 0.3" in text
-    assert any(reason in text for reason in ("No module named 'does_not_exist'", "SyntaxError", "ValueError: sulking"))
+    assert any(
+        reason in text
+        for reason in ("No module named 'does_not_exist'", "SyntaxError", "ValueError: sulking")
+    )
     registry, reports = survey_plugins()
     assert registry.component("process", "toy")
-    assert [report.plugin.name for report in reports if "broken-dist" in str(report.error)] == ["broken"]
+    assert [report.plugin.name for report in reports if "broken-dist" in str(report.error)] == [
+        "broken"
+    ]
 
 
 def test_a_hook_that_does_not_exist_is_named_with_the_nearest(distribution):

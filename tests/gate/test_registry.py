@@ -75,10 +75,16 @@ def test_a_near_name_in_an_unlisted_plugin_is_offered_too(distribution):
         ("toy_parts:Tow", "class Toy: pass", "has no attribute 'Tow'"),
         ("toy_parts:Toy", "import not_there", "toy_parts.py, line 1"),
         ("toy_parts:Toy", "class Toy: pass", "has no build"),
-        ("toy_parts:Toy", "class Toy:\n    class Config: pass\n    def build(): pass", "ddiff.ComponentConfig"),
+        (
+            "toy_parts:Toy",
+            "class Toy:\n    class Config: pass\n    def build(): pass",
+            "ddiff.ComponentConfig",
+        ),
     ],
 )
-def test_a_component_that_does_not_load_names_its_distribution_and_the_reason(distribution, target, source, expected):
+def test_a_component_that_does_not_load_names_its_distribution_and_the_reason(
+    distribution, target, source, expected
+):
     modules = {"toy_pkg": register("toy", target=target), "toy_parts": source}
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, modules)
     text = message(load_plugins(["toy"]).component("process", "toy").load)
@@ -95,4 +101,6 @@ def test_a_target_may_be_nested_in_a_class(distribution):
 
 def register(*names: str, target: str = "toy_parts:Toy") -> str:
     lines = [f"    registry.add('process', {name!r}, {target!r})" for name in names]
-    return "\n".join(["from ddiff import hookimpl", "@hookimpl", "def ddiff_register(registry):", *lines])
+    return "\n".join(
+        ["from ddiff import hookimpl", "@hookimpl", "def ddiff_register(registry):", *lines]
+    )

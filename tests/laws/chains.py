@@ -7,7 +7,13 @@ from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.dense import DenseProcess
-from ddiff.core.interpolating import ComponentProcess, InterpolatingProcess, MixtureProcess, mask_law, word_law
+from ddiff.core.interpolating import (
+    ComponentProcess,
+    InterpolatingProcess,
+    MixtureProcess,
+    mask_law,
+    word_law,
+)
 from ddiff.core.kernel import DenseKernel, Kernel
 from ddiff.core.numerics import draw_index, interior
 from ddiff.core.process import ForwardProcess, Prior
@@ -15,7 +21,9 @@ from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 
-PAIR = HierarchicalVocabulary([[0, 1, 0, 0]])  # four words under two nodes, not in tree order, unbalanced
+PAIR = HierarchicalVocabulary(
+    [[0, 1, 0, 0]]
+)  # four words under two nodes, not in tree order, unbalanced
 THREE = HierarchicalVocabulary([[2, 0, 1, 0, 1], [1, 0, 1]])
 FOUR = HierarchicalVocabulary([[2, 0, 1, 0], [0, 0, 1], [0, 1]])
 SINGLE = HierarchicalVocabulary([[0, 0, 0], [0]])  # a level of one node below the root
@@ -62,9 +70,13 @@ class HumpedComponents(ComponentProcess):
 class CorruptedThenMasked(ComponentProcess):
     """Words are corrupted at once, then masked: q = (1-t) [(1-e) x + e noise] + t mask. It never closes at clean."""
 
-    def __init__(self, vocabulary: FlatVocabulary, share: float, noise: Tensor | None = None) -> None:
+    def __init__(
+        self, vocabulary: FlatVocabulary, share: float, noise: Tensor | None = None
+    ) -> None:
         self.share = share
-        super().__init__(vocabulary, [mask_law(vocabulary), word_law(vocabulary) if noise is None else noise])
+        super().__init__(
+            vocabulary, [mask_law(vocabulary), word_law(vocabulary) if noise is None else noise]
+        )
 
     def alpha(self, t: Tensor) -> Tensor:
         return (1.0 - self.share) * (1.0 - t)
@@ -89,12 +101,19 @@ class ShuffledThenMasked(ForwardProcess):
         size = self.num_tokens
         kept, unmasked = left**self.redraw, left**self.mask
         words = kept[:, None, None] * torch.eye(size).double() + (1.0 - kept)[:, None, None] / size
-        top = torch.cat([unmasked[:, None, None] * words, (1.0 - unmasked)[:, None, None].expand(-1, size, 1)], -1)
+        top = torch.cat(
+            [unmasked[:, None, None] * words, (1.0 - unmasked)[:, None, None].expand(-1, size, 1)],
+            -1,
+        )
         bottom = torch.eye(size + 1, dtype=torch.float64)[-1].expand(len(left), 1, -1)
         return torch.cat([top, bottom], 1)
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
-        return (log_p.exp().unsqueeze(1) @ self._finite(1.0 - t)[:, : self.num_tokens]).squeeze(1).log()
+        return (
+            (log_p.exp().unsqueeze(1) @ self._finite(1.0 - t)[:, : self.num_tokens])
+            .squeeze(1)
+            .log()
+        )
 
     def rates(self, t: Tensor) -> Kernel:
         size = self.num_tokens
@@ -117,12 +136,16 @@ def kimura(ts: float = 2.0, tv: float = 1.0) -> DenseProcess:
     for a, b in ((0, 1), (2, 3)):
         matrix[a, b] = matrix[b, a] = ts
     matrix.fill_diagonal_(0.0)
-    return DenseProcess(FlatVocabulary(4, mask=False), matrix - matrix.sum(-1).diag(), LinearSchedule())
+    return DenseProcess(
+        FlatVocabulary(4, mask=False), matrix - matrix.sum(-1).diag(), LinearSchedule()
+    )
 
 
 def uniform(num_tokens: int = 3, floor: float = 0.0) -> MixtureProcess:
     return MixtureProcess(
-        FlatVocabulary(num_tokens, mask=False), LinearSchedule(floor), torch.full((num_tokens,), 1.0 / num_tokens)
+        FlatVocabulary(num_tokens, mask=False),
+        LinearSchedule(floor),
+        torch.full((num_tokens,), 1.0 / num_tokens),
     )
 
 
@@ -139,12 +162,18 @@ def trees() -> dict[str, TreeProcess]:
         for gamma in (0.5, 1.0, 2.0)
         for xi in (1.0, 0.9, 0.8)
     }
-    for name, schedule in (("linear", LinearSchedule()), ("cosine", CosineSchedule()), ("power", PowerSchedule(2.5))):
+    for name, schedule in (
+        ("linear", LinearSchedule()),
+        ("cosine", CosineSchedule()),
+        ("power", PowerSchedule(2.5)),
+    ):
         made[f"one level, {name}"] = TreeProcess(FlatVocabulary(4), CdfClock([schedule]))
     return made | {
         "one level, log-time 0.5": TreeProcess(FlatVocabulary(4), log_time((0.5,))),
         "two levels, powers": TreeProcess(PAIR, powers(1.0, 2.0), 0.9),
-        "two levels, never at the root": TreeProcess(PAIR, CdfClock([LinearSchedule(0.05), LinearSchedule(0.3)]), 0.9),
+        "two levels, never at the root": TreeProcess(
+            PAIR, CdfClock([LinearSchedule(0.05), LinearSchedule(0.3)]), 0.9
+        ),
         "two levels, xi below 1/n": TreeProcess(PAIR, log_time((1.0, 1.0)), 0.3),
         "one node below the root": TreeProcess(SINGLE, log_time((1.0, 2.0)), 0.8),
         "three levels, equal rates": TreeProcess(THREE, log_time((1.0, 1.0, 1.0))),

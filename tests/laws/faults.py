@@ -24,4 +24,6 @@ def assert_found(fault: Fault) -> None:
     assert healthy.probes > 0
     report = fault.law(fault.faulty(), **fault.options)
     assert not report.passed
-    assert "raised" not in report.where, report.where  # found by its numbers, not because the plant itself is broken
+    assert "raised" not in report.where, (
+        report.where
+    )  # found by its numbers, not because the plant itself is broken

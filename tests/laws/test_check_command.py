@@ -66,13 +66,17 @@ def test_a_strangers_process_is_checked_on_its_examples(capsys: pytest.CaptureFi
 
 
 @pytest.mark.usefixtures("stranger")
-def test_settings_fill_the_config_on_the_examples_vocabularies(capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_fill_the_config_on_the_examples_vocabularies(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert check("swap", ["rate=3.0"]) == 0
     assert "swap 1 on 2" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("stranger")
-def test_a_broken_law_is_named_with_its_place_and_the_exit_code_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_law_is_named_with_its_place_and_the_exit_code_is_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert check("swap_broken", []) == 1
     out = capsys.readouterr().out
     assert '"override = derived: decode_nll" is broken: error' in out
@@ -81,12 +85,16 @@ def test_a_broken_law_is_named_with_its_place_and_the_exit_code_is_one(capsys: p
 
 @pytest.mark.usefixtures("stranger")
 def test_a_plugin_means_every_process_that_it_registers() -> None:
-    with pytest.raises(ArgumentError, match=r"fits none of .* small vocabularies.*nothing is good enough"):
+    with pytest.raises(
+        ArgumentError, match=r"fits none of .* small vocabularies.*nothing is good enough"
+    ):
         check("stranger", [])  # swap_picky is reached too
 
 
 @pytest.mark.parametrize("name", ["levelwise", "flat"])
-def test_heads_and_time_rules_are_checked_by_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_heads_and_time_rules_are_checked_by_name(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert check(name, []) == 0
     assert "0 broken" in capsys.readouterr().out
 

@@ -20,7 +20,13 @@ from ddiff.core.kernel import DenseKernel, InterpolatingKernel, Kernel
 from ddiff.core.law import CleanLaw, DenseLaw, Score, SubtreeLaw
 from ddiff.core.numerics import Constant, interior
 from ddiff.core.process import Informed, Visit
-from ddiff.core.schedule import CosineSchedule, GeometricSchedule, LinearSchedule, PowerSchedule, Schedule
+from ddiff.core.schedule import (
+    CosineSchedule,
+    GeometricSchedule,
+    LinearSchedule,
+    PowerSchedule,
+    Schedule,
+)
 from ddiff.core.times import FlatTimes, Times, WindowTimes, stratified
 from ddiff.core.tree import StochasticParents, TreeKernel, TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
@@ -65,7 +71,9 @@ class ByPartialFractions(LogTimeClock):
             rates, total = self.rates[: level + 1], torch.zeros_like(t)
             for i, rate in enumerate(rates):
                 others = [other - rate for j, other in enumerate(rates) if j != i]
-                total = total + (rate * left).exp() / torch.tensor(others, dtype=torch.float64).prod()
+                total = (
+                    total + (rate * left).exp() / torch.tensor(others, dtype=torch.float64).prod()
+                )
             levels.append(total * torch.tensor(rates[:-1], dtype=torch.float64).prod())
         pi = torch.stack(levels, -1)
         return torch.cat([pi, 1.0 - pi.sum(-1, keepdim=True)], -1)
@@ -172,7 +180,9 @@ class WithoutACareForOne(StochasticParents):
         self.stray[i][j] = torch.full((size,), 1.0 - xi).double() / torch.tensor(size - 1.0)
 
 
-def with_parents(kind: type[StochasticParents], tree: HierarchicalVocabulary, xi: float) -> TreeProcess:
+def with_parents(
+    kind: type[StochasticParents], tree: HierarchicalVocabulary, xi: float
+) -> TreeProcess:
     process = TreeProcess(tree, LogTimeClock((1.0,) * tree.num_levels), xi)
     process.parents = kind(tree, (xi,) * tree.num_levels)
     return process
@@ -207,7 +217,9 @@ class SameMarginalsAnotherGenerator(ShuffledThenMasked):
     def rates(self, t: Tensor) -> Kernel:
         left = 1.0 - interior(t)
         alpha, unmasked = left ** (self.redraw + self.mask), left**self.mask
-        d_word = (-self.mask * unmasked + (self.redraw + self.mask) * alpha) / left / self.num_tokens
+        d_word = (
+            (-self.mask * unmasked + (self.redraw + self.mask) * alpha) / left / self.num_tokens
+        )
         word = d_word + (self.redraw + self.mask) / left * (unmasked - alpha) / self.num_tokens
         mask = self.mask * unmasked / left + (self.redraw + self.mask) / left * (1.0 - unmasked)
         arrive = torch.cat([word.unsqueeze(-1).expand(-1, self.num_tokens), mask.unsqueeze(-1)], -1)
@@ -250,7 +262,9 @@ class NaNAtTheEnd(MixtureProcess):
 
 class SwappedWeights(TreeProcess):
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        other = torch.where(zt == self.vocabulary.root, self.vocabulary.ancestor(x0, 1), self.vocabulary.root)
+        other = torch.where(
+            zt == self.vocabulary.root, self.vocabulary.ancestor(x0, 1), self.vocabulary.root
+        )
         return super().weight(x0, torch.where(self.active(zt), other, zt), t)
 
 
@@ -266,7 +280,11 @@ class OneTermAtTheMask(TreeProcess):
 
     def _parent_surprise(self, law: CleanLaw, x0: Tensor, zt: Tensor, level: int) -> Tensor:
         right = self.vocabulary.ancestor(x0, 1) - self.vocabulary.offsets[1]
-        model = self.parents.log_spread(0, 1, law.log_mass(1)).gather(-1, right.unsqueeze(-1)).squeeze(-1)
+        model = (
+            self.parents.log_spread(0, 1, law.log_mass(1))
+            .gather(-1, right.unsqueeze(-1))
+            .squeeze(-1)
+        )
         return self.parents.xi[0] * (self.parents.xi[0] / model.exp()).log()
 
 
@@ -484,7 +502,9 @@ class MovingWithTheBound(MixtureProcess):
     def step(self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         arrive, before, now = self._arrive_at(zt, s, t), self.noise_at(zt, s), self.noise_at(zt, t)
         below = u[:, :1] < (arrive * (1.0 - before) / now).unsqueeze(-1)
-        return super().step(visit, zt, t, s, torch.where(below, u * torch.tensor([0.0, 1.0]).double(), u))
+        return super().step(
+            visit, zt, t, s, torch.where(below, u * torch.tensor([0.0, 1.0]).double(), u)
+        )
 
 
 class SaidToBeEven(HumpedComponents):
@@ -492,7 +512,9 @@ class SaidToBeEven(HumpedComponents):
 
     def __init__(self) -> None:
         super().__init__(FlatVocabulary(3))
-        self.components = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.5, 0.3, 0.2, 0.0]], dtype=torch.float64)
+        self.components = torch.tensor(
+            [[0.0, 0.0, 0.0, 1.0], [0.5, 0.3, 0.2, 0.0]], dtype=torch.float64
+        )
         self._on = Constant(self.components).on
 
 
@@ -529,7 +551,9 @@ class StepByStep(TreeProcess):
     """A step that descends one level at most, so that a mask never becomes a word at once."""
 
     def _down_to(self, visit: Visit, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
-        return super()._down_to(visit, zt, torch.maximum(target, self.vocabulary.level_of(zt) - 1), u)
+        return super()._down_to(
+            visit, zt, torch.maximum(target, self.vocabulary.level_of(zt) - 1), u
+        )
 
 
 class MostLikely(TreeProcess):
@@ -590,7 +614,9 @@ class WindowsByPlaceInTheGrid(WindowTimes):  # type: ignore[misc]
 class DecodedTwice(WindowTimes):  # type: ignore[misc]
     """Both the window that settles and the next one are read where a window settles."""
 
-    def ends(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> tuple[Times, Times]:
+    def ends(
+        self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int
+    ) -> tuple[Times, Times]:
         first, last = super().ends(clock, noise, slot, slots, length)
         return first._replace(speed=first.speed + first.speed.roll(1, -1)), last
 
@@ -680,7 +706,9 @@ class Reversed(TreeHead):
     """The words of a node in another order than the table's."""
 
     def law(self, logits: Logits, top: int) -> SubtreeLaw:
-        flipped = lambda a, b: logits(a, b).flip(-1) if top != self.vocabulary.root else logits(a, b)  # noqa: E731
+        flipped = lambda a, b: (
+            logits(a, b).flip(-1) if top != self.vocabulary.root else logits(a, b)
+        )  # noqa: E731
         return super().law(flipped, top)
 
 
@@ -717,7 +745,9 @@ class Trunk(torch.nn.Module):
         hidden = self.embedding(ids)
         mask = context.attention_mask()
         weight = (
-            torch.ones(ids.shape[0], ids.shape[1], ids.shape[1]).to(hidden) if mask is None else mask[:, 0].to(hidden)
+            torch.ones(ids.shape[0], ids.shape[1], ids.shape[1]).to(hidden)
+            if mask is None
+            else mask[:, 0].to(hidden)
         )
         return hidden + (weight @ hidden) / weight.sum(-1, keepdim=True) + t.unsqueeze(-1)
 
@@ -821,14 +851,24 @@ def of_clock(clock_: LevelClock) -> Callable[[], TreeProcess]:
 
 FAULTS = [
     # the list of the issue
-    Fault("missing 1/(gamma-1)", clock.inflow_is_growth, lambda: CLOCK2, lambda: WithoutItsFactor((0.5, 1.0))),
+    Fault(
+        "missing 1/(gamma-1)",
+        clock.inflow_is_growth,
+        lambda: CLOCK2,
+        lambda: WithoutItsFactor((0.5, 1.0)),
+    ),
     Fault(
         "perturbation rows that do not sum to one",
         chain.transition_rows_are_laws,
         lambda: with_parents(StochasticParents, PAIR, 0.8),
         lambda: with_parents(SharingWithItself, PAIR, 0.8),
     ),
-    Fault("derivative without its 1-eps", schedule.derivative_is_autograd, Squeezed, SqueezedInTheFunctionOnly),
+    Fault(
+        "derivative without its 1-eps",
+        schedule.derivative_is_autograd,
+        Squeezed,
+        SqueezedInTheFunctionOnly,
+    ),
     Fault(
         "raw -ln p(x) as decoding term",
         reverse.decode_nll_is_derived,
@@ -836,7 +876,10 @@ FAULTS = [
         on_pair(RawDecoding, 0.8),
     ),
     Fault(
-        "raw -ln p(x) breaks the bound", bound.constant_denoiser, on_pair(TreeProcess, 0.8), on_pair(RawDecoding, 0.8)
+        "raw -ln p(x) breaks the bound",
+        bound.constant_denoiser,
+        on_pair(TreeProcess, 0.8),
+        on_pair(RawDecoding, 0.8),
     ),
     Fault(
         "information without clusters",
@@ -844,7 +887,12 @@ FAULTS = [
         on_pair(TreeProcess),
         on_pair(MasksAlone),
     ),
-    Fault("a clock at half its speed", information.clock_is_a_time_change, on_pair(TreeProcess), on_pair(SlowTree)),
+    Fault(
+        "a clock at half its speed",
+        information.clock_is_a_time_change,
+        on_pair(TreeProcess),
+        on_pair(SlowTree),
+    ),
     Fault(
         "a clock that does not follow the information",
         information.tau_is_the_share_lost,
@@ -857,13 +905,36 @@ FAULTS = [
         masks_by_power(TreeProcess),
         masks_by_power(EarlyMasks),
     ),
-    Fault("swapped level weights", bound.weights_are_level_flows, on_pair(TreeProcess), on_pair(SwappedWeights)),
-    Fault("off-by-one level in the draw", draws.sample_follows_marginal, on_pair(TreeProcess), on_pair(OneLevelTooFew)),
-    Fault("off-by-one level in the bound", reverse.density_is_derived, on_pair(TreeProcess), on_pair(OneLevelOff)),
     Fault(
-        "posterior without two-level jumps", reverse.posterior_is_bayes, on_pair(TreeProcess), on_pair(NoTwoLevelJumps)
+        "swapped level weights",
+        bound.weights_are_level_flows,
+        on_pair(TreeProcess),
+        on_pair(SwappedWeights),
     ),
-    Fault("step without two-level jumps", draws.step_follows_posterior, on_pair(TreeProcess), on_pair(StepByStep)),
+    Fault(
+        "off-by-one level in the draw",
+        draws.sample_follows_marginal,
+        on_pair(TreeProcess),
+        on_pair(OneLevelTooFew),
+    ),
+    Fault(
+        "off-by-one level in the bound",
+        reverse.density_is_derived,
+        on_pair(TreeProcess),
+        on_pair(OneLevelOff),
+    ),
+    Fault(
+        "posterior without two-level jumps",
+        reverse.posterior_is_bayes,
+        on_pair(TreeProcess),
+        on_pair(NoTwoLevelJumps),
+    ),
+    Fault(
+        "step without two-level jumps",
+        draws.step_follows_posterior,
+        on_pair(TreeProcess),
+        on_pair(StepByStep),
+    ),
     Fault(
         "right marginals with another generator",
         chain.transition_is_oracle,
@@ -876,7 +947,12 @@ FAULTS = [
         on_pair(TreeProcess, 0.8),
         on_pair(OneTermAtTheMask, 0.8),
     ),
-    Fault("another position's uniforms", draws.draws_are_their_own, on_pair(TreeProcess), on_pair(NeighboursUniforms)),
+    Fault(
+        "another position's uniforms",
+        draws.draws_are_their_own,
+        on_pair(TreeProcess),
+        on_pair(NeighboursUniforms),
+    ),
     # the last line of seams.md, section 4
     Fault("contiguous slices of time", times.shares_are_balanced, FlatTimes, ContiguousSlices),
     Fault(
@@ -917,9 +993,18 @@ FAULTS = [
     ),
     # the forward chain
     Fault("rates without a diagonal", chain.rates_rows_sum_to_zero, ShuffledThenMasked, LeakyRates),
-    Fault("rates of the wrong sign", chain.rates_are_not_negative, ShuffledThenMasked, BackwardRates),
-    Fault("a column that is a row", chain.kernels_agree, on_pair(TreeProcess), on_pair(ConfusedRates)),
-    Fault("one exponential for all times", chain.transition_is_oracle, turning(DenseProcess), turning(OneExponential)),
+    Fault(
+        "rates of the wrong sign", chain.rates_are_not_negative, ShuffledThenMasked, BackwardRates
+    ),
+    Fault(
+        "a column that is a row", chain.kernels_agree, on_pair(TreeProcess), on_pair(ConfusedRates)
+    ),
+    Fault(
+        "one exponential for all times",
+        chain.transition_is_oracle,
+        turning(DenseProcess),
+        turning(OneExponential),
+    ),
     Fault(
         "transitions one level at a time",
         chain.chapman_kolmogorov,
@@ -938,7 +1023,12 @@ FAULTS = [
         lambda: with_parents(StochasticParents, PAIR, 0.8),
         lambda: with_parents(SharingWithItself, PAIR, 0.8),
     ),
-    Fault("a prior that is not the end", chain.ends_as_declared, mixture(MixtureProcess), mixture(WrongPrior)),
+    Fault(
+        "a prior that is not the end",
+        chain.ends_as_declared,
+        mixture(MixtureProcess),
+        mixture(WrongPrior),
+    ),
     Fault(
         "a jump at the end",
         chain.ends_are_approached,
@@ -959,14 +1049,24 @@ FAULTS = [
         mixture(MixtureProcess),
         mixture(LatePosterior),
     ),
-    Fault("normalised likelihoods", reverse.likelihood_is_derived, on_pair(TreeProcess), on_pair(WrongLikelihood)),
+    Fault(
+        "normalised likelihoods",
+        reverse.likelihood_is_derived,
+        on_pair(TreeProcess),
+        on_pair(WrongLikelihood),
+    ),
     Fault(
         "a divergence that is not 0 at the truth",
         reverse.density_is_a_divergence,
         mixture(MixtureProcess),
         mixture(NegativeAtTheTruth),
     ),
-    Fault("the published split", reverse.weight_is_derived, mixture(MixtureProcess), mixture(PublishedSplit)),
+    Fault(
+        "the published split",
+        reverse.weight_is_derived,
+        mixture(MixtureProcess),
+        mixture(PublishedSplit),
+    ),
     Fault(
         "scores decoded by shares",
         moves.scores_decode_to_posterior,
@@ -979,26 +1079,96 @@ FAULTS = [
         lambda: late(MixtureProcess),
         lambda: late(FromTheNoiseAtZero),
     ),
-    Fault("alpha for q(x|x)", moves.stay_probability_is_derived, mixture(MixtureProcess), mixture(StayingByAlpha)),
-    Fault("dropped infinities", edges.gradients_are_finite, masking(MixtureProcess), masking(DroppedAfterwards)),
-    Fault("inf - inf", edges.impossible_truth_is_bayes, masking(MixtureProcess), masking(DifferenceOfInfinities)),
-    Fault("factors of another density", reverse.factors_multiply, on_pair(TreeProcess), on_pair(FactorsOfAnother)),
-    Fault("scores charged twice", reverse.score_is_law, mixture(MixtureProcess), mixture(ScoresTwice)),
-    Fault("no closing term", reverse.closing_kl_is_derived, on_pair(TreeProcess), on_pair(FreeClosing)),
-    Fault("no closing term in the bound", bound.constant_denoiser, on_pair(TreeProcess), on_pair(FreeClosing)),
-    Fault("masks that are idle", reverse.active_covers_density, on_pair(TreeProcess), on_pair(IdleMasks)),
-    Fault("masks that are idle, in the bound", bound.entropy_equality, on_pair(TreeProcess), on_pair(IdleMasks)),
-    Fault("a scope with nothing in it", reverse.scope_suffices, on_pair(TreeProcess), on_pair(NarrowScope)),
-    Fault("too little informed", reverse.informed_is_enough, on_pair(TreeProcess, 0.8), on_pair(NarrowlyInformed, 0.8)),
-    # rates, events, climbing
-    Fault("a score without evidence", moves.scores_at_ends, uneven(MixtureProcess), uneven(EvidenceLeftOut)),
-    Fault("rates turned round", moves.reverse_flows_balance, uneven(MixtureProcess), uneven(OutwardRates)),
-    Fault("half the rates", moves.density_is_of_reverse_rates, uneven(MixtureProcess), uneven(HalfTheRates)),
     Fault(
-        "rates of another posterior", moves.reverse_rates_make_posterior, uneven(MixtureProcess), uneven(LatePosterior)
+        "alpha for q(x|x)",
+        moves.stay_probability_is_derived,
+        mixture(MixtureProcess),
+        mixture(StayingByAlpha),
     ),
     Fault(
-        "climbing from the start", moves.climb_follows_transition, on_pair(TreeProcess), on_pair(ClimbingFromTheStart)
+        "dropped infinities",
+        edges.gradients_are_finite,
+        masking(MixtureProcess),
+        masking(DroppedAfterwards),
+    ),
+    Fault(
+        "inf - inf",
+        edges.impossible_truth_is_bayes,
+        masking(MixtureProcess),
+        masking(DifferenceOfInfinities),
+    ),
+    Fault(
+        "factors of another density",
+        reverse.factors_multiply,
+        on_pair(TreeProcess),
+        on_pair(FactorsOfAnother),
+    ),
+    Fault(
+        "scores charged twice", reverse.score_is_law, mixture(MixtureProcess), mixture(ScoresTwice)
+    ),
+    Fault(
+        "no closing term", reverse.closing_kl_is_derived, on_pair(TreeProcess), on_pair(FreeClosing)
+    ),
+    Fault(
+        "no closing term in the bound",
+        bound.constant_denoiser,
+        on_pair(TreeProcess),
+        on_pair(FreeClosing),
+    ),
+    Fault(
+        "masks that are idle",
+        reverse.active_covers_density,
+        on_pair(TreeProcess),
+        on_pair(IdleMasks),
+    ),
+    Fault(
+        "masks that are idle, in the bound",
+        bound.entropy_equality,
+        on_pair(TreeProcess),
+        on_pair(IdleMasks),
+    ),
+    Fault(
+        "a scope with nothing in it",
+        reverse.scope_suffices,
+        on_pair(TreeProcess),
+        on_pair(NarrowScope),
+    ),
+    Fault(
+        "too little informed",
+        reverse.informed_is_enough,
+        on_pair(TreeProcess, 0.8),
+        on_pair(NarrowlyInformed, 0.8),
+    ),
+    # rates, events, climbing
+    Fault(
+        "a score without evidence",
+        moves.scores_at_ends,
+        uneven(MixtureProcess),
+        uneven(EvidenceLeftOut),
+    ),
+    Fault(
+        "rates turned round",
+        moves.reverse_flows_balance,
+        uneven(MixtureProcess),
+        uneven(OutwardRates),
+    ),
+    Fault(
+        "half the rates",
+        moves.density_is_of_reverse_rates,
+        uneven(MixtureProcess),
+        uneven(HalfTheRates),
+    ),
+    Fault(
+        "rates of another posterior",
+        moves.reverse_rates_make_posterior,
+        uneven(MixtureProcess),
+        uneven(LatePosterior),
+    ),
+    Fault(
+        "climbing from the start",
+        moves.climb_follows_transition,
+        on_pair(TreeProcess),
+        on_pair(ClimbingFromTheStart),
     ),
     Fault(
         "straying as from a word",
@@ -1007,30 +1177,94 @@ FAULTS = [
         lambda: StrayingOnceMore(THREE, CLOCK3, (0.8, 0.7)),
     ),
     Fault(
-        "every candidate taken", moves.events_follow_reverse_rates, uneven(MixtureProcess), uneven(TakingEveryCandidate)
+        "every candidate taken",
+        moves.events_follow_reverse_rates,
+        uneven(MixtureProcess),
+        uneven(TakingEveryCandidate),
     ),
     Fault(
-        "events that skip a level", moves.events_follow_reverse_rates, on_pair(TreeProcess), on_pair(EventsToTheWords)
+        "events that skip a level",
+        moves.events_follow_reverse_rates,
+        on_pair(TreeProcess),
+        on_pair(EventsToTheWords),
     ),
-    Fault("events too often", moves.events_follow_reverse_rates, on_pair(TreeProcess), on_pair(EventsTooOften)),
-    Fault("nothing foreseen", moves.events_follow_reverse_rates, uneven(MixtureProcess), uneven(NothingForeseen)),
-    Fault("two visits in an event", moves.events_ask_once, on_pair(TreeProcess), on_pair(AskingTwiceAnEvent)),
-    Fault("words said to be settled", moves.monotone_moves_reveal, on_pair(TreeProcess), on_pair(SaidToReveal, 0.8)),
-    Fault("solved by the diagonal", moves.solve_inverts, uneven(MixtureProcess), uneven(SolvedByTheDiagonal)),
-    Fault("moving to the same time", draws.step_follows_posterior, uneven(MixtureProcess), uneven(MovingToTheSameTime)),
-    Fault("moving with the bound", draws.step_follows_posterior, uneven(MixtureProcess), uneven(MovingWithTheBound)),
+    Fault(
+        "events too often",
+        moves.events_follow_reverse_rates,
+        on_pair(TreeProcess),
+        on_pair(EventsTooOften),
+    ),
+    Fault(
+        "nothing foreseen",
+        moves.events_follow_reverse_rates,
+        uneven(MixtureProcess),
+        uneven(NothingForeseen),
+    ),
+    Fault(
+        "two visits in an event",
+        moves.events_ask_once,
+        on_pair(TreeProcess),
+        on_pair(AskingTwiceAnEvent),
+    ),
+    Fault(
+        "words said to be settled",
+        moves.monotone_moves_reveal,
+        on_pair(TreeProcess),
+        on_pair(SaidToReveal, 0.8),
+    ),
+    Fault(
+        "solved by the diagonal",
+        moves.solve_inverts,
+        uneven(MixtureProcess),
+        uneven(SolvedByTheDiagonal),
+    ),
+    Fault(
+        "moving to the same time",
+        draws.step_follows_posterior,
+        uneven(MixtureProcess),
+        uneven(MovingToTheSameTime),
+    ),
+    Fault(
+        "moving with the bound",
+        draws.step_follows_posterior,
+        uneven(MixtureProcess),
+        uneven(MovingWithTheBound),
+    ),
     Fault("noise said to be even", chain.total_probability, KnownToBeUneven, SaidToBeEven),
     # draws
-    Fault("an arg-max last draw", draws.decode_follows_bayes, on_pair(TreeProcess), on_pair(MostLikely)),
-    Fault("two visits in a step", draws.step_asks_once, on_pair(TreeProcess), on_pair(AskingTwice)),
-    Fault("a visit for nothing", draws.decode_asks_once, mixture(MixtureProcess), mixture(AskingAlways)),
     Fault(
-        "an argument that is written to", draws.arguments_are_untouched, on_pair(TreeProcess), on_pair(WritingIntoX0)
+        "an arg-max last draw",
+        draws.decode_follows_bayes,
+        on_pair(TreeProcess),
+        on_pair(MostLikely),
+    ),
+    Fault("two visits in a step", draws.step_asks_once, on_pair(TreeProcess), on_pair(AskingTwice)),
+    Fault(
+        "a visit for nothing",
+        draws.decode_asks_once,
+        mixture(MixtureProcess),
+        mixture(AskingAlways),
+    ),
+    Fault(
+        "an argument that is written to",
+        draws.arguments_are_untouched,
+        on_pair(TreeProcess),
+        on_pair(WritingIntoX0),
     ),
     # schedules, clocks, times, vocabularies
-    Fault("a schedule said to close", schedule.schedule_ends, LinearSchedule, lambda: SaidToClose(0.01)),
+    Fault(
+        "a schedule said to close",
+        schedule.schedule_ends,
+        LinearSchedule,
+        lambda: SaidToClose(0.01),
+    ),
     Fault("a schedule that rises", schedule.alpha_falls, PowerSchedule, NotFalling),
-    Fault("digits lost near t = 0", schedule.noised_is_the_rest, lambda: PowerSchedule(3.0), lambda: LosingDigits(3.0)),
+    Fault(
+        "digits lost near t = 0",
+        schedule.noised_is_the_rest,
+        lambda: PowerSchedule(3.0),
+        lambda: LosingDigits(3.0),
+    ),
     Fault(
         "hazards of another inflow",
         clock.hazard_is_inflow_per_head,
@@ -1043,7 +1277,12 @@ FAULTS = [
         lambda: CLOCK3,
         lambda: OneLevelAtATime((1.0, 2.0, 1.0)),
     ),
-    Fault("a leave time of 1 - u", clock.leave_time_inverts, lambda: CLOCK2, lambda: LeavingBackwards((0.5, 1.0))),
+    Fault(
+        "a leave time of 1 - u",
+        clock.leave_time_inverts,
+        lambda: CLOCK2,
+        lambda: LeavingBackwards((0.5, 1.0)),
+    ),
     Fault("a draw of t without its density", times.speeds_are_unbiased, FlatTimes, WithoutDensity),
     Fault("times by place in the batch", times.times_are_their_own, FlatTimes, ByPlaceInTheBatch),
     Fault(
@@ -1052,17 +1291,38 @@ FAULTS = [
         lambda: PAIR,
         lambda: InIdOrder([[0, 1, 0, 0]]),
     ),
-    Fault("masses above one", clock.occupation_is_a_law, lambda: CLOCK2, lambda: GainingMass((0.5, 1.0))),
+    Fault(
+        "masses above one",
+        clock.occupation_is_a_law,
+        lambda: CLOCK2,
+        lambda: GainingMass((0.5, 1.0)),
+    ),
     Fault("a clock said to close", clock.clock_ends, lambda: CLOCK2, lambda: Tardy((0.5, 1.0))),
     Fault(
-        "one level per step", clock.clock_chapman_kolmogorov, lambda: CLOCK3, lambda: OneLevelAtATime((1.0, 2.0, 1.0))
+        "one level per step",
+        clock.clock_chapman_kolmogorov,
+        lambda: CLOCK3,
+        lambda: OneLevelAtATime((1.0, 2.0, 1.0)),
     ),
-    Fault("masses of another time", clock.occupation_follows_transitions, lambda: CLOCK2, lambda: Tardy((0.5, 1.0))),
+    Fault(
+        "masses of another time",
+        clock.occupation_follows_transitions,
+        lambda: CLOCK2,
+        lambda: Tardy((0.5, 1.0)),
+    ),
     Fault("speeds below zero", times.times_are_times, FlatTimes, BackInTime),
     Fault("a root of no level", vocabulary.ids_run_by_level, lambda: PAIR, tree_of(WithoutARoot)),
-    Fault("everybody's parent is the root", vocabulary.ancestors_climb, lambda: PAIR, tree_of(OrphansOfTheRoot)),
     Fault(
-        "grandchildren for children", vocabulary.children_are_parents_inverse, lambda: PAIR, tree_of(WithGrandchildren)
+        "everybody's parent is the root",
+        vocabulary.ancestors_climb,
+        lambda: PAIR,
+        tree_of(OrphansOfTheRoot),
+    ),
+    Fault(
+        "grandchildren for children",
+        vocabulary.children_are_parents_inverse,
+        lambda: PAIR,
+        tree_of(WithGrandchildren),
     ),
     Fault(
         "a fingerprint that is not saved",
@@ -1109,7 +1369,10 @@ FAULTS = [
         lambda: Reversed(PAIR, 4, "tied"),
     ),
     Fault(
-        "no gradient to the trunk", head.gradients_agree, lambda: TokenHead(PAIR, 4), lambda: DetachedHidden(PAIR, 4)
+        "no gradient to the trunk",
+        head.gradients_agree,
+        lambda: TokenHead(PAIR, 4),
+        lambda: DetachedHidden(PAIR, 4),
     ),
     Fault(
         "rows that all get the first answer",
@@ -1181,7 +1444,9 @@ def test_at_masks_both_conditionals_agree_which_hides_the_mistake() -> None:
     assert bound.entropy_equality(ONE_LEVEL, denoiser=full_table).passed
 
 
-@pytest.mark.parametrize("process", [uniform(), STRAYING, ONE_LEVEL], ids=["uniform", "xi < 1", "masked"])
+@pytest.mark.parametrize(
+    "process", [uniform(), STRAYING, ONE_LEVEL], ids=["uniform", "xi < 1", "masked"]
+)
 def test_a_missing_speed_factor_breaks_the_speed_equality(process: Any) -> None:
     assert bound.speed_equality(process).passed
     forgetful = lambda v, position: (bent(v, position)[0], torch.ones_like(v))  # noqa: E731
@@ -1206,5 +1471,7 @@ def test_a_bound_without_an_end_term_is_found(term: str, monkeypatch: pytest.Mon
     from ddiff.core import elbo
 
     assert bound.constant_denoiser(STRAYING).passed
-    monkeypatch.setattr(elbo, term, lambda process, ask, x0, *rest: torch.zeros(x0.shape, dtype=torch.float64))
+    monkeypatch.setattr(
+        elbo, term, lambda process, ask, x0, *rest: torch.zeros(x0.shape, dtype=torch.float64)
+    )
     assert not bound.constant_denoiser(STRAYING).passed

@@ -22,7 +22,9 @@ WORDS = FlatVocabulary(3)
 
 
 def mixed(
-    kind: type[GeneralizedInterpolation] = GeneralizedInterpolation, gamma: float = 1.0, form: Form = "current"
+    kind: type[GeneralizedInterpolation] = GeneralizedInterpolation,
+    gamma: float = 1.0,
+    form: Form = "current",
 ) -> GeneralizedInterpolation:
     return kind(WORDS, MIXINGS[form](0.2, gamma, 3))
 
@@ -100,7 +102,9 @@ def absorbing(kind: type[MixtureProcess] = MixtureProcess) -> MixtureProcess:
 
 
 def uniform(kind: type[MixtureProcess] = MixtureProcess) -> MixtureProcess:
-    config = ScoreEntropyDiffusion.Config(graph="uniform", noise="geometric", sigma_min=0.05, sigma_max=3.0)
+    config = ScoreEntropyDiffusion.Config(
+        graph="uniform", noise="geometric", sigma_min=0.05, sigma_max=3.0
+    )
     return _as(kind, ScoreEntropyDiffusion.build(config, vocabulary=FlatVocabulary(3, mask=False)))
 
 
@@ -123,7 +127,9 @@ class ScoresForAProcessAtHalfTheNoise(MixtureProcess):  # type: ignore[misc]
     """The ratios of e^(sigma/2) where those of e^sigma are due."""
 
     def divergence(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return super().divergence(Score(0.5 * answer.log_ratio) if isinstance(answer, Score) else answer, x0, zt, t)
+        return super().divergence(
+            Score(0.5 * answer.log_ratio) if isinstance(answer, Score) else answer, x0, zt, t
+        )
 
 
 class AsIfClosed(MixtureProcess):  # type: ignore[misc]
@@ -152,12 +158,36 @@ class BySubtraction(GeometricSchedule):  # type: ignore[misc]
 
 
 FAULTS = [
-    Fault("dynamic weight in the density", reverse.density_is_derived, mixed, lambda: mixed(TrainedWeight)),
-    Fault("dynamic weight in the bound", bound.constant_denoiser, mixed, lambda: mixed(TrainedWeight)),
-    Fault("dynamic weight as it is in the bound", bound.entropy_equality, mixed, lambda: mixed(TrainedWeightAsIs)),
-    Fault("clipped weight in the bound", bound.constant_denoiser, mixed, lambda: mixed(ClippedBound)),
-    Fault("c' missing in the rates", chain.transition_is_oracle, mixed, lambda: mixed(WithoutTheHumpsSlope)),
-    Fault("c' missing in the bound", bound.constant_denoiser, mixed, lambda: mixed(WithoutTheHumpsSlope)),
+    Fault(
+        "dynamic weight in the density",
+        reverse.density_is_derived,
+        mixed,
+        lambda: mixed(TrainedWeight),
+    ),
+    Fault(
+        "dynamic weight in the bound", bound.constant_denoiser, mixed, lambda: mixed(TrainedWeight)
+    ),
+    Fault(
+        "dynamic weight as it is in the bound",
+        bound.entropy_equality,
+        mixed,
+        lambda: mixed(TrainedWeightAsIs),
+    ),
+    Fault(
+        "clipped weight in the bound", bound.constant_denoiser, mixed, lambda: mixed(ClippedBound)
+    ),
+    Fault(
+        "c' missing in the rates",
+        chain.transition_is_oracle,
+        mixed,
+        lambda: mixed(WithoutTheHumpsSlope),
+    ),
+    Fault(
+        "c' missing in the bound",
+        bound.constant_denoiser,
+        mixed,
+        lambda: mixed(WithoutTheHumpsSlope),
+    ),
     Fault(
         "gamma missing in (v^gamma)', rates",
         chain.transition_is_oracle,
@@ -170,13 +200,35 @@ FAULTS = [
         lambda: mixed(gamma=2.0, form="original"),
         lambda: mixed(WithoutItsPower, 2.0, "original"),
     ),
-    Fault("no -1 beside rho - ln rho", reverse.density_is_a_divergence, mixed, lambda: mixed(WithoutTheMinusOne)),
+    Fault(
+        "no -1 beside rho - ln rho",
+        reverse.density_is_a_divergence,
+        mixed,
+        lambda: mixed(WithoutTheMinusOne),
+    ),
     Fault("words that are never wrong", bound.entropy_equality, mixed, lambda: mixed(LeftOutWords)),
-    Fault("words that are right at the end", reverse.decode_nll_is_derived, mixed, lambda: mixed(KeepingWhatIsLeft)),
-    Fault("words that are right at the end, bound", bound.constant_denoiser, mixed, lambda: mixed(KeepingWhatIsLeft)),
+    Fault(
+        "words that are right at the end",
+        reverse.decode_nll_is_derived,
+        mixed,
+        lambda: mixed(KeepingWhatIsLeft),
+    ),
+    Fault(
+        "words that are right at the end, bound",
+        bound.constant_denoiser,
+        mixed,
+        lambda: mixed(KeepingWhatIsLeft),
+    ),
     Fault("e^sigma - 1 missing", reverse.score_is_law, absorbing, lambda: absorbing(Unscaled)),
-    Fault("ratios of another noise", reverse.score_is_law, uniform, lambda: uniform(ScoresForAProcessAtHalfTheNoise)),
-    Fault("open ends said to be closed", chain.ends_as_declared, uniform, lambda: uniform(AsIfClosed)),
+    Fault(
+        "ratios of another noise",
+        reverse.score_is_law,
+        uniform,
+        lambda: uniform(ScoresForAProcessAtHalfTheNoise),
+    ),
+    Fault(
+        "open ends said to be closed", chain.ends_as_declared, uniform, lambda: uniform(AsIfClosed)
+    ),
     Fault(
         "sigma' without its logarithm",
         schedule.derivative_is_autograd,
@@ -189,7 +241,9 @@ FAULTS = [
         GeometricSchedule,
         lambda: RatesByTimeNotNoise(),
     ),
-    Fault("noise before t = 0, not declared", schedule.schedule_ends, GeometricSchedule, FromTheWord),
+    Fault(
+        "noise before t = 0, not declared", schedule.schedule_ends, GeometricSchedule, FromTheWord
+    ),
     Fault(
         "digits lost at little noise",
         schedule.noised_is_the_rest,
@@ -222,7 +276,9 @@ def test_an_unscaled_reading_is_not_the_score_of_its_law() -> None:
     for scaled in (True, False):
         fn = lambda answer, idx: process.density(answer, rows.x0[idx], rows.zt[idx], rows.t[idx])  # noqa: E731
         reading = Ratios(scaled)
-        question = reading.question(fn, process, rows.zt, rows.t, reading.prepared(process, rows.zt, rows.t))
+        question = reading.question(
+            fn, process, rows.zt, rows.t, reading.prepared(process, rows.zt, rows.t)
+        )
         charged[scaled] = question(RatioLaw(raw, WORDS), torch.arange(len(rows.zt)))
     torch.testing.assert_close(charged[True], expected, rtol=1e-10, atol=1e-10)
     assert (charged[False] - expected).abs().max() > 0.05

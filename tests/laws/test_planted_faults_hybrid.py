@@ -47,7 +47,9 @@ def rates_are_the_papers(process: GammaHybrid) -> Iterator[Gap]:
     mixed[:WORDS, WORDS] = 1.0 - process.gamma
     mixed[WORDS] = 0.0
     expected = mixed / ((1.0 - t) * (1.0 - process.gamma))[:, None, None]
-    yield gap(process.rates(t).dense(), expected, {"t": t}, expected.abs().amax((1, 2), keepdim=True))
+    yield gap(
+        process.rates(t).dense(), expected, {"t": t}, expected.abs().amax((1, 2), keepdim=True)
+    )
 
 
 class PublishedAsBound(GammaHybrid):  # type: ignore[misc]
@@ -72,7 +74,9 @@ class AllTheNoise(GammaHybrid):  # type: ignore[misc]
         self.words = MixtureProcess(words.vocabulary, _all(self), word_law(words.vocabulary))
         charged = self.words.density(answer, x0, self._word(zt), t)
         self.words = words
-        return torch.where(self._masked(zt), super().density(answer, x0, zt, t), self.gamma * charged)
+        return torch.where(
+            self._masked(zt), super().density(answer, x0, zt, t), self.gamma * charged
+        )
 
 
 class AllTheNoiseInTheDraw(GammaHybrid):  # type: ignore[misc]
@@ -109,7 +113,16 @@ class InterpolatingThroughout(Interpolating):
 class MixedStep(GammaHybrid):  # type: ignore[misc]
     """Masks that are revealed to the word of the law itself, as if nothing had been redrawn before the mask came."""
 
-    def _move(self, visit: Any, zt: Tensor, t: Tensor, s: Tensor, reveal: Tensor, arrive: Tensor, u: Tensor) -> Tensor:
+    def _move(
+        self,
+        visit: Any,
+        zt: Tensor,
+        t: Tensor,
+        s: Tensor,
+        reveal: Tensor,
+        arrive: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         moved = super()._move(visit, zt, t, s, reveal, arrive, u)
         revealed = (self._masked(zt) & ~self._masked(moved)).nonzero().squeeze(-1)
         draw = lambda answer, rows: answer.draw(zt[revealed[rows]], 0 * rows, u[revealed[rows], 1])  # noqa: E731
@@ -124,7 +137,9 @@ class WithoutItsEvidence(GammaHybrid):  # type: ignore[misc]
     def decode(self, visit: Any, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         def draw(answer: Any, rows: Tensor) -> Tensor:
             shares = DenseLaw(answer.log_ratio[:, :WORDS].log_softmax(-1), self.vocabulary)
-            return shares.draw(torch.full_like(rows, self.vocabulary.root), torch.zeros_like(rows), u[rows, 1])
+            return shares.draw(
+                torch.full_like(rows, self.vocabulary.root), torch.zeros_like(rows), u[rows, 1]
+            )
 
         return visit(torch.arange(len(zt)), self.scope(zt), draw)
 
@@ -159,24 +174,81 @@ class AlwaysAnother(EpsilonHybrid):  # type: ignore[misc]
 
 
 FAULTS = [
-    Fault("the published loss as bound", reverse.density_is_derived, gamma_hybrid(), gamma_hybrid(PublishedAsBound)),
-    Fault("the published loss is no bound", bound.constant_denoiser, gamma_hybrid(), gamma_hybrid(PublishedAsBound)),
-    Fault("e^sigma for e^(gamma sigma)", reverse.density_is_derived, gamma_hybrid(), gamma_hybrid(AllTheNoise)),
+    Fault(
+        "the published loss as bound",
+        reverse.density_is_derived,
+        gamma_hybrid(),
+        gamma_hybrid(PublishedAsBound),
+    ),
+    Fault(
+        "the published loss is no bound",
+        bound.constant_denoiser,
+        gamma_hybrid(),
+        gamma_hybrid(PublishedAsBound),
+    ),
+    Fault(
+        "e^sigma for e^(gamma sigma)",
+        reverse.density_is_derived,
+        gamma_hybrid(),
+        gamma_hybrid(AllTheNoise),
+    ),
     Fault(
         "e^sigma for e^(gamma sigma) in the draw",
         draws.sample_follows_marginal,
         gamma_hybrid(),
         gamma_hybrid(AllTheNoiseInTheDraw),
     ),
-    Fault("interpolating rates", chain.transition_is_oracle, gamma_hybrid(), gamma_hybrid(Interpolating)),
-    Fault("an interpolating chain", rates_are_the_papers, gamma_hybrid(), gamma_hybrid(InterpolatingThroughout)),
-    Fault("masks that hide clean words", draws.step_follows_posterior, gamma_hybrid(), gamma_hybrid(MixedStep)),
-    Fault("a score without the evidence", moves.scores_are_decoded, gamma_hybrid(), gamma_hybrid(WithoutItsEvidence)),
-    Fault("no last draw", reverse.decode_nll_is_derived, epsilon_hybrid(), epsilon_hybrid(WithoutTheLastDraw)),
-    Fault("no last draw is no bound", bound.constant_denoiser, epsilon_hybrid(), epsilon_hybrid(WithoutTheLastDraw)),
-    Fault("a raw last draw", bound.constant_denoiser, epsilon_hybrid(), epsilon_hybrid(RawLastDraw)),
-    Fault("shuffling that is denied", chain.ends_as_declared, epsilon_hybrid(), epsilon_hybrid(SaidToClose)),
-    Fault("never shuffled onto itself", draws.sample_follows_marginal, epsilon_hybrid(), epsilon_hybrid(AlwaysAnother)),
+    Fault(
+        "interpolating rates",
+        chain.transition_is_oracle,
+        gamma_hybrid(),
+        gamma_hybrid(Interpolating),
+    ),
+    Fault(
+        "an interpolating chain",
+        rates_are_the_papers,
+        gamma_hybrid(),
+        gamma_hybrid(InterpolatingThroughout),
+    ),
+    Fault(
+        "masks that hide clean words",
+        draws.step_follows_posterior,
+        gamma_hybrid(),
+        gamma_hybrid(MixedStep),
+    ),
+    Fault(
+        "a score without the evidence",
+        moves.scores_are_decoded,
+        gamma_hybrid(),
+        gamma_hybrid(WithoutItsEvidence),
+    ),
+    Fault(
+        "no last draw",
+        reverse.decode_nll_is_derived,
+        epsilon_hybrid(),
+        epsilon_hybrid(WithoutTheLastDraw),
+    ),
+    Fault(
+        "no last draw is no bound",
+        bound.constant_denoiser,
+        epsilon_hybrid(),
+        epsilon_hybrid(WithoutTheLastDraw),
+    ),
+    Fault(
+        "a raw last draw", bound.constant_denoiser, epsilon_hybrid(), epsilon_hybrid(RawLastDraw)
+    ),
+    Fault(
+        "shuffling that is denied",
+        chain.ends_as_declared,
+        epsilon_hybrid(),
+        epsilon_hybrid(SaidToClose),
+    ),
+    Fault(
+        "never shuffled onto itself",
+        draws.sample_follows_marginal,
+        epsilon_hybrid(),
+        epsilon_hybrid(AlwaysAnother),
+    ),
 ]
 
 
@@ -188,16 +260,26 @@ def test_the_law_meant_for_a_fault_finds_it(fault: Fault) -> None:
 def test_no_law_but_the_pinned_rates_sees_an_interpolating_chain() -> None:
     """Why the rates are pinned: with another generator throughout everything that is derived agrees with itself."""
     other = gamma_hybrid(InterpolatingThroughout)()
-    for one in (chain.transition_is_oracle, chain.chapman_kolmogorov, chain.marginal_follows_transitions):
+    for one in (
+        chain.transition_is_oracle,
+        chain.chapman_kolmogorov,
+        chain.marginal_follows_transitions,
+    ):
         assert one(other).passed, str(one(other))
     assert not rates_are_the_papers(other).passed
 
 
-@pytest.mark.parametrize("process", [epsilon_hybrid()(), gamma_hybrid()()], ids=["epsilon", "gamma"])
-def test_cross_entropy_at_visible_words_read_as_the_law_of_the_rest_breaks_the_bound(process: Any) -> None:
+@pytest.mark.parametrize(
+    "process", [epsilon_hybrid()(), gamma_hybrid()()], ids=["epsilon", "gamma"]
+)
+def test_cross_entropy_at_visible_words_read_as_the_law_of_the_rest_breaks_the_bound(
+    process: Any,
+) -> None:
     """What the published epsilon-loss trains is the full conditional; the engine's formulas want the law of the rest."""
     assert bound.entropy_equality(process).passed
-    assert bound.entropy_equality(process, denoiser=full_table).error > 0.05  # tenths of a nat on these joints
+    assert (
+        bound.entropy_equality(process, denoiser=full_table).error > 0.05
+    )  # tenths of a nat on these joints
 
 
 def test_the_published_epsilon_loss_is_least_for_the_full_conditional() -> None:
@@ -221,7 +303,8 @@ def test_the_published_epsilon_loss_is_least_for_the_full_conditional() -> None:
         return total
 
     rest, full = (
-        table(process, log_joint)(states, now[:, None].expand(-1, 2))[:, 0] for table in (rest_table, full_table)
+        table(process, log_joint)(states, now[:, None].expand(-1, 2))[:, 0]
+        for table in (rest_table, full_table)
     )
     posterior = (chance / chance.sum(0)).log()
     least = -(chance * posterior).sum().item()

@@ -45,13 +45,18 @@ def test_every_law_applies_to_some_chain() -> None:
     assert {one.name for one in PROCESS_LAWS} - seen == {"override = derived: reverse_log_probs"}
 
 
-@pytest.mark.parametrize("name", ["three levels, nearly equal", "two levels, powers", "mixture: uniform"])
+@pytest.mark.parametrize(
+    "name", ["three levels, nearly equal", "two levels, powers", "mixture: uniform"]
+)
 def test_the_parts_of_a_chain_obey_theirs(name: str) -> None:
     assert_laws(check_parts(EVERY[name]))
 
 
 ODD_AND_RIGHT: dict[str, tuple[Law, object]] = {
-    "noise that is there from the start": (schedule.noised_is_the_rest, GeometricSchedule(0.5, 0.5001)),
+    "noise that is there from the start": (
+        schedule.noised_is_the_rest,
+        GeometricSchedule(0.5, 0.5001),
+    ),
     "one word, which costs nothing": (
         bound.discrete_bound_converges,
         MixtureProcess(FlatVocabulary(1), LinearSchedule(), mask_law(FlatVocabulary(1))),
@@ -88,7 +93,10 @@ def test_a_broken_law_says_which_where_and_by_how_much() -> None:
     report = LawReport("rows sum to one", 0.25, 1e-9, "zt = 3, t = 0.5", "Because.")
     with pytest.raises(AssertionError) as raised:
         assert_laws([report])
-    assert '"rows sum to one" is broken: error 0.25, allowed 1e-09, largest at zt = 3, t = 0.5' in str(raised.value)
+    assert (
+        '"rows sum to one" is broken: error 0.25, allowed 1e-09, largest at zt = 3, t = 0.5'
+        in str(raised.value)
+    )
 
 
 def test_a_chain_that_raises_breaks_the_law_and_says_so() -> None:

@@ -33,7 +33,9 @@ def test_a_tree_of_one_level_is_the_absorbing_mixture(schedule: Schedule) -> Non
     torch.testing.assert_close(charged(tree, rows), charged(mixture, rows), **CLOSE)
     for s in (0.0, 0.3):
         start = s * rows.t
-        steps = [p.reverse_log_probs(rows.log_p, rows.zt, rows.t, start).exp() for p in (tree, mixture)]
+        steps = [
+            p.reverse_log_probs(rows.log_p, rows.zt, rows.t, start).exp() for p in (tree, mixture)
+        ]
         torch.testing.assert_close(*steps, **CLOSE)
 
 
@@ -49,9 +51,13 @@ def test_the_masked_loss_is_the_absorbing_score_entropy(schedule: Schedule) -> N
     zt = torch.full((20,), 4)
     alpha = schedule.alpha(t)
     ratio = torch.cat([log_p + (alpha / (1.0 - alpha)).log().unsqueeze(-1), torch.zeros(20, 1)], -1)
-    expected = -schedule.d_alpha(t) / (1.0 - alpha) * -log_p.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
+    expected = (
+        -schedule.d_alpha(t) / (1.0 - alpha) * -log_p.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
+    )
     torch.testing.assert_close(process.density(Score(ratio), x0, zt, t), expected, **CLOSE)
-    torch.testing.assert_close(process.density(DenseLaw(log_p, process.vocabulary), x0, zt, t), expected, **CLOSE)
+    torch.testing.assert_close(
+        process.density(DenseLaw(log_p, process.vocabulary), x0, zt, t), expected, **CLOSE
+    )
 
 
 def test_uniform_noise_is_the_closed_score_entropy() -> None:
@@ -89,9 +95,13 @@ def test_the_two_cross_entropies_of_the_paper_are_the_density(gamma: float) -> N
     level = PAIR.level_of(rows.zt)
     log_cluster = rows.law.log_prob(PAIR.parent(rows.x0))
     log_word = rows.law.log_prob(rows.x0) - log_cluster
-    expected = torch.where(level == 2, -d_beta_m / beta_m * log_cluster, d_alpha / beta_c * log_word)
+    expected = torch.where(
+        level == 2, -d_beta_m / beta_m * log_cluster, d_alpha / beta_c * log_word
+    )
     # beta_m is a difference of numbers near 1: at t = 0.02 it keeps 12 digits
-    torch.testing.assert_close(charged(process, rows), torch.where(level == 0, 0.0, expected), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        charged(process, rows), torch.where(level == 0, 0.0, expected), rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 3.0])
@@ -145,8 +155,12 @@ def test_humped_noise_has_the_published_weights() -> None:
     d_c = 0.5 * (1.0 - 2.0 * t) / (t * (1.0 - t)) * c
     own = (c + (1.0 - t) * d_c) / (size * (1.0 - t) * (1.0 - t + c / size))
     both = t * (1.0 - t)
-    expected = torch.where(rows.zt == size, 1.0 / both, torch.where(rows.zt == rows.x0, own, 0.5 / both))
-    torch.testing.assert_close(process.weight(rows.x0, rows.zt, t), expected * (1.0 - rows.weight), **CLOSE)
+    expected = torch.where(
+        rows.zt == size, 1.0 / both, torch.where(rows.zt == rows.x0, own, 0.5 / both)
+    )
+    torch.testing.assert_close(
+        process.weight(rows.x0, rows.zt, t), expected * (1.0 - rows.weight), **CLOSE
+    )
 
 
 def test_a_mask_becomes_a_word_in_one_step_with_its_true_probability() -> None:

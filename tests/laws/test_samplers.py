@@ -61,14 +61,19 @@ def test_a_declared_order_is_measured(build: Any, order: int, holds: bool) -> No
 
 
 def test_a_declared_exactness_is_measured() -> None:
-    assert laws.exact_samplers_are_exact(claimed(lambda n: FirstHittingSampler(), "exact", 0)).passed
+    assert laws.exact_samplers_are_exact(
+        claimed(lambda n: FirstHittingSampler(), "exact", 0)
+    ).passed
     report = laws.exact_samplers_are_exact(claimed(AncestralSampler, "exact", 0))
     assert not report.passed
-    assert report.error == pytest.approx(0.408, abs=0.02), "one step draws both symbols from their marginals"
+    assert report.error == pytest.approx(0.408, abs=0.02), (
+        "one step draws both symbols from their marginals"
+    )
 
 
 @pytest.mark.parametrize(
-    ("quality", "order"), [("of an order", 0), ("exact", 1), ("heuristic", 2), ("perfect", 0), ("of an order", -1)]
+    ("quality", "order"),
+    [("of an order", 0), ("exact", 1), ("heuristic", 2), ("perfect", 0), ("of an order", -1)],
 )
 def test_declarations_that_contradict_each_other_are_seen(quality: str, order: int) -> None:
     assert not laws.declarations_are_whole(claimed(AncestralSampler, quality, order)).passed
@@ -99,7 +104,10 @@ def test_planted_faults_break_the_law_that_names_them() -> None:
         return {report.law.partition(": ")[2] for report in reports if not report.passed}
 
     assert broken(Claims) == set()
-    assert broken(StopsEarly) == {"as many canvases as steps", "ends in tokens and keeps what is given"}
+    assert broken(StopsEarly) == {
+        "as many canvases as steps",
+        "ends in tokens and keeps what is given",
+    }
     assert "ends in tokens and keeps what is given" in broken(Forgets)
     assert "a sample does not depend on its batch" in broken(SharesNoise)
 
@@ -168,12 +176,16 @@ def stranger(distribution: Callable[..., Path]) -> None:
 
 
 @pytest.mark.usefixtures("stranger")
-def test_a_strangers_sampler_is_checked_by_name_and_by_plugin(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_strangers_sampler_is_checked_by_name_and_by_plugin(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert check("honest", ["extra=3"]) == 0
     assert "on 3 instance(s), 0 broken" in capsys.readouterr().out
     assert check("boasting", []) == 1
     assert '"sampler: exact where it says so" is broken: error 0.4' in capsys.readouterr().out
-    with pytest.raises(ArgumentError, match=r"refuses every small process.*Nowhere: nothing suits it"):
+    with pytest.raises(
+        ArgumentError, match=r"refuses every small process.*Nowhere: nothing suits it"
+    ):
         check("choosy", [])
     with pytest.raises(ArgumentError, match="choosy"):
         check("odd", [])  # by the plugin's name all of its samplers, and processes, are meant
@@ -185,10 +197,16 @@ def test_what_has_no_laws_is_told_with_the_samplers_among_what_has() -> None:
 
 
 @pytest.mark.usefixtures("stranger")
-def test_a_plugin_that_shares_a_components_name_is_checked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_that_shares_a_components_name_is_checked_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from ddiff.testing.command import _named
 
-    assert [part.name for part in _named("odd", None, configured=False)] == ["boasting", "choosy", "honest"]
+    assert [part.name for part in _named("odd", None, configured=False)] == [
+        "boasting",
+        "choosy",
+        "honest",
+    ]
     assert [part.name for part in _named("hdlm", None, configured=True)] == ["hdlm"]
     core = {(part.kind, part.name) for part in _named("core", None, configured=False)}
     assert ("sampler", "trapezoidal") in core

@@ -44,7 +44,9 @@ def dense_log_p(head: Head, hidden: Tensor) -> Tensor:
         node, total = word, hidden.new_zeros(len(hidden))
         for level in range(max(vocabulary.num_levels, 1)):
             parent = (
-                vocabulary.root if level + 1 >= vocabulary.num_levels else int(vocabulary.parent(torch.tensor(node)))
+                vocabulary.root
+                if level + 1 >= vocabulary.num_levels
+                else int(vocabulary.parent(torch.tensor(node)))
             )
             siblings = [row_of(vocabulary, int(child)) for child in vocabulary.children(parent)]
             total = total + logits[:, row_of(vocabulary, node)] - logits[:, siblings].logsumexp(-1)
@@ -56,7 +58,9 @@ def dense_log_p(head: Head, hidden: Tensor) -> Tensor:
 def row_of(vocabulary: Vocabulary, node: int) -> int:
     """The row of a levelwise table that belongs to a state: tree order per level."""
     level = int(vocabulary.level_of(torch.tensor(node)))
-    return vocabulary.offsets[level] + int(vocabulary.position(level)[node - vocabulary.offsets[level]])
+    return vocabulary.offsets[level] + int(
+        vocabulary.position(level)[node - vocabulary.offsets[level]]
+    )
 
 
 def dense_law(head: Head, hidden: Tensor) -> DenseLaw:

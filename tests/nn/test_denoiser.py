@@ -58,9 +58,13 @@ def test_one_forward_trains_trunk_and_head(denoiser: Denoiser) -> None:
     dense = fn(dense_law(denoiser.head, denoiser.trunk(noisy, UNPADDED)[rows]), torch.arange(4))
     torch.testing.assert_close(values, dense.detach(), rtol=1e-12, atol=1e-12)
     parameters = list(denoiser.parameters())
-    for ours, expected in zip(torch.autograd.grad(total, parameters), torch.autograd.grad(dense.sum(), parameters)):
+    for ours, expected in zip(
+        torch.autograd.grad(total, parameters), torch.autograd.grad(dense.sum(), parameters)
+    ):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(denoiser.visit(noisy, UNPADDED, rows, node, fn), values, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        denoiser.visit(noisy, UNPADDED, rows, node, fn), values, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_the_network_runs_at_the_first_visit_and_never_again(denoiser: Denoiser) -> None:
@@ -94,8 +98,12 @@ def test_only_sequences_that_are_asked_about_and_have_changed_are_run(denoiser: 
         values = ask(later)(rows, later.zt.flatten()[rows], fn)
         assert ask.runs is not None
         assert ask.runs.tolist() == runs
-        torch.testing.assert_close(values, asking(denoiser, process)(later)(rows, later.zt.flatten()[rows], fn))
-        changed = later._replace(zt=torch.where(torch.arange(BATCH).unsqueeze(-1) == 1, 0, later.zt))
+        torch.testing.assert_close(
+            values, asking(denoiser, process)(later)(rows, later.zt.flatten()[rows], fn)
+        )
+        changed = later._replace(
+            zt=torch.where(torch.arange(BATCH).unsqueeze(-1) == 1, 0, later.zt)
+        )
         ask(changed)(rows, changed.zt.flatten()[rows], fn)
         assert ask.runs.tolist()[0] == runs[0]
 
@@ -110,14 +118,18 @@ class FullConditional(nn.Module):
         self.process, self.log_rest = process, log_rest
 
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
-        likelihood = self.process.log_likelihood(ids.flatten(), t.flatten()).reshape(self.log_rest.shape)
+        likelihood = self.process.log_likelihood(ids.flatten(), t.flatten()).reshape(
+            self.log_rest.shape
+        )
         return (self.log_rest + likelihood).log_softmax(-1)
 
 
 def test_a_network_given_all_is_asked_for_the_rest() -> None:
     """p(x) q_t(z|x) divided by q_t(z|x) is p(x) again, whatever node the row asks below; 1e-12 for float64."""
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)), xi=0.8)
-    log_rest = torch.randn(BATCH, LENGTH, VOCABULARY.num_tokens, dtype=torch.float64).log_softmax(-1)
+    log_rest = torch.randn(BATCH, LENGTH, VOCABULARY.num_tokens, dtype=torch.float64).log_softmax(
+        -1
+    )
     head = TokenHead(VOCABULARY, VOCABULARY.num_tokens).double()
     with torch.no_grad():
         head.table.copy_(torch.eye(VOCABULARY.num_tokens))
@@ -145,7 +157,11 @@ def test_attention_is_unmasked_unless_somebody_must_not_be_seen() -> None:
     assert padded is not None
     assert packed is not None
     assert padded[0, 0].tolist() == [[True, True, False], [True, True, False], [True, True, True]]
-    assert packed[0, 0].tolist() == [[True, False, False], [False, True, False], [False, True, True]]
+    assert packed[0, 0].tolist() == [
+        [True, False, False],
+        [False, True, False],
+        [False, True, True],
+    ]
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:

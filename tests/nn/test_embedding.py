@@ -17,7 +17,9 @@ def test_every_node_starts_at_the_mean_of_its_words() -> None:
         for node in range(vocabulary.num_tokens, vocabulary.num_states):
             level = int(vocabulary.level_of(torch.tensor(node)))
             below = words[vocabulary.ancestor(words, level) == node]
-            torch.testing.assert_close(weight[node], weight[below].mean(0))  # float32 sums in another order
+            torch.testing.assert_close(
+                weight[node], weight[below].mean(0)
+            )  # float32 sums in another order
 
 
 def test_centroids_are_taken_where_their_width_fits() -> None:

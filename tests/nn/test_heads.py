@@ -35,7 +35,9 @@ def rows_of(head: Head, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor, Tenso
     """hidden (a leaf), node, a word below each node, and a child at any depth between the two."""
     generator = torch.Generator().manual_seed(3)
     vocabulary = head.vocabulary
-    hidden = torch.randn(rows, head.width, generator=generator, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(
+        rows, head.width, generator=generator, dtype=torch.float64, requires_grad=True
+    )
     node = asked_nodes(vocabulary, rows, generator)
     word = word_below(vocabulary, node, generator)
     depth = (torch.rand(rows, generator=generator) * vocabulary.level_of(node)).long()
@@ -67,7 +69,9 @@ def test_total_equals_the_dense_law_in_value_and_gradients(head: Head, chunk_log
     torch.testing.assert_close(surprise, dense_surprise.detach(), **EXACT)
     assert not values.requires_grad
     for ours, dense in zip(
-        gradients(3.0 * total, hidden, head), gradients(3.0 * dense_values.sum(), hidden, head), strict=True
+        gradients(3.0 * total, hidden, head),
+        gradients(3.0 * dense_values.sum(), hidden, head),
+        strict=True,
     ):
         torch.testing.assert_close(ours, dense, **EXACT)
 
@@ -79,13 +83,19 @@ def test_laws_at_the_root_know_every_mass(head: Head) -> None:
     levels = range(max(head.vocabulary.num_levels, 1))
 
     def fn(law: CleanLaw, idx: Tensor) -> tuple[Tensor, ...]:
-        return law.log_mass(0).logsumexp(-1), law.log_prob(word[idx]), *(law.log_mass(level) for level in levels)
+        return (
+            law.log_mass(0).logsumexp(-1),
+            law.log_prob(word[idx]),
+            *(law.log_mass(level) for level in levels),
+        )
 
     whole, log_prob, *masses = head.visit(hidden, root, fn)
     torch.testing.assert_close(whole, torch.zeros_like(whole), **EXACT)
     torch.testing.assert_close(log_prob, dense.log_prob(word).detach(), **EXACT)
     for level, mass in zip(levels, masses, strict=True):
-        assert mass.shape[1] == head.vocabulary.level_sizes[level]  # words only at level 0: the mask has no logit
+        assert (
+            mass.shape[1] == head.vocabulary.level_sizes[level]
+        )  # words only at level 0: the mask has no logit
         torch.testing.assert_close(mass, dense.log_mass(level).detach(), **EXACT)
 
 
@@ -96,11 +106,16 @@ def test_gradients_of_a_mass_at_the_root_pass_through_all_levels(head: Head) -> 
 
     def fn(law: CleanLaw, idx: Tensor) -> Tensor:
         masses = [law.log_mass(level) for level in range(max(head.vocabulary.num_levels, 1))]
-        return sum((-(mass.exp() * mass).sum(-1) for mass in masses), torch.zeros(len(idx), dtype=torch.float64))
+        return sum(
+            (-(mass.exp() * mass).sum(-1) for mass in masses),
+            torch.zeros(len(idx), dtype=torch.float64),
+        )
 
     total = head.total(hidden, root, fn)[0]
     dense = fn(dense_law(head, hidden), torch.arange(ROWS)).sum()
-    for ours, expected in zip(gradients(total, hidden, head), gradients(dense, hidden, head), strict=True):
+    for ours, expected in zip(
+        gradients(total, hidden, head), gradients(dense, hidden, head), strict=True
+    ):
         torch.testing.assert_close(ours, expected, **EXACT)
 
 
@@ -108,7 +123,9 @@ def test_visit_gathers_what_total_returns(head: Head) -> None:
     hidden, node, _, child = rows_of(head)
     fn = weighted_surprise(node, child, torch.rand(ROWS, dtype=torch.float64))
     head.chunk_logits = 20
-    for visited, returned in zip(head.visit(hidden, node, fn), head.total(hidden, node, fn)[1:], strict=True):
+    for visited, returned in zip(
+        head.visit(hidden, node, fn), head.total(hidden, node, fn)[1:], strict=True
+    ):
         torch.testing.assert_close(visited, returned, **EXACT)
 
 
@@ -128,7 +145,9 @@ def test_gradcheck() -> None:
     fn = weighted_surprise(node, child, torch.rand(6, dtype=torch.float64))
 
     def value(hidden: Tensor, table: Tensor, bias: Tensor) -> Tensor:
-        return torch.func.functional_call(_Total(head), {"head.table": table, "head.bias": bias}, (hidden, node, fn))
+        return torch.func.functional_call(
+            _Total(head), {"head.table": table, "head.bias": bias}, (hidden, node, fn)
+        )
 
     assert torch.autograd.gradcheck(value, (hidden, head.table, head.bias))
 
@@ -207,7 +226,9 @@ def test_one_gradient_buffer_however_many_slices(kind: str) -> None:
     word = node - vocabulary.offsets[1]
     hidden = torch.randn(128, 3, dtype=torch.float64, requires_grad=True)
     with Allocations(head.table.numel()) as allocations:
-        head.total(hidden, node, lambda law, idx: -law.log_child(node[idx], word[idx]))[0].backward()
+        head.total(hidden, node, lambda law, idx: -law.log_child(node[idx], word[idx]))[
+            0
+        ].backward()
     assert head.table.grad is not None
     assert allocations.count <= 2
 
@@ -240,7 +261,10 @@ def test_the_first_law_is_uniform() -> None:
     head = TreeHead(vocabulary, 4, "levelwise")
     log_p = head.visit(torch.randn(1, 4), root, mass)[0]
     for word in range(vocabulary.num_tokens):
-        path = [int(vocabulary.ancestor(torch.tensor(word), level)) for level in range(1, vocabulary.num_levels + 1)]
+        path = [
+            int(vocabulary.ancestor(torch.tensor(word), level))
+            for level in range(1, vocabulary.num_levels + 1)
+        ]
         choices = math.prod(int(vocabulary.num_children(torch.tensor(node))) for node in path)
         assert log_p[word] == pytest.approx(-math.log(choices), abs=1e-6)  # float32
 

@@ -36,7 +36,9 @@ FAMILIES = (
     GammaHybrid,
     DenseProcess,
 )
-PROCESSES = {f"{family.__name__}-{i}": p for family in FAMILIES for i, p in enumerate(family.examples())}
+PROCESSES = {
+    f"{family.__name__}-{i}": p for family in FAMILIES for i, p in enumerate(family.examples())
+}
 ROWS = 40
 
 
@@ -62,18 +64,24 @@ def test_every_head_trains_every_process_on_its_dense_bound(name: str, kind: str
     total, each = head.total(hidden, process.scope(zt), question)
     dense = ForwardProcess.density(process, dense_law(head, hidden), x0, zt, t)
     torch.testing.assert_close(each, dense.detach(), **close)
-    for ours, expected in zip(gradients(total, hidden, head), gradients(dense.sum(), hidden, head), strict=True):
+    for ours, expected in zip(
+        gradients(total, hidden, head), gradients(dense.sum(), hidden, head), strict=True
+    ):
         torch.testing.assert_close(ours, expected, **close)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [name for name in PROCESSES if "Dense" not in name])  # an oracle, which may wait
+@pytest.mark.parametrize(
+    "name", [name for name in PROCESSES if "Dense" not in name]
+)  # an oracle, which may wait
 def test_no_step_asks_its_device_anything(name: str, kind: str, no_answers: Any) -> None:
     """A tensor on "meta" has no values: whoever asked it how many, which or whether would be refused."""
     process = PROCESSES[name]
     head = make_head(kind, process.vocabulary)
     head.chunk_logits = 30
-    objective = DiffusionObjective(process, Denoiser(Rows(process, head), head).to("meta"), ElboLoss(), FlatTimes())
+    objective = DiffusionObjective(
+        process, Denoiser(Rows(process, head), head).to("meta"), ElboLoss(), FlatTimes()
+    )
     ids = torch.randint(process.vocabulary.num_tokens, (8, 5))
     every, index = torch.ones_like(ids, dtype=torch.bool), torch.arange(8)
     batch = Batch(ids, every, every, torch.zeros_like(ids), index, packed=False, conditions={})

@@ -50,7 +50,10 @@ CONTEXTS = {
     "padded": Context(valid=VALID),
     "both": Context(valid=VALID, document=DOCUMENTS),
     "told": Context(
-        conditions={"author": torch.tensor([1, -1, 0]), "place": torch.randn(BATCH, LENGTH, 2, dtype=torch.float64)}
+        conditions={
+            "author": torch.tensor([1, -1, 0]),
+            "place": torch.randn(BATCH, LENGTH, 2, dtype=torch.float64),
+        }
     ),
 }
 
@@ -85,7 +88,9 @@ def drawn(seed: int, clean: Tensor | None = None) -> Noisy:
 
 
 def words(seed: int) -> Tensor:
-    return torch.randint(VOCABULARY.num_tokens, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        VOCABULARY.num_tokens, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def hidden(model: Denoiser, noisy: Noisy, context: Context = UNPADDED) -> Tensor:
@@ -129,7 +134,9 @@ def test_one_pass_beside_the_clean_words_is_every_block_alone_behind_its_clean_p
 
 
 @pytest.mark.parametrize("memory", [False, True])
-def test_a_block_sees_itself_and_what_is_before_it_and_nothing_else(backbone: DiT, memory: bool) -> None:
+def test_a_block_sees_itself_and_what_is_before_it_and_nothing_else(
+    backbone: DiT, memory: bool
+) -> None:
     """Bit for bit: what is out of sight has the weight exp(-inf) = 0. And everything in sight counts."""
     model, block = denoiser(backbone), BLOCKS["fours"]
     noisy = drawn(3)._replace(block=block.unsqueeze(0), memory=words(4) if memory else None)
@@ -160,29 +167,49 @@ def test_one_block_is_no_block(backbone: DiT) -> None:
     flat = hidden(model, noisy)
     block = BLOCKS["one"].unsqueeze(0)
     torch.testing.assert_close(hidden(model, noisy._replace(block=block)), flat, **CLOSE)
-    torch.testing.assert_close(hidden(model, noisy._replace(block=block, memory=words(8))), flat, **CLOSE)
+    torch.testing.assert_close(
+        hidden(model, noisy._replace(block=block, memory=words(8))), flat, **CLOSE
+    )
 
 
 def test_the_mask_is_that_of_block_diffusion() -> None:
     """Written out for two blocks of two, clean columns first (arXiv 2503.09573, figure 3)."""
     block = torch.tensor([[0, 0, 1, 1]])
-    twice = Context(sight=Sight(torch.arange(4).repeat(2), block.repeat(1, 2), torch.arange(8) >= 4))
-    rows = ["11......", "11......", "1111....", "1111....", "....11..", "....11..", "11....11", "11....11"]
+    twice = Context(
+        sight=Sight(torch.arange(4).repeat(2), block.repeat(1, 2), torch.arange(8) >= 4)
+    )
+    rows = [
+        "11......",
+        "11......",
+        "1111....",
+        "1111....",
+        "....11..",
+        "....11..",
+        "11....11",
+        "11....11",
+    ]
     assert ["".join(".1"[int(x)] for x in row) for row in dense(twice)[0]] == rows
     cache = KeyValues()
     cache.ids = torch.zeros(1, 2, dtype=torch.long)
     beside = Context(sight=Sight(torch.arange(2), torch.tensor([[0, 1]])), cache=cache)
     assert dense(beside)[0].tolist() == [[True, True, True, False], [True, True, True, True]]
-    assert beside._replace(sight=Sight(torch.arange(2), torch.tensor([[4, 4]]))).attention_mask() is None
+    assert (
+        beside._replace(sight=Sight(torch.arange(2), torch.tensor([[4, 4]]))).attention_mask()
+        is None
+    )
 
 
 # ---------------------------------------------------------------------- autoregression
 
 
 @pytest.mark.parametrize("name", CONTEXTS)
-def test_shown_the_word_before_a_position_depends_on_no_later_one_nor_on_itself(backbone: DiT, name: str) -> None:
+def test_shown_the_word_before_a_position_depends_on_no_later_one_nor_on_itself(
+    backbone: DiT, name: str
+) -> None:
     model, context = denoiser(backbone, "previous"), CONTEXTS[name]
-    noisy = Noisy(words(9), torch.zeros(BATCH, LENGTH).double(), torch.ones(BATCH, LENGTH, dtype=torch.bool))
+    noisy = Noisy(
+        words(9), torch.zeros(BATCH, LENGTH).double(), torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    )
     before = hidden(model, noisy, context)
     for position in range(LENGTH):
         ids = noisy.zt.clone()
@@ -197,7 +224,9 @@ def test_shown_the_word_before_a_position_depends_on_no_later_one_nor_on_itself(
 
 def test_a_document_starts_with_the_mask_wherever_it_stands(backbone: DiT) -> None:
     model, ids = denoiser(backbone, "previous"), words(10)
-    noisy = Noisy(ids, torch.zeros(BATCH, LENGTH).double(), torch.ones(BATCH, LENGTH, dtype=torch.bool))
+    noisy = Noisy(
+        ids, torch.zeros(BATCH, LENGTH).double(), torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    )
     packed = hidden(model, noisy, Context(document=DOCUMENTS))
     for row, first, last in ((1, 5, 10), (2, 3, 6), (2, 6, 10)):
         alone = Noisy(*(part[row : row + 1, first:last] for part in noisy[:3]))
@@ -263,12 +292,18 @@ def test_settled_columns_are_run_once(backbone: DiT) -> None:
     """Two steps in each of the blocks of four: a settled block goes along once more, as clean as it then is. Word by word
     nothing is run twice."""
     counted = Counting(backbone)
-    model, cache, clean = Denoiser(counted, TokenHead(VOCABULARY, WIDTH)), KeyValues(), PROMPTS["no prompt"].clone()
+    model, cache, clean = (
+        Denoiser(counted, TokenHead(VOCABULARY, WIDTH)),
+        KeyValues(),
+        PROMPTS["no prompt"].clone(),
+    )
     for number in range(3):
         own = BLOCKS["fours"] == number
         for seed in (1, 2):
             noise = drawn(seed, clean)
-            noisy = noise._replace(zt=torch.where(clean, words(3), noise.zt), block=BLOCKS["fours"].unsqueeze(0))
+            noisy = noise._replace(
+                zt=torch.where(clean, words(3), noise.zt), block=BLOCKS["fours"].unsqueeze(0)
+            )
             model.extend(noisy, UNPADDED, cache)
         clean = clean | own
     assert counted.ran == [4, 4, 8, 4, 6, 2]
@@ -276,7 +311,11 @@ def test_settled_columns_are_run_once(backbone: DiT) -> None:
     model, cache = Denoiser(counted, TokenHead(VOCABULARY, WIDTH), inputs="previous"), KeyValues()
     for position in range(4, LENGTH):
         clean = (torch.arange(LENGTH) < position).expand(BATCH, -1)
-        model.extend(Noisy(words(4), (~clean).double(), clean, BLOCKS["singles"].unsqueeze(0)), UNPADDED, cache)
+        model.extend(
+            Noisy(words(4), (~clean).double(), clean, BLOCKS["singles"].unsqueeze(0)),
+            UNPADDED,
+            cache,
+        )
     assert counted.ran == [5, 1, 1, 1, 1, 1]
 
 
@@ -314,7 +353,9 @@ def test_the_engine_asks_with_a_cache_as_without(backbone: DiT) -> None:
     node, mass = torch.full_like(rows, VOCABULARY.root), lambda law, idx: law.log_mass(0)
     cached, plain = asking(model, cached=True), asking(model)
     for _ in range(2):  # the second time nothing has changed
-        torch.testing.assert_close(cached(noisy)(rows, node, mass), plain(noisy)(rows, node, mass), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            cached(noisy)(rows, node, mass), plain(noisy)(rows, node, mass), rtol=0, atol=1e-12
+        )
     assert cached.calls == 1
     with pytest.raises(ArgumentError, match=r"positions 0 to 3; got positions .*5"):
         cached(noisy)(torch.tensor([5]), node[:1], mass)
@@ -380,14 +421,18 @@ def test_flex_attention_sees_what_the_mask_shows(flex: None, name: str) -> None:
     seen = context.seen(torch.empty(0), WIDTH)
     assert isinstance(seen, flex_attention.BlockMask)
     assert seen.shape == (*mask.shape[:2], size, size)
-    assert torch.equal(flex_attention.create_mask(seen.mask_mod, len(mask), 1, size, size, "cpu"), mask)
+    assert torch.equal(
+        flex_attention.create_mask(seen.mask_mod, len(mask), 1, size, size, "cpu"), mask
+    )
     tiles = flex_attention.create_block_mask(
         lambda b, h, q, k: mask[b, h, q, k], len(mask), 1, size, size, "cpu", BLOCK_SIZE=4
     )
     for field in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
         assert torch.equal(getattr(seen, field), getattr(tiles, field)), field
     for dtype, atol in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
-        q, k, v = torch.randn(3, BATCH, 2, size, 8, dtype=dtype, generator=torch.Generator().manual_seed(19))
+        q, k, v = torch.randn(
+            3, BATCH, 2, size, 8, dtype=dtype, generator=torch.Generator().manual_seed(19)
+        )
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         torch.testing.assert_close(attend(q, k, v, mask), expected, rtol=0, atol=0)
         torch.testing.assert_close(attend(q, k, v, seen), expected, rtol=0, atol=atol)
@@ -414,7 +459,10 @@ def test_a_pass_through_flex_attention_is_the_pass_through_the_mask(
 
 @torch.no_grad()
 def test_beside_a_cache_there_is_a_mask(backbone: DiT, flex: None) -> None:
-    model, noisy = denoiser(backbone), drawn(22, PROMPTS["ragged"])._replace(block=BLOCKS["fours"].unsqueeze(0))
+    model, noisy = (
+        denoiser(backbone),
+        drawn(22, PROMPTS["ragged"])._replace(block=BLOCKS["fours"].unsqueeze(0)),
+    )
     got, columns = model.extend(noisy, CONTEXTS["both"], KeyValues())
     torch.testing.assert_close(got, hidden(model, noisy, CONTEXTS["both"])[:, columns], **CLOSE)
 
@@ -439,7 +487,11 @@ def test_the_kernels_have_the_values_and_gradients_of_the_mask(sight: str) -> No
     wide, stretch = torch.arange(length), torch.arange(length) * LENGTH // length
     shown = SIGHTS[sight]
     if shown is not None:
-        noisy = None if shown.noisy is None else shown.noisy[wide * len(shown.noisy) // length].to(device)
+        noisy = (
+            None
+            if shown.noisy is None
+            else shown.noisy[wide * len(shown.noisy) // length].to(device)
+        )
         columns = wide * shown.block.shape[-1] // length
         shown = Sight(wide.to(device), shown.block[:, columns].to(device), noisy)
     context = Context(VALID[:, stretch].to(device), DOCUMENTS[:, stretch].to(device), sight=shown)
@@ -460,7 +512,10 @@ def test_blocks_that_are_compiled_take_flex_attention_in_and_new_masks_compile_n
     """Traced and not run by a compiler: one graph without breaks for all blocks and batches."""
     model = denoiser(deepcopy(backbone))
     noisy = drawn(23)._replace(block=OWN, memory=words(24))
-    batches = [CONTEXTS["both"], CONTEXTS["both"]._replace(document=DOCUMENTS.flip(0), valid=VALID.flip(0))]
+    batches = [
+        CONTEXTS["both"],
+        CONTEXTS["both"]._replace(document=DOCUMENTS.flip(0), valid=VALID.flip(0)),
+    ]
     expected = [hidden(model, noisy, context) for context in batches]
     assert not torch.equal(*expected)
     torch._dynamo.reset()
@@ -482,7 +537,9 @@ def elsewhere(ids: Tensor, there: Tensor) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("inputs", ["own", "previous"])
 @pytest.mark.parametrize("name", ["packed", "both"])
-def test_hidden_states_and_laws_of_a_document_are_its_own(backbone: DiT, name: str, inputs: Inputs) -> None:
+def test_hidden_states_and_laws_of_a_document_are_its_own(
+    backbone: DiT, name: str, inputs: Inputs
+) -> None:
     """Bit for bit, whatever the tokens, times and clean words of the other documents of the row."""
     model, context = denoiser(backbone, inputs), CONTEXTS[name]
     every, root = torch.arange(BATCH * LENGTH), torch.full((BATCH * LENGTH,), VOCABULARY.root)
@@ -532,11 +589,17 @@ def test_bound_loss_and_gradient_of_a_document_are_its_own(backbone: DiT, rule: 
     noise = Noise(0, 0, slots, LENGTH)
 
     def charged(batch: Batch) -> Tensor:
-        return sum(objective.nll(batch, noise, slots, BATCH, times).terms.values(), torch.zeros(BATCH, LENGTH))
+        return sum(
+            objective.nll(batch, noise, slots, BATCH, times).terms.values(),
+            torch.zeros(BATCH, LENGTH),
+        )
 
     def trained(batch: Batch) -> list[Tensor]:
         loss = objective(batch, noise, {"tokens": torch.tensor(1.0)}, BATCH).loss
-        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)]
+        return [
+            loss.detach(),
+            *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True),
+        ]
 
     before = charged(batch)
     for number in range(3):

@@ -34,7 +34,11 @@ def make(commands: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "ci").mkdir(parents=True)
     for name in ("Makefile", "pyproject.toml", "ci/constraints.txt"):
         shutil.copy(ROOT / name, folder / name)
-    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
     return subprocess.run(
         ["make", *arguments],
         cwd=folder,
@@ -51,7 +55,9 @@ def write_command(path: Path, script: str) -> None:
 
 @pytest.mark.parametrize("target", ["run", "test"])
 def test_a_too_old_python_is_told_so_before_pip_is_asked(bare_machine: Path, target: str) -> None:
-    write_command(bare_machine / "python3", 'case "$1" in --version) echo "Python 3.9.2";; *) exit 1;; esac')
+    write_command(
+        bare_machine / "python3", 'case "$1" in --version) echo "Python 3.9.2";; *) exit 1;; esac'
+    )
     done = make(bare_machine, target)
     assert done.returncode != 0
     assert "ddiff needs Python 3.11 or newer. Found: python3 (Python 3.9.2)." in done.stderr
@@ -66,8 +72,12 @@ def test_a_machine_without_python_is_told_so(bare_machine: Path) -> None:
 
 
 def test_a_newer_python_beside_an_old_one_is_found(bare_machine: Path) -> None:
-    write_command(bare_machine / "python3", 'case "$1" in --version) echo "Python 3.9.2";; *) exit 1;; esac')
-    write_command(bare_machine / "python3.12", 'echo "$@" >> "$0.log"; case "$1" in -m) exit 7;; esac')
+    write_command(
+        bare_machine / "python3", 'case "$1" in --version) echo "Python 3.9.2";; *) exit 1;; esac'
+    )
+    write_command(
+        bare_machine / "python3.12", 'echo "$@" >> "$0.log"; case "$1" in -m) exit 7;; esac'
+    )
     done = make(bare_machine, "install")
     assert done.returncode != 0  # this one can make no environment
     assert "Making .venv with python3.12" in done.stdout
@@ -76,14 +86,20 @@ def test_a_newer_python_beside_an_old_one_is_found(bare_machine: Path) -> None:
 
 
 def test_python_without_the_venv_module_is_told_what_to_install(bare_machine: Path) -> None:
-    write_command(bare_machine / "python3", 'case "$*" in *ensurepip*) exit 1;; --version) echo "Python 3.11.2";; esac')
+    write_command(
+        bare_machine / "python3",
+        'case "$*" in *ensurepip*) exit 1;; --version) echo "Python 3.11.2";; esac',
+    )
     done = make(bare_machine, "run")
     assert done.returncode != 0
     assert "apt install python3-venv" in done.stderr
 
 
 def test_ci_calls_the_commands_of_the_readme() -> None:
-    readme, script = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci/run").read_text()
+    readme, script = (
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        (ROOT / ".ci/run").read_text(),
+    )
     assert os.access(ROOT / ".ci/run", os.X_OK)
     for command in ("make run", "make test"):
         assert command in readme
@@ -99,7 +115,9 @@ def test_the_oldest_python_is_the_same_wherever_it_is_named() -> None:
 
 @pytest.mark.slow
 def test_the_process_that_the_readme_writes_obeys_every_law() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     (written,) = [block for block in blocks if "check_process" in block]
     exec(written, {})
 

@@ -60,18 +60,24 @@ def test_a_chain_outside_the_families_of_the_core_needs_no_more() -> None:
 
 
 def processes_of(plugin: Path) -> set[str]:
-    modules = [f"{plugin.name}.{file.stem}" for file in plugin.glob("*.py") if file.stem != "__init__"]
+    modules = [
+        f"{plugin.name}.{file.stem}" for file in plugin.glob("*.py") if file.stem != "__init__"
+    ]
     found = [value for name in modules for value in vars(importlib.import_module(name)).values()]
     return {
         value.__name__
         for value in found
-        if inspect.isclass(value) and issubclass(value, ForwardProcess) and value.__module__.startswith(plugin.name)
+        if inspect.isclass(value)
+        and issubclass(value, ForwardProcess)
+        and value.__module__.startswith(plugin.name)
     }
 
 
 def test_no_process_of_a_plugin_goes_uncounted() -> None:
     """sedd has none of its own: it builds the core's mixture."""
-    plugins = [path for path in sorted((ROOT / "plugins").iterdir()) if (path / "__init__.py").exists()]
+    plugins = [
+        path for path in sorted((ROOT / "plugins").iterdir()) if (path / "__init__.py").exists()
+    ]
     found = set().union(*map(processes_of, plugins))
     assert found == {*PROCESSES.values(), "GammaHybrid"} - {"ScoreEntropyDiffusion"}
 
@@ -85,9 +91,15 @@ def test_a_sampler_is_a_class_of_at_most_forty_lines() -> None:
 
 def samplers_of(file: Path) -> set[str]:
     module = importlib.import_module(f"ddiff.sampling.{file.stem}")
-    own = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
+    own = [
+        value
+        for value in vars(module).values()
+        if getattr(value, "__module__", "") == module.__name__
+    ]
     return {
-        value.__name__ for value in own if inspect.isclass(value) and hasattr(value, "run") and value is not Sampler
+        value.__name__
+        for value in own
+        if inspect.isclass(value) and hasattr(value, "run") and value is not Sampler
     }
 
 

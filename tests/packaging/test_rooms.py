@@ -22,28 +22,42 @@ BELOW_TRAINING = ("core", "nn", "sampling", "data", "clustering")
 
 def sources(*rooms: str) -> list[Path]:
     found = [path for room in rooms or ("",) for path in sorted((ENGINE / room).rglob("*.py"))]
-    assert len(found) >= 3 * max(1, len(rooms))  # a wrong folder would make every statement here true
+    assert len(found) >= 3 * max(
+        1, len(rooms)
+    )  # a wrong folder would make every statement here true
     return found
 
 
 def test_no_file_of_the_engine_names_a_model_family() -> None:
-    named = {str(path): match[0] for path in sources() if (match := FAMILIES.search(path.read_text(encoding="utf-8")))}
+    named = {
+        str(path): match[0]
+        for path in sources()
+        if (match := FAMILIES.search(path.read_text(encoding="utf-8")))
+    }
     assert named == {}
 
 
 def test_no_name_or_string_of_the_engine_is_that_of_the_example() -> None:
-    spoken = {str(path): list(names_and_strings(path.read_text(encoding="utf-8"))) for path in sources()}
+    spoken = {
+        str(path): list(names_and_strings(path.read_text(encoding="utf-8"))) for path in sources()
+    }
     assert {path for path, words in spoken.items() if any(map(EXAMPLE.search, words))} == set()
 
 
-@pytest.mark.parametrize("line", ["x = is_mdlm", 'if kind == "HDLM":', "import ddiff_sedd", "# as BD3LM does", "Duo()"])
+@pytest.mark.parametrize(
+    "line", ["x = is_mdlm", 'if kind == "HDLM":', "import ddiff_sedd", "# as BD3LM does", "Duo()"]
+)
 def test_a_family_is_seen_wherever_it_is_named(line: str) -> None:
     assert FAMILIES.search(line)
 
 
 def test_nothing_below_training_knows_processes() -> None:
     """import-linter cannot forbid a part of torch."""
-    naming = [path for path in sources(*BELOW_TRAINING) if "torch.distributed" in path.read_text(encoding="utf-8")]
+    naming = [
+        path
+        for path in sources(*BELOW_TRAINING)
+        if "torch.distributed" in path.read_text(encoding="utf-8")
+    ]
     assert naming == []
 
 
@@ -54,19 +68,29 @@ def uses(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}:{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ddiff":
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "ddiff"
+        ):
             yield f"ddiff:{node.attr}"
 
 
 def is_public(use: str) -> bool:
     """Of a use of ddiff: whether it is the package, one of its public names, or the kit."""
     module, _, name = use.partition(":")
-    return module == "ddiff.testing" or (module == "ddiff" and name in {"", "testing", *ddiff._MODULE_OF})
+    return module == "ddiff.testing" or (
+        module == "ddiff" and name in {"", "testing", *ddiff._MODULE_OF}
+    )
 
 
 def plugins_used(source: str) -> set[str]:
     """The plugins that a file imports, ddiff itself not counted."""
-    return {use.partition(":")[0].partition(".")[0] for use in uses(ast.parse(source)) if use.startswith("ddiff_")}
+    return {
+        use.partition(":")[0].partition(".")[0]
+        for use in uses(ast.parse(source))
+        if use.startswith("ddiff_")
+    }
 
 
 def test_no_plugin_imports_another() -> None:
@@ -74,24 +98,36 @@ def test_no_plugin_imports_another() -> None:
     plugins = {path.parent for path in (ROOT / "plugins").glob("*/__init__.py")}
     assert {plugin.name for plugin in plugins} >= {"ddiff_core", "ddiff_hdlm", "ddiff_mdlm"}
     used = {
-        plugin.name: plugins_used("\n".join(path.read_text(encoding="utf-8") for path in sorted(plugin.rglob("*.py"))))
+        plugin.name: plugins_used(
+            "\n".join(path.read_text(encoding="utf-8") for path in sorted(plugin.rglob("*.py")))
+        )
         for plugin in plugins
     }
     assert {name: others - {name} for name, others in used.items() if others - {name}} == {}
-    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][-1]
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"][
+        "contracts"
+    ][-1]
     assert contract["type"] == "independence"
     assert set(contract["modules"]) == set(used)
 
 
 def private_uses(source: str) -> list[str]:
-    return [use for use in uses(ast.parse(source)) if re.match(r"ddiff\b", use) and not is_public(use)]
+    return [
+        use for use in uses(ast.parse(source)) if re.match(r"ddiff\b", use) and not is_public(use)
+    ]
 
 
 def test_plugins_and_examples_use_the_public_names_alone() -> None:
     """What they need is what a stranger may use."""
-    outside = [path for room in ("plugins", "examples") for path in sorted((ROOT / room).rglob("*.py"))]
+    outside = [
+        path for room in ("plugins", "examples") for path in sorted((ROOT / room).rglob("*.py"))
+    ]
     assert len(outside) >= 15  # a wrong folder would make this true
-    private = {str(path): found for path in outside if (found := private_uses(path.read_text(encoding="utf-8")))}
+    private = {
+        str(path): found
+        for path in outside
+        if (found := private_uses(path.read_text(encoding="utf-8")))
+    }
     assert private == {}
 
 

@@ -16,7 +16,16 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet")
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--quiet",
+    )
     subprocess.run([*pip, "--wheel-dir", str(folder), str(ROOT)], check=True)
     (built,) = folder.glob("discrete_diffusion-*.whl")
     return built
@@ -33,7 +42,9 @@ def test_the_wheel_holds_every_module_recipe_and_novel_and_nothing_of_tests(whee
     assert {f"ddiff/{name}" for name in files_under(ROOT / "ddiff", "*.py")} <= inside
     assert files_under(ROOT / "plugins", "*.py") <= inside
     assert {f"ddiff/_recipes/{name}" for name in files_under(ROOT / "recipes", "*.toml")} <= inside
-    assert {f"ddiff/data/novels/{name}" for name in files_under(ROOT / "ddiff/data/novels", "*.xz")} <= inside
+    assert {
+        f"ddiff/data/novels/{name}" for name in files_under(ROOT / "ddiff/data/novels", "*.xz")
+    } <= inside
     assert "ddiff/py.typed" in inside
     tops = {name.partition("/")[0] for name in inside}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"ddiff"} | {
@@ -42,7 +53,9 @@ def test_the_wheel_holds_every_module_recipe_and_novel_and_nothing_of_tests(whee
 
 
 @pytest.mark.slow
-def test_installed_from_the_wheel_the_command_finds_plugins_and_recipes(wheel: Path, tmp_path: Path) -> None:
+def test_installed_from_the_wheel_the_command_finds_plugins_and_recipes(
+    wheel: Path, tmp_path: Path
+) -> None:
     pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet")
     subprocess.run([*pip, "--target", str(tmp_path / "site"), str(wheel)], check=True)
     program = (
@@ -51,7 +64,12 @@ def test_installed_from_the_wheel_the_command_finds_plugins_and_recipes(wheel: P
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     first, *recipe = done.stdout.splitlines()
     assert all(place.startswith(str(tmp_path / "site")) for place in first.split())

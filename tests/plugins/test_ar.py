@@ -37,7 +37,11 @@ def objective(vocabulary: Vocabulary = TREE, scale: float = 0.5) -> Autoregressi
     """A small network in float64 with every weight random."""
     torch.manual_seed(0)
     backbone = DiT(vocabulary, 8, layers=2, heads=2, time=False)
-    head = TreeHead(vocabulary, 8, "levelwise") if vocabulary.num_levels > 1 else TokenHead(vocabulary, 8)
+    head = (
+        TreeHead(vocabulary, 8, "levelwise")
+        if vocabulary.num_levels > 1
+        else TokenHead(vocabulary, 8)
+    )
     model = Denoiser(backbone, head, inputs="previous").double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -112,7 +116,9 @@ def test_packed_documents_are_scored_as_if_alone() -> None:
 def test_the_loss_is_the_likelihood_and_reaches_every_weight() -> None:
     one, ids = objective(), torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
     batch = batch_of(ids)
-    terms = one(batch, Noise(0, 0, batch.index, LENGTH), {"tokens": torch.tensor(16.0)}, 4)  # half of a global batch
+    terms = one(
+        batch, Noise(0, 0, batch.index, LENGTH), {"tokens": torch.tensor(16.0)}, 4
+    )  # half of a global batch
     assert terms.loss.item() == pytest.approx(float(nll(one, batch).sum()) / 16.0, rel=1e-12)
     total, count = terms.metrics["nll_nats_per_token"]
     assert float(total / count) == pytest.approx(float(nll(one, batch).mean()), rel=1e-12)
@@ -123,15 +129,25 @@ def test_the_loss_is_the_likelihood_and_reaches_every_weight() -> None:
 # ---------------------------------------------------------------------- sampling
 
 
-def sampled(one: AutoregressiveObjective, count: int, cached: bool, length: int = 12, **settings: Any) -> Any:
-    sampler = LeftToRight.build(LeftToRight.Config(**settings.pop("config", {})), steps=1, vocabulary=one.vocabulary)
+def sampled(
+    one: AutoregressiveObjective, count: int, cached: bool, length: int = 12, **settings: Any
+) -> Any:
+    sampler = LeftToRight.build(
+        LeftToRight.Config(**settings.pop("config", {})), steps=1, vocabulary=one.vocabulary
+    )
     ask = asking(one.denoiser, None, Context(), cached)
-    return generate(sampler, None, ask, index=torch.arange(count), length=length, seed=5, **settings)
+    return generate(
+        sampler, None, ask, index=torch.arange(count), length=length, seed=5, **settings
+    )
 
 
 @pytest.mark.parametrize("vocabulary", [NINE, FlatVocabulary(9)], ids=["tree", "flat"])
-@pytest.mark.parametrize("config", [{}, {"temperature": 0.7, "top_k": 2}, {"top_p": 0.8}, {"min_p": 0.2}], ids=str)
-def test_with_the_cache_the_words_are_the_same_bit_for_bit(vocabulary: Vocabulary, config: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "config", [{}, {"temperature": 0.7, "top_k": 2}, {"top_p": 0.8}, {"min_p": 0.2}], ids=str
+)
+def test_with_the_cache_the_words_are_the_same_bit_for_bit(
+    vocabulary: Vocabulary, config: dict[str, Any]
+) -> None:
     one = objective(vocabulary, scale=0.2)
     drawn, plain = (sampled(one, 16, cached, config=config) for cached in (True, False))
     assert torch.equal(drawn.ids, plain.ids)
@@ -145,7 +161,9 @@ def test_ragged_prompts_are_kept_and_sampled_in_one_batch_as_alone() -> None:
     given = torch.randint(9, (3, 12), generator=torch.Generator().manual_seed(0))
     clamped = torch.arange(12) < torch.tensor([[2], [7], [5]])
     clamped[2, 9] = True  # given further right: kept
-    drawn, plain = (sampled(one, 3, cached, given=given, clamped=clamped) for cached in (True, False))
+    drawn, plain = (
+        sampled(one, 3, cached, given=given, clamped=clamped) for cached in (True, False)
+    )
     assert torch.equal(drawn.ids, plain.ids)
     assert torch.equal(drawn.ids[clamped], given[clamped])
     for row in range(3):
@@ -202,16 +220,27 @@ backend = { kind = "single", device = "cpu" }
 """
 
 
-def test_products_are_rounded_as_the_recipe_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_rounded_as_the_recipe_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The objective asks by a denoiser of its own, which is no reason to compute in another precision."""
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
-    run = build_run(parse_recipe(RECIPE, settings=["data.rows=16", "backend.precision=bfloat16"]), Given())
+    run = build_run(
+        parse_recipe(RECIPE, settings=["data.rows=16", "backend.precision=bfloat16"]), Given()
+    )
     assert run.objective.module is run.denoiser
     assert run.denoiser.precision == torch.bfloat16
     products = []
-    run.denoiser.backbone.blocks[0].up.register_forward_hook(lambda module, given, out: products.append(out.dtype))
+    run.denoiser.backbone.blocks[0].up.register_forward_hook(
+        lambda module, given, out: products.append(out.dtype)
+    )
     batch = run._batch_at(0, 0)
-    run.objective(batch, Noise(0, 0, batch.index, 16), {"tokens": batch.scored.sum().double()}, len(batch.index))
+    run.objective(
+        batch,
+        Noise(0, 0, batch.index, 16),
+        {"tokens": batch.scored.sum().double()},
+        len(batch.index),
+    )
     assert products == [torch.bfloat16]
 
 
@@ -230,11 +259,15 @@ def test_the_likelihood_of_a_markov_source_comes_down_to_its_entropy(
     assert evaluation.interval[1] >= entropy
     assert evaluation.nelbo_nats_per_token < 1.03 * entropy
     assert set(evaluation.terms_nats_per_token) == {"nll"}
-    assert math.isclose(evaluation.terms_nats_per_token["nll"], evaluation.nelbo_nats_per_token, rel_tol=1e-9)
+    assert math.isclose(
+        evaluation.terms_nats_per_token["nll"], evaluation.nelbo_nats_per_token, rel_tol=1e-9
+    )
 
 
 def test_the_recipe_is_that_of_masked_diffusion_in_everything_else() -> None:
-    ours, theirs = (ddiff.read_recipe(shipped_recipes()[name]).to_dict() for name in ("ar_small", "mdlm_small"))
+    ours, theirs = (
+        ddiff.read_recipe(shipped_recipes()[name]).to_dict() for name in ("ar_small", "mdlm_small")
+    )
     for table in ("data", "tokenizer", "vocabulary", "denoiser", "train", "backend", "evaluate"):
         assert ours[table] == theirs[table], table
     assert "process" not in ours

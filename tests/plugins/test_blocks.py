@@ -28,7 +28,9 @@ PROCESSES: dict[str, ForwardProcess] = {
     "masked": TreeProcess(FlatVocabulary(7), CdfClock([LinearSchedule()])),
     "tree": TreeProcess(TREE, LogTimeClock((1.0, 1.0))),
     "uncertain tree": TreeProcess(TREE, LogTimeClock((1.0, 1.0)), xi=0.8),
-    "uniform": ddiff.MixtureProcess(FlatVocabulary(7, mask=False), LinearSchedule(), torch.full((7,), 1 / 7)),
+    "uniform": ddiff.MixtureProcess(
+        FlatVocabulary(7, mask=False), LinearSchedule(), torch.full((7,), 1 / 7)
+    ),
 }
 
 
@@ -37,7 +39,11 @@ def denoiser(process: ForwardProcess, time: bool) -> Denoiser:
     torch.manual_seed(3)
     vocabulary = process.vocabulary
     backbone = DiT(vocabulary, 16, layers=2, heads=2, time=time)
-    head = TreeHead(vocabulary, 16, "levelwise") if vocabulary.num_levels > 1 else TokenHead(vocabulary, 16)
+    head = (
+        TreeHead(vocabulary, 16, "levelwise")
+        if vocabulary.num_levels > 1
+        else TokenHead(vocabulary, 16)
+    )
     model = Denoiser(backbone, head).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -88,14 +94,21 @@ def test_earlier_blocks_do_not_see_later_ones() -> None:
         asking(denoiser(process, True), process, cached=True),
     )
     short, long = (
-        generate(sampler, process, ask, index=torch.arange(3), length=length, seed=2).ids for length in (8, 16)
+        generate(sampler, process, ask, index=torch.arange(3), length=length, seed=2).ids
+        for length in (8, 16)
     )
     assert torch.equal(short, long[:, :8])
 
 
 def test_the_time_rules_of_a_recipe() -> None:
     rule = Block.build(Width(width=16))
-    assert (rule.width, rule.shape, rule.paired, rule.start, rule.stop) == (16, "block", True, 1e-3, 1.0)
+    assert (rule.width, rule.shape, rule.paired, rule.start, rule.stop) == (
+        16,
+        "block",
+        True,
+        1e-3,
+        1.0,
+    )
     assert Slide.build(Width(width=3, paired=False, start=0.1, stop=0.9)).shape == "slide"
     assert Quenched.build(Alone()).width == 1
     times = ddiff.read_recipe("bd3_small").times

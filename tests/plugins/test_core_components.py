@@ -69,12 +69,22 @@ def test_sampler_takes_all_four_filters_in_their_order(component: Any) -> None:
         (samplers.Psi, {"kappa": 0.3}, {"kappa.kappa": 0.3}),
         (samplers.Psi, {"kappa": 0.0}, {"kappa.kappa": 0.0}),
         (samplers.Blockwise, {"width": 5, "sight": "all"}, {"width": 5, "sight": "all"}),
-        (samplers.Hyperschedule, {"width": 5, "shape": "block"}, {"rule.width": 5, "rule.shape": "block"}),
-        (samplers.Hyperschedule, {}, {"rule.width": 16, "rule.shape": "slide", "rule.paired": False}),
+        (
+            samplers.Hyperschedule,
+            {"width": 5, "shape": "block"},
+            {"rule.width": 5, "rule.shape": "block"},
+        ),
+        (
+            samplers.Hyperschedule,
+            {},
+            {"rule.width": 16, "rule.shape": "slide", "rule.paired": False},
+        ),
     ],
     ids=str,
 )
-def test_sampler_is_built_from_its_settings(component: Any, settings: Any, attributes: dict[str, Any]) -> None:
+def test_sampler_is_built_from_its_settings(
+    component: Any, settings: Any, attributes: dict[str, Any]
+) -> None:
     sampler = built(component, **settings)
     for path, value in attributes.items():
         found = sampler
@@ -84,7 +94,8 @@ def test_sampler_is_built_from_its_settings(component: Any, settings: Any, attri
 
 
 @pytest.mark.parametrize(
-    ("setting", "rule"), [("cap", Cap), ("rescale", Rescale), ("confidence", Confidence), ("loop", Loop)]
+    ("setting", "rule"),
+    [("cap", Cap), ("rescale", Rescale), ("confidence", Confidence), ("loop", Loop)],
 )
 def test_remasking_has_the_rule_that_is_named(setting: Any, rule: type) -> None:
     sampler = built(samplers.Remasking, setting=setting, eta=0.3)
@@ -93,11 +104,16 @@ def test_remasking_has_the_rule_that_is_named(setting: Any, rule: type) -> None:
 
 
 def test_a_remasking_loop_rests_at_hold() -> None:
-    assert built(samplers.Remasking, setting="loop", hold=0.3).grid.times() == LoopGrid(7, hold=0.3).times()
+    assert (
+        built(samplers.Remasking, setting="loop", hold=0.3).grid.times()
+        == LoopGrid(7, hold=0.3).times()
+    )
     assert built(samplers.Remasking, setting="loop").grid.times() == LoopGrid(7, hold=0.1).times()
 
 
-@pytest.mark.parametrize("inner", ["ancestral", "tau_leaping", "confidence", "psi", "first_hitting", "entropy"])
+@pytest.mark.parametrize(
+    "inner", ["ancestral", "tau_leaping", "confidence", "psi", "first_hitting", "entropy"]
+)
 def test_blockwise_moves_by_the_inner_sampler_that_is_named(inner: Any) -> None:
     expected = {
         "ancestral": "AncestralSampler", "tau_leaping": "TauLeapingSampler", "confidence": "UnmaskingSampler",

@@ -42,8 +42,13 @@ from ddiff.testing.bound import WHOLE, exact_nelbo, random_joint, rest_table
 from ddiff.testing.enumerated import ExactAsk, Shifted, measured
 from ddiff.testing.probes import INNER, Rows, likelihoods, times
 
-CLOSE = {"rtol": 1e-11, "atol": 1e-11}  # a few dozen float64 operations on numbers up to 1e4, compared relatively
-JOINT = torch.tensor([[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64)
+CLOSE = {
+    "rtol": 1e-11,
+    "atol": 1e-11,
+}  # a few dozen float64 operations on numbers up to 1e4, compared relatively
+JOINT = torch.tensor(
+    [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64
+)
 TREE = HierarchicalVocabulary([[0, 1, 0]])
 
 
@@ -93,10 +98,15 @@ def test_without_redrawing_it_is_the_tree() -> None:
 def test_without_clusters_it_is_words_redrawn_until_they_are_masked() -> None:
     """Redrawn at gamma/(1 - gamma) times the rate of masking: what the gamma-hybrid has closed forms for."""
     flat, gamma = FlatVocabulary(4), 0.4
-    process, hybrid = RestlessTree(flat, LogTimeClock((1.0,)), gamma / (1.0 - gamma)), GammaHybrid(flat, gamma)
+    process, hybrid = (
+        RestlessTree(flat, LogTimeClock((1.0,)), gamma / (1.0 - gamma)),
+        GammaHybrid(flat, gamma),
+    )
     t = times(INNER)
     torch.testing.assert_close(process.rates(t).dense(), hybrid.rates(t).dense(), **CLOSE)
-    torch.testing.assert_close(process.transition(0.5 * t, t).dense(), hybrid.transition(0.5 * t, t).dense(), **CLOSE)
+    torch.testing.assert_close(
+        process.transition(0.5 * t, t).dense(), hybrid.transition(0.5 * t, t).dense(), **CLOSE
+    )
     rows = Rows(hybrid, t)
     asked = (rows.law, rows.x0, rows.zt, rows.t)
     torch.testing.assert_close(process.density(*asked), hybrid.density(*asked), **CLOSE)
@@ -118,14 +128,18 @@ def test_the_bound_of_its_exact_laws_is_the_entropy(below: int) -> None:
     process = restless(below)
     total = exact_nelbo(process, rest_table(process, log_joint), 2, WHOLE).total
     # Quadrature leaves 1e-9; so does what lies beyond 1e-12 from the ends.
-    assert float((log_joint.exp().reshape(-1) * total).sum()) == pytest.approx(float(entropy), abs=1e-8)
+    assert float((log_joint.exp().reshape(-1) * total).sum()) == pytest.approx(
+        float(entropy), abs=1e-8
+    )
 
 
 @pytest.mark.parametrize("below", [1, 2])
 def test_ancestral_steps_through_it_tend_to_the_joint(below: int) -> None:
     """Order 1: sixteen times the steps leave a sixteenth of .14 or .17; with the noise .007 to .017 over five seeds."""
     far, near = (
-        measured(AncestralSampler(steps), restless(below), JOINT, points=2**12, apart=True).distance(JOINT)
+        measured(
+            AncestralSampler(steps), restless(below), JOINT, points=2**12, apart=True
+        ).distance(JOINT)
         for steps in (4, 64)
     )
     assert near < 0.025
@@ -133,8 +147,15 @@ def test_ancestral_steps_through_it_tend_to_the_joint(below: int) -> None:
 
 
 def test_a_rate_or_a_level_that_makes_no_sense_is_refused() -> None:
-    for arguments in ({"redrawing": -1.0}, {"redrawing": 1.0, "below": 3}, {"redrawing": 1.0, "below": 0}):
-        with pytest.raises(ArgumentError, match=r"redrawing must be a rate in \[0, 20\] and below a level in 1\.\.2"):
+    for arguments in (
+        {"redrawing": -1.0},
+        {"redrawing": 1.0, "below": 3},
+        {"redrawing": 1.0, "below": 0},
+    ):
+        with pytest.raises(
+            ArgumentError,
+            match=r"redrawing must be a rate in \[0, 20\] and below a level in 1\.\.2",
+        ):
             RestlessTree(TREE, LogTimeClock((1.0, 1.0)), **arguments)  # type: ignore[arg-type]
 
 
@@ -162,7 +183,9 @@ def test_on_the_whole_of_time_the_bound_under_every_rule_is_the_entropy(rule: st
 
 @pytest.mark.parametrize("keys", [{"gamma": 0.5}, {"gamma": 1.0, "xi": 0.8}], ids=str)
 @pytest.mark.parametrize("rule", ["quenched", "block, paired", "slide, paired"])
-def test_so_it_is_on_a_window_of_times_with_what_the_ends_cost(rule: str, keys: dict[str, float]) -> None:
+def test_so_it_is_on_a_window_of_times_with_what_the_ends_cost(
+    rule: str, keys: dict[str, float]
+) -> None:
     """Blocks of two settle at once and begin at once, which costs; a position at a time costs nothing."""
     process, window = hdlm(**keys), (0.05, 0.9)
     cost = float(cost_of_ends(process, window, [[0, 1], [2]])) if rule == "block, paired" else 0.0
@@ -178,7 +201,11 @@ def test_a_law_blind_to_the_words_before_its_window_pays_for_it(rule: str) -> No
 
     def forgetful(noisy: Noisy) -> Tensor:
         alone = torch.arange(noisy.zt.shape[1]).expand(len(noisy.zt), -1)
-        return blind(noisy._replace(block=alone, memory=None, clean=torch.zeros_like(noisy.clean), t=noisy.t * 0 + 1.0))
+        return blind(
+            noisy._replace(
+                block=alone, memory=None, clean=torch.zeros_like(noisy.clean), t=noisy.t * 0 + 1.0
+            )
+        )
 
     assert mean(sum(exact_terms(process, RULES[rule], forgetful))) > float(ENTROPY) + 0.05
 
@@ -200,7 +227,9 @@ SMALL = (
     "sample.steps=8",
     "sample.count=2",
 )
-CORPUS = "\n".join(f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd")
+CORPUS = "\n".join(
+    f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd"
+)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +263,12 @@ HYPER = {
 def test_a_tree_trains_and_samples_under_a_hyperschedule(place: Path, rule: str, xi: float) -> None:
     times_of, sampler = HYPER[rule]
     named = f"hyper_{rule.replace(' ', '_')}_{xi}"
-    asked = [f"name={named}", f"process.xi={xi}", f"objective.times={times_of}", f"sample.sampler={sampler}"]
+    asked = [
+        f"name={named}",
+        f"process.xi={xi}",
+        f"objective.times={times_of}",
+        f"sample.sampler={sampler}",
+    ]
     run = ddiff.run("hdlm_small", settings=[*SMALL, "sample.steps=20", *asked])
     learns(run)
     (sample,) = run.sample(1, prompt="the old", seed=2)
@@ -264,7 +298,13 @@ def test_remasking_a_tree_takes_words_back_up_and_ends_in_words(
 ) -> None:
     seen: list[Canvas] = []
     drawn = flat.sample(
-        16, sampler=sampler, settings=settings, steps=32, seed=3, prompt="the", on_step=lambda step, c: seen.append(c)
+        16,
+        sampler=sampler,
+        settings=settings,
+        steps=32,
+        seed=3,
+        prompt="the",
+        on_step=lambda step, c: seen.append(c),
     )
     words = flat.vocabulary.num_tokens
     assert all(sample["text"].startswith("the") and max(sample["ids"]) < words for sample in drawn)
@@ -297,7 +337,9 @@ def after_a_psi_step(process: ForwardProcess, sampler: PsiSampler, t: float, s: 
     before = torch.einsum("ab,ai,bj->ij", JOINT, marginal, marginal).reshape(-1)
     possible = (before > 0).nonzero().squeeze(-1)
     counts = (points * before[possible]).long().clamp(min=64)
-    zt = torch.cartesian_prod(torch.arange(size), torch.arange(size))[possible].repeat_interleave(counts, 0)
+    zt = torch.cartesian_prod(torch.arange(size), torch.arange(size))[possible].repeat_interleave(
+        counts, 0
+    )
     weight = (before[possible] / counts).repeat_interleave(counts)
     free = torch.zeros(zt.shape, dtype=torch.bool)
     free[:, 0] = True
@@ -305,9 +347,9 @@ def after_a_psi_step(process: ForwardProcess, sampler: PsiSampler, t: float, s: 
     noise: Any = Shifted(counts, seed=5)
     canvas = Canvas(zt, at, torch.zeros_like(free), free)
     moved = sampler.move(process, ExactAsk(process, JOINT), canvas, torch.full_like(at, s), noise)
-    return torch.bincount(moved.zt[:, 0] * size + moved.zt[:, 1], weights=weight, minlength=size * size).reshape(
-        size, -1
-    )
+    return torch.bincount(
+        moved.zt[:, 0] * size + moved.zt[:, 1], weights=weight, minlength=size * size
+    ).reshape(size, -1)
 
 
 def law_at(process: ForwardProcess, s: float, t: float) -> Tensor:
@@ -328,9 +370,13 @@ PSI = {
 EVEN = 0.006
 
 
-@pytest.mark.parametrize("process", [hdlm(gamma=0.5), hdlm(gamma=2.0, xi=0.8)], ids=["sure", "unsure"])
+@pytest.mark.parametrize(
+    "process", [hdlm(gamma=0.5), hdlm(gamma=2.0, xi=0.8)], ids=["sure", "unsure"]
+)
 @pytest.mark.parametrize("case", PSI)
-def test_a_psi_step_keeps_the_law_of_the_noise_on_a_tree(case: str, process: ForwardProcess) -> None:
+def test_a_psi_step_keeps_the_law_of_the_noise_on_a_tree(
+    case: str, process: ForwardProcess
+) -> None:
     """What makes psi psi: at any kappa the position that moved has the law of time s, jointly with its neighbour at t."""
     sampler, t, s = PSI[case]
     moved = after_a_psi_step(process, sampler, t, s)

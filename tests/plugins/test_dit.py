@@ -59,7 +59,9 @@ def test_the_first_loss_is_that_of_the_uniform_law() -> None:
     rows = torch.arange(ids.numel())
     root = torch.full_like(rows, VOCABULARY.root)
     noisy = Noisy(ids, t, torch.zeros_like(ids, dtype=torch.bool))
-    total, _ = denoiser(noisy, UNPADDED, rows, root, lambda law, idx: -law.log_prob(ids.flatten()[idx] % 8))
+    total, _ = denoiser(
+        noisy, UNPADDED, rows, root, lambda law, idx: -law.log_prob(ids.flatten()[idx] % 8)
+    )
     assert total.item() == pytest.approx(len(rows) * math.log(VOCABULARY.num_tokens), rel=1e-12)
 
 
@@ -69,7 +71,9 @@ def test_products_of_turned_vectors_depend_on_the_difference_of_positions_alone(
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 40, 1, 8)
     products = torch.einsum("bihw,bjhw->ij", rotation(q), rotation(k))
     for shift in (1, 7, 30):
-        torch.testing.assert_close(products[shift:, shift:], products[:-shift, :-shift], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            products[shift:, shift:], products[:-shift, :-shift], rtol=0, atol=1e-12
+        )
     assert (products[0, 0] - products[0, 5]).abs() > 0.01  # and do depend on it
 
 
@@ -105,7 +109,9 @@ def test_padding_changes_nothing() -> None:
     after = model(ids, t, Context(valid=valid))
     assert torch.equal(after[:, :7], before[:, :7])
     unpadded = model(ids[:, :7], t[:, :7], UNPADDED)
-    torch.testing.assert_close(after[:, :7], unpadded, rtol=0, atol=1e-12)  # longer rows are summed in another order
+    torch.testing.assert_close(
+        after[:, :7], unpadded, rtol=0, atol=1e-12
+    )  # longer rows are summed in another order
     assert model(ids, t, Context(valid=torch.zeros_like(valid))).isfinite().all()
 
 
@@ -145,12 +151,21 @@ def test_every_parameter_learns() -> None:
     model = make()
     weight = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64)
     (model(ids, t, UNPADDED) * weight).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.any() for parameter in model.parameters()
+    )
 
 
 def test_muon_gets_the_matrices_of_blocks_and_no_tables() -> None:
     hidden, _ = split_parameters(Denoiser(make(), TokenHead(VOCABULARY, WIDTH)))
-    assert {name.split(".")[-2] for name in hidden} == {"qkv", "attended", "up", "down", "0", "2"}  # 0, 2: the time MLP
+    assert {name.split(".")[-2] for name in hidden} == {
+        "qkv",
+        "attended",
+        "up",
+        "down",
+        "0",
+        "2",
+    }  # 0, 2: the time MLP
 
 
 def test_sizes_and_explicit_numbers() -> None:

@@ -55,20 +55,27 @@ def test_weights_and_density_are_those_of_the_paper(gamma: float) -> None:
     arriving = c + (1.0 - t) * d_c
     at_mask, at_other = 1.0 / (t * (1.0 - t)), arriving / ((1.0 - t) * c)
     at_clean = arriving / WORDS / ((1.0 - t) * (1.0 - t + c / WORDS))
-    weight = torch.where(rows.zt == WORDS, at_mask, torch.where(rows.zt == rows.x0, at_clean, at_other))
-    elsewhere = 1.0 - rows.weight  # the weight of every family is the rate out of z, which is not to z itself
+    weight = torch.where(
+        rows.zt == WORDS, at_mask, torch.where(rows.zt == rows.x0, at_clean, at_other)
+    )
+    elsewhere = (
+        1.0 - rows.weight
+    )  # the weight of every family is the rate out of z, which is not to z itself
     torch.testing.assert_close(process.weight(rows.x0, rows.zt, t), weight * elsewhere, **CLOSE)
 
     words = torch.nn.functional.one_hot(rows.x0, WORDS).double()
     both = [
-        torch.cat([(1.0 - t)[:, None] * p + (c / WORDS)[:, None], t[:, None]], -1) / (1.0 + c)[:, None]
+        torch.cat([(1.0 - t)[:, None] * p + (c / WORDS)[:, None], t[:, None]], -1)
+        / (1.0 + c)[:, None]
         for p in (words, rows.log_p.exp())
     ]
     q, q_bar = both
     log_rho = (q / q_bar).log().gather(-1, rows.zt.unsqueeze(-1)).squeeze(-1)
     divergence = (q * (q / q_bar).log()).sum(-1) + log_rho.exp() - log_rho - 1.0
     torch.testing.assert_close(process.mismatch(rows.law, rows.x0, rows.zt, t), divergence, **CLOSE)
-    torch.testing.assert_close(process.density(rows.law, rows.x0, rows.zt, t), weight * divergence, **CLOSE)
+    torch.testing.assert_close(
+        process.density(rows.law, rows.x0, rows.zt, t), weight * divergence, **CLOSE
+    )
 
 
 @pytest.mark.parametrize("form", list(MIXINGS))
@@ -80,7 +87,9 @@ def test_the_older_bound_is_the_same_on_average(form: Form) -> None:
         chance = likelihoods(process, t)[:, x]
         expected = torch.stack(
             [
-                (row / (1.0 - row) * process.weight(torch.full((5,), x), states, one.expand(5))).sum()
+                (
+                    row / (1.0 - row) * process.weight(torch.full((5,), x), states, one.expand(5))
+                ).sum()
                 for row, one in zip(chance, t)
             ]
         )
@@ -89,7 +98,9 @@ def test_the_older_bound_is_the_same_on_average(form: Form) -> None:
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("p_uniform", [0.0, 0.2, 0.6])
-def test_the_original_form_is_the_published_one_until_nothing_is_left(p_uniform: float, gamma: float) -> None:
+def test_the_original_form_is_the_published_one_until_nothing_is_left(
+    p_uniform: float, gamma: float
+) -> None:
     """The code before had alpha = (v^g - c)/C, t^g/C at the mask, c/C at every word, C = t^g + v^g + (S - 2) c with
     c = b (t v)^(g/2) and 1/b = 1 + S (1 - p)/(2 p), S states; it goes on where alpha is negative."""
     process, states = make(p_uniform, gamma, "original"), WORDS + 1
@@ -100,7 +111,9 @@ def test_the_original_form_is_the_published_one_until_nothing_is_left(p_uniform:
     c = b * (gone * left).sqrt()
     total = gone + left + (states - 2) * c
     torch.testing.assert_close(process.alpha(t), (left - c) / total, **CLOSE)
-    torch.testing.assert_close(process.coefficients(t), torch.stack([gone, WORDS * c], -1) / total[:, None], **CLOSE)
+    torch.testing.assert_close(
+        process.coefficients(t), torch.stack([gone, WORDS * c], -1) / total[:, None], **CLOSE
+    )
     assert process.closes_at_prior
     after = (1.0 + end) / 2
     assert p_uniform == 0.0 or (1.0 - after) ** gamma < b * (after * (1.0 - after)) ** (gamma / 2)
@@ -113,20 +126,26 @@ def test_p_uniform_is_the_share_of_uniform_noise_half_way(gamma: float) -> None:
     # in the original form p/S on every word, at its own time 1/2
     process = make(0.3, gamma, "original")
     end = 1.0 / (1.0 + process.mixing.per_word ** (2.0 / gamma))
-    assert process.coefficients(half / end)[0, 1].item() == pytest.approx(0.3 * WORDS / (WORDS + 1), abs=1e-14)
+    assert process.coefficients(half / end)[0, 1].item() == pytest.approx(
+        0.3 * WORDS / (WORDS + 1), abs=1e-14
+    )
 
 
 # ---------------------------------------------------------------------- limits
 
 
-@pytest.mark.parametrize(("gamma", "form"), [(0.5, "current"), (1.0, "current"), (2.0, "current"), (1.0, "original")])
+@pytest.mark.parametrize(
+    ("gamma", "form"), [(0.5, "current"), (1.0, "current"), (2.0, "current"), (1.0, "original")]
+)
 def test_without_wrong_words_it_is_masked_diffusion(gamma: float, form: Form) -> None:
     ours = make(0.0, gamma, form)
     masked = MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(WORDS))
     rows = Rows(masked, times(INNER))
     densities = [process.density(rows.law, rows.x0, rows.zt, rows.t) for process in (ours, masked)]
     torch.testing.assert_close(*densities, **CLOSE)
-    steps = [p.reverse_log_probs(rows.log_p, rows.zt, rows.t, 0.3 * rows.t).exp() for p in (ours, masked)]
+    steps = [
+        p.reverse_log_probs(rows.log_p, rows.zt, rows.t, 0.3 * rows.t).exp() for p in (ours, masked)
+    ]
     torch.testing.assert_close(*steps, **CLOSE)
     states = torch.arange(WORDS + 1)
     assert ours.active(states).tolist() == masked.active(states).tolist()
@@ -178,16 +197,27 @@ def test_read_by_the_signal_the_dynamic_weight_is_the_bounds_without_its_poles()
     x0 = torch.zeros(len(t), dtype=torch.long)
     for state, tolerance in ((1000, 1e-9), (1, 1e-9), (0, 2e-3)):
         zt = torch.full_like(x0, state)
-        bound = 2.0 * t * (1.0 - t) * process.arrivals_at(zt, t) / process.log_likelihood(zt, t)[:, 0].exp()
-        torch.testing.assert_close(Dynamic("snr").weight(process, x0, zt, t), bound, rtol=tolerance, atol=0.0)
-    assert not torch.allclose(Dynamic("sigmoid").weight(process, x0, x0, t), bound, rtol=0.5, atol=0.0)
+        bound = (
+            2.0
+            * t
+            * (1.0 - t)
+            * process.arrivals_at(zt, t)
+            / process.log_likelihood(zt, t)[:, 0].exp()
+        )
+        torch.testing.assert_close(
+            Dynamic("snr").weight(process, x0, zt, t), bound, rtol=tolerance, atol=0.0
+        )
+    assert not torch.allclose(
+        Dynamic("sigmoid").weight(process, x0, x0, t), bound, rtol=0.5, atol=0.0
+    )
 
 
 # ---------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
-    "keys", [{"p_uniform": 1.0}, {"p_uniform": -0.1}, {"gamma": 0.0}, {"gamma": 2.5}, {"form": "new"}]
+    "keys",
+    [{"p_uniform": 1.0}, {"p_uniform": -0.1}, {"gamma": 0.0}, {"gamma": 2.5}, {"form": "new"}],
 )
 def test_settings_out_of_range_are_refused(keys: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(keys))):
@@ -200,11 +230,15 @@ def test_noise_that_comes_before_the_earliest_time_is_refused(form: Form) -> Non
         GeneralizedInterpolation.Config(form=form, **keys), vocabulary=FlatVocabulary(WORDS)
     )
     assert build(p_uniform=0.2, gamma=0.3).closes_at_clean
-    with pytest.raises(ArgumentError, match=r"p_uniform = 0\.99 and gamma = 0\.3.*t = 1e-12.*larger gamma"):
+    with pytest.raises(
+        ArgumentError, match=r"p_uniform = 0\.99 and gamma = 0\.3.*t = 1e-12.*larger gamma"
+    ):
         build(p_uniform=0.99, gamma=0.3)
 
 
-@pytest.mark.parametrize("vocabulary", [FlatVocabulary(4, mask=False), HierarchicalVocabulary([[0, 1, 0, 1]])])
+@pytest.mark.parametrize(
+    "vocabulary", [FlatVocabulary(4, mask=False), HierarchicalVocabulary([[0, 1, 0, 1]])]
+)
 def test_a_vocabulary_that_does_not_fit_is_refused(vocabulary: FlatVocabulary) -> None:
     with pytest.raises(ArgumentError, match=r'needs words and a mask.*kind = "flat"'):
         GeneralizedInterpolation.build(GeneralizedInterpolation.Config(), vocabulary=vocabulary)
@@ -218,5 +252,7 @@ def test_a_range_of_weights_inside_out_is_refused(loss: type[Dynamic] | type[Cli
 
 def test_the_dynamic_loss_needs_this_process() -> None:
     masked = MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(WORDS))
-    with pytest.raises(ArgumentError, match=r"reads the mixing of the process gidd; got MaskedDiffusion"):
+    with pytest.raises(
+        ArgumentError, match=r"reads the mixing of the process gidd; got MaskedDiffusion"
+    ):
         Dynamic.build(Dynamic.Config(), process=masked)

@@ -14,7 +14,9 @@ import xi_bounds as command
 
 from ddiff.testing.bound import WHOLE, exact_nelbo
 
-README = (Path(__file__).parents[2] / "plugins" / "ddiff_hdlm" / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "plugins" / "ddiff_hdlm" / "README.md").read_text(
+    encoding="utf-8"
+)
 ROUNDED = 5.1e-5 + command.UNREAD  # four decimals
 
 
@@ -60,7 +62,9 @@ def test_the_bound_is_never_below_the_entropy_and_is_it_for_the_exact_law() -> N
         if cell.law == "exact":
             assert number(cell.exact) == pytest.approx(command.entropy(), abs=ROUNDED)
         if cell.law == "constant":
-            assert number(cell.exact) == pytest.approx(command.surprise_of_single_words(), abs=ROUNDED)
+            assert number(cell.exact) == pytest.approx(
+                command.surprise_of_single_words(), abs=ROUNDED
+            )
 
 
 def test_the_published_expression_is_above_it_or_below_as_the_page_says() -> None:
@@ -77,7 +81,9 @@ def test_the_published_expression_is_above_it_or_below_as_the_page_says() -> Non
 
 def test_the_page_quotes_the_entropies_of_the_command() -> None:
     assert re.findall(r"joint law of (\d\.\d{4}) nats", README) == [f"{command.entropy():.4f}"]
-    assert re.findall(r"surprise is (\d\.\d{4});", README) == [f"{command.surprise_of_single_words():.4f}"]
+    assert re.findall(r"surprise is (\d\.\d{4});", README) == [
+        f"{command.surprise_of_single_words():.4f}"
+    ]
 
 
 def test_no_law_nearby_pleases_the_published_expression_more() -> None:
@@ -92,11 +98,15 @@ def test_no_law_nearby_pleases_the_published_expression_more() -> None:
     states, words = command.TREE.num_states, command.TREE.num_tokens
     least = nats(torch.zeros(states, words, dtype=torch.float64))
     for seed in range(3):
-        tilt = torch.randn(states, words, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        tilt = torch.randn(
+            states, words, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         assert nats(0.05 * tilt) > least + 1e-4
 
 
-def test_the_command_writes_between_its_marks_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_between_its_marks_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{command.BEGIN}old\n{command.END}after\n")
     monkeypatch.setattr(command, "rows", lambda: [command.Row(1.0, 0.9, "exact", 2.5, 2.0)])

@@ -22,14 +22,25 @@ transformers = pytest.importorskip("transformers")
 
 V, WIDTH, BATCH, LENGTH = 11, 16, 2, 8
 TREE = HierarchicalVocabulary([[i % 3 for i in range(V)]])
-SHAPE = {"vocab_size": V + 2, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE = {
+    "vocab_size": V + 2,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 CONFIGS: dict[str, Any] = {
-    "bert": lambda: transformers.BertConfig(**SHAPE, intermediate_size=32, max_position_embeddings=32),
+    "bert": lambda: transformers.BertConfig(
+        **SHAPE, intermediate_size=32, max_position_embeddings=32
+    ),
     "roberta": lambda: transformers.RobertaConfig(
         **SHAPE, intermediate_size=32, max_position_embeddings=32, pad_token_id=1
     ),
-    "gpt2": lambda: transformers.GPT2Config(vocab_size=V + 2, n_embd=WIDTH, n_layer=2, n_head=2, n_positions=32),
-    "llama": lambda: transformers.LlamaConfig(**SHAPE, intermediate_size=32, max_position_embeddings=32),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=V + 2, n_embd=WIDTH, n_layer=2, n_head=2, n_positions=32
+    ),
+    "llama": lambda: transformers.LlamaConfig(
+        **SHAPE, intermediate_size=32, max_position_embeddings=32
+    ),
 }
 CLOSE = {"rtol": 0.0, "atol": 1e-11}
 
@@ -53,7 +64,9 @@ def trunk(path: str, **settings: Any) -> PretrainedBackbone:
 
 
 def inputs(seed: int = 1) -> tuple[Tensor, Tensor]:
-    ids = torch.randint(TREE.num_states, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(
+        TREE.num_states, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed)
+    )
     return ids, torch.zeros(BATCH, LENGTH, dtype=torch.float64)
 
 
@@ -70,7 +83,9 @@ def test_words_keep_their_embeddings_and_nodes_start_as_their_mean(path: str) ->
     theirs = load_model(path).get_input_embeddings().weight.double()
     assert table.shape == (TREE.num_states, WIDTH)
     assert torch.equal(table[:V], theirs[:V])
-    torch.testing.assert_close(table[V], theirs[[0, 3, 6, 9]].mean(0), rtol=0, atol=1e-6)  # kept as float32
+    torch.testing.assert_close(
+        table[V], theirs[[0, 3, 6, 9]].mean(0), rtol=0, atol=1e-6
+    )  # kept as float32
     masked = trunk(path, mask_token=V + 1).model.get_input_embeddings().weight
     assert torch.equal(masked[TREE.root], theirs[V + 1])
     anew = trunk(path, pretrained=False).model.get_input_embeddings().weight
@@ -84,7 +99,9 @@ def test_words_alone_give_the_models_own_hidden_states(path: str) -> None:
     ids = torch.where(ids == 1, 2, ids)  # RoBERTa takes 1 for padding
     model = trunk(path, bidirectional=False) if "bert" not in Path(path).name else trunk(path)
     theirs = load_model(path).double().eval()
-    torch.testing.assert_close(model(ids, t, UNPADDED), theirs(input_ids=ids).last_hidden_state, **CLOSE)
+    torch.testing.assert_close(
+        model(ids, t, UNPADDED), theirs(input_ids=ids).last_hidden_state, **CLOSE
+    )
 
 
 def test_everybody_sees_everybody_unless_the_model_is_left_causal(path: str) -> None:
@@ -120,7 +137,9 @@ def test_blocks_beside_clean_words_and_autoregression(path: str, inputs_: Any) -
         own, stop = block == number, int((block <= number).sum())
         shown = noisy._replace(zt=torch.where(own, zt, memory), memory=None)
         alone = model.trunk(Noisy(*(p[:, :stop] for p in shown[:4])), UNPADDED)  # type: ignore[index]
-        torch.testing.assert_close(together[:, own], alone.detach().unflatten(0, (BATCH, -1))[:, own[:stop]], **CLOSE)
+        torch.testing.assert_close(
+            together[:, own], alone.detach().unflatten(0, (BATCH, -1))[:, own[:stop]], **CLOSE
+        )
 
 
 def test_gradients_reach_the_model_and_tables_are_no_hidden_matrices(path: str) -> None:
@@ -138,7 +157,9 @@ def test_gradients_reach_the_model_and_tables_are_no_hidden_matrices(path: str) 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path, path: str) -> None:
     config = PretrainedBackbone.Config(path=path)
-    with pytest.raises(ArgumentError, match=r"embeddings of 13 tokens; got a vocabulary of 20 words"):
+    with pytest.raises(
+        ArgumentError, match=r"embeddings of 13 tokens; got a vocabulary of 20 words"
+    ):
         PretrainedBackbone.build(config, vocabulary=FlatVocabulary(20), length=8)
     with pytest.raises(ArgumentError, match="positions; got rows of 64"):
         PretrainedBackbone.build(config, vocabulary=TREE, length=64)
@@ -149,13 +170,20 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, path: str) -> None:
     with pytest.raises(DataError, match="That directory holds no model that can be read"):
         load_model(str(tmp_path))
     both = tmp_path / "t5"
-    transformers.T5Config(vocab_size=V, d_model=16, d_ff=16, num_layers=1, num_heads=2).save_pretrained(both)
+    transformers.T5Config(
+        vocab_size=V, d_model=16, d_ff=16, num_layers=1, num_heads=2
+    ).save_pretrained(both)
     with pytest.raises(ArgumentError, match="both"):
         load_model(str(both))
 
 
 def test_an_architecture_is_made_from_its_settings() -> None:
-    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    settings = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     config = PretrainedBackbone.Config(architecture="bert", settings=settings)
     assert PretrainedBackbone.build(config, vocabulary=TREE, length=LENGTH).width == 16
     with pytest.raises(ArgumentError, match='got "elmo"'):
@@ -197,9 +225,13 @@ def test_a_model_with_its_own_tokenizer_is_fine_tuned_sampled_and_loaded(
     words = ["<pad>", "[MASK]", *sorted({word for text in texts for word in text.split()})]
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    spelled = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    spelled = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>")
+    )
     spelled.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=spelled, pad_token="<pad>", eos_token="<pad>")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=spelled, pad_token="<pad>", eos_token="<pad>"
+    )
     fast.save_pretrained("model")
     shape = SHAPE | {"vocab_size": len(words)}
     transformers.AutoModel.from_config(

@@ -39,7 +39,16 @@ from ddiff import (
 )
 from ddiff.core.law import drop_own_evidence
 from ddiff.testing import assert_laws, check_process
-from ddiff.testing.probes import INNER, Rows, TableVisit, grid_of_uniforms, likelihoods, product, random_laws, times
+from ddiff.testing.probes import (
+    INNER,
+    Rows,
+    TableVisit,
+    grid_of_uniforms,
+    likelihoods,
+    product,
+    random_laws,
+    times,
+)
 from ddiff.testing.process import check_parts
 
 # Both sides are a few dozen float64 operations on numbers up to 1e4, compared relatively.
@@ -62,10 +71,14 @@ def masked_diffusion() -> MaskedDiffusion:
 
 def name_of(process: ForwardProcess) -> str:
     shown = {name: value for name, value in vars(process).items() if isinstance(value, float)}
-    return ", ".join([type(process).__name__, *(f"{name} {value:.3g}" for name, value in shown.items())])
+    return ", ".join(
+        [type(process).__name__, *(f"{name} {value:.3g}" for name, value in shown.items())]
+    )
 
 
-@pytest.mark.parametrize("process", [*GammaHybrid.examples(), *EpsilonHybrid.examples()], ids=name_of)
+@pytest.mark.parametrize(
+    "process", [*GammaHybrid.examples(), *EpsilonHybrid.examples()], ids=name_of
+)
 def test_every_setting_obeys_every_law(process: ForwardProcess) -> None:
     torch.set_num_threads(1)
     assert_laws([*check_process(process), *check_parts(process)])
@@ -91,7 +104,10 @@ def noise_of(process: GammaHybrid, t: Tensor) -> tuple[Tensor, Tensor]:
     return -torch.log1p(-left * t), left / (1.0 - left * t)
 
 
-SETTINGS = [*({"gamma": gamma} for gamma in GAMMAS), {"gamma": 0.9, "time": "noise", "floor": 0.005}]
+SETTINGS = [
+    *({"gamma": gamma} for gamma in GAMMAS),
+    {"gamma": 0.9, "time": "noise", "floor": 0.005},
+]
 
 
 @pytest.mark.parametrize("keys", SETTINGS, ids=str)
@@ -113,7 +129,9 @@ def test_transitions_are_the_exponential_of_the_mixture(keys: dict[str, Any]) ->
     grown = noise_of(process, t)[0] - noise_of(process, s)[0]
     expected = torch.matrix_exp(grown[:, None, None] * mixed)
     torch.testing.assert_close(process.transition(s, t).dense(), expected, rtol=0.0, atol=1e-13)
-    assert (process.transition(s, t).dense()[:, WORDS, :WORDS] == 0).all()  # nothing leaves the mask
+    assert (
+        process.transition(s, t).dense()[:, WORDS, :WORDS] == 0
+    ).all()  # nothing leaves the mask
 
 
 class Twin(ComponentProcess):
@@ -121,7 +139,9 @@ class Twin(ComponentProcess):
 
     def __init__(self, original: GammaHybrid) -> None:
         self.original = original
-        super().__init__(original.vocabulary, [word_law(original.vocabulary), mask_law(original.vocabulary)])
+        super().__init__(
+            original.vocabulary, [word_law(original.vocabulary), mask_law(original.vocabulary)]
+        )
 
     def alpha(self, t: Tensor) -> Tensor:
         return (1.0 - t) ** (self.original.masking + self.original.redrawing)
@@ -147,8 +167,13 @@ def test_both_clocks_read_one_chain() -> None:
     there = -torch.expm1(-0.6 * noise_of(noise, rows.t)[0])  # t of the other clock: 1 - A
     speed = noise_of(noise, rows.t)[1] / noise_of(masked, there)[1]
     asked = (rows.law, rows.x0, rows.zt)
-    torch.testing.assert_close(noise.density(*asked, rows.t), masked.density(*asked, there) * speed, **CLOSE)
-    both = (masked.transition(0.5 * there, there), noise.transition(_earlier(noise, 0.5 * there), rows.t))
+    torch.testing.assert_close(
+        noise.density(*asked, rows.t), masked.density(*asked, there) * speed, **CLOSE
+    )
+    both = (
+        masked.transition(0.5 * there, there),
+        noise.transition(_earlier(noise, 0.5 * there), rows.t),
+    )
     torch.testing.assert_close(*(kernel.dense() for kernel in both), **CLOSE)
 
 
@@ -160,19 +185,30 @@ def _earlier(process: GammaHybrid, masked: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- limits
 
 
-@pytest.mark.parametrize("process", [gamma_hybrid(0.0), epsilon_hybrid(0.0)], ids=["gamma 0", "epsilon 0"])
+@pytest.mark.parametrize(
+    "process", [gamma_hybrid(0.0), epsilon_hybrid(0.0)], ids=["gamma 0", "epsilon 0"]
+)
 def test_without_redrawing_both_are_masked_diffusion(process: ForwardProcess) -> None:
     masked = masked_diffusion()
     rows, states = Rows(masked, times(INNER)), torch.arange(WORDS + 1)
     asked = (rows.law, rows.x0, rows.zt, rows.t)
     for formula in ("density", "decode_nll"):
-        torch.testing.assert_close(getattr(process, formula)(*asked), getattr(masked, formula)(*asked), **CLOSE)
+        torch.testing.assert_close(
+            getattr(process, formula)(*asked), getattr(masked, formula)(*asked), **CLOSE
+        )
     for s in (0.0, 0.3):
-        steps = [p.reverse_log_probs(rows.log_p, rows.zt, rows.t, s * rows.t).exp() for p in (process, masked)]
+        steps = [
+            p.reverse_log_probs(rows.log_p, rows.zt, rows.t, s * rows.t).exp()
+            for p in (process, masked)
+        ]
         torch.testing.assert_close(*steps, **CLOSE)
     assert process.active(states).tolist() == masked.active(states).tolist()
     assert process.informed(states)[:WORDS].tolist() == [int(Informed.NONE)] * WORDS
-    assert (process.closes_at_clean, process.closes_at_prior, process.monotone) == (True, True, True)
+    assert (process.closes_at_clean, process.closes_at_prior, process.monotone) == (
+        True,
+        True,
+        True,
+    )
     assert process.prior.log_prob.exp().tolist() == masked.prior.log_prob.exp().tolist()
 
 
@@ -180,9 +216,13 @@ def test_the_epsilon_hybrid_is_an_instant_of_shuffling_and_then_masks() -> None:
     """Its transitions only mask, and nothing is charged at words but the last draw."""
     process, masked = epsilon_hybrid(), masked_diffusion()
     s, t = product(times((0.0, 0.2, 0.5)), times((0.5, 0.9, 1.0)))
-    torch.testing.assert_close(process.transition(s, t).dense(), masked.transition(s, t).dense(), **CLOSE)
+    torch.testing.assert_close(
+        process.transition(s, t).dense(), masked.transition(s, t).dense(), **CLOSE
+    )
     now, shuffled = times(INNER), 0.7 * torch.eye(WORDS, dtype=torch.float64) + 0.3 / WORDS
-    expected = torch.cat([(1.0 - now)[:, None, None] * shuffled, now[:, None, None].expand(-1, WORDS, 1)], -1)
+    expected = torch.cat(
+        [(1.0 - now)[:, None, None] * shuffled, now[:, None, None].expand(-1, WORDS, 1)], -1
+    )
     torch.testing.assert_close(likelihoods(process, now), expected, **CLOSE)
     rows = Rows(process, now)
     density = process.density(rows.law, rows.x0, rows.zt, rows.t)
@@ -214,7 +254,11 @@ def test_few_words_are_shown_to_the_network() -> None:
     """Of words at most 1 - B_ts over 1 - B_t times all others: here a fifth, where the dense step shows all."""
     process, count = gamma_hybrid(0.5), 4096
     u = grid_of_uniforms(count, process.uniforms_per_step)
-    zt, t, s = torch.zeros(count, dtype=torch.long), times((0.5,)).expand(count), times((0.4,)).expand(count)
+    zt, t, s = (
+        torch.zeros(count, dtype=torch.long),
+        times((0.5,)).expand(count),
+        times((0.4,)).expand(count),
+    )
     visit = TableVisit(random_laws(WORDS, 1).expand(count, -1), process.vocabulary)
     process.step(visit, zt, t, s, u)
     bound = (1.0 - 0.5 / 0.6) / 0.5 * (1.0 - 0.4 / WORDS)
@@ -232,9 +276,14 @@ def test_a_score_is_taken_back_in_time_exactly() -> None:
         marginal = process.log_marginal(rows.log_p, rows.t)
         at = marginal.gather(-1, rows.zt.unsqueeze(-1))
         score, expected = (marginal - at).exp(), (process.log_marginal(rows.log_p, s) - at).exp()
-        torch.testing.assert_close(process.transition(s, rows.t).solve(score), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            process.transition(s, rows.t).solve(score), expected, rtol=1e-9, atol=1e-9
+        )
         grown = (noise_of(process, rows.t)[0] - noise_of(process, s)[0])[:, None, None]
-        apart = [torch.einsum("ry,ryz->rz", score, torch.matrix_exp(-grown * q)) for q in (absorb, uniform)]
+        apart = [
+            torch.einsum("ry,ryz->rz", score, torch.matrix_exp(-grown * q))
+            for q in (absorb, uniform)
+        ]
         early = rows.t < 0.6
         errors.append((0.5 * (apart[0] + apart[1]) - expected)[early].abs().max().item())
     assert errors[0] > 1e-3
@@ -246,14 +295,28 @@ def test_nothing_as_wide_as_the_vocabulary_is_float64() -> None:
     words, count = 3000, 6
     vocabulary = FlatVocabulary(words)
     process = GammaHybrid(vocabulary, 0.3)
-    law = DenseLaw(torch.randn(count, words, generator=torch.Generator().manual_seed(0)).log_softmax(-1), vocabulary)
-    x0, zt, t = torch.arange(count), torch.tensor([words, words, 2, 5, 4, 7]), times((0.2, 0.9)).repeat(3)
+    law = DenseLaw(
+        torch.randn(count, words, generator=torch.Generator().manual_seed(0)).log_softmax(-1),
+        vocabulary,
+    )
+    x0, zt, t = (
+        torch.arange(count),
+        torch.tensor([words, words, 2, 5, 4, 7]),
+        times((0.2, 0.9)).repeat(3),
+    )
     wide: list[str] = []
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and out.dtype == torch.float64 and out.dim() > 1 and out.shape[-1] >= words:
+            if (
+                isinstance(out, Tensor)
+                and out.dtype == torch.float64
+                and out.dim() > 1
+                and out.shape[-1] >= words
+            ):
                 wide.append(str(func))
             return out
 
@@ -267,7 +330,9 @@ def test_nothing_as_wide_as_the_vocabulary_is_float64() -> None:
     assert wide == []
     got = process.density(law, x0, zt, t)
     exact = DenseLaw(law.log_mass(0).double(), vocabulary)
-    torch.testing.assert_close(got, ForwardProcess.density(process, exact, x0, zt, t), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        got, ForwardProcess.density(process, exact, x0, zt, t), rtol=1e-4, atol=1e-6
+    )
 
 
 # ---------------------------------------------------------------------- what was published
@@ -311,11 +376,22 @@ def test_the_published_gamma_loss_is_not_the_bound() -> None:
     """To an even law wrong words are charged some ninety times too little; at masks the truth itself is charged."""
     process = GammaHybrid(FlatVocabulary(6), 0.05, "noise", 0.005)
     loss, even = MixedEntropies(process), torch.full((1, 6), 1.0 / 6.0, dtype=torch.float64).log()
-    asked = (DenseLaw(even, process.vocabulary), torch.tensor([0]), torch.tensor([1]), times((0.5,)))
-    ratio = loss.weight(process, *asked[1:]) * loss.divergence(process, *asked) / process.density(*asked)
+    asked = (
+        DenseLaw(even, process.vocabulary),
+        torch.tensor([0]),
+        torch.tensor([1]),
+        times((0.5,)),
+    )
+    ratio = (
+        loss.weight(process, *asked[1:])
+        * loss.divergence(process, *asked)
+        / process.density(*asked)
+    )
     assert 1.0 / ratio.item() == pytest.approx(90.0, rel=0.05)
     x0, mask, t = torch.zeros(1, dtype=torch.long), torch.full((1,), 6), times((0.5,))
-    sure = DenseLaw(torch.tensor([[0.0] + [-torch.inf] * 5], dtype=torch.float64), process.vocabulary)
+    sure = DenseLaw(
+        torch.tensor([[0.0] + [-torch.inf] * 5], dtype=torch.float64), process.vocabulary
+    )
     assert process.density(sure, x0, mask, t).item() == pytest.approx(0.0, abs=1e-12)
     assert loss.divergence(process, sure, x0, mask, t).item() > 1e-4
 
@@ -334,7 +410,9 @@ def test_the_published_epsilon_weights_are_the_coded_ones(weights: Any, lam: flo
     onto_itself, untouched = 0.3 / WORDS, 0.7
     mean = (onto_itself * 0.7 + untouched * 0.3) / (onto_itself + untouched)
     torch.testing.assert_close(at(0), lam * mean / share, **CLOSE)
-    torch.testing.assert_close(loss.weight(process, x0[:1], x0[:1] + WORDS, times((0.0,))), times((1e4,)))
+    torch.testing.assert_close(
+        loss.weight(process, x0[:1], x0[:1] + WORDS, times((0.0,))), times((1e4,))
+    )
 
 
 def test_the_published_epsilon_loss_is_cross_entropy_of_the_full_conditional() -> None:
@@ -347,7 +425,9 @@ def test_the_published_epsilon_loss_is_cross_entropy_of_the_full_conditional() -
     torch.testing.assert_close(got, plain, **CLOSE)
 
 
-@pytest.mark.parametrize(("epsilon", "lam", "everything"), [(0.3, 1.0, True), (0.0, 1.0, False), (0.3, 0.0, False)])
+@pytest.mark.parametrize(
+    ("epsilon", "lam", "everything"), [(0.3, 1.0, True), (0.0, 1.0, False), (0.3, 0.0, False)]
+)
 def test_visible_words_are_read_if_they_count(epsilon: float, lam: float, everything: bool) -> None:
     process = epsilon_hybrid(epsilon)
     zt, clean = torch.tensor([[0, WORDS, 1, WORDS]]), torch.tensor([[False, False, True, False]])
@@ -377,10 +457,15 @@ class Unigram(torch.nn.Module):
 
 
 def trained_on(
-    process: ForwardProcess, loss: Any, given: Any = "rest", window: tuple[float, float] = (1e-3, 1.0)
+    process: ForwardProcess,
+    loss: Any,
+    given: Any = "rest",
+    window: tuple[float, float] = (1e-3, 1.0),
 ) -> tuple[Any, Denoiser]:
     """The objective's terms on a batch of 64 x 8 even words, and the denoiser with the gradients they leave."""
-    denoiser = Denoiser(Unigram(), TokenHead(process.vocabulary, Unigram.width), given=given).double()
+    denoiser = Denoiser(
+        Unigram(), TokenHead(process.vocabulary, Unigram.width), given=given
+    ).double()
     with torch.no_grad():
         for parameter in denoiser.head.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
@@ -425,7 +510,8 @@ def test_rows_that_the_bound_does_not_charge_count_with_their_own_speed() -> Non
     """A window of times ten times as wide stands for ten times as much, visible words included; its times are the same to
     1e-3, and few rows of 512 differ for it."""
     losses = [
-        trained_on(epsilon_hybrid(), EverywhereCrossEntropy(), "rest", (0.4, 0.4 + h))[0].loss for h in (1e-3, 1e-4)
+        trained_on(epsilon_hybrid(), EverywhereCrossEntropy(), "rest", (0.4, 0.4 + h))[0].loss
+        for h in (1e-3, 1e-4)
     ]
     assert (losses[0] / losses[1]).item() == pytest.approx(10.0, rel=0.05)
 
@@ -433,7 +519,9 @@ def test_rows_that_the_bound_does_not_charge_count_with_their_own_speed() -> Non
 # ---------------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize("keys", [{"gamma": 0.96}, {"gamma": -0.1}, {"time": "log"}, {"floor": 0.1}, {"floor": 1.0}])
+@pytest.mark.parametrize(
+    "keys", [{"gamma": 0.96}, {"gamma": -0.1}, {"time": "log"}, {"floor": 0.1}, {"floor": 1.0}]
+)
 def test_gamma_settings_out_of_range_are_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(keys))):
         GammaHybrid.Config(**keys)
@@ -460,7 +548,9 @@ def test_masks_that_come_too_slowly_for_float64_are_refused() -> None:
         gamma_hybrid(0.9, time="noise")
 
 
-@pytest.mark.parametrize("vocabulary", [FlatVocabulary(4, mask=False), HierarchicalVocabulary([[0, 1, 0, 1]])])
+@pytest.mark.parametrize(
+    "vocabulary", [FlatVocabulary(4, mask=False), HierarchicalVocabulary([[0, 1, 0, 1]])]
+)
 @pytest.mark.parametrize("kind", [EpsilonHybrid, GammaHybrid])
 def test_a_vocabulary_that_does_not_fit_is_refused(kind: Any, vocabulary: FlatVocabulary) -> None:
     with pytest.raises(ArgumentError, match=r'hybrid_\w+ needs words and a mask.*kind = "flat"'):
@@ -468,9 +558,13 @@ def test_a_vocabulary_that_does_not_fit_is_refused(kind: Any, vocabulary: FlatVo
 
 
 def test_the_published_loss_says_whose_it_is() -> None:
-    with pytest.raises(ArgumentError, match=r"hybrid_epsilon and hybrid_gamma; got MaskedDiffusion"):
+    with pytest.raises(
+        ArgumentError, match=r"hybrid_epsilon and hybrid_gamma; got MaskedDiffusion"
+    ):
         Published.build(Published.Config(), process=masked_diffusion())
-    with pytest.raises(ArgumentError, match=r"lam and weights belong to the process hybrid_epsilon"):
+    with pytest.raises(
+        ArgumentError, match=r"lam and weights belong to the process hybrid_epsilon"
+    ):
         Published.build(Published.Config(lam=1.0), process=gamma_hybrid())
 
 
@@ -488,7 +582,9 @@ def test_a_score_without_a_possible_token_has_finite_gradients() -> None:
     log_ratio[0, WORDS] = 0.0
     log_ratio.requires_grad_()
     mask = torch.tensor([WORDS])
-    nll = gamma_hybrid().decode_nll(Score(log_ratio), torch.tensor([2]), mask, torch.ones(1, dtype=torch.float64))
+    nll = gamma_hybrid().decode_nll(
+        Score(log_ratio), torch.tensor([2]), mask, torch.ones(1, dtype=torch.float64)
+    )
     assert nll.item() == pytest.approx(torch.tensor(float(WORDS)).log().item())
     (gradient,) = torch.autograd.grad(nll.sum(), log_ratio)
     assert gradient.isfinite().all()

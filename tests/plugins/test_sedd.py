@@ -52,9 +52,13 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 WORDS = 5
 
 
-def make(graph: str, noise: str = "loglinear", words: int = WORDS, **keys: float) -> ComponentProcess:
+def make(
+    graph: str, noise: str = "loglinear", words: int = WORDS, **keys: float
+) -> ComponentProcess:
     config = ScoreEntropyDiffusion.Config(graph=graph, noise=noise, **keys)  # type: ignore[arg-type]
-    return ScoreEntropyDiffusion.build(config, vocabulary=FlatVocabulary(words, mask=graph == "absorb"))
+    return ScoreEntropyDiffusion.build(
+        config, vocabulary=FlatVocabulary(words, mask=graph == "absorb")
+    )
 
 
 def named(process: ForwardProcess) -> str:
@@ -63,7 +67,9 @@ def named(process: ForwardProcess) -> str:
     return f"{graph} {type(process.schedule).__name__} {vars(process.schedule)}"
 
 
-SETTINGS = [(graph, noise) for graph in ("absorb", "uniform") for noise in ("loglinear", "geometric")]
+SETTINGS = [
+    (graph, noise) for graph in ("absorb", "uniform") for noise in ("loglinear", "geometric")
+]
 
 
 @pytest.mark.parametrize("process", ScoreEntropyDiffusion.examples(), ids=named)
@@ -118,7 +124,9 @@ def test_any_score_is_charged_the_absorbing_score_entropy(noise: str) -> None:
     own = log_s.gather(-1, rows.x0.unsqueeze(-1)).squeeze(-1)
     entropy = log_s[:, :WORDS].exp().sum(-1) - ratio * own + times_log_less_one(ratio)
     expected = torch.where(rows.zt == WORDS, d_sigma * entropy, 0.0)
-    torch.testing.assert_close(process.density(Score(log_s), rows.x0, rows.zt, rows.t), expected, **CLOSE)
+    torch.testing.assert_close(
+        process.density(Score(log_s), rows.x0, rows.zt, rows.t), expected, **CLOSE
+    )
 
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
@@ -134,7 +142,9 @@ def test_any_score_is_charged_the_uniform_score_entropy(noise: str) -> None:
     at_clean = mean_s - rho * mean_log + (WORDS - 1) / WORDS * times_log_less_one(rho)
     elsewhere = mean_s - own / growth - mean_log + ((-rho.log() - 1.0) / rho - (WORDS - 2)) / WORDS
     expected = d_sigma * torch.where(rows.zt == rows.x0, at_clean, elsewhere)
-    torch.testing.assert_close(process.density(Score(log_s), rows.x0, rows.zt, rows.t), expected, **CLOSE)
+    torch.testing.assert_close(
+        process.density(Score(log_s), rows.x0, rows.zt, rows.t), expected, **CLOSE
+    )
 
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
@@ -160,7 +170,11 @@ def read(head: ScoreHead, process: ForwardProcess, raw: Tensor, zt: Tensor, t: T
     """What the head's reading makes of ratios [r,S]."""
     taken: list[Score] = []
     question = head.reading.question(
-        lambda answer, idx: taken.append(answer), process, zt, t, head.reading.prepared(process, zt, t)
+        lambda answer, idx: taken.append(answer),
+        process,
+        zt,
+        t,
+        head.reading.prepared(process, zt, t),
     )
     question(RatioLaw(raw, process.vocabulary), torch.arange(len(zt)))
     return taken[0]
@@ -174,10 +188,15 @@ def test_scaled_scores_of_a_law_are_charged_the_masked_loss(noise: str) -> None:
     rows = Rows(process, times(INNER))
     raw = torch.nn.functional.pad(rows.log_p + torch.tensor(float(WORDS)).double().log(), (0, 1))
     sigma, d_sigma = sigmas(process, rows.t)
-    masked = torch.where(rows.zt == WORDS, -d_sigma / torch.expm1(sigma) * rows.law.log_prob(rows.x0), 0.0)
+    masked = torch.where(
+        rows.zt == WORDS, -d_sigma / torch.expm1(sigma) * rows.law.log_prob(rows.x0), 0.0
+    )
     charged = {
         scaled: process.density(
-            read(ScoreHead(process.vocabulary, 2, scaled), process, raw, rows.zt, rows.t), rows.x0, rows.zt, rows.t
+            read(ScoreHead(process.vocabulary, 2, scaled), process, raw, rows.zt, rows.t),
+            rows.x0,
+            rows.zt,
+            rows.t,
         )
         for scaled in (True, False)
     }
@@ -193,22 +212,33 @@ def test_a_score_that_comes_from_a_law_costs_what_the_law_costs(graph: str, nois
     asked = (rows.x0, rows.zt, rows.t)
     log_marginal = process.log_marginal(rows.log_p, rows.t)
     score = Score(log_marginal - log_marginal.gather(-1, rows.zt.unsqueeze(-1)))
-    torch.testing.assert_close(process.density(score, *asked), process.density(rows.law, *asked), **CLOSE)
+    torch.testing.assert_close(
+        process.density(score, *asked), process.density(rows.law, *asked), **CLOSE
+    )
 
 
 @pytest.mark.parametrize("stop", [0.5, 0.9, 1.0])
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
-def test_a_window_that_closes_early_closes_under_a_score_as_under_its_law(noise: str, stop: float) -> None:
+def test_a_window_that_closes_early_closes_under_a_score_as_under_its_law(
+    noise: str, stop: float
+) -> None:
     """The score is that of t = 1, where hardly a word is left: read as the law of z at t = 0.5 it is nats too dear."""
     process, rule = make("absorb", noise), FlatTimes(0.05, stop)
     log_p = torch.tensor([[0.4, 0.3, 0.2, 0.06, 0.04]], dtype=torch.float64).log()
-    x0, scored, slot = torch.arange(WORDS).unsqueeze(0), torch.ones(1, WORDS, dtype=torch.bool), torch.zeros(1).long()
+    x0, scored, slot = (
+        torch.arange(WORDS).unsqueeze(0),
+        torch.ones(1, WORDS, dtype=torch.bool),
+        torch.zeros(1).long(),
+    )
 
     def ask(noisy: Noisy) -> Visit:
         def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
             zt, t = noisy.zt.reshape(-1)[rows], noisy.t.reshape(-1)[rows]
             log_marginal = process.log_marginal(log_p.expand(len(rows), -1), t)
-            return fn(Score(log_marginal - log_marginal.gather(-1, zt.unsqueeze(-1))), torch.arange(len(rows)))
+            return fn(
+                Score(log_marginal - log_marginal.gather(-1, zt.unsqueeze(-1))),
+                torch.arange(len(rows)),
+            )
 
         return visit
 
@@ -238,14 +268,18 @@ def test_the_first_score_is_that_of_the_unigram_law() -> None:
     x0 = torch.arange(len(INNER)) % WORDS
     score = read(head, process, head.bias.detach().expand(len(t), -1), zt, t)
     law = DenseLaw(log_p.expand(len(t), -1), process.vocabulary)
-    torch.testing.assert_close(process.density(score, x0, zt, t), process.density(law, x0, zt, t), **CLOSE)
+    torch.testing.assert_close(
+        process.density(score, x0, zt, t), process.density(law, x0, zt, t), **CLOSE
+    )
 
 
 def test_without_a_mask_the_first_score_is_one_everywhere() -> None:
     process = make("uniform")
     head = ScoreHead.build(ScoreHead.Config(), vocabulary=process.vocabulary, width=3)
     head.start_from_counts(torch.ones(WORDS))
-    score = read(head, process, head.bias.detach().expand(3, -1), torch.arange(3), times((0.1, 0.5, 1.0)))
+    score = read(
+        head, process, head.bias.detach().expand(3, -1), torch.arange(3), times((0.1, 0.5, 1.0))
+    )
     assert (score.log_ratio == 0).all()
 
 
@@ -321,7 +355,9 @@ def settings_of(graph: str, noise: str, head: str, run_dir: Path) -> list[str]:
 
 @pytest.mark.parametrize("head", ["score", "tokens"])
 @pytest.mark.parametrize(("graph", "noise"), SETTINGS)
-def test_a_few_steps_lower_the_loss_of_either_parameterisation(graph: str, noise: str, head: str) -> None:
+def test_a_few_steps_lower_the_loss_of_either_parameterisation(
+    graph: str, noise: str, head: str
+) -> None:
     """On one batch with one noise, so that the loss is a function of the weights: descent must lower it, a score or not."""
     torch.set_num_threads(1)
     process = make(graph, noise)
@@ -352,13 +388,17 @@ def test_scores_are_trained_evaluated_and_sampled_by_a_recipe(
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)
-    run = ddiff.run(parse_recipe(RECIPE, settings=settings_of(graph, noise, "score", tmp_path / "run")))
+    run = ddiff.run(
+        parse_recipe(RECIPE, settings=settings_of(graph, noise, "score", tmp_path / "run"))
+    )
     written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     (terms,) = [told for name, told in written.items() if name.startswith("terms_nats_per_")]
     assert sorted(terms) == ["closing", "decoding", "diffusion"]
     assert all(math.isfinite(nats) for nats in terms.values()), terms
     for kind in ("tau_leaping", "analytic", "trapezoidal"):
-        (named,) = [one for one in survey_plugins().registry.components("sampler") if one.name == kind]
+        (named,) = [
+            one for one in survey_plugins().registry.components("sampler") if one.name == kind
+        ]
         sampler = named.load().build(named.config_class()(), steps=6)
         ask = asking(run.denoiser, run.process)
         ids = ddiff.generate(sampler, run.process, ask, index=torch.arange(3), length=8, seed=2).ids
@@ -372,7 +412,14 @@ def test_what_draws_words_from_a_law_refuses_a_score() -> None:
     head = ScoreHead.build(ScoreHead.Config(), vocabulary=process.vocabulary, width=4)
     denoiser = Denoiser(Constant(), head)
     with pytest.raises(ArgumentError, match="score, from which no token can be drawn"):
-        ddiff.generate(AncestralSampler(2), process, asking(denoiser, process), index=torch.arange(2), length=3, seed=0)
+        ddiff.generate(
+            AncestralSampler(2),
+            process,
+            asking(denoiser, process),
+            index=torch.arange(2),
+            length=3,
+            seed=0,
+        )
 
 
 class Constant(torch.nn.Module):
@@ -409,7 +456,9 @@ def test_sigmas_in_the_wrong_order_are_refused() -> None:
 
 def test_a_graph_needs_its_vocabulary() -> None:
     build = ScoreEntropyDiffusion.build
-    with pytest.raises(ArgumentError, match=r'graph = "absorb" needs words and a mask.*mask = true'):
+    with pytest.raises(
+        ArgumentError, match=r'graph = "absorb" needs words and a mask.*mask = true'
+    ):
         build(ScoreEntropyDiffusion.Config(), vocabulary=FlatVocabulary(4, mask=False))
     with pytest.raises(ArgumentError, match=r'graph = "uniform" needs words alone.*mask = false'):
         build(ScoreEntropyDiffusion.Config(graph="uniform"), vocabulary=FlatVocabulary(4))

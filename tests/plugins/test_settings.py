@@ -34,7 +34,9 @@ T = times(INNER)
 def levels(process: Any, t: Tensor) -> Tensor:
     """[n,L+1] how much of token 0 is at each level, from the marginal."""
     mass = likelihoods(process, t)[:, 0]
-    return torch.stack([part.sum(-1) for part in mass.split(process.vocabulary.level_sizes, -1)], -1)
+    return torch.stack(
+        [part.sum(-1) for part in mass.split(process.vocabulary.level_sizes, -1)], -1
+    )
 
 
 def close(got: Tensor, expected: Tensor) -> None:
@@ -60,7 +62,9 @@ def test_hdlm_gamma_is_one_unless_given() -> None:
 
 def test_hdlm_rates_run_from_the_tokens_up() -> None:
     """The fast level of (4, .5) is the first: tokens are left as (1 - t)^4, clusters as (1 - t)^.5."""
-    process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(rates=(4.0, 0.5)), vocabulary=TWO)
+    process = HierarchicalDiffusion.build(
+        HierarchicalDiffusion.Config(rates=(4.0, 0.5)), vocabulary=TWO
+    )
     clean = (1.0 - T) ** 4
     cluster = 4.0 * (clean - (1.0 - T) ** 0.5) / (0.5 - 4.0)
     close(levels(process, T), torch.stack([clean, cluster, 1.0 - clean - cluster], -1))
@@ -75,7 +79,9 @@ def test_hdlm_gamma_leaves_all_levels_above_at_one() -> None:
 
 
 def test_hdlm_powers_are_of_the_levels_from_the_lowest_up() -> None:
-    process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(powers=(0.8, 3.0)), vocabulary=TWO)
+    process = HierarchicalDiffusion.build(
+        HierarchicalDiffusion.Config(powers=(0.8, 3.0)), vocabulary=TWO
+    )
     close(levels(process, T), torch.stack([1.0 - T**0.8, T**0.8 - T**3, T**3], -1))
 
 
@@ -104,11 +110,19 @@ def test_mdlm_schedule_is_the_one_that_is_named(keys: dict[str, Any], alpha: Any
 
 
 @pytest.mark.parametrize("graph", ["absorb", "uniform"])
-@pytest.mark.parametrize(("keys", "left"), [({}, 1e-3), ({"floor": 0.0}, 0.0), ({"floor": 0.2}, 0.2)], ids=str)
-def test_sedd_floor_is_what_is_left_of_tokens(graph: Any, keys: dict[str, float], left: float) -> None:
+@pytest.mark.parametrize(
+    ("keys", "left"), [({}, 1e-3), ({"floor": 0.0}, 0.0), ({"floor": 0.2}, 0.2)], ids=str
+)
+def test_sedd_floor_is_what_is_left_of_tokens(
+    graph: Any, keys: dict[str, float], left: float
+) -> None:
     vocabulary = FlatVocabulary(3, mask=graph == "absorb")
-    process = ScoreEntropyDiffusion.build(ScoreEntropyDiffusion.Config(graph=graph, **keys), vocabulary=vocabulary)
-    close(process.schedule.alpha(times((0.0, 0.5, 1.0))), 1.0 - (1.0 - left) * times((0.0, 0.5, 1.0)))
+    process = ScoreEntropyDiffusion.build(
+        ScoreEntropyDiffusion.Config(graph=graph, **keys), vocabulary=vocabulary
+    )
+    close(
+        process.schedule.alpha(times((0.0, 0.5, 1.0))), 1.0 - (1.0 - left) * times((0.0, 0.5, 1.0))
+    )
     assert process.closes_at_prior == (left == 0.0)
 
 
@@ -117,7 +131,9 @@ def test_sedd_floor_is_what_is_left_of_tokens(graph: Any, keys: dict[str, float]
     [({}, (1e-4, 20.0)), ({"sigma_min": 0.1}, (0.1, 20.0)), ({"sigma_max": 3.0}, (1e-4, 3.0))],
     ids=str,
 )
-def test_sedd_geometric_noise_runs_between_its_sigmas(keys: dict[str, float], sigmas: tuple[float, float]) -> None:
+def test_sedd_geometric_noise_runs_between_its_sigmas(
+    keys: dict[str, float], sigmas: tuple[float, float]
+) -> None:
     config = ScoreEntropyDiffusion.Config(noise="geometric", **keys)
     schedule = ScoreEntropyDiffusion.build(config, vocabulary=FlatVocabulary(3)).schedule
     least, most = sigmas
@@ -125,7 +141,12 @@ def test_sedd_geometric_noise_runs_between_its_sigmas(keys: dict[str, float], si
 
 
 def test_remasking_with_strength_zero_remasks_nothing() -> None:
-    for setting, default in (("cap", 0.008), ("rescale", 0.015), ("confidence", 1.0), ("loop", 0.02)):
+    for setting, default in (
+        ("cap", 0.008),
+        ("rescale", 0.015),
+        ("confidence", 1.0),
+        ("loop", 0.02),
+    ):
         eta = lambda **keys: Remasking.build(Remasking.Config(**keys), steps=4).kappa.eta  # noqa: E731
         assert eta(setting=setting, eta=0.0) == 0.0
         assert eta(setting=setting) == default
@@ -159,10 +180,14 @@ def test_hdlm_empirical_weights_are_the_fitted_ones() -> None:
     root, cluster = torch.full_like(x0, 9), torch.full_like(x0, 6)
     assert loss.weight(process, x0, root, t).tolist() == [3.0, 2.8125, 3.0]
     assert loss.weight(process, x0, cluster, t).tolist() == [3.0, 2.5, 1.0]
-    answer = DenseLaw(torch.tensor([[0.3, 0.2, 0.2, 0.1, 0.1, 0.1]] * 3, dtype=torch.float64).log(), TWO)
+    answer = DenseLaw(
+        torch.tensor([[0.3, 0.2, 0.2, 0.1, 0.1, 0.1]] * 3, dtype=torch.float64).log(), TWO
+    )
     at = times((0.2, 0.25, 0.9))
     close(loss.divergence(process, answer, x0, root, at), process.divergence(answer, x0, root, at))
-    close(loss.divergence(process, answer, x0, root, at), -times((0.5, 0.5, 0.5)).log())  # its cluster: .3 + .2
+    close(
+        loss.divergence(process, answer, x0, root, at), -times((0.5, 0.5, 0.5)).log()
+    )  # its cluster: .3 + .2
 
 
 def test_hdlm_hard_reads_the_token_itself_at_every_level() -> None:
@@ -172,7 +197,9 @@ def test_hdlm_hard_reads_the_token_itself_at_every_level() -> None:
     assert HardTokens.Config().largest == 2.0
     x0 = torch.zeros(2, dtype=torch.long)
     zt, t = torch.tensor([9, 6]), times((0.5, 0.5))
-    answer = DenseLaw(torch.tensor([[0.3, 0.2, 0.2, 0.1, 0.1, 0.1]] * 2, dtype=torch.float64).log(), TWO)
+    answer = DenseLaw(
+        torch.tensor([[0.3, 0.2, 0.2, 0.1, 0.1, 0.1]] * 2, dtype=torch.float64).log(), TWO
+    )
     close(loss.divergence(process, answer, x0, zt, t), -times((0.3, 0.3 / 0.5)).log())
     early, late = times((0.05, 0.05)), times((0.9, 0.9))
     for at in (early, t, late):
@@ -188,21 +215,34 @@ def test_hybrid_gamma_floor_is_what_is_left_of_the_noise() -> None:
         process = GammaHybrid.build(config, vocabulary=FlatVocabulary(3))
         close(process.noise.alpha(times((1.0,))), times((left,)))
         assert process.closes_at_prior == (left == 0.0)
-    assert GammaHybrid.build(GammaHybrid.Config(gamma=0.3), vocabulary=FlatVocabulary(3)).noise.floor == 0.0
+    assert (
+        GammaHybrid.build(GammaHybrid.Config(gamma=0.3), vocabulary=FlatVocabulary(3)).noise.floor
+        == 0.0
+    )
 
 
 def test_defaults_are_the_documented_ones() -> None:
     assert (Flat.Config().start, Flat.Config().stop) == (1e-3, 1.0)
-    assert (Dynamic.Config().clean, Dynamic.Config().smallest, Dynamic.Config().largest) == ("snr", 0.0, 2.0)
+    assert (Dynamic.Config().clean, Dynamic.Config().smallest, Dynamic.Config().largest) == (
+        "snr",
+        0.0,
+        2.0,
+    )
     assert (EARLIEST, LATEST) == (1e-12, 1.0 - 1e-12)
 
 
 def test_score_is_zero_at_the_state_itself() -> None:
     """The ratio of the probability of z_t to itself is 1, whatever the head's logits are."""
-    process = ScoreEntropyDiffusion.build(ScoreEntropyDiffusion.Config(), vocabulary=FlatVocabulary(3))
+    process = ScoreEntropyDiffusion.build(
+        ScoreEntropyDiffusion.Config(), vocabulary=FlatVocabulary(3)
+    )
     zt, t = torch.tensor([3, 1]), times((0.5, 0.5))
     reading = Ratios(True)
-    raw = RatioLaw(torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]]).double(), process.vocabulary)
-    ask = reading.question(lambda score, idx: score.log_ratio, process, zt, t, reading.prepared(process, zt, t))
+    raw = RatioLaw(
+        torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]]).double(), process.vocabulary
+    )
+    ask = reading.question(
+        lambda score, idx: score.log_ratio, process, zt, t, reading.prepared(process, zt, t)
+    )
     ratio = ask(raw, torch.arange(2))
     assert ratio.gather(-1, zt.unsqueeze(-1)).tolist() == [[0.0], [0.0]]

@@ -25,11 +25,15 @@ def fuzz() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))  # main() sets it, and the next test must not see it
+    monkeypatch.setenv(
+        "DDIFF_CACHE", str(tmp_path / "cache")
+    )  # main() sets it, and the next test must not see it
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def test_mutated_recipes_are_accepted_or_refused_in_words(fuzz: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mutated_recipes_are_accepted_or_refused_in_words(
+    fuzz: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fuzz.main(["--recipes", "25", "--runs", "1", "--seed", "2"]) == 0
     told = capsys.readouterr().out
     assert "25 recipes: " in told
@@ -45,7 +49,11 @@ def test_mutated_recipes_are_accepted_or_refused_in_words(fuzz: ModuleType, caps
     ],
 )
 def test_the_fuzzer_sees_a_traceback_files_and_a_missing_verdict(
-    fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: Any, expected: str
+    fuzz: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Any,
+    expected: str,
 ) -> None:
     monkeypatch.setattr("ddiff.runs.rehearse", damage, raising=False)
     if expected == "no verdict":
@@ -55,7 +63,10 @@ def test_the_fuzzer_sees_a_traceback_files_and_a_missing_verdict(
 
 
 def test_a_mutant_is_a_function_of_its_number_and_the_seed(fuzz: ModuleType) -> None:
-    trees, kinds = [{"a": {"b": 1}, "train": {"kind": "x"}, "data": {"kind": "y"}}], {"dataset": ["y"]}
+    trees, kinds = (
+        [{"a": {"b": 1}, "train": {"kind": "x"}, "data": {"kind": "y"}}],
+        {"dataset": ["y"]},
+    )
     one, again = (fuzz.mutant(5, 3, trees, kinds) for _ in range(2))
     assert one == again
     assert len({fuzz.mutant(n, 3, trees, kinds) for n in range(20)}) > 5

@@ -50,7 +50,13 @@ LINES = {
 
 def paths(value: object, path: KeyPath = ()) -> Iterator[KeyPath]:
     """Every path that tomllib sees."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, below in items:
         yield (*path, key)
         yield from paths(below, (*path, key))
@@ -61,7 +67,9 @@ def test_awkward_keys_stand_where_a_reader_finds_them():
     assert {path: found[path] for path in LINES} == LINES
 
 
-@pytest.mark.parametrize("text", [AWKWARD, *(path.read_text() for path in shipped_recipes().values())])
+@pytest.mark.parametrize(
+    "text", [AWKWARD, *(path.read_text() for path in shipped_recipes().values())]
+)
 def test_the_finder_knows_exactly_the_keys_that_tomllib_knows(text):
     implied_by_dotted_headers = {("train",)}  # [train.optimizer] writes no [train] of its own
     assert set(paths(tomllib.loads(text))) - set(key_lines(text)) <= implied_by_dotted_headers
@@ -69,9 +77,16 @@ def test_the_finder_knows_exactly_the_keys_that_tomllib_knows(text):
 
 
 keys = st.text(min_size=1, max_size=6).filter(lambda text: text.isprintable())
-scalars = st.integers(-9, 9) | st.booleans() | st.text(max_size=8).filter(str.isprintable) | st.floats(-2, 2)
+scalars = (
+    st.integers(-9, 9)
+    | st.booleans()
+    | st.text(max_size=8).filter(str.isprintable)
+    | st.floats(-2, 2)
+)
 tables = st.recursive(
-    scalars | st.lists(scalars, max_size=3), lambda inner: st.dictionaries(keys, inner, max_size=3), max_leaves=8
+    scalars | st.lists(scalars, max_size=3),
+    lambda inner: st.dictionaries(keys, inner, max_size=3),
+    max_leaves=8,
 )
 
 
@@ -82,6 +97,11 @@ def test_written_tables_read_back_and_every_value_has_its_line(tree):
     assert tomllib.loads(text) == tree
     found = key_lines(text)
     for path in paths(tree):
-        if path in found and isinstance(path[-1], str) and path[-1].isalnum() and path[-1].isascii():
+        if (
+            path in found
+            and isinstance(path[-1], str)
+            and path[-1].isalnum()
+            and path[-1].isascii()
+        ):
             assert path[-1] in text.splitlines()[found[path] - 1]
         assert path in found or any(known[: len(path)] == path for known in found)

@@ -39,13 +39,21 @@ REPLACED = [
     ("gamma = 2", "gamma = 13", "[process] gamma: thirteen brings bad luck."),
     ("gamma = 2", "xi = 0", "[process] xi must be greater than 0; got 0"),
     ("gamma = 2", "xi = 1.5", "[process] xi must be less than or equal to 1; got 1.5"),
-    ("gamma = 2", "clock.rates = [1.0, 0.0]", "[process] clock.rates[1] must be greater than 0; got 0.0."),
+    (
+        "gamma = 2",
+        "clock.rates = [1.0, 0.0]",
+        "[process] clock.rates[1] must be greater than 0; got 0.0.",
+    ),
     ("gamma = 2", "clock.rats = [1.0]", '[process.clock] has no key "rats"'),
     ("gamma = 2", "xi = [1.0, 2]", "[process] xi[1] must be less than or equal to 1; got 2"),
     ("gamma = 2", 'xi = "one"', '[process] xi must be a number or a list; got "one" (a string).'),
     ("gamma = 2", "xi = 1.0\nnote = 3", "[process] note must be a string in quotes; got 3."),
     ("gamma = 2", "clock = 3", "[process] clock must be a table; got 3."),
-    ("    8,\n", '    "eight",\n', '[vocabulary] sizes[1] must be an integer; got "eight" (a string).'),
+    (
+        "    8,\n",
+        '    "eight",\n',
+        '[vocabulary] sizes[1] must be an integer; got "eight" (a string).',
+    ),
     ("length = 16", "length = 0", "[data] length must be greater than 0; got 0."),
     ("length = 16", "length = 16.5", "[data] length must be an integer; got 16.5."),
     (
@@ -86,18 +94,34 @@ REPLACED = [
     ),
     ('name = "mine"', "name = 7", "the recipe name must be a string in quotes; got 7."),
     *(
-        ('name = "mine"', f"name = '{path}'", "the recipe name: a name is no path: it takes no slash")
+        (
+            'name = "mine"',
+            f"name = '{path}'",
+            "the recipe name: a name is no path: it takes no slash",
+        )
         for path in ("../mine", "a/b", "..", "a\\b")
     ),
-    ('name = "mine"', 'name = "mine"\nseed = -1', "the recipe seed must be greater than or equal to 0; got -1."),
-    ('name = "mine"', 'name = "mine"\nsede = 1', 'a recipe has no key or table "sede". Did you mean "seed"?'),
+    (
+        'name = "mine"',
+        'name = "mine"\nseed = -1',
+        "the recipe seed must be greater than or equal to 0; got -1.",
+    ),
+    (
+        'name = "mine"',
+        'name = "mine"\nsede = 1',
+        'a recipe has no key or table "sede". Did you mean "seed"?',
+    ),
     (
         'name = "mine"',
         'name = "mine"\nprocesss = 1',
         'a recipe has no key or table "processs". Did you mean "process"?',
     ),
     ('name = "mine"', 'name = "mine"\nsample = 1', "sample must be a table; got 1."),
-    ('name = "mine"', 'name = "mine"\nextends = ["a", "b"]', "extends must be the path or name of one recipe"),
+    (
+        'name = "mine"',
+        'name = "mine"\nextends = ["a", "b"]',
+        "extends must be the path or name of one recipe",
+    ),
     ('plugins = ["toy"]', 'plugins = ["tyo"]', 'There is no plugin "tyo". Did you mean "toy"?'),
     ('plugins = ["toy"]', 'plugins = "toy"', "the recipe plugins must be a list"),
     (
@@ -115,7 +139,11 @@ REPLACED = [
         "xi = 1.0",
         "[process] needs a kind, the process's name in quotes. There is: choosy, halving, toy.",
     ),
-    ('head = "tied"', 'head = "tide"', '[denoiser.head] kind = "tide": There is no head "tide". Did you mean "tied"?'),
+    (
+        'head = "tied"',
+        'head = "tide"',
+        '[denoiser.head] kind = "tide": There is no head "tide". Did you mean "tied"?',
+    ),
 ]
 
 
@@ -186,14 +214,18 @@ def test_a_missing_base_says_who_extends_it(write):
 
 
 def test_a_key_that_comes_from_set_says_so(write):
-    assert message(write(), ("process.gama=3",)).startswith('--set process.gama=3: [process] has no key "gama"')
+    assert message(write(), ("process.gama=3",)).startswith(
+        '--set process.gama=3: [process] has no key "gama"'
+    )
     assert message(write(), ("vocabulary.sizes=[1, 2.5]",)).startswith(
         "--set vocabulary.sizes=[1, 2.5]: [vocabulary] sizes[1]"
     )
     assert message(write(), ("train.steps=none",)).startswith(
         "--set train.steps=none: [train] steps must be an integer"
     )
-    assert message(write(), ("train.optimizer=mun",)).startswith("--set train.optimizer=mun: [train.optimizer]")
+    assert message(write(), ("train.optimizer=mun",)).startswith(
+        "--set train.optimizer=mun: [train.optimizer]"
+    )
 
 
 def test_a_key_that_comes_from_extends_says_so(write):
@@ -246,8 +278,14 @@ def test_what_a_component_refuses_is_told_with_its_table(write):
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("gama=2", 'the process "toy" (from toy_pkg, toy-dist 1.0) has no key "gama". Did you mean "gamma"?'),
-        ("gamma=-1", 'the process "toy" (from toy_pkg, toy-dist 1.0) gamma must be greater than 0; got -1.'),
+        (
+            "gama=2",
+            'the process "toy" (from toy_pkg, toy-dist 1.0) has no key "gama". Did you mean "gamma"?',
+        ),
+        (
+            "gamma=-1",
+            'the process "toy" (from toy_pkg, toy-dist 1.0) gamma must be greater than 0; got -1.',
+        ),
         ("process.gamma=2", "outside a recipe there are no tables"),
     ],
 )

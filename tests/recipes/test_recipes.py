@@ -45,7 +45,9 @@ def test_a_recipe_gets_every_default(write):
 
 
 def test_a_resolved_recipe_reads_back_as_itself(write):
-    recipe = read_recipe(write(), ["train.optimizer=muon", "process.clock.rates=[1, 2]", "sample.seed=3"])
+    recipe = read_recipe(
+        write(), ["train.optimizer=muon", "process.clock.rates=[1, 2]", "sample.seed=3"]
+    )
     again = read_recipe(write(recipe.to_toml(), "resolved.toml"))
     assert again == recipe
     assert again.to_dict() == recipe.to_dict() == tomllib.loads(recipe.to_toml())
@@ -55,7 +57,10 @@ def test_a_resolved_recipe_reads_back_as_itself(write):
 def test_the_fingerprint_sees_any_key_and_no_shorthand(write):
     recipe = read_recipe(write())
     assert read_recipe(write(), ["process.xi=0.9"]).fingerprint != recipe.fingerprint
-    assert read_recipe(write(), ["denoiser.head={kind = 'tied'}", "process.xi=1"]).fingerprint == recipe.fingerprint
+    assert (
+        read_recipe(write(), ["denoiser.head={kind = 'tied'}", "process.xi=1"]).fingerprint
+        == recipe.fingerprint
+    )
 
 
 def test_a_string_stands_for_a_table_with_a_kind(write):
@@ -68,7 +73,9 @@ def test_a_string_stands_for_a_table_with_a_kind(write):
 def test_a_part_is_built_from_its_settings(write):
     process = read_recipe(write()).process
     assert process.build(vocabulary="words") == (2.0, "words")
-    with pytest.raises(PluginError, match=r"cannot be built: .*missing a required argument: 'vocabulary'"):
+    with pytest.raises(
+        PluginError, match=r"cannot be built: .*missing a required argument: 'vocabulary'"
+    ):
         process.build()
 
 
@@ -96,7 +103,9 @@ def test_a_component_cannot_take_the_name_of_a_slot(write):
 
 
 @pytest.mark.parametrize(("kind", "key"), [("choosy", "rates=[1.0]"), ("halving", "rate=2.0")])
-def test_a_component_whose_table_does_not_read_back_is_refused_before_anything_runs(write, kind, key):
+def test_a_component_whose_table_does_not_read_back_is_refused_before_anything_runs(
+    write, kind, key
+):
     with pytest.raises(PluginError, match=f'process "{kind}" .* every default is written out'):
         read_recipe(write(), [f"process.kind={kind}", f"process.{key}"])
 
@@ -106,7 +115,9 @@ def test_a_component_whose_table_does_not_read_back_is_refused_before_anything_r
 
 def test_extends_merges_table_by_table(write):
     write()
-    recipe = read_recipe(write('extends = "mine.toml"\nname = "child"\n[process]\nxi = 0.5\n', "child.toml"))
+    recipe = read_recipe(
+        write('extends = "mine.toml"\nname = "child"\n[process]\nxi = 0.5\n', "child.toml")
+    )
     assert (recipe.name, recipe.run_dir, recipe.process.config.gamma, recipe.process.config.xi) == (
         "child",
         "runs/child",
@@ -117,7 +128,9 @@ def test_extends_merges_table_by_table(write):
 
 def test_extends_looks_beside_the_file_that_extends(write):
     write(name="base/mine.toml")
-    assert read_recipe(write('extends = "mine.toml"\nname = "child"', "base/child.toml")).length == 16
+    assert (
+        read_recipe(write('extends = "mine.toml"\nname = "child"', "base/child.toml")).length == 16
+    )
 
 
 def test_another_kind_starts_from_its_own_defaults_but_keeps_what_the_engine_reads(write):
@@ -127,13 +140,18 @@ def test_another_kind_starts_from_its_own_defaults_but_keeps_what_the_engine_rea
         )
     )
     recipe = read_recipe(
-        write('extends = "mine.toml"\n[vocabulary]\nkind = "clusters"\n[train]\noptimizer = "adamw"', "child.toml")
+        write(
+            'extends = "mine.toml"\n[vocabulary]\nkind = "clusters"\n[train]\noptimizer = "adamw"',
+            "child.toml",
+        )
     )
     assert recipe.vocabulary.config.sizes == (64, 8)
     assert recipe.optimizer.component.name == "adamw"
     changed = read_recipe("mine.toml", ["data.kind=plain", "objective.kind=next"])
     assert changed.length == 16
-    with pytest.raises(RecipeError, match=r'\[process\] kind = "other": There is no process "other"'):
+    with pytest.raises(
+        RecipeError, match=r'\[process\] kind = "other": There is no process "other"'
+    ):
         read_recipe("mine.toml", ["process.kind=other"])
 
 
@@ -196,13 +214,17 @@ def test_set_changes_a_key_of_a_component_that_the_file_names_in_short(write):
 def test_a_component_can_be_set_up_without_a_recipe(toy):
     component = load_plugins(["toy"]).component("process", "toy")
     assert component_part(component, ["gamma=0.5", "xi=0.9"]).config.gamma == 0.5
-    with pytest.raises(RecipeError, match=r'--set gama=0.5: .* has no key "gama"\. Did you mean "gamma"\?'):
+    with pytest.raises(
+        RecipeError, match=r'--set gama=0.5: .* has no key "gama"\. Did you mean "gamma"\?'
+    ):
         component_part(component, ["gama=0.5"])
 
 
 def test_changed_keys_are_dotted_and_show_both_values(write):
     old = read_recipe(write()).to_dict()
-    new = read_recipe(write(), ["train.steps=20", "train.optimizer=muon", "vocabulary.sizes=[64]"]).to_dict()
+    new = read_recipe(
+        write(), ["train.steps=20", "train.optimizer=muon", "vocabulary.sizes=[64]"]
+    ).to_dict()
     assert sorted(changed_keys(old, new)) == [
         ("train.optimizer.kind", "adamw", "muon"),
         ("train.optimizer.lr", None, 0.02),

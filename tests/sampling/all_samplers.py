@@ -27,7 +27,10 @@ SAMPLERS: dict[str, tuple[Callable[[int], Sampler], set[str]]] = {
     "ancestral": (AncestralSampler, set()),
     "ancestral, cosine": (lambda n: AncestralSampler(Grid("cosine", n)), set()),
     "ancestral, log, argmax": (lambda n: AncestralSampler(Grid("log", n), "argmax"), set()),
-    "ancestral, shaped": (lambda n: ShapedSampler(AncestralSampler(n), [Temperature(0.8), TopP(0.9)]), set()),
+    "ancestral, shaped": (
+        lambda n: ShapedSampler(AncestralSampler(n), [Temperature(0.8), TopP(0.9)]),
+        set(),
+    ),
     "tau_leaping": (TauLeapingSampler, set()),
     "analytic": (AnalyticSampler, set()),
     "trapezoidal": (TrapezoidalSampler, set()),
@@ -43,7 +46,10 @@ SAMPLERS: dict[str, tuple[Callable[[int], Sampler], set[str]]] = {
     "remdm confidence": (lambda n: PsiSampler(n, Confidence()), set()),
     "loop": (lambda n: PsiSampler(LoopGrid(2 * n), Loop(0.1)), set()),
     "acs": (CorrectingSampler, SILENT_WORDS),
-    "self_correction": (lambda n: SelfCorrectingSampler(AncestralSampler(n), rounds=4), SILENT_WORDS),
+    "self_correction": (
+        lambda n: SelfCorrectingSampler(AncestralSampler(n), rounds=4),
+        SILENT_WORDS,
+    ),
     "dfm": (lambda n: CorrectedSampler(AncestralSampler(n), ForwardBackward(), rounds=2), set()),
     "blockwise": (lambda n: BlockwiseSampler(AncestralSampler(n), 1), set()),
     "blockwise events": (lambda n: BlockwiseSampler(FirstHittingSampler(), 2, "all"), {"dense"}),

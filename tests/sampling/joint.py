@@ -16,17 +16,24 @@ from ddiff.core.schedule import LinearSchedule, Schedule
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 
-JOINT = torch.tensor([[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64)
+JOINT = torch.tensor(
+    [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64
+)
 """P(x_1, x_2), far from the product of its marginals."""
 
 
 def processes() -> dict[str, ForwardProcess]:
     """Families of every kind on three words."""
-    bare, rates = FlatVocabulary(3, mask=False), torch.tensor([[-3.0, 2.0, 1.0], [0.5, -1.5, 1.0], [1.0, 1.0, -2.0]])
+    bare, rates = (
+        FlatVocabulary(3, mask=False),
+        torch.tensor([[-3.0, 2.0, 1.0], [0.5, -1.5, 1.0], [1.0, 1.0, -2.0]]),
+    )
     return {
         "masked": TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()])),
         "tree": TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((1.0, 1.0))),
-        "uncertain tree": TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((1.0, 1.0)), xi=0.8),
+        "uncertain tree": TreeProcess(
+            HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((1.0, 1.0)), xi=0.8
+        ),
         "uniform": MixtureProcess(bare, LinearSchedule(), torch.full((3,), 1 / 3)),
         "dense": DenseProcess(bare, rates.double()),
     }
@@ -45,7 +52,9 @@ def given_the_rest(process: ForwardProcess) -> Callable[[Tensor, Tensor], Tensor
     """(zt [B,2], t [B,2]) -> [B,2,3] the exact law of each symbol given the other position's state."""
 
     def table(zt: Tensor, t: Tensor) -> Tensor:
-        evidence = process.log_likelihood(zt.reshape(-1), t.reshape(-1)).exp().reshape(*zt.shape, -1)
+        evidence = (
+            process.log_likelihood(zt.reshape(-1), t.reshape(-1)).exp().reshape(*zt.shape, -1)
+        )
         laws = torch.stack([evidence[:, 1] @ JOINT.T, evidence[:, 0] @ JOINT], 1)
         return (laws / laws.sum(-1, keepdim=True)).log()
 
@@ -67,9 +76,15 @@ def law_of_chain(process: ForwardProcess, num_steps: int) -> Tensor:
     law = torch.outer(prior, prior).reshape(-1)
     for k in range(num_steps, 0, -1):
         possible = canvases[law > 0]
-        now, then = (torch.full((2 * len(possible),), step / num_steps).double() for step in (k, k - 1))
+        now, then = (
+            torch.full((2 * len(possible),), step / num_steps).double() for step in (k, k - 1)
+        )
         log_p = given_the_rest(process)(possible, now.reshape(-1, 2)).reshape(-1, 3)
-        step = process.reverse_log_probs(log_p, possible.reshape(-1), now, then).exp().reshape(-1, 2, size)
+        step = (
+            process.reverse_log_probs(log_p, possible.reshape(-1), now, then)
+            .exp()
+            .reshape(-1, 2, size)
+        )
         law = torch.einsum("c,ca,cb->ab", law[law > 0], step[:, 0], step[:, 1]).reshape(-1)
     return law.reshape(size, size)
 

@@ -35,7 +35,9 @@ def test_a_sliding_window_tends_to_the_joint(name: str) -> None:
     """Order 1 in the steps: at 96 steps of a path half as steep the ancestral error is below .02 beside the noise."""
     rule = WindowTimes(2, "slide", paired=False)
     far, near = (
-        measured(AlongSampler(AncestralSampler(steps), rule), processes()[name], JOINT, points=POINTS).distance(JOINT)
+        measured(
+            AlongSampler(AncestralSampler(steps), rule), processes()[name], JOINT, points=POINTS
+        ).distance(JOINT)
         for steps in (3, 96)
     )
     assert near < NOISE + 0.02
@@ -57,7 +59,9 @@ class InformationGrid:
 def test_along_flat_times_equals_the_inner_sampler_on_information_time(name: str) -> None:
     process = processes()[name]
     settings = {"index": torch.arange(50), "length": 2, "seed": 5}
-    plain = generate(AncestralSampler(InformationGrid(process, 7)), process, exact_ask(process), **settings)  # type: ignore[arg-type]
+    plain = generate(
+        AncestralSampler(InformationGrid(process, 7)), process, exact_ask(process), **settings
+    )  # type: ignore[arg-type]
     sampler = AlongSampler(AncestralSampler(7), FlatTimes())
     along = generate(sampler, process, exact_ask(process), **settings)  # type: ignore[arg-type]
     assert torch.equal(plain.ids, along.ids)
@@ -65,7 +69,10 @@ def test_along_flat_times_equals_the_inner_sampler_on_information_time(name: str
 
 def test_given_words_stay_and_what_waits_is_at_the_prior() -> None:
     process, seen = processes()["masked"], []
-    given, clamped = torch.tensor([[2, 0, 1, 0]] * 6), torch.tensor([[False, True, False, False]] * 6)
+    given, clamped = (
+        torch.tensor([[2, 0, 1, 0]] * 6),
+        torch.tensor([[False, True, False, False]] * 6),
+    )
 
     def look(step: int, canvas: Canvas) -> None:
         seen.append(canvas)

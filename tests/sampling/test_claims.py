@@ -11,7 +11,14 @@ import pytest
 import torch
 from joint import JOINT
 
-from ddiff import ArgumentError, FlatVocabulary, HierarchicalVocabulary, MixtureProcess, TreeProcess, guided
+from ddiff import (
+    ArgumentError,
+    FlatVocabulary,
+    HierarchicalVocabulary,
+    MixtureProcess,
+    TreeProcess,
+    guided,
+)
 from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.elbo import ask_law
 from ddiff.core.interpolating import word_law
@@ -30,7 +37,9 @@ Table = dict[str, tuple[str, list[float]]]  # label -> what it is, distances by 
 
 
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sampler_matrix", ROOT / "benchmarks" / "sampler_matrix.py")
+    spec = importlib.util.spec_from_file_location(
+        "sampler_matrix", ROOT / "benchmarks" / "sampler_matrix.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -60,7 +69,9 @@ def test_every_process_of_the_benchmark_has_a_table() -> None:
     assert set(TABLES) == set(benchmark().processes())
 
 
-@pytest.mark.parametrize(("process", "label"), [row for row in ROWS if TABLES[row[0]][row[1]][0] == "exact"])
+@pytest.mark.parametrize(
+    ("process", "label"), [row for row in ROWS if TABLES[row[0]][row[1]][0] == "exact"]
+)
 def test_exact_samplers_are_as_near_as_the_noise(process: str, label: str) -> None:
     """hybrid_epsilon shuffles a tenth of the words at t = 0, which the last draw undoes for both at once: .1^2 L^2 / 2."""
     _, distances = TABLES[process][label]
@@ -68,7 +79,9 @@ def test_exact_samplers_are_as_near_as_the_noise(process: str, label: str) -> No
     assert max(distances) < shuffled + NOISE
 
 
-@pytest.mark.parametrize(("process", "label"), [row for row in ROWS if "order" in TABLES[row[0]][row[1]][0]])
+@pytest.mark.parametrize(
+    ("process", "label"), [row for row in ROWS if "order" in TABLES[row[0]][row[1]][0]]
+)
 def test_samplers_of_an_order_fall_with_the_steps(process: str, label: str) -> None:
     """From N = 8 to N = 64 order 1 falls to an eighth: to less than a third here, down to the noise of a distance."""
     _, distances = TABLES[process][label]
@@ -101,7 +114,9 @@ def test_scores_fall_as_distributions_do(process: str, sampler: str) -> None:
 def test_numbers_of_the_page_are_computed(process: str, label: str, says: str, steps: int) -> None:
     """The benchmark's own call: its draws are the same every time, to what another machine rounds."""
     matrix = benchmark()
-    line = matrix.row(label, matrix.SAMPLERS[label], matrix.processes()[process](), (steps,), 2**12, says, process)
+    line = matrix.row(
+        label, matrix.SAMPLERS[label], matrix.processes()[process](), (steps,), 2**12, says, process
+    )
     computed = float(line.split("|")[3].partition("<")[0])
     place = (1, 2, 4, 8, 16, 32, 64).index(steps)
     _, distances = TABLES[process][label if says == "law" else f"{label}, score"]
@@ -128,7 +143,9 @@ def test_readme_lists_every_sampler_under_what_it_declares() -> None:
             sampler = component.build(component.Config(**keys), steps=4, vocabulary=vocabulary)
         except TypeError:
             sampler = component.build(component.Config(**keys), steps=4)
-        declared[name] = f"order {sampler.order}" if sampler.quality == "of an order" else sampler.quality
+        declared[name] = (
+            f"order {sampler.order}" if sampler.quality == "of an order" else sampler.quality
+        )
     for name, said in listed.items():
         if said != "as what they hold":
             assert said.startswith(declared[name]), name
@@ -154,16 +171,25 @@ def _distributions() -> tuple[torch.Tensor, torch.Tensor]:
     return told, untold
 
 
-def _guided(process: MixtureProcess | TreeProcess, zt: torch.Tensor, t: float, s: float, weight: float) -> torch.Tensor:
+def _guided(
+    process: MixtureProcess | TreeProcess, zt: torch.Tensor, t: float, s: float, weight: float
+) -> torch.Tensor:
     """[S] the reverse transition under the guided distribution of the clean token."""
     told, untold = _distributions()
-    asks = [ask_law(lambda noisy, log_p=log_p: log_p.expand(1, 1, 3), process.vocabulary) for log_p in (told, untold)]
+    asks = [
+        ask_law(lambda noisy, log_p=log_p: log_p.expand(1, 1, 3), process.vocabulary)
+        for log_p in (told, untold)
+    ]
     ask = guided(asks[0], asks[1], weight)
     now = torch.full((1, 1), t, dtype=torch.float64)
     noisy = Noisy(zt.reshape(1, 1), now, torch.zeros(1, 1, dtype=torch.bool))
     visit = ask(noisy)
-    log_p = visit(torch.tensor([0]), torch.tensor([process.vocabulary.root]), lambda law, idx: law.log_mass(0))
-    return process.reverse_log_probs(log_p, zt, now[0], torch.full((1,), s, dtype=torch.float64)).exp()[0]
+    log_p = visit(
+        torch.tensor([0]), torch.tensor([process.vocabulary.root]), lambda law, idx: law.log_mass(0)
+    )
+    return process.reverse_log_probs(
+        log_p, zt, now[0], torch.full((1,), s, dtype=torch.float64)
+    ).exp()[0]
 
 
 def _guided_transition(
@@ -172,7 +198,9 @@ def _guided_transition(
     """[S] p(z_s|z_t)^w p_null(z_s|z_t)^(1-w), normalised: what arXiv 2412.10193 draws from."""
     now = torch.full((1,), t, dtype=torch.float64)
     then = torch.full((1,), s, dtype=torch.float64)
-    told, untold = (process.reverse_log_probs(log_p[None], zt, now, then) for log_p in _distributions())
+    told, untold = (
+        process.reverse_log_probs(log_p[None], zt, now, then) for log_p in _distributions()
+    )
     mixed = weight * told + (1.0 - weight) * untold
     return mixed.nan_to_num(nan=-torch.inf).softmax(-1)[0]
 
@@ -205,7 +233,9 @@ def test_tau_leaping_does_not_converge_on_a_tree_that_leaves_late() -> None:
     late = TreeProcess(tree, LogTimeClock((0.5, 1.0)), xi=0.8)
     even = TreeProcess(tree, LogTimeClock((1.0, 1.0)), xi=0.8)
     distances = {
-        (name, steps): measured(TauLeapingSampler(steps), process, JOINT, points=2**12).distance(JOINT)
+        (name, steps): measured(TauLeapingSampler(steps), process, JOINT, points=2**12).distance(
+            JOINT
+        )
         for name, process in (("late", late), ("even", even))
         for steps in (32, 128)
     }

@@ -11,13 +11,25 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_matrix_is_written_by_its_command(tmp_path: Path) -> None:
     page = tmp_path / "samplers.md"
-    command = [sys.executable, str(ROOT / "benchmarks" / "sampler_matrix.py"), "--only", "mdlm", "--points", "64"]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "sampler_matrix.py"),
+        "--only",
+        "mdlm",
+        "--points",
+        "64",
+    ]
     done = subprocess.run(
-        [*command, "--steps", "1", "2", "--out", str(page)], capture_output=True, text=True, timeout=120
+        [*command, "--steps", "1", "2", "--out", str(page)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 17 + 3, "a heading, every sampler but the two that masks refuse, three of them from scores"
+    assert len(rows) == 1 + 17 + 3, (
+        "a heading, every sampler but the two that masks refuse, three of them from scores"
+    )
     assert "| first_hitting | exact |" in page.read_text()
     assert "- acs on mdlm: CorrectingSampler: it reads the law at visible words" in page.read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["samplers.md"]

@@ -64,11 +64,17 @@ def covering(length: int) -> Any:
     return CoveringNoise(torch.arange(POINTS), POINTS, length)
 
 
-def moved(sampler: SteppedSampler, process: ForwardProcess, ask: Ask, canvas: Canvas, s: float) -> Canvas:
-    return sampler.move(process, ask, canvas, torch.full_like(canvas.t, s), covering(canvas.zt.shape[1]))
+def moved(
+    sampler: SteppedSampler, process: ForwardProcess, ask: Ask, canvas: Canvas, s: float
+) -> Canvas:
+    return sampler.move(
+        process, ask, canvas, torch.full_like(canvas.t, s), covering(canvas.zt.shape[1])
+    )
 
 
-def step_of(sampler: SteppedSampler, process: ForwardProcess, state: int, t: float, s: float) -> list[float]:
+def step_of(
+    sampler: SteppedSampler, process: ForwardProcess, state: int, t: float, s: float
+) -> list[float]:
     """The probabilities of all states after one step of a single position."""
     after = moved(sampler, process, predicting(process, P), canvas_of((state,), t), s).zt
     return shares(after[:, 0], process.vocabulary.num_states)
@@ -137,10 +143,14 @@ def test_one_level_falls_by_the_flow_out_of_its_level(state: int, level: int) ->
 
 def test_psi_is_kappa_of_the_posterior_and_the_rest_drawn_again() -> None:
     t, s, kappa = 0.6, 0.4, 0.7
-    stays = kappa * s / t + (1.0 - kappa) * s  # the posterior leaves s/t of the masks, noise anew leaves s
+    stays = (
+        kappa * s / t + (1.0 - kappa) * s
+    )  # the posterior leaves s/t of the masks, noise anew leaves s
     expected = [*((1.0 - stays) * p for p in P), stays]
     assert step_of(PsiSampler(4, kappa), MASKED, MASK, t, s) == near(expected)
-    assert step_of(PsiSampler(4, kappa), MASKED, 0, t, s) == near([1.0 - 0.3 * s, 0.0, 0.0, 0.3 * s])
+    assert step_of(PsiSampler(4, kappa), MASKED, 0, t, s) == near(
+        [1.0 - 0.3 * s, 0.0, 0.0, 0.3 * s]
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,7 +168,9 @@ def test_psi_is_kappa_of_the_posterior_and_the_rest_drawn_again() -> None:
     ],
     ids=lambda value: type(value).__name__ if callable(value) else str(value),
 )
-def test_a_token_is_remasked_with_probability_sigma(rule: Any, t: float, s: float, sigma: float) -> None:
+def test_a_token_is_remasked_with_probability_sigma(
+    rule: Any, t: float, s: float, sigma: float
+) -> None:
     assert step_of(PsiSampler(4, rule), MASKED, 0, t, s) == near([1.0 - sigma, 0.0, 0.0, sigma])
 
 
@@ -218,7 +230,9 @@ def test_forward_backward_climbs_a_share_of_the_step(share: float, above: float)
     canvas = canvas_of((0,), 0.5)
     noise = covering(1)
     span = torch.full_like(canvas.t, 0.2)
-    after = ForwardBackward(share).correct(MASKED, predicting(MASKED, P), canvas, span, noise, "correct")
+    after = ForwardBackward(share).correct(
+        MASKED, predicting(MASKED, P), canvas, span, noise, "correct"
+    )
     up = (above - 0.5) / (1.0 - 0.5)
     masked, back = up * 0.5 / above, up * (1.0 - 0.5 / above)
     expected = [1.0 - up + back * P[0], back * P[1], back * P[2], masked]
@@ -232,7 +246,9 @@ def test_corrected_sampler_gives_the_corrector_the_span_of_the_step() -> None:
     class Watching:
         def needs(self, process: Any, says: Any) -> None: ...
 
-        def correct(self, process: Any, ask: Any, canvas: Canvas, span: Tensor, noise: Any, channel: str) -> Canvas:
+        def correct(
+            self, process: Any, ask: Any, canvas: Canvas, span: Tensor, noise: Any, channel: str
+        ) -> Canvas:
             assert canvas.t.unique().tolist() == [0.3]
             spans.extend(span.unique().tolist())
             channels.append(channel)
@@ -252,16 +268,24 @@ def test_self_correction_proposes_with_own_evidence_at_its_temperature() -> None
     at, temperature, state = 0.4, 0.7, 2
     canvas = canvas_of((state,), at)
     going = torch.ones(POINTS, dtype=torch.bool)
-    drawn, score, right = proposals(UNIFORM, predicting(UNIFORM, P), canvas, going, covering(1), temperature)
-    log_q = UNIFORM.log_likelihood(torch.tensor([state]), torch.tensor([at], dtype=torch.float64))[0]
+    drawn, score, right = proposals(
+        UNIFORM, predicting(UNIFORM, P), canvas, going, covering(1), temperature
+    )
+    log_q = UNIFORM.log_likelihood(torch.tensor([state]), torch.tensor([at], dtype=torch.float64))[
+        0
+    ]
     full = torch.tensor(P, dtype=torch.float64).log() + log_q
     tempered = (full / temperature).log_softmax(-1)
     assert shares(drawn[:, 0], 3) == near(tempered.exp().tolist())
     changed = drawn[:, 0] != state
-    torch.testing.assert_close(score[:, 0][changed], tempered[drawn[:, 0][changed]], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        score[:, 0][changed], tempered[drawn[:, 0][changed]], rtol=0, atol=1e-12
+    )
     assert bool(score[:, 0][~changed].isneginf().all())
     assert bool((right == (int(full.argmax()) == state)).all())
-    assert int(full.argmax()) == state != P.index(max(P)), "evidence decides which token is the likeliest"
+    assert int(full.argmax()) == state != P.index(max(P)), (
+        "evidence decides which token is the likeliest"
+    )
 
 
 def test_patience_ends_after_so_many_rounds_without_gain() -> None:
@@ -293,13 +317,17 @@ def test_self_correction_tells_its_time_and_keeps_the_likeliest_changes() -> Non
     *_, last = sampler.run(UNIFORM, ask_law(network, BARE), canvas_of((0, 0, 0), 1.0, 1), noise)
     assert shown[-1].t.unique().tolist() == [0.9]
     assert last.t.unique().tolist() == [0.0]
-    assert last.zt.tolist() == [[2, 1, 2]], "all three would change; the two likeliest changes are made"
+    assert last.zt.tolist() == [[2, 1, 2]], (
+        "all three would change; the two likeliest changes are made"
+    )
 
 
 # ---------------------------------------------------------------------- unmasking
 
 
-def first_revealed(sampler: UnmaskingSampler, rows: tuple[tuple[float, ...], ...], s: float) -> list[float]:
+def first_revealed(
+    sampler: UnmaskingSampler, rows: tuple[tuple[float, ...], ...], s: float
+) -> list[float]:
     """How often each masked position is among those that are revealed in the step from 1 to s."""
     process = TreeProcess(FlatVocabulary(len(rows[0])), CdfClock([LinearSchedule()]))
     mask = len(rows[0])
@@ -325,7 +353,10 @@ def test_top_ranks_by_the_likeliest_and_confidence_by_what_is_drawn() -> None:
 
 
 def test_entropy_reveals_the_lowest_first() -> None:
-    rows = ((0.5, 0.48, 0.02), (0.55, 0.225, 0.225))  # the second has the likelier top, the first less entropy
+    rows = (
+        (0.5, 0.48, 0.02),
+        (0.55, 0.225, 0.225),
+    )  # the second has the likelier top, the first less entropy
     assert first_revealed(UnmaskingSampler(4, "entropy"), rows, 0.5) == [1.0, 0.0]
     assert first_revealed(UnmaskingSampler(4, "top"), rows, 0.5) == [0.0, 1.0]
 
@@ -335,13 +366,19 @@ def test_gumbel_noise_fades_with_time(s: float) -> None:
     """Of two positions the surer one is first with probability 1/(1 + e^(-d/b)), b = noise s."""
     rows = ((0.8, 0.2), (0.5, 0.5))
     first = 1.0 / (1.0 + math.exp(-math.log(0.8 / 0.5) / (2.0 * s)))
-    assert first_revealed(UnmaskingSampler(4, "top", noise=2.0), rows, s) == near([first, 1.0 - first])
+    assert first_revealed(UnmaskingSampler(4, "top", noise=2.0), rows, s) == near(
+        [first, 1.0 - first]
+    )
 
 
-def steps_of_entropy_bound(bound: float, rows: tuple[tuple[float, ...], ...]) -> tuple[list[int], list[float]]:
+def steps_of_entropy_bound(
+    bound: float, rows: tuple[tuple[float, ...], ...]
+) -> tuple[list[int], list[float]]:
     """How many positions are masked after each step, and the times that are told."""
     canvas = canvas_of((MASK,) * len(rows), 1.0, 1)
-    noise: Callable[[int], Any] = lambda k: CoveringNoise(torch.zeros(1, dtype=torch.long), 64, len(rows))  # noqa: E731
+    noise: Callable[[int], Any] = lambda k: CoveringNoise(
+        torch.zeros(1, dtype=torch.long), 64, len(rows)
+    )  # noqa: E731
     steps = list(EntropyBoundSampler(bound).run(MASKED, predicting(MASKED, *rows), canvas, noise))
     return [int((step.zt == MASK).sum()) for step in steps], [float(step.t[0, 0]) for step in steps]
 
@@ -356,7 +393,10 @@ def test_entropy_bound_counts_all_but_the_largest() -> None:
     """Entropies h, h, h with h = ln 3: with a bound between h and 2 h two positions move, with one below h a single one."""
     flat = (1 / 3, 1 / 3, 1 / 3)
     assert steps_of_entropy_bound(1.5, (flat, flat, flat))[0] == [1, 0]
-    assert steps_of_entropy_bound(1.0, (flat, flat, flat)) == ([2, 1, 0], pytest.approx([2 / 3, 1 / 3, 0.0]))
+    assert steps_of_entropy_bound(1.0, (flat, flat, flat)) == (
+        [2, 1, 0],
+        pytest.approx([2 / 3, 1 / 3, 0.0]),
+    )
 
 
 # ---------------------------------------------------------------------- the loop around the steps
@@ -374,14 +414,23 @@ def test_generate_draws_from_the_noise_of_its_seed_purpose_and_step() -> None:
         def run(self, process: Any, ask: Any, canvas: Canvas, noise_at: Any) -> Iterator[Canvas]:
             for step in (0, 7):
                 noise = noise_at(step)
-                seen.append((noise.seed, noise.step, noise.purpose, noise.index.tolist(), noise.length))
+                seen.append(
+                    (noise.seed, noise.step, noise.purpose, noise.index.tolist(), noise.length)
+                )
             yield canvas.moved(torch.zeros_like(canvas.zt), torch.zeros_like(canvas.t))
 
     index = torch.tensor([4, 9])
     generate(Watching(), MASKED, predicting(MASKED, P), index=index, length=3, seed=5)  # type: ignore[arg-type]
     assert seen == [(5, 0, "sample", [4, 9], 3), (5, 7, "sample", [4, 9], 3)]
     drawn = [
-        generate(AncestralSampler(4), UNIFORM, predicting(UNIFORM, P), index=torch.arange(20), length=3, seed=seed).ids
+        generate(
+            AncestralSampler(4),
+            UNIFORM,
+            predicting(UNIFORM, P),
+            index=torch.arange(20),
+            length=3,
+            seed=seed,
+        ).ids
         for seed in (0, 1)
     ]
     assert not torch.equal(*drawn)
@@ -396,9 +445,20 @@ def test_given_tokens_are_shown_at_time_zero_wherever_the_window_is(shape: Any) 
         return torch.tensor(P, dtype=torch.float64).log().expand(*noisy.zt.shape, -1)
 
     sampler = AlongSampler(AncestralSampler(6), WindowTimes(2, shape, paired=False))
-    given, clamped = torch.tensor([[1, 2, 0, 1, 2]]), torch.tensor([[False, True, False, True, False]])
+    given, clamped = (
+        torch.tensor([[1, 2, 0, 1, 2]]),
+        torch.tensor([[False, True, False, True, False]]),
+    )
     settings: dict[str, Any] = {"given": given, "clamped": clamped}
-    generate(sampler, MASKED, ask_law(network, MASKED.vocabulary), index=torch.arange(1), length=5, seed=0, **settings)
+    generate(
+        sampler,
+        MASKED,
+        ask_law(network, MASKED.vocabulary),
+        index=torch.arange(1),
+        length=5,
+        seed=0,
+        **settings,
+    )
     assert len(shown) >= 3
     for noisy in shown:
         assert bool((noisy.t[noisy.clean] == 0.0).all())
@@ -416,7 +476,11 @@ def test_only_free_positions_move_in_time() -> None:
 def test_given_tokens_are_at_time_zero_on_every_canvas() -> None:
     given, clamped = torch.tensor([[1, 2, 0]]), torch.tensor([[False, True, False]])
     times: list[Tensor] = []
-    settings: dict[str, Any] = {"given": given, "clamped": clamped, "on_step": lambda k, canvas: times.append(canvas.t)}
+    settings: dict[str, Any] = {
+        "given": given,
+        "clamped": clamped,
+        "on_step": lambda k, canvas: times.append(canvas.t),
+    }
     ask = predicting(MASKED, P)
     generate(AncestralSampler(3), MASKED, ask, index=torch.arange(1), length=3, seed=0, **settings)
     assert [t[0, 1].item() for t in times] == [0.0, 0.0, 0.0]
@@ -434,7 +498,9 @@ def test_every_step_of_a_grid_draws_from_noise_of_its_own() -> None:
     assert asked == [0, 1, 2, 3]
 
 
-def test_last_draw_corrects_tokens_that_no_noise_enters_but_that_were_corrupted_from_the_start() -> None:
+def test_last_draw_corrects_tokens_that_no_noise_enters_but_that_were_corrupted_from_the_start() -> (
+    None
+):
     """Shuffled, then masked: nothing arrives in a token, and yet .3 of them are not the token that was there."""
     process = EpsilonHybrid(FlatVocabulary(3), LinearSchedule(), 0.3)
     assert process.active(torch.arange(4)).tolist() == [False, False, False, True]
@@ -447,7 +513,9 @@ def test_last_draw_corrects_tokens_that_no_noise_enters_but_that_were_corrupted_
 def test_kappa_is_a_probability_at_both_ends_of_time() -> None:
     for rule in (Cap(1.0), Rescale(1.0), Confidence(1.0), Loop(1.0)):
         for t, s in ((1.0, 0.99), (0.5, 0.5), (0.01, 0.001), (1e-9, 0.0)):
-            canvas = replace(canvas_of((0, MASK), t, 1), notes={"sureness": torch.full((1, 2), -1.0).double()})
+            canvas = replace(
+                canvas_of((0, MASK), t, 1), notes={"sureness": torch.full((1, 2), -1.0).double()}
+            )
             kappa = rule(MASKED, canvas, torch.full_like(canvas.t, s))
             assert bool(((kappa >= 0.0) & (kappa <= 1.0)).all()), (rule, t, s)
 
@@ -479,12 +547,19 @@ def test_trapezoidal_sets_negative_extrapolated_rates_to_zero() -> None:
     early, late = (0.9, 0.05, 0.05), (0.1, 0.85, 0.05)
 
     def network(noisy: Noisy) -> Tensor:
-        log_p = torch.where(noisy.t.unsqueeze(-1) > 0.7, torch.tensor(early).double(), torch.tensor(late).double())
+        log_p = torch.where(
+            noisy.t.unsqueeze(-1) > 0.7, torch.tensor(early).double(), torch.tensor(late).double()
+        )
         return log_p.log()
 
-    after = moved(TrapezoidalSampler(4), MASKED, ask_law(network, MASKED.vocabulary), canvas_of((MASK,), t), s).zt
+    after = moved(
+        TrapezoidalSampler(4), MASKED, ask_law(network, MASKED.vocabulary), canvas_of((MASK,), t), s
+    ).zt
     rates = [max(2.0 * b / rho - a / t, 0.0) for a, b in zip(early, late)]
     assert rates[0] == 0.0
     first, second = math.exp(-(t - rho) / t), math.exp(-sum(rates) * (rho - s))
-    expected = [(1.0 - first) * a + first * (1.0 - second) * rate / sum(rates) for a, rate in zip(early, rates)]
+    expected = [
+        (1.0 - first) * a + first * (1.0 - second) * rate / sum(rates)
+        for a, rate in zip(early, rates)
+    ]
     assert shares(after[:, 0], 4) == near([*expected, first * second])

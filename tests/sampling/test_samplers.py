@@ -50,7 +50,9 @@ def draw(sampler: Sampler, process: ForwardProcess, index: list[int], **settings
 
 
 @pytest.mark.parametrize(("sampler", "process"), PAIRS)
-def test_given_words_stay_bit_for_bit_and_all_others_end_as_words(sampler: str, process: str) -> None:
+def test_given_words_stay_bit_for_bit_and_all_others_end_as_words(
+    sampler: str, process: str
+) -> None:
     """Ragged: each row has its own words given, one row has none and one has all."""
     given = torch.tensor([[1, 0], [2, 2], [0, 1], [1, 1]])
     clamped = torch.tensor([[True, False], [False, True], [False, False], [True, True]])
@@ -79,7 +81,9 @@ def test_first_hitting_ends_each_row_by_its_own_events(process: str) -> None:
     build = lambda: FirstHittingSampler(until=0.4)  # noqa: E731
     together = draw(build(), PROCESSES[process], list(range(12)), ask=ask, length=8)
     for row in range(12):
-        assert torch.equal(draw(build(), PROCESSES[process], [row], ask=ask, length=8).ids[0], together.ids[row])
+        assert torch.equal(
+            draw(build(), PROCESSES[process], [row], ask=ask, length=8).ids[0], together.ids[row]
+        )
 
 
 def test_positions_that_are_equally_sure_but_for_rounding_are_ranked_the_same() -> None:
@@ -87,18 +91,24 @@ def test_positions_that_are_equally_sure_but_for_rounding_are_ranked_the_same() 
     noise = Noise(0, 1, torch.arange(4), 64)
     sureness = torch.full((4, 64), -1.2345, dtype=torch.float64)
     sureness[:, ::7] = -0.5
-    jitter = 1e-7 * torch.randn(sureness.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    jitter = 1e-7 * torch.randn(
+        sureness.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     order = surest_first(sureness, noise)
     assert torch.equal(order, surest_first(sureness + jitter, noise))
     assert bool((order[:, :10] % 7 == 0).all()), "the surest stand first"
-    assert not torch.equal(order[0], order[1]), "equal ones are not taken from left to right in every row"
+    assert not torch.equal(order[0], order[1]), (
+        "equal ones are not taken from left to right in every row"
+    )
 
 
 @pytest.mark.parametrize(("sampler", "process"), REFUSED)
 def test_a_pair_that_makes_no_sense_is_refused_with_the_reason(sampler: str, process: str) -> None:
     reason = {"first_hitting": "must have events", "blockwise events": "must have events"}
     reads_words = {"acs", "self_correction"}
-    expected = reason.get(sampler, "trains nothing there" if sampler in reads_words else "must be monotone")
+    expected = reason.get(
+        sampler, "trains nothing there" if sampler in reads_words else "must be monotone"
+    )
     with pytest.raises(ArgumentError, match=expected):
         draw(SAMPLERS[sampler][0](4), PROCESSES[process], [0])
 
@@ -119,7 +129,14 @@ def test_a_score_is_taken_where_rates_are_read_and_refused_where_a_law_is(sample
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_without_a_process_there_is_nothing_to_run_backwards(sampler: str) -> None:
     with pytest.raises(ArgumentError, match="this run has none"):
-        generate(SAMPLERS[sampler][0](4), None, exact_ask(PROCESSES["masked"]), index=torch.arange(1), length=2, seed=0)
+        generate(
+            SAMPLERS[sampler][0](4),
+            None,
+            exact_ask(PROCESSES["masked"]),
+            index=torch.arange(1),
+            length=2,
+            seed=0,
+        )
 
 
 def test_numbers_out_of_range_are_refused() -> None:
@@ -151,7 +168,9 @@ def test_numbers_out_of_range_are_refused() -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_network_that_says_nan_is_named(sampler: str) -> None:
     process = PROCESSES["uniform" if "masked" in SAMPLERS[sampler][1] else "masked"]
-    ask = ask_table(lambda zt, t: torch.full((*zt.shape, 3), torch.nan).double(), process.vocabulary)
+    ask = ask_table(
+        lambda zt, t: torch.full((*zt.shape, 3), torch.nan).double(), process.vocabulary
+    )
     with pytest.raises(NonFiniteError, match="NaN"):
         draw(SAMPLERS[sampler][0](2), process, [0, 1], ask=ask, length=6)
 
@@ -168,7 +187,9 @@ def test_from_event_to_event_the_samples_have_the_joint_law(name: str) -> None:
     assert float((count * (law - JOINT) ** 2 / JOINT).sum()) < 35
 
 
-@pytest.mark.parametrize("inner", [AncestralSampler(3), TauLeapingSampler(1), FirstHittingSampler()])
+@pytest.mark.parametrize(
+    "inner", [AncestralSampler(3), TauLeapingSampler(1), FirstHittingSampler()]
+)
 def test_one_position_at_a_time_is_exact_in_any_number_of_steps(inner: Any) -> None:
     count = 2**15
     law = measured(BlockwiseSampler(inner, 1), PROCESSES["tree"], JOINT, points=count).law[:3, :3]
@@ -179,7 +200,10 @@ def test_one_position_at_a_time_is_exact_in_any_number_of_steps(inner: Any) -> N
 @pytest.mark.parametrize("build", [TauLeapingSampler, AnalyticSampler])
 def test_first_order(build: Any, name: str) -> None:
     """Four times the steps, a quarter of the distance; summed over canvases, noise below 4e-4 of distances above 8e-3."""
-    few, many = (measured(build(n), PROCESSES[name], JOINT, apart=True, points=2**14).distance(JOINT) for n in (8, 32))
+    few, many = (
+        measured(build(n), PROCESSES[name], JOINT, apart=True, points=2**14).distance(JOINT)
+        for n in (8, 32)
+    )
     assert 3.3 < few / many < 5.0
 
 
@@ -198,7 +222,9 @@ def test_second_order_beats_the_first_at_equal_cost(name: str) -> None:
 def test_a_last_draw_that_has_noise_to_remove_leaves_a_plateau() -> None:
     """A tenth of the words is noise at t = 0; both symbols are cleaned at once, and no number of steps helps."""
     process = MixtureProcess(FlatVocabulary(3, mask=False), EarlyNoise(), torch.full((3,), 1 / 3))
-    near, nearer = (measured(AncestralSampler(n), process, JOINT, apart=True, points=2**13) for n in (24, 48))
+    near, nearer = (
+        measured(AncestralSampler(n), process, JOINT, apart=True, points=2**13) for n in (24, 48)
+    )
     closing = measured(AncestralSampler(48), PROCESSES["uniform"], JOINT, apart=True, points=2**13)
     assert nearer.distance(JOINT) > 1.25 * closing.distance(JOINT)
     assert near.distance(JOINT) < 1.9 * nearer.distance(JOINT), "first order would halve it"
@@ -208,9 +234,14 @@ def test_the_surest_draw_first_is_not_a_law_of_the_joint() -> None:
     """Choosing positions by what they drew favours likely words, whatever the steps; by their laws alone it does not."""
     process = PROCESSES["masked"]
     assert measured(UnmaskingSampler(16), process, JOINT, points=2**13).distance(JOINT) > 0.15
-    assert measured(UnmaskingSampler(16, "margin"), process, JOINT, points=2**14).distance(JOINT) < 0.02
+    assert (
+        measured(UnmaskingSampler(16, "margin"), process, JOINT, points=2**14).distance(JOINT)
+        < 0.02
+    )
     assert measured(EntropyBoundSampler(0.0), process, JOINT, points=2**14).distance(JOINT) < 0.02
-    assert measured(EntropyBoundSampler(9.0), process, JOINT, points=2**12).distance(JOINT) > 0.35, "all at once"
+    assert (
+        measured(EntropyBoundSampler(9.0), process, JOINT, points=2**12).distance(JOINT) > 0.35
+    ), "all at once"
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -232,7 +263,9 @@ def test_remasking_is_psi_on_masks() -> None:
     free = torch.ones_like(zt, dtype=torch.bool)
     canvas = Canvas(zt, torch.full(zt.shape, t).double(), ~free, free)
     sampler, noise = PsiSampler(2, Cap(0.3)), Quick(count, 5)
-    moved = sampler.move(process, exact_ask(process), canvas, torch.full_like(canvas.t, s), noise).zt  # type: ignore[arg-type]
+    moved = sampler.move(
+        process, exact_ask(process), canvas, torch.full_like(canvas.t, s), noise
+    ).zt  # type: ignore[arg-type]
     masked = (moved == 3).double().mean(0)
     revealed = ((1 - s) - 0.7 * (1 - t)) / t
     assert masked.tolist() == pytest.approx([0.3, 1 - revealed], abs=0.0125)
@@ -243,7 +276,8 @@ def test_on_one_level_a_level_at_a_time_is_the_posterior() -> None:
     """The same law from other uniforms: distances agree to the noise of the sum, 1e-3."""
     process = PROCESSES["masked"]
     one, plain = (
-        measured(build(4), process, JOINT, apart=True, points=2**13) for build in (OneLevelSampler, AncestralSampler)
+        measured(build(4), process, JOINT, apart=True, points=2**13)
+        for build in (OneLevelSampler, AncestralSampler)
     )
     assert one.distance(JOINT) == pytest.approx(plain.distance(JOINT), abs=1e-3)
 
@@ -254,8 +288,16 @@ def test_a_score_and_the_law_that_it_comes_from_make_the_same_analytic_steps() -
         process, states = PROCESSES[name], []
         keep = lambda k, canvas: states.append(canvas.zt)  # noqa: B023, E731
         law = draw(AnalyticSampler(8), process, list(range(60)), on_step=keep)
-        score = draw(AnalyticSampler(8), process, list(range(60)), ask=ExactAsk(process, JOINT, "score"), on_step=keep)
-        assert float((states[6] == states[14]).double().mean()) > 0.98, "the last of eight steps decodes in other ways"
+        score = draw(
+            AnalyticSampler(8),
+            process,
+            list(range(60)),
+            ask=ExactAsk(process, JOINT, "score"),
+            on_step=keep,
+        )
+        assert float((states[6] == states[14]).double().mean()) > 0.98, (
+            "the last of eight steps decodes in other ways"
+        )
         assert law.clamped.tolist() == [0.0] * 60
         assert float(score.clamped.max()) < 1e-3
 
@@ -270,7 +312,9 @@ def test_probability_that_a_raw_score_makes_negative_is_set_to_zero_and_reported
         return lambda rows, node, fn: visit(
             rows,
             node,
-            lambda score, idx: fn(type(score)(score.log_ratio + tilt - tilt[noisy.zt.flatten()[rows]][:, None]), idx),
+            lambda score, idx: fn(
+                type(score)(score.log_ratio + tilt - tilt[noisy.zt.flatten()[rows]][:, None]), idx
+            ),
         )
 
     tilted.says = "score"  # type: ignore[attr-defined]
@@ -286,7 +330,9 @@ def test_probability_that_a_raw_score_makes_negative_is_set_to_zero_and_reported
 def even_table(zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """[B,L,3] a law that differs from place to place and does not depend on anything else."""
     place = torch.arange(zt.shape[1]).double()
-    return torch.stack([place * 0, 0.7 * place, place.sin()], -1).log_softmax(-1).expand(*zt.shape, 3)
+    return (
+        torch.stack([place * 0, 0.7 * place, place.sin()], -1).log_softmax(-1).expand(*zt.shape, 3)
+    )
 
 
 def test_on_masks_an_event_is_a_reveal_and_costs_one_call() -> None:
@@ -300,7 +346,13 @@ def test_on_masks_an_event_is_a_reveal_and_costs_one_call() -> None:
         "clamped": clamped,
     }
     steps: list[int] = []
-    drawn = draw(FirstHittingSampler(), process, [0, 1, 2], on_step=lambda k, canvas: steps.append(k), **settings)
+    drawn = draw(
+        FirstHittingSampler(),
+        process,
+        [0, 1, 2],
+        on_step=lambda k, canvas: steps.append(k),
+        **settings,
+    )
     assert drawn.runs.tolist() == [9, 5, 9]
     assert drawn.nfe == 9
     assert steps == list(range(1, 11))
@@ -311,7 +363,9 @@ def test_candidate_events_of_words_end_before_they_are_too_many() -> None:
     where 1e-4 of them are noise; from 1 - 1e-12 to 1e-12 it would be 46. A larger `until` takes fewer; its error is what
     the symbols lose that change there together, at most until^2 / 2 at each end (sampling adds 0.02)."""
     process, count = PROCESSES["uniform"], 2**12
-    near, far = (measured(FirstHittingSampler(until), process, JOINT, points=count) for until in (1e-4, 0.49))
+    near, far = (
+        measured(FirstHittingSampler(until), process, JOINT, points=count) for until in (1e-4, 0.49)
+    )
     assert near.runs < 2 * 17.0 + 2
     assert far.runs < 0.3 * near.runs
     assert 0.02 < far.distance(JOINT) < 0.49**2 + 0.02
@@ -320,12 +374,16 @@ def test_candidate_events_of_words_end_before_they_are_too_many() -> None:
 @pytest.mark.parametrize("name", ["masked", "tree", "uncertain tree"])
 def test_events_that_are_no_candidates_do_not_end(name: str) -> None:
     """Where words are no noise, `until` is read by nobody: the samples are the same bit for bit."""
-    plain, other = (draw(FirstHittingSampler(until), PROCESSES[name], list(range(50))).ids for until in (1e-4, 0.4))
+    plain, other = (
+        draw(FirstHittingSampler(until), PROCESSES[name], list(range(50))).ids
+        for until in (1e-4, 0.4)
+    )
     assert torch.equal(plain, other)
 
 
 @pytest.mark.parametrize(
-    ("sampler", "most"), [("ancestral", 5), ("trapezoidal", 9), ("dfm", 13), ("margin", 5), ("psi", 5)]
+    ("sampler", "most"),
+    [("ancestral", 5), ("trapezoidal", 9), ("dfm", 13), ("margin", 5), ("psi", 5)],
 )
 def test_calls_are_bounded_by_what_a_step_needs(sampler: str, most: int) -> None:
     process = PROCESSES["tree"]
@@ -378,7 +436,10 @@ def test_samplers_from_left_to_right_say_that_they_do_not_look_ahead() -> None:
     for samplers, expected in ((blind, False), (seeing, True)):
         for sampler in samplers:
             assert looks_ahead(sampler) is expected
-            for around in (ShapedSampler(sampler, [Temperature(0.5)]), SelfCorrectingSampler(sampler)):
+            for around in (
+                ShapedSampler(sampler, [Temperature(0.5)]),
+                SelfCorrectingSampler(sampler),
+            ):
                 assert looks_ahead(around) is expected
             assert looks_ahead(BlockwiseSampler(sampler, 2, "all")) is expected
 
@@ -394,9 +455,13 @@ def test_who_does_not_look_ahead_draws_a_gap_as_if_nothing_came_after_it() -> No
         AlongSampler(AncestralSampler(3), WindowTimes(1, "slide", paired=False)),
     ):
         ask = BlindAsk(process)
-        drawn = draw(sampler, process, list(range(count)), ask=ask, given=given, clamped=clamped).ids
+        drawn = draw(
+            sampler, process, list(range(count)), ask=ask, given=given, clamped=clamped
+        ).ids
         share = float((drawn[:, 0] == 1).double().mean())
-        assert share == pytest.approx(0.8 if looks_ahead(sampler) else 0.25, abs=0.1), "five deviations"
+        assert share == pytest.approx(0.8 if looks_ahead(sampler) else 0.25, abs=0.1), (
+            "five deviations"
+        )
 
 
 class BlindAsk:
@@ -410,7 +475,13 @@ class BlindAsk:
             return self.exact(noisy)
         hidden = (noisy.block[:, 1:] > noisy.block[:, :1]).expand(len(noisy.zt), 1)
         first = noisy._replace(
-            zt=torch.cat([noisy.zt[:, :1], noisy.zt[:, 1:].masked_fill(hidden, self.process.vocabulary.root)], 1),
+            zt=torch.cat(
+                [
+                    noisy.zt[:, :1],
+                    noisy.zt[:, 1:].masked_fill(hidden, self.process.vocabulary.root),
+                ],
+                1,
+            ),
             t=torch.cat([noisy.t[:, :1], noisy.t[:, 1:].masked_fill(hidden, 1.0)], 1),
             clean=torch.cat([noisy.clean[:, :1], noisy.clean[:, 1:] & ~hidden], 1),
         )
@@ -425,7 +496,9 @@ class BlindAsk:
 def test_self_correction_changes_at_most_one_word_a_round_and_stops() -> None:
     process, canvases = PROCESSES["uniform"], []
     sampler = SelfCorrectingSampler(AncestralSampler(1), rounds=30, at=0.7)
-    drawn = draw(sampler, process, list(range(30)), on_step=lambda k, canvas: canvases.append(canvas.zt))
+    drawn = draw(
+        sampler, process, list(range(30)), on_step=lambda k, canvas: canvases.append(canvas.zt)
+    )
     changes = [(after != before).sum(-1) for before, after in itertools.pairwise(canvases)]
     assert max(int(change.max()) for change in changes) == 1
     assert len(canvases) < 30

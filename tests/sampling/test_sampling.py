@@ -41,7 +41,9 @@ def many(process: ForwardProcess, num_steps: int, count: int) -> Tensor:
     return list(sampler.run(process, exact_ask(process), canvas, lambda step: noise))[-1].zt  # type: ignore[arg-type,return-value]
 
 
-def draw(process: ForwardProcess, index: list[int], length: int = 2, steps: int = 6, **settings: Any) -> Samples:
+def draw(
+    process: ForwardProcess, index: list[int], length: int = 2, steps: int = 6, **settings: Any
+) -> Samples:
     settings = {"sampler": AncestralSampler(steps), "ask": exact_ask(process), "seed": 3} | settings
     return generate(process=process, index=torch.tensor(index), length=length, **settings)
 
@@ -54,7 +56,9 @@ def test_the_law_of_the_samples_tends_to_the_joint_as_one_over_the_steps(name: s
     where both symbols appear in the same of N even steps, with probability 1/N: an equality.
     """
     process = processes()[name]
-    far, nearer, near, nearest = (distance(law_of_chain(process, steps)) for steps in (1, 4, 16, 64))
+    far, nearer, near, nearest = (
+        distance(law_of_chain(process, steps)) for steps in (1, 4, 16, 64)
+    )
     marginals = torch.outer(JOINT.sum(1), JOINT.sum(0))
     assert far == pytest.approx(0.5 * float((marginals - JOINT).abs().sum()), abs=1e-9)
     assert far > nearer > 2.5 * near
@@ -109,7 +113,9 @@ def test_network_calls_are_counted(name: str) -> None:
     drawn = draw(process, [0, 1], steps=40, ask=ask_table(table, process.vocabulary))
     assert drawn.nfe == calls
     assert 1 <= calls <= 40
-    if name == "masked":  # four positions move once each: no more than four of forty steps need the network
+    if (
+        name == "masked"
+    ):  # four positions move once each: no more than four of forty steps need the network
         assert calls <= 4
 
 
@@ -141,7 +147,9 @@ def test_what_has_not_closed_at_the_clean_end_is_decoded_into_words(last: Any) -
     assert bool((seen[-2] == 3).any())
     assert bool((drawn.ids < 3).all())
     assert len(seen) == 8
-    if last == "draw":  # the law of single symbols is right whatever the steps; 5 sigma of 300 draws is 0.15
+    if (
+        last == "draw"
+    ):  # the law of single symbols is right whatever the steps; 5 sigma of 300 draws is 0.15
         found = torch.bincount(drawn.ids[:, 0], minlength=3) / 300
         assert float((found - JOINT.sum(1)).abs().max()) < 0.15
 

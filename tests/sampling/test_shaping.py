@@ -19,7 +19,17 @@ from ddiff.errors import ArgumentError
 from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.first_hitting import FirstHittingSampler
 from ddiff.sampling.loop import generate
-from ddiff.sampling.shaping import MinP, ShapedLaw, ShapedSampler, Temperature, TopK, TopP, guided, shaped, steered
+from ddiff.sampling.shaping import (
+    MinP,
+    ShapedLaw,
+    ShapedSampler,
+    Temperature,
+    TopK,
+    TopP,
+    guided,
+    shaped,
+    steered,
+)
 from ddiff.sampling.tau_leaping import TauLeapingSampler
 from ddiff.sampling.unmasking import UnmaskingSampler
 from ddiff.testing.enumerated import ExactAsk
@@ -45,7 +55,12 @@ def test_filters_on_a_law_of_three() -> None:
 
 
 def test_filters_out_of_range_are_refused() -> None:
-    wrong: list[Any] = [lambda: Temperature(-0.1), lambda: TopK(0), lambda: TopP(0.0), lambda: MinP(1.5)]
+    wrong: list[Any] = [
+        lambda: Temperature(-0.1),
+        lambda: TopK(0),
+        lambda: TopP(0.0),
+        lambda: MinP(1.5),
+    ]
     for build in wrong:
         with pytest.raises(ArgumentError, match="got"):
             build()
@@ -53,7 +68,12 @@ def test_filters_out_of_range_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "build",
-    [AncestralSampler, TauLeapingSampler, lambda n: FirstHittingSampler(), lambda n: UnmaskingSampler(n, "top")],
+    [
+        AncestralSampler,
+        TauLeapingSampler,
+        lambda n: FirstHittingSampler(),
+        lambda n: UnmaskingSampler(n, "top"),
+    ],
 )
 def test_a_filter_gives_its_frequencies_through_every_way_of_drawing(build: Any) -> None:
     """Two of three words, 45 to 4: the third never comes; the second has 4/49, five sigma of 1200 draws being .04."""
@@ -76,13 +96,17 @@ def test_on_a_tree_each_conditional_is_reshaped_not_the_words() -> None:
     mass = torch.stack([WORDS[0][parent == node].sum() for node in (0, 1)])
     expected = torch.zeros(6, dtype=torch.float64)
     for node in (0, 1):
-        expected[parent == node] = sharpened(mass)[node] * sharpened(WORDS[0][parent == node] / mass[node])
+        expected[parent == node] = sharpened(mass)[node] * sharpened(
+            WORDS[0][parent == node] / mass[node]
+        )
     assert law.log_mass(0).exp()[0].tolist() == pytest.approx(expected.tolist())
     assert law.log_mass(1).exp()[0].tolist() == pytest.approx(sharpened(mass).tolist())
     assert float((law.log_mass(0).exp() - sharpened(WORDS)).abs().max()) > 0.004
     word, node = torch.tensor([3]), torch.tensor([7])
     assert float(law.log_prob(word)) == pytest.approx(float(expected[3].log()))
-    assert float(law.log_child(node, word)) == pytest.approx(float((expected[3] / sharpened(mass)[1]).log()))
+    assert float(law.log_child(node, word)) == pytest.approx(
+        float((expected[3] / sharpened(mass)[1]).log())
+    )
 
 
 @pytest.mark.parametrize("vocabulary", [TREE, FlatVocabulary(6), FlatVocabulary(6, mask=False)])
@@ -106,14 +130,20 @@ def test_below_a_node_the_draw_is_from_its_own_children() -> None:
 
 def read(ask: Any, rows: int = 4, root: int = 3) -> Tensor:
     """[rows,3] the law at the first positions of two sequences of two."""
-    noisy = Noisy(torch.full((2, 2), 3), torch.ones(2, 2).double(), torch.zeros(2, 2, dtype=torch.bool))
-    return ask(noisy)(torch.arange(rows), torch.full((rows,), root), lambda law, idx: law.log_mass(0)).exp()
+    noisy = Noisy(
+        torch.full((2, 2), 3), torch.ones(2, 2).double(), torch.zeros(2, 2, dtype=torch.bool)
+    )
+    return ask(noisy)(
+        torch.arange(rows), torch.full((rows,), root), lambda law, idx: law.log_mass(0)
+    ).exp()
 
 
 def table(shift: float) -> Any:
     return ask_table(
         lambda zt, t: (
-            torch.randn(*zt.shape, 3, generator=torch.Generator().manual_seed(int(shift))).double().log_softmax(-1)
+            torch.randn(*zt.shape, 3, generator=torch.Generator().manual_seed(int(shift)))
+            .double()
+            .log_softmax(-1)
         ),
         FlatVocabulary(3),
     )
@@ -158,7 +188,9 @@ def test_guidance_counts_both_networks() -> None:
 def test_steering_is_bayes_on_words() -> None:
     evidence = torch.rand(4, 3, generator=torch.Generator().manual_seed(5)).double()
     plain = read(table(1))
-    steered_law = read(steered(in_chunks(table(1), (1, 2)), lambda noisy, rows: evidence[rows].log(), 2.0))
+    steered_law = read(
+        steered(in_chunks(table(1), (1, 2)), lambda noisy, rows: evidence[rows].log(), 2.0)
+    )
     expected = plain * evidence**2
     assert torch.allclose(steered_law, expected / expected.sum(-1, keepdim=True))
     with pytest.raises(ArgumentError, match=r"must give \[4, 3\].*\(4, 2\)"):
@@ -208,7 +240,9 @@ def law_of(sampler: Any, p: Tensor) -> list[float]:
 def configured(settings: dict[str, float]) -> list[Any]:
     """The two components that take filters: those of the engine, and autoregression."""
     ancestral = Ancestral.build(Ancestral.Config(**settings), steps=4)
-    left_to_right = LeftToRight.build(LeftToRight.Config(**settings), steps=4, vocabulary=FlatVocabulary(4))
+    left_to_right = LeftToRight.build(
+        LeftToRight.Config(**settings), steps=4, vocabulary=FlatVocabulary(4)
+    )
     return [ancestral, left_to_right]
 
 

@@ -54,7 +54,9 @@ def zipf(noisy: Noisy) -> Visit:
 
 def test_ancestral_sampling_gives_the_tail_its_mass() -> None:
     process = TreeProcess(VOCABULARY, CdfClock([LinearSchedule()]))
-    samples = generate(AncestralSampler(STEPS), process, zipf, index=torch.arange(8), length=DRAWS // 8, seed=0)
+    samples = generate(
+        AncestralSampler(STEPS), process, zipf, index=torch.arange(8), length=DRAWS // 8, seed=0
+    )
     words = samples.ids.reshape(-1)
     assert [round(off(words, mass), 1) for mass in MASSES] == pytest.approx([0.0, 0.0], abs=4.0)
 
@@ -77,7 +79,9 @@ def raced(generator: torch.Generator) -> Tensor:
     draw = lambda count: torch.rand(count, generator=generator, dtype=torch.float64)  # noqa: E731
     for k in range(STEPS, 0, -1):
         masked = (words == WORDS).nonzero().squeeze(-1)
-        best = exponential(draw(len(masked))) / torch.tensor((k - 1) / k).float()  # of the mask; infinite at k = 1
+        best = (
+            exponential(draw(len(masked))) / torch.tensor((k - 1) / k).float()
+        )  # of the mask; infinite at k = 1
         arrival = torch.zeros(len(masked), dtype=torch.float64)
         racing = torch.arange(len(masked))
         while len(racing):

@@ -20,7 +20,10 @@ from ddiff.sampling.trapezoidal import TrapezoidalSampler
 from ddiff.testing.enumerated import ExactAsk
 
 TILT = torch.tensor([[1.2, 0.8, 0.95], [0.85, 1.2, 1.0], [1.0, 0.95, 1.0]], dtype=torch.float64)
-MILD = torch.outer(torch.tensor([0.3, 0.4, 0.3]).double(), torch.tensor([0.35, 0.25, 0.4]).double()) * TILT
+MILD = (
+    torch.outer(torch.tensor([0.3, 0.4, 0.3]).double(), torch.tensor([0.35, 0.25, 0.4]).double())
+    * TILT
+)
 MILD /= MILD.sum()
 """No law of one symbol is below half of itself whatever the other one is: no extrapolated rate is negative."""
 
@@ -36,7 +39,13 @@ class Zeros:
 
 
 def laws_of_leaps(
-    sampler: SteppedSampler, process: ForwardProcess, ask: Ask, start: Tensor, middle: Tensor, t: float, s: float
+    sampler: SteppedSampler,
+    process: ForwardProcess,
+    ask: Ask,
+    start: Tensor,
+    middle: Tensor,
+    t: float,
+    s: float,
 ) -> list[Tensor]:
     """[n,2,S] the law of each leap that a step makes from canvases `start`, whose first leap is told to end in `middle`."""
     size, laws, now = process.vocabulary.num_states, [], start
@@ -47,7 +56,9 @@ def laws_of_leaps(
         stays = torch.exp(-rates.sum(-1) * span)
         moves = rates * ((1.0 - stays) / rates.sum(-1).clamp(min=1e-300)).unsqueeze(-1)
         law = one_hot(now.reshape(-1), size).double()
-        law[process.active(now.reshape(-1))] = moves.scatter_add(-1, zt.unsqueeze(-1), stays.unsqueeze(-1))
+        law[process.active(now.reshape(-1))] = moves.scatter_add(
+            -1, zt.unsqueeze(-1), stays.unsqueeze(-1)
+        )
         laws.append(law.reshape(-1, 2, size))
         now = middle
         return middle.reshape(-1)[active] if len(laws) == 1 else zt
@@ -69,7 +80,11 @@ def both(law: Tensor) -> Tensor:
 
 def distance(sampler: SteppedSampler, process: ForwardProcess, joint: Tensor) -> float:
     """Total variation between `joint` and the law that the sampler walks to, no draw being made."""
-    size, ask, prior = process.vocabulary.num_states, ExactAsk(process, joint), process.prior.log_prob.exp()
+    size, ask, prior = (
+        process.vocabulary.num_states,
+        ExactAsk(process, joint),
+        process.prior.log_prob.exp(),
+    )
     canvases = torch.cartesian_prod(torch.arange(size), torch.arange(size))
     law, times = torch.outer(prior, prior).reshape(-1), sampler.grid.times()
     for t, s in itertools.pairwise(times[:-1]):
@@ -79,11 +94,20 @@ def distance(sampler: SteppedSampler, process: ForwardProcess, joint: Tensor) ->
         laws = laws_of_leaps(sampler, process, ask, start[source], canvases[middle], t, s)
         weight = law[law > 0][source] * first[source, middle]
         law = weight @ both(laws[1]) if len(laws) > 1 else law[law > 0] @ first
-    start, last = canvases[law > 0], torch.full((2 * int((law > 0).sum()),), times[-2], dtype=torch.float64)
+    start, last = (
+        canvases[law > 0],
+        torch.full((2 * int((law > 0).sum()),), times[-2], dtype=torch.float64),
+    )
     log_p: list[Tensor] = []
     ask_all = ask(Canvas(start, last.reshape(-1, 2), start < 0, start >= 0).noisy())
-    ask_all(torch.arange(len(last)), start.reshape(-1), lambda answer, idx: log_p.append(answer.log_mass(0)))
-    drawn = process.reverse_log_probs(log_p[0], start.reshape(-1), last, torch.zeros_like(last)).exp()
+    ask_all(
+        torch.arange(len(last)),
+        start.reshape(-1),
+        lambda answer, idx: log_p.append(answer.log_mass(0)),
+    )
+    drawn = process.reverse_log_probs(
+        log_p[0], start.reshape(-1), last, torch.zeros_like(last)
+    ).exp()
     final = (law[law > 0] @ both(drawn.reshape(-1, 2, size))).reshape(size, size)
     final[:3, :3] -= joint
     return 0.5 * float(final.abs().sum())
@@ -105,7 +129,10 @@ def test_two_jumps_of_one_position_within_a_step_come_with_their_probability() -
     """Symbols that do not depend on each other, one word likely: measured 3.5; 2.2 where earlier rates of the state that
     was left are subtracted from those of the state that was reached, since that is cut off at 0."""
     common = torch.tensor([0.9, 0.06, 0.04], dtype=torch.float64)
-    few, many = (distance(TrapezoidalSampler(n), processes()["uniform"], torch.outer(common, common)) for n in (16, 32))
+    few, many = (
+        distance(TrapezoidalSampler(n), processes()["uniform"], torch.outer(common, common))
+        for n in (16, 32)
+    )
     assert few / many > 3.1
 
 

@@ -31,14 +31,23 @@ def on_ranks(world_size: int, work: Callable[..., None], *arguments: Any) -> Non
     """`work(*arguments)` on every rank; AssertionError with what a rank said when one does not end with 0."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["ddiff.runs.stages", "ddiff.training.distributed", "torch._dynamo", "ddiff_dit.dit", "ddiff.training.storage"]
+        [
+            "ddiff.runs.stages",
+            "ddiff.training.distributed",
+            "torch._dynamo",
+            "ddiff_dit.dit",
+            "ddiff.training.storage",
+        ]
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = [str(Path(__file__).parent), *sys.path]
     processes = [
-        context.Process(target=_rank, args=(path, rank, world_size, port, (work.__module__, work.__name__), arguments))
+        context.Process(
+            target=_rank,
+            args=(path, rank, world_size, port, (work.__module__, work.__name__), arguments),
+        )
         for rank in range(world_size)
     ]
     for process in processes:
@@ -52,7 +61,12 @@ def on_ranks(world_size: int, work: Callable[..., None], *arguments: Any) -> Non
 
 
 def _rank(
-    path: list[str], rank: int, world_size: int, port: int, work: tuple[str, str], arguments: tuple[Any, ...]
+    path: list[str],
+    rank: int,
+    world_size: int,
+    port: int,
+    work: tuple[str, str],
+    arguments: tuple[Any, ...],
 ) -> None:
     sys.path[:] = path
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -81,10 +95,16 @@ class BrokenOn(Identify):
         super().__init__(module)
         self.broken, self.calls, self.step = int(os.environ["RANK"]) == rank, 0, step
 
-    def __call__(self, batch: Rows, noise: Tensor, denominators: dict[str, Tensor], slots: int) -> LossTerms:
+    def __call__(
+        self, batch: Rows, noise: Tensor, denominators: dict[str, Tensor], slots: int
+    ) -> LossTerms:
         terms = super().__call__(batch, noise, denominators, slots)
         self.calls += 1
-        return LossTerms(terms.loss * float("nan"), terms.metrics) if self.broken and self.calls == self.step else terms
+        return (
+            LossTerms(terms.loss * float("nan"), terms.metrics)
+            if self.broken and self.calls == self.step
+            else terms
+        )
 
 
 def shares_at(backend: DistributedBackend, accumulate: int) -> Callable[[int, int], Rows]:
@@ -106,14 +126,22 @@ def train_toys(folder: str) -> None:
         objective = Identify(backend.wrap(Net().double()))
         place, batch_at = Path(folder, name), shares_at(backend, accumulate)
         trainer = toy_trainer(
-            place, 6, objective=objective, backend=backend, accumulate=accumulate, batch_at=batch_at, log_every=2
+            place,
+            6,
+            objective=objective,
+            backend=backend,
+            accumulate=accumulate,
+            batch_at=batch_at,
+            log_every=2,
         )
         trainer.fit()
         _save(backend, objective, place)
     torch.manual_seed(0)
     objective = BrokenOn(backend.wrap(Net().double()), rank=backend.world_size - 1, step=3)
     place = Path(folder, "broken")
-    summary = toy_trainer(place, 5, objective=objective, backend=backend, batch_at=shares_at(backend, 1)).fit()
+    summary = toy_trainer(
+        place, 5, objective=objective, backend=backend, batch_at=shares_at(backend, 1)
+    ).fit()
     assert (summary.skipped_steps, summary.step) == (1, 5)
     _save(backend, objective, place)
     del objective, trainer
@@ -135,7 +163,11 @@ def train_with_dropout(folder: str) -> None:
 
             torch.manual_seed(0)
             objective = Identify(backend.wrap(Net(dropout=0.3).double()))
-            settings = {"objective": objective, "backend": backend, "checkpoint_every": checkpoint_every}
+            settings = {
+                "objective": objective,
+                "backend": backend,
+                "checkpoint_every": checkpoint_every,
+            }
             trainer = toy_trainer(Path(folder, name), 6, batch_at=batch_at, **settings)
             trainer.fit(trainer.checkpoints.newest())
         _save(backend, objective, Path(folder, name))

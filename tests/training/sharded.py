@@ -47,7 +47,9 @@ def take_step(net: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> 
         generator = torch.Generator().manual_seed(100 * number + place)
         gradient = torch.randn(tuple(parameter.shape), generator=generator)
         if isinstance(parameter, DTensor):
-            parameter.grad = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+            parameter.grad = distribute_tensor(
+                gradient, parameter.device_mesh, parameter.placements
+            )
         else:
             parameter.grad = gradient
     optimizer.step()
@@ -60,7 +62,9 @@ def whole(tensor: Tensor) -> Tensor:
 def parts(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All that there is, whole."""
     state = optimizer.state_dict()["state"]
-    moments = {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
+    moments = {
+        f"{i}.{name}": value for i, values in state.items() for name, value in values.items()
+    }
     return {name: whole(value) for name, value in (net.state_dict() | moments).items()}
 
 
@@ -107,7 +111,9 @@ def load_in_shards(folder: str, expected: str) -> None:
     backend.close()
 
 
-def goes_on(net: nn.Module, optimizer: torch.optim.Optimizer, found: Checkpoint, expected: dict[str, Any]) -> None:
+def goes_on(
+    net: nn.Module, optimizer: torch.optim.Optimizer, found: Checkpoint, expected: dict[str, Any]
+) -> None:
     found.restore(net)
     state = found.tree(like=net.parameters())
     optimizer.load_state_dict(state["optimizer"])
@@ -149,7 +155,10 @@ def fail_on_one_rank(folder: str) -> None:
     checkpoints.save(1, net.state_dict(), state)
     good, checkpoints._fs = checkpoints._fs, Full(checkpoints._fs)
     checkpoints.begin(2, net.state_dict(), state)
-    with pytest.raises(CheckpointError, match=r"step_00000002 could not be written \(OSError.*No space.* on rank 1\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"step_00000002 could not be written \(OSError.*No space.* on rank 1\)",
+    ):
         checkpoints.begin(3, net.state_dict(), state)
     assert checkpoints.steps() == [1]
     checkpoints._fs = good

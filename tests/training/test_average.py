@@ -19,14 +19,18 @@ def test_it_is_the_weighted_sum_of_what_was_shown_with_weights_that_add_up_to_on
     weights = torch.ones(1, dtype=torch.float64)
     for n in range(6):
         with torch.no_grad():
-            net.weight.copy_(torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)))
+            net.weight.copy_(
+                torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+            )
         average.update(YES)
         shown.append(net.weight.detach().clone())
         decay = min(0.3, (1 + n) / (10 + n))
         weights = torch.cat([weights * decay, torch.tensor([1 - decay], dtype=torch.float64)])
     assert weights.sum().item() == pytest.approx(1.0)
     expected = (weights[:, None, None] * torch.stack(shown)).sum(0)
-    torch.testing.assert_close(average.weights["weight"], expected, rtol=1e-14, atol=1e-14)  # seven sums in float64
+    torch.testing.assert_close(
+        average.weights["weight"], expected, rtol=1e-14, atol=1e-14
+    )  # seven sums in float64
 
 
 def test_a_step_that_was_not_taken_leaves_it_alone() -> None:
@@ -38,7 +42,9 @@ def test_a_step_that_was_not_taken_leaves_it_alone() -> None:
     average.update(NO)
     assert torch.equal(average.weights["weight"], before)
     average.update(YES)
-    torch.testing.assert_close(average.weights["weight"], before + 0.9, rtol=1e-6, atol=1e-7)  # as the first step's
+    torch.testing.assert_close(
+        average.weights["weight"], before + 0.9, rtol=1e-6, atol=1e-7
+    )  # as the first step's
     assert not torch.equal(average.weights["weight"], before)
 
 

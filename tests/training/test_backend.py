@@ -19,7 +19,8 @@ def test_auto_is_cuda_when_there_is_one_and_else_the_cpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "reason"), [("mps", "float64"), ("cuda:99", "CUDA devices here"), ("gpu", 'got "gpu"')]
+    ("device", "reason"),
+    [("mps", "float64"), ("cuda:99", "CUDA devices here"), ("gpu", 'got "gpu"')],
 )
 def test_a_device_that_cannot_be_used_is_refused_with_the_reason(device: str, reason: str) -> None:
     with pytest.raises(ArgumentError, match=reason):
@@ -35,7 +36,11 @@ def test_alone_it_sums_to_the_same_and_clips_to_the_norm() -> None:
     backend = SingleBackend("cpu")
     assert (backend.rank, backend.world_size) == (0, 1)
     assert backend.sum({"a": torch.tensor(2.0)}) == {"a": torch.tensor(2.0)}
-    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    parameters = [
+        nn.Parameter(torch.zeros(2)),
+        nn.Parameter(torch.zeros(1)),
+        nn.Parameter(torch.zeros(1)),
+    ]
     parameters[0].grad, parameters[1].grad = torch.tensor([2.0, 4.0]), torch.tensor([4.0])
     assert backend.clip(parameters, None) == 6.0
     assert backend.clip(parameters, 3.0) == 6.0

@@ -33,7 +33,9 @@ def step(run: Run, number: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     run.objective.module.zero_grad()
     loss = run.objective(batch, noise, {"tokens": batch.scored.sum().double()}, 8).loss
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in run.objective.module.named_parameters()}
+    return loss.detach(), {
+        name: p.grad.clone() for name, p in run.objective.module.named_parameters()
+    }
 
 
 def with_random_head(run: Run) -> None:
@@ -48,7 +50,9 @@ def test_blocks_are_the_elements_of_the_outermost_lists(run: Run) -> None:
     assert len(blocks_of(run.denoiser)) == 3
 
 
-def test_what_is_recomputed_has_the_same_bits_dropout_included_and_keeps_its_names(run: Run) -> None:
+def test_what_is_recomputed_has_the_same_bits_dropout_included_and_keeps_its_names(
+    run: Run,
+) -> None:
     with_random_head(run)
     names, (loss, gradients) = list(run.denoiser.state_dict()), step(run)
     recompute_activations(run.denoiser)
@@ -100,7 +104,9 @@ def test_equal_blocks_are_one_graph_without_breaks_that_is_compiled_once(run: Ru
         torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_rows_that_fill_a_step_up_count_nothing_and_leave_few_shapes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_fill_a_step_up_count_nothing_and_leave_few_shapes(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with_random_head(run)
     shapes: set[int] = set()
     total = run.denoiser.head.total
@@ -108,7 +114,9 @@ def test_rows_that_fill_a_step_up_count_nothing_and_leave_few_shapes(run: Run, m
         plain, gradients = step(run, number)
         with monkeypatch.context() as patch:
             patch.setattr(run.denoiser, "fixed_shapes", True)
-            patch.setattr(run.denoiser.head, "total", lambda h, *rest: shapes.add(len(h)) or total(h, *rest))
+            patch.setattr(
+                run.denoiser.head, "total", lambda h, *rest: shapes.add(len(h)) or total(h, *rest)
+            )
             filled, theirs = step(run, number)
         # float32 sums in another order
         torch.testing.assert_close(filled, plain, rtol=1e-6, atol=0.0)
@@ -131,7 +139,9 @@ def test_products_are_rounded_and_laws_are_not(run: Run, monkeypatch: pytest.Mon
         return divergence(law, *rows)
 
     monkeypatch.setattr(run.process, "divergence", watched)
-    run.denoiser.backbone.blocks[0].up.register_forward_hook(lambda m, i, out: seen.update(product=out.dtype))
+    run.denoiser.backbone.blocks[0].up.register_forward_hook(
+        lambda m, i, out: seen.update(product=out.dtype)
+    )
     run.denoiser.precision = torch.bfloat16
     rounded, gradients = step(run)
     assert seen == {"law": torch.float32, "product": torch.bfloat16}

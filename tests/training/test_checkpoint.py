@@ -37,7 +37,10 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("root", ["{tmp}/checkpoints", "memory://checkpoints_of_a_tree"])
 def test_the_same_tree_comes_back(tmp_path: Path, root: str) -> None:
     state = {
-        "ints": {0: torch.tensor(1.0, dtype=torch.float64), 7: {"betas": (0.9, 0.999), "none": None}},
+        "ints": {
+            0: torch.tensor(1.0, dtype=torch.float64),
+            7: {"betas": (0.9, 0.999), "none": None},
+        },
         "floats": [0.1, 1e-300, 3, True],
         "$odd": {"text": "x", "nested": [(1, [torch.arange(3, dtype=torch.uint8)])]},
         "empty": {},
@@ -145,7 +148,9 @@ def test_death_at_any_moment_of_saving_leaves_a_checkpoint_to_go_on_from(tmp_pat
         for step in checkpoints.steps():
             assert checkpoints.weights(step)["weight"].tolist() == [float(step)] * 3
         save(checkpoints, 15)
-        assert [path.name for path in root.iterdir()] == ["step_00000015"], "what the dead process left is swept up"
+        assert [path.name for path in root.iterdir()] == ["step_00000015"], (
+            "what the dead process left is swept up"
+        )
     # a directory, three files, the marker; the old marker and its directory: the loop has died at each
     assert survived[0] == 7
 
@@ -155,17 +160,24 @@ def test_a_checkpoint_without_its_marker_is_skipped(tmp_path: Path) -> None:
     save(checkpoints, 5, 10)
     (tmp_path / "step_00000010" / "complete.json").unlink()
     assert checkpoints.newest().step == 5  # type: ignore[union-attr]
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint of step 10; it has those of \[5\]"):
+    with pytest.raises(
+        CheckpointError, match=r"no complete checkpoint of step 10; it has those of \[5\]"
+    ):
         checkpoints.load(10)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json", "state.json", "complete.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "manifest.json", "state.json", "complete.json"]
+)
 def test_a_truncated_file_is_named_with_what_to_do(tmp_path: Path, name: str) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 5, 10)
     file = tmp_path / "step_00000010" / name
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match=rf"{name} .*Delete the directory .*step_00000010 to go on from step 5"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{name} .*Delete the directory .*step_00000010 to go on from step 5",
+    ):
         checkpoints.newest()
     assert checkpoints.load(5).step == 5
 
@@ -179,8 +191,13 @@ def test_a_flipped_bit_and_a_missing_file_are_named(tmp_path: Path) -> None:
     file.write_bytes(bytes(data))
     opened = checkpoints.newest()
     assert opened is not None
-    for read in (opened.weights, lambda: opened.restore(nn.ParameterDict({"weight": torch.zeros(3)}))):
-        with pytest.raises(CheckpointError, match=r"model.safetensors is damaged.*No earlier checkpoint is left"):
+    for read in (
+        opened.weights,
+        lambda: opened.restore(nn.ParameterDict({"weight": torch.zeros(3)})),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"model.safetensors is damaged.*No earlier checkpoint is left"
+        ):
             read()
     file.unlink()
     with pytest.raises(CheckpointError, match=r"model.safetensors is missing"):
@@ -198,7 +215,9 @@ def test_another_format_is_refused(tmp_path: Path, number: int, age: str) -> Non
     save(checkpoints, 5)
     marker = tmp_path / "step_00000005" / "complete.json"
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": number}))
-    with pytest.raises(CheckpointError, match=rf"format {number}; this ddiff reads format 2 alone: .* {age} ddiff"):
+    with pytest.raises(
+        CheckpointError, match=rf"format {number}; this ddiff reads format 2 alone: .* {age} ddiff"
+    ):
         checkpoints.newest()
 
 
@@ -207,7 +226,8 @@ def test_another_model_is_refused_by_what_differs(tmp_path: Path) -> None:
     checkpoints.save(1, Net().state_dict(), {})
     wider = nn.ModuleDict({"hidden": nn.Linear(4, 9)})
     with pytest.raises(
-        CheckpointError, match=r"hidden.weight has shape \[4, 4\], the model's has \[9, 4\]|is not in the"
+        CheckpointError,
+        match=r"hidden.weight has shape \[4, 4\], the model's has \[9, 4\]|is not in the",
     ):
         checkpoints.load(1).restore(wider)
 
@@ -224,7 +244,13 @@ def test_no_pickle_is_written_or_read(tmp_path: Path, monkeypatch: pytest.Monkey
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a pickle")
 
-    for module, name in ((torch, "save"), (torch, "load"), (pickle, "dumps"), (pickle, "loads"), (pickle, "load")):
+    for module, name in (
+        (torch, "save"),
+        (torch, "load"),
+        (pickle, "dumps"),
+        (pickle, "loads"),
+        (pickle, "load"),
+    ):
         monkeypatch.setattr(module, name, refuse)
     trainer = toy_trainer(tmp_path, 6)
     trainer.fit()
@@ -237,9 +263,13 @@ def test_no_pickle_is_written_or_read(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_checkpoint_says_where_its_components_came_from(tmp_path: Path) -> None:
-    trainer = toy_trainer(tmp_path, 5, origins={"process": "ddiff_x 1.0"}, fingerprints={"vocabulary": "aa"})
+    trainer = toy_trainer(
+        tmp_path, 5, origins={"process": "ddiff_x 1.0"}, fingerprints={"vocabulary": "aa"}
+    )
     trainer.fit()
-    state = json.loads((tmp_path / "checkpoints" / "step_00000005" / "state.json").read_text())["state"]
+    state = json.loads((tmp_path / "checkpoints" / "step_00000005" / "state.json").read_text())[
+        "state"
+    ]
     assert state["origins"] == {"process": "ddiff_x 1.0"}
     assert state["fingerprints"] == {"vocabulary": "aa"}
 
@@ -247,7 +277,9 @@ def test_a_checkpoint_says_where_its_components_came_from(tmp_path: Path) -> Non
 def test_weights_without_an_average_say_so(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 5)
-    with pytest.raises(CheckpointError, match=r"step_00000005 holds no moving average .* without \[train\] ema"):
+    with pytest.raises(
+        CheckpointError, match=r"step_00000005 holds no moving average .* without \[train\] ema"
+    ):
         checkpoints.weights(average=True)
 
 
@@ -273,7 +305,9 @@ def test_what_is_saved_may_change_while_it_is_written(tmp_path: Path) -> None:
     assert same(found.tree(), {"moments": {"rate": torch.zeros(2)}})
 
 
-def test_what_could_not_be_written_is_told_at_the_next_wait_and_leaves_the_one_before(tmp_path: Path) -> None:
+def test_what_could_not_be_written_is_told_at_the_next_wait_and_leaves_the_one_before(
+    tmp_path: Path,
+) -> None:
     class Full(Store):
         def open(self, path: str, mode: str) -> Any:
             if mode == "wb":
@@ -284,7 +318,9 @@ def test_what_could_not_be_written_is_told_at_the_next_wait_and_leaves_the_one_b
     save(checkpoints, 5)
     good, checkpoints._fs = checkpoints._fs, Full(checkpoints._fs)
     checkpoints.begin(10, MODEL, {})
-    with pytest.raises(CheckpointError, match=r"step_00000010 could not be written \(OSError: .*No space left"):
+    with pytest.raises(
+        CheckpointError, match=r"step_00000010 could not be written \(OSError: .*No space left"
+    ):
         checkpoints.wait()
     assert checkpoints.steps() == [5]
     checkpoints._fs = good
@@ -294,5 +330,7 @@ def test_what_could_not_be_written_is_told_at_the_next_wait_and_leaves_the_one_b
 
 def test_a_tensor_that_the_files_cannot_hold_is_refused_by_its_place(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state.optimizer.phase has dtype torch.complex64"):
-        Checkpoints(tmp_path).save(1, MODEL, {"optimizer": {"phase": torch.zeros(2, dtype=torch.complex64)}})
+        Checkpoints(tmp_path).save(
+            1, MODEL, {"optimizer": {"phase": torch.zeros(2, dtype=torch.complex64)}}
+        )
     assert list(tmp_path.iterdir()) == []

@@ -76,7 +76,9 @@ def test_rows_times_and_noise_are_the_same_bits_however_the_batch_is_shared(
         assert whole["index"].tolist() == list(range(8))
         for world_size, accumulate in ((1, 4), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)):
             shared = draws(built, world_size, accumulate, step)
-            assert len(set(shared["counts"].tolist())) > 1, "the shares must differ in what they score"
+            assert len(set(shared["counts"].tolist())) > 1, (
+                "the shares must differ in what they score"
+            )
             for name in ("index", "ids", "scored", "zt", "t"):
                 assert torch.equal(shared[name], whole[name]), (world_size, accumulate, step, name)
 
@@ -115,7 +117,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Callable[...,
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
-    ("optimizer", "accumulate", "numbers", "allowed"), [("adamw", 1, (2, 4), 1e-6), ("muon", 2, (2, 4), 1e-5)]
+    ("optimizer", "accumulate", "numbers", "allowed"),
+    [("adamw", 1, (2, 4), 1e-6), ("muon", 2, (2, 4), 1e-5)],
 )
 def test_losses_and_parameters_do_not_depend_on_the_number_of_processes(
     tmp_path: Path,
@@ -147,12 +150,21 @@ def test_losses_and_parameters_do_not_depend_on_the_number_of_processes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_on_as_many_processes_a_run_goes_on_bit_for_bit_dropout_included(tmp_path: Path, cache: str, kind: str) -> None:
-    long = ("train.checkpoint_every=5", "train.schedule=constant", "denoiser.dropout=0.2", "train.optimizer.kind=muon")
+def test_on_as_many_processes_a_run_goes_on_bit_for_bit_dropout_included(
+    tmp_path: Path, cache: str, kind: str
+) -> None:
+    long = (
+        "train.checkpoint_every=5",
+        "train.schedule=constant",
+        "denoiser.dropout=0.2",
+        "train.optimizer.kind=muon",
+    )
     straight, torn = tmp_path / "straight", tmp_path / "torn"
     on_ranks(2, train_symbols, settings(straight, 2, *long, "train.steps=10", kind=kind), cache)
     for steps in (5, 10):
-        on_ranks(2, train_symbols, settings(torn, 2, *long, f"train.steps={steps}", kind=kind), cache)
+        on_ranks(
+            2, train_symbols, settings(torn, 2, *long, f"train.steps={steps}", kind=kind), cache
+        )
     assert torch.equal(losses(torn), losses(straight))
     assert farthest(torn, straight, 10) == 0.0
 
@@ -163,7 +175,13 @@ def test_a_model_of_the_library_trains_sharded_in_bfloat16(tmp_path: Path, cache
     products in bfloat16, eight bits, summed over the rank's rows before the ranks'."""
     sizes = "hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32"
     bert = f"denoiser={{kind='hf', architecture='bert', settings={{{sizes}}}}}"
-    long = ("plugins=['mdlm', 'hf']", bert, "backend.precision=bfloat16", "train.optimizer.kind=muon", "train.steps=4")
+    long = (
+        "plugins=['mdlm', 'hf']",
+        bert,
+        "backend.precision=bfloat16",
+        "train.optimizer.kind=muon",
+        "train.steps=4",
+    )
     on_ranks(1, train_symbols, settings(tmp_path / "one", 1, *long), cache)
     on_ranks(2, train_symbols, settings(tmp_path / "two", 2, *long, kind="fsdp"), cache)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -173,7 +191,9 @@ def test_a_model_of_the_library_trains_sharded_in_bfloat16(tmp_path: Path, cache
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 4])
-def test_shares_add_up_and_a_step_broken_on_one_rank_is_skipped_on_all(tmp_path: Path, number: int) -> None:
+def test_shares_add_up_and_a_step_broken_on_one_rank_is_skipped_on_all(
+    tmp_path: Path, number: int
+) -> None:
     on_ranks(number, train_toys, str(tmp_path))
 
     def saved(name: str, rank: int) -> dict[str, Tensor]:
@@ -189,17 +209,25 @@ def test_shares_add_up_and_a_step_broken_on_one_rank_is_skipped_on_all(tmp_path:
         for name, value in saved("broken", rank).items():
             assert torch.equal(value, saved("broken", 0)[name])
             assert value.isfinite().all()
-    lines = [json.loads(line) for line in (tmp_path / "broken/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "broken/metrics.jsonl").read_text().splitlines()
+    ]
     assert ["train_loss" in line for line in lines] == [True, True, False, True, True]
-    expected_lines = [json.loads(line) for line in (tmp_path / "alone/metrics.jsonl").read_text().splitlines()]
-    found = [json.loads(line) for line in (tmp_path / "micro/metrics.jsonl").read_text().splitlines()]
+    expected_lines = [
+        json.loads(line) for line in (tmp_path / "alone/metrics.jsonl").read_text().splitlines()
+    ]
+    found = [
+        json.loads(line) for line in (tmp_path / "micro/metrics.jsonl").read_text().splitlines()
+    ]
     for one, two in zip(expected_lines, found, strict=True):
         assert one["tokens"] == two["tokens"]
         assert two["nats_per_symbol"] == pytest.approx(one["nats_per_symbol"], rel=1e-11)
 
 
 @pytest.mark.slow
-def test_dropout_on_several_ranks_does_not_depend_on_when_checkpoints_are_written(tmp_path: Path) -> None:
+def test_dropout_on_several_ranks_does_not_depend_on_when_checkpoints_are_written(
+    tmp_path: Path,
+) -> None:
     """Neither by their number nor by a signal between two of them."""
     on_ranks(2, train_with_dropout, str(tmp_path))
     expected = torch.load(tmp_path / "few" / "rank0.pt")
@@ -214,11 +242,15 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> N
     assert Checkpoints(tmp_path / "checkpoints").steps() == [4]
 
 
-def ddiff_run(place: Path, processes: int, cache: str, *more: str, kind: str) -> subprocess.Popen[str]:
+def ddiff_run(
+    place: Path, processes: int, cache: str, *more: str, kind: str
+) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "ddiff", "run", str(SYMBOLS)]
     command += [f"--set={setting}" for setting in settings(place, processes, *more, kind=kind)]
     environment = os.environ | {"DDIFF_CACHE": cache, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 @pytest.mark.slow
@@ -226,7 +258,12 @@ def test_a_killed_run_of_the_command_goes_on_with_other_processes_another_backen
     tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", cache)
-    long = ("train.checkpoint_every=10", "train.keep=20", "train.schedule=constant", "train.steps=60")
+    long = (
+        "train.checkpoint_every=10",
+        "train.keep=20",
+        "train.schedule=constant",
+        "train.steps=60",
+    )
     torn, straight = tmp_path / "torn", tmp_path / "straight"
     process = ddiff_run(torn, 2, cache, *long, kind="fsdp")
     file = torn / "metrics.jsonl"
@@ -240,7 +277,9 @@ def test_a_killed_run_of_the_command_goes_on_with_other_processes_another_backen
     assert file.read_text() == ended
     assert 15 <= ended.count("\n") < 60
 
-    assert run_recipe(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings(torn, 1, *long))) == 0
+    assert (
+        run_recipe(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings(torn, 1, *long))) == 0
+    )
     train_symbols(settings(straight, 1, *long, "train.steps=70"), cache)
     assert farthest(torn, straight, 60) < 1e-5
     process = ddiff_run(torn, 2, cache, *long, "train.steps=70", kind="ddp")
@@ -259,8 +298,12 @@ def test_a_mistake_of_all_workers_is_told_once(capfd: pytest.CaptureFixture[str]
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_with_its_place() -> None:
-    with pytest.raises(RecipeError, match=r"symbols\.toml:\d+: \[train\] batch must be a multiple .* processes = 3"):
-        parse_recipe(SYMBOLS.read_text(), "symbols.toml", ["backend.kind=ddp", "backend.processes=3"])
+    with pytest.raises(
+        RecipeError, match=r"symbols\.toml:\d+: \[train\] batch must be a multiple .* processes = 3"
+    ):
+        parse_recipe(
+            SYMBOLS.read_text(), "symbols.toml", ["backend.kind=ddp", "backend.processes=3"]
+        )
 
 
 def test_a_process_that_was_started_alone_has_no_others() -> None:
@@ -272,8 +315,15 @@ def test_a_process_that_was_started_alone_has_no_others() -> None:
 def test_another_backend_goes_on_with_a_run_and_another_recipe_does_not(tmp_path: Path) -> None:
     recipe = parse_recipe(SYMBOLS.read_text(), "symbols.toml", settings(tmp_path, 2))
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
-    Checkpoints(tmp_path / "checkpoints").save(1, {}, {})  # without one there is nothing that could be mixed
-    check_directory(tmp_path, parse_recipe(SYMBOLS.read_text(), "symbols.toml", settings(tmp_path, 4)), Given(), False)
+    Checkpoints(tmp_path / "checkpoints").save(
+        1, {}, {}
+    )  # without one there is nothing that could be mixed
+    check_directory(
+        tmp_path,
+        parse_recipe(SYMBOLS.read_text(), "symbols.toml", settings(tmp_path, 4)),
+        Given(),
+        False,
+    )
     other = parse_recipe(SYMBOLS.read_text(), "symbols.toml", settings(tmp_path, 4, "seed=5"))
     with pytest.raises(CheckpointError, match=r"Changed keys:\n  seed: was 0, is 5\nGive"):
         check_directory(tmp_path, other, Given(), False)

@@ -17,7 +17,9 @@ def test_warm_up_rises_evenly_from_its_first_step_and_then_stays() -> None:
 def test_the_cosine_starts_after_warm_up_and_ends_at_its_floor_with_the_last_step() -> None:
     rate = WarmupCosine(steps=12, warmup=4, floor=0.1)
     assert [rate(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert rate(7) == pytest.approx(0.55)  # half-way of the eight steps: the mean of 1 and the floor
+    assert rate(7) == pytest.approx(
+        0.55
+    )  # half-way of the eight steps: the mean of 1 and the floor
     assert rate(11) == pytest.approx(0.1)
     assert all(rate(step) > rate(step + 1) for step in range(3, 11))
 

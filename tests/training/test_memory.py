@@ -29,7 +29,9 @@ print(int(told), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_blocks_of_a_step_are_not_faulted_in_again_where_nobody_has_set_it_otherwise() -> None:
     def told_and_faults(**environment: str) -> list[int]:
         command = [sys.executable, "-c", STEPS]
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
+        answer = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=os.environ | environment
+        )
         return [int(number) for number in answer.stdout.split()]
 
     told, kept = told_and_faults()

@@ -16,7 +16,10 @@ from ddiff.training.interruption import Interruption
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_is_launched_without_waiting_for_its_device(
-    optimizer: str, no_answers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    optimizer: str,
+    no_answers: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """Noise, forward, backward, clipping, the decision whether to step, Muon, the average and the figures."""
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -23,12 +23,22 @@ from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.data.batch import Batch
 from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import TokenHead, TreeHead
-from ddiff.training.objective import DECODING_SHARE, ClippedLoss, DiffusionObjective, ElboLoss, withheld
+from ddiff.training.objective import (
+    DECODING_SHARE,
+    ClippedLoss,
+    DiffusionObjective,
+    ElboLoss,
+    withheld,
+)
 
 VOCABULARY = FlatVocabulary(5, mask=False)
 SLOTS, LENGTH, START = 20, 6, 0.05
 NEVER_CLEAN = MixtureProcess(VOCABULARY, LinearSchedule(), torch.full((5,), 0.2))
-RULES = {"flat": FlatTimes(START), "block": WindowTimes(2, start=START), "slide": WindowTimes(2, "slide", start=START)}
+RULES = {
+    "flat": FlatTimes(START),
+    "block": WindowTimes(2, start=START),
+    "slide": WindowTimes(2, "slide", start=START),
+}
 
 
 class Watching:
@@ -41,7 +51,9 @@ class Watching:
         self.times.append(t)
         return process.weight(x0, zt, t)
 
-    def divergence(self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def divergence(
+        self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor
+    ) -> Tensor:
         return process.divergence(law, x0, zt, t)
 
 
@@ -51,7 +63,9 @@ def batch(slots: Tensor) -> Batch:
     return Batch(ids, everywhere, everywhere, torch.zeros_like(ids), slots)
 
 
-def objective(loss: ElboLoss | ClippedLoss | Watching, rule: TimeRule, share: float) -> DiffusionObjective:
+def objective(
+    loss: ElboLoss | ClippedLoss | Watching, rule: TimeRule, share: float
+) -> DiffusionObjective:
     torch.manual_seed(0)
     model = Denoiser(DiT(VOCABULARY, 8, layers=1, heads=2), TokenHead(VOCABULARY, 8)).double()
     with torch.no_grad():
@@ -64,8 +78,12 @@ def objective(loss: ElboLoss | ClippedLoss | Watching, rule: TimeRule, share: fl
 def loss_at(one: DiffusionObjective, step: int, slots: Tensor) -> tuple[float, float]:
     """The loss per token and the diffusion part of the bound."""
     shown = batch(slots)
-    terms = one(shown, Noise(4, step, slots, LENGTH), {"tokens": torch.tensor(float(SLOTS * LENGTH))}, SLOTS)
-    return terms.loss.item(), float(terms.metrics["nelbo_diffusion_nats_per_token"][0]) / (SLOTS * LENGTH)
+    terms = one(
+        shown, Noise(4, step, slots, LENGTH), {"tokens": torch.tensor(float(SLOTS * LENGTH))}, SLOTS
+    )
+    return terms.loss.item(), float(terms.metrics["nelbo_diffusion_nats_per_token"][0]) / (
+        SLOTS * LENGTH
+    )
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -85,7 +103,9 @@ def test_reading_the_last_draw_takes_sequences_of_all_times(rule: str) -> None:
         loss_at(one, step, everything)
     t = torch.cat(watching.times)
     decoded = t == START
-    assert 0.04 < float(decoded.double().mean()) < 0.16, "a tenth, or half of it where one of two is decoded"
+    assert 0.04 < float(decoded.double().mean()) < 0.16, (
+        "a tenth, or half of it where one of two is decoded"
+    )
     tenth = ((t[~decoded] - START) / (1.0 - START) * 10).long()
     share = torch.bincount(tenth, minlength=10) / len(tenth)
     assert float((share - 0.1).abs().max()) < 0.015, share
@@ -97,7 +117,9 @@ def test_the_loss_is_the_diffusion_and_the_decoding_term_in_the_mean(rule: str) 
     one, everything = objective(ElboLoss(), RULES[rule], share=0.1), torch.arange(SLOTS)
     losses, parts = torch.tensor([loss_at(one, step, everything) for step in range(60)]).T
     terms = [
-        one.nll(batch(everything), Noise(9, step, everything, LENGTH), everything, SLOTS, RULES[rule]).terms
+        one.nll(
+            batch(everything), Noise(9, step, everything, LENGTH), everything, SLOTS, RULES[rule]
+        ).terms
         for step in range(60)
     ]
     per_token = {name: torch.stack([t[name].detach().mean() for t in terms]) for name in terms[0]}
@@ -122,12 +144,16 @@ def test_conditions_are_withheld_from_their_share_of_the_samples() -> None:
     label, vector = torch.zeros(2000, dtype=torch.long), torch.ones(2000, LENGTH, 3)
     context = Context(conditions={"label": label, "vector": vector, "always": label})
     noise = Noise(0, 0, torch.arange(2000), LENGTH)
-    shown = withheld(context, {"label": 0.3, "vector": 0.1, "always": 0.0, "absent": 0.5}, noise).conditions
+    shown = withheld(
+        context, {"label": 0.3, "vector": 0.1, "always": 0.0, "absent": 0.5}, noise
+    ).conditions
     without = shown["label"] == -1
     assert float(without.double().mean()) == pytest.approx(0.3, abs=0.05)  # 5 sigma
     apart = shown["vector"].isnan().all((1, 2))
     assert float(apart.double().mean()) == pytest.approx(0.1, abs=0.035)
-    assert torch.equal(shown["vector"].isnan().any((1, 2)), apart), "a sample keeps its condition whole or not at all"
+    assert torch.equal(shown["vector"].isnan().any((1, 2)), apart), (
+        "a sample keeps its condition whole or not at all"
+    )
     assert torch.equal(shown["always"], label)
     assert Condition(classes=3).dropout == 0.1
 
@@ -169,7 +195,9 @@ class OneNat(MixtureProcess):
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("loss", [ElboLoss(), Watching()], ids=["elbo", "own divergence"])
-def test_each_kind_of_row_counts_for_the_whole_batch(rule: str, loss: ElboLoss | Watching, share: float) -> None:
+def test_each_kind_of_row_counts_for_the_whole_batch(
+    rule: str, loss: ElboLoss | Watching, share: float
+) -> None:
     """20 sequences, of which exactly a share is decoded, each for 1/share, the others for 1/(1 - share).
 
     So the diffusion rows sum up to the width of the window per token, and those of the decoding term to one. Times are
@@ -197,7 +225,9 @@ def test_no_share_is_decoded_where_none_is_asked_for() -> None:
     noisy_at_zero = EarlyNoise()
     never_clean = MixtureProcess(VOCABULARY, noisy_at_zero, torch.full((5,), 0.2))
     model = objective(ElboLoss(), RULES["flat"], 0.0).denoiser
-    build = lambda process, loss, share: DiffusionObjective(process, model, loss, RULES["flat"], share)  # noqa: E731
+    build = lambda process, loss, share: DiffusionObjective(
+        process, model, loss, RULES["flat"], share
+    )  # noqa: E731
     assert build(never_clean, ElboLoss(), None).decoding_share == DECODING_SHARE
     assert build(never_clean, ElboLoss(), 0.0).decoding_share == 0.0
     assert build(never_clean, Choosing(), None).decoding_share == 0.0
@@ -237,7 +267,8 @@ def test_the_reported_bound_is_that_of_the_process_whatever_is_trained() -> None
     """A clipped loss changes the loss, and the diffusion part that is logged stays the bound's."""
     slots = torch.arange(SLOTS)
     (bound, reported), (clipped, still) = (
-        loss_at(objective(loss, RULES["flat"], 0.0), 3, slots) for loss in (ElboLoss(), ClippedLoss(0.0, 1.5))
+        loss_at(objective(loss, RULES["flat"], 0.0), 3, slots)
+        for loss in (ElboLoss(), ClippedLoss(0.0, 1.5))
     )
     assert bound == pytest.approx(reported, rel=1e-12)
     assert still == pytest.approx(reported, rel=1e-12)
@@ -269,11 +300,14 @@ def test_each_level_reports_its_own_rows() -> None:
 
     tree = HierarchicalVocabulary([[0, 1, 0, 1, 1]])
     model = Denoiser(DiT(tree, 8, layers=1, heads=2), TreeHead(tree, 8, "levelwise")).double()
-    one = DiffusionObjective(MasksCost(tree, LogTimeClock((1.0, 1.0))), model, ElboLoss(), FlatTimes())
+    one = DiffusionObjective(
+        MasksCost(tree, LogTimeClock((1.0, 1.0))), model, ElboLoss(), FlatTimes()
+    )
     shown = batch(torch.arange(SLOTS))
     metrics = one(shown, Noise(4, 0, shown.index, LENGTH), one.counts(shown), SLOTS).metrics
     first, second, total = (
-        metrics[f"nelbo_{name}_nats_per_token"][0].item() for name in ("level1", "level2", "diffusion")
+        metrics[f"nelbo_{name}_nats_per_token"][0].item()
+        for name in ("level1", "level2", "diffusion")
     )
     assert (first, second) == (0.0, total)
     assert total > 0.0

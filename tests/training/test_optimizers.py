@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from toy import Net
 
 from ddiff.training.checkpoint import Checkpoints
-from ddiff.training.optimizers import Muon, adamw, muon, orthogonalised, split_parameters, step_where
+from ddiff.training.optimizers import (
+    Muon,
+    adamw,
+    muon,
+    orthogonalised,
+    split_parameters,
+    step_where,
+)
 
 
 class Everything(nn.Module):
@@ -61,19 +68,25 @@ def test_only_hidden_matrices_decay() -> None:
     for make in (adamw, muon):
         module = Everything()
         hidden, _ = split_parameters(module)
-        decaying = {id(p) for g in make(module).param_groups if g["weight_decay"] for p in g["params"]}
+        decaying = {
+            id(p) for g in make(module).param_groups if g["weight_decay"] for p in g["params"]
+        }
         assert decaying == {id(p) for p in hidden.values()}
 
 
 def test_everything_decays_where_asked_to() -> None:
     module = Everything()
     groups = adamw(module, weight_decay=0.02, eps=1e-9, decay="all").param_groups
-    decaying = {id(p) for g in groups if g["weight_decay"] == 0.02 and g["eps"] == 1e-9 for p in g["params"]}
+    decaying = {
+        id(p) for g in groups if g["weight_decay"] == 0.02 and g["eps"] == 1e-9 for p in g["params"]
+    }
     assert decaying == {id(p) for p in module.parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
-def test_an_orthogonalised_matrix_keeps_its_directions_and_evens_its_stretch(shape: tuple[int, int]) -> None:
+def test_an_orthogonalised_matrix_keeps_its_directions_and_evens_its_stretch(
+    shape: tuple[int, int],
+) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     result = orthogonalised(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
@@ -100,9 +113,13 @@ def test_muon_on_a_cpu_is_torchs_muon_in_a_finer_precision(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # torch's iterates are bfloat16, 8 bits: four steps of 0.1 times a matrix of norm < 3 differ by a few times 2^-8.
-    torch.testing.assert_close(steps_of(Muon, shape), steps_of(torch.optim.Muon, shape), rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        steps_of(Muon, shape), steps_of(torch.optim.Muon, shape), rtol=0, atol=0.02
+    )
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", orthogonalised)
-    torch.testing.assert_close(steps_of(Muon, shape), steps_of(torch.optim.Muon, shape), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        steps_of(Muon, shape), steps_of(torch.optim.Muon, shape), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("make", [adamw, muon])
@@ -134,7 +151,13 @@ def test_an_optimizer_goes_on_from_its_saved_state(make: type, tmp_path: object)
 @pytest.mark.parametrize("component", [AdamW, MuonComponent])
 def test_a_component_hands_every_key_on(component: type) -> None:
     keys = {"AdamW": {"lr": 0.5, "betas": (0.1, 0.2), "weight_decay": 0.7}}
-    keys["Muon"] = {"lr": 0.5, "momentum": 0.6, "weight_decay": 0.7, "table_lr": 0.25, "table_betas": (0.1, 0.2)}
+    keys["Muon"] = {
+        "lr": 0.5,
+        "momentum": 0.6,
+        "weight_decay": 0.7,
+        "table_lr": 0.25,
+        "table_betas": (0.1, 0.2),
+    }
     config = component.Config(**keys[component.__name__])  # type: ignore[attr-defined]
     groups = component.build(config, module=Net()).param_groups  # type: ignore[attr-defined]
     assert groups[0]["lr"] == 0.5
@@ -168,7 +191,9 @@ def test_an_optimizer_reaches_a_distant_target(make: type) -> None:
     ],
     ids=["adamw", "muon", "sgd"],
 )
-def test_a_step_is_taken_where_the_figures_are_finite_and_nothing_changes_elsewhere(made: Any) -> None:
+def test_a_step_is_taken_where_the_figures_are_finite_and_nothing_changes_elsewhere(
+    made: Any,
+) -> None:
     nets = [Net().double() for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     plain, deciding = made(nets[0]), made(nets[1])

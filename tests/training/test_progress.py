@@ -25,7 +25,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def shown(clock: Clock, total: int | None, seconds: float, count: int, start: int = 0) -> list[str]:
     out = io.StringIO()
-    with progress(total, "training", start=start, console=Console(file=out, force_terminal=False, width=40)) as job:
+    with progress(
+        total, "training", start=start, console=Console(file=out, force_terminal=False, width=40)
+    ) as job:
         for _ in range(count):
             clock.now += seconds
             job.advance(1, loss=4.21456, tokens_per_second=5312.0)
@@ -53,7 +55,9 @@ def test_lines_of_a_long_job_come_by_the_clock_whatever_the_steps(clock: Clock) 
 
 def test_a_short_job_has_one_line_and_a_line_says_all(clock: Clock) -> None:
     lines = shown(clock, 40, seconds=0.1, count=10, start=20)
-    assert lines == ["training: 30/40 (75%)  loss 4.215  tokens/s 5.31k  0:00:01 elapsed  ETA 0:00:01"]
+    assert lines == [
+        "training: 30/40 (75%)  loss 4.215  tokens/s 5.31k  0:00:01 elapsed  ETA 0:00:01"
+    ]
 
 
 def test_a_job_of_unknown_length_has_no_end_in_sight(clock: Clock) -> None:
@@ -65,7 +69,9 @@ def test_a_job_of_unknown_length_has_no_end_in_sight(clock: Clock) -> None:
 
 def test_a_terminal_gets_a_bar_with_the_figures() -> None:
     out = io.StringIO()
-    with progress(3, "training", start=1, console=Console(file=out, force_terminal=True, width=120)) as job:
+    with progress(
+        3, "training", start=1, console=Console(file=out, force_terminal=True, width=120)
+    ) as job:
         job.advance(1, loss=2.0)
         job.advance(1, tokens_per_second=2e6)
     text = out.getvalue()

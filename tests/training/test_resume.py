@@ -21,7 +21,9 @@ STEPS, EVERY = 40, 5
 def start(run_dir: Path) -> subprocess.Popen[str]:
     command = [sys.executable, toy.__file__, str(run_dir), str(STEPS), "0.005"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
 
 
 def steps_until_killed(process: subprocess.Popen[str], step: int, number: int) -> list[int]:
@@ -39,7 +41,9 @@ def steps_until_killed(process: subprocess.Popen[str], step: int, number: int) -
 
 def records(run_dir: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in WALL_CLOCK} for line in lines]
+    return [
+        {name: value for name, value in line.items() if name not in WALL_CLOCK} for line in lines
+    ]
 
 
 def test_killed_twice_and_terminated_once_it_ends_as_if_never_interrupted(tmp_path: Path) -> None:
@@ -50,11 +54,15 @@ def test_killed_twice_and_terminated_once_it_ends_as_if_never_interrupted(tmp_pa
     for end, number in zip(ends, (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
         process = start(killed)
         begun = steps_until_killed(process, end, number)
-        assert begun[0] == went_on_from + 1, "a process does only the steps after the last checkpoint"
+        assert begun[0] == went_on_from + 1, (
+            "a process does only the steps after the last checkpoint"
+        )
         assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
         went_on_from = max(Checkpoints(killed / "checkpoints").steps(), default=0)
         if number == signal.SIGTERM:
-            assert went_on_from in (begun[-1], begun[-1] - 1), "the step under way is finished and saved"
+            assert went_on_from in (begun[-1], begun[-1] - 1), (
+                "the step under way is finished and saved"
+            )
         else:
             # what was being written when the process died is no checkpoint; at most one is on its way
             assert begun[-1] - 2 * EVERY - 1 <= went_on_from < begun[-1]

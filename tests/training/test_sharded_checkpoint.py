@@ -10,7 +10,17 @@ import pytest
 import torch
 from ranks import on_ranks
 from safetensors.torch import load_file
-from sharded import STEP, fail_on_one_rank, goes_on, load_in_shards, made, parts, save_in_shards, take_step, trained
+from sharded import (
+    STEP,
+    fail_on_one_rank,
+    goes_on,
+    load_in_shards,
+    made,
+    parts,
+    save_in_shards,
+    take_step,
+    trained,
+)
 
 from ddiff.errors import CheckpointError
 from ddiff.training.checkpoint import Checkpoints
@@ -25,7 +35,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved = parts(net, optimizer)
     take_step(net, optimizer, 2)
     file = tmp_path_factory.mktemp("expected") / "expected.pt"
-    torch.save({"saved": saved, "after": parts(net, optimizer), "ema": state["ema"]["weights"]}, file)
+    torch.save(
+        {"saved": saved, "after": parts(net, optimizer), "ema": state["ema"]["weights"]}, file
+    )
     return file
 
 
@@ -46,7 +58,9 @@ def test_shards_are_loaded_by_one_process_without_a_group(saved: Path, expected:
     for name, value in weights.items():
         assert torch.equal(value, wanted["saved"][name])
     averages = Checkpoints(saved).weights(average=True)
-    assert torch.equal(averages["head.weight"], wanted["ema"]["embedding.weight"]), "tied weights have one average"
+    assert torch.equal(averages["head.weight"], wanted["ema"]["embedding.weight"]), (
+        "tied weights have one average"
+    )
     assert torch.equal(averages["counts"], weights["counts"]), "what is not trained is as it is"
     assert torch.equal(averages["scale"], wanted["ema"]["scale"])
 
@@ -63,19 +77,28 @@ def test_what_was_whole_is_loaded_in_shards(tmp_path: Path, expected: Path) -> N
 
 def test_every_rank_writes_its_shards_and_one_of_them_the_rest(saved: Path) -> None:
     folder = saved / f"step_{STEP:08d}"
-    shards = {f"{part}.rank_0000{rank}.safetensors" for part in ("model", "optimizer", "ema") for rank in (0, 1)}
+    shards = {
+        f"{part}.rank_0000{rank}.safetensors"
+        for part in ("model", "optimizer", "ema")
+        for rank in (0, 1)
+    }
     wholes = {f"{part}.safetensors" for part in ("model", "optimizer", "random")}
     records = {"manifest.json", "state.json", "complete.json"}
     assert {path.name for path in folder.iterdir()} == shards | wholes | records
     first, second = (load_file(folder / f"model.rank_0000{rank}.safetensors") for rank in (0, 1))
     assert first["embedding.weight@0,0"].shape == (3, 4)
     assert second["embedding.weight@3,0"].shape == (2, 4)
-    assert not any(name.startswith(("gate", "head")) for name in second), "one row: empty here; tied: stored once"
+    assert not any(name.startswith(("gate", "head")) for name in second), (
+        "one row: empty here; tied: stored once"
+    )
     assert load_file(folder / "model.safetensors").keys() == {"counts"}
     manifest = json.loads((folder / "manifest.json").read_text())["tensors"]
     momentum = manifest["state.optimizer.state.1.exp_avg"]
     assert (momentum["dtype"], momentum["size"]) == ("F32", [5, 4])
-    assert [(chunk["offsets"], chunk["sizes"]) for chunk in momentum["chunks"]] == [([0, 0], [3, 4]), ([3, 0], [2, 4])]
+    assert [(chunk["offsets"], chunk["sizes"]) for chunk in momentum["chunks"]] == [
+        ([0, 0], [3, 4]),
+        ([3, 0], [2, 4]),
+    ]
 
 
 def test_a_shard_that_is_damaged_or_gone_is_named(tmp_path: Path, saved: Path) -> None:

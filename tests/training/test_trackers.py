@@ -26,7 +26,9 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def chosen(monkeypatch: pytest.MonkeyPatch, mode: str) -> str:
     """The mode that wandb would be started in, or "off"."""
     monkeypatch.setattr(trackers, "WandbTracker", lambda mode, *rest: mode)
-    tracker = WeightsAndBiases.build(WeightsAndBiases.Config(mode=mode), run_dir="unused", recipe={})  # type: ignore[arg-type]
+    tracker = WeightsAndBiases.build(
+        WeightsAndBiases.Config(mode=mode), run_dir="unused", recipe={}
+    )  # type: ignore[arg-type]
     return "off" if isinstance(tracker, NoTracker) else tracker  # type: ignore[return-value]
 
 
@@ -35,7 +37,9 @@ def test_auto_is_off_without_a_login(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(Nothing.build(Nothing.Config(), run_dir="unused", recipe={}), NoTracker)
 
 
-def test_auto_follows_a_key_a_login_or_wandb_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_follows_a_key_a_login_or_wandb_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert chosen(monkeypatch, "auto") == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -91,12 +95,18 @@ def test_a_run_goes_on_under_its_id_and_online_without_a_key_is_explained(
     monkeypatch.setattr(wandb, "init", init)
     config = WeightsAndBiases.Config(mode="offline", project="novels")
     for _ in range(2):
-        tracker = WeightsAndBiases.build(config, run_dir=str(tmp_path), recipe={"name": "small", "seed": 1})
+        tracker = WeightsAndBiases.build(
+            config, run_dir=str(tmp_path), recipe={"name": "small", "seed": 1}
+        )
         tracker.log(3, {"loss": 1.5})
         tracker.close()
     first, logged, finished, second = started[:4]
     assert first["id"] == second["id"]
     assert (first["project"], first["name"], first["config"]["seed"]) == ("novels", "small", 1)
     assert (logged, finished) == ((3, {"loss": 1.5}), "finished")
-    with pytest.raises(PluginError, match=r'mode "online": No API key configured.*mode = "offline"'):
-        WeightsAndBiases.build(WeightsAndBiases.Config(mode="online"), run_dir=str(tmp_path), recipe={})
+    with pytest.raises(
+        PluginError, match=r'mode "online": No API key configured.*mode = "offline"'
+    ):
+        WeightsAndBiases.build(
+            WeightsAndBiases.Config(mode="online"), run_dir=str(tmp_path), recipe={}
+        )

@@ -44,7 +44,9 @@ class Broken(Identify):
         super().__init__(module)
         self.steps, self.kind = steps, kind
 
-    def __call__(self, batch: Rows, noise: Any, denominators: dict[str, Tensor], slots: int) -> LossTerms:
+    def __call__(
+        self, batch: Rows, noise: Any, denominators: dict[str, Tensor], slots: int
+    ) -> LossTerms:
         step, numbers = noise
         terms = super().__call__(batch, numbers, denominators, slots)
         if step not in self.steps:
@@ -52,10 +54,14 @@ class Broken(Identify):
         if self.kind == "loss":
             return LossTerms(terms.loss * float("nan"), terms.metrics)
         # finite value, infinite slope: sqrt at 0
-        return LossTerms(terms.loss + (0.0 * self.module.hidden.weight).abs().sqrt().sum(), terms.metrics)
+        return LossTerms(
+            terms.loss + (0.0 * self.module.hidden.weight).abs().sqrt().sum(), terms.metrics
+        )
 
 
-def broken_trainer(run_dir: Path, steps: int, broken: set[int], kind: str = "loss", **settings: Any) -> Any:
+def broken_trainer(
+    run_dir: Path, steps: int, broken: set[int], kind: str = "loss", **settings: Any
+) -> Any:
     torch.manual_seed(0)
     objective = Broken(Net().double(), broken, kind)
     settings["noise_at"] = lambda step, batch: (step, noise_at(step, batch))
@@ -88,14 +94,20 @@ def test_the_first_gradient_is_that_of_the_loss_over_the_global_count(tmp_path: 
     loss.backward()
     trainer.fit()
     for name, parameter in net.named_parameters():
-        torch.testing.assert_close(weights(trainer)[name], before[name] - 0.1 * parameter.grad, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            weights(trainer)[name], before[name] - 0.1 * parameter.grad, rtol=1e-12, atol=1e-14
+        )
 
 
 def test_clipping_bounds_the_step_and_reports_the_norm_before_it(tmp_path: Path) -> None:
-    trainer = toy_trainer(tmp_path, 1, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=1.0), clip=1e-3)
+    trainer = toy_trainer(
+        tmp_path, 1, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=1.0), clip=1e-3
+    )
     before = weights(trainer)
     trainer.fit()
-    moved = torch.cat([(weights(trainer)[name] - value).flatten() for name, value in before.items()])
+    moved = torch.cat(
+        [(weights(trainer)[name] - value).flatten() for name, value in before.items()]
+    )
     # clip_grad divides by norm + 1e-6
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-4)
     assert lines(tmp_path)[0]["grad_norm"] > 0.1
@@ -112,7 +124,9 @@ def test_each_step_has_its_learning_rate(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path: Path, kind: str) -> None:
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    tmp_path: Path, kind: str
+) -> None:
     skipped = {2, 3}
     trainer = broken_trainer(tmp_path, 6, skipped, kind)
     seen, batch_at = [], trainer.batch_at
@@ -123,12 +137,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path: Path
 
     trainer.batch_at = watched
     summary = trainer.fit()
-    unchanged = [a[1] == b[1] and all(torch.equal(a[0][k], b[0][k]) for k in a[0]) for a, b in pairwise(seen)]
+    unchanged = [
+        a[1] == b[1] and all(torch.equal(a[0][k], b[0][k]) for k in a[0]) for a, b in pairwise(seen)
+    ]
     assert unchanged == [step in skipped for step in range(5)]
     assert summary.skipped_steps == 2
     assert summary.status == "finished"
     assert [line["skipped_steps"] for line in lines(tmp_path)] == [0, 0, 1, 2, 2, 2]
-    assert ["train_loss" in line for line in lines(tmp_path)] == [step not in skipped for step in range(6)]
+    assert ["train_loss" in line for line in lines(tmp_path)] == [
+        step not in skipped for step in range(6)
+    ]
 
 
 def test_twenty_skipped_steps_in_a_row_end_the_run_with_a_reason(tmp_path: Path) -> None:
@@ -136,7 +154,8 @@ def test_twenty_skipped_steps_in_a_row_end_the_run_with_a_reason(tmp_path: Path)
     assert nearly.fit().skipped_steps == 19
     trainer = broken_trainer(tmp_path / "run", 30, set(range(3, 30)))
     with pytest.raises(
-        NonFiniteError, match=r"20 steps in a row, the last of them step 23.*newest checkpoint is of step 20"
+        NonFiniteError,
+        match=r"20 steps in a row, the last of them step 23.*newest checkpoint is of step 20",
     ):
         trainer.fit()
     again = broken_trainer(tmp_path / "run", 30, set(range(3, 30)))
@@ -151,7 +170,9 @@ class Listening:
         self.heard: list[tuple[int, dict[str, float]]] = []
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.heard.append((step, {name: value for name, value in metrics.items() if name not in WALL_CLOCK}))
+        self.heard.append(
+            (step, {name: value for name, value in metrics.items() if name not in WALL_CLOCK})
+        )
 
     def close(self) -> None: ...
 
@@ -165,14 +186,22 @@ def test_the_tracker_hears_means_of_sums_over_counts(tmp_path: Path) -> None:
     mean = sum(row["nats_per_symbol"] * row["tokens"] for row in rows) / tokens
     assert figures["nats_per_symbol"] == pytest.approx(mean, rel=1e-12)
     assert figures["tokens"] == tokens
-    assert figures["train_loss"] == pytest.approx(sum(row["train_loss"] for row in rows) / 4, rel=1e-12)
-    assert {name: value for name, value in summary.metrics.items() if name not in WALL_CLOCK} == tracker.heard[-1][1]
+    assert figures["train_loss"] == pytest.approx(
+        sum(row["train_loss"] for row in rows) / 4, rel=1e-12
+    )
+    assert {
+        name: value for name, value in summary.metrics.items() if name not in WALL_CLOCK
+    } == tracker.heard[-1][1]
 
 
-def test_the_tracker_hears_the_same_from_a_run_that_went_on_between_two_reports(tmp_path: Path) -> None:
+def test_the_tracker_hears_the_same_from_a_run_that_went_on_between_two_reports(
+    tmp_path: Path,
+) -> None:
     straight, went_on = Listening(), Listening()
     toy_trainer(tmp_path / "straight", 12, tracker=straight, log_every=4).fit()
-    first = toy_trainer(tmp_path / "run", 12, tracker=went_on, log_every=4, checkpoint_every=6, batch_at=stop_in(6))
+    first = toy_trainer(
+        tmp_path / "run", 12, tracker=went_on, log_every=4, checkpoint_every=6, batch_at=stop_in(6)
+    )
     with pytest.raises(KeyboardInterrupt):
         first.fit()
     again = toy_trainer(tmp_path / "run", 12, tracker=went_on, log_every=4)
@@ -193,13 +222,18 @@ def stop_in(last: int) -> Callable[[int, int], Rows]:
 def test_a_line_keeps_wall_clock_apart_from_what_must_repeat(tmp_path: Path) -> None:
     for name in ("a", "b"):
         toy_trainer(tmp_path / name, 4).fit()
-    a, b = ([{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines(tmp_path / n)] for n in "ab")
+    a, b = (
+        [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines(tmp_path / n)]
+        for n in "ab"
+    )
     assert a == b
     assert [line["step"] for line in a] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_after_its_step_and_the_run_goes_on_later(tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_ends_the_run_after_its_step_and_the_run_goes_on_later(
+    tmp_path: Path, number: int, code: int
+) -> None:
     trainer, rows = toy_trainer(tmp_path / "run", 9), rows_at(1)
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
@@ -217,11 +251,17 @@ def test_a_signal_ends_the_run_after_its_step_and_the_run_goes_on_later(tmp_path
     assert again.fit(again.checkpoints.newest()).exit_code == 0
     straight = toy_trainer(tmp_path / "straight", 9)
     straight.fit()
-    assert all(torch.equal(weights(again)[name], value) for name, value in weights(straight).items())
+    assert all(
+        torch.equal(weights(again)[name], value) for name, value in weights(straight).items()
+    )
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_a_second_signal_ends_at_once(tmp_path: Path, number: int, error: type[BaseException]) -> None:
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_second_signal_ends_at_once(
+    tmp_path: Path, number: int, error: type[BaseException]
+) -> None:
     trainer = toy_trainer(tmp_path, 9)
 
     def batch_at(step: int, micro: int) -> Rows:
@@ -244,11 +284,15 @@ def test_more_steps_continue_a_finished_run(tmp_path: Path) -> None:
     longer.fit(longer.checkpoints.newest())
     straight = toy_trainer(tmp_path / "straight", 12)
     straight.fit()
-    assert all(torch.equal(weights(longer)[name], value) for name, value in weights(straight).items())
+    assert all(
+        torch.equal(weights(longer)[name], value) for name, value in weights(straight).items()
+    )
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 13))
 
 
-def test_an_average_that_a_run_goes_on_with_starts_from_the_weights_that_it_has_come_to(tmp_path: Path) -> None:
+def test_an_average_that_a_run_goes_on_with_starts_from_the_weights_that_it_has_come_to(
+    tmp_path: Path,
+) -> None:
     first = toy_trainer(tmp_path, 6)
     first.fit()
     then = toy_trainer(tmp_path, 7, ema=0.999)
@@ -256,7 +300,9 @@ def test_an_average_that_a_run_goes_on_with_starts_from_the_weights_that_it_has_
     assert then.average is not None
     before = weights(first)
     for name, now in weights(then).items():  # float64; the first decay is 1/10
-        torch.testing.assert_close(then.average.weights[name], 0.1 * before[name] + 0.9 * now, rtol=1e-14, atol=1e-15)
+        torch.testing.assert_close(
+            then.average.weights[name], 0.1 * before[name] + 0.9 * now, rtol=1e-14, atol=1e-15
+        )
 
 
 def test_a_trainer_refuses_what_it_cannot_go_on_from(tmp_path: Path) -> None:

@@ -23,7 +23,10 @@ from ddiff.training.metrics import WALL_CLOCK
 
 BOUND = "validation_nelbo_nats_per_symbol"
 ENDS = ("validation_interval_low_nats_per_symbol", "validation_interval_high_nats_per_symbol")
-DROPOUT = ("denoiser.dropout=0.3", "train.checkpoint_every=2")  # the random state of torch matters too
+DROPOUT = (
+    "denoiser.dropout=0.3",
+    "train.checkpoint_every=2",
+)  # the random state of torch matters too
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +59,12 @@ def assert_same(one: Any, two: Any) -> None:
     if isinstance(one, dict):
         assert one.keys() == two.keys()
         for key in one:
-            if key not in ("seconds", "tokens_per_second", "settled", "made_with"):  # the last names the recipe
+            if key not in (
+                "seconds",
+                "tokens_per_second",
+                "settled",
+                "made_with",
+            ):  # the last names the recipe
                 assert_same(one[key], two[key])
     elif isinstance(one, list | tuple):
         for a, b in zip(one, two, strict=True):
@@ -75,9 +83,17 @@ def test_evaluation_while_training_changes_no_bit_of_it(ema: float) -> None:
     assert_same(state("plain"), state("watched"))
 
 
-def test_the_line_of_a_step_has_the_bound_that_evaluate_finds_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_line_of_a_step_has_the_bound_that_evaluate_finds_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for weights in ("ema", "trained"):
-        made = trained(weights, "train.ema=0.5", f"evaluate.weights={weights}", "evaluate.every=3", "evaluate.draws=2")
+        made = trained(
+            weights,
+            "train.ema=0.5",
+            f"evaluate.weights={weights}",
+            "evaluate.every=3",
+            "evaluate.draws=2",
+        )
         found, _ = load(weights).evaluate()
         watched = lines(weights)
         assert [BOUND in line for line in watched] == [False, False, True] * 2
@@ -95,7 +111,8 @@ def test_a_run_that_was_stopped_and_resumed_logs_the_same_evaluations() -> None:
     trained("whole", "evaluate.every=2", "train.schedule=constant", *DROPOUT)
     trained("torn", "evaluate.every=2", "train.schedule=constant", *DROPOUT)
     drop = [
-        [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines(name)] for name in ("torn", "whole")
+        [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines(name)]
+        for name in ("torn", "whole")
     ]
     assert drop[0] == drop[1]
     assert sum(BOUND in line for line in lines("torn")) == 3
@@ -157,15 +174,24 @@ def test_an_installed_average_leaves_the_weights_as_they_were() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_ranks_evaluate_together_and_train_as_without(kind: str, ema: float, tmp_path: Path) -> None:
-    common = [f"backend.kind={kind}", "backend.processes=2", f"train.ema={ema}", "denoiser.dropout=0.3"]
+def test_ranks_evaluate_together_and_train_as_without(
+    kind: str, ema: float, tmp_path: Path
+) -> None:
+    common = [
+        f"backend.kind={kind}",
+        "backend.processes=2",
+        f"train.ema={ema}",
+        "denoiser.dropout=0.3",
+    ]
     for name, more in (("plain", []), ("watched", ["evaluate.every=2"])):
         settings = [f'run_dir="{tmp_path / name}"', *common, *more]
         on_ranks(2, train_symbols, settings, str(tmp_path / "cache"))
     assert without_validation("plain") == without_validation("watched")
     one = trained("single", f"train.ema={ema}", "denoiser.dropout=0.3", "evaluate.every=2")
     assert one.backend.world_size == 1
-    figures = [[line[BOUND] for line in lines(name) if BOUND in line] for name in ("watched", "single")]
+    figures = [
+        [line[BOUND] for line in lines(name) if BOUND in line] for name in ("watched", "single")
+    ]
     assert len(figures[0]) == 3
     assert figures[0] == pytest.approx(figures[1], rel=0.05)
 
@@ -175,7 +201,9 @@ def test_notes_stand_between_the_lines_of_a_log_and_above_a_bar() -> None:
 
     for terminal in (False, True):
         out = io.StringIO()
-        with progress(3, "training", console=Console(file=out, force_terminal=terminal, width=100)) as job:
+        with progress(
+            3, "training", console=Console(file=out, force_terminal=terminal, width=100)
+        ) as job:
             job.advance(1)
             job.note("step 1: validation NELBO [4.0]")
         assert "step 1: validation NELBO [4.0]" in out.getvalue()

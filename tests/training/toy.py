@@ -55,9 +55,13 @@ class Identify:
     def counts(self, batch: Rows) -> dict[str, Tensor]:
         return {"text": batch.scored.sum()}
 
-    def __call__(self, batch: Rows, noise: Tensor, denominators: dict[str, Tensor], slots: int) -> LossTerms:
+    def __call__(
+        self, batch: Rows, noise: Tensor, denominators: dict[str, Tensor], slots: int
+    ) -> LossTerms:
         self.slots_seen.add(slots)
-        losses = nn.functional.cross_entropy(self.module(batch.ids).transpose(1, 2), batch.ids, reduction="none")
+        losses = nn.functional.cross_entropy(
+            self.module(batch.ids).transpose(1, 2), batch.ids, reduction="none"
+        )
         weighted = (losses * batch.scored * (1.0 + noise[:, None])).sum()
         metrics = {"nats_per_symbol": ((losses * batch.scored).sum(), batch.scored.sum())}
         return LossTerms(weighted / denominators["text"], metrics)
@@ -84,12 +88,19 @@ def noise_at(step: int, batch: Rows) -> Tensor:
     return torch.frac(0.618 * (batch.index + 31 * step)).double()
 
 
-def toy_trainer(run_dir: str | Path, steps: int = 20, *, dropout: float = 0.0, **settings: Any) -> Trainer:
+def toy_trainer(
+    run_dir: str | Path, steps: int = 20, *, dropout: float = 0.0, **settings: Any
+) -> Trainer:
     """A trainer of `Net` in float64 with Muon; `settings` go to `Trainer`, and may replace its parts."""
     torch.manual_seed(0)
     objective = settings.pop("objective", None) or Identify(Net(dropout).double())
     optimizer = settings.pop("optimizer", muon)(objective.module)
-    settings = {"slots": ROWS, "backend": SingleBackend("cpu"), "log_every": 4, "checkpoint_every": 5} | settings
+    settings = {
+        "slots": ROWS,
+        "backend": SingleBackend("cpu"),
+        "log_every": 4,
+        "checkpoint_every": 5,
+    } | settings
     batch_at = settings.pop("batch_at", None) or rows_at(settings.get("accumulate", 1))
     settings.setdefault("noise_at", noise_at)
     return Trainer(objective, optimizer, batch_at, run_dir=run_dir, steps=steps, **settings)
