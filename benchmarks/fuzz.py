@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddiff.cli import main as ddiff
-from ddiff.plugin import installed_plugins, survey_plugins
-from ddiff.recipe import read_recipe, shipped_recipes
-from ddiff.tables import SLOTS
+from ddiff.plugin.loader import installed_plugins, survey_plugins
+from ddiff.recipe.model import read_recipe, shipped_recipes
+from ddiff.recipe.schema import SLOTS
 
 SECONDS = 20.0  # of CPU: what a dry run, and a run of two steps, may take
 LONGEST = 4000  # characters of a refusal

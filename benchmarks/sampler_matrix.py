@@ -43,8 +43,8 @@ from ddiff import (
     Vocabulary,
 )
 from ddiff.errors import ArgumentError
-from ddiff.plugin import load_plugins
-from ddiff.testing.enumerated import measured
+from ddiff.plugin.loader import load_plugins
+from ddiff.testing.exact_sampler import measured
 
 JOINT = torch.tensor(
     [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64

@@ -77,8 +77,8 @@ MIXED = ("train.optimizer.kind=adamw", "denoiser.dropout=0.0")
 PATIENCE = 120.0  # seconds that anything may take on a busy machine
 PRELOAD = [
     "ddiff.runs.stages",
-    "ddiff.training.distributed",
-    "ddiff.training.storage",
+    "ddiff.distributed.data_parallel",
+    "ddiff.checkpoint.dcp_storage",
     "torch._dynamo",
     "ddiff_dit.dit",
 ]
@@ -113,7 +113,7 @@ def main() -> int:
 
 
 def backends() -> list[str]:
-    from ddiff.plugin import survey_plugins
+    from ddiff.plugin.loader import survey_plugins
 
     return survey_plugins()[0].names("backend")
 
@@ -250,7 +250,7 @@ def train(rank: int, world: int, port: int, settings: list[str], log: str, path:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
 
-    from ddiff.recipe import parse_recipe
+    from ddiff.recipe.model import parse_recipe
     from ddiff.runs import run_recipe
 
     torch.set_num_threads(1)
@@ -269,7 +269,7 @@ def _kill(ranks: Sequence[BaseProcess]) -> None:
 
 
 def differences(whole: Path, place: Path, exact: bool) -> Iterator[str]:
-    from ddiff.runs.verify import (
+    from ddiff.runs.replay import (
         ROUNDING,
         ROUNDING_OF_WEIGHTS,
         distance,
@@ -277,7 +277,7 @@ def differences(whole: Path, place: Path, exact: bool) -> Iterator[str]:
         farthest_tensor,
         records,
     )
-    from ddiff.training.checkpoint import Checkpoints
+    from ddiff.checkpoint.checkpoints import Checkpoints
 
     one, two = records(whole), records(place)
     if [line["step"] for line in two] != list(range(1, STEPS + 1)):

@@ -18,8 +18,8 @@ _MODULES = {
         "read_embeddings",
     ),
     "ddiff.clustering.kmeans": ("nested_kmeans",),
-    "ddiff.comparison": ("compare",),
-    "ddiff.component": (
+    "ddiff.evaluation.comparison": ("compare",),
+    "ddiff.plugin.config": (
         "ComponentConfig",
         "NonNegativeFloat",
         "NonNegativeInt",
@@ -29,7 +29,7 @@ _MODULES = {
         "Seed",
         "Share",
     ),
-    "ddiff.conditions": ("Label", "Vector"),
+    "ddiff.data.condition_forms": ("Label", "Vector"),
     "ddiff.core.clock": (
         "CdfClock",
         "LevelClock",
@@ -61,7 +61,7 @@ _MODULES = {
         "uniform_kernel",
     ),
     "ddiff.core.information": ("InformationTime", "OwnTime", "TimeChange"),
-    "ddiff.core.law": (
+    "ddiff.core.prediction": (
         "Answer",
         "CleanLaw",
         "DenseLaw",
@@ -69,7 +69,7 @@ _MODULES = {
         "SubtreeLaw",
         "drop_own_evidence",
     ),
-    "ddiff.core.noise": ("Noise",),
+    "ddiff.core.rng": ("Noise",),
     "ddiff.core.numerics": ("interior",),
     "ddiff.core.oracle": ("propagate",),
     "ddiff.core.process": (
@@ -117,7 +117,7 @@ _MODULES = {
     "ddiff.data.markov": ("MarkovSource",),
     "ddiff.data.paths": ("find_parts",),
     "ddiff.data.pretrained": ("load_pretrained",),
-    "ddiff.data.rows": ("Rows", "rows_fingerprint", "token_stream"),
+    "ddiff.data.packing": ("Rows", "rows_fingerprint", "token_stream"),
     "ddiff.data.sources": ("TextSource", "file_texts", "hub_texts"),
     "ddiff.data.tokenizer": (
         "AlphabetTokenizer",
@@ -149,20 +149,20 @@ _MODULES = {
         "TokenHead",
         "TreeHead",
     ),
-    "ddiff.plugin": ("hookimpl",),
-    "ddiff.recipe": ("Recipe", "read_recipe"),
-    "ddiff.registry": ("Registry",),
+    "ddiff.plugin.loader": ("hookimpl",),
+    "ddiff.recipe.model": ("Recipe", "read_recipe"),
+    "ddiff.plugin.registry": ("Registry",),
     "ddiff.runs": (
         "Run",
         "load",
         "run",
     ),
-    "ddiff.sampling.acs": ("CorrectingSampler",),
+    "ddiff.sampling.adaptive_correction": ("CorrectingSampler",),
     "ddiff.sampling.analytic": ("AnalyticSampler", "reverse_probs"),
     "ddiff.sampling.ancestral": ("AncestralSampler",),
-    "ddiff.sampling.along": ("AlongSampler",),
+    "ddiff.sampling.hyperschedule": ("AlongSampler",),
     "ddiff.sampling.blockwise": ("BlockwiseSampler",),
-    "ddiff.sampling.corrected": ("CorrectedSampler", "Corrector", "ForwardBackward"),
+    "ddiff.sampling.predictor_corrector": ("CorrectedSampler", "Corrector", "ForwardBackward"),
     "ddiff.sampling.first_hitting": ("FirstHittingSampler",),
     "ddiff.sampling.grid": ("Grid", "LoopGrid"),
     "ddiff.sampling.loop": (
@@ -192,12 +192,12 @@ _MODULES = {
         "shaped",
         "steered",
     ),
-    "ddiff.sampling.stepped": ("SteppedSampler",),
+    "ddiff.sampling.grid_sampler": ("SteppedSampler",),
     "ddiff.sampling.tau_leaping": ("TauLeapingSampler",),
     "ddiff.sampling.trapezoidal": ("TrapezoidalSampler",),
     "ddiff.sampling.unmasking": ("EntropyBoundSampler", "UnmaskingSampler"),
-    "ddiff.training.backend": ("SingleBackend",),
-    "ddiff.training.distributed": ("DistributedBackend", "ShardedBackend"),
+    "ddiff.distributed.single": ("SingleBackend",),
+    "ddiff.distributed.data_parallel": ("DistributedBackend", "ShardedBackend"),
     "ddiff.training.objective": (
         "ClippedLoss",
         "DiffusionObjective",
@@ -246,17 +246,17 @@ if TYPE_CHECKING:
     from ddiff.clustering.files import read_clusters as read_clusters
     from ddiff.clustering.files import read_embeddings as read_embeddings
     from ddiff.clustering.kmeans import nested_kmeans as nested_kmeans
-    from ddiff.comparison import compare as compare
-    from ddiff.component import ComponentConfig as ComponentConfig
-    from ddiff.component import NonNegativeFloat as NonNegativeFloat
-    from ddiff.component import NonNegativeInt as NonNegativeInt
-    from ddiff.component import PositiveFloat as PositiveFloat
-    from ddiff.component import PositiveInt as PositiveInt
-    from ddiff.component import Probability as Probability
-    from ddiff.component import Seed as Seed
-    from ddiff.component import Share as Share
-    from ddiff.conditions import Label as Label
-    from ddiff.conditions import Vector as Vector
+    from ddiff.evaluation.comparison import compare as compare
+    from ddiff.plugin.config import ComponentConfig as ComponentConfig
+    from ddiff.plugin.config import NonNegativeFloat as NonNegativeFloat
+    from ddiff.plugin.config import NonNegativeInt as NonNegativeInt
+    from ddiff.plugin.config import PositiveFloat as PositiveFloat
+    from ddiff.plugin.config import PositiveInt as PositiveInt
+    from ddiff.plugin.config import Probability as Probability
+    from ddiff.plugin.config import Seed as Seed
+    from ddiff.plugin.config import Share as Share
+    from ddiff.data.condition_forms import Label as Label
+    from ddiff.data.condition_forms import Vector as Vector
     from ddiff.core.clock import CdfClock as CdfClock
     from ddiff.core.clock import LevelClock as LevelClock
     from ddiff.core.clock import LogTimeClock as LogTimeClock
@@ -282,13 +282,13 @@ if TYPE_CHECKING:
     from ddiff.core.kernel import ScaledKernel as ScaledKernel
     from ddiff.core.kernel import SumKernel as SumKernel
     from ddiff.core.kernel import uniform_kernel as uniform_kernel
-    from ddiff.core.law import Answer as Answer
-    from ddiff.core.law import CleanLaw as CleanLaw
-    from ddiff.core.law import DenseLaw as DenseLaw
-    from ddiff.core.law import Score as Score
-    from ddiff.core.law import SubtreeLaw as SubtreeLaw
-    from ddiff.core.law import drop_own_evidence as drop_own_evidence
-    from ddiff.core.noise import Noise as Noise
+    from ddiff.core.prediction import Answer as Answer
+    from ddiff.core.prediction import CleanLaw as CleanLaw
+    from ddiff.core.prediction import DenseLaw as DenseLaw
+    from ddiff.core.prediction import Score as Score
+    from ddiff.core.prediction import SubtreeLaw as SubtreeLaw
+    from ddiff.core.prediction import drop_own_evidence as drop_own_evidence
+    from ddiff.core.rng import Noise as Noise
     from ddiff.core.numerics import interior as interior
     from ddiff.core.oracle import propagate as propagate
     from ddiff.core.process import ForwardProcess as ForwardProcess
@@ -327,9 +327,9 @@ if TYPE_CHECKING:
     from ddiff.data.markov import MarkovSource as MarkovSource
     from ddiff.data.paths import find_parts as find_parts
     from ddiff.data.pretrained import load_pretrained as load_pretrained
-    from ddiff.data.rows import Rows as Rows
-    from ddiff.data.rows import rows_fingerprint as rows_fingerprint
-    from ddiff.data.rows import token_stream as token_stream
+    from ddiff.data.packing import Rows as Rows
+    from ddiff.data.packing import rows_fingerprint as rows_fingerprint
+    from ddiff.data.packing import token_stream as token_stream
     from ddiff.data.sources import TextSource as TextSource
     from ddiff.data.sources import file_texts as file_texts
     from ddiff.data.sources import hub_texts as hub_texts
@@ -357,22 +357,22 @@ if TYPE_CHECKING:
     from ddiff.nn.heads import Head as Head
     from ddiff.nn.heads import TokenHead as TokenHead
     from ddiff.nn.heads import TreeHead as TreeHead
-    from ddiff.plugin import hookimpl as hookimpl
-    from ddiff.recipe import Recipe as Recipe
-    from ddiff.recipe import read_recipe as read_recipe
-    from ddiff.registry import Registry as Registry
+    from ddiff.plugin.loader import hookimpl as hookimpl
+    from ddiff.recipe.model import Recipe as Recipe
+    from ddiff.recipe.model import read_recipe as read_recipe
+    from ddiff.plugin.registry import Registry as Registry
     from ddiff.runs import Run as Run
     from ddiff.runs import load as load
     from ddiff.runs import run as run
-    from ddiff.sampling.acs import CorrectingSampler as CorrectingSampler
-    from ddiff.sampling.along import AlongSampler as AlongSampler
+    from ddiff.sampling.adaptive_correction import CorrectingSampler as CorrectingSampler
+    from ddiff.sampling.hyperschedule import AlongSampler as AlongSampler
     from ddiff.sampling.analytic import AnalyticSampler as AnalyticSampler
     from ddiff.sampling.analytic import reverse_probs as reverse_probs
     from ddiff.sampling.ancestral import AncestralSampler as AncestralSampler
     from ddiff.sampling.blockwise import BlockwiseSampler as BlockwiseSampler
-    from ddiff.sampling.corrected import CorrectedSampler as CorrectedSampler
-    from ddiff.sampling.corrected import Corrector as Corrector
-    from ddiff.sampling.corrected import ForwardBackward as ForwardBackward
+    from ddiff.sampling.predictor_corrector import CorrectedSampler as CorrectedSampler
+    from ddiff.sampling.predictor_corrector import Corrector as Corrector
+    from ddiff.sampling.predictor_corrector import ForwardBackward as ForwardBackward
     from ddiff.sampling.first_hitting import FirstHittingSampler as FirstHittingSampler
     from ddiff.sampling.grid import Grid as Grid
     from ddiff.sampling.grid import LoopGrid as LoopGrid
@@ -397,14 +397,14 @@ if TYPE_CHECKING:
     from ddiff.sampling.shaping import guided as guided
     from ddiff.sampling.shaping import shaped as shaped
     from ddiff.sampling.shaping import steered as steered
-    from ddiff.sampling.stepped import SteppedSampler as SteppedSampler
+    from ddiff.sampling.grid_sampler import SteppedSampler as SteppedSampler
     from ddiff.sampling.tau_leaping import TauLeapingSampler as TauLeapingSampler
     from ddiff.sampling.trapezoidal import TrapezoidalSampler as TrapezoidalSampler
     from ddiff.sampling.unmasking import EntropyBoundSampler as EntropyBoundSampler
     from ddiff.sampling.unmasking import UnmaskingSampler as UnmaskingSampler
-    from ddiff.training.backend import SingleBackend as SingleBackend
-    from ddiff.training.distributed import DistributedBackend as DistributedBackend
-    from ddiff.training.distributed import ShardedBackend as ShardedBackend
+    from ddiff.distributed.single import SingleBackend as SingleBackend
+    from ddiff.distributed.data_parallel import DistributedBackend as DistributedBackend
+    from ddiff.distributed.data_parallel import ShardedBackend as ShardedBackend
     from ddiff.training.objective import ClippedLoss as ClippedLoss
     from ddiff.training.objective import DiffusionObjective as DiffusionObjective
     from ddiff.training.objective import ElboLoss as ElboLoss

@@ -23,14 +23,14 @@ from typer.core import TyperGroup
 
 from ddiff import __version__
 from ddiff.errors import ArgumentError, DataError, PluginError, shortened
-from ddiff.launch import MISTAKE, end, follow_launcher, launch, place
+from ddiff.distributed.launcher import MISTAKE, end, follow_launcher, launch, place
 from ddiff.mistakes import REPORT, TRACEBACK, explained
-from ddiff.registry import describe
+from ddiff.plugin.registry import describe
 
 if TYPE_CHECKING:
-    from ddiff.component import ComponentConfig
-    from ddiff.recipe import Recipe
-    from ddiff.registry import Component
+    from ddiff.plugin.config import ComponentConfig
+    from ddiff.recipe.model import Recipe
+    from ddiff.plugin.registry import Component
 
 MOST = 2**31 - 1  # of counts and steps, as in a recipe
 LONGEST_MESSAGE = (
@@ -144,14 +144,14 @@ def run(
         )
     if dry_run:
         with _answered_quickly():
-            from ddiff.recipe import read_recipe
+            from ddiff.recipe.model import read_recipe
             from ddiff.runs import rehearse
 
             resolved = read_recipe(recipe, settings or ())
             verdict = rehearse(resolved, fresh=fresh)
         if measure is not None:
             from ddiff.runs.measure import measure as measured
-            from ddiff.runs.measured import print_measurement
+            from ddiff.runs.cost_table import print_measurement
 
             print_measurement(measured(resolved, measure))
             print(verdict)
@@ -159,7 +159,7 @@ def run(
         print(resolved.to_toml(), end="")
         print(f"# {verdict}")  # a comment, so that the output stays a recipe
         return
-    from ddiff.recipe import read_recipe
+    from ddiff.recipe.model import read_recipe
 
     resolved = read_recipe(recipe, settings or ())
     if starts_workers(resolved):
@@ -185,8 +185,8 @@ def prepare(
     ] = None,
 ) -> None:
     """Tokenise the text of a recipe ahead of its run; an interrupted build goes on, a finished one is verified."""
-    from ddiff.recipe import read_recipe
-    from ddiff.runs.prepare import prepare_data
+    from ddiff.recipe.model import read_recipe
+    from ddiff.runs.tokenize import prepare_data
 
     prepared = prepare_data(read_recipe(recipe, settings or ()), out)
     print_columns(prepared.titles, prepared.parts)
@@ -319,7 +319,7 @@ def read_prompts(prompts: list[str] | None, file: Path | None) -> str | list[str
         )
     if file is None:
         return only_one(prompts)
-    from ddiff.prompts import read_prompts as read_file
+    from ddiff.runs.prompts import read_prompts as read_file
 
     return read_file(file)
 
@@ -330,7 +330,7 @@ def only_one(texts: list[str] | None) -> str | list[str] | None:
 
 def read_conditions(written: list[str] | None) -> dict[str, object] | None:
     """`NAME=VALUE` texts, the value as in a recipe."""
-    from ddiff.toml import read_settings
+    from ddiff.recipe.toml import read_settings
 
     if not written:
         return None
@@ -359,7 +359,7 @@ def compare_runs(
     ] = ".",
 ) -> None:
     """Runs side by side in one table; refused unless all were evaluated in the same way."""
-    from ddiff.comparison import compare, write_comparison
+    from ddiff.evaluation.comparison import compare, write_comparison
 
     comparison = compare(run_dirs, group_seeds=seeds)
     print_columns(*comparison.columns())
@@ -381,7 +381,7 @@ def check(
     settings: Settings = None,
 ) -> None:
     """Prove the laws that a component must obey; print the largest error of each."""
-    from ddiff.testing.command import check as check_laws
+    from ddiff.testing.check_command import check as check_laws
 
     raise typer.Exit(check_laws(name, settings or []))
 
@@ -397,7 +397,7 @@ def plugins(
     ] = False,
 ) -> None:
     """List the installed plugins, or the keys of one; a broken plugin says why and does not hide the others."""
-    from ddiff.plugin import survey_plugins
+    from ddiff.plugin.loader import survey_plugins
 
     if name is not None:
         with _answered_quickly():
@@ -423,9 +423,9 @@ def plugins(
 
 def print_plugin(name: str) -> None:
     """Each component of a plugin with the place that names it and its keys; for `core` the engine's own keys first."""
-    from ddiff.plugin import CORE, load_plugins
-    from ddiff.registry import KINDS
-    from ddiff.tables import TABLES, Heading
+    from ddiff.plugin.loader import CORE, load_plugins
+    from ddiff.plugin.registry import KINDS
+    from ddiff.recipe.schema import TABLES, Heading
 
     registry = load_plugins([name])
     if name == CORE:
@@ -452,7 +452,7 @@ def print_plugin(name: str) -> None:
 
 
 def print_keys(title: str, model: type[ComponentConfig]) -> None:
-    from ddiff.explain import described
+    from ddiff.recipe.messages import described
 
     keys = described(model)
     width = max((len(key) for key, _, _ in keys), default=0)
@@ -477,7 +477,7 @@ def print_columns(titles: list[str], rows: list[list[str]]) -> None:
 @app.command()
 def recipes() -> None:
     """List the recipes that come with ddiff: `ddiff run NAME`."""
-    from ddiff.recipe import shipped_recipes
+    from ddiff.recipe.model import shipped_recipes
 
     shipped = shipped_recipes()
     width = max(map(len, shipped), default=0)

@@ -27,7 +27,7 @@ from models import (
 from plain import plain_sampling, plain_training_step
 
 from ddiff import Context, DistributedBackend, Noise
-from ddiff.training.memory import keep_freed_memory
+from ddiff.distributed.allocator import keep_freed_memory
 
 FAMILIES = {
     "mdlm": ["mdlm"],

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddiff.core.law import Answer, DenseLaw, Score
-from ddiff.core.noise import Noise
+from ddiff.core.prediction import Answer, DenseLaw, Score
+from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess, RowFunction, Visit
 from ddiff.core.times import DrawsTimes, Noisy, Times
 from ddiff.core.vocabulary import Vocabulary

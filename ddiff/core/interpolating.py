@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.kernel import InterpolatingKernel, Kernel
-from ddiff.core.law import Answer, CleanLaw, DenseLaw, Score, certainly_law
+from ddiff.core.prediction import Answer, CleanLaw, DenseLaw, Score, certainly_law
 from ddiff.core.numerics import (
     EARLIEST,
     FLOOR,

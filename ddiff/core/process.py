@@ -21,7 +21,7 @@ from torch import Tensor
 from ddiff.core.description import settings_of
 from ddiff.core.information import InformationTime, uniform_reference
 from ddiff.core.kernel import MAX_DENSE, DenseKernel, Kernel, read_back
-from ddiff.core.law import Answer, DenseLaw, Score, certainly_law
+from ddiff.core.prediction import Answer, DenseLaw, Score, certainly_law
 from ddiff.core.numerics import (
     FLOOR,
     LATEST,

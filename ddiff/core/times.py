@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.information import TimeChange
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 from ddiff.errors import ArgumentError
 
 Shape = Literal["block", "slide"]

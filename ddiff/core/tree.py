@@ -23,7 +23,7 @@ from torch import Tensor
 from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.information import uniform_reference
 from ddiff.core.kernel import Kernel, refuse_singular
-from ddiff.core.law import Answer, CleanLaw, DenseLaw, Score, certainly_law
+from ddiff.core.prediction import Answer, CleanLaw, DenseLaw, Score, certainly_law
 from ddiff.core.numerics import (
     Constant,
     draw_index,

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ddiff.conditions import Form, Vector
+from ddiff.data.condition_forms import Form, Vector
 from ddiff.errors import DataError
 
 ABSENT = -1  # the label of a document that has none; a vector that is absent is NaN

@@ -25,7 +25,7 @@ from ddiff.data.cache import Cache
 from ddiff.data.compression import open_plain
 from ddiff.data.paths import base_name, find_parts, open_file, shown
 from ddiff.data.text import RULES, Split, checked_text, text_documents
-from ddiff.data.tokenising import place_of
+from ddiff.data.tokenizer_workers import place_of
 from ddiff.errors import ArgumentError, DataError
 from ddiff.progress import progress
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, final
 import numpy as np
 from numpy.typing import NDArray
 
-from ddiff.data.tokenising import Chunk, place_of
+from ddiff.data.tokenizer_workers import Chunk, place_of
 from ddiff.errors import DataError
 
 if TYPE_CHECKING:

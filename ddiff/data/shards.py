@@ -7,7 +7,7 @@ A folder holds, for every shard, its ids and where its documents end, both plain
     train.counts.npy         [V] int64, how often each token occurs in the part
     manifest.json            tokenizer, source, and of every shard its size and checksums
 
-Rows of any length are cut from it when they are read (`ddiff.data.rows`), so that another length needs no other shards. A
+Rows of any length are cut from it when they are read (`ddiff.data.packing`), so that another length needs no other shards. A
 shard is written under another name and renamed; the manifest comes last. A build that was killed goes on after its last
 whole shard, for which `journal.json` keeps the source's cursor.
 """
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from ddiff.data.cache import fingerprint, not_writable
 from ddiff.data.overlap import find_overlap
-from ddiff.data.tokenising import TRAIN, VALIDATION, Chunk, Encoded, encoded, token_dtype
+from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk, Encoded, encoded, token_dtype
 from ddiff.data.tokenizer import Tokenizer, check_round_trip
 from ddiff.errors import DataError
 from ddiff.progress import progress

@@ -23,7 +23,7 @@ from ddiff.data.jsonl import check_once, json_objects
 from ddiff.data.paths import base_name, file_mark, find_all, open_file, shown
 from ddiff.data.pretrained import is_folder, is_place
 from ddiff.data.text import RULES, Split, checked_text, text_documents
-from ddiff.data.tokenising import DOCUMENTS_AT_ONCE, TRAIN, Chunk
+from ddiff.data.tokenizer_workers import DOCUMENTS_AT_ONCE, TRAIN, Chunk
 from ddiff.errors import ArgumentError, DataError, nearest
 
 # The library would tell the hub of every opening, that of local files too. Without a network each such request waits.

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ddiff.core.elbo import Likelihood
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 from ddiff.core.times import TimeRule
 from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.evaluation.ratio import Error, RatioEstimate

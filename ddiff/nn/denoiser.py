@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, final, get
 import torch
 from torch import Tensor, nn
 
-from ddiff.conditions import Form
-from ddiff.core.law import CleanLaw, DenseLaw, drop_own_evidence
+from ddiff.data.condition_forms import Form
+from ddiff.core.prediction import CleanLaw, DenseLaw, drop_own_evidence
 from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError
 from ddiff.nn.attention import Columns, KeyValues, Seen, Sight, block_mask, dense_mask, flexes

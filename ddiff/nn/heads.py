@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddiff.core.law import CleanLaw, LogitLaw, SubtreeLaw, segment_logsumexp
+from ddiff.core.prediction import CleanLaw, LogitLaw, SubtreeLaw, segment_logsumexp
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError, NonFiniteError
 

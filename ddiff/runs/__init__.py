@@ -14,15 +14,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddiff.runs.built import Run as Run
+    from ddiff.runs.run import Run as Run
     from ddiff.runs.export import export_run as export_run
-    from ddiff.runs.rehearsal import rehearse as rehearse
+    from ddiff.runs.dry_run import rehearse as rehearse
     from ddiff.runs.stages import evaluate_run as evaluate_run
     from ddiff.runs.stages import load as load
     from ddiff.runs.stages import run as run
     from ddiff.runs.stages import run_recipe as run_recipe
     from ddiff.runs.stages import sample_run as sample_run
-    from ddiff.runs.verify import verify_resume as verify_resume
+    from ddiff.runs.replay import verify_resume as verify_resume
 
 _MODULE_OF = {
     "Run": "built",

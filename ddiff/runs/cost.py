@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.embedding import StateEmbedding
 from ddiff.nn.heads import Head
-from ddiff.training.blocks import blocks_of
+from ddiff.distributed.blocks import blocks_of
 
 TRAINING = 3  # FLOPs of forward and backward in units of the forward: a backward has two products for each of its own
 # Dense bfloat16 products per second, by the makers' data sheets; a name is looked for in this order.

@@ -19,11 +19,11 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from ddiff import __version__
-from ddiff.destination import within_checkpoints
+from ddiff.run_dir.destination import within_checkpoints
 from ddiff.errors import ArgumentError, CheckpointError, DdiffError, no_room
-from ddiff.identity import check_recorded, given_in
-from ddiff.recipe import Recipe, changed_keys, parse_recipe
-from ddiff.run_files import (
+from ddiff.run_dir.identity import check_recorded, given_in
+from ddiff.recipe.model import Recipe, changed_keys, parse_recipe
+from ddiff.run_dir.files import (
     CHECKPOINTS,
     ENVIRONMENT,
     FILES,
@@ -41,11 +41,11 @@ from ddiff.run_files import (
     read_recipe_tree,
     read_text,
 )
-from ddiff.runs.parts import Given
-from ddiff.training.checkpoint import Checkpoints
+from ddiff.runs.build import Given
+from ddiff.checkpoint.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
-    from ddiff.runs.built import Run
+    from ddiff.runs.run import Run
     from ddiff.training.protocols import Backend
 
 PATIENCE = 5.0  # seconds that a run waits for another to let go of its directory

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import IO, Literal
 
 from ddiff import __version__
-from ddiff.destination import check_destination, write_file
+from ddiff.run_dir.destination import check_destination, write_file
 from ddiff.errors import ArgumentError
-from ddiff.identity import check_recorded
+from ddiff.run_dir.identity import check_recorded
 from ddiff.runs.directory import checkpoints_of
 
 Weights = Literal["auto", "ema", "trained"]
@@ -24,7 +24,7 @@ def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto")
     are returned: which weights, step, fingerprints, and the version of ddiff. Raises CheckpointError where there is no such
     checkpoint, ArgumentError where the file must not be written.
     """
-    from ddiff.training.storage import write_tensors
+    from ddiff.checkpoint.dcp_storage import write_tensors
 
     if Path(file).suffix != ".safetensors":
         raise ArgumentError(

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 from ddiff.data.batch import Batch
 from ddiff.data.conditions import Conditions
-from ddiff.data.rows import Rows, batch_rows, rows_of_ids
+from ddiff.data.packing import Rows, batch_rows, rows_of_ids
 from ddiff.data.tokenizer import AlphabetTokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import UNPADDED, Context, Denoiser
-from ddiff.recipe import Recipe, parse_recipe
-from ddiff.runs.built import Run, build_run
+from ddiff.recipe.model import Recipe, parse_recipe
+from ddiff.runs.run import Run, build_run
 from ddiff.runs.cost import (
     TRAINING,
     Footprint,
@@ -39,8 +39,8 @@ from ddiff.runs.cost import (
     num_bytes,
     peak,
 )
-from ddiff.runs.parts import Given, build_backend, build_objective, outlined
-from ddiff.runs.rise import Rise
+from ddiff.runs.build import Given, build_backend, build_objective, outlined
+from ddiff.runs.peak_memory import Rise
 from ddiff.training.metrics import FILE as METRICS
 from ddiff.training.objective import device_of
 from ddiff.training.protocols import Objective

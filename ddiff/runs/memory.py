@@ -15,9 +15,9 @@ import torch
 
 from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Denoiser
-from ddiff.recipe import Recipe
-from ddiff.training.backend import device_named
-from ddiff.training.blocks import blocks_of
+from ddiff.recipe.model import Recipe
+from ddiff.distributed.single import device_named
+from ddiff.distributed.blocks import blocks_of
 
 TIME = 8  # bytes of the float64 time that every position has
 STEP = 32  # bytes of a Python float in a list of times

@@ -14,14 +14,14 @@ from typing import IO, Any, NamedTuple
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.tokenizer import load_tokenizer
-from ddiff.destination import check_destination, write_text
+from ddiff.run_dir.destination import check_destination, write_text
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
-from ddiff.identity import Difference, check_recorded, given_in
-from ddiff.launch import place
-from ddiff.recipe import Recipe, read_recipe
-from ddiff.run_files import (
+from ddiff.run_dir.identity import Difference, check_recorded, given_in
+from ddiff.distributed.launcher import place
+from ddiff.recipe.model import Recipe, read_recipe
+from ddiff.run_dir.files import (
     ENVIRONMENT,
     EVALUATION,
     RECIPE,
@@ -34,7 +34,7 @@ from ddiff.run_files import (
     read_lines,
     remove,
 )
-from ddiff.runs.built import Run, build_run, other_data
+from ddiff.runs.run import Run, build_run, other_data
 from ddiff.runs.directory import (
     check_directory,
     check_writable,
@@ -48,13 +48,13 @@ from ddiff.runs.directory import (
     tracked_names,
     write,
 )
-from ddiff.runs.parts import (
+from ddiff.runs.build import (
     Given,
     backend_alone,
     check_sampling,
     check_tokenizer,
 )
-from ddiff.summary import print_evaluation, print_going_on, print_start, print_summary
+from ddiff.runs.summary import print_evaluation, print_going_on, print_start, print_summary
 from ddiff.training.trainer import TrainingSummary
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code of a run that SIGINT ended

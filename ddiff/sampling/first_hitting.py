@@ -16,7 +16,7 @@ from ddiff.core.process import ForwardProcess
 from ddiff.errors import ArgumentError
 from ddiff.sampling.ancestral import reverse
 from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says, need_law, need_process, step_rows
-from ddiff.sampling.stepped import draw_words, some_tokens, uniforms
+from ddiff.sampling.grid_sampler import draw_words, some_tokens, uniforms
 
 MOST_AT_ONCE = 0.05  # positions of a sequence: an error of at most 0.00125 in total variation
 READ = 2**16  # entries of a kernel's rows that are held to find the ends

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Ask
-from ddiff.core.law import CleanLaw
-from ddiff.core.noise import Noise
+from ddiff.core.prediction import CleanLaw
+from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess, Visit
 from ddiff.sampling.loop import Canvas, Says, step_rows
-from ddiff.sampling.stepped import SteppedSampler, uniforms
+from ddiff.sampling.grid_sampler import SteppedSampler, uniforms
 from ddiff.sampling.unmasking import need_monotone
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Ask
-from ddiff.core.law import CleanLaw
-from ddiff.core.noise import Noise
+from ddiff.core.prediction import CleanLaw
+from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess, Visit
 from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import Steps
 from ddiff.sampling.loop import Canvas, Quality, only, step_rows
-from ddiff.sampling.stepped import SteppedSampler, every_row, kept, open_at, root_of, uniforms
+from ddiff.sampling.grid_sampler import SteppedSampler, every_row, kept, open_at, root_of, uniforms
 
 
 class Kappa(Protocol):

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Ask
-from ddiff.core.law import CleanLaw
-from ddiff.core.noise import Noise
+from ddiff.core.prediction import CleanLaw
+from ddiff.core.rng import Noise
 from ddiff.core.numerics import draw_index, temper
 from ddiff.core.process import ForwardProcess, Visit
 from ddiff.errors import ArgumentError
-from ddiff.sampling.acs import need_informed_words
+from ddiff.sampling.adaptive_correction import need_informed_words
 from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says, looks_ahead, step_rows
-from ddiff.sampling.stepped import every_row, root_of, uniforms
+from ddiff.sampling.grid_sampler import every_row, root_of, uniforms
 
 
 @final

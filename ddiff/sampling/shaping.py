@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Ask
-from ddiff.core.law import CleanLaw, DenseLaw, SubtreeLaw
+from ddiff.core.prediction import CleanLaw, DenseLaw, SubtreeLaw
 from ddiff.core.numerics import draw_index, temper
 from ddiff.core.process import ForwardProcess, RowFunction, Visit
 from ddiff.core.times import Noisy

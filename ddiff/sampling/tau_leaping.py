@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Ask
-from ddiff.core.law import Answer
-from ddiff.core.noise import Noise
+from ddiff.core.prediction import Answer
+from ddiff.core.rng import Noise
 from ddiff.core.numerics import draw_index
 from ddiff.core.process import ForwardProcess, Visit
 from ddiff.sampling.loop import Canvas, Says, need_process, step_rows
-from ddiff.sampling.stepped import SteppedSampler, every_row, root_of, uniforms
+from ddiff.sampling.grid_sampler import SteppedSampler, every_row, root_of, uniforms
 
 
 @final

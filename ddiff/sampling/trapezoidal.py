@@ -7,13 +7,13 @@ from typing import final
 from torch import Tensor
 
 from ddiff.core.elbo import Ask
-from ddiff.core.law import Answer
-from ddiff.core.noise import Noise
+from ddiff.core.prediction import Answer
+from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess, Visit
 from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import Steps
 from ddiff.sampling.loop import Canvas, Says, need_process, only, step_rows
-from ddiff.sampling.stepped import SteppedSampler, every_row, root_of, uniforms
+from ddiff.sampling.grid_sampler import SteppedSampler, every_row, root_of, uniforms
 from ddiff.sampling.tau_leaping import leap
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Ask
-from ddiff.core.law import CleanLaw
-from ddiff.core.noise import Noise
+from ddiff.core.prediction import CleanLaw
+from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess, Visit
 from ddiff.errors import ArgumentError, nearest
 from ddiff.sampling.grid import Steps
 from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says, need_law, need_process, step_rows
 from ddiff.sampling.shaping import next_log_p, unfiltered
-from ddiff.sampling.stepped import SteppedSampler, draw_words, every_row, uniforms
+from ddiff.sampling.grid_sampler import SteppedSampler, draw_words, every_row, uniforms
 
 TIE = 2.0**12  # nats, or probabilities, that differ by less than one in so many are equal
 

@@ -12,7 +12,7 @@ Each law is itself a callable with a `name`, a `tolerance` and a docstring that 
 from ddiff.testing.clock import check_clock
 from ddiff.testing.denoiser import check_denoiser
 from ddiff.testing.head import check_head
-from ddiff.testing.law import check_clean_law
+from ddiff.testing.prediction import check_clean_law
 from ddiff.testing.process import check_process
 from ddiff.testing.report import Law, LawReport, assert_laws
 from ddiff.testing.sampler import check_sampler

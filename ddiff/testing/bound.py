@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ddiff.core.elbo import ask_table, nelbo
 from ddiff.core.information import TimeChange
-from ddiff.core.law import DenseLaw
-from ddiff.core.noise import Noise
+from ddiff.core.prediction import DenseLaw
+from ddiff.core.rng import Noise
 from ddiff.core.numerics import EARLIEST, LATEST
 from ddiff.core.process import ForwardProcess, Prior
 from ddiff.core.times import Times

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddiff.core.law import CleanLaw, drop_own_evidence
+from ddiff.core.prediction import CleanLaw, drop_own_evidence
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import Noisy
 from ddiff.nn.denoiser import READINGS, Context, Denoiser, asking

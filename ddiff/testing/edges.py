@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ddiff.core.law import Answer, DenseLaw, Score
+from ddiff.core.prediction import Answer, DenseLaw, Score
 from ddiff.core.process import ForwardProcess
 from ddiff.testing.probes import Rows, certain_laws, likelihoods, random_laws, times
 from ddiff.testing.report import Gap, gap, law

@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ddiff.core.law import CleanLaw
+from ddiff.core.prediction import CleanLaw
 from ddiff.nn.heads import Head
-from ddiff.testing.law import CLEAN_LAW_LAWS, below
+from ddiff.testing.prediction import CLEAN_LAW_LAWS, below
 from ddiff.testing.report import Gap, Law, LawReport, check, gap, law
 
 ROWS = 17

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.information import TimeChange
-from ddiff.core.law import DenseLaw
+from ddiff.core.prediction import DenseLaw
 from ddiff.core.process import ForwardProcess
 from ddiff.testing.probes import ENDS, INNER, NEAR_ENDS, likelihoods, product, times
 from ddiff.testing.report import Gap, gap, law

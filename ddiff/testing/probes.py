@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddiff.core.law import CleanLaw, DenseLaw
+from ddiff.core.prediction import CleanLaw, DenseLaw
 from ddiff.core.numerics import interior
 from ddiff.core.process import ForwardProcess, RowFunction
 from ddiff.core.vocabulary import Vocabulary

@@ -17,7 +17,7 @@ from torch import Tensor
 from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.elbo import Ask
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.law import DenseLaw
+from ddiff.core.prediction import DenseLaw
 from ddiff.core.process import ForwardProcess, RowFunction, Visit
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import Noisy
@@ -25,7 +25,7 @@ from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
 from ddiff.errors import ArgumentError
 from ddiff.sampling.loop import Canvas, Quality, Sampler, Says, generate
-from ddiff.testing.enumerated import ExactAsk, Quick
+from ddiff.testing.exact_sampler import ExactAsk, Quick
 from ddiff.testing.report import Gap, LawReport, check, gap, law
 
 JOINT = torch.tensor(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.information import OwnTime
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 from ddiff.core.times import TimeRule, Times
 from ddiff.testing.report import Gap, Law, LawReport, check, gap, law
 

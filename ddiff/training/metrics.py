@@ -12,7 +12,7 @@ from typing import Any, final
 import fsspec
 
 from ddiff.errors import CheckpointError
-from ddiff.run_files import METRICS as FILE
+from ddiff.run_dir.files import METRICS as FILE
 
 WALL_CLOCK = (
     "seconds",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Ask, Likelihood, NelboTerms, corrupt, nelbo
-from ddiff.core.law import CleanLaw
-from ddiff.core.noise import Noise
+from ddiff.core.prediction import CleanLaw
+from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import Noisy, TimeRule, Times
 from ddiff.errors import ArgumentError

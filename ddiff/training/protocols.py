@@ -12,7 +12,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import torch
 
-    from ddiff.core.noise import Noise
+    from ddiff.core.rng import Noise
 
 Batch = Any  # whatever `batch_at` gives and the objective takes; the trainer only hands it on
 

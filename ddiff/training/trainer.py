@@ -25,12 +25,12 @@ from rich.console import Console
 from torch import Tensor
 
 from ddiff.errors import ArgumentError, CheckpointError, NonFiniteError
-from ddiff.identity import check_fingerprints
+from ddiff.run_dir.identity import check_fingerprints
 from ddiff.progress import Progress, progress
-from ddiff.run_files import CHECKPOINTS
-from ddiff.training.average import MovingAverage
-from ddiff.training.checkpoint import Checkpoint, Checkpoints
-from ddiff.training.interruption import Interruption
+from ddiff.run_dir.files import CHECKPOINTS
+from ddiff.training.ema import MovingAverage
+from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
+from ddiff.training.signals import Interruption
 from ddiff.training.learning_rate import WarmupConstant
 from ddiff.training.metrics import MetricsFile, StepRecord, check_metrics, means
 from ddiff.training.objective import sent
@@ -39,7 +39,7 @@ from ddiff.training.protocols import Backend, Batch, Objective, Optimizer, Track
 from ddiff.training.tracker import NoTracker
 
 if TYPE_CHECKING:
-    from ddiff.core.noise import Noise
+    from ddiff.core.rng import Noise
 
 MOST_SKIPPED_IN_A_ROW = 20
 
@@ -141,7 +141,7 @@ class Trainer:
         log_every, checkpoint_every, keep: steps between reports, steps between checkpoints, checkpoints that stay.
         origins: where each component came from (distribution, version), recorded in each checkpoint.
         fingerprints: of whatever a checkpoint must fit (vocabulary, data); compared when a run goes on.
-        made_with: what else a checkpoint records of the parts (see ddiff.identity); plain values.
+        made_with: what else a checkpoint records of the parts (see ddiff.run_dir.identity); plain values.
 
     A step whose loss or gradient norm is not finite leaves parameters and optimizer alone and is counted.
     """

@@ -13,9 +13,9 @@ import pytest
 
 import ddiff
 from ddiff.cli import app, main
-from ddiff.plugin import installed_plugins, survey_plugins
-from ddiff.recipe import read_recipe, shipped_recipes
-from ddiff.registry import KINDS
+from ddiff.plugin.loader import installed_plugins, survey_plugins
+from ddiff.recipe.model import read_recipe, shipped_recipes
+from ddiff.plugin.registry import KINDS
 
 HEAVY = ("torch", "transformers", "datasets", "wandb", "torchmetrics", "faiss", "numpy")
 PROBE = """
@@ -266,10 +266,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list:
     )  # type: ignore[attr-defined]
     module.evaluate_run = lambda run_dir, settings: calls.append(("eval", run_dir, settings))  # type: ignore[attr-defined]
     module.sample_run = lambda run_dir, **options: calls.append(("sample", run_dir, options))  # type: ignore[attr-defined]
-    command = ModuleType("ddiff.testing.command")
+    command = ModuleType("ddiff.testing.check_command")
     command.check = lambda name, settings: calls.append(("check", name, settings)) or 1  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ddiff.runs", module)
-    monkeypatch.setitem(sys.modules, "ddiff.testing.command", command)
+    monkeypatch.setitem(sys.modules, "ddiff.testing.check_command", command)
     return calls
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddiff.core.elbo import ask_law, closing_term, corrupt, decoding_term, diffusion_term
 from ddiff.core.information import OwnTime
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import DrawsTimes, Noisy, Times
 from ddiff.testing.bound import enumerated, random_joint, words_of

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddiff.core.dense import DenseProcess
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.law import DenseLaw
+from ddiff.core.prediction import DenseLaw
 from ddiff.core.process import ForwardProcess, RowFunction
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.vocabulary import FlatVocabulary

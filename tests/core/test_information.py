@@ -14,7 +14,7 @@ from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.dense import DenseProcess
 from ddiff.core.information import MonotoneMap, OwnTime
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.law import DenseLaw
+from ddiff.core.prediction import DenseLaw
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import GeometricSchedule, LinearSchedule, PowerSchedule
 from ddiff.core.tree import TreeProcess

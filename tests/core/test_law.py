@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddiff.core.clock import LogTimeClock
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.law import DenseLaw, drop_own_evidence, segment_logsumexp
+from ddiff.core.prediction import DenseLaw, drop_own_evidence, segment_logsumexp
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.tree import TreeProcess

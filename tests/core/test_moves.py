@@ -20,7 +20,7 @@ from ddiff.core.interpolating import (
     word_law,
 )
 from ddiff.core.kernel import DenseKernel, InterpolatingKernel, Kernel
-from ddiff.core.law import DenseLaw, Score
+from ddiff.core.prediction import DenseLaw, Score
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule, PowerSchedule
 from ddiff.core.tree import TreeProcess

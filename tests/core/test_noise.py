@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 
 INDEX = torch.tensor([5, 0, 9])
 

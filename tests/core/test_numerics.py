@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.clock import LogTimeClock
-from ddiff.core.law import DenseLaw
+from ddiff.core.prediction import DenseLaw
 from ddiff.core.numerics import draw_index, interior, like_rows, log_or_never
 from ddiff.core.process import RowFunction
 from ddiff.core.tree import TreeProcess

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddiff.core.dense import DenseProcess
 from ddiff.core.interpolating import MixtureProcess, mask_law, word_law
-from ddiff.core.law import DenseLaw
+from ddiff.core.prediction import DenseLaw
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule, Schedule
 from ddiff.core.tree import TreeProcess

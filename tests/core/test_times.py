@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddiff.core.information import OwnTime
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 from ddiff.core.times import FlatTimes, van_der_corput_order
 from ddiff.errors import ArgumentError
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.elbo import ask_table
-from ddiff.core.law import DenseLaw
+from ddiff.core.prediction import DenseLaw
 from ddiff.core.process import RowFunction, Visit
 from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule
 from ddiff.core.times import Noisy

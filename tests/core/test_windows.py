@@ -26,7 +26,7 @@ from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.elbo import ask_law, nelbo
 from ddiff.core.information import OwnTime, TimeChange
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule, Schedule
 from ddiff.core.times import FlatTimes, Noisy, TimeRule, Times, WindowTimes, jointly_stratified

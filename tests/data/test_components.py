@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from ddiff.data.cache import Cache
 from ddiff.data.documents import Documents, from_texts
-from ddiff.data.rows import pack
+from ddiff.data.packing import pack
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
 

@@ -12,12 +12,12 @@ import torch
 from datasets import Dataset
 from ddiff_core.data import JsonLines
 
-from ddiff.conditions import Label, Vector
+from ddiff.data.condition_forms import Label, Vector
 from ddiff.data.cache import Cache
 from ddiff.data.conditions import conditions_of
 from ddiff.data.documents import Documents
 from ddiff.data.jsonl import json_lines
-from ddiff.data.rows import batch_rows, pack
+from ddiff.data.packing import batch_rows, pack
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
 

@@ -17,12 +17,12 @@ from corpora import TOKENIZER, json_file, parquet_files, sentences
 from ddiff_core.data import Files, Hub, Shards
 from ddiff_core.tokenizers import BytePair, Saved
 
-from ddiff.conditions import Label
+from ddiff.data.condition_forms import Label
 from ddiff.data.cache import Cache
 from ddiff.data.conditions import conditions_of
 from ddiff.data.corpus import SourceCorpus, train_rows, validation_rows
 from ddiff.data.documents import divided, from_texts
-from ddiff.data.rows import pack, rows_fingerprint
+from ddiff.data.packing import pack, rows_fingerprint
 from ddiff.data.sources import file_texts, hub_texts
 from ddiff.errors import ArgumentError, DataError
 

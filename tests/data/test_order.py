@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ddiff.data.order import row_at
+from ddiff.data.permutation import row_at
 from ddiff.errors import ArgumentError
 
 SIZES = [1, 2, 3, 4, 5, 7, 16, 17, 63, 64, 65, 1000, 4097]

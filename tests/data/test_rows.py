@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ddiff.data.cache import Cache
 from ddiff.data.corpus import train_rows, validation_rows
 from ddiff.data.documents import Documents, from_texts
-from ddiff.data.rows import (
+from ddiff.data.packing import (
     PackedRows,
     batch_rows,
     pack,

@@ -16,9 +16,9 @@ import pytest
 from corpora import SENTENCE, TOKENIZER, chunks_of, sentences
 
 from ddiff.data.documents import divided, from_texts
-from ddiff.data.rows import PackedRows, pack, rows_of_stream
+from ddiff.data.packing import PackedRows, pack, rows_of_stream
 from ddiff.data.shards import Shards, read_shards, write_shards
-from ddiff.data.tokenising import TRAIN, VALIDATION, Chunk, encoded
+from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk, encoded
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
 
@@ -256,9 +256,9 @@ MEASURED = """
 import re, sys
 from pathlib import Path
 import numpy as np
-from ddiff.data.rows import rows_of_stream
+from ddiff.data.packing import rows_of_stream
 from ddiff.data.shards import write_shards
-from ddiff.data.tokenising import TRAIN, Chunk
+from ddiff.data.tokenizer_workers import TRAIN, Chunk
 from ddiff.data.tokenizer import AlphabetTokenizer
 
 def held():

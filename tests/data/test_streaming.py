@@ -15,9 +15,9 @@ from ddiff_core.data import Files
 from ddiff.data.cache import Cache
 from ddiff.data.corpus import StreamedCorpus, train_rows, validation_rows
 from ddiff.data.documents import divided, from_texts
-from ddiff.data.rows import batch_rows, pack
+from ddiff.data.packing import batch_rows, pack
 from ddiff.data.streaming import StreamedRows
-from ddiff.data.tokenising import Chunk
+from ddiff.data.tokenizer_workers import Chunk
 from ddiff.errors import ArgumentError, DataError
 
 TEXTS = sentences(90)

@@ -15,7 +15,7 @@ import pytest
 from small import FLAT, working_in
 
 import ddiff as api
-from ddiff.comparison import compare
+from ddiff.evaluation.comparison import compare
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.evaluation.intervals import student95
 

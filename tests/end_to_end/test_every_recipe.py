@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ddiff
-from ddiff.recipe import shipped_recipes
+from ddiff.recipe.model import shipped_recipes
 
 RECIPES = [
     "ar_small",

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import ddiff as api
-from ddiff.training.checkpoint import Checkpoints
+from ddiff.checkpoint.checkpoints import Checkpoints
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -12,10 +12,10 @@ from small import FLAT, working_in
 
 import ddiff as api
 from ddiff.errors import ArgumentError, RecipeError
-from ddiff.recipe import read_recipe
-from ddiff.runs.built import build_run
-from ddiff.runs.parts import Given
-from ddiff.training.checkpoint import Checkpoints
+from ddiff.recipe.model import read_recipe
+from ddiff.runs.run import build_run
+from ddiff.runs.build import Given
+from ddiff.checkpoint.checkpoints import Checkpoints
 
 SHORT = ["train.steps=4", "evaluate.draws=1"]
 

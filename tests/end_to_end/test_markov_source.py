@@ -40,7 +40,7 @@ from ddiff.core.times import FlatTimes
 from ddiff.evaluation.likelihood import Evaluation
 from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import TokenHead
-from ddiff.recipe import Recipe, parse_recipe
+from ddiff.recipe.model import Recipe, parse_recipe
 
 RECIPE = """
 name = "markov"

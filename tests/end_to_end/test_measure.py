@@ -10,11 +10,11 @@ import torch
 from small import RECIPE
 
 from ddiff.errors import ArgumentError, DataError
-from ddiff.recipe import parse_recipe
+from ddiff.recipe.model import parse_recipe
 from ddiff.runs import cost
 from ddiff.runs.cost import Footprint, Parameters, counted, num_bytes
 from ddiff.runs.measure import Measurement, measure
-from ddiff.runs.rise import Rise
+from ddiff.runs.peak_memory import Rise
 from ddiff.training.trainer import Trainer
 
 Called = Callable[..., tuple[int, str, str]]

@@ -26,7 +26,7 @@ from ddiff.data.cache import Cache
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import ArgumentError, DdiffError
 from ddiff.testing import check_process
-from ddiff.training.checkpoint import Checkpoints
+from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.training.metrics import MetricsFile, StepRecord
 from ddiff.training.tracker import NoTracker
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import ddiff
-import ddiff.runs.init
-from ddiff.core.noise import Noise
-from ddiff.recipe import changed_keys, read_recipe, shipped_recipes
-from ddiff.runs.built import build_run
+import ddiff.runs.initial_weights
+from ddiff.core.rng import Noise
+from ddiff.recipe.model import changed_keys, read_recipe, shipped_recipes
+from ddiff.runs.run import build_run
 from ddiff.runs.directory import record
-from ddiff.runs.parts import Given, build_denoiser
+from ddiff.runs.build import Given, build_denoiser
 
 PAPER = sorted(name for name in shipped_recipes() if name.startswith("paper/"))
 WIDTH, LENGTH, WORDS = 32, 16, 300
@@ -74,7 +74,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setenv("DDIFF_CACHE", str(folder / "cache"))
         patch.setattr(ddiff, "model_embeddings", embeddings)
-        patch.setattr(ddiff.runs.init, "model_embeddings", embeddings)
+        patch.setattr(ddiff.runs.initial_weights, "model_embeddings", embeddings)
         yield folder
 
 

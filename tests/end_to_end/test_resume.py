@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ddiff.training.checkpoint import Checkpoints
+from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.training.metrics import WALL_CLOCK
 
 Command = Callable[..., tuple[int, str, str]]

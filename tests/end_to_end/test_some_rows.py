@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from small import RECIPE
 
-from ddiff.data.rows import batch_rows
-from ddiff.recipe import parse_recipe
-from ddiff.runs.built import Run, build_run
-from ddiff.runs.parts import Given
+from ddiff.data.packing import batch_rows
+from ddiff.recipe.model import parse_recipe
+from ddiff.runs.run import Run, build_run
+from ddiff.runs.build import Given
 
 LONG = 'data={kind="text", files=["corpus.txt"], validation=["held_out.txt"], length=8}'  # one document of many rows
 

@@ -10,7 +10,7 @@ import torch
 
 import ddiff as api
 from ddiff.core.elbo import Likelihood, NelboTerms
-from ddiff.plugin import survey_plugins
+from ddiff.plugin.loader import survey_plugins
 
 
 def is_short(text: str) -> bool:

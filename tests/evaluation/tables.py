@@ -12,7 +12,7 @@ from torch import Tensor
 from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.dense import DenseProcess
 from ddiff.core.elbo import Likelihood, ask_table, nelbo
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import TimeRule

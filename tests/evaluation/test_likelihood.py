@@ -13,7 +13,7 @@ import torch
 from tables import Known, constant, full_rows, given_the_rest, processes, scored_rows, symbols
 from torch import Tensor, nn
 
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import FlatTimes
 from ddiff.data.markov import MarkovSource

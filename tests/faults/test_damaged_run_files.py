@@ -13,7 +13,7 @@ import pytest
 from tiny_run import Command, files, is_refusal
 
 from ddiff.errors import CheckpointError
-from ddiff.run_files import OBJECTS, read_json, read_lines, read_recipe_tree
+from ddiff.run_dir.files import OBJECTS, read_json, read_lines, read_recipe_tree
 
 STEP = "checkpoints/step_00000004"
 FILES = [

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import ddiff
-from ddiff.comparison import write_comparison
+from ddiff.evaluation.comparison import write_comparison
 from ddiff.errors import CheckpointError
 from ddiff.runs import directory
 from ddiff.runs.directory import remove_leftovers
@@ -94,7 +94,7 @@ def test_a_comparison_that_cannot_be_written_leaves_no_part(
     def full(source: str, target: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
 
-    monkeypatch.setattr("ddiff.destination.os.replace", full)
+    monkeypatch.setattr("ddiff.run_dir.destination.os.replace", full)
     comparison: Any = SimpleNamespace(to_dict=dict, to_markdown=str)
     with pytest.raises(
         OSError, match="No space left"

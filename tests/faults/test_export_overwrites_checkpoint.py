@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_run import Command, files, is_refusal
 
 import ddiff as api
-from ddiff.destination import check_destination, write_file
+from ddiff.run_dir.destination import check_destination, write_file
 from ddiff.errors import ArgumentError
 from ddiff.runs import export_run
 
@@ -135,7 +135,7 @@ def test_export_makes_folders_and_leaves_nothing_half_written(
         raise OSError(5, "Input/output error")
 
     before = files(Path())
-    monkeypatch.setattr("ddiff.training.storage.write_tensors", fail)
+    monkeypatch.setattr("ddiff.checkpoint.dcp_storage.write_tensors", fail)
     for name in ("new/deep/w.safetensors", "new/deep/other.safetensors"):
         assert is_refusal(ddiff(*EXPORT, name), "Input/output error")
     assert files(Path()) == before

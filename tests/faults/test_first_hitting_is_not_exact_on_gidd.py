@@ -23,7 +23,7 @@ from ddiff import (
 )
 from ddiff.core.numerics import EARLIEST, LATEST
 from ddiff.sampling.first_hitting import MOST_AT_ONCE, between
-from ddiff.testing.enumerated import measured
+from ddiff.testing.exact_sampler import measured
 
 JOINT = torch.tensor(
     [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64

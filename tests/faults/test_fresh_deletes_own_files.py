@@ -10,7 +10,7 @@ from tiny_run import RECIPE, Command, files, is_refusal
 
 import ddiff as api
 from ddiff.errors import CheckpointError
-from ddiff.run_files import FILES, contents, remove
+from ddiff.run_dir.files import FILES, contents, remove
 
 FRESH = ("run", "tiny.toml", "--fresh")
 FOREIGN = {

@@ -13,14 +13,14 @@ import torch
 from ddiff.cli import main
 from ddiff.data.documents import Documents, from_texts
 from ddiff.data.jsonl import json_lines
-from ddiff.data.rows import pack_texts
+from ddiff.data.packing import pack_texts
 from ddiff.data.sources import file_texts
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
-from ddiff.prompts import infill, prompt, read_prompts, templates_of
-from ddiff.recipe import parse_recipe
-from ddiff.runs.built import Run, build_run
-from ddiff.runs.parts import Given
+from ddiff.runs.prompts import infill, prompt, read_prompts, templates_of
+from ddiff.recipe.model import parse_recipe
+from ddiff.runs.run import Run, build_run
+from ddiff.runs.build import Given
 
 GOOD = [
     json.dumps({"text": f"line number {number} is here", "y": 0, "v": [0.5, 1.0]})

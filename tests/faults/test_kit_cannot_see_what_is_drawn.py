@@ -14,14 +14,14 @@ from ddiff.core import elbo
 from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.elbo import Ask
 from ddiff.core.interpolating import MixtureProcess, word_law
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule, Schedule
 from ddiff.core.times import Noisy, Times
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.testing import bound, check_process
-from ddiff.testing.drawn import CoveringNoise, InformationPath, draws_of_the_bound, inner_window
+from ddiff.testing.bound_draws import CoveringNoise, InformationPath, draws_of_the_bound, inner_window
 
 BARE = FlatVocabulary(3, mask=False)
 
@@ -228,7 +228,7 @@ def test_the_leak_of_x0_lowers_the_bound_where_tokens_are_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Why it matters: with tokens left at t = 1, q_1(.|x0) at one position tells the network of x0 at the other."""
-    from ddiff.testing.drawn import drawn_terms, enumerated_terms, other_table
+    from ddiff.testing.bound_draws import drawn_terms, enumerated_terms, other_table
 
     process = PROCESSES["uniform, tokens left at t = 1"]
     x0 = torch.tensor([[0, 0], [2, 2]])

@@ -10,7 +10,7 @@ from commands import called, entries, place, refusal
 from pydantic import ValidationError
 
 from ddiff import ArgumentError, ComponentConfig, Noise, load
-from ddiff.component import (
+from ddiff.plugin.config import (
     COUNTS,
     LARGEST,
     NonNegativeFloat,
@@ -19,7 +19,7 @@ from ddiff.component import (
     PositiveInt,
     Seed,
 )
-from ddiff.plugin import survey_plugins
+from ddiff.plugin.loader import survey_plugins
 
 __all__ = ["place"]
 BUILT_IN = ["corpus.txt", "fast.toml", "tiny.toml"]

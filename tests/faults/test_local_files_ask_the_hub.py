@@ -24,10 +24,10 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from ddiff.data import prefetch
 from ddiff.data.documents import from_texts
 from ddiff.data.prefetch import Prefetched
-from ddiff.data.rows import pack
+from ddiff.data.packing import pack
 from ddiff.data.sources import hub_texts
 from ddiff.data.streaming import StreamedRows
-from ddiff.data.tokenising import Chunk
+from ddiff.data.tokenizer_workers import Chunk
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import DataError
 

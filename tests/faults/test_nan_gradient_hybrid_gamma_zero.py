@@ -8,7 +8,7 @@ from all_examples import every_example
 from ddiff_hybrid.gamma import GammaHybrid
 
 from ddiff import DenseLaw, FlatVocabulary, ForwardProcess, TokenHead
-from ddiff.core.law import LogitLaw
+from ddiff.core.prediction import LogitLaw
 from ddiff.testing.edges import gradients_are_finite
 from ddiff.testing.probes import Rows, times
 from ddiff.testing.process import PROCESS_LAWS

@@ -23,11 +23,11 @@ from ddiff import (
     mask_law,
     word_law,
 )
-from ddiff.testing.moves import score_of
+from ddiff.testing.reverse_rates import score_of
 from ddiff.testing.probes import Rows, times
 from ddiff.testing.process import PROCESS_LAWS
 from ddiff.testing.report import check
-from ddiff.testing.reverse import weight_is_derived
+from ddiff.testing.posterior import weight_is_derived
 
 TIMES = (1e-3, 0.02, 0.31, 0.5, 0.77, 0.99)
 

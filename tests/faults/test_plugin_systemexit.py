@@ -12,8 +12,8 @@ import pytest
 from tiny_run import Command, is_refusal
 
 from ddiff.errors import PluginError
-from ddiff.plugin import load_plugins, survey_plugins
-from ddiff.registry import reported
+from ddiff.plugin.loader import load_plugins, survey_plugins
+from ddiff.plugin.registry import reported
 
 Distribution = Callable[..., Path]
 

@@ -9,8 +9,8 @@ import pytest
 from commands import TINY, called, entries, place, refusal
 
 from ddiff.errors import RecipeError
-from ddiff.recipe import read_recipe
-from ddiff.toml import read_settings, read_toml
+from ddiff.recipe.model import read_recipe
+from ddiff.recipe.toml import read_settings, read_toml
 
 __all__ = ["place"]
 BUILT_IN = ["corpus.txt", "fast.toml", "tiny.toml"]

@@ -26,8 +26,8 @@ from ddiff import (
     mask_law,
     word_law,
 )
-from ddiff.testing.enumerated import measured
-from ddiff.testing.moves import (
+from ddiff.testing.exact_sampler import measured
+from ddiff.testing.reverse_rates import (
     READABLE,
     hiding,
     score_of,

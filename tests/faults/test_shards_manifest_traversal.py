@@ -19,10 +19,10 @@ from ddiff.data.cache import Cache
 from ddiff.data.corpus import ShardedCorpus, SourceCorpus
 from ddiff.data.shards import MANIFEST, Shards, read_shards, write_shards
 from ddiff.data.sources import file_texts
-from ddiff.data.tokenising import Chunk
+from ddiff.data.tokenizer_workers import Chunk
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import CheckpointError, DataError
-from ddiff.training.checkpoint import Checkpoints
+from ddiff.checkpoint.checkpoints import Checkpoints
 
 BYTES = BytePairTokenizer.train(["text"], 257)
 TEXTS = [f"text number {number}" for number in range(40)]

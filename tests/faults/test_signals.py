@@ -28,9 +28,9 @@ from ddiff.cli import main
 main({arguments})
 """
 STAGES = {
-    "dry run": ("ddiff.runs.rehearsal", "check_directory", ["run", "fast.toml", "--dry-run"]),
-    "data": ("ddiff.runs.built", "train_rows", ["run", "fast.toml"]),
-    "data command": ("ddiff.runs.prepare", "build_documents", ["data", "fast.toml"]),
+    "dry run": ("ddiff.runs.dry_run", "check_directory", ["run", "fast.toml", "--dry-run"]),
+    "data": ("ddiff.runs.run", "train_rows", ["run", "fast.toml"]),
+    "data command": ("ddiff.runs.tokenize", "build_documents", ["data", "fast.toml"]),
 }
 
 

@@ -25,7 +25,7 @@ from ddiff import (
     steered,
 )
 from ddiff.core.numerics import temper
-from ddiff.plugin import load_plugins
+from ddiff.plugin.loader import load_plugins
 
 P = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
 TIES = torch.tensor([[0.2, 0.4, 0.4]], dtype=torch.float64)

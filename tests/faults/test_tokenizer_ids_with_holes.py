@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ddiff.data.documents import from_texts
-from ddiff.data.rows import pack
+from ddiff.data.packing import pack
 from ddiff.data.shards import write_shards
-from ddiff.data.tokenising import Chunk, encoded
+from ddiff.data.tokenizer_workers import Chunk, encoded
 from ddiff.data.tokenizer import (
     AlphabetTokenizer,
     BytePairTokenizer,

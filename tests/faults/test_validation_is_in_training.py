@@ -20,14 +20,14 @@ from ddiff.data.jsonl import json_lines
 from ddiff.data.overlap import Found, check_overlap, document_hashes, find_overlap
 from ddiff.data.shards import read_shards, write_shards
 from ddiff.data.sources import file_texts, hub_texts
-from ddiff.data.tokenising import TRAIN, VALIDATION, Chunk
+from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
 from ddiff.errors import DataError
-from ddiff.recipe import parse_recipe
-from ddiff.runs.built import build_run
-from ddiff.runs.parts import Given
-from ddiff.runs.prepare import prepare_data
-from ddiff.runs.rehearsal import rehearse
+from ddiff.recipe.model import parse_recipe
+from ddiff.runs.run import build_run
+from ddiff.runs.build import Given
+from ddiff.runs.tokenize import prepare_data
+from ddiff.runs.dry_run import rehearse
 
 DRAW = np.random.default_rng(0)
 WORDS = [

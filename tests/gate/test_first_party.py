@@ -10,8 +10,8 @@ import re
 import ddiff_core
 import pytest
 
-from ddiff.plugin import survey_plugins
-from ddiff.registry import KINDS, Component
+from ddiff.plugin.loader import survey_plugins
+from ddiff.plugin.registry import KINDS, Component
 
 COMPONENTS = survey_plugins().registry.components()
 

@@ -8,7 +8,7 @@ import pytest
 
 from ddiff import plugin
 from ddiff.errors import PluginError
-from ddiff.plugin import installed_plugins, load_plugins, survey_plugins
+from ddiff.plugin.loader import installed_plugins, load_plugins, survey_plugins
 
 HOOK = """
 from ddiff import hookimpl

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ddiff.errors import PluginError
-from ddiff.plugin import load_plugins
-from ddiff.registry import KINDS, Origin, Registry
+from ddiff.plugin.loader import load_plugins
+from ddiff.plugin.registry import KINDS, Origin, Registry
 
 HERE = Origin("toy", "toy_pkg", "toy-dist", "1.0")
 

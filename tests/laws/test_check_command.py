@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ddiff.errors import ArgumentError, PluginError, RecipeError
-from ddiff.testing.command import check
+from ddiff.testing.check_command import check
 
 PLUGIN = """
 from ddiff import hookimpl

@@ -17,7 +17,7 @@ from ddiff.core.dense import DenseProcess
 from ddiff.core.information import InformationTime, OwnTime
 from ddiff.core.interpolating import MixtureProcess, mask_law
 from ddiff.core.kernel import DenseKernel, InterpolatingKernel, Kernel
-from ddiff.core.law import CleanLaw, DenseLaw, Score, SubtreeLaw
+from ddiff.core.prediction import CleanLaw, DenseLaw, Score, SubtreeLaw
 from ddiff.core.numerics import Constant, interior
 from ddiff.core.process import Informed, Visit
 from ddiff.core.schedule import (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddiff.core.interpolating import MixtureProcess, word_law
 from ddiff.core.kernel import InterpolatingKernel, Kernel
-from ddiff.core.law import CleanLaw, DenseLaw
+from ddiff.core.prediction import CleanLaw, DenseLaw
 from ddiff.core.numerics import interior
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.vocabulary import FlatVocabulary

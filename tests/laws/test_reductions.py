@@ -10,7 +10,7 @@ from chains import PAIR, HumpedNoise, masked, uniform
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LogTimeClock
-from ddiff.core.law import DenseLaw, Score
+from ddiff.core.prediction import DenseLaw, Score
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule, Schedule
 from ddiff.core.tree import TreeProcess

@@ -17,7 +17,7 @@ from ddiff.sampling.trapezoidal import TrapezoidalSampler
 from ddiff.sampling.unmasking import UnmaskingSampler
 from ddiff.testing import assert_laws, check_sampler
 from ddiff.testing import sampler as laws
-from ddiff.testing.command import check
+from ddiff.testing.check_command import check
 from ddiff.testing.sampler import Subject, accepted, small_processes
 
 MASKS = small_processes()["masks"]
@@ -200,7 +200,7 @@ def test_what_has_no_laws_is_told_with_the_samplers_among_what_has() -> None:
 def test_a_plugin_that_shares_a_components_name_is_checked_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ddiff.testing.command import _named
+    from ddiff.testing.check_command import _named
 
     assert [part.name for part in _named("odd", None, configured=False)] == [
         "boasting",

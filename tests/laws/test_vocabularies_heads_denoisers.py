@@ -7,7 +7,7 @@ import torch
 from chains import FOUR, PAIR, SINGLE, THREE
 
 from ddiff.core.clock import LogTimeClock
-from ddiff.core.law import DenseLaw
+from ddiff.core.prediction import DenseLaw
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, Vocabulary
 from ddiff.nn.denoiser import Denoiser

@@ -8,7 +8,7 @@ from dense_heads import TREES, asked_nodes, dense_law, make_head, word_below
 from torch import Tensor, nn
 
 from ddiff.core.clock import LogTimeClock
-from ddiff.core.law import CleanLaw
+from ddiff.core.prediction import CleanLaw
 from ddiff.core.times import Noisy
 from ddiff.core.tree import TreeProcess
 from ddiff.errors import ArgumentError

@@ -10,7 +10,7 @@ from dense_heads import KINDS, TREES, asked_nodes, dense_law, dense_log_p, make_
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddiff.core.law import CleanLaw
+from ddiff.core.prediction import CleanLaw
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.nn.heads import Head, LevelwiseLaw, TokenHead, TreeHead

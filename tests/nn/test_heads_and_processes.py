@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ddiff.core.dense import DenseProcess
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.law import CleanLaw
-from ddiff.core.noise import Noise
+from ddiff.core.prediction import CleanLaw
+from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import FlatTimes
 from ddiff.core.tree import TreeProcess

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
 from ddiff.core.interpolating import MixtureProcess, word_law
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import FlatTimes, Noisy, WindowTimes
 from ddiff.core.vocabulary import FlatVocabulary

@@ -134,7 +134,7 @@ def test_plugins_and_examples_use_the_public_names_alone() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "import ddiff.core.law",
+        "import ddiff.core.prediction",
         "from ddiff.nn.heads import TokenHead",
         "from ddiff import core",
         "from ddiff import _MODULE_OF",

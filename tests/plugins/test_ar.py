@@ -16,16 +16,16 @@ from ddiff_dit.dit import DiT
 from torch import Tensor
 
 import ddiff
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 from ddiff.core.times import FlatTimes
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
 from ddiff.data.batch import Batch
 from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Context, Denoiser, asking
 from ddiff.nn.heads import TokenHead, TreeHead
-from ddiff.recipe import parse_recipe, shipped_recipes
-from ddiff.runs.built import build_run
-from ddiff.runs.parts import Given
+from ddiff.recipe.model import parse_recipe, shipped_recipes
+from ddiff.runs.run import build_run
+from ddiff.runs.build import Given
 from ddiff.sampling.loop import generate
 
 TREE = HierarchicalVocabulary([[0, 1, 0]])

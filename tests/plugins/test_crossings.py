@@ -39,7 +39,7 @@ from ddiff import (
 from ddiff.sampling.loop import Canvas
 from ddiff.testing import assert_laws, chain, check_process
 from ddiff.testing.bound import WHOLE, exact_nelbo, random_joint, rest_table
-from ddiff.testing.enumerated import ExactAsk, Shifted, measured
+from ddiff.testing.exact_sampler import ExactAsk, Shifted, measured
 from ddiff.testing.probes import INNER, Rows, likelihoods, times
 
 CLOSE = {

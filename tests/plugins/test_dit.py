@@ -9,7 +9,7 @@ import torch
 from ddiff_dit.dit import SIZES, Condition, DiT, Rotation
 from torch import Tensor
 
-from ddiff.conditions import Label, Vector
+from ddiff.data.condition_forms import Label, Vector
 from ddiff.core.times import Noisy
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.errors import ArgumentError

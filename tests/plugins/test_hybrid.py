@@ -37,7 +37,7 @@ from ddiff import (
     mask_law,
     word_law,
 )
-from ddiff.core.law import drop_own_evidence
+from ddiff.core.prediction import drop_own_evidence
 from ddiff.testing import assert_laws, check_process
 from ddiff.testing.probes import (
     INNER,

@@ -41,11 +41,11 @@ from ddiff import (
 )
 from ddiff.core.elbo import closing_term
 from ddiff.core.process import ForwardProcess, RowFunction
-from ddiff.plugin import survey_plugins
-from ddiff.recipe import parse_recipe
+from ddiff.plugin.loader import survey_plugins
+from ddiff.recipe.model import parse_recipe
 from ddiff.testing import assert_laws, check_head, check_process, check_schedule
 from ddiff.testing.probes import INNER, Rows, times
-from ddiff.training.carry import Source, carried
+from ddiff.checkpoint.weight_transfer import Source, carried
 
 # Both sides are a few dozen float64 operations on numbers up to 1e5, compared relatively.
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

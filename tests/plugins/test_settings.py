@@ -22,7 +22,7 @@ from ddiff_sedd.process import ScoreEntropyDiffusion
 from torch import Tensor
 
 from ddiff import ComponentConfig, FlatVocabulary, HierarchicalVocabulary
-from ddiff.core.law import DenseLaw
+from ddiff.core.prediction import DenseLaw
 from ddiff.core.numerics import EARLIEST, LATEST
 from ddiff.testing.probes import INNER, likelihoods, times
 

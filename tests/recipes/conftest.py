@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from ddiff import plugin
-from ddiff.registry import KINDS
+from ddiff.plugin.registry import KINDS
 
 PARTS = """
 from typing import Literal
 from pydantic import field_validator, model_validator
-from ddiff.component import ComponentConfig, PositiveFloat, Share
+from ddiff.plugin.config import ComponentConfig, PositiveFloat, Share
 from ddiff.errors import ArgumentError
 
 class Plain:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddiff.recipe import shipped_recipes
-from ddiff.toml import KeyPath, key_lines, write_toml
+from ddiff.recipe.model import shipped_recipes
+from ddiff.recipe.toml import KeyPath, key_lines, write_toml
 
 AWKWARD = r'''# a [comment] = "with = syntax"
 name = "x # no comment [nor table]"   # 2

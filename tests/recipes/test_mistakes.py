@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ddiff.errors import ArgumentError, RecipeError
-from ddiff.plugin import load_plugins
-from ddiff.recipe import component_part, read_recipe, shipped_recipes
-from ddiff.tables import TOP_LEVEL
+from ddiff.plugin.loader import load_plugins
+from ddiff.recipe.model import component_part, read_recipe, shipped_recipes
+from ddiff.recipe.schema import TOP_LEVEL
 
 from .conftest import RECIPE
 

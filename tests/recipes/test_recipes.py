@@ -8,8 +8,8 @@ import fsspec
 import pytest
 
 from ddiff.errors import PluginError, RecipeError
-from ddiff.plugin import load_plugins
-from ddiff.recipe import changed_keys, component_part, parse_recipe, read_recipe
+from ddiff.plugin.loader import load_plugins
+from ddiff.recipe.model import changed_keys, component_part, parse_recipe, read_recipe
 
 from .conftest import RECIPE
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ddiff.sampling.acs import CorrectingSampler
+from ddiff.sampling.adaptive_correction import CorrectingSampler
 from ddiff.sampling.analytic import AnalyticSampler
 from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.blockwise import BlockwiseSampler
-from ddiff.sampling.corrected import CorrectedSampler, ForwardBackward
+from ddiff.sampling.predictor_corrector import CorrectedSampler, ForwardBackward
 from ddiff.sampling.first_hitting import FirstHittingSampler
 from ddiff.sampling.grid import Grid, LoopGrid
 from ddiff.sampling.loop import Sampler

@@ -9,11 +9,11 @@ from joint import JOINT, exact_ask, processes
 from ddiff.core.elbo import ask_table
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import FlatTimes, WindowTimes
-from ddiff.sampling.along import AlongSampler
+from ddiff.sampling.hyperschedule import AlongSampler
 from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.grid import Grid
 from ddiff.sampling.loop import Canvas, generate
-from ddiff.testing.enumerated import measured
+from ddiff.testing.exact_sampler import measured
 
 CLOSING = ("masked", "tree", "uncertain tree", "uniform")
 POINTS = 20_000

@@ -24,9 +24,9 @@ from ddiff.core.elbo import ask_law
 from ddiff.core.interpolating import word_law
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import Noisy
-from ddiff.plugin import load_plugins
+from ddiff.plugin.loader import load_plugins
 from ddiff.sampling.tau_leaping import TauLeapingSampler
-from ddiff.testing.enumerated import measured
+from ddiff.testing.exact_sampler import measured
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "samplers.md").read_text()

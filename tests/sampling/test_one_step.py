@@ -24,20 +24,20 @@ from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import Noisy, WindowTimes
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
-from ddiff.sampling.acs import CorrectingSampler
-from ddiff.sampling.along import AlongSampler
+from ddiff.sampling.adaptive_correction import CorrectingSampler
+from ddiff.sampling.hyperschedule import AlongSampler
 from ddiff.sampling.ancestral import AncestralSampler
-from ddiff.sampling.corrected import CorrectedSampler, ForwardBackward
+from ddiff.sampling.predictor_corrector import CorrectedSampler, ForwardBackward
 from ddiff.sampling.grid import LoopGrid
 from ddiff.sampling.loop import Canvas, generate
 from ddiff.sampling.one_level import OneLevelSampler
 from ddiff.sampling.psi import Cap, Confidence, Loop, PsiSampler, Rescale
 from ddiff.sampling.self_correction import SelfCorrectingSampler, _Patience, proposals
-from ddiff.sampling.stepped import SteppedSampler
+from ddiff.sampling.grid_sampler import SteppedSampler
 from ddiff.sampling.tau_leaping import TauLeapingSampler, leap
 from ddiff.sampling.trapezoidal import TrapezoidalSampler
 from ddiff.sampling.unmasking import EntropyBoundSampler, UnmaskingSampler
-from ddiff.testing.drawn import CoveringNoise
+from ddiff.testing.bound_draws import CoveringNoise
 
 POINTS = 8192
 RESOLVED = 5e-3

@@ -12,17 +12,17 @@ from joint import JOINT, EarlyNoise, exact_ask, processes
 
 from ddiff.core.elbo import ask_law, ask_table
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import FlatTimes, WindowTimes
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.errors import ArgumentError, NonFiniteError
-from ddiff.sampling.acs import CorrectingSampler
-from ddiff.sampling.along import AlongSampler
+from ddiff.sampling.adaptive_correction import CorrectingSampler
+from ddiff.sampling.hyperschedule import AlongSampler
 from ddiff.sampling.analytic import AnalyticSampler
 from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.blockwise import BlockwiseSampler
-from ddiff.sampling.corrected import CorrectedSampler, ForwardBackward
+from ddiff.sampling.predictor_corrector import CorrectedSampler, ForwardBackward
 from ddiff.sampling.first_hitting import FirstHittingSampler
 from ddiff.sampling.grid import Grid, LoopGrid
 from ddiff.sampling.loop import Canvas, Sampler, Samples, generate, looks_ahead
@@ -30,11 +30,11 @@ from ddiff.sampling.one_level import OneLevelSampler
 from ddiff.sampling.psi import Cap, PsiSampler
 from ddiff.sampling.self_correction import SelfCorrectingSampler
 from ddiff.sampling.shaping import ShapedSampler, Temperature
-from ddiff.sampling.stepped import kept
+from ddiff.sampling.grid_sampler import kept
 from ddiff.sampling.tau_leaping import TauLeapingSampler
 from ddiff.sampling.trapezoidal import TrapezoidalSampler
 from ddiff.sampling.unmasking import EntropyBoundSampler, UnmaskingSampler, surest_first
-from ddiff.testing.enumerated import ExactAsk, Quick, measured
+from ddiff.testing.exact_sampler import ExactAsk, Quick, measured
 
 PROCESSES = processes()
 PAIRS = [(s, p) for s, (_, refused) in SAMPLERS.items() for p in PROCESSES if p not in refused]

@@ -12,7 +12,7 @@ from joint import exact_ask, processes
 from torch import Tensor
 
 from ddiff.core.elbo import ask_table
-from ddiff.core.law import DenseLaw
+from ddiff.core.prediction import DenseLaw
 from ddiff.core.times import Noisy
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.errors import ArgumentError
@@ -32,7 +32,7 @@ from ddiff.sampling.shaping import (
 )
 from ddiff.sampling.tau_leaping import TauLeapingSampler
 from ddiff.sampling.unmasking import UnmaskingSampler
-from ddiff.testing.enumerated import ExactAsk
+from ddiff.testing.exact_sampler import ExactAsk
 
 TREE = HierarchicalVocabulary([[0, 1, 0, 1, 1, 0], [0, 0, 0]][:1])
 WORDS = torch.tensor([[0.05, 0.30, 0.15, 0.20, 0.10, 0.20]], dtype=torch.float64)

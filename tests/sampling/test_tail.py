@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddiff.core.clock import CdfClock
 from ddiff.core.elbo import RowFunction
-from ddiff.core.law import DenseLaw
+from ddiff.core.prediction import DenseLaw
 from ddiff.core.process import Visit
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import Noisy

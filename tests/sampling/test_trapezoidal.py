@@ -14,10 +14,10 @@ from ddiff.core.elbo import Ask
 from ddiff.core.process import ForwardProcess
 from ddiff.sampling import tau_leaping, trapezoidal
 from ddiff.sampling.loop import Canvas
-from ddiff.sampling.stepped import SteppedSampler
+from ddiff.sampling.grid_sampler import SteppedSampler
 from ddiff.sampling.tau_leaping import TauLeapingSampler
 from ddiff.sampling.trapezoidal import TrapezoidalSampler
-from ddiff.testing.enumerated import ExactAsk
+from ddiff.testing.exact_sampler import ExactAsk
 
 TILT = torch.tensor([[1.2, 0.8, 0.95], [0.85, 1.2, 1.0], [1.0, 0.95, 1.0]], dtype=torch.float64)
 MILD = (

@@ -19,8 +19,8 @@ from ddiff import (
 )
 from ddiff.core.clock import CdfClock
 from ddiff.core.schedule import LinearSchedule
-from ddiff.sampling.stepped import kept
-from ddiff.testing.enumerated import Quick
+from ddiff.sampling.grid_sampler import kept
+from ddiff.testing.exact_sampler import Quick
 
 RATES = torch.tensor([[-0.2, 0.1, 0.1], [2.0, -4.0, 2.0], [0.5, 0.5, -1.0]], dtype=torch.float64)
 PROCESS = DenseProcess(FlatVocabulary(3, mask=False), RATES)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from toy import ROWS, Identify, Net, Rows, row, toy_trainer
 
-from ddiff.recipe import parse_recipe
-from ddiff.runs.built import build_run
-from ddiff.runs.parts import Given
-from ddiff.training.distributed import DistributedBackend
+from ddiff.recipe.model import parse_recipe
+from ddiff.runs.run import build_run
+from ddiff.runs.build import Given
+from ddiff.distributed.data_parallel import DistributedBackend
 from ddiff.training.protocols import LossTerms
 
 START = 60.0  # seconds a rank may take; one that waits for a dead one would wait for ever
@@ -33,10 +33,10 @@ def on_ranks(world_size: int, work: Callable[..., None], *arguments: Any) -> Non
     context.set_forkserver_preload(
         [
             "ddiff.runs.stages",
-            "ddiff.training.distributed",
+            "ddiff.distributed.data_parallel",
             "torch._dynamo",
             "ddiff_dit.dit",
-            "ddiff.training.storage",
+            "ddiff.checkpoint.dcp_storage",
         ]
     )
     with socket.socket() as free:

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ddiff.errors import CheckpointError
-from ddiff.training.checkpoint import Checkpoint, Checkpoints
-from ddiff.training.distributed import DistributedBackend
+from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
+from ddiff.distributed.data_parallel import DistributedBackend
 
 STEP = 7
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ddiff.errors import ArgumentError
-from ddiff.training.average import MovingAverage
+from ddiff.training.ema import MovingAverage
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 

@@ -9,12 +9,12 @@ import torch
 from ranks import SYMBOLS
 from torch import Tensor, nn
 
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 from ddiff.nn.denoiser import CAPACITIES
-from ddiff.recipe import parse_recipe
-from ddiff.runs.built import Run, build_run
-from ddiff.runs.parts import Given
-from ddiff.training.blocks import blocks_of, compile_blocks, recompute_activations
+from ddiff.recipe.model import parse_recipe
+from ddiff.runs.run import Run, build_run
+from ddiff.runs.build import Given
+from ddiff.distributed.blocks import blocks_of, compile_blocks, recompute_activations
 
 DEEP = ["denoiser.layers=3", "denoiser.dropout=0.2"]
 

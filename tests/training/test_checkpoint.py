@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toy import Net, toy_trainer
 
 from ddiff.errors import ArgumentError, CheckpointError
-from ddiff.training.checkpoint import Checkpoints
+from ddiff.checkpoint.checkpoints import Checkpoints
 
 MODEL = {"weight": torch.arange(6.0).reshape(2, 3).T, "count": torch.tensor(3)}
 

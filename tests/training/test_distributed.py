@@ -20,16 +20,16 @@ from ranks import SYMBOLS, on_ranks, stop_one, train_symbols, train_toys, train_
 from torch import Tensor
 from toy import rows_at, toy_trainer
 
-from ddiff.core.noise import Noise
+from ddiff.core.rng import Noise
 from ddiff.errors import ArgumentError, CheckpointError, RecipeError
-from ddiff.launch import launch, place
-from ddiff.recipe import parse_recipe
+from ddiff.distributed.launcher import launch, place
+from ddiff.recipe.model import parse_recipe
 from ddiff.runs import run_recipe
-from ddiff.runs.built import build_run
+from ddiff.runs.run import build_run
 from ddiff.runs.directory import check_directory
-from ddiff.runs.parts import Given
-from ddiff.training.checkpoint import Checkpoints
-from ddiff.training.distributed import DistributedBackend
+from ddiff.runs.build import Given
+from ddiff.checkpoint.checkpoints import Checkpoints
+from ddiff.distributed.data_parallel import DistributedBackend
 
 STEPS = 50
 

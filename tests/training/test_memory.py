@@ -12,7 +12,7 @@ import pytest
 STEPS = """
 import resource
 import torch
-from ddiff.training.memory import keep_freed_memory
+from ddiff.distributed.allocator import keep_freed_memory
 told = keep_freed_memory()
 def step():
     for _ in range(5):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from ranks import SYMBOLS
 
-from ddiff.recipe import parse_recipe
-from ddiff.runs.built import build_run
-from ddiff.runs.parts import Given
-from ddiff.training.interruption import Interruption
+from ddiff.recipe.model import parse_recipe
+from ddiff.runs.run import build_run
+from ddiff.runs.build import Given
+from ddiff.training.signals import Interruption
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -13,8 +13,8 @@ from torch import Tensor
 from ddiff.core.clock import LogTimeClock
 from ddiff.core.information import OwnTime
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.law import CleanLaw
-from ddiff.core.noise import Noise
+from ddiff.core.prediction import CleanLaw
+from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import FlatTimes, Noisy, TimeRule, Times, WindowTimes

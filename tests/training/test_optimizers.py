@@ -11,7 +11,7 @@ from ddiff_core.optimizers import Muon as MuonComponent
 from torch import Tensor, nn
 from toy import Net
 
-from ddiff.training.checkpoint import Checkpoints
+from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.training.optimizers import (
     Muon,
     adamw,

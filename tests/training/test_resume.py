@@ -12,7 +12,7 @@ from pathlib import Path
 
 import toy
 
-from ddiff.training.checkpoint import Checkpoints
+from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.training.metrics import WALL_CLOCK
 
 STEPS, EVERY = 40, 5

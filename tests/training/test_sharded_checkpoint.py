@@ -23,7 +23,7 @@ from sharded import (
 )
 
 from ddiff.errors import CheckpointError
-from ddiff.training.checkpoint import Checkpoints
+from ddiff.checkpoint.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.slow
 

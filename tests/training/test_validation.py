@@ -15,10 +15,10 @@ from rich.console import Console
 from ddiff import load, run
 from ddiff.errors import NonFiniteError
 from ddiff.progress import progress
-from ddiff.recipe import parse_recipe
+from ddiff.recipe.model import parse_recipe
 from ddiff.runs import verify_resume
-from ddiff.training.average import MovingAverage
-from ddiff.training.checkpoint import Checkpoints
+from ddiff.training.ema import MovingAverage
+from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.training.metrics import WALL_CLOCK
 
 BOUND = "validation_nelbo_nats_per_symbol"
@@ -138,7 +138,7 @@ def test_a_bound_that_is_no_number_is_told_and_ends_nothing(
     def broken(self: Any) -> Any:
         raise NonFiniteError("the bound is inf nats")
 
-    monkeypatch.setattr("ddiff.runs.built.Run._validated", broken)
+    monkeypatch.setattr("ddiff.runs.run.Run._validated", broken)
     trained("run", "evaluate.every=3")
     assert "step 3: the bound is inf nats" in capsys.readouterr().err
     assert not any(BOUND in line for line in lines("run"))
@@ -154,7 +154,7 @@ def test_a_tracker_is_told_at_the_step_of_the_evaluation(monkeypatch: pytest.Mon
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr("ddiff.runs.built.Run._tracker", lambda self: Listening())
+    monkeypatch.setattr("ddiff.runs.run.Run._tracker", lambda self: Listening())
     trained("run", "evaluate.every=4")
     assert told == [(4, True), (5, False), (6, False)]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddiff.training.backend import SingleBackend
+from ddiff.distributed.single import SingleBackend
 from ddiff.training.optimizers import muon
 from ddiff.training.protocols import LossTerms
 from ddiff.training.trainer import Trainer

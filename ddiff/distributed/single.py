@@ -1,0 +1,83 @@
+"""One process on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from ddiff.errors import ArgumentError
+from ddiff.distributed.allocator import keep_freed_memory
+
+
+@final
+class SingleBackend:
+    """One process, one device: `device` is "auto" (CUDA when there is one, else the CPU) or any torch device name."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, device: str = "auto") -> None:
+        self.device = device_named(device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        return module.to(self.device)
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def accumulating(self, module: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def sum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(values)
+
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+        return clipped(parameters, max_norm)
+
+    def first(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def barrier(self) -> None:
+        """Nothing to wait for."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def clipped(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """The norm (0-d) of all gradients together; they are scaled to `max_norm` when it exceeds that."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm is not None:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def device_named(name: str) -> torch.device:
+    """The device of that name, "auto" for a GPU where there is one; ArgumentError when it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ArgumentError(
+            f'device must be "auto", "cpu", "cuda" or "cuda:N"; got "{name}".'
+        ) from error
+    if device.type == "mps":
+        raise ArgumentError(
+            'device "mps" cannot be used: times, bounds and draws are computed in float64, which Metal does not have. '
+            'Use device = "cpu".'
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ArgumentError(
+            f'device must be one that torch {torch.__version__} sees; got "{name}", and there are '
+            f'{torch.cuda.device_count()} CUDA devices here. Use device = "auto", or install a CUDA build of torch.'
+        )
+    return device
