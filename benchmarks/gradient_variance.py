@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import ddiff
-from ddiff import Noise, OwnTime, TimeChange
+from ddiff import CounterRng, OwnTime, TimeChange
 
 RECIPES = ("mdlm_small", "hdlm_small", "gidd_small", "hybrid_gamma_small", "sedd_uniform_small")
 STEPS = 60
@@ -65,8 +65,8 @@ def gradients(run: Any, clock: TimeChange, loss: Any) -> Tensor:
     found = []
     for draw in range(DRAWS):
         objective.module.zero_grad(set_to_none=True)
-        noise = Noise(run.recipe.seed, draw, batch.index, run.recipe.length, "variance")
-        objective(batch, noise, tokens, len(batch.index)).loss.backward()
+        rng = CounterRng(run.recipe.seed, draw, batch.index, run.recipe.length, "variance")
+        objective(batch, rng, tokens, len(batch.index)).loss.backward()
         parts = [p.grad.reshape(-1) for p in objective.module.parameters() if p.grad is not None]
         found.append(torch.cat(parts).clone())
     return torch.stack(found)

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ddiff import (
+    AdaptiveCorrectionSampler,
     AnalyticSampler,
     AncestralSampler,
     BlockwiseSampler,
     Cap,
     Confidence,
-    CorrectedSampler,
-    CorrectingSampler,
     DenseProcess,
     EntropyBoundSampler,
     FirstHittingSampler,
@@ -33,6 +32,7 @@ from ddiff import (
     Loop,
     LoopGrid,
     OneLevelSampler,
+    PredictorCorrectorSampler,
     PsiSampler,
     Rescale,
     Sampler,
@@ -95,14 +95,14 @@ SAMPLERS: dict[str, Entry] = {
     "analytic": Entry(AnalyticSampler, apart=True),
     "trapezoidal": Entry(TrapezoidalSampler),
     "one_level": Entry(OneLevelSampler, apart=True),
-    "dfm": Entry(lambda n: CorrectedSampler(AncestralSampler(n), ForwardBackward())),
+    "dfm": Entry(lambda n: PredictorCorrectorSampler(AncestralSampler(n), ForwardBackward())),
     "psi, kappa .9": Entry(PsiSampler, apart=True),
     "psi, kappa .5": Entry(lambda n: PsiSampler(n, 0.5), apart=True),
     "remdm cap": Entry(lambda n: PsiSampler(n, Cap()), apart=True),
     "remdm rescale": Entry(lambda n: PsiSampler(n, Rescale()), apart=True),
     "remdm confidence": Entry(lambda n: PsiSampler(n, Confidence())),
     "remdm loop": Entry(lambda n: PsiSampler(LoopGrid(n), Loop()), apart=True),
-    "acs": Entry(CorrectingSampler, apart=True),
+    "acs": Entry(AdaptiveCorrectionSampler, apart=True),
     "self_correction": Entry(lambda n: SelfCorrectingSampler(AncestralSampler(n), rounds=16)),
     "confidence": Entry(UnmaskingSampler),
     "margin": Entry(lambda n: UnmaskingSampler(n, "margin")),
@@ -172,7 +172,7 @@ def row(
     process: ForwardProcess,
     steps: Sequence[int],
     points: int,
-    says: str,
+    predicts: str,
     name: str,
 ) -> str:
     """One line of a table: distances and network calls over the numbers of steps."""
@@ -181,7 +181,7 @@ def row(
     cells = []
     for count in steps[:1] if entry.single else steps:
         result = measured(
-            entry.build(count), process, JOINT, points=share, apart=entry.apart, says=says
+            entry.build(count), process, JOINT, points=share, apart=entry.apart, predicts=predicts
         )
         cells.append(f"{result.distance(JOINT):.4f}<br><sub>{result.runs:.1f}</sub>")
     cells += [""] * (len(steps) - len(cells))

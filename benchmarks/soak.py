@@ -251,7 +251,7 @@ def train(rank: int, world: int, port: int, settings: list[str], log: str, path:
     import torch
 
     from ddiff.recipe.model import parse_recipe
-    from ddiff.runs import run_recipe
+    from ddiff.runs.stages import run_recipe
 
     torch.set_num_threads(1)
     sys.exit(run_recipe(parse_recipe(RECIPE, "soak.toml", settings)))
@@ -269,6 +269,7 @@ def _kill(ranks: Sequence[BaseProcess]) -> None:
 
 
 def differences(whole: Path, place: Path, exact: bool) -> Iterator[str]:
+    from ddiff.checkpoint.checkpoints import Checkpoints
     from ddiff.runs.replay import (
         ROUNDING,
         ROUNDING_OF_WEIGHTS,
@@ -277,7 +278,6 @@ def differences(whole: Path, place: Path, exact: bool) -> Iterator[str]:
         farthest_tensor,
         records,
     )
-    from ddiff.checkpoint.checkpoints import Checkpoints
 
     one, two = records(whole), records(place)
     if [line["step"] for line in two] != list(range(1, STEPS + 1)):

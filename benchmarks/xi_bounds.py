@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddiff import CleanLaw, HierarchicalVocabulary, LogTimeClock, TreeProcess
+from ddiff import CleanDistribution, HierarchicalVocabulary, LogTimeClock, TreeProcess
 from ddiff.testing.bound import WHOLE, Table, constant_table, exact_nelbo, random_joint, rest_table
 
 GAMMAS = (0.5, 1.0, 2.0)
@@ -36,7 +36,7 @@ class Published(TreeProcess):
     divergence; at the right cluster -ln(xi p(x) / rho), which is exact; at any other -ln p(x), without its normaliser.
     """
 
-    def divergence(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+    def divergence(self, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
         vocabulary, xi, others = (
             self.vocabulary,
             self.parents.xi[0],

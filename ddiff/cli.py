@@ -22,15 +22,22 @@ import typer
 from typer.core import TyperGroup
 
 from ddiff import __version__
-from ddiff.errors import ArgumentError, DataError, PluginError, shortened
 from ddiff.distributed.launcher import MISTAKE, end, follow_launcher, launch, place
-from ddiff.mistakes import REPORT, TRACEBACK, explained
+from ddiff.errors import (
+    REPORT,
+    TRACEBACK,
+    ArgumentError,
+    DataError,
+    PluginError,
+    explained,
+    shortened,
+)
 from ddiff.plugin.registry import describe
 
 if TYPE_CHECKING:
     from ddiff.plugin.config import ComponentConfig
-    from ddiff.recipe.model import Recipe
     from ddiff.plugin.registry import Component
+    from ddiff.recipe.model import Recipe
 
 MOST = 2**31 - 1  # of counts and steps, as in a recipe
 LONGEST_MESSAGE = (
@@ -145,13 +152,13 @@ def run(
     if dry_run:
         with _answered_quickly():
             from ddiff.recipe.model import read_recipe
-            from ddiff.runs import rehearse
+            from ddiff.runs.dry_run import rehearse
 
             resolved = read_recipe(recipe, settings or ())
             verdict = rehearse(resolved, fresh=fresh)
         if measure is not None:
-            from ddiff.runs.measure import measure as measured
             from ddiff.runs.cost_table import print_measurement
+            from ddiff.runs.measure import measure as measured
 
             print_measurement(measured(resolved, measure))
             print(verdict)
@@ -165,12 +172,12 @@ def run(
     if starts_workers(resolved):
         given = [f"--set={setting}" for setting in settings or ()] + ["--fresh"] * fresh
         given += [f"--verify-resume={verify_resume}"] if verify_resume is not None else []
-        raise typer.Exit(launch(["run", *given, "--", recipe], resolved.placement.processes))
+        raise typer.Exit(launch(["run", *given, "--", recipe], resolved.backend_keys.processes))
     if verify_resume is not None:
-        from ddiff.runs import verify_resume as verify
+        from ddiff.runs.replay import verify_resume as verify
 
         raise typer.Exit(verify(resolved, verify_resume))
-    from ddiff.runs import run_recipe
+    from ddiff.runs.stages import run_recipe
 
     raise typer.Exit(run_recipe(resolved, fresh=fresh))
 
@@ -196,7 +203,9 @@ def prepare(
 
 def starts_workers(recipe: Recipe) -> bool:
     """Whether several processes are asked for, of a backend that takes part in several, and are not there yet."""
-    return recipe.placement.processes > 1 and place() is None and recipe.backend.declares("several")
+    return (
+        recipe.backend_keys.processes > 1 and place() is None and recipe.backend.declares("several")
+    )
 
 
 @app.command("eval")
@@ -217,7 +226,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """The likelihood bound of a trained run on its validation text, with intervals and baselines."""
-    from ddiff.runs import evaluate_run
+    from ddiff.runs.stages import evaluate_run
 
     if out is None:
         evaluate_run(run_dir, settings or ())
@@ -242,7 +251,7 @@ def export(
     ] = "auto",
 ) -> None:
     """Write a trained run's weights, whole, into one safetensors file."""
-    from ddiff.runs import export_run
+    from ddiff.runs.export import export_run
 
     metadata = export_run(run_dir, file, weights)
     typer.echo(f"{file}: the {metadata['weights']} weights of step {metadata['step']} of {run_dir}")
@@ -294,7 +303,7 @@ def sample(
     ] = None,
 ) -> None:
     """Draw samples from a trained run as JSON lines; what a prompt or infill text gives is kept."""
-    from ddiff.runs import sample_run
+    from ddiff.runs.stages import sample_run
 
     sample_run(
         run_dir,
@@ -425,11 +434,11 @@ def print_plugin(name: str) -> None:
     """Each component of a plugin with the place that names it and its keys; for `core` the engine's own keys first."""
     from ddiff.plugin.loader import CORE, load_plugins
     from ddiff.plugin.registry import KINDS
-    from ddiff.recipe.schema import TABLES, Heading
+    from ddiff.recipe.schema import TABLES, TopLevelKeys
 
     registry = load_plugins([name])
     if name == CORE:
-        print_keys("above all tables:", Heading)
+        print_keys("above all tables:", TopLevelKeys)
         for table, owner in TABLES.items():
             if owner.keys is not None:
                 print_keys(f"[{table}], keys of the engine:", owner.keys)

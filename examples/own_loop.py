@@ -21,16 +21,16 @@ network = nn.Sequential(  # noisy ids [B,L] -> logits [B,L*V]
     nn.Linear(512, LENGTH * WORDS),
 )
 # anything that gives log_p [B,L,V] will do
-ask = ddiff.ask_table(
+network = ddiff.network_from_table(
     lambda zt, t: network(zt).reshape(*zt.shape, WORDS).log_softmax(-1), vocabulary
 )
 
 
 def bound(step: int) -> Tensor:
     """[B] nats of sequences that count up from a random start: ln 8 = 2.08 each, and no honest bound is below."""
-    noise = ddiff.Noise(0, step, slots, LENGTH)
-    x0 = ((noise.uniform("start")[:, :1] * WORDS).long() + torch.arange(LENGTH)) % WORDS
-    return ddiff.nelbo(process, ask, x0, scored, ddiff.FlatTimes(0.1), noise, slots, BATCH).total
+    rng = ddiff.CounterRng(0, step, slots, LENGTH)
+    x0 = ((rng.uniform("start")[:, :1] * WORDS).long() + torch.arange(LENGTH)) % WORDS
+    return ddiff.nelbo(process, network, x0, scored, ddiff.FlatTimes(0.1), rng, slots, BATCH).total
 
 
 optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
@@ -42,6 +42,6 @@ nats = torch.cat([bound(step).detach() for step in range(400, 440)]).mean()
 print(f"{nats:.3f} nats per sequence; the source has 2.079")
 print(
     ddiff.generate(
-        ddiff.AncestralSampler(16), process, ask, index=slots[:4], length=LENGTH, seed=1
+        ddiff.AncestralSampler(16), process, network, index=slots[:4], length=LENGTH, seed=1
     ).ids
 )

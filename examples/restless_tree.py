@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddiff import (
     ArgumentError,
-    DenseLaw,
+    DenseDistribution,
     ForwardProcess,
     HierarchicalVocabulary,
     Kernel,
@@ -65,9 +65,9 @@ class RestlessTree(ForwardProcess):
         self.parents = StochasticParents(vocabulary, (1.0,) * vocabulary.num_levels)
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
-        law, states = DenseLaw(log_p, self.vocabulary), self._states(t)
+        dist, states = DenseDistribution(log_p, self.vocabulary), self._states(t)
         mass = torch.cat(
-            [law.log_mass(level) for level in range(self.vocabulary.num_levels + 1)], -1
+            [dist.log_mass(level) for level in range(self.vocabulary.num_levels + 1)], -1
         )
         occupied = self.clock.pi(t).log()[:, self.vocabulary.level_of(states)]
         lost = self._lost(torch.zeros_like(t), t).unsqueeze(-1) * self.restless(states)

@@ -50,7 +50,7 @@ class Effort(NamedTuple):
 
 
 QUICK = Effort(train=2, sample=1, plain_steps=3, handwritten=3, growth=1, ddp=2)
-Part = Callable[[Effort], list[dict[str, Any]]]
+ComponentSpec = Callable[[Effort], list[dict[str, Any]]]
 
 
 def say(line: str = "") -> None:
@@ -318,12 +318,12 @@ def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
     )
     say("|---|---|---|---|---|---|---|---|---|---|")
     batch, rows = (2 if rehearsal else GPU_BATCHES[0]), []
-    ask = lambda family, side, batch=batch: in_process(  # noqa: E731
+    network = lambda family, side, batch=batch: in_process(  # noqa: E731
         "gpu", family=family, side=side, batch=batch, rehearsal=rehearsal
     )
     told = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"  # noqa: E731
     for name in (name for names in HEADS.values() for name in names):
-        compiled, eager, plain = (ask(name, side) for side in ("compiled", "eager", "plain"))
+        compiled, eager, plain = (network(name, side) for side in ("compiled", "eager", "plain"))
         say(
             f"| {name} | {compiled['ms']:.1f} | {compiled['tokens_per_second']:.0f} | {compiled['tflops_per_second']:.1f} "
             f"| {told(compiled['mfu'], 3)} | {compiled['memory_gb']:.1f} | {eager['ms']:.1f} "
@@ -341,7 +341,8 @@ def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
     if not rehearsal:
         for rows_at_once in GPU_BATCHES[1:]:
             sides = {
-                side: ask("hdlm-levelwise", side, rows_at_once) for side in ("compiled", "plain")
+                side: network("hdlm-levelwise", side, rows_at_once)
+                for side in ("compiled", "plain")
             }
             said = {
                 side: "does not fit" if found["ms"] is None else f"{found['ms']:.0f} ms"
@@ -354,7 +355,7 @@ def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS: dict[str, Part] = {
+PARTS: dict[str, ComponentSpec] = {
     "train": train,
     "sample": sample,
     "memory": memory,

@@ -16,7 +16,7 @@ from models import Case, Size, batch_of, denoiser_of, objective_of, words_of
 from plain import plain_training_step
 from torch import Tensor
 
-from ddiff import Noise
+from ddiff import CounterRng
 
 SMALL = Size(50257, width=768, layers=12, heads=12, length=512, batch=64)
 DENSE_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -40,7 +40,9 @@ def gpu_step(
         count += 1
         denoiser.zero_grad()
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
-            terms = objective(batch, Noise(0, count, batch.index, size.length), share, size.batch)
+            terms = objective(
+                batch, CounterRng(0, count, batch.index, size.length), share, size.batch
+            )
         terms.loss.backward()
 
     logits = _logits_of(denoiser, step)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ddiff import (
     AncestralSampler,
     Batch,
+    CounterRng,
     Denoiser,
     DiffusionObjective,
     ElboLoss,
@@ -26,11 +27,10 @@ from ddiff import (
     ForwardProcess,
     Head,
     HierarchicalVocabulary,
-    Noise,
     TokenHead,
     TreeHead,
     Vocabulary,
-    asking,
+    as_network,
 )
 from ddiff.sampling.loop import generate
 
@@ -184,8 +184,8 @@ def step_of(
         nonlocal count
         count += 1
         module.zero_grad()
-        noise = Noise(0, count, batch.index, case.size.length)
-        terms = objective(batch, noise, {"tokens": batch.scored.sum()}, case.size.batch)
+        rng = CounterRng(0, count, batch.index, case.size.length)
+        terms = objective(batch, rng, {"tokens": batch.scored.sum()}, case.size.batch)
         terms.loss.backward()
         return float(terms.loss.detach())
 
@@ -197,17 +197,17 @@ def our_sampler(case: Case) -> Callable[[], float]:
     denoiser = denoiser_of(case).eval()
     index, length = torch.arange(case.size.samples), case.size.length
     if case.family == "ar":
-        sampler, process, ask = (
+        sampler, process, network = (
             LeftToRightSampler(denoiser.head.vocabulary),
             None,
-            asking(denoiser, cached=True),
+            as_network(denoiser, cached=True),
         )
     else:
         process = process_of(case, denoiser.head.vocabulary)
-        sampler, ask = AncestralSampler(case.size.steps), asking(denoiser, process)
+        sampler, network = AncestralSampler(case.size.steps), as_network(denoiser, process)
 
     def run() -> float:
-        ids = generate(sampler, process, ask, index=index, length=length, seed=0).ids
+        ids = generate(sampler, process, network, index=index, length=length, seed=0).ids
         return float((ids < case.size.vocabulary).double().mean())
 
     return run

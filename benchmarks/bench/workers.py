@@ -26,7 +26,7 @@ from models import (
 )
 from plain import plain_sampling, plain_training_step
 
-from ddiff import Context, DistributedBackend, Noise
+from ddiff import Context, CounterRng, DistributedBackend
 from ddiff.distributed.allocator import keep_freed_memory
 
 FAMILIES = {
@@ -113,8 +113,8 @@ def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
 
     def run(objective: Any) -> None:
         objective.module.zero_grad()
-        noise = Noise(0, step, batch.index + offset, case.size.length)
-        objective(batch, noise, share, rows).loss.backward()
+        rng = CounterRng(0, step, batch.index + offset, case.size.length)
+        objective(batch, rng, share, rows).loss.backward()
 
     figures: dict[str, list[float]] = {
         "alone": [],
@@ -153,5 +153,5 @@ def gpu(family: str, side: str, batch: int, rehearsal: bool = False) -> dict[str
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     torch.manual_seed(0)
-    answer = globals()[sys.argv[1]](**json.loads(sys.argv[2]))
-    print(json.dumps(answer))
+    prediction = globals()[sys.argv[1]](**json.loads(sys.argv[2]))
+    print(json.dumps(prediction))

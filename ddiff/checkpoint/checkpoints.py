@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.checkpoint.atomic_folder import STATE, STEP, Folder, Seal, complete_steps, step_name
+from ddiff.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
     from ddiff.checkpoint.dcp_storage import Manifest, Staged

@@ -41,8 +41,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from ddiff.errors import CheckpointError
 from ddiff.checkpoint.atomic_folder import Folder, Sink
+from ddiff.errors import CheckpointError
 
 CODES = {
     torch.float64: "F64",

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddiff.core.prediction import Answer, DenseLaw, Score
-from ddiff.core.rng import Noise
-from ddiff.core.process import ForwardProcess, RowFunction, Visit
+from ddiff.core.prediction import DenseDistribution, Prediction, Score
+from ddiff.core.process import ForwardProcess, Query, RowFunction
+from ddiff.core.rng import CounterRng
 from ddiff.core.times import DrawsTimes, Noisy, Times
 from ddiff.core.vocabulary import Vocabulary
 
-Ask = Callable[[Noisy], Visit]
+Network = Callable[[Noisy], Query]
 
 
 class NelboTerms(NamedTuple):
@@ -69,11 +69,11 @@ def _means(terms: Mapping[str, Tensor]) -> str:
 
 def nelbo(
     process: ForwardProcess,
-    ask: Ask,
+    network: Network,
     x0: Tensor,
     scored: Tensor,
     rule: DrawsTimes,
-    noise: Noise,
+    rng: CounterRng,
     slot: Tensor,
     slots: int | Tensor,
 ) -> NelboTerms:
@@ -84,25 +84,25 @@ def nelbo(
     """
     length = x0.shape[1]
     clock = process.information_time
-    first, last = rule.ends(clock, noise, slot, slots, length)
-    times = rule.draw(clock, noise, slot, slots, length)
-    noisy = corrupt(process, x0, times, scored, noise, "diffusion")
+    first, last = rule.ends(clock, rng, slot, slots, length)
+    times = rule.draw(clock, rng, slot, slots, length)
+    noisy = corrupt(process, x0, times, scored, rng, "diffusion")
     return NelboTerms(
-        closing_term(process, ask, x0, last, scored, noise),
-        diffusion_term(process, ask, x0, noisy, times.speed),
-        decoding_term(process, ask, x0, first, scored, noise),
+        closing_term(process, network, x0, last, scored, rng),
+        diffusion_term(process, network, x0, noisy, times.speed),
+        decoding_term(process, network, x0, first, scored, rng),
         noisy,
     )
 
 
 def corrupt(
-    process: ForwardProcess, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str
+    process: ForwardProcess, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, channel: str
 ) -> Noisy:
     """z_t ~ q_t(.|x0) at scored positions that the rule noises; the others are clean, at time 0; some wait at the prior."""
-    u = noise.uniform(channel, process.uniforms_per_sample).reshape(x0.numel(), -1)
+    u = rng.uniform(channel, process.uniforms_per_sample).reshape(x0.numel(), -1)
     zt = process.sample(x0.reshape(-1), times.t.reshape(-1), u).reshape(x0.shape)
     if times.waiting is not None:  # a draw of the prior says nothing of x0, even where q_1 does
-        zt = torch.where(times.waiting, process.prior.draw(noise.uniform(f"{channel}.waiting")), zt)
+        zt = torch.where(times.waiting, process.prior.draw(rng.uniform(f"{channel}.waiting")), zt)
     clean = times.clean | ~scored
     memory = x0 if times.paired else None
     return Noisy(
@@ -111,11 +111,13 @@ def corrupt(
 
 
 def diffusion_term(
-    process: ForwardProcess, ask: Ask, x0: Tensor, noisy: Noisy, speed: Tensor
+    process: ForwardProcess, network: Network, x0: Tensor, noisy: Noisy, speed: Tensor
 ) -> Tensor:
     """[B,L] speed * weight * divergence, read only where it can be non-zero."""
     reads = (speed > 0) & ~noisy.clean & process.active(noisy.zt)
-    divergence = _read(ask, noisy, reads, process.scope, process.divergence, x0, noisy.zt, noisy.t)
+    divergence = _read(
+        network, noisy, reads, process.scope, process.divergence, x0, noisy.zt, noisy.t
+    )
     flat = reads.reshape(-1)
     weight = torch.zeros(flat.shape, dtype=torch.float64, device=flat.device)
     weight[flat] = process.weight(*(values.reshape(-1)[flat] for values in (x0, noisy.zt, noisy.t)))
@@ -123,51 +125,65 @@ def diffusion_term(
 
 
 def decoding_term(
-    process: ForwardProcess, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise
+    process: ForwardProcess,
+    network: Network,
+    x0: Tensor,
+    times: Times,
+    scored: Tensor,
+    rng: CounterRng,
 ) -> Tensor:
     """[B,L] -ln P(x0 | z) at the first times, own evidence included; nothing where the process has closed."""
-    noisy = corrupt(process, x0, times, scored, noise, "decoding")
+    noisy = corrupt(process, x0, times, scored, rng, "decoding")
     reads = (times.speed > 0) & ~noisy.clean
     if (
         process.closes_at_clean
     ):  # then a state that nothing ever moves into still holds its clean token
         reads = reads & (times.t > 0) & process.active(noisy.zt)
     return times.speed * _read(
-        ask, noisy, reads, process.scope, process.decode_nll, x0, noisy.zt, noisy.t
+        network, noisy, reads, process.scope, process.decode_nll, x0, noisy.zt, noisy.t
     )
 
 
 def closing_term(
-    process: ForwardProcess, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise
+    process: ForwardProcess,
+    network: Network,
+    x0: Tensor,
+    times: Times,
+    scored: Tensor,
+    rng: CounterRng,
 ) -> Tensor:
     """[B,L] KL at the last times, charged positions being at a draw of the prior; nothing where the process has closed."""
     charged = (times.speed > 0) & ~times.clean & scored
     reads = charged & (times.t < 1) if process.closes_at_prior else charged
-    noisy = corrupt(process, x0, times, scored, noise, "closing")
+    noisy = corrupt(process, x0, times, scored, rng, "closing")
     shown = noisy._replace(
-        zt=torch.where(charged, process.prior.draw(noise.uniform("prior")), noisy.zt),
+        zt=torch.where(charged, process.prior.draw(rng.uniform("prior")), noisy.zt),
         t=torch.where(charged, 1.0, noisy.t),
     )
     whole = lambda zt: torch.full_like(zt, process.vocabulary.root)  # noqa: E731
-    return times.speed * _read(ask, shown, reads, whole, partial(_closing_kl, process), x0, times.t)
+    return times.speed * _read(
+        network, shown, reads, whole, partial(_closing_kl, process), x0, times.t
+    )
 
 
-def _closing_kl(process: ForwardProcess, answer: Answer, x0: Tensor, t: Tensor) -> Tensor:
+def _closing_kl(process: ForwardProcess, prediction: Prediction, x0: Tensor, t: Tensor) -> Tensor:
     """[r] KL at t of what was asked at t = 1.
 
     A score that says what is likely there says nothing of how much noise is left at an earlier t, which the process knows:
     its shares among the words are taken as their law.
     """
-    if not isinstance(answer, Score):
-        return process.closing_kl(answer, x0, t)
-    words = DenseLaw(
-        answer.log_ratio[:, : process.vocabulary.num_tokens].log_softmax(-1), process.vocabulary
+    if not isinstance(prediction, Score):
+        return process.closing_kl(prediction, x0, t)
+    words = DenseDistribution(
+        prediction.log_ratio[:, : process.vocabulary.num_tokens].log_softmax(-1), process.vocabulary
     )
-    return torch.where(t < 1, process.closing_kl(words, x0, t), process.closing_kl(answer, x0, t))
+    return torch.where(
+        t < 1, process.closing_kl(words, x0, t), process.closing_kl(prediction, x0, t)
+    )
 
 
 def _read(
-    ask: Ask,
+    network: Network,
     noisy: Noisy,
     reads: Tensor,
     scope: Callable[[Tensor], Tensor],
@@ -179,24 +195,28 @@ def _read(
     values = torch.zeros(reads.numel(), dtype=torch.float64, device=reads.device)
     if len(rows):
         flat = [argument.reshape(-1)[rows] for argument in arguments]
-        fn: RowFunction = lambda law, idx: formula(law, *(argument[idx] for argument in flat))  # noqa: E731
-        values[rows] = ask(noisy)(rows, scope(noisy.zt.reshape(-1)[rows]), fn).double()
+        fn: RowFunction = lambda dist, idx: formula(dist, *(argument[idx] for argument in flat))  # noqa: E731
+        values[rows] = network(noisy)(rows, scope(noisy.zt.reshape(-1)[rows]), fn).double()
     return values.reshape(reads.shape)
 
 
-def ask_law(law: Callable[[Noisy], Tensor], vocabulary: Vocabulary) -> Ask:
+def network_from_noisy(dist: Callable[[Noisy], Tensor], vocabulary: Vocabulary) -> Network:
     """An `Ask` from a plain function of all that a network is shown: noisy -> log_p [B,L,V]."""
 
-    def ask(noisy: Noisy) -> Visit:
-        def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-            log_p = law(noisy).reshape(-1, vocabulary.num_tokens)[rows]
-            return fn(DenseLaw(log_p, vocabulary), torch.arange(len(rows), device=rows.device))
+    def network(noisy: Noisy) -> Query:
+        def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+            log_p = dist(noisy).reshape(-1, vocabulary.num_tokens)[rows]
+            return fn(
+                DenseDistribution(log_p, vocabulary), torch.arange(len(rows), device=rows.device)
+            )
 
-        return visit
+        return query
 
-    return ask
+    return network
 
 
-def ask_table(denoiser: Callable[[Tensor, Tensor], Tensor], vocabulary: Vocabulary) -> Ask:
+def network_from_table(
+    denoiser: Callable[[Tensor, Tensor], Tensor], vocabulary: Vocabulary
+) -> Network:
     """An `Ask` from a plain function (zt [B,L], t [B,L]) -> log_p [B,L,V], for toys, oracles and own networks."""
-    return ask_law(lambda noisy: denoiser(noisy.zt, noisy.t), vocabulary)
+    return network_from_noisy(lambda noisy: denoiser(noisy.zt, noisy.t), vocabulary)

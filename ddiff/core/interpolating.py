@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from ddiff.core.kernel import InterpolatingKernel, Kernel
-from ddiff.core.prediction import Answer, CleanLaw, DenseLaw, Score, certainly_law
 from ddiff.core.numerics import (
     EARLIEST,
     FLOOR,
@@ -38,7 +37,14 @@ from ddiff.core.numerics import (
     per_time,
     where_read,
 )
-from ddiff.core.process import ForwardProcess, Prior, Visit
+from ddiff.core.prediction import (
+    CleanDistribution,
+    DenseDistribution,
+    Prediction,
+    Score,
+    certainly_law,
+)
+from ddiff.core.process import ForwardProcess, Prior, Query
 from ddiff.core.schedule import LinearSchedule, Schedule
 from ddiff.core.vocabulary import FlatVocabulary, Vocabulary
 from ddiff.errors import ArgumentError
@@ -60,7 +66,7 @@ class InterpolatingProcess(ForwardProcess):
     uniforms_per_sample = 2
     uniforms_per_step = 2
     uniforms_per_decode = 2
-    uniforms_per_climb = 2
+    uniforms_per_forward_step = 2
     uniforms_per_event = 2
     has_events = True
 
@@ -89,7 +95,7 @@ class InterpolatingProcess(ForwardProcess):
 
     # ------------------------------------------------------------------ the noise, no wider than it is asked for
 
-    def noise_at(self, zt: Tensor, t: Tensor) -> Tensor:
+    def rng_at(self, zt: Tensor, t: Tensor) -> Tensor:
         """[r] b_t(z_t)."""
         return _at(self.noise, zt, t)
 
@@ -117,9 +123,9 @@ class InterpolatingProcess(ForwardProcess):
 
     def _arrive_at(self, zt: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """[r] P(z_t | z_s = y) for y != z_t: what arrives from anywhere else between s and t."""
-        return _without_rounding(
-            self.noise_at(zt, t), self._stay(s, t) * self.noise_at(zt, s)
-        ).clamp(min=0.0)
+        return _without_rounding(self.rng_at(zt, t), self._stay(s, t) * self.rng_at(zt, s)).clamp(
+            min=0.0
+        )
 
     def _stay(self, s: Tensor, t: Tensor) -> Tensor:
         """[r] alpha_t / alpha_s."""
@@ -151,7 +157,7 @@ class InterpolatingProcess(ForwardProcess):
         )  # at t = 0 there may be no noise to draw from
         return zt
 
-    def climb(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Kept with alpha_ts, otherwise drawn from b_t - alpha_ts b_s."""
         zt, stay = zs.clone(), self._stay(s, t)
         lost = (u[:, 0] >= stay).nonzero().squeeze(-1)
@@ -160,7 +166,7 @@ class InterpolatingProcess(ForwardProcess):
         return zt
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
-        noise = self.noise_at(zt, t).unsqueeze(-1)
+        noise = self.rng_at(zt, t).unsqueeze(-1)
         words = torch.arange(self.vocabulary.num_tokens, device=zt.device)
         return (
             noise + torch.where(words == zt.unsqueeze(-1), self.alpha(t).unsqueeze(-1), 0.0)
@@ -201,7 +207,7 @@ class InterpolatingProcess(ForwardProcess):
         unit = float(not only_state)
         return torch.where(arrive > 0, torch.where(elsewhere > 0, rate, unit), 0.0)
 
-    def divergence(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def divergence(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """mismatch / (1 - q_t(z|x)), the density where the weight is 1 since z is certain; 0 where nothing arrives."""
         inner = interior(t)
         elsewhere = self._elsewhere(x0, zt, inner)
@@ -210,18 +216,18 @@ class InterpolatingProcess(ForwardProcess):
         scale = torch.where(
             elsewhere > 0, 1.0 / torch.where(elsewhere > 0, elsewhere, 1.0), certain
         )
-        return self.mismatch(answer, x0, zt, t) * torch.where(arrive > 0, scale, 1.0)
+        return self.mismatch(prediction, x0, zt, t) * torch.where(arrive > 0, scale, 1.0)
 
-    def mismatch(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def mismatch(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho, which published losses weigh; 0 where nothing arrives in z_t.
 
         For a score it is sum_{y != z} of the same between q_t(y|x) and q_t(z|x) s_theta(y), in its own dtype.
         """
         t = interior(t)
         arrives = self.arrivals_at(zt, t) > 0
-        if isinstance(answer, Score):
-            return torch.where(arrives, self._divergence_of_score(answer, x0, zt, t), 0.0)
-        others, log_p_x, log_p_z = self._read(answer, x0, zt, t)
+        if isinstance(prediction, Score):
+            return torch.where(arrives, self._divergence_of_score(prediction, x0, zt, t), 0.0)
+        others, log_p_x, log_p_z = self._read(prediction, x0, zt, t)
         # dropped where nothing arrives: ln 0 of a token that the prediction rules out is infinite in both terms there
         log_rho = self._likelihood(x0, zt, t).log() - self._log_marginal_at(
             where_read(arrives, log_p_z), zt, t
@@ -231,37 +237,39 @@ class InterpolatingProcess(ForwardProcess):
         )
         return torch.where(arrives, divergence, 0.0)
 
-    def density(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def density(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         weight = self.weight(x0, zt, t)
         read = weight > 0
-        return torch.where(read, weight * where_read(read, self.divergence(answer, x0, zt, t)), 0.0)
+        return torch.where(
+            read, weight * where_read(read, self.divergence(prediction, x0, zt, t)), 0.0
+        )
 
-    def decode_nll(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        if isinstance(answer, Score):
-            return super().decode_nll(answer, x0, zt, t)
+    def decode_nll(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        if isinstance(prediction, Score):
+            return super().decode_nll(prediction, x0, zt, t)
         evidence = self._likelihood(x0, zt, t).log()
         # a token that no noise reaches tells what it is, whatever the prediction
-        told = (self.noise_at(zt, t) == 0) & (zt == x0)
-        log_p_z = where_read(~told, answer.log_prob(self._word(zt)))
-        log_p_x = where_read(~told, answer.log_prob(x0))
+        told = (self.rng_at(zt, t) == 0) & (zt == x0)
+        log_p_z = where_read(~told, prediction.log_prob(self._word(zt)))
+        log_p_x = where_read(~told, prediction.log_prob(x0))
         return torch.where(told, 0.0, self._log_marginal_at(log_p_z, zt, t) - log_p_x - evidence)
 
-    def closing_kl(self, answer: Answer, x0: Tensor, t: Tensor) -> Tensor:
-        if isinstance(answer, Score):
-            return super().closing_kl(answer, x0, t)
-        others, log_p_x, _ = self._read(answer, x0, x0, t)
+    def closing_kl(self, prediction: Prediction, x0: Tensor, t: Tensor) -> Tensor:
+        if isinstance(prediction, Score):
+            return super().closing_kl(prediction, x0, t)
+        others, log_p_x, _ = self._read(prediction, x0, x0, t)
         return self._kl(others, log_p_x, x0, t)
 
-    def reverse_rates(self, answer: Answer, zt: Tensor, t: Tensor) -> Tensor:
-        ratio = self._log_ratio(answer, zt, interior(t)).exp()
+    def reverse_rates(self, prediction: Prediction, zt: Tensor, t: Tensor) -> Tensor:
+        ratio = self._log_ratio(prediction, zt, interior(t)).exp()
         arrive = like_rows(self.arrivals_at(zt, t), ratio)
         return torch.where(arrive > 0, arrive * ratio, 0.0).scatter(-1, zt.unsqueeze(-1), 0.0)
 
     def _read(
-        self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor
+        self, dist: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[r] each: what `_kl` sums over the words other than x0, ln p at x0, and ln p at z_t where that is a word."""
-        log_p = law.log_mass(0)
+        log_p = dist.log_mass(0)
         noise, _ = self.noise_like(log_p, t)
         return _Words.apply(log_p, like_rows(self.alpha(t), log_p), noise, x0, self._word(zt))
 
@@ -272,7 +280,7 @@ class InterpolatingProcess(ForwardProcess):
         b_y = 0. States beyond the words have the same noise on both sides and give nothing.
         """
         alpha = self.alpha(t)
-        truth, here = self._likelihood(x0, x0, t), self.noise_at(x0, t)
+        truth, here = self._likelihood(x0, x0, t), self.rng_at(x0, t)
         read = truth > 0
         truth = torch.where(read, truth, 1.0)
         delta = torch.where(read, -alpha * torch.expm1(log_p_x) / truth, 0.0)
@@ -296,13 +304,13 @@ class InterpolatingProcess(ForwardProcess):
 
     def _log_marginal_at(self, log_p_z: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] ln q_t-bar(z_t). Where no noise is, it is ln alpha + ln p: the mass of a word may underflow."""
-        noise, word = self.noise_at(zt, t), zt < self.vocabulary.num_tokens
+        noise, word = self.rng_at(zt, t), zt < self.vocabulary.num_tokens
         mixed = _log_mixed(noise, self.alpha(t), log_p_z)
         return torch.where(word | (noise == 0), mixed, torch.where(noise > 0, noise, 1.0).log())
 
     def _likelihood(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] q_t(z|x)."""
-        return self.noise_at(zt, t) + torch.where(zt == x0, self.alpha(t), 0.0)
+        return self.rng_at(zt, t) + torch.where(zt == x0, self.alpha(t), 0.0)
 
     def information(self, t: Tensor) -> Tensor:
         """The mean over tokens x of KL( q_t(.|x) || q_t-bar ), each kind of token being read once."""
@@ -362,28 +370,28 @@ class InterpolatingProcess(ForwardProcess):
 
     # ------------------------------------------------------------------ reverse
 
-    def step(self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
+    def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """P(z_s != z | z_t = z) = arrive_ts(z) (1 - q_s-bar(z)) / q_t-bar(z), for y ~ q_s-bar elsewhere."""
-        return self._leave(visit, zt, t, s, self._arrive_at(zt, s, t), u)
+        return self._leave(query, zt, t, s, self._arrive_at(zt, s, t), u)
 
     def _leave(
-        self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, arrive: Tensor, u: Tensor
+        self, query: Query, zt: Tensor, t: Tensor, s: Tensor, arrive: Tensor, u: Tensor
     ) -> Tensor:
         """Leave z with probability arrive (1 - q_s-bar(z)) / q_t-bar(z) for y ~ q_s-bar elsewhere; u [r,2].
 
         b for q-bar bounds that probability without the network, so only rows below the bound are shown to it.
         """
-        before, now = self.noise_at(zt, s), self.noise_at(zt, t)
+        before, now = self.rng_at(zt, s), self.rng_at(zt, t)
         bound = torch.where(arrive > 0, arrive * (1.0 - before) / now, 0.0)
         zs, candidates = zt.clone(), (u[:, 0] < bound).nonzero().squeeze(-1)
         if len(candidates) == 0:
             return zs
 
-        def draw(answer: Answer, rows: Tensor) -> Tensor:
-            picked, law = candidates[rows], certainly_law(answer, "InterpolatingProcess.step")
+        def draw(prediction: Prediction, rows: Tensor) -> Tensor:
+            picked, dist = candidates[rows], certainly_law(prediction, "InterpolatingProcess.step")
             z = zt[picked]
             elsewhere = (
-                self.log_marginal(law.log_mass(0), s[picked])
+                self.log_marginal(dist.log_mass(0), s[picked])
                 .exp()
                 .scatter(-1, z.unsqueeze(-1), 0.0)
             )
@@ -396,36 +404,36 @@ class InterpolatingProcess(ForwardProcess):
             leaves = (
                 arrive[picked]
                 * total
-                / self._log_marginal_at(law.log_prob(self._word(z)), z, t[picked]).double().exp()
+                / self._log_marginal_at(dist.log_prob(self._word(z)), z, t[picked]).double().exp()
             )
             return torch.where(u[picked, 0] < leaves, drawn, z)
 
-        zs[candidates] = visit(candidates, self.scope(zt[candidates]), draw)
+        zs[candidates] = query(candidates, self.scope(zt[candidates]), draw)
         return zs
 
-    def decode(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """z itself with probability alpha p(z) / q_t-bar(z), otherwise x ~ p: the noise says nothing of x."""
         if self.closes_at_clean and bool((t == 0.0).all()):
             return zt.clone()
-        x0, noise, word = zt.clone(), self.noise_at(zt, t), zt < self.vocabulary.num_tokens
+        x0, noise, word = zt.clone(), self.rng_at(zt, t), zt < self.vocabulary.num_tokens
         open_ = (~word | (noise > 0)).nonzero().squeeze(-1)
         if len(open_) == 0:
             return x0
 
-        def draw(answer: Answer, rows: Tensor) -> Tensor:
+        def draw(prediction: Prediction, rows: Tensor) -> Tensor:
             picked = open_[rows]
             z = zt[picked]
-            if isinstance(answer, Score):
-                answer = DenseLaw(self.tweedie(answer, t[picked]), self.vocabulary)
+            if isinstance(prediction, Score):
+                prediction = DenseDistribution(self.tweedie(prediction, t[picked]), self.vocabulary)
             kept = (
                 self.alpha(t[picked])
-                * answer.log_prob(torch.where(word[picked], z, 0)).double().exp()
+                * prediction.log_prob(torch.where(word[picked], z, 0)).double().exp()
             )
             kept = torch.where(word[picked], kept / (kept + noise[picked]), 0.0)
             root, words = torch.full_like(z, self.vocabulary.root), torch.zeros_like(z)
-            return torch.where(u[picked, 0] < kept, z, answer.draw(root, words, u[picked, 1]))
+            return torch.where(u[picked, 0] < kept, z, prediction.draw(root, words, u[picked, 1]))
 
-        x0[open_] = visit(open_, self.scope(zt[open_]), draw)
+        x0[open_] = query(open_, self.scope(zt[open_]), draw)
         return x0
 
     # ------------------------------------------------------------------ events
@@ -434,20 +442,18 @@ class InterpolatingProcess(ForwardProcess):
         """The next of the candidate events, which come at the rate of their cell of logit time (`_Cells`)."""
         return _Cells(self, zt).next_time(t, u)
 
-    def event(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """A candidate is taken with probability (rate of leaving z_t) / (rate of candidates); y ~ q_t-bar elsewhere."""
         t = interior(t)
         candidates = _Cells(self, zt).rate(t)
         arrive = torch.where(candidates > 0, self.arrivals_at(zt, t) / candidates, 0.0)
-        if bool(
-            (arrive * (1.0 - self.noise_at(zt, t)) > self.noise_at(zt, t) * (1.0 + 1e-9)).any()
-        ):
+        if bool((arrive * (1.0 - self.rng_at(zt, t)) > self.rng_at(zt, t) * (1.0 + 1e-9)).any()):
             raise ArgumentError(
                 f"{type(self).__name__}.event: the arrivals rise by more than {SLACK - 1.0:.0%} within one of {CELLS} "
                 "cells of logit time, so that candidate events are too few. Give it a smoother schedule, or use a sampler "
                 "with steps."
             )
-        return self._leave(visit, zt, t, t, arrive, u)
+        return self._leave(query, zt, t, t, arrive, u)
 
 
 def _log_mixed(noise: Tensor, alpha: Tensor, log_p: Tensor) -> Tensor:
@@ -559,7 +565,7 @@ def _without_rounding(total: Tensor, faded: Tensor) -> Tensor:
 class ComponentProcess(InterpolatingProcess):
     """Noise of a few fixed laws: b_t = sum_k c_k(t) nu_k, sum_k c_k = 1 - alpha. A subclass says alpha and c.
 
-    `components` are laws nu_k [S] each (`mask_law`, `word_law`, any other). Nothing of width S is float64 but what an
+    `components` are laws nu_k [S] each (`mask_distribution`, `token_distribution`, any other). Nothing of width S is float64 but what an
     oracle asks for. What is declared of the ends (alpha(0) = 1, alpha(1) = 0) and the prior b_1/|b_1| are read off alpha
     and c, so a subclass sets what they need before `super().__init__`. Each component must arrive on its own:
     c_k' >= (alpha'/alpha) c_k.
@@ -567,7 +573,7 @@ class ComponentProcess(InterpolatingProcess):
 
     def __init__(self, vocabulary: Vocabulary, components: Sequence[Tensor]) -> None:
         self.vocabulary = vocabulary
-        self.components = torch.stack([_checked_law(self, vocabulary, law) for law in components])
+        self.components = torch.stack([_checked_law(self, vocabulary, dist) for dist in components])
         self._on = Constant(self.components).on
         words = self.components[:, : vocabulary.num_tokens]
         self._even = bool(
@@ -604,7 +610,7 @@ class ComponentProcess(InterpolatingProcess):
     def arrivals(self, t: Tensor) -> Tensor:
         return self._flow(t) @ self._on(t.device)
 
-    def noise_at(self, zt: Tensor, t: Tensor) -> Tensor:
+    def rng_at(self, zt: Tensor, t: Tensor) -> Tensor:
         return (per_time(self.coefficients, t) * self._on(zt.device).T[zt]).sum(-1)
 
     def arrivals_at(self, zt: Tensor, t: Tensor) -> Tensor:
@@ -654,7 +660,7 @@ class ComponentProcess(InterpolatingProcess):
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self._redraw(x0, per_time(self.alpha, t), per_time(self.coefficients, t), u)
 
-    def climb(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self._redraw(zs, self._stay(s, t), self._arriving(s, t), u)
 
     def _redraw(self, ids: Tensor, stay: Tensor, mass: Tensor, u: Tensor) -> Tensor:
@@ -674,42 +680,42 @@ class ComponentProcess(InterpolatingProcess):
         return drawn
 
 
-def _weighted(mass: Tensor, laws: Tensor) -> Tensor:
+def _weighted(mass: Tensor, dists: Tensor) -> Tensor:
     """[r,K], [K,n] -> [r,n] as a sum, since a matrix product may be rounded to fewer digits on an accelerator."""
-    total = mass[:, :1] * laws[:1]
-    for k in range(1, len(laws)):
-        total = total + mass[:, k : k + 1] * laws[k : k + 1]
+    total = mass[:, :1] * dists[:1]
+    for k in range(1, len(dists)):
+        total = total + mass[:, k : k + 1] * dists[k : k + 1]
     return total
 
 
-def mask_law(vocabulary: Vocabulary) -> Tensor:
+def mask_distribution(vocabulary: Vocabulary) -> Tensor:
     """[S] all of the noise is the mask."""
     if vocabulary.mask_id is None:
         raise ArgumentError(
-            f"mask_law: vocabulary must have a mask; {vocabulary} has none. Use FlatVocabulary(mask=True)."
+            f"mask_distribution: vocabulary must have a mask; {vocabulary} has none. Use FlatVocabulary(mask=True)."
         )
     return torch.zeros(vocabulary.num_states, dtype=torch.float64).index_fill(
         0, torch.tensor([vocabulary.mask_id]), 1.0
     )
 
 
-def word_law(vocabulary: Vocabulary) -> Tensor:
+def token_distribution(vocabulary: Vocabulary) -> Tensor:
     """[S] the noise is uniform over the words."""
     beyond = vocabulary.num_states - vocabulary.num_tokens
     even = torch.full((vocabulary.num_tokens,), 1.0 / vocabulary.num_tokens, dtype=torch.float64)
     return torch.nn.functional.pad(even, (0, beyond))
 
 
-def _checked_law(process: object, vocabulary: Vocabulary, law: Tensor) -> Tensor:
-    law = law.double()
-    is_law = bool((law >= 0).all()) and torch.isclose(law.sum(), law.new_ones(()))
-    if law.shape != (vocabulary.num_states,) or not is_law:
+def _checked_law(process: object, vocabulary: Vocabulary, dist: Tensor) -> Tensor:
+    dist = dist.double()
+    is_law = bool((dist >= 0).all()) and torch.isclose(dist.sum(), dist.new_ones(()))
+    if dist.shape != (vocabulary.num_states,) or not is_law:
         raise ArgumentError(
             f"{type(process).__name__}: the noise must be a law over the {vocabulary.num_states} states, with no negative "
-            f"entry and sum 1; got shape {tuple(law.shape)}, smallest entry {float(law.min()):.3g} and sum "
-            f"{float(law.sum()):.6g}."
+            f"entry and sum 1; got shape {tuple(dist.shape)}, smallest entry {float(dist.min()):.3g} and sum "
+            f"{float(dist.sum()):.6g}."
         )
-    return law / law.sum()
+    return dist / dist.sum()
 
 
 @final
@@ -745,7 +751,7 @@ class MixtureProcess(ComponentProcess):
         masked, bare = FlatVocabulary(4), FlatVocabulary(4, mask=False)
         uneven = torch.tensor([0.4, 0.3, 0.2, 0.1])
         return [
-            cls(masked, LinearSchedule(), mask_law(masked)),
-            cls(bare, LinearSchedule(), word_law(bare)),
+            cls(masked, LinearSchedule(), mask_distribution(masked)),
+            cls(bare, LinearSchedule(), token_distribution(bare)),
             cls(bare, LinearSchedule(floor=0.01), uneven),
         ]

@@ -18,7 +18,7 @@ from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 
 
-class CleanLaw(Protocol):
+class CleanDistribution(Protocol):
     """r rows of P(x_i | the rest of the sequence), read through the vocabulary's tree.
 
     All rows of one law ask below the same node `top`; nothing above it is known.
@@ -52,21 +52,21 @@ class Score(NamedTuple):
     log_ratio: Tensor
 
 
-Answer = CleanLaw | Score
+Prediction = CleanDistribution | Score
 """What a network says of r rows."""
 
 
-def certainly_law(answer: Answer, asker: str) -> CleanLaw:
+def certainly_law(prediction: Prediction, asker: str) -> CleanDistribution:
     """The answer as a law; ArgumentError where it is a score, naming who asked."""
-    if isinstance(answer, Score):
+    if isinstance(prediction, Score):
         raise ArgumentError(
             f"{asker}: the answer must be a law of the clean token, since a token is drawn from it; got a Score, whose "
             "ratios are no law. Use a sampler made for scores (tau-leaping, analytic), or a head that gives a law."
         )
-    return answer
+    return prediction
 
 
-class SubtreeLaw(ABC):
+class SubtreeDistribution(ABC):
     """Rows that all ask below one node `top`; a subclass says the law of each level given `top`.
 
     Nothing above `top` is known, so `log_prob` and `log_mass` need `top` to be the root. `asked` says that `top` is the
@@ -179,13 +179,13 @@ class SubtreeLaw(ABC):
     def _needs_root(self, name: str) -> None:
         if self.top != self.vocabulary.root:
             raise ArgumentError(
-                f"CleanLaw.{name}: the rows asked below node {self.top} only, so the law above it is not known. "
+                f"CleanDistribution.{name}: the rows asked below node {self.top} only, so the law above it is not known. "
                 "Ask at the root (ForwardProcess.scope), or use log_child."
             )
 
 
 @final
-class DenseLaw(SubtreeLaw):
+class DenseDistribution(SubtreeDistribution):
     """A law given by its log-probabilities of words.
 
     `log_p` [r, V] in id order covers the whole vocabulary; with `top` below the root it holds only the words below top,
@@ -213,7 +213,7 @@ class DenseLaw(SubtreeLaw):
 
 
 @final
-class LogitLaw(SubtreeLaw):
+class LogitDistribution(SubtreeDistribution):
     """A law given by logits of words, exp(logit) / sum of all: what a softmax says, never written out for all words.
 
     `logits` [r,w] in id order cover the whole vocabulary, with `top` below the root the words below top in tree order. The

@@ -21,7 +21,6 @@ from torch import Tensor
 from ddiff.core.description import settings_of
 from ddiff.core.information import InformationTime, uniform_reference
 from ddiff.core.kernel import MAX_DENSE, DenseKernel, Kernel, read_back
-from ddiff.core.prediction import Answer, DenseLaw, Score, certainly_law
 from ddiff.core.numerics import (
     FLOOR,
     LATEST,
@@ -33,13 +32,14 @@ from ddiff.core.numerics import (
     where_read,
 )
 from ddiff.core.oracle import propagate
+from ddiff.core.prediction import DenseDistribution, Prediction, Score, certainly_law
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 
 RowFunction = Callable[
     [Any, Tensor], Any
 ]  # fn(answer, idx); the answer is a law where a draw is asked for
-Visit = Callable[[Tensor, Tensor, RowFunction], Any]
+Query = Callable[[Tensor, Tensor, RowFunction], Any]
 
 WELL_CONDITIONED = (
     1e4  # condition numbers of an operator that elimination inverts to the last digits
@@ -100,7 +100,7 @@ class ForwardProcess(ABC):
     uniforms_per_sample: int = 1
     uniforms_per_step: int = 1
     uniforms_per_decode: int = 1
-    uniforms_per_climb: int = 1
+    uniforms_per_forward_step: int = 1
     uniforms_per_event: int = 1
     has_events: bool = False
 
@@ -202,7 +202,7 @@ class ForwardProcess(ABC):
         prior say nothing of the token."""
         return t.clamp(max=LATEST) if self.closes_at_prior else t
 
-    def density(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def density(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] nats per unit of the row's own t that the bound charges at (z_t, t).
 
         l = sum_{y != z} Q[y,z] ( s_theta(y) - s(y) + s(y) ln(s(y)/s_theta(y)) ), with s(y) = q_t(y|x)/q_t(z|x) and
@@ -214,7 +214,7 @@ class ForwardProcess(ABC):
         arrives = inward > 0
         log_s = self._true_log_ratio(x0, zt, t)
         # read only where something arrives: elsewhere an infinite ratio has a gradient of 0 * inf
-        log_s_theta = where_read(arrives, self._log_ratio(answer, zt, t))
+        log_s_theta = where_read(arrives, self._log_ratio(prediction, zt, t))
         s = log_s.exp()
         cross = torch.where(s > 0, s * (log_s - log_s_theta), 0.0)
         density = torch.where(arrives, inward * (log_s_theta.exp() - s + cross), 0.0).sum(-1)
@@ -225,9 +225,11 @@ class ForwardProcess(ABC):
             undefined, torch.where(_tells(self.log_likelihood(zt, t), x0), 0.0, torch.inf), density
         )
 
-    def factors(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(
+        self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(weight, divergence) [r], whose product is the density."""
-        return self.weight(x0, zt, t), self.divergence(answer, x0, zt, t)
+        return self.weight(x0, zt, t), self.divergence(prediction, x0, zt, t)
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] the total true reverse rate, sum_{y != z} Q[y,z] s(y): the part of the density that no network enters.
@@ -241,14 +243,14 @@ class ForwardProcess(ABC):
         weight = torch.where(inward > 0, inward * log_s.exp(), 0.0).sum(-1)
         return torch.where(weight > 0, weight, (inward > 0).any(-1).to(weight))
 
-    def divergence(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def divergence(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] density / weight, 0 where both are."""
         weight = self.weight(x0, zt, t)
-        return self.density(answer, x0, zt, t) / torch.where(weight > 0, weight, 1.0)
+        return self.density(prediction, x0, zt, t) / torch.where(weight > 0, weight, 1.0)
 
-    def reverse_rates(self, answer: Answer, zt: Tensor, t: Tensor) -> Tensor:
+    def reverse_rates(self, prediction: Prediction, zt: Tensor, t: Tensor) -> Tensor:
         """[r,S] the rates out of z_t of the chain run backwards, Q_t[y,z_t] s_theta(y), per unit of t; 0 at z_t itself."""
-        inward, log_ratio = self._inward(zt, t), self._log_ratio(answer, zt, interior(t))
+        inward, log_ratio = self._inward(zt, t), self._log_ratio(prediction, zt, interior(t))
         return torch.where(inward > 0, inward * log_ratio.exp(), 0.0)
 
     def reverse_log_probs(self, log_p: Tensor, zt: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -256,14 +258,14 @@ class ForwardProcess(ABC):
         joint = self.log_marginal(log_p, s) + self.transition(s, t).column(zt).to(log_p.dtype).log()
         return joint.log_softmax(-1)
 
-    def decode_nll(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def decode_nll(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] -ln P(x0 | z_t) in nats, own evidence included: -ln [ p(x) q_t(z|x) / q_t-bar(z) ]; p of a score is
         `tweedie`.
 
         +inf where the prediction rules x0 out; 0 where z_t can only have been x0, whatever the prediction.
         """
         log_likelihood = self.log_likelihood(zt, t)
-        log_joint = self._log_clean(answer, t)
+        log_joint = self._log_clean(prediction, t)
         log_joint = log_joint + log_likelihood.to(log_joint.dtype)
         pick = x0.unsqueeze(-1)
         sure = _tells(log_likelihood, x0)
@@ -272,13 +274,13 @@ class ForwardProcess(ABC):
         nll = log_joint.logsumexp(-1) - log_joint.gather(-1, pick).squeeze(-1)
         return torch.where(sure, 0.0, torch.where(finite, nll, torch.inf))
 
-    def closing_kl(self, answer: Answer, x0: Tensor, t: Tensor) -> Tensor:
+    def closing_kl(self, prediction: Prediction, x0: Tensor, t: Tensor) -> Tensor:
         """[r] KL( q_t(.|x) || law of z_t under x ~ law ) in nats; a score's law of z_t is softmax(log_ratio)."""
         log_q = self.log_marginal(self._certain(x0), t)
-        if isinstance(answer, Score):
-            log_q_theta = answer.log_ratio.log_softmax(-1)
+        if isinstance(prediction, Score):
+            log_q_theta = prediction.log_ratio.log_softmax(-1)
         else:
-            log_q_theta = self.log_marginal(answer.log_mass(0), t)
+            log_q_theta = self.log_marginal(prediction.log_mass(0), t)
         q = log_q.exp()
         return torch.where(q > 0, q * (log_q - where_read(q > 0, log_q_theta)), 0.0).sum(-1)
 
@@ -291,7 +293,9 @@ class ForwardProcess(ABC):
         reference = uniform_reference(self.vocabulary.num_tokens)
 
         def about(x0: Tensor, t: Tensor) -> Tensor:
-            return self.closing_kl(DenseLaw(reference.expand(len(x0), -1), self.vocabulary), x0, t)
+            return self.closing_kl(
+                DenseDistribution(reference.expand(len(x0), -1), self.vocabulary), x0, t
+            )
 
         return self._over_tokens(about, t)
 
@@ -342,8 +346,8 @@ class ForwardProcess(ABC):
         """Whether reverse moves only reveal: out of a state the chain run backwards goes to states below it alone."""
         return False
 
-    def climb(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """[r] a draw of z_t given z_s by the forward transition, s <= t; u [r, uniforms_per_climb]. No network."""
+    def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        """[r] a draw of z_t given z_s by the forward transition, s <= t; u [r, uniforms_per_forward_step]. No network."""
         return draw_index(self.transition(s, t).row(zs), u[:, 0])
 
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
@@ -353,11 +357,11 @@ class ForwardProcess(ABC):
         """
         raise ArgumentError(self._without_events("event_time"))
 
-    def event(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """[r] the state after the candidate event at t, maybe z_t; u [r, uniforms_per_event]; visits at most once."""
         raise ArgumentError(self._without_events("event"))
 
-    def step(self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
+    def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """[r] z_s given z_t by the exact reverse transition; u [r, uniforms_per_step]; visits at most once.
 
         Derived: every row with s < t reads its law and one float64 draw over S decides. Families decide first, then visit.
@@ -366,23 +370,23 @@ class ForwardProcess(ABC):
         if len(moving) == 0:
             return zs
 
-        def draw(answer: Answer, rows: Tensor) -> Tensor:
-            picked, law = moving[rows], certainly_law(answer, "ForwardProcess.step")
-            log_probs = self.reverse_log_probs(law.log_mass(0), zt[picked], t[picked], s[picked])
+        def draw(prediction: Prediction, rows: Tensor) -> Tensor:
+            picked, dist = moving[rows], certainly_law(prediction, "ForwardProcess.step")
+            log_probs = self.reverse_log_probs(dist.log_mass(0), zt[picked], t[picked], s[picked])
             return draw_index(log_probs.exp(), u[picked, 0])
 
-        zs[moving] = visit(moving, self.scope(zt[moving]), draw)
+        zs[moving] = query(moving, self.scope(zt[moving]), draw)
         return zs
 
-    def decode(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """[r] the last draw, x ~ p(x) q_t(z|x) / q_t-bar(z), own evidence included; u [r, uniforms_per_decode]."""
 
-        def draw(answer: Answer, rows: Tensor) -> Tensor:
-            return draw_index(self._decoding(answer, zt[rows], t[rows]).softmax(-1), u[rows, 0])
+        def draw(prediction: Prediction, rows: Tensor) -> Tensor:
+            return draw_index(self._decoding(prediction, zt[rows], t[rows]).softmax(-1), u[rows, 0])
 
         if self.closes_at_clean and bool((t == 0.0).all()):
             return zt.clone()
-        return visit(torch.arange(len(zt), device=zt.device), self.scope(zt), draw)
+        return query(torch.arange(len(zt), device=zt.device), self.scope(zt), draw)
 
     # ------------------------------------------------------------------ parts of the formulas above
 
@@ -401,20 +405,22 @@ class ForwardProcess(ABC):
         """[r,S] log q_t(y|x)/q_t(z|x)."""
         return _relative_to(self.log_marginal(self._certain(x0), t), zt)
 
-    def _log_ratio(self, answer: Answer, zt: Tensor, t: Tensor) -> Tensor:
+    def _log_ratio(self, prediction: Prediction, zt: Tensor, t: Tensor) -> Tensor:
         """[r,S] log s_theta(y), the answer's ratio of the probability of y to that of z_t."""
-        if isinstance(answer, Score):
-            return answer.log_ratio
-        return _relative_to(self.log_marginal(answer.log_mass(0), t), zt)
+        if isinstance(prediction, Score):
+            return prediction.log_ratio
+        return _relative_to(self.log_marginal(prediction.log_mass(0), t), zt)
 
-    def _decoding(self, answer: Answer, zt: Tensor, t: Tensor) -> Tensor:
+    def _decoding(self, prediction: Prediction, zt: Tensor, t: Tensor) -> Tensor:
         """[r,V] log of the weights of the last draw, not normalised."""
-        log_p = self._log_clean(answer, t)
+        log_p = self._log_clean(prediction, t)
         return log_p + self.log_likelihood(zt, t).to(log_p.dtype)
 
-    def _log_clean(self, answer: Answer, t: Tensor) -> Tensor:
+    def _log_clean(self, prediction: Prediction, t: Tensor) -> Tensor:
         """[r,V] log of the predicted distribution of the clean token."""
-        return self.tweedie(answer, t) if isinstance(answer, Score) else answer.log_mass(0)
+        return (
+            self.tweedie(prediction, t) if isinstance(prediction, Score) else prediction.log_mass(0)
+        )
 
     def _without_events(self, method: str) -> str:
         return (

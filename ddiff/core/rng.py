@@ -14,7 +14,7 @@ from torch import Tensor
 from ddiff.errors import ArgumentError
 
 
-class Noise:
+class CounterRng:
     """Uniforms for one step: `uniform(channel)` depends on (seed, purpose, step, sample index, position, channel) only.
 
     `index` [B] long numbers the samples globally (>= 0); `length` L is the number of positions; `purpose` keeps training,
@@ -72,14 +72,16 @@ class Noise:
         )
         return bits.random_raw(count)
 
-    def take(self, samples: Tensor) -> Noise:
+    def take(self, samples: Tensor) -> CounterRng:
         """The same noise for some of the samples [b] (places in `index`)."""
         group = self.group[samples]
-        return Noise(self.seed, self.step, self.index[samples], self.length, self.purpose, group)
+        return CounterRng(
+            self.seed, self.step, self.index[samples], self.length, self.purpose, group
+        )
 
-    def at_step(self, step: int) -> Noise:
+    def at_step(self, step: int) -> CounterRng:
         """The noise of another step for the same samples."""
-        return Noise(self.seed, step, self.index, self.length, self.purpose, self.group)
+        return CounterRng(self.seed, step, self.index, self.length, self.purpose, self.group)
 
 
 def _hash(name: str) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.information import TimeChange
-from ddiff.core.rng import Noise
+from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 
 Shape = Literal["block", "slide"]
@@ -57,7 +57,7 @@ class DrawsTimes(Protocol):
     """Times for a global batch of `slots` samples, a pure function of the noise: what the bound asks of a rule."""
 
     def draw(
-        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+        self, clock: TimeChange, rng: CounterRng, slot: Tensor, slots: int | Tensor, length: int
     ) -> Times:
         """Times for samples that hold the strata `slot` [B] of `slots`: of a global batch, or of each one's document.
 
@@ -65,7 +65,7 @@ class DrawsTimes(Protocol):
         """
 
     def ends(
-        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+        self, clock: TimeChange, rng: CounterRng, slot: Tensor, slots: int | Tensor, length: int
     ) -> tuple[Times, Times]:
         """The times at which the decoding term and the closing term are read; speed is a position's weight there.
 
@@ -103,9 +103,9 @@ class FlatTimes:
         self.start, self.stop, self.tokens = start, stop, tokens
 
     def draw(
-        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+        self, clock: TimeChange, rng: CounterRng, slot: Tensor, slots: int | Tensor, length: int
     ) -> Times:
-        v = stratified(noise.uniform("time")[:, :1], slot.unsqueeze(-1), slots)
+        v = stratified(rng.uniform("time")[:, :1], slot.unsqueeze(-1), slots)
         t, speed = clock.drawn(v, self.start, self.stop, self.tokens)
         return _everywhere(t.expand(-1, length), speed.expand(-1, length))
 
@@ -115,7 +115,7 @@ class FlatTimes:
         return _everywhere(t.expand(-1, length), (width * speed).expand(-1, length))
 
     def ends(
-        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+        self, clock: TimeChange, rng: CounterRng, slot: Tensor, slots: int | Tensor, length: int
     ) -> tuple[Times, Times]:
         tau = torch.tensor([self.start, self.stop], dtype=torch.float64, device=slot.device)
         t = clock.at(tau)[0]
@@ -167,23 +167,23 @@ class WindowTimes:
         return WindowTimes(self.width, self.shape, self.paired, start, stop)
 
     def draw(
-        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+        self, clock: TimeChange, rng: CounterRng, slot: Tensor, slots: int | Tensor, length: int
     ) -> Times:
         if not self.paired:
-            return self._one_window(clock, noise, slot, slots, length)
+            return self._one_window(clock, rng, slot, slots, length)
         if self.shape == "slide":
-            phase = stratified(noise.uniform("time")[:, :1], slot.unsqueeze(-1), slots)
+            phase = stratified(rng.uniform("time")[:, :1], slot.unsqueeze(-1), slots)
             return self._sliding(clock, phase * self.width, length)
         return self._all_blocks(
-            clock, jointly_stratified(noise, slot, slots, self._count(length)), length
+            clock, jointly_stratified(rng, slot, slots, self._count(length)), length
         )
 
     def ends(
-        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+        self, clock: TimeChange, rng: CounterRng, slot: Tensor, slots: int | Tensor, length: int
     ) -> tuple[Times, Times]:
         if self.shape == "block":
-            return self._ends_of_blocks(clock, noise, slot, length)
-        return self._ends_of_slides(clock, noise, slot, length)
+            return self._ends_of_blocks(clock, rng, slot, length)
+        return self._ends_of_slides(clock, rng, slot, length)
 
     # ------------------------------------------------------------------ paired: every window at once
 
@@ -210,9 +210,9 @@ class WindowTimes:
     # ------------------------------------------------------------------ one window of each sequence
 
     def _one_window(
-        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+        self, clock: TimeChange, rng: CounterRng, slot: Tensor, slots: int | Tensor, length: int
     ) -> Times:
-        v = stratified(noise.uniform("time")[:, :1], slot.unsqueeze(-1), slots).squeeze(-1)
+        v = stratified(rng.uniform("time")[:, :1], slot.unsqueeze(-1), slots).squeeze(-1)
         if self.shape == "slide":
             return self.at(clock, v, length)
         count = self._count(length)
@@ -251,7 +251,7 @@ class WindowTimes:
     # ------------------------------------------------------------------ ends
 
     def _ends_of_blocks(
-        self, clock: TimeChange, noise: Noise, slot: Tensor, length: int
+        self, clock: TimeChange, rng: CounterRng, slot: Tensor, length: int
     ) -> tuple[Times, Times]:
         count = self._count(length)
         ones = torch.ones(len(slot), length, dtype=torch.float64, device=slot.device)
@@ -263,18 +263,18 @@ class WindowTimes:
             return self._all_windows(t[0] * ones, ones, window), self._all_windows(
                 t[1] * ones, ones, window
             )
-        current = (noise.uniform("window")[:, :1] * count).long()
+        current = (rng.uniform("window")[:, :1] * count).long()
         weight = ones[:, :1] * count
         first = self._open_block(t[0] * ones[:, :1], weight, current, length)
         return first, self._open_block(t[1] * ones[:, :1], weight, current, length)
 
     def _ends_of_slides(
-        self, clock: TimeChange, noise: Noise, slot: Tensor, length: int
+        self, clock: TimeChange, rng: CounterRng, slot: Tensor, length: int
     ) -> tuple[Times, Times]:
         """A position settles when it is first in its window, and has just come off the prior when it is last."""
         place = torch.arange(length, device=slot.device)
         if self.paired:
-            shift = (noise.uniform("window")[:, :1] * self.width).floor()
+            shift = (rng.uniform("window")[:, :1] * self.width).floor()
             first = self._sliding(clock, shift, length)
             window = ((place + shift) / self.width).floor().long()
             along = ((place + shift) % self.width + 1.0) / self.width
@@ -284,7 +284,7 @@ class WindowTimes:
             return _charged(first, charged == 0, times), _charged(
                 last, charged == self.width - 1, times
             )
-        chosen = (noise.uniform("window")[:, :1] * length).floor()
+        chosen = (rng.uniform("window")[:, :1] * length).floor()
         before = (place - chosen) / self.width
         after = before + 1.0
         # decoded while the next one still waits; come off the prior when the last one has settled
@@ -323,14 +323,14 @@ def stratified(u: Tensor, stratum: Tensor, strata: int | Tensor) -> Tensor:
     return (_rank(stratum, groups) + u) / groups
 
 
-def jointly_stratified(noise: Noise, slot: Tensor, slots: int | Tensor, count: int) -> Tensor:
+def jointly_stratified(rng: CounterRng, slot: Tensor, slots: int | Tensor, count: int) -> Tensor:
     """[B,count] numbers in [0,1), one for each of `count` windows of the samples that hold the strata `slot` of `slots`.
 
     The windows of a sample stand evenly apart; each window is stratified over the slots, and all windows of all slots
     together, one in each of slots * count cells. The cells are turned by a number that all of a group share, since
     otherwise a window would see only one cell of each of its strata.
     """
-    u = noise.uniform("time")[:, :1]
+    u = rng.uniform("time")[:, :1]
     if count == 1:
         return stratified(u, slot.unsqueeze(-1), slots)
     groups = torch.as_tensor(slots, device=slot.device).expand_as(slot).unsqueeze(-1)
@@ -339,7 +339,7 @@ def jointly_stratified(noise: Noise, slot: Tensor, slots: int | Tensor, count: i
     # windows that slots * window would put into the same cell, as many as the common divisor, are moved by one each
     common = torch.gcd(groups, torch.full_like(groups, count))
     cell = count * rank + groups * window + window // (count // common)
-    turn = noise.shared("time").unsqueeze(-1)
+    turn = rng.shared("time").unsqueeze(-1)
     return ((cell + u) / (groups * count) + turn / groups) % 1.0
 
 

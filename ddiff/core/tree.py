@@ -23,7 +23,6 @@ from torch import Tensor
 from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.information import uniform_reference
 from ddiff.core.kernel import Kernel, refuse_singular
-from ddiff.core.prediction import Answer, CleanLaw, DenseLaw, Score, certainly_law
 from ddiff.core.numerics import (
     Constant,
     draw_index,
@@ -35,7 +34,14 @@ from ddiff.core.numerics import (
     per_time,
     where_read,
 )
-from ddiff.core.process import ForwardProcess, Informed, Prior, Visit
+from ddiff.core.prediction import (
+    CleanDistribution,
+    DenseDistribution,
+    Prediction,
+    Score,
+    certainly_law,
+)
+from ddiff.core.process import ForwardProcess, Informed, Prior, Query
 from ddiff.core.schedule import PowerSchedule
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
 from ddiff.errors import ArgumentError, nearest
@@ -205,7 +211,7 @@ class TreeProcess(ForwardProcess):
         self.prior = Prior.point(vocabulary.root, vocabulary.num_states)
         self.closes_at_clean, self.closes_at_prior = clock.closes_at_clean, clock.closes_at_prior
         self.uniforms_per_sample = 1 if self.parents.certain else 2
-        self.uniforms_per_climb = self.uniforms_per_sample
+        self.uniforms_per_forward_step = self.uniforms_per_sample
         self.uniforms_per_step = 2
         self.exact_step = self.parents.certain or decoding == "bayes"
 
@@ -238,10 +244,10 @@ class TreeProcess(ForwardProcess):
     # ------------------------------------------------------------------ forward
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
-        law, log_pi = DenseLaw(log_p, self.vocabulary), self.clock.pi(t).log()
+        dist, log_pi = DenseDistribution(log_p, self.vocabulary), self.clock.pi(t).log()
         levels = [
             like_rows(log_pi[:, level], log_p)
-            + self.parents.log_spread(0, level, law.log_mass(level))
+            + self.parents.log_spread(0, level, dist.log_mass(level))
             for level in range(self.vocabulary.num_levels + 1)
         ]
         return torch.cat(levels, -1)
@@ -256,7 +262,7 @@ class TreeProcess(ForwardProcess):
         level = (u[:, :1] < per_time(self.clock.climbed, t)).sum(-1)
         return self._at_level(x0, level, u)
 
-    def climb(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """The level at t is drawn first, K_ij(s,t) from level i, then the node."""
         own = self.vocabulary.level_of(zs)
         levels = self.clock.transition(s, t)[torch.arange(len(zs), device=zs.device), own]
@@ -322,23 +328,27 @@ class TreeProcess(ForwardProcess):
         )
         return torch.where(level > 0, inflow / self._occupation(zt, t), 0.0)
 
-    def divergence(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def divergence(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """KL( y | z, x || y | z, law ), y the state one level down; 0 at words."""
-        if isinstance(answer, Score):
-            return super().divergence(answer, x0, zt, t)
-        return self._surprise_below(answer, x0, zt, self.vocabulary.level_of(zt))
+        if isinstance(prediction, Score):
+            return super().divergence(prediction, x0, zt, t)
+        return self._surprise_below(prediction, x0, zt, self.vocabulary.level_of(zt))
 
-    def density(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        if isinstance(answer, Score):
-            return super().density(answer, x0, zt, t)
+    def density(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        if isinstance(prediction, Score):
+            return super().density(prediction, x0, zt, t)
         weight = self.weight(x0, zt, t)
         read = weight > 0
-        return torch.where(read, weight * where_read(read, self.divergence(answer, x0, zt, t)), 0.0)
+        return torch.where(
+            read, weight * where_read(read, self.divergence(prediction, x0, zt, t)), 0.0
+        )
 
-    def _surprise_below(self, law: CleanLaw, x0: Tensor, zt: Tensor, level: Tensor) -> Tensor:
+    def _surprise_below(
+        self, dist: CleanDistribution, x0: Tensor, zt: Tensor, level: Tensor
+    ) -> Tensor:
         """[r] KL( y | z, x || y | z, law ), y the state one level down; 0 at words."""
         if self.parents.certain:
-            return -law.log_step(zt, self.vocabulary.ancestor(x0, (level - 1).clamp(min=0)))
+            return -dist.log_step(zt, self.vocabulary.ancestor(x0, (level - 1).clamp(min=0)))
         value: Tensor | None = None
         for l in range(1, self.vocabulary.num_levels + 1):
             here = level == l
@@ -347,9 +357,9 @@ class TreeProcess(ForwardProcess):
             # rows of other levels are evaluated at an ancestor of x0, a harmless stand-in, and dropped
             z = torch.where(here, zt, self.vocabulary.ancestor(x0, l))
             surprise = (
-                self._decode_surprise(law, x0, z)
+                self._decode_surprise(dist, x0, z)
                 if l == 1
-                else self._parent_surprise(law, x0, z, l)
+                else self._parent_surprise(dist, x0, z, l)
             )
             value = torch.where(
                 here, surprise, torch.zeros_like(surprise) if value is None else value
@@ -358,10 +368,12 @@ class TreeProcess(ForwardProcess):
             torch.zeros(x0.shape, dtype=torch.float64, device=x0.device) if value is None else value
         )
 
-    def _parent_surprise(self, law: CleanLaw, x0: Tensor, zt: Tensor, level: int) -> Tensor:
+    def _parent_surprise(
+        self, dist: CleanDistribution, x0: Tensor, zt: Tensor, level: int
+    ) -> Tensor:
         """The same at one level >= 2: the state below is known only up to its kernel."""
         vocabulary, below = self.vocabulary, level - 1
-        log_mass = law.log_mass(below)
+        log_mass = dist.log_mass(below)
         nodes = vocabulary.offsets[below] + torch.arange(
             vocabulary.level_sizes[below], device=zt.device
         )
@@ -388,38 +400,38 @@ class TreeProcess(ForwardProcess):
             -1
         )
 
-    def _decode_surprise(self, law: CleanLaw, x0: Tensor, zt: Tensor) -> Tensor:
+    def _decode_surprise(self, dist: CleanDistribution, x0: Tensor, zt: Tensor) -> Tensor:
         """-ln P(x0 | z_t) for xi < 1: words are certain, a node divides by what the law expects of it."""
         level = self.vocabulary.level_of(zt)
         (sure, stray), word = self.parents.of_words(zt), level == 0
         right = self.vocabulary.ancestor(x0, level) == zt
         log_evidence = (sure * right + stray).log()
         # where nothing strays the mass of a node may underflow, and a bound that reads ln 0 there would be -inf
-        log_mass, strays = law.log_prob(zt), stray > 0
+        log_mass, strays = dist.log_prob(zt), stray > 0
         spread = torch.where(strays, sure * log_mass.exp() + stray, 1.0)
         log_expected = torch.where(strays, spread.log(), sure.log() + log_mass)
-        log_p = law.log_prob(x0)
+        log_p = dist.log_prob(x0)
         # a token that the prediction rules out costs infinity, also where it rules out its node
         read = ~word & log_p.isfinite()
         surprise = where_read(read, log_expected) - where_read(read, log_evidence + log_p)
         return torch.where(word, 0.0, torch.where(log_p.isfinite(), surprise, torch.inf))
 
-    def decode_nll(self, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        if isinstance(answer, Score):
-            return super().decode_nll(answer, x0, zt, t)
+    def decode_nll(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        if isinstance(prediction, Score):
+            return super().decode_nll(prediction, x0, zt, t)
         return (
-            -answer.log_child(zt, x0)
+            -prediction.log_child(zt, x0)
             if self.parents.certain
-            else self._decode_surprise(answer, x0, zt)
+            else self._decode_surprise(prediction, x0, zt)
         )
 
-    def closing_kl(self, answer: Answer, x0: Tensor, t: Tensor) -> Tensor:
-        if isinstance(answer, Score) or not self.parents.certain:
-            return super().closing_kl(answer, x0, t)
+    def closing_kl(self, prediction: Prediction, x0: Tensor, t: Tensor) -> Tensor:
+        if isinstance(prediction, Score) or not self.parents.certain:
+            return super().closing_kl(prediction, x0, t)
         pi, total = self.clock.pi(t), torch.zeros_like(t)
         for level in range(self.vocabulary.num_levels):
             share = pi[:, level]
-            log_p = where_read(share > 0, answer.log_prob(self.vocabulary.ancestor(x0, level)))
+            log_p = where_read(share > 0, prediction.log_prob(self.vocabulary.ancestor(x0, level)))
             total = total - share * log_p
         return total
 
@@ -440,10 +452,10 @@ class TreeProcess(ForwardProcess):
     def _level_information(self) -> Tensor:
         """[L+1] I(X; node at level l) in nats for X uniform over the tokens, the node drawn from kappa_0l(X, .)."""
         reference = uniform_reference(self.vocabulary.num_tokens)
-        law = DenseLaw(reference, self.vocabulary)
+        dist = DenseDistribution(reference, self.vocabulary)
         levels = range(self.vocabulary.num_levels + 1)
         return torch.stack(
-            [self._information_at(level, law.log_mass(level)[0].exp()) for level in levels]
+            [self._information_at(level, dist.log_mass(level)[0].exp()) for level in levels]
         )
 
     def _information_at(self, level: int, mass: Tensor) -> Tensor:
@@ -480,7 +492,7 @@ class TreeProcess(ForwardProcess):
 
     # ------------------------------------------------------------------ reverse
 
-    def step(self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
+    def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """The level at s is drawn first, without the network: P(i | j) = pi_i(s) K_ij(s,t) / pi_j(t); then the node."""
         level = self.vocabulary.level_of(zt)
         pick = level.unsqueeze(-1)
@@ -488,17 +500,17 @@ class TreeProcess(ForwardProcess):
             -1, pick.unsqueeze(1).expand(-1, self.clock.num_levels + 1, 1)
         )
         target = draw_index(self.clock.pi(s) * arrive.squeeze(-1), u[:, 0])
-        return self._down_to(visit, zt, target, u[:, 1])
+        return self._down_to(query, zt, target, u[:, 1])
 
-    def decode(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         target = torch.zeros_like(zt)
 
-        def draw(answer: Answer, zt: Tensor, rows: Tensor) -> Tensor:
-            if isinstance(answer, Score):
-                return draw_index(self._decoding(answer, zt, t[rows]).softmax(-1), u[rows, 0])
-            return self._draw_below(answer, zt, target[rows], u[rows, 0])
+        def draw(prediction: Prediction, zt: Tensor, rows: Tensor) -> Tensor:
+            if isinstance(prediction, Score):
+                return draw_index(self._decoding(prediction, zt, t[rows]).softmax(-1), u[rows, 0])
+            return self._draw_below(prediction, zt, target[rows], u[rows, 0])
 
-        return self._descend(visit, zt, target, draw)
+        return self._descend(query, zt, target, draw)
 
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """When the row entered its level: an event goes one level down, at the rate F_l'/pi_l, free of the network."""
@@ -508,44 +520,44 @@ class TreeProcess(ForwardProcess):
             s[above] = self.clock.leave_time(level[above], t[above], u[above])
         return s
 
-    def event(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return self._down_to(visit, zt, (self.vocabulary.level_of(zt) - 1).clamp(min=0), u[:, 0])
+    def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return self._down_to(query, zt, (self.vocabulary.level_of(zt) - 1).clamp(min=0), u[:, 0])
 
-    def _down_to(self, visit: Visit, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
+    def _down_to(self, query: Query, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
         """Draw the state at level `target` given z_t."""
 
-        def draw(answer: Answer, zt: Tensor, rows: Tensor) -> Tensor:
+        def draw(prediction: Prediction, zt: Tensor, rows: Tensor) -> Tensor:
             return self._draw_below(
-                certainly_law(answer, "TreeProcess.step"), zt, target[rows], u[rows]
+                certainly_law(prediction, "TreeProcess.step"), zt, target[rows], u[rows]
             )
 
-        return self._descend(visit, zt, target, draw)
+        return self._descend(query, zt, target, draw)
 
     def _descend(
-        self, visit: Visit, zt: Tensor, target: Tensor, draw: Callable[..., Tensor]
+        self, query: Query, zt: Tensor, target: Tensor, draw: Callable[..., Tensor]
     ) -> Tensor:
         """draw(answer, z_t, rows) where the target is below z_t; rows that stay are not shown to the network."""
         moving = (target < self.vocabulary.level_of(zt)).nonzero().squeeze(-1)
         zs = zt.clone()
         if len(moving):
-            zs[moving] = visit(
+            zs[moving] = query(
                 moving,
                 self.scope(zt[moving]),
-                lambda answer, rows: draw(answer, zt[moving[rows]], moving[rows]),
+                lambda prediction, rows: draw(prediction, zt[moving[rows]], moving[rows]),
             )
         return zs
 
-    def _draw_below(self, law: CleanLaw, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
+    def _draw_below(self, dist: CleanDistribution, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
         if self.parents.certain or self.decoding == "within":
-            return law.draw(zt, target, u)
+            return dist.draw(zt, target, u)
         if self.decoding == "free":
-            return law.draw(torch.full_like(zt, self.vocabulary.root), target, u)
+            return dist.draw(torch.full_like(zt, self.vocabulary.root), target, u)
         drawn, level = zt.clone(), self.vocabulary.level_of(zt)
         for i in range(self.vocabulary.num_levels):
             for j in range(i + 1, self.vocabulary.num_levels + 1):
                 rows = ((target == i) & (level == j)).nonzero().squeeze(-1)
                 if len(rows):
-                    weights = self._weights_below(law.log_mass(i)[rows], zt[rows], i, j)
+                    weights = self._weights_below(dist.log_mass(i)[rows], zt[rows], i, j)
                     drawn[rows] = self.vocabulary.offsets[i] + draw_index(weights, u[rows])
         return drawn
 

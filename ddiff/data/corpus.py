@@ -14,13 +14,13 @@ from datasets import Dataset
 from ddiff.data.cache import Cache, fingerprint
 from ddiff.data.documents import Documents
 from ddiff.data.overlap import Watch, check_overlap
-from ddiff.data.paths import check_disjoint
 from ddiff.data.packing import PackedRows, Rows, chunks_of, rows_of_stream
+from ddiff.data.paths import check_disjoint
 from ddiff.data.shards import MANIFEST, PARTS, Shards, file_sha256, read_shards, write_shards
 from ddiff.data.sources import TextSource
 from ddiff.data.streaming import StreamedRows
-from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk, place_of
 from ddiff.data.tokenizer import Tokenizer
+from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk, place_of
 from ddiff.errors import FULL, ArgumentError, DataError
 
 

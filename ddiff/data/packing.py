@@ -24,8 +24,8 @@ from ddiff.data.conditions import Conditions
 from ddiff.data.documents import from_texts
 from ddiff.data.permutation import row_at
 from ddiff.data.shards import TokenStream, gathered, stream_of_ids
-from ddiff.data.tokenizer_workers import DOCUMENTS_AT_ONCE, TRAIN, Chunk
 from ddiff.data.tokenizer import Tokenizer
+from ddiff.data.tokenizer_workers import DOCUMENTS_AT_ONCE, TRAIN, Chunk
 from ddiff.errors import ArgumentError, DataError
 
 _ROWS_AT_ONCE = 4096

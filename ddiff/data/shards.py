@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 
 from ddiff.data.cache import fingerprint, not_writable
 from ddiff.data.overlap import find_overlap
-from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk, Encoded, encoded, token_dtype
 from ddiff.data.tokenizer import Tokenizer, check_round_trip
+from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk, Encoded, encoded, token_dtype
 from ddiff.errors import DataError
 from ddiff.progress import progress
 

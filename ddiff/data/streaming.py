@@ -19,11 +19,11 @@ from typing import Any, NamedTuple, final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ddiff.data.permutation import row_at
 from ddiff.data.packing import Block, PackedRows
+from ddiff.data.permutation import row_at
 from ddiff.data.shards import Chunks
-from ddiff.data.tokenizer_workers import Encoded, encoded
 from ddiff.data.tokenizer import Tokenizer
+from ddiff.data.tokenizer_workers import Encoded, encoded
 from ddiff.errors import ArgumentError, DataError
 
 ENDLESS = 2**62

@@ -20,11 +20,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ddiff.errors import ArgumentError
+from ddiff.distributed.allocator import keep_freed_memory
+from ddiff.distributed.blocks import blocks_of
 from ddiff.distributed.launcher import check_address, place
 from ddiff.distributed.single import clipped, device_named
-from ddiff.distributed.blocks import blocks_of
-from ddiff.distributed.allocator import keep_freed_memory
+from ddiff.errors import ArgumentError
 
 _PREPARING = timedelta(days=7)  # how long the others wait while rank 0 prepares data
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ddiff.errors import ArgumentError
 from ddiff.distributed.allocator import keep_freed_memory
+from ddiff.errors import ArgumentError
 
 
 @final

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from ddiff.run_dir.destination import check_destination, write_text
+from ddiff.checkpoint.atomic_folder import newest_state
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.evaluation.intervals import student95
-from ddiff.run_dir.identity import Difference, check_recorded, refuse
+from ddiff.run_dir.destination import check_destination, write_text
 from ddiff.run_dir.files import (
     CHECKPOINTS,
     ENVIRONMENT,
@@ -32,7 +32,7 @@ from ddiff.run_dir.files import (
     read_lines,
     read_recipe_tree,
 )
-from ddiff.checkpoint.atomic_folder import newest_state
+from ddiff.run_dir.identity import Difference, check_recorded, refuse
 
 PROTOCOL = ("unit", "length", "tokenizer", "data", "conditions", "window", "draws")
 BOUND_ONLY = ("window", "draws")  # an exact likelihood is not integrated over time

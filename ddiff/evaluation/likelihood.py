@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ddiff.core.elbo import Likelihood
-from ddiff.core.rng import Noise
+from ddiff.core.rng import CounterRng
 from ddiff.core.times import TimeRule
 from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.evaluation.ratio import Error, RatioEstimate
@@ -36,7 +36,7 @@ class Scored(Protocol):
     """
 
     def nll(
-        self, batch: Any, noise: Noise, slot: Tensor, slots: Tensor, times: TimeRule
+        self, batch: Any, rng: CounterRng, slot: Tensor, slots: Tensor, times: TimeRule
     ) -> Likelihood:
         """One unbiased draw of nats per position."""
 
@@ -127,8 +127,8 @@ def evaluate(
         for rows, slot, slots, draw in _readings(index, draws, batch, seed):
             shown = batch_of(rows)
             group = torch.from_numpy(index[rows]).to(shown.index.device)
-            noise = Noise(seed, draw, shown.index, length, "evaluate", group)
-            likelihood = objective.nll(shown, noise, slot.to(device), slots.to(device), times)
+            rng = CounterRng(seed, draw, shown.index, length, "evaluate", group)
+            likelihood = objective.nll(shown, rng, slot.to(device), slots.to(device), times)
             total = sum(likelihood.terms.values()).sum(-1).cpu().numpy()  # type: ignore[union-attr]
             counted = shown.scored.sum(-1).cpu().numpy()
             np.add.at(nats[:, draw], index[rows], total)
@@ -180,7 +180,7 @@ def _readings(
     documents = torch.arange(len(counts))
     slots = counts[index]
     for draw in range(draws):
-        turn = Noise(seed, draw, documents, 1, "evaluate").uniform("rotation")[:, 0].numpy()
+        turn = CounterRng(seed, draw, documents, 1, "evaluate").uniform("rotation")[:, 0].numpy()
         slot = (place + np.floor(turn[index] * slots).astype(np.int64)) % slots
         for start in range(0, len(index), batch):
             rows = np.arange(start, min(start + batch, len(index)))

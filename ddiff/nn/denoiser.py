@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, final, get
 import torch
 from torch import Tensor, nn
 
-from ddiff.data.condition_forms import Form
-from ddiff.core.prediction import CleanLaw, DenseLaw, drop_own_evidence
+from ddiff.core.prediction import CleanDistribution, DenseDistribution, drop_own_evidence
 from ddiff.core.times import Noisy
+from ddiff.data.condition_forms import Form
 from ddiff.errors import ArgumentError
 from ddiff.nn.attention import Columns, KeyValues, Seen, Sight, block_mask, dense_mask, flexes
 from ddiff.nn.heads import Head, Question
@@ -126,11 +126,11 @@ class Backbone(Protocol):
     def __call__(self, ids: Tensor, t: Tensor, context: Context) -> Tensor: ...
 
 
-class Reading(Protocol):
+class Parameterization(Protocol):
     """What a head's output says: how a question about an answer becomes a question to the head."""
 
     @property
-    def says(self) -> Literal["law", "score"]: ...
+    def predicts(self) -> Literal["law", "score"]: ...
 
     def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor | None:
         """[k] what the question needs to know of rows in states zt [k] at times t [k], found where they were drawn."""
@@ -145,10 +145,10 @@ class Reading(Protocol):
 
 
 @final
-class RestLaw:
+class RestParameterization:
     """The law given the rest of the sequence: what the engine's formulas want."""
 
-    says: Literal["law"] = "law"
+    predicts: Literal["law"] = "law"
 
     def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> None:
         return None
@@ -163,10 +163,10 @@ class RestLaw:
 
 
 @final
-class FullLaw:
+class FullParameterization:
     """The full conditional P(x_i | z), as plain cross-entropy at visible rows trains it: divided by q_t(z_i | x)."""
 
-    says: Literal["law"] = "law"
+    predicts: Literal["law"] = "law"
 
     def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> None:
         return None
@@ -174,9 +174,9 @@ class FullLaw:
     def question(
         self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
     ) -> Question:
-        def question(law: CleanLaw, idx: Tensor) -> Tensor | tuple[Tensor, ...]:
-            log_p = drop_own_evidence(law.log_mass(0), process.log_likelihood(zt[idx], t[idx]))
-            return fn(DenseLaw(log_p, process.vocabulary), idx)
+        def question(dist: CleanDistribution, idx: Tensor) -> Tensor | tuple[Tensor, ...]:
+            log_p = drop_own_evidence(dist.log_mass(0), process.log_likelihood(zt[idx], t[idx]))
+            return fn(DenseDistribution(log_p, process.vocabulary), idx)
 
         return question
 
@@ -184,7 +184,10 @@ class FullLaw:
         return torch.full_like(node, process.vocabulary.root)  # the evidence spans the vocabulary
 
 
-READINGS: Mapping[str, Reading] = {"rest": RestLaw(), "all": FullLaw()}
+PARAMETERIZATIONS: Mapping[str, Parameterization] = {
+    "rest": RestParameterization(),
+    "all": FullParameterization(),
+}
 
 
 class Denoiser(nn.Module):
@@ -207,7 +210,7 @@ class Denoiser(nn.Module):
         super().__init__()
         if inputs not in get_args(Inputs):
             raise ArgumentError(f'Denoiser: inputs must be "own" or "previous"; got {inputs!r}.')
-        if given not in READINGS:
+        if given not in PARAMETERIZATIONS:
             raise ArgumentError(f'Denoiser: given must be "rest" or "all"; got {given!r}.')
         if backbone.width != head.width:
             raise ArgumentError(
@@ -221,7 +224,7 @@ class Denoiser(nn.Module):
             )
         self.backbone = backbone
         self.head = head
-        self.reading: Reading = own or READINGS[given]
+        self.reading: Parameterization = own or PARAMETERIZATIONS[given]
         self.inputs = inputs
 
     @property
@@ -341,7 +344,7 @@ class Denoiser(nn.Module):
     def read(self, hidden: Tensor, node: Tensor, fn: Question) -> Tensor | tuple[Tensor, ...]:
         """fn's results for hidden rows [k,width] that ask below node [k]; no gradients."""
         with self._products_in(hidden.device):
-            return self.head.visit(hidden, node, fn)
+            return self.head.query(hidden, node, fn)
 
     def forward(
         self, noisy: Noisy, context: Context, rows: Tensor, node: Tensor, fn: Question
@@ -356,7 +359,7 @@ class Denoiser(nn.Module):
         return total, *(result[:count] for result in results)
 
     @torch.no_grad()
-    def visit(
+    def query(
         self, noisy: Noisy, context: Context, rows: Tensor, node: Tensor, fn: Question
     ) -> Tensor | tuple[Tensor, ...]:
         """fn's results for flat positions `rows` [k] that ask below node [k], in row order; no gradients."""
@@ -370,16 +373,16 @@ def _filled(
     count = len(rows)
     missing = -count % max(1, positions // CAPACITIES)
 
-    def question(law: CleanLaw, idx: Tensor) -> tuple[Tensor, ...]:
-        answer = fn(law, idx.clamp(max=count - 1))
-        first, *others = answer if isinstance(answer, tuple) else (answer,)
+    def question(dist: CleanDistribution, idx: Tensor) -> tuple[Tensor, ...]:
+        prediction = fn(dist, idx.clamp(max=count - 1))
+        first, *others = prediction if isinstance(prediction, tuple) else (prediction,)
         return torch.where(idx < count, first, 0.0), *others
 
     again = torch.arange(count + missing, device=rows.device).clamp(max=count - 1)
     return rows[again], node[again.to(node.device)], question
 
 
-class Asking:
+class DenoiserNetwork:
     """`ask` over a network: each ask(noisy) gives a visit that runs the network for the sequences it is asked about.
 
     No sequence is run twice in a visit, nor again while neither its ids nor, where the backbone reads them, its times
@@ -404,21 +407,21 @@ class Asking:
         self.cache = KeyValues() if cached else None
         self.calls = 0
         self.runs: Tensor | None = None
-        self.last: _Visit | None = None
+        self.last: _Query | None = None
 
     @property
-    def says(self) -> str:
-        return self.denoiser.reading.says
+    def predicts(self) -> str:
+        return self.denoiser.reading.predicts
 
-    def __call__(self, noisy: Noisy) -> _Visit:
-        return _Visit(self, noisy)
+    def __call__(self, noisy: Noisy) -> _Query:
+        return _Query(self, noisy)
 
 
-class _Visit:
+class _Query:
     """One state of the sequences: the network's hidden states [B*L,width], as far as they have been asked for."""
 
-    def __init__(self, asking: Asking, noisy: Noisy) -> None:
-        self.asking, self.noisy = asking, noisy
+    def __init__(self, as_network: DenoiserNetwork, noisy: Noisy) -> None:
+        self.as_network, self.noisy = as_network, noisy
         self.hidden: Tensor | None = None
         self.known = torch.zeros(len(noisy.zt), dtype=torch.bool, device=noisy.zt.device)
         self.columns: Tensor | None = None  # which are known, where a cache leaves some out
@@ -427,7 +430,7 @@ class _Visit:
     def __call__(self, rows: Tensor, node: Tensor, fn: Question) -> Any:
         hidden = self._hidden(rows).index_select(0, rows)
         self._check_within(rows)
-        denoiser, process = self.asking.denoiser, self.asking.process
+        denoiser, process = self.as_network.denoiser, self.as_network.process
         if process is not None:
             reading, zt, t = (
                 denoiser.reading,
@@ -441,8 +444,8 @@ class _Visit:
     def _hidden(self, rows: Tensor) -> Tensor:
         """Hidden states that hold at least those of the asked rows."""
         if self.hidden is None:
-            self._take_over(self.asking.last)
-            self.asking.last = self
+            self._take_over(self.as_network.last)
+            self.as_network.last = self
         wanted = torch.zeros_like(self.known)
         wanted[rows // self.noisy.zt.shape[1]] = True
         missing = (wanted & ~self.known).nonzero().squeeze(-1)
@@ -451,12 +454,12 @@ class _Visit:
         assert self.hidden is not None
         return self.hidden
 
-    def _take_over(self, last: _Visit | None) -> None:
+    def _take_over(self, last: _Query | None) -> None:
         """What is still true of the visit before."""
         if last is None or last.hidden is None or not _same_sight(last.noisy, self.noisy):
             return
         same = last.known & (last.noisy.zt == self.noisy.zt).all(-1)
-        if self.asking.denoiser.reads_time:
+        if self.as_network.denoiser.reads_time:
             same &= (last.noisy.t == self.noisy.t).all(-1)
         if (
             last.columns is not None
@@ -466,20 +469,22 @@ class _Visit:
             self.hidden, self.known, self.columns = last.hidden.clone(), same, last.columns
 
     def _run(self, sequences: Tensor) -> None:
-        asking, (batch, length) = self.asking, self.noisy.zt.shape
-        asking.calls += 1
-        if asking.runs is None or len(asking.runs) != batch:
-            asking.runs = torch.zeros(batch, dtype=torch.long)
+        as_network, (batch, length) = self.as_network, self.noisy.zt.shape
+        as_network.calls += 1
+        if as_network.runs is None or len(as_network.runs) != batch:
+            as_network.runs = torch.zeros(batch, dtype=torch.long)
         columns = torch.arange(length, device=self.known.device)
-        if asking.cache is not None:
-            hidden, columns = asking.denoiser.extend(self.noisy, asking.context, asking.cache)
+        if as_network.cache is not None:
+            hidden, columns = as_network.denoiser.extend(
+                self.noisy, as_network.context, as_network.cache
+            )
             sequences, self.columns = torch.arange(batch, device=self.known.device), columns
         else:
-            noisy, context = self.noisy, asking.context
+            noisy, context = self.noisy, as_network.context
             if len(sequences) < batch:
                 noisy, context = _some(noisy, sequences), context.rows(sequences)
-            hidden = asking.denoiser.trunk(noisy, context).unflatten(0, noisy.zt.shape)
-        asking.runs[sequences.cpu()] += 1
+            hidden = as_network.denoiser.trunk(noisy, context).unflatten(0, noisy.zt.shape)
+        as_network.runs[sequences.cpu()] += 1
         if self.hidden is None:
             self.hidden = hidden.new_zeros(self.noisy.zt.numel(), hidden.shape[-1])
         self.hidden[(sequences.unsqueeze(-1) * length + columns).flatten()] = hidden.flatten(0, 1)
@@ -538,11 +543,11 @@ def _some(noisy: Noisy, sequences: Tensor) -> Noisy:
     return Noisy(zt, t, clean, pick(noisy.block), memory)
 
 
-def asking(
+def as_network(
     denoiser: Denoiser,
     process: ForwardProcess | None = None,
     context: Context = UNPADDED,
     cached: bool = False,
-) -> Asking:
+) -> DenoiserNetwork:
     """ask(noisy) -> visit, for samplers and evaluation."""
-    return Asking(denoiser, process, context, cached)
+    return DenoiserNetwork(denoiser, process, context, cached)

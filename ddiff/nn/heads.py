@@ -18,11 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddiff.core.prediction import CleanLaw, LogitLaw, SubtreeLaw, segment_logsumexp
+from ddiff.core.prediction import (
+    CleanDistribution,
+    LogitDistribution,
+    SubtreeDistribution,
+    segment_logsumexp,
+)
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError, NonFiniteError
 
-Question = Callable[[CleanLaw, Tensor], Tensor | tuple[Tensor, ...]]
+Question = Callable[[CleanDistribution, Tensor], Tensor | tuple[Tensor, ...]]
 Logits = Callable[[int, int], Tensor]
 TreeKind = Literal["tied", "levelwise"]
 
@@ -45,7 +50,7 @@ class Head(nn.Module, ABC):
         self.bias = nn.Parameter(torch.zeros(rows))
 
     @abstractmethod
-    def law(self, logits: Logits, top: int) -> SubtreeLaw:
+    def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
         """The law below `top`; `logits(start, stop)` gives [r, stop-start] for those rows of the table."""
 
     @abstractmethod
@@ -69,7 +74,7 @@ class Head(nn.Module, ABC):
         )
 
     @torch.no_grad()
-    def visit(self, hidden: Tensor, node: Tensor, fn: Question) -> Tensor | tuple[Tensor, ...]:
+    def query(self, hidden: Tensor, node: Tensor, fn: Question) -> Tensor | tuple[Tensor, ...]:
         """fn's results in row order, without gradients; NonFiniteError when a logit is NaN or infinite."""
         results, finite = [], torch.ones((), dtype=torch.bool, device=hidden.device)
         grouped, groups = self._grouped(node)
@@ -98,11 +103,11 @@ class Head(nn.Module, ABC):
         tops, counts = torch.unique_consecutive(node[order], return_counts=True)
         return order, list(zip(tops.tolist(), counts.tolist()))
 
-    def _law(self, logits: Logits, top: int) -> SubtreeLaw:
+    def _law(self, logits: Logits, top: int) -> SubtreeDistribution:
         return (
             SettledLaw(self.vocabulary, top)
             if top < self.vocabulary.num_tokens
-            else self.law(logits, top)
+            else self.dist(logits, top)
         )
 
     def _chunks(self, groups: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
@@ -126,10 +131,12 @@ class TokenHead(Head):
     def __init__(self, vocabulary: Vocabulary, width: int) -> None:
         super().__init__(vocabulary, width, vocabulary.num_tokens)
 
-    def law(self, logits: Logits, top: int) -> SubtreeLaw:
+    def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
         # where there is one level all rows ask below the root; elsewhere some ask further down
         asked = self.vocabulary.num_levels == 1
-        return LogitLaw(logits(0, self.vocabulary.num_tokens), self.vocabulary, asked=asked)
+        return LogitDistribution(
+            logits(0, self.vocabulary.num_tokens), self.vocabulary, asked=asked
+        )
 
     def logits_per_row(self, top: int) -> int:
         return self.vocabulary.num_tokens
@@ -158,11 +165,13 @@ class TreeHead(Head):
         self.kind = kind
         self.levels = levels
 
-    def law(self, logits: Logits, top: int) -> SubtreeLaw:
+    def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
         if self.kind == "tied":
             words = self.vocabulary.subtree(top)[0]
-            return LogitLaw(logits(words.start, words.stop), self.vocabulary, top, asked=True)
-        return LevelwiseLaw(logits, self.vocabulary, top, asked=True)
+            return LogitDistribution(
+                logits(words.start, words.stop), self.vocabulary, top, asked=True
+            )
+        return LevelwiseDistribution(logits, self.vocabulary, top, asked=True)
 
     def logits_per_row(self, top: int) -> int:
         below = [places.stop - places.start for places in self.vocabulary.subtree(top)]
@@ -186,7 +195,7 @@ class TreeHead(Head):
         _set(self.bias, torch.cat(masses).log())
 
 
-class LevelwiseLaw(SubtreeLaw):
+class LevelwiseDistribution(SubtreeDistribution):
     """A law from logits among siblings: log P(node | top) = sum of log-softmaxes along the path from top to node."""
 
     def __init__(
@@ -219,12 +228,12 @@ class LevelwiseLaw(SubtreeLaw):
         return logits + (above - segment_logsumexp(logits, parent, above.shape[-1]))[:, parent]
 
 
-class SettledLaw(SubtreeLaw):
+class SettledLaw(SubtreeDistribution):
     """Rows that ask below words: P(word | word) = 1 and nothing lies below, so no logit is computed."""
 
     def log_below(self, level: int) -> Tensor:
         raise ArgumentError(
-            f"CleanLaw: level must be below the node that a row asks in; got level {level} for rows at words, under "
+            f"CleanDistribution: level must be below the node that a row asks in; got level {level} for rows at words, under "
             "which nothing is open. Ask at the root (ForwardProcess.scope), or leave these rows out."
         )
 
@@ -306,11 +315,11 @@ class _ChunkedSum(torch.autograd.Function):
                 logits = _ChunkLogits(
                     sorted_hidden[first:last], table.detach(), bias.detach(), with_gradient
                 )
-                answer = _as_tuple(fn(head._law(logits, top), grouped[first:last]))
+                prediction = _as_tuple(fn(head._law(logits, top), grouped[first:last]))
                 if with_gradient:
-                    logits.push(answer[0].sum(), buffers[0][first:last], *buffers[1:])
-                results.append(tuple(tensor.detach() for tensor in answer))
-                del logits, answer  # before the next chunk is made: one chunk is held at a time
+                    logits.push(prediction[0].sum(), buffers[0][first:last], *buffers[1:])
+                results.append(tuple(tensor.detach() for tensor in prediction))
+                del logits, prediction  # before the next chunk is made: one chunk is held at a time
         if with_gradient:
             ctx.save_for_backward(grouped, *buffers)
         rows = _gather(results, grouped)
@@ -352,8 +361,8 @@ def _outside_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def _as_tuple(answer: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return answer if isinstance(answer, tuple) else (answer,)
+def _as_tuple(prediction: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return prediction if isinstance(prediction, tuple) else (prediction,)
 
 
 def _set(parameter: Tensor, values: Tensor) -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ddiff.plugin.config import ComponentConfig
 from ddiff.errors import PluginError, nearest, shortened
+from ddiff.plugin.config import ComponentConfig
 
 KINDS: dict[str, str] = {
     "dataset": "[data]: build(config, *, length, seed, cache) -> Documents(train, validation)",

@@ -14,8 +14,8 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from ddiff.plugin.config import COUNTS, LARGEST
 from ddiff.errors import nearest, shortened
+from ddiff.plugin.config import COUNTS, LARGEST
 
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 

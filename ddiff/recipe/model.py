@@ -25,13 +25,11 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 from ddiff import __version__
-from ddiff.plugin.config import ComponentConfig
 from ddiff.errors import ArgumentError, DataError, PluginError, RecipeError, nearest, shortened
-from ddiff.recipe.messages import explain, first_error, shown, table_label, unknown_key
-from ddiff.run_dir.identity import dotted
+from ddiff.plugin.config import ComponentConfig
 from ddiff.plugin.loader import installed_plugins, load_plugins
 from ddiff.plugin.registry import Component, Registry
-from ddiff.run_dir.files import HEADER
+from ddiff.recipe.messages import explain, first_error, shown, table_label, unknown_key
 from ddiff.recipe.schema import (
     SLOTS,
     TABLES,
@@ -40,12 +38,21 @@ from ddiff.recipe.schema import (
     DataKeys,
     DenoiserKeys,
     EvaluateKeys,
-    Heading,
     SampleKeys,
     Table,
+    TopLevelKeys,
     TrainKeys,
 )
-from ddiff.recipe.toml import Draft, KeyPath, read_settings, read_toml, scalars_first, write_toml
+from ddiff.recipe.toml import (
+    KeyPath,
+    RecipeTree,
+    read_settings,
+    read_toml,
+    scalars_first,
+    write_toml,
+)
+from ddiff.run_dir.files import HEADER
+from ddiff.run_dir.identity import dotted
 
 Keys = TypeVar("Keys", bound=ComponentConfig)
 
@@ -54,7 +61,7 @@ LARGEST_FILE = 2**20  # bytes of a recipe; the shipped ones have two thousand
 
 
 @dataclass(frozen=True)
-class Part:
+class ComponentSpec:
     """A component with its settings, ready to be built; `table` is its place in a recipe, as messages write it."""
 
     component: Component
@@ -128,29 +135,29 @@ class Recipe:
     run_dir: str
     plugins: tuple[str, ...]
     length: int
-    data: Part
-    tokenizer: Part
-    vocabulary: Part
-    process: Part | None
-    denoiser: Part
+    data: ComponentSpec
+    tokenizer: ComponentSpec
+    vocabulary: ComponentSpec
+    process: ComponentSpec | None
+    denoiser: ComponentSpec
     given: Literal["rest", "all"]
-    head: Part | None
-    objective: Part
-    loss: Part | None
-    times: Part | None
+    head: ComponentSpec | None
+    objective: ComponentSpec
+    loss: ComponentSpec | None
+    times: ComponentSpec | None
     train: TrainKeys
-    optimizer: Part
-    backend: Part
-    placement: BackendKeys
+    optimizer: ComponentSpec
+    backend: ComponentSpec
+    backend_keys: BackendKeys
     evaluate: EvaluateKeys
     sample: SampleKeys
-    sampler: Part
-    tracker: Part
+    sampler: ComponentSpec
+    tracker: ComponentSpec
     registry: Registry = field(repr=False, compare=False)
     source: str = field(default="", repr=False, compare=False)
     """The file that it was read from."""
 
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, ComponentSpec]:
         """Every part by its place in the recipe: `process`, `denoiser.head`, `train.optimizer`."""
         named = {
             "data": self.data, "tokenizer": self.tokenizer, "vocabulary": self.vocabulary, "process": self.process,
@@ -166,7 +173,7 @@ class Recipe:
         tree: dict[str, Any] = {
             "name": self.name, "seed": self.seed, "run_dir": self.run_dir, "plugins": list(self.plugins),
             "data": {"length": self.length}, "denoiser": {"given": self.given}, "train": self.train.model_dump(mode="json"),
-            "backend": self.placement.model_dump(mode="json"), "evaluate": self.evaluate.model_dump(mode="json"),
+            "backend": self.backend_keys.model_dump(mode="json"), "evaluate": self.evaluate.model_dump(mode="json"),
             "sample": self.sample.model_dump(mode="json"),
         }  # fmt: skip
         for place, part in self.parts().items():
@@ -181,7 +188,7 @@ class Recipe:
         """`to_dict` as TOML text, which reads back as the same recipe."""
         return write_toml(self.to_dict(), f"{HEADER} {__version__} resolved it.")
 
-    def sampler_part(self, kind: str | None, settings: Iterable[str] = ()) -> Part:
+    def sampler_part(self, kind: str | None, settings: Iterable[str] = ()) -> ComponentSpec:
         """Another sampler, or the recipe's own, with `key=value` settings that go over its keys."""
         if kind is None and not tuple(settings):
             return self.sampler
@@ -222,7 +229,7 @@ def parse_recipe(text: str, source: str = "<text>", settings: Iterable[str] = ()
     return resolve(_extended(_shorthand_expanded(read_toml(text, source)), ()), settings)
 
 
-def resolve(draft: Draft, settings: Iterable[str] = ()) -> Recipe:
+def resolve(draft: RecipeTree, settings: Iterable[str] = ()) -> Recipe:
     """Check a draft and load what it names."""
     if isinstance(settings, str | Mapping):
         raise ArgumentError(
@@ -232,8 +239,8 @@ def resolve(draft: Draft, settings: Iterable[str] = ()) -> Recipe:
     draft = _shorthand_expanded(read_settings(settings, draft.source)).under(draft, _handed_on)
     _check_tables(draft)
     heading = _checked(
-        Heading,
-        {key: draft.tree[key] for key in Heading.model_fields if key in draft.tree},
+        TopLevelKeys,
+        {key: draft.tree[key] for key in TopLevelKeys.model_fields if key in draft.tree},
         draft,
         (),
     )
@@ -246,9 +253,9 @@ def resolve(draft: Draft, settings: Iterable[str] = ()) -> Recipe:
     )
     process = resolver.part("process") if "process" in draft.tree else None
     denoiser, objective = resolver.part("denoiser"), resolver.part("objective")
-    train, placement = resolver.keys(TrainKeys, "train"), resolver.keys(BackendKeys, "backend")
+    train, backend_keys = resolver.keys(TrainKeys, "train"), resolver.keys(BackendKeys, "backend")
     evaluate = resolver.keys(EvaluateKeys, "evaluate")
-    _check_shares(train, placement, draft)
+    _check_shares(train, backend_keys, draft)
     _check_average(train, evaluate, draft)
     return Recipe(
         name=heading.name,
@@ -269,7 +276,7 @@ def resolve(draft: Draft, settings: Iterable[str] = ()) -> Recipe:
         train=train,
         optimizer=resolver.part("train", "optimizer"),
         backend=resolver.part("backend"),
-        placement=placement,
+        backend_keys=backend_keys,
         evaluate=evaluate,
         sample=resolver.keys(SampleKeys, "sample"),
         sampler=resolver.part("sample", "sampler"),
@@ -281,11 +288,11 @@ def resolve(draft: Draft, settings: Iterable[str] = ()) -> Recipe:
 
 def component_part(
     component: Component, settings: Iterable[str] = (), below: Mapping[str, Any] | None = None
-) -> Part:
+) -> ComponentSpec:
     """A component outside a recipe, with `key=value` settings of its own over the keys `below`: what `ddiff check NAME
     --set` reads."""
     draft = read_settings(settings, "--set").under(
-        Draft(dict(below or {}), "--set"), lambda path, old, new: None
+        RecipeTree(dict(below or {}), "--set"), lambda path, old, new: None
     )
     config = component.config_class()
     for table in draft.tree:
@@ -295,7 +302,7 @@ def component_part(
                 f"leave out {table} and the dot. It takes: {', '.join(config.model_fields) or 'no keys'}."
             )
     whole = f"the {component}"
-    return Part(
+    return ComponentSpec(
         component, _checked(config, draft.tree, draft, (), known=config.model_fields, whole=whole)
     )
 
@@ -319,16 +326,16 @@ def shipped_recipes() -> dict[str, Path]:
     }
 
 
-def _check_shares(train: TrainKeys, placement: BackendKeys, draft: Draft) -> None:
-    if train.batch % (train.accumulate * placement.processes):
+def _check_shares(train: TrainKeys, backend_keys: BackendKeys, draft: RecipeTree) -> None:
+    if train.batch % (train.accumulate * backend_keys.processes):
         raise RecipeError(
             f"{draft.place(('train', 'batch'))}: [train] batch must be a multiple of accumulate times [backend] "
             f"processes, so that every process has as many rows; got batch = {train.batch}, "
-            f"accumulate = {train.accumulate}, processes = {placement.processes}."
+            f"accumulate = {train.accumulate}, processes = {backend_keys.processes}."
         )
 
 
-def _check_average(train: TrainKeys, evaluate: EvaluateKeys, draft: Draft) -> None:
+def _check_average(train: TrainKeys, evaluate: EvaluateKeys, draft: RecipeTree) -> None:
     if evaluate.weights == "ema" and not train.ema:
         raise RecipeError(
             f'{draft.place(("evaluate", "weights"))}: [evaluate] weights = "ema" wants a moving average of the weights, '
@@ -339,7 +346,7 @@ def _check_average(train: TrainKeys, evaluate: EvaluateKeys, draft: Draft) -> No
 class _Resolver:
     """Finds the parts and engine keys of one draft."""
 
-    def __init__(self, draft: Draft, registry: Registry) -> None:
+    def __init__(self, draft: RecipeTree, registry: Registry) -> None:
         self.draft = draft
         self.registry = registry
 
@@ -349,7 +356,7 @@ class _Resolver:
             tree = tree.get(key, {})
         return tree
 
-    def part(self, *path: str) -> Part:
+    def part(self, *path: str) -> ComponentSpec:
         """The component that a place names, with its settings."""
         component, slots = self.component(path), self.slots(path)
         config, table = component.config_class(), self.table(path)
@@ -370,13 +377,13 @@ class _Resolver:
             # A Config that repeats a key of the engine is given what the engine reads, default or not.
             engine = self.keys(shared, path[0]).model_dump(mode="json")
             own |= {key: value for key, value in engine.items() if key in config.model_fields}
-        part = Part(
+        part = ComponentSpec(
             component, _checked(config, own, self.draft, path, component, known), table_label(path)
         )
         _check_reads_back(part)
         return part
 
-    def slot(self, table: str, key: str) -> Part | None:
+    def slot(self, table: str, key: str) -> ComponentSpec | None:
         """The component in a slot; None where the table's own component declines that slot."""
         return self.part(table, key) if key in self.slots((table,)) else None
 
@@ -418,7 +425,7 @@ class _Resolver:
             ) from error
 
 
-def _read_draft(name: str, place: str = "") -> Draft:
+def _read_draft(name: str, place: str = "") -> RecipeTree:
     """The draft of a recipe file or shipped recipe, its shorthand expanded; `place` is where its name was written."""
     return _shorthand_expanded(read_toml(*_read_text(name, place)))
 
@@ -502,7 +509,7 @@ def _shortest(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _extended(draft: Draft, below: tuple[str, ...]) -> Draft:
+def _extended(draft: RecipeTree, below: tuple[str, ...]) -> RecipeTree:
     """The draft over the recipe that it extends, and so on down."""
     if "extends" not in draft.tree:
         return draft
@@ -525,7 +532,7 @@ def _extended(draft: Draft, below: tuple[str, ...]) -> Draft:
     places = {
         path: f"{written} (extended by {draft.source})" for path, written in base.places.items()
     }
-    return draft.under(_extended(Draft(base.tree, base.source, places), chain), _handed_on)
+    return draft.under(_extended(RecipeTree(base.tree, base.source, places), chain), _handed_on)
 
 
 def _beside(name: str, source: str) -> str:
@@ -538,7 +545,7 @@ def _identity(source: str) -> str:
     return source if "://" in source else str(Path(source).resolve())
 
 
-def _shorthand_expanded(draft: Draft) -> Draft:
+def _shorthand_expanded(draft: RecipeTree) -> RecipeTree:
     """`optimizer = "muon"` -> `optimizer = {kind = "muon"}` wherever a component is named."""
     for path in SLOTS:
         table = draft.tree
@@ -562,7 +569,7 @@ def _handed_on(
     return frozenset(TABLES[str(path[0])].engine_keys()) if len(path) == 1 else frozenset()
 
 
-def _check_tables(draft: Draft) -> None:
+def _check_tables(draft: RecipeTree) -> None:
     """Top-level names are known, tables are tables, and the required ones are there."""
     for name in draft.tree:
         if name not in TOP_LEVEL:
@@ -589,7 +596,7 @@ def _check_tables(draft: Draft) -> None:
         )
 
 
-def _check_is_table(draft: Draft, path: tuple[str, ...]) -> None:
+def _check_is_table(draft: RecipeTree, path: tuple[str, ...]) -> None:
     value: Any = draft.tree
     for key in path:
         value = value.get(key, {})
@@ -609,7 +616,7 @@ def _has_default(table: Table) -> bool:
     return table.optional or (named and complete)
 
 
-def _load_plugins(heading: Heading, draft: Draft) -> Registry:
+def _load_plugins(heading: TopLevelKeys, draft: RecipeTree) -> Registry:
     try:
         return load_plugins(heading.plugins)
     except PluginError as error:
@@ -636,7 +643,7 @@ def _check_contract(
         )
 
 
-def _check_reads_back(part: Part) -> None:
+def _check_reads_back(part: ComponentSpec) -> None:
     """A run keeps its recipe with every default written out; a table that it could not read again ends the run here."""
     written = json.dumps(scalars_first(part.config.model_dump(mode="json")))
     try:
@@ -648,7 +655,7 @@ def _check_reads_back(part: Part) -> None:
         raise PluginError(_unreadable(part, "is read as other values"))
 
 
-def _unreadable(part: Part, what: str) -> str:
+def _unreadable(part: ComponentSpec, what: str) -> str:
     return (
         f"The Config of the {part.component} {what} once every default is written out, as a run keeps its recipe. "
         "In the plugin: give keys that exclude each other the default None, and let validators leave values as they came."
@@ -656,7 +663,7 @@ def _unreadable(part: Part, what: str) -> str:
 
 
 def _refuse_unknown(
-    unknown: list[str], draft: Draft, path: KeyPath, component: Component, known: list[str]
+    unknown: list[str], draft: RecipeTree, path: KeyPath, component: Component, known: list[str]
 ) -> None:
     for key in unknown:
         message = unknown_key(table_label(path), key, _owner(component), known)
@@ -670,7 +677,7 @@ def _owner(component: Component | None) -> str:
 def _checked(
     model: type[Keys],
     values: Mapping[str, Any],
-    draft: Draft,
+    draft: RecipeTree,
     path: KeyPath,
     component: Component | None = None,
     known: Iterable[str] = (),

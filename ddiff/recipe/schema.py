@@ -8,6 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
+from ddiff.errors import shortened
 from ddiff.plugin.config import (
     ComponentConfig,
     NonNegativeFloat,
@@ -17,7 +18,6 @@ from ddiff.plugin.config import (
     Probability,
     Seed,
 )
-from ddiff.errors import shortened
 
 NAME_BYTES = 200  # of a file name: systems take 255, and ddiff writes others beside it (.NAME.lock, NAME.part)
 PATH_BYTES = 3800  # of a whole path: systems take 4096, and checkpoints lie two folders below
@@ -29,7 +29,7 @@ Threads = Annotated[int, Field(ge=0, le=256)]
 """Threads of one process."""
 
 
-class Heading(ComponentConfig):
+class TopLevelKeys(ComponentConfig):
     """The keys above all tables."""
 
     name: str = Field(min_length=1)
@@ -241,4 +241,4 @@ SLOTS: dict[tuple[str, ...], Slot] = {
 }
 """Every place in a recipe that names a component."""
 
-TOP_LEVEL = [*Heading.model_fields, "extends", *TABLES]
+TOP_LEVEL = [*TopLevelKeys.model_fields, "extends", *TABLES]

@@ -45,7 +45,7 @@ _WRITTEN = {  # by option: what it expects, and examples
 
 
 @dataclass(frozen=True)
-class Draft:
+class RecipeTree:
     """Nested tables as they were written, and the printable place of every key in them."""
 
     tree: dict[str, Any]
@@ -59,16 +59,16 @@ class Draft:
                 return self.places[path[:length]]
         return self.source
 
-    def under(self, base: Draft, replaces: Replaces) -> Draft:
+    def under(self, base: RecipeTree, replaces: Replaces) -> RecipeTree:
         """This draft with the keys of `base` where it has none of its own, table by table. `replaces` may say
         that a table is a new one and no change of the old.
         """
         places = dict(base.places)
         tree = _merged(base.tree, self.tree, (), places, replaces)
-        return Draft(tree, self.source, {**places, **self.places})
+        return RecipeTree(tree, self.source, {**places, **self.places})
 
 
-def read_toml(text: str, source: str) -> Draft:
+def read_toml(text: str, source: str) -> RecipeTree:
     """Parse TOML; RecipeError names `source` and the line where the text is broken, or holds what no recipe may."""
     try:
         tree = tomllib.loads(text)
@@ -84,16 +84,18 @@ def read_toml(text: str, source: str) -> Draft:
         raise RecipeError(
             f"{source}: {fault}."
         )  # before the lines are looked for: the scanner goes as deep as the text
-    return Draft(tree, source, {path: f"{source}:{line}" for path, line in key_lines(text).items()})
+    return RecipeTree(
+        tree, source, {path: f"{source}:{line}" for path, line in key_lines(text).items()}
+    )
 
 
-def read_settings(settings: Iterable[str], source: str, option: str = "--set") -> Draft:
+def read_settings(settings: Iterable[str], source: str, option: str = "--set") -> RecipeTree:
     """The draft of `--set a.b=c` texts over `source`: a key path and a TOML value, where a bare word is a string.
 
     `option`, "--set" or "--condition", is what errors speak of. Raises RecipeError for a text without `=`, a broken key or
     value, more than one key, and a path through something that is no table.
     """
-    draft = Draft({}, source)
+    draft = RecipeTree({}, source)
     for setting in settings:
         place = f"{option} {shortened(setting)}"
         path, value = _parse_setting(setting, option, place)

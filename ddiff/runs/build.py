@@ -13,13 +13,13 @@ from torch.overrides import TorchFunctionMode
 from ddiff.core.information import OwnTime
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
-from ddiff.errors import ArgumentError, DataError
 from ddiff.distributed.launcher import place
+from ddiff.distributed.single import SingleBackend, device_named
+from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe.model import Recipe
-from ddiff.runs.conditioning import Told, ask_for, told
+from ddiff.runs.conditioning import SampleConditions, network_for, told
 from ddiff.sampling.loop import Sampler, looks_ahead
-from ddiff.distributed.single import SingleBackend, device_named
 from ddiff.training.protocols import Backend, Objective
 
 if TYPE_CHECKING:  # these load the libraries of texts, which a dry run mostly does without
@@ -42,7 +42,7 @@ _FILLS = {
 
 
 @dataclass(frozen=True)
-class Given:
+class Overrides:
     """Parts that a Python caller hands in instead of the recipe's."""
 
     vocabulary: Vocabulary | None = None
@@ -64,7 +64,7 @@ def build_documents(recipe: Recipe, cache: Cache) -> Documents | Corpus:
 def build_backend(recipe: Recipe) -> Backend:
     """Raises ArgumentError where the batch cannot be shared among the processes that there are."""
     train = recipe.train
-    backend = _backend(recipe, recipe.placement.processes)
+    backend = _backend(recipe, recipe.backend_keys.processes)
     there = place()
     if there is not None and there.world_size != backend.world_size:
         raise ArgumentError(
@@ -82,7 +82,7 @@ def build_backend(recipe: Recipe) -> Backend:
 def check_backend(recipe: Recipe) -> None:
     """Refuse what can be known to fail without starting processes."""
     if recipe.backend.declares("several"):
-        device_named(recipe.placement.device)
+        device_named(recipe.backend_keys.device)
     else:
         build_backend(recipe).close()
 
@@ -90,14 +90,14 @@ def check_backend(recipe: Recipe) -> None:
 def backend_alone(recipe: Recipe) -> Backend:
     """For a trained run, which one process asks, however many trained it."""
     return (
-        SingleBackend(recipe.placement.device)
+        SingleBackend(recipe.backend_keys.device)
         if recipe.backend.declares("several")
         else _backend(recipe, 1)
     )
 
 
 def _backend(recipe: Recipe, processes: int) -> Backend:
-    device = recipe.placement.device
+    device = recipe.backend_keys.device
     return recipe.backend.build(
         device=device, processes=processes, length=recipe.length, precision=build_precision(recipe)
     )
@@ -105,7 +105,7 @@ def _backend(recipe: Recipe, processes: int) -> Backend:
 
 def build_precision(recipe: Recipe) -> torch.dtype | None:
     """What matrix products are computed in; None: in that of the weights."""
-    keys = recipe.placement
+    keys = recipe.backend_keys
     on_gpu = keys.device.startswith("cuda") or (keys.device == "auto" and torch.cuda.is_available())
     return (
         torch.bfloat16
@@ -226,12 +226,12 @@ def check_asking(
     process: ForwardProcess | None,
     denoiser: Denoiser,
     sampler: Sampler,
-    conditions: Told,
+    conditions: SampleConditions,
     guidance: float,
     length: int,
 ) -> None:
     """Raises ArgumentError where this sampler makes no sense of this network, so that nothing is drawn first."""
-    ask_for(denoiser, process, sampler, conditions, guidance)
+    network_for(denoiser, process, sampler, conditions, guidance)
     _check_sight(objective, sampler, length)
 
 

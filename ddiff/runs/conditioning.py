@@ -9,30 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddiff.plugin.config import LARGEST
-from ddiff.data.condition_forms import Form, Label, Vector
-from ddiff.core.elbo import Ask
+from ddiff.core.elbo import Network
 from ddiff.core.process import ForwardProcess
+from ddiff.data.condition_forms import Form, Label, Vector
 from ddiff.errors import ArgumentError, nearest
-from ddiff.nn.denoiser import Context, Denoiser, asking
+from ddiff.nn.denoiser import Context, Denoiser, as_network
+from ddiff.plugin.config import LARGEST
 from ddiff.sampling.loop import Sampler
 from ddiff.sampling.shaping import guided
 
 
 @dataclass(frozen=True)
-class Told:
+class SampleConditions:
     """Conditions of some samples by name: labels [B] long, vectors [B,d] float32."""
 
     values: Mapping[str, Tensor]
 
-    def rows(self, chosen: slice) -> Told:
-        return Told({name: value[chosen] for name, value in self.values.items()})
+    def rows(self, chosen: slice) -> SampleConditions:
+        return SampleConditions({name: value[chosen] for name, value in self.values.items()})
 
-    def to(self, device: torch.device) -> Told:
-        return Told({name: value.to(device) for name, value in self.values.items()})
+    def to(self, device: torch.device) -> SampleConditions:
+        return SampleConditions({name: value.to(device) for name, value in self.values.items()})
 
 
-def told(denoiser: Denoiser, conditions: Mapping[str, Any], count: int) -> Told:
+def told(denoiser: Denoiser, conditions: Mapping[str, Any], count: int) -> SampleConditions:
     """The conditions of `count` samples, one for all or one for each.
 
     Each is a label or a vector as the backbone declares (`condition_forms`); where it does not, whole numbers are labels
@@ -51,7 +51,7 @@ def told(denoiser: Denoiser, conditions: Mapping[str, Any], count: int) -> Told:
             f'conditions: "{due[0]}" was told of every training sample (its dropout is 0), so there is no law without it. '
             f"Tell it: [sample] conditions, --condition {due[0]}=... or conditions={{...}}."
         )
-    return Told(
+    return SampleConditions(
         {
             name: _values(name, value, count, denoiser.condition_forms.get(name))
             for name, value in conditions.items()
@@ -107,14 +107,14 @@ def _unfit(name: str, value: Any, count: int, form: Form | None) -> ArgumentErro
     )
 
 
-def ask_for(
+def network_for(
     denoiser: Denoiser,
     process: ForwardProcess | None,
     sampler: Sampler,
-    conditions: Told,
+    conditions: SampleConditions,
     guidance: float = 1.0,
     valid: Tensor | None = None,
-) -> Ask:
+) -> Network:
     """The denoiser under the conditions, guided where `guidance` is not 1; valid [B,L] is False where nothing is.
 
     ArgumentError where the sampler does not suit the process or what the denoiser says, and for guidance by a condition
@@ -125,11 +125,11 @@ def ask_for(
             f"guidance: must be a number in [0, {LARGEST:g}); got {guidance}. 1 is off, 2 to 8 are usual, and far above "
             "that only the likeliest token under the condition is left."
         )
-    sampler.needs(process, denoiser.reading.says)
+    sampler.needs(process, denoiser.reading.predicts)
     cached = bool(getattr(sampler, "cached", False)) and denoiser.caches
-    ask = asking(denoiser, process, Context(valid, None, conditions.values), cached)
+    network = as_network(denoiser, process, Context(valid, None, conditions.values), cached)
     if guidance == 1.0:
-        return ask
+        return network
     if not conditions.values:
         raise ArgumentError(
             f"guidance: {guidance} needs a condition to be guided by; got none. Give one, --condition NAME=VALUE, or "
@@ -141,4 +141,4 @@ def ask_for(
             f"trained without: its dropout is 0. Train with [denoiser] conditions.{untrained[0]}.dropout = 0.1, or leave "
             "guidance at 1."
         )
-    return guided(ask, asking(denoiser, process, Context(valid), cached), guidance)
+    return guided(network, as_network(denoiser, process, Context(valid), cached), guidance)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddiff.distributed.blocks import blocks_of
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.embedding import StateEmbedding
 from ddiff.nn.heads import Head
-from ddiff.distributed.blocks import blocks_of
 
 TRAINING = 3  # FLOPs of forward and backward in units of the forward: a backward has two products for each of its own
 # Dense bfloat16 products per second, by the makers' data sheets; a name is looked for in this order.
@@ -104,7 +104,7 @@ class Logits:
 @contextmanager
 def counted(head: Head) -> Iterator[Logits]:
     """Counts every logit that the head computes within."""
-    logits, law = Logits(), head.law
+    logits, dist = Logits(), head.dist
 
     def counting(compute: Any, top: int) -> Any:
         def computed(start: int, stop: int) -> Tensor:
@@ -112,13 +112,13 @@ def counted(head: Head) -> Iterator[Logits]:
             logits.count += slice_.numel()
             return slice_
 
-        return law(computed, top)
+        return dist(computed, top)
 
-    head.law = counting  # type: ignore[method-assign, assignment]  # the instance's alone, until it is taken away again
+    head.dist = counting  # type: ignore[method-assign, assignment]  # the instance's alone, until it is taken away again
     try:
         yield logits
     finally:
-        del head.law
+        del head.dist
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def print_measurement(measured: Measurement) -> None:
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(width=WIDE, highlight=False, markup=False)
-    keys, ranks = measured.recipe.train, measured.recipe.placement.processes
+    keys, ranks = measured.recipe.train, measured.recipe.backend_keys.processes
     title = f"{measured.recipe.name}, one of {_many(ranks, 'process', 'processes')}, on {measured.device}"
     rows = _many(keys.batch // ranks, "row", "rows")
     console.print(f"{title}, {rows} of {measured.recipe.length} tokens a step")
@@ -61,7 +61,7 @@ def _counted(measured: Measurement) -> list[tuple[str, str, str]]:
 
 def _timed(measured: Measurement) -> list[tuple[str, str, str]]:
     pace, recipe = measured.pace, measured.recipe
-    ranks, keys = recipe.placement.processes, recipe.train
+    ranks, keys = recipe.backend_keys.processes, recipe.train
     together = (
         f" x {ranks} processes = {pace.tokens_per_second * ranks:,.0f}, their exchange not counted"
         * (ranks > 1)
@@ -105,7 +105,7 @@ def _first(measured: Measurement) -> list[tuple[str, str, str]]:
 
 def _memory(measured: Measurement) -> Table:
     """Bytes on each rank, activations of one rank's micro-batch as they were measured."""
-    footprint, ranks = measured.cost.footprint, measured.recipe.placement.processes
+    footprint, ranks = measured.cost.footprint, measured.recipe.backend_keys.processes
     table = Table(
         "memory per rank",
         "parameters",

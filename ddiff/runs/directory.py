@@ -19,10 +19,10 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from ddiff import __version__
-from ddiff.run_dir.destination import within_checkpoints
+from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import ArgumentError, CheckpointError, DdiffError, no_room
-from ddiff.run_dir.identity import check_recorded, given_in
 from ddiff.recipe.model import Recipe, changed_keys, parse_recipe
+from ddiff.run_dir.destination import within_checkpoints
 from ddiff.run_dir.files import (
     CHECKPOINTS,
     ENVIRONMENT,
@@ -41,8 +41,8 @@ from ddiff.run_dir.files import (
     read_recipe_tree,
     read_text,
 )
-from ddiff.runs.build import Given
-from ddiff.checkpoint.checkpoints import Checkpoints
+from ddiff.run_dir.identity import check_recorded, given_in
+from ddiff.runs.build import Overrides
 
 if TYPE_CHECKING:
     from ddiff.runs.run import Run
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 PATIENCE = 5.0  # seconds that a run waits for another to let go of its directory
 
 
-def check_directory(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> None:
+def check_directory(directory: Path, recipe: Recipe, given: Overrides, fresh: bool) -> None:
     """Refuse a run directory that this recipe cannot be written to, or that `fresh` must not empty.
 
     Only more steps and [backend] may differ from the recipe of the run that stands there, unless all starts over; what
@@ -303,7 +303,7 @@ def _continues(key: str, old: Any, new: Any) -> bool:
     return key in ("run_dir", "evaluate.every") or key.startswith("backend.")
 
 
-def record(directory: Path, recipe: Recipe, built: Run, given: Given) -> None:
+def record(directory: Path, recipe: Recipe, built: Run, given: Overrides) -> None:
     """Write what the run is made with, so that it can be loaded without its data.
 
     The recipe goes first: a directory with files of a run has one, however early the run was killed.

@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ddiff.errors import ArgumentError
-from ddiff.mistakes import explained
+from ddiff.errors import ArgumentError, explained
 from ddiff.recipe.model import Recipe
-from ddiff.runs.directory import check_directory, print_foreign
-from ddiff.runs.memory import check_memory
 from ddiff.runs.build import (
-    Given,
+    Overrides,
     build_objective,
     build_process,
     check_backend,
     check_sampling,
     outlined,
 )
+from ddiff.runs.directory import check_directory, print_foreign
+from ddiff.runs.memory import check_memory
 
 
 def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:
@@ -27,7 +26,7 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:
     Checked are the run directory, the files that are named, the device, the memory; and where the recipe tells how many
     tokens there are, the parts that stand on a vocabulary, built on one of the same shape.
     """
-    check_directory(Path(recipe.run_dir), recipe, Given(), fresh)
+    check_directory(Path(recipe.run_dir), recipe, Overrides(), fresh)
     print_foreign(Path(recipe.run_dir), recipe)
     check_backend(recipe)
     check_memory(recipe, None)

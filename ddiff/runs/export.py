@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import IO, Literal
 
 from ddiff import __version__
-from ddiff.run_dir.destination import check_destination, write_file
 from ddiff.errors import ArgumentError
+from ddiff.run_dir.destination import check_destination, write_file
 from ddiff.run_dir.identity import check_recorded
 from ddiff.runs.directory import checkpoints_of
 

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
+from ddiff.checkpoint.checkpoints import Checkpoints
+from ddiff.checkpoint.weight_transfer import Source, carried
 from ddiff.clustering.files import model_embeddings
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.tokenizer import Tokenizer, load_tokenizer
 from ddiff.errors import ArgumentError, CheckpointError, DataError
-from ddiff.run_dir.identity import check_fingerprints, check_recorded
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.embedding import StateEmbedding
 from ddiff.recipe.model import read_recipe
-from ddiff.run_dir.files import CHECKPOINTS, RECIPE, TOKENIZER, VOCABULARY
 from ddiff.recipe.schema import InitKeys
-from ddiff.checkpoint.weight_transfer import Source, carried
-from ddiff.checkpoint.checkpoints import Checkpoints
+from ddiff.run_dir.files import CHECKPOINTS, RECIPE, TOKENIZER, VOCABULARY
+from ddiff.run_dir.identity import check_fingerprints, check_recorded
 
 
 def check_source(run_dir: str) -> Path:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddiff.core.rng import Noise
+from ddiff.core.rng import CounterRng
 from ddiff.data.batch import Batch
 from ddiff.data.conditions import Conditions
 from ddiff.data.packing import Rows, batch_rows, rows_of_ids
@@ -27,7 +27,7 @@ from ddiff.data.tokenizer import AlphabetTokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import UNPADDED, Context, Denoiser
 from ddiff.recipe.model import Recipe, parse_recipe
-from ddiff.runs.run import Run, build_run
+from ddiff.runs.build import Overrides, build_backend, build_objective, outlined
 from ddiff.runs.cost import (
     TRAINING,
     Footprint,
@@ -39,8 +39,8 @@ from ddiff.runs.cost import (
     num_bytes,
     peak,
 )
-from ddiff.runs.build import Given, build_backend, build_objective, outlined
 from ddiff.runs.peak_memory import Rise
+from ddiff.runs.run import Run, build_run
 from ddiff.training.metrics import FILE as METRICS
 from ddiff.training.objective import device_of
 from ddiff.training.protocols import Objective
@@ -167,7 +167,7 @@ def measure(recipe: Recipe, count: int) -> Measurement:
 
 def _alone(recipe: Recipe, directory: str) -> Recipe:
     """The recipe of one of its processes, with that one's share of the batch."""
-    share = recipe.train.batch // recipe.placement.processes
+    share = recipe.train.batch // recipe.backend_keys.processes
     settings = [f"run_dir={json.dumps(directory)}", f"train.batch={share}", "tracker=none"]
     return parse_recipe(
         recipe.to_toml(), recipe.name, [*settings, "backend.kind=single", "backend.processes=1"]
@@ -186,7 +186,7 @@ def _check_room(recipe: Recipe) -> None:
     rows = recipe.train.batch // recipe.train.accumulate
     kept: float = (
         0
-        if recipe.placement.activation_checkpointing
+        if recipe.backend_keys.activation_checkpointing
         else rows * _kept_of_a_row(denoiser, recipe.length)
     )
     if denoiser.precision is not None:  # products are kept in half the bytes
@@ -242,7 +242,7 @@ def _kept_of_a_row(denoiser: Denoiser, length: int) -> int:
 def _built(recipe: Recipe) -> tuple[Run, str]:
     """The run, and why its text is stood in for."""
     try:
-        return build_run(recipe, Given()), ""
+        return build_run(recipe, Overrides()), ""
     except (DataError, OSError) as error:
         num_tokens = recipe.tokenizer.preview()
         vocabulary = recipe.vocabulary.preview(num_tokens=num_tokens)
@@ -250,7 +250,7 @@ def _built(recipe: Recipe) -> tuple[Run, str]:
             raise
         reason = str(error).partition("\n")[0]
     without_init = replace(recipe, train=recipe.train.model_copy(update={"init": None}))
-    run = Run(without_init, _symbols(num_tokens), vocabulary, Given(), build_backend(recipe))
+    run = Run(without_init, _symbols(num_tokens), vocabulary, Overrides(), build_backend(recipe))
     rows = _random_rows(num_tokens, recipe.length, recipe.seed)
     none = Conditions({})
     vars(run).update(
@@ -345,7 +345,7 @@ def _trunk_flops(run: Run) -> float:
             run,
             run.objective,
             batch,
-            Noise(run.recipe.seed, 0, batch.index, run.recipe.length),
+            CounterRng(run.recipe.seed, 0, batch.index, run.recipe.length),
             slots=2,
         )
     return (counter.get_total_flops() - 2.0 * run.denoiser.head.width * logits.count) / int(
@@ -395,7 +395,7 @@ def _first_law(run: Run) -> FirstLaw | None:
                 run,
                 objective,
                 batch,
-                Noise(run.recipe.seed + 1, group, batch.index, length),
+                CounterRng(run.recipe.seed + 1, group, batch.index, length),
                 slots=size,
             )
         )
@@ -424,7 +424,7 @@ def _first_step(run: Run, objective: Objective) -> float:
     batches = [trainer.batch_at(0, micro) for micro in range(keys.accumulate)]
     tokens = sum(int(batch.scored.sum()) for batch in batches)
     return sum(
-        _loss(run, objective, batch, trainer.noise_at(0, batch), keys.batch, tokens)
+        _loss(run, objective, batch, trainer.rng_at(0, batch), keys.batch, tokens)
         for batch in batches
     )
 
@@ -434,7 +434,7 @@ def _loss(
     run: Run,
     objective: Objective,
     batch: Batch,
-    noise: Noise,
+    rng: CounterRng,
     slots: int,
     tokens: int | None = None,
 ) -> float:
@@ -448,4 +448,4 @@ def _loss(
         if tokens is None
         else {name: torch.full_like(count, tokens) for name, count in own.items()}
     )
-    return float(objective(batch, noise, counts, slots).loss)
+    return float(objective(batch, rng, counts, slots).loss)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
+from ddiff.distributed.blocks import blocks_of
+from ddiff.distributed.single import device_named
 from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe.model import Recipe
-from ddiff.distributed.single import device_named
-from ddiff.distributed.blocks import blocks_of
 
 TIME = 8  # bytes of the float64 time that every position has
 STEP = 32  # bytes of a Python float in a list of times
@@ -39,7 +39,7 @@ class Need:
 
 def check_memory(recipe: Recipe, denoiser: Denoiser | None) -> str:
     """The verdict in words; ArgumentError where the run cannot fit. `denoiser` may be on the meta device, or unknown."""
-    need, room = need_of(recipe, denoiser), memory_of(device_named(recipe.placement.device))
+    need, room = need_of(recipe, denoiser), memory_of(device_named(recipe.backend_keys.device))
     held = f"{_bytes(need.total)} of memory at least, of {_bytes(room)}"
     if need.total > room:
         raise ArgumentError(
@@ -54,16 +54,16 @@ def check_memory(recipe: Recipe, denoiser: Denoiser | None) -> str:
 
 def need_of(recipe: Recipe, denoiser: Denoiser | None) -> Need:
     """Weights, their gradients and one moment; of every row the input of each block; of sampling, times and canvas."""
-    train, sample, placement = recipe.train, recipe.sample, recipe.placement
+    train, sample, backend_keys = recipe.train, recipe.sample, recipe.backend_keys
     parameters = (
         0 if denoiser is None else sum(parameter.numel() for parameter in denoiser.parameters())
     )
     weight_bytes = 4.0 * parameters
     copies = 4 if train.ema else 3
-    shares = placement.processes  # a share of each: what fsdp holds, and less than ddp does
+    shares = backend_keys.processes  # a share of each: what fsdp holds, and less than ddp does
     width = 0 if denoiser is None else int(denoiser.head.width)
     layers = 0 if denoiser is None else max(1, len(blocks_of(denoiser)))
-    positions = train.batch // (train.accumulate * placement.processes) * recipe.length
+    positions = train.batch // (train.accumulate * backend_keys.processes) * recipe.length
     drawn = min(sample.batch, sample.count) * recipe.length
     return Need(
         parameters,

@@ -16,14 +16,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.recipe.model import Recipe, parse_recipe
-from ddiff.run_dir.files import CHECKPOINTS, ENVIRONMENT, RECIPE, contents, listed, read_json, read_text
+from ddiff.run_dir.files import (
+    CHECKPOINTS,
+    ENVIRONMENT,
+    RECIPE,
+    contents,
+    listed,
+    read_json,
+    read_text,
+)
 from ddiff.run_dir.files import REPLAY as FOLDER
-from ddiff.runs.run import build_run
+from ddiff.runs.build import Overrides
 from ddiff.runs.directory import check_directory, checkpoints_of, layout
-from ddiff.runs.build import Given
-from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
+from ddiff.runs.run import build_run
 from ddiff.training.metrics import FILE, WALL_CLOCK
 
 ROUNDING = 1e-5  # relative, of figures in another layout: float32 sums, which Muon's orthogonalisation makes tenfold
@@ -54,7 +62,7 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
     """
     directory = Path(recipe.run_dir)
     checkpoints = checkpoints_of(directory)
-    check_directory(directory, recipe, Given(), fresh=False)
+    check_directory(directory, recipe, Overrides(), fresh=False)
     was = parse_recipe(read_text(directory / RECIPE), str(directory / RECIPE))
     if was.train.steps != recipe.train.steps:
         raise ArgumentError(
@@ -63,11 +71,11 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
         )
     recorded = records(directory)
     span = chosen(checkpoints.steps(), len(recorded), steps)
-    built = build_run(recipe, Given())
+    built = build_run(recipe, Overrides())
     there = layout(built.backend)
     exact = (
         there.items() <= read_json(directory / ENVIRONMENT).items()
-        and was.placement == recipe.placement
+        and was.backend_keys == recipe.backend_keys
     )
     folder, leads = directory / FOLDER, built.backend.rank == 0
     if leads:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from ddiff.plugin.config import COUNTS
-from ddiff.core.rng import Noise
+from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints, load_weights
+from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.batch import Batch
@@ -24,13 +24,28 @@ from ddiff.data.cache import Cache
 from ddiff.data.conditions import Conditions, conditions_of
 from ddiff.data.corpus import Corpus, check_repetitions, shards_of, train_rows, validation_rows
 from ddiff.data.documents import Documents
+from ddiff.data.packing import (
+    PackedRows,
+    Rows,
+    batch_rows,
+    pack_texts,
+    rows_fingerprint,
+    token_stream,
+)
 from ddiff.data.prefetch import Prefetched
-from ddiff.data.packing import PackedRows, Rows, batch_rows, pack_texts, rows_fingerprint, token_stream
 from ddiff.data.text import checked_text
 from ddiff.data.tokenizer import Tokenizer
+from ddiff.distributed.blocks import compile_blocks, recompute_activations
+from ddiff.distributed.launcher import cores_alone
+from ddiff.distributed.single import SingleBackend
 from ddiff.errors import ArgumentError, CheckpointError, shortened
 from ddiff.evaluation.baselines import Baselines, baselines
 from ddiff.evaluation.likelihood import Evaluation, evaluate
+from ddiff.nn.denoiser import Denoiser
+from ddiff.plugin.config import COUNTS
+from ddiff.progress import progress
+from ddiff.recipe.model import Recipe
+from ddiff.run_dir.files import CHECKPOINTS
 from ddiff.run_dir.identity import (
     DATA,
     Difference,
@@ -39,18 +54,8 @@ from ddiff.run_dir.identity import (
     differing_fingerprints,
     dotted,
 )
-from ddiff.distributed.launcher import cores_alone
-from ddiff.nn.denoiser import Denoiser
-from ddiff.progress import progress
-from ddiff.runs.prompts import Template, check_no_suffix, framed, templates_of
-from ddiff.recipe.model import Recipe
-from ddiff.runs.conditioning import Told, ask_for, told
-from ddiff.run_dir.files import CHECKPOINTS
-from ddiff.runs.initial_weights import started
-from ddiff.runs.memory import check_memory
-from ddiff.runs.noising import noising_of
 from ddiff.runs.build import (
-    Given,
+    Overrides,
     build_backend,
     build_denoiser,
     build_documents,
@@ -61,10 +66,12 @@ from ddiff.runs.build import (
     check_process,
     check_tokenizer,
 )
+from ddiff.runs.conditioning import SampleConditions, network_for, told
+from ddiff.runs.initial_weights import started
+from ddiff.runs.memory import check_memory
+from ddiff.runs.noising import noising_of
+from ddiff.runs.prompts import Template, check_no_suffix, framed, templates_of
 from ddiff.sampling.loop import OnStep, Sampler, generate, looks_ahead
-from ddiff.distributed.single import SingleBackend
-from ddiff.distributed.blocks import compile_blocks, recompute_activations
-from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints, load_weights
 from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
 from ddiff.training.protocols import Backend, Tracker
 from ddiff.training.tracker import NoTracker
@@ -83,7 +90,7 @@ class Run:
         recipe: Recipe,
         tokenizer: Tokenizer,
         vocabulary: Vocabulary,
-        given: Given,
+        given: Overrides,
         backend: Backend,
     ) -> None:
         self.recipe, self.tokenizer, self.vocabulary = recipe, tokenizer, vocabulary
@@ -184,7 +191,7 @@ class Run:
 
     def distribute(self) -> None:
         """The network as it is trained: recomputed, compiled and shared among the processes as the recipe has it."""
-        keys, module = self.recipe.placement, self.objective.module
+        keys, module = self.recipe.backend_keys, self.objective.module
         if keys.compile:
             compile_blocks(module)
             self.denoiser.fixed_shapes = True
@@ -274,7 +281,7 @@ class Run:
             self.objective,
             recipe.optimizer.build(module=self.backend.unwrap(self.objective.module)),
             self._batches,
-            lambda step, batch: Noise(recipe.seed, step, batch.index, recipe.length),
+            lambda step, batch: CounterRng(recipe.seed, step, batch.index, recipe.length),
             backend=self.backend,
             run_dir=folder or self.run_dir,
             steps=end or keys.steps,
@@ -347,7 +354,7 @@ class Run:
         return Prefetched(
             self._batch_at,
             accumulate=self.recipe.train.accumulate,
-            workers=self.recipe.placement.workers,
+            workers=self.recipe.backend_keys.workers,
             quiet=self.backend.rank > 0,
         )
 
@@ -365,7 +372,7 @@ class Run:
 
     def _prefixes(self, step: int, index: Tensor) -> Tensor:
         """[B] how many first tokens each sample is shown: of a share of them uniformly many, of the others none."""
-        chosen, size = Noise(self.recipe.seed, step, index, 2).uniform("prefix").unbind(-1)
+        chosen, size = CounterRng(self.recipe.seed, step, index, 2).uniform("prefix").unbind(-1)
         return torch.where(chosen < self.recipe.train.prefix, (size * self.recipe.length).long(), 0)
 
     def evaluate(self, *, changed_data: bool = False) -> tuple[Evaluation, Baselines]:
@@ -544,7 +551,7 @@ class Run:
         sampler: Sampler,
         numbers: slice,
         templates: Sequence[Template],
-        given: Told,
+        given: SampleConditions,
         guidance: float,
         seed: int,
         on_step: OnStep,
@@ -558,7 +565,7 @@ class Run:
         drawn = generate(
             sampler,
             self.process,
-            ask_for(
+            network_for(
                 self.denoiser,
                 self.process,
                 sampler,
@@ -597,7 +604,7 @@ def other_data(run_dir: Path, changed: Sequence[Difference]) -> str:
     )
 
 
-def build_run(recipe: Recipe, given: Given) -> Run:
+def build_run(recipe: Recipe, given: Overrides) -> Run:
     """Documents, tokenizer and vocabulary by the recipe, then the parts that a saved run has too."""
     cache, backend = Cache(), build_backend(recipe)
     with backend.first():

@@ -14,13 +14,12 @@ from typing import IO, Any, NamedTuple
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.tokenizer import load_tokenizer
-from ddiff.run_dir.destination import check_destination, write_text
+from ddiff.distributed.launcher import place
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
-from ddiff.run_dir.identity import Difference, check_recorded, given_in
-from ddiff.distributed.launcher import place
 from ddiff.recipe.model import Recipe, read_recipe
+from ddiff.run_dir.destination import check_destination, write_text
 from ddiff.run_dir.files import (
     ENVIRONMENT,
     EVALUATION,
@@ -34,7 +33,13 @@ from ddiff.run_dir.files import (
     read_lines,
     remove,
 )
-from ddiff.runs.run import Run, build_run, other_data
+from ddiff.run_dir.identity import Difference, check_recorded, given_in
+from ddiff.runs.build import (
+    Overrides,
+    backend_alone,
+    check_sampling,
+    check_tokenizer,
+)
 from ddiff.runs.directory import (
     check_directory,
     check_writable,
@@ -48,12 +53,7 @@ from ddiff.runs.directory import (
     tracked_names,
     write,
 )
-from ddiff.runs.build import (
-    Given,
-    backend_alone,
-    check_sampling,
-    check_tokenizer,
-)
+from ddiff.runs.run import Run, build_run, other_data
 from ddiff.runs.summary import print_evaluation, print_going_on, print_start, print_summary
 from ddiff.training.trainer import TrainingSummary
 
@@ -78,7 +78,7 @@ def run(
             "ddiff.run: settings go over a recipe by path or name; got them with one already read."
         )
     resolved = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings)
-    built, code = _run_stages(resolved, Given(vocabulary, process), fresh)
+    built, code = _run_stages(resolved, Overrides(vocabulary, process), fresh)
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     if code:
@@ -115,7 +115,7 @@ def load(
     tokenizer = load_tokenizer(str(directory / TOKENIZER))
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
     check_tokenizer(tokenizer, vocabulary)
-    built = Run(recipe, tokenizer, vocabulary, Given(process=process), backend_alone(recipe))
+    built = Run(recipe, tokenizer, vocabulary, Overrides(process=process), backend_alone(recipe))
     built.check_trained_with(newest.state)
     built.load_weights()
     return built
@@ -123,7 +123,7 @@ def load(
 
 def run_recipe(recipe: Recipe, *, fresh: bool = False) -> int:
     """`ddiff run`: every stage, then a summary; the exit code (130 or 143 after a signal)."""
-    _, code = _run_stages(recipe, Given(), fresh)
+    _, code = _run_stages(recipe, Overrides(), fresh)
     return code
 
 
@@ -205,7 +205,7 @@ def _writes_unicode() -> bool:
     return encoding.lower().replace("-", "").replace("_", "").startswith("utf")
 
 
-def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
+def _run_stages(recipe: Recipe, given: Overrides, fresh: bool) -> tuple[Run, int]:
     directory, there = Path(recipe.run_dir), place()
     check_directory(directory, recipe, given, fresh)
     leads = there is None or there.rank == 0
@@ -217,7 +217,7 @@ def _run_stages(recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
         return _stages(directory, recipe, given, fresh)
 
 
-def _stages(directory: Path, recipe: Recipe, given: Given, fresh: bool) -> tuple[Run, int]:
+def _stages(directory: Path, recipe: Recipe, given: Overrides, fresh: bool) -> tuple[Run, int]:
     built = build_run(recipe, given)
     check_sampling(recipe, built.vocabulary, built.process, built.denoiser, built.objective)
     if fresh or not newest_step(built):

@@ -10,8 +10,8 @@ from ddiff.data.cache import Cache
 from ddiff.data.corpus import StreamedCorpus, check_repetitions, copy_shards, shards_of
 from ddiff.data.packing import rows_of_stream
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
-from ddiff.run_dir.destination import check_destination, takes_no_files
 from ddiff.recipe.model import Recipe
+from ddiff.run_dir.destination import check_destination, takes_no_files
 from ddiff.runs.build import build_documents
 
 

@@ -7,17 +7,17 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask
-from ddiff.core.rng import Noise
-from ddiff.core.process import ForwardProcess, Informed, Visit
+from ddiff.core.elbo import Network
+from ddiff.core.process import ForwardProcess, Informed, Query
+from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import Steps
+from ddiff.sampling.grid_sampler import GridSampler, kept, uniforms
 from ddiff.sampling.loop import Canvas, Quality, Says, need_law, need_process, only, step_rows
-from ddiff.sampling.grid_sampler import SteppedSampler, kept, uniforms
 
 
 @final
-class CorrectingSampler(SteppedSampler):
+class AdaptiveCorrectionSampler(GridSampler):
     """The ancestral step, but a visible word is with probability eta (1 - pi) redrawn from P(x | z_t). Heuristic.
 
     pi = (alpha_s - alpha_t)/(1 - alpha_t), the chance of a reveal (1 - s/t where alpha is linear), alpha that of the token
@@ -32,44 +32,44 @@ class CorrectingSampler(SteppedSampler):
         super().__init__(grid)
         if not 0.0 <= eta <= 1.0:
             raise ArgumentError(
-                f"CorrectingSampler: eta must be in [0, 1]; got {eta}. 0 corrects nothing."
+                f"AdaptiveCorrectionSampler: eta must be in [0, 1]; got {eta}. 0 corrects nothing."
             )
         self.eta = eta
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
-        need_informed_words(self, process, says)
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
+        need_informed_words(self, process, predicts)
 
     def move(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
         alpha_s = kept(process, s, canvas.zt)
         alpha_t = kept(process, canvas.t, canvas.zt)
         reveal = ((alpha_s - alpha_t) / (1.0 - alpha_t)).clamp(0.0, 1.0)
         word = canvas.zt < process.vocabulary.num_tokens
-        again = (word & (noise.uniform("correct") < self.eta * (1.0 - reveal))).reshape(-1)
-        step = uniforms(noise, "step", process.uniforms_per_step)
-        last = uniforms(noise, "x", process.uniforms_per_decode)
+        again = (word & (rng.uniform("correct") < self.eta * (1.0 - reveal))).reshape(-1)
+        step = uniforms(rng, "step", process.uniforms_per_step)
+        last = uniforms(rng, "x", process.uniforms_per_decode)
         then = s.reshape(-1)
 
-        def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             zs, (on, over) = (
                 zt.clone(),
                 (part.nonzero().squeeze(-1) for part in (~again[rows], again[rows])),
             )
             if len(on):
                 zs[on] = process.step(
-                    only(visit, on), zt[on], t[on], then[rows[on]], step[rows[on]]
+                    only(query, on), zt[on], t[on], then[rows[on]], step[rows[on]]
                 )
             if len(over):
-                zs[over] = process.decode(only(visit, over), zt[over], t[over], last[rows[over]])
+                zs[over] = process.decode(only(query, over), zt[over], t[over], last[rows[over]])
             return zs
 
-        return canvas.moved(step_rows(ask, canvas, draw, process.active(canvas.zt)), s)
+        return canvas.moved(step_rows(network, canvas, draw, process.active(canvas.zt)), s)
 
 
-def need_informed_words(sampler: object, process: ForwardProcess | None, says: Says) -> None:
+def need_informed_words(sampler: object, process: ForwardProcess | None, predicts: Says) -> None:
     need_process(sampler, process)
-    need_law(sampler, says)
+    need_law(sampler, predicts)
     if (
         process is not None
         and int(process.informed(torch.zeros(1, dtype=torch.long))[0]) == Informed.NONE

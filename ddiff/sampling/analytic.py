@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from ddiff.core.dense import distinct_pairs
-from ddiff.core.elbo import Ask
+from ddiff.core.elbo import Network
 from ddiff.core.kernel import Kernel, read_back
-from ddiff.core.prediction import Answer, Score
-from ddiff.core.rng import Noise
 from ddiff.core.numerics import draw_index, interior
-from ddiff.core.process import ForwardProcess, Visit
+from ddiff.core.prediction import Prediction, Score
+from ddiff.core.process import ForwardProcess, Query
+from ddiff.core.rng import CounterRng
+from ddiff.sampling.grid_sampler import GridSampler, every_row, root_of, uniforms
 from ddiff.sampling.loop import Canvas, Says, need_process, step_rows
-from ddiff.sampling.grid_sampler import SteppedSampler, every_row, root_of, uniforms
 
 
 @final
-class AnalyticSampler(SteppedSampler):
+class AnalyticSampler(GridSampler):
     """P(z_s = y | z_t) = (r K^-1)(y) K[y, z_t], r(y) = q_t(y)/q_t(z_t), K = P(z_t | z_s); order 1.
 
     With a law r K^-1 is q_s-bar/q_t-bar(z) and this is the ancestral step, dense. A raw score need not be a ratio of
@@ -27,41 +27,41 @@ class AnalyticSampler(SteppedSampler):
     counted in the canvas's note `clamped`.
     """
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
         need_process(self, process)
 
     def move(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
-        u, then = uniforms(noise, "step", 1)[:, 0], s.reshape(-1)
+        u, then = uniforms(rng, "step", 1)[:, 0], s.reshape(-1)
         clamped = canvas.notes.get("clamped", torch.zeros_like(canvas.t)).reshape(-1).clone()
 
-        def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            def jump(answer: Answer, idx: Tensor) -> Tensor:
-                probability = reverse_probs(process, answer, zt[idx], t[idx], then[rows[idx]])
+        def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+            def jump(prediction: Prediction, idx: Tensor) -> Tensor:
+                probability = reverse_probs(process, prediction, zt[idx], t[idx], then[rows[idx]])
                 clamped[rows[idx]] += probability.clamp(max=0.0).sum(-1).neg().double()
                 return draw_index(probability.clamp(min=0.0), u[rows[idx]])
 
-            return visit(every_row(zt), root_of(process, zt), jump)
+            return query(every_row(zt), root_of(process, zt), jump)
 
-        zt = step_rows(ask, canvas, draw, process.active(canvas.zt))
+        zt = step_rows(network, canvas, draw, process.active(canvas.zt))
         return canvas.moved(zt, s, clamped=clamped.reshape(s.shape))
 
 
 def reverse_probs(
-    process: ForwardProcess, answer: Answer, zt: Tensor, t: Tensor, s: Tensor
+    process: ForwardProcess, prediction: Prediction, zt: Tensor, t: Tensor, s: Tensor
 ) -> Tensor:
     """[r,S] P(z_s | z_t); sums to 1, and is a law unless the answer is a score.
 
     Where K has forgotten z_s to rounding, as a dense chain has at t = 1, a score says nothing of it, and z_s is distributed
     as for an even clean token.
     """
-    if not isinstance(answer, Score):
-        return process.reverse_log_probs(answer.log_mass(0), zt, t, s).exp()
+    if not isinstance(prediction, Score):
+        return process.reverse_log_probs(prediction.log_mass(0), zt, t, s).exp()
     kernel = process.transition(
         s, interior(t)
     )  # at t = 1 nothing of z_s is left in z_t and K has no inverse
-    ratio = answer.log_ratio.double().exp()
+    ratio = prediction.log_ratio.double().exp()
     if type(kernel).solve is not Kernel.solve:
         return kernel.solve(ratio) * kernel.column(zt)
     first, last, place = distinct_pairs(s, interior(t))

@@ -7,18 +7,25 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask
-from ddiff.core.prediction import CleanLaw
-from ddiff.core.rng import Noise
-from ddiff.core.process import ForwardProcess, Visit
+from ddiff.core.elbo import Network
+from ddiff.core.prediction import CleanDistribution
+from ddiff.core.process import ForwardProcess, Query
+from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import Steps
+from ddiff.sampling.grid_sampler import (
+    GridSampler,
+    draw_words,
+    every_row,
+    open_at,
+    root_of,
+    uniforms,
+)
 from ddiff.sampling.loop import Canvas, step_rows
-from ddiff.sampling.grid_sampler import SteppedSampler, draw_words, every_row, open_at, root_of, uniforms
 
 
 @final
-class AncestralSampler(SteppedSampler):
+class AncestralSampler(GridSampler):
     """P(z_s | z_t) = sum_x p(x) q(z_s | z_t, x) at every position, independently given the network's laws. Order 1.
 
     Each single position is exact whatever the step; what a step loses is how the positions of that step depend on each
@@ -32,32 +39,39 @@ class AncestralSampler(SteppedSampler):
         self.last = last
 
     def move(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
-        return reverse(process, ask, canvas, s, noise, "step")
+        return reverse(process, network, canvas, s, rng, "step")
 
-    def finish(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise: Noise) -> Canvas:
+    def finish(
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng: CounterRng
+    ) -> Canvas:
         if self.last == "draw":
-            return draw_words(process, ask, canvas, noise)
+            return draw_words(process, network, canvas, rng)
 
-        def choose(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            def likeliest(law: CleanLaw, idx: Tensor) -> Tensor:
-                return (law.log_mass(0) + process.log_likelihood(zt[idx], t[idx])).argmax(-1)
+        def choose(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+            def likeliest(dist: CleanDistribution, idx: Tensor) -> Tensor:
+                return (dist.log_mass(0) + process.log_likelihood(zt[idx], t[idx])).argmax(-1)
 
-            return visit(every_row(zt), root_of(process, zt), likeliest)
+            return query(every_row(zt), root_of(process, zt), likeliest)
 
         return canvas.moved(
-            step_rows(ask, canvas, choose, open_at(process, canvas)), torch.zeros_like(canvas.t)
+            step_rows(network, canvas, choose, open_at(process, canvas)), torch.zeros_like(canvas.t)
         )
 
 
 def reverse(
-    process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise, channel: str
+    process: ForwardProcess,
+    network: Network,
+    canvas: Canvas,
+    s: Tensor,
+    rng: CounterRng,
+    channel: str,
 ) -> Canvas:
     """One exact reverse transition of every free position from its time to s [B,L]."""
-    u, then = uniforms(noise, channel, process.uniforms_per_step), s.reshape(-1)
+    u, then = uniforms(rng, channel, process.uniforms_per_step), s.reshape(-1)
 
-    def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        return process.step(visit, zt, t, then[rows], u[rows])
+    def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        return process.step(query, zt, t, then[rows], u[rows])
 
-    return canvas.moved(step_rows(ask, canvas, draw, process.active(canvas.zt)), s)
+    return canvas.moved(step_rows(network, canvas, draw, process.active(canvas.zt)), s)

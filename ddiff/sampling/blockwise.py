@@ -8,7 +8,7 @@ from typing import Literal, final
 
 import torch
 
-from ddiff.core.elbo import Ask
+from ddiff.core.elbo import Network
 from ddiff.core.process import ForwardProcess
 from ddiff.errors import ArgumentError
 from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says, looks_ahead
@@ -40,11 +40,11 @@ class BlockwiseSampler:
         self.quality: Quality = inner.quality
         self.order = inner.order
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
-        self.inner.needs(process, says)
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
+        self.inner.needs(process, predicts)
 
     def run(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: NoiseAt
     ) -> Iterator[Canvas]:
         block = torch.arange(canvas.zt.shape[1], device=canvas.zt.device) // self.width
         free, sight = canvas.free, block.unsqueeze(0) if self.sight == "blocks" else None
@@ -53,6 +53,6 @@ class BlockwiseSampler:
             if not bool(window.any()):
                 continue
             canvas = replace(canvas, free=window, block=sight)
-            for canvas in self.inner.run(process, ask, canvas, noise_at):  # noqa: B020
+            for canvas in self.inner.run(process, network, canvas, rng_at):  # noqa: B020
                 yield canvas
             canvas = replace(canvas, clean=canvas.clean | window)

@@ -10,13 +10,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask
+from ddiff.core.elbo import Network
 from ddiff.core.numerics import EARLIEST, LATEST
 from ddiff.core.process import ForwardProcess
 from ddiff.errors import ArgumentError
 from ddiff.sampling.ancestral import reverse
-from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says, need_law, need_process, step_rows
 from ddiff.sampling.grid_sampler import draw_words, some_tokens, uniforms
+from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says, need_law, need_process, step_rows
 
 MOST_AT_ONCE = 0.05  # positions of a sequence: an error of at most 0.00125 in total variation
 READ = 2**16  # entries of a kernel's rows that are held to find the ends
@@ -47,9 +47,9 @@ class FirstHittingSampler:
     def __init__(self, until: float = 1e-3) -> None:
         self.until = _checked(until)
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
         need_process(self, process)
-        need_law(self, says)
+        need_law(self, predicts)
         if process is not None and not process.has_events:
             raise ArgumentError(
                 f"FirstHittingSampler: process must have events; {type(process).__name__} bounds its reverse rate by "
@@ -57,15 +57,15 @@ class FirstHittingSampler:
             )
 
     def run(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: NoiseAt
     ) -> Iterator[Canvas]:
         begin, finish = between(process, self.until, canvas.zt.shape[1])
         words = replace(canvas, free=canvas.free & (canvas.zt < process.vocabulary.num_tokens))
-        begun = reverse(process, ask, words, canvas.t.clamp(max=begin), noise_at(0), "first")
+        begun = reverse(process, network, words, canvas.t.clamp(max=begin), rng_at(0), "first")
         canvas = replace(begun, free=canvas.free)
         for k in count():
             is_word = canvas.zt < process.vocabulary.num_tokens
-            u = uniforms(noise_at(k), "when", 1)[:, 0]
+            u = uniforms(rng_at(k), "when", 1)[:, 0]
             when = process.event_time(canvas.zt.reshape(-1), canvas.t.reshape(-1), u).reshape(
                 canvas.t.shape
             )
@@ -77,12 +77,12 @@ class FirstHittingSampler:
             canvas = canvas.moved(canvas.zt, torch.minimum(canvas.t, torch.maximum(latest, end)))
             if not bool(happens.any()):
                 break
-            u = uniforms(noise_at(k), "event", process.uniforms_per_event)
-            draw = lambda visit, zt, t, rows: process.event(visit, zt, t, u[rows])  # noqa: B023, E731
-            canvas = canvas.moved(step_rows(ask, canvas, draw, happens), canvas.t)
+            u = uniforms(rng_at(k), "event", process.uniforms_per_event)
+            draw = lambda query, zt, t, rows: process.event(query, zt, t, u[rows])  # noqa: B023, E731
+            canvas = canvas.moved(step_rows(network, canvas, draw, happens), canvas.t)
             yield canvas
         yield draw_words(
-            process, ask, canvas, noise_at(0)
+            process, network, canvas, rng_at(0)
         )  # not of step k, at which the slowest of the batch ended
 
 

@@ -8,16 +8,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask
-from ddiff.core.rng import Noise
+from ddiff.core.elbo import Network
 from ddiff.core.process import ForwardProcess
+from ddiff.core.rng import CounterRng
 from ddiff.sampling.grid import Grid, Steps
 from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says, need_law, need_process, step_rows
 
 SAMPLED = 512  # tokens that an average over tokens reads
 
 
-class SteppedSampler(ABC):
+class GridSampler(ABC):
     """A rule that moves the canvas from t to s, walked along a grid; the last step draws the words.
 
     That last draw, x ~ p(x) q_t(z|x) / q_t-bar(z), is the exact step from t to 0 of any process, so nothing is left at the
@@ -34,35 +34,39 @@ class SteppedSampler(ABC):
     def steps(self) -> int:
         return self.grid.steps
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
         need_process(self, process)
-        need_law(self, says)
+        need_law(self, predicts)
 
     def run(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: NoiseAt
     ) -> Iterator[Canvas]:
         for k, s in enumerate(self.grid.times()[1:-1]):
-            canvas = self.move(process, ask, canvas, torch.full_like(canvas.t, s), noise_at(k))
+            canvas = self.move(process, network, canvas, torch.full_like(canvas.t, s), rng_at(k))
             yield canvas
-        yield self.finish(process, ask, canvas, noise_at(self.steps - 1))
+        yield self.finish(process, network, canvas, rng_at(self.steps - 1))
 
     @abstractmethod
     def move(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
         """The canvas at times s [B,L], 0 < s <= t."""
 
-    def finish(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise: Noise) -> Canvas:
+    def finish(
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng: CounterRng
+    ) -> Canvas:
         """Words at every free position, drawn at its own time."""
-        return draw_words(process, ask, canvas, noise)
+        return draw_words(process, network, canvas, rng)
 
 
-def draw_words(process: ForwardProcess, ask: Ask, canvas: Canvas, noise: Noise) -> Canvas:
+def draw_words(
+    process: ForwardProcess, network: Network, canvas: Canvas, rng: CounterRng
+) -> Canvas:
     """The last draw at every free position whose state does not tell its word."""
-    u = uniforms(noise, "last", process.uniforms_per_decode)
-    draw = lambda visit, zt, t, rows: process.decode(visit, zt, t, u[rows])  # noqa: E731
+    u = uniforms(rng, "last", process.uniforms_per_decode)
+    draw = lambda query, zt, t, rows: process.decode(query, zt, t, u[rows])  # noqa: E731
     return canvas.moved(
-        step_rows(ask, canvas, draw, open_at(process, canvas)), torch.zeros_like(canvas.t)
+        step_rows(network, canvas, draw, open_at(process, canvas)), torch.zeros_like(canvas.t)
     )
 
 
@@ -71,9 +75,9 @@ def open_at(process: ForwardProcess, canvas: Canvas) -> Tensor:
     return process.active(canvas.zt) | (not process.closes_at_clean)
 
 
-def uniforms(noise: Noise, channel: str, count: int) -> Tensor:
+def uniforms(rng: CounterRng, channel: str, count: int) -> Tensor:
     """[B*L, count]."""
-    return noise.uniform(channel, count).reshape(-1, count)
+    return rng.uniform(channel, count).reshape(-1, count)
 
 
 def root_of(process: ForwardProcess, zt: Tensor) -> Tensor:

@@ -10,16 +10,16 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask
+from ddiff.core.elbo import Network
 from ddiff.core.information import OwnTime
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import TimeRule, Times
+from ddiff.sampling.grid_sampler import GridSampler
 from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says
-from ddiff.sampling.grid_sampler import SteppedSampler
 
 
 @final
-class AlongSampler:
+class HyperscheduleSampler:
     """The moves of `inner` from rule.at(tau_k) to rule.at(tau_{k+1}), tau on the grid of `inner`; of its quality.
 
     A position that settles within a step draws its word, one that comes off the prior begins; both read what the network
@@ -27,7 +27,7 @@ class AlongSampler:
     sees those of a later block, and so it does not look ahead.
     """
 
-    def __init__(self, inner: SteppedSampler, rule: TimeRule) -> None:
+    def __init__(self, inner: GridSampler, rule: TimeRule) -> None:
         self.inner, self.rule = inner, rule
         self.quality: Quality = inner.quality
         self.order = inner.order
@@ -37,11 +37,11 @@ class AlongSampler:
     def steps(self) -> int:
         return self.inner.steps
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
-        self.inner.needs(process, says)
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
+        self.inner.needs(process, predicts)
 
     def run(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: NoiseAt
     ) -> Iterator[Canvas]:
         open_ = canvas.free
         for k, (tau, then) in enumerate(pairwise(self.inner.grid.times())):
@@ -49,12 +49,12 @@ class AlongSampler:
             later = self._at(process, then, canvas)
             settles = open_ & (later.clean | (then == 0.0))
             shown = replace(canvas, clean=canvas.clean | ~open_, t=_times(now), block=now.block)
-            visit = ask(shown.noisy())
-            shared = lambda noisy, visit=visit: visit  # noqa: E731
+            query = network(shown.noisy())
+            shared = lambda noisy, query=query: query  # noqa: E731
             moved = self.inner.move(
-                process, shared, replace(shown, free=open_ & ~settles), _times(later), noise_at(k)
+                process, shared, replace(shown, free=open_ & ~settles), _times(later), rng_at(k)
             )
-            ended = self.inner.finish(process, shared, replace(shown, free=settles), noise_at(k))
+            ended = self.inner.finish(process, shared, replace(shown, free=settles), rng_at(k))
             zt = torch.where(settles, ended.zt, moved.zt)
             open_ = open_ & ~settles
             canvas = replace(shown, zt=zt, t=torch.where(open_, _times(later), 0.0), clean=~open_)

@@ -9,17 +9,17 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask
-from ddiff.core.rng import Noise
-from ddiff.core.process import ForwardProcess, RowFunction, Visit
+from ddiff.core.elbo import Network
+from ddiff.core.process import ForwardProcess, Query, RowFunction
+from ddiff.core.rng import CounterRng
 from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError
 
 Quality = Literal["exact", "of an order", "heuristic"]
 Says = Literal["law", "score"]
-NoiseAt = Callable[[int], Noise]
+NoiseAt = Callable[[int], CounterRng]
 OnStep = Callable[[int, "Canvas"], None]
-Draw = Callable[[Visit, Tensor, Tensor, Tensor], Tensor]
+Draw = Callable[[Query, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,13 @@ class Sampler(Protocol):
     def steps(self) -> int | None:
         """How many canvases `run` yields; None where that depends on the draws or on the length."""
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
         """Raises ArgumentError with the reason where this sampler makes no sense for a process or for what is answered."""
 
-    def run(self, process: Any, ask: Ask, canvas: Canvas, noise_at: NoiseAt) -> Iterator[Canvas]:
-        """The canvas after each step; the last one holds words at free positions. Step k draws from `noise_at(k)`."""
+    def run(
+        self, process: Any, network: Network, canvas: Canvas, rng_at: NoiseAt
+    ) -> Iterator[Canvas]:
+        """The canvas after each step; the last one holds words at free positions. Step k draws from `rng_at(k)`."""
 
 
 def looks_ahead(sampler: Sampler) -> bool:
@@ -99,7 +101,7 @@ class Samples:
 def generate(
     sampler: Sampler,
     process: ForwardProcess | None,
-    ask: Ask,
+    network: Network,
     *,
     index: Tensor,
     length: int,
@@ -113,20 +115,20 @@ def generate(
     `given` [B,L] words with `clamped` [B,L] bool, any positions of each row, are kept bit for bit. `on_step(k, canvas)`
     sees every canvas, k = 1, 2, ... Raises ArgumentError when they do not fit, or the sampler not the process.
     """
-    sampler.needs(process, getattr(ask, "says", "law"))
-    noise_at = lambda step: Noise(seed, step, index, length, "sample")  # noqa: E731
-    counted, batch = counting(ask), len(index)
+    sampler.needs(process, getattr(network, "says", "law"))
+    rng_at = lambda step: CounterRng(seed, step, index, length, "sample")  # noqa: E731
+    counted, batch = counting(network), len(index)
     calls, runs = counted.calls, runs_of(counted, batch)
-    start = _first_canvas(process, noise_at(0), index, length, given, clamped)
+    start = _first_canvas(process, rng_at(0), index, length, given, clamped)
     canvas = start
-    for step, canvas in enumerate(sampler.run(process, counted, start, noise_at), start=1):
+    for step, canvas in enumerate(sampler.run(process, counted, start, rng_at), start=1):
         if on_step:
             on_step(step, canvas)
     lost = canvas.notes.get("clamped", torch.zeros_like(canvas.t))
     return Samples(canvas.zt, counted.calls - calls, runs_of(counted, batch) - runs, lost.sum(-1))
 
 
-def step_rows(ask: Ask, canvas: Canvas, draw: Draw, among: Tensor | None = None) -> Tensor:
+def step_rows(network: Network, canvas: Canvas, draw: Draw, among: Tensor | None = None) -> Tensor:
     """[B,L] states after `draw(visit, zt[r], t[r], rows[r])` over the free positions, or those of `among` [B,L] bool.
 
     `rows` are flat positions b * L + i. Nobody is asked when there are none.
@@ -135,14 +137,14 @@ def step_rows(ask: Ask, canvas: Canvas, draw: Draw, among: Tensor | None = None)
     rows = chosen.reshape(-1).nonzero().squeeze(-1)
     moved = canvas.zt.reshape(-1).clone()
     if len(rows):
-        visit = only(ask(canvas.noisy()), rows)
-        moved[rows] = draw(visit, moved[rows], canvas.t.reshape(-1)[rows], rows)
+        query = only(network(canvas.noisy()), rows)
+        moved[rows] = draw(query, moved[rows], canvas.t.reshape(-1)[rows], rows)
     return moved.reshape(canvas.zt.shape)
 
 
-def only(visit: Visit, rows: Tensor) -> Visit:
+def only(query: Query, rows: Tensor) -> Query:
     """The visit of some rows, numbered anew: row k of it is rows[k]."""
-    return lambda chosen, node, fn: visit(rows[chosen], node, fn)
+    return lambda chosen, node, fn: query(rows[chosen], node, fn)
 
 
 def need_process(sampler: object, process: ForwardProcess | None) -> None:
@@ -153,8 +155,8 @@ def need_process(sampler: object, process: ForwardProcess | None) -> None:
         )
 
 
-def need_law(sampler: object, says: Says) -> None:
-    if says != "law":
+def need_law(sampler: object, predicts: Says) -> None:
+    if predicts != "law":
         raise ArgumentError(
             f"{type(sampler).__name__}: the denoiser must answer with a law of the clean token; this one answers with a "
             "score, from which no token can be drawn. Use tau_leaping, analytic or trapezoidal, which read rates."
@@ -163,7 +165,7 @@ def need_law(sampler: object, says: Says) -> None:
 
 def _first_canvas(
     process: ForwardProcess | None,
-    noise: Noise,
+    rng: CounterRng,
     index: Tensor,
     length: int,
     given: Tensor | None,
@@ -173,7 +175,7 @@ def _first_canvas(
     shape = (len(index), length)
     times = torch.ones(shape, dtype=torch.float64, device=index.device)
     prior = (
-        process.prior.draw(noise.uniform("start"))
+        process.prior.draw(rng.uniform("start"))
         if process
         else torch.zeros_like(times, dtype=torch.long)
     )
@@ -201,11 +203,11 @@ def _first_canvas(
 class _CountedAsk:
     """Counts the asks that reached a network which does not count for itself: over the batch, and per sequence."""
 
-    def __init__(self, ask: Ask) -> None:
-        self.ask, self.calls, self.runs = ask, 0, torch.zeros(0, dtype=torch.long)
+    def __init__(self, network: Network) -> None:
+        self.network, self.calls, self.runs = network, 0, torch.zeros(0, dtype=torch.long)
 
-    def __call__(self, noisy: Noisy) -> Visit:
-        visit, (batch, length) = self.ask(noisy), noisy.zt.shape
+    def __call__(self, noisy: Noisy) -> Query:
+        query, (batch, length) = self.network(noisy), noisy.zt.shape
         self.runs = self.runs if len(self.runs) == batch else torch.zeros(batch, dtype=torch.long)
         seen = torch.zeros(batch, dtype=torch.bool)
 
@@ -214,19 +216,19 @@ class _CountedAsk:
             self.calls += int(not bool(seen.any()))
             self.runs += asked
             seen.logical_or_(asked)
-            return visit(rows, node, fn)
+            return query(rows, node, fn)
 
         return counted
 
 
-def counting(ask: Ask) -> Any:
+def counting(network: Network) -> Any:
     """An ask with `calls` and `runs` [B]: itself where it has them."""
-    return ask if hasattr(ask, "runs") else _CountedAsk(ask)
+    return network if hasattr(network, "runs") else _CountedAsk(network)
 
 
-def runs_of(ask: Any, batch: int) -> Tensor:
+def runs_of(network: Any, batch: int) -> Tensor:
     """[B] how often each sequence has gone through the network so far."""
-    runs: Tensor | None = ask.runs
+    runs: Tensor | None = network.runs
     return (
         runs.clone()
         if runs is not None and len(runs) == batch

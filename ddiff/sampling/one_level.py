@@ -7,17 +7,17 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask
-from ddiff.core.prediction import CleanLaw
-from ddiff.core.rng import Noise
-from ddiff.core.process import ForwardProcess, Visit
+from ddiff.core.elbo import Network
+from ddiff.core.prediction import CleanDistribution
+from ddiff.core.process import ForwardProcess, Query
+from ddiff.core.rng import CounterRng
+from ddiff.sampling.grid_sampler import GridSampler, uniforms
 from ddiff.sampling.loop import Canvas, Says, step_rows
-from ddiff.sampling.grid_sampler import SteppedSampler, uniforms
 from ddiff.sampling.unmasking import need_monotone
 
 
 @final
-class OneLevelSampler(SteppedSampler):
+class OneLevelSampler(GridSampler):
     """From level l one down with probability min(1, (F_l(t) - F_l(s)) / pi_l(t)), F_l the share at l or above.
 
     Order 1. A mask takes at least as many steps as there are levels. The share of every level is kept where nothing is cut
@@ -25,32 +25,32 @@ class OneLevelSampler(SteppedSampler):
     draws words. Needs a monotone process.
     """
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
-        need_monotone(self, process, says)
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
+        need_monotone(self, process, predicts)
 
     def move(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
-        u, then = uniforms(noise, "level", 2), s.reshape(-1)
+        u, then = uniforms(rng, "level", 2), s.reshape(-1)
         level_of = process.vocabulary.level_of
 
-        def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             level = level_of(zt).unsqueeze(-1)
             now, soon = occupation(process, t), occupation(process, then[rows])
             fallen = (above(now) - above(soon)).gather(-1, level) / now.gather(-1, level)
             moving = (u[rows, 0] < fallen.squeeze(-1)).nonzero().squeeze(-1)
             below = level.squeeze(-1) - 1
 
-            def descend(law: CleanLaw, idx: Tensor) -> Tensor:
+            def descend(dist: CleanDistribution, idx: Tensor) -> Tensor:
                 picked = moving[idx]
-                return law.draw(zt[picked], below[picked], u[rows[picked], 1])
+                return dist.draw(zt[picked], below[picked], u[rows[picked], 1])
 
             zs = zt.clone()
             if len(moving):
-                zs[moving] = visit(moving, process.scope(zt[moving]), descend)
+                zs[moving] = query(moving, process.scope(zt[moving]), descend)
             return zs
 
-        return canvas.moved(step_rows(ask, canvas, draw, process.active(canvas.zt)), s)
+        return canvas.moved(step_rows(network, canvas, draw, process.active(canvas.zt)), s)
 
 
 def occupation(process: ForwardProcess, t: Tensor) -> Tensor:

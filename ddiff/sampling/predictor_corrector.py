@@ -7,27 +7,27 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask
-from ddiff.core.rng import Noise
+from ddiff.core.elbo import Network
 from ddiff.core.process import ForwardProcess
+from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.ancestral import reverse
+from ddiff.sampling.grid_sampler import GridSampler, uniforms
 from ddiff.sampling.loop import Canvas, Quality, Says, need_law, need_process
-from ddiff.sampling.grid_sampler import SteppedSampler, uniforms
 
 
 class Corrector(Protocol):
     """Moves a canvas without moving its time."""
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None: ...
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None: ...
 
     def correct(
         self,
         process: ForwardProcess,
-        ask: Ask,
+        network: Network,
         canvas: Canvas,
         span: Tensor,
-        noise: Noise,
+        rng: CounterRng,
         channel: str,
     ) -> Canvas:
         """The canvas at the same times; span [B,L] is how far the step before went."""
@@ -46,52 +46,56 @@ class ForwardBackward:
             raise ArgumentError(f"ForwardBackward: share of a step must be above 0; got {share}.")
         self.share = share
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
         need_process(self, process)
-        need_law(self, says)
+        need_law(self, predicts)
 
     def correct(
         self,
         process: ForwardProcess,
-        ask: Ask,
+        network: Network,
         canvas: Canvas,
         span: Tensor,
-        noise: Noise,
+        rng: CounterRng,
         channel: str,
     ) -> Canvas:
-        u = uniforms(noise, f"{channel}.up", process.uniforms_per_climb)
+        u = uniforms(rng, f"{channel}.up", process.uniforms_per_forward_step)
         s, above = canvas.t, (canvas.t + self.share * span).clamp(max=1.0)
-        climbed = process.climb(canvas.zt.reshape(-1), s.reshape(-1), above.reshape(-1), u).reshape(
-            s.shape
-        )
+        climbed = process.forward_step(
+            canvas.zt.reshape(-1), s.reshape(-1), above.reshape(-1), u
+        ).reshape(s.shape)
         higher = canvas.moved(torch.where(canvas.free, climbed, canvas.zt), above)
-        return reverse(process, ask, higher, s, noise, f"{channel}.down")
+        return reverse(process, network, higher, s, rng, f"{channel}.down")
 
 
 @final
-class CorrectedSampler(SteppedSampler):
+class PredictorCorrectorSampler(GridSampler):
     """A sampler on a grid with `rounds` of a corrector after each step but the last; of the quality of that sampler."""
 
-    def __init__(self, inner: SteppedSampler, corrector: Corrector, rounds: int = 1) -> None:
+    def __init__(self, inner: GridSampler, corrector: Corrector, rounds: int = 1) -> None:
         super().__init__(inner.grid)
         if rounds < 1:
-            raise ArgumentError(f"CorrectedSampler: rounds must be at least 1; got {rounds}.")
+            raise ArgumentError(
+                f"PredictorCorrectorSampler: rounds must be at least 1; got {rounds}."
+            )
         self.inner, self.corrector, self.rounds = inner, corrector, rounds
         self.quality: Quality = inner.quality
         self.order = inner.order
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
-        self.inner.needs(process, says)
-        self.corrector.needs(process, says)
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
+        self.inner.needs(process, predicts)
+        self.corrector.needs(process, predicts)
 
     def move(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
         span = canvas.t - s
-        canvas = self.inner.move(process, ask, canvas, s, noise)
+        canvas = self.inner.move(process, network, canvas, s, rng)
         for k in range(self.rounds):
-            canvas = self.corrector.correct(process, ask, canvas, span, noise, f"correct{k}")
+            canvas = self.corrector.correct(process, network, canvas, span, rng, f"correct{k}")
         return canvas
 
-    def finish(self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise: Noise) -> Canvas:
-        return self.inner.finish(process, ask, canvas, noise)
+    def finish(
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng: CounterRng
+    ) -> Canvas:
+        return self.inner.finish(process, network, canvas, rng)

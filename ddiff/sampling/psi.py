@@ -7,14 +7,14 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask
-from ddiff.core.prediction import CleanLaw
-from ddiff.core.rng import Noise
-from ddiff.core.process import ForwardProcess, Visit
+from ddiff.core.elbo import Network
+from ddiff.core.prediction import CleanDistribution
+from ddiff.core.process import ForwardProcess, Query
+from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import Steps
+from ddiff.sampling.grid_sampler import GridSampler, every_row, kept, open_at, root_of, uniforms
 from ddiff.sampling.loop import Canvas, Quality, only, step_rows
-from ddiff.sampling.grid_sampler import SteppedSampler, every_row, kept, open_at, root_of, uniforms
 
 
 class Kappa(Protocol):
@@ -27,7 +27,7 @@ class Kappa(Protocol):
 
 
 @final
-class PsiSampler(SteppedSampler):
+class PsiSampler(GridSampler):
     """With probability kappa the posterior step, else x ~ P(x | z_t, rest) and z_s ~ q_s(. | x): every position can change.
 
     One network call a step. kappa = 1 is ancestral. Each single position keeps its distribution for any kappa that does not
@@ -43,18 +43,18 @@ class PsiSampler(SteppedSampler):
         self.kappa: Kappa = _Constant(kappa) if isinstance(kappa, (int, float)) else kappa
 
     def move(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
-        keeps = noise.uniform("kappa") < self.kappa(process, canvas, s)
-        step = uniforms(noise, "step", process.uniforms_per_step)
-        decode = uniforms(noise, "x", process.uniforms_per_decode)
-        again, then = uniforms(noise, "again", process.uniforms_per_sample), s.reshape(-1)
+        keeps = rng.uniform("kappa") < self.kappa(process, canvas, s)
+        step = uniforms(rng, "step", process.uniforms_per_step)
+        decode = uniforms(rng, "x", process.uniforms_per_decode)
+        again, then = uniforms(rng, "again", process.uniforms_per_sample), s.reshape(-1)
         uncertain = open_at(process, canvas).reshape(-1)
         sureness = (
             canvas.notes.get("sureness", torch.full_like(canvas.t, torch.inf)).reshape(-1).clone()
         )
 
-        def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             keep, asked, zs = keeps.reshape(-1)[rows], uncertain[rows], zt.clone()
             on, back, x = (
                 (keep & asked).nonzero().squeeze(-1),
@@ -63,32 +63,32 @@ class PsiSampler(SteppedSampler):
             )
             if len(on):
                 zs[on] = process.step(
-                    only(visit, on), zt[on], t[on], then[rows[on]], step[rows[on]]
+                    only(query, on), zt[on], t[on], then[rows[on]], step[rows[on]]
                 )
             if len(back):
-                x[back] = process.decode(only(visit, back), zt[back], t[back], decode[rows[back]])
+                x[back] = process.decode(only(query, back), zt[back], t[back], decode[rows[back]])
             redrawn = process.sample(x, then[rows], again[rows])
             zs = torch.where(keep, zs, redrawn)
             if self.kappa.watches:
                 new = ((zs != zt) & (zs < process.vocabulary.num_tokens)).nonzero().squeeze(-1)
-                sureness[rows[new]] = _log_p(process, only(visit, new), zs[new])
+                sureness[rows[new]] = _log_p(process, only(query, new), zs[new])
             return zs
 
-        zs = step_rows(ask, canvas, draw, open_at(process, canvas) | ~keeps)
+        zs = step_rows(network, canvas, draw, open_at(process, canvas) | ~keeps)
         return canvas.moved(
             zs, s, **({"sureness": sureness.reshape(s.shape)} if self.kappa.watches else {})
         )
 
 
-def _log_p(process: ForwardProcess, visit: Visit, words: Tensor) -> Tensor:
+def _log_p(process: ForwardProcess, query: Query, words: Tensor) -> Tensor:
     """[k] ln p of words just drawn."""
     if len(words) == 0:
         return words.double()
 
-    def read(law: CleanLaw, idx: Tensor) -> Tensor:
-        return law.log_prob(words[idx]).double()
+    def read(dist: CleanDistribution, idx: Tensor) -> Tensor:
+        return dist.log_prob(words[idx]).double()
 
-    return visit(every_row(words), root_of(process, words), read)
+    return query(every_row(words), root_of(process, words), read)
 
 
 class _Constant:

@@ -8,15 +8,15 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask
-from ddiff.core.prediction import CleanLaw
-from ddiff.core.rng import Noise
+from ddiff.core.elbo import Network
 from ddiff.core.numerics import draw_index, temper
-from ddiff.core.process import ForwardProcess, Visit
+from ddiff.core.prediction import CleanDistribution
+from ddiff.core.process import ForwardProcess, Query
+from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.adaptive_correction import need_informed_words
-from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says, looks_ahead, step_rows
 from ddiff.sampling.grid_sampler import every_row, root_of, uniforms
+from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says, looks_ahead, step_rows
 
 
 @final
@@ -54,14 +54,14 @@ class SelfCorrectingSampler:
         self.temperature, self.at, self.patience = temperature, at, patience
         self.looks_ahead = looks_ahead(inner)
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
-        self.inner.needs(process, says)
-        need_informed_words(self, process, says)
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
+        self.inner.needs(process, predicts)
+        need_informed_words(self, process, predicts)
 
     def run(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: NoiseAt
     ) -> Iterator[Canvas]:
-        for canvas in self.inner.run(process, ask, canvas, noise_at):  # noqa: B020
+        for canvas in self.inner.run(process, network, canvas, rng_at):  # noqa: B020
             yield canvas
         going = canvas.free.any(-1)
         patient = _Patience(self.patience, going)
@@ -70,7 +70,7 @@ class SelfCorrectingSampler:
                 break
             shown = canvas.moved(canvas.zt, torch.full_like(canvas.t, self.at))
             drawn, score, right = proposals(
-                process, ask, shown, going, noise_at(k), self.temperature
+                process, network, shown, going, rng_at(k), self.temperature
             )
             rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
             change = (rank < self.commit) & (drawn != canvas.zt)
@@ -94,30 +94,30 @@ class _Patience:
 
 def proposals(
     process: ForwardProcess,
-    ask: Ask,
+    network: Network,
     canvas: Canvas,
     going: Tensor,
-    noise: Noise,
+    rng: CounterRng,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[B,L] each: a draw, its ln p where it is new (else -inf), whether what stands is the likeliest word."""
-    u = uniforms(noise, "again", 1)[:, 0]
+    u = uniforms(rng, "again", 1)[:, 0]
     score, right = (
         torch.full_like(canvas.t, -torch.inf).reshape(-1),
         torch.zeros_like(canvas.free).reshape(-1),
     )
 
-    def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        def again(law: CleanLaw, idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            full = law.log_mass(0).double() + process.log_likelihood(zt[idx], t[idx])
+    def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        def again(dist: CleanDistribution, idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            full = dist.log_mass(0).double() + process.log_likelihood(zt[idx], t[idx])
             tempered = temper(full, temperature).log_softmax(-1)
             drawn = draw_index(tempered.exp(), u[rows[idx]])
             log_p = tempered.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
             return drawn, log_p, full.argmax(-1) == zt[idx]
 
-        drawn, log_p, right[rows] = visit(every_row(zt), root_of(process, zt), again)
+        drawn, log_p, right[rows] = query(every_row(zt), root_of(process, zt), again)
         score[rows] = torch.where(drawn != zt, log_p, -torch.inf)
         return drawn
 
-    drawn = step_rows(ask, canvas, draw, going.unsqueeze(-1).expand_as(canvas.free))
+    drawn = step_rows(network, canvas, draw, going.unsqueeze(-1).expand_as(canvas.free))
     return drawn, score.reshape(canvas.t.shape), right.reshape(canvas.t.shape)

@@ -14,10 +14,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask
-from ddiff.core.prediction import CleanLaw, DenseLaw, SubtreeLaw
+from ddiff.core.elbo import Network
 from ddiff.core.numerics import draw_index, temper
-from ddiff.core.process import ForwardProcess, RowFunction, Visit
+from ddiff.core.prediction import CleanDistribution, DenseDistribution, SubtreeDistribution
+from ddiff.core.process import ForwardProcess, Query, RowFunction
 from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError
 from ddiff.sampling.loop import (
@@ -36,7 +36,7 @@ Classifier = Callable[[Noisy, Tensor], Tensor]
 
 
 @final
-class ShapedLaw(SubtreeLaw):
+class ShapedDistribution(SubtreeDistribution):
     """`shape(log_p, ...) -> log_p` of each conditional of one or several laws of the same rows.
 
     Each argument of `shape` is [k,w], normalised, -inf outside the node; what it gives is normalised again. `plain` is the
@@ -44,19 +44,22 @@ class ShapedLaw(SubtreeLaw):
     """
 
     def __init__(
-        self, laws: Sequence[CleanLaw], shape: Shape, plain: CleanLaw | None = None
+        self,
+        dists: Sequence[CleanDistribution],
+        shape: Shape,
+        plain: CleanDistribution | None = None,
     ) -> None:
-        super().__init__(laws[0].vocabulary, laws[0].top)
-        if any(law.top != self.top for law in laws):
+        super().__init__(dists[0].vocabulary, dists[0].top)
+        if any(dist.top != self.top for dist in dists):
             raise ArgumentError(
-                f"ShapedLaw: all laws must speak of the same subtree; got laws below {[law.top for law in laws]}."
+                f"ShapedDistribution: all laws must speak of the same subtree; got laws below {[dist.top for dist in dists]}."
             )
-        self.laws, self.shape, self.plain = laws, shape, plain or self
+        self.dists, self.shape, self.plain = dists, shape, plain or self
         self._levels: dict[int, Tensor] = {}
 
     def conditional(self, node: Tensor, level: int, rows: Tensor) -> Tensor:
         """[k,w] log P(child | node) over the places of `level` below top; node [k] one level above, rows [k] of the law."""
-        parts = [next_log_p(law, node, level, rows) for law in self.laws]
+        parts = [next_log_p(dist, node, level, rows) for dist in self.dists]
         return self.shape(*parts).log_softmax(-1)
 
     def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ class ShapedLaw(SubtreeLaw):
 
     def _multiplied(self, level: int) -> Tensor:
         """Every conditional on the way to `level`, one parent after the other."""
-        raw, above = self.laws[0].log_below(level), level + 1
+        raw, above = self.dists[0].log_below(level), level + 1
         rows = torch.arange(len(raw), device=raw.device)
         if above == len(self._below):
             return self.conditional(torch.full_like(rows, self.top), level, rows).to(raw.dtype)
@@ -100,17 +103,17 @@ class ShapedLaw(SubtreeLaw):
         return joint
 
 
-def next_log_p(law: CleanLaw, node: Tensor, level: int, rows: Tensor) -> Tensor:
+def next_log_p(dist: CleanDistribution, node: Tensor, level: int, rows: Tensor) -> Tensor:
     """[k,w] log P(child | node [k]) over the places of `level` below the law's top; -inf outside the node."""
-    log_p, first = law.log_below(level)[rows], law.vocabulary.subtree(law.top)[level].start
-    start, stop = (place.unsqueeze(-1) - first for place in law.vocabulary.node_range(node, level))
+    log_p, first = dist.log_below(level)[rows], dist.vocabulary.subtree(dist.top)[level].start
+    start, stop = (place.unsqueeze(-1) - first for place in dist.vocabulary.node_range(node, level))
     place = torch.arange(log_p.shape[1], device=log_p.device)
     return log_p.masked_fill((place < start) | (place >= stop), -torch.inf).log_softmax(-1)
 
 
-def unfiltered(law: CleanLaw) -> CleanLaw:
+def unfiltered(dist: CleanDistribution) -> CleanDistribution:
     """The law by which positions are ranked: no temperature, no filter."""
-    return law.plain if isinstance(law, ShapedLaw) else law
+    return dist.plain if isinstance(dist, ShapedDistribution) else dist
 
 
 def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,9 +194,9 @@ class MinP:
 class _Composed:
     """An ask made of others: their calls and runs add up."""
 
-    says = "law"
+    predicts = "law"
 
-    def __init__(self, name: str, *parts: Ask) -> None:
+    def __init__(self, name: str, *parts: Network) -> None:
         if any(getattr(part, "says", "law") != "law" for part in parts):
             raise ArgumentError(
                 f"{name}: ask must answer with a law of the clean token, since a law is what is reshaped; this denoiser "
@@ -213,16 +216,20 @@ class _Composed:
 
 @final
 class _Shaped(_Composed):
-    def __init__(self, ask: Ask, shapers: Sequence[Callable[[Tensor], Tensor]]) -> None:
-        super().__init__("shaped", ask)
+    def __init__(self, network: Network, shapers: Sequence[Callable[[Tensor], Tensor]]) -> None:
+        super().__init__("shaped", network)
         self.shapers = shapers
 
-    def __call__(self, noisy: Noisy) -> Visit:
-        visit = self.parts[0](noisy)
+    def __call__(self, noisy: Noisy) -> Query:
+        query = self.parts[0](noisy)
 
         def reshaped(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-            return visit(
-                rows, node, lambda law, idx: fn(ShapedLaw([law], self._shape, unfiltered(law)), idx)
+            return query(
+                rows,
+                node,
+                lambda dist, idx: fn(
+                    ShapedDistribution([dist], self._shape, unfiltered(dist)), idx
+                ),
             )
 
         return reshaped
@@ -235,24 +242,27 @@ class _Shaped(_Composed):
 
 @final
 class _Guided(_Composed):
-    def __init__(self, ask: Ask, null_ask: Ask, weight: float) -> None:
-        super().__init__("guided", ask, null_ask)
+    def __init__(self, network: Network, null_network: Network, weight: float) -> None:
+        super().__init__("guided", network, null_network)
         self.weight = _finite("guided", weight)
 
-    def __call__(self, noisy: Noisy) -> Visit:
-        visit, null_visit = (part(noisy) for part in self.parts)
+    def __call__(self, noisy: Noisy) -> Query:
+        query, null_visit = (part(noisy) for part in self.parts)
 
         def both(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-            def with_null(law: CleanLaw, idx: Tensor) -> Any:
-                def mixed(null: CleanLaw, part: Tensor) -> Any:
+            def with_null(dist: CleanDistribution, idx: Tensor) -> Any:
+                def mixed(null: CleanDistribution, part: Tensor) -> Any:
                     same = len(part) == len(idx)
                     return fn(
-                        ShapedLaw([law if same else _Rows(law, part), null], self._shape), idx[part]
+                        ShapedDistribution(
+                            [dist if same else _Rows(dist, part), null], self._shape
+                        ),
+                        idx[part],
                     )
 
                 return null_visit(rows[idx], node[idx], mixed)
 
-            return visit(rows, node, with_null)
+            return query(rows, node, with_null)
 
         return both
 
@@ -269,34 +279,34 @@ class _Guided(_Composed):
 
 
 @final
-class _Rows(SubtreeLaw):
+class _Rows(SubtreeDistribution):
     """Some rows of a law."""
 
-    def __init__(self, law: CleanLaw, rows: Tensor) -> None:
-        super().__init__(law.vocabulary, law.top)
-        self.law, self.rows = law, rows
+    def __init__(self, dist: CleanDistribution, rows: Tensor) -> None:
+        super().__init__(dist.vocabulary, dist.top)
+        self.dist, self.rows = dist, rows
 
     def log_below(self, level: int) -> Tensor:
-        return self.law.log_below(level)[self.rows]
+        return self.dist.log_below(level)[self.rows]
 
 
 @final
 class _Steered(_Composed):
-    def __init__(self, ask: Ask, log_likelihood: Classifier, weight: float) -> None:
-        super().__init__("steered", ask)
+    def __init__(self, network: Network, log_likelihood: Classifier, weight: float) -> None:
+        super().__init__("steered", network)
         self.log_likelihood, self.weight = log_likelihood, _finite("steered", weight)
 
-    def __call__(self, noisy: Noisy) -> Visit:
-        visit = self.parts[0](noisy)
+    def __call__(self, noisy: Noisy) -> Query:
+        query = self.parts[0](noisy)
 
         def steered_visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-            return visit(rows, node, lambda law, idx: fn(self._law(law, noisy, rows[idx]), idx))
+            return query(rows, node, lambda dist, idx: fn(self._law(dist, noisy, rows[idx]), idx))
 
         return steered_visit
 
-    def _law(self, law: CleanLaw, noisy: Noisy, rows: Tensor) -> CleanLaw:
-        log_p, vocabulary = law.log_below(0), law.vocabulary
-        words = vocabulary.order(0, log_p.device)[vocabulary.subtree(law.top)[0]]
+    def _law(self, dist: CleanDistribution, noisy: Noisy, rows: Tensor) -> CleanDistribution:
+        log_p, vocabulary = dist.log_below(0), dist.vocabulary
+        words = vocabulary.order(0, log_p.device)[vocabulary.subtree(dist.top)[0]]
         evidence = self.log_likelihood(noisy, rows)
         if evidence.shape != (len(rows), vocabulary.num_tokens):
             raise ArgumentError(
@@ -310,7 +320,7 @@ class _Steered(_Composed):
                 f"the classifier's values are in [{float(evidence.min())}, {float(evidence.max())}], the weight is "
                 f"{self.weight}. Mend log_likelihood, or take a smaller weight."
             )
-        return DenseLaw(steered.log_softmax(-1), vocabulary, law.top)
+        return DenseDistribution(steered.log_softmax(-1), vocabulary, dist.top)
 
 
 def _finite(name: str, weight: float) -> float:
@@ -321,12 +331,12 @@ def _finite(name: str, weight: float) -> float:
     return weight
 
 
-def shaped(ask: Ask, shapers: Sequence[Callable[[Tensor], Tensor]]) -> Ask:
+def shaped(network: Network, shapers: Sequence[Callable[[Tensor], Tensor]]) -> Network:
     """The same network, each conditional passed through `shapers` in turn, [k,w] log_p -> log_p each."""
-    return _Shaped(ask, shapers) if shapers else ask
+    return _Shaped(network, shapers) if shapers else network
 
 
-def guided(ask: Ask, null_ask: Ask, weight: float) -> Ask:
+def guided(network: Network, null_network: Network, weight: float) -> Network:
     """Guide the distribution of the clean token, classifier-free: log p ~ (1-w) log p_null + w log p, normalised.
 
     On each conditional. w = 1 is the conditional law, 0 the unconditional one, above 1 more of the condition. Two network
@@ -335,12 +345,12 @@ def guided(ask: Ask, null_ask: Ask, weight: float) -> Ask:
     2507.08965 argues for. Not the same: 2412.10193 guides the reverse transition, p(z_s|z_t)^w p_null(z_s|z_t)^(1-w), and
     2406.01572 the reverse rates. There the mass that w takes from tokens or gives them is a rate of leaving the mask, too.
     """
-    return _Guided(ask, null_ask, weight)
+    return _Guided(network, null_network, weight)
 
 
-def steered(ask: Ask, log_likelihood: Classifier, weight: float = 1.0) -> Ask:
+def steered(network: Network, log_likelihood: Classifier, weight: float = 1.0) -> Network:
     """Classifier guidance: p(x) p(y | x_i = x)^w over words; `log_likelihood(noisy, rows[k]) -> [k,V]`, rows flat."""
-    return _Steered(ask, log_likelihood, weight)
+    return _Steered(network, log_likelihood, weight)
 
 
 @final
@@ -358,15 +368,15 @@ class ShapedSampler:
     def steps(self) -> int | None:
         return self.inner.steps
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
-        if says != "law":
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
+        if predicts != "law":
             raise ArgumentError(
                 "ShapedSampler: temperature, top_k, top_p and min_p reshape laws of words; this denoiser answers with a "
                 "score, which has none. Leave them out, or take a head that gives a law."
             )
-        self.inner.needs(process, says)
+        self.inner.needs(process, predicts)
 
     def run(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: NoiseAt
     ) -> Iterator[Canvas]:
-        return self.inner.run(process, shaped(ask, self.shapers), canvas, noise_at)
+        return self.inner.run(process, shaped(network, self.shapers), canvas, rng_at)

@@ -7,38 +7,38 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask
-from ddiff.core.prediction import Answer
-from ddiff.core.rng import Noise
+from ddiff.core.elbo import Network
 from ddiff.core.numerics import draw_index
-from ddiff.core.process import ForwardProcess, Visit
+from ddiff.core.prediction import Prediction
+from ddiff.core.process import ForwardProcess, Query
+from ddiff.core.rng import CounterRng
+from ddiff.sampling.grid_sampler import GridSampler, every_row, root_of, uniforms
 from ddiff.sampling.loop import Canvas, Says, need_process, step_rows
-from ddiff.sampling.grid_sampler import SteppedSampler, every_row, root_of, uniforms
 
 
 @final
-class TauLeapingSampler(SteppedSampler):
+class TauLeapingSampler(GridSampler):
     """Leave z with probability 1 - exp(-R (t - s)), R = sum_y R(y), for y ~ R(y) = Q[y,z] s_theta(y) at time t. Order 1.
 
     Needs reverse rates only, so a score will do.
     """
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
         need_process(self, process)
 
     def move(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
-        u, then = uniforms(noise, "leap", 2), s.reshape(-1)
+        u, then = uniforms(rng, "leap", 2), s.reshape(-1)
 
-        def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            def jump(answer: Answer, idx: Tensor) -> Tensor:
-                rates = process.reverse_rates(answer, zt[idx], t[idx])
+        def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+            def jump(prediction: Prediction, idx: Tensor) -> Tensor:
+                rates = process.reverse_rates(prediction, zt[idx], t[idx])
                 return leap(rates, zt[idx], t[idx] - then[rows[idx]], u[rows[idx]])
 
-            return visit(every_row(zt), root_of(process, zt), jump)
+            return query(every_row(zt), root_of(process, zt), jump)
 
-        return canvas.moved(step_rows(ask, canvas, draw, process.active(canvas.zt)), s)
+        return canvas.moved(step_rows(network, canvas, draw, process.active(canvas.zt)), s)
 
 
 def leap(rates: Tensor, zt: Tensor, span: Tensor, u: Tensor) -> Tensor:

@@ -6,19 +6,19 @@ from typing import final
 
 from torch import Tensor
 
-from ddiff.core.elbo import Ask
-from ddiff.core.prediction import Answer
-from ddiff.core.rng import Noise
-from ddiff.core.process import ForwardProcess, Visit
+from ddiff.core.elbo import Network
+from ddiff.core.prediction import Prediction
+from ddiff.core.process import ForwardProcess, Query
+from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import Steps
+from ddiff.sampling.grid_sampler import GridSampler, every_row, root_of, uniforms
 from ddiff.sampling.loop import Canvas, Says, need_process, only, step_rows
-from ddiff.sampling.grid_sampler import SteppedSampler, every_row, root_of, uniforms
 from ddiff.sampling.tau_leaping import leap
 
 
 @final
-class TrapezoidalSampler(SteppedSampler):
+class TrapezoidalSampler(GridSampler):
     """Leap theta of the step to z* with rates mu, then the rest with [a mu* - (a - 1) mu]_+, mu* the rates at z*.
 
     a = 1 / (2 theta (1 - theta)), theta in (0,1). Two network calls a step; needs reverse rates only. A position that
@@ -39,42 +39,43 @@ class TrapezoidalSampler(SteppedSampler):
             raise ArgumentError(f"TrapezoidalSampler: theta must be in (0, 1); got {theta}.")
         self.theta, self.ahead = theta, 0.5 / (theta * (1.0 - theta))
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
         need_process(self, process)
 
     def move(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
-        first, second = uniforms(noise, "first", 2), uniforms(noise, "second", 2)
+        first, second = uniforms(rng, "first", 2), uniforms(rng, "second", 2)
         start_zt, start_t, then = canvas.zt.reshape(-1), canvas.t.reshape(-1), s.reshape(-1)
-        start = ask(canvas.noisy())
+        start = network(canvas.noisy())
         rho = canvas.t - self.theta * (canvas.t - s)
 
         def early(rows: Tensor) -> Tensor:
             """Rates at the start of the step."""
-            read = lambda answer, idx: process.reverse_rates(
-                answer, start_zt[rows[idx]], start_t[rows[idx]]
-            )  # noqa: E731
+
+            def read(prediction: Prediction, idx: Tensor) -> Tensor:
+                return process.reverse_rates(prediction, start_zt[rows[idx]], start_t[rows[idx]])
+
             return only(start, rows)(every_row(rows), root_of(process, rows), read)
 
-        def halfway(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            def jump(answer: Answer, idx: Tensor) -> Tensor:
-                rates = process.reverse_rates(answer, zt[idx], t[idx])
+        def halfway(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+            def jump(prediction: Prediction, idx: Tensor) -> Tensor:
+                rates = process.reverse_rates(prediction, zt[idx], t[idx])
                 return leap(rates, zt[idx], t[idx] - rho.reshape(-1)[rows[idx]], first[rows[idx]])
 
-            return visit(every_row(zt), root_of(process, zt), jump)
+            return query(every_row(zt), root_of(process, zt), jump)
 
-        def onward(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            def jump(answer: Answer, idx: Tensor) -> Tensor:
-                rates = self.ahead * process.reverse_rates(answer, zt[idx], t[idx])
+        def onward(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+            def jump(prediction: Prediction, idx: Tensor) -> Tensor:
+                rates = self.ahead * process.reverse_rates(prediction, zt[idx], t[idx])
                 still = (zt[idx] == start_zt[rows[idx]]).nonzero().squeeze(-1)
                 rates[still] = (rates[still] - (self.ahead - 1.0) * early(rows[idx][still])).clamp(
                     min=0.0
                 )
                 return leap(rates, zt[idx], t[idx] - then[rows[idx]], second[rows[idx]])
 
-            return visit(every_row(zt), root_of(process, zt), jump)
+            return query(every_row(zt), root_of(process, zt), jump)
 
         shared = lambda noisy: start  # noqa: E731
         middle = canvas.moved(step_rows(shared, canvas, halfway, process.active(canvas.zt)), rho)
-        return middle.moved(step_rows(ask, middle, onward, process.active(middle.zt)), s)
+        return middle.moved(step_rows(network, middle, onward, process.active(middle.zt)), s)

@@ -8,15 +8,15 @@ from typing import Literal, final, get_args
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask
-from ddiff.core.prediction import CleanLaw
-from ddiff.core.rng import Noise
-from ddiff.core.process import ForwardProcess, Visit
+from ddiff.core.elbo import Network
+from ddiff.core.prediction import CleanDistribution
+from ddiff.core.process import ForwardProcess, Query
+from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError, nearest
 from ddiff.sampling.grid import Steps
+from ddiff.sampling.grid_sampler import GridSampler, draw_words, every_row, uniforms
 from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says, need_law, need_process, step_rows
 from ddiff.sampling.shaping import next_log_p, unfiltered
-from ddiff.sampling.grid_sampler import SteppedSampler, draw_words, every_row, uniforms
 
 TIE = 2.0**12  # nats, or probabilities, that differ by less than one in so many are equal
 
@@ -24,7 +24,7 @@ Sureness = Literal["confidence", "top", "margin", "entropy"]
 
 
 @final
-class UnmaskingSampler(SteppedSampler):
+class UnmaskingSampler(GridSampler):
     """Every open position draws its next state down; only the surest ones keep it. Heuristic.
 
     At time s a share s of all descents is left over, so the grid sets the budget (arXiv 2202.04200, cosine). `by`:
@@ -50,13 +50,18 @@ class UnmaskingSampler(SteppedSampler):
             )
         self.by, self.noise = by, noise
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
-        need_monotone(self, process, says)
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
+        need_monotone(self, process, predicts)
 
     def move(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, s: Tensor, noise: Noise
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        s: Tensor,
+        noise: CounterRng,
     ) -> Canvas:
-        drawn, sureness = descents(process, ask, canvas, noise, self.by)
+        drawn, sureness = descents(process, network, canvas, noise, self.by)
         gumbel = (
             -(-uniforms(noise, "gumbel", 1)[:, 0].clamp(min=2.0**-54).log()).log().reshape(s.shape)
         )
@@ -91,19 +96,19 @@ class EntropyBoundSampler:
             )
         self.bound = bound
 
-    def needs(self, process: ForwardProcess | None, says: Says) -> None:
-        need_monotone(self, process, says)
+    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
+        need_monotone(self, process, predicts)
 
     def run(
-        self, process: ForwardProcess, ask: Ask, canvas: Canvas, noise_at: NoiseAt
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: NoiseAt
     ) -> Iterator[Canvas]:
         total = (process.vocabulary.num_levels * canvas.free.sum(-1)).clamp(min=1)
         for k in range(int(left(process, canvas).max())):
             is_open = process.active(canvas.zt) & canvas.free
             if not bool(is_open.any()):
                 break
-            drawn, sureness = descents(process, ask, canvas, noise_at(k), "entropy")
-            order = surest_first(sureness, noise_at(k))
+            drawn, sureness = descents(process, network, canvas, rng_at(k), "entropy")
+            order = surest_first(sureness, rng_at(k))
             entropy = -sureness.gather(-1, order)
             held = entropy.masked_fill(entropy.isinf(), 0.0)
             ranked = held.cumsum(-1) - held <= self.bound
@@ -116,7 +121,7 @@ class EntropyBoundSampler:
             yield canvas
         if not process.closes_at_clean:
             yield draw_words(
-                process, ask, canvas, noise_at(process.vocabulary.num_levels * canvas.zt.shape[1])
+                process, network, canvas, rng_at(process.vocabulary.num_levels * canvas.zt.shape[1])
             )
 
 
@@ -125,7 +130,7 @@ def left(process: ForwardProcess, canvas: Canvas) -> Tensor:
     return torch.where(canvas.free, process.vocabulary.level_of(canvas.zt), 0).sum(-1)
 
 
-def surest_first(sureness: Tensor, noise: Noise) -> Tensor:
+def surest_first(sureness: Tensor, noise: CounterRng) -> Tensor:
     """[B,L] positions by falling sureness [B,L], equal ones at random.
 
     Where all positions are masked they may all be equally sure, and what rounding makes of that depends on the batch.
@@ -136,33 +141,37 @@ def surest_first(sureness: Tensor, noise: Noise) -> Tensor:
 
 
 def descents(
-    process: ForwardProcess, ask: Ask, canvas: Canvas, noise: Noise, by: Sureness
+    process: ForwardProcess, network: Network, canvas: Canvas, noise: CounterRng, by: Sureness
 ) -> tuple[Tensor, Tensor]:
     """What every open position would draw one level down [B,L], and how sure that is [B,L], -inf elsewhere."""
     u = uniforms(noise, "descent", 1)[:, 0]
     sureness = torch.full_like(canvas.t, -torch.inf).reshape(-1)
 
-    def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+    def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         below = process.vocabulary.level_of(zt) - 1
 
-        def descend(law: CleanLaw, idx: Tensor) -> tuple[Tensor, Tensor]:
-            drawn = law.draw(zt[idx], below[idx], u[rows[idx]])
-            return drawn, _sureness(unfiltered(law), zt[idx], below[idx], drawn, by)
+        def descend(dist: CleanDistribution, idx: Tensor) -> tuple[Tensor, Tensor]:
+            drawn = dist.draw(zt[idx], below[idx], u[rows[idx]])
+            return drawn, _sureness(unfiltered(dist), zt[idx], below[idx], drawn, by)
 
-        drawn, sureness[rows] = visit(every_row(zt), process.scope(zt), descend)
+        drawn, sureness[rows] = query(every_row(zt), process.scope(zt), descend)
         return drawn
 
-    return step_rows(ask, canvas, draw, process.active(canvas.zt)), sureness.reshape(canvas.t.shape)
+    return step_rows(network, canvas, draw, process.active(canvas.zt)), sureness.reshape(
+        canvas.t.shape
+    )
 
 
-def _sureness(law: CleanLaw, node: Tensor, below: Tensor, drawn: Tensor, by: Sureness) -> Tensor:
+def _sureness(
+    dist: CleanDistribution, node: Tensor, below: Tensor, drawn: Tensor, by: Sureness
+) -> Tensor:
     """[r] float64."""
     if by == "confidence":
-        return law.log_child(node, drawn).double()
+        return dist.log_child(node, drawn).double()
     value = torch.zeros(len(node), dtype=torch.float64, device=node.device)
     for level in below.unique().tolist():
         rows = (below == level).nonzero().squeeze(-1)
-        log_p = next_log_p(law, node[rows], level, rows).double()
+        log_p = next_log_p(dist, node[rows], level, rows).double()
         if by == "entropy":
             value[rows] = torch.where(log_p.isfinite(), log_p.exp() * log_p, 0.0).sum(-1)
         elif by == "top":
@@ -173,9 +182,9 @@ def _sureness(law: CleanLaw, node: Tensor, below: Tensor, drawn: Tensor, by: Sur
     return value
 
 
-def need_monotone(sampler: object, process: ForwardProcess | None, says: Says) -> None:
+def need_monotone(sampler: object, process: ForwardProcess | None, predicts: Says) -> None:
     need_process(sampler, process)
-    need_law(sampler, says)
+    need_law(sampler, predicts)
     if process is not None and not process.monotone:
         raise ArgumentError(
             f"{type(sampler).__name__}: process must be monotone, its reverse moves revealing and nothing else (masks, "

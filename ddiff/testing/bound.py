@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import ask_table, nelbo
+from ddiff.core.elbo import nelbo, network_from_table
 from ddiff.core.information import TimeChange
-from ddiff.core.prediction import DenseLaw
-from ddiff.core.rng import Noise
 from ddiff.core.numerics import EARLIEST, LATEST
+from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess, Prior
+from ddiff.core.rng import CounterRng
 from ddiff.core.times import Times
 from ddiff.core.tree import TreeProcess
 from ddiff.testing.probes import (
@@ -61,12 +61,12 @@ class NodeTimes:
         self.t, self.speed, self.window = t, speed, window
 
     def draw(
-        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+        self, clock: TimeChange, rng: CounterRng, slot: Tensor, slots: int | Tensor, length: int
     ) -> Times:
         return Times(self.t, self.speed, torch.zeros_like(self.t, dtype=torch.bool))
 
     def ends(
-        self, clock: TimeChange, noise: Noise, slot: Tensor, slots: int | Tensor, length: int
+        self, clock: TimeChange, rng: CounterRng, slot: Tensor, slots: int | Tensor, length: int
     ) -> tuple[Times, Times]:
         first, last = (torch.full_like(self.t, end) for end in self.window)
         ones, clean = torch.ones_like(self.t), torch.zeros_like(self.t, dtype=torch.bool)
@@ -80,7 +80,7 @@ CHANNELS = (
 )  # each is read off cells of its own; "closing" is never drawn from here
 
 
-class EnumeratedNoise(Noise):
+class EnumeratedRng(CounterRng):
     """Each channel gives the middle of the cell (state, state + 1) / S, for `enumerated` processes to read back.
 
     The state is zt shifted by the place of the channel among CHANNELS: still every state once, but a term that reads the
@@ -159,8 +159,8 @@ def exact_nelbo(
     rule = NodeTimes(t[node], speed[node], window)
     slot = torch.arange(len(node))
     terms = nelbo(
-        enumerated(process), ask_table(table, vocabulary), x0, torch.ones_like(x0, dtype=torch.bool), rule,
-        EnumeratedNoise(zt, vocabulary.num_states), slot, len(slot),
+        enumerated(process), network_from_table(table, vocabulary), x0, torch.ones_like(x0, dtype=torch.bool), rule,
+        EnumeratedRng(zt, vocabulary.num_states), slot, len(slot),
     )  # fmt: skip
     parts = []
     for chance, term in zip(chances, (terms.closing, terms.diffusion, terms.decoding)):
@@ -237,11 +237,11 @@ def _beyond(process: ForwardProcess, log_p: Tensor) -> Tensor:
     """[V] what is still owed within 1e-12 of the ends, where quadrature does not go: the end terms there, less those at
     the ends themselves."""
     words = torch.arange(process.vocabulary.num_tokens)
-    answer = DenseLaw(log_p.expand(len(words), -1), process.vocabulary)
+    prediction = DenseDistribution(log_p.expand(len(words), -1), process.vocabulary)
 
     def closing(t: float) -> Tensor:
         return ForwardProcess.closing_kl(
-            process, answer, words, torch.full(words.shape, t, dtype=torch.float64)
+            process, prediction, words, torch.full(words.shape, t, dtype=torch.float64)
         )
 
     def decoding(t: float) -> Tensor:

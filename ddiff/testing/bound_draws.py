@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import NelboTerms, ask_table, nelbo
-from ddiff.core.prediction import DenseLaw
-from ddiff.core.rng import Noise
+from ddiff.core.elbo import NelboTerms, nelbo, network_from_table
 from ddiff.core.numerics import interior
+from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess, Prior
+from ddiff.core.rng import CounterRng
 from ddiff.testing.bound import WHOLE, NodeTimes, Table, Window, bent, random_joint, words_of
 from ddiff.testing.probes import likelihoods, product, times
 from ddiff.testing.report import Gap, gap, law
@@ -28,10 +28,10 @@ POINTS = 8192
 DIMENSIONS = 64  # of the Sobol sequence; two positions of a process with four uniforms use 2 + 3 * 8 + 2 * 2 of them
 CELLS = 128  # times of a window, each read at POINTS / CELLS points
 EXACT = 1e-9  # nats, for terms that are 0 or do not vary
-Formula = Callable[[DenseLaw, Tensor, Tensor, Tensor], Tensor]
+Formula = Callable[[DenseDistribution, Tensor, Tensor, Tensor], Tensor]
 
 
-class CoveringNoise(Noise):
+class CoveringRng(CounterRng):
     """Sobol points in place of random numbers: each new (channel, position, count) reads dimensions of its own.
 
     A channel that is queried twice gives the same numbers twice, as `Noise` does; `queries` counts them. `point` [B] says
@@ -157,20 +157,20 @@ def drawn_terms(
     scored: Tensor,
     window: Window,
     points: int = POINTS,
-) -> tuple[NelboTerms, CoveringNoise]:
+) -> tuple[NelboTerms, CoveringRng]:
     """`nelbo` of x0 [n,L] at every point of the covering, its terms as [n,points,L], and the noise that it read.
 
     Times lie on an `InformationPath`.
     """
     sequence, point = product(torch.arange(len(x0)), torch.arange(points))
     # points of their own for each sequence, so that the errors of their sum are no multiples of one
-    noise = CoveringNoise(sequence * points + point, len(x0) * points, x0.shape[1])
+    rng = CoveringRng(sequence * points + point, len(x0) * points, x0.shape[1])
     # the middle of one of CELLS cells, as the enumeration has it: both are sums over the same times
-    v = ((noise.uniform("time")[:, 0] * CELLS).floor() + 0.5) / CELLS
+    v = ((rng.uniform("time")[:, 0] * CELLS).floor() + 0.5) / CELLS
     t, speed = InformationPath(process, window)(v, x0.shape[1])
     terms = nelbo(
-        process, ask_table(table, process.vocabulary), x0[sequence], scored[sequence],
-        NodeTimes(t, speed, window), noise, torch.arange(len(sequence)), len(sequence),
+        process, network_from_table(table, process.vocabulary), x0[sequence], scored[sequence],
+        NodeTimes(t, speed, window), rng, torch.arange(len(sequence)), len(sequence),
     )  # fmt: skip
     shape = (len(x0), points, x0.shape[1])
     apart = NelboTerms(
@@ -179,7 +179,7 @@ def drawn_terms(
         terms.decoding.reshape(shape),
         terms.noisy,
     )
-    return apart, noise
+    return apart, rng
 
 
 def enumerated_terms(
@@ -197,8 +197,8 @@ def enumerated_terms(
     last = torch.full((1, length), window[1], dtype=torch.float64)
     one = torch.ones_like(last)
 
-    def closing(answer: DenseLaw, x: Tensor, z: Tensor, at: Tensor) -> Tensor:
-        return process.closing_kl(answer, x, torch.full_like(at, window[1]))
+    def closing(prediction: DenseDistribution, x: Tensor, z: Tensor, at: Tensor) -> Tensor:
+        return process.closing_kl(prediction, x, torch.full_like(at, window[1]))
 
     prior = process.prior.log_prob.exp().expand(1, process.vocabulary.num_tokens, -1)
     return {
@@ -250,7 +250,7 @@ def _summed(
     mean, square = torch.zeros(2, *x0.shape, dtype=torch.float64)
     total = torch.zeros_like(chance)
     for i in range(length):
-        value = formula(DenseLaw(log_p[:, i], vocabulary), x[:, i], zt[:, i], t[node, i])
+        value = formula(DenseDistribution(log_p[:, i], vocabulary), x[:, i], zt[:, i], t[node, i])
         value = torch.where(free[:, i], weight[node, i] * value, 0.0)
         mean[:, i].index_add_(0, n, chance * value / len(t))
         square[:, i].index_add_(0, n, chance * value**2 / len(t))
@@ -276,7 +276,7 @@ def draws_of_the_bound(process: ForwardProcess, points: int = POINTS) -> Iterato
     position = torch.arange(x0.shape[1]).expand(x0.shape)
     process = with_another_prior(process)
     for window in (WHOLE, inner_window(process)):
-        terms, noise = drawn_terms(process, table, x0, scored, window, points)
+        terms, rng = drawn_terms(process, table, x0, scored, window, points)
         for name, (mean, square, square_of_sum) in enumerated_terms(
             process, table, x0, scored, window
         ).items():
@@ -286,7 +286,7 @@ def draws_of_the_bound(process: ForwardProcess, points: int = POINTS) -> Iterato
             yield gap(drawn, mean, {**labels, "x0": x0, "position": position}, allowed)
             allowed = _allowed(mean.sum(), square_of_sum.sum(), points)
             yield gap(drawn.sum(), mean.sum(), {**labels, "summed over": "all sequences"}, allowed)
-        for channel, count in noise.queries.items():
+        for channel, count in rng.queries.items():
             yield gap(
                 torch.tensor(count), 1.0, {"times that a channel of the noise is used": channel}
             )

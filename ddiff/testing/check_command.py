@@ -19,8 +19,8 @@ from ddiff.errors import ArgumentError, PluginError, nearest
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.heads import TokenHead
 from ddiff.plugin.loader import Survey, load_plugins, survey_plugins
-from ddiff.recipe.model import Part, component_part
 from ddiff.plugin.registry import Component, Registry
+from ddiff.recipe.model import ComponentSpec, component_part
 from ddiff.testing.denoiser import check_denoiser
 from ddiff.testing.head import check_head
 from ddiff.testing.process import check_parts, check_process
@@ -111,7 +111,7 @@ def _instances(component: Component, settings: Sequence[str]) -> list[Instance]:
     return INSTANCES[component.kind](component, component_part(component, settings), bool(settings))
 
 
-def _processes(component: Component, part: Part, configured: bool) -> list[Instance]:
+def _processes(component: Component, part: ComponentSpec, configured: bool) -> list[Instance]:
     """The class's own examples; with settings, the configured process on its vocabularies that fit."""
     examples = _examples(component)
     if examples and not configured:
@@ -154,7 +154,7 @@ def _vocabularies(component: Component, examples: list[ForwardProcess]) -> list[
 
 
 def _built_on(
-    component: Component, part: Part, vocabularies: list[Vocabulary], **inputs: Any
+    component: Component, part: ComponentSpec, vocabularies: list[Vocabulary], **inputs: Any
 ) -> list[Any]:
     """What `build` makes of each vocabulary that it takes; its last refusal when it takes none."""
     built, refusal = [], None
@@ -171,7 +171,7 @@ def _built_on(
     )
 
 
-def _heads(component: Component, part: Part, configured: bool) -> list[Instance]:
+def _heads(component: Component, part: ComponentSpec, configured: bool) -> list[Instance]:
     built = _built_on(component, part, small_vocabularies(), width=WIDTH)
     return [
         Instance(f"{component.name} on {_sizes(head.vocabulary)}", partial(check_head, head))
@@ -179,12 +179,12 @@ def _heads(component: Component, part: Part, configured: bool) -> list[Instance]
     ]
 
 
-def _time_rules(component: Component, part: Part, configured: bool) -> list[Instance]:
+def _time_rules(component: Component, part: ComponentSpec, configured: bool) -> list[Instance]:
     rule = part.build()
     return [Instance(component.name, partial(check_time_rule, rule))]
 
 
-def _backbones(component: Component, part: Part, configured: bool) -> list[Instance]:
+def _backbones(component: Component, part: ComponentSpec, configured: bool) -> list[Instance]:
     """A backbone with a plain head, beside a masked process."""
     vocabulary = FlatVocabulary(5)
     backbone = _built_on(component, part, [vocabulary], length=LENGTH)[0]
@@ -197,7 +197,7 @@ def _backbones(component: Component, part: Part, configured: bool) -> list[Insta
     ]
 
 
-def _samplers(component: Component, part: Part, configured: bool) -> list[Instance]:
+def _samplers(component: Component, part: ComponentSpec, configured: bool) -> list[Instance]:
     """The sampler on each small process that it takes."""
     subjects, refused = accepted(
         lambda vocabulary, steps: part.build(steps=steps, vocabulary=vocabulary)
@@ -210,13 +210,13 @@ def _samplers(component: Component, part: Part, configured: bool) -> list[Instan
     return [
         Instance(
             f"{component.name} on {name}",
-            partial(check_sampler, subject.build, subject.process, subject.says),
+            partial(check_sampler, subject.build, subject.process, subject.predicts),
         )
         for name, subject in subjects.items()
     ]
 
 
-INSTANCES: dict[str, Callable[[Component, Part, bool], list[Instance]]] = {
+INSTANCES: dict[str, Callable[[Component, ComponentSpec, bool], list[Instance]]] = {
     "process": _processes,
     "head": _heads,
     "time_rule": _time_rules,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddiff.core.prediction import CleanLaw, drop_own_evidence
+from ddiff.core.prediction import CleanDistribution, drop_own_evidence
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import Noisy
-from ddiff.nn.denoiser import READINGS, Context, Denoiser, asking
+from ddiff.nn.denoiser import PARAMETERIZATIONS, Context, Denoiser, as_network
 from ddiff.testing.head import in_float64
 from ddiff.testing.probes import grid_of_uniforms
 from ddiff.testing.report import Gap, Law, LawReport, check, gap, law
@@ -33,9 +33,9 @@ def _prepared(denoiser: Denoiser, process: ForwardProcess) -> tuple[Denoiser, No
 def _log_p(denoiser: Denoiser, process: ForwardProcess, noisy: Noisy, context: Context) -> Tensor:
     """[B,L,V] what every row is told at the root, in float64."""
     rows = torch.arange(noisy.zt.numel())
-    visit = asking(denoiser, process, context)(noisy)
+    query = as_network(denoiser, process, context)(noisy)
     root = torch.full_like(rows, process.vocabulary.root)
-    told, _ = visit(rows, root, lambda answer, idx: (answer.log_mass(0).double(), idx))
+    told, _ = query(rows, root, lambda prediction, idx: (prediction.log_mass(0).double(), idx))
     return told.reshape(*noisy.zt.shape, -1)
 
 
@@ -92,14 +92,14 @@ def evidence_is_dropped(denoiser: Denoiser, process: ForwardProcess) -> Iterator
     root = torch.full_like(rows, process.vocabulary.root)
     said: list[Tensor] = []
 
-    def keep(answer: CleanLaw, idx: Tensor) -> Tensor:
-        said.append(answer.log_mass(0).double())
+    def keep(prediction: CleanDistribution, idx: Tensor) -> Tensor:
+        said.append(prediction.log_mass(0).double())
         return idx
 
-    twin.visit(noisy, Context(), rows, root, keep)
+    twin.query(noisy, Context(), rows, root, keep)
     expected = torch.cat(said)
     if isinstance(
-        twin.reading, type(READINGS["all"])
+        twin.reading, type(PARAMETERIZATIONS["all"])
     ):  # a copy of the denoiser holds a copy of its reading
         expected = drop_own_evidence(
             expected, process.log_likelihood(noisy.zt.reshape(-1), noisy.t.reshape(-1))

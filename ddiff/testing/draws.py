@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ddiff.core.prediction import DenseLaw
+from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess
 from ddiff.testing.probes import (
     ENDS,
@@ -74,8 +74,8 @@ def _step_gaps(process: ForwardProcess, s: float, t: float) -> Iterator[Gap]:
     )
 
     def draw(row: Tensor, u: Tensor) -> Tensor:
-        visit = TableVisit(log_p.expand(len(row), -1), vocabulary)
-        return process.step(visit, zt[row], last[row], first[row], u)
+        query = TableVisit(log_p.expand(len(row), -1), vocabulary)
+        return process.step(query, zt[row], last[row], first[row], u)
 
     drawn = law_of_draws(draw, len(zt), process.uniforms_per_step, vocabulary.num_states)
     expected = process.reverse_log_probs(log_p.expand(len(zt), -1), zt, last, first).exp()
@@ -103,7 +103,7 @@ def decode_follows_bayes(process: ForwardProcess) -> Iterator[Gap]:
 
 
 @law("step: asks at most once, and nothing when s = t", tolerance=0.0)
-def step_asks_once(process: ForwardProcess) -> Iterator[Gap]:
+def step_queries_once(process: ForwardProcess) -> Iterator[Gap]:
     """One network call serves a whole step; only rows that are shown to the network may change; a step of no length
     changes nothing and asks nothing. Counts: nothing is allowed."""
     states = torch.arange(process.vocabulary.num_states)
@@ -111,31 +111,31 @@ def step_asks_once(process: ForwardProcess) -> Iterator[Gap]:
     zt, point = product(states, torch.arange(64))
     possible = likelihoods(process, times((0.5,)))[0].sum(0) > 0
     zt, point = zt[possible[zt]], point[possible[zt]]
-    visit = _fresh_visit(process, len(zt))
+    query = _fresh_query(process, len(zt))
     t = torch.full(zt.shape, 0.5, dtype=torch.float64)
-    zs = process.step(visit, zt, t, t - 0.2, u[point])
+    zs = process.step(query, zt, t, t - 0.2, u[point])
     yield gap(
-        torch.tensor(max(visit.calls - 1, 0)), 0.0, {"extra calls in a step from 0.5 to": 0.3}
+        torch.tensor(max(query.calls - 1, 0)), 0.0, {"extra calls in a step from 0.5 to": 0.3}
     )
-    unasked = torch.ones(len(zt), dtype=torch.bool).index_fill(0, visit.asked, False)
+    unasked = torch.ones(len(zt), dtype=torch.bool).index_fill(0, query.asked, False)
     yield gap(zs[unasked], zt[unasked].double(), {"a row that was not asked, zt": zt[unasked]})
-    visit = _fresh_visit(process, len(zt))
-    zs = process.step(visit, zt, t, t, u[point])
-    yield gap(torch.tensor(visit.calls), 0.0, {"calls in a step from 0.5 to": 0.5})
+    query = _fresh_query(process, len(zt))
+    zs = process.step(query, zt, t, t, u[point])
+    yield gap(torch.tensor(query.calls), 0.0, {"calls in a step from 0.5 to": 0.5})
     yield gap(zs, zt.double(), {"s = t = 0.5, zt": zt})
 
 
 @law("decode: asks at most once", tolerance=0.0)
-def decode_asks_once(process: ForwardProcess) -> Iterator[Gap]:
+def decode_queries_once(process: ForwardProcess) -> Iterator[Gap]:
     """One network call serves the last draw, none when a closed process is read at t = 0. Counts: nothing is allowed."""
     for t in (0.0, 0.3):
         x0, point = product(torch.arange(process.vocabulary.num_tokens), torch.arange(16))
         now = torch.full(x0.shape, t, dtype=torch.float64)
         zt = process.sample(x0, now, grid_of_uniforms(16, process.uniforms_per_sample)[point])
-        visit = _fresh_visit(process, len(zt))
-        process.decode(visit, zt, now, grid_of_uniforms(16, process.uniforms_per_decode)[point])
+        query = _fresh_query(process, len(zt))
+        process.decode(query, zt, now, grid_of_uniforms(16, process.uniforms_per_decode)[point])
         allowed = 0 if process.closes_at_clean and t == 0.0 else 1
-        yield gap(torch.tensor(max(visit.calls - allowed, 0)), 0.0, {"extra calls at t": t})
+        yield gap(torch.tensor(max(query.calls - allowed, 0)), 0.0, {"extra calls at t": t})
 
 
 @law("a draw depends on its own uniforms only", tolerance=0.0)
@@ -150,7 +150,7 @@ def draws_are_their_own(process: ForwardProcess) -> Iterator[Gap]:
             ("sample", process.uniforms_per_sample),
             ("step", process.uniforms_per_step),
             ("decode", process.uniforms_per_decode),
-            ("climb", process.uniforms_per_climb),
+            ("climb", process.uniforms_per_forward_step),
         )
     }
     zt = process.sample(x0, t, u["sample"])
@@ -168,7 +168,7 @@ def draws_are_their_own(process: ForwardProcess) -> Iterator[Gap]:
 
     draws = {
         "sample": lambda rows, v: process.sample(x0[rows], t[rows], v),
-        "climb": lambda rows, v: process.climb(zt[rows], t[rows] * 0.4, t[rows], v),
+        "climb": lambda rows, v: process.forward_step(zt[rows], t[rows] * 0.4, t[rows], v),
         "step": stepped,
         "decode": decoded,
     }
@@ -214,9 +214,9 @@ def arguments_are_untouched(process: ForwardProcess) -> Iterator[Gap]:
     u_decode = grid_of_uniforms(len(x0), process.uniforms_per_decode)
     zt = process.sample(x0.clone(), t, u_sample)
     log_p = random_laws(vocabulary.num_tokens, len(x0))
-    visit = TableVisit(log_p, vocabulary)
-    answer = DenseLaw(log_p, vocabulary)
-    u_climb = grid_of_uniforms(len(x0), process.uniforms_per_climb)
+    query = TableVisit(log_p, vocabulary)
+    prediction = DenseDistribution(log_p, vocabulary)
+    u_climb = grid_of_uniforms(len(x0), process.uniforms_per_forward_step)
     u_event = grid_of_uniforms(len(x0), process.uniforms_per_event)
     vector = random_laws(vocabulary.num_states, len(x0)).exp()
     calls: dict[str, tuple[Callable, tuple]] = {
@@ -227,24 +227,24 @@ def arguments_are_untouched(process: ForwardProcess) -> Iterator[Gap]:
         "rates.column": (process.rates(t).column, (zt,)),
         "transition": (process.transition, (s, t)),
         "transition.apply": (process.transition(s, t).apply, (vector,)),
-        "density": (lambda *rows: process.density(answer, *rows), (x0, zt, t)),
+        "density": (lambda *rows: process.density(prediction, *rows), (x0, zt, t)),
         "weight": (process.weight, (x0, zt, t)),
-        "divergence": (lambda *rows: process.divergence(answer, *rows), (x0, zt, t)),
+        "divergence": (lambda *rows: process.divergence(prediction, *rows), (x0, zt, t)),
         "transition.solve": (process.transition(s, t).solve, (vector,)),
-        "reverse_rates": (lambda *rows: process.reverse_rates(answer, *rows), (zt, t)),
-        "climb": (process.climb, (x0, s, t, u_climb)),
+        "reverse_rates": (lambda *rows: process.reverse_rates(prediction, *rows), (zt, t)),
+        "climb": (process.forward_step, (x0, s, t, u_climb)),
         "reverse_log_probs": (process.reverse_log_probs, (log_p, zt, t, s)),
-        "decode_nll": (lambda *rows: process.decode_nll(answer, *rows), (x0, zt, t)),
-        "closing_kl": (lambda *rows: process.closing_kl(answer, *rows), (x0, t)),
+        "decode_nll": (lambda *rows: process.decode_nll(prediction, *rows), (x0, zt, t)),
+        "closing_kl": (lambda *rows: process.closing_kl(prediction, *rows), (x0, t)),
         "active": (process.active, (zt,)),
         "informed": (process.informed, (zt,)),
         "scope": (process.scope, (zt,)),
-        "step": (lambda *rows: process.step(visit, *rows), (zt, t, s, u_step)),
-        "decode": (lambda *rows: process.decode(visit, *rows), (zt, t, u_decode)),
+        "step": (lambda *rows: process.step(query, *rows), (zt, t, s, u_step)),
+        "decode": (lambda *rows: process.decode(query, *rows), (zt, t, u_decode)),
     }
     if process.has_events:
         calls["event_time"] = (process.event_time, (zt, t, u_event[:, 0]))
-        calls["event"] = (lambda *rows: process.event(visit, *rows), (zt, t, u_event))
+        calls["event"] = (lambda *rows: process.event(query, *rows), (zt, t, u_event))
     for name, (call, arguments) in calls.items():
         before = [argument.clone() for argument in (*arguments, log_p)]
         call(*arguments)
@@ -252,7 +252,7 @@ def arguments_are_untouched(process: ForwardProcess) -> Iterator[Gap]:
             yield gap(argument, copy.double(), {"modified by": name})
 
 
-def _fresh_visit(process: ForwardProcess, rows: int) -> TableVisit:
+def _fresh_query(process: ForwardProcess, rows: int) -> TableVisit:
     return TableVisit(
         random_laws(process.vocabulary.num_tokens, 1, seed=3).expand(rows, -1), process.vocabulary
     )

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ddiff.core.prediction import Answer, DenseLaw, Score
+from ddiff.core.prediction import DenseDistribution, Prediction, Score
 from ddiff.core.process import ForwardProcess
 from ddiff.testing.probes import Rows, certain_laws, likelihoods, random_laws, times
 from ddiff.testing.report import Gap, gap, law
 
-Term = Callable[[Answer], Tensor]  # [r] nats of a prediction at rows that the term knows
+Term = Callable[[Prediction], Tensor]  # [r] nats of a prediction at rows that the term knows
 
 TINY = -921.0  # ln 1e-400, below the smallest positive float64
 
@@ -31,10 +31,10 @@ def extreme_distributions(num_tokens: int) -> Tensor:
 def _terms(process: ForwardProcess, rows: Rows) -> dict[str, Term]:
     asked = (rows.x0, rows.zt, rows.t)
     return {
-        "divergence": lambda answer: process.divergence(answer, *asked),
-        "density": lambda answer: process.density(answer, *asked),
-        "decode_nll": lambda answer: process.decode_nll(answer, *asked),
-        "closing_kl": lambda answer: process.closing_kl(answer, rows.x0, rows.t),
+        "divergence": lambda prediction: process.divergence(prediction, *asked),
+        "density": lambda prediction: process.density(prediction, *asked),
+        "decode_nll": lambda prediction: process.decode_nll(prediction, *asked),
+        "closing_kl": lambda prediction: process.closing_kl(prediction, rows.x0, rows.t),
     }
 
 
@@ -53,17 +53,17 @@ def gradients_are_finite(process: ForwardProcess) -> Iterator[Gap]:
     own = log_marginal.gather(-1, rows.zt.unsqueeze(-1))
     for name, term in _terms(process, rows).items():
         yield from _gradient(
-            lambda leaf: DenseLaw(leaf, process.vocabulary), rows.log_p, term, name, rows
+            lambda leaf: DenseDistribution(leaf, process.vocabulary), rows.log_p, term, name, rows
         )
         ratio = torch.where(own.isfinite(), log_marginal - own, 0.0)
         yield from _gradient(Score, ratio, term, f"{name} of a score", rows)
 
 
 def _gradient(
-    answer: Callable[[Tensor], Answer], values: Tensor, term: Term, name: str, rows: Rows
+    prediction: Callable[[Tensor], Prediction], values: Tensor, term: Term, name: str, rows: Rows
 ) -> Iterator[Gap]:
     leaf = values.clone().requires_grad_()
-    value = term(answer(leaf))
+    value = term(prediction(leaf))
     finite = value.isfinite()
     if not value.requires_grad:
         return
@@ -86,13 +86,13 @@ def impossible_truth_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
     """
     rows = _extreme_rows(process)
     for name, term in _terms(process, rows).items():
-        yield gap(term(rows.law).isnan().double(), 0.0, {"NaN in": name, **rows.labels})
+        yield gap(term(rows.dist).isnan().double(), 0.0, {"NaN in": name, **rows.labels})
     # of 1e-400 float64 knows the logarithm alone, and the definitions are written in probabilities
     tiny = (rows.log_p < TINY / 2) & ~rows.log_p.isneginf()
     rows = rows.take(~tiny.any(-1))
     expected = _expected(process, rows)
     for name, term in _terms(process, rows).items():
-        got = term(rows.law)
+        got = term(rows.dist)
         if name not in expected:
             continue
         due = expected[name]

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask
-from ddiff.core.prediction import DenseLaw, Score
-from ddiff.core.process import ForwardProcess, RowFunction, Visit
+from ddiff.core.elbo import Network
+from ddiff.core.prediction import DenseDistribution, Score
+from ddiff.core.process import ForwardProcess, Query, RowFunction
 from ddiff.core.times import Noisy
+from ddiff.sampling.grid_sampler import GridSampler
 from ddiff.sampling.loop import Canvas, Sampler, counting
-from ddiff.sampling.grid_sampler import SteppedSampler
 
 FEW_TIMES = 64  # up to which a table over times and states is shorter than one over rows
 FEWEST = 64  # draws of a canvas, however improbable
@@ -27,14 +27,14 @@ DIMENSIONS = 32  # of the Sobol sequence: uniforms of one step
 class Measured(NamedTuple):
     """`law` [S,S] of the two final states; `runs`, how often a sequence went through the network, on average."""
 
-    law: Tensor
+    dist: Tensor
     runs: float
 
     def distance(self, joint: Tensor) -> float:
         """Total variation to `joint` [V,V]."""
-        whole = torch.zeros_like(self.law)
+        whole = torch.zeros_like(self.dist)
         whole[: len(joint), : len(joint)] = joint
-        return 0.5 * float((self.law - whole).abs().sum())
+        return 0.5 * float((self.dist - whole).abs().sum())
 
 
 def given_the_other(
@@ -59,19 +59,19 @@ def given_the_other(
 
 
 @final
-class ExactAsk:
+class ExactNetwork:
     """An ask that knows `joint` [V,V]; `says = "score"` gives the ratios of the marginals under the same laws."""
 
-    def __init__(self, process: ForwardProcess, joint: Tensor, says: str = "law") -> None:
-        self.process, self.joint, self.says = process, joint, says
+    def __init__(self, process: ForwardProcess, joint: Tensor, predicts: str = "law") -> None:
+        self.process, self.joint, self.predicts = process, joint, predicts
 
-    def __call__(self, noisy: Noisy) -> Visit:
-        def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+    def __call__(self, noisy: Noisy) -> Query:
+        def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
             sequence, place = rows // 2, torch.arange(len(rows))
             shown = (part[sequence] for part in (noisy.zt, noisy.t, noisy.clean))
             log_p = given_the_other(self.process, self.joint, *shown)[place, rows % 2]
-            if self.says == "law":
-                return fn(DenseLaw(log_p, self.process.vocabulary), place)
+            if self.predicts == "law":
+                return fn(DenseDistribution(log_p, self.process.vocabulary), place)
             log_q = self.process.log_marginal(
                 log_p, self.process.of_scores(noisy.t.reshape(-1)[rows])
             )
@@ -79,7 +79,7 @@ class ExactAsk:
                 Score(log_q - log_q.gather(-1, noisy.zt.reshape(-1)[rows].unsqueeze(-1))), place
             )
 
-        return visit
+        return query
 
 
 @final
@@ -124,7 +124,7 @@ def measured(
     points: int = 2**15,
     apart: bool = False,
     seed: int = 7,
-    says: str = "law",
+    predicts: str = "law",
 ) -> Measured:
     """The law of the samples of `sampler`, the network being exact.
 
@@ -132,13 +132,13 @@ def measured(
     notes starts every step from all canvases, and with `apart` (positions move independently given the canvas) goes to the
     product of what each position does; the others draw `points` samples.
     """
-    ask = ExactAsk(process, joint, says)
-    sampler.needs(process, says)  # type: ignore[arg-type]
-    if isinstance(sampler, SteppedSampler) and not getattr(
+    network = ExactNetwork(process, joint, predicts)
+    sampler.needs(process, predicts)  # type: ignore[arg-type]
+    if isinstance(sampler, GridSampler) and not getattr(
         getattr(sampler, "kappa", None), "watches", False
     ):
-        return _step_by_step(sampler, process, ask, points, apart, seed)
-    counted = counting(ask)
+        return _step_by_step(sampler, process, network, points, apart, seed)
+    counted = counting(network)
     noise: Any = Quick(points, seed)
     start = process.prior.draw(noise.uniform("start"))
     for canvas in sampler.run(process, counted, _canvas(start, 1.0), lambda step: noise):  # noqa: B007
@@ -149,7 +149,12 @@ def measured(
 
 
 def _step_by_step(
-    sampler: SteppedSampler, process: ForwardProcess, ask: Ask, points: int, apart: bool, seed: int
+    sampler: GridSampler,
+    process: ForwardProcess,
+    network: Network,
+    points: int,
+    apart: bool,
+    seed: int,
 ) -> Measured:
     size, times, runs = process.vocabulary.num_states, sampler.grid.times(), 0.0
     canvases = torch.cartesian_prod(torch.arange(size), torch.arange(size))
@@ -160,7 +165,10 @@ def _step_by_step(
         counts = (points * law[possible]).long().clamp(min=FEWEST)
         weight = (law[possible] / counts).repeat_interleave(counts)
         noise: Any = Shifted(counts, seed + 1000 * k)
-        counted, canvas = counting(ask), _canvas(canvases[possible].repeat_interleave(counts, 0), t)
+        counted, canvas = (
+            counting(network),
+            _canvas(canvases[possible].repeat_interleave(counts, 0), t),
+        )
         if k == len(times) - 2:
             moved = sampler.finish(process, counted, canvas, noise)
         else:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ddiff.core.prediction import CleanLaw
+from ddiff.core.prediction import CleanDistribution
 from ddiff.nn.heads import Head
 from ddiff.testing.prediction import CLEAN_LAW_LAWS, below
 from ddiff.testing.report import Gap, Law, LawReport, check, gap, law
@@ -44,16 +44,20 @@ def _questions(head: Head) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, node, word
 
 
-def _visit(
-    head: Head, hidden: Tensor, node: Tensor, question: Callable[[CleanLaw, Tensor], Tensor]
+def _query(
+    head: Head,
+    hidden: Tensor,
+    node: Tensor,
+    question: Callable[[CleanDistribution, Tensor], Tensor],
 ) -> Tensor:
-    (told,) = head.visit(hidden, node, lambda answer, idx: (question(answer, idx), idx))[:1]
+    (told,) = head.query(hidden, node, lambda prediction, idx: (question(prediction, idx), idx))[:1]
     return told
 
 
-def _surprise(node: Tensor, word: Tensor) -> Callable[[CleanLaw, Tensor], Tensor]:
-    return lambda answer, idx: (
-        answer.log_child(node[idx], word[idx]).square() - answer.log_child(node[idx], word[idx])
+def _surprise(node: Tensor, word: Tensor) -> Callable[[CleanDistribution, Tensor], Tensor]:
+    return lambda prediction, idx: (
+        prediction.log_child(node[idx], word[idx]).square()
+        - prediction.log_child(node[idx], word[idx])
     )
 
 
@@ -63,9 +67,9 @@ def scopes_agree(head: Head) -> Iterator[Gap]:
     head = in_float64(head)
     hidden, node, word = _questions(head)
     question = _surprise(node, word)
-    whole = _visit(head, hidden, torch.full_like(node, head.vocabulary.root), question)
+    whole = _query(head, hidden, torch.full_like(node, head.vocabulary.root), question)
     yield gap(
-        _visit(head, hidden, node, question), whole, {"node": node, "word": word}, 1.0 + whole.abs()
+        _query(head, hidden, node, question), whole, {"node": node, "word": word}, 1.0 + whole.abs()
     )
 
 
@@ -75,10 +79,10 @@ def chunks_agree(head: Head) -> Iterator[Gap]:
     head = in_float64(head)
     hidden, node, word = _questions(head)
     question = _surprise(node, word)
-    whole = _visit(head, hidden, node, question)
+    whole = _query(head, hidden, node, question)
     head.chunk_logits = 1
     total, values = head.total(hidden, node, question)
-    yield gap(_visit(head, hidden, node, question), whole, {"node": node}, 1.0 + whole.abs())
+    yield gap(_query(head, hidden, node, question), whole, {"node": node}, 1.0 + whole.abs())
     yield gap(values, whole, {"node": node}, 1.0 + whole.abs())
     yield gap(total, whole.sum(), {"the": "sum"}, 1.0 + whole.abs().sum())
 
@@ -90,7 +94,7 @@ def gradients_agree(head: Head) -> Iterator[Gap]:
     hidden, node, word = _questions(head)
     question, everybody = _surprise(node, word), torch.arange(ROWS)
     inputs = [hidden.requires_grad_(), *twin.parameters()]
-    whole = twin.law(
+    whole = twin.dist(
         lambda a, b: hidden @ twin.table[a:b].t() + twin.bias[a:b], twin.vocabulary.root
     )
     expected = torch.autograd.grad(3.0 * question(whole, everybody).sum(), inputs)
@@ -122,9 +126,9 @@ def _law_reports(head: Head, node: int) -> list[LawReport]:
     )
     gathered: list[LawReport] = []
 
-    def question(answer: CleanLaw, idx: Tensor) -> Tensor:
-        gathered.extend(check(answer, CLEAN_LAW_LAWS))
+    def question(prediction: CleanDistribution, idx: Tensor) -> Tensor:
+        gathered.extend(check(prediction, CLEAN_LAW_LAWS))
         return torch.zeros(len(idx))
 
-    head.visit(hidden, torch.full((3,), node), question)
+    head.query(hidden, torch.full((3,), node), question)
     return gathered

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.information import TimeChange
-from ddiff.core.prediction import DenseLaw
+from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess
 from ddiff.testing.probes import ENDS, INNER, NEAR_ENDS, likelihoods, product, times
 from ddiff.testing.report import Gap, gap, law
@@ -89,7 +89,7 @@ def _second_moment(process: ForwardProcess, t: Tensor) -> Tensor:
         torch.arange(len(t)), torch.arange(tokens), torch.arange(process.vocabulary.num_states)
     )
     uniform = torch.full((len(x0), tokens), -math.log(tokens), dtype=torch.float64)
-    density = process.density(DenseLaw(uniform, process.vocabulary), x0, zt, t[time])
+    density = process.density(DenseDistribution(uniform, process.vocabulary), x0, zt, t[time])
     chance = q.reshape(-1)
     charged = torch.where(chance > 0, chance * density**2, 0.0)
     return charged.reshape(len(t), -1).sum(-1) / tokens

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddiff.core.prediction import DenseLaw, Score
 from ddiff.core.oracle import propagate
+from ddiff.core.prediction import DenseDistribution, Score
 from ddiff.core.process import ForwardProcess, Informed
 from ddiff.testing.probes import (
     ENDS,
@@ -62,8 +62,8 @@ def density_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """The family's density is the score entropy of its own rates and marginals. Relative: the derived one subtracts."""
     if overrides(process, "density"):
         rows = Rows(process, times(INNER, (1e-3, 1.0 - 1e-3)))
-        derived = ForwardProcess.density(process, rows.law, rows.x0, rows.zt, rows.t)
-        got = process.density(rows.law, rows.x0, rows.zt, rows.t)
+        derived = ForwardProcess.density(process, rows.dist, rows.x0, rows.zt, rows.t)
+        got = process.density(rows.dist, rows.x0, rows.zt, rows.t)
         yield gap(got, derived, rows.labels, 1.0 + derived.abs())
 
 
@@ -73,7 +73,7 @@ def score_is_law(process: ForwardProcess) -> Iterator[Gap]:
     rows = Rows(process, times(INNER))
     log_marginal = process.log_marginal(rows.log_p, rows.t)
     score = Score(log_marginal - log_marginal.gather(-1, rows.zt.unsqueeze(-1)))
-    expected = process.density(rows.law, rows.x0, rows.zt, rows.t)
+    expected = process.density(rows.dist, rows.x0, rows.zt, rows.t)
     yield gap(
         process.density(score, rows.x0, rows.zt, rows.t),
         expected,
@@ -95,8 +95,8 @@ def weight_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 def factors_multiply(process: ForwardProcess) -> Iterator[Gap]:
     """What the bound multiplies is the density, whatever the family's split; neither is negative. Relative rounding."""
     rows = Rows(process, times(INNER))
-    weight, divergence = process.factors(rows.law, rows.x0, rows.zt, rows.t)
-    density = process.density(rows.law, rows.x0, rows.zt, rows.t)
+    weight, divergence = process.factors(rows.dist, rows.x0, rows.zt, rows.t)
+    density = process.density(rows.dist, rows.x0, rows.zt, rows.t)
     yield gap(weight * divergence, density, rows.labels, 1.0 + density.abs())
     yield gap(weight, process.weight(rows.x0, rows.zt, rows.t), rows.labels, 1.0 + weight)
     yield gap(weight.clamp(max=0.0), 0.0, rows.labels)
@@ -110,11 +110,13 @@ def density_is_a_divergence(process: ForwardProcess) -> Iterator[Gap]:
     Relative to the weight of the row: at 1e-6 from an end a weight of 1e6 multiplies the rounding of a divergence of 0.
     """
     rows = Rows(process, times(INNER, (1e-6, 1.0 - 1e-6)))
-    density = process.density(rows.law, rows.x0, rows.zt, rows.t)
+    density = process.density(rows.dist, rows.x0, rows.zt, rows.t)
     scale = 1.0 + process.weight(rows.x0, rows.zt, rows.t)
     yield gap(density.clamp(max=0.0), 0.0, rows.labels, scale)
     yield gap(density.isfinite().double(), 1.0, {"finite density at": "", **rows.labels})
-    sure = DenseLaw(certain_laws(process.vocabulary.num_tokens)[rows.x0], process.vocabulary)
+    sure = DenseDistribution(
+        certain_laws(process.vocabulary.num_tokens)[rows.x0], process.vocabulary
+    )
     yield gap(process.density(sure, rows.x0, rows.zt, rows.t), 0.0, rows.labels, scale)
 
 
@@ -153,7 +155,7 @@ def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
         expected = (
             -(rows.log_p + log_q).log_softmax(-1).gather(-1, rows.x0.unsqueeze(-1)).squeeze(-1)
         )
-        got = process.decode_nll(rows.law, rows.x0, rows.zt, rows.t)
+        got = process.decode_nll(rows.dist, rows.x0, rows.zt, rows.t)
         yield gap(got, expected, rows.labels, 1.0 + expected.abs())
 
 
@@ -165,9 +167,11 @@ def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     index, x0, t = product(
         torch.arange(len(laws)), torch.arange(vocabulary.num_tokens), times(INNER, (1.0,))
     )
-    got = process.closing_kl(DenseLaw(laws[index], vocabulary), x0, t)
+    got = process.closing_kl(DenseDistribution(laws[index], vocabulary), x0, t)
     if overrides(process, "closing_kl"):
-        expected = ForwardProcess.closing_kl(process, DenseLaw(laws[index], vocabulary), x0, t)
+        expected = ForwardProcess.closing_kl(
+            process, DenseDistribution(laws[index], vocabulary), x0, t
+        )
         yield gap(got, expected, {"x0": x0, "t": t})
     if process.closes_at_prior:
         yield gap(got[t == 1.0], 0.0, {"x0": x0[t == 1.0], "t": "1"})
@@ -178,7 +182,7 @@ def active_covers_density(process: ForwardProcess) -> Iterator[Gap]:
     """The bound skips rows that are not active, so their density is 0. Relative rounding of the derived formula."""
     rows = Rows(process, times(INNER))
     idle = ~process.active(rows.zt)
-    density = process.density(rows.law, rows.x0, rows.zt, rows.t)[idle]
+    density = process.density(rows.dist, rows.x0, rows.zt, rows.t)[idle]
     yield gap(density, 0.0, {name: label[idle] for name, label in rows.labels.items()})
 
 
@@ -199,7 +203,7 @@ def scope_suffices(process: ForwardProcess) -> Iterator[Gap]:
     ):
         asked = [argument[reads] for argument in (rows.x0, rows.zt, rows.t)]
         got = read_below(formula, rows.log_p[reads], scope[reads], vocabulary, *asked)
-        expected = formula(DenseLaw(rows.log_p[reads], vocabulary), *asked)
+        expected = formula(DenseDistribution(rows.log_p[reads], vocabulary), *asked)
         labels = {name: label[reads] for name, label in rows.labels.items()}
         yield gap(got, expected, labels, 1.0 + expected.abs())
 
@@ -209,10 +213,10 @@ def informed_is_enough(process: ForwardProcess) -> Iterator[Gap]:
     """The density is the same under two laws that differ only in what `informed` says is not trained. Rounding."""
     rows = Rows(process, times(INNER))
     informed = process.informed(rows.zt)
-    expected = process.density(rows.law, rows.x0, rows.zt, rows.t)
+    expected = process.density(rows.dist, rows.x0, rows.zt, rows.t)
     for code, other in ((Informed.NONE, _reshaped), (Informed.BELOW_NODE, _reshaped_outside)):
         here = informed == code
-        changed = DenseLaw(other(process, rows.log_p, rows.zt), process.vocabulary)
+        changed = DenseDistribution(other(process, rows.log_p, rows.zt), process.vocabulary)
         got = process.density(changed, rows.x0, rows.zt, rows.t)
         labels = {name: label[here] for name, label in rows.labels.items()}
         yield gap(got[here], expected[here], labels, 1.0 + expected[here].abs())

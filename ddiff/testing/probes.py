@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddiff.core.prediction import CleanLaw, DenseLaw
 from ddiff.core.numerics import interior
+from ddiff.core.prediction import CleanDistribution, DenseDistribution
 from ddiff.core.process import ForwardProcess, RowFunction
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
@@ -90,23 +90,23 @@ class Rows:
 
     def __init__(self, process: ForwardProcess, t: Tensor, laws: Tensor | None = None) -> None:
         vocabulary = process.vocabulary
-        self.laws = random_laws(vocabulary.num_tokens) if laws is None else laws
+        self.dists = random_laws(vocabulary.num_tokens) if laws is None else laws
         x0, zt = torch.arange(vocabulary.num_tokens), torch.arange(vocabulary.num_states)
         law_index, time_index, x0, zt = product(
-            torch.arange(len(self.laws)), torch.arange(len(t)), x0, zt
+            torch.arange(len(self.dists)), torch.arange(len(t)), x0, zt
         )
         weight = likelihoods(process, t)[time_index, x0, zt]
         possible = weight > 0
         self.x0, self.zt, self.t = x0[possible], zt[possible], t[time_index[possible]]
-        self.weight, self.log_p = weight[possible], self.laws[law_index[possible]]
-        self.law = DenseLaw(self.log_p, vocabulary)
+        self.weight, self.log_p = weight[possible], self.dists[law_index[possible]]
+        self.dist = DenseDistribution(self.log_p, vocabulary)
 
     def take(self, which: Tensor) -> Rows:
         """The rows marked by a bool [r]."""
         some = copy.copy(self)
         some.x0, some.zt, some.t = self.x0[which], self.zt[which], self.t[which]
         some.weight, some.log_p = self.weight[which], self.log_p[which]
-        some.law = DenseLaw(some.log_p, self.law.vocabulary)
+        some.dist = DenseDistribution(some.log_p, self.dist.vocabulary)
         return some
 
     @property
@@ -140,16 +140,16 @@ class TableVisit:
 
 def laws_below(
     log_p: Tensor, node: Tensor, vocabulary: Vocabulary
-) -> Iterator[tuple[Tensor, CleanLaw]]:
+) -> Iterator[tuple[Tensor, CleanDistribution]]:
     """Rows grouped by the node that they ask below: (which rows, a law that knows nothing else)."""
     for top in node.unique().tolist():
         idx = (node == top).nonzero().squeeze(-1)
         if top == vocabulary.root:
-            yield idx, DenseLaw(log_p[idx], vocabulary)
+            yield idx, DenseDistribution(log_p[idx], vocabulary)
             continue
         start, stop = vocabulary.node_range(torch.tensor(top), 0)
         words = vocabulary.order(0)[int(start) : int(stop)]
-        yield idx, DenseLaw(log_p[idx][:, words].log_softmax(-1), vocabulary, top)
+        yield idx, DenseDistribution(log_p[idx][:, words].log_softmax(-1), vocabulary, top)
 
 
 def read_below(

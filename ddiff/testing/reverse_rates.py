@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddiff.core.prediction import DenseLaw, Score
 from ddiff.core.oracle import propagate
+from ddiff.core.prediction import DenseDistribution, Score
 from ddiff.core.process import ForwardProcess, RowFunction
 from ddiff.testing.draws import law_of_draws
 from ddiff.testing.probes import (
@@ -46,13 +46,13 @@ def scores_are_decoded(process: ForwardProcess) -> Iterator[Gap]:
         now = torch.full((len(zt),), t, dtype=torch.float64)
 
         def draw(row: Tensor, u: Tensor, zt: Tensor = zt, now: Tensor = now) -> Tensor:
-            def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
+            def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
                 asked = row[rows]
                 score = score_of(process, log_p.expand(len(asked), -1), zt[asked], now[asked])
                 drawn: Tensor = fn(score, torch.arange(len(asked)))
                 return drawn
 
-            return process.decode(visit, zt[row], now[row], u)
+            return process.decode(query, zt[row], now[row], u)
 
         drawn = law_of_draws(draw, len(zt), process.uniforms_per_decode, len(words))
         state, x0 = product(zt, words)
@@ -153,8 +153,10 @@ def reverse_flows_balance(process: ForwardProcess) -> Iterator[Gap]:
     )
     scale = forward.amax(-1, keepdim=True).clamp(min=1.0)
     own = marginal.gather(-1, rows.zt.unsqueeze(-1))
-    for answer in (rows.law, score_of(process, rows.log_p, rows.zt, rows.t)):
-        yield gap(own * process.reverse_rates(answer, rows.zt, rows.t), forward, rows.labels, scale)
+    for prediction in (rows.dist, score_of(process, rows.log_p, rows.zt, rows.t)):
+        yield gap(
+            own * process.reverse_rates(prediction, rows.zt, rows.t), forward, rows.labels, scale
+        )
 
 
 @law("reverse rates: they make the density", tolerance=1e-9)
@@ -162,10 +164,14 @@ def density_is_of_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
     """The bound charges sum_y R(y) - R*(y) + R*(y) ln (R*(y)/R(y)), R the law's rates out of z and R* those of the clean
     token. Relative rounding."""
     rows = Rows(process, times(INNER))
-    sure = DenseLaw(certain_laws(process.vocabulary.num_tokens)[rows.x0], process.vocabulary)
-    model, truth = (process.reverse_rates(answer, rows.zt, rows.t) for answer in (rows.law, sure))
+    sure = DenseDistribution(
+        certain_laws(process.vocabulary.num_tokens)[rows.x0], process.vocabulary
+    )
+    model, truth = (
+        process.reverse_rates(prediction, rows.zt, rows.t) for prediction in (rows.dist, sure)
+    )
     cross = torch.where(truth > 0, truth * (truth.log() - model.log()), 0.0)
-    density = process.density(rows.law, rows.x0, rows.zt, rows.t)
+    density = process.density(rows.dist, rows.x0, rows.zt, rows.t)
     scale = 1.0 + density + process.weight(rows.x0, rows.zt, rows.t)
     yield gap((model - truth + cross).sum(-1), density, rows.labels, scale)
 
@@ -181,9 +187,9 @@ def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
 
     def backwards(left: Tensor) -> Tensor:
         t, zt = product(1.0 - left, states[possible])
-        answer = DenseLaw(log_p.expand(len(t), -1), vocabulary)
+        prediction = DenseDistribution(log_p.expand(len(t), -1), vocabulary)
         matrix = torch.zeros(len(left), len(states), len(states), dtype=torch.float64)
-        matrix[:, possible] = process.reverse_rates(answer, zt, t).reshape(
+        matrix[:, possible] = process.reverse_rates(prediction, zt, t).reshape(
             len(left), -1, len(states)
         )
         return matrix - torch.diag_embed(matrix.sum(-1))
@@ -196,20 +202,22 @@ def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
 
 
 @law("climb: its law = transition", tolerance=5e-3)
-def climb_follows_transition(process: ForwardProcess) -> Iterator[Gap]:
+def forward_step_follows_transition(process: ForwardProcess) -> Iterator[Gap]:
     """z_t drawn from z_s has the law P(z_t | z_s), the whole interval included, and is z_s where s = t. 2048 even points
     resolve a probability to 5e-3."""
     states = torch.arange(process.vocabulary.num_states)
     for s, t in ((0.31, 0.77), (0.02, 0.5), (0.5, 1.0), (0.0, 0.97)):
         first, last = (torch.full(states.shape, end, dtype=torch.float64) for end in (s, t))
-        draw = lambda row, u: process.climb(states[row], first[row], last[row], u)  # noqa: B023, E731
-        drawn = law_of_draws(draw, len(states), process.uniforms_per_climb, len(states))
+        draw = lambda row, u: process.forward_step(states[row], first[row], last[row], u)  # noqa: B023, E731
+        drawn = law_of_draws(draw, len(states), process.uniforms_per_forward_step, len(states))
         yield gap(
             drawn, process.transition(first, last).row(states), {"zs": states, "s": s, "t": t}
         )
-    u = grid_of_uniforms(len(states), process.uniforms_per_climb)
+    u = grid_of_uniforms(len(states), process.uniforms_per_forward_step)
     now = torch.full(states.shape, 0.5, dtype=torch.float64)
-    yield gap(process.climb(states, now, now, u), states.double(), {"s = t = 0.5, zs": states})
+    yield gap(
+        process.forward_step(states, now, now, u), states.double(), {"s = t = 0.5, zs": states}
+    )
 
 
 @law("events: what they do comes at the reverse rates", tolerance=6e-3)
@@ -242,7 +250,9 @@ def events_follow_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
 
         drawn = law_of_draws(draw, len(zt), process.uniforms_per_event, vocabulary.num_states)
         moved = drawn.scatter(-1, zt.unsqueeze(-1), 0.0)
-        rates = process.reverse_rates(DenseLaw(log_p.expand(len(zt), -1), vocabulary), zt, s)
+        rates = process.reverse_rates(
+            DenseDistribution(log_p.expand(len(zt), -1), vocabulary), zt, s
+        )
         yield gap(moved, rates / candidates.unsqueeze(-1), {"zt": zt, "s": s})
 
 
@@ -254,8 +264,8 @@ def _unforeseen(
 
     def leaving(times_: Tensor) -> Tensor:
         time, z = product(times_, states)
-        answer = DenseLaw(log_p.expand(len(z), -1), process.vocabulary)
-        return process.reverse_rates(answer, z, time).sum(-1).reshape(len(times_), len(states))
+        prediction = DenseDistribution(log_p.expand(len(z), -1), process.vocabulary)
+        return process.reverse_rates(prediction, z, time).sum(-1).reshape(len(times_), len(states))
 
     expected = integral(leaving, 1e-9, t)[place]
     yield gap(
@@ -266,20 +276,20 @@ def _unforeseen(
 
 
 @law("events: asked at most once, and only what is shown moves", tolerance=0.0)
-def events_ask_once(process: ForwardProcess) -> Iterator[Gap]:
+def events_query_once(process: ForwardProcess) -> Iterator[Gap]:
     """One network call serves the events of all rows; rows that are not shown to it stay. Counts and states: exactly."""
     if not process.has_events:
         return
     possible = (likelihoods(process, times((0.5,)))[0].sum(0) > 0).nonzero().squeeze(-1)
     zt, point = product(possible, torch.arange(32))
-    visit = TableVisit(
+    query = TableVisit(
         random_laws(process.vocabulary.num_tokens, 1, seed=3).expand(len(zt), -1),
         process.vocabulary,
     )
     t = torch.full(zt.shape, 0.5, dtype=torch.float64)
-    zs = process.event(visit, zt, t, grid_of_uniforms(32, process.uniforms_per_event)[point])
-    yield gap(torch.tensor(max(visit.calls - 1, 0)), 0.0, {"extra calls of": "event"})
-    unasked = torch.ones(len(zt), dtype=torch.bool).index_fill(0, visit.asked, False)
+    zs = process.event(query, zt, t, grid_of_uniforms(32, process.uniforms_per_event)[point])
+    yield gap(torch.tensor(max(query.calls - 1, 0)), 0.0, {"extra calls of": "event"})
+    unasked = torch.ones(len(zt), dtype=torch.bool).index_fill(0, query.asked, False)
     yield gap(zs[unasked], zt[unasked].double(), {"a row that was not asked, zt": zt[unasked]})
 
 
@@ -294,7 +304,7 @@ def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
     above = vocabulary.ancestor(states.unsqueeze(0), torch.maximum(own, level))
     below = (level < own) & (above == rows.zt.unsqueeze(-1))
     yield gap(
-        process.reverse_rates(rows.law, rows.zt, rows.t).masked_fill(below, 0.0), 0.0, rows.labels
+        process.reverse_rates(rows.dist, rows.zt, rows.t).masked_fill(below, 0.0), 0.0, rows.labels
     )
 
 
@@ -333,7 +343,7 @@ def scores_at_ends(process: ForwardProcess) -> Iterator[Gap]:
     labels = {name: label[readable] for name, label in rows.labels.items()}
     scale = 1.0 + expected + 1e-4 * hidden
     yield gap(nll[readable], expected[readable], labels, scale[readable])
-    closing = process.closing_kl(rows.law, rows.x0, rows.t)
+    closing = process.closing_kl(rows.dist, rows.x0, rows.t)
     yield gap(process.closing_kl(score, rows.x0, rows.t), closing, rows.labels)
     density = process.density(score, rows.x0, rows.zt, rows.t)
     weight, divergence = process.factors(score, rows.x0, rows.zt, rows.t)

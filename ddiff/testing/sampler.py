@@ -1,6 +1,6 @@
 """What a sampler declares, held against the distribution of its samples on small joints that are known.
 
-The network is exact (`enumerated.ExactAsk`), so that what is left is the sampler's own error: the total variation between
+The network is exact (`enumerated.ExactNetwork`), so that what is left is the sampler's own error: the total variation between
 its samples and a joint of two symbols. `steps -> Sampler` is what is checked, since an order shows only over several
 numbers of steps.
 """
@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LogTimeClock
-from ddiff.core.elbo import Ask
+from ddiff.core.elbo import Network
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.prediction import DenseLaw
-from ddiff.core.process import ForwardProcess, RowFunction, Visit
+from ddiff.core.prediction import DenseDistribution
+from ddiff.core.process import ForwardProcess, Query, RowFunction
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import Noisy
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
 from ddiff.errors import ArgumentError
 from ddiff.sampling.loop import Canvas, Quality, Sampler, Says, generate
-from ddiff.testing.exact_sampler import ExactAsk, Quick
+from ddiff.testing.exact_sampler import ExactNetwork, Quick
 from ddiff.testing.report import Gap, LawReport, check, gap, law
 
 JOINT = torch.tensor(
@@ -46,38 +47,38 @@ class Subject(NamedTuple):
 
     build: Callable[[int], Sampler]
     process: ForwardProcess | None
-    says: Says = "law"
+    predicts: Says = "law"
 
     @property
     def vocabulary(self) -> Vocabulary:
         return FlatVocabulary(3) if self.process is None else self.process.vocabulary
 
-    def ask(self) -> Ask:
+    def network(self) -> Network:
         return (
-            NextAsk(self.vocabulary)
+            NextNetwork(self.vocabulary)
             if self.process is None
-            else ExactAsk(self.process, JOINT, self.says)
+            else ExactNetwork(self.process, JOINT, self.predicts)
         )
 
 
-class NextAsk:
+class NextNetwork:
     """The distribution of each symbol of the joint given the one before it, from the states of a canvas [B,2]."""
 
-    says: Says = "law"
+    predicts: Says = "law"
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
 
-    def __call__(self, noisy: Noisy) -> Visit:
-        def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+    def __call__(self, noisy: Noisy) -> Query:
+        def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
             before = noisy.zt[rows // 2, 0].clamp(max=len(JOINT) - 1)
             p = torch.where((rows % 2 == 0).unsqueeze(-1), JOINT.sum(1), JOINT[before])
             return fn(
-                DenseLaw((p / p.sum(-1, keepdim=True)).log(), self.vocabulary),
+                DenseDistribution((p / p.sum(-1, keepdim=True)).log(), self.vocabulary),
                 torch.arange(len(rows)),
             )
 
-        return visit
+        return query
 
 
 def small_processes() -> dict[str, ForwardProcess | None]:
@@ -93,14 +94,14 @@ def small_processes() -> dict[str, ForwardProcess | None]:
 
 
 def check_sampler(
-    build: Callable[[int], Sampler], process: ForwardProcess | None, says: Says = "law"
+    build: Callable[[int], Sampler], process: ForwardProcess | None, predicts: Says = "law"
 ) -> list[LawReport]:
     """Every law of samplers on one process of three tokens, such as those of `small_processes`.
 
     `build(steps)` makes the sampler. Raises ArgumentError where it refuses the process: its `needs` then says why.
     """
-    subject = Subject(build, process, says)
-    build(FEW).needs(process, says)
+    subject = Subject(build, process, predicts)
+    build(FEW).needs(process, predicts)
     return check(subject, LAWS)
 
 
@@ -109,13 +110,13 @@ def distance(subject: Subject, steps: int) -> float:
     sampler, process = subject.build(steps), subject.process
     if process is None:
         index = torch.arange(POINTS // 4)
-        final = generate(sampler, None, subject.ask(), index=index, length=2, seed=7).ids
+        final = generate(sampler, None, subject.network(), index=index, length=2, seed=7).ids
     else:
         noise: Any = Quick(POINTS, seed=7)
         start = process.prior.draw(noise.uniform("start"))
         free = torch.ones(start.shape, dtype=torch.bool)
         canvas = Canvas(start, torch.ones(start.shape, dtype=torch.float64), ~free, free)
-        for canvas in sampler.run(process, subject.ask(), canvas, lambda step: noise):  # noqa: B007, B020
+        for canvas in sampler.run(process, subject.network(), canvas, lambda step: noise):  # noqa: B007, B020
             pass
         final = canvas.zt
     size = subject.vocabulary.num_states
@@ -158,7 +159,7 @@ def _canvases(sampler: Sampler, subject: Subject) -> int:
     generate(
         sampler,
         subject.process,
-        subject.ask(),
+        subject.network(),
         index=index,
         length=2,
         seed=3,
@@ -179,7 +180,7 @@ def ends_in_tokens(subject: Subject) -> Iterator[Gap]:
         ids = generate(
             subject.build(3),
             subject.process,
-            subject.ask(),
+            subject.network(),
             index=index,
             length=2,
             seed=5,
@@ -197,7 +198,7 @@ def samples_are_their_own(subject: Subject) -> Iterator[Gap]:
 
     def drawn(chosen: Tensor) -> Tensor:
         return generate(
-            subject.build(3), subject.process, subject.ask(), index=chosen, length=2, seed=11
+            subject.build(3), subject.process, subject.network(), index=chosen, length=2, seed=11
         ).ids
 
     together = drawn(index)
@@ -256,14 +257,14 @@ def accepted(build: Callable[[Vocabulary, int], Sampler]) -> tuple[dict[str, Sub
     subjects: dict[str, Subject] = {}
     refused: list[str] = []
     for name, process in small_processes().items():
-        for says in ("law", "score") if process is not None else ("law",):
-            subject = Subject(lambda steps, p=process: build(_vocabulary(p), steps), process, says)  # type: ignore[misc]
+        for predicts in ("law", "score") if process is not None else ("law",):
+            subject = Subject(partial(build, _vocabulary(process)), process, predicts)
             try:
-                subject.build(FEW).needs(process, says)
+                subject.build(FEW).needs(process, predicts)
             except ArgumentError as error:
-                refused.append(f"{name}, {says}: {error}")
+                refused.append(f"{name}, {predicts}: {error}")
             else:
-                subjects[f"{name}, {says}"] = subject
+                subjects[f"{name}, {predicts}"] = subject
     return subjects, refused
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.information import OwnTime
-from ddiff.core.rng import Noise
+from ddiff.core.rng import CounterRng
 from ddiff.core.times import TimeRule, Times
 from ddiff.testing.report import Gap, Law, LawReport, check, gap, law
 
@@ -16,7 +16,7 @@ SLOTS, LENGTH, DRAWS = 64, 4, 128
 
 
 def _drawn(rule: TimeRule, step: int, slot: Tensor) -> Times:
-    return rule.draw(OwnTime(), Noise(11, step, slot, LENGTH), slot, SLOTS, LENGTH)
+    return rule.draw(OwnTime(), CounterRng(11, step, slot, LENGTH), slot, SLOTS, LENGTH)
 
 
 def _draws(rule: TimeRule) -> list[Times]:
@@ -27,7 +27,7 @@ def _window(rule: TimeRule) -> tuple[Tensor, Tensor]:
     """[L] each: the times between which each position is charged, as the ends that are read say."""
     slot, found = torch.arange(SLOTS), []
     for which in (0, 1):
-        end = rule.ends(OwnTime(), Noise(11, 0, slot, LENGTH), slot, SLOTS, LENGTH)[which]
+        end = rule.ends(OwnTime(), CounterRng(11, 0, slot, LENGTH), slot, SLOTS, LENGTH)[which]
         read = (end.speed > 0).double()
         found.append((end.t * read).sum(0) / read.sum(0))
     return found[0], found[1]
@@ -87,7 +87,7 @@ def ends_are_read_once(rule: TimeRule) -> Iterator[Gap]:
     first, last = _window(rule)
     slot = torch.arange(SLOTS)
     pairs = [
-        rule.ends(OwnTime(), Noise(11, step, slot, LENGTH), slot, SLOTS, LENGTH)
+        rule.ends(OwnTime(), CounterRng(11, step, slot, LENGTH), slot, SLOTS, LENGTH)
         for step in range(DRAWS)
     ]
     for name, times, ends in (

@@ -14,7 +14,7 @@ from ddiff.training.optimizers import local
 
 
 @final
-class MovingAverage:
+class ExponentialMovingAverage:
     """w <- d w + (1 - d) p after each step, d = min(decay, (1 + n) / (10 + n)) for the n-th, so that the first weights are
     soon forgotten.
 
@@ -25,7 +25,7 @@ class MovingAverage:
     def __init__(self, module: nn.Module, decay: float) -> None:
         if not 0.0 < decay < 1.0:
             raise ArgumentError(
-                f"MovingAverage: decay must be in (0, 1), such as 0.9999; got {decay}."
+                f"ExponentialMovingAverage: decay must be in (0, 1), such as 0.9999; got {decay}."
             )
         self.decay = decay
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, final
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Ask, Likelihood, NelboTerms, corrupt, nelbo
-from ddiff.core.prediction import CleanLaw
-from ddiff.core.rng import Noise
+from ddiff.core.elbo import Likelihood, NelboTerms, Network, corrupt, nelbo
+from ddiff.core.prediction import CleanDistribution
 from ddiff.core.process import ForwardProcess
+from ddiff.core.rng import CounterRng
 from ddiff.core.times import Noisy, TimeRule, Times
 from ddiff.errors import ArgumentError
-from ddiff.nn.denoiser import Context, Denoiser, asking
+from ddiff.nn.denoiser import Context, Denoiser, as_network
 from ddiff.nn.heads import Question
 from ddiff.training.protocols import LossTerms
 
@@ -115,14 +115,14 @@ class DiffusionObjective:
         return {"tokens": batch.scored.sum()}
 
     def __call__(
-        self, batch: Batch, noise: Noise, denominators: Mapping[str, Tensor], slots: int
+        self, batch: Batch, rng: CounterRng, denominators: Mapping[str, Tensor], slots: int
     ) -> LossTerms:
         """(sum of the rows' loss over this micro-batch) / (tokens of the global batch), in nats per token."""
         reading, process, device = self.denoiser.reading, self.process, device_of(self.module)
         # All that depends on what was drawn is found where the batch is, on the host: the device is never waited for.
-        drawn = self._draw(batch, noise, slots)
+        drawn = self._draw(batch, rng, slots)
         node = reading.scope(process.scope(drawn.zt), process)
-        context = withheld(context_of(batch), self.denoiser.condition_dropout, noise)
+        context = withheld(context_of(batch), self.denoiser.condition_dropout, rng)
         prepared = reading.prepared(process, drawn.zt, drawn.t)
         drawn, context, prepared = sent((drawn, context, prepared), device)
         tokens = denominators["tokens"]
@@ -133,18 +133,18 @@ class DiffusionObjective:
             metrics[f"loss_{name}_nats_per_token"] = (loss.detach() * tokens, batch.scored.sum())
         return LossTerms(loss, metrics)
 
-    def _draw(self, batch: Batch, noise: Noise, slots: int) -> _Drawn:
+    def _draw(self, batch: Batch, rng: CounterRng, slots: int) -> _Drawn:
         """The rows of a batch that are read, and what each stands for."""
         process, x0, share = self.process, batch.ids, self.decoding_share
         clock = process.information_time
-        times = self.times.draw(clock, noise, batch.index, slots, x0.shape[1])
+        times = self.times.draw(clock, rng, batch.index, slots, x0.shape[1])
         decodes = torch.zeros_like(batch.scored)
         if share > 0.0:
             # neighbours in the batch, from a random first one: their times, and so the times of all others, are spread out
-            chosen = ((batch.index / slots + noise.shared("ends")) % 1.0 < share).unsqueeze(-1)
-            first, _ = self.times.ends(clock, noise, batch.index, slots, x0.shape[1])
+            chosen = ((batch.index / slots + rng.shared("ends")) % 1.0 < share).unsqueeze(-1)
+            first, _ = self.times.ends(clock, rng, batch.index, slots, x0.shape[1])
             times, decodes = _mixed(chosen, first, times, share), decodes | chosen
-        noisy = corrupt(process, x0, times, batch.scored, noise, "diffusion")
+        noisy = corrupt(process, x0, times, batch.scored, rng, "diffusion")
         charged = (times.speed > 0) & ~noisy.clean & (process.active(noisy.zt) | decodes)
         choose = getattr(self.loss, "reads", None)
         reads = charged if choose is None else choose(process, noisy, times) & batch.scored
@@ -169,12 +169,12 @@ class DiffusionObjective:
         """(this row's share of the loss, its density) of a chunk; the shares are of the mean over `tokens`."""
         process, weight = self.process, drawn.loss_weight / tokens
 
-        def question(law: CleanLaw, idx: Tensor) -> tuple[Tensor, ...]:
+        def question(dist: CleanDistribution, idx: Tensor) -> tuple[Tensor, ...]:
             chunk = (drawn.x0[idx], drawn.zt[idx], drawn.t[idx])
-            loss, divergence = self._read(law, chunk)
+            loss, divergence = self._read(dist, chunk)
             if drawn.decodes is not None:
                 decodes = drawn.decodes[idx]
-                loss = torch.where(decodes, process.decode_nll(law, *chunk), loss)
+                loss = torch.where(decodes, process.decode_nll(dist, *chunk), loss)
                 divergence = torch.where(
                     decodes, 0.0, divergence
                 )  # the diffusion term alone is reported
@@ -182,16 +182,18 @@ class DiffusionObjective:
 
         return cast(Question, question)
 
-    def _read(self, law: CleanLaw, chunk: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _read(
+        self, dist: CleanDistribution, chunk: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """What the loss reads of the law, with its graph, and the bound's divergence without one: one reading mostly."""
         if (read := getattr(self.loss, "divergence", None)) is None:
-            divergence = self.process.divergence(law, *chunk)
+            divergence = self.process.divergence(dist, *chunk)
             return divergence, divergence.detach()
         loss = read(
-            self.process, law, *chunk
+            self.process, dist, *chunk
         )  # first: a law keeps what it computes, with its graph
         with torch.no_grad():
-            return loss, self.process.divergence(law, *chunk)
+            return loss, self.process.divergence(dist, *chunk)
 
     def _metrics(
         self, density: Tensor, z_rows: Tensor, batch: Batch
@@ -204,16 +206,16 @@ class DiffusionObjective:
                 metrics[f"nelbo_level{l}_nats_per_token"] = ((density * (level == l)).sum(), count)
         return metrics
 
-    def ask(self, batch: Batch) -> Ask:
+    def network(self, batch: Batch) -> Network:
         """How samplers and the bound ask the denoiser about these rows."""
-        return asking(self.denoiser, self.process, context_of(batch))
+        return as_network(self.denoiser, self.process, context_of(batch))
 
     def nll(
-        self, batch: Batch, noise: Noise, slot: Tensor, slots: int | Tensor, times: TimeRule
+        self, batch: Batch, rng: CounterRng, slot: Tensor, slots: int | Tensor, times: TimeRule
     ) -> Likelihood:
         """One unbiased draw of the bound for every position of the batch; no training weight enters it."""
         terms = nelbo(
-            self.process, self.ask(batch), batch.ids, batch.scored, times, noise, slot, slots
+            self.process, self.network(batch), batch.ids, batch.scored, times, rng, slot, slots
         )
         named = {"closing": terms.closing, "diffusion": terms.diffusion, "decoding": terms.decoding}
         return Likelihood(named, self._by_level(terms))
@@ -267,13 +269,11 @@ def context_of(batch: Batch) -> Context:
     return Context(valid, batch.document if batch.packed else None, batch.conditions)
 
 
-def withheld(context: Context, dropout: Mapping[str, float], noise: Noise) -> Context:
+def withheld(context: Context, dropout: Mapping[str, float], rng: CounterRng) -> Context:
     """A context for training: each condition is withheld from its share of the samples, so that guidance has a law
     without it to compare with."""
     dropped = {
-        name: absent_where(
-            noise.uniform(f"condition.{name}")[:, 0] < share, context.conditions[name]
-        )
+        name: absent_where(rng.uniform(f"condition.{name}")[:, 0] < share, context.conditions[name])
         for name, share in dropout.items()
         if name in context.conditions and share > 0
     }

@@ -127,7 +127,7 @@ class Muon(torch.optim.Muon):
 
     The iterates are rounded to `precision` (None: bfloat16 on a GPU as torch has it, the gradient's own on a CPU: without
     bfloat16 units that took 2.8 s a step for 2.4 M parameters, where float32 takes 0.12 s). A matrix in shards is
-    gathered, orthogonalised whole by one rank, each taking its share of the matrices, and handed back.
+    gathered, orthogonalize whole by one rank, each taking its share of the matrices, and handed back.
     """
 
     def __init__(
@@ -164,10 +164,10 @@ class Muon(torch.optim.Muon):
         direction = gradient.lerp(average, group["momentum"]) if group["nesterov"] else average
         rows, columns = parameter.shape
         weights.mul_(1.0 - taken * group["lr"] * group["weight_decay"])
-        turned = self._orthogonalised(direction, parameter, group, turn)
+        turned = self._orthogonalize(direction, parameter, group, turn)
         weights.sub_(turned.mul_(taken * group["lr"] * max(1.0, rows / columns) ** 0.5))
 
-    def _orthogonalised(
+    def _orthogonalize(
         self, direction: Tensor, parameter: Tensor, group: dict[str, Any], turn: int
     ) -> Tensor:
         """In layout and precision of `direction`, this rank's share of a matrix: by the rank whose `turn` it is."""
@@ -191,13 +191,13 @@ class Muon(torch.optim.Muon):
 
     def _whole(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
         dtype = self.precision or (matrix.dtype if matrix.device.type == "cpu" else torch.bfloat16)
-        turned = orthogonalised(
+        turned = orthogonalize(
             matrix.to(dtype), group["ns_coefficients"], group["ns_steps"], group["eps"]
         )
         return turned.to(matrix.dtype)
 
 
-def orthogonalised(
+def orthogonalize(
     matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
     """U S' V^T of matrix = U S V^T with S' near 1: `steps` Newton-Schulz iterations X <- aX + (bA + cAA)X, A = XX^T."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import torch
 
-    from ddiff.core.rng import Noise
+    from ddiff.core.rng import CounterRng
 
 Batch = Any  # whatever `batch_at` gives and the objective takes; the trainer only hands it on
 
@@ -39,7 +39,7 @@ class Objective(Protocol):
         ...
 
     def __call__(
-        self, batch: Batch, noise: Noise, denominators: Mapping[str, Tensor], slots: int
+        self, batch: Batch, rng: CounterRng, denominators: Mapping[str, Tensor], slots: int
     ) -> LossTerms:
         """`denominators`: global counts per field (0-d float64); `slots`: rows of the global batch."""
         ...

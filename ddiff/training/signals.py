@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @final
-class Interruption:
+class StopSignals:
     """While entered, the first signal sets `signal`, and a second raises KeyboardInterrupt or SystemExit(128 + signal).
 
     Whoever waits for data looks at `signal` and gives up: nothing is under way then that could be lost.
@@ -27,7 +27,7 @@ class Interruption:
         self.signal: int | None = None
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self

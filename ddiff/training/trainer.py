@@ -1,10 +1,10 @@
 """The training loop: batches to gradients to steps, with a record of each and a checkpoint now and then.
 
     optimizer = muon(backend.wrap(objective.module))
-    trainer = Trainer(objective, optimizer, batch_at, noise_at, backend=backend, run_dir="runs/a", steps=1500, slots=64)
+    trainer = Trainer(objective, optimizer, batch_at, rng_at, backend=backend, run_dir="runs/a", steps=1500, slots=64)
     summary = trainer.fit(trainer.checkpoints.newest())
 
-Steps count from 0 where something is computed for them (`batch_at`, `noise_at`, `multiplier`), and finished steps count
+Steps count from 0 where something is computed for them (`batch_at`, `rng_at`, `multiplier`), and finished steps count
 from 1 where they are recorded. Data and noise are functions of the step, so a step number is all that resuming needs.
 """
 
@@ -24,22 +24,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
 from ddiff.errors import ArgumentError, CheckpointError, NonFiniteError
-from ddiff.run_dir.identity import check_fingerprints
 from ddiff.progress import Progress, progress
 from ddiff.run_dir.files import CHECKPOINTS
-from ddiff.training.ema import MovingAverage
-from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
-from ddiff.training.signals import Interruption
+from ddiff.run_dir.identity import check_fingerprints
+from ddiff.training.ema import ExponentialMovingAverage
 from ddiff.training.learning_rate import WarmupConstant
 from ddiff.training.metrics import MetricsFile, StepRecord, check_metrics, means
 from ddiff.training.objective import sent
 from ddiff.training.optimizers import step_where
 from ddiff.training.protocols import Backend, Batch, Objective, Optimizer, Tracker
+from ddiff.training.signals import StopSignals
 from ddiff.training.tracker import NoTracker
 
 if TYPE_CHECKING:
-    from ddiff.core.rng import Noise
+    from ddiff.core.rng import CounterRng
 
 MOST_SKIPPED_IN_A_ROW = 20
 
@@ -131,7 +131,7 @@ class Trainer:
         objective: the loss; its module is on the backend already (`backend.wrap`), and `optimizer` is made of it.
         batch_at: (step, micro) -> this rank's micro-batch, where the objective wants it; a pure function. One that reads
             ahead may have `unless(step, micro, stopped)`, which gives None when `stopped()` comes before the batch.
-        noise_at: (step, batch) -> the batch's source of draws; a pure function.
+        rng_at: (step, batch) -> the batch's source of draws; a pure function.
         slots: rows of the global batch, over all micro-batches and ranks.
         accumulate: micro-batches per step.
         multiplier: (step) -> factor in (0, 1] of every group's learning rate.
@@ -151,7 +151,7 @@ class Trainer:
         objective: Objective,
         optimizer: Optimizer,
         batch_at: Callable[[int, int], Batch],
-        noise_at: Callable[[int, Batch], Noise],
+        rng_at: Callable[[int, Batch], CounterRng],
         *,
         backend: Backend,
         run_dir: str | os.PathLike[str],
@@ -180,7 +180,7 @@ class Trainer:
                 f"Trainer: clip must be positive, or None for no clipping; got {clip}."
             )
         self.objective, self.optimizer, self.backend = objective, optimizer, backend
-        self.batch_at, self.noise_at = batch_at, noise_at
+        self.batch_at, self.rng_at = batch_at, rng_at
         self.run_dir, self.steps, self.slots, self.accumulate = (
             os.fspath(run_dir),
             steps,
@@ -194,7 +194,9 @@ class Trainer:
         self.origins, self.fingerprints = dict(origins or {}), dict(fingerprints or {})
         self.made_with = dict(made_with or {})
         self.checkpoints = Checkpoints(f"{self.run_dir}/{CHECKPOINTS}", keep)
-        self.average = MovingAverage(backend.unwrap(objective.module), ema) if ema else None
+        self.average = (
+            ExponentialMovingAverage(backend.unwrap(objective.module), ema) if ema else None
+        )
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._seed = torch.initial_seed()
 
@@ -211,7 +213,7 @@ class Trainer:
         self.objective.module.train()
         launched: deque[_Launched] = deque()
         try:
-            with Interruption() as interruption, self._progress(run.step) as bar:
+            with StopSignals() as interruption, self._progress(run.step) as bar:
                 while run.step < self.steps and run.signal is None:
                     step = run.step + len(launched)
                     batches = self._batches(step, interruption)
@@ -231,7 +233,7 @@ class Trainer:
                         if file:
                             file.append(record, figures)
                         if run.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
-                            raise NonFiniteError(self._despair(record))
+                            raise NonFiniteError(self._too_many_skipped(record))
                         self._report(run, bar)
                     ends = self._stops(run, interruption) or self._is_saved(run.step)
                     if not launched and ends and run.step > saved:
@@ -262,7 +264,7 @@ class Trainer:
         evaluated = self.validation is not None and step % self.validation.every == 0
         return self._is_saved(step) or evaluated or step % self.log_every == 0
 
-    def _is_validated(self, run: _Run, interruption: Interruption) -> bool:
+    def _is_validated(self, run: _Run, interruption: StopSignals) -> bool:
         """Not once a signal has come: an evaluation may take longer than what sent it waits."""
         due = self.validation is not None and run.step % self.validation.every == 0
         return due and not self._stops(run, interruption)
@@ -293,7 +295,7 @@ class Trainer:
         run.settled = time.monotonic()  # tokens/s are those of training
         return figures
 
-    def _stops(self, run: _Run, interruption: Interruption) -> bool:
+    def _stops(self, run: _Run, interruption: StopSignals) -> bool:
         if self.backend.world_size == 1:  # nobody to agree with
             run.signal = interruption.signal
         return run.signal is not None
@@ -302,7 +304,7 @@ class Trainer:
         console = None if self.backend.rank == 0 else Console(quiet=True, force_terminal=False)
         return progress(self.steps, "training", start=start, console=console)
 
-    def _batches(self, step: int, interruption: Interruption) -> list[Batch] | None:
+    def _batches(self, step: int, interruption: StopSignals) -> list[Batch] | None:
         """The micro-batches of a step; None when a signal came while they were waited for."""
         unless = getattr(self.batch_at, "unless", None)
         batches: list[Batch] = []
@@ -318,9 +320,9 @@ class Trainer:
             batches.append(batch)
         return batches
 
-    def _launch(self, step: int, batches: Sequence[Batch], interruption: Interruption) -> _Launched:
+    def _launch(self, step: int, batches: Sequence[Batch], interruption: StopSignals) -> _Launched:
         """Take one step, without waiting for it."""
-        self._part_ways(step)
+        self._seed_rank(step)
         denominators = self._denominators(batches)
         shares = self._backward(step, batches, denominators)
         totals = self.backend.sum(
@@ -343,7 +345,7 @@ class Trainer:
             launched.read.synchronize()
         (grad_norm, items), signals, (loss, _), *pairs = launched.figures.tolist()
         run.count(math.isfinite(loss) and math.isfinite(grad_norm))
-        run.signal = Interruption.received(signals) or run.signal
+        run.signal = StopSignals.received(signals) or run.signal
         now = time.monotonic()
         record = StepRecord(
             step=run.step,
@@ -380,7 +382,7 @@ class Trainer:
                 if micro == len(batches)
                 else self.backend.accumulating(self.objective.module)
             ):
-                terms = self.objective(batch, self.noise_at(step, batch), denominators, self.slots)
+                terms = self.objective(batch, self.rng_at(step, batch), denominators, self.slots)
                 terms.loss.backward()
             totals["loss"] = totals["loss"] + _pair(terms.loss, torch.zeros_like(terms.loss))
             for name, (summed, count) in terms.metrics.items():
@@ -441,11 +443,11 @@ class Trainer:
         if self.average and state.get("ema"):
             self.average.load_tree(state["ema"])
         elif self.average:  # the run had none so far: it starts with the weights as they are now
-            self.average = MovingAverage(module, self.average.decay)
+            self.average = ExponentialMovingAverage(module, self.average.decay)
         _set_random_state(state["random"], self.backend.device)
         return _Run.from_tree(start.step, state["run"])
 
-    def _part_ways(self, step: int) -> None:
+    def _seed_rank(self, step: int) -> None:
         """Give each rank but 0 a random state of its own, from the step alone: a checkpoint holds that of rank 0, and when
         there is one must change nothing."""
         if self.backend.rank > 0:
@@ -466,7 +468,7 @@ class Trainer:
         )
         check_metrics(self.run_dir, start.step)
 
-    def _despair(self, record: StepRecord) -> str:
+    def _too_many_skipped(self, record: StepRecord) -> str:
         return (
             f"Loss or gradient was not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row, the last of them step "
             f"{record.step} (loss {record.loss}, gradient norm {record.grad_norm}); none of them changed the model. "

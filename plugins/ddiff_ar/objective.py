@@ -10,17 +10,17 @@ from torch import Tensor
 
 from ddiff import (
     ArgumentError,
-    Ask,
     Batch,
-    CleanLaw,
+    CleanDistribution,
     ComponentConfig,
+    CounterRng,
     Denoiser,
     Likelihood,
     LossTerms,
-    Noise,
+    Network,
     Noisy,
     TimeRule,
-    asking,
+    as_network,
     context_of,
     device_of,
     sent,
@@ -44,7 +44,7 @@ class AutoregressiveObjective:
                 f'AutoregressiveObjective: the denoiser must be shown the word before each position, inputs = "previous"; '
                 f'got "{denoiser.inputs}".'
             )
-        if denoiser.reading.says != "law":
+        if denoiser.reading.predicts != "law":
             raise ArgumentError(
                 f"AutoregressiveObjective: the head must say a law of the next word; {type(denoiser.head).__name__} says a "
                 'score. Take [denoiser] head = "tokens".'
@@ -62,16 +62,16 @@ class AutoregressiveObjective:
         return {"tokens": batch.scored.sum()}
 
     def __call__(
-        self, batch: Batch, noise: Noise, denominators: Mapping[str, Tensor], slots: int
+        self, batch: Batch, rng: CounterRng, denominators: Mapping[str, Tensor], slots: int
     ) -> LossTerms:
         """(sum of -ln p over the scored words of this micro-batch) / (tokens of the global batch)."""
         device = device_of(self.module)
-        context = withheld(context_of(batch), self.denoiser.condition_dropout, noise)
+        context = withheld(context_of(batch), self.denoiser.condition_dropout, rng)
         rows, node, question = self._asked(batch, device)
         tokens = denominators["tokens"]
 
-        def share(law: CleanLaw, idx: Tensor) -> tuple[Tensor, Tensor]:
-            nats = question(law, idx)
+        def share(dist: CleanDistribution, idx: Tensor) -> tuple[Tensor, Tensor]:
+            nats = question(dist, idx)
             return nats / tokens, nats.detach()
 
         loss, _, nats = self.module(
@@ -79,31 +79,31 @@ class AutoregressiveObjective:
         )
         return LossTerms(loss, {"nll_nats_per_token": (nats.sum(), batch.scored.sum())})
 
-    def ask(self, batch: Batch) -> Ask:
+    def network(self, batch: Batch) -> Network:
         """How the denoiser is asked about these rows."""
-        return asking(self.denoiser, None, context_of(batch))
+        return as_network(self.denoiser, None, context_of(batch))
 
     def nll(
-        self, batch: Batch, noise: Noise, slot: Tensor, slots: int | Tensor, times: TimeRule
+        self, batch: Batch, rng: CounterRng, slot: Tensor, slots: int | Tensor, times: TimeRule
     ) -> Likelihood:
         """-ln p(x_i | x_<i) at every scored position; nothing is drawn, so noise and times are not used."""
         rows, node, question = self._asked(batch, batch.ids.device)
         nats = torch.zeros(batch.ids.numel(), dtype=torch.float64, device=batch.ids.device)
         if len(rows):
-            found: Tensor = self.ask(batch)(_shown(batch))(rows, node, question)
+            found: Tensor = self.network(batch)(_shown(batch))(rows, node, question)
             nats[rows] = found.double()
         return Likelihood({"nll": nats.reshape(batch.ids.shape)}, {})
 
     def _asked(
         self, batch: Batch, device: torch.device
-    ) -> tuple[Tensor, Tensor, Callable[[CleanLaw, Tensor], Tensor]]:
+    ) -> tuple[Tensor, Tensor, Callable[[CleanDistribution, Tensor], Tensor]]:
         """The scored positions on the device, the root for each where the batch is, and the question about them."""
         rows = batch.scored.reshape(-1).nonzero().squeeze(-1)
         node = torch.full_like(rows, self.vocabulary.root)
         rows, words = sent((rows, batch.ids.reshape(-1)[rows]), device)
 
-        def question(law: CleanLaw, idx: Tensor) -> Tensor:
-            return -law.log_prob(words[idx])
+        def question(dist: CleanDistribution, idx: Tensor) -> Tensor:
+            return -dist.log_prob(words[idx])
 
         return rows, node, question
 

@@ -11,23 +11,23 @@ from torch import Tensor
 
 from ddiff import (
     ArgumentError,
-    Ask,
     Canvas,
-    CleanLaw,
+    CleanDistribution,
     ComponentConfig,
+    CounterRng,
     ForwardProcess,
     MinP,
-    Noise,
+    Network,
     NonNegativeFloat,
     PositiveInt,
     Probability,
+    Query,
     Sampler,
     ShapedSampler,
     Share,
     Temperature,
     TopK,
     TopP,
-    Visit,
     Vocabulary,
     step_rows,
 )
@@ -48,33 +48,33 @@ class LeftToRightSampler:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
 
-    def needs(self, process: ForwardProcess | None, says: str) -> None:
+    def needs(self, process: ForwardProcess | None, predicts: str) -> None:
         if process is not None:
             raise ArgumentError(
                 f"LeftToRightSampler: a model of the next word is needed, trained without a process; this one was trained "
                 f'to undo {type(process).__name__}. Use sampler = "ancestral" or "blockwise".'
             )
 
-    def run(self, process: Any, ask: Ask, canvas: Canvas, noise_at: Any) -> Iterator[Canvas]:
+    def run(self, process: Any, network: Network, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
         place = torch.arange(canvas.zt.shape[1], device=canvas.zt.device)
-        noise: Noise = noise_at(1)
-        u, free = noise.uniform("word").reshape(-1), canvas.free
+        rng: CounterRng = rng_at(1)
+        u, free = rng.uniform("word").reshape(-1), canvas.free
         canvas = replace(canvas, block=place.unsqueeze(0))
 
-        def draw(visit: Visit, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             root = torch.full_like(rows, self.vocabulary.root)
 
-            def word(law: CleanLaw, idx: Tensor) -> Tensor:
-                return law.draw(root[idx], torch.zeros_like(idx), u[rows[idx]])
+            def word(dist: CleanDistribution, idx: Tensor) -> Tensor:
+                return dist.draw(root[idx], torch.zeros_like(idx), u[rows[idx]])
 
-            return visit(torch.arange(len(rows), device=rows.device), root, word)
+            return query(torch.arange(len(rows), device=rows.device), root, word)
 
         for position in place.tolist():
             here = free & (place == position)
             if not bool(here.any()):
                 continue
             canvas = replace(canvas, free=here)
-            canvas = canvas.moved(step_rows(ask, canvas, draw), torch.zeros_like(canvas.t))
+            canvas = canvas.moved(step_rows(network, canvas, draw), torch.zeros_like(canvas.t))
             canvas = replace(canvas, clean=canvas.clean | here)
             yield canvas
 

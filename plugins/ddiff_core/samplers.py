@@ -8,19 +8,18 @@ from typing import Annotated, Literal, final
 from pydantic import Field
 
 from ddiff import (
-    AlongSampler,
+    AdaptiveCorrectionSampler,
     AnalyticSampler,
     AncestralSampler,
     BlockwiseSampler,
     Cap,
     ComponentConfig,
     Confidence,
-    CorrectedSampler,
-    CorrectingSampler,
     EntropyBoundSampler,
     FirstHittingSampler,
     ForwardBackward,
     Grid,
+    HyperscheduleSampler,
     Loop,
     LoopGrid,
     MinP,
@@ -28,6 +27,7 @@ from ddiff import (
     OneLevelSampler,
     PositiveFloat,
     PositiveInt,
+    PredictorCorrectorSampler,
     Probability,
     PsiSampler,
     Rescale,
@@ -232,7 +232,7 @@ class Correcting:
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
-        return shaped(config, CorrectingSampler(Grid(config.grid, steps), config.eta))
+        return shaped(config, AdaptiveCorrectionSampler(Grid(config.grid, steps), config.eta))
 
 
 @final
@@ -275,7 +275,9 @@ class Returning:
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
         inner = AncestralSampler(Grid(config.grid, steps))
-        return shaped(config, CorrectedSampler(inner, ForwardBackward(config.share), config.rounds))
+        return shaped(
+            config, PredictorCorrectorSampler(inner, ForwardBackward(config.share), config.rounds)
+        )
 
 
 @final
@@ -338,5 +340,6 @@ class Hyperschedule:
     def build(config: Config, *, steps: int) -> Sampler:
         inner = INNER[config.inner](Grid(config.grid, steps))
         return shaped(
-            config, AlongSampler(inner, WindowTimes(config.width, config.shape, paired=False))
+            config,
+            HyperscheduleSampler(inner, WindowTimes(config.width, config.shape, paired=False)),
         )

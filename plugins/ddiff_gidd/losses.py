@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ddiff import (
-    Answer,
     ArgumentError,
     ComponentConfig,
     ForwardProcess,
     NonNegativeFloat,
     PositiveFloat,
+    Prediction,
 )
 from ddiff_gidd.process import GeneralizedInterpolation
 
@@ -61,10 +61,10 @@ class Dynamic:
         return torch.where(zt == x0, own, elsewhere).clamp(self.smallest, self.largest)
 
     def divergence(
-        self, process: ForwardProcess, answer: Answer, x0: Tensor, zt: Tensor, t: Tensor
+        self, process: ForwardProcess, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
         """KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho, the published split of the bound."""
-        return _mixing(process).mismatch(answer, x0, zt, t)
+        return _mixing(process).mismatch(prediction, x0, zt, t)
 
 
 def _mixing(process: ForwardProcess) -> GeneralizedInterpolation:

@@ -17,8 +17,8 @@ from ddiff import (
     ForwardProcess,
     Vocabulary,
     interior,
-    mask_law,
-    word_law,
+    mask_distribution,
+    token_distribution,
 )
 
 Form = Literal["current", "original"]
@@ -108,7 +108,9 @@ class GeneralizedInterpolation(ComponentProcess):
 
     def __init__(self, vocabulary: Vocabulary, mixing: Mixing) -> None:
         self.mixing = mixing
-        super().__init__(vocabulary, [mask_law(vocabulary), word_law(vocabulary)])
+        super().__init__(
+            vocabulary, [mask_distribution(vocabulary), token_distribution(vocabulary)]
+        )
 
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary) -> GeneralizedInterpolation:

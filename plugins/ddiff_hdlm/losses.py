@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddiff import (
     ArgumentError,
-    CleanLaw,
+    CleanDistribution,
     ComponentConfig,
     ForwardProcess,
     NonNegativeFloat,
@@ -42,9 +42,9 @@ class Empirical:
         return torch.where(zt == process.vocabulary.root, t * t - t + 3.0, 3.0 - 2.0 * t)
 
     def divergence(
-        self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor
+        self, process: ForwardProcess, dist: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        return process.divergence(law, x0, zt, t)
+        return process.divergence(dist, x0, zt, t)
 
 
 @final
@@ -67,6 +67,6 @@ class HardTokens:
         return process.weight(x0, zt, t).clamp(max=self.largest)
 
     def divergence(
-        self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor
+        self, process: ForwardProcess, dist: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        return process.decode_nll(law, x0, zt, t)
+        return process.decode_nll(dist, x0, zt, t)

@@ -20,8 +20,8 @@ from ddiff import (
     PowerSchedule,
     Schedule,
     Vocabulary,
-    mask_law,
-    word_law,
+    mask_distribution,
+    token_distribution,
 )
 
 # Of everything shuffled nothing could be learnt.
@@ -61,7 +61,9 @@ class EpsilonHybrid(ComponentProcess):
                 f"EpsilonHybrid: epsilon must be in [0, 1), the share that is shuffled; got {epsilon}."
             )
         self.schedule, self.epsilon = schedule, epsilon
-        super().__init__(vocabulary, [word_law(vocabulary), mask_law(vocabulary)])
+        super().__init__(
+            vocabulary, [token_distribution(vocabulary), mask_distribution(vocabulary)]
+        )
 
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary) -> EpsilonHybrid:

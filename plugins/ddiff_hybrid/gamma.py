@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ddiff import (
     ArgumentError,
-    CleanLaw,
+    CleanDistribution,
     ComponentConfig,
-    DenseLaw,
+    DenseDistribution,
     FlatVocabulary,
     ForwardProcess,
     Informed,
@@ -32,12 +32,12 @@ from ddiff import (
     LinearSchedule,
     MixtureProcess,
     Prior,
+    Query,
     Schedule,
     Score,
-    Visit,
     Vocabulary,
     interior,
-    word_law,
+    token_distribution,
 )
 
 from .epsilon import require_words_and_mask
@@ -89,7 +89,7 @@ class GammaHybrid(ForwardProcess):
     uniforms_per_sample = 3
     uniforms_per_step = 3
     uniforms_per_decode = 2
-    uniforms_per_climb = 3
+    uniforms_per_forward_step = 3
     uniforms_per_event = 3
     has_events = True
 
@@ -139,7 +139,7 @@ class GammaHybrid(ForwardProcess):
         self.closes_at_prior = self.noise.closes_at_prior
         self.prior = self._prior()
         bare = FlatVocabulary(vocabulary.num_tokens, mask=False)
-        self.words = MixtureProcess(bare, self.kept, word_law(bare))
+        self.words = MixtureProcess(bare, self.kept, token_distribution(bare))
 
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary) -> GammaHybrid:
@@ -203,7 +203,7 @@ class GammaHybrid(ForwardProcess):
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self._noised(x0, self.visible.noised(t), self.kept.noised(t), u)
 
-    def climb(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self._noised(zs, self.visible.lost(s, t), self.kept.lost(s, t), u)
 
     def _noised(self, ids: Tensor, masked: Tensor, redrawn: Tensor, u: Tensor) -> Tensor:
@@ -220,34 +220,40 @@ class GammaHybrid(ForwardProcess):
         revealing = -self.visible.d_alpha(t) / self.visible.noised(t)
         return torch.where(self._masked(zt), revealing, self.words.weight(x0, self._word(zt), t))
 
-    def divergence(self, answer: CleanLaw | Score, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def divergence(
+        self, prediction: CleanDistribution | Score, x0: Tensor, zt: Tensor, t: Tensor
+    ) -> Tensor:
         """KL( r_t(.|x) || r_t(.|p) ) at masks; at tokens that of uniform diffusion."""
-        if isinstance(answer, Score):
-            return super().divergence(answer, x0, zt, t)
-        masks = self.words.closing_kl(answer, x0, interior(t))
+        if isinstance(prediction, Score):
+            return super().divergence(prediction, x0, zt, t)
+        masks = self.words.closing_kl(prediction, x0, interior(t))
         if self.gamma == 0.0:  # tokens are not noise, and cost nothing
             return torch.where(self._masked(zt), masks, 0.0)
-        words = self.words.divergence(answer, x0, self._word(zt), t)
+        words = self.words.divergence(prediction, x0, self._word(zt), t)
         return torch.where(self._masked(zt), masks, words)
 
-    def density(self, answer: CleanLaw | Score, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        if isinstance(answer, Score):
-            return super().density(answer, x0, zt, t)
+    def density(
+        self, prediction: CleanDistribution | Score, x0: Tensor, zt: Tensor, t: Tensor
+    ) -> Tensor:
+        if isinstance(prediction, Score):
+            return super().density(prediction, x0, zt, t)
         weight = self.weight(x0, zt, t)
-        return torch.where(weight > 0, weight * self.divergence(answer, x0, zt, t), 0.0)
+        return torch.where(weight > 0, weight * self.divergence(prediction, x0, zt, t), 0.0)
 
-    def decode_nll(self, answer: CleanLaw | Score, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def decode_nll(
+        self, prediction: CleanDistribution | Score, x0: Tensor, zt: Tensor, t: Tensor
+    ) -> Tensor:
         """-ln p(x) at masks; at words as in uniform diffusion."""
-        if isinstance(answer, Score):
-            return super().decode_nll(answer, x0, zt, t)
-        word = self.words.decode_nll(answer, x0, self._word(zt), t)
-        return torch.where(self._masked(zt), -answer.log_prob(x0), word)
+        if isinstance(prediction, Score):
+            return super().decode_nll(prediction, x0, zt, t)
+        word = self.words.decode_nll(prediction, x0, self._word(zt), t)
+        return torch.where(self._masked(zt), -prediction.log_prob(x0), word)
 
-    def closing_kl(self, answer: CleanLaw | Score, x0: Tensor, t: Tensor) -> Tensor:
+    def closing_kl(self, prediction: CleanDistribution | Score, x0: Tensor, t: Tensor) -> Tensor:
         """A KL( r_t(.|x) || r_t(.|p) )."""
-        if isinstance(answer, Score):
-            return super().closing_kl(answer, x0, t)
-        return self.visible.alpha(t) * self.words.closing_kl(answer, x0, t)
+        if isinstance(prediction, Score):
+            return super().closing_kl(prediction, x0, t)
+        return self.visible.alpha(t) * self.words.closing_kl(prediction, x0, t)
 
     def active(self, zt: Tensor) -> Tensor:
         return self._masked(zt) | (self.gamma > 0.0)
@@ -261,17 +267,17 @@ class GammaHybrid(ForwardProcess):
 
     # ------------------------------------------------------------------ reverse
 
-    def step(self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
+    def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Masks are revealed with 1 - (1 - A_s)/(1 - A_t), whatever the network says; for words that is bounded."""
         before, now = self.visible.noised(s), self.visible.noised(t)
         reveal = torch.where(s < t, (now - before) / now, 0.0)
         return self._move(
-            visit, zt, t, s, reveal, self.kept.lost(s, t) / self.vocabulary.num_tokens, u
+            query, zt, t, s, reveal, self.kept.lost(s, t) / self.vocabulary.num_tokens, u
         )
 
     def _move(
         self,
-        visit: Visit,
+        query: Query,
         zt: Tensor,
         t: Tensor,
         s: Tensor,
@@ -294,10 +300,10 @@ class GammaHybrid(ForwardProcess):
         if len(moving) == 0:
             return zs
 
-        def draw(law: CleanLaw, rows: Tensor) -> Tensor:
+        def draw(dist: CleanDistribution, rows: Tensor) -> Tensor:
             picked = moving[rows]
             z, hidden, first, which, source = zt[picked], masked[picked], *u[picked].unbind(-1)
-            log_p_z = torch.where(hidden, -torch.inf, law.log_prob(self._word(z)).double())
+            log_p_z = torch.where(hidden, -torch.inf, dist.log_prob(self._word(z)).double())
             others = size - (~hidden).long()
             by_noise, by_law = (
                 others * before[picked],
@@ -307,20 +313,20 @@ class GammaHybrid(ForwardProcess):
             leaves = hidden | (first < arrive[picked] * (by_noise + by_law) / here)
             evenly = (which * others).long()
             drawn = torch.where(leaves, evenly + (evenly >= z).long(), z)
-            asking = (leaves & (source * (by_noise + by_law) >= by_noise)).nonzero().squeeze(-1)
-            drawn[asking] = self._elsewhere(law, asking, z[asking], which[asking])
+            as_network = (leaves & (source * (by_noise + by_law) >= by_noise)).nonzero().squeeze(-1)
+            drawn[as_network] = self._elsewhere(dist, as_network, z[as_network], which[as_network])
             return drawn
 
-        zs[moving] = visit(moving, self.scope(zt[moving]), draw)
+        zs[moving] = query(moving, self.scope(zt[moving]), draw)
         return zs
 
-    def _elsewhere(self, law: CleanLaw, rows: Tensor, z: Tensor, u: Tensor) -> Tensor:
+    def _elsewhere(self, dist: CleanDistribution, rows: Tensor, z: Tensor, u: Tensor) -> Tensor:
         """[k] words drawn from some rows [k] of a law without the words z [k]; nothing is left out for masks."""
-        log_p = law.log_mass(0)[rows]
+        log_p = dist.log_mass(0)[rows]
         beside = torch.cat([log_p, log_p[:, :1]], -1).scatter(-1, z.unsqueeze(-1), -torch.inf)[
             :, :-1
         ]
-        return DenseLaw(beside, self.vocabulary).draw(
+        return DenseDistribution(beside, self.vocabulary).draw(
             torch.full_like(z, self.vocabulary.root), torch.zeros_like(z), u
         )
 
@@ -331,7 +337,7 @@ class GammaHybrid(ForwardProcess):
         some_possible = (log_ratio > -torch.inf).any(-1, keepdim=True)
         return self.words.tweedie(Score(torch.where(some_possible, log_ratio, 0.0)), t)
 
-    def decode(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """z itself with probability B p(z) / r_t(z|p), otherwise and at masks x ~ p."""
         if bool((t == 0.0).all()):
             return zt.clone()
@@ -340,25 +346,25 @@ class GammaHybrid(ForwardProcess):
         if len(open_) == 0:
             return x0
 
-        def draw(answer: CleanLaw | Score, rows: Tensor) -> Tensor:
+        def draw(prediction: CleanDistribution | Score, rows: Tensor) -> Tensor:
             picked = open_[rows]
-            law = self._clean_law(answer, t[picked])
+            dist = self._clean_law(prediction, t[picked])
             z = zt[picked]
-            stays = self.kept.alpha(t[picked]) * law.log_prob(self._word(z)).double().exp()
+            stays = self.kept.alpha(t[picked]) * dist.log_prob(self._word(z)).double().exp()
             stays = torch.where(masked[picked], 0.0, stays / (stays + each[picked]))
-            drawn = law.draw(
+            drawn = dist.draw(
                 torch.full_like(z, self.vocabulary.root), torch.zeros_like(z), u[picked, 1]
             )
             return torch.where(u[picked, 0] < stays, z, drawn)
 
-        x0[open_] = visit(open_, self.scope(zt[open_]), draw)
+        x0[open_] = query(open_, self.scope(zt[open_]), draw)
         return x0
 
-    def _clean_law(self, answer: CleanLaw | Score, t: Tensor) -> CleanLaw:
+    def _clean_law(self, prediction: CleanDistribution | Score, t: Tensor) -> CleanDistribution:
         return (
-            DenseLaw(self.tweedie(answer, t), self.vocabulary)
-            if isinstance(answer, Score)
-            else answer
+            DenseDistribution(self.tweedie(prediction, t), self.vocabulary)
+            if isinstance(prediction, Score)
+            else prediction
         )
 
     # ------------------------------------------------------------------ events
@@ -375,10 +381,10 @@ class GammaHybrid(ForwardProcess):
         happens = self._masked(zt) | ((self.redrawing > 0.0) & (s >= interior(s)))
         return torch.where(happens, torch.minimum(s, t), 0.0)
 
-    def event(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """A mask is revealed, y ~ r_t(.|p); a word takes its candidate with ((1 - B)/V) (1 - r(z))/r(z)."""
         t = interior(t)
-        return self._move(visit, zt, t, t, torch.ones_like(t), self._each(t), u)
+        return self._move(query, zt, t, t, torch.ones_like(t), self._each(t), u)
 
     # ------------------------------------------------------------------ parts of the formulas above
 

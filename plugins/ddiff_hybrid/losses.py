@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddiff import (
     ArgumentError,
-    CleanLaw,
+    CleanDistribution,
     ComponentConfig,
     ForwardProcess,
     MixtureProcess,
@@ -18,8 +18,8 @@ from ddiff import (
     Score,
     Times,
     interior,
-    mask_law,
-    word_law,
+    mask_distribution,
+    token_distribution,
 )
 
 from .epsilon import EpsilonHybrid
@@ -92,9 +92,9 @@ class EverywhereCrossEntropy:
         return torch.where(zt == process.vocabulary.root, 1.0 / masks, word / share)
 
     def divergence(
-        self, process: EpsilonHybrid, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor
+        self, process: EpsilonHybrid, dist: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        return process.decode_nll(law, x0, zt, t)
+        return process.decode_nll(dist, x0, zt, t)
 
 
 @final
@@ -110,8 +110,8 @@ class MixedEntropies:
     def __init__(self, process: GammaHybrid) -> None:
         bare, words = process.vocabulary, process.words.vocabulary
         everything = PowerOf(process.noise, process.masking + process.redrawing)  # e^-sigma
-        self.masked = MixtureProcess(bare, everything, mask_law(bare))
-        self.uniform = MixtureProcess(words, everything, word_law(words))
+        self.masked = MixtureProcess(bare, everything, mask_distribution(bare))
+        self.uniform = MixtureProcess(words, everything, token_distribution(words))
 
     def weight(self, process: GammaHybrid, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         root, (hidden, word) = process.vocabulary.root, self._parts(zt)
@@ -119,10 +119,15 @@ class MixedEntropies:
         return torch.where(zt == root, masked, process.gamma * self.uniform.weight(x0, word, t))
 
     def divergence(
-        self, process: GammaHybrid, answer: CleanLaw | Score, x0: Tensor, zt: Tensor, t: Tensor
+        self,
+        process: GammaHybrid,
+        prediction: CleanDistribution | Score,
+        x0: Tensor,
+        zt: Tensor,
+        t: Tensor,
     ) -> Tensor:
         root, (hidden, word) = process.vocabulary.root, self._parts(zt)
-        ratio = _ratio(process, answer, zt, interior(t))
+        ratio = _ratio(process, prediction, zt, interior(t))
         masked = self.masked.divergence(Score(ratio), x0, hidden, t)
         return torch.where(
             zt == root, masked, self.uniform.divergence(Score(ratio[:, :root]), x0, word, t)
@@ -135,9 +140,11 @@ class MixedEntropies:
         )
 
 
-def _ratio(process: ForwardProcess, answer: CleanLaw | Score, zt: Tensor, t: Tensor) -> Tensor:
+def _ratio(
+    process: ForwardProcess, prediction: CleanDistribution | Score, zt: Tensor, t: Tensor
+) -> Tensor:
     """[r,S] log of the probability of each state over that of z_t."""
-    if isinstance(answer, Score):
-        return answer.log_ratio
-    log_marginal = process.log_marginal(answer.log_mass(0), t)
+    if isinstance(prediction, Score):
+        return prediction.log_ratio
+    log_marginal = process.log_marginal(prediction.log_mass(0), t)
     return log_marginal - log_marginal.gather(-1, zt.unsqueeze(-1))

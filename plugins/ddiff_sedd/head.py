@@ -15,7 +15,7 @@ from ddiff import (
     ForwardProcess,
     Head,
     Score,
-    SubtreeLaw,
+    SubtreeDistribution,
     Vocabulary,
 )
 
@@ -25,7 +25,7 @@ Question = Callable[[Any, Tensor], Any]
 
 
 @final
-class RatioLaw(SubtreeLaw):
+class RatioDistribution(SubtreeDistribution):
     """Ratios [r,S] before their scale, and softmax over the words: what they say once the mask's noise is gone."""
 
     def __init__(self, raw: Tensor, vocabulary: Vocabulary) -> None:
@@ -40,10 +40,10 @@ class RatioLaw(SubtreeLaw):
 @final
 @dataclass(frozen=True)
 class Ratios:
-    """Reads a `RatioLaw` as a score: log s(y) = raw(y), 0 at z_t; if scaled, less ln V and ln(e^sigma - 1) at masks."""
+    """Reads a `RatioDistribution` as a score: log s(y) = raw(y), 0 at z_t; if scaled, less ln V and ln(e^sigma - 1) at masks."""
 
     scaled: bool
-    says: ClassVar[Literal["score"]] = "score"
+    predicts: ClassVar[Literal["score"]] = "score"
 
     def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
         """[k] ln(V (e^sigma - 1)) at masks, 0 elsewhere; e^sigma - 1 is how likely the mask is beside all words."""
@@ -67,9 +67,9 @@ class Ratios:
     def question(
         self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
     ) -> Question:
-        def question(law: RatioLaw, idx: Tensor) -> Any:
+        def question(dist: RatioDistribution, idx: Tensor) -> Any:
             own = zt[idx].unsqueeze(-1)
-            log_ratio = law.raw - prepared[idx].to(law.raw.dtype).unsqueeze(-1)
+            log_ratio = dist.raw - prepared[idx].to(dist.raw.dtype).unsqueeze(-1)
             return fn(Score(log_ratio.scatter(-1, own, 0.0)), idx)
 
         return question
@@ -104,8 +104,8 @@ class ScoreHead(Head):
         scaled = vocabulary.mask_id is not None if config.scaled is None else config.scaled
         return cls(vocabulary, width, scaled)
 
-    def law(self, logits: Callable[[int, int], Tensor], top: int) -> RatioLaw:
-        return RatioLaw(logits(0, self.vocabulary.num_states), self.vocabulary)
+    def dist(self, logits: Callable[[int, int], Tensor], top: int) -> RatioDistribution:
+        return RatioDistribution(logits(0, self.vocabulary.num_states), self.vocabulary)
 
     def logits_per_row(self, top: int) -> int:
         return self.vocabulary.num_states

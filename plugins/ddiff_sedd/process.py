@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,8 +16,8 @@ from ddiff import (
     MixtureProcess,
     Schedule,
     Vocabulary,
-    mask_law,
-    word_law,
+    mask_distribution,
+    token_distribution,
 )
 
 Floor = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -58,8 +58,8 @@ class ScoreEntropyDiffusion:
                 f'The process sedd with graph = "{config.graph}" needs words {"and a mask" if masked else "alone"}; got '
                 f'{vocabulary}. Use [vocabulary] kind = "flat" with mask = {str(masked).lower()}.'
             )
-        law = mask_law(vocabulary) if masked else word_law(vocabulary)
-        return MixtureProcess(vocabulary, cls._schedule(config), law)
+        dist = mask_distribution(vocabulary) if masked else token_distribution(vocabulary)
+        return MixtureProcess(vocabulary, cls._schedule(config), dist)
 
     @staticmethod
     def _schedule(config: Config) -> Schedule:
@@ -70,9 +70,9 @@ class ScoreEntropyDiffusion:
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        build = lambda mask, **keys: cls.build(
-            cls.Config(**keys), vocabulary=FlatVocabulary(3, mask=mask)
-        )  # noqa: E731
+        def build(mask: bool, **keys: Any) -> ForwardProcess:
+            return cls.build(cls.Config(**keys), vocabulary=FlatVocabulary(3, mask=mask))
+
         return [
             build(True, graph="absorb", noise="loglinear"),
             build(True, graph="absorb", noise="loglinear", floor=0.0),

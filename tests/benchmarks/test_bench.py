@@ -8,7 +8,7 @@ from handwritten import ChunkedCrossEntropy
 from models import CLUSTERS, Case, Size, cluster_sizes, process_of, vocabulary_of
 from plain import side_of
 
-from ddiff import DenseLaw
+from ddiff import DenseDistribution
 
 SMALL = Size(20, width=8, layers=1, heads=1, length=16, batch=4)
 
@@ -24,7 +24,7 @@ def test_the_plain_side_computes_the_density(family: str) -> None:
     logits = torch.randn(4, 16, side.model.head.out_features)
     words = logits[..., :20].double().log_softmax(-1).reshape(-1, 20)
     expected = process.density(
-        DenseLaw(words, process.vocabulary),
+        DenseDistribution(words, process.vocabulary),
         x0.flatten(),
         zt.flatten(),
         t.double().repeat_interleave(16),

@@ -14,8 +14,8 @@ import pytest
 import ddiff
 from ddiff.cli import app, main
 from ddiff.plugin.loader import installed_plugins, survey_plugins
-from ddiff.recipe.model import read_recipe, shipped_recipes
 from ddiff.plugin.registry import KINDS
+from ddiff.recipe.model import read_recipe, shipped_recipes
 
 HEAVY = ("torch", "transformers", "datasets", "wandb", "torchmetrics", "faiss", "numpy")
 PROBE = """

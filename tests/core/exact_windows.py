@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import ask_law, closing_term, corrupt, decoding_term, diffusion_term
+from ddiff.core.elbo import closing_term, corrupt, decoding_term, diffusion_term, network_from_noisy
 from ddiff.core.information import OwnTime
-from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess
+from ddiff.core.rng import CounterRng
 from ddiff.core.times import DrawsTimes, Noisy, Times
 from ddiff.testing.bound import enumerated, random_joint, words_of
 from ddiff.testing.probes import likelihoods
@@ -29,7 +29,7 @@ JOINT = LOG_JOINT.exp().reshape(-1)
 ENTROPY = -(JOINT * JOINT.log()).sum()
 
 
-class Scripted(Noise):
+class Scripted(CounterRng):
     """`time` and `window` as they are told, every other channel the middle of the cell of a state.
 
     With `turned` the time is told as the number that a group shares, which turns all windows together.
@@ -73,7 +73,7 @@ def nodes(rule: DrawsTimes, order: int = 6) -> tuple[Tensor, Tensor]:
 def exact_law(process: ForwardProcess) -> Callable[[Noisy], Tensor]:
     """P(x_i | what is in sight of i, without its own state) under the joint; a draw of the prior says nothing."""
 
-    def law(noisy: Noisy) -> Tensor:
+    def dist(noisy: Noisy) -> Tensor:
         batch = len(noisy.zt)
         block = torch.zeros(1, LENGTH, dtype=torch.long) if noisy.block is None else noisy.block
         block = block.expand(batch, -1)
@@ -84,11 +84,12 @@ def exact_law(process: ForwardProcess) -> Callable[[Noisy], Tensor]:
             .squeeze(-1)
         )  # [B,L,V]
         evidence = torch.where((noisy.t < 1.0).unsqueeze(-1), evidence, 1.0)
-        certain = lambda ids: torch.nn.functional.one_hot(
-            ids.clamp(max=NUM_WORDS - 1), NUM_WORDS
-        ).double()  # noqa: E731
+
+        def certain(ids):
+            return torch.nn.functional.one_hot(ids.clamp(max=NUM_WORDS - 1), NUM_WORDS).double()
+
         evidence = torch.where(noisy.clean.unsqueeze(-1), certain(noisy.zt), evidence)
-        laws = []
+        dists = []
         for i in range(LENGTH):
             of_sequences = JOINT.expand(batch, -1)
             for j in set(range(LENGTH)) - {i}:
@@ -99,18 +100,21 @@ def exact_law(process: ForwardProcess) -> Callable[[Noisy], Tensor]:
                 earlier = evidence[:, j] if noisy.memory is None else certain(noisy.memory[:, j])
                 said = torch.where(same, evidence[:, j], torch.where(before, earlier, 1.0))
                 of_sequences = of_sequences * said[:, SEQUENCES[:, j]]
-            laws.append(of_sequences @ certain(SEQUENCES[:, i]))
-        stacked = torch.stack(laws, 1)
+            dists.append(of_sequences @ certain(SEQUENCES[:, i]))
+        stacked = torch.stack(dists, 1)
         return (stacked / stacked.sum(-1, keepdim=True)).log()
 
-    return law
+    return dist
 
 
 def exact_terms(
-    process: ForwardProcess, rule: DrawsTimes, law: Callable[[Noisy], Tensor] | None = None
+    process: ForwardProcess, rule: DrawsTimes, dist: Callable[[Noisy], Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[27] the expectations of closing, diffusion and decoding term for every sequence."""
-    twin, ask = enumerated(process), ask_law(law or exact_law(process), process.vocabulary)
+    twin, network = (
+        enumerated(process),
+        network_from_noisy(dist or exact_law(process), process.vocabulary),
+    )
     u, weight = nodes(rule)
     blocks = getattr(rule, "paired", False) and getattr(rule, "shape", "") == "block"
     turned = (
@@ -122,22 +126,22 @@ def exact_terms(
     ) / 6.0  # windows, places in a window, positions: 1, 2 or 3 each
     zero = torch.zeros(6, dtype=torch.float64)
 
-    def first(noise: Noise, slot: Tensor) -> Times:
-        return rule.ends(OwnTime(), noise, slot, 1, LENGTH)[0]
+    def first(rng: CounterRng, slot: Tensor) -> Times:
+        return rule.ends(OwnTime(), rng, slot, 1, LENGTH)[0]
 
-    def last(noise: Noise, slot: Tensor) -> Times:
-        return rule.ends(OwnTime(), noise, slot, 1, LENGTH)[1]
+    def last(rng: CounterRng, slot: Tensor) -> Times:
+        return rule.ends(OwnTime(), rng, slot, 1, LENGTH)[1]
 
-    def drawn(noise: Noise, slot: Tensor) -> Times:
-        return rule.draw(OwnTime(), noise, slot, 1, LENGTH)
+    def drawn(rng: CounterRng, slot: Tensor) -> Times:
+        return rule.draw(OwnTime(), rng, slot, 1, LENGTH)
 
-    def diffusion(x0: Tensor, times: Times, scored: Tensor, noise: Noise) -> Tensor:
+    def diffusion(x0: Tensor, times: Times, scored: Tensor, rng: CounterRng) -> Tensor:
         return diffusion_term(
-            twin, ask, x0, corrupt(twin, x0, times, scored, noise, "diffusion"), times.speed
+            twin, network, x0, corrupt(twin, x0, times, scored, rng, "diffusion"), times.speed
         )
 
-    closing = lambda *a: closing_term(twin, ask, *a)  # noqa: E731
-    decoding = lambda *a: decoding_term(twin, ask, *a)  # noqa: E731
+    closing = lambda *a: closing_term(twin, network, *a)  # noqa: E731
+    decoding = lambda *a: decoding_term(twin, network, *a)  # noqa: E731
     flat = torch.full((6,), 1.0 / 6.0, dtype=torch.float64)
     return (
         _expected(process, scripted, last, zero, cells, flat, closing, at_prior=True),
@@ -148,12 +152,12 @@ def exact_terms(
 
 def _expected(
     process: ForwardProcess,
-    scripted: Callable[..., Noise],
-    times_of: Callable[[Noise, Tensor], Times],
+    scripted: Callable[..., CounterRng],
+    times_of: Callable[[CounterRng, Tensor], Times],
     time: Tensor,
     window: Tensor,
     weight: Tensor,
-    term: Callable[[Tensor, Times, Tensor, Noise], Tensor],
+    term: Callable[[Tensor, Times, Tensor, CounterRng], Tensor],
     at_prior: bool = False,
 ) -> Tensor:
     """[27] the mean of a term over nodes (weight [n]) and states, for every sequence."""
@@ -170,17 +174,17 @@ def _expected(
         )
         kept = (chance > 0).nonzero().squeeze(-1)
         x0, zt, node = x0[kept], zt[kept], node[kept]
-        noise = scripted(time[node], window[node], zt, states)
-        times = times_of(noise, torch.zeros(len(kept), dtype=torch.long))
-        values = term(x0, times, torch.ones_like(x0, dtype=torch.bool), noise).sum(-1)
+        rng = scripted(time[node], window[node], zt, states)
+        times = times_of(rng, torch.zeros(len(kept), dtype=torch.long))
+        values = term(x0, times, torch.ones_like(x0, dtype=torch.bool), rng).sum(-1)
         total.index_add_(0, x[kept], chance[kept] * values)
     return total
 
 
 def _chance(
     process: ForwardProcess,
-    scripted: Callable[..., Noise],
-    times_of: Callable[[Noise, Tensor], Times],
+    scripted: Callable[..., CounterRng],
+    times_of: Callable[[CounterRng, Tensor], Times],
     time: Tensor,
     window: Tensor,
     x0: Tensor,

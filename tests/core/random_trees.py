@@ -25,7 +25,7 @@ def trees(max_tokens: int = 9, max_levels: int = 3) -> st.SearchStrategy[Hierarc
     return parent_lists(max_tokens, max_levels).map(HierarchicalVocabulary)
 
 
-def climb(tree: Vocabulary, node: int) -> list[int]:
+def forward_step(tree: Vocabulary, node: int) -> list[int]:
     """The ids from a node up to the root, itself first, by following `parents` one step at a time."""
     level = next(l for l in reversed(range(tree.num_levels + 1)) if tree.offsets[l] <= node)
     path, index = [node], node - tree.offsets[level]
@@ -39,5 +39,7 @@ def below(tree: Vocabulary, node: int, level: int) -> set[int]:
     """The ids of `level` that lie below a node or are it."""
     first = tree.offsets[level]
     return {
-        id_ for id_ in range(first, first + tree.level_sizes[level]) if node in climb(tree, id_)
+        id_
+        for id_ in range(first, first + tree.level_sizes[level])
+        if node in forward_step(tree, id_)
     }

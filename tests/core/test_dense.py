@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddiff.core.dense import DenseProcess
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.prediction import DenseLaw
+from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess, RowFunction
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.vocabulary import FlatVocabulary
@@ -112,7 +112,9 @@ def test_a_state_that_is_never_reached_leaves_value_and_gradient_finite(
     ).requires_grad_()
     x0, zt = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([0, 0, 0, 1, 2, 1])
     t = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 1.0], dtype=torch.float64)
-    value = density(process, DenseLaw(logits.log_softmax(-1), process.vocabulary), x0, zt, t)
+    value = density(
+        process, DenseDistribution(logits.log_softmax(-1), process.vocabulary), x0, zt, t
+    )
     assert bool((value >= -1e-12).all())
     value[:-1].sum().backward()
     assert logits.grad is not None
@@ -125,9 +127,9 @@ def test_a_word_whose_probability_underflows_leaves_the_gradient_finite() -> Non
     vocabulary = FlatVocabulary(3)
     process = MixtureProcess(vocabulary, LinearSchedule(), torch.tensor([0.0, 0.0, 0.0, 1.0]))
     logits = torch.tensor([[0.0, 0.0, -200.0]], requires_grad=True)
-    law = DenseLaw(logits.log_softmax(-1), vocabulary)
+    dist = DenseDistribution(logits.log_softmax(-1), vocabulary)
     process.density(
-        law, torch.tensor([0]), torch.tensor([3]), torch.tensor([0.5]).double()
+        dist, torch.tensor([0]), torch.tensor([3]), torch.tensor([0.5]).double()
     ).sum().backward()
     # -ln p(x0)/t, with gradient (p - onehot)/t
     torch.testing.assert_close(logits.grad, torch.tensor([[-1.0, 1.0, 0.0]]))
@@ -136,18 +138,19 @@ def test_a_word_whose_probability_underflows_leaves_the_gradient_finite() -> Non
 def test_a_step_from_a_law_of_nan_is_an_error_and_not_a_word() -> None:
     process = DenseProcess(bare, chain)
 
-    def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
+    def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
         return fn(
-            DenseLaw(torch.full((len(rows), 3), math.nan).double(), bare), torch.arange(len(rows))
+            DenseDistribution(torch.full((len(rows), 3), math.nan).double(), bare),
+            torch.arange(len(rows)),
         )
 
     t = torch.tensor([0.5, 0.6], dtype=torch.float64)
     for draw in (
         lambda: process.step(
-            visit, torch.tensor([0, 1]), t, t / 2, torch.tensor([[0.1], [0.9]]).double()
+            query, torch.tensor([0, 1]), t, t / 2, torch.tensor([[0.1], [0.9]]).double()
         ),
         lambda: process.decode(
-            visit, torch.tensor([0, 1]), t, torch.tensor([[0.1], [0.9]]).double()
+            query, torch.tensor([0, 1]), t, torch.tensor([[0.1], [0.9]]).double()
         ),
     ):
         with pytest.raises(NonFiniteError, match="the predicted distribution holds NaN"):

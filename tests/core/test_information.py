@@ -14,7 +14,7 @@ from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.dense import DenseProcess
 from ddiff.core.information import MonotoneMap, OwnTime
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.prediction import DenseLaw
+from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import GeometricSchedule, LinearSchedule, PowerSchedule
 from ddiff.core.tree import TreeProcess
@@ -159,7 +159,7 @@ def test_the_mean_density_of_the_uniform_prediction_is_flat_in_tau(name: str) ->
     states, tokens = process.vocabulary.num_states, process.vocabulary.num_tokens
     x0 = torch.arange(tokens).repeat_interleave(states)
     zt = torch.arange(states).repeat(tokens)
-    law = DenseLaw(
+    dist = DenseDistribution(
         torch.full((len(x0), tokens), -math.log(tokens), dtype=torch.float64), process.vocabulary
     )
     charged = []
@@ -167,7 +167,7 @@ def test_the_mean_density_of_the_uniform_prediction_is_flat_in_tau(name: str) ->
         t, speed = clock.at(torch.tensor(tau, dtype=torch.float64))
         times = t.expand(len(x0))
         q = process.log_likelihood(zt, times).exp().gather(-1, x0.unsqueeze(-1)).squeeze(-1)
-        density = torch.where(q > 0, process.density(law, x0, zt, times), 0.0)
+        density = torch.where(q > 0, process.density(dist, x0, zt, times), 0.0)
         charged.append(float(speed * (q * density).sum() / tokens))
     ends = process.information(
         torch.stack([clock.at(x)[0] for x in torch.tensor([0.0, 1.0]).double()])

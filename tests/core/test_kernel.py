@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_trees import climb, trees
+from random_trees import forward_step, trees
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock
@@ -49,7 +49,7 @@ def parents_one_by_one(tree: HierarchicalVocabulary, xi: tuple[float, ...]) -> T
     kappa = torch.eye(size, dtype=torch.float64)
     up = torch.zeros(size, size, dtype=torch.float64)
     for node in range(size - 1):
-        right = climb(tree, node)[1]
+        right = forward_step(tree, node)[1]
         level = int(tree.level_of(torch.tensor(right)))
         nodes = range(tree.offsets[level], tree.offsets[level] + tree.level_sizes[level])
         sure = 1.0 if len(nodes) == 1 else xi[level - 1]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_trees import below, climb, trees
+from random_trees import below, forward_step, trees
 from torch import Tensor
 
 from ddiff.core.clock import LogTimeClock
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.prediction import DenseLaw, drop_own_evidence, segment_logsumexp
+from ddiff.core.prediction import DenseDistribution, drop_own_evidence, segment_logsumexp
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.tree import TreeProcess
@@ -45,15 +45,15 @@ def test_masses_are_sums_over_the_words_below(
     tree: HierarchicalVocabulary, seed: int, impossible: bool
 ) -> None:
     log_p = random_log_p(tree.num_tokens, seed, impossible=impossible)
-    law = DenseLaw(log_p, tree)
+    dist = DenseDistribution(log_p, tree)
     for level, (first, size) in enumerate(zip(tree.offsets, tree.level_sizes)):
         expected = torch.stack([mass(tree, log_p, node) for node in range(first, first + size)], -1)
-        torch.testing.assert_close(law.log_mass(level).exp(), expected, **EXACT)
+        torch.testing.assert_close(dist.log_mass(level).exp(), expected, **EXACT)
         places = tree.order(level) - first
-        torch.testing.assert_close(law.log_below(level).exp(), expected[:, places], **EXACT)
+        torch.testing.assert_close(dist.log_below(level).exp(), expected[:, places], **EXACT)
     for node in range(tree.num_states):
         torch.testing.assert_close(
-            law.log_prob(torch.tensor([node] * 2)).exp(), mass(tree, log_p, node), **EXACT
+            dist.log_prob(torch.tensor([node] * 2)).exp(), mass(tree, log_p, node), **EXACT
         )
 
 
@@ -61,23 +61,25 @@ def test_masses_are_sums_over_the_words_below(
 @many
 def test_log_child_is_the_conditional_at_any_depth(tree: HierarchicalVocabulary, seed: int) -> None:
     log_p = random_log_p(tree.num_tokens, seed)
-    law = DenseLaw(log_p, tree)
+    dist = DenseDistribution(log_p, tree)
     for child in range(tree.num_states):
-        for node in climb(tree, child):
+        for node in forward_step(tree, child):
             expected = (mass(tree, log_p, child) / mass(tree, log_p, node)).log()
-            got = law.log_child(torch.tensor([node] * 2), torch.tensor([child] * 2))
+            got = dist.log_child(torch.tensor([node] * 2), torch.tensor([child] * 2))
             torch.testing.assert_close(got, expected, rtol=0.0, atol=1e-11, check_dtype=False)
 
 
 def test_a_node_given_itself_is_certain_even_where_it_is_impossible() -> None:
-    law = DenseLaw(torch.tensor([[-torch.inf, 0.0]]).double(), HierarchicalVocabulary([[0, 1]]))
+    dist = DenseDistribution(
+        torch.tensor([[-torch.inf, 0.0]]).double(), HierarchicalVocabulary([[0, 1]])
+    )
     for node in (0, 1, 2, 3):
-        assert law.log_child(torch.tensor([node]), torch.tensor([node])).tolist() == [0.0]
+        assert dist.log_child(torch.tensor([node]), torch.tensor([node])).tolist() == [0.0]
 
 
 def test_a_law_keeps_the_dtype_of_what_is_as_wide_as_the_vocabulary() -> None:
-    law = DenseLaw(random_log_p(7, 0).float(), some_tree)
-    assert {law.log_mass(level).dtype for level in range(3)} == {torch.float32}
+    dist = DenseDistribution(random_log_p(7, 0).float(), some_tree)
+    assert {dist.log_mass(level).dtype for level in range(3)} == {torch.float32}
 
 
 @given(trees(), st.integers(0, 99), st.booleans())
@@ -94,8 +96,8 @@ def test_a_draw_is_the_inverse_cdf_below_the_node_in_tree_order(
         ):
             continue
         rows = len(uniforms)
-        law = DenseLaw(log_p.expand(rows, -1), tree)
-        drawn = law.draw(torch.full((rows,), node), torch.full((rows,), level), uniforms).tolist()
+        dist = DenseDistribution(log_p.expand(rows, -1), tree)
+        drawn = dist.draw(torch.full((rows,), node), torch.full((rows,), level), uniforms).tolist()
         if not inside or level == int(tree.level_of(torch.tensor(node))):
             assert drawn == [node] * rows  # nothing of that level lies below: the row stays
             continue
@@ -109,7 +111,7 @@ def test_the_law_of_a_draw_is_the_conditional() -> None:
     points = 2000
     grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     log_p = random_log_p(7, 3, rows=1)
-    law = DenseLaw(log_p.expand(points, -1), some_tree)
+    dist = DenseDistribution(log_p.expand(points, -1), some_tree)
     for node, level in [
         (some_tree.root, 0),
         (some_tree.root, 1),
@@ -118,7 +120,7 @@ def test_the_law_of_a_draw_is_the_conditional() -> None:
         (11, 1),
         (7, 0),
     ]:
-        drawn = law.draw(torch.full((points,), node), torch.full((points,), level), grid)
+        drawn = dist.draw(torch.full((points,), node), torch.full((points,), level), grid)
         share = torch.bincount(drawn, minlength=some_tree.num_states) / points
         expected = torch.zeros(some_tree.num_states)
         for z in below(some_tree, node, level):
@@ -127,12 +129,16 @@ def test_the_law_of_a_draw_is_the_conditional() -> None:
 
 
 def test_rows_of_one_call_draw_at_their_own_node_and_level() -> None:
-    law = DenseLaw(random_log_p(7, 5, rows=1).expand(4, -1), some_tree)
+    dist = DenseDistribution(random_log_p(7, 5, rows=1).expand(4, -1), some_tree)
     node, level = torch.tensor([13, 13, 11, 4]), torch.tensor([2, 0, 1, 0])
     u = torch.tensor([0.1, 0.7, 0.5, 0.9], dtype=torch.float64)
-    together = law.draw(node, level, u)
+    together = dist.draw(node, level, u)
     alone = [
-        int(DenseLaw(random_log_p(7, 5, rows=1), some_tree).draw(node[[i]], level[[i]], u[[i]]))
+        int(
+            DenseDistribution(random_log_p(7, 5, rows=1), some_tree).draw(
+                node[[i]], level[[i]], u[[i]]
+            )
+        )
         for i in range(4)
     ]
     assert together.tolist() == alone
@@ -144,16 +150,16 @@ def test_uniforms_at_both_ends_stay_below_the_node() -> None:
     ends = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
     tree = HierarchicalVocabulary([[i % 7 for i in range(500)]])
     for seed in range(20):
-        law = DenseLaw(random_log_p(500, seed).float(), tree)
+        dist = DenseDistribution(random_log_p(500, seed).float(), tree)
         for node in range(500, 507):
-            drawn = law.draw(torch.full((2,), node), torch.zeros(2).long(), ends)
+            drawn = dist.draw(torch.full((2,), node), torch.zeros(2).long(), ends)
             assert tree.parent(drawn).tolist() == [node, node]
 
 
 def test_an_impossible_word_is_never_drawn() -> None:
     log_p = torch.tensor([[-torch.inf, 0.5, 0.0, 0.5, -torch.inf]]).log_softmax(-1).double()
     grid = torch.linspace(0, 1 - 2.0**-53, 101, dtype=torch.float64)
-    drawn = DenseLaw(log_p.expand(101, -1), FlatVocabulary(5)).draw(
+    drawn = DenseDistribution(log_p.expand(101, -1), FlatVocabulary(5)).draw(
         torch.full((101,), 5), torch.zeros(101).long(), grid
     )
     assert set(drawn.tolist()) == {1, 2, 3}
@@ -162,17 +168,17 @@ def test_an_impossible_word_is_never_drawn() -> None:
 def test_nothing_is_drawn_from_a_law_of_nan() -> None:
     log_p = random_log_p(7, 0)
     log_p[1, 2] = torch.nan
-    law = DenseLaw(log_p, some_tree)
+    dist = DenseDistribution(log_p, some_tree)
     with pytest.raises(NonFiniteError, match="the predicted distribution holds NaN"):
-        law.draw(torch.tensor([13, 13]), torch.zeros(2).long(), torch.tensor([0.1, 0.2]).double())
+        dist.draw(torch.tensor([13, 13]), torch.zeros(2).long(), torch.tensor([0.1, 0.2]).double())
 
 
 def test_nothing_is_drawn_below_a_node_without_probability() -> None:
     log_p = random_log_p(7, 0)
     log_p[:, sorted(below(some_tree, 8, 0))] = -torch.inf
-    law = DenseLaw(log_p, some_tree)
+    dist = DenseDistribution(log_p, some_tree)
     with pytest.raises(NonFiniteError, match="gives no probability to anything below"):
-        law.draw(torch.tensor([8, 8]), torch.zeros(2).long(), torch.tensor([0.1, 0.2]).double())
+        dist.draw(torch.tensor([8, 8]), torch.zeros(2).long(), torch.tensor([0.1, 0.2]).double())
 
 
 @given(trees(max_levels=3), st.integers(0, 99))
@@ -181,18 +187,20 @@ def test_a_law_that_knows_only_below_its_top_says_the_same_there(
     tree: HierarchicalVocabulary, seed: int
 ) -> None:
     log_p, u = random_log_p(tree.num_tokens, seed), torch.tensor([0.2, 0.8], dtype=torch.float64)
-    whole = DenseLaw(log_p, tree)
+    whole = DenseDistribution(log_p, tree)
     for top in range(tree.num_tokens, tree.num_states):
         start, stop = tree.node_range(torch.tensor(top), 0)
         words = tree.order(0)[int(start) : int(stop)]
-        local = DenseLaw(log_p[:, words].log_softmax(-1), tree, top)
+        local = DenseDistribution(log_p[:, words].log_softmax(-1), tree, top)
         for level in range(int(tree.level_of(torch.tensor(top)))):
             drawn = local.draw(torch.tensor([top, top]), torch.tensor([level, level]), u)
             assert torch.equal(
                 drawn, whole.draw(torch.tensor([top, top]), torch.tensor([level, level]), u)
             )
             for child in below(tree, top, level):
-                for node in climb(tree, child)[: int(tree.level_of(torch.tensor(top))) - level + 1]:
+                for node in forward_step(tree, child)[
+                    : int(tree.level_of(torch.tensor(top))) - level + 1
+                ]:
                     pair = torch.tensor([node] * 2), torch.tensor([child] * 2)
                     torch.testing.assert_close(
                         local.log_child(*pair), whole.log_child(*pair), rtol=0.0, atol=1e-11
@@ -200,10 +208,10 @@ def test_a_law_that_knows_only_below_its_top_says_the_same_there(
 
 
 def test_what_lies_above_the_top_cannot_be_asked() -> None:
-    law = DenseLaw(torch.zeros(1, 2).double().log_softmax(-1), some_tree, top=7)
-    for ask in (lambda: law.log_prob(torch.tensor([1])), lambda: law.log_mass(0)):
+    dist = DenseDistribution(torch.zeros(1, 2).double().log_softmax(-1), some_tree, top=7)
+    for network in (lambda: dist.log_prob(torch.tensor([1])), lambda: dist.log_mass(0)):
         with pytest.raises(ArgumentError, match="the rows asked below node 7 only"):
-            ask()
+            network()
 
 
 def test_segments_sum_where_everything_and_nothing_is_possible() -> None:
@@ -240,7 +248,7 @@ def test_a_full_conditional_trains_below_a_node_that_rules_tokens_out() -> None:
     logits = torch.tensor([[0.1, 0.2, -0.3, 0.4]], dtype=torch.float64, requires_grad=True)
     node, x0, t = torch.tensor([4]), torch.tensor([2]), torch.tensor([0.4], dtype=torch.float64)
     rest = drop_own_evidence(logits.log_softmax(-1), process.log_likelihood(node, t))
-    process.divergence(DenseLaw(rest, process.vocabulary), x0, node, t).sum().backward()
+    process.divergence(DenseDistribution(rest, process.vocabulary), x0, node, t).sum().backward()
     share = logits.detach()[0, [0, 2]].softmax(-1)  # -ln P(token 2 | tokens 0 and 2)
     expected = torch.tensor(
         [[float(share[0]), 0.0, float(share[1]) - 1.0, 0.0]], dtype=torch.float64
@@ -255,8 +263,8 @@ def conditionals(
     evidence = process.log_likelihood(zt, torch.full((2,), t, dtype=torch.float64)).exp()
     first, second = evidence[0].unsqueeze(1), evidence[1].unsqueeze(0)
     full = joint * first * second
-    laws = [full.sum(1), full.sum(0)], [(joint * second).sum(1), (joint * first).sum(0)]
-    return tuple(torch.stack([p / p.sum() for p in law]) for law in laws)  # type: ignore[return-value]
+    dists = [full.sum(1), full.sum(0)], [(joint * second).sum(1), (joint * first).sum(0)]
+    return tuple(torch.stack([p / p.sum() for p in dist]) for dist in dists)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from ddiff.core.interpolating import (
     ComponentProcess,
     InterpolatingProcess,
     MixtureProcess,
-    mask_law,
-    word_law,
+    mask_distribution,
+    token_distribution,
 )
 from ddiff.core.kernel import DenseKernel, InterpolatingKernel, Kernel
-from ddiff.core.prediction import DenseLaw, Score
+from ddiff.core.prediction import DenseDistribution, Score
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule, PowerSchedule
 from ddiff.core.tree import TreeProcess
@@ -37,7 +37,9 @@ class MaskAndWords(ComponentProcess):
     """t of mask and t(1-t)/2 of even words."""
 
     def __init__(self, vocabulary: FlatVocabulary) -> None:
-        super().__init__(vocabulary, [mask_law(vocabulary), word_law(vocabulary)])
+        super().__init__(
+            vocabulary, [mask_distribution(vocabulary), token_distribution(vocabulary)]
+        )
 
     def alpha(self, t: Tensor) -> Tensor:
         return (1.0 - t) * (1.0 - t / 2.0)
@@ -68,7 +70,7 @@ THINNED: dict[str, Callable[[], InterpolatingProcess]] = {
     "mask and words": lambda: MaskAndWords(MASKED),
     "written out": lambda: WrittenOut(MASKED),
     "uneven": uneven,
-    "masked": lambda: MixtureProcess(MASKED, PowerSchedule(2.0), mask_law(MASKED)),
+    "masked": lambda: MixtureProcess(MASKED, PowerSchedule(2.0), mask_distribution(MASKED)),
 }
 
 
@@ -95,8 +97,8 @@ def law_of_step(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: float, s:
     """
 
     def step(first: Tensor, second: Tensor) -> Tensor:
-        visit = TableVisit(log_p.expand(len(zt), -1), process.vocabulary)
-        return process.step(visit, zt, full(t, zt), full(s, zt), torch.stack([first, second], -1))
+        query = TableVisit(log_p.expand(len(zt), -1), process.vocabulary)
+        return process.step(query, zt, full(t, zt), full(s, zt), torch.stack([first, second], -1))
 
     moving = last_before(lambda v: step(v, full(0.5, zt)) != zt, len(zt))
     first = torch.where(moving > 1e-12, 0.0, 1.0 - 2.0**-53).double()
@@ -127,17 +129,17 @@ def test_the_law_of_a_thinned_step_is_the_dense_posterior(name: str, t: float, s
 def test_only_rows_that_may_move_are_shown_to_the_network() -> None:
     """Words of uniform noise step by 1/64 of the way: about 1/64 of t (1 - t) of them are candidates, and none at s = t."""
     vocabulary = FlatVocabulary(1000, mask=False)
-    process = MixtureProcess(vocabulary, LinearSchedule(), word_law(vocabulary))
+    process = MixtureProcess(vocabulary, LinearSchedule(), token_distribution(vocabulary))
     zt, u = (
         torch.randint(1000, (4096,), generator=torch.Generator().manual_seed(0)),
         torch.rand(4096, 2).double(),
     )
-    visit = TableVisit(random_laws(1000, 1).expand(4096, -1), vocabulary)
-    process.step(visit, zt, full(0.5, zt), full(0.5, zt), u)
-    assert visit.calls == 0
-    process.step(visit, zt, full(0.5, zt), full(0.5 - 1 / 64, zt), u)
+    query = TableVisit(random_laws(1000, 1).expand(4096, -1), vocabulary)
+    process.step(query, zt, full(0.5, zt), full(0.5, zt), u)
+    assert query.calls == 0
+    process.step(query, zt, full(0.5, zt), full(0.5 - 1 / 64, zt), u)
     bound = 1.0 - (0.5 / (0.5 + 1 / 64)) * (0.5 - 1 / 64) / 0.5
-    assert abs(len(visit.asked) / 4096 - bound) < 0.02  # five standard deviations
+    assert abs(len(query.asked) / 4096 - bound) < 0.02  # five standard deviations
 
 
 class WideDoubles(TorchDispatchMode):
@@ -171,24 +173,24 @@ def test_component_noise_makes_nothing_wide_in_float64(even: bool) -> None:
         torch.rand(rows, generator=generator).double(),
     )
     with WideDoubles(rows * 400) as seen:
-        law = DenseLaw(logits.log_softmax(-1), vocabulary)
+        dist = DenseDistribution(logits.log_softmax(-1), vocabulary)
         zt = process.sample(x0, t, torch.rand(rows, 2, generator=generator).double())
-        density = process.density(law, x0, zt, t)
-        decoding, closing = process.decode_nll(law, x0, zt, t), process.closing_kl(law, x0, t)
+        density = process.density(dist, x0, zt, t)
+        decoding, closing = process.decode_nll(dist, x0, zt, t), process.closing_kl(dist, x0, t)
         score = Score(
             torch.randn(rows, 501, generator=generator).scatter(-1, zt.unsqueeze(-1), 0.0)
         )
         scored = process.density(score, x0, zt, t)
         density.sum().backward()
-        process.log_marginal(law.log_mass(0), t)
-        process.reverse_rates(law, zt, t)
-        process.climb(zt, t / 2, t, torch.rand(rows, 2, generator=generator).double())
+        process.log_marginal(dist.log_mass(0), t)
+        process.reverse_rates(dist, zt, t)
+        process.forward_step(zt, t / 2, t, torch.rand(rows, 2, generator=generator).double())
         process.event_time(zt[:8], t[:8], torch.rand(8, generator=generator).double())
     assert seen.found == []
     for got, derived in (
-        (density, ForwardProcess.density(process, law, x0, zt, t)),
-        (decoding, ForwardProcess.decode_nll(process, law, x0, zt, t)),
-        (closing, ForwardProcess.closing_kl(process, law, x0, t)),
+        (density, ForwardProcess.density(process, dist, x0, zt, t)),
+        (decoding, ForwardProcess.decode_nll(process, dist, x0, zt, t)),
+        (closing, ForwardProcess.closing_kl(process, dist, x0, t)),
         (scored, ForwardProcess.density(process, score, x0, zt, t)),
     ):
         torch.testing.assert_close(
@@ -210,26 +212,28 @@ def test_a_law_that_is_sure_of_the_state_itself_leaves_it_there() -> None:
 
 def test_a_law_of_nan_is_an_error_and_not_a_row_that_stays() -> None:
     zt, u = torch.arange(4), torch.zeros(4, 2).double()
-    visit = TableVisit(torch.full((4, 4), torch.nan).double(), WORDS)
-    for draw in (lambda: uneven().step(visit, zt, full(0.5, zt), full(0.2, zt), u),
-                 lambda: uneven().event(visit, zt, full(0.5, zt), u)):  # fmt: skip
+    query = TableVisit(torch.full((4, 4), torch.nan).double(), WORDS)
+    for draw in (lambda: uneven().step(query, zt, full(0.5, zt), full(0.2, zt), u),
+                 lambda: uneven().event(query, zt, full(0.5, zt), u)):  # fmt: skip
         with pytest.raises(NonFiniteError, match="the predicted distribution holds NaN"):
             draw()
 
 
 def test_a_score_is_drawn_from_by_no_step() -> None:
-    def visit(rows: Tensor, node: Tensor, fn: Callable[..., Tensor]) -> Tensor:
+    def query(rows: Tensor, node: Tensor, fn: Callable[..., Tensor]) -> Tensor:
         return fn(Score(torch.zeros(len(rows), 5)), torch.arange(len(rows)))
 
     zt, u = torch.full((2,), 4), torch.zeros(2, 2).double()
-    masked = MixtureProcess(FlatVocabulary(4), LinearSchedule(), mask_law(FlatVocabulary(4)))
+    masked = MixtureProcess(
+        FlatVocabulary(4), LinearSchedule(), mask_distribution(FlatVocabulary(4))
+    )
     tree = TreeProcess(FlatVocabulary(4), LogTimeClock((1.0,)))
     for process in (masked, tree):
         with pytest.raises(
             ArgumentError, match=r"must be a law of the clean token.*got a Score.*tau-leaping"
         ):
-            process.step(visit, zt, full(0.5, zt), full(0.2, zt), u)
-        assert process.decode(visit, zt, full(0.5, zt), u).max() < 4  # a last draw is made a law of
+            process.step(query, zt, full(0.5, zt), full(0.2, zt), u)
+        assert process.decode(query, zt, full(0.5, zt), u).max() < 4  # a last draw is made a law of
 
 
 # ---------------------------------------------------------------------- events
@@ -262,10 +266,10 @@ def test_the_chain_of_events_has_the_law_of_the_posterior(name: str) -> None:
         while len(going):
             when = process.event_time(zt[going], t[going], rand(len(going)))
             going, when = going[when > s], when[when > s]
-            visit = TableVisit(log_p.expand(len(going), -1), process.vocabulary)
+            query = TableVisit(log_p.expand(len(going), -1), process.vocabulary)
             if len(going):
                 zt[going] = process.event(
-                    visit, zt[going], when, rand(len(going), process.uniforms_per_event)
+                    query, zt[going], when, rand(len(going), process.uniforms_per_event)
                 )
             t[going] = when
         row = torch.tensor([z])
@@ -276,7 +280,7 @@ def test_the_chain_of_events_has_the_law_of_the_posterior(name: str) -> None:
 
 
 def test_where_nothing_arrives_nothing_is_foreseen() -> None:
-    process = MixtureProcess(MASKED, LinearSchedule(), mask_law(MASKED))
+    process = MixtureProcess(MASKED, LinearSchedule(), mask_distribution(MASKED))
     zt = torch.arange(4)
     times = process.event_time(zt, full(0.5, zt), full(0.9, zt))
     assert times[:3].tolist() == [0.0] * 3
@@ -307,7 +311,7 @@ def test_arrivals_that_leap_within_a_cell_are_refused_and_not_thinned_wrongly() 
                 (t - 0.507).abs() < 3e-3, 3.0, 1.0
             ).unsqueeze(-1)
 
-    process = Leaping(WORDS, LinearSchedule(), word_law(WORDS))
+    process = Leaping(WORDS, LinearSchedule(), token_distribution(WORDS))
     zt = torch.arange(4)
     with pytest.raises(ArgumentError, match="candidate events are too few"):
         process.event(
@@ -323,10 +327,10 @@ def test_components_are_the_process_written_out() -> None:
     zt = torch.arange(4).repeat(5)
     t = torch.linspace(0.05, 1.0, 20, dtype=torch.float64)
     log_p, x0 = random_laws(3, 20), torch.arange(20) % 3
-    law = DenseLaw(log_p, MASKED)
+    dist = DenseDistribution(log_p, MASKED)
     for method, arguments in (
-        ("noise_at", (zt, t)), ("arrivals_at", (zt, t)), ("log_marginal", (log_p, t)), ("reverse_rates", (law, zt, t)),
-        ("density", (law, x0, zt, t)), ("decode_nll", (law, x0, zt, t)), ("closing_kl", (law, x0, t)),
+        ("rng_at", (zt, t)), ("arrivals_at", (zt, t)), ("log_marginal", (log_p, t)), ("reverse_rates", (dist, zt, t)),
+        ("density", (dist, x0, zt, t)), ("decode_nll", (dist, x0, zt, t)), ("closing_kl", (dist, x0, t)),
     ):  # fmt: skip
         torch.testing.assert_close(
             getattr(first, method)(*arguments), getattr(second, method)(*arguments)
@@ -341,10 +345,10 @@ def test_a_process_of_components_reads_its_ends_off_its_coefficients() -> None:
 
 def test_noise_that_is_no_law_and_masks_that_are_none_are_refused() -> None:
     class Wrong(MaskAndWords):
-        def __init__(self, law: Tensor) -> None:
-            ComponentProcess.__init__(self, MASKED, [mask_law(MASKED), law])
+        def __init__(self, dist: Tensor) -> None:
+            ComponentProcess.__init__(self, MASKED, [mask_distribution(MASKED), dist])
 
-    for law in (
+    for dist in (
         torch.tensor([0.5, 0.5, 0.5, 0.0]),
         torch.tensor([1.5, -0.5, 0.0, 0.0]),
         torch.ones(2) / 2,
@@ -352,9 +356,9 @@ def test_noise_that_is_no_law_and_masks_that_are_none_are_refused() -> None:
         with pytest.raises(
             ArgumentError, match=r"Wrong: the noise must be a law over the 4 states.*got shape"
         ):
-            Wrong(law)
+            Wrong(dist)
     with pytest.raises(ArgumentError, match="vocabulary must have a mask"):
-        mask_law(WORDS)
+        mask_distribution(WORDS)
 
 
 def test_solve_inverts_what_it_is_given() -> None:

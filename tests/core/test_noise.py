@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddiff.core.rng import Noise
+from ddiff.core.rng import CounterRng
 
 INDEX = torch.tensor([5, 0, 9])
 
@@ -20,7 +20,7 @@ INDEX = torch.tensor([5, 0, 9])
 def uniform(
     seed: int = 1, step: int = 2, index: Tensor = INDEX, length: int = 4, purpose: str = "train"
 ) -> Tensor:
-    return Noise(seed, step, index, length, purpose).uniform("channel")
+    return CounterRng(seed, step, index, length, purpose).uniform("channel")
 
 
 def test_the_same_arguments_give_the_same_numbers_for_ever() -> None:
@@ -30,7 +30,7 @@ def test_the_same_arguments_give_the_same_numbers_for_ever() -> None:
 
 
 def test_numbers_are_doubles_in_the_half_open_unit_interval() -> None:
-    u = Noise(0, 0, torch.arange(500), 200).uniform("x")
+    u = CounterRng(0, 0, torch.arange(500), 200).uniform("x")
     assert u.dtype == torch.float64
     assert float(u.min()) >= 0.0
     assert float(u.max()) < 1.0
@@ -43,8 +43,8 @@ def test_seed_step_and_purpose_each_change_every_number(change: dict[str, int]) 
 
 
 def test_channels_samples_and_positions_have_numbers_of_their_own() -> None:
-    noise = Noise(0, 0, torch.arange(6), 7)
-    everything = torch.cat([noise.uniform("a").flatten(), noise.uniform("b", 3).flatten()])
+    rng = CounterRng(0, 0, torch.arange(6), 7)
+    everything = torch.cat([rng.uniform("a").flatten(), rng.uniform("b", 3).flatten()])
     assert len(everything.unique()) == 6 * 7 * 4
 
 
@@ -61,7 +61,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     shuffled = torch.tensor([7, 2, 2, 9])
     assert torch.equal(uniform(index=shuffled), whole[shuffled])
     assert torch.equal(
-        Noise(1, 2, torch.arange(10), 4).take(shuffled).uniform("channel"), whole[shuffled]
+        CounterRng(1, 2, torch.arange(10), 4).take(shuffled).uniform("channel"), whole[shuffled]
     )
 
 
@@ -71,23 +71,23 @@ def test_a_position_does_not_depend_on_the_length() -> None:
 
 
 def test_several_uniforms_begin_with_the_single_one() -> None:
-    noise = Noise(3, 1, INDEX, 4)
-    three = noise.uniform("x", 3)
+    rng = CounterRng(3, 1, INDEX, 4)
+    three = rng.uniform("x", 3)
     assert three.shape == (3, 4, 3)
-    assert torch.equal(three[..., 0], noise.uniform("x"))
+    assert torch.equal(three[..., 0], rng.uniform("x"))
 
 
 def test_the_noise_of_another_step_is_that_step_s_noise() -> None:
-    assert torch.equal(Noise(1, 0, INDEX, 4).at_step(2).uniform("channel"), uniform())
+    assert torch.equal(CounterRng(1, 0, INDEX, 4).at_step(2).uniform("channel"), uniform())
 
 
 def test_the_shared_number_does_not_depend_on_the_samples() -> None:
     one, other = (
-        Noise(4, 5, index, length).shared("x")
+        CounterRng(4, 5, index, length).shared("x")
         for index, length in [(INDEX, 3), (torch.tensor([8]), 9)]
     )
     assert torch.equal(one[:1], other)
-    assert one[0] != Noise(4, 6, INDEX, 3).shared("x")[0]
+    assert one[0] != CounterRng(4, 6, INDEX, 3).shared("x")[0]
     assert one.unique().numel() == 1
     assert 0.0 <= float(one[0]) < 1.0
 
@@ -95,9 +95,9 @@ def test_the_shared_number_does_not_depend_on_the_samples() -> None:
 def test_groups_share_their_own_numbers() -> None:
     group = torch.tensor([3, 7, 3])
     index = torch.arange(3)
-    shared = Noise(4, 5, index, 2, group=group).shared("x")
+    shared = CounterRng(4, 5, index, 2, group=group).shared("x")
     assert shared[0] == shared[2] != shared[1]
-    assert shared[1] == Noise(4, 5, index[:1], 2, group=group[1:2]).shared("x")[0]
+    assert shared[1] == CounterRng(4, 5, index[:1], 2, group=group[1:2]).shared("x")[0]
 
 
 def test_no_samples_give_an_empty_batch() -> None:
@@ -128,33 +128,33 @@ def distance_from_uniform(u: Tensor) -> float:
 
 @pytest.mark.parametrize("seed", [0, 1, 2**40])
 def test_numbers_are_uniform(seed: int) -> None:
-    u = Noise(seed, 17, torch.arange(400), 250).uniform("x")
+    u = CounterRng(seed, 17, torch.arange(400), 250).uniform("x")
     # Dvoretzky-Kiefer-Wolfowitz-Massart: P(D > d) <= 2 exp(-2 n d^2)
     assert distance_from_uniform(u) < math.sqrt(math.log(2 / FAILURE) / (2 * u.numel()))
 
 
 def test_the_first_position_is_uniform_over_samples_and_steps() -> None:
     """Stratified times read one number per sample: there the counter changes and the block does not."""
-    over_samples = Noise(0, 3, torch.arange(20_000), 1).uniform("time")
+    over_samples = CounterRng(0, 3, torch.arange(20_000), 1).uniform("time")
     over_steps = torch.cat(
-        [Noise(0, step, torch.tensor([6]), 1).uniform("time") for step in range(5_000)]
+        [CounterRng(0, step, torch.tensor([6]), 1).uniform("time") for step in range(5_000)]
     )
     for u in (over_samples, over_steps):
         assert distance_from_uniform(u) < math.sqrt(math.log(2 / FAILURE) / (2 * u.numel()))
 
 
 def test_numbers_for_different_things_are_uncorrelated() -> None:
-    noise = Noise(0, 0, torch.arange(400), 100)
-    x = noise.uniform("x", 2)
+    rng = CounterRng(0, 0, torch.arange(400), 100)
+    x = rng.uniform("x", 2)
     pairs = {
-        "channels": (x[..., 0], noise.uniform("y")),
+        "channels": (x[..., 0], rng.uniform("y")),
         "numbers of a channel": (x[..., 0], x[..., 1]),
         "positions": (x[:, :-1, 0], x[:, 1:, 0]),
         "block of four": (x[:, ::4, 0], x[:, 1::4, 0]),
         "samples": (x[:-1, :, 0], x[1:, :, 0]),
-        "steps": (x[..., 0], noise.at_step(1).uniform("x")),
-        "seeds": (x[..., 0], Noise(1, 0, torch.arange(400), 100).uniform("x")),
-        "purposes": (x[..., 0], Noise(0, 0, torch.arange(400), 100, "sampling").uniform("x")),
+        "steps": (x[..., 0], rng.at_step(1).uniform("x")),
+        "seeds": (x[..., 0], CounterRng(1, 0, torch.arange(400), 100).uniform("x")),
+        "purposes": (x[..., 0], CounterRng(0, 0, torch.arange(400), 100, "sampling").uniform("x")),
     }
     for name, (one, other) in pairs.items():
         correlation = torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]

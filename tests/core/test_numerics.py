@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ddiff.core.clock import LogTimeClock
-from ddiff.core.prediction import DenseLaw
 from ddiff.core.numerics import draw_index, interior, like_rows, log_or_never
+from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import RowFunction
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary
@@ -133,10 +133,10 @@ def test_deciding_first_and_drawing_then_gives_the_tail_its_mass_in_single_preci
     """
     vocabulary, points, chunk = FlatVocabulary(len(ZIPF)), 1024, 64
     process = TreeProcess(vocabulary, LogTimeClock((1.0,)))
-    law = ZIPF.log().float().expand(chunk, -1)
+    dist = ZIPF.log().float().expand(chunk, -1)
 
-    def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
-        return fn(DenseLaw(law, vocabulary), torch.arange(chunk))
+    def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
+        return fn(DenseDistribution(dist, vocabulary), torch.arange(chunk))
 
     words = []
     for grid in ((torch.arange(points, dtype=torch.float64) + 0.5) / points).split(chunk):
@@ -144,7 +144,7 @@ def test_deciding_first_and_drawing_then_gives_the_tail_its_mass_in_single_preci
         u = torch.stack(
             [torch.zeros(chunk, dtype=torch.float64), grid], -1
         )  # 0: the level below is drawn, always
-        words.append(process.step(visit, torch.full((chunk,), vocabulary.root), t, t - STEP, u))
+        words.append(process.step(query, torch.full((chunk,), vocabulary.root), t, t - STEP, u))
     revealed = ZIPF[torch.cat(words)]
     assert float(-revealed.log().mean()) == pytest.approx(ENTROPY, abs=math.log(len(ZIPF)) / points)
     assert float((revealed < RARE).double().mean()) == pytest.approx(
@@ -159,11 +159,11 @@ def test_a_word_is_revealed_with_its_exact_probability() -> None:
     t = torch.full((points,), 0.5, dtype=torch.float64)
     grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points
 
-    def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
+    def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
         return fn(
-            DenseLaw(torch.full((len(rows), 2), -math.log(2.0)), vocabulary),
+            DenseDistribution(torch.full((len(rows), 2), -math.log(2.0)), vocabulary),
             torch.arange(len(rows)),
         )
 
-    zs = process.step(visit, torch.full((points,), 2), t, t - STEP, torch.stack([grid, grid], -1))
+    zs = process.step(query, torch.full((points,), 2), t, t - STEP, torch.stack([grid, grid], -1))
     assert float((zs < 2).double().mean()) == pytest.approx(2 * STEP, abs=1.0 / points)

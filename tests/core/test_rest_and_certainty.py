@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ddiff.core.dense import DenseProcess
-from ddiff.core.interpolating import MixtureProcess, mask_law, word_law
-from ddiff.core.prediction import DenseLaw
+from ddiff.core.interpolating import MixtureProcess, mask_distribution, token_distribution
+from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule, Schedule
 from ddiff.core.tree import TreeProcess
@@ -46,10 +46,10 @@ def mean_charge(process: ForwardProcess, token: int, length: int, times: int = 2
     time = t.repeat_interleave(num_states)
     state = torch.arange(num_states).repeat(times)
     truth = torch.full((rows,), token)
-    law = DenseLaw(PREDICTION.log().expand(rows, -1), process.vocabulary)
+    dist = DenseDistribution(PREDICTION.log().expand(rows, -1), process.vocabulary)
     probability = process.log_likelihood(state, time)[:, token].exp()
     read = process.active(state) & (probability > 0)
-    density = process.weight(truth, state, time) * process.divergence(law, truth, state, time)
+    density = process.weight(truth, state, time) * process.divergence(dist, truth, state, time)
     charged = torch.where(read, probability * density, 0.0).reshape(times, num_states).sum(-1)
     return float((speed * charged).mean())
 
@@ -62,7 +62,7 @@ def test_bound_charges_all_of_a_process_that_starts_late(
 ) -> None:
     masked = noise == "mask"
     vocabulary = MASKED if masked else BARE
-    target = mask_law(vocabulary) if masked else word_law(vocabulary)
+    target = mask_distribution(vocabulary) if masked else token_distribution(vocabulary)
     process = MixtureProcess(vocabulary, DelayedSchedule(start), target)
     for token in range(3):
         expected = -math.log(float(PREDICTION[token]))
@@ -87,8 +87,8 @@ def test_times_are_even_where_there_is_nothing_to_lose(name: str) -> None:
     alone = FlatVocabulary(1, mask=False)
     hidden = FlatVocabulary(1)
     process: ForwardProcess = {
-        "one token": MixtureProcess(alone, LinearSchedule(), word_law(alone)),
-        "one masked token": MixtureProcess(hidden, LinearSchedule(), mask_law(hidden)),
+        "one token": MixtureProcess(alone, LinearSchedule(), token_distribution(alone)),
+        "one masked token": MixtureProcess(hidden, LinearSchedule(), mask_distribution(hidden)),
         "no rates": DenseProcess(BARE, torch.zeros(3, 3, dtype=torch.float64)),
     }[name]
     tau = torch.tensor([0.0, 0.2, 0.7, 1.0], dtype=torch.float64)
@@ -109,14 +109,16 @@ def test_noise_that_is_one_token_is_charged_at_that_token(t: float) -> None:
     truth = torch.tensor([0, 1, 1])
     state = torch.tensor([0, 0, 1])
     time = torch.full((3,), t, dtype=torch.float64)
-    law = DenseLaw(PREDICTION.log().expand(3, -1), BARE)
-    derived = ForwardProcess.density(process, law, truth, state, time)
+    dist = DenseDistribution(PREDICTION.log().expand(3, -1), BARE)
+    derived = ForwardProcess.density(process, dist, truth, state, time)
     assert float(derived[0]) > 0
-    torch.testing.assert_close(process.density(law, truth, state, time), derived, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        process.density(dist, truth, state, time), derived, rtol=1e-6, atol=0
+    )
     weight = process.weight(truth, state, time)
     torch.testing.assert_close(weight, ForwardProcess.weight(process, truth, state, time))
     torch.testing.assert_close(
-        weight * process.divergence(law, truth, state, time), derived, rtol=1e-6, atol=0
+        weight * process.divergence(dist, truth, state, time), derived, rtol=1e-6, atol=0
     )
 
 
@@ -131,7 +133,7 @@ def test_tree_density_is_zero_at_tokens_whatever_the_prediction() -> None:
     tree = HierarchicalVocabulary([[0, 1, 0, 1, 1]])
     process = TreeProcess.examples()[1]
     certain = torch.eye(5, dtype=torch.float64).log()[[4, 4]]
-    law = DenseLaw(certain, tree)
+    dist = DenseDistribution(certain, tree)
     time = torch.full((2,), 0.5, dtype=torch.float64)
-    density = process.density(law, torch.tensor([0, 4]), torch.tensor([1, 4]), time)
+    density = process.density(dist, torch.tensor([0, 4]), torch.tensor([1, 4]), time)
     assert density.tolist() == [0.0, 0.0]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
-from ddiff.core.elbo import ask_table
-from ddiff.core.prediction import DenseLaw
-from ddiff.core.process import RowFunction, Visit
+from ddiff.core.elbo import network_from_table
+from ddiff.core.prediction import DenseDistribution
+from ddiff.core.process import Query, RowFunction
 from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule
 from ddiff.core.times import Noisy
 from ddiff.core.tree import TreeProcess
@@ -39,8 +39,8 @@ def shares(drawn: Tensor, num_states: int = 10) -> Tensor:
     return torch.bincount(drawn, minlength=num_states).double() / len(drawn)
 
 
-def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-    return fn(DenseLaw(P.log().expand(len(rows), -1), tree), torch.arange(len(rows)))
+def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+    return fn(DenseDistribution(P.log().expand(len(rows), -1), tree), torch.arange(len(rows)))
 
 
 def never(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
@@ -58,10 +58,10 @@ def words_by_rule(decoding: str, node: int) -> Tensor:
     """[V] the law of the word below node k, from the formulas: rho_x(k) the climb of x, rho^_k that of the law."""
     n = 3
     inside = torch.tensor([parent == node for parent in PARENT])
-    climb = torch.where(inside, XI, (1 - XI) / (n - 1))
+    forward_step = torch.where(inside, XI, (1 - XI) / (n - 1))
     if decoding == "bayes":
         expected = XI * MASS[node] + (1 - XI) * (1 - MASS[node]) / (n - 1)
-        return climb * P / expected
+        return forward_step * P / expected
     if decoding == "within":
         return torch.where(inside, P / MASS[node], 0.0)
     if decoding == "between":
@@ -75,14 +75,14 @@ def test_the_word_below_a_node_follows_the_formula_of_its_rule(decoding: str, no
     zt, t = torch.full((POINTS,), 6 + node), torch.full((POINTS,), 0.4, dtype=torch.float64)
     expected = words_by_rule(decoding, node)
     assert float(expected.sum()) == pytest.approx(1.0)
-    drawn = process(decoding).decode(visit, zt, t, GRID.unsqueeze(-1))
+    drawn = process(decoding).decode(query, zt, t, GRID.unsqueeze(-1))
     torch.testing.assert_close(shares(drawn)[:6], expected, rtol=0.0, atol=1.5 / POINTS)
 
 
 @pytest.mark.parametrize("decoding", ["bayes", "within", "between", "free"])
 def test_at_the_root_every_rule_draws_the_law_s_words(decoding: str) -> None:
     zt, t = torch.full((POINTS,), 9), torch.full((POINTS,), 0.4, dtype=torch.float64)
-    drawn = process(decoding).decode(visit, zt, t, GRID.unsqueeze(-1))
+    drawn = process(decoding).decode(query, zt, t, GRID.unsqueeze(-1))
     torch.testing.assert_close(shares(drawn)[:6], P, rtol=0.0, atol=1.5 / POINTS)
 
 
@@ -100,7 +100,7 @@ def test_from_the_root_only_bayes_draws_wrong_nodes_as_often_as_the_forward_chai
     u = torch.stack(
         [torch.full_like(GRID, words + nodes / 2), GRID], -1
     )  # the level of the nodes is decided
-    drawn = rule.step(visit, torch.full((POINTS,), 9), t, s, u)
+    drawn = rule.step(query, torch.full((POINTS,), 9), t, s, u)
     expected = XI * MASS + (1 - XI) * (1 - MASS) / 2 if decoding == "bayes" else MASS
     torch.testing.assert_close(shares(drawn)[6:9], expected, rtol=0.0, atol=1.5 / POINTS)
 
@@ -113,7 +113,7 @@ def test_the_default_step_is_the_exact_reverse_transition_over_both_uniforms() -
     rows = len(u)
     t, s = torch.full((rows,), 0.8).double(), torch.full((rows,), 0.3).double()
     for state in (6, 8, 9):
-        drawn = process().step(visit, torch.full((rows,), state), t, s, u)
+        drawn = process().step(query, torch.full((rows,), state), t, s, u)
         exact = (
             process()
             .reverse_log_probs(P.log().unsqueeze(0), torch.tensor([state]), t[:1], s[:1])[0]
@@ -136,12 +136,12 @@ def test_levels_without_stray_parents_below_others_with_them_decode_exactly() ->
     chain = TreeProcess(deep, LogTimeClock((1.0, 1.0, 1.0)), xi=(1.0, 0.7, 1.0))
     p = torch.tensor([0.3, 0.1, 0.2, 0.15, 0.25], dtype=torch.float64)
 
-    def ask(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-        return fn(DenseLaw(p.log().expand(len(rows), -1), deep), torch.arange(len(rows)))
+    def network(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+        return fn(DenseDistribution(p.log().expand(len(rows), -1), deep), torch.arange(len(rows)))
 
     t = torch.full((POINTS,), 0.5).double()
     for state in (9, 10):
-        drawn = chain.decode(ask, torch.full((POINTS,), state), t, GRID.unsqueeze(-1))
+        drawn = chain.decode(network, torch.full((POINTS,), state), t, GRID.unsqueeze(-1))
         right = torch.tensor([1, 0, 1, 0, 1] if state == 9 else [0, 1, 0, 1, 0], dtype=torch.bool)
         posterior = p * torch.where(right, 0.7, 0.3)
         expected = posterior / posterior.sum()
@@ -154,9 +154,9 @@ def test_a_node_whose_mass_underflows_is_charged_and_trained_below_where_nothing
     logits = torch.tensor(
         [[0.0, 0.5, -150.0, -151.0]], requires_grad=True
     )  # exp(-150) is 0 in float32
-    law = DenseLaw(logits.log_softmax(-1), three)
+    dist = DenseDistribution(logits.log_softmax(-1), three)
     x0, node, t = torch.tensor([2]), torch.tensor([5]), torch.tensor([0.4], dtype=torch.float64)
-    surprise = process.divergence(law, x0, node, t)
+    surprise = process.divergence(dist, x0, node, t)
     surprise.sum().backward()
     # -ln P(token 2 | tokens 2 and 3) = ln(1 + 1/e); float32 digits of numbers near 150
     torch.testing.assert_close(surprise.item(), 0.31326168751822286, rtol=0.0, atol=1e-4)
@@ -171,17 +171,17 @@ def test_a_law_that_underflows_below_a_node_still_decodes_there() -> None:
     deep = HierarchicalVocabulary([[0, 1, 1], [0, 0]])
     certain = TreeProcess(deep, LogTimeClock((0.7, 1.0)))
     log_p = torch.tensor([[0.0, -200.0, -201.0]])
-    ask = ask_table(lambda zt, t: log_p.expand(*zt.shape, -1), deep)(
+    network = network_from_table(lambda zt, t: log_p.expand(*zt.shape, -1), deep)(
         Noisy(torch.tensor([[4]]), torch.tensor([[0.5]]).double(), torch.tensor([[False]]))
     )
     drawn = certain.decode(
-        ask, torch.tensor([4]), torch.tensor([0.5]).double(), torch.tensor([[0.5]]).double()
+        network, torch.tensor([4]), torch.tensor([0.5]).double(), torch.tensor([[0.5]]).double()
     )
     assert drawn.tolist() == [1]
     faint = torch.tensor([[0.0, -200.0, -200.0, -200.0, -201.0, -201.0]])
-    law: Visit = lambda rows, node, fn: fn(DenseLaw(faint, tree), torch.arange(1))  # noqa: E731
+    dist: Query = lambda rows, node, fn: fn(DenseDistribution(faint, tree), torch.arange(1))  # noqa: E731
     drawn = chain.decode(
-        law, torch.tensor([7]), torch.tensor([0.5]).double(), torch.tensor([[0.5]]).double()
+        dist, torch.tensor([7]), torch.tensor([0.5]).double(), torch.tensor([[0.5]]).double()
     )
     assert drawn.tolist() == [0]  # the node itself is then the likelier mistake
 

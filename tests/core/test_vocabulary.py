@@ -9,7 +9,7 @@ import fsspec
 import pytest
 import torch
 from hypothesis import given, settings
-from random_trees import Parents, below, climb, parent_lists, trees
+from random_trees import Parents, below, forward_step, parent_lists, trees
 from safetensors.torch import save
 
 import ddiff.core.vocabulary as module
@@ -37,7 +37,7 @@ def test_words_come_first_then_each_level_and_the_root_last(parents: Parents) ->
 @many
 def test_every_ancestor_is_what_climbing_finds(tree: HierarchicalVocabulary) -> None:
     for id_ in range(tree.num_states):
-        path, node = climb(tree, id_), torch.tensor(id_)
+        path, node = forward_step(tree, id_), torch.tensor(id_)
         level = tree.num_levels + 1 - len(path)
         assert [int(tree.ancestor(node, l)) for l in range(level, tree.num_levels + 1)] == path
         assert int(tree.parent(node)) == path[min(1, len(path) - 1)]
@@ -68,7 +68,7 @@ def test_tree_order_sorts_by_the_path_from_the_root_down(tree: HierarchicalVocab
     """Heads keep their tables in this order, so it is part of every checkpoint."""
     for level in range(tree.num_levels + 1):
         order = tree.order(level).tolist()
-        assert order == sorted(order, key=lambda id_: climb(tree, id_)[::-1])
+        assert order == sorted(order, key=lambda id_: forward_step(tree, id_)[::-1])
 
 
 @given(trees())

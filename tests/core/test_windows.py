@@ -23,11 +23,11 @@ from exact_windows import (
 )
 
 from ddiff.core.clock import CdfClock, LogTimeClock
-from ddiff.core.elbo import ask_law, nelbo
+from ddiff.core.elbo import nelbo, network_from_noisy
 from ddiff.core.information import OwnTime, TimeChange
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess
+from ddiff.core.rng import CounterRng
 from ddiff.core.schedule import LinearSchedule, Schedule
 from ddiff.core.times import FlatTimes, Noisy, TimeRule, Times, WindowTimes, jointly_stratified
 from ddiff.core.tree import TreeProcess
@@ -121,18 +121,18 @@ def test_blocks_of_one_are_autoregression_for_every_sequence(process: str, paire
 @pytest.mark.parametrize("paired", [True, False])
 def test_a_block_as_long_as_the_sequence_is_one_time_for_all_bit_for_bit(paired: bool) -> None:
     process, slot = PROCESSES["closes at neither end"], torch.arange(len(SEQUENCES))
-    ask, scored = (
-        ask_law(exact_law(process), process.vocabulary),
+    network, scored = (
+        network_from_noisy(exact_law(process), process.vocabulary),
         torch.ones_like(SEQUENCES, dtype=torch.bool),
     )
     flat, block = (
         nelbo(
             process,
-            ask,
+            network,
             SEQUENCES,
             scored,
             rule.over(*WINDOW, LENGTH),
-            Noise(3, 0, slot, LENGTH),
+            CounterRng(3, 0, slot, LENGTH),
             slot,
             len(slot),
         )
@@ -153,23 +153,23 @@ class WithoutSpeed:
     def draw(
         self,
         clock: TimeChange,
-        noise: Noise,
+        rng: CounterRng,
         slot: torch.Tensor,
         slots: int | torch.Tensor,
         length: int,
     ) -> Times:
-        times = self.rule.draw(clock, noise, slot, slots, length)
+        times = self.rule.draw(clock, rng, slot, slots, length)
         return times._replace(speed=(times.speed > 0).double())
 
     def ends(
         self,
         clock: TimeChange,
-        noise: Noise,
+        rng: CounterRng,
         slot: torch.Tensor,
         slots: int | torch.Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        return self.rule.ends(clock, noise, slot, slots, length)
+        return self.rule.ends(clock, rng, slot, slots, length)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -197,23 +197,23 @@ def test_a_law_that_sees_the_clean_words_of_its_own_window_falls_below_the_entro
 def test_a_law_that_sees_who_waits_learns_nothing_of_it(rule: str) -> None:
     honest, times = exact_law(PROCESSES["humped noise"]), RULES[rule].over(*WINDOW)
     total, seeing = (
-        mean(sum(exact_terms(PROCESSES["humped noise"], times, law)))
-        for law in (honest, lambda noisy: honest(noisy._replace(block=None)))
+        mean(sum(exact_terms(PROCESSES["humped noise"], times, dist)))
+        for dist in (honest, lambda noisy: honest(noisy._replace(block=None)))
     )
     assert seeing == pytest.approx(total, abs=1e-12)
 
 
 def test_the_exact_law_is_that_of_the_joint() -> None:
     """Against sums written out: x_1 behind a clean x_0 beside a masked x_2, and beside a clean one in its block."""
-    joint, law = JOINT.reshape(3, 3, 3), exact_law(PROCESSES["masked"])
+    joint, dist = JOINT.reshape(3, 3, 3), exact_law(PROCESSES["masked"])
     zt, t = torch.tensor([[2, 3, 1]]), torch.tensor([[0.0, 0.5, 0.3]], dtype=torch.float64)
     clean = torch.tensor([[True, False, False]])
-    behind = law(Noisy(zt, t, clean, torch.tensor([[0, 1, 2]])))[0, 1].exp()
+    behind = dist(Noisy(zt, t, clean, torch.tensor([[0, 1, 2]])))[0, 1].exp()
     torch.testing.assert_close(behind, joint[2].sum(-1) / joint[2].sum(), rtol=0, atol=1e-12)
-    beside = law(Noisy(zt, t, clean, torch.tensor([[0, 1, 1]])))[0, 1].exp()
+    beside = dist(Noisy(zt, t, clean, torch.tensor([[0, 1, 1]])))[0, 1].exp()
     torch.testing.assert_close(beside, joint[2, :, 1] / joint[2, :, 1].sum(), rtol=0, atol=1e-12)
     memory = torch.tensor([[0, 2, 2]])
-    remembered = law(Noisy(zt, t, ~clean & False, torch.tensor([[0, 1, 2]]), memory))[0, 1].exp()
+    remembered = dist(Noisy(zt, t, ~clean & False, torch.tensor([[0, 1, 2]]), memory))[0, 1].exp()
     torch.testing.assert_close(remembered, joint[0].sum(-1) / joint[0].sum(), rtol=0, atol=1e-12)
 
 
@@ -229,7 +229,7 @@ def test_window_rules_obey_every_law(rule: str, window: tuple[float, float]) -> 
 def test_windows_of_a_sequence_stand_evenly_apart_in_time() -> None:
     """Sixteen windows, one in each sixteenth of the unit interval, whatever the sequence."""
     slot = torch.arange(5)
-    times = WindowTimes(4).draw(OwnTime(), Noise(0, 0, slot, 64), slot, 5, 64)
+    times = WindowTimes(4).draw(OwnTime(), CounterRng(0, 0, slot, 64), slot, 5, 64)
     per_window = times.t.unflatten(1, (16, 4))
     assert torch.equal(per_window, per_window[..., :1].expand(-1, -1, 4))
     places = (per_window[..., 0] * 16).floor().long()
@@ -242,9 +242,9 @@ def test_windows_of_a_batch_are_stratified_jointly(slots: int, count: int) -> No
     """One in each of slots * count cells, and each window one in each of `slots` strata, once the turn is undone."""
     slot = torch.arange(slots)
     for step in range(3):
-        noise = Noise(0, step, slot, count)
-        v = jointly_stratified(noise, slot, slots, count)
-        turn = noise.shared("time")[0] / slots if count > 1 else 0.0
+        rng = CounterRng(0, step, slot, count)
+        v = jointly_stratified(rng, slot, slots, count)
+        turn = rng.shared("time")[0] / slots if count > 1 else 0.0
         turned = (v - turn) % 1.0
         cells = (turned * slots * count).floor().long()
         assert sorted(cells.reshape(-1).tolist()) == list(range(slots * count))
@@ -258,7 +258,7 @@ def test_jointly_stratified_windows_are_uniform() -> None:
     """Every window's v over 4,000 steps: means of t and t^2 within five standard errors of 1/2 and 1/3."""
     slot = torch.arange(3)
     drawn = torch.stack(
-        [jointly_stratified(Noise(1, step, slot, 4), slot, 3, 4) for step in range(4000)]
+        [jointly_stratified(CounterRng(1, step, slot, 4), slot, 3, 4) for step in range(4000)]
     )
     assert float((drawn.mean((0, 1)) - 1 / 2).abs().max()) < 5 * 0.29 / 12_000**0.5
     assert float((drawn.square().mean((0, 1)) - 1 / 3).abs().max()) < 5 * 0.30 / 12_000**0.5

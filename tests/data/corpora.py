@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddiff.data.sources import TextSource, file_texts
-from ddiff.data.tokenizer_workers import Chunk
 from ddiff.data.tokenizer import BytePairTokenizer
+from ddiff.data.tokenizer_workers import Chunk
 
 SENTENCE = "the cat sat on a mat and the dog ran to the old red house by the sea with a hat"
 WORDS = SENTENCE.split()

@@ -12,8 +12,8 @@ import torch
 from datasets import Dataset
 from ddiff_core.data import JsonLines
 
-from ddiff.data.condition_forms import Label, Vector
 from ddiff.data.cache import Cache
+from ddiff.data.condition_forms import Label, Vector
 from ddiff.data.conditions import conditions_of
 from ddiff.data.documents import Documents
 from ddiff.data.jsonl import json_lines

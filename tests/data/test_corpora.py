@@ -17,8 +17,8 @@ from corpora import TOKENIZER, json_file, parquet_files, sentences
 from ddiff_core.data import Files, Hub, Shards
 from ddiff_core.tokenizers import BytePair, Saved
 
-from ddiff.data.condition_forms import Label
 from ddiff.data.cache import Cache
+from ddiff.data.condition_forms import Label
 from ddiff.data.conditions import conditions_of
 from ddiff.data.corpus import SourceCorpus, train_rows, validation_rows
 from ddiff.data.documents import divided, from_texts

@@ -11,8 +11,8 @@ import pytest
 from corpora import TOKENIZER, chunks_of, sentences
 
 from ddiff.data.documents import from_texts
-from ddiff.data.prefetch import Prefetched
 from ddiff.data.packing import Rows, batch_rows, pack
+from ddiff.data.prefetch import Prefetched
 from ddiff.data.streaming import StreamedRows
 from ddiff.errors import ArgumentError
 

@@ -18,8 +18,8 @@ from corpora import SENTENCE, TOKENIZER, chunks_of, sentences
 from ddiff.data.documents import divided, from_texts
 from ddiff.data.packing import PackedRows, pack, rows_of_stream
 from ddiff.data.shards import Shards, read_shards, write_shards
-from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk, encoded
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
+from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk, encoded
 from ddiff.errors import ArgumentError, DataError
 
 TEXTS = sentences(300)

@@ -7,28 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddiff import DenseLaw, ForwardProcess, MarkovSource, Noisy, Score
-from ddiff.core.elbo import Ask, RowFunction
-from ddiff.core.process import Visit
+from ddiff import DenseDistribution, ForwardProcess, MarkovSource, Noisy, Score
+from ddiff.core.elbo import Network, RowFunction
+from ddiff.core.process import Query
 
 
-def exact_ask(process: ForwardProcess, source: MarkovSource, says: str = "law") -> Ask:
+def exact_ask(process: ForwardProcess, source: MarkovSource, predicts: str = "law") -> Network:
     """Answers with P(x_i | what is in sight of position i, without its own state), or with the score of that law."""
 
-    def ask(noisy: Noisy) -> Visit:
+    def network(noisy: Noisy) -> Query:
         log_p = _law_of_rest(process, source, noisy).flatten(0, 1)
         zt, t = noisy.zt.reshape(-1), noisy.t.reshape(-1)
 
-        def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+        def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
             everyone = torch.arange(len(rows))
-            if says == "law":
-                return fn(DenseLaw(log_p[rows], process.vocabulary), everyone)
+            if predicts == "law":
+                return fn(DenseDistribution(log_p[rows], process.vocabulary), everyone)
             log_q = process.log_marginal(log_p[rows], t[rows])
             return fn(Score(log_q - log_q.gather(-1, zt[rows].unsqueeze(-1))), everyone)
 
-        return visit
+        return query
 
-    return ask
+    return network
 
 
 def row_nats(source: MarkovSource, x0: Tensor) -> Tensor:

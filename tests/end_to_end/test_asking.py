@@ -13,7 +13,7 @@ from small import working_in
 from told import RECIPE, rows
 
 import ddiff as api
-from ddiff.runs import Run
+from ddiff.runs.run import Run
 
 Command = Callable[..., tuple[int, str, str]]
 

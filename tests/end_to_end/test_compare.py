@@ -15,8 +15,8 @@ import pytest
 from small import FLAT, working_in
 
 import ddiff as api
-from ddiff.evaluation.comparison import compare
 from ddiff.errors import ArgumentError, CheckpointError
+from ddiff.evaluation.comparison import compare
 from ddiff.evaluation.intervals import student95
 
 Command = Callable[..., tuple[int, str, str]]

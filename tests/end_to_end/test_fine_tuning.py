@@ -11,11 +11,11 @@ import torch
 from small import FLAT, working_in
 
 import ddiff as api
+from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import ArgumentError, RecipeError
 from ddiff.recipe.model import read_recipe
+from ddiff.runs.build import Overrides
 from ddiff.runs.run import build_run
-from ddiff.runs.build import Given
-from ddiff.checkpoint.checkpoints import Checkpoints
 
 SHORT = ["train.steps=4", "evaluate.draws=1"]
 
@@ -38,7 +38,7 @@ def _here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def begun(*settings: str) -> api.Run:
     """A run with its first weights, not trained."""
-    built = build_run(read_recipe("small.toml", [*SHORT, *settings]), Given())
+    built = build_run(read_recipe("small.toml", [*SHORT, *settings]), Overrides())
     built.begin()
     return built
 
@@ -86,7 +86,7 @@ def test_below_a_cluster_the_new_head_has_the_law_of_the_old_one() -> None:
     logits = hidden @ theirs["head.table"].T + theirs["head.bias"]
     cluster = vocabulary.parent(torch.arange(vocabulary.num_tokens))
     for node in cluster.unique().tolist():
-        law = run.denoiser.head.visit(
+        law = run.denoiser.head.query(
             hidden, torch.full((5,), node), lambda law, idx: law.log_below(0).exp()
         )
         first = int(vocabulary.node_range(torch.tensor(node), 0)[0])
@@ -203,7 +203,7 @@ def test_a_share_of_the_rows_is_shown_a_prefix_of_any_length() -> None:
 def test_a_prefix_is_shown_clean_and_counts_nothing() -> None:
     run = begun("train.prefix=1.0", "train.batch=64")
     batch = run._batch_at(0, 0)
-    drawn = run.objective._draw(batch, run.trainer().noise_at(0, batch), 64)
+    drawn = run.objective._draw(batch, run.trainer().rng_at(0, batch), 64)
     prefix = batch.valid & ~batch.scored
     assert bool(prefix.any())
     assert bool(drawn.noisy.clean[prefix].all())

@@ -28,12 +28,12 @@ from torch import Tensor
 import ddiff
 from ddiff import (
     Batch,
+    CounterRng,
     DenseProcess,
     FlatVocabulary,
     ForwardProcess,
     HierarchicalVocabulary,
     MarkovSource,
-    Noise,
     nelbo,
 )
 from ddiff.core.times import FlatTimes
@@ -228,10 +228,19 @@ def test_the_exact_law_in_a_networks_place_has_the_entropy_for_its_bound(name: s
     process = recipe.process.build(vocabulary=VOCABULARIES.get(name, FlatVocabulary(4)))
     source, index = MarkovSource(4, peakedness=2.0), torch.arange(4096)
     x0 = ids_of(source, len(index), 8)
-    ask = exact_ask(process, source, "score" if recipe.head.component.name == "score" else "law")
+    network = exact_ask(
+        process, source, "score" if recipe.head.component.name == "score" else "law"
+    )
     rule = recipe.times.build().over(*recipe.evaluate.window)
     terms = nelbo(
-        process, ask, x0, torch.ones_like(x0) > 0, rule, Noise(0, 0, index, 8), index, len(index)
+        process,
+        network,
+        x0,
+        torch.ones_like(x0) > 0,
+        rule,
+        CounterRng(0, 0, index, 8),
+        index,
+        len(index),
     )
     excess = (terms.total - row_nats(source, x0)) / (8 * source.row_entropy(8))
     error = float(excess.std()) / len(index) ** 0.5
@@ -265,5 +274,7 @@ def test_the_exact_law_of_the_next_symbol_has_minus_ln_p_of_every_row() -> None:
     )
     x0 = ids_of(source, len(index), 8)
     batch = Batch(x0, x0 >= 0, x0 >= 0, torch.zeros_like(x0), index)
-    nll = objective.nll(batch, Noise(0, 0, index, 8), index, len(index), FlatTimes()).terms["nll"]
+    nll = objective.nll(batch, CounterRng(0, 0, index, 8), index, len(index), FlatTimes()).terms[
+        "nll"
+    ]
     torch.testing.assert_close(nll.sum(-1), row_nats(source, x0), rtol=0.0, atol=1e-12)

@@ -92,8 +92,8 @@ def test_the_count_of_logits_ends_with_its_block(folder: Path) -> None:
     head = TokenHead(FlatVocabulary(5), 3)
     hidden, node = torch.zeros(4, 3), torch.full((4,), 5)
     with counted(head) as logits:
-        head.visit(hidden, node, lambda law, idx: law.log_mass(0))
-    head.visit(hidden, node, lambda law, idx: law.log_mass(0))
+        head.query(hidden, node, lambda law, idx: law.log_mass(0))
+    head.query(hidden, node, lambda law, idx: law.log_mass(0))
     assert logits.count == 4 * 5
     assert num_bytes({"a": [hidden, {"b": node}], "c": "text", "d": 1}) == 4 * 3 * 4 + 4 * 8
 

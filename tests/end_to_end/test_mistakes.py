@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from small import working_in
 
 import ddiff as api
+from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.data.cache import Cache
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import ArgumentError, DdiffError
 from ddiff.testing import check_process
-from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.training.metrics import MetricsFile, StepRecord
 from ddiff.training.tracker import NoTracker
 

@@ -19,8 +19,8 @@ from told import RECIPE, rows
 
 import ddiff as api
 from ddiff.errors import ArgumentError, DataError
-from ddiff.runs.prompts import read_prompts
 from ddiff.runs.conditioning import told
+from ddiff.runs.prompts import read_prompts
 
 Command = Callable[..., tuple[int, str, str]]
 PROGRESS = re.compile(r"[a-z ]+: \d+/\d+ ")

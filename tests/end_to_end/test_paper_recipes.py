@@ -14,11 +14,11 @@ import torch
 
 import ddiff
 import ddiff.runs.initial_weights
-from ddiff.core.rng import Noise
+from ddiff.core.rng import CounterRng
 from ddiff.recipe.model import changed_keys, read_recipe, shipped_recipes
-from ddiff.runs.run import build_run
+from ddiff.runs.build import Overrides, build_denoiser
 from ddiff.runs.directory import record
-from ddiff.runs.build import Given, build_denoiser
+from ddiff.runs.run import build_run
 
 PAPER = sorted(name for name in shipped_recipes() if name.startswith("paper/"))
 WIDTH, LENGTH, WORDS = 32, 16, 300
@@ -81,11 +81,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.usefixtures("no_answers")
 @pytest.mark.parametrize("name", PAPER)
 def test_a_paper_recipe_asks_its_device_nothing_in_a_step(name: str, place: Path) -> None:
-    run = build_run(read_recipe(name, small(name)), Given())
+    run = build_run(read_recipe(name, small(name)), Overrides())
     run.objective.module.to("meta")
     batch = run._batch_at(0, 0)
     counts = run.objective.counts(batch)
-    run.objective(batch, Noise(0, 0, batch.index, LENGTH), counts, len(batch.index)).loss.backward()
+    run.objective(
+        batch, CounterRng(0, 0, batch.index, LENGTH), counts, len(batch.index)
+    ).loss.backward()
     assert all(parameter.grad is not None for parameter in run.denoiser.head.parameters())
 
 
@@ -115,10 +117,10 @@ def test_a_paper_recipe_trains_a_step_with_everything_but_its_sizes(name: str, p
 def train(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
     """Weights before and after its steps, and the first loss."""
     recipe = read_recipe(name, small(name))
-    run = build_run(recipe, Given())
+    run = build_run(recipe, Overrides())
     run.begin()
     before = {key: value.clone() for key, value in run.denoiser.state_dict().items()}
-    summary = run.train(accepted=lambda: record(run.run_dir, recipe, run, Given()))
+    summary = run.train(accepted=lambda: record(run.run_dir, recipe, run, Overrides()))
     assert (summary.step, summary.skipped_steps) == (2, 0)
     line = json.loads((run.run_dir / "metrics.jsonl").read_text().splitlines()[0])
     return before, run.denoiser.state_dict(), line["train_loss"]

@@ -11,14 +11,14 @@ from small import RECIPE
 
 from ddiff.data.packing import batch_rows
 from ddiff.recipe.model import parse_recipe
+from ddiff.runs.build import Overrides
 from ddiff.runs.run import Run, build_run
-from ddiff.runs.build import Given
 
 LONG = 'data={kind="text", files=["corpus.txt"], validation=["held_out.txt"], length=8}'  # one document of many rows
 
 
 def built(*settings: str) -> Run:
-    run = build_run(parse_recipe(RECIPE, "small.toml", [LONG, *settings]), Given())
+    run = build_run(parse_recipe(RECIPE, "small.toml", [LONG, *settings]), Overrides())
     run.begin()
     return run
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import CheckpointError
 from ddiff.runs.replay import chosen
-from ddiff.checkpoint.checkpoints import Checkpoints
 
 Command = Callable[..., tuple[int, str, str]]
 RUN = ("run", "small.toml", "--set", "train.steps=6", "--set", "train.checkpoint_every=3")

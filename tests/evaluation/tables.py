@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.dense import DenseProcess
-from ddiff.core.elbo import Likelihood, ask_table, nelbo
-from ddiff.core.rng import Noise
+from ddiff.core.elbo import Likelihood, nelbo, network_from_table
 from ddiff.core.process import ForwardProcess
+from ddiff.core.rng import CounterRng
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import TimeRule
 from ddiff.core.tree import TreeProcess
@@ -40,21 +40,21 @@ class Known:
     """What `evaluate` asks of an objective, of a table; notes the rows and strata that it was asked for."""
 
     def __init__(self, process: ForwardProcess, table: Table) -> None:
-        self.process, self.ask = process, ask_table(table, process.vocabulary)
+        self.process, self.network = process, network_from_table(table, process.vocabulary)
         self.asked: list[tuple[int, int, int]] = []  # row, slot, slots
 
     def nll(
-        self, batch: Batch, noise: Noise, slot: Tensor, slots: Tensor, times: TimeRule
+        self, batch: Batch, rng: CounterRng, slot: Tensor, slots: Tensor, times: TimeRule
     ) -> Likelihood:
         self.asked += zip(batch.index.tolist(), slot.tolist(), slots.tolist())
-        terms = nelbo(self.process, self.ask, batch.ids, batch.scored, times, noise, slot, slots)
+        terms = nelbo(self.process, self.network, batch.ids, batch.scored, times, rng, slot, slots)
         named = {"closing": terms.closing, "diffusion": terms.diffusion, "decoding": terms.decoding}
         return Likelihood(named, {"everything": terms.diffusion})
 
 
-def constant(law: Tensor) -> Table:
+def constant(dist: Tensor) -> Table:
     """The same law of words everywhere, whatever the context."""
-    return lambda zt, t: law.log().expand(*zt.shape, -1)
+    return lambda zt, t: dist.log().expand(*zt.shape, -1)
 
 
 def given_the_rest(process: ForwardProcess, source: MarkovSource) -> Table:

@@ -13,8 +13,8 @@ import torch
 from tables import Known, constant, full_rows, given_the_rest, processes, scored_rows, symbols
 from torch import Tensor, nn
 
-from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess
+from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes
 from ddiff.data.markov import MarkovSource
 from ddiff.errors import ArgumentError, NonFiniteError
@@ -229,8 +229,8 @@ def test_clipping_in_training_leaves_the_bound_alone(name: str) -> None:
     plain, clipped = network(process), network(process, ClippedLoss(largest=0.5))
     assert score(plain, ids) == score(clipped, ids)
     batch = full_rows(ids)(np.arange(8))
-    noise, tokens = noise_of(batch.index), {"tokens": batch.scored.sum()}
-    honest, steadier = (objective(batch, noise, tokens, 8) for objective in (plain, clipped))
+    rng, tokens = noise_of(batch.index), {"tokens": batch.scored.sum()}
+    honest, steadier = (objective(batch, rng, tokens, 8) for objective in (plain, clipped))
     assert honest.loss.item() != steadier.loss.item()
     key = "nelbo_diffusion_nats_per_token"
     assert float(honest.metrics[key][0]) == pytest.approx(
@@ -256,8 +256,8 @@ def half_width(evaluation: Evaluation) -> float:
     return (evaluation.interval[1] - evaluation.interval[0]) / 2
 
 
-def noise_of(index: Tensor) -> Noise:
-    return Noise(0, 0, index, 5)
+def noise_of(index: Tensor) -> CounterRng:
+    return CounterRng(0, 0, index, 5)
 
 
 @pytest.mark.parametrize(("unit", "bound"), [("token", "NELBO"), ("symbol", "NLL")])

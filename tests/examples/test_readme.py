@@ -42,4 +42,4 @@ def test_the_mistake_that_it_quotes_is_answered_in_those_words() -> None:
 def test_every_public_name_that_its_python_uses_is_there() -> None:
     used = {name for block in blocks("python") for name in re.findall(r"\bddiff\.(\w+)", block)}
     assert used >= {"load", "run"}
-    assert used - {"testing"} <= set(ddiff._MODULE_OF)
+    assert used - {"testing"} <= set(ddiff.__all__)

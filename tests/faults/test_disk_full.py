@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import ddiff
-from ddiff.evaluation.comparison import write_comparison
 from ddiff.errors import CheckpointError
+from ddiff.evaluation.comparison import write_comparison
 from ddiff.runs import directory
 from ddiff.runs.directory import remove_leftovers
 

@@ -17,7 +17,7 @@ from ddiff.cli import _escaped
 from ddiff.data.cache import default_root
 from ddiff.distributed.launcher import check_address
 from ddiff.distributed.launcher import place as placed
-from ddiff.mistakes import explained
+from ddiff.errors import explained
 
 __all__ = ["place"]
 COMMAND = [sys.executable, "-m", "ddiff"]

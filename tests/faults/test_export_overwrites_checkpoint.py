@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from tiny_run import Command, files, is_refusal
 
 import ddiff as api
-from ddiff.run_dir.destination import check_destination, write_file
 from ddiff.errors import ArgumentError
-from ddiff.runs import export_run
+from ddiff.run_dir.destination import check_destination, write_file
+from ddiff.runs.export import export_run
 
 EXPORT = ("export", "runs/tiny")
 DATA = ("data", "tiny.toml", "--out")

@@ -19,7 +19,7 @@ from ddiff import (
     LogTimeClock,
     MixtureProcess,
     TreeProcess,
-    word_law,
+    token_distribution,
 )
 from ddiff.core.numerics import EARLIEST, LATEST
 from ddiff.sampling.first_hitting import MOST_AT_ONCE, between
@@ -112,7 +112,9 @@ def test_noise_too_early_for_the_length_is_refused_with_the_number() -> None:
 def test_noise_that_is_there_at_t_0_does_not_move_the_ends() -> None:
     """Geometric noise starts with 5 % of the tokens: those come off in the last draw of any sampler."""
     vocabulary = FlatVocabulary(3, mask=False)
-    process = MixtureProcess(vocabulary, GeometricSchedule(0.05, 20.0), word_law(vocabulary))
+    process = MixtureProcess(
+        vocabulary, GeometricSchedule(0.05, 20.0), token_distribution(vocabulary)
+    )
     _, finish = between(process, 0.1, 10)
     now = torch.tensor([finish], dtype=torch.float64)
     moved = 1.0 - float(process.transition(torch.zeros_like(now), now).row(torch.tensor([0]))[0, 0])

@@ -17,10 +17,10 @@ from ddiff.data.packing import pack_texts
 from ddiff.data.sources import file_texts
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
-from ddiff.runs.prompts import infill, prompt, read_prompts, templates_of
 from ddiff.recipe.model import parse_recipe
+from ddiff.runs.build import Overrides
+from ddiff.runs.prompts import infill, prompt, read_prompts, templates_of
 from ddiff.runs.run import Run, build_run
-from ddiff.runs.build import Given
 
 GOOD = [
     json.dumps({"text": f"line number {number} is here", "y": 0, "v": [0.5, 1.0]})
@@ -178,7 +178,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         folder = tmp_path_factory.mktemp("run")
         patch.chdir(folder)
         patch.setenv("DDIFF_CACHE", str(folder / "cache"))
-        built = build_run(parse_recipe(RECIPE, "small.toml", []), Given())
+        built = build_run(parse_recipe(RECIPE, "small.toml", []), Overrides())
         built.begin()
         return built
 

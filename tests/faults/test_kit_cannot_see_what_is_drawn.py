@@ -12,16 +12,21 @@ from torch import Tensor
 
 from ddiff.core import elbo
 from ddiff.core.clock import CdfClock, LogTimeClock
-from ddiff.core.elbo import Ask
-from ddiff.core.interpolating import MixtureProcess, word_law
-from ddiff.core.rng import Noise
+from ddiff.core.elbo import Network
+from ddiff.core.interpolating import MixtureProcess, token_distribution
 from ddiff.core.process import ForwardProcess
+from ddiff.core.rng import CounterRng
 from ddiff.core.schedule import LinearSchedule, Schedule
 from ddiff.core.times import Noisy, Times
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.testing import bound, check_process
-from ddiff.testing.bound_draws import CoveringNoise, InformationPath, draws_of_the_bound, inner_window
+from ddiff.testing.bound_draws import (
+    CoveringRng,
+    InformationPath,
+    draws_of_the_bound,
+    inner_window,
+)
 
 BARE = FlatVocabulary(3, mask=False)
 
@@ -39,9 +44,11 @@ class NoisyFromTheStart(Schedule):
 PROCESSES: dict[str, ForwardProcess] = {
     "masked": TreeProcess(FlatVocabulary(4), CdfClock([LinearSchedule()])),
     "tree": TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((0.5, 1.0)), 0.9),
-    "uniform": MixtureProcess(BARE, LinearSchedule(), word_law(BARE)),
-    "uniform, tokens left at t = 1": MixtureProcess(BARE, LinearSchedule(0.3), word_law(BARE)),
-    "uniform, never closed": MixtureProcess(BARE, NoisyFromTheStart(), word_law(BARE)),
+    "uniform": MixtureProcess(BARE, LinearSchedule(), token_distribution(BARE)),
+    "uniform, tokens left at t = 1": MixtureProcess(
+        BARE, LinearSchedule(0.3), token_distribution(BARE)
+    ),
+    "uniform, never closed": MixtureProcess(BARE, NoisyFromTheStart(), token_distribution(BARE)),
 }
 CORRUPT, DIFFUSION, DECODING = elbo.corrupt, elbo.diffusion_term, elbo.decoding_term
 
@@ -53,59 +60,57 @@ def closing_shows(zt_of: Callable[..., Tensor], told: float | None = 1.0) -> Cal
     """The closing term with other states, or another time (None: the end of the window), where positions are charged."""
 
     def closing(
-        process: Any, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise
+        process: Any, network: Network, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng
     ) -> Tensor:
         charged = (times.speed > 0) & ~times.clean & scored
         reads = charged & (times.t < 1) if process.closes_at_prior else charged
-        noisy = CORRUPT(process, x0, times, scored, noise, "closing")
-        states = torch.where(charged, zt_of(process, x0, times, scored, noise, noisy), noisy.zt)
+        noisy = CORRUPT(process, x0, times, scored, rng, "closing")
+        states = torch.where(charged, zt_of(process, x0, times, scored, rng, noisy), noisy.zt)
         shown = noisy._replace(
             zt=states, t=noisy.t if told is None else torch.where(charged, told, noisy.t)
         )
         root = process.vocabulary.root
         formula = partial(elbo._closing_kl, process)
         whole = lambda zt: torch.full_like(zt, root)  # noqa: E731
-        return times.speed * elbo._read(ask, shown, reads, whole, formula, x0, times.t)
+        return times.speed * elbo._read(network, shown, reads, whole, formula, x0, times.t)
 
     return closing
 
 
 def drawn_from_q_1(
-    process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, noisy: Noisy
+    process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, noisy: Noisy
 ) -> Tensor:
-    return CORRUPT(
-        process, x0, times._replace(t=torch.ones_like(times.t)), scored, noise, "prior"
-    ).zt
+    return CORRUPT(process, x0, times._replace(t=torch.ones_like(times.t)), scored, rng, "prior").zt
 
 
 def drawn_from_the_prior(
-    process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, noisy: Noisy
+    process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, noisy: Noisy
 ) -> Tensor:
-    return process.prior.draw(noise.uniform("prior"))
+    return process.prior.draw(rng.uniform("prior"))
 
 
 def states_at_the_end(
-    process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, noisy: Noisy
+    process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, noisy: Noisy
 ) -> Tensor:
     return noisy.zt
 
 
 def corrupt_earlier(
-    process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str
+    process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, channel: str
 ) -> Noisy:
-    early = CORRUPT(process, x0, times._replace(t=0.9 * times.t), scored, noise, channel)
+    early = CORRUPT(process, x0, times._replace(t=0.9 * times.t), scored, rng, channel)
     return early._replace(t=torch.where(early.clean, 0.0, times.t))
 
 
 def tell_an_earlier_time(
-    process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str
+    process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, channel: str
 ) -> Noisy:
-    noisy = CORRUPT(process, x0, times, scored, noise, channel)
+    noisy = CORRUPT(process, x0, times, scored, rng, channel)
     return noisy._replace(t=0.8 * noisy.t)
 
 
 def decode_noised_at_zero(
-    process: Any, ask: Ask, x0: Tensor, times: Times, scored: Tensor, noise: Noise
+    process: Any, network: Network, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng
 ) -> Tensor:
     def corrupt_at_zero(process: Any, x0: Tensor, times: Times, *rest: Any) -> Noisy:
         noisy = CORRUPT(process, x0, times._replace(t=torch.zeros_like(times.t)), *rest)
@@ -113,45 +118,49 @@ def decode_noised_at_zero(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(elbo, "corrupt", corrupt_at_zero)
-        return DECODING(process, ask, x0, times, scored, noise)
+        return DECODING(process, network, x0, times, scored, rng)
 
 
 def corrupt_by(name: str) -> Callable[..., Noisy]:
     """Every draw reads one channel of the noise."""
 
     def corrupt(
-        process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str
+        process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, channel: str
     ) -> Noisy:
-        return CORRUPT(process, x0, times, scored, noise, name)
+        return CORRUPT(process, x0, times, scored, rng, name)
 
     return corrupt
 
 
 def corrupt_alike(
-    process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str
+    process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, channel: str
 ) -> Noisy:
     """Both positions read the uniforms of the first."""
 
-    class OfTheFirst(Noise):
+    class OfTheFirst(CounterRng):
         def uniform(self, channel: str, count: int = 1) -> Tensor:
-            u = noise.uniform(channel, count)
+            u = rng.uniform(channel, count)
             return u[:, :1].expand_as(u)
 
-    return CORRUPT(process, x0, times, scored, OfTheFirst(0, 0, noise.index, noise.length), channel)
+    return CORRUPT(process, x0, times, scored, OfTheFirst(0, 0, rng.index, rng.length), channel)
 
 
 def corrupt_prompts(
-    process: Any, x0: Tensor, times: Times, scored: Tensor, noise: Noise, channel: str
+    process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, channel: str
 ) -> Noisy:
-    return CORRUPT(process, x0, times, torch.ones_like(scored), noise, channel)
+    return CORRUPT(process, x0, times, torch.ones_like(scored), rng, channel)
 
 
-def speeds_swapped(process: Any, ask: Ask, x0: Tensor, noisy: Noisy, speed: Tensor) -> Tensor:
-    return DIFFUSION(process, ask, x0, noisy, speed.flip(-1))
+def speeds_swapped(
+    process: Any, network: Network, x0: Tensor, noisy: Noisy, speed: Tensor
+) -> Tensor:
+    return DIFFUSION(process, network, x0, noisy, speed.flip(-1))
 
 
-def speed_squared(process: Any, ask: Ask, x0: Tensor, noisy: Noisy, speed: Tensor) -> Tensor:
-    return speed * DIFFUSION(process, ask, x0, noisy, speed)
+def speed_squared(
+    process: Any, network: Network, x0: Tensor, noisy: Noisy, speed: Tensor
+) -> Tensor:
+    return speed * DIFFUSION(process, network, x0, noisy, speed)
 
 
 LEAKS: dict[str, tuple[str, Callable[..., Any], str]] = {
@@ -244,10 +253,10 @@ def test_the_leak_of_x0_lowers_the_bound_where_tokens_are_left(
 
 
 def test_covering_gives_every_channel_dimensions_of_its_own() -> None:
-    noise = CoveringNoise(torch.arange(256), 256, 2)
-    drawn = torch.cat([noise.uniform("a"), noise.uniform("b", 3).flatten(1), noise.uniform("c")], 1)
-    assert torch.equal(noise.uniform("a"), drawn[:, :2])
-    assert noise.queries == {"a": 2, "b": 1, "c": 1}
+    rng = CoveringRng(torch.arange(256), 256, 2)
+    drawn = torch.cat([rng.uniform("a"), rng.uniform("b", 3).flatten(1), rng.uniform("c")], 1)
+    assert torch.equal(rng.uniform("a"), drawn[:, :2])
+    assert rng.queries == {"a": 2, "b": 1, "c": 1}
     assert float((drawn.mean(0) - 0.5).abs().max()) < 1e-9  # every dimension is evenly covered
     correlation = torch.corrcoef(drawn.T) - torch.eye(drawn.shape[1], dtype=torch.float64)
     assert float(correlation.abs().max()) < 0.2
@@ -269,7 +278,7 @@ def test_positions_at_the_prior_say_nothing_of_their_token() -> None:
     """Tokens are left at t = 1 of this process; what has not begun yet is a draw of the prior all the same."""
     process = PROCESSES["uniform, tokens left at t = 1"]
     x0 = torch.arange(3).repeat(4096).reshape(-1, 2)
-    noise = Noise(0, 0, torch.arange(len(x0)), 2)
+    rng = CounterRng(0, 0, torch.arange(len(x0)), 2)
     everywhere = torch.ones_like(x0, dtype=torch.bool)
     times = Times(
         torch.ones(x0.shape).double(),
@@ -277,12 +286,10 @@ def test_positions_at_the_prior_say_nothing_of_their_token() -> None:
         ~everywhere,
         waiting=everywhere,
     )
-    noisy = CORRUPT(process, x0, times, everywhere, noise, "diffusion")
+    noisy = CORRUPT(process, x0, times, everywhere, rng, "diffusion")
     stays = float((noisy.zt == x0).double().mean())
     assert stays == pytest.approx(1 / 3, abs=0.02), (
         "four standard errors; q_1 would keep .53 of them"
     )
-    begun = CORRUPT(
-        process, x0, times._replace(waiting=~everywhere), everywhere, noise, "diffusion"
-    )
+    begun = CORRUPT(process, x0, times._replace(waiting=~everywhere), everywhere, rng, "diffusion")
     assert float((begun.zt == x0).double().mean()) == pytest.approx(0.3 + 0.7 / 3, abs=0.02)

@@ -9,7 +9,7 @@ import pytest
 from commands import called, entries, place, refusal
 from pydantic import ValidationError
 
-from ddiff import ArgumentError, ComponentConfig, Noise, load
+from ddiff import ArgumentError, ComponentConfig, CounterRng, load
 from ddiff.plugin.config import (
     COUNTS,
     LARGEST,
@@ -178,4 +178,4 @@ def test_python_callers_get_the_same_limits(asked: dict, trained: Path) -> None:
 def test_noise_takes_every_seed_of_64_bits() -> None:
     import torch
 
-    assert 0.0 <= Noise(2**64 - 1, 0, torch.arange(1), 1).shared("x") < 1.0
+    assert 0.0 <= CounterRng(2**64 - 1, 0, torch.arange(1), 1).shared("x") < 1.0

@@ -14,11 +14,11 @@ import torch
 from tiny_run import RECIPE, Command, files, is_refusal
 
 import ddiff as api
+from ddiff.checkpoint.atomic_folder import newest_state
 from ddiff.errors import CheckpointError
-from ddiff.run_dir.identity import check_recorded, dotted
 from ddiff.recipe.model import parse_recipe
 from ddiff.recipe.toml import write_toml
-from ddiff.checkpoint.atomic_folder import newest_state
+from ddiff.run_dir.identity import check_recorded, dotted
 
 MEANING = ("process", "denoiser", "objective", "tokenizer", "vocabulary")
 FREE = {

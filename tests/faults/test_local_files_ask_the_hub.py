@@ -23,12 +23,12 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from ddiff.data import prefetch
 from ddiff.data.documents import from_texts
-from ddiff.data.prefetch import Prefetched
 from ddiff.data.packing import pack
+from ddiff.data.prefetch import Prefetched
 from ddiff.data.sources import hub_texts
 from ddiff.data.streaming import StreamedRows
-from ddiff.data.tokenizer_workers import Chunk
 from ddiff.data.tokenizer import BytePairTokenizer
+from ddiff.data.tokenizer_workers import Chunk
 from ddiff.errors import DataError
 
 BYTES = BytePairTokenizer.train(

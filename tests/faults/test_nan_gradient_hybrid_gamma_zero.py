@@ -7,8 +7,8 @@ import torch
 from all_examples import every_example
 from ddiff_hybrid.gamma import GammaHybrid
 
-from ddiff import DenseLaw, FlatVocabulary, ForwardProcess, TokenHead
-from ddiff.core.prediction import LogitLaw
+from ddiff import DenseDistribution, FlatVocabulary, ForwardProcess, TokenHead
+from ddiff.core.prediction import LogitDistribution
 from ddiff.testing.edges import gradients_are_finite
 from ddiff.testing.probes import Rows, times
 from ddiff.testing.process import PROCESS_LAWS
@@ -58,7 +58,7 @@ def test_terms_have_finite_gradients_by_logits(process: ForwardProcess, apart: f
         lambda law: process.closing_kl(law, rows.x0, rows.t),
     ):
         leaf = logits.clone().requires_grad_()
-        value = term(LogitLaw(leaf, vocabulary))
+        value = term(LogitDistribution(leaf, vocabulary))
         assert not bool(value.isnan().any())
         finite = value.isfinite()
         if not value.requires_grad:
@@ -73,7 +73,7 @@ def test_kit_finds_the_gradient_that_was_nan() -> None:
     process = GammaHybrid(FlatVocabulary(3), 0.0)
 
     def divergence(
-        answer: DenseLaw, x0: torch.Tensor, zt: torch.Tensor, t: torch.Tensor
+        answer: DenseDistribution, x0: torch.Tensor, zt: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
         law = answer.log_prob(torch.where(zt == 3, 0, zt)).exp()
         return torch.where(zt == 3, -answer.log_prob(x0), law.log() * 0.0)

@@ -12,14 +12,14 @@ from ddiff_mdlm.process import MaskedDiffusion
 from ddiff_sedd.process import ScoreEntropyDiffusion
 
 from ddiff import (
-    DenseLaw,
+    CounterRng,
+    DenseDistribution,
     DenseProcess,
     FlatVocabulary,
     ForwardProcess,
     HierarchicalVocabulary,
-    Noise,
-    ask_table,
     nelbo,
+    network_from_table,
 )
 from ddiff.core.times import FlatTimes
 from ddiff.testing.edges import impossible_truth_is_bayes
@@ -48,7 +48,9 @@ IDS = ["sedd", "mdlm", "hybrid_gamma", "dense"]
 
 @pytest.mark.parametrize("process", absorbing(), ids=IDS)
 def test_visible_token_under_masks_tells_what_it_is(process: ForwardProcess) -> None:
-    law = DenseLaw(torch.tensor([[-torch.inf, 0.0]], dtype=torch.float64), process.vocabulary)
+    law = DenseDistribution(
+        torch.tensor([[-torch.inf, 0.0]], dtype=torch.float64), process.vocabulary
+    )
     x0, t = torch.tensor([0]), torch.tensor([1e-3], dtype=torch.float64)
     for term in (process.decode_nll, process.divergence, process.density):
         assert float(term(law, x0, x0, t)) == 0.0, term
@@ -60,9 +62,11 @@ def test_visible_token_under_masks_tells_what_it_is(process: ForwardProcess) -> 
 
 def test_reported_case_is_zero() -> None:
     """sedd absorb with geometric noise reads its last draw at visible tokens, since it does not close at the clean end."""
-    config = ScoreEntropyDiffusion.Config(graph="absorb", noise="geometric")
+    config = ScoreEntropyDiffusion.Config(graph="absorb", rng="geometric")
     process = ScoreEntropyDiffusion.build(config, vocabulary=FlatVocabulary(2))
-    law = DenseLaw(torch.tensor([[-torch.inf, 0.0]], dtype=torch.float64), process.vocabulary)
+    law = DenseDistribution(
+        torch.tensor([[-torch.inf, 0.0]], dtype=torch.float64), process.vocabulary
+    )
     zero = torch.tensor([0])
     assert (
         float(process.decode_nll(law, zero, zero, torch.tensor([1e-3], dtype=torch.float64))) == 0.0
@@ -82,12 +86,12 @@ def test_bound_of_a_network_that_rules_tokens_out_is_no_nan(process: ForwardProc
     num_tokens = process.vocabulary.num_tokens
     sure = torch.full((num_tokens,), -torch.inf, dtype=torch.float64)
     sure[0] = 0.0
-    ask = ask_table(lambda zt, t: sure.expand(*zt.shape, -1), process.vocabulary)
+    network = network_from_table(lambda zt, t: sure.expand(*zt.shape, -1), process.vocabulary)
     x0 = torch.arange(num_tokens).repeat(16).unsqueeze(-1)
     index = torch.arange(len(x0))
     for window in ((0.0, 1.0), (1e-3, 0.9)):
         terms = nelbo(
-            process, ask, x0, torch.ones_like(x0, dtype=torch.bool), FlatTimes(*window), Noise(0, 0, index, 1), index,
+            process, network, x0, torch.ones_like(x0, dtype=torch.bool), FlatTimes(*window), CounterRng(0, 0, index, 1), index,
             len(index),
         )  # fmt: skip
         assert not bool(terms.total.isnan().any())
@@ -96,8 +100,12 @@ def test_bound_of_a_network_that_rules_tokens_out_is_no_nan(process: ForwardProc
 
 def test_node_that_the_prediction_rules_out_is_infinite_and_its_only_child_sure() -> None:
     vocabulary = HierarchicalVocabulary([[0, 0, 1]])
-    law = DenseLaw(torch.tensor([[-torch.inf, -torch.inf, 0.0]], dtype=torch.float64), vocabulary)
-    other = DenseLaw(torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log(), vocabulary)
+    law = DenseDistribution(
+        torch.tensor([[-torch.inf, -torch.inf, 0.0]], dtype=torch.float64), vocabulary
+    )
+    other = DenseDistribution(
+        torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log(), vocabulary
+    )
     first, second = torch.tensor([3]), torch.tensor([4])
     assert law.log_child(first, torch.tensor([1])).item() == -math.inf
     assert law.log_child(first, first).item() == 0.0

@@ -14,20 +14,20 @@ from torch import Tensor
 
 from ddiff import (
     ClippedLoss,
-    DenseLaw,
+    DenseDistribution,
     DenseProcess,
     FlatVocabulary,
     ForwardProcess,
     LinearSchedule,
     MixtureProcess,
-    mask_law,
-    word_law,
+    mask_distribution,
+    token_distribution,
 )
-from ddiff.testing.reverse_rates import score_of
+from ddiff.testing.posterior import weight_is_derived
 from ddiff.testing.probes import Rows, times
 from ddiff.testing.process import PROCESS_LAWS
 from ddiff.testing.report import check
-from ddiff.testing.posterior import weight_is_derived
+from ddiff.testing.reverse_rates import score_of
 
 TIMES = (1e-3, 0.02, 0.31, 0.5, 0.77, 0.99)
 
@@ -45,7 +45,7 @@ def masks() -> dict[str, ForwardProcess]:
         "gidd": GeneralizedInterpolation.build(
             GeneralizedInterpolation.Config(p_uniform=0.0), vocabulary=vocabulary
         ),
-        "mixture": MixtureProcess(vocabulary, LinearSchedule(), mask_law(vocabulary)),
+        "mixture": MixtureProcess(vocabulary, LinearSchedule(), mask_distribution(vocabulary)),
         "hybrid_epsilon": EpsilonHybrid(vocabulary, LinearSchedule(), 0.0),
         "hybrid_gamma": GammaHybrid(vocabulary, 0.0),
         "dense": DenseProcess(vocabulary, rates),
@@ -59,17 +59,17 @@ def redrawn() -> dict[str, ForwardProcess]:
     sedd = ScoreEntropyDiffusion.Config(graph="uniform", floor=0.0)
     return {
         "sedd": ScoreEntropyDiffusion.build(sedd, vocabulary=vocabulary),
-        "mixture": MixtureProcess(vocabulary, LinearSchedule(), word_law(vocabulary)),
+        "mixture": MixtureProcess(vocabulary, LinearSchedule(), token_distribution(vocabulary)),
         "dense": DenseProcess(vocabulary, rates),
     }
 
 
 def factors(
-    process: ForwardProcess, rows: Rows, says: str, largest: float
+    process: ForwardProcess, rows: Rows, predicts: str, largest: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weight, divergence and clipped loss at every row."""
-    law = DenseLaw(rows.log_p, process.vocabulary)
-    answer = law if says == "law" else score_of(process, rows.log_p, rows.zt, rows.t)
+    law = DenseDistribution(rows.log_p, process.vocabulary)
+    answer = law if predicts == "law" else score_of(process, rows.log_p, rows.zt, rows.t)
     asked = (rows.x0, rows.zt, rows.t)
     weight = process.weight(*asked)
     divergence = process.divergence(answer, *asked)
@@ -78,14 +78,14 @@ def factors(
 
 @pytest.mark.parametrize("says", ["law", "score"])
 @pytest.mark.parametrize("chain", [masks, redrawn])
-def test_families_of_one_chain_have_one_clipped_loss(chain: object, says: str) -> None:
+def test_families_of_one_chain_have_one_clipped_loss(chain: object, predicts: str) -> None:
     """Relative rounding: the dense chain has its noise from a matrix exponential."""
     processes = chain()  # type: ignore[operator]
     rows = Rows(processes["mixture"], times(TIMES))
-    expected = factors(processes["mixture"], rows, says, 10.0)
+    expected = factors(processes["mixture"], rows, predicts, 10.0)
     for name, process in processes.items():
-        for part, due in zip(factors(process, rows, says, 10.0), expected):
-            torch.testing.assert_close(part, due, rtol=1e-8, atol=1e-9, msg=f"{name}, {says}")
+        for part, due in zip(factors(process, rows, predicts, 10.0), expected):
+            torch.testing.assert_close(part, due, rtol=1e-8, atol=1e-9, msg=f"{name}, {predicts}")
 
 
 def test_nearly_masked_text_counts_in_full() -> None:
@@ -110,7 +110,7 @@ def test_clipped_loss_is_never_above_the_density(process: ForwardProcess) -> Non
     """Near t = 0 the divergence at the clean token grows as 1/t and its weight falls as t: the loss stays the density,
     which is finite there. `smallest` above 0 would lose that."""
     rows = Rows(process, times((1e-9, 1e-6, 1e-3, 0.5, 1.0 - 1e-6)))
-    density = process.density(rows.law, rows.x0, rows.zt, rows.t)
+    density = process.density(rows.dist, rows.x0, rows.zt, rows.t)
     _, _, clipped = factors(process, rows, "law", 10.0)
     assert bool(clipped.isfinite().all())
     assert bool((clipped <= density * (1.0 + 1e-6) + 1e-6).all())

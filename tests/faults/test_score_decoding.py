@@ -14,7 +14,7 @@ from torch import Tensor
 from ddiff import (
     AnalyticSampler,
     ArgumentError,
-    DenseLaw,
+    DenseDistribution,
     DenseProcess,
     FlatVocabulary,
     ForwardProcess,
@@ -23,10 +23,12 @@ from ddiff import (
     MixtureProcess,
     Score,
     TauLeapingSampler,
-    mask_law,
-    word_law,
+    mask_distribution,
+    token_distribution,
 )
 from ddiff.testing.exact_sampler import measured
+from ddiff.testing.probes import Rows, likelihoods, random_laws, times
+from ddiff.testing.report import check
 from ddiff.testing.reverse_rates import (
     READABLE,
     hiding,
@@ -34,8 +36,6 @@ from ddiff.testing.reverse_rates import (
     scores_at_ends,
     scores_decode_to_posterior,
 )
-from ddiff.testing.probes import Rows, likelihoods, random_laws, times
-from ddiff.testing.report import check
 
 JOINT = torch.tensor(
     [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64
@@ -45,7 +45,7 @@ PATH = (1e-6, 1e-4, 1e-2, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999, 1.0)
 
 def uniform(num_tokens: int) -> MixtureProcess:
     vocabulary = FlatVocabulary(num_tokens, mask=False)
-    return MixtureProcess(vocabulary, LinearSchedule(), word_law(vocabulary))
+    return MixtureProcess(vocabulary, LinearSchedule(), token_distribution(vocabulary))
 
 
 def posterior(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ def test_the_reported_case_is_decoded_to_its_token() -> None:
         .expand(-1, process.uniforms_per_decode)
     )
     answer = Score(score.log_ratio.expand(64, -1))
-    visit = lambda rows, node, fn: fn(answer, rows)  # noqa: E731
-    assert process.decode(visit, zt.expand(64), t.expand(64), u).tolist() == [1] * 64
+    query = lambda rows, node, fn: fn(answer, rows)  # noqa: E731
+    assert process.decode(query, zt.expand(64), t.expand(64), u).tolist() == [1] * 64
 
 
 @pytest.mark.parametrize("process", every_example())
@@ -98,7 +98,7 @@ def test_perfect_score_is_charged_as_its_distribution(process: ForwardProcess) -
     rows = Rows(process, times((0.0, 0.1)))
     score = score_of(process, rows.log_p, rows.zt, rows.t)
     of_score = process.decode_nll(score, rows.x0, rows.zt, rows.t)
-    of_law = process.decode_nll(rows.law, rows.x0, rows.zt, rows.t)
+    of_law = process.decode_nll(rows.dist, rows.x0, rows.zt, rows.t)
     assert float((of_score - of_law).abs().max()) < 1e-9
 
 
@@ -141,10 +141,10 @@ def test_samples_from_scores_are_as_near_as_from_distributions(
     """Both are computed with the same draws, so that they differ by rounding alone, at 8 steps and at 32."""
     for steps in (8, 32):
         of_law, of_score = (
-            measured(sampler(steps), process, JOINT, points=512, apart=True, says=says).distance(
-                JOINT
-            )
-            for says in ("law", "score")
+            measured(
+                sampler(steps), process, JOINT, points=512, apart=True, predicts=predicts
+            ).distance(JOINT)
+            for predicts in ("law", "score")
         )
         assert of_score == pytest.approx(of_law, abs=1e-3)
 
@@ -154,9 +154,13 @@ def test_analytic_sampler_gives_no_impossible_tokens() -> None:
     process = uniform(6)
     p = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0, 0.0], dtype=torch.float64)
     joint = torch.outer(p, p)
-    law = measured(AnalyticSampler(16), process, joint, points=512, apart=True, says="score").law
+    law = measured(
+        AnalyticSampler(16), process, joint, points=512, apart=True, predicts="score"
+    ).dist
     assert float(law[4:].sum() + law[:, 4:].sum()) < 1e-6
-    law = measured(TauLeapingSampler(8), process, joint, points=512, apart=True, says="score").law
+    law = measured(
+        TauLeapingSampler(8), process, joint, points=512, apart=True, predicts="score"
+    ).dist
     assert float(law[4:].sum() + law[:, 4:].sum()) < 1e-6
 
 
@@ -199,7 +203,7 @@ def test_score_that_cannot_be_read_gives_what_is_stated() -> None:
             process.tweedie(score, t).exp(), torch.full((1, 3), 1 / 3).double(), atol=1e-3, rtol=0
         )
     masked = FlatVocabulary(3)
-    absorbing = MixtureProcess(masked, LinearSchedule(), mask_law(masked))
+    absorbing = MixtureProcess(masked, LinearSchedule(), mask_distribution(masked))
     late = absorbing.of_scores(t)
     mask = torch.tensor([3])
     score = score_of(absorbing, log_p, mask, late)
@@ -211,7 +215,9 @@ def test_score_that_cannot_be_read_gives_what_is_stated() -> None:
 def test_from_clean_has_the_noise_of_the_beginning() -> None:
     """Geometric noise at sigma_min = 0.2 is on tokens at t = 0; `transition(0, t)` starts after it."""
     vocabulary = FlatVocabulary(4, mask=False)
-    process = MixtureProcess(vocabulary, GeometricSchedule(0.2, 5.0), word_law(vocabulary))
+    process = MixtureProcess(
+        vocabulary, GeometricSchedule(0.2, 5.0), token_distribution(vocabulary)
+    )
     t = times((0.0, 0.4))
     x0 = torch.tensor([1, 1])
     marginal = likelihoods(process, t)[torch.arange(2), x0]
@@ -233,7 +239,9 @@ def test_dense_kernel_still_refuses_what_is_singular() -> None:
     kernel = process.transition(times((0.0,)), times((1.0,)))
     with pytest.raises(ArgumentError, match="must be invertible in every row"):
         kernel.solve(torch.tensor([[0.6, 0.4]], dtype=torch.float64))
-    law = DenseLaw(torch.tensor([[0.6, 0.4]], dtype=torch.float64).log(), process.vocabulary)
+    law = DenseDistribution(
+        torch.tensor([[0.6, 0.4]], dtype=torch.float64).log(), process.vocabulary
+    )
     assert bool(
         process.decode_nll(law, torch.tensor([0]), torch.tensor([1]), times((1.0,))).isfinite()
     )

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.data.cache import Cache
 from ddiff.data.corpus import ShardedCorpus, SourceCorpus
 from ddiff.data.shards import MANIFEST, Shards, read_shards, write_shards
 from ddiff.data.sources import file_texts
-from ddiff.data.tokenizer_workers import Chunk
 from ddiff.data.tokenizer import BytePairTokenizer
+from ddiff.data.tokenizer_workers import Chunk
 from ddiff.errors import CheckpointError, DataError
-from ddiff.checkpoint.checkpoints import Checkpoints
 
 BYTES = BytePairTokenizer.train(["text"], 257)
 TEXTS = [f"text number {number}" for number in range(40)]

@@ -20,8 +20,8 @@ from ddiff import (
     TopK,
     TopP,
     TreeProcess,
-    ask_table,
     guided,
+    network_from_table,
     steered,
 )
 from ddiff.core.numerics import temper
@@ -94,16 +94,16 @@ VOCABULARIES = [FlatVocabulary(3), HierarchicalVocabulary([[0, 0, 1]])]
 def guided_distribution(vocabulary: Any, weight: float) -> list[float]:
     """Of a position at the prior, told p = .5, .3, .2 under the condition and .2, .3, .5 without."""
     told = P.log().float()
-    ask = ask_table(lambda zt, t: told.expand(*zt.shape, 3), vocabulary)
-    null = ask_table(lambda zt, t: told.flip(-1).expand(*zt.shape, 3), vocabulary)
+    network = network_from_table(lambda zt, t: told.expand(*zt.shape, 3), vocabulary)
+    null = network_from_table(lambda zt, t: told.flip(-1).expand(*zt.shape, 3), vocabulary)
     noisy = Noisy(
         torch.full((1, 1), vocabulary.root),
         torch.ones(1, 1).double(),
         torch.zeros(1, 1, dtype=torch.bool),
     )
-    visit = guided(ask, null, weight)(noisy)
+    query = guided(network, null, weight)(noisy)
     node = torch.tensor([vocabulary.root])
-    return visit(torch.tensor([0]), node, lambda law, idx: law.log_mass(0).exp())[0].tolist()
+    return query(torch.tensor([0]), node, lambda law, idx: law.log_mass(0).exp())[0].tolist()
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES, ids=["flat", "tree"])
@@ -122,23 +122,23 @@ def test_guidance_follows_its_formula_on_both_sides_of_one(weight: float) -> Non
 
 @pytest.mark.parametrize("weight", [math.inf, -math.inf, math.nan])
 def test_a_guidance_weight_that_is_no_number_is_refused(weight: float) -> None:
-    ask = ask_table(lambda zt, t: P.log().expand(*zt.shape, 3), FlatVocabulary(3))
+    network = network_from_table(lambda zt, t: P.log().expand(*zt.shape, 3), FlatVocabulary(3))
     with pytest.raises(ArgumentError, match="guided: weight must be a finite number"):
-        guided(ask, ask, weight)
+        guided(network, network, weight)
     with pytest.raises(ArgumentError, match="steered: weight must be a finite number"):
-        steered(ask, lambda noisy, rows: torch.zeros(len(rows), 3), weight)
+        steered(network, lambda noisy, rows: torch.zeros(len(rows), 3), weight)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_classifier_that_gives_no_numbers_is_named(value: float) -> None:
     vocabulary = FlatVocabulary(3)
-    ask = ask_table(lambda zt, t: P.log().expand(*zt.shape, 3), vocabulary)
+    network = network_from_table(lambda zt, t: P.log().expand(*zt.shape, 3), vocabulary)
     noisy = Noisy(
         torch.full((1, 1), 3), torch.ones(1, 1).double(), torch.zeros(1, 1, dtype=torch.bool)
     )
-    visit = steered(ask, lambda noisy, rows: torch.full((len(rows), 3), value).double())(noisy)
+    query = steered(network, lambda noisy, rows: torch.full((len(rows), 3), value).double())(noisy)
     with pytest.raises(ArgumentError, match=r"steered: .*Mend log_likelihood"):
-        visit(torch.tensor([0]), torch.tensor([3]), lambda law, idx: law.log_mass(0))
+        query(torch.tensor([0]), torch.tensor([3]), lambda law, idx: law.log_mass(0))
 
 
 # ---------------------------------------------------------------------- whole samplers
@@ -156,7 +156,9 @@ def test_every_sampler_is_drawn_from_at_temperature_zero_and_near_it(name: str) 
 
     assert len(SHAPED) >= 15
     process = TreeProcess(VOCABULARIES[1], LogTimeClock((1.0, 1.0)))
-    ask = ask_table(lambda zt, t: P.log().float().expand(*zt.shape, 3), process.vocabulary)
+    network = network_from_table(
+        lambda zt, t: P.log().float().expand(*zt.shape, 3), process.vocabulary
+    )
     component = load_plugins([]).component("sampler", name).load()
     for temperature in (0.0, 1e-320):
         sampler = component.build(component.Config(temperature=temperature), steps=3)
@@ -164,5 +166,5 @@ def test_every_sampler_is_drawn_from_at_temperature_zero_and_near_it(name: str) 
             sampler.needs(process, "law")
         except ArgumentError:
             pytest.skip("needs another process")
-        drawn = generate(sampler, process, ask, index=torch.arange(4), length=4, seed=0)
+        drawn = generate(sampler, process, network, index=torch.arange(4), length=4, seed=0)
         assert set(drawn.ids.reshape(-1).tolist()) <= {0, 1, 2}

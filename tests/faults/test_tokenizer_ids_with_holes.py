@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 from ddiff.data.documents import from_texts
 from ddiff.data.packing import pack
 from ddiff.data.shards import write_shards
-from ddiff.data.tokenizer_workers import Chunk, encoded
 from ddiff.data.tokenizer import (
     AlphabetTokenizer,
     BytePairTokenizer,
@@ -24,6 +23,7 @@ from ddiff.data.tokenizer import (
     UnknownWord,
     load_tokenizer,
 )
+from ddiff.data.tokenizer_workers import Chunk, encoded
 from ddiff.errors import DataError
 
 HOLES = {"[UNK]": 0, "</s>": 1, "cat": 10, "dog": 12, "mat": 14}

@@ -20,14 +20,14 @@ from ddiff.data.jsonl import json_lines
 from ddiff.data.overlap import Found, check_overlap, document_hashes, find_overlap
 from ddiff.data.shards import read_shards, write_shards
 from ddiff.data.sources import file_texts, hub_texts
-from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
+from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk
 from ddiff.errors import DataError
 from ddiff.recipe.model import parse_recipe
-from ddiff.runs.run import build_run
-from ddiff.runs.build import Given
-from ddiff.runs.tokenize import prepare_data
+from ddiff.runs.build import Overrides
 from ddiff.runs.dry_run import rehearse
+from ddiff.runs.run import build_run
+from ddiff.runs.tokenize import prepare_data
 
 DRAW = np.random.default_rng(0)
 WORDS = [
@@ -129,7 +129,7 @@ def test_a_file_on_both_sides_is_refused_before_it_is_read(kind: str, files: str
     Path(f"corp/a{ending}").write_bytes(b"\xff no text of any kind, which reading would find")
     Path(f"corp/b{ending}").write_bytes(b"\xff")
     asked = recipe(kind, [files + ending], [f"corp/a{ending}"])
-    for refuse in (rehearse, lambda asked: build_run(asked, Given())):
+    for refuse in (rehearse, lambda asked: build_run(asked, Overrides())):
         with pytest.raises(
             DataError, match=rf"\[data\].*corp/a\{ending} is named by validation and by files"
         ):
@@ -141,7 +141,7 @@ def test_a_copy_of_the_training_text_is_refused_for_validation(kind: str) -> Non
     lines = KINDS[kind][1]
     written(kind, a=lines, copy=lines)
     asked = recipe(kind, [f"corp/a{KINDS[kind][0]}"], [f"corp/copy{KINDS[kind][0]}"])
-    for refuse in (lambda asked: build_run(asked, Given()), prepare_data):
+    for refuse in (lambda asked: build_run(asked, Overrides()), prepare_data):
         with pytest.raises(
             DataError, match=rf"all {len(lines)} validation documents are in the training text"
         ):
@@ -159,7 +159,7 @@ def test_some_validation_documents_in_training_are_counted(
     for _ in range(2):  # from shards that are made, and from those that were there
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            build_run(asked, Given())
+            build_run(asked, Overrides())
         assert [
             text
             for text in caplog.messages
@@ -172,7 +172,9 @@ def test_distinct_documents_give_no_warning(kind: str, caplog: pytest.LogCapture
     lines = KINDS[kind][1]
     written(kind, a=lines[:120], v=lines[120:])
     with caplog.at_level(logging.WARNING):
-        build_run(recipe(kind, [f"corp/a{KINDS[kind][0]}"], [f"corp/v{KINDS[kind][0]}"]), Given())
+        build_run(
+            recipe(kind, [f"corp/a{KINDS[kind][0]}"], [f"corp/v{KINDS[kind][0]}"]), Overrides()
+        )
     assert not [text for text in caplog.messages if "documents" in text]
 
 
@@ -201,7 +203,7 @@ def test_text_repeated_in_training_is_counted(caplog: pytest.LogCaptureFixture) 
     write("text", "corp/copy.txt", LINES[:50])
     write("text", "v.txt", LINES[150:] + LINES[150:170])
     with caplog.at_level(logging.WARNING):
-        build_run(recipe("text", ["corp/*.txt"], ["v.txt"]), Given())
+        build_run(recipe("text", ["corp/*.txt"], ["v.txt"]), Overrides())
     said = "\n".join(caplog.messages)
     assert "50 of the 200 documents of the part train repeat an earlier one" in said
     assert "20 of the 70 documents of the part validation repeat an earlier one" in said

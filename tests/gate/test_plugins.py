@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from ddiff import plugin
 from ddiff.errors import PluginError
+from ddiff.plugin import loader as plugin
 from ddiff.plugin.loader import installed_plugins, load_plugins, survey_plugins
 
 HOOK = """

@@ -11,8 +11,8 @@ from ddiff.core.interpolating import (
     ComponentProcess,
     InterpolatingProcess,
     MixtureProcess,
-    mask_law,
-    word_law,
+    mask_distribution,
+    token_distribution,
 )
 from ddiff.core.kernel import DenseKernel, Kernel
 from ddiff.core.numerics import draw_index, interior
@@ -54,7 +54,9 @@ class HumpedComponents(ComponentProcess):
 
     def __init__(self, vocabulary: FlatVocabulary, share: float = 0.2, gamma: float = 1.0) -> None:
         self.height, self.gamma = 2.0**gamma * share / (1.0 - share), gamma
-        super().__init__(vocabulary, [mask_law(vocabulary), word_law(vocabulary)])
+        super().__init__(
+            vocabulary, [mask_distribution(vocabulary), token_distribution(vocabulary)]
+        )
 
     def alpha(self, t: Tensor) -> Tensor:
         return (1.0 - t) / (1.0 + self._hump(t))
@@ -75,7 +77,11 @@ class CorruptedThenMasked(ComponentProcess):
     ) -> None:
         self.share = share
         super().__init__(
-            vocabulary, [mask_law(vocabulary), word_law(vocabulary) if noise is None else noise]
+            vocabulary,
+            [
+                mask_distribution(vocabulary),
+                token_distribution(vocabulary) if noise is None else noise,
+            ],
         )
 
     def alpha(self, t: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from torch import Tensor
 from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.dense import DenseProcess
 from ddiff.core.information import InformationTime, OwnTime
-from ddiff.core.interpolating import MixtureProcess, mask_law
+from ddiff.core.interpolating import MixtureProcess, mask_distribution
 from ddiff.core.kernel import DenseKernel, InterpolatingKernel, Kernel
-from ddiff.core.prediction import CleanLaw, DenseLaw, Score, SubtreeLaw
 from ddiff.core.numerics import Constant, interior
-from ddiff.core.process import Informed, Visit
+from ddiff.core.prediction import CleanDistribution, DenseDistribution, Score, SubtreeDistribution
+from ddiff.core.process import Informed, Query
 from ddiff.core.schedule import (
     CosineSchedule,
     GeometricSchedule,
@@ -34,17 +34,17 @@ from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import Logits, TokenHead, TreeHead
 from ddiff.testing import (
     bound,
+    bound_draws,
     chain,
     clock,
     denoiser,
-    drawn,
     draws,
     edges,
     head,
     information,
     law,
-    moves,
-    reverse,
+    posterior,
+    reverse_rates,
     schedule,
     times,
     vocabulary,
@@ -271,14 +271,18 @@ class SwappedWeights(TreeProcess):
 class OneLevelOff(TreeProcess):
     """Charges for the word at every node, where only the next node down is due."""
 
-    def _surprise_below(self, law: CleanLaw, x0: Tensor, zt: Tensor, level: Tensor) -> Tensor:
+    def _surprise_below(
+        self, law: CleanDistribution, x0: Tensor, zt: Tensor, level: Tensor
+    ) -> Tensor:
         return -law.log_child(zt, x0)
 
 
 class OneTermAtTheMask(TreeProcess):
     """For xi < 1 the published loss keeps one term of the divergence, that of the right cluster."""
 
-    def _parent_surprise(self, law: CleanLaw, x0: Tensor, zt: Tensor, level: int) -> Tensor:
+    def _parent_surprise(
+        self, law: CleanDistribution, x0: Tensor, zt: Tensor, level: int
+    ) -> Tensor:
         right = self.vocabulary.ancestor(x0, 1) - self.vocabulary.offsets[1]
         model = (
             self.parents.log_spread(0, 1, law.log_mass(1))
@@ -291,12 +295,12 @@ class OneTermAtTheMask(TreeProcess):
 class RawDecoding(TreeProcess):
     """-ln p(x) where -ln P(x|z) is due."""
 
-    def decode_nll(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def decode_nll(self, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return -law.log_prob(x0)
 
 
 class FreeClosing(TreeProcess):
-    def closing_kl(self, law: CleanLaw, x0: Tensor, t: Tensor) -> Tensor:
+    def closing_kl(self, law: CleanDistribution, x0: Tensor, t: Tensor) -> Tensor:
         return torch.zeros_like(t)
 
 
@@ -323,7 +327,7 @@ class WrongLikelihood(TreeProcess):
 class NegativeAtTheTruth(MixtureProcess):
     """KL + rho - ln rho, without the -1 that makes it a divergence."""
 
-    def divergence(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def divergence(self, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return super().divergence(law, x0, zt, t) + 1.0
 
 
@@ -333,13 +337,13 @@ class PublishedSplit(MixtureProcess):
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return super().weight(x0, zt, t) / self._elsewhere(x0, zt, interior(t))
 
-    def divergence(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return self.mismatch(answer, x0, zt, t)
+    def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return self.mismatch(prediction, x0, zt, t)
 
 
 class FactorsOfAnother(TreeProcess):
-    def density(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return 2.0 * super().density(answer, x0, zt, t)
+    def density(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return 2.0 * super().density(prediction, x0, zt, t)
 
 
 class DecodedByShares(MixtureProcess):
@@ -366,25 +370,27 @@ class StayingByAlpha(MixtureProcess):
 class DroppedAfterwards(MixtureProcess):
     """Words that no noise reaches are dropped after the logarithm of their probability was read."""
 
-    def divergence(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        surprise = answer.log_prob(x0).exp().log() if not isinstance(answer, Score) else 0.0
-        return torch.where(self.active(zt), super().divergence(answer, x0, zt, t), surprise * 0.0)
+    def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        surprise = prediction.log_prob(x0).exp().log() if not isinstance(prediction, Score) else 0.0
+        return torch.where(
+            self.active(zt), super().divergence(prediction, x0, zt, t), surprise * 0.0
+        )
 
 
 class DifferenceOfInfinities(MixtureProcess):
     """-ln P(x|z) as the difference of two logarithms, both infinite where z says what x is."""
 
-    def decode_nll(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        joint = self._decoding(answer, zt, t)
+    def decode_nll(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        joint = self._decoding(prediction, zt, t)
         return joint.logsumexp(-1) - joint.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
 
 
 class ScoresTwice(MixtureProcess):
     """A score is charged as if it were a law's marginal, not a ratio."""
 
-    def density(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        charged = super().density(answer, x0, zt, t)
-        return 2.0 * charged if hasattr(answer, "log_ratio") else charged
+    def density(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        charged = super().density(prediction, x0, zt, t)
+        return 2.0 * charged if hasattr(prediction, "log_ratio") else charged
 
 
 class IdleMasks(TreeProcess):
@@ -410,28 +416,28 @@ class NarrowlyInformed(TreeProcess):
 class EvidenceLeftOut(MixtureProcess):
     """A score decoded by itself, without what the row's own state says."""
 
-    def decode_nll(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        if not hasattr(answer, "log_ratio"):
-            return super().decode_nll(answer, x0, zt, t)
-        return -answer.log_ratio.log_softmax(-1).gather(-1, x0.unsqueeze(-1)).squeeze(-1)
+    def decode_nll(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        if not hasattr(prediction, "log_ratio"):
+            return super().decode_nll(prediction, x0, zt, t)
+        return -prediction.log_ratio.log_softmax(-1).gather(-1, x0.unsqueeze(-1)).squeeze(-1)
 
 
 class OutwardRates(MixtureProcess):
     """Q[z,y] where Q[y,z] is due."""
 
-    def reverse_rates(self, answer: Any, zt: Tensor, t: Tensor) -> Tensor:
+    def reverse_rates(self, prediction: Any, zt: Tensor, t: Tensor) -> Tensor:
         outward = self.rates(t).row(zt).scatter(-1, zt.unsqueeze(-1), 0.0)
-        return outward * self._log_ratio(answer, zt, t).exp()
+        return outward * self._log_ratio(prediction, zt, t).exp()
 
 
 class HalfTheRates(MixtureProcess):
-    def reverse_rates(self, answer: Any, zt: Tensor, t: Tensor) -> Tensor:
-        return 0.5 * super().reverse_rates(answer, zt, t)
+    def reverse_rates(self, prediction: Any, zt: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * super().reverse_rates(prediction, zt, t)
 
 
 class ClimbingFromTheStart(TreeProcess):
-    def climb(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return super().climb(zs, torch.zeros_like(s), t, u)
+    def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return super().forward_step(zs, torch.zeros_like(s), t, u)
 
 
 class StrayingOnceMore(TreeProcess):
@@ -444,15 +450,15 @@ class StrayingOnceMore(TreeProcess):
 class TakingEveryCandidate(MixtureProcess):
     """No thinning: the bound taken for the rate."""
 
-    def event(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return super().event(visit, zt, t, u * torch.tensor([0.0, 1.0], dtype=torch.float64))
+    def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return super().event(query, zt, t, u * torch.tensor([0.0, 1.0], dtype=torch.float64))
 
 
 class EventsToTheWords(TreeProcess):
     """A mask's event reveals its word, clusters skipped."""
 
-    def event(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return self.decode(visit, zt, t, u)
+    def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return self.decode(query, zt, t, u)
 
 
 class EventsTooOften(TreeProcess):
@@ -468,8 +474,8 @@ class NothingForeseen(MixtureProcess):
 
 
 class AskingTwiceAnEvent(TreeProcess):
-    def event(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return super().event(visit, super().event(visit, zt, t, u), t, u)
+    def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return super().event(query, super().event(query, zt, t, u), t, u)
 
 
 class SaidToReveal(TreeProcess):
@@ -492,18 +498,18 @@ class SolvedByTheDiagonal(MixtureProcess):
 class MovingToTheSameTime(MixtureProcess):
     """A step that draws from the marginal at t, where that at s is due."""
 
-    def step(self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
-        return self._leave(visit, zt, t, t, self._arrive_at(zt, s, t), u)
+    def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
+        return self._leave(query, zt, t, t, self._arrive_at(zt, s, t), u)
 
 
 class MovingWithTheBound(MixtureProcess):
     """A step whose candidates all move."""
 
-    def step(self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
-        arrive, before, now = self._arrive_at(zt, s, t), self.noise_at(zt, s), self.noise_at(zt, t)
+    def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
+        arrive, before, now = self._arrive_at(zt, s, t), self.rng_at(zt, s), self.rng_at(zt, t)
         below = u[:, :1] < (arrive * (1.0 - before) / now).unsqueeze(-1)
         return super().step(
-            visit, zt, t, s, torch.where(below, u * torch.tensor([0.0, 1.0]).double(), u)
+            query, zt, t, s, torch.where(below, u * torch.tensor([0.0, 1.0]).double(), u)
         )
 
 
@@ -550,29 +556,29 @@ class WritingIntoX0(TreeProcess):
 class StepByStep(TreeProcess):
     """A step that descends one level at most, so that a mask never becomes a word at once."""
 
-    def _down_to(self, visit: Visit, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
+    def _down_to(self, query: Query, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
         return super()._down_to(
-            visit, zt, torch.maximum(target, self.vocabulary.level_of(zt) - 1), u
+            query, zt, torch.maximum(target, self.vocabulary.level_of(zt) - 1), u
         )
 
 
 class MostLikely(TreeProcess):
     """A last draw that is no draw."""
 
-    def decode(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return super().decode(visit, zt, t, torch.full_like(u, 0.5))
+    def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return super().decode(query, zt, t, torch.full_like(u, 0.5))
 
 
 class AskingTwice(TreeProcess):
-    def step(self, visit: Visit, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
-        halfway = super().step(visit, zt, t, (s + t) / 2.0, u)
-        return super().step(visit, halfway, (s + t) / 2.0, s, u)
+    def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
+        halfway = super().step(query, zt, t, (s + t) / 2.0, u)
+        return super().step(query, halfway, (s + t) / 2.0, s, u)
 
 
 class AskingAlways(MixtureProcess):
-    def decode(self, visit: Visit, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        visit(torch.arange(len(zt)), self.scope(zt), lambda answer, rows: rows)
-        return super().decode(visit, zt, t, u)
+    def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        query(torch.arange(len(zt)), self.scope(zt), lambda prediction, rows: rows)
+        return super().decode(query, zt, t, u)
 
 
 class ContiguousSlices(FlatTimes):
@@ -665,7 +671,7 @@ class Forgetful(HierarchicalVocabulary):  # type: ignore[misc]
         HierarchicalVocabulary(self.parents).save(path)
 
 
-class HalfALaw(SubtreeLaw):
+class HalfALaw(SubtreeDistribution):
     """Level-wise logits that were never normalised among siblings."""
 
     def log_below(self, level: int) -> Tensor:
@@ -705,11 +711,11 @@ class ForgettingWhere(ALaw):
 class Reversed(TreeHead):
     """The words of a node in another order than the table's."""
 
-    def law(self, logits: Logits, top: int) -> SubtreeLaw:
-        flipped = lambda a, b: (
-            logits(a, b).flip(-1) if top != self.vocabulary.root else logits(a, b)
-        )  # noqa: E731
-        return super().law(flipped, top)
+    def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
+        def flipped(a, b):
+            return logits(a, b).flip(-1) if top != self.vocabulary.root else logits(a, b)
+
+        return super().dist(flipped, top)
 
 
 class DetachedHidden(TokenHead):
@@ -720,16 +726,16 @@ class DetachedHidden(TokenHead):
 
 
 class FirstChunkOnly(TokenHead):
-    def visit(self, hidden: Tensor, node: Tensor, fn: Any) -> Any:
-        answers = super().visit(hidden, node, fn)
-        return tuple(answer[:1].expand_as(answer) for answer in answers)
+    def query(self, hidden: Tensor, node: Tensor, fn: Any) -> Any:
+        predictions = super().query(hidden, node, fn)
+        return tuple(prediction[:1].expand_as(prediction) for prediction in predictions)
 
 
 class BareLogits(TokenHead):
     """Logits handed on as if they were a law."""
 
-    def law(self, logits: Logits, top: int) -> SubtreeLaw:
-        return DenseLaw(logits(0, self.vocabulary.num_tokens), self.vocabulary)
+    def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
+        return DenseDistribution(logits(0, self.vocabulary.num_tokens), self.vocabulary)
 
 
 class Trunk(torch.nn.Module):
@@ -825,7 +831,9 @@ def mixture(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
 
 
 def masking(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
-    return lambda: kind(ONE_LEVEL.vocabulary, LinearSchedule(), mask_law(ONE_LEVEL.vocabulary))  # type: ignore[call-arg]
+    return lambda: kind(
+        ONE_LEVEL.vocabulary, LinearSchedule(), mask_distribution(ONE_LEVEL.vocabulary)
+    )  # type: ignore[call-arg]
 
 
 def late(kind: type[MixtureProcess]) -> MixtureProcess:
@@ -871,7 +879,7 @@ FAULTS = [
     ),
     Fault(
         "raw -ln p(x) as decoding term",
-        reverse.decode_nll_is_derived,
+        posterior.decode_nll_is_derived,
         on_pair(TreeProcess, 0.8),
         on_pair(RawDecoding, 0.8),
     ),
@@ -919,13 +927,13 @@ FAULTS = [
     ),
     Fault(
         "off-by-one level in the bound",
-        reverse.density_is_derived,
+        posterior.density_is_derived,
         on_pair(TreeProcess),
         on_pair(OneLevelOff),
     ),
     Fault(
         "posterior without two-level jumps",
-        reverse.posterior_is_bayes,
+        posterior.posterior_is_bayes,
         on_pair(TreeProcess),
         on_pair(NoTwoLevelJumps),
     ),
@@ -943,7 +951,7 @@ FAULTS = [
     ),
     Fault(
         "one-term perturbed-mask loss",
-        reverse.density_is_derived,
+        posterior.density_is_derived,
         on_pair(TreeProcess, 0.8),
         on_pair(OneTermAtTheMask, 0.8),
     ),
@@ -1039,7 +1047,7 @@ FAULTS = [
     # bound and posterior
     Fault(
         "a posterior of other times",
-        reverse.posterior_is_derived,
+        posterior.posterior_is_derived,
         lambda: NoTwoLevelJumps(FlatVocabulary(3), LogTimeClock((1.0,))),
         mixture(LatePosterior),
     ),
@@ -1051,37 +1059,37 @@ FAULTS = [
     ),
     Fault(
         "normalised likelihoods",
-        reverse.likelihood_is_derived,
+        posterior.likelihood_is_derived,
         on_pair(TreeProcess),
         on_pair(WrongLikelihood),
     ),
     Fault(
         "a divergence that is not 0 at the truth",
-        reverse.density_is_a_divergence,
+        posterior.density_is_a_divergence,
         mixture(MixtureProcess),
         mixture(NegativeAtTheTruth),
     ),
     Fault(
         "the published split",
-        reverse.weight_is_derived,
+        posterior.weight_is_derived,
         mixture(MixtureProcess),
         mixture(PublishedSplit),
     ),
     Fault(
         "scores decoded by shares",
-        moves.scores_decode_to_posterior,
+        reverse_rates.scores_decode_to_posterior,
         mixture(MixtureProcess),
         mixture(DecodedByShares),
     ),
     Fault(
         "from z_0, not from x",
-        moves.from_clean_is_marginal,
+        reverse_rates.from_clean_is_marginal,
         lambda: late(MixtureProcess),
         lambda: late(FromTheNoiseAtZero),
     ),
     Fault(
         "alpha for q(x|x)",
-        moves.stay_probability_is_derived,
+        reverse_rates.stay_probability_is_derived,
         mixture(MixtureProcess),
         mixture(StayingByAlpha),
     ),
@@ -1099,15 +1107,21 @@ FAULTS = [
     ),
     Fault(
         "factors of another density",
-        reverse.factors_multiply,
+        posterior.factors_multiply,
         on_pair(TreeProcess),
         on_pair(FactorsOfAnother),
     ),
     Fault(
-        "scores charged twice", reverse.score_is_law, mixture(MixtureProcess), mixture(ScoresTwice)
+        "scores charged twice",
+        posterior.score_is_law,
+        mixture(MixtureProcess),
+        mixture(ScoresTwice),
     ),
     Fault(
-        "no closing term", reverse.closing_kl_is_derived, on_pair(TreeProcess), on_pair(FreeClosing)
+        "no closing term",
+        posterior.closing_kl_is_derived,
+        on_pair(TreeProcess),
+        on_pair(FreeClosing),
     ),
     Fault(
         "no closing term in the bound",
@@ -1117,7 +1131,7 @@ FAULTS = [
     ),
     Fault(
         "masks that are idle",
-        reverse.active_covers_density,
+        posterior.active_covers_density,
         on_pair(TreeProcess),
         on_pair(IdleMasks),
     ),
@@ -1129,92 +1143,92 @@ FAULTS = [
     ),
     Fault(
         "a scope with nothing in it",
-        reverse.scope_suffices,
+        posterior.scope_suffices,
         on_pair(TreeProcess),
         on_pair(NarrowScope),
     ),
     Fault(
         "too little informed",
-        reverse.informed_is_enough,
+        posterior.informed_is_enough,
         on_pair(TreeProcess, 0.8),
         on_pair(NarrowlyInformed, 0.8),
     ),
     # rates, events, climbing
     Fault(
         "a score without evidence",
-        moves.scores_at_ends,
+        reverse_rates.scores_at_ends,
         uneven(MixtureProcess),
         uneven(EvidenceLeftOut),
     ),
     Fault(
         "rates turned round",
-        moves.reverse_flows_balance,
+        reverse_rates.reverse_flows_balance,
         uneven(MixtureProcess),
         uneven(OutwardRates),
     ),
     Fault(
         "half the rates",
-        moves.density_is_of_reverse_rates,
+        reverse_rates.density_is_of_reverse_rates,
         uneven(MixtureProcess),
         uneven(HalfTheRates),
     ),
     Fault(
         "rates of another posterior",
-        moves.reverse_rates_make_posterior,
+        reverse_rates.reverse_rates_make_posterior,
         uneven(MixtureProcess),
         uneven(LatePosterior),
     ),
     Fault(
         "climbing from the start",
-        moves.climb_follows_transition,
+        reverse_rates.forward_step_follows_transition,
         on_pair(TreeProcess),
         on_pair(ClimbingFromTheStart),
     ),
     Fault(
         "straying as from a word",
-        moves.climb_follows_transition,
+        reverse_rates.forward_step_follows_transition,
         lambda: TreeProcess(THREE, CLOCK3, (0.8, 0.7)),
         lambda: StrayingOnceMore(THREE, CLOCK3, (0.8, 0.7)),
     ),
     Fault(
         "every candidate taken",
-        moves.events_follow_reverse_rates,
+        reverse_rates.events_follow_reverse_rates,
         uneven(MixtureProcess),
         uneven(TakingEveryCandidate),
     ),
     Fault(
         "events that skip a level",
-        moves.events_follow_reverse_rates,
+        reverse_rates.events_follow_reverse_rates,
         on_pair(TreeProcess),
         on_pair(EventsToTheWords),
     ),
     Fault(
         "events too often",
-        moves.events_follow_reverse_rates,
+        reverse_rates.events_follow_reverse_rates,
         on_pair(TreeProcess),
         on_pair(EventsTooOften),
     ),
     Fault(
         "nothing foreseen",
-        moves.events_follow_reverse_rates,
+        reverse_rates.events_follow_reverse_rates,
         uneven(MixtureProcess),
         uneven(NothingForeseen),
     ),
     Fault(
         "two visits in an event",
-        moves.events_ask_once,
+        reverse_rates.events_query_once,
         on_pair(TreeProcess),
         on_pair(AskingTwiceAnEvent),
     ),
     Fault(
         "words said to be settled",
-        moves.monotone_moves_reveal,
+        reverse_rates.monotone_moves_reveal,
         on_pair(TreeProcess),
         on_pair(SaidToReveal, 0.8),
     ),
     Fault(
         "solved by the diagonal",
-        moves.solve_inverts,
+        reverse_rates.solve_inverts,
         uneven(MixtureProcess),
         uneven(SolvedByTheDiagonal),
     ),
@@ -1238,10 +1252,12 @@ FAULTS = [
         on_pair(TreeProcess),
         on_pair(MostLikely),
     ),
-    Fault("two visits in a step", draws.step_asks_once, on_pair(TreeProcess), on_pair(AskingTwice)),
+    Fault(
+        "two visits in a step", draws.step_queries_once, on_pair(TreeProcess), on_pair(AskingTwice)
+    ),
     Fault(
         "a visit for nothing",
-        draws.decode_asks_once,
+        draws.decode_queries_once,
         mixture(MixtureProcess),
         mixture(AskingAlways),
     ),
@@ -1419,8 +1435,8 @@ def test_no_law_is_without_a_fault() -> None:
     assert {one.name for one in kit} - {fault.law.name for fault in FAULTS} == {
         bound.speed_equality.name,
         denoiser.evidence_is_dropped.name,
-        moves.scores_are_decoded.name,
-        drawn.draws_of_the_bound.name,
+        reverse_rates.scores_are_decoded.name,
+        bound_draws.draws_of_the_bound.name,
     }
 
 
@@ -1429,7 +1445,7 @@ def test_a_full_conditional_that_is_not_converted_is_found(monkeypatch: pytest.M
 
     given_all = Denoiser(Trunk(), TokenHead(FlatVocabulary(3), 4), given="all")
     assert denoiser.evidence_is_dropped(given_all, process=ONE_LEVEL).passed
-    monkeypatch.setattr(engine.FullLaw, "question", lambda self, fn, *rest: fn)
+    monkeypatch.setattr(engine.FullParameterization, "question", lambda self, fn, *rest: fn)
     assert not denoiser.evidence_is_dropped(given_all, process=ONE_LEVEL).passed
 
 
@@ -1458,8 +1474,8 @@ def test_a_bound_that_forgets_speed_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
     original = elbo.diffusion_term
 
-    def careless(process: Any, ask: Any, x0: Tensor, noisy: Any, speed: Tensor) -> Tensor:
-        return original(process, ask, x0, noisy, speed.mean(-1, keepdim=True).expand_as(speed))
+    def careless(process: Any, network: Any, x0: Tensor, noisy: Any, speed: Tensor) -> Tensor:
+        return original(process, network, x0, noisy, speed.mean(-1, keepdim=True).expand_as(speed))
 
     assert bound.speed_equality(STRAYING).passed
     monkeypatch.setattr(elbo, "diffusion_term", careless)
@@ -1472,6 +1488,6 @@ def test_a_bound_without_an_end_term_is_found(term: str, monkeypatch: pytest.Mon
 
     assert bound.constant_denoiser(STRAYING).passed
     monkeypatch.setattr(
-        elbo, term, lambda process, ask, x0, *rest: torch.zeros(x0.shape, dtype=torch.float64)
+        elbo, term, lambda process, network, x0, *rest: torch.zeros(x0.shape, dtype=torch.float64)
     )
     assert not bound.constant_denoiser(STRAYING).passed

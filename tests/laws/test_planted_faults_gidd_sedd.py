@@ -8,14 +8,14 @@ import pytest
 import torch
 from ddiff_gidd.losses import Dynamic
 from ddiff_gidd.process import MIXINGS, Form, GeneralizedInterpolation
-from ddiff_sedd.head import RatioLaw, Ratios
+from ddiff_sedd.head import RatioDistribution, Ratios
 from ddiff_sedd.process import ScoreEntropyDiffusion
 from faults import Fault, assert_found
 from torch import Tensor
 
 from ddiff import FlatVocabulary, MixtureProcess, Score
 from ddiff.core.schedule import GeometricSchedule, Schedule
-from ddiff.testing import bound, chain, reverse, schedule
+from ddiff.testing import bound, chain, posterior, schedule
 from ddiff.testing.bound import full_table
 
 WORDS = FlatVocabulary(3)
@@ -76,8 +76,8 @@ class WithoutItsPower(GeneralizedInterpolation):
 class WithoutTheMinusOne(GeneralizedInterpolation):
     """The older split, KL + rho - ln rho, without the alpha'/alpha that makes it the bound on average."""
 
-    def divergence(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return super().divergence(answer, x0, zt, t) + 1.0
+    def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return super().divergence(prediction, x0, zt, t) + 1.0
 
 
 class LeftOutWords(GeneralizedInterpolation):
@@ -90,8 +90,10 @@ class LeftOutWords(GeneralizedInterpolation):
 class KeepingWhatIsLeft(GeneralizedInterpolation):
     """What still stands at the end is taken for the word itself, which the uniform noise forbids."""
 
-    def decode_nll(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return torch.where(zt == self.vocabulary.root, super().decode_nll(answer, x0, zt, t), 0.0)
+    def decode_nll(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return torch.where(
+            zt == self.vocabulary.root, super().decode_nll(prediction, x0, zt, t), 0.0
+        )
 
 
 # ---------------------------------------------------------------------- scores
@@ -115,20 +117,23 @@ def _as(kind: type[MixtureProcess], process: MixtureProcess) -> MixtureProcess:
 class Unscaled(MixtureProcess):  # type: ignore[misc]
     """Reads ratios to the mask as if e^sigma - 1 were not in them: the law's own p in place of p/(e^sigma - 1)."""
 
-    def divergence(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        if isinstance(answer, Score):
+    def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        if isinstance(prediction, Score):
             growth = (self.schedule.noised(t) / self.schedule.alpha(t)).log()
             masked = torch.where(zt == self.vocabulary.root, growth, 0.0).unsqueeze(-1)
-            answer = Score((answer.log_ratio + masked).scatter(-1, zt.unsqueeze(-1), 0.0))
-        return super().divergence(answer, x0, zt, t)
+            prediction = Score((prediction.log_ratio + masked).scatter(-1, zt.unsqueeze(-1), 0.0))
+        return super().divergence(prediction, x0, zt, t)
 
 
 class ScoresForAProcessAtHalfTheNoise(MixtureProcess):  # type: ignore[misc]
     """The ratios of e^(sigma/2) where those of e^sigma are due."""
 
-    def divergence(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return super().divergence(
-            Score(0.5 * answer.log_ratio) if isinstance(answer, Score) else answer, x0, zt, t
+            Score(0.5 * prediction.log_ratio) if isinstance(prediction, Score) else prediction,
+            x0,
+            zt,
+            t,
         )
 
 
@@ -160,7 +165,7 @@ class BySubtraction(GeometricSchedule):  # type: ignore[misc]
 FAULTS = [
     Fault(
         "dynamic weight in the density",
-        reverse.density_is_derived,
+        posterior.density_is_derived,
         mixed,
         lambda: mixed(TrainedWeight),
     ),
@@ -202,14 +207,14 @@ FAULTS = [
     ),
     Fault(
         "no -1 beside rho - ln rho",
-        reverse.density_is_a_divergence,
+        posterior.density_is_a_divergence,
         mixed,
         lambda: mixed(WithoutTheMinusOne),
     ),
     Fault("words that are never wrong", bound.entropy_equality, mixed, lambda: mixed(LeftOutWords)),
     Fault(
         "words that are right at the end",
-        reverse.decode_nll_is_derived,
+        posterior.decode_nll_is_derived,
         mixed,
         lambda: mixed(KeepingWhatIsLeft),
     ),
@@ -219,10 +224,10 @@ FAULTS = [
         mixed,
         lambda: mixed(KeepingWhatIsLeft),
     ),
-    Fault("e^sigma - 1 missing", reverse.score_is_law, absorbing, lambda: absorbing(Unscaled)),
+    Fault("e^sigma - 1 missing", posterior.score_is_law, absorbing, lambda: absorbing(Unscaled)),
     Fault(
         "ratios of another noise",
-        reverse.score_is_law,
+        posterior.score_is_law,
         uniform,
         lambda: uniform(ScoresForAProcessAtHalfTheNoise),
     ),
@@ -270,15 +275,18 @@ def test_a_law_of_visible_rows_by_cross_entropy_is_no_rest_law(form: Form) -> No
 def test_an_unscaled_reading_is_not_the_score_of_its_law() -> None:
     """What the head says for a law p, ln p + ln V, is the law's score with the scale and something else without."""
     process = absorbing()
-    rows = reverse.Rows(process, reverse.times(reverse.INNER))
+    rows = posterior.Rows(process, posterior.times(posterior.INNER))
     raw = torch.nn.functional.pad(rows.log_p + torch.tensor(3.0).double().log(), (0, 1))
-    expected, charged = process.density(rows.law, rows.x0, rows.zt, rows.t), {}
+    expected, charged = process.density(rows.dist, rows.x0, rows.zt, rows.t), {}
     for scaled in (True, False):
-        fn = lambda answer, idx: process.density(answer, rows.x0[idx], rows.zt[idx], rows.t[idx])  # noqa: E731
+
+        def fn(prediction, idx):
+            return process.density(prediction, rows.x0[idx], rows.zt[idx], rows.t[idx])
+
         reading = Ratios(scaled)
         question = reading.question(
             fn, process, rows.zt, rows.t, reading.prepared(process, rows.zt, rows.t)
         )
-        charged[scaled] = question(RatioLaw(raw, WORDS), torch.arange(len(rows.zt)))
+        charged[scaled] = question(RatioDistribution(raw, WORDS), torch.arange(len(rows.zt)))
     torch.testing.assert_close(charged[True], expected, rtol=1e-10, atol=1e-10)
     assert (charged[False] - expected).abs().max() > 0.05

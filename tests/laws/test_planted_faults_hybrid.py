@@ -13,13 +13,13 @@ from ddiff_hybrid.losses import EverywhereCrossEntropy, MixedEntropies
 from faults import Fault, assert_found
 from torch import Tensor
 
-from ddiff.core.interpolating import MixtureProcess, word_law
+from ddiff.core.interpolating import MixtureProcess, token_distribution
 from ddiff.core.kernel import InterpolatingKernel, Kernel
-from ddiff.core.prediction import CleanLaw, DenseLaw
 from ddiff.core.numerics import interior
+from ddiff.core.prediction import CleanDistribution, DenseDistribution
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.vocabulary import FlatVocabulary
-from ddiff.testing import bound, chain, draws, moves, reverse
+from ddiff.testing import bound, chain, draws, posterior, reverse_rates
 from ddiff.testing.bound import full_table, random_joint, rest_table
 from ddiff.testing.probes import INNER, times
 from ddiff.testing.report import Gap, gap, law
@@ -62,20 +62,22 @@ class PublishedAsBound(GammaHybrid):  # type: ignore[misc]
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return self.published.weight(self, x0, zt, interior(t))
 
-    def divergence(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return self.published.divergence(self, answer, x0, zt, t)
+    def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return self.published.divergence(self, prediction, x0, zt, t)
 
 
 class AllTheNoise(GammaHybrid):  # type: ignore[misc]
     """e^sigma where e^{gamma sigma} belongs, in the bound of words."""
 
-    def density(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def density(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         words = self.words
-        self.words = MixtureProcess(words.vocabulary, _all(self), word_law(words.vocabulary))
-        charged = self.words.density(answer, x0, self._word(zt), t)
+        self.words = MixtureProcess(
+            words.vocabulary, _all(self), token_distribution(words.vocabulary)
+        )
+        charged = self.words.density(prediction, x0, self._word(zt), t)
         self.words = words
         return torch.where(
-            self._masked(zt), super().density(answer, x0, zt, t), self.gamma * charged
+            self._masked(zt), super().density(prediction, x0, zt, t), self.gamma * charged
         )
 
 
@@ -115,7 +117,7 @@ class MixedStep(GammaHybrid):  # type: ignore[misc]
 
     def _move(
         self,
-        visit: Any,
+        query: Any,
         zt: Tensor,
         t: Tensor,
         s: Tensor,
@@ -123,39 +125,48 @@ class MixedStep(GammaHybrid):  # type: ignore[misc]
         arrive: Tensor,
         u: Tensor,
     ) -> Tensor:
-        moved = super()._move(visit, zt, t, s, reveal, arrive, u)
+        moved = super()._move(query, zt, t, s, reveal, arrive, u)
         revealed = (self._masked(zt) & ~self._masked(moved)).nonzero().squeeze(-1)
-        draw = lambda answer, rows: answer.draw(zt[revealed[rows]], 0 * rows, u[revealed[rows], 1])  # noqa: E731
+
+        def draw(prediction, rows):
+            return prediction.draw(zt[revealed[rows]], 0 * rows, u[revealed[rows], 1])
+
         if len(revealed):
-            moved[revealed] = visit(revealed, self.scope(zt[revealed]), draw)
+            moved[revealed] = query(revealed, self.scope(zt[revealed]), draw)
         return moved
 
 
 class WithoutItsEvidence(GammaHybrid):  # type: ignore[misc]
     """A score is drawn from by its shares alone, whatever word stands there."""
 
-    def decode(self, visit: Any, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        def draw(answer: Any, rows: Tensor) -> Tensor:
-            shares = DenseLaw(answer.log_ratio[:, :WORDS].log_softmax(-1), self.vocabulary)
+    def decode(self, query: Any, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        def draw(prediction: Any, rows: Tensor) -> Tensor:
+            shares = DenseDistribution(
+                prediction.log_ratio[:, :WORDS].log_softmax(-1), self.vocabulary
+            )
             return shares.draw(
                 torch.full_like(rows, self.vocabulary.root), torch.zeros_like(rows), u[rows, 1]
             )
 
-        return visit(torch.arange(len(zt)), self.scope(zt), draw)
+        return query(torch.arange(len(zt)), self.scope(zt), draw)
 
 
 class WithoutTheLastDraw(EpsilonHybrid):  # type: ignore[misc]
     """What shuffled words cost is left out."""
 
-    def decode_nll(self, answer: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return torch.where(zt == self.vocabulary.root, super().decode_nll(answer, x0, zt, t), 0.0)
+    def decode_nll(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return torch.where(
+            zt == self.vocabulary.root, super().decode_nll(prediction, x0, zt, t), 0.0
+        )
 
 
 class RawLastDraw(EpsilonHybrid):  # type: ignore[misc]
     """-ln p(x) where -ln P(x | z) is due."""
 
-    def decode_nll(self, answer: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return -answer.log_prob(x0)
+    def decode_nll(
+        self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
+    ) -> Tensor:
+        return -prediction.log_prob(x0)
 
 
 class SaidToClose(EpsilonHybrid):  # type: ignore[misc]
@@ -176,7 +187,7 @@ class AlwaysAnother(EpsilonHybrid):  # type: ignore[misc]
 FAULTS = [
     Fault(
         "the published loss as bound",
-        reverse.density_is_derived,
+        posterior.density_is_derived,
         gamma_hybrid(),
         gamma_hybrid(PublishedAsBound),
     ),
@@ -188,7 +199,7 @@ FAULTS = [
     ),
     Fault(
         "e^sigma for e^(gamma sigma)",
-        reverse.density_is_derived,
+        posterior.density_is_derived,
         gamma_hybrid(),
         gamma_hybrid(AllTheNoise),
     ),
@@ -218,13 +229,13 @@ FAULTS = [
     ),
     Fault(
         "a score without the evidence",
-        moves.scores_are_decoded,
+        reverse_rates.scores_are_decoded,
         gamma_hybrid(),
         gamma_hybrid(WithoutItsEvidence),
     ),
     Fault(
         "no last draw",
-        reverse.decode_nll_is_derived,
+        posterior.decode_nll_is_derived,
         epsilon_hybrid(),
         epsilon_hybrid(WithoutTheLastDraw),
     ),
@@ -297,7 +308,7 @@ def test_the_published_epsilon_loss_is_least_for_the_full_conditional() -> None:
         total = 0.0
         for x in range(WORDS):
             x0 = torch.full_like(first, x)
-            law_ = DenseLaw(log_p, process.vocabulary)
+            law_ = DenseDistribution(log_p, process.vocabulary)
             nll = -law_.log_prob(x0) if plain else loss.divergence(process, law_, x0, first, now)
             total += (chance[x].reshape(-1) * nll).sum().item()
         return total

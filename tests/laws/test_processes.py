@@ -9,12 +9,12 @@ import torch
 from chains import EVERY
 from ddiff_hybrid.epsilon import EpsilonHybrid
 
-from ddiff.core.interpolating import MixtureProcess, mask_law, word_law
+from ddiff.core.interpolating import MixtureProcess, mask_distribution, token_distribution
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import GeometricSchedule, LinearSchedule, PowerSchedule
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.errors import ArgumentError
-from ddiff.testing import Law, LawReport, assert_laws, bound, check_process, moves, schedule
+from ddiff.testing import Law, LawReport, assert_laws, bound, check_process, reverse_rates, schedule
 from ddiff.testing.process import PROCESS_LAWS, check_parts
 
 BARE = FlatVocabulary(3, mask=False)
@@ -59,11 +59,11 @@ ODD_AND_RIGHT: dict[str, tuple[Law, object]] = {
     ),
     "one word, which costs nothing": (
         bound.discrete_bound_converges,
-        MixtureProcess(FlatVocabulary(1), LinearSchedule(), mask_law(FlatVocabulary(1))),
+        MixtureProcess(FlatVocabulary(1), LinearSchedule(), mask_distribution(FlatVocabulary(1))),
     ),
     "a transition that hardly remembers": (
-        moves.solve_inverts,
-        MixtureProcess(BARE, GeometricSchedule(1.0, 100.0), word_law(BARE)),
+        reverse_rates.solve_inverts,
+        MixtureProcess(BARE, GeometricSchedule(1.0, 100.0), token_distribution(BARE)),
     ),
     "early masks over shuffled words": (
         bound.constant_denoiser,

@@ -10,7 +10,7 @@ from chains import PAIR, HumpedNoise, masked, uniform
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LogTimeClock
-from ddiff.core.prediction import DenseLaw, Score
+from ddiff.core.prediction import DenseDistribution, Score
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule, Schedule
 from ddiff.core.tree import TreeProcess
@@ -23,7 +23,7 @@ SCHEDULES: list[Schedule] = [LinearSchedule(), CosineSchedule(), PowerSchedule(2
 
 
 def charged(process: ForwardProcess, rows: Rows) -> Tensor:
-    return process.density(rows.law, rows.x0, rows.zt, rows.t)
+    return process.density(rows.dist, rows.x0, rows.zt, rows.t)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
@@ -56,7 +56,7 @@ def test_the_masked_loss_is_the_absorbing_score_entropy(schedule: Schedule) -> N
     )
     torch.testing.assert_close(process.density(Score(ratio), x0, zt, t), expected, **CLOSE)
     torch.testing.assert_close(
-        process.density(DenseLaw(log_p, process.vocabulary), x0, zt, t), expected, **CLOSE
+        process.density(DenseDistribution(log_p, process.vocabulary), x0, zt, t), expected, **CLOSE
     )
 
 
@@ -93,8 +93,8 @@ def test_the_two_cross_entropies_of_the_paper_are_the_density(gamma: float) -> N
     _, beta_c, beta_m, d_beta_m = masses(gamma, rows.t)
     d_alpha = -gamma * (1.0 - rows.t) ** (gamma - 1.0)
     level = PAIR.level_of(rows.zt)
-    log_cluster = rows.law.log_prob(PAIR.parent(rows.x0))
-    log_word = rows.law.log_prob(rows.x0) - log_cluster
+    log_cluster = rows.dist.log_prob(PAIR.parent(rows.x0))
+    log_word = rows.dist.log_prob(rows.x0) - log_cluster
     expected = torch.where(
         level == 2, -d_beta_m / beta_m * log_cluster, d_alpha / beta_c * log_word
     )
@@ -127,12 +127,12 @@ def test_the_perturbed_bound_is_the_exact_one(xi: float) -> None:
     cluster = torch.tensor([4, 5])
     right = (PAIR.parent(rows.x0).unsqueeze(-1) == cluster).double()
     rho = xi * right + (1.0 - xi) * (1.0 - right)
-    mass = rows.law.log_mass(1).exp()
+    mass = rows.dist.log_mass(1).exp()
     rho_hat = xi * mass + (1.0 - xi) * (1.0 - mass)
     at_mask = d_beta_m / beta_m * (rho * (rho / rho_hat).log()).sum(-1)
     pick = (rows.zt - 4).clamp(0, 1).unsqueeze(-1)
     evidence = (rho / rho_hat).gather(-1, pick).squeeze(-1).log()
-    at_cluster = -(evidence + rows.law.log_prob(rows.x0)) / beta_c
+    at_cluster = -(evidence + rows.dist.log_prob(rows.x0)) / beta_c
     level = PAIR.level_of(rows.zt)
     expected = torch.where(level == 2, at_mask, torch.where(level == 1, at_cluster, 0.0))
     torch.testing.assert_close(charged(process, rows), expected, rtol=1e-10, atol=1e-10)

@@ -35,15 +35,17 @@ class Claims:
     def steps(self) -> int | None:
         return self.inner.steps
 
-    def needs(self, process: Any, says: str) -> None:
-        self.inner.needs(process, says)
+    def needs(self, process: Any, predicts: str) -> None:
+        self.inner.needs(process, predicts)
 
     def run(self, *arguments: Any) -> Iterator[Canvas]:
         yield from self.inner.run(*arguments)
 
 
-def claimed(build: Callable[[int], Any], quality: str, order: int, says: Any = "law") -> Subject:
-    return Subject(lambda steps: Claims(build(steps), quality, order), MASKS, says)
+def claimed(
+    build: Callable[[int], Any], quality: str, order: int, predicts: Any = "law"
+) -> Subject:
+    return Subject(lambda steps: Claims(build(steps), quality, order), MASKS, predicts)
 
 
 @pytest.mark.parametrize(
@@ -80,20 +82,20 @@ def test_declarations_that_contradict_each_other_are_seen(quality: str, order: i
 
 
 class StopsEarly(Claims):
-    def run(self, process: Any, ask: Any, canvas: Canvas, noise_at: Any) -> Iterator[Canvas]:
-        yield from list(self.inner.run(process, ask, canvas, noise_at))[:-1]
+    def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
+        yield from list(self.inner.run(process, network, canvas, rng_at))[:-1]
 
 
 class Forgets(Claims):
-    def run(self, process: Any, ask: Any, canvas: Canvas, noise_at: Any) -> Iterator[Canvas]:
-        for canvas in self.inner.run(process, ask, canvas, noise_at):  # noqa: B020
+    def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
+        for canvas in self.inner.run(process, network, canvas, rng_at):  # noqa: B020
             yield canvas
         yield canvas.moved(torch.zeros_like(canvas.zt), canvas.t)
 
 
 class SharesNoise(Claims):
-    def run(self, process: Any, ask: Any, canvas: Canvas, noise_at: Any) -> Iterator[Canvas]:
-        for canvas in self.inner.run(process, ask, canvas, noise_at):  # noqa: B020
+    def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
+        for canvas in self.inner.run(process, network, canvas, rng_at):  # noqa: B020
             yield canvas.moved(canvas.zt.roll(1, 0), canvas.t)
 
 

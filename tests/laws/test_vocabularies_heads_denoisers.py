@@ -7,7 +7,7 @@ import torch
 from chains import FOUR, PAIR, SINGLE, THREE
 
 from ddiff.core.clock import LogTimeClock
-from ddiff.core.prediction import DenseLaw
+from ddiff.core.prediction import DenseDistribution
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, Vocabulary
 from ddiff.nn.denoiser import Denoiser
@@ -35,7 +35,7 @@ def test_vocabularies_obey_every_law(vocabulary: Vocabulary) -> None:
 
 
 def test_dense_laws_obey_every_law(vocabulary: Vocabulary) -> None:
-    assert_laws(check_clean_law(DenseLaw(random_laws(vocabulary.num_tokens), vocabulary)))
+    assert_laws(check_clean_law(DenseDistribution(random_laws(vocabulary.num_tokens), vocabulary)))
 
 
 @pytest.mark.parametrize("kind", ["tokens", "tied", "levelwise"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddiff.core.prediction import DenseLaw
+from ddiff.core.prediction import DenseDistribution
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
 from ddiff.nn.heads import Head, TokenHead, TreeHead
 
@@ -63,8 +63,8 @@ def row_of(vocabulary: Vocabulary, node: int) -> int:
     )
 
 
-def dense_law(head: Head, hidden: Tensor) -> DenseLaw:
-    return DenseLaw(dense_log_p(head, hidden), head.vocabulary)
+def dense_law(head: Head, hidden: Tensor) -> DenseDistribution:
+    return DenseDistribution(dense_log_p(head, hidden), head.vocabulary)
 
 
 def asked_nodes(vocabulary: Vocabulary, rows: int, generator: torch.Generator) -> Tensor:

@@ -8,11 +8,11 @@ from dense_heads import TREES, asked_nodes, dense_law, make_head, word_below
 from torch import Tensor, nn
 
 from ddiff.core.clock import LogTimeClock
-from ddiff.core.prediction import CleanLaw
+from ddiff.core.prediction import CleanDistribution
 from ddiff.core.times import Noisy
 from ddiff.core.tree import TreeProcess
 from ddiff.errors import ArgumentError
-from ddiff.nn.denoiser import UNPADDED, Context, Denoiser, asking
+from ddiff.nn.denoiser import UNPADDED, Context, Denoiser, as_network
 from ddiff.nn.heads import TokenHead
 
 VOCABULARY = TREES["two levels"]
@@ -53,7 +53,7 @@ def test_one_forward_trains_trunk_and_head(denoiser: Denoiser) -> None:
     rows = torch.tensor([7, 0, 3, 10])
     node = noisy.zt.flatten()[rows]
     word = word_below(VOCABULARY, node, torch.Generator().manual_seed(0))
-    fn = lambda law, idx: -law.log_child(node[idx], word[idx])  # noqa: E731
+    fn = lambda dist, idx: -dist.log_child(node[idx], word[idx])  # noqa: E731
     total, values = denoiser(noisy, UNPADDED, rows, node, fn)
     dense = fn(dense_law(denoiser.head, denoiser.trunk(noisy, UNPADDED)[rows]), torch.arange(4))
     torch.testing.assert_close(values, dense.detach(), rtol=1e-12, atol=1e-12)
@@ -63,49 +63,49 @@ def test_one_forward_trains_trunk_and_head(denoiser: Denoiser) -> None:
     ):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
-        denoiser.visit(noisy, UNPADDED, rows, node, fn), values, rtol=1e-12, atol=1e-12
+        denoiser.query(noisy, UNPADDED, rows, node, fn), values, rtol=1e-12, atol=1e-12
     )
 
 
 def test_the_network_runs_at_the_first_visit_and_never_again(denoiser: Denoiser) -> None:
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)))
-    ask = asking(denoiser, process)
+    network = as_network(denoiser, process)
     noisy = shown()
-    visit = ask(noisy)
-    assert (ask.calls, denoiser.backbone.runs) == (0, 0)
-    fn = lambda law, idx: law.log_below(0).logsumexp(-1)  # noqa: E731
+    query = network(noisy)
+    assert (network.calls, denoiser.backbone.runs) == (0, 0)
+    fn = lambda dist, idx: dist.log_below(0).logsumexp(-1)  # noqa: E731
     rows = torch.arange(5)
-    first = visit(rows, noisy.zt.flatten()[rows], fn)
-    visit(rows + 3, noisy.zt.flatten()[rows + 3], fn)
-    assert (ask.calls, denoiser.backbone.runs) == (1, 1)
+    first = query(rows, noisy.zt.flatten()[rows], fn)
+    query(rows + 3, noisy.zt.flatten()[rows + 3], fn)
+    assert (network.calls, denoiser.backbone.runs) == (1, 1)
     assert not first.requires_grad
-    ask(noisy)(rows, noisy.zt.flatten()[rows], fn)
-    assert ask.calls == 1, "nothing has changed since"
+    network(noisy)(rows, noisy.zt.flatten()[rows], fn)
+    assert network.calls == 1, "nothing has changed since"
 
 
 def test_only_sequences_that_are_asked_about_and_have_changed_are_run(denoiser: Denoiser) -> None:
     """A network that reads no time depends on the ids alone; what is kept is what would be computed again."""
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)))
-    noisy, fn = shown(), lambda law, idx: law.log_below(0).logsumexp(-1)
+    noisy, fn = shown(), lambda dist, idx: dist.log_below(0).logsumexp(-1)
     everywhere = torch.arange(BATCH * LENGTH)
     for reads_time, runs in ((True, [2, 1, 0]), (False, [1, 1, 0])):
         denoiser.backbone.reads_time = reads_time
-        ask = asking(denoiser, process)
+        network = as_network(denoiser, process)
         rows = everywhere[: 2 * LENGTH]
-        ask(noisy)(rows, noisy.zt.flatten()[rows], fn)
+        network(noisy)(rows, noisy.zt.flatten()[rows], fn)
         later = noisy._replace(t=noisy.t * 0.5 if reads_time else noisy.t)
         rows = everywhere[:LENGTH]
-        values = ask(later)(rows, later.zt.flatten()[rows], fn)
-        assert ask.runs is not None
-        assert ask.runs.tolist() == runs
+        values = network(later)(rows, later.zt.flatten()[rows], fn)
+        assert network.runs is not None
+        assert network.runs.tolist() == runs
         torch.testing.assert_close(
-            values, asking(denoiser, process)(later)(rows, later.zt.flatten()[rows], fn)
+            values, as_network(denoiser, process)(later)(rows, later.zt.flatten()[rows], fn)
         )
         changed = later._replace(
             zt=torch.where(torch.arange(BATCH).unsqueeze(-1) == 1, 0, later.zt)
         )
-        ask(changed)(rows, changed.zt.flatten()[rows], fn)
-        assert ask.runs.tolist()[0] == runs[0]
+        network(changed)(rows, changed.zt.flatten()[rows], fn)
+        assert network.runs.tolist()[0] == runs[0]
 
 
 class FullConditional(nn.Module):
@@ -134,18 +134,18 @@ def test_a_network_given_all_is_asked_for_the_rest() -> None:
     with torch.no_grad():
         head.table.copy_(torch.eye(VOCABULARY.num_tokens))
     noisy, rows = shown(), torch.tensor([2, 11, 5])
-    mass = lambda law, idx: law.log_mass(0)  # noqa: E731
-    laws = {
-        given: asking(Denoiser(FullConditional(process, log_rest), head, given), process)(noisy)(
-            rows, noisy.zt.flatten()[rows], mass
-        )
+    mass = lambda dist, idx: dist.log_mass(0)  # noqa: E731
+    dists = {
+        given: as_network(Denoiser(FullConditional(process, log_rest), head, given), process)(
+            noisy
+        )(rows, noisy.zt.flatten()[rows], mass)
         for given in ("all", "rest")
     }
     expected = log_rest.flatten(0, 1)[rows]
-    torch.testing.assert_close(laws["all"], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dists["all"], expected, rtol=1e-12, atol=1e-12)
     nodes = noisy.zt.flatten()[rows] != VOCABULARY.root  # at the root the evidence says nothing
     assert nodes.any()
-    assert ((laws["rest"] - expected).abs().amax(-1) > 0.1)[nodes].all()
+    assert ((dists["rest"] - expected).abs().amax(-1) > 0.1)[nodes].all()
 
 
 def test_attention_is_unmasked_unless_somebody_must_not_be_seen() -> None:
@@ -176,12 +176,12 @@ def test_law_protocol_is_what_visits_hand_out(denoiser: Denoiser) -> None:
     noisy = shown()
     seen: list[int] = []
 
-    def fn(law: CleanLaw, idx: Tensor) -> Tensor:
+    def fn(dist: CleanDistribution, idx: Tensor) -> Tensor:
         seen.extend(idx.tolist())
         return idx
 
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)))
     rows = torch.tensor([1, 4, 4, 9, 0])
-    order = asking(denoiser, process)(noisy)(rows, noisy.zt.flatten()[rows], fn)
+    order = as_network(denoiser, process)(noisy)(rows, noisy.zt.flatten()[rows], fn)
     assert sorted(seen) == [0, 1, 2, 3, 4]
     assert order.tolist() == [0, 1, 2, 3, 4]

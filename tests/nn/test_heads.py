@@ -10,10 +10,10 @@ from dense_heads import KINDS, TREES, asked_nodes, dense_law, dense_log_p, make_
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddiff.core.prediction import CleanLaw
+from ddiff.core.prediction import CleanDistribution
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.errors import ArgumentError, NonFiniteError
-from ddiff.nn.heads import Head, LevelwiseLaw, TokenHead, TreeHead
+from ddiff.nn.heads import Head, LevelwiseDistribution, TokenHead, TreeHead
 
 # Chunks sum the same numbers in another order; in float64 that moves values of size one by less than 1e-14 a term.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -45,8 +45,8 @@ def rows_of(head: Head, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def weighted_surprise(node: Tensor, child: Tensor, weight: Tensor) -> object:
-    def fn(law: CleanLaw, idx: Tensor) -> tuple[Tensor, Tensor]:
-        surprise = -law.log_child(node[idx], child[idx])
+    def fn(dist: CleanDistribution, idx: Tensor) -> tuple[Tensor, Tensor]:
+        surprise = -dist.log_child(node[idx], child[idx])
         return weight[idx] * surprise + surprise.square(), surprise
 
     return fn
@@ -82,14 +82,14 @@ def test_laws_at_the_root_know_every_mass(head: Head) -> None:
     dense = dense_law(head, hidden)
     levels = range(max(head.vocabulary.num_levels, 1))
 
-    def fn(law: CleanLaw, idx: Tensor) -> tuple[Tensor, ...]:
+    def fn(dist: CleanDistribution, idx: Tensor) -> tuple[Tensor, ...]:
         return (
-            law.log_mass(0).logsumexp(-1),
-            law.log_prob(word[idx]),
-            *(law.log_mass(level) for level in levels),
+            dist.log_mass(0).logsumexp(-1),
+            dist.log_prob(word[idx]),
+            *(dist.log_mass(level) for level in levels),
         )
 
-    whole, log_prob, *masses = head.visit(hidden, root, fn)
+    whole, log_prob, *masses = head.query(hidden, root, fn)
     torch.testing.assert_close(whole, torch.zeros_like(whole), **EXACT)
     torch.testing.assert_close(log_prob, dense.log_prob(word).detach(), **EXACT)
     for level, mass in zip(levels, masses, strict=True):
@@ -104,8 +104,8 @@ def test_gradients_of_a_mass_at_the_root_pass_through_all_levels(head: Head) -> 
     hidden, _, word, _ = rows_of(head)
     root = torch.full_like(word, head.vocabulary.root)
 
-    def fn(law: CleanLaw, idx: Tensor) -> Tensor:
-        masses = [law.log_mass(level) for level in range(max(head.vocabulary.num_levels, 1))]
+    def fn(dist: CleanDistribution, idx: Tensor) -> Tensor:
+        masses = [dist.log_mass(level) for level in range(max(head.vocabulary.num_levels, 1))]
         return sum(
             (-(mass.exp() * mass).sum(-1) for mass in masses),
             torch.zeros(len(idx), dtype=torch.float64),
@@ -124,7 +124,7 @@ def test_visit_gathers_what_total_returns(head: Head) -> None:
     fn = weighted_surprise(node, child, torch.rand(ROWS, dtype=torch.float64))
     head.chunk_logits = 20
     for visited, returned in zip(
-        head.visit(hidden, node, fn), head.total(hidden, node, fn)[1:], strict=True
+        head.query(hidden, node, fn), head.total(hidden, node, fn)[1:], strict=True
     ):
         torch.testing.assert_close(visited, returned, **EXACT)
 
@@ -132,8 +132,8 @@ def test_visit_gathers_what_total_returns(head: Head) -> None:
 def test_draws_are_those_of_the_dense_law(head: Head) -> None:
     hidden, node, _, _ = rows_of(head, 200)
     level, u = torch.zeros_like(node), torch.rand(200, dtype=torch.float64)
-    fn = lambda law, idx: law.draw(node[idx], level[idx], u[idx])  # noqa: E731
-    drawn = head.visit(hidden, node, fn)
+    fn = lambda dist, idx: dist.draw(node[idx], level[idx], u[idx])  # noqa: E731
+    drawn = head.query(hidden, node, fn)
     assert torch.equal(drawn, fn(dense_law(head, hidden.detach()), torch.arange(200)))
 
 
@@ -169,7 +169,7 @@ def test_without_rows_the_sum_is_zero_and_so_are_the_gradients(head: Head) -> No
     assert total == 0
     assert len(values) == 0
     assert all(not gradient.any() for gradient in gradients(total, hidden, head))
-    assert len(head.visit(hidden[:0], node[:0], fn)[0]) == 0
+    assert len(head.query(hidden[:0], node[:0], fn)[0]) == 0
 
 
 def test_rows_at_words_are_certain_and_cost_no_logits() -> None:
@@ -182,7 +182,7 @@ def test_rows_at_words_are_certain_and_cost_no_logits() -> None:
     assert not surprise[::3].any()
     assert not gradients(total, hidden, head)[0][::3].any()
     with pytest.raises(ArgumentError, match="nothing is open"):
-        head.visit(hidden, word, lambda law, idx: law.log_below(0))
+        head.query(hidden, word, lambda dist, idx: dist.log_below(0))
 
 
 def test_no_gradient_is_formed_without_autograd(head: Head) -> None:
@@ -226,7 +226,7 @@ def test_one_gradient_buffer_however_many_slices(kind: str) -> None:
     word = node - vocabulary.offsets[1]
     hidden = torch.randn(128, 3, dtype=torch.float64, requires_grad=True)
     with Allocations(head.table.numel()) as allocations:
-        head.total(hidden, node, lambda law, idx: -law.log_child(node[idx], word[idx]))[
+        head.total(hidden, node, lambda dist, idx: -dist.log_child(node[idx], word[idx]))[
             0
         ].backward()
     assert head.table.grad is not None
@@ -244,9 +244,9 @@ def test_a_row_computes_only_the_logits_below_its_node(kind: str) -> None:
         read.append(stop - start)
         return torch.zeros(2, stop - start, dtype=torch.float64)
 
-    law = head.law(logits, node)
+    dist = head.dist(logits, node)
     children = vocabulary.children(node)
-    law.log_child(torch.tensor([node, node]), children[[0, -1]])
+    dist.log_child(torch.tensor([node, node]), children[[0, -1]])
     words = int((vocabulary.ancestor(torch.arange(vocabulary.num_tokens), 2) == node).sum())
     assert read == [words if kind == "tied" else len(children)]
 
@@ -254,12 +254,12 @@ def test_a_row_computes_only_the_logits_below_its_node(kind: str) -> None:
 def test_the_first_law_is_uniform() -> None:
     vocabulary = TREES["three levels"]
     root = torch.tensor([vocabulary.root])
-    mass = lambda law, idx: law.log_mass(0)  # noqa: E731
+    mass = lambda dist, idx: dist.log_mass(0)  # noqa: E731
     for head in (TokenHead(vocabulary, 4), TreeHead(vocabulary, 4, "tied")):
-        log_p = head.visit(torch.randn(1, 4), root, mass)
+        log_p = head.query(torch.randn(1, 4), root, mass)
         torch.testing.assert_close(log_p, torch.full_like(log_p, -math.log(vocabulary.num_tokens)))
     head = TreeHead(vocabulary, 4, "levelwise")
-    log_p = head.visit(torch.randn(1, 4), root, mass)[0]
+    log_p = head.query(torch.randn(1, 4), root, mass)[0]
     for word in range(vocabulary.num_tokens):
         path = [
             int(vocabulary.ancestor(torch.tensor(word), level))
@@ -288,8 +288,8 @@ def test_state_survives_a_round_trip(head: Head) -> None:
     again.load_state_dict(head.state_dict())
     hidden, _, word, _ = rows_of(head)
     root = torch.full_like(word, head.vocabulary.root)
-    mass = lambda law, idx: law.log_mass(0)  # noqa: E731
-    assert torch.equal(again.visit(hidden, root, mass), head.visit(hidden, root, mass))
+    mass = lambda dist, idx: dist.log_mass(0)  # noqa: E731
+    assert torch.equal(again.query(hidden, root, mass), head.query(hidden, root, mass))
 
 
 def test_laws_are_float32_under_autocast() -> None:
@@ -299,15 +299,15 @@ def test_laws_are_float32_under_autocast() -> None:
     hidden = hidden.detach().float().requires_grad_()
     seen = []
 
-    def fn(law: CleanLaw, idx: Tensor) -> Tensor:
-        value = -law.log_child(node[idx], child[idx])
+    def fn(dist: CleanDistribution, idx: Tensor) -> Tensor:
+        value = -dist.log_child(node[idx], child[idx])
         seen.append(value.dtype)
         return value
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         total, _ = head.total(hidden, node, fn)
         root = torch.full_like(node, head.vocabulary.root)
-        log_p = head.visit(hidden, root, lambda law, idx: law.log_mass(0))
+        log_p = head.query(hidden, root, lambda dist, idx: dist.log_mass(0))
     total.backward()
     assert set(seen) == {torch.float32}
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(ROWS))
@@ -328,7 +328,7 @@ def test_a_visit_refuses_logits_that_are_not_finite(head: Head, value: float) ->
     with torch.no_grad():
         hidden[4, 2] = value
     with pytest.raises(NonFiniteError, match="checkpoint"):
-        head.visit(hidden, node, lambda law, idx: law.log_child(node[idx], child[idx]))
+        head.query(hidden, node, lambda dist, idx: dist.log_child(node[idx], child[idx]))
 
 
 def test_an_unknown_kind_is_named() -> None:
@@ -344,6 +344,6 @@ def test_levelwise_laws_read_a_level_once() -> None:
         return torch.zeros(1, stop - start, dtype=torch.float64)
 
     vocabulary = TREES["three levels"]
-    law = LevelwiseLaw(logits, vocabulary, vocabulary.root)
-    law.log_mass(0), law.log_mass(0), law.log_mass(1)
+    dist = LevelwiseDistribution(logits, vocabulary, vocabulary.root)
+    dist.log_mass(0), dist.log_mass(0), dist.log_mass(1)
     assert len(calls) == len(set(calls)) == 3

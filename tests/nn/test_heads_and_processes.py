@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ddiff.core.dense import DenseProcess
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.prediction import CleanLaw
-from ddiff.core.rng import Noise
+from ddiff.core.prediction import CleanDistribution
 from ddiff.core.process import ForwardProcess
+from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes
 from ddiff.core.tree import TreeProcess
 from ddiff.data.batch import Batch
@@ -58,8 +58,8 @@ def test_every_head_trains_every_process_on_its_dense_bound(name: str, kind: str
     hidden = torch.randn(len(x0), head.width, dtype=torch.float64, requires_grad=True)
     weight = process.weight(x0, zt, t)
 
-    def question(law: CleanLaw, idx: Tensor) -> Tensor:
-        return weight[idx] * process.divergence(law, x0[idx], zt[idx], t[idx])
+    def question(dist: CleanDistribution, idx: Tensor) -> Tensor:
+        return weight[idx] * process.divergence(dist, x0[idx], zt[idx], t[idx])
 
     total, each = head.total(hidden, process.scope(zt), question)
     dense = ForwardProcess.density(process, dense_law(head, hidden), x0, zt, t)
@@ -85,7 +85,7 @@ def test_no_step_asks_its_device_anything(name: str, kind: str, no_answers: Any)
     ids = torch.randint(process.vocabulary.num_tokens, (8, 5))
     every, index = torch.ones_like(ids, dtype=torch.bool), torch.arange(8)
     batch = Batch(ids, every, every, torch.zeros_like(ids), index, packed=False, conditions={})
-    step = lambda: objective(batch, Noise(0, 0, index, 5), {"tokens": torch.tensor(40.0)}, 8)  # noqa: E731
+    step = lambda: objective(batch, CounterRng(0, 0, index, 5), {"tokens": torch.tensor(40.0)}, 8)  # noqa: E731
     step()
     with no_answers():
         terms = step()

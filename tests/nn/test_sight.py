@@ -18,8 +18,8 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
-from ddiff.core.interpolating import MixtureProcess, word_law
-from ddiff.core.rng import Noise
+from ddiff.core.interpolating import MixtureProcess, token_distribution
+from ddiff.core.rng import CounterRng
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import FlatTimes, Noisy, WindowTimes
 from ddiff.core.vocabulary import FlatVocabulary
@@ -28,7 +28,7 @@ from ddiff.errors import ArgumentError
 from ddiff.nn import attention
 from ddiff.nn import denoiser as asked
 from ddiff.nn.attention import KeyValues, Sight, attend
-from ddiff.nn.denoiser import UNPADDED, Context, Denoiser, Inputs, asking
+from ddiff.nn.denoiser import UNPADDED, Context, Denoiser, Inputs, as_network
 from ddiff.nn.heads import TokenHead
 from ddiff.training.objective import DiffusionObjective, ElboLoss
 
@@ -266,8 +266,8 @@ def test_cached_block_by_block_is_the_whole_pass(
         if bool(clean[:, own].all()):
             continue
         for seed in (13, 14):
-            noise = drawn(seed + 10 * number, clean)
-            noisy = noise._replace(zt=torch.where(clean, final, noise.zt), block=block.unsqueeze(0))
+            rng = drawn(seed + 10 * number, clean)
+            noisy = rng._replace(zt=torch.where(clean, final, rng.zt), block=block.unsqueeze(0))
             got, columns = model.extend(noisy, context, cache)
             assert torch.equal(columns, own.nonzero().squeeze(-1))
             torch.testing.assert_close(got, hidden(model, noisy, context)[:, own], **CLOSE)
@@ -300,9 +300,9 @@ def test_settled_columns_are_run_once(backbone: DiT) -> None:
     for number in range(3):
         own = BLOCKS["fours"] == number
         for seed in (1, 2):
-            noise = drawn(seed, clean)
-            noisy = noise._replace(
-                zt=torch.where(clean, words(3), noise.zt), block=BLOCKS["fours"].unsqueeze(0)
+            rng = drawn(seed, clean)
+            noisy = rng._replace(
+                zt=torch.where(clean, words(3), rng.zt), block=BLOCKS["fours"].unsqueeze(0)
             )
             model.extend(noisy, UNPADDED, cache)
         clean = clean | own
@@ -337,9 +337,9 @@ def test_a_cache_forgets_what_no_longer_agrees(backbone: DiT, inputs: Inputs) ->
     ):
         block = BLOCKS[blocks]
         clean = (block < block[stop]).expand(len(ids), -1)
-        noise = drawn(16, clean if len(clean) == BATCH else None)
-        zt = torch.where(clean, ids, noise.zt[: len(ids)])
-        noisy = Noisy(zt, noise.t[: len(ids)].masked_fill(clean, 0.0), clean, block.unsqueeze(0))
+        rng = drawn(16, clean if len(clean) == BATCH else None)
+        zt = torch.where(clean, ids, rng.zt[: len(ids)])
+        noisy = Noisy(zt, rng.t[: len(ids)].masked_fill(clean, 0.0), clean, block.unsqueeze(0))
         got, columns = model.extend(noisy, UNPADDED, cache)
         whole = model.trunk(noisy, UNPADDED).detach().unflatten(0, zt.shape)
         torch.testing.assert_close(got, whole[:, columns], **CLOSE)
@@ -347,11 +347,11 @@ def test_a_cache_forgets_what_no_longer_agrees(backbone: DiT, inputs: Inputs) ->
 
 def test_the_engine_asks_with_a_cache_as_without(backbone: DiT) -> None:
     model, clean = denoiser(backbone), PROMPTS["ragged"]
-    noise = drawn(17, clean)
-    noisy = noise._replace(block=BLOCKS["fours"].unsqueeze(0))
+    rng = drawn(17, clean)
+    noisy = rng._replace(block=BLOCKS["fours"].unsqueeze(0))
     rows = torch.tensor([2, 3, 22])
-    node, mass = torch.full_like(rows, VOCABULARY.root), lambda law, idx: law.log_mass(0)
-    cached, plain = asking(model, cached=True), asking(model)
+    node, mass = torch.full_like(rows, VOCABULARY.root), lambda dist, idx: dist.log_mass(0)
+    cached, plain = as_network(model, cached=True), as_network(model)
     for _ in range(2):  # the second time nothing has changed
         torch.testing.assert_close(
             cached(noisy)(rows, node, mass), plain(noisy)(rows, node, mass), rtol=0, atol=1e-12
@@ -370,7 +370,7 @@ def test_what_a_cache_cannot_do_is_refused(backbone: DiT) -> None:
     plain = torch.nn.Identity()
     plain.width = WIDTH  # type: ignore[assignment]
     with pytest.raises(ArgumentError, match="caches = True"):
-        asking(Denoiser(plain, TokenHead(VOCABULARY, WIDTH)), cached=True)
+        as_network(Denoiser(plain, TokenHead(VOCABULARY, WIDTH)), cached=True)
 
 
 # ---------------------------------------------------------------------- flex attention
@@ -545,9 +545,9 @@ def test_hidden_states_and_laws_of_a_document_are_its_own(
     every, root = torch.arange(BATCH * LENGTH), torch.full((BATCH * LENGTH,), VOCABULARY.root)
 
     def told(noisy: Noisy) -> tuple[Tensor, Tensor]:
-        laws = model.visit(noisy, context, every, root, lambda law, idx: law.log_mass(0))
-        assert isinstance(laws, Tensor)
-        return hidden(model, noisy, context), laws.unflatten(0, (BATCH, LENGTH))
+        dists = model.query(noisy, context, every, root, lambda dist, idx: dist.log_mass(0))
+        assert isinstance(dists, Tensor)
+        return hidden(model, noisy, context), dists.unflatten(0, (BATCH, LENGTH))
 
     for block in (None, BLOCKS["fours"].unsqueeze(0), OWN):
         for memory in (None, words(26)) if block is not None else (None,):
@@ -582,20 +582,20 @@ def test_bound_loss_and_gradient_of_a_document_are_its_own(backbone: DiT, rule: 
     scored, its training loss and what that teaches the network. Bit for bit: all words are noised by a uniform law here,
     so that the same positions are read."""
     inputs, times = RULES[rule]
-    process = MixtureProcess(VOCABULARY, LinearSchedule(floor=0.01), word_law(VOCABULARY))
+    process = MixtureProcess(VOCABULARY, LinearSchedule(floor=0.01), token_distribution(VOCABULARY))
     model = denoiser(backbone, inputs)
     objective, slots = DiffusionObjective(process, model, ElboLoss(), times), torch.arange(BATCH)
     batch = Batch(words(27), VALID, VALID, DOCUMENTS, slots, packed=True)
-    noise = Noise(0, 0, slots, LENGTH)
+    rng = CounterRng(0, 0, slots, LENGTH)
 
     def charged(batch: Batch) -> Tensor:
         return sum(
-            objective.nll(batch, noise, slots, BATCH, times).terms.values(),
+            objective.nll(batch, rng, slots, BATCH, times).terms.values(),
             torch.zeros(BATCH, LENGTH),
         )
 
     def trained(batch: Batch) -> list[Tensor]:
-        loss = objective(batch, noise, {"tokens": torch.tensor(1.0)}, BATCH).loss
+        loss = objective(batch, rng, {"tokens": torch.tensor(1.0)}, BATCH).loss
         return [
             loss.detach(),
             *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True),

@@ -80,7 +80,7 @@ def is_public(use: str) -> bool:
     """Of a use of ddiff: whether it is the package, one of its public names, or the kit."""
     module, _, name = use.partition(":")
     return module == "ddiff.testing" or (
-        module == "ddiff" and name in {"", "testing", *ddiff._MODULE_OF}
+        module == "ddiff" and name in {"", "testing", *ddiff.__all__}
     )
 
 
@@ -137,10 +137,10 @@ def test_plugins_and_examples_use_the_public_names_alone() -> None:
         "import ddiff.core.prediction",
         "from ddiff.nn.heads import TokenHead",
         "from ddiff import core",
-        "from ddiff import _MODULE_OF",
+        "from ddiff import _modules",
         "def build():\n    from ddiff.errors import DataError",
         "from ddiff.testing.process import check_process",
-        "import ddiff\nddiff.core.law.DenseLaw",
+        "import ddiff\nddiff.core.prediction.DenseDistribution",
     ],
 )
 def test_a_private_use_is_seen_wherever_it_stands(line: str) -> None:

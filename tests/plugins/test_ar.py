@@ -16,16 +16,16 @@ from ddiff_dit.dit import DiT
 from torch import Tensor
 
 import ddiff
-from ddiff.core.rng import Noise
+from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
 from ddiff.data.batch import Batch
 from ddiff.errors import ArgumentError
-from ddiff.nn.denoiser import Context, Denoiser, asking
+from ddiff.nn.denoiser import Context, Denoiser, as_network
 from ddiff.nn.heads import TokenHead, TreeHead
 from ddiff.recipe.model import parse_recipe, shipped_recipes
-from ddiff.runs.run import build_run
 from ddiff.runs.build import Given
+from ddiff.runs.run import build_run
 from ddiff.sampling.loop import generate
 
 TREE = HierarchicalVocabulary([[0, 1, 0]])
@@ -58,8 +58,8 @@ def batch_of(ids: Tensor, **changes: Any) -> Batch:
 
 def nll(one: AutoregressiveObjective, batch: Batch) -> Tensor:
     slot = batch.index
-    noise = Noise(0, 0, slot, batch.ids.shape[1])
-    return one.nll(batch, noise, slot, len(slot), FlatTimes()).terms["nll"]
+    rng = CounterRng(0, 0, slot, batch.ids.shape[1])
+    return one.nll(batch, rng, slot, len(slot), FlatTimes()).terms["nll"]
 
 
 @pytest.mark.parametrize("vocabulary", [TREE, FlatVocabulary(3)], ids=["tree", "flat"])
@@ -75,7 +75,7 @@ def test_the_likelihood_does_not_depend_on_noise_times_or_company() -> None:
     one, ids = objective(), torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
     slot = torch.arange(2)
     several = [
-        one.nll(batch_of(ids), Noise(seed, seed, slot, LENGTH), slot, 2, times).terms["nll"]
+        one.nll(batch_of(ids), CounterRng(seed, seed, slot, LENGTH), slot, 2, times).terms["nll"]
         for seed, times in ((0, FlatTimes()), (7, FlatTimes(0.3, 0.4)))
     ]
     assert torch.equal(*several)
@@ -98,7 +98,7 @@ def test_prompts_are_read_and_cost_nothing_in_training_and_evaluation() -> None:
     kept = nll(one, whole).masked_fill(prompt, 0.0)
     torch.testing.assert_close(nll(one, part), kept, rtol=0, atol=1e-12)
     assert one.counts(part)["tokens"].item() == 5
-    terms = one(part, Noise(0, 0, part.index, LENGTH), {"tokens": torch.tensor(5.0)}, 2)
+    terms = one(part, CounterRng(0, 0, part.index, LENGTH), {"tokens": torch.tensor(5.0)}, 2)
     assert terms.loss.item() == pytest.approx(float(kept.sum()) / 5.0, rel=1e-12)
     total, count = terms.metrics["nll_nats_per_token"]
     assert (total.item(), count.item()) == (pytest.approx(float(kept.sum()), rel=1e-12), 5)
@@ -117,7 +117,7 @@ def test_the_loss_is_the_likelihood_and_reaches_every_weight() -> None:
     one, ids = objective(), torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
     batch = batch_of(ids)
     terms = one(
-        batch, Noise(0, 0, batch.index, LENGTH), {"tokens": torch.tensor(16.0)}, 4
+        batch, CounterRng(0, 0, batch.index, LENGTH), {"tokens": torch.tensor(16.0)}, 4
     )  # half of a global batch
     assert terms.loss.item() == pytest.approx(float(nll(one, batch).sum()) / 16.0, rel=1e-12)
     total, count = terms.metrics["nll_nats_per_token"]
@@ -135,9 +135,9 @@ def sampled(
     sampler = LeftToRight.build(
         LeftToRight.Config(**settings.pop("config", {})), steps=1, vocabulary=one.vocabulary
     )
-    ask = asking(one.denoiser, None, Context(), cached)
+    network = as_network(one.denoiser, None, Context(), cached)
     return generate(
-        sampler, None, ask, index=torch.arange(count), length=length, seed=5, **settings
+        sampler, None, network, index=torch.arange(count), length=length, seed=5, **settings
     )
 
 
@@ -169,7 +169,7 @@ def test_ragged_prompts_are_kept_and_sampled_in_one_batch_as_alone() -> None:
     for row in range(3):
         sampler = LeftToRightSampler(one.vocabulary)
         alone = generate(
-            sampler, None, asking(one.denoiser, cached=True), index=torch.tensor([row]), length=12, seed=5,
+            sampler, None, as_network(one.denoiser, cached=True), index=torch.tensor([row]), length=12, seed=5,
             given=given[row : row + 1], clamped=clamped[row : row + 1],
         )  # fmt: skip
         assert torch.equal(alone.ids[0], drawn.ids[row])
@@ -237,7 +237,7 @@ def test_products_are_rounded_as_the_recipe_has_it(
     batch = run._batch_at(0, 0)
     run.objective(
         batch,
-        Noise(0, 0, batch.index, 16),
+        CounterRng(0, 0, batch.index, 16),
         {"tokens": batch.scored.sum().double()},
         len(batch.index),
     )

@@ -18,7 +18,7 @@ from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import WindowTimes
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
-from ddiff.nn.denoiser import Denoiser, asking
+from ddiff.nn.denoiser import Denoiser, as_network
 from ddiff.nn.heads import TokenHead, TreeHead
 from ddiff.sampling.loop import Samples, generate
 
@@ -56,8 +56,10 @@ def drawn(process: ForwardProcess, cached: bool, time: bool, **settings: Any) ->
     config = Blockwise.Config(width=4, inner=settings.pop("inner", "ancestral"))
     sampler = Blockwise.build(config, steps=5)
     assert getattr(sampler, "cached", False)
-    ask = asking(denoiser(process, time), process, cached=cached)
-    return generate(sampler, process, ask, index=torch.arange(6), length=LENGTH, seed=2, **settings)
+    network = as_network(denoiser(process, time), process, cached=cached)
+    return generate(
+        sampler, process, network, index=torch.arange(6), length=LENGTH, seed=2, **settings
+    )
 
 
 def prompts() -> tuple[Tensor, Tensor]:
@@ -89,12 +91,12 @@ def test_so_they_are_with_other_samplers_inside_and_ragged_prompts(inner: str) -
 def test_earlier_blocks_do_not_see_later_ones() -> None:
     """A longer canvas has the same beginning: what is generated can go on for ever."""
     process = PROCESSES["masked"]
-    sampler, ask = (
+    sampler, network = (
         Blockwise.build(Blockwise.Config(width=4), steps=5),
-        asking(denoiser(process, True), process, cached=True),
+        as_network(denoiser(process, True), process, cached=True),
     )
     short, long = (
-        generate(sampler, process, ask, index=torch.arange(3), length=length, seed=2).ids
+        generate(sampler, process, network, index=torch.arange(3), length=length, seed=2).ids
         for length in (8, 16)
     )
     assert torch.equal(short, long[:, :8])

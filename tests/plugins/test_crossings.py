@@ -39,7 +39,7 @@ from ddiff import (
 from ddiff.sampling.loop import Canvas
 from ddiff.testing import assert_laws, chain, check_process
 from ddiff.testing.bound import WHOLE, exact_nelbo, random_joint, rest_table
-from ddiff.testing.exact_sampler import ExactAsk, Shifted, measured
+from ddiff.testing.exact_sampler import ExactNetwork, Shifted, measured
 from ddiff.testing.probes import INNER, Rows, likelihoods, times
 
 CLOSE = {
@@ -91,7 +91,7 @@ def test_without_redrawing_it_is_the_tree() -> None:
     torch.testing.assert_close(likelihoods(process, t), likelihoods(tree, t), **CLOSE)
     torch.testing.assert_close(process.rates(t).dense(), tree.rates(t).dense(), **CLOSE)
     rows = Rows(tree, t)
-    asked = (rows.law, rows.x0, rows.zt, rows.t)
+    asked = (rows.dist, rows.x0, rows.zt, rows.t)
     torch.testing.assert_close(process.density(*asked), tree.density(*asked), **CLOSE)
 
 
@@ -108,7 +108,7 @@ def test_without_clusters_it_is_words_redrawn_until_they_are_masked() -> None:
         process.transition(0.5 * t, t).dense(), hybrid.transition(0.5 * t, t).dense(), **CLOSE
     )
     rows = Rows(hybrid, t)
-    asked = (rows.law, rows.x0, rows.zt, rows.t)
+    asked = (rows.dist, rows.x0, rows.zt, rows.t)
     torch.testing.assert_close(process.density(*asked), hybrid.density(*asked), **CLOSE)
 
 
@@ -346,7 +346,9 @@ def after_a_psi_step(process: ForwardProcess, sampler: PsiSampler, t: float, s: 
     at = torch.full(zt.shape, t, dtype=torch.float64)
     noise: Any = Shifted(counts, seed=5)
     canvas = Canvas(zt, at, torch.zeros_like(free), free)
-    moved = sampler.move(process, ExactAsk(process, JOINT), canvas, torch.full_like(at, s), noise)
+    moved = sampler.move(
+        process, ExactNetwork(process, JOINT), canvas, torch.full_like(at, s), noise
+    )
     return torch.bincount(
         moved.zt[:, 0] * size + moved.zt[:, 1], weights=weight, minlength=size * size
     ).reshape(size, -1)

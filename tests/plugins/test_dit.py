@@ -9,9 +9,9 @@ import torch
 from ddiff_dit.dit import SIZES, Condition, DiT, Rotation
 from torch import Tensor
 
-from ddiff.data.condition_forms import Label, Vector
 from ddiff.core.times import Noisy
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
+from ddiff.data.condition_forms import Label, Vector
 from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import UNPADDED, Context, Denoiser
 from ddiff.nn.heads import TokenHead
@@ -60,7 +60,7 @@ def test_the_first_loss_is_that_of_the_uniform_law() -> None:
     root = torch.full_like(rows, VOCABULARY.root)
     noisy = Noisy(ids, t, torch.zeros_like(ids, dtype=torch.bool))
     total, _ = denoiser(
-        noisy, UNPADDED, rows, root, lambda law, idx: -law.log_prob(ids.flatten()[idx] % 8)
+        noisy, UNPADDED, rows, root, lambda dist, idx: -dist.log_prob(ids.flatten()[idx] % 8)
     )
     assert total.item() == pytest.approx(len(rows) * math.log(VOCABULARY.num_tokens), rel=1e-12)
 

@@ -72,9 +72,11 @@ def test_weights_and_density_are_those_of_the_paper(gamma: float) -> None:
     q, q_bar = both
     log_rho = (q / q_bar).log().gather(-1, rows.zt.unsqueeze(-1)).squeeze(-1)
     divergence = (q * (q / q_bar).log()).sum(-1) + log_rho.exp() - log_rho - 1.0
-    torch.testing.assert_close(process.mismatch(rows.law, rows.x0, rows.zt, t), divergence, **CLOSE)
     torch.testing.assert_close(
-        process.density(rows.law, rows.x0, rows.zt, t), weight * divergence, **CLOSE
+        process.mismatch(rows.dist, rows.x0, rows.zt, t), divergence, **CLOSE
+    )
+    torch.testing.assert_close(
+        process.density(rows.dist, rows.x0, rows.zt, t), weight * divergence, **CLOSE
     )
 
 
@@ -141,7 +143,7 @@ def test_without_wrong_words_it_is_masked_diffusion(gamma: float, form: Form) ->
     ours = make(0.0, gamma, form)
     masked = MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(WORDS))
     rows = Rows(masked, times(INNER))
-    densities = [process.density(rows.law, rows.x0, rows.zt, rows.t) for process in (ours, masked)]
+    densities = [process.density(rows.dist, rows.x0, rows.zt, rows.t) for process in (ours, masked)]
     torch.testing.assert_close(*densities, **CLOSE)
     steps = [
         p.reverse_log_probs(rows.log_p, rows.zt, rows.t, 0.3 * rows.t).exp() for p in (ours, masked)

@@ -50,8 +50,10 @@ def test_the_table_is_what_its_command_computes() -> None:
 
 
 def test_the_table_holds_every_law_under_every_setting() -> None:
-    laws = ("exact", "bent", "constant", "flattering")
-    expected = {(gamma, xi, law) for gamma in command.GAMMAS for xi in command.XIS for law in laws}
+    dists = ("exact", "bent", "constant", "flattering")
+    expected = {
+        (gamma, xi, dist) for gamma in command.GAMMAS for xi in command.XIS for dist in dists
+    }
     assert {cell[:3] for cell in cells()} == expected
 
 
@@ -92,8 +94,8 @@ def test_no_law_nearby_pleases_the_published_expression_more() -> None:
     best = command.laws(command.process_of(command.TreeProcess, 1.0, 0.8))["flattering"]
 
     def nats(tilt: torch.Tensor) -> float:
-        law: Any = lambda zt, t: (best(zt, t) + tilt[zt]).log_softmax(-1)  # noqa: E731
-        return command.mean(exact_nelbo(published, law, 2, WHOLE).total)
+        dist: Any = lambda zt, t: (best(zt, t) + tilt[zt]).log_softmax(-1)  # noqa: E731
+        return command.mean(exact_nelbo(published, dist, 2, WHOLE).total)
 
     states, words = command.TREE.num_states, command.TREE.num_tokens
     least = nats(torch.zeros(states, words, dtype=torch.float64))

@@ -19,8 +19,9 @@ from ddiff import (
     Batch,
     ComponentProcess,
     Context,
+    CounterRng,
     Denoiser,
-    DenseLaw,
+    DenseDistribution,
     DiffusionObjective,
     ElboLoss,
     FlatTimes,
@@ -29,13 +30,12 @@ from ddiff import (
     HierarchicalVocabulary,
     Informed,
     LinearSchedule,
-    Noise,
     Noisy,
     OwnTime,
     Score,
     TokenHead,
-    mask_law,
-    word_law,
+    mask_distribution,
+    token_distribution,
 )
 from ddiff.core.prediction import drop_own_evidence
 from ddiff.testing import assert_laws, check_process
@@ -140,7 +140,8 @@ class Twin(ComponentProcess):
     def __init__(self, original: GammaHybrid) -> None:
         self.original = original
         super().__init__(
-            original.vocabulary, [word_law(original.vocabulary), mask_law(original.vocabulary)]
+            original.vocabulary,
+            [token_distribution(original.vocabulary), mask_distribution(original.vocabulary)],
         )
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -156,23 +157,23 @@ def test_marginals_do_not_tell_it_from_an_interpolating_process() -> None:
     torch.testing.assert_close(likelihoods(process, t), likelihoods(twin, t), **CLOSE)
     assert (twin.rates(t).dense()[:, WORDS, :WORDS] > 0.1).all()  # the twin leaves the mask
     rows = Rows(process, times(INNER))
-    ours, its = (p.density(rows.law, rows.x0, rows.zt, rows.t) for p in (process, twin))
+    ours, its = (p.density(rows.dist, rows.x0, rows.zt, rows.t) for p in (process, twin))
     assert ((ours - its).abs() > 0.01 * its).double().mean() > 0.5  # and is charged otherwise
 
 
 def test_both_clocks_read_one_chain() -> None:
     """Where the clocks show the same noise, transitions are the same and densities differ by the speed of the clocks."""
-    masked, noise = gamma_hybrid(0.4), gamma_hybrid(0.4, time="noise", floor=0.005)
-    rows = Rows(noise, times(INNER))
-    there = -torch.expm1(-0.6 * noise_of(noise, rows.t)[0])  # t of the other clock: 1 - A
-    speed = noise_of(noise, rows.t)[1] / noise_of(masked, there)[1]
-    asked = (rows.law, rows.x0, rows.zt)
+    masked, rng = gamma_hybrid(0.4), gamma_hybrid(0.4, time="noise", floor=0.005)
+    rows = Rows(rng, times(INNER))
+    there = -torch.expm1(-0.6 * noise_of(rng, rows.t)[0])  # t of the other clock: 1 - A
+    speed = noise_of(rng, rows.t)[1] / noise_of(masked, there)[1]
+    asked = (rows.dist, rows.x0, rows.zt)
     torch.testing.assert_close(
-        noise.density(*asked, rows.t), masked.density(*asked, there) * speed, **CLOSE
+        rng.density(*asked, rows.t), masked.density(*asked, there) * speed, **CLOSE
     )
     both = (
         masked.transition(0.5 * there, there),
-        noise.transition(_earlier(noise, 0.5 * there), rows.t),
+        rng.transition(_earlier(rng, 0.5 * there), rows.t),
     )
     torch.testing.assert_close(*(kernel.dense() for kernel in both), **CLOSE)
 
@@ -191,7 +192,7 @@ def _earlier(process: GammaHybrid, masked: Tensor) -> Tensor:
 def test_without_redrawing_both_are_masked_diffusion(process: ForwardProcess) -> None:
     masked = masked_diffusion()
     rows, states = Rows(masked, times(INNER)), torch.arange(WORDS + 1)
-    asked = (rows.law, rows.x0, rows.zt, rows.t)
+    asked = (rows.dist, rows.x0, rows.zt, rows.t)
     for formula in ("density", "decode_nll"):
         torch.testing.assert_close(
             getattr(process, formula)(*asked), getattr(masked, formula)(*asked), **CLOSE
@@ -225,13 +226,13 @@ def test_the_epsilon_hybrid_is_an_instant_of_shuffling_and_then_masks() -> None:
     )
     torch.testing.assert_close(likelihoods(process, now), expected, **CLOSE)
     rows = Rows(process, now)
-    density = process.density(rows.law, rows.x0, rows.zt, rows.t)
+    density = process.density(rows.dist, rows.x0, rows.zt, rows.t)
     assert (density[rows.zt < WORDS] == 0).all()
     assert (density[rows.zt == WORDS] > 0).all()
     # a mask hides the shuffled word: 1/t KL( shuffled x || shuffled p )
     here = rows.zt == WORDS
-    truth, law = shuffled[rows.x0[here]], rows.log_p[here].exp() @ shuffled
-    expected_density = (truth * (truth / law).log()).sum(-1) / rows.t[here]
+    truth, dist = shuffled[rows.x0[here]], rows.log_p[here].exp() @ shuffled
+    expected_density = (truth * (truth / dist).log()).sum(-1) / rows.t[here]
     torch.testing.assert_close(density[here], expected_density, **CLOSE)
 
 
@@ -244,10 +245,10 @@ def test_masks_are_revealed_whatever_the_network_says() -> None:
     u = grid_of_uniforms(count, process.uniforms_per_step)
     zt, t, s = torch.full((count,), WORDS), times((0.8,)).expand(count), times((0.6,)).expand(count)
     for log_p in random_laws(WORDS):
-        visit = TableVisit(log_p.expand(count, -1), process.vocabulary)
-        zs = process.step(visit, zt, t, s, u)
-        assert torch.equal((zs < WORDS).nonzero().squeeze(-1), visit.asked.sort().values)
-        assert len(visit.asked) == pytest.approx(0.25 * count, abs=2)
+        query = TableVisit(log_p.expand(count, -1), process.vocabulary)
+        zs = process.step(query, zt, t, s, u)
+        assert torch.equal((zs < WORDS).nonzero().squeeze(-1), query.asked.sort().values)
+        assert len(query.asked) == pytest.approx(0.25 * count, abs=2)
 
 
 def test_few_words_are_shown_to_the_network() -> None:
@@ -259,10 +260,10 @@ def test_few_words_are_shown_to_the_network() -> None:
         times((0.5,)).expand(count),
         times((0.4,)).expand(count),
     )
-    visit = TableVisit(random_laws(WORDS, 1).expand(count, -1), process.vocabulary)
-    process.step(visit, zt, t, s, u)
+    query = TableVisit(random_laws(WORDS, 1).expand(count, -1), process.vocabulary)
+    process.step(query, zt, t, s, u)
     bound = (1.0 - 0.5 / 0.6) / 0.5 * (1.0 - 0.4 / WORDS)
-    assert len(visit.asked) == pytest.approx(bound * count, abs=5)
+    assert len(query.asked) == pytest.approx(bound * count, abs=5)
 
 
 def test_a_score_is_taken_back_in_time_exactly() -> None:
@@ -295,7 +296,7 @@ def test_nothing_as_wide_as_the_vocabulary_is_float64() -> None:
     words, count = 3000, 6
     vocabulary = FlatVocabulary(words)
     process = GammaHybrid(vocabulary, 0.3)
-    law = DenseLaw(
+    dist = DenseDistribution(
         torch.randn(count, words, generator=torch.Generator().manual_seed(0)).log_softmax(-1),
         vocabulary,
     )
@@ -322,14 +323,14 @@ def test_nothing_as_wide_as_the_vocabulary_is_float64() -> None:
 
     with Watch():
         for formula in (process.density, process.divergence, process.decode_nll):
-            formula(law, x0, zt, t)
-        process.closing_kl(law, x0, t)
+            formula(dist, x0, zt, t)
+        process.closing_kl(dist, x0, t)
         process.weight(x0, zt, t)
         process.sample(x0, t, torch.rand(count, 3, dtype=torch.float64))
         process.event_time(zt, t, torch.rand(count, dtype=torch.float64))
     assert wide == []
-    got = process.density(law, x0, zt, t)
-    exact = DenseLaw(law.log_mass(0).double(), vocabulary)
+    got = process.density(dist, x0, zt, t)
+    exact = DenseDistribution(dist.log_mass(0).double(), vocabulary)
     torch.testing.assert_close(
         got, ForwardProcess.density(process, exact, x0, zt, t), rtol=1e-4, atol=1e-6
     )
@@ -366,8 +367,8 @@ def test_the_published_gamma_loss_is_the_coded_mixture(keys: dict[str, Any]) -> 
     log_s = log_marginal - log_marginal.gather(-1, rows.zt.unsqueeze(-1))
     expected = speed * coded_mixture(process.gamma, sigma, log_s, rows.x0, rows.zt)
     asked = (rows.x0, rows.zt, rows.t)
-    for answer in (rows.law, Score(log_s)):
-        got = loss.weight(process, *asked) * loss.divergence(process, answer, *asked)
+    for prediction in (rows.dist, Score(log_s)):
+        got = loss.weight(process, *asked) * loss.divergence(process, prediction, *asked)
         # at t = .97 and gamma = .9 e^sigma is 1e15: what differs by one part of it is lost in either form
         torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
 
@@ -377,7 +378,7 @@ def test_the_published_gamma_loss_is_not_the_bound() -> None:
     process = GammaHybrid(FlatVocabulary(6), 0.05, "noise", 0.005)
     loss, even = MixedEntropies(process), torch.full((1, 6), 1.0 / 6.0, dtype=torch.float64).log()
     asked = (
-        DenseLaw(even, process.vocabulary),
+        DenseDistribution(even, process.vocabulary),
         torch.tensor([0]),
         torch.tensor([1]),
         times((0.5,)),
@@ -389,7 +390,7 @@ def test_the_published_gamma_loss_is_not_the_bound() -> None:
     )
     assert 1.0 / ratio.item() == pytest.approx(90.0, rel=0.05)
     x0, mask, t = torch.zeros(1, dtype=torch.long), torch.full((1,), 6), times((0.5,))
-    sure = DenseLaw(
+    sure = DenseDistribution(
         torch.tensor([[0.0] + [-torch.inf] * 5], dtype=torch.float64), process.vocabulary
     )
     assert process.density(sure, x0, mask, t).item() == pytest.approx(0.0, abs=1e-12)
@@ -420,7 +421,9 @@ def test_the_published_epsilon_loss_is_cross_entropy_of_the_full_conditional() -
     process, loss = epsilon_hybrid(), EverywhereCrossEntropy()
     rows = Rows(process, times(INNER))
     rest = drop_own_evidence(rows.log_p, process.log_likelihood(rows.zt, rows.t))
-    got = loss.divergence(process, DenseLaw(rest, process.vocabulary), rows.x0, rows.zt, rows.t)
+    got = loss.divergence(
+        process, DenseDistribution(rest, process.vocabulary), rows.x0, rows.zt, rows.t
+    )
     plain = -rows.log_p.gather(-1, rows.x0.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(got, plain, **CLOSE)
 
@@ -473,7 +476,7 @@ def trained_on(
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     batch = Batch(ids, everywhere, everywhere, torch.zeros_like(ids), torch.arange(64), False, {})
     objective = DiffusionObjective(process, denoiser, loss, FlatTimes(*window))
-    terms = objective(batch, Noise(0, 0, batch.index, 8), objective.counts(batch), 64)
+    terms = objective(batch, CounterRng(0, 0, batch.index, 8), objective.counts(batch), 64)
     terms.loss.backward()
     return terms, denoiser
 

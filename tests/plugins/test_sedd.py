@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ddiff_dit.dit import DiT
-from ddiff_sedd.head import RatioLaw, ScoreHead
+from ddiff_sedd.head import RatioDistribution, ScoreHead
 from ddiff_sedd.process import ScoreEntropyDiffusion
 from pydantic import ValidationError
 from torch import Tensor
@@ -22,8 +22,9 @@ from ddiff import (
     Batch,
     ComponentProcess,
     Context,
+    CounterRng,
     Denoiser,
-    DenseLaw,
+    DenseDistribution,
     DiffusionObjective,
     ElboLoss,
     FlatTimes,
@@ -31,21 +32,20 @@ from ddiff import (
     GeometricSchedule,
     HierarchicalVocabulary,
     MixtureProcess,
-    Noise,
     Noisy,
     OwnTime,
+    Query,
     Score,
     TokenHead,
-    Visit,
-    asking,
+    as_network,
 )
+from ddiff.checkpoint.weight_transfer import Source, carried
 from ddiff.core.elbo import closing_term
 from ddiff.core.process import ForwardProcess, RowFunction
 from ddiff.plugin.loader import survey_plugins
 from ddiff.recipe.model import parse_recipe
 from ddiff.testing import assert_laws, check_head, check_process, check_schedule
 from ddiff.testing.probes import INNER, Rows, times
-from ddiff.checkpoint.weight_transfer import Source, carried
 
 # Both sides are a few dozen float64 operations on numbers up to 1e5, compared relatively.
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -160,7 +160,7 @@ def test_the_bound_of_udlm_and_duo_is_the_uniform_one(noise: str) -> None:
     logs = (at_z[1] * bars[0] / (bars[1] * at_z[0])).log()
     bracket = WORDS / at_z[0] - WORDS / at_z[1] - (bars[0] / at_z[0] * logs).sum(-1, keepdim=True)
     duo = (process.d_alpha(rows.t).unsqueeze(-1) / (WORDS * alpha) * bracket).squeeze(-1)
-    torch.testing.assert_close(process.density(rows.law, rows.x0, rows.zt, rows.t), duo, **CLOSE)
+    torch.testing.assert_close(process.density(rows.dist, rows.x0, rows.zt, rows.t), duo, **CLOSE)
     # and with the score of those numbers, ln s(y) = ln xbar_y - ln xbar_z
     score = Score((bars[1] / at_z[1]).log())
     torch.testing.assert_close(process.density(score, rows.x0, rows.zt, rows.t), duo, **CLOSE)
@@ -170,13 +170,13 @@ def read(head: ScoreHead, process: ForwardProcess, raw: Tensor, zt: Tensor, t: T
     """What the head's reading makes of ratios [r,S]."""
     taken: list[Score] = []
     question = head.reading.question(
-        lambda answer, idx: taken.append(answer),
+        lambda prediction, idx: taken.append(prediction),
         process,
         zt,
         t,
         head.reading.prepared(process, zt, t),
     )
-    question(RatioLaw(raw, process.vocabulary), torch.arange(len(zt)))
+    question(RatioDistribution(raw, process.vocabulary), torch.arange(len(zt)))
     return taken[0]
 
 
@@ -189,7 +189,7 @@ def test_scaled_scores_of_a_law_are_charged_the_masked_loss(noise: str) -> None:
     raw = torch.nn.functional.pad(rows.log_p + torch.tensor(float(WORDS)).double().log(), (0, 1))
     sigma, d_sigma = sigmas(process, rows.t)
     masked = torch.where(
-        rows.zt == WORDS, -d_sigma / torch.expm1(sigma) * rows.law.log_prob(rows.x0), 0.0
+        rows.zt == WORDS, -d_sigma / torch.expm1(sigma) * rows.dist.log_prob(rows.x0), 0.0
     )
     charged = {
         scaled: process.density(
@@ -201,7 +201,9 @@ def test_scaled_scores_of_a_law_are_charged_the_masked_loss(noise: str) -> None:
         for scaled in (True, False)
     }
     torch.testing.assert_close(charged[True], masked, **CLOSE)
-    torch.testing.assert_close(process.density(rows.law, rows.x0, rows.zt, rows.t), masked, **CLOSE)
+    torch.testing.assert_close(
+        process.density(rows.dist, rows.x0, rows.zt, rows.t), masked, **CLOSE
+    )
     assert ((charged[False] - masked).abs() > 0.01)[rows.zt == WORDS].any()
 
 
@@ -213,7 +215,7 @@ def test_a_score_that_comes_from_a_law_costs_what_the_law_costs(graph: str, nois
     log_marginal = process.log_marginal(rows.log_p, rows.t)
     score = Score(log_marginal - log_marginal.gather(-1, rows.zt.unsqueeze(-1)))
     torch.testing.assert_close(
-        process.density(score, *asked), process.density(rows.law, *asked), **CLOSE
+        process.density(score, *asked), process.density(rows.dist, *asked), **CLOSE
     )
 
 
@@ -231,8 +233,8 @@ def test_a_window_that_closes_early_closes_under_a_score_as_under_its_law(
         torch.zeros(1).long(),
     )
 
-    def ask(noisy: Noisy) -> Visit:
-        def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
+    def network(noisy: Noisy) -> Query:
+        def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
             zt, t = noisy.zt.reshape(-1)[rows], noisy.t.reshape(-1)[rows]
             log_marginal = process.log_marginal(log_p.expand(len(rows), -1), t)
             return fn(
@@ -240,13 +242,13 @@ def test_a_window_that_closes_early_closes_under_a_score_as_under_its_law(
                 torch.arange(len(rows)),
             )
 
-        return visit
+        return query
 
-    noise_of_bound = Noise(3, 0, slot, WORDS)
+    noise_of_bound = CounterRng(3, 0, slot, WORDS)
     _, last = rule.ends(OwnTime(), noise_of_bound, slot, 1, WORDS)
-    closing = closing_term(process, ask, x0, last, scored, noise_of_bound)
-    law = DenseLaw(log_p.expand(WORDS, -1), process.vocabulary)
-    expected = process.closing_kl(law, x0[0], torch.full((WORDS,), stop, dtype=torch.float64))
+    closing = closing_term(process, network, x0, last, scored, noise_of_bound)
+    dist = DenseDistribution(log_p.expand(WORDS, -1), process.vocabulary)
+    expected = process.closing_kl(dist, x0[0], torch.full((WORDS,), stop, dtype=torch.float64))
     torch.testing.assert_close(closing[0], expected, **CLOSE)
 
 
@@ -267,9 +269,9 @@ def test_the_first_score_is_that_of_the_unigram_law() -> None:
     t, zt = times(INNER), torch.full((len(INNER),), WORDS)
     x0 = torch.arange(len(INNER)) % WORDS
     score = read(head, process, head.bias.detach().expand(len(t), -1), zt, t)
-    law = DenseLaw(log_p.expand(len(t), -1), process.vocabulary)
+    dist = DenseDistribution(log_p.expand(len(t), -1), process.vocabulary)
     torch.testing.assert_close(
-        process.density(score, x0, zt, t), process.density(law, x0, zt, t), **CLOSE
+        process.density(score, x0, zt, t), process.density(dist, x0, zt, t), **CLOSE
     )
 
 
@@ -372,11 +374,11 @@ def test_a_few_steps_lower_the_loss_of_either_parameterisation(
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-2)
     losses = []
     for _ in range(40):
-        answer = objective(batch, Noise(0, 0, index, 6), objective.counts(batch), 32)
+        prediction = objective(batch, CounterRng(0, 0, index, 6), objective.counts(batch), 32)
         optimizer.zero_grad()
-        answer.loss.backward()
+        prediction.loss.backward()
         optimizer.step()
-        losses.append(float(answer.loss.detach()))
+        losses.append(float(prediction.loss.detach()))
         assert math.isfinite(losses[-1])
     # a single step may be thrown far up again, which one rounding decides
     assert statistics.median(losses[-10:]) < 0.7 * losses[0], losses
@@ -400,8 +402,10 @@ def test_scores_are_trained_evaluated_and_sampled_by_a_recipe(
             one for one in survey_plugins().registry.components("sampler") if one.name == kind
         ]
         sampler = named.load().build(named.config_class()(), steps=6)
-        ask = asking(run.denoiser, run.process)
-        ids = ddiff.generate(sampler, run.process, ask, index=torch.arange(3), length=8, seed=2).ids
+        network = as_network(run.denoiser, run.process)
+        ids = ddiff.generate(
+            sampler, run.process, network, index=torch.arange(3), length=8, seed=2
+        ).ids
         assert ids.shape == (3, 8)
         assert ids.min() >= 0
         assert ids.max() < 6
@@ -415,7 +419,7 @@ def test_what_draws_words_from_a_law_refuses_a_score() -> None:
         ddiff.generate(
             AncestralSampler(2),
             process,
-            asking(denoiser, process),
+            as_network(denoiser, process),
             index=torch.arange(2),
             length=3,
             seed=0,

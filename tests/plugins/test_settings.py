@@ -17,13 +17,13 @@ from ddiff_hybrid.epsilon import EpsilonHybrid
 from ddiff_hybrid.gamma import GammaHybrid
 from ddiff_hybrid.losses import Published
 from ddiff_mdlm.process import MaskedDiffusion
-from ddiff_sedd.head import RatioLaw, Ratios
+from ddiff_sedd.head import RatioDistribution, Ratios
 from ddiff_sedd.process import ScoreEntropyDiffusion
 from torch import Tensor
 
 from ddiff import ComponentConfig, FlatVocabulary, HierarchicalVocabulary
-from ddiff.core.prediction import DenseLaw
 from ddiff.core.numerics import EARLIEST, LATEST
+from ddiff.core.prediction import DenseDistribution
 from ddiff.testing.probes import INNER, likelihoods, times
 
 TWO = HierarchicalVocabulary([[0, 1, 0, 1, 1, 2]])
@@ -180,13 +180,16 @@ def test_hdlm_empirical_weights_are_the_fitted_ones() -> None:
     root, cluster = torch.full_like(x0, 9), torch.full_like(x0, 6)
     assert loss.weight(process, x0, root, t).tolist() == [3.0, 2.8125, 3.0]
     assert loss.weight(process, x0, cluster, t).tolist() == [3.0, 2.5, 1.0]
-    answer = DenseLaw(
+    prediction = DenseDistribution(
         torch.tensor([[0.3, 0.2, 0.2, 0.1, 0.1, 0.1]] * 3, dtype=torch.float64).log(), TWO
     )
     at = times((0.2, 0.25, 0.9))
-    close(loss.divergence(process, answer, x0, root, at), process.divergence(answer, x0, root, at))
     close(
-        loss.divergence(process, answer, x0, root, at), -times((0.5, 0.5, 0.5)).log()
+        loss.divergence(process, prediction, x0, root, at),
+        process.divergence(prediction, x0, root, at),
+    )
+    close(
+        loss.divergence(process, prediction, x0, root, at), -times((0.5, 0.5, 0.5)).log()
     )  # its cluster: .3 + .2
 
 
@@ -197,10 +200,10 @@ def test_hdlm_hard_reads_the_token_itself_at_every_level() -> None:
     assert HardTokens.Config().largest == 2.0
     x0 = torch.zeros(2, dtype=torch.long)
     zt, t = torch.tensor([9, 6]), times((0.5, 0.5))
-    answer = DenseLaw(
+    prediction = DenseDistribution(
         torch.tensor([[0.3, 0.2, 0.2, 0.1, 0.1, 0.1]] * 2, dtype=torch.float64).log(), TWO
     )
-    close(loss.divergence(process, answer, x0, zt, t), -times((0.3, 0.3 / 0.5)).log())
+    close(loss.divergence(process, prediction, x0, zt, t), -times((0.3, 0.3 / 0.5)).log())
     early, late = times((0.05, 0.05)), times((0.9, 0.9))
     for at in (early, t, late):
         expected = [min(weight, 1.5) for weight in process.weight(x0, zt, at).tolist()]
@@ -238,11 +241,11 @@ def test_score_is_zero_at_the_state_itself() -> None:
     )
     zt, t = torch.tensor([3, 1]), times((0.5, 0.5))
     reading = Ratios(True)
-    raw = RatioLaw(
+    raw = RatioDistribution(
         torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]]).double(), process.vocabulary
     )
-    ask = reading.question(
+    network = reading.question(
         lambda score, idx: score.log_ratio, process, zt, t, reading.prepared(process, zt, t)
     )
-    ratio = ask(raw, torch.arange(2))
+    ratio = network(raw, torch.arange(2))
     assert ratio.gather(-1, zt.unsqueeze(-1)).tolist() == [[0.0], [0.0]]

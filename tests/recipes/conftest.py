@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ddiff import plugin
+from ddiff.plugin import loader as plugin
 from ddiff.plugin.registry import KINDS
 
 PARTS = """

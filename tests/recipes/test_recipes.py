@@ -39,7 +39,7 @@ def test_a_recipe_gets_every_default(write):
         "tracker": "none",
     }
     assert (recipe.train.warmup, recipe.train.schedule, recipe.train.clip) == (100, "cosine", 1.0)
-    assert (recipe.placement.device, recipe.placement.processes) == ("auto", 1)
+    assert (recipe.backend_keys.device, recipe.backend_keys.processes) == ("auto", 1)
     assert recipe.evaluate.window == (1e-3, 0.999)
     assert (recipe.sample.steps, recipe.sample.count) == (64, 8)
 
@@ -94,7 +94,7 @@ def test_an_objective_may_decline_the_slots_and_the_process(write):
 
 def test_a_component_that_repeats_an_engine_key_is_given_what_the_engine_reads(write):
     recipe = read_recipe(write())
-    assert recipe.backend.config.device == recipe.placement.device == "auto"
+    assert recipe.backend.config.device == recipe.backend_keys.device == "auto"
 
 
 def test_a_component_cannot_take_the_name_of_a_slot(write):

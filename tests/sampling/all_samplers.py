@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ddiff.sampling.adaptive_correction import CorrectingSampler
+from ddiff.sampling.adaptive_correction import AdaptiveCorrectionSampler
 from ddiff.sampling.analytic import AnalyticSampler
 from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.blockwise import BlockwiseSampler
-from ddiff.sampling.predictor_corrector import CorrectedSampler, ForwardBackward
 from ddiff.sampling.first_hitting import FirstHittingSampler
 from ddiff.sampling.grid import Grid, LoopGrid
 from ddiff.sampling.loop import Sampler
 from ddiff.sampling.one_level import OneLevelSampler
+from ddiff.sampling.predictor_corrector import ForwardBackward, PredictorCorrectorSampler
 from ddiff.sampling.psi import Cap, Confidence, Loop, PsiSampler, Rescale
 from ddiff.sampling.self_correction import SelfCorrectingSampler
 from ddiff.sampling.shaping import ShapedSampler, Temperature, TopP
@@ -45,12 +45,15 @@ SAMPLERS: dict[str, tuple[Callable[[int], Sampler], set[str]]] = {
     "rescale": (lambda n: PsiSampler(n, Rescale(0.3)), set()),
     "remdm confidence": (lambda n: PsiSampler(n, Confidence()), set()),
     "loop": (lambda n: PsiSampler(LoopGrid(2 * n), Loop(0.1)), set()),
-    "acs": (CorrectingSampler, SILENT_WORDS),
+    "acs": (AdaptiveCorrectionSampler, SILENT_WORDS),
     "self_correction": (
         lambda n: SelfCorrectingSampler(AncestralSampler(n), rounds=4),
         SILENT_WORDS,
     ),
-    "dfm": (lambda n: CorrectedSampler(AncestralSampler(n), ForwardBackward(), rounds=2), set()),
+    "dfm": (
+        lambda n: PredictorCorrectorSampler(AncestralSampler(n), ForwardBackward(), rounds=2),
+        set(),
+    ),
     "blockwise": (lambda n: BlockwiseSampler(AncestralSampler(n), 1), set()),
     "blockwise events": (lambda n: BlockwiseSampler(FirstHittingSampler(), 2, "all"), {"dense"}),
 }

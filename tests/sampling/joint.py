@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.dense import DenseProcess
-from ddiff.core.elbo import Ask, ask_table
+from ddiff.core.elbo import Network, network_from_table
 from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule, Schedule
@@ -55,14 +55,14 @@ def given_the_rest(process: ForwardProcess) -> Callable[[Tensor, Tensor], Tensor
         evidence = (
             process.log_likelihood(zt.reshape(-1), t.reshape(-1)).exp().reshape(*zt.shape, -1)
         )
-        laws = torch.stack([evidence[:, 1] @ JOINT.T, evidence[:, 0] @ JOINT], 1)
-        return (laws / laws.sum(-1, keepdim=True)).log()
+        dists = torch.stack([evidence[:, 1] @ JOINT.T, evidence[:, 0] @ JOINT], 1)
+        return (dists / dists.sum(-1, keepdim=True)).log()
 
     return table
 
 
-def exact_ask(process: ForwardProcess) -> Ask:
-    return ask_table(given_the_rest(process), process.vocabulary)
+def exact_ask(process: ForwardProcess) -> Network:
+    return network_from_table(given_the_rest(process), process.vocabulary)
 
 
 def law_of_chain(process: ForwardProcess, num_steps: int) -> Tensor:
@@ -73,9 +73,9 @@ def law_of_chain(process: ForwardProcess, num_steps: int) -> Tensor:
     size = process.vocabulary.num_states
     canvases = torch.cartesian_prod(torch.arange(size), torch.arange(size))
     prior = process.prior.log_prob.exp()
-    law = torch.outer(prior, prior).reshape(-1)
+    dist = torch.outer(prior, prior).reshape(-1)
     for k in range(num_steps, 0, -1):
-        possible = canvases[law > 0]
+        possible = canvases[dist > 0]
         now, then = (
             torch.full((2 * len(possible),), step / num_steps).double() for step in (k, k - 1)
         )
@@ -85,12 +85,12 @@ def law_of_chain(process: ForwardProcess, num_steps: int) -> Tensor:
             .exp()
             .reshape(-1, 2, size)
         )
-        law = torch.einsum("c,ca,cb->ab", law[law > 0], step[:, 0], step[:, 1]).reshape(-1)
-    return law.reshape(size, size)
+        dist = torch.einsum("c,ca,cb->ab", dist[dist > 0], step[:, 0], step[:, 1]).reshape(-1)
+    return dist.reshape(size, size)
 
 
-def distance(law: Tensor) -> float:
+def distance(dist: Tensor) -> float:
     """Total variation between a law of states [S,S] and JOINT."""
-    whole = torch.zeros_like(law)
+    whole = torch.zeros_like(dist)
     whole[:3, :3] = JOINT
-    return 0.5 * float((law - whole).abs().sum())
+    return 0.5 * float((dist - whole).abs().sum())

@@ -6,12 +6,12 @@ import pytest
 import torch
 from joint import JOINT, exact_ask, processes
 
-from ddiff.core.elbo import ask_table
+from ddiff.core.elbo import network_from_table
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import FlatTimes, WindowTimes
-from ddiff.sampling.hyperschedule import AlongSampler
 from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.grid import Grid
+from ddiff.sampling.hyperschedule import HyperscheduleSampler
 from ddiff.sampling.loop import Canvas, generate
 from ddiff.testing.exact_sampler import measured
 
@@ -26,7 +26,7 @@ NOISE = 0.018
 def test_one_position_at_a_time_is_exact_in_any_number_of_steps(name: str) -> None:
     """Width 1: each symbol is drawn given the words before it, which is autoregression."""
     for shape, steps in (("block", 2), ("block", 8), ("slide", 9)):
-        sampler = AlongSampler(AncestralSampler(steps), WindowTimes(1, shape, paired=False))  # type: ignore[arg-type]
+        sampler = HyperscheduleSampler(AncestralSampler(steps), WindowTimes(1, shape, paired=False))  # type: ignore[arg-type]
         assert measured(sampler, processes()[name], JOINT, points=POINTS).distance(JOINT) < NOISE
 
 
@@ -36,7 +36,10 @@ def test_a_sliding_window_tends_to_the_joint(name: str) -> None:
     rule = WindowTimes(2, "slide", paired=False)
     far, near = (
         measured(
-            AlongSampler(AncestralSampler(steps), rule), processes()[name], JOINT, points=POINTS
+            HyperscheduleSampler(AncestralSampler(steps), rule),
+            processes()[name],
+            JOINT,
+            points=POINTS,
         ).distance(JOINT)
         for steps in (3, 96)
     )
@@ -62,7 +65,7 @@ def test_along_flat_times_equals_the_inner_sampler_on_information_time(name: str
     plain = generate(
         AncestralSampler(InformationGrid(process, 7)), process, exact_ask(process), **settings
     )  # type: ignore[arg-type]
-    sampler = AlongSampler(AncestralSampler(7), FlatTimes())
+    sampler = HyperscheduleSampler(AncestralSampler(7), FlatTimes())
     along = generate(sampler, process, exact_ask(process), **settings)  # type: ignore[arg-type]
     assert torch.equal(plain.ids, along.ids)
 
@@ -84,11 +87,11 @@ def test_given_words_stay_and_what_waits_is_at_the_prior() -> None:
     def uniform_law(zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return torch.full((*zt.shape, 3), 1 / 3, dtype=torch.float64).log()
 
-    sampler = AlongSampler(AncestralSampler(12), WindowTimes(2, "slide", paired=False))
+    sampler = HyperscheduleSampler(AncestralSampler(12), WindowTimes(2, "slide", paired=False))
     drawn = generate(
         sampler,
         process,
-        ask_table(uniform_law, process.vocabulary),
+        network_from_table(uniform_law, process.vocabulary),
         index=torch.arange(6),
         length=4,
         seed=1,

@@ -20,8 +20,8 @@ from ddiff import (
     guided,
 )
 from ddiff.core.clock import CdfClock, LogTimeClock
-from ddiff.core.elbo import ask_law
-from ddiff.core.interpolating import word_law
+from ddiff.core.elbo import network_from_noisy
+from ddiff.core.interpolating import token_distribution
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import Noisy
 from ddiff.plugin.loader import load_plugins
@@ -96,8 +96,8 @@ def test_scores_fall_as_distributions_do(process: str, sampler: str) -> None:
     _, of_law = TABLES[process][sampler]
     _, of_score = TABLES[process][f"{sampler}, score"]
     assert len(of_law) == len(of_score) == 7
-    for law, score in zip(of_law, of_score):
-        assert score == pytest.approx(law, abs=0.01)
+    for dist, score in zip(of_law, of_score):
+        assert score == pytest.approx(dist, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -111,15 +111,23 @@ def test_scores_fall_as_distributions_do(process: str, sampler: str) -> None:
         ("dense", "analytic", "score", 2),
     ],
 )
-def test_numbers_of_the_page_are_computed(process: str, label: str, says: str, steps: int) -> None:
+def test_numbers_of_the_page_are_computed(
+    process: str, label: str, predicts: str, steps: int
+) -> None:
     """The benchmark's own call: its draws are the same every time, to what another machine rounds."""
     matrix = benchmark()
     line = matrix.row(
-        label, matrix.SAMPLERS[label], matrix.processes()[process](), (steps,), 2**12, says, process
+        label,
+        matrix.SAMPLERS[label],
+        matrix.processes()[process](),
+        (steps,),
+        2**12,
+        predicts,
+        process,
     )
     computed = float(line.split("|")[3].partition("<")[0])
     place = (1, 2, 4, 8, 16, 32, 64).index(steps)
-    _, distances = TABLES[process][label if says == "law" else f"{label}, score"]
+    _, distances = TABLES[process][label if predicts == "law" else f"{label}, score"]
     assert computed == pytest.approx(distances[place], abs=3e-3)
 
 
@@ -177,15 +185,17 @@ def _guided(
     """[S] the reverse transition under the guided distribution of the clean token."""
     told, untold = _distributions()
     asks = [
-        ask_law(lambda noisy, log_p=log_p: log_p.expand(1, 1, 3), process.vocabulary)
+        network_from_noisy(lambda noisy, log_p=log_p: log_p.expand(1, 1, 3), process.vocabulary)
         for log_p in (told, untold)
     ]
-    ask = guided(asks[0], asks[1], weight)
+    network = guided(asks[0], asks[1], weight)
     now = torch.full((1, 1), t, dtype=torch.float64)
     noisy = Noisy(zt.reshape(1, 1), now, torch.zeros(1, 1, dtype=torch.bool))
-    visit = ask(noisy)
-    log_p = visit(
-        torch.tensor([0]), torch.tensor([process.vocabulary.root]), lambda law, idx: law.log_mass(0)
+    query = network(noisy)
+    log_p = query(
+        torch.tensor([0]),
+        torch.tensor([process.vocabulary.root]),
+        lambda dist, idx: dist.log_mass(0),
     )
     return process.reverse_log_probs(
         log_p, zt, now[0], torch.full((1,), s, dtype=torch.float64)
@@ -216,7 +226,7 @@ def test_guided_clean_distribution_is_another_than_a_guided_transition() -> None
     """They agree at w = 0 and w = 1. At w = 3 a guided transition also changes how fast masks come off."""
     process = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))
     bare = FlatVocabulary(3, mask=False)
-    uniform = MixtureProcess(bare, LinearSchedule(), word_law(bare))
+    uniform = MixtureProcess(bare, LinearSchedule(), token_distribution(bare))
     for chain, state in ((process, 3), (uniform, 1)):
         zt = torch.tensor([state])
         for weight in (0.0, 1.0):

@@ -31,5 +31,8 @@ def test_the_matrix_is_written_by_its_command(tmp_path: Path) -> None:
         "a heading, every sampler but the two that masks refuse, three of them from scores"
     )
     assert "| first_hitting | exact |" in page.read_text()
-    assert "- acs on mdlm: CorrectingSampler: it reads the law at visible words" in page.read_text()
+    assert (
+        "- acs on mdlm: AdaptiveCorrectionSampler: it reads the law at visible words"
+        in page.read_text()
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["samplers.md"]

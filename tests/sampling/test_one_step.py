@@ -17,41 +17,41 @@ from ddiff_hybrid.epsilon import EpsilonHybrid
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LogTimeClock
-from ddiff.core.elbo import Ask, ask_law
-from ddiff.core.interpolating import MixtureProcess, word_law
+from ddiff.core.elbo import Network, network_from_noisy
+from ddiff.core.interpolating import MixtureProcess, token_distribution
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import Noisy, WindowTimes
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
-from ddiff.sampling.adaptive_correction import CorrectingSampler
-from ddiff.sampling.hyperschedule import AlongSampler
+from ddiff.sampling.adaptive_correction import AdaptiveCorrectionSampler
 from ddiff.sampling.ancestral import AncestralSampler
-from ddiff.sampling.predictor_corrector import CorrectedSampler, ForwardBackward
 from ddiff.sampling.grid import LoopGrid
+from ddiff.sampling.grid_sampler import GridSampler
+from ddiff.sampling.hyperschedule import HyperscheduleSampler
 from ddiff.sampling.loop import Canvas, generate
 from ddiff.sampling.one_level import OneLevelSampler
+from ddiff.sampling.predictor_corrector import ForwardBackward, PredictorCorrectorSampler
 from ddiff.sampling.psi import Cap, Confidence, Loop, PsiSampler, Rescale
 from ddiff.sampling.self_correction import SelfCorrectingSampler, _Patience, proposals
-from ddiff.sampling.grid_sampler import SteppedSampler
 from ddiff.sampling.tau_leaping import TauLeapingSampler, leap
 from ddiff.sampling.trapezoidal import TrapezoidalSampler
 from ddiff.sampling.unmasking import EntropyBoundSampler, UnmaskingSampler
-from ddiff.testing.bound_draws import CoveringNoise
+from ddiff.testing.bound_draws import CoveringRng
 
 POINTS = 8192
 RESOLVED = 5e-3
 MASK, P = 3, (0.5, 0.3, 0.2)  # of the masked process on three tokens; what the network predicts
 MASKED = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))  # alpha = 1 - t
 BARE = FlatVocabulary(3, mask=False)
-UNIFORM = MixtureProcess(BARE, LinearSchedule(), word_law(BARE))
+UNIFORM = MixtureProcess(BARE, LinearSchedule(), token_distribution(BARE))
 TREE = TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((2.0, 1.0)))
 
 
-def predicting(process: ForwardProcess, *p: tuple[float, ...]) -> Ask:
+def predicting(process: ForwardProcess, *p: tuple[float, ...]) -> Network:
     """The same distributions whatever is shown: one for all positions, or one for each."""
     log_p = torch.tensor(p, dtype=torch.float64).log()
-    return ask_law(lambda noisy: log_p.expand(*noisy.zt.shape, -1), process.vocabulary)
+    return network_from_noisy(lambda noisy: log_p.expand(*noisy.zt.shape, -1), process.vocabulary)
 
 
 def canvas_of(states: tuple[int, ...], t: float, count: int = POINTS) -> Canvas:
@@ -61,19 +61,19 @@ def canvas_of(states: tuple[int, ...], t: float, count: int = POINTS) -> Canvas:
 
 
 def covering(length: int) -> Any:
-    return CoveringNoise(torch.arange(POINTS), POINTS, length)
+    return CoveringRng(torch.arange(POINTS), POINTS, length)
 
 
 def moved(
-    sampler: SteppedSampler, process: ForwardProcess, ask: Ask, canvas: Canvas, s: float
+    sampler: GridSampler, process: ForwardProcess, network: Network, canvas: Canvas, s: float
 ) -> Canvas:
     return sampler.move(
-        process, ask, canvas, torch.full_like(canvas.t, s), covering(canvas.zt.shape[1])
+        process, network, canvas, torch.full_like(canvas.t, s), covering(canvas.zt.shape[1])
     )
 
 
 def step_of(
-    sampler: SteppedSampler, process: ForwardProcess, state: int, t: float, s: float
+    sampler: GridSampler, process: ForwardProcess, state: int, t: float, s: float
 ) -> list[float]:
     """The probabilities of all states after one step of a single position."""
     after = moved(sampler, process, predicting(process, P), canvas_of((state,), t), s).zt
@@ -220,7 +220,7 @@ def test_acs_redraws_by_what_is_not_revealed(t: float, s: float) -> None:
     posterior = UNIFORM.reverse_log_probs(log_p, zt, at, then).exp()[0]
     bayes = (log_p + UNIFORM.log_likelihood(zt, at)).softmax(-1)[0]
     expected = again * bayes + (1.0 - again) * posterior
-    assert step_of(CorrectingSampler(4, eta), UNIFORM, 2, t, s) == near(expected.tolist())
+    assert step_of(AdaptiveCorrectionSampler(4, eta), UNIFORM, 2, t, s) == near(expected.tolist())
 
 
 @pytest.mark.parametrize(("share", "above"), [(1.0, 0.7), (0.5, 0.6), (4.0, 1.0)])
@@ -228,10 +228,10 @@ def test_forward_backward_climbs_a_share_of_the_step(share: float, above: float)
     """From t = .5 after a step of .2 to `above`, at most 1; a token goes up with (above - t)/(1 - t), and of those that did
     t/above are still masked after the way back."""
     canvas = canvas_of((0,), 0.5)
-    noise = covering(1)
+    rng = covering(1)
     span = torch.full_like(canvas.t, 0.2)
     after = ForwardBackward(share).correct(
-        MASKED, predicting(MASKED, P), canvas, span, noise, "correct"
+        MASKED, predicting(MASKED, P), canvas, span, rng, "correct"
     )
     up = (above - 0.5) / (1.0 - 0.5)
     masked, back = up * 0.5 / above, up * (1.0 - 0.5 / above)
@@ -244,17 +244,17 @@ def test_corrected_sampler_gives_the_corrector_the_span_of_the_step() -> None:
     channels: list[str] = []
 
     class Watching:
-        def needs(self, process: Any, says: Any) -> None: ...
+        def needs(self, process: Any, predicts: Any) -> None: ...
 
         def correct(
-            self, process: Any, ask: Any, canvas: Canvas, span: Tensor, noise: Any, channel: str
+            self, process: Any, network: Any, canvas: Canvas, span: Tensor, rng: Any, channel: str
         ) -> Canvas:
             assert canvas.t.unique().tolist() == [0.3]
             spans.extend(span.unique().tolist())
             channels.append(channel)
             return canvas
 
-    sampler = CorrectedSampler(AncestralSampler(4), Watching(), rounds=2)
+    sampler = PredictorCorrectorSampler(AncestralSampler(4), Watching(), rounds=2)
     moved(sampler, MASKED, predicting(MASKED, P), canvas_of((MASK,), 0.8, POINTS), 0.3)
     assert spans == pytest.approx([0.5, 0.5])
     assert len(set(channels)) == 2, "each round draws for itself"
@@ -307,14 +307,16 @@ def test_self_correction_tells_its_time_and_keeps_the_likeliest_changes() -> Non
     class Given:
         quality, order, steps = "exact", 0, 1
 
-        def needs(self, process: Any, says: Any) -> None: ...
+        def needs(self, process: Any, predicts: Any) -> None: ...
 
-        def run(self, process: Any, ask: Any, canvas: Canvas, noise_at: Any) -> Iterator[Canvas]:
+        def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
             yield canvas.moved(torch.tensor([[2, 0, 1]]), torch.zeros_like(canvas.t))
 
     sampler = SelfCorrectingSampler(Given(), rounds=1, commit=2, temperature=0.5, at=0.9)  # type: ignore[arg-type]
-    noise: Callable[[int], Any] = lambda k: CoveringNoise(torch.zeros(1, dtype=torch.long), 64, 3)  # noqa: E731
-    *_, last = sampler.run(UNIFORM, ask_law(network, BARE), canvas_of((0, 0, 0), 1.0, 1), noise)
+    rng: Callable[[int], Any] = lambda k: CoveringRng(torch.zeros(1, dtype=torch.long), 64, 3)  # noqa: E731
+    *_, last = sampler.run(
+        UNIFORM, network_from_noisy(network, BARE), canvas_of((0, 0, 0), 1.0, 1), rng
+    )
     assert shown[-1].t.unique().tolist() == [0.9]
     assert last.t.unique().tolist() == [0.0]
     assert last.zt.tolist() == [[2, 1, 2]], (
@@ -376,10 +378,11 @@ def steps_of_entropy_bound(
 ) -> tuple[list[int], list[float]]:
     """How many positions are masked after each step, and the times that are told."""
     canvas = canvas_of((MASK,) * len(rows), 1.0, 1)
-    noise: Callable[[int], Any] = lambda k: CoveringNoise(
-        torch.zeros(1, dtype=torch.long), 64, len(rows)
-    )  # noqa: E731
-    steps = list(EntropyBoundSampler(bound).run(MASKED, predicting(MASKED, *rows), canvas, noise))
+
+    def rng(k: int) -> Any:
+        return CoveringRng(torch.zeros(1, dtype=torch.long), 64, len(rows))
+
+    steps = list(EntropyBoundSampler(bound).run(MASKED, predicting(MASKED, *rows), canvas, rng))
     return [int((step.zt == MASK).sum()) for step in steps], [float(step.t[0, 0]) for step in steps]
 
 
@@ -409,14 +412,12 @@ def test_generate_draws_from_the_noise_of_its_seed_purpose_and_step() -> None:
     class Watching:
         quality, order, steps = "heuristic", 0, 2
 
-        def needs(self, process: Any, says: Any) -> None: ...
+        def needs(self, process: Any, predicts: Any) -> None: ...
 
-        def run(self, process: Any, ask: Any, canvas: Canvas, noise_at: Any) -> Iterator[Canvas]:
+        def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
             for step in (0, 7):
-                noise = noise_at(step)
-                seen.append(
-                    (noise.seed, noise.step, noise.purpose, noise.index.tolist(), noise.length)
-                )
+                rng = rng_at(step)
+                seen.append((rng.seed, rng.step, rng.purpose, rng.index.tolist(), rng.length))
             yield canvas.moved(torch.zeros_like(canvas.zt), torch.zeros_like(canvas.t))
 
     index = torch.tensor([4, 9])
@@ -444,7 +445,7 @@ def test_given_tokens_are_shown_at_time_zero_wherever_the_window_is(shape: Any) 
         shown.append(noisy)
         return torch.tensor(P, dtype=torch.float64).log().expand(*noisy.zt.shape, -1)
 
-    sampler = AlongSampler(AncestralSampler(6), WindowTimes(2, shape, paired=False))
+    sampler = HyperscheduleSampler(AncestralSampler(6), WindowTimes(2, shape, paired=False))
     given, clamped = (
         torch.tensor([[1, 2, 0, 1, 2]]),
         torch.tensor([[False, True, False, True, False]]),
@@ -453,7 +454,7 @@ def test_given_tokens_are_shown_at_time_zero_wherever_the_window_is(shape: Any) 
     generate(
         sampler,
         MASKED,
-        ask_law(network, MASKED.vocabulary),
+        network_from_noisy(network, MASKED.vocabulary),
         index=torch.arange(1),
         length=5,
         seed=0,
@@ -481,8 +482,10 @@ def test_given_tokens_are_at_time_zero_on_every_canvas() -> None:
         "clamped": clamped,
         "on_step": lambda k, canvas: times.append(canvas.t),
     }
-    ask = predicting(MASKED, P)
-    generate(AncestralSampler(3), MASKED, ask, index=torch.arange(1), length=3, seed=0, **settings)
+    network = predicting(MASKED, P)
+    generate(
+        AncestralSampler(3), MASKED, network, index=torch.arange(1), length=3, seed=0, **settings
+    )
     assert [t[0, 1].item() for t in times] == [0.0, 0.0, 0.0]
     assert [t[0, 0].item() for t in times] == pytest.approx([2 / 3, 1 / 3, 0.0])
 
@@ -490,11 +493,11 @@ def test_given_tokens_are_at_time_zero_on_every_canvas() -> None:
 def test_every_step_of_a_grid_draws_from_noise_of_its_own() -> None:
     asked: list[int] = []
 
-    def noise_at(step: int) -> Any:
+    def rng_at(step: int) -> Any:
         asked.append(step)
         return covering(1)
 
-    list(AncestralSampler(4).run(MASKED, predicting(MASKED, P), canvas_of((MASK,), 1.0), noise_at))
+    list(AncestralSampler(4).run(MASKED, predicting(MASKED, P), canvas_of((MASK,), 1.0), rng_at))
     assert asked == [0, 1, 2, 3]
 
 
@@ -553,7 +556,11 @@ def test_trapezoidal_sets_negative_extrapolated_rates_to_zero() -> None:
         return log_p.log()
 
     after = moved(
-        TrapezoidalSampler(4), MASKED, ask_law(network, MASKED.vocabulary), canvas_of((MASK,), t), s
+        TrapezoidalSampler(4),
+        MASKED,
+        network_from_noisy(network, MASKED.vocabulary),
+        canvas_of((MASK,), t),
+        s,
     ).zt
     rates = [max(2.0 * b / rho - a / t, 0.0) for a, b in zip(early, late)]
     assert rates[0] == 0.0

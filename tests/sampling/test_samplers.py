@@ -10,31 +10,31 @@ import torch
 from all_samplers import SAMPLERS
 from joint import JOINT, EarlyNoise, exact_ask, processes
 
-from ddiff.core.elbo import ask_law, ask_table
+from ddiff.core.elbo import network_from_noisy, network_from_table
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.rng import Noise
 from ddiff.core.process import ForwardProcess
+from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes, WindowTimes
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.errors import ArgumentError, NonFiniteError
-from ddiff.sampling.adaptive_correction import CorrectingSampler
-from ddiff.sampling.hyperschedule import AlongSampler
+from ddiff.sampling.adaptive_correction import AdaptiveCorrectionSampler
 from ddiff.sampling.analytic import AnalyticSampler
 from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.blockwise import BlockwiseSampler
-from ddiff.sampling.predictor_corrector import CorrectedSampler, ForwardBackward
 from ddiff.sampling.first_hitting import FirstHittingSampler
 from ddiff.sampling.grid import Grid, LoopGrid
+from ddiff.sampling.grid_sampler import kept
+from ddiff.sampling.hyperschedule import HyperscheduleSampler
 from ddiff.sampling.loop import Canvas, Sampler, Samples, generate, looks_ahead
 from ddiff.sampling.one_level import OneLevelSampler
+from ddiff.sampling.predictor_corrector import ForwardBackward, PredictorCorrectorSampler
 from ddiff.sampling.psi import Cap, PsiSampler
 from ddiff.sampling.self_correction import SelfCorrectingSampler
 from ddiff.sampling.shaping import ShapedSampler, Temperature
-from ddiff.sampling.grid_sampler import kept
 from ddiff.sampling.tau_leaping import TauLeapingSampler
 from ddiff.sampling.trapezoidal import TrapezoidalSampler
 from ddiff.sampling.unmasking import EntropyBoundSampler, UnmaskingSampler, surest_first
-from ddiff.testing.exact_sampler import ExactAsk, Quick, measured
+from ddiff.testing.exact_sampler import ExactNetwork, Quick, measured
 
 PROCESSES = processes()
 PAIRS = [(s, p) for s, (_, refused) in SAMPLERS.items() for p in PROCESSES if p not in refused]
@@ -75,27 +75,30 @@ def test_a_sample_does_not_depend_on_its_batch(sampler: str, process: str) -> No
 @pytest.mark.parametrize("process", ["uniform", "masked"])
 def test_first_hitting_ends_each_row_by_its_own_events(process: str) -> None:
     """Rows end after different numbers of events; what the last draw of one is must not tell when the slowest ended."""
-    law = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-    ask = ask_law(lambda noisy: law.expand(*noisy.zt.shape, 3), PROCESSES[process].vocabulary)
+    dist = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    network = network_from_noisy(
+        lambda noisy: dist.expand(*noisy.zt.shape, 3), PROCESSES[process].vocabulary
+    )
     # the last draw of words is all there is to do from 0.4 on
     build = lambda: FirstHittingSampler(until=0.4)  # noqa: E731
-    together = draw(build(), PROCESSES[process], list(range(12)), ask=ask, length=8)
+    together = draw(build(), PROCESSES[process], list(range(12)), network=network, length=8)
     for row in range(12):
         assert torch.equal(
-            draw(build(), PROCESSES[process], [row], ask=ask, length=8).ids[0], together.ids[row]
+            draw(build(), PROCESSES[process], [row], network=network, length=8).ids[0],
+            together.ids[row],
         )
 
 
 def test_positions_that_are_equally_sure_but_for_rounding_are_ranked_the_same() -> None:
     """Ties of 64 positions, moved by what float32 rounding moves them, at a value that is no edge of the rounding."""
-    noise = Noise(0, 1, torch.arange(4), 64)
+    rng = CounterRng(0, 1, torch.arange(4), 64)
     sureness = torch.full((4, 64), -1.2345, dtype=torch.float64)
     sureness[:, ::7] = -0.5
     jitter = 1e-7 * torch.randn(
         sureness.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
-    order = surest_first(sureness, noise)
-    assert torch.equal(order, surest_first(sureness + jitter, noise))
+    order = surest_first(sureness, rng)
+    assert torch.equal(order, surest_first(sureness + jitter, rng))
     assert bool((order[:, :10] % 7 == 0).all()), "the surest stand first"
     assert not torch.equal(order[0], order[1]), (
         "equal ones are not taken from left to right in every row"
@@ -118,7 +121,7 @@ def test_a_score_is_taken_where_rates_are_read_and_refused_where_a_law_is(sample
     process = PROCESSES["masked"]
     if "masked" in SAMPLERS[sampler][1]:
         process = PROCESSES["uniform"]
-    settings: dict[str, Any] = {"ask": ExactAsk(process, JOINT, "score")}
+    settings: dict[str, Any] = {"ask": ExactNetwork(process, JOINT, "score")}
     if sampler in ("tau_leaping", "analytic", "trapezoidal"):
         assert bool((draw(SAMPLERS[sampler][0](4), process, [0, 1], **settings).ids < 3).all())
         return
@@ -151,9 +154,9 @@ def test_numbers_out_of_range_are_refused() -> None:
         lambda: EntropyBoundSampler(-0.1),
         lambda: PsiSampler(4, 1.5),
         lambda: PsiSampler(4, Cap(2.0)),
-        lambda: CorrectingSampler(4, -0.1),
+        lambda: AdaptiveCorrectionSampler(4, -0.1),
         lambda: SelfCorrectingSampler(inner, rounds=0),
-        lambda: CorrectedSampler(inner, ForwardBackward(), rounds=0),
+        lambda: PredictorCorrectorSampler(inner, ForwardBackward(), rounds=0),
         lambda: ForwardBackward(0.0),
         lambda: BlockwiseSampler(inner, 0),
         lambda: FirstHittingSampler(until=0.0),
@@ -168,11 +171,11 @@ def test_numbers_out_of_range_are_refused() -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_network_that_says_nan_is_named(sampler: str) -> None:
     process = PROCESSES["uniform" if "masked" in SAMPLERS[sampler][1] else "masked"]
-    ask = ask_table(
+    network = network_from_table(
         lambda zt, t: torch.full((*zt.shape, 3), torch.nan).double(), process.vocabulary
     )
     with pytest.raises(NonFiniteError, match="NaN"):
-        draw(SAMPLERS[sampler][0](2), process, [0, 1], ask=ask, length=6)
+        draw(SAMPLERS[sampler][0](2), process, [0, 1], network=network, length=6)
 
 
 # ---------------------------------------------------------------------- laws
@@ -182,9 +185,9 @@ def test_a_network_that_says_nan_is_named(sampler: str) -> None:
 def test_from_event_to_event_the_samples_have_the_joint_law(name: str) -> None:
     """Chi-square of nine cells is above 35 with probability 2.7e-5; four cases, seed fixed."""
     count = 2**12 if name == "uniform" else 2**15
-    law = measured(FirstHittingSampler(), PROCESSES[name], JOINT, points=count).law[:3, :3]
-    assert float(law.sum()) == pytest.approx(1.0)
-    assert float((count * (law - JOINT) ** 2 / JOINT).sum()) < 35
+    dist = measured(FirstHittingSampler(), PROCESSES[name], JOINT, points=count).dist[:3, :3]
+    assert float(dist.sum()) == pytest.approx(1.0)
+    assert float((count * (dist - JOINT) ** 2 / JOINT).sum()) < 35
 
 
 @pytest.mark.parametrize(
@@ -192,8 +195,8 @@ def test_from_event_to_event_the_samples_have_the_joint_law(name: str) -> None:
 )
 def test_one_position_at_a_time_is_exact_in_any_number_of_steps(inner: Any) -> None:
     count = 2**15
-    law = measured(BlockwiseSampler(inner, 1), PROCESSES["tree"], JOINT, points=count).law[:3, :3]
-    assert float((count * (law - JOINT) ** 2 / JOINT).sum()) < 35
+    dist = measured(BlockwiseSampler(inner, 1), PROCESSES["tree"], JOINT, points=count).dist[:3, :3]
+    assert float((count * (dist - JOINT) ** 2 / JOINT).sum()) < 35
 
 
 @pytest.mark.parametrize("name", ["masked", "uniform"])
@@ -250,7 +253,7 @@ def test_psi_without_redraws_and_correction_without_strength_are_ancestral(name:
     plain = draw(AncestralSampler(6), process, index).ids
     assert torch.equal(draw(PsiSampler(6, 1.0), process, index).ids, plain)
     if name in ("uniform", "dense"):
-        assert torch.equal(draw(CorrectingSampler(6, eta=0.0), process, index).ids, plain)
+        assert torch.equal(draw(AdaptiveCorrectionSampler(6, eta=0.0), process, index).ids, plain)
 
 
 def test_remasking_is_psi_on_masks() -> None:
@@ -262,10 +265,8 @@ def test_remasking_is_psi_on_masks() -> None:
     zt = torch.tensor([[0, 3]]).repeat(count, 1)
     free = torch.ones_like(zt, dtype=torch.bool)
     canvas = Canvas(zt, torch.full(zt.shape, t).double(), ~free, free)
-    sampler, noise = PsiSampler(2, Cap(0.3)), Quick(count, 5)
-    moved = sampler.move(
-        process, exact_ask(process), canvas, torch.full_like(canvas.t, s), noise
-    ).zt  # type: ignore[arg-type]
+    sampler, rng = PsiSampler(2, Cap(0.3)), Quick(count, 5)
+    moved = sampler.move(process, exact_ask(process), canvas, torch.full_like(canvas.t, s), rng).zt  # type: ignore[arg-type]
     masked = (moved == 3).double().mean(0)
     revealed = ((1 - s) - 0.7 * (1 - t)) / t
     assert masked.tolist() == pytest.approx([0.3, 1 - revealed], abs=0.0125)
@@ -287,29 +288,29 @@ def test_a_score_and_the_law_that_it_comes_from_make_the_same_analytic_steps() -
     for name in ("masked", "uniform"):
         process, states = PROCESSES[name], []
         keep = lambda k, canvas: states.append(canvas.zt)  # noqa: B023, E731
-        law = draw(AnalyticSampler(8), process, list(range(60)), on_step=keep)
+        dist = draw(AnalyticSampler(8), process, list(range(60)), on_step=keep)
         score = draw(
             AnalyticSampler(8),
             process,
             list(range(60)),
-            ask=ExactAsk(process, JOINT, "score"),
+            network=ExactNetwork(process, JOINT, "score"),
             on_step=keep,
         )
         assert float((states[6] == states[14]).double().mean()) > 0.98, (
             "the last of eight steps decodes in other ways"
         )
-        assert law.clamped.tolist() == [0.0] * 60
+        assert dist.clamped.tolist() == [0.0] * 60
         assert float(score.clamped.max()) < 1e-3
 
 
 def test_probability_that_a_raw_score_makes_negative_is_set_to_zero_and_reported() -> None:
     process = PROCESSES["uniform"]
-    exact = ExactAsk(process, JOINT, "score")
+    exact = ExactNetwork(process, JOINT, "score")
 
     def tilted(noisy: Any) -> Any:
-        visit = exact(noisy)
+        query = exact(noisy)
         tilt = torch.tensor([1.5, 0.0, -1.5]).double()
-        return lambda rows, node, fn: visit(
+        return lambda rows, node, fn: query(
             rows,
             node,
             lambda score, idx: fn(
@@ -317,8 +318,8 @@ def test_probability_that_a_raw_score_makes_negative_is_set_to_zero_and_reported
             ),
         )
 
-    tilted.says = "score"  # type: ignore[attr-defined]
-    drawn = draw(AnalyticSampler(8), process, list(range(10)), ask=tilted)
+    tilted.predicts = "score"  # type: ignore[attr-defined]
+    drawn = draw(AnalyticSampler(8), process, list(range(10)), network=tilted)
     assert float(drawn.clamped.min()) >= 0
     assert float(drawn.clamped.max()) > 0.01
     assert bool((drawn.ids < 3).all())
@@ -337,10 +338,13 @@ def even_table(zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 def test_on_masks_an_event_is_a_reveal_and_costs_one_call() -> None:
     process = PROCESSES["masked"]
-    ask, clamped = ask_table(even_table, process.vocabulary), torch.zeros(3, 9, dtype=torch.bool)
+    network, clamped = (
+        network_from_table(even_table, process.vocabulary),
+        torch.zeros(3, 9, dtype=torch.bool),
+    )
     clamped[1, 2:6] = True
     settings: dict[str, Any] = {
-        "ask": ask,
+        "ask": network,
         "length": 9,
         "given": torch.zeros(3, 9, dtype=torch.long),
         "clamped": clamped,
@@ -387,8 +391,8 @@ def test_events_that_are_no_candidates_do_not_end(name: str) -> None:
 )
 def test_calls_are_bounded_by_what_a_step_needs(sampler: str, most: int) -> None:
     process = PROCESSES["tree"]
-    ask = ask_table(even_table, process.vocabulary)
-    drawn = draw(SAMPLERS[sampler][0](5), process, list(range(8)), ask=ask, length=12)
+    network = network_from_table(even_table, process.vocabulary)
+    drawn = draw(SAMPLERS[sampler][0](5), process, list(range(8)), network=network, length=12)
     assert 1 <= drawn.nfe <= most
     assert int(drawn.runs.max()) <= drawn.nfe
 
@@ -396,9 +400,16 @@ def test_calls_are_bounded_by_what_a_step_needs(sampler: str, most: int) -> None
 @pytest.mark.parametrize("by", ["confidence", "top", "margin", "entropy"])
 def test_the_grid_sets_how_many_are_revealed(by: Any) -> None:
     process, left = PROCESSES["masked"], []
-    ask = ask_table(even_table, process.vocabulary)
+    network = network_from_table(even_table, process.vocabulary)
     keep = lambda k, canvas: left.append((canvas.zt == 3).sum(-1).tolist())  # noqa: E731
-    draw(UnmaskingSampler(Grid("cosine", 4), by), process, [0, 1], ask=ask, length=10, on_step=keep)
+    draw(
+        UnmaskingSampler(Grid("cosine", 4), by),
+        process,
+        [0, 1],
+        network=network,
+        length=10,
+        on_step=keep,
+    )
     assert left == [[9, 9], [7, 7], [3, 3], [0, 0]]  # floor of 10 cos(pi k / 8)
 
 
@@ -408,13 +419,13 @@ def test_a_window_settles_before_the_next_one_starts_and_nobody_sees_later_ones(
     def table(zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return even_table(zt, t)
 
-    inner = ask_table(table, process.vocabulary)
+    inner = network_from_table(table, process.vocabulary)
 
-    def ask(noisy: Any) -> Any:
+    def network(noisy: Any) -> Any:
         shown.append(noisy)
         return inner(noisy)
 
-    draw(BlockwiseSampler(AncestralSampler(3), 2), process, [0], ask=ask, length=5)
+    draw(BlockwiseSampler(AncestralSampler(3), 2), process, [0], network=network, length=5)
     for noisy in shown:
         assert noisy.block.tolist() == [[0, 0, 1, 1, 2]]
         window = int(noisy.block[0][~noisy.clean[0]].min())
@@ -426,12 +437,12 @@ def test_a_window_settles_before_the_next_one_starts_and_nobody_sees_later_ones(
 
 def test_samplers_from_left_to_right_say_that_they_do_not_look_ahead() -> None:
     inner, window = AncestralSampler(4), WindowTimes(2, "slide", paired=False)
-    blind: list[Any] = [BlockwiseSampler(inner, 2), AlongSampler(inner, window)]
+    blind: list[Any] = [BlockwiseSampler(inner, 2), HyperscheduleSampler(inner, window)]
     seeing: list[Any] = [
         inner,
         FirstHittingSampler(),
         BlockwiseSampler(inner, 2, "all"),
-        AlongSampler(inner, FlatTimes()),
+        HyperscheduleSampler(inner, FlatTimes()),
     ]
     for samplers, expected in ((blind, False), (seeing, True)):
         for sampler in samplers:
@@ -452,11 +463,11 @@ def test_who_does_not_look_ahead_draws_a_gap_as_if_nothing_came_after_it() -> No
         AncestralSampler(2),
         BlockwiseSampler(AncestralSampler(2), 1),
         BlockwiseSampler(AncestralSampler(2), 1, "all"),
-        AlongSampler(AncestralSampler(3), WindowTimes(1, "slide", paired=False)),
+        HyperscheduleSampler(AncestralSampler(3), WindowTimes(1, "slide", paired=False)),
     ):
-        ask = BlindAsk(process)
+        network = BlindAsk(process)
         drawn = draw(
-            sampler, process, list(range(count)), ask=ask, given=given, clamped=clamped
+            sampler, process, list(range(count)), network=network, given=given, clamped=clamped
         ).ids
         share = float((drawn[:, 0] == 1).double().mean())
         assert share == pytest.approx(0.8 if looks_ahead(sampler) else 0.25, abs=0.1), (
@@ -468,7 +479,7 @@ class BlindAsk:
     """The exact law given what each position may see: `block` hides what comes in a later one."""
 
     def __init__(self, process: ForwardProcess) -> None:
-        self.process, self.exact = process, ExactAsk(process, JOINT)
+        self.process, self.exact = process, ExactNetwork(process, JOINT)
 
     def __call__(self, noisy: Any) -> Any:
         if noisy.block is None:
@@ -487,10 +498,10 @@ class BlindAsk:
         )
         seen, whole = self.exact(first), self.exact(noisy)
 
-        def visit(rows: Any, node: Any, fn: Any) -> Any:
+        def query(rows: Any, node: Any, fn: Any) -> Any:
             return (whole if bool((rows % 2 == 1).all()) else seen)(rows, node, fn)
 
-        return visit
+        return query
 
 
 def test_self_correction_changes_at_most_one_word_a_round_and_stops() -> None:

@@ -9,7 +9,7 @@ import torch
 from joint import JOINT, EarlyNoise, distance, exact_ask, given_the_rest, law_of_chain, processes
 from torch import Tensor
 
-from ddiff.core.elbo import ask_table
+from ddiff.core.elbo import network_from_table
 from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import FlatVocabulary
@@ -110,7 +110,7 @@ def test_network_calls_are_counted(name: str) -> None:
         calls += 1
         return given_the_rest(process)(zt, t)
 
-    drawn = draw(process, [0, 1], steps=40, ask=ask_table(table, process.vocabulary))
+    drawn = draw(process, [0, 1], steps=40, network=network_from_table(table, process.vocabulary))
     assert drawn.nfe == calls
     assert 1 <= calls <= 40
     if (

@@ -11,8 +11,8 @@ from ddiff_core.samplers import Ancestral
 from joint import exact_ask, processes
 from torch import Tensor
 
-from ddiff.core.elbo import ask_table
-from ddiff.core.prediction import DenseLaw
+from ddiff.core.elbo import network_from_table
+from ddiff.core.prediction import DenseDistribution
 from ddiff.core.times import Noisy
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.errors import ArgumentError
@@ -21,7 +21,7 @@ from ddiff.sampling.first_hitting import FirstHittingSampler
 from ddiff.sampling.loop import generate
 from ddiff.sampling.shaping import (
     MinP,
-    ShapedLaw,
+    ShapedDistribution,
     ShapedSampler,
     Temperature,
     TopK,
@@ -32,7 +32,7 @@ from ddiff.sampling.shaping import (
 )
 from ddiff.sampling.tau_leaping import TauLeapingSampler
 from ddiff.sampling.unmasking import UnmaskingSampler
-from ddiff.testing.exact_sampler import ExactAsk
+from ddiff.testing.exact_sampler import ExactNetwork
 
 TREE = HierarchicalVocabulary([[0, 1, 0, 1, 1, 0], [0, 0, 0]][:1])
 WORDS = torch.tensor([[0.05, 0.30, 0.15, 0.20, 0.10, 0.20]], dtype=torch.float64)
@@ -78,20 +78,20 @@ def test_filters_out_of_range_are_refused() -> None:
 def test_a_filter_gives_its_frequencies_through_every_way_of_drawing(build: Any) -> None:
     """Two of three words, 45 to 4: the third never comes; the second has 4/49, five sigma of 1200 draws being .04."""
     process = processes()["masked"]
-    ask = ask_table(lambda zt, t: LOG.expand(*zt.shape, 3), process.vocabulary)
+    network = network_from_table(lambda zt, t: LOG.expand(*zt.shape, 3), process.vocabulary)
     sampler = ShapedSampler(build(5), [TopK(2)])
-    ids = generate(sampler, process, ask, index=torch.arange(200), length=6, seed=1).ids
+    ids = generate(sampler, process, network, index=torch.arange(200), length=6, seed=1).ids
     found = torch.bincount(ids.flatten(), minlength=3) / ids.numel()
     assert found[2] == 0
     assert float(found[1]) == pytest.approx(4 / 49, abs=0.04)
 
 
-def sharpened(law: Tensor) -> Tensor:
-    return law**2 / (law**2).sum(-1, keepdim=True)
+def sharpened(dist: Tensor) -> Tensor:
+    return dist**2 / (dist**2).sum(-1, keepdim=True)
 
 
 def test_on_a_tree_each_conditional_is_reshaped_not_the_words() -> None:
-    law = ShapedLaw([DenseLaw(WORDS.log(), TREE)], Temperature(0.5))
+    dist = ShapedDistribution([DenseDistribution(WORDS.log(), TREE)], Temperature(0.5))
     parent = torch.tensor([0, 1, 0, 1, 1, 0])
     mass = torch.stack([WORDS[0][parent == node].sum() for node in (0, 1)])
     expected = torch.zeros(6, dtype=torch.float64)
@@ -99,12 +99,12 @@ def test_on_a_tree_each_conditional_is_reshaped_not_the_words() -> None:
         expected[parent == node] = sharpened(mass)[node] * sharpened(
             WORDS[0][parent == node] / mass[node]
         )
-    assert law.log_mass(0).exp()[0].tolist() == pytest.approx(expected.tolist())
-    assert law.log_mass(1).exp()[0].tolist() == pytest.approx(sharpened(mass).tolist())
-    assert float((law.log_mass(0).exp() - sharpened(WORDS)).abs().max()) > 0.004
+    assert dist.log_mass(0).exp()[0].tolist() == pytest.approx(expected.tolist())
+    assert dist.log_mass(1).exp()[0].tolist() == pytest.approx(sharpened(mass).tolist())
+    assert float((dist.log_mass(0).exp() - sharpened(WORDS)).abs().max()) > 0.004
     word, node = torch.tensor([3]), torch.tensor([7])
-    assert float(law.log_prob(word)) == pytest.approx(float(expected[3].log()))
-    assert float(law.log_child(node, word)) == pytest.approx(
+    assert float(dist.log_prob(word)) == pytest.approx(float(expected[3].log()))
+    assert float(dist.log_child(node, word)) == pytest.approx(
         float((expected[3] / sharpened(mass)[1]).log())
     )
 
@@ -113,33 +113,39 @@ def test_on_a_tree_each_conditional_is_reshaped_not_the_words() -> None:
 def test_one_uniform_draws_the_whole_way_down(vocabulary: Any) -> None:
     """20 001 even uniforms hit every word in proportion, within one hit per cell boundary and level."""
     count = 20_001
-    law = ShapedLaw([DenseLaw(WORDS.log().expand(count, -1), vocabulary)], TopP(0.8))
+    dist = ShapedDistribution(
+        [DenseDistribution(WORDS.log().expand(count, -1), vocabulary)], TopP(0.8)
+    )
     u = (torch.arange(count).double() + 0.5) / count
-    words = law.draw(torch.full((count,), vocabulary.root), torch.zeros(count, dtype=torch.long), u)
+    words = dist.draw(
+        torch.full((count,), vocabulary.root), torch.zeros(count, dtype=torch.long), u
+    )
     found = torch.bincount(words, minlength=6) / count
-    assert found.tolist() == pytest.approx(law.log_mass(0).exp()[0].tolist(), abs=4 / count)
+    assert found.tolist() == pytest.approx(dist.log_mass(0).exp()[0].tolist(), abs=4 / count)
     assert float(found.min()) == 0.0
 
 
 def test_below_a_node_the_draw_is_from_its_own_children() -> None:
-    law = ShapedLaw([DenseLaw(WORDS.log().expand(2, -1), TREE)], Temperature(0.7))
+    dist = ShapedDistribution(
+        [DenseDistribution(WORDS.log().expand(2, -1), TREE)], Temperature(0.7)
+    )
     node, u = torch.tensor([6, 7]), torch.tensor([0.999, 0.0]).double()
-    assert law.draw(node, torch.tensor([0, 0]), u).tolist() == [5, 1]
-    assert law.draw(node, torch.tensor([1, 1]), u).tolist() == [6, 7]
+    assert dist.draw(node, torch.tensor([0, 0]), u).tolist() == [5, 1]
+    assert dist.draw(node, torch.tensor([1, 1]), u).tolist() == [6, 7]
 
 
-def read(ask: Any, rows: int = 4, root: int = 3) -> Tensor:
+def read(network: Any, rows: int = 4, root: int = 3) -> Tensor:
     """[rows,3] the law at the first positions of two sequences of two."""
     noisy = Noisy(
         torch.full((2, 2), 3), torch.ones(2, 2).double(), torch.zeros(2, 2, dtype=torch.bool)
     )
-    return ask(noisy)(
-        torch.arange(rows), torch.full((rows,), root), lambda law, idx: law.log_mass(0)
+    return network(noisy)(
+        torch.arange(rows), torch.full((rows,), root), lambda dist, idx: dist.log_mass(0)
     ).exp()
 
 
 def table(shift: float) -> Any:
-    return ask_table(
+    return network_from_table(
         lambda zt, t: (
             torch.randn(*zt.shape, 3, generator=torch.Generator().manual_seed(int(shift)))
             .double()
@@ -149,11 +155,11 @@ def table(shift: float) -> Any:
     )
 
 
-def in_chunks(ask: Any, sizes: tuple[int, ...]) -> Any:
+def in_chunks(network: Any, sizes: tuple[int, ...]) -> Any:
     """The same ask, answering in chunks."""
 
     def chunked(noisy: Noisy) -> Any:
-        visit = ask(noisy)
+        query = network(noisy)
 
         def parts(rows: Tensor, node: Tensor, fn: Any) -> Tensor:
             places, start = [], 0
@@ -161,7 +167,7 @@ def in_chunks(ask: Any, sizes: tuple[int, ...]) -> Any:
                 places.append(torch.arange(start, min(start + size, len(rows))))
                 start = min(start + size, len(rows))
             used = [place for place in places if len(place)]
-            told = [visit(rows[p], node[p], lambda law, idx, p=p: fn(law, p[idx])) for p in used]
+            told = [query(rows[p], node[p], lambda dist, idx, p=p: fn(dist, p[idx])) for p in used]
             return torch.cat(told)
 
         return parts
@@ -174,14 +180,14 @@ def test_guidance_mixes_log_probabilities_whatever_the_chunks(weight: float) -> 
     told, silent = read(table(1)), read(table(2))
     expected = (told.log() * weight + silent.log() * (1 - weight)).softmax(-1)
     for cut, null_cut in (((), ()), ((1,), ()), ((), (2,)), ((3,), (1, 1))):
-        ask = guided(in_chunks(table(1), cut), in_chunks(table(2), null_cut), weight)
-        assert torch.allclose(read(ask), expected)
+        network = guided(in_chunks(table(1), cut), in_chunks(table(2), null_cut), weight)
+        assert torch.allclose(read(network), expected)
 
 
 def test_guidance_counts_both_networks() -> None:
     process = processes()["masked"]
-    ask = guided(exact_ask(process), exact_ask(process), 1.5)
-    drawn = generate(AncestralSampler(1), process, ask, index=torch.arange(3), length=2, seed=0)
+    network = guided(exact_ask(process), exact_ask(process), 1.5)
+    drawn = generate(AncestralSampler(1), process, network, index=torch.arange(3), length=2, seed=0)
     assert (drawn.nfe, drawn.runs.tolist()) == (2, [2, 2, 2])
 
 
@@ -199,7 +205,7 @@ def test_steering_is_bayes_on_words() -> None:
 
 def test_a_score_cannot_be_reshaped() -> None:
     process = processes()["masked"]
-    score = ExactAsk(process, torch.full((3, 3), 1 / 9).double(), "score")
+    score = ExactNetwork(process, torch.full((3, 3), 1 / 9).double(), "score")
     makers: list[Any] = [
         lambda: shaped(score, [TopK(1)]),
         lambda: guided(score, score, 2.0),
@@ -215,14 +221,14 @@ def test_the_order_of_reveals_is_that_of_the_law_without_filters(by: Any) -> Non
     """At low temperature every margin is 1 and every entropy 0 to the last digit, and the order would be lost."""
     process = processes()["masked"]
     generator = torch.Generator().manual_seed(3)
-    law = torch.randn(12, 3, generator=generator).double().log_softmax(-1)
-    ask = ask_table(lambda zt, t: law.expand(len(zt), -1, -1), process.vocabulary)
+    dist = torch.randn(12, 3, generator=generator).double().log_softmax(-1)
+    network = network_from_table(lambda zt, t: dist.expand(len(zt), -1, -1), process.vocabulary)
 
     def order(shapers: list[Any]) -> list[list[int]]:
         seen: list[list[int]] = []
         keep = lambda k, canvas: seen.append((canvas.zt[0] == 3).nonzero().flatten().tolist())  # noqa: E731
         sampler = ShapedSampler(UnmaskingSampler(12, by), shapers)
-        generate(sampler, process, ask, index=torch.arange(1), length=12, seed=1, on_step=keep)
+        generate(sampler, process, network, index=torch.arange(1), length=12, seed=1, on_step=keep)
         return seen
 
     assert order([Temperature(0.01)]) == order([])

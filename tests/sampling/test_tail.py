@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ddiff.core.clock import CdfClock
 from ddiff.core.elbo import RowFunction
-from ddiff.core.prediction import DenseLaw
-from ddiff.core.process import Visit
+from ddiff.core.prediction import DenseDistribution
+from ddiff.core.process import Query
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import Noisy
 from ddiff.core.tree import TreeProcess
@@ -43,13 +43,15 @@ def off(words: Tensor, mass: float) -> float:
     return (count - len(words) * share) / (len(words) * share * (1.0 - share)) ** 0.5
 
 
-def zipf(noisy: Noisy) -> Visit:
+def zipf(noisy: Noisy) -> Query:
     """A network of single precision that says Zipf's law, of the rows that are asked for alone."""
 
-    def visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-        return fn(DenseLaw(SAID.expand(len(rows), -1), VOCABULARY), torch.arange(len(rows)))
+    def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+        return fn(
+            DenseDistribution(SAID.expand(len(rows), -1), VOCABULARY), torch.arange(len(rows))
+        )
 
-    return visit
+    return query
 
 
 def test_ancestral_sampling_gives_the_tail_its_mass() -> None:

@@ -10,14 +10,14 @@ from joint import JOINT, processes
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ddiff.core.elbo import Ask
+from ddiff.core.elbo import Network
 from ddiff.core.process import ForwardProcess
 from ddiff.sampling import tau_leaping, trapezoidal
+from ddiff.sampling.grid_sampler import GridSampler
 from ddiff.sampling.loop import Canvas
-from ddiff.sampling.grid_sampler import SteppedSampler
 from ddiff.sampling.tau_leaping import TauLeapingSampler
 from ddiff.sampling.trapezoidal import TrapezoidalSampler
-from ddiff.testing.exact_sampler import ExactAsk
+from ddiff.testing.exact_sampler import ExactNetwork
 
 TILT = torch.tensor([[1.2, 0.8, 0.95], [0.85, 1.2, 1.0], [1.0, 0.95, 1.0]], dtype=torch.float64)
 MILD = (
@@ -39,29 +39,29 @@ class Zeros:
 
 
 def laws_of_leaps(
-    sampler: SteppedSampler,
+    sampler: GridSampler,
     process: ForwardProcess,
-    ask: Ask,
+    network: Network,
     start: Tensor,
     middle: Tensor,
     t: float,
     s: float,
 ) -> list[Tensor]:
     """[n,2,S] the law of each leap that a step makes from canvases `start`, whose first leap is told to end in `middle`."""
-    size, laws, now = process.vocabulary.num_states, [], start
+    size, dists, now = process.vocabulary.num_states, [], start
     active = process.active(start.reshape(-1))
 
     def leap(rates: Tensor, zt: Tensor, span: Tensor, u: Tensor) -> Tensor:
         nonlocal now
         stays = torch.exp(-rates.sum(-1) * span)
         moves = rates * ((1.0 - stays) / rates.sum(-1).clamp(min=1e-300)).unsqueeze(-1)
-        law = one_hot(now.reshape(-1), size).double()
-        law[process.active(now.reshape(-1))] = moves.scatter_add(
+        dist = one_hot(now.reshape(-1), size).double()
+        dist[process.active(now.reshape(-1))] = moves.scatter_add(
             -1, zt.unsqueeze(-1), stays.unsqueeze(-1)
         )
-        laws.append(law.reshape(-1, 2, size))
+        dists.append(dist.reshape(-1, 2, size))
         now = middle
-        return middle.reshape(-1)[active] if len(laws) == 1 else zt
+        return middle.reshape(-1)[active] if len(dists) == 1 else zt
 
     free = torch.ones(start.shape, dtype=torch.bool)
     times = torch.full(start.shape, t, dtype=torch.float64)
@@ -69,46 +69,46 @@ def laws_of_leaps(
         for module in (trapezoidal, tau_leaping):
             patch.setattr(module, "leap", leap)
         canvas = Canvas(start, times, ~free, free)
-        sampler.move(process, ask, canvas, torch.full_like(times, s), Zeros(len(start)))  # type: ignore[arg-type]
-    return laws
+        sampler.move(process, network, canvas, torch.full_like(times, s), Zeros(len(start)))  # type: ignore[arg-type]
+    return dists
 
 
-def both(law: Tensor) -> Tensor:
+def both(dist: Tensor) -> Tensor:
     """[n,2,S] -> [n,S*S] the product of what the positions do."""
-    return torch.einsum("ca,cb->cab", law[:, 0], law[:, 1]).flatten(1)
+    return torch.einsum("ca,cb->cab", dist[:, 0], dist[:, 1]).flatten(1)
 
 
-def distance(sampler: SteppedSampler, process: ForwardProcess, joint: Tensor) -> float:
+def distance(sampler: GridSampler, process: ForwardProcess, joint: Tensor) -> float:
     """Total variation between `joint` and the law that the sampler walks to, no draw being made."""
-    size, ask, prior = (
+    size, network, prior = (
         process.vocabulary.num_states,
-        ExactAsk(process, joint),
+        ExactNetwork(process, joint),
         process.prior.log_prob.exp(),
     )
     canvases = torch.cartesian_prod(torch.arange(size), torch.arange(size))
-    law, times = torch.outer(prior, prior).reshape(-1), sampler.grid.times()
+    dist, times = torch.outer(prior, prior).reshape(-1), sampler.grid.times()
     for t, s in itertools.pairwise(times[:-1]):
-        start = canvases[law > 0]
-        first = both(laws_of_leaps(sampler, process, ask, start, start, t, s)[0])
+        start = canvases[dist > 0]
+        first = both(laws_of_leaps(sampler, process, network, start, start, t, s)[0])
         source, middle = (first > 0).nonzero(as_tuple=True)
-        laws = laws_of_leaps(sampler, process, ask, start[source], canvases[middle], t, s)
-        weight = law[law > 0][source] * first[source, middle]
-        law = weight @ both(laws[1]) if len(laws) > 1 else law[law > 0] @ first
+        dists = laws_of_leaps(sampler, process, network, start[source], canvases[middle], t, s)
+        weight = dist[dist > 0][source] * first[source, middle]
+        dist = weight @ both(dists[1]) if len(dists) > 1 else dist[dist > 0] @ first
     start, last = (
-        canvases[law > 0],
-        torch.full((2 * int((law > 0).sum()),), times[-2], dtype=torch.float64),
+        canvases[dist > 0],
+        torch.full((2 * int((dist > 0).sum()),), times[-2], dtype=torch.float64),
     )
     log_p: list[Tensor] = []
-    ask_all = ask(Canvas(start, last.reshape(-1, 2), start < 0, start >= 0).noisy())
+    ask_all = network(Canvas(start, last.reshape(-1, 2), start < 0, start >= 0).noisy())
     ask_all(
         torch.arange(len(last)),
         start.reshape(-1),
-        lambda answer, idx: log_p.append(answer.log_mass(0)),
+        lambda prediction, idx: log_p.append(prediction.log_mass(0)),
     )
     drawn = process.reverse_log_probs(
         log_p[0], start.reshape(-1), last, torch.zeros_like(last)
     ).exp()
-    final = (law[law > 0] @ both(drawn.reshape(-1, 2, size))).reshape(size, size)
+    final = (dist[dist > 0] @ both(drawn.reshape(-1, 2, size))).reshape(size, size)
     final[:3, :3] -= joint
     return 0.5 * float(final.abs().sum())
 

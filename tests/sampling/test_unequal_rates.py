@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ddiff import (
+    AdaptiveCorrectionSampler,
     Canvas,
     Cap,
-    CorrectingSampler,
-    DenseLaw,
+    DenseDistribution,
     DenseProcess,
     FlatVocabulary,
     ForwardProcess,
@@ -63,27 +63,27 @@ def test_names_of_tokens_do_not_matter(order: list[int]) -> None:
     """The same chain with its tokens renumbered: the same probability of leaving, from 2^15 draws (five sigma .014)."""
     place = torch.tensor(order)
     renamed = DenseProcess(FlatVocabulary(3, mask=False), RATES[place][:, place])
-    for sampler in (PsiSampler(2, Cap(0.3)), CorrectingSampler(2, eta=0.9)):
+    for sampler in (PsiSampler(2, Cap(0.3)), AdaptiveCorrectionSampler(2, eta=0.9)):
         first = _leaving(sampler, PROCESS)
         second = _leaving(sampler, renamed)
         torch.testing.assert_close(second, first[place], atol=0.02, rtol=0.0)
 
 
-def _leaving(sampler: PsiSampler | CorrectingSampler, process: ForwardProcess) -> Tensor:
+def _leaving(sampler: PsiSampler | AdaptiveCorrectionSampler, process: ForwardProcess) -> Tensor:
     """[3] how often a token is another one after a step from T to S, the network knowing nothing."""
     count = 2**15
     leaving = []
     for tokens in (torch.tensor([[0, 1]]), torch.tensor([[2, 2]])):
         canvas = canvas_of(tokens.repeat(count, 1), T)
 
-        def ask(noisy: object) -> object:
-            def visit(rows: Tensor, node: Tensor, fn: object) -> object:
+        def network(noisy: object) -> object:
+            def query(rows: Tensor, node: Tensor, fn: object) -> object:
                 even = torch.zeros(len(rows), 3, dtype=torch.float64).log_softmax(-1)
-                return fn(DenseLaw(even, process.vocabulary), torch.arange(len(rows)))  # type: ignore[operator]
+                return fn(DenseDistribution(even, process.vocabulary), torch.arange(len(rows)))  # type: ignore[operator]
 
-            return visit
+            return query
 
         s = torch.full(canvas.zt.shape, S, dtype=torch.float64)
-        moved = sampler.move(process, ask, canvas, s, Quick(count, 5)).zt  # type: ignore[arg-type]
+        moved = sampler.move(process, network, canvas, s, Quick(count, 5)).zt  # type: ignore[arg-type]
         leaving.append((moved != canvas.zt).double().mean(0))
     return torch.cat([leaving[0], leaving[1][:1]])

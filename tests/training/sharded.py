@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ddiff.errors import CheckpointError
 from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
 from ddiff.distributed.data_parallel import DistributedBackend
+from ddiff.errors import CheckpointError
 
 STEP = 7
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ddiff.errors import ArgumentError
-from ddiff.training.ema import MovingAverage
+from ddiff.training.ema import ExponentialMovingAverage
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -15,7 +15,7 @@ YES, NO = torch.tensor(True), torch.tensor(False)
 def test_it_is_the_weighted_sum_of_what_was_shown_with_weights_that_add_up_to_one() -> None:
     net = nn.Linear(3, 2).double()
     shown = [net.weight.detach().clone()]
-    average = MovingAverage(net, decay=0.3)
+    average = ExponentialMovingAverage(net, decay=0.3)
     weights = torch.ones(1, dtype=torch.float64)
     for n in range(6):
         with torch.no_grad():
@@ -35,7 +35,7 @@ def test_it_is_the_weighted_sum_of_what_was_shown_with_weights_that_add_up_to_on
 
 def test_a_step_that_was_not_taken_leaves_it_alone() -> None:
     net = nn.Linear(3, 2)
-    average = MovingAverage(net, decay=0.9)
+    average = ExponentialMovingAverage(net, decay=0.9)
     before = average.weights["weight"].clone()
     with torch.no_grad():
         net.weight.add_(1.0)
@@ -49,14 +49,14 @@ def test_a_step_that_was_not_taken_leaves_it_alone() -> None:
 
 
 def test_it_is_kept_in_float32_where_the_weights_are_not() -> None:
-    average = MovingAverage(nn.Linear(3, 2).bfloat16(), decay=0.9999)
+    average = ExponentialMovingAverage(nn.Linear(3, 2).bfloat16(), decay=0.9999)
     assert average.weights["weight"].dtype == torch.float32
 
 
 def test_it_goes_on_from_its_own_tree() -> None:
     nets = [nn.Linear(3, 2) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
-    first, second = MovingAverage(nets[0], 0.9), MovingAverage(nets[1], 0.9)
+    first, second = ExponentialMovingAverage(nets[0], 0.9), ExponentialMovingAverage(nets[1], 0.9)
     first.update(YES)
     second.load_tree(first.to_tree())
     for average, net in ((first, nets[0]), (second, nets[1])):
@@ -69,4 +69,4 @@ def test_it_goes_on_from_its_own_tree() -> None:
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.1])
 def test_a_decay_outside_of_zero_and_one_is_refused(decay: float) -> None:
     with pytest.raises(ArgumentError, match=r"decay must be in \(0, 1\)"):
-        MovingAverage(nn.Linear(3, 2), decay)
+        ExponentialMovingAverage(nn.Linear(3, 2), decay)

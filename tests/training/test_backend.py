@@ -7,9 +7,9 @@ import torch
 from ddiff_core.backends import Single
 from torch import nn
 
-from ddiff.plugin.config import ComponentConfig
-from ddiff.errors import ArgumentError
 from ddiff.distributed.single import SingleBackend
+from ddiff.errors import ArgumentError
+from ddiff.plugin.config import ComponentConfig
 
 
 def test_auto_is_cuda_when_there_is_one_and_else_the_cpu() -> None:

@@ -9,12 +9,12 @@ import torch
 from ranks import SYMBOLS
 from torch import Tensor, nn
 
-from ddiff.core.rng import Noise
+from ddiff.core.rng import CounterRng
+from ddiff.distributed.blocks import blocks_of, compile_blocks, recompute_activations
 from ddiff.nn.denoiser import CAPACITIES
 from ddiff.recipe.model import parse_recipe
+from ddiff.runs.build import Overrides
 from ddiff.runs.run import Run, build_run
-from ddiff.runs.build import Given
-from ddiff.distributed.blocks import blocks_of, compile_blocks, recompute_activations
 
 DEEP = ["denoiser.layers=3", "denoiser.dropout=0.2"]
 
@@ -22,16 +22,16 @@ DEEP = ["denoiser.layers=3", "denoiser.dropout=0.2"]
 @pytest.fixture
 def run(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    return build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), DEEP), Given())
+    return build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), DEEP), Overrides())
 
 
 def step(run: Run, number: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch, the first if nothing is said, and its gradients."""
     torch.manual_seed(1)  # dropout
     batch = run._batch_at(number, 0)
-    noise = Noise(0, number, batch.index, run.recipe.length)
+    rng = CounterRng(0, number, batch.index, run.recipe.length)
     run.objective.module.zero_grad()
-    loss = run.objective(batch, noise, {"tokens": batch.scored.sum().double()}, 8).loss
+    loss = run.objective(batch, rng, {"tokens": batch.scored.sum().double()}, 8).loss
     loss.backward()
     return loss.detach(), {
         name: p.grad.clone() for name, p in run.objective.module.named_parameters()
@@ -73,8 +73,8 @@ def test_recomputing_keeps_less_for_the_backward(run: Run) -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             batch = run._batch_at(0, 0)
-            noise = Noise(0, 0, batch.index, run.recipe.length)
-            run.objective(batch, noise, {"tokens": batch.scored.sum().double()}, 8)
+            rng = CounterRng(0, 0, batch.index, run.recipe.length)
+            run.objective(batch, rng, {"tokens": batch.scored.sum().double()}, 8)
         return sum(sizes)
 
     whole = kept()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from toy import Net, toy_trainer
 
-from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.checkpoint.checkpoints import Checkpoints
+from ddiff.errors import ArgumentError, CheckpointError
 
 MODEL = {"weight": torch.arange(6.0).reshape(2, 3).T, "count": torch.tensor(3)}
 

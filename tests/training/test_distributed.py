@@ -20,16 +20,16 @@ from ranks import SYMBOLS, on_ranks, stop_one, train_symbols, train_toys, train_
 from torch import Tensor
 from toy import rows_at, toy_trainer
 
-from ddiff.core.rng import Noise
-from ddiff.errors import ArgumentError, CheckpointError, RecipeError
-from ddiff.distributed.launcher import launch, place
-from ddiff.recipe.model import parse_recipe
-from ddiff.runs import run_recipe
-from ddiff.runs.run import build_run
-from ddiff.runs.directory import check_directory
-from ddiff.runs.build import Given
 from ddiff.checkpoint.checkpoints import Checkpoints
+from ddiff.core.rng import CounterRng
 from ddiff.distributed.data_parallel import DistributedBackend
+from ddiff.distributed.launcher import launch, place
+from ddiff.errors import ArgumentError, CheckpointError, RecipeError
+from ddiff.recipe.model import parse_recipe
+from ddiff.runs.build import Overrides
+from ddiff.runs.directory import check_directory
+from ddiff.runs.run import build_run
+from ddiff.runs.stages import run_recipe
 
 STEPS = 50
 
@@ -56,8 +56,8 @@ def draws(built: Any, world_size: int, accumulate: int, step: int) -> dict[str, 
         built.backend = Share(rank, world_size)
         for micro in range(accumulate):
             batch = built._batch_at(step, micro)
-            noise = Noise(recipe.seed, step, batch.index, recipe.length)
-            noisy = built.objective._draw(batch, noise, recipe.train.batch).noisy
+            rng = CounterRng(recipe.seed, step, batch.index, recipe.length)
+            noisy = built.objective._draw(batch, rng, recipe.train.batch).noisy
             parts.append((batch.index, batch.ids, batch.scored, noisy.zt, noisy.t))
     counts = torch.stack([part[2].sum() for part in parts])
     index, *seen = (torch.cat(column) for column in zip(*parts))
@@ -70,7 +70,7 @@ def test_rows_times_and_noise_are_the_same_bits_however_the_batch_is_shared(
     cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", cache)
-    built = build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS)), Given())
+    built = build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS)), Overrides())
     for step in (0, 7):
         whole = draws(built, 1, 1, step)
         assert whole["index"].tolist() == list(range(8))
@@ -321,9 +321,9 @@ def test_another_backend_goes_on_with_a_run_and_another_recipe_does_not(tmp_path
     check_directory(
         tmp_path,
         parse_recipe(SYMBOLS.read_text(), "symbols.toml", settings(tmp_path, 4)),
-        Given(),
+        Overrides(),
         False,
     )
     other = parse_recipe(SYMBOLS.read_text(), "symbols.toml", settings(tmp_path, 4, "seed=5"))
     with pytest.raises(CheckpointError, match=r"Changed keys:\n  seed: was 0, is 5\nGive"):
-        check_directory(tmp_path, other, Given(), False)
+        check_directory(tmp_path, other, Overrides(), False)

@@ -9,9 +9,9 @@ import torch
 from ranks import SYMBOLS
 
 from ddiff.recipe.model import parse_recipe
+from ddiff.runs.build import Overrides
 from ddiff.runs.run import build_run
-from ddiff.runs.build import Given
-from ddiff.training.signals import Interruption
+from ddiff.training.signals import StopSignals
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -24,16 +24,16 @@ def test_a_step_is_launched_without_waiting_for_its_device(
     """Noise, forward, backward, clipping, the decision whether to step, Muon, the average and the figures."""
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     settings = [f"train.optimizer={optimizer}", "train.ema=0.9", "train.accumulate=2"]
-    run = build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings), Given())
+    run = build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings), Overrides())
     run.objective.module.to("meta")
     run.backend.device = torch.device("meta")
     trainer = run.trainer()
-    first, second = (trainer._batches(step, Interruption()) for step in (0, 1))
+    first, second = (trainer._batches(step, StopSignals()) for step in (0, 1))
     assert first is not None
     assert second is not None
-    trainer._launch(0, first, Interruption())
+    trainer._launch(0, first, StopSignals())
     with no_answers():
-        launched = trainer._launch(1, second, Interruption())
+        launched = trainer._launch(1, second, StopSignals())
     assert launched.figures.is_meta
 
 

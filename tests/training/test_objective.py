@@ -13,9 +13,9 @@ from torch import Tensor
 from ddiff.core.clock import LogTimeClock
 from ddiff.core.information import OwnTime
 from ddiff.core.interpolating import MixtureProcess
-from ddiff.core.prediction import CleanLaw
-from ddiff.core.rng import Noise
+from ddiff.core.prediction import CleanDistribution
 from ddiff.core.process import ForwardProcess
+from ddiff.core.rng import CounterRng
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import FlatTimes, Noisy, TimeRule, Times, WindowTimes
 from ddiff.core.tree import TreeProcess
@@ -52,7 +52,7 @@ class Watching:
         return process.weight(x0, zt, t)
 
     def divergence(
-        self, process: ForwardProcess, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor
+        self, process: ForwardProcess, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
         return process.divergence(law, x0, zt, t)
 
@@ -79,7 +79,10 @@ def loss_at(one: DiffusionObjective, step: int, slots: Tensor) -> tuple[float, f
     """The loss per token and the diffusion part of the bound."""
     shown = batch(slots)
     terms = one(
-        shown, Noise(4, step, slots, LENGTH), {"tokens": torch.tensor(float(SLOTS * LENGTH))}, SLOTS
+        shown,
+        CounterRng(4, step, slots, LENGTH),
+        {"tokens": torch.tensor(float(SLOTS * LENGTH))},
+        SLOTS,
     )
     return terms.loss.item(), float(terms.metrics["nelbo_diffusion_nats_per_token"][0]) / (
         SLOTS * LENGTH
@@ -118,7 +121,11 @@ def test_the_loss_is_the_diffusion_and_the_decoding_term_in_the_mean(rule: str) 
     losses, parts = torch.tensor([loss_at(one, step, everything) for step in range(60)]).T
     terms = [
         one.nll(
-            batch(everything), Noise(9, step, everything, LENGTH), everything, SLOTS, RULES[rule]
+            batch(everything),
+            CounterRng(9, step, everything, LENGTH),
+            everything,
+            SLOTS,
+            RULES[rule],
         ).terms
         for step in range(60)
     ]
@@ -143,9 +150,9 @@ def test_micro_batches_add_up_to_the_global_batch(rule: str) -> None:
 def test_conditions_are_withheld_from_their_share_of_the_samples() -> None:
     label, vector = torch.zeros(2000, dtype=torch.long), torch.ones(2000, LENGTH, 3)
     context = Context(conditions={"label": label, "vector": vector, "always": label})
-    noise = Noise(0, 0, torch.arange(2000), LENGTH)
+    rng = CounterRng(0, 0, torch.arange(2000), LENGTH)
     shown = withheld(
-        context, {"label": 0.3, "vector": 0.1, "always": 0.0, "absent": 0.5}, noise
+        context, {"label": 0.3, "vector": 0.1, "always": 0.0, "absent": 0.5}, rng
     ).conditions
     without = shown["label"] == -1
     assert float(without.double().mean()) == pytest.approx(0.3, abs=0.05)  # 5 sigma
@@ -185,10 +192,10 @@ class OneNat(MixtureProcess):
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
-    def divergence(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def divergence(self, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return 0.0 * law.log_prob(x0) + 1.0
 
-    def decode_nll(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def decode_nll(self, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return 0.0 * law.log_prob(x0) + 1.0
 
 
@@ -225,9 +232,10 @@ def test_no_share_is_decoded_where_none_is_asked_for() -> None:
     noisy_at_zero = EarlyNoise()
     never_clean = MixtureProcess(VOCABULARY, noisy_at_zero, torch.full((5,), 0.2))
     model = objective(ElboLoss(), RULES["flat"], 0.0).denoiser
-    build = lambda process, loss, share: DiffusionObjective(
-        process, model, loss, RULES["flat"], share
-    )  # noqa: E731
+
+    def build(process, loss, share):
+        return DiffusionObjective(process, model, loss, RULES["flat"], share)
+
     assert build(never_clean, ElboLoss(), None).decoding_share == DECODING_SHARE
     assert build(never_clean, ElboLoss(), 0.0).decoding_share == 0.0
     assert build(never_clean, Choosing(), None).decoding_share == 0.0
@@ -282,7 +290,7 @@ def test_prompts_are_neither_counted_nor_charged() -> None:
     assert one.counts(part)["tokens"].item() == 4 * SLOTS
     one.process = OneNat(VOCABULARY, LinearSchedule(), torch.full((5,), 0.2))
     one.process.__dict__["information_time"] = OwnTime()
-    terms = one(part, Noise(4, 0, part.index, LENGTH), one.counts(part), SLOTS)
+    terms = one(part, CounterRng(4, 0, part.index, LENGTH), one.counts(part), SLOTS)
     assert terms.loss.item() == pytest.approx(1.0 - START)
     total, count = terms.metrics["nelbo_diffusion_nats_per_token"]
     assert (total.item(), count.item()) == (pytest.approx(4 * SLOTS * (1.0 - START)), 4 * SLOTS)
@@ -295,7 +303,7 @@ def test_each_level_reports_its_own_rows() -> None:
         def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
             return torch.ones_like(t)
 
-        def divergence(self, law: CleanLaw, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        def divergence(self, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
             return 0.0 * super().divergence(law, x0, zt, t) + (zt == self.vocabulary.root)
 
     tree = HierarchicalVocabulary([[0, 1, 0, 1, 1]])
@@ -304,14 +312,16 @@ def test_each_level_reports_its_own_rows() -> None:
         MasksCost(tree, LogTimeClock((1.0, 1.0))), model, ElboLoss(), FlatTimes()
     )
     shown = batch(torch.arange(SLOTS))
-    metrics = one(shown, Noise(4, 0, shown.index, LENGTH), one.counts(shown), SLOTS).metrics
+    metrics = one(shown, CounterRng(4, 0, shown.index, LENGTH), one.counts(shown), SLOTS).metrics
     first, second, total = (
         metrics[f"nelbo_{name}_nats_per_token"][0].item()
         for name in ("level1", "level2", "diffusion")
     )
     assert (first, second) == (0.0, total)
     assert total > 0.0
-    parts = one.nll(shown, Noise(4, 0, shown.index, LENGTH), shown.index, SLOTS, FlatTimes()).parts
+    parts = one.nll(
+        shown, CounterRng(4, 0, shown.index, LENGTH), shown.index, SLOTS, FlatTimes()
+    ).parts
     assert (parts["level1"].sum().item(), sorted(parts)) == (0.0, ["level1", "level2"])
 
 
@@ -323,5 +333,5 @@ def test_a_loss_that_chooses_its_rows_is_not_given_prompts() -> None:
     loss = Everything()
     part = replace(batch(torch.arange(SLOTS)), scored=(torch.arange(LENGTH) >= 2).expand(SLOTS, -1))
     one = objective(loss, RULES["flat"], 0.0)
-    one(part, Noise(4, 0, part.index, LENGTH), one.counts(part), SLOTS)
+    one(part, CounterRng(4, 0, part.index, LENGTH), one.counts(part), SLOTS)
     assert [len(t) for t in loss.times] == [4 * SLOTS]

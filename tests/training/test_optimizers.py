@@ -16,7 +16,7 @@ from ddiff.training.optimizers import (
     Muon,
     adamw,
     muon,
-    orthogonalised,
+    orthogonalize,
     split_parameters,
     step_where,
 )
@@ -84,11 +84,11 @@ def test_everything_decays_where_asked_to() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
-def test_an_orthogonalised_matrix_keeps_its_directions_and_evens_its_stretch(
+def test_an_orthogonalize_matrix_keeps_its_directions_and_evens_its_stretch(
     shape: tuple[int, int],
 ) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    result = orthogonalised(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    result = orthogonalize(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     core = u.T @ result @ v.T
     # an odd polynomial of the matrix has its singular vectors exactly; these coefficients bring s to 0.7 .. 1.2
@@ -116,7 +116,7 @@ def test_muon_on_a_cpu_is_torchs_muon_in_a_finer_precision(
     torch.testing.assert_close(
         steps_of(Muon, shape), steps_of(torch.optim.Muon, shape), rtol=0, atol=0.02
     )
-    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", orthogonalised)
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", orthogonalize)
     torch.testing.assert_close(
         steps_of(Muon, shape), steps_of(torch.optim.Muon, shape), rtol=1e-12, atol=1e-12
     )

@@ -22,8 +22,8 @@ from sharded import (
     trained,
 )
 
-from ddiff.errors import CheckpointError
 from ddiff.checkpoint.checkpoints import Checkpoints
+from ddiff.errors import CheckpointError
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy import ROWS, Identify, Net, Rows, noise_at, rows_at, toy_trainer
+from toy import ROWS, Identify, Net, Rows, rng_at, rows_at, toy_trainer
 
 from ddiff.errors import ArgumentError, CheckpointError, NonFiniteError
 from ddiff.training.learning_rate import WarmupConstant
@@ -64,7 +64,7 @@ def broken_trainer(
 ) -> Any:
     torch.manual_seed(0)
     objective = Broken(Net().double(), broken, kind)
-    settings["noise_at"] = lambda step, batch: (step, noise_at(step, batch))
+    settings["rng_at"] = lambda step, batch: (step, rng_at(step, batch))
     return toy_trainer(run_dir, steps, objective=objective, **settings)
 
 
@@ -90,7 +90,7 @@ def test_the_first_gradient_is_that_of_the_loss_over_the_global_count(tmp_path: 
     net = Net().double()
     net.load_state_dict(before)
     losses = nn.functional.cross_entropy(net(rows.ids).transpose(1, 2), rows.ids, reduction="none")
-    loss = (losses * rows.scored * (1 + noise_at(0, rows)[:, None])).sum() / rows.scored.sum()
+    loss = (losses * rows.scored * (1 + rng_at(0, rows)[:, None])).sum() / rows.scored.sum()
     loss.backward()
     trainer.fit()
     for name, parameter in net.named_parameters():

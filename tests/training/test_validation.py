@@ -13,12 +13,12 @@ from ranks import SYMBOLS, on_ranks, train_symbols
 from rich.console import Console
 
 from ddiff import load, run
+from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import NonFiniteError
 from ddiff.progress import progress
 from ddiff.recipe.model import parse_recipe
-from ddiff.runs import verify_resume
-from ddiff.training.ema import MovingAverage
-from ddiff.checkpoint.checkpoints import Checkpoints
+from ddiff.runs.replay import verify_resume
+from ddiff.training.ema import ExponentialMovingAverage
 from ddiff.training.metrics import WALL_CLOCK
 
 BOUND = "validation_nelbo_nats_per_symbol"
@@ -161,7 +161,7 @@ def test_a_tracker_is_told_at_the_step_of_the_evaluation(monkeypatch: pytest.Mon
 
 def test_an_installed_average_leaves_the_weights_as_they_were() -> None:
     module = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
-    average = MovingAverage(module, 0.9)
+    average = ExponentialMovingAverage(module, 0.9)
     with torch.no_grad():
         module.weight += 1.0
     before = module.weight.clone()

@@ -84,7 +84,7 @@ def rows_at(accumulate: int) -> Callable[[int, int], Rows]:
     return batch_at
 
 
-def noise_at(step: int, batch: Rows) -> Tensor:
+def rng_at(step: int, batch: Rows) -> Tensor:
     return torch.frac(0.618 * (batch.index + 31 * step)).double()
 
 
@@ -102,7 +102,7 @@ def toy_trainer(
         "checkpoint_every": 5,
     } | settings
     batch_at = settings.pop("batch_at", None) or rows_at(settings.get("accumulate", 1))
-    settings.setdefault("noise_at", noise_at)
+    settings.setdefault("rng_at", rng_at)
     return Trainer(objective, optimizer, batch_at, run_dir=run_dir, steps=steps, **settings)
 
 
