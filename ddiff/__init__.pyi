@@ -1,5 +1,7 @@
-from .clustering.cooccurrence import cooccurrence_embeddings as cooccurrence_embeddings
-from .clustering.files import model_embeddings as model_embeddings
+from .clustering.cooccurrence import (
+    compute_cooccurrence_embeddings as compute_cooccurrence_embeddings,
+)
+from .clustering.files import load_model_embeddings as load_model_embeddings
 from .clustering.files import read_clusters as read_clusters
 from .clustering.files import read_embeddings as read_embeddings
 from .clustering.kmeans import nested_kmeans as nested_kmeans
@@ -66,21 +68,19 @@ from .data.corpus import ShardedCorpus as ShardedCorpus
 from .data.corpus import SourceCorpus as SourceCorpus
 from .data.corpus import StreamedCorpus as StreamedCorpus
 from .data.documents import Documents as Documents
-from .data.documents import bundled_novels as bundled_novels
-from .data.documents import from_texts as from_texts
-from .data.documents import symbol_rows as symbol_rows
-from .data.documents import text_files as text_files
-from .data.documents import text_fingerprint as text_fingerprint
-from .data.jsonl import json_lines as json_lines
+from .data.documents import documents_from_texts as documents_from_texts
+from .data.documents import fingerprint_texts as fingerprint_texts
+from .data.documents import load_bundled_novels as load_bundled_novels
+from .data.documents import read_symbol_rows as read_symbol_rows
+from .data.documents import read_text_files as read_text_files
+from .data.jsonl import read_json_lines as read_json_lines
 from .data.markov import MarkovSource as MarkovSource
 from .data.packing import Rows as Rows
-from .data.packing import rows_fingerprint as rows_fingerprint
-from .data.packing import token_stream as token_stream
-from .data.paths import find_parts as find_parts
+from .data.paths import find_train_and_validation as find_train_and_validation
 from .data.pretrained import load_pretrained as load_pretrained
 from .data.sources import TextSource as TextSource
-from .data.sources import file_texts as file_texts
-from .data.sources import hub_texts as hub_texts
+from .data.sources import open_file_source as open_file_source
+from .data.sources import open_hub_source as open_hub_source
 from .data.tokenizer import AlphabetTokenizer as AlphabetTokenizer
 from .data.tokenizer import BytePairTokenizer as BytePairTokenizer
 from .data.tokenizer import PretrainedTokenizer as PretrainedTokenizer

@@ -15,7 +15,7 @@ _PAIRS_AT_ONCE = 1 << 22
 _CONTEXT_POWER = 0.75  # flattens the contexts' frequencies, so that rare contexts do not dominate
 
 
-def cooccurrence_embeddings(
+def compute_cooccurrence_embeddings(
     ids: NDArray[np.int32],
     document: NDArray[np.integer],
     num_tokens: int,
@@ -32,13 +32,15 @@ def cooccurrence_embeddings(
     """
     if width < 1 or window < 1:
         raise ArgumentError(
-            f"cooccurrence_embeddings: width and window must be at least 1; got {width} and {window}."
+            f"compute_cooccurrence_embeddings: width and window must be at least 1; got {width} and {window}."
         )
     if len(ids) == 0:
-        raise ArgumentError("cooccurrence_embeddings: ids must hold at least one token; got none.")
+        raise ArgumentError(
+            "compute_cooccurrence_embeddings: ids must hold at least one token; got none."
+        )
     if ids.min() < 0 or ids.max() >= num_tokens:
         raise ArgumentError(
-            f"cooccurrence_embeddings: ids must lie in 0..{num_tokens - 1}; got {ids.min()}..{ids.max()}. "
+            f"compute_cooccurrence_embeddings: ids must lie in 0..{num_tokens - 1}; got {ids.min()}..{ids.max()}. "
             "Were the rows made with another tokenizer?"
         )
     counts = np.concatenate(_counts(ids, document, num_tokens, window), axis=1)

@@ -82,7 +82,7 @@ def read_embeddings(path: str, num_tokens: int) -> NDArray[np.float32]:
     return matrix.astype(np.float32)
 
 
-def model_embeddings(source: str, num_tokens: int) -> NDArray[np.float32]:
+def load_model_embeddings(source: str, num_tokens: int) -> NDArray[np.float32]:
     """[V, d] input embeddings of a `transformers` model (directory or hub name); rows that pad its table are left out."""
     from transformers import AutoModel  # seconds to import
 

@@ -57,7 +57,9 @@ class Cache:
             )
         self.root = default_root() if root is None else Path(root)
 
-    def entry(self, kind: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+    def load_or_build(
+        self, kind: str, inputs: Mapping[str, Any], build: Callable[[Path], None]
+    ) -> Path:
         """The directory that `build(directory)` filled for these inputs, now or in an earlier process.
 
         `inputs` are JSON values that determine the content: fingerprints and settings. DataError when the root cannot be

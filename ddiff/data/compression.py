@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from ddiff.data.paths import open_file, shown
+from ddiff.data.paths import open_file, printable
 from ddiff.errors import DataError
 
 ENDINGS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4"}
@@ -36,20 +36,20 @@ _HEAD_BYTES = 16
 
 
 @contextmanager
-def open_plain(path: str) -> Iterator[BinaryIO]:
+def open_uncompressed(path: str) -> Iterator[BinaryIO]:
     """Open a file that must not be packed; DataError says what it is."""
     with open_file(path) as file:
         head, whole = _peeked(file)
         if (found := format_of(head)) is not None:
             raise DataError(
-                f"{shown(path)} is no plain text: it begins as a {found} file does. Unpack or convert it. A corpus may "
+                f"{printable(path)} is no plain text: it begins as a {found} file does. Unpack or convert it. A corpus may "
                 'stay packed with [data] kind = "files", which reads gzip, bzip2, xz, zstd, lz4 and parquet by the endings.'
             )
         yield whole
 
 
 @contextmanager
-def open_unpacked(path: str) -> Iterator[BinaryIO]:
+def open_decompressed(path: str) -> Iterator[BinaryIO]:
     """Open a text file, unpacked if its ending says that it is packed.
 
     DataError if the content is not what the ending says, or is cut off or damaged.
@@ -86,7 +86,7 @@ def _check_said(path: str, said: str | None, found: str | None, head: bytes) -> 
             else f'Convert it, or say format = "{found}" if it is parquet'
         )
         raise DataError(
-            f"{shown(path)} is no plain text: it begins as a {found} file does. {remedy}."
+            f"{printable(path)} is no plain text: it begins as a {found} file does. {remedy}."
         )
     what = (
         "is empty"
@@ -94,8 +94,8 @@ def _check_said(path: str, said: str | None, found: str | None, head: bytes) -> 
         else f"begins with {head[:8]!r}" + (f", which is {found}" if found else "")
     )
     raise DataError(
-        f"{shown(path)} is named as a {said} file, but it {what}. Download it again if it should be packed; else give it "
-        "the ending of what it holds."
+        f"{printable(path)} is named as a {said} file, but it {what}. Download it again if it should be packed; else "
+        "give it the ending of what it holds."
     )
 
 
@@ -109,13 +109,13 @@ def _damage_explained(path: str, packed: str) -> Iterator[None]:
         if "Truncated" in str(error):
             raise _cut_off(path, packed) from error
         raise DataError(
-            f"{shown(path)} is damaged: it cannot be unpacked as {packed} ({error}). Download or pack it again."
+            f"{printable(path)} is damaged: it cannot be unpacked as {packed} ({error}). Download or pack it again."
         ) from error
 
 
 def _cut_off(path: str, packed: str) -> DataError:
     return DataError(
-        f"{shown(path)} is cut off: the {packed} data ends before its end mark. Download or copy it again."
+        f"{printable(path)} is cut off: the {packed} data ends before its end mark. Download or copy it again."
     )
 
 

@@ -45,7 +45,7 @@ class Conditions:
         return digest.hexdigest()[:32]
 
 
-def conditions_of(
+def read_conditions(
     documents: Dataset, names: Iterable[str], forms: Mapping[str, Form] = {}
 ) -> Conditions:
     """The columns `names` of documents: whole numbers from 0 are labels, lists of numbers vectors, None is absent.

@@ -14,13 +14,13 @@ from datasets import Dataset
 from ddiff.data.cache import Cache, fingerprint
 from ddiff.data.documents import Documents
 from ddiff.data.overlap import Watch, check_overlap
-from ddiff.data.packing import PackedRows, Rows, chunks_of, rows_of_stream
+from ddiff.data.packing import PackedRows, Rows, chunks_of, pack_stream
 from ddiff.data.paths import check_disjoint
 from ddiff.data.shards import MANIFEST, PARTS, Shards, file_sha256, read_shards, write_shards
 from ddiff.data.sources import TextSource
 from ddiff.data.streaming import StreamedRows
 from ddiff.data.tokenizer import Tokenizer
-from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk, place_of
+from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk, hash_to_unit
 from ddiff.errors import FULL, ArgumentError, DataError
 
 
@@ -39,21 +39,26 @@ class Corpus(Protocol):
         ...
 
 
-def train_rows(
+def build_train_rows(
     documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache
 ) -> Rows:
     """Rows of joined documents, to train on."""
     if isinstance(documents, StreamedCorpus):
         return documents.train_rows(tokenizer, length, cache)
-    return rows_of_stream(shards_of(documents, tokenizer, cache).stream(TRAIN), tokenizer, length)
+    return pack_stream(
+        load_or_build_shards(documents, tokenizer, cache).stream(TRAIN), tokenizer, length
+    )
 
 
-def validation_rows(
+def build_validation_rows(
     documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache
 ) -> PackedRows:
     """Rows that begin anew with every document, to evaluate on."""
-    return rows_of_stream(
-        shards_of(documents, tokenizer, cache).stream(VALIDATION), tokenizer, length, separate=True
+    return pack_stream(
+        load_or_build_shards(documents, tokenizer, cache).stream(VALIDATION),
+        tokenizer,
+        length,
+        separate=True,
     )
 
 
@@ -68,7 +73,9 @@ def check_repetitions(documents: Documents | Corpus, made: Shards) -> None:
         )
 
 
-def shards_of(documents: Documents | Corpus, tokenizer: Tokenizer, cache: Cache) -> Shards:
+def load_or_build_shards(
+    documents: Documents | Corpus, tokenizer: Tokenizer, cache: Cache
+) -> Shards:
     """Both parts tokenised, now or earlier."""
     if not isinstance(documents, Documents):
         return documents.shards(tokenizer, cache)
@@ -81,7 +88,9 @@ def shards_of(documents: Documents | Corpus, tokenizer: Tokenizer, cache: Cache)
             folder, lambda _: _chunks_of_parts(parts), tokenizer, source=source, total=total
         )
 
-    return read_shards(cache.entry("tokens", {**source, "tokenizer": tokenizer.fingerprint}, build))
+    return read_shards(
+        cache.load_or_build("tokens", {**source, "tokenizer": tokenizer.fingerprint}, build)
+    )
 
 
 def copy_shards(made: Shards, path: str) -> None:
@@ -218,7 +227,7 @@ class SourceCorpus:
         for chunk in chunks:
             for text in chunk.texts:
                 decided = chunk.part or (
-                    VALIDATION if place_of(text.encode()) < self.held_out else TRAIN
+                    VALIDATION if hash_to_unit(text.encode()) < self.held_out else TRAIN
                 )
                 if decided == part:
                     yield text
@@ -268,14 +277,14 @@ class StreamedCorpus:
                 workers=corpus.workers,
             )
 
-        made = read_shards(cache.entry("heads", known_by, build))
+        made = read_shards(cache.load_or_build("heads", known_by, build))
         corpus.check_parts(made)
         return made
 
     def train_rows(self, tokenizer: Tokenizer, length: int, cache: Cache) -> StreamedRows:
         corpus = self._corpus
         known_by = fingerprint([self.identity, tokenizer.fingerprint, length, self._block_rows])
-        head = rows_of_stream(self.shards(tokenizer, cache).stream(TRAIN), tokenizer, length)
+        head = pack_stream(self.shards(tokenizer, cache).stream(TRAIN), tokenizer, length)
         return StreamedRows(
             self._train_chunks,
             tokenizer,
@@ -393,7 +402,9 @@ def _fetched(path: str, cache: Cache | None) -> Path:
             _fetch(system, f"{place}/{name}", folder / name, None, path)
         found.verify()
 
-    return (cache or Cache()).entry("fetched", {"manifest": fingerprint(manifest.decode())}, fetch)
+    return (cache or Cache()).load_or_build(
+        "fetched", {"manifest": fingerprint(manifest.decode())}, fetch
+    )
 
 
 def _fetch(system: Any, place: str, file: Path, sha256: str | None, source: str) -> None:

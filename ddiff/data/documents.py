@@ -22,10 +22,10 @@ from datasets import Dataset, Value
 
 from ddiff.data.arrow import read_table, table_in_memory, write_table
 from ddiff.data.cache import Cache
-from ddiff.data.compression import open_plain
-from ddiff.data.paths import base_name, find_parts, open_file, shown
-from ddiff.data.text import RULES, Split, checked_text, text_documents
-from ddiff.data.tokenizer_workers import place_of
+from ddiff.data.compression import open_uncompressed
+from ddiff.data.paths import base_name, find_train_and_validation, open_file, printable
+from ddiff.data.text import RULES, Split, check_text, text_documents
+from ddiff.data.tokenizer_workers import hash_to_unit
 from ddiff.errors import ArgumentError, DataError
 from ddiff.progress import progress
 
@@ -53,7 +53,7 @@ class Documents:
     @cached_property
     def part_fingerprints(self) -> tuple[str, str]:
         """Of the text of each part."""
-        return text_fingerprint(self.train), text_fingerprint(self.validation)
+        return fingerprint_texts(self.train), fingerprint_texts(self.validation)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -61,7 +61,7 @@ class Documents:
         return hashlib.sha256("".join(self.part_fingerprints).encode()).hexdigest()[:32]
 
 
-def text_fingerprint(documents: Any) -> str:
+def fingerprint_texts(documents: Any) -> str:
     """32 hexadecimal digits of the SHA-256 of the documents' text, their boundaries included; of a part of a corpus that is
     not held, its own fingerprint."""
     if not isinstance(documents, Dataset):
@@ -74,15 +74,15 @@ def text_fingerprint(documents: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-def from_texts(texts: Iterable[str], names: Iterable[str] | None = None) -> Dataset:
+def documents_from_texts(texts: Iterable[str], names: Iterable[str] | None = None) -> Dataset:
     """Documents held in memory; DataError for content that is not text or holds NUL."""
     texts = list(texts)
     names = [f"text {number}" for number in range(len(texts))] if names is None else list(names)
-    checked = [checked_text(text, name) for text, name in zip(texts, names)]
+    checked = [check_text(text, name) for text, name in zip(texts, names)]
     return Dataset.from_dict({"text": checked, "name": names})
 
 
-def bundled_novels() -> Documents:
+def load_bundled_novels() -> Documents:
     """Jane Austen's six novels by chapter: five for training (245 chapters), Persuasion (24) for validation."""
     train: list[tuple[str, str]] = []
     validation: list[tuple[str, str]] = []
@@ -96,10 +96,10 @@ def bundled_novels() -> Documents:
                 (text, f"{title} {number}")
                 for number, text in enumerate(_chapters(file.read_bytes()), start=1)
             ]
-    return Documents(*(from_texts(*zip(*part)) for part in (train, validation)))
+    return Documents(*(documents_from_texts(*zip(*part)) for part in (train, validation)))
 
 
-def text_files(
+def read_text_files(
     train: Sequence[str],
     *,
     validation: Sequence[str] = (),
@@ -116,9 +116,9 @@ def text_files(
     """
     if not validation and not 0 < held_out < 1:
         raise ArgumentError(
-            f"text_files: held_out must lie in (0, 1); got {held_out}. Or name validation files."
+            f"read_text_files: held_out must lie in (0, 1); got {held_out}. Or name validation files."
         )
-    paths, validation_paths = find_parts(train, validation)
+    paths, validation_paths = find_train_and_validation(train, validation)
     corpus = _read(paths, split, cache)
     if validation_paths:
         return Documents(corpus, _read(validation_paths, split, cache))
@@ -142,7 +142,7 @@ _SMALLER = {
 }
 
 
-def symbol_rows(
+def read_symbol_rows(
     train: Sequence[str],
     *,
     length: int,
@@ -152,16 +152,16 @@ def symbol_rows(
 ) -> Documents:
     """Text files of fixed-length rows of symbols, one per line, such as aligned DNA; blank lines are no rows.
 
-    DataError names the file and line of a row that has not `length` symbols. See `text_files` for the rest.
+    DataError names the file and line of a row that has not `length` symbols. See `read_text_files` for the rest.
     """
-    documents = text_files(
+    documents = read_text_files(
         train, validation=validation, held_out=held_out, split="line", cache=cache
     )
     for part in (documents.train, documents.validation):
         for row in part:
             if len(row["text"]) != length:
                 raise DataError(
-                    f"symbol_rows: {row['name']} has {len(row['text'])} symbols, but every row must have "
+                    f"read_symbol_rows: {row['name']} has {len(row['text'])} symbols, but every row must have "
                     f"length = {length}. Mend the file, or set [data] length to the length of its rows."
                 )
     return documents
@@ -196,7 +196,7 @@ def _held_out(corpus: Dataset, share: float) -> tuple[list[int], list[int]]:
     train: list[int] = []
     validation: list[int] = []
     for number, text in enumerate(corpus["text"]):
-        (validation if place_of(text.encode()) < share else train).append(number)
+        (validation if hash_to_unit(text.encode()) < share else train).append(number)
     return train, validation
 
 
@@ -207,7 +207,7 @@ def _read(paths: Sequence[str], split: Split, cache: Cache | None) -> Dataset:
     else:
         files = [[base_name(path), file_fingerprint(path)] for path in paths]
         inputs = {"files": files, "split": split, "rules": RULES}
-        entry = cache.entry("documents", inputs, lambda place: _write(paths, split, place))
+        entry = cache.load_or_build("documents", inputs, lambda place: _write(paths, split, place))
         corpus = read_table(entry / "documents.arrow")
     check_any(corpus, paths)
     return corpus
@@ -216,7 +216,9 @@ def _read(paths: Sequence[str], split: Split, cache: Cache | None) -> Dataset:
 def check_any(corpus: Dataset, paths: Sequence[str]) -> None:
     """DataError if no document was read."""
     if not len(corpus):
-        listed = ", ".join(shown(path) for path in paths[:5]) + (", ..." if len(paths) > 5 else "")
+        listed = ", ".join(printable(path) for path in paths[:5]) + (
+            ", ..." if len(paths) > 5 else ""
+        )
         raise DataError(
             f"The corpus is empty: {listed} holds no text. Name files with text in them."
         )
@@ -246,8 +248,8 @@ def _batches(paths: Sequence[str], split: Split) -> Iterator[pa.RecordBatch]:
 def _file_documents(path: str, split: Split) -> tuple[list[str], list[str]]:
     """The non-blank documents of one file with their names."""
     name = base_name(path)
-    with open_plain(path) as file:
-        found = list(text_documents(file, shown(path), split))
+    with open_uncompressed(path) as file:
+        found = list(text_documents(file, printable(path), split))
     texts = [text for _, text in found]
     names = [name if split == "file" else f"{name} {split} {number}" for number, _ in found]
     return texts, names

@@ -16,10 +16,10 @@ from datasets import Dataset
 
 from ddiff.data.arrow import read_table, table_in_memory, write_table
 from ddiff.data.cache import Cache
-from ddiff.data.compression import open_plain
+from ddiff.data.compression import open_uncompressed
 from ddiff.data.documents import Documents, check_any, divided, file_fingerprint
-from ddiff.data.paths import base_name, find_parts, shown
-from ddiff.data.text import RULES, checked_text, text_lines
+from ddiff.data.paths import base_name, find_train_and_validation, printable
+from ddiff.data.text import RULES, check_text, text_lines
 from ddiff.errors import ArgumentError, DataError, nearest
 from ddiff.progress import progress
 
@@ -29,7 +29,7 @@ _ROWS_AT_ONCE = 4096
 _SHOWN = 80  # characters of a value in a message: a line of a scraped corpus may be a megabyte
 
 
-def json_lines(
+def read_json_lines(
     train: Sequence[str],
     *,
     text: str = "text",
@@ -42,15 +42,15 @@ def json_lines(
     """Read files of JSON lines by fsspec path or glob: the field `text` of each object is a document.
 
     Fields `labels` hold whole numbers from 0, fields `vectors` lists of numbers; a field that is null or not there is
-    absent. They become columns of the same name. See `text_files` for `validation` and `held_out`. DataError names file
-    and line of what cannot be read, and a field that has a value in no line of `train`.
+    absent. They become columns of the same name. See `read_text_files` for `validation` and `held_out`. DataError names
+    file and line of what cannot be read, and a field that has a value in no line of `train`.
     """
     if not validation and not 0 < held_out < 1:
         raise ArgumentError(
-            f"json_lines: held_out must lie in (0, 1); got {held_out}. Or name validation files."
+            f"read_json_lines: held_out must lie in (0, 1); got {held_out}. Or name validation files."
         )
     reader = _Reader(text, tuple(labels), tuple(vectors))
-    paths, validation_paths = find_parts(train, validation)
+    paths, validation_paths = find_train_and_validation(train, validation)
     corpus = reader.read(paths, cache)
     reader.check_found(corpus, paths, train)
     if validation_paths:
@@ -61,7 +61,7 @@ def json_lines(
 def json_objects(file: BinaryIO, path: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Yield the objects of a file of JSON lines, or of one JSON array: their numbers (of the line, or in the array, from
     1), their places as messages name them, and themselves. DataError names the place of what is no object."""
-    lines = enumerate(text_lines(file, shown(path)), start=1)
+    lines = enumerate(text_lines(file, printable(path)), start=1)
     name = base_name(path)
     first = True
     for number, line in lines:
@@ -94,7 +94,8 @@ class _Reader:
         named = ("text", "name", *labels, *vectors)
         if twice := sorted({name for name in named if named.count(name) > 1}):
             raise ArgumentError(
-                f"json_lines: labels and vectors must be names of their own, none of them text or name; got {twice} twice."
+                f"read_json_lines: labels and vectors must be names of their own, none of them text or "
+                f"name; got {twice} twice."
             )
         self.text, self.labels, self.vectors = text, labels, vectors
         self.schema = pa.schema(
@@ -117,7 +118,9 @@ class _Reader:
                 "vectors": self.vectors,
                 "rules": RULES,
             }
-            entry = cache.entry("json_lines", inputs, lambda place: self._write(paths, place))
+            entry = cache.load_or_build(
+                "json_lines", inputs, lambda place: self._write(paths, place)
+            )
             corpus = read_table(entry / "documents.arrow")
         check_any(corpus, paths)
         return corpus
@@ -131,9 +134,9 @@ class _Reader:
                 }
                 others = sorted(fields - {self.text, name})
                 key = "labels" if name in self.labels else "vectors"
-                where = ", ".join(map(shown, patterns))
+                where = ", ".join(map(printable, patterns))
                 raise DataError(
-                    f'json_lines: {key} names the field "{name}", but it has a value in no line of {where}; '
+                    f'read_json_lines: {key} names the field "{name}", but it has a value in no line of {where}; '
                     f"beside the text the lines have {others or 'no fields'}.{nearest(name, others)} Mend [data] {key}, or "
                     "leave the field out."
                 )
@@ -151,7 +154,7 @@ class _Reader:
 
     def _documents(self, path: str) -> Iterator[dict[str, Any]]:
         for place, found in self._objects(path):
-            text = checked_text(found[self.text], place)
+            text = check_text(found[self.text], place)
             values: dict[str, Any] = {
                 name: self._label(found.get(name), name, place) for name in self.labels
             }
@@ -161,7 +164,7 @@ class _Reader:
 
     def _objects(self, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Every object of a file with its place; DataError for one without the text."""
-        with open_plain(path) as file:
+        with open_uncompressed(path) as file:
             for _, place, found in json_objects(file, path):
                 check_once(found, (self.text, *self.labels, *self.vectors), place)
                 if self.text not in found:

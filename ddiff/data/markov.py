@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ddiff.data.documents import Documents, from_texts
+from ddiff.data.documents import Documents, documents_from_texts
 from ddiff.errors import ArgumentError
 
 SYMBOLS = "abcdefghijklmnop"
@@ -56,7 +56,9 @@ class MarkovSource:
         """A corpus of rows with its `entropy_rate` set to the entropy of a row per symbol."""
         train, held_out = self.rows(rows, length), self.rows(validation, length, stream=1)
         return Documents(
-            from_texts(train), from_texts(held_out), entropy_rate=self.row_entropy(length)
+            documents_from_texts(train),
+            documents_from_texts(held_out),
+            entropy_rate=self.row_entropy(length),
         )
 
     def _walk(self, uniforms: NDArray[np.float64]) -> Iterator[NDArray[np.int64]]:

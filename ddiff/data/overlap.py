@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, final
 import numpy as np
 from numpy.typing import NDArray
 
-from ddiff.data.tokenizer_workers import Chunk, place_of
+from ddiff.data.tokenizer_workers import Chunk, hash_to_unit
 from ddiff.errors import DataError
 
 if TYPE_CHECKING:
@@ -118,11 +118,11 @@ class Watch:
 
     @cached_property
     def _places(self) -> set[float]:
-        return {place_of(text.encode()) for text in self._validation()}
+        return {hash_to_unit(text.encode()) for text in self._validation()}
 
     def _look(self, chunk: Chunk) -> None:
         for text in chunk.texts:
-            if place_of(text.encode()) in self._places:
+            if hash_to_unit(text.encode()) in self._places:
                 self._told = True
                 _log.warning(
                     "%s: the document %r is in the validation text too, and is trained on all the same. Others are not "

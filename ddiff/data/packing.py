@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from ddiff.data.batch import Batch
 from ddiff.data.cache import fingerprint
 from ddiff.data.conditions import Conditions
-from ddiff.data.documents import from_texts
+from ddiff.data.documents import documents_from_texts
 from ddiff.data.permutation import row_at
 from ddiff.data.shards import TokenStream, gathered, stream_of_ids
 from ddiff.data.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ class PackedRows:
             return np.repeat(np.arange(len(self._last_rows)), np.diff(self._last_rows, prepend=0))
         return np.concatenate([block.document[:, 0] for block in self._blocks()])
 
-    def tokens_of(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def tokens_in_rows(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
         """[n] which tokens of the stream stand in the rows with these numbers."""
         starts, stops = self._spans(numbers)
         border = np.zeros(self.tokens.num_tokens + 1, np.int64)
@@ -200,12 +200,12 @@ def pack(
     `separate` starts a row with every document (evaluation). A tokenizer whose unit is the symbol gives one row per
     document and wants each to have `length` symbols. DataError when there is no token at all.
     """
-    return rows_of_stream(
+    return pack_stream(
         gathered(chunks_of(documents), tokenizer), tokenizer, length, separate=separate
     )
 
 
-def rows_of_stream(
+def pack_stream(
     stream: TokenStream, tokenizer: Tokenizer, length: int, *, separate: bool = False
 ) -> PackedRows:
     """The rows of a tokenised part; DataError where it has no token, or where rows of symbols have another length."""
@@ -227,14 +227,14 @@ def rows_of_stream(
     )
 
 
-def rows_of_ids(ids: NDArray[np.integer], num_tokens: int) -> PackedRows:
+def pack_ids(ids: NDArray[np.integer], num_tokens: int) -> PackedRows:
     """Ids [R,L] at hand as rows, each a document of its own."""
     return PackedRows(stream_of_ids(ids, num_tokens), ids.shape[1], filler=0)
 
 
 def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> PackedRows:
     """Rows of some texts held in memory, each text a document of its own."""
-    return pack(from_texts(texts), tokenizer, length, separate=True)
+    return pack(documents_from_texts(texts), tokenizer, length, separate=True)
 
 
 def batch_rows(
@@ -256,16 +256,6 @@ def batch_rows(
     packed = bool((document[:, :1] != document[:, -1:]).any())  # numbers never fall within a row
     told = conditions.of(document, packed) if conditions else {}
     return Batch(ids, valid, valid.clone(), document, slots, packed, told)
-
-
-def token_stream(rows: Rows, at_most: int | None = None) -> tuple[_Ints, NDArray[np.int64]]:
-    """All ids in order [n], or the first of them, and the document of each [n], padding left out."""
-    return rows.stream(at_most)
-
-
-def rows_fingerprint(rows: Rows) -> str:
-    """32 hexadecimal digits that tell rows apart."""
-    return rows.fingerprint
 
 
 def chunks_of(documents: Dataset, part: str = TRAIN) -> Iterator[Chunk]:

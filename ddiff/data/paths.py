@@ -35,7 +35,7 @@ def find_files(pattern: str) -> list[str]:
     return found
 
 
-def find_all(patterns: Sequence[str]) -> list[str]:
+def find_all_files(patterns: Sequence[str]) -> list[str]:
     """Return the files of several patterns in their order; a file that two patterns name is listed once."""
     found: dict[Any, str] = {}
     for pattern in patterns:
@@ -44,10 +44,12 @@ def find_all(patterns: Sequence[str]) -> list[str]:
     return list(found.values())
 
 
-def find_parts(train: Sequence[str], validation: Sequence[str]) -> tuple[list[str], list[str]]:
+def find_train_and_validation(
+    train: Sequence[str], validation: Sequence[str]
+) -> tuple[list[str], list[str]]:
     """Return the training and the validation files of patterns; DataError if one file is among both."""
-    paths = find_all(train)
-    validation_paths = find_all(validation)
+    paths = find_all_files(train)
+    validation_paths = find_all_files(validation)
     check_disjoint(paths, validation_paths)
     return paths, validation_paths
 
@@ -57,27 +59,27 @@ def check_disjoint(train: Iterable[str], validation: Iterable[str]) -> None:
     trained = {_identity(path): path for path in train}
     for path in validation:
         if (same := trained.get(_identity(path))) is not None:
-            also = "" if same == path else f" (there as {shown(same)})"
+            also = "" if same == path else f" (there as {printable(same)})"
             raise DataError(
-                f"{shown(path)} is named by validation and by files{also}: the model would be evaluated on text that it "
-                "was trained on. Leave it out of files: move it to another folder, or name the training files so that "
-                "no pattern matches it. Without validation files a share of the documents is held out."
+                f"{printable(path)} is named by validation and by files{also}: the model would be evaluated on text "
+                "that it was trained on. Leave it out of files: move it to another folder, or name the training "
+                "files so that no pattern matches it. Without validation files a share of the documents is held out."
             )
 
 
 def base_name(path: str) -> str:
     """Return the last part of a path, printable."""
-    return shown(path.rsplit("/", 1)[-1])
+    return printable(path.rsplit("/", 1)[-1])
 
 
-def shown(path: str) -> str:
+def printable(path: str) -> str:
     """Return a path as messages write it: bytes that are not UTF-8 and control characters are escaped."""
     return "".join(mark if mark.isprintable() else _escaped(mark) for mark in path)
 
 
-def file_mark(path: str) -> list[Any]:
+def file_version(path: str) -> list[Any]:
     """Return what changes when a file does: its name, size, and tag or time of change."""
-    with explained(path):
+    with explain_errors(path):
         if (local := _local_path(path)) is not None:
             found = os.stat(local)
             return [base_name(path), found.st_size, str(found.st_mtime)]
@@ -104,7 +106,7 @@ _CHANGED = (
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
     """Open a file to read bytes; what goes wrong while it is read is a DataError that names it."""
-    with explained(path):
+    with explain_errors(path):
         if (local := _local_path(path)) is not None:
             with open(local, "rb") as file:
                 yield file
@@ -115,7 +117,7 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def explained(path: str) -> Iterator[None]:
+def explain_errors(path: str) -> Iterator[None]:
     """Turn whatever goes wrong within into a DataError that names the file."""
     try:
         yield
@@ -126,7 +128,7 @@ def explained(path: str) -> Iterator[None]:
     except Exception as error:  # each file system and each format has errors of its own
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(
-            f"{shown(path)} cannot be read: {type(error).__name__}: {reason}. Check the file and its path."
+            f"{printable(path)} cannot be read: {type(error).__name__}: {reason}. Check the file and its path."
         ) from error
 
 
@@ -211,7 +213,7 @@ def _names(folder: str) -> list[str]:
         return sorted(os.listdir(folder or "."))
     except PermissionError as error:
         raise DataError(
-            f"The folder {shown(folder or '.')} must not be listed: permission denied."
+            f"The folder {printable(folder or '.')} must not be listed: permission denied."
         ) from error
 
 
@@ -221,24 +223,25 @@ def _check_regular(path: str) -> None:
         mode = os.stat(path).st_mode
     except OSError as error:
         if os.path.islink(path):
-            target = shown(os.readlink(path))
+            target = printable(os.readlink(path))
             raise DataError(
-                f"{shown(path)} is a link to {target}, which cannot be reached ({error.strerror}). Mend or remove the link."
+                f"{printable(path)} is a link to {target}, which cannot be reached ({error.strerror}). "
+                "Fix or remove the link."
             ) from error
         raise DataError(
-            f"{shown(path)} cannot be read: {error.strerror}. Check the path."
+            f"{printable(path)} cannot be read: {error.strerror}. Check the path."
         ) from error
     if stat.S_ISDIR(mode):
-        inside = f"{shown(path.rstrip('/'))}/*.txt"
+        inside = f"{printable(path.rstrip('/'))}/*.txt"
         raise DataError(
-            f"{shown(path)} is a folder, and files are due. Name the files in it, for instance {inside}, or .../**/*.txt "
-            "for those of its folders too."
+            f"{printable(path)} is a folder, and files are due. Name the files in it, for instance {inside}, or "
+            ".../**/*.txt for those of its folders too."
         )
     if stat.S_ISREG(mode) and not os.access(path, os.R_OK):
         raise _forbidden(path)
     if not stat.S_ISREG(mode):
         raise DataError(
-            f"{shown(path)} is a pipe or a device, which can be read only once. Write its content to a file first."
+            f"{printable(path)} is a pipe or a device, which can be read only once. Write its content to a file first."
         )
 
 
@@ -264,8 +267,8 @@ def _remote_files(pattern: str) -> list[str]:
     except Exception as error:  # each file system has errors of its own
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(
-            f"{shown(pattern)} cannot be opened: {type(error).__name__}: {reason}. Give a local path or one that fsspec "
-            "knows."
+            f"{printable(pattern)} cannot be opened: {type(error).__name__}: {reason}. Give a local path or one "
+            "that fsspec knows."
         ) from error
 
 
@@ -281,12 +284,14 @@ def _remote_path(pattern: str, name: str, system: Any) -> str:
 
 
 def _forbidden(path: str) -> DataError:
-    return DataError(f"{shown(path)} must not be read: permission denied. Change its permissions.")
+    return DataError(
+        f"{printable(path)} must not be read: permission denied. Change its permissions."
+    )
 
 
 def _not_found(pattern: str, local: str | None) -> str:
     marks = "".join(mark for mark in _MARKS if mark in pattern)
-    what = f"There is no file {shown(pattern)}"
+    what = f"There is no file {printable(pattern)}"
     if marks:
         what += f", and none that it matches as a pattern (it holds {' '.join(marks)})"
     if local is None:
@@ -295,7 +300,9 @@ def _not_found(pattern: str, local: str | None) -> str:
         local.partition(next((mark for mark in local if mark in _MARKS), "\0"))[0]
     )
     missing = (
-        f" There is no folder {shown(fixed)} either." if fixed and not os.path.isdir(fixed) else ""
+        f" There is no folder {printable(fixed)} either."
+        if fixed and not os.path.isdir(fixed)
+        else ""
     )
     return f"{what} (looked from {Path.cwd()}).{missing} Check the path; relative paths start where ddiff runs."
 

@@ -18,7 +18,7 @@ _GRACE = 1.0  # seconds that `close` gives the threads to finish what they read
 
 
 @final
-class Prefetched(Generic[Item]):
+class Prefetcher(Generic[Item]):
     """`batch_at(step, micro)`, a pure function, with the next `ahead` calls under way: the same bits, sooner.
 
     The next call is taken to be that of the next micro-batch of `accumulate`, then of the next step; any other is answered
@@ -38,7 +38,7 @@ class Prefetched(Generic[Item]):
     ) -> None:
         if ahead < 0 or accumulate < 1 or workers < 0:
             raise ArgumentError(
-                f"Prefetched: ahead and workers must be at least 0 and accumulate at least 1; got {ahead}, {workers} and "
+                f"Prefetcher: ahead and workers must be at least 0 and accumulate at least 1; got {ahead}, {workers} and "
                 f"{accumulate}."
             )
         self._batch_at, self._accumulate = batch_at, accumulate
@@ -48,11 +48,11 @@ class Prefetched(Generic[Item]):
         self._waiting: dict[tuple[int, int], Future[Item]] = {}
 
     def __call__(self, step: int, micro: int) -> Item:
-        item = self.unless(step, micro, lambda: False)
+        item = self.fetch(step, micro, lambda: False)
         assert item is not None
         return item
 
-    def unless(self, step: int, micro: int, stopped: Callable[[], bool]) -> Item | None:
+    def fetch(self, step: int, micro: int, stopped: Callable[[], bool]) -> Item | None:
         """The same batch, or None as soon as `stopped()` is true while it is waited for."""
         if self._threads is None:
             return self._batch_at(step, micro)
@@ -88,7 +88,7 @@ class Prefetched(Generic[Item]):
             self._threads.close()
             self._threads = None
 
-    def __enter__(self) -> Prefetched[Item]:
+    def __enter__(self) -> Prefetcher[Item]:
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -7,8 +7,8 @@ A folder holds, for every shard, its ids and where its documents end, both plain
     train.counts.npy         [V] int64, how often each token occurs in the part
     manifest.json            tokenizer, source, and of every shard its size and checksums
 
-Rows of any length are cut from it when they are read (`ddiff.data.packing`), so that another length needs no other shards. A
-shard is written under another name and renamed; the manifest comes last. A build that was killed goes on after its last
+Rows of any length are cut from it when they are read (`ddiff.data.packing`), so that another length needs no other shards.
+A shard is written under another name and renamed; the manifest comes last. A build that was killed goes on after its last
 whole shard, for which `journal.json` keeps the source's cursor.
 """
 
@@ -33,7 +33,14 @@ from numpy.typing import NDArray
 from ddiff.data.cache import fingerprint, not_writable
 from ddiff.data.overlap import find_overlap
 from ddiff.data.tokenizer import Tokenizer, check_round_trip
-from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk, Encoded, encoded, token_dtype
+from ddiff.data.tokenizer_workers import (
+    TRAIN,
+    VALIDATION,
+    Chunk,
+    EncodedChunk,
+    encode_chunks,
+    token_dtype,
+)
 from ddiff.errors import DataError
 from ddiff.progress import progress
 
@@ -368,7 +375,7 @@ def described(tokenizer: Tokenizer) -> dict[str, Any]:
 def gathered(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> TokenStream:
     """The stream of all chunks in memory, in one shard."""
     opened = _Open("")
-    for _, found in encoded(chunks, tokenizer):
+    for _, found in encode_chunks(chunks, tokenizer):
         opened.add(found)
     return _in_memory(opened.closed(token_dtype(tokenizer.num_tokens)), tokenizer.num_tokens)
 
@@ -436,9 +443,9 @@ class _Open:
     def __init__(self, name: str) -> None:
         self.name = name
         self.num_tokens = 0
-        self._found: list[Encoded] = []
+        self._found: list[EncodedChunk] = []
 
-    def add(self, found: Encoded) -> None:
+    def add(self, found: EncodedChunk) -> None:
         if len(found.sizes):
             self._found.append(found)
             self.num_tokens += len(found.ids)
@@ -484,7 +491,7 @@ class _Build:
     ) -> None:
         began, done, cursor = time.monotonic(), 0, self.cursor
         with progress(total, "tokenising", start=self._sum("documents")) as bar:
-            for chunk, found in encoded(
+            for chunk, found in encode_chunks(
                 chunks(cursor), tokenizer, held_out=held_out, workers=workers
             ):
                 if not done:

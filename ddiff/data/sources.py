@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from datasets import IterableDataset, load_dataset
 
 from ddiff.data.compression import ENDINGS as PACKED
-from ddiff.data.compression import open_unpacked
+from ddiff.data.compression import open_decompressed
 from ddiff.data.jsonl import check_once, json_objects
-from ddiff.data.paths import base_name, file_mark, find_all, open_file, shown
+from ddiff.data.paths import base_name, file_version, find_all_files, open_file, printable
 from ddiff.data.pretrained import is_folder, is_place
-from ddiff.data.text import RULES, Split, checked_text, text_documents
+from ddiff.data.text import RULES, Split, check_text, text_documents
 from ddiff.data.tokenizer_workers import DOCUMENTS_AT_ONCE, TRAIN, Chunk
 from ddiff.errors import ArgumentError, DataError, nearest
 
@@ -64,7 +64,7 @@ class TextSource:
                 yield Chunk(texts, after, part)
 
 
-def hub_texts(
+def open_hub_source(
     path: str,
     *,
     config: str | None = None,
@@ -106,7 +106,7 @@ def hub_texts(
     return TextSource(name, identity, stream.read)
 
 
-def file_texts(
+def open_file_source(
     patterns: Sequence[str],
     *,
     format: Format | None = None,
@@ -119,13 +119,13 @@ def file_texts(
     `split` of a text file. Files are known by name, size and time or tag of change: they are not read for it. DataError
     when there are none, or of several formats.
     """
-    paths = find_all(patterns)
+    paths = find_all_files(patterns)
     found = format or _format(paths)
     options = {"split": split} if found == "text" else {}
     return TextSource(
-        f"{', '.join(map(shown, patterns))} ({len(paths)} files of {found})",
+        f"{', '.join(map(printable, patterns))} ({len(paths)} files of {found})",
         {
-            "files": [file_mark(path) for path in paths],
+            "files": [file_version(path) for path in paths],
             "format": found,
             "column": column,
             "rules": RULES,
@@ -205,14 +205,14 @@ def _records(format: Format, column: str, split: Split) -> Records:
 
 
 def _text_records(split: Split, path: str, done: int) -> Iterator[tuple[int, str | None]]:
-    with open_unpacked(path) as file:
-        for number, text in text_documents(file, shown(path), split):
+    with open_decompressed(path) as file:
+        for number, text in text_documents(file, printable(path), split):
             if number > done:
                 yield number, text
 
 
 def _json_records(column: str, path: str, done: int) -> Iterator[tuple[int, str | None]]:
-    with open_unpacked(path) as file:
+    with open_decompressed(path) as file:
         first = True
         for number, place, found in json_objects(file, path):
             if (
@@ -228,11 +228,11 @@ def _json_records(column: str, path: str, done: int) -> Iterator[tuple[int, str 
 def _parquet_records(column: str, path: str, done: int) -> Iterator[tuple[int, str | None]]:
     if path.lower().endswith(tuple(PACKED)):
         raise DataError(
-            f"{shown(path)} is a packed parquet file. Unpack it: parquet packs its columns itself."
+            f"{printable(path)} is a packed parquet file. Unpack it: parquet packs its columns itself."
         )
     with open_file(path) as file:
         table = pq.ParquetFile(file)
-        name = shown(path)
+        name = printable(path)
         _check_named(name, column, table.schema_arrow.names)
         number = 0
         for group in range(table.num_row_groups):
@@ -258,7 +258,7 @@ def _text(value: Any, place: str, column: str) -> str | None:
             f'{place}: the column "{column}" must hold text; it holds {repr(value)[:80]} ({type(value).__name__}). '
             "Name the column of the text: column = ..."
         )
-    return checked_text(value, place)
+    return check_text(value, place)
 
 
 def _check_named(place: str, column: str, columns: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from ddiff.data.packing import Block, PackedRows
 from ddiff.data.permutation import row_at
 from ddiff.data.shards import Chunks
 from ddiff.data.tokenizer import Tokenizer
-from ddiff.data.tokenizer_workers import Encoded, encoded
+from ddiff.data.tokenizer_workers import EncodedChunk, encode_chunks
 from ddiff.errors import ArgumentError, DataError
 
 ENDLESS = 2**62
@@ -174,9 +174,9 @@ class StreamedRows:
         source, skip, document = start.source, start.skip, start.document
         while True:
             is_whole = source is None
-            small: list[Encoded] = []  # a whole pass, while it is smaller than a block
+            small: list[EncodedChunk] = []  # a whole pass, while it is smaller than a block
             num_tokens = 0
-            for chunk, found in encoded(
+            for chunk, found in encode_chunks(
                 self._chunks(source),
                 self._tokenizer,
                 held_out=self._held_out,
@@ -205,7 +205,7 @@ class StreamedRows:
                 yield from self._repeated(small, skip, document)
             source = None
 
-    def _repeated(self, found: list[Encoded], skip: int, document: int) -> Iterator[_Piece]:
+    def _repeated(self, found: list[EncodedChunk], skip: int, document: int) -> Iterator[_Piece]:
         """A source that is smaller than a block, over and over from memory: to read it again for every few rows would take
         thousands of passes before the first step."""
         ids = np.concatenate([chunk.ids for chunk in found])
@@ -265,5 +265,5 @@ class StreamedRows:
             self._cursors = None
 
 
-def _numbers(found: Encoded, first: int) -> NDArray[np.int64]:
+def _numbers(found: EncodedChunk, first: int) -> NDArray[np.int64]:
     return np.repeat(np.arange(first, first + len(found.sizes)), found.sizes)

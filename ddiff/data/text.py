@@ -52,7 +52,7 @@ def text_lines(file: BinaryIO, name: str) -> Iterator[str]:
     yield "".join(begun)
 
 
-def checked_text(text: str, name: str) -> str:
+def check_text(text: str, name: str) -> str:
     """Return the text; DataError if it is no string, or holds NUL or half a surrogate pair."""
     if not isinstance(text, str):
         found = repr(text)

@@ -472,7 +472,10 @@ def _check_not_ours(source: Path, shown: str) -> None:
 # ------------------------------------------------------------------------------------------------ texts without ids
 
 _NO_TOKEN = "the tokenizer has no token for it, and no token for what is unknown"
-_OTHER_TOKENIZER = "Take a tokenizer that has an unknown token or knows all bytes, add the word to this one, or leave the text out."
+_OTHER_TOKENIZER = (
+    "Take a tokenizer that has an unknown token or knows all bytes, add the word to this one, or "
+    "leave the text out."
+)
 _NO_UNICODE = "it has a lone surrogate, half of a character, which UTF-8 does not have"
 _WRITE_AGAIN = "Write the text again as UTF-8."
 

@@ -31,7 +31,10 @@ from ddiff.errors import ArgumentError, DataError
 TRAIN, VALIDATION = "train", "validation"
 DOCUMENTS_AT_ONCE = 64
 _AHEAD = 3  # chunks under way for each process: one is worked on while others wait
-_SERVE = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from ddiff.data.tokenizer_workers import serve; serve()"
+_SERVE = (
+    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
+    "from ddiff.data.tokenizer_workers import serve; serve()"
+)
 
 
 @final
@@ -50,7 +53,7 @@ class Chunk:
 
 @final
 @dataclass(frozen=True)
-class Encoded:
+class EncodedChunk:
     """Documents as ids: all `ids` [n] in order, `sizes` [k] of the documents with their end marks, `num_bytes` [k] of
     their UTF-8 text, and whether they are held out, [k]."""
 
@@ -59,12 +62,12 @@ class Encoded:
     num_bytes: NDArray[np.int64]
     held_out: NDArray[np.bool_]
 
-    def of(self, held_out: bool) -> Encoded:
+    def of(self, held_out: bool) -> EncodedChunk:
         """Those documents that are (not) held out."""
         chosen = self.held_out == held_out
         if chosen.all():
             return self
-        return Encoded(
+        return EncodedChunk(
             self.ids[np.repeat(chosen, self.sizes)],
             self.sizes[chosen],
             self.num_bytes[chosen],
@@ -77,14 +80,14 @@ def token_dtype(num_tokens: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if num_tokens <= 2**16 else np.uint32)
 
 
-def place_of(text: bytes) -> float:
+def hash_to_unit(text: bytes) -> float:
     """A document's place in [0, 1) by its hash: those below the share held out are for validation."""
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") / 2**64
 
 
-def encoded(
+def encode_chunks(
     chunks: Iterable[Chunk], tokenizer: Tokenizer, *, held_out: float = 0.0, workers: int = 1
-) -> Iterator[tuple[Chunk, Encoded]]:
+) -> Iterator[tuple[Chunk, EncodedChunk]]:
     """Every chunk with its ids, in the order of the chunks whatever the number of `workers` (processes).
 
     Documents of a chunk without a part are held out with probability `held_out` by the hash of their text.
@@ -96,11 +99,11 @@ def encoded(
         for first, chunk in numbered:
             yield (
                 chunk,
-                _named(lambda chunk=chunk: encode(tokenizer, chunk, held_out), chunk, first),
+                _named(lambda chunk=chunk: encode_chunk(tokenizer, chunk, held_out), chunk, first),
             )
         return
     with _Processes(tokenizer, held_out, workers) as processes:
-        waiting: deque[tuple[int, Chunk, Future[Encoded]]] = deque()
+        waiting: deque[tuple[int, Chunk, Future[EncodedChunk]]] = deque()
         for first, chunk in numbered:
             waiting.append((first, chunk, processes.submit(chunk)))
             if len(waiting) >= _AHEAD * workers:
@@ -109,7 +112,7 @@ def encoded(
             yield _finished(*waiting.popleft())
 
 
-def encode(tokenizer: Tokenizer, chunk: Chunk, held_out: float = 0.0) -> Encoded:
+def encode_chunk(tokenizer: Tokenizer, chunk: Chunk, held_out: float = 0.0) -> EncodedChunk:
     """The ids of a chunk; DataError where the tokenizer gives ids that it does not have."""
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     documents = [ids + end for ids in tokenizer.encode(chunk.texts)]
@@ -122,11 +125,11 @@ def encode(tokenizer: Tokenizer, chunk: Chunk, held_out: float = 0.0) -> Encoded
         )
     contents = [text.encode() for text in chunk.texts]
     if chunk.part is None:
-        held = np.array([place_of(content) < held_out for content in contents], bool)
+        held = np.array([hash_to_unit(content) < held_out for content in contents], bool)
     else:
         held = np.full(len(contents), chunk.part == VALIDATION)
     num_bytes = np.array([len(content) for content in contents], np.int64)
-    return Encoded(wide.astype(token_dtype(tokenizer.num_tokens)), sizes, num_bytes, held)
+    return EncodedChunk(wide.astype(token_dtype(tokenizer.num_tokens)), sizes, num_bytes, held)
 
 
 def serve() -> None:
@@ -142,9 +145,9 @@ def serve() -> None:
             chunk = pickle.load(source)
         except EOFError:
             return
-        answer: Encoded | Exception
+        answer: EncodedChunk | Exception
         try:
-            answer = encode(tokenizer, chunk, held_out)
+            answer = encode_chunk(tokenizer, chunk, held_out)
         except DataError as error:
             answer = error
         except Exception:
@@ -193,10 +196,10 @@ class _Processes:
                 _pipe(process.stdin).close()
             _pipe(process.stdout).close()
 
-    def submit(self, chunk: Chunk) -> Future[Encoded]:
+    def submit(self, chunk: Chunk) -> Future[EncodedChunk]:
         return self._threads.submit(self._ask, chunk)
 
-    def _ask(self, chunk: Chunk) -> Encoded:
+    def _ask(self, chunk: Chunk) -> EncodedChunk:
         process = self._idle.get()
         try:
             pickle.dump(chunk, _pipe(process.stdin), pickle.HIGHEST_PROTOCOL)
@@ -227,11 +230,11 @@ def _numbered(chunks: Iterable[Chunk]) -> Iterator[tuple[int, Chunk]]:
         first += len(chunk.texts)
 
 
-def _finished(first: int, chunk: Chunk, answer: Future[Encoded]) -> tuple[Chunk, Encoded]:
+def _finished(first: int, chunk: Chunk, answer: Future[EncodedChunk]) -> tuple[Chunk, EncodedChunk]:
     return chunk, _named(answer.result, chunk, first)
 
 
-def _named(result: Any, chunk: Chunk, first: int) -> Encoded:
+def _named(result: Any, chunk: Chunk, first: int) -> EncodedChunk:
     try:
         return result()
     except Unencodable as error:

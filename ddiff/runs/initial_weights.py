@@ -9,7 +9,7 @@ import torch
 
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.checkpoint.weight_transfer import Source, carried
-from ddiff.clustering.files import model_embeddings
+from ddiff.clustering.files import load_model_embeddings
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.tokenizer import Tokenizer, load_tokenizer
 from ddiff.errors import ArgumentError, CheckpointError, DataError
@@ -42,7 +42,7 @@ def started(denoiser: Denoiser, tokenizer: Tokenizer, init: InitKeys) -> dict[st
 def start_from_model(denoiser: Denoiser, tokenizer: Tokenizer, source: str) -> dict[str, Any]:
     """The words' rows of the state embeddings from a model of the transformers library, the nodes from their words."""
     tables = [part for part in denoiser.backbone.modules() if isinstance(part, StateEmbedding)]
-    words = torch.from_numpy(model_embeddings(source, tokenizer.num_tokens))
+    words = torch.from_numpy(load_model_embeddings(source, tokenizer.num_tokens))
     if len(tables) != 1 or tables[0].embedding_dim != words.shape[1]:
         own = ", ".join(str(table.embedding_dim) for table in tables) or "no embeddings of states"
         raise ArgumentError(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ddiff.core.rng import CounterRng
 from ddiff.data.batch import Batch
 from ddiff.data.conditions import Conditions
-from ddiff.data.packing import Rows, batch_rows, rows_of_ids
+from ddiff.data.packing import Rows, batch_rows, pack_ids
 from ddiff.data.tokenizer import AlphabetTokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import UNPADDED, Context, Denoiser
@@ -273,7 +273,7 @@ def _random_rows(num_tokens: int, length: int, seed: int) -> Rows:
     ids = random.permutation(num_tokens)[
         random.choice(num_tokens, (STAND_IN_ROWS, length), p=share / share.sum())
     ]
-    return rows_of_ids(ids, num_tokens)
+    return pack_ids(ids, num_tokens)
 
 
 def _unigram(run: Run) -> float:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddiff.data.compression import open_plain
-from ddiff.data.paths import shown
-from ddiff.data.text import checked_text, text_lines
+from ddiff.data.compression import open_uncompressed
+from ddiff.data.paths import printable
+from ddiff.data.text import check_text, text_lines
 from ddiff.data.tokenizer import Tokenizer, Unencodable
 from ddiff.errors import ArgumentError, DataError, shortened
 
@@ -143,24 +143,24 @@ def framed(templates: Sequence[Template], length: int, filler: int) -> Frame:
 def read_prompts(path: str | Path) -> list[str]:
     """One prompt a line; blank lines are left out. DataError when there is none, or the file is no UTF-8 text."""
     try:
-        with open_plain(str(path)) as file:
+        with open_uncompressed(str(path)) as file:
             prompts = [
-                line for line in text_lines(file, shown(str(path))) if line and not line.isspace()
+                line
+                for line in text_lines(file, printable(str(path)))
+                if line and not line.isspace()
             ]
     except DataError as error:
         raise DataError(
             f"--prompts: {error} A UTF-8 text file is due, one prompt a line."
         ) from error
     if not prompts:
-        raise DataError(f"--prompts: {shown(str(path))} holds no prompt. Write one a line.")
+        raise DataError(f"--prompts: {printable(str(path))} holds no prompt. Write one a line.")
     return prompts
 
 
 def _check_text(text: str, argument: str) -> None:
     try:
-        checked_text(
-            text, f"{argument}: {shortened(text)!r}" if isinstance(text, str) else argument
-        )
+        check_text(text, f"{argument}: {shortened(text)!r}" if isinstance(text, str) else argument)
     except DataError as error:
         raise ArgumentError(str(error)) from error
 

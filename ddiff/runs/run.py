@@ -21,19 +21,23 @@ from ddiff.core.times import FlatTimes
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.batch import Batch
 from ddiff.data.cache import Cache
-from ddiff.data.conditions import Conditions, conditions_of
-from ddiff.data.corpus import Corpus, check_repetitions, shards_of, train_rows, validation_rows
+from ddiff.data.conditions import Conditions, read_conditions
+from ddiff.data.corpus import (
+    Corpus,
+    build_train_rows,
+    build_validation_rows,
+    check_repetitions,
+    load_or_build_shards,
+)
 from ddiff.data.documents import Documents
 from ddiff.data.packing import (
     PackedRows,
     Rows,
     batch_rows,
     pack_texts,
-    rows_fingerprint,
-    token_stream,
 )
-from ddiff.data.prefetch import Prefetched
-from ddiff.data.text import checked_text
+from ddiff.data.prefetch import Prefetcher
+from ddiff.data.text import check_text
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.distributed.blocks import compile_blocks, recompute_activations
 from ddiff.distributed.launcher import cores_alone
@@ -136,11 +140,11 @@ class Run:
 
     @cached_property
     def train_rows(self) -> Rows:
-        return train_rows(self.documents, self.tokenizer, self.recipe.length, self.cache)
+        return build_train_rows(self.documents, self.tokenizer, self.recipe.length, self.cache)
 
     @cached_property
     def validation_rows(self) -> PackedRows:
-        return validation_rows(self.documents, self.tokenizer, self.recipe.length, self.cache)
+        return build_validation_rows(self.documents, self.tokenizer, self.recipe.length, self.cache)
 
     @cached_property
     def train_conditions(self) -> Conditions:
@@ -151,7 +155,7 @@ class Run:
         return self._conditions(self.documents.validation)
 
     def _conditions(self, documents: Dataset) -> Conditions:
-        return conditions_of(
+        return read_conditions(
             documents, self.denoiser.condition_dropout, self.denoiser.condition_forms
         )
 
@@ -332,8 +336,8 @@ class Run:
         found = {
             "tokenizer": self.tokenizer.fingerprint,
             "vocabulary": self.vocabulary.fingerprint,
-            "training rows": rows_fingerprint(self.train_rows),
-            "validation rows": rows_fingerprint(self.validation_rows),
+            "training rows": self.train_rows.fingerprint,
+            "validation rows": self.validation_rows.fingerprint,
         }
         conditions = {
             "conditions": self.train_conditions,
@@ -349,9 +353,9 @@ class Run:
         return self.recipe.tracker.build(run_dir=str(self.run_dir), recipe=self.recipe.to_dict())
 
     @cached_property
-    def _batches(self) -> Prefetched[Batch]:
+    def _batches(self) -> Prefetcher[Batch]:
         """`_batch_at`, read ahead."""
-        return Prefetched(
+        return Prefetcher(
             self._batch_at,
             accumulate=self.recipe.train.accumulate,
             workers=self.recipe.backend_keys.workers,
@@ -430,9 +434,9 @@ class Run:
         )
 
     def _baselines(self, chosen: NDArray[np.int64]) -> Baselines:
-        streams = token_stream(self.train_rows, _COUNTED), token_stream(self.validation_rows)
+        streams = self.train_rows.stream(_COUNTED), self.validation_rows.stream()
         return baselines(
-            *streams, self.vocabulary.num_tokens, self.validation_rows.tokens_of(chosen)
+            *streams, self.vocabulary.num_tokens, self.validation_rows.tokens_in_rows(chosen)
         )
 
     def protocol(self) -> dict[str, Any]:
@@ -442,7 +446,7 @@ class Run:
         return {
             "window": list(keys.window),
             "tokenizer": self.tokenizer.fingerprint,
-            "data": rows_fingerprint(rows) + some,
+            "data": rows.fingerprint + some,
             "conditions": sorted(self.validation_conditions.values),
         }
 
@@ -459,9 +463,7 @@ class Run:
             raise ArgumentError(
                 f"run.nelbo: texts must be a list of texts, each a document; got {texts!r}. Write [text]."
             )
-        texts = [
-            checked_text(text, f"run.nelbo: text {number}") for number, text in enumerate(texts)
-        ]
+        texts = [check_text(text, f"run.nelbo: text {number}") for number, text in enumerate(texts)]
         given = told(self.denoiser, conditions or {}, len(texts))
         rows = pack_texts(texts, self.tokenizer, self.recipe.length)
         return self._score(rows, np.arange(len(rows)), draws, Conditions(given.values))
@@ -610,8 +612,8 @@ def build_run(recipe: Recipe, given: Overrides) -> Run:
     with backend.first():
         documents = build_documents(recipe, cache)
         tokenizer = recipe.tokenizer.build(documents=documents, cache=cache)
-        rows = train_rows(documents, tokenizer, recipe.length, cache)
-        check_repetitions(documents, shards_of(documents, tokenizer, cache))
+        rows = build_train_rows(documents, tokenizer, recipe.length, cache)
+        check_repetitions(documents, load_or_build_shards(documents, tokenizer, cache))
         vocabulary = given.vocabulary or (given.process.vocabulary if given.process else None)
         if vocabulary is None:
             vocabulary = recipe.vocabulary.build(tokenizer=tokenizer, rows=rows, cache=cache)

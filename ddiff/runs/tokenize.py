@@ -7,8 +7,8 @@ import time
 from typing import NamedTuple
 
 from ddiff.data.cache import Cache
-from ddiff.data.corpus import StreamedCorpus, check_repetitions, copy_shards, shards_of
-from ddiff.data.packing import rows_of_stream
+from ddiff.data.corpus import StreamedCorpus, check_repetitions, copy_shards, load_or_build_shards
+from ddiff.data.packing import pack_stream
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
 from ddiff.recipe.model import Recipe
 from ddiff.run_dir.destination import check_destination, takes_no_files
@@ -34,11 +34,11 @@ def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
     tokenizer = recipe.tokenizer.build(documents=documents, cache=cache)
     began = time.time()
     with recipe.data.blamed():
-        made = shards_of(documents, tokenizer, cache)
+        made = load_or_build_shards(documents, tokenizer, cache)
         check_repetitions(documents, made)
         streams = {part: made.stream(part) for part in (TRAIN, VALIDATION)}
         rows = {
-            part: rows_of_stream(stream, tokenizer, recipe.length, separate=part == VALIDATION)
+            part: pack_stream(stream, tokenizer, recipe.length, separate=part == VALIDATION)
             for part, stream in streams.items()
         }
     tokens, seconds = made.written_since(began)

@@ -32,9 +32,9 @@ class Bundled:
 
     @staticmethod
     def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
-        from ddiff import bundled_novels
+        from ddiff import load_bundled_novels
 
-        return bundled_novels()
+        return load_bundled_novels()
 
 
 class Text:
@@ -52,9 +52,9 @@ class Text:
 
     @staticmethod
     def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
-        from ddiff import text_files
+        from ddiff import read_text_files
 
-        return text_files(
+        return read_text_files(
             config.files,
             validation=config.validation,
             held_out=config.held_out,
@@ -91,9 +91,9 @@ class JsonLines:
 
     @staticmethod
     def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
-        from ddiff import json_lines
+        from ddiff import read_json_lines
 
-        return json_lines(
+        return read_json_lines(
             config.files,
             text=config.text,
             labels=config.labels,
@@ -126,9 +126,9 @@ class Symbols:
 
     @staticmethod
     def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
-        from ddiff import symbol_rows
+        from ddiff import read_symbol_rows
 
-        return symbol_rows(
+        return read_symbol_rows(
             config.files,
             length=length,
             validation=config.validation,
@@ -147,9 +147,9 @@ class Symbols:
 
 
 def _check_files(config: Text.Config | JsonLines.Config | Symbols.Config) -> None:
-    from ddiff import find_parts
+    from ddiff import find_train_and_validation
 
-    find_parts(config.files, config.validation)
+    find_train_and_validation(config.files, config.validation)
 
 
 class TokenisedConfig(ComponentConfig):
@@ -191,11 +191,11 @@ class Files:
     @staticmethod
     def preview(config: Config) -> SourceCorpus | StreamedCorpus:
         """The corpus, of which no file is read yet: files that are missing or of several formats are refused."""
-        from ddiff import file_texts
+        from ddiff import open_file_source
 
         def texts(files: tuple[str, ...]) -> TextSource:
             format = None if config.format == "auto" else config.format
-            return file_texts(files, format=format, column=config.column, split=config.split)
+            return open_file_source(files, format=format, column=config.column, split=config.split)
 
         validation = texts(config.validation) if config.validation else None
         return _corpus(config, texts(config.files), validation)
@@ -225,10 +225,10 @@ class Hub:
     def build(
         config: Config, *, length: int, seed: int, cache: Cache | None
     ) -> SourceCorpus | StreamedCorpus:
-        from ddiff import hub_texts
+        from ddiff import open_hub_source
 
         def texts(split: str) -> TextSource:
-            return hub_texts(
+            return open_hub_source(
                 config.name,
                 config=config.config,
                 split=split,

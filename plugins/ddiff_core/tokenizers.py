@@ -27,7 +27,7 @@ class BytePair:
 
     @staticmethod
     def build(config: Config, *, documents: Documents, cache: Cache | None) -> Tokenizer:
-        from ddiff import BytePairTokenizer, load_tokenizer, text_fingerprint
+        from ddiff import BytePairTokenizer, fingerprint_texts, load_tokenizer
 
         def train() -> Tokenizer:
             return BytePairTokenizer.train(documents.train["text"], config.size)
@@ -38,9 +38,9 @@ class BytePair:
         if cache is None:
             tokenizer = train()
         else:
-            inputs = {"documents": text_fingerprint(documents.train), "size": config.size}
+            inputs = {"documents": fingerprint_texts(documents.train), "size": config.size}
             tokenizer = load_tokenizer(
-                str(cache.entry("byte_pairs", inputs, write) / "tokenizer.json")
+                str(cache.load_or_build("byte_pairs", inputs, write) / "tokenizer.json")
             )
         if tokenizer.num_tokens < config.size:
             given = (tokenizer.num_tokens, config.size)

@@ -83,7 +83,7 @@ class Clusters:
             cls._tree(config, tokenizer, rows).save(str(place / "vocabulary.safetensors"))
 
         return Vocabulary.load(
-            str(cache.entry("clusters", inputs, write) / "vocabulary.safetensors")
+            str(cache.load_or_build("clusters", inputs, write) / "vocabulary.safetensors")
         )
 
     @staticmethod
@@ -132,14 +132,14 @@ class Clusters:
 
     @staticmethod
     def _embeddings(config: Config, tokenizer: Tokenizer, rows: Rows | None) -> Any:
-        from ddiff import cooccurrence_embeddings, model_embeddings, read_embeddings, token_stream
+        from ddiff import compute_cooccurrence_embeddings, load_model_embeddings, read_embeddings
 
         if config.model is not None:
-            return model_embeddings(config.model, tokenizer.num_tokens)
+            return load_model_embeddings(config.model, tokenizer.num_tokens)
         if config.source != COOCCURRENCE:
             return read_embeddings(config.source, tokenizer.num_tokens)
-        ids, document = token_stream(_needed(rows), COUNTED)
-        return cooccurrence_embeddings(
+        ids, document = _needed(rows).stream(COUNTED)
+        return compute_cooccurrence_embeddings(
             ids,
             document,
             tokenizer.num_tokens,
@@ -151,10 +151,8 @@ class Clusters:
     @classmethod
     def _source_fingerprint(cls, config: Config, tokenizer: Tokenizer, rows: Rows | None) -> str:
         """Of what the embeddings come from: counting costs more than the fingerprint of rows, reading a matrix does not."""
-        from ddiff import rows_fingerprint
-
         if config.model is None and config.source == COOCCURRENCE:
-            return rows_fingerprint(_needed(rows))
+            return _needed(rows).fingerprint
         return hashlib.sha256(cls._embeddings(config, tokenizer, rows).tobytes()).hexdigest()
 
 

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from ddiff.clustering import cooccurrence
-from ddiff.clustering.cooccurrence import cooccurrence_embeddings
+from ddiff.clustering.cooccurrence import compute_cooccurrence_embeddings
 from ddiff.errors import ArgumentError
 
 
@@ -56,14 +56,14 @@ def test_counts_are_those_of_the_definition(
 def test_words_of_one_topic_point_one_way() -> None:
     # Each document keeps to one topic: windows that crossed into the next document would mix the topics.
     ids, document = two_topics()
-    similarity = cosine(cooccurrence_embeddings(ids, document, 10, width=4))
+    similarity = cosine(compute_cooccurrence_embeddings(ids, document, 10, width=4))
     within = min(similarity[:5, :5].min(), similarity[5:, 5:].min())
     assert within > similarity[:5, 5:].max() + 0.5
 
 
 def test_the_vectors_have_the_asked_width_and_unseen_words_none() -> None:
     ids, document = two_topics(500)
-    vectors = cooccurrence_embeddings(ids, document, 30, width=64)
+    vectors = compute_cooccurrence_embeddings(ids, document, 30, width=64)
     assert (vectors.shape, vectors.dtype) == ((30, 64), np.float32)
     assert (vectors[10:] == 0).all()
     assert np.isfinite(vectors).all()
@@ -74,9 +74,9 @@ def test_the_vectors_are_a_function_of_their_input_and_leave_the_generator_alone
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first = cooccurrence_embeddings(ids, document, 10, width=4)
+    first = compute_cooccurrence_embeddings(ids, document, 10, width=4)
     assert torch.rand(1) == expected
-    assert np.array_equal(first, cooccurrence_embeddings(ids, document, 10, width=4))
+    assert np.array_equal(first, compute_cooccurrence_embeddings(ids, document, 10, width=4))
 
 
 def test_only_the_most_frequent_words_are_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_only_the_most_frequent_words_are_contexts(monkeypatch: pytest.MonkeyPat
 
 
 def test_words_that_never_meet_are_no_error() -> None:
-    vectors = cooccurrence_embeddings(
+    vectors = compute_cooccurrence_embeddings(
         np.array([0, 1, 2], np.int32), np.array([0, 1, 2], np.int32), 3, width=2
     )
     assert (vectors == 0).all()
@@ -104,6 +104,6 @@ def test_words_that_never_meet_are_no_error() -> None:
 )
 def test_impossible_input_is_explained(ids: list[int], settings: dict[str, int], told: str) -> None:
     with pytest.raises(ArgumentError, match=told):
-        cooccurrence_embeddings(
+        compute_cooccurrence_embeddings(
             np.array(ids, np.int32), np.zeros(len(ids), np.int32), 5, **settings
         )  # type: ignore[arg-type]

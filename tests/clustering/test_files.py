@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import save_file
 from transformers import BertConfig, BertModel
 
-from ddiff.clustering.files import model_embeddings, read_clusters, read_embeddings
+from ddiff.clustering.files import load_model_embeddings, read_clusters, read_embeddings
 from ddiff.errors import DataError
 
 WORDS = np.array([0, 1, 1, 2, 0, 3], dtype=np.int64)
@@ -158,12 +158,12 @@ def test_embeddings_of_a_model_are_its_input_table(tmp_path: Path) -> None:
     model = BertModel(config)
     model.save_pretrained(tmp_path)
     table = model.get_input_embeddings().weight.detach().numpy()
-    assert np.array_equal(model_embeddings(str(tmp_path), 20), table)
-    assert np.array_equal(model_embeddings(str(tmp_path), 17), table[:17])  # a padded table
+    assert np.array_equal(load_model_embeddings(str(tmp_path), 20), table)
+    assert np.array_equal(load_model_embeddings(str(tmp_path), 17), table[:17])  # a padded table
     with pytest.raises(DataError, match="20 rows, but the tokenizer has 21"):
-        model_embeddings(str(tmp_path), 21)
+        load_model_embeddings(str(tmp_path), 21)
 
 
 def test_no_model_to_be_had_is_explained(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No model from"):
-        model_embeddings(str(tmp_path), 3)
+        load_model_embeddings(str(tmp_path), 3)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddiff.data.sources import TextSource, file_texts
+from ddiff.data.sources import TextSource, open_file_source
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.data.tokenizer_workers import Chunk
 
@@ -44,7 +44,7 @@ def json_file(path: Path, texts: list[str]) -> str:
 
 
 def source_of(folder: Path, texts: list[str]) -> TextSource:
-    return file_texts([parquet_files(folder, texts)])
+    return open_file_source([parquet_files(folder, texts)])
 
 
 def chunks_of(texts: list[str], at_once: int = 8) -> Any:

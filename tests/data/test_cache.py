@@ -29,12 +29,12 @@ class Builder:
 
 def test_equal_inputs_find_the_entry_and_others_do_not(tmp_path: Path) -> None:
     build = Builder()
-    first = Cache(tmp_path).entry("rows", {"a": 1, "b": [2, 3]}, build)
-    assert Cache(tmp_path).entry("rows", {"b": [2, 3], "a": 1}, build) == first
+    first = Cache(tmp_path).load_or_build("rows", {"a": 1, "b": [2, 3]}, build)
+    assert Cache(tmp_path).load_or_build("rows", {"b": [2, 3], "a": 1}, build) == first
     assert build.calls == 1
     others = [
-        Cache(tmp_path).entry("rows", {"a": 1, "b": [3, 2]}, build),
-        Cache(tmp_path).entry("trees", {"a": 1}, build),
+        Cache(tmp_path).load_or_build("rows", {"a": 1, "b": [3, 2]}, build),
+        Cache(tmp_path).load_or_build("trees", {"a": 1}, build),
     ]
     assert build.calls == 3
     assert len({first, *others}) == 3
@@ -46,9 +46,9 @@ def test_a_failing_build_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("interrupted")
 
     with pytest.raises(RuntimeError, match="interrupted"):
-        Cache(tmp_path).entry("rows", {}, fail)
+        Cache(tmp_path).load_or_build("rows", {}, fail)
     assert list((tmp_path / "rows").iterdir()) == []
-    assert (Cache(tmp_path).entry("rows", {}, Builder()) / "file").read_text() == "content"
+    assert (Cache(tmp_path).load_or_build("rows", {}, Builder()) / "file").read_text() == "content"
 
 
 def test_a_killed_build_leaves_no_entry(tmp_path: Path) -> None:
@@ -58,12 +58,12 @@ def test_a_killed_build_leaves_no_entry(tmp_path: Path) -> None:
         "def build(place):\n"
         "    (place / 'file').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Cache(sys.argv[1]).entry('rows', {}, build)\n"
+        "Cache(sys.argv[1]).load_or_build('rows', {}, build)\n"
     )
     ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=os.environ)
     assert ended.returncode == -signal.SIGKILL
     build = Builder()
-    assert (Cache(tmp_path).entry("rows", {}, build) / "file").read_text() == "content"
+    assert (Cache(tmp_path).load_or_build("rows", {}, build) / "file").read_text() == "content"
     assert build.calls == 1
 
 
@@ -72,7 +72,7 @@ def test_a_damaged_entry_is_built_again(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     build = Builder()
-    entry = Cache(tmp_path).entry("rows", {"a": 1}, build)
+    entry = Cache(tmp_path).load_or_build("rows", {"a": 1}, build)
     contents = entry / "entry.json"
     if damage == "truncated":
         (entry / "file").write_text("con")
@@ -84,7 +84,7 @@ def test_a_damaged_entry_is_built_again(
         contents.unlink()
     else:
         contents.write_text('{"format"')
-    again = Cache(tmp_path).entry("rows", {"a": 1}, build)
+    again = Cache(tmp_path).load_or_build("rows", {"a": 1}, build)
     assert build.calls == 2
     assert (again / "file").read_text() == "content"
     assert str(entry) in caplog.text
@@ -95,10 +95,10 @@ def test_the_slower_of_two_builders_keeps_the_first_entry(tmp_path: Path) -> Non
     cache = Cache(tmp_path)
 
     def slow(place: Path) -> None:
-        cache.entry("rows", {}, Builder("first"))
+        cache.load_or_build("rows", {}, Builder("first"))
         (place / "file").write_text("second")
 
-    assert (cache.entry("rows", {}, slow) / "file").read_text() == "first"
+    assert (cache.load_or_build("rows", {}, slow) / "file").read_text() == "first"
 
 
 def test_the_root_comes_from_the_environment(
@@ -116,4 +116,4 @@ def test_roots_that_cannot_hold_entries_are_explained(tmp_path: Path) -> None:
         Cache("memory://cache")
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="DDIFF_CACHE"):
-        Cache(tmp_path / "file").entry("rows", {}, Builder())
+        Cache(tmp_path / "file").load_or_build("rows", {}, Builder())

@@ -17,7 +17,7 @@ from ddiff_core.vocabularies import Clusters, File, Flat
 from pydantic import ValidationError
 
 from ddiff.data.cache import Cache
-from ddiff.data.documents import Documents, from_texts
+from ddiff.data.documents import Documents, documents_from_texts
 from ddiff.data.packing import pack
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
@@ -33,7 +33,7 @@ def sentences(count: int, seed: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def documents() -> Documents:
-    return Documents(from_texts(sentences(20, 0)), from_texts(sentences(3, 1)))
+    return Documents(documents_from_texts(sentences(20, 0)), documents_from_texts(sentences(3, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_byte_pairs_come_from_the_training_part_and_are_cached(
             BytePair.build(config, documents=documents, cache=cache).fingerprint
             == direct.fingerprint
         )
-    elsewhere = Documents(documents.train, from_texts(["other words"]))
+    elsewhere = Documents(documents.train, documents_from_texts(["other words"]))
     assert (
         BytePair.build(config, documents=elsewhere, cache=cache).fingerprint == direct.fingerprint
     )
@@ -125,7 +125,7 @@ def test_a_corpus_with_too_few_byte_pairs_says_so(
 
 
 def test_an_automatic_alphabet_knows_the_validation_rows_too() -> None:
-    rows = Documents(from_texts(["CA"]), from_texts(["GT"]))
+    rows = Documents(documents_from_texts(["CA"]), documents_from_texts(["GT"]))
     assert Alphabet.build(Alphabet.Config(), documents=rows, cache=None).tokens() == list("ACGT")
     assert Alphabet.build(
         Alphabet.Config(symbols="TGCA"), documents=rows, cache=None
@@ -256,7 +256,7 @@ def test_one_cluster_stands_under_the_mask(tokenizer: BytePairTokenizer) -> None
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "ddiff.model_embeddings", lambda source, num_tokens: embeddings, raising=False
+            "ddiff.load_model_embeddings", lambda source, num_tokens: embeddings, raising=False
         )
         built = build_clusters(tokenizer, sizes=(1,), model="somewhere")
     seen = Clusters.preview(Clusters.Config(sizes=(1,)), num_tokens=tokenizer.num_tokens)

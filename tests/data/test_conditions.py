@@ -14,9 +14,9 @@ from ddiff_core.data import JsonLines
 
 from ddiff.data.cache import Cache
 from ddiff.data.condition_forms import Label, Vector
-from ddiff.data.conditions import conditions_of
+from ddiff.data.conditions import read_conditions
 from ddiff.data.documents import Documents
-from ddiff.data.jsonl import json_lines
+from ddiff.data.jsonl import read_json_lines
 from ddiff.data.packing import batch_rows, pack
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
@@ -42,13 +42,15 @@ def written(folder: Path, lines: list[Any], name: str = "some.jsonl") -> str:
 
 def read(file: str, cache: Cache | None = None) -> Documents:
     other = written(Path(file).parent, [{"text": "held out"}], "held_out.jsonl")
-    return json_lines([file], labels=["author"], vectors=["style"], validation=[other], cache=cache)
+    return read_json_lines(
+        [file], labels=["author"], vectors=["style"], validation=[other], cache=cache
+    )
 
 
 def test_fields_become_columns_and_absence_stays(file: str, tmp_path: Path) -> None:
     documents = read(file)
     assert documents.train["text"][:] == [line["text"] for line in LINES]
-    values = conditions_of(documents.train, ["author", "style"]).values
+    values = read_conditions(documents.train, ["author", "style"]).values
     assert values["author"].tolist() == [2, -1, 0]
     torch.testing.assert_close(
         values["style"],
@@ -57,15 +59,18 @@ def test_fields_become_columns_and_absence_stays(file: str, tmp_path: Path) -> N
         rtol=0,
         atol=0,
     )
-    cached = conditions_of(read(file, Cache(tmp_path / "cache")).train, ["author", "style"])
-    assert cached.fingerprint == conditions_of(documents.train, ["author", "style"]).fingerprint
-    assert cached.fingerprint != conditions_of(documents.train, ["author"]).fingerprint
+    cached = read_conditions(read(file, Cache(tmp_path / "cache")).train, ["author", "style"])
+    assert cached.fingerprint == read_conditions(documents.train, ["author", "style"]).fingerprint
+    assert cached.fingerprint != read_conditions(documents.train, ["author"]).fingerprint
 
 
 def test_in_packed_rows_every_position_has_its_own_document_s(file: str) -> None:
     documents = read(file).train
     tokenizer = BytePairTokenizer.train(documents["text"], 260)
-    rows, conditions = pack(documents, tokenizer, 8), conditions_of(documents, ["author", "style"])
+    rows, conditions = (
+        pack(documents, tokenizer, 8),
+        read_conditions(documents, ["author", "style"]),
+    )
     batch = batch_rows(rows, np.arange(len(rows)), conditions=conditions)
     assert batch.packed
     assert batch.conditions["author"].shape == batch.ids.shape
@@ -81,7 +86,7 @@ def test_in_packed_rows_every_position_has_its_own_document_s(file: str) -> None
 def test_a_row_of_one_document_has_one_value() -> None:
     documents = Dataset.from_dict({"text": ["ACGT", "TTTT"], "kind": [1, 0]})
     rows = pack(documents, AlphabetTokenizer("ACGT"), 4)
-    batch = batch_rows(rows, [1, 0, 1], conditions=conditions_of(documents, ["kind"]))
+    batch = batch_rows(rows, [1, 0, 1], conditions=read_conditions(documents, ["kind"]))
     assert batch.conditions["kind"].tolist() == [0, 1, 0]
 
 
@@ -123,7 +128,7 @@ def test_what_is_no_json_or_no_name_of_its_own_is_refused(tmp_path: Path, file: 
     with pytest.raises(DataError, match=r"broken\.jsonl line 2 is no JSON"):
         read(str(tmp_path / "broken.jsonl"))
     with pytest.raises(ArgumentError, match="author"):
-        json_lines([file], labels=["author"], vectors=["author"], validation=[file])
+        read_json_lines([file], labels=["author"], vectors=["author"], validation=[file])
 
 
 def test_columns_that_cannot_be_conditions_are_explained() -> None:
@@ -131,21 +136,23 @@ def test_columns_that_cannot_be_conditions_are_explained() -> None:
         {"text": ["a", "b"], "kind": ["x", "y"], "wide": [[1.0], [1.0, 2.0]], "none": [None] * 2}
     )
     with pytest.raises(DataError, match=r"\[denoiser\] conditions.*\['kind', 'wide', 'none'\]"):
-        conditions_of(documents, ["author"])
+        read_conditions(documents, ["author"])
     with pytest.raises(DataError, match="'x'"):
-        conditions_of(documents, ["kind"])
+        read_conditions(documents, ["kind"])
     with pytest.raises(DataError, match=r"several lengths, \[1, 2\]"):
-        conditions_of(documents, ["wide"])
+        read_conditions(documents, ["wide"])
     with pytest.raises(DataError, match="none"):
-        conditions_of(documents, ["none"])
+        read_conditions(documents, ["none"])
     with pytest.raises(DataError, match="-3"):
-        conditions_of(Dataset.from_dict({"text": ["a"], "kind": [-3]}), ["kind"])
+        read_conditions(Dataset.from_dict({"text": ["a"], "kind": [-3]}), ["kind"])
 
 
 def test_a_part_without_any_label_has_none(tmp_path: Path) -> None:
     file, bare = written(tmp_path, LINES), written(tmp_path, [{"text": "x"}], "bare.jsonl")
-    part = json_lines([file], labels=["author"], vectors=["style"], validation=[bare]).validation
-    values = conditions_of(part, ["author", "style"], {"style": Vector(2)}).values
+    part = read_json_lines(
+        [file], labels=["author"], vectors=["style"], validation=[bare]
+    ).validation
+    values = read_conditions(part, ["author", "style"], {"style": Vector(2)}).values
     assert values["author"].tolist() == [-1]
     assert values["style"].shape == (1, 2)
     assert bool(values["style"].isnan().all())
@@ -162,16 +169,16 @@ def test_a_field_with_a_value_in_no_line_is_refused_cached_or_not(
         written(tmp_path, LINES),
         written(tmp_path, [line], "bare.jsonl"),
     )
-    json_lines(
+    read_json_lines(
         [file], labels=["author"], validation=[bare], cache=cache
     )  # now its documents are cached
     for labels, kept in ((["author"], None), (["author"], cache)):
         with pytest.raises(
             DataError, match=r'labels names the field "author".*bare\.jsonl.*Did you mean "auhtor"'
         ):
-            json_lines([bare], labels=labels, validation=[file], cache=kept)
+            read_json_lines([bare], labels=labels, validation=[file], cache=kept)
     with pytest.raises(DataError, match=r'vectors names the field "author".*no fields'):
-        json_lines([written(tmp_path, [{"text": "x"}])], vectors=["author"], validation=[bare])
+        read_json_lines([written(tmp_path, [{"text": "x"}])], vectors=["author"], validation=[bare])
 
 
 def test_columns_of_another_form_than_the_denoiser_reads_are_refused() -> None:
@@ -183,8 +190,8 @@ def test_columns_of_another_form_than_the_denoiser_reads_are_refused() -> None:
         ("wide", Vector()),
     ):
         assert (
-            conditions_of(documents, [name], {name: form}).fingerprint
-            == conditions_of(documents, [name]).fingerprint
+            read_conditions(documents, [name], {name: form}).fingerprint
+            == read_conditions(documents, [name]).fingerprint
         )
     for name, form, expected in (
         ("kind", Label(4), r'label 4 in "kind".*4 classes.*classes = 5'),
@@ -193,4 +200,4 @@ def test_columns_of_another_form_than_the_denoiser_reads_are_refused() -> None:
         ("wide", Label(3), r'length 2 in "wide".*3 classes'),
     ):
         with pytest.raises(DataError, match=expected):
-            conditions_of(documents, [name], {name: form})
+            read_conditions(documents, [name], {name: form})

@@ -19,11 +19,11 @@ from ddiff_core.tokenizers import BytePair, Saved
 
 from ddiff.data.cache import Cache
 from ddiff.data.condition_forms import Label
-from ddiff.data.conditions import conditions_of
-from ddiff.data.corpus import SourceCorpus, train_rows, validation_rows
-from ddiff.data.documents import divided, from_texts
-from ddiff.data.packing import pack, rows_fingerprint
-from ddiff.data.sources import file_texts, hub_texts
+from ddiff.data.conditions import read_conditions
+from ddiff.data.corpus import SourceCorpus, build_train_rows, build_validation_rows
+from ddiff.data.documents import divided, documents_from_texts
+from ddiff.data.packing import pack
+from ddiff.data.sources import open_file_source, open_hub_source
 from ddiff.errors import ArgumentError, DataError
 
 TEXTS = sentences(200)
@@ -51,19 +51,23 @@ def test_files_of_every_format_and_place_give_their_texts(tmp_path: Path) -> Non
         in_memory("corpora/a.txt", plain),
     ]
     for place in places:
-        assert read(file_texts([place])) == TEXTS, place
+        assert read(open_file_source([place])) == TEXTS, place
 
 
 def test_a_glob_takes_files_by_name_and_patterns_in_order(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         json_file(tmp_path / f"{name}.jsonl", [name])
-    assert read(file_texts([f"{tmp_path}/[bc].jsonl", f"{tmp_path}/a.jsonl"])) == ["b", "c", "a"]
+    assert read(open_file_source([f"{tmp_path}/[bc].jsonl", f"{tmp_path}/a.jsonl"])) == [
+        "b",
+        "c",
+        "a",
+    ]
 
 
 def test_a_text_file_is_split_as_asked_and_blank_documents_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n\n \n\nthree")
     pieces = {
-        split: read(file_texts([str(tmp_path / "a.txt")], split=split))
+        split: read(open_file_source([str(tmp_path / "a.txt")], split=split))
         for split in ("line", "paragraph", "file")
     }
     assert pieces["line"] == ["one", "two", "three"]
@@ -73,7 +77,7 @@ def test_a_text_file_is_split_as_asked_and_blank_documents_are_left_out(tmp_path
 
 def test_a_local_folder_is_read_as_a_data_set_of_the_hub_is(tmp_path: Path) -> None:
     parquet_files(tmp_path / "set" / "data", TEXTS, column="body")
-    assert read(hub_texts(str(tmp_path / "set"), column="body")) == TEXTS
+    assert read(open_hub_source(str(tmp_path / "set"), column="body")) == TEXTS
 
 
 @pytest.mark.parametrize("made", ["parquet", "json"])
@@ -87,9 +91,9 @@ def test_from_any_cursor_exactly_the_rest_is_read(tmp_path: Path, made: str) -> 
         else json_file(tmp_path / "a.jsonl", texts)
     )
     read_before: list[str] = []
-    for chunk in file_texts([place]).chunks():
+    for chunk in open_file_source([place]).chunks():
         read_before += chunk.texts
-        rest = read(file_texts([place]), json.loads(json.dumps(chunk.cursor)))
+        rest = read(open_file_source([place]), json.loads(json.dumps(chunk.cursor)))
         assert read_before + rest == texts
 
 
@@ -106,7 +110,7 @@ def corpora(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_large_and_small_corpora_have_the_same_rows(tmp_path: Path) -> None:
-    direct = divided(from_texts(TEXTS), 0.2, "")
+    direct = divided(documents_from_texts(TEXTS), 0.2, "")
     train, validation = (
         pack(direct.train, TOKENIZER, 16),
         pack(direct.validation, TOKENIZER, 16, separate=True),
@@ -114,9 +118,9 @@ def test_large_and_small_corpora_have_the_same_rows(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
     for corpus in corpora(tmp_path).values():
         for _ in range(2):
-            assert rows_fingerprint(train_rows(corpus, TOKENIZER, 16, cache)) == train.fingerprint
+            assert build_train_rows(corpus, TOKENIZER, 16, cache).fingerprint == train.fingerprint
             assert (
-                rows_fingerprint(validation_rows(corpus, TOKENIZER, 16, cache))
+                build_validation_rows(corpus, TOKENIZER, 16, cache).fingerprint
                 == validation.fingerprint
             )
         assert list(corpus.train["text"]) == direct.train["text"][:]
@@ -128,21 +132,21 @@ def test_validation_files_are_the_validation_part(tmp_path: Path) -> None:
         parquet_files(tmp_path / "t", TEXTS),
         json_file(tmp_path / "v.jsonl", ["held", "out"]),
     )
-    corpus = SourceCorpus(file_texts([source]), file_texts([other]))
+    corpus = SourceCorpus(open_file_source([source]), open_file_source([other]))
     cache = Cache(tmp_path / "cache")
-    due = pack(from_texts(["held", "out"]), TOKENIZER, 16, separate=True)
-    assert validation_rows(corpus, TOKENIZER, 16, cache).fingerprint == due.fingerprint
+    due = pack(documents_from_texts(["held", "out"]), TOKENIZER, 16, separate=True)
+    assert build_validation_rows(corpus, TOKENIZER, 16, cache).fingerprint == due.fingerprint
     assert (
-        train_rows(corpus, TOKENIZER, 16, cache).fingerprint
-        == pack(from_texts(TEXTS), TOKENIZER, 16).fingerprint
+        build_train_rows(corpus, TOKENIZER, 16, cache).fingerprint
+        == pack(documents_from_texts(TEXTS), TOKENIZER, 16).fingerprint
     )
     assert list(corpus.validation["text"]) == ["held", "out"]
 
 
 def test_from_any_cursor_of_two_sources_exactly_the_rest_is_read(tmp_path: Path) -> None:
     corpus = SourceCorpus(
-        file_texts([parquet_files(tmp_path / "t", sentences(150))]),
-        file_texts([parquet_files(tmp_path / "v", TEXTS)]),
+        open_file_source([parquet_files(tmp_path / "t", sentences(150))]),
+        open_file_source([parquet_files(tmp_path / "v", TEXTS)]),
     )
     whole = [(chunk.part, text) for chunk in corpus.chunks() for text in chunk.texts]
     before: list[Any] = []
@@ -155,13 +159,13 @@ def test_from_any_cursor_of_two_sources_exactly_the_rest_is_read(tmp_path: Path)
 def test_shards_are_found_by_source_and_tokenizer_and_read_by_any_length(tmp_path: Path) -> None:
     corpus, cache = corpora(tmp_path)["hub"], Cache(tmp_path / "cache")
     for length in (8, 16):
-        train_rows(corpus, TOKENIZER, length, cache)
+        build_train_rows(corpus, TOKENIZER, length, cache)
     assert len(list((tmp_path / "cache" / "shards").iterdir())) == 1
     json_file(tmp_path / "a.jsonl", TEXTS)
     files = [str(tmp_path / "a.jsonl")]
-    train_rows(SourceCorpus(file_texts(files), held_out=0.2), TOKENIZER, 8, cache)
+    build_train_rows(SourceCorpus(open_file_source(files), held_out=0.2), TOKENIZER, 8, cache)
     json_file(tmp_path / "a.jsonl", [*TEXTS, "one more"])
-    train_rows(SourceCorpus(file_texts(files), held_out=0.2), TOKENIZER, 8, cache)
+    build_train_rows(SourceCorpus(open_file_source(files), held_out=0.2), TOKENIZER, 8, cache)
     assert len(list((tmp_path / "cache" / "shards").iterdir())) == 3
 
 
@@ -178,8 +182,8 @@ def test_shards_made_elsewhere_are_a_corpus_with_their_tokenizer(tmp_path: Path)
             Saved.Config(path=f"{path}/tokenizer.json"), documents=again, cache=cache
         )
         assert (
-            train_rows(again, saved, 8, cache).fingerprint
-            == train_rows(corpus, TOKENIZER, 8, cache).fingerprint
+            build_train_rows(again, saved, 8, cache).fingerprint
+            == build_train_rows(corpus, TOKENIZER, 8, cache).fingerprint
         )
         with pytest.raises(DataError, match='kind = "saved"'):
             BytePair.build(BytePair.Config(size=300), documents=again, cache=cache)
@@ -192,7 +196,7 @@ def test_shards_made_elsewhere_are_a_corpus_with_their_tokenizer(tmp_path: Path)
 
 
 def test_a_tokenizer_learned_from_a_large_corpus_is_cached(tmp_path: Path) -> None:
-    direct = divided(from_texts(TEXTS), 0.2, "")
+    direct = divided(documents_from_texts(TEXTS), 0.2, "")
     due = BytePair.build(BytePair.Config(size=270), documents=direct, cache=None)
     for _ in range(2):
         built = BytePair.build(
@@ -214,7 +218,7 @@ def corpora_of(tmp_path: Path) -> Any:
 
 def test_conditions_of_a_large_corpus_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match='kind that carries it, such as "jsonl"'):
-        conditions_of(corpora(tmp_path)["hub"].train, ["author"], {"author": Label(2)})
+        read_conditions(corpora(tmp_path)["hub"].train, ["author"], {"author": Label(2)})
 
 
 def faults(folder: Path) -> dict[str, Any]:
@@ -228,32 +232,41 @@ def faults(folder: Path) -> dict[str, Any]:
     (folder / "torn.parquet").write_bytes(b"PAR1 and no more")
     (folder / "a.csv").write_text("text\na\n")
     return {
-        "column": (lambda: file_texts([parquet]), r'no column "text"; it has \[.body., .n.\]'),
+        "column": (
+            lambda: open_file_source([parquet]),
+            r'no column "text"; it has \[.body., .n.\]',
+        ),
         "field": (
-            lambda: file_texts([lines], column="txt"),
+            lambda: open_file_source([lines], column="txt"),
             r'no column "txt".*Did you mean "text"',
         ),
         "number": (
-            lambda: file_texts([parquet], column="n"),
+            lambda: open_file_source([parquet], column="n"),
             r'column "n" must hold text; it holds 0 \(int\)',
         ),
         "latin": (
-            lambda: file_texts([str(folder / "latin.txt")]),
+            lambda: open_file_source([str(folder / "latin.txt")]),
             r"latin\.txt is not UTF-8: byte 0xe9 at offset 3",
         ),
         "json": (
-            lambda: file_texts([str(folder / "latin.jsonl")]),
+            lambda: open_file_source([str(folder / "latin.jsonl")]),
             r"latin\.jsonl is not UTF-8: byte 0xe9 at offset 28",
         ),
-        "torn": (lambda: file_texts([str(folder / "torn.jsonl")]), r"torn\.jsonl.*cannot be read"),
+        "torn": (
+            lambda: open_file_source([str(folder / "torn.jsonl")]),
+            r"torn\.jsonl.*cannot be read",
+        ),
         "parquet": (
-            lambda: file_texts([str(folder / "torn.parquet")]),
+            lambda: open_file_source([str(folder / "torn.parquet")]),
             r"torn\.parquet.*cannot be read",
         ),
-        "missing": (lambda: file_texts([str(folder / "none.parquet")]), "There is no file"),
-        "hub": (lambda: hub_texts(str(folder / "nowhere")), "cannot be read.*name the folder"),
+        "missing": (lambda: open_file_source([str(folder / "none.parquet")]), "There is no file"),
+        "hub": (
+            lambda: open_hub_source(str(folder / "nowhere")),
+            "cannot be read.*name the folder",
+        ),
         "split": (
-            lambda: hub_texts(str(folder / "p"), split="dev", column="body"),
+            lambda: open_hub_source(str(folder / "p"), split="dev", column="body"),
             "cannot be read",
         ),
     }
@@ -284,13 +297,13 @@ def test_formats_that_cannot_be_told_are_asked_for(tmp_path: Path) -> None:
     faults(tmp_path)
     for names in (["a.csv"], ["a.jsonl", "latin.txt"]):
         with pytest.raises(ArgumentError, match="format ="):
-            file_texts([str(tmp_path / name) for name in names])
-    assert read(file_texts([str(tmp_path / "a.csv")], format="text")) == ["text", "a"]
+            open_file_source([str(tmp_path / name) for name in names])
+    assert read(open_file_source([str(tmp_path / "a.csv")], format="text")) == ["text", "a"]
 
 
 def test_missing_texts_are_left_out(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None, "", " \n", "b"]}), tmp_path / "a.parquet")
-    assert read(file_texts([str(tmp_path / "a.parquet")])) == ["a", "b"]
+    assert read(open_file_source([str(tmp_path / "a.parquet")])) == ["a", "b"]
 
 
 def test_a_corpus_without_text_for_a_part_is_explained(tmp_path: Path) -> None:
@@ -302,27 +315,27 @@ def test_a_corpus_without_text_for_a_part_is_explained(tmp_path: Path) -> None:
     ]
     for files, told in cases:
         with pytest.raises(DataError, match=told):
-            train_rows(
-                SourceCorpus(file_texts(files), held_out=0.5),
+            build_train_rows(
+                SourceCorpus(open_file_source(files), held_out=0.5),
                 TOKENIZER,
                 8,
                 Cache(tmp_path / "cache"),
             )
     with pytest.raises(ArgumentError, match="held_out"):
-        SourceCorpus(file_texts([few]), held_out=0.0)
+        SourceCorpus(open_file_source([few]), held_out=0.0)
 
 
 def test_no_two_corpora_are_confused(tmp_path: Path) -> None:
     parquet, lines = parquet_files(tmp_path / "p", TEXTS), json_file(tmp_path / "a.jsonl", TEXTS)
     made = [
-        SourceCorpus(file_texts([parquet]), held_out=0.2),
-        SourceCorpus(file_texts([parquet]), held_out=0.1),
-        SourceCorpus(file_texts([lines]), held_out=0.2),
-        SourceCorpus(file_texts([lines], column="n"), held_out=0.2),
-        SourceCorpus(file_texts([parquet]), file_texts([lines])),
-        SourceCorpus(hub_texts("a/b"), held_out=0.2),
-        SourceCorpus(hub_texts("a/b", revision="c"), held_out=0.2),
-        SourceCorpus(hub_texts("a/b", split="x"), held_out=0.2),
+        SourceCorpus(open_file_source([parquet]), held_out=0.2),
+        SourceCorpus(open_file_source([parquet]), held_out=0.1),
+        SourceCorpus(open_file_source([lines]), held_out=0.2),
+        SourceCorpus(open_file_source([lines], column="n"), held_out=0.2),
+        SourceCorpus(open_file_source([parquet]), open_file_source([lines])),
+        SourceCorpus(open_hub_source("a/b"), held_out=0.2),
+        SourceCorpus(open_hub_source("a/b", revision="c"), held_out=0.2),
+        SourceCorpus(open_hub_source("a/b", split="x"), held_out=0.2),
     ]
     known = [part.fingerprint for corpus in made for part in (corpus.train, corpus.validation)]
     assert not [pair for pair in itertools.combinations(known, 2) if pair[0] == pair[1]]

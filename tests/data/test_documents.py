@@ -11,18 +11,18 @@ from datasets import Dataset
 from ddiff.data.cache import Cache
 from ddiff.data.documents import (
     Documents,
-    bundled_novels,
-    from_texts,
-    symbol_rows,
-    text_files,
-    text_fingerprint,
+    documents_from_texts,
+    fingerprint_texts,
+    load_bundled_novels,
+    read_symbol_rows,
+    read_text_files,
 )
 from ddiff.errors import ArgumentError, DataError
 
 
 @pytest.fixture(scope="module")
 def novels() -> Documents:
-    return bundled_novels()
+    return load_bundled_novels()
 
 
 def write(folder: Path, **contents: str) -> list[str]:
@@ -73,7 +73,7 @@ def test_a_volume_heading_goes_with_the_chapter_that_follows(novels: Documents) 
 )
 def test_a_document_is_what_split_says(tmp_path: Path, split: str, expected: list[str]) -> None:
     write(tmp_path, a="one\ntwo\n\nthree\n", b="four", v="held out")
-    documents = text_files(
+    documents = read_text_files(
         [str(tmp_path / "[ab].txt")], validation=[str(tmp_path / "v.txt")], split=split
     )  # type: ignore[arg-type]
     assert documents.train["text"] == expected
@@ -86,18 +86,18 @@ def test_any_fsspec_path_is_read(tmp_path: Path, scheme: str) -> None:
     for name in ("a", "b", "v"):
         with fsspec.open(f"{root}/{name}.txt", "w") as file:
             file.write(f"text {name}")
-    documents = text_files([f"{root}/[ab].txt"], validation=[f"{root}/v.txt"])
+    documents = read_text_files([f"{root}/[ab].txt"], validation=[f"{root}/v.txt"])
     assert documents.train["text"] == ["text a", "text b"]
     assert documents.validation["text"] == ["text v"]
 
 
 def test_the_held_out_share_follows_the_text_alone(tmp_path: Path) -> None:
     lines = [f"line number {i}" for i in range(400)]
-    whole = text_files(write(tmp_path, a="\n".join(lines)), split="line", held_out=0.2)
+    whole = read_text_files(write(tmp_path, a="\n".join(lines)), split="line", held_out=0.2)
     # 80 +- 8 expected; the split is fixed, and 4.5 deviations tell a wrong share from a right one.
     assert 44 < len(whole.validation) < 116
     assert sorted([*whole.train["text"], *whole.validation["text"]]) == sorted(lines)
-    fewer = text_files(
+    fewer = read_text_files(
         write(tmp_path, b="\n".join(reversed(lines[:200] * 2))), split="line", held_out=0.2
     )
     assert set(fewer.validation["text"]) == set(whole.validation["text"]) & set(lines[:200])
@@ -107,7 +107,7 @@ def test_the_cache_answers_for_equal_content_only(tmp_path: Path) -> None:
     paths, cache = write(tmp_path, a="one\ntwo\nthree\nfour", v="v"), Cache(tmp_path / "cache")
 
     def train() -> Dataset:
-        return text_files(paths[:1], validation=paths[1:], split="line", cache=cache).train
+        return read_text_files(paths[:1], validation=paths[1:], split="line", cache=cache).train
 
     def entries() -> int:
         return len(list((tmp_path / "cache" / "documents").iterdir()))
@@ -123,16 +123,16 @@ def test_the_cache_answers_for_equal_content_only(tmp_path: Path) -> None:
 
 def test_fingerprints_tell_texts_and_their_boundaries_apart() -> None:
     fingerprints = {
-        text_fingerprint(from_texts(texts))
+        fingerprint_texts(documents_from_texts(texts))
         for texts in (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"])
     }
     assert len(fingerprints) == 4
-    assert text_fingerprint(from_texts(["ab", "c"], ["x", "y"])) in fingerprints
+    assert fingerprint_texts(documents_from_texts(["ab", "c"], ["x", "y"])) in fingerprints
 
 
 def test_line_ends_of_windows_and_a_byte_order_mark_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
-    documents = text_files(
+    documents = read_text_files(
         [str(tmp_path / "a.txt")], validation=write(tmp_path, v="held out"), split="line"
     )
     assert documents.train["text"] == ["one", "two"]
@@ -151,42 +151,42 @@ def test_content_that_is_not_text_is_refused(tmp_path: Path, content: bytes, tol
     (tmp_path / "a.txt").write_bytes(content)
     cache = Cache(tmp_path / "cache")
     with pytest.raises(DataError, match=told) as caught:
-        text_files([str(tmp_path / "a.txt")], split="line", cache=cache)
+        read_text_files([str(tmp_path / "a.txt")], split="line", cache=cache)
     assert "a.txt" in str(caught.value)
 
 
 def test_bad_content_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"nul\0here")
     with pytest.raises(DataError):
-        text_files([str(tmp_path / "a.txt")], cache=Cache(tmp_path / "cache"))
+        read_text_files([str(tmp_path / "a.txt")], cache=Cache(tmp_path / "cache"))
     assert list((tmp_path / "cache").rglob("*.*")) == []
 
 
 @pytest.mark.parametrize("path", ["missing.txt", "missing/*.txt", "nosuchprotocol://a.txt"])
 def test_a_missing_file_is_named(tmp_path: Path, path: str) -> None:
     with pytest.raises(DataError, match=r"missing|nosuchprotocol"):
-        text_files([path if "://" in path else str(tmp_path / path)])
+        read_text_files([path if "://" in path else str(tmp_path / path)])
 
 
 def test_a_corpus_that_cannot_be_divided_is_explained(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="paragraph"):
-        text_files(write(tmp_path, a="one document"))
+        read_text_files(write(tmp_path, a="one document"))
     with pytest.raises(ArgumentError, match="held_out"):
-        text_files(write(tmp_path, a="one document"), held_out=1.0)
+        read_text_files(write(tmp_path, a="one document"), held_out=1.0)
 
 
 def test_rows_of_symbols_all_have_the_length(tmp_path: Path) -> None:
     paths = write(tmp_path, a="acgt\n\nttga\n", v="aaaa\n")
-    documents = symbol_rows(paths[:1], validation=paths[1:], length=4)
+    documents = read_symbol_rows(paths[:1], validation=paths[1:], length=4)
     assert documents.train["text"] == ["acgt", "ttga"]
     with pytest.raises(
         DataError,
         match=r"a\.txt line 3 has 4 symbols.*length = 5|a\.txt line 1 has 4 symbols.*length = 5",
     ):
-        symbol_rows(paths[:1], validation=paths[1:], length=5)
+        read_symbol_rows(paths[:1], validation=paths[1:], length=5)
     write(tmp_path, a="acgt\n\nttg\n")
     with pytest.raises(DataError, match=r"a\.txt line 3 has 3 symbols"):
-        symbol_rows(paths[:1], validation=paths[1:], length=4)
+        read_symbol_rows(paths[:1], validation=paths[1:], length=4)
 
 
 @pytest.mark.parametrize(
@@ -200,10 +200,10 @@ def test_rows_of_symbols_all_have_the_length(tmp_path: Path) -> None:
 )
 def test_a_corpus_that_is_not_text_is_refused(columns: dict[str, list[object]], told: str) -> None:
     with pytest.raises(DataError, match=told):
-        Documents(Dataset.from_dict(columns), from_texts(["a"]))
+        Documents(Dataset.from_dict(columns), documents_from_texts(["a"]))
 
 
 @pytest.mark.parametrize("content", [float("nan"), None, 3, "a\0b"])
 def test_texts_that_are_no_text_are_refused(content: object) -> None:
     with pytest.raises(DataError, match="text 1"):
-        from_texts(["fine", content])  # type: ignore[list-item]
+        documents_from_texts(["fine", content])  # type: ignore[list-item]

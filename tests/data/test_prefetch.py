@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from corpora import TOKENIZER, chunks_of, sentences
 
-from ddiff.data.documents import from_texts
+from ddiff.data.documents import documents_from_texts
 from ddiff.data.packing import Rows, batch_rows, pack
-from ddiff.data.prefetch import Prefetched
+from ddiff.data.prefetch import Prefetcher
 from ddiff.data.streaming import StreamedRows
 from ddiff.errors import ArgumentError
 
 TEXTS = sentences(60)
-PACKED = pack(from_texts(TEXTS), TOKENIZER, 16)
+PACKED = pack(documents_from_texts(TEXTS), TOKENIZER, 16)
 
 
 def batches_of(rows: Rows) -> Callable[[int, int], list[list[int]]]:
@@ -37,7 +37,7 @@ def test_any_number_of_workers_gives_the_same_bits(source: str, workers: int) ->
     plain = batches_of(PACKED if source == "packed" else rows)
     calls = [(step, micro) for step in [*range(30), *range(7, 12), 3] for micro in range(2)]
     due = [plain(*call) for call in calls]
-    with Prefetched(batches_of(rows), 3, accumulate=2, workers=workers) as ahead:
+    with Prefetcher(batches_of(rows), 3, accumulate=2, workers=workers) as ahead:
         assert [ahead(*call) for call in calls] == due
 
 
@@ -51,7 +51,7 @@ def test_the_next_calls_are_under_way_while_a_step_computes() -> None:
             ready.set()
         return step
 
-    with Prefetched(batch_at, 3, accumulate=2) as ahead:
+    with Prefetcher(batch_at, 3, accumulate=2) as ahead:
         ahead(0, 0)
         assert ready.wait(5.0)
         assert asked == [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -69,7 +69,7 @@ def test_reading_ahead_hides_the_time_of_reading() -> None:
 
     spent = []
     for ahead in (0, 2):
-        with Prefetched(batch_at, ahead, workers=2) as read:
+        with Prefetcher(batch_at, ahead, workers=2) as read:
             began = time.monotonic()
             for step in range(20):
                 read(step, 0)
@@ -84,7 +84,7 @@ def test_a_fault_is_raised_by_the_call_that_wanted_the_batch() -> None:
             raise ValueError("torn row")
         return step
 
-    with Prefetched(batch_at, 4) as ahead:
+    with Prefetcher(batch_at, 4) as ahead:
         assert [ahead(0, 0), ahead(1, 0)] == [0, 1]
         with pytest.raises(ValueError, match="torn row"):
             ahead(2, 0)
@@ -92,7 +92,7 @@ def test_a_fault_is_raised_by_the_call_that_wanted_the_batch() -> None:
 
 
 def test_after_the_end_calls_are_answered_without_threads() -> None:
-    ahead = Prefetched(lambda step, micro: step, 2)
+    ahead = Prefetcher(lambda step, micro: step, 2)
     before = threading.active_count()
     ahead(0, 0)
     assert threading.active_count() > before
@@ -100,4 +100,4 @@ def test_after_the_end_calls_are_answered_without_threads() -> None:
     assert threading.active_count() == before
     assert ahead(5, 0) == 5
     with pytest.raises(ArgumentError, match="ahead"):
-        Prefetched(lambda step, micro: step, -1)
+        Prefetcher(lambda step, micro: step, -1)

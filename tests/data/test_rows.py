@@ -11,16 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddiff.data.cache import Cache
-from ddiff.data.corpus import train_rows, validation_rows
-from ddiff.data.documents import Documents, from_texts
+from ddiff.data.corpus import build_train_rows, build_validation_rows
+from ddiff.data.documents import Documents, documents_from_texts
 from ddiff.data.packing import (
     PackedRows,
     batch_rows,
     pack,
+    pack_ids,
     pack_texts,
-    rows_fingerprint,
-    rows_of_ids,
-    token_stream,
 )
 from ddiff.data.tokenizer import EOS, AlphabetTokenizer, BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
@@ -46,7 +44,7 @@ def in_order(rows: PackedRows) -> tuple[list[int], list[int]]:
     separate=st.booleans(),
 )
 def test_every_token_stands_once_in_order(texts: list[str], length: int, separate: bool) -> None:
-    rows = pack(from_texts(texts), TOKENIZER, length, separate=separate)
+    rows = pack(documents_from_texts(texts), TOKENIZER, length, separate=separate)
     ids, document = in_order(rows)
     assert ids == [number for row in ended(texts) for number in row]
     assert document == [number for number, row in enumerate(ended(texts)) for _ in row]
@@ -55,7 +53,7 @@ def test_every_token_stands_once_in_order(texts: list[str], length: int, separat
 
 @pytest.mark.parametrize("length", [1, 5, 16, 1000])
 def test_joined_rows_are_full_but_for_the_last(length: int) -> None:
-    rows = pack(from_texts(TEXTS), TOKENIZER, length)
+    rows = pack(documents_from_texts(TEXTS), TOKENIZER, length)
     total = sum(map(len, ended(TEXTS)))
     assert len(rows) == -(-total // length)
     num_valid = rows[:].num_valid
@@ -64,7 +62,7 @@ def test_joined_rows_are_full_but_for_the_last(length: int) -> None:
 
 
 def test_separate_rows_hold_one_document_each() -> None:
-    rows = pack(from_texts(TEXTS), TOKENIZER, 16, separate=True)
+    rows = pack(documents_from_texts(TEXTS), TOKENIZER, 16, separate=True)
     batch = batch_rows(rows, np.arange(len(rows)))
     assert (batch.document == batch.document[:, :1]).all()
     assert not batch.packed
@@ -73,13 +71,13 @@ def test_separate_rows_hold_one_document_each() -> None:
 
 def test_documents_beyond_one_round_of_tokenising_are_joined_on() -> None:
     texts = [f"text {number}" for number in range(200)]
-    ids, document = in_order(pack(from_texts(texts), TOKENIZER, 7))
+    ids, document = in_order(pack(documents_from_texts(texts), TOKENIZER, 7))
     assert ids == [number for row in ended(texts) for number in row]
     assert document[-1] == 199
 
 
 def test_padding_is_the_end_mark_unscored_and_keeps_the_last_document() -> None:
-    batch = batch_rows(pack(from_texts(["the cat", "the mat"]), TOKENIZER, 50), [0])
+    batch = batch_rows(pack(documents_from_texts(["the cat", "the mat"]), TOKENIZER, 50), [0])
     padding = ~batch.valid[0]
     assert padding.any()
     assert padding.tolist() == sorted(padding.tolist())  # padding stands last
@@ -89,13 +87,13 @@ def test_padding_is_the_end_mark_unscored_and_keeps_the_last_document() -> None:
 
 
 def test_the_end_mark_closes_each_document_and_is_scored() -> None:
-    batch = batch_rows(pack(from_texts(["the cat", "the mat"]), TOKENIZER, 50), [0])
+    batch = batch_rows(pack(documents_from_texts(["the cat", "the mat"]), TOKENIZER, 50), [0])
     ends = (batch.ids[0] == 0) & batch.scored[0]
     assert int(ends.sum()) == 2
 
 
 def test_a_batch_says_whether_some_row_holds_two_documents() -> None:
-    rows = pack(from_texts(TEXTS), TOKENIZER, 16)
+    rows = pack(documents_from_texts(TEXTS), TOKENIZER, 16)
     documents = rows[:].document
     holds_two = (documents != documents[:, :1]).any(1)
     assert holds_two.any()
@@ -105,7 +103,7 @@ def test_a_batch_says_whether_some_row_holds_two_documents() -> None:
 
 
 def test_a_batch_is_the_asked_rows_in_the_asked_order() -> None:
-    rows = pack(from_texts(TEXTS), TOKENIZER, 8)
+    rows = pack(documents_from_texts(TEXTS), TOKENIZER, 8)
     order = np.array([3, 0, 5, 3])
     batch = batch_rows(rows, order)
     assert torch.equal(batch.ids, torch.from_numpy(rows[:].ids[order]).long())
@@ -119,7 +117,7 @@ def test_a_batch_is_the_asked_rows_in_the_asked_order() -> None:
 
 
 def test_a_batch_moves_with_its_conditions() -> None:
-    batch = batch_rows(pack(from_texts(TEXTS), TOKENIZER, 8), [0, 1])
+    batch = batch_rows(pack(documents_from_texts(TEXTS), TOKENIZER, 8), [0, 1])
     batch.conditions["label"] = torch.zeros(2)
     moved = batch.to("meta")
     assert {
@@ -132,8 +130,8 @@ def test_a_batch_moves_with_its_conditions() -> None:
 
 
 def test_the_stream_is_the_tokens_without_padding() -> None:
-    rows = pack(from_texts(TEXTS), TOKENIZER, 16, separate=True)
-    ids, document = token_stream(rows)
+    rows = pack(documents_from_texts(TEXTS), TOKENIZER, 16, separate=True)
+    ids, document = rows.stream()
     assert (ids.tolist(), document.tolist()) == in_order(rows)
 
 
@@ -155,7 +153,7 @@ def test_symbols_give_one_row_per_document() -> None:
     tokenizer = AlphabetTokenizer("ACGT")
     for separate in (False, True):
         batch = batch_rows(
-            pack(from_texts(["ACGT", "TTTT"]), tokenizer, 4, separate=separate), [0, 1]
+            pack(documents_from_texts(["ACGT", "TTTT"]), tokenizer, 4, separate=separate), [0, 1]
         )
         assert batch.ids.tolist() == [[0, 1, 2, 3], [3, 3, 3, 3]]
         assert batch.valid.all()
@@ -168,14 +166,14 @@ def test_symbols_give_one_row_per_document() -> None:
 )
 def test_symbol_rows_of_another_length_are_refused(texts: list[str], told: str) -> None:
     with pytest.raises(DataError, match=told):
-        pack(from_texts(texts), AlphabetTokenizer("ACGT"), 4)
+        pack(documents_from_texts(texts), AlphabetTokenizer("ACGT"), 4)
 
 
 def test_an_unknown_symbol_is_named_with_its_row_in_the_corpus() -> None:
     texts = ["ACGT"] * 100
     texts[90] = "ACNT"
     with pytest.raises(DataError, match=r"Row 90 \(text 90\).*'N'"):
-        pack(from_texts(texts), AlphabetTokenizer("ACGT"), 4)
+        pack(documents_from_texts(texts), AlphabetTokenizer("ACGT"), 4)
 
 
 def test_the_cache_answers_for_the_same_text_and_tokenizer_only_and_for_any_length(
@@ -191,43 +189,41 @@ def test_the_cache_answers_for_the_same_text_and_tokenizer_only_and_for_any_leng
     ]
     for _ in range(2):
         for texts, tokenizer, length in kinds:
-            documents = Documents(from_texts(texts), from_texts(TEXTS[:2]))
-            train = train_rows(documents, tokenizer, length, cache)
-            held = validation_rows(documents, tokenizer, length, cache)
-            assert rows_fingerprint(train) == rows_fingerprint(
-                pack(documents.train, tokenizer, length)
-            )
+            documents = Documents(documents_from_texts(texts), documents_from_texts(TEXTS[:2]))
+            train = build_train_rows(documents, tokenizer, length, cache)
+            held = build_validation_rows(documents, tokenizer, length, cache)
+            assert train.fingerprint == pack(documents.train, tokenizer, length).fingerprint
             due = pack(documents.validation, tokenizer, length, separate=True)
-            assert rows_fingerprint(held) == rows_fingerprint(due)
+            assert held.fingerprint == due.fingerprint
         assert len(list((tmp_path / "tokens").iterdir())) == 3
 
 
 def test_a_corpus_that_cannot_be_packed_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
-    documents = Documents(from_texts(["ACGT", "ACNT"]), from_texts(["ACGT"]))
+    documents = Documents(documents_from_texts(["ACGT", "ACNT"]), documents_from_texts(["ACGT"]))
     with pytest.raises(DataError, match=r"Row 1 \(text 1\)"):
-        train_rows(documents, AlphabetTokenizer("ACGT"), 4, Cache(tmp_path))
+        build_train_rows(documents, AlphabetTokenizer("ACGT"), 4, Cache(tmp_path))
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
 def test_fingerprints_tell_rows_apart() -> None:
     made = [
-        pack(from_texts(TEXTS), TOKENIZER, length, separate=s)
+        pack(documents_from_texts(TEXTS), TOKENIZER, length, separate=s)
         for length in (8, 16)
         for s in (False, True)
     ]
-    assert len({rows_fingerprint(rows) for rows in made}) == 4
+    assert len({rows.fingerprint for rows in made}) == 4
 
 
 def test_what_cannot_be_packed_is_explained() -> None:
     with pytest.raises(ArgumentError, match="length"):
-        pack(from_texts(TEXTS), TOKENIZER, 0)
+        pack(documents_from_texts(TEXTS), TOKENIZER, 0)
     with pytest.raises(DataError, match="no token"):
         pack_texts([], TOKENIZER, 8)
 
 
 def test_ids_at_hand_are_rows_of_their_own() -> None:
     ids = np.random.default_rng(0).integers(0, 70_000, (5, 7))
-    rows = rows_of_ids(ids, 70_000)
+    rows = pack_ids(ids, 70_000)
     assert (rows[:].ids == ids).all()
     assert (rows[:].document == np.arange(5)[:, None]).all()
     assert (rows.token_counts() == np.bincount(ids.ravel(), minlength=70_000)).all()

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from corpora import SENTENCE, TOKENIZER, chunks_of, sentences
 
-from ddiff.data.documents import divided, from_texts
-from ddiff.data.packing import PackedRows, pack, rows_of_stream
+from ddiff.data.documents import divided, documents_from_texts
+from ddiff.data.packing import PackedRows, pack, pack_stream
 from ddiff.data.shards import Shards, read_shards, write_shards
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
-from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk, encoded
+from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk, encode_chunks
 from ddiff.errors import ArgumentError, DataError
 
 TEXTS = sentences(300)
@@ -48,13 +48,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 def test_shards_hold_what_packing_in_memory_holds(made: Shards) -> None:
     """The same split by hash, the same rows, document by document, across the borders of many shards."""
     assert len(made.records(TRAIN)) > 5
-    direct = divided(from_texts(TEXTS), HELD_OUT, "")
+    direct = divided(documents_from_texts(TEXTS), HELD_OUT, "")
     for part, documents, separate in (
         (TRAIN, direct.train, False),
         (VALIDATION, direct.validation, True),
     ):
         for length in (7, 64, 2000):
-            rows = rows_of_stream(made.stream(part), TOKENIZER, length, separate=separate)
+            rows = pack_stream(made.stream(part), TOKENIZER, length, separate=separate)
             due = pack(documents, TOKENIZER, length, separate=separate)
             assert all_of(rows) == all_of(due)
             assert rows.fingerprint == due.fingerprint
@@ -64,7 +64,7 @@ def test_shards_hold_what_packing_in_memory_holds(made: Shards) -> None:
 
 def test_rows_are_read_by_number_in_any_order(made: Shards) -> None:
     for part, separate in ((TRAIN, False), (TRAIN, True)):
-        rows = rows_of_stream(made.stream(part), TOKENIZER, 16, separate=separate)
+        rows = pack_stream(made.stream(part), TOKENIZER, 16, separate=separate)
         order = np.random.default_rng(0).permutation(len(rows))
         ids, document, num_valid = (np.array(column) for column in all_of(rows))
         asked = rows[order]
@@ -214,14 +214,14 @@ def test_an_unknown_symbol_is_named_whoever_tokenises(workers: int) -> None:
         for i in range(0, 100, 10)
     ]
     with pytest.raises(DataError, match=r"Row 90 \(line 90\).*'N'"):
-        list(encoded(chunks, AlphabetTokenizer("ACGT"), workers=workers))
+        list(encode_chunks(chunks, AlphabetTokenizer("ACGT"), workers=workers))
 
 
 def test_a_tokenizer_keeps_its_ways_in_another_process() -> None:
     """An end mark spelled in a text ends no document there either."""
     text = ["the <|eos|> cat"]
     assert pickle.loads(pickle.dumps(TOKENIZER)).encode(text) == TOKENIZER.encode(text)
-    (_, found), *_ = encoded([Chunk(text)], TOKENIZER, workers=2)
+    (_, found), *_ = encode_chunks([Chunk(text)], TOKENIZER, workers=2)
     assert found.ids.tolist() == [*TOKENIZER.encode(text)[0], 0]
 
 
@@ -236,9 +236,9 @@ class Dying:
 
 def test_a_process_that_dies_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="exit code 9"):
-        list(encoded([Chunk(["a"])] * 3, Dying(), workers=2))  # type: ignore[arg-type]
+        list(encode_chunks([Chunk(["a"])] * 3, Dying(), workers=2))  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="workers"):
-        list(encoded([], TOKENIZER, workers=0))
+        list(encode_chunks([], TOKENIZER, workers=0))
 
 
 def test_ids_that_the_tokenizer_does_not_have_are_refused() -> None:
@@ -249,14 +249,14 @@ def test_ids_that_the_tokenizer_does_not_have_are_refused() -> None:
             return [[0, 2] for _ in texts]
 
     with pytest.raises(DataError, match=r"2 tokens, but gave the ids 0\.\.2"):
-        list(encoded([Chunk(["a"])], Lying()))  # type: ignore[arg-type]
+        list(encode_chunks([Chunk(["a"])], Lying()))  # type: ignore[arg-type]
 
 
 MEASURED = """
 import re, sys
 from pathlib import Path
 import numpy as np
-from ddiff.data.packing import rows_of_stream
+from ddiff.data.packing import pack_stream
 from ddiff.data.shards import write_shards
 from ddiff.data.tokenizer_workers import TRAIN, Chunk
 from ddiff.data.tokenizer import AlphabetTokenizer
@@ -273,7 +273,7 @@ def chunks(cursor):
 peaks, tokenizer = [], AlphabetTokenizer("0123456789")
 tokenizer.unit = "token"
 made = write_shards(Path(sys.argv[1]), chunks, tokenizer, source={}, held_out=0.01, shard_tokens=50_000)
-rows = rows_of_stream(made.stream(TRAIN), tokenizer, 32)
+rows = pack_stream(made.stream(TRAIN), tokenizer, 32)
 for step in range(200):
     rows[rows.order(0, np.arange(step * 64, step * 64 + 64))]
     peaks.append(held())

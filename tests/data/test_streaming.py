@@ -13,8 +13,8 @@ from corpora import TOKENIZER, chunks_of, json_file, parquet_files, sentences
 from ddiff_core.data import Files
 
 from ddiff.data.cache import Cache
-from ddiff.data.corpus import StreamedCorpus, train_rows, validation_rows
-from ddiff.data.documents import divided, from_texts
+from ddiff.data.corpus import StreamedCorpus, build_train_rows, build_validation_rows
+from ddiff.data.documents import divided, documents_from_texts
 from ddiff.data.packing import batch_rows, pack
 from ddiff.data.streaming import StreamedRows
 from ddiff.data.tokenizer_workers import Chunk
@@ -22,7 +22,7 @@ from ddiff.errors import ArgumentError, DataError
 
 TEXTS = sentences(90)
 LENGTH, BLOCK, HELD_OUT = 16, 8, 0.2
-TRAIN = divided(from_texts(TEXTS), HELD_OUT, "").train
+TRAIN = divided(documents_from_texts(TEXTS), HELD_OUT, "").train
 PACKED = pack(TRAIN, TOKENIZER, LENGTH)
 
 
@@ -151,10 +151,10 @@ def test_a_streamed_corpus_evaluates_and_counts_on_its_head(tmp_path: Path) -> N
     )
     corpus = Files.build(config, length=LENGTH, seed=0, cache=None)
     assert isinstance(corpus, StreamedCorpus)
-    head, cache = divided(from_texts(TEXTS[:50]), HELD_OUT, ""), Cache(tmp_path / "cache")
+    head, cache = divided(documents_from_texts(TEXTS[:50]), HELD_OUT, ""), Cache(tmp_path / "cache")
     rows, held = (
-        train_rows(corpus, TOKENIZER, LENGTH, cache),
-        validation_rows(corpus, TOKENIZER, LENGTH, cache),
+        build_train_rows(corpus, TOKENIZER, LENGTH, cache),
+        build_validation_rows(corpus, TOKENIZER, LENGTH, cache),
     )
     assert held.fingerprint == pack(head.validation, TOKENIZER, LENGTH, separate=True).fingerprint
     assert (rows.token_counts() == pack(head.train, TOKENIZER, LENGTH).token_counts()).all()
@@ -176,5 +176,7 @@ def test_a_head_takes_documents_of_both_sources(tmp_path: Path) -> None:
     corpus = Files.build(config, length=LENGTH, seed=0, cache=None)
     assert list(corpus.train["text"]) == TEXTS[:10]
     assert list(corpus.validation["text"]) == sentences(30, seed=1)[:10]
-    rows = train_rows(corpus, TOKENIZER, LENGTH, Cache(tmp_path / "cache"))
-    assert (rows[[0, 1]].ids == pack(from_texts(TEXTS), TOKENIZER, LENGTH)[[0, 1]].ids).all()
+    rows = build_train_rows(corpus, TOKENIZER, LENGTH, Cache(tmp_path / "cache"))
+    assert (
+        rows[[0, 1]].ids == pack(documents_from_texts(TEXTS), TOKENIZER, LENGTH)[[0, 1]].ids
+    ).all()

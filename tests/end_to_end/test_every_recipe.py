@@ -50,7 +50,7 @@ BERT = ["hidden_size=32", "num_hidden_layers=1", "num_attention_heads=2", "inter
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a little of the bundled novels, and one cache for all: words and clusters are made once."""
     folder = tmp_path_factory.mktemp("recipes")
-    novels = ddiff.bundled_novels()
+    novels = ddiff.load_bundled_novels()
     (folder / "train.txt").write_text(novels.train["text"][0], encoding="utf-8")
     (folder / "validation.txt").write_text(novels.validation["text"][0][:1500], encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:

@@ -568,7 +568,7 @@ def test_what_a_killed_build_left_is_removed_a_day_later(tmp_path: Path) -> None
     two_days_ago = time.time() - 2 * 24 * 3600
     for path in (abandoned / "file", abandoned, under_way):  # of a slow build only the file is new
         os.utime(path, (two_days_ago, two_days_ago))
-    Cache(tmp_path).entry("rows", {}, lambda place: None)
+    Cache(tmp_path).load_or_build("rows", {}, lambda place: None)
     assert (abandoned.exists(), under_way.exists()) == (False, True)
 
 

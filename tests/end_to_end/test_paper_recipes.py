@@ -67,14 +67,14 @@ def embeddings(source: str, num_tokens: int) -> np.ndarray:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A little text, one cache for all, and embeddings that need no connection."""
     folder = tmp_path_factory.mktemp("paper")
-    novels = ddiff.bundled_novels()
+    novels = ddiff.load_bundled_novels()
     (folder / "train.txt").write_text(novels.train["text"][0][:6000], encoding="utf-8")
     (folder / "validation.txt").write_text(novels.validation["text"][0][:500], encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("DDIFF_CACHE", str(folder / "cache"))
-        patch.setattr(ddiff, "model_embeddings", embeddings)
-        patch.setattr(ddiff.runs.initial_weights, "model_embeddings", embeddings)
+        patch.setattr(ddiff, "load_model_embeddings", embeddings)
+        patch.setattr(ddiff.runs.initial_weights, "load_model_embeddings", embeddings)
         yield folder
 
 

@@ -19,9 +19,9 @@ from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.data import cache as cache_module
 from ddiff.data import shards
 from ddiff.data.cache import Cache
-from ddiff.data.corpus import SourceCorpus, shards_of
-from ddiff.data.documents import Documents, from_texts
-from ddiff.data.sources import file_texts
+from ddiff.data.corpus import SourceCorpus, load_or_build_shards
+from ddiff.data.documents import Documents, documents_from_texts
+from ddiff.data.sources import open_file_source
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import DataError, no_room
 
@@ -56,9 +56,9 @@ def test_arrays_are_written_as_numpy_writes_them(tmp_path: Path, array: Any) -> 
 
 
 def test_shards_on_a_full_disk_raise_its_error_and_leave_nothing(small_disk: Path) -> None:
-    documents = Documents(from_texts(TEXTS), from_texts(TEXTS[:1]))
+    documents = Documents(documents_from_texts(TEXTS), documents_from_texts(TEXTS[:1]))
     with pytest.raises(OSError, match="No space left") as caught:
-        shards_of(documents, BYTES, Cache(small_disk))
+        load_or_build_shards(documents, BYTES, Cache(small_disk))
     assert caught.value.errno == errno.ENOSPC
     assert str(caught.value.filename).endswith("train_00000.tokens.npy")
     assert [path for path in small_disk.rglob("*") if path.is_file()] == []
@@ -67,7 +67,7 @@ def test_shards_on_a_full_disk_raise_its_error_and_leave_nothing(small_disk: Pat
 def test_a_build_goes_on_when_there_is_room_again(small_disk: Path, tmp_path: Path) -> None:
     """Shards that a journal knows stay in their folder; what was half-written does not."""
     (tmp_path / "a.txt").write_text("\n".join(TEXTS))
-    corpus = SourceCorpus(file_texts([str(tmp_path / "a.txt")]), held_out=0.1)
+    corpus = SourceCorpus(open_file_source([str(tmp_path / "a.txt")]), held_out=0.1)
     with pytest.raises(OSError, match="No space left"):
         corpus.write_shards(BYTES, small_disk / "shards")
     assert not list(small_disk.rglob("*.partial*"))
@@ -88,18 +88,23 @@ def test_small_files_on_a_full_disk_leave_no_part(small_disk: Path) -> None:
 def test_a_finished_corpus_is_read_from_a_read_only_cache(small_disk: Path, tmp_path: Path) -> None:
     assert mount(small_disk, "remount", "size=4000k")
     (tmp_path / "a.txt").write_text("\n".join(TEXTS[:200]))
-    corpus = SourceCorpus(file_texts([str(tmp_path / "a.txt")]), held_out=0.1)
-    documents = Documents(from_texts(TEXTS), from_texts(TEXTS[:1]))
-    made = corpus.shards(BYTES, Cache(small_disk)), shards_of(documents, BYTES, Cache(small_disk))
+    corpus = SourceCorpus(open_file_source([str(tmp_path / "a.txt")]), held_out=0.1)
+    documents = Documents(documents_from_texts(TEXTS), documents_from_texts(TEXTS[:1]))
+    made = (
+        corpus.shards(BYTES, Cache(small_disk)),
+        load_or_build_shards(documents, BYTES, Cache(small_disk)),
+    )
     assert mount(small_disk, "remount", "ro")
     assert corpus.shards(BYTES, Cache(small_disk)).folder == made[0].folder
-    assert shards_of(documents, BYTES, Cache(small_disk)).folder == made[1].folder
+    assert load_or_build_shards(documents, BYTES, Cache(small_disk)).folder == made[1].folder
     (tmp_path / "b.txt").write_text("\n".join(TEXTS[:100]))
-    other = SourceCorpus(file_texts([str(tmp_path / "b.txt")]), held_out=0.1)
+    other = SourceCorpus(open_file_source([str(tmp_path / "b.txt")]), held_out=0.1)
     for build in (
         lambda: other.shards(BYTES, Cache(small_disk)),
-        lambda: shards_of(
-            Documents(from_texts(TEXTS[1:]), from_texts(TEXTS[:1])), BYTES, Cache(small_disk)
+        lambda: load_or_build_shards(
+            Documents(documents_from_texts(TEXTS[1:]), documents_from_texts(TEXTS[:1])),
+            BYTES,
+            Cache(small_disk),
         ),
     ):
         with pytest.raises(
@@ -111,7 +116,7 @@ def test_a_finished_corpus_is_read_from_a_read_only_cache(small_disk: Path, tmp_
 def test_a_cache_that_is_no_folder_is_a_data_error_for_every_kind_of_corpus(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "a.txt").write_text("\n".join(TEXTS[:100]))
-    corpus = SourceCorpus(file_texts([str(tmp_path / "a.txt")]), held_out=0.1)
+    corpus = SourceCorpus(open_file_source([str(tmp_path / "a.txt")]), held_out=0.1)
     with pytest.raises(DataError, match=r"cannot be written .*DDIFF_CACHE"):
         corpus.shards(BYTES, Cache(tmp_path / "file"))
 
@@ -188,21 +193,21 @@ def test_what_a_killed_build_left_goes_with_the_next_build(tmp_path: Path) -> No
         "def build(place):\n"
         "    (place / 'file').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Cache(sys.argv[1]).entry('rows', {}, build)\n"
+        "Cache(sys.argv[1]).load_or_build('rows', {}, build)\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)])
     assert len(list((tmp_path / "rows").iterdir())) == 1
-    entry = Cache(tmp_path).entry("rows", {"other": 1}, lambda place: None)
+    entry = Cache(tmp_path).load_or_build("rows", {"other": 1}, lambda place: None)
     assert list((tmp_path / "rows").iterdir()) == [entry]
 
 
 def test_a_build_under_way_is_left_alone_by_another(tmp_path: Path) -> None:
     def build(place: Path) -> None:
         (place / "file").write_text("half")
-        Cache(tmp_path).entry("rows", {"other": 1}, lambda other: None)
+        Cache(tmp_path).load_or_build("rows", {"other": 1}, lambda other: None)
         assert (place / "file").exists()
 
-    assert (Cache(tmp_path).entry("rows", {}, build) / "file").read_text() == "half"
+    assert (Cache(tmp_path).load_or_build("rows", {}, build) / "file").read_text() == "half"
 
 
 def test_without_locks_time_tells_what_is_abandoned(
@@ -218,5 +223,5 @@ def test_without_locks_time_tells_what_is_abandoned(
         (partial / ".lock").write_text("")
     for path in (old / ".lock", old):
         os.utime(path, (0, 0))
-    Cache(tmp_path).entry("rows", {}, lambda place: None)
+    Cache(tmp_path).load_or_build("rows", {}, lambda place: None)
     assert (old.exists(), new.exists()) == (False, True)

@@ -13,11 +13,11 @@ import fsspec
 import pytest
 
 from ddiff.data.cache import Cache
-from ddiff.data.documents import text_files
+from ddiff.data.documents import read_text_files
 from ddiff.data.files import read_bytes, read_json
-from ddiff.data.jsonl import json_lines
-from ddiff.data.paths import check_disjoint, find_all, find_files
-from ddiff.data.sources import file_texts
+from ddiff.data.jsonl import read_json_lines
+from ddiff.data.paths import check_disjoint, find_all_files, find_files
+from ddiff.data.sources import open_file_source
 from ddiff.errors import DataError
 
 NAMES = [
@@ -51,11 +51,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def documents(kind: str, path: str) -> list[str]:
     if kind == "text":
         return list(
-            text_files([path], validation=["held_out.txt"], cache=Cache("cache")).train["text"]
+            read_text_files([path], validation=["held_out.txt"], cache=Cache("cache")).train["text"]
         )
     return [
         text
-        for chunk in file_texts([path], format="text", split="file").chunks()
+        for chunk in open_file_source([path], format="text", split="file").chunks()
         for text in chunk.texts
     ]
 
@@ -90,7 +90,7 @@ def test_a_folder_with_brackets_is_that_folder(folder: Path, kind: str) -> None:
 def test_json_lines_are_found_by_odd_names_too(folder: Path) -> None:
     for name in ("b[1].jsonl", "v::2.jsonl"):
         (folder / name).write_text(json.dumps({"text": name}) + "\n")
-    found = json_lines(["b[1].jsonl"], validation=["v::2.jsonl"])
+    found = read_json_lines(["b[1].jsonl"], validation=["v::2.jsonl"])
     assert (found.train["text"], found.validation["text"]) == (["b[1].jsonl"], ["v::2.jsonl"])
 
 
@@ -98,14 +98,14 @@ def test_a_name_that_is_not_utf8_is_matched_and_shown(folder: Path) -> None:
     raw = os.fsencode(folder) + b"/caf\xe9.txt"
     Path(os.fsdecode(raw)).write_text("by a name of bytes")
     (folder / "more").mkdir()
-    found = text_files(["caf*.txt"], validation=["held_out.txt"], cache=Cache("cache")).train
+    found = read_text_files(["caf*.txt"], validation=["held_out.txt"], cache=Cache("cache")).train
     assert (found["text"], found["name"]) == (["by a name of bytes"], ["caf\\xe9.txt"])
-    source = file_texts(["caf*.txt"])
+    source = open_file_source(["caf*.txt"])
     assert [chunk.texts for chunk in source.chunks()] == [["by a name of bytes"]]
     json.dumps(source.identity, ensure_ascii=False).encode()  # or no manifest could be written
     Path(os.fsdecode(raw)).write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"caf\\xe9\.txt is not UTF-8") as raised:
-        text_files(["caf*.txt"])
+        read_text_files(["caf*.txt"])
     str(raised.value).encode()  # or it could not be printed
 
 
@@ -117,7 +117,7 @@ def test_endings_are_read_without_regard_to_case(folder: Path, ending: str) -> N
     (folder / f"f{ending}").write_bytes(
         gzip.compress(content) if "gz" in ending.lower() else content
     )
-    assert [chunk.texts for chunk in file_texts([f"f{ending}"]).chunks()] == [["upper case"]]
+    assert [chunk.texts for chunk in open_file_source([f"f{ending}"]).chunks()] == [["upper case"]]
 
 
 def test_patterns_match_sorted_files_only(folder: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_file_that_two_patterns_name_is_listed_once(folder: Path) -> None:
     for name in ("x1.txt", "x2.txt"):
         (folder / name).write_text(name)
     (folder / "x3.txt").symlink_to("x1.txt")
-    assert find_all(["x2.txt", "x*.txt", "./x1.txt", str(folder / "x2.txt")]) == [
+    assert find_all_files(["x2.txt", "x*.txt", "./x1.txt", str(folder / "x2.txt")]) == [
         "x2.txt",
         "x1.txt",
     ]
@@ -188,7 +188,7 @@ BROKEN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("reader", [text_files, json_lines, file_texts])
+@pytest.mark.parametrize("reader", [read_text_files, read_json_lines, open_file_source])
 @pytest.mark.parametrize("kind", BROKEN)
 def test_what_is_no_file_is_refused_and_named(folder: Path, reader: Any, kind: str) -> None:
     path, told = broken(folder)[kind]
@@ -217,7 +217,7 @@ def test_a_file_that_must_not_be_read_is_named(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", refuse)
-    for reader in (text_files, lambda paths: list(file_texts(paths).chunks())):
+    for reader in (read_text_files, lambda paths: list(open_file_source(paths).chunks())):
         with pytest.raises(DataError, match=r"a\.txt must not be read: permission denied"):
             reader(["a.txt"])
 
@@ -251,7 +251,7 @@ def test_files_of_other_file_systems_and_of_chains_are_read(folder: Path) -> Non
     with pytest.raises(DataError, match="is a folder"):
         find_files(memory)
     with pytest.raises(DataError, match="is named by validation"):
-        text_files([f"{memory}/b*.txt"], validation=[f"{memory}/bx1.txt"])
+        read_text_files([f"{memory}/b*.txt"], validation=[f"{memory}/bx1.txt"])
 
 
 def test_a_home_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

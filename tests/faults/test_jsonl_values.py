@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from ddiff.cli import main
-from ddiff.data.documents import Documents, from_texts
-from ddiff.data.jsonl import json_lines
+from ddiff.data.documents import Documents, documents_from_texts
+from ddiff.data.jsonl import read_json_lines
 from ddiff.data.packing import pack_texts
-from ddiff.data.sources import file_texts
+from ddiff.data.sources import open_file_source
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.recipe.model import parse_recipe
@@ -34,7 +34,7 @@ def read(
 ) -> Documents:
     (folder / "x.jsonl").write_text("\n".join([*GOOD, *lines]), encoding="utf-8")
     (folder / "v.jsonl").write_text('{"text": "held out"}')
-    return json_lines(
+    return read_json_lines(
         [str(folder / "x.jsonl")],
         validation=[str(folder / "v.jsonl")],
         labels=labels,
@@ -95,7 +95,7 @@ def test_files_refuse_what_is_no_text_with_its_line(tmp_path: Path, kind: str) -
     (tmp_path / "x.jsonl").write_text("\n".join([*GOOD, line]), encoding="utf-8")
     told = told.replace("is not text but", "must hold text; it holds")
     with pytest.raises(DataError, match=rf"x\.jsonl line 61\b.*{told}"):
-        list(file_texts([str(tmp_path / "x.jsonl")]).chunks())
+        list(open_file_source([str(tmp_path / "x.jsonl")]).chunks())
 
 
 def test_values_at_the_limits_are_kept(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ NOT_TEXT: dict[str, tuple[Any, str]] = {
 def test_texts_in_memory_and_prompts_are_checked_alike(kind: str) -> None:
     text, told = NOT_TEXT[kind]
     with pytest.raises(DataError, match=f"text 1.*{told}"):
-        from_texts(["fine", text])
+        documents_from_texts(["fine", text])
     with pytest.raises(DataError, match=told):
         pack_texts([text], TOKENIZER, 8)
     for read_one in (prompt, infill):

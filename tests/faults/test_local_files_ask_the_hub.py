@@ -22,10 +22,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from ddiff.data import prefetch
-from ddiff.data.documents import from_texts
+from ddiff.data.documents import documents_from_texts
 from ddiff.data.packing import pack
-from ddiff.data.prefetch import Prefetched
-from ddiff.data.sources import hub_texts
+from ddiff.data.prefetch import Prefetcher
+from ddiff.data.sources import open_hub_source
 from ddiff.data.streaming import StreamedRows
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.data.tokenizer_workers import Chunk
@@ -47,23 +47,23 @@ socket.socket.connect = refuse
 socket.socket.connect_ex = refuse
 socket.getaddrinfo = refuse
 
-from ddiff.clustering.files import model_embeddings
-from ddiff.data.documents import text_files
-from ddiff.data.jsonl import json_lines
-from ddiff.data.sources import file_texts, hub_texts
+from ddiff.clustering.files import load_model_embeddings
+from ddiff.data.documents import read_text_files
+from ddiff.data.jsonl import read_json_lines
+from ddiff.data.sources import open_file_source, open_hub_source
 from ddiff.data.tokenizer import PretrainedTokenizer
 from ddiff_hf.backbone import load_model
 
 counts = {}
 for files in (["a.txt"], ["b.jsonl"], ["c.parquet"], ["d.txt.gz"]):
-    counts[files[0]] = sum(len(chunk.texts) for chunk in file_texts(files).chunks())
-counts["hub"] = sum(len(chunk.texts) for chunk in hub_texts("folder").chunks())
-documents = text_files(["a.txt"], split="line", held_out=0.5)
+    counts[files[0]] = sum(len(chunk.texts) for chunk in open_file_source(files).chunks())
+counts["hub"] = sum(len(chunk.texts) for chunk in open_hub_source("folder").chunks())
+documents = read_text_files(["a.txt"], split="line", held_out=0.5)
 counts["text"] = len(documents.train) + len(documents.validation)
-documents = json_lines(["b.jsonl"], held_out=0.5)
+documents = read_json_lines(["b.jsonl"], held_out=0.5)
 counts["jsonl"] = len(documents.train) + len(documents.validation)
 counts["tokenizer"] = PretrainedTokenizer.from_pretrained("tokenizer").num_tokens
-counts["embeddings"] = len(model_embeddings("model", 8))
+counts["embeddings"] = len(load_model_embeddings("model", 8))
 load_model("model"), load_model("model", pretrained=False)
 print(counts)
 """
@@ -114,7 +114,7 @@ def test_a_folder_that_is_not_there_is_no_name_on_the_hub(
     monkeypatch.chdir(tmp_path)
     Path("file.txt").write_text("text")
     with pytest.raises(DataError, match="it is no folder, and no name on the hub"):
-        hub_texts(name)
+        open_hub_source(name)
 
 
 class Source:
@@ -130,7 +130,7 @@ class Source:
 
 
 def streamed(source: Source, block: int = 4096, **settings: Any) -> StreamedRows:
-    head = pack(from_texts(source.texts), BYTES, 8)
+    head = pack(documents_from_texts(source.texts), BYTES, 8)
     return StreamedRows(source, BYTES, 8, head=head, known_by="", block=block, **settings)
 
 
@@ -197,9 +197,9 @@ def test_a_batch_that_does_not_come_is_told_of_and_given_up(
     monkeypatch.setattr(prefetch, "LINE_EVERY_SECONDS", 0.1)
     source = StandingStill(lambda step, micro: step)
     began = time.monotonic()
-    with Prefetched(source, 2) as ahead:
+    with Prefetcher(source, 2) as ahead:
         assert [ahead(step, 0) for step in range(3)] == [0, 1, 2]
-        assert ahead.unless(3, 0, lambda: time.monotonic() > began + 0.5) is None
+        assert ahead.fetch(3, 0, lambda: time.monotonic() > began + 0.5) is None
     assert time.monotonic() - began < 10  # the thread that still reads is left
     source.released.set()
     assert "waiting for the data of step 4: " in capfd.readouterr().err
@@ -209,7 +209,7 @@ def test_what_a_batch_raises_is_no_reason_to_wait() -> None:
     def batch_at(step: int, micro: int) -> int:
         raise TimeoutError("of the source")
 
-    with Prefetched(batch_at, 2) as ahead, pytest.raises(TimeoutError, match="of the source"):
+    with Prefetcher(batch_at, 2) as ahead, pytest.raises(TimeoutError, match="of the source"):
         ahead(0, 0)
 
 

@@ -15,9 +15,9 @@ import pytest
 
 from ddiff.data.cache import Cache
 from ddiff.data.corpus import SourceCorpus
-from ddiff.data.documents import symbol_rows, text_files
-from ddiff.data.jsonl import json_lines
-from ddiff.data.sources import file_texts
+from ddiff.data.documents import read_symbol_rows, read_text_files
+from ddiff.data.jsonl import read_json_lines
+from ddiff.data.sources import open_file_source
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
 
@@ -51,7 +51,7 @@ NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".lz4": "l
 def read(*paths: Path, **options: Any) -> list[str]:
     return [
         text
-        for chunk in file_texts([str(path) for path in paths], **options).chunks()
+        for chunk in open_file_source([str(path) for path in paths], **options).chunks()
         for text in chunk.texts
     ]
 
@@ -130,9 +130,9 @@ def test_a_file_packed_otherwise_than_it_is_named_is_refused(tmp_path: Path, end
 
 
 PLAIN_READERS: dict[str, Callable[[str], Any]] = {
-    "text": lambda path: text_files([path], split="line"),
-    "jsonl": lambda path: json_lines([path]),
-    "symbols": lambda path: symbol_rows([path], length=8),
+    "text": lambda path: read_text_files([path], split="line"),
+    "jsonl": lambda path: read_json_lines([path]),
+    "symbols": lambda path: read_symbol_rows([path], length=8),
 }
 
 
@@ -181,7 +181,7 @@ def test_empty_parquet_parts_are_no_text(tmp_path: Path) -> None:
     parquet(tmp_path / "d.parquet", text=pa.array([None, "", " "], TEXT))
     parquet(tmp_path / "e.parquet", text=LINES[20:30])
     assert read(tmp_path / "*.parquet") == LINES[:30]
-    corpus = SourceCorpus(file_texts([str(tmp_path / "[acd].parquet")]), held_out=0.5)
+    corpus = SourceCorpus(open_file_source([str(tmp_path / "[acd].parquet")]), held_out=0.5)
     with pytest.raises(DataError, match="no token"):
         corpus.shards(BytePairTokenizer.train(["a"], 257), Cache(tmp_path / "cache"))
 
@@ -264,7 +264,7 @@ def test_from_any_cursor_exactly_the_rest_is_read(tmp_path: Path, form: str) -> 
         written(tmp_path / "a.txt.xz", lzma.compress("\n\n".join(LINES[:200]).encode()))
         written(tmp_path / "b.txt", b"\n\n")
         written(tmp_path / "c.txt", b"\nlast")
-    source = file_texts([str(tmp_path / "*")])
+    source = open_file_source([str(tmp_path / "*")])
     whole = [text for chunk in source.chunks() for text in chunk.texts]
     assert len(whole) >= 200
     before: list[str] = []

@@ -18,7 +18,7 @@ from ddiff_hf.backbone import load_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from ddiff.clustering.files import model_embeddings
+from ddiff.clustering.files import load_model_embeddings
 from ddiff.data.pretrained import load_pretrained
 from ddiff.data.tokenizer import PretrainedTokenizer, load_tokenizer
 from ddiff.errors import DataError, DdiffError
@@ -114,7 +114,7 @@ def test_a_saved_tokenizer_with_code_of_its_own_is_refused_by_its_file(
 READERS = {
     "backbone": load_model,
     "architecture alone": lambda path: load_model(path, pretrained=False),
-    "embeddings": lambda path: model_embeddings(path, 8),
+    "embeddings": lambda path: load_model_embeddings(path, 8),
 }
 
 
@@ -199,7 +199,7 @@ def test_weights_that_are_not_finite_are_no_embeddings(model_folder: Path) -> No
         model.get_input_embeddings().weight[2, 3] = float("nan")
     model.save_pretrained(model_folder)
     with pytest.raises(DataError, match="NaN"):
-        model_embeddings(str(model_folder), 8)
+        load_model_embeddings(str(model_folder), 8)
 
 
 def test_what_ddiff_says_itself_passes_through() -> None:

@@ -19,7 +19,7 @@ from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.data.cache import Cache
 from ddiff.data.corpus import ShardedCorpus, SourceCorpus
 from ddiff.data.shards import MANIFEST, Shards, read_shards, write_shards
-from ddiff.data.sources import file_texts
+from ddiff.data.sources import open_file_source
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.data.tokenizer_workers import Chunk
 from ddiff.errors import CheckpointError, DataError
@@ -215,16 +215,16 @@ def test_a_cached_file_with_other_content_of_its_size_and_time_is_built_again(
     def build(place: Path) -> None:
         (place / "file").write_text("content")
 
-    entry = Cache(tmp_path).entry("kind", {}, build)
+    entry = Cache(tmp_path).load_or_build("kind", {}, build)
     times = (entry / "file").stat()
     (entry / "file").write_text("CONTENT")
     os.utime(entry / "file", ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert (Cache(tmp_path).entry("kind", {}, build) / "file").read_text() == "content"
+    assert (Cache(tmp_path).load_or_build("kind", {}, build) / "file").read_text() == "content"
 
 
 def test_shards_in_the_cache_that_are_damaged_are_refused(tmp_path: Path, cache: Cache) -> None:
     (tmp_path / "a.txt").write_text("\n".join(TEXTS))
-    corpus = SourceCorpus(file_texts([str(tmp_path / "a.txt")]), held_out=0.3)
+    corpus = SourceCorpus(open_file_source([str(tmp_path / "a.txt")]), held_out=0.3)
     folder = corpus.shards(BYTES, cache).folder
     flip(folder / "train_00000.tokens.npy")
     with pytest.raises(DataError, match=r"train_00000\.tokens\.npy is damaged"):

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddiff.data import text as text_module
-from ddiff.data.documents import text_files
-from ddiff.data.jsonl import json_lines
-from ddiff.data.sources import file_texts
+from ddiff.data.documents import read_text_files
+from ddiff.data.jsonl import read_json_lines
+from ddiff.data.sources import open_file_source
 from ddiff.data.text import text_documents
 from ddiff.errors import DataError
 
@@ -25,12 +25,18 @@ ODD = st.text("ab \t\n\r\u3000\u2028\x0b\ufeff\u00e9\U0001f600", max_size=60)
 
 def from_text(path: Path, split: Any) -> list[str]:
     (path.parent / "held_out.txt").write_text("held out")
-    documents = text_files([str(path)], validation=[str(path.parent / "held_out.txt")], split=split)
+    documents = read_text_files(
+        [str(path)], validation=[str(path.parent / "held_out.txt")], split=split
+    )
     return list(documents.train["text"])
 
 
 def from_files(path: Path, split: Any) -> list[str]:
-    return [text for chunk in file_texts([str(path)], split=split).chunks() for text in chunk.texts]
+    return [
+        text
+        for chunk in open_file_source([str(path)], split=split).chunks()
+        for text in chunk.texts
+    ]
 
 
 def expected(written: str, split: str) -> list[str]:
@@ -134,7 +140,7 @@ def test_json_lines_end_as_text_lines_do(tmp_path: Path, end: str) -> None:
     for name in ("a", "v"):
         objects = [f'{{"text": "{name} {number}"}}' for number in range(60)]
         (tmp_path / f"{name}.jsonl").write_bytes(("\ufeff" + ENDS[end].join(objects)).encode())
-    documents = json_lines([str(tmp_path / "a.jsonl")], validation=[str(tmp_path / "v.jsonl")])
+    documents = read_json_lines([str(tmp_path / "a.jsonl")], validation=[str(tmp_path / "v.jsonl")])
     assert documents.train["text"] == [f"a {number}" for number in range(60)]
     assert documents.train["name"][59] == "a.jsonl line 60"
     assert from_files(tmp_path / "a.jsonl", "line") == [f"a {number}" for number in range(60)]
@@ -149,6 +155,6 @@ def test_a_single_document_is_not_advised_the_split_that_it_has(
 ) -> None:
     (tmp_path / "a.txt").write_text("one line and no more")
     with pytest.raises(DataError, match=rf"1 document\(s\) by {split} cannot be divided") as raised:
-        text_files([str(tmp_path / "a.txt")], split=split)
+        read_text_files([str(tmp_path / "a.txt")], split=split)
     assert (f"(split = {advised})" if advised else "another share") in str(raised.value)
     assert ("split =" in str(raised.value)) == (advised is not None)

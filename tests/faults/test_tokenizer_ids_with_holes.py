@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ddiff.data.documents import from_texts
+from ddiff.data.documents import documents_from_texts
 from ddiff.data.packing import pack
 from ddiff.data.shards import write_shards
 from ddiff.data.tokenizer import (
@@ -23,7 +23,7 @@ from ddiff.data.tokenizer import (
     UnknownWord,
     load_tokenizer,
 )
-from ddiff.data.tokenizer_workers import Chunk, encoded
+from ddiff.data.tokenizer_workers import Chunk, encode_chunks
 from ddiff.errors import DataError
 
 HOLES = {"[UNK]": 0, "</s>": 1, "cat": 10, "dog": 12, "mat": 14}
@@ -57,7 +57,7 @@ def test_pretrained_tokenizer_has_one_token_more_than_its_highest_id(holes: Path
     tokenizer = PretrainedTokenizer.from_pretrained(str(holes))
     assert tokenizer.num_tokens == 15
     assert tokenizer.encode(["cat dog mat cow"]) == [[10, 12, 14, 0]]
-    packed = pack(from_texts(["cat dog", "mat"]), tokenizer, 5)
+    packed = pack(documents_from_texts(["cat dog", "mat"]), tokenizer, 5)
     assert packed[[0]].ids.tolist() == [[10, 12, 1, 14, 1]]
 
 
@@ -96,7 +96,7 @@ def test_text_without_ids_is_refused_with_its_row_and_word(model: Any, tmp_path:
     assert (caught.value.row, caught.value.word in ("zebu", *"zebu")) == (1, True)
     chunks = [Chunk(["cat"] * 3, names=["a"] * 3), Chunk(["dog", "zebu"], names=["b.txt", "c.txt"])]
     with pytest.raises(DataError, match=r"Row 4 \(c.txt\) holds"):
-        list(encoded(chunks, tokenizer))
+        list(encode_chunks(chunks, tokenizer))
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     assert pickle.loads(pickle.dumps(tokenizer)).encode(["cat dog"]) == tokenizer.encode(
         ["cat dog"]
@@ -108,7 +108,7 @@ def test_another_process_names_the_row_without_ids_too(tmp_path: Path) -> None:
     tokenizer = PretrainedTokenizer.from_pretrained(str(saved(tmp_path / "d", fast(letters))))
     chunks = [Chunk(["cat"] * 3, names=["a"] * 3), Chunk(["dog", "zebu"], names=["b.txt", "c.txt"])]
     with pytest.raises(DataError, match=r"Row 4 \(c.txt\) holds"):
-        list(encoded(chunks, tokenizer, workers=2))
+        list(encode_chunks(chunks, tokenizer, workers=2))
 
 
 def test_byte_level_pairs_without_all_bytes_refuse_what_they_would_drop(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ import pytest
 
 import ddiff
 from ddiff.data.cache import Cache
-from ddiff.data.corpus import SourceCorpus, StreamedCorpus, check_repetitions, shards_of
-from ddiff.data.documents import Documents, from_texts, symbol_rows, text_files
-from ddiff.data.jsonl import json_lines
+from ddiff.data.corpus import SourceCorpus, StreamedCorpus, check_repetitions, load_or_build_shards
+from ddiff.data.documents import Documents, documents_from_texts, read_symbol_rows, read_text_files
+from ddiff.data.jsonl import read_json_lines
 from ddiff.data.overlap import Found, check_overlap, document_hashes, find_overlap
 from ddiff.data.shards import read_shards, write_shards
-from ddiff.data.sources import file_texts, hub_texts
+from ddiff.data.sources import open_file_source, open_hub_source
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk
 from ddiff.errors import DataError
@@ -181,8 +181,8 @@ def test_distinct_documents_give_no_warning(kind: str, caplog: pytest.LogCapture
 @pytest.mark.parametrize("held_out", [0.05, 0.5])
 def test_a_share_held_out_by_hash_shares_no_document(held_out: float) -> None:
     write("text", "a.txt", LINES * 3)
-    parts = text_files(["a.txt"], split="line", held_out=held_out)
-    found = shards_of(parts, BytePairTokenizer.train(LINES, 270), Cache()).overlap
+    parts = read_text_files(["a.txt"], split="line", held_out=held_out)
+    found = load_or_build_shards(parts, BytePairTokenizer.train(LINES, 270), Cache()).overlap
     assert found["validation_in_train"] == [0, len(parts.validation)]
 
 
@@ -192,9 +192,13 @@ def test_overlapping_patterns_read_each_document_once() -> None:
         write("text", f"x{number}.txt", LINES[number * 50 : number * 50 + 50])
     write("text", "v.txt", ["held out"])
     write("jsonl", "v.jsonl", ["held out"])
-    texts = text_files(["x*.txt", "x1.txt", "./x2.txt"], split="line", validation=["v.txt"])
-    objects = json_lines(["x*.jsonl", "x1.jsonl"], validation=["v.jsonl"])
-    read = [text for chunk in file_texts(["x*.jsonl", "x1.jsonl"]).chunks() for text in chunk.texts]
+    texts = read_text_files(["x*.txt", "x1.txt", "./x2.txt"], split="line", validation=["v.txt"])
+    objects = read_json_lines(["x*.jsonl", "x1.jsonl"], validation=["v.jsonl"])
+    read = [
+        text
+        for chunk in open_file_source(["x*.jsonl", "x1.jsonl"]).chunks()
+        for text in chunk.texts
+    ]
     assert texts.train["text"] == objects.train["text"] == read == LINES[:150]
 
 
@@ -211,14 +215,14 @@ def test_text_repeated_in_training_is_counted(caplog: pytest.LogCaptureFixture) 
 
 def test_the_same_split_of_a_hub_set_is_refused() -> None:
     with pytest.raises(DataError, match="is named for training and for validation"):
-        SourceCorpus(hub_texts("a/b", split="train"), hub_texts("a/b", split="train"))
-    SourceCorpus(hub_texts("a/b", split="train"), hub_texts("a/b", split="test"))
+        SourceCorpus(open_hub_source("a/b", split="train"), open_hub_source("a/b", split="train"))
+    SourceCorpus(open_hub_source("a/b", split="train"), open_hub_source("a/b", split="test"))
 
 
 def test_shards_made_elsewhere_carry_what_was_counted() -> None:
-    documents = Documents(from_texts(LINES[:100]), from_texts(LINES[50:150]))
+    documents = Documents(documents_from_texts(LINES[:100]), documents_from_texts(LINES[50:150]))
     tokenizer = BytePairTokenizer.train(LINES, 270)
-    made = shards_of(documents, tokenizer, Cache())
+    made = load_or_build_shards(documents, tokenizer, Cache())
     again = ddiff.ShardedCorpus(str(made.folder))
     assert again.shards(tokenizer, Cache()).manifest["overlap"]["validation_in_train"] == [50, 100]
     manifest = json.loads((made.folder / "manifest.json").read_text())
@@ -232,7 +236,7 @@ def test_a_stream_warns_of_the_first_validation_document_in_it(
 ) -> None:
     write("jsonl", "a.jsonl", LINES)
     write("jsonl", "v.jsonl", [LINES[150], "held out"])
-    source = SourceCorpus(file_texts(["a.jsonl"]), file_texts(["v.jsonl"]))
+    source = SourceCorpus(open_file_source(["a.jsonl"]), open_file_source(["v.jsonl"]))
     corpus = StreamedCorpus(source, head=20, block=4)
     tokenizer = BytePairTokenizer.train(LINES, 270)
     check_repetitions(corpus, corpus.shards(tokenizer, Cache()))  # the head has none of them
@@ -246,7 +250,7 @@ def test_a_stream_warns_of_the_first_validation_document_in_it(
 
 def test_rows_of_a_generated_source_may_repeat(caplog: pytest.LogCaptureFixture) -> None:
     documents = ddiff.MarkovSource(4, peakedness=9.0).documents(rows=500, validation=5, length=4)
-    made = shards_of(documents, AlphabetTokenizer("abcd"), Cache())
+    made = load_or_build_shards(documents, AlphabetTokenizer("abcd"), Cache())
     with caplog.at_level(logging.WARNING):
         check_repetitions(documents, made)
     assert not caplog.messages
@@ -280,9 +284,11 @@ def test_what_is_counted_is_what_sets_of_documents_say(seed: int) -> None:
 def test_hashes_do_not_depend_on_where_blocks_and_shards_are_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    documents = Documents(from_texts(LINES), from_texts(["held out"]))
+    documents = Documents(documents_from_texts(LINES), documents_from_texts(["held out"]))
     (shard,) = (
-        shards_of(documents, BytePairTokenizer.train(LINES, 270), Cache()).stream(TRAIN).shards
+        load_or_build_shards(documents, BytePairTokenizer.train(LINES, 270), Cache())
+        .stream(TRAIN)
+        .shards
     )
     whole = document_hashes(shard)
     assert len(set(whole.tolist())) == len(LINES)
@@ -292,8 +298,8 @@ def test_hashes_do_not_depend_on_where_blocks_and_shards_are_cut(
 
 
 def test_parts_without_documents_have_nothing_in_common() -> None:
-    documents = Documents(from_texts(LINES), from_texts(["held out"]))
-    made = shards_of(documents, BytePairTokenizer.train(LINES, 270), Cache())
+    documents = Documents(documents_from_texts(LINES), documents_from_texts(["held out"]))
+    made = load_or_build_shards(documents, BytePairTokenizer.train(LINES, 270), Cache())
     none = type(made.stream(TRAIN))([], made.stream(TRAIN).counts)
     assert find_overlap(none, none) == {
         "validation_in_train": [0, 0], "train_repeated": [0, 0], "validation_repeated": [0, 0]
@@ -305,4 +311,4 @@ def test_parts_without_documents_have_nothing_in_common() -> None:
 def test_symbol_rows_refuse_a_file_on_both_sides() -> None:
     write("text", "a.txt", ROWS)
     with pytest.raises(DataError, match="named by validation and by files"):
-        symbol_rows(["a.txt"], length=8, validation=["a.txt"])
+        read_symbol_rows(["a.txt"], length=8, validation=["a.txt"])
