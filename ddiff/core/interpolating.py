@@ -565,8 +565,9 @@ def _without_rounding(total: Tensor, faded: Tensor) -> Tensor:
 class ComponentProcess(InterpolatingProcess):
     """Noise of a few fixed laws: b_t = sum_k c_k(t) nu_k, sum_k c_k = 1 - alpha. A subclass says alpha and c.
 
-    `components` are laws nu_k [S] each (`mask_distribution`, `token_distribution`, any other). Nothing of width S is float64 but what an
-    oracle asks for. What is declared of the ends (alpha(0) = 1, alpha(1) = 0) and the prior b_1/|b_1| are read off alpha
+    `components` are laws nu_k [S] each (`mask_distribution`, `token_distribution`, any other). Nothing of width S is
+    float64 but what an oracle asks for. What is declared
+    of the ends (alpha(0) = 1, alpha(1) = 0) and the prior b_1/|b_1| are read off alpha
     and c, so a subclass sets what they need before `super().__init__`. Each component must arrive on its own:
     c_k' >= (alpha'/alpha) c_k.
     """

@@ -233,8 +233,8 @@ class SettledLaw(SubtreeDistribution):
 
     def log_below(self, level: int) -> Tensor:
         raise ArgumentError(
-            f"CleanDistribution: level must be below the node that a row asks in; got level {level} for rows at words, under "
-            "which nothing is open. Ask at the root (ForwardProcess.scope), or leave these rows out."
+            f"CleanDistribution: level must be below the node that a row asks in; got level {level} for rows at words, "
+            "under which nothing is open. Ask at the root (ForwardProcess.scope), or leave these rows out."
         )
 
 

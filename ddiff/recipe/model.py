@@ -3,10 +3,10 @@
     recipe = read_recipe("recipes/mine.toml", settings=["train.steps=200"])
     recipe.process.build(vocabulary=vocabulary)
 
-A recipe has a few keys of its own and a table per part of an experiment (`ddiff.recipe.schema`). A table may hold keys that the
-engine reads, and otherwise belongs to the component that its `kind` names: its keys are those of that component's `Config`.
-Some keys are slots for a component inside a table (`[train] optimizer`). Wherever a component is named, a string stands
-for a table with nothing but a kind: `optimizer = "muon"` is `optimizer = {kind = "muon"}`.
+A recipe has a few keys of its own and a table per part of an experiment (`ddiff.recipe.schema`). A table may hold keys that
+the engine reads, and otherwise belongs to the component that its `kind` names: its keys are those of that component's
+`Config`. Some keys are slots for a component inside a table (`[train] optimizer`). Wherever a component is named, a string
+stands for a table with nothing but a kind: `optimizer = "muon"` is `optimizer = {kind = "muon"}`.
 
 Reading a recipe imports the components that it names, to ask for their keys; importing this module imports none.
 """

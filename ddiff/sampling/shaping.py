@@ -52,7 +52,8 @@ class ShapedDistribution(SubtreeDistribution):
         super().__init__(dists[0].vocabulary, dists[0].top)
         if any(dist.top != self.top for dist in dists):
             raise ArgumentError(
-                f"ShapedDistribution: all laws must speak of the same subtree; got laws below {[dist.top for dist in dists]}."
+                f"ShapedDistribution: all laws must speak of the same subtree; "
+                f"got laws below {[dist.top for dist in dists]}."
             )
         self.dists, self.shape, self.plain = dists, shape, plain or self
         self._levels: dict[int, Tensor] = {}

@@ -1,8 +1,8 @@
 """What a sampler declares, held against the distribution of its samples on small joints that are known.
 
-The network is exact (`enumerated.ExactNetwork`), so that what is left is the sampler's own error: the total variation between
-its samples and a joint of two symbols. `steps -> Sampler` is what is checked, since an order shows only over several
-numbers of steps.
+The network is exact (`enumerated.ExactNetwork`), so that what is left is the sampler's own error: the total variation
+between its samples and a joint of two symbols. `steps -> Sampler` is what is checked, since an order shows only over
+several numbers of steps.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ class RatioDistribution(SubtreeDistribution):
 @final
 @dataclass(frozen=True)
 class Ratios:
-    """Reads a `RatioDistribution` as a score: log s(y) = raw(y), 0 at z_t; if scaled, less ln V and ln(e^sigma - 1) at masks."""
+    """Reads a `RatioDistribution` as a score: log s(y) = raw(y), 0 at z_t;
+    if scaled, less ln V and ln(e^sigma - 1) at masks."""
 
     scaled: bool
     predicts: ClassVar[Literal["score"]] = "score"

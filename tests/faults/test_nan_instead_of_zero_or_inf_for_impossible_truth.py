@@ -91,8 +91,8 @@ def test_bound_of_a_network_that_rules_tokens_out_is_no_nan(process: ForwardProc
     index = torch.arange(len(x0))
     for window in ((0.0, 1.0), (1e-3, 0.9)):
         terms = nelbo(
-            process, network, x0, torch.ones_like(x0, dtype=torch.bool), FlatTimes(*window), CounterRng(0, 0, index, 1), index,
-            len(index),
+            process, network, x0, torch.ones_like(x0, dtype=torch.bool), FlatTimes(*window), CounterRng(0, 0, index, 1),
+            index, len(index),
         )  # fmt: skip
         assert not bool(terms.total.isnan().any())
         assert bool(terms.total[x0[:, 0] == 0].isfinite().all())
