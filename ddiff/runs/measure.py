@@ -10,7 +10,6 @@ import json
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, final
@@ -42,6 +41,7 @@ from ddiff.runs.cost import (
 from ddiff.runs.peak_memory import Rise
 from ddiff.runs.run import Run, build_run
 from ddiff.training.metrics import FILE as METRICS
+from ddiff.training.metrics import StepRecord
 from ddiff.training.objective import device_of
 from ddiff.training.protocols import Objective
 from ddiff.training.trainer import Trainer
@@ -286,37 +286,35 @@ def _unigram(run: Run) -> float:
 # ------------------------------------------------------------------ steps
 
 
-class Enough(Exception):
-    """The steps to be measured are taken."""
-
-
 @final
-class Watch:
-    """A tracker that sees how far memory rises between its first call and the last, with which it ends the training."""
+class MemoryWatch:
+    """Bytes by which memory rises above what is held after the first `window` steps."""
 
-    def __init__(self, device: torch.device, last: int) -> None:
-        self.device, self.last = device, last
+    def __init__(self, device: torch.device, window: int, last: int) -> None:
+        self.device = device
+        self.window = window
+        self.last = last
         self.rise: Rise | None = None
         self.bytes = 0.0
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self.rise is None:  # the optimizer has its state now, and stays as large
-            self.rise = Rise(self.device)
-        if step >= self.last:
+    def on_step(self, record: StepRecord) -> None:
+        if self.rise is None and record.step == self.window:
+            self.rise = Rise(self.device)  # the optimizer has its state now, and stays as large
+        if self.rise is not None and record.step == self.last:
             self.bytes = self.rise.bytes()
-            raise Enough
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def _stepped(trainer: Trainer, count: int) -> tuple[list[dict[str, float]], float]:
     """The lines of the first steps in metrics.jsonl, and the bytes by which memory rises above what stands between two."""
-    watch = Watch(trainer.backend.device, count)
-    trainer.tracker, trainer.log_every = watch, _window(count)
-    trainer.steps = trainer.checkpoint_every = count + 1  # no step is the last, so nothing is saved
-    with suppress(Enough):
-        trainer.fit()
+    window = _window(count)
+    watch = MemoryWatch(trainer.backend.device, window, count)
+    trainer.settings = replace(
+        trainer.settings,
+        steps=count + 1,  # no step is the last, so nothing is saved
+        log_every=window,
+        checkpoint_every=count + 1,
+    )
+    trainer.fit(max_steps=count, on_step=watch.on_step)
     lines = Path(trainer.run_dir, METRICS).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines], watch.bytes
 

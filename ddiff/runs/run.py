@@ -79,7 +79,13 @@ from ddiff.sampling.loop import OnStep, Sampler, generate, looks_ahead
 from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
 from ddiff.training.protocols import Backend, Tracker
 from ddiff.training.tracker import NoTracker
-from ddiff.training.trainer import Trainer, TrainingSummary, Validation
+from ddiff.training.trainer import (
+    Provenance,
+    Trainer,
+    TrainerSettings,
+    TrainingSummary,
+    Validation,
+)
 
 _COUNTED = (
     2**26
@@ -281,24 +287,17 @@ class Run:
         """What trains this run, as the recipe has it; or some of its steps, to another folder and another tracker."""
         recipe, keys = self.recipe, self.recipe.train
         cosine = WarmupCosine(keys.steps, keys.warmup, keys.floor)
-        return Trainer(
-            self.objective,
-            recipe.optimizer.build(module=self.backend.unwrap(self.objective.module)),
-            self._batches,
-            lambda step, batch: CounterRng(recipe.seed, step, batch.index, recipe.length),
-            backend=self.backend,
-            run_dir=folder or self.run_dir,
+        settings = TrainerSettings(
             steps=end or keys.steps,
             slots=keys.batch,
             accumulate=keys.accumulate,
-            multiplier=cosine if keys.schedule == "cosine" else WarmupConstant(keys.warmup),
             clip=keys.clip,
+            ema=keys.ema,
             log_every=keys.log_every,
             checkpoint_every=keys.checkpoint_every,
             keep=keys.keep,
-            ema=keys.ema,
-            tracker=tracker or self._tracker(),
-            validation=self._validation(),
+        )
+        provenance = Provenance(
             origins=recipe.origins(),
             fingerprints=self.fingerprints(),
             made_with={
@@ -306,6 +305,19 @@ class Run:
                 "given": self.given.to_dict(),
                 "noising": noising_of(self.process),
             },
+        )
+        return Trainer(
+            self.objective,
+            recipe.optimizer.build(module=self.backend.unwrap(self.objective.module)),
+            self._batches,
+            lambda step, batch: CounterRng(recipe.seed, step, batch.index, recipe.length),
+            settings,
+            backend=self.backend,
+            run_dir=folder or self.run_dir,
+            multiplier=cosine if keys.schedule == "cosine" else WarmupConstant(keys.warmup),
+            tracker=tracker or self._tracker(),
+            validation=self._validation(),
+            provenance=provenance,
         )
 
     def _validation(self) -> Validation | None:

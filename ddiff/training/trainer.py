@@ -1,7 +1,10 @@
 """The training loop: batches to gradients to steps, with a record of each and a checkpoint now and then.
 
     optimizer = muon(backend.wrap(objective.module))
-    trainer = Trainer(objective, optimizer, batch_at, rng_at, backend=backend, run_dir="runs/a", steps=1500, slots=64)
+    settings = TrainerSettings(steps=1500, slots=64)
+    trainer = Trainer(
+        objective, optimizer, batch_at, rng_at, settings, backend=backend, run_dir="runs/a"
+    )
     summary = trainer.fit(trainer.checkpoints.newest())
 
 Steps count from 0 where something is computed for them (`batch_at`, `rng_at`, `multiplier`), and finished steps count
@@ -46,9 +49,12 @@ MOST_SKIPPED_IN_A_ROW = 20
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """How `fit` ended. `step` of `steps` are done in the run; `seconds` and `tokens` are of this process alone."""
+    """How `fit` ended: `step` of `steps` are done; `seconds` and `tokens` count this process only.
 
-    status: Literal["finished", "interrupted"]
+    `status`: "finished" after the last step, "interrupted" by a signal, "stopped" after `max_steps`.
+    """
+
+    status: Literal["finished", "interrupted", "stopped"]
     step: int
     steps: int
     skipped_steps: int
@@ -86,6 +92,7 @@ class _Run:
     skipped_in_a_row: int = 0
     metrics: dict[str, float] = field(default_factory=dict)  # what the tracker was last told
     window: list[StepRecord] = field(default_factory=list)  # steps since then
+    end: int = 0  # the step after which this call of `fit` stops; in no checkpoint
     signal: int | None = None  # that some rank has received, agreed upon by all; in no checkpoint
     settled: float = field(
         default_factory=time.monotonic
@@ -123,27 +130,73 @@ class _Launched:
     read: torch.cuda.Event | None = None  # when the figures have arrived, on a GPU
 
 
-@final
-class Trainer:
-    """Trains `objective.module` for `steps` steps of one global batch each.
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Sizes and intervals of a training run. ArgumentError when one is out of range.
 
     Args:
-        objective: the loss; its module is on the backend already (`backend.wrap`), and `optimizer` is made of it.
-        batch_at: (step, micro) -> this rank's micro-batch, where the objective wants it; a pure function. One that reads
-            ahead may have `unless(step, micro, stopped)`, which gives None when `stopped()` comes before the batch.
-        rng_at: (step, batch) -> the batch's source of draws; a pure function.
+        steps: optimizer steps of the whole run.
         slots: rows of the global batch, over all micro-batches and ranks.
         accumulate: micro-batches per step.
-        multiplier: (step) -> factor in (0, 1] of every group's learning rate.
-        clip: largest gradient norm, or None.
-        ema: decay of the moving average of the weights that checkpoints hold beside them; 0: none.
-        validation: an evaluation while training; it changes no bit of what is trained.
-        log_every, checkpoint_every, keep: steps between reports, steps between checkpoints, checkpoints that stay.
-        origins: where each component came from (distribution, version), recorded in each checkpoint.
-        fingerprints: of whatever a checkpoint must fit (vocabulary, data); compared when a run goes on.
-        made_with: what else a checkpoint records of the parts (see ddiff.run_dir.identity); plain values.
+        clip: largest gradient norm; None: no clipping.
+        ema: decay of the exponential moving average of the weights, stored in each checkpoint; 0: none.
+        log_every: steps between two reports to the tracker.
+        checkpoint_every: steps between two checkpoints.
+        keep: number of checkpoints that stay on disk.
+    """
 
-    A step whose loss or gradient norm is not finite leaves parameters and optimizer alone and is counted.
+    steps: int
+    slots: int
+    accumulate: int = 1
+    clip: float | None = 1.0
+    ema: float = 0.0
+    log_every: int = 10
+    checkpoint_every: int = 200
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "slots", "accumulate", "log_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ArgumentError(f"TrainerSettings: {name} must be at least 1; got {value}.")
+        if self.clip is not None and not self.clip > 0.0:
+            raise ArgumentError(
+                "TrainerSettings: clip must be positive, or None for no clipping; "
+                f"got {self.clip}."
+            )
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Plain values that a checkpoint records about the run that wrote it.
+
+    Args:
+        origins: component -> where it came from (distribution and version).
+        fingerprints: vocabulary, data and whatever else a checkpoint must fit; compared on resuming.
+        made_with: recipe and parts (see ddiff.run_dir.identity).
+    """
+
+    origins: Mapping[str, str] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    made_with: Mapping[str, Any] = field(default_factory=dict)
+
+
+@final
+class Trainer:
+    """Train `objective.module`, one global batch per step.
+
+    Args:
+        objective: the loss; its module is on the backend already (`backend.wrap`).
+        optimizer: made of the parameters of that module.
+        batch_at: (step, micro) -> this rank's micro-batch, on the device that the objective
+            expects; a pure function. One that reads ahead may have `unless(step, micro, stopped)`,
+            which returns None when `stopped()` becomes true before the batch is there.
+        rng_at: (step, batch) -> the random generator of the batch; a pure function.
+        multiplier: (step) -> factor in (0, 1] of every group's learning rate; None: always 1.
+        validation: an evaluation during training; it changes no bit of what is trained.
+
+    A step whose loss or gradient norm is not finite changes neither parameters nor optimizer state
+    and is counted as skipped.
     """
 
     def __init__(
@@ -152,76 +205,69 @@ class Trainer:
         optimizer: Optimizer,
         batch_at: Callable[[int, int], Batch],
         rng_at: Callable[[int, Batch], CounterRng],
+        settings: TrainerSettings,
         *,
         backend: Backend,
         run_dir: str | os.PathLike[str],
-        steps: int,
-        slots: int,
-        accumulate: int = 1,
         multiplier: Callable[[int], float] | None = None,
-        clip: float | None = 1.0,
-        ema: float = 0.0,
-        log_every: int = 10,
-        checkpoint_every: int = 200,
-        keep: int = 2,
         tracker: Tracker | None = None,
         validation: Validation | None = None,
-        origins: Mapping[str, str] | None = None,
-        fingerprints: Mapping[str, str] | None = None,
-        made_with: Mapping[str, Any] | None = None,
+        provenance: Provenance | None = None,
     ) -> None:
-        numbers = {"steps": steps, "slots": slots, "accumulate": accumulate}
-        numbers |= {"log_every": log_every, "checkpoint_every": checkpoint_every}
-        for name, value in numbers.items():
-            if value < 1:
-                raise ArgumentError(f"Trainer: {name} must be at least 1; got {value}.")
-        if clip is not None and not clip > 0.0:
-            raise ArgumentError(
-                f"Trainer: clip must be positive, or None for no clipping; got {clip}."
-            )
-        self.objective, self.optimizer, self.backend = objective, optimizer, backend
-        self.batch_at, self.rng_at = batch_at, rng_at
-        self.run_dir, self.steps, self.slots, self.accumulate = (
-            os.fspath(run_dir),
-            steps,
-            slots,
-            accumulate,
-        )
+        self.objective = objective
+        self.optimizer = optimizer
+        self.batch_at = batch_at
+        self.rng_at = rng_at
+        self.settings = settings
+        self.backend = backend
+        self.run_dir = os.fspath(run_dir)
         self.multiplier = multiplier or WarmupConstant()
-        self.clip, self.log_every, self.checkpoint_every = clip, log_every, checkpoint_every
         self.tracker: Tracker = tracker or NoTracker()
         self.validation = validation
-        self.origins, self.fingerprints = dict(origins or {}), dict(fingerprints or {})
-        self.made_with = dict(made_with or {})
-        self.checkpoints = Checkpoints(f"{self.run_dir}/{CHECKPOINTS}", keep)
-        self.average = (
-            ExponentialMovingAverage(backend.unwrap(objective.module), ema) if ema else None
-        )
+        self.provenance = provenance or Provenance()
+        self.checkpoints = Checkpoints(f"{self.run_dir}/{CHECKPOINTS}", settings.keep)
+        self.average: ExponentialMovingAverage | None = None
+        if settings.ema:
+            module = backend.unwrap(objective.module)
+            self.average = ExponentialMovingAverage(module, settings.ema)
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._seed = torch.initial_seed()
 
-    def fit(self, start: Checkpoint | None = None) -> TrainingSummary:
-        """Train from `start` (None: from the beginning) to the last step, or to the first SIGINT or SIGTERM that any
-        rank receives: to the end of the step under way, and at once where one process waits for data that is read ahead.
+    def fit(
+        self,
+        start: Checkpoint | None = None,
+        *,
+        max_steps: int | None = None,
+        on_step: Callable[[StepRecord], None] | None = None,
+    ) -> TrainingSummary:
+        """Train from `start` (None: from the beginning) to the last step.
 
-        Raises CheckpointError when `start` does not fit this trainer, NonFiniteError after 20 skipped steps in a row.
+        Training ends earlier with the step under way when any rank receives SIGINT or SIGTERM (one
+        process waiting for data that is read ahead ends at once), or after `max_steps` steps of
+        this call. The latter saves no checkpoint of its own. `on_step` is called with the record of
+        each step, in order, on every rank, after the record is in metrics.jsonl.
+
+        Raises CheckpointError when `start` does not fit this trainer, NonFiniteError after 20
+        skipped steps in a row.
         """
-        run = self._resume(start)
-        began, tokens, checkpoint = time.monotonic(), 0.0, start.path if start else None
-        saved = run.step  # the step of the newest checkpoint, 0 where there is none
+        run = self._resume(start, max_steps)
+        began = time.monotonic()
+        tokens = 0.0
+        checkpoint = start.path if start else None
+        saved = run.step  # the step of the newest checkpoint, 0 if there is none
         file = MetricsFile(self.run_dir, run.step) if self.backend.rank == 0 else None
         self.objective.module.train()
         launched: deque[_Launched] = deque()
         try:
-            with StopSignals() as interruption, self._progress(run.step) as bar:
-                while run.step < self.steps and run.signal is None:
+            with StopSignals() as interruption, self._progress(run) as bar:
+                while run.step < run.end and run.signal is None:
                     step = run.step + len(launched)
                     batches = self._batches(step, interruption)
                     if batches is not None:
                         launched.append(self._launch(step, batches, interruption))
                     # The figures of a step are read once the device has the next one to do, so that it never waits; but
                     # before anything is written of it.
-                    due = self._is_due(run.step + len(launched))
+                    due = self._is_due(run, run.step + len(launched))
                     while launched and (due or len(launched) > 1 or self._stops(run, interruption)):
                         record = self._settle(run, launched.popleft())
                         tokens += record.tokens
@@ -235,6 +281,8 @@ class Trainer:
                         if run.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
                             raise NonFiniteError(self._too_many_skipped(record))
                         self._report(run, bar)
+                        if on_step is not None:
+                            on_step(record)
                     ends = self._stops(run, interruption) or self._is_saved(run.step)
                     if not launched and ends and run.step > saved:
                         checkpoint = self._save(run)
@@ -243,11 +291,12 @@ class Trainer:
             if file:
                 file.close()
             self.checkpoints.wait()
-        interrupted = run.step < self.steps
+        interrupted = run.step < self.settings.steps and run.signal is not None
+        finished = run.step == self.settings.steps
         return TrainingSummary(
-            status="interrupted" if interrupted else "finished",
+            status="finished" if finished else "interrupted" if interrupted else "stopped",
             step=run.step,
-            steps=self.steps,
+            steps=self.settings.steps,
             skipped_steps=run.skipped_steps,
             seconds=time.monotonic() - began,
             tokens=tokens,
@@ -257,12 +306,13 @@ class Trainer:
         )
 
     def _is_saved(self, step: int) -> bool:
-        return step == self.steps or step % self.checkpoint_every == 0
+        return step == self.settings.steps or step % self.settings.checkpoint_every == 0
 
-    def _is_due(self, step: int) -> bool:
+    def _is_due(self, run: _Run, step: int) -> bool:
         """Whether something is told, evaluated or saved after that many steps."""
         evaluated = self.validation is not None and step % self.validation.every == 0
-        return self._is_saved(step) or evaluated or step % self.log_every == 0
+        reported = step == run.end or step % self.settings.log_every == 0
+        return self._is_saved(step) or evaluated or reported
 
     def _is_validated(self, run: _Run, interruption: StopSignals) -> bool:
         """Not once a signal has come: an evaluation may take longer than what sent it waits."""
@@ -300,15 +350,15 @@ class Trainer:
             run.signal = interruption.signal
         return run.signal is not None
 
-    def _progress(self, start: int) -> AbstractContextManager[Progress]:
+    def _progress(self, run: _Run) -> AbstractContextManager[Progress]:
         console = None if self.backend.rank == 0 else Console(quiet=True, force_terminal=False)
-        return progress(self.steps, "training", start=start, console=console)
+        return progress(run.end, "training", start=run.step, console=console)
 
     def _batches(self, step: int, interruption: StopSignals) -> list[Batch] | None:
         """The micro-batches of a step; None when a signal came while they were waited for."""
         unless = getattr(self.batch_at, "unless", None)
         batches: list[Batch] = []
-        for micro in range(self.accumulate):
+        for micro in range(self.settings.accumulate):
             if (
                 unless is None or self.backend.world_size > 1
             ):  # several processes only stop after the same step
@@ -328,7 +378,7 @@ class Trainer:
         totals = self.backend.sum(
             {"signals": sent(interruption.counts(), self.backend.device)} | shares
         )
-        norm = self.backend.clip(self.objective.module.parameters(), self.clip)
+        norm = self.backend.clip(self.objective.module.parameters(), self.settings.clip)
         multiplier = self.multiplier(step)
         self._update(multiplier, norm.isfinite() & totals["loss"].isfinite().all())
         tokens = torch.stack(list(denominators.values())).sum()
@@ -382,7 +432,7 @@ class Trainer:
                 if micro == len(batches)
                 else self.backend.accumulating(self.objective.module)
             ):
-                terms = self.objective(batch, self.rng_at(step, batch), denominators, self.slots)
+                terms = self.objective(batch, self.rng_at(step, batch), denominators, self.settings.slots)
                 terms.loss.backward()
             totals["loss"] = totals["loss"] + _pair(terms.loss, torch.zeros_like(terms.loss))
             for name, (summed, count) in terms.metrics.items():
@@ -399,7 +449,7 @@ class Trainer:
 
     def _report(self, run: _Run, bar: Progress) -> None:
         """Show the step; at every `log_every`-th, and the last, tell the tracker the means since it was last told."""
-        if run.step % self.log_every and run.step < self.steps:
+        if run.step % self.settings.log_every and run.step < run.end:
             bar.advance()
             return
         run.metrics = means(run.window)
@@ -419,15 +469,22 @@ class Trainer:
             "ema": self.average and self.average.to_tree(),
             "random": _random_state(self.backend.device),
             "multiplier": repr(self.multiplier),
-            "origins": self.origins,
-            "fingerprints": self.fingerprints,
-            "made_with": self.made_with,
+            "origins": dict(self.provenance.origins),
+            "fingerprints": dict(self.provenance.fingerprints),
+            "made_with": dict(self.provenance.made_with),
         }
         return self.checkpoints.begin(
             run.step, self.backend.unwrap(self.objective.module).state_dict(), state
         )
 
-    def _resume(self, start: Checkpoint | None) -> _Run:
+    def _resume(self, start: Checkpoint | None, max_steps: int | None) -> _Run:
+        run = self._restore(start)
+        run.end = self.settings.steps
+        if max_steps is not None:
+            run.end = min(run.end, run.step + max_steps)
+        return run
+
+    def _restore(self, start: Checkpoint | None) -> _Run:
         if start is None:
             if found := self.checkpoints.steps():
                 raise CheckpointError(
@@ -455,15 +512,15 @@ class Trainer:
 
     def check_fit(self, start: Checkpoint) -> None:
         """Raises ArgumentError or CheckpointError when training cannot go on from `start`; `fit` asks this first."""
-        if start.step > self.steps:
+        if start.step > self.settings.steps:
             raise ArgumentError(
-                f"Trainer: steps must be at least the {start.step} that {start.path} has behind it; got {self.steps}. "
+                f"Trainer: steps must be at least the {start.step} that {start.path} has behind it; got {self.settings.steps}. "
                 "Ask for more steps, or start anew with --fresh."
             )
         check_fingerprints(
             start.path,
             start.state,
-            self.fingerprints,
+            self.provenance.fingerprints,
             "Restore what it was trained with, or start over with --fresh.",
         )
         check_metrics(self.run_dir, start.step)

@@ -19,7 +19,7 @@ publish = cache._publish
 cache._publish = lambda partial, place, identity: (built.append(place.parent.name), publish(partial, place, identity))
 heavy = [{heavy}]
 
-def told(trainer, start=None):
+def told(trainer, start=None, **limits):
     print(json.dumps([time.process_time(), built, [name for name in heavy if name in sys.modules]]))
     sys.stdout.flush()
     raise SystemExit(0)

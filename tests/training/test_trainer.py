@@ -17,7 +17,7 @@ from toy import ROWS, Identify, Net, Rows, rng_at, rows_at, toy_trainer
 
 from ddiff.errors import ArgumentError, CheckpointError, NonFiniteError
 from ddiff.training.learning_rate import WarmupConstant
-from ddiff.training.metrics import WALL_CLOCK
+from ddiff.training.metrics import WALL_CLOCK, StepRecord
 from ddiff.training.protocols import LossTerms
 
 
@@ -330,3 +330,29 @@ def test_numbers_below_one_are_refused(tmp_path: Path, name: str) -> None:
 def test_a_clip_that_is_not_positive_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="clip must be positive"):
         toy_trainer(tmp_path, clip=0.0)
+
+
+def test_fit_stops_after_max_steps_without_a_checkpoint(tmp_path: Path) -> None:
+    tracker = Listening()
+    trainer = toy_trainer(tmp_path, 20, log_every=4, checkpoint_every=20, tracker=tracker)
+    records: list[StepRecord] = []
+    summary = trainer.fit(max_steps=6, on_step=records.append)
+    assert (summary.status, summary.step, summary.steps, summary.exit_code) == ("stopped", 6, 20, 0)
+    assert [record.step for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [record.loss for record in records] == [line["train_loss"] for line in lines(tmp_path)]
+    assert trainer.checkpoints.steps() == []
+    assert [step for step, _ in tracker.heard] == [4, 6]
+
+
+def test_max_steps_counts_from_the_resumed_step_and_changes_no_bit(tmp_path: Path) -> None:
+    first = toy_trainer(tmp_path / "run", 12)
+    assert first.fit(max_steps=7).step == 7  # its newest checkpoint is of step 5
+    second = toy_trainer(tmp_path / "run", 12)
+    assert second.fit(second.checkpoints.newest(), max_steps=5).step == 10
+    third = toy_trainer(tmp_path / "run", 12)
+    assert third.fit(third.checkpoints.newest(), max_steps=99).status == "finished"
+    straight = toy_trainer(tmp_path / "straight", 12)
+    straight.fit()
+    for name, value in weights(straight).items():
+        assert torch.equal(weights(third)[name], value)

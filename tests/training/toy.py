@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from ddiff.distributed.single import SingleBackend
 from ddiff.training.optimizers import muon
 from ddiff.training.protocols import LossTerms
-from ddiff.training.trainer import Trainer
+from ddiff.training.trainer import Provenance, Trainer, TrainerSettings
 
 ROWS, LENGTH, SYMBOLS, WIDTH = 8, 6, 5, 4
+PARTS = ("batch_at", "rng_at", "backend", "multiplier", "tracker", "validation")  # not settings
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,25 @@ def rng_at(step: int, batch: Rows) -> Tensor:
 def toy_trainer(
     run_dir: str | Path, steps: int = 20, *, dropout: float = 0.0, **settings: Any
 ) -> Trainer:
-    """A trainer of `Net` in float64 with Muon; `settings` go to `Trainer`, and may replace its parts."""
+    """A trainer of `Net` in float64 with Muon; `settings` replace its settings or its parts."""
     torch.manual_seed(0)
     objective = settings.pop("objective", None) or Identify(Net(dropout).double())
     optimizer = settings.pop("optimizer", muon)(objective.module)
-    settings = {
-        "slots": ROWS,
-        "backend": SingleBackend("cpu"),
-        "log_every": 4,
-        "checkpoint_every": 5,
-    } | settings
-    batch_at = settings.pop("batch_at", None) or rows_at(settings.get("accumulate", 1))
-    settings.setdefault("rng_at", rng_at)
-    return Trainer(objective, optimizer, batch_at, run_dir=run_dir, steps=steps, **settings)
+    parts = {name: settings.pop(name) for name in PARTS if name in settings}
+    provenance = Provenance(fingerprints=settings.pop("fingerprints", {}))
+    settings = {"slots": ROWS, "log_every": 4, "checkpoint_every": 5} | settings
+    batch_at = parts.pop("batch_at", None) or rows_at(settings.get("accumulate", 1))
+    return Trainer(
+        objective,
+        optimizer,
+        batch_at,
+        parts.pop("rng_at", rng_at),
+        TrainerSettings(steps=steps, **settings),
+        backend=parts.pop("backend", None) or SingleBackend("cpu"),
+        run_dir=run_dir,
+        provenance=provenance,
+        **parts,
+    )
 
 
 def main(run_dir: str, steps: str, seconds: str = "0") -> int:
