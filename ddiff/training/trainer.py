@@ -161,8 +161,7 @@ class TrainerSettings:
                 raise ArgumentError(f"TrainerSettings: {name} must be at least 1; got {value}.")
         if self.clip is not None and not self.clip > 0.0:
             raise ArgumentError(
-                "TrainerSettings: clip must be positive, or None for no clipping; "
-                f"got {self.clip}."
+                f"TrainerSettings: clip must be positive, or None for no clipping; got {self.clip}."
             )
 
 
@@ -432,7 +431,9 @@ class Trainer:
                 if micro == len(batches)
                 else self.backend.accumulating(self.objective.module)
             ):
-                terms = self.objective(batch, self.rng_at(step, batch), denominators, self.settings.slots)
+                terms = self.objective(
+                    batch, self.rng_at(step, batch), denominators, self.settings.slots
+                )
                 terms.loss.backward()
             totals["loss"] = totals["loss"] + _pair(terms.loss, torch.zeros_like(terms.loss))
             for name, (summed, count) in terms.metrics.items():
