@@ -515,8 +515,8 @@ class Trainer:
         """Raises ArgumentError or CheckpointError when training cannot go on from `start`; `fit` asks this first."""
         if start.step > self.settings.steps:
             raise ArgumentError(
-                f"Trainer: steps must be at least the {start.step} that {start.path} has behind it; got {self.settings.steps}. "
-                "Ask for more steps, or start anew with --fresh."
+                f"Trainer: steps must be at least the {start.step} that {start.path} has behind it; "
+                f"got {self.settings.steps}. Set more steps, or start over with --fresh."
             )
         check_fingerprints(
             start.path,
