@@ -1,0 +1,157 @@
+"""Style of the engine and the first-party plugins: figures that may only improve.
+
+Every limit is the figure of the day on which it was last lowered. Code that makes a figure worse is rewritten; the limit stays.
+`python tests/packaging/code_count.py` prints all figures, and with the name of a figure the places behind it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from code_count import (
+    WORDS,
+    Style,
+    code_lines,
+    code_tokens,
+    find_words,
+    measure_style,
+    pages,
+    python_files,
+)
+
+TOKENS_PER_LINE = 9.4  # code tokens per code line; dense lines are slow to read
+WIDE_SHARE = 6.2  # % of lines over 100 columns
+COMMENTS_PER_THOUSAND = 22.0  # at least, per 1000 code lines
+NINETIETH_LENGTH = 20  # 90th percentile of function lengths, in lines
+LONGEST_FUNCTION = 80
+PROBES = 72  # calls of getattr and hasattr, which no type checker sees through
+
+WORD_LIMITS = {
+    "What ...": 167,
+    "is no": 72,
+    "trunk": 48,
+    "the law of": 19,
+    "waiting": 13,
+    "told": 63,
+    "beside": 57,
+    "anew": 36,
+    "whom": 9,
+    "nobody": 36,
+    "mend": 24,
+    "go on": 44,
+    "of its own": 76,
+    "alone": 90,
+}
+"""Places that may still use a word which the style avoids."""
+
+PLACES = "See the places: python tests/packaging/code_count.py"
+
+
+@pytest.fixture(scope="module")
+def style() -> Style:
+    return measure_style(python_files())
+
+
+@pytest.fixture(scope="module")
+def words() -> dict[str, list[str]]:
+    return find_words([*python_files(), *pages()])
+
+
+def test_code_lines_are_not_dense(style: Style) -> None:
+    assert style.tokens_per_line <= TOKENS_PER_LINE
+
+
+def test_lines_are_at_most_100_columns_wide(style: Style) -> None:
+    assert style.wide_share <= WIDE_SHARE, f"{PLACES} wide"
+
+
+def test_comments_are_not_lost(style: Style) -> None:
+    assert style.comments_per_thousand >= COMMENTS_PER_THOUSAND
+
+
+def test_functions_stay_short(style: Style) -> None:
+    assert style.ninetieth_length <= NINETIETH_LENGTH, f"{PLACES} long"
+    assert style.longest_function <= LONGEST_FUNCTION, f"{PLACES} long"
+
+
+def test_optional_members_are_declared_not_probed(style: Style) -> None:
+    assert len(style.probes) <= PROBES, f"{PLACES} probes"
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_prose_avoids_word(words: dict[str, list[str]], name: str) -> None:
+    assert len(words[name]) <= WORD_LIMITS[name], f"{PLACES} {name}"
+
+
+# ---------------------------------------------------------------------- the measures themselves
+
+
+def test_code_lines_exclude_comments_and_docstrings() -> None:
+    lines = [
+        '"""Doc."""',
+        "",
+        "# why",
+        "class A:",
+        '    """Doc.',
+        "",
+        '    More."""',
+        "",
+        "    x: int = 1",
+        '    """Of x."""',
+    ]
+    assert code_lines("\n".join([*lines, '    y = """a', 'b"""'])) == {4, 9, 11, 12}
+
+
+@pytest.mark.parametrize(
+    ("source", "tokens"),
+    [
+        ("x = 1  # why\n", 3),
+        ('"""Doc."""\nx = 1\n', 3),
+        ('x = f"a {b + 1} c"\n', 3),
+        ('def f():\n    """Doc."""\n    return 1\n', 7),
+    ],
+)
+def test_code_tokens_exclude_comments_docstrings_and_layout(source: str, tokens: int) -> None:
+    assert len(code_tokens(source)) == tokens
+
+
+SPOKEN = '''
+"""How x is made."""
+
+def f():
+    """Return x.
+
+    This is no y."""
+    raise ValueError(f"{x} was told alone")  # beside the point
+    how = "What a string"
+'''
+
+
+def test_words_are_found_in_docstrings_comments_and_messages(tmp_path: Path) -> None:
+    file = tmp_path / "spoken.py"
+    file.write_text(SPOKEN)
+    found = {name: places for name, places in find_words([file]).items() if places}
+    assert found == {
+        "What ...": [f"{file}:2"],
+        "is no": [f"{file}:7"],
+        "told": [f"{file}:8"],
+        "alone": [f"{file}:8"],
+        "beside": [f"{file}:8"],
+    }
+
+
+def test_words_are_found_in_pages(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# What to do\n\nA run goes on.\n")
+    assert find_words([page])["go on"] == [f"{page}:3"]
+    assert find_words([page])["What ..."] == []
+
+
+def test_wide_lines_long_functions_and_probes_are_found(tmp_path: Path) -> None:
+    file = tmp_path / "wide.py"
+    file.write_text(f'def f():\n    return getattr(x, "y")\n\n\nlong = "{"a" * 100}"\n')
+    style = measure_style([file])
+    assert style.wide == [f"{file}:5"]
+    assert style.probes == [f"{file}:2"]
+    assert style.functions == [(2, f"{file}:1 f")]
