@@ -1,10 +1,11 @@
-"""Measure source code and prose: tokens, line widths, comments, function lengths, probes, words to avoid.
+"""Measure source code and prose: density, line widths, comments, function lengths, probes, words.
 
-Run as a script, it prints the figures of `ddiff` and `plugins`; with an argument, the places behind one figure:
+Run as a script, it prints the figures of `ddiff` and `plugins`; with the name of a figure, the places
+behind it:
 
     python tests/packaging/code_count.py
-    python tests/packaging/code_count.py waiting        # every place that uses a word of WORDS
-    python tests/packaging/code_count.py probes         # or wide, long: getattr calls, wide lines, long functions
+    python tests/packaging/code_count.py waiting    # every place that uses a word of WORDS
+    python tests/packaging/code_count.py probes     # getattr and hasattr calls; or: wide, long
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ SILENT = {
     tokenize.ENCODING,
     tokenize.ENDMARKER,
 }
-# From Python 3.12 on an f-string is several tokens; counted as one, so that figures are the same everywhere.
+# From Python 3.12 on an f-string is several tokens. It counts as one, so that figures are the same
+# under every version.
 FSTRING_START = getattr(tokenize, "FSTRING_START", None)
 FSTRING_END = getattr(tokenize, "FSTRING_END", None)
 
@@ -51,7 +53,9 @@ WORDS = {
     "of its own": r"\bof (its|their) own\b",
     "alone": r"\balone\b",
 }
-"""Openings and words that the style of this project avoids, as patterns. "What ..." is the first word of a docstring."""
+"""Openings and words that the style of this project avoids, as patterns.
+
+"What ..." is the first word of a docstring."""
 
 
 # ---------------------------------------------------------------------- tokens and lines of code
@@ -180,8 +184,8 @@ def _measure_functions(path: Path, tree: ast.AST, style: Style) -> None:
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             style.functions.append((length, f"{place} {node.name}"))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id in ("getattr", "hasattr"):
-                style.probes.append(place)
+            is_probe = node.func.id in ("getattr", "hasattr")
+            style.probes.extend([place] * is_probe)
 
 
 # ---------------------------------------------------------------------- words

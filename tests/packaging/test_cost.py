@@ -1,8 +1,9 @@
-"""Cost of an idea: a forward process is one class of at most 560 code tokens, a sampler one of at most 650.
+"""Cost of an idea: a process is a class of at most 560 code tokens, a sampler one of at most 650.
 
-Counted are the tokens of the class as Python's tokenizer gives them, without comments, docstrings and layout, and its methods.
-Lines are not counted: a cap on lines makes code dense, and a cap on tokens leaves it room. Code spread over more methods
-counts the same, up to the limit of methods, beyond which a class does more than one thing.
+Counted are the tokens of the class as Python's tokenizer gives them, without comments, docstrings and
+layout, and its methods. Lines are not counted: a cap on lines makes code dense, and a cap on tokens
+leaves it room. Code spread over more methods counts the same, up to the limit of methods, beyond
+which a class does more than one thing.
 
 The process of the example plugin, whose whole file is small, is counted in tests/examples.
 """
@@ -53,10 +54,11 @@ def test_process_of_family_is_one_small_class(file: str) -> None:
 
 
 def test_process_outside_the_core_families_is_as_small() -> None:
-    """The chain of hybrid_gamma, masks over tokens that are redrawn, with only the methods that a process must write.
+    """The chain of hybrid_gamma, masks over redrawn tokens, needs only what a process must write.
 
-    The plugin's own class also writes what the engine derives densely from these (density, step, events, last draw, ends),
-    for vocabularies of any size. That buys speed and accuracy with six times the code, and is not part of the promise.
+    The plugin's own class also writes what the engine derives densely from these (density, step,
+    events, last draw, ends), for vocabularies of any size. That buys speed and accuracy with six
+    times the code, and is not part of the promise.
     """
     tokens, methods = class_size(ROOT / "tests/laws/chains.py", "ShuffledThenMasked")
     assert tokens <= PROCESS_TOKENS

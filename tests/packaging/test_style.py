@@ -1,7 +1,8 @@
 """Style of the engine and the first-party plugins: figures that may only improve.
 
-Every limit is the figure of the day on which it was last lowered. Code that makes a figure worse is rewritten; the limit stays.
-`python tests/packaging/code_count.py` prints all figures, and with the name of a figure the places behind it.
+Every limit is the figure of the day on which it was last lowered. Code that makes a figure worse is
+rewritten; the limit stays. `python tests/packaging/code_count.py` prints all figures, and with the
+name of a figure the places behind it.
 """
 
 from __future__ import annotations
