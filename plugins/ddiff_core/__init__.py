@@ -1,4 +1,4 @@
-"""The engine's own components, registered through the same gate as everybody else's."""
+"""Built-in components, registered through the same hook as those of any other plugin."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ddiff import hookimpl
 if TYPE_CHECKING:
     from ddiff import Registry
 
+# Targets are strings, so that nothing heavy is imported until a recipe selects a component.
 COMPONENTS = {
     "dataset": {
         "bundled": "ddiff_core.data:Bundled",
@@ -69,7 +70,7 @@ COMPONENTS = {
         "trapezoidal": "ddiff_core.samplers:Trapezoidal",
     },
     "tracker": {
-        "none": "ddiff_core.trackers:Nothing",
+        "none": "ddiff_core.trackers:Disabled",
         "wandb": "ddiff_core.trackers:WeightsAndBiases",
     },
 }

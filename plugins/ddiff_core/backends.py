@@ -1,4 +1,4 @@
-"""The engine's backends as components of a recipe."""
+"""Backends of the engine as recipe components."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ddiff import ArgumentError, ComponentConfig
 
-if TYPE_CHECKING:  # importing torch's sharding takes a second, and one process needs none of it
+if TYPE_CHECKING:  # importing torch's sharding takes a second, which a single process need not pay
     import torch
 
     from ddiff import Backend, SingleBackend
@@ -19,8 +19,8 @@ class Single:
     def build(config: ComponentConfig, *, device: str, processes: int) -> SingleBackend:
         if processes != 1:
             raise ArgumentError(
-                f'the kind "single" runs one process; got processes = {processes}. Leave it out, or take kind = "ddp" or '
-                '"fsdp".'
+                f'the kind "single" runs one process; got processes = {processes}. '
+                'Leave it out, or take kind = "ddp" or "fsdp".'
             )
         from ddiff import SingleBackend
 
@@ -28,7 +28,10 @@ class Single:
 
 
 class DataParallel:
-    """Several processes, each with the whole model and its share of every batch; under torchrun as many as it starts."""
+    """Data parallelism: every process holds the whole model and a share of every batch.
+
+    Under torchrun the number of processes is torchrun's.
+    """
 
     several = True
 
@@ -42,7 +45,10 @@ class DataParallel:
 
 
 class FullySharded:
-    """Several processes, each with a share of the model and of every batch; under torchrun as many as it starts."""
+    """Fully sharded data parallelism: every process holds a shard of the model and of every batch.
+
+    Under torchrun the number of processes is torchrun's.
+    """
 
     several = True
 

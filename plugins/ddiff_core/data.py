@@ -1,4 +1,7 @@
-"""The engine's corpora as components of a recipe. What reads text is imported when a corpus is, not when a recipe is."""
+"""Corpora of the engine as recipe components.
+
+The modules that read text are imported when a corpus is built, so that reading a recipe stays fast.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,16 @@ if TYPE_CHECKING:
     )
 
 Paths = Annotated[tuple[str, ...], Field(min_length=1)]
-MOST_SYMBOLS = 2**30  # of a generated corpus
 HeldOut = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+MOST_SYMBOLS = 2**30  # of a generated corpus, which is held in memory
 
 
 class Bundled:
-    """Jane Austen's six novels by chapter, Persuasion held out for validation; 4.0 MB, nothing to fetch."""
+    """Jane Austen's six novels, one document per chapter, bundled with the package (4.0 MB).
+
+    Persuasion is held out for validation.
+    """
 
     class Config(ComponentConfig):
         """No keys."""
@@ -46,9 +53,9 @@ class Text:
         validation: tuple[str, ...] = ()
         """Paths or globs of the validation documents; without them a share is held out."""
         held_out: HeldOut = 0.05
-        """The share of the documents for validation, chosen by the hash of their text."""
+        """Share of the documents for validation, chosen by the hash of their text."""
         split: Literal["file", "paragraph", "line"] = "file"
-        """What a document is; blank lines divide paragraphs."""
+        """Unit that counts as one document; blank lines separate paragraphs."""
 
     @staticmethod
     def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
@@ -64,7 +71,7 @@ class Text:
 
     @staticmethod
     def preview(config: Config) -> None:
-        """Refuses a file that is named for training and for validation."""
+        """Refuse a file that is listed for both training and validation."""
         _check_files(config)
 
     @staticmethod
@@ -73,21 +80,21 @@ class Text:
 
 
 class JsonLines:
-    """Files of JSON lines: texts, and labels and vectors for [denoiser] conditions."""
+    """JSON lines with texts, and optionally labels and vectors for [denoiser] conditions."""
 
     class Config(ComponentConfig):
         files: Paths
-        """Paths or globs, local or of any fsspec protocol; every line is one object."""
+        """Paths or globs, local or of any fsspec protocol; every line is one JSON object."""
         text: str = "text"
-        """The field that holds the text."""
+        """Field with the text."""
         labels: tuple[str, ...] = ()
-        """Fields with whole numbers from 0; null is no label. Conditions have the names of their fields."""
+        """Fields with integer labels from 0; null means no label. Conditions are named by field."""
         vectors: tuple[str, ...] = ()
-        """Fields with lists of numbers; null is no vector."""
+        """Fields with lists of numbers; null means no vector."""
         validation: tuple[str, ...] = ()
         """Paths or globs of the validation documents; without them a share is held out."""
         held_out: HeldOut = 0.05
-        """The share of the documents for validation, chosen by the hash of their text."""
+        """Share of the documents for validation, chosen by the hash of their text."""
 
     @staticmethod
     def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
@@ -105,7 +112,7 @@ class JsonLines:
 
     @staticmethod
     def preview(config: Config) -> None:
-        """Refuses a file that is named for training and for validation."""
+        """Refuse a file that is listed for both training and validation."""
         _check_files(config)
 
     @staticmethod
@@ -114,7 +121,10 @@ class JsonLines:
 
 
 class Symbols:
-    """Rows of symbols, one per line, each of [data] length: DNA, proteins and the like. For tokenizer "alphabet"."""
+    """Fixed-length rows of symbols, such as DNA or proteins, one row per line.
+
+    Every row has [data] length symbols. The tokenizer is "alphabet".
+    """
 
     class Config(ComponentConfig):
         files: Paths
@@ -122,7 +132,7 @@ class Symbols:
         validation: tuple[str, ...] = ()
         """Paths or globs of the validation rows; without them a share is held out."""
         held_out: HeldOut = 0.05
-        """The share of the rows for validation, chosen by their hash: equal rows fall on one side."""
+        """Share of the rows for validation, chosen by hash: equal rows are never divided."""
 
     @staticmethod
     def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
@@ -138,7 +148,7 @@ class Symbols:
 
     @staticmethod
     def preview(config: Config) -> None:
-        """Refuses a file that is named for training and for validation."""
+        """Refuse a file that is listed for both training and validation."""
         _check_files(config)
 
     @staticmethod
@@ -152,33 +162,36 @@ def _check_files(config: Text.Config | JsonLines.Config | Symbols.Config) -> Non
     find_train_and_validation(config.files, config.validation)
 
 
-class TokenisedConfig(ComponentConfig):
-    """Keys of every corpus that is tokenised into shards, or while it is trained on."""
+class TokenizedConfig(ComponentConfig):
+    """Keys of every corpus that is tokenized into shards, or on the fly while training."""
 
     held_out: HeldOut = 0.005
-    """The share of the documents for validation, chosen by the hash of their text."""
+    """Share of the documents for validation, chosen by the hash of their text."""
     workers: Annotated[int, Field(gt=0, le=1024)] = 1
-    """Processes that tokenise; rows are the same whatever their number."""
+    """Tokenizer processes; the rows do not depend on their number."""
     streaming: bool = False
-    """Tokenise while training, and keep no shards; docs/data.md has the limits."""
+    """Tokenize while training, without writing shards; docs/data.md lists the limits."""
     head: PositiveInt = 20_000
-    """Streaming: documents read first; those held out are evaluated on, the others counted and learned from."""
+    """Streaming: documents read first, for validation, token counts and the tokenizer."""
     block: PositiveInt = 4096
     """Streaming: rows that are shuffled together."""
 
 
 class Files:
-    """A large corpus in files of parquet, JSON lines or text: tokenised once into memory-mapped shards."""
+    """Large corpus in parquet, JSON lines or text files.
 
-    class Config(TokenisedConfig):
+    It is tokenized once into memory-mapped shards.
+    """
+
+    class Config(TokenizedConfig):
         files: Paths
-        """Paths or globs, local or of any fsspec protocol (s3://, gs://, hf://); compressed or not."""
+        """Paths or globs, local or of any fsspec protocol (s3://, hf://); may be compressed."""
         format: Literal["auto", "parquet", "json", "text"] = "auto"
-        """"auto": by the endings of the files."""
+        """File format; "auto" takes it from the file endings."""
         column: str = "text"
-        """The column or field of the text."""
+        """Column or field with the text."""
         split: Literal["file", "paragraph", "line"] = "line"
-        """What a document of a text file is."""
+        """Unit of a text file that counts as one document."""
         validation: tuple[str, ...] = ()
         """Paths or globs of the validation documents; without them a share is held out."""
 
@@ -190,73 +203,83 @@ class Files:
 
     @staticmethod
     def preview(config: Config) -> SourceCorpus | StreamedCorpus:
-        """The corpus, of which no file is read yet: files that are missing or of several formats are refused."""
-        from ddiff import open_file_source
-
-        def texts(files: tuple[str, ...]) -> TextSource:
-            format = None if config.format == "auto" else config.format
-            return open_file_source(files, format=format, column=config.column, split=config.split)
-
-        validation = texts(config.validation) if config.validation else None
-        return _corpus(config, texts(config.files), validation)
+        """Return the corpus without reading a file; missing files and mixed formats are refused."""
+        train = _open_files(config, config.files)
+        validation = _open_files(config, config.validation) if config.validation else None
+        return _make_corpus(config, train, validation)
 
     @staticmethod
     def reads(config: Config) -> tuple[str, ...]:
         return config.files + config.validation
 
 
-class Hub:
-    """A data set of the Hugging Face hub, streamed and tokenised once into memory-mapped shards."""
+def _open_files(config: Files.Config, files: tuple[str, ...]) -> TextSource:
+    from ddiff import open_file_source
 
-    class Config(TokenisedConfig):
+    format = None if config.format == "auto" else config.format
+    return open_file_source(files, format=format, column=config.column, split=config.split)
+
+
+class Hub:
+    """Dataset of the Hugging Face hub.
+
+    It is streamed and tokenized once into memory-mapped shards.
+    """
+
+    class Config(TokenizedConfig):
         name: str
-        """Its name on the hub, or a local folder of its files."""
+        """Name on the hub, or a local folder with the dataset's files."""
         config: str | None = None
-        """Which of its configurations."""
+        """Configuration of the dataset."""
         split: str = "train"
+        """Split of the training documents."""
         column: str = "text"
-        """The column of the text."""
+        """Column with the text."""
         revision: str | None = None
-        """A commit of the hub: without one the shards stay what was tokenised first."""
+        """Commit on the hub; without one, shards made earlier are kept when the hub changes."""
         validation: str | None = None
-        """The split of the validation documents; without it a share is held out."""
+        """Split of the validation documents; without it a share is held out."""
 
     @staticmethod
     def build(
         config: Config, *, length: int, seed: int, cache: Cache | None
     ) -> SourceCorpus | StreamedCorpus:
-        from ddiff import open_hub_source
-
-        def texts(split: str) -> TextSource:
-            return open_hub_source(
-                config.name,
-                config=config.config,
-                split=split,
-                column=config.column,
-                revision=config.revision,
-            )
-
-        validation = None if config.validation is None else texts(config.validation)
-        return _corpus(config, texts(config.split), validation)
+        train = _open_hub(config, config.split)
+        validation = None
+        if config.validation is not None:
+            validation = _open_hub(config, config.validation)
+        return _make_corpus(config, train, validation)
 
 
-def _corpus(
+def _open_hub(config: Hub.Config, split: str) -> TextSource:
+    from ddiff import open_hub_source
+
+    return open_hub_source(
+        config.name,
+        config=config.config,
+        split=split,
+        column=config.column,
+        revision=config.revision,
+    )
+
+
+def _make_corpus(
     config: Files.Config | Hub.Config, source: TextSource, validation: TextSource | None
 ) -> SourceCorpus | StreamedCorpus:
     from ddiff import SourceCorpus, StreamedCorpus
 
     corpus = SourceCorpus(source, validation, held_out=config.held_out, workers=config.workers)
-    return (
-        StreamedCorpus(corpus, head=config.head, block=config.block) if config.streaming else corpus
-    )
+    if config.streaming:
+        return StreamedCorpus(corpus, head=config.head, block=config.block)
+    return corpus
 
 
 class Shards:
-    """Token shards that `ddiff data` made, on this machine or another."""
+    """Token shards written by `ddiff data`, on this machine or another."""
 
     class Config(ComponentConfig):
         path: str
-        """The folder, local or of any fsspec protocol (then it is fetched into the cache)."""
+        """Folder, local or of any fsspec protocol; a remote one is fetched into the cache."""
 
     @staticmethod
     def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> ShardedCorpus:
@@ -266,20 +289,23 @@ class Shards:
 
 
 class Markov:
-    """Rows of a generated Markov chain of known entropy: no honest bound is below it. For tokenizer "alphabet".
+    """Rows of a generated Markov chain of known entropy, below which no correct bound can be.
 
-    The rows depend on this table alone, not on the recipe's seed: other seeds train on the same data.
+    The tokenizer is "alphabet". The rows depend only on the keys of this table and not on the
+    recipe's seed, so that runs with other seeds train on the same data.
     """
 
     class Config(ComponentConfig):
         alphabet: Annotated[int, Field(ge=4, le=16)] = 8
+        """Number of symbols."""
         peakedness: Annotated[float, Field(ge=0.0, le=100.0)] = 2.0
-        """0: all symbols equally likely; larger: more predictable."""
+        """0: all symbols are equally likely; larger: more predictable."""
         rows: PositiveInt = 4096
+        """Rows for training."""
         validation: PositiveInt = 512
         """Rows for validation."""
         seed: Seed = 0
-        """Of the chain and its rows."""
+        """Seed of the chain and its rows."""
 
     @classmethod
     def build(cls, config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
@@ -290,17 +316,18 @@ class Markov:
 
     @staticmethod
     def preview(config: Config, *, length: int) -> None:
-        """Raises ArgumentError where the rows would have more symbols than can be held."""
+        """Raise ArgumentError if the rows have more symbols than fit in memory."""
         symbols = (config.rows + config.validation) * length
         if symbols > MOST_SYMBOLS:
             raise ArgumentError(
-                f"rows and validation must have at most {MOST_SYMBOLS:,} symbols together, since they are held in memory; "
-                f"got {config.rows} + {config.validation} rows of length {length}, {symbols:,}. Take fewer rows."
+                f"rows and validation must have at most {MOST_SYMBOLS:,} symbols together, since "
+                f"they are held in memory; got {config.rows} + {config.validation} rows of length "
+                f"{length}, {symbols:,}. Take fewer rows."
             )
 
     @staticmethod
     def source(config: Config) -> MarkovSource:
-        """The chain itself, with its exact `entropy_rate` and `row_entropy(length)` in nats per symbol."""
+        """Return the chain with exact `entropy_rate` and `row_entropy(length)`, nats per symbol."""
         from ddiff import MarkovSource
 
         return MarkovSource(config.alphabet, peakedness=config.peakedness, seed=config.seed)

@@ -1,4 +1,4 @@
-"""The engine's heads as components of a recipe."""
+"""Heads of the engine as recipe components."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ddiff import ComponentConfig, TokenHead, TreeHead, Vocabulary
 
 
 class Tokens:
-    """A logit per word; P(node) is the sum of its words, and every row needs all logits."""
+    """One logit per token; P(node) sums over its tokens, and every row computes all logits."""
 
     class Config(ComponentConfig):
         """No keys."""
@@ -17,7 +17,10 @@ class Tokens:
 
 
 class Tied:
-    """A logit per word; P(node) is the sum of its words, and a row needs the words below the node where it asks."""
+    """One logit per token; P(node) sums over its tokens.
+
+    A row computes only the logits of the tokens below its query node.
+    """
 
     class Config(ComponentConfig):
         """No keys."""
@@ -28,7 +31,10 @@ class Tied:
 
 
 class Levelwise:
-    """Logits among siblings at every level; a row needs the children of the node where it asks."""
+    """Logits among siblings at every level of the tree, a hierarchical softmax.
+
+    A row computes only the logits of the children of its query node.
+    """
 
     class Config(ComponentConfig):
         """No keys."""

@@ -1,4 +1,4 @@
-"""The objective, training losses and time rules that come with the engine, as components."""
+"""Objective, training losses and time rules of the engine as recipe components."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ddiff import (
 
 @final
 class Nelbo:
-    """Train on the bound's densities, as [objective] loss weighs them."""
+    """Diffusion objective: the integrand of the NELBO, weighted by [objective] loss."""
 
     @staticmethod
     def build(
@@ -42,7 +42,7 @@ class Nelbo:
 
 @final
 class Elbo:
-    """The bound itself."""
+    """The NELBO without reweighting: gradients are unbiased."""
 
     @staticmethod
     def build(config: ComponentConfig, *, process: ForwardProcess) -> ElboLoss:
@@ -51,51 +51,55 @@ class Elbo:
 
 @final
 class Clip:
-    """The bound with its weights held in a range."""
+    """The NELBO with every row's weight clipped to a range."""
 
     class Config(ComponentConfig):
         smallest: NonNegativeFloat = 0.0
+        """Smaller weights are raised to this."""
         largest: PositiveFloat = 2.0
+        """Larger weights are lowered to this."""
 
     @staticmethod
     def build(config: Config, *, process: ForwardProcess) -> ClippedLoss:
         return ClippedLoss(config.smallest, config.largest)
 
 
-class Window(ComponentConfig):
-    """The window of tau, the share of the information that is lost, in which every position is trained."""
+class TauConfig(ComponentConfig):
+    """Range of the training times, in tau: the share of the token's information that is lost."""
 
     start: Probability = 1e-3
+    """Smallest tau."""
     stop: Probability = 1.0
+    """Largest tau."""
 
     @model_validator(mode="after")
-    def _is_a_window(self) -> Self:
+    def _check_range(self) -> Self:
         if not self.start < self.stop:
             raise ValueError(f"start must be before stop; got {self.start} and {self.stop}")
         return self
 
 
-class Alone(Window):
-    """Windows of positions, read in one pass or one at a time."""
+class PairedConfig(TauConfig):
+    """Keys of rules that noise a window of positions behind a clean prefix."""
 
     paired: bool = True
-    """All windows in one pass over twice the positions, each beside the clean words before it; else one, drawn."""
+    """Train all windows in one pass over [clean; noisy]; if false, one random window per row."""
 
 
-class Width(Alone):
-    """Windows of so many positions."""
+class WindowConfig(PairedConfig):
+    """Keys of rules with windows of a chosen width."""
 
     width: PositiveInt
-    """Positions that are noisy together; those before them are settled, those after them wait."""
+    """Positions of a window; earlier positions are clean, later ones are at the prior."""
 
 
 @final
 class Flat:
     """One time per sequence, stratified over the global batch."""
 
-    class Config(Window):
+    class Config(TauConfig):
         tokens: PositiveInt = 8
-        """Times are drawn with the least variance for sequences of so many tokens; fewer: more draws at little noise."""
+        """Sequence length for which the draw of times minimizes variance; fewer draw less noise."""
 
     @staticmethod
     def build(config: Config) -> FlatTimes:
@@ -104,32 +108,35 @@ class Flat:
 
 @final
 class Block:
-    """Windows side by side, each at one time of its own: autoregression from block to block."""
+    """Block diffusion: adjacent windows, each at its own time.
 
-    Config = Width
+    Blocks are generated in order, so that the model is autoregressive between them.
+    """
+
+    Config = WindowConfig
 
     @staticmethod
-    def build(config: Width) -> WindowTimes:
+    def build(config: WindowConfig) -> WindowTimes:
         return WindowTimes(config.width, "block", config.paired, config.start, config.stop)
 
 
 @final
 class Slide:
-    """A window that glides from left to right, its times rising from the settled side to the waiting one."""
+    """Window that slides from left to right; times in it rise from its clean to its noisy side."""
 
-    Config = Width
+    Config = WindowConfig
 
     @staticmethod
-    def build(config: Width) -> WindowTimes:
+    def build(config: WindowConfig) -> WindowTimes:
         return WindowTimes(config.width, "slide", config.paired, config.start, config.stop)
 
 
 @final
 class Quenched:
-    """One position at a time, from left to right: autoregression by any process."""
+    """Windows of one position, in order: autoregression with any process."""
 
-    Config = Alone
+    Config = PairedConfig
 
     @staticmethod
-    def build(config: Alone) -> WindowTimes:
+    def build(config: PairedConfig) -> WindowTimes:
         return WindowTimes(1, "block", config.paired, config.start, config.stop)

@@ -1,4 +1,4 @@
-"""The engine's optimizers as components of a recipe."""
+"""Optimizers of the engine as recipe components."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import nn
 from ddiff import ComponentConfig, JointOptimizer, NonNegativeFloat, PositiveFloat, adamw, muon
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-"""The share of a moving average that stays, in [0, 1)."""
+"""Decay rate of a moving average, in [0, 1)."""
 
+# Below 1e-30 eps can round to 0 in float32, and an update with no gradient would be 0/0.
 Epsilon = Annotated[float, Field(ge=1e-30, le=1.0)]
-"""What is added to a root before it divides; below 1e-30 it is 0 in float32, and 0/0 is NaN."""
+"""Term added to the root of the second moment before the division."""
 
 
 class AdamW:
@@ -22,11 +23,15 @@ class AdamW:
 
     class Config(ComponentConfig):
         lr: PositiveFloat = 3e-3
+        """Peak learning rate."""
         betas: tuple[Decay, Decay] = (0.9, 0.98)
+        """Decay rates of the first and second moments."""
         weight_decay: NonNegativeFloat = 0.01
+        """Decoupled weight decay."""
         eps: Epsilon = 1e-8
+        """Term added to the denominator."""
         decay: Literal["matrices", "all"] = "matrices"
-        """What decays: hidden matrices alone, or tables, norms and biases too."""
+        """Parameters with weight decay: hidden matrices only, or tables, norms and biases too."""
 
     @staticmethod
     def build(config: Config, *, module: nn.Module) -> torch.optim.AdamW:
@@ -38,12 +43,17 @@ class Muon:
 
     class Config(ComponentConfig):
         lr: PositiveFloat = 0.02
+        """Peak learning rate of the hidden matrices."""
         momentum: Decay = 0.95
+        """Momentum of the hidden matrices."""
         weight_decay: NonNegativeFloat = 0.01
+        """Decoupled weight decay of the hidden matrices."""
         table_lr: PositiveFloat = 3e-3
+        """Peak learning rate of AdamW."""
         table_betas: tuple[Decay, Decay] = (0.9, 0.98)
+        """Decay rates of the first and second moments of AdamW."""
         float32: bool = False
-        """Orthogonalise in float32 on a GPU too, where bfloat16 is the rule: the same numbers for any layout."""
+        """Orthogonalize in float32 instead of bfloat16 on a GPU; any layout gives equal numbers."""
 
     @staticmethod
     def build(config: Config, *, module: nn.Module) -> JointOptimizer:

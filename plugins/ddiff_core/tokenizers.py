@@ -1,4 +1,4 @@
-"""The engine's tokenizers as components of a recipe."""
+"""Tokenizers of the engine as recipe components."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-MOST = 2**24  # tokens: sixteen million, a hundred times what models have
+# A limit that catches typing errors: a hundred times the vocabulary of today's models.
+MOST_TOKENS = 2**24
 
 
 class BytePair:
-    """Byte-level byte pairs learned from the training documents; one special token, `<|eos|>`."""
+    """Byte-level BPE learned from the training documents, with the special token `<|eos|>`."""
 
     class Config(ComponentConfig):
-        size: Annotated[int, Field(ge=257, le=MOST)] = 2048
-        """Tokens at most: 256 bytes, `<|eos|>` and what is learned."""
+        size: Annotated[int, Field(ge=257, le=MOST_TOKENS)] = 2048
+        """Largest number of tokens: 256 bytes, `<|eos|>` and learned merges."""
 
     @staticmethod
     def build(config: Config, *, documents: Documents, cache: Cache | None) -> Tokenizer:
@@ -39,28 +40,31 @@ class BytePair:
             tokenizer = train()
         else:
             inputs = {"documents": fingerprint_texts(documents.train), "size": config.size}
-            tokenizer = load_tokenizer(
-                str(cache.load_or_build("byte_pairs", inputs, write) / "tokenizer.json")
-            )
+            entry = cache.load_or_build("byte_pairs", inputs, write)
+            tokenizer = load_tokenizer(str(entry / "tokenizer.json"))
         if tokenizer.num_tokens < config.size:
-            given = (tokenizer.num_tokens, config.size)
             _log.warning(
-                "The corpus gives only %d tokens of the %d that [tokenizer] size asks for.", *given
+                "The corpus yields only %d tokens of the %d that [tokenizer] size allows.",
+                tokenizer.num_tokens,
+                config.size,
             )
         return tokenizer
 
     @staticmethod
     def preview(config: Config) -> int:
-        """Tokens at most."""
+        """Return the largest number of tokens."""
         return config.size
 
 
 class Alphabet:
-    """One token per character of fixed-length rows, no special tokens; figures are per symbol."""
+    """One token per character of fixed-length rows, without special tokens.
+
+    Metrics are per symbol.
+    """
 
     class Config(ComponentConfig):
         symbols: Annotated[str, Field(min_length=1)] = "auto"
-        """The characters in id order, such as "ACGT", or "auto": those of the corpus, validation included."""
+        """Characters in the order of their ids, such as "ACGT"; "auto" collects the corpus's."""
 
     @staticmethod
     def build(config: Config, *, documents: Documents, cache: Cache | None) -> AlphabetTokenizer:
@@ -74,18 +78,21 @@ class Alphabet:
 
     @staticmethod
     def preview(config: Config) -> int | None:
-        """Tokens, where the recipe names them."""
+        """Return the number of tokens if the recipe lists them."""
         return None if config.symbols == "auto" else len(config.symbols)
 
 
 class Pretrained:
-    """Tokenizer of the transformers library, from a directory or the hub; code of its own is not run."""
+    """Tokenizer of the transformers library, from a directory or the hub.
+
+    Code that the hub repository ships is never run.
+    """
 
     class Config(ComponentConfig):
         path: str
-        """A local directory, or a name on the hub."""
-        size: Annotated[int, Field(gt=0, le=MOST)] | None = None
-        """Its tokens, if you know: a dry run then needs no tokenizer, and another one is refused."""
+        """Local directory, or a name on the hub."""
+        size: Annotated[int, Field(gt=0, le=MOST_TOKENS)] | None = None
+        """Expected number of tokens; lets a dry run work without loading the tokenizer."""
 
     @staticmethod
     def build(config: Config, *, documents: Documents, cache: Cache | None) -> PretrainedTokenizer:
@@ -94,23 +101,23 @@ class Pretrained:
         tokenizer = PretrainedTokenizer.from_pretrained(config.path)
         if config.size not in (None, tokenizer.num_tokens):
             raise DataError(
-                f"size must be the number of tokens of {config.path!r}, {tokenizer.num_tokens}; got {config.size}. Leave "
-                "it out, or name the tokenizer that has so many."
+                f"size must be the number of tokens of {config.path!r}, {tokenizer.num_tokens}; "
+                f"got {config.size}. Leave it out, or name the tokenizer that has so many."
             )
         return tokenizer
 
     @staticmethod
     def preview(config: Config) -> int | None:
-        """Tokens, where the recipe says how many."""
+        """Return the number of tokens if the recipe gives it."""
         return config.size
 
 
 class Saved:
-    """A tokenizer that ddiff saved: `tokenizer.json` of a run directory or of a folder of token shards."""
+    """Tokenizer saved by ddiff: `tokenizer.json` of a run directory or a folder of token shards."""
 
     class Config(ComponentConfig):
         path: str
-        """The file, local or of any fsspec protocol."""
+        """File, local or of any fsspec protocol."""
 
     @staticmethod
     def build(config: Config, *, documents: Documents, cache: Cache | None) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""The engine's trackers as components of a recipe. `metrics.jsonl` is written whichever is chosen."""
+"""Trackers of the engine as recipe components. `metrics.jsonl` is written with any of them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 
 from ddiff import ComponentConfig, NoTracker, PluginError, Tracker
 
-MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # that wandb takes
+MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # of wandb.init
 
 
-class Nothing:
+class Disabled:
     """No tracker."""
 
     class Config(ComponentConfig):
@@ -27,23 +27,26 @@ class Nothing:
 
 
 class WeightsAndBiases:
-    """Weights & Biases: `mode` "auto" sends when there is a login or WANDB_MODE says how, and is off otherwise.
+    """Weights & Biases.
 
-    A run that goes on after an end goes on under the same id, which the run directory keeps.
+    A resumed run continues under its id, which is stored in the run directory.
     """
 
-    writes = ("wandb", "wandb_id")  # names in the run directory, so that --fresh knows them
+    writes = ("wandb", "wandb_id")  # names in the run directory, which --fresh removes
 
     class Config(ComponentConfig):
         mode: Literal["auto", "online", "offline", "off"] = "auto"
+        """With "auto": WANDB_MODE if set, else "online" if logged in to wandb, else "off"."""
         project: str = "ddiff"
+        """Project in wandb."""
         entity: str | None = None
+        """User or team in wandb."""
 
     @staticmethod
     def build(config: Config, *, run_dir: str, recipe: Mapping[str, Any]) -> Tracker:
-        mode = config.mode
+        mode: str = config.mode
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if has_login() else "off")  # type: ignore[assignment]
+            mode = os.environ.get("WANDB_MODE") or ("online" if has_login() else "off")
         if mode in ("off", "disabled"):
             return NoTracker()
         if mode not in MODES:
@@ -55,7 +58,7 @@ class WeightsAndBiases:
 
 
 class WandbTracker:
-    """A run of the wandb library. Raises PluginError when wandb will not start it."""
+    """Tracker of one wandb run. Raises PluginError if wandb cannot start the run."""
 
     def __init__(
         self, mode: str, project: str, entity: str | None, run_dir: str, recipe: Mapping[str, Any]
@@ -76,8 +79,8 @@ class WandbTracker:
             )
         except wandb.Error as error:
             raise PluginError(
-                f'tracker "wandb" could not start in mode "{mode}": {error} Log in with `wandb login`, choose '
-                'mode = "offline" (and `wandb sync` later), or mode = "off".'
+                f'tracker "wandb" could not start in mode "{mode}": {error} Log in with '
+                '`wandb login`, choose mode = "offline" (and `wandb sync` later), or mode = "off".'
             ) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -88,7 +91,10 @@ class WandbTracker:
 
 
 def has_login() -> bool:
-    """Whether wandb would find a key: in the environment or in the netrc file of `wandb login`; wandb is not imported."""
+    """Return whether wandb would find a key in the environment or in the netrc file.
+
+    wandb itself is not imported, since that takes seconds.
+    """
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
@@ -102,6 +108,7 @@ def has_login() -> bool:
 def _run_id(run_dir: Path) -> str:
     path = run_dir / "wandb_id"
     if not path.exists():
+        # Written aside and renamed, so that a killed process never leaves an empty id.
         part = path.with_suffix(".part")
         part.write_text(uuid.uuid4().hex[:8])
         part.replace(path)

@@ -1,4 +1,4 @@
-"""The engine's state spaces as components of a recipe."""
+"""Vocabularies (state spaces) of the engine as recipe components."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from ddiff import Cache, FlatVocabulary, HierarchicalVocabulary, Rows, Tokenizer, Vocabulary
 
 COOCCURRENCE = "cooccurrence"
-COUNTED = 2**26  # tokens whose neighbours are counted: more would take long and change little
+COUNTED = 2**26  # tokens of the corpus that are counted: more take long and change little
 
 
 class Flat:
-    """The words and, unless `mask = false`, one mask."""
+    """The tokens and, unless `mask = false`, one mask state."""
 
     class Config(ComponentConfig):
         mask: bool = True
+        """Add a mask state."""
 
     @staticmethod
     def build(
@@ -40,29 +41,35 @@ class Flat:
 
 
 class Clusters:
-    """A tree by nested k-means of word embeddings; centroids are kept, special tokens form a branch of their own."""
+    """Tree of token clusters, by nested k-means of token embeddings.
+
+    The centroids are stored with the tree. Special tokens form a separate branch.
+    """
 
     class Config(ComponentConfig):
         sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=64)] = (64,)
-        """Nodes per level, finest first; `[512, 32]` makes a three-level tree with its root, `[1]` one cluster under it."""
+        """Clusters per level, finest first; the root comes on top: `[512, 32]` is three levels."""
         source: str = COOCCURRENCE
-        """Embeddings: "cooccurrence" (of the training rows), or a .npy or .safetensors file with a row per token."""
+        """Embeddings: "cooccurrence" (of the training rows), or a .npy or .safetensors file."""
         model: str | None = None
-        """In place of a source: a transformers model (directory or hub name) whose input embeddings are clustered."""
+        """Transformers model (directory or hub name) with the embeddings, instead of source."""
         width: Annotated[int, Field(gt=0, le=65536)] = 64
         """Dimensions of the co-occurrence embeddings."""
         window: Annotated[int, Field(gt=0, le=1024)] = 4
-        """How far apart two tokens may stand and still occur together."""
+        """Largest distance of two tokens that count as co-occurring."""
         min_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+        """Smallest cluster, as a multiple of the mean cluster size."""
         max_share: Annotated[float, Field(ge=1.0, le=1e9)] = 5.0
-        """A cluster holds between these multiples of the mean number of members."""
+        """Largest cluster, as a multiple of the mean cluster size."""
         seed: Seed = 0
+        """Seed of k-means and of the co-occurrence embeddings."""
 
         @model_validator(mode="after")
-        def _one_source(self) -> Clusters.Config:
+        def _check_one_source(self) -> Clusters.Config:
             if self.model is not None and self.source != COOCCURRENCE:
                 raise ValueError(
-                    f"source and model both name embeddings; got {self.source!r} and {self.model!r}, keep one"
+                    f"source and model both name embeddings; got {self.source!r} and "
+                    f"{self.model!r}, keep one"
                 )
             return self
 
@@ -73,18 +80,17 @@ class Clusters:
         from ddiff import Vocabulary
 
         if cache is None:
-            return cls._tree(config, tokenizer, rows)
+            return cls._cluster(config, tokenizer, rows)
         inputs = config.model_dump() | {
             "tokenizer": tokenizer.fingerprint,
             "embeddings": cls._source_fingerprint(config, tokenizer, rows),
         }
 
         def write(place: Path) -> None:
-            cls._tree(config, tokenizer, rows).save(str(place / "vocabulary.safetensors"))
+            cls._cluster(config, tokenizer, rows).save(str(place / "vocabulary.safetensors"))
 
-        return Vocabulary.load(
-            str(cache.load_or_build("clusters", inputs, write) / "vocabulary.safetensors")
-        )
+        entry = cache.load_or_build("clusters", inputs, write)
+        return Vocabulary.load(str(entry / "vocabulary.safetensors"))
 
     @staticmethod
     def reads(config: Config) -> tuple[str, ...]:
@@ -92,28 +98,29 @@ class Clusters:
 
     @staticmethod
     def preview(config: Config, *, num_tokens: int | None) -> HierarchicalVocabulary | None:
-        """A tree of these sizes, the nodes dealt out evenly; it has no less room than the real one."""
+        """Return a tree of the same sizes with evenly divided nodes, for a dry run.
+
+        The shapes of model parameters and the memory they need are those of the real tree.
+        """
         import torch
 
         from ddiff import HierarchicalVocabulary
 
         if not num_tokens:
             return None
-        below = (num_tokens, *config.sizes)
-        if (
-            below[0] < below[1]
-            or min(below) < 1
-            or any(above >= under for under, above in pairwise(below[1:]))
-        ):
+        sizes = (num_tokens, *config.sizes)
+        # The tokens may be as many as the clusters above them; further levels must shrink.
+        shrinks = all(above < below for below, above in pairwise(config.sizes))
+        if num_tokens < config.sizes[0] or min(sizes) < 1 or not shrinks:
             raise ArgumentError(
-                f"sizes must decrease strictly, from at most the {num_tokens} tokens to at least one cluster; got "
-                f"{list(config.sizes)}."
+                f"sizes must decrease strictly, from at most the {num_tokens} tokens to at least "
+                f"one cluster; got {list(config.sizes)}."
             )
-        dealt = [torch.arange(under) * above // under for under, above in pairwise(below)]
-        return HierarchicalVocabulary([*dealt, *_above(config.sizes)])
+        parents = [torch.arange(below) * above // below for below, above in pairwise(sizes)]
+        return HierarchicalVocabulary([*parents, *_root_level(config.sizes)])
 
     @classmethod
-    def _tree(
+    def _cluster(
         cls, config: Config, tokenizer: Tokenizer, rows: Rows | None
     ) -> HierarchicalVocabulary:
         from ddiff import HierarchicalVocabulary, nested_kmeans
@@ -127,7 +134,7 @@ class Clusters:
             special_ids=tokenizer.special_ids,
         )
         return HierarchicalVocabulary(
-            [*parents, *_above(config.sizes)], centroids, tokenizer.fingerprint
+            [*parents, *_root_level(config.sizes)], centroids, tokenizer.fingerprint
         )
 
     @staticmethod
@@ -138,8 +145,8 @@ class Clusters:
             return load_model_embeddings(config.model, tokenizer.num_tokens)
         if config.source != COOCCURRENCE:
             return read_embeddings(config.source, tokenizer.num_tokens)
-        ids, document = _needed(rows).stream(COUNTED)
-        return compute_cooccurrence_embeddings(
+        ids, document = token_stream(_require_rows(rows), COUNTED)
+        return cooccurrence_embeddings(
             ids,
             document,
             tokenizer.num_tokens,
@@ -150,22 +157,25 @@ class Clusters:
 
     @classmethod
     def _source_fingerprint(cls, config: Config, tokenizer: Tokenizer, rows: Rows | None) -> str:
-        """Of what the embeddings come from: counting costs more than the fingerprint of rows, reading a matrix does not."""
+        """Return a fingerprint of what the embeddings are computed from."""
+        from ddiff import rows_fingerprint
+
         if config.model is None and config.source == COOCCURRENCE:
-            return _needed(rows).fingerprint
+            # Counting co-occurrences costs more than hashing the rows; reading a matrix does not.
+            return rows_fingerprint(_require_rows(rows))
         return hashlib.sha256(cls._embeddings(config, tokenizer, rows).tobytes()).hexdigest()
 
 
 class File:
-    """A tree from token-to-cluster files."""
+    """Tree of token clusters, from token-to-cluster files."""
 
     class Config(ComponentConfig):
         paths: Annotated[tuple[str, ...], Field(min_length=1)]
-        """.npy, .json or .safetensors, finest level first: token to cluster, cluster to coarser cluster, ..."""
+        """.npy, .json or .safetensors: token to cluster, then cluster to coarser cluster, ..."""
         extra: NonNegativeInt = 0
-        """Entries at the end of the first file for special tokens that the tokenizer has not."""
+        """Entries at the end of the first file for special tokens that the tokenizer lacks."""
         mask_token_id: NonNegativeInt | None = None
-        """A token that the first file leaves out."""
+        """Token without an entry in the first file."""
 
     @staticmethod
     def build(
@@ -186,15 +196,15 @@ class File:
         return config.paths
 
 
-def _above(sizes: tuple[int, ...]) -> list[list[int]]:
-    """The root over a lone cluster, which would be taken for the root itself."""
+def _root_level(sizes: tuple[int, ...]) -> list[list[int]]:
+    """Return a root level for a tree of one cluster, which would itself be taken for the root."""
     return [[0]] if sizes == (1,) else []
 
 
-def _needed(rows: Rows | None) -> Rows:
+def _require_rows(rows: Rows | None) -> Rows:
     if rows is None:
         raise DataError(
-            'Clusters with source = "cooccurrence" are counted in the packed training rows, and there are none here. '
-            "Give a file of embeddings as source, or a model."
+            'Clusters with source = "cooccurrence" are counted in the packed training rows, and '
+            "there are none here. Give a file of embeddings as source, or a model."
         )
     return rows

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ddiff_core.objectives import Alone, Block, Quenched, Slide, Width
+from ddiff_core.objectives import Block, PairedConfig, Quenched, Slide, WindowConfig
 from ddiff_core.samplers import Blockwise
 from ddiff_dit.dit import DiT
 from torch import Tensor
@@ -103,7 +103,7 @@ def test_earlier_blocks_do_not_see_later_ones() -> None:
 
 
 def test_the_time_rules_of_a_recipe() -> None:
-    rule = Block.build(Width(width=16))
+    rule = Block.build(WindowConfig(width=16))
     assert (rule.width, rule.shape, rule.paired, rule.start, rule.stop) == (
         16,
         "block",
@@ -111,8 +111,8 @@ def test_the_time_rules_of_a_recipe() -> None:
         1e-3,
         1.0,
     )
-    assert Slide.build(Width(width=3, paired=False, start=0.1, stop=0.9)).shape == "slide"
-    assert Quenched.build(Alone()).width == 1
+    assert Slide.build(WindowConfig(width=3, paired=False, start=0.1, stop=0.9)).shape == "slide"
+    assert Quenched.build(PairedConfig()).width == 1
     times = ddiff.read_recipe("bd3_small").times
     assert times is not None
     assert isinstance(times.build(), WindowTimes)

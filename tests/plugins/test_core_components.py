@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ddiff_core import samplers
-from ddiff_core.objectives import Block, Clip, Flat, Quenched, Slide, Width
+from ddiff_core.objectives import Block, Clip, Flat, Quenched, Slide, WindowConfig
 
 from ddiff.core.times import FlatTimes, WindowTimes
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
@@ -138,8 +138,8 @@ def test_clip_holds_weights_between_its_settings() -> None:
 
 
 def test_windows_of_positions_are_what_is_named() -> None:
-    block = Block.build(Width(width=3, start=0.1, stop=0.8, paired=False))
-    slide = Slide.build(Width(width=4))
+    block = Block.build(WindowConfig(width=3, start=0.1, stop=0.8, paired=False))
+    slide = Slide.build(WindowConfig(width=4))
     single = Quenched.build(Quenched.Config())
     assert all(isinstance(rule, WindowTimes) for rule in (block, slide, single))
     assert (block.width, block.shape, block.paired) == (3, "block", False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from ddiff_core import trackers
-from ddiff_core.trackers import Nothing, WeightsAndBiases, has_login
+from ddiff_core.trackers import Disabled, WeightsAndBiases, has_login
 
 from ddiff.errors import PluginError
 from ddiff.training.tracker import NoTracker
@@ -34,7 +34,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, mode: str) -> str:
 
 def test_auto_is_off_without_a_login(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(monkeypatch, "auto") == "off"
-    assert isinstance(Nothing.build(Nothing.Config(), run_dir="unused", recipe={}), NoTracker)
+    assert isinstance(Disabled.build(Disabled.Config(), run_dir="unused", recipe={}), NoTracker)
 
 
 def test_auto_follows_a_key_a_login_or_wandb_mode(
