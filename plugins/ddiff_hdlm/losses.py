@@ -1,4 +1,4 @@
-"""Training losses of the paper's code (arXiv 2510.08632). The bound never sees them."""
+"""Training losses of the published code (arXiv 2510.08632). The reported bound never uses them."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from ddiff import (
 )
 
 
-def _tree(process: ForwardProcess, name: str, max_levels: int | None = None) -> TreeProcess:
-    if not isinstance(process, TreeProcess) or (
-        max_levels and process.vocabulary.num_levels != max_levels
-    ):
-        shape = f" of {max_levels} levels above the words" if max_levels else ""
-        raise ArgumentError(
-            f'[objective] loss = "{name}" needs a tree process{shape}; got {type(process).__name__} on '
-            f'{process.vocabulary}. Use loss = "elbo" or "clip".'
-        )
-    return process
+def _require_tree(process: ForwardProcess, name: str, levels: int | None = None) -> None:
+    is_tree = isinstance(process, TreeProcess)
+    if is_tree and levels in (None, process.vocabulary.num_levels):
+        return
+    shape = f" of {levels} levels above the tokens" if levels else ""
+    raise ArgumentError(
+        f'[objective] loss = "{name}" needs a tree process{shape}; got {type(process).__name__} '
+        f'on {process.vocabulary}. Use loss = "elbo" or "clip".'
+    )
 
 
 @final
 class Empirical:
-    """Fitted weights instead of the bound's: t^2 - t + 3 at masks and 3 - 2t at clusters, times the same divergence."""
+    """Fitted weights of the paper: t^2 - t + 3 at masks, 3 - 2t at clusters.
+
+    They replace the weight of the bound; the divergence is that of the bound.
+    """
 
     @classmethod
     def build(cls, config: ComponentConfig, *, process: ForwardProcess) -> Empirical:
-        _tree(process, "empirical", max_levels=2)
+        _require_tree(process, "empirical", levels=2)
         return cls()
 
     def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
@@ -49,18 +51,18 @@ class Empirical:
 
 @final
 class HardTokens:
-    """The bound's weight, clipped, times the surprise of the word itself, -ln P(x | node), at every level."""
+    """Hard tokens: the clipped weight of the bound times -ln P(token | node), at every level."""
 
     class Config(ComponentConfig):
         largest: NonNegativeFloat = 2.0
-        """Weights above this are cut."""
+        """Larger weights are lowered to this."""
 
     def __init__(self, largest: float) -> None:
         self.largest = largest
 
     @classmethod
     def build(cls, config: Config, *, process: ForwardProcess) -> HardTokens:
-        _tree(process, "hard")
+        _require_tree(process, "hard")
         return cls(config.largest)
 
     def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:

@@ -1,4 +1,9 @@
-"""Words climb to their cluster, clusters to coarser ones, the last to the mask (arXiv 2510.08632)."""
+"""Hierarchical diffusion (arXiv 2510.08632): tokens become clusters, coarser clusters, the mask.
+
+Levels count from the tokens (0) to the mask (L). pi_l(t) is the probability of level l at time t,
+F_l = pi_l + ... + pi_L that of having reached level l, and the hazard of a level is the rate of
+leaving it for the next one. xi is the probability of moving to the node's own parent.
+"""
 
 from __future__ import annotations
 
@@ -20,36 +25,39 @@ from ddiff import (
     Vocabulary,
 )
 
-# Slower than .3, a position reaches the mask so late that float64 times cannot tell: q_1 would not be the prior.
+# Below 0.3 a position reaches the mask so late that float64 times cannot resolve it, and q_1 is
+# not the prior. Above 20 the probability of a token at late times leaves float64.
 Rate = Annotated[float, Field(ge=0.3, le=20.0)]
-Power = Annotated[float, Field(ge=0.3, le=10.0)]  # likewise, and no later than the middle of time
+# As for Rate; above 10 hardly any position has moved at t = 1/2.
+Power = Annotated[float, Field(ge=0.3, le=10.0)]
 
 
 @final
 class HierarchicalDiffusion(TreeProcess):
-    """TreeProcess with the clock of the paper: hazard gamma/(1-t) from word to cluster, 1/(1-t) above.
+    """Tree process with the clock of the paper: hazard gamma/(1-t) of tokens, 1/(1-t) above.
 
-    alpha = (1-t)^gamma; with two levels beta_c = gamma ((1-t) - (1-t)^gamma)/(gamma - 1), its limit -(1-t) ln(1-t) at
-    gamma = 1, and beta_m the rest. `rates` gives every level's own hazard instead, `powers` gives F_l = t^power_l.
+    With u = 1 - t, pi_0 = u^gamma (alpha of the paper). With two levels the share of clusters is
+    pi_1 = gamma (u - u^gamma)/(gamma - 1) (beta_c), its limit -u ln u at gamma = 1, and pi_2 is
+    the rest (beta_m). `rates` sets the hazard of every level instead, `powers` sets
+    F_l = t^power_l.
     """
 
     class Config(ComponentConfig):
         gamma: Rate | None = None
-        """Hazard of leaving the words, in units of the hazard above them; 1 unless rates or powers are given."""
+        """Hazard of leaving the tokens, relative to the levels above; 1 by default."""
         rates: Annotated[tuple[Rate, ...], Field(min_length=2)] | None = None
-        """One hazard per level above the words, from the words up; instead of gamma."""
+        """One hazard per level, from the tokens up; replaces gamma."""
         powers: tuple[Power, ...] | None = None
-        """One power per level: a position has climbed to level l by t with probability t^power; instead of gamma."""
+        """One power per level: level l is reached by t with probability t^power; replaces gamma."""
         xi: Share | tuple[Share, ...] = 1.0
-        """Probability of climbing to one's own parent; one number, or one per level."""
+        """Probability of moving to the node's own parent: one number, or one per level."""
         decoding: Literal["bayes", "within", "between", "free"] = "bayes"
-        """How a step draws below a node when xi < 1."""
+        """Rule by which a reverse step draws below a node if xi < 1; "bayes" is exact."""
 
         @model_validator(mode="after")
-        def _one_clock(self) -> HierarchicalDiffusion.Config:
-            given = [
-                name for name in ("gamma", "rates", "powers") if getattr(self, name) is not None
-            ]
+        def _check_one_clock(self) -> HierarchicalDiffusion.Config:
+            clocks = {"gamma": self.gamma, "rates": self.rates, "powers": self.powers}
+            given = [name for name, value in clocks.items() if value is not None]
             if len(given) > 1:
                 raise ValueError(
                     f"only one of gamma, rates and powers may be given; got {' and '.join(given)}"
@@ -60,29 +68,36 @@ class HierarchicalDiffusion(TreeProcess):
     def build(cls, config: Config, *, vocabulary: Vocabulary) -> HierarchicalDiffusion:
         if vocabulary.num_levels < 2:
             raise ArgumentError(
-                f"The process hdlm needs a vocabulary with clusters between words and mask; got {vocabulary}. "
+                "The process hdlm needs a vocabulary with clusters between tokens and mask; "
+                f"got {vocabulary}. "
                 'Use [vocabulary] kind = "clusters", or the process mdlm for a flat one.'
             )
-        return cls(
-            vocabulary, cls._clock(config, vocabulary.num_levels), config.xi, config.decoding
-        )
+        clock = cls._make_clock(config, vocabulary.num_levels)
+        return cls(vocabulary, clock, config.xi, config.decoding)
 
     @staticmethod
-    def _clock(config: Config, num_levels: int) -> LevelClock:
+    def _make_clock(config: Config, num_levels: int) -> LevelClock:
         if config.powers is not None:
             return CdfClock([PowerSchedule(power) for power in config.powers])
-        return LogTimeClock(config.rates or (config.gamma or 1.0, *(1.0,) * (num_levels - 1)))
+        if config.rates is not None:
+            return LogTimeClock(config.rates)
+        above = (1.0,) * (num_levels - 1)
+        return LogTimeClock((config.gamma or 1.0, *above))
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
         two = HierarchicalVocabulary([[0, 1, 0, 1, 1, 2]])
         three = HierarchicalVocabulary([[2, 0, 1, 0, 1, 2], [1, 0, 1]])
-        build = lambda vocabulary, **keys: cls.build(cls.Config(**keys), vocabulary=vocabulary)  # noqa: E731
+        settings: list[tuple[HierarchicalVocabulary, dict[str, object]]] = [
+            (two, {"gamma": 0.5}),
+            (two, {"gamma": 1.0}),
+            (two, {"gamma": 2.0, "xi": 0.9}),
+            (two, {"gamma": 1.0, "xi": 0.8}),
+            # Nearly equal rates, for which partial fractions would cancel.
+            (three, {"rates": (1.0, 1.0001, 0.7), "xi": (0.8, 0.9)}),
+            (three, {"powers": (0.8, 1.5, 3.0)}),
+        ]
         return [
-            build(two, gamma=0.5),
-            build(two, gamma=1.0),
-            build(two, gamma=2.0, xi=0.9),
-            build(two, gamma=1.0, xi=0.8),
-            build(three, rates=(1.0, 1.0001, 0.7), xi=(0.8, 0.9)),
-            build(three, powers=(0.8, 1.5, 3.0)),
+            cls.build(cls.Config.model_validate(keys), vocabulary=vocabulary)
+            for vocabulary, keys in settings
         ]

@@ -1,4 +1,7 @@
-"""Words are masked one by one: the tree of one level (arXiv 2406.07524)."""
+"""Masked diffusion (arXiv 2406.07524): a tree process with one level, the mask, above the tokens.
+
+alpha_t = q_t(x | x) is the probability that a token is still unmasked at time t.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +23,30 @@ from ddiff import (
     Vocabulary,
 )
 
-# Outside, words are masked before the earliest time that is read, or none at the middle of time.
+# Below 0.3 tokens are masked before the earliest time that is evaluated (1e-12); above 10 hardly
+# any token is masked at t = 1/2.
 Power = Annotated[float, Field(ge=0.3, le=10.0)]
 
 
 @final
 class MaskedDiffusion(TreeProcess):
-    """q_t(.|x) = alpha_t delta_x + (1 - alpha_t) delta_mask; density (-alpha'/(1 - alpha)) (-ln p(x)) at masks."""
+    """Masked diffusion process, q_t(.|x) = alpha_t delta_x + (1 - alpha_t) delta_mask.
+
+    The density of the bound is (-alpha'/(1 - alpha)) (-ln p(x)) at masks and 0 at tokens.
+    """
 
     class Config(ComponentConfig):
         schedule: Literal["linear", "cosine", "power"] = "linear"
-        """alpha = 1 - t; 1 - sin(pi t / 2); 1 - t^power."""
+        """alpha, the unmasked share: 1 - t; 1 - sin(pi t / 2); 1 - t^power."""
         power: Power | None = None
-        """Of the power schedule, which needs it."""
+        """Exponent of the power schedule, which requires it."""
 
         @model_validator(mode="after")
-        def _power_of_its_schedule(self) -> MaskedDiffusion.Config:
+        def _check_power(self) -> MaskedDiffusion.Config:
             if (self.power is not None) != (self.schedule == "power"):
                 raise ValueError(
-                    f'power and schedule = "power" need each other; got schedule = "{self.schedule}", power = {self.power}'
+                    'power and schedule = "power" need each other; '
+                    f'got schedule = "{self.schedule}", power = {self.power}'
                 )
             return self
 
@@ -46,14 +54,14 @@ class MaskedDiffusion(TreeProcess):
     def build(cls, config: Config, *, vocabulary: Vocabulary) -> MaskedDiffusion:
         if vocabulary.num_levels != 1:
             raise ArgumentError(
-                f"The process mdlm needs words and a mask, nothing between; got {vocabulary}. "
+                "The process mdlm needs tokens and a mask, with no clusters between; "
+                f"got {vocabulary}. "
                 'Use [vocabulary] kind = "flat", or the process hdlm for a tree.'
             )
         schedules: dict[str, Schedule] = {"linear": LinearSchedule(), "cosine": CosineSchedule()}
-        schedule = (
-            schedules[config.schedule] if config.power is None else PowerSchedule(config.power)
-        )
-        return cls(vocabulary, CdfClock([schedule]))
+        if config.power is not None:
+            schedules["power"] = PowerSchedule(config.power)
+        return cls(vocabulary, CdfClock([schedules[config.schedule]]))
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
