@@ -139,7 +139,7 @@ class Clusters:
 
     @staticmethod
     def _embeddings(config: Config, tokenizer: Tokenizer, rows: Rows | None) -> Any:
-        from ddiff import compute_cooccurrence_embeddings, load_model_embeddings, read_embeddings
+        from ddiff import load_model_embeddings, read_embeddings
 
         if config.model is not None:
             return load_model_embeddings(config.model, tokenizer.num_tokens)
