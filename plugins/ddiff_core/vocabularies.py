@@ -139,14 +139,14 @@ class Clusters:
 
     @staticmethod
     def _embeddings(config: Config, tokenizer: Tokenizer, rows: Rows | None) -> Any:
-        from ddiff import load_model_embeddings, read_embeddings
+        from ddiff import compute_cooccurrence_embeddings, load_model_embeddings, read_embeddings
 
         if config.model is not None:
             return load_model_embeddings(config.model, tokenizer.num_tokens)
         if config.source != COOCCURRENCE:
             return read_embeddings(config.source, tokenizer.num_tokens)
-        ids, document = token_stream(_require_rows(rows), COUNTED)
-        return cooccurrence_embeddings(
+        ids, document = _require_rows(rows).stream(COUNTED)
+        return compute_cooccurrence_embeddings(
             ids,
             document,
             tokenizer.num_tokens,
@@ -158,11 +158,9 @@ class Clusters:
     @classmethod
     def _source_fingerprint(cls, config: Config, tokenizer: Tokenizer, rows: Rows | None) -> str:
         """Return a fingerprint of what the embeddings are computed from."""
-        from ddiff import rows_fingerprint
-
         if config.model is None and config.source == COOCCURRENCE:
             # Counting co-occurrences costs more than hashing the rows; reading a matrix does not.
-            return rows_fingerprint(_require_rows(rows))
+            return _require_rows(rows).fingerprint
         return hashlib.sha256(cls._embeddings(config, tokenizer, rows).tobytes()).hexdigest()
 
 
