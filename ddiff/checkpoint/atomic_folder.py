@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple, Protocol, final
 
 from fsspec.implementations.local import LocalFileSystem
 
+from ddiff.atomic import write_atomic
 from ddiff.errors import CheckpointError
 
 FORMAT = 2
@@ -128,11 +129,8 @@ class Folder:
         if not isinstance(self._fs, LocalFileSystem):
             self._fs.pipe_file(path, marker)  # an object is there whole or not at all
             return
-        # A file is there as soon as it is opened, and empty until it is written; to rename one on a disk is one act.
-        with open(f"{path}.part", "wb") as file:
-            file.write(marker)
-            self._reach_the_disk(file)
-        os.replace(f"{path}.part", path)
+        # A file exists as soon as it is opened, empty until it is written; to rename one is a single act.
+        write_atomic(path, marker, system=self._fs, sync=True)
 
     def _reach_the_disk(self, file: IO[bytes]) -> None:
         if isinstance(

@@ -15,9 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import uuid
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
 from typing import Any, final
 
 import fsspec
@@ -26,6 +24,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from ddiff.atomic import write_atomic
 from ddiff.core.numerics import Constant
 from ddiff.errors import ArgumentError, DataError
 
@@ -121,18 +120,7 @@ class Vocabulary:
         metadata = {"num_tokens": str(self.num_tokens), "fingerprint": self.fingerprint}
         if self.tokenizer_fingerprint:
             metadata["tokenizer_fingerprint"] = self.tokenizer_fingerprint
-        files, place = fsspec.url_to_fs(path)
-        if "/" in place:
-            files.makedirs(place.rsplit("/", 1)[0], exist_ok=True)
-        partial = f"{place}.{uuid.uuid4().hex[:8]}.part"
-        try:
-            with files.open(partial, "wb") as file:
-                file.write(save_safetensors(tensors, metadata))
-            files.mv(partial, place)
-        except BaseException:
-            with suppress(Exception):  # what went wrong is told, and not that this did too
-                files.rm(partial)
-            raise
+        write_atomic(path, save_safetensors(tensors, metadata))
 
     @staticmethod
     def load(path: str) -> Vocabulary:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from ddiff.atomic import PARTIAL, lock_file, partial_name
 from ddiff.errors import DataError
 
 FORMAT = 2  # raise it when the layout of any entry changes: every older entry is then built again
@@ -69,7 +68,7 @@ class Cache:
         place = self.root / kind / fingerprint(identity)
         if _is_whole(place, identity):
             return place
-        partial = place.with_name(f"{place.name}.partial-{uuid.uuid4().hex[:8]}")
+        partial = place.with_name(partial_name(place.name))
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(place.parent)
@@ -81,7 +80,7 @@ class Cache:
         try:
             with lock:
                 with suppress(OSError):  # a file system without locks
-                    _hold(lock)
+                    lock_file(lock)
                 build(partial)
                 (partial / _LOCK).unlink()
                 _write_contents(partial, identity)
@@ -99,21 +98,9 @@ def not_writable(root: Path, error: OSError) -> DataError:
     )
 
 
-def _hold(lock: IO[str]) -> bool:
-    """Take a lock unless another process has it; it goes with the process, however it ends.
-
-    OSError on a file system without locks.
-    """
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _remove_abandoned(folder: Path) -> None:
     """Remove entries that no process builds any more."""
-    for partial in folder.glob("*.partial-*"):
+    for partial in folder.glob(f"*{PARTIAL}*"):
         with suppress(OSError):  # its own process, or another one that cleans up, was faster
             if _is_abandoned(partial):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -122,7 +109,7 @@ def _remove_abandoned(folder: Path) -> None:
 def _is_abandoned(partial: Path) -> bool:
     try:
         with (partial / _LOCK).open("r+") as lock:
-            return _hold(lock)
+            return lock_file(lock)
     except (
         OSError
     ):  # not locked yet, finished in this moment, or on a file system without locks: time tells
@@ -179,7 +166,7 @@ def _sha256(path: Path) -> str:
 def _publish(partial: Path, place: Path, identity: dict[str, Any]) -> None:
     """Give the finished directory its name; when another process was first, its equal entry is kept."""
     if place.exists() and not _is_whole(place, identity):
-        damaged = place.with_name(f"{partial.name}-damaged")
+        damaged = place.with_name(partial_name(place.name))
         os.rename(place, damaged)
         shutil.rmtree(damaged, ignore_errors=True)
     try:

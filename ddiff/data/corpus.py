@@ -11,6 +11,7 @@ from typing import Any, Protocol, final
 import fsspec
 from datasets import Dataset
 
+from ddiff.atomic import copy_atomic
 from ddiff.data.cache import Cache, fingerprint
 from ddiff.data.documents import Documents
 from ddiff.data.overlap import Watch, check_overlap
@@ -114,9 +115,7 @@ def copy_shards(made: Shards, path: str) -> None:
             )
     system.makedirs(place, exist_ok=True)
     for name in (*files, MANIFEST):
-        partial = f"{place}/{name}.partial"
-        system.put_file(str(made.folder / name), partial)
-        system.mv(partial, f"{place}/{name}")
+        copy_atomic(made.folder / name, f"{place}/{name}", system)
 
 
 def _chunks_of_parts(parts: Mapping[str, Dataset]) -> Iterator[Chunk]:

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import json
-import uuid
-from contextlib import suppress
 from typing import Any
 
-import fsspec
-
+from ddiff.atomic import write_atomic
 from ddiff.data.paths import open_file
 from ddiff.errors import DataError
 
 
 def write_json(path: str, content: Any) -> None:
     """Write JSON to a local path or any that fsspec knows; folders are made."""
-    system, place = fsspec.url_to_fs(str(path))
-    partial = f"{place}.partial-{uuid.uuid4().hex[:8]}"
-    if "/" in place:
-        system.makedirs(place.rsplit("/", 1)[0], exist_ok=True)
-    try:
-        with system.open(partial, "w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False)
-        system.mv(partial, place)
-    except BaseException as error:
-        with suppress(Exception):  # what went wrong is told, and not that this did too
-            system.rm(partial)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
-        raise
+    write_atomic(str(path), json.dumps(content, ensure_ascii=False))
 
 
 def read_bytes(path: str, what: str) -> bytes:

@@ -14,10 +14,9 @@ whole shard, for which `journal.json` keeps the source's cursor.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,11 +24,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddiff.atomic import PARTIAL, lock_file, open_atomic, write_atomic
 from ddiff.data.cache import fingerprint, not_writable
 from ddiff.data.overlap import find_overlap
 from ddiff.data.tokenizer import Tokenizer, check_round_trip
@@ -474,7 +474,7 @@ class _Build:
     def __init__(self, folder: Path, identity: dict[str, Any], shard_tokens: int) -> None:
         self._folder, self._identity, self._shard_tokens = folder, identity, shard_tokens
         self._dtype = np.dtype(identity["dtype"])
-        for abandoned in (*folder.glob("*.partial"), *folder.glob("*.partial-*")):
+        for abandoned in (*folder.glob("*.partial"), *folder.glob(f"*{PARTIAL}*")):
             abandoned.unlink()
         journal = _read_json(folder / JOURNAL) if (folder / JOURNAL).is_file() else {}
         goes_on = journal.get("identity") == identity and journal.get("cursor") is not None
@@ -538,7 +538,7 @@ class _Build:
             "cursor": cursor,
             "round": self.round,
         }
-        _write_text(self._folder / JOURNAL, json.dumps(journal))
+        write_atomic(self._folder / JOURNAL, json.dumps(journal), sync=True)
         self._reopen()
 
     def _finish(self, tokenizer: Tokenizer) -> None:
@@ -559,7 +559,7 @@ class _Build:
         manifest["overlap"] = find_overlap(
             made.stream(TRAIN), made.stream(VALIDATION), self._folder
         )
-        _write_text(self._folder / MANIFEST, json.dumps(manifest, indent=1))
+        write_atomic(self._folder / MANIFEST, json.dumps(manifest, indent=1), sync=True)
         (self._folder / JOURNAL).unlink(missing_ok=True)
 
 
@@ -590,7 +590,7 @@ def _alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise not_writable(folder, error) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_file(lock, patience=math.inf)
         yield
 
 
@@ -633,34 +633,12 @@ def _damaged(path: Path, what: str) -> DataError:
 def _write_array(path: Path, array: NDArray[Any]) -> str:
     """Write a `.npy` file, whole or not at all; the SHA-256 of the file."""
 
-    def fill(file: IO[bytes]) -> None:
-        # As numpy.save has it, which writes by tofile: its error on a full disk has no number that tells what it is.
+    with open_atomic(path, sync=True) as file:
+        # The bytes of numpy.save, which writes by tofile: its error on a full disk has no errno that tells what it is.
         header = np.lib.format.header_data_from_array_1_0(array)
         np.lib.format.write_array_header_1_0(file, header)
         file.write(np.ascontiguousarray(array).data)
-
-    return _write(path, fill)
-
-
-def _write_text(path: Path, text: str) -> None:
-    _write(path, lambda file: file.write(text.encode()))
-
-
-def _write(path: Path, fill: Callable[[IO[bytes]], Any]) -> str:
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException as error:
-        partial.unlink(missing_ok=True)  # where the disk is full, its room is needed
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
-        raise
-    digest = file_sha256(partial)
-    partial.replace(path)
-    return digest
+    return file_sha256(path)
 
 
 def _written(path: Path) -> float:

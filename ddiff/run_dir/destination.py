@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
-import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from ddiff.atomic import open_atomic
 from ddiff.errors import ArgumentError
 from ddiff.run_dir.files import CHECKPOINTS, FILES, RECIPE, REPLAY
 
@@ -63,24 +62,13 @@ def check_destination(
 
 def write_file(place: Destination, fill: Callable[[IO[bytes]], Any]) -> None:
     """Write a file by `fill(file)`, all or nothing; ArgumentError when its place takes no files."""
-    partial = f"{place.path}.partial-{uuid.uuid4().hex[:8]}"
     try:
-        if "/" in place.path:
-            place.system.makedirs(place.path.rsplit("/", 1)[0], exist_ok=True)
-        with place.system.open(partial, "wb") as file:
+        with open_atomic(place.path, system=place.system) as file:
             fill(file)
-        if place.local is not None:
-            os.replace(partial, place.path)
-        else:
-            place.system.mv(partial, place.path)
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise  # told as such by the command
         raise takes_no_files(place, error) from error
-    finally:
-        with suppress(Exception):
-            if place.system.exists(partial):
-                place.system.rm(partial)
 
 
 def write_text(place: Destination, text: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ddiff.atomic import original_name
 from ddiff.errors import CheckpointError
 
 RECIPE, ENVIRONMENT = "recipe.toml", "environment.json"
@@ -27,10 +28,9 @@ FILES = (RECIPE, ENVIRONMENT, TOKENIZER, VOCABULARY, METRICS, EVALUATION, SAMPLE
 REPEATABLE = (EVALUATION, SAMPLES, SAMPLING)  # the same command writes them again
 HEADER = "Every key of this recipe with its value, as ddiff"  # begins the first line of a resolved recipe
 
-_PARTIAL = re.compile(r"(\.([0-9a-f]{8}\.)?part|\.partial-[0-9a-f]{8})$")
 _STEP = re.compile(r"step_\d{8,}")
 _OF_STEP = re.compile(
-    r"(model|optimizer|ema|random|run)(\.rank_\d{5,})?\.safetensors|(manifest|state|complete)\.json(\.part)?"
+    r"(model|optimizer|ema|random|run)(\.rank_\d{5,})?\.safetensors|(manifest|state|complete)\.json(\.part|\.partial-[0-9a-f]{8})?"
 )
 _PROBE = re.compile(r"\.ddiff-\w+")  # the empty folder of a check that was killed
 
@@ -257,14 +257,14 @@ def contents(directory: Path, also: Iterable[str] = ()) -> Contents:
     """
     written: list[Path] = []
     foreign: list[str] = []
-    tracked = {*also, *(f"{name}.part" for name in also)}
+    tracked = set(also)
     for entry in _entries(directory):
-        name = _PARTIAL.sub("", entry.name)
+        name = original_name(entry.name)
         if entry.name == LOCK:
             continue  # held by whoever writes here; it goes with the process
         if entry.is_symlink():
             foreign.append(entry.name)
-        elif entry.name in tracked:
+        elif name in tracked:
             written.append(entry)
         elif entry.name == RECIPE:
             if is_own_recipe(entry):
@@ -349,7 +349,7 @@ def _sort_replay(place: Path, root: Path, written: list[Path], foreign: list[str
             foreign.append(str(entry.relative_to(root)))
         elif entry.name == CHECKPOINTS and entry.is_dir():
             _sort_checkpoints(entry, root, written, foreign)
-        elif _PARTIAL.sub("", entry.name) == METRICS and entry.is_file():
+        elif original_name(entry.name) == METRICS and entry.is_file():
             written.append(entry)
         else:
             foreign.append(str(entry.relative_to(root)))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import platform
-import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from ddiff import __version__
+from ddiff.atomic import NO_LOCKS, lock_file, original_name, write_atomic
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import ArgumentError, CheckpointError, DdiffError, no_room
 from ddiff.recipe.model import Recipe, changed_keys, parse_recipe
@@ -239,18 +236,11 @@ def held(directory: Path) -> Iterator[None]:
 
 def _locked(lock: IO[str]) -> bool:
     """Whether the lock was had, at once or within seconds: those who were killed may take a moment to let go."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-            continue
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
+    try:
+        return lock_file(lock, PATIENCE)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
         return True
 
 
@@ -358,13 +348,9 @@ def checkpoints_of(directory: Path) -> Checkpoints:
 
 def write(path: Path, text: str) -> None:
     """Write a file of the run, whole or not at all; CheckpointError when its place takes no file."""
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        write_atomic(path, text)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
         if no_room(error) is not None:
             raise  # told as such by the command
         raise CheckpointError(
@@ -376,7 +362,6 @@ def write(path: Path, text: str) -> None:
 def remove_leftovers(directory: Path) -> None:
     """Remove what killed processes left half written of the files of a run. The lock of the directory must be held."""
     for name in FILES:
-        leftover = re.compile(re.escape(name) + r"(\.[0-9a-f]{8})?\.part(ial-[0-9a-f]{8})?")
         for path in directory.glob(f"{name}.*"):
-            if leftover.fullmatch(path.name) and path.is_file():
+            if original_name(path.name) == name and path.is_file():
                 path.unlink()

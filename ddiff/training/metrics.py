@@ -11,6 +11,7 @@ from typing import Any, final
 
 import fsspec
 
+from ddiff.atomic import write_atomic
 from ddiff.errors import CheckpointError
 from ddiff.run_dir.files import METRICS as FILE
 
@@ -77,7 +78,6 @@ class MetricsFile:
     def __init__(self, run_dir: str | os.PathLike[str], start: int) -> None:
         self._fs, root = fsspec.core.url_to_fs(os.fspath(run_dir))
         self.path = f"{root}/{FILE}"
-        self._fs.makedirs(root, exist_ok=True)
         self._cut(start)
         self._file = self._fs.open(self.path, "ab")
 
@@ -93,9 +93,7 @@ class MetricsFile:
     def _cut(self, start: int) -> None:
         """Drop what an earlier process wrote after its last checkpoint: those steps are done again."""
         lines = recorded_lines(self._fs, self.path, start)
-        with self._fs.open(f"{self.path}.part", "wb") as file:
-            file.write(b"".join(lines))
-        self._fs.mv(f"{self.path}.part", self.path)
+        write_atomic(self.path, b"".join(lines), system=self._fs)
 
 
 def check_metrics(run_dir: str | os.PathLike[str], start: int) -> None:

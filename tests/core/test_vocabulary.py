@@ -259,7 +259,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 ) -> None:
     path = str(tmp_path / "new" / "folder" / "vocabulary.safetensors")
     FlatVocabulary(4).save(path)
-    monkeypatch.setattr(module, "save_safetensors", lambda tensors, metadata: "not bytes")
+    monkeypatch.setattr(module, "save_safetensors", lambda tensors, metadata: 7)
     with pytest.raises(TypeError):
         FlatVocabulary(5).save(path)
     assert Vocabulary.load(path).num_tokens == 4

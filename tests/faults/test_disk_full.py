@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import ddiff
+from ddiff import atomic
 from ddiff.errors import CheckpointError
 from ddiff.evaluation.comparison import write_comparison
 from ddiff.runs import directory
@@ -75,12 +76,16 @@ def test_a_file_of_a_run_that_cannot_be_written_leaves_no_part(
     path = tmp_path / "evaluation.json"
     path.write_text("before")
     if stage == "write":
-        (tmp_path / "evaluation.json.part").symlink_to("/dev/full")
+        partial = tmp_path / "evaluation.json.partial-e555366c"
+        partial.symlink_to("/dev/full")
+        monkeypatch.setattr(atomic, "partial_name", lambda name: str(partial))
         expected: type[Exception] = OSError  # the command line has one sentence for every full disk
     else:
-        monkeypatch.setattr(
-            Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only"))
-        )
+
+        def refuse(source: str, target: str) -> None:
+            raise OSError(errno.EROFS, "read-only")
+
+        monkeypatch.setattr("ddiff.atomic.os.replace", refuse)
         expected = CheckpointError
     with pytest.raises(expected):
         directory.write(path, "after" * 9999)
@@ -94,7 +99,7 @@ def test_a_comparison_that_cannot_be_written_leaves_no_part(
     def full(source: str, target: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
 
-    monkeypatch.setattr("ddiff.run_dir.destination.os.replace", full)
+    monkeypatch.setattr("ddiff.atomic.os.replace", full)
     comparison: Any = SimpleNamespace(to_dict=dict, to_markdown=str)
     with pytest.raises(
         OSError, match="No space left"

@@ -16,7 +16,6 @@ import pytest
 
 from ddiff import cli, errors
 from ddiff.core.vocabulary import FlatVocabulary
-from ddiff.data import cache as cache_module
 from ddiff.data import shards
 from ddiff.data.cache import Cache
 from ddiff.data.corpus import SourceCorpus, load_or_build_shards
@@ -216,7 +215,7 @@ def test_without_locks_time_tells_what_is_abandoned(
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(cache_module.fcntl, "flock", no_locks)
+    monkeypatch.setattr("ddiff.atomic.fcntl.flock", no_locks)
     old, new = (tmp_path / "rows" / f"{name}.partial-0" for name in ("old", "new"))
     for partial in (old, new):
         partial.mkdir(parents=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from commands import place
 
+from ddiff.atomic import original_name
+
 __all__ = ["place"]
 
 # The stage says that it has begun and then waits, as one that takes long would.
@@ -29,7 +31,7 @@ main({arguments})
 """
 STAGES = {
     "dry run": ("ddiff.runs.dry_run", "check_directory", ["run", "fast.toml", "--dry-run"]),
-    "data": ("ddiff.runs.run", "train_rows", ["run", "fast.toml"]),
+    "data": ("ddiff.runs.run", "build_train_rows", ["run", "fast.toml"]),
     "data command": ("ddiff.runs.tokenize", "build_documents", ["data", "fast.toml"]),
 }
 
@@ -55,6 +57,6 @@ def test_a_signal_ends_every_stage_in_order(
         name
         for _, _, names in os.walk(place)
         for name in names
-        if name.endswith((".part", ".lock"))
+        if name != original_name(name) or name.endswith(".lock")
     ]
     assert left == []

@@ -97,7 +97,7 @@ def toy_trainer(
     objective = settings.pop("objective", None) or Identify(Net(dropout).double())
     optimizer = settings.pop("optimizer", muon)(objective.module)
     parts = {name: settings.pop(name) for name in PARTS if name in settings}
-    provenance = Provenance(fingerprints=settings.pop("fingerprints", {}))
+    recorded = {name: settings.pop(name, {}) for name in ("origins", "fingerprints")}
     settings = {"slots": ROWS, "log_every": 4, "checkpoint_every": 5} | settings
     batch_at = parts.pop("batch_at", None) or rows_at(settings.get("accumulate", 1))
     return Trainer(
@@ -108,7 +108,7 @@ def toy_trainer(
         TrainerSettings(steps=steps, **settings),
         backend=parts.pop("backend", None) or SingleBackend("cpu"),
         run_dir=run_dir,
-        provenance=provenance,
+        provenance=Provenance(**recorded),
         **parts,
     )
 
