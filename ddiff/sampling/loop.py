@@ -115,7 +115,7 @@ def generate(
     `given` [B,L] words with `clamped` [B,L] bool, any positions of each row, are kept bit for bit. `on_step(k, canvas)`
     sees every canvas, k = 1, 2, ... Raises ArgumentError when they do not fit, or the sampler not the process.
     """
-    sampler.needs(process, getattr(network, "says", "law"))
+    sampler.needs(process, getattr(network, "predicts", "law"))
     rng_at = lambda step: CounterRng(seed, step, index, length, "sample")  # noqa: E731
     counted, batch = counting(network), len(index)
     calls, runs = counted.calls, runs_of(counted, batch)

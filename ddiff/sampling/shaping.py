@@ -198,7 +198,7 @@ class _Composed:
     predicts = "law"
 
     def __init__(self, name: str, *parts: Network) -> None:
-        if any(getattr(part, "says", "law") != "law" for part in parts):
+        if any(getattr(part, "predicts", "law") != "law" for part in parts):
             raise ArgumentError(
                 f"{name}: ask must answer with a law of the clean token, since a law is what is reshaped; this denoiser "
                 "answers with a score. Sample without it."
