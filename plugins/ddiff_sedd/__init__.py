@@ -1,4 +1,4 @@
-"""Score entropy (arXiv 2310.16834): the absorbing and the uniform graph, a network that says ratios."""
+"""Score entropy (arXiv 2310.16834): absorbing and uniform processes, and a score head."""
 
 from __future__ import annotations
 

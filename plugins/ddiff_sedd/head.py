@@ -1,4 +1,9 @@
-"""A head that says how likely every state is beside the one that stands there (arXiv 2310.16834)."""
+"""Score head: ratios of probabilities of all states to the current state (arXiv 2310.16834).
+
+The score of z_t is s(y) = q_t-bar(y)/q_t-bar(z_t) for every state y, where q_t-bar is the
+distribution of the position's state given the other positions. sigma is the total noise of the
+process, V the number of tokens.
+"""
 
 from __future__ import annotations
 
@@ -19,50 +24,60 @@ from ddiff import (
     Vocabulary,
 )
 
-LATEST = 1.0 - 1e-12  # a ratio to the mask diverges where everything is masked
+# Ratios to the mask diverge at t = 1, where every token is masked.
+LATEST = 1.0 - 1e-12
 
 Question = Callable[[Any, Tensor], Any]
 
 
 @final
 class RatioDistribution(SubtreeDistribution):
-    """Ratios [r,S] before their scale, and softmax over the words: what they say once the mask's noise is gone."""
+    """Log-ratios `raw` [r,S] before scaling, with the token distribution softmax(raw).
+
+    The softmax is over the tokens: ratios between tokens do not depend on the mask's noise.
+    """
 
     def __init__(self, raw: Tensor, vocabulary: Vocabulary) -> None:
         super().__init__(vocabulary, vocabulary.root)
         self.raw = raw
 
     def log_below(self, level: int) -> Tensor:
-        words = self.raw[:, : self.vocabulary.num_tokens].log_softmax(-1)
-        return words if level == 0 else words.logsumexp(-1, keepdim=True)
+        tokens = self.raw[:, : self.vocabulary.num_tokens].log_softmax(-1)
+        return tokens if level == 0 else tokens.logsumexp(-1, keepdim=True)
 
 
 @final
 @dataclass(frozen=True)
 class Ratios:
-    """Reads a `RatioDistribution` as a score: log s(y) = raw(y), 0 at z_t;
-    if scaled, less ln V and ln(e^sigma - 1) at masks."""
+    """Score parameterization: log s(y) = raw(y), and 0 at y = z_t.
+
+    If scaled, ln V + ln(e^sigma - 1) is subtracted at masks, so that raw = ln p + ln V gives the
+    score p/(e^sigma - 1) of a predicted distribution p.
+    """
 
     scaled: bool
     predicts: ClassVar[Literal["score"]] = "score"
 
     def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
-        """[k] ln(V (e^sigma - 1)) at masks, 0 elsewhere; e^sigma - 1 is how likely the mask is beside all words."""
+        """[k] ln(V (e^sigma - 1)) at masks, 0 elsewhere.
+
+        e^sigma - 1 is the probability of the mask over that of all tokens together. It is taken
+        from the marginal, so that it holds for any process with a mask.
+        """
         scale = torch.zeros_like(t)
         masked = ((zt == process.vocabulary.root) & self.scaled).nonzero().squeeze(-1)
-        if len(masked):
-            num_tokens = process.vocabulary.num_tokens
-            distinct, place = t[masked].clamp(max=LATEST).unique(return_inverse=True)
-            even = torch.zeros(
-                len(distinct), num_tokens, dtype=t.dtype, device=t.device
-            ).log_softmax(-1)
-            log_q = process.log_marginal(even, distinct)
-            odds = (
-                log_q[:, process.vocabulary.root]
-                - log_q[:, :num_tokens].logsumexp(-1)
-                + even[:, 0].neg()
-            )
-            scale[masked] = odds[place]
+        if len(masked) == 0:
+            return scale
+        num_tokens = process.vocabulary.num_tokens
+        # Rows share few times, and a marginal has S entries: compute one per distinct time.
+        distinct, place = t[masked].clamp(max=LATEST).unique(return_inverse=True)
+        zeros = torch.zeros(len(distinct), num_tokens, dtype=t.dtype, device=t.device)
+        log_uniform = zeros.log_softmax(-1)
+        log_q = process.log_marginal(log_uniform, distinct)
+        log_q_mask = log_q[:, process.vocabulary.root]
+        log_q_tokens = log_q[:, :num_tokens].logsumexp(-1)
+        log_scale = log_q_mask - log_q_tokens + log_uniform[:, 0].neg()
+        scale[masked] = log_scale[place]
         return scale
 
     def question(
@@ -81,21 +96,27 @@ class Ratios:
 
 @final
 class ScoreHead(Head):
-    """One logit per state: log s(y), read by `Ratios`. Scaled, it starts as the exact score of a law, unscaled at s = 1."""
+    """Score head: one logit per state, the log-ratio to the current state.
+
+    Scaled, its first prediction is the exact score of the unigram distribution; unscaled, every
+    ratio starts at 1. `Ratios` is its parameterization.
+    """
 
     class Config(ComponentConfig):
         scaled: bool | None = None
-        """Divide the ratios to the mask by V (e^sigma - 1); if not given, where there is a mask."""
+        """Divide ratios to the mask by V (e^sigma - 1); by default if the vocabulary has a mask."""
 
     def __init__(self, vocabulary: Vocabulary, width: int, scaled: bool) -> None:
         if vocabulary.num_levels > 1:
             raise ArgumentError(
-                f"The head score says ratios of words, and of a mask; got {vocabulary}. "
-                'Use [vocabulary] kind = "flat", or a head that says a law: "tied" or "levelwise".'
+                f"The head score predicts ratios of tokens and a mask; got {vocabulary}. "
+                'Use [vocabulary] kind = "flat", or a head that predicts a distribution: "tied" or '
+                '"levelwise".'
             )
         if scaled and vocabulary.mask_id is None:
             raise ArgumentError(
-                "The head score scales ratios to the mask, and this vocabulary has none: leave scaled out."
+                "The head score scales ratios to the mask, and this vocabulary has no mask: "
+                "leave scaled out."
             )
         super().__init__(vocabulary, width, vocabulary.num_states)
         self.reading = Ratios(scaled)
@@ -113,8 +134,8 @@ class ScoreHead(Head):
 
     @torch.no_grad()
     def start_from_counts(self, counts: Tensor) -> None:
-        """Scaled: exp(bias)/V is the unigram law, so that the first score is that of it."""
+        """Set the biases so that exp(bias)/V is the unigram distribution; only if scaled."""
         if self.reading.scaled:
             share = counts.double().add(1)
-            words = (share / share.mean()).log()
-            self.bias[: len(words)] = words.to(self.bias)
+            tokens = (share / share.mean()).log()
+            self.bias[: len(tokens)] = tokens.to(self.bias)

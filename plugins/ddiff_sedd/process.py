@@ -1,8 +1,12 @@
-"""Words are masked, or redrawn among all words (arXiv 2310.16834)."""
+"""Score entropy diffusion: tokens are masked, or replaced by uniform tokens (arXiv 2310.16834).
+
+sigma(t) is the total noise up to t; a token has not been touched by t with probability
+alpha = e^-sigma.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,31 +25,39 @@ from ddiff import (
 )
 
 Floor = Annotated[float, Field(ge=0.0, lt=1.0)]
-# Below and above float64 knows no noise, and no word.
+# Outside these ranges alpha rounds to 1 at t = 0, or to 0 long before t = 1.
 LeastSigma = Annotated[float, Field(ge=1e-12, le=1.0)]
 MostSigma = Annotated[float, Field(gt=0.0, le=100.0)]
-PUBLISHED_FLOOR, PUBLISHED_SIGMA = 1e-3, (1e-4, 20.0)
+PUBLISHED_FLOOR = 1e-3
+PUBLISHED_SIGMA_MIN = 1e-4
+PUBLISHED_SIGMA_MAX = 20.0
 
 
 class ScoreEntropyDiffusion:
-    """The mixture q_t(.|x) = e^-sigma delta_x + (1 - e^-sigma) target; the target is the mask or uniform over words."""
+    """Process with q_t(.|x) = e^-sigma delta_x + (1 - e^-sigma) target.
+
+    The target is the mask or the uniform distribution of tokens.
+    """
 
     class Config(ComponentConfig):
         graph: Literal["absorb", "uniform"] = "absorb"
-        """What a word turns into: the mask, or any word (then the vocabulary has mask = false)."""
+        """Noise: the mask, or a uniform token (the vocabulary then needs mask = false)."""
         noise: Literal["loglinear", "geometric"] = "loglinear"
-        """e^-sigma = 1 - (1 - floor) t, or sigma = sigma_min^(1-t) sigma_max^t."""
+        """Schedule: e^-sigma = 1 - (1 - floor) t, or sigma = sigma_min^(1-t) sigma_max^t."""
         floor: Floor | None = None
-        """Of log-linear noise: the share of words that is left at t = 1; 0.001 if not given."""
+        """Log-linear noise: share of untouched tokens at t = 1; 0.001 by default."""
         sigma_min: LeastSigma | None = None
-        """Of geometric noise: the total noise at t = 0; 0.0001 if not given."""
+        """Geometric noise: total noise at t = 0; 0.0001 by default."""
         sigma_max: MostSigma | None = None
-        """Of geometric noise: the total noise at t = 1; 20 if not given."""
+        """Geometric noise: total noise at t = 1; 20 by default."""
 
         @model_validator(mode="after")
-        def _keys_of_the_noise(self) -> ScoreEntropyDiffusion.Config:
-            foreign = ("sigma_min", "sigma_max") if self.noise == "loglinear" else ("floor",)
-            given = [name for name in foreign if getattr(self, name) is not None]
+        def _check_keys_of_noise(self) -> ScoreEntropyDiffusion.Config:
+            if self.noise == "loglinear":
+                foreign = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+            else:
+                foreign = {"floor": self.floor}
+            given = [name for name, value in foreign.items() if value is not None]
             if given:
                 raise ValueError(f'noise = "{self.noise}" takes no {" and no ".join(given)}')
             return self
@@ -55,8 +67,9 @@ class ScoreEntropyDiffusion:
         masked = config.graph == "absorb"
         if vocabulary.num_levels != int(masked):
             raise ArgumentError(
-                f'The process sedd with graph = "{config.graph}" needs words {"and a mask" if masked else "alone"}; got '
-                f'{vocabulary}. Use [vocabulary] kind = "flat" with mask = {str(masked).lower()}.'
+                f'The process sedd with graph = "{config.graph}" needs tokens '
+                f"{'and a mask' if masked else 'without a mask'}; got {vocabulary}. "
+                f'Use [vocabulary] kind = "flat" with mask = {str(masked).lower()}.'
             )
         dist = mask_distribution(vocabulary) if masked else token_distribution(vocabulary)
         return MixtureProcess(vocabulary, cls._schedule(config), dist)
@@ -65,20 +78,22 @@ class ScoreEntropyDiffusion:
     def _schedule(config: Config) -> Schedule:
         if config.noise == "loglinear":
             return LinearSchedule(PUBLISHED_FLOOR if config.floor is None else config.floor)
-        least, most = PUBLISHED_SIGMA
-        return GeometricSchedule(config.sigma_min or least, config.sigma_max or most)
+        return GeometricSchedule(
+            config.sigma_min or PUBLISHED_SIGMA_MIN, config.sigma_max or PUBLISHED_SIGMA_MAX
+        )
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        def build(mask: bool, **keys: Any) -> ForwardProcess:
-            return cls.build(cls.Config(**keys), vocabulary=FlatVocabulary(3, mask=mask))
-
+        configs = [
+            cls.Config(graph="absorb", noise="loglinear"),
+            cls.Config(graph="absorb", noise="loglinear", floor=0.0),
+            cls.Config(graph="absorb", noise="geometric"),
+            cls.Config(graph="uniform", noise="loglinear"),
+            cls.Config(graph="uniform", noise="loglinear", floor=0.0),
+            cls.Config(graph="uniform", noise="geometric"),
+            cls.Config(graph="uniform", noise="geometric", sigma_min=0.05, sigma_max=3.0),
+        ]
         return [
-            build(True, graph="absorb", noise="loglinear"),
-            build(True, graph="absorb", noise="loglinear", floor=0.0),
-            build(True, graph="absorb", noise="geometric"),
-            build(False, graph="uniform", noise="loglinear"),
-            build(False, graph="uniform", noise="loglinear", floor=0.0),
-            build(False, graph="uniform", noise="geometric"),
-            build(False, graph="uniform", noise="geometric", sigma_min=0.05, sigma_max=3.0),
+            cls.build(config, vocabulary=FlatVocabulary(3, mask=config.graph == "absorb"))
+            for config in configs
         ]

@@ -69,7 +69,7 @@ class WithoutItsPower(GeneralizedInterpolation):
     def _missing(self, t: Tensor) -> Tensor:
         """(g - 1) v^(g-1)/C, v and C both by the factor that makes the word end at t = 1."""
         gamma = self.mixing.gamma
-        left = 1.0 - t + self.mixing.per_word ** (2.0 / gamma)
+        left = 1.0 - t + self.mixing.per_token ** (2.0 / gamma)
         return (gamma - 1.0) * left ** (gamma - 1.0) * self.coefficients(t)[:, 0] / t**gamma
 
 

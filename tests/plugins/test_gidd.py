@@ -127,7 +127,7 @@ def test_p_uniform_is_the_share_of_uniform_noise_half_way(gamma: float) -> None:
     assert make(0.3, gamma).coefficients(half)[0, 1].item() == pytest.approx(0.3, abs=1e-14)
     # in the original form p/S on every word, at its own time 1/2
     process = make(0.3, gamma, "original")
-    end = 1.0 / (1.0 + process.mixing.per_word ** (2.0 / gamma))
+    end = 1.0 / (1.0 + process.mixing.per_token ** (2.0 / gamma))
     assert process.coefficients(half / end)[0, 1].item() == pytest.approx(
         0.3 * WORDS / (WORDS + 1), abs=1e-14
     )
@@ -242,7 +242,7 @@ def test_noise_that_comes_before_the_earliest_time_is_refused(form: Form) -> Non
     "vocabulary", [FlatVocabulary(4, mask=False), HierarchicalVocabulary([[0, 1, 0, 1]])]
 )
 def test_a_vocabulary_that_does_not_fit_is_refused(vocabulary: FlatVocabulary) -> None:
-    with pytest.raises(ArgumentError, match=r'needs words and a mask.*kind = "flat"'):
+    with pytest.raises(ArgumentError, match=r'needs tokens and a mask.*kind = "flat"'):
         GeneralizedInterpolation.build(GeneralizedInterpolation.Config(), vocabulary=vocabulary)
 
 
@@ -255,6 +255,6 @@ def test_a_range_of_weights_inside_out_is_refused(loss: type[Dynamic] | type[Cli
 def test_the_dynamic_loss_needs_this_process() -> None:
     masked = MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(WORDS))
     with pytest.raises(
-        ArgumentError, match=r"reads the mixing of the process gidd; got MaskedDiffusion"
+        ArgumentError, match=r"needs the process gidd.*; got MaskedDiffusion"
     ):
         Dynamic.build(Dynamic.Config(), process=masked)

@@ -461,10 +461,10 @@ def test_sigmas_in_the_wrong_order_are_refused() -> None:
 def test_a_graph_needs_its_vocabulary() -> None:
     build = ScoreEntropyDiffusion.build
     with pytest.raises(
-        ArgumentError, match=r'graph = "absorb" needs words and a mask.*mask = true'
+        ArgumentError, match=r'graph = "absorb" needs tokens and a mask.*mask = true'
     ):
         build(ScoreEntropyDiffusion.Config(), vocabulary=FlatVocabulary(4, mask=False))
-    with pytest.raises(ArgumentError, match=r'graph = "uniform" needs words alone.*mask = false'):
+    with pytest.raises(ArgumentError, match=r'graph = "uniform" needs tokens without a mask.*mask = false'):
         build(ScoreEntropyDiffusion.Config(graph="uniform"), vocabulary=FlatVocabulary(4))
 
 
