@@ -254,7 +254,5 @@ def test_a_range_of_weights_inside_out_is_refused(loss: type[Dynamic] | type[Cli
 
 def test_the_dynamic_loss_needs_this_process() -> None:
     masked = MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(WORDS))
-    with pytest.raises(
-        ArgumentError, match=r"needs the process gidd.*; got MaskedDiffusion"
-    ):
+    with pytest.raises(ArgumentError, match=r"needs the process gidd.*; got MaskedDiffusion"):
         Dynamic.build(Dynamic.Config(), process=masked)

@@ -464,7 +464,9 @@ def test_a_graph_needs_its_vocabulary() -> None:
         ArgumentError, match=r'graph = "absorb" needs tokens and a mask.*mask = true'
     ):
         build(ScoreEntropyDiffusion.Config(), vocabulary=FlatVocabulary(4, mask=False))
-    with pytest.raises(ArgumentError, match=r'graph = "uniform" needs tokens without a mask.*mask = false'):
+    with pytest.raises(
+        ArgumentError, match=r'graph = "uniform" needs tokens without a mask.*mask = false'
+    ):
         build(ScoreEntropyDiffusion.Config(graph="uniform"), vocabulary=FlatVocabulary(4))
 
 
