@@ -65,14 +65,14 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ma
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses copies from the host to "meta" that would wait for a device: all but those of `sent`."""
+    """Refuses copies from the host to "meta" that would wait for a device: all but those of `to_device`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         source = {"aten._to_copy.default": 0, "aten.copy_.default": 1}.get(str(func))
         if source is not None and result.is_meta and not args[source].is_meta:
             callers = {frame.name for frame in traceback.extract_stack()}
-            assert (kwargs or {}).get("non_blocking") or "sent" in callers, (
+            assert (kwargs or {}).get("non_blocking") or "to_device" in callers, (
                 f"{func} waits for the device"
             )
         return result

@@ -40,9 +40,9 @@ from ddiff.runs.cost import (
 )
 from ddiff.runs.peak_memory import Rise
 from ddiff.runs.run import Run, build_run
+from ddiff.training.device import get_device
 from ddiff.training.metrics import FILE as METRICS
 from ddiff.training.metrics import StepRecord
-from ddiff.training.objective import device_of
 from ddiff.training.protocols import Objective
 from ddiff.training.trainer import Trainer
 
@@ -218,7 +218,7 @@ def _kept_of_a_row(denoiser: Denoiser, length: int) -> int:
             )
         return tensor
 
-    device = device_of(denoiser)
+    device = get_device(denoiser)
     ids, t = (
         torch.zeros(1, length, dtype=torch.long, device=device),
         torch.zeros(1, length, device=device).double(),

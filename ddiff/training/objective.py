@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, final
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast, final
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import Noisy, TimeRule, Times
 from ddiff.errors import ArgumentError
-from ddiff.nn.denoiser import Context, Denoiser, as_network
+from ddiff.nn.denoiser import Denoiser, as_network
 from ddiff.nn.heads import Question
+from ddiff.training.context import build_context, drop_conditions
+from ddiff.training.device import get_device, to_device
 from ddiff.training.protocols import LossTerms
 
 if TYPE_CHECKING:
@@ -118,13 +120,13 @@ class DiffusionObjective:
         self, batch: Batch, rng: CounterRng, denominators: Mapping[str, Tensor], slots: int
     ) -> LossTerms:
         """(sum of the rows' loss over this micro-batch) / (tokens of the global batch), in nats per token."""
-        reading, process, device = self.denoiser.reading, self.process, device_of(self.module)
+        reading, process, device = self.denoiser.reading, self.process, get_device(self.module)
         # All that depends on what was drawn is found where the batch is, on the host: the device is never waited for.
         drawn = self._draw(batch, rng, slots)
         node = reading.scope(process.scope(drawn.zt), process)
-        context = withheld(context_of(batch), self.denoiser.condition_dropout, rng)
+        context = drop_conditions(build_context(batch), self.denoiser.condition_dropout, rng)
         prepared = reading.prepared(process, drawn.zt, drawn.t)
-        drawn, context, prepared = sent((drawn, context, prepared), device)
+        drawn, context, prepared = to_device((drawn, context, prepared), device)
         tokens = denominators["tokens"]
         fn = reading.question(self._question(drawn, tokens), process, drawn.zt, drawn.t, prepared)
         loss, _, density = self.module(drawn.noisy, context, drawn.rows, node, fn)
@@ -208,7 +210,7 @@ class DiffusionObjective:
 
     def network(self, batch: Batch) -> Network:
         """How samplers and the bound ask the denoiser about these rows."""
-        return as_network(self.denoiser, self.process, context_of(batch))
+        return as_network(self.denoiser, self.process, build_context(batch))
 
     def nll(
         self, batch: Batch, rng: CounterRng, slot: Tensor, slots: int | Tensor, times: TimeRule
@@ -240,47 +242,3 @@ def _mixed(chosen: Tensor, first: Times, times: Times, share: float) -> Times:
         pick(first.block, times.block),
         times.paired,
     )
-
-
-def device_of(module: torch.nn.Module) -> torch.device:
-    """Where the module's parameters are."""
-    return next(module.parameters()).device
-
-
-def sent(parts: Any, device: torch.device) -> Any:
-    """A tensor, or whatever a tuple or dict holds of them, on the device, without waiting for what it is doing."""
-    if isinstance(parts, Tensor):
-        if device.type == "cuda" and parts.device.type == "cpu":
-            return parts.pin_memory().to(
-                device, non_blocking=True
-            )  # what is not pinned waits for the device
-        return parts.to(device)
-    if isinstance(parts, dict):
-        return type(parts)((name, sent(value, device)) for name, value in parts.items())
-    if isinstance(parts, tuple):
-        moved = [sent(value, device) for value in parts]
-        return type(parts)(*moved) if hasattr(parts, "_fields") else tuple(moved)
-    return parts
-
-
-def context_of(batch: Batch) -> Context:
-    """What the backbone is told of a batch; None where nothing is padded or packed, so that attention goes unmasked."""
-    valid = None if bool(batch.valid.all()) else batch.valid
-    return Context(valid, batch.document if batch.packed else None, batch.conditions)
-
-
-def withheld(context: Context, dropout: Mapping[str, float], rng: CounterRng) -> Context:
-    """A context for training: each condition is withheld from its share of the samples, so that guidance has a law
-    without it to compare with."""
-    dropped = {
-        name: absent_where(rng.uniform(f"condition.{name}")[:, 0] < share, context.conditions[name])
-        for name, share in dropout.items()
-        if name in context.conditions and share > 0
-    }
-    return context._replace(conditions={**context.conditions, **dropped})
-
-
-def absent_where(dropped: Tensor, condition: Tensor) -> Tensor:
-    """The condition with the samples `dropped` [B] bool marked absent: label -1, vector NaN."""
-    nothing = torch.nan if condition.is_floating_point() else -1
-    return condition.masked_fill(dropped.reshape(-1, *(1,) * (condition.dim() - 1)), nothing)

@@ -28,14 +28,15 @@ from rich.console import Console
 from torch import Tensor
 
 from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
+from ddiff.data.prefetch import Prefetcher
 from ddiff.errors import ArgumentError, CheckpointError, NonFiniteError
 from ddiff.progress import Progress, progress
 from ddiff.run_dir.files import CHECKPOINTS
 from ddiff.run_dir.identity import check_fingerprints
+from ddiff.training.device import to_device
 from ddiff.training.ema import ExponentialMovingAverage
 from ddiff.training.learning_rate import WarmupConstant
 from ddiff.training.metrics import MetricsFile, StepRecord, check_metrics, means
-from ddiff.training.objective import sent
 from ddiff.training.optimizers import step_where
 from ddiff.training.protocols import Backend, Batch, Objective, Optimizer, Tracker
 from ddiff.training.signals import StopSignals
@@ -188,8 +189,7 @@ class Trainer:
         objective: the loss; its module is on the backend already (`backend.wrap`).
         optimizer: made of the parameters of that module.
         batch_at: (step, micro) -> this rank's micro-batch, on the device that the objective
-            expects; a pure function. One that reads ahead may have `unless(step, micro, stopped)`,
-            which returns None when `stopped()` becomes true before the batch is there.
+            expects; a pure function. A `ddiff.data.prefetch.Prefetcher` of one reads ahead.
         rng_at: (step, batch) -> the random generator of the batch; a pure function.
         multiplier: (step) -> factor in (0, 1] of every group's learning rate; None: always 1.
         validation: an evaluation during training; it changes no bit of what is trained.
@@ -355,17 +355,15 @@ class Trainer:
 
     def _batches(self, step: int, interruption: StopSignals) -> list[Batch] | None:
         """The micro-batches of a step; None when a signal came while they were waited for."""
-        unless = getattr(self.batch_at, "unless", None)
         batches: list[Batch] = []
         for micro in range(self.settings.accumulate):
-            if (
-                unless is None or self.backend.world_size > 1
-            ):  # several processes only stop after the same step
-                batches.append(self.batch_at(step, micro))
-                continue
-            batch = unless(step, micro, lambda: interruption.signal is not None)
-            if batch is None:
-                return None
+            # Several processes only stop together, after the same step.
+            if isinstance(self.batch_at, Prefetcher) and self.backend.world_size == 1:
+                batch = self.batch_at.fetch(step, micro, lambda: interruption.signal is not None)
+                if batch is None:
+                    return None
+            else:
+                batch = self.batch_at(step, micro)
             batches.append(batch)
         return batches
 
@@ -375,7 +373,7 @@ class Trainer:
         denominators = self._denominators(batches)
         shares = self._backward(step, batches, denominators)
         totals = self.backend.sum(
-            {"signals": sent(interruption.counts(), self.backend.device)} | shares
+            {"signals": to_device(interruption.counts(), self.backend.device)} | shares
         )
         norm = self.backend.clip(self.objective.module.parameters(), self.settings.clip)
         multiplier = self.multiplier(step)
@@ -415,7 +413,7 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         for batch in batches:
             for name, count in self.objective.counts(batch).items():
-                count = sent(torch.as_tensor(count, dtype=torch.float64), self.backend.device)
+                count = to_device(torch.as_tensor(count, dtype=torch.float64), self.backend.device)
                 totals[name] = totals[name] + count if name in totals else count
         return self.backend.sum(totals)
 
@@ -437,7 +435,7 @@ class Trainer:
                 terms.loss.backward()
             totals["loss"] = totals["loss"] + _pair(terms.loss, torch.zeros_like(terms.loss))
             for name, (summed, count) in terms.metrics.items():
-                pair = _pair(summed, sent(count, summed.device))
+                pair = _pair(summed, to_device(count, summed.device))
                 totals[name] = totals[name] + pair if name in totals else pair
         return totals
 

@@ -21,10 +21,10 @@ from ddiff import (
     Noisy,
     TimeRule,
     as_network,
-    context_of,
-    device_of,
-    sent,
-    withheld,
+    build_context,
+    drop_conditions,
+    get_device,
+    to_device,
 )
 
 
@@ -65,8 +65,8 @@ class AutoregressiveObjective:
         self, batch: Batch, rng: CounterRng, denominators: Mapping[str, Tensor], slots: int
     ) -> LossTerms:
         """(sum of -ln p over the scored words of this micro-batch) / (tokens of the global batch)."""
-        device = device_of(self.module)
-        context = withheld(context_of(batch), self.denoiser.condition_dropout, rng)
+        device = get_device(self.module)
+        context = drop_conditions(build_context(batch), self.denoiser.condition_dropout, rng)
         rows, node, question = self._asked(batch, device)
         tokens = denominators["tokens"]
 
@@ -75,13 +75,13 @@ class AutoregressiveObjective:
             return nats / tokens, nats.detach()
 
         loss, _, nats = self.module(
-            sent(_shown(batch), device), sent(context, device), rows, node, share
+            to_device(_shown(batch), device), to_device(context, device), rows, node, share
         )
         return LossTerms(loss, {"nll_nats_per_token": (nats.sum(), batch.scored.sum())})
 
     def network(self, batch: Batch) -> Network:
         """How the denoiser is asked about these rows."""
-        return as_network(self.denoiser, None, context_of(batch))
+        return as_network(self.denoiser, None, build_context(batch))
 
     def nll(
         self, batch: Batch, rng: CounterRng, slot: Tensor, slots: int | Tensor, times: TimeRule
@@ -100,7 +100,7 @@ class AutoregressiveObjective:
         """The scored positions on the device, the root for each where the batch is, and the question about them."""
         rows = batch.scored.reshape(-1).nonzero().squeeze(-1)
         node = torch.full_like(rows, self.vocabulary.root)
-        rows, words = sent((rows, batch.ids.reshape(-1)[rows]), device)
+        rows, words = to_device((rows, batch.ids.reshape(-1)[rows]), device)
 
         def question(dist: CleanDistribution, idx: Tensor) -> Tensor:
             return -dist.log_prob(words[idx])

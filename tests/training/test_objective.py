@@ -23,12 +23,12 @@ from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.data.batch import Batch
 from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import TokenHead, TreeHead
+from ddiff.training.context import drop_conditions
 from ddiff.training.objective import (
     DECODING_SHARE,
     ClippedLoss,
     DiffusionObjective,
     ElboLoss,
-    withheld,
 )
 
 VOCABULARY = FlatVocabulary(5, mask=False)
@@ -151,7 +151,7 @@ def test_conditions_are_withheld_from_their_share_of_the_samples() -> None:
     label, vector = torch.zeros(2000, dtype=torch.long), torch.ones(2000, LENGTH, 3)
     context = Context(conditions={"label": label, "vector": vector, "always": label})
     rng = CounterRng(0, 0, torch.arange(2000), LENGTH)
-    shown = withheld(
+    shown = drop_conditions(
         context, {"label": 0.3, "vector": 0.1, "always": 0.0, "absent": 0.5}, rng
     ).conditions
     without = shown["label"] == -1

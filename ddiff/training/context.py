@@ -1,0 +1,46 @@
+"""What the backbone is conditioned on in a batch, and dropping conditions during training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ddiff.core.rng import CounterRng
+from ddiff.nn.denoiser import Context
+
+if TYPE_CHECKING:
+    from ddiff.data.batch import Batch
+
+
+def build_context(batch: Batch) -> Context:
+    """Collect padding, document numbers and conditions of a batch.
+
+    Without padding or packing these fields are None, so that attention runs without a mask.
+    """
+    valid = None if bool(batch.valid.all()) else batch.valid
+    document = batch.document if batch.packed else None
+    return Context(valid, document, batch.conditions)
+
+
+def drop_conditions(context: Context, dropout: Mapping[str, float], rng: CounterRng) -> Context:
+    """Mark each condition absent in a random share `dropout[name]` of the samples.
+
+    The network then also learns the distribution without the condition, which classifier-free
+    guidance compares with.
+    """
+    conditions = dict(context.conditions)
+    for name, share in dropout.items():
+        if name in conditions and share > 0:
+            dropped = rng.uniform(f"condition.{name}")[:, 0] < share
+            conditions[name] = mark_absent(conditions[name], dropped)
+    return context._replace(conditions=conditions)
+
+
+def mark_absent(condition: Tensor, dropped: Tensor) -> Tensor:
+    """Mark a condition absent in the samples `dropped` [B] bool: labels become -1, vectors NaN."""
+    absent = torch.nan if condition.is_floating_point() else -1
+    per_sample = dropped.reshape(-1, *(1,) * (condition.dim() - 1))
+    return condition.masked_fill(per_sample, absent)
