@@ -29,10 +29,10 @@ from ddiff.errors import (
     ArgumentError,
     DataError,
     PluginError,
-    explained,
-    shortened,
+    explain_error,
+    shorten,
 )
-from ddiff.plugin.registry import describe
+from ddiff.plugin.registry import describe_error
 
 if TYPE_CHECKING:
     from ddiff.plugin.config import ComponentConfig
@@ -57,7 +57,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except EOFError as error:
-            raise DataError(explained(error)) from error
+            raise DataError(explain_error(error)) from error
         except BrokenPipeError as error:
             _forget_output()
             raise typer.Exit(BROKEN_PIPE) from error
@@ -66,7 +66,7 @@ class Commands(TyperGroup):
             if stop.code == 128 + signal.SIGTERM or _comes_from_main(stop):
                 raise
             raise PluginError(
-                f"A plugin, or a library that it uses, ended the command: {describe(stop)}. Nothing can be said of what "
+                f"A plugin, or a library that it uses, ended the command: {describe_error(stop)}. Nothing can be said of what "
                 "was asked. Mend or uninstall that distribution."
             ) from stop
 
@@ -348,7 +348,7 @@ def read_conditions(written: list[str] | None) -> dict[str, object] | None:
         for name, value in read_settings([one], "--condition", option="--condition").tree.items():
             if name in found:
                 raise ArgumentError(
-                    f'--condition {shortened(one)}: "{shortened(name)}" is given twice. Give each condition once: one '
+                    f'--condition {shorten(one)}: "{shorten(name)}" is given twice. Give each condition once: one '
                     "value for all samples, or a list with one for each."
                 )
             found[name] = value
@@ -565,14 +565,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _end_with(error: Exception) -> NoReturn:
     """A paragraph for what the user can mend; else the traceback, and where to send it."""
-    message = explained(error)
+    message = explain_error(error)
     _forget_output()  # a full disk under the standard output would end Python with another exit code
     if message is None:
         # one command's own process dies as Python programs do; a worker hands its traceback to the launcher
         end(f"{traceback.format_exc()}{REPORT}", 1)
     if os.environ.get(TRACEBACK):
         message = f"{traceback.format_exc()}{message}"
-    end(shortened(message, LONGEST_MESSAGE), MISTAKE)
+    end(shorten(message, LONGEST_MESSAGE), MISTAKE)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""Errors that a user can cause. Each message names the argument, what was expected, what came and what to do.
+"""Errors that a user can cause, and the paragraph that the command line prints for one.
 
-The command line prints them as one paragraph and exits with 2; anything else is a defect of ours and keeps its traceback.
+Each message names the argument, what was expected, what came and what to do. The command line prints
+it and exits with 2. Any other exception is a defect, and its traceback is printed.
 """
 
 from __future__ import annotations
@@ -10,20 +11,15 @@ import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-FULL = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-)  # no space left, no quota left, larger than files may be
-_FULL_IN_WORDS = ("No space left on device", "Disk quota exceeded")
+# ---------------------------------------------------------------------- exceptions
 
 
 class DdiffError(Exception):
-    """A mistake that the caller can mend."""
+    """A mistake that the caller can fix."""
 
 
 class ArgumentError(DdiffError, ValueError):
-    """An argument of a Python call is out of range, of the wrong shape or does not fit another one."""
+    """An argument of a Python call is out of range, has the wrong shape or contradicts another."""
 
 
 class RecipeError(DdiffError):
@@ -39,55 +35,73 @@ class DataError(DdiffError):
 
 
 class CheckpointError(DdiffError):
-    """A checkpoint or run directory is truncated, missing or belongs to something else."""
+    """A checkpoint or run directory is truncated, missing or belongs to another run."""
 
 
 class NonFiniteError(DdiffError):
-    """NaN or infinity where a number is due."""
+    """A result is NaN or infinite."""
 
+
+# ---------------------------------------------------------------------- parts of messages
 
 LONGEST = 160  # characters of a value that a message repeats
 
 
-def shortened(text: str, longest: int = LONGEST) -> str:
-    """`text`, or its beginning and end around the number of characters that are left out."""
+def shorten(text: str, longest: int = LONGEST) -> str:
+    """Keep the beginning and the end of a long text and count the characters between them."""
     if len(text) <= longest:
         return text
-    kept = longest // 2
-    return f"{text[:kept]} ... ({len(text) - 2 * kept} more characters) ... {text[-kept:]}"
+    half = longest // 2
+    return f"{text[:half]} ... ({len(text) - 2 * half} more characters) ... {text[-half:]}"
 
 
-def no_room(error: BaseException) -> OSError | None:
-    """The error of a full disk or quota among an error and its causes, where libraries hide its number; else None."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in FULL:
-            return OSError(seen.errno, os.strerror(seen.errno), seen.filename)
-        words = next(
-            (words for words in _FULL_IN_WORDS if words.lower() in str(seen).lower()), None
-        )
-        # numpy's tofile says how much it wrote, and nothing else
-        short = isinstance(seen, OSError) and seen.errno is None and str(seen).endswith(" written")
-        if words or short:
-            return OSError(errno.ENOSPC, words or "No space left on device")
-        seen = seen.__cause__ or seen.__context__
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Format ` Did you mean "x"?` for the most similar known name; empty if none is similar."""
+    if len(name) > LONGEST:
+        return ""
+    similar = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f' Did you mean "{similar[0]}"?' if similar else ""
+
+
+# ---------------------------------------------------------------------- full disks
+
+DISK_FULL = (
+    errno.ENOSPC,  # no space left
+    errno.EDQUOT,  # no quota left
+    errno.EFBIG,  # larger than a file may be
+)
+_DISK_FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
+
+
+def find_disk_full(error: BaseException) -> OSError | None:
+    """Find a full disk or quota among an error and its causes; None if there is none.
+
+    Libraries raise errors of their own without the error number, so the text is searched as well.
+    """
+    current: BaseException | None = error
+    while current is not None:
+        number = current.errno if isinstance(current, OSError) else None
+        if isinstance(current, OSError) and number in DISK_FULL:
+            return OSError(number, os.strerror(number), current.filename)
+        for text in _DISK_FULL_TEXTS:
+            if text.lower() in str(current).lower():
+                return OSError(errno.ENOSPC, text)
+        # numpy's tofile has neither number nor text: it only says how much it wrote
+        is_short_write = isinstance(current, OSError) and str(current).endswith(" written")
+        if is_short_write and number is None:
+            return OSError(errno.ENOSPC, "No space left on device")
+        current = current.__cause__ or current.__context__
     return None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean "x"?` for the nearest known name, or an empty string."""
-    if len(name) > LONGEST:
-        return ""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f' Did you mean "{close[0]}"?' if close else ""
-
+# ---------------------------------------------------------------------- paragraphs for the user
 
 TRACEBACK = "DDIFF_TRACEBACK"
-"""The environment variable that shows where a mistake was found."""
+"""Environment variable that prints the traceback of a mistake as well."""
 
 REPORT = (
-    "This is a defect of ddiff or of a plugin, not of your input. Please report it with the command, the recipe and the "
-    "lines above."
+    "This is a defect of ddiff or of a plugin, not of your input. Please report it with the "
+    "command, the recipe and the lines above."
 )
 
 _REMEDIES = {
@@ -100,75 +114,91 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "Shorten the name.",
     errno.EMFILE: "Raise the limit of open files: ulimit -n 4096.",
     errno.ENFILE: "The machine has too many open files: end something else first.",
-    errno.ELOOP: "Symbolic links go in a circle there: mend them.",
+    errno.ELOOP: "Symbolic links form a circle there: fix them.",
     errno.ECONNREFUSED: "Check the address and the network.",
 }
 
-_OUT_OF_MEMORY = (
+_OUT_OF_MEMORY_TEXTS = (
     "can't allocate memory",
     "out of memory",
     "not enough memory",
     "unable to allocate",
     "cannot allocate",
 )
-_OVERFLOW = (
+_OVERFLOW_TEXTS = (
     "storage size calculation overflowed",
     "overflow when unpacking long",
     "exceeds the maximum",
 )
+_NO_THREADS_TEXTS = ("can't start new thread",)
 
 
-def explained(error: BaseException) -> str | None:
-    """One paragraph for an exception that a user can cause; None for what must be a defect."""
+def explain_error(error: BaseException) -> str | None:
+    """Write one paragraph for an exception that a user can cause; None for a defect."""
     if isinstance(error, DdiffError):
         return str(error)
-    full = no_room(error)
-    if full is not None:
-        return _of_the_system(full)
+    disk_full = find_disk_full(error)
+    if disk_full is not None:
+        return _explain_os_error(disk_full)
     if isinstance(error, OSError):
-        return _of_the_system(error)
-    what = shortened(" ".join(str(error).split()))
+        return _explain_os_error(error)
+    text = shorten(" ".join(str(error).split()))
     if isinstance(error, EOFError):
-        return f"A file or the standard input ended too early ({what or 'nothing more to read'}). Make it whole again."
+        return (
+            f"A file or the standard input ended too early ({text or 'nothing more to read'}). "
+            "Make it whole again."
+        )
     if isinstance(error, RecursionError):
         return "Something in the input is nested too deep to be read. Write it with fewer levels."
     if isinstance(error, UnicodeError):
-        return f"A text is not in the encoding that was expected: {what}. Save it as UTF-8, and set PYTHONIOENCODING=utf-8."
+        return (
+            f"A text is not in the encoding that was expected: {text}. Save it as UTF-8, and set "
+            "PYTHONIOENCODING=utf-8."
+        )
     if _is_out_of_memory(error):
         return (
-            f"The memory does not suffice: {what or 'an allocation was refused'}. Take a smaller batch ([train] batch, "
-            "[evaluate] batch, [sample] batch), a shorter [data] length or a smaller network."
+            f"The memory does not suffice: {text or 'an allocation was refused'}. Take a smaller "
+            "batch ([train] batch, [evaluate] batch, [sample] batch), a shorter [data] length or a "
+            "smaller network."
         )
-    if isinstance(error, OverflowError) or _says(error, _OVERFLOW):
-        return f"A number is too large to be computed with: {what}. Look for it among the sizes, counts and rates given."
-    if isinstance(error, RuntimeError) and _says(error, ("can't start new thread",)):
-        return "The system starts no more threads. Lower [backend] workers and OMP_NUM_THREADS, or raise ulimit -u."
+    if isinstance(error, OverflowError) or _contains(error, _OVERFLOW_TEXTS):
+        return (
+            f"A number is too large to be computed with: {text}. Look for it among the sizes, "
+            "counts and rates given."
+        )
+    if isinstance(error, RuntimeError) and _contains(error, _NO_THREADS_TEXTS):
+        return (
+            "The system starts no more threads. Lower [backend] workers and OMP_NUM_THREADS, or "
+            "raise ulimit -u."
+        )
     return None
 
 
-def _of_the_system(error: OSError) -> str:
-    reason = error.strerror or shortened(" ".join(str(error).split())) or type(error).__name__
-    places = [
-        shortened(str(name)) for name in (error.filename, error.filename2) if name is not None
-    ]
-    what = f"{reason}: {' and '.join(places)}" if places else reason
-    if error.errno in FULL:
+def _explain_os_error(error: OSError) -> str:
+    reason = error.strerror or shorten(" ".join(str(error).split())) or type(error).__name__
+    names = [name for name in (error.filename, error.filename2) if name is not None]
+    places = " and ".join(shorten(str(name)) for name in names)
+    what = f"{reason}: {places}" if places else reason
+    if error.errno in DISK_FULL:
         return (
-            f"{what}. What was being written is lost, nothing that stood before. Make room, or name another folder, and "
-            "repeat the command: a run resumes from its last checkpoint."
+            f"{what}. What was being written is lost, nothing that was there before. Make room, or "
+            "name another folder, and repeat the command: a run resumes from its last checkpoint."
         )
     remedy = _REMEDIES.get(error.errno or 0, "")
     return f"{what.rstrip('.')}. {remedy}".rstrip()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """torch raises a RuntimeError on the CPU, and a subclass of its own on a GPU."""
+    # torch raises a plain RuntimeError on the CPU and OutOfMemoryError on a GPU; torch is not
+    # imported here, so the class is known by its name
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and _says(error, _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and _contains(error, _OUT_OF_MEMORY_TEXTS)
 
 
-def _says(error: BaseException, texts: tuple[str, ...]) -> bool:
-    return isinstance(error, RuntimeError | ValueError | OverflowError) and any(
-        text in str(error).lower() for text in texts
-    )
+def _contains(error: BaseException, texts: tuple[str, ...]) -> bool:
+    """Whether the message of an error that libraries raise contains one of the texts."""
+    if not isinstance(error, RuntimeError | ValueError | OverflowError):
+        return False
+    message = str(error).lower()
+    return any(text in message for text in texts)

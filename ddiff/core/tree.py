@@ -44,7 +44,7 @@ from ddiff.core.prediction import (
 from ddiff.core.process import ForwardProcess, Informed, Prior, Query
 from ddiff.core.schedule import PowerSchedule
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
-from ddiff.errors import ArgumentError, nearest
+from ddiff.errors import ArgumentError, suggest
 
 DECODING = ("bayes", "within", "between", "free")
 
@@ -238,7 +238,7 @@ class TreeProcess(ForwardProcess):
         if decoding not in DECODING:
             raise ArgumentError(
                 f"{TreeProcess.__name__}: decoding must be one of {', '.join(DECODING)}; got {decoding!r}."
-                + nearest(decoding, DECODING)
+                + suggest(decoding, DECODING)
             )
 
     # ------------------------------------------------------------------ forward

@@ -22,7 +22,7 @@ from ddiff.data.sources import TextSource
 from ddiff.data.streaming import StreamedRows
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk, hash_to_unit
-from ddiff.errors import FULL, ArgumentError, DataError
+from ddiff.errors import DISK_FULL, ArgumentError, DataError
 
 
 class Corpus(Protocol):
@@ -412,7 +412,7 @@ def _fetch(system: Any, place: str, file: Path, sha256: str | None, source: str)
         try:
             system.get_file(place, str(file))
         except OSError as error:
-            if error.errno in FULL:
+            if error.errno in DISK_FULL:
                 raise
             raise DataError(
                 f"{source}: {file.name}, which its {MANIFEST} names, cannot be fetched ({error}). Copy the folder there "

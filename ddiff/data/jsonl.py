@@ -20,7 +20,7 @@ from ddiff.data.compression import open_uncompressed
 from ddiff.data.documents import Documents, check_any, divided, file_fingerprint
 from ddiff.data.paths import base_name, find_train_and_validation, printable
 from ddiff.data.text import RULES, check_text, text_lines
-from ddiff.errors import ArgumentError, DataError, nearest
+from ddiff.errors import ArgumentError, DataError, suggest
 from ddiff.progress import progress
 
 _LARGEST_LABEL = 2**63 - 1
@@ -137,7 +137,7 @@ class _Reader:
                 where = ", ".join(map(printable, patterns))
                 raise DataError(
                     f'read_json_lines: {key} names the field "{name}", but it has a value in no line of {where}; '
-                    f"beside the text the lines have {others or 'no fields'}.{nearest(name, others)} Mend [data] {key}, or "
+                    f"beside the text the lines have {others or 'no fields'}.{suggest(name, others)} Mend [data] {key}, or "
                     "leave the field out."
                 )
 

@@ -24,7 +24,7 @@ from ddiff.data.paths import base_name, file_version, find_all_files, open_file,
 from ddiff.data.pretrained import is_folder, is_place
 from ddiff.data.text import RULES, Split, check_text, text_documents
 from ddiff.data.tokenizer_workers import DOCUMENTS_AT_ONCE, TRAIN, Chunk
-from ddiff.errors import ArgumentError, DataError, nearest
+from ddiff.errors import ArgumentError, DataError, suggest
 
 # The library would tell the hub of every opening, that of local files too. Without a network each such request waits.
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
@@ -264,7 +264,7 @@ def _text(value: Any, place: str, column: str) -> str | None:
 def _check_named(place: str, column: str, columns: Sequence[str]) -> None:
     if column not in columns:
         raise DataError(
-            f'{place} has no column "{column}"; it has {sorted(columns)}.{nearest(column, columns)} Name the column of '
+            f'{place} has no column "{column}"; it has {sorted(columns)}.{suggest(column, columns)} Name the column of '
             "the text: column = ..."
         )
 

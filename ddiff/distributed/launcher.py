@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, NamedTuple, NoReturn
 
-from ddiff.errors import ArgumentError, shortened
+from ddiff.errors import ArgumentError, shorten
 
 MISTAKE = 2  # the exit code of a mistake that the caller can mend
 GRACE = 5.0  # seconds that workers have to end by themselves after one of them has failed
@@ -67,7 +67,7 @@ def _count(name: str) -> int:
     if not written.isascii() or not written.strip().isdecimal():
         raise ArgumentError(
             f"The environment variable {name} must be a whole number from 0, as torchrun sets it; got "
-            f"{shortened(written)!r}. Unset it to run one process."
+            f"{shorten(written)!r}. Unset it to run one process."
         )
     return int(written)
 

@@ -1,4 +1,4 @@
-"""What a component of a plugin declares about its own table of a recipe."""
+"""Base class and common types for the configuration of components."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ __all__ = [
 ]
 
 COUNTS = 2**31
-"""Counts, steps and sizes are below this: torch and numpy index with 64 bits, and products of three of them must fit."""
+"""Exclusive upper bound of counts, steps and sizes.
+
+torch and numpy index with 64 bits, and a product of two counts must fit."""
 
 LARGEST = 1e30
-"""Floats are below this: a larger one times a weight has no float32."""
+"""Exclusive upper bound of floats; a larger one times a weight overflows float32."""
 
 PositiveInt = Annotated[int, Field(gt=0, lt=COUNTS)]
 """A count in [1, 2^31)."""
@@ -46,11 +48,14 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class ComponentConfig(BaseModel):
-    """The keys of a component's table, with their types, ranges and defaults.
+    """Keys of a component's table in a recipe, with types, ranges, defaults and descriptions.
 
-    A component nests one as `Config`; keys that it does not name are refused, values cannot change later, and infinity
-    and NaN are no numbers. A recipe reads it strictly (no "3" for 3, no 1 for true); Python callers may pass lists for
-    tuples.
+    A component nests a subclass as `Config`. Unknown keys are refused, values are frozen, and
+    infinity and NaN are not accepted as numbers. The docstring under a key is its description,
+    which `ddiff plugins NAME` prints. A recipe is read strictly (no "3" for 3, no 1 for true);
+    Python callers may pass lists for tuples.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

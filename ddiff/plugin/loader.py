@@ -1,4 +1,4 @@
-"""The gate: plugins are entry points of the group `ddiff`, the engine's own ones included.
+"""Discovery and loading of plugins: entry points of the group `ddiff`, the engine's own included.
 
 A plugin is a module with one function:
 
@@ -8,7 +8,7 @@ A plugin is a module with one function:
     def ddiff_register(registry):
         registry.add("process", "kimura", "ddiff_kimura.process:Kimura")
 
-Only the plugins that are asked for are imported, and their components not before a recipe names them.
+Only the plugins that a recipe lists are imported, and a component only when the recipe names it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from typing import Any, NamedTuple
 
 import pluggy
 
-from ddiff.errors import PluginError, nearest, shortened
-from ddiff.plugin.registry import Component, Origin, Registry, describe, reported
+from ddiff.errors import PluginError, shorten, suggest
+from ddiff.plugin.registry import Component, Origin, Registry, convert_errors, describe_error
 
 GROUP = "ddiff"
 CORE = "core"
-"""The plugin that holds the engine's own components; every recipe has it without listing it."""
+"""The plugin with the engine's own components; every recipe has it without listing it."""
 
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
 
 
 class Hooks:
-    """Every hook that a plugin may implement."""
+    """Hooks that a plugin may implement."""
 
     @hookspec
     def ddiff_register(self, registry: Registry) -> None:
@@ -45,7 +45,7 @@ HOOKS = tuple(name for name in vars(Hooks) if name.startswith("ddiff_"))
 
 @dataclass(frozen=True)
 class Plugin:
-    """An installed plugin, not imported yet."""
+    """An installed plugin, not yet imported."""
 
     name: str
     origin: Origin
@@ -54,69 +54,69 @@ class Plugin:
     def __str__(self) -> str:
         return f'"{self.name}" ({self.origin})'
 
-    def registered(self) -> Registry:
-        """Import the plugin and let it fill a registry of its own.
+    def register_components(self) -> Registry:
+        """Import the plugin and let its hook fill a new registry.
 
-        Raises PluginError when it does not import, implements no hook or a hook that does not exist, or its hook fails.
+        Raises PluginError if the import or the hook fails, and if the plugin implements no hook or
+        an unknown one.
         """
         registry = Registry(self.origin)
-        module = self._load()
-        with reported(self._fails_to_register):
-            self._hooks(module).ddiff_register(registry=registry)
+        with convert_errors(self._import_error):
+            module = self.entry_point.load()
+        hooks = self._checked_hooks(module)
+        with convert_errors(self._register_error):
+            hooks.ddiff_register(registry=registry)
         return registry
 
-    def _load(self) -> Any:
-        with reported(self._does_not_load):
-            return self.entry_point.load()
-
-    def _does_not_load(self, error: BaseException) -> PluginError:
+    def _import_error(self, error: BaseException) -> PluginError:
         return PluginError(
-            f'The plugin {self} does not load: importing "{self.entry_point.value}" raised {describe(error)}. '
-            "Mend, reinstall or uninstall that distribution, or leave the plugin out; the others are not affected."
+            f'The plugin {self} does not load: importing "{self.entry_point.value}" raised '
+            f"{describe_error(error)}. Fix, reinstall or uninstall that distribution, or leave the "
+            "plugin out; the others are not affected."
         )
 
-    def _fails_to_register(self, error: BaseException) -> PluginError:
+    def _register_error(self, error: BaseException) -> PluginError:
         return PluginError(
-            f"The plugin {self} fails to register: ddiff_register raised {describe(error)}."
+            f"The plugin {self} fails to register: ddiff_register raised {describe_error(error)}."
         )
 
-    def _hooks(self, module: Any) -> pluggy.HookRelay:
+    def _arguments_error(self, reason: str) -> PluginError:
+        return PluginError(
+            f"The plugin {self} has a hook with wrong arguments: {reason}. The hook is: "
+            "def ddiff_register(registry)."
+        )
+
+    def _checked_hooks(self, module: Any) -> pluggy.HookRelay:
+        """Collect the module's hooks. Raises PluginError for unknown, wrong or missing ones."""
+        # a manager for this plugin only, so that its hook is called for no other
         manager = pluggy.PluginManager(GROUP)
         manager.add_hookspecs(Hooks)
         try:
             manager.register(module, self.name)
         except pluggy.PluginValidationError as error:
-            raise self._wrong_arguments(_last_line(error)) from error
-        self._check_hook_names(manager, module)
-        return manager.hook
-
-    def _check_hook_names(self, manager: pluggy.PluginManager, module: Any) -> None:
+            reason = str(error).strip().splitlines()[-1].rstrip(".")
+            raise self._arguments_error(reason) from error
         implemented = [caller.name for caller in manager.get_hookcallers(module) or ()]
         for name in implemented:
             if name not in HOOKS:
                 raise PluginError(
-                    f'The plugin {self} implements a hook "{name}", which does not exist.{nearest(name, HOOKS)} '
-                    f"The hooks are: {', '.join(HOOKS)}."
+                    f'The plugin {self} implements a hook "{name}", which does not exist.'
+                    f"{suggest(name, HOOKS)} The hooks are: {', '.join(HOOKS)}."
                 )
-        if any(
-            implementation.argnames != ("registry",)
-            for implementation in manager.hook.ddiff_register.get_hookimpls()
-        ):
-            raise self._wrong_arguments("it does not take registry")
+        # pluggy accepts a hook that takes fewer arguments than its specification
+        for implementation in manager.hook.ddiff_register.get_hookimpls():
+            if implementation.argnames != ("registry",):
+                raise self._arguments_error("it does not take registry")
         if not implemented:
             raise PluginError(
-                f'The plugin {self} implements no hook: "{self.entry_point.value}" must have a function '
-                "ddiff_register(registry), marked with @ddiff.hookimpl."
+                f'The plugin {self} implements no hook: "{self.entry_point.value}" must have a '
+                "function ddiff_register(registry), marked with @ddiff.hookimpl."
             )
-
-    def _wrong_arguments(self, what: str) -> PluginError:
-        return PluginError(
-            f"The plugin {self} has a hook with wrong arguments: {what}. The hook is: def ddiff_register(registry)."
-        )
+        return manager.hook
 
 
 class PluginReport(NamedTuple):
-    """What became of one installed plugin: its components, or why it offers none."""
+    """Result of loading one installed plugin: its components, or the error."""
 
     plugin: Plugin
     components: list[Component]
@@ -124,69 +124,74 @@ class PluginReport(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """Everything that is installed: one registry of all that loads, and a report of every plugin."""
+    """All installed plugins: a registry of all that load, and a report of each."""
 
     registry: Registry
     reports: list[PluginReport]
 
 
 def installed_plugins() -> dict[str, list[Plugin]]:
-    """The claims on every plugin name, by name; more than one is a conflict. Imports no plugin."""
+    """Find the installed plugins by name, without importing any.
+
+    A name with more than one entry is claimed by several distributions, which is a conflict.
+    """
     claims = defaultdict(list)
     for entry_point in importlib.metadata.entry_points(group=GROUP):
-        claims[entry_point.name].append(Plugin(entry_point.name, _origin(entry_point), entry_point))
+        plugin = Plugin(entry_point.name, _origin_of(entry_point), entry_point)
+        claims[plugin.name].append(plugin)
     return dict(sorted(claims.items()))
 
 
 def load_plugins(names: Iterable[str]) -> Registry:
-    """A registry of the components of `core` and the named plugins; no other plugin is imported.
+    """Load `core` and the named plugins into one registry; no other plugin is imported.
 
-    Raises PluginError for a name that is not installed or is claimed by two distributions, and for a plugin that fails.
+    Raises PluginError for a name that is not installed or that two distributions claim, and for a
+    plugin that fails.
     """
     wanted = list(dict.fromkeys([CORE, *names]))
-    registry = Registry(unlisted=lambda: _unlisted(wanted))
+    registry = Registry(unlisted=lambda: _components_outside(wanted))
     installed = installed_plugins()
     for name in wanted:
-        registry.admit(_only_claim(name, installed).registered())
+        registry.merge(_single_plugin(name, installed).register_components())
     return registry
 
 
 def survey_plugins() -> Survey:
-    """Load everything that is installed; one broken plugin does not hide the others."""
+    """Load every installed plugin; a broken one is reported and does not hide the others."""
     registry = Registry()
     reports = []
     for claims in installed_plugins().values():
         for plugin in claims:
-            reports.append(_report(plugin, claims, registry))
+            reports.append(_load_into(registry, plugin, claims))
     return Survey(registry, reports)
 
 
-def _report(plugin: Plugin, claims: list[Plugin], registry: Registry) -> PluginReport:
+def _load_into(registry: Registry, plugin: Plugin, claims: list[Plugin]) -> PluginReport:
     try:
         _check_single(plugin.name, claims)
-        registered = plugin.registered()
-        registry.admit(registered)
+        registered = plugin.register_components()
+        registry.merge(registered)
     except PluginError as error:
         return PluginReport(plugin, [], error)
     return PluginReport(plugin, registered.components(), None)
 
 
-def _unlisted(listed: list[str]) -> list[Component]:
-    reports = survey_plugins().reports
-    return [
-        component
-        for report in reports
-        if report.plugin.name not in listed
-        for component in report.components
-    ]
+def _components_outside(listed: list[str]) -> list[Component]:
+    """Components of the installed plugins that are not listed."""
+    found: list[Component] = []
+    for report in survey_plugins().reports:
+        if report.plugin.name not in listed:
+            found += report.components
+    return found
 
 
-def _only_claim(name: str, installed: Mapping[str, list[Plugin]]) -> Plugin:
+def _single_plugin(name: str, installed: Mapping[str, list[Plugin]]) -> Plugin:
+    """The one installed plugin of a name. Raises PluginError if there are none or several."""
     if name not in installed:
         raise PluginError(
-            f'There is no plugin "{shortened(name)}".{nearest(name, installed)} '
-            f"Installed: {', '.join(installed) or 'none'}. "
-            f'A plugin is the name of an entry point in the group "{GROUP}"; `ddiff plugins` lists them.'
+            f'There is no plugin "{shorten(name)}".{suggest(name, installed)} '
+            f"Installed: {', '.join(installed) or 'none'}. A plugin is the name of an entry point "
+            f'in the group "{GROUP}"; `ddiff plugins` lists them.'
         )
     _check_single(name, installed[name])
     return installed[name][0]
@@ -196,23 +201,20 @@ def _check_single(name: str, claims: list[Plugin]) -> None:
     if len(claims) > 1:
         owners = " and ".join(str(plugin.origin) for plugin in claims)
         raise PluginError(
-            f'{len(claims)} distributions claim the plugin name "{name}": {owners}. Uninstall all but one.'
+            f'{len(claims)} distributions claim the plugin name "{name}": {owners}. Uninstall all '
+            "but one."
         )
 
 
-def _origin(entry_point: importlib.metadata.EntryPoint) -> Origin:
+def _origin_of(entry_point: importlib.metadata.EntryPoint) -> Origin:
     package = entry_point.value.partition(":")[0].partition(".")[0].strip()
     distribution = entry_point.dist
     if distribution is None:
         return Origin(entry_point.name, package, "no distribution", "0")
     try:
         name, version = distribution.name, distribution.version
-    except Exception:  # metadata that are missing or damaged
+    except Exception:  # metadata may be missing or damaged, which raises errors of many types
         name, version = None, None
     return Origin(
         entry_point.name, package, name or "a distribution without metadata", version or "0"
     )
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].rstrip(".")

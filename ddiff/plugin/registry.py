@@ -1,26 +1,27 @@
-"""Named components by kind, each a target "module:object" that is imported when it is used.
+"""Registry of components by kind and name; each is a target "module:object" imported on first use.
 
     registry.add("process", "kimura", "ddiff_kimura.process:Kimura")
     registry.component("process", "kimura").load()
 
-Knows kinds by name only: no torch, no room of the engine.
+Kinds are known by name only: nothing here imports torch or a room of the engine.
 """
 
 from __future__ import annotations
 
 import importlib
+import operator
 import re
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ddiff.errors import PluginError, nearest, shortened
+from ddiff.errors import PluginError, shorten, suggest
 from ddiff.plugin.config import ComponentConfig
 
 KINDS: dict[str, str] = {
@@ -30,7 +31,9 @@ KINDS: dict[str, str] = {
     "process": "[process]: build(config, *, vocabulary) -> ForwardProcess",
     "backbone": "[denoiser]: build(config, *, vocabulary, length) -> Backbone",
     "head": "[denoiser] head: build(config, *, vocabulary, width) -> Head",
-    "objective": "[objective]: build(config, *, process, denoiser, and its own sub-components) -> Objective",
+    "objective": (
+        "[objective]: build(config, *, process, denoiser, and its own sub-components) -> Objective"
+    ),
     "training_loss": "[objective] loss: build(config, *, process) -> TrainingLoss",
     "time_rule": "[objective] times: build(config) -> TimeRule",
     "optimizer": "[train] optimizer: build(config, *, module) -> optimizer",
@@ -38,19 +41,19 @@ KINDS: dict[str, str] = {
     "sampler": "[sample] sampler: build(config, *, steps, vocabulary) -> Sampler",
     "tracker": "[tracker]: build(config, *, run_dir, recipe) -> Tracker",
 }
-"""Every kind of component: the place in a recipe that names it, what `build` takes and what it returns."""
+"""Kind -> its place in a recipe, the arguments of `build` and the type that it returns."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 class NoKeys(ComponentConfig):
-    """The `Config` of a component that declares none: its table takes no keys."""
+    """`Config` of a component that declares none: its table takes no keys."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Who registers a component: plugin (entry-point name), import package, distribution and version."""
+    """Source of a component: plugin (entry-point name), import package, distribution and version."""
 
     plugin: str
     package: str
@@ -64,12 +67,55 @@ class Origin:
 UNPACKAGED = Origin(
     plugin="(none)", package="this session", distribution="no distribution", version="0"
 )
-"""The origin of what is added to a registry by hand, outside a plugin."""
+"""Origin of components that are added to a registry by hand, outside a plugin."""
+
+
+def _read_nothing(config: ComponentConfig) -> tuple[str, ...]:
+    """Default of `reads`: `build` reads no files."""
+    return ()
+
+
+def _preview_nothing(config: ComponentConfig) -> None:
+    """Default of `preview`: nothing is known before `build`."""
+
+
+@dataclass(frozen=True)
+class Members:
+    """Members that the engine looks up on a component, with the defaults of the optional ones.
+
+    A component is any object with `build`; it needs no base class. All its other members are found
+    through this class only.
+    """
+
+    build: Callable[..., Any] | None = None
+    """`build(config, **inputs)` with the inputs of its kind that it names; required."""
+    Config: type[ComponentConfig] = NoKeys
+    """Keys of the component's table."""
+    reads: Callable[..., tuple[str, ...]] = _read_nothing
+    """`reads(config)`: paths and globs that `build` will read."""
+    preview: Callable[..., Any] = _preview_nothing
+    """`preview(config, **inputs)`: what is known of the result before any data is read, or None."""
+    slots: tuple[str, ...] | None = None
+    """Slots of its table that the component uses; None: all of them."""
+    is_distributed: bool = False
+    """Of a backend: it can run several processes, started by the launcher."""
+    writes: tuple[str, ...] = ()
+    """Of a tracker: names in the run directory that it writes, which `--fresh` may delete."""
+    example_vocabularies: Callable[[], list[Any]] | None = None
+    """Of a process: vocabularies on which `ddiff check` builds it."""
+
+    @classmethod
+    def of(cls, target: object) -> Members:
+        """Look up all members on the object behind a component's target."""
+        found = {
+            member.name: getattr(target, member.name, member.default) for member in fields(cls)
+        }
+        return cls(**found)
 
 
 @dataclass(frozen=True)
 class Component:
-    """A registered name of a kind; nothing is imported before `load`."""
+    """A registered name of a kind. Nothing is imported before `load`."""
 
     kind: str
     name: str
@@ -92,48 +138,54 @@ class Component:
         return f'{self.kind} "{self.name}" (from {self.origin})'
 
     def load(self) -> Any:
-        """The object behind the target: it has `build(config, **inputs)` and perhaps a `Config`.
+        """Import the object behind the target and check that it has `build` and a valid `Config`.
 
-        Raises PluginError when the import fails, the object is missing or does not keep that contract.
+        Raises PluginError if the import fails or the object does not keep that contract.
         """
         module, _, path = self.target.partition(":")
 
-        def refusal(error: BaseException) -> PluginError:
+        def to_plugin_error(error: BaseException) -> PluginError:
             return PluginError(
-                f'The {self} does not load: importing its target "{self.target}" raised {describe(error)}. '
-                f"Mend or reinstall that distribution, or name another {self.kind}."
+                f'The {self} does not load: importing its target "{self.target}" raised '
+                f"{describe_error(error)}. Fix or reinstall that distribution, or name another "
+                f"{self.kind}."
             )
 
-        with reported(refusal):
-            found = importlib.import_module(module)
-            for name in path.split("."):
-                found = getattr(found, name)
-            self._check_contract(found)
+        with convert_errors(to_plugin_error):
+            found = operator.attrgetter(path)(importlib.import_module(module))
+            self._check_contract(Members.of(found))
         return found
 
-    def config_class(self) -> type[ComponentConfig]:
-        """The model of the component's table."""
-        return getattr(self.load(), "Config", NoKeys)
+    def members(self) -> Members:
+        """Load the component and look up its members. Raises as `load` does."""
+        return Members.of(self.load())
 
-    def _check_contract(self, found: Any) -> None:
-        if not callable(getattr(found, "build", None)):
+    def config_class(self) -> type[ComponentConfig]:
+        """Load the component and return the model of its table."""
+        return self.members().Config
+
+    def _check_contract(self, members: Members) -> None:
+        if not callable(members.build):
             raise PluginError(
-                f'The {self} has no build: "{self.target}" must offer {KINDS[self.kind].partition(": ")[2]}, '
-                "as a class method or static method."
+                f'The {self} has no build: "{self.target}" must offer '
+                f"{KINDS[self.kind].partition(': ')[2]}, as a class method or static method."
             )
-        config = getattr(found, "Config", NoKeys)
+        config = members.Config
         if not (isinstance(config, type) and issubclass(config, ComponentConfig)):
             raise PluginError(
-                f'The {self} has a Config that is not a ddiff.ComponentConfig: "{self.target}.Config" is {config!r}. '
-                "Derive it from ddiff.ComponentConfig, so that unknown keys are refused."
+                f"The {self} has a Config that is not a ddiff.ComponentConfig: "
+                f'"{self.target}.Config" is {config!r}. Derive it from ddiff.ComponentConfig, so '
+                "that unknown keys are refused."
             )
 
 
 class Registry:
-    """Components by kind and name; a plugin's hook is handed one and fills it with `add`.
+    """Components by kind and name. A plugin's hook receives one and fills it with `add`.
 
-    `unlisted` gives the components of installed plugins that were not asked for; it is called only to explain a name
-    that is not here.
+    Args:
+        origin: source of the components that `add` registers.
+        unlisted: returns the components of installed plugins that a recipe does not list; called
+            only to explain an unknown name.
     """
 
     def __init__(
@@ -146,144 +198,155 @@ class Registry:
     def add(self, kind: str, name: str, target: str) -> None:
         """Register `target` ("module:object") under a kind and a name.
 
-        Raises PluginError for an unknown kind, a malformed name or target, and a name that is taken.
+        Raises PluginError for an unknown kind, a malformed name or target, and a taken name.
         """
         if kind not in KINDS:
             raise PluginError(
-                f'registry.add: there is no kind "{kind}" (for the component "{name}" from {self.origin}).'
-                f"{nearest(str(kind), KINDS)} The kinds are: {', '.join(KINDS)}."
+                f'registry.add: there is no kind "{kind}" (for the component "{name}" from '
+                f"{self.origin}).{suggest(str(kind), KINDS)} The kinds are: {', '.join(KINDS)}."
             )
         if not (isinstance(name, str) and _NAME.fullmatch(name)):
             raise PluginError(
-                f"registry.add: the name of a {kind} must be a word of letters, digits, _ . and -; got {name!r} "
-                f"(from {self.origin})."
+                f"registry.add: the name of a {kind} must be a word of letters, digits, _ . and -; "
+                f"got {name!r} (from {self.origin})."
             )
         if not (isinstance(target, str) and _TARGET.fullmatch(target)):
             raise PluginError(
-                f'registry.add: the target of {kind} "{name}" must be a string "module:object", which is imported only '
-                f"when a recipe names it; got {target!r} (from {self.origin})."
+                f'registry.add: the target of {kind} "{name}" must be a string "module:object", '
+                f"which is imported only when a recipe names it; got {target!r} (from "
+                f"{self.origin})."
             )
-        self._admit(Component(kind, name, target, self.origin))
+        component = Component(kind, name, target, self.origin)
+        key = (kind, name)
+        if key in self._components:
+            raise duplicate_error(self._components[key], component)
+        self._components[key] = component
 
-    def admit(self, other: Registry) -> None:
-        """Take all components of another registry, or none: PluginError when a name is taken."""
-        taken = [self._components[key] for key in other._components if key in self._components]
-        if taken:
-            refuse_twice(taken[0], other._components[taken[0].kind, taken[0].name])
+    def merge(self, other: Registry) -> None:
+        """Add all components of another registry; if a name is taken, PluginError and none."""
+        for key, component in other._components.items():
+            if key in self._components:
+                raise duplicate_error(self._components[key], component)
         self._components.update(other._components)
 
     def component(self, kind: str, name: str) -> Component:
-        """The component of that kind and name; PluginError says what there is instead, and where."""
+        """Return the component of a kind and name; PluginError lists the known names."""
         found = self._components.get((kind, name))
         if found is None:
             raise PluginError(self._explain_unknown(kind, name))
         return found
 
     def components(self, kind: str | None = None) -> list[Component]:
-        """All components, or those of one kind, by kind and name."""
+        """List all components, or those of one kind, in the order of KINDS and by name."""
         chosen = [
             component for component in self._components.values() if kind in (None, component.kind)
         ]
-        return sorted(
-            chosen, key=lambda component: (list(KINDS).index(component.kind), component.name)
-        )
+        order = list(KINDS)
+        return sorted(chosen, key=lambda component: (order.index(component.kind), component.name))
 
     def names(self, kind: str) -> list[str]:
+        """List the names of one kind."""
         return [component.name for component in self.components(kind)]
-
-    def _admit(self, component: Component) -> None:
-        key = component.kind, component.name
-        if key in self._components:
-            refuse_twice(self._components[key], component)
-        self._components[key] = component
 
     def _explain_unknown(self, kind: str, name: str) -> str:
         if kind not in KINDS:
-            return f'There is no kind of component "{kind}".{nearest(kind, KINDS)} The kinds are: {", ".join(KINDS)}.'
+            return (
+                f'There is no kind of component "{kind}".{suggest(kind, KINDS)} '
+                f"The kinds are: {', '.join(KINDS)}."
+            )
         unlisted = [component for component in self._unlisted() if component.kind == kind]
         for component in unlisted:
             if component.name == name:
                 return (
-                    f'The {component} belongs to the plugin "{component.plugin}", which is installed but not listed. '
-                    f'Add "{component.plugin}" to plugins.'
+                    f'The {component} belongs to the plugin "{component.plugin}", which is '
+                    f'installed but not listed. Add "{component.plugin}" to plugins.'
                 )
         known = self.names(kind)
         others = {component.name: component.plugin for component in unlisted}
-        more = "".join(
-            f'; "{other}" with plugin "{plugin}"' for other, plugin in sorted(others.items())
-        )
+        more = ""
+        for other, plugin in sorted(others.items()):
+            more += f'; "{other}" with plugin "{plugin}"'
         return (
-            f'There is no {kind} "{shortened(name)}".{nearest(name, [*known, *others])} '
+            f'There is no {kind} "{shorten(name)}".{suggest(name, [*known, *others])} '
             f"There is: {', '.join(known) or 'none in the listed plugins'}{more}."
         )
 
 
+def duplicate_error(first: Component, second: Component) -> PluginError:
+    """Make the error for two components that claim one name."""
+    if first.origin == second.origin:
+        return PluginError(
+            f'The plugin "{first.plugin}" ({first.origin}) registers the {first.kind} '
+            f'"{first.name}" twice, as "{first.target}" and as "{second.target}". Give each its '
+            "own name."
+        )
+    return PluginError(
+        f'Two plugins claim the {first.kind} "{first.name}": "{first.plugin}" ({first.origin}) and '
+        f'"{second.plugin}" ({second.origin}). List only one of them in plugins, or have one '
+        "renamed."
+    )
+
+
+# ---------------------------------------------------------------------- running plugin code
+
+
 @contextmanager
-def reported(refusal: Callable[[BaseException], PluginError]) -> Iterator[None]:
-    """Run somebody else's code: whatever it raises becomes a PluginError, SystemExit and KeyboardInterrupt included.
+def convert_errors(convert: Callable[[BaseException], PluginError]) -> Iterator[None]:
+    """Run code of a plugin; turn any exception into a PluginError, SystemExit included.
 
-    A Ctrl-C of the user stays one: it is told from a KeyboardInterrupt of the code by the signal that came.
+    A KeyboardInterrupt that the plugin raises is converted too. One that comes from the user's
+    Ctrl-C passes through: a handler notes whether SIGINT arrived.
     """
-    interrupted: list[int] = []
+    interrupts: list[int] = []
+    previous: Any = None
 
-    def receive(number: int, frame: FrameType | None) -> None:
-        interrupted.append(number)
-        if callable(before):
-            before(number, frame)
+    def note_interrupt(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        previous(number, frame)
 
-    before: Any = None
-    listens = threading.current_thread() is threading.main_thread()
-    if listens:
-        before = signal.getsignal(signal.SIGINT)
-        listens = callable(before)  # else the signal is ignored, or handled outside of Python
-    if listens:
-        signal.signal(signal.SIGINT, receive)
+    # Only the main thread may set handlers. A handler that is not callable means that the signal is
+    # ignored, or handled outside of Python; then it stays as it is.
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        previous = signal.getsignal(signal.SIGINT)
+    installs = callable(previous)
+    if installs:
+        signal.signal(signal.SIGINT, note_interrupt)
     try:
         yield
     except PluginError:
         raise
     except BaseException as error:
-        if interrupted and isinstance(error, KeyboardInterrupt):
+        if interrupts and isinstance(error, KeyboardInterrupt):
             raise
-        raise refusal(error) from error
+        raise convert(error) from error
     finally:
-        if listens and signal.getsignal(signal.SIGINT) is receive:
-            signal.signal(signal.SIGINT, before)
+        # a handler that the plugin has set since then stays
+        if installs and signal.getsignal(signal.SIGINT) is note_interrupt:
+            signal.signal(signal.SIGINT, previous)
 
 
-def refuse_twice(first: Component, second: Component) -> None:
-    """Raise the PluginError of two components that claim one name."""
-    if first.origin == second.origin:
-        raise PluginError(
-            f'The plugin "{first.plugin}" ({first.origin}) registers the {first.kind} "{first.name}" twice, as '
-            f'"{first.target}" and as "{second.target}". Give each its own name.'
-        )
-    raise PluginError(
-        f'Two plugins claim the {first.kind} "{first.name}": "{first.plugin}" ({first.origin}) and "{second.plugin}" '
-        f"({second.origin}). List only one of them in plugins, or have one renamed."
-    )
-
-
-def describe(error: BaseException) -> str:
-    """`ValueError: message (file.py, line 3)`: what went wrong in somebody else's code, and where, in one line."""
+def describe_error(error: BaseException) -> str:
+    """Format an exception of plugin code as `ValueError: message (file.py, line 3)`, on one line."""
     try:
-        words = str(error)
-    except Exception:  # of a class whose own text fails
-        words = ""
-    text = " ".join(f"{type(error).__name__}: {words}".split())
+        message = str(error)
+    except Exception:  # the exception class of a plugin may fail to format itself
+        message = ""
+    text = " ".join(f"{type(error).__name__}: {message}".split())
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not _is_machinery(frame.filename)
+        if not _is_import_machinery(frame.filename)
     ]
     return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else text
 
 
-def _is_machinery(filename: str) -> bool:
-    """The frames of importing itself, which say nothing about the plugin."""
-    return filename.startswith("<frozen") or Path(filename).parent.name in (
-        "importlib",
-        "metadata",
-        "pluggy",
-        "ddiff",
-    )
+def _is_import_machinery(filename: str) -> bool:
+    """Whether a frame belongs to the import itself, which says nothing about the plugin."""
+    if filename.startswith("<frozen"):
+        return True
+    folder = Path(filename).parent
+    own_folder = Path(__file__).parent
+    if folder in (own_folder, own_folder.parent):
+        return True
+    return folder.name in ("importlib", "metadata", "pluggy")

@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from ddiff.errors import nearest, shortened
+from ddiff.errors import shorten, suggest
 from ddiff.plugin.config import COUNTS, LARGEST
 
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
@@ -87,12 +87,12 @@ def explain(
 
 def unknown_key(table: str, key: str, owner: str, takes: Sequence[str]) -> str:
     """The paragraph for a key that a table does not take."""
-    return f'{table} has no key "{shortened(key)}"{owner}.{nearest(key, takes)} It takes: {", ".join(takes) or "no keys"}.'
+    return f'{table} has no key "{shorten(key)}"{owner}.{suggest(key, takes)} It takes: {", ".join(takes) or "no keys"}.'
 
 
 def shown(value: Any) -> str:
     """A value as TOML would write it; a string is called one, because the quotes may be the mistake."""
-    text = shortened(json.dumps(value, default=str, ensure_ascii=False))
+    text = shorten(json.dumps(value, default=str, ensure_ascii=False))
     return f"{text} (a string)" if isinstance(value, str) else text
 
 
@@ -212,7 +212,7 @@ def _nearest_choice(model: type[BaseModel], inside: Sequence[str | int], came: A
         if known
         else []
     )
-    return nearest(came, choices) if isinstance(came, str) else ""
+    return suggest(came, choices) if isinstance(came, str) else ""
 
 
 def _meaning(model: type[BaseModel], inside: Sequence[str | int]) -> str:

@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 from ddiff import __version__
-from ddiff.errors import ArgumentError, DataError, PluginError, RecipeError, nearest, shortened
+from ddiff.errors import ArgumentError, DataError, PluginError, RecipeError, shorten, suggest
 from ddiff.plugin.config import ComponentConfig
 from ddiff.plugin.loader import installed_plugins, load_plugins
 from ddiff.plugin.registry import Component, Registry
@@ -169,7 +169,7 @@ class Recipe:
         return {place: part for place, part in named.items() if part is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as nested tables of plain values, every default written out, nothing shortened."""
+        """The recipe as nested tables of plain values, every default written out, nothing left out."""
         tree: dict[str, Any] = {
             "name": self.name, "seed": self.seed, "run_dir": self.run_dir, "plugins": list(self.plugins),
             "data": {"length": self.length}, "denoiser": {"given": self.given}, "train": self.train.model_dump(mode="json"),
@@ -421,7 +421,7 @@ class _Resolver:
             return self.registry.component(slot.kind, name)
         except PluginError as error:
             raise RecipeError(
-                f'{self.draft.place((*path, "kind"))}: {label} kind = "{shortened(name)}": {error}'
+                f'{self.draft.place((*path, "kind"))}: {label} kind = "{shorten(name)}": {error}'
             ) from error
 
 
@@ -447,7 +447,7 @@ def _read_text(name: str, place: str) -> tuple[str, str]:
         ImportError,
     ) as error:  # ValueError: bytes that are no UTF-8, or an unknown protocol
         raise RecipeError(
-            f"{place}{shortened(name)}: this recipe cannot be read: {shortened(str(error))}. Give the path of a readable "
+            f"{place}{shorten(name)}: this recipe cannot be read: {shorten(str(error))}. Give the path of a readable "
             "TOML file."
         ) from error
 
@@ -491,7 +491,7 @@ def _is_dir(path: Path) -> bool:
 
 
 def _missing_file(name: str, place: str, shipped: Mapping[str, Path]) -> str:
-    near = nearest(PurePosixPath(name).stem, shipped) or nearest(
+    near = suggest(PurePosixPath(name).stem, shipped) or suggest(
         name.removesuffix(".toml"), shipped
     )
     what = (
@@ -501,7 +501,7 @@ def _missing_file(name: str, place: str, shipped: Mapping[str, Path]) -> str:
     )
     small = [shipped_name for shipped_name in shipped if "/" not in shipped_name]
     more = f"; all {len(shipped)}: ddiff recipes" if len(small) < len(shipped) else ""
-    return f"{place}{shortened(name)}: {what}.{near} Shipped recipes: {', '.join(small) or 'none'}{more}."
+    return f"{place}{shorten(name)}: {what}.{near} Shipped recipes: {', '.join(small) or 'none'}{more}."
 
 
 def _shortest(path: Path) -> Path:
@@ -522,7 +522,7 @@ def _extended(draft: RecipeTree, below: tuple[str, ...]) -> RecipeTree:
     if len(chain) > LONGEST_CHAIN:
         raise RecipeError(
             f"{place}: recipes extend one another more than {LONGEST_CHAIN} times: {chain[0]} -> {chain[1]} -> ... -> "
-            f"{shortened(name)}. Write the tables of the first few into one file."
+            f"{shorten(name)}. Write the tables of the first few into one file."
         )
     base = _read_draft(_beside(name, draft.source), f"{place}: extends ")
     if _identity(base.source) in [_identity(source) for source in chain]:
@@ -574,9 +574,9 @@ def _check_tables(draft: RecipeTree) -> None:
     for name in draft.tree:
         if name not in TOP_LEVEL:
             owners = [table for table, keys in TABLES.items() if name in keys.engine_keys()]
-            near = f' Did you mean "{owners[0]}.{name}"?' if owners else nearest(name, TOP_LEVEL)
+            near = f' Did you mean "{owners[0]}.{name}"?' if owners else suggest(name, TOP_LEVEL)
             raise RecipeError(
-                f'{draft.place((name,))}: a recipe has no key or table "{shortened(name)}".{near} '
+                f'{draft.place((name,))}: a recipe has no key or table "{shorten(name)}".{near} '
                 f"It takes: {', '.join(TOP_LEVEL)}."
             )
     if "extends" in draft.tree:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from ddiff.errors import shortened
+from ddiff.errors import shorten
 from ddiff.plugin.config import (
     ComponentConfig,
     NonNegativeFloat,
@@ -59,12 +59,12 @@ class TopLevelKeys(ComponentConfig):
 def _check_path(key: str, path: str) -> None:
     """Raises ValueError for what no file system takes as a path."""
     if not path.isprintable():
-        raise ValueError(f"{key} takes no control characters; got {shortened(path)!r}")
+        raise ValueError(f"{key} takes no control characters; got {shorten(path)!r}")
     longest = max(path.split("/"), key=lambda part: len(os.fsencode(part)))
     if len(os.fsencode(longest)) > NAME_BYTES:
         raise ValueError(
             f"{key} must have at most {NAME_BYTES} bytes between slashes, since it names a folder; got "
-            f"{len(os.fsencode(longest))} bytes, {shortened(longest)!r}"
+            f"{len(os.fsencode(longest))} bytes, {shorten(longest)!r}"
         )
     if len(os.fsencode(path)) > PATH_BYTES:
         raise ValueError(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddiff.errors import RecipeError, shortened
+from ddiff.errors import RecipeError, shorten
 
 KeyPath = tuple[str | int, ...]
 """A path into nested tables; integers index arrays."""
@@ -97,7 +97,7 @@ def read_settings(settings: Iterable[str], source: str, option: str = "--set") -
     """
     draft = RecipeTree({}, source)
     for setting in settings:
-        place = f"{option} {shortened(setting)}"
+        place = f"{option} {shorten(setting)}"
         path, value = _parse_setting(setting, option, place)
         if fault := _unfit(value):
             raise RecipeError(f"{place}: {fault}.")
@@ -235,7 +235,7 @@ def _unfit(value: Any) -> str | None:
     pending: list[tuple[Any, int, str]] = [(value, 0, "")]
     while pending:
         current, depth, name = pending.pop()
-        about = f"{shortened(name)} " if name else "it "
+        about = f"{shorten(name)} " if name else "it "
         if depth > DEEPEST:
             return f"{about}is nested deeper than {DEEPEST} tables and lists, and no recipe has more than a few"
         if isinstance(current, dict):
@@ -250,7 +250,7 @@ def _unfit(value: Any) -> str | None:
 
 
 def _reason(error: tomllib.TOMLDecodeError) -> str:
-    reason = shortened(_PARSER_LINE.sub("", str(error)))
+    reason = shorten(_PARSER_LINE.sub("", str(error)))
     return reason[:1].lower() + reason[1:]
 
 
@@ -258,7 +258,7 @@ def _unparsed(error: Exception) -> str:
     """Why the parser gave up on text that it did not find broken."""
     if isinstance(error, RecursionError):
         return f"it is nested deeper than {DEEPEST} tables and lists"
-    return f"the parser refuses it ({shortened(str(error))})"
+    return f"the parser refuses it ({shorten(str(error))})"
 
 
 class _Scanner:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ddiff.core.elbo import Network
 from ddiff.core.process import ForwardProcess
 from ddiff.data.condition_forms import Form, Label, Vector
-from ddiff.errors import ArgumentError, nearest
+from ddiff.errors import ArgumentError, suggest
 from ddiff.nn.denoiser import Context, Denoiser, as_network
 from ddiff.plugin.config import LARGEST
 from ddiff.sampling.loop import Sampler
@@ -44,7 +44,7 @@ def told(denoiser: Denoiser, conditions: Mapping[str, Any], count: int) -> Sampl
         if name not in known:
             raise ArgumentError(
                 f'conditions: this denoiser reads {sorted(known) or "no conditions"}; got "{name}".'
-                f"{nearest(name, known)} [denoiser] conditions says what a run is trained with."
+                f"{suggest(name, known)} [denoiser] conditions says what a run is trained with."
             )
     if due := [name for name, share in known.items() if share == 0.0 and name not in conditions]:
         raise ArgumentError(

@@ -17,7 +17,7 @@ import torch
 from ddiff import __version__
 from ddiff.atomic import NO_LOCKS, lock_file, original_name, write_atomic
 from ddiff.checkpoint.checkpoints import Checkpoints
-from ddiff.errors import ArgumentError, CheckpointError, DdiffError, no_room
+from ddiff.errors import ArgumentError, CheckpointError, DdiffError, find_disk_full
 from ddiff.recipe.model import Recipe, changed_keys, parse_recipe
 from ddiff.run_dir.destination import within_checkpoints
 from ddiff.run_dir.files import (
@@ -351,7 +351,7 @@ def write(path: Path, text: str) -> None:
     try:
         write_atomic(path, text)
     except OSError as error:
-        if no_room(error) is not None:
+        if find_disk_full(error) is not None:
             raise  # told as such by the command
         raise CheckpointError(
             f"{path} cannot be written ({error.strerror}). Make room for it: move away what stands there, or make the "

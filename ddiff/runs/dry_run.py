@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ddiff.errors import ArgumentError, explained
+from ddiff.errors import ArgumentError, explain_error
 from ddiff.recipe.model import Recipe
 from ddiff.runs.build import (
     Overrides,
@@ -66,4 +66,4 @@ def _told_of(table: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ArgumentError(f"{table}: {explained(error)}") from error
+        raise ArgumentError(f"{table}: {explain_error(error)}") from error

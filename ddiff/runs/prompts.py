@@ -14,7 +14,7 @@ from ddiff.data.compression import open_uncompressed
 from ddiff.data.paths import printable
 from ddiff.data.text import check_text, text_lines
 from ddiff.data.tokenizer import Tokenizer, Unencodable
-from ddiff.errors import ArgumentError, DataError, shortened
+from ddiff.errors import ArgumentError, DataError, shorten
 
 GAP = re.compile(r" ?\[MASK(?::([^\]]*))?\]")
 
@@ -78,7 +78,7 @@ def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
         rest = gap.end()
     if not ids:
         raise ArgumentError(
-            f"infill: the text must have a gap, such as [MASK:8] for eight tokens; got {shortened(text)!r}. A text to "
+            f"infill: the text must have a gap, such as [MASK:8] for eight tokens; got {shorten(text)!r}. A text to "
             "continue is a prompt."
         )
     last = _encoded(text[rest:], text, tokenizer)
@@ -121,7 +121,7 @@ def check_no_suffix(templates: Iterable[Template], who: str, remedy: str) -> Non
     for template in templates:
         if template.has_suffix:
             raise ArgumentError(
-                f"infill: {shortened(template.text)!r} has text after a gap, which nobody would read: {who} goes from left "
+                f"infill: {shorten(template.text)!r} has text after a gap, which nobody would read: {who} goes from left "
                 f"to right and does not see what comes later. Give a prompt, or {remedy}."
             )
 
@@ -160,7 +160,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def _check_text(text: str, argument: str) -> None:
     try:
-        check_text(text, f"{argument}: {shortened(text)!r}" if isinstance(text, str) else argument)
+        check_text(text, f"{argument}: {shorten(text)!r}" if isinstance(text, str) else argument)
     except DataError as error:
         raise ArgumentError(str(error)) from error
 
@@ -169,7 +169,7 @@ def _encoded(piece: str, text: str, tokenizer: Tokenizer) -> Tensor:
     try:
         return torch.tensor(tokenizer.encode([piece])[0], dtype=torch.long)
     except Unencodable as error:
-        raise error.at(0, repr(shortened(text))) from None
+        raise error.at(0, repr(shorten(text))) from None
 
 
 def _size(gap: re.Match[str], text: str, length: int) -> int:
@@ -178,13 +178,13 @@ def _size(gap: re.Match[str], text: str, length: int) -> int:
     if written is None or not (written.isascii() and written.isdecimal()) or not written.strip("0"):
         raise ArgumentError(
             f"infill: a gap is written [MASK:8], with the number of its tokens, at least 1; got "
-            f"{shortened(gap[0].strip())!r} in {shortened(text)!r}."
+            f"{shorten(gap[0].strip())!r} in {shorten(text)!r}."
         )
     digits = written.lstrip("0")
     if len(digits) > 18 or int(digits) > length:
         raise ArgumentError(
-            f"infill: the canvas holds {length} tokens, [data] length of the run; got a gap of {shortened(digits)} in "
-            f"{shortened(text)!r}. Take a shorter gap, or train with a larger length."
+            f"infill: the canvas holds {length} tokens, [data] length of the run; got a gap of {shorten(digits)} in "
+            f"{shorten(text)!r}. Take a shorter gap, or train with a larger length."
         )
     return int(digits)
 
@@ -194,6 +194,6 @@ def _fitting(template: Template, length: int) -> Template:
         kind = "infill" if template.whole else "prompt"
         raise ArgumentError(
             f"{kind}: the canvas holds {length} tokens, [data] length of the run; got a text of {len(template.ids)}, "
-            f"{shortened(template.text)!r}. Shorten it, or train with a larger length."
+            f"{shorten(template.text)!r}. Shorten it, or train with a larger length."
         )
     return template

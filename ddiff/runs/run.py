@@ -42,7 +42,7 @@ from ddiff.data.tokenizer import Tokenizer
 from ddiff.distributed.blocks import compile_blocks, recompute_activations
 from ddiff.distributed.launcher import cores_alone
 from ddiff.distributed.single import SingleBackend
-from ddiff.errors import ArgumentError, CheckpointError, shortened
+from ddiff.errors import ArgumentError, CheckpointError, shorten
 from ddiff.evaluation.baselines import Baselines, baselines
 from ddiff.evaluation.likelihood import Evaluation, evaluate
 from ddiff.nn.denoiser import Denoiser
@@ -651,10 +651,10 @@ def _check_asked(count: int, batch: int, seed: int, steps: int) -> None:
     for name, number in (("count", count), ("batch", batch), ("steps", steps)):
         if not 1 <= number < COUNTS:
             raise ArgumentError(
-                f"run.sample: {name} must be at least 1 and below 2^31; got {shortened(str(number))}."
+                f"run.sample: {name} must be at least 1 and below 2^31; got {shorten(str(number))}."
             )
     if not 0 <= seed < 2**64:
-        raise ArgumentError(f"run.sample: seed must be in [0, 2^64); got {shortened(str(seed))}.")
+        raise ArgumentError(f"run.sample: seed must be in [0, 2^64); got {shorten(str(seed))}.")
 
 
 def _or(value: int | None, default: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, Protocol, final, get_args
 
-from ddiff.errors import ArgumentError, nearest
+from ddiff.errors import ArgumentError, suggest
 
 Spacing = Literal["uniform", "cosine", "log"]
 
@@ -31,7 +31,7 @@ class Grid:
         if spacing not in get_args(Spacing):
             raise ArgumentError(
                 f"Grid: spacing must be one of {', '.join(get_args(Spacing))}; got {spacing!r}."
-                + nearest(spacing, get_args(Spacing))
+                + suggest(spacing, get_args(Spacing))
             )
         self.spacing, self.steps = spacing, _checked(steps)
 

@@ -12,7 +12,7 @@ from ddiff.core.elbo import Network
 from ddiff.core.prediction import CleanDistribution
 from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
-from ddiff.errors import ArgumentError, nearest
+from ddiff.errors import ArgumentError, suggest
 from ddiff.sampling.grid import Steps
 from ddiff.sampling.grid_sampler import GridSampler, draw_words, every_row, uniforms
 from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says, need_law, need_process, step_rows
@@ -42,7 +42,7 @@ class UnmaskingSampler(GridSampler):
         if by not in get_args(Sureness):
             raise ArgumentError(
                 f"UnmaskingSampler: by must be one of {', '.join(get_args(Sureness))}; got {by!r}."
-                + nearest(by, get_args(Sureness))
+                + suggest(by, get_args(Sureness))
             )
         if not 0.0 <= noise < float("inf"):
             raise ArgumentError(

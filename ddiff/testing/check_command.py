@@ -15,7 +15,7 @@ from ddiff.core.clock import LogTimeClock
 from ddiff.core.process import ForwardProcess
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
-from ddiff.errors import ArgumentError, PluginError, nearest
+from ddiff.errors import ArgumentError, PluginError, suggest
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.heads import TokenHead
 from ddiff.plugin.loader import Survey, load_plugins, survey_plugins
@@ -91,7 +91,7 @@ def _explain(name: str, same_name: list[Component], registry: Registry) -> str:
     if any(component.plugin == name for component in registry.components()):
         return f'ddiff check: the plugin "{name}" registers no process and no sampler. By name: {there_is}.'
     names = [component.name for component in known] + [component.plugin for component in known]
-    return f'ddiff check: there is no component or plugin "{name}".{nearest(name, names)} There is: {there_is}.'
+    return f'ddiff check: there is no component or plugin "{name}".{suggest(name, names)} There is: {there_is}.'
 
 
 # ---------------------------------------------------------------------- instances of a component

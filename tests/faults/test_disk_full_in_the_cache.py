@@ -22,7 +22,7 @@ from ddiff.data.corpus import SourceCorpus, load_or_build_shards
 from ddiff.data.documents import Documents, documents_from_texts
 from ddiff.data.sources import open_file_source
 from ddiff.data.tokenizer import BytePairTokenizer
-from ddiff.errors import DataError, no_room
+from ddiff.errors import DataError, find_disk_full
 
 BYTES = BytePairTokenizer.train(["text"], 257)
 TEXTS = [f"text number {number}" for number in range(3000)]  # 100 kB of tokens
@@ -159,8 +159,8 @@ def test_every_form_of_a_full_disk_is_told_in_the_same_words(
     ids=str,
 )
 def test_another_error_is_no_full_disk(error: Exception) -> None:
-    assert no_room(error) is None
-    assert errno.ENOSPC in errors.FULL
+    assert find_disk_full(error) is None
+    assert errno.ENOSPC in errors.DISK_FULL
 
 
 def test_a_file_that_may_not_grow_ends_a_run_with_one_sentence(tmp_path: Path) -> None:

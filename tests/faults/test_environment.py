@@ -17,7 +17,7 @@ from ddiff.cli import _escaped
 from ddiff.data.cache import default_root
 from ddiff.distributed.launcher import check_address
 from ddiff.distributed.launcher import place as placed
-from ddiff.errors import explained
+from ddiff.errors import explain_error
 
 __all__ = ["place"]
 COMMAND = [sys.executable, "-m", "ddiff"]
@@ -143,7 +143,7 @@ def test_closed_and_full_outputs_end_without_a_traceback() -> None:
 def test_errors_of_python_are_told_in_words(
     error: BaseException, expected: str, monkeypatch, capsys
 ) -> None:
-    assert expected in str(explained(error))
+    assert expected in str(explain_error(error))
 
     def broken() -> None:
         raise error

@@ -1,4 +1,4 @@
-"""A plugin that ends the process is reported as any broken plugin; no command passes over it in silence."""
+"""A plugin that ends the process is reported like a broken one; no command passes over it in silence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny_run import Command, is_refusal
 
 from ddiff.errors import PluginError
 from ddiff.plugin.loader import load_plugins, survey_plugins
-from ddiff.plugin.registry import reported
+from ddiff.plugin.registry import convert_errors
 
 Distribution = Callable[..., Path]
 
@@ -172,10 +172,10 @@ def refusal(error: BaseException) -> PluginError:
 
 def test_ctrl_c_of_the_user_stays_one() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), reported(refusal):
+    with pytest.raises(KeyboardInterrupt), convert_errors(refusal):
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-    with pytest.raises(PluginError, match="KeyboardInterrupt"), reported(refusal):
+    with pytest.raises(PluginError, match="KeyboardInterrupt"), convert_errors(refusal):
         raise KeyboardInterrupt
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -185,7 +185,7 @@ def test_plugins_load_in_other_threads_too() -> None:
 
     def load() -> None:
         try:
-            with reported(refusal):
+            with convert_errors(refusal):
                 raise SystemExit(0)
         except PluginError as error:
             told.append(str(error))

@@ -55,9 +55,9 @@ def test_the_fuzzer_sees_a_traceback_files_and_a_missing_verdict(
     damage: Any,
     expected: str,
 ) -> None:
-    monkeypatch.setattr("ddiff.runs.rehearse", damage, raising=False)
+    monkeypatch.setattr("ddiff.runs.dry_run.rehearse", damage)
     if expected == "no verdict":
-        monkeypatch.setattr("ddiff.runs.rehearse", lambda *_, **__: "all is well")
+        monkeypatch.setattr("ddiff.runs.dry_run.rehearse", lambda *_, **__: "all is well")
     assert fuzz.main(["--recipes", "12", "--runs", "0", "--seed", "2"]) == 1
     assert expected in capsys.readouterr().out
 
