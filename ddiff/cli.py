@@ -66,8 +66,8 @@ class Commands(TyperGroup):
             if stop.code == 128 + signal.SIGTERM or _comes_from_main(stop):
                 raise
             raise PluginError(
-                f"A plugin, or a library that it uses, ended the command: {describe_error(stop)}. Nothing can be said of what "
-                "was asked. Mend or uninstall that distribution."
+                f"A plugin, or a library that it uses, ended the command: {describe_error(stop)}. "
+                "Nothing can be said of what was asked. Fix or uninstall that distribution."
             ) from stop
 
 
