@@ -107,9 +107,9 @@ class Members:
     @classmethod
     def of(cls, target: object) -> Members:
         """Look up all members on the object behind a component's target."""
-        found = {
-            member.name: getattr(target, member.name, member.default) for member in fields(cls)
-        }
+        found: dict[str, Any] = {}
+        for member in fields(cls):
+            found[member.name] = getattr(target, member.name, member.default)
         return cls(**found)
 
 
