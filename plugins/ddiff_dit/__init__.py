@@ -1,4 +1,4 @@
-"""A diffusion transformer as a backbone. Names only: nothing heavy is imported until a recipe asks for it."""
+"""Diffusion transformer (arXiv 2212.09748) as a backbone."""
 
 from __future__ import annotations
 

@@ -1,7 +1,11 @@
-"""A diffusion transformer (arXiv 2212.09748): pre-norm blocks, adaLN-zero, rotary positions, full attention.
+"""Diffusion transformer (DiT, arXiv 2212.09748) as a backbone.
 
-One network maps times to a modulation that all blocks share, and each block adds six vectors of its own
-(arXiv 2310.00426): a time per position then costs one matrix product per pass and not one per block.
+Pre-norm blocks with adaLN-zero modulation, rotary positions and full attention. One network turns
+times and conditions into a modulation that all blocks share, and every block adds six learned
+vectors (arXiv 2310.00426). A time per position then costs one matrix product per pass instead of
+one per block.
+
+Shapes: B sequences, L positions, `width` channels.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from ddiff import (
 )
 
 Size = Literal["tiny", "small", "base", "1B"]
-SIZES: dict[str, tuple[int, int]] = {
+SIZES: dict[str, tuple[int, int]] = {  # width, layers
     "tiny": (512, 8),
     "small": (768, 12),
     "base": (1024, 24),
@@ -44,20 +48,24 @@ ROTARY_BASE = 10_000.0
 
 Layers = Annotated[int, Field(gt=0, le=4096)]
 
-Shared = tuple[Tensor, ...]
-Remembered = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Shifts, scales and gates, each [B,L or 1,width].
+ModulationVectors = tuple[Tensor, ...]
+# Prepends the cached keys and values of a layer: (k, v) -> (k, v).
+ExtendCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Condition(ComponentConfig):
-    """A condition of a sample or position: one of `classes` labels, or a vector of `width` numbers."""
+    """Condition of a sample or of each position: a label or a vector."""
 
     classes: PositiveInt | None = None
+    """Number of labels."""
     width: PositiveInt | None = None
+    """Length of the vector, instead of classes."""
     dropout: Probability = 0.1
-    """The share of training samples from which it is withheld, so that guidance has something to compare with."""
+    """Share of the training samples without the condition; guidance needs it above 0."""
 
     @model_validator(mode="after")
-    def _one_form(self) -> Condition:
+    def _check_one_form(self) -> Condition:
         if (self.classes is None) == (self.width is None):
             raise ValueError("a condition has either classes (labels) or width (vectors)")
         return self
@@ -68,54 +76,59 @@ class Condition(ComponentConfig):
 
 
 class DiT(nn.Module):
-    """ids [B,L] of any level, times t [B,L] -> hidden states [B,L,width].
+    """Diffusion transformer: ids [B,L] of any level and times t [B,L] -> hidden states [B,L,width].
 
-    `time=False` leaves t out: the law then depends on the ids alone. Conditions are added where time is: an absent one
-    (label -1, vector NaN, or not there at all) adds a learned vector of its own. ArgumentError when the numbers do not
-    fit.
+    With `time=False` the hidden states do not depend on t. Embeddings of conditions are added to
+    that of t; an absent condition (label -1, vector NaN, or not in the context) adds a learned
+    vector. Raises ArgumentError if width is not a multiple of 2 * heads.
     """
 
     caches = True
 
     class Config(ComponentConfig):
-        """`size` gives width and layers; each explicit number wins over it; heads default to 64 wide."""
+        """Width and layers come from `size`; explicit numbers override it."""
 
         size: Size = "tiny"
+        """Width x layers: tiny 512 x 8, small 768 x 12, base 1024 x 24, 1B 2048 x 24."""
         width: PositiveInt | None = None
+        """Channels of the hidden states."""
         layers: Layers | None = None
+        """Number of blocks."""
         heads: PositiveInt | None = None
+        """Attention heads; width / 64 by default."""
         time: bool = True
+        """Condition the network on t."""
         dropout: Probability = 0.0
+        """Dropout after attention and MLP."""
         conditions: dict[str, Condition] = Field(default_factory=dict)
-        """What the network is told of a sample, by name: labels or vectors."""
+        """Conditions of the network by name: labels or vectors."""
 
         @field_validator("conditions")
         @classmethod
-        def _names_of_modules(cls, conditions: dict[str, Condition]) -> dict[str, Condition]:
-            """A condition's embedding is a module of that name, and torch takes only some names."""
+        def _check_names(cls, conditions: dict[str, Condition]) -> dict[str, Condition]:
+            # The embedding of a condition is a submodule of that name, which torch restricts.
             taken = dir(nn.ModuleDict)
             for name in conditions:
                 if not name or "." in name or name in taken:
                     raise ValueError(
-                        f"a condition is named by a word without dots that torch does not use itself; got {name!r}. Rename "
-                        "the field, such as author"
+                        "the name of a condition must have no dots and must not be an attribute "
+                        f"of torch modules; got {name!r}. Rename the field, for example author"
                     )
             return conditions
 
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary, length: int) -> DiT:
-        """The backbone of a recipe; rotary positions know no longest sequence, so `length` is not needed."""
+        """Build the backbone of a recipe; rotary positions do not limit the `length`."""
         width, layers = SIZES[config.size]
         width = config.width or width
-        heads = config.heads or max(1, width // HEAD_WIDTH)
         return cls(
             vocabulary,
             width,
-            config.layers or layers,
-            heads,
-            config.time,
-            config.dropout,
-            config.conditions,
+            layers=config.layers or layers,
+            heads=config.heads or max(1, width // HEAD_WIDTH),
+            time=config.time,
+            dropout=config.dropout,
+            conditions=config.conditions,
         )
 
     def __init__(
@@ -131,10 +144,12 @@ class DiT(nn.Module):
         super().__init__()
         if width % (2 * heads):
             raise ArgumentError(
-                f"DiT: width must be a multiple of 2 * heads, since positions turn pairs of channels; got width "
-                f"{width} and heads {heads}. Take e.g. heads = width / {HEAD_WIDTH}."
+                "DiT: width must be a multiple of 2 * heads, since rotary positions rotate pairs "
+                f"of channels; got width {width} and heads {heads}. "
+                f"Take e.g. heads = width / {HEAD_WIDTH}."
             )
-        self.width, self.head_width = width, width // heads
+        self.width = width
+        self.head_width = width // heads
         self.embedding = StateEmbedding(vocabulary, width)
         self.reads_time = time
         self.condition_dropout = {name: condition.dropout for name, condition in conditions.items()}
@@ -144,41 +159,50 @@ class DiT(nn.Module):
         self.out_modulation = nn.Parameter(torch.zeros(2, 1, width))
 
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
-        if unknown := sorted(set(context.conditions) - set(self.condition_dropout)):
-            raise ArgumentError(
-                f"DiT: context.conditions must be among those that this backbone reads, "
-                f"{sorted(self.condition_dropout) or 'none'}; "
-                f"got {unknown}. Name them in [denoiser] conditions, or take them out of the batch."
-            )
+        self._check_conditions(context)
         x = self.embedding(ids)
-        seen, positions = (
-            context.seen(x, self.head_width),
-            context.positions(ids.shape[1], ids.device),
-        )
+        seen = context.seen(x, self.head_width)
+        positions = context.positions(ids.shape[1], ids.device)
         rotation = Rotation(x, self.head_width, positions)
-        shared = self.modulation(t, context.conditions, x.dtype) if self.modulation else None
+        shared = None
+        if self.modulation is not None:
+            shared = self.modulation(t, context.conditions, x.dtype)
         for layer, block in enumerate(self.blocks):
-            x = block(
-                x, shared, rotation, seen, context.cache and partial(context.cache.extended, layer)
-            )
-        shift, scale = _modulation(self.out_modulation, shared and shared[6:])
+            extend = None
+            if context.cache is not None:
+                extend = partial(context.cache.extended, layer)
+            x = block(x, shared, rotation, seen, extend)
+        shift, scale = add_shared(self.out_modulation, None if shared is None else shared[6:])
         return modulate(x, shift, scale)
+
+    def _check_conditions(self, context: Context) -> None:
+        known = sorted(self.condition_dropout)
+        unknown = sorted(set(context.conditions) - set(known))
+        if unknown:
+            raise ArgumentError(
+                "DiT: context.conditions must be among those of this backbone, "
+                f"{known or 'none'}; got {unknown}. "
+                "Name them in [denoiser] conditions, or take them out of the batch."
+            )
 
 
 class Block(nn.Module):
-    """x + gate * attention(norm x), then x + gate * MLP(norm x); gates start at zero, the block as the identity."""
+    """Transformer block: x + gate * attention(norm(x)), then x + gate * MLP(norm(x)).
+
+    Gates start at zero, so that the block starts as the identity.
+    """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.head_width = heads, width // heads
+        self.heads = heads
+        self.head_width = width // heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.attended = nn.Linear(width, width, bias=False)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
-        self.modulation = nn.Parameter(
-            torch.zeros(6, 1, width)
-        )  # not two-dimensional: no hidden matrix
+        # Three dimensions, so that Muon does not take it for a hidden matrix.
+        self.modulation = nn.Parameter(torch.zeros(6, 1, width))
         for linear in (self.qkv, self.attended, self.up, self.down):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         for linear in (self.up, self.down):
@@ -187,115 +211,127 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        shared: Shared | None,
+        shared: ModulationVectors | None,
         rotation: Rotation,
         seen: Seen,
-        remembered: Remembered | None,
+        extend: ExtendCache | None,
     ) -> Tensor:
-        shift, scale, gate, shift2, scale2, gate2 = _modulation(
-            self.modulation, shared and shared[:6]
-        )
-        x = torch.addcmul(
-            x,
-            gate,
-            self.dropout(self._attend(modulate(x, shift, scale), rotation, seen, remembered)),
-        )
-        hidden = F.gelu(self.up(modulate(x, shift2, scale2)), approximate="tanh")
-        return torch.addcmul(x, gate2, self.dropout(self.down(hidden)))
+        vectors = add_shared(self.modulation, None if shared is None else shared[:6])
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = vectors
+        attended = self._attend(modulate(x, shift, scale), rotation, seen, extend)
+        x = torch.addcmul(x, gate, self.dropout(attended))
+        hidden = F.gelu(self.up(modulate(x, mlp_shift, mlp_scale)), approximate="tanh")
+        return torch.addcmul(x, mlp_gate, self.dropout(self.down(hidden)))
 
     def _attend(
-        self, x: Tensor, rotation: Rotation, seen: Seen, remembered: Remembered | None
+        self, x: Tensor, rotation: Rotation, seen: Seen, extend: ExtendCache | None
     ) -> Tensor:
-        turned, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width)).split([2, 1], 2)
-        q, k = rotation(turned).transpose(1, 3).unbind(2)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width))
+        # Queries and keys are rotated in one operation; values are not rotated.
+        qk, v = qkv.split([2, 1], 2)
+        q, k = rotation(qk).transpose(1, 3).unbind(2)
         v = v.squeeze(2).transpose(1, 2)
-        if remembered:
-            k, v = remembered(k, v)
-        return self.attended(attend(q, k, v, seen).transpose(1, 2).flatten(2))
+        if extend is not None:
+            k, v = extend(k, v)
+        out = attend(q, k, v, seen)  # [B, heads, L, head width]
+        return self.attended(out.transpose(1, 2).flatten(2))
 
 
 class Modulation(nn.Module):
-    """Times [B,L] and conditions -> eight [B,L or 1,width]: six that all blocks share and two for the final norm.
+    """Times [B,L] and conditions -> eight vectors [B,L or 1,width].
 
-    Time: sines and cosines of 32 frequencies from 1 to 256 radians per unit through an MLP of width 128. A label: a
-    row of a table; a vector: a linear map. Their sum goes through a matrix of zeros at first.
+    Six are shared by all blocks, two are for the final norm. Times are embedded as sines and
+    cosines of 32 frequencies from 1 to 256 radians per unit, followed by an MLP of width 128.
+    Labels are rows of a table, vectors go through a linear map. The sum of the embeddings goes
+    through a matrix that starts at zero.
     """
 
     frequencies: Tensor
 
     def __init__(self, width: int, time: bool, conditions: Mapping[str, Condition]) -> None:
         super().__init__()
-        self.mlp = (
-            nn.Sequential(
+        self.mlp = None
+        if time:
+            self.mlp = nn.Sequential(
                 nn.Linear(TIME_FEATURES, TIME_WIDTH),
                 nn.SiLU(),
                 nn.Linear(TIME_WIDTH, TIME_WIDTH),
                 nn.SiLU(),
             )
-            if time
-            else None
-        )
         self.conditions = nn.ModuleDict(
             {name: ConditionEmbedding(name, c) for name, c in conditions.items()}
         )
         self.out = Channels(TIME_WIDTH, 8 * width)
-        self.register_buffer(
-            "frequencies", 2.0 ** torch.linspace(0, 8, TIME_FEATURES // 2), persistent=False
-        )
+        frequencies = 2.0 ** torch.linspace(0, 8, TIME_FEATURES // 2)
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def forward(self, t: Tensor, conditions: Mapping[str, Tensor], dtype: torch.dtype) -> Shared:
-        features = [] if self.mlp is None else [self._of_time(t, dtype)]
+    def forward(
+        self, t: Tensor, conditions: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> ModulationVectors:
+        features = []
+        if self.mlp is not None:
+            features.append(self.mlp(self._embed_time(t, dtype)))
         for name, embedding in self.conditions.items():
             features.append(embedding(conditions.get(name), t.shape, dtype))
         return self.out(sum(features[1:], features[0])).chunk(8, -1)
 
-    def _of_time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        assert self.mlp is not None
-        angle = t.to(torch.promote_types(dtype, torch.float32)).unsqueeze(-1) * self.frequencies
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], -1).to(dtype))
+    def _embed_time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        # At least float32: in bfloat16 an angle of 256 radians is off by half a radian.
+        angle_dtype = torch.promote_types(dtype, torch.float32)
+        angle = t.to(angle_dtype).unsqueeze(-1) * self.frequencies
+        return torch.cat([angle.cos(), angle.sin()], -1).to(dtype)
 
 
 class ConditionEmbedding(nn.Module):
-    """A label (its row of a table) or a vector (a linear map) -> [B,L or 1,128]; a learned vector where it is absent."""
+    """Embedding of a condition, [B,L or 1,128].
+
+    A label selects a row of a table, a vector goes through a linear map. An absent condition is a
+    learned vector.
+    """
 
     def __init__(self, name: str, condition: Condition) -> None:
         super().__init__()
         self.name = name
-        self.table = (
-            None if condition.classes is None else nn.Embedding(condition.classes, TIME_WIDTH)
-        )
-        self.matrix = None if condition.width is None else nn.Linear(condition.width, TIME_WIDTH)
+        self.table = None
+        self.matrix = None
+        if condition.classes is not None:
+            self.table = nn.Embedding(condition.classes, TIME_WIDTH)
+        if condition.width is not None:
+            self.matrix = nn.Linear(condition.width, TIME_WIDTH)
         self.absent = nn.Parameter(torch.zeros(TIME_WIDTH))
 
     def forward(self, value: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         if value is None:
             return self.absent.to(dtype).expand(shape[0], 1, -1)
-        present, embedded = (
-            self._label(value) if self.table is not None else self._vector(value, dtype)
-        )
-        embedded = torch.where(present.unsqueeze(-1), embedded, self.absent).to(dtype)
+        if self.table is not None:
+            is_present, embedded = self._embed_label(value)
+        else:
+            is_present, embedded = self._embed_vector(value, dtype)
+        embedded = torch.where(is_present.unsqueeze(-1), embedded, self.absent).to(dtype)
+        # A condition of the whole sample gets a dimension that broadcasts over positions.
         return embedded if embedded.dim() == 3 else embedded.unsqueeze(1)
 
-    def _label(self, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _embed_label(self, value: Tensor) -> tuple[Tensor, Tensor]:
         assert self.table is not None
-        if (
-            value.device.type == "cpu" and int(value.max()) >= self.table.num_embeddings
-        ):  # a device is not waited for
+        classes = self.table.num_embeddings
+        # Only on the CPU: reading the largest label of a GPU would wait for the GPU.
+        if value.device.type == "cpu" and int(value.max()) >= classes:
             raise ArgumentError(
-                f'DiT: a label of the condition "{self.name}" must be below its {self.table.num_embeddings} classes '
-                f"([denoiser] conditions.{self.name}.classes); got {int(value.max())}. Labels count from 0; -1 is no label."
+                f'DiT: a label of the condition "{self.name}" must be below its {classes} classes '
+                f"([denoiser] conditions.{self.name}.classes); got {int(value.max())}. "
+                "Labels count from 0; -1 is no label."
             )
         return value >= 0, self.table(value.clamp(min=0))
 
-    def _vector(self, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _embed_vector(self, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         assert self.matrix is not None
         return ~value.isnan().any(-1), self.matrix(value.nan_to_num(0.0).to(dtype))
 
 
 class Channels(nn.Linear):
-    """A linear map to the channels of a modulation, zero at first."""
+    """Linear map to the channels of a modulation, initialized to zero."""
 
-    is_table = True  # its rows are channels: no hidden matrix to an optimizer
+    is_table = True  # AdamW and not Muon: its rows are independent channels
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -303,35 +339,38 @@ class Channels(nn.Linear):
 
 
 class Rotation:
-    """Rotary positions (arXiv 2104.09864): channels i and i + w/2 of [B,L,...,w] turn by position * base^(-2i/w).
+    """Rotary positions (arXiv 2104.09864) for x [B,L,...,w].
 
-    Products of a turned query and a turned key depend on the difference of their positions alone, so packed documents
-    need no positions of their own.
+    Channels i and i + w/2 are rotated by the angle position * base^(-2i/w). The product of a
+    rotated query and a rotated key depends only on the difference of their positions, so that
+    packed documents need no separate position numbers.
     """
 
     def __init__(self, x: Tensor, width: int, positions: Tensor) -> None:
-        # at least float32: an angle of hundreds of radians in bfloat16 is off by whole turns
+        # At least float32: in bfloat16 an angle of hundreds of radians is off by whole turns.
         dtype = torch.promote_types(x.dtype, torch.float32)
         pair = torch.arange(0, width, 2, device=x.device, dtype=dtype)
-        angle = positions.to(dtype).unsqueeze(-1) * torch.exp(
-            pair * (-math.log(ROTARY_BASE) / width)
-        )
+        frequency = torch.exp(pair * (-math.log(ROTARY_BASE) / width))
+        angle = positions.to(dtype).unsqueeze(-1) * frequency
+        # Signs of the sine go with `roll` below: (a, b) -> (a cos - b sin, b cos + a sin).
         self.cos = torch.cat([angle.cos(), angle.cos()], -1).to(x.dtype)
         self.sin = torch.cat([-angle.sin(), angle.sin()], -1).to(x.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        shape = (x.shape[1], *(1,) * (x.dim() - 3), x.shape[-1])
-        cos, sin = self.cos.to(x.dtype).view(shape), self.sin.to(x.dtype).view(shape)
+        broadcast = (1,) * (x.dim() - 3)
+        shape = (x.shape[1], *broadcast, x.shape[-1])
+        cos = self.cos.to(x.dtype).view(shape)
+        sin = self.sin.to(x.dtype).view(shape)
         return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) * (1 + scale) + shift, the norm without parameters of its own."""
+    """norm(x) * (1 + scale) + shift, with a layer norm that has no parameters."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
 
 
-def _modulation(own: Tensor, shared: Shared | None) -> Shared:
-    """A block's own vectors [n,1,width] one by one, plus the shared ones where time is read."""
+def add_shared(own: Tensor, shared: ModulationVectors | None) -> ModulationVectors:
+    """Add the shared vectors, if any, to a block's own vectors [n,1,width]."""
     if shared is None:
         return own.unbind()
-    return tuple(mine + theirs for mine, theirs in zip(own, shared))
+    return tuple(vector + common for vector, common in zip(own, shared))

@@ -181,7 +181,7 @@ def test_numbers_that_do_not_fit_and_unread_conditions_are_refused() -> None:
     with pytest.raises(ArgumentError, match="heads"):
         DiT(VOCABULARY, width=20, layers=1, heads=3)
     ids, t = inputs()
-    with pytest.raises(ArgumentError, match="reads, none"):
+    with pytest.raises(ArgumentError, match="of this backbone, none"):
         make()(ids, t, Context(conditions={"label": ids}))
 
 
