@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 
 from ddiff.cli import main as ddiff
 from ddiff.plugin.loader import installed_plugins, survey_plugins
-from ddiff.recipe.model import read_recipe, shipped_recipes
+from ddiff.recipe.resolve import read_recipe
 from ddiff.recipe.schema import SLOTS
+from ddiff.recipe.sources import find_shipped_recipes
 
 SECONDS = 20.0  # of CPU: what a dry run, and a run of two steps, may take
 LONGEST = 4000  # characters of a refusal
@@ -121,7 +122,7 @@ def bases() -> list[dict[str, Any]]:
     """The shipped small recipes with every default written out, smaller still, and two kinds of data."""
     plugins = [name for name in installed_plugins() if name != "core"]
     found = []
-    for name in shipped_recipes():
+    for name in find_shipped_recipes():
         if "/" in name:
             continue
         for data in (TEXT, CHAIN):

@@ -250,7 +250,7 @@ def train(rank: int, world: int, port: int, settings: list[str], log: str, path:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
 
-    from ddiff.recipe.model import parse_recipe
+    from ddiff.recipe.resolve import parse_recipe
     from ddiff.runs.stages import run_recipe
 
     torch.set_num_threads(1)

@@ -120,7 +120,7 @@ from .plugin.config import Share as Share
 from .plugin.loader import hookimpl as hookimpl
 from .plugin.registry import Registry as Registry
 from .recipe.model import Recipe as Recipe
-from .recipe.model import read_recipe as read_recipe
+from .recipe.resolve import read_recipe as read_recipe
 from .runs.run import Run as Run
 from .runs.stages import load as load
 from .runs.stages import run as run

@@ -151,7 +151,7 @@ def run(
         )
     if dry_run:
         with _answered_quickly():
-            from ddiff.recipe.model import read_recipe
+            from ddiff.recipe.resolve import read_recipe
             from ddiff.runs.dry_run import rehearse
 
             resolved = read_recipe(recipe, settings or ())
@@ -166,7 +166,7 @@ def run(
         print(resolved.to_toml(), end="")
         print(f"# {verdict}")  # a comment, so that the output stays a recipe
         return
-    from ddiff.recipe.model import read_recipe
+    from ddiff.recipe.resolve import read_recipe
 
     resolved = read_recipe(recipe, settings or ())
     if starts_workers(resolved):
@@ -192,7 +192,7 @@ def prepare(
     ] = None,
 ) -> None:
     """Tokenise the text of a recipe ahead of its run; an interrupted build goes on, a finished one is verified."""
-    from ddiff.recipe.model import read_recipe
+    from ddiff.recipe.resolve import read_recipe
     from ddiff.runs.tokenize import prepare_data
 
     prepared = prepare_data(read_recipe(recipe, settings or ()), out)
@@ -204,7 +204,9 @@ def prepare(
 def starts_workers(recipe: Recipe) -> bool:
     """Whether several processes are asked for, of a backend that takes part in several, and are not there yet."""
     return (
-        recipe.backend_keys.processes > 1 and place() is None and recipe.backend.declares("several")
+        recipe.backend_keys.processes > 1
+        and place() is None
+        and recipe.backend.members.is_distributed
     )
 
 
@@ -345,7 +347,7 @@ def read_conditions(written: list[str] | None) -> dict[str, object] | None:
         return None
     found: dict[str, object] = {}
     for one in written:
-        for name, value in read_settings([one], "--condition", option="--condition").tree.items():
+        for name, value in read_settings([one], "--condition", option="--condition").values.items():
             if name in found:
                 raise ArgumentError(
                     f'--condition {shorten(one)}: "{shorten(name)}" is given twice. Give each condition once: one '
@@ -461,9 +463,9 @@ def print_plugin(name: str) -> None:
 
 
 def print_keys(title: str, model: type[ComponentConfig]) -> None:
-    from ddiff.recipe.messages import described
+    from ddiff.recipe.messages import describe_keys
 
-    keys = described(model)
+    keys = describe_keys(model)
     width = max((len(key) for key, _, _ in keys), default=0)
     lines = [
         title,
@@ -486,9 +488,9 @@ def print_columns(titles: list[str], rows: list[list[str]]) -> None:
 @app.command()
 def recipes() -> None:
     """List the recipes that come with ddiff: `ddiff run NAME`."""
-    from ddiff.recipe.model import shipped_recipes
+    from ddiff.recipe.sources import find_shipped_recipes
 
-    shipped = shipped_recipes()
+    shipped = find_shipped_recipes()
     width = max(map(len, shipped), default=0)
     for name, path in shipped.items():
         first = path.read_text(encoding="utf-8").partition("\n")[0]

@@ -1,7 +1,7 @@
 """Errors that a user can cause, and the paragraph that the command line prints for one.
 
-Each message names the argument, what was expected, what came and what to do. The command line prints
-it and exits with 2. Any other exception is a defect, and its traceback is printed.
+Each message names the argument, what was expected, what came and what to do. The command line
+prints it and exits with 2. Any other exception is a defect, and its traceback is printed.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class NoKeys(ComponentConfig):
 
 @dataclass(frozen=True)
 class Origin:
-    """Source of a component: plugin (entry-point name), import package, distribution and version."""
+    """Source of a component: entry-point name, import package, distribution and version."""
 
     plugin: str
     package: str
@@ -327,7 +327,7 @@ def convert_errors(convert: Callable[[BaseException], PluginError]) -> Iterator[
 
 
 def describe_error(error: BaseException) -> str:
-    """Format an exception of plugin code as `ValueError: message (file.py, line 3)`, on one line."""
+    """Format an exception of plugin code as `ValueError: message (file.py, line 3)`."""
     try:
         message = str(error)
     except Exception:  # the exception class of a plugin may fail to format itself

@@ -1,62 +1,95 @@
-"""A table in the words of a recipe: its keys, and what pydantic found wrong with it."""
+"""Messages about the keys of a table: what they are, and what pydantic found wrong with them."""
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
-import linecache
 from collections.abc import Mapping, Sequence
-from functools import cache
-from itertools import pairwise
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
 from ddiff.errors import shorten, suggest
 from ddiff.plugin.config import COUNTS, LARGEST
 
-_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+# ---------------------------------------------------------------------- keys of a table
 
 
-def described(model: type[BaseModel]) -> list[tuple[str, str, str]]:
-    """(key, type and default, meaning) of every key of a table; the meaning is the docstring under the key."""
-    schema, meanings = model.model_json_schema(), _meanings(model)
+class KeyDescription(NamedTuple):
+    """A key of a table, its type with default, and its description."""
+
+    key: str
+    type: str
+    description: str
+
+
+def describe_keys(model: type[BaseModel]) -> list[KeyDescription]:
+    """Describe every key of a table; the description is the docstring under the key."""
+    schema = model.model_json_schema()
+    required = schema.get("required", ())
     rows = []
     for key, value in schema.get("properties", {}).items():
-        ending = (
-            ", required"
-            if key in schema.get("required", ())
-            else f"; default {json.dumps(value.get('default'))}"
-        )
-        rows.append(
-            (
-                key,
-                _type_of(value) + ending.replace("; default null", ", optional"),
-                meanings.get(key, ""),
-            )
-        )
+        if key in required:
+            ending = ", required"
+        elif value.get("default") is None:
+            ending = ", optional"
+        else:
+            ending = f"; default {json.dumps(value['default'])}"
+        description = " ".join((model.model_fields[key].description or "").split())
+        rows.append(KeyDescription(key, _format_type(value) + ending, description))
     return rows
 
 
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+_TYPE_NAMES = {"object": "table", "boolean": "true or false"}
+
+
+def _format_type(schema: Mapping[str, Any]) -> str:
+    """Format a key's JSON schema as `number > 0 or list of number > 0`."""
+    if "anyOf" in schema:
+        branches = [branch for branch in schema["anyOf"] if branch.get("type") != "null"]
+        return " or ".join(map(_format_type, branches))
+    if "enum" in schema:
+        return " or ".join(map(json.dumps, schema["enum"]))
+    kind = schema.get("type", "object")
+    if kind == "array":
+        items = schema.get("prefixItems", [])
+        if not items and "items" in schema:
+            items = [schema["items"]]
+        distinct = dict.fromkeys(map(_format_type, items))
+        return "list of " + " and ".join(distinct)
+    bounds = []
+    for bound, sign in _BOUNDS.items():
+        # the limits of every count and number would only lengthen the list
+        if bound in schema and schema[bound] not in (COUNTS, LARGEST):
+            bounds.append(f"{sign} {schema[bound]:g}")
+    return f"{_TYPE_NAMES.get(kind, kind)} {' and '.join(bounds)}".rstrip()
+
+
+# ---------------------------------------------------------------------- validation errors
+
+
 def first_error(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> Mapping[str, Any]:
-    """The entry of `ValidationError.errors()` to tell: `loc` as the recipe writes it, a union's branches as one.
+    """Choose the entry of `ValidationError.errors()` to report.
 
-    An unknown key goes first, for it is often the misspelt one that is missing.
+    Its `loc` is the key as the recipe writes it. The errors of a union's branches become one, of
+    type "union" with the expected types in `ctx`.
     """
+    # an unknown key first, for it is often the misspelt one that is missing
     first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
-    if not _is_union(model, first["loc"]):
+    if not _is_in_union(model, first["loc"]):
         return first
-    branches = [_unbranched(error) for error in errors if error["loc"][0] == first["loc"][0]]
-    fitting = [branch for branch in branches if not branch["type"].endswith("_type")]
-    if fitting:  # one branch took the type and refused the value: that is what to say
-        return fitting[0]
-    types = [_due(branch["msg"]).removeprefix("must be ") for branch in branches]
-    return {**branches[0], "msg": f"must be {' or '.join(dict.fromkeys(types))}"}
+    branches = [_drop_branch(error) for error in errors if error["loc"][0] == first["loc"][0]]
+    for branch in branches:
+        # one branch accepted the type and refused the value: that is the mistake
+        if not branch["type"].endswith("_type"):
+            return branch
+    expected = dict.fromkeys(_expectation(branch).removeprefix("must be ") for branch in branches)
+    return {**branches[0], "type": "union", "ctx": {"expected": " or ".join(expected)}}
 
 
-def explain(
+def explain_validation(
     error: Mapping[str, Any],
     model: type[BaseModel],
     path: Sequence[str | int],
@@ -64,183 +97,152 @@ def explain(
     known: Sequence[str],
     whole: str = "the recipe",
 ) -> str:
-    """One paragraph for a `first_error`.
+    """Write one paragraph for a `first_error`.
 
-    `path` is the table's place in the recipe, `owner` says whose table it is, `known` are the keys that it takes; `whole`
-    is what has the keys where the path is empty.
+    Args:
+        path: place of the table in the recipe.
+        owner: component that owns the table, as ` for kind "..." (from ...)`, or empty.
+        known: keys that the table takes.
+        whole: what has the keys if the path is empty.
     """
-    inside = error["loc"]
-    subject = f"{table_label(path, whole)}{_dotted(inside)}"
-    if error["type"] in ("extra_forbidden", "missing"):
-        table, key = table_label((*path, *inside[:-1]), whole), str(inside[-1])
-        if error["type"] == "missing":
-            return f'{table} needs the key "{key}"{owner}: {_meaning(model, inside)}.'
-        takes = known if len(inside) == 1 else _nested_keys(model, inside[:-1])
-        return unknown_key(table, key, owner, takes)
-    if error["type"] == "value_error":
-        return f"{subject}: {error['msg'].removeprefix('Value error, ').rstrip('.')}."
+    location = error["loc"]
+    kind = error["type"]
+    if kind in ("extra_forbidden", "missing"):
+        table = format_table((*path, *location[:-1]), whole)
+        key = str(location[-1])
+        if kind == "missing":
+            return f'{table} needs the key "{key}"{owner}: {_describe_type(model, location)}.'
+        takes = known if len(location) == 1 else _nested_keys(model, location[:-1])
+        return explain_unknown_key(table, key, owner, takes)
+    subject = f"{format_table(path, whole)}{_format_location(location)}"
+    if kind == "value_error":
+        return f"{subject}: {str(error['ctx']['error']).rstrip('.')}."
     came = error["input"]
+    suggestion = _suggest_choice(model, location, came)
+    return f"{subject} {_expectation(error)}; got {format_value(came)}.{suggestion}"
+
+
+def explain_unknown_key(table: str, key: str, owner: str, takes: Sequence[str]) -> str:
+    """Write the paragraph for a key that a table does not take."""
     return (
-        f"{subject} {_due(error['msg'])}; got {shown(came)}.{_nearest_choice(model, inside, came)}"
+        f'{table} has no key "{shorten(key)}"{owner}.{suggest(key, takes)} '
+        f"It takes: {', '.join(takes) or 'no keys'}."
     )
 
 
-def unknown_key(table: str, key: str, owner: str, takes: Sequence[str]) -> str:
-    """The paragraph for a key that a table does not take."""
-    return f'{table} has no key "{shorten(key)}"{owner}.{suggest(key, takes)} It takes: {", ".join(takes) or "no keys"}.'
-
-
-def shown(value: Any) -> str:
-    """A value as TOML would write it; a string is called one, because the quotes may be the mistake."""
+def format_value(value: Any) -> str:
+    """Format a value as TOML does, and name a string one: its quotes may be the mistake."""
     text = shorten(json.dumps(value, default=str, ensure_ascii=False))
     return f"{text} (a string)" if isinstance(value, str) else text
 
 
-def table_label(path: Sequence[str | int], whole: str = "the recipe") -> str:
-    """`[train.optimizer]`, or `whole` for what stands above all tables."""
+def format_table(path: Sequence[str | int], whole: str = "the recipe") -> str:
+    """Format a table's place as `[train.optimizer]`, or `whole` above all tables."""
     return f"[{'.'.join(map(str, path))}]" if path else whole
 
 
-def _type_of(schema: Mapping[str, Any]) -> str:
-    """`number > 0 or list of number > 0`, of a key's JSON schema."""
-    if "anyOf" in schema:
-        return " or ".join(
-            _type_of(branch) for branch in schema["anyOf"] if branch.get("type") != "null"
-        )
-    if "enum" in schema:
-        return " or ".join(json.dumps(choice) for choice in schema["enum"])
-    kind = schema.get("type", "object")
-    if kind == "array":
-        items = schema.get("prefixItems", [schema["items"]] if "items" in schema else [])
-        return "list of " + " and ".join(dict.fromkeys(_type_of(item) for item in items))
-    names = {"object": "table", "boolean": "true or false"}
-    # the limits that every count and number has would be noise in a list of keys
-    stated = {
-        bound: schema[bound]
-        for bound in _BOUNDS
-        if bound in schema and schema[bound] not in (COUNTS, LARGEST)
-    }
-    bounds = [f"{_BOUNDS[bound]} {value:g}" for bound, value in stated.items()]
-    return f"{names.get(kind, kind)} {' and '.join(bounds)}".rstrip()
+_EXPECTATIONS = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "string_type": "a string in quotes",
+    "bool_type": "true or false",
+    "finite_number": "a finite number",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "dataclass_type": "a table",
+    "union": "{expected}",
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "greater than or equal to {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "less than or equal to {le}",
+    "multiple_of": "a multiple of {multiple_of}",
+    "literal_error": "{expected}",
+}
+"""Type of a pydantic error -> what the value must be, with the entries of its `ctx`."""
 
 
-def _meanings(model: type[BaseModel]) -> dict[str, str]:
-    """The docstring under each key in the source of a model and of those that it extends, where there is source."""
-    found: dict[str, str] = {}
-    for owner in reversed(model.__mro__):
-        if issubclass(owner, BaseModel):
-            found |= _meanings_in(owner)
-    return found
-
-
-def _meanings_in(model: type[BaseModel]) -> Mapping[str, str]:
-    """The docstrings under the keys of this class itself; none for pydantic's own classes."""
-    if model.__module__.partition(".")[0] == "pydantic":
-        return {}
-    try:
-        file = inspect.getsourcefile(model)
-    except (TypeError, OSError):  # a class made at a prompt
-        return {}
-    return _meanings_of_file(file).get(model.__qualname__, {}) if file else {}
-
-
-@cache
-def _meanings_of_file(file: str) -> dict[str, dict[str, str]]:
-    """Class name -> key -> docstring. One parse per file: inspect.getsource parses it again for every class."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except (SyntaxError, ValueError):
-        return {}
-    found: dict[str, dict[str, str]] = {}
-    pending: list[tuple[str, ast.AST]] = [("", tree)]
-    while pending:
-        prefix, parent = pending.pop()
-        for node in ast.iter_child_nodes(parent):
-            if isinstance(node, ast.ClassDef):
-                found[prefix + node.name] = _documented(node.body)
-                pending.append((f"{prefix}{node.name}.", node))
-            elif isinstance(node, ast.FunctionDef):
-                pending.append((f"{prefix}{node.name}.<locals>.", node))
-    return found
-
-
-def _documented(body: Sequence[ast.stmt]) -> dict[str, str]:
-    """The string after each annotated name of a class body, in one line."""
-    return {
-        key.target.id: " ".join(str(text.value.value).split())
-        for key, text in pairwise(body)
-        if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name)
-        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    }
-
-
-def _is_union(model: type[BaseModel], inside: Sequence[str | int]) -> bool:
-    """pydantic puts the name of the branch behind the key of a union."""
-    known = model.model_fields.get(str(inside[0])) if len(inside) > 1 else None
-    if known is None or get_origin(known.annotation) not in (Union, UnionType):
-        return False
-    return len([branch for branch in get_args(known.annotation) if branch is not NoneType]) > 1
-
-
-def _unbranched(error: Mapping[str, Any]) -> dict[str, Any]:
-    return {**error, "loc": (error["loc"][0], *error["loc"][2:])}
-
-
-def _due(message: str) -> str:
-    """`Input should be a valid integer` -> `must be an integer`."""
-    text = (
-        message.replace("Input should be", "must be")
-        .replace("Input should have", "must have")
-        .replace("'", '"')
-    )
-    for valid, plain in {
-        "a valid integer": "an integer", "a valid number": "a number", "a valid string": "a string in quotes",
-        "a valid boolean": "true or false", "a finite number": "a finite number", "a valid array": "a list",
-        "a valid tuple": "a list", "a valid list": "a list", "an object": "a table",
-        "String must": "must", "Tuple must": "must", "List must": "must", "String should": "must",
-        "List should": "must", "Tuple should": "must",
-    }.items():  # fmt: skip
-        text = text.replace(valid, plain)
+def _expectation(error: Mapping[str, Any]) -> str:
+    """Format what was expected in place of the value, as `must be greater than 0`."""
+    context = {key: _format_limit(value) for key, value in error.get("ctx", {}).items()}
+    kind = error["type"]
+    if kind in _EXPECTATIONS:
+        return f"must be {_EXPECTATIONS[kind].format_map(context)}"
+    if kind in ("too_short", "string_too_short"):
+        return f"must have at least {_count(error, 'min_length')}"
+    if kind in ("too_long", "string_too_long"):
+        return f"must have at most {_count(error, 'max_length')}"
+    if kind == "string_pattern_mismatch":
+        return f"must match the pattern {context['pattern']}"
+    # any other type, which a plugin may use, in pydantic's own words
+    text = error["msg"].replace("Input should be", "must be").replace("'", '"')
     return text if text.startswith("must") else f"is not valid: {text[:1].lower()}{text[1:]}"
 
 
-def _nearest_choice(model: type[BaseModel], inside: Sequence[str | int], came: Any) -> str:
-    """The nearest of the words that a key may be, when it is a choice among words."""
-    known = model.model_fields.get(str(inside[0])) if len(inside) == 1 else None
-    choices = (
-        [choice for choice in get_args(known.annotation) if isinstance(choice, str)]
-        if known
-        else []
-    )
-    return suggest(came, choices) if isinstance(came, str) else ""
+def _format_limit(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST:
+        return str(int(value))
+    # pydantic writes choices as 'x' or 'y', TOML takes "x"
+    return str(value).replace("'", '"')
 
 
-def _meaning(model: type[BaseModel], inside: Sequence[str | int]) -> str:
-    annotation = model.model_fields[str(inside[0])].annotation if len(inside) == 1 else None
-    return (
-        f"a value of type {inspect.formatannotation(annotation)}"
-        if annotation
-        else "it has no default"
-    )
+def _count(error: Mapping[str, Any], limit: str) -> str:
+    """Format a limit of length with its unit, as `1 character` or `2 items`."""
+    number = error["ctx"][limit]
+    unit = "character" if error["type"].startswith("string") else "item"
+    return f"{number} {unit}{'' if number == 1 else 's'}"
 
 
-def _nested_keys(model: type[BaseModel], inside: Sequence[str | int]) -> list[str]:
-    """The keys of the table inside a component's table where pydantic met an unknown one."""
-    for key in inside:
+def _format_location(location: Sequence[str | int]) -> str:
+    """Format a key inside a table as ` sizes[0]` or ` clock.rates`; empty for the table itself."""
+    text = ""
+    for key in location:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}"
+    return text.replace(".", " ", 1)
+
+
+# ---------------------------------------------------------------------- fields of models
+
+
+def _is_in_union(model: type[BaseModel], location: Sequence[str | int]) -> bool:
+    """Whether pydantic put the branch of a union into the error's location, as its second part."""
+    field = model.model_fields.get(str(location[0])) if len(location) > 1 else None
+    if field is None or get_origin(field.annotation) not in (Union, UnionType):
+        return False
+    branches = [branch for branch in get_args(field.annotation) if branch is not NoneType]
+    return len(branches) > 1
+
+
+def _drop_branch(error: Mapping[str, Any]) -> dict[str, Any]:
+    return {**error, "loc": (error["loc"][0], *error["loc"][2:])}
+
+
+def _suggest_choice(model: type[BaseModel], location: Sequence[str | int], came: Any) -> str:
+    """Suggest the most similar of the strings that a key may be."""
+    field = model.model_fields.get(str(location[0])) if len(location) == 1 else None
+    if field is None or not isinstance(came, str):
+        return ""
+    choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+    return suggest(came, choices)
+
+
+def _describe_type(model: type[BaseModel], location: Sequence[str | int]) -> str:
+    annotation = model.model_fields[str(location[0])].annotation if len(location) == 1 else None
+    if annotation is None:
+        return "it has no default"
+    return f"a value of type {inspect.formatannotation(annotation)}"
+
+
+def _nested_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """List the keys of a table inside a component's table."""
+    for key in location:
         if isinstance(key, int) or key not in model.model_fields:
             continue
         annotation = model.model_fields[key].annotation
-        models = [
-            kind
-            for kind in (annotation, *get_args(annotation))
-            if isinstance(kind, type) and issubclass(kind, BaseModel)
-        ]
-        model = models[0] if models else model
+        for kind in (annotation, *get_args(annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                model = kind
+                break
     return list(model.model_fields)
-
-
-def _dotted(inside: Sequence[str | int]) -> str:
-    """` sizes[0]`, ` clock.rates`: a key inside a table; nothing for the table itself."""
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in inside).replace(
-        ".", " ", 1
-    )

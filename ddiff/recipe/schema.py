@@ -1,4 +1,8 @@
-"""What a recipe may hold: the keys above its tables, and each table's owner, keys and slots."""
+"""Schema of a recipe: the top-level keys, and for each table its component, engine keys and slots.
+
+`TABLES` is the one list of what a recipe holds. The fields of `Recipe`, their order in a written
+recipe, and the messages about unknown names follow from it.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,11 @@ from ddiff.plugin.config import (
     Seed,
 )
 
-NAME_BYTES = 200  # of a file name: systems take 255, and ddiff writes others beside it (.NAME.lock, NAME.part)
-PATH_BYTES = 3800  # of a whole path: systems take 4096, and checkpoints lie two folders below
+NAME_BYTES = 200
+"""Largest size of a file name. Systems take 255, and ddiff adds endings (.NAME.lock, NAME.part)."""
+
+PATH_BYTES = 3800
+"""Largest size of a whole path. Systems take 4096, and checkpoints lie two folders below."""
 
 Processes = Annotated[int, Field(gt=0, le=1024)]
 """Processes on one machine."""
@@ -29,88 +36,92 @@ Threads = Annotated[int, Field(ge=0, le=256)]
 """Threads of one process."""
 
 
+# ---------------------------------------------------------------------- keys that the engine reads
+
+
 class TopLevelKeys(ComponentConfig):
-    """The keys above all tables."""
+    """Keys above all tables."""
 
     name: str = Field(min_length=1)
     seed: Seed = 0
     run_dir: str = ""
-    """Where the run is written; `runs/<name>` when it is left out."""
+    """Directory of the run; by default `runs/<name>`."""
     plugins: tuple[str, ...] = ()
 
     @field_validator("name")
     @classmethod
-    def _is_no_path(cls, name: str) -> str:
+    def _check_name(cls, name: str) -> str:
         if name in (".", "..") or not name.isprintable() or set(name) & set("/\\"):
             raise ValueError(
-                f"a name is no path: it takes no slash, backslash or control character; got {name!r}. "
-                "Say with run_dir where the run is written"
+                "a name cannot be a path: it takes no slash, backslash or control character; got "
+                f"{name!r}. Say with run_dir where the run is written"
             )
         _check_path("name", name)
         return name
 
     @field_validator("run_dir")
     @classmethod
-    def _can_be_a_path(cls, run_dir: str) -> str:
+    def _check_run_dir(cls, run_dir: str) -> str:
         _check_path("run_dir", run_dir)
         return run_dir
 
 
 def _check_path(key: str, path: str) -> None:
-    """Raises ValueError for what no file system takes as a path."""
+    """Raise ValueError for a path that no file system takes."""
     if not path.isprintable():
         raise ValueError(f"{key} takes no control characters; got {shorten(path)!r}")
     longest = max(path.split("/"), key=lambda part: len(os.fsencode(part)))
-    if len(os.fsencode(longest)) > NAME_BYTES:
+    size = len(os.fsencode(longest))
+    if size > NAME_BYTES:
         raise ValueError(
-            f"{key} must have at most {NAME_BYTES} bytes between slashes, since it names a folder; got "
-            f"{len(os.fsencode(longest))} bytes, {shorten(longest)!r}"
+            f"{key} must have at most {NAME_BYTES} bytes between slashes, since it names a folder; "
+            f"got {size} bytes, {shorten(longest)!r}"
         )
-    if len(os.fsencode(path)) > PATH_BYTES:
-        raise ValueError(
-            f"{key} must have at most {PATH_BYTES} bytes; got {len(os.fsencode(path))}"
-        )
+    size = len(os.fsencode(path))
+    if size > PATH_BYTES:
+        raise ValueError(f"{key} must have at most {PATH_BYTES} bytes; got {size}")
 
 
 class DataKeys(ComponentConfig):
-    """What the engine reads in [data]."""
+    """Keys of the engine in [data]."""
 
     length: PositiveInt
     """Tokens in a row."""
 
 
 class DenoiserKeys(ComponentConfig):
-    """What the engine reads in [denoiser], beside the head's own table."""
+    """Keys of the engine in [denoiser], in addition to the head's own table."""
 
     given: Literal["rest", "all"] = "rest"
-    """What the law of a visible position is trained to know: the rest of the sequence, or its own state too (plain
-    cross-entropy at visible rows); the engine divides own evidence out of the latter. A head with a reading ignores it."""
+    """Observations that the predicted distribution at a visible position is conditioned on.
+
+    "rest": the other positions; "all": its own state too (plain cross-entropy at visible rows), and
+    the engine divides that evidence out. Ignored by a head with its own parameterization."""
 
 
 class InitKeys(ComponentConfig):
-    """[train] init: whose weights this run starts with, another run's or a model's of the transformers library."""
+    """[train] init: initial weights, of another run or of a model of the transformers library."""
 
     run: str | None = Field(None, min_length=1)
-    """The directory of another run."""
+    """Directory of another run."""
     model: str | None = Field(None, min_length=1)
-    """In place of a run: a directory or hub name, whose input embeddings become those of the words."""
+    """In place of a run: a directory or hub name, whose input embeddings initialise the tokens'."""
     parts: Literal["all", "embeddings"] = "all"
-    """All weights of that run, or its embeddings of states alone."""
+    """All weights of that run, or only its embeddings of states."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> InitKeys:
-        if (self.run is None) == (self.model is None):
-            came = (
-                "neither" if self.run is None else f"run = {self.run!r} and model = {self.model!r}"
-            )
-            raise ValueError(
-                f'name either "run", or "model", whose embeddings are taken; got {came}'
-            )
-        return self
+    def _check_one_source(self) -> InitKeys:
+        if self.run is None and self.model is None:
+            came = "neither"
+        elif self.run is not None and self.model is not None:
+            came = f"run = {self.run!r} and model = {self.model!r}"
+        else:
+            return self
+        raise ValueError(f'name either "run", or "model", whose embeddings are taken; got {came}')
 
 
 class TrainKeys(ComponentConfig):
-    """[train], beside the optimizer's own table."""
+    """Keys of [train], in addition to the optimizer's own table."""
 
     steps: PositiveInt
     batch: PositiveInt
@@ -119,7 +130,7 @@ class TrainKeys(ComponentConfig):
     """Steps in which the learning rate rises linearly."""
     schedule: Literal["cosine", "constant"] = "cosine"
     floor: Probability = 0.1
-    """The share of the learning rate at which the cosine ends."""
+    """Share of the learning rate at which the cosine ends."""
     clip: PositiveFloat = 1.0
     """Largest norm of the whole gradient."""
     accumulate: PositiveInt = 1
@@ -127,103 +138,128 @@ class TrainKeys(ComponentConfig):
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 200
     keep: PositiveInt = 2
-    """Newest checkpoints that are kept."""
+    """Number of checkpoints that are kept, the newest ones."""
     prefix: Probability = 0.0
-    """The share of the training rows whose first tokens, uniformly many, are shown clean and not scored: prompts."""
+    """Share of training rows with a prompt, whose tokens stay clean and do not count in the loss.
+
+    Its length is drawn uniformly."""
     init: InitKeys | None = None
     """Start with the weights of another run on the same tokenizer (fine-tuning)."""
     ema: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Keep a moving average of the weights with this decay, such as 0.9999, and evaluate it; 0: none."""
+    """Decay of the exponential moving average of the weights, such as 0.9999; 0: none is kept."""
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> TrainKeys:
+    def _check_batch_divides(self) -> TrainKeys:
         if self.batch % self.accumulate:
             raise ValueError(
-                f"batch must be a multiple of accumulate; got batch = {self.batch}, accumulate = {self.accumulate}"
+                "batch must be a multiple of accumulate; got "
+                f"batch = {self.batch}, accumulate = {self.accumulate}"
             )
         return self
 
 
 class BackendKeys(ComponentConfig):
-    """What the engine reads in [backend]."""
+    """Keys of the engine in [backend]."""
 
     device: str = "auto"
     processes: Processes = 1
-    """Processes on this machine, each with its share of [train] batch; more than one with kind = "ddp" or "fsdp"."""
+    """Processes on this machine, each with its share of [train] batch.
+
+    More than one needs kind = "ddp" or "fsdp"."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; weights, laws and sums are float32 at least. "auto": bfloat16 on a GPU, float32 on the CPU."""
+    """Precision of matrix products; weights, distributions and sums are float32 at least.
+
+    "auto": bfloat16 on a GPU, float32 on the CPU."""
     compile: bool = False
-    """Compile the blocks of the trunk (torch.compile); the first step then takes a minute or so."""
+    """Compile the blocks of the backbone (torch.compile); the first step takes about a minute."""
     workers: Threads = 1
-    """Threads that read batches ahead of the step that asks for them; 0: none. No bit depends on it."""
+    """Threads that read batches ahead of their step; 0: none. Results do not depend on it."""
     activation_checkpointing: bool = False
-    """Keep of each block its input alone and compute the rest again in the backward: less memory, more work."""
+    """Keep only the input of each block and recompute the rest in backward, to save memory."""
 
 
 class EvaluateKeys(ComponentConfig):
-    """[evaluate]: the bound on the validation rows."""
+    """Keys of [evaluate]: the likelihood bound on the validation rows."""
 
     every: PositiveInt | None = None
-    """Steps between evaluations while training, logged and shown; without it the run is evaluated at its end only."""
+    """Steps between evaluations during training; by default only the end is evaluated."""
     batch: PositiveInt = 64
     window: tuple[float, float] = (1e-3, 0.999)
-    """Shares of tau between which the diffusion term is integrated; the two end terms cover the rest."""
+    """Shares of tau between which the diffusion term is integrated.
+
+    The two end terms of the bound cover the rest."""
     draws: PositiveInt = 1
-    """Times drawn per row; two or more tell the error of the estimate from the differences between documents."""
+    """Times drawn per row; with two or more, the differences between documents give the error."""
     rows: PositiveInt | None = None
-    """How many rows are read, spread evenly over the validation text; all if not given."""
+    """Number of rows, spread evenly over the validation text; by default all."""
     seed: Seed = 0
     weights: Literal["auto", "ema", "trained"] = "auto"
-    """Which weights are evaluated, sampled and loaded; "auto": the average where [train] ema keeps one."""
+    """Weights to evaluate, sample and load; "auto": the moving average if [train] ema keeps one."""
 
     @model_validator(mode="after")
-    def _window_is_inside(self) -> EvaluateKeys:
+    def _check_window(self) -> EvaluateKeys:
         start, stop = self.window
         if not 0.0 <= start < stop <= 1.0:
             raise ValueError(
-                f"window must be two shares of tau with 0 <= start < stop <= 1; got [{start}, {stop}]"
+                "window must be two shares of tau with 0 <= start < stop <= 1; got "
+                f"[{start}, {stop}]"
             )
         return self
 
 
 class SampleKeys(ComponentConfig):
-    """[sample], beside the sampler's own table."""
+    """Keys of [sample], in addition to the sampler's own table."""
 
     steps: PositiveInt = 64
     count: PositiveInt = 8
     batch: PositiveInt = 8
     seed: Seed = 0
     conditions: dict[str, NonNegativeInt | tuple[float, ...]] = Field(default_factory=dict)
-    """What the network is told, of [denoiser] conditions: a label, or a vector."""
+    """Values of [denoiser] conditions that the network is conditioned on: a label, or a vector."""
     guidance: NonNegativeFloat = 1.0
-    """1: the law under the conditions; 0: the law without; above 1: more of them (classifier-free guidance)."""
+    """Weight of classifier-free guidance.
+
+    0: unconditional; 1: off; above 1: follow the conditions more closely."""
+
+
+# ---------------------------------------------------------------------- tables
 
 
 class Slot(NamedTuple):
-    """A place that names a component: its kind, and the name it has when the recipe gives none."""
+    """A place that names a component: its kind, and the name it has if the recipe gives none."""
 
     kind: str
     default: str | None
 
 
 class Table(NamedTuple):
-    """A table of a recipe: the keys that the engine reads, whose the others are, and its slots."""
+    """A table of a recipe: keys of the engine, the component that owns the others, and slots."""
 
     component: Slot | None = None
     keys: type[ComponentConfig] | None = None
     slots: Mapping[str, Slot] = {}
-    optional: bool = False
+    is_optional: bool = False
 
     def engine_keys(self) -> list[str]:
+        """Names that do not belong to the table's component: slots and keys of the engine."""
         return [*self.slots, *(self.keys.model_fields if self.keys else ())]
+
+    def has_default(self) -> bool:
+        """Whether a recipe may leave the table out."""
+        if self.is_optional:
+            return True
+        if self.component is not None and self.component.default is None:
+            return False
+        fields = self.keys.model_fields.values() if self.keys else ()
+        return not any(field.is_required() for field in fields)
 
 
 TABLES: dict[str, Table] = {
     "data": Table(Slot("dataset", None), DataKeys),
     "tokenizer": Table(Slot("tokenizer", None)),
     "vocabulary": Table(Slot("vocabulary", None)),
-    "process": Table(Slot("process", None), optional=True),
-    "denoiser": Table(Slot("backbone", None), DenoiserKeys, slots={"head": Slot("head", "tokens")}),
+    "process": Table(Slot("process", None), is_optional=True),
+    "denoiser": Table(Slot("backbone", None), DenoiserKeys, {"head": Slot("head", "tokens")}),
     "objective": Table(
         Slot("objective", "nelbo"),
         slots={"loss": Slot("training_loss", "elbo"), "times": Slot("time_rule", "flat")},
@@ -235,10 +271,35 @@ TABLES: dict[str, Table] = {
     "tracker": Table(Slot("tracker", "none")),
 }
 
-SLOTS: dict[tuple[str, ...], Slot] = {
-    **{(name,): table.component for name, table in TABLES.items() if table.component},
-    **{(name, key): slot for name, table in TABLES.items() for key, slot in table.slots.items()},
-}
-"""Every place in a recipe that names a component."""
+TablePath = tuple[str, ...]
+"""Place of a component: `("process",)`, or `("train", "optimizer")` for a slot."""
+
+
+def _list_slots() -> dict[TablePath, Slot]:
+    slots: dict[TablePath, Slot] = {}
+    for name, table in TABLES.items():
+        if table.component is not None:
+            slots[name,] = table.component
+        for key, slot in table.slots.items():
+            slots[name, key] = slot
+    return slots
+
+
+SLOTS: dict[TablePath, Slot] = _list_slots()
+"""Every place in a recipe that names a component, in the order of the tables."""
 
 TOP_LEVEL = [*TopLevelKeys.model_fields, "extends", *TABLES]
+"""Every name that may stand above or begin a table."""
+
+
+def component_field(path: TablePath) -> str:
+    """Name of the field of `Recipe` that holds the component at a place: the last part of it."""
+    return path[-1]
+
+
+def keys_field(table: str) -> str:
+    """Name of the field of `Recipe` that holds the engine's keys of a table.
+
+    It is the table's name, with `_keys` if that name is taken by the table's component.
+    """
+    return table if TABLES[table].component is None else f"{table}_keys"

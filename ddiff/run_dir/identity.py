@@ -61,8 +61,8 @@ class Difference(NamedTuple):
         return f"{self.key}: was {was}, is {now}"
 
 
-def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested tables by dotted keys."""
+def flatten_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested tables to a dict by dotted keys."""
     return dict(_leaves(tree, prefix))
 
 
@@ -88,7 +88,7 @@ def check_recipe(
     trained = state.get("made_with", {}).get("recipe")
     if trained is None:
         return  # a checkpoint of a version that recorded none
-    now = dotted(recipe)
+    now = flatten_keys(recipe)
     keys = [key for key in dict.fromkeys([*trained, *now]) if _counts(key, training)]
     differing = [
         Difference(key, trained.get(key), now.get(key))

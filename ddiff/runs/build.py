@@ -81,7 +81,7 @@ def build_backend(recipe: Recipe) -> Backend:
 
 def check_backend(recipe: Recipe) -> None:
     """Refuse what can be known to fail without starting processes."""
-    if recipe.backend.declares("several"):
+    if recipe.backend.members.is_distributed:
         device_named(recipe.backend_keys.device)
     else:
         build_backend(recipe).close()
@@ -91,7 +91,7 @@ def backend_alone(recipe: Recipe) -> Backend:
     """For a trained run, which one process asks, however many trained it."""
     return (
         SingleBackend(recipe.backend_keys.device)
-        if recipe.backend.declares("several")
+        if recipe.backend.members.is_distributed
         else _backend(recipe, 1)
     )
 
@@ -117,7 +117,7 @@ def build_precision(recipe: Recipe) -> torch.dtype | None:
 def build_process(recipe: Recipe, vocabulary: Vocabulary) -> ForwardProcess | None:
     """None where the recipe has none and its objective wants none."""
     if recipe.process is None:
-        if not recipe.objective.wants("process"):
+        if not recipe.objective.takes_input("process"):
             return None
         raise ArgumentError(
             f'{recipe.name}: [objective] kind = "{recipe.objective.component.name}" needs a [process].'
@@ -130,7 +130,9 @@ def build_denoiser(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:
     backbone = recipe.denoiser.build(vocabulary=vocabulary, length=recipe.length)
     assert recipe.head is not None
     denoiser = Denoiser(
-        backbone, recipe.head.build(vocabulary=vocabulary, width=backbone.width), recipe.given
+        backbone,
+        recipe.head.build(vocabulary=vocabulary, width=backbone.width),
+        recipe.denoiser_keys.given,
     )
     denoiser.precision = build_precision(recipe)
     return denoiser

@@ -18,7 +18,8 @@ from ddiff import __version__
 from ddiff.atomic import NO_LOCKS, lock_file, original_name, write_atomic
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import ArgumentError, CheckpointError, DdiffError, find_disk_full
-from ddiff.recipe.model import Recipe, changed_keys, parse_recipe
+from ddiff.recipe.model import Recipe, diff_recipes
+from ddiff.recipe.resolve import parse_recipe
 from ddiff.run_dir.destination import within_checkpoints
 from ddiff.run_dir.files import (
     CHECKPOINTS,
@@ -69,11 +70,11 @@ def check_directory(directory: Path, recipe: Recipe, given: Overrides, fresh: bo
         return  # without a checkpoint there is nothing to lose: a run that died at its first step may be mended
     check_recorded(directory, newest.state, training=True)
     old = _read_recorded(directory)
-    changed = [change for change in changed_keys(old, recipe.to_dict()) if not _continues(*change)]
+    changed = [change for change in diff_recipes(old, recipe.to_dict()) if not _continues(*change)]
     was_given = given_in(newest.state)
     if was_given is None:
         was_given = read_json(directory / ENVIRONMENT).get("given", {})
-    changed += [(f"given {key}", a, b) for key, a, b in changed_keys(was_given, given.to_dict())]
+    changed += [(f"given {key}", a, b) for key, a, b in diff_recipes(was_given, given.to_dict())]
     if [key for key, _, _ in changed] == ["train.steps"]:
         raise CheckpointError(_fewer_steps(directory, *changed[0][1:]))
     if changed:
@@ -133,8 +134,8 @@ def check_fresh(directory: Path, recipe: Recipe) -> None:
 
 def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """The local paths that a recipe reads, each after the table that names it."""
-    for place, part in recipe.parts().items():
-        for path in part.reads():
+    for place, part in recipe.components().items():
+        for path in part.input_paths():
             if "://" not in path:
                 yield place, path
     init = recipe.train.init
@@ -144,7 +145,7 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def tracked_names(recipe: Recipe) -> tuple[str, ...]:
     """Names in a run directory that the recipe's tracker writes: the attribute `writes` of the component."""
-    return tuple(getattr(recipe.tracker.component.load(), "writes", ()))
+    return recipe.tracker.members.writes
 
 
 def print_foreign(directory: Path, recipe: Recipe) -> None:

@@ -50,12 +50,12 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:
 
 def _check_files(recipe: Recipe) -> None:
     """Raises DataError for a path or glob that finds no file."""
-    for part in recipe.parts().values():
-        patterns = part.reads()
+    for part in recipe.components().values():
+        patterns = part.input_paths()
         if patterns:
             from ddiff.data.paths import find_files
 
-            with part.blamed(), _told_of(part.table):
+            with part.prefix_errors(), _told_of(part.table):
                 for pattern in patterns:
                     find_files(pattern)
 

@@ -15,7 +15,7 @@ from ddiff.data.tokenizer import Tokenizer, load_tokenizer
 from ddiff.errors import ArgumentError, CheckpointError, DataError
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.embedding import StateEmbedding
-from ddiff.recipe.model import read_recipe
+from ddiff.recipe.resolve import read_recipe
 from ddiff.recipe.schema import InitKeys
 from ddiff.run_dir.files import CHECKPOINTS, RECIPE, TOKENIZER, VOCABULARY
 from ddiff.run_dir.identity import check_fingerprints, check_recorded

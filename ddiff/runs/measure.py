@@ -25,7 +25,8 @@ from ddiff.data.packing import Rows, batch_rows, pack_ids
 from ddiff.data.tokenizer import AlphabetTokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import UNPADDED, Context, Denoiser
-from ddiff.recipe.model import Recipe, parse_recipe
+from ddiff.recipe.model import Recipe
+from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.build import Overrides, build_backend, build_objective, outlined
 from ddiff.runs.cost import (
     TRAINING,
@@ -412,7 +413,7 @@ def _blank_objective(run: Run) -> Objective:
         name: value for name, value in run.denoiser.head.state_dict().items() if name != "table"
     }
     head.load_state_dict(biases, strict=False)
-    blank = Denoiser(Blank(), head, run.recipe.given).to(run.backend.device)
+    blank = Denoiser(Blank(), head, run.recipe.denoiser_keys.given).to(run.backend.device)
     return build_objective(run.recipe, run.process, blank)
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
 from ddiff.errors import ArgumentError, CheckpointError
-from ddiff.recipe.model import Recipe, parse_recipe
+from ddiff.recipe.model import Recipe
+from ddiff.recipe.resolve import parse_recipe
 from ddiff.run_dir.files import (
     CHECKPOINTS,
     ENVIRONMENT,

@@ -49,6 +49,7 @@ from ddiff.nn.denoiser import Denoiser
 from ddiff.plugin.config import COUNTS
 from ddiff.progress import progress
 from ddiff.recipe.model import Recipe
+from ddiff.recipe.resolve import configure_sampler
 from ddiff.run_dir.files import CHECKPOINTS
 from ddiff.run_dir.identity import (
     DATA,
@@ -56,7 +57,7 @@ from ddiff.run_dir.identity import (
     check_fingerprints,
     check_noising,
     differing_fingerprints,
-    dotted,
+    flatten_keys,
 )
 from ddiff.runs.build import (
     Overrides,
@@ -301,7 +302,7 @@ class Run:
             origins=recipe.origins(),
             fingerprints=self.fingerprints(),
             made_with={
-                "recipe": dotted(recipe.to_dict()),
+                "recipe": flatten_keys(recipe.to_dict()),
                 "given": self.given.to_dict(),
                 "noising": noising_of(self.process),
             },
@@ -557,7 +558,7 @@ class Run:
                     "run.sample: steps and settings belong to samplers by kind; a sampler object has its own."
                 )
             return sampler
-        part = self.recipe.sampler_part(sampler, settings)
+        part = configure_sampler(self.recipe, sampler, settings)
         return part.build(steps=_or(steps, self.recipe.sample.steps), vocabulary=self.vocabulary)
 
     def _drawn(

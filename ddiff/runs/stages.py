@@ -18,7 +18,8 @@ from ddiff.distributed.launcher import place
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
-from ddiff.recipe.model import Recipe, read_recipe
+from ddiff.recipe.model import Recipe
+from ddiff.recipe.resolve import read_recipe
 from ddiff.run_dir.destination import check_destination, write_text
 from ddiff.run_dir.files import (
     ENVIRONMENT,

@@ -33,7 +33,7 @@ def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
     documents = build_documents(recipe, cache)
     tokenizer = recipe.tokenizer.build(documents=documents, cache=cache)
     began = time.time()
-    with recipe.data.blamed():
+    with recipe.data.prefix_errors():
         made = load_or_build_shards(documents, tokenizer, cache)
         check_repetitions(documents, made)
         streams = {part: made.stream(part) for part in (TRAIN, VALIDATION)}

@@ -20,7 +20,8 @@ from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.heads import TokenHead
 from ddiff.plugin.loader import Survey, load_plugins, survey_plugins
 from ddiff.plugin.registry import Component, Registry
-from ddiff.recipe.model import ComponentSpec, component_part
+from ddiff.recipe.model import ComponentSpec
+from ddiff.recipe.resolve import configure_component
 from ddiff.testing.denoiser import check_denoiser
 from ddiff.testing.head import check_head
 from ddiff.testing.process import check_parts, check_process
@@ -108,7 +109,9 @@ def small_vocabularies() -> list[Vocabulary]:
 
 
 def _instances(component: Component, settings: Sequence[str]) -> list[Instance]:
-    return INSTANCES[component.kind](component, component_part(component, settings), bool(settings))
+    return INSTANCES[component.kind](
+        component, configure_component(component, settings), bool(settings)
+    )
 
 
 def _processes(component: Component, part: ComponentSpec, configured: bool) -> list[Instance]:

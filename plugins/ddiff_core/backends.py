@@ -33,7 +33,7 @@ class DataParallel:
     Under torchrun the number of processes is torchrun's.
     """
 
-    several = True
+    is_distributed = True
 
     @staticmethod
     def build(config: ComponentConfig, *, device: str, processes: int) -> Backend:
@@ -50,7 +50,7 @@ class FullySharded:
     Under torchrun the number of processes is torchrun's.
     """
 
-    several = True
+    is_distributed = True
 
     @staticmethod
     def build(

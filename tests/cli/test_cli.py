@@ -15,7 +15,8 @@ import ddiff
 from ddiff.cli import app, main
 from ddiff.plugin.loader import installed_plugins, survey_plugins
 from ddiff.plugin.registry import KINDS
-from ddiff.recipe.model import read_recipe, shipped_recipes
+from ddiff.recipe.resolve import read_recipe
+from ddiff.recipe.sources import find_shipped_recipes
 
 HEAVY = ("torch", "transformers", "datasets", "wandb", "torchmetrics", "faiss", "numpy")
 PROBE = """
@@ -201,13 +202,13 @@ def test_a_broken_plugin_is_listed_with_its_reason_and_hides_no_other(capsys, di
 def test_recipes_lists_every_shipped_recipe_with_its_first_line(capsys):
     _, out, _ = call(capsys, "recipes")
     lines = dict(line.split("  ", 1) for line in out.splitlines())
-    assert [name.strip() for name in lines] == list(shipped_recipes())
+    assert [name.strip() for name in lines] == list(find_shipped_recipes())
     assert all(text.strip().endswith(".") for text in lines.values())
 
 
 def test_every_shipped_recipe_resolves_and_reads_back_as_itself(capsys, tmp_path):
-    assert {"hdlm_small", "hdlm_three_level", "mdlm_small"} <= set(shipped_recipes())
-    for name in shipped_recipes():
+    assert {"hdlm_small", "hdlm_three_level", "mdlm_small"} <= set(find_shipped_recipes())
+    for name in find_shipped_recipes():
         code, out, err = call(capsys, "run", name, "--dry-run")
         if (
             name == "paper/hdlm_small_64_embeddings"
@@ -223,7 +224,7 @@ def test_every_shipped_recipe_resolves_and_reads_back_as_itself(capsys, tmp_path
 
 def test_a_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    call(capsys, "run", sorted(shipped_recipes())[0], "--dry-run")
+    call(capsys, "run", sorted(find_shipped_recipes())[0], "--dry-run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -260,7 +261,7 @@ def test_an_unknown_option_also_exits_with_two(capsys):
 def runs(monkeypatch: pytest.MonkeyPatch) -> list:
     """Stand-ins for the modules that do the work; they note what they are called with."""
     calls: list = []
-    module = ModuleType("ddiff.runs")
+    module = ModuleType("ddiff.runs.stages")
     module.run_recipe = lambda recipe, *, fresh: (
         calls.append(("run", recipe.name, recipe.train.steps, fresh)) or 130
     )  # type: ignore[attr-defined]
@@ -268,7 +269,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list:
     module.sample_run = lambda run_dir, **options: calls.append(("sample", run_dir, options))  # type: ignore[attr-defined]
     command = ModuleType("ddiff.testing.check_command")
     command.check = lambda name, settings: calls.append(("check", name, settings)) or 1  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "ddiff.runs", module)
+    monkeypatch.setitem(sys.modules, "ddiff.runs.stages", module)
     monkeypatch.setitem(sys.modules, "ddiff.testing.check_command", command)
     return calls
 

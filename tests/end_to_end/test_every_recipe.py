@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ddiff
-from ddiff.recipe.model import shipped_recipes
+from ddiff.recipe.sources import find_shipped_recipes
 
 RECIPES = [
     "ar_small",
@@ -61,7 +61,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_these_are_all() -> None:
-    assert sorted(name for name in shipped_recipes() if not name.startswith("paper/")) == RECIPES
+    assert (
+        sorted(name for name in find_shipped_recipes() if not name.startswith("paper/")) == RECIPES
+    )
     assert len(RECIPES) == 14
 
 

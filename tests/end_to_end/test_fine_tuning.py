@@ -13,7 +13,7 @@ from small import FLAT, working_in
 import ddiff as api
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import ArgumentError, RecipeError
-from ddiff.recipe.model import read_recipe
+from ddiff.recipe.resolve import read_recipe
 from ddiff.runs.build import Overrides
 from ddiff.runs.run import build_run
 

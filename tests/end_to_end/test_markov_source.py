@@ -40,7 +40,8 @@ from ddiff.core.times import FlatTimes
 from ddiff.evaluation.likelihood import Evaluation
 from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import TokenHead
-from ddiff.recipe.model import Recipe, parse_recipe
+from ddiff.recipe.model import Recipe
+from ddiff.recipe.resolve import parse_recipe
 
 RECIPE = """
 name = "markov"

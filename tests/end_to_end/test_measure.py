@@ -10,7 +10,7 @@ import torch
 from small import RECIPE
 
 from ddiff.errors import ArgumentError, DataError
-from ddiff.recipe.model import parse_recipe
+from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs import cost
 from ddiff.runs.cost import Footprint, Parameters, counted, num_bytes
 from ddiff.runs.measure import Measurement, measure

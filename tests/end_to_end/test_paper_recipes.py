@@ -15,12 +15,14 @@ import torch
 import ddiff
 import ddiff.runs.initial_weights
 from ddiff.core.rng import CounterRng
-from ddiff.recipe.model import changed_keys, read_recipe, shipped_recipes
+from ddiff.recipe.model import diff_recipes
+from ddiff.recipe.resolve import read_recipe
+from ddiff.recipe.sources import find_shipped_recipes
 from ddiff.runs.build import Overrides, build_denoiser
 from ddiff.runs.directory import record
 from ddiff.runs.run import build_run
 
-PAPER = sorted(name for name in shipped_recipes() if name.startswith("paper/"))
+PAPER = sorted(name for name in find_shipped_recipes() if name.startswith("paper/"))
 WIDTH, LENGTH, WORDS = 32, 16, 300
 SMALL = [
     f'data={{kind="text", files=["train.txt"], validation=["validation.txt"], length={LENGTH}}}',
@@ -95,7 +97,7 @@ def test_a_paper_recipe_asks_its_device_nothing_in_a_step(name: str, place: Path
 def test_a_paper_recipe_trains_a_step_with_everything_but_its_sizes(name: str, place: Path) -> None:
     recipe = read_recipe(name, small(name))
     published = read_recipe(name)
-    changed = {key for key, _, _ in changed_keys(published.to_dict(), recipe.to_dict())}
+    changed = {key for key, _, _ in diff_recipes(published.to_dict(), recipe.to_dict())}
     assert not {
         key
         for key in changed

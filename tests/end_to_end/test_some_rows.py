@@ -10,7 +10,7 @@ import pytest
 from small import RECIPE
 
 from ddiff.data.packing import batch_rows
-from ddiff.recipe.model import parse_recipe
+from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.build import Overrides
 from ddiff.runs.run import Run, build_run
 

@@ -8,7 +8,7 @@ import pytest
 from scripts import EXAMPLES
 
 import ddiff
-from ddiff.recipe.model import parse_recipe
+from ddiff.recipe.resolve import parse_recipe
 
 README = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
 

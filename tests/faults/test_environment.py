@@ -148,14 +148,14 @@ def test_errors_of_python_are_told_in_words(
     def broken() -> None:
         raise error
 
-    monkeypatch.setattr("ddiff.recipe.model.shipped_recipes", broken)
+    monkeypatch.setattr("ddiff.recipe.sources.find_shipped_recipes", broken)
     assert expected in refusal(called(capsys, "recipes"))
 
 
 def test_an_error_of_ours_keeps_its_traceback_and_says_where_to_send_it(
     monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr("ddiff.recipe.model.shipped_recipes", lambda: 1 / 0)
+    monkeypatch.setattr("ddiff.recipe.sources.find_shipped_recipes", lambda: 1 / 0)
     code, _, err = called(capsys, "recipes")
     assert code == 1
     assert "ZeroDivisionError" in err

@@ -17,7 +17,7 @@ from ddiff.data.packing import pack_texts
 from ddiff.data.sources import open_file_source
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
-from ddiff.recipe.model import parse_recipe
+from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.build import Overrides
 from ddiff.runs.prompts import infill, prompt, read_prompts, templates_of
 from ddiff.runs.run import Run, build_run

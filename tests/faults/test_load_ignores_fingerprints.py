@@ -16,9 +16,9 @@ from tiny_run import RECIPE, Command, files, is_refusal
 import ddiff as api
 from ddiff.checkpoint.atomic_folder import newest_state
 from ddiff.errors import CheckpointError
-from ddiff.recipe.model import parse_recipe
+from ddiff.recipe.resolve import parse_recipe
 from ddiff.recipe.toml import write_toml
-from ddiff.run_dir.identity import check_recorded, dotted
+from ddiff.run_dir.identity import check_recorded, flatten_keys
 
 MEANING = ("process", "denoiser", "objective", "tokenizer", "vocabulary")
 FREE = {
@@ -43,7 +43,7 @@ def tree(text: str) -> dict[str, Any]:
 
 
 def changed(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A copy of nested tables with another value at a dotted key; None: without the key."""
+    """A copy of nested tables with another value at a flatten_keys key; None: without the key."""
     copy = json.loads(json.dumps(tree))
     place = copy
     *tables, last = key.split(".")
@@ -70,7 +70,7 @@ def another(value: Any) -> Any:
 
 
 def mutations(text: str) -> Iterator[tuple[str, Any]]:
-    for key, value in dotted(tree(text)).items():
+    for key, value in flatten_keys(tree(text)).items():
         if key.startswith(tuple(f"{table}." for table in MEANING)) or key in (
             "data.length",
             "seed",

@@ -9,7 +9,7 @@ import pytest
 from commands import TINY, called, entries, place, refusal
 
 from ddiff.errors import RecipeError
-from ddiff.recipe.model import read_recipe
+from ddiff.recipe.resolve import read_recipe
 from ddiff.recipe.toml import read_settings, read_toml
 
 __all__ = ["place"]
@@ -200,7 +200,9 @@ def test_odd_settings_are_refused(setting: str, place: Path, capsys) -> None:
 
 
 def test_a_value_over_several_lines_is_one_value() -> None:
-    assert read_settings(["data.files=[\n'a',\n'b']"], "x").tree == {"data": {"files": ["a", "b"]}}
+    assert read_settings(["data.files=[\n'a',\n'b']"], "x").values == {
+        "data": {"files": ["a", "b"]}
+    }
 
 
 @pytest.mark.parametrize("value", ["a/😀", '"a/😀"', "naïve", "日本"])
@@ -222,7 +224,7 @@ def test_bytes_that_are_no_utf8_are_refused_wherever_they_stand(place: Path, cap
     assert "cannot be read" in refusal(dry(capsys, "latin.toml"))
     Path("utf16.toml").write_text(TINY, encoding="utf-16")
     assert "cannot be read" in refusal(dry(capsys, "utf16.toml"))
-    assert "no UTF-8" in refusal(dry(capsys, "tiny.toml", os.fsdecode(b"name=caf\xe9")))
+    assert "not UTF-8" in refusal(dry(capsys, "tiny.toml", os.fsdecode(b"name=caf\xe9")))
     assert "there is no such file" in refusal(dry(capsys, os.fsdecode(b"caf\xe9.toml")))
 
 

@@ -23,7 +23,7 @@ from ddiff.data.sources import open_file_source, open_hub_source
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk
 from ddiff.errors import DataError
-from ddiff.recipe.model import parse_recipe
+from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.build import Overrides
 from ddiff.runs.dry_run import rehearse
 from ddiff.runs.run import build_run

@@ -23,7 +23,8 @@ from ddiff.data.batch import Batch
 from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Context, Denoiser, as_network
 from ddiff.nn.heads import TokenHead, TreeHead
-from ddiff.recipe.model import parse_recipe, shipped_recipes
+from ddiff.recipe.resolve import parse_recipe
+from ddiff.recipe.sources import find_shipped_recipes
 from ddiff.runs.build import Given
 from ddiff.runs.run import build_run
 from ddiff.sampling.loop import generate
@@ -266,7 +267,8 @@ def test_the_likelihood_of_a_markov_source_comes_down_to_its_entropy(
 
 def test_the_recipe_is_that_of_masked_diffusion_in_everything_else() -> None:
     ours, theirs = (
-        ddiff.read_recipe(shipped_recipes()[name]).to_dict() for name in ("ar_small", "mdlm_small")
+        ddiff.read_recipe(find_shipped_recipes()[name]).to_dict()
+        for name in ("ar_small", "mdlm_small")
     )
     for table in ("data", "tokenizer", "vocabulary", "denoiser", "train", "backend", "evaluate"):
         assert ours[table] == theirs[table], table

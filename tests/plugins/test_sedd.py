@@ -43,7 +43,7 @@ from ddiff.checkpoint.weight_transfer import Source, carried
 from ddiff.core.elbo import closing_term
 from ddiff.core.process import ForwardProcess, RowFunction
 from ddiff.plugin.loader import survey_plugins
-from ddiff.recipe.model import parse_recipe
+from ddiff.recipe.resolve import parse_recipe
 from ddiff.testing import assert_laws, check_head, check_process, check_schedule
 from ddiff.testing.probes import INNER, Rows, times
 

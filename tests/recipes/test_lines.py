@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddiff.recipe.model import shipped_recipes
+from ddiff.recipe.sources import find_shipped_recipes
 from ddiff.recipe.toml import KeyPath, key_lines, write_toml
 
 AWKWARD = r'''# a [comment] = "with = syntax"
@@ -68,7 +68,7 @@ def test_awkward_keys_stand_where_a_reader_finds_them():
 
 
 @pytest.mark.parametrize(
-    "text", [AWKWARD, *(path.read_text() for path in shipped_recipes().values())]
+    "text", [AWKWARD, *(path.read_text() for path in find_shipped_recipes().values())]
 )
 def test_the_finder_knows_exactly_the_keys_that_tomllib_knows(text):
     implied_by_dotted_headers = {("train",)}  # [train.optimizer] writes no [train] of its own

@@ -6,8 +6,9 @@ import pytest
 
 from ddiff.errors import ArgumentError, RecipeError
 from ddiff.plugin.loader import load_plugins
-from ddiff.recipe.model import component_part, read_recipe, shipped_recipes
+from ddiff.recipe.resolve import configure_component, read_recipe
 from ddiff.recipe.schema import TOP_LEVEL
+from ddiff.recipe.sources import find_shipped_recipes
 
 from .conftest import RECIPE
 
@@ -97,7 +98,7 @@ REPLACED = [
         (
             'name = "mine"',
             f"name = '{path}'",
-            "the recipe name: a name is no path: it takes no slash",
+            "the recipe name: a name cannot be a path: it takes no slash",
         )
         for path in ("../mine", "a/b", "..", "a\\b")
     ),
@@ -198,7 +199,7 @@ def test_bytes_that_are_no_text_are_explained(write, tmp_path):
 
 
 def test_a_missing_file_names_the_nearest_shipped_recipe(write):
-    nearest = sorted(shipped_recipes())[0]
+    nearest = sorted(find_shipped_recipes())[0]
     for wrong in (nearest[:-1], f"recipes/{nearest[:-1]}.toml", f"{nearest}.toml"):
         assert (
             f'{wrong}: there is no such file and no shipped recipe of that name. Did you mean "{nearest}"?'
@@ -242,7 +243,7 @@ def test_a_key_that_comes_from_extends_says_so(write):
         (("train..steps=3",), "Write a dotted key and a TOML value"),
         (("vocabulary.sizes=[1, 2",), "Write a dotted key and a TOML value"),
         (("process.note='half",), "Write a dotted key and a TOML value"),
-        (("train=3", "train.steps=4"), "gives train a value that is no table"),
+        (("train=3", "train.steps=4"), "gives train a value that is not a table"),
         (("train.steps=3", "train=4"), "train must be a table; got 4"),
         (("extends=other",), "extends belongs into a recipe file"),
     ],
@@ -291,6 +292,6 @@ def test_what_a_component_refuses_is_told_with_its_table(write):
 )
 def test_outside_a_recipe_no_recipe_is_blamed(toy, setting, expected):
     with pytest.raises(RecipeError) as caught:
-        component_part(load_plugins(["toy"]).component("process", "toy"), [setting])
+        configure_component(load_plugins(["toy"]).component("process", "toy"), [setting])
     assert expected in str(caught.value)
     assert "the recipe" not in str(caught.value)

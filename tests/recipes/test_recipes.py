@@ -9,7 +9,8 @@ import pytest
 
 from ddiff.errors import PluginError, RecipeError
 from ddiff.plugin.loader import load_plugins
-from ddiff.recipe.model import changed_keys, component_part, parse_recipe, read_recipe
+from ddiff.recipe.model import diff_recipes
+from ddiff.recipe.resolve import configure_component, parse_recipe, read_recipe
 
 from .conftest import RECIPE
 
@@ -23,7 +24,7 @@ def test_a_recipe_gets_every_default(write):
         ("toy",),
         16,
     )
-    assert {place: part.component.name for place, part in recipe.parts().items()} == {
+    assert {place: part.component.name for place, part in recipe.components().items()} == {
         "data": "plain",
         "tokenizer": "plain",
         "vocabulary": "clusters",
@@ -213,11 +214,11 @@ def test_set_changes_a_key_of_a_component_that_the_file_names_in_short(write):
 
 def test_a_component_can_be_set_up_without_a_recipe(toy):
     component = load_plugins(["toy"]).component("process", "toy")
-    assert component_part(component, ["gamma=0.5", "xi=0.9"]).config.gamma == 0.5
+    assert configure_component(component, ["gamma=0.5", "xi=0.9"]).config.gamma == 0.5
     with pytest.raises(
         RecipeError, match=r'--set gama=0.5: .* has no key "gama"\. Did you mean "gamma"\?'
     ):
-        component_part(component, ["gama=0.5"])
+        configure_component(component, ["gama=0.5"])
 
 
 def test_changed_keys_are_dotted_and_show_both_values(write):
@@ -225,10 +226,10 @@ def test_changed_keys_are_dotted_and_show_both_values(write):
     new = read_recipe(
         write(), ["train.steps=20", "train.optimizer=muon", "vocabulary.sizes=[64]"]
     ).to_dict()
-    assert sorted(changed_keys(old, new)) == [
+    assert sorted(diff_recipes(old, new)) == [
         ("train.optimizer.kind", "adamw", "muon"),
         ("train.optimizer.lr", None, 0.02),
         ("train.steps", 10, 20),
         ("vocabulary.sizes", [64, 8], [64]),
     ]
-    assert changed_keys(old, parse_recipe(RECIPE).to_dict()) == []
+    assert diff_recipes(old, parse_recipe(RECIPE).to_dict()) == []

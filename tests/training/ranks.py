@@ -18,7 +18,7 @@ from torch import Tensor
 from toy import ROWS, Identify, Net, Rows, row, toy_trainer
 
 from ddiff.distributed.data_parallel import DistributedBackend
-from ddiff.recipe.model import parse_recipe
+from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.build import Overrides
 from ddiff.runs.run import build_run
 from ddiff.training.protocols import LossTerms

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ddiff.core.rng import CounterRng
 from ddiff.distributed.blocks import blocks_of, compile_blocks, recompute_activations
 from ddiff.nn.denoiser import CAPACITIES
-from ddiff.recipe.model import parse_recipe
+from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.build import Overrides
 from ddiff.runs.run import Run, build_run
 

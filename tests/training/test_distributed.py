@@ -25,7 +25,7 @@ from ddiff.core.rng import CounterRng
 from ddiff.distributed.data_parallel import DistributedBackend
 from ddiff.distributed.launcher import launch, place
 from ddiff.errors import ArgumentError, CheckpointError, RecipeError
-from ddiff.recipe.model import parse_recipe
+from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.build import Overrides
 from ddiff.runs.directory import check_directory
 from ddiff.runs.run import build_run

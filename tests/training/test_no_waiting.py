@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import SYMBOLS
 
-from ddiff.recipe.model import parse_recipe
+from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.build import Overrides
 from ddiff.runs.run import build_run
 from ddiff.training.signals import StopSignals

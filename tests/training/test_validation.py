@@ -16,7 +16,7 @@ from ddiff import load, run
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import NonFiniteError
 from ddiff.progress import progress
-from ddiff.recipe.model import parse_recipe
+from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.replay import verify_resume
 from ddiff.training.ema import ExponentialMovingAverage
 from ddiff.training.metrics import WALL_CLOCK
