@@ -1,4 +1,4 @@
-"""Documents, tokenizers, packed rows and their order. This room knows text and rows, not diffusion.
+"""Documents, tokenizers, packed rows and batches. Nothing in this package depends on diffusion.
 
 documents = load_bundled_novels()
 tokenizer = BytePairTokenizer.train(documents.train["text"], size=2048)

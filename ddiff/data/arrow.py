@@ -1,4 +1,4 @@
-"""Tables written once as an Arrow stream and read as a memory-mapped `datasets.Dataset`."""
+"""Write tables as Arrow streams and read them as memory-mapped `datasets.Dataset` objects."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from datasets import Dataset
 
 
 def write_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch], path: Path) -> None:
-    """Stream record batches to a local file."""
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-        for batch in batches:
-            stream.write_batch(batch)
+    """Write record batches to a local Arrow stream file, one batch at a time."""
+    with pa.OSFile(str(path), "wb") as sink:
+        _write_batches(schema, batches, sink)
 
 
 def read_table(path: Path) -> Dataset:
-    """The memory-mapped table of an Arrow stream file."""
+    """Memory-map the table of an Arrow stream file."""
     return Dataset.from_file(str(path))
 
 
-def table_in_memory(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Dataset:
-    """The same table without a file."""
+def build_table_in_memory(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Dataset:
+    """Build the same table as `write_table` without a file."""
     sink = pa.BufferOutputStream()
+    _write_batches(schema, batches, sink)
+    return Dataset.from_buffer(sink.getvalue())
+
+
+def _write_batches(
+    schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: pa.NativeFile
+) -> None:
     with pa.ipc.new_stream(sink, schema) as stream:
         for batch in batches:
             stream.write_batch(batch)
-    return Dataset.from_buffer(sink.getvalue())

@@ -1,9 +1,9 @@
-"""What the network and the bound are given of some rows."""
+"""A batch of packed rows, as the network and the bound take it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, final
+from dataclasses import dataclass, field, replace
+from typing import final
 
 import torch
 from torch import Tensor
@@ -12,11 +12,15 @@ from torch import Tensor
 @final
 @dataclass(frozen=True)
 class Batch:
-    """Some rows as tensors.
+    """A batch of B rows of L tokens.
 
-    `ids` [B,L] long; `valid` [B,L] bool, False at padding; `scored` [B,L] bool, where figures are counted (never at
-    padding); `document` [B,L] long, the document that each position belongs to; `index` [B] long, the slot in the global
-    batch (training) or the row (evaluation); `packed`, whether some row holds two documents; `conditions` by name.
+    ids: [B,L] long.
+    valid: [B,L] bool, False at padding.
+    scored: [B,L] bool, True at the positions that metrics count; never at padding.
+    document: [B,L] long, number of the document at each position.
+    index: [B] long, slot in the global batch (training) or row number (evaluation).
+    packed: whether at least one row holds two documents.
+    conditions: values by name, one per row, or one per position if `packed`.
     """
 
     ids: Tensor
@@ -29,23 +33,26 @@ class Batch:
 
     def __repr__(self) -> str:
         rows, length = self.ids.shape
-        told = f", conditions {', '.join(self.conditions)}" if self.conditions else ""
-        return f"Batch({rows} rows of {length} on {self.ids.device}{', packed' if self.packed else ''}{told})"
+        text = f"{rows} rows of {length} on {self.ids.device}"
+        if self.packed:
+            text += ", packed"
+        if self.conditions:
+            text += f", conditions {', '.join(self.conditions)}"
+        return f"Batch({text})"
 
     def with_prefixes(self, sizes: Tensor) -> Batch:
-        """The first `sizes` [B] positions of each row are shown and not scored."""
-        beyond = torch.arange(self.ids.shape[1]) >= sizes.unsqueeze(-1)
-        return replace(self, scored=self.scored & beyond)
+        """Return the batch with the first `sizes` [B] positions of each row given and not scored."""
+        is_after_prefix = torch.arange(self.ids.shape[1]) >= sizes.unsqueeze(-1)
+        return replace(self, scored=self.scored & is_after_prefix)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(
-            self,
-            **moved,
+        """Return the same batch on a device."""
+        return Batch(
+            ids=self.ids.to(device),
+            valid=self.valid.to(device),
+            scored=self.scored.to(device),
+            document=self.document.to(device),
+            index=self.index.to(device),
+            packed=self.packed,
             conditions={name: value.to(device) for name, value in self.conditions.items()},
         )

@@ -1,4 +1,4 @@
-"""Packed files: told by their first bytes, unpacked as they are read, and refused where they are damaged."""
+"""Compressed files: detected by their first bytes, decompressed as a stream, checked for damage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ddiff.data.paths import open_file, printable
 from ddiff.errors import DataError
 
 ENDINGS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4"}
-_HEADS = {
+_SIGNATURES = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
     b"\xfd7zXZ\x00": "xz",
@@ -28,99 +28,104 @@ _HEADS = {
     b"ARROW1": "Arrow",
     b"%PDF-": "PDF",
 }
-_BZIP2_BLOCKS = (
-    b"1AY&SY",
-    b"\x17\x72\x45\x38\x50\x90",
-)  # after "BZh9": a text may begin with "BZh"
+# Follow "BZh9" in a bzip2 file. They are checked too, because a text may begin with "BZh".
+_BZIP2_BLOCKS = (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")
 _HEAD_BYTES = 16
+_BUFFER_BYTES = 1 << 20
 
 
 @contextmanager
 def open_uncompressed(path: str) -> Iterator[BinaryIO]:
-    """Open a file that must not be packed; DataError says what it is."""
+    """Open a file that must not be compressed; DataError names the format if it is."""
     with open_file(path) as file:
-        head, whole = _peeked(file)
-        if (found := format_of(head)) is not None:
+        head, whole = _peek(file)
+        if (found := detect_format(head)) is not None:
             raise DataError(
-                f"{printable(path)} is no plain text: it begins as a {found} file does. Unpack or convert it. A corpus may "
-                'stay packed with [data] kind = "files", which reads gzip, bzip2, xz, zstd, lz4 and parquet by the endings.'
+                f"{printable(path)} is no plain text: it begins as a {found} file does. Unpack or "
+                'convert it. A corpus may stay packed with [data] kind = "files", which reads gzip, '
+                "bzip2, xz, zstd, lz4 and parquet by the endings."
             )
         yield whole
 
 
 @contextmanager
 def open_decompressed(path: str) -> Iterator[BinaryIO]:
-    """Open a text file, unpacked if its ending says that it is packed.
+    """Open a text file, decompressed if its ending names a compression.
 
-    DataError if the content is not what the ending says, or is cut off or damaged.
+    Raises DataError if the content does not match the ending, is cut off or damaged.
     """
-    said = next(
-        (packed for ending, packed in ENDINGS.items() if path.lower().endswith(ending)), None
-    )
+    expected = None
+    for ending, name in ENDINGS.items():
+        if path.lower().endswith(ending):
+            expected = name
+            break
     with open_file(path) as file:
-        head, whole = _peeked(file)
-        _check_said(path, said, format_of(head), head)
-        if said is None:
+        head, whole = _peek(file)
+        _check_ending(path, expected, detect_format(head), head)
+        if expected is None:
             yield whole
             return
-        with _damage_explained(path, said):
-            yield _READERS[said](whole)
+        with _explain_damage(path, expected):
+            yield _READERS[expected](whole)
 
 
-def format_of(head: bytes) -> str | None:
-    """Return the name of the packed or binary format that a file with these first bytes has; None for another one."""
-    for mark, name in _HEADS.items():
-        if head.startswith(mark) and (name != "bzip2" or head[4:10] in _BZIP2_BLOCKS):
+def detect_format(head: bytes) -> str | None:
+    """Return the compressed or binary format that a file with these first bytes has, or None."""
+    for signature, name in _SIGNATURES.items():
+        if head.startswith(signature) and (name != "bzip2" or head[4:10] in _BZIP2_BLOCKS):
             return name
     return None
 
 
-def _check_said(path: str, said: str | None, found: str | None, head: bytes) -> None:
-    if said == found:
+def _check_ending(path: str, expected: str | None, found: str | None, head: bytes) -> None:
+    if expected == found:
         return
-    if said is None:
-        ending = next((ending for ending, packed in ENDINGS.items() if packed == found), None)
-        remedy = (
-            f"Name it ...{ending}"
-            if ending
-            else f'Convert it, or say format = "{found}" if it is parquet'
-        )
+    if expected is None:
+        endings = [ending for ending, name in ENDINGS.items() if name == found]
+        if endings:
+            remedy = f"Name it ...{endings[0]}"
+        else:
+            remedy = f'Convert it, or say format = "{found}" if it is parquet'
         raise DataError(
             f"{printable(path)} is no plain text: it begins as a {found} file does. {remedy}."
         )
-    what = (
-        "is empty"
-        if not head
-        else f"begins with {head[:8]!r}" + (f", which is {found}" if found else "")
-    )
+    if not head:
+        content = "is empty"
+    elif found:
+        content = f"begins with {head[:8]!r}, which is {found}"
+    else:
+        content = f"begins with {head[:8]!r}"
     raise DataError(
-        f"{printable(path)} is named as a {said} file, but it {what}. Download it again if it should be packed; else "
-        "give it the ending of what it holds."
+        f"{printable(path)} is named as a {expected} file, but it {content}. Download it again if "
+        "it should be packed; else give it the ending of what it holds."
     )
 
 
 @contextmanager
-def _damage_explained(path: str, packed: str) -> Iterator[None]:
+def _explain_damage(path: str, compression: str) -> Iterator[None]:
+    """Turn the errors of the decompression libraries into a DataError that names the file."""
     try:
         yield
     except EOFError as error:
-        raise _cut_off(path, packed) from error
+        raise _cut_off_error(path, compression) from error
     except (OSError, zlib.error, lzma.LZMAError) as error:
         if "Truncated" in str(error):
-            raise _cut_off(path, packed) from error
+            raise _cut_off_error(path, compression) from error
         raise DataError(
-            f"{printable(path)} is damaged: it cannot be unpacked as {packed} ({error}). Download or pack it again."
+            f"{printable(path)} is damaged: it cannot be unpacked as {compression} ({error}). "
+            "Download or pack it again."
         ) from error
 
 
-def _cut_off(path: str, packed: str) -> DataError:
+def _cut_off_error(path: str, compression: str) -> DataError:
     return DataError(
-        f"{printable(path)} is cut off: the {packed} data ends before its end mark. Download or copy it again."
+        f"{printable(path)} is cut off: the {compression} data ends before its end mark. Download "
+        "or copy it again."
     )
 
 
-class _Joined(io.RawIOBase):
-    """A head that was read already, and the file after it."""
+class _PrependedFile(io.RawIOBase):
+    """Bytes that were read already, followed by the rest of their file."""
 
     def __init__(self, head: bytes, file: BinaryIO) -> None:
         self._head = head
@@ -130,29 +135,37 @@ class _Joined(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        found = self._head[: len(buffer)] or self._file.read(len(buffer))
-        self._head = self._head[len(found) :] if self._head else b""
+        found = self._head[: len(buffer)]
+        if found:
+            self._head = self._head[len(found) :]
+        else:
+            found = self._file.read(len(buffer))
         buffer[: len(found)] = found
         return len(found)
 
 
-def _peeked(file: BinaryIO) -> tuple[bytes, BinaryIO]:
-    """The first bytes of a file, and the whole file still to be read: not every file system can seek."""
+def _peek(file: BinaryIO) -> tuple[bytes, BinaryIO]:
+    """Return the first bytes of a file, and a file that still holds all of it."""
     head = file.read(_HEAD_BYTES)
-    return head, io.BufferedReader(_Joined(head, file), 1 << 20)
+    # Not `seek(0)`: not every remote file system can seek.
+    return head, io.BufferedReader(_PrependedFile(head, file), _BUFFER_BYTES)
 
 
-def _by_arrow(codec: str) -> Callable[[BinaryIO], BinaryIO]:
-    def reader(file: BinaryIO) -> BinaryIO:
+def _arrow_reader(codec: str) -> Callable[[BinaryIO], BinaryIO]:
+    def read(file: BinaryIO) -> BinaryIO:
         return cast(BinaryIO, pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec))
 
-    return reader
+    return read
+
+
+def _gzip_reader(file: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, gzip.GzipFile(fileobj=file))
 
 
 _READERS: dict[str, Callable[[BinaryIO], Any]] = {
-    "gzip": lambda file: gzip.GzipFile(fileobj=file),
+    "gzip": _gzip_reader,
     "bzip2": bz2.BZ2File,
     "xz": lzma.LZMAFile,
-    "zstd": _by_arrow("zstd"),
-    "lz4": _by_arrow("lz4"),
+    "zstd": _arrow_reader("zstd"),
+    "lz4": _arrow_reader("lz4"),
 }

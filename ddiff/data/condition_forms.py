@@ -1,4 +1,4 @@
-"""What a denoiser can be told of a sample: one of so many labels, or a vector of so many numbers."""
+"""Forms of a condition on a sample: a class label or a vector of numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import final
 @final
 @dataclass(frozen=True)
 class Label:
-    """A whole number in [0, classes); None where nobody says how many classes there are."""
+    """Class label, a whole number in [0, classes); `classes` is None if not yet known."""
 
     classes: int | None = None
 
@@ -22,7 +22,7 @@ class Label:
 @final
 @dataclass(frozen=True)
 class Vector:
-    """`width` finite numbers; None where nobody says how many."""
+    """Vector of `width` finite numbers; `width` is None if not yet known."""
 
     width: int | None = None
 

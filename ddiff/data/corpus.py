@@ -1,4 +1,4 @@
-"""A corpus too large to hold: read once, while it is tokenised into shards, and known by its shards afterwards."""
+"""A corpus too large to hold: read once, while it is tokenized into shards, and known by its shards afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from datasets import Dataset
 from ddiff.atomic import copy_atomic
 from ddiff.data.cache import Cache, fingerprint
 from ddiff.data.documents import Documents
-from ddiff.data.overlap import Watch, check_overlap
+from ddiff.data.overlap import OverlapMonitor, check_overlap
 from ddiff.data.packing import PackedRows, Rows, chunks_of, pack_stream
 from ddiff.data.paths import check_disjoint
 from ddiff.data.shards import MANIFEST, PARTS, Shards, file_sha256, read_shards, write_shards
@@ -36,7 +36,7 @@ class Corpus(Protocol):
     entropy_rate: float | None
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
-        """Both parts tokenised, now or earlier."""
+        """Both parts tokenized, now or earlier."""
         ...
 
 
@@ -77,7 +77,7 @@ def check_repetitions(documents: Documents | Corpus, made: Shards) -> None:
 def load_or_build_shards(
     documents: Documents | Corpus, tokenizer: Tokenizer, cache: Cache
 ) -> Shards:
-    """Both parts tokenised, now or earlier."""
+    """Both parts tokenized, now or earlier."""
     if not isinstance(documents, Documents):
         return documents.shards(tokenizer, cache)
     parts = {TRAIN: documents.train, VALIDATION: documents.validation}
@@ -172,7 +172,7 @@ class SourceCorpus:
         return made
 
     def write_shards(self, tokenizer: Tokenizer, folder: Path) -> Shards:
-        """Both parts tokenised into a folder, going on with what stands there; DataError when one has no text."""
+        """Both parts tokenized into a folder, going on with what stands there; DataError when one has no text."""
         made = write_shards(
             folder,
             self.chunks,
@@ -234,7 +234,7 @@ class SourceCorpus:
 
 @final
 class StreamedCorpus:
-    """A corpus that is tokenised while it is trained on.
+    """A corpus that is tokenized while it is trained on.
 
     Only its `head` is kept, the first so many documents (of the validation source too, if there is one): what is held out
     of them is evaluated on, and counts, clusters and learned tokenizers come from the others. `block` rows at a time are
@@ -247,7 +247,7 @@ class StreamedCorpus:
         if head < 1:
             raise ArgumentError(f"head must be at least 1 document; got {head}.")
         self._corpus, self._head, self._block_rows = corpus, head, block
-        self._watch = Watch(lambda: self.texts(VALIDATION), corpus)
+        self._monitor = OverlapMonitor(lambda: self.texts(VALIDATION), corpus)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -299,7 +299,7 @@ class StreamedCorpus:
     def _train_chunks(self, cursor: Any = None) -> Iterator[Chunk]:
         chunks = self._corpus.train_chunks(cursor)
         # what is held out by hash is on one side only; another source may hold what is trained on
-        return chunks if self._corpus.validation_source is None else self._watch.chunks(chunks)
+        return chunks if self._corpus.validation_source is None else self._monitor.watch(chunks)
 
     def texts(self, part: str) -> Iterator[str]:
         """The texts of a part of the head, read anew."""

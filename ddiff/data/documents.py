@@ -1,7 +1,7 @@
-"""Corpora as documents: the bundled novels, text files, rows of symbols.
+"""Read corpora as documents: the bundled novels, text files, rows of symbols.
 
-Documents are what evaluation intervals are over, so a reader says what a document is: a chapter, a file, a paragraph, a
-line.
+Evaluation intervals are over documents, so every reader defines its unit: a chapter, a file, a
+paragraph or a line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Value
 
-from ddiff.data.arrow import read_table, table_in_memory, write_table
+from ddiff.data.arrow import build_table_in_memory, read_table, write_table
 from ddiff.data.cache import Cache
 from ddiff.data.compression import open_uncompressed
 from ddiff.data.paths import base_name, find_train_and_validation, open_file, printable
@@ -32,14 +32,19 @@ from ddiff.progress import progress
 _SCHEMA = pa.schema([("text", pa.large_string()), ("name", pa.string())])
 _HELD_OUT_NOVEL = "persuasion"
 _CHAPTER = re.compile(r"(?m)^(?:VOLUME [IVX]+\n+)?(?:CHAPTER|Chapter) [0-9IVXL]+$")
+_FEWER_PER_DOCUMENT = {
+    "by file": 'smaller documents (split = "paragraph" or "line"), or ',
+    "by paragraph": 'smaller documents (split = "line"), or ',
+}
 
 
 @dataclass(frozen=True)
 class Documents:
-    """A corpus: training and validation documents, each a `datasets.Dataset` with columns "text" and "name".
+    """Training and validation documents, each a `datasets.Dataset` with columns "text" and "name".
 
-    `entropy_rate` is the true entropy of the source in nats per symbol where it is known (generated sources). DataError
-    when a part is empty, has no column "text", or holds something that is not text.
+    `entropy_rate` is the true entropy of the source in nats per symbol, if it is known (generated
+    sources). Raises DataError if a part is empty, has no column "text", or holds anything that is
+    not text.
     """
 
     train: Dataset
@@ -52,51 +57,58 @@ class Documents:
 
     @cached_property
     def part_fingerprints(self) -> tuple[str, str]:
-        """Of the text of each part."""
+        """Fingerprints of the training and the validation text."""
         return fingerprint_texts(self.train), fingerprint_texts(self.validation)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the text of both parts."""
+        """Fingerprint of the text of both parts."""
         return hashlib.sha256("".join(self.part_fingerprints).encode()).hexdigest()[:32]
 
 
 def fingerprint_texts(documents: Any) -> str:
-    """32 hexadecimal digits of the SHA-256 of the documents' text, their boundaries included; of a part of a corpus that is
-    not held, its own fingerprint."""
+    """Return 32 hexadecimal digits of the SHA-256 of the texts and their boundaries.
+
+    A part of a corpus that is read as a stream has a fingerprint already, which is returned.
+    """
     if not isinstance(documents, Dataset):
         return documents.fingerprint
     digest = hashlib.sha256()
     for batch in documents.select_columns("text").iter(256):
         for text in batch["text"]:
             content = text.encode()
-            digest.update(len(content).to_bytes(8, "little") + content)
+            # The length comes first, so that moving a boundary changes the digest.
+            digest.update(len(content).to_bytes(8, "little"))
+            digest.update(content)
     return digest.hexdigest()[:32]
 
 
 def documents_from_texts(texts: Iterable[str], names: Iterable[str] | None = None) -> Dataset:
-    """Documents held in memory; DataError for content that is not text or holds NUL."""
+    """Build documents in memory; DataError for content that is not text or holds NUL."""
     texts = list(texts)
-    names = [f"text {number}" for number in range(len(texts))] if names is None else list(names)
+    if names is None:
+        names = [f"text {number}" for number in range(len(texts))]
+    names = list(names)
     checked = [check_text(text, name) for text, name in zip(texts, names)]
     return Dataset.from_dict({"text": checked, "name": names})
 
 
 def load_bundled_novels() -> Documents:
-    """Jane Austen's six novels by chapter: five for training (245 chapters), Persuasion (24) for validation."""
+    """Load Jane Austen's six novels by chapter.
+
+    Five novels are for training (245 chapters), Persuasion (24) is for validation.
+    """
     train: list[tuple[str, str]] = []
     validation: list[tuple[str, str]] = []
-    for file in sorted(
-        files("ddiff.data").joinpath("novels").iterdir(), key=lambda file: file.name
-    ):
-        if file.name.endswith(".txt.xz"):
-            title = file.name.removesuffix(".txt.xz")
-            part = validation if title == _HELD_OUT_NOVEL else train
-            part += [
-                (text, f"{title} {number}")
-                for number, text in enumerate(_chapters(file.read_bytes()), start=1)
-            ]
-    return Documents(*(documents_from_texts(*zip(*part)) for part in (train, validation)))
+    folder = files("ddiff.data").joinpath("novels")
+    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+        if not file.name.endswith(".txt.xz"):
+            continue
+        title = file.name.removesuffix(".txt.xz")
+        part = validation if title == _HELD_OUT_NOVEL else train
+        for number, text in enumerate(_split_chapters(file.read_bytes()), start=1):
+            part.append((text, f"{title} {number}"))
+    return Documents(documents_from_texts(*zip(*train)), documents_from_texts(*zip(*validation)))
 
 
 def read_text_files(
@@ -107,39 +119,45 @@ def read_text_files(
     split: Split = "file",
     cache: Cache | None = None,
 ) -> Documents:
-    """Read UTF-8 text files by fsspec path or glob; a document is a file, a paragraph (blank lines between) or a line.
+    """Read UTF-8 text files, given by fsspec paths or globs.
 
-    Without validation files each document is held out with probability `held_out` in (0,1) by the hash of its text, so
-    equal documents fall on the same side and adding files moves none. Blank documents are left out; `ddiff.data.text` has
-    the rule for line ends. A file that two patterns name is read once. DataError for files that are missing, empty,
-    packed, not UTF-8 or that hold NUL, and for one that is named for training and for validation.
+    A document is a file, a paragraph (separated by blank lines) or a line, by `split`. Without
+    validation files each document is held out with probability `held_out` in (0,1) by the hash of
+    its text: equal documents get into the same part, and adding files moves no document. Blank
+    documents are left out. `ddiff.data.text` has the rule for line ends. A file that matches two
+    patterns is read once. Raises DataError for files that are missing, empty, compressed, not UTF-8
+    or hold NUL, and for a file that is named both for training and for validation.
     """
     if not validation and not 0 < held_out < 1:
         raise ArgumentError(
-            f"read_text_files: held_out must lie in (0, 1); got {held_out}. Or name validation files."
+            f"read_text_files: held_out must lie in (0, 1); got {held_out}. Or name validation "
+            "files."
         )
     paths, validation_paths = find_train_and_validation(train, validation)
     corpus = _read(paths, split, cache)
     if validation_paths:
         return Documents(corpus, _read(validation_paths, split, cache))
-    return divided(corpus, held_out, f"by {split}")
+    return split_documents(corpus, held_out, f"by {split}")
 
 
-def divided(corpus: Dataset, held_out: float, kind: str) -> Documents:
-    """Each document held out with probability `held_out` by the hash of its text; DataError when a part stays empty."""
-    train, validation = _held_out(corpus, held_out)
+def split_documents(corpus: Dataset, held_out: float, kind: str) -> Documents:
+    """Hold out each document with probability `held_out` by the hash of its text.
+
+    `kind` names the unit of a document in the message ("by line"). Raises DataError if a part
+    stays empty.
+    """
+    train: list[int] = []
+    validation: list[int] = []
+    for number, text in enumerate(corpus["text"]):
+        part = validation if hash_to_unit(text.encode()) < held_out else train
+        part.append(number)
     if not train or not validation:
         raise DataError(
-            f"{len(corpus)} document(s) {kind} cannot be divided with held_out = {held_out}: {len(train)} for training "
-            f"and {len(validation)} for validation. Name validation files, or choose {_SMALLER.get(kind, '')}another share."
+            f"{len(corpus)} document(s) {kind} cannot be divided with held_out = {held_out}: "
+            f"{len(train)} for training and {len(validation)} for validation. Name validation "
+            f"files, or choose {_FEWER_PER_DOCUMENT.get(kind, '')}another share."
         )
     return Documents(corpus.select(train), corpus.select(validation))
-
-
-_SMALLER = {
-    "by file": 'smaller documents (split = "paragraph" or "line"), or ',
-    "by paragraph": 'smaller documents (split = "line"), or ',
-}
 
 
 def read_symbol_rows(
@@ -150,9 +168,10 @@ def read_symbol_rows(
     held_out: float = 0.05,
     cache: Cache | None = None,
 ) -> Documents:
-    """Text files of fixed-length rows of symbols, one per line, such as aligned DNA; blank lines are no rows.
+    """Read text files of fixed-length rows of symbols, one per line, such as aligned DNA.
 
-    DataError names the file and line of a row that has not `length` symbols. See `read_text_files` for the rest.
+    Blank lines are left out. Raises DataError with file and line of a row that does not have
+    `length` symbols. See `read_text_files` for the other arguments.
     """
     documents = read_text_files(
         train, validation=validation, held_out=held_out, split="line", cache=cache
@@ -161,74 +180,75 @@ def read_symbol_rows(
         for row in part:
             if len(row["text"]) != length:
                 raise DataError(
-                    f"read_symbol_rows: {row['name']} has {len(row['text'])} symbols, but every row must have "
-                    f"length = {length}. Mend the file, or set [data] length to the length of its rows."
+                    f"read_symbol_rows: {row['name']} has {len(row['text'])} symbols, but every "
+                    f"row must have length = {length}. Fix the file, or set [data] length to the "
+                    "length of its rows."
                 )
     return documents
 
 
-def _chapters(compressed: bytes) -> list[str]:
-    """A novel cut before each chapter heading; a volume's heading and the front matter go with the chapter that follows."""
+def _split_chapters(compressed: bytes) -> list[str]:
+    """Split a novel before each chapter heading.
+
+    The front matter and the heading of a volume belong to the chapter that follows them.
+    """
     text = lzma.decompress(compressed).decode()
-    cuts = [0, *[heading.start() for heading in _CHAPTER.finditer(text)][1:], len(text)]
+    headings = [heading.start() for heading in _CHAPTER.finditer(text)]
+    # The first heading is no cut: what comes before it belongs to the first chapter.
+    cuts = [0, *headings[1:], len(text)]
     return [text[start:stop].strip() for start, stop in pairwise(cuts)]
 
 
 def _check_part(part: Dataset, name: str) -> None:
     if "text" not in part.column_names:
         raise DataError(
-            f'Documents: {name} must have a column "text"; it has {part.column_names}. Rename the column.'
+            f'Documents: {name} must have a column "text"; it has {part.column_names}. Rename the '
+            "column."
         )
     if part.features["text"] not in (Value("string"), Value("large_string")):
         raise DataError(
-            f'Documents: the column "text" of {name} must hold strings; it holds {part.features["text"]}. '
-            "Numbers and NaN are not text: convert or drop them."
+            f'Documents: the column "text" of {name} must hold strings; it holds '
+            f"{part.features['text']}. Numbers and NaN are not text: convert or drop them."
         )
     if len(part) == 0:
         raise DataError(f"Documents: {name} is empty. A corpus needs at least one document there.")
     if part.data.column("text").null_count:
         raise DataError(
-            f'Documents: the column "text" of {name} has missing values (None or NaN). Drop those rows.'
+            f'Documents: the column "text" of {name} has missing values (None or NaN). Drop those '
+            "rows."
         )
-
-
-def _held_out(corpus: Dataset, share: float) -> tuple[list[int], list[int]]:
-    train: list[int] = []
-    validation: list[int] = []
-    for number, text in enumerate(corpus["text"]):
-        (validation if hash_to_unit(text.encode()) < share else train).append(number)
-    return train, validation
 
 
 def _read(paths: Sequence[str], split: Split, cache: Cache | None) -> Dataset:
-    """The documents of all files, memory-mapped from the cache when there is one."""
+    """Read the documents of all files, memory-mapped from the cache if there is one."""
     if cache is None:
-        corpus = table_in_memory(_SCHEMA, _batches(paths, split))
+        corpus = build_table_in_memory(_SCHEMA, _batches(paths, split))
     else:
-        files = [[base_name(path), file_fingerprint(path)] for path in paths]
-        inputs = {"files": files, "split": split, "rules": RULES}
-        entry = cache.load_or_build("documents", inputs, lambda place: _write(paths, split, place))
+        contents = [[base_name(path), file_fingerprint(path)] for path in paths]
+        inputs = {"files": contents, "split": split, "rules": RULES}
+
+        def build(folder: Path) -> None:
+            write_table(_SCHEMA, _batches(paths, split), folder / "documents.arrow")
+
+        entry = cache.load_or_build("documents", inputs, build)
         corpus = read_table(entry / "documents.arrow")
-    check_any(corpus, paths)
+    check_not_empty(corpus, paths)
     return corpus
 
 
-def check_any(corpus: Dataset, paths: Sequence[str]) -> None:
-    """DataError if no document was read."""
+def check_not_empty(corpus: Dataset, paths: Sequence[str]) -> None:
+    """Raise DataError if no document was read from `paths`."""
     if not len(corpus):
-        listed = ", ".join(printable(path) for path in paths[:5]) + (
-            ", ..." if len(paths) > 5 else ""
-        )
+        listed = ", ".join(printable(path) for path in paths[:5])
+        if len(paths) > 5:
+            listed += ", ..."
         raise DataError(
             f"The corpus is empty: {listed} holds no text. Name files with text in them."
         )
 
 
-def _write(paths: Sequence[str], split: Split, place: Path) -> None:
-    write_table(_SCHEMA, _batches(paths, split), place / "documents.arrow")
-
-
 def file_fingerprint(path: str) -> str:
+    """Return the SHA-256 of a file at any fsspec path."""
     digest = hashlib.sha256()
     with open_file(path) as file:
         while block := file.read(1 << 20):
@@ -239,17 +259,19 @@ def file_fingerprint(path: str) -> str:
 def _batches(paths: Sequence[str], split: Split) -> Iterator[pa.RecordBatch]:
     with progress(len(paths), "reading text") as bar:
         for path in paths:
-            texts, names = _file_documents(path, split)
+            texts, names = _read_file(path, split)
             columns = [pa.array(texts, pa.large_string()), pa.array(names, pa.string())]
             yield pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
             bar.advance(1)
 
 
-def _file_documents(path: str, split: Split) -> tuple[list[str], list[str]]:
-    """The non-blank documents of one file with their names."""
+def _read_file(path: str, split: Split) -> tuple[list[str], list[str]]:
+    """Return the non-blank documents of one file, and their names."""
     name = base_name(path)
+    texts = []
+    names = []
     with open_uncompressed(path) as file:
-        found = list(text_documents(file, printable(path), split))
-    texts = [text for _, text in found]
-    names = [name if split == "file" else f"{name} {split} {number}" for number, _ in found]
+        for number, text in text_documents(file, printable(path), split):
+            texts.append(text)
+            names.append(name if split == "file" else f"{name} {split} {number}")
     return texts, names

@@ -1,4 +1,7 @@
-"""Whole files at any fsspec path: written under another name and renamed, so that none is ever half there."""
+"""Small files at any fsspec path, read and written as a whole.
+
+A file is written under another name and then renamed, so that it is complete or absent.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from ddiff.errors import DataError
 
 
 def write_json(path: str, content: Any) -> None:
-    """Write JSON to a local path or any that fsspec knows; folders are made."""
+    """Write JSON to a local or fsspec path; missing folders are created."""
     write_atomic(str(path), json.dumps(content, ensure_ascii=False))
 
 
 def read_bytes(path: str, what: str) -> bytes:
-    """The content of a file; DataError, naming it as `what`, when it cannot be read."""
+    """Return the content of a file; the DataError of an unreadable one begins with `what`."""
     try:
         with open_file(str(path)) as file:
             return file.read()
@@ -25,7 +28,7 @@ def read_bytes(path: str, what: str) -> bytes:
 
 
 def read_json(path: str, what: str) -> Any:
-    """The JSON in a file; DataError, naming it as `what`, when it is missing or is not whole."""
+    """Return the JSON in a file; the DataError of a missing or damaged one begins with `what`."""
     content = read_bytes(path, what)
     try:
         return json.loads(content)

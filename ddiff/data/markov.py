@@ -1,4 +1,4 @@
-"""A source of symbols whose entropy is known exactly: what no honest bound can be below."""
+"""Markov source of symbols with known entropy, a lower limit for every valid bound."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ SYMBOLS = "abcdefghijklmnop"
 
 
 class MarkovSource:
-    """A stationary first-order Markov chain over 4 to 16 symbols, drawn from a seed.
+    """Stationary first-order Markov chain over 4 to 16 symbols, drawn from a seed.
 
-    Row y of `transition` [k,k] is softmax(peakedness * g_y) with standard normal g: 0 is uniform, larger is more
-    predictable. `stationary` [k] is its invariant law, with which every row of symbols starts.
+    Row y of `transition` P [k,k] is softmax(peakedness * g_y) with standard normal g: 0 is uniform,
+    larger is more predictable. `stationary` pi [k] is its invariant distribution, from which the
+    first symbol of every row is drawn.
     """
 
     def __init__(self, alphabet: int = 8, *, peakedness: float = 2.0, seed: int = 0) -> None:
@@ -31,10 +32,11 @@ class MarkovSource:
             )
         self.symbols = SYMBOLS[:alphabet]
         self._seed = seed
-        logits = peakedness * np.random.default_rng([seed, 0]).standard_normal((alphabet, alphabet))
+        rng = np.random.default_rng([seed, 0])
+        logits = peakedness * rng.standard_normal((alphabet, alphabet))
         weights = np.exp(logits - logits.max(1, keepdims=True))
         self.transition: NDArray[np.float64] = weights / weights.sum(1, keepdims=True)
-        self.stationary: NDArray[np.float64] = _invariant_law(self.transition)
+        self.stationary: NDArray[np.float64] = _invariant_distribution(self.transition)
 
     @property
     def entropy_rate(self) -> float:
@@ -42,19 +44,25 @@ class MarkovSource:
         return float(self.stationary @ _entropy(self.transition))
 
     def row_entropy(self, length: int) -> float:
-        """Entropy of a row per symbol, (H(pi) + (length - 1) * rate) / length, in nats; never under the rate."""
-        return float((_entropy(self.stationary) + (length - 1) * self.entropy_rate) / length)
+        """Return the entropy of a row per symbol, (H(pi) + (length - 1) * rate) / length, in nats.
+
+        It is never below the rate.
+        """
+        entropy = _entropy(self.stationary) + (length - 1) * self.entropy_rate
+        return float(entropy / length)
 
     def rows(self, count: int, length: int, *, stream: int = 0) -> list[str]:
-        """`count` independent rows of `length` symbols; another `stream` gives other rows."""
-        uniforms = np.random.default_rng([self._seed, 1, stream]).random((length, count))
+        """Draw `count` independent rows of `length` symbols; another `stream` gives other rows."""
+        rng = np.random.default_rng([self._seed, 1, stream])
+        uniforms = rng.random((length, count))
         letters = np.array(list(self.symbols))
         states = np.stack(list(self._walk(uniforms)), axis=1)
         return ["".join(letters[row]) for row in states]
 
     def documents(self, *, rows: int, validation: int, length: int) -> Documents:
-        """A corpus of rows with its `entropy_rate` set to the entropy of a row per symbol."""
-        train, held_out = self.rows(rows, length), self.rows(validation, length, stream=1)
+        """Draw a corpus of rows; its `entropy_rate` is the entropy of a row per symbol."""
+        train = self.rows(rows, length)
+        held_out = self.rows(validation, length, stream=1)
         return Documents(
             documents_from_texts(train),
             documents_from_texts(held_out),
@@ -62,27 +70,33 @@ class MarkovSource:
         )
 
     def _walk(self, uniforms: NDArray[np.float64]) -> Iterator[NDArray[np.int64]]:
-        """The state of all rows at each position, by inversion of the laws' cumulative sums."""
-        state = _inverted(np.cumsum(self.stationary)[None], uniforms[0])
+        """Yield the state of all rows at each position, drawn by inversion."""
+        state = _sample_by_inversion(np.cumsum(self.stationary)[None], uniforms[0])
         cumulative = np.cumsum(self.transition, axis=1)
         yield state
         for u in uniforms[1:]:
-            state = _inverted(cumulative[state], u)
+            state = _sample_by_inversion(cumulative[state], u)
             yield state
 
 
-def _entropy(law: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Entropy of the last axis; weights that have underflowed to 0 count nothing."""
-    return -(law * np.log(np.maximum(law, np.finfo(float).tiny))).sum(-1)
+def _entropy(distribution: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the entropy along the last axis."""
+    # A probability that has underflowed to 0 would give 0 * -inf = NaN.
+    log = np.log(np.maximum(distribution, np.finfo(float).tiny))
+    return -(distribution * log).sum(-1)
 
 
-def _invariant_law(transition: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The solution of pi P = pi with sum 1, by least squares over both conditions."""
+def _invariant_distribution(transition: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Solve pi P = pi with sum(pi) = 1, by least squares over both conditions."""
     size = len(transition)
     conditions = np.vstack([transition.T - np.eye(size), np.ones(size)])
-    law = np.linalg.lstsq(conditions, np.append(np.zeros(size), 1.0), rcond=None)[0]
-    return law / law.sum()
+    values = np.append(np.zeros(size), 1.0)
+    solution = np.linalg.lstsq(conditions, values, rcond=None)[0]
+    return solution / solution.sum()
 
 
-def _inverted(cumulative: NDArray[np.float64], uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
+def _sample_by_inversion(
+    cumulative: NDArray[np.float64], uniforms: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    # The last column is left out: it may be slightly below 1 by rounding.
     return (uniforms[:, None] >= cumulative[:, :-1]).sum(1)

@@ -1,7 +1,8 @@
-"""Documents that occur more than once: validation documents in the training text, and repetitions within a part.
+"""Repeated documents: validation documents in the training text, and duplicates within a part.
 
-Documents are compared by their tokens, so that every kind of corpus is checked in the same way and at the same place: when
-its token shards are written, in one pass of some hundred million tokens a second. The numbers stand in the manifest.
+Documents are compared by their tokens, so that every kind of corpus is checked in the same way:
+when its token shards are written, in one pass of some hundred million tokens per second. The
+counts are stored in the manifest.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from ddiff.errors import DataError
 if TYPE_CHECKING:
     from ddiff.data.shards import Shard, TokenStream
 
-_AT_ONCE = 2**13  # tokens, or documents: what is worked on fits a cache
-_MANY = 0.05  # share of the documents of a part above which repetitions are worth a warning
+_AT_ONCE = 2**13  # tokens or documents per step, so that the arrays of a step fit into the cache
+_MANY = 0.05  # share of repeated documents in a part above which a warning is given
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # the constants of splitmix64
 _OTHER_ODD = np.uint64(0xBF58476D1CE4E5B9)
 _log = logging.getLogger(__name__)
 _Hashes = NDArray[np.uint64]
 
 
-class Found(NamedTuple):
-    """So many documents of all documents of a part."""
+class DocumentCount(NamedTuple):
+    """Number of affected documents, and of all documents of the part."""
 
     documents: int
     of: int
@@ -47,9 +48,10 @@ class Found(NamedTuple):
 def find_overlap(
     train: TokenStream, validation: TokenStream, folder: Path | None = None
 ) -> dict[str, list[int]]:
-    """Count, in JSON, validation documents that are in the training text, and repetitions within each part.
+    """Count validation documents that occur in the training text, and repetitions in each part.
 
-    64 bits of each training document are sorted in a temporary file in `folder`, and not in memory.
+    The result is JSON for the manifest. The 64-bit hashes of the training documents are sorted in
+    a temporary file in `folder` instead of in memory.
     """
     held_out = np.concatenate([np.empty(0, np.uint64), *map(document_hashes, validation.shards)])
     with TemporaryFile(dir=folder) as file:
@@ -57,9 +59,9 @@ def find_overlap(
             file.write(document_hashes(shard).tobytes())
         file.flush()
         size = file.tell() // 8
-        trained = (
-            np.memmap(file, np.uint64, "r+", shape=(size,)) if size else np.empty(0, np.uint64)
-        )
+        trained = np.empty(0, np.uint64)
+        if size:  # an empty file cannot be memory-mapped
+            trained = np.memmap(file, np.uint64, "r+", shape=(size,))
         trained.sort()
         return {
             "validation_in_train": [_count_seen(held_out, trained), len(held_out)],
@@ -69,30 +71,35 @@ def find_overlap(
 
 
 def check_overlap(found: dict[str, list[int]], source: object) -> None:
-    """Raise DataError if every validation document was trained on; warn of some, and of many repetitions in a part."""
-    seen = Found(*found["validation_in_train"])
+    """Raise DataError if every validation document was trained on.
+
+    Some of them, or many repetitions within a part, give a warning.
+    """
+    seen = DocumentCount(*found["validation_in_train"])
     if seen.documents and seen.documents == seen.of:
         raise DataError(
-            f"{source}: all {seen.of:,} validation documents are in the training text too, so that the evaluation would "
-            "measure what was learned by heart. Name other validation text, or none: then a share of the documents is "
-            "held out by the hash of their text."
+            f"{source}: all {seen.of:,} validation documents are in the training text too, so that "
+            "the evaluation would measure what was learned by heart. Name other validation text, or "
+            "none: then a share of the documents is held out by the hash of their text."
         )
     if seen.documents:
         _log.warning(
-            "%s: %s for validation (%.2g %%) are in the training text too: on them the evaluation measures what was "
-            "learned by heart. Drop them from one of the two.",
+            "%s: %s for validation (%.2g %%) are in the training text too: on them the evaluation "
+            "measures what was learned by heart. Drop them from one of the two.",
             source,
             seen,
             100 * seen.share,
         )
-    for part, effect in (
-        ("train", "is trained on more often"),
-        ("validation", "makes the interval too narrow"),
-    ):
-        repeated = Found(*found[f"{part}_repeated"])
+    effects = {
+        "train": "is trained on more often",
+        "validation": "makes the interval too narrow",
+    }
+    for part, effect in effects.items():
+        repeated = DocumentCount(*found[f"{part}_repeated"])
         if repeated.share > _MANY:
             _log.warning(
-                "%s: %s of the part %s repeat an earlier one. What is repeated %s; drop it unless that is meant.",
+                "%s: %s of the part %s repeat an earlier one. What is repeated %s; drop it unless "
+                "that is meant.",
                 source,
                 repeated,
                 part,
@@ -101,32 +108,32 @@ def check_overlap(found: dict[str, list[int]], source: object) -> None:
 
 
 @final
-class Watch:
-    """Looks for validation documents in a stream of training text, and warns of the first one."""
+class OverlapMonitor:
+    """Warns of the first validation document in a stream of training text."""
 
     def __init__(self, validation: Callable[[], Iterable[str]], source: object) -> None:
         self._validation = validation
         self._source = source
-        self._told = False
+        self._has_warned = False
 
-    def chunks(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """The same chunks, looked at as they pass."""
+    def watch(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        """Yield the same chunks, each checked as it passes."""
         for chunk in chunks:
-            if not self._told:
-                self._look(chunk)
+            if not self._has_warned:
+                self._check(chunk)
             yield chunk
 
     @cached_property
-    def _places(self) -> set[float]:
+    def _hashes(self) -> set[float]:
         return {hash_to_unit(text.encode()) for text in self._validation()}
 
-    def _look(self, chunk: Chunk) -> None:
+    def _check(self, chunk: Chunk) -> None:
         for text in chunk.texts:
-            if hash_to_unit(text.encode()) in self._places:
-                self._told = True
+            if hash_to_unit(text.encode()) in self._hashes:
+                self._has_warned = True
                 _log.warning(
-                    "%s: the document %r is in the validation text too, and is trained on all the same. Others are not "
-                    "reported. Drop them from one of the two.",
+                    "%s: the document %r is in the validation text too, and is trained on all the "
+                    "same. Others are not reported. Drop them from one of the two.",
                     self._source,
                     text if len(text) <= 60 else f"{text[:60]} ...",
                 )
@@ -134,11 +141,15 @@ class Watch:
 
 
 def document_hashes(shard: Shard) -> _Hashes:
-    """[k] 64 bits of each document: the sum of its tokens, each mixed with its place in the document."""
+    """Return a 64-bit hash [k] of each document.
+
+    It is the sum of the document's tokens, each mixed with its position in the document.
+    """
     ends = shard.ends
     begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
     hashes = np.zeros(len(ends), np.uint64)
-    filled = np.flatnonzero(ends > begins)  # np.add.reduceat knows no empty stretch
+    # Empty documents keep the hash 0: np.add.reduceat cannot sum an empty stretch.
+    filled = np.flatnonzero(ends > begins)
     begins = begins[filled]
     ends = ends[filled]
     sums = np.zeros(len(filled), np.uint64)
@@ -148,19 +159,16 @@ def document_hashes(shard: Shard) -> _Hashes:
         here = slice(first, last + 1)
         firsts = np.maximum(begins[here], start)
         sizes = np.minimum(ends[here], stop) - firsts
-        places = (
-            np.arange(start, stop) - np.repeat(begins[here], sizes) + 1
-        )  # from 1: token 0 at place 0 would mix to 0
-        mixed = shard.tokens[start:stop].astype(np.uint64) | (
-            places.astype(np.uint64) << np.uint64(32)
-        )
-        sums[here] += np.add.reduceat(_mix(mixed), firsts - start)
+        # Positions count from 1: token 0 at position 0 would mix to 0.
+        positions = np.arange(start, stop) - np.repeat(begins[here], sizes) + 1
+        tokens = shard.tokens[start:stop].astype(np.uint64)
+        mixed = tokens | (positions.astype(np.uint64) << np.uint64(32))
+        sums[here] += np.add.reduceat(_mix_in_place(mixed), firsts - start)
     hashes[filled] = sums
     return hashes
 
 
-def _mix(values: _Hashes) -> _Hashes:
-    """In place."""
+def _mix_in_place(values: _Hashes) -> _Hashes:
     values *= _ODD
     values ^= values >> np.uint64(32)
     values *= _OTHER_ODD
@@ -169,14 +177,19 @@ def _mix(values: _Hashes) -> _Hashes:
 
 
 def _count_seen(held_out: _Hashes, trained: _Hashes) -> int:
-    """How many of the hashes are among sorted ones."""
+    """Count the hashes that occur in the sorted hashes `trained`."""
     if not len(trained):
         return 0
     places = np.searchsorted(trained, held_out)
-    return int((trained[np.minimum(places, len(trained) - 1)] == held_out).sum())
+    nearest = trained[np.minimum(places, len(trained) - 1)]
+    return int((nearest == held_out).sum())
 
 
 def _count_repeated(hashes: _Hashes) -> int:
-    """How many of some sorted hashes are equal to the one before."""
-    starts = range(0, len(hashes), _AT_ONCE)
-    return sum(int((np.diff(hashes[start : start + _AT_ONCE + 1]) == 0).sum()) for start in starts)
+    """Count the sorted hashes that equal the one before."""
+    count = 0
+    for start in range(0, len(hashes), _AT_ONCE):
+        # One more than a step holds, so that the border between two steps is compared too.
+        window = hashes[start : start + _AT_ONCE + 1]
+        count += int((np.diff(window) == 0).sum())
+    return count

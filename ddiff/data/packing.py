@@ -1,8 +1,9 @@
-"""Rows of one length from documents of any: every token exactly once.
+"""Pack documents of any length into rows of one length, every token exactly once.
 
-Training joins documents, each closed by its end mark, and cuts the stream into rows; a row keeps the number of the
-document at each position, so that attention can hold them apart. Evaluation gives each document rows of its own. Only the
-last row of the stream, or of a document, is padded. Rows are cut when they are read: what is stored is the stream.
+For training, documents are joined, each followed by its end mark, and the stream is cut into rows.
+A row keeps the document number of each position, so that attention can separate documents. For
+evaluation, each document starts a new row. Only the last row of the stream, or of a document, is
+padded. Rows are cut when they are read; what is stored is the stream.
 """
 
 from __future__ import annotations
@@ -23,15 +24,13 @@ from ddiff.data.cache import fingerprint
 from ddiff.data.conditions import Conditions
 from ddiff.data.documents import documents_from_texts
 from ddiff.data.permutation import row_at
-from ddiff.data.shards import TokenStream, gathered, stream_of_ids
+from ddiff.data.shards import TokenStream, encode_in_memory, stream_from_ids
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.data.tokenizer_workers import DOCUMENTS_AT_ONCE, TRAIN, Chunk
 from ddiff.errors import ArgumentError, DataError
 
 _ROWS_AT_ONCE = 4096
-_READ_WHOLE = (
-    2**26
-)  # tokens up to which rows are known by what they hold, and beyond which by their shards' checksums
+_READ_WHOLE = 2**26  # tokens; the fingerprint of longer streams uses the checksums of their shards
 _Ints = NDArray[np.int32]
 
 
@@ -48,51 +47,55 @@ class Block:
 class Rows(Protocol):
     """Rows of `length` tokens, read by number.
 
-    Padding stands last in a row, is the end mark (0 without one) and carries the number of the document before it.
+    Padding is at the end of a row. Its ids are the end mark (0 if there is none), and its document
+    number is that of the document before it.
     """
 
     length: int
 
     def __len__(self) -> int:
-        """How many; 2**62 where there is no end."""
+        """Number of rows; 2**62 for an endless stream."""
         ...
 
     def __getitem__(self, numbers: ArrayLike | slice) -> Block:
-        """The rows with these numbers [k], in this order."""
+        """Return the rows with these numbers [k], in this order."""
         ...
 
     def order(self, seed: int, positions: ArrayLike) -> NDArray[np.int64]:
-        """The numbers of the rows that the global sample numbers `positions` show."""
+        """Return the row numbers for the global sample numbers `positions`."""
         ...
 
     def token_counts(self) -> NDArray[np.int64]:
-        """How often each token occurs, [V]."""
+        """Return the number of occurrences of each token, [V]."""
         ...
 
     def stream(self, at_most: int | None = None) -> tuple[_Ints, NDArray[np.int64]]:
-        """The first ids in order [n] and the document of each [n], padding left out."""
+        """Return the first ids in order [n] and the document of each [n], without padding."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits that tell rows apart."""
+        """32 hexadecimal digits that identify the rows."""
         ...
 
 
 @final
 class PackedRows:
-    """Rows cut from a stream of tokens: joined, or starting anew with every document (`separate`)."""
+    """Rows cut from a token stream: joined, or one document after another (`separate`)."""
 
     def __init__(
         self, stream: TokenStream, length: int, *, filler: int, separate: bool = False
     ) -> None:
-        self.tokens, self.length, self._filler = stream, length, filler
-        self._ends = (
-            np.concatenate([np.empty(0, np.int64), *stream.document_ends()]) if separate else None
-        )
-        self._last_rows = (
-            None if self._ends is None else np.cumsum(-(-np.diff(self._ends, prepend=0) // length))
-        )
+        self.tokens = stream
+        self.length = length
+        self._filler = filler
+        self._ends: NDArray[np.int64] | None = None  # [D] end of each document in the stream
+        self._last_rows: NDArray[np.int64] | None = None  # [D] row after the document's last row
+        if separate:
+            ends = np.concatenate([np.empty(0, np.int64), *stream.document_ends()])
+            rows_of_document = -(-np.diff(ends, prepend=0) // length)
+            self._ends = ends
+            self._last_rows = np.cumsum(rows_of_document)
 
     def __len__(self) -> int:
         if self._last_rows is None:
@@ -100,11 +103,10 @@ class PackedRows:
         return int(self._last_rows[-1]) if len(self._last_rows) else 0
 
     def __getitem__(self, numbers: ArrayLike | slice) -> Block:
-        wanted = (
-            np.arange(len(self))[numbers]
-            if isinstance(numbers, slice)
-            else np.asarray(numbers, np.int64)
-        )
+        if isinstance(numbers, slice):
+            wanted = np.arange(len(self))[numbers]
+        else:
+            wanted = np.asarray(numbers, np.int64)
         if wanted.ndim != 1 or (wanted.size and (wanted.min() < 0 or wanted.max() >= len(self))):
             raise ArgumentError(
                 f"rows: numbers must be a list of numbers in 0..{len(self) - 1}; got {numbers!r}."
@@ -115,7 +117,8 @@ class PackedRows:
         for row, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist())):
             size = stop - start
             ids[row, :size], document[row, :size] = self.tokens.read(start, stop)
-            # Padding keeps the last document's number, so that a padded position still has something to attend to.
+            # Padding keeps the number of the last document, so that a padded position still has
+            # a position to attend to.
             document[row, size:] = document[row, size - 1]
         return Block(ids, document, (stops - starts).astype(np.int32))
 
@@ -126,31 +129,39 @@ class PackedRows:
         return self.tokens.counts()
 
     def stream(self, at_most: int | None = None) -> tuple[_Ints, NDArray[np.int64]]:
-        held = self.tokens.num_tokens
-        return self.tokens.read(0, held if at_most is None else min(at_most, held))
+        size = self.tokens.num_tokens
+        if at_most is not None:
+            size = min(at_most, size)
+        return self.tokens.read(0, size)
 
     @cached_property
     def fingerprint(self) -> str:
-        """By ids, documents and lengths of all rows; beyond 2**26 tokens, which take long to read, by the checksums of the
-        shards."""
+        """32 hexadecimal digits of the SHA-256 of the ids, documents and lengths of all rows.
+
+        Beyond 2**26 tokens, which take long to read, the checksums of the shards are used instead.
+        """
         if self.tokens.num_tokens > _READ_WHOLE:
-            return fingerprint(
-                [self.tokens.fingerprint, self.length, self._ends is not None, self._filler]
-            )
+            is_separate = self._ends is not None
+            return fingerprint([self.tokens.fingerprint, self.length, is_separate, self._filler])
         digest = hashlib.sha256(str((len(self), self.length)).encode())
-        for name in ("ids", "document", "num_valid"):
-            for block in self._blocks():
-                digest.update(getattr(block, name).astype("<i4").tobytes())
+        # Three passes instead of one, so that the digest does not depend on the block size.
+        for block in self._blocks():
+            digest.update(block.ids.astype("<i4").tobytes())
+        for block in self._blocks():
+            digest.update(block.document.astype("<i4").tobytes())
+        for block in self._blocks():
+            digest.update(block.num_valid.astype("<i4").tobytes())
         return digest.hexdigest()[:32]
 
-    def documents(self) -> NDArray[np.int64]:
-        """[R] the document that each row begins with."""
+    def first_documents(self) -> NDArray[np.int64]:
+        """Return the document [R] that each row begins with."""
         if self._last_rows is not None:
-            return np.repeat(np.arange(len(self._last_rows)), np.diff(self._last_rows, prepend=0))
+            rows_of_document = np.diff(self._last_rows, prepend=0)
+            return np.repeat(np.arange(len(self._last_rows)), rows_of_document)
         return np.concatenate([block.document[:, 0] for block in self._blocks()])
 
     def tokens_in_rows(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """[n] which tokens of the stream stand in the rows with these numbers."""
+        """Return a mask [n] of the tokens of the stream that are in the rows `numbers`."""
         starts, stops = self._spans(numbers)
         border = np.zeros(self.tokens.num_tokens + 1, np.int64)
         np.add.at(border, starts, 1)
@@ -158,82 +169,83 @@ class PackedRows:
         return border.cumsum()[:-1] > 0
 
     def _spans(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where rows start and stop in the stream."""
+        """Return the start and stop of rows in the stream."""
         if self._ends is None or self._last_rows is None:
             starts = numbers * self.length
             return starts, np.minimum(starts + self.length, self.tokens.num_tokens)
         document = np.searchsorted(self._last_rows, numbers, side="right")
-        before = np.where(document > 0, self._last_rows[document - 1], 0)
-        starts = (
-            np.where(document > 0, self._ends[document - 1], 0) + (numbers - before) * self.length
-        )
+        # The index -1 of document 0 reads the last entry, which `where` then replaces by 0.
+        rows_before = np.where(document > 0, self._last_rows[document - 1], 0)
+        tokens_before = np.where(document > 0, self._ends[document - 1], 0)
+        starts = tokens_before + (numbers - rows_before) * self.length
         return starts, np.minimum(starts + self.length, self._ends[document])
 
     def _blocks(self) -> Iterator[Block]:
         for start in range(0, len(self), _ROWS_AT_ONCE):
-            yield (
-                self[start : start + _ROWS_AT_ONCE]
-                if self._ends is not None
-                else self._joined(start)
-            )
+            if self._ends is not None:
+                yield self[start : start + _ROWS_AT_ONCE]
+            else:
+                yield self._read_joined(start)
 
-    def _joined(self, first: int) -> Block:
-        """The next rows of the stream, read at once."""
+    def _read_joined(self, first: int) -> Block:
+        """Read the next rows of a joined stream in one piece."""
         size = min(_ROWS_AT_ONCE, len(self) - first)
-        start, stop = first * self.length, min((first + size) * self.length, self.tokens.num_tokens)
+        start = first * self.length
+        stop = min((first + size) * self.length, self.tokens.num_tokens)
         missing = size * self.length - (stop - start)
         ids, document = self.tokens.read(start, stop)
         num_valid = np.full(size, self.length, np.int32)
         num_valid[-1] -= missing
-        ids, document = (
-            np.pad(ids, (0, missing), constant_values=self._filler),
-            np.pad(document, (0, missing), "edge"),
-        )
+        ids = np.pad(ids, (0, missing), constant_values=self._filler)
+        document = np.pad(document, (0, missing), "edge")
         return Block(ids.reshape(size, -1), document.reshape(size, -1), num_valid)
 
 
 def pack(
     documents: Dataset, tokenizer: Tokenizer, length: int, *, separate: bool = False
 ) -> PackedRows:
-    """Rows of `length` ids, in memory, of documents numbered as they stand in `documents`.
+    """Pack documents into rows of `length` ids in memory, numbered in the order of `documents`.
 
-    `separate` starts a row with every document (evaluation). A tokenizer whose unit is the symbol gives one row per
-    document and wants each to have `length` symbols. DataError when there is no token at all.
+    `separate` starts a new row with every document (evaluation). A tokenizer with unit "symbol"
+    gives one row per document, which must have `length` symbols. Raises DataError if there is no
+    token.
     """
-    return pack_stream(
-        gathered(chunks_of(documents), tokenizer), tokenizer, length, separate=separate
-    )
+    stream = encode_in_memory(chunks_of(documents), tokenizer)
+    return pack_stream(stream, tokenizer, length, separate=separate)
 
 
 def pack_stream(
     stream: TokenStream, tokenizer: Tokenizer, length: int, *, separate: bool = False
 ) -> PackedRows:
-    """The rows of a tokenised part; DataError where it has no token, or where rows of symbols have another length."""
+    """Pack a tokenized part into rows.
+
+    Raises DataError if it has no token, or if rows of symbols do not have `length` symbols.
+    """
     if length < 1:
         raise ArgumentError(f"pack: length must be at least 1; got {length}.")
     if not stream.num_tokens:
         raise DataError(
-            f"pack: {stream.num_documents} document(s) gave no token. Give texts that are not empty."
+            f"pack: {stream.num_documents} document(s) gave no token. Give texts that are not "
+            "empty."
         )
-    if tokenizer.unit == "symbol" and (wrong := stream.wrong_size(length)) is not None:
+    if tokenizer.unit == "symbol" and (wrong := stream.find_wrong_size(length)) is not None:
         raise DataError(
-            f"pack: row {wrong[0]} has {wrong[1]} symbols, but an alphabet's rows must all have length = {length}. "
-            "Mend the row, or set [data] length to the length of the rows."
+            f"pack: row {wrong[0]} has {wrong[1]} symbols, but an alphabet's rows must all have "
+            f"length = {length}. Fix the row, or set [data] length to the length of the rows."
         )
-    # rows of symbols are documents of one length: joined, they are cut where documents meet
     filler = 0 if tokenizer.eos_id is None else tokenizer.eos_id
-    return PackedRows(
-        stream, length, filler=filler, separate=separate and tokenizer.unit != "symbol"
-    )
+    # Rows of symbols are documents of one length: cutting the joined stream separates them already.
+    separate = separate and tokenizer.unit != "symbol"
+    return PackedRows(stream, length, filler=filler, separate=separate)
 
 
 def pack_ids(ids: NDArray[np.integer], num_tokens: int) -> PackedRows:
-    """Ids [R,L] at hand as rows, each a document of its own."""
-    return PackedRows(stream_of_ids(ids, num_tokens), ids.shape[1], filler=0)
+    """Pack the rows of `ids` [R,L], each as a document."""
+    return PackedRows(stream_from_ids(ids, num_tokens), ids.shape[1], filler=0)
 
 
 def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> PackedRows:
-    """Rows of some texts held in memory, each text a document of its own."""
+    """Pack texts into rows in memory, each text as a separate document."""
     return pack(documents_from_texts(texts), tokenizer, length, separate=True)
 
 
@@ -244,21 +256,32 @@ def batch_rows(
     index: ArrayLike | None = None,
     conditions: Conditions | None = None,
 ) -> Batch:
-    """The rows with these numbers; `index` [B] is their slot in the global batch, else the numbers themselves.
+    """Read the rows `indices` as a batch.
 
-    `conditions` are those of the documents that the rows were packed from.
+    `index` [B] is their slot in the global batch, by default `indices`. `conditions` are those of
+    the documents from which the rows were packed.
     """
     numbers = np.asarray(indices, dtype=np.int64)
     block = rows[numbers]
-    ids, document = torch.from_numpy(block.ids.astype(np.int64)), torch.from_numpy(block.document)
-    valid = torch.arange(ids.shape[1]) < torch.from_numpy(block.num_valid.astype(np.int64))[:, None]
+    ids = torch.from_numpy(block.ids.astype(np.int64))
+    document = torch.from_numpy(block.document)
+    num_valid = torch.from_numpy(block.num_valid.astype(np.int64))
+    valid = torch.arange(ids.shape[1]) < num_valid[:, None]
     slots = torch.from_numpy(np.array(numbers if index is None else index, dtype=np.int64))
-    packed = bool((document[:, :1] != document[:, -1:]).any())  # numbers never fall within a row
-    told = conditions.of(document, packed) if conditions else {}
-    return Batch(ids, valid, valid.clone(), document, slots, packed, told)
+    # Document numbers never fall within a row, so comparing both ends of a row is enough.
+    packed = bool((document[:, :1] != document[:, -1:]).any())
+    return Batch(
+        ids=ids,
+        valid=valid,
+        scored=valid.clone(),
+        document=document,
+        index=slots,
+        packed=packed,
+        conditions=conditions.select(document, packed) if conditions else {},
+    )
 
 
 def chunks_of(documents: Dataset, part: str = TRAIN) -> Iterator[Chunk]:
-    """Documents at hand as chunks of a part; there is no cursor among them."""
-    for some in documents.iter(DOCUMENTS_AT_ONCE):
-        yield Chunk(some["text"], None, part, some.get("name", []))
+    """Yield documents in memory as chunks of a part, without cursors."""
+    for batch in documents.iter(DOCUMENTS_AT_ONCE):
+        yield Chunk(batch["text"], None, part, batch.get("name", []))

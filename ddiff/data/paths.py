@@ -1,7 +1,7 @@
-"""Paths and globs: which files they name, and how a file is opened.
+"""Find files by paths and globs, and open them.
 
-A path that exists as it is written is that file, whatever characters its name has; a glob is only what names no file. Local
-files are opened by the operating system and not through fsspec, which gives "::", "#" and the like a meaning.
+A path that exists as it is written is that file, even if its name contains characters of a glob.
+Local files are opened directly and not through fsspec, which would interpret "::", "#" and others.
 """
 
 from __future__ import annotations
@@ -20,76 +20,8 @@ from ddiff.errors import DataError, DdiffError
 
 _MARKS = "*?["
 _LOCAL = ("file://", "local://")
-
-
-def find_files(pattern: str) -> list[str]:
-    """Return the files that a path or glob names, sorted.
-
-    `**` matches folders at any depth; names that begin with a dot are matched only by a dot. DataError if no file is
-    named, for a folder, a broken link, and for what can be read only once (a pipe, a device).
-    """
-    local = _local_path(pattern)
-    found = _remote_files(pattern) if local is None else _local_files(local)
-    if not found:
-        raise DataError(_not_found(pattern, local))
-    return found
-
-
-def find_all_files(patterns: Sequence[str]) -> list[str]:
-    """Return the files of several patterns in their order; a file that two patterns name is listed once."""
-    found: dict[Any, str] = {}
-    for pattern in patterns:
-        for path in find_files(pattern):
-            found.setdefault(_identity(path), path)
-    return list(found.values())
-
-
-def find_train_and_validation(
-    train: Sequence[str], validation: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """Return the training and the validation files of patterns; DataError if one file is among both."""
-    paths = find_all_files(train)
-    validation_paths = find_all_files(validation)
-    check_disjoint(paths, validation_paths)
-    return paths, validation_paths
-
-
-def check_disjoint(train: Iterable[str], validation: Iterable[str]) -> None:
-    """Raise DataError if a file is among the training and the validation files, under whatever path."""
-    trained = {_identity(path): path for path in train}
-    for path in validation:
-        if (same := trained.get(_identity(path))) is not None:
-            also = "" if same == path else f" (there as {printable(same)})"
-            raise DataError(
-                f"{printable(path)} is named by validation and by files{also}: the model would be evaluated on text "
-                "that it was trained on. Leave it out of files: move it to another folder, or name the training "
-                "files so that no pattern matches it. Without validation files a share of the documents is held out."
-            )
-
-
-def base_name(path: str) -> str:
-    """Return the last part of a path, printable."""
-    return printable(path.rsplit("/", 1)[-1])
-
-
-def printable(path: str) -> str:
-    """Return a path as messages write it: bytes that are not UTF-8 and control characters are escaped."""
-    return "".join(mark if mark.isprintable() else _escaped(mark) for mark in path)
-
-
-def file_version(path: str) -> list[Any]:
-    """Return what changes when a file does: its name, size, and tag or time of change."""
-    with explain_errors(path):
-        if (local := _local_path(path)) is not None:
-            found = os.stat(local)
-            return [base_name(path), found.st_size, str(found.st_mtime)]
-        system, place = fsspec.url_to_fs(path)
-        info = system.info(place)
-        changed = next((str(info[key]) for key in _CHANGED if info.get(key)), "")
-        return [base_name(path), info.get("size"), changed]
-
-
-_CHANGED = (
+# Keys of fsspec's `info` that change with the content, the most reliable first.
+_VERSION_KEYS = (
     "ETag",
     "etag",
     "md5Hash",
@@ -103,11 +35,84 @@ _CHANGED = (
 )
 
 
+def find_files(pattern: str) -> list[str]:
+    """Return the files that a path or glob names, sorted.
+
+    `**` matches folders at any depth; names that begin with a dot are matched only by a dot. Raises
+    DataError if there is no such file, for a folder, a broken link, a pipe or a device.
+    """
+    local = _local_path(pattern)
+    found = _find_remote(pattern) if local is None else _find_local(local)
+    if not found:
+        raise DataError(_not_found_message(pattern, local))
+    return found
+
+
+def find_all_files(patterns: Sequence[str]) -> list[str]:
+    """Return the files of several patterns in their order, each file once."""
+    found: dict[Any, str] = {}
+    for pattern in patterns:
+        for path in find_files(pattern):
+            found.setdefault(_identity(path), path)
+    return list(found.values())
+
+
+def find_train_and_validation(
+    train: Sequence[str], validation: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Find training and validation files; DataError if a file is among both."""
+    paths = find_all_files(train)
+    validation_paths = find_all_files(validation)
+    check_disjoint(paths, validation_paths)
+    return paths, validation_paths
+
+
+def check_disjoint(train: Iterable[str], validation: Iterable[str]) -> None:
+    """Raise DataError if a file is among both, even under two different paths."""
+    trained = {_identity(path): path for path in train}
+    for path in validation:
+        same = trained.get(_identity(path))
+        if same is None:
+            continue
+        alias = "" if same == path else f" (there as {printable(same)})"
+        raise DataError(
+            f"{printable(path)} is named by validation and by files{alias}: the model would be "
+            "evaluated on text that it was trained on. Leave it out of files: move it to another "
+            "folder, or name the training files so that no pattern matches it. Without validation "
+            "files a share of the documents is held out."
+        )
+
+
+def base_name(path: str) -> str:
+    """Return the last part of a path, with unprintable characters escaped."""
+    return printable(path.rsplit("/", 1)[-1])
+
+
+def printable(path: str) -> str:
+    """Escape control characters and bytes that are not UTF-8, for messages."""
+    return "".join(mark if mark.isprintable() else _escape(mark) for mark in path)
+
+
+def file_version(path: str) -> list[Any]:
+    """Return name, size, and tag or time of modification, which change when the file does."""
+    with explain_errors(path):
+        local = _local_path(path)
+        if local is not None:
+            about = os.stat(local)
+            return [base_name(path), about.st_size, str(about.st_mtime)]
+        system, place = fsspec.url_to_fs(path)
+        info = system.info(place)
+        versions = [str(info[key]) for key in _VERSION_KEYS if info.get(key)]
+        version = versions[0] if versions else ""
+        return [base_name(path), info.get("size"), version]
+
+
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
-    """Open a file to read bytes; what goes wrong while it is read is a DataError that names it."""
+    """Open a file to read bytes; errors until it is closed become DataErrors that name it."""
     with explain_errors(path):
-        if (local := _local_path(path)) is not None:
+        local = _local_path(path)
+        if local is not None:
             with open(local, "rb") as file:
                 yield file
         else:
@@ -118,22 +123,23 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def explain_errors(path: str) -> Iterator[None]:
-    """Turn whatever goes wrong within into a DataError that names the file."""
+    """Turn every error of the block into a DataError that names the file."""
     try:
         yield
     except (DdiffError, MemoryError):
         raise
     except PermissionError as error:
-        raise _forbidden(path) from error
-    except Exception as error:  # each file system and each format has errors of its own
+        raise _permission_error(path) from error
+    except Exception as error:  # file systems and formats have different error classes
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(
-            f"{printable(path)} cannot be read: {type(error).__name__}: {reason}. Check the file and its path."
+            f"{printable(path)} cannot be read: {type(error).__name__}: {reason}. Check the file "
+            "and its path."
         ) from error
 
 
 def _local_path(pattern: str) -> str | None:
-    """The path on this machine, or None for one of another file system."""
+    """Return the path on this machine, or None for another file system."""
     for scheme in _LOCAL:
         if pattern.startswith(scheme) and "::" not in pattern:
             return pattern.removeprefix(scheme)
@@ -149,7 +155,7 @@ def _exists(path: str) -> bool:
         return False
 
 
-def _local_files(path: str) -> list[str]:
+def _find_local(path: str) -> list[str]:
     if _exists(path):
         _check_regular(path)
         return [path]
@@ -159,20 +165,24 @@ def _local_files(path: str) -> list[str]:
     parts = [part for part in path.split("/") if part]
     if "**" in parts[-1:]:
         parts.append("*")
-    found = sorted({match for match in _matches(start, parts) if not os.path.isdir(match)})
+    matches = set(_matches(start, parts))
+    found = sorted(match for match in matches if not os.path.isdir(match))
     for match in found:
         _check_regular(match)
     return found
 
 
 def _matches(folder: str, parts: list[str]) -> Iterator[str]:
-    """Paths under a folder ("" is the working directory) that match the parts of a pattern."""
+    """Yield the paths under a folder that match the parts of a pattern.
+
+    The folder "" is the working directory.
+    """
     head, *rest = parts
     if head == "**":
         for below in _folders(folder):
             yield from _matches(below, rest)
         return
-    for name in _matching(folder, head):
+    for name in _matching_names(folder, head):
         path = os.path.join(folder, name)
         if not rest:
             if _exists(path):
@@ -181,34 +191,36 @@ def _matches(folder: str, parts: list[str]) -> Iterator[str]:
             yield from _matches(path, rest)
 
 
-def _matching(folder: str, part: str) -> list[str]:
-    """The names in a folder that one part of a pattern names: itself if it is there, else those that it matches."""
+def _matching_names(folder: str, part: str) -> list[str]:
+    """Return the names in a folder for one part of a pattern: itself if it exists, or its matches."""
     if not any(mark in part for mark in _MARKS) or _exists(os.path.join(folder, part)):
         return [part]
-    hidden = part.startswith(".")
-    return [
-        name
-        for name in _names(folder)
-        if fnmatchcase(name, part) and name.startswith(".") == hidden
-    ]
+    is_hidden = part.startswith(".")
+    names = [name for name in _list_names(folder) if name.startswith(".") == is_hidden]
+    return [name for name in names if fnmatchcase(name, part)]
 
 
 def _folders(folder: str) -> Iterator[str]:
-    """A folder and all below it; links are followed, but no folder is entered twice, so that circles end."""
+    """Yield a folder and all folders below it.
+
+    Links are followed, but each folder is entered only once, so that a circle of links ends.
+    """
     entered: set[tuple[int, int]] = set()
-    waiting = [folder]
-    while waiting:
-        here = waiting.pop()
+    pending = [folder]
+    while pending:
+        here = pending.pop()
         about = os.stat(here or ".")
         if (about.st_dev, about.st_ino) in entered:
             continue
         entered.add((about.st_dev, about.st_ino))
         yield here
-        below = [os.path.join(here, name) for name in _names(here) if not name.startswith(".")]
-        waiting += [path for path in reversed(below) if os.path.isdir(path)]
+        visible = [name for name in _list_names(here) if not name.startswith(".")]
+        paths = [os.path.join(here, name) for name in visible]
+        # Reversed, because `pop` takes the last one: folders are visited in the order of names.
+        pending += [path for path in reversed(paths) if os.path.isdir(path)]
 
 
-def _names(folder: str) -> list[str]:
+def _list_names(folder: str) -> list[str]:
     try:
         return sorted(os.listdir(folder or "."))
     except PermissionError as error:
@@ -218,15 +230,15 @@ def _names(folder: str) -> list[str]:
 
 
 def _check_regular(path: str) -> None:
-    """DataError for what is no file that can be read as often as needed."""
+    """Raise DataError for anything but a regular file: a pipe can be read only once."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
         if os.path.islink(path):
             target = printable(os.readlink(path))
             raise DataError(
-                f"{printable(path)} is a link to {target}, which cannot be reached ({error.strerror}). "
-                "Fix or remove the link."
+                f"{printable(path)} is a link to {target}, which cannot be reached "
+                f"({error.strerror}). Fix or remove the link."
             ) from error
         raise DataError(
             f"{printable(path)} cannot be read: {error.strerror}. Check the path."
@@ -234,18 +246,19 @@ def _check_regular(path: str) -> None:
     if stat.S_ISDIR(mode):
         inside = f"{printable(path.rstrip('/'))}/*.txt"
         raise DataError(
-            f"{printable(path)} is a folder, and files are due. Name the files in it, for instance {inside}, or "
-            ".../**/*.txt for those of its folders too."
+            f"{printable(path)} is a folder, but a file is expected. Name the files in it, for "
+            f"instance {inside}, or .../**/*.txt for those of its folders too."
         )
     if stat.S_ISREG(mode) and not os.access(path, os.R_OK):
-        raise _forbidden(path)
+        raise _permission_error(path)
     if not stat.S_ISREG(mode):
         raise DataError(
-            f"{printable(path)} is a pipe or a device, which can be read only once. Write its content to a file first."
+            f"{printable(path)} is a pipe or a device, which can be read only once. Write its "
+            "content to a file first."
         )
 
 
-def _remote_files(pattern: str) -> list[str]:
+def _find_remote(pattern: str) -> list[str]:
     try:
         system, path = fsspec.url_to_fs(pattern)
         if system.isfile(path):
@@ -257,23 +270,27 @@ def _remote_files(pattern: str) -> list[str]:
             )
         elif system.isdir(path):
             raise DataError(
-                f"{pattern} is a folder, and files are due. Name the files in it: {pattern.rstrip('/')}/*"
+                f"{pattern} is a folder, but a file is expected. Name the files in it: "
+                f"{pattern.rstrip('/')}/*"
             )
         else:
             found = []
         return [_remote_path(pattern, name, system) for name in found]
     except DataError:
         raise
-    except Exception as error:  # each file system has errors of its own
+    except Exception as error:  # file systems have different error classes
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(
-            f"{printable(pattern)} cannot be opened: {type(error).__name__}: {reason}. Give a local path or one "
-            "that fsspec knows."
+            f"{printable(pattern)} cannot be opened: {type(error).__name__}: {reason}. Give a "
+            "local path or one that fsspec knows."
         ) from error
 
 
 def _remote_path(pattern: str, name: str, system: Any) -> str:
-    """The path of a file that a file system calls `name`, with which it can be opened: a chain is kept."""
+    """Return the full path to open the file that its file system calls `name`.
+
+    A chain of file systems ("zip://...::s3://...") is kept.
+    """
     first, _, others = pattern.partition("::")
     if not others:
         return system.unstrip_protocol(name)
@@ -283,40 +300,39 @@ def _remote_path(pattern: str, name: str, system: Any) -> str:
     return f"{first}::{protocol}://{name if protocol in ('file', 'local') else name.lstrip('/')}"
 
 
-def _forbidden(path: str) -> DataError:
+def _permission_error(path: str) -> DataError:
     return DataError(
         f"{printable(path)} must not be read: permission denied. Change its permissions."
     )
 
 
-def _not_found(pattern: str, local: str | None) -> str:
+def _not_found_message(pattern: str, local: str | None) -> str:
     marks = "".join(mark for mark in _MARKS if mark in pattern)
-    what = f"There is no file {printable(pattern)}"
+    message = f"There is no file {printable(pattern)}"
     if marks:
-        what += f", and none that it matches as a pattern (it holds {' '.join(marks)})"
+        message += f", and none that it matches as a pattern (it holds {' '.join(marks)})"
     if local is None:
-        return f"{what}. Check the path."
-    fixed = os.path.dirname(
-        local.partition(next((mark for mark in local if mark in _MARKS), "\0"))[0]
-    )
-    missing = (
-        f" There is no folder {printable(fixed)} either."
-        if fixed and not os.path.isdir(fixed)
-        else ""
-    )
-    return f"{what} (looked from {Path.cwd()}).{missing} Check the path; relative paths start where ddiff runs."
+        return f"{message}. Check the path."
+    message += f" (looked from {Path.cwd()})."
+    places = [place for place, mark in enumerate(local) if mark in _MARKS]
+    before_marks = local[: places[0]] if places else local
+    folder = os.path.dirname(before_marks)
+    if folder and not os.path.isdir(folder):
+        message += f" There is no folder {printable(folder)} either."
+    return f"{message} Check the path; relative paths start where ddiff runs."
 
 
 def _identity(path: str) -> Any:
-    """What two paths of one file have in common."""
-    if (local := _local_path(path)) is None:
+    """Return a value that is equal for all paths of one file."""
+    local = _local_path(path)
+    if local is None:
         return path
     about = os.stat(local)
     return about.st_dev, about.st_ino
 
 
-def _escaped(mark: str) -> str:
+def _escape(mark: str) -> str:
     code = ord(mark)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte of the name that is not UTF-8, as Python keeps it
+    if 0xDC80 <= code <= 0xDCFF:  # Python's placeholder for a byte that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return mark.encode("unicode_escape").decode()

@@ -1,7 +1,8 @@
-"""The order in which rows are visited: a pure function of seed, epoch and place, with nothing kept in memory.
+"""Shuffled order of rows as a pure function of seed, epoch and position, without stored state.
 
-An epoch is a keyed permutation of the rows: a Feistel network on the smallest even number of bits that covers them, applied
-again while the result falls outside ("cycle walking"). Restarts, workers and world size therefore cannot change the order.
+An epoch is a keyed permutation of the rows: a Feistel network on the smallest even number of bits
+that covers them, applied again while the result is outside the range ("cycle walking"). Resuming,
+the number of workers and the world size therefore cannot change the order.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from ddiff.errors import ArgumentError
 
-_ROUNDS = 8  # four make a permutation hard to tell from random; narrow halves want more
+_ROUNDS = 8  # four are enough for wide halves; narrow halves (few rows) need more
 _UINT = NDArray[np.uint64]
 
 
 def row_at(seed: int, position: ArrayLike, num_rows: int) -> NDArray[np.int64]:
-    """The row that global sample number `position` shows; any shape of positions >= 0, the same shape back.
+    """Return the row for each global sample number `position` >= 0, in the shape of `position`.
 
-    Epoch e covers positions e*num_rows .. (e+1)*num_rows - 1 and shows every row exactly once.
+    Epoch e covers positions e*num_rows .. (e+1)*num_rows - 1 and contains every row exactly once.
     """
     if num_rows < 1:
         raise ArgumentError(f"row_at: num_rows must be at least 1; got {num_rows}.")
@@ -29,6 +30,7 @@ def row_at(seed: int, position: ArrayLike, num_rows: int) -> NDArray[np.int64]:
     key = _mix(_mix(np.uint64(seed % 2**64)) ^ epoch)
     half_bits = max(1, (int(num_rows - 1).bit_length() + 1) // 2)
     rows = _feistel(place, key, half_bits)
+    # Cycle walking: on average at most 4 tries, because the network permutes at most 4 * num_rows.
     outside = rows >= num_rows
     while outside.any():
         rows[outside] = _feistel(rows[outside], key[outside], half_bits)
@@ -37,17 +39,21 @@ def row_at(seed: int, position: ArrayLike, num_rows: int) -> NDArray[np.int64]:
 
 
 def _feistel(value: _UINT, key: _UINT, half_bits: int) -> _UINT:
-    """One keyed permutation of 0 .. 4**half_bits - 1."""
-    shift, low = np.uint64(half_bits), np.uint64(2**half_bits - 1)
-    left, right = value >> shift, value & low
+    """Apply one keyed permutation of 0 .. 4**half_bits - 1."""
+    shift = np.uint64(half_bits)
+    low = np.uint64(2**half_bits - 1)
+    left = value >> shift
+    right = value & low
     for number in range(_ROUNDS):
-        left, right = right, left ^ (_mix(key ^ _mix(right + np.uint64(number << 40))) & low)
+        # The round number is above all bits of `right`, so that each round has its own function.
+        round_value = _mix(key ^ _mix(right + np.uint64(number << 40))) & low
+        left, right = right, left ^ round_value
     return (left << shift) | right
 
 
 def _mix(value: _UINT | np.uint64) -> _UINT:
-    """The finaliser of splitmix64: every input bit reaches every output bit; arithmetic modulo 2**64 is meant."""
-    with np.errstate(over="ignore"):
+    """Finalizer of splitmix64: every input bit changes every output bit."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
         z = np.atleast_1d(value) + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""Batches read ahead of the step that asks for them, in threads of this process."""
+"""Prefetch batches in threads of this process, ahead of the step that needs them."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Generic, TypeVar, final
 
 from ddiff.errors import ArgumentError
 from ddiff.progress import LINE_EVERY_SECONDS, print_line
 
 Item = TypeVar("Item")
-_POLL = 0.05  # seconds between looks at whether a batch that is waited for is still wanted
-_GRACE = 1.0  # seconds that `close` gives the threads to finish what they read
+_POLL = 0.05  # seconds between checks whether an awaited batch is still wanted
+_GRACE = 1.0  # seconds that `close` gives the threads to finish a read
 
 
 @final
 class Prefetcher(Generic[Item]):
-    """`batch_at(step, micro)`, a pure function, with the next `ahead` calls under way: the same bits, sooner.
+    """Read-ahead of `batch_at(step, micro)`, a pure function: the same batches, earlier.
 
-    The next call is taken to be that of the next micro-batch of `accumulate`, then of the next step; any other is answered
-    too, and what was read in vain forgotten. `workers` threads read (0: none, and nothing is read ahead): reading waits for
-    the disk and copies memory-mapped arrays. What `batch_at` raises is raised by the call that wanted it. While a call
-    waits, a line is printed every ten seconds, unless `quiet`.
+    The next `ahead` calls are started in advance. They are taken to be those of the next of
+    `accumulate` micro-batches, then of the next step; any other call works too, and discards what
+    was prefetched. `workers` threads read, because reading waits for the disk and copies
+    memory-mapped arrays; with 0 nothing is prefetched. An exception of `batch_at` is raised by the
+    call that needs the batch. While a call waits, a line is printed every ten seconds, unless
+    `quiet`.
     """
 
     def __init__(
@@ -38,14 +41,15 @@ class Prefetcher(Generic[Item]):
     ) -> None:
         if ahead < 0 or accumulate < 1 or workers < 0:
             raise ArgumentError(
-                f"Prefetcher: ahead and workers must be at least 0 and accumulate at least 1; got {ahead}, {workers} and "
-                f"{accumulate}."
+                "Prefetcher: ahead and workers must be at least 0 and accumulate at least 1; got "
+                f"{ahead}, {workers} and {accumulate}."
             )
-        self._batch_at, self._accumulate = batch_at, accumulate
+        self._batch_at = batch_at
+        self._accumulate = accumulate
         self._ahead = ahead if workers else 0
         self._quiet = quiet
-        self._threads = _Threads(workers) if self._ahead else None
-        self._waiting: dict[tuple[int, int], Future[Item]] = {}
+        self._threads = _ThreadPool(workers) if self._ahead else None
+        self._pending: dict[tuple[int, int], Future[Item]] = {}
 
     def __call__(self, step: int, micro: int) -> Item:
         item = self.fetch(step, micro, lambda: False)
@@ -53,38 +57,39 @@ class Prefetcher(Generic[Item]):
         return item
 
     def fetch(self, step: int, micro: int, stopped: Callable[[], bool]) -> Item | None:
-        """The same batch, or None as soon as `stopped()` is true while it is waited for."""
+        """Return the batch, or None as soon as `stopped()` is true during the wait for it."""
         if self._threads is None:
             return self._batch_at(step, micro)
         wanted = (step, micro)
-        if wanted not in self._waiting:
-            self._forget()
-        due = [wanted]
+        if wanted not in self._pending:
+            self._discard_pending()
+        calls = [wanted]
         for _ in range(self._ahead):
-            due.append(self._after(due[-1]))
-        for call in due:
-            if call not in self._waiting:
-                self._waiting[call] = self._threads.submit(self._batch_at, *call)
-        if not self._waits(self._waiting[wanted], step, stopped):
+            calls.append(self._following(calls[-1]))
+        for call in calls:
+            if call not in self._pending:
+                self._pending[call] = self._threads.submit(self._batch_at, *call)
+        if not self._wait(self._pending[wanted], step, stopped):
             return None
-        return self._waiting.pop(wanted).result()
+        return self._pending.pop(wanted).result()
 
-    def _waits(self, future: Future[Item], step: int, stopped: Callable[[], bool]) -> bool:
-        """Wait until the batch is there; False when it is given up."""
-        began = told = time.monotonic()
+    def _wait(self, future: Future[Item], step: int, stopped: Callable[[], bool]) -> bool:
+        """Wait for a batch; return False if it is given up."""
+        began = time.monotonic()
+        last_line = began
         while not _is_done(future, _POLL):
             if stopped():
                 return False
             now = time.monotonic()
-            if not self._quiet and now - told >= LINE_EVERY_SECONDS:
-                told = now
+            if not self._quiet and now - last_line >= LINE_EVERY_SECONDS:
+                last_line = now
                 print_line(f"waiting for the data of step {step + 1}: {now - began:.0f} s so far")
         return True
 
     def close(self) -> None:
-        """End the threads; calls are answered without them from now on. One that still reads is not waited for long."""
+        """End the threads, without waiting long for a read; later calls read directly."""
         if self._threads is not None:
-            self._forget()
+            self._discard_pending()
             self._threads.close()
             self._threads = None
 
@@ -94,36 +99,39 @@ class Prefetcher(Generic[Item]):
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _after(self, call: tuple[int, int]) -> tuple[int, int]:
+    def _following(self, call: tuple[int, int]) -> tuple[int, int]:
         step, micro = call
-        return (step, micro + 1) if micro + 1 < self._accumulate else (step + 1, 0)
+        if micro + 1 < self._accumulate:
+            return step, micro + 1
+        return step + 1, 0
 
-    def _forget(self) -> None:
-        for future in self._waiting.values():
+    def _discard_pending(self) -> None:
+        for future in self._pending.values():
             future.cancel()
-        self._waiting.clear()
+        self._pending.clear()
 
 
-class _Threads:
-    """Threads that work off calls. The interpreter does not wait for them at its end, as it does for those of an executor:
-    a source that stands still would keep a run that was told to stop."""
+class _ThreadPool:
+    """Pool of daemon threads.
 
-    def __init__(self, number: int) -> None:
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = (
-            queue.SimpleQueue()
-        )
-        self._number = number
+    Not a ThreadPoolExecutor: the interpreter waits for its threads at exit, so that a stalled
+    source would keep a run that was told to stop.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+        self._calls = queue.SimpleQueue()
+        self._size = size
         self._threads: list[threading.Thread] = []
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        while len(self._threads) < self._number:
-            thread = threading.Thread(
-                target=self._work, name=f"batches_{len(self._threads)}", daemon=True
-            )
+        while len(self._threads) < self._size:
+            name = f"batches_{len(self._threads)}"
+            thread = threading.Thread(target=self._work, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
         future: Future[Any] = Future()
-        self._calls.put((future, lambda: function(*arguments)))
+        self._calls.put((future, partial(function, *arguments)))
         return future
 
     def close(self) -> None:
@@ -145,9 +153,10 @@ class _Threads:
 
 
 def _is_done(future: Future[Any], seconds: float) -> bool:
-    """Whether a call has ended, well or not, within so many seconds."""
+    """Whether a call ends within this time, successfully or not."""
     try:
         future.exception(seconds)
     except TimeoutError:
+        # `exception` may also be a TimeoutError of the call itself, as `done` then tells.
         return future.done()
     return True

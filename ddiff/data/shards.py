@@ -1,15 +1,16 @@
-"""Token shards: a corpus tokenised once, memory-mapped wherever it is read.
+"""Token shards: a corpus tokenized once and memory-mapped wherever it is read.
 
-A folder holds, for every shard, its ids and where its documents end, both plain `.npy` arrays:
+A folder holds the ids of every shard and the ends of its documents, both as plain `.npy` arrays:
 
-    train_00000.tokens.npy   [n] uint16 (uint32 above 65536 tokens), documents one after another with their end marks
-    train_00000.ends.npy     [k] int64, the place after each document's last token, counted from the shard's start
-    train.counts.npy         [V] int64, how often each token occurs in the part
+    train_00000.tokens.npy   [n] uint16 (uint32 above 65536 tokens), documents with their end marks
+    train_00000.ends.npy     [k] int64, place after each document's last token, within the shard
+    train.counts.npy         [V] int64, number of occurrences of each token in the part
     manifest.json            tokenizer, source, and of every shard its size and checksums
 
-Rows of any length are cut from it when they are read (`ddiff.data.packing`), so that another length needs no other shards.
-A shard is written under another name and renamed; the manifest comes last. A build that was killed goes on after its last
-whole shard, for which `journal.json` keeps the source's cursor.
+Rows of any length are cut when they are read (`ddiff.data.packing`), so that another length needs no
+other shards. A shard is written under another name and renamed; the manifest is written last. A
+build that was killed resumes after its last complete shard, for which `journal.json` keeps the
+cursor of the source.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddiff.atomic import PARTIAL, lock_file, open_atomic, write_atomic
-from ddiff.data.cache import fingerprint, not_writable
+from ddiff.data.cache import fingerprint, not_writable_error
 from ddiff.data.overlap import find_overlap
 from ddiff.data.tokenizer import Tokenizer, check_round_trip
 from ddiff.data.tokenizer_workers import (
@@ -45,20 +46,27 @@ from ddiff.errors import DataError
 from ddiff.progress import progress
 
 FORMAT = 1
-SMALL = 2**26  # bytes of a file that is hashed whenever it is opened
+SMALL = 2**26  # bytes; files up to this size are hashed whenever they are opened
 _NAME = re.compile(r"(train|validation)_\d{5,}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-PARTS, KINDS = (TRAIN, VALIDATION), ("tokens", "ends")
-MANIFEST, JOURNAL = "manifest.json", "journal.json"
-SHARD_TOKENS = 2**25  # 64 MiB of 16-bit ids: few files, and little to do again after a kill
+PARTS = (TRAIN, VALIDATION)
+KINDS = ("tokens", "ends")
+MANIFEST = "manifest.json"
+JOURNAL = "journal.json"
+SHARD_TOKENS = 2**25  # 64 MiB of 16-bit ids: few files, and little to repeat after a kill
+_COUNT_AT_ONCE = 2**22  # tokens; np.bincount makes a 64-bit copy of them
+_NO_ENDS: NDArray[np.int64] = np.empty(0, np.int64)
 Chunks = Callable[[Any], Iterable[Chunk]]
-"""The chunks of a source after a cursor (None: from its start)."""
+"""Function (cursor): yield the chunks of a source after a cursor, all for None."""
 
 
 @final
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of a shard: its sizes, its shortest and longest document, and SHA-256 of both files."""
+    """Entry of a shard in the manifest: sizes, and the SHA-256 of both files.
+
+    `shortest` and `longest` are the numbers of tokens of the shortest and the longest document.
+    """
 
     name: str
     documents: int
@@ -73,14 +81,19 @@ class ShardRecord:
 @final
 @dataclass(frozen=True)
 class Shard:
-    """Documents one after another: `tokens` [n], `ends` [k] the place after each document's last token."""
+    """Documents one after another.
+
+    tokens: [n] ids.
+    ends: [k] place after the last token of each document.
+    """
 
     tokens: NDArray[np.unsignedinteger]
     ends: NDArray[np.int64]
     record: ShardRecord
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
-        """Ids [stop - start] of these places, and the document of each, counted from the shard's first."""
+        """Return ids [stop - start] and the document of each, counted from the shard's first."""
+        # Only the ends of the documents in the range are searched for each position.
         first, last = np.searchsorted(self.ends, (start, stop - 1), side="right")
         inside = np.searchsorted(self.ends[first:last], np.arange(start, stop), side="right")
         return self.tokens[start:stop], first + inside
@@ -88,13 +101,15 @@ class Shard:
 
 @final
 class TokenStream:
-    """The shards of a part in order, as one stream of tokens: nothing of it is in memory but what is read."""
+    """Shards of a part in order, as one stream of tokens that is read from disk on demand."""
 
     def __init__(self, shards: Sequence[Shard], counts: Callable[[], NDArray[np.int64]]) -> None:
-        """`counts()` gives how often each token occurs, [V]."""
-        self.shards, self.counts = shards, counts
-        self._starts = _cumulated(shard.record.tokens for shard in shards)
-        self._documents = _cumulated(shard.record.documents for shard in shards)
+        """Take the shards; `counts()` returns the number of occurrences of each token, [V]."""
+        self.shards = shards
+        self.counts = counts
+        # [number of shards + 1] tokens and documents before each shard, the totals last.
+        self._starts = _cumulative_sums(shard.record.tokens for shard in shards)
+        self._documents = _cumulative_sums(shard.record.documents for shard in shards)
 
     @property
     def num_tokens(self) -> int:
@@ -106,12 +121,13 @@ class TokenStream:
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of the text."""
+        """Number of UTF-8 bytes of the text."""
         return sum(shard.record.bytes for shard in self.shards)
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Ids [stop - start] from a place of the stream on, and the document of each."""
-        ids, document = np.empty(stop - start, np.int32), np.empty(stop - start, np.int64)
+        """Return ids [stop - start] of a range of the stream, and the document of each."""
+        ids = np.empty(stop - start, np.int32)
+        document = np.empty(stop - start, np.int64)
         number = int(np.searchsorted(self._starts, start, side="right")) - 1
         at = start
         while at < stop:
@@ -128,7 +144,7 @@ class TokenStream:
         for start, shard in zip(self._starts, self.shards):
             yield start + shard.ends
 
-    def wrong_size(self, size: int) -> tuple[int, int] | None:
+    def find_wrong_size(self, size: int) -> tuple[int, int] | None:
         """The first document that has not `size` tokens, and how many it has; None when all have."""
         for first, shard in zip(self._documents, self.shards):
             if shard.record.documents and not shard.record.shortest == shard.record.longest == size:
@@ -193,7 +209,7 @@ class Shards:
             raise DataError(
                 f"The shards in {self.folder} were made with another tokenizer: {'; '.join(differing)}. Take the tokenizer "
                 f'that they were made with ([tokenizer] kind = "saved", path = "{self.folder / "tokenizer.json"}"), or '
-                "tokenise the text anew with `ddiff data`."
+                "tokenize the text anew with `ddiff data`."
             )
 
     def files(self) -> list[str]:
@@ -300,7 +316,7 @@ def read_shards(folder: Path, name: str | None = None) -> Shards:
     if manifest.get("format") != FORMAT or "parts" not in manifest:
         raise DataError(
             f"{shown} is no manifest that this ddiff reads: format {manifest.get('format')!r}, and {FORMAT} is due. "
-            "Tokenise the text anew with `ddiff data`, or take the ddiff that wrote it."
+            "Tokenize the text anew with `ddiff data`, or take the ddiff that wrote it."
         )
     check_manifest(manifest, shown)
     return Shards(folder, manifest)
@@ -358,7 +374,7 @@ def _is_count(value: Any) -> bool:
 def _wrong_manifest(path: Path | str, what: str) -> DataError:
     return DataError(
         f"{path} is no manifest of token shards that ddiff wrote: {what}. Nothing was read by it. Copy the folder again "
-        "from where the shards were made, or tokenise the text anew with `ddiff data`."
+        "from where the shards were made, or tokenize the text anew with `ddiff data`."
     )
 
 
@@ -372,7 +388,7 @@ def described(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def gathered(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> TokenStream:
+def encode_in_memory(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> TokenStream:
     """The stream of all chunks in memory, in one shard."""
     opened = _Open("")
     for _, found in encode_chunks(chunks, tokenizer):
@@ -380,7 +396,7 @@ def gathered(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> TokenStream:
     return _in_memory(opened.closed(token_dtype(tokenizer.num_tokens)), tokenizer.num_tokens)
 
 
-def stream_of_ids(ids: NDArray[np.integer], num_tokens: int) -> TokenStream:
+def stream_from_ids(ids: NDArray[np.integer], num_tokens: int) -> TokenStream:
     """Documents of one length, ids [R,L], as a stream in memory."""
     documents, size = ids.shape
     record = ShardRecord("", documents, ids.size, 0, size, size, "", "")
@@ -403,7 +419,7 @@ def write_shards(
     shard_tokens: int = SHARD_TOKENS,
     total: int | None = None,
 ) -> Shards:
-    """Tokenise a source into `folder`, going on where an earlier call was stopped; what is finished is not done again.
+    """Tokenize a source into `folder`, going on where an earlier call was stopped; what is finished is not done again.
 
     A pair of shards, train and validation, is closed once both together hold `shard_tokens` tokens, at the end of a chunk:
     what is written does not depend on `workers`. `source` (JSON) and the tokenizer say what the shards are of; `total` is
@@ -490,14 +506,14 @@ class _Build:
         self, chunks: Chunks, tokenizer: Tokenizer, held_out: float, workers: int, total: int | None
     ) -> None:
         began, done, cursor = time.monotonic(), 0, self.cursor
-        with progress(total, "tokenising", start=self._sum("documents")) as bar:
+        with progress(total, "tokenizing", start=self._sum("documents")) as bar:
             for chunk, found in encode_chunks(
                 chunks(cursor), tokenizer, held_out=held_out, workers=workers
             ):
                 if not done:
                     check_round_trip(tokenizer, chunk.texts)
                 for part, opened in self._opened.items():
-                    opened.add(found.of(part == VALIDATION))
+                    opened.add(found.select(held_out=part == VALIDATION))
                 done, cursor = done + len(found.ids), chunk.cursor
                 bar.advance(
                     len(chunk.texts),
@@ -572,14 +588,11 @@ def _is_ours(journal: Mapping[str, Any], path: Path) -> bool:
     return _is_count(journal.get("round"))
 
 
-_NO_ENDS: NDArray[np.int64] = np.empty(0, np.int64)
-
-
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise not_writable(folder, error) from error
+        raise not_writable_error(folder, error) from error
 
 
 @contextmanager
@@ -588,7 +601,7 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         lock = (folder / "lock").open("w")
     except OSError as error:
-        raise not_writable(folder, error) from error
+        raise not_writable_error(folder, error) from error
     with lock:
         lock_file(lock, patience=math.inf)
         yield
@@ -626,7 +639,7 @@ def _mapped(path: Path, dtype: np.dtype[Any], size: int) -> Any:
 def _damaged(path: Path, what: str) -> DataError:
     return DataError(
         f"The shard {path} is damaged: {what}. Copy it again from where the shards were made; or delete the folder "
-        f"{path.parent} and tokenise anew: the same command does it."
+        f"{path.parent} and tokenize anew: the same command does it."
     )
 
 

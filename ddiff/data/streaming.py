@@ -1,4 +1,4 @@
-"""Rows of a text that is tokenised while it is trained on: nothing is stored but where the source had come to.
+"""Rows of a text that is tokenized while it is trained on: nothing is stored but where the source had come to.
 
 The stream is cut into rows as everywhere, and the rows into blocks of a fixed number, within which they are shuffled by a
 permutation of the block's own. The rows that a step shows are therefore a function of the step, as with shards: going on
@@ -182,7 +182,7 @@ class StreamedRows:
                 held_out=self._held_out,
                 workers=self._workers,
             ):
-                kept = found.of(held_out=False)
+                kept = found.select(held_out=False)
                 num_tokens += len(kept.ids)
                 if is_whole and num_tokens < self._rows * self.length:
                     small.append(kept)

@@ -1,8 +1,9 @@
-"""The one rule by which a file becomes text and documents.
+"""Decode files as text and split them into documents, by one rule for every reader.
 
-UTF-8; a byte order mark is dropped, NUL is refused. A line ends with "\\n", with "\\r", or with any number of "\\r" before
-a "\\n"; all of them are read as "\\n". A line is blank if it holds only white space; blank lines divide paragraphs.
-Files are read block by block, so that a corpus of any size needs the room of its largest document.
+The encoding is UTF-8; a byte order mark is dropped, NUL is refused. A line ends with "\\n", with
+"\\r", or with any number of "\\r" before a "\\n"; all of them are read as "\\n". A line is blank if it
+holds only white space; blank lines separate paragraphs. Files are read block by block, so that
+memory is needed only for the largest document.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ddiff.errors import DataError
 
 Split = Literal["file", "paragraph", "line"]
 
-RULES = 2  # raise it if the same file gives other documents: what was read by older rules is then read again
+RULES = 2  # raise it if the same file gives other documents: cached documents are then read again
 _BLOCK = 1 << 20
 _RETURNS = re.compile(r"(?<!\r)\r++\n")
 _OTHER_ENCODINGS = {
@@ -28,7 +29,10 @@ _OTHER_ENCODINGS = {
 
 
 def text_documents(file: BinaryIO, name: str, split: Split) -> Iterator[tuple[int, str]]:
-    """Yield the documents of a file that are not blank, each with its number (of the line or paragraph, from 1)."""
+    """Yield (number, text) of the documents that are not blank.
+
+    The number is that of the line or paragraph, from 1.
+    """
     if split == "file":
         documents: Iterable[tuple[int, str]] = [(1, "".join(_blocks(file, name)))]
     elif split == "line":
@@ -41,42 +45,51 @@ def text_documents(file: BinaryIO, name: str, split: Split) -> Iterator[tuple[in
 
 
 def text_lines(file: BinaryIO, name: str) -> Iterator[str]:
-    """Yield the lines of a file without their ends; the last is what comes after the last end, if only ""."""
-    begun: list[str] = []  # joined once per line: one line may be as long as the file
+    """Yield the lines of a file without their ends.
+
+    The last line is the text after the last line end, which may be "".
+    """
+    # Pieces are joined once per line: adding them up would be quadratic for a file of one line.
+    pieces: list[str] = []
     for block in _blocks(file, name):
         first, *others = block.split("\n")
-        begun.append(first)
+        pieces.append(first)
         for piece in others:
-            yield "".join(begun)
-            begun = [piece]
-    yield "".join(begun)
+            yield "".join(pieces)
+            pieces = [piece]
+    yield "".join(pieces)
 
 
 def check_text(text: str, name: str) -> str:
-    """Return the text; DataError if it is no string, or holds NUL or half a surrogate pair."""
+    """Return the text; DataError if it is not a string, or holds NUL or a lone surrogate."""
     if not isinstance(text, str):
         found = repr(text)
-        found = found if len(found) <= 80 else f"{found[:60]} ..."
+        if len(found) > 80:
+            found = f"{found[:60]} ..."
         hint = " Decode it: .decode()." if isinstance(text, bytes | bytearray) else ""
         raise DataError(
-            f"{name} is not text but {found} ({type(text).__name__}).{hint} Drop it, or convert it to a string."
+            f"{name} is not text but {found} ({type(text).__name__}).{hint} Drop it, or convert it "
+            "to a string."
         )
     if "\0" in text:
-        raise _nul(name, text.index("\0"))
+        raise _nul_error(name, text.index("\0"))
     try:
         text.encode()
     except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
         raise DataError(
-            f"{name} holds half a surrogate pair at {error.start} (U+{ord(text[error.start]):04X}): this is no character. "
-            "It comes from an emoji that was cut in half, or from bytes that are not UTF-8. Drop it, or mend the text: "
-            'text.encode("utf-8", "replace").decode().'
+            f"{name} holds half a surrogate pair at {error.start} ({code}): this is no character. "
+            "It comes from an emoji that was cut in half, or from bytes that are not UTF-8. Drop "
+            'it, or fix the text: text.encode("utf-8", "replace").decode().'
         ) from error
     return text
 
 
 def _blocks(file: BinaryIO, name: str) -> Iterator[str]:
-    """The text of a file with all line ends as "\\n", block by block."""
-    returns = 0  # "\r" at the end of the last block, of which only the next one tells what they are
+    """Yield the text of a file block by block, with all line ends as "\\n"."""
+    # Number of "\r" at the end of the last block: whether they are one line end or several is
+    # decided by the next block.
+    returns = 0
     for block in _decoded(file, name):
         rest = block.lstrip("\r")
         returns += len(block) - len(rest)
@@ -94,6 +107,7 @@ def _blocks(file: BinaryIO, name: str) -> Iterator[str]:
 
 
 def _decoded(file: BinaryIO, name: str) -> Iterator[str]:
+    """Yield the decoded blocks of a file; DataError with the byte offset of an invalid byte."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     block = file.read(_BLOCK)
     _check_encoding(block, name)
@@ -103,14 +117,14 @@ def _decoded(file: BinaryIO, name: str) -> Iterator[str]:
         offset = len(codecs.BOM_UTF8)
         block = block[offset:]
     while True:
-        held = len(decoder.getstate()[0])  # bytes of a character that the last block began
+        carried = len(decoder.getstate()[0])  # bytes of a character that the last block began
         following = file.read(_BLOCK)
         try:
             text = decoder.decode(block, final=not following)
         except UnicodeDecodeError as error:
-            raise _not_utf8(name, error, offset - held + error.start) from error
+            raise _encoding_error(name, error, offset - carried + error.start) from error
         if "\0" in text:
-            raise _nul(name, before + text.index("\0"))
+            raise _nul_error(name, before + text.index("\0"))
         yield text
         if not following:
             return
@@ -120,43 +134,42 @@ def _decoded(file: BinaryIO, name: str) -> Iterator[str]:
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    begun: list[str] = []
+    paragraph: list[str] = []
     for line in lines:
         if line and not line.isspace():
-            begun.append(line)
-        elif begun:
-            yield "\n".join(begun)
-            begun = []
-    if begun:
-        yield "\n".join(begun)
+            paragraph.append(line)
+        elif paragraph:
+            yield "\n".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield "\n".join(paragraph)
 
 
 def _check_encoding(head: bytes, name: str) -> None:
-    for (
-        mark,
-        encoding,
-    ) in _OTHER_ENCODINGS.items():  # the longer marks come first: they begin with a shorter one
+    # UTF-32 is checked before UTF-16, whose byte order mark is the beginning of the longer one.
+    for mark, encoding in _OTHER_ENCODINGS.items():
         if head.startswith(mark):
             raise DataError(
-                f"{name} is {encoding} (it begins with that byte order mark), not UTF-8. Convert it, for instance with "
-                f"iconv -f {encoding[:6]} -t UTF-8."
+                f"{name} is {encoding} (it begins with that byte order mark), not UTF-8. Convert "
+                f"it, for instance with iconv -f {encoding[:6]} -t UTF-8."
             )
 
 
-def _not_utf8(name: str, error: UnicodeDecodeError, offset: int) -> DataError:
+def _encoding_error(name: str, error: UnicodeDecodeError, offset: int) -> DataError:
     byte = error.object[error.start]
     if error.reason == "unexpected end of data":
         return DataError(
             f"{name} is not UTF-8: it ends within a character, at offset {offset}. Is it cut off?"
         )
-    guess = " (Windows-1252 or Latin-1 text has such bytes: iconv -f WINDOWS-1252 -t UTF-8)"
     return DataError(
-        f"{name} is not UTF-8: byte {byte:#04x} at offset {offset}. Convert it to UTF-8, for instance with iconv{guess}."
+        f"{name} is not UTF-8: byte {byte:#04x} at offset {offset}. Convert it to UTF-8, for "
+        "instance with iconv (Windows-1252 or Latin-1 text has such bytes: iconv -f WINDOWS-1252 "
+        "-t UTF-8)."
     )
 
 
-def _nul(name: str, place: int) -> DataError:
+def _nul_error(name: str, place: int) -> DataError:
     return DataError(
-        f"{name} holds the NUL character at {place}: this is not plain text (a binary file, or UTF-16?). "
-        "Convert it to UTF-8."
+        f"{name} holds the NUL character at {place}: this is not plain text (a binary file, or "
+        "UTF-16?). Convert it to UTF-8."
     )

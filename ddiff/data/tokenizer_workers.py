@@ -1,7 +1,13 @@
-"""From chunks of texts to chunks of ids, in this process or in several: the same ids in the same order.
+"""Encode chunks of texts as token ids, in this process or in several, in the same order.
 
-The other processes are started anew and not forked: a fork would copy the threads of torch and of the tokenizers library
-half alive, and one by `multiprocessing` would run the caller's script again.
+The worker processes speak over pipes and are not those of a `ProcessPoolExecutor`:
+
+- A fork would copy the locks of the threads of torch and of the tokenizers library.
+- A spawn runs the caller's script again, so that a script without `if __name__ == "__main__"` or one
+  read from standard input fails in every worker.
+- A spawned worker outlives a killed parent, since it holds the write end of its own call queue.
+  Here it reads the end of its input and stops.
+- If a worker is killed, the executor reports neither which one nor its exit code.
 """
 
 from __future__ import annotations
@@ -15,10 +21,11 @@ import subprocess
 import sys
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any, final
 
@@ -28,21 +35,23 @@ from numpy.typing import NDArray
 from ddiff.data.tokenizer import Tokenizer, Unencodable
 from ddiff.errors import ArgumentError, DataError
 
-TRAIN, VALIDATION = "train", "validation"
+TRAIN = "train"
+VALIDATION = "validation"
 DOCUMENTS_AT_ONCE = 64
-_AHEAD = 3  # chunks under way for each process: one is worked on while others wait
-_SERVE = (
+_AHEAD = 3  # chunks in flight per worker: one is encoded while the others are queued
+_WORKER = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
-    "from ddiff.data.tokenizer_workers import serve; serve()"
+    "from ddiff.data.tokenizer_workers import run_worker; run_worker()"
 )
 
 
 @final
 @dataclass(frozen=True)
 class Chunk:
-    """Some documents of a source, and the `cursor` (JSON) with which the source goes on after them.
+    """Documents of a source, and the `cursor` (JSON) from which the source continues after them.
 
-    `part` is theirs, "train" or "validation"; None leaves it to the hash of each text. `names` serve messages.
+    `part` is "train", "validation", or None if the hash of each text decides. `names` of the
+    documents are for messages.
     """
 
     texts: list[str]
@@ -54,121 +63,128 @@ class Chunk:
 @final
 @dataclass(frozen=True)
 class EncodedChunk:
-    """Documents as ids: all `ids` [n] in order, `sizes` [k] of the documents with their end marks, `num_bytes` [k] of
-    their UTF-8 text, and whether they are held out, [k]."""
+    """Token ids of k documents.
+
+    ids: [n] of all documents in order, with end marks.
+    sizes: [k] number of ids of each document.
+    num_bytes: [k] UTF-8 bytes of each text.
+    held_out: [k] whether each document is for validation.
+    """
 
     ids: NDArray[np.unsignedinteger]
     sizes: NDArray[np.int64]
     num_bytes: NDArray[np.int64]
     held_out: NDArray[np.bool_]
 
-    def of(self, held_out: bool) -> EncodedChunk:
-        """Those documents that are (not) held out."""
+    def select(self, *, held_out: bool) -> EncodedChunk:
+        """Return the documents that are (not) held out."""
         chosen = self.held_out == held_out
-        if chosen.all():
+        if chosen.all():  # the usual case, without a copy
             return self
         return EncodedChunk(
-            self.ids[np.repeat(chosen, self.sizes)],
-            self.sizes[chosen],
-            self.num_bytes[chosen],
-            self.held_out[chosen],
+            ids=self.ids[np.repeat(chosen, self.sizes)],
+            sizes=self.sizes[chosen],
+            num_bytes=self.num_bytes[chosen],
+            held_out=self.held_out[chosen],
         )
 
 
 def token_dtype(num_tokens: int) -> np.dtype[Any]:
-    """The smallest unsigned integers that ids below `num_tokens` fit into: 16 or 32 bits."""
+    """Return the smallest dtype for ids below `num_tokens`: uint16 or uint32."""
     return np.dtype(np.uint16 if num_tokens <= 2**16 else np.uint32)
 
 
 def hash_to_unit(text: bytes) -> float:
-    """A document's place in [0, 1) by its hash: those below the share held out are for validation."""
+    """Hash a document to [0, 1): those below the share held out are for validation."""
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") / 2**64
 
 
 def encode_chunks(
     chunks: Iterable[Chunk], tokenizer: Tokenizer, *, held_out: float = 0.0, workers: int = 1
 ) -> Iterator[tuple[Chunk, EncodedChunk]]:
-    """Every chunk with its ids, in the order of the chunks whatever the number of `workers` (processes).
+    """Yield every chunk with its ids, in the order of the chunks for any number of `workers`.
 
-    Documents of a chunk without a part are held out with probability `held_out` by the hash of their text.
+    More than one worker means as many other processes. Documents of a chunk without a part are held
+    out with probability `held_out` by the hash of their text.
     """
     if workers < 1:
         raise ArgumentError(f"workers must be at least 1 process; got {workers}.")
-    numbered = _numbered(chunks)
     if workers == 1:
-        for first, chunk in numbered:
-            yield (
-                chunk,
-                _named(lambda chunk=chunk: encode_chunk(tokenizer, chunk, held_out), chunk, first),
-            )
+        for first, chunk in _number_documents(chunks):
+            encode = partial(encode_chunk, tokenizer, chunk, held_out)
+            yield chunk, _locate_errors(encode, chunk, first)
         return
-    with _Processes(tokenizer, held_out, workers) as processes:
-        waiting: deque[tuple[int, Chunk, Future[EncodedChunk]]] = deque()
-        for first, chunk in numbered:
-            waiting.append((first, chunk, processes.submit(chunk)))
-            if len(waiting) >= _AHEAD * workers:
-                yield _finished(*waiting.popleft())
-        while waiting:
-            yield _finished(*waiting.popleft())
+    with _WorkerPool(tokenizer, held_out, workers) as pool:
+        pending: deque[tuple[int, Chunk, Future[EncodedChunk]]] = deque()
+        for first, chunk in _number_documents(chunks):
+            pending.append((first, chunk, pool.submit(chunk)))
+            if len(pending) >= _AHEAD * workers:
+                yield _await_oldest(pending)
+        while pending:
+            yield _await_oldest(pending)
 
 
 def encode_chunk(tokenizer: Tokenizer, chunk: Chunk, held_out: float = 0.0) -> EncodedChunk:
-    """The ids of a chunk; DataError where the tokenizer gives ids that it does not have."""
+    """Encode a chunk; DataError if the tokenizer returns ids outside 0..num_tokens-1."""
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     documents = [ids + end for ids in tokenizer.encode(chunk.texts)]
     sizes = np.array([len(ids) for ids in documents], np.int64)
     wide = np.fromiter(chain.from_iterable(documents), np.int64, int(sizes.sum()))
     if wide.size and (wide.min() < 0 or wide.max() >= tokenizer.num_tokens):
         raise DataError(
-            f"The tokenizer says that it has {tokenizer.num_tokens} tokens, but gave the ids {wide.min()}..{wide.max()}. "
-            "Its num_tokens must count added tokens too."
+            f"The tokenizer says that it has {tokenizer.num_tokens} tokens, but gave the ids "
+            f"{wide.min()}..{wide.max()}. Its num_tokens must count added tokens too."
         )
     contents = [text.encode() for text in chunk.texts]
     if chunk.part is None:
-        held = np.array([hash_to_unit(content) < held_out for content in contents], bool)
+        is_held_out = np.array([hash_to_unit(content) < held_out for content in contents], bool)
     else:
-        held = np.full(len(contents), chunk.part == VALIDATION)
-    num_bytes = np.array([len(content) for content in contents], np.int64)
-    return EncodedChunk(wide.astype(token_dtype(tokenizer.num_tokens)), sizes, num_bytes, held)
+        is_held_out = np.full(len(contents), chunk.part == VALIDATION)
+    return EncodedChunk(
+        ids=wide.astype(token_dtype(tokenizer.num_tokens)),
+        sizes=sizes,
+        num_bytes=np.array([len(content) for content in contents], np.int64),
+        held_out=is_held_out,
+    )
 
 
-def serve() -> None:
-    """What a tokenising process does: read chunks from standard input and answer until there are no more."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the process that asks decides; its end closes our input
-    source, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a tokenizer prints is no answer
+def run_worker() -> None:
+    """Read chunks from standard input and write their ids to standard output, until the end."""
+    # Ctrl-C reaches the whole process group; the parent decides, and its end closes our input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    source = sys.stdin.buffer
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # a tokenizer that prints must not write into the pipe of the results
     tokenizer, held_out = pickle.load(source)
     while True:
         try:
             chunk = pickle.load(source)
         except EOFError:
             return
-        answer: EncodedChunk | Exception
+        result: EncodedChunk | Exception
         try:
-            answer = encode_chunk(tokenizer, chunk, held_out)
+            result = encode_chunk(tokenizer, chunk, held_out)
         except DataError as error:
-            answer = error
-        except Exception:
-            answer = RuntimeError(traceback.format_exc())
+            result = error
+        except Exception:  # sent as text, because not every exception can be pickled
+            result = RuntimeError(traceback.format_exc())
         try:
-            pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
-            answers.flush()
-        except BrokenPipeError:  # who asked was killed
+            pickle.dump(result, results, pickle.HIGHEST_PROTOCOL)
+            results.flush()
+        except BrokenPipeError:  # the parent was killed
             os._exit(0)
 
 
-class _Processes:
-    """Some tokenising processes, each with a thread here that speaks with it."""
+class _WorkerPool:
+    """Worker processes, each served by a thread of this process."""
 
     def __init__(self, tokenizer: Tokenizer, held_out: float, workers: int) -> None:
-        # one thread each, or every process would start as many as there are processors
+        # One thread per process; by default each would start as many as there are processors.
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        hello = pickle.dumps(sys.path) + pickle.dumps((tokenizer, held_out))
-        self._running = [
+        setup = pickle.dumps(sys.path) + pickle.dumps((tokenizer, held_out))
+        self._processes = [
             subprocess.Popen(
-                [sys.executable, "-c", _SERVE],
+                [sys.executable, "-c", _WORKER],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,
@@ -177,66 +193,75 @@ class _Processes:
         ]
         self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(workers)
-        for process in self._running:
+        # All processes start before the first setup is written, since a large one blocks until it
+        # is read.
+        for process in self._processes:
             self._idle.put(process)
-            with suppress(BrokenPipeError):  # one that ended at once is told of when it is asked
-                _pipe(process.stdin).write(hello)
+            with suppress(BrokenPipeError):  # an early end is reported with the first chunk
+                _pipe(process.stdin).write(setup)
 
-    def __enter__(self) -> _Processes:
+    def __enter__(self) -> _WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for process in self._running:
+        # Killing the processes ends the reads in which the threads are blocked.
+        for process in self._processes:
             process.kill()
             process.wait()
         self._threads.shutdown(wait=True)
-        for process in self._running:
+        for process in self._processes:
             with suppress(BrokenPipeError):
                 _pipe(process.stdin).close()
             _pipe(process.stdout).close()
 
     def submit(self, chunk: Chunk) -> Future[EncodedChunk]:
-        return self._threads.submit(self._ask, chunk)
+        return self._threads.submit(self._encode_in_worker, chunk)
 
-    def _ask(self, chunk: Chunk) -> EncodedChunk:
+    def _encode_in_worker(self, chunk: Chunk) -> EncodedChunk:
         process = self._idle.get()
         try:
             pickle.dump(chunk, _pipe(process.stdin), pickle.HIGHEST_PROTOCOL)
             _pipe(process.stdin).flush()
-            answer = pickle.load(_pipe(process.stdout))
+            result = pickle.load(_pipe(process.stdout))
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
             raise DataError(
-                f"A tokenising process ended (exit code {process.wait()}): out of memory, or a tokenizer that another "
-                "process cannot import? Take fewer workers; the same command goes on from the shards that are whole."
+                f"A tokenizing process ended (exit code {process.wait()}): out of memory, or a "
+                "tokenizer that another process cannot import? Take fewer workers; the same "
+                "command continues after the shards that are complete."
             ) from error
         finally:
             self._idle.put(process)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if isinstance(result, Exception):
+            raise result
+        return result
 
 
 def _pipe(pipe: Any) -> Any:
-    assert pipe is not None
+    assert pipe is not None  # typed as optional by subprocess
     return pipe
 
 
-def _numbered(chunks: Iterable[Chunk]) -> Iterator[tuple[int, Chunk]]:
-    """Each chunk with the number of its first document, counted from where the chunks start."""
+def _number_documents(chunks: Iterable[Chunk]) -> Iterator[tuple[int, Chunk]]:
+    """Yield each chunk with the number of its first document, from 0."""
     first = 0
     for chunk in chunks:
         yield first, chunk
         first += len(chunk.texts)
 
 
-def _finished(first: int, chunk: Chunk, answer: Future[EncodedChunk]) -> tuple[Chunk, EncodedChunk]:
-    return chunk, _named(answer.result, chunk, first)
+def _await_oldest(
+    pending: deque[tuple[int, Chunk, Future[EncodedChunk]]],
+) -> tuple[Chunk, EncodedChunk]:
+    first, chunk, future = pending.popleft()
+    return chunk, _locate_errors(future.result, chunk, first)
 
 
-def _named(result: Any, chunk: Chunk, first: int) -> EncodedChunk:
+def _locate_errors(encode: Callable[[], EncodedChunk], chunk: Chunk, first: int) -> EncodedChunk:
+    """Call `encode`; an error about a text of the chunk names its row in the corpus."""
     try:
-        return result()
+        return encode()
     except Unencodable as error:
         name = chunk.names[error.row] if chunk.names else "the corpus"
-        raise error.at(first + error.row, f"Row {first + error.row} ({name})") from None
+        row = first + error.row
+        raise error.at(row, f"Row {row} ({name})") from None

@@ -432,7 +432,7 @@ class Run:
             lambda numbers: batch_rows(rows, chosen[numbers], conditions=conditions).to(
                 self.backend.device
             ),
-            rows.documents()[chosen],
+            rows.first_documents()[chosen],
             length=self.recipe.length,
             times=getattr(self.objective, "times", FlatTimes()).over(
                 *keys.window, self.recipe.length

@@ -72,7 +72,7 @@ class Alphabet:
 
         if config.symbols != "auto":
             return AlphabetTokenizer(config.symbols)
-        return AlphabetTokenizer.of(
+        return AlphabetTokenizer.from_texts(
             text for part in (documents.train, documents.validation) for text in part["text"]
         )
 

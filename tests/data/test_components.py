@@ -206,7 +206,7 @@ def test_clusters_from_a_file_of_embeddings_need_no_rows(
 def test_clusters_of_an_alphabet_have_no_special_branch() -> None:
     config = Markov.Config(alphabet=8, rows=50, validation=5)
     rows = Markov.build(config, length=20, seed=0, cache=None)
-    tokenizer = AlphabetTokenizer.of(rows.train["text"])
+    tokenizer = AlphabetTokenizer.from_texts(rows.train["text"])
     tree = build_clusters(tokenizer, pack(rows.train, tokenizer, 20), sizes=(3,), width=4)
     assert tree.level_sizes == (8, 3, 1)
 

@@ -21,7 +21,7 @@ from ddiff.data.cache import Cache
 from ddiff.data.condition_forms import Label
 from ddiff.data.conditions import read_conditions
 from ddiff.data.corpus import SourceCorpus, build_train_rows, build_validation_rows
-from ddiff.data.documents import divided, documents_from_texts
+from ddiff.data.documents import split_documents, documents_from_texts
 from ddiff.data.packing import pack
 from ddiff.data.sources import open_file_source, open_hub_source
 from ddiff.errors import ArgumentError, DataError
@@ -110,7 +110,7 @@ def corpora(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_large_and_small_corpora_have_the_same_rows(tmp_path: Path) -> None:
-    direct = divided(documents_from_texts(TEXTS), 0.2, "")
+    direct = split_documents(documents_from_texts(TEXTS), 0.2, "")
     train, validation = (
         pack(direct.train, TOKENIZER, 16),
         pack(direct.validation, TOKENIZER, 16, separate=True),
@@ -196,7 +196,7 @@ def test_shards_made_elsewhere_are_a_corpus_with_their_tokenizer(tmp_path: Path)
 
 
 def test_a_tokenizer_learned_from_a_large_corpus_is_cached(tmp_path: Path) -> None:
-    direct = divided(documents_from_texts(TEXTS), 0.2, "")
+    direct = split_documents(documents_from_texts(TEXTS), 0.2, "")
     due = BytePair.build(BytePair.Config(size=270), documents=direct, cache=None)
     for _ in range(2):
         built = BytePair.build(

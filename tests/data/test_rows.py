@@ -69,7 +69,7 @@ def test_separate_rows_hold_one_document_each() -> None:
     assert len(rows) == sum(-(-len(ids) // 16) for ids in ended(TEXTS))
 
 
-def test_documents_beyond_one_round_of_tokenising_are_joined_on() -> None:
+def test_documents_beyond_one_round_of_tokenizing_are_joined_on() -> None:
     texts = [f"text {number}" for number in range(200)]
     ids, document = in_order(pack(documents_from_texts(texts), TOKENIZER, 7))
     assert ids == [number for row in ended(texts) for number in row]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from corpora import SENTENCE, TOKENIZER, chunks_of, sentences
 
-from ddiff.data.documents import divided, documents_from_texts
+from ddiff.data.documents import split_documents, documents_from_texts
 from ddiff.data.packing import PackedRows, pack, pack_stream
 from ddiff.data.shards import Shards, read_shards, write_shards
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
@@ -48,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 def test_shards_hold_what_packing_in_memory_holds(made: Shards) -> None:
     """The same split by hash, the same rows, document by document, across the borders of many shards."""
     assert len(made.records(TRAIN)) > 5
-    direct = divided(documents_from_texts(TEXTS), HELD_OUT, "")
+    direct = split_documents(documents_from_texts(TEXTS), HELD_OUT, "")
     for part, documents, separate in (
         (TRAIN, direct.train, False),
         (VALIDATION, direct.validation, True),
@@ -71,7 +71,7 @@ def test_rows_are_read_by_number_in_any_order(made: Shards) -> None:
         assert (asked.ids == ids[order]).all()
         assert (asked.document == document[order]).all()
         assert (asked.num_valid == num_valid[order]).all()
-        assert (rows.documents() == document[:, 0]).all()
+        assert (rows.first_documents() == document[:, 0]).all()
     with pytest.raises(ArgumentError, match="numbers"):
         rows[[len(rows)]]
 
@@ -207,7 +207,7 @@ def test_an_empty_source_leaves_no_manifest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_unknown_symbol_is_named_whoever_tokenises(workers: int) -> None:
+def test_an_unknown_symbol_is_named_whoever_tokenizes(workers: int) -> None:
     texts = ["ACGT"] * 90 + ["ACNT"] + ["ACGT"] * 9
     chunks = [
         Chunk(texts[i : i + 10], names=[f"line {n}" for n in range(i, i + 10)])

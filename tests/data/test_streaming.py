@@ -14,7 +14,7 @@ from ddiff_core.data import Files
 
 from ddiff.data.cache import Cache
 from ddiff.data.corpus import StreamedCorpus, build_train_rows, build_validation_rows
-from ddiff.data.documents import divided, documents_from_texts
+from ddiff.data.documents import split_documents, documents_from_texts
 from ddiff.data.packing import batch_rows, pack
 from ddiff.data.streaming import StreamedRows
 from ddiff.data.tokenizer_workers import Chunk
@@ -22,7 +22,7 @@ from ddiff.errors import ArgumentError, DataError
 
 TEXTS = sentences(90)
 LENGTH, BLOCK, HELD_OUT = 16, 8, 0.2
-TRAIN = divided(documents_from_texts(TEXTS), HELD_OUT, "").train
+TRAIN = split_documents(documents_from_texts(TEXTS), HELD_OUT, "").train
 PACKED = pack(TRAIN, TOKENIZER, LENGTH)
 
 
@@ -151,7 +151,10 @@ def test_a_streamed_corpus_evaluates_and_counts_on_its_head(tmp_path: Path) -> N
     )
     corpus = Files.build(config, length=LENGTH, seed=0, cache=None)
     assert isinstance(corpus, StreamedCorpus)
-    head, cache = divided(documents_from_texts(TEXTS[:50]), HELD_OUT, ""), Cache(tmp_path / "cache")
+    head, cache = (
+        split_documents(documents_from_texts(TEXTS[:50]), HELD_OUT, ""),
+        Cache(tmp_path / "cache"),
+    )
     rows, held = (
         build_train_rows(corpus, TOKENIZER, LENGTH, cache),
         build_validation_rows(corpus, TOKENIZER, LENGTH, cache),

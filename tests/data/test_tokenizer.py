@@ -47,7 +47,7 @@ def tokenizer(
     if request.param == "bytepair":
         return byte_pairs
     if request.param == "alphabet":
-        return AlphabetTokenizer.of(CORPUS)
+        return AlphabetTokenizer.from_texts(CORPUS)
     return PretrainedTokenizer.from_pretrained(str(model_folder))
 
 

@@ -17,7 +17,7 @@ from ddiff.data.cache import Cache
 from ddiff.data.corpus import SourceCorpus, StreamedCorpus, check_repetitions, load_or_build_shards
 from ddiff.data.documents import Documents, documents_from_texts, read_symbol_rows, read_text_files
 from ddiff.data.jsonl import read_json_lines
-from ddiff.data.overlap import Found, check_overlap, document_hashes, find_overlap
+from ddiff.data.overlap import DocumentCount, check_overlap, document_hashes, find_overlap
 from ddiff.data.shards import read_shards, write_shards
 from ddiff.data.sources import open_file_source, open_hub_source
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
@@ -305,7 +305,7 @@ def test_parts_without_documents_have_nothing_in_common() -> None:
         "validation_in_train": [0, 0], "train_repeated": [0, 0], "validation_repeated": [0, 0]
     }  # fmt: skip
     check_overlap(find_overlap(none, none), "The corpus")
-    assert Found(0, 0).share == 0.0
+    assert DocumentCount(0, 0).share == 0.0
 
 
 def test_symbol_rows_refuse_a_file_on_both_sides() -> None:
