@@ -1,1 +1,1 @@
-"""Hierarchies over words from embeddings, co-occurrence counts or files: arrays in, parent arrays out."""
+"""Token hierarchies from embeddings, co-occurrence counts or files, as arrays of parents."""

@@ -1,4 +1,4 @@
-"""Word vectors from the corpus itself: which words stand near which."""
+"""Token embeddings from co-occurrence counts of the corpus."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 from ddiff.errors import ArgumentError
 
-MAX_CONTEXTS = (
-    2048  # the most frequent words tell contexts apart; more would cost memory in V * contexts
-)
+# The most frequent tokens serve as contexts; more would cost memory of V * contexts.
+MAX_CONTEXTS = 2048
 _PAIRS_AT_ONCE = 1 << 22
 _CONTEXT_POWER = 0.75  # flattens the contexts' frequencies, so that rare contexts do not dominate
+_SMALLEST_DIRECTION = 1e-5  # singular values below this share of the largest are rounding errors
 
 
 def compute_cooccurrence_embeddings(
@@ -24,15 +24,18 @@ def compute_cooccurrence_embeddings(
     window: int = 4,
     seed: int = 0,
 ) -> NDArray[np.float32]:
-    """[V, width] vectors of the words in a stream `ids` [n], whose `document` [n] bounds the windows.
+    """Compute embeddings [V, width] of the tokens in a stream `ids` [n].
 
-    Counts of the words up to `window` places before and after (apart from each other, weighted 1/distance), as positive
-    pointwise mutual information max(0, ln P(word, context) / (P(word) P(context))), cut to the `width` largest singular
-    values S: U sqrt(S). A word that never occurs has the zero vector. The same input and seed give the same vectors.
+    Tokens up to `window` positions before and after each token, in the same `document` [n], are
+    counted separately with weight 1/distance. The counts become positive pointwise mutual
+    information, max(0, ln P(token, context) / (P(token) P(context))), of which the `width` largest
+    singular values S are kept: the result is U sqrt(S). A token that never occurs has the zero
+    vector. The same input and seed give the same embeddings.
     """
     if width < 1 or window < 1:
         raise ArgumentError(
-            f"compute_cooccurrence_embeddings: width and window must be at least 1; got {width} and {window}."
+            "compute_cooccurrence_embeddings: width and window must be at least 1; got "
+            f"{width} and {window}."
         )
     if len(ids) == 0:
         raise ArgumentError(
@@ -40,27 +43,32 @@ def compute_cooccurrence_embeddings(
         )
     if ids.min() < 0 or ids.max() >= num_tokens:
         raise ArgumentError(
-            f"compute_cooccurrence_embeddings: ids must lie in 0..{num_tokens - 1}; got {ids.min()}..{ids.max()}. "
-            "Were the rows made with another tokenizer?"
+            f"compute_cooccurrence_embeddings: ids must lie in 0..{num_tokens - 1}; got "
+            f"{ids.min()}..{ids.max()}. Were the rows made with another tokenizer?"
         )
-    counts = np.concatenate(_counts(ids, document, num_tokens, window), axis=1)
-    return _leading_vectors(_positive_information(counts), min(width, *counts.shape), width, seed)
+    before, after = _count_contexts(ids, document, num_tokens, window)
+    information = _positive_information(np.concatenate([before, after], axis=1))
+    return _leading_directions(information, width, seed)
 
 
-def _counts(
+def _count_contexts(
     ids: NDArray[np.int32], document: NDArray[np.integer], num_tokens: int, window: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """[V, C] weighted counts of the C most frequent words before and after each word."""
+    """Return weighted counts [V, C] of the C most frequent tokens before and after each token."""
     frequency = np.bincount(ids, minlength=num_tokens)
     contexts = np.argsort(-frequency, kind="stable")[:MAX_CONTEXTS]
-    column = np.full(num_tokens, -1)
+    column = np.full(num_tokens, -1)  # of a token in the counts; -1 if it is no context
     column[contexts] = np.arange(len(contexts))
-    before, after = (np.zeros((num_tokens, len(contexts)), np.float32) for _ in range(2))
+    before = np.zeros((num_tokens, len(contexts)), np.float32)
+    after = np.zeros((num_tokens, len(contexts)), np.float32)
     for distance in range(1, window + 1):
         for start in range(0, len(ids) - distance, _PAIRS_AT_ONCE):
             stop = min(start + _PAIRS_AT_ONCE, len(ids) - distance)
-            near = document[start:stop] == document[start + distance : stop + distance]
-            first, second = ids[start:stop][near], ids[start + distance : stop + distance][near]
+            here = slice(start, stop)
+            there = slice(start + distance, stop + distance)
+            is_same_document = document[here] == document[there]
+            first = ids[here][is_same_document]
+            second = ids[there][is_same_document]
             _add_pairs(before, second, column[first], 1 / distance)
             _add_pairs(after, first, column[second], 1 / distance)
     return before, after
@@ -69,34 +77,41 @@ def _counts(
 def _add_pairs(
     counts: NDArray[np.float32], rows: NDArray[np.int32], columns: NDArray[np.int64], weight: float
 ) -> None:
-    known = columns >= 0
-    cells, times = np.unique(
-        rows[known].astype(np.int64) * counts.shape[1] + columns[known], return_counts=True
-    )
+    """Add `weight` to the cell (row, column) of each pair, in place."""
+    is_context = columns >= 0
+    flat = rows[is_context].astype(np.int64) * counts.shape[1] + columns[is_context]
+    # Cells are made unique first, because indexed addition counts a repeated cell only once.
+    cells, times = np.unique(flat, return_counts=True)
     counts.ravel()[cells] += (weight * times).astype(np.float32)
 
 
 def _positive_information(counts: NDArray[np.float32]) -> NDArray[np.float32]:
-    """max(0, ln n_wc N / (n_w n_c)) with the contexts' frequencies flattened; 0 where nothing was counted."""
-    word = counts.sum(1, keepdims=True, dtype=np.float64)
+    """Return max(0, ln n_wc N / (n_w n_c)), 0 for pairs that never occur.
+
+    n_wc are the counts of token w with context c, n_w and n_c their sums, N the total. The n_c are
+    raised to the power 0.75.
+    """
+    token = counts.sum(1, keepdims=True, dtype=np.float64)
     context = counts.sum(0, keepdims=True, dtype=np.float64) ** _CONTEXT_POWER
     context /= max(context.sum(), np.finfo(float).tiny)
-    expected = (word * context).astype(np.float32)
+    expected = (token * context).astype(np.float32)
     ratio = np.divide(counts, expected, out=np.ones_like(counts), where=counts > 0)
     return np.log(np.maximum(ratio, 1.0))
 
 
-def _leading_vectors(
-    matrix: NDArray[np.float32], rank: int, width: int, seed: int
-) -> NDArray[np.float32]:
+def _leading_directions(matrix: NDArray[np.float32], width: int, seed: int) -> NDArray[np.float32]:
+    """Return U sqrt(S) of the largest singular values, padded with zeros to `width` columns."""
+    rank = min(width, *matrix.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        # Eight more directions than needed make the randomized decomposition accurate.
         _, singular, right = torch.svd_lowrank(
             torch.from_numpy(matrix), q=min(rank + 8, *matrix.shape), niter=4
         )
-    # U sqrt(S) as M V / sqrt(S): a word without company then has exactly zero. Directions of rounding noise are left out.
-    singular, right = singular[:rank], right[:, :rank]
-    real = singular > 1e-5 * singular[0]
-    scale = torch.where(real, singular.rsqrt(), torch.zeros_like(singular))
-    vectors = (torch.from_numpy(matrix) @ right * scale).numpy()
-    return np.pad(vectors, ((0, 0), (0, width - rank))).astype(np.float32)
+    singular = singular[:rank]
+    right = right[:, :rank]
+    is_reliable = singular > _SMALLEST_DIRECTION * singular[0]
+    scale = torch.where(is_reliable, singular.rsqrt(), torch.zeros_like(singular))
+    # U sqrt(S) as M V / sqrt(S), which is exactly zero for a token without any context.
+    embeddings = (torch.from_numpy(matrix) @ right * scale).numpy()
+    return np.pad(embeddings, ((0, 0), (0, width - rank))).astype(np.float32)

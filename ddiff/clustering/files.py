@@ -1,4 +1,4 @@
-"""Hierarchies and embeddings that somebody else made: token-to-cluster files, embedding matrices, pretrained models."""
+"""Read hierarchies and embeddings made elsewhere: cluster files, matrices, pretrained models."""
 
 from __future__ import annotations
 
@@ -18,80 +18,104 @@ from ddiff.errors import DataError
 
 _Ints = NDArray[np.int64]
 _NO_PICKLE = (
-    "Pickled files (.pt, .pkl) are not read, because they can run code: load it where you trust it and save the array "
-    "with numpy.save or safetensors."
+    "Pickled files (.pt, .pkl) are not read, because they can run code: load it where you trust it "
+    "and save the array with numpy.save or safetensors."
 )
 
 
 def read_clusters(
     paths: Sequence[str], num_tokens: int, *, extra: int = 0, mask_token_id: int | None = None
 ) -> list[_Ints]:
-    """Parents per level from files, finest level first: token to cluster, then cluster to coarser cluster, ...
+    """Read parents per level, finest level first: token to cluster, then cluster to cluster.
 
-    A file is .npy, .json (a list, or an object from index to cluster) or .safetensors (one tensor) of integers from 0
-    without gaps. The first has an entry for each of the `num_tokens` words. The layout published with arXiv 2510.08632 (one
-    int64 for all words but the mask) fits by saying so: `extra` entries at its end, for special tokens that this tokenizer
-    has not, are left out; with `mask_token_id` it has none for that token, which joins the cluster of the token before
-    it (it never occurs in text). DataError for a wrong length, with both numbers.
+    A file is .npy, .json (a list, or an object from index to cluster) or .safetensors (one tensor)
+    of integers from 0 without gaps. The first has an entry for each of the `num_tokens` tokens.
+
+    The layout published with arXiv 2510.08632 (one int64 for each token except the mask) needs two
+    settings. `extra` entries at its end, for special tokens that this tokenizer does not have, are
+    left out. `mask_token_id` is a token without an entry; it joins the cluster of the token before
+    it, which has no effect, since it never occurs in text. Raises DataError with both numbers for a
+    wrong length.
     """
     if not paths:
         raise DataError(
             "read_clusters: paths must name at least one file of token clusters; got none."
         )
-    words = _read_integers(paths[0])
-    expected = num_tokens + extra - (mask_token_id is not None)
-    if len(words) != expected:
-        raise DataError(
-            f"{paths[0]} has {len(words)} entries, but {expected} are due: the tokenizer has {num_tokens} tokens"
-            f"{f', and extra = {extra}' if extra else ''}{', one of them the mask' if mask_token_id is not None else ''}. "
-            "The file was made for another tokenizer, or it counts special tokens otherwise: set extra (entries at the end "
-            "that the tokenizer has not) or mask_token_id (a token that the file leaves out)."
-        )
-    words = words[: len(words) - extra]
+    tokens = _read_integers(paths[0])
+    _check_length(paths[0], len(tokens), num_tokens, extra, mask_token_id)
+    tokens = tokens[: len(tokens) - extra]
     if mask_token_id is not None:
         if mask_token_id >= num_tokens:
             raise DataError(
-                f"mask_token_id must be one of the tokenizer's {num_tokens} tokens, 0..{num_tokens - 1}; "
-                f"got {mask_token_id}."
+                f"mask_token_id must be one of the tokenizer's {num_tokens} tokens, "
+                f"0..{num_tokens - 1}; got {mask_token_id}."
             )
-        words = np.insert(words, mask_token_id, words[max(mask_token_id - 1, 0)])
-    levels = [words, *(_read_integers(path) for path in paths[1:])]
+        neighbor = max(mask_token_id - 1, 0)
+        tokens = np.insert(tokens, mask_token_id, tokens[neighbor])
+    levels = [tokens, *(_read_integers(path) for path in paths[1:])]
     for number, (path, level) in enumerate(zip(paths, levels)):
-        if number and len(level) != levels[number - 1].max() + 1:
-            raise DataError(
-                f"{path} has {len(level)} entries, but the level below it has {levels[number - 1].max() + 1} clusters. "
-                "Each needs one parent."
-            )
+        if number > 0:
+            clusters_below = levels[number - 1].max() + 1
+            if len(level) != clusters_below:
+                raise DataError(
+                    f"{path} has {len(level)} entries, but the level below it has {clusters_below} "
+                    "clusters. Each needs one parent."
+                )
         _check_no_gap(path, level)
     return levels
 
 
+def _check_length(
+    path: str, length: int, num_tokens: int, extra: int, mask_token_id: int | None
+) -> None:
+    has_mask = mask_token_id is not None
+    expected = num_tokens + extra - has_mask
+    if length == expected:
+        return
+    reason = f"the tokenizer has {num_tokens} tokens"
+    if extra:
+        reason += f", and extra = {extra}"
+    if has_mask:
+        reason += ", one of them the mask"
+    raise DataError(
+        f"{path} has {length} entries, but {expected} are due: {reason}. The file was made for "
+        "another tokenizer, or it counts special tokens otherwise: set extra (entries at the end "
+        "that the tokenizer has not) or mask_token_id (a token that the file leaves out)."
+    )
+
+
 def read_embeddings(path: str, num_tokens: int) -> NDArray[np.float32]:
-    """[V, d] from a .npy or .safetensors file with one matrix; DataError when it has not V rows."""
+    """Read embeddings [V, d] from a .npy or .safetensors file with one matrix of V rows."""
     matrix = _read_array(path)
     if matrix.ndim != 2 or matrix.dtype.kind != "f" or len(matrix) != num_tokens:
         raise DataError(
-            f"{path} must hold one float matrix with a row for each of the tokenizer's {num_tokens} tokens; "
-            f"it holds {matrix.dtype} of shape {matrix.shape}. Was it made for another tokenizer?"
+            f"{path} must hold one float matrix with a row for each of the tokenizer's "
+            f"{num_tokens} tokens; it holds {matrix.dtype} of shape {matrix.shape}. Was it made "
+            "for another tokenizer?"
         )
     if not np.isfinite(matrix).all():
         row = int(np.argmin(np.isfinite(matrix).all(1)))
         raise DataError(
-            f"{path} holds NaN or infinity, first in row {row}. Make or export the embeddings again."
+            f"{path} holds NaN or infinity, first in row {row}. Make or export the embeddings "
+            "again."
         )
     return matrix.astype(np.float32)
 
 
 def load_model_embeddings(source: str, num_tokens: int) -> NDArray[np.float32]:
-    """[V, d] input embeddings of a `transformers` model (directory or hub name); rows that pad its table are left out."""
-    from transformers import AutoModel  # seconds to import
+    """Load the input embeddings [V, d] of a `transformers` model by directory or hub name.
+
+    Rows that only pad the model's table are left out.
+    """
+    from transformers import AutoModel  # takes seconds to import
 
     model = load_pretrained(AutoModel.from_pretrained, source, "model")
     try:
         table = model.get_input_embeddings().weight
     except (AttributeError, NotImplementedError) as error:
         raise DataError(
-            f"The model {source!r} ({type(model).__name__}) has no table of input embeddings. Name a language model."
+            f"The model {source!r} ({type(model).__name__}) has no table of input embeddings. Name "
+            "a language model."
         ) from error
     if table.ndim != 2 or not table.isfinite().all():
         raise DataError(
@@ -100,8 +124,8 @@ def load_model_embeddings(source: str, num_tokens: int) -> NDArray[np.float32]:
         )
     if len(table) < num_tokens:
         raise DataError(
-            f"The embeddings of {source!r} have {len(table)} rows, but the tokenizer has {num_tokens} tokens. "
-            "Use the model's own tokenizer."
+            f"The embeddings of {source!r} have {len(table)} rows, but the tokenizer has "
+            f"{num_tokens} tokens. Use the model's own tokenizer."
         )
     return table.detach().float().numpy()[:num_tokens]
 
@@ -125,12 +149,13 @@ def _read_array(path: str) -> NDArray[Any]:
     readers = {".npy": _from_npy, ".json": _from_json, ".safetensors": _from_safetensors}
     if suffix not in readers:
         raise DataError(
-            f"{path}: expected a file ending in {', '.join(readers)}; got {suffix or 'no ending'}. {_NO_PICKLE}"
+            f"{path}: expected a file ending in {', '.join(readers)}; got {suffix or 'no ending'}. "
+            f"{_NO_PICKLE}"
         )
     content = read_bytes(path, "clusters and embeddings")
     try:
         return readers[suffix](content)
-    except Exception as error:  # each format has errors of its own for a damaged file
+    except Exception as error:  # each format has different error classes for a damaged file
         raise DataError(
             f"{path} is not a whole {suffix} file of one array ({error}). {_NO_PICKLE}"
         ) from error
@@ -144,7 +169,7 @@ def _from_npy(content: bytes) -> NDArray[Any]:
 
 
 def _from_json(content: bytes) -> NDArray[Any]:
-    values = json.loads(content, object_pairs_hook=_distinct)
+    values = json.loads(content, object_pairs_hook=_check_distinct)
     if isinstance(values, dict):
         keys = sorted(values, key=int)
         if [int(key) for key in keys] != list(range(len(keys))):
@@ -153,7 +178,7 @@ def _from_json(content: bytes) -> NDArray[Any]:
     return np.array(values)
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _check_distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key comes twice")
@@ -170,12 +195,12 @@ def _from_safetensors(content: bytes) -> NDArray[Any]:
 def _check_no_gap(path: str, level: _Ints) -> None:
     if level.min() < 0:
         raise DataError(f"{path}: clusters are numbered from 0; it holds {level.min()}.")
-    if level.max() >= len(
-        level
-    ):  # known without counting members, which for a huge number would take as much memory
+    # Checked before members are counted: the counts of a huge cluster number would fill the memory.
+    if level.max() >= len(level):
         raise DataError(
-            f"{path}: it has {len(level)} entries and holds the cluster {level.max()}, so that not every cluster up to "
-            "that one can have a member. Number the clusters from 0 without gaps."
+            f"{path}: it has {len(level)} entries and holds the cluster {level.max()}, so that not "
+            "every cluster up to that one can have a member. Number the clusters from 0 without "
+            "gaps."
         )
     empty = np.flatnonzero(np.bincount(level) == 0)
     if len(empty):

@@ -1,13 +1,19 @@
-"""Nested spherical k-means with balance limits: a tree over words, finest level first.
+"""Nested spherical k-means with limits on cluster sizes: a tree over tokens, finest level first.
 
-A level clusters the points of the level below (words, then nodes) by faiss's k-means on unit vectors, and then moves points
-until every cluster holds between `min_share` and `max_share` times the mean number of points:
+Each level clusters the points of the level below (tokens, then nodes) by faiss's k-means on unit
+vectors. Then points are moved until every cluster holds between `min_share` and `max_share` times
+the mean number of points:
 
-1. A cluster above the upper limit gives away the points that lose least similarity by going to the best cluster with room.
-2. A cluster under the lower limit (at least one point) takes the outsiders that lose least, from clusters above theirs.
+1. A cluster above the upper limit gives away the points that lose least similarity by moving to the
+   best cluster with room.
+2. A cluster below the lower limit (at least one point) takes the points that lose least, from
+   clusters above theirs.
 
-Both run in a fixed order, so the same input and seed give the same tree. The special words make one node of their own at
-every level that has at least two: the last one.
+Both run in a fixed order, so that the same input and seed give the same tree. The special tokens
+form one separate node, the last one, at every level that has at least two nodes.
+
+The start centroids are drawn here by k-means++: both initializations of faiss (random points and
+its own k-means++) give other clusters, and would change the published results of `hdlm_small`.
 """
 
 from __future__ import annotations
@@ -35,52 +41,62 @@ def nested_kmeans(
     max_share: float = 5.0,
     special_ids: Sequence[int] = (),
 ) -> tuple[list[_Ints], list[_Floats]]:
-    """Parents and centroids per level of a tree over the rows of `embeddings` [V, d], `sizes` strictly decreasing.
+    """Build a tree over the rows of `embeddings` [V, d] with `sizes[l]` nodes at level l.
 
-    `parents[l]` [sizes[l-1]] (V for l = 0) holds the index of each node's parent; `centroids[l]` [sizes[l], d] is the mean
-    of the node's words as they were given. Raises ArgumentError for sizes or shares that cannot be, DataError for NaN.
+    `sizes` must be strictly decreasing. The result is (parents, centroids): `parents[l]`
+    [sizes[l-1]] (V for l = 0) holds the index of each node's parent, `centroids[l]` [sizes[l], d]
+    the mean of the embeddings of the node's tokens. Raises ArgumentError for impossible sizes or
+    shares, DataError for NaN.
     """
     vectors = np.ascontiguousarray(embeddings, dtype=np.float32)
-    special = np.isin(np.arange(len(vectors)), np.asarray(special_ids, dtype=np.int64))
-    _check(vectors, sizes, min_share, max_share, int((~special).sum()))
-    parents, centroids = [], []
-    points, apart = _unit(vectors - vectors[~special].mean(0)), special
-    node_of_word: _Ints = np.arange(len(vectors))
+    is_special = np.isin(np.arange(len(vectors)), np.asarray(special_ids, dtype=np.int64))
+    _check(vectors, sizes, min_share, max_share, int((~is_special).sum()))
+    parents = []
+    centroids = []
+    # The mean is subtracted, because embeddings share a large common component.
+    points = _normalize(vectors - vectors[~is_special].mean(0))
+    node_of_token: _Ints = np.arange(len(vectors))
     for size in sizes:
-        branch = bool(apart.any()) and size > 1
+        has_special_node = bool(is_special.any()) and size > 1
         level = np.full(len(points), size - 1, dtype=np.int64)
-        members = ~apart if branch else np.ones(len(points), dtype=bool)
-        level[members] = _cluster(points[members], size - branch, seed, min_share, max_share)
+        is_member = ~is_special if has_special_node else np.ones(len(points), dtype=bool)
+        level[is_member] = _cluster(
+            points[is_member], size - has_special_node, seed, min_share, max_share
+        )
         parents.append(level)
-        node_of_word = level[node_of_word]
-        centroids.append(_means(vectors, node_of_word, size))
-        points = _unit(_means(points, level, size))
-        apart = np.arange(size) == (size - 1 if branch else size)
+        node_of_token = level[node_of_token]
+        centroids.append(_means(vectors, node_of_token, size))
+        points = _normalize(_means(points, level, size))
+        is_special = np.arange(size) == (size - 1 if has_special_node else size)
     return parents, centroids
 
 
 def _check(
-    vectors: _Floats, sizes: Sequence[int], min_share: float, max_share: float, words: int
+    vectors: _Floats, sizes: Sequence[int], min_share: float, max_share: float, num_regular: int
 ) -> None:
+    """Check the arguments; `num_regular` is the number of tokens that are not special."""
     if len(sizes) == 0 or min(sizes) < 1:
         raise ArgumentError(
-            f"sizes must name at least one cluster on every level; got {list(sizes)}. Zero clusters hold no word: "
-            'use a flat vocabulary (kind = "flat") for a model without clusters.'
+            f"sizes must name at least one cluster on every level; got {list(sizes)}. Zero "
+            'clusters hold no token: use a flat vocabulary (kind = "flat") for a model '
+            "without clusters."
         )
     if any(above >= below for below, above in pairwise(sizes)):
         raise ArgumentError(
-            f"sizes must decrease strictly from the finest level to the coarsest; got {list(sizes)}."
+            "sizes must decrease strictly from the finest level to the coarsest; got "
+            f"{list(sizes)}."
         )
-    most = words + (words < len(vectors) and sizes[0] > 1)
+    num_special = len(vectors) - num_regular
+    most = num_regular + (num_special > 0 and sizes[0] > 1)
     if sizes[0] > most:
+        branch = f" and one branch of {num_special} special ones" if num_special else ""
         raise ArgumentError(
-            f"sizes asks for {sizes[0]} clusters, but there are only {words} words to cluster"
-            f"{f' and one branch of {len(vectors) - words} special ones' if words < len(vectors) else ''}. "
-            f"Every cluster needs a word: choose at most {most}."
+            f"sizes asks for {sizes[0]} clusters, but there are only {num_regular} tokens to "
+            f"cluster{branch}. Every cluster needs a token: choose at most {most}."
         )
     if not 0 <= min_share <= 1 <= max_share:
         raise ArgumentError(
-            f"min_share must lie in [0, 1] and max_share be at least 1 (in mean cluster sizes); "
+            "min_share must lie in [0, 1] and max_share be at least 1 (in mean cluster sizes); "
             f"got {min_share} and {max_share}."
         )
     if not np.isfinite(vectors).all():
@@ -91,8 +107,8 @@ def _check(
 
 
 def _cluster(points: _Floats, size: int, seed: int, min_share: float, max_share: float) -> _Ints:
-    """The cluster of each point: k-means from k-means++ starts, then balance."""
-    import faiss  # only clustering needs it
+    """Return the cluster of each point: k-means from k-means++ starts, then balance."""
+    import faiss  # slow to import, and only clustering needs it
 
     kmeans = faiss.Kmeans(
         points.shape[1],
@@ -101,32 +117,41 @@ def _cluster(points: _Floats, size: int, seed: int, min_share: float, max_share:
         seed=seed,
         spherical=True,
         min_points_per_centroid=1,
-        max_points_per_centroid=len(points),  # every point is used, none drawn
+        max_points_per_centroid=len(points),  # faiss would otherwise draw a sample of the points
     )
-    kmeans.train(points, init_centroids=_starts(points, size, np.random.default_rng(seed)))
+    starts = _draw_starts(points, size, np.random.default_rng(seed))
+    kmeans.train(points, init_centroids=starts)
     centroids = np.asarray(kmeans.centroids, dtype=np.float32).reshape(size, -1)
-    affinity = np.matmul(points, _unit(centroids).T)
+    affinity = np.matmul(points, _normalize(centroids).T)
     mean = len(points) / size
     lower = max(1, math.floor(min_share * mean))
     upper = max(math.ceil(max_share * mean), lower)
     return _balance(affinity, affinity.argmax(1), lower, upper)
 
 
-def _starts(points: _Floats, size: int, draw: np.random.Generator) -> _Floats:
-    """k-means++: each start is drawn in proportion to 1 - its cosine to the nearest start before (any, where all are 0)."""
-    chosen = [int(draw.integers(len(points)))]
+def _draw_starts(points: _Floats, size: int, rng: np.random.Generator) -> _Floats:
+    """Draw k-means++ starts.
+
+    Each is drawn with probability proportional to 1 - cos to the nearest start before it. If all of
+    them are 0 (more starts than different points), the last point is taken.
+    """
+    chosen = [int(rng.integers(len(points)))]
     distance = np.full(len(points), 2.0)
     for _ in range(size - 1):
-        distance = np.minimum(distance, np.maximum(1.0 - points @ points[chosen[-1]], 0.0))
-        distance[chosen[-1]] = 0.0
+        to_last = np.maximum(1.0 - points @ points[chosen[-1]], 0.0)
+        distance = np.minimum(distance, to_last)
+        distance[chosen[-1]] = 0.0  # by rounding, the distance to itself may be above 0
         total = np.cumsum(distance)
-        place = np.searchsorted(total, draw.random() * total[-1], side="right")
+        place = np.searchsorted(total, rng.random() * total[-1], side="right")
         chosen.append(int(min(place, len(points) - 1)))
     return points[chosen]
 
 
 def _balance(affinity: _Floats, assignment: _Ints, lower: int, upper: int) -> _Ints:
-    """Move the points that lose least until each cluster (column of `affinity` [n,k]) holds lower..upper of them."""
+    """Move the points that lose least until each cluster holds lower..upper points.
+
+    `affinity` [n,k] is the cosine of each point with each centroid, `assignment` [n] its cluster.
+    """
     assignment = assignment.copy()
     counts = np.bincount(assignment, minlength=affinity.shape[1])
     for cluster in np.flatnonzero(counts > upper).tolist():
@@ -140,7 +165,10 @@ def _balance(affinity: _Floats, assignment: _Ints, lower: int, upper: int) -> _I
 def _give_away(
     affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, upper: int
 ) -> None:
-    """Move points of `cluster` to their best clusters with room until it fits or one of those is full."""
+    """Move points of `cluster` to the best clusters with room, until it fits or one is full.
+
+    The caller repeats it after one is full, because the best clusters have then changed.
+    """
     members = np.flatnonzero(assignment == cluster)
     open_clusters = np.flatnonzero(counts < upper)
     choices = affinity[np.ix_(members, open_clusters)]
@@ -155,7 +183,7 @@ def _give_away(
 
 
 def _take_in(affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, lower: int) -> None:
-    """Move outsiders to `cluster` until it has `lower` points, from clusters that can spare one."""
+    """Move points to `cluster` until it has `lower` points, from clusters above the limit."""
     loss = affinity[np.arange(len(assignment)), assignment] - affinity[:, cluster]
     for point in np.argsort(loss, kind="stable"):
         if counts[cluster] >= lower:
@@ -167,15 +195,15 @@ def _take_in(affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, 
             counts[donor] -= 1
 
 
-def _unit(vectors: _Floats) -> _Floats:
-    """Rows of length one; zero rows stay zero."""
+def _normalize(vectors: _Floats) -> _Floats:
+    """Scale rows to length one; zero rows stay zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.ascontiguousarray(
-        vectors / np.maximum(lengths, np.finfo(np.float32).tiny), dtype=np.float32
-    )
+    lengths = np.maximum(lengths, np.finfo(np.float32).tiny)
+    return np.ascontiguousarray(vectors / lengths, dtype=np.float32)
 
 
 def _means(vectors: _Floats, node: _Ints, size: int) -> _Floats:
+    """Return the mean of the vectors of each node, summed in float64."""
     sums = np.zeros((size, vectors.shape[1]))
     np.add.at(sums, node, vectors)
     return (sums / np.bincount(node, minlength=size)[:, None]).astype(np.float32)

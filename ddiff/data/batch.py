@@ -41,7 +41,7 @@ class Batch:
         return f"Batch({text})"
 
     def with_prefixes(self, sizes: Tensor) -> Batch:
-        """Return the batch with the first `sizes` [B] positions of each row given and not scored."""
+        """Return the batch with the first `sizes` [B] positions of each row not scored."""
         is_after_prefix = torch.arange(self.ids.shape[1]) >= sizes.unsqueeze(-1)
         return replace(self, scored=self.scored & is_after_prefix)
 

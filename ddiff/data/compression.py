@@ -42,8 +42,8 @@ def open_uncompressed(path: str) -> Iterator[BinaryIO]:
         if (found := detect_format(head)) is not None:
             raise DataError(
                 f"{printable(path)} is no plain text: it begins as a {found} file does. Unpack or "
-                'convert it. A corpus may stay packed with [data] kind = "files", which reads gzip, '
-                "bzip2, xz, zstd, lz4 and parquet by the endings."
+                'convert it. A corpus may stay packed with [data] kind = "files", which reads '
+                "gzip, bzip2, xz, zstd, lz4 and parquet by the endings."
             )
         yield whole
 

@@ -99,9 +99,9 @@ def _check_labels(present: list[int], name: str, form: Form | None) -> None:
     largest = max(present, default=0)
     if form.classes is not None and largest >= form.classes:
         raise DataError(
-            f'The documents have the label {largest} in "{name}", but to the denoiser it is {form}. '
-            f"Set [denoiser] conditions.{name}.classes = {largest + 1}, or number the classes from "
-            "0 without gaps."
+            f'The documents have the label {largest} in "{name}", but to the denoiser it is '
+            f"{form}. Set [denoiser] conditions.{name}.classes = {largest + 1}, or number the "
+            "classes from 0 without gaps."
         )
 
 
@@ -115,8 +115,8 @@ def _stack_vectors(column: list[Any], name: str, form: Form | None) -> Tensor:
     if form is not None and form != Vector(widths[0]) and form != Vector():
         raise DataError(
             f'The documents have vectors of length {widths[0]} in "{name}", but to the denoiser it '
-            f"is {form}. Write [denoiser] conditions.{name} = {{ width = {widths[0]} }}, or fix the "
-            "data."
+            f"is {form}. Write [denoiser] conditions.{name} = {{ width = {widths[0]} }}, or fix "
+            "the data."
         )
     absent = np.full(widths[0], np.nan, np.float32)
     vectors = [absent if value is None else np.asarray(value, np.float32) for value in column]

@@ -1,15 +1,17 @@
-"""A corpus too large to hold: read once, while it is tokenized into shards, and known by its shards afterwards."""
+"""Corpora too large for memory: read once while they are tokenized into shards.
+
+Afterwards only the shards are read, unless the corpus is tokenized while it is trained on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, final
 
 import fsspec
-from datasets import Dataset
 
 from ddiff.atomic import copy_atomic
 from ddiff.data.cache import Cache, fingerprint
@@ -26,9 +28,9 @@ from ddiff.errors import DISK_FULL, ArgumentError, DataError
 
 
 class Corpus(Protocol):
-    """What a dataset component may give instead of `Documents`: texts that are read in order, and shards of their tokens.
+    """Texts that are read in order, and shards of their tokens; an alternative to `Documents`.
 
-    `train["text"]` and `validation["text"]` iterate over texts, for tokenizers that are learned.
+    `train["text"]` and `validation["text"]` iterate over texts, from which tokenizers are learned.
     """
 
     train: Any
@@ -36,97 +38,96 @@ class Corpus(Protocol):
     entropy_rate: float | None
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
-        """Both parts tokenized, now or earlier."""
+        """Return the tokens of both parts, encoded now or earlier."""
         ...
 
 
 def build_train_rows(
     documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache
 ) -> Rows:
-    """Rows of joined documents, to train on."""
+    """Pack the joined training documents into rows."""
     if isinstance(documents, StreamedCorpus):
         return documents.train_rows(tokenizer, length, cache)
-    return pack_stream(
-        load_or_build_shards(documents, tokenizer, cache).stream(TRAIN), tokenizer, length
-    )
+    shards = load_or_build_shards(documents, tokenizer, cache)
+    return pack_stream(shards.stream(TRAIN), tokenizer, length)
 
 
 def build_validation_rows(
     documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache
 ) -> PackedRows:
-    """Rows that begin anew with every document, to evaluate on."""
-    return pack_stream(
-        load_or_build_shards(documents, tokenizer, cache).stream(VALIDATION),
-        tokenizer,
-        length,
-        separate=True,
-    )
+    """Pack the validation documents into rows, each document in separate rows."""
+    shards = load_or_build_shards(documents, tokenizer, cache)
+    return pack_stream(shards.stream(VALIDATION), tokenizer, length, separate=True)
 
 
-def check_repetitions(documents: Documents | Corpus, made: Shards) -> None:
-    """Raise DataError if all validation documents are in the training text; warn of some, and of many that occur twice.
+def check_repetitions(documents: Documents | Corpus, shards: Shards) -> None:
+    """Raise DataError if all validation documents are in the training text.
 
-    Rows of a generated source, whose entropy is known, may repeat each other by chance, and are not looked at.
+    Some of them, or many repetitions within a part, give a warning. Generated sources with known
+    entropy are not checked: their rows may repeat each other by chance.
     """
     if documents.entropy_rate is None:
-        check_overlap(
-            made.overlap, documents if isinstance(documents, SourceCorpus) else "The corpus"
-        )
+        source = documents if isinstance(documents, SourceCorpus) else "The corpus"
+        check_overlap(shards.overlap, source)
 
 
 def load_or_build_shards(
     documents: Documents | Corpus, tokenizer: Tokenizer, cache: Cache
 ) -> Shards:
-    """Both parts tokenized, now or earlier."""
+    """Return the tokens of both parts, encoded now or earlier."""
     if not isinstance(documents, Documents):
         return documents.shards(tokenizer, cache)
-    parts = {TRAIN: documents.train, VALIDATION: documents.validation}
-    source = dict(zip(parts, documents.part_fingerprints))
+    source = dict(zip(PARTS, documents.part_fingerprints))
+    inputs = {**source, "tokenizer": tokenizer.fingerprint}
 
     def build(folder: Path) -> None:
         total = len(documents.train) + len(documents.validation)
         write_shards(
-            folder, lambda _: _chunks_of_parts(parts), tokenizer, source=source, total=total
+            folder, lambda _: _chunks_of_parts(documents), tokenizer, source=source, total=total
         )
 
-    return read_shards(
-        cache.load_or_build("tokens", {**source, "tokenizer": tokenizer.fingerprint}, build)
-    )
+    return read_shards(cache.load_or_build("tokens", inputs, build))
+
+
+def _chunks_of_parts(documents: Documents) -> Iterator[Chunk]:
+    yield from chunks_of(documents.train, TRAIN)
+    yield from chunks_of(documents.validation, VALIDATION)
 
 
 def copy_shards(made: Shards, path: str) -> None:
-    """Copy a folder of shards to any fsspec path, the manifest last; DataError when other shards stand there."""
+    """Copy a folder of shards to any fsspec path, the manifest last.
+
+    Raises DataError if the path holds other shards.
+    """
     system, place = fsspec.url_to_fs(path.rstrip("/"))
     manifest = (made.folder / MANIFEST).read_bytes()
     if system.exists(f"{place}/{MANIFEST}"):
         if system.cat_file(f"{place}/{MANIFEST}") == manifest:
             return
         raise DataError(f"{path} holds other shards. Name another folder, or delete that one.")
-    files = made.files()
-    for name in files:
-        # of a copy that was cut short, files are whole: each is renamed when it is
-        if (
-            system.exists(f"{place}/{name}")
-            and system.size(f"{place}/{name}") != (made.folder / name).stat().st_size
-        ):
+    names = made.files()
+    for name in names:
+        target = f"{place}/{name}"
+        # A file of an interrupted copy is complete, since each is renamed when it is complete.
+        # Another size therefore means another file.
+        if system.exists(target) and system.size(target) != (made.folder / name).stat().st_size:
             raise DataError(
-                f"{path} holds a file {name} of another kind, which would be written over. Name another folder, or move "
-                "that file away."
+                f"{path} holds a file {name} of another kind, which would be written over. Name "
+                "another folder, or move that file away."
             )
     system.makedirs(place, exist_ok=True)
-    for name in (*files, MANIFEST):
+    for name in (*names, MANIFEST):
         copy_atomic(made.folder / name, f"{place}/{name}", system)
-
-
-def _chunks_of_parts(parts: Mapping[str, Dataset]) -> Iterator[Chunk]:
-    for part, documents in parts.items():
-        yield from chunks_of(documents, part)
 
 
 @final
 @dataclass(frozen=True)
 class SourceCorpus:
-    """Texts of a source, those of another one (or a share `held_out` of them by hash) for validation."""
+    """Corpus of a source of texts.
+
+    Validation texts come from `validation_source`; without it, a share `held_out` of the documents
+    is held out by the hash of their text.
+    """
 
     source: TextSource
     validation_source: TextSource | None = None
@@ -143,36 +144,38 @@ class SourceCorpus:
             check_disjoint(self.source.paths, self.validation_source.paths)
             if self.source.identity == self.validation_source.identity:
                 raise DataError(
-                    f"{self.source} is named for training and for validation: the model would be evaluated on text that it "
-                    "was trained on. Name another split or other files, or no validation texts: then a share is held out."
+                    f"{self.source} is named for training and for validation: the model would be "
+                    "evaluated on text that it was trained on. Name another split or other files, "
+                    "or no validation texts: then a share is held out."
                 )
 
     def __str__(self) -> str:
         return str(self.source)
 
     @property
-    def train(self) -> TextsOf:
-        return TextsOf(self, TRAIN)
+    def train(self) -> CorpusPart:
+        return CorpusPart(self, TRAIN)
 
     @property
-    def validation(self) -> TextsOf:
-        return TextsOf(self, VALIDATION)
+    def validation(self) -> CorpusPart:
+        return CorpusPart(self, VALIDATION)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the texts are read from, and which of them are held out."""
+        """Source of the texts and rule of the held-out part, as JSON."""
         if self.validation_source is None:
             return {"source": self.source.identity, "held_out": self.held_out}
         return {"source": self.source.identity, "validation": self.validation_source.identity}
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
         identity = {"source": self.identity, "tokenizer": tokenizer.fingerprint}
+        # Not an entry of the cache: a large build must be resumed after a kill and not discarded.
         made = self.write_shards(tokenizer, cache.root / "shards" / fingerprint(identity))
-        made.check_touched()
+        made.check_modified()
         return made
 
     def write_shards(self, tokenizer: Tokenizer, folder: Path) -> Shards:
-        """Both parts tokenized into a folder, going on with what stands there; DataError when one has no text."""
+        """Tokenize both parts into a folder, or resume it; DataError if a part has no text."""
         made = write_shards(
             folder,
             self.chunks,
@@ -185,60 +188,63 @@ class SourceCorpus:
         return made
 
     def check_parts(self, made: Shards) -> None:
-        """DataError when a part has no text."""
+        """Raise DataError if a part has no text."""
         for part in (TRAIN, VALIDATION):
             if not made.records(part):
                 raise DataError(
-                    f"{self.source} gave no text for {part} (held_out = {self.held_out}). Take another share, or name "
-                    "validation texts."
+                    f"{self.source} gave no text for {part} (held_out = {self.held_out}). Take "
+                    "another share, or name validation texts."
                 )
 
     def train_chunks(self, cursor: Any = None) -> Iterator[Chunk]:
-        """The chunks of the source to train on; where no other is for validation, with what is held out."""
+        """Yield the chunks of the training source, including documents held out by hash."""
         return self.source.chunks(cursor, part=None if self.validation_source is None else TRAIN)
 
     def sources(self) -> list[Iterator[Chunk]]:
-        """The chunks of each source, from its start."""
+        """Return the chunks of each source, from its start."""
         if self.validation_source is None:
             return [self.train_chunks()]
         return [self.train_chunks(), self.validation_source.chunks(part=VALIDATION)]
 
     def chunks(self, cursor: Any = None) -> Iterator[Chunk]:
-        """All texts in order: those to train on, then those of the validation source; or undecided, where there is none."""
+        """Yield all texts in order: those to train on, then those of the validation source.
+
+        Without a validation source, chunks have no part. With one, a cursor is (part, cursor of
+        that source).
+        """
         if self.validation_source is None:
             yield from self.source.chunks(cursor, part=None)
             return
-        part, within = cursor or (TRAIN, None)
+        part, inner = cursor or (TRAIN, None)
         if part == TRAIN:
-            for chunk in self.source.chunks(within, part=TRAIN):
+            for chunk in self.source.chunks(inner, part=TRAIN):
                 yield Chunk(chunk.texts, [TRAIN, chunk.cursor], TRAIN)
-        for chunk in self.validation_source.chunks(
-            within if part == VALIDATION else None, part=VALIDATION
-        ):
+            inner = None
+        for chunk in self.validation_source.chunks(inner, part=VALIDATION):
             yield Chunk(chunk.texts, [VALIDATION, chunk.cursor], VALIDATION)
 
     def texts(self, part: str) -> Iterator[str]:
-        """The texts of a part, read anew."""
-        return self.texts_of(self.chunks(), part)
+        """Yield the texts of a part, read from the source again."""
+        return self.select_texts(self.chunks(), part)
 
-    def texts_of(self, chunks: Iterable[Chunk], part: str) -> Iterator[str]:
-        """Those texts of some chunks that belong to a part."""
+    def select_texts(self, chunks: Iterable[Chunk], part: str) -> Iterator[str]:
+        """Yield the texts of some chunks that belong to a part."""
         for chunk in chunks:
             for text in chunk.texts:
-                decided = chunk.part or (
-                    VALIDATION if hash_to_unit(text.encode()) < self.held_out else TRAIN
-                )
-                if decided == part:
+                if (chunk.part or self._part_by_hash(text)) == part:
                     yield text
+
+    def _part_by_hash(self, text: str) -> str:
+        return VALIDATION if hash_to_unit(text.encode()) < self.held_out else TRAIN
 
 
 @final
 class StreamedCorpus:
-    """A corpus that is tokenized while it is trained on.
+    """Corpus that is tokenized while it is trained on.
 
-    Only its `head` is kept, the first so many documents (of the validation source too, if there is one): what is held out
-    of them is evaluated on, and counts, clusters and learned tokenizers come from the others. `block` rows at a time are
-    shuffled.
+    Only the first `head` documents are stored (of the validation source too, if there is one). The
+    held-out ones among them are the validation part; token counts, clusters and learned tokenizers
+    come from the others. Rows are shuffled within blocks of `block` rows.
     """
 
     entropy_rate: float | None = None
@@ -246,7 +252,9 @@ class StreamedCorpus:
     def __init__(self, corpus: SourceCorpus, *, head: int = 20_000, block: int = 4096) -> None:
         if head < 1:
             raise ArgumentError(f"head must be at least 1 document; got {head}.")
-        self._corpus, self._head, self._block_rows = corpus, head, block
+        self._corpus = corpus
+        self._head = head
+        self._block_rows = block
         self._monitor = OverlapMonitor(lambda: self.texts(VALIDATION), corpus)
 
     @property
@@ -254,17 +262,17 @@ class StreamedCorpus:
         return {**self._corpus.identity, "head": self._head}
 
     @property
-    def train(self) -> TextsOf:
-        return TextsOf(self, TRAIN)
+    def train(self) -> CorpusPart:
+        return CorpusPart(self, TRAIN)
 
     @property
-    def validation(self) -> TextsOf:
-        return TextsOf(self, VALIDATION)
+    def validation(self) -> CorpusPart:
+        return CorpusPart(self, VALIDATION)
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
-        """Of the head."""
+        """Return the tokens of the head, encoded now or earlier."""
         corpus = self._corpus
-        known_by = {**self.identity, "tokenizer": tokenizer.fingerprint}
+        inputs = {**self.identity, "tokenizer": tokenizer.fingerprint}
 
         def build(folder: Path) -> None:
             write_shards(
@@ -276,34 +284,37 @@ class StreamedCorpus:
                 workers=corpus.workers,
             )
 
-        made = read_shards(cache.load_or_build("heads", known_by, build))
+        made = read_shards(cache.load_or_build("heads", inputs, build))
         corpus.check_parts(made)
         return made
 
     def train_rows(self, tokenizer: Tokenizer, length: int, cache: Cache) -> StreamedRows:
-        corpus = self._corpus
-        known_by = fingerprint([self.identity, tokenizer.fingerprint, length, self._block_rows])
-        head = pack_stream(self.shards(tokenizer, cache).stream(TRAIN), tokenizer, length)
+        """Pack the stream into rows that are read while it is trained on."""
+        identity = [self.identity, tokenizer.fingerprint, length, self._block_rows]
+        name = fingerprint(identity)
+        head = self.shards(tokenizer, cache).stream(TRAIN)
         return StreamedRows(
             self._train_chunks,
             tokenizer,
             length,
-            head=head,
-            known_by=known_by,
+            head=pack_stream(head, tokenizer, length),
+            fingerprint=name,
             block=self._block_rows,
-            held_out=corpus.held_out,
-            workers=corpus.workers,
-            cursors=cache.root / "streams" / f"{known_by}.jsonl",
+            held_out=self._corpus.held_out,
+            workers=self._corpus.workers,
+            cursors=cache.root / "streams" / f"{name}.jsonl",
         )
 
     def _train_chunks(self, cursor: Any = None) -> Iterator[Chunk]:
         chunks = self._corpus.train_chunks(cursor)
-        # what is held out by hash is on one side only; another source may hold what is trained on
-        return chunks if self._corpus.validation_source is None else self._monitor.watch(chunks)
+        if self._corpus.validation_source is None:
+            # Equal documents have equal hashes, so that none can be in both parts.
+            return chunks
+        return self._monitor.watch(chunks)
 
     def texts(self, part: str) -> Iterator[str]:
-        """The texts of a part of the head, read anew."""
-        return self._corpus.texts_of(self._head_chunks(), part)
+        """Yield the texts of a part of the head, read from the source again."""
+        return self._corpus.select_texts(self._head_chunks(), part)
 
     def _head_chunks(self) -> Iterator[Chunk]:
         sizes = {TRAIN: 0, VALIDATION: 0}
@@ -318,8 +329,8 @@ class StreamedCorpus:
 
 @final
 @dataclass(frozen=True)
-class TextsOf:
-    """A part of a corpus, of which the one column `text` can be iterated over, and known by its source."""
+class CorpusPart:
+    """Part of a corpus, with one column "text" to iterate over, identified by its source."""
 
     corpus: SourceCorpus | StreamedCorpus
     part: str
@@ -336,78 +347,80 @@ class TextsOf:
 
 @final
 class ShardedCorpus:
-    """Shards that were made earlier, here or on another machine; their text is not there."""
+    """Corpus of existing shards, made here or on another machine, without their text."""
 
     entropy_rate: float | None = None
 
     def __init__(self, path: str, cache: Cache | None = None) -> None:
-        """A folder by local path, or by fsspec path: then it is fetched into the cache once."""
-        self._made = read_shards(_fetched(path, cache) if "://" in path else Path(path))
+        """Open a local folder; a folder at an fsspec path is copied into the cache once."""
+        folder = _fetch_shards(path, cache) if "://" in path else Path(path)
+        self._made = read_shards(folder)
 
     @property
-    def train(self) -> NoTexts:
-        return NoTexts(self._made.folder)
+    def train(self) -> PartWithoutTexts:
+        return PartWithoutTexts(self._made.folder)
 
     validation = train
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
         self._made.check_tokenizer(tokenizer)
-        self._made.check_touched()
+        self._made.check_modified()
         return self._made
 
 
 @final
 @dataclass(frozen=True)
-class NoTexts:
-    """A part of which there are tokens alone."""
+class PartWithoutTexts:
+    """Part of a corpus of which only the tokens are stored."""
 
     folder: Path
     column_names: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
-        raise self._missing()
+        raise self._missing_error()
 
     def __getitem__(self, column: str) -> Iterator[str]:
-        raise self._missing()
+        raise self._missing_error()
 
-    def _missing(self) -> DataError:
+    def _missing_error(self) -> DataError:
         return DataError(
-            f"{self.folder} holds tokens and no text to learn a tokenizer from. Take the one that they were made with: "
-            f'[tokenizer] kind = "saved", path = "{self.folder / "tokenizer.json"}".'
+            f"{self.folder} holds tokens and no text to learn a tokenizer from. Take the one that "
+            'they were made with: [tokenizer] kind = "saved", path = '
+            f'"{self.folder / "tokenizer.json"}".'
         )
 
 
-def _fetched(path: str, cache: Cache | None) -> Path:
-    """A local copy of a folder of shards, made once for each content of its manifest."""
+def _fetch_shards(path: str, cache: Cache | None) -> Path:
+    """Copy a remote folder of shards into the cache, once for each content of its manifest."""
     try:
         system, place = fsspec.url_to_fs(path.rstrip("/"))
         manifest = system.cat_file(f"{place}/{MANIFEST}")
         manifest.decode()
     except (OSError, ValueError, ImportError) as error:
         raise DataError(
-            f"{path} cannot be read as a folder of token shards: {error}. Give the folder that has {MANIFEST}."
+            f"{path} cannot be read as a folder of token shards: {error}. Give the folder that has "
+            f"{MANIFEST}."
         ) from error
 
     def fetch(folder: Path) -> None:
         (folder / MANIFEST).write_bytes(manifest)
-        found = read_shards(
-            folder, name=path
-        )  # with names that stay in the folder, or nothing is fetched
-        for record in (record for part in PARTS for record in found.records(part)):
-            for file, due in found.sealed(record):
-                _fetch(system, f"{place}/{file.name}", file, due, path)
-        for name in found.unsealed():
-            _fetch(system, f"{place}/{name}", folder / name, None, path)
-        found.verify()
+        # Reading the manifest checks that no name leads out of the folder, before any download.
+        shards = read_shards(folder, name=path)
+        for record in shards.all_records():
+            for file, sha256 in shards.checksums(record):
+                _fetch_file(system, f"{place}/{file.name}", file, sha256, path)
+        for name in shards.files_without_checksum():
+            _fetch_file(system, f"{place}/{name}", folder / name, None, path)
+        shards.verify()
 
-    return (cache or Cache()).load_or_build(
-        "fetched", {"manifest": fingerprint(manifest.decode())}, fetch
-    )
+    cache = cache or Cache()
+    inputs = {"manifest": fingerprint(manifest.decode())}
+    return cache.load_or_build("fetched", inputs, fetch)
 
 
-def _fetch(system: Any, place: str, file: Path, sha256: str | None, source: str) -> None:
-    """Fetch a file; DataError when it is not the one that the manifest was made with, at the second try neither."""
+def _fetch_file(system: Any, place: str, file: Path, sha256: str | None, source: str) -> None:
+    """Download a file; DataError if two downloads do not have the SHA-256 of the manifest."""
     for _ in range(2):
         try:
             system.get_file(place, str(file))
@@ -415,12 +428,12 @@ def _fetch(system: Any, place: str, file: Path, sha256: str | None, source: str)
             if error.errno in DISK_FULL:
                 raise
             raise DataError(
-                f"{source}: {file.name}, which its {MANIFEST} names, cannot be fetched ({error}). Copy the folder there "
-                "again from where the shards were made."
+                f"{source}: {file.name}, which its {MANIFEST} names, cannot be fetched ({error}). "
+                "Copy the folder there again from where the shards were made."
             ) from error
         if sha256 is None or file_sha256(file) == sha256:
             return
     raise DataError(
-        f"{source}: {file.name} is damaged: fetched twice, its SHA-256 is not the one that {MANIFEST} has. Copy the folder "
-        "there again from where the shards were made."
+        f"{source}: {file.name} is damaged: fetched twice, its SHA-256 is not the one that "
+        f"{MANIFEST} has. Copy the folder there again from where the shards were made."
     )

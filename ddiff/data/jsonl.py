@@ -20,7 +20,7 @@ from ddiff.data.compression import open_uncompressed
 from ddiff.data.documents import Documents, check_not_empty, file_fingerprint, split_documents
 from ddiff.data.paths import base_name, find_train_and_validation, printable
 from ddiff.data.text import RULES, check_text, text_lines
-from ddiff.errors import ArgumentError, DataError
+from ddiff.errors import ArgumentError, DataError, suggest
 from ddiff.progress import progress
 
 _LARGEST_LABEL = 2**63 - 1
@@ -158,7 +158,7 @@ class _Reader:
             raise DataError(
                 f'read_json_lines: {key} names the field "{name}", but it has a value in no line '
                 f"of {', '.join(map(printable, patterns))}; next to the text the lines have "
-                f"{others or 'no fields'}.{nearest(name, others)} Fix [data] {key}, or leave the "
+                f"{others or 'no fields'}.{suggest(name, others)} Fix [data] {key}, or leave the "
                 "field out."
             )
 

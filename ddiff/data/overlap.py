@@ -79,8 +79,8 @@ def check_overlap(found: dict[str, list[int]], source: object) -> None:
     if seen.documents and seen.documents == seen.of:
         raise DataError(
             f"{source}: all {seen.of:,} validation documents are in the training text too, so that "
-            "the evaluation would measure what was learned by heart. Name other validation text, or "
-            "none: then a share of the documents is held out by the hash of their text."
+            "the evaluation would measure what was learned by heart. Name other validation text, "
+            "or none: then a share of the documents is held out by the hash of their text."
         )
     if seen.documents:
         _log.warning(

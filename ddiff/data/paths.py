@@ -192,7 +192,7 @@ def _matches(folder: str, parts: list[str]) -> Iterator[str]:
 
 
 def _matching_names(folder: str, part: str) -> list[str]:
-    """Return the names in a folder for one part of a pattern: itself if it exists, or its matches."""
+    """Return the names in a folder that match a part of a pattern; the part itself if it exists."""
     if not any(mark in part for mark in _MARKS) or _exists(os.path.join(folder, part)):
         return [part]
     is_hidden = part.startswith(".")

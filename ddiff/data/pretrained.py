@@ -109,8 +109,8 @@ def _check_hub_name(source: str, shown: str, what: str) -> None:
         )
     if is_local_path(source):
         raise DataError(
-            f"No {what} from {shown!r}: there is no such folder, and it is no name on the hub (NAME "
-            "or OWNER/NAME). Check the path; it is relative to the folder in which ddiff runs."
+            f"No {what} from {shown!r}: there is no such folder, and it is no name on the hub "
+            "(NAME or OWNER/NAME). Check the path; it is relative to where ddiff runs."
         )
 
 

@@ -7,9 +7,9 @@ A folder holds the ids of every shard and the ends of its documents, both as pla
     train.counts.npy         [V] int64, number of occurrences of each token in the part
     manifest.json            tokenizer, source, and of every shard its size and checksums
 
-Rows of any length are cut when they are read (`ddiff.data.packing`), so that another length needs no
-other shards. A shard is written under another name and renamed; the manifest is written last. A
-build that was killed resumes after its last complete shard, for which `journal.json` keeps the
+Rows of any length are cut when they are read (`ddiff.data.packing`), so that another length needs
+no other shards. A shard is written under another name and renamed; the manifest is written last.
+A build that was killed resumes after its last complete shard, for which `journal.json` keeps the
 cursor of the source.
 """
 
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, final
 
@@ -131,23 +131,26 @@ class TokenStream:
         number = int(np.searchsorted(self._starts, start, side="right")) - 1
         at = start
         while at < stop:
-            base, end = int(self._starts[number]), min(stop, int(self._starts[number + 1]))
-            if at < end:
-                into = slice(at - start, end - start)
-                ids[into], inside = self.shards[number].read(at - base, end - base)
-                document[into] = self._documents[number] + inside
-            at, number = end, number + 1
+            base = int(self._starts[number])
+            end = min(stop, int(self._starts[number + 1]))
+            if at < end:  # a shard may be empty
+                here = slice(at - start, end - start)
+                ids[here], document_in_shard = self.shards[number].read(at - base, end - base)
+                document[here] = self._documents[number] + document_in_shard
+            at = end
+            number += 1
         return ids, document
 
     def document_ends(self) -> Iterator[NDArray[np.int64]]:
-        """Where documents end in the stream, shard by shard."""
+        """Yield the ends of the documents in the stream, shard by shard."""
         for start, shard in zip(self._starts, self.shards):
             yield start + shard.ends
 
     def find_wrong_size(self, size: int) -> tuple[int, int] | None:
-        """The first document that has not `size` tokens, and how many it has; None when all have."""
+        """Return number and size of the first document without `size` tokens, or None."""
         for first, shard in zip(self._documents, self.shards):
-            if shard.record.documents and not shard.record.shortest == shard.record.longest == size:
+            record = shard.record
+            if record.documents and not record.shortest == record.longest == size:
                 sizes = np.diff(shard.ends, prepend=0)
                 wrong = int(np.argmax(sizes != size))
                 return int(first) + wrong, int(sizes[wrong])
@@ -155,214 +158,223 @@ class TokenStream:
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits of the content, by the checksums of its shards."""
-        return fingerprint(
-            [[shard.record.tokens_sha256, shard.record.ends_sha256] for shard in self.shards]
-        )
+        """32 hexadecimal digits of the content, from the checksums of its shards."""
+        records = [shard.record for shard in self.shards]
+        return fingerprint([[record.tokens_sha256, record.ends_sha256] for record in records])
 
 
 @final
 @dataclass(frozen=True)
 class Shards:
-    """A folder of token shards: its manifest, and the parts as streams."""
+    """Folder of token shards: its manifest, and its parts as streams."""
 
     folder: Path
     manifest: Mapping[str, Any]
 
     def records(self, part: str) -> list[ShardRecord]:
+        """Return the manifest's entries of a part."""
         return [ShardRecord(**record) for record in self.manifest["parts"][part]]
 
+    def all_records(self) -> list[ShardRecord]:
+        """Return the manifest's entries of both parts."""
+        return [record for part in PARTS for record in self.records(part)]
+
     def stream(self, part: str) -> TokenStream:
-        """The part's shards, memory-mapped; DataError when one is missing or not as long as the manifest says."""
+        """Memory-map the shards of a part; DataError if one is missing or has another size."""
         dtype = np.dtype(self.manifest["dtype"])
-        shards = [
-            Shard(
-                _mapped(self.folder / f"{record.name}.tokens.npy", dtype, record.tokens),
-                _mapped(
-                    self.folder / f"{record.name}.ends.npy", np.dtype(np.int64), record.documents
-                ),
-                record,
+        shards = []
+        for record in self.records(part):
+            tokens = self.folder / f"{record.name}.tokens.npy"
+            ends = self.folder / f"{record.name}.ends.npy"
+            shard = Shard(
+                tokens=_memory_map(tokens, dtype, record.tokens),
+                ends=_memory_map(ends, np.dtype(np.int64), record.documents),
+                record=record,
             )
-            for record in self.records(part)
-        ]
+            shards.append(shard)
         counts = self.folder / f"{part}.counts.npy"
-        return TokenStream(
-            shards,
-            lambda: _mapped(counts, np.dtype(np.int64), self.manifest["tokenizer"]["num_tokens"]),
-        )
+        num_tokens = self.manifest["tokenizer"]["num_tokens"]
+        # Counts are read when they are needed: training does not need them.
+        return TokenStream(shards, partial(_memory_map, counts, np.dtype(np.int64), num_tokens))
 
     @cached_property
     def overlap(self) -> dict[str, list[int]]:
-        """Documents that occur more than once, as `find_overlap` counts them when shards are written; else counted now."""
-        return self.manifest.get("overlap") or find_overlap(
-            self.stream(TRAIN), self.stream(VALIDATION)
-        )
+        """Numbers of repeated documents, as `find_overlap` counts them.
+
+        They are in the manifest, except for that of an older version: then they are counted now.
+        """
+        stored = self.manifest.get("overlap")
+        return stored or find_overlap(self.stream(TRAIN), self.stream(VALIDATION))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """DataError, saying what differs, when the shards were made with another tokenizer."""
-        theirs, ours = self.manifest["tokenizer"], described(tokenizer)
-        if differing := [
-            f"{key} was {theirs.get(key)!r} and is {ours[key]!r}"
-            for key in ours
-            if theirs.get(key) != ours[key]
-        ]:
+        """Raise DataError with the differences if the shards were made with another tokenizer."""
+        stored = self.manifest["tokenizer"]
+        differences = []
+        for key, value in describe_tokenizer(tokenizer).items():
+            if stored.get(key) != value:
+                differences.append(f"{key} was {stored.get(key)!r} and is {value!r}")
+        if differences:
             raise DataError(
-                f"The shards in {self.folder} were made with another tokenizer: {'; '.join(differing)}. Take the tokenizer "
-                f'that they were made with ([tokenizer] kind = "saved", path = "{self.folder / "tokenizer.json"}"), or '
-                "tokenize the text anew with `ddiff data`."
+                f"The shards in {self.folder} were made with another tokenizer: "
+                f"{'; '.join(differences)}. Take the tokenizer that they were made with "
+                f'([tokenizer] kind = "saved", path = "{self.folder / "tokenizer.json"}"), or '
+                "tokenize the text again with `ddiff data`."
             )
 
     def files(self) -> list[str]:
-        """The names of all files but the manifest."""
-        shards = [
-            f"{record.name}.{kind}.npy"
-            for part in PARTS
-            for record in self.records(part)
-            for kind in KINDS
-        ]
-        return [*shards, *self.unsealed()]
+        """Return the names of all files except the manifest."""
+        names = []
+        for record in self.all_records():
+            names += [f"{record.name}.{kind}.npy" for kind in KINDS]
+        return names + self.files_without_checksum()
 
-    def unsealed(self) -> list[str]:
-        """The names of the files that the manifest has no checksum of."""
+    def files_without_checksum(self) -> list[str]:
+        """Return the names of the files whose checksum is not in the manifest."""
         return [*(f"{part}.counts.npy" for part in PARTS), "tokenizer.json"]
 
     def written_since(self, began: float) -> tuple[int, float]:
-        """How many tokens were written after a time (seconds since 1970), and how long it took until all were finished."""
-        records = [record for part in PARTS for record in self.records(part)]
-        new = [
-            record
-            for record in records
-            if _written(self.folder / f"{record.name}.tokens.npy") >= began
-        ]
-        return sum(record.tokens for record in new), _written(self.folder / MANIFEST) - began
+        """Return the number of tokens written since a time, and the seconds until all was finished.
+
+        `began` is in seconds since 1970.
+        """
+        tokens = 0
+        for record in self.all_records():
+            if _modification_time(self.folder / f"{record.name}.tokens.npy") >= began:
+                tokens += record.tokens
+        return tokens, _modification_time(self.folder / MANIFEST) - began
 
     def verify(self) -> None:
-        """Read every shard and hold it against its checksum and the counts.
+        """Read every shard and compare it with its checksum, and the counts with the tokens.
 
-        DataError names the one that is damaged, and the remedy.
+        Raises DataError with the name of a damaged file and the remedy.
         """
-        records = [record for part in PARTS for record in self.records(part)]
+        records = self.all_records()
         with progress(len(records), "verifying shards") as bar:
             for record in records:
-                for path, due in self.sealed(record):
-                    if not path.is_file() or file_sha256(path) != due:
-                        raise _damaged(path, "its checksum is not the manifest's")
+                for path, expected in self.checksums(record):
+                    if not path.is_file() or file_sha256(path) != expected:
+                        raise _damage_error(path, "its checksum is not the manifest's")
                 bar.advance(1)
         for part in PARTS:
             self._check_counts(part)
 
-    def sealed(self, record: ShardRecord) -> Iterator[tuple[Path, str]]:
-        """Both files of a shard with the SHA-256 of each."""
-        for kind, due in zip(KINDS, (record.tokens_sha256, record.ends_sha256)):
-            yield self.folder / f"{record.name}.{kind}.npy", due
+    def checksums(self, record: ShardRecord) -> Iterator[tuple[Path, str]]:
+        """Yield both files of a shard with their SHA-256."""
+        for kind, expected in zip(KINDS, (record.tokens_sha256, record.ends_sha256)):
+            yield self.folder / f"{record.name}.{kind}.npy", expected
 
-    def check_touched(self) -> None:
-        """Hold small files against their checksums, and large ones that were written to after the manifest.
+    def check_modified(self) -> None:
+        """Compare small files, and large files modified after the manifest, with their checksums.
 
-        It takes no time that counts, unlike `verify`. DataError as there.
+        Unlike `verify`, it takes almost no time. Raises DataError as `verify` does.
         """
-        records = [record for part in PARTS for record in self.records(part)]
-        finished = _written(self.folder / MANIFEST)
-        for path, due in (file for record in records for file in self.sealed(record)):
-            try:
-                is_suspect = path.stat().st_size <= SMALL or _written(path) > finished
-                if is_suspect and file_sha256(path) != due:
-                    raise _damaged(path, "its checksum is not the manifest's")
-            except OSError as error:
-                raise _damaged(path, f"it cannot be read ({error})") from error
+        finished = _modification_time(self.folder / MANIFEST)
+        for record in self.all_records():
+            for path, expected in self.checksums(record):
+                try:
+                    is_small = path.stat().st_size <= SMALL
+                    is_suspect = is_small or _modification_time(path) > finished
+                    if is_suspect and file_sha256(path) != expected:
+                        raise _damage_error(path, "its checksum is not the manifest's")
+                except OSError as error:
+                    raise _damage_error(path, f"it cannot be read ({error})") from error
 
     def _check_counts(self, part: str) -> None:
-        """No checksum of the counts is kept: they are counted again. Ids that are no tokens are found by it too."""
+        """Count the tokens again, because the counts have no checksum, and check ids and ends."""
         stream = self.stream(part)
         num_tokens = self.manifest["tokenizer"]["num_tokens"]
         counts = stream.counts()
         for shard in stream.shards:
-            if len(shard.tokens) and int(shard.tokens.max()) >= num_tokens:
-                path = self.folder / f"{shard.record.name}.tokens.npy"
-                raise _damaged(
-                    path,
-                    f"it holds the id {shard.tokens.max()}, and the tokenizer has {num_tokens} tokens",
+            size = len(shard.tokens)
+            if size and int(shard.tokens.max()) >= num_tokens:
+                raise _damage_error(
+                    self.folder / f"{shard.record.name}.tokens.npy",
+                    f"it holds the id {shard.tokens.max()}, and the tokenizer has {num_tokens} "
+                    "tokens",
                 )
-            if (np.diff(shard.ends, prepend=0) < 0).any() or shard.ends[-1:].tolist() != [
-                len(shard.tokens)
-            ]:
-                path = self.folder / f"{shard.record.name}.ends.npy"
-                raise _damaged(
-                    path, "documents do not end one after another, the last where the shard does"
+            is_decreasing = (np.diff(shard.ends, prepend=0) < 0).any()
+            if is_decreasing or shard.ends[-1:].tolist() != [size]:
+                raise _damage_error(
+                    self.folder / f"{shard.record.name}.ends.npy",
+                    "documents do not end one after another, the last where the shard does",
                 )
-        if not np.array_equal(counts, _counts(stream.shards, num_tokens)):
-            raise _damaged(
+        if not np.array_equal(counts, _count_tokens(stream.shards, num_tokens)):
+            raise _damage_error(
                 self.folder / f"{part}.counts.npy", "the tokens of the shards are others"
             )
 
 
 def read_shards(folder: Path, name: str | None = None) -> Shards:
-    """Read the manifest of a folder that `write_shards` finished; `name` takes the place of the folder in messages.
+    """Read the manifest of a folder that `write_shards` finished.
 
-    DataError when there is none, or one that is damaged, newer, or names files that are not in the folder.
+    `name` replaces the folder in messages. Raises DataError if there is no manifest, or one that is
+    damaged, newer, or names files outside the folder.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        unfinished = (
-            " It holds a build that was stopped: the command that began it goes on."
-            * (folder / JOURNAL).is_file()
-        )
+        unfinished = ""
+        if (folder / JOURNAL).is_file():
+            unfinished = " It holds a stopped build: the command that began it resumes it."
         raise DataError(
-            f"{folder} is no folder of token shards: it has no {MANIFEST}.{unfinished} `ddiff data RECIPE --out {folder}` "
-            "makes one."
+            f"{folder} is no folder of token shards: it has no {MANIFEST}.{unfinished} `ddiff data "
+            f"RECIPE --out {folder}` makes one."
         )
     manifest = _read_json(path)
     shown = f"{name.rstrip('/')}/{MANIFEST}" if name else path
     if manifest.get("format") != FORMAT or "parts" not in manifest:
         raise DataError(
-            f"{shown} is no manifest that this ddiff reads: format {manifest.get('format')!r}, and {FORMAT} is due. "
-            "Tokenize the text anew with `ddiff data`, or take the ddiff that wrote it."
+            f"{shown} is no manifest that this ddiff reads: format {manifest.get('format')!r}, but "
+            f"{FORMAT} is expected. Tokenize the text again with `ddiff data`, or take the ddiff "
+            "that wrote it."
         )
     check_manifest(manifest, shown)
     return Shards(folder, manifest)
 
 
 def check_manifest(manifest: Mapping[str, Any], path: Path | str) -> None:
-    """Raise DataError unless a manifest has what shards are read by.
+    """Raise DataError unless a manifest has every value by which shards are read.
 
-    Shards must be named as ddiff names them: a name is a part of paths, and another one may lead out of the folder.
+    The names of shards must have the form that ddiff writes: a name becomes part of a path, and
+    another form could lead out of the folder.
     """
-    parts, tokenizer = manifest.get("parts"), manifest.get("tokenizer")
+    parts = manifest.get("parts")
+    tokenizer = manifest.get("tokenizer")
     if not isinstance(parts, dict) or sorted(parts) != sorted(PARTS):
-        raise _wrong_manifest(path, f"parts must be {' and '.join(PARTS)}")
+        raise _manifest_error(path, f"parts must be {' and '.join(PARTS)}")
     if manifest.get("dtype") not in ("uint16", "uint32"):
-        raise _wrong_manifest(
+        raise _manifest_error(
             path, f"dtype must be uint16 or uint32; it is {manifest.get('dtype')!r}"
         )
     if not isinstance(tokenizer, dict) or not _is_count(tokenizer.get("num_tokens")):
-        raise _wrong_manifest(path, "tokenizer must say its num_tokens")
+        raise _manifest_error(path, "tokenizer must say its num_tokens")
     for part, records in parts.items():
         if not isinstance(records, list):
-            raise _wrong_manifest(path, f"{part} must be a list of shards")
+            raise _manifest_error(path, f"{part} must be a list of shards")
         for record in records:
             _check_record(record, part, path)
         names = [record["name"] for record in records]
         if len(set(names)) != len(names):
-            raise _wrong_manifest(path, f"{part} names a shard twice")
+            raise _manifest_error(path, f"{part} names a shard twice")
 
 
 def _check_record(record: Any, part: str, path: Path | str) -> None:
     if not isinstance(record, dict) or set(record) != {field.name for field in fields(ShardRecord)}:
-        raise _wrong_manifest(
+        raise _manifest_error(
             path, f"{part} holds {str(record)[:80]!r}, which does not describe a shard"
         )
     name = record["name"]
     if not isinstance(name, str) or not _NAME.fullmatch(name) or not name.startswith(f"{part}_"):
-        raise _wrong_manifest(
+        raise _manifest_error(
             path,
-            f"the shards of {part} are named {part}_00000, {part}_00001, ... and lie in its folder; got {name!r}",
+            f"the shards of {part} are named {part}_00000, {part}_00001, ... and lie in its "
+            f"folder; got {name!r}",
         )
     for key, value in record.items():
         if key.endswith("sha256"):
             if not isinstance(value, str) or not _SHA256.fullmatch(value):
-                raise _wrong_manifest(path, f"{key} of {name} is no SHA-256: {str(value)[:80]!r}")
+                raise _manifest_error(path, f"{key} of {name} is no SHA-256: {str(value)[:80]!r}")
         elif key != "name" and not _is_count(value):
-            raise _wrong_manifest(
+            raise _manifest_error(
                 path, f"{key} of {name} must be a whole number from 0; got {str(value)[:80]!r}"
             )
 
@@ -371,15 +383,16 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
 
-def _wrong_manifest(path: Path | str, what: str) -> DataError:
+def _manifest_error(path: Path | str, what: str) -> DataError:
     return DataError(
-        f"{path} is no manifest of token shards that ddiff wrote: {what}. Nothing was read by it. Copy the folder again "
-        "from where the shards were made, or tokenize the text anew with `ddiff data`."
+        f"{path} is no manifest of token shards that ddiff wrote: {what}. Nothing was read by it. "
+        "Copy the folder again from where the shards were made, or tokenize the text again with "
+        "`ddiff data`."
     )
 
 
-def described(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What shards must agree with a tokenizer in."""
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the properties of a tokenizer that its shards depend on, as JSON."""
     return {
         "fingerprint": tokenizer.fingerprint,
         "num_tokens": tokenizer.num_tokens,
@@ -389,23 +402,34 @@ def described(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def encode_in_memory(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> TokenStream:
-    """The stream of all chunks in memory, in one shard."""
-    opened = _Open("")
+    """Encode all chunks into one shard in memory."""
+    unfinished = _UnfinishedShard("")
     for _, found in encode_chunks(chunks, tokenizer):
-        opened.add(found)
-    return _in_memory(opened.closed(token_dtype(tokenizer.num_tokens)), tokenizer.num_tokens)
+        unfinished.add(found)
+    shard = unfinished.finish(token_dtype(tokenizer.num_tokens))
+    return _in_memory(shard, tokenizer.num_tokens)
 
 
 def stream_from_ids(ids: NDArray[np.integer], num_tokens: int) -> TokenStream:
-    """Documents of one length, ids [R,L], as a stream in memory."""
+    """Build a stream in memory from documents of one length, ids [R,L]."""
     documents, size = ids.shape
-    record = ShardRecord("", documents, ids.size, 0, size, size, "", "")
+    record = ShardRecord(
+        name="",
+        documents=documents,
+        tokens=ids.size,
+        bytes=0,
+        shortest=size,
+        longest=size,
+        tokens_sha256="",
+        ends_sha256="",
+    )
     tokens = np.ascontiguousarray(ids).astype(token_dtype(num_tokens)).ravel()
-    return _in_memory(Shard(tokens, size * np.arange(1, documents + 1), record), num_tokens)
+    ends = size * np.arange(1, documents + 1)
+    return _in_memory(Shard(tokens, ends, record), num_tokens)
 
 
 def _in_memory(shard: Shard, num_tokens: int) -> TokenStream:
-    return TokenStream([shard], lambda: _counts([shard], num_tokens))
+    return TokenStream([shard], partial(_count_tokens, [shard], num_tokens))
 
 
 def write_shards(
@@ -419,133 +443,129 @@ def write_shards(
     shard_tokens: int = SHARD_TOKENS,
     total: int | None = None,
 ) -> Shards:
-    """Tokenize a source into `folder`, going on where an earlier call was stopped; what is finished is not done again.
+    """Tokenize a source into `folder`, resuming after an earlier call that was stopped.
 
-    A pair of shards, train and validation, is closed once both together hold `shard_tokens` tokens, at the end of a chunk:
-    what is written does not depend on `workers`. `source` (JSON) and the tokenizer say what the shards are of; `total` is
-    the number of documents, where it is known. Two processes that build the same folder take turns. DataError when the
-    source has no token.
+    A pair of shards, train and validation, is written once both together hold `shard_tokens`
+    tokens, at the end of a chunk: the files do not depend on `workers`. `source` (JSON) and the
+    tokenizer identify the shards; `total` is the number of documents, if known. Two processes that
+    build the same folder take turns. Raises DataError if the source has no token.
     """
     identity = {
         "format": FORMAT,
         "source": dict(source),
         "held_out": held_out,
-        "tokenizer": described(tokenizer),
+        "tokenizer": describe_tokenizer(tokenizer),
         "dtype": token_dtype(tokenizer.num_tokens).name,
         "shard_tokens": shard_tokens,
     }
-    if not (
-        folder / MANIFEST
-    ).is_file():  # what is finished is read, also where nothing can be written
-        _make(folder)
-        with _alone(folder):
+    identity = json.loads(json.dumps(identity))
+    # Finished shards are read without a lock, and so also from a folder that cannot be written.
+    if not (folder / MANIFEST).is_file():
+        _make_folder(folder)
+        with _lock_folder(folder):
             if not (folder / MANIFEST).is_file():
-                build = _Build(folder, json.loads(json.dumps(identity)), shard_tokens)
+                build = _Build(folder, identity, shard_tokens)
                 build.run(chunks, tokenizer, held_out, workers, total)
     made = read_shards(folder)
-    if differing := [
-        key for key in identity if made.manifest.get(key) != json.loads(json.dumps(identity[key]))
-    ]:
+    differing = [key for key in identity if made.manifest.get(key) != identity[key]]
+    if differing:
         made.check_tokenizer(tokenizer)
         raise DataError(
-            f"{folder} holds shards of something else: {', '.join(differing)} differ. Name another folder, or delete it."
+            f"{folder} holds shards of something else: {', '.join(differing)} differ. Name another "
+            "folder, or delete it."
         )
     return made
 
 
-class _Open:
-    """A shard that is being filled."""
+class _UnfinishedShard:
+    """Shard in memory to which documents are added."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.num_tokens = 0
-        self._found: list[EncodedChunk] = []
+        self._chunks: list[EncodedChunk] = []
 
-    def add(self, found: EncodedChunk) -> None:
-        if len(found.sizes):
-            self._found.append(found)
-            self.num_tokens += len(found.ids)
+    def add(self, chunk: EncodedChunk) -> None:
+        if len(chunk.sizes):
+            self._chunks.append(chunk)
+            self.num_tokens += len(chunk.ids)
 
-    def closed(self, dtype: np.dtype[Any]) -> Shard:
-        tokens = _joined([found.ids for found in self._found], dtype)
-        sizes = _joined([found.sizes for found in self._found], np.dtype(np.int64))
-        num_bytes = sum(int(found.num_bytes.sum()) for found in self._found)
-        ends = np.cumsum(sizes, dtype=np.int64)
+    def finish(self, dtype: np.dtype[Any]) -> Shard:
+        tokens = _concatenate([chunk.ids for chunk in self._chunks], dtype)
+        sizes = _concatenate([chunk.sizes for chunk in self._chunks], np.dtype(np.int64))
         record = ShardRecord(
             name=self.name,
             documents=len(sizes),
             tokens=len(tokens),
-            bytes=num_bytes,
+            bytes=sum(int(chunk.num_bytes.sum()) for chunk in self._chunks),
             shortest=int(sizes.min()) if len(sizes) else 0,
             longest=int(sizes.max(initial=0)),
             tokens_sha256="",
             ends_sha256="",
         )
-        return Shard(tokens, ends, record)
+        return Shard(tokens, np.cumsum(sizes, dtype=np.int64), record)
 
 
 class _Build:
-    """A folder of shards under way."""
+    """Unfinished folder of shards, resumed from its journal."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], shard_tokens: int) -> None:
-        self._folder, self._identity, self._shard_tokens = folder, identity, shard_tokens
+        self._folder = folder
+        self._identity = identity
+        self._shard_tokens = shard_tokens
         self._dtype = np.dtype(identity["dtype"])
         for abandoned in (*folder.glob("*.partial"), *folder.glob(f"*{PARTIAL}*")):
             abandoned.unlink()
-        journal = _read_json(folder / JOURNAL) if (folder / JOURNAL).is_file() else {}
-        goes_on = journal.get("identity") == identity and journal.get("cursor") is not None
-        standing = journal if goes_on and _is_ours(journal, folder / JOURNAL) else {}
-        self.parts: dict[str, list[dict[str, Any]]] = standing.get(
-            "parts", {TRAIN: [], VALIDATION: []}
-        )
-        self.cursor: Any = standing.get("cursor")
-        self.round: int = standing.get("round", 0)
-        self._reopen()
+        journal = _read_journal(folder / JOURNAL, identity)
+        self.parts: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
+        self.parts.update(journal.get("parts", {}))
+        self.cursor: Any = journal.get("cursor")
+        self.round: int = journal.get("round", 0)
+        self._open_shards()
 
     def run(
         self, chunks: Chunks, tokenizer: Tokenizer, held_out: float, workers: int, total: int | None
     ) -> None:
-        began, done, cursor = time.monotonic(), 0, self.cursor
+        began = time.monotonic()
+        done = 0
+        cursor = self.cursor
         with progress(total, "tokenizing", start=self._sum("documents")) as bar:
-            for chunk, found in encode_chunks(
-                chunks(cursor), tokenizer, held_out=held_out, workers=workers
-            ):
+            encoded = encode_chunks(chunks(cursor), tokenizer, held_out=held_out, workers=workers)
+            for chunk, found in encoded:
                 if not done:
                     check_round_trip(tokenizer, chunk.texts)
-                for part, opened in self._opened.items():
-                    opened.add(found.select(held_out=part == VALIDATION))
-                done, cursor = done + len(found.ids), chunk.cursor
-                bar.advance(
-                    len(chunk.texts),
-                    tokens=done,
-                    tokens_per_second=done / max(1e-9, time.monotonic() - began),
-                )
-                if sum(opened.num_tokens for opened in self._opened.values()) >= self._shard_tokens:
-                    self._close(cursor)
-        if any(opened.num_tokens for opened in self._opened.values()):
-            self._close(cursor)
+                for part, shard in self._unfinished.items():
+                    shard.add(found.select(held_out=part == VALIDATION))
+                done += len(found.ids)
+                cursor = chunk.cursor
+                rate = done / max(1e-9, time.monotonic() - began)
+                bar.advance(len(chunk.texts), tokens=done, tokens_per_second=rate)
+                if self._num_unwritten() >= self._shard_tokens:
+                    self._write_pair(cursor)
+        if self._num_unwritten():
+            self._write_pair(cursor)
         if not self._sum("tokens"):
             raise DataError("The source gave no token. Give texts that are not empty.")
         self._finish(tokenizer)
 
-    def _reopen(self) -> None:
-        self._opened = {part: _Open(f"{part}_{self.round:05}") for part in PARTS}
+    def _open_shards(self) -> None:
+        self._unfinished = {part: _UnfinishedShard(f"{part}_{self.round:05}") for part in PARTS}
 
-    def _sum(self, what: str) -> int:
-        return sum(record[what] for records in self.parts.values() for record in records)
+    def _num_unwritten(self) -> int:
+        return sum(shard.num_tokens for shard in self._unfinished.values())
 
-    def _close(self, cursor: Any) -> None:
-        """Write both shards, then the journal that knows them: a kill in between leaves files that are written again."""
-        for part, opened in self._opened.items():
-            shard = opened.closed(self._dtype)
+    def _sum(self, key: str) -> int:
+        return sum(record[key] for records in self.parts.values() for record in records)
+
+    def _write_pair(self, cursor: Any) -> None:
+        """Write both shards, then the journal that lists them.
+
+        After a kill in between, files that the journal does not list are written again.
+        """
+        for part, unfinished in self._unfinished.items():
+            shard = unfinished.finish(self._dtype)
             if shard.record.documents:
-                sums = [
-                    _write_array(self._folder / f"{opened.name}.{kind}.npy", array)
-                    for kind, array in zip(KINDS, (shard.tokens, shard.ends))
-                ]
-                self.parts[part].append(
-                    asdict(replace(shard.record, tokens_sha256=sums[0], ends_sha256=sums[1]))
-                )
+                self.parts[part].append(asdict(self._write_shard(shard)))
         self.round += 1
         self.cursor = cursor
         journal = {
@@ -555,40 +575,54 @@ class _Build:
             "round": self.round,
         }
         write_atomic(self._folder / JOURNAL, json.dumps(journal), sync=True)
-        self._reopen()
+        self._open_shards()
+
+    def _write_shard(self, shard: Shard) -> ShardRecord:
+        name = shard.record.name
+        return replace(
+            shard.record,
+            tokens_sha256=_write_array(self._folder / f"{name}.tokens.npy", shard.tokens),
+            ends_sha256=_write_array(self._folder / f"{name}.ends.npy", shard.ends),
+        )
 
     def _finish(self, tokenizer: Tokenizer) -> None:
-        num_tokens = self._identity["tokenizer"]["num_tokens"]
         manifest = {**self._identity, "parts": self.parts}
         for part in PARTS:
-            shards = (
-                Shard(
-                    np.load(self._folder / f"{record['name']}.tokens.npy", mmap_mode="r"),
-                    _NO_ENDS,
-                    ShardRecord(**record),
-                )
-                for record in self.parts[part]
-            )
-            _write_array(self._folder / f"{part}.counts.npy", _counts(shards, num_tokens))
+            counts = _count_tokens(self._written_shards(part), tokenizer.num_tokens)
+            _write_array(self._folder / f"{part}.counts.npy", counts)
         tokenizer.save(str(self._folder / "tokenizer.json"))
         made = Shards(self._folder, manifest)
-        manifest["overlap"] = find_overlap(
-            made.stream(TRAIN), made.stream(VALIDATION), self._folder
-        )
+        train = made.stream(TRAIN)
+        validation = made.stream(VALIDATION)
+        manifest["overlap"] = find_overlap(train, validation, self._folder)
         write_atomic(self._folder / MANIFEST, json.dumps(manifest, indent=1), sync=True)
         (self._folder / JOURNAL).unlink(missing_ok=True)
 
+    def _written_shards(self, part: str) -> Iterator[Shard]:
+        """Yield the shards of a part one by one, without ends, so that few files are open."""
+        for record in self.parts[part]:
+            path = self._folder / f"{record['name']}.tokens.npy"
+            yield Shard(np.load(path, mmap_mode="r"), _NO_ENDS, ShardRecord(**record))
 
-def _is_ours(journal: Mapping[str, Any], path: Path) -> bool:
-    """Whether a journal describes shards as a build writes them; a damaged one is passed over, and all is done again."""
+
+def _read_journal(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the journal of an earlier build of the same shards; {} if there is nothing to resume.
+
+    A damaged journal is ignored, and everything is done again.
+    """
+    if not path.is_file():
+        return {}
+    journal = _read_json(path)
+    if journal.get("identity") != identity or journal.get("cursor") is None:
+        return {}
     try:
         check_manifest({**journal["identity"], "parts": journal["parts"]}, path)
     except (DataError, KeyError):
-        return False
-    return _is_count(journal.get("round"))
+        return {}
+    return journal if _is_count(journal.get("round")) else {}
 
 
-def _make(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -596,8 +630,8 @@ def _make(folder: Path) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process, however it ends."""
+def _lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system releases it when the process ends."""
     try:
         lock = (folder / "lock").open("w")
     except OSError as error:
@@ -607,59 +641,61 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _cumulated(sizes: Iterable[int]) -> NDArray[np.int64]:
+def _cumulative_sums(sizes: Iterable[int]) -> NDArray[np.int64]:
     return np.cumsum([0, *sizes], dtype=np.int64)
 
 
-def _joined(arrays: list[Any], dtype: np.dtype[Any]) -> Any:
+def _concatenate(arrays: list[Any], dtype: np.dtype[Any]) -> Any:
     return np.concatenate(arrays) if arrays else np.empty(0, dtype)
 
 
-def _counts(shards: Iterable[Shard], num_tokens: int) -> NDArray[np.int64]:
+def _count_tokens(shards: Iterable[Shard], num_tokens: int) -> NDArray[np.int64]:
     counts = np.zeros(num_tokens, np.int64)
     for shard in shards:
-        for start in range(0, len(shard.tokens), 2**22):  # counting makes 64-bit copies
-            counts += np.bincount(shard.tokens[start : start + 2**22], minlength=num_tokens)
+        for start in range(0, len(shard.tokens), _COUNT_AT_ONCE):
+            tokens = shard.tokens[start : start + _COUNT_AT_ONCE]
+            counts += np.bincount(tokens, minlength=num_tokens)
     return counts
 
 
-def _mapped(path: Path, dtype: np.dtype[Any], size: int) -> Any:
-    """A one-dimensional array of that type and size; one without entries cannot be mapped and is read."""
+def _memory_map(path: Path, dtype: np.dtype[Any], size: int) -> Any:
+    """Memory-map a one-dimensional array; DataError if it has another type or size."""
     try:
+        # An array without entries cannot be mapped, so it is read.
         array = np.load(path, mmap_mode="r" if size else None)
     except (OSError, ValueError, EOFError) as error:
-        raise _damaged(path, f"it cannot be read ({error})") from error
+        raise _damage_error(path, f"it cannot be read ({error})") from error
     if array.dtype != dtype or array.shape != (size,):
-        raise _damaged(path, f"it holds {array.dtype} {array.shape}, and {dtype} ({size},) is due")
-    return array.view(
-        np.ndarray
-    )  # a plain view of the same memory: slices of a memmap object are slow
+        raise _damage_error(
+            path, f"it holds {array.dtype} {array.shape}, but {dtype} ({size},) is expected"
+        )
+    # A plain view of the same memory, because slices of a memmap object are slow.
+    return array.view(np.ndarray)
 
 
-def _damaged(path: Path, what: str) -> DataError:
+def _damage_error(path: Path, what: str) -> DataError:
     return DataError(
-        f"The shard {path} is damaged: {what}. Copy it again from where the shards were made; or delete the folder "
-        f"{path.parent} and tokenize anew: the same command does it."
+        f"The shard {path} is damaged: {what}. Copy it again from where the shards were made; or "
+        f"delete the folder {path.parent} and tokenize again: the same command does it."
     )
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> str:
-    """Write a `.npy` file, whole or not at all; the SHA-256 of the file."""
-
+    """Write a `.npy` file atomically and return the SHA-256 of the file."""
     with open_atomic(path, sync=True) as file:
-        # The bytes of numpy.save, which writes by tofile: its error on a full disk has no errno that tells what it is.
+        # The bytes of numpy.save, which calls tofile: its error on a full disk has no errno.
         header = np.lib.format.header_data_from_array_1_0(array)
         np.lib.format.write_array_header_1_0(file, header)
         file.write(np.ascontiguousarray(array).data)
     return file_sha256(path)
 
 
-def _written(path: Path) -> float:
+def _modification_time(path: Path) -> float:
     return path.stat().st_mtime
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -670,5 +706,5 @@ def _read_json(path: Path) -> dict[str, Any]:
         if isinstance(found, dict):
             return found
     raise DataError(
-        f"{path} is damaged. Delete the folder {path.parent}; the same command makes it anew."
+        f"{path} is damaged. Delete the folder {path.parent}; the same command makes it again."
     )

@@ -34,8 +34,13 @@ Format = Literal["parquet", "json", "text"]
 Texts = list[str | None]
 
 _ENDINGS: dict[str, Format] = {
-    ".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "text", ".text": "text",
-}  # fmt: skip
+    ".parquet": "parquet",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".txt": "text",
+    ".text": "text",
+}
 
 
 @final
@@ -82,9 +87,9 @@ def open_hub_source(
     """
     if Path(path).is_file() or (is_local_path(path) and not is_folder(path)):
         raise DataError(
-            f"The data set {path!r} cannot be read: it is no folder, and no name on the hub (NAME or "
-            "OWNER/NAME). Correct it, or name the folder of the data files, relative to the folder "
-            'in which ddiff runs; single files are read by [data] kind = "files".'
+            f"The data set {path!r} cannot be read: it is no folder, and no name on the hub (NAME "
+            "or OWNER/NAME). Correct it, or name the folder of the data files, relative to "
+            'where ddiff runs; single files are read by [data] kind = "files".'
         )
     name = f"The data set {path} ({split})"
     if os.path.isdir(path):
@@ -117,9 +122,9 @@ def open_file_source(
     """Open files of parquet, JSON lines or text, given by fsspec paths and globs.
 
     Files are read in the order of the patterns, then of their names, each once. `format` follows
-    from the endings by default; files may be compressed. A document is a row, or a `split` of a text
-    file. Files are identified by name, size and time or tag of change, without reading them. Raises
-    DataError if there are no files, or files of several formats.
+    from the endings by default; files may be compressed. A document is a row, or a `split` of a
+    text file. Files are identified by name, size and time or tag of change, without reading them.
+    Raises DataError if there are no files, or files of several formats.
     """
     paths = find_all_files(patterns)
     found = format or _detect_format(paths)
@@ -232,8 +237,8 @@ def _json_records(column: str, path: str, done: int) -> Iterator[tuple[int, str 
 def _parquet_records(column: str, path: str, done: int) -> Iterator[tuple[int, str | None]]:
     if path.lower().endswith(tuple(PACKED)):
         raise DataError(
-            f"{printable(path)} is a packed parquet file. Unpack it: parquet compresses its columns "
-            "itself."
+            f"{printable(path)} is a packed parquet file. Unpack it: parquet compresses its "
+            "columns itself."
         )
     with open_file(path) as file:
         table = pq.ParquetFile(file)
@@ -268,8 +273,8 @@ def _check_value(value: Any, place: str, column: str) -> str | None:
 def _check_column(place: str, column: str, columns: Sequence[str]) -> None:
     if column not in columns:
         raise DataError(
-            f'{place} has no column "{column}"; it has {sorted(columns)}.{suggest(column, columns)} '
-            "Name the column of the text: column = ..."
+            f'{place} has no column "{column}"; it has {sorted(columns)}.{suggest(column, columns)}'
+            " Name the column of the text: column = ..."
         )
 
 
@@ -280,8 +285,8 @@ def _detect_format(paths: Sequence[str]) -> Format:
         endings = sorted({_ending(path) for path in paths})
         raise ArgumentError(
             f"files: the format cannot be told from the endings {endings}; all files must have one "
-            f"of the formats {sorted(set(_ENDINGS.values()))}. Say it (format = ...), or name files "
-            "of one format."
+            f"of the formats {sorted(set(_ENDINGS.values()))}. Say it (format = ...), or name "
+            "files of one format."
         )
     return format
 

@@ -1,8 +1,9 @@
-"""Rows of a text that is tokenized while it is trained on: nothing is stored but where the source had come to.
+"""Rows of a text that is tokenized while it is trained on; only cursors are stored.
 
-The stream is cut into rows as everywhere, and the rows into blocks of a fixed number, within which they are shuffled by a
-permutation of the block's own. The rows that a step shows are therefore a function of the step, as with shards: going on
-reads forward, and another place is found from the newest cursor before it, at worst from the start.
+The stream is cut into rows, and the rows into blocks of a fixed number, each shuffled by a separate
+permutation. The rows of a step are therefore a function of the step, as with shards. Resuming reads
+forward from the cursor of the checkpoint; any other block is found from the nearest stored cursor
+before it, at worst from the start.
 """
 
 from __future__ import annotations
@@ -26,16 +27,21 @@ from ddiff.data.tokenizer import Tokenizer
 from ddiff.data.tokenizer_workers import EncodedChunk, encode_chunks
 from ddiff.errors import ArgumentError, DataError
 
-ENDLESS = 2**62
+ENDLESS = 2**62  # number of rows of a stream without end
 _log = logging.getLogger(__name__)
-_KEPT = 3  # blocks in memory: a batch may lie in two, and what is read ahead in one more
+_BLOCKS = 3  # in memory: a batch may need two, and a prefetched one a third
 
 
 @final
 @dataclass(frozen=True)
 class Cursor:
-    """Where a block begins, in JSON: after `skip` tokens of the chunks that the source gives after its cursor `source`, the
-    first document of which has the number `document`."""
+    """Position in the stream at which a block begins, as JSON.
+
+    block: number of the block.
+    source: cursor of the source.
+    skip: tokens to skip after that cursor.
+    document: number of the first document after that cursor.
+    """
 
     block: int = 0
     source: Any = None
@@ -44,9 +50,10 @@ class Cursor:
 
 
 class _Piece(NamedTuple):
-    """Some tokens of the stream, the document of each, and the place of the first.
+    """Tokens of the stream, the document of each, and the position of the first.
 
-    `period`: tokens and documents after which the source begins again, where the piece is longer than that.
+    `period` is the number of tokens and of documents after which the source begins again, if the
+    piece is longer than that.
     """
 
     ids: NDArray[Any]
@@ -55,8 +62,9 @@ class _Piece(NamedTuple):
     period: tuple[int, int] | None = None
 
     def after(self, count: int, block: int) -> Cursor:
-        """The place after the first `count` tokens, where that block begins."""
-        skip, document = self.place.skip + count, self.place.document
+        """Return the position after the first `count` tokens, at which block `block` begins."""
+        skip = self.place.skip + count
+        document = self.place.document
         if self.period is not None:
             passes, skip = divmod(skip, self.period[0])
             document += passes * self.period[1]
@@ -65,12 +73,12 @@ class _Piece(NamedTuple):
 
 @final
 class StreamedRows:
-    """Rows `0, 1, ...` without end: the source is read again and again, each block of `block` rows shuffled.
+    """Endless rows: the source is read repeatedly, and each block of `block` rows is shuffled.
 
     A source with fewer tokens than a block is read once and repeated from memory, with a warning.
-
-    `head` are rows of the first documents, packed: what is counted is counted there. `cursors` is a file (JSON lines) that
-    keeps where blocks begin, or None. `known_by` tells the rows apart from others.
+    `head` are the packed rows of the first documents, in which tokens are counted. `cursors` is a
+    file (JSON lines) of the positions at which blocks begin, or None. `fingerprint` identifies the
+    rows.
     """
 
     def __init__(
@@ -80,7 +88,7 @@ class StreamedRows:
         length: int,
         *,
         head: PackedRows,
-        known_by: str,
+        fingerprint: str,
         block: int = 4096,
         held_out: float = 0.0,
         workers: int = 1,
@@ -88,28 +96,35 @@ class StreamedRows:
     ) -> None:
         if block < 1:
             raise ArgumentError(f"block must be at least 1 row; got {block}.")
-        self.length, self.head, self.fingerprint = length, head, known_by
-        self._chunks, self._tokenizer = chunks, tokenizer
-        self._rows, self._held_out, self._workers = block, held_out, workers
+        self.length = length
+        self.head = head
+        self.fingerprint = fingerprint
+        self._chunks = chunks
+        self._tokenizer = tokenizer
+        self._rows = block
+        self._held_out = held_out
+        self._workers = workers
         self._cursors = cursors
-        self._kept: dict[int, Block] = {}
-        self._lock = threading.Lock()  # batches may be read ahead in another thread
+        self._blocks: dict[int, Block] = {}
+        self._lock = threading.Lock()  # batches may be prefetched in several threads
         self.restore(Cursor())
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, numbers: ArrayLike | slice) -> Block:
-        wanted = np.asarray(
-            range(ENDLESS)[numbers] if isinstance(numbers, slice) else numbers, np.int64
-        )
+        if isinstance(numbers, slice):
+            numbers = list(range(ENDLESS)[numbers])
+        wanted = np.asarray(numbers, np.int64)
         ids = np.empty((len(wanted), self.length), np.int32)
         document = np.empty((len(wanted), self.length), np.int64)
         blocks, places = np.divmod(wanted, self._rows)
         with self._lock:
             for number in np.unique(blocks).tolist():
-                here, block = blocks == number, self._block(number)
-                ids[here], document[here] = block.ids[places[here]], block.document[places[here]]
+                block = self._block(number)
+                here = blocks == number
+                ids[here] = block.ids[places[here]]
+                document[here] = block.document[places[here]]
         return Block(ids, document, np.full(len(wanted), self.length, np.int32))
 
     def order(self, seed: int, positions: ArrayLike) -> NDArray[np.int64]:
@@ -123,147 +138,157 @@ class StreamedRows:
         return self.head.stream(at_most)
 
     def state(self) -> dict[str, Any]:
-        """In JSON, where the next block begins that has not been read: `restore` goes on there."""
+        """Return the position of the next unread block as JSON, for `restore`."""
         return asdict(self._cursor)
 
     def restore(self, state: Cursor | dict[str, Any]) -> None:
-        """Read on from a place that `state` gave."""
+        """Continue at a position that `state` returned."""
         self._cursor = state if isinstance(state, Cursor) else Cursor(**state)
         self._pieces = self._read(self._cursor)
-        self._rest: list[_Piece] = []
+        self._rest: _Piece | None = None  # of the last piece, after the end of a block
 
     def _block(self, number: int) -> Block:
-        if number not in self._kept:
-            if number != self._cursor.block:
-                nearest = self._nearest(number)
-                if number < self._cursor.block or nearest.block > self._cursor.block:
-                    self.restore(nearest)
-            while number not in self._kept:
-                block = self._cursor.block
-                self._kept[block] = self._next_block()
-                for old in sorted(self._kept, key=lambda kept: abs(kept - block))[_KEPT:]:
-                    del self._kept[old]
-        return self._kept[number]
+        if number not in self._blocks and number != self._cursor.block:
+            nearest = self._nearest_cursor(number)
+            # Reading on is best, unless the block is behind, or a stored cursor is closer to it.
+            if number < self._cursor.block or nearest.block > self._cursor.block:
+                self.restore(nearest)
+        while number not in self._blocks:
+            block = self._cursor.block
+            self._blocks[block] = self._next_block()
+            by_distance = sorted(self._blocks, key=lambda other: abs(other - block))
+            for distant in by_distance[_BLOCKS:]:
+                del self._blocks[distant]
+        return self._blocks[number]
 
     def _next_block(self) -> Block:
-        """Read one block, and keep where the next one begins."""
+        """Read one block, and store the position at which the next one begins."""
         size = self._rows * self.length
-        ids, document = np.empty(size, np.int32), np.empty(size, np.int64)
+        ids = np.empty(size, np.int32)
+        document = np.empty(size, np.int64)
         filled = 0
         while filled < size:
-            piece = self._rest.pop() if self._rest else next(self._pieces)
+            piece = self._rest or next(self._pieces)
+            self._rest = None
             taken = min(size - filled, len(piece.ids))
             ids[filled : filled + taken] = piece.ids[:taken]
             document[filled : filled + taken] = piece.document[:taken]
             filled += taken
-            beyond = piece.after(taken, self._cursor.block + 1)
+            after = piece.after(taken, self._cursor.block + 1)
             if taken < len(piece.ids):
-                self._rest.append(
-                    _Piece(piece.ids[taken:], piece.document[taken:], beyond, piece.period)
-                )
-        self._cursor = beyond
-        self._keep(beyond)
+                rest_ids = piece.ids[taken:]
+                self._rest = _Piece(rest_ids, piece.document[taken:], after, piece.period)
+        self._cursor = after
+        self._store_cursor(after)
         return Block(
-            ids.reshape(-1, self.length),
-            document.reshape(-1, self.length),
-            np.full(self._rows, self.length, np.int32),
+            ids=ids.reshape(-1, self.length),
+            document=document.reshape(-1, self.length),
+            num_valid=np.full(self._rows, self.length, np.int32),
         )
 
     def _read(self, start: Cursor) -> Iterator[_Piece]:
-        """Ids, documents and places of chunks from a cursor on, without end."""
-        source, skip, document = start.source, start.skip, start.document
+        """Yield the pieces of the stream from a position on, without end."""
+        source = start.source
+        skip = start.skip
+        document = start.document
         while True:
-            is_whole = source is None
-            small: list[EncodedChunk] = []  # a whole pass, while it is smaller than a block
+            is_whole_pass = source is None
+            small: list[EncodedChunk] = []  # all chunks of a pass, while they are below a block
             num_tokens = 0
-            for chunk, found in encode_chunks(
+            encoded = encode_chunks(
                 self._chunks(source),
                 self._tokenizer,
                 held_out=self._held_out,
                 workers=self._workers,
-            ):
-                kept = found.select(held_out=False)
-                num_tokens += len(kept.ids)
-                if is_whole and num_tokens < self._rows * self.length:
-                    small.append(kept)
-                if len(kept.ids) > skip:
-                    yield _Piece(
-                        kept.ids[skip:],
-                        _numbers(kept, document)[skip:],
-                        Cursor(0, source, skip, document),
-                    )
-                source, skip, document = (
-                    chunk.cursor,
-                    max(0, skip - len(kept.ids)),
-                    document + len(kept.sizes),
-                )
-            if is_whole and not num_tokens:
+            )
+            for chunk, found in encoded:
+                train = found.select(held_out=False)
+                num_tokens += len(train.ids)
+                if is_whole_pass and self._is_small(num_tokens):
+                    small.append(train)
+                if len(train.ids) > skip:
+                    place = Cursor(0, source, skip, document)
+                    numbers = _document_numbers(train, document)
+                    yield _Piece(train.ids[skip:], numbers[skip:], place)
+                source = chunk.cursor
+                skip = max(0, skip - len(train.ids))
+                document += len(train.sizes)
+            if is_whole_pass and not num_tokens:
                 raise DataError(
                     "The source gave no token to train on. Give texts that are not empty."
                 )
-            if is_whole and num_tokens < self._rows * self.length:
-                yield from self._repeated(small, skip, document)
+            if is_whole_pass and self._is_small(num_tokens):
+                yield from self._repeat(small, skip, document)
             source = None
 
-    def _repeated(self, found: list[EncodedChunk], skip: int, document: int) -> Iterator[_Piece]:
-        """A source that is smaller than a block, over and over from memory: to read it again for every few rows would take
-        thousands of passes before the first step."""
+    def _is_small(self, num_tokens: int) -> bool:
+        return num_tokens < self._rows * self.length
+
+    def _repeat(self, found: list[EncodedChunk], skip: int, document: int) -> Iterator[_Piece]:
+        """Yield a source smaller than a block from memory, without end.
+
+        Reading it again for every few rows would take thousands of passes before the first step.
+        """
         ids = np.concatenate([chunk.ids for chunk in found])
         sizes = np.concatenate([chunk.sizes for chunk in found])
         numbers = np.repeat(np.arange(len(sizes)), sizes)
-        num_tokens, num_documents = len(ids), len(sizes)
+        num_tokens = len(ids)
+        num_documents = len(sizes)
         passes = -(-self._rows * self.length // num_tokens)
         _log.warning(
-            "The source has %d tokens to train on, fewer than a block of %d rows of %d: each block repeats it about %d "
-            "times. Leave streaming out, which shows every row once an epoch, or set block to at most %d.",
+            "The source has %d tokens to train on, fewer than a block of %d rows of %d: each block "
+            "repeats it about %d times. Leave streaming out, which shows every row once an epoch, "
+            "or set block to at most %d.",
             num_tokens,
             self._rows,
             self.length,
             passes,
             max(1, num_tokens // self.length),
         )
-        skipped, skip = divmod(skip, num_tokens)
-        document += skipped * num_documents
-        every = np.tile(ids, passes)
-        each = np.tile(numbers, passes) + np.repeat(np.arange(passes) * num_documents, num_tokens)
+        skipped_passes, skip = divmod(skip, num_tokens)
+        document += skipped_passes * num_documents
+        # One piece holds at least a block, so that a block needs at most two pieces.
+        all_ids = np.tile(ids, passes)
+        first_documents = np.repeat(np.arange(passes) * num_documents, num_tokens)
+        all_numbers = np.tile(numbers, passes) + first_documents
         period = (num_tokens, num_documents)
         while True:
-            yield _Piece(
-                every[skip:], each[skip:] + document, Cursor(0, None, skip, document), period
-            )
+            place = Cursor(0, None, skip, document)
+            yield _Piece(all_ids[skip:], all_numbers[skip:] + document, place, period)
             skip = 0
             document += passes * num_documents
 
-    def _nearest(self, number: int) -> Cursor:
-        """The newest kept cursor that is not behind a block."""
+    def _nearest_cursor(self, number: int) -> Cursor:
+        """Return the stored cursor of the latest block that is not after block `number`."""
         best = Cursor()
-        if self._cursors is not None and self._cursors.is_file():
-            with self._cursors.open(encoding="utf-8", errors="replace") as lines:
-                for line in lines:
-                    with suppress(ValueError, TypeError):  # a line that a kill has torn
-                        cursor = Cursor(**json.loads(line))
-                        if best.block < cursor.block <= number:
-                            best = cursor
+        if self._cursors is None or not self._cursors.is_file():
+            return best
+        with self._cursors.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                with suppress(ValueError, TypeError):  # a line that a kill left incomplete
+                    cursor = Cursor(**json.loads(line))
+                    if best.block < cursor.block <= number:
+                        best = cursor
         return best
 
-    def _keep(self, cursor: Cursor) -> None:
+    def _store_cursor(self, cursor: Cursor) -> None:
         if self._cursors is None:
             return
         try:
             self._cursors.parent.mkdir(parents=True, exist_ok=True)
             with self._cursors.open("a", encoding="utf-8") as lines:
-                lines.write(
-                    "\n" + json.dumps(asdict(cursor))
-                )  # first, so that a torn line spoils no other
-        except OSError as error:  # a full disk or a read-only cache: training needs none of it
+                # The line break comes first, so that an incomplete line spoils no other.
+                lines.write("\n" + json.dumps(asdict(cursor)))
+        except OSError as error:  # a full disk or a read-only cache: training can continue
             _log.warning(
-                "Where blocks of the stream begin can no longer be kept in %s (%s): resuming will read the text from an "
-                "earlier place on. Make room there, or set DDIFF_CACHE to a folder that can be written.",
+                "Where blocks of the stream begin can no longer be kept in %s (%s): resuming will "
+                "read the text from an earlier place on. Make room there, or set DDIFF_CACHE to a "
+                "folder that can be written.",
                 self._cursors,
                 error.strerror or error,
             )
             self._cursors = None
 
 
-def _numbers(found: EncodedChunk, first: int) -> NDArray[np.int64]:
+def _document_numbers(found: EncodedChunk, first: int) -> NDArray[np.int64]:
     return np.repeat(np.arange(first, first + len(found.sizes)), found.sizes)

@@ -1,8 +1,8 @@
 """Decode files as text and split them into documents, by one rule for every reader.
 
 The encoding is UTF-8; a byte order mark is dropped, NUL is refused. A line ends with "\\n", with
-"\\r", or with any number of "\\r" before a "\\n"; all of them are read as "\\n". A line is blank if it
-holds only white space; blank lines separate paragraphs. Files are read block by block, so that
+"\\r", or with any number of "\\r" before a "\\n"; all of them are read as "\\n". A line is blank if
+it holds only white space; blank lines separate paragraphs. Files are read block by block, so that
 memory is needed only for the largest document.
 """
 

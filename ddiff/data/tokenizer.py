@@ -468,8 +468,8 @@ def check_round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
     for before, after in zip(short, tokenizer.decode(tokenizer.encode(short))):
         if before != after:
             _log.warning(
-                "The tokenizer does not give every text back: %r comes back as %r. What it drops is "
-                "not modelled, and bits per byte count the bytes of the text as it was.",
+                "The tokenizer does not give every text back: %r comes back as %r. What it drops "
+                "is not modelled, and bits per byte count the bytes of the text as it was.",
                 *_around_difference(before, after),
             )
             return
@@ -491,7 +491,7 @@ def _is_huggingface(saved: Any) -> bool:
 
 
 def _check_not_saved_by_ddiff(source: Path, shown: str) -> None:
-    """Raise DataError for a tokenizer saved by ddiff, and for a single file, with the right kind."""
+    """Raise DataError for a tokenizer saved by ddiff and for a single file, with the remedy."""
     file = source / "tokenizer.json" if source.is_dir() else source
     if not file.is_file():
         return
@@ -501,8 +501,8 @@ def _check_not_saved_by_ddiff(source: Path, shown: str) -> None:
         saved = None  # the error of the transformers library explains it
     if isinstance(saved, dict) and saved.get("kind") in list(_KINDS):
         raise DataError(
-            f"No tokenizer from {shown!r}: {file} is one that ddiff saved. Read it with [tokenizer] "
-            f'kind = "saved", path = "{file}".'
+            f"No tokenizer from {shown!r}: {file} is one that ddiff saved. Read it with "
+            f'[tokenizer] kind = "saved", path = "{file}".'
         )
     if file == source and _is_huggingface(saved):
         raise DataError(

@@ -3,8 +3,8 @@
 The worker processes speak over pipes and are not those of a `ProcessPoolExecutor`:
 
 - A fork would copy the locks of the threads of torch and of the tokenizers library.
-- A spawn runs the caller's script again, so that a script without `if __name__ == "__main__"` or one
-  read from standard input fails in every worker.
+- A spawn runs the caller's script again, so that a script without `if __name__ == "__main__"`, or
+  one read from standard input, fails in every worker.
 - A spawned worker outlives a killed parent, since it holds the write end of its own call queue.
   Here it reads the end of its input and stops.
 - If a worker is killed, the executor reports neither which one nor its exit code.
@@ -209,7 +209,9 @@ class _WorkerPool:
         for process in self._processes:
             process.kill()
             process.wait()
-        self._threads.shutdown(wait=True)
+        # An abandoned generator may be collected in one of the threads, which cannot join itself.
+        with suppress(RuntimeError):
+            self._threads.shutdown(wait=True)
         for process in self._processes:
             with suppress(BrokenPipeError):
                 _pipe(process.stdin).close()

@@ -32,7 +32,7 @@ def batches_of(rows: Rows) -> Callable[[int, int], list[list[int]]]:
 @pytest.mark.parametrize("source", ["packed", "streamed"])
 def test_any_number_of_workers_gives_the_same_bits(source: str, workers: int) -> None:
     """In order over epochs, then from another step, as after a resumption."""
-    streamed = StreamedRows(chunks_of(TEXTS), TOKENIZER, 16, head=PACKED, known_by="", block=8)
+    streamed = StreamedRows(chunks_of(TEXTS), TOKENIZER, 16, head=PACKED, fingerprint="", block=8)
     rows = PACKED if source == "packed" else streamed
     plain = batches_of(PACKED if source == "packed" else rows)
     calls = [(step, micro) for step in [*range(30), *range(7, 12), 3] for micro in range(2)]

@@ -27,7 +27,7 @@ PACKED = pack(TRAIN, TOKENIZER, LENGTH)
 
 
 def streamed(chunks: Any = None, **settings: Any) -> StreamedRows:
-    given = {"head": PACKED, "known_by": "", "block": BLOCK, "held_out": HELD_OUT} | settings
+    given = {"head": PACKED, "fingerprint": "", "block": BLOCK, "held_out": HELD_OUT} | settings
     return StreamedRows(chunks or chunks_of(TEXTS), TOKENIZER, LENGTH, **given)
 
 
@@ -131,7 +131,7 @@ def test_a_state_is_json_and_says_where_to_go_on() -> None:
 def test_memory_holds_a_few_blocks() -> None:
     rows = streamed()
     rows[np.arange(200)]
-    assert len(rows._kept) <= 3
+    assert len(rows._blocks) <= 3
 
 
 def test_a_source_without_text_to_train_on_ends() -> None:

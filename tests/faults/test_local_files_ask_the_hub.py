@@ -131,7 +131,7 @@ class Source:
 
 def streamed(source: Source, block: int = 4096, **settings: Any) -> StreamedRows:
     head = pack(documents_from_texts(source.texts), BYTES, 8)
-    return StreamedRows(source, BYTES, 8, head=head, known_by="", block=block, **settings)
+    return StreamedRows(source, BYTES, 8, head=head, fingerprint="", block=block, **settings)
 
 
 def test_a_source_smaller_than_a_block_is_read_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -172,11 +172,11 @@ def test_a_shard_that_is_damaged_on_its_way_is_fetched_again(
             flip(Path(target))
 
     monkeypatch.setattr(system, "get_file", torn)
-    monkeypatch.setattr(Shards, "unsealed", lambda self: [])
+    monkeypatch.setattr(Shards, "files_without_checksum", lambda self: [])
     monkeypatch.setattr(Shards, "verify", lambda self: None)
     fetched = read_shards(ShardedCorpus(url(made.folder), cache)._made.folder)
     for record in fetched.records("train"):
-        for file, due in fetched.sealed(record):
+        for file, due in fetched.checksums(record):
             assert hashlib.sha256(file.read_bytes()).hexdigest() == due
 
 
