@@ -13,7 +13,7 @@ Both run in a fixed order, so that the same input and seed give the same tree. T
 form one separate node, the last one, at every level that has at least two nodes.
 
 The start centroids are drawn here by k-means++: both initializations of faiss (random points and
-its own k-means++) give other clusters, and would change the published results of `hdlm_small`.
+its own k-means++) give other clusters, and would change the published results of models with a hierarchy.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from ddiff.data.cache import Cache
 from ddiff.data.condition_forms import Label
 from ddiff.data.conditions import read_conditions
 from ddiff.data.corpus import SourceCorpus, build_train_rows, build_validation_rows
-from ddiff.data.documents import split_documents, documents_from_texts
+from ddiff.data.documents import documents_from_texts, split_documents
 from ddiff.data.packing import pack
 from ddiff.data.sources import open_file_source, open_hub_source
 from ddiff.errors import ArgumentError, DataError

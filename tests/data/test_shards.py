@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from corpora import SENTENCE, TOKENIZER, chunks_of, sentences
 
-from ddiff.data.documents import split_documents, documents_from_texts
+from ddiff.data.documents import documents_from_texts, split_documents
 from ddiff.data.packing import PackedRows, pack, pack_stream
 from ddiff.data.shards import Shards, read_shards, write_shards
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer

@@ -14,7 +14,7 @@ from ddiff_core.data import Files
 
 from ddiff.data.cache import Cache
 from ddiff.data.corpus import StreamedCorpus, build_train_rows, build_validation_rows
-from ddiff.data.documents import split_documents, documents_from_texts
+from ddiff.data.documents import documents_from_texts, split_documents
 from ddiff.data.packing import batch_rows, pack
 from ddiff.data.streaming import StreamedRows
 from ddiff.data.tokenizer_workers import Chunk
