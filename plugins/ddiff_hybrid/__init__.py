@@ -1,4 +1,4 @@
-"""Masks and uniform noise together, in two ways (arXiv 2504.06416)."""
+"""Masks combined with uniform noise: epsilon-hybrid and gamma-hybrid (arXiv 2504.06416)."""
 
 from __future__ import annotations
 

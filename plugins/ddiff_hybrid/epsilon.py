@@ -1,4 +1,8 @@
-"""The epsilon-hybrid: some words are shuffled at once, then all are masked one by one (arXiv 2504.06416)."""
+"""Epsilon-hybrid: some tokens are replaced at t = 0, then all are masked (arXiv 2504.06416).
+
+epsilon is the share of tokens that are replaced by a uniform token ("shuffled"). p = 1 - alpha_t is
+the share of masks at time t.
+"""
 
 from __future__ import annotations
 
@@ -24,43 +28,48 @@ from ddiff import (
     token_distribution,
 )
 
-# Of everything shuffled nothing could be learnt.
+# At 1 every token is replaced and nothing can be learned.
 Shuffled = Annotated[float, Field(ge=0.0, lt=1.0)]
-# Outside, words are masked before the earliest time that is read, or none at the middle of time.
+# Below 0.3 tokens are masked before the earliest time that is evaluated (1e-12); above 20 none is
+# masked at t = 1/2.
 Power = Annotated[float, Field(ge=0.3, le=20.0)]
 
 
 @final
 class EpsilonHybrid(ComponentProcess):
-    """q_t(.|x) = (1 - p) [ (1 - epsilon) delta_x + epsilon Unif ] + p delta_mask, p = 1 - alpha_t of the schedule.
+    """Process with q_t(.|x) = (1 - p) [ (1 - epsilon) delta_x + epsilon Unif ] + p delta_mask.
 
-    As a chain: shuffled at t = 0, from then on only masked. The density is that of masked diffusion, about the shuffled
-    word; the shuffling is undone by the last draw alone, whose term -ln P(x | z) belongs to the bound.
+    The chain shuffles at t = 0 and only masks afterwards. The density is that of masked diffusion
+    for the shuffled token. Only the last draw undoes the shuffling, and its term -ln P(x | z)
+    belongs to the bound.
     """
 
     class Config(ComponentConfig):
         epsilon: Shuffled = 0.01
-        """Share of the words that are replaced by one drawn evenly (by itself, too); in [0, 1)."""
+        """Share of tokens replaced by a uniform token (possibly the same one), in [0, 1)."""
         schedule: Literal["linear", "cosine", "power"] = "linear"
-        """Share without a mask: 1 - t; 1 - sin(pi t / 2); 1 - t^power."""
+        """Unmasked share: 1 - t; 1 - sin(pi t / 2); 1 - t^power."""
         power: Power | None = None
-        """Of the power schedule, which needs it."""
+        """Exponent of the power schedule, which requires it."""
 
         @model_validator(mode="after")
-        def _power_of_its_schedule(self) -> EpsilonHybrid.Config:
+        def _check_power(self) -> EpsilonHybrid.Config:
             if (self.power is not None) != (self.schedule == "power"):
                 raise ValueError(
-                    f'power and schedule = "power" need each other; got schedule = "{self.schedule}", power = {self.power}'
+                    'power and schedule = "power" need each other; '
+                    f'got schedule = "{self.schedule}", power = {self.power}'
                 )
             return self
 
     def __init__(self, vocabulary: Vocabulary, schedule: Schedule, epsilon: float) -> None:
-        require_words_and_mask(vocabulary, "hybrid_epsilon")
+        require_tokens_and_mask(vocabulary, "hybrid_epsilon")
         if not 0.0 <= epsilon < 1.0:
             raise ArgumentError(
-                f"EpsilonHybrid: epsilon must be in [0, 1), the share that is shuffled; got {epsilon}."
+                "EpsilonHybrid: epsilon must be in [0, 1), the share that is shuffled; "
+                f"got {epsilon}."
             )
-        self.schedule, self.epsilon = schedule, epsilon
+        self.schedule = schedule
+        self.epsilon = epsilon
         super().__init__(
             vocabulary, [token_distribution(vocabulary), mask_distribution(vocabulary)]
         )
@@ -68,10 +77,9 @@ class EpsilonHybrid(ComponentProcess):
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary) -> EpsilonHybrid:
         schedules: dict[str, Schedule] = {"linear": LinearSchedule(), "cosine": CosineSchedule()}
-        schedule = (
-            schedules[config.schedule] if config.power is None else PowerSchedule(config.power)
-        )
-        return cls(vocabulary, schedule, config.epsilon)
+        if config.power is not None:
+            schedules["power"] = PowerSchedule(config.power)
+        return cls(vocabulary, schedules[config.schedule], config.epsilon)
 
     def alpha(self, t: Tensor) -> Tensor:
         return (1.0 - self.epsilon) * self.schedule.alpha(t)
@@ -83,13 +91,13 @@ class EpsilonHybrid(ComponentProcess):
         return torch.stack([self.epsilon * self.schedule.alpha(t), self.schedule.noised(t)], -1)
 
     def d_coefficients(self, t: Tensor) -> Tensor:
-        fading = self.schedule.d_alpha(t)
-        return torch.stack([self.epsilon * fading, -fading], -1)
+        d_alpha = self.schedule.d_alpha(t)
+        return torch.stack([self.epsilon * d_alpha, -d_alpha], -1)
 
     def informed(self, zt: Tensor) -> Tensor:
-        """At words the bound reads the law for the last draw, if anything was shuffled."""
-        words = Informed.ALL if self.epsilon > 0.0 else Informed.NONE
-        return torch.where(zt == self.vocabulary.root, int(Informed.ALL), int(words))
+        """At tokens only the last draw trains the prediction, and only if epsilon > 0."""
+        at_token = Informed.ALL if self.epsilon > 0.0 else Informed.NONE
+        return torch.where(zt == self.vocabulary.root, int(Informed.ALL), int(at_token))
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
@@ -106,9 +114,9 @@ class EpsilonHybrid(ComponentProcess):
         ]
 
 
-def require_words_and_mask(vocabulary: Vocabulary, process: str) -> None:
+def require_tokens_and_mask(vocabulary: Vocabulary, process: str) -> None:
     if vocabulary.num_levels != 1:
         raise ArgumentError(
-            f"The process {process} needs words and a mask, nothing between; got {vocabulary}. "
-            'Use [vocabulary] kind = "flat".'
+            f"The process {process} needs tokens and a mask, with no clusters between; "
+            f'got {vocabulary}. Use [vocabulary] kind = "flat".'
         )

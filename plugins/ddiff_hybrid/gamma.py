@@ -1,15 +1,26 @@
-"""The gamma-hybrid: words are redrawn at one rate and masked at another; masks stay (arXiv 2504.06416).
+"""Gamma-hybrid: tokens are redrawn at one rate and masked at another (arXiv 2504.06416).
 
-Two clocks that know nothing of each other: a word is visible until t with probability A_t, and what stands under the mask
-or before it comes follows uniform diffusion, in which a word was never redrawn with probability B_t. With
-r_t(y|x) = B_t 1[y = x] + (1 - B_t)/V
+The generator is Q_t = sigma'(t) [ (1 - gamma) Q_absorb + gamma Q_uniform ]. Both parts commute, so
+that two independent clocks describe the chain:
 
-    marginal     q_t(.|x) = A r_t(.|x) + (1 - A) delta_mask
-    density      masks  (-A'/(1 - A)) KL( r_t(.|x) || r_t(.|p) )
-                 words  that of uniform diffusion, (-B'/(V B r_t(z|x))) [ KL( r_t(.|x) || r_t(.|p) ) + rho - 1 - ln rho ]
-    backwards    a mask stays with (1 - A_s)/(1 - A_t), else becomes y ~ r_s(.|p); words move as in uniform diffusion
+    A_t = e^{-(1 - gamma) sigma}    probability that a position is not masked by t
+    B_t = e^{-gamma sigma}          probability that its token was never redrawn by t
 
-The marginals are those of an interpolating process, rates and transitions are not: nothing leaves a mask.
+The token, whether visible or under the mask, follows uniform diffusion with alpha = B. With V
+tokens, x the clean token and p a distribution of it,
+
+    r_t(y|x) = B_t 1[y = x] + (1 - B_t)/V
+    r_t(y|p) = B_t p(y) + (1 - B_t)/V
+
+    marginal        q_t(.|x) = A r_t(.|x) + (1 - A) delta_mask
+    density, masks  (-A'/(1 - A)) KL( r_t(.|x) || r_t(.|p) )
+    density, token z, rho = r_t(z|x)/r_t(z|p)
+                    (-B'/(V B r_t(z|x))) [ KL( r_t(.|x) || r_t(.|p) ) + rho - 1 - ln rho ]
+    reverse step    a mask stays with probability (1 - A_s)/(1 - A_t), else becomes y ~ r_s(.|p);
+                    tokens move as in uniform diffusion
+
+The marginals are those of an interpolating process, but rates and transitions are not: no state is
+reached from a mask.
 """
 
 from __future__ import annotations
@@ -40,21 +51,27 @@ from ddiff import (
     token_distribution,
 )
 
-from .epsilon import require_words_and_mask
+from .epsilon import require_tokens_and_mask
 from .kernel import RedrawKernel
 
-MOST = 0.95  # above, redrawing is over 19 times as fast as masking and B_t leaves float64 before the last mask has come
-SLOWEST = 0.3  # a word in 4000 is still visible at the last time that float64 tells from 1; slower, and too many are
+# Above this gamma redrawing is over 19 times as fast as masking, and B_t leaves float64 before the
+# last token is masked.
+MAX_GAMMA = 0.95
+# Smallest masking rate in units of 1/(1 - t). At 0.3 one token in 4000 is still visible at the
+# last time that float64 distinguishes from 1; at smaller rates too many are.
+MIN_MASKING = 0.3
+PUBLISHED_FLOOR = 0.005
 
-Gamma = Annotated[float, Field(ge=0.0, le=MOST)]
+Gamma = Annotated[float, Field(ge=0.0, le=MAX_GAMMA)]
 
 
 @final
 class PowerOf(Schedule):
-    """alpha^power of another schedule; power >= 0."""
+    """Power of another schedule, alpha^power with power >= 0."""
 
     def __init__(self, schedule: Schedule, power: float) -> None:
-        self.schedule, self.power = schedule, power
+        self.schedule = schedule
+        self.power = power
         self.closes_at_clean = schedule.closes_at_clean
         self.closes_at_prior = schedule.closes_at_prior and power > 0.0
 
@@ -62,28 +79,38 @@ class PowerOf(Schedule):
         return self.schedule.alpha(t) ** self.power
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        return self.power * self.schedule.alpha(t) ** (self.power - 1.0) * self.schedule.d_alpha(t)
+        outer = self.power * self.schedule.alpha(t) ** (self.power - 1.0)
+        return outer * self.schedule.d_alpha(t)
 
     def noised(self, t: Tensor) -> Tensor:
         return -torch.expm1(self.log_alpha(t))
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        """[r] ln alpha, accurate where alpha is near 1 and where it is near 0."""
-        alpha, power = self.schedule.alpha(t), torch.full_like(t, self.power)
-        early = torch.special.xlog1py(power, -self.schedule.noised(t))
-        return torch.where(alpha > 0.5, early, torch.special.xlogy(power, alpha))
+        """[r] ln alpha, accurate both near alpha = 1 and near alpha = 0."""
+        alpha = self.schedule.alpha(t)
+        power = torch.full_like(t, self.power)
+        # xlogy and xlog1py are 0 for power 0, also where the logarithm is infinite.
+        near_one = torch.special.xlog1py(power, -self.schedule.noised(t))
+        near_zero = torch.special.xlogy(power, alpha)
+        return torch.where(alpha > 0.5, near_one, near_zero)
 
     def lost(self, s: Tensor, t: Tensor) -> Tensor:
-        """[r] 1 - alpha_t / alpha_s, 0 where s = t."""
-        return torch.where(s < t, -torch.expm1(self.log_alpha(t) - self.log_alpha(s)), 0.0)
+        """[r] 1 - alpha_t / alpha_s, and 0 where s = t."""
+        log_ratio = self.log_alpha(t) - self.log_alpha(s)
+        return torch.where(s < t, -torch.expm1(log_ratio), 0.0)
 
 
 @final
 class GammaHybrid(ForwardProcess):
-    """Q_t = sigma'(t) [ (1 - gamma) Q_absorb + gamma Q_uniform ]: A = e^{-(1 - gamma) sigma}, B = e^{-gamma sigma}.
+    """Gamma-hybrid process, Q_t = sigma'(t) [ (1 - gamma) Q_absorb + gamma Q_uniform ].
 
-    time "masked": A = 1 - t, so that t is the expected share of masks, for every gamma. time "noise", as published:
-    e^{-sigma} = 1 - (1 - floor) t, which leaves words visible at t = 1. It is the same chain read by another clock.
+    With time "masked", A = 1 - t: t is the expected share of masks for every gamma. With time
+    "noise", as published, e^{-sigma} = 1 - (1 - floor) t, and some tokens are visible at t = 1.
+    Both are the same chain at different speeds.
+
+    `visible` and `kept` are the schedules A and B, powers `masking` and `redrawing` of
+    alpha = 1 - (1 - floor) t. `uniform` is uniform diffusion of the tokens with alpha = B, which
+    gives the formulas at visible tokens.
     """
 
     uniforms_per_sample = 3
@@ -95,17 +122,18 @@ class GammaHybrid(ForwardProcess):
 
     class Config(ComponentConfig):
         gamma: Gamma = 0.01
-        """Share of the uniform generator; 0 is masked diffusion."""
+        """Share of the uniform generator, 0 to 0.95; 0 is masked diffusion."""
         time: Literal["masked", "noise"] = "masked"
-        """What t counts: the share that is masked, or as published the total noise, e^-sigma = 1 - (1 - floor) t."""
+        """Meaning of t: the share of masks, or e^-sigma = 1 - (1 - floor) t as published."""
         floor: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-        """Of time = "noise": e^-sigma at t = 1; 0.005 as published, 0 for gamma up to 0.7."""
+        """For time = "noise": e^-sigma at t = 1; 0.005 by default, 0 is allowed to gamma 0.7."""
 
         @model_validator(mode="after")
-        def _floor_of_its_time(self) -> GammaHybrid.Config:
+        def _check_floor(self) -> GammaHybrid.Config:
             if self.floor is not None and self.time != "noise":
                 raise ValueError(
-                    f'floor belongs to time = "noise"; got time = "{self.time}", floor = {self.floor}'
+                    'floor belongs to time = "noise"; '
+                    f'got time = "{self.time}", floor = {self.floor}'
                 )
             return self
 
@@ -116,121 +144,135 @@ class GammaHybrid(ForwardProcess):
         time: Literal["masked", "noise"] = "masked",
         floor: float = 0.0,
     ) -> None:
-        require_words_and_mask(vocabulary, "hybrid_gamma")
-        if not 0.0 <= gamma <= MOST:
+        require_tokens_and_mask(vocabulary, "hybrid_gamma")
+        if not 0.0 <= gamma <= MAX_GAMMA:
             raise ArgumentError(
-                f"GammaHybrid: gamma must be in [0, {MOST}], the share of uniform noise; got {gamma}."
+                f"GammaHybrid: gamma must be in [0, {MAX_GAMMA}], the share of uniform noise; "
+                f"got {gamma}."
             )
-        if time == "noise" and floor == 0.0 and 1.0 - gamma < SLOWEST:
+        if time == "noise" and floor == 0.0 and 1.0 - gamma < MIN_MASKING:
             raise ArgumentError(
-                f"GammaHybrid: with time = noise, floor = 0 and gamma = {gamma} words are masked at 1 - gamma = "
-                f"{1.0 - gamma:.2g}/(1 - t), so slowly that many are still visible at the last time that float64 tells "
-                f"from 1. Use gamma <= {1.0 - SLOWEST}, a floor, or time = masked."
+                f"GammaHybrid: with time = noise, floor = 0 and gamma = {gamma} tokens are masked "
+                f"at 1 - gamma = {1.0 - gamma:.2g}/(1 - t), so slowly that many are still visible "
+                "at the last time that float64 distinguishes from 1. "
+                f"Use gamma <= {1.0 - MIN_MASKING}, a floor, or time = masked."
             )
-        self.vocabulary, self.gamma = vocabulary, gamma
-        self.noise = LinearSchedule(floor)  # its powers are A, B and e^-sigma
-        self.masking, self.redrawing = (
-            (1.0 - gamma, gamma) if time == "noise" else (1.0, gamma / (1.0 - gamma))
-        )
-        self.visible, self.kept = (
-            PowerOf(self.noise, self.masking),
-            PowerOf(self.noise, self.redrawing),
-        )
+        self.vocabulary = vocabulary
+        self.gamma = gamma
+        self.noise = LinearSchedule(floor)
+        if time == "noise":
+            self.masking = 1.0 - gamma
+            self.redrawing = gamma
+        else:
+            self.masking = 1.0
+            self.redrawing = gamma / (1.0 - gamma)
+        self.visible = PowerOf(self.noise, self.masking)
+        self.kept = PowerOf(self.noise, self.redrawing)
         self.closes_at_prior = self.noise.closes_at_prior
-        self.prior = self._prior()
-        bare = FlatVocabulary(vocabulary.num_tokens, mask=False)
-        self.words = MixtureProcess(bare, self.kept, token_distribution(bare))
+        self.prior = self._make_prior()
+        tokens = FlatVocabulary(vocabulary.num_tokens, mask=False)
+        self.uniform = MixtureProcess(tokens, self.kept, token_distribution(tokens))
 
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary) -> GammaHybrid:
-        floor = 0.005 if config.floor is None and config.time == "noise" else config.floor or 0.0
+        floor = config.floor or 0.0
+        if config.floor is None and config.time == "noise":
+            floor = PUBLISHED_FLOOR
         return cls(vocabulary, config.gamma, config.time, floor)
 
-    def _prior(self) -> Prior:
-        """The marginal at t = 1 of a word drawn evenly."""
-        size, hidden = (
-            self.vocabulary.num_tokens,
-            self.visible.noised(torch.ones(1, dtype=torch.float64)),
-        )
-        return Prior(torch.cat([((1.0 - hidden) / size).expand(size), hidden]).log())
+    def _make_prior(self) -> Prior:
+        """Return the marginal at t = 1 of a uniform token."""
+        num_tokens = self.vocabulary.num_tokens
+        masked = self.visible.noised(torch.ones(1, dtype=torch.float64))
+        per_token = (1.0 - masked) / num_tokens
+        return Prior(torch.cat([per_token.expand(num_tokens), masked]).log())
 
     # ------------------------------------------------------------------ forward
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
-        words = self.words.log_marginal(log_p, t) + self.visible.log_alpha(t).to(
-            log_p.dtype
-        ).unsqueeze(-1)
-        return torch.cat([words, self.visible.noised(t).log().to(log_p.dtype).unsqueeze(-1)], -1)
+        log_visible = self.visible.log_alpha(t).to(log_p.dtype)
+        log_masked = self.visible.noised(t).log().to(log_p.dtype)
+        tokens = self.uniform.log_marginal(log_p, t) + log_visible.unsqueeze(-1)
+        return torch.cat([tokens, log_masked.unsqueeze(-1)], -1)
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
-        word = self.words.log_likelihood(self._word(zt), t) + self.visible.log_alpha(t).unsqueeze(
-            -1
-        )
-        return torch.where(
-            self._masked(zt).unsqueeze(-1), self.visible.noised(t).log().unsqueeze(-1), word
-        )
+        log_visible = self.visible.log_alpha(t).unsqueeze(-1)
+        log_masked = self.visible.noised(t).log().unsqueeze(-1)
+        at_token = self.uniform.log_likelihood(self._token(zt), t) + log_visible
+        return torch.where(self._is_masked(zt).unsqueeze(-1), log_masked, at_token)
 
     def information(self, t: Tensor) -> Tensor:
-        """A_t I(X; word under uniform diffusion): a mask says nothing of the token."""
-        return self.visible.alpha(t) * self.words.information(t)
+        """A_t I(X; Z_t) of uniform diffusion: a mask carries no information on the token."""
+        return self.visible.alpha(t) * self.uniform.information(t)
 
     def moved(self, t: Tensor) -> Tensor:
-        """Masked, or redrawn as another token."""
-        return self.visible.noised(t) + self.visible.alpha(t) * self.words.moved(t)
+        """Probability of being masked, or redrawn as another token."""
+        return self.visible.noised(t) + self.visible.alpha(t) * self.uniform.moved(t)
 
     def rates(self, t: Tensor) -> Kernel:
-        """Masked at (1 - gamma) sigma', redrawn at gamma sigma'; from the mask nowhere."""
+        """Tokens are masked at (1 - gamma) sigma' and redrawn at gamma sigma'; masks stay."""
         t = interior(t)
         hazard = -self.noise.d_alpha(t) / self.noise.alpha(t)
-        masked, redrawn, size = (
-            self.masking * hazard,
-            self.redrawing * hazard,
-            self.vocabulary.num_tokens,
+        masked = self.masking * hazard
+        redrawn = self.redrawing * hazard
+        num_tokens = self.vocabulary.num_tokens
+        return RedrawKernel(
+            keep=-(masked + redrawn),
+            each=redrawn / num_tokens,
+            leave=masked,
+            rest=torch.zeros_like(t),
+            num_tokens=num_tokens,
         )
-        return RedrawKernel(-(masked + redrawn), redrawn / size, masked, torch.zeros_like(t), size)
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
-        masked, redrawn, size = (
-            self.visible.lost(s, t),
-            self.kept.lost(s, t),
-            self.vocabulary.num_tokens,
-        )
-        seen = 1.0 - masked
+        masked = self.visible.lost(s, t)
+        redrawn = self.kept.lost(s, t)
+        stays_visible = 1.0 - masked
+        num_tokens = self.vocabulary.num_tokens
         return RedrawKernel(
-            seen * (1.0 - redrawn), seen * redrawn / size, masked, torch.ones_like(t), size
+            keep=stays_visible * (1.0 - redrawn),
+            each=stays_visible * redrawn / num_tokens,
+            leave=masked,
+            rest=torch.ones_like(t),
+            num_tokens=num_tokens,
         )
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return self._noised(x0, self.visible.noised(t), self.kept.noised(t), u)
+        return self._corrupt(x0, self.visible.noised(t), self.kept.noised(t), u)
 
     def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return self._noised(zs, self.visible.lost(s, t), self.kept.lost(s, t), u)
+        return self._corrupt(zs, self.visible.lost(s, t), self.kept.lost(s, t), u)
 
-    def _noised(self, ids: Tensor, masked: Tensor, redrawn: Tensor, u: Tensor) -> Tensor:
-        """Each word is masked, or redrawn, with these probabilities; u [r,3]."""
-        even = (u[:, 2] * self.vocabulary.num_tokens).long()
-        word = torch.where((u[:, 1] < redrawn) & ~self._masked(ids), even, ids)
-        return torch.where(u[:, 0] < masked, self.vocabulary.root, word)
+    def _corrupt(self, ids: Tensor, masked: Tensor, redrawn: Tensor, u: Tensor) -> Tensor:
+        """Mask or redraw every token with the probabilities `masked` and `redrawn`; u [r,3]."""
+        uniform_token = (u[:, 2] * self.vocabulary.num_tokens).long()
+        is_redrawn = (u[:, 1] < redrawn) & ~self._is_masked(ids)
+        token = torch.where(is_redrawn, uniform_token, ids)
+        return torch.where(u[:, 0] < masked, self.vocabulary.root, token)
 
     # ------------------------------------------------------------------ the bound
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """The total true reverse rate: -A'/(1 - A) at masks; at tokens -B'/(V B) (1 - r_t(z|x)) / r_t(z|x)."""
+        """Total true reverse rate.
+
+        -A'/(1 - A) at masks, -B'/(V B) (1 - r_t(z|x)) / r_t(z|x) at tokens.
+        """
         t = interior(t)
-        revealing = -self.visible.d_alpha(t) / self.visible.noised(t)
-        return torch.where(self._masked(zt), revealing, self.words.weight(x0, self._word(zt), t))
+        at_mask = -self.visible.d_alpha(t) / self.visible.noised(t)
+        at_token = self.uniform.weight(x0, self._token(zt), t)
+        return torch.where(self._is_masked(zt), at_mask, at_token)
 
     def divergence(
         self, prediction: CleanDistribution | Score, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        """KL( r_t(.|x) || r_t(.|p) ) at masks; at tokens that of uniform diffusion."""
+        """KL( r_t(.|x) || r_t(.|p) ) at masks; the divergence of uniform diffusion at tokens."""
         if isinstance(prediction, Score):
             return super().divergence(prediction, x0, zt, t)
-        masks = self.words.closing_kl(prediction, x0, interior(t))
-        if self.gamma == 0.0:  # tokens are not noise, and cost nothing
-            return torch.where(self._masked(zt), masks, 0.0)
-        words = self.words.divergence(prediction, x0, self._word(zt), t)
-        return torch.where(self._masked(zt), masks, words)
+        at_mask = self.uniform.closing_kl(prediction, x0, interior(t))
+        if self.gamma == 0.0:  # tokens are never noise and cost nothing
+            return torch.where(self._is_masked(zt), at_mask, 0.0)
+        at_token = self.uniform.divergence(prediction, x0, self._token(zt), t)
+        return torch.where(self._is_masked(zt), at_mask, at_token)
 
     def density(
         self, prediction: CleanDistribution | Score, x0: Tensor, zt: Tensor, t: Tensor
@@ -243,20 +285,20 @@ class GammaHybrid(ForwardProcess):
     def decode_nll(
         self, prediction: CleanDistribution | Score, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        """-ln p(x) at masks; at words as in uniform diffusion."""
+        """-ln p(x) at masks; as in uniform diffusion at tokens."""
         if isinstance(prediction, Score):
             return super().decode_nll(prediction, x0, zt, t)
-        word = self.words.decode_nll(prediction, x0, self._word(zt), t)
-        return torch.where(self._masked(zt), -prediction.log_prob(x0), word)
+        at_token = self.uniform.decode_nll(prediction, x0, self._token(zt), t)
+        return torch.where(self._is_masked(zt), -prediction.log_prob(x0), at_token)
 
     def closing_kl(self, prediction: CleanDistribution | Score, x0: Tensor, t: Tensor) -> Tensor:
         """A KL( r_t(.|x) || r_t(.|p) )."""
         if isinstance(prediction, Score):
             return super().closing_kl(prediction, x0, t)
-        return self.visible.alpha(t) * self.words.closing_kl(prediction, x0, t)
+        return self.visible.alpha(t) * self.uniform.closing_kl(prediction, x0, t)
 
     def active(self, zt: Tensor) -> Tensor:
-        return self._masked(zt) | (self.gamma > 0.0)
+        return self._is_masked(zt) | (self.gamma > 0.0)
 
     def informed(self, zt: Tensor) -> Tensor:
         return torch.where(self.active(zt), int(Informed.ALL), int(Informed.NONE))
@@ -268,12 +310,16 @@ class GammaHybrid(ForwardProcess):
     # ------------------------------------------------------------------ reverse
 
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
-        """Masks are revealed with 1 - (1 - A_s)/(1 - A_t), whatever the network says; for words that is bounded."""
-        before, now = self.visible.noised(s), self.visible.noised(t)
-        reveal = torch.where(s < t, (now - before) / now, 0.0)
-        return self._move(
-            query, zt, t, s, reveal, self.kept.lost(s, t) / self.vocabulary.num_tokens, u
-        )
+        """Reveal masks with probability 1 - (1 - A_s)/(1 - A_t); move tokens by uniform diffusion.
+
+        The first probability does not depend on the network, and that of a token is bounded
+        without it, so that the network is queried only at rows that may move.
+        """
+        masked_s = self.visible.noised(s)
+        masked_t = self.visible.noised(t)
+        reveal = torch.where(s < t, (masked_t - masked_s) / masked_t, 0.0)
+        arrive = self.kept.lost(s, t) / self.vocabulary.num_tokens
+        return self._move(query, zt, t, s, reveal, arrive, u)
 
     def _move(
         self,
@@ -285,13 +331,15 @@ class GammaHybrid(ForwardProcess):
         arrive: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """A mask becomes y ~ r_s(.|p) with `reveal` [r]; a word z leaves with arrive (1 - r_s(z))/r_t(z), for y ~ r_s
-        elsewhere; u [r,3].
+        """Move masks with probability `reveal` [r], tokens at most with a bound from `arrive` [r].
 
-        (1 - B)/V for r bounds the latter without the network, so only rows below the bound are shown to it.
+        A mask becomes y ~ r_s(.|p). A token z leaves with probability
+        arrive (1 - r_s(z|p))/r_t(z|p), for y != z with y ~ r_s(.|p). Since r >= (1 - B)/V, putting
+        (1 - B)/V for r bounds that probability without the network, which is queried only at rows
+        below the bound. u [r,3].
         """
-        size, masked = self.vocabulary.num_tokens, self._masked(zt)
-        before, now = self._each(s), self._each(t)
+        size, masked = self.vocabulary.num_tokens, self._is_masked(zt)
+        before, now = self._redrawn_per_token(s), self._redrawn_per_token(t)
         bound = torch.where(arrive > 0, arrive * (1.0 - before) / now, 0.0)
         zs, moving = (
             zt.clone(),
@@ -303,7 +351,7 @@ class GammaHybrid(ForwardProcess):
         def draw(dist: CleanDistribution, rows: Tensor) -> Tensor:
             picked = moving[rows]
             z, hidden, first, which, source = zt[picked], masked[picked], *u[picked].unbind(-1)
-            log_p_z = torch.where(hidden, -torch.inf, dist.log_prob(self._word(z)).double())
+            log_p_z = torch.where(hidden, -torch.inf, dist.log_prob(self._token(z)).double())
             others = size - (~hidden).long()
             by_noise, by_law = (
                 others * before[picked],
@@ -321,27 +369,29 @@ class GammaHybrid(ForwardProcess):
         return zs
 
     def _elsewhere(self, dist: CleanDistribution, rows: Tensor, z: Tensor, u: Tensor) -> Tensor:
-        """[k] words drawn from some rows [k] of a law without the words z [k]; nothing is left out for masks."""
+        """[k] tokens drawn from `rows` [k] of a distribution, excluding the tokens z [k].
+
+        At masks (z = V) no token is excluded.
+        """
         log_p = dist.log_mass(0)[rows]
-        beside = torch.cat([log_p, log_p[:, :1]], -1).scatter(-1, z.unsqueeze(-1), -torch.inf)[
-            :, :-1
-        ]
-        return DenseDistribution(beside, self.vocabulary).draw(
-            torch.full_like(z, self.vocabulary.root), torch.zeros_like(z), u
-        )
+        # One more column stands for the mask, so that z = V excludes only that column.
+        padded = torch.cat([log_p, log_p[:, :1]], -1)
+        others = padded.scatter(-1, z.unsqueeze(-1), -torch.inf)[:, :-1]
+        root = torch.full_like(z, self.vocabulary.root)
+        return DenseDistribution(others, self.vocabulary).draw(root, torch.zeros_like(z), u)
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """That of uniform diffusion for the shares of the tokens: the mask says nothing of them."""
+        """As in uniform diffusion, from the ratios of tokens: the mask's ratio tells nothing."""
         log_ratio = score.log_ratio[:, : self.vocabulary.num_tokens]
-        # of a score in which no token is possible the softmax has a gradient of NaN; its tokens are alike
+        # If no token is possible the gradient of softmax is NaN; such rows are made uniform.
         some_possible = (log_ratio > -torch.inf).any(-1, keepdim=True)
-        return self.words.tweedie(Score(torch.where(some_possible, log_ratio, 0.0)), t)
+        return self.uniform.tweedie(Score(torch.where(some_possible, log_ratio, 0.0)), t)
 
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """z itself with probability B p(z) / r_t(z|p), otherwise and at masks x ~ p."""
+        """Keep a token z with probability B p(z) / r_t(z|p); else, and at masks, draw x ~ p."""
         if bool((t == 0.0).all()):
             return zt.clone()
-        x0, masked, each = zt.clone(), self._masked(zt), self._each(t)
+        x0, masked, each = zt.clone(), self._is_masked(zt), self._redrawn_per_token(t)
         open_ = (masked | (each > 0)).nonzero().squeeze(-1)
         if len(open_) == 0:
             return x0
@@ -350,7 +400,7 @@ class GammaHybrid(ForwardProcess):
             picked = open_[rows]
             dist = self._clean_law(prediction, t[picked])
             z = zt[picked]
-            stays = self.kept.alpha(t[picked]) * dist.log_prob(self._word(z)).double().exp()
+            stays = self.kept.alpha(t[picked]) * dist.log_prob(self._token(z)).double().exp()
             stays = torch.where(masked[picked], 0.0, stays / (stays + each[picked]))
             drawn = dist.draw(
                 torch.full_like(z, self.vocabulary.root), torch.zeros_like(z), u[picked, 1]
@@ -361,43 +411,50 @@ class GammaHybrid(ForwardProcess):
         return x0
 
     def _clean_law(self, prediction: CleanDistribution | Score, t: Tensor) -> CleanDistribution:
-        return (
-            DenseDistribution(self.tweedie(prediction, t), self.vocabulary)
-            if isinstance(prediction, Score)
-            else prediction
-        )
+        if isinstance(prediction, Score):
+            return DenseDistribution(self.tweedie(prediction, t), self.vocabulary)
+        return prediction
 
     # ------------------------------------------------------------------ events
 
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Masks: 1 - A_s = u (1 - A_t), their reveal. Words: (1 - B_s)/B_s = u (1 - B_t)/B_t, a candidate, since they
-        leave at gamma sigma' (1 - r)/(V r), which is below gamma sigma'/(1 - B)."""
+        """Time of the next reveal of a mask, or of the next candidate move of a token.
+
+        Masks: 1 - A_s = u (1 - A_t). Tokens: (1 - B_s)/B_s = u (1 - B_t)/B_t. A token leaves at the
+        rate gamma sigma' (1 - r)/(V r), which is below gamma sigma'/(1 - B), so that its event is
+        a candidate that `event` accepts or rejects.
+        """
         t = interior(t)
         log_noise = torch.log1p(-u * self.visible.noised(t)) / self.masking
         if self.redrawing > 0.0:
             log_kept = -torch.log1p(u * torch.expm1(-self.kept.log_alpha(t)))
-            log_noise = torch.where(self._masked(zt), log_noise, log_kept / self.redrawing)
+            log_noise = torch.where(self._is_masked(zt), log_noise, log_kept / self.redrawing)
+        # log_noise is ln(1 - (1 - floor) s), the logarithm of the schedule at the event.
         s = -torch.expm1(log_noise) / (1.0 - self.noise.floor)
-        happens = self._masked(zt) | ((self.redrawing > 0.0) & (s >= interior(s)))
+        token_moves = (self.redrawing > 0.0) & (s >= interior(s))
+        happens = self._is_masked(zt) | token_moves
         return torch.where(happens, torch.minimum(s, t), 0.0)
 
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """A mask is revealed, y ~ r_t(.|p); a word takes its candidate with ((1 - B)/V) (1 - r(z))/r(z)."""
+        """Reveal a mask as y ~ r_t(.|p); accept the candidate move of a token.
+
+        It is accepted with probability ((1 - B)/V) (1 - r(z))/r(z).
+        """
         t = interior(t)
-        return self._move(query, zt, t, t, torch.ones_like(t), self._each(t), u)
+        return self._move(query, zt, t, t, torch.ones_like(t), self._redrawn_per_token(t), u)
 
-    # ------------------------------------------------------------------ parts of the formulas above
+    # ------------------------------------------------------------------ terms of the formulas above
 
-    def _each(self, t: Tensor) -> Tensor:
-        """[r] (1 - B_t)/V: the chance of a word that the law knows nothing of."""
+    def _redrawn_per_token(self, t: Tensor) -> Tensor:
+        """[r] (1 - B_t)/V, the part of r_t(y) that is noise."""
         return self.kept.noised(t) / self.vocabulary.num_tokens
 
-    def _masked(self, zt: Tensor) -> Tensor:
+    def _is_masked(self, zt: Tensor) -> Tensor:
         return zt == self.vocabulary.root
 
-    def _word(self, zt: Tensor) -> Tensor:
-        """[r] z_t, and some word where it is the mask, for formulas that are not read there."""
-        return torch.where(self._masked(zt), 0, zt)
+    def _token(self, zt: Tensor) -> Tensor:
+        """[r] z_t with token 0 for the mask, for formulas whose value at masks is not used."""
+        return torch.where(self._is_masked(zt), 0, zt)
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:

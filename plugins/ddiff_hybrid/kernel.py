@@ -1,4 +1,4 @@
-"""The operators of the gamma-hybrid: words are kept, redrawn evenly or masked; masks stay."""
+"""Operator of the gamma-hybrid: tokens are kept, redrawn uniformly or masked; masks stay."""
 
 from __future__ import annotations
 
@@ -12,57 +12,73 @@ from ddiff import ArgumentError, Kernel
 
 @final
 class RedrawKernel(Kernel):
-    """On words K = keep I + each 1 1^T, with `leave` from every word to the mask, the last state; the mask's own row is
-    `rest` at itself.
+    """Kernel K = keep I + each 1 1^T on tokens, with `leave` from every token to the mask.
 
-    [r] each. A transition keeps with A B, redraws with A (1 - B)/V, leaves with 1 - A and rests with 1.
+    The mask is the last state; its row is `rest` on the diagonal. All four have shape [r], one
+    value per row. A transition has keep = A B, each = A (1 - B)/V, leave = 1 - A and rest = 1, in
+    the symbols of `gamma`.
     """
 
     def __init__(
         self, keep: Tensor, each: Tensor, leave: Tensor, rest: Tensor, num_tokens: int
     ) -> None:
-        self.keep, self.each, self.leave, self.rest = keep, each, leave, rest
-        self.num_tokens, self.num_states = num_tokens, num_tokens + 1
+        self.keep = keep
+        self.each = each
+        self.leave = leave
+        self.rest = rest
+        self.num_tokens = num_tokens
+        self.num_states = num_tokens + 1
 
     def row(self, ids: Tensor) -> Tensor:
-        word = ids < self.num_tokens
-        row = torch.where(word, self.each, 0.0).unsqueeze(-1).repeat(1, self.num_states)
-        row[:, -1] = torch.where(word, self.leave, 0.0)
-        return row.scatter_add(
-            -1, ids.unsqueeze(-1), torch.where(word, self.keep, self.rest).unsqueeze(-1)
-        )
+        is_token = ids < self.num_tokens
+        row = torch.where(is_token, self.each, 0.0).unsqueeze(-1).repeat(1, self.num_states)
+        row[:, -1] = torch.where(is_token, self.leave, 0.0)
+        return self._add_diagonal(row, ids)
 
     def column(self, ids: Tensor) -> Tensor:
-        word = ids < self.num_tokens
-        column = torch.where(word, self.each, self.leave).unsqueeze(-1).repeat(1, self.num_states)
+        is_token = ids < self.num_tokens
+        off_diagonal = torch.where(is_token, self.each, self.leave)
+        column = off_diagonal.unsqueeze(-1).repeat(1, self.num_states)
         column[:, -1] = 0.0
-        return column.scatter_add(
-            -1, ids.unsqueeze(-1), torch.where(word, self.keep, self.rest).unsqueeze(-1)
-        )
+        return self._add_diagonal(column, ids)
+
+    def _add_diagonal(self, values: Tensor, ids: Tensor) -> Tensor:
+        diagonal = torch.where(ids < self.num_tokens, self.keep, self.rest)
+        return values.scatter_add(-1, ids.unsqueeze(-1), diagonal.unsqueeze(-1))
 
     def apply(self, vector: Tensor) -> Tensor:
-        keep, each, leave, rest = (part.to(vector.dtype).unsqueeze(-1) for part in self._parts())
-        words, mask = vector[:, :-1], vector[:, -1:]
-        total = words.sum(-1, keepdim=True)
-        return torch.cat([keep * words + each * total, leave * total + rest * mask], -1)
+        keep, each, leave, rest = self._coefficients(vector.dtype)
+        tokens = vector[:, :-1]
+        mask = vector[:, -1:]
+        total = tokens.sum(-1, keepdim=True)
+        return torch.cat([keep * tokens + each * total, leave * total + rest * mask], -1)
 
     def solve(self, vector: Tensor) -> Tensor:
-        """x = (v - each |x|)/keep on words, with |x| = |v|/(keep + V each); at the mask (v - leave |x|)/rest."""
-        spread = self.keep + self.num_tokens * self.each
-        if bool(
-            ((self.keep == 0) | (self.rest == 0) | (spread.abs() <= 1e-15 * self.keep.abs())).any()
-        ):
-            raise ArgumentError(
-                "RedrawKernel.solve: the kernel must be invertible in every row. A transition up to t = 1 forgets where it "
-                "came from, and a generator has no inverse: start below t = 1."
-            )
-        keep, each, leave, rest = (part.to(vector.dtype).unsqueeze(-1) for part in self._parts())
-        words, mask = vector[:, :-1], vector[:, -1:]
-        total = words.sum(-1, keepdim=True) / spread.to(vector.dtype).unsqueeze(-1)
-        return torch.cat([(words - each * total) / keep, (mask - leave * total) / rest], -1)
+        """Return x with x K = v.
 
-    def _parts(self) -> tuple[Tensor, ...]:
-        return self.keep, self.each, self.leave, self.rest
+        x = (v - each |x|)/keep on tokens, with the sum |x| = |v|/(keep + V each) over tokens, and
+        x = (v - leave |x|)/rest at the mask.
+        """
+        total_factor = self.keep + self.num_tokens * self.each
+        # The total factor of a generator is 0 up to rounding of its terms.
+        is_zero = total_factor.abs() <= 1e-15 * self.keep.abs()
+        is_singular = (self.keep == 0) | (self.rest == 0) | is_zero
+        if bool(is_singular.any()):
+            raise ArgumentError(
+                "RedrawKernel.solve: the kernel must be invertible in every row. A transition up "
+                "to t = 1 forgets its initial state, and a generator has no inverse: start below "
+                "t = 1."
+            )
+        keep, each, leave, rest = self._coefficients(vector.dtype)
+        tokens = vector[:, :-1]
+        mask = vector[:, -1:]
+        total = tokens.sum(-1, keepdim=True) / total_factor.to(vector.dtype).unsqueeze(-1)
+        return torch.cat([(tokens - each * total) / keep, (mask - leave * total) / rest], -1)
+
+    def _coefficients(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return keep, each, leave and rest as [r,1] of the given dtype."""
+        coefficients = (self.keep, self.each, self.leave, self.rest)
+        return [value.to(dtype).unsqueeze(-1) for value in coefficients]
 
     def _num_rows(self) -> int:
         return len(self.keep)

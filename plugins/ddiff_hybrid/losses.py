@@ -1,4 +1,7 @@
-"""The losses of the paper's code (arXiv 2504.06416), named `published`. The bound never sees them."""
+"""Training losses of the published code (arXiv 2504.06416), kind "published".
+
+The reported bound never uses them. Symbols are those of `epsilon` and `gamma`.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ from .gamma import GammaHybrid, PowerOf
 
 @final
 class Published:
-    """What the paper's code trains on: `EverywhereCrossEntropy` for hybrid_epsilon, `MixedEntropies` for hybrid_gamma."""
+    """Training loss of the published code, for hybrid_epsilon and hybrid_gamma."""
 
     class Config(ComponentConfig):
         lam: NonNegativeFloat | None = None
-        """Weight of visible words, lambda of the paper; 1 unless given. Of hybrid_epsilon."""
+        """hybrid_epsilon: weight of visible tokens, lambda of the paper; 1 by default."""
         weights: Literal["flat", "annealing"] | None = None
-        """`annealing`, of hyperschedules, does not divide visible words by their share; flat if none. Of hybrid_epsilon."""
+        """hybrid_epsilon: "flat" (default) divides visible tokens by 1 - p, "annealing" does not."""
 
     @classmethod
     def build(
@@ -45,51 +48,50 @@ class Published:
             return EverywhereCrossEntropy(lam, config.weights or "flat")
         if not isinstance(process, GammaHybrid):
             raise ArgumentError(
-                '[objective] loss = "published" is that of the processes hybrid_epsilon and hybrid_gamma; got '
-                f'{type(process).__name__}. Use loss = "elbo" or "clip".'
+                '[objective] loss = "published" needs the process hybrid_epsilon or hybrid_gamma; '
+                f'got {type(process).__name__}. Use loss = "elbo" or "clip".'
             )
         if config.lam is not None or config.weights is not None:
             raise ArgumentError(
-                '[objective] loss = "published": lam and weights belong to the process hybrid_epsilon, where visible words '
-                "have a weight of their own; with hybrid_gamma leave them out."
+                '[objective] loss = "published": lam and weights belong to the process '
+                "hybrid_epsilon, in which visible tokens have a separate weight; with hybrid_gamma "
+                "leave them out."
             )
         return MixedEntropies(process)
 
 
 @final
 class EverywhereCrossEntropy:
-    """-ln P(x | z) at every position, against the word before the shuffling.
+    """Cross-entropy -ln P(x | z) of the clean token at every position, for hybrid_epsilon.
 
-    Masks count 1/p; visible words lam (1 - epsilon) if they were shuffled and lam epsilon if not, both over 1 - p with the
-    weights `flat`. A word that was shuffled onto itself cannot be told from one that was not: it has the mean of both.
+    Masks weigh 1/p, visible tokens lam (1 - epsilon) if they were shuffled and lam epsilon if
+    not. With weights "flat" visible tokens are divided by their share 1 - p. A token that was
+    shuffled onto itself looks like one that was not shuffled: both have the mean weight.
     """
 
     name = "published"
 
     def __init__(self, lam: float = 1.0, weights: Literal["flat", "annealing"] = "flat") -> None:
-        self.lam, self.weights = lam, weights
+        self.lam = lam
+        self.weights = weights
 
     def reads(self, process: EpsilonHybrid, noisy: Noisy, times: Times) -> Tensor:
-        """bool [B,L]: masks, and words if they count at all."""
+        """bool [B,L]: masks, and visible tokens if their weight is not 0."""
         rows = (times.speed > 0) & ~noisy.clean
-        return (
-            rows
-            if self.lam * process.epsilon > 0.0
-            else rows & (noisy.zt == process.vocabulary.root)
-        )
+        if self.lam * process.epsilon > 0.0:
+            return rows
+        return rows & (noisy.zt == process.vocabulary.root)
 
     def weight(self, process: EpsilonHybrid, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        epsilon, masks = (
-            process.epsilon,
-            process.schedule.noised(t).clamp(min=1e-4),
-        )  # the floor is the code's
-        itself = epsilon / process.vocabulary.num_tokens
-        shuffled = torch.ones_like(t).masked_fill(
-            zt == x0, itself / (1.0 - epsilon + itself)
-        )  # float64, as t is
-        word = self.lam * ((1.0 - epsilon) * shuffled + epsilon * (1.0 - shuffled))
+        epsilon = process.epsilon
+        masked = process.schedule.noised(t).clamp(min=1e-4)  # the floor of the published code
+        # Probability that the token was shuffled, given x0 and z; 1 if they differ.
+        onto_itself = epsilon / process.vocabulary.num_tokens
+        shuffled_if_equal = onto_itself / (1.0 - epsilon + onto_itself)
+        shuffled = torch.ones_like(t).masked_fill(zt == x0, shuffled_if_equal)
+        at_token = self.lam * ((1.0 - epsilon) * shuffled + epsilon * (1.0 - shuffled))
         share = process.schedule.alpha(t) if self.weights == "flat" else torch.ones_like(t)
-        return torch.where(zt == process.vocabulary.root, 1.0 / masks, word / share)
+        return torch.where(zt == process.vocabulary.root, 1.0 / masked, at_token / share)
 
     def divergence(
         self, process: EpsilonHybrid, dist: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
@@ -99,24 +101,27 @@ class EverywhereCrossEntropy:
 
 @final
 class MixedEntropies:
-    """(1 - gamma) times the loss of masked diffusion at masks, gamma times that of uniform diffusion at words.
+    """Mixed score entropies of masked and uniform diffusion, for hybrid_gamma.
 
-    Both are read as if all the noise sigma were their own, so that e^sigma stands where e^{(1 - gamma) sigma} and
-    e^{gamma sigma} belong: no bound for 0 < gamma < 1.
+    (1 - gamma) times the loss of masked diffusion at masks, gamma times that of uniform diffusion
+    at tokens. Both use the whole noise, e^sigma in place of e^{(1 - gamma) sigma} and
+    e^{gamma sigma}, so that the sum is not a bound for 0 < gamma < 1.
     """
 
     name = "published"
 
     def __init__(self, process: GammaHybrid) -> None:
-        bare, words = process.vocabulary, process.words.vocabulary
-        everything = PowerOf(process.noise, process.masking + process.redrawing)  # e^-sigma
-        self.masked = MixtureProcess(bare, everything, mask_distribution(bare))
-        self.uniform = MixtureProcess(words, everything, token_distribution(words))
+        vocabulary = process.vocabulary
+        tokens = process.uniform.vocabulary
+        whole_noise = PowerOf(process.noise, process.masking + process.redrawing)  # e^-sigma
+        self.masked = MixtureProcess(vocabulary, whole_noise, mask_distribution(vocabulary))
+        self.uniform = MixtureProcess(tokens, whole_noise, token_distribution(tokens))
 
     def weight(self, process: GammaHybrid, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        root, (hidden, word) = process.vocabulary.root, self._parts(zt)
-        masked = (1.0 - process.gamma) * self.masked.weight(x0, hidden, t)
-        return torch.where(zt == root, masked, process.gamma * self.uniform.weight(x0, word, t))
+        masks, tokens = self._split(zt)
+        at_mask = (1.0 - process.gamma) * self.masked.weight(x0, masks, t)
+        at_token = process.gamma * self.uniform.weight(x0, tokens, t)
+        return torch.where(zt == process.vocabulary.root, at_mask, at_token)
 
     def divergence(
         self,
@@ -126,21 +131,20 @@ class MixedEntropies:
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        root, (hidden, word) = process.vocabulary.root, self._parts(zt)
-        ratio = _ratio(process, prediction, zt, interior(t))
-        masked = self.masked.divergence(Score(ratio), x0, hidden, t)
-        return torch.where(
-            zt == root, masked, self.uniform.divergence(Score(ratio[:, :root]), x0, word, t)
-        )
+        root = process.vocabulary.root
+        masks, tokens = self._split(zt)
+        ratio = _log_ratio(process, prediction, zt, interior(t))
+        at_mask = self.masked.divergence(Score(ratio), x0, masks, t)
+        at_token = self.uniform.divergence(Score(ratio[:, :root]), x0, tokens, t)
+        return torch.where(zt == root, at_mask, at_token)
 
-    def _parts(self, zt: Tensor) -> tuple[Tensor, Tensor]:
-        """[r] the mask everywhere, and the words with some word where the mask is."""
-        return torch.full_like(zt, self.masked.vocabulary.root), zt.remainder(
-            self.masked.vocabulary.root
-        )
+    def _split(self, zt: Tensor) -> tuple[Tensor, Tensor]:
+        """Return states [r] for both formulas: all masks, and z_t with token 0 for the mask."""
+        root = self.masked.vocabulary.root
+        return torch.full_like(zt, root), zt.remainder(root)
 
 
-def _ratio(
+def _log_ratio(
     process: ForwardProcess, prediction: CleanDistribution | Score, zt: Tensor, t: Tensor
 ) -> Tensor:
     """[r,S] log of the probability of each state over that of z_t."""

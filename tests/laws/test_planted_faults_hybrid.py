@@ -70,20 +70,20 @@ class AllTheNoise(GammaHybrid):  # type: ignore[misc]
     """e^sigma where e^{gamma sigma} belongs, in the bound of words."""
 
     def density(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        words = self.words
-        self.words = MixtureProcess(
+        words = self.uniform
+        self.uniform = MixtureProcess(
             words.vocabulary, _all(self), token_distribution(words.vocabulary)
         )
-        charged = self.words.density(prediction, x0, self._word(zt), t)
-        self.words = words
+        charged = self.uniform.density(prediction, x0, self._token(zt), t)
+        self.uniform = words
         return torch.where(
-            self._masked(zt), super().density(prediction, x0, zt, t), self.gamma * charged
+            self._is_masked(zt), super().density(prediction, x0, zt, t), self.gamma * charged
         )
 
 
 class AllTheNoiseInTheDraw(GammaHybrid):  # type: ignore[misc]
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return self._noised(x0, self.visible.noised(t), _all(self).noised(t), u)
+        return self._corrupt(x0, self.visible.noised(t), _all(self).noised(t), u)
 
 
 def _all(process: GammaHybrid) -> PowerOf:
@@ -107,7 +107,7 @@ class InterpolatingThroughout(Interpolating):
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
         left = torch.where(s < t, (1.0 - t) / (1.0 - s), 1.0) ** (self.masking + self.redrawing)
-        each = lambda time: (self._each(time) * (1.0 - time)).unsqueeze(-1).expand(-1, WORDS)  # noqa: E731
+        each = lambda time: (self._redrawn_per_token(time) * (1.0 - time)).unsqueeze(-1).expand(-1, WORDS)  # noqa: E731
         before, after = (torch.cat([each(time), time.unsqueeze(-1)], -1) for time in (s, t))
         return InterpolatingKernel(left, (after - left.unsqueeze(-1) * before).clamp(min=0.0))
 
@@ -126,7 +126,7 @@ class MixedStep(GammaHybrid):  # type: ignore[misc]
         u: Tensor,
     ) -> Tensor:
         moved = super()._move(query, zt, t, s, reveal, arrive, u)
-        revealed = (self._masked(zt) & ~self._masked(moved)).nonzero().squeeze(-1)
+        revealed = (self._is_masked(zt) & ~self._is_masked(moved)).nonzero().squeeze(-1)
 
         def draw(prediction, rows):
             return prediction.draw(zt[revealed[rows]], 0 * rows, u[revealed[rows], 1])

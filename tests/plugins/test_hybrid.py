@@ -556,13 +556,13 @@ def test_masks_that_come_too_slowly_for_float64_are_refused() -> None:
 )
 @pytest.mark.parametrize("kind", [EpsilonHybrid, GammaHybrid])
 def test_a_vocabulary_that_does_not_fit_is_refused(kind: Any, vocabulary: FlatVocabulary) -> None:
-    with pytest.raises(ArgumentError, match=r'hybrid_\w+ needs words and a mask.*kind = "flat"'):
+    with pytest.raises(ArgumentError, match=r'hybrid_\w+ needs tokens and a mask.*kind = "flat"'):
         kind.build(kind.Config(), vocabulary=vocabulary)
 
 
 def test_the_published_loss_says_whose_it_is() -> None:
     with pytest.raises(
-        ArgumentError, match=r"hybrid_epsilon and hybrid_gamma; got MaskedDiffusion"
+        ArgumentError, match=r"hybrid_epsilon or hybrid_gamma; got MaskedDiffusion"
     ):
         Published.build(Published.Config(), process=masked_diffusion())
     with pytest.raises(
