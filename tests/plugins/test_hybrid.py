@@ -561,9 +561,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused(kind: Any, vocabulary: FlatVo
 
 
 def test_the_published_loss_says_whose_it_is() -> None:
-    with pytest.raises(
-        ArgumentError, match=r"hybrid_epsilon or hybrid_gamma; got MaskedDiffusion"
-    ):
+    with pytest.raises(ArgumentError, match=r"hybrid_epsilon or hybrid_gamma; got MaskedDiffusion"):
         Published.build(Published.Config(), process=masked_diffusion())
     with pytest.raises(
         ArgumentError, match=r"lam and weights belong to the process hybrid_epsilon"
