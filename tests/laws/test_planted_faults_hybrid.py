@@ -107,9 +107,10 @@ class InterpolatingThroughout(Interpolating):
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
         left = torch.where(s < t, (1.0 - t) / (1.0 - s), 1.0) ** (self.masking + self.redrawing)
-        each = lambda time: (
-            (self._redrawn_per_token(time) * (1.0 - time)).unsqueeze(-1).expand(-1, WORDS)
-        )
+
+        def each(time: Tensor) -> Tensor:
+            return (self._redrawn_per_token(time) * (1.0 - time)).unsqueeze(-1).expand(-1, WORDS)
+
         before, after = (torch.cat([each(time), time.unsqueeze(-1)], -1) for time in (s, t))
         return InterpolatingKernel(left, (after - left.unsqueeze(-1) * before).clamp(min=0.0))
 
