@@ -1,4 +1,4 @@
-"""Models of the transformers library as trunks."""
+"""Models of the transformers library as backbones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Encoders and decoders of the transformers library as trunks: theirs is the stack of layers, the sight is the engine's."""
+"""Encoders and decoders of the transformers library as backbones.
+
+The model contributes its stack of layers. Embeddings have a row per state of the vocabulary, and
+the attention mask is that of the denoiser.
+"""
 
 from __future__ import annotations
 
@@ -26,47 +30,50 @@ if TYPE_CHECKING:
 
 @final
 class PretrainedBackbone(nn.Module):
-    """ids [B,L] of any level -> the model's last hidden states [B,L,width]; times are not read.
+    """Pretrained model: ids [B,L] of any level -> last hidden states [B,L,width].
 
-    Everybody sees everybody unless the engine says otherwise: its mask takes the place of the model's own, a decoder's
-    causal one included. The table of embeddings has a row per state: words keep the model's first V rows, nodes start as
-    the mean of their words. ArgumentError for a model that this cannot be done to.
+    Times are not used. The denoiser's mask replaces the model's own mask, a decoder's causal mask
+    included, so that by default every position attends to every position. Tokens keep the model's
+    first V embeddings, nodes start as the mean of the embeddings of their tokens. Raises
+    ArgumentError for models without these parts.
     """
 
     reads_time = False
 
     class Config(ComponentConfig):
-        """Which model, and how much of it."""
+        """Model and the parts of it that are used."""
 
         path: str | None = None
-        """A local directory, or a name on the hub."""
+        """Local directory, or a name on the hub."""
         pretrained: bool = True
-        """With its weights; else its architecture alone, with weights drawn anew."""
+        """Load the pretrained weights; if false, only the architecture with random weights."""
         architecture: str | None = None
-        """In place of a path: one of the library's model types, such as "bert" or "llama", with weights drawn anew."""
+        """Instead of path: a model type, such as "bert" or "llama", with random weights."""
         settings: dict[str, int | float | bool | str] = Field(default_factory=dict)
-        """What that architecture's configuration is told: `hidden_size`, `num_hidden_layers`, ..."""
+        """Configuration of that architecture: `hidden_size`, `num_hidden_layers`, ..."""
         bidirectional: bool = True
-        """Everybody sees everybody; false leaves a decoder's positions blind for what comes later."""
+        """Every position attends to every position; false keeps a decoder causal."""
         mask_token: NonNegativeInt | None = None
-        """The model's own mask, a row of its embeddings that the mask starts from; else the mean of the words."""
+        """Token id whose embedding the mask state starts from; by default the mean of the tokens."""
 
         @model_validator(mode="after")
-        def _one_model(self) -> Self:
-            if (self.path is None) == (self.architecture is None) or (
-                self.settings and self.architecture is None
-            ):
+        def _check_one_model(self) -> Self:
+            both_or_none = (self.path is None) == (self.architecture is None)
+            settings_of_path = self.settings and self.architecture is None
+            if both_or_none or settings_of_path:
                 raise ValueError(
-                    "name either a path or an architecture, which alone takes settings"
+                    "name either a path or an architecture; only an architecture takes settings"
                 )
             return self
 
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary, length: int) -> PretrainedBackbone:
         if config.architecture is not None:
-            model, pretrained = make_model(config.architecture, config.settings), False
+            model = make_model(config.architecture, config.settings)
+            pretrained = False
         else:
-            model, pretrained = load_model(str(config.path), config.pretrained), config.pretrained
+            model = load_model(str(config.path), config.pretrained)
+            pretrained = config.pretrained
         return cls(model, vocabulary, length, config.bidirectional, config.mask_token, pretrained)
 
     def __init__(
@@ -81,45 +88,52 @@ class PretrainedBackbone(nn.Module):
         super().__init__()
         self.bidirectional = bidirectional
         self.width: int = model.config.hidden_size
-        longest = getattr(model.config, "max_position_embeddings", None)
-        self.first_position = _first_position(model)
-        if longest is not None and length > longest - self.first_position:
+        self.first_position = _find_first_position(model)
+        table_size = getattr(model.config, "max_position_embeddings", None)
+        if table_size is not None and length > table_size - self.first_position:
             raise ArgumentError(
-                f"PretrainedBackbone: {type(model).__name__} has {longest - self.first_position} positions; got rows of "
-                f"{length} tokens. Set [data] length to at most that."
+                f"PretrainedBackbone: {type(model).__name__} has "
+                f"{table_size - self.first_position} positions; got rows of {length} tokens. "
+                "Set [data] length to at most that."
             )
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self.takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+        self.takes_cache = "use_cache" in parameters
         self.model = model
-        model.set_input_embeddings(_embedding(model, vocabulary, mask_token, pretrained))
+        embedding = _make_embedding(model, vocabulary, mask_token, pretrained)
+        model.set_input_embeddings(embedding)
 
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
         if context.conditions:
             raise ArgumentError(
-                f"PretrainedBackbone: this trunk reads no conditions; got {sorted(context.conditions)}. Take the backbone "
-                '"dit", or leave them out of the batch.'
+                "PretrainedBackbone: this backbone takes no conditions; "
+                f"got {sorted(context.conditions)}. "
+                'Take the backbone "dit", or leave them out of the batch.'
             )
-        given: dict[str, Any] = {"use_cache": False} if self.takes_cache else {}
+        options: dict[str, Any] = {"use_cache": False} if self.takes_cache else {}
         positions = context.positions(ids.shape[1], ids.device)
         if self.takes_positions:
-            given["position_ids"] = (positions + self.first_position).expand(ids.shape)
+            options["position_ids"] = (positions + self.first_position).expand(ids.shape)
         elif context.sight is not None and context.sight.noisy is not None:
             raise ArgumentError(
-                f"PretrainedBackbone: {type(self.model).__name__} numbers its positions itself, so the clean words cannot "
-                "stand beside the noisy ones. Set [objective] times.paired = false."
+                f"PretrainedBackbone: {type(self.model).__name__} numbers its positions itself, so "
+                "that a clean and a noisy token cannot share one. "
+                "Set [objective] times.paired = false."
             )
-        mask = self._mask(ids, positions, context)
-        return self.model(input_ids=ids, attention_mask=mask, **given).last_hidden_state
+        mask = self._make_mask(ids, positions, context)
+        return self.model(input_ids=ids, attention_mask=mask, **options).last_hidden_state
 
     @property
     def table(self) -> StateEmbedding:
-        """The embeddings of all states, which the model holds."""
-        held: Any = self.model.get_input_embeddings()
-        return held
+        """Embeddings of all states, which the model holds."""
+        embedding: Any = self.model.get_input_embeddings()
+        return embedding
 
-    def _mask(self, ids: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """[B,1,L,L] what is added to the logits of attention: 0 where a column is seen. Never None, which a decoder takes
-        for causal."""
+    def _make_mask(self, ids: Tensor, positions: Tensor, context: Context) -> Tensor:
+        """Return the additive attention mask [B,1,L,L]: 0 where a position is attended to.
+
+        It is never None, since a decoder would then apply its causal mask.
+        """
         visible = context.attention_mask()
         length = ids.shape[1]
         if visible is None:
@@ -127,51 +141,55 @@ class PretrainedBackbone(nn.Module):
         if not self.bidirectional:
             visible = visible & (positions <= positions.unsqueeze(-1))
         dtype = self.table.weight.dtype
-        closed = torch.zeros(visible.shape, dtype=dtype, device=ids.device).masked_fill(
-            ~visible, torch.finfo(dtype).min
-        )
-        return closed.expand(len(ids), -1, -1, -1)
+        zeros = torch.zeros(visible.shape, dtype=dtype, device=ids.device)
+        # The smallest finite value and not -inf: a row that attends to nothing stays finite.
+        mask = zeros.masked_fill(~visible, torch.finfo(dtype).min)
+        return mask.expand(len(ids), -1, -1, -1)
 
 
 def load_model(path: str, pretrained: bool = True) -> PreTrainedModel:
-    """The bare model of a directory or hub name, in float32, none of whose own code is run.
+    """Load the model of a directory or hub name without its output layer, in float32.
 
-    DataError when there is none, ArgumentError for an encoder with a decoder.
+    Code that the model ships is never run. Raises DataError if there is no model, ArgumentError
+    for an encoder-decoder.
     """
-    from transformers import AutoConfig, AutoModel  # seconds to import
+    from transformers import AutoConfig, AutoModel  # takes seconds to import
 
     config = load_pretrained(AutoConfig.from_pretrained, path, "model")
     _check_one_stack(config)
-    on_meta = (
-        torch.get_default_device().type == "meta"
-    )  # only shapes are wanted there, and the library refuses to load
+    # On the meta device only shapes are needed, and the library refuses to load weights there.
+    on_meta = torch.get_default_device().type == "meta"
     if pretrained and not on_meta:
         return load_pretrained(AutoModel.from_pretrained, path, "model", dtype=torch.float32)
-    model: PreTrainedModel = load_pretrained(
-        lambda _, **options: AutoModel.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
-        ),
-        path,
-        "model",
-    )
+
+    def from_config(path: str, **options: Any) -> PreTrainedModel:
+        return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+    model: PreTrainedModel = load_pretrained(from_config, path, "model")
     return model
 
 
 def make_model(architecture: str, settings: Mapping[str, Any]) -> PreTrainedModel:
-    """A model of one of the library's types with weights drawn anew; ArgumentError when the library knows no such type."""
+    """Build a model of one of the library's types with random weights.
+
+    Raises ArgumentError if the library has no such type.
+    """
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     if architecture not in MODEL_MAPPING_NAMES:
         raise ArgumentError(
-            f'PretrainedBackbone: architecture must be a model type of the transformers library; got "{architecture}". '
-            "Some are bert, roberta, modernbert, gpt2, llama, qwen3."
+            "PretrainedBackbone: architecture must be a model type of the transformers library; "
+            f'got "{architecture}". Some are bert, roberta, modernbert, gpt2, llama, qwen3.'
         )
     config = AutoConfig.for_model(architecture, **settings)
-    unknown = sorted(set(settings) - set(type(config)().to_dict()) - set(config.attribute_map))
+    # A configuration accepts any keyword, so that misspelt keys must be found here.
+    known = set(type(config)().to_dict()) | set(config.attribute_map)
+    unknown = sorted(set(settings) - known)
     if unknown:
         raise ArgumentError(
-            f"PretrainedBackbone: settings must be keys of {type(config).__name__}; it knows no {', '.join(unknown)}."
+            f"PretrainedBackbone: settings must be keys of {type(config).__name__}; "
+            f"it knows no {', '.join(unknown)}."
         )
     _check_one_stack(config)
     return AutoModel.from_config(config, dtype=torch.float32)
@@ -180,40 +198,41 @@ def make_model(architecture: str, settings: Mapping[str, Any]) -> PreTrainedMode
 def _check_one_stack(config: Any) -> None:
     if config.is_encoder_decoder:
         raise ArgumentError(
-            f"PretrainedBackbone: the model must be one stack, an encoder or a decoder; a {config.model_type} is both. "
-            "Take e.g. a BERT, GPT-2 or Llama."
+            "PretrainedBackbone: the model must be one stack, an encoder or a decoder; "
+            f"a {config.model_type} is both. Take e.g. a BERT, GPT-2 or Llama."
         )
 
 
-def _embedding(
+def _make_embedding(
     model: PreTrainedModel, vocabulary: Vocabulary, mask_token: int | None, pretrained: bool
 ) -> StateEmbedding:
-    """A row per state, words as the model has them."""
+    """Return an embedding with a row per state that starts from the model's own embedding."""
     table: Any = model.get_input_embeddings()
-    theirs: Tensor = table.weight.detach()
-    if mask_token is not None and (mask_token >= len(theirs) or vocabulary.mask_id is None):
+    weight: Tensor = table.weight.detach()
+    if mask_token is not None and (mask_token >= len(weight) or vocabulary.mask_id is None):
         raise ArgumentError(
-            f"PretrainedBackbone: mask_token must be one of the model's {len(theirs)} embeddings, for a vocabulary with a "
-            f"mask; got {mask_token} for {vocabulary}."
+            f"PretrainedBackbone: mask_token must be one of the model's {len(weight)} embeddings, "
+            f"for a vocabulary with a mask; got {mask_token} for {vocabulary}."
         )
-    own = StateEmbedding(vocabulary, theirs.shape[1])
+    embedding = StateEmbedding(vocabulary, weight.shape[1])
     if not pretrained:
-        return own
-    if len(theirs) < vocabulary.num_tokens:
+        return embedding
+    if len(weight) < vocabulary.num_tokens:
         raise ArgumentError(
-            f"PretrainedBackbone: the model has embeddings of {len(theirs)} tokens; got a vocabulary of "
-            f'{vocabulary.num_tokens} words. Use its own tokenizer, [tokenizer] kind = "pretrained" with the same path, or '
-            "pretrained = false."
+            f"PretrainedBackbone: the model has embeddings of {len(weight)} tokens; got a "
+            f"vocabulary of {vocabulary.num_tokens} tokens. Use the model's tokenizer, "
+            '[tokenizer] kind = "pretrained" with the same path, or pretrained = false.'
         )
-    own.start_from_words(theirs[: vocabulary.num_tokens])
+    embedding.start_from_words(weight[: vocabulary.num_tokens])
     if mask_token is not None:
         with torch.no_grad():
-            own.weight[vocabulary.mask_id] = theirs[mask_token]
-    return own
+            embedding.weight[vocabulary.mask_id] = weight[mask_token]
+    return embedding
 
 
-def _first_position(model: PreTrainedModel) -> int:
-    """RoBERTa and its kin count positions from one past the padding's id."""
-    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
-    return 0 if padding is None else int(padding) + 1
+def _find_first_position(model: PreTrainedModel) -> int:
+    """Return the number of the first position: one past the padding id for RoBERTa's family."""
+    table = dict(model.named_modules()).get("embeddings.position_embeddings")
+    if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+        return int(table.padding_idx) + 1
+    return 0

@@ -158,14 +158,14 @@ def test_gradients_reach_the_model_and_tables_are_no_hidden_matrices(path: str) 
 def test_what_does_not_fit_is_refused(tmp_path: Path, path: str) -> None:
     config = PretrainedBackbone.Config(path=path)
     with pytest.raises(
-        ArgumentError, match=r"embeddings of 13 tokens; got a vocabulary of 20 words"
+        ArgumentError, match=r"embeddings of 13 tokens; got a vocabulary of 20 tokens"
     ):
         PretrainedBackbone.build(config, vocabulary=FlatVocabulary(20), length=8)
     with pytest.raises(ArgumentError, match="positions; got rows of 64"):
         PretrainedBackbone.build(config, vocabulary=TREE, length=64)
     with pytest.raises(ArgumentError, match="mask_token must be one of"):
         trunk(path, mask_token=99)
-    with pytest.raises(ArgumentError, match=r"reads no conditions; got \['author'\]"):
+    with pytest.raises(ArgumentError, match=r"takes no conditions; got \['author'\]"):
         trunk(path)(*inputs(), Context(conditions={"author": torch.zeros(BATCH, dtype=torch.long)}))
     with pytest.raises(DataError, match="That directory holds no model that can be read"):
         load_model(str(tmp_path))
