@@ -166,10 +166,10 @@ from .training.context import build_context as build_context
 from .training.context import drop_conditions as drop_conditions
 from .training.device import get_device as get_device
 from .training.device import to_device as to_device
-from .training.objective import ClippedLoss as ClippedLoss
+from .training.losses import ClippedLoss as ClippedLoss
+from .training.losses import ElboLoss as ElboLoss
+from .training.losses import TrainingLoss as TrainingLoss
 from .training.objective import DiffusionObjective as DiffusionObjective
-from .training.objective import ElboLoss as ElboLoss
-from .training.objective import TrainingLoss as TrainingLoss
 from .training.optimizers import JointOptimizer as JointOptimizer
 from .training.optimizers import adamw as adamw
 from .training.optimizers import muon as muon

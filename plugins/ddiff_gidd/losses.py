@@ -14,6 +14,7 @@ from ddiff import (
     NonNegativeFloat,
     PositiveFloat,
     Prediction,
+    TrainingLoss,
 )
 from ddiff_gidd.process import GeneralizedInterpolation
 
@@ -21,7 +22,7 @@ WIDEST = 20.0  # range of ln(alpha/(1 - alpha)), as published
 
 
 @final
-class Dynamic:
+class Dynamic(TrainingLoss[ForwardProcess]):
     """Dynamic weights: 2 at masks, 1 at wrong tokens, b e^(gamma L/2) at the clean token, clipped.
 
     They multiply the mismatch of the bound. With L = -ln(alpha/(1 - alpha)) ("snr") the three

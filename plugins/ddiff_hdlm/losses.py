@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ddiff import (
     ArgumentError,
-    CleanDistribution,
     ComponentConfig,
     ForwardProcess,
     NonNegativeFloat,
+    Prediction,
+    TrainingLoss,
     TreeProcess,
 )
 
@@ -29,7 +30,7 @@ def _require_tree(process: ForwardProcess, name: str, levels: int | None = None)
 
 
 @final
-class Empirical:
+class Empirical(TrainingLoss[ForwardProcess]):
     """Fitted weights of the paper: t^2 - t + 3 at masks, 3 - 2t at clusters.
 
     They replace the weight of the bound; the divergence is that of the bound.
@@ -43,14 +44,9 @@ class Empirical:
     def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return torch.where(zt == process.vocabulary.root, t * t - t + 3.0, 3.0 - 2.0 * t)
 
-    def divergence(
-        self, process: ForwardProcess, dist: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
-    ) -> Tensor:
-        return process.divergence(dist, x0, zt, t)
-
 
 @final
-class HardTokens:
+class HardTokens(TrainingLoss[ForwardProcess]):
     """Hard tokens: the clipped weight of the bound times -ln P(token | node), at every level."""
 
     class Config(ComponentConfig):
@@ -69,6 +65,6 @@ class HardTokens:
         return process.weight(x0, zt, t).clamp(max=self.largest)
 
     def divergence(
-        self, process: ForwardProcess, dist: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
+        self, process: ForwardProcess, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        return process.decode_nll(dist, x0, zt, t)
+        return process.decode_nll(prediction, x0, zt, t)

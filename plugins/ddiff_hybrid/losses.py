@@ -18,8 +18,10 @@ from ddiff import (
     MixtureProcess,
     Noisy,
     NonNegativeFloat,
+    Prediction,
     Score,
     Times,
+    TrainingLoss,
     interior,
     mask_distribution,
     token_distribution,
@@ -61,7 +63,7 @@ class Published:
 
 
 @final
-class EverywhereCrossEntropy:
+class EverywhereCrossEntropy(TrainingLoss[EpsilonHybrid]):
     """Cross-entropy -ln P(x | z) of the clean token at every position, for hybrid_epsilon.
 
     Masks weigh 1/p, visible tokens lam (1 - epsilon) if they were shuffled and lam epsilon if
@@ -75,7 +77,7 @@ class EverywhereCrossEntropy:
         self.lam = lam
         self.weights = weights
 
-    def reads(self, process: EpsilonHybrid, noisy: Noisy, times: Times) -> Tensor:
+    def select_rows(self, process: EpsilonHybrid, noisy: Noisy, times: Times) -> Tensor:
         """bool [B,L]: masks, and visible tokens if their weight is not 0."""
         rows = (times.speed > 0) & ~noisy.clean
         if self.lam * process.epsilon > 0.0:
@@ -94,13 +96,13 @@ class EverywhereCrossEntropy:
         return torch.where(zt == process.vocabulary.root, 1.0 / masked, at_token / share)
 
     def divergence(
-        self, process: EpsilonHybrid, dist: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
+        self, process: EpsilonHybrid, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        return process.decode_nll(dist, x0, zt, t)
+        return process.decode_nll(prediction, x0, zt, t)
 
 
 @final
-class MixedEntropies:
+class MixedEntropies(TrainingLoss[GammaHybrid]):
     """Mixed score entropies of masked and uniform diffusion, for hybrid_gamma.
 
     (1 - gamma) times the loss of masked diffusion at masks, gamma times that of uniform diffusion

@@ -21,7 +21,8 @@ from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.evaluation.likelihood import Evaluation, evaluate
 from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import TokenHead
-from ddiff.training.objective import ClippedLoss, DiffusionObjective, ElboLoss
+from ddiff.training.losses import ClippedLoss, ElboLoss
+from ddiff.training.objective import DiffusionObjective
 
 LAW = torch.tensor([0.4, 0.3, 0.2, 0.1]).double()
 NAMES = list(processes())

@@ -24,7 +24,8 @@ from ddiff.core.tree import TreeProcess
 from ddiff.data.batch import Batch
 from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import Head
-from ddiff.training.objective import DiffusionObjective, ElboLoss
+from ddiff.training.losses import ElboLoss
+from ddiff.training.objective import DiffusionObjective
 
 FAMILIES = (
     TreeProcess,

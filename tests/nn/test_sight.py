@@ -30,7 +30,8 @@ from ddiff.nn import denoiser as asked
 from ddiff.nn.attention import KeyValues, Sight, attend
 from ddiff.nn.denoiser import UNPADDED, Context, Denoiser, Inputs, as_network
 from ddiff.nn.heads import TokenHead
-from ddiff.training.objective import DiffusionObjective, ElboLoss
+from ddiff.training.losses import ElboLoss
+from ddiff.training.objective import DiffusionObjective
 
 VOCABULARY = FlatVocabulary(7)
 BATCH, LENGTH, WIDTH = 3, 10, 16

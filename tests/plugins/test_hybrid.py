@@ -437,7 +437,7 @@ def test_visible_words_are_read_if_they_count(epsilon: float, lam: float, everyt
     t = torch.full((1, 4), 0.5, dtype=torch.float64)
     speed = torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
     timed = FlatTimes().at(OwnTime(), t[:, 0], 4)._replace(speed=speed, clean=clean)
-    reads = EverywhereCrossEntropy(lam).reads(process, Noisy(zt, t, clean), timed)
+    reads = EverywhereCrossEntropy(lam).select_rows(process, Noisy(zt, t, clean), timed)
     assert reads.tolist() == [[everything, True, False, False]]
 
 

@@ -24,12 +24,8 @@ from ddiff.data.batch import Batch
 from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import TokenHead, TreeHead
 from ddiff.training.context import drop_conditions
-from ddiff.training.objective import (
-    DECODING_SHARE,
-    ClippedLoss,
-    DiffusionObjective,
-    ElboLoss,
-)
+from ddiff.training.losses import ClippedLoss, ElboLoss, TrainingLoss
+from ddiff.training.objective import DECODING_SHARE, DiffusionObjective
 
 VOCABULARY = FlatVocabulary(5, mask=False)
 SLOTS, LENGTH, START = 20, 6, 0.05
@@ -41,7 +37,7 @@ RULES = {
 }
 
 
-class Watching:
+class Watching(TrainingLoss[ForwardProcess]):
     """The bound's own loss; keeps the times of the rows that it is asked about."""
 
     def __init__(self) -> None:
@@ -226,7 +222,7 @@ def test_no_share_is_decoded_where_none_is_asked_for() -> None:
     """0 is a share, and not the default; the default depends on what the process declares and the loss reads."""
 
     class Choosing(Watching):
-        def reads(self, process: ForwardProcess, noisy: Noisy, times: Times) -> Tensor:
+        def select_rows(self, process: ForwardProcess, noisy: Noisy, times: Times) -> Tensor:
             return times.speed > 0
 
     noisy_at_zero = EarlyNoise()
@@ -327,7 +323,7 @@ def test_each_level_reports_its_own_rows() -> None:
 
 def test_a_loss_that_chooses_its_rows_is_not_given_prompts() -> None:
     class Everything(Watching):
-        def reads(self, process: ForwardProcess, noisy: Noisy, times: Times) -> Tensor:
+        def select_rows(self, process: ForwardProcess, noisy: Noisy, times: Times) -> Tensor:
             return torch.ones_like(noisy.clean)
 
     loss = Everything()
