@@ -1,4 +1,7 @@
-"""How far a long job has come: a live bar on a terminal, plain lines elsewhere. On stderr: stdout is for results."""
+"""Progress of a long job: a live bar on a terminal, plain lines elsewhere.
+
+Everything is printed on stderr, because stdout is for results.
+"""
 
 from __future__ import annotations
 
@@ -20,28 +23,31 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
-LINE_EVERY_SECONDS = 10.0  # at first: a log of days should have hundreds of lines, not ten thousand
+# The interval between lines grows with the job: a log of days should have hundreds of lines, not
+# ten thousand.
+LINE_EVERY_SECONDS = 10.0  # at first
 LINE_EVERY_SECONDS_AT_MOST = 300.0
-LINE_EVERY_SHARE = 0.05  # of a job that is done soon, and of the time that has passed
+LINE_EVERY_SHARE = 0.05  # of the elapsed time, and of the items of a short job
+SHORTEST_INTERVAL = 1.0  # seconds between two lines of a short job
 
 
 class Progress(Protocol):
-    """A job under way."""
+    """A running job."""
 
     def advance(self, n: int = 1, **figures: float) -> None:
-        """`n` more are done; `figures` are shown from now on (`tokens_per_second=5300.0` as "tokens/s 5.3k")."""
+        """Count `n` more items and show `figures`, such as `tokens_per_second=5300.0`."""
         ...
 
     def note(self, text: str) -> None:
-        """Print a line of its own, now."""
+        """Print a separate line now."""
         ...
 
 
 @contextmanager
-def progress(
+def show_progress(
     total: int | None, title: str, *, start: int = 0, console: Console | None = None
 ) -> Iterator[Progress]:
-    """Show a job of `total` items (None: unknown) of which `start` were done before."""
+    """Show a job of `total` items (None: unknown), of which `start` were done before."""
     console = console or Console(stderr=True)
     if not console.is_terminal:
         lines = ProgressLines(total, title, start, console)
@@ -58,36 +64,40 @@ def progress(
         TimeRemainingColumn(),
     )
     with RichProgress(*columns, console=console) as bar:
-        yield ProgressBar(bar, bar.add_task(title, total=total, completed=start, figures=""))
-
-
-def print_line(line: str, console: Console | None = None) -> None:
-    """Print a line as it is on stderr, above a live bar if there is one."""
-    (console or Console(stderr=True)).print(line, markup=False, highlight=False, soft_wrap=True)
+        task = bar.add_task(title, total=total, completed=start, figures="")
+        yield ProgressBar(bar, task)
 
 
 @contextmanager
-def under_way(title: str, *, console: Console | None = None) -> Iterator[None]:
-    """Show that a job of unknown size goes on: a spinner on a terminal, elsewhere a line every ten seconds."""
+def show_activity(title: str, *, console: Console | None = None) -> Iterator[None]:
+    """Show that a job of unknown size is running: a spinner, or a line every ten seconds."""
     console = console or Console(stderr=True)
     if console.is_terminal:
         with console.status(title):
             yield
         return
     ended = threading.Event()
-    began = time.monotonic()
-
-    def tell() -> None:
-        while not ended.wait(LINE_EVERY_SECONDS):
-            print_line(f"{title}: {_clock(time.monotonic() - began)} elapsed", console)
-
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
+    printer = threading.Thread(target=_print_elapsed, args=(title, console, ended), daemon=True)
+    printer.start()
     try:
         yield
     finally:
         ended.set()
-        teller.join()
+        printer.join()
+
+
+def _print_elapsed(title: str, console: Console, ended: threading.Event) -> None:
+    began = time.monotonic()
+    while not ended.wait(LINE_EVERY_SECONDS):
+        elapsed = _format_seconds(time.monotonic() - began)
+        print_line(f"{title}: {elapsed} elapsed", console)
+
+
+def print_line(line: str, console: Console | None = None) -> None:
+    """Print a line unchanged on stderr, above a live bar if there is one."""
+    console = console or Console(stderr=True)
+    # without markup and highlight, text in brackets and numbers stay as they are
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @final
@@ -95,78 +105,86 @@ class ProgressBar:
     """A live bar."""
 
     def __init__(self, bar: RichProgress, task: TaskID) -> None:
-        self._bar, self._task = bar, task
+        self._bar = bar
+        self._task = task
         self._figures: dict[str, float] = {}
 
     def advance(self, n: int = 1, **figures: float) -> None:
         self._figures |= figures
-        self._bar.update(self._task, advance=n, figures=_spelled(self._figures))
+        self._bar.update(self._task, advance=n, figures=_format_figures(self._figures))
 
     def note(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_line(text, self._bar.console)
 
 
 @final
 class ProgressLines:
-    """A line every ten seconds, later every twentieth of the time that has passed, up to five minutes.
+    """Lines every ten seconds, later every twentieth of the elapsed time, at most 300 seconds.
 
-    A job that is soon done has a line for each twentieth of it, and none has more than one a second. What counts is the
-    clock, never the number of calls of `advance`.
+    A short job has a line for each twentieth of its items, at most one a second. The clock decides,
+    not the number of calls of `advance`.
     """
 
     def __init__(self, total: int | None, title: str, start: int, console: Console) -> None:
-        self._total, self._title, self._console = total, title, console
-        self._start = self._done = self._printed = start
-        self._began = self._last = time.monotonic()
+        self._total = total
+        self._title = title
+        self._start = start
+        self._console = console
         self._figures: dict[str, float] = {}
+        self._done = start
+        self._printed = start  # items done at the last line
+        self._began = time.monotonic()
+        self._last = self._began  # time of the last line
 
     def advance(self, n: int = 1, **figures: float) -> None:
         self._done += n
         self._figures |= figures
         now = time.monotonic()
-        waited, passed = now - self._last, now - self._began
-        interval = min(
-            max(LINE_EVERY_SECONDS, LINE_EVERY_SHARE * passed), LINE_EVERY_SECONDS_AT_MOST
-        )
+        since_last = now - self._last
+        interval = max(LINE_EVERY_SECONDS, LINE_EVERY_SHARE * (now - self._began))
+        interval = min(interval, LINE_EVERY_SECONDS_AT_MOST)
         share = (self._done - self._printed) / self._total if self._total else 0.0
-        if waited >= interval or (waited >= 1.0 and share >= LINE_EVERY_SHARE):
+        is_share_due = since_last >= SHORTEST_INTERVAL and share >= LINE_EVERY_SHARE
+        if since_last >= interval or is_share_due:
             self._print()
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_line(text, self._console)
 
     def finish(self) -> None:
-        """Print where the job ended, unless that line stands already."""
+        """Print the end of the job, unless the last line was it."""
         if self._printed != self._done:
             self._print()
 
     def _print(self) -> None:
-        self._printed, self._last = self._done, time.monotonic()
+        self._printed = self._done
+        self._last = time.monotonic()
         seconds = self._last - self._began
-        parts = [
-            f"{self._title}: {self._done}",
-            _spelled(self._figures),
-            f"{_clock(seconds)} elapsed",
-        ]
+        count = f"{self._title}: {self._done}"
         if self._total:
-            parts[0] += f"/{self._total} ({self._done / self._total:.0%})"
-            left = seconds / max(1, self._done - self._start) * (self._total - self._done)
-            parts.append(f"ETA {_clock(left)}")
-        self._console.print(
-            "  ".join(part for part in parts if part), markup=False, highlight=False, soft_wrap=True
-        )
+            count += f"/{self._total} ({self._done / self._total:.0%})"
+        parts = [count, _format_figures(self._figures), f"{_format_seconds(seconds)} elapsed"]
+        if self._total:
+            per_item = seconds / max(1, self._done - self._start)
+            remaining = per_item * (self._total - self._done)
+            parts.append(f"ETA {_format_seconds(remaining)}")
+        print_line("  ".join(part for part in parts if part), self._console)
 
 
-def _clock(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _spelled(figures: dict[str, float]) -> str:
-    names = (name.replace("_per_second", "/s").replace("_", " ") for name in figures)
-    return "  ".join(f"{name} {_short(value)}" for name, value in zip(names, figures.values()))
+def _format_figures(figures: dict[str, float]) -> str:
+    """Format figures as `loss 4.215  tokens/s 5.31k`."""
+    parts = []
+    for name, value in figures.items():
+        label = name.replace("_per_second", "/s").replace("_", " ")
+        parts.append(f"{label} {_format_number(value)}")
+    return "  ".join(parts)
 
 
-def _short(value: float) -> str:
+def _format_number(value: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"

@@ -27,7 +27,7 @@ from ddiff.data.paths import base_name, find_train_and_validation, open_file, pr
 from ddiff.data.text import RULES, Split, check_text, text_documents
 from ddiff.data.tokenizer_workers import hash_to_unit
 from ddiff.errors import ArgumentError, DataError
-from ddiff.progress import progress
+from ddiff.progress import show_progress
 
 _SCHEMA = pa.schema([("text", pa.large_string()), ("name", pa.string())])
 _HELD_OUT_NOVEL = "persuasion"
@@ -257,7 +257,7 @@ def file_fingerprint(path: str) -> str:
 
 
 def _batches(paths: Sequence[str], split: Split) -> Iterator[pa.RecordBatch]:
-    with progress(len(paths), "reading text") as bar:
+    with show_progress(len(paths), "reading text") as bar:
         for path in paths:
             texts, names = _read_file(path, split)
             columns = [pa.array(texts, pa.large_string()), pa.array(names, pa.string())]

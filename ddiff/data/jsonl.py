@@ -21,7 +21,7 @@ from ddiff.data.documents import Documents, check_not_empty, file_fingerprint, s
 from ddiff.data.paths import base_name, find_train_and_validation, printable
 from ddiff.data.text import RULES, check_text, text_lines
 from ddiff.errors import ArgumentError, DataError, suggest
-from ddiff.progress import progress
+from ddiff.progress import show_progress
 
 _LARGEST_LABEL = 2**63 - 1
 _LARGEST_NUMBER = float(np.finfo(np.float32).max)
@@ -163,7 +163,7 @@ class _Reader:
             )
 
     def _batches(self, paths: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        with progress(len(paths), "reading text") as bar:
+        with show_progress(len(paths), "reading text") as bar:
             for path in paths:
                 documents = self._documents(path)
                 while rows := list(islice(documents, _ROWS_AT_ONCE)):

@@ -43,7 +43,7 @@ from ddiff.data.tokenizer_workers import (
     token_dtype,
 )
 from ddiff.errors import DataError
-from ddiff.progress import progress
+from ddiff.progress import show_progress
 
 FORMAT = 1
 SMALL = 2**26  # bytes; files up to this size are hashed whenever they are opened
@@ -249,7 +249,7 @@ class Shards:
         Raises DataError with the name of a damaged file and the remedy.
         """
         records = self.all_records()
-        with progress(len(records), "verifying shards") as bar:
+        with show_progress(len(records), "verifying shards") as bar:
             for record in records:
                 for path, expected in self.checksums(record):
                     if not path.is_file() or file_sha256(path) != expected:
@@ -529,7 +529,7 @@ class _Build:
         began = time.monotonic()
         done = 0
         cursor = self.cursor
-        with progress(total, "tokenizing", start=self._sum("documents")) as bar:
+        with show_progress(total, "tokenizing", start=self._sum("documents")) as bar:
             encoded = encode_chunks(chunks(cursor), tokenizer, held_out=held_out, workers=workers)
             for chunk, found in encoded:
                 if not done:

@@ -29,7 +29,7 @@ from ddiff.data.cache import fingerprint
 from ddiff.data.files import read_json, write_json
 from ddiff.data.pretrained import custom_code_error, load_pretrained
 from ddiff.errors import ArgumentError, DataError
-from ddiff.progress import under_way
+from ddiff.progress import show_activity
 
 EOS = "<|eos|>"
 # In characters. The time to learn byte pairs grows as the square of a word's length.
@@ -194,7 +194,7 @@ class BytePairTokenizer:
             show_progress=False,
         )
         checked = _CheckedTexts(texts)
-        with under_way(f"learning byte pairs (at most {size})"):
+        with show_activity(f"learning byte pairs (at most {size})"):
             tokenizer.train_from_iterator(checked, trainer)
         if not checked.has_long_words:
             # Equal on these texts; the plain definition keeps the fingerprint of older versions.

@@ -29,10 +29,10 @@ from ddiff.run_dir.files import (
     SAMPLES,
     SAMPLING,
     read_json,
-    read_lines,
+    read_json_lines,
     read_recipe_tree,
 )
-from ddiff.run_dir.identity import Difference, check_recorded, refuse
+from ddiff.run_dir.identity import Difference, check_recorded, raise_differences
 
 PROTOCOL = ("unit", "length", "tokenizer", "data", "conditions", "window", "draws")
 BOUND_ONLY = ("window", "draws")  # an exact likelihood is not integrated over time
@@ -216,8 +216,8 @@ class _Report:
         self.recipe = read_recipe_tree(place / RECIPE)
         self.environment = self._read(ENVIRONMENT, read_json)
         self.evaluation = self._read(EVALUATION, read_json)
-        self.metrics = self._read(METRICS, read_lines)
-        self.samples = self._read(SAMPLES, read_lines)
+        self.metrics = self._read(METRICS, read_json_lines)
+        self.samples = self._read(SAMPLES, read_json_lines)
         self.sampling = self._read(SAMPLING, read_json)
         self._check_steps()
         self._check_trained_with()
@@ -241,7 +241,7 @@ class _Report:
             self.evaluation["protocol"].get("tokenizer"),
         )
         if was is not None and now is not None and was != now:
-            refuse(
+            raise_differences(
                 self.place,
                 [Difference("tokenizer of evaluation.json", was, now)],
                 "Evaluate it again: ddiff eval.",

@@ -23,7 +23,7 @@ from ddiff.core.rng import CounterRng
 from ddiff.core.times import TimeRule
 from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.evaluation.ratio import Error, RatioEstimate
-from ddiff.progress import progress
+from ddiff.progress import show_progress
 
 LARGEST_MEAN = 700.0  # nats per token whose exponential is still a float64
 
@@ -123,7 +123,7 @@ def evaluate(
     nats = np.zeros((len(names), draws))
     tokens = np.zeros(len(names))
     means = _Means()
-    with progress(len(document) * draws, "evaluating", console=console) as bar:
+    with show_progress(len(document) * draws, "evaluating", console=console) as bar:
         for rows, slot, slots, draw in _readings(index, draws, batch, seed):
             shown = batch_of(rows)
             group = torch.from_numpy(index[rows]).to(shown.index.device)

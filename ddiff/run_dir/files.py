@@ -1,47 +1,48 @@
-"""Files of a run directory: their names, one reader for all of them, and which files a run has written.
+"""Names of the files of a run directory, and readers that check what they hold.
 
-Imports no torch, so that `ddiff compare` and mistakes are quick.
+Imports no torch, so that `ddiff compare` and error messages are quick.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ddiff.atomic import original_name
 from ddiff.errors import CheckpointError
 
-RECIPE, ENVIRONMENT = "recipe.toml", "environment.json"
-TOKENIZER, VOCABULARY = "tokenizer.json", "vocabulary.safetensors"
+RECIPE = "recipe.toml"
+ENVIRONMENT = "environment.json"
+TOKENIZER = "tokenizer.json"
+VOCABULARY = "vocabulary.safetensors"
 METRICS = "metrics.jsonl"
-EVALUATION, SAMPLES, SAMPLING = "evaluation.json", "samples.jsonl", "sampling.json"
+EVALUATION = "evaluation.json"
+SAMPLES = "samples.jsonl"
+SAMPLING = "sampling.json"
 CHECKPOINTS = "checkpoints"
-REPLAY = "replay"  # the folder of `--verify-resume` while it lasts
+REPLAY = "replay"
+"""Folder of `--verify-resume`, which exists only while it runs."""
 LOCK = ".lock"
 
 FILES = (RECIPE, ENVIRONMENT, TOKENIZER, VOCABULARY, METRICS, EVALUATION, SAMPLES, SAMPLING)
-REPEATABLE = (EVALUATION, SAMPLES, SAMPLING)  # the same command writes them again
-HEADER = "Every key of this recipe with its value, as ddiff"  # begins the first line of a resolved recipe
 
-_STEP = re.compile(r"step_\d{8,}")
-_OF_STEP = re.compile(
-    r"(model|optimizer|ema|random|run)(\.rank_\d{5,})?\.safetensors|(manifest|state|complete)\.json(\.part|\.partial-[0-9a-f]{8})?"
-)
-_PROBE = re.compile(r"\.ddiff-\w+")  # the empty folder of a check that was killed
+REPEATABLE = (EVALUATION, SAMPLES, SAMPLING)
+"""Files that the same command writes again."""
 
+HEADER = "Every key of this recipe with its value, as ddiff"
+"""Beginning of the comment in the first line of a resolved recipe."""
 
-# ---------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------- shapes
 
 NUMBER = (int, float)
-"""JSON's numbers; `true` is none of them."""
+"""Types of a JSON number, without `true` and `false`."""
 
 Shape = Mapping[str, Any]
-"""Key -> types of its value: a type, a tuple of them (None: null), or [types] for a list of such values."""
+"""Key -> types of its value: a type, a tuple of alternatives, [types] for a list, or a Shape.
+
+None in a tuple stands for null or a missing key; the key "*" stands for every key of an object."""
 
 OBJECTS: dict[str, Shape] = {
     ENVIRONMENT: {"parameters": int, "given": {}, "init": ({}, None)},
@@ -67,45 +68,11 @@ OBJECTS: dict[str, Shape] = {
         "sample": {"steps": int, "sampler": {"kind": str}},
     },
 }
-"""What a reader may rely on, by file; the lines of `.jsonl` files have the shape each."""
+"""Keys that readers rely on, by file; in `.jsonl` files, of every line."""
 
 
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a file of a run; CheckpointError when it cannot be read as one."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise damaged(
-            path, f"it is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from error
-    except IsADirectoryError as error:
-        raise damaged(path, "it is a folder, and a run has a file there") from error
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}). Make it readable, or restore it from a copy."
-        ) from error
-
-
-def read_json(path: Path, *, partly: bool = False) -> dict[str, Any]:
-    """The object in a JSON file of a run, {} without the file.
-
-    With `partly`, keys that the file's shape asks for may be missing. Raises CheckpointError, which names the file and
-    the way out, for anything else than such an object.
-    """
-    if not path.exists():
-        return {}
-    found = _parsed(read_text(path), path)
-    _check_shape(found, OBJECTS.get(path.name, {}), path, partly=partly)
-    if path.name == EVALUATION and not partly:
-        _check_shape(found, _figures(found), path)
-        interval = found.get("interval")
-        if interval is not None and len(interval) != 2:
-            raise damaged(path, f"an interval has two ends, got {_shown(interval)}")
-    return found
-
-
-def _figures(found: Mapping[str, Any]) -> Shape:
-    """The shape of an evaluation's figures, whose names say bound and unit."""
+def _evaluation_figures(found: Mapping[str, Any]) -> Shape:
+    """Shape of an evaluation's figures, whose names contain its bound and unit."""
     unit = found["unit"]
     return {
         f"{found['bound'].lower()}_nats_per_{unit}": NUMBER,
@@ -115,131 +82,120 @@ def _figures(found: Mapping[str, Any]) -> Shape:
     }
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a `.jsonl` file of a run, one a line, none without the file. Raises as `read_json` does."""
+def _check_shape(
+    found: Mapping[str, Any],
+    shape: Shape,
+    path: Path,
+    where: str = "",
+    *,
+    allow_missing: bool = False,
+) -> None:
+    """Raise CheckpointError for a missing key or a value of another type."""
+    for key, types in shape.items():
+        if key == "*":
+            wrong = [name for name, value in found.items() if not _fits(value, types)]
+        elif key not in found:
+            if allow_missing or _fits(None, types):
+                continue
+            raise damage_error(path, f'the key "{key}" is missing{where}')
+        else:
+            wrong = [] if _fits(found[key], types) else [key]
+        if wrong:
+            value = _format_json(found[wrong[0]])
+            raise damage_error(path, f'the key "{wrong[0]}"{where} has the value {value}')
+
+
+def _fits(value: Any, types: Any) -> bool:
+    """Whether a value has one of the types of a Shape."""
+    if isinstance(types, tuple):
+        return any(_fits(value, alternative) for alternative in types)
+    if isinstance(types, Mapping):
+        return isinstance(value, dict) and _fits_shape(value, types)
+    if isinstance(types, list):
+        return isinstance(value, list) and all(_fits(entry, types[0]) for entry in value)
+    if types is None:
+        return value is None
+    # a bool is an int for Python, and never a number in JSON
+    if isinstance(value, bool) and types is not bool:
+        return False
+    return isinstance(value, types)
+
+
+def _fits_shape(value: Mapping[str, Any], shape: Shape) -> bool:
+    for key, types in shape.items():
+        entries = list(value.values()) if key == "*" else [value.get(key)]
+        if not all(_fits(entry, types) for entry in entries):
+            return False
+    return True
+
+
+# ---------------------------------------------------------------------- readers
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file of a run; CheckpointError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8 text ({error.reason} at byte {error.start})"
+        raise damage_error(path, reason) from error
+    except IsADirectoryError as error:
+        raise damage_error(path, "it is a folder, and a run has a file there") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}). Make it readable, or restore it from a "
+            "copy."
+        ) from error
+
+
+def read_json(path: Path, *, allow_missing: bool = False) -> dict[str, Any]:
+    """Read the object in a JSON file of a run; {} without the file.
+
+    Raises CheckpointError if it is not an object of the file's shape. `allow_missing` accepts an
+    object without some of the keys.
+    """
+    if not path.exists():
+        return {}
+    found = _parse_object(read_text(path), path)
+    _check_shape(found, OBJECTS.get(path.name, {}), path, allow_missing=allow_missing)
+    if path.name == EVALUATION and not allow_missing:
+        _check_shape(found, _evaluation_figures(found), path)
+        interval = found.get("interval")
+        if interval is not None and len(interval) != 2:
+            raise damage_error(path, f"an interval has two ends, got {_format_json(interval)}")
+    return found
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the objects in a `.jsonl` file of a run; [] without the file. Raises as `read_json`."""
     if not path.exists():
         return []
     lines = read_text(path).split("\n")
+    if lines[-1] == "":
+        lines.pop()
     found = []
-    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, start=1):
+    for number, line in enumerate(lines, start=1):
         where = f" in line {number}"
-        entry = _parsed(line, path, where)
+        entry = _parse_object(line, path, where)
         _check_shape(entry, OBJECTS.get(path.name, {}), path, where)
         found.append(entry)
     return found
 
 
 def read_recipe_tree(path: Path) -> dict[str, Any]:
-    """The tables of a run's recipe as they stand in the file; CheckpointError when it holds none."""
+    """Read the tables of a run's recipe without its plugins; CheckpointError if it is damaged."""
     try:
         found = tomllib.loads(read_text(path))
     except ValueError as error:
-        raise damaged(path, str(error)) from error
+        raise damage_error(path, str(error)) from error
     except RecursionError as error:
-        raise damaged(path, "it is nested too deeply") from error
+        raise damage_error(path, "it is nested too deeply") from error
     _check_shape(found, OBJECTS[RECIPE], path)
     return found
 
 
-def damaged(path: Path, what: str) -> CheckpointError:
-    """The error for a file of a run that is not what the run wrote."""
-    return CheckpointError(f"{path} is damaged: {what}. {_remedy(path)}")
-
-
-def check_kinds(directory: Path) -> None:
-    """Raise CheckpointError when a folder stands in the place of a file of a run, or a file in that of a folder."""
-    for name in FILES:
-        path = directory / name
-        if path.is_dir():
-            raise damaged(path, "it is a folder, and a run has a file there")
-    path = directory / CHECKPOINTS
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(
-            f"{path} is a file, and a run has a folder there. Move it away and repeat the command."
-        )
-
-
-def check_readable(directory: Path) -> None:
-    """Raise CheckpointError when a file that the stages of a run read back is damaged, before any of them works."""
-    for name in (ENVIRONMENT, EVALUATION, SAMPLING):
-        read_json(directory / name)
-    read_lines(directory / SAMPLES)
-
-
-def _remedy(path: Path) -> str:
-    if path.name in REPEATABLE:
-        return "Delete it, and `ddiff run` with the run's recipe writes it again."
-    if path.name == RECIPE and not is_own_recipe(path):
-        return "Restore it from a copy, or train again under another name."
-    if path.is_dir():
-        return "Move the folder away and restore the file from a copy, or repeat `ddiff run` with --fresh after that."
-    return "Restore it from a copy, or start over with `ddiff run` and --fresh."
-
-
-def _parsed(text: str, path: Path, where: str = "") -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise damaged(path, f"no JSON{where} ({error})") from error
-    except RecursionError as error:
-        raise damaged(path, f"JSON{where} that is nested too deeply") from error
-    if not isinstance(found, dict):
-        raise damaged(path, f"a JSON object was expected{where}, got {_shown(found)}")
-    return found
-
-
-def _check_shape(
-    found: Mapping[str, Any], shape: Shape, path: Path, where: str = "", *, partly: bool = False
-) -> None:
-    for key, types in shape.items():
-        if key == "*":
-            wrong = [name for name, value in found.items() if not _fits(value, types)]
-        elif key not in found:
-            if partly or _fits(None, types):
-                continue
-            raise damaged(path, f'the key "{key}" is missing{where}')
-        else:
-            wrong = [] if _fits(found[key], types) else [key]
-        if wrong:
-            raise damaged(
-                path, f'the key "{wrong[0]}"{where} has the value {_shown(found[wrong[0]])}'
-            )
-
-
-def _fits(value: Any, types: Any) -> bool:
-    if isinstance(types, tuple):
-        return any(_fits(value, one) for one in types)
-    if isinstance(types, Mapping):
-        return isinstance(value, dict) and all(
-            all(_fits(entry, one) for entry in value.values())
-            if key == "*"
-            else _fits(value.get(key), one)
-            for key, one in types.items()
-        )
-    if isinstance(types, list):
-        return isinstance(value, list) and all(_fits(entry, types[0]) for entry in value)
-    if types is None:
-        return value is None
-    return isinstance(value, types) and not (isinstance(value, bool) and types is not bool)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-# ---------------------------------------------------------------------- what a run has written
-
-
-class Contents(NamedTuple):
-    """What stands in a directory: `written` by a run, in the order in which it may be deleted, and `foreign` names."""
-
-    written: list[Path]
-    foreign: list[str]
-
-
 def is_own_recipe(path: Path) -> bool:
-    """Whether a recipe.toml is one that ddiff wrote and that nobody has annotated."""
+    """Whether ddiff wrote a recipe.toml, and no comment was added to it since."""
     if path.is_symlink() or not path.is_file():
         return False
     try:
@@ -250,112 +206,60 @@ def is_own_recipe(path: Path) -> bool:
     return bool(lines) and lines[0].startswith(f"# {HEADER}".encode()) and len(comments) == 1
 
 
-def contents(directory: Path, also: Iterable[str] = ()) -> Contents:
-    """Sort what stands in a directory, its lock left out; `also` are names there that the run's tracker has written.
-
-    Symbolic links are foreign wherever they stand, and never followed.
-    """
-    written: list[Path] = []
-    foreign: list[str] = []
-    tracked = set(also)
-    for entry in _entries(directory):
-        name = original_name(entry.name)
-        if entry.name == LOCK:
-            continue  # held by whoever writes here; it goes with the process
-        if entry.is_symlink():
-            foreign.append(entry.name)
-        elif name in tracked:
-            written.append(entry)
-        elif entry.name == RECIPE:
-            if is_own_recipe(entry):
-                written.append(entry)
-            else:
-                foreign.append(entry.name)
-        elif _is_own_file(entry, name):
-            written.append(entry)
-        elif entry.name == CHECKPOINTS and entry.is_dir():
-            _sort_checkpoints(entry, directory, written, foreign)
-        elif entry.name == REPLAY and entry.is_dir():
-            _sort_replay(entry, directory, written, foreign)
-        else:
-            foreign.append(entry.name)
-    # The recipe goes last: what is left of a deletion that was cut short is still known for a run.
-    written.sort(key=lambda path: path == directory / RECIPE)
-    return Contents(written, sorted(foreign))
+def check_entry_types(directory: Path) -> None:
+    """Raise CheckpointError for a folder in the place of a run's file, or a file for a folder."""
+    for name in FILES:
+        path = directory / name
+        if path.is_dir():
+            raise damage_error(path, "it is a folder, and a run has a file there")
+    path = directory / CHECKPOINTS
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(
+            f"{path} is a file, and a run has a folder there. Move it away and repeat the command."
+        )
 
 
-def remove(directory: Path, also: Iterable[str] = ()) -> None:
-    """Delete what a run has written to a directory, and nothing else; CheckpointError when something else is there."""
-    written, foreign = contents(directory, also)
-    if foreign:
-        raise CheckpointError(foreign_refusal(directory, foreign))
-    for path in written:
-        try:
-            if not path.is_dir():
-                path.unlink()
-            elif path.name in also:
-                shutil.rmtree(path)  # of a tracker; links within are removed, not followed
-            else:
-                path.rmdir()
-        except FileNotFoundError:
-            continue  # another process was quicker
-        except OSError as error:
-            raise CheckpointError(
-                f"--fresh: {path} cannot be deleted ({error.strerror}). Delete it yourself, or name another run_dir."
-            ) from error
+def check_readable(directory: Path) -> None:
+    """Read all files that the stages of a run read back, so that damage shows before any work."""
+    for name in (ENVIRONMENT, EVALUATION, SAMPLING):
+        read_json(directory / name)
+    read_json_lines(directory / SAMPLES)
 
 
-def foreign_refusal(directory: Path, foreign: list[str]) -> str:
-    """The message for a --fresh that would delete what no run has written."""
-    return (
-        f"--fresh: {directory} holds {listed(foreign)}, which ddiff did not write, so nothing there is deleted. Move "
-        f"{'it' if len(foreign) == 1 else 'them'} away, or name another run_dir."
-    )
+def _parse_object(text: str, path: Path, where: str = "") -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise damage_error(path, f"no JSON{where} ({error})") from error
+    except RecursionError as error:
+        raise damage_error(path, f"JSON{where} that is nested too deeply") from error
+    if not isinstance(found, dict):
+        came = _format_json(found)
+        raise damage_error(path, f"a JSON object was expected{where}, got {came}")
+    return found
 
 
-def listed(names: list[str]) -> str:
-    """`a, b, c and 4 more`."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+def _format_json(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _is_own_file(entry: Path, name: str) -> bool:
-    """Whether a run writes what stands at `entry`; `name` is its name once it is whole."""
-    if _PROBE.fullmatch(entry.name):
-        return entry.is_dir() and not any(entry.iterdir())
-    return name in FILES and entry.is_file()
+# ---------------------------------------------------------------------- damage
 
 
-def _sort_checkpoints(place: Path, root: Path, written: list[Path], foreign: list[str]) -> None:
-    """The folder of checkpoints: each step's marker goes first, so that half of a step counts for nothing."""
-    for step in _entries(place):
-        if step.is_symlink() or not (_STEP.fullmatch(step.name) and step.is_dir()):
-            foreign.append(str(step.relative_to(root)))
-            continue
-        entries = sorted(_entries(step), key=lambda path: path.name != "complete.json")
-        for entry in entries:
-            is_own = _OF_STEP.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink()
-            if is_own:
-                written.append(entry)
-            else:
-                foreign.append(str(entry.relative_to(root)))
-        written.append(step)
-    written.append(place)
+def damage_error(path: Path, what: str) -> CheckpointError:
+    """Make the error for a file that is not as the run wrote it."""
+    return CheckpointError(f"{path} is damaged: {what}. {_remedy(path)}")
 
 
-def _sort_replay(place: Path, root: Path, written: list[Path], foreign: list[str]) -> None:
-    for entry in _entries(place):
-        if entry.is_symlink():
-            foreign.append(str(entry.relative_to(root)))
-        elif entry.name == CHECKPOINTS and entry.is_dir():
-            _sort_checkpoints(entry, root, written, foreign)
-        elif original_name(entry.name) == METRICS and entry.is_file():
-            written.append(entry)
-        else:
-            foreign.append(str(entry.relative_to(root)))
-    written.append(place)
-
-
-def _entries(directory: Path) -> Iterator[Path]:
-    """What stands in a directory, by name; nothing where there is none."""
-    yield from sorted(directory.iterdir()) if directory.is_dir() else ()
+def _remedy(path: Path) -> str:
+    if path.name in REPEATABLE:
+        return "Delete it, and `ddiff run` with the run's recipe writes it again."
+    if path.name == RECIPE and not is_own_recipe(path):
+        return "Restore it from a copy, or train again under another name."
+    if path.is_dir():
+        return (
+            "Move the folder away and restore the file from a copy, or repeat `ddiff run` with "
+            "--fresh after that."
+        )
+    return "Restore it from a copy, or start over with `ddiff run` and --fresh."

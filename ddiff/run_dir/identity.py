@@ -1,18 +1,18 @@
-"""What the weights of a checkpoint belong to, and the one comparison of it with what a run has now.
+"""Identity of the weights in a checkpoint, compared with what a run has now.
 
-A checkpoint's state holds `fingerprints` (tokenizer, vocabulary, rows) and `made_with`:
+A checkpoint's state holds `fingerprints` (of tokenizer, vocabulary and rows) and `made_with`:
 
     recipe      the whole recipe, by dotted keys
-    given       parts that were handed in from Python in place of the recipe's
-    noising     some probabilities of the process, so that a process of other settings or other code is told
+    given       components that were passed in from Python in place of the recipe's
+    noising     some transition probabilities of the process, which change with its settings or code
 
-Whoever reads a checkpoint asks `check_recipe`, `check_fingerprints` and `check_noising`, which raise one error with every
-difference. Imports no torch.
+A reader of a checkpoint calls `check_recipe`, `check_fingerprints` and `check_noising`. Each raises
+one error that lists every difference. Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +29,10 @@ READING = (
     "seed",
     "train.ema",
 )
-"""Tables and keys that decide what the weights mean and which of them are read. Others may differ: where the data lie
-(the rows have fingerprints), how long and where was trained, how the run is evaluated, sampled, tracked and called."""
+"""Tables and keys that decide what the weights mean and which of them are read.
+
+Others may differ: where the data lie (their rows have fingerprints), how long and where the run was
+trained, and how it is evaluated, sampled, tracked and named."""
 
 CONTINUING = (
     "train.steps",
@@ -39,17 +41,20 @@ CONTINUING = (
     "train.checkpoint_every",
     "train.init",
 )
-"""Keys of [train] that may change while a run is trained; the other ones are added to READING then."""
+"""Keys of [train] that may change when training resumes; the other keys of [train] may not."""
 
-TOLERANCE = 1e-6  # of a probability: the same formula on another machine
+TOLERANCE = 1e-6
+"""Difference of a probability that another machine may cause with the same formula."""
+
 DATA = ("training rows", "validation rows", "conditions", "validation conditions")
 """Names of the fingerprints of the data."""
 
-_SHOWN = 12  # differences that one message lists
+LISTED_DIFFERENCES = 12  # in one message
+INLINE_DIFFERENCES = 6  # in one paragraph; more are listed on lines of their own
 
 
 class Difference(NamedTuple):
-    """One key, with its value in the checkpoint and now; None: absent."""
+    """A key with its value in the checkpoint and now; None stands for absent."""
 
     key: str
     was: Any
@@ -62,45 +67,43 @@ class Difference(NamedTuple):
 
 
 def flatten_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested tables to a dict by dotted keys."""
-    return dict(_leaves(tree, prefix))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Flatten nested tables to one dict by dotted keys."""
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            flat |= flatten_keys(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+# ---------------------------------------------------------------------- checks
 
 
 def check_recipe(
     place: object, state: Mapping[str, Any], recipe: Mapping[str, Any], *, training: bool = False
 ) -> None:
-    """Raise CheckpointError when a run's recipe is not the one that its checkpoint was trained with.
+    """Raise CheckpointError if a run's recipe is not the one that its checkpoint was trained with.
 
     Args:
         place: the run directory, as messages name it.
-        state: the checkpoint's.
+        state: state of the checkpoint.
         recipe: nested tables, as a run's recipe.toml holds them.
-        training: whether training is to continue, so that the keys of [train] count too.
+        training: whether training is to resume, so that keys of [train] are compared too.
     """
     trained = state.get("made_with", {}).get("recipe")
     if trained is None:
-        return  # a checkpoint of a version that recorded none
+        return  # an earlier version wrote the checkpoint
     now = flatten_keys(recipe)
-    keys = [key for key in dict.fromkeys([*trained, *now]) if _counts(key, training)]
-    differing = [
-        Difference(key, trained.get(key), now.get(key))
-        for key in keys
-        if trained.get(key) != now.get(key)
-    ]
-    refuse(
-        place,
-        differing,
-        f"Put these keys of {Path(str(place)) / RECIPE} back as they were; another recipe is another run, under a name "
-        "of its own.",
+    differences = []
+    for key in dict.fromkeys([*trained, *now]):
+        if _is_compared(key, training) and trained.get(key) != now.get(key):
+            differences.append(Difference(key, trained.get(key), now.get(key)))
+    remedy = (
+        f"Put these keys of {Path(str(place)) / RECIPE} back as they were; another recipe is "
+        "another run, under its own name."
     )
+    raise_differences(place, differences, remedy)
 
 
 def check_fingerprints(
@@ -110,17 +113,19 @@ def check_fingerprints(
     remedy: str,
     names: Iterable[str] | None = None,
 ) -> None:
-    """Raise CheckpointError when parts or data are not those that a checkpoint was trained with.
+    """Raise CheckpointError if components or data differ from those of a checkpoint.
 
-    Compared are `names`, or all that either has; a fingerprint that an earlier version did not record is left out.
+    Compared are `names`, by default all that the checkpoint records. A fingerprint that an earlier
+    version did not record is not compared.
     """
-    refuse(place, differing_fingerprints(state.get("fingerprints", {}), now, names), remedy)
+    differences = compare_fingerprints(state.get("fingerprints", {}), now, names)
+    raise_differences(place, differences, remedy)
 
 
-def differing_fingerprints(
+def compare_fingerprints(
     trained: Mapping[str, str], now: Mapping[str, str], names: Iterable[str] | None = None
 ) -> list[Difference]:
-    """The differences that `check_fingerprints` refuses."""
+    """List the fingerprints that differ; the arguments are those of `check_fingerprints`."""
     compared = list(trained) if names is None else [name for name in names if name in trained]
     return [
         Difference(name, trained[name], now.get(name))
@@ -132,71 +137,71 @@ def differing_fingerprints(
 def check_noising(
     place: object, state: Mapping[str, Any], now: Sequence[float], remedy: str
 ) -> None:
-    """Raise CheckpointError when a process noises tokens otherwise than the one that a checkpoint was trained with."""
+    """Raise CheckpointError if a process has other probabilities than that of a checkpoint."""
     trained = state.get("made_with", {}).get("noising")
     if trained is None:
         return
-    is_same = len(trained) == len(now) and all(
-        abs(a - b) <= TOLERANCE * max(1.0, abs(a)) for a, b in zip(trained, now, strict=True)
-    )
-    if not is_same:
-        where = next(
-            (i for i, (a, b) in enumerate(zip(trained, now)) if abs(a - b) > TOLERANCE), None
-        )
-        was, value = (trained[where], now[where]) if where is not None else (len(trained), len(now))
-        refuse(
-            place,
-            [Difference("probabilities of the process, such as one that", was, value)],
-            remedy,
-        )
+    difference = _compare_probabilities(trained, now)
+    if difference is not None:
+        raise_differences(place, [difference], remedy)
 
 
-def given_in(state: Mapping[str, Any]) -> Mapping[str, str] | None:
-    """The parts that a checkpoint was given from Python; None when a version that recorded none wrote it."""
-    return state.get("made_with", {}).get("given")
-
-
-def refuse(place: object, differing: Sequence[Difference], remedy: str) -> None:
-    """Raise the CheckpointError that lists the differences, when there are any."""
-    if not differing:
-        return
-    lines = [str(difference) for difference in differing[:_SHOWN]]
-    if len(differing) > _SHOWN:
-        lines.append(f"and {len(differing) - _SHOWN} more")
-    # a few stand in the paragraph, many below one another
-    told = (
-        f" {'; '.join(lines)}. "
-        if len(lines) <= 6
-        else "".join(f"\n  {line}" for line in lines) + "\n"
-    )
-    raise CheckpointError(
-        f"{place} was trained with something else than this run has:{told}{remedy}"
-    )
+def _compare_probabilities(trained: Sequence[float], now: Sequence[float]) -> Difference | None:
+    label = "probabilities of the process, such as one that"
+    for was, value in zip(trained, now):
+        if not abs(was - value) <= TOLERANCE * max(1.0, abs(was)):  # NaN differs from everything
+            return Difference(label, was, value)
+    if len(trained) != len(now):
+        return Difference(label, len(trained), len(now))
+    return None
 
 
 def check_recorded(directory: Path, state: Mapping[str, Any], *, training: bool = False) -> None:
-    """Hold the files of a run directory against its checkpoint, as far as they can be read without its plugins.
+    """Compare the files of a run directory with its checkpoint, as far as no plugin is needed.
 
-    Everything that reads a checkpoint of a run directory calls this first: load (evaluate, sample), export, compare,
-    `--verify-resume`, `[train] init` and a run that resumes.
+    Everything that reads a checkpoint of a run directory calls this first: load (evaluate, sample),
+    export, compare, `--verify-resume`, `[train] init`, and a run that resumes.
     """
     check_recipe(directory, state, read_recipe_tree(directory / RECIPE), training=training)
     recorded = read_json(directory / ENVIRONMENT).get("given")
-    given = given_in(state)
-    if recorded is not None and given is not None and recorded != given:
-        keys = dict.fromkeys([*given, *recorded])
-        refuse(
-            directory,
-            [Difference(f"given {key}", given.get(key), recorded.get(key)) for key in keys],
-            f"Restore {directory / ENVIRONMENT} from a copy, or delete it.",
-        )
+    given = recorded_overrides(state)
+    if recorded is None or given is None or recorded == given:
+        return
+    keys = dict.fromkeys([*given, *recorded])
+    differences = [Difference(f"given {key}", given.get(key), recorded.get(key)) for key in keys]
+    remedy = f"Restore {directory / ENVIRONMENT} from a copy, or delete it."
+    raise_differences(directory, differences, remedy)
 
 
-def _counts(key: str, training: bool) -> bool:
+def recorded_overrides(state: Mapping[str, Any]) -> Mapping[str, str] | None:
+    """Return the components that were passed in from Python for a checkpoint.
+
+    None if a version wrote the checkpoint that did not record them.
+    """
+    return state.get("made_with", {}).get("given")
+
+
+def raise_differences(place: object, differences: Sequence[Difference], remedy: str) -> None:
+    """Raise the CheckpointError that lists the differences, if there are any."""
+    if not differences:
+        return
+    lines = [str(difference) for difference in differences[:LISTED_DIFFERENCES]]
+    if len(differences) > LISTED_DIFFERENCES:
+        lines.append(f"and {len(differences) - LISTED_DIFFERENCES} more")
+    if len(lines) <= INLINE_DIFFERENCES:
+        text = f" {'; '.join(lines)}. "
+    else:
+        text = "".join(f"\n  {line}" for line in lines) + "\n"
+    raise CheckpointError(
+        f"{place} was trained with something else than this run has:{text}{remedy}"
+    )
+
+
+def _is_compared(key: str, training: bool) -> bool:
     if training and key.startswith("train."):
-        return not any(_within(key, free) for free in CONTINUING)
-    return any(_within(key, table) for table in READING)
+        return not any(_is_within(key, free) for free in CONTINUING)
+    return any(_is_within(key, table) for table in READING)
 
 
-def _within(key: str, table: str) -> bool:
+def _is_within(key: str, table: str) -> bool:
     return key == table or key.startswith(f"{table}.")

@@ -20,7 +20,8 @@ from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import ArgumentError, CheckpointError, DdiffError, find_disk_full
 from ddiff.recipe.model import Recipe, diff_recipes
 from ddiff.recipe.resolve import parse_recipe
-from ddiff.run_dir.destination import within_checkpoints
+from ddiff.run_dir.contents import classify_contents, foreign_message, format_names
+from ddiff.run_dir.destination import find_enclosing_checkpoint
 from ddiff.run_dir.files import (
     CHECKPOINTS,
     ENVIRONMENT,
@@ -29,17 +30,14 @@ from ddiff.run_dir.files import (
     RECIPE,
     TOKENIZER,
     VOCABULARY,
-    check_kinds,
+    check_entry_types,
     check_readable,
-    contents,
-    foreign_refusal,
     is_own_recipe,
-    listed,
     read_json,
     read_recipe_tree,
     read_text,
 )
-from ddiff.run_dir.identity import check_recorded, given_in
+from ddiff.run_dir.identity import check_recorded, recorded_overrides
 from ddiff.runs.build import Overrides
 
 if TYPE_CHECKING:
@@ -60,7 +58,7 @@ def check_directory(directory: Path, recipe: Recipe, given: Overrides, fresh: bo
     if fresh:
         check_fresh(directory, recipe)
         return
-    check_kinds(directory)
+    check_entry_types(directory)
     _check_not_written_over(directory)
     if not (directory / RECIPE).is_file():
         return
@@ -71,7 +69,7 @@ def check_directory(directory: Path, recipe: Recipe, given: Overrides, fresh: bo
     check_recorded(directory, newest.state, training=True)
     old = _read_recorded(directory)
     changed = [change for change in diff_recipes(old, recipe.to_dict()) if not _continues(*change)]
-    was_given = given_in(newest.state)
+    was_given = recorded_overrides(newest.state)
     if was_given is None:
         was_given = read_json(directory / ENVIRONMENT).get("given", {})
     changed += [(f"given {key}", a, b) for key, a, b in diff_recipes(was_given, given.to_dict())]
@@ -99,7 +97,7 @@ def check_local(run_dir: str) -> None:
             f"run_dir must be a directory of this machine; got {run_dir}. Name one, or mount the place and name that: "
             "--set run_dir=..."
         )
-    if (above := within_checkpoints(Path(run_dir).resolve())) is not None:
+    if (above := find_enclosing_checkpoint(Path(run_dir).resolve())) is not None:
         raise ArgumentError(
             f"run_dir must not lie among the checkpoints of a run; got {run_dir}, in {above}. Name another one: --set "
             "run_dir=..."
@@ -125,11 +123,11 @@ def check_fresh(directory: Path, recipe: Recipe) -> None:
         there := sorted(path.name for path in directory.iterdir())
     ):
         raise CheckpointError(
-            f"--fresh: {directory} holds {listed(there)} and no {RECIPE} of ddiff's, so it is not a run of ddiff's and is "
-            "left alone. Name another run_dir, or empty that one yourself."
+            f"--fresh: {directory} holds {format_names(there)} and no {RECIPE} of ddiff's, so "
+            "it is not a run of ddiff's and is left alone. Name another run_dir, or empty that one yourself."
         )
-    if foreign := contents(directory, tracked_names(recipe)).foreign:
-        raise CheckpointError(foreign_refusal(directory, foreign))
+    if foreign := classify_contents(directory, tracked_names(recipe)).foreign:
+        raise CheckpointError(foreign_message(directory, foreign))
 
 
 def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -152,10 +150,10 @@ def print_foreign(directory: Path, recipe: Recipe) -> None:
     """Say that a first run is written into a directory that holds something else, which stays as it is."""
     if is_own_recipe(directory / RECIPE):
         return
-    if foreign := contents(directory, tracked_names(recipe)).foreign:
+    if foreign := classify_contents(directory, tracked_names(recipe)).foreign:
         print(
-            f"{directory} already holds {listed(foreign)}, which ddiff did not write: the run is written next to that, "
-            "and --fresh will refuse to empty the directory.",
+            f"{directory} already holds {format_names(foreign)}, which ddiff did not write: the run is written next "
+            "to that, and --fresh will refuse to empty the directory.",
             file=sys.stderr,
         )
 
@@ -202,8 +200,8 @@ def _check_not_written_over(directory: Path) -> None:
     if taken:
         them = "it" if len(taken) == 1 else "them"
         raise CheckpointError(
-            f"{directory} holds {listed(taken)} and no {RECIPE} of ddiff's, so it is not a run, and a run would write over "
-            f"{them}. Name another run_dir (--set run_dir=...), or move {them} away."
+            f"{directory} holds {format_names(taken)} and no {RECIPE} of ddiff's, so it is not a run, and a run "
+            f"would write over {them}. Name another run_dir (--set run_dir=...), or move {them} away."
         )
 
 
@@ -300,7 +298,7 @@ def record(directory: Path, recipe: Recipe, built: Run, given: Overrides) -> Non
     The recipe goes first: a directory with files of a run has one, however early the run was killed.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    before = read_json(directory / ENVIRONMENT, partly=True)
+    before = read_json(directory / ENVIRONMENT, allow_missing=True)
     write(directory / RECIPE, recipe.to_toml())
     built.tokenizer.save(str(directory / TOKENIZER))
     built.vocabulary.save(str(directory / VOCABULARY))

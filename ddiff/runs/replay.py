@@ -20,15 +20,8 @@ from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import parse_recipe
-from ddiff.run_dir.files import (
-    CHECKPOINTS,
-    ENVIRONMENT,
-    RECIPE,
-    contents,
-    listed,
-    read_json,
-    read_text,
-)
+from ddiff.run_dir.contents import classify_contents, format_names
+from ddiff.run_dir.files import CHECKPOINTS, ENVIRONMENT, RECIPE, read_json, read_text
 from ddiff.run_dir.files import REPLAY as FOLDER
 from ddiff.runs.build import Overrides
 from ddiff.runs.directory import check_directory, checkpoints_of, layout
@@ -97,12 +90,14 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
 def _empty(folder: Path) -> None:
     """An empty folder for the steps; what a verification that was killed has left there is removed."""
     foreign = [
-        name for name in contents(folder.parent).foreign if Path(name).parts[0] == folder.name
+        name
+        for name in classify_contents(folder.parent).foreign
+        if Path(name).parts[0] == folder.name
     ]
     if foreign:
         raise CheckpointError(
-            f"--verify-resume: the steps are written to {folder} for a while, and {folder.parent} holds {listed(foreign)}, "
-            "which ddiff did not write. Move that away."
+            f"--verify-resume: the steps are written to {folder} for a while, and {folder.parent} holds "
+            f"{format_names(foreign)}, which ddiff did not write. Move that away."
         )
     if folder.exists():
         shutil.rmtree(folder)

@@ -47,7 +47,7 @@ from ddiff.evaluation.baselines import Baselines, baselines
 from ddiff.evaluation.likelihood import Evaluation, evaluate
 from ddiff.nn.denoiser import Denoiser
 from ddiff.plugin.config import COUNTS
-from ddiff.progress import progress
+from ddiff.progress import show_progress
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import configure_sampler
 from ddiff.run_dir.files import CHECKPOINTS
@@ -56,7 +56,7 @@ from ddiff.run_dir.identity import (
     Difference,
     check_fingerprints,
     check_noising,
-    differing_fingerprints,
+    compare_fingerprints,
     flatten_keys,
 )
 from ddiff.runs.build import (
@@ -253,9 +253,7 @@ class Run:
         newest = self.checkpoints.newest()
         if newest is None:
             return []
-        return differing_fingerprints(
-            newest.state.get("fingerprints", {}), self.fingerprints(), DATA
-        )
+        return compare_fingerprints(newest.state.get("fingerprints", {}), self.fingerprints(), DATA)
 
     @property
     def averaged(self) -> bool:
@@ -521,7 +519,7 @@ class Run:
         self.objective.module.eval()
         samples: list[dict[str, Any]] = []
         batches = range(0, total, batch)
-        with progress(
+        with show_progress(
             None if moves.steps is None else len(batches) * moves.steps, "sampling"
         ) as bar:
 

@@ -20,6 +20,7 @@ from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import read_recipe
+from ddiff.run_dir.contents import delete_run
 from ddiff.run_dir.destination import check_destination, write_text
 from ddiff.run_dir.files import (
     ENVIRONMENT,
@@ -29,12 +30,11 @@ from ddiff.run_dir.files import (
     SAMPLING,
     TOKENIZER,
     VOCABULARY,
-    damaged,
+    damage_error,
     read_json,
-    read_lines,
-    remove,
+    read_json_lines,
 )
-from ddiff.run_dir.identity import Difference, check_recorded, given_in
+from ddiff.run_dir.identity import Difference, check_recorded, recorded_overrides
 from ddiff.runs.build import (
     Overrides,
     backend_alone,
@@ -105,7 +105,7 @@ def load(
         )
     check_recorded(directory, newest.state)
     recipe = read_recipe(directory / RECIPE, [f"run_dir={json.dumps(str(run_dir))}", *settings])
-    given = given_in(newest.state)
+    given = recorded_overrides(newest.state)
     if given is None:
         given = read_json(directory / ENVIRONMENT).get("given", {})
     if "process" in given and process is None:
@@ -184,7 +184,9 @@ def _is_evaluation(file: IO[bytes]) -> bool:
 def _changed_data(built: Run) -> list[Difference]:
     """Which data differ from those of the checkpoint, or from those that evaluation.json speaks of."""
     changed = built.changed_data()
-    recorded = read_json(built.run_dir / EVALUATION, partly=True).get("protocol", {}).get("data")
+    recorded = (
+        read_json(built.run_dir / EVALUATION, allow_missing=True).get("protocol", {}).get("data")
+    )
     if isinstance(recorded, str) and not any(
         difference.key == "validation rows" for difference in changed
     ):
@@ -225,7 +227,9 @@ def _stages(directory: Path, recipe: Recipe, given: Overrides, fresh: bool) -> t
         built.begin()
     writes = built.backend.rank == 0
     if fresh and writes:
-        remove(directory, tracked_names(recipe))  # now that everything else is known to be right
+        delete_run(
+            directory, tracked_names(recipe)
+        )  # now that everything else is known to be right
     built.backend.barrier()
 
     def accepted() -> None:
@@ -288,7 +292,9 @@ def _evaluate_stage(built: Run) -> tuple[Evaluation, Baselines]:
         try:
             return Evaluation.from_dict(saved), Baselines(*saved["baselines"].values())
         except (KeyError, TypeError) as error:
-            raise damaged(path, f"not every figure of an evaluation is there ({error})") from error
+            raise damage_error(
+                path, f"not every figure of an evaluation is there ({error})"
+            ) from error
     figures = _evaluated(built)
     write(path, json.dumps(figures.written, indent=2) + "\n")
     return figures.evaluation, figures.counted
@@ -321,7 +327,7 @@ def _evaluated(built: Run, changed_data: bool = False) -> _Figures:
 def _sample_stage(built: Run) -> list[dict[str, Any]]:
     """samples.jsonl, unless it stands there for this step."""
     path, timing, step = built.run_dir / SAMPLES, built.run_dir / SAMPLING, newest_step(built)
-    saved = read_lines(path)
+    saved = read_json_lines(path)
     timed = read_json(timing).get("step") == step
     if (
         timed

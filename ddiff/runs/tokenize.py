@@ -11,7 +11,7 @@ from ddiff.data.corpus import StreamedCorpus, check_repetitions, copy_shards, lo
 from ddiff.data.packing import pack_stream
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
 from ddiff.recipe.model import Recipe
-from ddiff.run_dir.destination import check_destination, takes_no_files
+from ddiff.run_dir.destination import check_destination, unwritable_error
 from ddiff.runs.build import build_documents
 
 
@@ -60,7 +60,7 @@ def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise  # told as such by the command
-            raise takes_no_files(target, error) from error
+            raise unwritable_error(target, error) from error
         remarks.append(
             f'Copied to {out}: [data] kind = "shards", path = "{out}"; [tokenizer] kind = "saved", path = '
             f'"{out}/tokenizer.json"'

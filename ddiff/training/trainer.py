@@ -30,7 +30,7 @@ from torch import Tensor
 from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
 from ddiff.data.prefetch import Prefetcher
 from ddiff.errors import ArgumentError, CheckpointError, NonFiniteError
-from ddiff.progress import Progress, progress
+from ddiff.progress import Progress, show_progress
 from ddiff.run_dir.files import CHECKPOINTS
 from ddiff.run_dir.identity import check_fingerprints
 from ddiff.training.device import to_device
@@ -351,7 +351,7 @@ class Trainer:
 
     def _progress(self, run: _Run) -> AbstractContextManager[Progress]:
         console = None if self.backend.rank == 0 else Console(quiet=True, force_terminal=False)
-        return progress(run.end, "training", start=run.step, console=console)
+        return show_progress(run.end, "training", start=run.step, console=console)
 
     def _batches(self, step: int, interruption: StopSignals) -> list[Batch] | None:
         """The micro-batches of a step; None when a signal came while they were waited for."""

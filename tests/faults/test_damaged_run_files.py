@@ -13,7 +13,7 @@ import pytest
 from tiny_run import Command, files, is_refusal
 
 from ddiff.errors import CheckpointError
-from ddiff.run_dir.files import OBJECTS, read_json, read_lines, read_recipe_tree
+from ddiff.run_dir.files import OBJECTS, read_json, read_json_lines, read_recipe_tree
 
 STEP = "checkpoints/step_00000004"
 FILES = [
@@ -147,7 +147,7 @@ def test_every_other_command_works_or_names_the_file(
 def read(path: Path) -> Any:
     if path.name == "recipe.toml":
         return read_recipe_tree(path)
-    return read_lines(path) if path.suffix == ".jsonl" else read_json(path)
+    return read_json_lines(path) if path.suffix == ".jsonl" else read_json(path)
 
 
 @pytest.mark.parametrize("kind", [*DAMAGES, "a folder"])
@@ -224,11 +224,11 @@ def test_a_damaged_line_is_named_by_its_number(run_dir: Path) -> None:
     lines = path.read_text().splitlines()
     path.write_text(f"{lines[0]}\n[]\n")
     with pytest.raises(CheckpointError, match=r"samples\.jsonl is damaged: .* in line 2"):
-        read_lines(path)
+        read_json_lines(path)
 
 
 def test_missing_files_are_empty(run_dir: Path) -> None:
-    assert (read_json(run_dir / "no.json"), read_lines(run_dir / "no.jsonl")) == ({}, [])
+    assert (read_json(run_dir / "no.json"), read_json_lines(run_dir / "no.jsonl")) == ({}, [])
 
 
 @pytest.mark.parametrize("command", ["run", "eval", "compare", "export"])

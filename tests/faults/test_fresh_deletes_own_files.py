@@ -10,7 +10,8 @@ from tiny_run import RECIPE, Command, files, is_refusal
 
 import ddiff as api
 from ddiff.errors import CheckpointError
-from ddiff.run_dir.files import FILES, contents, remove
+from ddiff.run_dir.contents import classify_contents, delete_run
+from ddiff.run_dir.files import FILES
 
 FRESH = ("run", "tiny.toml", "--fresh")
 FOREIGN = {
@@ -67,13 +68,13 @@ def test_fresh_deletes_what_a_killed_run_has_left(run_dir: Path) -> None:
     put(run_dir / "checkpoints/step_00000006/complete.json.part")
     put(run_dir / "replay/checkpoints/step_00000003/state.json")
     (run_dir / ".ddiff-a1b2").mkdir()
-    assert contents(run_dir).foreign == []
-    remove(run_dir)
+    assert classify_contents(run_dir).foreign == []
+    delete_run(run_dir)
     assert list(run_dir.iterdir()) == []
 
 
 def test_every_file_of_a_finished_run_is_known(run_dir: Path) -> None:
-    found = contents(run_dir)
+    found = classify_contents(run_dir)
     assert found.foreign == []
     assert {str(run_dir / name) for name in files(run_dir)} <= set(map(str, found.written))
     assert found.written[-1].name == "recipe.toml", (
@@ -180,9 +181,9 @@ def test_fresh_deletes_what_the_tracker_declares(run_dir: Path) -> None:
     (run_dir / "wandb/latest").symlink_to(Path("corpus.txt").absolute())
     put(run_dir / "wandb_id")
     with pytest.raises(CheckpointError, match="wandb"):
-        remove(run_dir)
+        delete_run(run_dir)
     assert (run_dir / "recipe.toml").is_file()
-    remove(
+    delete_run(
         run_dir, api.read_recipe("tiny.toml", ['tracker="wandb"']).tracker.component.load().writes
     )
     assert list(run_dir.iterdir()) == []

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from ddiff.progress import progress
+from ddiff.progress import show_progress
 
 
 class Clock:
@@ -25,7 +25,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def shown(clock: Clock, total: int | None, seconds: float, count: int, start: int = 0) -> list[str]:
     out = io.StringIO()
-    with progress(
+    with show_progress(
         total, "training", start=start, console=Console(file=out, force_terminal=False, width=40)
     ) as job:
         for _ in range(count):
@@ -69,7 +69,7 @@ def test_a_job_of_unknown_length_has_no_end_in_sight(clock: Clock) -> None:
 
 def test_a_terminal_gets_a_bar_with_the_figures() -> None:
     out = io.StringIO()
-    with progress(
+    with show_progress(
         3, "training", start=1, console=Console(file=out, force_terminal=True, width=120)
     ) as job:
         job.advance(1, loss=2.0)

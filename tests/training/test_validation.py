@@ -15,7 +15,7 @@ from rich.console import Console
 from ddiff import load, run
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import NonFiniteError
-from ddiff.progress import progress
+from ddiff.progress import show_progress
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.replay import verify_resume
 from ddiff.training.ema import ExponentialMovingAverage
@@ -201,7 +201,7 @@ def test_notes_stand_between_the_lines_of_a_log_and_above_a_bar() -> None:
 
     for terminal in (False, True):
         out = io.StringIO()
-        with progress(
+        with show_progress(
             3, "training", console=Console(file=out, force_terminal=terminal, width=100)
         ) as job:
             job.advance(1)
