@@ -194,9 +194,9 @@ def _read(
     rows = reads.reshape(-1).nonzero().squeeze(-1)
     values = torch.zeros(reads.numel(), dtype=torch.float64, device=reads.device)
     if len(rows):
+        node = scope(noisy.zt.reshape(-1)[rows])
         flat = [argument.reshape(-1)[rows] for argument in arguments]
-        fn: RowFunction = lambda dist, idx: formula(dist, *(argument[idx] for argument in flat))  # noqa: E731
-        values[rows] = network(noisy)(rows, scope(noisy.zt.reshape(-1)[rows]), fn).double()
+        values[rows] = network(noisy)(rows, node, formula, *flat).double()
     return values.reshape(reads.shape)
 
 
@@ -204,11 +204,9 @@ def network_from_noisy(dist: Callable[[Noisy], Tensor], vocabulary: Vocabulary) 
     """An `Ask` from a plain function of all that a network is shown: noisy -> log_p [B,L,V]."""
 
     def network(noisy: Noisy) -> Query:
-        def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+        def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
             log_p = dist(noisy).reshape(-1, vocabulary.num_tokens)[rows]
-            return fn(
-                DenseDistribution(log_p, vocabulary), torch.arange(len(rows), device=rows.device)
-            )
+            return fn(DenseDistribution(log_p, vocabulary), *per_row)
 
         return query
 

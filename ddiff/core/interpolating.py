@@ -95,7 +95,7 @@ class InterpolatingProcess(ForwardProcess):
 
     # ------------------------------------------------------------------ the noise, no wider than it is asked for
 
-    def rng_at(self, zt: Tensor, t: Tensor) -> Tensor:
+    def noise_at(self, zt: Tensor, t: Tensor) -> Tensor:
         """[r] b_t(z_t)."""
         return _at(self.noise, zt, t)
 
@@ -123,9 +123,9 @@ class InterpolatingProcess(ForwardProcess):
 
     def _arrive_at(self, zt: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """[r] P(z_t | z_s = y) for y != z_t: what arrives from anywhere else between s and t."""
-        return _without_rounding(self.rng_at(zt, t), self._stay(s, t) * self.rng_at(zt, s)).clamp(
-            min=0.0
-        )
+        return _without_rounding(
+            self.noise_at(zt, t), self._stay(s, t) * self.noise_at(zt, s)
+        ).clamp(min=0.0)
 
     def _stay(self, s: Tensor, t: Tensor) -> Tensor:
         """[r] alpha_t / alpha_s."""
@@ -166,7 +166,7 @@ class InterpolatingProcess(ForwardProcess):
         return zt
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
-        noise = self.rng_at(zt, t).unsqueeze(-1)
+        noise = self.noise_at(zt, t).unsqueeze(-1)
         words = torch.arange(self.vocabulary.num_tokens, device=zt.device)
         return (
             noise + torch.where(words == zt.unsqueeze(-1), self.alpha(t).unsqueeze(-1), 0.0)
@@ -249,7 +249,7 @@ class InterpolatingProcess(ForwardProcess):
             return super().decode_nll(prediction, x0, zt, t)
         evidence = self._likelihood(x0, zt, t).log()
         # a token that no noise reaches tells what it is, whatever the prediction
-        told = (self.rng_at(zt, t) == 0) & (zt == x0)
+        told = (self.noise_at(zt, t) == 0) & (zt == x0)
         log_p_z = where_read(~told, prediction.log_prob(self._word(zt)))
         log_p_x = where_read(~told, prediction.log_prob(x0))
         return torch.where(told, 0.0, self._log_marginal_at(log_p_z, zt, t) - log_p_x - evidence)
@@ -280,7 +280,7 @@ class InterpolatingProcess(ForwardProcess):
         b_y = 0. States beyond the words have the same noise on both sides and give nothing.
         """
         alpha = self.alpha(t)
-        truth, here = self._likelihood(x0, x0, t), self.rng_at(x0, t)
+        truth, here = self._likelihood(x0, x0, t), self.noise_at(x0, t)
         read = truth > 0
         truth = torch.where(read, truth, 1.0)
         delta = torch.where(read, -alpha * torch.expm1(log_p_x) / truth, 0.0)
@@ -304,13 +304,13 @@ class InterpolatingProcess(ForwardProcess):
 
     def _log_marginal_at(self, log_p_z: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] ln q_t-bar(z_t). Where no noise is, it is ln alpha + ln p: the mass of a word may underflow."""
-        noise, word = self.rng_at(zt, t), zt < self.vocabulary.num_tokens
+        noise, word = self.noise_at(zt, t), zt < self.vocabulary.num_tokens
         mixed = _log_mixed(noise, self.alpha(t), log_p_z)
         return torch.where(word | (noise == 0), mixed, torch.where(noise > 0, noise, 1.0).log())
 
     def _likelihood(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] q_t(z|x)."""
-        return self.rng_at(zt, t) + torch.where(zt == x0, self.alpha(t), 0.0)
+        return self.noise_at(zt, t) + torch.where(zt == x0, self.alpha(t), 0.0)
 
     def information(self, t: Tensor) -> Tensor:
         """The mean over tokens x of KL( q_t(.|x) || q_t-bar ), each kind of token being read once."""
@@ -381,59 +381,55 @@ class InterpolatingProcess(ForwardProcess):
 
         b for q-bar bounds that probability without the network, so only rows below the bound are shown to it.
         """
-        before, now = self.rng_at(zt, s), self.rng_at(zt, t)
+        before, now = self.noise_at(zt, s), self.noise_at(zt, t)
         bound = torch.where(arrive > 0, arrive * (1.0 - before) / now, 0.0)
         zs, candidates = zt.clone(), (u[:, 0] < bound).nonzero().squeeze(-1)
         if len(candidates) == 0:
             return zs
 
-        def draw(prediction: Prediction, rows: Tensor) -> Tensor:
-            picked, dist = candidates[rows], certainly_law(prediction, "InterpolatingProcess.step")
-            z = zt[picked]
-            elsewhere = (
-                self.log_marginal(dist.log_mass(0), s[picked])
-                .exp()
-                .scatter(-1, z.unsqueeze(-1), 0.0)
-            )
+        def draw(
+            prediction: Prediction, z: Tensor, t: Tensor, s: Tensor, arrive: Tensor, u: Tensor
+        ) -> Tensor:
+            dist = certainly_law(prediction, "InterpolatingProcess.step")
+            log_marginal = self.log_marginal(dist.log_mass(0), s)
+            elsewhere = log_marginal.exp().scatter(-1, z.unsqueeze(-1), 0.0)
             total = elsewhere.double().sum(-1)
-            # a law that is sure of z itself leaves nothing elsewhere: it draws z
-            drawn = draw_index(
-                elsewhere.scatter(-1, z.unsqueeze(-1), like_rows(total == 0, elsewhere)),
-                u[picked, 1],
-            )
-            leaves = (
-                arrive[picked]
-                * total
-                / self._log_marginal_at(dist.log_prob(self._word(z)), z, t[picked]).double().exp()
-            )
-            return torch.where(u[picked, 0] < leaves, drawn, z)
+            # A distribution that is certain of z leaves no mass elsewhere; such a row draws z.
+            weights = elsewhere.scatter(-1, z.unsqueeze(-1), like_rows(total == 0, elsewhere))
+            drawn = draw_index(weights, u[:, 1])
+            log_here = self._log_marginal_at(dist.log_prob(self._word(z)), z, t)
+            leaves = arrive * total / log_here.double().exp()
+            return torch.where(u[:, 0] < leaves, drawn, z)
 
-        zs[candidates] = query(candidates, self.scope(zt[candidates]), draw)
+        z = zt[candidates]
+        values = (value[candidates] for value in (t, s, arrive, u))
+        zs[candidates] = query(candidates, self.scope(z), draw, z, *values)
         return zs
 
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """z itself with probability alpha p(z) / q_t-bar(z), otherwise x ~ p: the noise says nothing of x."""
         if self.closes_at_clean and bool((t == 0.0).all()):
             return zt.clone()
-        x0, noise, word = zt.clone(), self.rng_at(zt, t), zt < self.vocabulary.num_tokens
+        x0, noise, word = zt.clone(), self.noise_at(zt, t), zt < self.vocabulary.num_tokens
         open_ = (~word | (noise > 0)).nonzero().squeeze(-1)
         if len(open_) == 0:
             return x0
 
-        def draw(prediction: Prediction, rows: Tensor) -> Tensor:
-            picked = open_[rows]
-            z = zt[picked]
+        def draw(
+            prediction: Prediction, z: Tensor, t: Tensor, noise: Tensor, is_token: Tensor, u: Tensor
+        ) -> Tensor:
             if isinstance(prediction, Score):
-                prediction = DenseDistribution(self.tweedie(prediction, t[picked]), self.vocabulary)
-            kept = (
-                self.alpha(t[picked])
-                * prediction.log_prob(torch.where(word[picked], z, 0)).double().exp()
-            )
-            kept = torch.where(word[picked], kept / (kept + noise[picked]), 0.0)
-            root, words = torch.full_like(z, self.vocabulary.root), torch.zeros_like(z)
-            return torch.where(u[picked, 0] < kept, z, prediction.draw(root, words, u[picked, 1]))
+                prediction = DenseDistribution(self.tweedie(prediction, t), self.vocabulary)
+            log_prob = prediction.log_prob(torch.where(is_token, z, 0))
+            clean = self.alpha(t) * log_prob.double().exp()
+            stays = torch.where(is_token, clean / (clean + noise), 0.0)
+            root = torch.full_like(z, self.vocabulary.root)
+            drawn = prediction.draw(root, torch.zeros_like(z), u[:, 1])
+            return torch.where(u[:, 0] < stays, z, drawn)
 
-        x0[open_] = query(open_, self.scope(zt[open_]), draw)
+        z = zt[open_]
+        values = (value[open_] for value in (t, noise, word, u))
+        x0[open_] = query(open_, self.scope(z), draw, z, *values)
         return x0
 
     # ------------------------------------------------------------------ events
@@ -447,7 +443,9 @@ class InterpolatingProcess(ForwardProcess):
         t = interior(t)
         candidates = _Cells(self, zt).rate(t)
         arrive = torch.where(candidates > 0, self.arrivals_at(zt, t) / candidates, 0.0)
-        if bool((arrive * (1.0 - self.rng_at(zt, t)) > self.rng_at(zt, t) * (1.0 + 1e-9)).any()):
+        if bool(
+            (arrive * (1.0 - self.noise_at(zt, t)) > self.noise_at(zt, t) * (1.0 + 1e-9)).any()
+        ):
             raise ArgumentError(
                 f"{type(self).__name__}.event: the arrivals rise by more than {SLACK - 1.0:.0%} within one of {CELLS} "
                 "cells of logit time, so that candidate events are too few. Give it a smoother schedule, or use a sampler "
@@ -611,7 +609,7 @@ class ComponentProcess(InterpolatingProcess):
     def arrivals(self, t: Tensor) -> Tensor:
         return self._flow(t) @ self._on(t.device)
 
-    def rng_at(self, zt: Tensor, t: Tensor) -> Tensor:
+    def noise_at(self, zt: Tensor, t: Tensor) -> Tensor:
         return (per_time(self.coefficients, t) * self._on(zt.device).T[zt]).sum(-1)
 
     def arrivals_at(self, zt: Tensor, t: Tensor) -> Tensor:

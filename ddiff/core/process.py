@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,10 +36,23 @@ from ddiff.core.prediction import DenseDistribution, Prediction, Score, certainl
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 
-RowFunction = Callable[
-    [Any, Tensor], Any
-]  # fn(answer, idx); the answer is a law where a draw is asked for
-Query = Callable[[Tensor, Tensor, RowFunction], Any]
+RowFunction = Callable[..., Any]
+"""fn(prediction, *values): a result, or a tuple of results, with one entry per row of the prediction."""
+
+
+class Query(Protocol):
+    """Evaluate the network at some rows of one noisy state.
+
+    `rows` [k] are flat row numbers, `node` [k] the node below which each row needs the predicted
+    distribution. The network may answer in chunks: for each chunk it calls `fn(prediction, *values)`,
+    `values` being the entries of `per_row` (tensors with k entries each) that belong to the chunk. The
+    results come back in the order of `rows`.
+    """
+
+    def __call__(
+        self, rows: Tensor, node: Tensor, fn: RowFunction, /, *per_row: Tensor
+    ) -> Any: ...
+
 
 WELL_CONDITIONED = (
     1e4  # condition numbers of an operator that elimination inverts to the last digits
@@ -370,23 +383,26 @@ class ForwardProcess(ABC):
         if len(moving) == 0:
             return zs
 
-        def draw(prediction: Prediction, rows: Tensor) -> Tensor:
-            picked, dist = moving[rows], certainly_law(prediction, "ForwardProcess.step")
-            log_probs = self.reverse_log_probs(dist.log_mass(0), zt[picked], t[picked], s[picked])
-            return draw_index(log_probs.exp(), u[picked, 0])
+        def draw(prediction: Prediction, z: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
+            dist = certainly_law(prediction, "ForwardProcess.step")
+            log_probs = self.reverse_log_probs(dist.log_mass(0), z, t, s)
+            return draw_index(log_probs.exp(), u[:, 0])
 
-        zs[moving] = query(moving, self.scope(zt[moving]), draw)
+        z = zt[moving]
+        zs[moving] = query(moving, self.scope(z), draw, z, t[moving], s[moving], u[moving])
         return zs
 
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """[r] the last draw, x ~ p(x) q_t(z|x) / q_t-bar(z), own evidence included; u [r, uniforms_per_decode]."""
 
-        def draw(prediction: Prediction, rows: Tensor) -> Tensor:
-            return draw_index(self._decoding(prediction, zt[rows], t[rows]).softmax(-1), u[rows, 0])
-
         if self.closes_at_clean and bool((t == 0.0).all()):
             return zt.clone()
-        return query(torch.arange(len(zt), device=zt.device), self.scope(zt), draw)
+
+        def draw(prediction: Prediction, z: Tensor, t: Tensor, u: Tensor) -> Tensor:
+            return draw_index(self._decoding(prediction, z, t).softmax(-1), u[:, 0])
+
+        rows = torch.arange(len(zt), device=zt.device)
+        return query(rows, self.scope(zt), draw, zt, t, u)
 
     # ------------------------------------------------------------------ parts of the formulas above
 

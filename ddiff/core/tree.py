@@ -526,25 +526,26 @@ class TreeProcess(ForwardProcess):
     def _down_to(self, query: Query, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
         """Draw the state at level `target` given z_t."""
 
-        def draw(prediction: Prediction, zt: Tensor, rows: Tensor) -> Tensor:
-            return self._draw_below(
-                certainly_law(prediction, "TreeProcess.step"), zt, target[rows], u[rows]
-            )
+        def draw(prediction: Prediction, z: Tensor, target: Tensor, u: Tensor) -> Tensor:
+            return self._draw_below(certainly_law(prediction, "TreeProcess.step"), z, target, u)
 
-        return self._descend(query, zt, target, draw)
+        return self._descend(query, zt, target, draw, target, u)
 
     def _descend(
-        self, query: Query, zt: Tensor, target: Tensor, draw: Callable[..., Tensor]
+        self,
+        query: Query,
+        zt: Tensor,
+        target: Tensor,
+        draw: Callable[..., Tensor],
+        *per_row: Tensor,
     ) -> Tensor:
-        """draw(answer, z_t, rows) where the target is below z_t; rows that stay are not shown to the network."""
+        """Replace z_t by draw(prediction, z_t, *per_row) if the target level is below it; query no other row."""
         moving = (target < self.vocabulary.level_of(zt)).nonzero().squeeze(-1)
         zs = zt.clone()
         if len(moving):
-            zs[moving] = query(
-                moving,
-                self.scope(zt[moving]),
-                lambda prediction, rows: draw(prediction, zt[moving[rows]], moving[rows]),
-            )
+            z = zt[moving]
+            values = [value[moving] for value in per_row]
+            zs[moving] = query(moving, self.scope(z), draw, z, *values)
         return zs
 
     def _draw_below(self, dist: CleanDistribution, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:

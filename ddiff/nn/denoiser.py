@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, final, get
 import torch
 from torch import Tensor, nn
 
-from ddiff.core.prediction import CleanDistribution, DenseDistribution, drop_own_evidence
+from ddiff.core.prediction import (
+    CleanDistribution,
+    DenseDistribution,
+    Prediction,
+    drop_own_evidence,
+)
 from ddiff.core.times import Noisy
 from ddiff.data.condition_forms import Form
 from ddiff.errors import ArgumentError
@@ -16,7 +21,7 @@ from ddiff.nn.attention import Columns, KeyValues, Seen, Sight, block_mask, dens
 from ddiff.nn.heads import Head, Question
 
 if TYPE_CHECKING:
-    from ddiff.core.process import ForwardProcess
+    from ddiff.core.process import ForwardProcess, RowFunction
 
 CAPACITIES = 32
 
@@ -427,7 +432,11 @@ class _Query:
         self.columns: Tensor | None = None  # which are known, where a cache leaves some out
 
     @torch.no_grad()
-    def __call__(self, rows: Tensor, node: Tensor, fn: Question) -> Any:
+    def __call__(self, rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+        def on_chunk(prediction: Prediction, idx: Tensor) -> Any:
+            return fn(prediction, *(value[idx] for value in per_row))
+
+        question: Question = on_chunk
         hidden = self._hidden(rows).index_select(0, rows)
         self._check_within(rows)
         denoiser, process = self.as_network.denoiser, self.as_network.process
@@ -437,9 +446,10 @@ class _Query:
                 self.noisy.zt.flatten()[rows],
                 self.noisy.t.flatten()[rows],
             )
-            fn = reading.question(fn, process, zt, t, reading.prepared(process, zt, t))
+            prepared = reading.prepared(process, zt, t)
+            question = reading.question(question, process, zt, t, prepared)
             node = reading.scope(node, process)
-        return denoiser.read(hidden, node, fn)
+        return denoiser.read(hidden, node, question)
 
     def _hidden(self, rows: Tensor) -> Tensor:
         """Hidden states that hold at least those of the asked rows."""

@@ -13,7 +13,7 @@ from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import Steps
 from ddiff.sampling.grid_sampler import GridSampler, kept, uniforms
-from ddiff.sampling.loop import Canvas, Quality, Says, need_law, need_process, only, step_rows
+from ddiff.sampling.loop import Canvas, Quality, Says, need_law, need_process, restrict, step_rows
 
 
 @final
@@ -58,10 +58,12 @@ class AdaptiveCorrectionSampler(GridSampler):
             )
             if len(on):
                 zs[on] = process.step(
-                    only(query, on), zt[on], t[on], then[rows[on]], step[rows[on]]
+                    restrict(query, on), zt[on], t[on], then[rows[on]], step[rows[on]]
                 )
             if len(over):
-                zs[over] = process.decode(only(query, over), zt[over], t[over], last[rows[over]])
+                zs[over] = process.decode(
+                    restrict(query, over), zt[over], t[over], last[rows[over]]
+                )
             return zs
 
         return canvas.moved(step_rows(network, canvas, draw, process.active(canvas.zt)), s)

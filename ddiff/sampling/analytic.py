@@ -37,12 +37,14 @@ class AnalyticSampler(GridSampler):
         clamped = canvas.notes.get("clamped", torch.zeros_like(canvas.t)).reshape(-1).clone()
 
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            def jump(prediction: Prediction, idx: Tensor) -> Tensor:
-                probability = reverse_probs(process, prediction, zt[idx], t[idx], then[rows[idx]])
-                clamped[rows[idx]] += probability.clamp(max=0.0).sum(-1).neg().double()
-                return draw_index(probability.clamp(min=0.0), u[rows[idx]])
+            def jump(
+                prediction: Prediction, z: Tensor, t: Tensor, s: Tensor, rows: Tensor
+            ) -> Tensor:
+                probability = reverse_probs(process, prediction, z, t, s)
+                clamped[rows] += probability.clamp(max=0.0).sum(-1).neg().double()
+                return draw_index(probability.clamp(min=0.0), u[rows])
 
-            return query(every_row(zt), root_of(process, zt), jump)
+            return query(every_row(zt), root_of(process, zt), jump, zt, t, then[rows], rows)
 
         zt = step_rows(network, canvas, draw, process.active(canvas.zt))
         return canvas.moved(zt, s, clamped=clamped.reshape(s.shape))

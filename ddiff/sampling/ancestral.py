@@ -50,10 +50,10 @@ class AncestralSampler(GridSampler):
             return draw_words(process, network, canvas, rng)
 
         def choose(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            def likeliest(dist: CleanDistribution, idx: Tensor) -> Tensor:
-                return (dist.log_mass(0) + process.log_likelihood(zt[idx], t[idx])).argmax(-1)
+            def likeliest(dist: CleanDistribution, z: Tensor, t: Tensor) -> Tensor:
+                return (dist.log_mass(0) + process.log_likelihood(z, t)).argmax(-1)
 
-            return query(every_row(zt), root_of(process, zt), likeliest)
+            return query(every_row(zt), root_of(process, zt), likeliest, zt, t)
 
         return canvas.moved(
             step_rows(network, canvas, choose, open_at(process, canvas)), torch.zeros_like(canvas.t)

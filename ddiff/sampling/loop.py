@@ -137,14 +137,18 @@ def step_rows(network: Network, canvas: Canvas, draw: Draw, among: Tensor | None
     rows = chosen.reshape(-1).nonzero().squeeze(-1)
     moved = canvas.zt.reshape(-1).clone()
     if len(rows):
-        query = only(network(canvas.noisy()), rows)
+        query = restrict(network(canvas.noisy()), rows)
         moved[rows] = draw(query, moved[rows], canvas.t.reshape(-1)[rows], rows)
     return moved.reshape(canvas.zt.shape)
 
 
-def only(query: Query, rows: Tensor) -> Query:
-    """The visit of some rows, numbered anew: row k of it is rows[k]."""
-    return lambda chosen, node, fn: query(rows[chosen], node, fn)
+def restrict(query: Query, rows: Tensor) -> Query:
+    """Restrict a query to some rows and renumber them: row k of the result is rows[k] of `query`."""
+
+    def restricted(chosen: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+        return query(rows[chosen], node, fn, *per_row)
+
+    return restricted
 
 
 def need_process(sampler: object, process: ForwardProcess | None) -> None:
@@ -200,7 +204,7 @@ def _first_canvas(
     )
 
 
-class _CountedAsk:
+class CountedNetwork:
     """Counts the asks that reached a network which does not count for itself: over the batch, and per sequence."""
 
     def __init__(self, network: Network) -> None:
@@ -211,19 +215,19 @@ class _CountedAsk:
         self.runs = self.runs if len(self.runs) == batch else torch.zeros(batch, dtype=torch.long)
         seen = torch.zeros(batch, dtype=torch.bool)
 
-        def counted(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+        def counted(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
             asked = torch.zeros_like(seen).index_fill(0, (rows // length).cpu(), True) & ~seen
             self.calls += int(not bool(seen.any()))
             self.runs += asked
             seen.logical_or_(asked)
-            return query(rows, node, fn)
+            return query(rows, node, fn, *per_row)
 
         return counted
 
 
 def counting(network: Network) -> Any:
     """An ask with `calls` and `runs` [B]: itself where it has them."""
-    return network if hasattr(network, "runs") else _CountedAsk(network)
+    return network if hasattr(network, "runs") else CountedNetwork(network)
 
 
 def runs_of(network: Any, batch: int) -> Tensor:

@@ -41,16 +41,20 @@ class OneLevelSampler(GridSampler):
             moving = (u[rows, 0] < fallen.squeeze(-1)).nonzero().squeeze(-1)
             below = level.squeeze(-1) - 1
 
-            def descend(dist: CleanDistribution, idx: Tensor) -> Tensor:
-                picked = moving[idx]
-                return dist.draw(zt[picked], below[picked], u[rows[picked], 1])
-
             zs = zt.clone()
             if len(moving):
-                zs[moving] = query(moving, process.scope(zt[moving]), descend)
+                z = zt[moving]
+                zs[moving] = query(
+                    moving, process.scope(z), draw_below, z, below[moving], u[rows[moving], 1]
+                )
             return zs
 
         return canvas.moved(step_rows(network, canvas, draw, process.active(canvas.zt)), s)
+
+
+def draw_below(dist: CleanDistribution, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
+    """Draw [k] descendants of node [k] at level [k]."""
+    return dist.draw(node, level, u)
 
 
 def occupation(process: ForwardProcess, t: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import Steps
 from ddiff.sampling.grid_sampler import GridSampler, every_row, kept, open_at, root_of, uniforms
-from ddiff.sampling.loop import Canvas, Quality, only, step_rows
+from ddiff.sampling.loop import Canvas, Quality, restrict, step_rows
 
 
 class Kappa(Protocol):
@@ -63,15 +63,17 @@ class PsiSampler(GridSampler):
             )
             if len(on):
                 zs[on] = process.step(
-                    only(query, on), zt[on], t[on], then[rows[on]], step[rows[on]]
+                    restrict(query, on), zt[on], t[on], then[rows[on]], step[rows[on]]
                 )
             if len(back):
-                x[back] = process.decode(only(query, back), zt[back], t[back], decode[rows[back]])
+                x[back] = process.decode(
+                    restrict(query, back), zt[back], t[back], decode[rows[back]]
+                )
             redrawn = process.sample(x, then[rows], again[rows])
             zs = torch.where(keep, zs, redrawn)
             if self.kappa.watches:
                 new = ((zs != zt) & (zs < process.vocabulary.num_tokens)).nonzero().squeeze(-1)
-                sureness[rows[new]] = _log_p(process, only(query, new), zs[new])
+                sureness[rows[new]] = _log_p(process, restrict(query, new), zs[new])
             return zs
 
         zs = step_rows(network, canvas, draw, open_at(process, canvas) | ~keeps)
@@ -85,10 +87,10 @@ def _log_p(process: ForwardProcess, query: Query, words: Tensor) -> Tensor:
     if len(words) == 0:
         return words.double()
 
-    def read(dist: CleanDistribution, idx: Tensor) -> Tensor:
-        return dist.log_prob(words[idx]).double()
+    def read(dist: CleanDistribution, tokens: Tensor) -> Tensor:
+        return dist.log_prob(tokens).double()
 
-    return query(every_row(words), root_of(process, words), read)
+    return query(every_row(words), root_of(process, words), read, words)
 
 
 class _Constant:

@@ -108,14 +108,17 @@ def proposals(
     )
 
     def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        def again(dist: CleanDistribution, idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            full = dist.log_mass(0).double() + process.log_likelihood(zt[idx], t[idx])
+        def again(
+            dist: CleanDistribution, z: Tensor, t: Tensor, u: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            full = dist.log_mass(0).double() + process.log_likelihood(z, t)
             tempered = temper(full, temperature).log_softmax(-1)
-            drawn = draw_index(tempered.exp(), u[rows[idx]])
+            drawn = draw_index(tempered.exp(), u)
             log_p = tempered.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
-            return drawn, log_p, full.argmax(-1) == zt[idx]
+            return drawn, log_p, full.argmax(-1) == z
 
-        drawn, log_p, right[rows] = query(every_row(zt), root_of(process, zt), again)
+        root = root_of(process, zt)
+        drawn, log_p, right[rows] = query(every_row(zt), root, again, zt, t, u[rows])
         score[rows] = torch.where(drawn != zt, log_p, -torch.inf)
         return drawn
 

@@ -224,14 +224,11 @@ class _Shaped(_Composed):
     def __call__(self, noisy: Noisy) -> Query:
         query = self.parts[0](noisy)
 
-        def reshaped(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-            return query(
-                rows,
-                node,
-                lambda dist, idx: fn(
-                    ShapedDistribution([dist], self._shape, unfiltered(dist)), idx
-                ),
-            )
+        def reshaped(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+            def on_shaped(dist: CleanDistribution, *values: Tensor) -> Any:
+                return fn(ShapedDistribution([dist], self._shape, unfiltered(dist)), *values)
+
+            return query(rows, node, on_shaped, *per_row)
 
         return reshaped
 
@@ -248,22 +245,22 @@ class _Guided(_Composed):
         self.weight = _finite("guided", weight)
 
     def __call__(self, noisy: Noisy) -> Query:
-        query, null_visit = (part(noisy) for part in self.parts)
+        query, null_query = (part(noisy) for part in self.parts)
 
-        def both(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-            def with_null(dist: CleanDistribution, idx: Tensor) -> Any:
-                def mixed(null: CleanDistribution, part: Tensor) -> Any:
-                    same = len(part) == len(idx)
-                    return fn(
-                        ShapedDistribution(
-                            [dist if same else _Rows(dist, part), null], self._shape
-                        ),
-                        idx[part],
-                    )
+        def both(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+            def with_null(
+                dist: CleanDistribution, rows: Tensor, node: Tensor, *values: Tensor
+            ) -> Any:
+                def mixed(null: CleanDistribution, place: Tensor, *part: Tensor) -> Any:
+                    whole = len(place) == len(rows)
+                    conditional = dist if whole else _Rows(dist, place)
+                    return fn(ShapedDistribution([conditional, null], self._shape), *part)
 
-                return null_visit(rows[idx], node[idx], mixed)
+                # The unconditional head may cut these rows into chunks of its own: `place` says which of them a chunk holds.
+                place = torch.arange(len(rows), device=rows.device)
+                return null_query(rows, node, mixed, place, *values)
 
-            return query(rows, node, with_null)
+            return query(rows, node, with_null, rows, node, *per_row)
 
         return both
 
@@ -300,10 +297,13 @@ class _Steered(_Composed):
     def __call__(self, noisy: Noisy) -> Query:
         query = self.parts[0](noisy)
 
-        def steered_visit(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-            return query(rows, node, lambda dist, idx: fn(self._law(dist, noisy, rows[idx]), idx))
+        def steered(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+            def on_steered(dist: CleanDistribution, rows: Tensor, *values: Tensor) -> Any:
+                return fn(self._law(dist, noisy, rows), *values)
 
-        return steered_visit
+            return query(rows, node, on_steered, rows, *per_row)
+
+        return steered
 
     def _law(self, dist: CleanDistribution, noisy: Noisy, rows: Tensor) -> CleanDistribution:
         log_p, vocabulary = dist.log_below(0), dist.vocabulary

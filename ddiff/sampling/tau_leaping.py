@@ -32,11 +32,11 @@ class TauLeapingSampler(GridSampler):
         u, then = uniforms(rng, "leap", 2), s.reshape(-1)
 
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            def jump(prediction: Prediction, idx: Tensor) -> Tensor:
-                rates = process.reverse_rates(prediction, zt[idx], t[idx])
-                return leap(rates, zt[idx], t[idx] - then[rows[idx]], u[rows[idx]])
+            def jump(prediction: Prediction, z: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
+                return leap(process.reverse_rates(prediction, z, t), z, t - s, u)
 
-            return query(every_row(zt), root_of(process, zt), jump)
+            root = root_of(process, zt)
+            return query(every_row(zt), root, jump, zt, t, then[rows], u[rows])
 
         return canvas.moved(step_rows(network, canvas, draw, process.active(canvas.zt)), s)
 

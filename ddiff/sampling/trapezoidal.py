@@ -13,7 +13,7 @@ from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import Steps
 from ddiff.sampling.grid_sampler import GridSampler, every_row, root_of, uniforms
-from ddiff.sampling.loop import Canvas, Says, need_process, only, step_rows
+from ddiff.sampling.loop import Canvas, Says, need_process, step_rows
 from ddiff.sampling.tau_leaping import leap
 
 
@@ -53,28 +53,27 @@ class TrapezoidalSampler(GridSampler):
         def early(rows: Tensor) -> Tensor:
             """Rates at the start of the step."""
 
-            def read(prediction: Prediction, idx: Tensor) -> Tensor:
-                return process.reverse_rates(prediction, start_zt[rows[idx]], start_t[rows[idx]])
-
-            return only(start, rows)(every_row(rows), root_of(process, rows), read)
+            root = root_of(process, rows)
+            return start(rows, root, process.reverse_rates, start_zt[rows], start_t[rows])
 
         def halfway(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            def jump(prediction: Prediction, idx: Tensor) -> Tensor:
-                rates = process.reverse_rates(prediction, zt[idx], t[idx])
-                return leap(rates, zt[idx], t[idx] - rho.reshape(-1)[rows[idx]], first[rows[idx]])
+            def jump(
+                prediction: Prediction, z: Tensor, t: Tensor, rho: Tensor, u: Tensor
+            ) -> Tensor:
+                return leap(process.reverse_rates(prediction, z, t), z, t - rho, u)
 
-            return query(every_row(zt), root_of(process, zt), jump)
+            root = root_of(process, zt)
+            return query(every_row(zt), root, jump, zt, t, rho.reshape(-1)[rows], first[rows])
 
         def onward(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            def jump(prediction: Prediction, idx: Tensor) -> Tensor:
-                rates = self.ahead * process.reverse_rates(prediction, zt[idx], t[idx])
-                still = (zt[idx] == start_zt[rows[idx]]).nonzero().squeeze(-1)
-                rates[still] = (rates[still] - (self.ahead - 1.0) * early(rows[idx][still])).clamp(
-                    min=0.0
-                )
-                return leap(rates, zt[idx], t[idx] - then[rows[idx]], second[rows[idx]])
+            def jump(prediction: Prediction, z: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+                rates = self.ahead * process.reverse_rates(prediction, z, t)
+                still = (z == start_zt[rows]).nonzero().squeeze(-1)
+                earlier = (self.ahead - 1.0) * early(rows[still])
+                rates[still] = (rates[still] - earlier).clamp(min=0.0)
+                return leap(rates, z, t - then[rows], second[rows])
 
-            return query(every_row(zt), root_of(process, zt), jump)
+            return query(every_row(zt), root_of(process, zt), jump, zt, t, rows)
 
         shared = lambda noisy: start  # noqa: E731
         middle = canvas.moved(step_rows(shared, canvas, halfway, process.active(canvas.zt)), rho)

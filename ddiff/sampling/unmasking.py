@@ -150,11 +150,14 @@ def descents(
     def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         below = process.vocabulary.level_of(zt) - 1
 
-        def descend(dist: CleanDistribution, idx: Tensor) -> tuple[Tensor, Tensor]:
-            drawn = dist.draw(zt[idx], below[idx], u[rows[idx]])
-            return drawn, _sureness(unfiltered(dist), zt[idx], below[idx], drawn, by)
+        def descend(
+            dist: CleanDistribution, node: Tensor, below: Tensor, u: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            drawn = dist.draw(node, below, u)
+            return drawn, _sureness(unfiltered(dist), node, below, drawn, by)
 
-        drawn, sureness[rows] = query(every_row(zt), process.scope(zt), descend)
+        scope = process.scope(zt)
+        drawn, sureness[rows] = query(every_row(zt), scope, descend, zt, below, u[rows])
         return drawn
 
     return step_rows(network, canvas, draw, process.active(canvas.zt)), sureness.reshape(

@@ -35,8 +35,8 @@ def _log_p(denoiser: Denoiser, process: ForwardProcess, noisy: Noisy, context: C
     rows = torch.arange(noisy.zt.numel())
     query = as_network(denoiser, process, context)(noisy)
     root = torch.full_like(rows, process.vocabulary.root)
-    told, _ = query(rows, root, lambda prediction, idx: (prediction.log_mass(0).double(), idx))
-    return told.reshape(*noisy.zt.shape, -1)
+    log_p = query(rows, root, lambda prediction: prediction.log_mass(0).double())
+    return log_p.reshape(*noisy.zt.shape, -1)
 
 
 def _some(noisy: Noisy, *index: slice) -> Noisy:

@@ -18,7 +18,7 @@ from ddiff.testing.probes import (
     ENDS,
     INNER,
     STEPS,
-    TableVisit,
+    TableQuery,
     grid_of_uniforms,
     likelihoods,
     product,
@@ -74,7 +74,7 @@ def _step_gaps(process: ForwardProcess, s: float, t: float) -> Iterator[Gap]:
     )
 
     def draw(row: Tensor, u: Tensor) -> Tensor:
-        query = TableVisit(log_p.expand(len(row), -1), vocabulary)
+        query = TableQuery(log_p.expand(len(row), -1), vocabulary)
         return process.step(query, zt[row], last[row], first[row], u)
 
     drawn = law_of_draws(draw, len(zt), process.uniforms_per_step, vocabulary.num_states)
@@ -95,7 +95,7 @@ def decode_follows_bayes(process: ForwardProcess) -> Iterator[Gap]:
 
         def draw(row: Tensor, u: Tensor, zt: Tensor = zt, now: Tensor = now) -> Tensor:
             return process.decode(
-                TableVisit(log_p.expand(len(row), -1), vocabulary), zt[row], now[row], u
+                TableQuery(log_p.expand(len(row), -1), vocabulary), zt[row], now[row], u
             )
 
         drawn = law_of_draws(draw, len(zt), process.uniforms_per_decode, vocabulary.num_tokens)
@@ -158,12 +158,12 @@ def draws_are_their_own(process: ForwardProcess) -> Iterator[Gap]:
 
     def stepped(rows: Tensor, uniforms: Tensor) -> Tensor:
         return process.step(
-            TableVisit(table[rows], process.vocabulary), zt[rows], t[rows], t[rows] * 0.4, uniforms
+            TableQuery(table[rows], process.vocabulary), zt[rows], t[rows], t[rows] * 0.4, uniforms
         )
 
     def decoded(rows: Tensor, uniforms: Tensor) -> Tensor:
         return process.decode(
-            TableVisit(table[rows], process.vocabulary), zt[rows], t[rows], uniforms
+            TableQuery(table[rows], process.vocabulary), zt[rows], t[rows], uniforms
         )
 
     draws = {
@@ -214,7 +214,7 @@ def arguments_are_untouched(process: ForwardProcess) -> Iterator[Gap]:
     u_decode = grid_of_uniforms(len(x0), process.uniforms_per_decode)
     zt = process.sample(x0.clone(), t, u_sample)
     log_p = random_laws(vocabulary.num_tokens, len(x0))
-    query = TableVisit(log_p, vocabulary)
+    query = TableQuery(log_p, vocabulary)
     prediction = DenseDistribution(log_p, vocabulary)
     u_climb = grid_of_uniforms(len(x0), process.uniforms_per_forward_step)
     u_event = grid_of_uniforms(len(x0), process.uniforms_per_event)
@@ -252,7 +252,7 @@ def arguments_are_untouched(process: ForwardProcess) -> Iterator[Gap]:
             yield gap(argument, copy.double(), {"modified by": name})
 
 
-def _fresh_query(process: ForwardProcess, rows: int) -> TableVisit:
-    return TableVisit(
+def _fresh_query(process: ForwardProcess, rows: int) -> TableQuery:
+    return TableQuery(
         random_laws(process.vocabulary.num_tokens, 1, seed=3).expand(rows, -1), process.vocabulary
     )

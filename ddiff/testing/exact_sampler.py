@@ -66,17 +66,17 @@ class ExactNetwork:
         self.process, self.joint, self.predicts = process, joint, predicts
 
     def __call__(self, noisy: Noisy) -> Query:
-        def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+        def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
             sequence, place = rows // 2, torch.arange(len(rows))
             shown = (part[sequence] for part in (noisy.zt, noisy.t, noisy.clean))
             log_p = given_the_other(self.process, self.joint, *shown)[place, rows % 2]
             if self.predicts == "law":
-                return fn(DenseDistribution(log_p, self.process.vocabulary), place)
+                return fn(DenseDistribution(log_p, self.process.vocabulary), *per_row)
             log_q = self.process.log_marginal(
                 log_p, self.process.of_scores(noisy.t.reshape(-1)[rows])
             )
             return fn(
-                Score(log_q - log_q.gather(-1, noisy.zt.reshape(-1)[rows].unsqueeze(-1))), place
+                Score(log_q - log_q.gather(-1, noisy.zt.reshape(-1)[rows].unsqueeze(-1))), *per_row
             )
 
         return query

@@ -114,7 +114,7 @@ class Rows:
         return {"x0": self.x0, "zt": self.zt, "t": self.t}
 
 
-class TableVisit:
+class TableQuery:
     """A visit over fixed laws log_p [n,V] that gives away no more than was asked: below `node`, nothing above it.
 
     `calls` counts visits, `asked` remembers the rows of the last one.
@@ -125,11 +125,12 @@ class TableVisit:
         self.calls = 0
         self.asked = torch.empty(0, dtype=torch.long)
 
-    def __call__(self, rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-        self.calls, self.asked = self.calls + 1, rows
-        parts = [
-            (idx, fn(law, idx)) for idx, law in laws_below(self.log_p[rows], node, self.vocabulary)
-        ]
+    def __call__(self, rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+        self.calls += 1
+        self.asked = rows
+        parts = []
+        for idx, dist in laws_below(self.log_p[rows], node, self.vocabulary):
+            parts.append((idx, fn(dist, *(value[idx] for value in per_row))))
         order = torch.cat([idx for idx, _ in parts])
         if isinstance(parts[0][1], tuple):
             return tuple(
@@ -160,8 +161,8 @@ def read_below(
     *arguments: Tensor,
 ) -> Tensor:
     """[r] formula(law, *arguments) where every row's law knows only what lies below its node."""
-    fn = lambda law, idx: formula(law, *(argument[idx] for argument in arguments))  # noqa: E731
-    return TableVisit(log_p, vocabulary)(torch.arange(len(log_p)), node, fn)
+    rows = torch.arange(len(log_p))
+    return TableQuery(log_p, vocabulary)(rows, node, formula, *arguments)
 
 
 def _in_order(order: Tensor, pieces: Any) -> Tensor:

@@ -14,7 +14,7 @@ from ddiff.testing.draws import law_of_draws
 from ddiff.testing.probes import (
     INNER,
     Rows,
-    TableVisit,
+    TableQuery,
     certain_laws,
     grid_of_uniforms,
     integral,
@@ -46,10 +46,10 @@ def scores_are_decoded(process: ForwardProcess) -> Iterator[Gap]:
         now = torch.full((len(zt),), t, dtype=torch.float64)
 
         def draw(row: Tensor, u: Tensor, zt: Tensor = zt, now: Tensor = now) -> Tensor:
-            def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
+            def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Tensor:
                 asked = row[rows]
                 score = score_of(process, log_p.expand(len(asked), -1), zt[asked], now[asked])
-                drawn: Tensor = fn(score, torch.arange(len(asked)))
+                drawn: Tensor = fn(score, *per_row)
                 return drawn
 
             return process.decode(query, zt[row], now[row], u)
@@ -245,7 +245,7 @@ def events_follow_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
 
         def draw(row: Tensor, v: Tensor, zt: Tensor = zt, s: Tensor = s) -> Tensor:
             return process.event(
-                TableVisit(log_p.expand(len(row), -1), vocabulary), zt[row], s[row], v
+                TableQuery(log_p.expand(len(row), -1), vocabulary), zt[row], s[row], v
             )
 
         drawn = law_of_draws(draw, len(zt), process.uniforms_per_event, vocabulary.num_states)
@@ -282,7 +282,7 @@ def events_query_once(process: ForwardProcess) -> Iterator[Gap]:
         return
     possible = (likelihoods(process, times((0.5,)))[0].sum(0) > 0).nonzero().squeeze(-1)
     zt, point = product(possible, torch.arange(32))
-    query = TableVisit(
+    query = TableQuery(
         random_laws(process.vocabulary.num_tokens, 1, seed=3).expand(len(zt), -1),
         process.vocabulary,
     )

@@ -70,12 +70,11 @@ class NextNetwork:
         self.vocabulary = vocabulary
 
     def __call__(self, noisy: Noisy) -> Query:
-        def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+        def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
             before = noisy.zt[rows // 2, 0].clamp(max=len(JOINT) - 1)
             p = torch.where((rows % 2 == 0).unsqueeze(-1), JOINT.sum(1), JOINT[before])
             return fn(
-                DenseDistribution((p / p.sum(-1, keepdim=True)).log(), self.vocabulary),
-                torch.arange(len(rows)),
+                DenseDistribution((p / p.sum(-1, keepdim=True)).log(), self.vocabulary), *per_row
             )
 
         return query

@@ -64,10 +64,11 @@ class LeftToRightSampler:
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             root = torch.full_like(rows, self.vocabulary.root)
 
-            def word(dist: CleanDistribution, idx: Tensor) -> Tensor:
-                return dist.draw(root[idx], torch.zeros_like(idx), u[rows[idx]])
+            def draw_token(dist: CleanDistribution, root: Tensor, u: Tensor) -> Tensor:
+                return dist.draw(root, torch.zeros_like(root), u)
 
-            return query(torch.arange(len(rows), device=rows.device), root, word)
+            numbers = torch.arange(len(rows), device=rows.device)
+            return query(numbers, root, draw_token, root, u[rows])
 
         for position in place.tolist():
             here = free & (place == position)

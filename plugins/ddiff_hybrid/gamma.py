@@ -348,24 +348,37 @@ class GammaHybrid(ForwardProcess):
         if len(moving) == 0:
             return zs
 
-        def draw(dist: CleanDistribution, rows: Tensor) -> Tensor:
-            picked = moving[rows]
-            z, hidden, first, which, source = zt[picked], masked[picked], *u[picked].unbind(-1)
+        def draw(
+            dist: CleanDistribution,
+            z: Tensor,
+            hidden: Tensor,
+            t: Tensor,
+            s: Tensor,
+            now: Tensor,
+            before: Tensor,
+            arrive: Tensor,
+            u: Tensor,
+        ) -> Tensor:
+            first, which, source = u.unbind(-1)
             log_p_z = torch.where(hidden, -torch.inf, dist.log_prob(self._token(z)).double())
             others = size - (~hidden).long()
-            by_noise, by_law = (
-                others * before[picked],
-                -self.kept.alpha(s[picked]) * torch.expm1(log_p_z),
-            )
-            here = now[picked] + self.kept.alpha(t[picked]) * log_p_z.exp()
-            leaves = hidden | (first < arrive[picked] * (by_noise + by_law) / here)
+            by_noise = others * before
+            by_law = -self.kept.alpha(s) * torch.expm1(log_p_z)
+            here = now + self.kept.alpha(t) * log_p_z.exp()
+            leaves = hidden | (first < arrive * (by_noise + by_law) / here)
             evenly = (which * others).long()
             drawn = torch.where(leaves, evenly + (evenly >= z).long(), z)
-            as_network = (leaves & (source * (by_noise + by_law) >= by_noise)).nonzero().squeeze(-1)
-            drawn[as_network] = self._elsewhere(dist, as_network, z[as_network], which[as_network])
+            as_predicted = (
+                (leaves & (source * (by_noise + by_law) >= by_noise)).nonzero().squeeze(-1)
+            )
+            drawn[as_predicted] = self._elsewhere(
+                dist, as_predicted, z[as_predicted], which[as_predicted]
+            )
             return drawn
 
-        zs[moving] = query(moving, self.scope(zt[moving]), draw)
+        z = zt[moving]
+        values = (value[moving] for value in (masked, t, s, now, before, arrive, u))
+        zs[moving] = query(moving, self.scope(z), draw, z, *values)
         return zs
 
     def _elsewhere(self, dist: CleanDistribution, rows: Tensor, z: Tensor, u: Tensor) -> Tensor:
@@ -396,18 +409,24 @@ class GammaHybrid(ForwardProcess):
         if len(open_) == 0:
             return x0
 
-        def draw(prediction: CleanDistribution | Score, rows: Tensor) -> Tensor:
-            picked = open_[rows]
-            dist = self._clean_law(prediction, t[picked])
-            z = zt[picked]
-            stays = self.kept.alpha(t[picked]) * dist.log_prob(self._token(z)).double().exp()
-            stays = torch.where(masked[picked], 0.0, stays / (stays + each[picked]))
-            drawn = dist.draw(
-                torch.full_like(z, self.vocabulary.root), torch.zeros_like(z), u[picked, 1]
-            )
-            return torch.where(u[picked, 0] < stays, z, drawn)
+        def draw(
+            prediction: CleanDistribution | Score,
+            z: Tensor,
+            t: Tensor,
+            hidden: Tensor,
+            each: Tensor,
+            u: Tensor,
+        ) -> Tensor:
+            dist = self._clean_law(prediction, t)
+            stays = self.kept.alpha(t) * dist.log_prob(self._token(z)).double().exp()
+            stays = torch.where(hidden, 0.0, stays / (stays + each))
+            root = torch.full_like(z, self.vocabulary.root)
+            drawn = dist.draw(root, torch.zeros_like(z), u[:, 1])
+            return torch.where(u[:, 0] < stays, z, drawn)
 
-        x0[open_] = query(open_, self.scope(zt[open_]), draw)
+        z = zt[open_]
+        values = (value[open_] for value in (t, masked, each, u))
+        x0[open_] = query(open_, self.scope(z), draw, z, *values)
         return x0
 
     def _clean_law(self, prediction: CleanDistribution | Score, t: Tensor) -> CleanDistribution:

@@ -138,11 +138,8 @@ def test_a_word_whose_probability_underflows_leaves_the_gradient_finite() -> Non
 def test_a_step_from_a_law_of_nan_is_an_error_and_not_a_word() -> None:
     process = DenseProcess(bare, chain)
 
-    def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
-        return fn(
-            DenseDistribution(torch.full((len(rows), 3), math.nan).double(), bare),
-            torch.arange(len(rows)),
-        )
+    def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Tensor:
+        return fn(DenseDistribution(torch.full((len(rows), 3), math.nan).double(), bare), *per_row)
 
     t = torch.tensor([0.5, 0.6], dtype=torch.float64)
     for draw in (

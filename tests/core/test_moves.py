@@ -26,7 +26,7 @@ from ddiff.core.schedule import LinearSchedule, PowerSchedule
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.errors import ArgumentError, NonFiniteError
-from ddiff.testing.probes import TableVisit, random_laws
+from ddiff.testing.probes import TableQuery, random_laws
 
 WORDS = FlatVocabulary(4, mask=False)
 MASKED = FlatVocabulary(3)
@@ -97,7 +97,7 @@ def law_of_step(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: float, s:
     """
 
     def step(first: Tensor, second: Tensor) -> Tensor:
-        query = TableVisit(log_p.expand(len(zt), -1), process.vocabulary)
+        query = TableQuery(log_p.expand(len(zt), -1), process.vocabulary)
         return process.step(query, zt, full(t, zt), full(s, zt), torch.stack([first, second], -1))
 
     moving = last_before(lambda v: step(v, full(0.5, zt)) != zt, len(zt))
@@ -134,7 +134,7 @@ def test_only_rows_that_may_move_are_shown_to_the_network() -> None:
         torch.randint(1000, (4096,), generator=torch.Generator().manual_seed(0)),
         torch.rand(4096, 2).double(),
     )
-    query = TableVisit(random_laws(1000, 1).expand(4096, -1), vocabulary)
+    query = TableQuery(random_laws(1000, 1).expand(4096, -1), vocabulary)
     process.step(query, zt, full(0.5, zt), full(0.5, zt), u)
     assert query.calls == 0
     process.step(query, zt, full(0.5, zt), full(0.5 - 1 / 64, zt), u)
@@ -202,7 +202,7 @@ def test_a_law_that_is_sure_of_the_state_itself_leaves_it_there() -> None:
     process = uneven()
     log_p = torch.eye(4).double().log()
     zt, u = torch.arange(4), torch.tensor([[0.0, 0.5]]).double().expand(4, -1)
-    assert process.step(TableVisit(log_p, WORDS), zt, full(0.5, zt), full(0.0, zt), u).tolist() == [
+    assert process.step(TableQuery(log_p, WORDS), zt, full(0.5, zt), full(0.0, zt), u).tolist() == [
         0,
         1,
         2,
@@ -212,7 +212,7 @@ def test_a_law_that_is_sure_of_the_state_itself_leaves_it_there() -> None:
 
 def test_a_law_of_nan_is_an_error_and_not_a_row_that_stays() -> None:
     zt, u = torch.arange(4), torch.zeros(4, 2).double()
-    query = TableVisit(torch.full((4, 4), torch.nan).double(), WORDS)
+    query = TableQuery(torch.full((4, 4), torch.nan).double(), WORDS)
     for draw in (lambda: uneven().step(query, zt, full(0.5, zt), full(0.2, zt), u),
                  lambda: uneven().event(query, zt, full(0.5, zt), u)):  # fmt: skip
         with pytest.raises(NonFiniteError, match="the predicted distribution holds NaN"):
@@ -220,8 +220,8 @@ def test_a_law_of_nan_is_an_error_and_not_a_row_that_stays() -> None:
 
 
 def test_a_score_is_drawn_from_by_no_step() -> None:
-    def query(rows: Tensor, node: Tensor, fn: Callable[..., Tensor]) -> Tensor:
-        return fn(Score(torch.zeros(len(rows), 5)), torch.arange(len(rows)))
+    def query(rows: Tensor, node: Tensor, fn: Callable[..., Tensor], *per_row: Tensor) -> Tensor:
+        return fn(Score(torch.zeros(len(rows), 5)), *per_row)
 
     zt, u = torch.full((2,), 4), torch.zeros(2, 2).double()
     masked = MixtureProcess(
@@ -266,7 +266,7 @@ def test_the_chain_of_events_has_the_law_of_the_posterior(name: str) -> None:
         while len(going):
             when = process.event_time(zt[going], t[going], rand(len(going)))
             going, when = going[when > s], when[when > s]
-            query = TableVisit(log_p.expand(len(going), -1), process.vocabulary)
+            query = TableQuery(log_p.expand(len(going), -1), process.vocabulary)
             if len(going):
                 zt[going] = process.event(
                     query, zt[going], when, rand(len(going), process.uniforms_per_event)
@@ -315,7 +315,7 @@ def test_arrivals_that_leap_within_a_cell_are_refused_and_not_thinned_wrongly() 
     zt = torch.arange(4)
     with pytest.raises(ArgumentError, match="candidate events are too few"):
         process.event(
-            TableVisit(random_laws(4, 4), WORDS), zt, full(0.507, zt), torch.rand(4, 2).double()
+            TableQuery(random_laws(4, 4), WORDS), zt, full(0.507, zt), torch.rand(4, 2).double()
         )
 
 

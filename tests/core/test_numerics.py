@@ -135,8 +135,8 @@ def test_deciding_first_and_drawing_then_gives_the_tail_its_mass_in_single_preci
     process = TreeProcess(vocabulary, LogTimeClock((1.0,)))
     dist = ZIPF.log().float().expand(chunk, -1)
 
-    def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
-        return fn(DenseDistribution(dist, vocabulary), torch.arange(chunk))
+    def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Tensor:
+        return fn(DenseDistribution(dist, vocabulary), *per_row)
 
     words = []
     for grid in ((torch.arange(points, dtype=torch.float64) + 0.5) / points).split(chunk):
@@ -159,10 +159,9 @@ def test_a_word_is_revealed_with_its_exact_probability() -> None:
     t = torch.full((points,), 0.5, dtype=torch.float64)
     grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points
 
-    def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
+    def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Tensor:
         return fn(
-            DenseDistribution(torch.full((len(rows), 2), -math.log(2.0)), vocabulary),
-            torch.arange(len(rows)),
+            DenseDistribution(torch.full((len(rows), 2), -math.log(2.0)), vocabulary), *per_row
         )
 
     zs = process.step(query, torch.full((points,), 2), t, t - STEP, torch.stack([grid, grid], -1))

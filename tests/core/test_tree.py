@@ -16,7 +16,7 @@ from torch import Tensor
 from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.elbo import network_from_table
 from ddiff.core.prediction import DenseDistribution
-from ddiff.core.process import Query, RowFunction
+from ddiff.core.process import RowFunction
 from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule
 from ddiff.core.times import Noisy
 from ddiff.core.tree import TreeProcess
@@ -39,11 +39,11 @@ def shares(drawn: Tensor, num_states: int = 10) -> Tensor:
     return torch.bincount(drawn, minlength=num_states).double() / len(drawn)
 
 
-def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-    return fn(DenseDistribution(P.log().expand(len(rows), -1), tree), torch.arange(len(rows)))
+def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+    return fn(DenseDistribution(P.log().expand(len(rows), -1), tree), *per_row)
 
 
-def never(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
+def never(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
     raise AssertionError("the network was asked although nothing was to be drawn")
 
 
@@ -136,8 +136,8 @@ def test_levels_without_stray_parents_below_others_with_them_decode_exactly() ->
     chain = TreeProcess(deep, LogTimeClock((1.0, 1.0, 1.0)), xi=(1.0, 0.7, 1.0))
     p = torch.tensor([0.3, 0.1, 0.2, 0.15, 0.25], dtype=torch.float64)
 
-    def network(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-        return fn(DenseDistribution(p.log().expand(len(rows), -1), deep), torch.arange(len(rows)))
+    def network(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+        return fn(DenseDistribution(p.log().expand(len(rows), -1), deep), *per_row)
 
     t = torch.full((POINTS,), 0.5).double()
     for state in (9, 10):
@@ -179,9 +179,12 @@ def test_a_law_that_underflows_below_a_node_still_decodes_there() -> None:
     )
     assert drawn.tolist() == [1]
     faint = torch.tensor([[0.0, -200.0, -200.0, -200.0, -201.0, -201.0]])
-    dist: Query = lambda rows, node, fn: fn(DenseDistribution(faint, tree), torch.arange(1))  # noqa: E731
+
+    def faint_query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+        return fn(DenseDistribution(faint, tree), *per_row)
+
     drawn = chain.decode(
-        dist, torch.tensor([7]), torch.tensor([0.5]).double(), torch.tensor([[0.5]]).double()
+        faint_query, torch.tensor([7]), torch.tensor([0.5]).double(), torch.tensor([[0.5]]).double()
     )
     assert drawn.tolist() == [0]  # the node itself is then the likelier mistake
 

@@ -19,12 +19,11 @@ def exact_ask(process: ForwardProcess, source: MarkovSource, predicts: str = "la
         log_p = _law_of_rest(process, source, noisy).flatten(0, 1)
         zt, t = noisy.zt.reshape(-1), noisy.t.reshape(-1)
 
-        def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-            everyone = torch.arange(len(rows))
+        def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
             if predicts == "law":
-                return fn(DenseDistribution(log_p[rows], process.vocabulary), everyone)
+                return fn(DenseDistribution(log_p[rows], process.vocabulary), *per_row)
             log_q = process.log_marginal(log_p[rows], t[rows])
-            return fn(Score(log_q - log_q.gather(-1, zt[rows].unsqueeze(-1))), everyone)
+            return fn(Score(log_q - log_q.gather(-1, zt[rows].unsqueeze(-1))), *per_row)
 
         return query
 

@@ -71,7 +71,7 @@ def test_the_reported_case_is_decoded_to_its_token() -> None:
         .expand(-1, process.uniforms_per_decode)
     )
     answer = Score(score.log_ratio.expand(64, -1))
-    query = lambda rows, node, fn: fn(answer, rows)  # noqa: E731
+    query = lambda rows, node, fn, *per_row: fn(answer, *per_row)  # noqa: E731
     assert process.decode(query, zt.expand(64), t.expand(64), u).tolist() == [1] * 64
 
 

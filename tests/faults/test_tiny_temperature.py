@@ -103,7 +103,7 @@ def guided_distribution(vocabulary: Any, weight: float) -> list[float]:
     )
     query = guided(network, null, weight)(noisy)
     node = torch.tensor([vocabulary.root])
-    return query(torch.tensor([0]), node, lambda law, idx: law.log_mass(0).exp())[0].tolist()
+    return query(torch.tensor([0]), node, lambda law: law.log_mass(0).exp())[0].tolist()
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES, ids=["flat", "tree"])
@@ -138,7 +138,7 @@ def test_a_classifier_that_gives_no_numbers_is_named(value: float) -> None:
     )
     query = steered(network, lambda noisy, rows: torch.full((len(rows), 3), value).double())(noisy)
     with pytest.raises(ArgumentError, match=r"steered: .*Mend log_likelihood"):
-        query(torch.tensor([0]), torch.tensor([3]), lambda law, idx: law.log_mass(0))
+        query(torch.tensor([0]), torch.tensor([3]), lambda law: law.log_mass(0))
 
 
 # ---------------------------------------------------------------------- whole samplers

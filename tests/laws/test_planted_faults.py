@@ -577,7 +577,7 @@ class AskingTwice(TreeProcess):
 
 class AskingAlways(MixtureProcess):
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        query(torch.arange(len(zt)), self.scope(zt), lambda prediction, rows: rows)
+        query(torch.arange(len(zt)), self.scope(zt), lambda prediction: torch.arange(len(zt)))
         return super().decode(query, zt, t, u)
 
 

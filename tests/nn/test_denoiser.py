@@ -73,7 +73,7 @@ def test_the_network_runs_at_the_first_visit_and_never_again(denoiser: Denoiser)
     noisy = shown()
     query = network(noisy)
     assert (network.calls, denoiser.backbone.runs) == (0, 0)
-    fn = lambda dist, idx: dist.log_below(0).logsumexp(-1)  # noqa: E731
+    fn = lambda dist: dist.log_below(0).logsumexp(-1)  # noqa: E731
     rows = torch.arange(5)
     first = query(rows, noisy.zt.flatten()[rows], fn)
     query(rows + 3, noisy.zt.flatten()[rows + 3], fn)
@@ -86,7 +86,7 @@ def test_the_network_runs_at_the_first_visit_and_never_again(denoiser: Denoiser)
 def test_only_sequences_that_are_asked_about_and_have_changed_are_run(denoiser: Denoiser) -> None:
     """A network that reads no time depends on the ids alone; what is kept is what would be computed again."""
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)))
-    noisy, fn = shown(), lambda dist, idx: dist.log_below(0).logsumexp(-1)
+    noisy, fn = shown(), lambda dist: dist.log_below(0).logsumexp(-1)
     everywhere = torch.arange(BATCH * LENGTH)
     for reads_time, runs in ((True, [2, 1, 0]), (False, [1, 1, 0])):
         denoiser.backbone.reads_time = reads_time
@@ -134,7 +134,7 @@ def test_a_network_given_all_is_asked_for_the_rest() -> None:
     with torch.no_grad():
         head.table.copy_(torch.eye(VOCABULARY.num_tokens))
     noisy, rows = shown(), torch.tensor([2, 11, 5])
-    mass = lambda dist, idx: dist.log_mass(0)  # noqa: E731
+    mass = lambda dist: dist.log_mass(0)  # noqa: E731
     dists = {
         given: as_network(Denoiser(FullConditional(process, log_rest), head, given), process)(
             noisy
@@ -182,6 +182,8 @@ def test_law_protocol_is_what_visits_hand_out(denoiser: Denoiser) -> None:
 
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)))
     rows = torch.tensor([1, 4, 4, 9, 0])
-    order = as_network(denoiser, process)(noisy)(rows, noisy.zt.flatten()[rows], fn)
+    order = as_network(denoiser, process)(noisy)(
+        rows, noisy.zt.flatten()[rows], fn, torch.arange(5)
+    )
     assert sorted(seen) == [0, 1, 2, 3, 4]
     assert order.tolist() == [0, 1, 2, 3, 4]

@@ -351,7 +351,7 @@ def test_the_engine_asks_with_a_cache_as_without(backbone: DiT) -> None:
     rng = drawn(17, clean)
     noisy = rng._replace(block=BLOCKS["fours"].unsqueeze(0))
     rows = torch.tensor([2, 3, 22])
-    node, mass = torch.full_like(rows, VOCABULARY.root), lambda dist, idx: dist.log_mass(0)
+    node, mass = torch.full_like(rows, VOCABULARY.root), lambda dist: dist.log_mass(0)
     cached, plain = as_network(model, cached=True), as_network(model)
     for _ in range(2):  # the second time nothing has changed
         torch.testing.assert_close(

@@ -42,7 +42,7 @@ from ddiff.testing import assert_laws, check_process
 from ddiff.testing.probes import (
     INNER,
     Rows,
-    TableVisit,
+    TableQuery,
     grid_of_uniforms,
     likelihoods,
     product,
@@ -245,7 +245,7 @@ def test_masks_are_revealed_whatever_the_network_says() -> None:
     u = grid_of_uniforms(count, process.uniforms_per_step)
     zt, t, s = torch.full((count,), WORDS), times((0.8,)).expand(count), times((0.6,)).expand(count)
     for log_p in random_laws(WORDS):
-        query = TableVisit(log_p.expand(count, -1), process.vocabulary)
+        query = TableQuery(log_p.expand(count, -1), process.vocabulary)
         zs = process.step(query, zt, t, s, u)
         assert torch.equal((zs < WORDS).nonzero().squeeze(-1), query.asked.sort().values)
         assert len(query.asked) == pytest.approx(0.25 * count, abs=2)
@@ -260,7 +260,7 @@ def test_few_words_are_shown_to_the_network() -> None:
         times((0.5,)).expand(count),
         times((0.4,)).expand(count),
     )
-    query = TableVisit(random_laws(WORDS, 1).expand(count, -1), process.vocabulary)
+    query = TableQuery(random_laws(WORDS, 1).expand(count, -1), process.vocabulary)
     process.step(query, zt, t, s, u)
     bound = (1.0 - 0.5 / 0.6) / 0.5 * (1.0 - 0.4 / WORDS)
     assert len(query.asked) == pytest.approx(bound * count, abs=5)

@@ -234,13 +234,10 @@ def test_a_window_that_closes_early_closes_under_a_score_as_under_its_law(
     )
 
     def network(noisy: Noisy) -> Query:
-        def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Tensor:
+        def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Tensor:
             zt, t = noisy.zt.reshape(-1)[rows], noisy.t.reshape(-1)[rows]
             log_marginal = process.log_marginal(log_p.expand(len(rows), -1), t)
-            return fn(
-                Score(log_marginal - log_marginal.gather(-1, zt.unsqueeze(-1))),
-                torch.arange(len(rows)),
-            )
+            return fn(Score(log_marginal - log_marginal.gather(-1, zt.unsqueeze(-1))), *per_row)
 
         return query
 

@@ -101,7 +101,7 @@ def test_scores_fall_as_distributions_do(process: str, sampler: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("process", "label", "says", "steps"),
+    ("process", "label", "predicts", "steps"),
     [
         ("mdlm", "ancestral", "law", 2),
         ("mdlm", "analytic", "score", 4),
@@ -195,7 +195,7 @@ def _guided(
     log_p = query(
         torch.tensor([0]),
         torch.tensor([process.vocabulary.root]),
-        lambda dist, idx: dist.log_mass(0),
+        lambda dist: dist.log_mass(0),
     )
     return process.reverse_log_probs(
         log_p, zt, now[0], torch.full((1,), s, dtype=torch.float64)

@@ -310,12 +310,14 @@ def test_probability_that_a_raw_score_makes_negative_is_set_to_zero_and_reported
     def tilted(noisy: Any) -> Any:
         query = exact(noisy)
         tilt = torch.tensor([1.5, 0.0, -1.5]).double()
-        return lambda rows, node, fn: query(
+        return lambda rows, node, fn, *per_row: query(
             rows,
             node,
-            lambda score, idx: fn(
-                type(score)(score.log_ratio + tilt - tilt[noisy.zt.flatten()[rows]][:, None]), idx
+            lambda score, *values: fn(
+                type(score)(score.log_ratio + tilt - tilt[noisy.zt.flatten()[rows]][:, None]),
+                *values,
             ),
+            *per_row,
         )
 
     tilted.predicts = "score"  # type: ignore[attr-defined]
@@ -498,8 +500,8 @@ class BlindAsk:
         )
         seen, whole = self.exact(first), self.exact(noisy)
 
-        def query(rows: Any, node: Any, fn: Any) -> Any:
-            return (whole if bool((rows % 2 == 1).all()) else seen)(rows, node, fn)
+        def query(rows: Any, node: Any, fn: Any, *per_row: Any) -> Any:
+            return (whole if bool((rows % 2 == 1).all()) else seen)(rows, node, fn, *per_row)
 
         return query
 

@@ -140,7 +140,7 @@ def read(network: Any, rows: int = 4, root: int = 3) -> Tensor:
         torch.full((2, 2), 3), torch.ones(2, 2).double(), torch.zeros(2, 2, dtype=torch.bool)
     )
     return network(noisy)(
-        torch.arange(rows), torch.full((rows,), root), lambda dist, idx: dist.log_mass(0)
+        torch.arange(rows), torch.full((rows,), root), lambda dist: dist.log_mass(0)
     ).exp()
 
 
@@ -161,13 +161,13 @@ def in_chunks(network: Any, sizes: tuple[int, ...]) -> Any:
     def chunked(noisy: Noisy) -> Any:
         query = network(noisy)
 
-        def parts(rows: Tensor, node: Tensor, fn: Any) -> Tensor:
+        def parts(rows: Tensor, node: Tensor, fn: Any, *per_row: Tensor) -> Tensor:
             places, start = [], 0
             for size in (*sizes, len(rows)):
                 places.append(torch.arange(start, min(start + size, len(rows))))
                 start = min(start + size, len(rows))
             used = [place for place in places if len(place)]
-            told = [query(rows[p], node[p], lambda dist, idx, p=p: fn(dist, p[idx])) for p in used]
+            told = [query(rows[p], node[p], fn, *(value[p] for value in per_row)) for p in used]
             return torch.cat(told)
 
         return parts

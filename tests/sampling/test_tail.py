@@ -46,10 +46,8 @@ def off(words: Tensor, mass: float) -> float:
 def zipf(noisy: Noisy) -> Query:
     """A network of single precision that says Zipf's law, of the rows that are asked for alone."""
 
-    def query(rows: Tensor, node: Tensor, fn: RowFunction) -> Any:
-        return fn(
-            DenseDistribution(SAID.expand(len(rows), -1), VOCABULARY), torch.arange(len(rows))
-        )
+    def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+        return fn(DenseDistribution(SAID.expand(len(rows), -1), VOCABULARY), *per_row)
 
     return query
 

@@ -103,7 +103,7 @@ def distance(sampler: GridSampler, process: ForwardProcess, joint: Tensor) -> fl
     ask_all(
         torch.arange(len(last)),
         start.reshape(-1),
-        lambda prediction, idx: log_p.append(prediction.log_mass(0)),
+        lambda prediction: log_p.append(prediction.log_mass(0)),
     )
     drawn = process.reverse_log_probs(
         log_p[0], start.reshape(-1), last, torch.zeros_like(last)

@@ -77,9 +77,9 @@ def _leaving(sampler: PsiSampler | AdaptiveCorrectionSampler, process: ForwardPr
         canvas = canvas_of(tokens.repeat(count, 1), T)
 
         def network(noisy: object) -> object:
-            def query(rows: Tensor, node: Tensor, fn: object) -> object:
+            def query(rows: Tensor, node: Tensor, fn: object, *per_row: Tensor) -> object:
                 even = torch.zeros(len(rows), 3, dtype=torch.float64).log_softmax(-1)
-                return fn(DenseDistribution(even, process.vocabulary), torch.arange(len(rows)))  # type: ignore[operator]
+                return fn(DenseDistribution(even, process.vocabulary), *per_row)  # type: ignore[operator]
 
             return query
 
