@@ -49,9 +49,7 @@ class Query(Protocol):
     results come back in the order of `rows`.
     """
 
-    def __call__(
-        self, rows: Tensor, node: Tensor, fn: RowFunction, /, *per_row: Tensor
-    ) -> Any: ...
+    def __call__(self, rows: Tensor, node: Tensor, fn: RowFunction, /, *per_row: Tensor) -> Any: ...
 
 
 WELL_CONDITIONED = (
