@@ -256,7 +256,8 @@ class _Guided(_Composed):
                     conditional = dist if whole else _Rows(dist, place)
                     return fn(ShapedDistribution([conditional, null], self._shape), *part)
 
-                # The unconditional head may cut these rows into chunks of its own: `place` says which of them a chunk holds.
+                # The unconditional head may split these rows again; `place` says which rows a chunk
+                # of it holds.
                 place = torch.arange(len(rows), device=rows.device)
                 return null_query(rows, node, mixed, place, *values)
 
