@@ -505,12 +505,14 @@ class TreeProcess(ForwardProcess):
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         target = torch.zeros_like(zt)
 
-        def draw(prediction: Prediction, zt: Tensor, rows: Tensor) -> Tensor:
+        def draw(
+            prediction: Prediction, z: Tensor, target: Tensor, t: Tensor, u: Tensor
+        ) -> Tensor:
             if isinstance(prediction, Score):
-                return draw_index(self._decoding(prediction, zt, t[rows]).softmax(-1), u[rows, 0])
-            return self._draw_below(prediction, zt, target[rows], u[rows, 0])
+                return draw_index(self._decoding(prediction, z, t).softmax(-1), u)
+            return self._draw_below(prediction, z, target, u)
 
-        return self._descend(query, zt, target, draw)
+        return self._descend(query, zt, target, draw, target, t, u[:, 0])
 
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """When the row entered its level: an event goes one level down, at the rate F_l'/pi_l, free of the network."""

@@ -90,7 +90,9 @@ class AutoregressiveObjective:
         rows, node, question = self._asked(batch, batch.ids.device)
         nats = torch.zeros(batch.ids.numel(), dtype=torch.float64, device=batch.ids.device)
         if len(rows):
-            found: Tensor = self.network(batch)(_shown(batch))(rows, node, question)
+            numbers = torch.arange(len(rows), device=rows.device)
+            query = self.network(batch)(_shown(batch))
+            found: Tensor = query(rows, node, question, numbers)
             nats[rows] = found.double()
         return Likelihood({"nll": nats.reshape(batch.ids.shape)}, {})
 

@@ -42,7 +42,7 @@ from ddiff.testing import (
     edges,
     head,
     information,
-    law,
+    prediction,
     posterior,
     reverse_rates,
     schedule,
@@ -663,7 +663,7 @@ class OrphansOfTheRoot(HierarchicalVocabulary):  # type: ignore[misc]
 
 class WithGrandchildren(HierarchicalVocabulary):  # type: ignore[misc]
     def children(self, node: int) -> Tensor:
-        return law.below(self, node, 0) if node >= self.num_tokens else super().children(node)
+        return prediction.below(self, node, 0) if node >= self.num_tokens else super().children(node)
 
 
 class Forgetful(HierarchicalVocabulary):  # type: ignore[misc]
@@ -675,7 +675,7 @@ class HalfALaw(SubtreeDistribution):
     """Level-wise logits that were never normalised among siblings."""
 
     def log_below(self, level: int) -> Tensor:
-        width = len(law.below(self.vocabulary, self.top, level))
+        width = len(prediction.below(self.vocabulary, self.top, level))
         return torch.linspace(-1.0, 0.5, width, dtype=torch.float64).expand(2, -1)
 
 
@@ -684,7 +684,7 @@ class ALaw(HalfALaw):
 
     def log_below(self, level: int) -> Tensor:
         words = super().log_below(0).log_softmax(-1)
-        nodes = law.below(self.vocabulary, self.top, level)
+        nodes = prediction.below(self.vocabulary, self.top, level)
         spans = [self.vocabulary.node_range(node, 0) for node in nodes]
         return torch.stack([words[:, int(a) : int(b)].logsumexp(-1) for a, b in spans], -1)
 
@@ -1349,19 +1349,19 @@ FAULTS = [
     # laws, heads, denoisers
     Fault(
         "children with their nodes' mass",
-        law.children_are_conditional,
+        prediction.children_are_conditional,
         lambda: ALaw(THREE, THREE.root),
         lambda: Unconditional(THREE, THREE.root),
     ),
     Fault(
         "steps that start at the top",
-        law.children_are_conditional,
+        prediction.children_are_conditional,
         lambda: ALaw(THREE, THREE.root),
         lambda: SteppingFromTheTop(THREE, THREE.root),
     ),
     Fault(
         "draws that forget the node",
-        law.draws_follow_law,
+        prediction.draws_follow_law,
         lambda: ALaw(THREE, THREE.root),
         lambda: ForgettingWhere(THREE, THREE.root),
     ),
@@ -1374,7 +1374,7 @@ FAULTS = [
     ),
     Fault(
         "a law that is not normalised",
-        law.masses_add_up,
+        prediction.masses_add_up,
         lambda: ALaw(THREE, THREE.root),
         lambda: HalfALaw(THREE, THREE.root),
     ),
@@ -1428,7 +1428,7 @@ def test_the_law_meant_for_a_fault_finds_it(fault: Fault) -> None:
 def test_no_law_is_without_a_fault() -> None:
     kit = (
         *PROCESS_LAWS, *clock.CLOCK_LAWS, *schedule.SCHEDULE_LAWS, *vocabulary.VOCABULARY_LAWS, *times.TIME_RULE_LAWS,
-        *law.CLEAN_LAW_LAWS, *head.HEAD_LAWS, *denoiser.DENOISER_LAWS,
+        *prediction.CLEAN_LAW_LAWS, *head.HEAD_LAWS, *denoiser.DENOISER_LAWS,
     )  # fmt: skip
     # two that are missing here have tests of their own below, the third a fault among the hybrids', and the draws of the
     # bound have theirs in tests/faults

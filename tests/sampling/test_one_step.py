@@ -304,7 +304,7 @@ def test_self_correction_tells_its_time_and_keeps_the_likeliest_changes() -> Non
         shown.append(noisy)
         return log_p.expand(len(noisy.zt), -1, -1)
 
-    class Given:
+    class Overrides:
         quality, order, steps = "exact", 0, 1
 
         def needs(self, process: Any, predicts: Any) -> None: ...
@@ -312,7 +312,7 @@ def test_self_correction_tells_its_time_and_keeps_the_likeliest_changes() -> Non
         def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
             yield canvas.moved(torch.tensor([[2, 0, 1]]), torch.zeros_like(canvas.t))
 
-    sampler = SelfCorrectingSampler(Given(), rounds=1, commit=2, temperature=0.5, at=0.9)  # type: ignore[arg-type]
+    sampler = SelfCorrectingSampler(Overrides(), rounds=1, commit=2, temperature=0.5, at=0.9)  # type: ignore[arg-type]
     rng: Callable[[int], Any] = lambda k: CoveringRng(torch.zeros(1, dtype=torch.long), 64, 3)  # noqa: E731
     *_, last = sampler.run(
         UNIFORM, network_from_noisy(network, BARE), canvas_of((0, 0, 0), 1.0, 1), rng

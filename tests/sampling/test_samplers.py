@@ -42,7 +42,7 @@ REFUSED = [(s, p) for s, (_, refused) in SAMPLERS.items() for p in refused]
 
 
 def draw(sampler: Sampler, process: ForwardProcess, index: list[int], **settings: Any) -> Samples:
-    settings = {"ask": exact_ask(process), "seed": 3, "length": 2} | settings
+    settings = {"network": exact_ask(process), "seed": 3, "length": 2} | settings
     return generate(sampler, process, index=torch.tensor(index), **settings)
 
 
@@ -121,7 +121,7 @@ def test_a_score_is_taken_where_rates_are_read_and_refused_where_a_law_is(sample
     process = PROCESSES["masked"]
     if "masked" in SAMPLERS[sampler][1]:
         process = PROCESSES["uniform"]
-    settings: dict[str, Any] = {"ask": ExactNetwork(process, JOINT, "score")}
+    settings: dict[str, Any] = {"network": ExactNetwork(process, JOINT, "score")}
     if sampler in ("tau_leaping", "analytic", "trapezoidal"):
         assert bool((draw(SAMPLERS[sampler][0](4), process, [0, 1], **settings).ids < 3).all())
         return
@@ -346,7 +346,7 @@ def test_on_masks_an_event_is_a_reveal_and_costs_one_call() -> None:
     )
     clamped[1, 2:6] = True
     settings: dict[str, Any] = {
-        "ask": network,
+        "network": network,
         "length": 9,
         "given": torch.zeros(3, 9, dtype=torch.long),
         "clamped": clamped,
