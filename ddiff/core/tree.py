@@ -505,9 +505,7 @@ class TreeProcess(ForwardProcess):
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         target = torch.zeros_like(zt)
 
-        def draw(
-            prediction: Prediction, z: Tensor, target: Tensor, t: Tensor, u: Tensor
-        ) -> Tensor:
+        def draw(prediction: Prediction, z: Tensor, target: Tensor, t: Tensor, u: Tensor) -> Tensor:
             if isinstance(prediction, Score):
                 return draw_index(self._decoding(prediction, z, t).softmax(-1), u)
             return self._draw_below(prediction, z, target, u)

@@ -42,8 +42,8 @@ from ddiff.testing import (
     edges,
     head,
     information,
-    prediction,
     posterior,
+    prediction,
     reverse_rates,
     schedule,
     times,
@@ -663,7 +663,9 @@ class OrphansOfTheRoot(HierarchicalVocabulary):  # type: ignore[misc]
 
 class WithGrandchildren(HierarchicalVocabulary):  # type: ignore[misc]
     def children(self, node: int) -> Tensor:
-        return prediction.below(self, node, 0) if node >= self.num_tokens else super().children(node)
+        return (
+            prediction.below(self, node, 0) if node >= self.num_tokens else super().children(node)
+        )
 
 
 class Forgetful(HierarchicalVocabulary):  # type: ignore[misc]

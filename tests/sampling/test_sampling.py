@@ -44,7 +44,11 @@ def many(process: ForwardProcess, num_steps: int, count: int) -> Tensor:
 def draw(
     process: ForwardProcess, index: list[int], length: int = 2, steps: int = 6, **settings: Any
 ) -> Samples:
-    settings = {"sampler": AncestralSampler(steps), "network": exact_ask(process), "seed": 3} | settings
+    settings = {
+        "sampler": AncestralSampler(steps),
+        "network": exact_ask(process),
+        "seed": 3,
+    } | settings
     return generate(process=process, index=torch.tensor(index), length=length, **settings)
 
 
