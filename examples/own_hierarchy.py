@@ -1,8 +1,8 @@
-"""A hierarchy written by hand, under the trainer, evaluation and samplers of a shipped recipe.
+"""Train a shipped recipe on a hierarchy of tokens written by hand.
 
     python examples/own_hierarchy.py [KEY=VALUE ...]
 
-The arguments are settings that go over the recipe, such as train.steps=1000.
+Arguments override keys of the recipe, for example train.steps=1000.
 """
 
 import sys
@@ -10,13 +10,20 @@ import sys
 import ddiff
 
 
-def groups(token: str) -> tuple[str, str]:
-    """The finer and the coarser group of a token, by its looks; "Ġ" is how byte pairs spell the space before a word."""
-    word = token.removeprefix("Ġ")
+def assign_groups(token: str) -> tuple[str, str]:
+    """Return the finer and the coarser group of a token, by its spelling."""
+    word = token.removeprefix("Ġ")  # byte-level BPE spells a leading space as "Ġ"
+    if token == "<|eos|>":
+        return "end of document", "mark"
     if not word.isalpha():
-        return "end of document" if token == "<|eos|>" else "punctuation", "mark"
+        return "punctuation", "mark"
     place = "word" if token.startswith("Ġ") else "middle"
-    size = "capital" if word[0].isupper() else "short" if len(word) < 4 else "long"
+    if word[0].isupper():
+        size = "capital"
+    elif len(word) < 4:
+        size = "short"
+    else:
+        size = "long"
     return f"{size} {place}", place
 
 
@@ -26,11 +33,10 @@ documents = recipe.data.build(length=recipe.length, seed=recipe.seed, cache=None
 tokenizer = recipe.tokenizer.build(documents=documents, cache=None)
 
 vocabulary = ddiff.HierarchicalVocabulary.from_labels(
-    tokenizer.tokens(), groups, tokenizer.fingerprint
+    tokenizer.tokens(), assign_groups, tokenizer.fingerprint
 )
-process = ddiff.TreeProcess(
-    vocabulary, ddiff.LogTimeClock((1.0, 1.0, 1.0))
-)  # a rate per level: finer, coarser, mask
+# Rates of leaving the tokens, the finer groups and the coarser groups; the mask is on top.
+process = ddiff.TreeProcess(vocabulary, ddiff.LogTimeClock((1.0, 1.0, 1.0)))
 run = ddiff.run(recipe, vocabulary=vocabulary, process=process)
 
 evaluation = run.nelbo(["It is a truth universally acknowledged"])

@@ -1,47 +1,58 @@
-"""Core with a network of one's own: no recipe, no trainer. It learns to count; its bound in nats says how well."""
+"""Train any torch network with a ddiff process, without a recipe or the trainer.
+
+The network learns to count; its bound in nats measures how well.
+"""
 
 import torch
 from torch import Tensor, nn
 
 import ddiff
 
-WORDS, LENGTH, BATCH = 8, 6, 64
-vocabulary = ddiff.HierarchicalVocabulary(
-    [[word // 2 for word in range(WORDS)]]
-)  # four pairs of words and a mask
+TOKENS = 8
+LENGTH = 6
+BATCH = 64
+
+# Four pairs of tokens below a mask.
+vocabulary = ddiff.HierarchicalVocabulary([[token // 2 for token in range(TOKENS)]])
 process = ddiff.TreeProcess(vocabulary, ddiff.LogTimeClock((1.0, 1.0)))
-slots, scored = torch.arange(BATCH), torch.ones(BATCH, LENGTH, dtype=torch.bool)
+slots = torch.arange(BATCH)
+scored = torch.ones(BATCH, LENGTH, dtype=torch.bool)
 
 torch.manual_seed(0)
-network = nn.Sequential(  # noisy ids [B,L] -> logits [B,L*V]
+model = nn.Sequential(  # noisy ids [B,L] -> logits [B,L*V]
     nn.Embedding(vocabulary.num_states, 32),
     nn.Flatten(),
     nn.Linear(32 * LENGTH, 512),
     nn.GELU(),
-    nn.Linear(512, LENGTH * WORDS),
-)
-# anything that gives log_p [B,L,V] will do
-network = ddiff.network_from_table(
-    lambda zt, t: network(zt).reshape(*zt.shape, WORDS).log_softmax(-1), vocabulary
+    nn.Linear(512, LENGTH * TOKENS),
 )
 
 
-def bound(step: int) -> Tensor:
-    """[B] nats of sequences that count up from a random start: ln 8 = 2.08 each, and no honest bound is below."""
+def predict(zt: Tensor, t: Tensor) -> Tensor:
+    """Noisy ids [B,L] at times t [B,L] -> log-probabilities [B,L,V] of the clean tokens."""
+    return model(zt).reshape(*zt.shape, TOKENS).log_softmax(-1)
+
+
+network = ddiff.network_from_table(predict, vocabulary)
+
+
+def compute_bound(step: int) -> Tensor:
+    """NELBO [B] of sequences that count from a random start; their entropy is ln 8 = 2.08 nats."""
     rng = ddiff.CounterRng(0, step, slots, LENGTH)
-    x0 = ((rng.uniform("start")[:, :1] * WORDS).long() + torch.arange(LENGTH)) % WORDS
-    return ddiff.nelbo(process, network, x0, scored, ddiff.FlatTimes(0.1), rng, slots, BATCH).total
+    start = (rng.uniform("start")[:, :1] * TOKENS).long()
+    x0 = (start + torch.arange(LENGTH)) % TOKENS
+    times = ddiff.FlatTimes(0.1)
+    return ddiff.nelbo(process, network, x0, scored, times, rng, slots, BATCH).total
 
 
-optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 for step in range(400):
-    bound(step).mean().backward()
+    compute_bound(step).mean().backward()
     optimizer.step()
     optimizer.zero_grad()
-nats = torch.cat([bound(step).detach() for step in range(400, 440)]).mean()
-print(f"{nats:.3f} nats per sequence; the source has 2.079")
-print(
-    ddiff.generate(
-        ddiff.AncestralSampler(16), process, network, index=slots[:4], length=LENGTH, seed=1
-    ).ids
-)
+
+nats = torch.cat([compute_bound(step).detach() for step in range(400, 440)]).mean()
+print(f"{nats:.3f} nats per sequence; the entropy of the source is 2.079")
+sampler = ddiff.AncestralSampler(16)
+samples = ddiff.generate(sampler, process, network, index=slots[:4], length=LENGTH, seed=1)
+print(samples.ids)

@@ -1,12 +1,18 @@
-"""A process of one's own in closed form: a tree with uniform noise inside its levels.
+"""A process in closed form: a tree with uniform noise inside its levels.
 
-    python examples/restless_tree.py            # holds two small instances to every law that a process must obey
+    python examples/restless_tree.py        # test two small instances against every law
 
-A word climbs to its cluster, then to the mask, and until it has climbed to level `below` it is redrawn at random among
-the words under its ancestor there: among its cluster for below = 1, among all words for below = 2 on a tree of two levels.
-What is written here is a marginal (both ways), rates, transitions and a draw. Loss, bound, samplers and checks follow:
+A token becomes its cluster, then the mask. Until it has reached level `below`, it is redrawn
+uniformly among the tokens under its ancestor at that level: with below = 1 within its cluster,
+with below = 2 on a tree of two levels among all tokens. The class defines a marginal (in both
+directions), rates, transitions and a draw; loss, bound, samplers and checks follow from these:
 
-    ddiff.run(recipe, vocabulary=vocabulary, process=RestlessTree(vocabulary, clock, redrawing=0.5))
+    process = RestlessTree(vocabulary, clock, redrawing=0.5)
+    ddiff.run(recipe, vocabulary=vocabulary, process=process)
+
+Symbols: a_l(x) is the ancestor of token x at level l, pi_l(t) the probability of level l at time t,
+B_t = (1 - t)^redrawing the probability that a token was never redrawn by t. The family of a state
+is its ancestor at level `below`, and share(z) the share of the family's tokens that are under z.
 """
 
 from __future__ import annotations
@@ -32,16 +38,16 @@ from ddiff.testing import assert_laws, check_process
 
 
 class RestlessTree(ForwardProcess):
-    """Words climb by `clock`, and their levels under `below` are redrawn at the rate redrawing / (1 - t).
+    """Tree process whose levels under `below` are redrawn at the rate redrawing / (1 - t).
 
-    Under the node y that is shown stands a word; redrawn, it is any word under the same ancestor at level `below`, so that
-    y becomes a relative z with the share of that ancestor's words which z has. With B_t = (1 - t)^redrawing
+    q_t(z|x) for a state z of level l is
 
-        q_t(z|x) = pi_l(t) ( B_t 1[a_l(x) = z] + (1 - B_t) share(z) 1[same ancestor] )    at levels l under `below`
-                   pi_l(t) 1[a_l(x) = z]                                                  at the others
+        l < below    pi_l(t) ( B_t 1[a_l(x) = z] + (1 - B_t) share(z) 1[x is in the family of z] )
+        l >= below   pi_l(t) 1[a_l(x) = z]
 
-    and K(s,t) is the same with B_t/B_s and the clock's transition. redrawing = 0 is the plain tree; below = 1 on words and
-    a mask is the gamma-hybrid of arXiv 2504.06416.
+    and the transition from s to t is the same with B_t/B_s and the clock's transition.
+    redrawing = 0 is the plain tree; below = 1 on tokens and a mask is the gamma-hybrid of
+    arXiv 2504.06416.
     """
 
     uniforms_per_sample = 3
@@ -51,80 +57,82 @@ class RestlessTree(ForwardProcess):
     ) -> None:
         if not 0.0 <= redrawing <= 20.0 or not 1 <= below <= vocabulary.num_levels:
             raise ArgumentError(
-                f"RestlessTree: redrawing must be a rate in [0, 20] and below a level in 1..{vocabulary.num_levels} of the "
-                f"tree; got {redrawing} and {below}. below = 1 redraws a word among those of its own cluster."
+                "RestlessTree: redrawing must be a rate in [0, 20] and below a level in "
+                f"1..{vocabulary.num_levels} of the tree; got {redrawing} and {below}. "
+                "below = 1 redraws a token among those of its cluster."
             )
-        self.vocabulary, self.clock, self.redrawing, self.below = (
-            vocabulary,
-            clock,
-            redrawing,
-            below,
-        )
+        self.vocabulary = vocabulary
+        self.clock = clock
+        self.redrawing = redrawing
+        self.below = below
         self.prior = Prior.point(vocabulary.root, vocabulary.num_states)
-        self.closes_at_clean, self.closes_at_prior = clock.closes_at_clean, clock.closes_at_prior
+        self.closes_at_clean = clock.closes_at_clean
+        self.closes_at_prior = clock.closes_at_prior
         self.parents = StochasticParents(vocabulary, (1.0,) * vocabulary.num_levels)
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
-        dist, states = DenseDistribution(log_p, self.vocabulary), self._states(t)
-        mass = torch.cat(
-            [dist.log_mass(level) for level in range(self.vocabulary.num_levels + 1)], -1
-        )
-        occupied = self.clock.pi(t).log()[:, self.vocabulary.level_of(states)]
-        lost = self._lost(torch.zeros_like(t), t).unsqueeze(-1) * self.restless(states)
+        dist = DenseDistribution(log_p, self.vocabulary)
+        levels = range(self.vocabulary.num_levels + 1)
+        mass = torch.cat([dist.log_mass(level) for level in levels], -1)
+        states = self._states(t)
+        log_level = self.clock.pi(t).log()[:, self.vocabulary.level_of(states)]
+        lost = self._lost(torch.zeros_like(t), t).unsqueeze(-1) * self.is_restless(states)
         redrawn = lost.log() + self.share(states).log() + mass[:, self.family(states)]
-        stayed = torch.log1p(-lost) + mass
-        never = stayed.isneginf() & redrawn.isneginf()  # the sum of two such has no gradient: 0/0
-        either = stayed.masked_fill(never, 0.0).logaddexp(redrawn.masked_fill(never, 0.0))
-        return (occupied + either.masked_fill(never, -torch.inf)).to(log_p.dtype)
+        kept = torch.log1p(-lost) + mass
+        # Where both terms are -inf, the gradient of logaddexp would be 0/0.
+        never = kept.isneginf() & redrawn.isneginf()
+        either = kept.masked_fill(never, 0.0).logaddexp(redrawn.masked_fill(never, 0.0))
+        return (log_level + either.masked_fill(never, -torch.inf)).to(log_p.dtype)
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
-        """The marginal read the other way: the engine could derive it, word by word."""
-        words, level = (
-            torch.arange(self.vocabulary.num_tokens, device=zt.device),
-            self.vocabulary.level_of(zt),
-        )
-        above = self.vocabulary.ancestor(words, level.unsqueeze(-1)) == zt.unsqueeze(-1)
-        at_family = self.vocabulary.ancestor(words, level.clamp(min=self.below).unsqueeze(-1))
-        related = at_family == self.family(zt).unsqueeze(-1)
-        lost, occupied = self._lost(torch.zeros_like(t), t) * self.restless(zt), self.clock.pi(t)
-        kept, redrawn = (part.unsqueeze(-1) for part in (1.0 - lost, lost * self.share(zt)))
-        return (occupied.gather(-1, level.unsqueeze(-1)) * (kept * above + redrawn * related)).log()
+        """log q_t(z_t | x) for every x, which the engine could also derive token by token."""
+        tokens = torch.arange(self.vocabulary.num_tokens, device=zt.device)
+        level = self.vocabulary.level_of(zt).unsqueeze(-1)
+        is_under = self.vocabulary.ancestor(tokens, level) == zt.unsqueeze(-1)
+        family = self.vocabulary.ancestor(tokens, level.clamp(min=self.below))
+        in_family = family == self.family(zt).unsqueeze(-1)
+        lost = self._lost(torch.zeros_like(t), t) * self.is_restless(zt)
+        kept = (1.0 - lost).unsqueeze(-1)
+        redrawn = (lost * self.share(zt)).unsqueeze(-1)
+        level_probability = self.clock.pi(t).gather(-1, level)
+        return (level_probability * (kept * is_under + redrawn * in_family)).log()
 
     def rates(self, t: Tensor) -> Kernel:
         t = interior(t)
-        nobody_climbs = torch.eye(self.vocabulary.num_levels + 1).to(t).expand(len(t), -1, -1)
-        redrawn = (self.redrawing / (1.0 - t)) * Redrawing(nobody_climbs, self)
+        no_moves = torch.eye(self.vocabulary.num_levels + 1).to(t).expand(len(t), -1, -1)
+        redrawn = (self.redrawing / (1.0 - t)) * Redrawing(no_moves, self)
         return TreeKernel(self.clock.generator(t), self.parents) + redrawn
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
-        climbed = self.clock.transition(s, t)
-        return TreeKernel(climbed, self.parents) + self._lost(s, t) * Redrawing(climbed, self)
+        levels = self.clock.transition(s, t)
+        return TreeKernel(levels, self.parents) + self._lost(s, t) * Redrawing(levels, self)
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """The level, whether the word was redrawn, and which one it became."""
+        """Draw the level, whether the token was redrawn, and the token; u [r,3] in this order."""
         level = (u[:, :1] < self.clock.climbed(t)).sum(-1)
         first, last = self.vocabulary.node_range(self.family(x0), 0)
-        relative = self.vocabulary.order(0, x0.device)[first + (u[:, 2] * (last - first)).long()]
+        # Tokens in tree order: those of a family are a contiguous range.
+        place = first + (u[:, 2] * (last - first)).long()
+        other = self.vocabulary.order(0, x0.device)[place]
         redrawn = u[:, 1] < self._lost(torch.zeros_like(t), t)
-        return self.vocabulary.ancestor(torch.where(redrawn, relative, x0), level)
+        return self.vocabulary.ancestor(torch.where(redrawn, other, x0), level)
 
-    # ------------------------------------------------------------------ who is redrawn, and among whom
+    # ------------------------------------------------------------------ families
 
-    def restless(self, states: Tensor) -> Tensor:
-        """bool like states: those under level `below`."""
+    def is_restless(self, states: Tensor) -> Tensor:
+        """bool like states: below level `below`."""
         return self.vocabulary.level_of(states) < self.below
 
     def family(self, states: Tensor) -> Tensor:
-        """The node whose words a state is redrawn among."""
-        return self.vocabulary.ancestor(
-            states, self.vocabulary.level_of(states).clamp(min=self.below)
-        )
+        """Node under whose tokens a state is redrawn; from level `below` on the state itself."""
+        level = self.vocabulary.level_of(states).clamp(min=self.below)
+        return self.vocabulary.ancestor(states, level)
 
     def share(self, states: Tensor) -> Tensor:
-        """Of the words of its family, those under each state."""
-        return self._num_words(states) / self._num_words(self.family(states))
+        """Share of the family's tokens that are under each state."""
+        return self._num_tokens(states) / self._num_tokens(self.family(states))
 
-    def _num_words(self, nodes: Tensor) -> Tensor:
+    def _num_tokens(self, nodes: Tensor) -> Tensor:
         first, last = self.vocabulary.node_range(nodes, 0)
         return (last - first).double()
 
@@ -138,24 +146,29 @@ class RestlessTree(ForwardProcess):
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        pair, three = (
-            HierarchicalVocabulary([[0, 1, 0, 1, 0]]),
-            HierarchicalVocabulary([[2, 0, 1, 0, 2], [1, 0, 1]]),
-        )
+        two = HierarchicalVocabulary([[0, 1, 0, 1, 0]])
+        three = HierarchicalVocabulary([[2, 0, 1, 0, 2], [1, 0, 1]])
         return [
-            cls(pair, LogTimeClock((1.0, 1.0)), redrawing=0.7),
+            cls(two, LogTimeClock((1.0, 1.0)), redrawing=0.7),
             cls(three, LogTimeClock((1.5, 1.0, 0.7)), redrawing=1.3, below=2),
         ]
 
 
 class Redrawing(Kernel):
-    """Climb by `levels` [r,L+1,L+1], then be redrawn, less climbing alone: K[y,z] = levels (share(z) 1[family] - 1[above]).
+    """Difference between moving by `levels` with a redraw and without one.
 
-    With the identity it is the generator of redrawing; times 1 - B it is what redrawing adds to a transition of the tree.
+    levels [r,L+1,L+1] holds transition probabilities between levels. For states y and z,
+
+        K[y,z] = levels[level of y, level of z] (share(z) 1[same family] - 1[z is an ancestor of y])
+
+    at restless z, and 0 elsewhere. With the identity it is the generator of redrawing; times
+    1 - B_t/B_s it is what redrawing adds to a transition of the tree.
     """
 
     def __init__(self, levels: Tensor, process: RestlessTree) -> None:
-        self.levels, self.process, self.num_states = levels, process, process.vocabulary.num_states
+        self.levels = levels
+        self.process = process
+        self.num_states = process.vocabulary.num_states
 
     def row(self, ids: Tensor) -> Tensor:
         return self._entries(ids.unsqueeze(-1), torch.arange(self.num_states, device=ids.device))
@@ -164,27 +177,25 @@ class Redrawing(Kernel):
         return self._entries(torch.arange(self.num_states, device=ids.device), ids.unsqueeze(-1))
 
     def apply(self, vector: Tensor) -> Tensor:
+        process = self.process
         states = torch.arange(self.num_states, device=vector.device)
-        level, family = self.process.vocabulary.level_of(states), self.process.family(states)
-        climbed = TreeKernel(self.levels, self.process.parents).apply(
-            vector
-        ) * self.process.restless(states)
-        place = level * self.num_states + family  # a state is redrawn within its level
-        together = vector.new_zeros(len(vector), int(place.max()) + 1).index_add(
-            -1, place, climbed
-        )[:, place]
-        return together * self.process.share(states).to(vector.dtype) - climbed
+        moved = TreeKernel(self.levels, process.parents).apply(vector)
+        moved = moved * process.is_restless(states)
+        # A redraw keeps the level: sum over the states of one level and one family.
+        group = process.vocabulary.level_of(states) * self.num_states + process.family(states)
+        sums = vector.new_zeros(len(vector), int(group.max()) + 1).index_add(-1, group, moved)
+        return sums[:, group] * process.share(states).to(vector.dtype) - moved
 
     def _entries(self, y: Tensor, z: Tensor) -> Tensor:
-        """K[y,z] for ids y and z that broadcast to [r,S]."""
-        process, vocabulary = self.process, self.process.vocabulary
-        row, to = (
-            torch.arange(len(self.levels), device=z.device).unsqueeze(-1),
-            vocabulary.level_of(z),
-        )
-        climbs = self.levels[row, vocabulary.level_of(y), to] * process.restless(z)
-        related = process.family(y) == process.family(z)
-        return climbs * (process.share(z) * related - (vocabulary.ancestor(y, to) == z).double())
+        """Return K[y,z] for ids y and z that broadcast to [r,S]."""
+        process = self.process
+        vocabulary = process.vocabulary
+        row = torch.arange(len(self.levels), device=z.device).unsqueeze(-1)
+        level = vocabulary.level_of(z)
+        moves = self.levels[row, vocabulary.level_of(y), level] * process.is_restless(z)
+        same_family = process.family(y) == process.family(z)
+        is_ancestor = (vocabulary.ancestor(y, level) == z).double()
+        return moves * (process.share(z) * same_family - is_ancestor)
 
     def _num_rows(self) -> int:
         return len(self.levels)

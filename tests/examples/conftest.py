@@ -1,8 +1,9 @@
-"""Lets the tests of this folder import `scripts`."""
+"""Put `scripts` of this folder and `code_count` of the packaging tests on the import path."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "packaging")]

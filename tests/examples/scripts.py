@@ -1,4 +1,4 @@
-"""Running what stands in examples/ as its reader would: another process, an empty folder, no network."""
+"""Run the scripts in examples/ as a reader would: in another process, an empty folder, offline."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from code_count import code_tokens
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DDIFF = ("-c", "from ddiff.cli import main; main()")
-"""`ddiff` of the interpreter that runs the tests, wherever its scripts are."""
+"""Arguments that run the `ddiff` command with the interpreter of the tests."""
 
 
-def python(*arguments: str, folder: Path, path: Path | None = None) -> str:
-    """What `python ARGUMENTS` prints in `folder`, with `path` as one more place to import from."""
+def run_python(*arguments: str, folder: Path, path: Path | None = None) -> str:
+    """Return the output of `python ARGUMENTS` in `folder`, with `path` on the import path."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -29,5 +31,6 @@ def python(*arguments: str, folder: Path, path: Path | None = None) -> str:
     return done.stdout
 
 
-def code_lines(path: Path) -> int:
-    return len(path.read_text(encoding="utf-8").splitlines())
+def count_tokens(path: Path) -> int:
+    """Return the number of code tokens; comments, docstrings and layout do not count."""
+    return len(code_tokens(path.read_text(encoding="utf-8")))

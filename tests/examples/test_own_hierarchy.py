@@ -1,4 +1,4 @@
-"""examples/own_hierarchy.py: a tree written by hand, trained through a shipped recipe."""
+"""examples/own_hierarchy.py: a tree written by hand, trained with a shipped recipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from scripts import EXAMPLES, python
+from scripts import EXAMPLES, run_python
 
 TINY = (
     "data.kind=text",
@@ -22,7 +22,7 @@ TINY = (
 
 
 @pytest.mark.slow
-def test_a_hierarchy_written_by_hand_trains_evaluates_and_samples(tmp_path: Path) -> None:
+def test_own_hierarchy_trains_evaluates_and_samples(tmp_path: Path) -> None:
     names = [
         "Anne",
         "Catherine",
@@ -43,7 +43,7 @@ def test_a_hierarchy_written_by_hand_trains_evaluates_and_samples(tmp_path: Path
         ]
         (tmp_path / f"{number}.txt").write_text(" ".join(sentences))
     settings = [*TINY, 'data.validation=["0.txt"]', 'data.files=["[1-9].txt"]']
-    printed = python(str(EXAMPLES / "own_hierarchy.py"), *settings, folder=tmp_path)
+    printed = run_python(str(EXAMPLES / "own_hierarchy.py"), *settings, folder=tmp_path)
     assert "nats per token of a sentence" in printed
     evaluation = json.loads((tmp_path / "runs/own_hierarchy/evaluation.json").read_text())
     levels = [name for name in evaluation["parts_nats_per_token"] if name.startswith("level")]

@@ -16,6 +16,7 @@ from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import UNPADDED, Context, Denoiser
 from ddiff.nn.heads import TokenHead
+from ddiff.recipe.resolve import parse_recipe
 from ddiff.training.optimizers import split_parameters
 
 transformers = pytest.importorskip("transformers")
@@ -237,7 +238,7 @@ def test_a_model_with_its_own_tokenizer_is_fine_tuned_sampled_and_loaded(
     transformers.AutoModel.from_config(
         transformers.BertConfig(**shape, intermediate_size=32, max_position_embeddings=16)
     ).save_pretrained("model")
-    run = ddiff.run(ddiff.recipe.model.parse_recipe(RECIPE, source=str(tmp_path / "fine.toml")))
+    run = ddiff.run(parse_recipe(RECIPE, source=str(tmp_path / "fine.toml")))
     again = ddiff.load(run.run_dir)
     assert again.sample(2, seed=3) == run.sample(2, seed=3)
     assert run.vocabulary.num_tokens == len(words)

@@ -1,4 +1,7 @@
-"""Nucleotides that mutate: a rate matrix of two numbers, and the engine derives the rest."""
+"""Nucleotide substitution with the two rates of Kimura (1980).
+
+The class gives the rate matrix; ddiff derives loss, bound, samplers and checks from it.
+"""
 
 from __future__ import annotations
 
@@ -15,39 +18,46 @@ from ddiff import (
     Vocabulary,
 )
 
-PARTNER = {"A": "G", "G": "A", "C": "T", "T": "C"}  # purine for purine, pyrimidine for pyrimidine
 ORDER = "ACGT"
+# Transitions exchange purine with purine (A, G) and pyrimidine with pyrimidine (C, T).
+TRANSITION = {"A": "G", "G": "A", "C": "T", "T": "C"}
 
 
 class Kimura(DenseProcess):
-    """Substitution with two rates (Kimura 1980): transitions `ts` (A-G, C-T) and transversions `tv` (all others).
+    """Substitution of nucleotides with a rate of transitions and a rate of transversions.
 
-    Rates are relative: a site is hit once per unit of noise -ln(1 - t), and at t = 1 all four are equally likely. Symbols
-    must come in the order ACGT.
+    The rates are relative: every site mutates at rate 1 in the noise time -ln(1 - t), and at t = 1
+    all four nucleotides are equally likely. Symbols must be in the order ACGT.
     """
 
     class Config(ComponentConfig):
         ts: PositiveFloat = 2.0
+        """Relative rate of transitions, A-G and C-T."""
         tv: PositiveFloat = 1.0
+        """Relative rate of transversions, all other changes."""
 
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary) -> Kimura:
         if vocabulary.num_states != len(ORDER):
             raise ArgumentError(
-                f'The process kimura has the four states {ORDER}; got {vocabulary}. Use [tokenizer] kind = "alphabet", '
-                f'symbols = "{ORDER}" and [vocabulary] kind = "flat", mask = false.'
+                f"The process kimura has the four states {ORDER}; got {vocabulary}. "
+                f'Use [tokenizer] kind = "alphabet", symbols = "{ORDER}" and '
+                '[vocabulary] kind = "flat", mask = false.'
             )
         return cls(vocabulary, cls.rate_matrix(config.ts, config.tv))
 
     @staticmethod
     def rate_matrix(ts: float, tv: float) -> Tensor:
-        """[4,4] the generator, rows from A, C, G, T; each leaves at rate 1."""
-        rates = [[0.0 if y == z else ts if PARTNER[y] == z else tv for z in ORDER] for y in ORDER]
-        matrix = torch.tensor(rates, dtype=torch.float64) / (ts + 2.0 * tv)
-        return matrix - torch.eye(len(ORDER))
+        """Return the generator [4,4]; row y holds the rates out of y, which sum to 1."""
+        matrix = torch.full((len(ORDER), len(ORDER)), tv, dtype=torch.float64)
+        for row, symbol in enumerate(ORDER):
+            matrix[row, ORDER.index(TRANSITION[symbol])] = ts
+            matrix[row, row] = 0.0
+        return matrix / (ts + 2.0 * tv) - torch.eye(len(ORDER))
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        """What `ddiff check kimura` proves the laws on."""
-        bare = FlatVocabulary(len(ORDER), mask=False)
-        return [cls.build(cls.Config(ts=ts, tv=1.0), vocabulary=bare) for ts in (2.0, 1.0, 0.5)]
+        """Instances that `ddiff check kimura` tests."""
+        vocabulary = FlatVocabulary(len(ORDER), mask=False)
+        configs = [cls.Config(ts=ts, tv=1.0) for ts in (2.0, 1.0, 0.5)]
+        return [cls.build(config, vocabulary=vocabulary) for config in configs]
