@@ -1,4 +1,4 @@
-"""Words that stand in the same company get the same direction."""
+"""Tokens with similar contexts get embeddings of similar direction."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ def cosine(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def two_topics(length: int = 6000) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Documents of ten words, each all from 0..4 or all from 5..9."""
-    draw = np.random.default_rng(0)
+    """Return documents of ten tokens, with all tokens from 0..4 or all from 5..9."""
+    rng = np.random.default_rng(0)
     document = np.arange(length) // 10
-    return (draw.integers(0, 5, length) + 5 * (document % 2)).astype(np.int32), document.astype(
-        np.int32
-    )
+    ids = rng.integers(0, 5, length) + 5 * (document % 2)
+    return ids.astype(np.int32), document.astype(np.int32)
 
 
 def reference_counts(
     ids: NDArray[np.int32], document: NDArray[np.int32], num_tokens: int, window: int
 ) -> NDArray[np.float64]:
-    """Counts before, then after, by the definition."""
+    """Count contexts before, then after, pair by pair."""
     counts = np.zeros((2, num_tokens, num_tokens))
     for i in range(len(ids)):
         for distance in range(1, window + 1):
@@ -41,27 +40,27 @@ def reference_counts(
 
 
 @pytest.mark.parametrize("pairs_at_once", [7, 1 << 22])
-def test_counts_are_those_of_the_definition(
+def test_context_counts_equal_a_direct_count(
     pairs_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cooccurrence, "_PAIRS_AT_ONCE", pairs_at_once)
-    draw = np.random.default_rng(1)
-    ids, document = draw.integers(0, 6, 60).astype(np.int32), (np.arange(60) // 9).astype(np.int32)
+    rng = np.random.default_rng(1)
+    ids, document = rng.integers(0, 6, 60).astype(np.int32), (np.arange(60) // 9).astype(np.int32)
     by_frequency = np.argsort(-np.bincount(ids, minlength=7), kind="stable")
-    found = cooccurrence._counts(ids, document, 7, 3)
+    found = cooccurrence._count_contexts(ids, document, 7, 3)
     expected = reference_counts(ids, document, 7, 3)[:, :, by_frequency]
     assert np.stack(found) == pytest.approx(expected, abs=1e-5)  # float32 sums of thirds
 
 
-def test_words_of_one_topic_point_one_way() -> None:
-    # Each document keeps to one topic: windows that crossed into the next document would mix the topics.
+def test_embeddings_of_tokens_in_one_topic_are_similar() -> None:
+    # Each document has one topic, so a window across two documents would mix topics.
     ids, document = two_topics()
     similarity = cosine(compute_cooccurrence_embeddings(ids, document, 10, width=4))
     within = min(similarity[:5, :5].min(), similarity[5:, 5:].min())
     assert within > similarity[:5, 5:].max() + 0.5
 
 
-def test_the_vectors_have_the_asked_width_and_unseen_words_none() -> None:
+def test_embeddings_of_unseen_tokens_are_zero() -> None:
     ids, document = two_topics(500)
     vectors = compute_cooccurrence_embeddings(ids, document, 30, width=64)
     assert (vectors.shape, vectors.dtype) == ((30, 64), np.float32)
@@ -69,7 +68,7 @@ def test_the_vectors_have_the_asked_width_and_unseen_words_none() -> None:
     assert np.isfinite(vectors).all()
 
 
-def test_the_vectors_are_a_function_of_their_input_and_leave_the_generator_alone() -> None:
+def test_embeddings_are_deterministic_and_keep_the_global_generator() -> None:
     ids, document = two_topics(500)
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -79,14 +78,14 @@ def test_the_vectors_are_a_function_of_their_input_and_leave_the_generator_alone
     assert np.array_equal(first, compute_cooccurrence_embeddings(ids, document, 10, width=4))
 
 
-def test_only_the_most_frequent_words_are_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contexts_are_limited_to_frequent_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cooccurrence, "MAX_CONTEXTS", 3)
     ids, document = two_topics(500)
-    before, after = cooccurrence._counts(ids, document, 10, 2)
+    before, after = cooccurrence._count_contexts(ids, document, 10, 2)
     assert before.shape == after.shape == (10, 3)
 
 
-def test_words_that_never_meet_are_no_error() -> None:
+def test_embeddings_of_isolated_tokens_are_zero() -> None:
     vectors = compute_cooccurrence_embeddings(
         np.array([0, 1, 2], np.int32), np.array([0, 1, 2], np.int32), 3, width=2
     )
@@ -94,7 +93,7 @@ def test_words_that_never_meet_are_no_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "settings", "told"),
+    ("ids", "settings", "message"),
     [
         ([], {}, "at least one token"),
         ([0, 9], {}, r"0\.\.4; got 0\.\.9"),
@@ -102,8 +101,10 @@ def test_words_that_never_meet_are_no_error() -> None:
         ([0], {"window": 0}, "window"),
     ],
 )
-def test_impossible_input_is_explained(ids: list[int], settings: dict[str, int], told: str) -> None:
-    with pytest.raises(ArgumentError, match=told):
+def test_cooccurrence_embeddings_explain_impossible_input(
+    ids: list[int], settings: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
         compute_cooccurrence_embeddings(
             np.array(ids, np.int32), np.zeros(len(ids), np.int32), 5, **settings
         )  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Hierarchies and embeddings from files are read as they were made, or refused with both numbers."""
+"""Clusters and embeddings are read from files, or refused with the sizes that differ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 from ddiff.clustering.files import load_model_embeddings, read_clusters, read_embeddings
 from ddiff.errors import DataError
 
-WORDS = np.array([0, 1, 1, 2, 0, 3], dtype=np.int64)
+CLUSTERS = np.array([0, 1, 1, 2, 0, 3], dtype=np.int64)
 
 
 def write(folder: Path, kind: str, values: np.ndarray, name: str = "c") -> str:
@@ -32,33 +32,37 @@ def write(folder: Path, kind: str, values: np.ndarray, name: str = "c") -> str:
 
 
 @pytest.mark.parametrize("kind", ["npy", "json", "json-object", "safetensors"])
-def test_clusters_are_read_from_every_format(tmp_path: Path, kind: str) -> None:
-    (level,) = read_clusters([write(tmp_path, kind, WORDS)], 6)
+def test_read_clusters_accepts_every_format(tmp_path: Path, kind: str) -> None:
+    (level,) = read_clusters([write(tmp_path, kind, CLUSTERS)], 6)
     assert level.dtype == np.int64
-    assert level.tolist() == WORDS.tolist()
+    assert level.tolist() == CLUSTERS.tolist()
 
 
-def test_several_files_are_several_levels(tmp_path: Path) -> None:
+def test_read_clusters_reads_one_level_per_file(tmp_path: Path) -> None:
     paths = [
-        write(tmp_path, "npy", WORDS, "a"),
+        write(tmp_path, "npy", CLUSTERS, "a"),
         write(tmp_path, "json", np.array([0, 1, 1, 0]), "b"),
     ]
-    assert [level.tolist() for level in read_clusters(paths, 6)] == [WORDS.tolist(), [0, 1, 1, 0]]
+    assert [level.tolist() for level in read_clusters(paths, 6)] == [
+        CLUSTERS.tolist(),
+        [0, 1, 1, 0],
+    ]
     with pytest.raises(
         DataError, match=r"b\.json has 3 entries, but the level below it has 4 clusters"
     ):
         read_clusters([paths[0], write(tmp_path, "json", np.array([0, 1, 1]), "b")], 6)
 
 
-def test_files_at_fsspec_paths_are_read(tmp_path: Path) -> None:
+def test_read_clusters_accepts_fsspec_paths(tmp_path: Path) -> None:
     path = f"memory://clusters{tmp_path}/c.json"
     with fsspec.open(path, "w") as file:
-        json.dump(WORDS.tolist(), file)
-    assert read_clusters([path], 6)[0].tolist() == WORDS.tolist()
+        json.dump(CLUSTERS.tolist(), file)
+    assert read_clusters([path], 6)[0].tolist() == CLUSTERS.tolist()
 
 
-def test_the_published_layout_fits_by_saying_what_it_counts(tmp_path: Path) -> None:
-    # Words 0..4 and a padding token, no mask: the words' tokenizer has neither special token, or both.
+def test_read_clusters_accepts_the_published_layout(tmp_path: Path) -> None:
+    # Tokens 0..4 and a padding token without a mask, for tokenizers with neither of the special
+    # tokens or with both.
     path = write(tmp_path, "npy", np.array([0, 1, 1, 2, 0, 0], dtype=np.int64))
     assert read_clusters([path], 5, extra=1)[0].tolist() == [0, 1, 1, 2, 0]
     assert read_clusters([path], 7, mask_token_id=6)[0].tolist() == [0, 1, 1, 2, 0, 0, 0]
@@ -66,13 +70,13 @@ def test_the_published_layout_fits_by_saying_what_it_counts(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("num_tokens", [5, 7])
-def test_a_wrong_length_names_both_numbers(tmp_path: Path, num_tokens: int) -> None:
+def test_read_clusters_names_both_lengths(tmp_path: Path, num_tokens: int) -> None:
     with pytest.raises(DataError, match=f"has 6 entries, but {num_tokens} are due"):
-        read_clusters([write(tmp_path, "npy", WORDS)], num_tokens)
+        read_clusters([write(tmp_path, "npy", CLUSTERS)], num_tokens)
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         (np.array([0, 2, 2]), "cluster 1 of 3 has no member"),
         (np.array([0, -1, 1]), "numbered from 0"),
@@ -84,14 +88,14 @@ def test_a_wrong_length_names_both_numbers(tmp_path: Path, num_tokens: int) -> N
         (np.array([0, 1, 2**63 + 5], dtype=np.uint64), "numbered from 0"),
     ],
 )
-def test_files_that_hold_no_clusters_are_refused(
-    tmp_path: Path, values: np.ndarray, told: str
+def test_read_clusters_refuses_arrays_that_are_no_clusters(
+    tmp_path: Path, values: np.ndarray, message: str
 ) -> None:
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read_clusters([write(tmp_path, "npy", values)], 3)
 
 
-def test_pickles_and_damaged_files_are_not_read(tmp_path: Path) -> None:
+def test_read_clusters_refuses_pickles_and_damaged_files(tmp_path: Path) -> None:
     torch.save(torch.zeros(3), tmp_path / "c.pt")
     with pytest.raises(DataError, match="can run code"):
         read_clusters([str(tmp_path / "c.pt")], 3)
@@ -99,7 +103,7 @@ def test_pickles_and_damaged_files_are_not_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a whole"):
         read_clusters([str(tmp_path / "o.npy")], 2)
     for kind in ("npy", "json", "safetensors"):
-        path = Path(write(tmp_path, kind, WORDS))
+        path = Path(write(tmp_path, kind, CLUSTERS))
         path.write_bytes(path.read_bytes()[:-3])
         with pytest.raises(DataError, match="not a whole"):
             read_clusters([str(path)], 6)
@@ -110,7 +114,7 @@ def test_pickles_and_damaged_files_are_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ('{"0": 0, "0": 1, "1": 1}', "comes twice"),
         ('{"0": 0, "2": 1}', "without gaps"),
@@ -121,33 +125,35 @@ def test_pickles_and_damaged_files_are_not_read(tmp_path: Path) -> None:
         ("[" * 5000 + "]" * 5000, "not a whole"),
     ],
 )
-def test_json_that_holds_no_clusters_is_refused(tmp_path: Path, text: str, told: str) -> None:
+def test_read_clusters_refuses_json_that_is_no_clusters(
+    tmp_path: Path, text: str, message: str
+) -> None:
     (tmp_path / "c.json").write_text(text)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read_clusters([str(tmp_path / "c.json")], 2)
 
 
-def test_an_archive_of_arrays_is_no_array(tmp_path: Path) -> None:
-    np.savez(tmp_path / "c.npz", WORDS)
+def test_cluster_and_embedding_readers_refuse_an_npz_archive(tmp_path: Path) -> None:
+    np.savez(tmp_path / "c.npz", CLUSTERS)
     (tmp_path / "c.npz").rename(tmp_path / "c.npy")
     for read in (lambda path: read_clusters([path], 6), lambda path: read_embeddings(path, 6)):
         with pytest.raises(DataError, match="archive"):
             read(str(tmp_path / "c.npy"))
 
 
-def test_a_mask_that_is_no_token_is_refused(tmp_path: Path) -> None:
+def test_read_clusters_refuses_a_mask_beyond_the_tokens(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"mask_token_id .* 7 tokens, 0\.\.6; got 9"):
-        read_clusters([write(tmp_path, "npy", WORDS)], 7, mask_token_id=9)
+        read_clusters([write(tmp_path, "npy", CLUSTERS)], 7, mask_token_id=9)
 
 
-def test_embeddings_need_a_row_per_token(tmp_path: Path) -> None:
+def test_read_embeddings_requires_a_row_per_token(tmp_path: Path) -> None:
     matrix = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
     assert np.array_equal(read_embeddings(write(tmp_path, "safetensors", matrix), 6), matrix)
     with pytest.raises(DataError, match=r"5 tokens.*\(6, 3\)"):
         read_embeddings(write(tmp_path, "npy", matrix), 5)
 
 
-def test_embeddings_of_a_model_are_its_input_table(tmp_path: Path) -> None:
+def test_load_model_embeddings_reads_the_input_table(tmp_path: Path) -> None:
     config = BertConfig(
         vocab_size=20,
         hidden_size=8,
@@ -164,6 +170,6 @@ def test_embeddings_of_a_model_are_its_input_table(tmp_path: Path) -> None:
         load_model_embeddings(str(tmp_path), 21)
 
 
-def test_no_model_to_be_had_is_explained(tmp_path: Path) -> None:
+def test_load_model_embeddings_explains_a_missing_model(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No model from"):
         load_model_embeddings(str(tmp_path), 3)

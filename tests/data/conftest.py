@@ -1,4 +1,4 @@
-"""Lets the tests import `corpora`."""
+"""Make the helper module `corpora` importable."""
 
 from __future__ import annotations
 

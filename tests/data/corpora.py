@@ -1,4 +1,4 @@
-"""Texts and tokenizers that the tests of data at scale share."""
+"""Texts, files and a tokenizer shared by the tests of large corpora."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ TOKENIZER = BytePairTokenizer.train([SENTENCE] * 4, 275)
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    """Distinct texts of 1 to 40 words."""
-    draw = np.random.default_rng(seed)
-    return [
-        " ".join([f"{number}:", *draw.choice(WORDS, draw.integers(1, 40))])
-        for number in range(count)
-    ]
+    """Return distinct texts of 1 to 40 words."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for number in range(count):
+        words = rng.choice(WORDS, rng.integers(1, 40))
+        texts.append(" ".join([f"{number}:", *words]))
+    return texts
 
 
 def parquet_files(folder: Path, texts: list[str], files: int = 3, column: str = "text") -> str:
-    """The texts in some parquet files of several row groups; the glob that names them."""
+    """Write the texts to parquet files of several row groups and return their glob."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, some in enumerate(np.array_split(np.arange(len(texts)), files)):
         table = pa.table({column: [texts[i] for i in some], "n": some})
@@ -39,6 +40,7 @@ def parquet_files(folder: Path, texts: list[str], files: int = 3, column: str = 
 
 
 def json_file(path: Path, texts: list[str]) -> str:
+    """Write the texts as JSON lines and return the path."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
 
@@ -48,7 +50,7 @@ def source_of(folder: Path, texts: list[str]) -> TextSource:
 
 
 def chunks_of(texts: list[str], at_once: int = 8) -> Any:
-    """A source at hand: chunks after a cursor, which is the number of texts before it."""
+    """Return a source in memory, whose cursor is the number of texts before it."""
 
     def chunks(cursor: int | None) -> Iterator[Chunk]:
         for start in range(cursor or 0, len(texts), at_once):

@@ -1,4 +1,4 @@
-"""An entry is found by content, appears whole or not at all, and is built again when it is damaged."""
+"""Cache entries are found by content, complete or absent, and rebuilt when damaged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddiff.errors import DataError
 
 
 class Builder:
-    """Writes one file and counts how often it was asked to."""
+    """Build function that writes one file and counts its calls."""
 
     def __init__(self, content: str = "content") -> None:
         self.calls = 0
@@ -27,7 +27,7 @@ class Builder:
         (place / "file").write_text(self.content)
 
 
-def test_equal_inputs_find_the_entry_and_others_do_not(tmp_path: Path) -> None:
+def test_cache_entry_is_found_by_its_inputs_only(tmp_path: Path) -> None:
     build = Builder()
     first = Cache(tmp_path).load_or_build("rows", {"a": 1, "b": [2, 3]}, build)
     assert Cache(tmp_path).load_or_build("rows", {"b": [2, 3], "a": 1}, build) == first
@@ -40,7 +40,7 @@ def test_equal_inputs_find_the_entry_and_others_do_not(tmp_path: Path) -> None:
     assert len({first, *others}) == 3
 
 
-def test_a_failing_build_leaves_nothing(tmp_path: Path) -> None:
+def test_cache_removes_the_directory_of_a_failed_build(tmp_path: Path) -> None:
     def fail(place: Path) -> None:
         (place / "file").write_text("half")
         raise RuntimeError("interrupted")
@@ -51,7 +51,7 @@ def test_a_failing_build_leaves_nothing(tmp_path: Path) -> None:
     assert (Cache(tmp_path).load_or_build("rows", {}, Builder()) / "file").read_text() == "content"
 
 
-def test_a_killed_build_leaves_no_entry(tmp_path: Path) -> None:
+def test_cache_ignores_the_directory_of_a_killed_build(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
         "from ddiff.data.cache import Cache\n"
@@ -68,7 +68,7 @@ def test_a_killed_build_leaves_no_entry(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "foreign", "unlisted", "not_json"])
-def test_a_damaged_entry_is_built_again(
+def test_cache_rebuilds_a_damaged_entry(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     build = Builder()
@@ -91,7 +91,7 @@ def test_a_damaged_entry_is_built_again(
     assert [place.name for place in (tmp_path / "rows").iterdir()] == [entry.name]
 
 
-def test_the_slower_of_two_builders_keeps_the_first_entry(tmp_path: Path) -> None:
+def test_cache_keeps_the_entry_of_the_faster_process(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
 
     def slow(place: Path) -> None:
@@ -101,7 +101,7 @@ def test_the_slower_of_two_builders_keeps_the_first_entry(tmp_path: Path) -> Non
     assert (cache.load_or_build("rows", {}, slow) / "file").read_text() == "first"
 
 
-def test_the_root_comes_from_the_environment(
+def test_default_root_follows_environment_variables(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "here"))
@@ -111,7 +111,7 @@ def test_the_root_comes_from_the_environment(
     assert default_root() == tmp_path / "ddiff"
 
 
-def test_roots_that_cannot_hold_entries_are_explained(tmp_path: Path) -> None:
+def test_cache_explains_an_unusable_root(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="memory-mapped"):
         Cache("memory://cache")
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""The engine's corpora, tokenizers and state spaces as recipes build them."""
+"""Dataset, tokenizer and vocabulary components, built as recipes build them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ WORDS = TEXT.split()
 
 
 def sentences(count: int, seed: int) -> list[str]:
-    draw = np.random.default_rng(seed)
-    return [" ".join(draw.choice(WORDS, 30)) for _ in range(count)]
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, 30)) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def build_clusters(
     return Clusters.build(Clusters.Config(**keys), tokenizer=tokenizer, rows=rows, cache=cache)
 
 
-def test_every_registered_component_is_here() -> None:
+def test_components_under_test_are_all_registered_ones() -> None:
     here = {
         "dataset": (Bundled, Files, Hub, JsonLines, Markov, Shards, Symbols, Text),
         "tokenizer": (Alphabet, BytePair, Pretrained, Saved),
@@ -59,15 +59,16 @@ def test_every_registered_component_is_here() -> None:
         }
 
 
-def test_reading_a_recipe_loads_no_torch_and_no_datasets() -> None:
+def test_component_modules_import_no_heavy_library() -> None:
     script = (
         "import sys, ddiff_core.data, ddiff_core.tokenizers, ddiff_core.vocabularies\n"
-        "print([name for name in ('torch', 'datasets', 'transformers', 'faiss', 'numpy') if name in sys.modules])"
+        "heavy = ('torch', 'datasets', 'transformers', 'faiss', 'numpy')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "[]"
 
 
-def test_a_recipe_s_text_becomes_documents(tmp_path: Path) -> None:
+def test_text_component_reads_both_parts(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     (tmp_path / "v.txt").write_text("three")
     config = Text.Config(
@@ -77,7 +78,7 @@ def test_a_recipe_s_text_becomes_documents(tmp_path: Path) -> None:
     assert (built.train["text"], built.validation["text"]) == (["one", "two"], ["three"])
 
 
-def test_a_recipe_s_symbols_have_the_recipe_s_length(tmp_path: Path) -> None:
+def test_symbols_component_checks_the_length_of_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("ACGT\n" * 3)
     (tmp_path / "v.txt").write_text("AAAA\n")
     config = Symbols.Config(files=(str(tmp_path / "a.txt"),), validation=(str(tmp_path / "v.txt"),))
@@ -86,7 +87,7 @@ def test_a_recipe_s_symbols_have_the_recipe_s_length(tmp_path: Path) -> None:
         Symbols.build(config, length=5, seed=0, cache=None)
 
 
-def test_the_generated_source_knows_its_entropy_and_ignores_the_recipe_s_seed() -> None:
+def test_markov_component_has_its_entropy_and_its_own_seed() -> None:
     config = Markov.Config(alphabet=5, rows=6, validation=2, seed=4)
     built = [Markov.build(config, length=9, seed=seed, cache=None) for seed in (0, 1)]
     assert built[0].fingerprint == built[1].fingerprint
@@ -95,7 +96,7 @@ def test_the_generated_source_knows_its_entropy_and_ignores_the_recipe_s_seed() 
     assert Markov.source(config).entropy_rate < Markov.source(config).row_entropy(9) < np.log(5)
 
 
-def test_byte_pairs_come_from_the_training_part_and_are_cached(
+def test_byte_pair_component_learns_from_training_part_and_is_cached(
     documents: Documents, tmp_path: Path
 ) -> None:
     config, cache = BytePair.Config(size=275), Cache(tmp_path)
@@ -116,7 +117,7 @@ def test_byte_pairs_come_from_the_training_part_and_are_cached(
     )
 
 
-def test_a_corpus_with_too_few_byte_pairs_says_so(
+def test_byte_pair_component_warns_of_fewer_tokens_than_asked(
     documents: Documents, caplog: pytest.LogCaptureFixture
 ) -> None:
     built = BytePair.build(BytePair.Config(size=5000), documents=documents, cache=None)
@@ -124,7 +125,7 @@ def test_a_corpus_with_too_few_byte_pairs_says_so(
     assert "of the 5000" in caplog.text
 
 
-def test_an_automatic_alphabet_knows_the_validation_rows_too() -> None:
+def test_alphabet_component_includes_validation_symbols() -> None:
     rows = Documents(documents_from_texts(["CA"]), documents_from_texts(["GT"]))
     assert Alphabet.build(Alphabet.Config(), documents=rows, cache=None).tokens() == list("ACGT")
     assert Alphabet.build(
@@ -132,7 +133,7 @@ def test_an_automatic_alphabet_knows_the_validation_rows_too() -> None:
     ).tokens() == list("TGCA")
 
 
-def test_vocabularies_name_their_tokenizer(
+def test_vocabulary_components_store_the_tokenizer_fingerprint(
     documents: Documents, tokenizer: BytePairTokenizer, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "c.npy", np.arange(tokenizer.num_tokens) % 7)
@@ -151,7 +152,7 @@ def test_vocabularies_name_their_tokenizer(
     assert [vocabulary.num_tokens for vocabulary in built] == [tokenizer.num_tokens] * 3
 
 
-def test_clusters_make_a_tree_with_centroids_and_a_special_branch(
+def test_clusters_component_builds_centroids_and_a_special_branch(
     documents: Documents, tokenizer: BytePairTokenizer
 ) -> None:
     tree = build_clusters(tokenizer, pack(documents.train, tokenizer, 16), sizes=(12, 3), width=8)
@@ -167,7 +168,7 @@ def test_clusters_make_a_tree_with_centroids_and_a_special_branch(
         assert tree.order(0)[int(start) : int(stop)].tolist() == [tokenizer.eos_id]
 
 
-def test_clusters_are_cached_by_rows_and_settings(
+def test_clusters_component_is_cached_by_rows_and_settings(
     documents: Documents, tokenizer: BytePairTokenizer, tmp_path: Path
 ) -> None:
     cache, rows = Cache(tmp_path), pack(documents.train, tokenizer, 16)
@@ -185,7 +186,7 @@ def test_clusters_are_cached_by_rows_and_settings(
     assert len(list((tmp_path / "clusters").iterdir())) == 3
 
 
-def test_clusters_from_a_file_of_embeddings_need_no_rows(
+def test_clusters_component_needs_no_rows_for_an_embeddings_file(
     tokenizer: BytePairTokenizer, tmp_path: Path
 ) -> None:
     source = str(tmp_path / "e.npy")
@@ -203,7 +204,7 @@ def test_clusters_from_a_file_of_embeddings_need_no_rows(
     assert second.fingerprint != first.fingerprint
 
 
-def test_clusters_of_an_alphabet_have_no_special_branch() -> None:
+def test_clusters_component_of_an_alphabet_has_no_special_branch() -> None:
     config = Markov.Config(alphabet=8, rows=50, validation=5)
     rows = Markov.build(config, length=20, seed=0, cache=None)
     tokenizer = AlphabetTokenizer.from_texts(rows.train["text"])
@@ -212,7 +213,7 @@ def test_clusters_of_an_alphabet_have_no_special_branch() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(10_000,), (8, 8), (4, 8)])
-def test_impossible_cluster_sizes_are_explained(
+def test_clusters_component_explains_impossible_sizes(
     documents: Documents, tokenizer: BytePairTokenizer, sizes: tuple[int, ...], tmp_path: Path
 ) -> None:
     rows = pack(documents.train, tokenizer, 16)
@@ -221,7 +222,7 @@ def test_impossible_cluster_sizes_are_explained(
     assert not list((tmp_path / "clusters").iterdir())
 
 
-def test_cooccurrence_without_rows_is_explained(tokenizer: BytePairTokenizer) -> None:
+def test_clusters_component_explains_missing_rows(tokenizer: BytePairTokenizer) -> None:
     with pytest.raises(DataError, match="packed training rows"):
         build_clusters(tokenizer)
 
@@ -242,15 +243,15 @@ def test_cooccurrence_without_rows_is_explained(tokenizer: BytePairTokenizer) ->
         (Flat.Config, {"masks": True}),
     ],
 )
-def test_impossible_tables_are_refused_before_anything_is_read(
-    config: Any, keys: dict[str, Any]
-) -> None:
+def test_component_config_refuses_impossible_values(config: Any, keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         config(**keys)
 
 
-def test_one_cluster_stands_under_the_mask(tokenizer: BytePairTokenizer) -> None:
-    """And not for it: all words, then one node, then the root, built and foreseen alike."""
+def test_clusters_component_of_one_cluster_keeps_a_separate_root(
+    tokenizer: BytePairTokenizer,
+) -> None:
+    """The levels are all tokens, one node and the root, both in the preview and when built."""
     embeddings = (
         np.random.default_rng(0).standard_normal((tokenizer.num_tokens, 4)).astype(np.float32)
     )
@@ -264,10 +265,10 @@ def test_one_cluster_stands_under_the_mask(tokenizer: BytePairTokenizer) -> None
     assert built.level_sizes == seen.level_sizes == (tokenizer.num_tokens, 1, 1)
 
 
-def test_a_pretrained_tokenizer_of_another_size_is_refused(
+def test_pretrained_component_refuses_another_size(
     tokenizer: BytePairTokenizer, tmp_path: Path
 ) -> None:
-    """The tokenizer is a directory as the transformers library writes it."""
+    """The tokenizer is a directory written by the transformers library."""
     transformers = pytest.importorskip("transformers")
     made = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer._tokenizer, eos_token="<|eos|>"

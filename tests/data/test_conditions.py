@@ -1,4 +1,4 @@
-"""Conditions travel with their documents: from a file's fields to every position of a packed row."""
+"""Conditions follow their documents, from the fields of a file to each position of a row."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read(file: str, cache: Cache | None = None) -> Documents:
     )
 
 
-def test_fields_become_columns_and_absence_stays(file: str, tmp_path: Path) -> None:
+def test_read_json_lines_keeps_labels_vectors_and_absence(file: str, tmp_path: Path) -> None:
     documents = read(file)
     assert documents.train["text"][:] == [line["text"] for line in LINES]
     values = read_conditions(documents.train, ["author", "style"]).values
@@ -64,7 +64,7 @@ def test_fields_become_columns_and_absence_stays(file: str, tmp_path: Path) -> N
     assert cached.fingerprint != read_conditions(documents.train, ["author"]).fingerprint
 
 
-def test_in_packed_rows_every_position_has_its_own_document_s(file: str) -> None:
+def test_packed_batch_has_one_condition_per_position(file: str) -> None:
     documents = read(file).train
     tokenizer = BytePairTokenizer.train(documents["text"], 260)
     rows, conditions = (
@@ -76,21 +76,20 @@ def test_in_packed_rows_every_position_has_its_own_document_s(file: str) -> None
     assert batch.conditions["author"].shape == batch.ids.shape
     expected = torch.tensor([2, -1, 0])[batch.document]
     assert torch.equal(batch.conditions["author"], expected)
-    assert (
-        len(expected[0].unique()) > 1 or len(expected[1].unique()) > 1
-    )  # or nothing here was packed
+    # Otherwise the rows would not test packing.
+    assert len(expected[0].unique()) > 1 or len(expected[1].unique()) > 1
     assert batch.conditions["style"].shape == (*batch.ids.shape, 2)
     assert torch.equal(batch.conditions["style"].isnan().any(-1), expected == -1)
 
 
-def test_a_row_of_one_document_has_one_value() -> None:
+def test_unpacked_batch_has_one_condition_per_row() -> None:
     documents = Dataset.from_dict({"text": ["ACGT", "TTTT"], "kind": [1, 0]})
     rows = pack(documents, AlphabetTokenizer("ACGT"), 4)
     batch = batch_rows(rows, [1, 0, 1], conditions=read_conditions(documents, ["kind"]))
     assert batch.conditions["kind"].tolist() == [0, 1, 0]
 
 
-def test_a_recipe_names_the_fields(file: str) -> None:
+def test_jsonl_component_reads_the_named_fields(file: str) -> None:
     other = written(Path(file).parent, [{"text": "held out"}], "held_out.jsonl")
     config = JsonLines.Config(files=(file,), validation=(other,), labels=("author",))
     assert JsonLines.build(config, length=8, seed=0, cache=None).train.column_names == [
@@ -116,14 +115,14 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", list(BAD_LINES))
-def test_a_wrong_line_is_named(name: str, tmp_path: Path) -> None:
+def test_read_json_lines_names_the_faulty_line(name: str, tmp_path: Path) -> None:
     line, expected = BAD_LINES[name]
     with pytest.raises(DataError) as raised:
         read(written(tmp_path, [LINES[0], line]))  # each line is followed by a blank one
     assert expected in str(raised.value)
 
 
-def test_what_is_no_json_or_no_name_of_its_own_is_refused(tmp_path: Path, file: str) -> None:
+def test_read_json_lines_refuses_broken_json_and_repeated_names(tmp_path: Path, file: str) -> None:
     (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n{"text": ')
     with pytest.raises(DataError, match=r"broken\.jsonl line 2 is no JSON"):
         read(str(tmp_path / "broken.jsonl"))
@@ -131,7 +130,7 @@ def test_what_is_no_json_or_no_name_of_its_own_is_refused(tmp_path: Path, file: 
         read_json_lines([file], labels=["author"], vectors=["author"], validation=[file])
 
 
-def test_columns_that_cannot_be_conditions_are_explained() -> None:
+def test_read_conditions_explains_unusable_columns() -> None:
     documents = Dataset.from_dict(
         {"text": ["a", "b"], "kind": ["x", "y"], "wide": [[1.0], [1.0, 2.0]], "none": [None] * 2}
     )
@@ -147,7 +146,7 @@ def test_columns_that_cannot_be_conditions_are_explained() -> None:
         read_conditions(Dataset.from_dict({"text": ["a"], "kind": [-3]}), ["kind"])
 
 
-def test_a_part_without_any_label_has_none(tmp_path: Path) -> None:
+def test_read_conditions_accepts_a_part_without_values(tmp_path: Path) -> None:
     file, bare = written(tmp_path, LINES), written(tmp_path, [{"text": "x"}], "bare.jsonl")
     part = read_json_lines(
         [file], labels=["author"], vectors=["style"], validation=[bare]
@@ -161,7 +160,7 @@ def test_a_part_without_any_label_has_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line", [{"text": "x", "auhtor": 1}, {"text": "x", "author": None, "auhtor": 2}]
 )
-def test_a_field_with_a_value_in_no_line_is_refused_cached_or_not(
+def test_read_json_lines_refuses_a_field_without_values(
     line: dict[str, Any], tmp_path: Path
 ) -> None:
     cache, file, bare = (
@@ -169,9 +168,8 @@ def test_a_field_with_a_value_in_no_line_is_refused_cached_or_not(
         written(tmp_path, LINES),
         written(tmp_path, [line], "bare.jsonl"),
     )
-    read_json_lines(
-        [file], labels=["author"], validation=[bare], cache=cache
-    )  # now its documents are cached
+    # Put the documents of both files into the cache.
+    read_json_lines([file], labels=["author"], validation=[bare], cache=cache)
     for labels, kept in ((["author"], None), (["author"], cache)):
         with pytest.raises(
             DataError, match=r'labels names the field "author".*bare\.jsonl.*Did you mean "auhtor"'
@@ -181,7 +179,7 @@ def test_a_field_with_a_value_in_no_line_is_refused_cached_or_not(
         read_json_lines([written(tmp_path, [{"text": "x"}])], vectors=["author"], validation=[bare])
 
 
-def test_columns_of_another_form_than_the_denoiser_reads_are_refused() -> None:
+def test_read_conditions_refuses_a_column_of_another_form() -> None:
     documents = Dataset.from_dict({"text": ["a", "b"], "kind": [0, 4], "wide": [[1.0, 2.0], None]})
     for name, form in (
         ("kind", Label(5)),

@@ -1,4 +1,4 @@
-"""What a document is, which side of the split it falls on, and what is refused."""
+"""Documents are read by file, paragraph or line, split by hash, and refused if not text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write(folder: Path, **contents: str) -> list[str]:
     return [str(folder / f"{name}.txt") for name in contents]
 
 
-def test_the_novels_are_their_chapters_and_persuasion_is_held_out(novels: Documents) -> None:
+def test_bundled_novels_are_split_by_chapter_and_hold_out_persuasion(novels: Documents) -> None:
     assert (len(novels.train), len(novels.validation)) == (55 + 48 + 31 + 61 + 50, 24)
     assert {name.rsplit(" ", 1)[0] for name in novels.validation["name"]} == {"persuasion"}
     assert "persuasion" not in " ".join(novels.train["name"])
@@ -40,7 +40,7 @@ def test_the_novels_are_their_chapters_and_persuasion_is_held_out(novels: Docume
     )
 
 
-def test_no_text_of_the_novels_is_lost_to_the_chapters(novels: Documents) -> None:
+def test_bundled_novels_lose_no_word_to_the_split(novels: Documents) -> None:
     # Words as the files' README counts them, headings included.
     words = {}
     for part in (novels.train, novels.validation):
@@ -57,7 +57,7 @@ def test_no_text_of_the_novels_is_lost_to_the_chapters(novels: Documents) -> Non
     }
 
 
-def test_a_volume_heading_goes_with_the_chapter_that_follows(novels: Documents) -> None:
+def test_bundled_novels_put_a_volume_heading_before_its_chapter(novels: Documents) -> None:
     emma = dict(zip(novels.train["name"], novels.train["text"]))
     assert emma["emma 19"].startswith("VOLUME II\n\nCHAPTER I\n\n")
     assert "VOLUME" not in emma["emma 18"]
@@ -71,7 +71,9 @@ def test_a_volume_heading_goes_with_the_chapter_that_follows(novels: Documents) 
         ("line", ["one", "two", "three", "four"]),
     ],
 )
-def test_a_document_is_what_split_says(tmp_path: Path, split: str, expected: list[str]) -> None:
+def test_read_text_files_splits_by_file_paragraph_or_line(
+    tmp_path: Path, split: str, expected: list[str]
+) -> None:
     write(tmp_path, a="one\ntwo\n\nthree\n", b="four", v="held out")
     documents = read_text_files(
         [str(tmp_path / "[ab].txt")], validation=[str(tmp_path / "v.txt")], split=split
@@ -81,7 +83,7 @@ def test_a_document_is_what_split_says(tmp_path: Path, split: str, expected: lis
 
 
 @pytest.mark.parametrize("scheme", ["memory", "file"])
-def test_any_fsspec_path_is_read(tmp_path: Path, scheme: str) -> None:
+def test_read_text_files_accepts_fsspec_paths(tmp_path: Path, scheme: str) -> None:
     root = f"memory://documents{tmp_path}" if scheme == "memory" else f"file://{tmp_path}"
     for name in ("a", "b", "v"):
         with fsspec.open(f"{root}/{name}.txt", "w") as file:
@@ -91,10 +93,11 @@ def test_any_fsspec_path_is_read(tmp_path: Path, scheme: str) -> None:
     assert documents.validation["text"] == ["text v"]
 
 
-def test_the_held_out_share_follows_the_text_alone(tmp_path: Path) -> None:
+def test_held_out_documents_depend_on_their_text_only(tmp_path: Path) -> None:
     lines = [f"line number {i}" for i in range(400)]
     whole = read_text_files(write(tmp_path, a="\n".join(lines)), split="line", held_out=0.2)
-    # 80 +- 8 expected; the split is fixed, and 4.5 deviations tell a wrong share from a right one.
+    # Expected 80 with standard deviation 8; the split is deterministic, and the limits are 4.5
+    # deviations away.
     assert 44 < len(whole.validation) < 116
     assert sorted([*whole.train["text"], *whole.validation["text"]]) == sorted(lines)
     fewer = read_text_files(
@@ -103,7 +106,7 @@ def test_the_held_out_share_follows_the_text_alone(tmp_path: Path) -> None:
     assert set(fewer.validation["text"]) == set(whole.validation["text"]) & set(lines[:200])
 
 
-def test_the_cache_answers_for_equal_content_only(tmp_path: Path) -> None:
+def test_read_text_files_is_cached_by_content(tmp_path: Path) -> None:
     paths, cache = write(tmp_path, a="one\ntwo\nthree\nfour", v="v"), Cache(tmp_path / "cache")
 
     def train() -> Dataset:
@@ -121,7 +124,7 @@ def test_the_cache_answers_for_equal_content_only(tmp_path: Path) -> None:
     assert entries() == 3
 
 
-def test_fingerprints_tell_texts_and_their_boundaries_apart() -> None:
+def test_fingerprint_texts_depends_on_texts_and_boundaries() -> None:
     fingerprints = {
         fingerprint_texts(documents_from_texts(texts))
         for texts in (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"])
@@ -130,7 +133,7 @@ def test_fingerprints_tell_texts_and_their_boundaries_apart() -> None:
     assert fingerprint_texts(documents_from_texts(["ab", "c"], ["x", "y"])) in fingerprints
 
 
-def test_line_ends_of_windows_and_a_byte_order_mark_are_no_text(tmp_path: Path) -> None:
+def test_read_text_files_drops_carriage_returns_and_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
     documents = read_text_files(
         [str(tmp_path / "a.txt")], validation=write(tmp_path, v="held out"), split="line"
@@ -139,7 +142,7 @@ def test_line_ends_of_windows_and_a_byte_order_mark_are_no_text(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "corpus is empty"),
         (b" \n\n \n", "corpus is empty"),
@@ -147,15 +150,17 @@ def test_line_ends_of_windows_and_a_byte_order_mark_are_no_text(tmp_path: Path) 
         (b"nul\0here", "NUL character at 3"),
     ],
 )
-def test_content_that_is_not_text_is_refused(tmp_path: Path, content: bytes, told: str) -> None:
+def test_read_text_files_refuses_content_that_is_not_text(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     cache = Cache(tmp_path / "cache")
-    with pytest.raises(DataError, match=told) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         read_text_files([str(tmp_path / "a.txt")], split="line", cache=cache)
     assert "a.txt" in str(caught.value)
 
 
-def test_bad_content_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
+def test_read_text_files_caches_nothing_after_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"nul\0here")
     with pytest.raises(DataError):
         read_text_files([str(tmp_path / "a.txt")], cache=Cache(tmp_path / "cache"))
@@ -163,19 +168,19 @@ def test_bad_content_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["missing.txt", "missing/*.txt", "nosuchprotocol://a.txt"])
-def test_a_missing_file_is_named(tmp_path: Path, path: str) -> None:
+def test_read_text_files_names_a_missing_file(tmp_path: Path, path: str) -> None:
     with pytest.raises(DataError, match=r"missing|nosuchprotocol"):
         read_text_files([path if "://" in path else str(tmp_path / path)])
 
 
-def test_a_corpus_that_cannot_be_divided_is_explained(tmp_path: Path) -> None:
+def test_read_text_files_explains_a_corpus_too_small_to_split(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="paragraph"):
         read_text_files(write(tmp_path, a="one document"))
     with pytest.raises(ArgumentError, match="held_out"):
         read_text_files(write(tmp_path, a="one document"), held_out=1.0)
 
 
-def test_rows_of_symbols_all_have_the_length(tmp_path: Path) -> None:
+def test_read_symbol_rows_requires_the_length(tmp_path: Path) -> None:
     paths = write(tmp_path, a="acgt\n\nttga\n", v="aaaa\n")
     documents = read_symbol_rows(paths[:1], validation=paths[1:], length=4)
     assert documents.train["text"] == ["acgt", "ttga"]
@@ -190,7 +195,7 @@ def test_rows_of_symbols_all_have_the_length(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "message"),
     [
         ({"text": []}, "strings|empty"),
         ({"words": ["a"]}, 'column "text"'),
@@ -198,12 +203,14 @@ def test_rows_of_symbols_all_have_the_length(tmp_path: Path) -> None:
         ({"text": ["a", None]}, "missing values"),
     ],
 )
-def test_a_corpus_that_is_not_text_is_refused(columns: dict[str, list[object]], told: str) -> None:
-    with pytest.raises(DataError, match=told):
+def test_documents_refuse_columns_that_are_not_text(
+    columns: dict[str, list[object]], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
         Documents(Dataset.from_dict(columns), documents_from_texts(["a"]))
 
 
 @pytest.mark.parametrize("content", [float("nan"), None, 3, "a\0b"])
-def test_texts_that_are_no_text_are_refused(content: object) -> None:
+def test_documents_from_texts_refuses_values_that_are_not_text(content: object) -> None:
     with pytest.raises(DataError, match="text 1"):
         documents_from_texts(["fine", content])  # type: ignore[list-item]

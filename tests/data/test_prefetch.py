@@ -1,4 +1,4 @@
-"""Reading ahead changes no batch and no order of faults, whatever the number of threads."""
+"""Prefetching changes neither batches nor the order of errors, for any number of threads."""
 
 from __future__ import annotations
 
@@ -30,23 +30,25 @@ def batches_of(rows: Rows) -> Callable[[int, int], list[list[int]]]:
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
 @pytest.mark.parametrize("source", ["packed", "streamed"])
-def test_any_number_of_workers_gives_the_same_bits(source: str, workers: int) -> None:
-    """In order over epochs, then from another step, as after a resumption."""
+def test_prefetched_batches_do_not_depend_on_the_number_of_workers(
+    source: str, workers: int
+) -> None:
+    """The calls run over epochs, then continue at another step, as after resuming."""
     streamed = StreamedRows(chunks_of(TEXTS), TOKENIZER, 16, head=PACKED, fingerprint="", block=8)
     rows = PACKED if source == "packed" else streamed
     plain = batches_of(PACKED if source == "packed" else rows)
     calls = [(step, micro) for step in [*range(30), *range(7, 12), 3] for micro in range(2)]
-    due = [plain(*call) for call in calls]
+    expected = [plain(*call) for call in calls]
     with Prefetcher(batches_of(rows), 3, accumulate=2, workers=workers) as ahead:
-        assert [ahead(*call) for call in calls] == due
+        assert [ahead(*call) for call in calls] == expected
 
 
-def test_the_next_calls_are_under_way_while_a_step_computes() -> None:
-    asked: list[tuple[int, int]] = []
+def test_prefetcher_starts_the_next_calls_in_advance() -> None:
+    calls: list[tuple[int, int]] = []
     ready = threading.Event()
 
     def batch_at(step: int, micro: int) -> int:
-        asked.append((step, micro))
+        calls.append((step, micro))
         if (step, micro) == (1, 1):
             ready.set()
         return step
@@ -54,14 +56,14 @@ def test_the_next_calls_are_under_way_while_a_step_computes() -> None:
     with Prefetcher(batch_at, 3, accumulate=2) as ahead:
         ahead(0, 0)
         assert ready.wait(5.0)
-        assert asked == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert calls == [(0, 0), (0, 1), (1, 0), (1, 1)]
         ahead(0, 1)
         ahead(1, 0)
-    assert len(asked) == len(set(asked))  # nothing is read twice
+    assert len(calls) == len(set(calls))  # nothing is read twice
 
 
-def test_reading_ahead_hides_the_time_of_reading() -> None:
-    """Twenty reads of 10 ms beside twenty steps of 10 ms: half a second one after another."""
+def test_prefetcher_overlaps_reading_with_the_steps() -> None:
+    """Twenty reads of 10 ms and twenty steps of 10 ms take 0.4 s one after another."""
 
     def batch_at(step: int, micro: int) -> int:
         time.sleep(0.01)
@@ -78,7 +80,7 @@ def test_reading_ahead_hides_the_time_of_reading() -> None:
     assert spent[1] < 0.85 * spent[0]
 
 
-def test_a_fault_is_raised_by_the_call_that_wanted_the_batch() -> None:
+def test_prefetcher_raises_an_error_at_the_call_of_its_batch() -> None:
     def batch_at(step: int, micro: int) -> int:
         if step == 2:
             raise ValueError("torn row")
@@ -91,7 +93,7 @@ def test_a_fault_is_raised_by_the_call_that_wanted_the_batch() -> None:
         assert ahead(3, 0) == 3
 
 
-def test_after_the_end_calls_are_answered_without_threads() -> None:
+def test_closed_prefetcher_reads_without_threads() -> None:
     ahead = Prefetcher(lambda step, micro: step, 2)
     before = threading.active_count()
     ahead(0, 0)

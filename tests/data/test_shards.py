@@ -1,4 +1,4 @@
-"""Shards are the same tokens whatever the workers, the kills in between and the machine; damage is found and named."""
+"""Shards hold the same tokens for any number of workers and after kills; damage is named."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def all_of(rows: PackedRows) -> tuple[Any, Any, Any]:
+def read_all(rows: PackedRows) -> tuple[Any, Any, Any]:
     block = rows[:]
     return block.ids.tolist(), block.document.tolist(), block.num_valid.tolist()
 
@@ -45,8 +45,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     return build(tmp_path_factory.mktemp("shards"))
 
 
-def test_shards_hold_what_packing_in_memory_holds(made: Shards) -> None:
-    """The same split by hash, the same rows, document by document, across the borders of many shards."""
+def test_shards_give_the_rows_of_packing_in_memory(made: Shards) -> None:
+    """Split, rows and documents are equal, also across the borders of many shards."""
     assert len(made.records(TRAIN)) > 5
     direct = split_documents(documents_from_texts(TEXTS), HELD_OUT, "")
     for part, documents, separate in (
@@ -55,28 +55,28 @@ def test_shards_hold_what_packing_in_memory_holds(made: Shards) -> None:
     ):
         for length in (7, 64, 2000):
             rows = pack_stream(made.stream(part), TOKENIZER, length, separate=separate)
-            due = pack(documents, TOKENIZER, length, separate=separate)
-            assert all_of(rows) == all_of(due)
-            assert rows.fingerprint == due.fingerprint
-            assert (rows.token_counts() == due.token_counts()).all()
+            expected = pack(documents, TOKENIZER, length, separate=separate)
+            assert read_all(rows) == read_all(expected)
+            assert rows.fingerprint == expected.fingerprint
+            assert (rows.token_counts() == expected.token_counts()).all()
         assert made.stream(part).num_bytes == sum(len(text.encode()) for text in documents["text"])
 
 
-def test_rows_are_read_by_number_in_any_order(made: Shards) -> None:
+def test_rows_of_shards_are_read_in_any_order(made: Shards) -> None:
     for part, separate in ((TRAIN, False), (TRAIN, True)):
         rows = pack_stream(made.stream(part), TOKENIZER, 16, separate=separate)
         order = np.random.default_rng(0).permutation(len(rows))
-        ids, document, num_valid = (np.array(column) for column in all_of(rows))
-        asked = rows[order]
-        assert (asked.ids == ids[order]).all()
-        assert (asked.document == document[order]).all()
-        assert (asked.num_valid == num_valid[order]).all()
+        ids, document, num_valid = (np.array(column) for column in read_all(rows))
+        block = rows[order]
+        assert (block.ids == ids[order]).all()
+        assert (block.document == document[order]).all()
+        assert (block.num_valid == num_valid[order]).all()
         assert (rows.first_documents() == document[:, 0]).all()
     with pytest.raises(ArgumentError, match="numbers"):
         rows[[len(rows)]]
 
 
-def test_ids_are_stored_in_16_bits_and_documents_by_their_ends(made: Shards) -> None:
+def test_shards_store_16_bit_ids_and_document_ends(made: Shards) -> None:
     shard = made.stream(TRAIN).shards[0]
     assert (shard.tokens.dtype, shard.ends.dtype) == (np.uint16, np.int64)
     assert len(shard.ends) == shard.record.documents < len(shard.tokens)
@@ -84,7 +84,7 @@ def test_ids_are_stored_in_16_bits_and_documents_by_their_ends(made: Shards) -> 
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_workers_writes_the_same_bytes(
+def test_shard_files_do_not_depend_on_the_number_of_workers(
     made: Shards, tmp_path: Path, workers: int
 ) -> None:
     build(tmp_path / "many", workers=workers)
@@ -112,10 +112,10 @@ build(Path(sys.argv[1]), workers={workers})
 
 
 @pytest.mark.parametrize(("after", "workers"), [(1, 1), (8, 1), (11, 2)])
-def test_a_killed_build_goes_on_from_its_whole_shards(
+def test_write_shards_resumes_a_killed_build(
     made: Shards, tmp_path: Path, after: int, workers: int
 ) -> None:
-    """Killed in the middle of a file, between the two files of a shard, and between the shards of a pair."""
+    """It is killed within a file, between the files of a shard, and between a pair of shards."""
     script = KILLED.format(here=str(Path(__file__).parent), after=after, workers=workers)
     ended = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "killed")], stderr=subprocess.DEVNULL
@@ -123,21 +123,22 @@ def test_a_killed_build_goes_on_from_its_whole_shards(
     assert ended.returncode == -signal.SIGKILL
     with pytest.raises(DataError, match="it has no manifest" if after == 1 else "a stopped build"):
         read_shards(tmp_path / "killed")
-    asked: list[Any] = []
+    cursors: list[Any] = []
 
     def chunks(cursor: Any) -> Any:
-        asked.append(cursor)
+        cursors.append(cursor)
         return chunks_of(TEXTS)(cursor)
 
     again = {"source": {"texts": len(TEXTS)}, "held_out": HELD_OUT, "shard_tokens": 500}
     write_shards(tmp_path / "killed", chunks, TOKENIZER, **again)
     assert contents(tmp_path / "killed") == contents(made.folder)
-    assert asked == [None] if after == 1 else asked[0] > 0  # what was whole is not read again
+    # The texts of complete shards are not read again.
+    assert cursors == [None] if after == 1 else cursors[0] > 0
     write_shards(tmp_path / "killed", chunks, TOKENIZER, **again)
-    assert len(asked) == 1  # and what is finished not at all
+    assert len(cursors) == 1  # finished shards are not built again
 
 
-def test_a_folder_of_shards_can_be_moved(made: Shards, tmp_path: Path) -> None:
+def test_shards_can_be_copied_to_another_folder(made: Shards, tmp_path: Path) -> None:
     shutil.copytree(made.folder, tmp_path / "copy")
     copy = read_shards(tmp_path / "copy")
     copy.verify()
@@ -145,7 +146,7 @@ def test_a_folder_of_shards_can_be_moved(made: Shards, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "wide"])
-def test_a_damaged_shard_is_named_with_the_remedy(
+def test_verify_names_a_damaged_shard_and_the_remedy(
     made: Shards, tmp_path: Path, damage: str
 ) -> None:
     copied = Path(shutil.copytree(made.folder, tmp_path / "copy"))
@@ -154,7 +155,7 @@ def test_a_damaged_shard_is_named_with_the_remedy(
     if damage == "flipped":
         content[-3] ^= 1
         file.write_bytes(content)
-        read_shards(copied).stream(TRAIN)  # of the right size: only its checksum tells
+        read_shards(copied).stream(TRAIN)  # the size is right, so only the checksum differs
     elif damage == "cut":
         file.write_bytes(content[:-50])
     elif damage == "missing":
@@ -168,7 +169,7 @@ def test_a_damaged_shard_is_named_with_the_remedy(
             read_shards(copied).stream(TRAIN)
 
 
-def test_another_tokenizer_is_refused_with_what_differs(made: Shards) -> None:
+def test_shards_refuse_another_tokenizer_and_name_the_difference(made: Shards) -> None:
     other = BytePairTokenizer.train([SENTENCE] * 4, 270)
     with pytest.raises(
         DataError, match=f"num_tokens was {TOKENIZER.num_tokens} and is {other.num_tokens}"
@@ -181,12 +182,14 @@ def test_another_tokenizer_is_refused_with_what_differs(made: Shards) -> None:
     made.check_tokenizer(TOKENIZER)
 
 
-def test_a_folder_of_other_shards_is_not_taken_for_these(made: Shards) -> None:
+def test_write_shards_refuses_a_folder_of_other_shards(made: Shards) -> None:
     with pytest.raises(DataError, match="something else: source"):
         build(made.folder, TEXTS[:-1])
 
 
-def test_no_manifest_no_shards(tmp_path: Path, made: Shards) -> None:
+def test_read_shards_refuses_a_missing_newer_or_damaged_manifest(
+    tmp_path: Path, made: Shards
+) -> None:
     with pytest.raises(DataError, match="no folder of token shards"):
         read_shards(tmp_path)
     copied = Path(shutil.copytree(made.folder, tmp_path / "copy"))
@@ -198,14 +201,14 @@ def test_no_manifest_no_shards(tmp_path: Path, made: Shards) -> None:
         read_shards(copied)
 
 
-def test_an_empty_source_leaves_no_manifest(tmp_path: Path) -> None:
+def test_write_shards_writes_no_manifest_for_an_empty_source(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no token"):
         build(tmp_path, [])
     assert not (tmp_path / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_unknown_symbol_is_named_whoever_tokenizes(workers: int) -> None:
+def test_encode_chunks_names_the_row_of_an_unknown_symbol(workers: int) -> None:
     texts = ["ACGT"] * 90 + ["ACNT"] + ["ACGT"] * 9
     chunks = [
         Chunk(texts[i : i + 10], names=[f"line {n}" for n in range(i, i + 10)])
@@ -215,39 +218,40 @@ def test_an_unknown_symbol_is_named_whoever_tokenizes(workers: int) -> None:
         list(encode_chunks(chunks, AlphabetTokenizer("ACGT"), workers=workers))
 
 
-def test_a_tokenizer_keeps_its_ways_in_another_process() -> None:
-    """An end mark spelled in a text ends no document there either."""
+def test_tokenizer_in_a_worker_encodes_a_spelled_end_mark_as_text() -> None:
+    """`<|eos|>` in a text is not the end mark of a document, in a worker either."""
     text = ["the <|eos|> cat"]
     assert pickle.loads(pickle.dumps(TOKENIZER)).encode(text) == TOKENIZER.encode(text)
     (_, found), *_ = encode_chunks([Chunk(text)], TOKENIZER, workers=2)
     assert found.ids.tolist() == [*TOKENIZER.encode(text)[0], 0]
 
 
-class Dying:
-    """A tokenizer whose process ends."""
+class ExitingTokenizer:
+    """Tokenizer that ends the process that unpickles it, with exit code 9."""
 
     num_tokens, eos_id = 3, None
 
     def __reduce__(self) -> Any:
-        return exec, ("import os; os._exit(9)",)  # when the other process reads it
+        return exec, ("import os; os._exit(9)",)
 
 
-def test_a_process_that_dies_is_told(tmp_path: Path) -> None:
+def test_encode_chunks_reports_the_exit_code_of_a_dead_worker(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="exit code 9"):
-        list(encode_chunks([Chunk(["a"])] * 3, Dying(), workers=2))  # type: ignore[arg-type]
+        tokenizer: Any = ExitingTokenizer()
+        list(encode_chunks([Chunk(["a"])] * 3, tokenizer, workers=2))
     with pytest.raises(ArgumentError, match="workers"):
         list(encode_chunks([], TOKENIZER, workers=0))
 
 
-def test_ids_that_the_tokenizer_does_not_have_are_refused() -> None:
-    class Lying:
+def test_encode_chunks_refuses_ids_beyond_num_tokens() -> None:
+    class WrongSizeTokenizer:
         num_tokens, eos_id = 2, None
 
         def encode(self, texts: Any) -> Any:
             return [[0, 2] for _ in texts]
 
     with pytest.raises(DataError, match=r"2 tokens, but gave the ids 0\.\.2"):
-        list(encode_chunks([Chunk(["a"])], Lying()))  # type: ignore[arg-type]
+        list(encode_chunks([Chunk(["a"])], WrongSizeTokenizer()))  # type: ignore[arg-type]
 
 
 MEASURED = """
@@ -260,7 +264,7 @@ from ddiff.data.tokenizer_workers import TRAIN, Chunk
 from ddiff.data.tokenizer import AlphabetTokenizer
 
 def held():
-    "KiB of memory that is the process's own: pages of mapped files are the system's."
+    "KiB of private memory; pages of mapped files do not count."
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 def chunks(cursor):
@@ -270,7 +274,8 @@ def chunks(cursor):
 
 peaks, tokenizer = [], AlphabetTokenizer("0123456789")
 tokenizer.unit = "token"
-made = write_shards(Path(sys.argv[1]), chunks, tokenizer, source={}, held_out=0.01, shard_tokens=50_000)
+settings = dict(source={}, held_out=0.01, shard_tokens=50_000)
+made = write_shards(Path(sys.argv[1]), chunks, tokenizer, **settings)
 rows = pack_stream(made.stream(TRAIN), tokenizer, 32)
 for step in range(200):
     rows[rows.order(0, np.arange(step * 64, step * 64 + 64))]
@@ -279,9 +284,9 @@ print(max(peaks) - peaks[0], made.stream(TRAIN).num_documents)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the memory")
-def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> None:
-    """A hundred times as many documents: 64 bits for each would be 1.6 MB."""
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory from Linux")
+def test_write_shards_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """Only 64 bits for each of a hundred times as many documents would take 1.6 MB."""
     grown = []
     for documents in (2000, 200_000):
         command = [sys.executable, "-c", MEASURED, str(tmp_path / str(documents)), str(documents)]
@@ -290,6 +295,6 @@ def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> No
         )
         assert found > 0.98 * documents
         grown.append(rise)
-    assert grown[1] - grown[0] < 1300  # KiB; 180 mostly, and up to 1110 on a busy machine
+    assert grown[1] - grown[0] < 1300  # KiB; typically 180, up to 1110 on a busy machine
     assert len(list((tmp_path / "200000").iterdir())) < 120
     assert (tmp_path / "200000" / "manifest.json").stat().st_size < 50_000

@@ -1,4 +1,4 @@
-"""Streamed rows are those of the packed text, over and over; any place is found again, from a cursor or from the start."""
+"""Streamed rows equal the repeated packed text, and any block is found again by a cursor."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def streamed(chunks: Any = None, **settings: Any) -> StreamedRows:
 
 
 def expected(num_rows: int) -> tuple[Any, Any]:
-    """Ids and documents of the text read over and over."""
+    """Return ids and documents of the packed text, repeated."""
     ids, document = PACKED.stream()
     epochs = -(-num_rows * LENGTH // len(ids))
     numbers = np.concatenate([document + epoch * len(TRAIN) for epoch in range(epochs)])
@@ -42,7 +42,7 @@ def expected(num_rows: int) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("block", [1, 8, 300])
-def test_streamed_rows_are_the_packed_text_over_and_over(block: int, workers: int) -> None:
+def test_streamed_rows_equal_the_repeated_packed_text(block: int, workers: int) -> None:
     count = 3 * len(PACKED) + 5
     ids, document = expected(count)
     rows = streamed(block=block, workers=workers)
@@ -54,7 +54,7 @@ def test_streamed_rows_are_the_packed_text_over_and_over(block: int, workers: in
         assert (found.num_valid == LENGTH).all()
 
 
-def test_rows_are_a_function_of_their_number_in_whatever_order_they_are_asked() -> None:
+def test_streamed_rows_do_not_depend_on_the_order_of_reading() -> None:
     ids, document = expected(200)
     rows = streamed()
     for numbers in np.random.default_rng(0).integers(0, 200, (30, 5)):
@@ -63,21 +63,24 @@ def test_rows_are_a_function_of_their_number_in_whatever_order_they_are_asked() 
         assert (found.document == document[numbers]).all()
 
 
-def test_each_block_is_shuffled_by_a_permutation_of_its_own() -> None:
+def test_streamed_order_permutes_each_block_separately() -> None:
     rows = streamed(block=64)
     order = rows.order(3, np.arange(640)).reshape(10, 64)
     assert (np.sort(order, axis=1) == np.arange(640).reshape(10, 64)).all()
     within = order - 64 * np.arange(10)[:, None]
     assert len({tuple(row) for row in within.tolist()}) == 10
     assert (order != rows.order(4, np.arange(640)).reshape(10, 64)).any(1).all()
-    assert (rows.order(3, np.array([[5, 700]])) == rows.order(3, [5, 700])).all()  # of any shape
+    assert (
+        rows.order(3, np.array([[5, 700]])) == rows.order(3, [5, 700])
+    ).all()  # for positions of any shape
 
 
-class Counted:
-    """Chunks that count how many texts were read."""
+class CountingSource:
+    """Source that counts the texts that were read."""
 
     def __init__(self, chunks: Any) -> None:
-        self.chunks, self.texts = chunks, 0
+        self.chunks = chunks
+        self.texts = 0
 
     def __call__(self, cursor: Any) -> Iterator[Chunk]:
         for chunk in self.chunks(cursor):
@@ -86,10 +89,8 @@ class Counted:
 
 
 @pytest.mark.parametrize("place", ["list", "parquet", "json"])
-def test_another_process_goes_on_without_reading_what_came_before(
-    tmp_path: Path, place: str
-) -> None:
-    """From the file of cursors, at every block of two epochs; a line that a kill has torn is passed over."""
+def test_streamed_rows_resume_from_stored_cursors(tmp_path: Path, place: str) -> None:
+    """Resume at every block of two epochs; an incomplete line of the cursors is ignored."""
     if place == "list":
         chunks: Any = chunks_of(TEXTS)
     else:
@@ -107,41 +108,40 @@ def test_another_process_goes_on_without_reading_what_came_before(
     with cursors.open("a") as file:
         file.write('\n{"block": 7, "sou')
     for block in range(count // BLOCK):
-        counted = Counted(chunks)
+        counted = CountingSource(chunks)
         numbers = block * BLOCK + np.arange(BLOCK)
         found = streamed(counted, cursors=cursors)[numbers]
         assert (found.ids == ids[numbers]).all()
         assert (found.document == document[numbers]).all()
         if place == "list":
-            assert (
-                counted.texts <= 8 * 3 + BLOCK * LENGTH
-            )  # a few chunks, and at most a text a token
+            # A few chunks, and at most one text per token.
+            assert counted.texts <= 8 * 3 + BLOCK * LENGTH
 
 
-def test_a_state_is_json_and_says_where_to_go_on() -> None:
+def test_streamed_rows_resume_from_a_json_state() -> None:
     rows, ids = streamed(), expected(100)[0]
     rows[np.arange(40)]
-    counted = Counted(chunks_of(TEXTS))
+    counted = CountingSource(chunks_of(TEXTS))
     later = streamed(counted)
     later.restore(json.loads(json.dumps(rows.state())))
     assert (later[np.arange(40, 48)].ids == ids[40:48]).all()
     assert counted.texts < len(TEXTS) / 2
 
 
-def test_memory_holds_a_few_blocks() -> None:
+def test_streamed_rows_keep_at_most_three_blocks() -> None:
     rows = streamed()
     rows[np.arange(200)]
     assert len(rows._blocks) <= 3
 
 
-def test_a_source_without_text_to_train_on_ends() -> None:
+def test_streamed_rows_refuse_a_source_without_tokens() -> None:
     with pytest.raises(DataError, match="no token to train on"):
         streamed(chunks_of([]))[[0]]
     with pytest.raises(ArgumentError, match="block"):
         streamed(block=0)
 
 
-def test_a_streamed_corpus_evaluates_and_counts_on_its_head(tmp_path: Path) -> None:
+def test_streamed_corpus_evaluates_and_counts_on_its_head(tmp_path: Path) -> None:
     config = Files.Config(
         files=(parquet_files(tmp_path / "p", TEXTS),),
         held_out=HELD_OUT,
@@ -170,7 +170,7 @@ def test_a_streamed_corpus_evaluates_and_counts_on_its_head(tmp_path: Path) -> N
     assert len(list((tmp_path / "cache" / "streams").iterdir())) == 1
 
 
-def test_a_head_takes_documents_of_both_sources(tmp_path: Path) -> None:
+def test_streamed_corpus_head_has_documents_of_both_sources(tmp_path: Path) -> None:
     train, other = (
         parquet_files(tmp_path / "t", TEXTS),
         parquet_files(tmp_path / "v", sentences(30, seed=1)),

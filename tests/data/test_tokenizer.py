@@ -1,4 +1,4 @@
-"""Tokenizers round-trip, add nothing, restore from one file, and refuse what they cannot spell."""
+"""Tokenizers restore text, add no tokens, are saved as one file, and refuse unknown text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ddiff.data.tokenizer import (
 from ddiff.errors import ArgumentError, DataError
 
 CORPUS = ["the cat sat on the mat", "the dog sat on the cat", "a mat, a cat; a dog!"] * 20
-# Bytes that no corpus had, marks of their own, an emoji of several code points, and the special token spelled out.
+# Bytes that the corpus lacks, combined characters, and the special token spelled out.
 STRANGE = ["", " ", "\n\tnaïve £20,000", "日本語", "👩‍👩‍👧", f"a {EOS} b", "the" * 50]
 
 
@@ -32,7 +32,7 @@ def byte_pairs() -> BytePairTokenizer:
 
 @pytest.fixture(scope="module")
 def model_folder(byte_pairs: BytePairTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A transformers tokenizer with an end mark and one token added after training."""
+    """Folder of a transformers tokenizer with an end mark and one added token."""
     folder = tmp_path_factory.mktemp("pretrained")
     fast = PreTrainedTokenizerFast(tokenizer_object=byte_pairs._tokenizer, eos_token=EOS)
     fast.add_tokens(["[EXTRA]"])
@@ -51,24 +51,24 @@ def tokenizer(
     return PretrainedTokenizer.from_pretrained(str(model_folder))
 
 
-def test_text_comes_back_from_its_ids(tokenizer: Tokenizer) -> None:
+def test_tokenizer_round_trip_restores_text(tokenizer: Tokenizer) -> None:
     texts = CORPUS[:3] + ([] if tokenizer.unit == "symbol" else STRANGE)
     assert tokenizer.decode(tokenizer.encode(texts)) == texts
 
 
-def test_ids_lie_in_range_and_none_is_special(tokenizer: Tokenizer) -> None:
+def test_encode_gives_ids_in_range_and_no_special_ids(tokenizer: Tokenizer) -> None:
     texts = CORPUS + ([] if tokenizer.unit == "symbol" else STRANGE)
     ids = {number for row in tokenizer.encode(texts) for number in row}
     assert ids <= set(range(tokenizer.num_tokens))
     assert not ids & set(tokenizer.special_ids)
 
 
-def test_there_is_one_spelling_per_id(tokenizer: Tokenizer) -> None:
+def test_tokens_have_one_spelling_per_id(tokenizer: Tokenizer) -> None:
     assert len(set(tokenizer.tokens())) == tokenizer.num_tokens
 
 
 @pytest.mark.parametrize("place", ["local", "memory"])
-def test_a_saved_tokenizer_restores_as_itself(
+def test_saved_tokenizer_is_restored_unchanged(
     tokenizer: Tokenizer, place: str, tmp_path: Path
 ) -> None:
     path = (
@@ -84,29 +84,31 @@ def test_a_saved_tokenizer_restores_as_itself(
     assert restored.eos_id == tokenizer.eos_id
     assert restored.special_ids == tokenizer.special_ids
     assert restored.encode(CORPUS) == tokenizer.encode(CORPUS)
-    restored.save(path)  # over itself, and a second time through is still the same
+    restored.save(path)  # saving over itself changes nothing
     assert load_tokenizer(path).fingerprint == tokenizer.fingerprint
 
 
-def test_saving_leaves_one_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_tokenizer_save_leaves_one_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "t.json"))
     assert [file.name for file in tmp_path.iterdir()] == ["t.json"]
 
 
 @pytest.mark.parametrize("wrong", [-1, 10**6])
-def test_ids_that_are_no_tokens_are_not_decoded(tokenizer: Tokenizer, wrong: int) -> None:
+def test_decode_refuses_ids_out_of_range(tokenizer: Tokenizer, wrong: int) -> None:
     with pytest.raises(ArgumentError, match="row 1"):
         tokenizer.decode([[0], [0, wrong]])
 
 
-def test_byte_pairs_have_one_special_token_with_id_zero(byte_pairs: BytePairTokenizer) -> None:
+def test_byte_pair_tokenizer_has_one_special_token_with_id_zero(
+    byte_pairs: BytePairTokenizer,
+) -> None:
     assert byte_pairs.num_tokens == 270
     assert (byte_pairs.eos_id, byte_pairs.special_ids, byte_pairs.tokens()[0]) == (0, (0,), EOS)
     assert byte_pairs.decode([[0]]) == [EOS]
-    assert len(byte_pairs.encode(["the cat"])[0]) < 7  # it has learned something
+    assert len(byte_pairs.encode(["the cat"])[0]) < 7  # fewer tokens than bytes: pairs were learned
 
 
-def test_training_is_deterministic_and_fingerprints_tell_corpora_apart(
+def test_byte_pair_training_is_deterministic(
     byte_pairs: BytePairTokenizer,
 ) -> None:
     assert BytePairTokenizer.train(CORPUS, 270).fingerprint == byte_pairs.fingerprint
@@ -114,47 +116,47 @@ def test_training_is_deterministic_and_fingerprints_tell_corpora_apart(
     assert BytePairTokenizer.train(["xyz xyz"] * 9, 270).fingerprint != byte_pairs.fingerprint
 
 
-def test_byte_pairs_need_room_for_the_bytes() -> None:
+def test_byte_pair_training_refuses_fewer_tokens_than_bytes() -> None:
     with pytest.raises(ArgumentError, match=r"257.*256"):
         BytePairTokenizer.train(CORPUS, 256)
 
 
-def test_an_alphabet_is_its_symbols_in_order() -> None:
+def test_alphabet_tokenizer_numbers_symbols_in_order() -> None:
     tokenizer = AlphabetTokenizer("TGCA")
     assert tokenizer.encode(["ACGT"]) == [[3, 2, 1, 0]]
     assert (tokenizer.eos_id, tokenizer.special_ids, tokenizer.unit) == (None, (), "symbol")
     assert AlphabetTokenizer("ACGT").fingerprint != tokenizer.fingerprint
 
 
-@pytest.mark.parametrize("stranger", ["N", "\x00", "日"])
-def test_a_stranger_to_the_alphabet_is_named_with_its_row(stranger: str) -> None:
+@pytest.mark.parametrize("symbol", ["N", "\x00", "日"])
+def test_alphabet_tokenizer_names_an_unknown_symbol_and_its_row(symbol: str) -> None:
     with pytest.raises(UnknownSymbol) as caught:
-        AlphabetTokenizer("ACGT").encode(["ACGT", f"AC{stranger}T"])
+        AlphabetTokenizer("ACGT").encode(["ACGT", f"AC{symbol}T"])
     assert caught.value.row == 1
-    assert repr(stranger) in str(caught.value)
+    assert repr(symbol) in str(caught.value)
     assert "Row 1" in str(caught.value)
 
 
 @pytest.mark.parametrize("symbols", ["", "AA", ["A", "CG"]])
-def test_impossible_alphabets_are_refused(symbols: Any) -> None:
+def test_alphabet_tokenizer_refuses_impossible_symbols(symbols: Any) -> None:
     with pytest.raises(ArgumentError, match="symbols"):
         AlphabetTokenizer(symbols)
 
 
-def test_a_pretrained_tokenizer_counts_its_added_tokens(model_folder: Path) -> None:
+def test_pretrained_tokenizer_counts_added_tokens(model_folder: Path) -> None:
     tokenizer = PretrainedTokenizer.from_pretrained(str(model_folder))
     assert tokenizer.num_tokens == 271
     assert tokenizer.tokens()[270] == "[EXTRA]"
     assert tokenizer.eos_id == 0
 
 
-def test_encoding_does_not_change_a_fingerprint(model_folder: Path) -> None:
+def test_pretrained_fingerprint_is_unchanged_by_encoding(model_folder: Path) -> None:
     tokenizer = PretrainedTokenizer.from_pretrained(str(model_folder))
     tokenizer.encode(["the cat"])
     assert PretrainedTokenizer(tokenizer._tokenizer).fingerprint == tokenizer.fingerprint
 
 
-def test_no_tokenizer_to_be_had_is_explained(
+def test_from_pretrained_explains_a_missing_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DataError, match="holds no tokenizer"):
@@ -165,7 +167,7 @@ def test_no_tokenizer_to_be_had_is_explained(
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, "cannot be read"),
         ('{"kind": "bytep', "not a whole JSON"),
@@ -175,17 +177,17 @@ def test_no_tokenizer_to_be_had_is_explained(
         ('{"kind": "alphabet"}', "damaged"),
     ],
 )
-def test_files_that_hold_no_tokenizer_are_explained(
-    tmp_path: Path, content: str | None, told: str
+def test_load_tokenizer_explains_an_unusable_file(
+    tmp_path: Path, content: str | None, message: str
 ) -> None:
     path = tmp_path / "t.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         load_tokenizer(str(path))
 
 
-def test_saved_files_are_json(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_saved_tokenizer_is_json_with_its_kind(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "t.json"))
     assert json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))["kind"] in (
         "bytepair",

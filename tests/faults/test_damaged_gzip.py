@@ -1,4 +1,4 @@
-"""A damaged .gz ends every command with one paragraph that names it, and not as an interruption or a traceback."""
+"""A damaged .gz file ends every command with one paragraph that names it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     with pytest.raises(SystemExit) as stopped:
         main(list(arguments))
     return int(stopped.value.code or 0), capsys.readouterr().err
@@ -42,27 +42,29 @@ def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
 
 @pytest.mark.parametrize("command", ["run", "data"])
 @pytest.mark.parametrize("name", list(FILES))
-def test_a_damaged_gzip_file_ends_a_command_with_its_name(
+def test_commands_name_a_damaged_gzip_file(
     folder: Path, capsys: pytest.CaptureFixture[str], command: str, name: str
 ) -> None:
-    content, told = FILES[name]
+    content, message = FILES[name]
     (folder / name).write_bytes(content)
     (folder / "good.txt.gz").write_bytes(gzip.compress(TEXT))
     (folder / "g.toml").write_text(RECIPE.format(files=f'"good.txt.gz", "{name}"'))
-    code, said = called(capsys, command, "g.toml")
+    code, output = run_command(capsys, command, "g.toml")
     assert code == 2
-    assert told in " ".join(said.split())
-    assert "Aborted" not in said
-    assert "Traceback" not in said
+    assert message in " ".join(output.split())
+    assert "Aborted" not in output
+    assert "Traceback" not in output
     assert not (folder / "runs").exists()
 
 
-def test_text_says_that_files_unpacks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_kind_points_to_files_for_gzip(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "good.txt.gz").write_bytes(gzip.compress(TEXT))
     (folder / "g.toml").write_text(
         RECIPE.format(files='"good.txt.gz"').replace('"files"', '"text"')
     )
-    code, said = called(capsys, "run", "g.toml")
+    code, output = run_command(capsys, "run", "g.toml")
     assert code == 2
-    assert "begins as a gzip file" in " ".join(said.split())
-    assert 'kind = "files"' in " ".join(said.split())
+    assert "begins as a gzip file" in " ".join(output.split())
+    assert 'kind = "files"' in " ".join(output.split())

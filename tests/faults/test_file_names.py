@@ -1,4 +1,4 @@
-"""A path that exists as it is written is that file; patterns are only what names none."""
+"""An existing path is that file; only other paths are globs. Unreadable paths are named."""
 
 from __future__ import annotations
 
@@ -63,23 +63,18 @@ def documents(kind: str, path: str) -> list[str]:
 @pytest.mark.parametrize("kind", ["text", "files"])
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_any_name_is_found_as_it_is_written(
+def test_existing_path_wins_over_its_meaning_as_a_glob(
     folder: Path, kind: str, absolute: bool, name: str
 ) -> None:
-    for other in (
-        "b1.txt",
-        "bx1.txt",
-        "x.txt",
-        "a.txt",
-        "star.txt",
-    ):  # what the names match as patterns
+    # Files that the names would match as globs.
+    for other in ("b1.txt", "bx1.txt", "x.txt", "a.txt", "star.txt"):
         (folder / other).write_text("another file")
     (folder / name).write_text(f"text of {name}")
     assert documents(kind, str(folder / name) if absolute else name) == [f"text of {name}"]
 
 
 @pytest.mark.parametrize("kind", ["text", "files"])
-def test_a_folder_with_brackets_is_that_folder(folder: Path, kind: str) -> None:
+def test_folder_name_with_brackets_is_taken_literally(folder: Path, kind: str) -> None:
     (folder / "[x] y").mkdir()
     (folder / "x y").mkdir()
     (folder / "[x] y" / "a.txt").write_text("in brackets")
@@ -87,14 +82,14 @@ def test_a_folder_with_brackets_is_that_folder(folder: Path, kind: str) -> None:
     assert documents(kind, "[x] y/*.txt") == documents(kind, "[x] y/a.txt") == ["in brackets"]
 
 
-def test_json_lines_are_found_by_odd_names_too(folder: Path) -> None:
+def test_read_json_lines_accepts_names_with_glob_characters(folder: Path) -> None:
     for name in ("b[1].jsonl", "v::2.jsonl"):
         (folder / name).write_text(json.dumps({"text": name}) + "\n")
     found = read_json_lines(["b[1].jsonl"], validation=["v::2.jsonl"])
     assert (found.train["text"], found.validation["text"]) == (["b[1].jsonl"], ["v::2.jsonl"])
 
 
-def test_a_name_that_is_not_utf8_is_matched_and_shown(folder: Path) -> None:
+def test_file_name_that_is_not_utf8_is_matched_and_escaped(folder: Path) -> None:
     raw = os.fsencode(folder) + b"/caf\xe9.txt"
     Path(os.fsdecode(raw)).write_text("by a name of bytes")
     (folder / "more").mkdir()
@@ -102,15 +97,15 @@ def test_a_name_that_is_not_utf8_is_matched_and_shown(folder: Path) -> None:
     assert (found["text"], found["name"]) == (["by a name of bytes"], ["caf\\xe9.txt"])
     source = open_file_source(["caf*.txt"])
     assert [chunk.texts for chunk in source.chunks()] == [["by a name of bytes"]]
-    json.dumps(source.identity, ensure_ascii=False).encode()  # or no manifest could be written
+    json.dumps(source.identity, ensure_ascii=False).encode()  # as when a manifest is written
     Path(os.fsdecode(raw)).write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"caf\\xe9\.txt is not UTF-8") as raised:
         read_text_files(["caf*.txt"])
-    str(raised.value).encode()  # or it could not be printed
+    str(raised.value).encode()  # as when it is printed
 
 
 @pytest.mark.parametrize("ending", [".TXT", ".Txt", ".TXT.GZ", ".txt.Gz"])
-def test_endings_are_read_without_regard_to_case(folder: Path, ending: str) -> None:
+def test_file_endings_are_case_insensitive(folder: Path, ending: str) -> None:
     import gzip
 
     content = b"upper case\n"
@@ -120,7 +115,7 @@ def test_endings_are_read_without_regard_to_case(folder: Path, ending: str) -> N
     assert [chunk.texts for chunk in open_file_source([f"f{ending}"]).chunks()] == [["upper case"]]
 
 
-def test_patterns_match_sorted_files_only(folder: Path) -> None:
+def test_find_files_matches_sorted_files_and_no_folders(folder: Path) -> None:
     for name in ("d/b.txt", "d/a.txt", "d/.hidden.txt", "d/e/c.txt", "d/e/f/g.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
@@ -134,10 +129,10 @@ def test_patterns_match_sorted_files_only(folder: Path) -> None:
     assert find_files(f"{folder}/*/e/*.txt") == [f"{folder}/d/e/c.txt"]
 
 
-def test_circles_of_links_end(folder: Path) -> None:
+def test_find_files_stops_at_circular_links(folder: Path) -> None:
     (folder / "d" / "e").mkdir(parents=True)
     (folder / "d" / "a.txt").write_text("a")
-    for number in range(3):  # followed without end, three circles are 3**40 folders
+    for number in range(3):  # followed without a limit, they would give 3**40 folders
         (folder / "d" / "e" / f"circle{number}").symlink_to(folder / "d", target_is_directory=True)
     assert find_files("d/**/*.txt") == ["d/a.txt"]
     (folder / "self.txt").symlink_to("self.txt")
@@ -145,7 +140,7 @@ def test_circles_of_links_end(folder: Path) -> None:
         find_files("*.txt")
 
 
-def test_a_file_that_two_patterns_name_is_listed_once(folder: Path) -> None:
+def test_find_all_files_lists_each_file_once(folder: Path) -> None:
     for name in ("x1.txt", "x2.txt"):
         (folder / name).write_text(name)
     (folder / "x3.txt").symlink_to("x1.txt")
@@ -156,7 +151,7 @@ def test_a_file_that_two_patterns_name_is_listed_once(folder: Path) -> None:
 
 
 def broken(folder: Path) -> dict[str, tuple[str, str]]:
-    """Paths that cannot be read, and what is told of them."""
+    """Return unreadable paths and the expected messages, by name of the fault."""
     (folder / "d").mkdir()
     (folder / "dangling.txt").symlink_to("nowhere.txt")
     os.mkfifo(folder / "pipe.txt")
@@ -182,16 +177,29 @@ def broken(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 BROKEN = [
-    "a folder", "a folder with a slash", "a link to nothing", "a link to nothing in a pattern", "a pipe", "a device",
-    "nothing", "nothing, with brackets", "a missing folder", "an empty path", "NUL", "a name that is too long",
-    "an unknown protocol", "a file as a folder",
-]  # fmt: skip
+    "a folder",
+    "a folder with a slash",
+    "a link to nothing",
+    "a link to nothing in a pattern",
+    "a pipe",
+    "a device",
+    "nothing",
+    "nothing, with brackets",
+    "a missing folder",
+    "an empty path",
+    "NUL",
+    "a name that is too long",
+    "an unknown protocol",
+    "a file as a folder",
+]
 
 
 @pytest.mark.parametrize("reader", [read_text_files, read_json_lines, open_file_source])
 @pytest.mark.parametrize("kind", BROKEN)
-def test_what_is_no_file_is_refused_and_named(folder: Path, reader: Any, kind: str) -> None:
-    path, told = broken(folder)[kind]
+def test_readers_name_a_path_that_is_not_a_regular_file(
+    folder: Path, reader: Any, kind: str
+) -> None:
+    path, message = broken(folder)[kind]
     refused: list[BaseException] = []
 
     def read() -> None:
@@ -200,20 +208,22 @@ def test_what_is_no_file_is_refused_and_named(folder: Path, reader: Any, kind: s
         except DataError as error:
             refused.append(error)
 
-    thread = threading.Thread(target=read, daemon=True)  # a pipe that is opened waits for ever
+    thread = threading.Thread(
+        target=read, daemon=True
+    )  # in a thread, because opening a pipe would block forever
     thread.start()
     thread.join(20)
     assert len(refused) == 1
-    with pytest.raises(DataError, match=rf"(?s){told}"):
+    with pytest.raises(DataError, match=rf"(?s){message}"):
         raise refused[0]
 
 
-def test_a_file_that_must_not_be_read_is_named(
+def test_readers_name_a_file_without_permission(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "a.txt").write_text("secret")
 
-    def refuse(*_: Any, **__: Any) -> Any:  # the permissions themselves do not hold for root
+    def refuse(*_: Any, **__: Any) -> Any:  # simulated, because permissions do not apply to root
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", refuse)
@@ -222,7 +232,7 @@ def test_a_file_that_must_not_be_read_is_named(
             reader(["a.txt"])
 
 
-def test_a_link_to_a_training_file_is_no_validation_file(folder: Path) -> None:
+def test_check_disjoint_follows_links(folder: Path) -> None:
     (folder / "a.txt").write_text("a")
     (folder / "link.txt").symlink_to("a.txt")
     with pytest.raises(
@@ -232,7 +242,7 @@ def test_a_link_to_a_training_file_is_no_validation_file(folder: Path) -> None:
     check_disjoint(["a.txt"], ["held_out.txt"])
 
 
-def test_files_of_other_file_systems_and_of_chains_are_read(folder: Path) -> None:
+def test_readers_accept_fsspec_file_systems_and_chains(folder: Path) -> None:
     with zipfile.ZipFile("x.zip", "w") as archive:
         for name in ("a.txt", "b.txt", "c.md"):
             archive.writestr(name, f"zipped {name}")
@@ -254,7 +264,9 @@ def test_files_of_other_file_systems_and_of_chains_are_read(folder: Path) -> Non
         read_text_files([f"{memory}/b*.txt"], validation=[f"{memory}/bx1.txt"])
 
 
-def test_a_home_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_is_expanded_to_the_home_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(folder))
     (folder / "a.txt").write_text("at home")
     assert documents("text", "~/a.txt") == documents("text", "~/[a].txt") == ["at home"]
@@ -266,7 +278,7 @@ def test_a_home_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "\ufeff{}x", ""])
-def test_json_files_that_are_not_whole_are_named(folder: Path, content: str) -> None:
+def test_read_json_names_a_damaged_file(folder: Path, content: str) -> None:
     (folder / "a[1]::b.json").write_text(content)
     with pytest.raises(DataError, match=r"clusters: a\[1\]::b\.json is not a whole JSON file"):
         read_json("a[1]::b.json", "clusters")

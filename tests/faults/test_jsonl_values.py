@@ -1,4 +1,4 @@
-"""Values that are JSON and no text, label or vector are refused with file and line; prompts are checked as texts are."""
+"""Bad text, labels and vectors are refused with file and line, and prompts like texts."""
 
 from __future__ import annotations
 
@@ -47,14 +47,26 @@ BAD: dict[str, tuple[str, str]] = {
     "the other half": (r'{"text": "\udc00"}', r"half a surrogate pair at 0 \(U\+DC00\)"),
     "halves in the wrong order": (r'{"text": "\ude00\ud83d"}', "half a surrogate pair at 0"),
     "NUL": (r'{"text": "a\u0000b"}', "holds the NUL character at 1"),
-    "a label of 64 bits": ('{"text": "a", "y": 9223372036854775808}', 'the label "y" must be .* got 9223372036854775808'),
-    "a label of 32 digits": ('{"text": "a", "y": 1%s}' % ("0" * 31), 'the label "y" must be a whole number from 0'),
-    "a label of 5000 digits": ('{"text": "a", "y": 1%s}' % ("0" * 5000), "is no JSON: it cannot be read"),
+    "a label of 64 bits": (
+        '{"text": "a", "y": 9223372036854775808}',
+        'the label "y" must be .* got 9223372036854775808',
+    ),
+    "a label of 32 digits": (
+        '{"text": "a", "y": 1%s}' % ("0" * 31),
+        'the label "y" must be a whole number from 0',
+    ),
+    "a label of 5000 digits": (
+        '{"text": "a", "y": 1%s}' % ("0" * 5000),
+        "is no JSON: it cannot be read",
+    ),
     "a label below 0": ('{"text": "a", "y": -1}', 'the label "y"'),
     "a label that is true": ('{"text": "a", "y": true}', "got True"),
     "a label that is 1.0": ('{"text": "a", "y": 1.0}', "got 1.0"),
     "a label by name": ('{"text": "a", "y": "austen"}', "got 'austen'"),
-    "a vector of 400 digits": ('{"text": "a", "v": [1%s, 1.0]}' % ("0" * 400), r"finite and at most 3\.403e\+38"),
+    "a vector of 400 digits": (
+        '{"text": "a", "v": [1%s, 1.0]}' % ("0" * 400),
+        r"finite and at most 3\.403e\+38",
+    ),
     "a vector beyond 32 bits": ('{"text": "a", "v": [1e39, 1.0]}', "finite and at most"),
     "a vector beyond 64 bits": ('{"text": "a", "v": [1e999, 1.0]}', "finite and at most"),
     "a vector with NaN": ('{"text": "a", "v": [NaN, 1.0]}', "finite and at most"),
@@ -63,9 +75,15 @@ BAD: dict[str, tuple[str, str]] = {
     "a vector of nothing": ('{"text": "a", "v": []}', "a list of numbers"),
     "a vector of lists": ('{"text": "a", "v": [[1.0]]}', "a list of numbers"),
     "a vector that is long": ('{"text": "a", "v": ["%s"]}' % ("x" * 100_000), "a list of numbers"),
-    "deep nesting": ('{"text": "a", "z": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested too deeply"),
+    "deep nesting": (
+        '{"text": "a", "z": ' + "[" * 200_000 + "]" * 200_000 + "}",
+        "nested too deeply",
+    ),
     "deep nesting that is not closed": ('{"text":' + "[" * 100_000 + "}", "nested too deeply"),
-    "deep objects": ('{"text": "a", "z": ' + '{"a":' * 100_000 + "1" + "}" * 100_001, "nested too deeply"),
+    "deep objects": (
+        '{"text": "a", "z": ' + '{"a":' * 100_000 + "1" + "}" * 100_001,
+        "nested too deeply",
+    ),
     "the text twice": ('{"text": "a", "text": "b"}', 'has the field "text" twice'),
     "a label twice": ('{"text": "a", "y": 1, "y": 0}', 'has the field "y" twice'),
     "a number as text": ('{"text": 3}', "is not text but 3"),
@@ -75,36 +93,36 @@ BAD: dict[str, tuple[str, str]] = {
     "a number": ("3", "must be an object"),
     "half a line": ('{"text": "a', "is no JSON"),
     "two objects": ('{"text": "a"} {"text": "b"}', "is no JSON"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", list(BAD))
-def test_a_value_that_cannot_be_used_is_named_with_its_line(tmp_path: Path, kind: str) -> None:
-    line, told = BAD[kind]
-    with pytest.raises(DataError, match=rf"x\.jsonl line 61\b.*{told}") as raised:
+def test_read_json_lines_names_the_line_of_a_bad_value(tmp_path: Path, kind: str) -> None:
+    line, message = BAD[kind]
+    with pytest.raises(DataError, match=rf"x\.jsonl line 61\b.*{message}") as raised:
         read(tmp_path, line)
     assert len(str(raised.value)) < 700
-    str(raised.value).encode()  # or it could not be printed
+    str(raised.value).encode()  # as when it is printed
 
 
 @pytest.mark.parametrize(
     "kind", [kind for kind in BAD if not kind.startswith(("a label", "a vector", "no text"))]
 )
-def test_files_refuse_what_is_no_text_with_its_line(tmp_path: Path, kind: str) -> None:
-    line, told = BAD[kind]
+def test_file_source_names_the_line_of_a_bad_text(tmp_path: Path, kind: str) -> None:
+    line, message = BAD[kind]
     (tmp_path / "x.jsonl").write_text("\n".join([*GOOD, line]), encoding="utf-8")
-    told = told.replace("is not text but", "must hold text; it holds")
-    with pytest.raises(DataError, match=rf"x\.jsonl line 61\b.*{told}"):
+    message = message.replace("is not text but", "must hold text; it holds")
+    with pytest.raises(DataError, match=rf"x\.jsonl line 61\b.*{message}"):
         list(open_file_source([str(tmp_path / "x.jsonl")]).chunks())
 
 
-def test_values_at_the_limits_are_kept(tmp_path: Path) -> None:
+def test_read_json_lines_keeps_values_at_the_limits(tmp_path: Path) -> None:
     largest = float(np.finfo(np.float32).max)
     lines = [
         '{"text": "largest label", "y": 9223372036854775807}',
         json.dumps({"text": "largest numbers", "v": [largest, -largest]}),
         r'{"text": "a whole pair \ud83d\ude00", "y": null}',
-        '{"text": "fields that nobody reads", "z": [1e999, NaN], "z": 3, "w": 1%s}' % ("0" * 400),
+        '{"text": "other fields", "z": [1e999, NaN], "z": 3, "w": 1%s}' % ("0" * 400),
     ]
     train = read(tmp_path, *lines).train
     assert train["y"][60] == 2**63 - 1
@@ -124,21 +142,21 @@ NOT_TEXT: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", list(NOT_TEXT))
-def test_texts_in_memory_and_prompts_are_checked_alike(kind: str) -> None:
-    text, told = NOT_TEXT[kind]
-    with pytest.raises(DataError, match=f"text 1.*{told}"):
+def test_prompts_and_texts_in_memory_refuse_bad_text(kind: str) -> None:
+    text, message = NOT_TEXT[kind]
+    with pytest.raises(DataError, match=f"text 1.*{message}"):
         documents_from_texts(["fine", text])
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         pack_texts([text], TOKENIZER, 8)
     for read_one in (prompt, infill):
-        given = f"{text} [MASK:2]" if isinstance(text, str) else text
-        with pytest.raises(ArgumentError, match=told) as raised:
-            read_one(given, TOKENIZER, 32)
+        argument = f"{text} [MASK:2]" if isinstance(text, str) else text
+        with pytest.raises(ArgumentError, match=message) as raised:
+            read_one(argument, TOKENIZER, 32)
         str(raised.value).encode()
-    with pytest.raises(ArgumentError, match=told):
+    with pytest.raises(ArgumentError, match=message):
         templates_of(["fine", text], None, TOKENIZER, 32)
     if text is not None:
-        with pytest.raises(ArgumentError, match=told):
+        with pytest.raises(ArgumentError, match=message):
             templates_of(text, None, TOKENIZER, 32)
 
 
@@ -184,21 +202,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.parametrize("kind", list(NOT_TEXT))
-def test_a_run_refuses_what_is_no_text(run: Run, kind: str) -> None:
-    text, told = NOT_TEXT[kind]
-    with pytest.raises(DataError, match=f"run.nelbo: text 0.*{told}"):
+def test_run_refuses_bad_text(run: Run, kind: str) -> None:
+    text, message = NOT_TEXT[kind]
+    with pytest.raises(DataError, match=f"run.nelbo: text 0.*{message}"):
         run.nelbo([text])
     if text is not None:
-        with pytest.raises(ArgumentError, match=told):
+        with pytest.raises(ArgumentError, match=message):
             run.sample(prompt=text)
-        with pytest.raises(ArgumentError, match=told):
+        with pytest.raises(ArgumentError, match=message):
             run.sample(prompt=[text])
         with pytest.raises(ArgumentError):
             run.sample(infill=text)
 
 
 @pytest.mark.parametrize("texts", ["acgt", b"acgt", {"a": 1}, 3, None])
-def test_nelbo_wants_a_list_of_texts(run: Run, texts: Any) -> None:
+def test_run_nelbo_requires_a_list_of_texts(run: Run, texts: Any) -> None:
     with pytest.raises(ArgumentError, match="must be a list of texts"):
         run.nelbo(texts)
 
@@ -214,10 +232,10 @@ PROMPT_FILES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", list(PROMPT_FILES))
-def test_a_file_of_prompts_is_read_as_text_is(tmp_path: Path, kind: str) -> None:
-    content, told = PROMPT_FILES[kind]
+def test_read_prompts_follows_the_rules_of_text_files(tmp_path: Path, kind: str) -> None:
+    content, message = PROMPT_FILES[kind]
     (tmp_path / "p[1].txt").write_bytes(content)
-    with pytest.raises(DataError, match=rf"--prompts: \S*p\[1\]\.txt.*{told}"):
+    with pytest.raises(DataError, match=rf"--prompts: \S*p\[1\]\.txt.*{message}"):
         read_prompts(tmp_path / "p[1].txt")
     (tmp_path / "p[1].txt").write_bytes("\ufeffone\rtwo\u2028still two\r\n \r\r\nthree".encode())
     assert read_prompts(tmp_path / "p[1].txt") == ["one", "two\u2028still two", "three"]
@@ -226,7 +244,7 @@ def test_a_file_of_prompts_is_read_as_text_is(tmp_path: Path, kind: str) -> None
 
 
 @pytest.mark.slow
-def test_a_prompt_on_the_command_line_that_is_not_utf8_is_refused(
+def test_sample_command_refuses_a_prompt_that_is_not_utf8(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -238,7 +256,7 @@ def test_a_prompt_on_the_command_line_that_is_not_utf8_is_refused(
     for option, text in (("--prompt", "\udcff\udcfe hello"), ("--infill", "\udcff [MASK:2]")):
         with pytest.raises(SystemExit) as stopped:
             main(["sample", "runs/small", option, text])
-        said = " ".join(capsys.readouterr().err.split())
+        output = " ".join(capsys.readouterr().err.split())
         assert stopped.value.code == 2
-        assert "half a surrogate pair at 0" in said
-        assert "Traceback" not in said
+        assert "half a surrogate pair at 0" in output
+        assert "Traceback" not in output

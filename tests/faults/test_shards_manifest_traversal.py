@@ -1,4 +1,4 @@
-"""Names of a manifest never lead out of its folder, and what is fetched or cached is held against its SHA-256."""
+"""Manifests never lead out of their folder; fetched and cached files are checked by SHA-256."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("place", ["local", "fetched"])
-def test_names_that_lead_out_of_the_folder_are_refused(
+def test_manifest_names_outside_the_folder_are_refused(
     made: Shards, cache: Cache, tmp_path: Path, name: Any, place: str
 ) -> None:
-    """The shard is there under the name, so that nothing but the name is wrong; the victim keeps its content."""
+    """A shard exists under the wrong name; files outside the folder keep their content."""
     outside = tmp_path / "outside"
     outside.mkdir()
     for kind in ("tokens", "ends"):
@@ -116,7 +116,7 @@ EDITS: dict[str, Callable[[Any], None]] = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_a_manifest_that_describes_no_shards_is_refused(made: Shards, edit: str) -> None:
+def test_read_shards_refuses_a_wrong_manifest(made: Shards, edit: str) -> None:
     change(made.folder, EDITS[edit])
     with pytest.raises(DataError, match="is no manifest of token shards that ddiff wrote"):
         read_shards(made.folder)
@@ -126,7 +126,7 @@ def test_a_manifest_that_describes_no_shards_is_refused(made: Shards, edit: str)
     "content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format": 1}', b'{"format": [1]}']
 )
 @pytest.mark.parametrize("place", ["local", "fetched"])
-def test_a_damaged_manifest_is_a_data_error(
+def test_sharded_corpus_refuses_a_damaged_manifest(
     made: Shards, cache: Cache, content: bytes, place: str
 ) -> None:
     (made.folder / MANIFEST).write_bytes(content)
@@ -144,7 +144,9 @@ FILES = ["train_00000.tokens.npy", "validation_00000.ends.npy", "train.counts.np
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_fetched_shard_that_is_damaged_is_refused(made: Shards, cache: Cache, file: str) -> None:
+def test_sharded_corpus_refuses_a_damaged_remote_shard(
+    made: Shards, cache: Cache, file: str
+) -> None:
     flip(made.folder / file)
     for _ in range(2):
         with pytest.raises(DataError, match=rf"{file}.* is damaged"):
@@ -153,17 +155,20 @@ def test_a_fetched_shard_that_is_damaged_is_refused(made: Shards, cache: Cache, 
 
 
 @pytest.mark.parametrize("file", FILES[:2])
-def test_a_local_shard_that_is_damaged_is_refused(made: Shards, cache: Cache, file: str) -> None:
+def test_sharded_corpus_refuses_a_damaged_local_shard(
+    made: Shards, cache: Cache, file: str
+) -> None:
     flip(made.folder / file)
     with pytest.raises(DataError, match=rf"{file} is damaged"):
         ShardedCorpus(str(made.folder)).shards(BYTES, cache)
 
 
-def test_a_shard_that_is_damaged_on_its_way_is_fetched_again(
+def test_shard_damaged_in_transfer_is_fetched_again(
     made: Shards, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     system = type(fsspec.filesystem("file"))
-    get, seen = system.get_file, set()
+    get = system.get_file
+    seen = set()
 
     def torn(self: Any, source: str, target: str, **more: Any) -> None:
         get(self, source, target, **more)
@@ -176,12 +181,12 @@ def test_a_shard_that_is_damaged_on_its_way_is_fetched_again(
     monkeypatch.setattr(Shards, "verify", lambda self: None)
     fetched = read_shards(ShardedCorpus(url(made.folder), cache)._made.folder)
     for record in fetched.records("train"):
-        for file, due in fetched.checksums(record):
-            assert hashlib.sha256(file.read_bytes()).hexdigest() == due
+        for file, expected in fetched.checksums(record):
+            assert hashlib.sha256(file.read_bytes()).hexdigest() == expected
 
 
-def test_ids_that_the_tokenizer_does_not_have_are_refused(made: Shards, cache: Cache) -> None:
-    """With the right checksum: only counting tells."""
+def test_fetched_shards_refuse_ids_beyond_num_tokens(made: Shards, cache: Cache) -> None:
+    """The checksum is right, so the id is found by counting tokens."""
     path = made.folder / "train_00000.tokens.npy"
     tokens = np.load(path)
     tokens[3] = 60000
@@ -193,9 +198,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_refused(made: Shards, cache: C
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
-def test_a_cached_copy_that_is_damaged_is_fetched_again(
-    made: Shards, cache: Cache, damage: str
-) -> None:
+def test_damaged_cached_copy_is_fetched_again(made: Shards, cache: Cache, damage: str) -> None:
     copy = ShardedCorpus(url(made.folder), cache)._made.folder
     path = copy / "train_00000.tokens.npy"
     whole = path.read_bytes()
@@ -209,7 +212,7 @@ def test_a_cached_copy_that_is_damaged_is_fetched_again(
     assert path.read_bytes() == whole
 
 
-def test_a_cached_file_with_other_content_of_its_size_and_time_is_built_again(
+def test_cache_detects_changed_content_of_equal_size_and_time(
     tmp_path: Path,
 ) -> None:
     def build(place: Path) -> None:
@@ -222,7 +225,7 @@ def test_a_cached_file_with_other_content_of_its_size_and_time_is_built_again(
     assert (Cache(tmp_path).load_or_build("kind", {}, build) / "file").read_text() == "content"
 
 
-def test_shards_in_the_cache_that_are_damaged_are_refused(tmp_path: Path, cache: Cache) -> None:
+def test_source_corpus_refuses_damaged_cached_shards(tmp_path: Path, cache: Cache) -> None:
     (tmp_path / "a.txt").write_text("\n".join(TEXTS))
     corpus = SourceCorpus(open_file_source([str(tmp_path / "a.txt")]), held_out=0.3)
     folder = corpus.shards(BYTES, cache).folder
@@ -231,8 +234,8 @@ def test_shards_in_the_cache_that_are_damaged_are_refused(tmp_path: Path, cache:
         corpus.shards(BYTES, cache)
 
 
-def test_a_journal_that_names_other_files_is_passed_over(tmp_path: Path) -> None:
-    """A build that was stopped goes on by its journal, whose names are paths too."""
+def test_write_shards_ignores_a_journal_with_other_file_names(tmp_path: Path) -> None:
+    """A stopped build resumes by its journal, whose names become paths too."""
 
     def stopped(cursor: Any) -> Any:
         yield Chunk(["abc"], 1)
@@ -251,9 +254,6 @@ def test_a_journal_that_names_other_files_is_passed_over(tmp_path: Path) -> None
     made.verify()
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
@@ -262,7 +262,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def reseal(folder: Path, file: str, content: bytes) -> None:
-    """Change a file and its seal, as somebody may who wants it to be read."""
+    """Change a file together with its checksum, as an attacker would."""
     (folder / file).write_bytes(content)
     marker = json.loads((folder / "complete.json").read_text())
     marker["files"][file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -295,7 +295,7 @@ CHECKPOINT_EDITS: dict[str, Callable[[Any], None]] = {
 
 
 @pytest.mark.parametrize("edit", CHECKPOINT_EDITS)
-def test_a_checkpoint_whose_manifest_was_changed_is_refused(checkpoint: Path, edit: str) -> None:
+def test_checkpoint_refuses_a_changed_manifest(checkpoint: Path, edit: str) -> None:
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     CHECKPOINT_EDITS[edit](manifest)
     reseal(checkpoint, "manifest.json", json.dumps(manifest).encode())
@@ -308,16 +308,14 @@ def test_a_checkpoint_whose_manifest_was_changed_is_refused(checkpoint: Path, ed
     "content",
     [b"", b"{", b"[]", b"{}", b"\xff", b"3", b'{"tensors": 3, "state": {"$tensor": "x"}}'],
 )
-def test_a_checkpoint_with_a_file_that_is_no_json_of_its_kind_is_refused(
-    checkpoint: Path, file: str, content: bytes
-) -> None:
+def test_checkpoint_refuses_a_wrong_json_file(checkpoint: Path, file: str, content: bytes) -> None:
     reseal(checkpoint, file, content)
     with pytest.raises(CheckpointError, match=f"step_00000008/{file}"):
         Checkpoints(checkpoint.parent).load(8)
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", ".."])
-def test_a_marker_that_names_other_files_is_refused(checkpoint: Path, name: str) -> None:
+def test_checkpoint_refuses_a_marker_with_other_file_names(checkpoint: Path, name: str) -> None:
     marker = json.loads((checkpoint / "complete.json").read_text())
     marker["files"][name] = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
     (checkpoint / "complete.json").write_text(json.dumps(marker))
@@ -329,7 +327,7 @@ def test_a_marker_that_names_other_files_is_refused(checkpoint: Path, name: str)
     "marker",
     [b"", b"[]", b'{"format": null, "files": {}}', b'{"format": 2, "files": [1]}', b"\xff"],
 )
-def test_a_damaged_marker_is_a_checkpoint_error(checkpoint: Path, marker: bytes) -> None:
+def test_checkpoint_refuses_a_damaged_marker(checkpoint: Path, marker: bytes) -> None:
     (checkpoint / "complete.json").write_bytes(marker)
     with pytest.raises(CheckpointError, match=r"complete\.json"):
         Checkpoints(checkpoint.parent).load(8)

@@ -1,4 +1,4 @@
-"""One rule for lines and paragraphs: `text`, `files` and `jsonl` find the same documents in the same file."""
+"""The kinds `text`, `files` and `jsonl` find the same documents in the same file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def from_files(path: Path, split: Any) -> list[str]:
 
 
 def expected(written: str, split: str) -> list[str]:
-    """The rule said at once, on the whole text."""
+    """Apply the rule of `ddiff.data.text` to the whole text at once."""
     plain = re.sub(r"\r*\n|\r", "\n", written.removeprefix("\ufeff"))
     if split == "file":
         found = [plain]
@@ -55,13 +55,12 @@ def expected(written: str, split: str) -> list[str]:
 @pytest.mark.parametrize("split", SPLITS)
 @given(written=ODD, block=st.integers(1, 9))
 @settings(max_examples=150, deadline=None)
-def test_documents_follow_the_rule_whatever_the_blocks_that_are_read(
+def test_text_documents_do_not_depend_on_the_block_size(
     split: Any, written: str, block: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            text_module, "_BLOCK", max(3, block)
-        )  # a byte order mark is in the first block
+        # At least 3, because a byte order mark must be in the first block.
+        patch.setattr(text_module, "_BLOCK", max(3, block))
         found = list(text_documents(io.BytesIO(written.encode()), "a.txt", split))
     assert [text for _, text in found] == expected(written, split)
     assert [number for number, _ in found] == sorted({number for number, _ in found})
@@ -69,7 +68,9 @@ def test_documents_follow_the_rule_whatever_the_blocks_that_are_read(
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("seed", range(12))
-def test_text_and_files_give_the_same_documents(tmp_path: Path, split: Any, seed: int) -> None:
+def test_text_and_files_kinds_read_the_same_documents(
+    tmp_path: Path, split: Any, seed: int
+) -> None:
     pieces = ["a b", "c", "\r", "\n", "\r\n", "\r\r\n", " ", "\t", "\ufeff", "\u2028", "é"]
     written = "word" + "".join(pieces[(seed * 7 + i * i * 5 + i) % len(pieces)] for i in range(40))
     (tmp_path / "a.txt").write_bytes(written.encode())
@@ -86,7 +87,9 @@ ENDS = {"unix": "\n", "old Mac": "\r", "Windows": "\r\n", "Windows, written twic
 @pytest.mark.parametrize("reader", [from_text, from_files])
 @pytest.mark.parametrize("split", ["line", "paragraph"])
 @pytest.mark.parametrize("end", list(ENDS))
-def test_every_line_end_is_a_line_end(tmp_path: Path, reader: Any, split: str, end: str) -> None:
+def test_readers_accept_every_kind_of_line_end(
+    tmp_path: Path, reader: Any, split: str, end: str
+) -> None:
     content = "\ufeff" + (ENDS[end] * 2).join(PARAGRAPHS) + ENDS[end]
     (tmp_path / "a.txt").write_bytes(content.encode())
     assert reader(tmp_path / "a.txt", split) == PARAGRAPHS
@@ -94,7 +97,7 @@ def test_every_line_end_is_a_line_end(tmp_path: Path, reader: Any, split: str, e
 
 @pytest.mark.parametrize("reader", [from_text, from_files])
 @pytest.mark.parametrize("blank", ["", " \t", "\u3000", "\x0c"])
-def test_lines_of_blanks_divide_paragraphs(tmp_path: Path, reader: Any, blank: str) -> None:
+def test_blank_lines_separate_paragraphs(tmp_path: Path, reader: Any, blank: str) -> None:
     (tmp_path / "a.txt").write_text(f"\n{blank}\n".join(PARAGRAPHS))
     assert reader(tmp_path / "a.txt", "paragraph") == PARAGRAPHS
 
@@ -116,27 +119,25 @@ REFUSED = {
 @pytest.mark.parametrize("reader", [from_text, from_files])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", list(REFUSED))
-def test_what_is_not_utf8_text_is_refused_with_its_place(
+def test_readers_refuse_other_encodings_with_the_offset(
     tmp_path: Path, reader: Any, split: Any, kind: str
 ) -> None:
-    content, told = REFUSED[kind]
+    content, message = REFUSED[kind]
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(DataError, match=rf"a\.txt.*{told}"):
+    with pytest.raises(DataError, match=rf"a\.txt.*{message}"):
         reader(tmp_path / "a.txt", split)
 
 
 @pytest.mark.parametrize("reader", [from_text, from_files])
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_file_of_one_line_of_megabytes_is_one_document(
-    tmp_path: Path, reader: Any, split: Any
-) -> None:
+def test_readers_accept_one_line_of_megabytes(tmp_path: Path, reader: Any, split: Any) -> None:
     line = "abcdefg " * 600_000
     (tmp_path / "a.txt").write_text(line)
     assert reader(tmp_path / "a.txt", split) == [line]
 
 
 @pytest.mark.parametrize("end", list(ENDS))
-def test_json_lines_end_as_text_lines_do(tmp_path: Path, end: str) -> None:
+def test_json_lines_accept_every_kind_of_line_end(tmp_path: Path, end: str) -> None:
     for name in ("a", "v"):
         objects = [f'{{"text": "{name} {number}"}}' for number in range(60)]
         (tmp_path / f"{name}.jsonl").write_bytes(("\ufeff" + ENDS[end].join(objects)).encode())
@@ -147,14 +148,14 @@ def test_json_lines_end_as_text_lines_do(tmp_path: Path, end: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "advised"),
+    ("split", "advice"),
     [("file", '"paragraph" or "line"'), ("paragraph", '"line"'), ("line", None)],
 )
-def test_a_single_document_is_not_advised_the_split_that_it_has(
-    tmp_path: Path, split: Any, advised: str | None
+def test_single_document_error_suggests_a_finer_split(
+    tmp_path: Path, split: Any, advice: str | None
 ) -> None:
     (tmp_path / "a.txt").write_text("one line and no more")
     with pytest.raises(DataError, match=rf"1 document\(s\) by {split} cannot be divided") as raised:
         read_text_files([str(tmp_path / "a.txt")], split=split)
-    assert (f"(split = {advised})" if advised else "another share") in str(raised.value)
-    assert ("split =" in str(raised.value)) == (advised is not None)
+    assert (f"(split = {advice})" if advice else "another share") in str(raised.value)
+    assert ("split =" in str(raised.value)) == (advice is not None)

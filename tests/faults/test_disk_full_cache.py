@@ -1,4 +1,4 @@
-"""A full disk, a quota or a read-only place under the cache is told in a sentence, and nothing half-written stays."""
+"""A full disk, quota or read-only cache is reported in one line and leaves no partial file."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ TEXTS = [f"text number {number}" for number in range(3000)]  # 100 kB of tokens
 
 
 def mount(place: Path, *options: str) -> bool:
-    """Mount a small file system in memory, where this process may."""
+    """Mount a small file system in memory; return whether this process has the right to."""
     command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(place)]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 40 kB."""
+    """Disk of 40 kB."""
     place = tmp_path / "disk"
     place.mkdir()
     if not mount(place, "size=40k"):
@@ -48,13 +48,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     "array", [np.arange(0), np.arange(7, dtype=np.uint16), np.arange(9)[::2]], ids=str
 )
-def test_arrays_are_written_as_numpy_writes_them(tmp_path: Path, array: Any) -> None:
+def test_write_array_has_the_bytes_of_numpy_save(tmp_path: Path, array: Any) -> None:
     shards._write_array(tmp_path / "ours.npy", array)
     np.save(tmp_path / "theirs.npy", array)
     assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "theirs.npy").read_bytes()
 
 
-def test_shards_on_a_full_disk_raise_its_error_and_leave_nothing(small_disk: Path) -> None:
+def test_shards_on_a_full_disk_raise_enospc_and_leave_no_file(small_disk: Path) -> None:
     documents = Documents(documents_from_texts(TEXTS), documents_from_texts(TEXTS[:1]))
     with pytest.raises(OSError, match="No space left") as caught:
         load_or_build_shards(documents, BYTES, Cache(small_disk))
@@ -63,8 +63,8 @@ def test_shards_on_a_full_disk_raise_its_error_and_leave_nothing(small_disk: Pat
     assert [path for path in small_disk.rglob("*") if path.is_file()] == []
 
 
-def test_a_build_goes_on_when_there_is_room_again(small_disk: Path, tmp_path: Path) -> None:
-    """Shards that a journal knows stay in their folder; what was half-written does not."""
+def test_write_shards_resumes_after_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
+    """Complete shards in the journal are kept, partial files are removed."""
     (tmp_path / "a.txt").write_text("\n".join(TEXTS))
     corpus = SourceCorpus(open_file_source([str(tmp_path / "a.txt")]), held_out=0.1)
     with pytest.raises(OSError, match="No space left"):
@@ -74,7 +74,7 @@ def test_a_build_goes_on_when_there_is_room_again(small_disk: Path, tmp_path: Pa
     corpus.write_shards(BYTES, small_disk / "shards").verify()
 
 
-def test_small_files_on_a_full_disk_leave_no_part(small_disk: Path) -> None:
+def test_save_on_a_full_disk_leaves_no_partial_file(small_disk: Path) -> None:
     (small_disk / "ballast").write_bytes(b"x" * 36_000)
     tokenizer = BytePairTokenizer.train(TEXTS, 300)
     with pytest.raises(OSError, match="No space left"):
@@ -84,7 +84,7 @@ def test_small_files_on_a_full_disk_leave_no_part(small_disk: Path) -> None:
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
-def test_a_finished_corpus_is_read_from_a_read_only_cache(small_disk: Path, tmp_path: Path) -> None:
+def test_finished_shards_are_read_from_a_read_only_cache(small_disk: Path, tmp_path: Path) -> None:
     assert mount(small_disk, "remount", "size=4000k")
     (tmp_path / "a.txt").write_text("\n".join(TEXTS[:200]))
     corpus = SourceCorpus(open_file_source([str(tmp_path / "a.txt")]), held_out=0.1)
@@ -112,7 +112,7 @@ def test_a_finished_corpus_is_read_from_a_read_only_cache(small_disk: Path, tmp_
             build()
 
 
-def test_a_cache_that_is_no_folder_is_a_data_error_for_every_kind_of_corpus(tmp_path: Path) -> None:
+def test_cache_root_that_is_a_file_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "a.txt").write_text("\n".join(TEXTS[:100]))
     corpus = SourceCorpus(open_file_source([str(tmp_path / "a.txt")]), held_out=0.1)
@@ -120,7 +120,7 @@ def test_a_cache_that_is_no_folder_is_a_data_error_for_every_kind_of_corpus(tmp_
         corpus.shards(BYTES, Cache(tmp_path / "file"))
 
 
-def raised(error: Exception, cause: Exception) -> Exception:
+def with_cause(error: Exception, cause: Exception) -> Exception:
     error.__cause__ = cause
     return error
 
@@ -133,11 +133,11 @@ def raised(error: Exception, cause: Exception) -> Exception:
         OSError(errno.EFBIG, os.strerror(errno.EFBIG)),
         OSError("1213873 requested and 495552 written"),  # numpy's tofile
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        raised(ValueError("cannot be stored"), OSError(errno.ENOSPC, "")),
+        with_cause(ValueError("cannot be stored"), OSError(errno.ENOSPC, "")),
     ],
     ids=str,
 )
-def test_every_form_of_a_full_disk_is_told_in_the_same_words(
+def test_command_reports_every_full_disk_error_in_one_line(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: Any) -> None:
@@ -147,10 +147,10 @@ def test_every_form_of_a_full_disk_is_told_in_the_same_words(
     with pytest.raises(SystemExit) as ended:
         cli.main([])
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith(("No space left on device", "Disk quota exceeded", "File too large"))
-    assert "Make room" in told
-    assert len(told.splitlines()) == 1
+    output = capsys.readouterr().err
+    assert output.startswith(("No space left on device", "Disk quota exceeded", "File too large"))
+    assert "Make room" in output
+    assert len(output.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -158,13 +158,13 @@ def test_every_form_of_a_full_disk_is_told_in_the_same_words(
     [OSError(errno.EACCES, "Permission denied"), ValueError("written"), OSError("cannot read")],
     ids=str,
 )
-def test_another_error_is_no_full_disk(error: Exception) -> None:
+def test_find_disk_full_ignores_other_errors(error: Exception) -> None:
     assert find_disk_full(error) is None
     assert errno.ENOSPC in errors.DISK_FULL
 
 
-def test_a_file_that_may_not_grow_ends_a_run_with_one_sentence(tmp_path: Path) -> None:
-    """As under a quota: `ulimit -f`, which needs no root."""
+def test_run_under_a_file_size_limit_ends_with_one_line(tmp_path: Path) -> None:
+    """`ulimit -f` has the effect of a quota and needs no root."""
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
@@ -185,7 +185,7 @@ def test_a_file_that_may_not_grow_ends_a_run_with_one_sentence(tmp_path: Path) -
     assert not list((tmp_path / "cache").rglob("*.partial*"))
 
 
-def test_what_a_killed_build_left_goes_with_the_next_build(tmp_path: Path) -> None:
+def test_next_cache_build_removes_a_killed_one(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
         "from ddiff.data.cache import Cache\n"
@@ -200,7 +200,7 @@ def test_what_a_killed_build_left_goes_with_the_next_build(tmp_path: Path) -> No
     assert list((tmp_path / "rows").iterdir()) == [entry]
 
 
-def test_a_build_under_way_is_left_alone_by_another(tmp_path: Path) -> None:
+def test_cache_build_keeps_another_unfinished_build(tmp_path: Path) -> None:
     def build(place: Path) -> None:
         (place / "file").write_text("half")
         Cache(tmp_path).load_or_build("rows", {"other": 1}, lambda other: None)
@@ -209,7 +209,7 @@ def test_a_build_under_way_is_left_alone_by_another(tmp_path: Path) -> None:
     assert (Cache(tmp_path).load_or_build("rows", {}, build) / "file").read_text() == "half"
 
 
-def test_without_locks_time_tells_what_is_abandoned(
+def test_cache_without_locks_removes_only_old_unfinished_builds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_locks(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Values that are legal JSON end a run with one paragraph that names file and line."""
+"""Unusable values in legal JSON end a run with one paragraph that names file and line."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ ODD = {
 
 @pytest.mark.parametrize("kind", ["jsonl", "files"])
 @pytest.mark.parametrize("name", list(ODD))
-def test_an_odd_value_ends_a_run_with_its_file_and_line(
+def test_run_command_names_file_and_line_of_a_bad_value(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     kind: str,
     name: str,
 ) -> None:
-    content, keys, told = ODD[name]
+    content, keys, message = ODD[name]
     if keys and kind == "files":
         pytest.skip("files have no labels")
     monkeypatch.chdir(tmp_path)
@@ -67,8 +67,8 @@ def test_an_odd_value_ends_a_run_with_its_file_and_line(
     Path("odd.toml").write_text(RECIPE.format(kind=kind, keys=keys, conditions=conditions))
     with pytest.raises(SystemExit) as stopped:
         main(["run", "odd.toml"])
-    said = " ".join(capsys.readouterr().err.split())
+    output = " ".join(capsys.readouterr().err.split())
     assert stopped.value.code == 2
-    assert told in said
-    assert "Traceback" not in said
+    assert message in output
+    assert "Traceback" not in output
     assert not Path("runs").exists()

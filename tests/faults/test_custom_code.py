@@ -1,4 +1,4 @@
-"""Code that comes with a tokenizer or a model is never run, nor is the terminal asked whether to; pickles run nothing."""
+"""Code of a tokenizer or model is never run, without a prompt; pickles run nothing."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ AUTO_MAPS = {
 
 
 @pytest.fixture(autouse=True)
-def never_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def asked(*_: Any) -> str:
-        pytest.fail("the terminal was asked")
+def no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> str:
+        pytest.fail("there was a prompt on the terminal")
 
-    monkeypatch.setattr(builtins, "input", asked)
+    monkeypatch.setattr(builtins, "input", fail)
 
 
 @pytest.fixture
 def custom_code(tmp_path: Path) -> str:
-    return f"open({str(tmp_path / 'HAS_RUN')!r}, 'w').close()\nfrom transformers import BertModel as Custom\n"
+    marker = str(tmp_path / "HAS_RUN")
+    return f"open({marker!r}, 'w').close()\nfrom transformers import BertModel as Custom\n"
 
 
-def changed(folder: Path, file: str, **keys: Any) -> None:
+def edit_json(folder: Path, file: str, **keys: Any) -> None:
     content = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps(content | keys))
 
@@ -74,11 +75,11 @@ def model_folder(tmp_path: Path, custom_code: str) -> Path:
 
 @pytest.mark.parametrize("named", [{}, {"tokenizer_class": "Custom"}, {"tokenizer_class": None}])
 @pytest.mark.parametrize("form", ["pair", "list"])
-def test_a_tokenizer_with_code_of_its_own_is_refused(
+def test_tokenizer_with_custom_code_is_refused(
     tokenizer_folder: Path, tmp_path: Path, named: dict[str, Any], form: str
 ) -> None:
     auto_map: Any = {"AutoTokenizer": AUTO_MAPS["AutoTokenizer"]}
-    changed(
+    edit_json(
         tokenizer_folder,
         "tokenizer_config.json",
         auto_map=auto_map if form == "pair" else auto_map["AutoTokenizer"],
@@ -90,10 +91,10 @@ def test_a_tokenizer_with_code_of_its_own_is_refused(
     assert not (tmp_path / "HAS_RUN").exists()
 
 
-def test_a_saved_tokenizer_with_code_of_its_own_is_refused_by_its_file(
+def test_saved_tokenizer_with_custom_code_is_refused_by_its_path(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    changed(
+    edit_json(
         tokenizer_folder,
         "tokenizer_config.json",
         auto_map={"AutoTokenizer": AUTO_MAPS["AutoTokenizer"]},
@@ -113,33 +114,33 @@ def test_a_saved_tokenizer_with_code_of_its_own_is_refused_by_its_file(
 
 READERS = {
     "backbone": load_model,
-    "architecture alone": lambda path: load_model(path, pretrained=False),
+    "architecture only": lambda path: load_model(path, pretrained=False),
     "embeddings": lambda path: load_model_embeddings(path, 8),
 }
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_model_of_unknown_type_with_code_of_its_own_is_refused(
+def test_model_of_unknown_type_with_custom_code_is_refused(
     model_folder: Path, tmp_path: Path, reader: str
 ) -> None:
-    changed(model_folder, "config.json", model_type="custom", auto_map=AUTO_MAPS)
+    edit_json(model_folder, "config.json", model_type="custom", auto_map=AUTO_MAPS)
     with pytest.raises(DataError, match=r"model'.*auto_map.*runs no code.*needed"):
         READERS[reader](str(model_folder))
     assert not (tmp_path / "HAS_RUN").exists()
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_model_of_a_known_type_is_the_librarys_own_and_says_so(
+def test_model_of_known_type_loads_the_library_class_with_a_warning(
     model_folder: Path, tmp_path: Path, reader: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    changed(model_folder, "config.json", auto_map=AUTO_MAPS)
+    edit_json(model_folder, "config.json", auto_map=AUTO_MAPS)
     READERS[reader](str(model_folder))
     assert "code of its own (auto_map), which is not run" in caplog.text
     assert not (tmp_path / "HAS_RUN").exists()
 
 
-class Running:
-    """Creates a file when it is unpickled."""
+class FileOnUnpickling:
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -150,11 +151,14 @@ class Running:
 
 @pytest.mark.parametrize("content", ["pickle", "torch", "junk", "nothing"])
 @pytest.mark.parametrize("reader", ["backbone", "embeddings"])
-def test_pickled_weights_that_hold_more_than_tensors_are_a_data_error(
+def test_pickled_weights_with_code_are_a_data_error(
     model_folder: Path, tmp_path: Path, reader: str, content: str
 ) -> None:
     (model_folder / "model.safetensors").unlink()
-    weights, running = model_folder / "pytorch_model.bin", Running(str(tmp_path / "HAS_RUN"))
+    weights, running = (
+        model_folder / "pytorch_model.bin",
+        FileOnUnpickling(str(tmp_path / "HAS_RUN")),
+    )
     if content == "torch":
         torch.save({"weight": running}, weights)
     else:
@@ -183,7 +187,7 @@ DAMAGES = {
 @pytest.mark.parametrize(
     ("file", "content"), [(file, content) for file in DAMAGES for content in DAMAGES[file]]
 )
-def test_damaged_files_of_a_model_are_data_errors(
+def test_damaged_model_files_are_data_errors(
     model_folder: Path, reader: str, file: str, content: bytes
 ) -> None:
     (model_folder / file).write_bytes(content)
@@ -193,7 +197,7 @@ def test_damaged_files_of_a_model_are_data_errors(
         READERS[reader](str(model_folder))
 
 
-def test_weights_that_are_not_finite_are_no_embeddings(model_folder: Path) -> None:
+def test_model_embeddings_refuse_nan(model_folder: Path) -> None:
     model = BertModel.from_pretrained(model_folder)
     with torch.no_grad():
         model.get_input_embeddings().weight[2, 3] = float("nan")
@@ -202,7 +206,7 @@ def test_weights_that_are_not_finite_are_no_embeddings(model_folder: Path) -> No
         load_model_embeddings(str(model_folder), 8)
 
 
-def test_what_ddiff_says_itself_passes_through() -> None:
+def test_load_pretrained_passes_errors_of_ddiff_through() -> None:
     def load(*_: Any, **__: Any) -> None:
         raise DdiffError("as it was")
 
@@ -210,10 +214,8 @@ def test_what_ddiff_says_itself_passes_through() -> None:
         load_pretrained(load, str(Path.cwd()), "model")
 
 
-def test_no_question_reaches_the_terminal_of_the_command_line(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
-    changed(
+def test_run_command_never_asks_to_run_custom_code(tokenizer_folder: Path, tmp_path: Path) -> None:
+    edit_json(
         tokenizer_folder,
         "tokenizer_config.json",
         auto_map={"AutoTokenizer": AUTO_MAPS["AutoTokenizer"]},

@@ -1,4 +1,4 @@
-"""Pretrained tokenizers with holes in their ids, without an unknown token, damaged, or in need of something."""
+"""Pretrained tokenizers with unused ids, without an unknown token, or damaged."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fast(model: Any) -> Tokenizer:
     return made
 
 
-def saved(folder: Path, made: Tokenizer, **roles: str) -> Path:
+def save(folder: Path, made: Tokenizer, **roles: str) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=made, **roles).save_pretrained(folder)
     return folder
 
@@ -44,16 +44,16 @@ def saved(folder: Path, made: Tokenizer, **roles: str) -> Path:
 @pytest.fixture
 def holes(tmp_path: Path) -> Path:
     model = models.WordLevel(HOLES, unk_token="[UNK]")
-    return saved(tmp_path / "holes", fast(model), unk_token="[UNK]", eos_token="</s>")
+    return save(tmp_path / "holes", fast(model), unk_token="[UNK]", eos_token="</s>")
 
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
     model = models.WordLevel(WHOLE, unk_token="[UNK]")
-    return saved(tmp_path / "whole", fast(model), unk_token="[UNK]", eos_token="</s>")
+    return save(tmp_path / "whole", fast(model), unk_token="[UNK]", eos_token="</s>")
 
 
-def test_pretrained_tokenizer_has_one_token_more_than_its_highest_id(holes: Path) -> None:
+def test_pretrained_num_tokens_is_the_highest_id_plus_one(holes: Path) -> None:
     tokenizer = PretrainedTokenizer.from_pretrained(str(holes))
     assert tokenizer.num_tokens == 15
     assert tokenizer.encode(["cat dog mat cow"]) == [[10, 12, 14, 0]]
@@ -61,7 +61,7 @@ def test_pretrained_tokenizer_has_one_token_more_than_its_highest_id(holes: Path
     assert packed[[0]].ids.tolist() == [[10, 12, 1, 14, 1]]
 
 
-def test_pretrained_holes_have_spellings_of_their_own_and_no_text(holes: Path) -> None:
+def test_ids_without_token_have_unique_spellings_and_no_text(holes: Path) -> None:
     tokenizer = PretrainedTokenizer.from_pretrained(str(holes))
     assert len(set(tokenizer.tokens())) == 15
     assert [tokenizer.tokens()[number] for number in HOLES.values()] == list(HOLES)
@@ -69,7 +69,7 @@ def test_pretrained_holes_have_spellings_of_their_own_and_no_text(holes: Path) -
     assert tokenizer.decode([[10, 3, 12], [3]]) == ["cat dog", ""]
 
 
-def test_pretrained_holes_survive_saving(holes: Path, tmp_path: Path) -> None:
+def test_ids_without_token_survive_saving(holes: Path, tmp_path: Path) -> None:
     tokenizer = PretrainedTokenizer.from_pretrained(str(holes))
     tokenizer.save(str(tmp_path / "t.json"))
     again = load_tokenizer(str(tmp_path / "t.json"))
@@ -87,9 +87,9 @@ def test_pretrained_holes_survive_saving(holes: Path, tmp_path: Path) -> None:
     ],
     ids=["WordLevel", "WordPiece", "Unigram", "BPE"],
 )
-def test_text_without_ids_is_refused_with_its_row_and_word(model: Any, tmp_path: Path) -> None:
-    """Byte pairs would drop the letters without a word; the others raise a bare Exception."""
-    tokenizer = PretrainedTokenizer.from_pretrained(str(saved(tmp_path / "d", fast(model))))
+def test_pretrained_encode_names_row_and_word_without_ids(model: Any, tmp_path: Path) -> None:
+    """Byte pairs would drop the letters silently; other models raise a plain Exception."""
+    tokenizer = PretrainedTokenizer.from_pretrained(str(save(tmp_path / "d", fast(model))))
     assert len(tokenizer.encode(["cat dog"])[0]) > 1
     with pytest.raises(UnknownWord, match=r"Row 1 holds '(zebu|[zebu])'.*unknown") as caught:
         tokenizer.encode(["cat dog", "cat zebu dog"])
@@ -103,19 +103,19 @@ def test_text_without_ids_is_refused_with_its_row_and_word(model: Any, tmp_path:
     )
 
 
-def test_another_process_names_the_row_without_ids_too(tmp_path: Path) -> None:
+def test_worker_names_the_row_without_ids(tmp_path: Path) -> None:
     letters = models.BPE({letter: number for number, letter in enumerate("catdgo")}, [])
-    tokenizer = PretrainedTokenizer.from_pretrained(str(saved(tmp_path / "d", fast(letters))))
+    tokenizer = PretrainedTokenizer.from_pretrained(str(save(tmp_path / "d", fast(letters))))
     chunks = [Chunk(["cat"] * 3, names=["a"] * 3), Chunk(["dog", "zebu"], names=["b.txt", "c.txt"])]
     with pytest.raises(DataError, match=r"Row 4 \(c.txt\) holds"):
         list(encode_chunks(chunks, tokenizer, workers=2))
 
 
-def test_byte_level_pairs_without_all_bytes_refuse_what_they_would_drop(tmp_path: Path) -> None:
+def test_byte_level_pairs_without_all_bytes_refuse_missing_bytes(tmp_path: Path) -> None:
     made = Tokenizer(models.BPE({"a": 0, "b": 1, "Ġ": 2}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    tokenizer = PretrainedTokenizer.from_pretrained(str(saved(tmp_path / "d", made)))
+    tokenizer = PretrainedTokenizer.from_pretrained(str(save(tmp_path / "d", made)))
     assert tokenizer.encode(["ab ba"]) == [[0, 1, 2, 1, 0]]
     with pytest.raises(UnknownWord):
         tokenizer.encode(["abc"])
@@ -126,43 +126,43 @@ def test_byte_level_pairs_without_all_bytes_refuse_what_they_would_drop(tmp_path
     [BytePairTokenizer.train(["a b"], 257), AlphabetTokenizer("ab")],
     ids=["bytes", "alphabet"],
 )
-def test_a_lone_surrogate_is_refused_with_its_row(tokenizer: Any) -> None:
+def test_tokenizers_refuse_a_lone_surrogate_with_its_row(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="Row 1"):
         tokenizer.encode(["ab", "a\ud800b"])
     with pytest.raises(DataError, match=r"Row 1.*surrogate"):
         BytePairTokenizer.train(["ab", "a\udc80"], 300)
 
 
-def test_an_empty_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_pretrained_tokenizer_refuses_an_empty_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no tokens"):
-        PretrainedTokenizer.from_pretrained(str(saved(tmp_path / "d", fast(models.WordLevel({})))))
+        PretrainedTokenizer.from_pretrained(str(save(tmp_path / "d", fast(models.WordLevel({})))))
 
 
-def test_ids_that_no_network_has_room_for_are_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "d", fast(models.WordLevel({"cat": 0, "dog": 2**30})))
+def test_pretrained_tokenizer_refuses_huge_ids(tmp_path: Path) -> None:
+    folder = save(tmp_path / "d", fast(models.WordLevel({"cat": 0, "dog": 2**30})))
     with pytest.raises(DataError, match="2 tokens with ids up to 1073741824"):
         PretrainedTokenizer.from_pretrained(str(folder))
 
 
-def test_pretrained_tokenizer_neither_adds_cuts_nor_pads(tmp_path: Path) -> None:
+def test_pretrained_encode_neither_adds_truncates_nor_pads(tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
     made = fast(models.WordLevel(WHOLE, unk_token="[UNK]"))
     made.post_processor = TemplateProcessing(single="</s> $A </s>", special_tokens=[("</s>", 1)])
     made.enable_truncation(2)
     made.enable_padding(length=4)
-    folder = saved(tmp_path / "d", made, unk_token="[UNK]", eos_token="</s>", pad_token="[UNK]")
+    folder = save(tmp_path / "d", made, unk_token="[UNK]", eos_token="</s>", pad_token="[UNK]")
     tokenizer = PretrainedTokenizer.from_pretrained(str(folder))
     assert tokenizer.encode(["cat cat cat", "dog"]) == [[2, 2, 2], [3]]
 
 
-def test_a_tokenizer_that_loses_text_is_told_of(
+def test_write_shards_warns_of_a_tokenizer_that_loses_text(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = fast(models.WordLevel(WHOLE, unk_token="[UNK]"))
     made.normalizer = normalizers.Lowercase()
     tokenizer = PretrainedTokenizer.from_pretrained(
-        str(saved(tmp_path / "d", made, unk_token="[UNK]"))
+        str(save(tmp_path / "d", made, unk_token="[UNK]"))
     )
     write_shards(tmp_path / "s", lambda _: [Chunk(["cat dog"], 1)], tokenizer, source={})
     assert "comes back as" not in caplog.text
@@ -185,7 +185,7 @@ DAMAGES = {
 @pytest.mark.parametrize(
     ("file", "content"), [(file, text) for file in DAMAGES for text in DAMAGES[file]]
 )
-def test_damaged_files_of_a_tokenizer_are_data_errors(whole: Path, file: str, content: str) -> None:
+def test_damaged_tokenizer_files_are_data_errors(whole: Path, file: str, content: str) -> None:
     (whole / file).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=r"No tokenizer from .*whole") as caught:
         PretrainedTokenizer.from_pretrained(str(whole))
@@ -201,7 +201,7 @@ def test_damaged_files_of_a_tokenizer_are_data_errors(whole: Path, file: str, co
         ("tiktoken.model", "tiktoken"),
     ],
 )
-def test_a_missing_package_is_named(
+def test_from_pretrained_names_a_missing_package(
     whole: Path, file: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (whole / "tokenizer.json").unlink()
@@ -219,7 +219,7 @@ def test_a_missing_package_is_named(
         PretrainedTokenizer.from_pretrained(str(whole))
 
 
-def test_a_huggingface_file_is_recognized_and_its_folder_named(whole: Path) -> None:
+def test_tokenizer_json_of_huggingface_is_recognized(whole: Path) -> None:
     file = whole / "tokenizer.json"
     with pytest.raises(
         DataError, match=r"tokenizers library \(HuggingFace\).*\"pretrained\".*whole\""
@@ -229,7 +229,7 @@ def test_a_huggingface_file_is_recognized_and_its_folder_named(whole: Path) -> N
         PretrainedTokenizer.from_pretrained(str(file))
 
 
-def test_a_folder_with_a_tokenizer_that_ddiff_saved_is_recognized(tmp_path: Path) -> None:
+def test_from_pretrained_recognizes_a_tokenizer_saved_by_ddiff(tmp_path: Path) -> None:
     BytePairTokenizer.train(["a b"], 257).save(str(tmp_path / "run" / "tokenizer.json"))
     for place in ("run", "run/tokenizer.json"):
         with pytest.raises(DataError, match=r'one that ddiff saved.*"saved"'):
@@ -237,15 +237,13 @@ def test_a_folder_with_a_tokenizer_that_ddiff_saved_is_recognized(tmp_path: Path
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./no", "../no", "no/such/folder", "", " "])
-def test_a_place_that_is_not_there_is_no_name_on_the_hub(source: str) -> None:
+def test_from_pretrained_does_not_ask_the_hub_for_a_missing_path(source: str) -> None:
     with pytest.raises(DataError, match="there is no such folder"):
         PretrainedTokenizer.from_pretrained(source)
 
 
 @pytest.mark.parametrize("change", ["kind", "hole", "eos", "files", "base64"])
-def test_a_damaged_saved_tokenizer_is_a_data_error(
-    whole: Path, tmp_path: Path, change: str
-) -> None:
+def test_load_tokenizer_refuses_a_damaged_file(whole: Path, tmp_path: Path, change: str) -> None:
     path = tmp_path / "t.json"
     if change in ("files", "base64"):
         PretrainedTokenizer.from_pretrained(str(whole)).save(str(path))
@@ -270,7 +268,7 @@ def test_a_damaged_saved_tokenizer_is_a_data_error(
         load_tokenizer(str(path))
 
 
-def test_a_run_on_a_tokenizer_with_holes_trains(
+def test_run_trains_on_a_tokenizer_with_unused_ids(
     holes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ddiff

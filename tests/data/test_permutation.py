@@ -1,4 +1,4 @@
-"""Data order is a pure function of (seed, epoch, place), and each epoch is a permutation."""
+"""The row order is a pure function of seed, epoch and position, and a permutation per epoch."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ SIZES = [1, 2, 3, 4, 5, 7, 16, 17, 63, 64, 65, 1000, 4097]
 
 
 @pytest.mark.parametrize("num_rows", SIZES)
-def test_every_epoch_shows_every_row_once(num_rows: int) -> None:
+def test_row_at_is_a_permutation_in_every_epoch(num_rows: int) -> None:
     for seed, epoch in ((0, 0), (3, 1), (2**63, 12345)):
         shown = row_at(seed, np.arange(epoch * num_rows, (epoch + 1) * num_rows), num_rows)
         assert sorted(shown) == list(range(num_rows))
 
 
-def test_epochs_and_seeds_give_different_orders() -> None:
+def test_row_at_differs_between_epochs_and_seeds() -> None:
     first = row_at(0, np.arange(1000), 1000)
     for other in (row_at(0, np.arange(1000, 2000), 1000), row_at(1, np.arange(1000), 1000)):
-        # Two random permutations agree at one place on average (Poisson): 12 or more has probability 1e-9.
+        # Two random permutations agree at one position on average (Poisson distribution): 12 or
+        # more have probability 1e-9.
         assert (first == other).sum() < 12
 
 
-def test_the_row_depends_on_its_own_position_alone() -> None:
+def test_row_at_depends_on_its_position_only() -> None:
     together = row_at(7, np.arange(300), 129)
     assert [int(row_at(7, position, 129)) for position in range(300)] == together.tolist()
     assert (
@@ -36,7 +37,7 @@ def test_the_row_depends_on_its_own_position_alone() -> None:
 
 
 @pytest.mark.parametrize("num_rows", [2, 3, 5, 12])
-def test_over_seeds_the_first_place_shows_every_row_equally_often(num_rows: int) -> None:
+def test_row_at_is_uniform_over_seeds(num_rows: int) -> None:
     counts = np.bincount(
         [int(row_at(seed, 0, num_rows)) for seed in range(1000)], minlength=num_rows
     )
@@ -46,14 +47,13 @@ def test_over_seeds_the_first_place_shows_every_row_equally_often(num_rows: int)
     assert chi_square < 45
 
 
-def test_an_order_is_not_a_run() -> None:
+def test_row_at_rarely_gives_consecutive_rows() -> None:
     shown = row_at(0, np.arange(1000), 1000)
-    assert (
-        sum(after - before == 1 for before, after in pairwise(shown.tolist())) < 12
-    )  # one on average
+    consecutive = sum(after - before == 1 for before, after in pairwise(shown.tolist()))
+    assert consecutive < 12  # one on average
 
 
-def test_positions_far_into_a_run_are_exact() -> None:
+def test_row_at_is_exact_at_large_positions() -> None:
     num_rows = 1_000_003
     position = 10**15
     epoch = position // num_rows
@@ -65,6 +65,6 @@ def test_positions_far_into_a_run_are_exact() -> None:
 @pytest.mark.parametrize(
     ("position", "num_rows", "named"), [(0, 0, "num_rows"), (-1, 5, "position")]
 )
-def test_impossible_arguments_are_named(position: int, num_rows: int, named: str) -> None:
+def test_row_at_names_an_impossible_argument(position: int, num_rows: int, named: str) -> None:
     with pytest.raises(ArgumentError, match=named):
         row_at(0, position, num_rows)

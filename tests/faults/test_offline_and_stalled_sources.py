@@ -1,4 +1,4 @@
-"""Local files make no request, a small streamed source is read once, and a run that waits for data ends at a signal."""
+"""Local files make no request, small sources are read once, and stalled runs can be stopped."""
 
 from __future__ import annotations
 
@@ -31,11 +31,10 @@ from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.data.tokenizer_workers import Chunk
 from ddiff.errors import DataError
 
-BYTES = BytePairTokenizer.train(
-    ["text"], 257
-)  # a token per byte, and one at the end of each document
+# One token per byte, and one at the end of each document.
+BYTES = BytePairTokenizer.train(["text"], 257)
 
-# Run in a process of its own, since the libraries read their switches when they are imported.
+# Run in a separate process, because the libraries read their settings when they are imported.
 READ_EVERYTHING = """
 import socket, sys
 
@@ -69,7 +68,7 @@ print(counts)
 """
 
 
-def test_local_files_make_no_request(tmp_path: Path) -> None:
+def test_reading_local_files_makes_no_request(tmp_path: Path) -> None:
     texts = [f"text {number}" for number in range(9)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (tmp_path / "a.txt").write_text("\n".join(texts))
@@ -108,7 +107,7 @@ def test_local_files_make_no_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./none", "/none/at/all", "a/b/c", "", "file.txt"])
-def test_a_folder_that_is_not_there_is_no_name_on_the_hub(
+def test_open_hub_source_does_not_ask_the_hub_for_a_missing_path(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -118,10 +117,11 @@ def test_a_folder_that_is_not_there_is_no_name_on_the_hub(
 
 
 class Source:
-    """Chunks that count how often the source was opened."""
+    """Source that counts how often it was opened."""
 
     def __init__(self, texts: list[str]) -> None:
-        self.texts, self.opened = texts, 0
+        self.texts = texts
+        self.opened = 0
 
     def __call__(self, cursor: Any) -> Iterator[Chunk]:
         self.opened += 1
@@ -134,7 +134,7 @@ def streamed(source: Source, block: int = 4096, **settings: Any) -> StreamedRows
     return StreamedRows(source, BYTES, 8, head=head, fingerprint="", block=block, **settings)
 
 
-def test_a_source_smaller_than_a_block_is_read_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_source_smaller_than_a_block_is_read_once(caplog: pytest.LogCaptureFixture) -> None:
     source = Source(["hello world", "abc", "de"])
     rows = streamed(source)
     found = rows[np.arange(3 * 4096)]
@@ -148,8 +148,8 @@ def test_a_source_smaller_than_a_block_is_read_once(caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 7, 50])
-def test_a_small_source_gives_the_same_rows_from_every_cursor(tmp_path: Path, block: int) -> None:
-    """Blocks smaller and larger than the source, read in one go or from wherever a block begins."""
+def test_small_streamed_source_resumes_from_every_cursor(tmp_path: Path, block: int) -> None:
+    """Blocks are smaller and larger than the source, and each is also read by itself."""
     texts = ["hello", "abc", "de", "fghijk", "l"]
     count = 20 * block
     whole = streamed(Source(texts), block, cursors=tmp_path / "c.jsonl")[np.arange(count)]
@@ -162,14 +162,14 @@ def test_a_small_source_gives_the_same_rows_from_every_cursor(tmp_path: Path, bl
         assert source.opened <= 2 + 8 * block // 22
 
 
-def test_a_source_of_one_token_is_streamed_in_seconds() -> None:
+def test_source_of_one_token_is_streamed_in_seconds() -> None:
     began = time.monotonic()
     rows = streamed(Source([""]), 65536)
     assert not rows[np.arange(200_000)].ids.any()
     assert time.monotonic() - began < 20
 
 
-def test_cursors_that_cannot_be_kept_do_not_end_the_run(
+def test_streamed_rows_continue_without_a_cursor_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -178,11 +178,13 @@ def test_cursors_that_cannot_be_kept_do_not_end_the_run(
     assert caplog.text.count("can no longer be kept") == 1
 
 
-class StandingStill:
-    """A batch at every step before the third, which never comes."""
+class StalledSource:
+    """Source that gives the batches of three steps and blocks at the next."""
 
     def __init__(self, batch_at: Any) -> None:
-        self.batch_at, self.waited, self.released = batch_at, threading.Event(), threading.Event()
+        self.batch_at = batch_at
+        self.waited = threading.Event()
+        self.released = threading.Event()
 
     def __call__(self, step: int, micro: int) -> Any:
         if step >= 3:
@@ -191,21 +193,21 @@ class StandingStill:
         return self.batch_at(step, micro)
 
 
-def test_a_batch_that_does_not_come_is_told_of_and_given_up(
+def test_prefetcher_reports_and_gives_up_a_stalled_batch(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(prefetch, "LINE_EVERY_SECONDS", 0.1)
-    source = StandingStill(lambda step, micro: step)
+    source = StalledSource(lambda step, micro: step)
     began = time.monotonic()
     with Prefetcher(source, 2) as ahead:
         assert [ahead(step, 0) for step in range(3)] == [0, 1, 2]
         assert ahead.fetch(3, 0, lambda: time.monotonic() > began + 0.5) is None
-    assert time.monotonic() - began < 10  # the thread that still reads is left
+    assert time.monotonic() - began < 10  # without waiting for the thread that still reads
     source.released.set()
     assert "waiting for the data of step 4: " in capfd.readouterr().err
 
 
-def test_what_a_batch_raises_is_no_reason_to_wait() -> None:
+def test_prefetcher_raises_a_timeout_of_the_source_at_once() -> None:
     def batch_at(step: int, micro: int) -> int:
         raise TimeoutError("of the source")
 
@@ -234,14 +236,15 @@ main(sys.argv[2:])
 
 
 @pytest.mark.parametrize(("number", "blocks"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
-def test_the_first_signal_ends_a_run_that_waits_for_data(
+def test_first_signal_ends_a_run_that_waits_for_data(
     tmp_path: Path, number: int, blocks: int
 ) -> None:
-    """Before the first step nothing is saved; later what was trained."""
+    """Before the first step nothing is saved; later the trained steps are."""
     (tmp_path / "one.txt").write_text("hello world\n" * 3)
     (tmp_path / "two.txt").write_text("hello\nworld\n")
     settings = [
-        'data={kind="files", files=["one.txt"], validation=["two.txt"], length=8, streaming=true, block=8}',
+        'data={kind="files", files=["one.txt"], validation=["two.txt"], length=8, '
+        "streaming=true, block=8}",
         'tokenizer={kind="bpe", size=257}',
         'denoiser={kind="dit", width=16, layers=1, heads=1, time=false, head="tokens"}',
         'train={steps=9, batch=8, warmup=1, optimizer="adamw"}',
@@ -266,10 +269,10 @@ def test_the_first_signal_ends_a_run_that_waits_for_data(
     lines += process.stderr.readlines()
     assert process.wait(30) == 128 + number, lines
     assert time.monotonic() - began < 15
-    told = "".join(lines)
-    assert "Traceback" not in told
+    output = "".join(lines)
+    assert "Traceback" not in output
     assert (
         "Stopped before the first step" if not blocks else "Stopped at step 2 of 9, saved"
-    ) in told
+    ) in output
     saved = tmp_path / "runs" / "t" / "checkpoints"
     assert [place.name for place in saved.glob("*")] == (["step_00000002"] if blocks else [])

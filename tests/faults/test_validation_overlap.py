@@ -1,4 +1,4 @@
-"""Validation text that is trained on is refused by its path and found by its content, for every kind of corpus."""
+"""Validation text in the training text is found by path and content, for every corpus."""
 
 from __future__ import annotations
 
@@ -29,29 +29,11 @@ from ddiff.runs.dry_run import rehearse
 from ddiff.runs.run import build_run
 from ddiff.runs.tokenize import prepare_data
 
-DRAW = np.random.default_rng(0)
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "the",
-    "dog",
-    "ran",
-    "to",
-    "the",
-    "old",
-    "red",
-    "house",
-    "by",
-    "the",
-    "sea",
-]
-LINES = [f"{number}: {' '.join(DRAW.choice(WORDS, 9))}" for number in range(200)]
-ROWS = ["".join(DRAW.choice(list("ACGT"), 8)) for _ in range(200)]
+RNG = np.random.default_rng(0)
+SENTENCE = "the cat sat on a mat and the dog ran to the old red house by the sea"
+WORDS = SENTENCE.split()
+LINES = [f"{number}: {' '.join(RNG.choice(WORDS, 9))}" for number in range(200)]
+ROWS = ["".join(RNG.choice(list("ACGT"), 8)) for _ in range(200)]
 ROWS = sorted(set(ROWS))
 RECIPE = """
 name = "t"
@@ -107,7 +89,8 @@ def recipe(kind: str, files: list[str], validation: list[str]) -> Any:
     tokenizer = 'kind = "alphabet"' if symbols else "size = 270"
     table = (
         f'[data]\nkind = "{kind.partition(" ")[0].strip(",")}"\nfiles = {json.dumps(files)}\n'
-        f"validation = {json.dumps(validation)}\n{KINDS[kind][2]}\nlength = {8 if symbols else 32}\n"
+        f"validation = {json.dumps(validation)}\n{KINDS[kind][2]}\n"
+        f"length = {8 if symbols else 32}\n"
         f"[tokenizer]\n{tokenizer}\n[denoiser]"
     )
     before, _, after = RECIPE.partition("[data]")
@@ -123,43 +106,43 @@ def written(kind: str, **parts: list[str]) -> None:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("files", ["corp/*", "corp/a", "./corp/../corp/a"])
-def test_a_file_on_both_sides_is_refused_before_it_is_read(kind: str, files: str) -> None:
+def test_file_named_for_both_parts_is_refused_unread(kind: str, files: str) -> None:
     ending = KINDS[kind][0]
     Path("corp").mkdir()
     Path(f"corp/a{ending}").write_bytes(b"\xff no text of any kind, which reading would find")
     Path(f"corp/b{ending}").write_bytes(b"\xff")
-    asked = recipe(kind, [files + ending], [f"corp/a{ending}"])
-    for refuse in (rehearse, lambda asked: build_run(asked, Overrides())):
+    parsed = recipe(kind, [files + ending], [f"corp/a{ending}"])
+    for refuse in (rehearse, lambda parsed: build_run(parsed, Overrides())):
         with pytest.raises(
             DataError, match=rf"\[data\].*corp/a\{ending} is named by validation and by files"
         ):
-            refuse(asked)
+            refuse(parsed)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_copy_of_the_training_text_is_refused_for_validation(kind: str) -> None:
+def test_copy_of_the_training_text_is_refused_for_validation(kind: str) -> None:
     lines = KINDS[kind][1]
     written(kind, a=lines, copy=lines)
-    asked = recipe(kind, [f"corp/a{KINDS[kind][0]}"], [f"corp/copy{KINDS[kind][0]}"])
-    for refuse in (lambda asked: build_run(asked, Overrides()), prepare_data):
+    parsed = recipe(kind, [f"corp/a{KINDS[kind][0]}"], [f"corp/copy{KINDS[kind][0]}"])
+    for refuse in (lambda parsed: build_run(parsed, Overrides()), prepare_data):
         with pytest.raises(
             DataError, match=rf"all {len(lines)} validation documents are in the training text"
         ):
-            refuse(asked)
+            refuse(parsed)
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_some_validation_documents_in_training_are_counted(
+def test_validation_documents_in_the_training_text_are_counted(
     kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = KINDS[kind][1]
     written(kind, a=lines[:120], v=lines[80:160])
-    asked = recipe(kind, [f"corp/a{KINDS[kind][0]}"], [f"corp/v{KINDS[kind][0]}"])
-    for _ in range(2):  # from shards that are made, and from those that were there
+    parsed = recipe(kind, [f"corp/a{KINDS[kind][0]}"], [f"corp/v{KINDS[kind][0]}"])
+    for _ in range(2):  # with new shards, and with cached ones
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            build_run(asked, Overrides())
+            build_run(parsed, Overrides())
         assert [
             text
             for text in caplog.messages
@@ -168,7 +151,9 @@ def test_some_validation_documents_in_training_are_counted(
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_distinct_documents_give_no_warning(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_distinct_documents_give_no_overlap_warning(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     lines = KINDS[kind][1]
     written(kind, a=lines[:120], v=lines[120:])
     with caplog.at_level(logging.WARNING):
@@ -179,7 +164,7 @@ def test_distinct_documents_give_no_warning(kind: str, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("held_out", [0.05, 0.5])
-def test_a_share_held_out_by_hash_shares_no_document(held_out: float) -> None:
+def test_held_out_share_has_no_training_document(held_out: float) -> None:
     write("text", "a.txt", LINES * 3)
     parts = read_text_files(["a.txt"], split="line", held_out=held_out)
     found = load_or_build_shards(parts, BytePairTokenizer.train(LINES, 270), Cache()).overlap
@@ -202,36 +187,36 @@ def test_overlapping_patterns_read_each_document_once() -> None:
     assert texts.train["text"] == objects.train["text"] == read == LINES[:150]
 
 
-def test_text_repeated_in_training_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+def test_repeated_documents_within_a_part_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     write("text", "corp/a.txt", LINES[:150])
     write("text", "corp/copy.txt", LINES[:50])
     write("text", "v.txt", LINES[150:] + LINES[150:170])
     with caplog.at_level(logging.WARNING):
         build_run(recipe("text", ["corp/*.txt"], ["v.txt"]), Overrides())
-    said = "\n".join(caplog.messages)
-    assert "50 of the 200 documents of the part train repeat an earlier one" in said
-    assert "20 of the 70 documents of the part validation repeat an earlier one" in said
+    output = "\n".join(caplog.messages)
+    assert "50 of the 200 documents of the part train repeat an earlier one" in output
+    assert "20 of the 70 documents of the part validation repeat an earlier one" in output
 
 
-def test_the_same_split_of_a_hub_set_is_refused() -> None:
+def test_source_corpus_refuses_one_hub_split_for_both_parts() -> None:
     with pytest.raises(DataError, match="is named for training and for validation"):
         SourceCorpus(open_hub_source("a/b", split="train"), open_hub_source("a/b", split="train"))
     SourceCorpus(open_hub_source("a/b", split="train"), open_hub_source("a/b", split="test"))
 
 
-def test_shards_made_elsewhere_carry_what_was_counted() -> None:
+def test_shards_store_their_overlap_counts() -> None:
     documents = Documents(documents_from_texts(LINES[:100]), documents_from_texts(LINES[50:150]))
     tokenizer = BytePairTokenizer.train(LINES, 270)
     made = load_or_build_shards(documents, tokenizer, Cache())
     again = ddiff.ShardedCorpus(str(made.folder))
     assert again.shards(tokenizer, Cache()).manifest["overlap"]["validation_in_train"] == [50, 100]
     manifest = json.loads((made.folder / "manifest.json").read_text())
-    del manifest["overlap"]  # as one that was written before documents were counted
+    del manifest["overlap"]  # as in manifests of older versions
     (made.folder / "manifest.json").write_text(json.dumps(manifest))
     assert read_shards(made.folder).overlap == made.overlap
 
 
-def test_a_stream_warns_of_the_first_validation_document_in_it(
+def test_streamed_corpus_warns_of_the_first_validation_document(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     write("jsonl", "a.jsonl", LINES)
@@ -239,16 +224,18 @@ def test_a_stream_warns_of_the_first_validation_document_in_it(
     source = SourceCorpus(open_file_source(["a.jsonl"]), open_file_source(["v.jsonl"]))
     corpus = StreamedCorpus(source, head=20, block=4)
     tokenizer = BytePairTokenizer.train(LINES, 270)
-    check_repetitions(corpus, corpus.shards(tokenizer, Cache()))  # the head has none of them
+    check_repetitions(corpus, corpus.shards(tokenizer, Cache()))  # there are none in the head
     rows = corpus.train_rows(tokenizer, 16, Cache())
     with caplog.at_level(logging.WARNING):
         rows[np.arange(400)]
-    said = [text for text in caplog.messages if "validation" in text]
-    assert len(said) == 1
-    assert LINES[150][:20] in said[0]
+    output = [text for text in caplog.messages if "validation" in text]
+    assert len(output) == 1
+    assert LINES[150][:20] in output[0]
 
 
-def test_rows_of_a_generated_source_may_repeat(caplog: pytest.LogCaptureFixture) -> None:
+def test_repetitions_of_a_generated_source_give_no_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     documents = ddiff.MarkovSource(4, peakedness=9.0).documents(rows=500, validation=5, length=4)
     made = load_or_build_shards(documents, AlphabetTokenizer("abcd"), Cache())
     with caplog.at_level(logging.WARNING):
@@ -257,11 +244,11 @@ def test_rows_of_a_generated_source_may_repeat(caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_what_is_counted_is_what_sets_of_documents_say(seed: int) -> None:
-    """Over several shards and blocks, with empty documents, documents that are others in another order, or begin alike."""
-    draw = np.random.default_rng(seed)
+def test_overlap_counts_equal_those_of_sets(seed: int) -> None:
+    """Documents are empty, permutations of each other or share a beginning, in several shards."""
+    rng = np.random.default_rng(seed)
     parts = {
-        part: ["".join(draw.choice(list("ab"), draw.integers(0, 6))) for _ in range(150)]
+        part: ["".join(rng.choice(list("ab"), rng.integers(0, 6))) for _ in range(150)]
         for part in (TRAIN, VALIDATION)
     }
 
@@ -281,7 +268,7 @@ def test_what_is_counted_is_what_sets_of_documents_say(seed: int) -> None:
     }
 
 
-def test_hashes_do_not_depend_on_where_blocks_and_shards_are_cut(
+def test_document_hashes_do_not_depend_on_the_step_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     documents = Documents(documents_from_texts(LINES), documents_from_texts(["held out"]))
@@ -297,7 +284,7 @@ def test_hashes_do_not_depend_on_where_blocks_and_shards_are_cut(
         assert np.array_equal(document_hashes(shard), whole)
 
 
-def test_parts_without_documents_have_nothing_in_common() -> None:
+def test_empty_parts_have_no_overlap() -> None:
     documents = Documents(documents_from_texts(LINES), documents_from_texts(["held out"]))
     made = load_or_build_shards(documents, BytePairTokenizer.train(LINES, 270), Cache())
     none = type(made.stream(TRAIN))([], made.stream(TRAIN).counts)
@@ -308,7 +295,7 @@ def test_parts_without_documents_have_nothing_in_common() -> None:
     assert DocumentCount(0, 0).share == 0.0
 
 
-def test_symbol_rows_refuse_a_file_on_both_sides() -> None:
+def test_read_symbol_rows_refuses_a_file_named_for_both_parts() -> None:
     write("text", "a.txt", ROWS)
     with pytest.raises(DataError, match="named by validation and by files"):
         read_symbol_rows(["a.txt"], length=8, validation=["a.txt"])

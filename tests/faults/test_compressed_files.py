@@ -1,4 +1,4 @@
-"""Packed, cut-off, mis-named and unequal files are refused by name and cause; an empty part is no text."""
+"""Compressed files are read, damaged and mis-named files are refused by name and cause."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def read(*paths: Path, **options: Any) -> list[str]:
     ]
 
 
-def written(path: Path, content: bytes) -> Path:
+def write(path: Path, content: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
@@ -64,23 +64,21 @@ def written(path: Path, content: bytes) -> Path:
 
 @pytest.mark.parametrize("ending", list(PACKERS))
 @pytest.mark.parametrize("content", [PLAIN, JSON])
-def test_packed_files_are_read_as_the_unpacked_are(
-    tmp_path: Path, ending: str, content: bytes
-) -> None:
+def test_file_source_decompresses_every_format(tmp_path: Path, ending: str, content: bytes) -> None:
     inner = ".txt" if content is PLAIN else ".jsonl"
     pack = PACKERS[ending]
-    whole = written(tmp_path / f"a{inner}{ending}", pack(content))
+    whole = write(tmp_path / f"a{inner}{ending}", pack(content))
     assert read(whole) == LINES
     half = len(content) // 2 if content is PLAIN else content.index(b"\n", len(content) // 2) + 1
-    joined = written(
+    concatenated = write(
         tmp_path / f"b{inner}{ending.upper()}", pack(content[:half]) + pack(content[half:])
     )
-    assert read(joined) == LINES
+    assert read(concatenated) == LINES
 
 
 @pytest.mark.parametrize("ending", list(PACKERS))
 @pytest.mark.parametrize("kept", [0, 1, 3, 12, 0.5, -1, -9])
-def test_a_cut_off_file_is_named_among_many(tmp_path: Path, ending: str, kept: float) -> None:
+def test_file_source_names_a_truncated_file(tmp_path: Path, ending: str, kept: float) -> None:
     packed = PACKERS[ending](PLAIN)
     size = (
         int(len(packed) * kept)
@@ -90,43 +88,45 @@ def test_a_cut_off_file_is_named_among_many(tmp_path: Path, ending: str, kept: f
         else len(packed) + int(kept)
     )
     for number in range(3):
-        written(tmp_path / f"part-{number}.txt{ending}", packed)
-    written(tmp_path / f"part-1.txt{ending}", packed[:size])
+        write(tmp_path / f"part-{number}.txt{ending}", packed)
+    write(tmp_path / f"part-1.txt{ending}", packed[:size])
     with pytest.raises(DataError, match=r"part-1\.txt\S* is (cut off|named as)") as raised:
         read(tmp_path / f"*{ending}")
     assert "part-0" not in str(raised.value)
 
 
 @pytest.mark.parametrize("ending", list(PACKERS))
-def test_a_damaged_file_is_named(tmp_path: Path, ending: str) -> None:
+def test_file_source_names_a_damaged_file(tmp_path: Path, ending: str) -> None:
     packed = bytearray(PACKERS[ending](PLAIN))
     middle = len(packed) // 2
     packed[middle : middle + 40] = b"\xff" * 40
     with pytest.raises(DataError, match=r"a\.txt\S* (is damaged|is cut off|is not UTF-8)"):
-        read(written(tmp_path / f"a.txt{ending}", bytes(packed)))
+        read(write(tmp_path / f"a.txt{ending}", bytes(packed)))
 
 
 @pytest.mark.parametrize("ending", list(PACKERS))
-def test_a_plain_file_that_is_named_as_packed_is_refused(tmp_path: Path, ending: str) -> None:
+def test_file_source_refuses_plain_text_with_a_compressed_ending(
+    tmp_path: Path, ending: str
+) -> None:
     with pytest.raises(
         DataError,
         match=rf"a\.txt\{ending} is named as a {NAMES[ending]} file, but it begins with b'line",
     ):
-        read(written(tmp_path / f"a.txt{ending}", PLAIN))
+        read(write(tmp_path / f"a.txt{ending}", PLAIN))
     with pytest.raises(DataError, match="but it is empty"):
-        read(written(tmp_path / f"empty.txt{ending}", b""))
+        read(write(tmp_path / f"empty.txt{ending}", b""))
 
 
 @pytest.mark.parametrize("ending", list(PACKERS))
-def test_a_file_packed_otherwise_than_it_is_named_is_refused(tmp_path: Path, ending: str) -> None:
+def test_file_source_refuses_an_ending_of_another_compression(tmp_path: Path, ending: str) -> None:
     packed = PACKERS[ending](PLAIN)
     with pytest.raises(
         DataError, match=rf"a\.txt is no plain text: it begins as a {NAMES[ending]} file.*\{ending}"
     ):
-        read(written(tmp_path / "a.txt", packed))
+        read(write(tmp_path / "a.txt", packed))
     other = ".xz" if ending == ".gz" else ".gz"
     with pytest.raises(DataError, match=rf"which is {NAMES[ending]}"):
-        read(written(tmp_path / f"a.txt{other}", packed))
+        read(write(tmp_path / f"a.txt{other}", packed))
 
 
 PLAIN_READERS: dict[str, Callable[[str], Any]] = {
@@ -139,10 +139,10 @@ PLAIN_READERS: dict[str, Callable[[str], Any]] = {
 @pytest.mark.parametrize("kind", list(PLAIN_READERS))
 @pytest.mark.parametrize("ending", list(PACKERS))
 @pytest.mark.parametrize("named", [True, False])
-def test_kinds_that_do_not_unpack_say_who_does(
+def test_plain_readers_point_to_the_kind_that_decompresses(
     tmp_path: Path, kind: str, ending: str, named: bool
 ) -> None:
-    path = written(tmp_path / (f"x.jsonl{ending}" if named else "x.jsonl"), PACKERS[ending](JSON))
+    path = write(tmp_path / (f"x.jsonl{ending}" if named else "x.jsonl"), PACKERS[ending](JSON))
     with pytest.raises(
         DataError, match=rf'begins as a {NAMES[ending]} file.*Unpack.*kind = "files"'
     ):
@@ -150,19 +150,19 @@ def test_kinds_that_do_not_unpack_say_who_does(
 
 
 @pytest.mark.parametrize("kind", list(PLAIN_READERS))
-def test_other_binary_files_are_told_by_what_they_are(tmp_path: Path, kind: str) -> None:
+def test_plain_readers_name_the_binary_format(tmp_path: Path, kind: str) -> None:
     pq.write_table(pa.table({"text": LINES}), tmp_path / "a.txt")
     with pytest.raises(DataError, match="begins as a parquet file"):
         PLAIN_READERS[kind](str(tmp_path / "a.txt"))
     with pytest.raises(DataError, match="begins as a zip file"):
-        PLAIN_READERS[kind](str(written(tmp_path / "b.txt", b"PK\x03\x04" + b"x" * 40)))
+        PLAIN_READERS[kind](str(write(tmp_path / "b.txt", b"PK\x03\x04" + b"x" * 40)))
     with pytest.raises(DataError, match=r"a\.txt is no plain text: it begins as a parquet file"):
         read(tmp_path / "a.txt")
 
 
-def test_a_text_that_begins_with_the_letters_of_a_format_is_text(tmp_path: Path) -> None:
+def test_text_that_begins_like_a_format_is_read_as_text(tmp_path: Path) -> None:
     for number, line in enumerate(["BZh9 is how bzip2 begins", "PK", "P", "B", "%PDF"]):
-        assert read(written(tmp_path / f"{number}.txt", line.encode())) == [line]
+        assert read(write(tmp_path / f"{number}.txt", line.encode())) == [line]
 
 
 def parquet(path: Path, **columns: Any) -> Path:
@@ -174,7 +174,7 @@ def parquet(path: Path, **columns: Any) -> Path:
 TEXT = pa.string()
 
 
-def test_empty_parquet_parts_are_no_text(tmp_path: Path) -> None:
+def test_parquet_parts_without_text_are_skipped(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", text=pa.array([], TEXT))
     parquet(tmp_path / "b.parquet", text=LINES[:20])
     parquet(tmp_path / "c.parquet", text=pa.array([], TEXT))
@@ -186,7 +186,7 @@ def test_empty_parquet_parts_are_no_text(tmp_path: Path) -> None:
         corpus.shards(BytePairTokenizer.train(["a"], 257), Cache(tmp_path / "cache"))
 
 
-def test_columns_that_nobody_asked_for_may_differ(tmp_path: Path) -> None:
+def test_parquet_files_may_differ_in_other_columns(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", text=LINES[:9], url=["u"] * 9)
     parquet(tmp_path / "b.parquet", n=list(range(9)), text=LINES[9:18])
     parquet(
@@ -200,7 +200,7 @@ def test_columns_that_nobody_asked_for_may_differ(tmp_path: Path) -> None:
 
 
 def not_utf8() -> pa.Array:
-    """Strings of which one is no UTF-8: writers in other languages do not check."""
+    """Return strings with one that is not UTF-8, which writers in other languages accept."""
     return pa.StringArray.from_buffers(
         2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ok\xff\xfe")
     )
@@ -222,48 +222,48 @@ UNEQUAL: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: parquet(path, text=not_utf8()),
         "cannot be read: UnicodeDecodeError",
     ),
-    "no bytes": (lambda path: written(path, b""), "cannot be read"),
+    "no bytes": (lambda path: write(path, b""), "cannot be read"),
     "cut off": (
-        lambda path: written(path, parquet(path, text=LINES).read_bytes()[:-50]),
+        lambda path: write(path, parquet(path, text=LINES).read_bytes()[:-50]),
         "cannot be read",
     ),
-    "text": (lambda path: written(path, PLAIN), "cannot be read"),
-    "packed": (lambda path: written(path, gzip.compress(PLAIN)), "cannot be read"),
+    "text": (lambda path: write(path, PLAIN), "cannot be read"),
+    "packed": (lambda path: write(path, gzip.compress(PLAIN)), "cannot be read"),
 }
 
 
 @pytest.mark.parametrize("kind", list(UNEQUAL))
-def test_a_parquet_file_that_cannot_be_used_is_named(tmp_path: Path, kind: str) -> None:
-    write, told = UNEQUAL[kind]
+def test_file_source_names_an_unusable_parquet_file(tmp_path: Path, kind: str) -> None:
+    write_part, message = UNEQUAL[kind]
     parquet(tmp_path / "part-0.parquet", text=LINES[:9])
     parquet(tmp_path / "part-2.parquet", text=LINES[:9])
-    write(tmp_path / "part-1.parquet")
-    with pytest.raises(DataError, match=rf"part-1\.parquet.*{told}") as raised:
+    write_part(tmp_path / "part-1.parquet")
+    with pytest.raises(DataError, match=rf"part-1\.parquet.*{message}") as raised:
         read(tmp_path / "*.parquet")
     assert "part-2" not in str(raised.value)
 
 
-def test_a_packed_parquet_file_is_refused(tmp_path: Path) -> None:
+def test_file_source_refuses_a_compressed_parquet_file(tmp_path: Path) -> None:
     packed = gzip.compress(parquet(tmp_path / "a.parquet", text=LINES).read_bytes())
     with pytest.raises(DataError, match="Unpack it"):
-        read(written(tmp_path / "a.parquet.gz", packed))
+        read(write(tmp_path / "a.parquet.gz", packed))
 
 
 @pytest.mark.parametrize("form", ["parquet", "json", "text"])
-def test_from_any_cursor_exactly_the_rest_is_read(tmp_path: Path, form: str) -> None:
-    """Across empty parts and packed files; blank records count."""
+def test_file_source_resumes_across_empty_and_compressed_files(tmp_path: Path, form: str) -> None:
+    """Blank records count, and some files are empty or compressed."""
     if form == "parquet":
         parquet(tmp_path / "a.parquet", text=LINES[:90])
         parquet(tmp_path / "b.parquet", text=pa.array([None], TEXT))
         parquet(tmp_path / "c.parquet", text=LINES[90:300])
     elif form == "json":
-        written(tmp_path / "a.jsonl.gz", gzip.compress(JSON[: JSON.index(b'{"text": "line 200 ')]))
-        written(tmp_path / "b.jsonl", b"\n\n")
-        written(tmp_path / "c.json", b'[{"text": "one"},\n {"text": "array"}]')
+        write(tmp_path / "a.jsonl.gz", gzip.compress(JSON[: JSON.index(b'{"text": "line 200 ')]))
+        write(tmp_path / "b.jsonl", b"\n\n")
+        write(tmp_path / "c.json", b'[{"text": "one"},\n {"text": "array"}]')
     else:
-        written(tmp_path / "a.txt.xz", lzma.compress("\n\n".join(LINES[:200]).encode()))
-        written(tmp_path / "b.txt", b"\n\n")
-        written(tmp_path / "c.txt", b"\nlast")
+        write(tmp_path / "a.txt.xz", lzma.compress("\n\n".join(LINES[:200]).encode()))
+        write(tmp_path / "b.txt", b"\n\n")
+        write(tmp_path / "c.txt", b"\nlast")
     source = open_file_source([str(tmp_path / "*")])
     whole = [text for chunk in source.chunks() for text in chunk.texts]
     assert len(whole) >= 200
@@ -276,13 +276,13 @@ def test_from_any_cursor_exactly_the_rest_is_read(tmp_path: Path, form: str) -> 
         )
 
 
-def test_formats_that_cannot_be_told_are_asked_for_whatever_the_packing(tmp_path: Path) -> None:
+def test_file_source_asks_for_the_format_of_an_unknown_ending(tmp_path: Path) -> None:
     for name in ("a.csv.gz", "a.zip", "a"):
         with pytest.raises(ArgumentError, match="format ="):
-            read(written(tmp_path / name, PLAIN))
+            read(write(tmp_path / name, PLAIN))
 
 
-def test_a_damaged_column_that_nobody_asked_for_is_not_read(tmp_path: Path) -> None:
+def test_parquet_reader_does_not_read_other_columns(tmp_path: Path) -> None:
     table = pa.table(
         {"junk": [f"{number * 7919}" * 5 for number in range(900)], "text": LINES[:900]}
     )

@@ -1,4 +1,4 @@
-"""Texts of the hub, of files anywhere and of shards made earlier become the same rows, and faults in them are explained."""
+"""Hub data sets, files and existing shards give the same rows, and their faults are explained."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def in_memory(name: str, content: bytes) -> str:
     return f"memory://{name}"
 
 
-def test_files_of_every_format_and_place_give_their_texts(tmp_path: Path) -> None:
+def test_file_source_reads_every_format_and_file_system(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in TEXTS).encode()
     plain = "\n".join(TEXTS).encode()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
@@ -54,7 +54,7 @@ def test_files_of_every_format_and_place_give_their_texts(tmp_path: Path) -> Non
         assert read(open_file_source([place])) == TEXTS, place
 
 
-def test_a_glob_takes_files_by_name_and_patterns_in_order(tmp_path: Path) -> None:
+def test_file_source_sorts_files_within_each_pattern(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         json_file(tmp_path / f"{name}.jsonl", [name])
     assert read(open_file_source([f"{tmp_path}/[bc].jsonl", f"{tmp_path}/a.jsonl"])) == [
@@ -64,7 +64,7 @@ def test_a_glob_takes_files_by_name_and_patterns_in_order(tmp_path: Path) -> Non
     ]
 
 
-def test_a_text_file_is_split_as_asked_and_blank_documents_are_left_out(tmp_path: Path) -> None:
+def test_file_source_splits_text_and_drops_blank_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n\n \n\nthree")
     pieces = {
         split: read(open_file_source([str(tmp_path / "a.txt")], split=split))
@@ -75,14 +75,14 @@ def test_a_text_file_is_split_as_asked_and_blank_documents_are_left_out(tmp_path
     assert pieces["file"] == ["one\ntwo\n\n \n\nthree"]
 
 
-def test_a_local_folder_is_read_as_a_data_set_of_the_hub_is(tmp_path: Path) -> None:
+def test_hub_source_reads_a_local_folder(tmp_path: Path) -> None:
     parquet_files(tmp_path / "set" / "data", TEXTS, column="body")
     assert read(open_hub_source(str(tmp_path / "set"), column="body")) == TEXTS
 
 
 @pytest.mark.parametrize("made", ["parquet", "json"])
-def test_from_any_cursor_exactly_the_rest_is_read(tmp_path: Path, made: str) -> None:
-    """Across files, within files and within row groups; cursors are JSON."""
+def test_file_source_resumes_exactly_from_every_cursor(tmp_path: Path, made: str) -> None:
+    """Cursors are JSON, and lie between files, within files and within row groups."""
     texts = sentences(400)
     folder = tmp_path / "files"
     place = (
@@ -98,7 +98,7 @@ def test_from_any_cursor_exactly_the_rest_is_read(tmp_path: Path, made: str) -> 
 
 
 def corpora(tmp_path: Path) -> dict[str, Any]:
-    """The same texts as a recipe may name them."""
+    """Build corpora of the same texts from files and from a folder in hub layout."""
     (tmp_path / "set").mkdir(parents=True)
     json_file(tmp_path / "set" / "train.jsonl", TEXTS)
     files = Files.Config(files=(parquet_files(tmp_path / "p", TEXTS),), held_out=0.2, workers=2)
@@ -109,7 +109,7 @@ def corpora(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_large_and_small_corpora_have_the_same_rows(tmp_path: Path) -> None:
+def test_sharded_corpora_have_the_rows_of_in_memory_packing(tmp_path: Path) -> None:
     direct = split_documents(documents_from_texts(TEXTS), 0.2, "")
     train, validation = (
         pack(direct.train, TOKENIZER, 16),
@@ -127,15 +127,15 @@ def test_large_and_small_corpora_have_the_same_rows(tmp_path: Path) -> None:
         assert list(corpus.validation["text"]) == direct.validation["text"][:]
 
 
-def test_validation_files_are_the_validation_part(tmp_path: Path) -> None:
+def test_source_corpus_takes_validation_from_its_second_source(tmp_path: Path) -> None:
     source, other = (
         parquet_files(tmp_path / "t", TEXTS),
         json_file(tmp_path / "v.jsonl", ["held", "out"]),
     )
     corpus = SourceCorpus(open_file_source([source]), open_file_source([other]))
     cache = Cache(tmp_path / "cache")
-    due = pack(documents_from_texts(["held", "out"]), TOKENIZER, 16, separate=True)
-    assert build_validation_rows(corpus, TOKENIZER, 16, cache).fingerprint == due.fingerprint
+    expected = pack(documents_from_texts(["held", "out"]), TOKENIZER, 16, separate=True)
+    assert build_validation_rows(corpus, TOKENIZER, 16, cache).fingerprint == expected.fingerprint
     assert (
         build_train_rows(corpus, TOKENIZER, 16, cache).fingerprint
         == pack(documents_from_texts(TEXTS), TOKENIZER, 16).fingerprint
@@ -143,7 +143,7 @@ def test_validation_files_are_the_validation_part(tmp_path: Path) -> None:
     assert list(corpus.validation["text"]) == ["held", "out"]
 
 
-def test_from_any_cursor_of_two_sources_exactly_the_rest_is_read(tmp_path: Path) -> None:
+def test_source_corpus_resumes_exactly_from_every_cursor(tmp_path: Path) -> None:
     corpus = SourceCorpus(
         open_file_source([parquet_files(tmp_path / "t", sentences(150))]),
         open_file_source([parquet_files(tmp_path / "v", TEXTS)]),
@@ -156,7 +156,7 @@ def test_from_any_cursor_of_two_sources_exactly_the_rest_is_read(tmp_path: Path)
         assert before + rest == whole
 
 
-def test_shards_are_found_by_source_and_tokenizer_and_read_by_any_length(tmp_path: Path) -> None:
+def test_shards_are_cached_by_source_and_not_by_length(tmp_path: Path) -> None:
     corpus, cache = corpora(tmp_path)["hub"], Cache(tmp_path / "cache")
     for length in (8, 16):
         build_train_rows(corpus, TOKENIZER, length, cache)
@@ -169,7 +169,7 @@ def test_shards_are_found_by_source_and_tokenizer_and_read_by_any_length(tmp_pat
     assert len(list((tmp_path / "cache" / "shards").iterdir())) == 3
 
 
-def test_shards_made_elsewhere_are_a_corpus_with_their_tokenizer(tmp_path: Path) -> None:
+def test_sharded_corpus_reads_local_and_remote_shards(tmp_path: Path) -> None:
     corpus = corpora(tmp_path)["files"]
     made = corpus.write_shards(TOKENIZER, tmp_path / "shards")
     remote = "memory://bucket/shards"
@@ -195,16 +195,16 @@ def test_shards_made_elsewhere_are_a_corpus_with_their_tokenizer(tmp_path: Path)
         Shards.build(Shards.Config(path="memory://nowhere"), length=8, seed=0, cache=None)
 
 
-def test_a_tokenizer_learned_from_a_large_corpus_is_cached(tmp_path: Path) -> None:
+def test_byte_pairs_of_a_streamed_source_are_cached(tmp_path: Path) -> None:
     direct = split_documents(documents_from_texts(TEXTS), 0.2, "")
-    due = BytePair.build(BytePair.Config(size=270), documents=direct, cache=None)
+    expected = BytePair.build(BytePair.Config(size=270), documents=direct, cache=None)
     for _ in range(2):
         built = BytePair.build(
             BytePair.Config(size=270),
             documents=corpora_of(tmp_path),
             cache=Cache(tmp_path / "cache"),
         )
-        assert built.fingerprint == due.fingerprint
+        assert built.fingerprint == expected.fingerprint
     assert len(list((tmp_path / "cache" / "byte_pairs").iterdir())) == 1
 
 
@@ -216,13 +216,13 @@ def corpora_of(tmp_path: Path) -> Any:
     )
 
 
-def test_conditions_of_a_large_corpus_are_refused(tmp_path: Path) -> None:
+def test_read_conditions_refuses_a_corpus_without_columns(tmp_path: Path) -> None:
     with pytest.raises(DataError, match='kind that carries it, such as "jsonl"'):
         read_conditions(corpora(tmp_path)["hub"].train, ["author"], {"author": Label(2)})
 
 
 def faults(folder: Path) -> dict[str, Any]:
-    """Sources with a fault: how they are read, and what is told."""
+    """Return, by name of the fault, a function that opens the source and the expected message."""
     folder.mkdir(parents=True, exist_ok=True)
     parquet = parquet_files(folder / "p", TEXTS[:9], column="body")
     lines = json_file(folder / "a.jsonl", TEXTS[:3])
@@ -287,13 +287,13 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_a_source_is_explained(tmp_path: Path, fault: str) -> None:
-    opened, told = faults(tmp_path)[fault]
-    with pytest.raises(DataError, match=rf"(?s){told}"):
-        read(opened())
+def test_source_explains_its_fault(tmp_path: Path, fault: str) -> None:
+    open_source, message = faults(tmp_path)[fault]
+    with pytest.raises(DataError, match=rf"(?s){message}"):
+        read(open_source())
 
 
-def test_formats_that_cannot_be_told_are_asked_for(tmp_path: Path) -> None:
+def test_file_source_asks_for_an_ambiguous_format(tmp_path: Path) -> None:
     faults(tmp_path)
     for names in (["a.csv"], ["a.jsonl", "latin.txt"]):
         with pytest.raises(ArgumentError, match="format ="):
@@ -301,20 +301,20 @@ def test_formats_that_cannot_be_told_are_asked_for(tmp_path: Path) -> None:
     assert read(open_file_source([str(tmp_path / "a.csv")], format="text")) == ["text", "a"]
 
 
-def test_missing_texts_are_left_out(tmp_path: Path) -> None:
+def test_file_source_drops_missing_and_blank_texts(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None, "", " \n", "b"]}), tmp_path / "a.parquet")
     assert read(open_file_source([str(tmp_path / "a.parquet")])) == ["a", "b"]
 
 
-def test_a_corpus_without_text_for_a_part_is_explained(tmp_path: Path) -> None:
+def test_source_corpus_explains_a_part_without_text(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     few = json_file(tmp_path / "few.jsonl", ["a"])
     cases = [
         ([str(tmp_path / "empty.txt")], "no token"),
         ([few], "gave no text for (train|validation)"),
     ]
-    for files, told in cases:
-        with pytest.raises(DataError, match=told):
+    for files, message in cases:
+        with pytest.raises(DataError, match=message):
             build_train_rows(
                 SourceCorpus(open_file_source(files), held_out=0.5),
                 TOKENIZER,
@@ -325,7 +325,7 @@ def test_a_corpus_without_text_for_a_part_is_explained(tmp_path: Path) -> None:
         SourceCorpus(open_file_source([few]), held_out=0.0)
 
 
-def test_no_two_corpora_are_confused(tmp_path: Path) -> None:
+def test_source_corpora_have_different_fingerprints(tmp_path: Path) -> None:
     parquet, lines = parquet_files(tmp_path / "p", TEXTS), json_file(tmp_path / "a.jsonl", TEXTS)
     made = [
         SourceCorpus(open_file_source([parquet]), held_out=0.2),

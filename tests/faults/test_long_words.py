@@ -1,4 +1,4 @@
-"""A line without blanks is learned in pieces; text without such lines gives the tokenizer that it always gave."""
+"""Words beyond a limit are learned in pieces; other text gives the plain tokenizer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def letters(count: int, alphabet: str = "ACGT", seed: int = 0) -> str:
 
 
 def plain(texts: list[str], size: int) -> str:
-    """The definition of byte-level pairs as the tokenizers library alone learns them."""
+    """Return the byte-pair definition that the tokenizers library learns by itself."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
@@ -50,14 +50,14 @@ def test_text_without_long_words_gives_the_plain_tokenizer() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_words_that_are_not_long_are_cut_as_byte_level_cuts_them(seed: int) -> None:
+def test_short_words_are_split_like_byte_level_splits_them(seed: int) -> None:
     text = letters(3000, "ab1'srtlve \t\n\u00a0é日.,-_", seed)
     theirs = [place for _, place in ByteLevel(add_prefix_space=False).pre_tokenize_str(text)]
     assert [place for _, place in _CUT.pre_tokenize_str(text)] == theirs
 
 
-def test_learning_from_one_long_word_takes_seconds() -> None:
-    """Two million letters: uncut they take hours. Twice as many take about twice as long, and not four times."""
+def test_byte_pair_training_time_is_linear_in_word_length() -> None:
+    """Without cutting, two million letters take hours, and the time grows fourfold."""
     seconds = []
     for count in (250_000, 500_000):
         began = time.process_time()
@@ -79,7 +79,7 @@ def test_learning_from_one_long_word_takes_seconds() -> None:
     ],
     ids=["letters", "digits", "marks", "blanks", "newlines", "beyond ascii"],
 )
-def test_a_long_word_is_learned_in_pieces_and_comes_back(word: str) -> None:
+def test_long_word_is_learned_in_pieces_and_restored(word: str) -> None:
     texts = [f"a {word} b", "a short text", word]
     tokenizer = BytePairTokenizer.train(texts, 300)
     assert tokenizer.decode(tokenizer.encode(texts)) == texts
@@ -92,8 +92,8 @@ def test_a_long_word_is_learned_in_pieces_and_comes_back(word: str) -> None:
     assert restored.fingerprint == tokenizer.fingerprint
 
 
-def test_encoding_a_long_word_takes_time_as_its_length() -> None:
-    """Of a tokenizer that has learned no long word, and so cuts none."""
+def test_encoding_time_is_linear_in_word_length() -> None:
+    """The tokenizer has learned no long word, so it does not cut them."""
     tokenizer = BytePairTokenizer.train([letters(20, seed=seed) for seed in range(500)], 300)
     seconds = []
     for count in (200_000, 800_000):
@@ -103,7 +103,7 @@ def test_encoding_a_long_word_takes_time_as_its_length() -> None:
     assert seconds[1] < 9 * seconds[0] + 0.3
 
 
-def test_learning_shows_that_it_goes_on(
+def test_byte_pair_training_prints_its_progress(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.02)
