@@ -56,14 +56,18 @@ def _count_contexts(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return weighted counts [V, C] of the C most frequent tokens before and after each token."""
     frequency = np.bincount(ids, minlength=num_tokens)
-    contexts = np.argsort(-frequency, kind="stable")[:MAX_CONTEXTS]
+    # A stable sort, so that tokens of equal frequency are always taken in the same order.
+    by_frequency = np.argsort(-frequency, kind="stable")
+    contexts = by_frequency[:MAX_CONTEXTS]
     column = np.full(num_tokens, -1)  # of a token in the counts; -1 if it is no context
     column[contexts] = np.arange(len(contexts))
-    before = np.zeros((num_tokens, len(contexts)), np.float32)
-    after = np.zeros((num_tokens, len(contexts)), np.float32)
+    shape = (num_tokens, len(contexts))
+    before = np.zeros(shape, np.float32)
+    after = np.zeros(shape, np.float32)
     for distance in range(1, window + 1):
-        for start in range(0, len(ids) - distance, _PAIRS_AT_ONCE):
-            stop = min(start + _PAIRS_AT_ONCE, len(ids) - distance)
+        num_pairs = len(ids) - distance
+        for start in range(0, num_pairs, _PAIRS_AT_ONCE):
+            stop = min(start + _PAIRS_AT_ONCE, num_pairs)
             here = slice(start, stop)
             there = slice(start + distance, stop + distance)
             is_same_document = document[here] == document[there]
@@ -79,7 +83,10 @@ def _add_pairs(
 ) -> None:
     """Add `weight` to the cell (row, column) of each pair, in place."""
     is_context = columns >= 0
-    flat = rows[is_context].astype(np.int64) * counts.shape[1] + columns[is_context]
+    rows = rows[is_context]
+    columns = columns[is_context]
+    # 64 bits, because V * C may exceed 32 bits.
+    flat = rows.astype(np.int64) * counts.shape[1] + columns
     # Cells are made unique first, because indexed addition counts a repeated cell only once.
     cells, times = np.unique(flat, return_counts=True)
     counts.ravel()[cells] += (weight * times).astype(np.float32)
@@ -91,10 +98,14 @@ def _positive_information(counts: NDArray[np.float32]) -> NDArray[np.float32]:
     n_wc are the counts of token w with context c, n_w and n_c their sums, N the total. The n_c are
     raised to the power 0.75.
     """
+    # Sums in float64: float32 loses single counts in sums of many millions.
     token = counts.sum(1, keepdims=True, dtype=np.float64)
-    context = counts.sum(0, keepdims=True, dtype=np.float64) ** _CONTEXT_POWER
-    context /= max(context.sum(), np.finfo(float).tiny)
+    context = counts.sum(0, keepdims=True, dtype=np.float64)
+    context = context**_CONTEXT_POWER
+    total = max(context.sum(), np.finfo(float).tiny)
+    context /= total
     expected = (token * context).astype(np.float32)
+    # A ratio of 1 has the logarithm 0, and stays where nothing was counted.
     ratio = np.divide(counts, expected, out=np.ones_like(counts), where=counts > 0)
     return np.log(np.maximum(ratio, 1.0))
 
@@ -105,13 +116,14 @@ def _leading_directions(matrix: NDArray[np.float32], width: int, seed: int) -> N
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Eight more directions than needed make the randomized decomposition accurate.
-        _, singular, right = torch.svd_lowrank(
-            torch.from_numpy(matrix), q=min(rank + 8, *matrix.shape), niter=4
-        )
+        num_directions = min(rank + 8, *matrix.shape)
+        _, singular, right = torch.svd_lowrank(torch.from_numpy(matrix), q=num_directions, niter=4)
     singular = singular[:rank]
     right = right[:, :rank]
     is_reliable = singular > _SMALLEST_DIRECTION * singular[0]
     scale = torch.where(is_reliable, singular.rsqrt(), torch.zeros_like(singular))
     # U sqrt(S) as M V / sqrt(S), which is exactly zero for a token without any context.
-    embeddings = (torch.from_numpy(matrix) @ right * scale).numpy()
-    return np.pad(embeddings, ((0, 0), (0, width - rank))).astype(np.float32)
+    projected = torch.from_numpy(matrix) @ right
+    embeddings = (projected * scale).numpy()
+    padding = ((0, 0), (0, width - rank))
+    return np.pad(embeddings, padding).astype(np.float32)

@@ -13,7 +13,7 @@ Both run in a fixed order, so that the same input and seed give the same tree. T
 form one separate node, the last one, at every level that has at least two nodes.
 
 The start centroids are drawn here by k-means++: both initializations of faiss (random points and
-its own k-means++) give other clusters, and would change the published results of models with a hierarchy.
+its own k-means++) give other clusters, and would change the published results of hierarchies.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def nested_kmeans(
     points = _normalize(vectors - vectors[~is_special].mean(0))
     node_of_token: _Ints = np.arange(len(vectors))
     for size in sizes:
+        # A level of one node has no room for a separate special node.
         has_special_node = bool(is_special.any()) and size > 1
         level = np.full(len(points), size - 1, dtype=np.int64)
         is_member = ~is_special if has_special_node else np.ones(len(points), dtype=bool)
@@ -110,6 +111,7 @@ def _cluster(points: _Floats, size: int, seed: int, min_share: float, max_share:
     """Return the cluster of each point: k-means from k-means++ starts, then balance."""
     import faiss  # slow to import, and only clustering needs it
 
+    # Without minimum, faiss would warn of every small cluster.
     kmeans = faiss.Kmeans(
         points.shape[1],
         size,
@@ -142,8 +144,10 @@ def _draw_starts(points: _Floats, size: int, rng: np.random.Generator) -> _Float
         distance = np.minimum(distance, to_last)
         distance[chosen[-1]] = 0.0  # by rounding, the distance to itself may be above 0
         total = np.cumsum(distance)
-        place = np.searchsorted(total, rng.random() * total[-1], side="right")
-        chosen.append(int(min(place, len(points) - 1)))
+        threshold = rng.random() * total[-1]
+        place = np.searchsorted(total, threshold, side="right")
+        last = len(points) - 1
+        chosen.append(int(min(place, last)))
     return points[chosen]
 
 
@@ -154,10 +158,13 @@ def _balance(affinity: _Floats, assignment: _Ints, lower: int, upper: int) -> _I
     """
     assignment = assignment.copy()
     counts = np.bincount(assignment, minlength=affinity.shape[1])
-    for cluster in np.flatnonzero(counts > upper).tolist():
+    too_large = np.flatnonzero(counts > upper)
+    for cluster in too_large.tolist():
         while counts[cluster] > upper:
             _give_away(affinity, assignment, counts, cluster, upper)
-    for cluster in np.flatnonzero(counts < lower).tolist():
+    # After the large ones, because these have given points to small clusters.
+    too_small = np.flatnonzero(counts < lower)
+    for cluster in too_small.tolist():
         _take_in(affinity, assignment, counts, cluster, lower)
     return assignment
 
@@ -206,4 +213,6 @@ def _means(vectors: _Floats, node: _Ints, size: int) -> _Floats:
     """Return the mean of the vectors of each node, summed in float64."""
     sums = np.zeros((size, vectors.shape[1]))
     np.add.at(sums, node, vectors)
-    return (sums / np.bincount(node, minlength=size)[:, None]).astype(np.float32)
+    counts = np.bincount(node, minlength=size)
+    means = sums / counts[:, None]
+    return means.astype(np.float32)

@@ -260,8 +260,10 @@ def _batches(paths: Sequence[str], split: Split) -> Iterator[pa.RecordBatch]:
     with show_progress(len(paths), "reading text") as bar:
         for path in paths:
             texts, names = _read_file(path, split)
-            columns = [pa.array(texts, pa.large_string()), pa.array(names, pa.string())]
-            yield pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+            # large_string has 64-bit offsets: the text of one file may exceed 2 GiB.
+            text_column = pa.array(texts, pa.large_string())
+            name_column = pa.array(names, pa.string())
+            yield pa.RecordBatch.from_arrays([text_column, name_column], schema=_SCHEMA)
             bar.advance(1)
 
 

@@ -56,7 +56,8 @@ class MarkovSource:
         rng = np.random.default_rng([self._seed, 1, stream])
         uniforms = rng.random((length, count))
         letters = np.array(list(self.symbols))
-        states = np.stack(list(self._walk(uniforms)), axis=1)
+        steps = list(self._walk(uniforms))
+        states = np.stack(steps, axis=1)
         return ["".join(letters[row]) for row in states]
 
     def documents(self, *, rows: int, validation: int, length: int) -> Documents:
@@ -89,9 +90,11 @@ def _entropy(distribution: NDArray[np.float64]) -> NDArray[np.float64]:
 def _invariant_distribution(transition: NDArray[np.float64]) -> NDArray[np.float64]:
     """Solve pi P = pi with sum(pi) = 1, by least squares over both conditions."""
     size = len(transition)
-    conditions = np.vstack([transition.T - np.eye(size), np.ones(size)])
+    invariance = transition.T - np.eye(size)
+    conditions = np.vstack([invariance, np.ones(size)])
     values = np.append(np.zeros(size), 1.0)
-    solution = np.linalg.lstsq(conditions, values, rcond=None)[0]
+    # Least squares, because the invariance conditions alone are singular.
+    solution, *_ = np.linalg.lstsq(conditions, values, rcond=None)
     return solution / solution.sum()
 
 

@@ -156,13 +156,16 @@ def document_hashes(shard: Shard) -> _Hashes:
     for start in range(0, len(shard.tokens), _AT_ONCE):
         stop = min(start + _AT_ONCE, len(shard.tokens))
         first, last = np.searchsorted(ends, (start, stop - 1), side="right")
-        here = slice(first, last + 1)
+        here = slice(first, last + 1)  # the documents of this step
         firsts = np.maximum(begins[here], start)
-        sizes = np.minimum(ends[here], stop) - firsts
+        lasts = np.minimum(ends[here], stop)
         # Positions count from 1: token 0 at position 0 would mix to 0.
-        positions = np.arange(start, stop) - np.repeat(begins[here], sizes) + 1
-        tokens = shard.tokens[start:stop].astype(np.uint64)
-        mixed = tokens | (positions.astype(np.uint64) << np.uint64(32))
+        document_starts = np.repeat(begins[here], lasts - firsts)
+        positions = np.arange(start, stop) - document_starts + 1
+        # Token ids have at most 32 bits, so the position fits above them.
+        high_bits = positions.astype(np.uint64) << np.uint64(32)
+        mixed = shard.tokens[start:stop].astype(np.uint64) | high_bits
+        # A sum, so that a document may be cut by the border of two steps.
         sums[here] += np.add.reduceat(_mix_in_place(mixed), firsts - start)
     hashes[filled] = sums
     return hashes

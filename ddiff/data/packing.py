@@ -93,7 +93,8 @@ class PackedRows:
         self._last_rows: NDArray[np.int64] | None = None  # [D] row after the document's last row
         if separate:
             ends = np.concatenate([np.empty(0, np.int64), *stream.document_ends()])
-            rows_of_document = -(-np.diff(ends, prepend=0) // length)
+            sizes = np.diff(ends, prepend=0)
+            rows_of_document = -(-sizes // length)  # rounded up: the last row may be partly filled
             self._ends = ends
             self._last_rows = np.cumsum(rows_of_document)
 
@@ -107,20 +108,25 @@ class PackedRows:
             wanted = np.arange(len(self))[numbers]
         else:
             wanted = np.asarray(numbers, np.int64)
-        if wanted.ndim != 1 or (wanted.size and (wanted.min() < 0 or wanted.max() >= len(self))):
+        is_outside = wanted.size and (wanted.min() < 0 or wanted.max() >= len(self))
+        if wanted.ndim != 1 or is_outside:
             raise ArgumentError(
                 f"rows: numbers must be a list of numbers in 0..{len(self) - 1}; got {numbers!r}."
             )
         starts, stops = self._spans(wanted)
-        ids = np.full((len(wanted), self.length), self._filler, np.int32)
-        document = np.empty((len(wanted), self.length), np.int64)
-        for row, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist())):
+        shape = (len(wanted), self.length)
+        ids = np.full(shape, self._filler, np.int32)
+        document = np.empty(shape, np.int64)
+        # Row by row, because neighboring rows of a batch are anywhere in the stream.
+        spans = zip(starts.tolist(), stops.tolist())
+        for row, (start, stop) in enumerate(spans):
             size = stop - start
             ids[row, :size], document[row, :size] = self.tokens.read(start, stop)
             # Padding keeps the number of the last document, so that a padded position still has
             # a position to attend to.
             document[row, size:] = document[row, size - 1]
-        return Block(ids, document, (stops - starts).astype(np.int32))
+        num_valid = (stops - starts).astype(np.int32)
+        return Block(ids, document, num_valid)
 
     def order(self, seed: int, positions: ArrayLike) -> NDArray[np.int64]:
         return row_at(seed, positions, len(self))
@@ -163,6 +169,7 @@ class PackedRows:
     def tokens_in_rows(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return a mask [n] of the tokens of the stream that are in the rows `numbers`."""
         starts, stops = self._spans(numbers)
+        # +1 where a row starts, -1 where it stops: the running sum counts the rows at a token.
         border = np.zeros(self.tokens.num_tokens + 1, np.int64)
         np.add.at(border, starts, 1)
         np.add.at(border, stops, -1)
@@ -172,13 +179,17 @@ class PackedRows:
         """Return the start and stop of rows in the stream."""
         if self._ends is None or self._last_rows is None:
             starts = numbers * self.length
-            return starts, np.minimum(starts + self.length, self.tokens.num_tokens)
+            stops = np.minimum(starts + self.length, self.tokens.num_tokens)
+            return starts, stops
         document = np.searchsorted(self._last_rows, numbers, side="right")
+        is_first = document == 0
         # The index -1 of document 0 reads the last entry, which `where` then replaces by 0.
-        rows_before = np.where(document > 0, self._last_rows[document - 1], 0)
-        tokens_before = np.where(document > 0, self._ends[document - 1], 0)
-        starts = tokens_before + (numbers - rows_before) * self.length
-        return starts, np.minimum(starts + self.length, self._ends[document])
+        rows_before = np.where(is_first, 0, self._last_rows[document - 1])
+        tokens_before = np.where(is_first, 0, self._ends[document - 1])
+        row_in_document = numbers - rows_before
+        starts = tokens_before + row_in_document * self.length
+        stops = np.minimum(starts + self.length, self._ends[document])
+        return starts, stops
 
     def _blocks(self) -> Iterator[Block]:
         for start in range(0, len(self), _ROWS_AT_ONCE):
@@ -191,14 +202,17 @@ class PackedRows:
         """Read the next rows of a joined stream in one piece."""
         size = min(_ROWS_AT_ONCE, len(self) - first)
         start = first * self.length
-        stop = min((first + size) * self.length, self.tokens.num_tokens)
-        missing = size * self.length - (stop - start)
+        end_of_rows = start + size * self.length
+        stop = min(end_of_rows, self.tokens.num_tokens)
+        missing = end_of_rows - stop  # positive only in the last block
         ids, document = self.tokens.read(start, stop)
         num_valid = np.full(size, self.length, np.int32)
         num_valid[-1] -= missing
-        ids = np.pad(ids, (0, missing), constant_values=self._filler)
-        document = np.pad(document, (0, missing), "edge")
-        return Block(ids.reshape(size, -1), document.reshape(size, -1), num_valid)
+        padding = (0, missing)
+        ids = np.pad(ids, padding, constant_values=self._filler)
+        document = np.pad(document, padding, "edge")
+        shape = (size, self.length)
+        return Block(ids.reshape(shape), document.reshape(shape), num_valid)
 
 
 def pack(

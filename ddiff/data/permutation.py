@@ -26,9 +26,12 @@ def row_at(seed: int, position: ArrayLike, num_rows: int) -> NDArray[np.int64]:
     positions = np.asarray(position, dtype=np.int64)
     if positions.size and positions.min() < 0:
         raise ArgumentError(f"row_at: position must be >= 0; got {positions.min()}.")
-    epoch, place = np.divmod(positions.ravel().astype(np.uint64), np.uint64(num_rows))
-    key = _mix(_mix(np.uint64(seed % 2**64)) ^ epoch)
-    half_bits = max(1, (int(num_rows - 1).bit_length() + 1) // 2)
+    flat = positions.ravel().astype(np.uint64)
+    epoch, place = np.divmod(flat, np.uint64(num_rows))
+    seed_bits = np.uint64(seed % 2**64)  # a seed may be negative or have more bits
+    key = _mix(_mix(seed_bits) ^ epoch)
+    num_bits = int(num_rows - 1).bit_length()
+    half_bits = max(1, (num_bits + 1) // 2)
     rows = _feistel(place, key, half_bits)
     # Cycle walking: on average at most 4 tries, because the network permutes at most 4 * num_rows.
     outside = rows >= num_rows

@@ -93,9 +93,12 @@ class Shard:
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
         """Return ids [stop - start] and the document of each, counted from the shard's first."""
-        # Only the ends of the documents in the range are searched for each position.
+        # The document at a position is the number of ends at or before it. Only the ends within
+        # the range are searched for each position.
         first, last = np.searchsorted(self.ends, (start, stop - 1), side="right")
-        inside = np.searchsorted(self.ends[first:last], np.arange(start, stop), side="right")
+        ends = self.ends[first:last]
+        positions = np.arange(start, stop)
+        inside = np.searchsorted(ends, positions, side="right")
         return self.tokens[start:stop], first + inside
 
 
@@ -128,6 +131,7 @@ class TokenStream:
         """Return ids [stop - start] of a range of the stream, and the document of each."""
         ids = np.empty(stop - start, np.int32)
         document = np.empty(stop - start, np.int64)
+        # Number of the shard that contains `start`: side="right" skips empty shards before it.
         number = int(np.searchsorted(self._starts, start, side="right")) - 1
         at = start
         while at < stop:
@@ -151,6 +155,7 @@ class TokenStream:
         for first, shard in zip(self._documents, self.shards):
             record = shard.record
             if record.documents and not record.shortest == record.longest == size:
+                # Only now are the ends read: the record tells for most shards.
                 sizes = np.diff(shard.ends, prepend=0)
                 wrong = int(np.argmax(sizes != size))
                 return int(first) + wrong, int(sizes[wrong])
@@ -458,6 +463,7 @@ def write_shards(
         "dtype": token_dtype(tokenizer.num_tokens).name,
         "shard_tokens": shard_tokens,
     }
+    # As it is after reading: JSON has no tuples and only string keys.
     identity = json.loads(json.dumps(identity))
     # Finished shards are read without a lock, and so also from a folder that cannot be written.
     if not (folder / MANIFEST).is_file():
@@ -491,13 +497,16 @@ class _UnfinishedShard:
             self.num_tokens += len(chunk.ids)
 
     def finish(self, dtype: np.dtype[Any]) -> Shard:
-        tokens = _concatenate([chunk.ids for chunk in self._chunks], dtype)
+        ids = [chunk.ids for chunk in self._chunks]
+        tokens = _concatenate(ids, dtype)
         sizes = _concatenate([chunk.sizes for chunk in self._chunks], np.dtype(np.int64))
+        num_bytes = sum(int(chunk.num_bytes.sum()) for chunk in self._chunks)
+        # Checksums are those of the files, and so known only when they are written.
         record = ShardRecord(
             name=self.name,
             documents=len(sizes),
             tokens=len(tokens),
-            bytes=sum(int(chunk.num_bytes.sum()) for chunk in self._chunks),
+            bytes=num_bytes,
             shortest=int(sizes.min()) if len(sizes) else 0,
             longest=int(sizes.max(initial=0)),
             tokens_sha256="",
@@ -514,6 +523,8 @@ class _Build:
         self._identity = identity
         self._shard_tokens = shard_tokens
         self._dtype = np.dtype(identity["dtype"])
+        # The lock is held, so no other process writes these files. The first form is that of older
+        # versions.
         for abandoned in (*folder.glob("*.partial"), *folder.glob(f"*{PARTIAL}*")):
             abandoned.unlink()
         journal = _read_journal(folder / JOURNAL, identity)
@@ -532,7 +543,7 @@ class _Build:
         with show_progress(total, "tokenizing", start=self._sum("documents")) as bar:
             encoded = encode_chunks(chunks(cursor), tokenizer, held_out=held_out, workers=workers)
             for chunk, found in encoded:
-                if not done:
+                if not done:  # the first chunk is enough to warn
                     check_round_trip(tokenizer, chunk.texts)
                 for part, shard in self._unfinished.items():
                     shard.add(found.select(held_out=part == VALIDATION))
@@ -587,6 +598,7 @@ class _Build:
 
     def _finish(self, tokenizer: Tokenizer) -> None:
         manifest = {**self._identity, "parts": self.parts}
+        # The manifest is written last: a folder with a manifest is complete.
         for part in PARTS:
             counts = _count_tokens(self._written_shards(part), tokenizer.num_tokens)
             _write_array(self._folder / f"{part}.counts.npy", counts)

@@ -116,8 +116,9 @@ class StreamedRows:
         if isinstance(numbers, slice):
             numbers = list(range(ENDLESS)[numbers])
         wanted = np.asarray(numbers, np.int64)
-        ids = np.empty((len(wanted), self.length), np.int32)
-        document = np.empty((len(wanted), self.length), np.int64)
+        shape = (len(wanted), self.length)
+        ids = np.empty(shape, np.int32)
+        document = np.empty(shape, np.int64)
         blocks, places = np.divmod(wanted, self._rows)
         with self._lock:
             for number in np.unique(blocks).tolist():
@@ -125,11 +126,15 @@ class StreamedRows:
                 here = blocks == number
                 ids[here] = block.ids[places[here]]
                 document[here] = block.document[places[here]]
-        return Block(ids, document, np.full(len(wanted), self.length, np.int32))
+        # Rows of an endless stream are always full.
+        num_valid = np.full(len(wanted), self.length, np.int32)
+        return Block(ids, document, num_valid)
 
     def order(self, seed: int, positions: ArrayLike) -> NDArray[np.int64]:
         places = np.asarray(positions, np.int64)
-        return places // self._rows * self._rows + row_at(seed, places, self._rows)
+        first_of_block = places // self._rows * self._rows
+        # The block is the epoch of `row_at`, so that each block has its own permutation.
+        return first_of_block + row_at(seed, places, self._rows)
 
     def token_counts(self) -> NDArray[np.int64]:
         return self.head.token_counts()
@@ -213,6 +218,7 @@ class StreamedRows:
                 source = chunk.cursor
                 skip = max(0, skip - len(train.ids))
                 document += len(train.sizes)
+            # Only a pass from the start tells the size: one from a cursor has skipped some tokens.
             if is_whole_pass and not num_tokens:
                 raise DataError(
                     "The source gave no token to train on. Give texts that are not empty."

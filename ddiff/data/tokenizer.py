@@ -288,8 +288,10 @@ class AlphabetTokenizer:
         # "surrogatepass": a lone surrogate is refused below, as any other unknown character.
         content = text.encode("utf-32-le", "surrogatepass")
         codes = np.frombuffer(content, dtype=np.uint32).astype(np.int64)
-        is_in_table = codes < len(self._ids)
-        ids = np.where(is_in_table, self._ids[np.minimum(codes, len(self._ids) - 1)], -1)
+        # Code points beyond the table read its last entry, which `where` then replaces.
+        last = len(self._ids) - 1
+        found = self._ids[np.minimum(codes, last)]
+        ids = np.where(codes <= last, found, -1)
         if (ids < 0).any():
             raise UnknownSymbol(text[int(np.argmax(ids < 0))], row, f"Row {row}", self._symbols)
         return ids.tolist()
@@ -329,7 +331,8 @@ class PretrainedTokenizer:
             )
         self.eos_id: int | None = tokenizer.eos_token_id
         holes = set(range(self.num_tokens)) - set(self._spellings)
-        self.special_ids: tuple[int, ...] = tuple(sorted(holes | set(tokenizer.all_special_ids)))
+        special = holes | set(tokenizer.all_special_ids)
+        self.special_ids: tuple[int, ...] = tuple(sorted(special))
         self.fingerprint = fingerprint(["pretrained", self._definition()])[:16]
         self._find_dropped = _dropped_character_finder(self._backend)
 

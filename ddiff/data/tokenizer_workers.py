@@ -129,6 +129,7 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk, held_out: float = 0.0) -> E
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     documents = [ids + end for ids in tokenizer.encode(chunk.texts)]
     sizes = np.array([len(ids) for ids in documents], np.int64)
+    # 64 bits until the range is checked: a cast would wrap around silently.
     wide = np.fromiter(chain.from_iterable(documents), np.int64, int(sizes.sum()))
     if wide.size and (wide.min() < 0 or wide.max() >= tokenizer.num_tokens):
         raise DataError(
