@@ -54,7 +54,7 @@ def compute_cooccurrence_embeddings(
 def _count_contexts(
     ids: NDArray[np.int32], document: NDArray[np.integer], num_tokens: int, window: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return weighted counts [V, C] of the C most frequent tokens before and after each token."""
+    """Count the C most frequent tokens before and after each token, [V, C] each."""
     frequency = np.bincount(ids, minlength=num_tokens)
     # A stable sort, so that tokens of equal frequency are always taken in the same order.
     by_frequency = np.argsort(-frequency, kind="stable")

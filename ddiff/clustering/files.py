@@ -85,7 +85,7 @@ def _check_length(
 
 
 def read_embeddings(path: str, num_tokens: int) -> NDArray[np.float32]:
-    """Read embeddings [V, d] from a .npy or .safetensors file with one matrix of V rows."""
+    """Read embeddings [V, d] from a .npy or .safetensors file."""
     matrix = _read_array(path)
     if matrix.ndim != 2 or matrix.dtype.kind != "f" or len(matrix) != num_tokens:
         raise DataError(

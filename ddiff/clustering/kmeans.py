@@ -41,12 +41,12 @@ def nested_kmeans(
     max_share: float = 5.0,
     special_ids: Sequence[int] = (),
 ) -> tuple[list[_Ints], list[_Floats]]:
-    """Build a tree over the rows of `embeddings` [V, d] with `sizes[l]` nodes at level l.
+    """Build a tree over the rows of `embeddings` [V, d] by k-means.
 
-    `sizes` must be strictly decreasing. The result is (parents, centroids): `parents[l]`
-    [sizes[l-1]] (V for l = 0) holds the index of each node's parent, `centroids[l]` [sizes[l], d]
-    the mean of the embeddings of the node's tokens. Raises ArgumentError for impossible sizes or
-    shares, DataError for NaN.
+    Level l has `sizes[l]` nodes; sizes must decrease strictly. The result is (parents, centroids):
+    `parents[l]` [sizes[l-1]] (V for l = 0) holds the index of each node's parent, `centroids[l]`
+    [sizes[l], d] the mean of the embeddings of the node's tokens. Raises ArgumentError for
+    impossible sizes or shares, DataError for NaN.
     """
     vectors = np.ascontiguousarray(embeddings, dtype=np.float32)
     is_special = np.isin(np.arange(len(vectors)), np.asarray(special_ids, dtype=np.int64))
@@ -172,9 +172,9 @@ def _balance(affinity: _Floats, assignment: _Ints, lower: int, upper: int) -> _I
 def _give_away(
     affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, upper: int
 ) -> None:
-    """Move points of `cluster` to the best clusters with room, until it fits or one is full.
+    """Move points of `cluster` to the best clusters with room.
 
-    The caller repeats it after one is full, because the best clusters have then changed.
+    It stops if a target is full; the caller then repeats it with the changed targets.
     """
     members = np.flatnonzero(assignment == cluster)
     open_clusters = np.flatnonzero(counts < upper)

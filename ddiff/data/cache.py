@@ -130,7 +130,7 @@ def _write_contents(directory: Path, identity: dict[str, Any]) -> None:
 
 
 def _is_whole(place: Path, identity: dict[str, Any]) -> bool:
-    """Whether the entry exists, has this identity and intact files; warn if it is damaged."""
+    """Return whether the entry exists and is intact; warn if it is damaged."""
     if not place.exists():
         return False
     try:
@@ -149,7 +149,7 @@ def _is_whole(place: Path, identity: dict[str, Any]) -> bool:
 
 
 def _is_intact(file: Path, size: int, modified_ns: int, sha256: str) -> bool:
-    """Whether a file is the one that was written."""
+    """Return whether a file has the content that was written."""
     about = file.stat()
     if about.st_size != size:
         return False

@@ -41,7 +41,7 @@ def open_uncompressed(path: str) -> Iterator[BinaryIO]:
         head, whole = _peek(file)
         if (found := detect_format(head)) is not None:
             raise DataError(
-                f"{printable(path)} is no plain text: it begins as a {found} file does. Unpack or "
+                f"{printable(path)} is not plain text: it begins as a {found} file does. Unpack or "
                 'convert it. A corpus may stay packed with [data] kind = "files", which reads '
                 "gzip, bzip2, xz, zstd, lz4 and parquet by the endings."
             )
@@ -70,7 +70,7 @@ def open_decompressed(path: str) -> Iterator[BinaryIO]:
 
 
 def detect_format(head: bytes) -> str | None:
-    """Return the compressed or binary format that a file with these first bytes has, or None."""
+    """Return the compressed or binary format of a file by its first bytes, or None."""
     for signature, name in _SIGNATURES.items():
         if head.startswith(signature) and (name != "bzip2" or head[4:10] in _BZIP2_BLOCKS):
             return name
@@ -87,7 +87,7 @@ def _check_ending(path: str, expected: str | None, found: str | None, head: byte
         else:
             remedy = f'Convert it, or say format = "{found}" if it is parquet'
         raise DataError(
-            f"{printable(path)} is no plain text: it begins as a {found} file does. {remedy}."
+            f"{printable(path)} is not plain text: it begins as a {found} file does. {remedy}."
         )
     if not head:
         content = "is empty"
@@ -145,7 +145,7 @@ class _PrependedFile(io.RawIOBase):
 
 
 def _peek(file: BinaryIO) -> tuple[bytes, BinaryIO]:
-    """Return the first bytes of a file, and a file that still holds all of it."""
+    """Return the first bytes of a file, and an unread copy of the file."""
     head = file.read(_HEAD_BYTES)
     # Not `seek(0)`: not every remote file system can seek.
     return head, io.BufferedReader(_PrependedFile(head, file), _BUFFER_BYTES)

@@ -175,7 +175,7 @@ class SourceCorpus:
         return made
 
     def write_shards(self, tokenizer: Tokenizer, folder: Path) -> Shards:
-        """Tokenize both parts into a folder, or resume it; DataError if a part has no text."""
+        """Tokenize both parts into a folder; DataError if a part has no text."""
         made = write_shards(
             folder,
             self.chunks,
@@ -352,7 +352,7 @@ class ShardedCorpus:
     entropy_rate: float | None = None
 
     def __init__(self, path: str, cache: Cache | None = None) -> None:
-        """Open a local folder; a folder at an fsspec path is copied into the cache once."""
+        """Open a local folder, or copy one at an fsspec path into the cache."""
         folder = _fetch_shards(path, cache) if "://" in path else Path(path)
         self._made = read_shards(folder)
 
@@ -392,7 +392,7 @@ class PartWithoutTexts:
 
 
 def _fetch_shards(path: str, cache: Cache | None) -> Path:
-    """Copy a remote folder of shards into the cache, once for each content of its manifest."""
+    """Copy a remote folder of shards into the cache, once per manifest."""
     try:
         system, place = fsspec.url_to_fs(path.rstrip("/"))
         manifest = system.cat_file(f"{place}/{MANIFEST}")

@@ -28,7 +28,7 @@ def read_bytes(path: str, what: str) -> bytes:
 
 
 def read_json(path: str, what: str) -> Any:
-    """Return the JSON in a file; the DataError of a missing or damaged one begins with `what`."""
+    """Return the JSON in a file; the DataError of a damaged one begins with `what`."""
     content = read_bytes(path, what)
     try:
         return json.loads(content)

@@ -82,7 +82,10 @@ def json_objects(file: BinaryIO, path: str) -> Iterator[tuple[int, str, dict[str
 
 
 def check_no_duplicates(found: dict[str, Any], fields: Iterable[str], place: str) -> None:
-    """Raise DataError if an object has one of these fields twice: JSON leaves open which counts."""
+    """Raise DataError if an object has one of these fields twice.
+
+    JSON does not define which of them counts.
+    """
     if not isinstance(found, _ObjectWithDuplicates):
         return
     duplicates = sorted(found.duplicates & set(fields))
@@ -250,7 +253,7 @@ def _parse(written: str, place: str) -> Any:
         ) from error
     except ValueError as error:  # also raised for a number with more digits than Python converts
         raise DataError(
-            f"{place} is no JSON: it cannot be read ({error}). Every line must be one object."
+            f"{place} is not JSON: it cannot be read ({error}). Every line must be one object."
         ) from error
 
 

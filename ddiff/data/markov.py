@@ -44,9 +44,9 @@ class MarkovSource:
         return float(self.stationary @ _entropy(self.transition))
 
     def row_entropy(self, length: int) -> float:
-        """Return the entropy of a row per symbol, (H(pi) + (length - 1) * rate) / length, in nats.
+        """Return the entropy of a row in nats per symbol.
 
-        It is never below the rate.
+        It is (H(pi) + (length - 1) * rate) / length, and never below the rate.
         """
         entropy = _entropy(self.stationary) + (length - 1) * self.entropy_rate
         return float(entropy / length)

@@ -167,7 +167,7 @@ class PackedRows:
         return np.concatenate([block.document[:, 0] for block in self._blocks()])
 
     def tokens_in_rows(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return a mask [n] of the tokens of the stream that are in the rows `numbers`."""
+        """Return a mask [n] of the stream's tokens in the rows `numbers`."""
         starts, stops = self._spans(numbers)
         # +1 where a row starts, -1 where it stops: the running sum counts the rows at a token.
         border = np.zeros(self.tokens.num_tokens + 1, np.int64)

@@ -109,7 +109,7 @@ def file_version(path: str) -> list[Any]:
 
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
-    """Open a file to read bytes; errors until it is closed become DataErrors that name it."""
+    """Open a file to read bytes; errors become DataErrors that name it."""
     with explain_errors(path):
         local = _local_path(path)
         if local is not None:
@@ -192,9 +192,9 @@ def _matches(folder: str, parts: list[str]) -> Iterator[str]:
 
 
 def _matching_names(folder: str, part: str) -> list[str]:
-    """Return the names in a folder that match a part of a pattern; the part itself if it exists."""
+    """Return the names in a folder that match one part of a pattern."""
     if not any(mark in part for mark in _MARKS) or _exists(os.path.join(folder, part)):
-        return [part]
+        return [part]  # an existing name wins over its meaning as a pattern
     is_hidden = part.startswith(".")
     names = [name for name in _list_names(folder) if name.startswith(".") == is_hidden]
     return [name for name in names if fnmatchcase(name, part)]

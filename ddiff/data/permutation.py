@@ -1,4 +1,4 @@
-"""Shuffled order of rows as a pure function of seed, epoch and position, without stored state.
+"""Shuffled row order as a pure function of seed, epoch and position.
 
 An epoch is a keyed permutation of the rows: a Feistel network on the smallest even number of bits
 that covers them, applied again while the result is outside the range ("cycle walking"). Resuming,
@@ -17,7 +17,7 @@ _UINT = NDArray[np.uint64]
 
 
 def row_at(seed: int, position: ArrayLike, num_rows: int) -> NDArray[np.int64]:
-    """Return the row for each global sample number `position` >= 0, in the shape of `position`.
+    """Return the row of each global sample number `position` >= 0.
 
     Epoch e covers positions e*num_rows .. (e+1)*num_rows - 1 and contains every row exactly once.
     """

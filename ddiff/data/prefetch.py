@@ -57,7 +57,7 @@ class Prefetcher(Generic[Item]):
         return item
 
     def fetch(self, step: int, micro: int, stopped: Callable[[], bool]) -> Item | None:
-        """Return the batch, or None as soon as `stopped()` is true during the wait for it."""
+        """Return the batch, or None if `stopped()` becomes true during the wait."""
         if self._threads is None:
             return self._batch_at(step, micro)
         wanted = (step, micro)
@@ -115,7 +115,7 @@ class _ThreadPool:
     """Pool of daemon threads.
 
     Not a ThreadPoolExecutor: the interpreter waits for its threads at exit, so that a stalled
-    source would keep a run that was told to stop.
+    source would keep a run from stopping.
     """
 
     def __init__(self, size: int) -> None:
@@ -153,7 +153,7 @@ class _ThreadPool:
 
 
 def _is_done(future: Future[Any], seconds: float) -> bool:
-    """Whether a call ends within this time, successfully or not."""
+    """Return whether a call ends within `seconds`, successfully or not."""
     try:
         future.exception(seconds)
     except TimeoutError:

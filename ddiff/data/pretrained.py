@@ -51,7 +51,7 @@ def load_pretrained(
 
 
 def _warn_of_custom_code(loaded: Any, shown: str) -> None:
-    """Warn if the class of the library was loaded in place of the repository's own class."""
+    """Warn if the library's class replaces the repository's own."""
     from transformers import PreTrainedModel  # slow to import, but loading a model has imported it
 
     if isinstance(loaded, PreTrainedModel) and loaded.config.to_dict().get("auto_map"):
@@ -74,13 +74,14 @@ def custom_code_error(shown: str, what: str) -> DataError:
 
 
 def is_folder(source: str) -> bool:
-    """Whether a text names a folder of this machine."""
+    """Return whether a text names a folder of this machine."""
     # pathlib takes an empty text for the working directory.
     return bool(source.strip()) and Path(source).is_dir()
 
 
 def is_local_path(source: str) -> bool:
-    """Whether a text can only be a local path: names on the hub are NAME or OWNER/NAME."""
+    """Return whether a text can only be a local path."""
+    # Names on the hub are NAME or OWNER/NAME.
     return (
         not source.strip()
         or source.startswith((".", "/", "~"))
@@ -90,7 +91,7 @@ def is_local_path(source: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error, with its class if the text says little without it."""
+    """Return the first line of an error, after its class if that is needed."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -109,7 +110,7 @@ def _check_hub_name(source: str, shown: str, what: str) -> None:
         )
     if is_local_path(source):
         raise DataError(
-            f"No {what} from {shown!r}: there is no such folder, and it is no name on the hub "
+            f"No {what} from {shown!r}: there is no such folder, and it is not a name on the hub "
             "(NAME or OWNER/NAME). Check the path; it is relative to where ddiff runs."
         )
 
@@ -128,8 +129,8 @@ def _explain(error: Exception, source: str, shown: str, what: str, is_local: boo
     if is_local:
         return _explain_local(error, Path(source), shown, what)
     return DataError(
-        f"No {what} from {shown!r}. It is no local directory, and the hub did not give it: without "
-        f"a connection, fetch the {what} on a machine that has one and name the directory. "
+        f"No {what} from {shown!r}. It is not a local directory, and the hub did not give it: "
+        f"without a connection, fetch the {what} on a machine that has one and name the directory. "
         f"({first_line(error)})"
     )
 

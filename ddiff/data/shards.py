@@ -104,7 +104,7 @@ class Shard:
 
 @final
 class TokenStream:
-    """Shards of a part in order, as one stream of tokens that is read from disk on demand."""
+    """Shards of a part as one stream of tokens, read from disk on demand."""
 
     def __init__(self, shards: Sequence[Shard], counts: Callable[[], NDArray[np.int64]]) -> None:
         """Take the shards; `counts()` returns the number of occurrences of each token, [V]."""
@@ -128,7 +128,7 @@ class TokenStream:
         return sum(shard.record.bytes for shard in self.shards)
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Return ids [stop - start] of a range of the stream, and the document of each."""
+        """Return ids [stop - start] of a range, and the document of each."""
         ids = np.empty(stop - start, np.int32)
         document = np.empty(stop - start, np.int64)
         # Number of the shard that contains `start`: side="right" skips empty shards before it.
@@ -238,7 +238,7 @@ class Shards:
         return [*(f"{part}.counts.npy" for part in PARTS), "tokenizer.json"]
 
     def written_since(self, began: float) -> tuple[int, float]:
-        """Return the number of tokens written since a time, and the seconds until all was finished.
+        """Return the tokens written since a time, and the seconds until the end.
 
         `began` is in seconds since 1970.
         """
@@ -312,8 +312,8 @@ class Shards:
 def read_shards(folder: Path, name: str | None = None) -> Shards:
     """Read the manifest of a folder that `write_shards` finished.
 
-    `name` replaces the folder in messages. Raises DataError if there is no manifest, or one that is
-    damaged, newer, or names files outside the folder.
+    `name` replaces the folder in messages. Raises DataError if there is no manifest, or one that
+    is damaged, newer, or names files outside the folder.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -321,15 +321,15 @@ def read_shards(folder: Path, name: str | None = None) -> Shards:
         if (folder / JOURNAL).is_file():
             unfinished = " It holds a stopped build: the command that began it resumes it."
         raise DataError(
-            f"{folder} is no folder of token shards: it has no {MANIFEST}.{unfinished} `ddiff data "
-            f"RECIPE --out {folder}` makes one."
+            f"{folder} is not a folder of token shards: it has no {MANIFEST}.{unfinished} `ddiff "
+            f"data RECIPE --out {folder}` makes one."
         )
     manifest = _read_json(path)
     shown = f"{name.rstrip('/')}/{MANIFEST}" if name else path
     if manifest.get("format") != FORMAT or "parts" not in manifest:
         raise DataError(
-            f"{shown} is no manifest that this ddiff reads: format {manifest.get('format')!r}, but "
-            f"{FORMAT} is expected. Tokenize the text again with `ddiff data`, or take the ddiff "
+            f"{shown} is not a manifest that this ddiff reads: format {manifest.get('format')!r}, "
+            f"but {FORMAT} is expected. Tokenize the text again with `ddiff data`, or take the ddiff "
             "that wrote it."
         )
     check_manifest(manifest, shown)
@@ -377,7 +377,9 @@ def _check_record(record: Any, part: str, path: Path | str) -> None:
     for key, value in record.items():
         if key.endswith("sha256"):
             if not isinstance(value, str) or not _SHA256.fullmatch(value):
-                raise _manifest_error(path, f"{key} of {name} is no SHA-256: {str(value)[:80]!r}")
+                raise _manifest_error(
+                    path, f"{key} of {name} is not a SHA-256: {str(value)[:80]!r}"
+                )
         elif key != "name" and not _is_count(value):
             raise _manifest_error(
                 path, f"{key} of {name} must be a whole number from 0; got {str(value)[:80]!r}"
@@ -390,8 +392,8 @@ def _is_count(value: Any) -> bool:
 
 def _manifest_error(path: Path | str, what: str) -> DataError:
     return DataError(
-        f"{path} is no manifest of token shards that ddiff wrote: {what}. Nothing was read by it. "
-        "Copy the folder again from where the shards were made, or tokenize the text again with "
+        f"{path} is not a manifest of token shards that ddiff wrote: {what}. Nothing was read by "
+        "it. Copy the folder again from where the shards were made, or tokenize the text again with "
         "`ddiff data`."
     )
 
@@ -611,16 +613,16 @@ class _Build:
         (self._folder / JOURNAL).unlink(missing_ok=True)
 
     def _written_shards(self, part: str) -> Iterator[Shard]:
-        """Yield the shards of a part one by one, without ends, so that few files are open."""
+        """Yield the written shards of a part one by one, without ends."""
         for record in self.parts[part]:
             path = self._folder / f"{record['name']}.tokens.npy"
             yield Shard(np.load(path, mmap_mode="r"), _NO_ENDS, ShardRecord(**record))
 
 
 def _read_journal(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the journal of an earlier build of the same shards; {} if there is nothing to resume.
+    """Return the journal of an earlier build of the same shards, or {}.
 
-    A damaged journal is ignored, and everything is done again.
+    A journal with wrong entries is ignored, and everything is done again.
     """
     if not path.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""Stream the texts of a large corpus in order, from data sets of the hub or from files.
+"""Stream the texts of a large corpus from hub data sets or files.
 
 Texts are not stored. The cursor of a chunk is the position in the stream after it: another process
 can continue there without reading the earlier files again.
@@ -80,15 +80,15 @@ def open_hub_source(
     column: str = "text",
     revision: str | None = None,
 ) -> TextSource:
-    """Open a data set of the hub, or a local folder of files, as a stream.
+    """Open a hub data set or a local folder as a stream.
 
     The source is identified by name, split and `revision`. Give a revision (a commit): without it,
     shards of an older state of the data set are taken for those of the present one.
     """
     if Path(path).is_file() or (is_local_path(path) and not is_folder(path)):
         raise DataError(
-            f"The data set {path!r} cannot be read: it is no folder, and no name on the hub (NAME "
-            "or OWNER/NAME). Correct it, or name the folder of the data files, relative to "
+            f"The data set {path!r} cannot be read: it is neither a folder nor a name on the hub "
+            "(NAME or OWNER/NAME). Correct it, or name the folder of the data files, relative to "
             'where ddiff runs; single files are read by [data] kind = "files".'
         )
     name = f"The data set {path} ({split})"
@@ -143,7 +143,7 @@ def open_file_source(
 
 @dataclass(frozen=True)
 class _HubStream:
-    """One column of a stream of the datasets library; `remedy` ends the message of a failure."""
+    """One column of a stream of the datasets library; `remedy` is for messages."""
 
     name: str
     column: str

@@ -1,4 +1,4 @@
-"""Rows of a text that is tokenized while it is trained on; only cursors are stored.
+"""Rows of a text that is tokenized during training; only cursors are stored.
 
 The stream is cut into rows, and the rows into blocks of a fixed number, each shuffled by a separate
 permutation. The rows of a step are therefore a function of the step, as with shards. Resuming reads

@@ -61,7 +61,7 @@ def text_lines(file: BinaryIO, name: str) -> Iterator[str]:
 
 
 def check_text(text: str, name: str) -> str:
-    """Return the text; DataError if it is not a string, or holds NUL or a lone surrogate."""
+    """Return the text; DataError for other types, NUL and lone surrogates."""
     if not isinstance(text, str):
         found = repr(text)
         if len(found) > 80:
@@ -78,8 +78,8 @@ def check_text(text: str, name: str) -> str:
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
         raise DataError(
-            f"{name} holds half a surrogate pair at {error.start} ({code}): this is no character. "
-            "It comes from an emoji that was cut in half, or from bytes that are not UTF-8. Drop "
+            f"{name} holds half a surrogate pair at {error.start} ({code}): this is not a "
+            "character. It comes from an emoji that was cut in half, or from bytes that are not UTF-8. Drop "
             'it, or fix the text: text.encode("utf-8", "replace").decode().'
         ) from error
     return text
@@ -90,7 +90,7 @@ def _blocks(file: BinaryIO, name: str) -> Iterator[str]:
     # Number of "\r" at the end of the last block: whether they are one line end or several is
     # decided by the next block.
     returns = 0
-    for block in _decoded(file, name):
+    for block in _decode_blocks(file, name):
         rest = block.lstrip("\r")
         returns += len(block) - len(rest)
         if not rest:
@@ -106,8 +106,8 @@ def _blocks(file: BinaryIO, name: str) -> Iterator[str]:
         yield "\n" * returns
 
 
-def _decoded(file: BinaryIO, name: str) -> Iterator[str]:
-    """Yield the decoded blocks of a file; DataError with the byte offset of an invalid byte."""
+def _decode_blocks(file: BinaryIO, name: str) -> Iterator[str]:
+    """Yield the decoded blocks of a file; DataError names an invalid byte."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     block = file.read(_BLOCK)
     _check_encoding(block, name)

@@ -376,7 +376,7 @@ class PretrainedTokenizer:
         )["input_ids"]
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Return the text of each list of ids; an id without a token (a hole) has no text."""
+        """Return the text of each list of ids; unused ids have no text."""
         checked = _check_ids(ids, self.num_tokens)
         spelled = [[number for number in row if number in self._spellings] for row in checked]
         return self._tokenizer.batch_decode(
@@ -435,7 +435,7 @@ _KINDS: dict[str, Any] = {
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Load a saved tokenizer; DataError if the file is missing, damaged or of an unknown kind."""
+    """Load a saved tokenizer; DataError if the file cannot be used."""
     saved = read_json(path, "load_tokenizer")
     if _is_huggingface(saved):
         raise DataError(
@@ -489,12 +489,12 @@ def _around_difference(before: str, after: str) -> tuple[str, str]:
 
 
 def _is_huggingface(saved: Any) -> bool:
-    """Whether JSON is the definition of a tokenizer of the HuggingFace tokenizers library."""
+    """Return whether JSON defines a tokenizer of the HuggingFace library."""
     return isinstance(saved, dict) and "kind" not in saved and isinstance(saved.get("model"), dict)
 
 
 def _check_not_saved_by_ddiff(source: Path, shown: str) -> None:
-    """Raise DataError for a tokenizer saved by ddiff and for a single file, with the remedy."""
+    """Raise DataError for a tokenizer saved by ddiff and for a single file."""
     file = source / "tokenizer.json" if source.is_dir() else source
     if not file.is_file():
         return
@@ -562,11 +562,11 @@ def _find_surrogate(text: str) -> str | None:
 
 
 def _dropped_character_finder(backend: Any) -> Callable[[str], str] | None:
-    """Return a function that finds a character of a text that byte pairs would silently drop.
+    """Return a function that finds a character that byte pairs silently drop.
 
-    The function returns "" if there is none. Byte pairs without an unknown token leave out
-    characters for which they have no token. The result is None if nothing can be dropped: for
-    other models, which raise an error, and if all bytes have tokens.
+    The function takes a text and returns "" if there is none. Byte pairs without an unknown token
+    leave out characters for which they have no token. The result is None if nothing can be
+    dropped: for other models, which raise an error, and if all bytes have tokens.
     """
     if backend is None:
         return None
@@ -616,7 +616,7 @@ class _CheckedTexts:
 
 
 def _has_long_word(text: str) -> bool:
-    """Whether the text has a word that is so long that it is cut."""
+    """Return whether the text has a word that training would cut."""
     # A quick test decides for most texts: a word is either blanks, or other characters after at
     # most one blank.
     if max(map(len, text.split()), default=0) <= LONGEST_WORD and not _LONG_GAP.search(text):
@@ -631,7 +631,7 @@ def _check_ids(ids: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]
         if row.size and (row.min() < 0 or row.max() >= num_tokens):
             raise ArgumentError(
                 f"decode: ids must lie in 0..{num_tokens - 1}; row {number} holds "
-                f"{row.min()}..{row.max()}. Masks and other nodes are no tokens: decode only "
+                f"{row.min()}..{row.max()}. Masks and other nodes are not tokens: decode only "
                 "finished rows."
             )
     return [row.tolist() for row in rows]

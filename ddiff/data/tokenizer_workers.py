@@ -1,4 +1,4 @@
-"""Encode chunks of texts as token ids, in this process or in several, in the same order.
+"""Encode chunks of texts as token ids, in this process or in several.
 
 The worker processes speak over pipes and are not those of a `ProcessPoolExecutor`:
 
@@ -102,7 +102,7 @@ def hash_to_unit(text: bytes) -> float:
 def encode_chunks(
     chunks: Iterable[Chunk], tokenizer: Tokenizer, *, held_out: float = 0.0, workers: int = 1
 ) -> Iterator[tuple[Chunk, EncodedChunk]]:
-    """Yield every chunk with its ids, in the order of the chunks for any number of `workers`.
+    """Yield every chunk with its ids, in the order of the chunks.
 
     More than one worker means as many other processes. Documents of a chunk without a part are held
     out with probability `held_out` by the hash of their text.
@@ -261,7 +261,7 @@ def _await_oldest(
 
 
 def _locate_errors(encode: Callable[[], EncodedChunk], chunk: Chunk, first: int) -> EncodedChunk:
-    """Call `encode`; an error about a text of the chunk names its row in the corpus."""
+    """Call `encode`; errors name the row of the text in the corpus."""
     try:
         return encode()
     except Unencodable as error:

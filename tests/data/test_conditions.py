@@ -124,7 +124,7 @@ def test_read_json_lines_names_the_faulty_line(name: str, tmp_path: Path) -> Non
 
 def test_read_json_lines_refuses_broken_json_and_repeated_names(tmp_path: Path, file: str) -> None:
     (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n{"text": ')
-    with pytest.raises(DataError, match=r"broken\.jsonl line 2 is no JSON"):
+    with pytest.raises(DataError, match=r"broken\.jsonl line 2 is not JSON"):
         read(str(tmp_path / "broken.jsonl"))
     with pytest.raises(ArgumentError, match="author"):
         read_json_lines([file], labels=["author"], vectors=["author"], validation=[file])

@@ -190,7 +190,7 @@ def test_write_shards_refuses_a_folder_of_other_shards(made: Shards) -> None:
 def test_read_shards_refuses_a_missing_newer_or_damaged_manifest(
     tmp_path: Path, made: Shards
 ) -> None:
-    with pytest.raises(DataError, match="no folder of token shards"):
+    with pytest.raises(DataError, match="not a folder of token shards"):
         read_shards(tmp_path)
     copied = Path(shutil.copytree(made.folder, tmp_path / "copy"))
     (copied / "manifest.json").write_text(json.dumps(dict(made.manifest) | {"format": 99}))
@@ -236,8 +236,8 @@ class ExitingTokenizer:
 
 
 def test_encode_chunks_reports_the_exit_code_of_a_dead_worker(tmp_path: Path) -> None:
+    tokenizer: Any = ExitingTokenizer()
     with pytest.raises(DataError, match="exit code 9"):
-        tokenizer: Any = ExitingTokenizer()
         list(encode_chunks([Chunk(["a"])] * 3, tokenizer, workers=2))
     with pytest.raises(ArgumentError, match="workers"):
         list(encode_chunks([], TOKENIZER, workers=0))

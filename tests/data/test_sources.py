@@ -189,7 +189,7 @@ def test_sharded_corpus_reads_local_and_remote_shards(tmp_path: Path) -> None:
             BytePair.build(BytePair.Config(size=300), documents=again, cache=cache)
     assert made.folder == tmp_path / "shards"
     shutil.rmtree(tmp_path / "shards")
-    with pytest.raises(DataError, match="no folder of token shards"):
+    with pytest.raises(DataError, match="not a folder of token shards"):
         Shards.build(Shards.Config(path=str(tmp_path / "shards")), length=8, seed=0, cache=None)
     with pytest.raises(DataError, match=r"manifest\.json"):
         Shards.build(Shards.Config(path="memory://nowhere"), length=8, seed=0, cache=None)

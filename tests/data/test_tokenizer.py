@@ -162,7 +162,7 @@ def test_from_pretrained_explains_a_missing_tokenizer(
     with pytest.raises(DataError, match="holds no tokenizer"):
         PretrainedTokenizer.from_pretrained(str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"no local directory.*without a connection"):
+    with pytest.raises(DataError, match=r"not a local directory.*without a connection"):
         PretrainedTokenizer.from_pretrained("nobody/no-such-model")
 
 

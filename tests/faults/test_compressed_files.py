@@ -121,7 +121,7 @@ def test_file_source_refuses_plain_text_with_a_compressed_ending(
 def test_file_source_refuses_an_ending_of_another_compression(tmp_path: Path, ending: str) -> None:
     packed = PACKERS[ending](PLAIN)
     with pytest.raises(
-        DataError, match=rf"a\.txt is no plain text: it begins as a {NAMES[ending]} file.*\{ending}"
+        DataError, match=rf"a\.txt is not plain text: it begins as a {NAMES[ending]} file.*\{ending}"
     ):
         read(write(tmp_path / "a.txt", packed))
     other = ".xz" if ending == ".gz" else ".gz"
@@ -156,7 +156,7 @@ def test_plain_readers_name_the_binary_format(tmp_path: Path, kind: str) -> None
         PLAIN_READERS[kind](str(tmp_path / "a.txt"))
     with pytest.raises(DataError, match="begins as a zip file"):
         PLAIN_READERS[kind](str(write(tmp_path / "b.txt", b"PK\x03\x04" + b"x" * 40)))
-    with pytest.raises(DataError, match=r"a\.txt is no plain text: it begins as a parquet file"):
+    with pytest.raises(DataError, match=r"a\.txt is not plain text: it begins as a parquet file"):
         read(tmp_path / "a.txt")
 
 

@@ -57,7 +57,7 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "a label of 5000 digits": (
         '{"text": "a", "y": 1%s}' % ("0" * 5000),
-        "is no JSON: it cannot be read",
+        "is not JSON: it cannot be read",
     ),
     "a label below 0": ('{"text": "a", "y": -1}', 'the label "y"'),
     "a label that is true": ('{"text": "a", "y": true}', "got True"),
@@ -91,8 +91,8 @@ BAD: dict[str, tuple[str, str]] = {
     "no text": ('{"y": 1}', 'an object with the field "text"'),
     "a string": ('"text"', "must be an object"),
     "a number": ("3", "must be an object"),
-    "half a line": ('{"text": "a', "is no JSON"),
-    "two objects": ('{"text": "a"} {"text": "b"}', "is no JSON"),
+    "half a line": ('{"text": "a', "is not JSON"),
+    "two objects": ('{"text": "a"} {"text": "b"}', "is not JSON"),
 }
 
 

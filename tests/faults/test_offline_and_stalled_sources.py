@@ -112,7 +112,7 @@ def test_open_hub_source_does_not_ask_the_hub_for_a_missing_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file.txt").write_text("text")
-    with pytest.raises(DataError, match="it is no folder, and no name on the hub"):
+    with pytest.raises(DataError, match="it is neither a folder nor a name on the hub"):
         open_hub_source(name)
 
 

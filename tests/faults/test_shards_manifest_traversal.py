@@ -88,7 +88,7 @@ def test_manifest_names_outside_the_folder_are_refused(
     change(made.folder, lambda manifest: manifest["parts"]["train"][0].update(name=named))
     before = tree(outside)
     with pytest.raises(
-        DataError, match=r"manifest\.json is no manifest of token shards that ddiff wrote"
+        DataError, match=r"manifest\.json is not a manifest of token shards that ddiff wrote"
     ):
         ShardedCorpus(str(made.folder) if place == "local" else url(made.folder), cache)
     assert tree(outside) == before
@@ -118,7 +118,7 @@ EDITS: dict[str, Callable[[Any], None]] = {
 @pytest.mark.parametrize("edit", EDITS)
 def test_read_shards_refuses_a_wrong_manifest(made: Shards, edit: str) -> None:
     change(made.folder, EDITS[edit])
-    with pytest.raises(DataError, match="is no manifest of token shards that ddiff wrote"):
+    with pytest.raises(DataError, match="is not a manifest of token shards that ddiff wrote"):
         read_shards(made.folder)
 
 
