@@ -121,7 +121,8 @@ def test_file_source_refuses_plain_text_with_a_compressed_ending(
 def test_file_source_refuses_an_ending_of_another_compression(tmp_path: Path, ending: str) -> None:
     packed = PACKERS[ending](PLAIN)
     with pytest.raises(
-        DataError, match=rf"a\.txt is not plain text: it begins as a {NAMES[ending]} file.*\{ending}"
+        DataError,
+        match=rf"a\.txt is not plain text: it begins as a {NAMES[ending]} file.*\{ending}",
     ):
         read(write(tmp_path / "a.txt", packed))
     other = ".xz" if ending == ".gz" else ".gz"
