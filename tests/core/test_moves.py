@@ -329,7 +329,7 @@ def test_components_are_the_process_written_out() -> None:
     log_p, x0 = random_laws(3, 20), torch.arange(20) % 3
     dist = DenseDistribution(log_p, MASKED)
     for method, arguments in (
-        ("rng_at", (zt, t)), ("arrivals_at", (zt, t)), ("log_marginal", (log_p, t)), ("reverse_rates", (dist, zt, t)),
+        ("noise_at", (zt, t)), ("arrivals_at", (zt, t)), ("log_marginal", (log_p, t)), ("reverse_rates", (dist, zt, t)),
         ("density", (dist, x0, zt, t)), ("decode_nll", (dist, x0, zt, t)), ("closing_kl", (dist, x0, t)),
     ):  # fmt: skip
         torch.testing.assert_close(

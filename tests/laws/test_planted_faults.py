@@ -506,7 +506,7 @@ class MovingWithTheBound(MixtureProcess):
     """A step whose candidates all move."""
 
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
-        arrive, before, now = self._arrive_at(zt, s, t), self.rng_at(zt, s), self.rng_at(zt, t)
+        arrive, before, now = self._arrive_at(zt, s, t), self.noise_at(zt, s), self.noise_at(zt, t)
         below = u[:, :1] < (arrive * (1.0 - before) / now).unsqueeze(-1)
         return super().step(
             query, zt, t, s, torch.where(below, u * torch.tensor([0.0, 1.0]).double(), u)

@@ -131,11 +131,12 @@ class MixedStep(GammaHybrid):  # type: ignore[misc]
         moved = super()._move(query, zt, t, s, reveal, arrive, u)
         revealed = (self._is_masked(zt) & ~self._is_masked(moved)).nonzero().squeeze(-1)
 
-        def draw(prediction, rows):
-            return prediction.draw(zt[revealed[rows]], 0 * rows, u[revealed[rows], 1])
+        def draw(prediction: Any, z: Tensor, u: Tensor) -> Tensor:
+            return prediction.draw(z, torch.zeros_like(z), u)
 
         if len(revealed):
-            moved[revealed] = query(revealed, self.scope(zt[revealed]), draw)
+            z = zt[revealed]
+            moved[revealed] = query(revealed, self.scope(z), draw, z, u[revealed, 1])
         return moved
 
 
@@ -143,15 +144,12 @@ class WithoutItsEvidence(GammaHybrid):  # type: ignore[misc]
     """A score is drawn from by its shares alone, whatever word stands there."""
 
     def decode(self, query: Any, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        def draw(prediction: Any, rows: Tensor) -> Tensor:
-            shares = DenseDistribution(
-                prediction.log_ratio[:, :WORDS].log_softmax(-1), self.vocabulary
-            )
-            return shares.draw(
-                torch.full_like(rows, self.vocabulary.root), torch.zeros_like(rows), u[rows, 1]
-            )
+        def draw(prediction: Any, z: Tensor, u: Tensor) -> Tensor:
+            log_p = prediction.log_ratio[:, :WORDS].log_softmax(-1)
+            root = torch.full_like(z, self.vocabulary.root)
+            return DenseDistribution(log_p, self.vocabulary).draw(root, torch.zeros_like(z), u)
 
-        return query(torch.arange(len(zt)), self.scope(zt), draw)
+        return query(torch.arange(len(zt)), self.scope(zt), draw, zt, u[:, 1])
 
 
 class WithoutTheLastDraw(EpsilonHybrid):  # type: ignore[misc]
