@@ -44,7 +44,7 @@ from ddiff import (
 )
 from ddiff.errors import ArgumentError
 from ddiff.plugin.loader import load_plugins
-from ddiff.testing.exact_sampler import measured
+from ddiff.testing.sampler_distribution import measure_sampler
 
 JOINT = torch.tensor(
     [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64
@@ -180,7 +180,7 @@ def row(
     share = points if entry.apart else 4 * points
     cells = []
     for count in steps[:1] if entry.single else steps:
-        result = measured(
+        result = measure_sampler(
             entry.build(count), process, JOINT, points=share, apart=entry.apart, predicts=predicts
         )
         cells.append(f"{result.distance(JOINT):.4f}<br><sub>{result.runs:.1f}</sub>")

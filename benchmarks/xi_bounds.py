@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from ddiff import CleanDistribution, HierarchicalVocabulary, LogTimeClock, TreeProcess
-from ddiff.testing.bound import WHOLE, Table, constant_table, exact_nelbo, random_joint, rest_table
+from ddiff.testing.bound import (
+    WHOLE,
+    Table,
+    constant_table,
+    exact_nelbo,
+    random_joint,
+    rest_conditional_table,
+)
 
 GAMMAS = (0.5, 1.0, 2.0)
 XIS = (1.0, 0.95, 0.9, 0.8, 0.6)
@@ -70,7 +77,7 @@ def process_of(kind: type[TreeProcess], gamma: float, xi: float) -> TreeProcess:
 def laws(process: TreeProcess) -> dict[str, Table]:
     """What stands in for a network."""
     true, bend = (
-        rest_table(process, LOG_JOINT),
+        rest_conditional_table(process, LOG_JOINT),
         torch.tensor([1.0, -0.5, 0.5, -1.0], dtype=torch.float64),
     )
     return {

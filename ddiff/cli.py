@@ -382,7 +382,7 @@ def compare_runs(
 
 
 @app.command()
-def check(
+def evaluate_laws(
     name: Annotated[
         str,
         typer.Argument(
@@ -392,9 +392,9 @@ def check(
     settings: Settings = None,
 ) -> None:
     """Prove the laws that a component must obey; print the largest error of each."""
-    from ddiff.testing.check_command import check as check_laws
+    from ddiff.testing.check_command import check_component
 
-    raise typer.Exit(check_laws(name, settings or []))
+    raise typer.Exit(check_component(name, settings or []))
 
 
 @app.command()

@@ -9,22 +9,22 @@ Each law is itself a callable with a `name`, a `tolerance` and a docstring that 
 `chain.chapman_kolmogorov(process)` gives one `LawReport`. Everything is float64, by brute force, and never random.
 """
 
+from ddiff.testing.clean_distribution import check_clean_distribution
 from ddiff.testing.clock import check_clock
 from ddiff.testing.denoiser import check_denoiser
 from ddiff.testing.head import check_head
-from ddiff.testing.prediction import check_clean_law
 from ddiff.testing.process import check_process
 from ddiff.testing.report import Law, LawReport, assert_laws
 from ddiff.testing.sampler import check_sampler
 from ddiff.testing.schedule import check_schedule
-from ddiff.testing.times import check_time_rule
+from ddiff.testing.time_rule import check_time_rule
 from ddiff.testing.vocabulary import check_vocabulary
 
 __all__ = [
     "Law",
     "LawReport",
     "assert_laws",
-    "check_clean_law",
+    "check_clean_distribution",
     "check_clock",
     "check_denoiser",
     "check_head",

@@ -22,15 +22,15 @@ from ddiff.core.rng import CounterRng
 from ddiff.core.times import Times
 from ddiff.core.tree import TreeProcess
 from ddiff.testing.probes import (
-    certain_laws,
+    certain_log_probs,
     likelihoods,
     logit_nodes,
     num_panels,
     product,
-    random_laws,
+    random_log_probs,
     times,
 )
-from ddiff.testing.report import Gap, gap, law
+from ddiff.testing.report import Gap, compare, law
 
 Window = tuple[float, float]
 Path = Callable[
@@ -92,11 +92,11 @@ class EnumeratedRng(CounterRng):
         self.zt, self.num_states = zt, num_states
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:
-        cells = (shifted(self.zt, channel, self.num_states).double() + 0.5) / self.num_states
+        cells = (shift_states(self.zt, channel, self.num_states).double() + 0.5) / self.num_states
         return cells if count == 1 else cells.unsqueeze(-1).expand(-1, -1, count)
 
 
-def shifted(zt: Tensor, channel: str, num_states: int) -> Tensor:
+def shift_states(zt: Tensor, channel: str, num_states: int) -> Tensor:
     """The states that a channel gives where zt are enumerated."""
     place = CHANNELS.index(channel) if channel in CHANNELS else len(CHANNELS)
     return (zt + place) % num_states
@@ -109,7 +109,7 @@ class EnumeratedPrior(Prior):
         return ((1.0 - u) * len(self.log_prob)).long()
 
 
-def enumerated(process: ForwardProcess) -> ForwardProcess:
+def enumerate_draws(process: ForwardProcess) -> ForwardProcess:
     """The same process, except that its draws are read off the uniforms: state = floor(u S)."""
     twin = copy.copy(process)
     states = process.vocabulary.num_states
@@ -118,12 +118,12 @@ def enumerated(process: ForwardProcess) -> ForwardProcess:
     return twin
 
 
-def straight(v: Tensor, position: int) -> tuple[Tensor, Tensor]:
+def straight_path(v: Tensor, position: int) -> tuple[Tensor, Tensor]:
     """The path that every position shares: its place between the ends of logit t, and the derivative."""
     return v, torch.ones_like(v)
 
 
-def bent(v: Tensor, position: int) -> tuple[Tensor, Tensor]:
+def bent_path(v: Tensor, position: int) -> tuple[Tensor, Tensor]:
     """A path of its own for every position, between the same ends: t_i = f_i(tau)."""
     bend = 0.4 * (-1.0) ** position
     return v + bend * v * (1.0 - v), 1.0 + bend * (1.0 - 2.0 * v)
@@ -134,7 +134,7 @@ def exact_nelbo(
     table: Table,
     length: int,
     window: Window,
-    path: Path = straight,
+    path: Path = straight_path,
     finer: int = 1,
 ) -> Expectation:
     """Exact expectations of `nelbo` for every sequence of `length` words, in the order of `torch.cartesian_prod`.
@@ -147,8 +147,8 @@ def exact_nelbo(
         *window, num_panels(*window, finer), NODES if length == 1 else FEWER_NODES
     )
     t, speed = _nodes(v, width, window, length, path)  # [n,L]
-    sequences = words_of(vocabulary.num_tokens, length)
-    states = words_of(vocabulary.num_states, length)
+    sequences = all_sequences(vocabulary.num_tokens, length)
+    states = all_sequences(vocabulary.num_states, length)
     node, x, z = product(
         torch.arange(len(v)), torch.arange(len(sequences)), torch.arange(len(states))
     )
@@ -159,7 +159,7 @@ def exact_nelbo(
     rule = NodeTimes(t[node], speed[node], window)
     slot = torch.arange(len(node))
     terms = nelbo(
-        enumerated(process), network_from_table(table, vocabulary), x0, torch.ones_like(x0, dtype=torch.bool), rule,
+        enumerate_draws(process), network_from_table(table, vocabulary), x0, torch.ones_like(x0, dtype=torch.bool), rule,
         EnumeratedRng(zt, vocabulary.num_states), slot, len(slot),
     )  # fmt: skip
     parts = []
@@ -169,7 +169,7 @@ def exact_nelbo(
     return Expectation(*parts)
 
 
-def words_of(count: int, length: int) -> Tensor:
+def all_sequences(count: int, length: int) -> Tensor:
     """[count^length, length] every sequence."""
     return torch.cartesian_prod(*[torch.arange(count)] * length).reshape(-1, length)
 
@@ -195,8 +195,8 @@ def _chances(
     counted once."""
     length, once = x0.shape[1], node == 0
     states = process.vocabulary.num_states
-    started = states - 1 - shifted(zt, "prior", states)
-    decoded = shifted(zt, "decoding", states)
+    started = states - 1 - shift_states(zt, "prior", states)
+    decoded = shift_states(zt, "decoding", states)
     prior = process.prior.log_prob.exp()[started].prod(-1) * once
     first = likelihoods(process, times((window[0],)))[0][x0, decoded].prod(-1) * once
     along = torch.ones(len(node), dtype=torch.float64)
@@ -217,16 +217,16 @@ def constant_denoiser(process: ForwardProcess, finer: int = 1) -> Iterator[Gap]:
     """
     num_tokens = process.vocabulary.num_tokens
     words = torch.arange(num_tokens)
-    for log_p in random_laws(num_tokens, 2, seed=1):
+    for log_p in random_log_probs(num_tokens, 2, seed=1):
         table = constant_table(log_p)
         for window in FINITE:
-            yield gap(
+            yield compare(
                 exact_nelbo(process, table, 1, window, finer=finer).total,
                 -log_p,
                 {"x0": words, "window": window},
             )
         total = exact_nelbo(process, table, 1, WHOLE, finer=finer).total + _beyond(process, log_p)
-        yield gap(total, -log_p, {"x0": words, "window": WHOLE})
+        yield compare(total, -log_p, {"x0": words, "window": WHOLE})
 
 
 def constant_table(log_p: Tensor) -> Table:
@@ -263,7 +263,7 @@ def random_joint(num_tokens: int, length: int = 2, seed: int = 4) -> Tensor:
     return logits - logits.logsumexp(tuple(range(length)))
 
 
-def rest_table(process: ForwardProcess, log_joint: Tensor) -> Table:
+def rest_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
     """The exact law of each of two positions given the other's state: P(x_i | z_j), own evidence excluded.
 
     At t = 1 it is the law before anything was said, which is what the closing term asks for.
@@ -283,9 +283,9 @@ def rest_table(process: ForwardProcess, log_joint: Tensor) -> Table:
     return table
 
 
-def full_table(process: ForwardProcess, log_joint: Tensor) -> Table:
+def full_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
     """The exact law given ALL states, own evidence included: what the bound's formulas must not be given."""
-    rest = rest_table(process, log_joint)
+    rest = rest_conditional_table(process, log_joint)
 
     def table(zt: Tensor, t: Tensor) -> Tensor:
         own = torch.stack([_evidence(process, zt[:, i], t[:, i]) for i in (0, 1)], 1)
@@ -305,7 +305,7 @@ def _evidence(process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
 def entropy_equality(
     process: ForwardProcess,
     window: Window = (0.05, 0.9),
-    denoiser: Callable[..., Table] = rest_table,
+    denoiser: Callable[..., Table] = rest_conditional_table,
     finer: int = 1,
 ) -> Iterator[Gap]:
     """With the exact law of each position given the REST, for a random joint of two positions,
@@ -315,7 +315,7 @@ def entropy_equality(
     """
     log_joint = random_joint(process.vocabulary.num_tokens)
     terms = exact_nelbo(process, denoiser(process, log_joint), 2, window, finer=finer)
-    yield gap(
+    yield compare(
         _mean(log_joint, terms.total),
         entropy_of_window(process, log_joint, window),
         {"window": window},
@@ -324,13 +324,13 @@ def entropy_equality(
 
 @law("speed: positions with times of their own", tolerance=1e-8)
 def speed_equality(
-    process: ForwardProcess, window: Window = (0.05, 0.9), path: Path = bent, finer: int = 1
+    process: ForwardProcess, window: Window = (0.05, 0.9), path: Path = bent_path, finer: int = 1
 ) -> Iterator[Gap]:
     """Each position runs its own path t_i = f_i(tau) between the same ends. With the factor dt_i/dtau the bound is what it
     is on the common path, because only the ends matter. Quadrature leaves 1e-9."""
     log_joint = random_joint(process.vocabulary.num_tokens)
-    terms = exact_nelbo(process, rest_table(process, log_joint), 2, window, path, finer)
-    yield gap(
+    terms = exact_nelbo(process, rest_conditional_table(process, log_joint), 2, window, path, finer)
+    yield compare(
         _mean(log_joint, terms.total),
         entropy_of_window(process, log_joint, window),
         {"window": window},
@@ -379,7 +379,7 @@ def discrete_bound_converges(process: ForwardProcess) -> Iterator[Gap]:
     coarse, middle, fine = (_discrete(process, table, window, steps) for steps in (32, 64, 128))
     limit = (8.0 * fine - 6.0 * middle + coarse) / 3.0
     words = torch.arange(process.vocabulary.num_tokens)
-    yield gap(limit, integral, {"x0": words, "window": window}, integral.abs().clamp(min=1e-9))
+    yield compare(limit, integral, {"x0": words, "window": window}, integral.abs().clamp(min=1e-9))
 
 
 def state_and_time_table(process: ForwardProcess) -> Table:
@@ -404,7 +404,7 @@ def _discrete(process: ForwardProcess, table: Table, window: Window, steps: int)
     kept = chance > 0
     step, x0, zt, chance = step[kept], x0[kept], zt[kept], chance[kept]
     s, t = grid[step], grid[step + 1]
-    truth = process.reverse_log_probs(certain_laws(vocabulary.num_tokens)[x0], zt, t, s)
+    truth = process.reverse_log_probs(certain_log_probs(vocabulary.num_tokens)[x0], zt, t, s)
     model = process.reverse_log_probs(table(zt.unsqueeze(1), t.unsqueeze(1)).squeeze(1), zt, t, s)
     divergence = torch.where(truth.isfinite(), truth.exp() * (truth - model), 0.0).sum(-1)
     return torch.zeros(vocabulary.num_tokens, dtype=torch.float64).index_add(
@@ -437,6 +437,6 @@ def weights_are_level_flows(
         )
         start, stop = process.clock.climbed(times(window))
         levels = torch.arange(1, vocabulary.num_levels + 1).expand(vocabulary.num_tokens, -1)
-        yield gap(
+        yield compare(
             flow[:, 1:], (stop - start).expand_as(flow[:, 1:]), {"level": levels, "window": window}
         )

@@ -26,8 +26,8 @@ from ddiff.testing.denoiser import check_denoiser
 from ddiff.testing.head import check_head
 from ddiff.testing.process import check_parts, check_process
 from ddiff.testing.report import LawReport
-from ddiff.testing.sampler import accepted, check_sampler
-from ddiff.testing.times import check_time_rule
+from ddiff.testing.sampler import check_sampler, find_accepted_processes
+from ddiff.testing.time_rule import check_time_rule
 
 WIDTH, LENGTH = 6, 6  # of the heads and sequences that are checked
 OF_PLUGINS = ("process", "sampler")  # kinds that are checked by the name of their plugin
@@ -41,7 +41,9 @@ class Instance(NamedTuple):
     prove: Callable[[], list[LawReport]]
 
 
-def check(name: str, settings: Sequence[str], plugins: Sequence[str] | None = None) -> int:
+def check_component(
+    name: str, settings: Sequence[str], plugins: Sequence[str] | None = None
+) -> int:
     """Check a component, or every process and sampler of a plugin; 0 when all laws hold, 1 when one is broken.
 
     `settings` are key=value texts for the component's Config. Without `plugins` everything installed is searched. Raises
@@ -202,7 +204,7 @@ def _backbones(component: Component, part: ComponentSpec, configured: bool) -> l
 
 def _samplers(component: Component, part: ComponentSpec, configured: bool) -> list[Instance]:
     """The sampler on each small process that it takes."""
-    subjects, refused = accepted(
+    subjects, refused = find_accepted_processes(
         lambda vocabulary, steps: part.build(steps=steps, vocabulary=vocabulary)
     )
     if not subjects:

@@ -14,7 +14,7 @@ from ddiff.core.times import Noisy
 from ddiff.nn.denoiser import PARAMETERIZATIONS, Context, Denoiser, as_network
 from ddiff.testing.head import in_float64
 from ddiff.testing.probes import grid_of_uniforms
-from ddiff.testing.report import Gap, Law, LawReport, check, gap, law
+from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, law
 
 BATCH, LENGTH = 3, 6
 
@@ -48,7 +48,7 @@ def _some(noisy: Noisy, *index: slice) -> Noisy:
 def rows_have_laws(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
     """Every row is told a law over the words: finite or impossible, with sum 1. Rounding of float64 softmaxes."""
     twin, noisy = _prepared(denoiser, process)
-    yield gap(_log_p(twin, process, noisy, Context()).exp().sum(-1), 1.0, {"zt": noisy.zt})
+    yield compare(_log_p(twin, process, noisy, Context()).exp().sum(-1), 1.0, {"zt": noisy.zt})
 
 
 @law("denoiser: a sample does not depend on its batch", tolerance=1e-9)
@@ -58,7 +58,7 @@ def batches_agree(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
     together = _log_p(twin, process, noisy, Context()).exp()
     for i in range(BATCH):
         alone = _log_p(twin, process, _some(noisy, slice(i, i + 1)), Context()).exp()
-        yield gap(alone, together[i : i + 1], {"sequence": i})
+        yield compare(alone, together[i : i + 1], {"sequence": i})
 
 
 @law("denoiser: padding does not matter", tolerance=1e-9)
@@ -70,7 +70,7 @@ def padding_is_invisible(denoiser: Denoiser, process: ForwardProcess) -> Iterato
     bare = _log_p(twin, process, _some(noisy, slice(None), slice(kept)), Context()).exp()
     for filling in (noisy.zt, torch.where(valid, noisy.zt, process.vocabulary.num_states - 1)):
         padded = _log_p(twin, process, noisy._replace(zt=filling), Context(valid=valid)).exp()
-        yield gap(padded[:, :kept], bare, {"valid": valid[:, :kept].long()})
+        yield compare(padded[:, :kept], bare, {"valid": valid[:, :kept].long()})
 
 
 @law("denoiser: documents in one row do not see each other", tolerance=1e-12)
@@ -81,7 +81,7 @@ def documents_are_apart(denoiser: Denoiser, process: ForwardProcess) -> Iterator
     before = _log_p(twin, process, noisy, Context(document=document)).exp()
     changed = torch.where(document == 1, (noisy.zt + 1) % process.vocabulary.num_states, noisy.zt)
     after = _log_p(twin, process, noisy._replace(zt=changed), Context(document=document)).exp()
-    yield gap(after[document == 0], before[document == 0], {"a row of": "the first document"})
+    yield compare(after[document == 0], before[document == 0], {"a row of": "the first document"})
 
 
 @law("denoiser: what it says excludes the row's own evidence", tolerance=1e-9)
@@ -105,7 +105,7 @@ def evidence_is_dropped(denoiser: Denoiser, process: ForwardProcess) -> Iterator
             expected, process.log_likelihood(noisy.zt.reshape(-1), noisy.t.reshape(-1))
         )
     got = _log_p(twin, process, noisy, Context()).reshape(len(rows), -1)
-    yield gap(got.exp(), expected.exp(), {"zt": noisy.zt.reshape(-1)})
+    yield compare(got.exp(), expected.exp(), {"zt": noisy.zt.reshape(-1)})
 
 
 DENOISER_LAWS: tuple[Law, ...] = (
@@ -119,4 +119,4 @@ DENOISER_LAWS: tuple[Law, ...] = (
 
 def check_denoiser(denoiser: Denoiser, process: ForwardProcess) -> list[LawReport]:
     """Every law of a denoiser (backbone + head) beside a small process on the same vocabulary."""
-    return check(denoiser, DENOISER_LAWS, process=process)
+    return evaluate_laws(denoiser, DENOISER_LAWS, process=process)

@@ -22,15 +22,15 @@ from ddiff.testing.probes import (
     grid_of_uniforms,
     likelihoods,
     product,
-    random_laws,
+    random_log_probs,
     times,
 )
-from ddiff.testing.report import Gap, gap, law
+from ddiff.testing.report import Gap, compare, law
 
 POINTS = 2048
 
 
-def law_of_draws(
+def estimate_distribution(
     draw: Callable[[Tensor, Tensor], Tensor], rows: int, dimensions: int, states: int
 ) -> Tensor:
     """[rows, states] the law of draw(which row [n], uniforms [n, dimensions]) over an even covering of the cube."""
@@ -48,11 +48,13 @@ def sample_follows_marginal(process: ForwardProcess) -> Iterator[Gap]:
     vocabulary, distinct = process.vocabulary, times(INNER, ENDS)
     x0, t = product(torch.arange(vocabulary.num_tokens), distinct)
     draw = lambda row, u: process.sample(x0[row], t[row], u)  # noqa: E731
-    drawn = law_of_draws(draw, len(x0), process.uniforms_per_sample, vocabulary.num_states)
+    drawn = estimate_distribution(draw, len(x0), process.uniforms_per_sample, vocabulary.num_states)
     expected = likelihoods(process, distinct).transpose(0, 1).reshape(len(x0), -1)
-    yield gap(drawn, expected, {"x0": x0, "t": t})
-    prior = law_of_draws(lambda row, u: process.prior.draw(u[:, 0]), 1, 1, vocabulary.num_states)
-    yield gap(prior, process.prior.log_prob.exp(), {"draws of": "the prior"})
+    yield compare(drawn, expected, {"x0": x0, "t": t})
+    prior = estimate_distribution(
+        lambda row, u: process.prior.draw(u[:, 0]), 1, 1, vocabulary.num_states
+    )
+    yield compare(prior, process.prior.log_prob.exp(), {"draws of": "the prior"})
 
 
 @law("step: its law = posterior", tolerance=5e-3)
@@ -65,7 +67,7 @@ def step_follows_posterior(process: ForwardProcess) -> Iterator[Gap]:
 
 def _step_gaps(process: ForwardProcess, s: float, t: float) -> Iterator[Gap]:
     vocabulary = process.vocabulary
-    log_p = random_laws(vocabulary.num_tokens, 1, seed=3)
+    log_p = random_log_probs(vocabulary.num_tokens, 1, seed=3)
     reachable = (log_p.exp() @ likelihoods(process, times((t,)))[0])[0] > 1e-9
     zt = reachable.nonzero().squeeze(-1)
     last, first = (
@@ -77,9 +79,9 @@ def _step_gaps(process: ForwardProcess, s: float, t: float) -> Iterator[Gap]:
         query = TableQuery(log_p.expand(len(row), -1), vocabulary)
         return process.step(query, zt[row], last[row], first[row], u)
 
-    drawn = law_of_draws(draw, len(zt), process.uniforms_per_step, vocabulary.num_states)
+    drawn = estimate_distribution(draw, len(zt), process.uniforms_per_step, vocabulary.num_states)
     expected = process.reverse_log_probs(log_p.expand(len(zt), -1), zt, last, first).exp()
-    yield gap(drawn, expected, {"zt": zt, "s": s, "t": t})
+    yield compare(drawn, expected, {"zt": zt, "s": s, "t": t})
 
 
 @law("decode: its law = Bayes", tolerance=5e-3)
@@ -87,7 +89,7 @@ def decode_follows_bayes(process: ForwardProcess) -> Iterator[Gap]:
     """The last draw has the law p(x) q_t(z|x) / q_t-bar(z), the row's own evidence included, and at t = 0 a closed process
     returns the state itself. 2048 even points resolve a probability to 5e-3."""
     vocabulary = process.vocabulary
-    log_p = random_laws(vocabulary.num_tokens, 1, seed=3)
+    log_p = random_log_probs(vocabulary.num_tokens, 1, seed=3)
     for t in (0.0, 0.02, 0.5, 0.97):
         joint = log_p.exp().T * likelihoods(process, times((t,)))[0]
         zt = (joint.sum(0) > 1e-9).nonzero().squeeze(-1)
@@ -98,8 +100,10 @@ def decode_follows_bayes(process: ForwardProcess) -> Iterator[Gap]:
                 TableQuery(log_p.expand(len(row), -1), vocabulary), zt[row], now[row], u
             )
 
-        drawn = law_of_draws(draw, len(zt), process.uniforms_per_decode, vocabulary.num_tokens)
-        yield gap(drawn, (joint / joint.sum(0)).T[zt], {"zt": zt, "t": t})
+        drawn = estimate_distribution(
+            draw, len(zt), process.uniforms_per_decode, vocabulary.num_tokens
+        )
+        yield compare(drawn, (joint / joint.sum(0)).T[zt], {"zt": zt, "t": t})
 
 
 @law("step: asks at most once, and nothing when s = t", tolerance=0.0)
@@ -114,15 +118,15 @@ def step_queries_once(process: ForwardProcess) -> Iterator[Gap]:
     query = _fresh_query(process, len(zt))
     t = torch.full(zt.shape, 0.5, dtype=torch.float64)
     zs = process.step(query, zt, t, t - 0.2, u[point])
-    yield gap(
+    yield compare(
         torch.tensor(max(query.calls - 1, 0)), 0.0, {"extra calls in a step from 0.5 to": 0.3}
     )
     unasked = torch.ones(len(zt), dtype=torch.bool).index_fill(0, query.asked, False)
-    yield gap(zs[unasked], zt[unasked].double(), {"a row that was not asked, zt": zt[unasked]})
+    yield compare(zs[unasked], zt[unasked].double(), {"a row that was not asked, zt": zt[unasked]})
     query = _fresh_query(process, len(zt))
     zs = process.step(query, zt, t, t, u[point])
-    yield gap(torch.tensor(query.calls), 0.0, {"calls in a step from 0.5 to": 0.5})
-    yield gap(zs, zt.double(), {"s = t = 0.5, zt": zt})
+    yield compare(torch.tensor(query.calls), 0.0, {"calls in a step from 0.5 to": 0.5})
+    yield compare(zs, zt.double(), {"s = t = 0.5, zt": zt})
 
 
 @law("decode: asks at most once", tolerance=0.0)
@@ -135,7 +139,7 @@ def decode_queries_once(process: ForwardProcess) -> Iterator[Gap]:
         query = _fresh_query(process, len(zt))
         process.decode(query, zt, now, grid_of_uniforms(16, process.uniforms_per_decode)[point])
         allowed = 0 if process.closes_at_clean and t == 0.0 else 1
-        yield gap(torch.tensor(max(query.calls - allowed, 0)), 0.0, {"extra calls at t": t})
+        yield compare(torch.tensor(max(query.calls - allowed, 0)), 0.0, {"extra calls at t": t})
 
 
 @law("a draw depends on its own uniforms only", tolerance=0.0)
@@ -154,7 +158,7 @@ def draws_are_their_own(process: ForwardProcess) -> Iterator[Gap]:
         )
     }
     zt = process.sample(x0, t, u["sample"])
-    table = random_laws(process.vocabulary.num_tokens, count, seed=2)
+    table = random_log_probs(process.vocabulary.num_tokens, count, seed=2)
 
     def stepped(rows: Tensor, uniforms: Tensor) -> Tensor:
         return process.step(
@@ -180,14 +184,14 @@ def _company_gaps(name: str, draw: Callable[[Tensor, Tensor], Tensor], u: Tensor
     everybody = torch.arange(len(u))
     together = draw(everybody, u)
     labels = {"draw": name, "row": everybody}
-    yield gap(draw(everybody, u), together.double(), {**labels, "drawn": "again"})
+    yield compare(draw(everybody, u), together.double(), {**labels, "drawn": "again"})
     mixed = (everybody * 7) % len(u)
     if len(mixed.unique()) == len(mixed):
-        yield gap(
+        yield compare(
             draw(mixed, u[mixed]), together[mixed].double(), {**labels, "drawn": "in another order"}
         )
     some = everybody[::5]
-    yield gap(
+    yield compare(
         draw(some, u[some]),
         together[some].double(),
         {"draw": name, "row": some, "drawn": "in less company"},
@@ -195,7 +199,7 @@ def _company_gaps(name: str, draw: Callable[[Tensor, Tensor], Tensor], u: Tensor
     others = torch.where((everybody % 2 == 0).unsqueeze(-1), u, 1.0 - u - 2.0**-40)
     even = everybody[::2]
     changed = draw(everybody, others)[even]
-    yield gap(
+    yield compare(
         changed,
         together[even].double(),
         {"draw": name, "row": even, "changed": "the others' uniforms"},
@@ -213,12 +217,12 @@ def arguments_are_untouched(process: ForwardProcess) -> Iterator[Gap]:
     u_step = grid_of_uniforms(len(x0), process.uniforms_per_step)
     u_decode = grid_of_uniforms(len(x0), process.uniforms_per_decode)
     zt = process.sample(x0.clone(), t, u_sample)
-    log_p = random_laws(vocabulary.num_tokens, len(x0))
+    log_p = random_log_probs(vocabulary.num_tokens, len(x0))
     query = TableQuery(log_p, vocabulary)
     prediction = DenseDistribution(log_p, vocabulary)
     u_climb = grid_of_uniforms(len(x0), process.uniforms_per_forward_step)
     u_event = grid_of_uniforms(len(x0), process.uniforms_per_event)
-    vector = random_laws(vocabulary.num_states, len(x0)).exp()
+    vector = random_log_probs(vocabulary.num_states, len(x0)).exp()
     calls: dict[str, tuple[Callable, tuple]] = {
         "log_marginal": (process.log_marginal, (log_p, t)),
         "sample": (process.sample, (x0, t, u_sample)),
@@ -249,10 +253,11 @@ def arguments_are_untouched(process: ForwardProcess) -> Iterator[Gap]:
         before = [argument.clone() for argument in (*arguments, log_p)]
         call(*arguments)
         for argument, copy in zip((*arguments, log_p), before):
-            yield gap(argument, copy.double(), {"modified by": name})
+            yield compare(argument, copy.double(), {"modified by": name})
 
 
 def _fresh_query(process: ForwardProcess, rows: int) -> TableQuery:
     return TableQuery(
-        random_laws(process.vocabulary.num_tokens, 1, seed=3).expand(rows, -1), process.vocabulary
+        random_log_probs(process.vocabulary.num_tokens, 1, seed=3).expand(rows, -1),
+        process.vocabulary,
     )

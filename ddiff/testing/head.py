@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ddiff.core.prediction import CleanDistribution
 from ddiff.nn.heads import Head
-from ddiff.testing.prediction import CLEAN_LAW_LAWS, below
-from ddiff.testing.report import Gap, Law, LawReport, check, gap, law
+from ddiff.testing.clean_distribution import CLEAN_LAW_LAWS, below
+from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, law
 
 ROWS = 17
 
@@ -68,7 +68,7 @@ def scopes_agree(head: Head) -> Iterator[Gap]:
     hidden, node, word = _questions(head)
     question = _surprise(node, word)
     whole = _query(head, hidden, torch.full_like(node, head.vocabulary.root), question)
-    yield gap(
+    yield compare(
         _query(head, hidden, node, question), whole, {"node": node, "word": word}, 1.0 + whole.abs()
     )
 
@@ -82,9 +82,9 @@ def chunks_agree(head: Head) -> Iterator[Gap]:
     whole = _query(head, hidden, node, question)
     head.chunk_logits = 1
     total, values = head.total(hidden, node, question)
-    yield gap(_query(head, hidden, node, question), whole, {"node": node}, 1.0 + whole.abs())
-    yield gap(values, whole, {"node": node}, 1.0 + whole.abs())
-    yield gap(total, whole.sum(), {"the": "sum"}, 1.0 + whole.abs().sum())
+    yield compare(_query(head, hidden, node, question), whole, {"node": node}, 1.0 + whole.abs())
+    yield compare(values, whole, {"node": node}, 1.0 + whole.abs())
+    yield compare(total, whole.sum(), {"the": "sum"}, 1.0 + whole.abs().sum())
 
 
 @law("head: gradients = autograd of the dense law", tolerance=1e-9)
@@ -103,7 +103,7 @@ def gradients_agree(head: Head) -> Iterator[Gap]:
     for name, ours, dense in zip(
         ("hidden", *(name for name, _ in twin.named_parameters())), got, expected
     ):
-        yield gap(ours, dense, {"gradient of": name}, 1.0 + dense.abs().max())
+        yield compare(ours, dense, {"gradient of": name}, 1.0 + dense.abs().max())
 
 
 HEAD_LAWS: tuple[Law, ...] = (scopes_agree, chunks_agree, gradients_agree)
@@ -111,7 +111,7 @@ HEAD_LAWS: tuple[Law, ...] = (scopes_agree, chunks_agree, gradients_agree)
 
 def check_head(head: Head) -> list[LawReport]:
     """Every law of a head on a small vocabulary, and those of the laws that it gives at the root and below each node."""
-    reports = check(head, HEAD_LAWS)
+    reports = evaluate_laws(head, HEAD_LAWS)
     for node in (
         head.vocabulary.root,
         *range(head.vocabulary.num_tokens, head.vocabulary.num_states - 1),
@@ -127,7 +127,7 @@ def _law_reports(head: Head, node: int) -> list[LawReport]:
     gathered: list[LawReport] = []
 
     def question(prediction: CleanDistribution, idx: Tensor) -> Tensor:
-        gathered.extend(check(prediction, CLEAN_LAW_LAWS))
+        gathered.extend(evaluate_laws(prediction, CLEAN_LAW_LAWS))
         return torch.zeros(len(idx))
 
     head.query(hidden, torch.full((3,), node), question)

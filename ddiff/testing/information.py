@@ -12,7 +12,7 @@ from ddiff.core.information import TimeChange
 from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess
 from ddiff.testing.probes import ENDS, INNER, NEAR_ENDS, likelihoods, product, times
-from ddiff.testing.report import Gap, gap, law
+from ddiff.testing.report import Gap, compare, law
 
 WINDOWS = ((1e-3, 1.0 - 1e-3), (0.0, 1.0))
 TOKENS = 64  # of the sequence that draws are made for
@@ -27,10 +27,10 @@ def information_is_enumerated(process: ForwardProcess) -> Iterator[Gap]:
     mean = q.mean(1, keepdim=True)
     ratio = torch.where(q > 0, q / torch.where(mean > 0, mean, 1.0), 1.0)
     expected = (q * ratio.log()).sum(-1).mean(-1)
-    yield gap(process.information(t), expected, {"t": t})
-    yield gap(process.information_lost(t), expected[0] - expected, {"t": t})
+    yield compare(process.information(t), expected, {"t": t})
+    yield compare(process.information_lost(t), expected[0] - expected, {"t": t})
     stayed = q.diagonal(dim1=-2, dim2=-1).mean(-1)
-    yield gap(process.moved(t), 1.0 - stayed, {"moved at t": t})
+    yield compare(process.moved(t), 1.0 - stayed, {"moved at t": t})
 
 
 @law("information time: rises from the first time to the last at its own speed", tolerance=1e-3)
@@ -42,10 +42,10 @@ def clock_is_a_time_change(process: ForwardProcess) -> Iterator[Gap]:
     clock = process.information_time
     tau = torch.linspace(0.01, 0.99, 4001, dtype=torch.float64)
     t, speed = clock.at(tau)
-    yield gap((t.diff() > 0).double(), 1.0, {"after tau": tau[:-1]})
+    yield compare((t.diff() > 0).double(), 1.0, {"after tau": tau[:-1]})
     panels = (speed[:-2:2] + 4.0 * speed[1:-1:2] + speed[2::2]) * float(tau[1] - tau[0]) / 3.0
     moved = t[2::2] - t[:-2:2]
-    yield gap(panels, moved, {"tau": tau[1:-1:2]}, moved)
+    yield compare(panels, moved, {"tau": tau[1:-1:2]}, moved)
 
 
 @law("information time: equal shares of tau lose equal information", tolerance=0.01)
@@ -54,7 +54,7 @@ def tau_is_the_share_lost(process: ForwardProcess) -> Iterator[Gap]:
     a percent."""
     tau = torch.linspace(0.0, 1.0, 41, dtype=torch.float64)
     kept = process.information(process.information_time.at(tau)[0])
-    yield gap((kept[0] - kept) / (kept[0] - kept[-1]), tau, {"tau": tau})
+    yield compare((kept[0] - kept) / (kept[0] - kept[-1]), tau, {"tau": tau})
 
 
 @law("bound: no end of time holds most of the variance", tolerance=0.4)
@@ -66,10 +66,14 @@ def variance_has_no_tail(process: ForwardProcess) -> Iterator[Gap]:
     `information` and `moved` where they are overridden; else begin the window later.
     """
     for window in WINDOWS:
-        yield gap(outer_share(process, process.information_time, window), 0.0, {"window": window})
+        yield compare(
+            tail_variance_share(process, process.information_time, window), 0.0, {"window": window}
+        )
 
 
-def outer_share(process: ForwardProcess, clock: TimeChange, window: tuple[float, float]) -> Tensor:
+def tail_variance_share(
+    process: ForwardProcess, clock: TimeChange, window: tuple[float, float]
+) -> Tensor:
     """The share of the second moment of a token's charge that the outermost draws hold; infinite where that is."""
     edge = torch.linspace(0.0, OUTER, 26, dtype=torch.float64)
     inner = torch.linspace(OUTER, 1.0 - OUTER, 99, dtype=torch.float64)

@@ -28,7 +28,7 @@ def times(*groups: tuple[float, ...]) -> Tensor:
     return torch.tensor([t for group in groups for t in group], dtype=torch.float64)
 
 
-def random_laws(num_tokens: int, count: int = 3, seed: int = 0) -> Tensor:
+def random_log_probs(num_tokens: int, count: int = 3, seed: int = 0) -> Tensor:
     """[count, V] log-laws from nearly even to peaked."""
     logits = torch.randn(
         count, num_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
@@ -37,7 +37,7 @@ def random_laws(num_tokens: int, count: int = 3, seed: int = 0) -> Tensor:
     return (sharpness.unsqueeze(-1) * logits).log_softmax(-1)
 
 
-def certain_laws(num_tokens: int) -> Tensor:
+def certain_log_probs(num_tokens: int) -> Tensor:
     """[V, V] the log-law that is sure of each word."""
     return torch.eye(num_tokens, dtype=torch.float64).log()
 
@@ -80,17 +80,17 @@ def likelihoods(process: ForwardProcess, t: Tensor) -> Tensor:
     """[r, V, S] q_t(z|x), read from the marginal alone."""
     num_tokens = process.vocabulary.num_tokens
     rows = process.log_marginal(
-        certain_laws(num_tokens).repeat(len(t), 1), t.repeat_interleave(num_tokens)
+        certain_log_probs(num_tokens).repeat(len(t), 1), t.repeat_interleave(num_tokens)
     )
     return rows.exp().reshape(len(t), num_tokens, -1)
 
 
-class Rows:
+class ReachableRows:
     """Every (law, clean token, state, time) in which the state can occur: what the bound may meet."""
 
     def __init__(self, process: ForwardProcess, t: Tensor, laws: Tensor | None = None) -> None:
         vocabulary = process.vocabulary
-        self.dists = random_laws(vocabulary.num_tokens) if laws is None else laws
+        self.dists = random_log_probs(vocabulary.num_tokens) if laws is None else laws
         x0, zt = torch.arange(vocabulary.num_tokens), torch.arange(vocabulary.num_states)
         law_index, time_index, x0, zt = product(
             torch.arange(len(self.dists)), torch.arange(len(t)), x0, zt
@@ -101,7 +101,7 @@ class Rows:
         self.weight, self.log_p = weight[possible], self.dists[law_index[possible]]
         self.dist = DenseDistribution(self.log_p, vocabulary)
 
-    def take(self, which: Tensor) -> Rows:
+    def take(self, which: Tensor) -> ReachableRows:
         """The rows marked by a bool [r]."""
         some = copy.copy(self)
         some.x0, some.zt, some.t = self.x0[which], self.zt[which], self.t[which]
@@ -129,7 +129,7 @@ class TableQuery:
         self.calls += 1
         self.asked = rows
         parts = []
-        for idx, dist in laws_below(self.log_p[rows], node, self.vocabulary):
+        for idx, dist in distributions_below(self.log_p[rows], node, self.vocabulary):
             parts.append((idx, fn(dist, *(value[idx] for value in per_row))))
         order = torch.cat([idx for idx, _ in parts])
         if isinstance(parts[0][1], tuple):
@@ -139,7 +139,7 @@ class TableQuery:
         return _in_order(order, [result for _, result in parts])
 
 
-def laws_below(
+def distributions_below(
     log_p: Tensor, node: Tensor, vocabulary: Vocabulary
 ) -> Iterator[tuple[Tensor, CleanDistribution]]:
     """Rows grouped by the node that they ask below: (which rows, a law that knows nothing else)."""
@@ -153,7 +153,7 @@ def laws_below(
         yield idx, DenseDistribution(log_p[idx][:, words].log_softmax(-1), vocabulary, top)
 
 
-def read_below(
+def evaluate_below(
     formula: Callable[..., Tensor],
     log_p: Tensor,
     node: Tensor,

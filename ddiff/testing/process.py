@@ -8,17 +8,17 @@ from ddiff.core.schedule import Schedule
 from ddiff.errors import ArgumentError
 from ddiff.testing import (
     bound,
-    bound_draws,
+    bound_terms,
     chain,
+    derived_formulas,
     draws,
-    edges,
+    edge_cases,
     information,
-    posterior,
-    reverse_rates,
+    reverse_process,
 )
 from ddiff.testing.clock import check_clock
 from ddiff.testing.probes import require_small
-from ddiff.testing.report import Law, LawReport, check
+from ddiff.testing.report import Law, LawReport, evaluate_laws
 from ddiff.testing.schedule import check_schedule
 from ddiff.testing.vocabulary import check_vocabulary
 
@@ -34,19 +34,19 @@ PROCESS_LAWS: tuple[Law, ...] = (
     chain.ends_as_declared,
     chain.ends_are_approached,
     chain.safe_at_ends,
-    posterior.posterior_is_bayes,
-    posterior.posterior_is_derived,
-    posterior.likelihood_is_derived,
-    posterior.density_is_derived,
-    posterior.score_is_law,
-    posterior.weight_is_derived,
-    posterior.factors_multiply,
-    posterior.density_is_a_divergence,
-    posterior.decode_nll_is_derived,
-    posterior.closing_kl_is_derived,
-    posterior.active_covers_density,
-    posterior.scope_suffices,
-    posterior.informed_is_enough,
+    derived_formulas.posterior_is_bayes,
+    derived_formulas.posterior_is_derived,
+    derived_formulas.likelihood_is_derived,
+    derived_formulas.density_is_derived,
+    derived_formulas.score_is_law,
+    derived_formulas.weight_is_derived,
+    derived_formulas.factors_multiply,
+    derived_formulas.density_is_a_divergence,
+    derived_formulas.decode_nll_is_derived,
+    derived_formulas.closing_kl_is_derived,
+    derived_formulas.active_covers_density,
+    derived_formulas.scope_suffices,
+    derived_formulas.informed_is_enough,
     draws.sample_follows_marginal,
     draws.step_follows_posterior,
     draws.decode_follows_bayes,
@@ -54,21 +54,21 @@ PROCESS_LAWS: tuple[Law, ...] = (
     draws.decode_queries_once,
     draws.draws_are_their_own,
     draws.arguments_are_untouched,
-    edges.gradients_are_finite,
-    edges.impossible_truth_is_bayes,
-    reverse_rates.from_clean_is_marginal,
-    reverse_rates.stay_probability_is_derived,
-    reverse_rates.scores_at_ends,
-    reverse_rates.scores_decode_to_posterior,
-    reverse_rates.scores_are_decoded,
-    reverse_rates.reverse_flows_balance,
-    reverse_rates.density_is_of_reverse_rates,
-    reverse_rates.reverse_rates_make_posterior,
-    reverse_rates.forward_step_follows_transition,
-    reverse_rates.events_follow_reverse_rates,
-    reverse_rates.events_query_once,
-    reverse_rates.monotone_moves_reveal,
-    reverse_rates.solve_inverts,
+    edge_cases.gradients_are_finite,
+    edge_cases.impossible_truth_is_bayes,
+    reverse_process.from_clean_is_marginal,
+    reverse_process.stay_probability_is_derived,
+    reverse_process.scores_at_ends,
+    reverse_process.scores_decode_to_posterior,
+    reverse_process.scores_are_decoded,
+    reverse_process.reverse_flows_balance,
+    reverse_process.density_is_of_reverse_rates,
+    reverse_process.reverse_rates_make_posterior,
+    reverse_process.forward_step_follows_transition,
+    reverse_process.events_follow_reverse_rates,
+    reverse_process.events_query_once,
+    reverse_process.monotone_moves_reveal,
+    reverse_process.solve_inverts,
     information.information_is_enumerated,
     information.clock_is_a_time_change,
     information.tau_is_the_share_lost,
@@ -78,13 +78,13 @@ PROCESS_LAWS: tuple[Law, ...] = (
     bound.discrete_bound_converges,
     bound.entropy_equality,
     bound.speed_equality,
-    bound_draws.draws_of_the_bound,
+    bound_terms.draws_of_the_bound,
 )
 
 OF_EXACT_STEPS = (
     draws.step_follows_posterior,
     draws.decode_follows_bayes,
-    reverse_rates.events_follow_reverse_rates,
+    reverse_process.events_follow_reverse_rates,
 )
 """What a process that declares `exact_step = False` does not promise."""
 
@@ -120,4 +120,4 @@ def check_process(process: ForwardProcess) -> list[LawReport]:
         if process.exact_step
         else [law for law in PROCESS_LAWS if law not in OF_EXACT_STEPS]
     )
-    return check(process, laws)
+    return evaluate_laws(process, laws)

@@ -48,7 +48,7 @@ class Gap(NamedTuple):
     probes: int
 
 
-def gap(
+def compare(
     got: Tensor,
     expected: Tensor | float,
     where: Mapping[str, Any] | None = None,
@@ -122,7 +122,7 @@ def law(name: str, tolerance: float) -> Callable[[Measure], Law]:
     return lambda measure: Law(name, tolerance, measure)
 
 
-def check(subject: Any, laws: Iterable[Law], **options: Any) -> list[LawReport]:
+def evaluate_laws(subject: Any, laws: Iterable[Law], **options: Any) -> list[LawReport]:
     """The reports of all laws that apply to the object."""
     reports = [one(subject, **options) for one in laws]
     return [report for report in reports if report.probes > 0]

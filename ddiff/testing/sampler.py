@@ -26,8 +26,8 @@ from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
 from ddiff.errors import ArgumentError
 from ddiff.sampling.loop import Canvas, Quality, Sampler, Says, generate
-from ddiff.testing.exact_sampler import ExactNetwork, Quick
-from ddiff.testing.report import Gap, LawReport, check, gap, law
+from ddiff.testing.report import Gap, LawReport, compare, evaluate_laws, law
+from ddiff.testing.sampler_distribution import ExactNetwork, FastRng
 
 JOINT = torch.tensor(
     [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64
@@ -42,7 +42,7 @@ FEW, MANY = 2, 8  # the numbers of steps, the first and the last, from which an 
 SLACK = 0.6  # of an order: rates are cut off at 0 on this joint, which takes half of it from the second order
 
 
-class Subject(NamedTuple):
+class SamplerCase(NamedTuple):
     """A sampler for any number of steps, the process that it reverses (None: next-token models), what it is told."""
 
     build: Callable[[int], Sampler]
@@ -55,13 +55,13 @@ class Subject(NamedTuple):
 
     def network(self) -> Network:
         return (
-            NextNetwork(self.vocabulary)
+            NextTokenNetwork(self.vocabulary)
             if self.process is None
             else ExactNetwork(self.process, JOINT, self.predicts)
         )
 
 
-class NextNetwork:
+class NextTokenNetwork:
     """The distribution of each symbol of the joint given the one before it, from the states of a canvas [B,2]."""
 
     predicts: Says = "law"
@@ -99,19 +99,19 @@ def check_sampler(
 
     `build(steps)` makes the sampler. Raises ArgumentError where it refuses the process: its `needs` then says why.
     """
-    subject = Subject(build, process, predicts)
+    subject = SamplerCase(build, process, predicts)
     build(FEW).needs(process, predicts)
-    return check(subject, LAWS)
+    return evaluate_laws(subject, LAWS)
 
 
-def distance(subject: Subject, steps: int) -> float:
+def distance(subject: SamplerCase, steps: int) -> float:
     """Total variation between the joint and `POINTS` samples."""
     sampler, process = subject.build(steps), subject.process
     if process is None:
         index = torch.arange(POINTS // 4)
         final = generate(sampler, None, subject.network(), index=index, length=2, seed=7).ids
     else:
-        noise: Any = Quick(POINTS, seed=7)
+        noise: Any = FastRng(POINTS, seed=7)
         start = process.prior.draw(noise.uniform("start"))
         free = torch.ones(start.shape, dtype=torch.bool)
         canvas = Canvas(start, torch.ones(start.shape, dtype=torch.float64), ~free, free)
@@ -128,30 +128,30 @@ def distance(subject: Subject, steps: int) -> float:
 
 
 @law("sampler: its declarations are whole", tolerance=0.0)
-def declarations_are_whole(subject: Subject) -> Iterator[Gap]:
+def declarations_are_whole(subject: SamplerCase) -> Iterator[Gap]:
     """`quality` is "exact", "of an order" or "heuristic", and `order` is at least 1 for the second and 0 for the others.
     Counts: nothing is allowed."""
     sampler = subject.build(FEW)
     known = sampler.quality in get_args(Quality)
-    yield gap(torch.tensor(int(not known)), 0.0, {"quality": sampler.quality})
+    yield compare(torch.tensor(int(not known)), 0.0, {"quality": sampler.quality})
     whole = sampler.order >= 1 if sampler.quality == "of an order" else sampler.order == 0
-    yield gap(
+    yield compare(
         torch.tensor(int(not whole)), 0.0, {"quality": sampler.quality, "order": sampler.order}
     )
 
 
 @law("sampler: as many canvases as steps", tolerance=0.0)
-def canvases_are_counted(subject: Subject) -> Iterator[Gap]:
+def canvases_are_counted(subject: SamplerCase) -> Iterator[Gap]:
     """`run` yields as many canvases as `steps` says, where it says a number. Counts: nothing is allowed."""
     for steps in (1, 3):
         sampler = subject.build(steps)
         if sampler.steps is not None:
-            yield gap(
+            yield compare(
                 torch.tensor(_canvases(sampler, subject)), float(sampler.steps), {"steps": steps}
             )
 
 
-def _canvases(sampler: Sampler, subject: Subject) -> int:
+def _canvases(sampler: Sampler, subject: SamplerCase) -> int:
     """How many canvases a run yields."""
     seen: list[int] = []
     index = torch.arange(4)
@@ -168,7 +168,7 @@ def _canvases(sampler: Sampler, subject: Subject) -> int:
 
 
 @law("sampler: ends in tokens and keeps what is given", tolerance=0.0)
-def ends_in_tokens(subject: Subject) -> Iterator[Gap]:
+def ends_in_tokens(subject: SamplerCase) -> Iterator[Gap]:
     """The last canvas holds only tokens, and given positions hold what was given, bit for bit.
 
     Counts: nothing is allowed."""
@@ -186,12 +186,12 @@ def ends_in_tokens(subject: Subject) -> Iterator[Gap]:
             given=given,
             clamped=clamped,
         ).ids
-        yield gap((ids >= len(JOINT)).sum(), 0.0, {"states that are no token, given": where})
-        yield gap((clamped & (ids != given)).sum(), 0.0, {"changed tokens, given": where})
+        yield compare((ids >= len(JOINT)).sum(), 0.0, {"states that are no token, given": where})
+        yield compare((clamped & (ids != given)).sum(), 0.0, {"changed tokens, given": where})
 
 
 @law("sampler: a sample does not depend on its batch", tolerance=0.0)
-def samples_are_their_own(subject: Subject) -> Iterator[Gap]:
+def samples_are_their_own(subject: SamplerCase) -> Iterator[Gap]:
     """A sample is a function of its number and the seed: drawn alone, in company and again it is the same. Exactly."""
     index = torch.arange(24)
 
@@ -201,26 +201,26 @@ def samples_are_their_own(subject: Subject) -> Iterator[Gap]:
         ).ids
 
     together = drawn(index)
-    yield gap(drawn(index), together.double(), {"drawn": "again"})
-    yield gap(drawn(index[5:9]), together[5:9].double(), {"drawn": "in less company"})
+    yield compare(drawn(index), together.double(), {"drawn": "again"})
+    yield compare(drawn(index[5:9]), together[5:9].double(), {"drawn": "in less company"})
     backwards = index.flip(0)
-    yield gap(drawn(backwards), together[backwards].double(), {"drawn": "in another order"})
+    yield compare(drawn(backwards), together[backwards].double(), {"drawn": "in another order"})
 
 
 @law("sampler: exact where it says so", tolerance=NOISE)
-def exact_samplers_are_exact(subject: Subject) -> Iterator[Gap]:
+def exact_samplers_are_exact(subject: SamplerCase) -> Iterator[Gap]:
     """Samples of an exact sampler have the joint distribution, whatever the steps: .006 is the noise of the samples."""
     if subject.build(FEW).quality == "exact":
         for steps in (1, FEW)[
             : 1 if subject.build(1).steps is None else 2
         ]:  # None: steps change nothing
-            yield gap(
+            yield compare(
                 torch.tensor(distance(subject, steps)), 0.0, {"total variation at steps": steps}
             )
 
 
 @law("sampler: of the order that it declares", tolerance=SLACK)
-def orders_are_reached(subject: Subject) -> Iterator[Gap]:
+def orders_are_reached(subject: SamplerCase) -> Iterator[Gap]:
     """Somewhere a fourfold number of steps divides the distance by 4^order; measured is by how much the best order falls
     short. Steps grow until the distance is too small to tell an order from the noise of the samples. On this joint rates
     are cut off at 0, which costs up to .6 of an order. Not measured on trees, where orders show only after many steps."""
@@ -235,7 +235,9 @@ def orders_are_reached(subject: Subject) -> Iterator[Gap]:
         steps *= 2
         few = distance(subject, steps)
     missing = 0.0 if best == -math.inf and few < TELLING else max(0.0, sampler.order - best)
-    yield gap(torch.tensor(missing), 0.0, {"order": sampler.order, "best measured": f"{best:.2f}"})
+    yield compare(
+        torch.tensor(missing), 0.0, {"order": sampler.order, "best measured": f"{best:.2f}"}
+    )
 
 
 LAWS = (
@@ -248,16 +250,18 @@ LAWS = (
 )
 
 
-def accepted(build: Callable[[Vocabulary, int], Sampler]) -> tuple[dict[str, Subject], list[str]]:
+def find_accepted_processes(
+    build: Callable[[Vocabulary, int], Sampler],
+) -> tuple[dict[str, SamplerCase], list[str]]:
     """The small processes that a sampler takes, by name, and the reasons for which it refuses the others.
 
     `build(vocabulary, steps)` makes the sampler. What is no ArgumentError is no refusal, and is raised.
     """
-    subjects: dict[str, Subject] = {}
+    subjects: dict[str, SamplerCase] = {}
     refused: list[str] = []
     for name, process in small_processes().items():
         for predicts in ("law", "score") if process is not None else ("law",):
-            subject = Subject(partial(build, _vocabulary(process)), process, predicts)
+            subject = SamplerCase(partial(build, _vocabulary(process)), process, predicts)
             try:
                 subject.build(FEW).needs(process, predicts)
             except ArgumentError as error:

@@ -8,7 +8,7 @@ import torch
 
 from ddiff.core.schedule import Schedule
 from ddiff.testing.probes import ENDS, INNER, integral, times
-from ddiff.testing.report import Gap, Law, LawReport, check, gap, law
+from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, law
 
 OPEN = (*INNER, 1e-6, 1e-3, 1.0 - 1e-3, 1.0 - 1e-6)
 
@@ -18,7 +18,7 @@ def derivative_is_autograd(schedule: Schedule) -> Iterator[Gap]:
     """d_alpha is the derivative of alpha, as autograd has it. Relative: both are rounded once or twice."""
     t = times(OPEN)
     expected = Schedule.d_alpha(schedule, t)
-    yield gap(schedule.d_alpha(t), expected, {"t": t}, 1.0 + expected.abs())
+    yield compare(schedule.d_alpha(t), expected, {"t": t}, 1.0 + expected.abs())
 
 
 @law("schedule: alpha falls within [0, 1]", tolerance=1e-12)
@@ -26,9 +26,9 @@ def alpha_falls(schedule: Schedule) -> Iterator[Gap]:
     """alpha is a probability that never rises with t. Rounding of alpha."""
     t = torch.linspace(0.0, 1.0, 1001, dtype=torch.float64)
     alpha = schedule.alpha(t)
-    yield gap(alpha.clamp(0.0, 1.0), alpha, {"t": t})
-    yield gap(alpha.diff().clamp(min=0.0), 0.0, {"t": t})
-    yield gap(schedule.d_alpha(times(OPEN)).clamp(min=0.0), 0.0, {"t": times(OPEN)})
+    yield compare(alpha.clamp(0.0, 1.0), alpha, {"t": t})
+    yield compare(alpha.diff().clamp(min=0.0), 0.0, {"t": t})
+    yield compare(schedule.d_alpha(times(OPEN)).clamp(min=0.0), 0.0, {"t": times(OPEN)})
 
 
 @law("schedule: ends as declared", tolerance=1e-12)
@@ -36,10 +36,10 @@ def schedule_ends(schedule: Schedule) -> Iterator[Gap]:
     """closes_at_clean: alpha(0) = 1; closes_at_prior: alpha(1) = 0; both ends are finite. Rounding."""
     start, stop = schedule.alpha(times(ENDS))
     if schedule.closes_at_clean:
-        yield gap(start, 1.0, {"t": 0})
+        yield compare(start, 1.0, {"t": 0})
     if schedule.closes_at_prior:
-        yield gap(stop, 0.0, {"t": 1})
-    yield gap(
+        yield compare(stop, 0.0, {"t": 1})
+    yield compare(
         schedule.alpha(times(ENDS)).isfinite().double(), 1.0, {"finite alpha at t": times(ENDS)}
     )
 
@@ -49,12 +49,12 @@ def noised_is_the_rest(schedule: Schedule, finer: int = 1) -> Iterator[Gap]:
     """noised + alpha = 1; and from t/1000 to t noised grows by the integral of -d_alpha, relative to noised itself, so that
     no digits are lost where alpha is near 1. Quadrature leaves 1e-11."""
     t = times(OPEN, ENDS)
-    yield gap(schedule.noised(t) + schedule.alpha(t), 1.0, {"t": t})
+    yield compare(schedule.noised(t) + schedule.alpha(t), 1.0, {"t": t})
     for end in OPEN:
         noised = schedule.noised(times((end,)))
         grown = noised - schedule.noised(times((end / 1000.0,)))
         flow = integral(lambda t: -schedule.d_alpha(t).unsqueeze(-1), end / 1000.0, end, finer)
-        yield gap(
+        yield compare(
             grown, flow, {"t": end}, noised.abs().clamp(min=1e-300)
         )  # a schedule may stand still
 
@@ -69,4 +69,4 @@ SCHEDULE_LAWS: tuple[Law, ...] = (
 
 def check_schedule(schedule: Schedule) -> list[LawReport]:
     """Every law of a schedule."""
-    return check(schedule, SCHEDULE_LAWS)
+    return evaluate_laws(schedule, SCHEDULE_LAWS)

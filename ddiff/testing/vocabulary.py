@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ddiff.core.vocabulary import Vocabulary
-from ddiff.testing.report import Gap, Law, LawReport, check, gap, law
+from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, law
 
 
 @law("vocabulary: ids run level by level", tolerance=0.0)
@@ -19,15 +19,15 @@ def ids_run_by_level(vocabulary: Vocabulary) -> Iterator[Gap]:
         torch.arange(vocabulary.num_levels + 1), torch.tensor(vocabulary.level_sizes)
     )
     ids = torch.arange(vocabulary.num_states)
-    yield gap(vocabulary.level_of(ids), levels.double(), {"id": ids})
-    yield gap(
+    yield compare(vocabulary.level_of(ids), levels.double(), {"id": ids})
+    yield compare(
         torch.tensor(sum(vocabulary.level_sizes)),
         float(vocabulary.num_states),
         {"sizes": vocabulary.level_sizes},
     )
     if vocabulary.num_levels:
-        yield gap(torch.tensor(vocabulary.level_sizes[-1]), 1.0, {"size of": "the last level"})
-        yield gap(
+        yield compare(torch.tensor(vocabulary.level_sizes[-1]), 1.0, {"size of": "the last level"})
+        yield compare(
             torch.tensor(vocabulary.mask_id or -1),
             float(vocabulary.num_states - 1),
             {"mask_id": "the root"},
@@ -39,16 +39,16 @@ def ancestors_climb(vocabulary: Vocabulary) -> Iterator[Gap]:
     """ancestor(id, own level) is the id, and ancestor(id, l+1) the parent of ancestor(id, l), a node of that level."""
     ids = torch.arange(vocabulary.num_states)
     own = vocabulary.level_of(ids)
-    yield gap(vocabulary.ancestor(ids, own), ids.double(), {"id": ids})
+    yield compare(vocabulary.ancestor(ids, own), ids.double(), {"id": ids})
     for level in range(vocabulary.num_levels):
         below = ids[own <= level]
         above = vocabulary.ancestor(below, level + 1)
-        yield gap(
+        yield compare(
             above,
             vocabulary.parent(vocabulary.ancestor(below, level)).double(),
             {"id": below, "level": level},
         )
-        yield gap(
+        yield compare(
             vocabulary.level_of(above),
             level + 1.0,
             {"id": below, "level of its ancestor at": level + 1},
@@ -63,8 +63,8 @@ def ranges_are_contiguous(vocabulary: Vocabulary) -> Iterator[Gap]:
     for level in range(vocabulary.num_levels + 1):
         order, position = vocabulary.order(level), vocabulary.position(level)
         ids = vocabulary.offsets[level] + torch.arange(vocabulary.level_sizes[level])
-        yield gap(order.sort().values, ids.double(), {"order of level": level})
-        yield gap(order[position], ids.double(), {"id": ids, "position at level": level})
+        yield compare(order.sort().values, ids.double(), {"order of level": level})
+        yield compare(order[position], ids.double(), {"id": ids, "position at level": level})
         above = nodes[vocabulary.level_of(nodes) >= level]
         start, stop = vocabulary.node_range(above, level)
         place = torch.arange(len(order))
@@ -72,10 +72,10 @@ def ranges_are_contiguous(vocabulary: Vocabulary) -> Iterator[Gap]:
         below = vocabulary.ancestor(
             order.unsqueeze(0), vocabulary.level_of(above).unsqueeze(-1)
         ) == above.unsqueeze(-1)
-        yield gap(inside.double(), below.double(), {"node": above, "level": level})
-        yield gap(inside.any(-1).double(), 1.0, {"something below node": above, "level": level})
+        yield compare(inside.double(), below.double(), {"node": above, "level": level})
+        yield compare(inside.any(-1).double(), 1.0, {"something below node": above, "level": level})
         whole = vocabulary.node_range(torch.tensor(vocabulary.root), level)
-        yield gap(
+        yield compare(
             torch.stack(whole),
             torch.tensor([0.0, len(order)]),
             {"range of the root at level": level},
@@ -90,10 +90,10 @@ def children_are_parents_inverse(vocabulary: Vocabulary) -> Iterator[Gap]:
         expected = ids[(vocabulary.parent(ids) == node) & (ids != node)]
         listed = vocabulary.children(node).sort().values
         count = vocabulary.num_children(torch.tensor(node))
-        yield gap(count, float(len(expected)), {"num_children of": node})
-        yield gap(torch.tensor(len(listed)), float(len(expected)), {"children of": node})
+        yield compare(count, float(len(expected)), {"num_children of": node})
+        yield compare(torch.tensor(len(listed)), float(len(expected)), {"children of": node})
         if len(listed) == len(expected):
-            yield gap(listed, expected.double(), {"children of": node})
+            yield compare(listed, expected.double(), {"children of": node})
 
 
 @law("vocabulary: saved and loaded it is the same tree", tolerance=0.0)
@@ -107,9 +107,9 @@ def survives_saving(vocabulary: Vocabulary) -> Iterator[Gap]:
         vocabulary.fingerprint,
         vocabulary.tokenizer_fingerprint,
     )
-    yield gap(torch.tensor(float(same)), 1.0, {"fingerprint after loading": loaded.fingerprint})
+    yield compare(torch.tensor(float(same)), 1.0, {"fingerprint after loading": loaded.fingerprint})
     ids = torch.arange(vocabulary.num_states)
-    yield gap(loaded.parent(ids), vocabulary.parent(ids).double(), {"parent of": ids})
+    yield compare(loaded.parent(ids), vocabulary.parent(ids).double(), {"parent of": ids})
 
 
 VOCABULARY_LAWS: tuple[Law, ...] = (
@@ -123,4 +123,4 @@ VOCABULARY_LAWS: tuple[Law, ...] = (
 
 def check_vocabulary(vocabulary: Vocabulary) -> list[LawReport]:
     """Every law of a vocabulary; for small ones, since nodes are gone through one by one."""
-    return check(vocabulary, VOCABULARY_LAWS)
+    return evaluate_laws(vocabulary, VOCABULARY_LAWS)

@@ -268,7 +268,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list:
     module.evaluate_run = lambda run_dir, settings: calls.append(("eval", run_dir, settings))  # type: ignore[attr-defined]
     module.sample_run = lambda run_dir, **options: calls.append(("sample", run_dir, options))  # type: ignore[attr-defined]
     command = ModuleType("ddiff.testing.check_command")
-    command.check = lambda name, settings: calls.append(("check", name, settings)) or 1  # type: ignore[attr-defined]
+    command.check_component = lambda name, settings: calls.append(("check", name, settings)) or 1  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ddiff.runs.stages", module)
     monkeypatch.setitem(sys.modules, "ddiff.testing.check_command", command)
     return calls

@@ -19,11 +19,11 @@ from ddiff.core.information import OwnTime
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import DrawsTimes, Noisy, Times
-from ddiff.testing.bound import enumerated, random_joint, words_of
+from ddiff.testing.bound import all_sequences, enumerate_draws, random_joint
 from ddiff.testing.probes import likelihoods
 
 NUM_WORDS, LENGTH = 3, 3
-SEQUENCES = words_of(NUM_WORDS, LENGTH)
+SEQUENCES = all_sequences(NUM_WORDS, LENGTH)
 LOG_JOINT = random_joint(NUM_WORDS, LENGTH)
 JOINT = LOG_JOINT.exp().reshape(-1)
 ENTROPY = -(JOINT * JOINT.log()).sum()
@@ -112,7 +112,7 @@ def exact_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[27] the expectations of closing, diffusion and decoding term for every sequence."""
     twin, network = (
-        enumerated(process),
+        enumerate_draws(process),
         network_from_noisy(dist or exact_law(process), process.vocabulary),
     )
     u, weight = nodes(rule)
@@ -162,7 +162,7 @@ def _expected(
 ) -> Tensor:
     """[27] the mean of a term over nodes (weight [n]) and states, for every sequence."""
     states = process.vocabulary.num_states
-    grid = words_of(states, LENGTH)
+    grid = all_sequences(states, LENGTH)
     total = torch.zeros(len(SEQUENCES), dtype=torch.float64)
     for part in torch.arange(len(weight)).split(max(1, 200_000 // (len(grid) * len(SEQUENCES)))):
         node, x, z = (axis.reshape(-1) for axis in torch.meshgrid(

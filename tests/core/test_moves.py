@@ -26,7 +26,7 @@ from ddiff.core.schedule import LinearSchedule, PowerSchedule
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.errors import ArgumentError, NonFiniteError
-from ddiff.testing.probes import TableQuery, random_laws
+from ddiff.testing.probes import TableQuery, random_log_probs
 
 WORDS = FlatVocabulary(4, mask=False)
 MASKED = FlatVocabulary(3)
@@ -115,7 +115,7 @@ def law_of_step(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: float, s:
 @pytest.mark.parametrize(("t", "s"), [(0.77, 0.31), (0.5, 0.49), (1.0, 0.6), (0.4, 0.0)])
 def test_the_law_of_a_thinned_step_is_the_dense_posterior(name: str, t: float, s: float) -> None:
     process = THINNED[name]()
-    log_p = random_laws(process.vocabulary.num_tokens, 1, seed=3)
+    log_p = random_log_probs(process.vocabulary.num_tokens, 1, seed=3)
     reached = process.log_marginal(log_p, full(t, log_p[:, 0]))[0].exp() > 1e-12
     zt = reached.nonzero().squeeze(-1)
     expected = process.reverse_log_probs(
@@ -134,7 +134,7 @@ def test_only_rows_that_may_move_are_shown_to_the_network() -> None:
         torch.randint(1000, (4096,), generator=torch.Generator().manual_seed(0)),
         torch.rand(4096, 2).double(),
     )
-    query = TableQuery(random_laws(1000, 1).expand(4096, -1), vocabulary)
+    query = TableQuery(random_log_probs(1000, 1).expand(4096, -1), vocabulary)
     process.step(query, zt, full(0.5, zt), full(0.5, zt), u)
     assert query.calls == 0
     process.step(query, zt, full(0.5, zt), full(0.5 - 1 / 64, zt), u)
@@ -256,7 +256,7 @@ def test_the_chain_of_events_has_the_law_of_the_posterior(name: str) -> None:
     standard deviations (at most 0.018) once in 1.7 million; 35 shares are compared, so one run in 50,000 fails by chance,
     and with this seed none does."""
     process, count, s = EVENTFUL[name](), 20_000, 0.15
-    log_p = random_laws(process.vocabulary.num_tokens, 1, seed=3)
+    log_p = random_log_probs(process.vocabulary.num_tokens, 1, seed=3)
     generator = torch.Generator().manual_seed(1)
     rand = lambda *shape: torch.rand(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
     start = process.log_marginal(log_p, torch.tensor([0.9]).double())[0]
@@ -315,7 +315,10 @@ def test_arrivals_that_leap_within_a_cell_are_refused_and_not_thinned_wrongly() 
     zt = torch.arange(4)
     with pytest.raises(ArgumentError, match="candidate events are too few"):
         process.event(
-            TableQuery(random_laws(4, 4), WORDS), zt, full(0.507, zt), torch.rand(4, 2).double()
+            TableQuery(random_log_probs(4, 4), WORDS),
+            zt,
+            full(0.507, zt),
+            torch.rand(4, 2).double(),
         )
 
 
@@ -326,7 +329,7 @@ def test_components_are_the_process_written_out() -> None:
     first, second = MaskAndWords(MASKED), WrittenOut(MASKED)
     zt = torch.arange(4).repeat(5)
     t = torch.linspace(0.05, 1.0, 20, dtype=torch.float64)
-    log_p, x0 = random_laws(3, 20), torch.arange(20) % 3
+    log_p, x0 = random_log_probs(3, 20), torch.arange(20) % 3
     dist = DenseDistribution(log_p, MASKED)
     for method, arguments in (
         ("noise_at", (zt, t)), ("arrivals_at", (zt, t)), ("log_marginal", (log_p, t)), ("reverse_rates", (dist, zt, t)),
@@ -365,7 +368,7 @@ def test_solve_inverts_what_it_is_given() -> None:
     """Scaled and summed kernels too; diagonals outweigh the rest, so that rounding alone is lost."""
     noise = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
     matrix = torch.eye(4, dtype=torch.float64) + 0.2 * noise
-    factor, vector = torch.tensor([0.5, 2.0, 3.0]).double(), random_laws(4, 3).exp()
+    factor, vector = torch.tensor([0.5, 2.0, 3.0]).double(), random_log_probs(4, 3).exp()
     mixed = InterpolatingKernel(factor, matrix[:, 0])
     kernels: list[Kernel] = [
         DenseKernel(matrix),
@@ -383,7 +386,7 @@ def test_solve_inverts_what_it_is_given() -> None:
     "process", [uneven(), TreeProcess(PAIR, LogTimeClock((1.0, 1.0)))], ids=["uneven", "tree"]
 )
 def test_a_kernel_that_forgets_has_no_inverse(process: ForwardProcess) -> None:
-    vector = random_laws(process.vocabulary.num_states, 2).exp()
+    vector = random_log_probs(process.vocabulary.num_states, 2).exp()
     s, t = torch.tensor([0.2, 0.3]).double(), torch.tensor([0.5, 1.0]).double()
     for kernel in (
         process.transition(s, t),

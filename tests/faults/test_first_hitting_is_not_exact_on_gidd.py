@@ -23,7 +23,7 @@ from ddiff import (
 )
 from ddiff.core.numerics import EARLIEST, LATEST
 from ddiff.sampling.first_hitting import MOST_AT_ONCE, between
-from ddiff.testing.exact_sampler import measured
+from ddiff.testing.sampler_distribution import measure_sampler
 
 JOINT = torch.tensor(
     [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64
@@ -60,7 +60,9 @@ def test_samples_of_gidd_have_the_joint_distribution(
     p_uniform: float, gamma: float, form: Form
 ) -> None:
     """By default. With a time in place of a share, p .9 and gamma .5 came out at 0.274."""
-    result = measured(FirstHittingSampler(), gidd(p_uniform, gamma, form), JOINT, points=POINTS)
+    result = measure_sampler(
+        FirstHittingSampler(), gidd(p_uniform, gamma, form), JOINT, points=POINTS
+    )
     assert result.distance(JOINT) < NOISE
 
 

@@ -21,11 +21,11 @@ from ddiff.core.times import Noisy, Times
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.testing import bound, check_process
-from ddiff.testing.bound_draws import (
-    CoveringRng,
+from ddiff.testing.bound_terms import (
     InformationPath,
+    SobolRng,
     draws_of_the_bound,
-    inner_window,
+    half_information_window,
 )
 
 BARE = FlatVocabulary(3, mask=False)
@@ -237,15 +237,15 @@ def test_the_leak_of_x0_lowers_the_bound_where_tokens_are_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Why it matters: with tokens left at t = 1, q_1(.|x0) at one position tells the network of x0 at the other."""
-    from ddiff.testing.bound_draws import drawn_terms, enumerated_terms, other_table
+    from ddiff.testing.bound_terms import draw_terms, enumerate_terms, sensitive_table
 
     process = PROCESSES["uniform, tokens left at t = 1"]
     x0 = torch.tensor([[0, 0], [2, 2]])
     scored = torch.ones_like(x0, dtype=torch.bool)
-    table = other_table(process)
-    due = enumerated_terms(process, table, x0, scored, (0.0, 1.0))["closing"].mean
+    table = sensitive_table(process)
+    due = enumerate_terms(process, table, x0, scored, (0.0, 1.0))["closing"].mean
     monkeypatch.setattr(elbo, "closing_term", closing_shows(drawn_from_q_1))
-    leaking = drawn_terms(process, table, x0, scored, (0.0, 1.0))[0].closing.mean(1)
+    leaking = draw_terms(process, table, x0, scored, (0.0, 1.0))[0].closing.mean(1)
     assert float((due - leaking).abs().max()) > 1e-3
 
 
@@ -253,7 +253,7 @@ def test_the_leak_of_x0_lowers_the_bound_where_tokens_are_left(
 
 
 def test_covering_gives_every_channel_dimensions_of_its_own() -> None:
-    rng = CoveringRng(torch.arange(256), 256, 2)
+    rng = SobolRng(torch.arange(256), 256, 2)
     drawn = torch.cat([rng.uniform("a"), rng.uniform("b", 3).flatten(1), rng.uniform("c")], 1)
     assert torch.equal(rng.uniform("a"), drawn[:, :2])
     assert rng.queries == {"a": 2, "b": 1, "c": 1}
@@ -265,7 +265,7 @@ def test_covering_gives_every_channel_dimensions_of_its_own() -> None:
 @pytest.mark.parametrize("name", PROCESSES)
 def test_information_path_integrates_its_speed(name: str) -> None:
     process = PROCESSES[name]
-    window = inner_window(process)
+    window = half_information_window(process)
     v = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
     t, speed = InformationPath(process, window)(v, 2)
     for power in (0, 1, 2):

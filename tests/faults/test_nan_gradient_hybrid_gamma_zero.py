@@ -9,10 +9,10 @@ from ddiff_hybrid.gamma import GammaHybrid
 
 from ddiff import DenseDistribution, FlatVocabulary, ForwardProcess, TokenHead
 from ddiff.core.prediction import LogitDistribution
-from ddiff.testing.edges import gradients_are_finite
-from ddiff.testing.probes import Rows, times
+from ddiff.testing.edge_cases import gradients_are_finite
+from ddiff.testing.probes import ReachableRows, times
 from ddiff.testing.process import PROCESS_LAWS
-from ddiff.testing.report import check
+from ddiff.testing.report import evaluate_laws
 
 
 @pytest.mark.parametrize("state", [4, 1])
@@ -37,7 +37,7 @@ def test_hybrid_gamma_without_redrawing_has_a_gradient_at_masks_and_tokens(state
 
 @pytest.mark.parametrize("process", every_example())
 def test_terms_have_finite_gradients_by_the_law_of_the_kit(process: ForwardProcess) -> None:
-    (report,) = check(process, (gradients_are_finite,))
+    (report,) = evaluate_laws(process, (gradients_are_finite,))
     assert report.passed, str(report)
 
 
@@ -47,7 +47,7 @@ def test_terms_have_finite_gradients_by_logits(process: ForwardProcess, apart: f
     """Logits as a head says them, in float32: sure of one token after the other, the right one and wrong ones."""
     vocabulary = process.vocabulary
     sure = apart * torch.eye(vocabulary.num_tokens)
-    rows = Rows(process, times((1e-6, 0.5, 1.0 - 1e-6)), sure.double().log_softmax(-1))
+    rows = ReachableRows(process, times((1e-6, 0.5, 1.0 - 1e-6)), sure.double().log_softmax(-1))
     logits = (
         apart * torch.nn.functional.one_hot(rows.log_p.argmax(-1), vocabulary.num_tokens).float()
     )
@@ -79,6 +79,6 @@ def test_kit_finds_the_gradient_that_was_nan() -> None:
         return torch.where(zt == 3, -answer.log_prob(x0), law.log() * 0.0)
 
     process.divergence = divergence  # type: ignore[method-assign, assignment]
-    (report,) = check(process, (gradients_are_finite,))
+    (report,) = evaluate_laws(process, (gradients_are_finite,))
     assert not report.passed
     assert gradients_are_finite in PROCESS_LAWS

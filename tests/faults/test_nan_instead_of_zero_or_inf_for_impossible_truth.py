@@ -22,9 +22,9 @@ from ddiff import (
     network_from_table,
 )
 from ddiff.core.times import FlatTimes
-from ddiff.testing.edges import impossible_truth_is_bayes
+from ddiff.testing.edge_cases import impossible_truth_is_bayes
 from ddiff.testing.process import PROCESS_LAWS
-from ddiff.testing.report import check
+from ddiff.testing.report import evaluate_laws
 
 
 def absorbing(num_tokens: int = 2) -> list[ForwardProcess]:
@@ -75,7 +75,7 @@ def test_reported_case_is_zero() -> None:
 
 @pytest.mark.parametrize("process", every_example())
 def test_terms_are_bayes_by_the_law_of_the_kit(process: ForwardProcess) -> None:
-    (report,) = check(process, (impossible_truth_is_bayes,))
+    (report,) = evaluate_laws(process, (impossible_truth_is_bayes,))
     assert report.passed, str(report)
     assert impossible_truth_is_bayes in PROCESS_LAWS
 

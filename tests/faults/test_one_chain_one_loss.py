@@ -23,11 +23,11 @@ from ddiff import (
     mask_distribution,
     token_distribution,
 )
-from ddiff.testing.posterior import weight_is_derived
-from ddiff.testing.probes import Rows, times
+from ddiff.testing.derived_formulas import weight_is_derived
+from ddiff.testing.probes import ReachableRows, times
 from ddiff.testing.process import PROCESS_LAWS
-from ddiff.testing.report import check
-from ddiff.testing.reverse_rates import score_of
+from ddiff.testing.report import evaluate_laws
+from ddiff.testing.reverse_process import score_from_distribution
 
 TIMES = (1e-3, 0.02, 0.31, 0.5, 0.77, 0.99)
 
@@ -65,11 +65,13 @@ def redrawn() -> dict[str, ForwardProcess]:
 
 
 def factors(
-    process: ForwardProcess, rows: Rows, predicts: str, largest: float
+    process: ForwardProcess, rows: ReachableRows, predicts: str, largest: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weight, divergence and clipped loss at every row."""
     law = DenseDistribution(rows.log_p, process.vocabulary)
-    answer = law if predicts == "law" else score_of(process, rows.log_p, rows.zt, rows.t)
+    answer = (
+        law if predicts == "law" else score_from_distribution(process, rows.log_p, rows.zt, rows.t)
+    )
     asked = (rows.x0, rows.zt, rows.t)
     weight = process.weight(*asked)
     divergence = process.divergence(answer, *asked)
@@ -81,7 +83,7 @@ def factors(
 def test_families_of_one_chain_have_one_clipped_loss(chain: object, predicts: str) -> None:
     """Relative rounding: the dense chain has its noise from a matrix exponential."""
     processes = chain()  # type: ignore[operator]
-    rows = Rows(processes["mixture"], times(TIMES))
+    rows = ReachableRows(processes["mixture"], times(TIMES))
     expected = factors(processes["mixture"], rows, predicts, 10.0)
     for name, process in processes.items():
         for part, due in zip(factors(process, rows, predicts, 10.0), expected):
@@ -90,7 +92,7 @@ def test_families_of_one_chain_have_one_clipped_loss(chain: object, predicts: st
 
 def test_nearly_masked_text_counts_in_full() -> None:
     """At t = .99 the weight of -ln p(x) is 1/t in both; sedd had .10 of it under a clip of 10."""
-    rows = Rows(masks()["mdlm"], times((0.99,)))
+    rows = ReachableRows(masks()["mdlm"], times((0.99,)))
     mask = rows.take(rows.zt == 4)
     surprise = -mask.log_p.gather(-1, mask.x0.unsqueeze(-1)).squeeze(-1)
     for name in ("mdlm", "sedd"):
@@ -100,7 +102,7 @@ def test_nearly_masked_text_counts_in_full() -> None:
 
 @pytest.mark.parametrize("process", every_example())
 def test_weight_is_the_total_true_reverse_rate(process: ForwardProcess) -> None:
-    (report,) = check(process, (weight_is_derived,))
+    (report,) = evaluate_laws(process, (weight_is_derived,))
     assert report.passed, str(report)
     assert weight_is_derived in PROCESS_LAWS
 
@@ -109,7 +111,7 @@ def test_weight_is_the_total_true_reverse_rate(process: ForwardProcess) -> None:
 def test_clipped_loss_is_never_above_the_density(process: ForwardProcess) -> None:
     """Near t = 0 the divergence at the clean token grows as 1/t and its weight falls as t: the loss stays the density,
     which is finite there. `smallest` above 0 would lose that."""
-    rows = Rows(process, times((1e-9, 1e-6, 1e-3, 0.5, 1.0 - 1e-6)))
+    rows = ReachableRows(process, times((1e-9, 1e-6, 1e-3, 0.5, 1.0 - 1e-6)))
     density = process.density(rows.dist, rows.x0, rows.zt, rows.t)
     _, _, clipped = factors(process, rows, "law", 10.0)
     assert bool(clipped.isfinite().all())

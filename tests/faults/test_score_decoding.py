@@ -26,16 +26,16 @@ from ddiff import (
     mask_distribution,
     token_distribution,
 )
-from ddiff.testing.exact_sampler import measured
-from ddiff.testing.probes import Rows, likelihoods, random_laws, times
-from ddiff.testing.report import check
-from ddiff.testing.reverse_rates import (
+from ddiff.testing.probes import ReachableRows, likelihoods, random_log_probs, times
+from ddiff.testing.report import evaluate_laws
+from ddiff.testing.reverse_process import (
     READABLE,
-    hiding,
-    score_of,
+    condition_number,
+    score_from_distribution,
     scores_at_ends,
     scores_decode_to_posterior,
 )
+from ddiff.testing.sampler_distribution import measure_sampler
 
 JOINT = torch.tensor(
     [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64
@@ -61,7 +61,7 @@ def test_the_reported_case_is_decoded_to_its_token() -> None:
     log_p[0, 1] = 0.0
     zt = torch.tensor([6])
     t = times((0.7,))
-    score = score_of(process, log_p, zt, t)
+    score = score_from_distribution(process, log_p, zt, t)
     assert float(process.decode_nll(score, torch.tensor([1]), zt, t).exp()) == pytest.approx(
         1.0, abs=1e-12
     )
@@ -79,10 +79,10 @@ def test_the_reported_case_is_decoded_to_its_token() -> None:
 def test_perfect_score_decodes_to_the_posterior(process: ForwardProcess) -> None:
     """1e-12 where the noise hides the token by up to 100; beyond, 1e-14 times that, which is rounding of the score."""
     path = times(PATH)
-    rows = Rows(process, path, random_laws(process.vocabulary.num_tokens))
+    rows = ReachableRows(process, path, random_log_probs(process.vocabulary.num_tokens))
     now = process.of_scores(rows.t)
-    hidden = hiding(process, process.of_scores(path))[torch.searchsorted(path, rows.t)]
-    score = score_of(process, rows.log_p, rows.zt, now)
+    hidden = condition_number(process, process.of_scores(path))[torch.searchsorted(path, rows.t)]
+    score = score_from_distribution(process, rows.log_p, rows.zt, now)
     got = process._decoding(score, rows.zt, rows.t).softmax(-1)
     error = (got - posterior(process, rows.log_p, rows.zt, rows.t)).abs().amax(-1)
     readable = hidden < READABLE
@@ -95,8 +95,8 @@ def test_perfect_score_decodes_to_the_posterior(process: ForwardProcess) -> None
 @pytest.mark.parametrize("process", every_example())
 def test_perfect_score_is_charged_as_its_distribution(process: ForwardProcess) -> None:
     """The decoding term of a perfect score is not above that of the distribution, at t0 = 0.1 and at t0 = 0."""
-    rows = Rows(process, times((0.0, 0.1)))
-    score = score_of(process, rows.log_p, rows.zt, rows.t)
+    rows = ReachableRows(process, times((0.0, 0.1)))
+    score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
     of_score = process.decode_nll(score, rows.x0, rows.zt, rows.t)
     of_law = process.decode_nll(rows.dist, rows.x0, rows.zt, rows.t)
     assert float((of_score - of_law).abs().max()) < 1e-9
@@ -104,7 +104,7 @@ def test_perfect_score_is_charged_as_its_distribution(process: ForwardProcess) -
 
 @pytest.mark.parametrize("process", every_example())
 def test_kit_asserts_the_posterior(process: ForwardProcess) -> None:
-    for report in check(process, (scores_at_ends, scores_decode_to_posterior)):
+    for report in evaluate_laws(process, (scores_at_ends, scores_decode_to_posterior)):
         assert report.passed, str(report)
 
 
@@ -112,7 +112,7 @@ def test_kit_sees_a_score_that_is_decoded_by_its_shares() -> None:
     """The planted fault weighs tokens by s(x) q_t(z|x), as scores were decoded before."""
     faulty = uniform(4)
     faulty.tweedie = lambda score, t: score.log_ratio[:, :4].double().log_softmax(-1)  # type: ignore[method-assign]
-    for report in check(faulty, (scores_at_ends, scores_decode_to_posterior)):
+    for report in evaluate_laws(faulty, (scores_at_ends, scores_decode_to_posterior)):
         assert not report.passed, str(report)
 
 
@@ -141,7 +141,7 @@ def test_samples_from_scores_are_as_near_as_from_distributions(
     """Both are computed with the same draws, so that they differ by rounding alone, at 8 steps and at 32."""
     for steps in (8, 32):
         of_law, of_score = (
-            measured(
+            measure_sampler(
                 sampler(steps), process, JOINT, points=512, apart=True, predicts=predicts
             ).distance(JOINT)
             for predicts in ("law", "score")
@@ -154,11 +154,11 @@ def test_analytic_sampler_gives_no_impossible_tokens() -> None:
     process = uniform(6)
     p = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0, 0.0], dtype=torch.float64)
     joint = torch.outer(p, p)
-    law = measured(
+    law = measure_sampler(
         AnalyticSampler(16), process, joint, points=512, apart=True, predicts="score"
     ).dist
     assert float(law[4:].sum() + law[:, 4:].sum()) < 1e-6
-    law = measured(
+    law = measure_sampler(
         TauLeapingSampler(8), process, joint, points=512, apart=True, predicts="score"
     ).dist
     assert float(law[4:].sum() + law[:, 4:].sum()) < 1e-6
@@ -168,7 +168,7 @@ def test_analytic_sampler_gives_no_impossible_tokens() -> None:
 def test_raw_scores_give_a_finite_bound_with_a_gradient(process: ForwardProcess) -> None:
     """Ratios that no distribution has: every decoding term is finite, and so is its gradient (a bound of +inf would be no
     use, and a last draw that is trained would stop)."""
-    rows = Rows(process, times((1e-3, 0.02, 0.5, 0.97)))
+    rows = ReachableRows(process, times((1e-3, 0.02, 0.5, 0.97)))
     generator = torch.Generator().manual_seed(1)
     raw = 6.0 * torch.randn(
         len(rows.zt), process.vocabulary.num_states, generator=generator, dtype=torch.float64
@@ -198,7 +198,7 @@ def test_score_that_cannot_be_read_gives_what_is_stated() -> None:
     log_p = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log()
     zt, t = torch.tensor([0]), times((1.0,))
     for process in (dense, uniform(3)):
-        score = score_of(process, log_p, zt, t)
+        score = score_from_distribution(process, log_p, zt, t)
         torch.testing.assert_close(
             process.tweedie(score, t).exp(), torch.full((1, 3), 1 / 3).double(), atol=1e-3, rtol=0
         )
@@ -206,7 +206,7 @@ def test_score_that_cannot_be_read_gives_what_is_stated() -> None:
     absorbing = MixtureProcess(masked, LinearSchedule(), mask_distribution(masked))
     late = absorbing.of_scores(t)
     mask = torch.tensor([3])
-    score = score_of(absorbing, log_p, mask, late)
+    score = score_from_distribution(absorbing, log_p, mask, late)
     torch.testing.assert_close(
         absorbing.tweedie(score, t), log_p, atol=1e-12, rtol=0
     )  # masks hide, and do not mix

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ddiff.errors import ArgumentError, PluginError, RecipeError
-from ddiff.testing.check_command import check
+from ddiff.testing.check_command import check_component
 
 PLUGIN = """
 from ddiff import hookimpl
@@ -58,7 +58,7 @@ def stranger(distribution: Callable[..., Path]) -> None:
 
 @pytest.mark.usefixtures("stranger")
 def test_a_strangers_process_is_checked_on_its_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    assert check("swap", []) == 0
+    assert check_component("swap", []) == 0
     out = capsys.readouterr().out
     assert "constant denoiser: bound = -ln p(x)" in out
     assert "swap 1 on 2" in out
@@ -69,7 +69,7 @@ def test_a_strangers_process_is_checked_on_its_examples(capsys: pytest.CaptureFi
 def test_settings_fill_the_config_on_the_examples_vocabularies(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert check("swap", ["rate=3.0"]) == 0
+    assert check_component("swap", ["rate=3.0"]) == 0
     assert "swap 1 on 2" in capsys.readouterr().out
 
 
@@ -77,7 +77,7 @@ def test_settings_fill_the_config_on_the_examples_vocabularies(
 def test_a_broken_law_is_named_with_its_place_and_the_exit_code_is_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert check("swap_broken", []) == 1
+    assert check_component("swap_broken", []) == 1
     out = capsys.readouterr().out
     assert '"override = derived: decode_nll" is broken: error' in out
     assert "largest at x0 = " in out
@@ -88,25 +88,25 @@ def test_a_plugin_means_every_process_that_it_registers() -> None:
     with pytest.raises(
         ArgumentError, match=r"fits none of .* small vocabularies.*nothing is good enough"
     ):
-        check("stranger", [])  # swap_picky is reached too
+        check_component("stranger", [])  # swap_picky is reached too
 
 
 @pytest.mark.parametrize("name", ["levelwise", "flat"])
 def test_heads_and_time_rules_are_checked_by_name(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert check(name, []) == 0
+    assert check_component(name, []) == 0
     assert "0 broken" in capsys.readouterr().out
 
 
 def test_a_backbone_is_checked_within_a_denoiser(capsys: pytest.CaptureFixture[str]) -> None:
-    assert check("dit", ["width=16", "layers=1", "heads=2"]) == 0
+    assert check_component("dit", ["width=16", "layers=1", "heads=2"]) == 0
     assert "padding does not matter" in capsys.readouterr().out
 
 
 def test_the_shipped_families_hold(capsys: pytest.CaptureFixture[str]) -> None:
-    assert check("mdlm", []) == 0
-    assert check("hdlm", ["gamma=0.5", "xi=0.9"]) == 0
+    assert check_component("mdlm", []) == 0
+    assert check_component("hdlm", ["gamma=0.5", "xi=0.9"]) == 0
     assert capsys.readouterr().out.count("0 broken") == 2
 
 
@@ -119,9 +119,9 @@ def test_the_shipped_families_hold(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_a_name_without_laws_is_explained(name: str, message: str) -> None:
     with pytest.raises(PluginError, match=message):
-        check(name, [])
+        check_component(name, [])
 
 
 def test_a_wrong_setting_is_explained() -> None:
     with pytest.raises(RecipeError, match="gama"):
-        check("hdlm", ["gama=0.5"])
+        check_component("hdlm", ["gama=0.5"])

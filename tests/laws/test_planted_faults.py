@@ -34,22 +34,22 @@ from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import Logits, TokenHead, TreeHead
 from ddiff.testing import (
     bound,
-    bound_draws,
+    bound_terms,
     chain,
     clock,
     denoiser,
+    derived_formulas,
     draws,
-    edges,
+    edge_cases,
     head,
     information,
-    posterior,
     prediction,
-    reverse_rates,
+    reverse_process,
     schedule,
     times,
     vocabulary,
 )
-from ddiff.testing.bound import bent, full_table
+from ddiff.testing.bound import bent_path, full_conditional_table
 from ddiff.testing.process import PROCESS_LAWS
 
 # ---------------------------------------------------------------------- clocks and schedules
@@ -881,7 +881,7 @@ FAULTS = [
     ),
     Fault(
         "raw -ln p(x) as decoding term",
-        posterior.decode_nll_is_derived,
+        derived_formulas.decode_nll_is_derived,
         on_pair(TreeProcess, 0.8),
         on_pair(RawDecoding, 0.8),
     ),
@@ -929,13 +929,13 @@ FAULTS = [
     ),
     Fault(
         "off-by-one level in the bound",
-        posterior.density_is_derived,
+        derived_formulas.density_is_derived,
         on_pair(TreeProcess),
         on_pair(OneLevelOff),
     ),
     Fault(
         "posterior without two-level jumps",
-        posterior.posterior_is_bayes,
+        derived_formulas.posterior_is_bayes,
         on_pair(TreeProcess),
         on_pair(NoTwoLevelJumps),
     ),
@@ -953,7 +953,7 @@ FAULTS = [
     ),
     Fault(
         "one-term perturbed-mask loss",
-        posterior.density_is_derived,
+        derived_formulas.density_is_derived,
         on_pair(TreeProcess, 0.8),
         on_pair(OneTermAtTheMask, 0.8),
     ),
@@ -1049,7 +1049,7 @@ FAULTS = [
     # bound and posterior
     Fault(
         "a posterior of other times",
-        posterior.posterior_is_derived,
+        derived_formulas.posterior_is_derived,
         lambda: NoTwoLevelJumps(FlatVocabulary(3), LogTimeClock((1.0,))),
         mixture(LatePosterior),
     ),
@@ -1061,67 +1061,67 @@ FAULTS = [
     ),
     Fault(
         "normalised likelihoods",
-        posterior.likelihood_is_derived,
+        derived_formulas.likelihood_is_derived,
         on_pair(TreeProcess),
         on_pair(WrongLikelihood),
     ),
     Fault(
         "a divergence that is not 0 at the truth",
-        posterior.density_is_a_divergence,
+        derived_formulas.density_is_a_divergence,
         mixture(MixtureProcess),
         mixture(NegativeAtTheTruth),
     ),
     Fault(
         "the published split",
-        posterior.weight_is_derived,
+        derived_formulas.weight_is_derived,
         mixture(MixtureProcess),
         mixture(PublishedSplit),
     ),
     Fault(
         "scores decoded by shares",
-        reverse_rates.scores_decode_to_posterior,
+        reverse_process.scores_decode_to_posterior,
         mixture(MixtureProcess),
         mixture(DecodedByShares),
     ),
     Fault(
         "from z_0, not from x",
-        reverse_rates.from_clean_is_marginal,
+        reverse_process.from_clean_is_marginal,
         lambda: late(MixtureProcess),
         lambda: late(FromTheNoiseAtZero),
     ),
     Fault(
         "alpha for q(x|x)",
-        reverse_rates.stay_probability_is_derived,
+        reverse_process.stay_probability_is_derived,
         mixture(MixtureProcess),
         mixture(StayingByAlpha),
     ),
     Fault(
         "dropped infinities",
-        edges.gradients_are_finite,
+        edge_cases.gradients_are_finite,
         masking(MixtureProcess),
         masking(DroppedAfterwards),
     ),
     Fault(
         "inf - inf",
-        edges.impossible_truth_is_bayes,
+        edge_cases.impossible_truth_is_bayes,
         masking(MixtureProcess),
         masking(DifferenceOfInfinities),
     ),
     Fault(
         "factors of another density",
-        posterior.factors_multiply,
+        derived_formulas.factors_multiply,
         on_pair(TreeProcess),
         on_pair(FactorsOfAnother),
     ),
     Fault(
         "scores charged twice",
-        posterior.score_is_law,
+        derived_formulas.score_is_law,
         mixture(MixtureProcess),
         mixture(ScoresTwice),
     ),
     Fault(
         "no closing term",
-        posterior.closing_kl_is_derived,
+        derived_formulas.closing_kl_is_derived,
         on_pair(TreeProcess),
         on_pair(FreeClosing),
     ),
@@ -1133,7 +1133,7 @@ FAULTS = [
     ),
     Fault(
         "masks that are idle",
-        posterior.active_covers_density,
+        derived_formulas.active_covers_density,
         on_pair(TreeProcess),
         on_pair(IdleMasks),
     ),
@@ -1145,92 +1145,92 @@ FAULTS = [
     ),
     Fault(
         "a scope with nothing in it",
-        posterior.scope_suffices,
+        derived_formulas.scope_suffices,
         on_pair(TreeProcess),
         on_pair(NarrowScope),
     ),
     Fault(
         "too little informed",
-        posterior.informed_is_enough,
+        derived_formulas.informed_is_enough,
         on_pair(TreeProcess, 0.8),
         on_pair(NarrowlyInformed, 0.8),
     ),
     # rates, events, climbing
     Fault(
         "a score without evidence",
-        reverse_rates.scores_at_ends,
+        reverse_process.scores_at_ends,
         uneven(MixtureProcess),
         uneven(EvidenceLeftOut),
     ),
     Fault(
         "rates turned round",
-        reverse_rates.reverse_flows_balance,
+        reverse_process.reverse_flows_balance,
         uneven(MixtureProcess),
         uneven(OutwardRates),
     ),
     Fault(
         "half the rates",
-        reverse_rates.density_is_of_reverse_rates,
+        reverse_process.density_is_of_reverse_rates,
         uneven(MixtureProcess),
         uneven(HalfTheRates),
     ),
     Fault(
         "rates of another posterior",
-        reverse_rates.reverse_rates_make_posterior,
+        reverse_process.reverse_rates_make_posterior,
         uneven(MixtureProcess),
         uneven(LatePosterior),
     ),
     Fault(
         "climbing from the start",
-        reverse_rates.forward_step_follows_transition,
+        reverse_process.forward_step_follows_transition,
         on_pair(TreeProcess),
         on_pair(ClimbingFromTheStart),
     ),
     Fault(
         "straying as from a word",
-        reverse_rates.forward_step_follows_transition,
+        reverse_process.forward_step_follows_transition,
         lambda: TreeProcess(THREE, CLOCK3, (0.8, 0.7)),
         lambda: StrayingOnceMore(THREE, CLOCK3, (0.8, 0.7)),
     ),
     Fault(
         "every candidate taken",
-        reverse_rates.events_follow_reverse_rates,
+        reverse_process.events_follow_reverse_rates,
         uneven(MixtureProcess),
         uneven(TakingEveryCandidate),
     ),
     Fault(
         "events that skip a level",
-        reverse_rates.events_follow_reverse_rates,
+        reverse_process.events_follow_reverse_rates,
         on_pair(TreeProcess),
         on_pair(EventsToTheWords),
     ),
     Fault(
         "events too often",
-        reverse_rates.events_follow_reverse_rates,
+        reverse_process.events_follow_reverse_rates,
         on_pair(TreeProcess),
         on_pair(EventsTooOften),
     ),
     Fault(
         "nothing foreseen",
-        reverse_rates.events_follow_reverse_rates,
+        reverse_process.events_follow_reverse_rates,
         uneven(MixtureProcess),
         uneven(NothingForeseen),
     ),
     Fault(
         "two visits in an event",
-        reverse_rates.events_query_once,
+        reverse_process.events_query_once,
         on_pair(TreeProcess),
         on_pair(AskingTwiceAnEvent),
     ),
     Fault(
         "words said to be settled",
-        reverse_rates.monotone_moves_reveal,
+        reverse_process.monotone_moves_reveal,
         on_pair(TreeProcess),
         on_pair(SaidToReveal, 0.8),
     ),
     Fault(
         "solved by the diagonal",
-        reverse_rates.solve_inverts,
+        reverse_process.solve_inverts,
         uneven(MixtureProcess),
         uneven(SolvedByTheDiagonal),
     ),
@@ -1437,8 +1437,8 @@ def test_no_law_is_without_a_fault() -> None:
     assert {one.name for one in kit} - {fault.law.name for fault in FAULTS} == {
         bound.speed_equality.name,
         denoiser.evidence_is_dropped.name,
-        reverse_rates.scores_are_decoded.name,
-        bound_draws.draws_of_the_bound.name,
+        reverse_process.scores_are_decoded.name,
+        bound_terms.draws_of_the_bound.name,
     }
 
 
@@ -1454,12 +1454,12 @@ def test_a_full_conditional_that_is_not_converted_is_found(monkeypatch: pytest.M
 @pytest.mark.parametrize("process", [uniform(), STRAYING], ids=["uniform", "xi < 1"])
 def test_the_full_conditional_breaks_the_entropy_equality(process: Any) -> None:
     assert bound.entropy_equality(process).passed
-    report = bound.entropy_equality(process, denoiser=full_table)
+    report = bound.entropy_equality(process, denoiser=full_conditional_table)
     assert report.error > 0.05  # tenths of a nat on these joints
 
 
 def test_at_masks_both_conditionals_agree_which_hides_the_mistake() -> None:
-    assert bound.entropy_equality(ONE_LEVEL, denoiser=full_table).passed
+    assert bound.entropy_equality(ONE_LEVEL, denoiser=full_conditional_table).passed
 
 
 @pytest.mark.parametrize(
@@ -1467,7 +1467,7 @@ def test_at_masks_both_conditionals_agree_which_hides_the_mistake() -> None:
 )
 def test_a_missing_speed_factor_breaks_the_speed_equality(process: Any) -> None:
     assert bound.speed_equality(process).passed
-    forgetful = lambda v, position: (bent(v, position)[0], torch.ones_like(v))  # noqa: E731
+    forgetful = lambda v, position: (bent_path(v, position)[0], torch.ones_like(v))  # noqa: E731
     assert not bound.speed_equality(process, path=forgetful).passed
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ddiff import FlatVocabulary, MixtureProcess, Score
 from ddiff.core.schedule import GeometricSchedule, Schedule
-from ddiff.testing import bound, chain, posterior, schedule
-from ddiff.testing.bound import full_table
+from ddiff.testing import bound, chain, derived_formulas, schedule
+from ddiff.testing.bound import full_conditional_table
 
 WORDS = FlatVocabulary(3)
 
@@ -165,7 +165,7 @@ class BySubtraction(GeometricSchedule):  # type: ignore[misc]
 FAULTS = [
     Fault(
         "dynamic weight in the density",
-        posterior.density_is_derived,
+        derived_formulas.density_is_derived,
         mixed,
         lambda: mixed(TrainedWeight),
     ),
@@ -207,14 +207,14 @@ FAULTS = [
     ),
     Fault(
         "no -1 beside rho - ln rho",
-        posterior.density_is_a_divergence,
+        derived_formulas.density_is_a_divergence,
         mixed,
         lambda: mixed(WithoutTheMinusOne),
     ),
     Fault("words that are never wrong", bound.entropy_equality, mixed, lambda: mixed(LeftOutWords)),
     Fault(
         "words that are right at the end",
-        posterior.decode_nll_is_derived,
+        derived_formulas.decode_nll_is_derived,
         mixed,
         lambda: mixed(KeepingWhatIsLeft),
     ),
@@ -224,10 +224,12 @@ FAULTS = [
         mixed,
         lambda: mixed(KeepingWhatIsLeft),
     ),
-    Fault("e^sigma - 1 missing", posterior.score_is_law, absorbing, lambda: absorbing(Unscaled)),
+    Fault(
+        "e^sigma - 1 missing", derived_formulas.score_is_law, absorbing, lambda: absorbing(Unscaled)
+    ),
     Fault(
         "ratios of another noise",
-        posterior.score_is_law,
+        derived_formulas.score_is_law,
         uniform,
         lambda: uniform(ScoresForAProcessAtHalfTheNoise),
     ),
@@ -269,13 +271,13 @@ def test_a_law_of_visible_rows_by_cross_entropy_is_no_rest_law(form: Form) -> No
     """Plain cross-entropy at visible rows gives P(x|z) with the row's own evidence in it: tenths of a nat in the bound."""
     process = mixed(form=form)
     assert bound.entropy_equality(process).passed
-    assert bound.entropy_equality(process, denoiser=full_table).error > 0.05
+    assert bound.entropy_equality(process, denoiser=full_conditional_table).error > 0.05
 
 
 def test_an_unscaled_reading_is_not_the_score_of_its_law() -> None:
     """What the head says for a law p, ln p + ln V, is the law's score with the scale and something else without."""
     process = absorbing()
-    rows = posterior.Rows(process, posterior.times(posterior.INNER))
+    rows = derived_formulas.ReachableRows(process, derived_formulas.times(derived_formulas.INNER))
     raw = torch.nn.functional.pad(rows.log_p + torch.tensor(3.0).double().log(), (0, 1))
     expected, charged = process.density(rows.dist, rows.x0, rows.zt, rows.t), {}
     for scaled in (True, False):

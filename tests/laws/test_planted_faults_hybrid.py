@@ -19,10 +19,10 @@ from ddiff.core.numerics import interior
 from ddiff.core.prediction import CleanDistribution, DenseDistribution
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.vocabulary import FlatVocabulary
-from ddiff.testing import bound, chain, draws, posterior, reverse_rates
-from ddiff.testing.bound import full_table, random_joint, rest_table
+from ddiff.testing import bound, chain, derived_formulas, draws, reverse_process
+from ddiff.testing.bound import full_conditional_table, random_joint, rest_conditional_table
 from ddiff.testing.probes import INNER, times
-from ddiff.testing.report import Gap, gap, law
+from ddiff.testing.report import Gap, compare, law
 
 GAMMA, WORDS = 0.3, 3
 
@@ -47,7 +47,7 @@ def rates_are_the_papers(process: GammaHybrid) -> Iterator[Gap]:
     mixed[:WORDS, WORDS] = 1.0 - process.gamma
     mixed[WORDS] = 0.0
     expected = mixed / ((1.0 - t) * (1.0 - process.gamma))[:, None, None]
-    yield gap(
+    yield compare(
         process.rates(t).dense(), expected, {"t": t}, expected.abs().amax((1, 2), keepdim=True)
     )
 
@@ -188,7 +188,7 @@ class AlwaysAnother(EpsilonHybrid):  # type: ignore[misc]
 FAULTS = [
     Fault(
         "the published loss as bound",
-        posterior.density_is_derived,
+        derived_formulas.density_is_derived,
         gamma_hybrid(),
         gamma_hybrid(PublishedAsBound),
     ),
@@ -200,7 +200,7 @@ FAULTS = [
     ),
     Fault(
         "e^sigma for e^(gamma sigma)",
-        posterior.density_is_derived,
+        derived_formulas.density_is_derived,
         gamma_hybrid(),
         gamma_hybrid(AllTheNoise),
     ),
@@ -230,13 +230,13 @@ FAULTS = [
     ),
     Fault(
         "a score without the evidence",
-        reverse_rates.scores_are_decoded,
+        reverse_process.scores_are_decoded,
         gamma_hybrid(),
         gamma_hybrid(WithoutItsEvidence),
     ),
     Fault(
         "no last draw",
-        posterior.decode_nll_is_derived,
+        derived_formulas.decode_nll_is_derived,
         epsilon_hybrid(),
         epsilon_hybrid(WithoutTheLastDraw),
     ),
@@ -290,7 +290,7 @@ def test_cross_entropy_at_visible_words_read_as_the_law_of_the_rest_breaks_the_b
     """What the published epsilon-loss trains is the full conditional; the engine's formulas want the law of the rest."""
     assert bound.entropy_equality(process).passed
     assert (
-        bound.entropy_equality(process, denoiser=full_table).error > 0.05
+        bound.entropy_equality(process, denoiser=full_conditional_table).error > 0.05
     )  # tenths of a nat on these joints
 
 
@@ -316,7 +316,7 @@ def test_the_published_epsilon_loss_is_least_for_the_full_conditional() -> None:
 
     rest, full = (
         table(process, log_joint)(states, now[:, None].expand(-1, 2))[:, 0]
-        for table in (rest_table, full_table)
+        for table in (rest_conditional_table, full_conditional_table)
     )
     posterior = (chance / chance.sum(0)).log()
     least = -(chance * posterior).sum().item()

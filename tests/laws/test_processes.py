@@ -14,7 +14,15 @@ from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import GeometricSchedule, LinearSchedule, PowerSchedule
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.errors import ArgumentError
-from ddiff.testing import Law, LawReport, assert_laws, bound, check_process, reverse_rates, schedule
+from ddiff.testing import (
+    Law,
+    LawReport,
+    assert_laws,
+    bound,
+    check_process,
+    reverse_process,
+    schedule,
+)
 from ddiff.testing.process import PROCESS_LAWS, check_parts
 
 BARE = FlatVocabulary(3, mask=False)
@@ -62,7 +70,7 @@ ODD_AND_RIGHT: dict[str, tuple[Law, object]] = {
         MixtureProcess(FlatVocabulary(1), LinearSchedule(), mask_distribution(FlatVocabulary(1))),
     ),
     "a transition that hardly remembers": (
-        reverse_rates.solve_inverts,
+        reverse_process.solve_inverts,
         MixtureProcess(BARE, GeometricSchedule(1.0, 100.0), token_distribution(BARE)),
     ),
     "early masks over shuffled words": (

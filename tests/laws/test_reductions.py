@@ -15,21 +15,21 @@ from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule, Schedule
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary
-from ddiff.testing.probes import INNER, Rows, product, random_laws, times
+from ddiff.testing.probes import INNER, ReachableRows, product, random_log_probs, times
 
 # Both sides are a few dozen float64 operations on numbers up to 1e3 (weights at t = 0.02), compared relatively.
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 SCHEDULES: list[Schedule] = [LinearSchedule(), CosineSchedule(), PowerSchedule(2.5)]
 
 
-def charged(process: ForwardProcess, rows: Rows) -> Tensor:
+def charged(process: ForwardProcess, rows: ReachableRows) -> Tensor:
     return process.density(rows.dist, rows.x0, rows.zt, rows.t)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
 def test_a_tree_of_one_level_is_the_absorbing_mixture(schedule: Schedule) -> None:
     tree, mixture = TreeProcess(FlatVocabulary(4), CdfClock([schedule])), masked(schedule)  # type: ignore[arg-type]
-    rows = Rows(tree, times(INNER))
+    rows = ReachableRows(tree, times(INNER))
     torch.testing.assert_close(charged(tree, rows), charged(mixture, rows), **CLOSE)
     for s in (0.0, 0.3):
         start = s * rows.t
@@ -44,7 +44,7 @@ def test_the_masked_loss_is_the_absorbing_score_entropy(schedule: Schedule) -> N
     """arXiv 2406.07524, eq. 10, and arXiv 2310.16834 with the score s(y) = alpha/(1-alpha) p(y) at the mask."""
     process = TreeProcess(FlatVocabulary(4), CdfClock([schedule]))
     log_p, x0, t = (
-        random_laws(4, 4)[:, None].expand(-1, 5, -1).reshape(20, 4),
+        random_log_probs(4, 4)[:, None].expand(-1, 5, -1).reshape(20, 4),
         torch.arange(20) % 4,
         times(INNER).repeat(4),
     )
@@ -63,7 +63,7 @@ def test_the_masked_loss_is_the_absorbing_score_entropy(schedule: Schedule) -> N
 def test_uniform_noise_is_the_closed_score_entropy() -> None:
     """arXiv 2310.16834: sigma'/N sum_{y != z} ( s_theta - s ln s_theta + s (ln s - 1) ), for any law."""
     process, size = uniform(4), 4
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     alpha = (1.0 - rows.t).unsqueeze(-1)
     q = (1.0 - alpha) / size + alpha * torch.nn.functional.one_hot(rows.x0, size)
     q_bar = (1.0 - alpha) / size + alpha * rows.log_p.exp()
@@ -89,7 +89,7 @@ def masses(gamma: float, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 3.0])
 def test_the_two_cross_entropies_of_the_paper_are_the_density(gamma: float) -> None:
     process = TreeProcess(PAIR, LogTimeClock((gamma, 1.0)))
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     _, beta_c, beta_m, d_beta_m = masses(gamma, rows.t)
     d_alpha = -gamma * (1.0 - rows.t) ** (gamma - 1.0)
     level = PAIR.level_of(rows.zt)
@@ -122,7 +122,7 @@ def test_finite_steps_are_those_of_the_paper(gamma: float) -> None:
 def test_the_perturbed_bound_is_the_exact_one(xi: float) -> None:
     """w_m KL(rho_x || rho^) at masks, w_c (-ln [ rho_x(k) p(x) / rho^_k ]) at any cluster k."""
     process = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)), xi)
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     _, beta_c, beta_m, d_beta_m = masses(1.0, rows.t)
     cluster = torch.tensor([4, 5])
     right = (PAIR.parent(rows.x0).unsqueeze(-1) == cluster).double()
@@ -140,7 +140,7 @@ def test_the_perturbed_bound_is_the_exact_one(xi: float) -> None:
 
 def test_humped_noise_without_a_hump_is_masked_diffusion() -> None:
     flat, tree = HumpedNoise(0.0), TreeProcess(FlatVocabulary(3), LogTimeClock((1.0,)))
-    rows = Rows(tree, times(INNER))
+    rows = ReachableRows(tree, times(INNER))
     torch.testing.assert_close(charged(flat, rows), charged(tree, rows), **CLOSE)
 
 
@@ -150,7 +150,7 @@ def test_humped_noise_has_the_published_weights() -> None:
     Those are omega/q; the weight of every family is the rate out of z, omega (1 - q)/q.
     """
     process, size = HumpedNoise(0.2), 3
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     t, c = rows.t, process.height * (rows.t * (1.0 - rows.t)).sqrt()
     d_c = 0.5 * (1.0 - 2.0 * t) / (t * (1.0 - t)) * c
     own = (c + (1.0 - t) * d_c) / (size * (1.0 - t) * (1.0 - t + c / size))
@@ -166,7 +166,7 @@ def test_humped_noise_has_the_published_weights() -> None:
 def test_a_mask_becomes_a_word_in_one_step_with_its_true_probability() -> None:
     """P(z_s = x | z_t = mask) = alpha_s P(word -> mask over s..t) / beta_m(t) p(x); the published sampler gives it 0."""
     process, s, t = TreeProcess(PAIR, LogTimeClock((0.5, 1.0))), times((0.3,)), times((0.8,))
-    log_p = random_laws(4, 1)
+    log_p = random_log_probs(4, 1)
     alpha = masses(0.5, s)[0]
     ratio = (1.0 - t) / (1.0 - s)
     jump = 1.0 - ratio**0.5 - masses(0.5, 1.0 - ratio)[1]

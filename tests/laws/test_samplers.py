@@ -17,8 +17,8 @@ from ddiff.sampling.trapezoidal import TrapezoidalSampler
 from ddiff.sampling.unmasking import UnmaskingSampler
 from ddiff.testing import assert_laws, check_sampler
 from ddiff.testing import sampler as laws
-from ddiff.testing.check_command import check
-from ddiff.testing.sampler import Subject, accepted, small_processes
+from ddiff.testing.check_command import evaluate_laws
+from ddiff.testing.sampler import SamplerCase, find_accepted_processes, small_processes
 
 MASKS = small_processes()["masks"]
 
@@ -44,8 +44,8 @@ class Claims:
 
 def claimed(
     build: Callable[[int], Any], quality: str, order: int, predicts: Any = "law"
-) -> Subject:
-    return Subject(lambda steps: Claims(build(steps), quality, order), MASKS, predicts)
+) -> SamplerCase:
+    return SamplerCase(lambda steps: Claims(build(steps), quality, order), MASKS, predicts)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ class SharesNoise(Claims):
 
 def test_planted_faults_break_the_law_that_names_them() -> None:
     def broken(fault: type[Claims]) -> set[str]:
-        subject = Subject(lambda steps: fault(AncestralSampler(steps), "heuristic", 0), MASKS)
+        subject = SamplerCase(lambda steps: fault(AncestralSampler(steps), "heuristic", 0), MASKS)
         reports = [one(subject) for one in laws.LAWS]
         return {report.law.partition(": ")[2] for report in reports if not report.passed}
 
@@ -121,7 +121,7 @@ def test_the_kit_checks_a_sampler_by_its_builder() -> None:
 
 
 def test_refusals_are_told_apart_from_errors() -> None:
-    subjects, refused = accepted(lambda vocabulary, steps: UnmaskingSampler(steps))
+    subjects, refused = find_accepted_processes(lambda vocabulary, steps: UnmaskingSampler(steps))
     assert sorted(subjects) == ["a tree, law", "masks, law"]
     assert len(refused) == 5
 
@@ -129,7 +129,7 @@ def test_refusals_are_told_apart_from_errors() -> None:
         raise TypeError("no sampler")
 
     with pytest.raises(TypeError):
-        accepted(broken)
+        find_accepted_processes(broken)
 
 
 PLUGIN = """
@@ -181,21 +181,23 @@ def stranger(distribution: Callable[..., Path]) -> None:
 def test_a_strangers_sampler_is_checked_by_name_and_by_plugin(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert check("honest", ["extra=3"]) == 0
+    assert evaluate_laws("honest", ["extra=3"]) == 0
     assert "on 3 instance(s), 0 broken" in capsys.readouterr().out
-    assert check("boasting", []) == 1
+    assert evaluate_laws("boasting", []) == 1
     assert '"sampler: exact where it says so" is broken: error 0.4' in capsys.readouterr().out
     with pytest.raises(
         ArgumentError, match=r"refuses every small process.*Nowhere: nothing suits it"
     ):
-        check("choosy", [])
+        evaluate_laws("choosy", [])
     with pytest.raises(ArgumentError, match="choosy"):
-        check("odd", [])  # by the plugin's name all of its samplers, and processes, are meant
+        evaluate_laws(
+            "odd", []
+        )  # by the plugin's name all of its samplers, and processes, are meant
 
 
 def test_what_has_no_laws_is_told_with_the_samplers_among_what_has() -> None:
     with pytest.raises(PluginError, match=r"has no laws to check.*sampler ancestral"):
-        check("wandb", [])
+        evaluate_laws("wandb", [])
 
 
 @pytest.mark.usefixtures("stranger")

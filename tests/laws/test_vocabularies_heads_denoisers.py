@@ -12,8 +12,14 @@ from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, Vocabulary
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.heads import TokenHead, TreeHead
-from ddiff.testing import assert_laws, check_clean_law, check_denoiser, check_head, check_vocabulary
-from ddiff.testing.probes import random_laws
+from ddiff.testing import (
+    assert_laws,
+    check_clean_distribution,
+    check_denoiser,
+    check_head,
+    check_vocabulary,
+)
+from ddiff.testing.probes import random_log_probs
 
 VOCABULARIES = {
     "words": FlatVocabulary(3, mask=False),
@@ -35,7 +41,11 @@ def test_vocabularies_obey_every_law(vocabulary: Vocabulary) -> None:
 
 
 def test_dense_laws_obey_every_law(vocabulary: Vocabulary) -> None:
-    assert_laws(check_clean_law(DenseDistribution(random_laws(vocabulary.num_tokens), vocabulary)))
+    assert_laws(
+        check_clean_distribution(
+            DenseDistribution(random_log_probs(vocabulary.num_tokens), vocabulary)
+        )
+    )
 
 
 @pytest.mark.parametrize("kind", ["tokens", "tied", "levelwise"])

@@ -38,9 +38,9 @@ from ddiff import (
 )
 from ddiff.sampling.loop import Canvas
 from ddiff.testing import assert_laws, chain, check_process
-from ddiff.testing.bound import WHOLE, exact_nelbo, random_joint, rest_table
-from ddiff.testing.exact_sampler import ExactNetwork, Shifted, measured
-from ddiff.testing.probes import INNER, Rows, likelihoods, times
+from ddiff.testing.bound import WHOLE, exact_nelbo, random_joint, rest_conditional_table
+from ddiff.testing.probes import INNER, ReachableRows, likelihoods, times
+from ddiff.testing.sampler_distribution import ExactNetwork, ShiftedSobolRng, measure_sampler
 
 CLOSE = {
     "rtol": 1e-11,
@@ -90,7 +90,7 @@ def test_without_redrawing_it_is_the_tree() -> None:
     t = times(INNER)
     torch.testing.assert_close(likelihoods(process, t), likelihoods(tree, t), **CLOSE)
     torch.testing.assert_close(process.rates(t).dense(), tree.rates(t).dense(), **CLOSE)
-    rows = Rows(tree, t)
+    rows = ReachableRows(tree, t)
     asked = (rows.dist, rows.x0, rows.zt, rows.t)
     torch.testing.assert_close(process.density(*asked), tree.density(*asked), **CLOSE)
 
@@ -107,7 +107,7 @@ def test_without_clusters_it_is_words_redrawn_until_they_are_masked() -> None:
     torch.testing.assert_close(
         process.transition(0.5 * t, t).dense(), hybrid.transition(0.5 * t, t).dense(), **CLOSE
     )
-    rows = Rows(hybrid, t)
+    rows = ReachableRows(hybrid, t)
     asked = (rows.dist, rows.x0, rows.zt, rows.t)
     torch.testing.assert_close(process.density(*asked), hybrid.density(*asked), **CLOSE)
 
@@ -126,7 +126,7 @@ def test_the_bound_of_its_exact_laws_is_the_entropy(below: int) -> None:
     log_joint = random_joint(3)
     entropy = -(log_joint.exp() * log_joint).sum()
     process = restless(below)
-    total = exact_nelbo(process, rest_table(process, log_joint), 2, WHOLE).total
+    total = exact_nelbo(process, rest_conditional_table(process, log_joint), 2, WHOLE).total
     # Quadrature leaves 1e-9; so does what lies beyond 1e-12 from the ends.
     assert float((log_joint.exp().reshape(-1) * total).sum()) == pytest.approx(
         float(entropy), abs=1e-8
@@ -137,7 +137,7 @@ def test_the_bound_of_its_exact_laws_is_the_entropy(below: int) -> None:
 def test_ancestral_steps_through_it_tend_to_the_joint(below: int) -> None:
     """Order 1: sixteen times the steps leave a sixteenth of .14 or .17; with the noise .007 to .017 over five seeds."""
     far, near = (
-        measured(
+        measure_sampler(
             AncestralSampler(steps), restless(below), JOINT, points=2**12, apart=True
         ).distance(JOINT)
         for steps in (4, 64)
@@ -344,7 +344,7 @@ def after_a_psi_step(process: ForwardProcess, sampler: PsiSampler, t: float, s: 
     free = torch.zeros(zt.shape, dtype=torch.bool)
     free[:, 0] = True
     at = torch.full(zt.shape, t, dtype=torch.float64)
-    noise: Any = Shifted(counts, seed=5)
+    noise: Any = ShiftedSobolRng(counts, seed=5)
     canvas = Canvas(zt, at, torch.zeros_like(free), free)
     moved = sampler.move(
         process, ExactNetwork(process, JOINT), canvas, torch.full_like(at, s), noise

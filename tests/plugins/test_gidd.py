@@ -13,7 +13,7 @@ from torch import Tensor
 from ddiff import ArgumentError, ClippedLoss, FlatVocabulary, HierarchicalVocabulary
 from ddiff.core.process import ForwardProcess
 from ddiff.testing import assert_laws, check_process
-from ddiff.testing.probes import INNER, Rows, likelihoods, times
+from ddiff.testing.probes import INNER, ReachableRows, likelihoods, times
 
 # Both sides are a few dozen float64 operations on numbers up to 1e4, compared relatively.
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
@@ -50,7 +50,7 @@ def hump(process: GeneralizedInterpolation, t: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 def test_weights_and_density_are_those_of_the_paper(gamma: float) -> None:
     process = make(0.2, gamma)
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     t, (c, d_c) = rows.t, hump(process, rows.t)
     arriving = c + (1.0 - t) * d_c
     at_mask, at_other = 1.0 / (t * (1.0 - t)), arriving / ((1.0 - t) * c)
@@ -142,7 +142,7 @@ def test_p_uniform_is_the_share_of_uniform_noise_half_way(gamma: float) -> None:
 def test_without_wrong_words_it_is_masked_diffusion(gamma: float, form: Form) -> None:
     ours = make(0.0, gamma, form)
     masked = MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(WORDS))
-    rows = Rows(masked, times(INNER))
+    rows = ReachableRows(masked, times(INNER))
     densities = [process.density(rows.dist, rows.x0, rows.zt, rows.t) for process in (ours, masked)]
     torch.testing.assert_close(*densities, **CLOSE)
     steps = [

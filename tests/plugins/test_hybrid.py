@@ -41,12 +41,12 @@ from ddiff.core.prediction import drop_own_evidence
 from ddiff.testing import assert_laws, check_process
 from ddiff.testing.probes import (
     INNER,
-    Rows,
+    ReachableRows,
     TableQuery,
     grid_of_uniforms,
     likelihoods,
     product,
-    random_laws,
+    random_log_probs,
     times,
 )
 from ddiff.testing.process import check_parts
@@ -156,7 +156,7 @@ def test_marginals_do_not_tell_it_from_an_interpolating_process() -> None:
     twin, t = Twin(process), times(INNER)
     torch.testing.assert_close(likelihoods(process, t), likelihoods(twin, t), **CLOSE)
     assert (twin.rates(t).dense()[:, WORDS, :WORDS] > 0.1).all()  # the twin leaves the mask
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     ours, its = (p.density(rows.dist, rows.x0, rows.zt, rows.t) for p in (process, twin))
     assert ((ours - its).abs() > 0.01 * its).double().mean() > 0.5  # and is charged otherwise
 
@@ -164,7 +164,7 @@ def test_marginals_do_not_tell_it_from_an_interpolating_process() -> None:
 def test_both_clocks_read_one_chain() -> None:
     """Where the clocks show the same noise, transitions are the same and densities differ by the speed of the clocks."""
     masked, rng = gamma_hybrid(0.4), gamma_hybrid(0.4, time="noise", floor=0.005)
-    rows = Rows(rng, times(INNER))
+    rows = ReachableRows(rng, times(INNER))
     there = -torch.expm1(-0.6 * noise_of(rng, rows.t)[0])  # t of the other clock: 1 - A
     speed = noise_of(rng, rows.t)[1] / noise_of(masked, there)[1]
     asked = (rows.dist, rows.x0, rows.zt)
@@ -191,7 +191,7 @@ def _earlier(process: GammaHybrid, masked: Tensor) -> Tensor:
 )
 def test_without_redrawing_both_are_masked_diffusion(process: ForwardProcess) -> None:
     masked = masked_diffusion()
-    rows, states = Rows(masked, times(INNER)), torch.arange(WORDS + 1)
+    rows, states = ReachableRows(masked, times(INNER)), torch.arange(WORDS + 1)
     asked = (rows.dist, rows.x0, rows.zt, rows.t)
     for formula in ("density", "decode_nll"):
         torch.testing.assert_close(
@@ -225,7 +225,7 @@ def test_the_epsilon_hybrid_is_an_instant_of_shuffling_and_then_masks() -> None:
         [(1.0 - now)[:, None, None] * shuffled, now[:, None, None].expand(-1, WORDS, 1)], -1
     )
     torch.testing.assert_close(likelihoods(process, now), expected, **CLOSE)
-    rows = Rows(process, now)
+    rows = ReachableRows(process, now)
     density = process.density(rows.dist, rows.x0, rows.zt, rows.t)
     assert (density[rows.zt < WORDS] == 0).all()
     assert (density[rows.zt == WORDS] > 0).all()
@@ -244,7 +244,7 @@ def test_masks_are_revealed_whatever_the_network_says() -> None:
     process, count = gamma_hybrid(0.3), 4096
     u = grid_of_uniforms(count, process.uniforms_per_step)
     zt, t, s = torch.full((count,), WORDS), times((0.8,)).expand(count), times((0.6,)).expand(count)
-    for log_p in random_laws(WORDS):
+    for log_p in random_log_probs(WORDS):
         query = TableQuery(log_p.expand(count, -1), process.vocabulary)
         zs = process.step(query, zt, t, s, u)
         assert torch.equal((zs < WORDS).nonzero().squeeze(-1), query.asked.sort().values)
@@ -260,7 +260,7 @@ def test_few_words_are_shown_to_the_network() -> None:
         times((0.5,)).expand(count),
         times((0.4,)).expand(count),
     )
-    query = TableQuery(random_laws(WORDS, 1).expand(count, -1), process.vocabulary)
+    query = TableQuery(random_log_probs(WORDS, 1).expand(count, -1), process.vocabulary)
     process.step(query, zt, t, s, u)
     bound = (1.0 - 0.5 / 0.6) / 0.5 * (1.0 - 0.4 / WORDS)
     assert len(query.asked) == pytest.approx(bound * count, abs=5)
@@ -270,7 +270,7 @@ def test_a_score_is_taken_back_in_time_exactly() -> None:
     """The staggered score r e^{-D Q} is q_s/q_t(z); mixed linearly, as published, it is not, by the square of the step."""
     process = gamma_hybrid(0.5, time="noise", floor=0.005)
     absorb, uniform = generators()
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     errors = []
     for step in (0.02, 0.01):
         s = rows.t - step
@@ -361,7 +361,7 @@ def coded_mixture(gamma: float, sigma: Tensor, log_s: Tensor, x0: Tensor, zt: Te
 @pytest.mark.parametrize("keys", SETTINGS, ids=str)
 def test_the_published_gamma_loss_is_the_coded_mixture(keys: dict[str, Any]) -> None:
     process = gamma_hybrid(**keys)
-    loss, rows = MixedEntropies(process), Rows(process, times(INNER))
+    loss, rows = MixedEntropies(process), ReachableRows(process, times(INNER))
     sigma, speed = noise_of(process, rows.t)
     log_marginal = process.log_marginal(rows.log_p, rows.t)
     log_s = log_marginal - log_marginal.gather(-1, rows.zt.unsqueeze(-1))
@@ -419,7 +419,7 @@ def test_the_published_epsilon_weights_are_the_coded_ones(weights: Any, lam: flo
 def test_the_published_epsilon_loss_is_cross_entropy_of_the_full_conditional() -> None:
     """-ln P(x | z): of a network that gives it (given = "all") it is plain cross-entropy against the clean word."""
     process, loss = epsilon_hybrid(), EverywhereCrossEntropy()
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     rest = drop_own_evidence(rows.log_p, process.log_likelihood(rows.zt, rows.t))
     got = loss.divergence(
         process, DenseDistribution(rest, process.vocabulary), rows.x0, rows.zt, rows.t

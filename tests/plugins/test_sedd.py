@@ -45,7 +45,7 @@ from ddiff.core.process import ForwardProcess, RowFunction
 from ddiff.plugin.loader import survey_plugins
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.testing import assert_laws, check_head, check_process, check_schedule
-from ddiff.testing.probes import INNER, Rows, times
+from ddiff.testing.probes import INNER, ReachableRows, times
 
 # Both sides are a few dozen float64 operations on numbers up to 1e5, compared relatively.
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -102,7 +102,7 @@ def sigmas(process: ComponentProcess, t: Tensor) -> tuple[Tensor, Tensor]:
     return -alpha.log(), -process.d_alpha(t) / alpha
 
 
-def any_scores(rows: Rows, states: int) -> Tensor:
+def any_scores(rows: ReachableRows, states: int) -> Tensor:
     """log s(y) that come from no law, 0 at the row's own state."""
     generator = torch.Generator().manual_seed(8)
     log_s = 1.5 * torch.randn(len(rows.zt), states, generator=generator, dtype=torch.float64)
@@ -118,7 +118,7 @@ def times_log_less_one(ratio: Tensor) -> Tensor:
 def test_any_score_is_charged_the_absorbing_score_entropy(noise: str) -> None:
     """sigma' ( sum_y s(y) - ln s(x)/(e^sigma - 1) + K(1/(e^sigma - 1)) ) at masks, y over the words; 0 at words."""
     process = make("absorb", noise)
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     log_s, (sigma, d_sigma) = any_scores(rows, WORDS + 1), sigmas(process, rows.t)
     ratio = 1.0 / torch.expm1(sigma)
     own = log_s.gather(-1, rows.x0.unsqueeze(-1)).squeeze(-1)
@@ -133,7 +133,7 @@ def test_any_score_is_charged_the_absorbing_score_entropy(noise: str) -> None:
 def test_any_score_is_charged_the_uniform_score_entropy(noise: str) -> None:
     """The published closed form, with rho = (e^sigma - 1)/(e^sigma - 1 + V) and means over all V words."""
     process = make("uniform", noise)
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     log_s, (sigma, d_sigma) = any_scores(rows, WORDS), sigmas(process, rows.t)
     growth = torch.expm1(sigma)
     rho = growth / (growth + WORDS)
@@ -152,7 +152,7 @@ def test_the_bound_of_udlm_and_duo_is_the_uniform_one(noise: str) -> None:
     """arXiv 2412.10193 and 2506.10892: with xbar = V alpha p + 1 - alpha, and xbar0 the same of the clean word,
     alpha'/(V alpha) [ V/xbar0_z - V/xbar_z - sum_j (xbar0_j/xbar0_z) ln( xbar_z xbar0_j / (xbar_j xbar0_z) ) ]."""
     process = make("uniform", noise)
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     alpha = process.alpha(rows.t).unsqueeze(-1)
     clean = torch.nn.functional.one_hot(rows.x0, WORDS).double()
     bars = [WORDS * alpha * p + 1.0 - alpha for p in (clean, rows.log_p.exp())]
@@ -185,7 +185,7 @@ def test_scaled_scores_of_a_law_are_charged_the_masked_loss(noise: str) -> None:
     """s = p/(e^sigma - 1), which the head says with logits ln p + ln V: the loss of arXiv 2406.07524, sigma'/(e^sigma - 1)
     times -ln p(x). Unscaled they are charged something else."""
     process = make("absorb", noise)
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     raw = torch.nn.functional.pad(rows.log_p + torch.tensor(float(WORDS)).double().log(), (0, 1))
     sigma, d_sigma = sigmas(process, rows.t)
     masked = torch.where(
@@ -210,7 +210,7 @@ def test_scaled_scores_of_a_law_are_charged_the_masked_loss(noise: str) -> None:
 @pytest.mark.parametrize(("graph", "noise"), SETTINGS)
 def test_a_score_that_comes_from_a_law_costs_what_the_law_costs(graph: str, noise: str) -> None:
     process = make(graph, noise)
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     asked = (rows.x0, rows.zt, rows.t)
     log_marginal = process.log_marginal(rows.log_p, rows.t)
     score = Score(log_marginal - log_marginal.gather(-1, rows.zt.unsqueeze(-1)))

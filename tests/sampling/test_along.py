@@ -13,7 +13,7 @@ from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.grid import Grid
 from ddiff.sampling.hyperschedule import HyperscheduleSampler
 from ddiff.sampling.loop import Canvas, generate
-from ddiff.testing.exact_sampler import measured
+from ddiff.testing.sampler_distribution import measure_sampler
 
 CLOSING = ("masked", "tree", "uncertain tree", "uniform")
 POINTS = 20_000
@@ -27,7 +27,10 @@ def test_one_position_at_a_time_is_exact_in_any_number_of_steps(name: str) -> No
     """Width 1: each symbol is drawn given the words before it, which is autoregression."""
     for shape, steps in (("block", 2), ("block", 8), ("slide", 9)):
         sampler = HyperscheduleSampler(AncestralSampler(steps), WindowTimes(1, shape, paired=False))  # type: ignore[arg-type]
-        assert measured(sampler, processes()[name], JOINT, points=POINTS).distance(JOINT) < NOISE
+        assert (
+            measure_sampler(sampler, processes()[name], JOINT, points=POINTS).distance(JOINT)
+            < NOISE
+        )
 
 
 @pytest.mark.parametrize("name", CLOSING)
@@ -35,7 +38,7 @@ def test_a_sliding_window_tends_to_the_joint(name: str) -> None:
     """Order 1 in the steps: at 96 steps of a path half as steep the ancestral error is below .02 beside the noise."""
     rule = WindowTimes(2, "slide", paired=False)
     far, near = (
-        measured(
+        measure_sampler(
             HyperscheduleSampler(AncestralSampler(steps), rule),
             processes()[name],
             JOINT,

@@ -26,7 +26,7 @@ from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import Noisy
 from ddiff.plugin.loader import load_plugins
 from ddiff.sampling.tau_leaping import TauLeapingSampler
-from ddiff.testing.exact_sampler import measured
+from ddiff.testing.sampler_distribution import measure_sampler
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "samplers.md").read_text()
@@ -243,9 +243,9 @@ def test_tau_leaping_does_not_converge_on_a_tree_that_leaves_late() -> None:
     late = TreeProcess(tree, LogTimeClock((0.5, 1.0)), xi=0.8)
     even = TreeProcess(tree, LogTimeClock((1.0, 1.0)), xi=0.8)
     distances = {
-        (name, steps): measured(TauLeapingSampler(steps), process, JOINT, points=2**12).distance(
-            JOINT
-        )
+        (name, steps): measure_sampler(
+            TauLeapingSampler(steps), process, JOINT, points=2**12
+        ).distance(JOINT)
         for name, process in (("late", late), ("even", even))
         for steps in (32, 128)
     }

@@ -37,7 +37,7 @@ from ddiff.sampling.self_correction import SelfCorrectingSampler, _Patience, pro
 from ddiff.sampling.tau_leaping import TauLeapingSampler, leap
 from ddiff.sampling.trapezoidal import TrapezoidalSampler
 from ddiff.sampling.unmasking import EntropyBoundSampler, UnmaskingSampler
-from ddiff.testing.bound_draws import CoveringRng
+from ddiff.testing.bound_terms import SobolRng
 
 POINTS = 8192
 RESOLVED = 5e-3
@@ -61,7 +61,7 @@ def canvas_of(states: tuple[int, ...], t: float, count: int = POINTS) -> Canvas:
 
 
 def covering(length: int) -> Any:
-    return CoveringRng(torch.arange(POINTS), POINTS, length)
+    return SobolRng(torch.arange(POINTS), POINTS, length)
 
 
 def moved(
@@ -313,7 +313,7 @@ def test_self_correction_tells_its_time_and_keeps_the_likeliest_changes() -> Non
             yield canvas.moved(torch.tensor([[2, 0, 1]]), torch.zeros_like(canvas.t))
 
     sampler = SelfCorrectingSampler(Overrides(), rounds=1, commit=2, temperature=0.5, at=0.9)  # type: ignore[arg-type]
-    rng: Callable[[int], Any] = lambda k: CoveringRng(torch.zeros(1, dtype=torch.long), 64, 3)  # noqa: E731
+    rng: Callable[[int], Any] = lambda k: SobolRng(torch.zeros(1, dtype=torch.long), 64, 3)  # noqa: E731
     *_, last = sampler.run(
         UNIFORM, network_from_noisy(network, BARE), canvas_of((0, 0, 0), 1.0, 1), rng
     )
@@ -380,7 +380,7 @@ def steps_of_entropy_bound(
     canvas = canvas_of((MASK,) * len(rows), 1.0, 1)
 
     def rng(k: int) -> Any:
-        return CoveringRng(torch.zeros(1, dtype=torch.long), 64, len(rows))
+        return SobolRng(torch.zeros(1, dtype=torch.long), 64, len(rows))
 
     steps = list(EntropyBoundSampler(bound).run(MASKED, predicting(MASKED, *rows), canvas, rng))
     return [int((step.zt == MASK).sum()) for step in steps], [float(step.t[0, 0]) for step in steps]

@@ -34,7 +34,7 @@ from ddiff.sampling.shaping import ShapedSampler, Temperature
 from ddiff.sampling.tau_leaping import TauLeapingSampler
 from ddiff.sampling.trapezoidal import TrapezoidalSampler
 from ddiff.sampling.unmasking import EntropyBoundSampler, UnmaskingSampler, surest_first
-from ddiff.testing.exact_sampler import ExactNetwork, Quick, measured
+from ddiff.testing.sampler_distribution import ExactNetwork, FastRng, measure_sampler
 
 PROCESSES = processes()
 PAIRS = [(s, p) for s, (_, refused) in SAMPLERS.items() for p in PROCESSES if p not in refused]
@@ -185,7 +185,7 @@ def test_a_network_that_says_nan_is_named(sampler: str) -> None:
 def test_from_event_to_event_the_samples_have_the_joint_law(name: str) -> None:
     """Chi-square of nine cells is above 35 with probability 2.7e-5; four cases, seed fixed."""
     count = 2**12 if name == "uniform" else 2**15
-    dist = measured(FirstHittingSampler(), PROCESSES[name], JOINT, points=count).dist[:3, :3]
+    dist = measure_sampler(FirstHittingSampler(), PROCESSES[name], JOINT, points=count).dist[:3, :3]
     assert float(dist.sum()) == pytest.approx(1.0)
     assert float((count * (dist - JOINT) ** 2 / JOINT).sum()) < 35
 
@@ -195,7 +195,9 @@ def test_from_event_to_event_the_samples_have_the_joint_law(name: str) -> None:
 )
 def test_one_position_at_a_time_is_exact_in_any_number_of_steps(inner: Any) -> None:
     count = 2**15
-    dist = measured(BlockwiseSampler(inner, 1), PROCESSES["tree"], JOINT, points=count).dist[:3, :3]
+    dist = measure_sampler(BlockwiseSampler(inner, 1), PROCESSES["tree"], JOINT, points=count).dist[
+        :3, :3
+    ]
     assert float((count * (dist - JOINT) ** 2 / JOINT).sum()) < 35
 
 
@@ -204,7 +206,7 @@ def test_one_position_at_a_time_is_exact_in_any_number_of_steps(inner: Any) -> N
 def test_first_order(build: Any, name: str) -> None:
     """Four times the steps, a quarter of the distance; summed over canvases, noise below 4e-4 of distances above 8e-3."""
     few, many = (
-        measured(build(n), PROCESSES[name], JOINT, apart=True, points=2**14).distance(JOINT)
+        measure_sampler(build(n), PROCESSES[name], JOINT, apart=True, points=2**14).distance(JOINT)
         for n in (8, 32)
     )
     assert 3.3 < few / many < 5.0
@@ -215,8 +217,10 @@ def test_second_order_beats_the_first_at_equal_cost(name: str) -> None:
     """Euler halves its distance with twice the steps. This one quarters it while extrapolated rates stay positive; symbols
     that depend on each other as much as these cut some off, and it comes to 2.7 (noise of a distance is about 2e-3)."""
     process = PROCESSES[name]
-    few, many = (measured(TrapezoidalSampler(n), process, JOINT, points=2**15) for n in (4, 8))
-    euler = measured(TauLeapingSampler(16), process, JOINT, apart=True, points=2**13)
+    few, many = (
+        measure_sampler(TrapezoidalSampler(n), process, JOINT, points=2**15) for n in (4, 8)
+    )
+    euler = measure_sampler(TauLeapingSampler(16), process, JOINT, apart=True, points=2**13)
     assert few.distance(JOINT) / many.distance(JOINT) > 2.3
     assert many.distance(JOINT) < 0.85 * euler.distance(JOINT)
     assert many.runs < euler.runs + 1e-9
@@ -226,9 +230,12 @@ def test_a_last_draw_that_has_noise_to_remove_leaves_a_plateau() -> None:
     """A tenth of the words is noise at t = 0; both symbols are cleaned at once, and no number of steps helps."""
     process = MixtureProcess(FlatVocabulary(3, mask=False), EarlyNoise(), torch.full((3,), 1 / 3))
     near, nearer = (
-        measured(AncestralSampler(n), process, JOINT, apart=True, points=2**13) for n in (24, 48)
+        measure_sampler(AncestralSampler(n), process, JOINT, apart=True, points=2**13)
+        for n in (24, 48)
     )
-    closing = measured(AncestralSampler(48), PROCESSES["uniform"], JOINT, apart=True, points=2**13)
+    closing = measure_sampler(
+        AncestralSampler(48), PROCESSES["uniform"], JOINT, apart=True, points=2**13
+    )
     assert nearer.distance(JOINT) > 1.25 * closing.distance(JOINT)
     assert near.distance(JOINT) < 1.9 * nearer.distance(JOINT), "first order would halve it"
 
@@ -236,14 +243,22 @@ def test_a_last_draw_that_has_noise_to_remove_leaves_a_plateau() -> None:
 def test_the_surest_draw_first_is_not_a_law_of_the_joint() -> None:
     """Choosing positions by what they drew favours likely words, whatever the steps; by their laws alone it does not."""
     process = PROCESSES["masked"]
-    assert measured(UnmaskingSampler(16), process, JOINT, points=2**13).distance(JOINT) > 0.15
     assert (
-        measured(UnmaskingSampler(16, "margin"), process, JOINT, points=2**14).distance(JOINT)
+        measure_sampler(UnmaskingSampler(16), process, JOINT, points=2**13).distance(JOINT) > 0.15
+    )
+    assert (
+        measure_sampler(UnmaskingSampler(16, "margin"), process, JOINT, points=2**14).distance(
+            JOINT
+        )
         < 0.02
     )
-    assert measured(EntropyBoundSampler(0.0), process, JOINT, points=2**14).distance(JOINT) < 0.02
     assert (
-        measured(EntropyBoundSampler(9.0), process, JOINT, points=2**12).distance(JOINT) > 0.35
+        measure_sampler(EntropyBoundSampler(0.0), process, JOINT, points=2**14).distance(JOINT)
+        < 0.02
+    )
+    assert (
+        measure_sampler(EntropyBoundSampler(9.0), process, JOINT, points=2**12).distance(JOINT)
+        > 0.35
     ), "all at once"
 
 
@@ -265,7 +280,7 @@ def test_remasking_is_psi_on_masks() -> None:
     zt = torch.tensor([[0, 3]]).repeat(count, 1)
     free = torch.ones_like(zt, dtype=torch.bool)
     canvas = Canvas(zt, torch.full(zt.shape, t).double(), ~free, free)
-    sampler, rng = PsiSampler(2, Cap(0.3)), Quick(count, 5)
+    sampler, rng = PsiSampler(2, Cap(0.3)), FastRng(count, 5)
     moved = sampler.move(process, exact_ask(process), canvas, torch.full_like(canvas.t, s), rng).zt  # type: ignore[arg-type]
     masked = (moved == 3).double().mean(0)
     revealed = ((1 - s) - 0.7 * (1 - t)) / t
@@ -277,7 +292,7 @@ def test_on_one_level_a_level_at_a_time_is_the_posterior() -> None:
     """The same law from other uniforms: distances agree to the noise of the sum, 1e-3."""
     process = PROCESSES["masked"]
     one, plain = (
-        measured(build(4), process, JOINT, apart=True, points=2**13)
+        measure_sampler(build(4), process, JOINT, apart=True, points=2**13)
         for build in (OneLevelSampler, AncestralSampler)
     )
     assert one.distance(JOINT) == pytest.approx(plain.distance(JOINT), abs=1e-3)
@@ -370,7 +385,8 @@ def test_candidate_events_of_words_end_before_they_are_too_many() -> None:
     the symbols lose that change there together, at most until^2 / 2 at each end (sampling adds 0.02)."""
     process, count = PROCESSES["uniform"], 2**12
     near, far = (
-        measured(FirstHittingSampler(until), process, JOINT, points=count) for until in (1e-4, 0.49)
+        measure_sampler(FirstHittingSampler(until), process, JOINT, points=count)
+        for until in (1e-4, 0.49)
     )
     assert near.runs < 2 * 17.0 + 2
     assert far.runs < 0.3 * near.runs

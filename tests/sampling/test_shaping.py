@@ -32,7 +32,7 @@ from ddiff.sampling.shaping import (
 )
 from ddiff.sampling.tau_leaping import TauLeapingSampler
 from ddiff.sampling.unmasking import UnmaskingSampler
-from ddiff.testing.exact_sampler import ExactNetwork
+from ddiff.testing.sampler_distribution import ExactNetwork
 
 TREE = HierarchicalVocabulary([[0, 1, 0, 1, 1, 0], [0, 0, 0]][:1])
 WORDS = torch.tensor([[0.05, 0.30, 0.15, 0.20, 0.10, 0.20]], dtype=torch.float64)

@@ -17,7 +17,7 @@ from ddiff.sampling.grid_sampler import GridSampler
 from ddiff.sampling.loop import Canvas
 from ddiff.sampling.tau_leaping import TauLeapingSampler
 from ddiff.sampling.trapezoidal import TrapezoidalSampler
-from ddiff.testing.exact_sampler import ExactNetwork
+from ddiff.testing.sampler_distribution import ExactNetwork
 
 TILT = torch.tensor([[1.2, 0.8, 0.95], [0.85, 1.2, 1.0], [1.0, 0.95, 1.0]], dtype=torch.float64)
 MILD = (

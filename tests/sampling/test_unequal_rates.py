@@ -20,7 +20,7 @@ from ddiff import (
 from ddiff.core.clock import CdfClock
 from ddiff.core.schedule import LinearSchedule
 from ddiff.sampling.grid_sampler import kept
-from ddiff.testing.exact_sampler import Quick
+from ddiff.testing.sampler_distribution import FastRng
 
 RATES = torch.tensor([[-0.2, 0.1, 0.1], [2.0, -4.0, 2.0], [0.5, 0.5, -1.0]], dtype=torch.float64)
 PROCESS = DenseProcess(FlatVocabulary(3, mask=False), RATES)
@@ -84,6 +84,6 @@ def _leaving(sampler: PsiSampler | AdaptiveCorrectionSampler, process: ForwardPr
             return query
 
         s = torch.full(canvas.zt.shape, S, dtype=torch.float64)
-        moved = sampler.move(process, network, canvas, s, Quick(count, 5)).zt  # type: ignore[arg-type]
+        moved = sampler.move(process, network, canvas, s, FastRng(count, 5)).zt  # type: ignore[arg-type]
         leaving.append((moved != canvas.zt).double().mean(0))
     return torch.cat([leaving[0], leaving[1][:1]])

@@ -10,7 +10,7 @@ from torch import Tensor
 from ddiff.core.information import OwnTime
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import TimeRule, Times
-from ddiff.testing.report import Gap, Law, LawReport, check, gap, law
+from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, law
 
 SLOTS, LENGTH, DRAWS = 64, 4, 128
 
@@ -42,9 +42,11 @@ def _nowhere(times: Times) -> Tensor:
 def times_are_times(rule: TimeRule) -> Iterator[Gap]:
     """Every t lies in [0, 1], every speed is >= 0 and finite, and who is clean or waits has speed 0. Exactly."""
     drawn = _drawn(rule, 0, torch.arange(SLOTS))
-    yield gap(drawn.t.clamp(0.0, 1.0), drawn.t, {"t": drawn.t})
-    yield gap(((drawn.speed >= 0.0) & drawn.speed.isfinite()).double(), 1.0, {"speed": drawn.speed})
-    yield gap(
+    yield compare(drawn.t.clamp(0.0, 1.0), drawn.t, {"t": drawn.t})
+    yield compare(
+        ((drawn.speed >= 0.0) & drawn.speed.isfinite()).double(), 1.0, {"speed": drawn.speed}
+    )
+    yield compare(
         torch.where(_nowhere(drawn), drawn.speed, 0.0),
         0.0,
         {"speed of an uncharged position at t": drawn.t},
@@ -56,8 +58,8 @@ def times_are_their_own(rule: TimeRule) -> Iterator[Gap]:
     """A slot has the same times in the whole batch and in any share of it, so ranks and micro-batches agree. Exactly."""
     whole = _drawn(rule, 0, torch.arange(SLOTS))
     for share in (torch.arange(8), torch.arange(40, 48), torch.arange(3, SLOTS, 7)):
-        yield gap(_drawn(rule, 0, share).t, whole.t[share], {"slot": share})
-        yield gap(_drawn(rule, 0, share).speed, whole.speed[share], {"slot": share})
+        yield compare(_drawn(rule, 0, share).t, whole.t[share], {"slot": share})
+        yield compare(_drawn(rule, 0, share).speed, whole.speed[share], {"slot": share})
 
 
 @law("times: speeds make the sum a mean over the window", tolerance=0.04)
@@ -73,7 +75,7 @@ def speeds_are_unbiased(rule: TimeRule) -> Iterator[Gap]:
     for power in range(3):
         expected = (last ** (power + 1) - first ** (power + 1)) / (power + 1)
         got = (speed * t**power).mean((0, 1))
-        yield gap(
+        yield compare(
             got, expected, {"position": torch.arange(LENGTH), "g = t to the": power}, expected
         )
 
@@ -95,9 +97,11 @@ def ends_are_read_once(rule: TimeRule) -> Iterator[Gap]:
         ("last", last, [b for _, b in pairs]),
     ):
         speed = torch.stack([end.speed for end in ends])
-        yield gap(speed.mean((0, 1)), 1.0, {"end": name, "position": torch.arange(LENGTH)})
+        yield compare(speed.mean((0, 1)), 1.0, {"end": name, "position": torch.arange(LENGTH)})
         t = torch.stack([torch.where(end.speed > 0, end.t, times) for end in ends])
-        yield gap((t - times).abs().amax((0, 1)), 0.0, {"end": name, "t where it is read": times})
+        yield compare(
+            (t - times).abs().amax((0, 1)), 0.0, {"end": name, "t where it is read": times}
+        )
 
 
 @law("times: every share of the batch sees the whole window", tolerance=0.15)
@@ -113,7 +117,7 @@ def shares_are_balanced(rule: TimeRule) -> Iterator[Gap]:
         ((drawn.t - first) / (last - first)).masked_fill(drawn.clean, 0.0).masked_fill(waiting, 1.0)
     )
     means = along.reshape(8, -1).mean(-1)
-    yield gap(means, float(means.mean()), {"share": torch.arange(8)})
+    yield compare(means, float(means.mean()), {"share": torch.arange(8)})
 
 
 @law("times: the path goes forwards, at its speed", tolerance=1e-9)
@@ -127,12 +131,12 @@ def paths_go_forwards(rule: TimeRule) -> Iterator[Gap]:
     )
     waiting = torch.zeros_like(path.clean) if path.waiting is None else path.waiting
     stage = 1.0 - path.clean.double() + waiting.double()
-    yield gap(stage.diff(dim=0).clamp(max=0.0), 0.0, after)
+    yield compare(stage.diff(dim=0).clamp(max=0.0), 0.0, after)
     charged = path.speed > 0
     both = charged[1:] & charged[:-1]
     quotient = path.t.diff(dim=0) / tau.diff().unsqueeze(-1)
-    yield gap(torch.where(both, quotient, 0.0), torch.where(both, path.speed[1:], 0.0), after)
-    yield gap(path.t.diff(dim=0).clamp(max=0.0), 0.0, after)
+    yield compare(torch.where(both, quotient, 0.0), torch.where(both, path.speed[1:], 0.0), after)
+    yield compare(path.t.diff(dim=0).clamp(max=0.0), 0.0, after)
 
 
 @law("times: nobody who is charged sees a position that waits", tolerance=0.0)
@@ -143,19 +147,19 @@ def waiting_is_unseen(rule: TimeRule) -> Iterator[Gap]:
         rule.at(OwnTime(), torch.linspace(0.0, 1.0, 61).double(), LENGTH),
     ):
         if times.block is None:
-            yield gap(
+            yield compare(
                 _nowhere(times).double(),
                 0.0,
                 {"no blocks, and yet a position is clean or waits at t": times.t},
             )
             continue
         block = times.block.expand(times.t.shape).double()
-        yield gap(block.diff(dim=-1).clamp(max=0.0), 0.0, {"block": block[:, 1:]})
+        yield compare(block.diff(dim=-1).clamp(max=0.0), 0.0, {"block": block[:, 1:]})
         latest = torch.where(times.speed > 0, block, -torch.inf).amax(-1, keepdim=True)
         earliest = torch.where(times.speed > 0, block, torch.inf).amin(-1, keepdim=True)
         waiting = torch.zeros_like(times.clean) if times.waiting is None else times.waiting
-        yield gap((waiting & (block <= latest)).double(), 0.0, {"block of who waits": block})
-        yield gap(
+        yield compare((waiting & (block <= latest)).double(), 0.0, {"block of who waits": block})
+        yield compare(
             (times.clean & (block >= earliest)).double(), 0.0, {"block of a clean position": block}
         )
 
@@ -173,4 +177,4 @@ TIME_RULE_LAWS: tuple[Law, ...] = (
 
 def check_time_rule(rule: TimeRule) -> list[LawReport]:
     """Every law of a rule that draws times for a stratified global batch, each position through its whole window."""
-    return check(rule, TIME_RULE_LAWS)
+    return evaluate_laws(rule, TIME_RULE_LAWS)

@@ -14,15 +14,15 @@ from ddiff.testing.probes import (
     ENDS,
     INNER,
     STEPS,
-    Rows,
-    certain_laws,
+    ReachableRows,
+    certain_log_probs,
+    evaluate_below,
     likelihoods,
     product,
-    random_laws,
-    read_below,
+    random_log_probs,
     times,
 )
-from ddiff.testing.report import Gap, gap, law
+from ddiff.testing.report import Gap, compare, law
 
 
 def overrides(process: ForwardProcess, method: str) -> bool:
@@ -46,7 +46,7 @@ def posterior_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
         300,
     )
     before = likelihoods(process, pairs[:, 0])
-    for log_p in random_laws(vocabulary.num_tokens):
+    for log_p in random_log_probs(vocabulary.num_tokens):
         joint = (log_p.exp() @ before).unsqueeze(-1) * moves  # [pairs, y, z]
         place, zt = product(torch.arange(len(pairs)), torch.arange(vocabulary.num_states))
         likely = joint.sum(1)[place, zt] > 1e-3
@@ -54,27 +54,27 @@ def posterior_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
         expected = joint[place, :, zt] / joint[place, :, zt].sum(-1, keepdim=True)
         s, t = pairs[place].T
         got = process.reverse_log_probs(log_p.expand(len(zt), -1), zt, t, s).exp()
-        yield gap(got, expected, {"zt": zt, "s": s, "t": t})
+        yield compare(got, expected, {"zt": zt, "s": s, "t": t})
 
 
 @law("override = derived: density", tolerance=1e-9)
 def density_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """The family's density is the score entropy of its own rates and marginals. Relative: the derived one subtracts."""
     if overrides(process, "density"):
-        rows = Rows(process, times(INNER, (1e-3, 1.0 - 1e-3)))
+        rows = ReachableRows(process, times(INNER, (1e-3, 1.0 - 1e-3)))
         derived = ForwardProcess.density(process, rows.dist, rows.x0, rows.zt, rows.t)
         got = process.density(rows.dist, rows.x0, rows.zt, rows.t)
-        yield gap(got, derived, rows.labels, 1.0 + derived.abs())
+        yield compare(got, derived, rows.labels, 1.0 + derived.abs())
 
 
 @law("a score = the law that it comes from", tolerance=1e-9)
 def score_is_law(process: ForwardProcess) -> Iterator[Gap]:
     """Given the ratios of its marginal instead of the law, the density is the same number. Relative rounding."""
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     log_marginal = process.log_marginal(rows.log_p, rows.t)
     score = Score(log_marginal - log_marginal.gather(-1, rows.zt.unsqueeze(-1)))
     expected = process.density(rows.dist, rows.x0, rows.zt, rows.t)
-    yield gap(
+    yield compare(
         process.density(score, rows.x0, rows.zt, rows.t),
         expected,
         rows.labels,
@@ -86,21 +86,21 @@ def score_is_law(process: ForwardProcess) -> Iterator[Gap]:
 def weight_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """The weight is the total true reverse rate, sum_y Q[y,z] q_t(y|x)/q_t(z|x), in every family: a loss that holds weights
     in a range is then the same function for the same chain. 0 where nothing arrives. Relative rounding."""
-    rows = Rows(process, times(INNER, (1e-3, 1.0 - 1e-3)))
+    rows = ReachableRows(process, times(INNER, (1e-3, 1.0 - 1e-3)))
     expected = ForwardProcess.weight(process, rows.x0, rows.zt, rows.t)
-    yield gap(process.weight(rows.x0, rows.zt, rows.t), expected, rows.labels, 1.0 + expected)
+    yield compare(process.weight(rows.x0, rows.zt, rows.t), expected, rows.labels, 1.0 + expected)
 
 
 @law("weight * divergence = density", tolerance=1e-9)
 def factors_multiply(process: ForwardProcess) -> Iterator[Gap]:
     """What the bound multiplies is the density, whatever the family's split; neither is negative. Relative rounding."""
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     weight, divergence = process.factors(rows.dist, rows.x0, rows.zt, rows.t)
     density = process.density(rows.dist, rows.x0, rows.zt, rows.t)
-    yield gap(weight * divergence, density, rows.labels, 1.0 + density.abs())
-    yield gap(weight, process.weight(rows.x0, rows.zt, rows.t), rows.labels, 1.0 + weight)
-    yield gap(weight.clamp(max=0.0), 0.0, rows.labels)
-    yield gap(divergence.clamp(max=0.0), 0.0, rows.labels)
+    yield compare(weight * divergence, density, rows.labels, 1.0 + density.abs())
+    yield compare(weight, process.weight(rows.x0, rows.zt, rows.t), rows.labels, 1.0 + weight)
+    yield compare(weight.clamp(max=0.0), 0.0, rows.labels)
+    yield compare(divergence.clamp(max=0.0), 0.0, rows.labels)
 
 
 @law("density: finite, not negative, zero for the truth", tolerance=1e-9)
@@ -109,15 +109,15 @@ def density_is_a_divergence(process: ForwardProcess) -> Iterator[Gap]:
 
     Relative to the weight of the row: at 1e-6 from an end a weight of 1e6 multiplies the rounding of a divergence of 0.
     """
-    rows = Rows(process, times(INNER, (1e-6, 1.0 - 1e-6)))
+    rows = ReachableRows(process, times(INNER, (1e-6, 1.0 - 1e-6)))
     density = process.density(rows.dist, rows.x0, rows.zt, rows.t)
     scale = 1.0 + process.weight(rows.x0, rows.zt, rows.t)
-    yield gap(density.clamp(max=0.0), 0.0, rows.labels, scale)
-    yield gap(density.isfinite().double(), 1.0, {"finite density at": "", **rows.labels})
+    yield compare(density.clamp(max=0.0), 0.0, rows.labels, scale)
+    yield compare(density.isfinite().double(), 1.0, {"finite density at": "", **rows.labels})
     sure = DenseDistribution(
-        certain_laws(process.vocabulary.num_tokens)[rows.x0], process.vocabulary
+        certain_log_probs(process.vocabulary.num_tokens)[rows.x0], process.vocabulary
     )
-    yield gap(process.density(sure, rows.x0, rows.zt, rows.t), 0.0, rows.labels, scale)
+    yield compare(process.density(sure, rows.x0, rows.zt, rows.t), 0.0, rows.labels, scale)
 
 
 @law("override = derived: log_likelihood", tolerance=1e-10)
@@ -126,7 +126,7 @@ def likelihood_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     if overrides(process, "log_likelihood"):
         t, zt = product(times(INNER, ENDS), torch.arange(process.vocabulary.num_states))
         derived = ForwardProcess.log_likelihood(process, zt, t).exp()
-        yield gap(process.log_likelihood(zt, t).exp(), derived, {"zt": zt, "t": t})
+        yield compare(process.log_likelihood(zt, t).exp(), derived, {"zt": zt, "t": t})
 
 
 @law("override = derived: reverse_log_probs", tolerance=1e-9)
@@ -134,12 +134,12 @@ def posterior_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """The family's posterior is Bayes' rule on its own marginal and transition, from t = 1 to s = 0 too. Rounding."""
     if overrides(process, "reverse_log_probs"):
         for s, t in (*STEPS, (0.0, 1.0), (0.0, 0.5)):
-            rows = Rows(process, times((t,)))
+            rows = ReachableRows(process, times((t,)))
             start = torch.full_like(rows.t, s)
             derived = ForwardProcess.reverse_log_probs(
                 process, rows.log_p, rows.zt, rows.t, start
             ).exp()
-            yield gap(
+            yield compare(
                 process.reverse_log_probs(rows.log_p, rows.zt, rows.t, start).exp(),
                 derived,
                 rows.labels,
@@ -150,20 +150,20 @@ def posterior_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """-ln P(x|z) has the row's own evidence in it: -ln [ p(x) q_t(z|x) / q_t-bar(z) ], not -ln p(x). Relative rounding."""
     if overrides(process, "decode_nll"):
-        rows = Rows(process, times(INNER, ENDS, (1e-6,)))
+        rows = ReachableRows(process, times(INNER, ENDS, (1e-6,)))
         log_q = likelihood_rows(process, rows).log()
         expected = (
             -(rows.log_p + log_q).log_softmax(-1).gather(-1, rows.x0.unsqueeze(-1)).squeeze(-1)
         )
         got = process.decode_nll(rows.dist, rows.x0, rows.zt, rows.t)
-        yield gap(got, expected, rows.labels, 1.0 + expected.abs())
+        yield compare(got, expected, rows.labels, 1.0 + expected.abs())
 
 
 @law("override = derived: closing_kl", tolerance=1e-9)
 def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """KL( q_t(.|x) || marginal of the law ), over every state; 0 at t = 1 when the process closes. Rounding."""
     vocabulary = process.vocabulary
-    laws = random_laws(vocabulary.num_tokens)
+    laws = random_log_probs(vocabulary.num_tokens)
     index, x0, t = product(
         torch.arange(len(laws)), torch.arange(vocabulary.num_tokens), times(INNER, (1.0,))
     )
@@ -172,27 +172,27 @@ def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
         expected = ForwardProcess.closing_kl(
             process, DenseDistribution(laws[index], vocabulary), x0, t
         )
-        yield gap(got, expected, {"x0": x0, "t": t})
+        yield compare(got, expected, {"x0": x0, "t": t})
     if process.closes_at_prior:
-        yield gap(got[t == 1.0], 0.0, {"x0": x0[t == 1.0], "t": "1"})
+        yield compare(got[t == 1.0], 0.0, {"x0": x0[t == 1.0], "t": "1"})
 
 
 @law("active: nothing is charged elsewhere", tolerance=1e-12)
 def active_covers_density(process: ForwardProcess) -> Iterator[Gap]:
     """The bound skips rows that are not active, so their density is 0. Relative rounding of the derived formula."""
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     idle = ~process.active(rows.zt)
     density = process.density(rows.dist, rows.x0, rows.zt, rows.t)[idle]
-    yield gap(density, 0.0, {name: label[idle] for name, label in rows.labels.items()})
+    yield compare(density, 0.0, {name: label[idle] for name, label in rows.labels.items()})
 
 
 @law("scope: nothing is read above it", tolerance=1e-9)
 def scope_suffices(process: ForwardProcess) -> Iterator[Gap]:
     """A law that knows only what lies below scope(z) gives the same divergence where it is read, and the same decoding
     term; something is open below every scope. Rounding of normalisers."""
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     scope, vocabulary = process.scope(rows.zt), process.vocabulary
-    yield gap(
+    yield compare(
         (scope >= vocabulary.num_tokens).double(),
         1.0,
         {"more than a word in the scope of zt": rows.zt},
@@ -202,16 +202,16 @@ def scope_suffices(process: ForwardProcess) -> Iterator[Gap]:
         (process.decode_nll, torch.ones_like(rows.zt, dtype=torch.bool)),
     ):
         asked = [argument[reads] for argument in (rows.x0, rows.zt, rows.t)]
-        got = read_below(formula, rows.log_p[reads], scope[reads], vocabulary, *asked)
+        got = evaluate_below(formula, rows.log_p[reads], scope[reads], vocabulary, *asked)
         expected = formula(DenseDistribution(rows.log_p[reads], vocabulary), *asked)
         labels = {name: label[reads] for name, label in rows.labels.items()}
-        yield gap(got, expected, labels, 1.0 + expected.abs())
+        yield compare(got, expected, labels, 1.0 + expected.abs())
 
 
 @law("informed: the rest of the law does not matter", tolerance=1e-9)
 def informed_is_enough(process: ForwardProcess) -> Iterator[Gap]:
     """The density is the same under two laws that differ only in what `informed` says is not trained. Rounding."""
-    rows = Rows(process, times(INNER))
+    rows = ReachableRows(process, times(INNER))
     informed = process.informed(rows.zt)
     expected = process.density(rows.dist, rows.x0, rows.zt, rows.t)
     for code, other in ((Informed.NONE, _reshaped), (Informed.BELOW_NODE, _reshaped_outside)):
@@ -219,11 +219,11 @@ def informed_is_enough(process: ForwardProcess) -> Iterator[Gap]:
         changed = DenseDistribution(other(process, rows.log_p, rows.zt), process.vocabulary)
         got = process.density(changed, rows.x0, rows.zt, rows.t)
         labels = {name: label[here] for name, label in rows.labels.items()}
-        yield gap(got[here], expected[here], labels, 1.0 + expected[here].abs())
+        yield compare(got[here], expected[here], labels, 1.0 + expected[here].abs())
 
 
 def _reshaped(process: ForwardProcess, log_p: Tensor, zt: Tensor) -> Tensor:
-    tilt = random_laws(log_p.shape[-1], 1, seed=5)
+    tilt = random_log_probs(log_p.shape[-1], 1, seed=5)
     return (0.5 * log_p + tilt).log_softmax(-1)
 
 
@@ -237,7 +237,7 @@ def _reshaped_outside(process: ForwardProcess, log_p: Tensor, zt: Tensor) -> Ten
     return torch.where(below, log_p + 0.7, _reshaped(process, log_p, zt)).log_softmax(-1)
 
 
-def likelihood_rows(process: ForwardProcess, rows: Rows) -> Tensor:
+def likelihood_rows(process: ForwardProcess, rows: ReachableRows) -> Tensor:
     """[r, V] q_t(z_t|x) over x for each row, read from the marginal."""
     distinct, place = rows.t.unique(return_inverse=True)
     return likelihoods(process, distinct)[place, :, rows.zt]

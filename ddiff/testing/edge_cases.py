@@ -9,8 +9,14 @@ from torch import Tensor
 
 from ddiff.core.prediction import DenseDistribution, Prediction, Score
 from ddiff.core.process import ForwardProcess
-from ddiff.testing.probes import Rows, certain_laws, likelihoods, random_laws, times
-from ddiff.testing.report import Gap, gap, law
+from ddiff.testing.probes import (
+    ReachableRows,
+    certain_log_probs,
+    likelihoods,
+    random_log_probs,
+    times,
+)
+from ddiff.testing.report import Gap, compare, law
 
 Term = Callable[[Prediction], Tensor]  # [r] nats of a prediction at rows that the term knows
 
@@ -19,16 +25,18 @@ TINY = -921.0  # ln 1e-400, below the smallest positive float64
 
 def extreme_distributions(num_tokens: int) -> Tensor:
     """[3V, V] log-distributions with token k impossible, of probability 1e-400, and certain."""
-    middle = random_laws(num_tokens, 1)[0]
+    middle = random_log_probs(num_tokens, 1)[0]
     token = torch.arange(num_tokens)
     impossible = middle.repeat(num_tokens, 1)
     impossible[token, token] = -torch.inf
     tiny = middle.repeat(num_tokens, 1)
     tiny[token, token] = TINY
-    return torch.cat([impossible.log_softmax(-1), tiny.log_softmax(-1), certain_laws(num_tokens)])
+    return torch.cat(
+        [impossible.log_softmax(-1), tiny.log_softmax(-1), certain_log_probs(num_tokens)]
+    )
 
 
-def _terms(process: ForwardProcess, rows: Rows) -> dict[str, Term]:
+def _terms(process: ForwardProcess, rows: ReachableRows) -> dict[str, Term]:
     asked = (rows.x0, rows.zt, rows.t)
     return {
         "divergence": lambda prediction: process.divergence(prediction, *asked),
@@ -38,8 +46,8 @@ def _terms(process: ForwardProcess, rows: Rows) -> dict[str, Term]:
     }
 
 
-def _extreme_rows(process: ForwardProcess) -> Rows:
-    return Rows(
+def _extreme_rows(process: ForwardProcess) -> ReachableRows:
+    return ReachableRows(
         process, times((0.02, 0.5, 0.97)), extreme_distributions(process.vocabulary.num_tokens)
     )
 
@@ -60,7 +68,11 @@ def gradients_are_finite(process: ForwardProcess) -> Iterator[Gap]:
 
 
 def _gradient(
-    prediction: Callable[[Tensor], Prediction], values: Tensor, term: Term, name: str, rows: Rows
+    prediction: Callable[[Tensor], Prediction],
+    values: Tensor,
+    term: Term,
+    name: str,
+    rows: ReachableRows,
 ) -> Iterator[Gap]:
     leaf = values.clone().requires_grad_()
     value = term(prediction(leaf))
@@ -71,7 +83,7 @@ def _gradient(
     assert leaf.grad is not None
     smooth = leaf.grad.isfinite().all(-1)[finite].double()
     labels = {key: label[finite] for key, label in rows.labels.items()}
-    yield gap(smooth, 1.0, {"finite gradient of": name, **labels})
+    yield compare(smooth, 1.0, {"finite gradient of": name, **labels})
 
 
 @law(
@@ -86,7 +98,7 @@ def impossible_truth_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
     """
     rows = _extreme_rows(process)
     for name, term in _terms(process, rows).items():
-        yield gap(term(rows.dist).isnan().double(), 0.0, {"NaN in": name, **rows.labels})
+        yield compare(term(rows.dist).isnan().double(), 0.0, {"NaN in": name, **rows.labels})
     # of 1e-400 float64 knows the logarithm alone, and the definitions are written in probabilities
     tiny = (rows.log_p < TINY / 2) & ~rows.log_p.isneginf()
     rows = rows.take(~tiny.any(-1))
@@ -98,17 +110,17 @@ def impossible_truth_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
         due = expected[name]
         settled = ~due.isnan()
         got, due = got[settled], due[settled]
-        yield gap(
+        yield compare(
             got.isposinf().double(),
             due.isposinf().double(),
             {"infinite": name, **rows.take(settled).labels},
         )
         finite = due.isfinite() & got.isfinite()
         labels = {key: label[finite] for key, label in rows.take(settled).labels.items()}
-        yield gap(got[finite], due[finite], {"term": name, **labels}, 1.0 + due[finite].abs())
+        yield compare(got[finite], due[finite], {"term": name, **labels}, 1.0 + due[finite].abs())
 
 
-def _expected(process: ForwardProcess, rows: Rows) -> dict[str, Tensor]:
+def _expected(process: ForwardProcess, rows: ReachableRows) -> dict[str, Tensor]:
     """The definitions, summed over all states; NaN where the density has no value of its own.
 
     That is where the prediction rules z_t out although several tokens may be under it, and yet whatever they are the chain

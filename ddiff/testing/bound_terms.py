@@ -19,9 +19,17 @@ from ddiff.core.numerics import interior
 from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess, Prior
 from ddiff.core.rng import CounterRng
-from ddiff.testing.bound import WHOLE, NodeTimes, Table, Window, bent, random_joint, words_of
+from ddiff.testing.bound import (
+    WHOLE,
+    NodeTimes,
+    Table,
+    Window,
+    all_sequences,
+    bent_path,
+    random_joint,
+)
 from ddiff.testing.probes import likelihoods, product, times
-from ddiff.testing.report import Gap, gap, law
+from ddiff.testing.report import Gap, compare, law
 
 INNER_SHARES = (0.2, 0.6)  # of the information, lost before and within the inner window
 POINTS = 8192
@@ -31,7 +39,7 @@ EXACT = 1e-9  # nats, for terms that are 0 or do not vary
 Formula = Callable[[DenseDistribution, Tensor, Tensor, Tensor], Tensor]
 
 
-class CoveringRng(CounterRng):
+class SobolRng(CounterRng):
     """Sobol points in place of random numbers: each new (channel, position, count) reads dimensions of its own.
 
     A channel that is queried twice gives the same numbers twice, as `Noise` does; `queries` counts them. `point` [B] says
@@ -69,14 +77,14 @@ class Moments(NamedTuple):
     square_of_sum: Tensor
 
 
-def other_table(process: ForwardProcess) -> Table:
+def sensitive_table(process: ForwardProcess) -> Table:
     """The exact distribution of each of two tokens given the other position's state, up to a `latest` time.
 
     An exact network ignores all states at t = 1 of a process that closes, and so whatever is shown there. Told a later
     time than `latest`, this one goes on to read states as of `latest`, and predicts the flatter the later it is: a state
     that was drawn from x0 shows, and so does the time that is told. States that no token leads to say nothing.
     """
-    latest = inner_window(process)[1]
+    latest = half_information_window(process)[1]
     joint = (
         0.5 * random_joint(process.vocabulary.num_tokens)
     ).exp()  # far from certain, so that no term is tiny
@@ -116,7 +124,7 @@ class InformationPath:
         t = []
         speed = []
         for position in range(length):
-            place, slope = bent(v, position)
+            place, slope = bent_path(v, position)
             tau = place**2 * (3.0 - 2.0 * place) * self.tau[-1]
             cell = torch.searchsorted(self.tau, tau.contiguous(), right=True).clamp(
                 1, len(self.tau) - 1
@@ -130,7 +138,7 @@ class InformationPath:
         return torch.stack(t, -1), torch.stack(speed, -1)
 
 
-def inner_window(process: ForwardProcess) -> Window:
+def half_information_window(process: ForwardProcess) -> Window:
     """Times within [0, 1] between which half of the information is lost, so that every term is large."""
     path = InformationPath(process, WHOLE)
     cell = torch.searchsorted(path.tau, times(INNER_SHARES) * path.tau[-1])
@@ -138,7 +146,7 @@ def inner_window(process: ForwardProcess) -> Window:
     return start, stop
 
 
-def with_another_prior(process: ForwardProcess) -> ForwardProcess:
+def replace_prior(process: ForwardProcess) -> ForwardProcess:
     """The same process, except that its prior is not q_1: later states are likelier, all are possible.
 
     Where the prior is q_1, a network that is shown q_1(.|x0) in the closing term is right by accident.
@@ -150,21 +158,21 @@ def with_another_prior(process: ForwardProcess) -> ForwardProcess:
     return twin
 
 
-def drawn_terms(
+def draw_terms(
     process: ForwardProcess,
     table: Table,
     x0: Tensor,
     scored: Tensor,
     window: Window,
     points: int = POINTS,
-) -> tuple[NelboTerms, CoveringRng]:
+) -> tuple[NelboTerms, SobolRng]:
     """`nelbo` of x0 [n,L] at every point of the covering, its terms as [n,points,L], and the noise that it read.
 
     Times lie on an `InformationPath`.
     """
     sequence, point = product(torch.arange(len(x0)), torch.arange(points))
     # points of their own for each sequence, so that the errors of their sum are no multiples of one
-    rng = CoveringRng(sequence * points + point, len(x0) * points, x0.shape[1])
+    rng = SobolRng(sequence * points + point, len(x0) * points, x0.shape[1])
     # the middle of one of CELLS cells, as the enumeration has it: both are sums over the same times
     v = ((rng.uniform("time")[:, 0] * CELLS).floor() + 0.5) / CELLS
     t, speed = InformationPath(process, window)(v, x0.shape[1])
@@ -182,7 +190,7 @@ def drawn_terms(
     return apart, rng
 
 
-def enumerated_terms(
+def enumerate_terms(
     process: ForwardProcess, table: Table, x0: Tensor, scored: Tensor, window: Window
 ) -> dict[str, Moments]:
     """The moments of the three terms for x0 [n,L], from the formulas of the process alone.
@@ -236,7 +244,7 @@ def _summed(
     t, weight [nodes,L], chances [nodes,1 or L,V,S]; `shown` [nodes,L] are the times that the network is told, t if None.
     """
     vocabulary, length = process.vocabulary, x0.shape[1]
-    states = words_of(vocabulary.num_states, length)
+    states = all_sequences(vocabulary.num_states, length)
     node, n, z = product(torch.arange(len(t)), torch.arange(len(x0)), torch.arange(len(states)))
     x, free, zt = x0[n], scored[n], states[z]
     position = torch.arange(length)
@@ -269,25 +277,27 @@ def draws_of_the_bound(process: ForwardProcess, points: int = POINTS) -> Iterato
     The prediction depends on the other position. The error is in units of 0.5 % and two standard errors of as many random
     points, of which even points leave a half.
     """
-    table = other_table(process)
+    table = sensitive_table(process)
     last = process.vocabulary.num_tokens - 1
     x0 = torch.tensor([[0, last], [last, last // 2], [last // 2, 0]])
     scored = torch.tensor([[True, True], [True, True], [True, False]])
     position = torch.arange(x0.shape[1]).expand(x0.shape)
-    process = with_another_prior(process)
-    for window in (WHOLE, inner_window(process)):
-        terms, rng = drawn_terms(process, table, x0, scored, window, points)
-        for name, (mean, square, square_of_sum) in enumerated_terms(
+    process = replace_prior(process)
+    for window in (WHOLE, half_information_window(process)):
+        terms, rng = draw_terms(process, table, x0, scored, window, points)
+        for name, (mean, square, square_of_sum) in enumerate_terms(
             process, table, x0, scored, window
         ).items():
             drawn = getattr(terms, name).mean(1)
             labels = {"term": name, "window": window}
             allowed = _allowed(mean, square, points)
-            yield gap(drawn, mean, {**labels, "x0": x0, "position": position}, allowed)
+            yield compare(drawn, mean, {**labels, "x0": x0, "position": position}, allowed)
             allowed = _allowed(mean.sum(), square_of_sum.sum(), points)
-            yield gap(drawn.sum(), mean.sum(), {**labels, "summed over": "all sequences"}, allowed)
+            yield compare(
+                drawn.sum(), mean.sum(), {**labels, "summed over": "all sequences"}, allowed
+            )
         for channel, count in rng.queries.items():
-            yield gap(
+            yield compare(
                 torch.tensor(count), 1.0, {"times that a channel of the noise is used": channel}
             )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddiff.core.prediction import CleanDistribution, segment_logsumexp
 from ddiff.core.vocabulary import Vocabulary
-from ddiff.testing.report import Gap, Law, LawReport, check, gap, law
+from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, law
 
 
 def below(vocabulary: Vocabulary, node: int, level: int) -> Tensor:
@@ -58,8 +58,8 @@ def masses_add_up(prediction: CleanDistribution) -> Iterator[Gap]:
         summed = segment_logsumexp(
             prediction.log_below(0).double(), place[vocabulary.ancestor(words, level)], len(nodes)
         )
-        yield gap(mass.exp().sum(-1), 1.0, {"sum of level": level})
-        yield gap(mass.exp(), summed.exp(), {"level": level})
+        yield compare(mass.exp().sum(-1), 1.0, {"sum of level": level})
+        yield compare(mass.exp(), summed.exp(), {"level": level})
 
 
 @law("clean law: log_child is conditional", tolerance=1e-10)
@@ -70,24 +70,26 @@ def children_are_conditional(prediction: CleanDistribution) -> Iterator[Gap]:
     top_level = int(prediction.vocabulary.level_of(torch.tensor(prediction.top)))
     for node, level in _asked(prediction):
         given = torch.full((rows,), node)
-        yield gap(prediction.log_child(given, given), 0.0, {"node and child": node})
-        yield gap(prediction.log_step(given, given), 0.0, {"node and child, by log_step": node})
+        yield compare(prediction.log_child(given, given), 0.0, {"node and child": node})
+        yield compare(prediction.log_step(given, given), 0.0, {"node and child, by log_step": node})
         for child in below(prediction.vocabulary, node, level).tolist():
             mass = _words_below(prediction, child).logsumexp(-1)
             expected = mass - _words_below(prediction, node).logsumexp(-1)
-            yield gap(
+            yield compare(
                 prediction.log_child(given, torch.full((rows,), child)),
                 expected,
                 {"node": node, "child": child},
             )
             if node == prediction.top and level == top_level - 1:
-                yield gap(
+                yield compare(
                     prediction.log_step(given, torch.full((rows,), child)),
                     expected,
                     {"child, by log_step": child},
                 )
             if known:
-                yield gap(prediction.log_prob(torch.full((rows,), child)), mass, {"node": child})
+                yield compare(
+                    prediction.log_prob(torch.full((rows,), child)), mass, {"node": child}
+                )
 
 
 @law("clean law: draws follow it", tolerance=1e-9)
@@ -111,12 +113,12 @@ def draws_follow_law(prediction: CleanDistribution) -> Iterator[Gap]:
             for share in (1e-4, 0.5, 1.0 - 1e-4):
                 u = right[:, place] - (1.0 - share) * width[:, place]
                 drawn = prediction.draw(given, target, u.clamp(0.0, 1.0 - 1e-12))
-                yield gap(drawn[wide], float(ids[place]), {"node": node, "u": u[wide]})
+                yield compare(drawn[wide], float(ids[place]), {"node": node, "u": u[wide]})
 
 
 CLEAN_LAW_LAWS: tuple[Law, ...] = (masses_add_up, children_are_conditional, draws_follow_law)
 
 
-def check_clean_law(prediction: CleanDistribution) -> list[LawReport]:
+def check_clean_distribution(prediction: CleanDistribution) -> list[LawReport]:
     """Every law of a law of the clean token, in float64 on a small vocabulary."""
-    return check(prediction, CLEAN_LAW_LAWS)
+    return evaluate_laws(prediction, CLEAN_LAW_LAWS)

@@ -24,7 +24,7 @@ FEWEST = 64  # draws of a canvas, however improbable
 DIMENSIONS = 32  # of the Sobol sequence: uniforms of one step
 
 
-class Measured(NamedTuple):
+class SamplerMeasurement(NamedTuple):
     """`law` [S,S] of the two final states; `runs`, how often a sequence went through the network, on average."""
 
     dist: Tensor
@@ -37,7 +37,7 @@ class Measured(NamedTuple):
         return 0.5 * float((self.dist - whole).abs().sum())
 
 
-def given_the_other(
+def condition_on_other(
     process: ForwardProcess, joint: Tensor, zt: Tensor, t: Tensor, clean: Tensor
 ) -> Tensor:
     """[B,2] each -> [B,2,V] log of the exact law of each symbol given the other position: its word where it is clean."""
@@ -69,7 +69,7 @@ class ExactNetwork:
         def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
             sequence, place = rows // 2, torch.arange(len(rows))
             shown = (part[sequence] for part in (noisy.zt, noisy.t, noisy.clean))
-            log_p = given_the_other(self.process, self.joint, *shown)[place, rows % 2]
+            log_p = condition_on_other(self.process, self.joint, *shown)[place, rows % 2]
             if self.predicts == "law":
                 return fn(DenseDistribution(log_p, self.process.vocabulary), *per_row)
             log_q = self.process.log_marginal(
@@ -83,7 +83,7 @@ class ExactNetwork:
 
 
 @final
-class Quick:
+class FastRng:
     """Uniforms of one generator, for hundreds of thousands of samples; `Noise` numbers each one and takes longer."""
 
     def __init__(self, count: int, seed: int) -> None:
@@ -95,7 +95,7 @@ class Quick:
 
 
 @final
-class Shifted:
+class ShiftedSobolRng:
     """Uniforms for `counts` [c] rows of each canvas: one Sobol sequence, shifted at random per canvas, so without bias."""
 
     def __init__(self, counts: Tensor, seed: int) -> None:
@@ -116,7 +116,7 @@ class Shifted:
         return drawn.squeeze(-1) if count == 1 else drawn
 
 
-def measured(
+def measure_sampler(
     sampler: Sampler,
     process: ForwardProcess,
     joint: Tensor,
@@ -125,7 +125,7 @@ def measured(
     apart: bool = False,
     seed: int = 7,
     predicts: str = "law",
-) -> Measured:
+) -> SamplerMeasurement:
     """The law of the samples of `sampler`, the network being exact.
 
     `points` are the draws of a step, shared out among the canvases by their probability. A sampler on a grid that keeps no
@@ -139,11 +139,11 @@ def measured(
     ):
         return _step_by_step(sampler, process, network, points, apart, seed)
     counted = counting(network)
-    noise: Any = Quick(points, seed)
+    noise: Any = FastRng(points, seed)
     start = process.prior.draw(noise.uniform("start"))
     for canvas in sampler.run(process, counted, _canvas(start, 1.0), lambda step: noise):  # noqa: B007
         pass
-    return Measured(
+    return SamplerMeasurement(
         _histogram(canvas.zt, torch.ones(points), process), float(counted.runs.double().mean())
     )
 
@@ -155,7 +155,7 @@ def _step_by_step(
     points: int,
     apart: bool,
     seed: int,
-) -> Measured:
+) -> SamplerMeasurement:
     size, times, runs = process.vocabulary.num_states, sampler.grid.times(), 0.0
     canvases = torch.cartesian_prod(torch.arange(size), torch.arange(size))
     prior = process.prior.log_prob.exp()
@@ -164,7 +164,7 @@ def _step_by_step(
         possible = (law > 0).nonzero().squeeze(-1)
         counts = (points * law[possible]).long().clamp(min=FEWEST)
         weight = (law[possible] / counts).repeat_interleave(counts)
-        noise: Any = Shifted(counts, seed + 1000 * k)
+        noise: Any = ShiftedSobolRng(counts, seed + 1000 * k)
         counted, canvas = (
             counting(network),
             _canvas(canvases[possible].repeat_interleave(counts, 0), t),
@@ -180,7 +180,7 @@ def _step_by_step(
             else _histogram(moved.zt, weight, process)
         )
         law = law.reshape(-1)
-    return Measured(law.reshape(size, size), runs)
+    return SamplerMeasurement(law.reshape(size, size), runs)
 
 
 def _together(zt: Tensor, weight: Tensor, canvas: Tensor, size: int) -> Tensor:
