@@ -116,9 +116,13 @@ def draws_follow_law(prediction: CleanDistribution) -> Iterator[Gap]:
                 yield compare(drawn[wide], float(ids[place]), {"node": node, "u": u[wide]})
 
 
-CLEAN_LAW_LAWS: tuple[Law, ...] = (masses_add_up, children_are_conditional, draws_follow_law)
+CLEAN_DISTRIBUTION_LAWS: tuple[Law, ...] = (
+    masses_add_up,
+    children_are_conditional,
+    draws_follow_law,
+)
 
 
 def check_clean_distribution(prediction: CleanDistribution) -> list[LawReport]:
     """Every law of a law of the clean token, in float64 on a small vocabulary."""
-    return evaluate_laws(prediction, CLEAN_LAW_LAWS)
+    return evaluate_laws(prediction, CLEAN_DISTRIBUTION_LAWS)

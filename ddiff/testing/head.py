@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddiff.core.prediction import CleanDistribution
 from ddiff.nn.heads import Head
-from ddiff.testing.clean_distribution import CLEAN_LAW_LAWS, below
+from ddiff.testing.clean_distribution import CLEAN_DISTRIBUTION_LAWS, below
 from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, law
 
 ROWS = 17
@@ -127,7 +127,7 @@ def _law_reports(head: Head, node: int) -> list[LawReport]:
     gathered: list[LawReport] = []
 
     def question(prediction: CleanDistribution, idx: Tensor) -> Tensor:
-        gathered.extend(evaluate_laws(prediction, CLEAN_LAW_LAWS))
+        gathered.extend(evaluate_laws(prediction, CLEAN_DISTRIBUTION_LAWS))
         return torch.zeros(len(idx))
 
     head.query(hidden, torch.full((3,), node), question)

@@ -78,7 +78,7 @@ def factors(
     return weight, divergence, ClippedLoss(largest=largest).weight(process, *asked) * divergence
 
 
-@pytest.mark.parametrize("says", ["law", "score"])
+@pytest.mark.parametrize("predicts", ["law", "score"])
 @pytest.mark.parametrize("chain", [masks, redrawn])
 def test_families_of_one_chain_have_one_clipped_loss(chain: object, predicts: str) -> None:
     """Relative rounding: the dense chain has its noise from a matrix exponential."""

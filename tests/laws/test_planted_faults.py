@@ -36,6 +36,7 @@ from ddiff.testing import (
     bound,
     bound_terms,
     chain,
+    clean_distribution,
     clock,
     denoiser,
     derived_formulas,
@@ -43,10 +44,9 @@ from ddiff.testing import (
     edge_cases,
     head,
     information,
-    prediction,
     reverse_process,
     schedule,
-    times,
+    time_rule,
     vocabulary,
 )
 from ddiff.testing.bound import bent_path, full_conditional_table
@@ -664,7 +664,9 @@ class OrphansOfTheRoot(HierarchicalVocabulary):  # type: ignore[misc]
 class WithGrandchildren(HierarchicalVocabulary):  # type: ignore[misc]
     def children(self, node: int) -> Tensor:
         return (
-            prediction.below(self, node, 0) if node >= self.num_tokens else super().children(node)
+            clean_distribution.below(self, node, 0)
+            if node >= self.num_tokens
+            else super().children(node)
         )
 
 
@@ -677,7 +679,7 @@ class HalfALaw(SubtreeDistribution):
     """Level-wise logits that were never normalised among siblings."""
 
     def log_below(self, level: int) -> Tensor:
-        width = len(prediction.below(self.vocabulary, self.top, level))
+        width = len(clean_distribution.below(self.vocabulary, self.top, level))
         return torch.linspace(-1.0, 0.5, width, dtype=torch.float64).expand(2, -1)
 
 
@@ -686,7 +688,7 @@ class ALaw(HalfALaw):
 
     def log_below(self, level: int) -> Tensor:
         words = super().log_below(0).log_softmax(-1)
-        nodes = prediction.below(self.vocabulary, self.top, level)
+        nodes = clean_distribution.below(self.vocabulary, self.top, level)
         spans = [self.vocabulary.node_range(node, 0) for node in nodes]
         return torch.stack([words[:, int(a) : int(b)].logsumexp(-1) for a, b in spans], -1)
 
@@ -964,28 +966,28 @@ FAULTS = [
         on_pair(NeighboursUniforms),
     ),
     # the last line of seams.md, section 4
-    Fault("contiguous slices of time", times.shares_are_balanced, FlatTimes, ContiguousSlices),
+    Fault("contiguous slices of time", time_rule.shares_are_balanced, FlatTimes, ContiguousSlices),
     Fault(
         "windows by their place in the grid",
-        times.speeds_are_unbiased,
+        time_rule.speeds_are_unbiased,
         lambda: WindowTimes(1),
         lambda: WindowsByPlaceInTheGrid(1),
     ),
     Fault(
         "two windows decoded at once",
-        times.ends_are_read_once,
+        time_rule.ends_are_read_once,
         lambda: WindowTimes(2, "slide"),
         lambda: DecodedTwice(2, "slide"),
     ),
     Fault(
         "a path at half its speed",
-        times.paths_go_forwards,
+        time_rule.paths_go_forwards,
         lambda: WindowTimes(2, "slide", paired=False),
         lambda: PathsAtHalfSpeed(2, "slide", paired=False),
     ),
     Fault(
         "who waits in sight of who is read",
-        times.waiting_is_unseen,
+        time_rule.waiting_is_unseen,
         lambda: WindowTimes(2, paired=False),
         lambda: WaitingInSight(2, paired=False),
     ),
@@ -1301,8 +1303,12 @@ FAULTS = [
         lambda: CLOCK2,
         lambda: LeavingBackwards((0.5, 1.0)),
     ),
-    Fault("a draw of t without its density", times.speeds_are_unbiased, FlatTimes, WithoutDensity),
-    Fault("times by place in the batch", times.times_are_their_own, FlatTimes, ByPlaceInTheBatch),
+    Fault(
+        "a draw of t without its density", time_rule.speeds_are_unbiased, FlatTimes, WithoutDensity
+    ),
+    Fault(
+        "times by place in the batch", time_rule.times_are_their_own, FlatTimes, ByPlaceInTheBatch
+    ),
     Fault(
         "ids taken for tree order",
         vocabulary.ranges_are_contiguous,
@@ -1328,7 +1334,7 @@ FAULTS = [
         lambda: CLOCK2,
         lambda: Tardy((0.5, 1.0)),
     ),
-    Fault("speeds below zero", times.times_are_times, FlatTimes, BackInTime),
+    Fault("speeds below zero", time_rule.times_are_times, FlatTimes, BackInTime),
     Fault("a root of no level", vocabulary.ids_run_by_level, lambda: PAIR, tree_of(WithoutARoot)),
     Fault(
         "everybody's parent is the root",
@@ -1351,19 +1357,19 @@ FAULTS = [
     # laws, heads, denoisers
     Fault(
         "children with their nodes' mass",
-        prediction.children_are_conditional,
+        clean_distribution.children_are_conditional,
         lambda: ALaw(THREE, THREE.root),
         lambda: Unconditional(THREE, THREE.root),
     ),
     Fault(
         "steps that start at the top",
-        prediction.children_are_conditional,
+        clean_distribution.children_are_conditional,
         lambda: ALaw(THREE, THREE.root),
         lambda: SteppingFromTheTop(THREE, THREE.root),
     ),
     Fault(
         "draws that forget the node",
-        prediction.draws_follow_law,
+        clean_distribution.draws_follow_law,
         lambda: ALaw(THREE, THREE.root),
         lambda: ForgettingWhere(THREE, THREE.root),
     ),
@@ -1376,7 +1382,7 @@ FAULTS = [
     ),
     Fault(
         "a law that is not normalised",
-        prediction.masses_add_up,
+        clean_distribution.masses_add_up,
         lambda: ALaw(THREE, THREE.root),
         lambda: HalfALaw(THREE, THREE.root),
     ),
@@ -1429,8 +1435,8 @@ def test_the_law_meant_for_a_fault_finds_it(fault: Fault) -> None:
 
 def test_no_law_is_without_a_fault() -> None:
     kit = (
-        *PROCESS_LAWS, *clock.CLOCK_LAWS, *schedule.SCHEDULE_LAWS, *vocabulary.VOCABULARY_LAWS, *times.TIME_RULE_LAWS,
-        *prediction.CLEAN_LAW_LAWS, *head.HEAD_LAWS, *denoiser.DENOISER_LAWS,
+        *PROCESS_LAWS, *clock.CLOCK_LAWS, *schedule.SCHEDULE_LAWS, *vocabulary.VOCABULARY_LAWS, *time_rule.TIME_RULE_LAWS,
+        *clean_distribution.CLEAN_DISTRIBUTION_LAWS, *head.HEAD_LAWS, *denoiser.DENOISER_LAWS,
     )  # fmt: skip
     # two that are missing here have tests of their own below, the third a fault among the hybrids', and the draws of the
     # bound have theirs in tests/faults

@@ -17,7 +17,7 @@ from ddiff.sampling.trapezoidal import TrapezoidalSampler
 from ddiff.sampling.unmasking import UnmaskingSampler
 from ddiff.testing import assert_laws, check_sampler
 from ddiff.testing import sampler as laws
-from ddiff.testing.check_command import evaluate_laws
+from ddiff.testing.check_command import check_component
 from ddiff.testing.sampler import SamplerCase, find_accepted_processes, small_processes
 
 MASKS = small_processes()["masks"]
@@ -181,23 +181,23 @@ def stranger(distribution: Callable[..., Path]) -> None:
 def test_a_strangers_sampler_is_checked_by_name_and_by_plugin(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert evaluate_laws("honest", ["extra=3"]) == 0
+    assert check_component("honest", ["extra=3"]) == 0
     assert "on 3 instance(s), 0 broken" in capsys.readouterr().out
-    assert evaluate_laws("boasting", []) == 1
+    assert check_component("boasting", []) == 1
     assert '"sampler: exact where it says so" is broken: error 0.4' in capsys.readouterr().out
     with pytest.raises(
         ArgumentError, match=r"refuses every small process.*Nowhere: nothing suits it"
     ):
-        evaluate_laws("choosy", [])
+        check_component("choosy", [])
     with pytest.raises(ArgumentError, match="choosy"):
-        evaluate_laws(
+        check_component(
             "odd", []
         )  # by the plugin's name all of its samplers, and processes, are meant
 
 
 def test_what_has_no_laws_is_told_with_the_samplers_among_what_has() -> None:
     with pytest.raises(PluginError, match=r"has no laws to check.*sampler ancestral"):
-        evaluate_laws("wandb", [])
+        check_component("wandb", [])
 
 
 @pytest.mark.usefixtures("stranger")
