@@ -194,7 +194,7 @@ def _split_chapters(compressed: bytes) -> list[str]:
     """
     text = lzma.decompress(compressed).decode()
     headings = [heading.start() for heading in _CHAPTER.finditer(text)]
-    # The first heading is no cut: what comes before it belongs to the first chapter.
+    # The text before the first heading belongs to the first chapter.
     cuts = [0, *headings[1:], len(text)]
     return [text[start:stop].strip() for start, stop in pairwise(cuts)]
 

@@ -197,7 +197,7 @@ class _Reader:
                 yield place, found
 
     def _check_label(self, value: Any, name: str, place: str) -> int | None:
-        # bool is a subclass of int in Python, but `true` is no label.
+        # bool is a subclass of int in Python, but `true` is not a label.
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         if value is None or (is_whole and 0 <= value <= _LARGEST_LABEL):
             return value

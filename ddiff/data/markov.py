@@ -93,7 +93,7 @@ def _invariant_distribution(transition: NDArray[np.float64]) -> NDArray[np.float
     invariance = transition.T - np.eye(size)
     conditions = np.vstack([invariance, np.ones(size)])
     values = np.append(np.zeros(size), 1.0)
-    # Least squares, because the invariance conditions alone are singular.
+    # Least squares, because the invariance conditions without the sum are singular.
     solution, *_ = np.linalg.lstsq(conditions, values, rcond=None)
     return solution / solution.sum()
 

@@ -221,8 +221,8 @@ def pack(
     """Pack documents into rows of `length` ids in memory, numbered in the order of `documents`.
 
     `separate` starts a new row with every document (evaluation). A tokenizer with unit "symbol"
-    gives one row per document, which must have `length` symbols. Raises DataError if there is no
-    token.
+    gives one row per document, which must have `length` symbols. Raises DataError if the
+    documents have no token.
     """
     stream = encode_in_memory(chunks_of(documents), tokenizer)
     return pack_stream(stream, tokenizer, length, separate=separate)

@@ -39,7 +39,7 @@ def find_files(pattern: str) -> list[str]:
     """Return the files that a path or glob names, sorted.
 
     `**` matches folders at any depth; names that begin with a dot are matched only by a dot. Raises
-    DataError if there is no such file, for a folder, a broken link, a pipe or a device.
+    DataError for a missing file, a folder, a broken link, a pipe or a device.
     """
     local = _local_path(pattern)
     found = _find_remote(pattern) if local is None else _find_local(local)

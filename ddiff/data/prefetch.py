@@ -87,7 +87,7 @@ class Prefetcher(Generic[Item]):
         return True
 
     def close(self) -> None:
-        """End the threads, without waiting long for a read; later calls read directly."""
+        """End the threads, after at most a second; later calls read directly."""
         if self._threads is not None:
             self._discard_pending()
             self._threads.close()

@@ -31,9 +31,9 @@ def load_pretrained(
 ) -> Loaded:
     """Call a `from_pretrained` of the transformers library on a local folder or hub name.
 
-    Code that comes with a repository (`auto_map`) is never run, and there is no prompt whether to
-    run it. A local folder is read without any request. `what` ("tokenizer", "model") is for
-    messages, where `name` replaces the source. Raises DataError with the cause of any failure.
+    Code of the repository (`auto_map`) is never run, and no prompt offers to run it. A local folder
+    is read without any request. `what` ("tokenizer", "model") is for messages, where `name`
+    replaces the source. Raises DataError with the cause of any failure.
     """
     shown = name or source
     is_local = is_folder(source)
@@ -56,7 +56,7 @@ def _warn_of_custom_code(loaded: Any, shown: str) -> None:
 
     if isinstance(loaded, PreTrainedModel) and loaded.config.to_dict().get("auto_map"):
         _log.warning(
-            "%s names Python code of its own (auto_map), which is not run; the library's own %s is "
+            "%s names its own Python code (auto_map), which is not run; the library's own %s is "
             "taken in its place.",
             shown,
             type(loaded).__name__,
@@ -66,7 +66,7 @@ def _warn_of_custom_code(loaded: Any, shown: str) -> None:
 def custom_code_error(shown: str, what: str) -> DataError:
     """Return the error for a repository that defines its tokenizer or model by Python code."""
     return DataError(
-        f"No {what} from {shown!r}: it names Python code of its own (auto_map), and ddiff runs no "
+        f"No {what} from {shown!r}: it names its own Python code (auto_map), and ddiff runs no "
         "code of a tokenizer or model (trust_remote_code is always False). What is needed is one "
         "of a class that the transformers library itself has: load it on a machine where you trust "
         "its code, save it as such a class, and name that folder."

@@ -312,8 +312,8 @@ class Shards:
 def read_shards(folder: Path, name: str | None = None) -> Shards:
     """Read the manifest of a folder that `write_shards` finished.
 
-    `name` replaces the folder in messages. Raises DataError if there is no manifest, or one that
-    is damaged, newer, or names files outside the folder.
+    `name` replaces the folder in messages. Raises DataError for a manifest that is
+    missing, damaged, newer, or names files outside the folder.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -329,8 +329,8 @@ def read_shards(folder: Path, name: str | None = None) -> Shards:
     if manifest.get("format") != FORMAT or "parts" not in manifest:
         raise DataError(
             f"{shown} is not a manifest that this ddiff reads: format {manifest.get('format')!r}, "
-            f"but {FORMAT} is expected. Tokenize the text again with `ddiff data`, or take the ddiff "
-            "that wrote it."
+            f"but {FORMAT} is expected. Tokenize the text again with `ddiff data`, or take the "
+            "ddiff that wrote it."
         )
     check_manifest(manifest, shown)
     return Shards(folder, manifest)
@@ -393,8 +393,8 @@ def _is_count(value: Any) -> bool:
 def _manifest_error(path: Path | str, what: str) -> DataError:
     return DataError(
         f"{path} is not a manifest of token shards that ddiff wrote: {what}. Nothing was read by "
-        "it. Copy the folder again from where the shards were made, or tokenize the text again with "
-        "`ddiff data`."
+        "it. Copy the folder again from where the shards were made, or tokenize the text again "
+        "with `ddiff data`."
     )
 
 
@@ -600,7 +600,6 @@ class _Build:
 
     def _finish(self, tokenizer: Tokenizer) -> None:
         manifest = {**self._identity, "parts": self.parts}
-        # The manifest is written last: a folder with a manifest is complete.
         for part in PARTS:
             counts = _count_tokens(self._written_shards(part), tokenizer.num_tokens)
             _write_array(self._folder / f"{part}.counts.npy", counts)
@@ -609,6 +608,7 @@ class _Build:
         train = made.stream(TRAIN)
         validation = made.stream(VALIDATION)
         manifest["overlap"] = find_overlap(train, validation, self._folder)
+        # The manifest is written last: a folder with a manifest is complete.
         write_atomic(self._folder / MANIFEST, json.dumps(manifest, indent=1), sync=True)
         (self._folder / JOURNAL).unlink(missing_ok=True)
 

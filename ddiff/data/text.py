@@ -79,8 +79,8 @@ def check_text(text: str, name: str) -> str:
         code = f"U+{ord(text[error.start]):04X}"
         raise DataError(
             f"{name} holds half a surrogate pair at {error.start} ({code}): this is not a "
-            "character. It comes from an emoji that was cut in half, or from bytes that are not UTF-8. Drop "
-            'it, or fix the text: text.encode("utf-8", "replace").decode().'
+            "character. It comes from an emoji that was cut in half, or from bytes that are not "
+            'UTF-8. Drop it, or fix the text: text.encode("utf-8", "replace").decode().'
         ) from error
     return text
 

@@ -344,7 +344,7 @@ class PretrainedTokenizer:
     def from_pretrained(cls, source: str, name: str | None = None) -> PretrainedTokenizer:
         """Load from a local directory or by the name of a model on the hub.
 
-        Raises DataError with the cause if there is no tokenizer, or one that is defined by Python
+        Raises DataError with the cause for a missing tokenizer, or one that is defined by Python
         code of its repository. `name` replaces the source in messages.
         """
         # Imported here, because it takes seconds and only this tokenizer needs it.

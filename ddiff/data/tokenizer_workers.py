@@ -5,7 +5,7 @@ The worker processes speak over pipes and are not those of a `ProcessPoolExecuto
 - A fork would copy the locks of the threads of torch and of the tokenizers library.
 - A spawn runs the caller's script again, so that a script without `if __name__ == "__main__"`, or
   one read from standard input, fails in every worker.
-- A spawned worker outlives a killed parent, since it holds the write end of its own call queue.
+- A spawned worker outlives a killed parent, since it holds the write end of the call queue.
   Here it reads the end of its input and stops.
 - If a worker is killed, the executor reports neither which one nor its exit code.
 """

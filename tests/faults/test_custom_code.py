@@ -135,7 +135,7 @@ def test_model_of_known_type_loads_the_library_class_with_a_warning(
 ) -> None:
     edit_json(model_folder, "config.json", auto_map=AUTO_MAPS)
     READERS[reader](str(model_folder))
-    assert "code of its own (auto_map), which is not run" in caplog.text
+    assert "its own Python code (auto_map), which is not run" in caplog.text
     assert not (tmp_path / "HAS_RUN").exists()
 
 
