@@ -284,8 +284,8 @@ def _detect_format(paths: Sequence[str]) -> Format:
     if found or format is None:
         endings = sorted({_ending(path) for path in paths})
         raise ArgumentError(
-            f"files: the format does not follow from the endings {endings}; all files must have one "
-            f"of the formats {sorted(set(_ENDINGS.values()))}. Say it (format = ...), or name "
+            f"files: the format does not follow from the endings {endings}; all files must have "
+            f"one of the formats {sorted(set(_ENDINGS.values()))}. Say it (format = ...), or name "
             "files of one format."
         )
     return format
