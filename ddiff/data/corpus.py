@@ -38,7 +38,7 @@ class Corpus(Protocol):
     entropy_rate: float | None
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
-        """Return the tokens of both parts, encoded now or earlier."""
+        """Return the token shards of both parts, built now or earlier."""
         ...
 
 
@@ -74,7 +74,7 @@ def check_repetitions(documents: Documents | Corpus, shards: Shards) -> None:
 def load_or_build_shards(
     documents: Documents | Corpus, tokenizer: Tokenizer, cache: Cache
 ) -> Shards:
-    """Return the tokens of both parts, encoded now or earlier."""
+    """Return the token shards of both parts, built now or earlier."""
     if not isinstance(documents, Documents):
         return documents.shards(tokenizer, cache)
     source = dict(zip(PARTS, documents.part_fingerprints))
@@ -224,7 +224,7 @@ class SourceCorpus:
             yield Chunk(chunk.texts, [VALIDATION, chunk.cursor], VALIDATION)
 
     def texts(self, part: str) -> Iterator[str]:
-        """Yield the texts of a part, read from the source again."""
+        """Read the texts of a part again from the source."""
         return self.select_texts(self.chunks(), part)
 
     def select_texts(self, chunks: Iterable[Chunk], part: str) -> Iterator[str]:
@@ -270,7 +270,7 @@ class StreamedCorpus:
         return CorpusPart(self, VALIDATION)
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
-        """Return the tokens of the head, encoded now or earlier."""
+        """Return the token shards of the head, built now or earlier."""
         corpus = self._corpus
         inputs = {**self.identity, "tokenizer": tokenizer.fingerprint}
 
@@ -313,7 +313,7 @@ class StreamedCorpus:
         return self._monitor.watch(chunks)
 
     def texts(self, part: str) -> Iterator[str]:
-        """Yield the texts of a part of the head, read from the source again."""
+        """Read the texts of a part of the head again from the source."""
         return self._corpus.select_texts(self._head_chunks(), part)
 
     def _head_chunks(self) -> Iterator[Chunk]:

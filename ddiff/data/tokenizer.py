@@ -87,7 +87,9 @@ class Tokenizer(Protocol):
 
 
 class Unencodable(DataError):
-    """Text without ids: number `row` of the call. Subclasses give the reason."""
+    """Text that a tokenizer cannot encode: number `row` of the call.
+
+    Subclasses give the reason."""
 
     row: int
 
@@ -309,8 +311,8 @@ class PretrainedTokenizer:
     def __init__(self, tokenizer: Any, name: str = "the tokenizer") -> None:
         """Wrap a tokenizer of `transformers.AutoTokenizer.from_pretrained`.
 
-        V is one more than the highest id, including added tokens. Ids may have holes, to which no
-        text encodes. `name` is for messages.
+        V is one more than the highest id, including added tokens. Some ids below V may be unused.
+        `name` is for messages.
         """
         self._tokenizer = tokenizer
         self._backend = _fast_backend(tokenizer)
