@@ -332,8 +332,8 @@ class PretrainedTokenizer:
                 "Number its tokens 0, 1, 2, ..."
             )
         self.eos_id: int | None = tokenizer.eos_token_id
-        holes = set(range(self.num_tokens)) - set(self._spellings)
-        special = holes | set(tokenizer.all_special_ids)
+        unused = set(range(self.num_tokens)) - set(self._spellings)
+        special = unused | set(tokenizer.all_special_ids)
         self.special_ids: tuple[int, ...] = tuple(sorted(special))
         self.fingerprint = fingerprint(["pretrained", self._definition()])[:16]
         self._find_dropped = _dropped_character_finder(self._backend)
