@@ -1,18 +1,19 @@
-"""The command line. It answers about itself without importing torch; the work is done in `ddiff.runs`.
+"""Command line of ddiff. `--help` and lists import no torch; the work is done in `ddiff.runs`.
 
-A mistake that the caller can mend is printed as one paragraph, and the exit code is 2.
+A mistake that the caller can fix is printed as one paragraph, and the exit code is 2.
 """
 
 from __future__ import annotations
 
 import codecs
 import gc
+import io
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -35,22 +36,19 @@ from ddiff.errors import (
 from ddiff.plugin.registry import describe_error
 
 if TYPE_CHECKING:
-    from ddiff.plugin.config import ComponentConfig
-    from ddiff.plugin.registry import Component
     from ddiff.recipe.model import Recipe
 
 MOST = 2**31 - 1  # of counts and steps, as in a recipe
-LONGEST_MESSAGE = (
-    6000  # characters; what a message repeats of the input is cut by whoever writes it, mostly
-)
+LONGEST_MESSAGE = 6000  # characters; most messages shorten what they repeat themselves
 BROKEN_PIPE = 128 + signal.SIGPIPE
+TERMINATED = 128 + signal.SIGTERM
 
 
 class Commands(TyperGroup):
-    """The commands, none of which ends the process by itself, whatever it or a plugin of others raises.
+    """Command group that turns exits of libraries and plugins into errors.
 
-    typer would print "Aborted." for the end of a file, and end with 1 without a word where the reader of a pipe has left.
-    A plugin that leaves with 0 would look like a check that has passed.
+    typer prints "Aborted." at the end of a file, and ends with 1 and no message if the reader of a
+    pipe has gone. A plugin that exits with 0 would look like a check that has passed.
     """
 
     def invoke(self, ctx: Any) -> Any:
@@ -59,11 +57,11 @@ class Commands(TyperGroup):
         except EOFError as error:
             raise DataError(explain_error(error)) from error
         except BrokenPipeError as error:
-            _forget_output()
+            _discard_output()
             raise typer.Exit(BROKEN_PIPE) from error
         except SystemExit as stop:
-            # The second SIGTERM of a user who does not want to wait, or the script that calls `main`.
-            if stop.code == 128 + signal.SIGTERM or _comes_from_main(stop):
+            # the second SIGTERM of an impatient user, or the script that calls `main`
+            if stop.code == TERMINATED or _is_raised_by_main(stop):
                 raise
             raise PluginError(
                 f"A plugin, or a library that it uses, ended the command: {describe_error(stop)}. "
@@ -71,8 +69,8 @@ class Commands(TyperGroup):
             ) from stop
 
 
-def _comes_from_main(error: BaseException) -> bool:
-    """Whether an error was raised by the script that was started, and by no module that it imports."""
+def _is_raised_by_main(error: BaseException) -> bool:
+    """Whether an error comes from the script that was started, not from a module it imports."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -81,11 +79,15 @@ def _comes_from_main(error: BaseException) -> bool:
 
 app = typer.Typer(
     cls=Commands,
-    help="Discrete diffusion: train, evaluate and sample from recipes; prove a plugin's mathematics.",
+    help=(
+        "Discrete diffusion: train, evaluate and sample from recipes; prove a plugin's mathematics."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+# ---------------------------------------------------------------------- arguments and help texts
 
 RecipeName = Annotated[
     str,
@@ -94,33 +96,44 @@ RecipeName = Annotated[
 RunDir = Annotated[
     Path, typer.Argument(metavar="RUN_DIR", help="A run directory, such as runs/<name>.")
 ]
+
+
+def _set_option(help: str) -> Any:
+    return typer.Option("--set", metavar="KEY=VALUE", help=help)
+
+
 Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="A dotted key and its TOML value; may be repeated."
-    ),
+    list[str] | None, _set_option("A dotted key and its TOML value; may be repeated.")
+]
+EvaluateSettings = Annotated[
+    list[str] | None, _set_option("A key of \\[evaluate], such as evaluate.draws=4.")
+]
+SamplerSettings = Annotated[
+    list[str] | None, _set_option("A key of the sampler, such as temperature=0.9.")
 ]
 
 DRY_RUN = (
-    "Check the recipe, print it resolved with a verdict below, and stop. Checked are keys, the run directory, files that "
-    "are named, the device, the memory, and how the parts fit where the recipe says how many tokens there are. Not checked "
-    "is what only the data tells: the texts themselves, an alphabet found in them, tokenizers and models of other origin, "
-    "checkpoints."
+    "Check the recipe, print it resolved with a verdict below, and stop. Checked are keys, the run "
+    "directory, files that are named, the device, the memory, and how the components fit if the "
+    "recipe says how many tokens there are. Not checked is what only the data shows: the texts "
+    "themselves, an alphabet found in them, external tokenizers and models, checkpoints."
 )
 MEASURE = (
-    "With --dry-run: take that many training steps in a temporary directory and print, in place of the recipe, what it "
-    "costs: parameters, FLOPs and logits per token, memory per rank, tokens/s, MFU, ETA, checkpoint size, the first loss."
+    "With --dry-run: take that many training steps in a temporary directory and print, in place of "
+    "the recipe, what it costs: parameters, FLOPs and logits per token, memory per rank, tokens/s, "
+    "MFU, ETA, checkpoint size, the first loss."
 )
-
-
 FRESH = (
-    "Delete the run that stands in the run directory, and start over. Refused where anything stands there that ddiff did "
-    "not write."
+    "Delete the run in the run directory, and start over. Refused if anything there was not "
+    "written by ddiff."
 )
 VERIFY_RESUME = (
-    "Do K recorded steps again from a checkpoint, compare losses and state with what is recorded, and stop. The exit code "
-    "is 0 when they are equal (to rounding, where \\[backend] or the machine is another than the record's), else 1."
+    "Repeat K recorded steps from a checkpoint, compare losses and state with the recorded ones, "
+    "and stop. The exit code is 0 if they are equal (up to rounding, if \\[backend] or the machine "
+    "differs from the record's), else 1."
 )
+
+# ---------------------------------------------------------------------- runs
 
 
 @app.command()
@@ -138,41 +151,25 @@ def run(
     ] = None,
 ) -> None:
     """Train, evaluate and sample as a recipe says; run again to resume."""
+    settings = settings or []
     if measure is not None and not dry_run:
         raise ArgumentError(
-            f"--measure {measure} goes with --dry-run: its steps are taken in a place of their own and train nothing. Add "
-            "--dry-run to measure, or leave --measure out to train."
+            f"--measure {measure} goes with --dry-run: its steps are taken in a temporary "
+            "directory and train nothing. Add --dry-run to measure, or leave --measure out to train."
         )
-    if measure:  # nothing is fetched to be measured; the libraries read this when they are imported
-        os.environ["HF_HUB_OFFLINE"] = "1"
     if verify_resume is not None and (fresh or dry_run):
         raise ArgumentError(
-            "--verify-resume does steps of a run that stands: leave out --fresh and --dry-run."
+            "--verify-resume repeats steps of an existing run: leave out --fresh and --dry-run."
         )
     if dry_run:
-        with _answered_quickly():
-            from ddiff.recipe.resolve import read_recipe
-            from ddiff.runs.dry_run import rehearse
-
-            resolved = read_recipe(recipe, settings or ())
-            verdict = rehearse(resolved, fresh=fresh)
-        if measure is not None:
-            from ddiff.runs.cost_table import print_measurement
-            from ddiff.runs.measure import measure as measured
-
-            print_measurement(measured(resolved, measure))
-            print(verdict)
-            return
-        print(resolved.to_toml(), end="")
-        print(f"# {verdict}")  # a comment, so that the output stays a recipe
+        _check_only(recipe, settings, measure, fresh)
         return
+
     from ddiff.recipe.resolve import read_recipe
 
-    resolved = read_recipe(recipe, settings or ())
-    if starts_workers(resolved):
-        given = [f"--set={setting}" for setting in settings or ()] + ["--fresh"] * fresh
-        given += [f"--verify-resume={verify_resume}"] if verify_resume is not None else []
-        raise typer.Exit(launch(["run", *given, "--", recipe], resolved.backend_keys.processes))
+    resolved = read_recipe(recipe, settings)
+    if needs_launcher(resolved):
+        raise typer.Exit(_launch_run(resolved, recipe, settings, fresh, verify_resume))
     if verify_resume is not None:
         from ddiff.runs.replay import verify_resume as verify
 
@@ -180,6 +177,48 @@ def run(
     from ddiff.runs.stages import run_recipe
 
     raise typer.Exit(run_recipe(resolved, fresh=fresh))
+
+
+def _check_only(name: str, settings: list[str], measure: int | None, fresh: bool) -> None:
+    """Check a recipe and print it with a verdict, or what it costs."""
+    if measure is not None:
+        # a measurement downloads nothing; libraries read this variable when they are imported
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    with _pause_garbage_collection():
+        from ddiff.recipe.resolve import read_recipe
+        from ddiff.runs.dry_run import rehearse
+
+        resolved = read_recipe(name, settings)
+        verdict = rehearse(resolved, fresh=fresh)
+    if measure is None:
+        print(resolved.to_toml(), end="")
+        print(f"# {verdict}")  # as a comment, so that the output is a recipe
+        return
+    from ddiff.runs.cost_table import print_measurement
+    from ddiff.runs.measure import measure as measure_recipe
+
+    print_measurement(measure_recipe(resolved, measure))
+    print(verdict)
+
+
+def needs_launcher(recipe: Recipe) -> bool:
+    """Whether a recipe asks for several processes that have not been started yet."""
+    if recipe.backend_keys.processes == 1 or place() is not None:
+        return False
+    return recipe.backend.members.is_distributed
+
+
+def _launch_run(
+    recipe: Recipe, name: str, settings: list[str], fresh: bool, verify_resume: int | None
+) -> int:
+    """Start the processes of a recipe with the same command; return their exit code."""
+    arguments = ["run"]
+    arguments += [f"--set={setting}" for setting in settings]
+    if fresh:
+        arguments.append("--fresh")
+    if verify_resume is not None:
+        arguments.append(f"--verify-resume={verify_resume}")
+    return launch([*arguments, "--", name], recipe.backend_keys.processes)
 
 
 @app.command("data")
@@ -191,7 +230,10 @@ def prepare(
         typer.Option(metavar="DIR", help="Copy the shards there: a folder, or any fsspec path."),
     ] = None,
 ) -> None:
-    """Tokenise the text of a recipe ahead of its run; an interrupted build goes on, a finished one is verified."""
+    """Tokenise the text of a recipe ahead of its run.
+
+    An interrupted build is resumed, a complete one is verified.
+    """
     from ddiff.recipe.resolve import read_recipe
     from ddiff.runs.tokenize import prepare_data
 
@@ -201,24 +243,10 @@ def prepare(
         typer.echo(remark)
 
 
-def starts_workers(recipe: Recipe) -> bool:
-    """Whether several processes are asked for, of a backend that takes part in several, and are not there yet."""
-    return (
-        recipe.backend_keys.processes > 1
-        and place() is None
-        and recipe.backend.members.is_distributed
-    )
-
-
 @app.command("eval")
 def evaluate(
     run_dir: RunDir,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="A key of \\[evaluate], such as evaluate.draws=4."
-        ),
-    ] = None,
+    settings: EvaluateSettings = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -227,7 +255,10 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """The likelihood bound of a trained run on its validation text, with intervals and baselines."""
+    """Evaluate the likelihood bound of a trained run on its validation text.
+
+    The result has confidence intervals and baselines.
+    """
     from ddiff.runs.stages import evaluate_run
 
     if out is None:
@@ -248,7 +279,7 @@ def export(
     weights: Annotated[
         Literal["auto", "ema", "trained"],
         typer.Option(
-            help="The moving average, the weights as trained, or the average where the run keeps one."
+            help="The moving average, the weights as trained, or the average if the run keeps one."
         ),
     ] = "auto",
 ) -> None:
@@ -276,7 +307,7 @@ def sample(
         typer.Option(min=1, max=MOST, help="Samples drawn at a time; changes no sample."),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="A text to go on from; may be repeated.")
+        list[str] | None, typer.Option(help="A text to continue; may be repeated.")
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Prompts, one a line.")
@@ -292,19 +323,19 @@ def sample(
         ),
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(min=0.0, help="Above 1: heed the conditions more.")
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Weight of classifier-free guidance; 1 is off, above 1 follows the conditions "
+            "more closely.",
+        ),
     ] = None,
     sampler: Annotated[
         str | None, typer.Option(metavar="KIND", help="Another sampler than the recipe's.")
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="A key of the sampler, such as temperature=0.9."
-        ),
-    ] = None,
+    settings: SamplerSettings = None,
 ) -> None:
-    """Draw samples from a trained run as JSON lines; what a prompt or infill text gives is kept."""
+    """Draw samples from a trained run as JSON lines; prompts and infill texts are kept."""
     from ddiff.runs.stages import sample_run
 
     sample_run(
@@ -314,7 +345,7 @@ def sample(
         seed=seed,
         batch=batch,
         prompt=read_prompts(prompt, prompts),
-        infill=only_one(infill),
+        infill=_unwrap_single(infill),
         conditions=read_conditions(condition),
         guidance=guidance,
         sampler=sampler,
@@ -323,35 +354,39 @@ def sample(
 
 
 def read_prompts(prompts: list[str] | None, file: Path | None) -> str | list[str] | None:
-    """--prompt and --prompts; a single --prompt is one text, of which --count samples are drawn."""
+    """Read --prompt or --prompts; of a single --prompt, --count samples are drawn."""
     if prompts and file is not None:
         raise ArgumentError(
-            "--prompt and --prompts exclude each other: write all prompts into the file, one a line."
+            "--prompt and --prompts exclude each other: write all prompts into the file, one a "
+            "line."
         )
     if file is None:
-        return only_one(prompts)
+        return _unwrap_single(prompts)
     from ddiff.runs.prompts import read_prompts as read_file
 
     return read_file(file)
 
 
-def only_one(texts: list[str] | None) -> str | list[str] | None:
-    return texts[0] if texts and len(texts) == 1 else texts or None
+def _unwrap_single(texts: list[str] | None) -> str | list[str] | None:
+    if not texts:
+        return None
+    return texts[0] if len(texts) == 1 else texts
 
 
-def read_conditions(written: list[str] | None) -> dict[str, object] | None:
-    """`NAME=VALUE` texts, the value as in a recipe."""
+def read_conditions(texts: list[str] | None) -> dict[str, object] | None:
+    """Read `NAME=VALUE` texts, whose values are written as in a recipe."""
+    if not texts:
+        return None
     from ddiff.recipe.toml import read_settings
 
-    if not written:
-        return None
     found: dict[str, object] = {}
-    for one in written:
-        for name, value in read_settings([one], "--condition", option="--condition").values.items():
+    for text in texts:
+        values = read_settings([text], "--condition", option="--condition").values
+        for name, value in values.items():
             if name in found:
                 raise ArgumentError(
-                    f'--condition {shorten(one)}: "{shorten(name)}" is given twice. Give each condition once: one '
-                    "value for all samples, or a list with one for each."
+                    f'--condition {shorten(text)}: "{shorten(name)}" is given twice. Give each '
+                    "condition once: one value for all samples, or a list with one for each."
                 )
             found[name] = value
     return found
@@ -363,22 +398,27 @@ def compare_runs(
         list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs, such as runs/<name>.")
     ],
     seeds: Annotated[
-        bool, typer.Option("--seeds", help="Average runs that differ in their seed alone.")
+        bool, typer.Option("--seeds", help="Average runs that differ only in their seed.")
     ] = False,
     out: Annotated[
-        str, typer.Option(metavar="DIR", help="Where compare.json and compare.md go.")
+        str, typer.Option(metavar="DIR", help="Folder for compare.json and compare.md.")
     ] = ".",
 ) -> None:
-    """Runs side by side in one table; refused unless all were evaluated in the same way."""
+    """Compare runs in one table; refused unless all were evaluated in the same way."""
     from ddiff.evaluation.comparison import compare, write_comparison
 
     comparison = compare(run_dirs, group_seeds=seeds)
     print_columns(*comparison.columns())
     for remark in comparison.remarks():
         typer.echo(remark)
-    command = " ".join(["ddiff compare", *map(str, run_dirs), *(["--seeds"] if seeds else [])])
-    written = write_comparison(comparison, out, command)
+    command = ["ddiff compare", *map(str, run_dirs)]
+    if seeds:
+        command.append("--seeds")
+    written = write_comparison(comparison, out, " ".join(command))
     typer.echo(f"Written to {' and '.join(map(str, written))}")
+
+
+# ---------------------------------------------------------------------- components
 
 
 @app.command()
@@ -407,82 +447,51 @@ def plugins(
         bool, typer.Option("--components", help="List what each plugin registers.")
     ] = False,
 ) -> None:
-    """List the installed plugins, or the keys of one; a broken plugin says why and does not hide the others."""
+    """List the installed plugins, or the keys of one.
+
+    A broken plugin is reported and does not hide the others.
+    """
+    if name is not None:
+        _print_plugin(name)
+        return
     from ddiff.plugin.loader import survey_plugins
 
-    if name is not None:
-        with _answered_quickly():
-            print_plugin(name)
-        return
     registry, reports = survey_plugins()
-    rows = [
-        [plugin.name, str(plugin.origin), summarised(found, error)]
-        for plugin, found, error in reports
-    ]
+    rows = []
+    for report in reports:
+        found = "does not load: see below" if report.error else str(len(report.components))
+        rows.append([report.plugin.name, str(report.plugin.origin), found])
     print_columns(["plugin", "from", "components"], rows)
     if components:
         typer.echo()
-        listed = [
-            [part.kind, part.name, part.plugin, part.target] for part in registry.components()
+        rows = [
+            [component.kind, component.name, component.plugin, component.target]
+            for component in registry.components()
         ]
-        print_columns(["kind", "name", "plugin", "target"], listed)
-    broken = [report.error for report in reports if report.error is not None]
-    for error in broken:
-        typer.echo(f"\n{error}", err=True)
-    raise typer.Exit(2 if broken else 0)
+        print_columns(["kind", "name", "plugin", "target"], rows)
+    errors = [report.error for report in reports if report.error is not None]
+    _exit_after(f"\n{error}" for error in errors)
 
 
-def print_plugin(name: str) -> None:
-    """Each component of a plugin with the place that names it and its keys; for `core` the engine's own keys first."""
-    from ddiff.plugin.loader import CORE, load_plugins
-    from ddiff.plugin.registry import KINDS
-    from ddiff.recipe.schema import TABLES, TopLevelKeys
+def _print_plugin(name: str) -> None:
+    """Print the components of a plugin, their places and their keys."""
+    with _pause_garbage_collection():
+        from ddiff.recipe.listing import list_plugin
 
-    registry = load_plugins([name])
-    if name == CORE:
-        print_keys("above all tables:", TopLevelKeys)
-        for table, owner in TABLES.items():
-            if owner.keys is not None:
-                print_keys(f"[{table}], keys of the engine:", owner.keys)
-    broken: list[PluginError] = []
-    for component in registry.components():
-        if component.plugin != name:
-            continue
-        try:
-            found, keys = component.load(), component.config_class()
-        except PluginError as error:
-            broken.append(error)
-            continue
-        summary = " ".join(str(found.__doc__ or "").partition("\n\n")[0].split())
-        place = KINDS[component.kind].partition(":")[0]
-        print_keys(f'{place} kind = "{component.name}": {summary}', keys)
-    for problem in broken:
-        typer.echo(str(problem), err=True)
-    if broken:
-        raise typer.Exit(2)
+        listing = list_plugin(name)
+    for paragraph in listing.paragraphs:
+        typer.echo(paragraph)
+    if listing.errors:
+        _exit_after(map(str, listing.errors))
 
 
-def print_keys(title: str, model: type[ComponentConfig]) -> None:
-    from ddiff.recipe.messages import describe_keys
-
-    keys = describe_keys(model)
-    width = max((len(key) for key, _, _ in keys), default=0)
-    lines = [
-        title,
-        *(f"    {key:{width}}  {value}. {meaning}".rstrip() for key, value, meaning in keys),
-    ]
-    typer.echo("\n".join(lines) + "\n")
-
-
-def summarised(components: list[Component], error: PluginError | None) -> str:
-    return "does not load: see below" if error else str(len(components))
-
-
-def print_columns(titles: list[str], rows: list[list[str]]) -> None:
-    """Aligned columns of plain text, as wide as they need to be, whatever the terminal."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows)]
-    for line in (titles, *rows):
-        typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths)).rstrip())
+def _exit_after(errors: Iterable[str]) -> NoReturn:
+    """Print errors and exit: with 2 if there are any, else with 0."""
+    code = 0
+    for error in errors:
+        typer.echo(error, err=True)
+        code = MISTAKE
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -494,9 +503,16 @@ def recipes() -> None:
     width = max(map(len, shipped), default=0)
     for name, path in shipped.items():
         first = path.read_text(encoding="utf-8").partition("\n")[0]
-        typer.echo(
-            f"{name:{width}}  {first.removeprefix('#').strip() if first.startswith('#') else ''}".rstrip()
-        )
+        summary = first.removeprefix("#").strip() if first.startswith("#") else ""
+        typer.echo(f"{name:{width}}  {summary}".rstrip())
+
+
+def print_columns(titles: list[str], rows: list[list[str]]) -> None:
+    """Print aligned columns of plain text, as wide as they need to be, whatever the terminal."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows)]
+    for line in (titles, *rows):
+        cells = [f"{cell:{width}}" for cell, width in zip(line, widths)]
+        typer.echo("  ".join(cells).rstrip())
 
 
 def _print_version(wanted: bool) -> None:
@@ -517,60 +533,51 @@ def _root(
     pass
 
 
-@contextmanager
-def _answered_quickly() -> Iterator[None]:
-    """Pause the garbage collector: while torch is imported it looks through a million objects that all stay."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def _leaves_at_once(arguments: list[str]) -> bool:
-    """Whether a command only answers, so that nothing is left to close when it has ended."""
-    return arguments[:1] == ["plugins"] or (arguments[:1] == ["run"] and "--dry-run" in arguments)
+# ---------------------------------------------------------------------- process
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The entry point `ddiff`; exits with 2 after a mistake that the caller can mend."""
-    # Threads that wait for one another by spinning stall when anything else runs: 0.4 steps a second against 1.9 measured
-    # on two busy cores. It must be said before torch is imported.
+    """Run the command line; the entry point `ddiff`. Exits with 2 after a mistake of the caller."""
+    # Threads that wait by spinning stall if another process runs: 0.4 steps a second against 1.9,
+    # measured on two busy cores. The variable must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        if (
-            place() is not None
-        ):  # DDP warns of each run that no parameter went unused, which is as it should be
+        if place() is not None:
+            # DDP warns in each run that every parameter was used, which is as it should be
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         follow_launcher()
-        _encode_what_can_be()
-        with _ended_in_order():
+        _escape_unencodable_output()
+        with _exit_on_sigterm():
             try:
                 app(arguments)
             finally:
+                # here, where a full disk or a closed pipe is still reported
                 for stream in filter(None, (sys.stdout, sys.stderr)):
-                    stream.flush()  # here, where a full disk or a closed pipe still has a message
+                    stream.flush()
     except SystemExit as ending:
-        if arguments is None and _leaves_at_once(sys.argv[1:]):
-            os._exit(
-                ending.code if isinstance(ending.code, int) else 0
-            )  # taking torch down costs half a second
+        if arguments is None and _is_query(sys.argv[1:]):
+            # unloading torch takes half a second, and nothing is left to close
+            os._exit(ending.code if isinstance(ending.code, int) else 0)
         raise
     except BrokenPipeError:
-        _forget_output()
+        _discard_output()
         raise SystemExit(BROKEN_PIPE) from None
     except Exception as error:
         _end_with(error)
 
 
+def _is_query(arguments: list[str]) -> bool:
+    """Whether a command only prints, so that nothing is left to close when it has ended."""
+    return arguments[:1] == ["plugins"] or (arguments[:1] == ["run"] and "--dry-run" in arguments)
+
+
 def _end_with(error: Exception) -> NoReturn:
-    """A paragraph for what the user can mend; else the traceback, and where to send it."""
+    """End with a paragraph for a mistake of the user; for a defect, with the traceback."""
     message = explain_error(error)
-    _forget_output()  # a full disk under the standard output would end Python with another exit code
+    # Python would write what is left in the buffer again, fail again on a full disk, and end with
+    # another exit code
+    _discard_output()
     if message is None:
-        # one command's own process dies as Python programs do; a worker hands its traceback to the launcher
         end(f"{traceback.format_exc()}{REPORT}", 1)
     if os.environ.get(TRACEBACK):
         message = f"{traceback.format_exc()}{message}"
@@ -578,8 +585,11 @@ def _end_with(error: Exception) -> NoReturn:
 
 
 @contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """SIGTERM unwinds the stack like Ctrl-C does, so that locks and half-written files go; workers leave it to training."""
+def _exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the stack like Ctrl-C, so that locks and partial files are removed.
+
+    Worker processes leave the signal to training.
+    """
     if place() is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -587,33 +597,47 @@ def _ended_in_order() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
-def _encode_what_can_be() -> None:
-    """Write what the encoding of an output lacks as an escape that TOML and JSON read back, in place of a UnicodeError."""
-    codecs.register_error("ddiff", _escaped)
+@contextmanager
+def _pause_garbage_collection() -> Iterator[None]:
+    """Pause the garbage collector, which would search a million objects while torch is imported."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _escape_unencodable_output() -> None:
+    """Escape characters that the output's encoding lacks, so that TOML and JSON read them back."""
+    codecs.register_error("ddiff", _escape)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        # a test or a notebook may have put another kind of stream there
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="ddiff")
 
 
-def _escaped(error: UnicodeError) -> tuple[str, int]:
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    """Handler of encoding errors: \\uXXXX, or \\UXXXXXXXX beyond the first 65536 characters."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    written = [
-        f"\\u{ord(x):04x}" if ord(x) < 0x10000 else f"\\U{ord(x):08x}"
-        for x in error.object[error.start : error.end]
-    ]
-    return "".join(written), error.end
+    escapes = ""
+    for character in error.object[error.start : error.end]:
+        code = ord(character)
+        escapes += f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    return escapes, error.end
 
 
-def _forget_output() -> None:
-    """After a closed pipe: Python writes what is left in its buffer when it ends, and would complain again."""
+def _discard_output() -> None:
+    """Discard output that cannot be written, so that Python does not fail on it at exit."""
     with open(os.devnull, "w") as nowhere:
         for stream in (sys.stdout, sys.stderr):
             try:
@@ -621,5 +645,5 @@ def _forget_output() -> None:
             except (OSError, ValueError, AttributeError):
                 try:
                     os.dup2(nowhere.fileno(), stream.fileno())
-                except (OSError, ValueError, AttributeError):  # no file behind it
+                except (OSError, ValueError, AttributeError):  # no file behind the stream
                     continue

@@ -93,8 +93,8 @@ def delete_run(directory: Path, also: Iterable[str] = ()) -> None:
             continue  # another process deleted it first
         except OSError as error:
             raise CheckpointError(
-                f"--fresh: {path} cannot be deleted ({error.strerror}). Delete it yourself, or name "
-                "another run_dir."
+                f"--fresh: {path} cannot be deleted ({error.strerror}). Delete it yourself, or "
+                "name another run_dir."
             ) from error
 
 
@@ -102,8 +102,8 @@ def foreign_message(directory: Path, foreign: list[str]) -> str:
     """Write the message for a --fresh that would delete files of others."""
     pronoun = "it" if len(foreign) == 1 else "them"
     return (
-        f"--fresh: {directory} holds {format_names(foreign)}, which ddiff did not write, so nothing "
-        f"there is deleted. Move {pronoun} away, or name another run_dir."
+        f"--fresh: {directory} holds {format_names(foreign)}, which ddiff did not write, so "
+        f"nothing there is deleted. Move {pronoun} away, or name another run_dir."
     )
 
 

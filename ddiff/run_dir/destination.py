@@ -54,8 +54,8 @@ def check_destination(
         name: the place as the user wrote it.
         argument: the option or argument that named it, such as "ddiff eval --out".
         suffix: required ending of a file.
-        owned: reads an existing file and returns whether ddiff wrote it, so that it may be replaced;
-            None: any file may be.
+        owned: returns whether ddiff wrote an existing file, so that it may be replaced; None: any
+            file may be.
 
     Raises ArgumentError if the place cannot or must not be written.
     """
@@ -73,7 +73,7 @@ def check_destination(
 
 
 def write_file(place: Destination, fill: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file atomically by `fill(file)`. Raises ArgumentError if the place is not writable."""
+    """Write a file atomically by `fill(file)`; ArgumentError if the place is not writable."""
     try:
         with open_atomic(place.path, system=place.system) as file:
             fill(file)

@@ -13,7 +13,7 @@ import pytest
 from commands import called, place, refusal
 
 from ddiff import ArgumentError, Cache, DataError, PluginError
-from ddiff.cli import _escaped
+from ddiff.cli import _escape
 from ddiff.data.cache import default_root
 from ddiff.distributed.launcher import check_address
 from ddiff.distributed.launcher import place as placed
@@ -84,7 +84,7 @@ def test_what_an_encoding_lacks_is_written_as_an_escape_of_toml() -> None:
     import codecs
     import tomllib
 
-    codecs.register_error("ddiff-test", _escaped)
+    codecs.register_error("ddiff-test", _escape)
     written = 'name = "é😀"'.encode("ascii", "ddiff-test").decode("ascii")
     assert tomllib.loads(written) == {"name": "é😀"}
 
