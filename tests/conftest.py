@@ -1,4 +1,4 @@
-"""Throw-away distributions: a folder on sys.path with a dist-info, as pip would leave it; and a device without answers."""
+"""Fixtures: distributions that exist for one test, and a device whose tensors have no values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 MakeDistribution = Callable[..., Path]
 
-# A shell that starts the suite in the background has it ignore SIGINT, and commands under test would inherit that.
+# A shell that starts the suite in the background makes it ignore SIGINT, which commands under test
+# would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -28,7 +29,7 @@ def write_distribution(
     entry_points: Mapping[str, str],
     modules: Mapping[str, str],
 ) -> Path:
-    """Write modules (dotted name -> source) and the dist-info of a distribution into a new folder."""
+    """Write modules (dotted name -> source) and a dist-info, as pip would leave them."""
     folder.mkdir(parents=True)
     for module, source in modules.items():
         path = folder.joinpath(*module.split(".")).with_suffix(".py")
@@ -46,7 +47,7 @@ def write_distribution(
 
 @pytest.fixture
 def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeDistribution]:
-    """`distribution(name, version, entry_points, modules)` installs one for the time of a test."""
+    """Function that installs a distribution for one test, by a folder on sys.path."""
     made: list[str] = []
 
     def make(
@@ -65,7 +66,7 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ma
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses copies from the host to "meta" that would wait for a device: all but those of `to_device`."""
+    """Mode that refuses blocking copies from the host to "meta", except in `to_device`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -80,10 +81,11 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.fixture
 def no_answers(monkeypatch: pytest.MonkeyPatch) -> type[NoWaiting]:
-    """Makes "meta" fit for a training step: a device whose tensors have no values, so that to ask one is an error.
+    """Make "meta" usable for a training step: a device on which reading a value is an error.
 
-    It stands for a GPU that is not waited for. Left out are autocast and torch's fused AdamW, which it does not know.
-    Under the class that is given, copies that wait are errors too; constants are copied once, before.
+    It stands for a GPU without synchronizations. Autocast and torch's fused AdamW, which it
+    does not support, are replaced. Under the mode that is returned, blocking copies are errors
+    too; constants are copied once, before.
     """
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)

@@ -1,4 +1,4 @@
-"""The command line answers about itself at once, hands work on, and prints a mistake as one paragraph with exit code 2."""
+"""Command line: quick help and lists, arguments passed on, mistakes as one paragraph."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ print(json.dumps([code, time.process_time(), sorted(sys.modules)]), file=sys.std
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one command."""
+    """Run one command in this process; return exit code, stdout and stderr."""
     code = 0
     try:
         main(list(arguments))
@@ -53,8 +53,8 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
         ["data", "--help"],
     ],
 )
-def test_questions_about_itself_are_answered_without_torch_in_half_a_second_of_cpu(arguments):
-    # The budget is CPU time of the whole process, best of three: other work on the machine inflates single timings.
+def test_help_and_lists_take_half_a_second_and_import_no_torch(arguments):
+    # CPU time of the whole process, best of three: other work on the machine inflates a timing
     seconds = []
     for _ in range(3):
         done = subprocess.run(
@@ -73,9 +73,10 @@ def test_questions_about_itself_are_answered_without_torch_in_half_a_second_of_c
     assert min(seconds) < 0.5
 
 
-def test_importing_ddiff_imports_nothing_heavy_and_nothing_of_its_own():
+def test_import_ddiff_imports_no_submodule():
     heavy = ("ddiff", "torch", "pydantic")
-    code = f"import sys, ddiff; print(sorted(name for name in sys.modules if name.startswith({heavy})))"
+    names = f"name for name in sys.modules if name.startswith({heavy})"
+    code = f"import sys, ddiff; print(sorted({names}))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
@@ -103,7 +104,7 @@ def test_help_names_every_command(capsys):
     assert len(app.registered_commands) == 9
 
 
-def test_the_version_is_the_distributions(capsys):
+def test_version_equals_that_of_the_distribution(capsys):
     assert call(capsys, "--version")[1] == f"ddiff {ddiff.__version__}\n"
     assert {plugin.origin.version for plugin in installed_plugins()["core"]} == {ddiff.__version__}
 
@@ -121,7 +122,7 @@ def test_plugins_lists_every_installed_plugin_and_component(capsys):
 
 
 @pytest.mark.parametrize("name", list(installed_plugins()))
-def test_a_plugin_is_shown_with_every_key_of_every_component(capsys, name):
+def test_plugins_name_shows_every_key_of_every_component(capsys, name):
     code, out, _ = call(capsys, "plugins", name)
     assert code == 0
     blocks = {block.partition(": ")[0]: block for block in out.split("\n\n")}
@@ -132,7 +133,7 @@ def test_a_plugin_is_shown_with_every_key_of_every_component(capsys, name):
             assert keys == list(component.config_class().model_fields)
 
 
-def test_a_key_is_shown_with_its_type_default_and_meaning(capsys, distribution):
+def test_plugins_name_shows_type_default_and_description_of_keys(capsys, distribution):
     parts = """
         from typing import Literal
         from ddiff import ComponentConfig, PositiveFloat, Share
@@ -178,17 +179,17 @@ def test_a_key_is_shown_with_its_type_default_and_meaning(capsys, distribution):
     ]
 
 
-def test_a_plugin_that_is_not_there_is_explained(capsys):
+def test_plugins_suggests_a_name_for_an_unknown_plugin(capsys):
     code, out, err = call(capsys, "plugins", "hdml")
     assert (code, out) == (2, "")
     assert 'Did you mean "hdlm"?' in err
 
 
-def test_help_says_what_a_dry_run_does_not_check(capsys):
+def test_help_lists_what_a_dry_run_does_not_check(capsys):
     assert "Not checked" in call(capsys, "run", "--help")[1]
 
 
-def test_a_broken_plugin_is_listed_with_its_reason_and_hides_no_other(capsys, distribution):
+def test_plugins_reports_a_broken_plugin_and_lists_the_others(capsys, distribution):
     distribution(
         "broken-dist", "0.3", {"broken": "broken_pkg"}, {"broken_pkg": "import does_not_exist"}
     )
@@ -212,7 +213,7 @@ def test_every_shipped_recipe_resolves_and_reads_back_as_itself(capsys, tmp_path
         code, out, err = call(capsys, "run", name, "--dry-run")
         if (
             name == "paper/hdlm_small_64_embeddings"
-        ):  # begins with another run's weights, which are not here
+        ):  # starts with weights of another run, which is missing here
             assert (code, "is not a trained run" in err) == (2, True)
             continue
         assert code == 0, err
@@ -222,7 +223,7 @@ def test_every_shipped_recipe_resolves_and_reads_back_as_itself(capsys, tmp_path
         assert tomllib.loads(out)["name"] == name.replace("/", "_")
 
 
-def test_a_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
+def test_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call(capsys, "run", sorted(find_shipped_recipes())[0], "--dry-run")
     assert list(tmp_path.iterdir()) == []
@@ -243,7 +244,7 @@ def test_a_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
         (["run", "hdlm_small", "--set", "plugins=[]"], 'Add "hdlm" to plugins'),
     ],
 )
-def test_a_mistake_is_one_paragraph_on_stderr_and_exit_code_two(capsys, arguments, expected):
+def test_mistake_is_one_paragraph_on_stderr_with_exit_code_two(capsys, arguments, expected):
     code, out, err = call(capsys, *arguments)
     assert (code, out) == (2, "")
     assert expected in err
@@ -251,7 +252,7 @@ def test_a_mistake_is_one_paragraph_on_stderr_and_exit_code_two(capsys, argument
     assert "Traceback" not in err
 
 
-def test_an_unknown_option_also_exits_with_two(capsys):
+def test_unknown_option_exits_with_two(capsys):
     code, _, err = call(capsys, "run", "hdlm_small", "--freesh")
     assert code == 2
     assert "--fresh" in err
@@ -259,7 +260,7 @@ def test_an_unknown_option_also_exits_with_two(capsys):
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Stand-ins for the modules that do the work; they note what they are called with."""
+    """Replace the modules that do the work by recorders of their arguments."""
     calls: list = []
     module = ModuleType("ddiff.runs.stages")
     module.run_recipe = lambda recipe, *, fresh: (
@@ -279,7 +280,7 @@ NOTHING = dict.fromkeys(
 ) | {"settings": ()}
 
 
-def test_commands_hand_their_arguments_on_and_the_exit_code_back(capsys, runs):
+def test_commands_pass_arguments_on_and_return_the_exit_code(capsys, runs):
     assert call(capsys, "run", "mdlm_small", "--set", "train.steps=3", "--fresh")[0] == 130
     assert call(capsys, "eval", "runs/x", "--set", "evaluate.draws=2")[0] == 0
     assert call(capsys, "sample", "runs/x", "--count", "4", "--seed", "1")[0] == 0
@@ -346,8 +347,8 @@ finally:
 
 
 @pytest.mark.parametrize("arguments", list(ANSWERS))
-def test_a_command_that_only_answers_loads_torch_and_nothing_else_that_is_slow(arguments, tmp_path):
-    """Two seconds of CPU, most of them importing torch: what took the others was one of these."""
+def test_query_commands_import_no_slow_library_but_torch(arguments, tmp_path):
+    """They take two seconds of CPU, most for torch; each of these libraries would add seconds."""
     script = LOADED.format(arguments=list(arguments), heavy=HEAVY)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
@@ -356,7 +357,7 @@ def test_a_command_that_only_answers_loads_torch_and_nothing_else_that_is_slow(a
     assert ANSWERS[arguments] in done.stdout
 
 
-def test_a_dry_run_ends_with_its_verdict_as_a_comment_of_toml(capsys, tmp_path, monkeypatch):
+def test_dry_run_ends_with_its_verdict_as_a_toml_comment(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = call(capsys, "run", "mdlm_small", "--dry-run")[1]
     assert out.splitlines()[-1].startswith("# fits: ")

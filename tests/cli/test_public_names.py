@@ -25,7 +25,7 @@ def test_public_name_is_the_attribute_of_its_module(name):
     assert getattr(ddiff, name) is getattr(importlib.import_module(MODULE_OF[name]), name)
 
 
-def test_no_public_name_is_a_submodule_that_importing_would_put_in_its_place():
+def test_no_public_name_is_the_name_of_a_submodule():
     submodules = {module.name for module in pkgutil.iter_modules(ddiff.__path__)}
     assert not submodules & set(MODULE_OF)
 

@@ -1,4 +1,4 @@
-"""The command line in this process, and the small recipe that these tests vary."""
+"""Run the command line in this process, on two small recipes that the tests vary."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ count = 2
 Answer = tuple[int, str, str]
 
 
-def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> Answer:
-    """Exit code, standard output and standard error of `ddiff ARGUMENTS`."""
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> Answer:
+    """Run `ddiff ARGUMENTS` in this process; return exit code, stdout and stderr."""
     code = 0
     try:
         main(list(arguments))
@@ -92,7 +92,7 @@ def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> Answer:
 
 
 def refusal(answer: Answer) -> str:
-    """The one paragraph of a mistake: exit code 2, no traceback, not the whole input again."""
+    """Check that a command was refused with one short paragraph and no traceback; return it."""
     code, _, err = answer
     assert code == 2, err
     assert "Traceback" not in err
@@ -103,7 +103,7 @@ def refusal(answer: Answer) -> str:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty working directory with both recipes, the corpus and a cache of its own; one thread."""
+    """Working directory with both recipes, the corpus and a separate cache; one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))

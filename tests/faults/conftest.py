@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import their helpers and those of the evaluation's tests, and gives them a tiny run."""
+"""Make helpers of these tests and of the evaluation's importable, and share a tiny run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipes that faults are reproduced with: seconds on one core, on the bundled novels and on lines of a file."""
+"""Base recipes for reproducing faults: seconds on one core, on novels or lines of a file."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [[], ["--set", LINES]], ids=["base", "txt"])
-def test_a_base_recipe_trains_evaluates_and_samples(folder: Path, settings: list[str]) -> None:
+def test_base_recipe_trains_evaluates_and_samples(folder: Path, settings: list[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["run", "base.toml", *settings])
     evaluation = json.loads((folder / "runs/t/evaluation.json").read_text())
@@ -83,9 +83,7 @@ def test_a_base_recipe_trains_evaluates_and_samples(folder: Path, settings: list
 
 
 @pytest.mark.parametrize("settings", [[], ["--set", LINES]], ids=["base", "txt"])
-def test_a_base_recipe_passes_a_dry_run_and_leaves_nothing(
-    folder: Path, settings: list[str]
-) -> None:
+def test_base_recipe_passes_a_dry_run_and_writes_nothing(folder: Path, settings: list[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["run", "base.toml", "--dry-run", *settings])
     assert sorted(path.name for path in folder.iterdir()) == ["base.toml", "corp"]

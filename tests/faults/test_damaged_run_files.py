@@ -1,4 +1,4 @@
-"""Whatever stands in a file of a run: a command works, or says in one paragraph which file it is and the way out."""
+"""Damaged files of a run: a command works, or names the file and the remedy in one paragraph."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FILES = [
 
 
 def nulls(content: bytes) -> bytes:
-    """Every value of every object is null; other files become the word."""
+    """Replace every value of every object by null, and other files by the word null."""
     try:
         lines = [json.loads(line) for line in content.splitlines()]
     except ValueError:
@@ -57,7 +57,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "null values": nulls,
     "cut off": lambda content: content[
         : content.rindex(b'"')
-    ],  # within a text: never whole by chance
+    ],  # inside a string, so that the rest is never valid JSON
     "deeply nested": lambda content: b"[" * 100_000,
     "strings for numbers": lambda content: content.replace(b": 4", b': "4"').replace(
         b"= 4", b'= "4"'
@@ -96,7 +96,7 @@ def damage(run_dir: Path, file: str, kind: str) -> None:
 
 
 def holds(answer: Any, file: str) -> bool:
-    """Whether a command has worked, or was refused by the name of the file and not by a traceback."""
+    """Whether a command worked, or was refused with the name of the file and no traceback."""
     assert "Traceback" not in answer.err
     if answer.code in (0, 1):  # 1: a verification that found a difference
         return answer.code == 0 or "NOT equal" in answer.out
@@ -121,12 +121,12 @@ def check(file: str, kind: str, run_dir: Path, ddiff: Command, commands: Any) ->
 
 
 WORST = ("not UTF-8", "a list", "null values", "deeply nested", "a folder")
-"""The damages that every command is tried on; the others are tried on the reader that all commands share."""
+"""Kinds of damage tried on every command; the others are tried only on the shared reader."""
 
 
 @pytest.mark.parametrize("kind", WORST)
 @pytest.mark.parametrize("file", FILES)
-def test_commands_that_read_no_data_work_or_name_the_file(
+def test_commands_without_data_work_or_name_the_damaged_file(
     file: str, kind: str, run_dir: Path, ddiff: Command
 ) -> None:
     check(file, kind, run_dir, ddiff, READS_NO_DATA)
@@ -135,13 +135,13 @@ def test_commands_that_read_no_data_work_or_name_the_file(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WORST)
 @pytest.mark.parametrize("file", [file for file in FILES if "/" not in file])
-def test_every_other_command_works_or_names_the_file(
+def test_other_commands_work_or_name_the_damaged_file(
     file: str, kind: str, run_dir: Path, ddiff: Command
 ) -> None:
     check(file, kind, run_dir, ddiff, [name for name in COMMANDS if name not in READS_NO_DATA])
 
 
-# ---------------------------------------------------------------------- the reader alone
+# ---------------------------------------------------------------------- readers
 
 
 def read(path: Path) -> Any:
@@ -152,7 +152,7 @@ def read(path: Path) -> Any:
 
 @pytest.mark.parametrize("kind", [*DAMAGES, "a folder"])
 @pytest.mark.parametrize("file", OBJECTS)
-def test_the_reader_names_the_file_in_every_damage(file: str, kind: str, run_dir: Path) -> None:
+def test_readers_name_the_damaged_file(file: str, kind: str, run_dir: Path) -> None:
     before = read(run_dir / file)
     damage(run_dir, file, kind)
     if kind == "empty" and file.endswith(".jsonl"):
@@ -171,7 +171,7 @@ KEYS = [(file, key) for file, shape in OBJECTS.items() for key in shape if file 
 
 @pytest.mark.parametrize("value", ["text", [1], {"a": "b"}, True, 1.5, None], ids=str)
 @pytest.mark.parametrize(("file", "key"), KEYS)
-def test_a_value_of_another_type_is_refused_by_its_key(
+def test_value_of_another_type_is_refused_with_its_key(
     file: str, key: str, value: Any, run_dir: Path
 ) -> None:
     path = run_dir / file
@@ -191,7 +191,7 @@ def test_a_value_of_another_type_is_refused_by_its_key(
 
 
 def fits(right: Any, key: str, value: Any) -> bool:
-    """Whether a value of another type is as good: 1.5 for another number, nothing for what is optional."""
+    """Whether another type is valid as well: 1.5 for a number, null for an optional key."""
     if value is None:
         return key in OPTIONAL
     if isinstance(value, dict):
@@ -203,7 +203,7 @@ OPTIONAL = ("init", "interval", "bits_per_byte")
 
 
 @pytest.mark.parametrize(("file", "key"), KEYS)
-def test_a_missing_key_is_refused_unless_it_may_be_null(file: str, key: str, run_dir: Path) -> None:
+def test_missing_key_is_refused_unless_it_may_be_null(file: str, key: str, run_dir: Path) -> None:
     path = run_dir / file
     lines = [
         json.loads(line) for line in path.read_text().split("\n") if line and file.endswith("l")
@@ -219,7 +219,7 @@ def test_a_missing_key_is_refused_unless_it_may_be_null(file: str, key: str, run
         read(path)
 
 
-def test_a_damaged_line_is_named_by_its_number(run_dir: Path) -> None:
+def test_damaged_line_is_named_with_its_number(run_dir: Path) -> None:
     path = run_dir / "samples.jsonl"
     lines = path.read_text().splitlines()
     path.write_text(f"{lines[0]}\n[]\n")
@@ -227,12 +227,12 @@ def test_a_damaged_line_is_named_by_its_number(run_dir: Path) -> None:
         read_json_lines(path)
 
 
-def test_missing_files_are_empty(run_dir: Path) -> None:
+def test_missing_files_read_as_empty(run_dir: Path) -> None:
     assert (read_json(run_dir / "no.json"), read_json_lines(run_dir / "no.jsonl")) == ({}, [])
 
 
 @pytest.mark.parametrize("command", ["run", "eval", "compare", "export"])
-def test_a_file_in_the_place_of_the_checkpoints_is_named(
+def test_file_in_place_of_the_checkpoints_folder_is_named(
     command: str, run_dir: Path, ddiff: Command
 ) -> None:
     shutil.rmtree(run_dir / "checkpoints")
@@ -257,7 +257,9 @@ MARKERS = {
 
 
 @pytest.mark.parametrize("name", MARKERS)
-def test_markers_of_another_shape_are_damaged(name: str, run_dir: Path, ddiff: Command) -> None:
+def test_checkpoint_marker_of_another_shape_is_refused(
+    name: str, run_dir: Path, ddiff: Command
+) -> None:
     (run_dir / STEP / "complete.json").write_text(MARKERS[name])
     for command in ("sample", "export", "compare", "dry run"):
         assert is_refusal(ddiff(*COMMANDS[command]), "complete.json is damaged")
@@ -276,16 +278,16 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("key", FIGURES)
-def test_figures_of_another_shape_are_refused(key: str, run_dir: Path, ddiff: Command) -> None:
+def test_evaluation_figures_of_another_shape_are_refused(
+    key: str, run_dir: Path, ddiff: Command
+) -> None:
     path = run_dir / "evaluation.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: FIGURES[key]}))
     answer = ddiff(*COMMANDS["run"])
     assert is_refusal(answer, "evaluation.json is damaged")
 
 
-def test_a_run_that_began_with_a_models_embeddings_can_be_compared(
-    run_dir: Path, ddiff: Command
-) -> None:
+def test_run_initialised_from_a_model_can_be_compared(run_dir: Path, ddiff: Command) -> None:
     path = run_dir / "environment.json"
     init = {"model": "some/model", "parts": "embeddings", "tokenizer": "0"}
     path.write_text(json.dumps({**json.loads(path.read_text()), "init": init}))

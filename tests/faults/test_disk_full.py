@@ -1,4 +1,4 @@
-"""What killed or failed writes left in a run directory goes with the next run; a run goes on when there is room again."""
+"""Partial files in a run directory: the next run removes them, and resumes if there is room."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OWN = [
 ]
 
 
-def test_leftovers_of_a_runs_own_files_are_removed_and_no_others(tmp_path: Path) -> None:
+def test_partial_files_of_a_run_are_removed_and_no_others(tmp_path: Path) -> None:
     for name in (*LEFT, *OWN, "recipe.toml"):
         (tmp_path / name).write_text(name)
     (tmp_path / "sampling.json.part").mkdir()
@@ -43,7 +43,7 @@ def test_leftovers_of_a_runs_own_files_are_removed_and_no_others(tmp_path: Path)
     remove_leftovers(tmp_path / "none")
 
 
-def test_a_run_removes_what_an_earlier_one_left(
+def test_run_removes_partial_files_of_an_earlier_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
@@ -70,7 +70,7 @@ def test_a_run_removes_what_an_earlier_one_left(
 
 
 @pytest.mark.parametrize("stage", ["write", "rename"])
-def test_a_file_of_a_run_that_cannot_be_written_leaves_no_part(
+def test_failed_write_of_a_run_file_leaves_no_partial_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     path = tmp_path / "evaluation.json"
@@ -93,7 +93,7 @@ def test_a_file_of_a_run_that_cannot_be_written_leaves_no_part(
     assert path.read_text() == "before"
 
 
-def test_a_comparison_that_cannot_be_written_leaves_no_part(
+def test_failed_write_of_a_comparison_leaves_no_partial_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(source: str, target: str) -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import called, place, refusal
+from commands import place, refusal, run_command
 
 from ddiff import ArgumentError, Cache, DataError, PluginError
 from ddiff.cli import _escape
@@ -32,18 +32,18 @@ COMMAND = [sys.executable, "-m", "ddiff"]
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": ""}, "LOCAL_RANK must be a whole number"),
     ],
 )
-def test_a_place_among_processes_that_is_none_is_refused(
+def test_invalid_rank_variables_are_refused(
     variables: dict, expected: str, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     for name, value in {"MASTER_ADDR": "127.0.0.1", **variables}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ArgumentError, match=expected):
         placed()
-    assert expected in refusal(called(capsys, "recipes"))
+    assert expected in refusal(run_command(capsys, "recipes"))
 
 
 @pytest.mark.parametrize("port", [None, "abc", "0", "70000", "-1"])
-def test_a_port_that_is_none_is_refused(port: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_master_port_is_refused(port: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_PORT", raising=False)
     if port is not None:
         monkeypatch.setenv("MASTER_PORT", port)
@@ -51,7 +51,7 @@ def test_a_port_that_is_none_is_refused(port: str | None, monkeypatch: pytest.Mo
         check_address()
 
 
-def test_the_cache_folder_is_a_local_one_and_its_tilde_is_the_home(
+def test_cache_folder_must_be_local_and_tilde_is_expanded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", "~/elsewhere")
@@ -62,17 +62,15 @@ def test_the_cache_folder_is_a_local_one_and_its_tilde_is_the_home(
 
 
 @pytest.mark.parametrize("folder", ["/dev/null", "/dev/null/x", "/proc/x"])
-def test_a_cache_that_cannot_be_written_is_named(
+def test_unwritable_cache_is_named(
     folder: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", folder)
-    assert folder in refusal(called(capsys, "run", "fast.toml"))
+    assert folder in refusal(run_command(capsys, "run", "fast.toml"))
     assert not Path("runs").exists()
 
 
-def test_a_mode_that_wandb_does_not_know_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_unknown_wandb_mode_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from ddiff_core.trackers import WeightsAndBiases
 
     monkeypatch.setenv("WANDB_MODE", "abc")
@@ -80,7 +78,7 @@ def test_a_mode_that_wandb_does_not_know_is_refused(
         WeightsAndBiases.build(WeightsAndBiases.Config(), run_dir=str(tmp_path), recipe={})
 
 
-def test_what_an_encoding_lacks_is_written_as_an_escape_of_toml() -> None:
+def test_unencodable_characters_are_written_as_toml_escapes() -> None:
     import codecs
     import tomllib
 
@@ -140,7 +138,7 @@ def test_closed_and_full_outputs_end_without_a_traceback() -> None:
         (ConnectionError("gone"), "gone"),
     ],
 )
-def test_errors_of_python_are_told_in_words(
+def test_python_errors_are_explained(
     error: BaseException, expected: str, monkeypatch, capsys
 ) -> None:
     assert expected in str(explain_error(error))
@@ -149,21 +147,19 @@ def test_errors_of_python_are_told_in_words(
         raise error
 
     monkeypatch.setattr("ddiff.recipe.sources.find_shipped_recipes", broken)
-    assert expected in refusal(called(capsys, "recipes"))
+    assert expected in refusal(run_command(capsys, "recipes"))
 
 
-def test_an_error_of_ours_keeps_its_traceback_and_says_where_to_send_it(
-    monkeypatch, capsys
-) -> None:
+def test_defect_keeps_its_traceback_and_asks_for_a_report(monkeypatch, capsys) -> None:
     monkeypatch.setattr("ddiff.recipe.sources.find_shipped_recipes", lambda: 1 / 0)
-    code, _, err = called(capsys, "recipes")
+    code, _, err = run_command(capsys, "recipes")
     assert code == 1
     assert "ZeroDivisionError" in err
     assert "Please report it" in err
 
 
-def test_a_mistakes_traceback_is_shown_on_request(monkeypatch, capsys) -> None:
+def test_traceback_of_a_mistake_is_shown_on_request(monkeypatch, capsys) -> None:
     monkeypatch.setenv("DDIFF_TRACEBACK", "1")
-    code, _, err = called(capsys, "run", "nowhere.toml")
+    code, _, err = run_command(capsys, "run", "nowhere.toml")
     assert code == 2
     assert "Traceback" in err

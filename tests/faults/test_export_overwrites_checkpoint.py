@@ -34,7 +34,7 @@ IN_A_RUN = {
 
 
 @pytest.mark.parametrize("name", IN_A_RUN)
-def test_export_into_a_run_is_refused_and_harms_nothing(
+def test_export_into_a_run_is_refused_and_changes_nothing(
     name: str, run_dir: Path, ddiff: Command
 ) -> None:
     Path("runs/other").mkdir()
@@ -47,7 +47,7 @@ def test_export_into_a_run_is_refused_and_harms_nothing(
     assert files(Path()) == before
 
 
-def test_export_beside_the_files_of_a_run_is_allowed(run_dir: Path, ddiff: Command) -> None:
+def test_export_next_to_the_files_of_a_run_is_allowed(run_dir: Path, ddiff: Command) -> None:
     assert ddiff(*EXPORT, "runs/tiny/weights.safetensors").code == 0
     assert load_file("runs/tiny/weights.safetensors")
     assert ddiff("sample", "runs/tiny", "--count", "1").code == 0
@@ -65,7 +65,7 @@ ADDRESSES = {
 
 @pytest.mark.parametrize("name", ADDRESSES)
 @pytest.mark.parametrize("command", ["export", "data", "compare", "eval"])
-def test_places_that_take_no_files_are_named(
+def test_unwritable_places_are_named(
     name: str, command: str, run_dir: Path, ddiff: Command
 ) -> None:
     call, file = {
@@ -89,7 +89,7 @@ def test_read_only_folders_are_named(run_dir: Path, ddiff: Command) -> None:
         assert is_refusal(ddiff(*call), "locked")
 
 
-def test_export_writes_any_address_that_fsspec_does(run_dir: Path, ddiff: Command) -> None:
+def test_export_writes_to_any_fsspec_address(run_dir: Path, ddiff: Command) -> None:
     answer = ddiff(*EXPORT, "memory://bucket/w.safetensors")
     assert answer.code == 0, answer.err
     memory = fsspec.filesystem("memory")
@@ -108,7 +108,7 @@ def test_export_writes_any_address_that_fsspec_does(run_dir: Path, ddiff: Comman
     ]
 
 
-def test_export_replaces_only_what_an_export_has_written(run_dir: Path, ddiff: Command) -> None:
+def test_export_replaces_only_files_of_an_export(run_dir: Path, ddiff: Command) -> None:
     assert ddiff(*EXPORT, "w.safetensors").code == 0
     assert ddiff(*EXPORT, "w.safetensors").code == 0
     own = Path(STEP, "model.safetensors").read_bytes()
@@ -126,7 +126,7 @@ def test_export_onto_a_folder_is_refused(run_dir: Path, ddiff: Command) -> None:
     assert list(Path("w.safetensors").iterdir()) == []
 
 
-def test_export_makes_folders_and_leaves_nothing_half_written(
+def test_export_makes_folders_and_leaves_no_partial_file(
     run_dir: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ddiff(*EXPORT, "new/deep/w.safetensors").code == 0
@@ -141,14 +141,14 @@ def test_export_makes_folders_and_leaves_nothing_half_written(
     assert files(Path()) == before
 
 
-def test_python_paths_are_checked_too(run_dir: Path) -> None:
+def test_paths_from_python_are_checked(run_dir: Path) -> None:
     with pytest.raises(ArgumentError, match="lost a slash"):
         export_run(run_dir, Path("s3://bucket/w.safetensors"))
     with pytest.raises(ArgumentError, match="checkpoint"):
         export_run(run_dir, Path(STEP) / "model.safetensors")
 
 
-def test_data_out_writes_over_nothing(run_dir: Path, ddiff: Command) -> None:
+def test_data_out_overwrites_nothing(run_dir: Path, ddiff: Command) -> None:
     Path("mine").mkdir()
     Path("mine/tokenizer.json").write_text("precious")
     Path("file").write_text("precious")
@@ -159,7 +159,7 @@ def test_data_out_writes_over_nothing(run_dir: Path, ddiff: Command) -> None:
     assert files(Path()) == before
 
 
-def test_data_out_goes_on_with_a_copy_that_was_cut_short(run_dir: Path, ddiff: Command) -> None:
+def test_data_out_resumes_an_interrupted_copy(run_dir: Path, ddiff: Command) -> None:
     assert ddiff(*DATA, "shards").code == 0
     whole = files(Path("shards"))
     Path("shards/manifest.json").unlink()
@@ -186,7 +186,7 @@ def test_compare_out_replaces_only_its_own_tables(run_dir: Path, ddiff: Command)
     assert json.loads(Path("tables/compare.json").read_text())["rows"]
 
 
-def test_what_fails_in_writing_leaves_the_old_file(folder: Path) -> None:
+def test_failed_write_leaves_the_old_file(folder: Path) -> None:
     Path("a.json").write_text("old")
     place = check_destination("a.json", "test")
 

@@ -1,4 +1,4 @@
-"""`--fresh` deletes what a run has written and nothing else, and no run writes over a file of somebody else's."""
+"""`--fresh` deletes only files of a run, and no run overwrites files of others."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_fresh_refuses_and_names_a_foreign_file(
     assert files(run_dir) == before
 
 
-def test_fresh_trains_again_where_a_run_alone_stands(run_dir: Path, ddiff: Command) -> None:
+def test_fresh_trains_again_in_a_directory_with_only_a_run(run_dir: Path, ddiff: Command) -> None:
     old = (run_dir / "metrics.jsonl").read_text()
     answer = ddiff(*FRESH, "--set", "seed=1", "--set", "train.steps=2")
     assert answer.code == 0, answer.err
@@ -57,7 +57,7 @@ def test_fresh_trains_again_where_a_run_alone_stands(run_dir: Path, ddiff: Comma
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000002"]
 
 
-def test_fresh_deletes_what_a_killed_run_has_left(run_dir: Path) -> None:
+def test_fresh_deletes_partial_files_of_a_killed_run(run_dir: Path) -> None:
     for name in (
         "recipe.toml.part",
         "tokenizer.json.partial-0123abcd",
@@ -73,7 +73,7 @@ def test_fresh_deletes_what_a_killed_run_has_left(run_dir: Path) -> None:
     assert list(run_dir.iterdir()) == []
 
 
-def test_every_file_of_a_finished_run_is_known(run_dir: Path) -> None:
+def test_every_file_of_a_finished_run_is_classified_as_its_own(run_dir: Path) -> None:
     found = classify_contents(run_dir)
     assert found.foreign == []
     assert {str(run_dir / name) for name in files(run_dir)} <= set(map(str, found.written))
@@ -84,7 +84,7 @@ def test_every_file_of_a_finished_run_is_known(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["a file", "the checkpoints", "a checkpoint", "weights"])
-def test_fresh_follows_no_symbolic_link(what: str, run_dir: Path, ddiff: Command) -> None:
+def test_fresh_does_not_follow_symbolic_links(what: str, run_dir: Path, ddiff: Command) -> None:
     place = {
         "a file": run_dir / "metrics.jsonl",
         "the checkpoints": run_dir / "checkpoints",
@@ -108,10 +108,10 @@ def test_fresh_refuses_a_run_dir_that_is_a_link(run_dir: Path, ddiff: Command) -
 
 
 @pytest.mark.parametrize("place", [".", "..", "../work", "/", "work/..", "~"])
-def test_fresh_never_empties_a_directory_above_the_work(
+def test_fresh_refuses_a_directory_above_the_working_directory(
     place: str, run_dir: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run stands in each of them, so that nothing else speaks against it."""
+    """Each of them holds a run, so that only its position is a reason to refuse."""
     Path("work").mkdir()
     before = files(run_dir)
     if place == "~":
@@ -127,13 +127,13 @@ def test_fresh_never_empties_a_directory_above_the_work(
     assert files(run_dir) == before
 
 
-def test_fresh_never_deletes_the_recipe_that_it_is_given(run_dir: Path, ddiff: Command) -> None:
+def test_fresh_does_not_delete_the_recipe_that_it_reads(run_dir: Path, ddiff: Command) -> None:
     before = files(run_dir)
     assert is_refusal(ddiff("run", "runs/tiny/recipe.toml", "--fresh"), "holds the recipe")
     assert files(run_dir) == before
 
 
-def test_run_never_writes_over_a_recipe_of_the_users(folder: Path, ddiff: Command) -> None:
+def test_run_does_not_overwrite_a_recipe_of_the_user(folder: Path, ddiff: Command) -> None:
     Path("proj").mkdir()
     own = f"# my comments\n{RECIPE}"
     Path("proj/recipe.toml").write_text(own)
@@ -144,7 +144,7 @@ def test_run_never_writes_over_a_recipe_of_the_users(folder: Path, ddiff: Comman
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "recipe.toml"])
-def test_first_run_refuses_a_directory_with_a_file_of_its_name(
+def test_first_run_refuses_a_directory_with_a_file_of_its_names(
     name: str, folder: Path, ddiff: Command
 ) -> None:
     put(Path("model") / name)
@@ -153,9 +153,7 @@ def test_first_run_refuses_a_directory_with_a_file_of_its_name(
         assert files(Path("model")) == {name: b"precious"}
 
 
-def test_first_run_says_what_else_stands_in_its_directory_and_leaves_it(
-    folder: Path, ddiff: Command
-) -> None:
+def test_first_run_reports_and_keeps_foreign_files(folder: Path, ddiff: Command) -> None:
     put(Path("own/thesis.tex"))
     answer = ddiff("run", "tiny.toml", "--set", "run_dir=own", "--set", "train.steps=2")
     assert answer.code == 0, answer.err
@@ -164,9 +162,7 @@ def test_first_run_says_what_else_stands_in_its_directory_and_leaves_it(
     assert Path("own/thesis.tex").read_text() == "precious"
 
 
-def test_comments_in_the_record_of_a_run_are_not_written_over(
-    run_dir: Path, ddiff: Command
-) -> None:
+def test_comments_added_to_a_runs_recipe_are_kept(run_dir: Path, ddiff: Command) -> None:
     recipe = run_dir / "recipe.toml"
     recipe.write_text(recipe.read_text() + "# the best so far\n")
     before = files(run_dir)
@@ -176,7 +172,7 @@ def test_comments_in_the_record_of_a_run_are_not_written_over(
     assert ddiff("sample", "runs/tiny", "--count", "1").code == 0
 
 
-def test_fresh_deletes_what_the_tracker_declares(run_dir: Path) -> None:
+def test_fresh_deletes_the_files_that_a_tracker_declares(run_dir: Path) -> None:
     put(run_dir / "wandb/offline-run/log.txt")
     (run_dir / "wandb/latest").symlink_to(Path("corpus.txt").absolute())
     put(run_dir / "wandb_id")
@@ -191,7 +187,7 @@ def test_fresh_deletes_what_the_tracker_declares(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/run", "memory://run", "file:///tmp/run"])
-def test_run_dir_that_is_an_address_is_refused(address: str, folder: Path, ddiff: Command) -> None:
+def test_run_dir_must_be_a_local_path(address: str, folder: Path, ddiff: Command) -> None:
     for more in ((), ("--dry-run",)):
         assert is_refusal(
             ddiff("run", "tiny.toml", "--set", f"run_dir={address}", *more), address, "run_dir"
@@ -206,7 +202,7 @@ def test_run_dir_that_is_an_address_is_refused(address: str, folder: Path, ddiff
         ('tokenizer={kind="saved", path="runs/tiny/tokenizer.json"}', "tokenizer.json"),
     ],
 )
-def test_fresh_refuses_to_delete_what_its_recipe_reads(
+def test_fresh_refuses_to_delete_inputs_of_its_recipe(
     setting: str, name: str, run_dir: Path, ddiff: Command
 ) -> None:
     before = files(run_dir)
@@ -214,15 +210,15 @@ def test_fresh_refuses_to_delete_what_its_recipe_reads(
     assert files(run_dir) == before
 
 
-def test_run_is_not_written_among_checkpoints(run_dir: Path, ddiff: Command) -> None:
+def test_run_dir_inside_checkpoints_is_refused(run_dir: Path, ddiff: Command) -> None:
     before = files(run_dir)
     for place in ("runs/tiny/checkpoints/mine", "runs/tiny/checkpoints/step_00000004"):
         assert is_refusal(ddiff("run", "tiny.toml", "--set", f"run_dir={place}"), "checkpoints")
     assert files(run_dir) == before
 
 
-def test_old_checkpoints_go_without_what_somebody_put_there(run_dir: Path, ddiff: Command) -> None:
-    """`[train] keep` drops the checkpoint of step 2 and its files, and neither notes nor weights of others."""
+def test_pruning_checkpoints_keeps_foreign_files_in_them(run_dir: Path, ddiff: Command) -> None:
+    """`[train] keep` deletes the checkpoint of step 2, but no notes or weights of others in it."""
     old = run_dir / "checkpoints/step_00000002"
     put(old / "notes.txt")
     put(old / "kept/exported.safetensors")

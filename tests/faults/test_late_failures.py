@@ -1,4 +1,4 @@
-"""What a dry run accepts does not die in the run for a reason that the recipe holds; limits work, above them is refused."""
+"""Values of a recipe that would fail late in a run are refused by a dry run; limits work."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from commands import called, entries, place, refusal
+from commands import entries, place, refusal, run_command
 from pydantic import ValidationError
 
 from ddiff import ArgumentError, ComponentConfig, CounterRng, load
@@ -33,7 +33,7 @@ class Every(ComponentConfig):
     share: NonNegativeFloat = 0.0
 
 
-def test_the_types_of_a_config_have_both_ends() -> None:
+def test_config_types_have_lower_and_upper_limits() -> None:
     most = Every(
         count=COUNTS - 1, label=COUNTS - 1, seed=2**64 - 1, rate=LARGEST / 2, share=LARGEST / 2
     )
@@ -50,8 +50,8 @@ def test_the_types_of_a_config_have_both_ends() -> None:
             Every(**{key: value})
 
 
-def test_no_config_of_any_plugin_takes_an_integer_without_end() -> None:
-    """Every whole number of every component has a largest value, so that none reaches torch that it cannot hold."""
+def test_integers_of_every_config_have_limits() -> None:
+    """Every integer of every component has a largest value, which torch can represent."""
     open_ended = []
     for component in survey_plugins().registry.components():
         for key, schema in (
@@ -83,28 +83,32 @@ LATE = {
 
 
 @pytest.mark.parametrize("key", LATE)
-def test_what_failed_late_is_refused_first(key: str, place: Path, capsys) -> None:
+def test_values_that_would_fail_late_are_refused_first(key: str, place: Path, capsys) -> None:
     for dry in ([], ["--dry-run"]):
-        message = refusal(called(capsys, "run", "tiny.toml", *dry, "--set", f"{key}={LATE[key]}"))
+        message = refusal(
+            run_command(capsys, "run", "tiny.toml", *dry, "--set", f"{key}={LATE[key]}")
+        )
         assert key.split(".")[1] in message
     assert entries(place) == BUILT_IN
 
 
-def test_the_largest_seeds_run_to_the_end(place: Path, capsys) -> None:
+def test_run_with_the_largest_seeds_finishes(place: Path, capsys) -> None:
     most = 2**64 - 1
     seeds = [f"--set={key}={most}" for key in ("seed", "evaluate.seed", "sample.seed")]
-    code, _, err = called(capsys, "run", "fast.toml", *seeds)
+    code, _, err = run_command(capsys, "run", "fast.toml", *seeds)
     assert code == 0, err
     assert len(load("runs/fast").sample(1, seed=most)) == 1
 
 
-def test_a_sampler_near_temperature_zero_ends_the_run_well(place: Path, capsys) -> None:
-    code, _, err = called(capsys, "run", "fast.toml", "--set", "sample.sampler.temperature=1e-320")
+def test_run_with_temperature_near_zero_finishes(place: Path, capsys) -> None:
+    code, _, err = run_command(
+        capsys, "run", "fast.toml", "--set", "sample.sampler.temperature=1e-320"
+    )
     assert code == 0, err
     assert Path("runs/fast/samples.jsonl").read_text().count("\n") == 2
 
 
-# ---------------------------------------------------------------------- what is asked of a trained run
+# ---------------------------------------------------------------------- options of a trained run
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +158,8 @@ ASKED = {
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_what_is_asked_of_a_run_is_refused_in_words(name: str, trained: Path, capsys) -> None:
-    refusal(called(capsys, "sample", str(trained), *ASKED[name]))
+def test_options_of_sample_out_of_range_are_refused(name: str, trained: Path, capsys) -> None:
+    refusal(run_command(capsys, "sample", str(trained), *ASKED[name]))
 
 
 @pytest.mark.parametrize(
@@ -170,12 +174,12 @@ def test_what_is_asked_of_a_run_is_refused_in_words(name: str, trained: Path, ca
     ],
     ids=str,
 )
-def test_python_callers_get_the_same_limits(asked: dict, trained: Path) -> None:
+def test_python_arguments_have_the_same_limits(asked: dict, trained: Path) -> None:
     with pytest.raises(ArgumentError, match=next(iter(asked))):
         load(trained).sample(**asked)
 
 
-def test_noise_takes_every_seed_of_64_bits() -> None:
+def test_counter_rng_takes_every_seed_of_64_bits() -> None:
     import torch
 
     assert 0.0 <= CounterRng(2**64 - 1, 0, torch.arange(1), 1).shared("x") < 1.0

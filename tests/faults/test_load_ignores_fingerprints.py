@@ -43,7 +43,7 @@ def tree(text: str) -> dict[str, Any]:
 
 
 def changed(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A copy of nested tables with another value at a flatten_keys key; None: without the key."""
+    """Copy nested tables with another value at a dotted key; None: without the key."""
     copy = json.loads(json.dumps(tree))
     place = copy
     *tables, last = key.split(".")
@@ -57,7 +57,7 @@ def changed(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def another(value: Any) -> Any:
-    """A value of the same kind."""
+    """Return another value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -85,7 +85,7 @@ def resolved() -> str:
 
 
 @pytest.mark.parametrize(("key", "value"), list(mutations(resolved())))
-def test_every_changed_key_of_what_was_trained_is_refused_and_named(
+def test_every_changed_key_of_the_trained_recipe_is_named(
     key: str, value: Any, run_dir: Path
 ) -> None:
     recipe = run_dir / "recipe.toml"
@@ -94,7 +94,7 @@ def test_every_changed_key_of_what_was_trained_is_refused_and_named(
     assert state is not None
     is_needed = value is None and (
         key == "seed" or key.endswith("kind")
-    )  # tables of a run that are read have them
+    )  # the reader of a run's recipe requires these keys
     expected = (
         rf"recipe\.toml is damaged|{key}: was .*, is " if is_needed else f"{key}: was .*, is "
     )
@@ -102,8 +102,8 @@ def test_every_changed_key_of_what_was_trained_is_refused_and_named(
         check_recorded(run_dir, state)
 
 
-def test_keys_that_were_absent_are_refused_too(run_dir: Path) -> None:
-    """None is left out of TOML: hdlm's `rates` and `powers` stand in no recipe that has none."""
+def test_added_keys_are_refused(run_dir: Path) -> None:
+    """TOML leaves None out, so hdlm's `rates` and `powers` are absent unless they are set."""
     recipe, before = run_dir / "recipe.toml", (run_dir / "recipe.toml").read_text()
     state = newest_state(str(run_dir / "checkpoints"))
     assert state is not None
@@ -136,7 +136,7 @@ def test_mutations_cover_every_table_that_matters() -> None:
 
 
 @pytest.mark.parametrize("key", FREE)
-def test_what_does_not_change_the_meaning_of_weights_may_differ(key: str, run_dir: Path) -> None:
+def test_keys_that_do_not_affect_weights_may_differ(key: str, run_dir: Path) -> None:
     recipe = run_dir / "recipe.toml"
     recipe.write_text(write_toml(changed(tree(recipe.read_text()), key, FREE[key]), "resolved"))
     state = newest_state(str(run_dir / "checkpoints"))
@@ -144,7 +144,7 @@ def test_what_does_not_change_the_meaning_of_weights_may_differ(key: str, run_di
     check_recorded(run_dir, state)
 
 
-def test_training_keys_matter_where_training_resumes(run_dir: Path) -> None:
+def test_training_keys_are_compared_if_training_resumes(run_dir: Path) -> None:
     recipe, before = run_dir / "recipe.toml", (run_dir / "recipe.toml").read_text()
     state = newest_state(str(run_dir / "checkpoints"))
     assert state is not None
@@ -181,7 +181,7 @@ COMMANDS = {
 def test_every_reader_refuses_an_edited_process(
     command: str, run_dir: Path, ddiff: Command
 ) -> None:
-    """Also where the recipe that is run was changed in the same way."""
+    """Even if the recipe that is run was changed in the same way."""
     edited(run_dir, "xi = 1.0", "xi = 0.7")
     before = files(run_dir)
     assert is_refusal(ddiff(*COMMANDS[command]), "process.xi: was 1.0, is 0.7", "recipe.toml")
@@ -191,7 +191,7 @@ def test_every_reader_refuses_an_edited_process(
 
 
 def retreed(run_dir: Path) -> None:
-    """Another tree over the same words."""
+    """Replace the tree of a run by another one over the same tokens."""
     path = str(run_dir / "vocabulary.safetensors")
     vocabulary = api.Vocabulary.load(path)
     parents = (
@@ -204,7 +204,7 @@ def retreed(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["eval", "sample", "init"])
-def test_another_tree_over_the_same_words_is_refused(
+def test_another_tree_over_the_same_tokens_is_refused(
     command: str, run_dir: Path, ddiff: Command
 ) -> None:
     retreed(run_dir)
@@ -213,12 +213,12 @@ def test_another_tree_over_the_same_words_is_refused(
     assert files(run_dir) == before
 
 
-# ---------------------------------------------------------------------- parts from Python
+# ---------------------------------------------------------------------- components from Python
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was given a tree and a process from Python."""
+    """A run with a tree and a process that were passed in from Python."""
     place = tmp_path_factory.mktemp("given")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -248,7 +248,7 @@ def given_run(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 @pytest.mark.parametrize("environment", [None, "{}", '{"parameters": 1, "given": {}}'])
-def test_a_given_process_is_asked_for_whatever_environment_json_says(
+def test_load_requires_the_process_that_was_passed_in(
     environment: str | None, given_run: Path, ddiff: Command
 ) -> None:
     (given_run / "environment.json").unlink()
@@ -262,7 +262,7 @@ def test_a_given_process_is_asked_for_whatever_environment_json_says(
             api.load(given_run)
 
 
-def test_the_given_process_is_taken_and_another_one_refused(given_run: Path) -> None:
+def test_load_accepts_the_passed_process_and_refuses_another(given_run: Path) -> None:
     vocabulary = api.Vocabulary.load(str(given_run / "vocabulary.safetensors"))
     right = process_on(vocabulary, (1.0, 2.0))
     assert api.load(given_run, process=right).process is right
@@ -270,7 +270,7 @@ def test_the_given_process_is_taken_and_another_one_refused(given_run: Path) -> 
         api.load(given_run, process=process_on(vocabulary, (1.0, 2.5)))
 
 
-def test_a_process_from_python_does_not_take_the_place_of_the_recipes(run_dir: Path) -> None:
+def test_load_refuses_a_process_if_none_was_passed_in(run_dir: Path) -> None:
     vocabulary = api.Vocabulary.load(str(run_dir / "vocabulary.safetensors"))
     same = process_on(vocabulary, (1.0, 1.0))
     assert api.load(run_dir, process=same).process is same
@@ -278,7 +278,7 @@ def test_a_process_from_python_does_not_take_the_place_of_the_recipes(run_dir: P
         api.load(run_dir, process=process_on(vocabulary, (2.0, 1.0)))
 
 
-def test_a_checkpoint_says_what_it_was_given(given_run: Path) -> None:
+def test_checkpoint_records_the_components_passed_in(given_run: Path) -> None:
     state = newest_state(str(given_run / "checkpoints"))
     assert state is not None
     assert set(state["made_with"]["given"]) == {"vocabulary", "process"}

@@ -1,4 +1,4 @@
-"""A plugin that ends the process is reported like a broken one; no command passes over it in silence."""
+"""A plugin that ends the process is reported like a broken one by every command."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def __getattr__(name):
 
 
 def at_an_attribute(ending: str) -> dict[str, str]:
-    """pluggy looks at every name of a module."""
+    """Exit when an attribute is read; pluggy reads every attribute of a module."""
     return {"bad_mod": ATTRIBUTE.format(body=ending)}
 
 
@@ -71,7 +71,7 @@ PLACES = {"import": at_import, "hook": in_the_hook, "attribute": at_an_attribute
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("place", PLACES)
-def test_plugins_reports_it_and_lists_the_others(
+def test_plugins_reports_an_exiting_plugin_and_lists_the_others(
     place: str, ending: str, distribution: Distribution, ddiff: Command
 ) -> None:
     distribution("bad-dist", "1.0", {"bad": "bad_mod"}, PLACES[place](ENDINGS[ending]))
@@ -87,7 +87,7 @@ def test_plugins_reports_it_and_lists_the_others(
 
 @pytest.mark.parametrize("ending", ["SystemExit(0)", "KeyboardInterrupt"])
 @pytest.mark.parametrize("place", PLACES)
-def test_other_commands_are_unaffected(
+def test_exiting_plugin_does_not_affect_other_commands(
     place: str, ending: str, distribution: Distribution, folder: Path, ddiff: Command
 ) -> None:
     distribution("bad-dist", "1.0", {"bad": "bad_mod"}, PLACES[place](ENDINGS[ending]))
@@ -104,7 +104,7 @@ def test_other_commands_are_unaffected(
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_a_component_that_ends_the_process_is_reported(
+def test_component_that_exits_is_reported(
     ending: str, distribution: Distribution, ddiff: Command
 ) -> None:
     distribution("bad-dist", "1.0", {"bad": "bad_mod"}, in_a_component(ENDINGS[ending]))
@@ -127,10 +127,13 @@ class Good:
 """
 
 
-def test_a_broken_component_does_not_hide_the_keys_of_the_others(
+def test_broken_component_does_not_hide_keys_of_the_others(
     distribution: Distribution, ddiff: Command
 ) -> None:
-    body = "registry.add('time_rule', 'a_bad', 'no_such_module:X'); registry.add('time_rule', 'good', 'good_parts:Good')"
+    body = (
+        "registry.add('time_rule', 'a_bad', 'no_such_module:X'); "
+        "registry.add('time_rule', 'good', 'good_parts:Good')"
+    )
     modules = {"bad_mod": HOOK.format(body=body), "good_parts": RULE.format(body="return None")}
     distribution("half-dist", "1.0", {"half": "bad_mod"}, modules)
     answer = ddiff("plugins", "half")
@@ -140,10 +143,10 @@ def test_a_broken_component_does_not_hide_the_keys_of_the_others(
 
 
 @pytest.mark.parametrize("ending", ["sys.exit(0)", "sys.exit('bye')", "raise SystemExit(3)"])
-def test_no_command_passes_when_a_component_leaves(
+def test_command_fails_if_a_component_exits(
     ending: str, distribution: Distribution, folder: Path, ddiff: Command
 ) -> None:
-    """It is built, not loaded: the recipe is right, and so is the import."""
+    """Here `build` exits; the recipe and the import are right."""
     body = "registry.add('time_rule', 'leaver', 'leaver_parts:Good')"
     modules = {"bad_mod": HOOK.format(body=body), "leaver_parts": RULE.format(body=ending)}
     distribution("leaver-dist", "1.0", {"leaver": "bad_mod"}, modules)
@@ -153,7 +156,7 @@ def test_no_command_passes_when_a_component_leaves(
     assert is_refusal(ddiff("run", "tiny.toml", *settings), "ended the command", "leaver_parts")
 
 
-def test_metadata_that_cannot_be_read_spoil_nothing(
+def test_unreadable_metadata_do_not_break_the_list(
     distribution: Distribution, ddiff: Command
 ) -> None:
     folder = distribution(
@@ -170,7 +173,7 @@ def refusal(error: BaseException) -> PluginError:
     return PluginError(type(error).__name__)
 
 
-def test_ctrl_c_of_the_user_stays_one() -> None:
+def test_ctrl_c_of_the_user_stays_a_keyboard_interrupt() -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), convert_errors(refusal):
         signal.raise_signal(signal.SIGINT)
@@ -180,7 +183,7 @@ def test_ctrl_c_of_the_user_stays_one() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_plugins_load_in_other_threads_too() -> None:
+def test_plugins_load_in_other_threads() -> None:
     told: list[str] = []
 
     def load() -> None:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM outside training: the command ends with 130 or 143, without a traceback, and leaves no half file."""
+"""SIGINT and SIGTERM outside training: exit code 130 or 143, no traceback, no partial file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddiff.atomic import original_name
 
 __all__ = ["place"]
 
-# The stage says that it has begun and then waits, as one that takes long would.
+# The stage prints that it has begun and then sleeps, like one that takes long.
 STAGE = """
 import sys, time
 import {module}
@@ -38,7 +38,7 @@ STAGES = {
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_signal_ends_every_stage_in_order(
+def test_signal_ends_every_stage_without_traceback_or_partial_file(
     stage: str, number: signal.Signals, place: Path
 ) -> None:
     module, name, arguments = STAGES[stage]

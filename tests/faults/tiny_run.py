@@ -1,4 +1,4 @@
-"""A recipe that trains in less than a second, a finished run of it to copy and damage, and the command line in process."""
+"""A recipe that trains in less than a second, and a finished run of it to copy and damage."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from commands import run_command
 
 import ddiff as api
-from ddiff.cli import main
 
 RECIPE = """
 name = "tiny"
@@ -62,7 +62,7 @@ CORPUS = "\n".join(
 
 
 class Answer(NamedTuple):
-    """What a command said."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -80,7 +80,7 @@ def prepare(place: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, which holds tiny.toml and corpus.txt; the cache is elsewhere."""
+    """Working directory with tiny.toml and corpus.txt; the cache is elsewhere."""
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     torch.set_num_threads(1)
@@ -93,7 +93,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a finished run, to be copied."""
+    """Directory of a finished run, to be copied."""
     place = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -106,7 +106,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_dir(finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the finished run, `runs/tiny` in the working directory."""
+    """Copy of the finished run, `runs/tiny` in the working directory."""
     monkeypatch.setenv("DDIFF_CACHE", str(finished.parents[1] / "cache"))
     shutil.copytree(finished, "runs/tiny")
     return Path("runs/tiny")
@@ -114,22 +114,16 @@ def run_dir(finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @pytest.fixture
 def ddiff(capsys: pytest.CaptureFixture[str]) -> Command:
-    """`ddiff("eval", "runs/tiny")` gives the exit code and what was printed."""
+    """Function that runs a command in this process, as in `ddiff("eval", "runs/tiny")`."""
 
     def call(*arguments: str) -> Answer:
-        code = 0
-        try:
-            main(list(arguments))
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        written = capsys.readouterr()
-        return Answer(code, written.out, written.err)
+        return Answer(*run_command(capsys, *arguments))
 
     return call
 
 
 def files(place: Path) -> dict[str, bytes]:
-    """Every file below a folder with its bytes."""
+    """Return every file below a folder with its bytes."""
     return {
         str(path.relative_to(place)): path.read_bytes()
         for path in place.rglob("*")
@@ -138,7 +132,7 @@ def files(place: Path) -> dict[str, bytes]:
 
 
 def is_refusal(answer: Answer, *expected: str) -> bool:
-    """Whether a command was refused in words that hold all of `expected`."""
+    """Whether a command was refused with a message that contains all of `expected`."""
     assert answer.code == 2, answer
     assert "Traceback" not in answer.err
     missing = [text for text in expected if text not in answer.err]

@@ -1,4 +1,4 @@
-"""What the first-party plugins register exists: every target loads and keeps the contract of its kind."""
+"""First-party plugins: every target loads and keeps the contract of its kind."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ COMPONENTS = survey_plugins().registry.components()
 @pytest.mark.parametrize(
     "component", COMPONENTS, ids=lambda component: f"{component.kind}-{component.name}"
 )
-def test_every_component_loads_and_its_build_takes_what_its_kind_is_given(component: Component):
+def test_every_component_loads_and_build_has_the_inputs_of_its_kind(component: Component):
     built = component.load()
     config = component.config_class()
     assert all(field != "kind" for field in config.model_fields)
     signature = inspect.signature(built.build)
     given = re.search(r"build\(config(?:, \*, (.*?))?\)", KINDS[component.kind])
     assert given is not None
-    if component.kind != "objective":  # its inputs depend on its own sub-components
+    if component.kind != "objective":  # its inputs depend on its slots
         offered = given[1].split(", ") if given[1] else []
         signature.bind("config", **{name: None for name in offered if name in signature.parameters})
 
 
-def test_no_class_of_core_that_can_be_built_is_left_unregistered():
+def test_every_buildable_class_of_core_is_registered():
     registered = {component.target for component in COMPONENTS if component.plugin == "core"}
     for module in pkgutil.iter_modules(ddiff_core.__path__, "ddiff_core."):
         for name, found in vars(importlib.import_module(module.name)).items():

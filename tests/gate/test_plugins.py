@@ -1,4 +1,4 @@
-"""The gate loads what is asked for, and explains everything else."""
+"""Plugin loader: loads the listed plugins and explains every failure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def message(call, *arguments) -> str:
     return text
 
 
-def test_a_strangers_plugin_comes_through_the_same_table_as_the_first_party_ones(distribution):
+def test_external_plugin_loads_like_a_first_party_one(distribution):
     distribution("toy-dist", "1.5", {"toy": "toy_pkg"}, {"toy_pkg": hook()})
     component = load_plugins(["toy"]).component("process", "toy")
     assert (component.plugin, component.distribution, component.version) == (
@@ -43,7 +43,7 @@ def test_a_strangers_plugin_comes_through_the_same_table_as_the_first_party_ones
     assert (own.plugin, own.distribution) == ("core", "discrete-diffusion")
 
 
-def test_only_the_plugins_that_are_asked_for_are_imported_and_their_components_not_at_all(
+def test_load_plugins_imports_listed_plugins_without_components(
     distribution,
 ):
     modules = {
@@ -58,7 +58,7 @@ def test_only_the_plugins_that_are_asked_for_are_imported_and_their_components_n
     assert not {"other_pkg", "toy_parts"} & set(sys.modules)
 
 
-def test_an_unknown_plugin_names_the_nearest_and_what_is_installed(distribution):
+def test_unknown_plugin_message_suggests_and_lists_names(distribution):
     distribution("toy-dist", "1.0", {"kimura": "toy_pkg"}, {"toy_pkg": hook()})
     text = message(load_plugins, ["kimra"])
     assert 'no plugin "kimra"' in text
@@ -66,7 +66,7 @@ def test_an_unknown_plugin_names_the_nearest_and_what_is_installed(distribution)
     assert "core, " in text
 
 
-def test_two_distributions_that_claim_one_plugin_name_are_both_named(distribution):
+def test_two_distributions_claiming_one_plugin_name_are_both_named(distribution):
     distribution("first-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": hook()})
     distribution("second-dist", "2.0", {"toy": "toy_two"}, {"toy_two": hook()})
     text = message(load_plugins, ["toy"])
@@ -75,14 +75,14 @@ def test_two_distributions_that_claim_one_plugin_name_are_both_named(distributio
     assert "second-dist 2.0" in text
 
 
-def test_nobody_can_take_the_place_of_the_engines_own_components(distribution):
+def test_plugin_cannot_replace_the_engines_own_components(distribution):
     distribution("thief", "1.0", {plugin.CORE: "thief_pkg"}, {"thief_pkg": hook()})
     text = message(load_plugins, [])
     assert "thief 1.0" in text
     assert "discrete-diffusion" in text
 
 
-def test_two_plugins_that_claim_one_component_are_both_named_and_neither_is_half_registered(
+def test_conflict_of_two_plugins_names_both_and_registers_all_or_none(
     distribution,
 ):
     distribution("first-dist", "1.0", {"one": "toy_one"}, {"toy_one": hook(name="same")})
@@ -102,9 +102,7 @@ def test_two_plugins_that_claim_one_component_are_both_named_and_neither_is_half
 @pytest.mark.parametrize(
     "source", ["import does_not_exist", "this is no Python", "raise ValueError('sulking')"]
 )
-def test_a_plugin_that_does_not_import_names_its_distribution_and_reason_and_the_others_still_load(
-    distribution, source
-):
+def test_plugin_that_fails_to_import_is_named_and_others_load(distribution, source):
     distribution("broken-dist", "0.3", {"broken": "broken_pkg"}, {"broken_pkg": source})
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": hook()})
     assert load_plugins(["toy"]).component("process", "toy")
@@ -121,7 +119,7 @@ def test_a_plugin_that_does_not_import_names_its_distribution_and_reason_and_the
     ]
 
 
-def test_a_hook_that_does_not_exist_is_named_with_the_nearest(distribution):
+def test_unknown_hook_is_named_with_a_suggestion(distribution):
     source = hook().replace("ddiff_register", "ddiff_registr")
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": source})
     text = message(load_plugins, ["toy"])
@@ -129,20 +127,20 @@ def test_a_hook_that_does_not_exist_is_named_with_the_nearest(distribution):
     assert 'Did you mean "ddiff_register"?' in text
 
 
-def test_a_second_misspelt_hook_does_not_hide_behind_a_good_one(distribution):
+def test_misspelt_hook_is_refused_next_to_a_correct_one(distribution):
     source = hook() + "\n@hookimpl\ndef ddiff_unregister(registry): pass\n"
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": source})
     assert '"ddiff_unregister", which does not exist' in message(load_plugins, ["toy"])
 
 
-def test_a_plugin_without_a_marked_hook_is_told_about_the_mark(distribution):
+def test_hook_without_hookimpl_is_refused(distribution):
     source = "def ddiff_register(registry): registry.add('process', 'toy', 'toy_parts:Toy')"
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": source})
     assert "@ddiff.hookimpl" in message(load_plugins, ["toy"])
 
 
 @pytest.mark.parametrize("arguments", ["registry, more", "registrar", ""])
-def test_a_hook_with_wrong_arguments_is_shown_the_right_ones(distribution, arguments):
+def test_hook_with_wrong_arguments_is_refused_with_the_right_ones(distribution, arguments):
     source = f"from ddiff import hookimpl\n@hookimpl\ndef ddiff_register({arguments}): pass\n"
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": source})
     text = message(load_plugins, ["toy"])
@@ -150,7 +148,7 @@ def test_a_hook_with_wrong_arguments_is_shown_the_right_ones(distribution, argum
     assert "def ddiff_register(registry)" in text
 
 
-def test_a_hook_that_raises_names_the_plugin_and_the_line(distribution):
+def test_hook_that_raises_is_named_with_plugin_and_line(distribution):
     source = "from ddiff import hookimpl\n@hookimpl\ndef ddiff_register(registry):\n    1 / 0\n"
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": source})
     text = message(load_plugins, ["toy"])
@@ -158,6 +156,6 @@ def test_a_hook_that_raises_names_the_plugin_and_the_line(distribution):
     assert "toy_pkg.py, line 4" in text
 
 
-def test_the_first_party_plugins_all_register():
+def test_first_party_plugins_all_register():
     broken = [report.error for report in survey_plugins().reports if report.error]
     assert not broken

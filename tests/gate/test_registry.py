@@ -1,4 +1,4 @@
-"""Names lead to components, which are imported on use; a name that does not is explained."""
+"""Registry: components by name, imported on first use; unknown names are explained."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def message(call, *arguments) -> str:
         (("process", "toy", int), '"module:object"'),
     ],
 )
-def test_a_malformed_registration_says_what_is_due_and_from_whom(arguments, expected):
+def test_malformed_registration_names_rule_and_distribution(arguments, expected):
     text = message(Registry(HERE).add, *arguments)
     assert expected in text
     assert "toy-dist 1.0" in text
 
 
-def test_a_plugin_cannot_register_a_name_twice():
+def test_plugin_cannot_register_a_name_twice():
     registry = Registry(HERE)
     registry.add("process", "toy", "a:b")
-    registry.add("sampler", "toy", "a:c")  # another kind is another name
+    registry.add("sampler", "toy", "a:c")  # the same name is free in another kind
     assert 'registers the process "toy" twice' in message(registry.add, "process", "toy", "a:d")
 
 
-def test_every_kind_says_what_build_takes_and_returns():
+def test_every_kind_documents_arguments_and_result_of_build():
     assert all("build(config" in line and "->" in line for line in KINDS.values())
 
 
-def test_an_unknown_component_names_the_nearest_and_those_that_are_there(distribution):
+def test_unknown_component_message_lists_and_suggests_names(distribution):
     modules = {"toy_pkg": register("kimura", "jukes")}
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, modules)
     text = message(load_plugins(["toy"]).component, "process", "kimra")
@@ -54,14 +54,14 @@ def test_an_unknown_component_names_the_nearest_and_those_that_are_there(distrib
     assert "jukes, kimura" in text
 
 
-def test_a_component_of_an_unlisted_plugin_says_which_plugin_to_list(distribution):
+def test_component_of_unlisted_plugin_names_the_plugin_to_list(distribution):
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": register("kimura")})
     text = message(load_plugins([]).component, "process", "kimura")
     assert "toy-dist 1.0" in text
     assert 'Add "toy" to plugins' in text
 
 
-def test_a_near_name_in_an_unlisted_plugin_is_offered_too(distribution):
+def test_similar_name_in_unlisted_plugin_is_suggested(distribution):
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": register("kimura")})
     text = message(load_plugins([]).component, "process", "kimra")
     assert 'Did you mean "kimura"?' in text
@@ -82,7 +82,7 @@ def test_a_near_name_in_an_unlisted_plugin_is_offered_too(distribution):
         ),
     ],
 )
-def test_a_component_that_does_not_load_names_its_distribution_and_the_reason(
+def test_component_that_fails_to_load_names_distribution_and_reason(
     distribution, target, source, expected
 ):
     modules = {"toy_pkg": register("toy", target=target), "toy_parts": source}
@@ -92,7 +92,7 @@ def test_a_component_that_does_not_load_names_its_distribution_and_the_reason(
     assert "toy-dist 1.0" in text
 
 
-def test_a_target_may_be_nested_in_a_class(distribution):
+def test_target_may_be_nested_in_a_class(distribution):
     source = "class Outer:\n    class Inner:\n        def build(config): pass"
     modules = {"toy_pkg": register("toy", target="toy_parts:Outer.Inner"), "toy_parts": source}
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, modules)

@@ -1,7 +1,7 @@
 """Measure source code and prose: density, line widths, comments, function lengths, probes, words.
 
-Run as a script, it prints the figures of `ddiff` and `plugins`; with the name of a figure, the places
-behind it:
+Run as a script, it prints the figures of `ddiff` and `plugins`; with the name of a figure, the
+places behind it:
 
     python tests/packaging/code_count.py
     python tests/packaging/code_count.py waiting    # every place that uses a word of WORDS
@@ -62,7 +62,7 @@ WORDS = {
 
 
 def code_tokens(source: str) -> list[tokenize.TokenInfo]:
-    """Tokens that are neither comments, docstrings nor layout."""
+    """List the tokens that are neither comments, docstrings nor layout."""
     docs = _docstring_lines(source)
     kept = []
     depth = 0  # of f-strings inside one another
@@ -78,7 +78,7 @@ def code_tokens(source: str) -> list[tokenize.TokenInfo]:
 
 
 def code_lines(source: str) -> set[int]:
-    """The numbers of the lines that hold code."""
+    """Return the numbers of the lines that hold code."""
     lines: set[int] = set()
     docs = _docstring_lines(source)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -88,7 +88,7 @@ def code_lines(source: str) -> set[int]:
 
 
 def class_size(path: Path, name: str) -> tuple[int, int]:
-    """Code tokens and methods of a class at the top of a file, its decorators included."""
+    """Count code tokens and methods of a class at the top of a file, with its decorators."""
     source = path.read_text(encoding="utf-8")
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
@@ -103,7 +103,7 @@ def class_size(path: Path, name: str) -> tuple[int, int]:
 
 
 def docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
-    """Strings that stand by themselves: of a module, a class, a function, or below a field."""
+    """Iterate over docstrings: of modules, classes and functions, and below fields."""
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Expr)
@@ -114,7 +114,7 @@ def docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
 
 
 def names_and_strings(source: str) -> Iterator[str]:
-    """Every identifier, argument name, imported module and string of a file; no comment or docstring."""
+    """Iterate over identifiers, imported modules and strings of a file, without docstrings."""
     yield from (text for _, text in _messages(ast.parse(source)))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     yield from (token.string for token in tokens if token.type == tokenize.NAME)
@@ -192,7 +192,7 @@ def _measure_functions(path: Path, tree: ast.AST, style: Style) -> None:
 
 
 def find_words(paths: Iterable[Path]) -> dict[str, list[str]]:
-    """Places that use each of WORDS, in docstrings, comments and strings of Python files and the text of pages."""
+    """Find the places that use each of WORDS, in the prose of Python files and of pages."""
     found: dict[str, list[str]] = {name: [] for name in WORDS}
     for path in paths:
         source = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import `code_count`."""
+"""Make `code_count` importable for the tests of this folder."""
 
 from __future__ import annotations
 

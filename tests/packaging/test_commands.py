@@ -1,4 +1,4 @@
-"""The two commands of the README on a machine that is not ready for them, and what the README says of them."""
+"""The commands of the README on a machine without a suitable Python, and its links."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOOLS = ("sh", "make", "touch")
 
 @pytest.fixture
 def bare_machine(tmp_path: Path) -> Path:
-    """A folder of commands with no Python in it."""
+    """A folder of shell commands without Python."""
     commands = tmp_path / "bin"
     commands.mkdir()
     for tool in TOOLS:
@@ -29,7 +29,7 @@ def bare_machine(tmp_path: Path) -> Path:
 
 
 def make(commands: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`make` in a copy of the Makefile's folder, seeing these commands alone."""
+    """Run `make` in a copy of the repository, with only these commands on the path."""
     folder = commands.parent / "clone"
     (folder / "ci").mkdir(parents=True)
     for name in ("Makefile", "pyproject.toml", "ci/constraints.txt"):
@@ -54,7 +54,7 @@ def write_command(path: Path, script: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["run", "test"])
-def test_a_too_old_python_is_told_so_before_pip_is_asked(bare_machine: Path, target: str) -> None:
+def test_make_refuses_an_old_python_before_pip_runs(bare_machine: Path, target: str) -> None:
     write_command(
         bare_machine / "python3", 'case "$1" in --version) echo "Python 3.9.2";; *) exit 1;; esac'
     )
@@ -65,13 +65,13 @@ def test_a_too_old_python_is_told_so_before_pip_is_asked(bare_machine: Path, tar
     assert not (bare_machine.parent / "clone" / ".venv").exists()
 
 
-def test_a_machine_without_python_is_told_so(bare_machine: Path) -> None:
+def test_make_refuses_a_machine_without_python(bare_machine: Path) -> None:
     done = make(bare_machine, "run")
     assert done.returncode != 0
     assert "ddiff needs Python 3.11 or newer. Found: none." in done.stderr
 
 
-def test_a_newer_python_beside_an_old_one_is_found(bare_machine: Path) -> None:
+def test_make_finds_a_newer_python_next_to_an_old_one(bare_machine: Path) -> None:
     write_command(
         bare_machine / "python3", 'case "$1" in --version) echo "Python 3.9.2";; *) exit 1;; esac'
     )
@@ -79,13 +79,13 @@ def test_a_newer_python_beside_an_old_one_is_found(bare_machine: Path) -> None:
         bare_machine / "python3.12", 'echo "$@" >> "$0.log"; case "$1" in -m) exit 7;; esac'
     )
     done = make(bare_machine, "install")
-    assert done.returncode != 0  # this one can make no environment
+    assert done.returncode != 0  # the stand-in for python3.12 cannot make an environment
     assert "Making .venv with python3.12" in done.stdout
     assert "-m venv --clear .venv" in (bare_machine / "python3.12.log").read_text()
     assert not (bare_machine.parent / "clone" / ".venv" / ".made").exists()
 
 
-def test_python_without_the_venv_module_is_told_what_to_install(bare_machine: Path) -> None:
+def test_make_without_venv_module_names_the_package_to_install(bare_machine: Path) -> None:
     write_command(
         bare_machine / "python3",
         'case "$*" in *ensurepip*) exit 1;; --version) echo "Python 3.11.2";; esac',
@@ -95,7 +95,7 @@ def test_python_without_the_venv_module_is_told_what_to_install(bare_machine: Pa
     assert "apt install python3-venv" in done.stderr
 
 
-def test_ci_calls_the_commands_of_the_readme() -> None:
+def test_ci_runs_the_commands_of_the_readme() -> None:
     readme, script = (
         (ROOT / "README.md").read_text(encoding="utf-8"),
         (ROOT / ".ci/run").read_text(),
@@ -106,7 +106,7 @@ def test_ci_calls_the_commands_of_the_readme() -> None:
         assert command in script
 
 
-def test_the_oldest_python_is_the_same_wherever_it_is_named() -> None:
+def test_oldest_python_version_is_the_same_in_every_file() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == ">=3.11"
     assert "(3, 11)" in (ROOT / "Makefile").read_text()
@@ -114,7 +114,7 @@ def test_the_oldest_python_is_the_same_wherever_it_is_named() -> None:
 
 
 @pytest.mark.slow
-def test_the_process_that_the_readme_writes_obeys_every_law() -> None:
+def test_process_written_in_the_readme_obeys_every_law() -> None:
     blocks = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
     )
@@ -122,7 +122,7 @@ def test_the_process_that_the_readme_writes_obeys_every_law() -> None:
     exec(written, {})
 
 
-def test_every_file_that_the_readme_and_the_guides_link_to_is_there() -> None:
+def test_links_of_readmes_and_guides_lead_to_files() -> None:
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
     pages += [*(ROOT / "plugins").glob("*/README.md"), *(ROOT / "examples").glob("*/README.md")]
     assert len(pages) >= 6

@@ -1,9 +1,9 @@
 """Cost of an idea: a process is a class of at most 560 code tokens, a sampler one of at most 650.
 
-Counted are the tokens of the class as Python's tokenizer gives them, without comments, docstrings and
-layout, and its methods. Lines are not counted: a cap on lines makes code dense, and a cap on tokens
-leaves it room. Code spread over more methods counts the same, up to the limit of methods, beyond
-which a class does more than one thing.
+Counted are the tokens of the class as Python's tokenizer gives them, without comments, docstrings
+and layout, and its methods. Lines are not counted: a cap on lines makes code dense, and a cap on
+tokens leaves it room. Code spread over more methods counts the same, up to
+the limit of methods, beyond which a class does more than one thing.
 
 The process of the example plugin, whose whole file is small, is counted in tests/examples.
 """

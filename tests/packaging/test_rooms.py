@@ -1,4 +1,4 @@
-"""What a file of the engine must not name, and what a file outside it may, stated over the source itself."""
+"""Names that files of the engine must not contain, and names that other files may use."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ import ddiff
 ROOT = Path(__file__).parents[2]
 ENGINE = Path(ddiff.__file__).parent
 FAMILIES = re.compile(r"(?<![a-z])(hdlm|mdlm|gidd|sedd|udlm|duo(?![a-z])|remdm|bd3)", re.IGNORECASE)
-EXAMPLE = re.compile(r"kimura", re.IGNORECASE)  # docstrings of the gate show a plugin by this name
+EXAMPLE = re.compile(r"kimura", re.IGNORECASE)  # docstrings show a plugin of this name
 BELOW_TRAINING = ("core", "nn", "sampling", "data", "clustering")
 
 
 def sources(*rooms: str) -> list[Path]:
     found = [path for room in rooms or ("",) for path in sorted((ENGINE / room).rglob("*.py"))]
-    assert len(found) >= 3 * max(
-        1, len(rooms)
-    )  # a wrong folder would make every statement here true
+    assert len(found) >= 3 * max(1, len(rooms))  # a wrong folder would make every test here pass
     return found
 
 
-def test_no_file_of_the_engine_names_a_model_family() -> None:
+def test_engine_files_name_no_model_family() -> None:
     named = {
         str(path): match[0]
         for path in sources()
@@ -37,7 +35,7 @@ def test_no_file_of_the_engine_names_a_model_family() -> None:
     assert named == {}
 
 
-def test_no_name_or_string_of_the_engine_is_that_of_the_example() -> None:
+def test_engine_code_does_not_name_the_example_plugin() -> None:
     spoken = {
         str(path): list(names_and_strings(path.read_text(encoding="utf-8"))) for path in sources()
     }
@@ -47,11 +45,11 @@ def test_no_name_or_string_of_the_engine_is_that_of_the_example() -> None:
 @pytest.mark.parametrize(
     "line", ["x = is_mdlm", 'if kind == "HDLM":', "import ddiff_sedd", "# as BD3LM does", "Duo()"]
 )
-def test_a_family_is_seen_wherever_it_is_named(line: str) -> None:
+def test_family_pattern_matches_names_strings_and_comments(line: str) -> None:
     assert FAMILIES.search(line)
 
 
-def test_nothing_below_training_knows_processes() -> None:
+def test_no_room_below_training_uses_torch_distributed() -> None:
     """import-linter cannot forbid a part of torch."""
     naming = [
         path
@@ -62,7 +60,7 @@ def test_nothing_below_training_knows_processes() -> None:
 
 
 def uses(tree: ast.AST) -> Iterator[str]:
-    """What a file takes from elsewhere, spelled `module`, or `module:name`; wherever it stands."""
+    """Iterate over all imports of a file, as `module` or `module:name`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -77,7 +75,7 @@ def uses(tree: ast.AST) -> Iterator[str]:
 
 
 def is_public(use: str) -> bool:
-    """Of a use of ddiff: whether it is the package, one of its public names, or the kit."""
+    """Whether an import of ddiff is the package, a public name, or the kit."""
     module, _, name = use.partition(":")
     return module == "ddiff.testing" or (
         module == "ddiff" and name in {"", "testing", *ddiff.__all__}
@@ -85,7 +83,7 @@ def is_public(use: str) -> bool:
 
 
 def plugins_used(source: str) -> set[str]:
-    """The plugins that a file imports, ddiff itself not counted."""
+    """Return the plugins that a file imports."""
     return {
         use.partition(":")[0].partition(".")[0]
         for use in uses(ast.parse(source))
@@ -93,8 +91,8 @@ def plugins_used(source: str) -> set[str]:
     }
 
 
-def test_no_plugin_imports_another() -> None:
-    """The contract of pyproject.toml names each plugin; this one finds them, so that a new one is not forgotten there."""
+def test_plugins_do_not_import_each_other() -> None:
+    """Find the plugins that the contract of pyproject.toml must list, so that none is missing."""
     plugins = {path.parent for path in (ROOT / "plugins").glob("*/__init__.py")}
     assert {plugin.name for plugin in plugins} >= {"ddiff_core", "ddiff_hdlm", "ddiff_mdlm"}
     used = {
@@ -117,12 +115,12 @@ def private_uses(source: str) -> list[str]:
     ]
 
 
-def test_plugins_and_examples_use_the_public_names_alone() -> None:
-    """What they need is what a stranger may use."""
+def test_plugins_and_examples_use_only_public_names() -> None:
+    """They use only what an external plugin may use."""
     outside = [
         path for room in ("plugins", "examples") for path in sorted((ROOT / room).rglob("*.py"))
     ]
-    assert len(outside) >= 15  # a wrong folder would make this true
+    assert len(outside) >= 15  # a wrong folder would make this pass
     private = {
         str(path): found
         for path in outside
@@ -143,11 +141,11 @@ def test_plugins_and_examples_use_the_public_names_alone() -> None:
         "import ddiff\nddiff.core.prediction.DenseDistribution",
     ],
 )
-def test_a_private_use_is_seen_wherever_it_stands(line: str) -> None:
+def test_private_use_is_found_in_every_form(line: str) -> None:
     assert private_uses(line) != []
 
 
-def test_public_uses_are_no_fault() -> None:
+def test_public_uses_are_accepted() -> None:
     lines = (
         "import ddiff",
         "from ddiff import Vocabulary",

@@ -1,4 +1,4 @@
-"""What pip installs is the whole program: engine, first-party plugins, recipes, the novels, types."""
+"""Wheel: holds engine, first-party plugins, recipes, novels and types."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def files_under(folder: Path, pattern: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_every_module_recipe_and_novel_and_nothing_of_tests(wheel: Path) -> None:
+def test_wheel_holds_modules_recipes_and_novels_but_no_tests(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     assert {f"ddiff/{name}" for name in files_under(ROOT / "ddiff", "*.py")} <= inside
     assert files_under(ROOT / "plugins", "*.py") <= inside
@@ -53,7 +53,7 @@ def test_the_wheel_holds_every_module_recipe_and_novel_and_nothing_of_tests(whee
 
 
 @pytest.mark.slow
-def test_installed_from_the_wheel_the_command_finds_plugins_and_recipes(
+def test_command_installed_from_wheel_finds_plugins_and_recipes(
     wheel: Path, tmp_path: Path
 ) -> None:
     pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet")

@@ -1,4 +1,4 @@
-"""A stranger's plugin with a component of every kind, without torch, and a recipe that uses it."""
+"""An external plugin with a component of every kind, without torch, and a recipe that uses it."""
 
 from __future__ import annotations
 
@@ -153,14 +153,14 @@ batch = 4
 
 @pytest.fixture
 def toy(distribution, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The toy plugin stands in for the engine's own components too, so that no test here waits for torch."""
+    """Install the toy plugin, in place of `core` too, so that no test here imports torch."""
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": REGISTER, "toy_parts": PARTS})
     monkeypatch.setattr(plugin, "CORE", "toy")
 
 
 @pytest.fixture
 def write(toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`write(text, name)` puts a recipe into the working directory."""
+    """Function that writes a recipe into the working directory."""
     monkeypatch.chdir(tmp_path)
 
     def write_recipe(text: str = RECIPE, name: str = "mine.toml") -> str:

@@ -1,4 +1,4 @@
-"""A small share of `make fuzz`: mutated recipes are accepted or refused in words; the fuzzer sees what is neither."""
+"""Fuzzer: mutated recipes are accepted or refused with a message, and it detects all else."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def fuzz() -> ModuleType:
 def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(
         "DDIFF_CACHE", str(tmp_path / "cache")
-    )  # main() sets it, and the next test must not see it
+    )  # main() sets it, and it must not leak into the next test
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def test_mutated_recipes_are_accepted_or_refused_in_words(
+def test_mutated_recipes_are_accepted_or_refused_with_a_message(
     fuzz: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fuzz.main(["--recipes", "25", "--runs", "1", "--seed", "2"]) == 0
@@ -48,7 +48,7 @@ def test_mutated_recipes_are_accepted_or_refused_in_words(
         (lambda *_, **__: "", "no verdict"),
     ],
 )
-def test_the_fuzzer_sees_a_traceback_files_and_a_missing_verdict(
+def test_fuzzer_detects_tracebacks_leftover_files_and_no_verdict(
     fuzz: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -62,7 +62,7 @@ def test_the_fuzzer_sees_a_traceback_files_and_a_missing_verdict(
     assert expected in capsys.readouterr().out
 
 
-def test_a_mutant_is_a_function_of_its_number_and_the_seed(fuzz: ModuleType) -> None:
+def test_mutant_depends_only_on_its_number_and_the_seed(fuzz: ModuleType) -> None:
     trees, kinds = (
         [{"a": {"b": 1}, "train": {"kind": "x"}, "data": {"kind": "y"}}],
         {"dataset": ["y"]},

@@ -1,4 +1,4 @@
-"""The line finder agrees with tomllib about what the keys are, and with a reader about where they stand."""
+"""`key_lines`: finds the keys of tomllib, at the lines where they are written."""
 
 from __future__ import annotations
 
@@ -40,16 +40,18 @@ none = []
 nothing = {}                          # 26'''.replace("\\'", "'")
 
 LINES = {
-    ("name",): 2, ("plugins",): 3, ("plugins", 0): 4, ("plugins", 1): 5, ('quo"ted', "k"): 7, ("a", "b", "c"): 11,
-    ("a", "b", "c", "y", 1, "w"): 11, ("data",): 12, ("data", "when"): 13, ("list", 0, "x"): 15, ("list", 0, "sub"): 16,
+    ("name",): 2, ("plugins",): 3, ("plugins", 0): 4, ("plugins", 1): 5, ('quo"ted', "k"): 7,
+    ("a", "b", "c"): 11, ("a", "b", "c", "y", 1, "w"): 11, ("data",): 12, ("data", "when"): 13,
+    ("list", 0, "x"): 15, ("list", 0, "sub"): 16,
     ("list", 0, "sub", "q"): 17, ("list", 1): 18, ("list", 1, "x"): 19, ("train", "optimizer"): 20,
-    ("train", "optimizer", "long"): 21, ("train", "optimizer", "empty"): 23, ("train", "optimizer", "quoted"): 24,
+    ("train", "optimizer", "long"): 21, ("train", "optimizer", "empty"): 23,
+    ("train", "optimizer", "quoted"): 24,
     ("train", "optimizer", "nothing"): 26,
 }  # fmt: skip
 
 
 def paths(value: object, path: KeyPath = ()) -> Iterator[KeyPath]:
-    """Every path that tomllib sees."""
+    """Iterate over every path of a parsed value."""
     items = (
         value.items()
         if isinstance(value, dict)
@@ -62,7 +64,7 @@ def paths(value: object, path: KeyPath = ()) -> Iterator[KeyPath]:
         yield from paths(below, (*path, key))
 
 
-def test_awkward_keys_stand_where_a_reader_finds_them():
+def test_key_lines_finds_awkward_keys():
     found = key_lines(AWKWARD)
     assert {path: found[path] for path in LINES} == LINES
 
@@ -70,8 +72,8 @@ def test_awkward_keys_stand_where_a_reader_finds_them():
 @pytest.mark.parametrize(
     "text", [AWKWARD, *(path.read_text() for path in find_shipped_recipes().values())]
 )
-def test_the_finder_knows_exactly_the_keys_that_tomllib_knows(text):
-    implied_by_dotted_headers = {("train",)}  # [train.optimizer] writes no [train] of its own
+def test_key_lines_finds_exactly_the_keys_of_tomllib(text):
+    implied_by_dotted_headers = {("train",)}  # [train.optimizer] implies [train] without a line
     assert set(paths(tomllib.loads(text))) - set(key_lines(text)) <= implied_by_dotted_headers
     assert set(key_lines(text)) <= set(paths(tomllib.loads(text)))
 
@@ -92,7 +94,7 @@ tables = st.recursive(
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.dictionaries(keys, tables, max_size=4))
-def test_written_tables_read_back_and_every_value_has_its_line(tree):
+def test_written_tables_read_back_with_a_line_for_every_value(tree):
     text = write_toml(tree, "any tables")
     assert tomllib.loads(text) == tree
     found = key_lines(text)

@@ -1,4 +1,4 @@
-"""A mistake in a recipe names the file, the line, the key, what came and what is due."""
+"""Messages about mistakes in a recipe: file, line, key, what came and what was expected."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def line_of(text: str, part: str) -> int:
     return text[: text.index(part)].count("\n") + 1
 
 
-def test_the_design_pages_example(write):
+def test_unknown_key_message_is_complete(write):
     path = write(RECIPE.replace("gamma = 2", "gama = 2"), "recipes/mine.toml")
     assert message(path) == (
-        'recipes/mine.toml:21: [process] has no key "gama" for kind "toy" (from toy_pkg, toy-dist 1.0). '
+        'recipes/mine.toml:21: [process] has no key "gama" for kind "toy" (from toy_pkg, '
+        "toy-dist 1.0). "
         'Did you mean "gamma"? It takes: gamma, xi, clock, note.'
     )
 
@@ -60,7 +61,8 @@ REPLACED = [
     (
         "length = 16",
         "lenght = 16",
-        '[data] has no key "lenght" for kind "plain" (from toy_pkg, toy-dist 1.0). Did you mean "length"?',
+        '[data] has no key "lenght" for kind "plain" (from toy_pkg, toy-dist 1.0). '
+        'Did you mean "length"?',
     ),
     ("length = 16", "", '[data] needs the key "length"'),
     (
@@ -81,7 +83,8 @@ REPLACED = [
     (
         'name = "mine"',
         'name = "mine"\nevaluate.weights = "ema"',
-        '[evaluate] weights = "ema" wants a moving average of the weights, and the run keeps none. Set [train] ema',
+        '[evaluate] weights = "ema" wants a moving average of the weights, and the run keeps none. '
+        "Set [train] ema",
     ),
     (
         "steps = 10",
@@ -128,12 +131,14 @@ REPLACED = [
     (
         'kind = "toy"',
         'kind = "tyo"',
-        '[process] kind = "tyo": There is no process "tyo". Did you mean "toy"? There is: choosy, halving, toy',
+        '[process] kind = "tyo": There is no process "tyo". Did you mean "toy"? '
+        "There is: choosy, halving, toy",
     ),
     (
         'kind = "toy"',
         "kind = 3",
-        "[process] needs a kind, the process's name in quotes; got 3. There is: choosy, halving, toy.",
+        "[process] needs a kind, the process's name in quotes; got 3. "
+        "There is: choosy, halving, toy.",
     ),
     (
         'kind = "toy"',
@@ -153,7 +158,7 @@ REPLACED = [
     REPLACED,
     ids=[wrong.strip().rpartition("\n")[2] or "nothing" for _, wrong, _ in REPLACED],
 )
-def test_a_wrong_key_or_value_is_named_with_its_line(write, right, wrong, expected):
+def test_wrong_key_or_value_is_named_with_its_line(write, right, wrong, expected):
     text = RECIPE.replace(right, wrong)
     assert text != RECIPE
     written = message(write(text))
@@ -167,17 +172,19 @@ def test_a_wrong_key_or_value_is_named_with_its_line(write, right, wrong, expect
     assert int(line) in (around or [last_line_of_the_change])
 
 
-def test_a_missing_table_is_named_with_all_that_are_needed(write):
+def test_missing_table_is_named_with_all_required_ones(write):
     text = message(write(RECIPE.replace('[tokenizer]\nkind = "plain"\n', "")))
     assert text.startswith(
-        "mine.toml: there is no [tokenizer] table. A recipe needs data, tokenizer, vocabulary, denoiser, train;"
+        "mine.toml: there is no [tokenizer] table. "
+        "A recipe needs data, tokenizer, vocabulary, denoiser, train;"
     )
 
 
-def test_a_missing_key_is_named_with_its_type(write):
+def test_missing_key_is_named_with_its_type(write):
     text = message(write(RECIPE.replace("sizes = [\n    64,\n    8,\n]\n", "")))
     assert text.startswith(
-        'mine.toml:12: [vocabulary] needs the key "sizes" for kind "clusters" (from toy_pkg, toy-dist 1.0)'
+        'mine.toml:12: [vocabulary] needs the key "sizes" for kind "clusters" '
+        "(from toy_pkg, toy-dist 1.0)"
     )
     assert "tuple[int, ...]" in text
     assert 'the recipe needs the key "name"' in message(write(RECIPE.replace('name = "mine"', "")))
@@ -193,28 +200,28 @@ def test_broken_toml_is_named_with_its_line(write, broken):
     assert line == "mine.toml" or int(line) >= 21
 
 
-def test_bytes_that_are_no_text_are_explained(write, tmp_path):
+def test_recipe_that_is_not_utf8_is_refused(write, tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     assert "cannot be read" in message("binary.toml")
 
 
-def test_a_missing_file_names_the_nearest_shipped_recipe(write):
+def test_missing_file_message_suggests_a_shipped_recipe(write):
     nearest = sorted(find_shipped_recipes())[0]
     for wrong in (nearest[:-1], f"recipes/{nearest[:-1]}.toml", f"{nearest}.toml"):
         assert (
-            f'{wrong}: there is no such file and no shipped recipe of that name. Did you mean "{nearest}"?'
-            in message(wrong)
+            f"{wrong}: there is no such file and no shipped recipe of that name. "
+            f'Did you mean "{nearest}"?' in message(wrong)
         )
     assert "is a directory" in message(".")
     assert "cannot be read" in message("memory://nowhere.toml")
 
 
-def test_a_missing_base_says_who_extends_it(write):
+def test_missing_base_message_names_the_extending_file(write):
     text = message(write('name = "x"\nextends = "mone.toml"'))
     assert text.startswith("mine.toml:2: extends mone.toml: there is no such file")
 
 
-def test_a_key_that_comes_from_set_says_so(write):
+def test_message_about_a_set_key_names_the_setting(write):
     assert message(write(), ("process.gama=3",)).startswith(
         '--set process.gama=3: [process] has no key "gama"'
     )
@@ -229,7 +236,7 @@ def test_a_key_that_comes_from_set_says_so(write):
     )
 
 
-def test_a_key_that_comes_from_extends_says_so(write):
+def test_message_about_an_inherited_key_names_both_files(write):
     write(RECIPE.replace("gamma = 2", "gama = 2"), "base.toml")
     text = message(write('extends = "base.toml"\n[process]\nxi = 1.0', "child.toml"))
     assert text.startswith('base.toml:21 (extended by child.toml): [process] has no key "gama"')
@@ -248,29 +255,29 @@ def test_a_key_that_comes_from_extends_says_so(write):
         (("extends=other",), "extends belongs into a recipe file"),
     ],
 )
-def test_a_malformed_set_is_explained(write, settings, expected):
+def test_malformed_set_is_refused_with_a_reason(write, settings, expected):
     text = message(write(), settings)
     assert text.startswith("--set ")
     assert expected in text
 
 
-def test_every_top_level_name_is_offered(write):
+def test_unknown_name_message_lists_every_top_level_name(write):
     text = message(write(RECIPE + "\n[zzz]\n"))
     assert text.startswith(f"mine.toml:{RECIPE.count(chr(10)) + 2}: ")
     assert text.endswith(f"It takes: {', '.join(TOP_LEVEL)}.")
 
 
 @pytest.mark.parametrize("settings", ["train.steps=3", {"train.steps": 3}])
-def test_settings_that_are_no_list_of_texts_are_explained(write, settings):
+def test_settings_must_be_a_list_of_texts(write, settings):
     with pytest.raises(ArgumentError, match="settings must be a list"):
         read_recipe(write(), settings)
 
 
-def test_a_plugin_that_is_not_installed_is_told_how_to_install(write):
+def test_missing_plugin_message_says_how_to_install_it(write):
     assert "pip install -e" in message(write(RECIPE.replace('["toy"]', '["kimura"]')))
 
 
-def test_what_a_component_refuses_is_told_with_its_table(write):
+def test_error_of_a_component_begins_with_its_table(write):
     recipe = read_recipe(write(), ("denoiser.head=choosy_head",))
     with pytest.raises(ArgumentError, match=r"^\[denoiser.head\]: width must be 3; got 4\.$"):
         recipe.head.build(vocabulary=None, width=4)
@@ -281,7 +288,8 @@ def test_what_a_component_refuses_is_told_with_its_table(write):
     [
         (
             "gama=2",
-            'the process "toy" (from toy_pkg, toy-dist 1.0) has no key "gama". Did you mean "gamma"?',
+            'the process "toy" (from toy_pkg, toy-dist 1.0) has no key "gama". '
+            'Did you mean "gamma"?',
         ),
         (
             "gamma=-1",
@@ -290,7 +298,7 @@ def test_what_a_component_refuses_is_told_with_its_table(write):
         ("process.gamma=2", "outside a recipe there are no tables"),
     ],
 )
-def test_outside_a_recipe_no_recipe_is_blamed(toy, setting, expected):
+def test_messages_outside_a_recipe_name_the_component(toy, setting, expected):
     with pytest.raises(RecipeError) as caught:
         configure_component(load_plugins(["toy"]).component("process", "toy"), [setting])
     assert expected in str(caught.value)

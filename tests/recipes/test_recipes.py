@@ -1,4 +1,4 @@
-"""A recipe is read strictly, completed with every default, and written back as the same recipe."""
+"""Recipes are validated, completed with every default, and read back as the same recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddiff.recipe.resolve import configure_component, parse_recipe, read_recipe
 from .conftest import RECIPE
 
 
-def test_a_recipe_gets_every_default(write):
+def test_recipe_is_completed_with_every_default(write):
     recipe = read_recipe(write())
     assert (recipe.name, recipe.seed, recipe.run_dir, recipe.plugins, recipe.length) == (
         "mine",
@@ -45,7 +45,7 @@ def test_a_recipe_gets_every_default(write):
     assert (recipe.sample.steps, recipe.sample.count) == (64, 8)
 
 
-def test_a_resolved_recipe_reads_back_as_itself(write):
+def test_resolved_recipe_reads_back_as_itself(write):
     recipe = read_recipe(
         write(), ["train.optimizer=muon", "process.clock.rates=[1, 2]", "sample.seed=3"]
     )
@@ -55,7 +55,7 @@ def test_a_resolved_recipe_reads_back_as_itself(write):
     assert again.fingerprint == recipe.fingerprint
 
 
-def test_the_fingerprint_sees_any_key_and_no_shorthand(write):
+def test_fingerprint_depends_on_keys_not_on_shorthand(write):
     recipe = read_recipe(write())
     assert read_recipe(write(), ["process.xi=0.9"]).fingerprint != recipe.fingerprint
     assert (
@@ -64,14 +64,14 @@ def test_the_fingerprint_sees_any_key_and_no_shorthand(write):
     )
 
 
-def test_a_string_stands_for_a_table_with_a_kind(write):
+def test_string_stands_for_a_table_with_that_kind(write):
     text = RECIPE.replace('[tokenizer]\nkind = "plain"\n', "").replace(
         'name = "mine"', 'name = "mine"\ntokenizer = "plain"'
     )
     assert read_recipe(write(text)) == read_recipe(write())
 
 
-def test_a_part_is_built_from_its_settings(write):
+def test_component_is_built_from_its_settings(write):
     process = read_recipe(write()).process
     assert process.build(vocabulary="words") == (2.0, "words")
     with pytest.raises(
@@ -80,11 +80,11 @@ def test_a_part_is_built_from_its_settings(write):
         process.build()
 
 
-def test_the_origin_of_every_component_is_told(write):
+def test_origins_name_the_distribution_of_a_component(write):
     assert read_recipe(write()).origins()["process"] == "toy (toy_pkg, toy-dist 1.0)"
 
 
-def test_an_objective_may_decline_the_slots_and_the_process(write):
+def test_objective_may_use_no_slots_and_no_process(write):
     text = RECIPE.replace('[process]\nkind = "toy"\ngamma = 2\n', '[objective]\nkind = "next"\n')
     recipe = read_recipe(write(text))
     assert (recipe.process, recipe.loss, recipe.times) == (None, None, None)
@@ -93,20 +93,18 @@ def test_an_objective_may_decline_the_slots_and_the_process(write):
         read_recipe(write(text), ["objective.loss=elbo"])
 
 
-def test_a_component_that_repeats_an_engine_key_is_given_what_the_engine_reads(write):
+def test_component_key_equal_to_an_engine_key_has_its_value(write):
     recipe = read_recipe(write())
     assert recipe.backend.config.device == recipe.backend_keys.device == "auto"
 
 
-def test_a_component_cannot_take_the_name_of_a_slot(write):
+def test_component_key_with_the_name_of_a_slot_is_refused(write):
     with pytest.raises(PluginError, match=r'backbone "greedy" .*has the key "head"'):
         read_recipe(write(), ["denoiser.kind=greedy"])
 
 
 @pytest.mark.parametrize(("kind", "key"), [("choosy", "rates=[1.0]"), ("halving", "rate=2.0")])
-def test_a_component_whose_table_does_not_read_back_is_refused_before_anything_runs(
-    write, kind, key
-):
+def test_component_whose_table_does_not_read_back_is_refused(write, kind, key):
     with pytest.raises(PluginError, match=f'process "{kind}" .* every default is written out'):
         read_recipe(write(), [f"process.kind={kind}", f"process.{key}"])
 
@@ -127,14 +125,14 @@ def test_extends_merges_table_by_table(write):
     )
 
 
-def test_extends_looks_beside_the_file_that_extends(write):
+def test_extends_looks_next_to_the_extending_file(write):
     write(name="base/mine.toml")
     assert (
         read_recipe(write('extends = "mine.toml"\nname = "child"', "base/child.toml")).length == 16
     )
 
 
-def test_another_kind_starts_from_its_own_defaults_but_keeps_what_the_engine_reads(write):
+def test_another_kind_inherits_only_the_keys_of_the_engine(write):
     write(
         RECIPE.replace('head = "tied"', 'head = "tied"\nwidth = 32').replace(
             "steps = 10", 'steps = 10\noptimizer = {kind = "muon", lr = 1.0}'
@@ -156,14 +154,14 @@ def test_another_kind_starts_from_its_own_defaults_but_keeps_what_the_engine_rea
         read_recipe("mine.toml", ["process.kind=other"])
 
 
-def test_a_circle_of_extends_is_an_error(write):
+def test_circle_of_extends_is_refused(write):
     write('extends = "two.toml"', "one.toml")
     write('extends = "./one.toml"', "two.toml")
     with pytest.raises(RecipeError, match=r"two.toml:1 .*circle: .*one.toml"):
         read_recipe("one.toml")
 
 
-def test_any_fsspec_path_is_a_recipe(toy):
+def test_recipe_is_read_from_any_fsspec_path(toy):
     with fsspec.open("memory://recipes/mine.toml", "w") as file:
         file.write(RECIPE)
     assert read_recipe("memory://recipes/mine.toml").name == "mine"
@@ -189,7 +187,7 @@ def test_set_takes_a_toml_value_or_a_bare_word(write, setting, table, key, value
     assert read_recipe(write(), [setting]).to_dict()[table][key] == value
 
 
-def test_set_reaches_a_list_at_the_top(write):
+def test_set_replaces_a_top_level_list(write):
     assert read_recipe(write(), ['plugins=["toy", "toy"]']).plugins == ("toy",)
 
 
@@ -207,12 +205,12 @@ def test_set_expands_a_shorthand_in_any_order(write, settings):
     assert (optimizer.component.name, optimizer.config.lr) == ("muon", 0.5)
 
 
-def test_set_changes_a_key_of_a_component_that_the_file_names_in_short(write):
+def test_set_changes_a_key_below_a_shorthand_of_the_file(write):
     path = write(RECIPE.replace("steps = 10", 'steps = 10\noptimizer = "muon"'))
     assert read_recipe(path, ["train.optimizer.lr=0.5"]).optimizer.config.lr == 0.5
 
 
-def test_a_component_can_be_set_up_without_a_recipe(toy):
+def test_component_is_configured_without_a_recipe(toy):
     component = load_plugins(["toy"]).component("process", "toy")
     assert configure_component(component, ["gamma=0.5", "xi=0.9"]).config.gamma == 0.5
     with pytest.raises(
@@ -221,7 +219,7 @@ def test_a_component_can_be_set_up_without_a_recipe(toy):
         configure_component(component, ["gama=0.5"])
 
 
-def test_changed_keys_are_dotted_and_show_both_values(write):
+def test_diff_recipes_lists_dotted_keys_with_both_values(write):
     old = read_recipe(write()).to_dict()
     new = read_recipe(
         write(), ["train.steps=20", "train.optimizer=muon", "vocabulary.sizes=[64]"]
