@@ -338,50 +338,57 @@ class GammaHybrid(ForwardProcess):
         (1 - B)/V for r bounds that probability without the network, which is queried only at rows
         below the bound. u [r,3].
         """
-        size, masked = self.vocabulary.num_tokens, self._is_masked(zt)
-        before, now = self._redrawn_per_token(s), self._redrawn_per_token(t)
-        bound = torch.where(arrive > 0, arrive * (1.0 - before) / now, 0.0)
-        zs, moving = (
-            zt.clone(),
-            (u[:, 0] < torch.where(masked, reveal, bound)).nonzero().squeeze(-1),
-        )
+        masked = self._is_masked(zt)
+        noise_s = self._redrawn_per_token(s)
+        noise_t = self._redrawn_per_token(t)
+        bound = torch.where(arrive > 0, arrive * (1.0 - noise_s) / noise_t, 0.0)
+        zs = zt.clone()
+        moving = (u[:, 0] < torch.where(masked, reveal, bound)).nonzero().squeeze(-1)
         if len(moving) == 0:
             return zs
-
-        def draw(
-            dist: CleanDistribution,
-            z: Tensor,
-            hidden: Tensor,
-            t: Tensor,
-            s: Tensor,
-            now: Tensor,
-            before: Tensor,
-            arrive: Tensor,
-            u: Tensor,
-        ) -> Tensor:
-            first, which, source = u.unbind(-1)
-            log_p_z = torch.where(hidden, -torch.inf, dist.log_prob(self._token(z)).double())
-            others = size - (~hidden).long()
-            by_noise = others * before
-            by_law = -self.kept.alpha(s) * torch.expm1(log_p_z)
-            here = now + self.kept.alpha(t) * log_p_z.exp()
-            leaves = hidden | (first < arrive * (by_noise + by_law) / here)
-            evenly = (which * others).long()
-            drawn = torch.where(leaves, evenly + (evenly >= z).long(), z)
-            as_predicted = (
-                (leaves & (source * (by_noise + by_law) >= by_noise)).nonzero().squeeze(-1)
-            )
-            drawn[as_predicted] = self._elsewhere(
-                dist, as_predicted, z[as_predicted], which[as_predicted]
-            )
-            return drawn
-
         z = zt[moving]
-        values = (value[moving] for value in (masked, t, s, now, before, arrive, u))
-        zs[moving] = query(moving, self.scope(z), draw, z, *values)
+        values = (value[moving] for value in (masked, t, s, noise_t, noise_s, arrive, u))
+        zs[moving] = query(moving, self.scope(z), self._draw_move, z, *values)
         return zs
 
-    def _elsewhere(self, dist: CleanDistribution, rows: Tensor, z: Tensor, u: Tensor) -> Tensor:
+    def _draw_move(
+        self,
+        dist: CleanDistribution,
+        z: Tensor,
+        masked: Tensor,
+        t: Tensor,
+        s: Tensor,
+        noise_t: Tensor,
+        noise_s: Tensor,
+        arrive: Tensor,
+        u: Tensor,
+    ) -> Tensor:
+        """Draw the new states of the rows [k] of a query; a token may stay.
+
+        The new token of a row that leaves comes from r_s without z, a mixture of uniform noise with
+        the mass `by_noise` and of the prediction with the mass `by_prediction`.
+        """
+        u_leave, u_token, u_source = u.unbind(-1)
+        log_p_z = torch.where(masked, -torch.inf, dist.log_prob(self._token(z)).double())
+        # Tokens other than z; a mask may become any token.
+        others = self.vocabulary.num_tokens - (~masked).long()
+        by_noise = others * noise_s
+        by_prediction = -self.kept.alpha(s) * torch.expm1(log_p_z)
+        leaving_mass = by_noise + by_prediction  # 1 - r_s(z|p)
+        r_t = noise_t + self.kept.alpha(t) * log_p_z.exp()
+        leaves = masked | (u_leave < arrive * leaving_mass / r_t)
+        uniform_token = (u_token * others).long()
+        # Skip z, so that the uniform token is another one.
+        uniform_token = uniform_token + (uniform_token >= z).long()
+        drawn = torch.where(leaves, uniform_token, z)
+        from_prediction = leaves & (u_source * leaving_mass >= by_noise)
+        rows = from_prediction.nonzero().squeeze(-1)
+        drawn[rows] = self._draw_other_token(dist, rows, z[rows], u_token[rows])
+        return drawn
+
+    def _draw_other_token(
+        self, dist: CleanDistribution, rows: Tensor, z: Tensor, u: Tensor
+    ) -> Tensor:
         """[k] tokens drawn from `rows` [k] of a distribution, excluding the tokens z [k].
 
         At masks (z = V) no token is excluded.
@@ -404,32 +411,38 @@ class GammaHybrid(ForwardProcess):
         """Keep a token z with probability B p(z) / r_t(z|p); else, and at masks, draw x ~ p."""
         if bool((t == 0.0).all()):
             return zt.clone()
-        x0, masked, each = zt.clone(), self._is_masked(zt), self._redrawn_per_token(t)
-        open_ = (masked | (each > 0)).nonzero().squeeze(-1)
-        if len(open_) == 0:
+        x0 = zt.clone()
+        masked = self._is_masked(zt)
+        noise = self._redrawn_per_token(t)
+        # Tokens at times without noise are clean: the network is not queried there.
+        uncertain = (masked | (noise > 0)).nonzero().squeeze(-1)
+        if len(uncertain) == 0:
             return x0
-
-        def draw(
-            prediction: CleanDistribution | Score,
-            z: Tensor,
-            t: Tensor,
-            hidden: Tensor,
-            each: Tensor,
-            u: Tensor,
-        ) -> Tensor:
-            dist = self._clean_law(prediction, t)
-            stays = self.kept.alpha(t) * dist.log_prob(self._token(z)).double().exp()
-            stays = torch.where(hidden, 0.0, stays / (stays + each))
-            root = torch.full_like(z, self.vocabulary.root)
-            drawn = dist.draw(root, torch.zeros_like(z), u[:, 1])
-            return torch.where(u[:, 0] < stays, z, drawn)
-
-        z = zt[open_]
-        values = (value[open_] for value in (t, masked, each, u))
-        x0[open_] = query(open_, self.scope(z), draw, z, *values)
+        z = zt[uncertain]
+        values = (value[uncertain] for value in (t, masked, noise, u))
+        x0[uncertain] = query(uncertain, self.scope(z), self._draw_clean, z, *values)
         return x0
 
-    def _clean_law(self, prediction: CleanDistribution | Score, t: Tensor) -> CleanDistribution:
+    def _draw_clean(
+        self,
+        prediction: CleanDistribution | Score,
+        z: Tensor,
+        t: Tensor,
+        masked: Tensor,
+        noise: Tensor,
+        u: Tensor,
+    ) -> Tensor:
+        """Draw the clean tokens of the rows [k] of a query."""
+        dist = self._clean_distribution(prediction, t)
+        kept_mass = self.kept.alpha(t) * dist.log_prob(self._token(z)).double().exp()
+        stays = torch.where(masked, 0.0, kept_mass / (kept_mass + noise))
+        root = torch.full_like(z, self.vocabulary.root)
+        drawn = dist.draw(root, torch.zeros_like(z), u[:, 1])
+        return torch.where(u[:, 0] < stays, z, drawn)
+
+    def _clean_distribution(
+        self, prediction: CleanDistribution | Score, t: Tensor
+    ) -> CleanDistribution:
         if isinstance(prediction, Score):
             return DenseDistribution(self.tweedie(prediction, t), self.vocabulary)
         return prediction

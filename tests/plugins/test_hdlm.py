@@ -82,8 +82,8 @@ def test_the_published_expression_is_above_it_or_below_as_the_page_says() -> Non
 
 
 def test_the_page_quotes_the_entropies_of_the_command() -> None:
-    assert re.findall(r"joint law of (\d\.\d{4}) nats", README) == [f"{command.entropy():.4f}"]
-    assert re.findall(r"surprise is (\d\.\d{4});", README) == [
+    assert re.findall(r"entropy of (\d\.\d{4}) nats", README) == [f"{command.entropy():.4f}"]
+    assert re.findall(r"cross-entropy is (\d\.\d{4}) ", README) == [
         f"{command.surprise_of_single_words():.4f}"
     ]
 
