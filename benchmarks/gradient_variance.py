@@ -60,7 +60,7 @@ def gradients(run: Any, clock: TimeChange, loss: Any) -> Tensor:
     objective = run.objective
     run.process.__dict__["information_time"] = clock
     objective.loss = loss
-    batch = run._batch_at(0, 0)
+    batch = run.data.batch_at(0, 0)
     tokens = {"tokens": batch.scored.sum()}
     found = []
     for draw in range(DRAWS):

@@ -121,8 +121,8 @@ from .plugin.loader import hookimpl as hookimpl
 from .plugin.registry import Registry as Registry
 from .recipe.model import Recipe as Recipe
 from .recipe.resolve import read_recipe as read_recipe
+from .runs.loading import load as load
 from .runs.run import Run as Run
-from .runs.stages import load as load
 from .runs.stages import run as run
 from .sampling.adaptive_correction import AdaptiveCorrectionSampler as AdaptiveCorrectionSampler
 from .sampling.analytic import AnalyticSampler as AnalyticSampler

@@ -259,7 +259,7 @@ def evaluate(
 
     The result has confidence intervals and baselines.
     """
-    from ddiff.runs.stages import evaluate_run
+    from ddiff.runs.evaluation_report import evaluate_run
 
     if out is None:
         evaluate_run(run_dir, settings or ())

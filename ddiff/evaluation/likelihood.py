@@ -29,11 +29,15 @@ LARGEST_MEAN = 700.0  # nats per token whose exponential is still a float64
 
 
 class Scored(Protocol):
-    """What evaluation asks of an objective.
+    """Part of an objective that evaluation uses.
 
-    An objective whose `nll` is exact, every draw the same, says `bound = "NLL"`; otherwise it is a "NELBO", at least the
-    negative log-likelihood in expectation.
+    `bound` names the figure: "NLL" if `nll` is exact, every draw the same, or "NELBO" if it is at
+    least the negative log-likelihood in expectation. `times` is the rule by which training draws
+    times, None if the objective draws none.
     """
+
+    bound: str
+    times: TimeRule | None
 
     def nll(
         self, batch: Any, rng: CounterRng, slot: Tensor, slots: Tensor, times: TimeRule
@@ -159,7 +163,7 @@ def evaluate(
         tokens=round(once),
         documents=int((tokens > 0).sum()),
         unit=unit,
-        bound=getattr(objective, "bound", "NELBO"),
+        bound=objective.bound,
         protocol={
             "draws": draws,
             "seed": seed,

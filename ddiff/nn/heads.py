@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -41,6 +42,8 @@ class Head(nn.Module, ABC):
 
     is_table = True  # an optimizer for hidden matrices (Muon) must leave these parameters alone
     chunk_logits: int | None = None  # logits held at once; None: what suits the device
+    on_logits: Callable[[int], None] | None = None
+    """Called with the number of logits of every product; None: nothing is counted."""
 
     def __init__(self, vocabulary: Vocabulary, width: int, rows: int) -> None:
         super().__init__()
@@ -103,7 +106,15 @@ class Head(nn.Module, ABC):
         tops, counts = torch.unique_consecutive(node[order], return_counts=True)
         return order, list(zip(tops.tolist(), counts.tolist()))
 
+    def _report_logits(self, logits: Logits, start: int, stop: int) -> Tensor:
+        computed = logits(start, stop)
+        if self.on_logits is not None:
+            self.on_logits(computed.numel())
+        return computed
+
     def _law(self, logits: Logits, top: int) -> SubtreeDistribution:
+        if self.on_logits is not None:
+            logits = partial(self._report_logits, logits)
         return (
             SettledLaw(self.vocabulary, top)
             if top < self.vocabulary.num_tokens

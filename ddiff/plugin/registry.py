@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from ddiff.errors import PluginError, shorten, suggest
 from ddiff.plugin.config import ComponentConfig
@@ -97,6 +97,8 @@ class Members:
     """`preview(config, **inputs)`: what is known of the result before any data is read, or None."""
     slots: tuple[str, ...] | None = None
     """Slots of its table that the component uses; None: all of them."""
+    inputs: Literal["own", "previous"] = "own"
+    """Of an objective: what its denoiser sees at a position, its own state or the token before."""
     is_distributed: bool = False
     """Of a backend: it can run several processes, started by the launcher."""
     writes: tuple[str, ...] = ()

@@ -1,28 +1,31 @@
-"""The parts of a recipe, built and held against each other."""
+"""Build the components of a recipe, and check that they fit together.
+
+`assemble` is the only place where a process, a denoiser and an objective are put together. Training,
+loading, dry runs and measurements all call it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ddiff.core.information import OwnTime
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.distributed.launcher import place
 from ddiff.distributed.single import SingleBackend, device_named
 from ddiff.errors import ArgumentError, DataError
+from ddiff.evaluation.likelihood import Scored
 from ddiff.nn.denoiser import Denoiser
+from ddiff.nn.heads import Head
 from ddiff.recipe.model import Recipe
-from ddiff.runs.conditioning import SampleConditions, network_for, told
-from ddiff.sampling.loop import Sampler, looks_ahead
 from ddiff.training.protocols import Backend, Objective
 
-if TYPE_CHECKING:  # these load the libraries of texts, which a dry run mostly does without
+if TYPE_CHECKING:  # these load text libraries, which most dry runs do not need
     from ddiff.data.cache import Cache
     from ddiff.data.corpus import Corpus
     from ddiff.data.documents import Documents
@@ -43,7 +46,7 @@ _FILLS = {
 
 @dataclass(frozen=True)
 class Overrides:
-    """Parts that a Python caller hands in instead of the recipe's."""
+    """Components that a Python caller passes in place of the recipe's."""
 
     vocabulary: Vocabulary | None = None
     process: ForwardProcess | None = None
@@ -57,112 +60,109 @@ class Overrides:
         return given
 
 
-def build_documents(recipe: Recipe, cache: Cache) -> Documents | Corpus:
-    return recipe.data.build(length=recipe.length, seed=recipe.seed, cache=cache)
+NO_OVERRIDES: Overrides = Overrides()
 
 
-def build_backend(recipe: Recipe) -> Backend:
-    """Raises ArgumentError where the batch cannot be shared among the processes that there are."""
-    train = recipe.train
-    backend = _backend(recipe, recipe.backend_keys.processes)
-    there = place()
-    if there is not None and there.world_size != backend.world_size:
-        raise ArgumentError(
-            f'[backend] kind = "{recipe.backend.component.name}" runs {backend.world_size} process, but {there.world_size} '
-            'were started, and each would write the same run. Set kind = "ddp" or "fsdp", or start one.'
-        )
-    if train.batch % (train.accumulate * backend.world_size):
-        raise ArgumentError(
-            f"[train] batch must be a multiple of accumulate times the number of processes, so that every process has as "
-            f"many rows; got batch = {train.batch}, accumulate = {train.accumulate} and {backend.world_size} processes."
-        )
-    return backend
+class ModelObjective(Objective, Scored, Protocol):
+    """An objective that trains a denoiser and scores text with it."""
 
 
-def check_backend(recipe: Recipe) -> None:
-    """Refuse what can be known to fail without starting processes."""
-    if recipe.backend.members.is_distributed:
-        device_named(recipe.backend_keys.device)
-    else:
-        build_backend(recipe).close()
+@dataclass(frozen=True)
+class Model:
+    """A denoiser with the process that it reverses and the objective that trains and scores it.
+
+    `process` is None for a model without a forward process (autoregression).
+    """
+
+    vocabulary: Vocabulary
+    process: ForwardProcess | None
+    denoiser: Denoiser
+    objective: ModelObjective
+    device: torch.device
 
 
-def backend_alone(recipe: Recipe) -> Backend:
-    """For a trained run, which one process asks, however many trained it."""
-    return (
-        SingleBackend(recipe.backend_keys.device)
-        if recipe.backend.members.is_distributed
-        else _backend(recipe, 1)
-    )
+def assemble(
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    device: torch.device,
+    *,
+    process: ForwardProcess | None = None,
+    backbone: nn.Module | None = None,
+) -> Model:
+    """Build the process, the denoiser and the objective of a recipe, on `device`.
 
-
-def _backend(recipe: Recipe, processes: int) -> Backend:
-    device = recipe.backend_keys.device
-    return recipe.backend.build(
-        device=device, processes=processes, length=recipe.length, precision=build_precision(recipe)
-    )
-
-
-def build_precision(recipe: Recipe) -> torch.dtype | None:
-    """What matrix products are computed in; None: in that of the weights."""
-    keys = recipe.backend_keys
-    on_gpu = keys.device.startswith("cuda") or (keys.device == "auto" and torch.cuda.is_available())
-    return (
-        torch.bfloat16
-        if keys.precision == "bfloat16" or (keys.precision == "auto" and on_gpu)
-        else None
-    )
+    Weights are drawn from the recipe's seed. `process` and `backbone` replace the recipe's own.
+    On the meta device weights take no memory and are not drawn, unless a component computes with
+    them while it is built.
+    """
+    if process is None:
+        process = build_process(recipe, vocabulary)
+    check_process(process, vocabulary)
+    denoiser = None
+    if device.type == "meta" and backbone is None:
+        denoiser = build_denoiser_on_meta(recipe, vocabulary)
+    if denoiser is None:
+        denoiser = _build_denoiser(recipe, vocabulary, backbone)
+    objective = _build_objective(recipe, process, denoiser)
+    objective.module.to(device)
+    return Model(vocabulary, process, denoiser, objective, device)
 
 
 def build_process(recipe: Recipe, vocabulary: Vocabulary) -> ForwardProcess | None:
-    """None where the recipe has none and its objective wants none."""
-    if recipe.process is None:
-        if not recipe.objective.takes_input("process"):
-            return None
+    """Build the process; None if the recipe has none and its objective takes none."""
+    if recipe.process is not None:
+        return recipe.process.build(vocabulary=vocabulary)
+    if recipe.objective.takes_input("process"):
         raise ArgumentError(
-            f'{recipe.name}: [objective] kind = "{recipe.objective.component.name}" needs a [process].'
+            f'{recipe.name}: [objective] kind = "{recipe.objective.component.name}" needs a '
+            "[process]."
         )
-    return recipe.process.build(vocabulary=vocabulary)
+    return None
 
 
-def build_denoiser(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:
-    torch.manual_seed(recipe.seed)
-    backbone = recipe.denoiser.build(vocabulary=vocabulary, length=recipe.length)
+def build_head(recipe: Recipe, vocabulary: Vocabulary, width: int) -> Head:
+    """Build the head on hidden states of `width`."""
     assert recipe.head is not None
-    denoiser = Denoiser(
-        backbone,
-        recipe.head.build(vocabulary=vocabulary, width=backbone.width),
-        recipe.denoiser_keys.given,
-    )
+    return recipe.head.build(vocabulary=vocabulary, width=width)
+
+
+def _build_denoiser(
+    recipe: Recipe, vocabulary: Vocabulary, backbone: nn.Module | None = None
+) -> Denoiser:
+    if backbone is None:
+        torch.manual_seed(recipe.seed)
+        backbone = recipe.denoiser.build(vocabulary=vocabulary, length=recipe.length)
+    inputs = recipe.objective.members.inputs
+    # P(x_i | x_<i) has no evidence of position i to divide out, whatever the recipe says
+    given = recipe.denoiser_keys.given if inputs == "own" else "rest"
+    width: Any = backbone.width
+    head = build_head(recipe, vocabulary, width)
+    denoiser = Denoiser(backbone, head, given, inputs)
     denoiser.precision = build_precision(recipe)
     return denoiser
 
 
-def outlined(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:
-    """The denoiser without room for its weights, where its parts can be had so: a billion of them are made in no time."""
+def build_denoiser_on_meta(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser | None:
+    """Build the denoiser on the meta device, in no time and memory whatever its size.
+
+    Returns None if a component computes with its weights while it is built. Raises ArgumentError
+    for sizes that overflow 64 bits.
+    """
     try:
-        return build_on_meta(recipe, vocabulary)
-    except (
-        NotImplementedError,
-        RuntimeError,
-    ) as error:  # a part that computes with its weights when it is made
-        if _overflows(error):
+        with torch.device("meta"), _SkipFills():
+            denoiser = _build_denoiser(recipe, vocabulary)
+    except (NotImplementedError, RuntimeError) as error:
+        if "overflow" in str(error).lower():
             raise ArgumentError(
-                f"{recipe.denoiser.table}: a tensor of these sizes has more bytes than 64 bits can count ({error}). Take "
-                "a smaller network."
+                f"{recipe.denoiser.table}: a tensor of these sizes has more bytes than 64 bits can "
+                f"count ({error}). Take a smaller network."
             ) from error
-        return build_denoiser(recipe, vocabulary)
+        return None
+    return denoiser.to("meta")  # a library may have placed a buffer on a device of its choice
 
 
-def build_on_meta(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser:
-    """The denoiser with shapes and no storage. RuntimeError or NotImplementedError where a part cannot be built so."""
-    with torch.device("meta"), _Unfilled():
-        denoiser = build_denoiser(recipe, vocabulary)
-    return denoiser.to("meta")  # a library may have made a buffer where it pleased
-
-
-class _Unfilled(TorchFunctionMode):
-    """Leaves meta tensors unfilled: torch would load its compiler (a second) to draw numbers that nothing holds."""
+class _SkipFills(TorchFunctionMode):
+    """Skip random fills of meta tensors, for which torch would load its compiler (a second)."""
 
     def __torch_function__(
         self,
@@ -171,83 +171,103 @@ class _Unfilled(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        given = dict(kwargs or {})
-        tensor = args[0] if args else given.get("tensor")
+        kwargs = dict(kwargs or {})
+        tensor = args[0] if args else kwargs.get("tensor")
         if func in _FILLS and isinstance(tensor, torch.Tensor) and tensor.is_meta:
             return tensor
-        return func(*args, **given)
+        return func(*args, **kwargs)
 
 
-def _overflows(error: Exception) -> bool:
-    return "overflow" in str(error).lower()
-
-
-def build_objective(recipe: Recipe, process: ForwardProcess | None, denoiser: Denoiser) -> Any:
+def _build_objective(recipe: Recipe, process: ForwardProcess | None, denoiser: Denoiser) -> Any:
     loss = recipe.loss.build(process=process) if recipe.loss else None
     times = recipe.times.build() if recipe.times else None
     return recipe.objective.build(process=process, denoiser=denoiser, loss=loss, times=times)
 
 
+def build_precision(recipe: Recipe) -> torch.dtype | None:
+    """Return the dtype of matrix products; None: that of the weights."""
+    keys = recipe.backend_keys
+    if keys.precision == "bfloat16":
+        return torch.bfloat16
+    on_gpu = keys.device.startswith("cuda") or (keys.device == "auto" and torch.cuda.is_available())
+    if keys.precision == "auto" and on_gpu:
+        return torch.bfloat16
+    return None
+
+
+def build_documents(recipe: Recipe, cache: Cache) -> Documents | Corpus:
+    """Build the data set of [data]."""
+    return recipe.data.build(length=recipe.length, seed=recipe.seed, cache=cache)
+
+
+# ---------------------------------------------------------------------- backends
+
+
+def build_backend(recipe: Recipe) -> Backend:
+    """Build the backend that trains; ArgumentError if the processes cannot share the batch."""
+    train = recipe.train
+    backend = _build_backend(recipe, recipe.backend_keys.processes)
+    there = place()
+    if there is not None and there.world_size != backend.world_size:
+        raise ArgumentError(
+            f'[backend] kind = "{recipe.backend.component.name}" runs {backend.world_size} '
+            f"process, but {there.world_size} were started, and each would write the same run. "
+            'Set kind = "ddp" or "fsdp", or start one.'
+        )
+    if train.batch % (train.accumulate * backend.world_size):
+        raise ArgumentError(
+            "[train] batch must be a multiple of accumulate times the number of processes, so that "
+            f"every process has as many rows; got batch = {train.batch}, "
+            f"accumulate = {train.accumulate} and {backend.world_size} processes."
+        )
+    return backend
+
+
+def build_single_backend(recipe: Recipe) -> Backend:
+    """Build a backend of one process, for a trained run, whatever number of processes trained it."""
+    if recipe.backend.members.is_distributed:
+        return SingleBackend(recipe.backend_keys.device)
+    return _build_backend(recipe, 1)
+
+
+def check_backend(recipe: Recipe) -> None:
+    """Raise ArgumentError for a backend that fails for certain, without starting processes."""
+    if recipe.backend.members.is_distributed:
+        device_named(recipe.backend_keys.device)
+    else:
+        build_backend(recipe).close()
+
+
+def _build_backend(recipe: Recipe, processes: int) -> Backend:
+    return recipe.backend.build(
+        device=recipe.backend_keys.device,
+        processes=processes,
+        length=recipe.length,
+        precision=build_precision(recipe),
+    )
+
+
+# ---------------------------------------------------------------------- checks
+
+
 def check_tokenizer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
-    """Raises DataError when a vocabulary was built for another tokenizer."""
+    """Raise DataError if the vocabulary was built for another tokenizer."""
     theirs = vocabulary.tokenizer_fingerprint
-    if vocabulary.num_tokens != tokenizer.num_tokens or (
-        theirs and theirs != tokenizer.fingerprint
-    ):
+    has_other_fingerprint = bool(theirs) and theirs != tokenizer.fingerprint
+    if vocabulary.num_tokens != tokenizer.num_tokens or has_other_fingerprint:
         raise DataError(
-            f"The vocabulary belongs to another tokenizer: it has {vocabulary.num_tokens} words for tokenizer "
-            f"{theirs or '(not recorded)'}, and the tokenizer in use has {tokenizer.num_tokens} tokens and fingerprint "
-            f"{tokenizer.fingerprint}. Build the vocabulary with this tokenizer, or use the tokenizer it was built for."
+            "The vocabulary belongs to another tokenizer: it has "
+            f"{vocabulary.num_tokens} tokens for tokenizer {theirs or '(not recorded)'}, and the "
+            f"tokenizer in use has {tokenizer.num_tokens} tokens and fingerprint "
+            f"{tokenizer.fingerprint}. Build the vocabulary with this tokenizer, or use the "
+            "tokenizer that it was built for."
         )
 
 
 def check_process(process: ForwardProcess | None, vocabulary: Vocabulary) -> None:
+    """Raise ArgumentError if the process stands on another vocabulary."""
     if process is not None and process.vocabulary.fingerprint != vocabulary.fingerprint:
         raise ArgumentError(
-            f"process must be on the run's vocabulary {vocabulary}; got one on {process.vocabulary}. "
-            "Hand in both, or build the process on that vocabulary."
-        )
-
-
-def check_sampling(
-    recipe: Recipe,
-    vocabulary: Vocabulary,
-    process: ForwardProcess | None,
-    denoiser: Denoiser,
-    objective: Objective,
-) -> None:
-    """Raises ArgumentError where the samples at the end of the run could not be drawn."""
-    keys = recipe.sample
-    sampler = recipe.sampler.build(steps=keys.steps, vocabulary=vocabulary)
-    given = told(denoiser, keys.conditions, keys.count)
-    check_asking(objective, process, denoiser, sampler, given, keys.guidance, recipe.length)
-
-
-def check_asking(
-    objective: Objective,
-    process: ForwardProcess | None,
-    denoiser: Denoiser,
-    sampler: Sampler,
-    conditions: SampleConditions,
-    guidance: float,
-    length: int,
-) -> None:
-    """Raises ArgumentError where this sampler makes no sense of this network, so that nothing is drawn first."""
-    network_for(denoiser, process, sampler, conditions, guidance)
-    _check_sight(objective, sampler, length)
-
-
-def _check_sight(objective: Objective, sampler: Sampler, length: int) -> None:
-    """Raises ArgumentError where a network that has learnt windows, each without the later ones, is shown all at once."""
-    rule = getattr(objective, "times", None)
-    window = (
-        None
-        if rule is None
-        else rule.at(OwnTime(), torch.full((1,), 0.5, dtype=torch.float64), length).block
-    )
-    if window is not None and bool((window != window[:, :1]).any()) and looks_ahead(sampler):
-        raise ArgumentError(
-            f"{type(sampler).__name__}: this run was trained in windows from left to right ([objective] times) and never "
-            "saw noise after the window that it draws; this sampler shows it all positions at once. Use blockwise or "
-            "hyperschedule with the width of the run, or set looks_ahead = False on a sampler of your own that goes so."
+            f"process must be on the run's vocabulary {vocabulary}; got one on "
+            f"{process.vocabulary}. Pass both, or build the process on that vocabulary."
         )

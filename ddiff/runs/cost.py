@@ -1,12 +1,12 @@
-"""What a run costs by counting: parameters, products of matrices, bytes on each rank; and what devices can do."""
+"""Counted cost of a model: parameters, FLOPs, logits and bytes; and what devices can do."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +20,20 @@ from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.embedding import StateEmbedding
 from ddiff.nn.heads import Head
 
-TRAINING = 3  # FLOPs of forward and backward in units of the forward: a backward has two products for each of its own
-# Dense bfloat16 products per second, by the makers' data sheets; a name is looked for in this order.
+# FLOPs of a training step over those of its forward pass: the backward pass computes two products
+# for each one of the forward pass.
+TRAINING = 3
+# Dense bfloat16 FLOPs per second by the data sheets; the first name that occurs in the device's.
 PEAKS = (("H200", 989e12), ("H100", 989e12), ("A100", 312e12))
 
 
 class Parameters(NamedTuple):
-    """How many: of the trunk, of the embeddings of states, of the head."""
+    """Numbers of parameters of the backbone, of its state embeddings, and of the head.
 
-    trunk: int
+    `backbone` does not include the embeddings.
+    """
+
+    backbone: int
     embedding: int
     head: int
 
@@ -38,18 +43,27 @@ class Parameters(NamedTuple):
 
     @classmethod
     def of(cls, denoiser: Denoiser) -> Parameters:
-        tables = [part for part in denoiser.backbone.modules() if isinstance(part, StateEmbedding)]
-        embedding, head = sum(map(size, tables)), size(denoiser.head)
-        return cls(size(denoiser) - embedding - head, embedding, head)
+        """Count the parameters of a denoiser."""
+        embedding = 0
+        for module in denoiser.backbone.modules():
+            if isinstance(module, StateEmbedding):
+                embedding += count_parameters(module)
+        head = count_parameters(denoiser.head)
+        return cls(count_parameters(denoiser) - embedding - head, embedding, head)
 
 
-def size(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on one rank while it trains: what stands there all the time, and the rise of a step above it."""
+    """Bytes on one rank while it trains.
+
+    `activations` is the rise during a step above what is held between steps; `exchange` are the
+    buffers of gradients or gathered weights.
+    """
 
     parameters: float
     gradients: float
@@ -63,112 +77,114 @@ class Footprint:
         standing = self.parameters + self.gradients + self.optimizer + self.average
         return standing + self.activations + self.exchange
 
-    def replicated(self) -> Footprint:
-        """Every rank holds everything, and the buckets in which gradients are summed."""
+    def replicate(self) -> Footprint:
+        """Footprint under DDP: every rank holds everything, and buckets as large as the gradients."""
         return replace(self, exchange=self.gradients)
 
-    def sharded(self, ranks: int, gathered: float) -> Footprint:
-        """Every rank holds its share; what is `gathered` is there whole, its gradients too before they are summed."""
-        share = [
-            part / ranks for part in (self.parameters, self.gradients, self.optimizer, self.average)
-        ]
+    def shard(self, ranks: int, gathered: float) -> Footprint:
+        """Footprint under FSDP: a share of everything, and `gathered` bytes of weights.
+
+        The gathered weights have gradients of the same size, before these are reduced.
+        """
         return Footprint(
-            share[0], share[1], share[2], self.activations, share[3], exchange=2 * gathered
+            parameters=self.parameters / ranks,
+            gradients=self.gradients / ranks,
+            optimizer=self.optimizer / ranks,
+            activations=self.activations,
+            average=self.average / ranks,
+            exchange=2 * gathered,
         )
 
 
-def gathered(denoiser: Denoiser) -> int:
-    """Bytes of what sharding holds gathered at once: what is outside of the trunk's blocks, and the largest of these."""
+def gathered_bytes(denoiser: Denoiser) -> int:
+    """Bytes of weights that FSDP gathers at once: all outside the blocks, and the largest block."""
     blocks = [num_bytes(block.parameters()) for block in blocks_of(denoiser)]
     return num_bytes(denoiser.parameters()) - sum(blocks) + max(blocks, default=0)
 
 
 def num_bytes(tree: Any) -> int:
-    """Of all tensors in a tree of dicts, lists and iterators."""
+    """Bytes of all tensors in a tree of dicts, lists and iterators."""
     if isinstance(tree, Tensor):
         return tree.numel() * tree.element_size()
     if isinstance(tree, dict):
         return sum(map(num_bytes, tree.values()))
-    return (
-        sum(map(num_bytes, tree)) if hasattr(tree, "__iter__") and not isinstance(tree, str) else 0
-    )
+    if isinstance(tree, Iterable) and not isinstance(tree, str):
+        return sum(map(num_bytes, tree))
+    return 0
 
 
 @dataclass
-class Logits:
-    """How many logits a head has computed since it was watched."""
+class LogitCount:
+    """Number of logits that a head has computed."""
 
-    count: int = field(default=0)
+    total: int = 0
+
+    def add(self, count: int) -> None:
+        self.total += count
 
 
 @contextmanager
-def counted(head: Head) -> Iterator[Logits]:
-    """Counts every logit that the head computes within."""
-    logits, dist = Logits(), head.dist
-
-    def counting(compute: Any, top: int) -> Any:
-        def computed(start: int, stop: int) -> Tensor:
-            slice_ = compute(start, stop)
-            logits.count += slice_.numel()
-            return slice_
-
-        return dist(computed, top)
-
-    head.dist = counting  # type: ignore[method-assign, assignment]  # the instance's alone, until it is taken away again
+def count_logits(head: Head) -> Iterator[LogitCount]:
+    """Count every logit that the head computes in the block."""
+    logits = LogitCount()
+    head.on_logits = logits.add
     try:
         yield logits
     finally:
-        del head.dist
+        head.on_logits = None
 
 
 @contextmanager
-def flops() -> Iterator[FlopCounterMode]:
-    """Counts the products within by their shapes, 2 n m k each; attention is written out, so that none is overlooked."""
+def count_flops() -> Iterator[FlopCounterMode]:
+    """Count the matrix products in the block by their shapes, 2 n m k FLOPs each.
+
+    Attention is computed by its plain formula there, since fused kernels would not be counted.
+    """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         yield counter
 
 
-def peak(device: torch.device) -> tuple[float, str]:
-    """FLOPs per second at most, and where the figure is from: a data sheet, or a product of matrices timed here."""
+def peak_flops(device: torch.device) -> tuple[float, str]:
+    """Highest FLOPs per second, and where the figure comes from: a data sheet, or timed here."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, figure in PEAKS:
             if known in name:
                 return figure, f"{known}, dense bfloat16, by its data sheet"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _measured_peak(
-        device, dtype
-    ), f"a {str(dtype).removeprefix('torch.')} product of matrices, timed here"
+    dtype_name = str(dtype).removeprefix("torch.")
+    return _time_products(device, dtype), f"a {dtype_name} product of matrices, timed here"
 
 
-def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The fastest of some products."""
+def _time_products(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of the fastest of six matrix products."""
     n = 8192 if device.type == "cuda" else 1024
-    matrix, best = torch.randn(n, n, device=device, dtype=dtype), float("inf")
+    matrix = torch.randn(n, n, device=device, dtype=dtype)
+    best = float("inf")
     for _ in range(6):
-        synchronise(device)
+        synchronize(device)
         began = time.perf_counter()
         torch.mm(matrix, matrix)
-        synchronise(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2 * n**3 / best
 
 
 def free_bytes(device: torch.device) -> float:
-    """What the device, or this machine's memory, has to give."""
+    """Bytes that are free on the device, or available in this machine's memory."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:
-        line = next(
-            line
-            for line in Path("/proc/meminfo").read_text().splitlines()
-            if line.startswith("MemAvailable")
-        )
-    except (OSError, StopIteration):  # no Linux: the memory that there is
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return float(line.split()[1]) * 1024.0
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    for line in lines:
+        if line.startswith("MemAvailable"):
+            return float(line.split()[1]) * 1024.0
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for all work of a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

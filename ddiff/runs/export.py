@@ -1,4 +1,4 @@
-"""A trained run's weights as one safetensors file, for readers that know no checkpoints."""
+"""Export of a trained run's weights to one safetensors file, which needs no ddiff to read."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ from ddiff import __version__
 from ddiff.errors import ArgumentError
 from ddiff.run_dir.destination import check_destination, write_file
 from ddiff.run_dir.identity import check_recorded
-from ddiff.runs.directory import checkpoints_of
+from ddiff.runs.directory import open_checkpoints
 
 Weights = Literal["auto", "ema", "trained"]
 _LONGEST_HEADER = 1 << 27
 
 
 def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto") -> dict[str, str]:
-    """Write the newest checkpoint's weights, whole and under every name, whatever number of processes wrote it.
+    """Write the weights of the newest checkpoint, whole, however many processes trained them.
 
-    `file` is a local path or any address that fsspec writes; a file that an export wrote before is replaced. `weights`: the
-    moving average ("ema"), those that were "trained", or "auto", the average where the run keeps one. The file's metadata
-    are returned: which weights, step, fingerprints, and the version of ddiff. Raises CheckpointError where there is no such
-    checkpoint, ArgumentError where the file must not be written.
+    Args:
+        run_dir: a trained run.
+        file: a local path, or any that fsspec writes; only an earlier export is overwritten.
+        weights: "trained" as they are, "ema" their exponential moving average, "auto" the average
+            if the run has one.
+
+    Returns the metadata of the file: which weights, step, fingerprints, version of ddiff. Raises
+    CheckpointError if there is no such checkpoint, ArgumentError if the file must not be written.
     """
     from ddiff.checkpoint.dcp_storage import write_tensors
 
     if Path(file).suffix != ".safetensors":
         raise ArgumentError(
-            f"export: what is written is a safetensors file, and readers go by its name; got {file}. Name it "
-            f"{Path(file).name}.safetensors."
+            "export: the file is in the safetensors format, and readers go by its name; got "
+            f"{file}. Name it {Path(file).name}.safetensors."
         )
-    newest = checkpoints_of(Path(run_dir)).newest()
-    assert newest is not None
+    newest = open_checkpoints(Path(run_dir)).newest()
+    assert newest is not None  # `open_checkpoints` refuses a run without one
     check_recorded(Path(run_dir), newest.state)
     target = check_destination(file, "export", owned=_is_export)
     average = weights == "ema" or (weights == "auto" and bool(newest.state.get("ema")))
@@ -41,8 +45,9 @@ def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto")
         "weights": "ema" if average else "trained",
         "step": str(newest.step),
         "ddiff": __version__,
-        **{f"{name} fingerprint": value for name, value in newest.state["fingerprints"].items()},
     }
+    for name, value in newest.state["fingerprints"].items():
+        metadata[f"{name} fingerprint"] = value
     tensors = newest.weights(average=average)
     write_file(target, lambda sink: write_tensors(sink, tensors, metadata))
     return metadata

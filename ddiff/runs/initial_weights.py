@@ -19,6 +19,7 @@ from ddiff.recipe.resolve import read_recipe
 from ddiff.recipe.schema import InitKeys
 from ddiff.run_dir.files import CHECKPOINTS, RECIPE, TOKENIZER, VOCABULARY
 from ddiff.run_dir.identity import check_fingerprints, check_recorded
+from ddiff.runs.build import build_head
 
 
 def check_source(run_dir: str) -> Path:
@@ -32,7 +33,9 @@ def check_source(run_dir: str) -> Path:
     return directory
 
 
-def started(denoiser: Denoiser, tokenizer: Tokenizer, init: InitKeys) -> dict[str, Any]:
+def load_initial_weights(
+    denoiser: Denoiser, tokenizer: Tokenizer, init: InitKeys
+) -> dict[str, Any]:
     """Load what [train] init asks for into the denoiser; what was taken, for the record."""
     if init.run is None:
         return start_from_model(denoiser, tokenizer, str(init.model))
@@ -74,11 +77,8 @@ def start_from_run(
         directory, newest.state, kept, f"Restore the files of {directory} from a copy.", kept
     )
     weights = newest.weights()
-    assert recipe.head is not None
     width = weights["head.table"].shape[-1] if "head.table" in weights else denoiser.head.width
-    source = Source(
-        run_dir, weights, vocabulary, recipe.head.build(vocabulary=vocabulary, width=width)
-    )
+    source = Source(run_dir, weights, vocabulary, build_head(recipe, vocabulary, width))
     taken = carried(denoiser, source, parts)
     denoiser.load_state_dict(taken.weights)
     return {

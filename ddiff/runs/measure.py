@@ -1,7 +1,8 @@
-"""`ddiff run --dry-run --measure N`: what a recipe costs, by counting and by its first N steps, which leave nothing behind.
+"""Measured cost of a recipe: `ddiff run --dry-run --measure N`.
 
-The steps are those of one process with its share of every batch. Text that is not here (nothing is fetched) is stood in for
-by random tokens of the recipe's vocabulary.
+Parameters, logits and FLOPs are counted; memory and speed are measured over the first N training
+steps of one process, with its share of every batch, in a temporary directory. Nothing is
+downloaded: random tokens of the recipe's vocabulary replace a text that is not on this machine.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 from typing import NamedTuple, final
 
 import numpy as np
@@ -19,81 +20,83 @@ import torch
 from torch import Tensor, nn
 
 from ddiff.core.rng import CounterRng
+from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.batch import Batch
-from ddiff.data.conditions import Conditions
-from ddiff.data.packing import Rows, batch_rows, pack_ids
+from ddiff.data.packing import PackedRows, batch_rows, pack_ids
 from ddiff.data.tokenizer import AlphabetTokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import UNPADDED, Context, Denoiser
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import parse_recipe
-from ddiff.runs.build import Overrides, build_backend, build_objective, outlined
+from ddiff.runs.build import assemble, build_backend
 from ddiff.runs.cost import (
     TRAINING,
     Footprint,
     Parameters,
-    counted,
-    flops,
+    count_flops,
+    count_logits,
     free_bytes,
-    gathered,
+    gathered_bytes,
     num_bytes,
-    peak,
+    peak_flops,
 )
-from ddiff.runs.peak_memory import Rise
-from ddiff.runs.run import Run, build_run
+from ddiff.runs.data import RunData, RunText
+from ddiff.runs.peak_memory import MemoryRise
+from ddiff.runs.run import Run
+from ddiff.runs.session import TrainingSession
 from ddiff.training.device import get_device
-from ddiff.training.metrics import FILE as METRICS
 from ddiff.training.metrics import StepRecord
 from ddiff.training.protocols import Objective
 from ddiff.training.trainer import Trainer
 
 STAND_IN_ROWS = 4096
-GROUPS = 16  # of rows, over which the first loss is expected
-GROUP_LOGITS = 2**25  # that a group may want: a second on a CPU
-ROUNDING = (
-    1e-3  # by which the first loss may miss the head's first law, relative: sums in another order
-)
-COPIES = 4  # of the parameters that training holds at least, with AdamW: themselves, gradients, two moments
+GROUPS = 16  # groups of rows over which the expected first loss is averaged
+GROUP_LOGITS = 2**25  # logits of a group: a second on a CPU
+ROUNDING = 1e-3  # relative error of the first loss, whose terms are summed in another order
+COPIES = 4  # of the parameters, with AdamW: themselves, their gradients, two moments
 
 
 class Cost(NamedTuple):
-    """By counting. FLOPs are of a forward, per token; bytes are of one process that holds everything."""
+    """Counted cost. FLOPs are those of a forward pass, per token.
+
+    Bytes are those of one process that holds everything.
+    """
 
     parameters: Parameters
-    trunk_flops: float
+    backbone_flops: float
     head_flops: float
     logits: float  # per token
     footprint: Footprint
-    gathered: int  # bytes that are gathered at once where the model is sharded
+    gathered: int  # bytes that a sharded model holds gathered at once
     checkpoint: float
 
     @property
     def flops(self) -> float:
-        """Of training, per token."""
-        return TRAINING * (self.trunk_flops + self.head_flops)
+        """FLOPs of training, per token."""
+        return TRAINING * (self.backbone_flops + self.head_flops)
 
 
 class Pace(NamedTuple):
-    """By the clock, of one process on one device."""
+    """Measured speed of one process on one device."""
 
     tokens_per_second: float
     step_seconds: float
-    peak: float
+    peak: float  # FLOPs per second that the device can do at most
     peak_from: str
 
 
-class FirstLaw(NamedTuple):
-    """The loss of the head's first law, no network asked, in nats per token."""
+class InitialLoss(NamedTuple):
+    """Loss of the head's initial distribution, in nats per token, without a backbone."""
 
     mean: float  # over rows, times and noise
-    error: float  # of that mean
-    spread: float  # of one step's loss about it
+    error: float  # standard error of that mean
+    spread: float  # standard deviation of one step's loss
     there: float  # on the rows, times and noise of the first step
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A recipe and what was found; `stand_in` says why its text is stood in for, empty where it is not."""
+    """A recipe with its cost; `stand_in` says why random tokens replaced its text, or is empty."""
 
     recipe: Recipe
     device: torch.device
@@ -102,261 +105,294 @@ class Measurement:
     cost: Cost
     pace: Pace
     first_loss: float
-    first_law: FirstLaw | None  # None: the run begins with other weights
+    initial: InitialLoss | None  # None: the run begins with other weights
     unigram: float  # nats per token
 
     @property
     def mfu(self) -> float:
+        """Model FLOPs utilization: the share of the device's peak that training uses."""
         return self.cost.flops * self.pace.tokens_per_second / self.pace.peak
 
     @property
     def is_off(self) -> bool:
-        """Whether the first loss is another than the head's first law has on the same rows, times and noise."""
-        if self.first_law is None:
+        """Whether the first loss is not that of the initial distribution on the same draws."""
+        if self.initial is None:
             return False
-        return not abs(self.first_loss - self.first_law.there) <= ROUNDING * max(
-            1.0, abs(self.first_law.there)
-        )
+        allowed = ROUNDING * max(1.0, abs(self.initial.there))
+        return not abs(self.first_loss - self.initial.there) <= allowed  # also for NaN
 
 
 def measure(recipe: Recipe, count: int) -> Measurement:
-    """Build the recipe as one of its processes, take `count` training steps in a place of their own, and count."""
+    """Train `count` steps of the recipe as one of its processes, and count what they cost."""
     with tempfile.TemporaryDirectory(prefix="ddiff-measure-") as directory:
-        alone = _alone(recipe, directory)
-        _check_room(alone)
-        run, stand_in = _built(alone)
-        run.begin()
-        first_law, trunk_flops = _first_law(run), _trunk_flops(run)
-        run.distribute()
-        head, trainer = run.denoiser.head, run.trainer()
-        with counted(head) as logits:
-            steps, rise = _stepped(trainer, count)
-        tokens = sum(step["tokens"] for step in steps)
-        denoiser = run.denoiser
-        footprint = Footprint(
-            parameters=num_bytes(list(denoiser.parameters())),
-            gradients=num_bytes(
-                [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-            ),
-            optimizer=num_bytes(trainer.optimizer.state_dict()),
-            average=num_bytes(trainer.average.weights) if trainer.average else 0,
-            activations=rise,
-        )
-        cost = Cost(
-            parameters=Parameters.of(denoiser),
-            trunk_flops=trunk_flops,
-            head_flops=2.0 * head.width * logits.count / tokens,
-            logits=logits.count / tokens,
-            footprint=footprint,
-            gathered=gathered(denoiser),
-            checkpoint=num_bytes(dict(denoiser.state_dict()))
-            + footprint.optimizer
-            + footprint.average,
-        )
-        return Measurement(
-            recipe=recipe,
-            device=run.backend.device,
-            stand_in=stand_in,
-            num_tokens=run.vocabulary.num_tokens,
-            cost=cost,
-            pace=_pace(steps, run.backend.device),
-            first_loss=steps[0]["train_loss"],
-            first_law=first_law,
-            unigram=_unigram(run),
-        )
+        single = _single_process(recipe, directory)
+        _check_memory(single)
+        session, stand_in = _open_session(single)
+        with session:
+            session.initialize_weights()
+            return _measure_session(recipe, session, count, stand_in)
 
 
-def _alone(recipe: Recipe, directory: str) -> Recipe:
-    """The recipe of one of its processes, with that one's share of the batch."""
-    share = recipe.train.batch // recipe.backend_keys.processes
-    settings = [f"run_dir={json.dumps(directory)}", f"train.batch={share}", "tracker=none"]
-    return parse_recipe(
-        recipe.to_toml(), recipe.name, [*settings, "backend.kind=single", "backend.processes=1"]
+def _single_process(recipe: Recipe, directory: str) -> Recipe:
+    """Recipe of one of the processes, with its share of the batch."""
+    settings = [
+        f"run_dir={json.dumps(directory)}",
+        f"train.batch={recipe.train.batch // recipe.backend_keys.processes}",
+        "tracker=none",
+        "backend.kind=single",
+        "backend.processes=1",
+    ]
+    return parse_recipe(recipe.to_toml(), recipe.name, settings)
+
+
+def _measure_session(
+    recipe: Recipe, session: TrainingSession, count: int, stand_in: str
+) -> Measurement:
+    run = session.run
+    initial = _initial_loss(session)
+    backbone_flops = _backbone_flops(session)
+    session.distribute()
+    trainer = session.trainer()
+    with count_logits(run.denoiser.head) as logits:
+        steps, rise = _train_steps(trainer, count)
+    tokens = sum(step.tokens for step in steps)
+    footprint = _footprint(run.denoiser, trainer, rise)
+    weights = num_bytes(dict(run.denoiser.state_dict()))
+    cost = Cost(
+        parameters=Parameters.of(run.denoiser),
+        backbone_flops=backbone_flops,
+        head_flops=2.0 * run.denoiser.head.width * logits.total / tokens,
+        logits=logits.total / tokens,
+        footprint=footprint,
+        gathered=gathered_bytes(run.denoiser),
+        checkpoint=weights + footprint.optimizer + footprint.average,
+    )
+    return Measurement(
+        recipe=recipe,
+        device=run.device,
+        stand_in=stand_in,
+        num_tokens=run.vocabulary.num_tokens,
+        cost=cost,
+        pace=_pace(steps, run.device),
+        first_loss=steps[0].loss,
+        initial=initial,
+        unigram=_unigram_entropy(run),
     )
 
 
-def _check_room(recipe: Recipe) -> None:
-    """ArgumentError where the parameters alone, as training holds them, have no room."""
+def _footprint(denoiser: Denoiser, trainer: Trainer, rise: float) -> Footprint:
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    average = trainer.average
+    return Footprint(
+        parameters=num_bytes(list(denoiser.parameters())),
+        gradients=num_bytes(trained),
+        optimizer=num_bytes(trainer.optimizer.state_dict()),
+        average=num_bytes(average.weights) if average else 0,
+        activations=rise,
+    )
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def _check_memory(recipe: Recipe) -> None:
+    """Raise ArgumentError if training cannot hold the parameters, or the activations of a step."""
     vocabulary = recipe.vocabulary.preview(num_tokens=recipe.tokenizer.preview())
     if vocabulary is None:
         return
-    denoiser = outlined(recipe, vocabulary)
+    denoiser = assemble(recipe, vocabulary, torch.device("meta")).denoiser
     backend = build_backend(recipe)
-    needed, free = COPIES * num_bytes(list(denoiser.parameters())), free_bytes(backend.device)
+    needed = COPIES * num_bytes(list(denoiser.parameters()))
+    free = free_bytes(backend.device)
     backend.close()
     rows = recipe.train.batch // recipe.train.accumulate
-    kept: float = (
-        0
-        if recipe.backend_keys.activation_checkpointing
-        else rows * _kept_of_a_row(denoiser, recipe.length)
-    )
-    if denoiser.precision is not None:  # products are kept in half the bytes
+    kept = 0.0
+    if not recipe.backend_keys.activation_checkpointing:
+        kept = float(rows * _saved_bytes_per_row(denoiser, recipe.length))
+    if denoiser.precision is not None:  # matrix products are saved in half the bytes
         kept /= 2
     if needed <= free < needed + kept:
+        batch = max(1, int(rows * (free - needed) / (2 * kept)))
         raise ArgumentError(
-            f"--measure: {recipe.name} keeps about {kept / 2**30:.1f} GiB for the backward of {rows} rows at a time, "
-            f"beside {needed / 2**30:.1f} GiB of parameters, gradients and moments; {backend.device} has "
-            f"{free / 2**30:.1f} GiB free. Measure fewer at a time: --set train.accumulate=N, more processes, or "
-            f"--set backend.processes=1 --set train.batch={max(1, int(rows * (free - needed) / (2 * kept)))}."
+            f"--measure: {recipe.name} keeps about {kept / 2**30:.1f} GiB for the backward of "
+            f"{rows} rows at a time, next to {needed / 2**30:.1f} GiB of parameters, gradients and "
+            f"moments; {backend.device} has {free / 2**30:.1f} GiB free. Measure fewer at a time: "
+            "--set train.accumulate=N, more processes, or "
+            f"--set backend.processes=1 --set train.batch={batch}."
         )
     if needed > free:
         raise ArgumentError(
-            f"--measure: {recipe.name} has {Parameters.of(denoiser).total:,} parameters, which with gradients and the two "
-            f"moments of AdamW take {needed / 2**30:.1f} GiB; {backend.device} has {free / 2**30:.1f} GiB free. Measure "
-            "where there is more, or a part of it: --set denoiser.layers=2."
+            f"--measure: {recipe.name} has {Parameters.of(denoiser).total:,} parameters, which "
+            f"with gradients and the two moments of AdamW take {needed / 2**30:.1f} GiB; "
+            f"{backend.device} has {free / 2**30:.1f} GiB free. Measure where there is more, or a "
+            "part of it: --set denoiser.layers=2."
         )
 
 
-def _kept_of_a_row(denoiser: Denoiser, length: int) -> int:
-    """Bytes that the trunk keeps of a row for its backward, without what attention may spare; 0 where nobody can tell."""
-    weights = {parameter.untyped_storage()._cdata for parameter in denoiser.parameters()}
-    kept: dict[int, Tensor] = {}
+def _saved_bytes_per_row(denoiser: Denoiser, length: int) -> int:
+    """Count the bytes that the backbone saves of one row for its backward pass.
 
-    def keep(tensor: Tensor) -> Tensor:
+    Attention scores are left out, since fused attention does not save them. Returns 0 if the
+    backbone cannot run on the meta device.
+    """
+    weights = {parameter.untyped_storage()._cdata for parameter in denoiser.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def save(tensor: Tensor) -> Tensor:
         if tensor.shape[-2:] != (length, length):
-            kept[tensor.untyped_storage()._cdata] = (
-                tensor  # held, so that no other storage has its number
-            )
+            # held, so that no later storage gets the same address
+            saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     device = get_device(denoiser)
-    ids, t = (
-        torch.zeros(1, length, dtype=torch.long, device=device),
-        torch.zeros(1, length, device=device).double(),
-    )
+    ids = torch.zeros(1, length, dtype=torch.long, device=device)
+    t = torch.zeros(1, length, device=device).double()
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             denoiser.backbone(ids, t, UNPADDED)
-    except (
-        NotImplementedError,
-        RuntimeError,
-    ):  # a trunk that computes with values, and has none here
+    except (NotImplementedError, RuntimeError):  # the backbone computes with values
         return 0
-    return sum(
-        tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights
-    )
+    sizes = [
+        tensor.untyped_storage().nbytes()
+        for storage, tensor in saved.items()
+        if storage not in weights
+    ]
+    return sum(sizes)
 
 
-# ------------------------------------------------------------------ text
+# ---------------------------------------------------------------------- text
 
 
-def _built(recipe: Recipe) -> tuple[Run, str]:
-    """The run, and why its text is stood in for."""
+def _open_session(recipe: Recipe) -> tuple[TrainingSession, str]:
+    """Open a session on the recipe's text, or on random tokens; also why they replace the text."""
     try:
-        return build_run(recipe, Overrides()), ""
+        return TrainingSession.open(recipe), ""
     except (DataError, OSError) as error:
         num_tokens = recipe.tokenizer.preview()
         vocabulary = recipe.vocabulary.preview(num_tokens=num_tokens)
         if num_tokens is None or vocabulary is None:
             raise
         reason = str(error).partition("\n")[0]
+    # no other run's weights: its tokenizer is another one
     without_init = replace(recipe, train=recipe.train.model_copy(update={"init": None}))
-    run = Run(without_init, _symbols(num_tokens), vocabulary, Overrides(), build_backend(recipe))
-    rows = _random_rows(num_tokens, recipe.length, recipe.seed)
-    none = Conditions({})
-    vars(run).update(
-        train_rows=rows, validation_rows=rows, train_conditions=none, validation_conditions=none
-    )
-    return run, reason
+    return _open_stand_in(without_init, vocabulary), reason
 
 
-def _symbols(num_tokens: int) -> AlphabetTokenizer:
-    """Some tokenizer of that size: no text is read."""
+def _open_stand_in(recipe: Recipe, vocabulary: Vocabulary) -> TrainingSession:
+    backend = build_backend(recipe)
+    model = assemble(recipe, vocabulary, backend.device)
+    data = RunData(RandomText(recipe, vocabulary.num_tokens))
+    return TrainingSession(Run(recipe, model, data), backend)
+
+
+class RandomText(RunText):
+    """Rows of random tokens, with the frequencies of words in a text."""
+
+    def __init__(self, recipe: Recipe, num_tokens: int) -> None:
+        super().__init__(recipe, _alphabet(num_tokens))
+        self.num_tokens = num_tokens
+
+    @cached_property
+    def train_rows(self) -> PackedRows:
+        """Rows of independent tokens that follow Zipf's law."""
+        random = np.random.default_rng(self.recipe.seed)
+        share = 1.0 / (np.arange(self.num_tokens) + 2.7)
+        order = random.permutation(self.num_tokens)
+        shape = (STAND_IN_ROWS, self.recipe.length)
+        ranks = random.choice(self.num_tokens, shape, p=share / share.sum())
+        return pack_ids(order[ranks], self.num_tokens)
+
+    @cached_property
+    def validation_rows(self) -> PackedRows:
+        return self.train_rows
+
+
+def _alphabet(num_tokens: int) -> AlphabetTokenizer:
+    """A tokenizer of that size; it encodes nothing, as there is no text."""
     surrogates = range(0xD800, 0xE000)
     codes = (code for code in range(num_tokens + len(surrogates)) if code not in surrogates)
     return AlphabetTokenizer([chr(code) for code, _ in zip(codes, range(num_tokens))])
 
 
-def _random_rows(num_tokens: int, length: int, seed: int) -> Rows:
-    """Rows of independent tokens that are as unequally frequent as words (Zipf's law)."""
-    random = np.random.default_rng(seed)
-    share = 1.0 / (np.arange(num_tokens) + 2.7)
-    ids = random.permutation(num_tokens)[
-        random.choice(num_tokens, (STAND_IN_ROWS, length), p=share / share.sum())
-    ]
-    return pack_ids(ids, num_tokens)
-
-
-def _unigram(run: Run) -> float:
-    """Nats per token of the training text under its own counts, each raised by one: what a bound starts from."""
-    counts = run.train_rows.token_counts()
+def _unigram_entropy(run: Run) -> float:
+    """Nats per token of the training text under its own counts, each raised by one."""
+    counts = run.data.train_rows.token_counts()
     log_share = np.log(counts + 1.0) - np.log(counts.sum() + len(counts))
     return -float((counts * log_share).sum() / counts.sum())
 
 
-# ------------------------------------------------------------------ steps
+# ---------------------------------------------------------------------- steps
 
 
 @final
 class MemoryWatch:
-    """Bytes by which memory rises above what is held after the first `window` steps."""
+    """Measures how far memory rises above what is held after the first `window` steps."""
 
     def __init__(self, device: torch.device, window: int, last: int) -> None:
         self.device = device
         self.window = window
         self.last = last
-        self.rise: Rise | None = None
+        self.rise: MemoryRise | None = None
         self.bytes = 0.0
+        self.records: list[StepRecord] = []
 
     def on_step(self, record: StepRecord) -> None:
+        self.records.append(record)
         if self.rise is None and record.step == self.window:
-            self.rise = Rise(self.device)  # the optimizer has its state now, and stays as large
+            self.rise = MemoryRise(
+                self.device
+            )  # the optimizer has its state now, and stays as large
         if self.rise is not None and record.step == self.last:
             self.bytes = self.rise.bytes()
 
 
-def _stepped(trainer: Trainer, count: int) -> tuple[list[dict[str, float]], float]:
-    """The lines of the first steps in metrics.jsonl, and the bytes by which memory rises above what stands between two."""
+def _train_steps(trainer: Trainer, count: int) -> tuple[list[StepRecord], float]:
+    """Train the first steps; their records, and the bytes that a step needs above what stays."""
     window = _window(count)
     watch = MemoryWatch(trainer.backend.device, window, count)
     trainer.settings = replace(
         trainer.settings,
-        steps=count + 1,  # no step is the last, so nothing is saved
+        steps=count + 1,  # no step is the last one, so that no checkpoint is saved
         log_every=window,
         checkpoint_every=count + 1,
     )
     trainer.fit(max_steps=count, on_step=watch.on_step)
-    lines = Path(trainer.run_dir, METRICS).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines], watch.bytes
+    return watch.records, watch.bytes
 
 
 def _window(count: int) -> int:
-    """Steps between two looks at the figures, for which a device must be waited: a quarter of all if that divides them."""
+    """Steps between two reports: a quarter of all, or 1 if that is no whole number.
+
+    The host waits for the device at each report, so few of them disturb the measurement.
+    """
     return count // 4 if count % 4 == 0 else 1
 
 
-def _pace(steps: Sequence[Mapping[str, float]], device: torch.device) -> Pace:
-    """The mean step once the first quarter has warmed up: a step whose figures are read waits for those before it."""
+def _pace(steps: Sequence[StepRecord], device: torch.device) -> Pace:
+    """Average the steps after the first quarter, which warms up."""
     timed = steps[max(1, len(steps) // 4) :] or steps
-    seconds = sum(step["seconds"] for step in timed)
-    return Pace(
-        sum(step["tokens"] for step in timed) / seconds, seconds / len(timed), *peak(device)
-    )
+    seconds = sum(step.seconds for step in timed)
+    tokens = sum(step.tokens for step in timed)
+    return Pace(tokens / seconds, seconds / len(timed), *peak_flops(device))
 
 
-def _trunk_flops(run: Run) -> float:
-    """FLOPs of the trunk per token in one forward, as an objective runs it."""
-    batch = batch_rows(
-        run.train_rows, np.arange(2), index=np.arange(2), conditions=run.train_conditions
-    )
-    with flops() as counter, counted(run.denoiser.head) as logits:
-        _loss(
-            run,
-            run.objective,
-            batch,
-            CounterRng(run.recipe.seed, 0, batch.index, run.recipe.length),
-            slots=2,
-        )
-    return (counter.get_total_flops() - 2.0 * run.denoiser.head.width * logits.count) / int(
-        batch.scored.sum()
-    )
+def _backbone_flops(session: TrainingSession) -> float:
+    """FLOPs of the backbone per token, in one forward pass of the objective."""
+    run = session.run
+    data = run.data
+    rows = np.arange(2)
+    batch = batch_rows(data.train_rows, rows, index=rows, conditions=data.train_conditions)
+    with count_flops() as counter, count_logits(run.denoiser.head) as logits:
+        _loss(run.objective, batch, session.rng_at(0, batch), slots=2)
+    of_head = 2.0 * run.denoiser.head.width * logits.total
+    return (counter.get_total_flops() - of_head) / int(batch.scored.sum())
 
 
-# ------------------------------------------------------------------ the first loss
+# ---------------------------------------------------------------------- the first loss
 
 
-class Blank(nn.Module):
-    """A trunk that says nothing: hidden states [B,L,1] of zeros."""
+class ZeroBackbone(nn.Module):
+    """A backbone whose hidden states [B,L,1] are zero."""
 
     width = 1
     reads_time = False
@@ -365,86 +401,67 @@ class Blank(nn.Module):
         return torch.zeros(*ids.shape, 1, device=ids.device)
 
 
-def _first_law(run: Run) -> FirstLaw | None:
-    """None where the head's table has come from elsewhere.
+def _initial_loss(session: TrainingSession) -> InitialLoss | None:
+    """Estimate the loss before any training; None if the head begins with other weights.
 
-    A head begins with a table of zeros: its law is that of its biases, whatever the trunk says, and can be had without one.
+    A head begins with a table of zeros. Its distribution is then that of its biases, whatever the
+    hidden states, so it can be had without the backbone.
     """
-    head = run.denoiser.head
-    if bool(head.table.any()):
+    run = session.run
+    if bool(run.denoiser.head.table.any()):
         return None
-    objective = _blank_objective(run)
-    rows, length = len(run.train_rows), run.recipe.length
-    size = max(
-        1,
-        min(
-            rows // GROUPS,
-            run.recipe.train.batch,
-            GROUP_LOGITS // (length * run.vocabulary.num_tokens),
-        ),
-    )
+    recipe = run.recipe
+    data = run.data
+    objective = _biases_only(run)
+    rows = len(data.train_rows)
+    fitting = GROUP_LOGITS // (recipe.length * run.vocabulary.num_tokens)
+    size = max(1, min(rows // GROUPS, recipe.train.batch, fitting))
     losses = []
     for group in range(GROUPS):
         numbers = (np.arange(size) + group * size) % rows
         batch = batch_rows(
-            run.train_rows, numbers, index=np.arange(size), conditions=run.train_conditions
+            data.train_rows, numbers, index=np.arange(size), conditions=data.train_conditions
         )
-        losses.append(
-            _loss(
-                run,
-                objective,
-                batch,
-                CounterRng(run.recipe.seed + 1, group, batch.index, length),
-                slots=size,
-            )
-        )
+        rng = CounterRng(recipe.seed + 1, group, batch.index, recipe.length)
+        losses.append(_loss(objective, batch, rng, slots=size))
     deviation = statistics.stdev(losses)
-    spread = deviation * (size / run.recipe.train.batch) ** 0.5
-    return FirstLaw(
-        statistics.fmean(losses), deviation / GROUPS**0.5, spread, _first_step(run, objective)
+    return InitialLoss(
+        mean=statistics.fmean(losses),
+        error=deviation / GROUPS**0.5,
+        spread=deviation * (size / recipe.train.batch) ** 0.5,
+        there=_first_step_loss(session, objective),
     )
 
 
-def _blank_objective(run: Run) -> Objective:
-    """The recipe's objective on the head's first law."""
-    assert run.recipe.head is not None
-    head = run.recipe.head.build(vocabulary=run.vocabulary, width=Blank.width)
-    biases = {
-        name: value for name, value in run.denoiser.head.state_dict().items() if name != "table"
-    }
-    head.load_state_dict(biases, strict=False)
-    blank = Denoiser(Blank(), head, run.recipe.denoiser_keys.given).to(run.backend.device)
-    return build_objective(run.recipe, run.process, blank)
+def _biases_only(run: Run) -> Objective:
+    """The recipe's objective on a head that has the run's biases, and on no backbone."""
+    model = assemble(
+        run.recipe, run.vocabulary, run.device, process=run.process, backbone=ZeroBackbone()
+    )
+    state = run.denoiser.head.state_dict()
+    biases = {name: value for name, value in state.items() if name != "table"}
+    model.denoiser.head.load_state_dict(biases, strict=False)
+    return model.objective
 
 
-def _first_step(run: Run, objective: Objective) -> float:
-    """The loss on all of the first step's rows, with its times and noise."""
-    keys, trainer = run.recipe.train, run.trainer()
-    batches = [trainer.batch_at(0, micro) for micro in range(keys.accumulate)]
+def _first_step_loss(session: TrainingSession, objective: Objective) -> float:
+    """Loss on all rows of the first step, with its times and noise."""
+    keys = session.recipe.train
+    batches = [session.data.batch_at(0, micro) for micro in range(keys.accumulate)]
     tokens = sum(int(batch.scored.sum()) for batch in batches)
-    return sum(
-        _loss(run, objective, batch, trainer.rng_at(0, batch), keys.batch, tokens)
-        for batch in batches
-    )
+    losses = [
+        _loss(objective, batch, session.rng_at(0, batch), keys.batch, tokens) for batch in batches
+    ]
+    return sum(losses)
 
 
 @torch.no_grad()
 def _loss(
-    run: Run,
-    objective: Objective,
-    batch: Batch,
-    rng: CounterRng,
-    slots: int,
-    tokens: int | None = None,
+    objective: Objective, batch: Batch, rng: CounterRng, slots: int, tokens: int | None = None
 ) -> float:
-    """An objective's loss on some rows, over its own count or over `tokens`."""
-    own = {
-        name: torch.as_tensor(count, dtype=torch.float64)
-        for name, count in objective.counts(batch).items()
-    }
-    counts = (
-        own
-        if tokens is None
-        else {name: torch.full_like(count, tokens) for name, count in own.items()}
-    )
+    """Loss of an objective on some rows, divided by its own counts or by `tokens`."""
+    counts = {}
+    for name, count in objective.counts(batch).items():
+        own = torch.as_tensor(count, dtype=torch.float64)
+        counts[name] = own if tokens is None else torch.full_like(own, tokens)
     return float(objective(batch, rng, counts, slots).loss)

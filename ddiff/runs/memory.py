@@ -1,7 +1,7 @@
-"""Whether a run fits into memory, by its recipe: a lower bound of what must be held, against what the machine has.
+"""Lower bound of the memory that a run needs, compared with what the machine has.
 
-Refusing needs a lower bound, so that no run is refused that would have fitted. `ddiff run --dry-run --measure` measures
-what a run takes.
+A lower bound never refuses a run that would fit. `ddiff run --dry-run --measure` measures what a
+run needs in fact.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe.model import Recipe
 
-TIME = 8  # bytes of the float64 time that every position has
-STEP = 32  # bytes of a Python float in a list of times
+TIME_BYTES = 8  # of the float64 time of each position
+STEP_BYTES = 32  # of a Python float in the list of a sampler's times
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes that one device must hold at least: `standing` all the time, `rows` while a step is computed."""
+class MemoryNeed:
+    """Bytes that one device must hold at least.
+
+    `standing` is held all the time, `rows` while a step is computed, `sampling` while sampling.
+    """
 
     parameters: int
     standing: float
@@ -38,63 +42,82 @@ class Need:
 
 
 def check_memory(recipe: Recipe, denoiser: Denoiser | None) -> str:
-    """The verdict in words; ArgumentError where the run cannot fit. `denoiser` may be on the meta device, or unknown."""
-    need, room = need_of(recipe, denoiser), memory_of(device_named(recipe.backend_keys.device))
-    held = f"{_bytes(need.total)} of memory at least, of {_bytes(room)}"
+    """Return the verdict in words; ArgumentError if the run cannot fit.
+
+    `denoiser` may be on the meta device, or None if its size is not known yet.
+    """
+    need = estimate_need(recipe, denoiser)
+    room = total_memory(device_named(recipe.backend_keys.device))
+    amount = f"{_format_bytes(need.total)} of memory at least, of {_format_bytes(room)}"
+    sizes = _describe_sizes(recipe, need)
     if need.total > room:
         raise ArgumentError(
-            f"{recipe.name} does not fit into memory: {_sizes(recipe, need)} need {held}. Take a smaller [denoiser], "
-            "[train] batch (or more accumulate), [data] length, [sample] steps or batch."
+            f"{recipe.name} does not fit into memory: {sizes} need {amount}. Take a smaller "
+            "[denoiser], [train] batch (or more accumulate), [data] length, [sample] steps or "
+            "batch."
         )
-    fits = (
-        "fits" if denoiser is not None else "fits as far as is known before the tokens are counted"
-    )
-    return f"{fits}: {_sizes(recipe, need)}; {held}"
+    verdict = "fits"
+    if denoiser is None:
+        verdict = "fits as far as is known before the tokens are counted"
+    return f"{verdict}: {sizes}; {amount}"
 
 
-def need_of(recipe: Recipe, denoiser: Denoiser | None) -> Need:
-    """Weights, their gradients and one moment; of every row the input of each block; of sampling, times and canvas."""
-    train, sample, backend_keys = recipe.train, recipe.sample, recipe.backend_keys
-    parameters = (
-        0 if denoiser is None else sum(parameter.numel() for parameter in denoiser.parameters())
-    )
+def estimate_need(recipe: Recipe, denoiser: Denoiser | None) -> MemoryNeed:
+    """Count what cannot be avoided.
+
+    Training holds weights, gradients and one moment, and of every row the input of each block.
+    Sampling holds the weights, hidden states, times and the canvas.
+    """
+    train = recipe.train
+    sample = recipe.sample
+    processes = recipe.backend_keys.processes
+    parameters = 0
+    width = 0
+    layers = 0
+    if denoiser is not None:
+        parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+        width = int(denoiser.head.width)
+        layers = max(1, len(blocks_of(denoiser)))
     weight_bytes = 4.0 * parameters
     copies = 4 if train.ema else 3
-    shares = backend_keys.processes  # a share of each: what fsdp holds, and less than ddp does
-    width = 0 if denoiser is None else int(denoiser.head.width)
-    layers = 0 if denoiser is None else max(1, len(blocks_of(denoiser)))
-    positions = train.batch // (train.accumulate * backend_keys.processes) * recipe.length
-    drawn = min(sample.batch, sample.count) * recipe.length
-    return Need(
+    positions = train.batch // (train.accumulate * processes) * recipe.length
+    sampled = min(sample.batch, sample.count) * recipe.length
+    return MemoryNeed(
         parameters,
-        standing=copies * weight_bytes / shares,
-        rows=float(positions) * (2.0 * width * layers + TIME),  # bfloat16 at least
-        sampling=weight_bytes + float(drawn) * (2.0 * width + TIME) + float(STEP) * sample.steps,
+        standing=copies * weight_bytes / processes,  # as fsdp shards it; ddp holds more
+        rows=float(positions) * (2.0 * width * layers + TIME_BYTES),  # hidden states in bfloat16
+        sampling=weight_bytes
+        + float(sampled) * (2.0 * width + TIME_BYTES)
+        + float(STEP_BYTES) * sample.steps,
     )
 
 
-def memory_of(device: torch.device) -> float:
-    """All the memory of a GPU, or of this machine as far as this process may use it."""
+def total_memory(device: torch.device) -> float:
+    """Bytes of a GPU, or of this machine as far as its control group allows."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     machine = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
+    with suppress(OSError, ValueError):  # there is no control group, or its limit is "max"
         return min(machine, float(Path("/sys/fs/cgroup/memory.max").read_text()))
     return machine
 
 
-def _sizes(recipe: Recipe, need: Need) -> str:
+def _describe_sizes(recipe: Recipe, need: MemoryNeed) -> str:
     train = recipe.train
-    counted = f"{_short(need.parameters)} parameters, " if need.parameters else ""
-    return f"{counted}{train.steps:,} steps of {train.batch:,} x {recipe.length:,} tokens"
+    sizes = f"{train.steps:,} steps of {train.batch:,} x {recipe.length:,} tokens"
+    if need.parameters:
+        return f"{_format_count(need.parameters)} parameters, {sizes}"
+    return sizes
 
 
-def _short(count: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+def _format_count(count: float) -> str:
+    for size, letter in _PREFIXES:
         if count >= size:
             return f"{count / size:.1f} {letter}"
     return f"{count:.0f}"
 
 
-def _bytes(count: float) -> str:
-    return f"{_short(count)}B" if count >= 1e3 else f"{count:.0f} B"
+def _format_bytes(count: float) -> str:
+    if count >= 1e3:
+        return f"{_format_count(count)}B"
+    return f"{count:.0f} B"

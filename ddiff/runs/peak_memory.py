@@ -1,4 +1,4 @@
-"""How far memory rises while something runs: the allocator's figure on a GPU, the process's own on a CPU."""
+"""Rise of memory while something runs: allocated bytes on a GPU, resident bytes on a CPU."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-class Rise:
-    """From its making to `bytes`, above what was held when it was made."""
+class MemoryRise:
+    """Measures how far memory rises above what is held when the object is made."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -21,32 +22,37 @@ class Rise:
             torch.cuda.reset_peak_memory_stats(device)
             self._held = float(torch.cuda.memory_allocated(device))
         else:
-            self._held = _resident()
+            self._held = _reset_peak()
 
     def bytes(self) -> float:
+        """Peak since then minus what was held."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self._held
-        return max(0.0, _highest() - self._held)
+        return max(0.0, _resident_peak() - self._held)
 
 
-def _resident() -> float:
-    """Bytes that the process holds now, what was freed given back first; from here on `_highest` is counted anew."""
-    with suppress(OSError, AttributeError):  # glibc has it
+def _reset_peak() -> float:
+    """Reset the peak of resident memory to what is resident now, and return that in bytes."""
+    # Freed memory that malloc keeps would hide a rise of the same size. Only glibc has the call.
+    with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     try:
-        CLEAR.write_text("5")
-        return _field("VmRSS")
-    except OSError:  # no Linux: the highest so far is all that is known
-        return _highest()
+        CLEAR_REFS.write_text("5")  # 5 resets VmHWM, see proc(5)
+        return _read_status("VmRSS")
+    except OSError:  # not Linux: only the peak since the start of the process is known
+        return _resident_peak()
 
 
-def _highest() -> float:
+def _resident_peak() -> float:
     try:
-        return _field("VmHWM")
+        return _read_status("VmHWM")
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def _field(name: str) -> float:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
-    return float(line.split()[1]) * 1024.0
+def _read_status(field: str) -> float:
+    """Read a field of the process status, in bytes."""
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(field):
+            return float(line.split()[1]) * 1024.0
+    raise OSError(f"{STATUS} has no {field}")

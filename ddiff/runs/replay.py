@@ -24,8 +24,8 @@ from ddiff.run_dir.contents import classify_contents, format_names
 from ddiff.run_dir.files import CHECKPOINTS, ENVIRONMENT, RECIPE, read_json, read_text
 from ddiff.run_dir.files import REPLAY as FOLDER
 from ddiff.runs.build import Overrides
-from ddiff.runs.directory import check_directory, checkpoints_of, layout
-from ddiff.runs.run import build_run
+from ddiff.runs.directory import check_directory, describe_layout, open_checkpoints
+from ddiff.runs.session import TrainingSession
 from ddiff.training.metrics import FILE, WALL_CLOCK
 
 ROUNDING = 1e-5  # relative, of figures in another layout: float32 sums, which Muon's orthogonalisation makes tenfold
@@ -55,7 +55,7 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
     The run's own files stay as they are. Raises CheckpointError where there is nothing to do again.
     """
     directory = Path(recipe.run_dir)
-    checkpoints = checkpoints_of(directory)
+    checkpoints = open_checkpoints(directory)
     check_directory(directory, recipe, Overrides(), fresh=False)
     was = parse_recipe(read_text(directory / RECIPE), str(directory / RECIPE))
     if was.train.steps != recipe.train.steps:
@@ -65,22 +65,23 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
         )
     recorded = records(directory)
     span = chosen(checkpoints.steps(), len(recorded), steps)
-    built = build_run(recipe, Overrides())
-    there = layout(built.backend)
-    exact = (
-        there.items() <= read_json(directory / ENVIRONMENT).items()
-        and was.backend_keys == recipe.backend_keys
-    )
-    folder, leads = directory / FOLDER, built.backend.rank == 0
-    if leads:
-        _empty(folder)
-        lines = read_text(directory / FILE).splitlines(keepends=True)
-        (folder / FILE).write_text("".join(lines[: span.start]), encoding="utf-8")
-    built.backend.barrier()
-    summary = built.replay(checkpoints.load(span.start) if span.start else None, span.end, folder)
-    built.end_together()
+    folder = directory / FOLDER
+    with TrainingSession.open(recipe) as session:
+        there = describe_layout(session.backend)
+        leads = session.backend.rank == 0
+        if leads:
+            _empty(folder)
+            lines = read_text(directory / FILE).splitlines(keepends=True)
+            (folder / FILE).write_text("".join(lines[: span.start]), encoding="utf-8")
+        session.backend.barrier()
+        start = checkpoints.load(span.start) if span.start else None
+        if start is None:
+            session.initialize_weights()
+        summary = session.replay(start, span.end, folder)
     if not leads:
         return summary.exit_code
+    is_same_layout = there.items() <= read_json(directory / ENVIRONMENT).items()
+    exact = is_same_layout and was.backend_keys == recipe.backend_keys
     try:
         return summary.exit_code or _compare(directory, folder, span, recorded, exact)
     finally:

@@ -1,4 +1,7 @@
-"""The stages of a run: train, evaluate, sample, each written to its directory and not done again; and what calls them."""
+"""Stages of a run: train, evaluate, sample.
+
+Each stage writes its files to the run directory, and is skipped if they are there already.
+"""
 
 from __future__ import annotations
 
@@ -6,59 +9,40 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
-from ddiff.data.tokenizer import load_tokenizer
 from ddiff.distributed.launcher import place
-from ddiff.errors import ArgumentError, CheckpointError
-from ddiff.evaluation.baselines import Baselines
-from ddiff.evaluation.likelihood import Evaluation
+from ddiff.errors import ArgumentError
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import read_recipe
 from ddiff.run_dir.contents import delete_run
-from ddiff.run_dir.destination import check_destination, write_text
-from ddiff.run_dir.files import (
-    ENVIRONMENT,
-    EVALUATION,
-    RECIPE,
-    SAMPLES,
-    SAMPLING,
-    TOKENIZER,
-    VOCABULARY,
-    damage_error,
-    read_json,
-    read_json_lines,
-)
-from ddiff.run_dir.identity import Difference, check_recorded, recorded_overrides
-from ddiff.runs.build import (
-    Overrides,
-    backend_alone,
-    check_sampling,
-    check_tokenizer,
-)
+from ddiff.run_dir.files import SAMPLES, SAMPLING, read_json, read_json_lines
+from ddiff.runs.build import NO_OVERRIDES, Overrides
+from ddiff.runs.conditioning import check_sampling
 from ddiff.runs.directory import (
     check_directory,
-    check_writable,
-    checkpoints_of,
-    held,
-    newest_step,
+    lock_run_dir,
     print_foreign,
-    record,
-    recorded_steps,
+    read_recorded_steps,
+    record_run,
     remove_leftovers,
     tracked_names,
-    write,
+    write_run_file,
 )
-from ddiff.runs.run import Run, build_run, other_data
-from ddiff.runs.summary import print_evaluation, print_going_on, print_start, print_summary
+from ddiff.runs.evaluation_report import evaluate_once
+from ddiff.runs.loading import load
+from ddiff.runs.run import Run
+from ddiff.runs.sampling import build_sampler
+from ddiff.runs.session import TrainingSession
+from ddiff.runs.summary import print_resume, print_start, print_summary
 from ddiff.training.trainer import TrainingSummary
 
-INTERRUPTED = 128 + signal.SIGINT  # the exit code of a run that SIGINT ended
+INTERRUPTED = 128 + signal.SIGINT  # exit code of a run that SIGINT ended
 
 
 def run(
@@ -69,277 +53,165 @@ def run(
     settings: Iterable[str] = (),
     fresh: bool = False,
 ) -> Run:
-    """Train a recipe (a path, a shipped name, or one already read), or go on with it; evaluate, sample, return the run.
+    """Train, evaluate and sample as a recipe says, or resume where the run stopped.
 
-    `vocabulary` and `process` take the place of the recipe's; `settings` are `--set` texts. Raises DdiffError's family,
-    and after SIGINT (SIGTERM), once the step under way is saved, KeyboardInterrupt (SystemExit): the same call goes on.
+    Args:
+        recipe: a path, the name of a shipped recipe, or a recipe that has been read.
+        vocabulary: takes the place of the recipe's.
+        process: takes the place of the recipe's.
+        settings: `--set` texts, `key=value`.
+        fresh: delete the run in the run directory first, and start over.
+
+    Raises an error of the DdiffError family. After SIGINT it raises KeyboardInterrupt, and
+    SystemExit after SIGTERM, once the current step is saved; the same call resumes.
     """
-    if isinstance(recipe, Recipe) and tuple(settings):
-        raise ArgumentError(
-            "ddiff.run: settings go over a recipe by path or name; got them with one already read."
-        )
-    resolved = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, settings)
-    built, code = _run_stages(resolved, Overrides(vocabulary, process), fresh)
+    if isinstance(recipe, Recipe):
+        if tuple(settings):
+            raise ArgumentError(
+                "ddiff.run: settings go over a recipe by path or name; got them with one already "
+                "read."
+            )
+        resolved = recipe
+    else:
+        resolved = read_recipe(recipe, settings)
+    trained, code = _run_stages(resolved, Overrides(vocabulary, process), fresh)
     if code == INTERRUPTED:
         raise KeyboardInterrupt
-    if code:
+    if code or trained is None:
         raise SystemExit(code)
-    return built
-
-
-def load(
-    run_dir: str | Path, *, process: ForwardProcess | None = None, settings: Iterable[str] = ()
-) -> Run:
-    """A trained run with its newest weights. `process` is needed when the run was given one from Python; `settings` are
-    `--set` texts of the tables [evaluate] and [sample], which change nothing that was trained."""
-    directory = Path(run_dir)
-    newest = checkpoints_of(directory).newest()
-    assert newest is not None  # or the line above had refused
-    settings = list(settings)
-    if alien := [
-        setting for setting in settings if not setting.lstrip().startswith(("evaluate.", "sample."))
-    ]:
-        raise ArgumentError(
-            f"settings of a trained run must be a list of keys of [evaluate] or [sample], such as evaluate.draws=4; got "
-            f"{alien[0]!r}. Whatever else is changed makes another run."
-        )
-    check_recorded(directory, newest.state)
-    recipe = read_recipe(directory / RECIPE, [f"run_dir={json.dumps(str(run_dir))}", *settings])
-    given = recorded_overrides(newest.state)
-    if given is None:
-        given = read_json(directory / ENVIRONMENT).get("given", {})
-    if "process" in given and process is None:
-        raise CheckpointError(
-            f"{run_dir} was trained with a process given from Python ({given['process']}), which no recipe can name. "
-            "Load it with ddiff.load(run_dir, process=...)."
-        )
-    tokenizer = load_tokenizer(str(directory / TOKENIZER))
-    vocabulary = Vocabulary.load(str(directory / VOCABULARY))
-    check_tokenizer(tokenizer, vocabulary)
-    built = Run(recipe, tokenizer, vocabulary, Overrides(process=process), backend_alone(recipe))
-    built.check_trained_with(newest.state)
-    built.load_weights()
-    return built
+    return trained
 
 
 def run_recipe(recipe: Recipe, *, fresh: bool = False) -> int:
-    """`ddiff run`: every stage, then a summary; the exit code (130 or 143 after a signal)."""
-    _, code = _run_stages(recipe, Overrides(), fresh)
+    """`ddiff run`: all stages and a summary; return the exit code, 130 or 143 after a signal."""
+    _, code = _run_stages(recipe, NO_OVERRIDES, fresh)
     return code
 
 
-def evaluate_run(
-    run_dir: str | Path, settings: Iterable[str] = (), out: str | Path | None = None
-) -> Evaluation:
-    """`ddiff eval`: evaluate again, with `settings` over [evaluate], and write evaluation.json.
-
-    With `out` the figures go to that JSON file, and the run's own stay as they are. Raises CheckpointError when the data
-    are not those that the run was trained and evaluated with, unless `out` says where the figures of others go.
-    """
-    target = (
-        None
-        if out is None
-        else check_destination(out, "ddiff eval --out", suffix=".json", owned=_is_evaluation)
-    )
-    built = load(run_dir, settings=settings)
-    if target is None:
-        check_writable(built.run_dir)
-    changed = _changed_data(built)
-    if changed and target is None:
-        raise CheckpointError(other_data(built.run_dir, changed))
-    figures = _evaluated(built, changed_data=bool(changed))
-    if changed:
-        figures.written["changed_data"] = [str(difference) for difference in changed]
-        print(
-            f"These figures are of other data than {built.run_dir} was trained and evaluated with "
-            f"({'; '.join(map(str, changed))}): they do not belong beside its own, and text that is scored here may have "
-            "been trained on.",
-            file=sys.stderr,
-        )
-    text = json.dumps(figures.written, indent=2) + "\n"
-    if target is None:
-        write(built.run_dir / EVALUATION, text)
-    else:
-        write_text(target, text)
-    if built.recipe.train.ema:
-        print(
-            "The moving average of the weights:"
-            if built.averaged
-            else "The weights as they were trained:"
-        )
-    print_evaluation(figures.evaluation, figures.counted, built.documents.entropy_rate)
-    print(f"Written to {out if out is not None else built.run_dir / EVALUATION}")
-    return figures.evaluation
-
-
-def _is_evaluation(file: IO[bytes]) -> bool:
-    """Whether a file holds figures that `ddiff eval` wrote."""
-    try:
-        found = json.load(file)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and {"step", "weights", "protocol"} <= found.keys()
-
-
-def _changed_data(built: Run) -> list[Difference]:
-    """Which data differ from those of the checkpoint, or from those that evaluation.json speaks of."""
-    changed = built.changed_data()
-    recorded = (
-        read_json(built.run_dir / EVALUATION, allow_missing=True).get("protocol", {}).get("data")
-    )
-    if isinstance(recorded, str) and not any(
-        difference.key == "validation rows" for difference in changed
-    ):
-        was, now = recorded.partition(",")[0], built.fingerprints()["validation rows"]
-        if was != now:
-            changed.append(Difference("validation rows", was, now))
-    return changed
-
-
-def sample_run(run_dir: str | Path, count: int | None = None, **asked: Any) -> None:
-    """`ddiff sample`: JSON lines on standard output; `asked` are the arguments of `Run.sample`."""
-    for sample in load(run_dir).sample(count, **asked):
+def sample_run(run_dir: str | Path, count: int | None = None, **arguments: Any) -> None:
+    """`ddiff sample`: print JSON lines; `arguments` are those of `Run.sample`."""
+    for sample in load(run_dir).sample(count, **arguments):
         print(json.dumps(sample, ensure_ascii=not _writes_unicode()))
 
 
 def _writes_unicode() -> bool:
-    """Whether standard output takes every character; JSON escapes mean the same where it does not."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    """Whether standard output takes every character; if not, JSON escapes mean the same."""
+    encoding = "utf-8"
+    if sys.stdout is not None and sys.stdout.encoding:  # None if the stream is closed
+        encoding = sys.stdout.encoding
     return encoding.lower().replace("-", "").replace("_", "").startswith("utf")
 
 
-def _run_stages(recipe: Recipe, given: Overrides, fresh: bool) -> tuple[Run, int]:
-    directory, there = Path(recipe.run_dir), place()
-    check_directory(directory, recipe, given, fresh)
+def _run_stages(recipe: Recipe, overrides: Overrides, fresh: bool) -> tuple[Run | None, int]:
+    """Return the trained run and the exit code; no run if a signal ended the training."""
+    directory = Path(recipe.run_dir)
+    there = place()
+    check_directory(directory, recipe, overrides, fresh)
     leads = there is None or there.rank == 0
     if leads:
         print_foreign(directory, recipe)
-    with held(directory) if leads else nullcontext():
+    with lock_run_dir(directory) if leads else nullcontext():
         if leads:
             remove_leftovers(directory)
-        return _stages(directory, recipe, given, fresh)
+        with TrainingSession.open(recipe, overrides) as session:
+            summary = _train_stage(session, fresh)
+        if summary.exit_code:
+            if leads:
+                _print_stop(summary)
+            return None, summary.exit_code
+        trained = session.load_trained_run()
+        code = _after_training(trained, summary) if leads else 0
+        return trained, code
 
 
-def _stages(directory: Path, recipe: Recipe, given: Overrides, fresh: bool) -> tuple[Run, int]:
-    built = build_run(recipe, given)
-    check_sampling(recipe, built.vocabulary, built.process, built.denoiser, built.objective)
-    if fresh or not newest_step(built):
-        built.begin()
-    writes = built.backend.rank == 0
-    if fresh and writes:
-        delete_run(
-            directory, tracked_names(recipe)
-        )  # now that everything else is known to be right
-    built.backend.barrier()
+def _train_stage(session: TrainingSession, fresh: bool) -> TrainingSummary:
+    """Train to the last step, from the newest checkpoint unless `fresh`."""
+    recipe = session.recipe
+    leads = session.backend.rank == 0
+    check_sampling(recipe, session.run.model)
+    start = None if fresh else session.run.checkpoints.newest()
+    init = session.initialize_weights() if start is None else None
+    if fresh and leads:
+        # deleted last, when everything else is known to be right
+        delete_run(session.run.run_dir, tracked_names(recipe))
+    session.backend.barrier()
 
-    def accepted() -> None:
-        # a learning rate that stays constant is the same in a run of more steps
-        before = recorded_steps(directory) if recipe.train.schedule == "cosine" else None
-        record(directory, recipe, built, given)
-        where, kind = built.backend, recipe.backend.component.name
-        print_start(recipe.name, built.denoiser, where.device, where.world_size, kind)
-        if done := newest_step(built):
-            print_going_on(done, recipe.train.steps, before)
+    def record_start() -> None:
+        if leads:
+            _record_start(session, init)
 
-    summary = built.train(accepted=accepted if writes else lambda: None)
-    built.end_together()
-    if summary.exit_code:
-        if writes:
-            where = (
-                f"at step {summary.step} of {summary.steps}, saved"
-                if summary.checkpoint
-                else "before the first step"
-            )
-            print(f"Stopped {where}. The same command goes on.", file=sys.stderr)
-        return built, summary.exit_code
-    built.go_on_alone()
-    return built, _after_training(built, summary) if writes else 0
+    return session.fit(start, record_start)
 
 
-def _after_training(built: Run, summary: TrainingSummary) -> int:
-    """Evaluate, sample, and tell of it; the exit code."""
+def _record_start(session: TrainingSession, init: Mapping[str, Any] | None) -> None:
+    """Write the recipe and the components of the run, and print where it starts."""
+    recipe = session.recipe
+    backend = session.backend
+    recorded = None
+    if recipe.train.schedule == "cosine":  # only then the learning rate depends on the last step
+        recorded = read_recorded_steps(session.run.run_dir)
+    record_run(session.run, backend, init)
+    kind = recipe.backend.component.name
+    print_start(recipe.name, session.run.denoiser, backend.device, backend.world_size, kind)
+    done = session.run.step
+    if done:
+        print_resume(done, recipe.train.steps, recorded)
+
+
+def _print_stop(summary: TrainingSummary) -> None:
+    where = "before the first step"
+    if summary.checkpoint:
+        where = f"at step {summary.step} of {summary.steps}, saved"
+    print(f"Stopped {where}. The same command resumes.", file=sys.stderr)
+
+
+def _after_training(trained: Run, summary: TrainingSummary) -> int:
+    """Evaluate, sample and print the summary; return the exit code."""
     try:
-        evaluation, counted = _evaluate_stage(built)
-        samples = _sample_stage(built)
+        report = evaluate_once(trained)
+        samples = _sample_once(trained)
     except KeyboardInterrupt:
         print(
             "Stopped after training, which is saved. The same command evaluates and samples.",
             file=sys.stderr,
         )
         return INTERRUPTED
-    what = f"{type(built.process or built.objective).__name__} on {built.vocabulary}"
-    if built.averaged:
-        what += ", the moving average of its weights"
-    rate = built.documents.entropy_rate
-    print_summary(built.run_dir, what, built.denoiser, summary, evaluation, counted, rate, samples)
+    title = f"{type(trained.process or trained.objective).__name__} on {trained.vocabulary}"
+    if trained.uses_ema:
+        title += ", the exponential moving average of its weights"
+    print_summary(
+        trained.run_dir,
+        title,
+        trained.denoiser,
+        summary,
+        report.evaluation,
+        report.baselines,
+        trained.data.documents.entropy_rate,
+        samples,
+    )
     return 0
 
 
-class _Figures(NamedTuple):
-    """An evaluation with the counting baselines, and both as evaluation.json has them."""
-
-    evaluation: Evaluation
-    counted: Baselines
-    written: dict[str, Any]
-
-
-def _evaluate_stage(built: Run) -> tuple[Evaluation, Baselines]:
-    """evaluation.json, unless it stands there for this step, evaluated as the recipe has it."""
-    path = built.run_dir / EVALUATION
-    saved = read_json(path)
-    wanted, protocol = _asked(built)
-    if saved and {**saved, **saved["protocol"]}.items() >= {**wanted, **protocol}.items():
-        try:
-            return Evaluation.from_dict(saved), Baselines(*saved["baselines"].values())
-        except (KeyError, TypeError) as error:
-            raise damage_error(
-                path, f"not every figure of an evaluation is there ({error})"
-            ) from error
-    figures = _evaluated(built)
-    write(path, json.dumps(figures.written, indent=2) + "\n")
-    return figures.evaluation, figures.counted
-
-
-def _asked(built: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is evaluated, and how."""
-    keys = built.recipe.evaluate
-    wanted = {"step": newest_step(built), "weights": "ema" if built.averaged else "trained"}
-    return wanted, {"draws": keys.draws, "seed": keys.seed, **built.protocol()}
-
-
-def _evaluated(built: Run, changed_data: bool = False) -> _Figures:
-    wanted, protocol = _asked(built)
-    evaluation, counted = built.evaluate(changed_data=changed_data)
-    per = f"per_{evaluation.unit}"
-    figures = evaluation.to_dict()
-    written = {
-        **wanted,
-        **figures,
-        "protocol": {**figures["protocol"], **protocol},
-        "baselines": {
-            name.replace("per_token", per): value for name, value in counted._asdict().items()
-        },
-        f"entropy_rate_nats_{per}": built.documents.entropy_rate,
-    }
-    return _Figures(evaluation, counted, written)
-
-
-def _sample_stage(built: Run) -> list[dict[str, Any]]:
-    """samples.jsonl, unless it stands there for this step."""
-    path, timing, step = built.run_dir / SAMPLES, built.run_dir / SAMPLING, newest_step(built)
+def _sample_once(trained: Run) -> list[dict[str, Any]]:
+    """Draw the samples of the recipe and write samples.jsonl, unless they are of this step."""
+    path = trained.run_dir / SAMPLES
+    timing = trained.run_dir / SAMPLING
+    step = trained.step
     saved = read_json_lines(path)
-    timed = read_json(timing).get("step") == step
-    if (
-        timed
-        and len(saved) == built.recipe.sample.count
-        and all(sample.get("step") == step for sample in saved)
-    ):
+    is_timed = read_json(timing).get("step") == step
+    is_complete = len(saved) == trained.recipe.sample.count
+    if is_timed and is_complete and all(sample.get("step") == step for sample in saved):
         return saved
     began = time.monotonic()
-    sampler = built.sampler()
-    samples = [{"step": step, **sample} for sample in built.sample(sampler=sampler)]
-    seconds, tokens = time.monotonic() - began, sum(len(sample["ids"]) for sample in samples)
-    figures = {"step": step, "seconds": seconds, "tokens": tokens, "steps": sampler.steps}
-    write(timing, json.dumps(figures) + "\n")
-    write(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+    sampler = build_sampler(trained.recipe, trained.model)
+    samples = [{"step": step, **sample} for sample in trained.sample(sampler=sampler)]
+    figures = {
+        "step": step,
+        "seconds": time.monotonic() - began,
+        "tokens": sum(len(sample["ids"]) for sample in samples),
+        "steps": sampler.steps,
+    }
+    write_run_file(timing, json.dumps(figures) + "\n")
+    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+    write_run_file(path, "".join(lines))
     return samples

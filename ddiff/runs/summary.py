@@ -1,4 +1,4 @@
-"""What a person reads at the end of a run."""
+"""Printed output of a run: the first line, the evaluation, samples and what to try next."""
 
 from __future__ import annotations
 
@@ -20,50 +20,55 @@ from ddiff.training.trainer import TrainingSummary
 def print_start(
     name: str, denoiser: Denoiser, device: torch.device, processes: int, kind: str
 ) -> None:
-    """The first line, beside the progress: what is trained, where, and in what its matrix products are computed."""
+    """Print the size of the model, its dtypes and its devices, next to the progress bar."""
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-    weights = next(denoiser.parameters()).dtype
-    products = (
-        "" if denoiser.precision is None else f", matrix products in {_short(denoiser.precision)}"
-    )
-    where = (
-        f"{processes} processes ({kind}), each on {device.type}" if processes > 1 else str(device)
-    )
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(
-        f"[bold]{name}[/]: {parameters:,} parameters in {_short(weights)}{products}; {where}"
-    )
-    if denoiser.precision == torch.bfloat16 and device.type == "cpu" and not _multiplies_bfloat16():
+    weights = _dtype_name(next(denoiser.parameters()).dtype)
+    products = ""
+    if denoiser.precision is not None:
+        products = f", matrix products in {_dtype_name(denoiser.precision)}"
+    where = str(device)
+    if processes > 1:
+        where = f"{processes} processes ({kind}), each on {device.type}"
+    console = _progress_console()
+    console.print(f"[bold]{name}[/]: {parameters:,} parameters in {weights}{products}; {where}")
+    on_cpu = denoiser.precision == torch.bfloat16 and device.type == "cpu"
+    if on_cpu and not _multiplies_bfloat16():
         console.print(
             "This CPU has no units for bfloat16: a step may take ten times as long as in float32."
         )
 
 
 def _multiplies_bfloat16() -> bool:
-    return "AVX512" in torch.backends.cpu.get_cpu_capability()  # of those without, some emulate it
+    # some CPUs with AVX-512 emulate bfloat16 too, but all without it do
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
-def print_going_on(done: int, steps: int, before: int | None) -> None:
-    """From which step a run goes on, and whether it was told to take another number, `before`, of them."""
+def print_resume(done: int, steps: int, recorded: int | None) -> None:
+    """Print the step from which a run resumes; `recorded` is [train] steps as it was until now."""
     if done >= steps:
         line = f"All {steps} steps are done."
-    elif before in (None, steps):
-        line = f"Going on from step {done} of {steps}."
+    elif recorded in (None, steps):
+        line = f"Resuming from step {done} of {steps}."
     else:
         line = (
-            f"Going on from step {done}. The run was of {before} steps, and its learning rate fell towards their end; from "
-            f"here it follows the schedule of {steps}. A run of {steps} from the start may end elsewhere."
+            f"Resuming from step {done}. The run was of {recorded} steps, and its learning rate "
+            f"fell towards their end; from here it follows the schedule of {steps}. A run of "
+            f"{steps} from the start may end elsewhere."
         )
-    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
+    _progress_console().print(line)
 
 
-def _short(dtype: torch.dtype) -> str:
+def _progress_console() -> Console:
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def print_summary(
     run_dir: Path,
-    what: str,
+    title: str,
     denoiser: Denoiser,
     summary: TrainingSummary,
     evaluation: Evaluation,
@@ -71,28 +76,29 @@ def print_summary(
     entropy_rate: float | None,
     samples: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Figures, samples, paths, what to try next; `what` was run, in a few words."""
+    """Print figures, samples, paths and commands to try next; `title` names process and states."""
     console = Console(soft_wrap=True, highlight=False)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-    speed = summary.tokens / summary.seconds if summary.tokens else 0.0
-    console.print(f"\n[bold]{run_dir}[/]  {what}")
-    trained = (
-        f"this time {summary.tokens:,.0f} tokens in {summary.seconds:.0f} s ({speed:,.0f} tokens/s)"
-    )
-    skipped = (
-        f", {summary.skipped_steps} steps skipped (not finite)" if summary.skipped_steps else ""
-    )
-    console.print(
-        f"{parameters:,} parameters, step {summary.step}; {trained if speed else 'trained before'}{skipped}\n"
-    )
+    console.print(f"\n[bold]{run_dir}[/]  {title}")
+    trained = "trained before"
+    if summary.tokens:
+        speed = summary.tokens / summary.seconds
+        trained = (
+            f"this time {summary.tokens:,.0f} tokens in {summary.seconds:.0f} s "
+            f"({speed:,.0f} tokens/s)"
+        )
+    if summary.skipped_steps:
+        trained += f", {summary.skipped_steps} steps skipped (not finite)"
+    console.print(f"{parameters:,} parameters, step {summary.step}; {trained}\n")
     print_evaluation(evaluation, counted, entropy_rate, console)
     print_samples(samples, console)
     console.print(
-        f"\nWritten to {run_dir}: evaluation.json, samples.jsonl, metrics.jsonl, checkpoints/, recipe.toml"
+        f"\nWritten to {run_dir}: evaluation.json, samples.jsonl, metrics.jsonl, checkpoints/, "
+        "recipe.toml"
     )
     console.print(
-        f"Next: `ddiff sample {run_dir} --count 4 --steps 128`, `ddiff eval {run_dir}`, or the same command with "
-        "--set train.steps=N, which goes on"
+        f"Next: `ddiff sample {run_dir} --count 4 --steps 128`, `ddiff eval {run_dir}`, or the "
+        "same command with --set train.steps=N, which trains on"
     )
 
 
@@ -102,22 +108,14 @@ def print_evaluation(
     entropy_rate: float | None,
     console: Console | None = None,
 ) -> None:
-    """The bound with its terms, parts and the baselines; `entropy_rate` of the source, in nats per symbol, if known."""
+    """Print the bound with its terms and parts, and the baselines.
+
+    `entropy_rate` is that of the source in nats per symbol, None if it is not known.
+    """
     console = console or Console(soft_wrap=True, highlight=False)
-    unit = evaluation.unit
-    table = Table("validation", f"nats/{unit}", "", box=None, pad_edge=False)
+    table = Table("validation", f"nats/{evaluation.unit}", "", box=None, pad_edge=False)
     table.columns[1].justify = "right"
-    bound = f"{evaluation.nelbo_nats_per_token:.4f}"
-    if evaluation.interval:
-        bound += f" ± {(evaluation.interval[1] - evaluation.interval[0]) / 2:.4f}"
-    also = f"PPL {evaluation.ppl:.2f}"
-    if evaluation.bits_per_byte is not None:
-        also += f", {evaluation.bits_per_byte:.4f} bits/byte"
-    table.add_row(
-        evaluation.bound,
-        bound,
-        f"{also}; {evaluation.tokens:,} {unit}s, {evaluation.documents} documents",
-    )
+    table.add_row(evaluation.bound, *_bound_cells(evaluation))
     if evaluation.monte_carlo_interval:
         low, high = evaluation.monte_carlo_interval
         table.add_row(
@@ -139,9 +137,23 @@ def print_evaluation(
     console.print(table)
 
 
+def _bound_cells(evaluation: Evaluation) -> tuple[str, str]:
+    bound = f"{evaluation.nelbo_nats_per_token:.4f}"
+    if evaluation.interval:
+        low, high = evaluation.interval
+        bound += f" ± {(high - low) / 2:.4f}"
+    also = f"PPL {evaluation.ppl:.2f}"
+    if evaluation.bits_per_byte is not None:
+        also += f", {evaluation.bits_per_byte:.4f} bits/byte"
+    also += f"; {evaluation.tokens:,} {evaluation.unit}s, {evaluation.documents} documents"
+    return bound, also
+
+
 def print_samples(samples: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print each sample on one line, after the mean number of network evaluations."""
     if samples:
-        asked = sum(sample["nfe"] for sample in samples) / len(samples)
-        console.print(f"\n{len(samples)} samples, the network run {asked:.4g} times for each:")
+        nfe = sum(sample["nfe"] for sample in samples) / len(samples)
+        console.print(f"\n{len(samples)} samples, {nfe:.4g} network evaluations for each:")
     for sample in samples:
+        # a Text, since the sample may contain what rich takes for markup
         console.print(Text(f"  {sample['index']}  " + " ".join(sample["text"].split())))

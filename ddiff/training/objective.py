@@ -56,6 +56,8 @@ class DiffusionObjective:
     `module` is what the trainer and its backend hold: the denoiser, or a wrapper around it.
     """
 
+    bound = "NELBO"
+
     def __init__(
         self,
         process: ForwardProcess,

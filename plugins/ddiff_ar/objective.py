@@ -37,6 +37,7 @@ class AutoregressiveObjective:
     """
 
     bound = "NLL"  # exact, for tables that hold it beside bounds
+    times: TimeRule | None = None  # nothing is drawn
 
     def __init__(self, denoiser: Denoiser) -> None:
         if denoiser.inputs != "previous":
@@ -124,12 +125,11 @@ class Autoregression:
     """The likelihood itself, word by word from left to right; it needs no [process], no loss and no times."""
 
     slots = ()
+    inputs = "previous"  # the denoiser that `build` takes sees the token before each position
 
     class Config(ComponentConfig):
         """No keys."""
 
     @staticmethod
     def build(config: Config, *, denoiser: Denoiser) -> AutoregressiveObjective:
-        return AutoregressiveObjective(
-            Denoiser(denoiser.backbone, denoiser.head, inputs="previous")
-        )
+        return AutoregressiveObjective(denoiser)

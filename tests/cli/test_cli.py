@@ -266,11 +266,13 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list:
     module.run_recipe = lambda recipe, *, fresh: (
         calls.append(("run", recipe.name, recipe.train.steps, fresh)) or 130
     )  # type: ignore[attr-defined]
-    module.evaluate_run = lambda run_dir, settings: calls.append(("eval", run_dir, settings))  # type: ignore[attr-defined]
     module.sample_run = lambda run_dir, **options: calls.append(("sample", run_dir, options))  # type: ignore[attr-defined]
+    report = ModuleType("ddiff.runs.evaluation_report")
+    report.evaluate_run = lambda run_dir, settings: calls.append(("eval", run_dir, settings))  # type: ignore[attr-defined]
     command = ModuleType("ddiff.testing.check_command")
     command.check_component = lambda name, settings: calls.append(("check", name, settings)) or 1  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ddiff.runs.stages", module)
+    monkeypatch.setitem(sys.modules, "ddiff.runs.evaluation_report", report)
     monkeypatch.setitem(sys.modules, "ddiff.testing.check_command", command)
     return calls
 

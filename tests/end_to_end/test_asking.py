@@ -93,7 +93,7 @@ def test_a_text_is_likelier_under_its_own_kind(told: Run) -> None:
 def test_evaluation_is_told_the_documents_own_labels(told: Run) -> None:
     """Knowing the kind is worth ln 2 per row of 8; every symbol has ln 2 left. Untold, no model is below (9/8) ln 2."""
     evaluation, _ = told.evaluate()
-    untold = told.nelbo(told.documents.validation["text"][:], draws=1)
+    untold = told.nelbo(told.data.documents.validation["text"][:], draws=1)
     assert evaluation.nelbo_nats_per_token < untold.nelbo_nats_per_token
     assert told.protocol()["conditions"] == ["kind"]
 

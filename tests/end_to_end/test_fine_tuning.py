@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from small import FLAT, working_in
 
 import ddiff as api
 from ddiff.checkpoint.checkpoints import Checkpoints
+from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError, RecipeError
 from ddiff.recipe.resolve import read_recipe
-from ddiff.runs.build import Overrides
-from ddiff.runs.run import build_run
+from ddiff.runs.session import TrainingSession
 
 SHORT = ["train.steps=4", "evaluate.draws=1"]
 
@@ -36,11 +37,11 @@ def _here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DDIFF_CACHE", str(place / "cache"))
 
 
-def begun(*settings: str) -> api.Run:
-    """A run with its first weights, not trained."""
-    built = build_run(read_recipe("small.toml", [*SHORT, *settings]), Overrides())
-    built.begin()
-    return built
+def initialized(*settings: str) -> tuple[api.Run, dict[str, Any]]:
+    """A run with its first weights, not trained, and the record of where they come from."""
+    session = TrainingSession.open(read_recipe("small.toml", [*SHORT, *settings]))
+    init = session.initialize_weights()
+    return session.run, init or {}
 
 
 def weights(name: str) -> dict[str, torch.Tensor]:
@@ -49,17 +50,17 @@ def weights(name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_the_same_vocabulary_takes_every_tensor_as_it_is() -> None:
-    run = begun(*FLAT, 'train.init={run="runs/flat"}')
+    run, init = initialized(*FLAT, 'train.init={run="runs/flat"}')
     state = run.denoiser.state_dict()
     assert all(torch.equal(state[name], value) for name, value in weights("flat").items())
-    assert run.init is not None
-    assert run.init["step"] == 12
-    assert run.init["anew"] == []
+    assert init["step"] == 12
+    assert init["anew"] == []
 
 
 @pytest.mark.slow
 def test_a_tree_takes_a_flat_run_s_words_and_mask_and_its_clusters_begin_at_their_words() -> None:
-    run, theirs = begun('train.init={run="runs/flat"}'), weights("flat")
+    run, init = initialized('train.init={run="runs/flat"}')
+    theirs = weights("flat")
     state, vocabulary = run.denoiser.state_dict(), run.vocabulary
     words, old = vocabulary.num_tokens, theirs["backbone.embedding.weight"]
     table = state["backbone.embedding.weight"]
@@ -71,14 +72,14 @@ def test_a_tree_takes_a_flat_run_s_words_and_mask_and_its_clusters_begin_at_thei
     assert torch.equal(
         state["backbone.blocks.0.qkv.weight"], theirs["backbone.blocks.0.qkv.weight"]
     )
-    assert run.init is not None
-    assert set(run.init["by_word"]) == {"backbone.embedding.weight", "head.table", "head.bias"}
+    assert set(init["by_word"]) == {"backbone.embedding.weight", "head.table", "head.bias"}
 
 
 @pytest.mark.slow
 def test_below_a_cluster_the_new_head_has_the_law_of_the_old_one() -> None:
     """Softmax of the old words' logits within each cluster, at random hidden rows."""
-    run, theirs = begun('train.init={run="runs/flat"}'), weights("flat")
+    run, _ = initialized('train.init={run="runs/flat"}')
+    theirs = weights("flat")
     vocabulary, hidden = (
         run.vocabulary,
         torch.randn(5, 16, generator=torch.Generator().manual_seed(0)),
@@ -97,11 +98,9 @@ def test_below_a_cluster_the_new_head_has_the_law_of_the_old_one() -> None:
 
 @pytest.mark.slow
 def test_embeddings_alone_leave_the_rest_as_it_would_have_begun() -> None:
-    run, plain, theirs = (
-        begun('train.init={run="runs/flat", parts="embeddings"}'),
-        begun(),
-        weights("flat"),
-    )
+    run, _ = initialized('train.init={run="runs/flat", parts="embeddings"}')
+    plain, _ = initialized()
+    theirs = weights("flat")
     words = run.vocabulary.num_tokens
     for name, value in run.denoiser.state_dict().items():
         if name == "backbone.embedding.weight":
@@ -112,9 +111,9 @@ def test_embeddings_alone_leave_the_rest_as_it_would_have_begun() -> None:
 
 @pytest.mark.slow
 def test_a_head_whose_rows_mean_something_else_begins_with_counts() -> None:
-    run, plain = begun(*FLAT, 'train.init={run="runs/tree"}'), begun(*FLAT)
-    assert run.init is not None
-    assert run.init["anew"] == ["head.table", "head.bias"]
+    run, init = initialized(*FLAT, 'train.init={run="runs/tree"}')
+    plain, _ = initialized(*FLAT)
+    assert init["anew"] == ["head.table", "head.bias"]
     assert torch.equal(run.denoiser.head.bias, plain.denoiser.head.bias)
     mask, theirs = run.denoiser.state_dict()["backbone.embedding.weight"][-1], weights("tree")
     assert torch.equal(mask, theirs["backbone.embedding.weight"][-1])
@@ -148,7 +147,7 @@ def test_a_model_s_embeddings_become_those_of_the_words(tmp_path: Path) -> None:
     config = transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=8)
     model = transformers.AutoModel.from_config(config)
     model.save_pretrained(tmp_path / "model")
-    run = begun(f"train.init={{model='{tmp_path / 'model'}', parts='embeddings'}}")
+    run, init = initialized(f"train.init={{model='{tmp_path / 'model'}', parts='embeddings'}}")
     table, theirs = (
         run.denoiser.state_dict()["backbone.embedding.weight"],
         model.get_input_embeddings().weight.detach(),
@@ -158,7 +157,7 @@ def test_a_model_s_embeddings_become_those_of_the_words(tmp_path: Path) -> None:
     for node in (words, words + 3):
         members = (run.vocabulary.parent(torch.arange(words)) == node).nonzero().squeeze(-1)
         torch.testing.assert_close(table[node], theirs[members].mean(0))
-    assert run.init == {
+    assert init == {
         "model": str(tmp_path / "model"),
         "parts": "embeddings",
         "tokenizer": run.tokenizer.fingerprint,
@@ -166,7 +165,7 @@ def test_a_model_s_embeddings_become_those_of_the_words(tmp_path: Path) -> None:
     with pytest.raises(
         ArgumentError, match="embeddings of width 16, and the network of this run has 32"
     ):
-        begun(f"train.init={{model='{tmp_path / 'model'}'}}", "denoiser.width=32")
+        initialized(f"train.init={{model='{tmp_path / 'model'}'}}", "denoiser.width=32")
 
 
 def test_weights_come_from_a_run_or_a_model() -> None:
@@ -178,7 +177,8 @@ def test_weights_come_from_a_run_or_a_model() -> None:
 
 
 def test_the_cosine_ends_where_the_recipe_says() -> None:
-    multiplier = begun("train.floor=0.25").trainer().multiplier
+    session = TrainingSession.open(read_recipe("small.toml", [*SHORT, "train.floor=0.25"]))
+    multiplier = session.trainer().multiplier
     assert multiplier(3) == pytest.approx(0.25)
 
 
@@ -188,22 +188,24 @@ def test_the_cosine_ends_where_the_recipe_says() -> None:
 @pytest.mark.slow
 def test_a_share_of_the_rows_is_shown_a_prefix_of_any_length() -> None:
     """256 rows of 8 at a share of one half: 128 +- 4 sigma (32) with a chance of 7/8 of being seen, every length met."""
-    run = begun("train.prefix=0.5", "train.batch=256")
-    batch = run._batch_at(3, 0)
+    run, _ = initialized("train.prefix=0.5", "train.batch=256")
+    batch = run.data.batch_at(3, 0)
     shown = (batch.valid & ~batch.scored).sum(-1)
     assert 112 - 32 < int((shown > 0).sum()) < 112 + 32
     assert set(shown.tolist()) == set(range(8))
     positions = torch.arange(8)
     assert torch.equal(batch.valid & ~batch.scored, batch.valid & (positions < shown.unsqueeze(-1)))
-    assert torch.equal(batch.scored, run._batch_at(3, 0).scored)
-    assert not torch.equal(batch.scored, run._batch_at(4, 0).scored)
+    assert torch.equal(batch.scored, run.data.batch_at(3, 0).scored)
+    assert not torch.equal(batch.scored, run.data.batch_at(4, 0).scored)
 
 
 @pytest.mark.slow
 def test_a_prefix_is_shown_clean_and_counts_nothing() -> None:
-    run = begun("train.prefix=1.0", "train.batch=64")
-    batch = run._batch_at(0, 0)
-    drawn = run.objective._draw(batch, run.trainer().rng_at(0, batch), 64)
+    run, _ = initialized("train.prefix=1.0", "train.batch=64")
+    batch = run.data.batch_at(0, 0)
+    drawn = run.objective._draw(
+        batch, CounterRng(run.recipe.seed, 0, batch.index, run.recipe.length), 64
+    )
     prefix = batch.valid & ~batch.scored
     assert bool(prefix.any())
     assert bool(drawn.noisy.clean[prefix].all())

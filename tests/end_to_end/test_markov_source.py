@@ -171,9 +171,9 @@ class Reading(NamedTuple):
 def read(recipe: Recipe, draws: int, process: ForwardProcess | None = None) -> Reading:
     """Train to the recipe's last step and evaluate."""
     run = ddiff.run(recipe, process=process)
-    entropy = run.documents.entropy_rate
+    entropy = run.data.documents.entropy_rate
     assert entropy is not None
-    evaluation = run.nelbo(run.documents.validation["text"], draws=draws)
+    evaluation = run.nelbo(run.data.documents.validation["text"], draws=draws)
     assert evaluation.bound == ("NLL" if run.process is None else "NELBO")
     reading = Reading(evaluation.nelbo_nats_per_token / entropy, half_width(evaluation) / entropy)
     print(f"{recipe.run_dir} {recipe.train.steps}: {reading.bound:.4f} ± {reading.half:.4f}")

@@ -12,9 +12,9 @@ from small import RECIPE
 from ddiff.errors import ArgumentError, DataError
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs import cost
-from ddiff.runs.cost import Footprint, Parameters, counted, num_bytes
+from ddiff.runs.cost import Footprint, Parameters, count_logits, num_bytes
 from ddiff.runs.measure import Measurement, measure
-from ddiff.runs.peak_memory import Rise
+from ddiff.runs.peak_memory import MemoryRise
 from ddiff.training.trainer import Trainer
 
 Called = Callable[..., tuple[int, str, str]]
@@ -49,9 +49,9 @@ def autoregressive() -> str:
 def test_flops_are_those_of_the_shapes(folder: Path) -> None:
     """24 d^2 for the matrices of a block (3 + 1 + 4 + 4 of 2 d^2), 4 L d for its attention; without time nothing else."""
     found = measured([*FLAT, "denoiser.time=false"])
-    assert found.cost.trunk_flops == LAYERS * (24 * WIDTH**2 + 4 * LENGTH * WIDTH)
+    assert found.cost.backbone_flops == LAYERS * (24 * WIDTH**2 + 4 * LENGTH * WIDTH)
     assert found.cost.head_flops == pytest.approx(2 * WIDTH * found.cost.logits)
-    assert found.cost.flops == 3 * (found.cost.trunk_flops + found.cost.head_flops)
+    assert found.cost.flops == 3 * (found.cost.backbone_flops + found.cost.head_flops)
 
 
 def test_logits_are_those_that_the_head_computes(folder: Path) -> None:
@@ -82,8 +82,8 @@ def test_parameters_are_told_apart(folder: Path) -> None:
 def test_a_rank_holds_everything_or_its_share() -> None:
     one = Footprint(parameters=800.0, gradients=800.0, optimizer=1600.0, activations=50.0)
     assert one.total == 3250.0
-    assert one.replicated().total == one.total + 800.0  # the buckets in which gradients are summed
-    assert one.sharded(8, gathered=100.0).total == 3200.0 / 8 + 2 * 100.0 + 50.0
+    assert one.replicate().total == one.total + 800.0  # the buckets in which gradients are summed
+    assert one.shard(8, gathered=100.0).total == 3200.0 / 8 + 2 * 100.0 + 50.0
 
 
 def test_the_count_of_logits_ends_with_its_block(folder: Path) -> None:
@@ -91,16 +91,16 @@ def test_the_count_of_logits_ends_with_its_block(folder: Path) -> None:
 
     head = TokenHead(FlatVocabulary(5), 3)
     hidden, node = torch.zeros(4, 3), torch.full((4,), 5)
-    with counted(head) as logits:
+    with count_logits(head) as logits:
         head.query(hidden, node, lambda law, idx: law.log_mass(0))
     head.query(hidden, node, lambda law, idx: law.log_mass(0))
-    assert logits.count == 4 * 5
+    assert logits.total == 4 * 5
     assert num_bytes({"a": [hidden, {"b": node}], "c": "text", "d": 1}) == 4 * 3 * 4 + 4 * 8
 
 
 def test_memory_is_seen_to_rise() -> None:
     """64 MiB that are written to and let go: within half of that, the interpreter does other things too."""
-    rise = Rise(torch.device("cpu"))
+    rise = MemoryRise(torch.device("cpu"))
     torch.ones(2**24).sum()
     assert 48 * 2**20 < rise.bytes() < 96 * 2**20
 
@@ -117,11 +117,11 @@ def test_the_first_loss_is_known_before_it_is_trained(
 ) -> None:
     """The same rows, times and noise: nothing but rounding is between them, dropout included."""
     found = measured(settings, text=text)
-    assert found.first_law is not None
-    assert found.first_loss == pytest.approx(found.first_law.there, rel=1e-6)
+    assert found.initial is not None
+    assert found.first_loss == pytest.approx(found.initial.there, rel=1e-6)
     assert not found.is_off
     assert (
-        abs(found.first_law.mean - found.unigram) < 6 * found.first_law.error + 0.05
+        abs(found.initial.mean - found.unigram) < 6 * found.initial.error + 0.05
     )  # the bound at the unigram law
 
 
@@ -129,8 +129,8 @@ def test_the_law_of_an_autoregressive_head_starts_at_the_entropy_of_the_unigram(
     folder: Path,
 ) -> None:
     found = measured(AR, text=autoregressive())
-    assert found.first_law is not None
-    assert found.first_law.mean == pytest.approx(found.unigram, abs=4 * found.first_law.error)
+    assert found.initial is not None
+    assert found.initial.mean == pytest.approx(found.unigram, abs=4 * found.initial.error)
 
 
 def test_a_loss_that_is_divided_by_another_count_is_warned_of(
@@ -150,7 +150,7 @@ def test_a_loss_that_is_divided_by_another_count_is_warned_of(
 
 def test_other_weights_leave_the_first_loss_open(folder: Path, ddiff: Called) -> None:
     assert ddiff("run", "small.toml", "--set", "train.steps=2")[0] == 0
-    assert measured(["train.init={run='runs/small'}", "name=second"]).first_law is None
+    assert measured(["train.init={run='runs/small'}", "name=second"]).initial is None
 
 
 # the command
@@ -220,7 +220,7 @@ def test_known_devices_have_the_figures_of_their_makers(monkeypatch: pytest.Monk
         ("NVIDIA H200", 989e12),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert cost.peak(torch.device("cuda"))[0] == figure
+        assert cost.peak_flops(torch.device("cuda"))[0] == figure
 
 
 def test_parameters_add_up() -> None:

@@ -31,7 +31,7 @@ from ddiff.training.metrics import MetricsFile, StepRecord
 from ddiff.training.tracker import NoTracker
 
 PROGRESS = re.compile(
-    r"[a-z ]+: \d+/\d+ |\w+: [\d,]+ parameters in |Going on from step |All \d+ steps are done"
+    r"[a-z ]+: \d+/\d+ |\w+: [\d,]+ parameters in |Resuming from step |All \d+ steps are done"
 )
 Command = Callable[..., tuple[int, str, str]]
 SHORT = ("--set", "train.steps=4", "--set", "train.checkpoint_every=2")
@@ -467,8 +467,8 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(
 def test_one_process_at_a_time_writes_to_a_run(run_dir: Path, ddiff: Command) -> None:
     """Not even --fresh takes the place of a run that is being trained; the lock goes with the process that held it."""
     before = files(run_dir)
-    code = "from ddiff.runs.directory import held; from pathlib import Path; import time\n"
-    code += f"with held(Path({str(run_dir)!r})): print('held', flush=True); time.sleep(60)"
+    code = "from ddiff.runs.directory import lock_run_dir; from pathlib import Path; import time\n"
+    code += f"with lock_run_dir(Path({str(run_dir)!r})): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
@@ -549,7 +549,7 @@ def test_a_generated_source_is_shown_with_its_entropy_rate_and_has_no_bytes(
         written = json.loads(Path("runs/small/evaluation.json").read_text())
         assert re.search(rf"entropy rate +{written['entropy_rate_nats_per_symbol']:.4f} ", out), out
     run = api.load("runs/small")
-    assert run.nelbo(run.documents.validation["text"][:2], draws=1).bits_per_byte is None
+    assert run.nelbo(run.data.documents.validation["text"][:2], draws=1).bits_per_byte is None
 
 
 def test_a_text_has_bits_per_byte_and_no_entropy_rate(run_dir: Path, ddiff: Command) -> None:

@@ -19,7 +19,7 @@ from told import RECIPE, rows
 
 import ddiff as api
 from ddiff.errors import ArgumentError, DataError
-from ddiff.runs.conditioning import told
+from ddiff.runs.conditioning import SampleConditions
 from ddiff.runs.prompts import read_prompts
 
 Command = Callable[..., tuple[int, str, str]]
@@ -206,7 +206,7 @@ def test_whole_numbers_are_a_vector_to_who_reads_vectors(place: Path) -> None:
         assert run.sample(2, conditions={"style": whole}) == run.sample(
             2, conditions={"style": fractions}
         )
-        found = told(run.denoiser, {"style": whole}, 2).values["style"]
+        found = SampleConditions.parse(run.denoiser, {"style": whole}, 2).values["style"]
         assert found.tolist() == torch.tensor(fractions).expand(2, 3).tolist()
 
 
@@ -224,10 +224,12 @@ def test_a_backbone_that_does_not_say_what_it_reads_is_told_by_the_numbers() -> 
         ([1, 0], [1, 0]),
         ([1.0, 0.5, 2.0], [[1.0, 0.5, 2.0]] * 2),
     ):
-        assert told(denoiser, {"kind": value}, 2).values["kind"].tolist() == expected
+        assert (
+            SampleConditions.parse(denoiser, {"kind": value}, 2).values["kind"].tolist() == expected
+        )
     for value in (-7, [0, -1], [1.0, float("nan")], [float("inf")], True, 10**30):
         with pytest.raises(ArgumentError, match=r'"kind" is a label .* or a vector .*; got'):
-            told(denoiser, {"kind": value}, 2)
+            SampleConditions.parse(denoiser, {"kind": value}, 2)
 
 
 @pytest.mark.slow

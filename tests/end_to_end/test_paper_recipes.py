@@ -18,9 +18,9 @@ from ddiff.core.rng import CounterRng
 from ddiff.recipe.model import diff_recipes
 from ddiff.recipe.resolve import read_recipe
 from ddiff.recipe.sources import find_shipped_recipes
-from ddiff.runs.build import Overrides, build_denoiser
-from ddiff.runs.directory import record
-from ddiff.runs.run import build_run
+from ddiff.runs.build import assemble
+from ddiff.runs.directory import record_run
+from ddiff.runs.session import TrainingSession, build_run
 
 PAPER = sorted(name for name in find_shipped_recipes() if name.startswith("paper/"))
 WIDTH, LENGTH, WORDS = 32, 16, 300
@@ -83,9 +83,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.usefixtures("no_answers")
 @pytest.mark.parametrize("name", PAPER)
 def test_a_paper_recipe_asks_its_device_nothing_in_a_step(name: str, place: Path) -> None:
-    run = build_run(read_recipe(name, small(name)), Overrides())
+    run = build_run(read_recipe(name, small(name)))
     run.objective.module.to("meta")
-    batch = run._batch_at(0, 0)
+    batch = run.data.batch_at(0, 0)
     counts = run.objective.counts(batch)
     run.objective(
         batch, CounterRng(0, 0, batch.index, LENGTH), counts, len(batch.index)
@@ -119,10 +119,11 @@ def test_a_paper_recipe_trains_a_step_with_everything_but_its_sizes(name: str, p
 def train(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
     """Weights before and after its steps, and the first loss."""
     recipe = read_recipe(name, small(name))
-    run = build_run(recipe, Overrides())
-    run.begin()
+    session = TrainingSession.open(recipe)
+    init = session.initialize_weights()
+    run = session.run
     before = {key: value.clone() for key, value in run.denoiser.state_dict().items()}
-    summary = run.train(accepted=lambda: record(run.run_dir, recipe, run, Overrides()))
+    summary = session.fit(accepted=lambda: record_run(run, session.backend, init))
     assert (summary.step, summary.skipped_steps) == (2, 0)
     line = json.loads((run.run_dir / "metrics.jsonl").read_text().splitlines()[0])
     return before, run.denoiser.state_dict(), line["train_loss"]
@@ -156,7 +157,6 @@ def test_a_paper_recipe_has_the_published_size(
 ) -> None:
     recipe = read_recipe(f"paper/{name}")
     vocabulary = recipe.vocabulary.preview(num_tokens=recipe.tokenizer.preview())
-    with torch.device("meta"):
-        denoiser = build_denoiser(recipe, vocabulary)
+    denoiser = assemble(recipe, vocabulary, torch.device("meta")).denoiser
     count = sum(parameter.numel() for parameter in denoiser.parameters())
     assert count / 1e6 == pytest.approx(millions, rel=tolerance)

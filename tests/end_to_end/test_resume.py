@@ -85,7 +85,7 @@ def test_killed_and_interrupted_it_ends_as_if_left_alone(folder: Path, ddiff: Co
 
     process = signalled(torn, draw.randrange(40, 60), signal.SIGINT)
     assert process.returncode == 130
-    assert "The same command goes on" in (process.stderr.read() if process.stderr else "")
+    assert "The same command resumes" in (process.stderr.read() if process.stderr else "")
     assert metrics(torn)[:kept] == before, (
         "steps up to the checkpoint are not done again: their seconds stand"
     )
@@ -179,7 +179,7 @@ def test_fresh_deletes_nothing_that_is_no_run(folder: Path, ddiff: Command) -> N
     Path("mine/thesis.txt").write_text("years of work")
     code, out, err = ddiff(*SHORT, "--fresh", "--set", 'run_dir="mine"')
     assert (code, out) == (2, "")
-    assert "not a run of ddiff's and is left alone" in err
+    assert "so it is not a run of ddiff's and nothing there is deleted" in err
     assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
     Path("empty").mkdir()
     assert ddiff(*SHORT, "--fresh", "--set", 'run_dir="empty"')[0] == 0

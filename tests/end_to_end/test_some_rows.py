@@ -11,16 +11,16 @@ from small import RECIPE
 
 from ddiff.data.packing import batch_rows
 from ddiff.recipe.resolve import parse_recipe
-from ddiff.runs.build import Overrides
-from ddiff.runs.run import Run, build_run
+from ddiff.runs.run import Run
+from ddiff.runs.session import TrainingSession
 
 LONG = 'data={kind="text", files=["corpus.txt"], validation=["held_out.txt"], length=8}'  # one document of many rows
 
 
 def built(*settings: str) -> Run:
-    run = build_run(parse_recipe(RECIPE, "small.toml", [LONG, *settings]), Overrides())
-    run.begin()
-    return run
+    session = TrainingSession.open(parse_recipe(RECIPE, "small.toml", [LONG, *settings]))
+    session.initialize_weights()
+    return session.run
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +31,13 @@ def place(folder: Path) -> None:
 
 def test_some_rows_are_evaluated_and_what_is_counted_is_of_them() -> None:
     run = built("evaluate.rows=7")
-    rows, (found, counted) = run.validation_rows, run.evaluate()
+    rows, (found, counted) = run.data.validation_rows, run.evaluate()
     chosen = np.arange(7) * len(rows) // 7
     assert len(rows) > 14  # so that neighbours are left out
     read = batch_rows(rows, chosen)
     assert found.tokens == int(read.scored.sum())
     assert found.bits_per_byte is None
-    train, _ = run.train_rows.stream()
+    train, _ = run.data.train_rows.stream()
     counts = np.bincount(train, minlength=run.vocabulary.num_tokens) + 1.0
     expected = -np.log(counts / counts.sum())[read.ids[read.valid].numpy()].mean()
     assert math.isclose(counted.unigram_nats_per_token, expected, rel_tol=1e-12)

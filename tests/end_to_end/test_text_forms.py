@@ -88,5 +88,3 @@ def test_a_run_and_what_it_gives_print_in_a_line(folder: Path) -> None:
     assert is_short(repr(evaluation))
     assert f"NELBO {evaluation.nelbo_nats_per_token:.4f}" in repr(evaluation)
     assert is_short(repr(run.checkpoints.newest()))
-    run.end_together()
-    assert "no network" in repr(run)

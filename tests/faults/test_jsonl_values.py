@@ -18,9 +18,9 @@ from ddiff.data.sources import open_file_source
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.recipe.resolve import parse_recipe
-from ddiff.runs.build import Overrides
-from ddiff.runs.prompts import infill, prompt, read_prompts, templates_of
-from ddiff.runs.run import Run, build_run
+from ddiff.runs.prompts import infill, make_templates, prompt, read_prompts
+from ddiff.runs.run import Run
+from ddiff.runs.session import TrainingSession
 
 GOOD = [
     json.dumps({"text": f"line number {number} is here", "y": 0, "v": [0.5, 1.0]})
@@ -154,10 +154,10 @@ def test_prompts_and_texts_in_memory_refuse_bad_text(kind: str) -> None:
             read_one(argument, TOKENIZER, 32)
         str(raised.value).encode()
     with pytest.raises(ArgumentError, match=message):
-        templates_of(["fine", text], None, TOKENIZER, 32)
+        make_templates(["fine", text], None, TOKENIZER, 32)
     if text is not None:
         with pytest.raises(ArgumentError, match=message):
-            templates_of(text, None, TOKENIZER, 32)
+            make_templates(text, None, TOKENIZER, 32)
 
 
 RECIPE = """
@@ -196,9 +196,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         folder = tmp_path_factory.mktemp("run")
         patch.chdir(folder)
         patch.setenv("DDIFF_CACHE", str(folder / "cache"))
-        built = build_run(parse_recipe(RECIPE, "small.toml", []), Overrides())
-        built.begin()
-        return built
+        session = TrainingSession.open(parse_recipe(RECIPE, "small.toml", []))
+        session.initialize_weights()
+        return session.run
 
 
 @pytest.mark.parametrize("kind", list(NOT_TEXT))

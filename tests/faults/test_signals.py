@@ -31,7 +31,7 @@ main({arguments})
 """
 STAGES = {
     "dry run": ("ddiff.runs.dry_run", "check_directory", ["run", "fast.toml", "--dry-run"]),
-    "data": ("ddiff.runs.run", "build_train_rows", ["run", "fast.toml"]),
+    "data": ("ddiff.runs.data", "build_train_rows", ["run", "fast.toml"]),
     "data command": ("ddiff.runs.tokenize", "build_documents", ["data", "fast.toml"]),
 }
 

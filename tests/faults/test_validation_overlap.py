@@ -26,7 +26,7 @@ from ddiff.errors import DataError
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.build import Overrides
 from ddiff.runs.dry_run import rehearse
-from ddiff.runs.run import build_run
+from ddiff.runs.session import build_run
 from ddiff.runs.tokenize import prepare_data
 
 RNG = np.random.default_rng(0)

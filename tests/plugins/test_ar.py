@@ -25,8 +25,8 @@ from ddiff.nn.denoiser import Context, Denoiser, as_network
 from ddiff.nn.heads import TokenHead, TreeHead
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.recipe.sources import find_shipped_recipes
-from ddiff.runs.build import Given
-from ddiff.runs.run import build_run
+from ddiff.runs.build import Overrides
+from ddiff.runs.session import build_run
 from ddiff.sampling.loop import generate
 
 TREE = HierarchicalVocabulary([[0, 1, 0]])
@@ -227,7 +227,7 @@ def test_products_are_rounded_as_the_recipe_has_it(
     """The objective asks by a denoiser of its own, which is no reason to compute in another precision."""
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     run = build_run(
-        parse_recipe(RECIPE, settings=["data.rows=16", "backend.precision=bfloat16"]), Given()
+        parse_recipe(RECIPE, settings=["data.rows=16", "backend.precision=bfloat16"]), Overrides()
     )
     assert run.objective.module is run.denoiser
     assert run.denoiser.precision == torch.bfloat16
@@ -235,7 +235,7 @@ def test_products_are_rounded_as_the_recipe_has_it(
     run.denoiser.backbone.blocks[0].up.register_forward_hook(
         lambda module, given, out: products.append(out.dtype)
     )
-    batch = run._batch_at(0, 0)
+    batch = run.data.batch_at(0, 0)
     run.objective(
         batch,
         CounterRng(0, 0, batch.index, 16),
@@ -254,7 +254,7 @@ def test_the_likelihood_of_a_markov_source_comes_down_to_its_entropy(
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)
     run = ddiff.run(parse_recipe(RECIPE, settings=[f"run_dir={str(tmp_path / 'run')!r}"]))
-    evaluation, entropy = run.evaluate()[0], run.documents.entropy_rate
+    evaluation, entropy = run.evaluate()[0], run.data.documents.entropy_rate
     assert entropy is not None
     assert evaluation.interval is not None
     assert evaluation.interval[1] >= entropy

@@ -19,8 +19,7 @@ from toy import ROWS, Identify, Net, Rows, row, toy_trainer
 
 from ddiff.distributed.data_parallel import DistributedBackend
 from ddiff.recipe.resolve import parse_recipe
-from ddiff.runs.build import Overrides
-from ddiff.runs.run import build_run
+from ddiff.runs.session import TrainingSession
 from ddiff.training.protocols import LossTerms
 
 START = 60.0  # seconds a rank may take; one that waits for a dead one would wait for ever
@@ -83,9 +82,11 @@ def _rank(
 def train_symbols(settings: list[str], cache: str) -> None:
     """The recipe of this folder with the settings, trained."""
     os.environ["DDIFF_CACHE"] = cache
-    built = build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings), Overrides())
-    built.train()
-    built.end_together()
+    with TrainingSession.open(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings)) as session:
+        start = session.run.checkpoints.newest()
+        if start is None:
+            session.initialize_weights()
+        session.fit(start)
 
 
 class BrokenOn(Identify):

@@ -13,8 +13,8 @@ from ddiff.core.rng import CounterRng
 from ddiff.distributed.blocks import blocks_of, compile_blocks, recompute_activations
 from ddiff.nn.denoiser import CAPACITIES
 from ddiff.recipe.resolve import parse_recipe
-from ddiff.runs.build import Overrides
-from ddiff.runs.run import Run, build_run
+from ddiff.runs.run import Run
+from ddiff.runs.session import build_run
 
 DEEP = ["denoiser.layers=3", "denoiser.dropout=0.2"]
 
@@ -22,13 +22,13 @@ DEEP = ["denoiser.layers=3", "denoiser.dropout=0.2"]
 @pytest.fixture
 def run(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    return build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), DEEP), Overrides())
+    return build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), DEEP))
 
 
 def step(run: Run, number: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch, the first if nothing is said, and its gradients."""
     torch.manual_seed(1)  # dropout
-    batch = run._batch_at(number, 0)
+    batch = run.data.batch_at(number, 0)
     rng = CounterRng(0, number, batch.index, run.recipe.length)
     run.objective.module.zero_grad()
     loss = run.objective(batch, rng, {"tokens": batch.scored.sum().double()}, 8).loss
@@ -72,7 +72,7 @@ def test_recomputing_keeps_less_for_the_backward(run: Run) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            batch = run._batch_at(0, 0)
+            batch = run.data.batch_at(0, 0)
             rng = CounterRng(0, 0, batch.index, run.recipe.length)
             run.objective(batch, rng, {"tokens": batch.scored.sum().double()}, 8)
         return sum(sizes)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from ddiff.errors import ArgumentError, CheckpointError, RecipeError
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.build import Overrides
 from ddiff.runs.directory import check_directory
-from ddiff.runs.run import build_run
+from ddiff.runs.session import build_run
 from ddiff.runs.stages import run_recipe
 
 STEPS = 50
@@ -39,23 +38,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("cache"))
 
 
-@dataclass
-class Share:
-    """What `_batch_at` asks of a backend."""
-
-    rank: int
-    world_size: int
-    device: str = "cpu"
-
-
 def draws(built: Any, world_size: int, accumulate: int, step: int) -> dict[str, Tensor]:
     """What all ranks and micro-batches see of a step, in the order of the slots, and the scored tokens of each share."""
     recipe, parts = built.recipe, []
     object.__setattr__(recipe.train, "accumulate", accumulate)
     for rank in range(world_size):
-        built.backend = Share(rank, world_size)
         for micro in range(accumulate):
-            batch = built._batch_at(step, micro)
+            batch = built.data.batch_at(step, micro, rank, world_size)
             rng = CounterRng(recipe.seed, step, batch.index, recipe.length)
             noisy = built.objective._draw(batch, rng, recipe.train.batch).noisy
             parts.append((batch.index, batch.ids, batch.scored, noisy.zt, noisy.t))

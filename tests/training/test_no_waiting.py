@@ -9,8 +9,7 @@ import torch
 from ranks import SYMBOLS
 
 from ddiff.recipe.resolve import parse_recipe
-from ddiff.runs.build import Overrides
-from ddiff.runs.run import build_run
+from ddiff.runs.session import TrainingSession
 from ddiff.training.signals import StopSignals
 
 
@@ -24,10 +23,10 @@ def test_a_step_is_launched_without_waiting_for_its_device(
     """Noise, forward, backward, clipping, the decision whether to step, Muon, the average and the figures."""
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     settings = [f"train.optimizer={optimizer}", "train.ema=0.9", "train.accumulate=2"]
-    run = build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings), Overrides())
-    run.objective.module.to("meta")
-    run.backend.device = torch.device("meta")
-    trainer = run.trainer()
+    session = TrainingSession.open(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings))
+    session.run.objective.module.to("meta")
+    session.backend.device = torch.device("meta")
+    trainer = session.trainer()
     first, second = (trainer._batches(step, StopSignals()) for step in (0, 1))
     assert first is not None
     assert second is not None

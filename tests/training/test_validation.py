@@ -138,7 +138,7 @@ def test_a_bound_that_is_no_number_is_told_and_ends_nothing(
     def broken(self: Any) -> Any:
         raise NonFiniteError("the bound is inf nats")
 
-    monkeypatch.setattr("ddiff.runs.run.Run._validated", broken)
+    monkeypatch.setattr("ddiff.runs.session.TrainingSession._validate", broken)
     trained("run", "evaluate.every=3")
     assert "step 3: the bound is inf nats" in capsys.readouterr().err
     assert not any(BOUND in line for line in lines("run"))
@@ -154,7 +154,9 @@ def test_a_tracker_is_told_at_the_step_of_the_evaluation(monkeypatch: pytest.Mon
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr("ddiff.runs.run.Run._tracker", lambda self: Listening())
+    monkeypatch.setattr(
+        "ddiff.runs.session.TrainingSession._build_tracker", lambda self: Listening()
+    )
     trained("run", "evaluate.every=4")
     assert told == [(4, True), (5, False), (6, False)]
 
@@ -187,8 +189,7 @@ def test_ranks_evaluate_together_and_train_as_without(
         settings = [f'run_dir="{tmp_path / name}"', *common, *more]
         on_ranks(2, train_symbols, settings, str(tmp_path / "cache"))
     assert without_validation("plain") == without_validation("watched")
-    one = trained("single", f"train.ema={ema}", "denoiser.dropout=0.3", "evaluate.every=2")
-    assert one.backend.world_size == 1
+    trained("single", f"train.ema={ema}", "denoiser.dropout=0.3", "evaluate.every=2")
     figures = [
         [line[BOUND] for line in lines(name) if BOUND in line] for name in ("watched", "single")
     ]

@@ -1,0 +1,162 @@
+"""The data of a run: documents, tokenizer, rows, conditions and fingerprints, read at first use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddiff.core.rng import CounterRng
+from ddiff.core.vocabulary import Vocabulary
+from ddiff.data.batch import Batch
+from ddiff.data.cache import Cache
+from ddiff.data.condition_forms import Form
+from ddiff.data.conditions import Conditions, read_conditions
+from ddiff.data.corpus import (
+    Corpus,
+    build_train_rows,
+    build_validation_rows,
+    check_repetitions,
+    load_or_build_shards,
+)
+from ddiff.data.documents import Documents
+from ddiff.data.packing import PackedRows, Rows, batch_rows
+from ddiff.data.tokenizer import Tokenizer
+from ddiff.recipe.model import Recipe
+from ddiff.runs.build import build_documents
+
+
+class RunText:
+    """Documents of a recipe and their tokens, packed into rows of [data] length.
+
+    `tokenizer` is the saved one of a trained run; without it the recipe's own is built, for which
+    it may have to read the documents.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer | None = None) -> None:
+        self.recipe = recipe
+        self._tokenizer = tokenizer
+        self._cache = Cache()
+
+    @cached_property
+    def documents(self) -> Documents | Corpus:
+        return build_documents(self.recipe, self._cache)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is not None:
+            return self._tokenizer
+        return self.recipe.tokenizer.build(documents=self.documents, cache=self._cache)
+
+    @cached_property
+    def train_rows(self) -> Rows:
+        return build_train_rows(self.documents, self.tokenizer, self.recipe.length, self._cache)
+
+    @cached_property
+    def validation_rows(self) -> PackedRows:
+        return build_validation_rows(
+            self.documents, self.tokenizer, self.recipe.length, self._cache
+        )
+
+    def check_repetitions(self) -> None:
+        """Raise DataError if the validation documents are part of the training text."""
+        shards = load_or_build_shards(self.documents, self.tokenizer, self._cache)
+        check_repetitions(self.documents, shards)
+
+    def build_vocabulary(self) -> Vocabulary:
+        """Build the recipe's vocabulary of these tokens."""
+        return self.recipe.vocabulary.build(
+            tokenizer=self.tokenizer, rows=self.train_rows, cache=self._cache
+        )
+
+
+class RunData:
+    """The rows of a run with the conditions that its denoiser reads.
+
+    Args:
+        text: documents, tokenizer and rows.
+        condition_names: columns of the documents, as the backbone's `condition_dropout` has them.
+        condition_forms: label or vector by name, as the backbone declares.
+    """
+
+    def __init__(
+        self,
+        text: RunText,
+        condition_names: Iterable[str] = (),
+        condition_forms: Mapping[str, Form] = {},
+    ) -> None:
+        self.text = text
+        self.recipe = text.recipe
+        self._names = tuple(condition_names)
+        self._forms = dict(condition_forms)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.text.tokenizer
+
+    @property
+    def documents(self) -> Documents | Corpus:
+        return self.text.documents
+
+    @property
+    def train_rows(self) -> Rows:
+        return self.text.train_rows
+
+    @property
+    def validation_rows(self) -> PackedRows:
+        return self.text.validation_rows
+
+    @cached_property
+    def train_conditions(self) -> Conditions:
+        if not self._names:
+            return Conditions({})
+        return read_conditions(self.documents.train, self._names, self._forms)
+
+    @cached_property
+    def validation_conditions(self) -> Conditions:
+        if not self._names:
+            return Conditions({})
+        return read_conditions(self.documents.validation, self._names, self._forms)
+
+    def read_conditions(self) -> None:
+        """Read the conditions of both parts; DataError if the denoiser cannot read a column."""
+        self.train_conditions  # noqa: B018
+        self.validation_conditions  # noqa: B018
+
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprints of rows and conditions, by the names that a checkpoint records."""
+        found = {
+            "training rows": self.train_rows.fingerprint,
+            "validation rows": self.validation_rows.fingerprint,
+        }
+        if self.train_conditions.values:
+            found["conditions"] = self.train_conditions.fingerprint
+        if self.validation_conditions.values:
+            found["validation conditions"] = self.validation_conditions.fingerprint
+        return found
+
+    def batch_at(self, step: int, micro: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """Return the rows of one micro-batch of a rank, on the host.
+
+        Slot s of step k holds row `order(seed, k * batch + s)`, so a batch depends on neither the
+        number of ranks nor that of micro-batches. Slots go to (micro-batch, rank) in order.
+        """
+        keys = self.recipe.train
+        size = keys.batch // (keys.accumulate * world_size)
+        first = (micro * world_size + rank) * size
+        slots = np.arange(first, first + size)
+        rows = self.train_rows.order(self.recipe.seed, step * keys.batch + slots)
+        batch = batch_rows(self.train_rows, rows, index=slots, conditions=self.train_conditions)
+        if keys.prefix > 0.0:
+            batch = batch.with_prefixes(self._draw_prefixes(step, batch.index))
+        return batch
+
+    def _draw_prefixes(self, step: int, index: Tensor) -> Tensor:
+        """[B] lengths of the clean prefixes: uniform for a share of the rows, else 0."""
+        uniforms = CounterRng(self.recipe.seed, step, index, 2).uniform("prefix")
+        chosen, size = uniforms.unbind(-1)
+        lengths = (size * self.recipe.length).long()
+        return torch.where(chosen < self.recipe.train.prefix, lengths, 0)

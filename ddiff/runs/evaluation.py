@@ -1,0 +1,145 @@
+"""Likelihood of the validation text, or of given texts, under the model of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from ddiff.core.times import FlatTimes
+from ddiff.data.batch import Batch
+from ddiff.data.conditions import Conditions
+from ddiff.data.packing import PackedRows, batch_rows, pack_texts
+from ddiff.data.text import check_text
+from ddiff.data.tokenizer import Tokenizer
+from ddiff.errors import ArgumentError
+from ddiff.evaluation.baselines import Baselines, baselines
+from ddiff.evaluation.likelihood import Evaluation, evaluate
+from ddiff.recipe.model import Recipe
+from ddiff.runs.build import Model
+from ddiff.runs.conditioning import SampleConditions
+from ddiff.runs.data import RunData
+
+# Training tokens whose pairs are counted; sorting all of them would take longer than an evaluation.
+_COUNTED_TOKENS = 2**26
+
+
+def score_validation(
+    model: Model, data: RunData, recipe: Recipe, console: Console | None = None
+) -> Evaluation:
+    """Compute the bound of the rows of the validation text that [evaluate] names."""
+    return score_rows(
+        model,
+        data.validation_rows,
+        recipe,
+        data.tokenizer,
+        numbers=evaluated_rows(data, recipe),
+        draws=recipe.evaluate.draws,
+        conditions=data.validation_conditions,
+        console=console,
+    )
+
+
+def evaluated_rows(data: RunData, recipe: Recipe) -> NDArray[np.int64]:
+    """Numbers of the validation rows that are evaluated, spread evenly over the text."""
+    count = len(data.validation_rows)
+    wanted = recipe.evaluate.rows
+    if wanted is None or wanted >= count:
+        return np.arange(count)
+    return np.arange(wanted) * count // wanted
+
+
+def score_texts(
+    model: Model,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    draws: int,
+    conditions: Mapping[str, Any],
+) -> Evaluation:
+    """Compute the bound of some texts, each a document of its own, all under the conditions."""
+    if isinstance(texts, str | bytes | dict) or not isinstance(texts, Iterable):
+        raise ArgumentError(
+            "run.nelbo: texts must be a list of texts, each a document; "
+            f"got {texts!r}. Write [text]."
+        )
+    texts = [check_text(text, f"run.nelbo: text {number}") for number, text in enumerate(texts)]
+    parsed = SampleConditions.parse(model.denoiser, conditions, len(texts))
+    rows = pack_texts(texts, tokenizer, recipe.length)
+    return score_rows(
+        model,
+        rows,
+        recipe,
+        tokenizer,
+        numbers=np.arange(len(rows)),
+        draws=draws,
+        conditions=Conditions(parsed.values),
+    )
+
+
+def score_rows(
+    model: Model,
+    rows: PackedRows,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    *,
+    numbers: NDArray[np.int64],
+    draws: int,
+    conditions: Conditions,
+    console: Console | None = None,
+) -> Evaluation:
+    """Compute the bound of the rows `numbers` [R], with the settings of [evaluate].
+
+    `conditions` are those of the documents that the rows were packed from.
+    """
+    keys = recipe.evaluate
+    # symbols have no bytes that mean anything, and the bytes of a part of the rows are not known
+    has_bytes = tokenizer.unit == "token" and len(numbers) == len(rows)
+    times = model.objective.times or FlatTimes()
+
+    def batch_of(places: NDArray[np.int64]) -> Batch:
+        return batch_rows(rows, numbers[places], conditions=conditions).to(model.device)
+
+    model.objective.module.eval()
+    return evaluate(
+        model.objective,
+        batch_of,
+        rows.first_documents()[numbers],
+        length=recipe.length,
+        times=times.over(*keys.window, recipe.length),
+        num_bytes=rows.tokens.num_bytes if has_bytes else None,
+        draws=draws,
+        batch=keys.batch,
+        seed=keys.seed,
+        unit=tokenizer.unit,
+        device=model.device,
+        console=console,
+    )
+
+
+def count_baselines(data: RunData, recipe: Recipe, num_tokens: int) -> Baselines:
+    """Score the evaluated tokens by unigram and bigram counts of the training text."""
+    return baselines(
+        data.train_rows.stream(_COUNTED_TOKENS),
+        data.validation_rows.stream(),
+        num_tokens,
+        data.validation_rows.tokens_in_rows(evaluated_rows(data, recipe)),
+    )
+
+
+def evaluation_protocol(data: RunData, recipe: Recipe) -> dict[str, Any]:
+    """Settings in which two evaluations must agree before their figures can be compared."""
+    rows = data.validation_rows
+    read = len(evaluated_rows(data, recipe))
+    fingerprint = rows.fingerprint
+    if read < len(rows):
+        fingerprint += f", {read} of {len(rows)} rows"
+    return {
+        "window": list(recipe.evaluate.window),
+        "tokenizer": data.tokenizer.fingerprint,
+        "data": fingerprint,
+        "conditions": sorted(data.validation_conditions.values),
+    }

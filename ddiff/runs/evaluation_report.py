@@ -1,0 +1,166 @@
+"""`evaluation.json`: the figures of an evaluation, with baselines and protocol; and `ddiff eval`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ddiff.evaluation.baselines import Baselines
+from ddiff.evaluation.likelihood import Evaluation
+from ddiff.run_dir.destination import Destination, check_destination, write_text
+from ddiff.run_dir.files import EVALUATION, damage_error, read_json
+from ddiff.run_dir.identity import Difference
+from ddiff.runs.directory import check_writable, write_run_file
+from ddiff.runs.loading import load
+from ddiff.runs.provenance import changed_data_error, find_changed_data
+from ddiff.runs.run import Run
+from ddiff.runs.summary import print_evaluation
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """An evaluation with its baselines; `written` is what evaluation.json holds."""
+
+    evaluation: Evaluation
+    baselines: Baselines
+    written: Mapping[str, Any]
+
+    def to_json(self) -> str:
+        return json.dumps(self.written, indent=2) + "\n"
+
+
+def evaluate_once(run: Run) -> EvaluationReport:
+    """Evaluate a run and write evaluation.json, unless the file holds the same evaluation."""
+    path = run.run_dir / EVALUATION
+    saved = read_json(path)
+    report = _read_report(run, path, saved) if saved else None
+    if report is None:
+        report = make_report(run)
+        write_run_file(path, report.to_json())
+    return report
+
+
+def _read_report(run: Run, path: Path, saved: Mapping[str, Any]) -> EvaluationReport | None:
+    """Return the saved evaluation; None if it is of another step or under other settings."""
+    wanted, protocol = _settings(run)
+    found = {**saved, **saved["protocol"]}
+    if not found.items() >= {**wanted, **protocol}.items():
+        return None
+    try:
+        evaluation = Evaluation.from_dict(saved)
+        counted = Baselines(*saved["baselines"].values())
+    except (KeyError, TypeError) as error:
+        raise damage_error(path, f"not every figure of an evaluation is there ({error})") from error
+    return EvaluationReport(evaluation, counted, saved)
+
+
+def make_report(run: Run, changed_data: bool = False) -> EvaluationReport:
+    """Evaluate a run on its validation text, with everything that evaluation.json records."""
+    wanted, protocol = _settings(run)
+    evaluation, counted = run.evaluate(changed_data=changed_data)
+    figures = evaluation.to_dict()
+    unit = f"per_{evaluation.unit}"
+    baselines = {
+        name.replace("per_token", unit): value for name, value in counted._asdict().items()
+    }
+    written = {
+        **wanted,
+        **figures,
+        "protocol": {**figures["protocol"], **protocol},
+        "baselines": baselines,
+        f"entropy_rate_nats_{unit}": run.data.documents.entropy_rate,
+    }
+    return EvaluationReport(evaluation, counted, written)
+
+
+def _settings(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what is evaluated, and the protocol by which it is."""
+    keys = run.recipe.evaluate
+    wanted = {"step": run.step, "weights": "ema" if run.uses_ema else "trained"}
+    return wanted, {"draws": keys.draws, "seed": keys.seed, **run.protocol()}
+
+
+# ---------------------------------------------------------------------- ddiff eval
+
+
+def evaluate_run(
+    run_dir: str | Path, settings: Iterable[str] = (), out: str | Path | None = None
+) -> Evaluation:
+    """`ddiff eval`: evaluate a trained run again, with `settings` over [evaluate].
+
+    The figures replace those in evaluation.json, or go to the JSON file `out`. Raises
+    CheckpointError if the data are not those that the run was trained and evaluated with, unless
+    `out` names a place for the figures of other data.
+    """
+    target = None
+    if out is not None:
+        target = check_destination(out, "ddiff eval --out", suffix=".json", owned=_is_evaluation)
+    run = load(run_dir, settings=settings)
+    if target is None:
+        check_writable(run.run_dir)
+    changed = _find_changes(run)
+    if changed and target is None:
+        raise changed_data_error(run, changed)
+    report = make_report(run, changed_data=bool(changed))
+    if changed:
+        report = _mark_changed(run, report, changed)
+    place = _write_report(run, report, target)
+    if run.recipe.train.ema:
+        moving = "The exponential moving average of the weights:"
+        print(moving if run.uses_ema else "The weights as they were trained:")
+    print_evaluation(report.evaluation, report.baselines, run.data.documents.entropy_rate)
+    print(f"Written to {place}")
+    return report.evaluation
+
+
+def _is_evaluation(file: IO[bytes]) -> bool:
+    """Whether a file holds figures that `ddiff eval` wrote."""
+    try:
+        found = json.load(file)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"step", "weights", "protocol"} <= found.keys()
+
+
+def _find_changes(run: Run) -> list[Difference]:
+    """List the data that differ from those of the checkpoint or of evaluation.json."""
+    changed = find_changed_data(run)
+    if any(difference.key == "validation rows" for difference in changed):
+        return changed
+    saved = read_json(run.run_dir / EVALUATION, allow_missing=True)
+    recorded = saved.get("protocol", {}).get("data")
+    if isinstance(recorded, str):
+        was = recorded.partition(",")[0]  # after the comma: how many of the rows were evaluated
+        now = run.data.validation_rows.fingerprint
+        if was != now:
+            changed.append(Difference("validation rows", was, now))
+    return changed
+
+
+def _mark_changed(
+    run: Run, report: EvaluationReport, changed: list[Difference]
+) -> EvaluationReport:
+    """Add to the figures, and print, that they belong to other data."""
+    differences = [str(difference) for difference in changed]
+    print(
+        f"These figures are of other data than {run.run_dir} was trained and evaluated with "
+        f"({'; '.join(differences)}): do not compare them with its own. Text that is scored here "
+        "may have been trained on.",
+        file=sys.stderr,
+    )
+    written = {**report.written, "changed_data": differences}
+    return EvaluationReport(report.evaluation, report.baselines, written)
+
+
+def _write_report(run: Run, report: EvaluationReport, target: Destination | None) -> str:
+    """Write the figures; return the place."""
+    if target is not None:
+        write_text(target, report.to_json())
+        return target.name
+    path = run.run_dir / EVALUATION
+    write_run_file(path, report.to_json())
+    return str(path)

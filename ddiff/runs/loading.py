@@ -1,0 +1,73 @@
+"""Loading of trained runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ddiff.checkpoint.checkpoints import Checkpoint
+from ddiff.core.process import ForwardProcess
+from ddiff.core.vocabulary import Vocabulary
+from ddiff.data.tokenizer import load_tokenizer
+from ddiff.errors import ArgumentError, CheckpointError
+from ddiff.recipe.resolve import read_recipe
+from ddiff.run_dir.files import ENVIRONMENT, RECIPE, TOKENIZER, VOCABULARY, read_json
+from ddiff.run_dir.identity import check_recorded, recorded_overrides
+from ddiff.runs.build import Overrides, build_single_backend, check_tokenizer
+from ddiff.runs.data import RunText
+from ddiff.runs.directory import open_checkpoints
+from ddiff.runs.provenance import check_checkpoint
+from ddiff.runs.run import Run
+
+
+def load(
+    run_dir: str | Path, *, process: ForwardProcess | None = None, settings: Iterable[str] = ()
+) -> Run:
+    """Load a trained run with the weights of its newest checkpoint.
+
+    Args:
+        run_dir: the directory that `ddiff run` wrote.
+        process: needed if the run was trained with a process from Python.
+        settings: `--set` texts of [evaluate] and [sample], which change nothing that was trained.
+    """
+    directory = Path(run_dir)
+    newest = open_checkpoints(directory).newest()
+    assert newest is not None  # `open_checkpoints` refuses a run without one
+    settings = list(settings)
+    _check_settings(settings)
+    check_recorded(directory, newest.state)
+    recipe = read_recipe(directory / RECIPE, [f"run_dir={json.dumps(str(run_dir))}", *settings])
+    given = _recorded_overrides(directory, newest)
+    if "process" in given and process is None:
+        raise CheckpointError(
+            f"{run_dir} was trained with a process given from Python ({given['process']}), which "
+            "no recipe can name. Load it with ddiff.load(run_dir, process=...)."
+        )
+    tokenizer = load_tokenizer(str(directory / TOKENIZER))
+    vocabulary = Vocabulary.load(str(directory / VOCABULARY))
+    check_tokenizer(tokenizer, vocabulary)
+    text = RunText(recipe, tokenizer)
+    device = build_single_backend(recipe).device
+    run = Run.assemble(text, vocabulary, device, Overrides(process=process))
+    check_checkpoint(run, newest)
+    run.load_weights(newest)
+    return run
+
+
+def _check_settings(settings: Iterable[str]) -> None:
+    """Raise ArgumentError for a setting that would make another run."""
+    for setting in settings:
+        if not setting.lstrip().startswith(("evaluate.", "sample.")):
+            raise ArgumentError(
+                "settings of a trained run must be a list of keys of [evaluate] or [sample], such "
+                f"as evaluate.draws=4; got {setting!r}. Any other key makes another run."
+            )
+
+
+def _recorded_overrides(directory: Path, newest: Checkpoint) -> Mapping[str, Any]:
+    given = recorded_overrides(newest.state)
+    if given is None:  # a checkpoint of a version that recorded them elsewhere
+        return read_json(directory / ENVIRONMENT).get("given", {})
+    return given

@@ -1,0 +1,199 @@
+"""Samples of a run: texts with their prompts, token ids and numbers of network evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ddiff.data.tokenizer import Tokenizer
+from ddiff.errors import ArgumentError, shorten
+from ddiff.plugin.config import COUNTS
+from ddiff.progress import Progress, show_progress
+from ddiff.recipe.model import Recipe
+from ddiff.recipe.resolve import configure_sampler
+from ddiff.runs.build import Model
+from ddiff.runs.conditioning import SampleConditions, SamplingPlan
+from ddiff.runs.prompts import Template, check_no_suffix, make_frame, make_templates
+from ddiff.sampling.loop import Canvas, OnStep, Sampler, generate, looks_ahead
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Arguments of `Run.sample`; what is None is as the recipe has it."""
+
+    count: int | None = None
+    steps: int | None = None
+    seed: int | None = None
+    batch: int | None = None
+    prompt: str | Sequence[str] | None = None
+    infill: str | Sequence[str] | None = None
+    conditions: Mapping[str, Any] | None = None
+    guidance: float | None = None
+    sampler: str | Sampler | None = None
+    settings: Sequence[str] = ()
+
+
+def build_sampler(
+    recipe: Recipe,
+    model: Model,
+    sampler: str | Sampler | None = None,
+    settings: Sequence[str] = (),
+    steps: int | None = None,
+) -> Sampler:
+    """Build the recipe's sampler, or another kind, with `settings` over its keys.
+
+    A sampler object is returned as it is; it takes neither settings nor steps.
+    """
+    if sampler is not None and not isinstance(sampler, str):
+        if settings or steps is not None:
+            raise ArgumentError(
+                "run.sample: steps and settings belong to samplers by kind; a sampler object has "
+                "its own."
+            )
+        return sampler
+    spec = configure_sampler(recipe, sampler, settings)
+    steps = _or_default(steps, recipe.sample.steps)
+    return spec.build(steps=steps, vocabulary=model.vocabulary)
+
+
+def draw_samples(
+    recipe: Recipe,
+    model: Model,
+    tokenizer: Tokenizer,
+    request: SampleRequest,
+    on_step: OnStep | None = None,
+) -> list[dict[str, Any]]:
+    """Draw samples batch by batch, once all arguments are known to be right; see `Run.sample`."""
+    keys = recipe.sample
+    seed = _or_default(request.seed, keys.seed)
+    batch = _or_default(request.batch, keys.batch)
+    templates = make_templates(request.prompt, request.infill, tokenizer, recipe.length)
+    count = _or_default(request.count, keys.count if len(templates) <= 1 else 1)
+    _check_numbers(count, batch, seed, _or_default(request.steps, keys.steps))
+    per_sample = [template for template in templates for _ in range(count)]
+    total = len(per_sample) or count
+    plan = _check_request(recipe, model, request, total)
+    _check_suffixes(templates, plan)
+    model.objective.module.eval()
+    writer = _BatchSampler(plan, tokenizer, recipe.length, seed)
+    samples: list[dict[str, Any]] = []
+    batches = range(0, total, batch)
+    steps = plan.sampler.steps
+    with show_progress(None if steps is None else len(batches) * steps, "sampling") as bar:
+        report = _report_steps(bar, on_step)
+        for first in batches:
+            numbers = slice(first, min(first + batch, total))
+            samples += writer.draw(numbers, per_sample[numbers], report)
+    return samples
+
+
+def _check_request(
+    recipe: Recipe, model: Model, request: SampleRequest, total: int
+) -> SamplingPlan:
+    keys = recipe.sample
+    values = keys.conditions if request.conditions is None else request.conditions
+    guidance = keys.guidance if request.guidance is None else request.guidance
+    conditions = SampleConditions.parse(model.denoiser, values, total)
+    sampler = build_sampler(recipe, model, request.sampler, request.settings, request.steps)
+    return SamplingPlan.check(model, sampler, conditions, guidance, recipe.length)
+
+
+def _check_suffixes(templates: Sequence[Template], plan: SamplingPlan) -> None:
+    """Raise ArgumentError for text after a gap that neither network nor sampler attends to."""
+    if plan.model.denoiser.inputs == "previous":
+        check_no_suffix(templates, "this run's network", "take a run that attends to both sides")
+    elif not looks_ahead(plan.sampler):
+        check_no_suffix(
+            templates,
+            f"the sampler {type(plan.sampler).__name__}",
+            "a sampler that looks ahead (ancestral, or blockwise with sight=all) if the run was "
+            "trained so",
+        )
+
+
+def _report_steps(bar: Progress, on_step: OnStep | None) -> OnStep:
+    def report(step: int, canvas: Canvas) -> None:
+        bar.advance(1)
+        if on_step:
+            on_step(step, canvas)
+
+    return report
+
+
+class _BatchSampler:
+    """Draws batches of samples and turns them into dictionaries."""
+
+    def __init__(self, plan: SamplingPlan, tokenizer: Tokenizer, length: int, seed: int) -> None:
+        self.plan = plan
+        self.tokenizer = tokenizer
+        self.length = length
+        self.seed = seed
+
+    def draw(
+        self, numbers: slice, templates: Sequence[Template], on_step: OnStep
+    ) -> list[dict[str, Any]]:
+        """Draw the samples with these numbers; `templates` has one for each of them, or none."""
+        device = self.plan.model.device
+        index = torch.arange(numbers.start, numbers.stop, device=device)
+        frame = None
+        if templates:
+            filler = self.tokenizer.eos_id or 0
+            frame = make_frame(templates, self.length, filler).to(device)
+        drawn = generate(
+            self.plan.sampler,
+            self.plan.model.process,
+            self.plan.network(numbers, frame.valid if frame else None),
+            index=index,
+            length=self.length,
+            seed=self.seed,
+            given=frame.tokens if frame else None,
+            clamped=frame.clamped if frame else None,
+            on_step=on_step,
+        )
+        ids = self._cut(drawn.ids.tolist(), templates)
+        texts = self.tokenizer.decode(ids)
+        runs = drawn.runs.tolist()
+        return [
+            {
+                "index": number,
+                **_template_field(templates, row),
+                "text": texts[row],
+                "ids": ids[row],
+                "nfe": runs[row],
+            }
+            for row, number in enumerate(index.tolist())
+        ]
+
+    def _cut(self, rows: list[list[int]], templates: Sequence[Template]) -> list[list[int]]:
+        """Cut each row to the length of its infill text, which ends where the text ends."""
+        if not templates:
+            return rows
+        return [
+            row[: len(template.ids)] if template.whole else row
+            for row, template in zip(rows, templates, strict=True)
+        ]
+
+
+def _template_field(templates: Sequence[Template], row: int) -> dict[str, str]:
+    if not templates:
+        return {}
+    template = templates[row]
+    return {"infill" if template.whole else "prompt": template.text}
+
+
+def _check_numbers(count: int, batch: int, seed: int, steps: int) -> None:
+    """Raise ArgumentError for numbers that a recipe would refuse too."""
+    for name, number in (("count", count), ("batch", batch), ("steps", steps)):
+        if not 1 <= number < COUNTS:
+            raise ArgumentError(
+                f"run.sample: {name} must be at least 1 and below 2^31; got {shorten(str(number))}."
+            )
+    if not 0 <= seed < 2**64:
+        raise ArgumentError(f"run.sample: seed must be in [0, 2^64); got {shorten(str(seed))}.")
+
+
+def _or_default(value: int | None, default: int) -> int:
+    return default if value is None else value

@@ -1,0 +1,283 @@
+"""Training sessions: one run on its backend, from the first weights to the last checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ddiff.checkpoint.checkpoints import Checkpoint
+from ddiff.core.rng import CounterRng
+from ddiff.core.vocabulary import Vocabulary
+from ddiff.data.batch import Batch
+from ddiff.data.prefetch import Prefetcher
+from ddiff.distributed.blocks import compile_blocks, recompute_activations
+from ddiff.distributed.launcher import cores_alone
+from ddiff.recipe.model import Recipe
+from ddiff.run_dir.identity import flatten_keys
+from ddiff.runs.build import (
+    NO_OVERRIDES,
+    Overrides,
+    assemble,
+    build_backend,
+    build_denoiser_on_meta,
+    build_single_backend,
+    check_tokenizer,
+)
+from ddiff.runs.data import RunText
+from ddiff.runs.evaluation import score_validation
+from ddiff.runs.initial_weights import load_initial_weights
+from ddiff.runs.memory import check_memory
+from ddiff.runs.noising import sample_noising
+from ddiff.runs.provenance import check_checkpoint, run_fingerprints
+from ddiff.runs.run import Run
+from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
+from ddiff.training.protocols import Backend, Tracker
+from ddiff.training.tracker import NoTracker
+from ddiff.training.trainer import (
+    Provenance,
+    Trainer,
+    TrainerSettings,
+    TrainingSummary,
+    Validation,
+)
+
+
+def build_run(
+    recipe: Recipe, overrides: Overrides = NO_OVERRIDES, backend: Backend | None = None
+) -> Run:
+    """Build a run that is not trained: its text, its vocabulary, its model.
+
+    `backend` is the one that trains it; None: one process on the recipe's device. What the network
+    cannot read, or memory cannot hold, is refused here, before anything is written.
+    """
+    backend = backend or build_single_backend(recipe)
+    text = RunText(recipe)
+    with backend.first():  # rank 0 tokenises, the others then find the shards in the cache
+        text.train_rows  # noqa: B018
+        text.check_repetitions()
+        vocabulary = _choose_vocabulary(text, overrides)
+    check_tokenizer(text.tokenizer, vocabulary)
+    check_memory(recipe, build_denoiser_on_meta(recipe, vocabulary))
+    run = Run.assemble(text, vocabulary, backend.device, overrides)
+    run.data.read_conditions()
+    return run
+
+
+def _choose_vocabulary(text: RunText, overrides: Overrides) -> Vocabulary:
+    if overrides.vocabulary is not None:
+        return overrides.vocabulary
+    if overrides.process is not None:
+        return overrides.process.vocabulary
+    return text.build_vocabulary()
+
+
+class TrainingSession:
+    """A run while it is trained.
+
+        with TrainingSession.open(recipe) as session:
+            session.initialize_weights()
+            summary = session.fit()
+        run = session.load_trained_run()
+
+    The session owns the backend and the network, which it compiles, wraps and shards in place. When
+    it is closed, both are released: a network for evaluation is assembled again and loaded from the
+    newest checkpoint. Leaving the block by an exception closes nothing, since the other ranks may
+    never come to the same place.
+    """
+
+    def __init__(self, run: Run, backend: Backend) -> None:
+        self.backend = backend
+        self.recipe = run.recipe
+        self.data = run.data
+        self.overrides = run.overrides
+        self._process = run.process
+        self._vocabulary = run.vocabulary
+        self._run: Run | None = run
+        self._batches: Prefetcher[Batch] = Prefetcher(
+            partial(self.data.batch_at, rank=backend.rank, world_size=backend.world_size),
+            accumulate=self.recipe.train.accumulate,
+            workers=self.recipe.backend_keys.workers,
+            quiet=backend.rank > 0,
+        )
+
+    @classmethod
+    def open(cls, recipe: Recipe, overrides: Overrides = NO_OVERRIDES) -> TrainingSession:
+        """Start the backend of a recipe and build the run on it."""
+        backend = build_backend(recipe)
+        return cls(build_run(recipe, overrides, backend), backend)
+
+    def __enter__(self) -> TrainingSession:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+
+    @property
+    def run(self) -> Run:
+        """The run with the network that is trained; hold it no longer than the session is open."""
+        assert self._run is not None, "the session is closed"
+        return self._run
+
+    def initialize_weights(self) -> dict[str, Any] | None:
+        """Set the first weights: head biases from token counts, then those of [train] init.
+
+        With the biases the first prediction is the unigram distribution of the training text, so
+        the first loss is known. Returns a record of what [train] init took, None without it.
+        """
+        counts = self.data.train_rows.token_counts()
+        self.run.denoiser.head.start_from_counts(torch.from_numpy(np.array(counts)))
+        init = self.recipe.train.init
+        if init is None:
+            return None
+        return load_initial_weights(self.run.denoiser, self.data.tokenizer, init)
+
+    def fit(
+        self, start: Checkpoint | None = None, accepted: Callable[[], None] = lambda: None
+    ) -> TrainingSummary:
+        """Train to the recipe's last step, from `start` (None: from the weights as they are).
+
+        `accepted` is called once the checkpoint is known to be whole and to fit, before anything
+        is written.
+        """
+        if self.recipe.evaluate.every:
+            with self.backend.first():  # every rank evaluates; rank 0 packs the rows for all
+                self.data.validation_rows  # noqa: B018
+        self.distribute()
+        trainer = self.trainer()
+        with closing(trainer.tracker), closing(self._batches):
+            if start is not None:
+                trainer.check_fit(start)
+                check_checkpoint(self.run, start)
+            accepted()
+            return trainer.fit(start)
+
+    def replay(self, start: Checkpoint | None, end: int, folder: Path) -> TrainingSummary:
+        """Train again from `start` to step `end`, written to `folder` and reported to no tracker."""
+        if start is not None:
+            check_checkpoint(self.run, start)
+        self.distribute()
+        with closing(self._batches):
+            return self.trainer(folder, end, NoTracker()).fit(start)
+
+    def distribute(self) -> None:
+        """Compile, recompute and wrap the network as [backend] says, in this order."""
+        keys = self.recipe.backend_keys
+        objective = self.run.objective
+        if keys.compile:
+            compile_blocks(objective.module)
+            self.run.denoiser.fixed_shapes = True
+        if keys.activation_checkpointing:
+            recompute_activations(objective.module)
+        objective.module = self.backend.wrap(objective.module)
+
+    def trainer(
+        self, folder: Path | None = None, end: int | None = None, tracker: Tracker | None = None
+    ) -> Trainer:
+        """Build the trainer of the recipe; a replay has another folder, last step and tracker."""
+        keys = self.recipe.train
+        objective = self.run.objective
+        multiplier = (
+            WarmupCosine(keys.steps, keys.warmup, keys.floor)
+            if keys.schedule == "cosine"
+            else WarmupConstant(keys.warmup)
+        )
+        return Trainer(
+            objective,
+            self.recipe.optimizer.build(module=self.backend.unwrap(objective.module)),
+            self._batches,
+            self.rng_at,
+            self._trainer_settings(end),
+            backend=self.backend,
+            run_dir=folder or self.run.run_dir,
+            multiplier=multiplier,
+            tracker=tracker or self._build_tracker(),
+            validation=self._validation(),
+            provenance=self._provenance(),
+        )
+
+    def rng_at(self, step: int, batch: Batch) -> CounterRng:
+        """Random generator of a batch, a function of the seed, the step and its slots."""
+        return CounterRng(self.recipe.seed, step, batch.index, self.recipe.length)
+
+    def _trainer_settings(self, end: int | None) -> TrainerSettings:
+        keys = self.recipe.train
+        return TrainerSettings(
+            steps=end or keys.steps,
+            slots=keys.batch,
+            accumulate=keys.accumulate,
+            clip=keys.clip,
+            ema=keys.ema,
+            log_every=keys.log_every,
+            checkpoint_every=keys.checkpoint_every,
+            keep=keys.keep,
+        )
+
+    def _provenance(self) -> Provenance:
+        return Provenance(
+            origins=self.recipe.origins(),
+            fingerprints=run_fingerprints(self.run),
+            made_with={
+                "recipe": flatten_keys(self.recipe.to_dict()),
+                "given": self.overrides.to_dict(),
+                "noising": sample_noising(self.run.process),
+            },
+        )
+
+    def _build_tracker(self) -> Tracker:
+        if self.backend.rank > 0:
+            return NoTracker()
+        run_dir = str(self.run.run_dir)
+        return self.recipe.tracker.build(run_dir=run_dir, recipe=self.recipe.to_dict())
+
+    def _validation(self) -> Validation | None:
+        every = self.recipe.evaluate.every
+        if every is None:
+            return None
+        return Validation(every, self._validate, self.run.uses_ema)
+
+    def _validate(self) -> tuple[Mapping[str, float], str]:
+        """Evaluate as after training, on the same rows; return figures by name and a sentence."""
+        quiet = Console(quiet=True, force_terminal=False)  # the bar of training stays in its place
+        found = score_validation(self.run.model, self.data, self.recipe, quiet)
+        unit = f"nats_per_{found.unit}"
+        mean = found.nelbo_nats_per_token
+        figures = {f"validation_{found.bound.lower()}_{unit}": mean}
+        sentence = f"validation {found.bound} {mean:.4f}"
+        if found.interval is not None:
+            low, high = found.interval
+            figures[f"validation_interval_low_{unit}"] = low
+            figures[f"validation_interval_high_{unit}"] = high
+            sentence += f" ({low:.4f} to {high:.4f})"
+        return figures, f"{sentence} nats/{found.unit}"
+
+    def close(self) -> None:
+        """Release the network, then leave the process group: shards must not outlive it."""
+        self._batches.close()
+        self._run = None
+        self.backend.close()
+
+    def load_trained_run(self) -> Run:
+        """Assemble the plain network again and load the newest checkpoint, on every rank."""
+        if cores := cores_alone():
+            torch.set_num_threads(cores)
+        device = self.backend.device
+        model = assemble(self.recipe, self._vocabulary, device, process=self._process)
+        run = Run(self.recipe, model, self.data, self.overrides)
+        newest = run.checkpoints.newest()
+        assert newest is not None, "training ends with a checkpoint"
+        run.load_weights(newest)
+        return run
