@@ -273,19 +273,19 @@ def differences(whole: Path, place: Path, exact: bool) -> Iterator[str]:
     from ddiff.runs.replay import (
         ROUNDING,
         ROUNDING_OF_WEIGHTS,
-        distance,
-        farthest_figure,
-        farthest_tensor,
-        records,
+        compare_records,
+        compare_states,
+        compare_weights,
+        read_records,
     )
 
-    one, two = records(whole), records(place)
+    one, two = read_records(whole), read_records(place)
     if [line["step"] for line in two] != list(range(1, STEPS + 1)):
         yield f"metrics.jsonl has the steps {[line['step'] for line in two]}"
         return
-    figures = farthest_figure(one, two)
+    figures = compare_records(one, two)
     theirs, mine = (Checkpoints(run / "checkpoints").load(STEPS) for run in (whole, place))
-    state = farthest_tensor(theirs, mine) if exact else distance(theirs, mine)
+    state = compare_states(theirs, mine) if exact else compare_weights(theirs, mine)
     for difference, allowed in ((figures, ROUNDING), (state, ROUNDING_OF_WEIGHTS)):
         if difference is not None and difference.size > (0.0 if exact else allowed):
             yield f"{difference.size:.3g} {difference.where}"

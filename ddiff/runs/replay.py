@@ -1,8 +1,9 @@
-"""`ddiff run --verify-resume K`: steps that are recorded are done again from a checkpoint, and held against the record.
+"""Replay of recorded steps, compared with the record: `ddiff run --verify-resume K`.
 
-Two things are compared: the lines of `metrics.jsonl`, but for what the clock says in them, and, where the steps lead to
-another checkpoint, what stands in it. In the layout of the record (`[backend]`, device, processes, threads, torch) equal
-bits are due; in another one figures and weights may differ by the rounding of sums in another order.
+Compared are the lines of `metrics.jsonl`, apart from wall-clock times, and the state of a checkpoint
+if the steps lead to one. In the layout of the record (`[backend]`, device, processes, threads,
+torch) the bits must be equal. In another layout figures and weights may differ by rounding, since
+sums are taken in another order.
 """
 
 from __future__ import annotations
@@ -21,213 +22,247 @@ from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.run_dir.contents import classify_contents, format_names
-from ddiff.run_dir.files import CHECKPOINTS, ENVIRONMENT, RECIPE, read_json, read_text
-from ddiff.run_dir.files import REPLAY as FOLDER
-from ddiff.runs.build import Overrides
+from ddiff.run_dir.files import CHECKPOINTS, ENVIRONMENT, RECIPE, REPLAY, read_json, read_text
+from ddiff.runs.build import NO_OVERRIDES
 from ddiff.runs.directory import check_directory, describe_layout, open_checkpoints
 from ddiff.runs.session import TrainingSession
 from ddiff.training.metrics import FILE, WALL_CLOCK
+from ddiff.training.trainer import TrainingSummary
 
-ROUNDING = 1e-5  # relative, of figures in another layout: float32 sums, which Muon's orthogonalisation makes tenfold
-ROUNDING_OF_WEIGHTS = 1e-5  # of the norm of all: Adam divides by a gradient's own size, which for some entries is rounding
+# Relative difference of a figure in another layout: sums in float32, whose rounding the
+# orthogonalisation of Muon makes ten times as large.
+ROUNDING = 1e-5
+# Of the norm of all weights. Adam divides each gradient by its own size, which for some entries is
+# rounding, so single weights may differ by more.
+ROUNDING_OF_WEIGHTS = 1e-5
 
 Record = Mapping[str, float]
 
 
 class Span(NamedTuple):
-    """Steps to do again: those after `start`, up to `end`, whose checkpoint is there to compare with if `state`."""
+    """Steps to replay: those after `start`, up to `end`.
+
+    `has_state`: whether there is a checkpoint of `end` to compare with.
+    """
 
     start: int
     end: int
-    state: bool
+    has_state: bool
 
 
-class Difference(NamedTuple):
-    """The largest of several relative differences, and where it is."""
+class Deviation(NamedTuple):
+    """Largest of several relative differences, and where it is."""
 
     size: float
     where: str
 
 
 def verify_resume(recipe: Recipe, steps: int) -> int:
-    """Do up to `steps` recorded steps of the recipe's run again and say what differs: 0 when nothing does, else 1.
+    """Replay up to `steps` recorded steps of the recipe's run and print what differs.
 
-    The run's own files stay as they are. Raises CheckpointError where there is nothing to do again.
+    Returns 0 if nothing does, else 1. The files of the run are not changed. Raises CheckpointError
+    if there is nothing to replay.
     """
     directory = Path(recipe.run_dir)
     checkpoints = open_checkpoints(directory)
-    check_directory(directory, recipe, Overrides(), fresh=False)
-    was = parse_recipe(read_text(directory / RECIPE), str(directory / RECIPE))
-    if was.train.steps != recipe.train.steps:
+    check_directory(directory, recipe, NO_OVERRIDES, fresh=False)
+    recorded_recipe = parse_recipe(read_text(directory / RECIPE), str(directory / RECIPE))
+    if recorded_recipe.train.steps != recipe.train.steps:
         raise ArgumentError(
-            f"--verify-resume: train.steps must be the {was.train.steps} that {directory} was recorded with, as learning "
-            f"rates depend on it; got {recipe.train.steps}. Leave it as it was, or train on first."
+            f"--verify-resume: train.steps must be the {recorded_recipe.train.steps} that "
+            f"{directory} was recorded with, as learning rates depend on it; got "
+            f"{recipe.train.steps}. Leave it as it was, or train on first."
         )
-    recorded = records(directory)
-    span = chosen(checkpoints.steps(), len(recorded), steps)
-    folder = directory / FOLDER
+    recorded = read_records(directory)
+    span = choose_span(checkpoints.steps(), len(recorded), steps)
+    folder = directory / REPLAY
     with TrainingSession.open(recipe) as session:
-        there = describe_layout(session.backend)
+        layout = describe_layout(session.backend)
+        summary = _replay(session, checkpoints, span, folder)
         leads = session.backend.rank == 0
-        if leads:
-            _empty(folder)
-            lines = read_text(directory / FILE).splitlines(keepends=True)
-            (folder / FILE).write_text("".join(lines[: span.start]), encoding="utf-8")
-        session.backend.barrier()
-        start = checkpoints.load(span.start) if span.start else None
-        if start is None:
-            session.initialize_weights()
-        summary = session.replay(start, span.end, folder)
     if not leads:
         return summary.exit_code
-    is_same_layout = there.items() <= read_json(directory / ENVIRONMENT).items()
-    exact = is_same_layout and was.backend_keys == recipe.backend_keys
+    is_same_layout = layout.items() <= read_json(directory / ENVIRONMENT).items()
+    is_exact = is_same_layout and recorded_recipe.backend_keys == recipe.backend_keys
     try:
-        return summary.exit_code or _compare(directory, folder, span, recorded, exact)
+        return summary.exit_code or _compare(directory, folder, span, recorded, is_exact)
     finally:
         shutil.rmtree(folder)
 
 
-def _empty(folder: Path) -> None:
-    """An empty folder for the steps; what a verification that was killed has left there is removed."""
-    foreign = [
-        name
-        for name in classify_contents(folder.parent).foreign
-        if Path(name).parts[0] == folder.name
-    ]
+def _replay(
+    session: TrainingSession, checkpoints: Checkpoints, span: Span, folder: Path
+) -> TrainingSummary:
+    """Train the steps of a span again, into `folder`."""
+    if session.backend.rank == 0:
+        _make_empty(folder)
+        # the trainer wants a line for each step before `start`
+        lines = read_text(folder.parent / FILE).splitlines(keepends=True)
+        (folder / FILE).write_text("".join(lines[: span.start]), encoding="utf-8")
+    session.backend.barrier()
+    if not span.start:
+        session.initialize_weights()
+        return session.replay(None, span.end, folder)
+    return session.replay(checkpoints.load(span.start), span.end, folder)
+
+
+def _make_empty(folder: Path) -> None:
+    """Make an empty folder; what a killed verification left there is removed."""
+    foreign = []
+    for name in classify_contents(folder.parent).foreign:
+        if Path(name).parts[0] == folder.name:
+            foreign.append(name)
     if foreign:
         raise CheckpointError(
-            f"--verify-resume: the steps are written to {folder} for a while, and {folder.parent} holds "
-            f"{format_names(foreign)}, which ddiff did not write. Move that away."
+            f"--verify-resume: the steps are written to {folder} for a while, and {folder.parent} "
+            f"holds {format_names(foreign)}, which ddiff did not write. Move that away."
         )
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()
 
 
-def chosen(checkpoints: Sequence[int], recorded: int, steps: int) -> Span:
-    """From the newest checkpoint, or the beginning, with `steps` recorded steps after it, or else from the newest with any.
+def choose_span(checkpoints: Sequence[int], recorded: int, steps: int) -> Span:
+    """Choose the steps to replay.
 
-    They end at the last checkpoint among them, where there is one, so that its state can be compared.
+    They start at the newest checkpoint, or the beginning, after which `steps` steps are recorded,
+    else at the newest after which any is. They end at the last checkpoint among them if there is
+    one, so that its state can be compared.
     """
     starts = [start for start in (0, *checkpoints) if start < recorded]
     if not starts:
         raise CheckpointError(
-            "--verify-resume: metrics.jsonl records no step, so there is none to do again. Train first."
+            "--verify-resume: metrics.jsonl records no step, so there is nothing to replay. Train "
+            "first."
         )
-    start = max([s for s in starts if s + steps <= recorded] or starts[-1:])
+    long_enough = [start for start in starts if start + steps <= recorded]
+    start = max(long_enough or starts[-1:])
     among = [step for step in checkpoints if start < step <= start + steps]
-    return (
-        Span(start, among[-1], True) if among else Span(start, min(start + steps, recorded), False)
-    )
+    if among:
+        return Span(start, among[-1], True)
+    return Span(start, min(start + steps, recorded), False)
+
+
+# ---------------------------------------------------------------------- comparison
 
 
 def _compare(
-    directory: Path, folder: Path, span: Span, recorded: Sequence[Record], exact: bool
+    directory: Path, folder: Path, span: Span, recorded: Sequence[Record], is_exact: bool
 ) -> int:
+    """Print how the replay differs from the record; return the exit code."""
     origin = f"step {span.start}" if span.start else "the beginning"
-    due = (
-        "in the layout of the record: equal bits are due"
-        if exact
-        else "in another layout: equal to rounding"
+    expected = "in another layout: equal to rounding"
+    if is_exact:
+        expected = "in the layout of the record: equal bits are due"
+    print(
+        f"{directory}: steps {span.start + 1} to {span.end} done again from {origin}, {expected}."
     )
-    print(f"{directory}: steps {span.start + 1} to {span.end} done again from {origin}, {due}.")
-    figures = farthest_figure(recorded[span.start : span.end], records(folder)[span.start :])
-    good = _told("losses and other figures", figures, 0.0 if exact else ROUNDING)
-    if not span.state:
+    replayed = read_records(folder)
+    figures = compare_records(recorded[span.start : span.end], replayed[span.start :])
+    good = _print_verdict("losses and other figures", figures, 0.0 if is_exact else ROUNDING)
+    if not span.has_state:
         print(
-            "state: not compared, as no checkpoint lies among these steps; ask for more steps, or keep more checkpoints."
+            "state: not compared, as no checkpoint lies among these steps; ask for more steps, or "
+            "keep more checkpoints."
         )
         return int(not good)
-    theirs, mine = (
-        Checkpoints(str(place / CHECKPOINTS)).load(span.end) for place in (directory, folder)
-    )
-    if exact:
-        same = _told(f"state after step {span.end}", farthest_tensor(theirs, mine), 0.0)
+    theirs = Checkpoints(str(directory / CHECKPOINTS)).load(span.end)
+    mine = Checkpoints(str(folder / CHECKPOINTS)).load(span.end)
+    if is_exact:
+        same = _print_verdict(f"state after step {span.end}", compare_states(theirs, mine), 0.0)
     else:
-        same = _told(f"weights after step {span.end}", distance(theirs, mine), ROUNDING_OF_WEIGHTS)
+        same = _print_verdict(
+            f"weights after step {span.end}", compare_weights(theirs, mine), ROUNDING_OF_WEIGHTS
+        )
     return int(not (good and same))
 
 
-def _told(what: str, difference: Difference | None, allowed: float) -> bool:
-    """Say what came out; whether it may."""
-    if difference is None:
-        print(f"{what}: equal")
+def _print_verdict(subject: str, deviation: Deviation | None, allowed: float) -> bool:
+    """Print the deviation; return whether it is allowed."""
+    if deviation is None:
+        print(f"{subject}: equal")
         return True
-    good = difference.size <= allowed
-    verdict = (
-        f"within {allowed:g}" if good else f"NOT within {allowed:g}" if allowed else "NOT equal"
-    )
+    is_allowed = deviation.size <= allowed
+    if is_allowed:
+        verdict = f"within {allowed:g}"
+    elif allowed:
+        verdict = f"NOT within {allowed:g}"
+    else:
+        verdict = "NOT equal"
     print(
-        f"{what}: {verdict}; largest relative difference {difference.size:.3g}, {difference.where}"
+        f"{subject}: {verdict}; largest relative difference {deviation.size:.3g}, {deviation.where}"
     )
-    return good
+    return is_allowed
 
 
-def farthest_figure(theirs: Sequence[Record], mine: Sequence[Record]) -> Difference | None:
-    """Of the lines of the same steps; None when they are equal."""
-    worst: Difference | None = None
+def compare_records(theirs: Sequence[Record], mine: Sequence[Record]) -> Deviation | None:
+    """Find the largest deviation between records of the same steps; None if they are equal."""
+    worst: Deviation | None = None
     for one, two in zip(theirs, mine, strict=True):
         for name in {**one, **two}:
-            a, b = one.get(name), two.get(name)
+            a = one.get(name)
+            b = two.get(name)
             if a == b:
                 continue
-            size = (
-                abs(a - b) / max(abs(a), abs(b))
-                if a is not None and b is not None
-                else float("inf")
-            )
+            size = float("inf")  # a figure that only one of them has
+            if a is not None and b is not None:
+                size = abs(a - b) / max(abs(a), abs(b))
             if worst is None or size > worst.size:
-                worst = Difference(
-                    size, f"in {name} of step {int(one['step'])} ({a} recorded, {b} now)"
-                )
+                where = f"in {name} of step {int(one['step'])} ({a} recorded, {b} now)"
+                worst = Deviation(size, where)
     return worst
 
 
-def farthest_tensor(theirs: Checkpoint, mine: Checkpoint) -> Difference | None:
-    """Of all that goes on: model, average, optimizer, random state; None when they are equal."""
-    one, two = _all(theirs), _all(mine)
-    worst: Difference | None = None
+def compare_states(theirs: Checkpoint, mine: Checkpoint) -> Deviation | None:
+    """Compare all that training continues from: model, average, optimizer, random state.
+
+    Returns the largest deviation, None if all is equal.
+    """
+    one = _flatten_state(theirs)
+    two = _flatten_state(mine)
+    worst: Deviation | None = None
     for name in {**one, **two}:
-        a, b = one.get(name), two.get(name)
-        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
-            if torch.equal(a, b):
-                continue
-            scale = max(a.double().abs().max().item(), 1e-300)
-            size = (a.double() - b.double()).abs().max().item() / scale
-        elif a == b:
-            continue
-        else:
-            size = float("inf")
-        if worst is None or size > worst.size:
-            worst = Difference(size, f"in {name}")
+        size = _relative_difference(one.get(name), two.get(name))
+        if size is not None and (worst is None or size > worst.size):
+            worst = Deviation(size, f"in {name}")
     return worst
 
 
-def distance(theirs: Checkpoint, mine: Checkpoint) -> Difference | None:
-    """The norm of the difference of all weights over that of the weights; None when they are equal."""
-    one, two = theirs.weights(), mine.weights()
-    flat = [
-        torch.cat([tensors[name].double().ravel() for name in sorted(tensors)])
-        for tensors in (one, two)
-    ]
-    if torch.equal(*flat):
+def _relative_difference(a: Any, b: Any) -> float | None:
+    """Largest difference of two values over the largest entry of the first; None if equal."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
+        if torch.equal(a, b):
+            return None
+        scale = max(a.double().abs().max().item(), 1e-300)
+        return (a.double() - b.double()).abs().max().item() / scale
+    return None if a == b else float("inf")
+
+
+def compare_weights(theirs: Checkpoint, mine: Checkpoint) -> Deviation | None:
+    """Norm of the difference of all weights over that of the weights; None if they are equal."""
+    one = _flatten_weights(theirs)
+    two = _flatten_weights(mine)
+    if torch.equal(one, two):
         return None
-    return Difference(
-        ((flat[0] - flat[1]).norm() / flat[0].norm()).item(), "the norm of all of them together"
-    )
+    size = ((one - two).norm() / one.norm()).item()
+    return Deviation(size, "the norm of all of them together")
 
 
-def _all(checkpoint: Checkpoint) -> dict[str, Any]:
-    tree = {
-        name: entry
-        for name, entry in checkpoint.tree().items()
-        if name in ("optimizer", "ema", "random")
-    }
-    return dict(_leaves({"model": checkpoint.weights()} | tree, ""))
+def _flatten_weights(checkpoint: Checkpoint) -> Tensor:
+    weights = checkpoint.weights()
+    return torch.cat([weights[name].double().ravel() for name in sorted(weights)])
+
+
+def _flatten_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    tree: dict[str, Any] = {"model": checkpoint.weights()}
+    for name, entry in checkpoint.tree().items():
+        if name in ("optimizer", "ema", "random"):
+            tree[name] = entry
+    return dict(_leaves(tree, ""))
 
 
 def _leaves(tree: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """List the leaves of a tree of dicts and lists, each after its dotted place."""
     if isinstance(tree, dict | list | tuple):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from _leaves(value, f"{place}.{key}" if place else str(key))
@@ -235,25 +270,32 @@ def _leaves(tree: Any, place: str) -> Iterator[tuple[str, Any]]:
         yield place, tree
 
 
-def is_record(line: Any, step: int) -> bool:
-    """Whether a line of metrics.jsonl is that of a step: numbers by name."""
-    return (
-        isinstance(line, dict)
-        and line.get("step") == step
-        and all(isinstance(x, int | float) for x in line.values())
-    )
+# ---------------------------------------------------------------------- records
 
 
-def records(directory: Path) -> list[Record]:
-    """The lines of metrics.jsonl, up to the first that is none: a process that was killed may have left half of one."""
+def read_records(directory: Path) -> list[Record]:
+    """Read the lines of metrics.jsonl, without wall-clock times.
+
+    Reading ends at the first line that is not the next step: a killed process may have left half of
+    one.
+    """
     path = directory / FILE
     records: list[Record] = []
-    for line in read_text(path).splitlines() if path.exists() else []:
+    if not path.exists():
+        return records
+    for line in read_text(path).splitlines():
         try:
             found = json.loads(line)
         except (ValueError, RecursionError):
             break
-        if not is_record(found, len(records) + 1):
+        if not _is_record(found, len(records) + 1):
             break
         records.append({name: value for name, value in found.items() if name not in WALL_CLOCK})
     return records
+
+
+def _is_record(line: Any, step: int) -> bool:
+    """Whether a line is the record of this step: numbers by name."""
+    if not isinstance(line, dict) or line.get("step") != step:
+        return False
+    return all(isinstance(value, int | float) for value in line.values())

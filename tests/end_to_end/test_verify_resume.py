@@ -13,7 +13,7 @@ import pytest
 
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import CheckpointError
-from ddiff.runs.replay import chosen
+from ddiff.runs.replay import choose_span
 
 Command = Callable[..., tuple[int, str, str]]
 RUN = ("run", "small.toml", "--set", "train.steps=6", "--set", "train.checkpoint_every=3")
@@ -109,12 +109,12 @@ def test_what_cannot_be_done_again_is_refused(folder: Path, ddiff: Command) -> N
 def test_steps_are_chosen_so_that_there_is_something_to_compare_with(
     checkpoints: list[int], recorded: int, steps: int, span: tuple[int, int, bool]
 ) -> None:
-    assert chosen(checkpoints, recorded, steps) == span
+    assert choose_span(checkpoints, recorded, steps) == span
 
 
 def test_without_a_record_there_is_nothing_to_choose() -> None:
     with pytest.raises(CheckpointError, match="records no step"):
-        chosen([5], 0, 3)
+        choose_span([5], 0, 3)
 
 
 @pytest.mark.slow
