@@ -1,4 +1,4 @@
-"""Weights of another run, or a model's embeddings, before the first step: `[train] init`."""
+"""First weights of a run from another run, or from the embeddings of a model: `[train] init`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ddiff.checkpoint.checkpoints import Checkpoints
-from ddiff.checkpoint.weight_transfer import Source, carried
+from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
+from ddiff.checkpoint.weight_transfer import Parts, Source, carried
 from ddiff.clustering.files import load_model_embeddings
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.tokenizer import Tokenizer, load_tokenizer
@@ -22,62 +22,68 @@ from ddiff.run_dir.identity import check_fingerprints, check_recorded
 from ddiff.runs.build import build_head
 
 
+def load_initial_weights(
+    denoiser: Denoiser, tokenizer: Tokenizer, init: InitKeys
+) -> dict[str, Any]:
+    """Load the weights that [train] init names; return a record of what was taken."""
+    if init.run is None:
+        return load_model_weights(denoiser, tokenizer, str(init.model))
+    return load_run_weights(denoiser, tokenizer, init.run, init.parts)
+
+
 def check_source(run_dir: str) -> Path:
-    """The directory that [train] init names; CheckpointError when it is no trained run."""
+    """Return the directory of a trained run; CheckpointError if it is not one."""
     directory = Path(run_dir)
-    if not (directory / RECIPE).is_file() or not Checkpoints(str(directory / CHECKPOINTS)).steps():
+    has_recipe = (directory / RECIPE).is_file()
+    if not has_recipe or not Checkpoints(str(directory / CHECKPOINTS)).steps():
         raise CheckpointError(
-            f"[train] init: {run_dir} is not a trained run: it has no {RECIPE} or no complete checkpoint. Name a directory "
-            "that `ddiff run` has trained, relative to where ddiff runs."
+            f"[train] init: {run_dir} is not a trained run: it has no {RECIPE} or no complete "
+            "checkpoint. Name a directory that `ddiff run` has trained, relative to where ddiff "
+            "runs."
         )
     return directory
 
 
-def load_initial_weights(
-    denoiser: Denoiser, tokenizer: Tokenizer, init: InitKeys
-) -> dict[str, Any]:
-    """Load what [train] init asks for into the denoiser; what was taken, for the record."""
-    if init.run is None:
-        return start_from_model(denoiser, tokenizer, str(init.model))
-    return start_from_run(denoiser, tokenizer, init.run, init.parts)
+def load_model_weights(denoiser: Denoiser, tokenizer: Tokenizer, source: str) -> dict[str, Any]:
+    """Load the state embeddings of tokens from a model of the transformers library.
 
-
-def start_from_model(denoiser: Denoiser, tokenizer: Tokenizer, source: str) -> dict[str, Any]:
-    """The words' rows of the state embeddings from a model of the transformers library, the nodes from their words."""
+    A node of a tree starts from the mean of its tokens.
+    """
     tables = [part for part in denoiser.backbone.modules() if isinstance(part, StateEmbedding)]
-    words = torch.from_numpy(load_model_embeddings(source, tokenizer.num_tokens))
-    if len(tables) != 1 or tables[0].embedding_dim != words.shape[1]:
-        own = ", ".join(str(table.embedding_dim) for table in tables) or "no embeddings of states"
+    embeddings = torch.from_numpy(load_model_embeddings(source, tokenizer.num_tokens))
+    if len(tables) != 1 or tables[0].embedding_dim != embeddings.shape[1]:
+        widths = [str(table.embedding_dim) for table in tables]
         raise ArgumentError(
-            f"[train] init: {source} has embeddings of width {words.shape[1]}, and the network of this run has {own}. Take "
-            "a model as wide as [denoiser], or leave init out."
+            f"[train] init: {source} has embeddings of width {embeddings.shape[1]}, and the "
+            f"network of this run has {', '.join(widths) or 'no embeddings of states'}. Take a "
+            "model as wide as [denoiser], or leave init out."
         )
-    tables[0].start_from_words(words)
+    tables[0].start_from_words(embeddings)
     return {"model": source, "parts": "embeddings", "tokenizer": tokenizer.fingerprint}
 
 
-def start_from_run(
-    denoiser: Denoiser, tokenizer: Tokenizer, run_dir: str, parts: Any
+def load_run_weights(
+    denoiser: Denoiser, tokenizer: Tokenizer, run_dir: str, parts: Parts
 ) -> dict[str, Any]:
-    """Another run's weights, all or the embeddings of states."""
+    """Load the weights of another run on the same tokenizer, all or the state embeddings."""
     directory = check_source(run_dir)
     newest = Checkpoints(str(directory / CHECKPOINTS)).newest()
-    assert newest is not None
+    assert newest is not None  # `check_source` refuses a run without one
     check_recorded(directory, newest.state)
     theirs = load_tokenizer(str(directory / TOKENIZER)).fingerprint
     if theirs != tokenizer.fingerprint:
         raise DataError(
-            f"[train] init: {run_dir} has another tokenizer ({theirs}) than this run ({tokenizer.fingerprint}): its words "
-            "are not these words. Use the same [tokenizer] on the same [data]."
+            f"[train] init: {run_dir} has another tokenizer ({theirs}) than this run "
+            f"({tokenizer.fingerprint}), so the rows of its tables belong to other tokens. Use "
+            "the same [tokenizer] on the same [data]."
         )
     recipe = read_recipe(directory / RECIPE)
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
-    kept = {"tokenizer": theirs, "vocabulary": vocabulary.fingerprint}
-    check_fingerprints(
-        directory, newest.state, kept, f"Restore the files of {directory} from a copy.", kept
-    )
+    _check_components(directory, newest, theirs, vocabulary)
     weights = newest.weights()
-    width = weights["head.table"].shape[-1] if "head.table" in weights else denoiser.head.width
+    width = denoiser.head.width
+    if "head.table" in weights:
+        width = weights["head.table"].shape[-1]
     source = Source(run_dir, weights, vocabulary, build_head(recipe, vocabulary, width))
     taken = carried(denoiser, source, parts)
     denoiser.load_state_dict(taken.weights)
@@ -92,3 +98,12 @@ def start_from_run(
         "by_word": taken.by_word,
         "anew": taken.anew,
     }
+
+
+def _check_components(
+    directory: Path, newest: Checkpoint, tokenizer: str, vocabulary: Vocabulary
+) -> None:
+    """Raise CheckpointError if the files of the other run do not belong to its checkpoint."""
+    found = {"tokenizer": tokenizer, "vocabulary": vocabulary.fingerprint}
+    remedy = f"Restore the files of {directory} from a copy."
+    check_fingerprints(directory, newest.state, found, remedy, found)

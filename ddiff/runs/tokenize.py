@@ -1,22 +1,24 @@
-"""`ddiff data`: the text of a recipe tokenised ahead of its run, or into a folder to carry elsewhere."""
+"""Tokenising the text of a recipe ahead of its run, or into a folder to move: `ddiff data`."""
 
 from __future__ import annotations
 
-import errno
 import time
 from typing import NamedTuple
 
 from ddiff.data.cache import Cache
 from ddiff.data.corpus import StreamedCorpus, check_repetitions, copy_shards, load_or_build_shards
 from ddiff.data.packing import pack_stream
+from ddiff.data.shards import Shards
+from ddiff.data.tokenizer import Tokenizer
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
+from ddiff.errors import find_disk_full
 from ddiff.recipe.model import Recipe
-from ddiff.run_dir.destination import check_destination, unwritable_error
+from ddiff.run_dir.destination import Destination, check_destination, unwritable_error
 from ddiff.runs.build import build_documents
 
 
 class Prepared(NamedTuple):
-    """What `ddiff data` tells: sizes by part under `titles`, then sentences."""
+    """Output of `ddiff data`: a table of sizes, one row for each part, then sentences."""
 
     titles: list[str]
     parts: list[list[str]]
@@ -24,62 +26,64 @@ class Prepared(NamedTuple):
 
 
 def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
-    """Tokenise the text of a recipe where its run will look for it, and copy the shards to `out`, any fsspec path.
+    """Tokenise the text of a recipe into the cache, where its run will find it.
 
-    Shards that were there already are held against their checksums.
+    The shards are copied to `out`, a folder or any fsspec path, if it is given. Shards that are
+    there already are verified by their checksums.
     """
-    target = None if out is None else check_destination(out, "ddiff data --out", folder=True)
+    target = None
+    if out is not None:
+        target = check_destination(out, "ddiff data --out", folder=True)
     cache = Cache()
     documents = build_documents(recipe, cache)
     tokenizer = recipe.tokenizer.build(documents=documents, cache=cache)
     began = time.time()
     with recipe.data.prefix_errors():
-        made = load_or_build_shards(documents, tokenizer, cache)
-        check_repetitions(documents, made)
-        streams = {part: made.stream(part) for part in (TRAIN, VALIDATION)}
-        rows = {
-            part: pack_stream(stream, tokenizer, recipe.length, separate=part == VALIDATION)
-            for part, stream in streams.items()
-        }
-    tokens, seconds = made.written_since(began)
+        shards = load_or_build_shards(documents, tokenizer, cache)
+        check_repetitions(documents, shards)
+        parts = [
+            _part_sizes(shards, part, tokenizer, recipe.length) for part in (TRAIN, VALIDATION)
+        ]
     remarks = [
-        f"Tokens of {recipe.tokenizer.component.name}, {tokenizer.num_tokens} of them; shards in {made.folder}"
+        f"Tokens of {recipe.tokenizer.component.name}, {tokenizer.num_tokens} of them; shards in "
+        f"{shards.folder}",
+        _verify_or_time(shards, began),
     ]
-    if tokens:
-        remarks.append(
-            f"{tokens:,} tokens were made now, in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s."
-        )
-    else:
-        made.verify()
-        remarks.append("They were there already; every file has its checksum.")
     if isinstance(documents, StreamedCorpus):
         remarks.append("That is the head of a stream; the rest is tokenised while the run trains.")
-    if out is not None and target is not None:
-        try:
-            copy_shards(made, out)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise  # told as such by the command
-            raise unwritable_error(target, error) from error
+    if target is not None:
+        _copy(shards, target)
         remarks.append(
-            f'Copied to {out}: [data] kind = "shards", path = "{out}"; [tokenizer] kind = "saved", path = '
-            f'"{out}/tokenizer.json"'
+            f'Copied to {out}: [data] kind = "shards", path = "{out}"; [tokenizer] kind = "saved", '
+            f'path = "{out}/tokenizer.json"'
         )
-    sizes = [
-        [
-            part,
-            *(
-                f"{size:,}"
-                for size in (
-                    stream.num_documents,
-                    stream.num_tokens,
-                    stream.num_bytes,
-                    len(rows[part]),
-                )
-            ),
-        ]
-        for part, stream in streams.items()
-    ]
-    return Prepared(
-        ["part", "documents", "tokens", "bytes", f"rows of {recipe.length}"], sizes, remarks
-    )
+    titles = ["part", "documents", "tokens", "bytes", f"rows of {recipe.length}"]
+    return Prepared(titles, parts, remarks)
+
+
+def _part_sizes(shards: Shards, part: str, tokenizer: Tokenizer, length: int) -> list[str]:
+    """One row of the table: documents, tokens, bytes and packed rows of a part."""
+    stream = shards.stream(part)
+    rows = pack_stream(stream, tokenizer, length, separate=part == VALIDATION)
+    sizes = (stream.num_documents, stream.num_tokens, stream.num_bytes, len(rows))
+    return [part, *(f"{size:,}" for size in sizes)]
+
+
+def _verify_or_time(shards: Shards, began: float) -> str:
+    """Describe the work since `began`; verify the shards if none of them was made."""
+    tokens, seconds = shards.written_since(began)
+    if not tokens:
+        shards.verify()
+        return "They were there already; every file has its checksum."
+    speed = tokens / seconds
+    return f"{tokens:,} tokens were made now, in {seconds:.1f} s: {speed:,.0f} tokens/s."
+
+
+def _copy(shards: Shards, target: Destination) -> None:
+    """Copy the shards to the path that the user named."""
+    try:
+        copy_shards(shards, target.name)
+    except OSError as error:
+        if find_disk_full(error) is not None:
+            raise  # the command line has a message for a full disk
+        raise unwritable_error(target, error) from error
