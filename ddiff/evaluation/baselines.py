@@ -1,4 +1,4 @@
-"""What counting alone achieves on the same tokens: the lines that a trained model has to beat."""
+"""Unigram and bigram scores of the same tokens: figures that a trained model has to beat."""
 
 from __future__ import annotations
 
@@ -11,48 +11,56 @@ Ints = NDArray[np.integer]
 
 
 class Baselines(NamedTuple):
-    """Nats per token of the unigram and the bigram law of the training text on the validation text."""
+    """Nats per token of the validation text under unigrams and bigrams of the training text."""
 
     unigram_nats_per_token: float
     bigram_nats_per_token: float
 
 
-def baselines(
+def score_baselines(
     train: tuple[Ints, Ints],
     validation: tuple[Ints, Ints],
     num_tokens: int,
     counted: NDArray[np.bool_] | slice = slice(None),
 ) -> Baselines:
-    """(ids [n], document [n]) of both parts -> exact scores of every validation token, or of those `counted` [n].
+    """Score every validation token exactly, by counts of the training tokens.
 
-    Unigram: counts plus one. Bigram: Witten-Bell, P(b|a) = (c(a,b) + T(a) P(b)) / (c(a) + T(a)) with T(a) the number of
-    distinct followers of a; a document's first token is scored by the unigram.
+    Unigram: counts plus one. Bigram: Witten-Bell, P(b|a) = (c(a,b) + T(a) P(b)) / (c(a) + T(a)),
+    c the counts and T(a) the number of distinct tokens after a; the first token of a document is
+    scored by the unigram.
+
+    Args:
+        train: ids [n] and document numbers [n] of the training tokens.
+        validation: ids [m] and document numbers [m] of the validation tokens.
+        num_tokens: size of the vocabulary.
+        counted: [m] bool, tokens of the mean; all by default.
     """
     unigram = np.bincount(train[0], minlength=num_tokens) + 1.0
     log_unigram = np.log(unigram / unigram.sum())
     ids = validation[0].astype(np.int64)
-    flat = log_unigram[ids]
-    paired = _bigram(train, validation, num_tokens, np.exp(log_unigram))
-    return Baselines(-float(flat[counted].mean()), -float(paired[counted].mean()))
+    by_unigram = log_unigram[ids]
+    by_bigram = _score_bigrams(train, validation, num_tokens, np.exp(log_unigram))
+    return Baselines(-float(by_unigram[counted].mean()), -float(by_bigram[counted].mean()))
 
 
-def _bigram(
+def _score_bigrams(
     train: tuple[Ints, Ints],
     validation: tuple[Ints, Ints],
     num_tokens: int,
     unigram: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """[n] log-probability of each validation token given the one before."""
-    pairs, _ = _pairs(*train, num_tokens)
+    """[m] log-probability of each validation token given the one before it."""
+    pairs, _ = _encode_pairs(*train, num_tokens)
     codes, counts = np.unique(pairs, return_counts=True)
-    seen = np.bincount(codes // num_tokens, weights=counts, minlength=num_tokens)
-    followers = np.bincount(codes // num_tokens, minlength=num_tokens)
-    asked, inside = _pairs(*validation, num_tokens)
-    place = np.clip(np.searchsorted(codes, asked), 0, max(len(codes) - 1, 0))
-    known = (
-        np.where(codes[place] == asked, counts[place], 0) if len(codes) else np.zeros(len(asked))
-    )
-    before, after = asked // num_tokens, asked % num_tokens
+    seen = np.bincount(codes // num_tokens, weights=counts, minlength=num_tokens)  # c(a)
+    followers = np.bincount(codes // num_tokens, minlength=num_tokens)  # T(a)
+    wanted, inside = _encode_pairs(*validation, num_tokens)
+    place = np.clip(np.searchsorted(codes, wanted), 0, max(len(codes) - 1, 0))
+    known = np.zeros(len(wanted))  # c(a,b)
+    if len(codes):
+        known = np.where(codes[place] == wanted, counts[place], 0)
+    before = wanted // num_tokens
+    after = wanted % num_tokens
     total = seen[before] + followers[before]
     smoothed = (known + followers[before] * unigram[after]) / np.maximum(total, 1)
     log_p = np.log(unigram[validation[0].astype(np.int64)])
@@ -60,10 +68,11 @@ def _bigram(
     return log_p
 
 
-def _pairs(
+def _encode_pairs(
     ids: Ints, document: Ints, num_tokens: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Codes a*V + b of neighbours within a document, and where (among the n-1 places) they stand."""
+    """Codes a * V + b of neighbours within a document, and [n-1] bool where they stand."""
     inside = document[1:] == document[:-1]
-    wide = ids.astype(np.int64)
-    return (wide[:-1] * num_tokens + wide[1:])[inside], inside
+    wide = ids.astype(np.int64)  # a code needs more than 32 bits
+    codes = wide[:-1] * num_tokens + wide[1:]
+    return codes[inside], inside

@@ -1,10 +1,13 @@
-"""Student's interval, for means of a few figures; imports nothing until a quantile is needed."""
+"""Quantiles of Student's t distribution, for intervals of a mean of few figures."""
 
 from __future__ import annotations
 
 
 def student95(freedom: float) -> float:
-    """Two-sided 95 % quantile of Student's t with `freedom` > 0 degrees of freedom, which need not be whole."""
-    from scipy.special import stdtrit  # half a second, and only intervals need it
+    """Two-sided 95 % quantile of Student's t with `freedom` > 0 degrees of freedom.
+
+    The degrees of freedom need not be a whole number.
+    """
+    from scipy.special import stdtrit  # takes half a second, which only intervals should cost
 
     return float(stdtrit(freedom, 0.975))

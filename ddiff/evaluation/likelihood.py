@@ -1,8 +1,9 @@
-"""The likelihood bound of a text, with all its terms, its parts and intervals.
+"""Likelihood bound of a text, with its terms, its parts and intervals.
 
-Every token is scored once in each draw. Times are drawn in information time, so that no time is charged more than another
-and the estimate is not skewed (`ddiff.core.information`). What lies outside the window, [1e-3, 1 - 1e-3] by default, is
-charged by the decoding and closing terms, so the sum is a bound for any window.
+Every token is scored once in each draw. Times are drawn uniformly in information time
+(`ddiff.core.information`), in which all times contribute alike, so that the estimate is not skewed.
+Times outside the window, [1e-3, 1 - 1e-3] by default, are charged by the decoding and closing
+terms, so the sum is a bound for any window.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import reduce
+from operator import add
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,29 +36,37 @@ class Scored(Protocol):
 
     `bound` names the figure: "NLL" if `nll` is exact, every draw the same, or "NELBO" if it is at
     least the negative log-likelihood in expectation. `times` is the rule by which training draws
-    times, None if the objective draws none.
+    times, None if it draws none.
     """
 
-    bound: str
-    times: TimeRule | None
+    bound: str = "NELBO"
+    times: TimeRule | None = None
 
     def nll(
         self, batch: Any, rng: CounterRng, slot: Tensor, slots: Tensor, times: TimeRule
     ) -> Likelihood:
-        """One unbiased draw of nats per position."""
+        """Draw the nats of every position once, without bias."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A bound in nats per token (per symbol, where that is the `unit`) with what it is made of.
+    """A bound in nats per token, with the terms that it is made of.
 
-    `bound` is "NELBO", or "NLL" if the figure is the exact negative log-likelihood. `terms` add up to the mean, `parts` to
-    the diffusion term.
+    For a source of symbols, `unit` is "symbol" and all figures are per symbol.
 
-    `interval` is the 95 % interval of the bound of texts like these documents (None for one document). It holds two errors:
-    that of the random times and noise, and the differences between documents. `monte_carlo_interval` is that of the bound
-    of these very documents, from the first error alone (None for one draw, which cannot tell the two apart).
-    `standard_errors` has their sizes: "total", "monte_carlo", "documents". All intervals are Student's.
+    Attributes:
+        interval: 95 % interval of the bound of texts like these documents, None for one document.
+            It covers two errors: that of random times and noise, and the differences between
+            documents.
+        monte_carlo_interval: 95 % interval of the bound of these very documents, from the first
+            error only; None for one draw, in which the two cannot be told apart.
+        standard_errors_nats_per_token: the errors by name: "total", "monte_carlo", "documents".
+        terms_nats_per_token: terms that add up to the bound.
+        parts_nats_per_token: parts that add up to the diffusion term.
+        protocol: settings of the evaluation.
+        bound: "NELBO", or "NLL" if the figure is the exact negative log-likelihood.
+
+    All intervals are Student's.
     """
 
     nelbo_nats_per_token: float
@@ -73,26 +84,30 @@ class Evaluation:
     bound: str = "NELBO"
 
     def __repr__(self) -> str:
-        half = f" ± {(self.interval[1] - self.interval[0]) / 2:.4f}" if self.interval else ""
+        half = ""
+        if self.interval:
+            low, high = self.interval
+            half = f" ± {(high - low) / 2:.4f}"
         return (
-            f"Evaluation({self.bound} {self.nelbo_nats_per_token:.4f}{half} nats per {self.unit}, PPL {self.ppl:.2f}; "
-            f"{self.tokens:,} {self.unit}s in {self.documents:,} documents)"
+            f"Evaluation({self.bound} {self.nelbo_nats_per_token:.4f}{half} nats per {self.unit}, "
+            f"PPL {self.ppl:.2f}; {self.tokens:,} {self.unit}s in {self.documents:,} documents)"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, named by what was measured and its unit: `nll_nats_per_symbol`."""
-        return {self._name(field): value for field, value in asdict(self).items()}
+        """Return all fields, named by figure and unit: `nll_nats_per_symbol`."""
+        return {self._key(field): value for field, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Evaluation:
-        """What `to_dict` wrote, as JSON gives it back; KeyError when something is missing."""
+        """Read what `to_dict` returned, as JSON gives it back; KeyError if a field is missing."""
+        # bound and unit decide how the other fields are named
         named = cls(0.0, None, None, {}, 1.0, None, {}, {}, 0, 0, tree["unit"], {}, tree["bound"])
-        values = {field.name: tree[named._name(field.name)] for field in fields(cls)}
+        values = {field.name: tree[named._key(field.name)] for field in fields(cls)}
         for name in ("interval", "monte_carlo_interval"):
             values[name] = tuple(values[name]) if values[name] else None
         return cls(**values)
 
-    def _name(self, field: str) -> str:
+    def _key(self, field: str) -> str:
         if field == "tokens":
             return f"{self.unit}s"
         return field.replace("nelbo", self.bound.lower()).replace("per_token", f"per_{self.unit}")
@@ -113,79 +128,122 @@ def evaluate(
     device: torch.device | None = None,
     console: Console | None = None,
 ) -> Evaluation:
-    """Score every row `draws` times. `document` [R] numbers each row's document; `batch_of(rows)` gives their batch.
+    """Score R rows `draws` times each, and estimate the bound of the text with its errors.
 
-    In each draw the rows of a document share its strata of time, dealt out from a random first row, so that each row's time
-    is uniform and a document's times are even. Draws and documents are independent of each other. Raises ArgumentError
-    without rows, NonFiniteError when the bound is not a number.
+    In each draw the rows of a document share its strata of time, dealt out from a random first row:
+    the time of each row is uniform, and those of a document are evenly spread. Draws and documents
+    are independent of each other.
+
+    Args:
+        objective: scores a batch.
+        batch_of: (numbers of rows) -> their batch.
+        document: [R] the document of each row.
+        length: positions of a row.
+        times: draws the times of each position.
+        num_bytes: bytes of the text, None if they mean nothing.
+        draws: independent draws of times and noise for each row.
+        batch: rows scored at a time.
+        seed: of times and noise.
+        unit: "token" or "symbol".
+        device: where the batches are.
+        console: where progress is shown.
+
+    Raises ArgumentError without rows, NonFiniteError if the bound is not a finite number.
     """
     if len(document) == 0 or draws < 1:
         raise ArgumentError(
-            f"evaluate: need at least one row and one draw; got {len(document)} rows, {draws} draws."
+            f"evaluate: need at least one row and one draw; got {len(document)} rows, "
+            f"{draws} draws."
         )
     names, index = np.unique(document, return_inverse=True)
     nats = np.zeros((len(names), draws))
     tokens = np.zeros(len(names))
     means = _Means()
     with show_progress(len(document) * draws, "evaluating", console=console) as bar:
-        for rows, slot, slots, draw in _readings(index, draws, batch, seed):
-            shown = batch_of(rows)
-            group = torch.from_numpy(index[rows]).to(shown.index.device)
-            rng = CounterRng(seed, draw, shown.index, length, "evaluate", group)
-            likelihood = objective.nll(shown, rng, slot.to(device), slots.to(device), times)
-            total = sum(likelihood.terms.values()).sum(-1).cpu().numpy()  # type: ignore[union-attr]
-            counted = shown.scored.sum(-1).cpu().numpy()
-            np.add.at(nats[:, draw], index[rows], total)
-            np.add.at(tokens, index[rows], counted / draws)
-            means.add(likelihood, float(counted.sum()))
+        for rows, slot, slots, draw in _deal_strata(index, draws, batch, seed):
+            rows_batch = batch_of(rows)
+            group = torch.from_numpy(index[rows]).to(rows_batch.index.device)
+            rng = CounterRng(seed, draw, rows_batch.index, length, "evaluate", group)
+            likelihood = objective.nll(rows_batch, rng, slot.to(device), slots.to(device), times)
+            total = reduce(add, likelihood.terms.values()).sum(-1)
+            scored = rows_batch.scored.sum(-1).cpu().numpy()
+            np.add.at(nats[:, draw], index[rows], total.cpu().numpy())
+            np.add.at(tokens, index[rows], scored / draws)
+            means.add(likelihood, float(scored.sum()))
             bar.advance(len(rows))
     estimate = RatioEstimate.of(nats, tokens)
-    mean = estimate.mean
-    if not mean < LARGEST_MEAN:
+    _check_finite(estimate.mean, unit)
+    protocol = {
+        "draws": draws,
+        "seed": seed,
+        "length": length,
+        "interval": "95 %, Student, over documents",
+    }
+    return _make_evaluation(estimate, means, tokens, num_bytes, unit, objective.bound, protocol)
+
+
+def _check_finite(mean: float, unit: str) -> None:
+    if not mean < LARGEST_MEAN:  # also for NaN
         raise NonFiniteError(
-            f"evaluate: the bound is {mean} nats per {unit}, no perplexity: some token has (nearly) no probability "
-            "under the network. Its weights have exploded; go back to an earlier checkpoint or train more slowly."
+            f"evaluate: the bound is {mean} nats per {unit}, for which there is no perplexity: "
+            "some token has (nearly) no probability under the network. Its weights have exploded; "
+            "go back to an earlier checkpoint or train more slowly."
         )
-    once = float(tokens.sum())
+
+
+def _make_evaluation(
+    estimate: RatioEstimate,
+    means: _Means,
+    tokens: NDArray[np.float64],
+    num_bytes: int | None,
+    unit: str,
+    bound: str,
+    protocol: Mapping[str, Any],
+) -> Evaluation:
+    mean = estimate.mean
+    num_tokens = float(tokens.sum())
+    bits_per_byte = None
+    if num_bytes:
+        bits_per_byte = mean * num_tokens / math.log(2) / num_bytes
     return Evaluation(
         nelbo_nats_per_token=mean,
         interval=_interval(mean, estimate.total),
         monte_carlo_interval=_interval(mean, estimate.monte_carlo),
         standard_errors_nats_per_token={
-            "total": _standard(estimate.total),
-            "monte_carlo": _standard(estimate.monte_carlo),
+            "total": _standard_error(estimate.total),
+            "monte_carlo": _standard_error(estimate.monte_carlo),
             "documents": estimate.documents,
         },
         ppl=math.exp(mean),
-        bits_per_byte=None if not num_bytes else mean * once / math.log(2) / num_bytes,
+        bits_per_byte=bits_per_byte,
         terms_nats_per_token=means.compute("term"),
         parts_nats_per_token=means.compute("part"),
-        tokens=round(once),
+        tokens=round(num_tokens),
         documents=int((tokens > 0).sum()),
         unit=unit,
-        bound=objective.bound,
-        protocol={
-            "draws": draws,
-            "seed": seed,
-            "length": length,
-            "interval": "95 %, Student, over documents",
-        },
+        bound=bound,
+        protocol=protocol,
     )
 
 
-def _readings(
+def _deal_strata(
     index: NDArray[np.int64], draws: int, batch: int, seed: int
 ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor, int]]:
-    """(rows, slot, slots, draw) per batch: the slot of a row among its document's strata."""
+    """Yield (rows, slot, slots, draw) per batch.
+
+    A document of n rows has n = `slots` strata of time; `slot` is the stratum of a row. In each
+    draw the strata are rotated by a random number, one for each document.
+    """
     counts = np.bincount(index)
     order = np.argsort(index, kind="stable")
-    place = np.empty(len(index), np.int64)
+    place = np.empty(len(index), np.int64)  # number of a row within its document
     place[order] = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
     documents = torch.arange(len(counts))
     slots = counts[index]
     for draw in range(draws):
-        turn = CounterRng(seed, draw, documents, 1, "evaluate").uniform("rotation")[:, 0].numpy()
-        slot = (place + np.floor(turn[index] * slots).astype(np.int64)) % slots
+        uniforms = CounterRng(seed, draw, documents, 1, "evaluate").uniform("rotation")
+        turn = uniforms[:, 0].numpy()[index]
+        slot = (place + np.floor(turn * slots).astype(np.int64)) % slots
         for start in range(0, len(index), batch):
             rows = np.arange(start, min(start + batch, len(index)))
             yield rows, torch.from_numpy(slot[rows]), torch.from_numpy(slots[rows]), draw
@@ -197,31 +255,32 @@ def _interval(mean: float, error: Error | None) -> tuple[float, float] | None:
     return mean - error.half_width, mean + error.half_width
 
 
-def _standard(error: Error | None) -> float | None:
+def _standard_error(error: Error | None) -> float | None:
     return None if error is None else error.standard
 
 
 class _Means:
-    """Nats per token of each term and part, accumulated in float64."""
+    """Nats per token of each term and part, summed in float64."""
 
     def __init__(self) -> None:
         self._metrics: dict[tuple[str, str], Any] = {}
 
     def add(self, likelihood: Likelihood, tokens: float) -> None:
-        from torchmetrics.aggregation import (
-            MeanMetric,
-        )  # imports slowly, and only evaluation needs it
+        """Add the terms and parts of a batch with so many scored tokens."""
+        # imported here, since it takes long and only evaluation needs it
+        from torchmetrics.aggregation import MeanMetric
 
         for kind, values in (("term", likelihood.terms), ("part", likelihood.parts)):
             for name, value in values.items():
-                metric = self._metrics.setdefault(
-                    (kind, name), MeanMetric().set_dtype(torch.float64)
-                )
-                metric.update(value.sum().cpu().double() / tokens, tokens)
+                key = (kind, name)
+                if key not in self._metrics:
+                    self._metrics[key] = MeanMetric().set_dtype(torch.float64)
+                self._metrics[key].update(value.sum().cpu().double() / tokens, tokens)
 
     def compute(self, kind: str) -> dict[str, float]:
-        return {
-            name: float(metric.compute())
-            for (own, name), metric in self._metrics.items()
-            if own == kind
-        }
+        """Return the mean of each term ("term") or part ("part")."""
+        found = {}
+        for (own, name), metric in self._metrics.items():
+            if own == kind:
+                found[name] = float(metric.compute())
+        return found

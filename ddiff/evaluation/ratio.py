@@ -1,4 +1,4 @@
-"""The mean nats per token over documents, its standard error, and the Monte-Carlo part of that error."""
+"""Mean nats per token over documents, with its standard error and the Monte-Carlo part of it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Error:
 
     @property
     def half_width(self) -> float:
-        """Of the 95 % interval."""
+        """Half the width of the 95 % interval."""
         return student95(self.freedom) * self.standard
 
 
 @dataclass(frozen=True)
 class RatioEstimate:
-    """Nats per token of documents that were each read several times.
+    """Nats per token of documents that were each scored in several draws.
 
-    `total` is the error of the mean over documents like these, `monte_carlo` that of its estimate for these very
-    documents, from the random times and noise of each reading. `total` contains `monte_carlo`. `total` is None for one
-    document, `monte_carlo` for one reading.
+    `total` is the error of the mean over documents like these, None for one document.
+    `monte_carlo` is the error of the mean of these very documents, from the random times and noise
+    of each draw, None for one draw. `total` contains `monte_carlo`.
     """
 
     mean: float
@@ -40,32 +40,34 @@ class RatioEstimate:
 
     @classmethod
     def of(cls, nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> Self:
-        """`nats` [D,K] of D documents in K independent readings, `tokens` [D] of each.
+        """Estimate from `nats` [D,K], D documents in K independent draws, and `tokens` [D].
 
         Documents without tokens are left out.
         """
         nats = nats[tokens > 0]
         tokens = tokens[tokens > 0]
-        read = nats.mean(-1)
-        mean = float(read.sum() / tokens.sum())
-        return cls(
-            mean, _over_documents(read - mean * tokens, tokens), _over_readings(nats, tokens)
-        )
+        mean_nats = nats.mean(-1)
+        mean = float(mean_nats.sum() / tokens.sum())
+        residual = mean_nats - mean * tokens
+        return cls(mean, _error_over_documents(residual, tokens), _error_over_draws(nats, tokens))
 
     @property
     def documents(self) -> float | None:
-        """The standard error that the differences between documents alone would leave; None where it is not known."""
+        """Standard error from the differences between documents only; None if it is not known."""
         if self.total is None or self.monte_carlo is None:
             return None
         return math.sqrt(max(0.0, self.total.standard**2 - self.monte_carlo.standard**2))
 
 
-def _over_documents(residual: NDArray[np.float64], tokens: NDArray[np.float64]) -> Error | None:
-    """From the residuals nats - mean * tokens of each document.
+def _error_over_documents(
+    residual: NDArray[np.float64], tokens: NDArray[np.float64]
+) -> Error | None:
+    """Error of the mean from residual_d = nats_d - mean * tokens_d of each document d.
 
-    With Var(nats_d) proportional to tokens_d, residual_d^2 is too small by the factor 1 - h_d, h_d being the document's
-    share of the tokens; divided by it, the variance is unbiased, also where documents are unequal. Satterthwaite's degrees
-    of freedom under the same assumption are D - 1 for equal documents and fewer otherwise.
+    Let h_d = tokens_d / sum of tokens. If Var(nats_d) is proportional to tokens_d, residual_d^2 is
+    too small by the factor 1 - h_d; divided by it, the variance is unbiased even for documents of
+    different lengths. The degrees of freedom are Satterthwaite's under the same assumption: D - 1
+    for documents of equal length, fewer otherwise.
     """
     if len(tokens) < 2:
         return None
@@ -76,12 +78,12 @@ def _over_documents(residual: NDArray[np.float64], tokens: NDArray[np.float64]) 
     return Error(math.sqrt(variance) / float(tokens.sum()), freedom)
 
 
-def _over_readings(nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> Error | None:
-    """From the differences between the readings of each document."""
-    readings = nats.shape[1]
-    if readings < 2:
+def _error_over_draws(nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> Error | None:
+    """Error of the mean from the differences between the draws of each document."""
+    draws = nats.shape[1]
+    if draws < 2:
         return None
-    variance = float(nats.var(-1, ddof=1).sum()) / readings
+    variance = float(nats.var(-1, ddof=1).sum()) / draws
     share = tokens / tokens.sum()
-    freedom = (readings - 1) / float((share**2).sum())
+    freedom = (draws - 1) / float((share**2).sum())
     return Error(math.sqrt(variance) / float(tokens.sum()), freedom)

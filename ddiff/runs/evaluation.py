@@ -16,7 +16,7 @@ from ddiff.data.packing import PackedRows, batch_rows, pack_texts
 from ddiff.data.text import check_text
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError
-from ddiff.evaluation.baselines import Baselines, baselines
+from ddiff.evaluation.baselines import Baselines, score_baselines
 from ddiff.evaluation.likelihood import Evaluation, evaluate
 from ddiff.recipe.model import Recipe
 from ddiff.runs.build import Model
@@ -122,7 +122,7 @@ def score_rows(
 
 def count_baselines(data: RunData, recipe: Recipe, num_tokens: int) -> Baselines:
     """Score the evaluated tokens by unigram and bigram counts of the training text."""
-    return baselines(
+    return score_baselines(
         data.train_rows.stream(_COUNTED_TOKENS),
         data.validation_rows.stream(),
         num_tokens,

@@ -20,6 +20,7 @@ from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.data.batch import Batch
 from ddiff.data.markov import MarkovSource
+from ddiff.evaluation.likelihood import Scored
 
 Table = Callable[[Tensor, Tensor], Tensor]
 
@@ -36,7 +37,7 @@ def processes() -> dict[str, ForwardProcess]:
     }
 
 
-class Known:
+class Known(Scored):
     """What `evaluate` asks of an objective, of a table; notes the rows and strata that it was asked for."""
 
     def __init__(self, process: ForwardProcess, table: Table) -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ddiff.evaluation.baselines import baselines
+from ddiff.evaluation.baselines import score_baselines
 
 
 def by_hand(
@@ -42,14 +42,14 @@ def test_both_baselines_are_the_sums_by_hand(seed: int) -> None:
         [draw.integers(0, 6, size).tolist() for size in draw.integers(1, 12, documents)]
         for documents in (5, 4)
     )
-    assert baselines(stream(train), stream(validation), 6) == pytest.approx(
+    assert score_baselines(stream(train), stream(validation), 6) == pytest.approx(
         by_hand(train, validation, 6), abs=1e-12
     )
 
 
 def test_words_never_seen_and_documents_of_one_word_are_scored() -> None:
     train, validation = [[0], [1]], [[2], [2, 0], [0, 1]]
-    assert baselines(stream(train), stream(validation), 4) == pytest.approx(
+    assert score_baselines(stream(train), stream(validation), 4) == pytest.approx(
         by_hand(train, validation, 4), abs=1e-12
     )
 
@@ -58,7 +58,9 @@ def test_the_bigram_law_of_each_word_sums_to_one() -> None:
     train = [[0, 1, 2, 0, 1, 1, 0]]
     for before in range(4):
         # Each text is `before` and a word; twice the mean is -ln P(before) - ln P(word | before).
-        scores = [baselines(stream(train), stream([[before, word]]), 4) for word in range(4)]
-        first = math.exp(-baselines(stream(train), stream([[before]]), 4).unigram_nats_per_token)
+        scores = [score_baselines(stream(train), stream([[before, word]]), 4) for word in range(4)]
+        first = math.exp(
+            -score_baselines(stream(train), stream([[before]]), 4).unigram_nats_per_token
+        )
         total = sum(math.exp(-2 * score.bigram_nats_per_token) / first for score in scores)
         assert total == pytest.approx(1.0, abs=1e-12)
