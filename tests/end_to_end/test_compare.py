@@ -48,7 +48,7 @@ def lines(path: Path) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_every_figure_is_what_the_files_say(place: Path) -> None:
+def test_compare_reads_every_figure_from_the_files(place: Path) -> None:
     comparison = compare([place / "tree", place / "flat"])
     assert [row.process for row in comparison.rows] == ["hdlm", "mdlm"]
     for row in comparison.rows:
@@ -82,7 +82,7 @@ def test_every_figure_is_what_the_files_say(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_prints_and_writes_one_table(
+def test_compare_command_prints_and_writes_one_table(
     place: Path, ddiff: Command, tmp_path: Path
 ) -> None:
     runs = [str(place / "tree"), str(place / "flat")]
@@ -107,7 +107,7 @@ def test_the_command_prints_and_writes_one_table(
 
 
 @pytest.mark.slow
-def test_seeds_of_one_recipe_become_one_row_with_student_s_interval(place: Path) -> None:
+def test_seeds_of_a_recipe_are_averaged_with_students_interval(place: Path) -> None:
     comparison = compare([place / "flat", place / "tree", place / "flat1"], group_seeds=True)
     assert [(row.run, row.seeds) for row in comparison.rows] == [("flat{,1}", 2), ("tree", 1)]
     nats = [
@@ -122,14 +122,14 @@ def test_seeds_of_one_recipe_become_one_row_with_student_s_interval(place: Path)
 
 
 @pytest.mark.slow
-def test_rows_of_one_name_are_told_apart_by_their_directories(place: Path, tmp_path: Path) -> None:
+def test_rows_of_equal_name_show_their_directories(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "flat", tmp_path / "again")
     runs = [place / "flat", tmp_path / "again"]
     assert [row.run for row in compare(runs).rows] == [str(run) for run in runs]
 
 
 @pytest.mark.slow
-def test_runs_that_were_evaluated_otherwise_are_refused_and_what_differs_is_named(
+def test_compare_refuses_other_protocols_and_names_the_difference(
     place: Path, ddiff: Command
 ) -> None:
     code, out, err = ddiff(
@@ -150,7 +150,7 @@ def test_runs_that_were_evaluated_otherwise_are_refused_and_what_differs_is_name
 
 
 @pytest.mark.slow
-def test_an_exact_likelihood_has_no_window_and_is_named(place: Path, tmp_path: Path) -> None:
+def test_exact_likelihood_has_no_window_and_is_called_nll(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "window", tmp_path / "exact")
     evaluation = read(place / "window/evaluation.json")
     evaluation |= {"bound": "NLL", "nll_nats_per_token": evaluation.pop("nelbo_nats_per_token")}
@@ -162,7 +162,7 @@ def test_an_exact_likelihood_has_no_window_and_is_named(place: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_what_is_no_finished_run_is_named(place: Path, tmp_path: Path) -> None:
+def test_compare_refuses_unfinished_runs(place: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a run directory"):
         compare([tmp_path])
     with pytest.raises(ArgumentError, match="named twice"):
@@ -184,7 +184,7 @@ def test_what_is_no_finished_run_is_named(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_steps_beside_a_sampler_are_those_that_it_took(place: Path, tmp_path: Path) -> None:
+def test_compare_shows_the_steps_that_the_sampler_took(place: Path, tmp_path: Path) -> None:
     """A sampler that has none, whatever [sample] steps says, shows none."""
     asked = api.load(place / "flat").recipe.sample
     shown = []
@@ -198,7 +198,7 @@ def test_the_steps_beside_a_sampler_are_those_that_it_took(place: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_comparing_imports_no_torch(place: Path, tmp_path: Path) -> None:
+def test_compare_imports_no_torch(place: Path, tmp_path: Path) -> None:
     script = (
         "import sys\nfrom ddiff.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert not stop.code\n"
@@ -216,7 +216,7 @@ def test_comparing_imports_no_torch(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_autoregression_stands_beside_the_others_with_its_exact_likelihood(
+def test_compare_shows_autoregression_with_its_exact_likelihood(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place.parent)

@@ -60,7 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def test_these_are_all() -> None:
+def test_every_shipped_recipe_is_listed() -> None:
     assert (
         sorted(name for name in find_shipped_recipes() if not name.startswith("paper/")) == RECIPES
     )
@@ -69,7 +69,7 @@ def test_these_are_all() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_evaluates_and_samples(name: str, place: Path) -> None:
+def test_recipe_trains_evaluates_and_samples(name: str, place: Path) -> None:
     """Only sizes are changed, and the corpus. Two steps teach nothing: the bound is near that of the even law, ln V."""
     network = (
         [f"denoiser.settings.{setting}" for setting in BERT] if name.startswith("hf_") else NETWORK

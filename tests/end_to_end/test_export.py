@@ -15,7 +15,7 @@ from ddiff.checkpoint.checkpoints import Checkpoints
 Command = Callable[..., tuple[int, str, str]]
 
 
-def test_the_weights_of_a_run_are_one_file(folder: Path, ddiff: Command) -> None:
+def test_export_writes_all_weights_to_one_file(folder: Path, ddiff: Command) -> None:
     assert ddiff("run", "small.toml", "--set", "train.steps=4")[0] == 0
     code, out, _ = ddiff("export", "runs/small", "weights.safetensors")
     assert (code, out) == (0, "weights.safetensors: the trained weights of step 4 of runs/small\n")
@@ -35,9 +35,7 @@ def test_the_weights_of_a_run_are_one_file(folder: Path, ddiff: Command) -> None
     )
 
 
-def test_an_average_is_taken_where_there_is_one_and_asked_for_where_there_is_none(
-    folder: Path, ddiff: Command
-) -> None:
+def test_export_takes_the_average_if_the_run_has_one(folder: Path, ddiff: Command) -> None:
     assert ddiff("run", "small.toml", "--set", "train.steps=2")[0] == 0
     code, _, err = ddiff("export", "runs/small", "weights.safetensors", "--weights", "ema")
     assert code == 2
@@ -55,7 +53,7 @@ def test_an_average_is_taken_where_there_is_one_and_asked_for_where_there_is_non
     assert torch.equal(load_file("weights.safetensors")[name], weights[name])
 
 
-def test_what_cannot_be_exported_is_said(folder: Path, ddiff: Command) -> None:
+def test_export_refuses_with_a_reason(folder: Path, ddiff: Command) -> None:
     code, _, err = ddiff("export", "runs/nowhere", "weights.safetensors")
     assert code == 2
     assert "is not a run directory" in err

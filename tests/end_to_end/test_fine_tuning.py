@@ -49,7 +49,7 @@ def weights(name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_the_same_vocabulary_takes_every_tensor_as_it_is() -> None:
+def test_init_on_the_same_vocabulary_takes_every_tensor() -> None:
     run, init = initialized(*FLAT, 'train.init={run="runs/flat"}')
     state = run.denoiser.state_dict()
     assert all(torch.equal(state[name], value) for name, value in weights("flat").items())
@@ -58,7 +58,7 @@ def test_the_same_vocabulary_takes_every_tensor_as_it_is() -> None:
 
 
 @pytest.mark.slow
-def test_a_tree_takes_a_flat_run_s_words_and_mask_and_its_clusters_begin_at_their_words() -> None:
+def test_init_of_a_tree_from_a_flat_run_averages_tokens_into_clusters() -> None:
     run, init = initialized('train.init={run="runs/flat"}')
     theirs = weights("flat")
     state, vocabulary = run.denoiser.state_dict(), run.vocabulary
@@ -76,7 +76,7 @@ def test_a_tree_takes_a_flat_run_s_words_and_mask_and_its_clusters_begin_at_thei
 
 
 @pytest.mark.slow
-def test_below_a_cluster_the_new_head_has_the_law_of_the_old_one() -> None:
+def test_init_keeps_the_token_distribution_within_clusters() -> None:
     """Softmax of the old words' logits within each cluster, at random hidden rows."""
     run, _ = initialized('train.init={run="runs/flat"}')
     theirs = weights("flat")
@@ -97,7 +97,7 @@ def test_below_a_cluster_the_new_head_has_the_law_of_the_old_one() -> None:
 
 
 @pytest.mark.slow
-def test_embeddings_alone_leave_the_rest_as_it_would_have_begun() -> None:
+def test_init_of_embeddings_leaves_other_weights() -> None:
     run, _ = initialized('train.init={run="runs/flat", parts="embeddings"}')
     plain, _ = initialized()
     theirs = weights("flat")
@@ -110,7 +110,7 @@ def test_embeddings_alone_leave_the_rest_as_it_would_have_begun() -> None:
 
 
 @pytest.mark.slow
-def test_a_head_whose_rows_mean_something_else_begins_with_counts() -> None:
+def test_init_starts_an_incompatible_head_from_counts() -> None:
     run, init = initialized(*FLAT, 'train.init={run="runs/tree"}')
     plain, _ = initialized(*FLAT)
     assert init["anew"] == ["head.table", "head.bias"]
@@ -120,7 +120,7 @@ def test_a_head_whose_rows_mean_something_else_begins_with_counts() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_records_where_it_began_and_goes_on_without_that_run(place: Path) -> None:
+def test_init_is_recorded_and_not_needed_to_resume(place: Path) -> None:
     settings = [*SHORT, *FLAT, 'name="tuned"', 'train.init={run="runs/flat"}']
     api.run("small.toml", settings=settings)
     recorded = json.loads(Path("runs/tuned/environment.json").read_text())["init"]
@@ -141,7 +141,7 @@ def test_a_run_records_where_it_began_and_goes_on_without_that_run(place: Path) 
 
 
 @pytest.mark.slow
-def test_a_model_s_embeddings_become_those_of_the_words(tmp_path: Path) -> None:
+def test_init_from_a_model_takes_its_embeddings(tmp_path: Path) -> None:
     """Words take its rows, a cluster the mean of its words' rows; what is not as wide is refused."""
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=8)
@@ -168,7 +168,7 @@ def test_a_model_s_embeddings_become_those_of_the_words(tmp_path: Path) -> None:
         initialized(f"train.init={{model='{tmp_path / 'model'}'}}", "denoiser.width=32")
 
 
-def test_weights_come_from_a_run_or_a_model() -> None:
+def test_init_names_a_run_or_a_model() -> None:
     for init in ("{parts='all'}", "{run='a', model='b'}"):
         with pytest.raises(
             RecipeError, match='name either "run", or "model", whose embeddings are taken'
@@ -176,7 +176,7 @@ def test_weights_come_from_a_run_or_a_model() -> None:
             read_recipe("small.toml", [f"train.init={init}"])
 
 
-def test_the_cosine_ends_where_the_recipe_says() -> None:
+def test_cosine_schedule_ends_at_the_floor() -> None:
     session = TrainingSession.open(read_recipe("small.toml", [*SHORT, "train.floor=0.25"]))
     multiplier = session.trainer().multiplier
     assert multiplier(3) == pytest.approx(0.25)
@@ -186,7 +186,7 @@ def test_the_cosine_ends_where_the_recipe_says() -> None:
 
 
 @pytest.mark.slow
-def test_a_share_of_the_rows_is_shown_a_prefix_of_any_length() -> None:
+def test_prefix_share_and_lengths_are_uniform() -> None:
     """256 rows of 8 at a share of one half: 128 +- 4 sigma (32) with a chance of 7/8 of being seen, every length met."""
     run, _ = initialized("train.prefix=0.5", "train.batch=256")
     batch = run.data.batch_at(3, 0)
@@ -200,7 +200,7 @@ def test_a_share_of_the_rows_is_shown_a_prefix_of_any_length() -> None:
 
 
 @pytest.mark.slow
-def test_a_prefix_is_shown_clean_and_counts_nothing() -> None:
+def test_prefix_is_clean_and_not_scored() -> None:
     run, _ = initialized("train.prefix=1.0", "train.batch=64")
     batch = run.data.batch_at(0, 0)
     drawn = run.objective._draw(

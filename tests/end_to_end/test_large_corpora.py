@@ -32,7 +32,7 @@ def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(pa.table({"text": CORPUS.splitlines()}), "corpus.parquet")
 
 
-def test_shards_train_and_evaluate_as_documents_do() -> None:
+def test_shards_train_and_evaluate_like_documents() -> None:
     ddiff.run("small.toml", settings=['run_dir="text"', *BRIEF])
     ddiff.run("small.toml", settings=['run_dir="files"', *FILES, *BRIEF])
     command("data", "small.toml", "--out", "made", *(f"--set={setting}" for setting in FILES))
@@ -57,7 +57,7 @@ def test_shards_train_and_evaluate_as_documents_do() -> None:
     )
 
 
-def test_a_streamed_run_goes_on_as_if_it_had_not_stopped() -> None:
+def test_streamed_run_resumes_bit_for_bit() -> None:
     """Blocks of four rows: a step's batch is one, and the second call begins in the middle of the text."""
     stream = [
         *FILES,
@@ -85,7 +85,7 @@ def test_a_streamed_run_goes_on_as_if_it_had_not_stopped() -> None:
     assert readings[0] == readings[1]
 
 
-def test_the_data_command_says_what_there_is_and_verifies_it(
+def test_data_command_prints_sizes_and_verifies_shards(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = [f"--set={setting}" for setting in FILES]

@@ -188,7 +188,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIRST)
-def test_the_bound_comes_down_to_the_entropy_and_never_below(name: str, folder: Path) -> None:
+def test_bound_of_a_trained_tree_reaches_the_entropy(name: str, folder: Path) -> None:
     process = swaps_and_masks() if name == "dense" else None
     readings = []
     for steps in (40, 120, 300):  # each goes on from the one before
@@ -206,7 +206,7 @@ def test_the_bound_comes_down_to_the_entropy_and_never_below(name: str, folder: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
-def test_so_does_that_of_every_other_family(name: str, folder: Path) -> None:
+def test_bound_of_every_other_family_reaches_the_entropy(name: str, folder: Path) -> None:
     settings = [*SMALL, *OTHERS[name], f"run_dir={str(folder / 'run')!r}"]
     reading = read(parse_recipe(RECIPE, settings=settings), 3)
     assert reading.bound + reading.half >= 1.0, f"a bound below the entropy: {reading}"
@@ -215,7 +215,7 @@ def test_so_does_that_of_every_other_family(name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_the_exact_law_in_a_networks_place_has_the_entropy_for_its_bound(name: str) -> None:
+def test_bound_of_the_exact_distribution_is_the_entropy(name: str) -> None:
     """4,096 rows of 8 symbols: the bound less -ln P(row) has mean 0, within four standard errors (10 cases: 6e-4; seeds
     fixed), which are under 3 % of the entropy.
 
@@ -262,7 +262,7 @@ class Previous(torch.nn.Module):
         return torch.nn.functional.one_hot(ids, self.width).double()
 
 
-def test_the_exact_law_of_the_next_symbol_has_minus_ln_p_of_every_row() -> None:
+def test_exact_next_symbol_distribution_scores_minus_ln_p() -> None:
     """Nothing is drawn, so that it holds row by row; 1e-12 for sums of eight logarithms in float64."""
     source, index, vocabulary = MarkovSource(4, peakedness=2.0), torch.arange(64), FlatVocabulary(4)
     head = TokenHead(vocabulary, vocabulary.num_states).double()

@@ -46,7 +46,7 @@ def autoregressive() -> str:
 # what is counted
 
 
-def test_flops_are_those_of_the_shapes(folder: Path) -> None:
+def test_backbone_flops_follow_from_its_shapes(folder: Path) -> None:
     """24 d^2 for the matrices of a block (3 + 1 + 4 + 4 of 2 d^2), 4 L d for its attention; without time nothing else."""
     found = measured([*FLAT, "denoiser.time=false"])
     assert found.cost.backbone_flops == LAYERS * (24 * WIDTH**2 + 4 * LENGTH * WIDTH)
@@ -54,7 +54,7 @@ def test_flops_are_those_of_the_shapes(folder: Path) -> None:
     assert found.cost.flops == 3 * (found.cost.backbone_flops + found.cost.head_flops)
 
 
-def test_logits_are_those_that_the_head_computes(folder: Path) -> None:
+def test_logit_count_is_what_the_head_computes(folder: Path) -> None:
     every = measured(AR, text=autoregressive())
     masked, tree = measured(FLAT, steps=10), measured(steps=10)
     assert every.cost.logits == every.num_tokens  # at each position all words
@@ -64,7 +64,7 @@ def test_logits_are_those_that_the_head_computes(folder: Path) -> None:
     assert tree.cost.logits < 0.2 * tree.num_tokens  # clusters, or the words of one
 
 
-def test_parameters_are_told_apart(folder: Path) -> None:
+def test_parameter_counts_separate_embedding_and_head(folder: Path) -> None:
     found = measured(FLAT)
     states = found.num_tokens + 1
     assert found.cost.parameters.embedding == states * WIDTH
@@ -79,14 +79,14 @@ def test_parameters_are_told_apart(folder: Path) -> None:
     assert found.cost.checkpoint == found.cost.footprint.parameters + found.cost.footprint.optimizer
 
 
-def test_a_rank_holds_everything_or_its_share() -> None:
+def test_footprint_of_ddp_and_fsdp() -> None:
     one = Footprint(parameters=800.0, gradients=800.0, optimizer=1600.0, activations=50.0)
     assert one.total == 3250.0
     assert one.replicate().total == one.total + 800.0  # the buckets in which gradients are summed
     assert one.shard(8, gathered=100.0).total == 3200.0 / 8 + 2 * 100.0 + 50.0
 
 
-def test_the_count_of_logits_ends_with_its_block(folder: Path) -> None:
+def test_count_logits_stops_after_its_block(folder: Path) -> None:
     from ddiff import FlatVocabulary, TokenHead
 
     head = TokenHead(FlatVocabulary(5), 3)
@@ -98,7 +98,7 @@ def test_the_count_of_logits_ends_with_its_block(folder: Path) -> None:
     assert num_bytes({"a": [hidden, {"b": node}], "c": "text", "d": 1}) == 4 * 3 * 4 + 4 * 8
 
 
-def test_memory_is_seen_to_rise() -> None:
+def test_memory_rise_sees_freed_memory() -> None:
     """64 MiB that are written to and let go: within half of that, the interpreter does other things too."""
     rise = MemoryRise(torch.device("cpu"))
     torch.ones(2**24).sum()
@@ -112,7 +112,7 @@ def test_memory_is_seen_to_rise() -> None:
     ("settings", "text"),
     [([], RECIPE), (FLAT, RECIPE), (AR, autoregressive()), (["train.accumulate=2"], RECIPE)],
 )
-def test_the_first_loss_is_known_before_it_is_trained(
+def test_first_loss_equals_the_initial_loss_on_the_same_draws(
     folder: Path, settings: list[str], text: str
 ) -> None:
     """The same rows, times and noise: nothing but rounding is between them, dropout included."""
@@ -125,7 +125,7 @@ def test_the_first_loss_is_known_before_it_is_trained(
     )  # the bound at the unigram law
 
 
-def test_the_law_of_an_autoregressive_head_starts_at_the_entropy_of_the_unigram(
+def test_autoregressive_initial_loss_is_the_unigram_entropy(
     folder: Path,
 ) -> None:
     found = measured(AR, text=autoregressive())
@@ -133,7 +133,7 @@ def test_the_law_of_an_autoregressive_head_starts_at_the_entropy_of_the_unigram(
     assert found.initial.mean == pytest.approx(found.unigram, abs=4 * found.initial.error)
 
 
-def test_a_loss_that_is_divided_by_another_count_is_warned_of(
+def test_measure_warns_of_a_wrong_denominator(
     folder: Path, ddiff: Called, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = Trainer._denominators
@@ -148,7 +148,7 @@ def test_a_loss_that_is_divided_by_another_count_is_warned_of(
     assert "WARNING: the first loss is" in out
 
 
-def test_other_weights_leave_the_first_loss_open(folder: Path, ddiff: Called) -> None:
+def test_initial_loss_is_unknown_with_other_weights(folder: Path, ddiff: Called) -> None:
     assert ddiff("run", "small.toml", "--set", "train.steps=2")[0] == 0
     assert measured(["train.init={run='runs/small'}", "name=second"]).initial is None
 
@@ -156,7 +156,7 @@ def test_other_weights_leave_the_first_loss_open(folder: Path, ddiff: Called) ->
 # the command
 
 
-def test_a_measurement_is_one_table_and_leaves_nothing(folder: Path, ddiff: Called) -> None:
+def test_measure_prints_one_table_and_leaves_no_file(folder: Path, ddiff: Called) -> None:
     before = sorted(path.name for path in folder.iterdir())
     code, out, err = ddiff("run", "small.toml", "--dry-run", "--measure", "3", "--set", "backend.kind=ddp",
                            "--set", "backend.processes=2")  # fmt: skip
@@ -181,14 +181,14 @@ def test_a_measurement_is_one_table_and_leaves_nothing(folder: Path, ddiff: Call
     assert "WARNING" not in out
 
 
-def test_measuring_goes_with_a_dry_run(folder: Path, ddiff: Called) -> None:
+def test_measure_needs_dry_run(folder: Path, ddiff: Called) -> None:
     code, _, err = ddiff("run", "small.toml", "--measure", "3")
     assert code == 2
     assert "--measure 3 goes with --dry-run" in err
     assert not (folder / "runs").exists()
 
 
-def test_text_that_is_not_here_is_stood_in_for(folder: Path) -> None:
+def test_measure_replaces_missing_text_by_random_tokens(folder: Path) -> None:
     Path("nowhere").mkdir()  # and no name on the hub, which would be asked for
     found = measured([ABSENT])
     assert "nowhere" in found.stand_in
@@ -197,13 +197,15 @@ def test_text_that_is_not_here_is_stood_in_for(folder: Path) -> None:
     assert measured().stand_in == ""
 
 
-def test_text_that_is_not_here_and_of_unknown_words_is_an_error(folder: Path) -> None:
+def test_measure_refuses_missing_text_of_unknown_vocabulary_size(folder: Path) -> None:
     Path("nowhere").mkdir()
     with pytest.raises(DataError, match="No tokenizer from 'nowhere'"):
         measured(["tokenizer={kind='pretrained', path='nowhere'}"])
 
 
-def test_what_has_no_room_is_not_begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_refuses_what_does_not_fit_into_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ArgumentError, match=r"for the backward of 4000000 rows.*train.batch=\d+"):
         measured(["train.batch=4000000"])
     monkeypatch.setattr("ddiff.runs.measure.free_bytes", lambda device: 1000.0)
@@ -213,7 +215,7 @@ def test_what_has_no_room_is_not_begun(folder: Path, monkeypatch: pytest.MonkeyP
         measured()
 
 
-def test_known_devices_have_the_figures_of_their_makers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_flops_of_known_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, figure in (
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
@@ -223,5 +225,5 @@ def test_known_devices_have_the_figures_of_their_makers(monkeypatch: pytest.Monk
         assert cost.peak_flops(torch.device("cuda"))[0] == figure
 
 
-def test_parameters_add_up() -> None:
+def test_total_parameters_is_the_sum() -> None:
     assert Parameters(1, 2, 3).total == 6

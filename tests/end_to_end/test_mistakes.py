@@ -145,7 +145,7 @@ ONLY_THE_DATA_TELLS = {"symbols of another length"}
 
 
 @pytest.mark.parametrize("name", list(MISTAKES))
-def test_a_recipe_that_cannot_be_run_says_why_and_writes_nothing(
+def test_impossible_recipe_says_why_and_writes_nothing(
     name: str, folder: Path, ddiff: Command
 ) -> None:
     settings, expected = MISTAKES[name]
@@ -154,9 +154,7 @@ def test_a_recipe_that_cannot_be_run_says_why_and_writes_nothing(
 
 
 @pytest.mark.parametrize("name", list(MISTAKES))
-def test_a_dry_run_refuses_what_the_run_would_unless_only_the_data_tells(
-    name: str, folder: Path, ddiff: Command
-) -> None:
+def test_dry_run_refuses_what_needs_no_data_to_see(name: str, folder: Path, ddiff: Command) -> None:
     settings, expected = MISTAKES[name]
     answer = ddiff("run", "small.toml", "--dry-run", *settings)
     if name in ONLY_THE_DATA_TELLS:
@@ -166,9 +164,7 @@ def test_a_dry_run_refuses_what_the_run_would_unless_only_the_data_tells(
     assert sorted(path.name for path in folder.iterdir()) == ["corpus.txt", "small.toml"]
 
 
-def test_where_a_run_is_to_be_written_is_asked_before_its_data_is_read(
-    folder: Path, ddiff: Command
-) -> None:
+def test_run_directory_is_checked_before_data_is_read(folder: Path, ddiff: Command) -> None:
     Path("corpus.txt").write_bytes(b"\xff\xfe")
     refused(
         ddiff("run", "small.toml", "--set", 'run_dir="small.toml/run"'), "run_dir", "small.toml"
@@ -184,7 +180,7 @@ CORPORA = {
 
 
 @pytest.mark.parametrize("name", list(CORPORA))
-def test_a_corpus_that_is_no_text_says_why_and_writes_nothing(
+def test_corpus_that_is_not_text_says_why_and_writes_nothing(
     name: str, folder: Path, ddiff: Command
 ) -> None:
     content, expected = CORPORA[name]
@@ -193,7 +189,7 @@ def test_a_corpus_that_is_no_text_says_why_and_writes_nothing(
     assert not Path("runs").exists()
 
 
-def test_embeddings_with_nan_make_no_clusters(folder: Path, ddiff: Command) -> None:
+def test_clusters_refuse_embeddings_with_nan(folder: Path, ddiff: Command) -> None:
     np.save("embeddings.npy", np.full((270, 4), np.nan, np.float32))
     refused(
         ddiff("run", "small.toml", "--set", 'vocabulary.source="embeddings.npy"'), "embeddings.npy"
@@ -202,13 +198,15 @@ def test_embeddings_with_nan_make_no_clusters(folder: Path, ddiff: Command) -> N
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])
-def test_a_directory_that_is_no_run_is_named(command: str, folder: Path, ddiff: Command) -> None:
+def test_commands_name_a_directory_that_is_not_a_run(
+    command: str, folder: Path, ddiff: Command
+) -> None:
     refused(ddiff(command, "."), "not a run directory", "recipe.toml")
     refused(ddiff(command, "nowhere"), "nowhere", "not a run directory")
     assert sorted(path.name for path in folder.iterdir()) == ["corpus.txt", "small.toml"]
 
 
-def test_a_mistake_with_fresh_leaves_the_old_run_as_it_was(run_dir: Path, ddiff: Command) -> None:
+def test_mistake_with_fresh_keeps_the_old_run(run_dir: Path, ddiff: Command) -> None:
     before = files(run_dir)
     refused(ddiff("run", "small.toml", "--fresh", "--set", "vocabulary.sizes=[4000]"), "4000")
     refused(ddiff("run", "small.toml", "--fresh", "--set", 'process={kind="mdlm"}'), "mdlm")
@@ -254,7 +252,7 @@ COMMANDS = {
 @pytest.mark.parametrize(
     "file", ["model.safetensors", "manifest.json", "state.json", "complete.json"]
 )
-def test_a_truncated_checkpoint_is_named_and_left_alone(
+def test_truncated_checkpoint_is_named_and_kept(
     file: str, name: str, run_dir: Path, ddiff: Command
 ) -> None:
     damaged = newest(run_dir, file)
@@ -268,7 +266,7 @@ def test_a_truncated_checkpoint_is_named_and_left_alone(
     "file", ["recipe.toml", "environment.json", "tokenizer.json", "vocabulary.safetensors"]
 )
 @pytest.mark.parametrize("command", ["eval", "sample"])
-def test_a_truncated_file_of_the_run_is_named(
+def test_truncated_run_file_is_named(
     file: str, command: str, run_dir: Path, ddiff: Command
 ) -> None:
     damaged = run_dir / file
@@ -281,9 +279,7 @@ def test_a_truncated_file_of_the_run_is_named(
 @pytest.mark.parametrize(
     "file", ["recipe.toml", "environment.json", "evaluation.json", "samples.jsonl"]
 )
-def test_a_truncated_file_of_the_run_is_named_when_the_run_goes_on(
-    file: str, run_dir: Path, ddiff: Command
-) -> None:
+def test_truncated_run_file_is_named_on_resuming(file: str, run_dir: Path, ddiff: Command) -> None:
     damaged = run_dir / file
     content = damaged.read_bytes()
     damaged.write_bytes(
@@ -292,9 +288,7 @@ def test_a_truncated_file_of_the_run_is_named_when_the_run_goes_on(
     refused(ddiff(*COMMANDS["run"]), file)
 
 
-def test_files_of_two_formats_are_refused_before_they_are_read(
-    folder: Path, ddiff: Command
-) -> None:
+def test_mixed_file_formats_are_refused_unread(folder: Path, ddiff: Command) -> None:
     for name in ("a.jsonl", "b.parquet"):
         (folder / name).write_text('{"text": "It rained."}\n')
     corpus = 'data={kind="files", files=["*.jsonl", "*.parquet"], length=16}'
@@ -306,14 +300,12 @@ def test_files_of_two_formats_are_refused_before_they_are_read(
     )
 
 
-def test_a_run_without_a_checkpoint_cannot_be_read(run_dir: Path, ddiff: Command) -> None:
+def test_run_without_a_checkpoint_cannot_be_loaded(run_dir: Path, ddiff: Command) -> None:
     shutil.rmtree(run_dir / "checkpoints")
     refused(ddiff("eval", "runs/small"), "no complete checkpoint")
 
 
-def test_fewer_steps_than_a_run_has_are_answered_with_what_can_be_done(
-    run_dir: Path, ddiff: Command
-) -> None:
+def test_fewer_steps_than_trained_are_refused_with_a_remedy(run_dir: Path, ddiff: Command) -> None:
     before = files(run_dir)
     for mode in ([], ["--dry-run"]):
         refused(
@@ -340,7 +332,7 @@ def poison(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])
-def test_weights_with_nan_neither_score_nor_speak(
+def test_nan_weights_neither_evaluate_nor_sample(
     command: str, run_dir: Path, ddiff: Command
 ) -> None:
     poison(run_dir)
@@ -349,7 +341,7 @@ def test_weights_with_nan_neither_score_nor_speak(
     assert files(run_dir) == before
 
 
-def test_training_that_only_gives_nan_stops_with_a_reason(run_dir: Path, ddiff: Command) -> None:
+def test_training_stops_after_only_nan_steps(run_dir: Path, ddiff: Command) -> None:
     poison(run_dir)
     answer = ddiff("run", "small.toml", *SHORT, "--set", "train.steps=40")
     refused(answer, "not finite in 20 steps in a row", "step 24")
@@ -357,7 +349,7 @@ def test_training_that_only_gives_nan_stops_with_a_reason(run_dir: Path, ddiff: 
     assert [line["step"] for line in lines] == list(range(1, 25)), "the last one too"
 
 
-def test_a_vocabulary_of_another_tokenizer_is_refused(run_dir: Path, ddiff: Command) -> None:
+def test_vocabulary_of_another_tokenizer_is_refused(run_dir: Path, ddiff: Command) -> None:
     other = BytePairTokenizer.train(
         ["quite another text, quite another text and its words"] * 9, 270
     )
@@ -378,7 +370,7 @@ def test_weights_of_another_model_are_refused(run_dir: Path, ddiff: Command) -> 
     refused(ddiff("sample", "runs/small"), "denoiser.width: was 16, is 32", "recipe.toml")
 
 
-def test_another_corpus_is_not_trained_on_by_accident(run_dir: Path, ddiff: Command) -> None:
+def test_resume_refuses_another_corpus(run_dir: Path, ddiff: Command) -> None:
     Path("corpus.txt").write_text(
         Path("corpus.txt").read_text() + "\nand one line more that was not there"
     )
@@ -387,7 +379,7 @@ def test_another_corpus_is_not_trained_on_by_accident(run_dir: Path, ddiff: Comm
     assert files(run_dir) == before
 
 
-def test_a_damaged_vocabulary_file_of_the_users_own_is_named(run_dir: Path, ddiff: Command) -> None:
+def test_damaged_vocabulary_file_is_named(run_dir: Path, ddiff: Command) -> None:
     tensors = load_file(run_dir / "vocabulary.safetensors")
     save_file({"something": next(iter(tensors.values()))}, run_dir / "vocabulary.safetensors")
     refused(ddiff("sample", "runs/small"), "vocabulary.safetensors")
@@ -397,12 +389,12 @@ def test_a_damaged_vocabulary_file_of_the_users_own_is_named(run_dir: Path, ddif
 
 
 @pytest.mark.parametrize("settings", ["train.steps=4", {"train.steps": 4}])
-def test_settings_that_are_no_list_are_explained(settings: Any, folder: Path) -> None:
+def test_settings_that_are_not_a_list_are_explained(settings: Any, folder: Path) -> None:
     with pytest.raises(ArgumentError, match=r'settings must be a list .*\["train.steps=200"\]'):
         api.run("small.toml", settings=settings)
 
 
-def test_a_text_in_place_of_a_list_and_no_samples_are_explained(run_dir: Path) -> None:
+def test_nelbo_of_a_bare_text_and_zero_samples_are_explained(run_dir: Path) -> None:
     run = api.load(run_dir)
     with pytest.raises(ArgumentError, match=r"texts must be a list .*'the cat'"):
         run.nelbo("the cat")
@@ -411,7 +403,7 @@ def test_a_text_in_place_of_a_list_and_no_samples_are_explained(run_dir: Path) -
             run.sample(**wrong)
 
 
-def test_a_rate_matrix_may_be_lists_and_anything_else_is_explained() -> None:
+def test_rate_matrix_takes_lists_and_refuses_the_rest() -> None:
     vocabulary = api.FlatVocabulary(2, mask=False)
     rates = [[-1.0, 1.0], [2.0, -2.0]]
     t = torch.tensor([0.3], dtype=torch.float64)
@@ -424,7 +416,7 @@ def test_a_rate_matrix_may_be_lists_and_anything_else_is_explained() -> None:
             api.DenseProcess(vocabulary, wrong)  # type: ignore[arg-type]
 
 
-def test_a_class_in_place_of_a_process_is_explained() -> None:
+def test_process_class_instead_of_object_is_explained() -> None:
     with pytest.raises(ArgumentError, match=r"instance .*DenseProcess"):
         check_process(api.DenseProcess)  # type: ignore[arg-type]
 
@@ -432,7 +424,7 @@ def test_a_class_in_place_of_a_process_is_explained() -> None:
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
-def test_a_signal_is_not_swallowed_and_the_same_call_goes_on(
+def test_signal_reaches_the_caller_and_the_same_call_resumes(
     number: int, error: type[BaseException], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ["train.steps=4", "train.log_every=2"]
@@ -446,7 +438,7 @@ def test_a_signal_is_not_swallowed_and_the_same_call_goes_on(
     assert Checkpoints(folder / "runs/small/checkpoints").steps()[-1] == 4
 
 
-def test_a_full_disk_is_told_and_the_same_command_goes_on(
+def test_full_disk_is_reported_and_the_same_command_resumes(
     folder: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     append = MetricsFile.append
@@ -464,7 +456,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(
     assert Checkpoints(folder / "runs/small/checkpoints").steps()[-1] == 4
 
 
-def test_one_process_at_a_time_writes_to_a_run(run_dir: Path, ddiff: Command) -> None:
+def test_run_directory_is_locked(run_dir: Path, ddiff: Command) -> None:
     """Not even --fresh takes the place of a run that is being trained; the lock goes with the process that held it."""
     before = files(run_dir)
     code = "from ddiff.runs.directory import lock_run_dir; from pathlib import Path; import time\n"
@@ -484,9 +476,7 @@ def test_one_process_at_a_time_writes_to_a_run(run_dir: Path, ddiff: Command) ->
     assert not (run_dir.parent / ".small.lock").exists()
 
 
-def test_a_run_is_evaluated_as_its_recipe_has_it_whatever_was_read_in_between(
-    run_dir: Path, ddiff: Command
-) -> None:
+def test_run_evaluates_by_its_recipe_after_other_evaluations(run_dir: Path, ddiff: Command) -> None:
     first = json.loads((run_dir / "evaluation.json").read_text())
     code, out, _ = ddiff("eval", "runs/small", "--set", "evaluate.draws=3")
     assert (code, "Written to runs/small/evaluation.json" in out) == (0, True)
@@ -495,9 +485,7 @@ def test_a_run_is_evaluated_as_its_recipe_has_it_whatever_was_read_in_between(
     assert json.loads((run_dir / "evaluation.json").read_text()) == first
 
 
-def test_a_recipe_that_only_evaluates_otherwise_is_sent_to_eval(
-    run_dir: Path, ddiff: Command
-) -> None:
+def test_changed_evaluation_keys_point_to_eval(run_dir: Path, ddiff: Command) -> None:
     code, _, err = ddiff("run", "small.toml", *SHORT, "--set", "evaluate.draws=3")
     assert code == 2
     assert "evaluate.draws: was 1, is 3" in err
@@ -505,22 +493,22 @@ def test_a_recipe_that_only_evaluates_otherwise_is_sent_to_eval(
     assert "--fresh" not in err
 
 
-def test_a_recipe_that_extends_another_has_the_name_of_its_file(folder: Path) -> None:
+def test_extending_recipe_is_named_by_its_file(folder: Path) -> None:
     Path("mine.toml").write_text('extends = "small.toml"\n')
     assert api.read_recipe("mine.toml").run_dir == "runs/mine"
     assert api.read_recipe("mine.toml", ["name=other"]).run_dir == "runs/other"
 
 
-def test_a_key_outside_its_table_is_sent_there(folder: Path, ddiff: Command) -> None:
+def test_key_outside_its_table_points_to_the_table(folder: Path, ddiff: Command) -> None:
     refused(ddiff("run", "small.toml", "--set", "steps=4"), 'Did you mean "train.steps"?')
 
 
-def test_exports_make_their_folder(run_dir: Path, ddiff: Command) -> None:
+def test_export_makes_its_folder(run_dir: Path, ddiff: Command) -> None:
     assert ddiff("export", "runs/small", "new/folder/small.safetensors")[0] == 0
     assert Path("new/folder/small.safetensors").is_file()
 
 
-def test_a_tracker_is_closed_however_training_ends(
+def test_tracker_is_closed_however_training_ends(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(tracker: NoTracker, step: int, metrics: object) -> None:
@@ -540,7 +528,7 @@ GENERATED = (
 )  # fmt: skip
 
 
-def test_a_generated_source_is_shown_with_its_entropy_rate_and_has_no_bytes(
+def test_generated_source_shows_entropy_rate_and_no_bits_per_byte(
     folder: Path, ddiff: Command
 ) -> None:
     for command in (("run", "small.toml", *SHORT, *GENERATED), ("eval", "runs/small")):
@@ -552,7 +540,7 @@ def test_a_generated_source_is_shown_with_its_entropy_rate_and_has_no_bytes(
     assert run.nelbo(run.data.documents.validation["text"][:2], draws=1).bits_per_byte is None
 
 
-def test_a_text_has_bits_per_byte_and_no_entropy_rate(run_dir: Path, ddiff: Command) -> None:
+def test_text_shows_bits_per_byte_and_no_entropy_rate(run_dir: Path, ddiff: Command) -> None:
     assert api.load(run_dir).nelbo(["the old cat"], draws=1).bits_per_byte is not None
     assert "entropy rate" not in ddiff("eval", "runs/small")[1]
 
@@ -560,7 +548,7 @@ def test_a_text_has_bits_per_byte_and_no_entropy_rate(run_dir: Path, ddiff: Comm
 # ---------------------------------------------------------------------- the cache
 
 
-def test_what_a_killed_build_left_is_removed_a_day_later(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_build_are_removed_after_a_day(tmp_path: Path) -> None:
     abandoned, under_way = (tmp_path / "rows" / f"{name}.partial-0" for name in ("old", "new"))
     for partial in (abandoned, under_way):
         partial.mkdir(parents=True)
@@ -572,9 +560,7 @@ def test_what_a_killed_build_left_is_removed_a_day_later(tmp_path: Path) -> None
     assert (abandoned.exists(), under_way.exists()) == (False, True)
 
 
-def test_a_directory_without_a_checkpoint_is_no_trained_run_and_takes_another_recipe(
-    folder: Path, ddiff: Command
-) -> None:
+def test_directory_without_checkpoint_takes_another_recipe(folder: Path, ddiff: Command) -> None:
     """A run that died at its first step is mended under its own name."""
     (folder / "runs/small").mkdir(parents=True)
     (folder / "runs/small/recipe.toml").write_text(api.read_recipe("small.toml").to_toml())
@@ -583,6 +569,6 @@ def test_a_directory_without_a_checkpoint_is_no_trained_run_and_takes_another_re
     assert code == 0, err
 
 
-def test_one_window_over_the_whole_canvas_is_every_sampler_s(folder: Path) -> None:
+def test_single_window_suits_every_sampler(folder: Path) -> None:
     settings = ["train.steps=2", 'objective.times={kind="block", width=8}']
     assert api.run("small.toml", settings=settings).sample(1)

@@ -82,7 +82,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.usefixtures("no_answers")
 @pytest.mark.parametrize("name", PAPER)
-def test_a_paper_recipe_asks_its_device_nothing_in_a_step(name: str, place: Path) -> None:
+def test_paper_recipe_step_never_waits_for_its_device(name: str, place: Path) -> None:
     run = build_run(read_recipe(name, small(name)))
     run.objective.module.to("meta")
     batch = run.data.batch_at(0, 0)
@@ -94,7 +94,7 @@ def test_a_paper_recipe_asks_its_device_nothing_in_a_step(name: str, place: Path
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_a_paper_recipe_trains_a_step_with_everything_but_its_sizes(name: str, place: Path) -> None:
+def test_shrunk_paper_recipe_trains(name: str, place: Path) -> None:
     recipe = read_recipe(name, small(name))
     published = read_recipe(name)
     changed = {key for key, _, _ in diff_recipes(published.to_dict(), recipe.to_dict())}
@@ -130,7 +130,7 @@ def train(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], 
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_a_paper_recipe_has_the_published_numbers(name: str) -> None:
+def test_paper_recipe_has_the_published_token_count(name: str) -> None:
     """Tokens by steps, batch and length; the noise and the loss by the papers' own tables."""
     recipe = read_recipe(name)
     tokens = recipe.train.steps * recipe.train.batch * recipe.length
@@ -152,7 +152,7 @@ def test_a_paper_recipe_has_the_published_numbers(name: str) -> None:
         ("ar_small_llama", 190.5, 0.001),
     ],
 )
-def test_a_paper_recipe_has_the_published_size(
+def test_paper_recipe_has_the_published_parameter_count(
     name: str, millions: float, tolerance: float
 ) -> None:
     recipe = read_recipe(f"paper/{name}")

@@ -69,7 +69,9 @@ def signalled(run_dir: Path, step: int, number: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_killed_and_interrupted_it_ends_as_if_left_alone(folder: Path, ddiff: Command) -> None:
+def test_killed_and_interrupted_run_ends_like_an_undisturbed_one(
+    folder: Path, ddiff: Command
+) -> None:
     """SIGKILL at one random step, SIGINT at a later one; dropout is on, so torch's random state matters too."""
     torn, straight = Path("torn"), Path("straight")
     draw = random.Random(5)
@@ -115,7 +117,7 @@ def test_killed_and_interrupted_it_ends_as_if_left_alone(folder: Path, ddiff: Co
 SHORT = ("run", "small.toml", "--set", "train.steps=4")
 
 
-def test_a_finished_run_is_not_done_again(folder: Path, ddiff: Command) -> None:
+def test_finished_run_is_not_repeated(folder: Path, ddiff: Command) -> None:
     assert ddiff(*SHORT)[0] == 0
     run_dir = Path("runs/small")
     before = {
@@ -134,7 +136,7 @@ def test_a_finished_run_is_not_done_again(folder: Path, ddiff: Command) -> None:
     )
 
 
-def test_more_steps_go_on_and_fewer_are_refused(folder: Path, ddiff: Command) -> None:
+def test_more_steps_resume_and_fewer_are_refused(folder: Path, ddiff: Command) -> None:
     assert ddiff(*SHORT)[0] == 0
     run_dir = Path("runs/small")
     first = metrics(run_dir)
@@ -151,7 +153,7 @@ def test_more_steps_go_on_and_fewer_are_refused(folder: Path, ddiff: Command) ->
     assert len(metrics(run_dir)) == 6
 
 
-def test_a_changed_recipe_lists_what_changed_and_stops(folder: Path, ddiff: Command) -> None:
+def test_changed_recipe_is_refused_with_its_changes(folder: Path, ddiff: Command) -> None:
     assert ddiff(*SHORT)[0] == 0
     before = Path("runs/small/recipe.toml").read_bytes()
     code, out, err = ddiff(
@@ -174,7 +176,7 @@ def test_fresh_starts_over(folder: Path, ddiff: Command) -> None:
     assert records(Path("runs/small")) != first
 
 
-def test_fresh_deletes_nothing_that_is_no_run(folder: Path, ddiff: Command) -> None:
+def test_fresh_deletes_only_runs(folder: Path, ddiff: Command) -> None:
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
     code, out, err = ddiff(*SHORT, "--fresh", "--set", 'run_dir="mine"')

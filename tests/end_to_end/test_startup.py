@@ -42,7 +42,7 @@ def started(folder: Path, *settings: str) -> tuple[float, list[str], list[str]]:
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_a_warm_start_prepares_nothing(folder: Path) -> None:
+def test_warm_start_imports_and_builds_nothing(folder: Path) -> None:
     """CPU seconds, since other work on the machine is not the command's; the cold start says that the counting works."""
     _, cold, _ = started(folder)
     seconds, built, loaded = started(folder, "--set", "name=again")

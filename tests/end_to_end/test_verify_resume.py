@@ -23,7 +23,7 @@ def contents(run_dir: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
-def test_a_run_that_was_resumed_right_is_equal(folder: Path, ddiff: Command) -> None:
+def test_verify_resume_finds_equal_steps_equal(folder: Path, ddiff: Command) -> None:
     assert ddiff(*RUN)[0] == 0
     before = contents(Path("runs/small"))
     code, out, err = ddiff(*RUN, "--verify-resume", "3")
@@ -44,9 +44,7 @@ def test_a_run_that_was_resumed_right_is_equal(folder: Path, ddiff: Command) -> 
     assert "state after step 3: equal" in out
 
 
-def test_a_record_that_differs_is_found_with_how_much_and_where(
-    folder: Path, ddiff: Command
-) -> None:
+def test_verify_resume_names_a_differing_figure(folder: Path, ddiff: Command) -> None:
     assert ddiff(*RUN)[0] == 0
     path = Path("runs/small/metrics.jsonl")
     lines = path.read_text().splitlines()
@@ -62,9 +60,7 @@ def test_a_record_that_differs_is_found_with_how_much_and_where(
     assert "state after step 6: equal" in out
 
 
-def test_a_state_that_differs_is_found_with_how_much_and_where(
-    folder: Path, ddiff: Command
-) -> None:
+def test_verify_resume_names_a_differing_state(folder: Path, ddiff: Command) -> None:
     assert ddiff(*RUN)[0] == 0
     checkpoints = Checkpoints("runs/small/checkpoints")
     found = checkpoints.newest()
@@ -79,7 +75,7 @@ def test_a_state_that_differs_is_found_with_how_much_and_where(
     assert out.rstrip().endswith("in optimizer.muon.state.0.momentum_buffer")
 
 
-def test_what_cannot_be_done_again_is_refused(folder: Path, ddiff: Command) -> None:
+def test_verify_resume_refuses_what_cannot_be_replayed(folder: Path, ddiff: Command) -> None:
     code, _, err = ddiff(*RUN, "--verify-resume", "3")
     assert code == 2
     assert "is not a run directory" in err
@@ -106,19 +102,19 @@ def test_what_cannot_be_done_again_is_refused(folder: Path, ddiff: Command) -> N
         ([60], 60, 60, (0, 60, True)),
     ],
 )
-def test_steps_are_chosen_so_that_there_is_something_to_compare_with(
+def test_choose_span_ends_at_a_checkpoint_if_it_can(
     checkpoints: list[int], recorded: int, steps: int, span: tuple[int, int, bool]
 ) -> None:
     assert choose_span(checkpoints, recorded, steps) == span
 
 
-def test_without_a_record_there_is_nothing_to_choose() -> None:
+def test_choose_span_needs_a_record() -> None:
     with pytest.raises(CheckpointError, match="records no step"):
         choose_span([5], 0, 3)
 
 
 @pytest.mark.slow
-def test_in_another_layout_rounding_is_allowed(folder: Path, ddiff: Command) -> None:
+def test_verify_resume_allows_rounding_in_another_layout(folder: Path, ddiff: Command) -> None:
     run = (*RUN, "--set", "denoiser.dropout=0.0", "--set", "train.optimizer.kind=adamw")
     assert ddiff(*run)[0] == 0
     before = contents(Path("runs/small"))

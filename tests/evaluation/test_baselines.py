@@ -36,7 +36,7 @@ def stream(documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_both_baselines_are_the_sums_by_hand(seed: int) -> None:
+def test_baselines_equal_sums_by_hand(seed: int) -> None:
     draw = np.random.default_rng(seed)
     train, validation = (
         [draw.integers(0, 6, size).tolist() for size in draw.integers(1, 12, documents)]
@@ -47,14 +47,14 @@ def test_both_baselines_are_the_sums_by_hand(seed: int) -> None:
     )
 
 
-def test_words_never_seen_and_documents_of_one_word_are_scored() -> None:
+def test_baselines_score_unseen_tokens_and_short_documents() -> None:
     train, validation = [[0], [1]], [[2], [2, 0], [0, 1]]
     assert score_baselines(stream(train), stream(validation), 4) == pytest.approx(
         by_hand(train, validation, 4), abs=1e-12
     )
 
 
-def test_the_bigram_law_of_each_word_sums_to_one() -> None:
+def test_bigram_distribution_sums_to_one() -> None:
     train = [[0, 1, 2, 0, 1, 1, 0]]
     for before in range(4):
         # Each text is `before` and a word; twice the mean is -ln P(before) - ln P(word | before).

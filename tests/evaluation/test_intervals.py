@@ -28,12 +28,12 @@ UNEQUAL = np.array([1.0, 2.0, 4.0, 60.0, 200.0])
     ("freedom", "quantile"),
     [(1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (100, 1.98397), (1e9, 1.95996)],
 )
-def test_student_quantiles_are_those_of_the_tables(freedom: float, quantile: float) -> None:
+def test_student95_matches_published_tables(freedom: float, quantile: float) -> None:
     assert student95(freedom) == pytest.approx(quantile, rel=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [np.ones(2), np.ones(7), UNEQUAL])
-def test_the_variance_over_documents_is_unbiased_for_nats_with_variance_in_proportion_to_tokens(
+def test_document_variance_is_unbiased_if_proportional_to_tokens(
     tokens: np.ndarray,
 ) -> None:
     """Exact: residuals are linear in the errors, so the expected square is a sum over unit errors of each document."""
@@ -48,7 +48,7 @@ def test_the_variance_over_documents_is_unbiased_for_nats_with_variance_in_propo
     assert expected == pytest.approx(1.0 / whole, rel=1e-12)
 
 
-def test_equal_documents_have_one_degree_of_freedom_less_than_they_are() -> None:
+def test_equal_documents_have_d_minus_1_degrees_of_freedom() -> None:
     for count in (2, 3, 50):
         estimate = RatioEstimate.of(np.arange(float(count))[:, None], np.full(count, 5.0))
         assert estimate.total is not None
@@ -67,7 +67,7 @@ def test_equal_documents_have_one_degree_of_freedom_less_than_they_are() -> None
         (UNEQUAL, 0.92, 1.0),
     ],
 )
-def test_the_interval_over_documents_covers_for_normal_nats(
+def test_document_interval_covers_for_normal_nats(
     tokens: np.ndarray, least: float, most: float, power: float
 ) -> None:
     """Whether a document's error grows as the root of its tokens (its draws) or as their number (its subject).
@@ -87,7 +87,7 @@ def test_the_interval_over_documents_covers_for_normal_nats(
 
 @pytest.mark.parametrize("tokens", [np.ones(1), np.ones(12), UNEQUAL])
 @pytest.mark.parametrize("readings", [2, 5])
-def test_the_monte_carlo_interval_covers_the_bound_of_these_very_documents(
+def test_monte_carlo_interval_covers_the_bound_of_these_documents(
     tokens: np.ndarray, readings: int
 ) -> None:
     """Documents differ by far more than their readings do; 10,000 repeats, 95 % +- 1.2 % is five standard errors. Pooled
@@ -105,7 +105,7 @@ def test_the_monte_carlo_interval_covers_the_bound_of_these_very_documents(
     assert abs(covered / 10_000 - 0.95) < allowed
 
 
-def test_the_two_parts_add_up_to_the_total_variance() -> None:
+def test_error_parts_add_up_to_the_total_variance() -> None:
     """Between documents 0.5^2 per document, between readings 1: 400 documents, so both are known to a tenth."""
     generator = np.random.default_rng(2)
     documents = 0.5 * generator.normal(size=400)
@@ -121,7 +121,7 @@ def test_the_two_parts_add_up_to_the_total_variance() -> None:
     )
 
 
-def test_one_reading_or_one_document_leaves_its_part_unknown() -> None:
+def test_single_draw_or_document_leaves_its_error_unknown() -> None:
     once = RatioEstimate.of(np.ones((3, 1)), np.ones(3))
     assert once.monte_carlo is None
     assert once.documents is None
@@ -147,7 +147,7 @@ def examples() -> dict[str, ForwardProcess]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [(1e-3, 1.0 - 1e-3), (0.0, 1.0)])
-def test_intervals_of_all_examples_cover(window: tuple[float, float]) -> None:
+def test_intervals_cover_on_all_examples(window: tuple[float, float]) -> None:
     """40 evaluations of each of 44 examples: 93 to 97 % of all, five standard errors of 0.5 % about 95 being wider.
 
     Of one example's 40 fewer than 31 cover with probability 5e-5 if 95 % do; seeds are fixed.

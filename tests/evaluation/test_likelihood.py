@@ -48,7 +48,7 @@ def score(
 
 @pytest.mark.parametrize("draws", [1, 3])
 @pytest.mark.parametrize("batch", [1, 3, 7, 64])
-def test_every_token_is_scored_once_in_each_draw(draws: int, batch: int) -> None:
+def test_evaluate_scores_every_token_once_per_draw(draws: int, batch: int) -> None:
     num_valid = torch.tensor([5, 5, 2, 5, 1, 5, 3])
     objective = Known(processes()["masked"], constant(LAW))
     settings = {"batch_of": scored_rows(words(7, 5), num_valid), "draws": draws, "batch": batch}
@@ -58,7 +58,7 @@ def test_every_token_is_scored_once_in_each_draw(draws: int, batch: int) -> None
     assert evaluation.documents == 4
 
 
-def test_a_document_has_each_of_its_strata_once_in_each_draw() -> None:
+def test_evaluate_gives_a_document_each_stratum_once_per_draw() -> None:
     objective, document = Known(processes()["masked"], constant(LAW)), [0, 0, 0, 1, 1, 2]
     score(objective, words(6, 4), document, draws=4, batch=6)
     for draw in range(4):
@@ -70,7 +70,7 @@ def test_a_document_has_each_of_its_strata_once_in_each_draw() -> None:
     assert {(document[row], slots) for row, _, slots in objective.asked} == {(0, 3), (1, 2), (2, 1)}
 
 
-def test_a_row_may_have_any_stratum_of_its_document() -> None:
+def test_evaluate_gives_a_row_any_stratum_of_its_document() -> None:
     """Else the middle of a document would always be read at the same times. 120 seeds, 3 strata: 5 sigma is 26."""
     found: Counter[int] = Counter()
     for seed in range(120):
@@ -81,7 +81,7 @@ def test_a_row_may_have_any_stratum_of_its_document() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_terms_add_up_to_the_bound_and_parts_to_the_diffusion_term(name: str) -> None:
+def test_terms_add_up_to_the_bound_and_parts_to_diffusion(name: str) -> None:
     evaluation = score(network(processes()[name]), words(9, 5), draws=2, batch=4)
     terms = evaluation.terms_nats_per_token
     assert list(terms) == ["closing", "diffusion", "decoding"]
@@ -94,7 +94,7 @@ def test_terms_add_up_to_the_bound_and_parts_to_the_diffusion_term(name: str) ->
 
 @pytest.mark.parametrize("window", [(1e-3, 0.999), (0.02, 1.0), (0.3, 0.6)])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_constant_law_scores_its_cross_entropy_in_any_window(
+def test_constant_distribution_scores_its_cross_entropy_in_any_window(
     name: str, window: tuple[float, float]
 ) -> None:
     """Symbols that the network calls independent have a tight bound: E NELBO = -mean ln p(x), whatever the window.
@@ -113,7 +113,7 @@ def test_a_constant_law_scores_its_cross_entropy_in_any_window(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_exact_law_of_a_markov_source_scores_its_entropy(name: str) -> None:
+def test_exact_distribution_of_a_markov_source_scores_its_entropy(name: str) -> None:
     """A tight bound over rows with context: the entropy lies within 4 sigma of each reading (3 cases: 2e-4, seeds fixed).
 
     Starting at 0.02 loses at most the dependence of symbols given a row that is 2 % noised: under 1e-3 nats.
@@ -129,7 +129,7 @@ def test_the_exact_law_of_a_markov_source_scores_its_entropy(name: str) -> None:
     assert abs(evaluation.nelbo_nats_per_token - entropy) < 4 / 1.96 * half
 
 
-def test_the_interval_over_documents_covers() -> None:
+def test_document_interval_covers_the_entropy() -> None:
     """200 corpora of 40 documents of 1 to 3 padded rows; the bound's mean over corpora is the entropy of LAW.
 
     Of 200 intervals at 95 %, fewer than 178 or more than 198 cover with probability 1e-3 (binomial). Seeds are fixed.
@@ -146,14 +146,14 @@ def test_the_interval_over_documents_covers() -> None:
     assert 178 <= covered <= 198
 
 
-def test_one_document_has_no_interval() -> None:
+def test_single_document_has_no_interval() -> None:
     assert (
         score(Known(processes()["masked"], constant(LAW)), words(4, 3), [5, 5, 5, 5]).interval
         is None
     )
 
 
-def test_bits_per_byte_are_nats_over_all_bytes() -> None:
+def test_bits_per_byte_divide_by_all_bytes() -> None:
     objective = Known(processes()["masked"], constant(LAW))
     evaluation = score(objective, words(6, 5), num_bytes=90, draws=2)
     assert evaluation.bits_per_byte == pytest.approx(
@@ -162,7 +162,7 @@ def test_bits_per_byte_are_nats_over_all_bytes() -> None:
     assert score(objective, words(6, 5)).bits_per_byte is None
 
 
-def test_nothing_to_score_is_an_error() -> None:
+def test_evaluate_refuses_no_rows_and_no_draws() -> None:
     objective = Known(processes()["masked"], constant(LAW))
     with pytest.raises(ArgumentError, match="0 rows"):
         score(objective, words(1, 3)[:0])
@@ -202,7 +202,7 @@ def network(process: ForwardProcess, loss: Any = None) -> DiffusionObjective:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_batch_size_does_not_change_the_bound(name: str) -> None:
+def test_batch_size_does_not_change_the_bound(name: str) -> None:
     """Beyond the order of float64 sums: 1e-12 of a few nats."""
     scores = [
         score(network(processes()[name]), words(11, 5), batch=batch, draws=2)
@@ -214,7 +214,7 @@ def test_the_batch_size_does_not_change_the_bound(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_neither_the_amount_of_padding_nor_what_it_holds_changes_the_bound(name: str) -> None:
+def test_padding_does_not_change_the_bound(name: str) -> None:
     """A position's noise does not depend on the row's length, so this is an equality up to float64 sums."""
     ids, num_valid, bounds = words(8, 9), torch.tensor([4, 2, 1, 4, 3, 4, 4, 2]), []
     for length, filler in ((4, 0), (4, 3), (9, 0), (9, 2)):
@@ -225,7 +225,7 @@ def test_neither_the_amount_of_padding_nor_what_it_holds_changes_the_bound(name:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_clipping_in_training_leaves_the_bound_alone(name: str) -> None:
+def test_training_loss_does_not_change_the_bound(name: str) -> None:
     process, ids = processes()[name], words(8, 5)
     plain, clipped = network(process), network(process, ClippedLoss(largest=0.5))
     assert score(plain, ids) == score(clipped, ids)
@@ -244,7 +244,7 @@ def test_clipping_in_training_leaves_the_bound_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_a_poisoned_network_has_no_bound(name: str, poison: float) -> None:
+def test_network_with_nan_has_no_bound(name: str, poison: float) -> None:
     objective = network(processes()[name])
     with torch.no_grad():
         objective.denoiser.head.bias[1] = poison
@@ -262,7 +262,7 @@ def noise_of(index: Tensor) -> CounterRng:
 
 
 @pytest.mark.parametrize(("unit", "bound"), [("token", "NELBO"), ("symbol", "NLL")])
-def test_what_is_written_is_named_by_bound_and_unit_and_reads_back(unit: str, bound: str) -> None:
+def test_evaluation_dict_names_bound_and_unit_and_reads_back(unit: str, bound: str) -> None:
     objective = Known(processes()["masked"], constant(LAW))
     objective.bound = bound  # type: ignore[attr-defined]
     evaluation = score(objective, words(6, 5), unit=unit)

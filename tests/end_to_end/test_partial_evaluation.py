@@ -29,7 +29,7 @@ def place(folder: Path) -> None:
     Path("held_out.txt").write_text(Path("corpus.txt").read_text().replace("cat", "dog"))
 
 
-def test_some_rows_are_evaluated_and_what_is_counted_is_of_them() -> None:
+def test_partial_evaluation_and_its_baselines_use_the_same_rows() -> None:
     run = built("evaluate.rows=7")
     rows, (found, counted) = run.data.validation_rows, run.evaluate()
     chosen = np.arange(7) * len(rows) // 7
@@ -43,19 +43,19 @@ def test_some_rows_are_evaluated_and_what_is_counted_is_of_them() -> None:
     assert math.isclose(counted.unigram_nats_per_token, expected, rel_tol=1e-12)
 
 
-def test_a_network_that_knows_counts_alone_has_their_bound_on_any_rows() -> None:
+def test_untrained_bound_is_the_unigram_baseline_on_any_rows() -> None:
     """At the first step the law is the unigram law, so that every row's bound is its tokens' log-counts, whatever is
     drawn but how much of the row is masked: the mean over rows is the baseline's, within the interval of a few rows."""
     found, counted = built("evaluate.rows=12", "evaluate.draws=400").evaluate()
     assert found.nelbo_nats_per_token == pytest.approx(counted.unigram_nats_per_token, rel=0.02)
 
 
-def test_as_many_rows_as_there_are_is_all_of_them() -> None:
+def test_more_rows_than_there_are_means_all_rows() -> None:
     whole, limited = built().evaluate(), built("evaluate.rows=10000").evaluate()
     assert limited == whole
     assert whole[0].bits_per_byte is not None
 
 
-def test_runs_that_read_other_rows_are_told_apart() -> None:
+def test_protocol_differs_with_the_evaluated_rows() -> None:
     assert built().protocol()["data"] != built("evaluate.rows=7").protocol()["data"]
     assert built().protocol() == built("evaluate.rows=10000").protocol()

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from labelled import RECIPE, rows
 from small import working_in
-from told import RECIPE, rows
 
 import ddiff as api
 from ddiff.runs.run import Run
@@ -49,7 +49,7 @@ def share(samples: list[dict[str, Any]], symbols: str) -> float:
 
 
 @pytest.mark.slow
-def test_samples_are_of_the_kind_that_is_told(told: Run) -> None:
+def test_samples_follow_the_label(told: Run) -> None:
     """512 symbols each. Trained well, the share is above 0.99. Without a condition both kinds occur in 64 samples."""
     assert share(told.sample(64, conditions={"kind": 0}, batch=64), "ab") > 0.95
     assert share(told.sample(64, conditions={"kind": 1}, batch=64), "cd") > 0.95
@@ -57,7 +57,7 @@ def test_samples_are_of_the_kind_that_is_told(told: Run) -> None:
 
 
 @pytest.mark.slow
-def test_each_sample_may_have_a_kind_of_its_own_whatever_it_is_batched_with(told: Run) -> None:
+def test_label_per_sample_does_not_depend_on_the_batch(told: Run) -> None:
     kinds = [0, 1, 1, 0, 1]
     samples = told.sample(5, conditions={"kind": kinds}, batch=2)
     assert [sample["ids"] for sample in samples] == [
@@ -68,7 +68,7 @@ def test_each_sample_may_have_a_kind_of_its_own_whatever_it_is_batched_with(told
 
 
 @pytest.mark.slow
-def test_guidance_between_and_beyond(told: Run) -> None:
+def test_guidance_interpolates_and_extrapolates(told: Run) -> None:
     """Weight 1 is the condition's own law, bit for bit; 0 the law without; beyond, both laws are asked."""
     plain = told.sample(8, conditions={"kind": 1}, batch=8)
     assert told.sample(8, conditions={"kind": 1}, guidance=1.0, batch=8) == plain
@@ -82,7 +82,7 @@ def test_guidance_between_and_beyond(told: Run) -> None:
 
 
 @pytest.mark.slow
-def test_a_text_is_likelier_under_its_own_kind(told: Run) -> None:
+def test_text_is_likelier_under_its_own_label(told: Run) -> None:
     own, other = (
         told.nelbo(["abbaabab"], conditions={"kind": kind}).nelbo_nats_per_token for kind in (0, 1)
     )
@@ -90,7 +90,7 @@ def test_a_text_is_likelier_under_its_own_kind(told: Run) -> None:
 
 
 @pytest.mark.slow
-def test_evaluation_is_told_the_documents_own_labels(told: Run) -> None:
+def test_evaluation_conditions_on_the_documents_labels(told: Run) -> None:
     """Knowing the kind is worth ln 2 per row of 8; every symbol has ln 2 left. Untold, no model is below (9/8) ln 2."""
     evaluation, _ = told.evaluate()
     untold = told.nelbo(told.data.documents.validation["text"][:], draws=1)
@@ -99,7 +99,7 @@ def test_evaluation_is_told_the_documents_own_labels(told: Run) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_line_tells_too(place: Path, told: Run, ddiff: Command) -> None:
+def test_sample_command_takes_conditions(place: Path, told: Run, ddiff: Command) -> None:
     arguments = (
         "sample",
         str(place / "runs/told"),
@@ -117,7 +117,7 @@ def test_the_command_line_tells_too(place: Path, told: Run, ddiff: Command) -> N
 
 
 @pytest.mark.slow
-def test_a_vector_is_told_as_a_label_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vector_conditions_work_like_labels(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The linear map of the vector and the zeroed modulation are set by hand, so that other vectors mean other laws."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("DDIFF_CACHE", str(place / "cache"))
@@ -163,7 +163,7 @@ def encoded(run: Run, text: str) -> list[int]:
 @pytest.mark.parametrize(
     "sampler", ["ancestral", "confidence", "first_hitting", "remdm", "tau_leaping"]
 )
-def test_prompts_of_any_length_are_kept_bit_for_bit(sampler: str, small: Run) -> None:
+def test_prompts_of_any_length_are_kept(sampler: str, small: Run) -> None:
     prompts = ["the old cat", "the", "", "a red hat sat"]
     samples = small.sample(prompt=prompts, sampler=sampler, steps=3, batch=3)
     assert [sample["prompt"] for sample in samples] == prompts
@@ -175,7 +175,7 @@ def test_prompts_of_any_length_are_kept_bit_for_bit(sampler: str, small: Run) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["ancestral", "confidence", "first_hitting"])
-def test_gaps_are_filled_and_nothing_else_moves(sampler: str, small: Run) -> None:
+def test_infill_changes_only_the_gaps(sampler: str, small: Run) -> None:
     samples = small.sample(2, infill="the [MASK:3] sat on [MASK:2]", sampler=sampler, steps=3)
     begin, middle = encoded(small, "the"), encoded(small, " sat on")
     assert len(samples) == 2
@@ -189,16 +189,14 @@ def test_gaps_are_filled_and_nothing_else_moves(sampler: str, small: Run) -> Non
 
 
 @pytest.mark.slow
-def test_a_text_with_gaps_does_not_depend_on_the_texts_beside_it(small: Run) -> None:
+def test_infill_does_not_depend_on_its_batch(small: Run) -> None:
     texts = ["the [MASK:3] sat", "[MASK:9]", "a[MASK:1] red hat sat on the [MASK:2]"]
     together = small.sample(infill=texts, steps=3, batch=3)
     assert together == small.sample(infill=texts, steps=3, batch=1)
 
 
 @pytest.mark.slow
-def test_the_command_line_reads_prompts_from_a_file(
-    place: Path, small: Run, ddiff: Command
-) -> None:
+def test_sample_command_reads_prompts_from_a_file(place: Path, small: Run, ddiff: Command) -> None:
     (place / "prompts.txt").write_text("the old\n\nthe red cat\n")
     code, out, _ = ddiff(
         "sample", str(place / "runs/small"), "--prompts", str(place / "prompts.txt"), "--steps", "3"
@@ -226,7 +224,7 @@ def test_the_command_line_reads_prompts_from_a_file(
 
 
 @pytest.mark.slow
-def test_settings_go_over_the_sampler_s_own_keys(told: Run, small: Run) -> None:
+def test_sampler_settings_override_its_keys(told: Run, small: Run) -> None:
     """A temperature of a hundredth takes the likelier of every pair of symbols: far fewer different rows are left."""
     cold = {
         sample["text"]
@@ -239,7 +237,7 @@ def test_settings_go_over_the_sampler_s_own_keys(told: Run, small: Run) -> None:
 
 
 @pytest.mark.slow
-def test_a_sampler_may_be_an_object_and_every_step_may_be_seen(small: Run) -> None:
+def test_sample_takes_a_sampler_object_and_a_step_callback(small: Run) -> None:
     seen: list[int] = []
     samples = small.sample(
         2, sampler=api.AncestralSampler(3), on_step=lambda step, canvas: seen.append(step)
@@ -249,7 +247,7 @@ def test_a_sampler_may_be_an_object_and_every_step_may_be_seen(small: Run) -> No
 
 
 @pytest.mark.slow
-def test_nfe_is_each_sample_s_own(small: Run) -> None:
+def test_nfe_is_counted_per_sample(small: Run) -> None:
     """A text with one gap of one token is asked about fewer times than one that is open everywhere."""
     closed, opened = small.sample(infill=["the old cat[MASK:1]", "[MASK:24]"], steps=24)
     assert closed["nfe"] < opened["nfe"] <= 24

@@ -13,9 +13,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from labelled import RECIPE, rows
 from safetensors.torch import load_file, save_file
 from small import working_in
-from told import RECIPE, rows
 
 import ddiff as api
 from ddiff.errors import ArgumentError, DataError
@@ -174,7 +174,7 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(SAMPLING))
-def test_a_sample_that_cannot_be_drawn_says_why(name: str, place: Path, ddiff: Command) -> None:
+def test_impossible_sample_is_refused_with_a_reason(name: str, place: Path, ddiff: Command) -> None:
     run, arguments, expected = SAMPLING[name]
     (place / "empty.txt").write_text("\n \n")
     patched = [
@@ -184,7 +184,7 @@ def test_a_sample_that_cannot_be_drawn_says_why(name: str, place: Path, ddiff: C
 
 
 @pytest.mark.slow
-def test_arguments_from_python_that_cannot_be_are_explained(place: Path) -> None:
+def test_impossible_python_arguments_are_explained(place: Path) -> None:
     run = api.load(place / "runs/small")
     for expected, arguments in (
         ("steps", {"steps": 0}),
@@ -199,7 +199,7 @@ def test_arguments_from_python_that_cannot_be_are_explained(place: Path) -> None
 
 
 @pytest.mark.slow
-def test_whole_numbers_are_a_vector_to_who_reads_vectors(place: Path) -> None:
+def test_whole_numbers_are_read_as_a_declared_vector(place: Path) -> None:
     run = api.load(place / "runs/styled")
     for whole in ([1, 0, -1], [[1, 0, -1], [2, 0, 3]]):
         fractions = torch.tensor(whole).float().tolist()
@@ -217,7 +217,7 @@ class Plain(torch.nn.Module):
     condition_dropout: ClassVar = {"kind": 0.0}
 
 
-def test_a_backbone_that_does_not_say_what_it_reads_is_told_by_the_numbers() -> None:
+def test_undeclared_condition_form_follows_the_value() -> None:
     denoiser = api.Denoiser(Plain(), api.TokenHead(api.FlatVocabulary(4), 4))
     for value, expected in (
         (7, [7, 7]),
@@ -233,7 +233,7 @@ def test_a_backbone_that_does_not_say_what_it_reads_is_told_by_the_numbers() -> 
 
 
 @pytest.mark.slow
-def test_what_is_always_told_must_be_told(place: Path) -> None:
+def test_condition_never_dropped_must_be_given(place: Path) -> None:
     run = api.load(place / "runs/always")
     assert len(run.sample()) == 2  # [sample] conditions tells it
     with pytest.raises(ArgumentError, match="told of every training sample"):
@@ -243,7 +243,7 @@ def test_what_is_always_told_must_be_told(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sampler_that_the_process_cannot_serve_is_refused_before_it_trains(place: Path) -> None:
+def test_unsuited_sampler_is_refused_before_training(place: Path) -> None:
     """Unmasking by confidence keeps what is revealed; a chain that changes words needs another sampler."""
     process = api.DenseProcess(api.FlatVocabulary(4), torch.tensor(SWAPPING).double())
     recipe = (place / "told.toml").read_text().replace('name = "told"', 'name = "swapping"')
@@ -262,7 +262,7 @@ SWAPPING = (np.full((5, 5), 0.2) - np.eye(5)).tolist()
 
 
 @pytest.mark.slow
-def test_weights_that_are_not_finite_draw_nothing(place: Path, ddiff: Command) -> None:
+def test_sampling_refuses_weights_that_are_not_finite(place: Path, ddiff: Command) -> None:
     shutil.copytree(place / "runs/small", place / "runs/nan")
     [weights] = (place / "runs/nan/checkpoints").glob("*/model.safetensors")
     save_file(
@@ -358,7 +358,7 @@ BEGINNING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(BEGINNING))
-def test_a_run_that_cannot_begin_says_why_and_writes_nothing(
+def test_run_that_cannot_start_says_why_and_writes_nothing(
     name: str, place: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
@@ -369,7 +369,7 @@ def test_a_run_that_cannot_begin_says_why_and_writes_nothing(
 
 
 @pytest.mark.slow
-def test_starting_over_from_weights_that_do_not_fit_leaves_the_old_run_as_it_was(
+def test_fresh_with_unfit_init_keeps_the_old_run(
     place: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
@@ -388,9 +388,7 @@ def test_starting_over_from_weights_that_do_not_fit_leaves_the_old_run_as_it_was
 
 
 @pytest.mark.slow
-def test_a_trained_run_is_evaluated_with_other_keys_of_its_evaluation_alone(
-    place: Path, ddiff: Command
-) -> None:
+def test_load_takes_settings_of_evaluate_and_sample_only(place: Path, ddiff: Command) -> None:
     run_dir = place / "runs/always"
     refused(
         ddiff("eval", str(run_dir), "--set", "train.steps=9"),
@@ -408,7 +406,7 @@ def test_a_trained_run_is_evaluated_with_other_keys_of_its_evaluation_alone(
     assert (protocol["draws"], protocol["window"]) == (3, [0.1, 0.9])
 
 
-def test_a_prompt_of_no_text_file_is_refused(tmp_path: Path) -> None:
+def test_prompt_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(DataError, match="UTF-8"):
         read_prompts(tmp_path / "latin.txt")
