@@ -1,7 +1,7 @@
 """Build the components of a recipe, and check that they fit together.
 
-`assemble` is the only place where a process, a denoiser and an objective are put together. Training,
-loading, dry runs and measurements all call it.
+`assemble` is the only place where a process, a denoiser and an objective are put together.
+Training, loading, dry runs and measurements all call it.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _build_denoiser(
     recipe: Recipe, vocabulary: Vocabulary, backbone: nn.Module | None = None
 ) -> Denoiser:
     if backbone is None:
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(recipe.seed)  # dropout continues from the state after building
         backbone = recipe.denoiser.build(vocabulary=vocabulary, length=recipe.length)
     inputs = recipe.objective.members.inputs
     # P(x_i | x_<i) has no evidence of position i to divide out, whatever the recipe says
@@ -224,7 +224,7 @@ def build_backend(recipe: Recipe) -> Backend:
 
 
 def build_single_backend(recipe: Recipe) -> Backend:
-    """Build a backend of one process, for a trained run, whatever number of processes trained it."""
+    """Build a backend of one process, for a run that any number of processes has trained."""
     if recipe.backend.members.is_distributed:
         return SingleBackend(recipe.backend_keys.device)
     return _build_backend(recipe, 1)

@@ -82,7 +82,7 @@ def _parse_values(name: str, value: Any, count: int, declared: Form | None) -> T
         raise _form_error(name, value, count, declared) from error
     form = declared or (Vector() if values.is_floating_point() else Label())
     parsed = None
-    if values.dtype != torch.bool:
+    if values.dtype != torch.bool:  # True is not the label 1
         if isinstance(form, Label):
             parsed = _parse_labels(values, count, form)
         else:
@@ -108,6 +108,7 @@ def _parse_labels(values: Tensor, count: int, form: Label) -> Tensor | None:
 
 def _parse_vectors(values: Tensor, count: int, form: Vector) -> Tensor | None:
     """[count,d] float32; None for another number of vectors or width, and for NaN or infinity."""
+    # not finite: NaN marks an absent vector in training and must not come in by mistake
     if values.dim() not in (1, 2) or not bool(values.isfinite().all()):
         return None
     if values.dim() == 2 and len(values) != count:
@@ -163,6 +164,7 @@ class SamplingPlan:
                 "are usual, and far above that only the likeliest token under the condition is "
                 "left."
             )
+        # here and again in `generate`, but here before a run is trained
         sampler.needs(model.process, model.denoiser.reading.predicts)
         if guidance != 1.0:
             _check_guidance(model.denoiser, conditions, guidance)
@@ -175,10 +177,12 @@ class SamplingPlan:
 
         `valid` [B,L] is False at positions beyond the end of a text; None: there are none.
         """
+        # moved here, batch by batch: vectors of all samples may not fit on the device
         conditions = self.conditions.rows(samples).to(self.model.device)
         network = self._network(Context(valid, None, conditions.values))
         if self.guidance == 1.0:
             return network
+        # The unconditional network has a cache of its own: its hidden states differ.
         return guided(network, self._network(Context(valid)), self.guidance)
 
     def _network(self, context: Context) -> Network:
@@ -217,6 +221,7 @@ def _check_windows(objective: ModelObjective, sampler: Sampler, length: int) -> 
     """
     if objective.times is None or not looks_ahead(sampler):
         return
+    # a time in the middle: each end may have no window under way
     middle = torch.full((1,), 0.5, dtype=torch.float64)
     block = objective.times.at(OwnTime(), middle, length).block
     if block is not None and bool((block != block[:, :1]).any()):

@@ -78,7 +78,7 @@ class Footprint:
         return standing + self.activations + self.exchange
 
     def replicate(self) -> Footprint:
-        """Footprint under DDP: every rank holds everything, and buckets as large as the gradients."""
+        """Footprint under DDP: every rank holds everything, and buckets of the gradients' size."""
         return replace(self, exchange=self.gradients)
 
     def shard(self, ranks: int, gathered: float) -> Footprint:

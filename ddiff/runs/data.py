@@ -123,6 +123,7 @@ class RunData:
 
     def read_conditions(self) -> None:
         """Read the conditions of both parts; DataError if the denoiser cannot read a column."""
+        # properties that are read only once: looking at them is enough
         self.train_conditions  # noqa: B018
         self.validation_conditions  # noqa: B018
 
@@ -147,7 +148,7 @@ class RunData:
         keys = self.recipe.train
         size = keys.batch // (keys.accumulate * world_size)
         first = (micro * world_size + rank) * size
-        slots = np.arange(first, first + size)
+        slots = np.arange(first, first + size)  # of the global batch
         rows = self.train_rows.order(self.recipe.seed, step * keys.batch + slots)
         batch = batch_rows(self.train_rows, rows, index=slots, conditions=self.train_conditions)
         if keys.prefix > 0.0:
@@ -156,6 +157,7 @@ class RunData:
 
     def _draw_prefixes(self, step: int, index: Tensor) -> Tensor:
         """[B] lengths of the clean prefixes: uniform for a share of the rows, else 0."""
+        # two uniforms for each row: whether it has a prefix, and how long that is
         uniforms = CounterRng(self.recipe.seed, step, index, 2).uniform("prefix")
         chosen, size = uniforms.unbind(-1)
         lengths = (size * self.recipe.length).long()

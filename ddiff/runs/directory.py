@@ -53,7 +53,7 @@ PATIENCE = 5.0  # seconds to wait for the lock: a killed process may take a mome
 
 
 def check_directory(directory: Path, recipe: Recipe, overrides: Overrides, fresh: bool) -> None:
-    """Refuse a run directory that this recipe must not be written to, or that `fresh` must not empty.
+    """Refuse a run directory that the run must not be written to, or `fresh` must not empty.
 
     A run that resumes may differ from the recorded recipe in more steps and in [backend] only. A
     file that ddiff did not write is never overwritten or deleted.
@@ -177,8 +177,8 @@ def _check_not_written_over(directory: Path) -> None:
     if taken:
         them = "it" if len(taken) == 1 else "them"
         raise CheckpointError(
-            f"{directory} holds {format_names(taken)} and no {RECIPE} of ddiff's, so it is not a run, "
-            f"and a run would write over {them}. Name another run_dir (--set run_dir=...), or move "
+            f"{directory} holds {format_names(taken)} and no {RECIPE} of ddiff's, so it is "
+            f"not a run, and a run would write over {them}. Name another run_dir (--set run_dir=...), or move "
             f"{them} away."
         )
 
@@ -206,8 +206,8 @@ def check_fresh(directory: Path, recipe: Recipe) -> None:
     there = sorted(path.name for path in directory.iterdir())
     if there and not is_own_recipe(directory / RECIPE):
         raise CheckpointError(
-            f"--fresh: {directory} holds {format_names(there)} and no {RECIPE} of ddiff's, so it is not "
-            "a run of ddiff's and nothing there is deleted. Name another run_dir, or empty that "
+            f"--fresh: {directory} holds {format_names(there)} and no {RECIPE} of ddiff's, so it "
+            "is not a run of ddiff's and nothing there is deleted. Name another run_dir, or empty that "
             "one yourself."
         )
     foreign = classify_contents(directory, tracked_names(recipe)).foreign
@@ -259,8 +259,8 @@ def print_foreign(directory: Path, recipe: Recipe) -> None:
     foreign = classify_contents(directory, tracked_names(recipe)).foreign
     if foreign:
         print(
-            f"{directory} already holds {format_names(foreign)}, which ddiff did not write: the run is "
-            "written next to that, and --fresh will refuse to empty the directory.",
+            f"{directory} already holds {format_names(foreign)}, which ddiff did not write: the "
+            "run is written next to that, and --fresh will refuse to empty the directory.",
             file=sys.stderr,
         )
 
@@ -302,7 +302,7 @@ def lock_run_dir(directory: Path) -> Iterator[None]:
 
 
 def _take_lock(lock: IO[str]) -> bool:
-    """Take the lock; False if another process keeps it, True also on a file system without locks."""
+    """Take the lock; False if another process has it. A file system without locks gives True."""
     try:
         return lock_file(lock, PATIENCE)
     except OSError as error:

@@ -49,6 +49,7 @@ def evaluated_rows(data: RunData, recipe: Recipe) -> NDArray[np.int64]:
     wanted = recipe.evaluate.rows
     if wanted is None or wanted >= count:
         return np.arange(count)
+    # evenly spread, since neighbouring rows are of the same document
     return np.arange(wanted) * count // wanted
 
 
@@ -98,12 +99,13 @@ def score_rows(
     keys = recipe.evaluate
     # symbols have no bytes that mean anything, and the bytes of a part of the rows are not known
     has_bytes = tokenizer.unit == "token" and len(numbers) == len(rows)
+    # an objective without times is exact: the rule that it is given has no effect
     times = model.objective.times or FlatTimes()
 
     def batch_of(places: NDArray[np.int64]) -> Batch:
         return batch_rows(rows, numbers[places], conditions=conditions).to(model.device)
 
-    model.objective.module.eval()
+    model.objective.module.eval()  # no dropout; the trainer switches back after a validation
     return evaluate(
         model.objective,
         batch_of,

@@ -1,4 +1,4 @@
-"""`evaluation.json`: the figures of an evaluation, with baselines and protocol; and `ddiff eval`."""
+"""Figures of an evaluation as `evaluation.json` holds them, and the command `ddiff eval`."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def evaluate_once(run: Run) -> EvaluationReport:
 def _read_report(run: Run, path: Path, saved: Mapping[str, Any]) -> EvaluationReport | None:
     """Return the saved evaluation; None if it is of another step or under other settings."""
     wanted, protocol = _settings(run)
+    # other keys, such as the batch size or the version, do not change the figures
     found = {**saved, **saved["protocol"]}
     if not found.items() >= {**wanted, **protocol}.items():
         return None
@@ -101,7 +102,7 @@ def evaluate_run(
         target = check_destination(out, "ddiff eval --out", suffix=".json", owned=_is_evaluation)
     run = load(run_dir, settings=settings)
     if target is None:
-        check_writable(run.run_dir)
+        check_writable(run.run_dir)  # before an evaluation that may take hours
     changed = _find_changes(run)
     if changed and target is None:
         raise changed_data_error(run, changed)

@@ -49,6 +49,7 @@ def load_model_weights(denoiser: Denoiser, tokenizer: Tokenizer, source: str) ->
 
     A node of a tree starts from the mean of its tokens.
     """
+    # with several tables it is not known which one holds the tokens
     tables = [part for part in denoiser.backbone.modules() if isinstance(part, StateEmbedding)]
     embeddings = torch.from_numpy(load_model_embeddings(source, tokenizer.num_tokens))
     if len(tables) != 1 or tables[0].embedding_dim != embeddings.shape[1]:
@@ -81,6 +82,8 @@ def load_run_weights(
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
     _check_components(directory, newest, theirs, vocabulary)
     weights = newest.weights()
+    # The head of the other run tells what the rows of its table stand for. It is built as wide as
+    # that table, which may differ from this run's.
     width = denoiser.head.width
     if "head.table" in weights:
         width = weights["head.table"].shape[-1]

@@ -35,6 +35,7 @@ def run_fingerprints(run: Run) -> dict[str, str]:
 def check_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the checkpoint was trained with the components of this run."""
     components = component_fingerprints(run)
+    # the data are left out: loading a run must not need them
     check_fingerprints(
         run.run_dir,
         checkpoint.state,

@@ -1,7 +1,7 @@
 """Replay of recorded steps, compared with the record: `ddiff run --verify-resume K`.
 
-Compared are the lines of `metrics.jsonl`, apart from wall-clock times, and the state of a checkpoint
-if the steps lead to one. In the layout of the record (`[backend]`, device, processes, threads,
+Compared are the lines of `metrics.jsonl`, apart from wall-clock times, and the state of a
+checkpoint if the steps lead to one. In the layout of the record (`[backend]`, device, processes, threads,
 torch) the bits must be equal. In another layout figures and weights may differ by rounding, since
 sums are taken in another order.
 """

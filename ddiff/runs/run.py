@@ -115,6 +115,7 @@ class Run:
         Every token of the evaluated rows counts once. Raises CheckpointError if the data are not
         those that the run was trained with, unless `changed_data` allows it.
         """
+        # checked here and not on loading, which must work without the data
         changed = [] if changed_data else find_changed_data(self)
         if changed:
             raise changed_data_error(self, changed)

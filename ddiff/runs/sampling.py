@@ -74,14 +74,14 @@ def draw_samples(
     count = _or_default(request.count, keys.count if len(templates) <= 1 else 1)
     _check_numbers(count, batch, seed, _or_default(request.steps, keys.steps))
     per_sample = [template for template in templates for _ in range(count)]
-    total = len(per_sample) or count
+    total = len(per_sample) or count  # without templates every sample is free
     plan = _check_request(recipe, model, request, total)
     _check_suffixes(templates, plan)
-    model.objective.module.eval()
+    model.objective.module.eval()  # no dropout
     writer = _BatchSampler(plan, tokenizer, recipe.length, seed)
     samples: list[dict[str, Any]] = []
     batches = range(0, total, batch)
-    steps = plan.sampler.steps
+    steps = plan.sampler.steps  # None: the number depends on the draws, and the bar has no end
     with show_progress(None if steps is None else len(batches) * steps, "sampling") as bar:
         report = _report_steps(bar, on_step)
         for first in batches:
@@ -137,10 +137,11 @@ class _BatchSampler:
     ) -> list[dict[str, Any]]:
         """Draw the samples with these numbers; `templates` has one for each of them, or none."""
         device = self.plan.model.device
+        # Noise is keyed by the number of a sample, so that a sample does not depend on its batch.
         index = torch.arange(numbers.start, numbers.stop, device=device)
         frame = None
         if templates:
-            filler = self.tokenizer.eos_id or 0
+            filler = self.tokenizer.eos_id or 0  # never read: these positions are not valid
             frame = make_frame(templates, self.length, filler).to(device)
         drawn = generate(
             self.plan.sampler,

@@ -157,7 +157,7 @@ class TrainingSession:
             with self.backend.first():  # every rank evaluates; rank 0 packs the rows for all
                 self.data.validation_rows  # noqa: B018
         self.distribute()
-        trainer = self.trainer()
+        trainer = self.trainer()  # after wrapping: the optimizer takes the wrapped parameters
         with closing(trainer.tracker), closing(self._batches):
             if start is not None:
                 trainer.check_fit(start)
@@ -166,7 +166,7 @@ class TrainingSession:
             return trainer.fit(start)
 
     def replay(self, start: Checkpoint | None, end: int, folder: Path) -> TrainingSummary:
-        """Train again from `start` to step `end`, written to `folder` and reported to no tracker."""
+        """Train again from `start` to step `end`, written to `folder`, without a tracker."""
         if start is not None:
             check_checkpoint(self.run, start)
         self.distribute()
@@ -177,9 +177,10 @@ class TrainingSession:
         """Compile, recompute and wrap the network as [backend] says, in this order."""
         keys = self.recipe.backend_keys
         objective = self.run.objective
+        # What is recomputed must be compiled first, and sharding wraps the blocks as they are then.
         if keys.compile:
             compile_blocks(objective.module)
-            self.run.denoiser.fixed_shapes = True
+            self.run.denoiser.fixed_shapes = True  # or each new number of rows compiles again
         if keys.activation_checkpointing:
             recompute_activations(objective.module)
         objective.module = self.backend.wrap(objective.module)
@@ -272,8 +273,9 @@ class TrainingSession:
 
     def load_trained_run(self) -> Run:
         """Assemble the plain network again and load the newest checkpoint, on every rank."""
-        if cores := cores_alone():
+        if cores := cores_alone():  # of the other processes, which have ended
             torch.set_num_threads(cores)
+        # the process holds no weights, so it is not built again
         device = self.backend.device
         model = assemble(self.recipe, self._vocabulary, device, process=self._process)
         run = Run(self.recipe, model, self.data, self.overrides)

@@ -105,7 +105,7 @@ def _writes_unicode() -> bool:
 def _run_stages(recipe: Recipe, overrides: Overrides, fresh: bool) -> tuple[Run | None, int]:
     """Return the trained run and the exit code; no run if a signal ended the training."""
     directory = Path(recipe.run_dir)
-    there = place()
+    there = place()  # None for one process
     check_directory(directory, recipe, overrides, fresh)
     leads = there is None or there.rank == 0
     if leads:
@@ -119,6 +119,7 @@ def _run_stages(recipe: Recipe, overrides: Overrides, fresh: bool) -> tuple[Run 
             if leads:
                 _print_stop(summary)
             return None, summary.exit_code
+        # all ranks load the run, which `run` returns; only rank 0 evaluates and samples
         trained = session.load_trained_run()
         code = _after_training(trained, summary) if leads else 0
         return trained, code
@@ -203,6 +204,7 @@ def _sample_once(trained: Run) -> list[dict[str, Any]]:
     if is_timed and is_complete and all(sample.get("step") == step for sample in saved):
         return saved
     began = time.monotonic()
+    # built here for the number of steps that it takes, which may differ from the recipe's
     sampler = build_sampler(trained.recipe, trained.model)
     samples = [{"step": step, **sample} for sample in trained.sample(sampler=sampler)]
     figures = {

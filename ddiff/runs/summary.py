@@ -59,6 +59,7 @@ def print_resume(done: int, steps: int, recorded: int | None) -> None:
 
 
 def _progress_console() -> Console:
+    # standard output is left to the summary, which may be piped
     return Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -112,6 +113,7 @@ def print_evaluation(
 
     `entropy_rate` is that of the source in nats per symbol, None if it is not known.
     """
+    # soft_wrap: a line that is longer than the terminal is not cut
     console = console or Console(soft_wrap=True, highlight=False)
     table = Table("validation", f"nats/{evaluation.unit}", "", box=None, pad_edge=False)
     table.columns[1].justify = "right"
