@@ -236,9 +236,9 @@ def test_undeclared_condition_form_follows_the_value() -> None:
 def test_condition_never_dropped_must_be_given(place: Path) -> None:
     run = api.load(place / "runs/always")
     assert len(run.sample()) == 2  # [sample] conditions tells it
-    with pytest.raises(ArgumentError, match="told of every training sample"):
+    with pytest.raises(ArgumentError, match="given with every training sample"):
         run.sample(conditions={})
-    with pytest.raises(ArgumentError, match="told of every training sample"):
+    with pytest.raises(ArgumentError, match="given with every training sample"):
         run.nelbo(["abab" * 2])
 
 
@@ -321,7 +321,7 @@ BEGINNING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "a kind at the end that is not told": (
         ("denoiser.conditions.kind.dropout=0.0",),
-        ("told of every",),
+        ("given with every",),
     ),
     "a sampler of another plugin": (('sample.sampler="confidnce"',), ("confidnce", '"confidence"')),
     "a prefix share over one": (("train.prefix=1.5",), ("[train] prefix", "1.5")),
