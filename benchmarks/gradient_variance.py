@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import ddiff
-from ddiff import CounterRng, OwnTime, TimeChange
+from ddiff import CounterRng, IdentityTime, TimeChange
 
 RECIPES = ("mdlm_small", "hdlm_small", "gidd_small", "hybrid_gamma_small", "sedd_uniform_small")
 STEPS = 60
@@ -39,7 +39,7 @@ class Even:
     def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
         return self.clock.at(tau)
 
-    def drawn(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
+    def draw(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
         t, speed = self.clock.at(start + (stop - start) * v)
         return t, (stop - start) * speed
 
@@ -51,8 +51,8 @@ class Tokens(Even):
         super().__init__(clock)
         self.tokens = tokens
 
-    def drawn(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
-        return self.clock.drawn(v, start, stop, self.tokens)
+    def draw(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
+        return self.clock.draw(v, start, stop, self.tokens)
 
 
 def gradients(run: Any, clock: TimeChange, loss: Any) -> Tensor:
@@ -97,7 +97,11 @@ def main() -> None:
         with contextlib.redirect_stdout(sys.stderr):
             run = ddiff.run(ddiff.read_recipe(name, settings))
         information = run.process.information_time
-        clocks = [OwnTime(), Even(information), *(Tokens(information, tokens) for tokens in TOKENS)]
+        clocks = [
+            IdentityTime(),
+            Even(information),
+            *(Tokens(information, tokens) for tokens in TOKENS),
+        ]
         for label, loss in (("of the recipe", run.objective.loss), ("elbo", ddiff.ElboLoss())):
             row = [f"{relative_variance(gradients(run, clock, loss)):.2f}" for clock in clocks]
             print(f"| {name} | {label} | " + " | ".join(row) + " |", flush=True)

@@ -109,7 +109,7 @@ class RestlessTree(ForwardProcess):
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Draw the level, whether the token was redrawn, and the token; u [r,3] in this order."""
-        level = (u[:, :1] < self.clock.climbed(t)).sum(-1)
+        level = (u[:, :1] < self.clock.cdf(t)).sum(-1)
         first, last = self.vocabulary.node_range(self.family(x0), 0)
         # Tokens in tree order: those of a family are a contiguous range.
         place = first + (u[:, 2] * (last - first)).long()

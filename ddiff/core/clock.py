@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddiff.core.description import Described
+from ddiff.core.description import SettingsRepr
 from ddiff.core.numerics import EARLIEST, LATEST, interior
 from ddiff.core.oracle import propagate
 from ddiff.core.schedule import Schedule
@@ -29,7 +29,7 @@ CELL = (HIGHEST - LOWEST) / CELLS
 MAX_RATE = 20.0  # keeps exp(-rate * 27.6) above the smallest float64
 
 
-class LevelClock(Described, ABC):
+class LevelClock(SettingsRepr, ABC):
     """Occupation of L levels above the words. Times are float64 [r]."""
 
     num_levels: int
@@ -52,11 +52,11 @@ class LevelClock(Described, ABC):
         """[r, L] lambda_l for l = 0..L-1: the rate of leaving level l, F_{l+1}' / pi_l."""
         return self.inflow(t) / self.pi(interior(t))[:, :-1]
 
-    def climbed(self, t: Tensor) -> Tensor:
+    def cdf(self, t: Tensor) -> Tensor:
         """[r, L] F_l(t) for l = 1..L."""
         return self.pi(t).flip(-1).cumsum(-1).flip(-1)[:, 1:]
 
-    def leave_time(self, level: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def entry_time(self, level: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """[r] the time s < t at which a row found at `level` >= 1 at t entered it; 0 where that is before 1e-12, or never.
 
         P(still at level at s | at level at t) = pi_l(s) K_ll(s,t) / pi_l(t) = exp(-int_s^t F_l'/pi_l) = u.
@@ -212,10 +212,10 @@ class CdfClock(LevelClock):
         near = torch.logspace(
             -6, -2, 9, dtype=torch.float64
         )  # two schedules may cross in the last hundredth
-        inside = self.climbed(
+        inside = self.cdf(
             torch.cat([near, torch.linspace(0.02, 0.98, 97, dtype=torch.float64), 1.0 - near])
         )
-        ends = self.climbed(torch.tensor([0.0, 1.0], dtype=torch.float64))  # where they may touch
+        ends = self.cdf(torch.tensor([0.0, 1.0], dtype=torch.float64))  # where they may touch
         unordered = (
             (inside[:, :-1] <= inside[:, 1:]).any(0) | (ends[:, :-1] < ends[:, 1:]).any(0)
         ).nonzero()
@@ -226,11 +226,11 @@ class CdfClock(LevelClock):
                 f"schedules {level - 1} and {level} do not keep that order. Give the higher level a slower schedule."
             )
 
-    def climbed(self, t: Tensor) -> Tensor:
-        return torch.stack([schedule.noised(t) for schedule in self.schedules], -1)
+    def cdf(self, t: Tensor) -> Tensor:
+        return torch.stack([schedule.one_minus_alpha(t) for schedule in self.schedules], -1)
 
     def pi(self, t: Tensor) -> Tensor:
-        climbed = self.climbed(t)
+        climbed = self.cdf(t)
         word = self.schedules[0].alpha(t).unsqueeze(-1)
         return torch.cat([word, climbed[:, :-1] - climbed[:, 1:], climbed[:, -1:]], -1)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.kernel import DenseKernel, Kernel
-from ddiff.core.numerics import LATEST, draw_index, interior, log_or_never
+from ddiff.core.numerics import LATEST, draw_index, interior, safe_log
 from ddiff.core.oracle import propagate
 from ddiff.core.process import REFERENCE_ENTRIES, ForwardProcess, Prior
 from ddiff.core.schedule import LinearSchedule, Schedule
@@ -127,13 +127,13 @@ class DenseProcess(ForwardProcess):
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         reached = self._from_clean(t)[:, : self.vocabulary.num_tokens].to(log_p.dtype)
-        return log_or_never((log_p.exp().unsqueeze(1) @ reached).squeeze(1))
+        return safe_log((log_p.exp().unsqueeze(1) @ reached).squeeze(1))
 
     def information(self, t: Tensor) -> Tensor:
         """The mean over tokens x of KL( q_t(.|x) || q_t-bar ), with one transition for each time."""
         return self._of_uniform_tokens(t)[0]
 
-    def moved(self, t: Tensor) -> Tensor:
+    def change_probability(self, t: Tensor) -> Tensor:
         return self._of_uniform_tokens(t)[1]
 
     def _of_uniform_tokens(self, t: Tensor) -> tuple[Tensor, Tensor]:

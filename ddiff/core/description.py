@@ -20,14 +20,14 @@ _DEEPEST = 2  # objects within objects
 _LONGEST = 8  # entries of a tuple
 
 
-class Described:
+class SettingsRepr:
     """Print as `Class(setting=value, ...)`, of the public attributes that are settings and not tables."""
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(settings_of(self))})"
+        return f"{type(self).__name__}({', '.join(format_settings(self))})"
 
 
-def settings_of(owner: object, depth: int = _DEEPEST) -> Iterator[str]:
+def format_settings(owner: object, depth: int = _DEEPEST) -> Iterator[str]:
     """`name=value` of each public attribute that is a number, a text, a tuple of such, or an object with settings."""
     for name, value in vars(owner).items():
         if name.startswith(("_", *_DERIVED)):
@@ -51,4 +51,4 @@ def _shown(value: Any, depth: int) -> str | None:
     is_table = isinstance(value, Tensor | nn.Module | type) or callable(value)
     if is_table or depth == 0 or not hasattr(value, "__dict__") or hasattr(value, "vocabulary"):
         return None
-    return f"{type(value).__name__}({', '.join(settings_of(value, depth - 1))})"
+    return f"{type(value).__name__}({', '.join(format_settings(value, depth - 1))})"

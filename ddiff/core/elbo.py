@@ -21,7 +21,7 @@ from torch import Tensor
 from ddiff.core.prediction import DenseDistribution, Prediction, Score
 from ddiff.core.process import ForwardProcess, Query, RowFunction
 from ddiff.core.rng import CounterRng
-from ddiff.core.times import DrawsTimes, Noisy, Times
+from ddiff.core.times import Noisy, Times, TimeSampler
 from ddiff.core.vocabulary import Vocabulary
 
 Network = Callable[[Noisy], Query]
@@ -72,7 +72,7 @@ def nelbo(
     network: Network,
     x0: Tensor,
     scored: Tensor,
-    rule: DrawsTimes,
+    rule: TimeSampler,
     rng: CounterRng,
     slot: Tensor,
     slots: int | Tensor,
@@ -101,8 +101,8 @@ def corrupt(
     """z_t ~ q_t(.|x0) at scored positions that the rule noises; the others are clean, at time 0; some wait at the prior."""
     u = rng.uniform(channel, process.uniforms_per_sample).reshape(x0.numel(), -1)
     zt = process.sample(x0.reshape(-1), times.t.reshape(-1), u).reshape(x0.shape)
-    if times.waiting is not None:  # a draw of the prior says nothing of x0, even where q_1 does
-        zt = torch.where(times.waiting, process.prior.draw(rng.uniform(f"{channel}.waiting")), zt)
+    if times.at_prior is not None:  # a draw of the prior says nothing of x0, even where q_1 does
+        zt = torch.where(times.at_prior, process.prior.draw(rng.uniform(f"{channel}.waiting")), zt)
     clean = times.clean | ~scored
     memory = x0 if times.paired else None
     return Noisy(

@@ -47,7 +47,7 @@ class TimeChange(Protocol):
     def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
         """tau of any shape, float64 -> (t, dt/dtau) of the same shape; dt/dtau is finite."""
 
-    def drawn(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
+    def draw(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
         """v uniform in [0,1] -> (t, dt/dv), t rising from tau = start to tau = stop.
 
         The density of the draws is that of the least variance for a sequence of `length` tokens.
@@ -55,13 +55,13 @@ class TimeChange(Protocol):
 
 
 @final
-class OwnTime:
+class IdentityTime:
     """The identity, t = tau, with even draws."""
 
     def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
         return tau, torch.ones_like(tau)
 
-    def drawn(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
+    def draw(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
         return start + (stop - start) * v, torch.full_like(v, stop - start)
 
 
@@ -148,7 +148,7 @@ class InformationTime:
         t = torch.where(tau <= 0.0, self._first_t, torch.where(tau >= 1.0, self._last_t, t))
         return t, width * speed
 
-    def drawn(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
+    def draw(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
         window = (start, stop, length)
         if window not in self._draws:
             self._draws[window] = self._quantiles(*window)

@@ -30,19 +30,19 @@ from ddiff.core.numerics import (
     LATEST,
     Constant,
     draw_index,
+    evaluate_per_time,
     interior,
-    like_rows,
-    log_or_never,
-    log_shares,
-    per_time,
-    where_read,
+    log_normalize,
+    safe_log,
+    to_column,
+    where_or_zero,
 )
 from ddiff.core.prediction import (
     CleanDistribution,
     DenseDistribution,
     Prediction,
     Score,
-    certainly_law,
+    require_distribution,
 )
 from ddiff.core.process import ForwardProcess, Prior, Query
 from ddiff.core.schedule import LinearSchedule, Schedule
@@ -136,8 +136,8 @@ class InterpolatingProcess(ForwardProcess):
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         words, beyond = self.noise_like(log_p, t)
-        return log_or_never(
-            torch.cat([like_rows(self.alpha(t), log_p) * log_p.exp() + words, beyond], -1)
+        return safe_log(
+            torch.cat([to_column(self.alpha(t), log_p) * log_p.exp() + words, beyond], -1)
         )
 
     def rates(self, t: Tensor) -> Kernel:
@@ -186,11 +186,13 @@ class InterpolatingProcess(ForwardProcess):
         shares of its tokens are left.
         """
         log_s = score.log_ratio.double().log_softmax(-1)[:, : self.vocabulary.num_tokens]
-        noise, _ = self.noise_like(log_s, self.of_scores(t))
+        noise, _ = self.noise_like(log_s, self.clamp_score_time(t))
         possible = log_s > -torch.inf
-        log_s = where_read(possible, log_s)
+        log_s = where_or_zero(possible, log_s)
         signal = -torch.expm1(noise.log() - log_s)
-        return log_shares(torch.where(possible, log_s + signal.clamp(min=FLOOR).log(), -torch.inf))
+        return log_normalize(
+            torch.where(possible, log_s + signal.clamp(min=FLOOR).log(), -torch.inf)
+        )
 
     # ------------------------------------------------------------------ the bound
 
@@ -230,10 +232,12 @@ class InterpolatingProcess(ForwardProcess):
         others, log_p_x, log_p_z = self._read(prediction, x0, zt, t)
         # dropped where nothing arrives: ln 0 of a token that the prediction rules out is infinite in both terms there
         log_rho = self._likelihood(x0, zt, t).log() - self._log_marginal_at(
-            where_read(arrives, log_p_z), zt, t
+            where_or_zero(arrives, log_p_z), zt, t
         )
         divergence = (
-            self._kl(others, where_read(arrives, log_p_x), x0, t) + torch.expm1(log_rho) - log_rho
+            self._kl(others, where_or_zero(arrives, log_p_x), x0, t)
+            + torch.expm1(log_rho)
+            - log_rho
         )
         return torch.where(arrives, divergence, 0.0)
 
@@ -241,7 +245,7 @@ class InterpolatingProcess(ForwardProcess):
         weight = self.weight(x0, zt, t)
         read = weight > 0
         return torch.where(
-            read, weight * where_read(read, self.divergence(prediction, x0, zt, t)), 0.0
+            read, weight * where_or_zero(read, self.divergence(prediction, x0, zt, t)), 0.0
         )
 
     def decode_nll(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
@@ -250,8 +254,8 @@ class InterpolatingProcess(ForwardProcess):
         evidence = self._likelihood(x0, zt, t).log()
         # a token that no noise reaches tells what it is, whatever the prediction
         told = (self.noise_at(zt, t) == 0) & (zt == x0)
-        log_p_z = where_read(~told, prediction.log_prob(self._word(zt)))
-        log_p_x = where_read(~told, prediction.log_prob(x0))
+        log_p_z = where_or_zero(~told, prediction.log_prob(self._word(zt)))
+        log_p_x = where_or_zero(~told, prediction.log_prob(x0))
         return torch.where(told, 0.0, self._log_marginal_at(log_p_z, zt, t) - log_p_x - evidence)
 
     def closing_kl(self, prediction: Prediction, x0: Tensor, t: Tensor) -> Tensor:
@@ -262,7 +266,7 @@ class InterpolatingProcess(ForwardProcess):
 
     def reverse_rates(self, prediction: Prediction, zt: Tensor, t: Tensor) -> Tensor:
         ratio = self._log_ratio(prediction, zt, interior(t)).exp()
-        arrive = like_rows(self.arrivals_at(zt, t), ratio)
+        arrive = to_column(self.arrivals_at(zt, t), ratio)
         return torch.where(arrive > 0, arrive * ratio, 0.0).scatter(-1, zt.unsqueeze(-1), 0.0)
 
     def _read(
@@ -271,7 +275,7 @@ class InterpolatingProcess(ForwardProcess):
         """[r] each: what `_kl` sums over the words other than x0, ln p at x0, and ln p at z_t where that is a word."""
         log_p = dist.log_mass(0)
         noise, _ = self.noise_like(log_p, t)
-        return _Words.apply(log_p, like_rows(self.alpha(t), log_p), noise, x0, self._word(zt))
+        return _Words.apply(log_p, to_column(self.alpha(t), log_p), noise, x0, self._word(zt))
 
     def _kl(self, others: Tensor, log_p_x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """[r] KL( q_t(.|x) || q_t-bar ) = q_x phi(-delta) + sum_{y != x} b_y phi(alpha p_y / b_y), phi(v) = v - ln(1 + v).
@@ -284,7 +288,7 @@ class InterpolatingProcess(ForwardProcess):
         read = truth > 0
         truth = torch.where(read, truth, 1.0)
         delta = torch.where(read, -alpha * torch.expm1(log_p_x) / truth, 0.0)
-        mixed = _log_mixed(here, alpha, where_read(read, log_p_x))
+        mixed = _log_mixed(here, alpha, where_or_zero(read, log_p_x))
         log_rest = torch.where(delta < 0.5, torch.log1p(-delta.clamp(max=0.5)), mixed - truth.log())
         own = torch.where(read, -truth * (delta + log_rest), 0.0)
         return own + others
@@ -293,8 +297,8 @@ class InterpolatingProcess(ForwardProcess):
         log_ratio, pick = score.log_ratio, x0.unsqueeze(-1)
         words, beyond = self.noise_like(log_ratio, t)
         q = torch.cat([words.expand(-1, self.vocabulary.num_tokens), beyond], -1)
-        q = q.scatter(-1, pick, q.gather(-1, pick) + like_rows(self.alpha(t), q))
-        log_model = log_ratio + like_rows(self._likelihood(x0, zt, t).log(), log_ratio)
+        q = q.scatter(-1, pick, q.gather(-1, pick) + to_column(self.alpha(t), q))
+        log_model = log_ratio + to_column(self._likelihood(x0, zt, t).log(), log_ratio)
         terms = log_model.exp() - q + torch.where(q > 0, q * (q.log() - log_model), 0.0)
         return terms.scatter(-1, zt.unsqueeze(-1), 0.0).sum(-1).double()
 
@@ -327,7 +331,7 @@ class InterpolatingProcess(ForwardProcess):
         share = counts.to(t.dtype) / num_tokens
         return ((own - other + (counts * other).sum(-1, keepdim=True)) * share).sum(-1)
 
-    def moved(self, t: Tensor) -> Tensor:
+    def change_probability(self, t: Tensor) -> Tensor:
         kinds, counts = self.alike(torch.arange(self.vocabulary.num_tokens)).unique(
             return_counts=True
         )
@@ -349,7 +353,7 @@ class InterpolatingProcess(ForwardProcess):
         return self._reached.on(zt.device)[zt]
 
     @property
-    def monotone(self) -> bool:
+    def is_monotone(self) -> bool:
         """Nothing arrives but in the mask, so that a word once seen stays."""
         reached = self._reached.on(torch.device("cpu"))
         return not bool(reached[: self.vocabulary.root].any())
@@ -390,12 +394,12 @@ class InterpolatingProcess(ForwardProcess):
         def draw(
             prediction: Prediction, z: Tensor, t: Tensor, s: Tensor, arrive: Tensor, u: Tensor
         ) -> Tensor:
-            dist = certainly_law(prediction, "InterpolatingProcess.step")
+            dist = require_distribution(prediction, "InterpolatingProcess.step")
             log_marginal = self.log_marginal(dist.log_mass(0), s)
             elsewhere = log_marginal.exp().scatter(-1, z.unsqueeze(-1), 0.0)
             total = elsewhere.double().sum(-1)
             # A distribution that is certain of z leaves no mass elsewhere; such a row draws z.
-            weights = elsewhere.scatter(-1, z.unsqueeze(-1), like_rows(total == 0, elsewhere))
+            weights = elsewhere.scatter(-1, z.unsqueeze(-1), to_column(total == 0, elsewhere))
             drawn = draw_index(weights, u[:, 1])
             log_here = self._log_marginal_at(dist.log_prob(self._word(z)), z, t)
             leaves = arrive * total / log_here.double().exp()
@@ -610,13 +614,13 @@ class ComponentProcess(InterpolatingProcess):
         return self._flow(t) @ self._on(t.device)
 
     def noise_at(self, zt: Tensor, t: Tensor) -> Tensor:
-        return (per_time(self.coefficients, t) * self._on(zt.device).T[zt]).sum(-1)
+        return (evaluate_per_time(self.coefficients, t) * self._on(zt.device).T[zt]).sum(-1)
 
     def arrivals_at(self, zt: Tensor, t: Tensor) -> Tensor:
-        return (per_time(self._flow, t) * self._on(zt.device).T[zt]).sum(-1)
+        return (evaluate_per_time(self._flow, t) * self._on(zt.device).T[zt]).sum(-1)
 
     def _noise_elsewhere(self, zt: Tensor, t: Tensor) -> Tensor:
-        return (per_time(self.coefficients, t) * (1.0 - self._on(zt.device).T[zt])).sum(-1)
+        return (evaluate_per_time(self.coefficients, t) * (1.0 - self._on(zt.device).T[zt])).sum(-1)
 
     def alike(self, zt: Tensor) -> Tensor:
         return self._first_alike.on(zt.device)[zt]
@@ -657,7 +661,9 @@ class ComponentProcess(InterpolatingProcess):
         return _without_rounding(self.coefficients(t), faded).clamp(min=0.0)
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return self._redraw(x0, per_time(self.alpha, t), per_time(self.coefficients, t), u)
+        return self._redraw(
+            x0, evaluate_per_time(self.alpha, t), evaluate_per_time(self.coefficients, t), u
+        )
 
     def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self._redraw(zs, self._stay(s, t), self._arriving(s, t), u)
@@ -740,7 +746,7 @@ class MixtureProcess(ComponentProcess):
         return self.schedule.d_alpha(t)
 
     def coefficients(self, t: Tensor) -> Tensor:
-        return self.schedule.noised(t).unsqueeze(-1)
+        return self.schedule.one_minus_alpha(t).unsqueeze(-1)
 
     def d_coefficients(self, t: Tensor) -> Tensor:
         return -self.schedule.d_alpha(t).unsqueeze(-1)

@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ddiff.core.numerics import like_rows
+from ddiff.core.numerics import to_column
 from ddiff.errors import ArgumentError
 
 MAX_DENSE = 512
@@ -54,7 +54,7 @@ class Kernel(ABC):
         solved, info = torch.linalg.solve_ex(
             self.dense().transpose(-1, -2), vector.double().unsqueeze(-1)
         )
-        refuse_singular(info != 0, type(self).__name__)
+        require_invertible(info != 0, type(self).__name__)
         return solved.squeeze(-1).to(vector.dtype)
 
     @abstractmethod
@@ -67,7 +67,7 @@ class Kernel(ABC):
         return ScaledKernel(factor, self)
 
 
-def refuse_singular(singular: Tensor, name: str) -> None:
+def require_invertible(singular: Tensor, name: str) -> None:
     """ArgumentError where a row of a kernel [r] has no inverse."""
     if bool(singular.any()):
         raise ArgumentError(
@@ -77,7 +77,7 @@ def refuse_singular(singular: Tensor, name: str) -> None:
         )
 
 
-def read_back(matrix: Tensor, base: Tensor, vectors: Tensor, place: Tensor) -> Tensor:
+def solve_nearest(matrix: Tensor, base: Tensor, vectors: Tensor, place: Tensor) -> Tensor:
     """[r,A] distributions x with x matrix[place] = vectors [r,S], where several may be, the nearest to base[place].
 
     matrix [n,A,S] holds transition probabilities, base [n,A] a distribution of where they start, place [r] which of the n
@@ -146,61 +146,19 @@ class InterpolatingKernel(Kernel):
 
     def apply(self, vector: Tensor) -> Tensor:
         total = vector.sum(-1, keepdim=True)
-        return like_rows(self.stay, vector) * vector + total * self.arrive.to(vector.dtype)
+        return to_column(self.stay, vector) * vector + total * self.arrive.to(vector.dtype)
 
     def solve(self, vector: Tensor) -> Tensor:
         """x = (v - |x| arrive) / stay, with |x| = |v| / (stay + |arrive|)."""
         leaving = self.stay + self.arrive.sum(-1)
-        refuse_singular(
+        require_invertible(
             (self.stay == 0) | (leaving.abs() <= 1e-15 * self.stay.abs()), type(self).__name__
         )
-        total = vector.sum(-1, keepdim=True) / like_rows(leaving, vector)
-        return (vector - total * self.arrive.to(vector.dtype)) / like_rows(self.stay, vector)
+        total = vector.sum(-1, keepdim=True) / to_column(leaving, vector)
+        return (vector - total * self.arrive.to(vector.dtype)) / to_column(self.stay, vector)
 
     def _diagonal(self, ids: Tensor) -> Tensor:
         return torch.zeros_like(self.arrive).scatter(-1, ids.unsqueeze(-1), self.stay.unsqueeze(-1))
-
-    def _num_rows(self) -> int:
-        return len(self.stay)
-
-
-def uniform_kernel(stay: Tensor, each: Tensor, num_states: int) -> InterpolatingKernel:
-    """K[y,z] = stay 1[y=z] + each, over all S states."""
-    return InterpolatingKernel(stay, each.unsqueeze(-1).expand(-1, num_states))
-
-
-@final
-class AbsorbingKernel(Kernel):
-    """Every state but `target` stays with `stay` and goes to `target` with `leave`; the target's row is stay + leave."""
-
-    def __init__(self, stay: Tensor, leave: Tensor, target: int, num_states: int) -> None:
-        self.stay, self.leave, self.target, self.num_states = stay, leave, target, num_states
-
-    def row(self, ids: Tensor) -> Tensor:
-        row = self.stay.new_zeros(len(ids), self.num_states)
-        row.scatter_(-1, ids.unsqueeze(-1), self.stay.unsqueeze(-1))
-        row[:, self.target] += self.leave
-        return row
-
-    def column(self, ids: Tensor) -> Tensor:
-        column = (self.leave * (ids == self.target)).unsqueeze(-1).repeat(1, self.num_states)
-        return column.scatter_add(-1, ids.unsqueeze(-1), self.stay.unsqueeze(-1))
-
-    def apply(self, vector: Tensor) -> Tensor:
-        moved = like_rows(self.stay, vector) * vector
-        moved[:, self.target] += self.leave.to(vector.dtype) * vector.sum(-1)
-        return moved
-
-    def solve(self, vector: Tensor) -> Tensor:
-        leaving = self.stay + self.leave
-        refuse_singular(
-            (self.stay == 0) | (leaving.abs() <= 1e-15 * self.stay.abs()), type(self).__name__
-        )
-        solved = vector / like_rows(self.stay, vector)
-        solved[:, self.target] -= (self.leave / (self.stay * leaving)).to(
-            vector.dtype
-        ) * vector.sum(-1)
-        return solved
 
     def _num_rows(self) -> int:
         return len(self.stay)
@@ -242,11 +200,11 @@ class ScaledKernel(Kernel):
         return self.factor.unsqueeze(-1) * self.kernel.column(ids)
 
     def apply(self, vector: Tensor) -> Tensor:
-        return like_rows(self.factor, vector) * self.kernel.apply(vector)
+        return to_column(self.factor, vector) * self.kernel.apply(vector)
 
     def solve(self, vector: Tensor) -> Tensor:
-        refuse_singular(self.factor == 0, type(self).__name__)
-        return self.kernel.solve(vector) / like_rows(self.factor, vector)
+        require_invertible(self.factor == 0, type(self).__name__)
+        return self.kernel.solve(vector) / to_column(self.factor, vector)
 
     def _num_rows(self) -> int:
         return self.kernel._num_rows()

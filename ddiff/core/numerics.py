@@ -24,23 +24,23 @@ def interior(t: Tensor) -> Tensor:
     return t.clamp(EARLIEST, LATEST)
 
 
-def like_rows(values: Tensor, wide: Tensor) -> Tensor:
+def to_column(values: Tensor, wide: Tensor) -> Tensor:
     """Per-row values [r] as a column [r,1] in the dtype of `wide`, so that nothing of width S turns float64."""
     return values.to(wide.dtype).unsqueeze(-1)
 
 
-def log_or_never(mass: Tensor) -> Tensor:
+def safe_log(mass: Tensor) -> Tensor:
     """ln mass; -inf where the mass is 0, and no gradient there (the plain log gives 0/0 = NaN to all that it sums)."""
     return torch.where(mass == 0, 1.0, mass).log().masked_fill(mass == 0, -torch.inf)
 
 
-def log_shares(log_mass: Tensor) -> Tensor:
+def log_normalize(log_mass: Tensor) -> Tensor:
     """[r,n] log of the shares of masses; even where a row has no mass at all."""
     empty = log_mass.isneginf().all(-1, keepdim=True)
     return log_mass.masked_fill(empty, 0.0).log_softmax(-1)
 
 
-def where_read(read: Tensor, values: Tensor) -> Tensor:
+def where_or_zero(read: Tensor, values: Tensor) -> Tensor:
     """`values` where they are read, 0 elsewhere; for the input of a formula whose result is dropped there.
 
     To drop the result alone is not enough: where it is infinite, its gradient is 0 * inf = NaN.
@@ -48,7 +48,7 @@ def where_read(read: Tensor, values: Tensor) -> Tensor:
     return torch.where(read, values, 0.0)
 
 
-def temper(log_p: Tensor, temperature: float) -> Tensor:
+def apply_temperature(log_p: Tensor, temperature: float) -> Tensor:
     """Log-weights of p^(1/T) along the last dimension, for T >= 0; 0 keeps only the first of the likeliest entries.
 
     The largest log p is subtracted before the division, so that every T > 0 is finite at the likeliest entry.
@@ -61,7 +61,7 @@ def temper(log_p: Tensor, temperature: float) -> Tensor:
     return torch.where(log_p == largest, 0.0, (log_p - largest) / scale)
 
 
-def per_time(values: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+def evaluate_per_time(values: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """values(t) [r,...] for t [r], read once for neighbours of the same time: the positions of a sequence mostly are.
 
     On a device, which would have to be asked how many there are, it is read for every row.
@@ -72,7 +72,7 @@ def per_time(values: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     return values(distinct)[place]
 
 
-def may_hold(condition: Tensor) -> bool:
+def may_be_true(condition: Tensor) -> bool:
     """Whether any entry is true, as far as the host can say: a device is not waited for, and there one may be."""
     return condition.device.type != "cpu" or bool(condition.any())
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, final
 import torch
 from torch import Tensor
 
-from ddiff.core.numerics import draw_index, log_or_never, may_hold, where_read
+from ddiff.core.numerics import draw_index, may_be_true, safe_log, where_or_zero
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 
@@ -56,7 +56,7 @@ Prediction = CleanDistribution | Score
 """What a network says of r rows."""
 
 
-def certainly_law(prediction: Prediction, asker: str) -> CleanDistribution:
+def require_distribution(prediction: Prediction, asker: str) -> CleanDistribution:
     """The answer as a law; ArgumentError where it is a score, naming who asked."""
     if isinstance(prediction, Score):
         raise ArgumentError(
@@ -69,14 +69,14 @@ def certainly_law(prediction: Prediction, asker: str) -> CleanDistribution:
 class SubtreeDistribution(ABC):
     """Rows that all ask below one node `top`; a subclass says the law of each level given `top`.
 
-    Nothing above `top` is known, so `log_prob` and `log_mass` need `top` to be the root. `asked` says that `top` is the
-    very node that every row asked below; a law that answers from further up leaves it out.
+    Nothing above `top` is known, so `log_prob` and `log_mass` need `top` to be the root.
+    `top_is_query_node` says that `top` is the node of the query of every row.
     """
 
-    def __init__(self, vocabulary: Vocabulary, top: int, asked: bool = False) -> None:
+    def __init__(self, vocabulary: Vocabulary, top: int, top_is_query_node: bool = False) -> None:
         self.vocabulary = vocabulary
         self.top = top
-        self.asked = asked
+        self.top_is_query_node = top_is_query_node
         self._below = vocabulary.subtree(top)  # its places, level by level
 
     @abstractmethod
@@ -94,9 +94,9 @@ class SubtreeDistribution(ABC):
         possible = log_node > -torch.inf
         below = log_child - torch.where(possible, log_node, 0.0)
         only = child == node
-        if may_hold(~possible):
+        if may_be_true(~possible):
             only = only | (~possible & self._holds_all(node, child))
-        return torch.where(only, 0.0, where_read(~only, below))
+        return torch.where(only, 0.0, where_or_zero(~only, below))
 
     def _holds_all(self, node: Tensor, child: Tensor) -> Tensor:
         """bool [r]: every word below the node is below the child, so that P(child | node) = 1 in any law."""
@@ -105,7 +105,7 @@ class SubtreeDistribution(ABC):
         return (last - first) == (child_last - child_first)
 
     def log_step(self, node: Tensor, child: Tensor) -> Tensor:
-        if not self.asked:
+        if not self.top_is_query_node:
             return self.log_child(node, child)
         level = (
             len(self._below) - 1
@@ -170,7 +170,7 @@ class SubtreeDistribution(ABC):
         value: Tensor | None = None
         for level in range(lowest, len(self._below)):
             here = own_level == level
-            if not may_hold(here):
+            if not may_be_true(here):
                 continue
             picked = self._log_at(level, self._place(node, level))
             value = torch.where(here, picked, torch.zeros_like(picked) if value is None else value)
@@ -222,9 +222,13 @@ class LogitDistribution(SubtreeDistribution):
     """
 
     def __init__(
-        self, logits: Tensor, vocabulary: Vocabulary, top: int | None = None, asked: bool = False
+        self,
+        logits: Tensor,
+        vocabulary: Vocabulary,
+        top: int | None = None,
+        top_is_query_node: bool = False,
     ) -> None:
-        super().__init__(vocabulary, vocabulary.root if top is None else top, asked)
+        super().__init__(vocabulary, vocabulary.root if top is None else top, top_is_query_node)
         flat = vocabulary.num_levels <= 1
         self._logits = (
             logits
@@ -374,7 +378,7 @@ def segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Ten
     peak = torch.where(peak.isfinite(), peak, torch.zeros_like(peak))
     total = torch.zeros_like(peak).index_add(-1, segment, (values - peak.gather(-1, index)).exp())
     return (
-        log_or_never(total) + peak
+        safe_log(total) + peak
     )  # a segment without mass (`drop_own_evidence` makes them) sends nothing back
 
 

@@ -18,21 +18,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ddiff.core.description import settings_of
+from ddiff.core.description import format_settings
 from ddiff.core.information import InformationTime, uniform_reference
-from ddiff.core.kernel import MAX_DENSE, DenseKernel, Kernel, read_back
+from ddiff.core.kernel import MAX_DENSE, DenseKernel, Kernel, solve_nearest
 from ddiff.core.numerics import (
     FLOOR,
     LATEST,
     draw_index,
     interior,
-    log_or_never,
-    log_shares,
-    may_hold,
-    where_read,
+    log_normalize,
+    may_be_true,
+    safe_log,
+    where_or_zero,
 )
 from ddiff.core.oracle import propagate
-from ddiff.core.prediction import DenseDistribution, Prediction, Score, certainly_law
+from ddiff.core.prediction import DenseDistribution, Prediction, Score, require_distribution
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 
@@ -61,7 +61,7 @@ REFERENCE_TOKENS = 64  # of which the derived information is the mean: enough fo
 REFERENCE_ENTRIES = 2**21  # of marginals that are held at once while it is computed
 
 
-class Informed(IntEnum):
+class TrainedPart(IntEnum):
     """What of the law the bound trains at a row in a given state."""
 
     NONE = 0
@@ -123,7 +123,7 @@ class ForwardProcess(ABC):
 
     def _settings(self) -> Iterable[str]:
         """The settings that the text form shows."""
-        return settings_of(self)
+        return format_settings(self)
 
     # ------------------------------------------------------------------ what a family writes
 
@@ -194,7 +194,7 @@ class ForwardProcess(ABC):
         """
         num_tokens = self.vocabulary.num_tokens
         s = score.log_ratio.double().softmax(-1)
-        t = self.of_scores(t)
+        t = self.clamp_score_time(t)
         distinct, place = t.unique(return_inverse=True)
         kernel = self.from_clean(distinct)
         if kernel.num_states > MAX_DENSE:
@@ -203,12 +203,12 @@ class ForwardProcess(ABC):
             even = torch.full(
                 (len(distinct), num_tokens), 1.0 / num_tokens, dtype=s.dtype, device=s.device
             )
-            p = read_back(kernel.dense()[:, :num_tokens], even, s, place)
+            p = solve_nearest(kernel.dense()[:, :num_tokens], even, s, place)
             p = _eliminated(kernel.dense(), s, place, p)
         least = FLOOR * s[:, :num_tokens]
-        return log_shares(log_or_never(torch.maximum(p, least)))
+        return log_normalize(safe_log(torch.maximum(p, least)))
 
-    def of_scores(self, t: Tensor) -> Tensor:
+    def clamp_score_time(self, t: Tensor) -> Tensor:
         """The times at which scores of t are read: 1 - 1e-12 at t = 1 where the process closes, since the ratios of the
         prior say nothing of the token."""
         return t.clamp(max=LATEST) if self.closes_at_prior else t
@@ -225,22 +225,18 @@ class ForwardProcess(ABC):
         arrives = inward > 0
         log_s = self._true_log_ratio(x0, zt, t)
         # read only where something arrives: elsewhere an infinite ratio has a gradient of 0 * inf
-        log_s_theta = where_read(arrives, self._log_ratio(prediction, zt, t))
+        log_s_theta = where_or_zero(arrives, self._log_ratio(prediction, zt, t))
         s = log_s.exp()
         cross = torch.where(s > 0, s * (log_s - log_s_theta), 0.0)
         density = torch.where(arrives, inward * (log_s_theta.exp() - s + cross), 0.0).sum(-1)
         undefined = density.isnan()
-        if not may_hold(undefined):
+        if not may_be_true(undefined):
             return density
         return torch.where(
-            undefined, torch.where(_tells(self.log_likelihood(zt, t), x0), 0.0, torch.inf), density
+            undefined,
+            torch.where(_is_only_possible_token(self.log_likelihood(zt, t), x0), 0.0, torch.inf),
+            density,
         )
-
-    def factors(
-        self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(weight, divergence) [r], whose product is the density."""
-        return self.weight(x0, zt, t), self.divergence(prediction, x0, zt, t)
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """[r] the total true reverse rate, sum_{y != z} Q[y,z] s(y): the part of the density that no network enters.
@@ -279,9 +275,9 @@ class ForwardProcess(ABC):
         log_joint = self._log_clean(prediction, t)
         log_joint = log_joint + log_likelihood.to(log_joint.dtype)
         pick = x0.unsqueeze(-1)
-        sure = _tells(log_likelihood, x0)
+        sure = _is_only_possible_token(log_likelihood, x0)
         finite = log_joint.gather(-1, pick).squeeze(-1).isfinite()
-        log_joint = where_read((finite & ~sure).unsqueeze(-1), log_joint)
+        log_joint = where_or_zero((finite & ~sure).unsqueeze(-1), log_joint)
         nll = log_joint.logsumexp(-1) - log_joint.gather(-1, pick).squeeze(-1)
         return torch.where(sure, 0.0, torch.where(finite, nll, torch.inf))
 
@@ -293,7 +289,7 @@ class ForwardProcess(ABC):
         else:
             log_q_theta = self.log_marginal(prediction.log_mass(0), t)
         q = log_q.exp()
-        return torch.where(q > 0, q * (log_q - where_read(q > 0, log_q_theta)), 0.0).sum(-1)
+        return torch.where(q > 0, q * (log_q - where_or_zero(q > 0, log_q_theta)), 0.0).sum(-1)
 
     def information(self, t: Tensor) -> Tensor:
         """[n] I(X; Z_t) in nats for X uniform over the tokens, t [n].
@@ -310,7 +306,7 @@ class ForwardProcess(ABC):
 
         return self._over_tokens(about, t)
 
-    def moved(self, t: Tensor) -> Tensor:
+    def change_probability(self, t: Tensor) -> Tensor:
         """[n] P(Z_t != X) for X uniform over the tokens, t [n]; derived from marginals as `information` is."""
 
         def away(x0: Tensor, t: Tensor) -> Tensor:
@@ -338,22 +334,22 @@ class ForwardProcess(ABC):
     @cached_property
     def information_time(self) -> InformationTime:
         """t as a function of the share of the information that is lost: the clock that time rules draw by."""
-        return InformationTime(self.information, self.information_lost, self.moved)
+        return InformationTime(self.information, self.information_lost, self.change_probability)
 
     def active(self, zt: Tensor) -> Tensor:
         """bool [r]: whether the density can be non-zero in this state."""
         return torch.ones_like(zt, dtype=torch.bool)
 
-    def informed(self, zt: Tensor) -> Tensor:
-        """[r] `Informed` codes: what of the law the bound trains in this state."""
-        return torch.full_like(zt, Informed.ALL)
+    def trained_part(self, zt: Tensor) -> Tensor:
+        """[r] `TrainedPart` codes: what of the law the bound trains in this state."""
+        return torch.full_like(zt, TrainedPart.ALL)
 
     def scope(self, zt: Tensor) -> Tensor:
         """[r] the node below which a row's formulas read the law; the root unless a family needs less."""
         return torch.full_like(zt, self.vocabulary.root)
 
     @property
-    def monotone(self) -> bool:
+    def is_monotone(self) -> bool:
         """Whether reverse moves only reveal: out of a state the chain run backwards goes to states below it alone."""
         return False
 
@@ -382,7 +378,7 @@ class ForwardProcess(ABC):
             return zs
 
         def draw(prediction: Prediction, z: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
-            dist = certainly_law(prediction, "ForwardProcess.step")
+            dist = require_distribution(prediction, "ForwardProcess.step")
             log_probs = self.reverse_log_probs(dist.log_mass(0), z, t, s)
             return draw_index(log_probs.exp(), u[:, 0])
 
@@ -457,7 +453,7 @@ def _eliminated(square: Tensor, s: Tensor, place: Tensor, p: Tensor) -> Tensor:
     return p
 
 
-def _tells(log_likelihood: Tensor, x0: Tensor) -> Tensor:
+def _is_only_possible_token(log_likelihood: Tensor, x0: Tensor) -> Tensor:
     """bool [r]: only x0 can have become the state whose log q_t(z|x) [r,V] these are."""
     possible = log_likelihood > -torch.inf
     return (possible.sum(-1) == 1) & possible.gather(-1, x0.unsqueeze(-1)).squeeze(-1)

@@ -57,7 +57,7 @@ class CounterRng:
             self.index.device
         )
 
-    def shared(self, channel: str) -> Tensor:
+    def uniform_per_group(self, channel: str) -> Tensor:
         """[B] one uniform for all samples of a group (without groups: of the global batch) in this step."""
         groups, place = self.group.unique(return_inverse=True)
         words = [
@@ -71,17 +71,6 @@ class CounterRng:
             key=np.array([self.seed, _hash(self.purpose)], np.uint64), counter=counter
         )
         return bits.random_raw(count)
-
-    def take(self, samples: Tensor) -> CounterRng:
-        """The same noise for some of the samples [b] (places in `index`)."""
-        group = self.group[samples]
-        return CounterRng(
-            self.seed, self.step, self.index[samples], self.length, self.purpose, group
-        )
-
-    def at_step(self, step: int) -> CounterRng:
-        """The noise of another step for the same samples."""
-        return CounterRng(self.seed, step, self.index, self.length, self.purpose, self.group)
 
 
 def _hash(name: str) -> int:

@@ -13,11 +13,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ddiff.core.description import Described
+from ddiff.core.description import SettingsRepr
 from ddiff.errors import ArgumentError
 
 
-class Schedule(Described, ABC):
+class Schedule(SettingsRepr, ABC):
     """alpha(t): the probability that a token is untouched at t; decreasing on [0,1].
 
     `closes_at_clean` declares alpha(0) = 1, `closes_at_prior` declares alpha(1) = 0; the conformance kit holds both.
@@ -36,7 +36,7 @@ class Schedule(Described, ABC):
             time = t.detach().requires_grad_()
             return torch.autograd.grad(self.alpha(time).sum(), time)[0]
 
-    def noised(self, t: Tensor) -> Tensor:
+    def one_minus_alpha(self, t: Tensor) -> Tensor:
         """1 - alpha(t). May be overridden to stay accurate where alpha is near 1."""
         return 1.0 - self.alpha(t)
 
@@ -57,7 +57,7 @@ class LinearSchedule(Schedule):
     def d_alpha(self, t: Tensor) -> Tensor:
         return torch.full_like(t, self.floor - 1.0)
 
-    def noised(self, t: Tensor) -> Tensor:
+    def one_minus_alpha(self, t: Tensor) -> Tensor:
         return (1.0 - self.floor) * t
 
 
@@ -72,7 +72,7 @@ class CosineSchedule(Schedule):
     def d_alpha(self, t: Tensor) -> Tensor:
         return -(math.pi / 2) * torch.sin((1.0 - t) * (math.pi / 2))
 
-    def noised(self, t: Tensor) -> Tensor:
+    def one_minus_alpha(self, t: Tensor) -> Tensor:
         return torch.sin(t * (math.pi / 2))
 
 
@@ -92,7 +92,7 @@ class PowerSchedule(Schedule):
     def d_alpha(self, t: Tensor) -> Tensor:
         return -self.power * t ** (self.power - 1.0)
 
-    def noised(self, t: Tensor) -> Tensor:
+    def one_minus_alpha(self, t: Tensor) -> Tensor:
         return t**self.power
 
 
@@ -124,7 +124,7 @@ class GeometricSchedule(Schedule):
         sigma = self.sigma(t)
         return -self._growth * sigma * torch.exp(-sigma)
 
-    def noised(self, t: Tensor) -> Tensor:
+    def one_minus_alpha(self, t: Tensor) -> Tensor:
         return -torch.expm1(-self.sigma(t))
 
     @property

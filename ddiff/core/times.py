@@ -23,7 +23,7 @@ class Times(NamedTuple):
 
     `t` [B,L] float64, the position's own time; `speed` [B,L] = dt_i/dv for a draw with v uniform in [0,1], 0 where the
     position is not charged; `clean` bool [B,L] where it still holds its token (settled, or not noised by this rule). A
-    sum of speed * density is an unbiased bound. `waiting` bool [B,L] (None: nowhere) where the position holds a draw
+    sum of speed * density is an unbiased bound. `at_prior` bool [B,L] (None: nowhere) where the position holds a draw
     of the prior and no position that is charged sees it; `block` [1 or B,L] long numbers who sees whom (None:
     everybody everybody), and `paired` shows later blocks the clean words of earlier ones beside the noisy ones: see
     `Noisy`.
@@ -32,7 +32,7 @@ class Times(NamedTuple):
     t: Tensor
     speed: Tensor
     clean: Tensor
-    waiting: Tensor | None = None
+    at_prior: Tensor | None = None
     block: Tensor | None = None
     paired: bool = False
 
@@ -53,7 +53,7 @@ class Noisy(NamedTuple):
     memory: Tensor | None = None
 
 
-class DrawsTimes(Protocol):
+class TimeSampler(Protocol):
     """Times for a global batch of `slots` samples, a pure function of the noise: what the bound asks of a rule."""
 
     def draw(
@@ -74,13 +74,13 @@ class DrawsTimes(Protocol):
         """
 
 
-class TimeRule(DrawsTimes, Protocol):
+class TimeRule(TimeSampler, Protocol):
     """A rule with the path that it draws from."""
 
     def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
         """[B] the state of the path at tau in [0,1], 0 all settled and 1 all at the prior: what samplers walk along."""
 
-    def over(self, start: float, stop: float, tokens: int = 16) -> TimeRule:
+    def with_window(self, start: float, stop: float, tokens: int = 16) -> TimeRule:
         """The same rule on another window of tau, its draws made for sequences of `tokens` tokens."""
 
 
@@ -106,7 +106,7 @@ class FlatTimes:
         self, clock: TimeChange, rng: CounterRng, slot: Tensor, slots: int | Tensor, length: int
     ) -> Times:
         v = stratified(rng.uniform("time")[:, :1], slot.unsqueeze(-1), slots)
-        t, speed = clock.drawn(v, self.start, self.stop, self.tokens)
+        t, speed = clock.draw(v, self.start, self.stop, self.tokens)
         return _everywhere(t.expand(-1, length), speed.expand(-1, length))
 
     def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
@@ -122,7 +122,7 @@ class FlatTimes:
         ones = torch.ones(len(slot), length, dtype=torch.float64, device=slot.device)
         return _everywhere(t[0] * ones, ones), _everywhere(t[1] * ones, ones)
 
-    def over(self, start: float, stop: float, tokens: int = 16) -> FlatTimes:
+    def with_window(self, start: float, stop: float, tokens: int = 16) -> FlatTimes:
         return FlatTimes(start, stop, tokens)
 
 
@@ -163,7 +163,7 @@ class WindowTimes:
             stop,
         )
 
-    def over(self, start: float, stop: float, tokens: int = 16) -> WindowTimes:
+    def with_window(self, start: float, stop: float, tokens: int = 16) -> WindowTimes:
         return WindowTimes(self.width, self.shape, self.paired, start, stop)
 
     def draw(
@@ -193,7 +193,7 @@ class WindowTimes:
     def _all_blocks(self, clock: TimeChange, v: Tensor, length: int) -> Times:
         """Every block at its own v [B,count]."""
         window = self._windows(length, v.device)
-        t, speed = clock.drawn(v, self.start, self.stop, self.width)
+        t, speed = clock.draw(v, self.start, self.stop, self.width)
         return self._all_windows(t[:, window[0]], speed[:, window[0]], window)
 
     def _sliding(self, clock: TimeChange, offset: Tensor, length: int) -> Times:
@@ -218,7 +218,7 @@ class WindowTimes:
         count = self._count(length)
         share = (1.0 - v).unsqueeze(-1) * count
         current = share.long().clamp(max=count - 1)
-        t, speed = clock.drawn(current + 1 - share, self.start, self.stop, self.width)
+        t, speed = clock.draw(current + 1 - share, self.start, self.stop, self.width)
         return self._open_block(t, speed * count, current, length)
 
     def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
@@ -339,7 +339,7 @@ def jointly_stratified(rng: CounterRng, slot: Tensor, slots: int | Tensor, count
     # windows that slots * window would put into the same cell, as many as the common divisor, are moved by one each
     common = torch.gcd(groups, torch.full_like(groups, count))
     cell = count * rank + groups * window + window // (count // common)
-    turn = rng.shared("time").unsqueeze(-1)
+    turn = rng.uniform_per_group("time").unsqueeze(-1)
     return ((cell + u) / (groups * count) + turn / groups) % 1.0
 
 

@@ -22,26 +22,26 @@ from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.information import uniform_reference
-from ddiff.core.kernel import Kernel, refuse_singular
+from ddiff.core.kernel import Kernel, require_invertible
 from ddiff.core.numerics import (
     Constant,
     draw_index,
+    evaluate_per_time,
     interior,
-    like_rows,
-    log_or_never,
-    log_shares,
-    may_hold,
-    per_time,
-    where_read,
+    log_normalize,
+    may_be_true,
+    safe_log,
+    to_column,
+    where_or_zero,
 )
 from ddiff.core.prediction import (
     CleanDistribution,
     DenseDistribution,
     Prediction,
     Score,
-    certainly_law,
+    require_distribution,
 )
-from ddiff.core.process import ForwardProcess, Informed, Prior, Query
+from ddiff.core.process import ForwardProcess, Prior, Query, TrainedPart
 from ddiff.core.schedule import PowerSchedule
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
 from ddiff.errors import ArgumentError, suggest
@@ -116,7 +116,7 @@ class StochasticParents:
         stray = self._stray[i][j]
         if stray is None:
             return log_mass
-        return log_or_never(
+        return safe_log(
             self.sure[i][j] * log_mass.exp() + stray.on(log_mass.device).to(log_mass.dtype)
         )
 
@@ -156,7 +156,7 @@ class TreeKernel(Kernel):
         for j in range(vocabulary.num_levels + 1):
             total = vector.new_zeros(len(vector), vocabulary.level_sizes[j])
             for i in range(j + 1):
-                total = total + like_rows(self.levels[:, i, j], vector) * self._push(vector, i, j)
+                total = total + to_column(self.levels[:, i, j], vector) * self._push(vector, i, j)
             parts.append(total)
         return torch.cat(parts, -1)
 
@@ -164,13 +164,13 @@ class TreeKernel(Kernel):
         """Level by level from the words up: x_j = (v_j - sum_{i<j} K_ij push(x_i)) / K_jj."""
         vocabulary = self.parents.vocabulary
         diagonal = self.levels.diagonal(dim1=-2, dim2=-1)
-        refuse_singular((diagonal == 0).any(-1), type(self).__name__)
+        require_invertible((diagonal == 0).any(-1), type(self).__name__)
         solved = torch.zeros_like(vector)
         for j, (offset, size) in enumerate(zip(vocabulary.offsets, vocabulary.level_sizes)):
             here = vector[:, offset : offset + size]
             for i in range(j):
-                here = here - like_rows(self.levels[:, i, j], vector) * self._push(solved, i, j)
-            solved[:, offset : offset + size] = here / like_rows(diagonal[:, j], vector)
+                here = here - to_column(self.levels[:, i, j], vector) * self._push(solved, i, j)
+            solved[:, offset : offset + size] = here / to_column(diagonal[:, j], vector)
         return solved
 
     def _push(self, vector: Tensor, i: int, j: int) -> Tensor:
@@ -246,7 +246,7 @@ class TreeProcess(ForwardProcess):
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         dist, log_pi = DenseDistribution(log_p, self.vocabulary), self.clock.pi(t).log()
         levels = [
-            like_rows(log_pi[:, level], log_p)
+            to_column(log_pi[:, level], log_p)
             + self.parents.log_spread(0, level, dist.log_mass(level))
             for level in range(self.vocabulary.num_levels + 1)
         ]
@@ -259,7 +259,7 @@ class TreeProcess(ForwardProcess):
         return TreeKernel(self.clock.transition(s, t), self.parents)
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        level = (u[:, :1] < per_time(self.clock.climbed, t)).sum(-1)
+        level = (u[:, :1] < evaluate_per_time(self.clock.cdf, t)).sum(-1)
         return self._at_level(x0, level, u)
 
     def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
@@ -310,7 +310,7 @@ class TreeProcess(ForwardProcess):
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
         """Nothing strays into a token, so that the marginal of tokens is pi_0 p: p are the shares of s among tokens."""
-        return log_shares(score.log_ratio[:, : self.vocabulary.num_tokens].double())
+        return log_normalize(score.log_ratio[:, : self.vocabulary.num_tokens].double())
 
     # ------------------------------------------------------------------ the bound
 
@@ -322,7 +322,7 @@ class TreeProcess(ForwardProcess):
         level = self.vocabulary.level_of(zt)
         t = interior(t)
         inflow = (
-            per_time(self.clock.inflow, t)
+            evaluate_per_time(self.clock.inflow, t)
             .gather(-1, (level - 1).clamp(min=0).unsqueeze(-1))
             .squeeze(-1)
         )
@@ -340,7 +340,7 @@ class TreeProcess(ForwardProcess):
         weight = self.weight(x0, zt, t)
         read = weight > 0
         return torch.where(
-            read, weight * where_read(read, self.divergence(prediction, x0, zt, t)), 0.0
+            read, weight * where_or_zero(read, self.divergence(prediction, x0, zt, t)), 0.0
         )
 
     def _surprise_below(
@@ -352,7 +352,7 @@ class TreeProcess(ForwardProcess):
         value: Tensor | None = None
         for l in range(1, self.vocabulary.num_levels + 1):
             here = level == l
-            if not may_hold(here):
+            if not may_be_true(here):
                 continue
             # rows of other levels are evaluated at an ancestor of x0, a harmless stand-in, and dropped
             z = torch.where(here, zt, self.vocabulary.ancestor(x0, l))
@@ -386,10 +386,10 @@ class TreeProcess(ForwardProcess):
         log_model = self.parents.log_spread(0, below, log_mass) + onward
         # a prediction that rules z_t out has no state below it: the divergence is infinite
         possible = (log_model > -torch.inf).any(-1, keepdim=True)
-        log_model = where_read(possible, log_model).log_softmax(-1)
+        log_model = where_or_zero(possible, log_model).log_softmax(-1)
         read = log_truth.isfinite()
         divergence = torch.where(
-            read, log_truth.exp() * (log_truth - where_read(read, log_model)), 0.0
+            read, log_truth.exp() * (log_truth - where_or_zero(read, log_model)), 0.0
         ).sum(-1)
         return torch.where(possible.squeeze(-1), divergence, torch.inf)
 
@@ -413,7 +413,7 @@ class TreeProcess(ForwardProcess):
         log_p = dist.log_prob(x0)
         # a token that the prediction rules out costs infinity, also where it rules out its node
         read = ~word & log_p.isfinite()
-        surprise = where_read(read, log_expected) - where_read(read, log_evidence + log_p)
+        surprise = where_or_zero(read, log_expected) - where_or_zero(read, log_evidence + log_p)
         return torch.where(word, 0.0, torch.where(log_p.isfinite(), surprise, torch.inf))
 
     def decode_nll(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
@@ -431,7 +431,9 @@ class TreeProcess(ForwardProcess):
         pi, total = self.clock.pi(t), torch.zeros_like(t)
         for level in range(self.vocabulary.num_levels):
             share = pi[:, level]
-            log_p = where_read(share > 0, prediction.log_prob(self.vocabulary.ancestor(x0, level)))
+            log_p = where_or_zero(
+                share > 0, prediction.log_prob(self.vocabulary.ancestor(x0, level))
+            )
             total = total - share * log_p
         return total
 
@@ -445,8 +447,8 @@ class TreeProcess(ForwardProcess):
         gained = self.clock.pi(t) - self.clock.pi(torch.zeros_like(t))
         return gained @ (levels[0] - levels)
 
-    def moved(self, t: Tensor) -> Tensor:
-        return self.clock.climbed(t)[:, 0]
+    def change_probability(self, t: Tensor) -> Tensor:
+        return self.clock.cdf(t)[:, 0]
 
     @cached_property
     def _level_information(self) -> Tensor:
@@ -475,10 +477,10 @@ class TreeProcess(ForwardProcess):
     def active(self, zt: Tensor) -> Tensor:
         return self.vocabulary.level_of(zt) > 0
 
-    def informed(self, zt: Tensor) -> Tensor:
-        trained = Informed.BELOW_NODE if self.parents.certain else Informed.ALL
-        whole = torch.where(zt == self.vocabulary.root, int(Informed.ALL), int(trained))
-        return torch.where(self.active(zt), whole, int(Informed.NONE))
+    def trained_part(self, zt: Tensor) -> Tensor:
+        trained = TrainedPart.BELOW_NODE if self.parents.certain else TrainedPart.ALL
+        whole = torch.where(zt == self.vocabulary.root, int(TrainedPart.ALL), int(trained))
+        return torch.where(self.active(zt), whole, int(TrainedPart.NONE))
 
     def scope(self, zt: Tensor) -> Tensor:
         if not self.parents.certain:
@@ -487,7 +489,7 @@ class TreeProcess(ForwardProcess):
         return torch.where(self.active(zt), zt, self.vocabulary.parent(zt))
 
     @property
-    def monotone(self) -> bool:
+    def is_monotone(self) -> bool:
         return self.parents.certain
 
     # ------------------------------------------------------------------ reverse
@@ -517,7 +519,7 @@ class TreeProcess(ForwardProcess):
         level, s = self.vocabulary.level_of(zt), torch.zeros_like(t)
         above = (level > 0).nonzero().squeeze(-1)
         if len(above):
-            s[above] = self.clock.leave_time(level[above], t[above], u[above])
+            s[above] = self.clock.entry_time(level[above], t[above], u[above])
         return s
 
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
@@ -527,7 +529,9 @@ class TreeProcess(ForwardProcess):
         """Draw the state at level `target` given z_t."""
 
         def draw(prediction: Prediction, z: Tensor, target: Tensor, u: Tensor) -> Tensor:
-            return self._draw_below(certainly_law(prediction, "TreeProcess.step"), z, target, u)
+            return self._draw_below(
+                require_distribution(prediction, "TreeProcess.step"), z, target, u
+            )
 
         return self._descend(query, zt, target, draw, target, u)
 
@@ -581,7 +585,7 @@ class TreeProcess(ForwardProcess):
     def _occupation(self, zt: Tensor, t: Tensor) -> Tensor:
         """[r] pi_l(t), l the level of z_t."""
         return (
-            per_time(self.clock.pi, t)
+            evaluate_per_time(self.clock.pi, t)
             .gather(-1, self.vocabulary.level_of(zt).unsqueeze(-1))
             .squeeze(-1)
         )

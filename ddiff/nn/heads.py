@@ -144,9 +144,11 @@ class TokenHead(Head):
 
     def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
         # where there is one level all rows ask below the root; elsewhere some ask further down
-        asked = self.vocabulary.num_levels == 1
+        top_is_query_node = self.vocabulary.num_levels == 1
         return LogitDistribution(
-            logits(0, self.vocabulary.num_tokens), self.vocabulary, asked=asked
+            logits(0, self.vocabulary.num_tokens),
+            self.vocabulary,
+            top_is_query_node=top_is_query_node,
         )
 
     def logits_per_row(self, top: int) -> int:
@@ -180,9 +182,9 @@ class TreeHead(Head):
         if self.kind == "tied":
             words = self.vocabulary.subtree(top)[0]
             return LogitDistribution(
-                logits(words.start, words.stop), self.vocabulary, top, asked=True
+                logits(words.start, words.stop), self.vocabulary, top, top_is_query_node=True
             )
-        return LevelwiseDistribution(logits, self.vocabulary, top, asked=True)
+        return LevelwiseDistribution(logits, self.vocabulary, top, top_is_query_node=True)
 
     def logits_per_row(self, top: int) -> int:
         below = [places.stop - places.start for places in self.vocabulary.subtree(top)]
@@ -210,9 +212,9 @@ class LevelwiseDistribution(SubtreeDistribution):
     """A law from logits among siblings: log P(node | top) = sum of log-softmaxes along the path from top to node."""
 
     def __init__(
-        self, logits: Logits, vocabulary: Vocabulary, top: int, asked: bool = False
+        self, logits: Logits, vocabulary: Vocabulary, top: int, top_is_query_node: bool = False
     ) -> None:
-        super().__init__(vocabulary, top, asked)
+        super().__init__(vocabulary, top, top_is_query_node)
         self._logits = logits
         self._levels: dict[int, Tensor] = {}
 

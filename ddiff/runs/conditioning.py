@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
-from ddiff.core.information import OwnTime
+from ddiff.core.information import IdentityTime
 from ddiff.data.condition_forms import Form, Label, Vector
 from ddiff.errors import ArgumentError, suggest
 from ddiff.nn.denoiser import Context, Denoiser, as_network
@@ -223,7 +223,7 @@ def _check_windows(objective: ModelObjective, sampler: Sampler, length: int) -> 
         return
     # a time in the middle: each end may have no window under way
     middle = torch.full((1,), 0.5, dtype=torch.float64)
-    block = objective.times.at(OwnTime(), middle, length).block
+    block = objective.times.at(IdentityTime(), middle, length).block
     if block is not None and bool((block != block[:, :1]).any()):
         raise ArgumentError(
             f"{type(sampler).__name__}: this run was trained in windows from left to right "

@@ -111,7 +111,7 @@ def score_rows(
         batch_of,
         rows.first_documents()[numbers],
         length=recipe.length,
-        times=times.over(*keys.window, recipe.length),
+        times=times.with_window(*keys.window, recipe.length),
         num_bytes=rows.tokens.num_bytes if has_bytes else None,
         draws=draws,
         batch=keys.batch,

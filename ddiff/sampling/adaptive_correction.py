@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
-from ddiff.core.process import ForwardProcess, Informed, Query
+from ddiff.core.process import ForwardProcess, Query, TrainedPart
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import Steps
@@ -74,7 +74,7 @@ def need_informed_words(sampler: object, process: ForwardProcess | None, predict
     need_law(sampler, predicts)
     if (
         process is not None
-        and int(process.informed(torch.zeros(1, dtype=torch.long))[0]) == Informed.NONE
+        and int(process.trained_part(torch.zeros(1, dtype=torch.long))[0]) == TrainedPart.NONE
     ):
         raise ArgumentError(
             f"{type(sampler).__name__}: it reads the law at visible words, and the bound of {type(process).__name__} "

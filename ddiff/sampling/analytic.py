@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddiff.core.dense import distinct_pairs
 from ddiff.core.elbo import Network
-from ddiff.core.kernel import Kernel, read_back
+from ddiff.core.kernel import Kernel, solve_nearest
 from ddiff.core.numerics import draw_index, interior
 from ddiff.core.prediction import Prediction, Score
 from ddiff.core.process import ForwardProcess, Query
@@ -73,4 +73,4 @@ def reverse_probs(
     )
     base = process.log_marginal(even.log_softmax(-1), first).exp()
     total = ratio.sum(-1, keepdim=True)
-    return read_back(matrix, base, ratio / total, place) * total * kernel.column(zt)
+    return solve_nearest(matrix, base, ratio / total, place) * total * kernel.column(zt)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
-from ddiff.core.information import OwnTime
+from ddiff.core.information import IdentityTime
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import TimeRule, Times
 from ddiff.sampling.grid_sampler import GridSampler
@@ -31,7 +31,9 @@ class HyperscheduleSampler:
         self.inner, self.rule = inner, rule
         self.quality: Quality = inner.quality
         self.order = inner.order
-        self.looks_ahead = rule.at(OwnTime(), torch.ones(1, dtype=torch.float64), 1).block is None
+        self.looks_ahead = (
+            rule.at(IdentityTime(), torch.ones(1, dtype=torch.float64), 1).block is None
+        )
 
     @property
     def steps(self) -> int:
@@ -68,4 +70,4 @@ class HyperscheduleSampler:
 def _times(times: Times) -> Tensor:
     """[B,L] 1 where a position waits, 0 where it has settled."""
     t = times.t.masked_fill(times.clean, 0.0)
-    return t if times.waiting is None else t.masked_fill(times.waiting, 1.0)
+    return t if times.at_prior is None else t.masked_fill(times.at_prior, 1.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
-from ddiff.core.numerics import draw_index, temper
+from ddiff.core.numerics import apply_temperature, draw_index
 from ddiff.core.prediction import CleanDistribution
 from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
@@ -112,7 +112,7 @@ def proposals(
             dist: CleanDistribution, z: Tensor, t: Tensor, u: Tensor
         ) -> tuple[Tensor, Tensor, Tensor]:
             full = dist.log_mass(0).double() + process.log_likelihood(z, t)
-            tempered = temper(full, temperature).log_softmax(-1)
+            tempered = apply_temperature(full, temperature).log_softmax(-1)
             drawn = draw_index(tempered.exp(), u)
             log_p = tempered.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
             return drawn, log_p, full.argmax(-1) == z

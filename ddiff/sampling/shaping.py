@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
-from ddiff.core.numerics import draw_index, temper
+from ddiff.core.numerics import apply_temperature, draw_index
 from ddiff.core.prediction import CleanDistribution, DenseDistribution, SubtreeDistribution
 from ddiff.core.process import ForwardProcess, Query, RowFunction
 from ddiff.core.times import Noisy
@@ -140,7 +140,7 @@ class Temperature:
         self.temperature = temperature
 
     def __call__(self, log_p: Tensor) -> Tensor:
-        return temper(log_p, self.temperature)
+        return apply_temperature(log_p, self.temperature)
 
 
 @final
@@ -273,7 +273,9 @@ class _Guided(_Composed):
             # in units of the weight, and the largest subtracted before it multiplies: no weight overflows
             mixed = (log_p - log_null) + log_null / self.weight
             mixed = mixed if self.weight > 0.0 else -mixed
-            mixed = temper(mixed.masked_fill(impossible, -torch.inf), 1.0 / abs(self.weight))
+            mixed = apply_temperature(
+                mixed.masked_fill(impossible, -torch.inf), 1.0 / abs(self.weight)
+            )
         return mixed.masked_fill(impossible, -torch.inf)
 
 

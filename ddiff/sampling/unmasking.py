@@ -188,7 +188,7 @@ def _sureness(
 def need_monotone(sampler: object, process: ForwardProcess | None, predicts: Says) -> None:
     need_process(sampler, process)
     need_law(sampler, predicts)
-    if process is not None and not process.monotone:
+    if process is not None and not process.is_monotone:
         raise ArgumentError(
             f"{type(sampler).__name__}: process must be monotone, its reverse moves revealing and nothing else (masks, "
             f"trees with sure parents); {type(process).__name__} may change what it has shown, so that none is ever done. "

@@ -435,7 +435,7 @@ def weights_are_level_flows(
             torch.where(chance > 0, chance * weight * dt[node], 0.0),
             True,
         )
-        start, stop = process.clock.climbed(times(window))
+        start, stop = process.clock.cdf(times(window))
         levels = torch.arange(1, vocabulary.num_levels + 1).expand(vocabulary.num_tokens, -1)
         yield compare(
             flow[:, 1:], (stop - start).expand_as(flow[:, 1:]), {"level": levels, "window": window}

@@ -44,7 +44,7 @@ def inflow_is_growth(clock: LevelClock) -> Iterator[Gap]:
     """F_l(t) - F_l(t/1000) is the integral of inflow_l, relative to itself for t >= 1e-6: the derivative is right and no
     digits are lost where a level is rare, whatever the rates. Quadrature and rounding leave 1e-11."""
     for t in OPEN:
-        grown = (clock.climbed(times((t,))) - clock.climbed(times((t / 1000.0,))))[0]
+        grown = (clock.cdf(times((t,))) - clock.cdf(times((t / 1000.0,))))[0]
         flow = integral(clock.inflow, t / 1000.0, t)
         yield compare(
             grown, flow, {"level": torch.arange(1, clock.num_levels + 1), "t": t}, flow.abs()
@@ -93,14 +93,14 @@ def occupation_follows_transitions(clock: LevelClock) -> Iterator[Gap]:
     yield compare(moved, clock.pi(t), {"s": s, "t": t})
 
 
-@law("clock: leave_time inverts its own law", tolerance=1e-7)
+@law("clock: entry_time inverts its own law", tolerance=1e-7)
 def leave_time_inverts(clock: LevelClock) -> Iterator[Gap]:
-    """At s = leave_time(l, t, u) the chance of having entered l before s, pi_l(s) K_ll(s,t) / pi_l(t), is u. The
+    """At s = entry_time(l, t, u) the chance of having entered l before s, pi_l(s) K_ll(s,t) / pi_l(t), is u. The
     bisection ends at the rounding of s, where numerical transitions hold 1e-9."""
     level, t, u = product(
         torch.arange(1, clock.num_levels + 1), times((0.3, 0.97)), times((0.1, 0.7))
     )
-    s = clock.leave_time(level, t, u)
+    s = clock.entry_time(level, t, u)
     rows = torch.arange(len(s))
     stay = clock.transition(s, t)[rows, level, level]
     yield compare(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddiff.core.oracle import propagate
 from ddiff.core.prediction import DenseDistribution, Score
-from ddiff.core.process import ForwardProcess, Informed
+from ddiff.core.process import ForwardProcess, TrainedPart
 from ddiff.testing.probes import (
     ENDS,
     INNER,
@@ -95,7 +95,8 @@ def weight_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 def factors_multiply(process: ForwardProcess) -> Iterator[Gap]:
     """What the bound multiplies is the density, whatever the family's split; neither is negative. Relative rounding."""
     rows = ReachableRows(process, times(INNER))
-    weight, divergence = process.factors(rows.dist, rows.x0, rows.zt, rows.t)
+    weight = process.weight(rows.x0, rows.zt, rows.t)
+    divergence = process.divergence(rows.dist, rows.x0, rows.zt, rows.t)
     density = process.density(rows.dist, rows.x0, rows.zt, rows.t)
     yield compare(weight * divergence, density, rows.labels, 1.0 + density.abs())
     yield compare(weight, process.weight(rows.x0, rows.zt, rows.t), rows.labels, 1.0 + weight)
@@ -212,9 +213,9 @@ def scope_suffices(process: ForwardProcess) -> Iterator[Gap]:
 def informed_is_enough(process: ForwardProcess) -> Iterator[Gap]:
     """The density is the same under two laws that differ only in what `informed` says is not trained. Rounding."""
     rows = ReachableRows(process, times(INNER))
-    informed = process.informed(rows.zt)
+    informed = process.trained_part(rows.zt)
     expected = process.density(rows.dist, rows.x0, rows.zt, rows.t)
-    for code, other in ((Informed.NONE, _reshaped), (Informed.BELOW_NODE, _reshaped_outside)):
+    for code, other in ((TrainedPart.NONE, _reshaped), (TrainedPart.BELOW_NODE, _reshaped_outside)):
         here = informed == code
         changed = DenseDistribution(other(process, rows.log_p, rows.zt), process.vocabulary)
         got = process.density(changed, rows.x0, rows.zt, rows.t)

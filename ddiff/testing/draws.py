@@ -241,7 +241,7 @@ def arguments_are_untouched(process: ForwardProcess) -> Iterator[Gap]:
         "decode_nll": (lambda *rows: process.decode_nll(prediction, *rows), (x0, zt, t)),
         "closing_kl": (lambda *rows: process.closing_kl(prediction, *rows), (x0, t)),
         "active": (process.active, (zt,)),
-        "informed": (process.informed, (zt,)),
+        "trained_part": (process.trained_part, (zt,)),
         "scope": (process.scope, (zt,)),
         "step": (lambda *rows: process.step(query, *rows), (zt, t, s, u_step)),
         "decode": (lambda *rows: process.decode(query, *rows), (zt, t, u_decode)),

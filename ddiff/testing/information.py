@@ -30,7 +30,7 @@ def information_is_enumerated(process: ForwardProcess) -> Iterator[Gap]:
     yield compare(process.information(t), expected, {"t": t})
     yield compare(process.information_lost(t), expected[0] - expected, {"t": t})
     stayed = q.diagonal(dim1=-2, dim2=-1).mean(-1)
-    yield compare(process.moved(t), 1.0 - stayed, {"moved at t": t})
+    yield compare(process.change_probability(t), 1.0 - stayed, {"moved at t": t})
 
 
 @law("information time: rises from the first time to the last at its own speed", tolerance=1e-3)
@@ -79,7 +79,7 @@ def tail_variance_share(
     inner = torch.linspace(OUTER, 1.0 - OUTER, 99, dtype=torch.float64)
     edges = torch.cat([edge[:-1], inner, 1.0 - edge.flip(0)[1:]])
     middle = (edges[1:] + edges[:-1]) / 2.0
-    t, speed = clock.drawn(middle, *window, TOKENS)
+    t, speed = clock.draw(middle, *window, TOKENS)
     held = edges.diff() * speed**2 * _second_moment(process, t)
     outer = (middle < OUTER) | (middle > 1.0 - OUTER)
     return held[outer].sum() / held.sum()

@@ -77,9 +77,9 @@ def scores_decode_to_posterior(process: ForwardProcess) -> Iterator[Gap]:
     is still a distribution.
     """
     inner = times((1e-6, 1e-3), INNER, (0.999, 1.0 - 1e-6, 1.0 - 1e-12, 1.0))
-    hidden = condition_number(process, process.of_scores(inner))
+    hidden = condition_number(process, process.clamp_score_time(inner))
     rows = ReachableRows(process, inner, _distributions(process.vocabulary.num_tokens))
-    now = process.of_scores(rows.t)
+    now = process.clamp_score_time(rows.t)
     seen = (
         process.log_marginal(rows.log_p, now)
         .gather(-1, rows.zt.unsqueeze(-1))
@@ -308,7 +308,7 @@ def events_query_once(process: ForwardProcess) -> Iterator[Gap]:
 @law("monotone: reverse moves only reveal", tolerance=0.0)
 def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
     """Where a process declares it, no reverse rate leads out of a state but to states below it in the tree. Exactly."""
-    if not process.monotone:
+    if not process.is_monotone:
         return
     vocabulary, rows = process.vocabulary, ReachableRows(process, times(INNER))
     states = torch.arange(vocabulary.num_states)
@@ -358,5 +358,6 @@ def scores_at_ends(process: ForwardProcess) -> Iterator[Gap]:
     closing = process.closing_kl(rows.dist, rows.x0, rows.t)
     yield compare(process.closing_kl(score, rows.x0, rows.t), closing, rows.labels)
     density = process.density(score, rows.x0, rows.zt, rows.t)
-    weight, divergence = process.factors(score, rows.x0, rows.zt, rows.t)
+    weight = process.weight(rows.x0, rows.zt, rows.t)
+    divergence = process.divergence(score, rows.x0, rows.zt, rows.t)
     yield compare(weight * divergence, density, rows.labels, 1.0 + density.abs())

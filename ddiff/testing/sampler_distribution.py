@@ -73,7 +73,7 @@ class ExactNetwork:
             if self.predicts == "law":
                 return fn(DenseDistribution(log_p, self.process.vocabulary), *per_row)
             log_q = self.process.log_marginal(
-                log_p, self.process.of_scores(noisy.t.reshape(-1)[rows])
+                log_p, self.process.clamp_score_time(noisy.t.reshape(-1)[rows])
             )
             return fn(
                 Score(log_q - log_q.gather(-1, noisy.zt.reshape(-1)[rows].unsqueeze(-1))), *per_row

@@ -49,10 +49,10 @@ def noised_is_the_rest(schedule: Schedule, finer: int = 1) -> Iterator[Gap]:
     """noised + alpha = 1; and from t/1000 to t noised grows by the integral of -d_alpha, relative to noised itself, so that
     no digits are lost where alpha is near 1. Quadrature leaves 1e-11."""
     t = times(OPEN, ENDS)
-    yield compare(schedule.noised(t) + schedule.alpha(t), 1.0, {"t": t})
+    yield compare(schedule.one_minus_alpha(t) + schedule.alpha(t), 1.0, {"t": t})
     for end in OPEN:
-        noised = schedule.noised(times((end,)))
-        grown = noised - schedule.noised(times((end / 1000.0,)))
+        noised = schedule.one_minus_alpha(times((end,)))
+        grown = noised - schedule.one_minus_alpha(times((end / 1000.0,)))
         flow = integral(lambda t: -schedule.d_alpha(t).unsqueeze(-1), end / 1000.0, end, finer)
         yield compare(
             grown, flow, {"t": end}, noised.abs().clamp(min=1e-300)

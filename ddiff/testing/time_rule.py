@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddiff.core.information import OwnTime
+from ddiff.core.information import IdentityTime
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import TimeRule, Times
 from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, law
@@ -16,7 +16,7 @@ SLOTS, LENGTH, DRAWS = 64, 4, 128
 
 
 def _drawn(rule: TimeRule, step: int, slot: Tensor) -> Times:
-    return rule.draw(OwnTime(), CounterRng(11, step, slot, LENGTH), slot, SLOTS, LENGTH)
+    return rule.draw(IdentityTime(), CounterRng(11, step, slot, LENGTH), slot, SLOTS, LENGTH)
 
 
 def _draws(rule: TimeRule) -> list[Times]:
@@ -27,7 +27,7 @@ def _window(rule: TimeRule) -> tuple[Tensor, Tensor]:
     """[L] each: the times between which each position is charged, as the ends that are read say."""
     slot, found = torch.arange(SLOTS), []
     for which in (0, 1):
-        end = rule.ends(OwnTime(), CounterRng(11, 0, slot, LENGTH), slot, SLOTS, LENGTH)[which]
+        end = rule.ends(IdentityTime(), CounterRng(11, 0, slot, LENGTH), slot, SLOTS, LENGTH)[which]
         read = (end.speed > 0).double()
         found.append((end.t * read).sum(0) / read.sum(0))
     return found[0], found[1]
@@ -35,7 +35,7 @@ def _window(rule: TimeRule) -> tuple[Tensor, Tensor]:
 
 def _nowhere(times: Times) -> Tensor:
     """Where a position is not charged: it is clean, or waits."""
-    return times.clean if times.waiting is None else times.clean | times.waiting
+    return times.clean if times.at_prior is None else times.clean | times.at_prior
 
 
 @law("times: within [0, 1], speeds not negative", tolerance=0.0)
@@ -89,7 +89,7 @@ def ends_are_read_once(rule: TimeRule) -> Iterator[Gap]:
     first, last = _window(rule)
     slot = torch.arange(SLOTS)
     pairs = [
-        rule.ends(OwnTime(), CounterRng(11, step, slot, LENGTH), slot, SLOTS, LENGTH)
+        rule.ends(IdentityTime(), CounterRng(11, step, slot, LENGTH), slot, SLOTS, LENGTH)
         for step in range(DRAWS)
     ]
     for name, times, ends in (
@@ -112,7 +112,7 @@ def shares_are_balanced(rule: TimeRule) -> Iterator[Gap]:
     is off by its stratum's width 1/8, slices by 0.45.
     """
     drawn, (first, last) = _drawn(rule, 0, torch.arange(SLOTS)), _window(rule)
-    waiting = torch.zeros_like(drawn.clean) if drawn.waiting is None else drawn.waiting
+    waiting = torch.zeros_like(drawn.clean) if drawn.at_prior is None else drawn.at_prior
     along = (
         ((drawn.t - first) / (last - first)).masked_fill(drawn.clean, 0.0).masked_fill(waiting, 1.0)
     )
@@ -126,10 +126,10 @@ def paths_go_forwards(rule: TimeRule) -> Iterator[Gap]:
     where it is charged dt/dtau is its speed. Difference quotients of straight lines leave 1e-10."""
     tau = torch.linspace(0.0, 1.0, 241, dtype=torch.float64)
     path, after = (
-        rule.at(OwnTime(), tau, LENGTH),
+        rule.at(IdentityTime(), tau, LENGTH),
         {"after tau": tau[:-1].unsqueeze(-1).expand(-1, LENGTH)},
     )
-    waiting = torch.zeros_like(path.clean) if path.waiting is None else path.waiting
+    waiting = torch.zeros_like(path.clean) if path.at_prior is None else path.at_prior
     stage = 1.0 - path.clean.double() + waiting.double()
     yield compare(stage.diff(dim=0).clamp(max=0.0), 0.0, after)
     charged = path.speed > 0
@@ -144,7 +144,7 @@ def waiting_is_unseen(rule: TimeRule) -> Iterator[Gap]:
     """Blocks rise from left to right; what is clean is not after, and what waits is after, all that is charged. Exactly."""
     for times in (
         _drawn(rule, 0, torch.arange(SLOTS)),
-        rule.at(OwnTime(), torch.linspace(0.0, 1.0, 61).double(), LENGTH),
+        rule.at(IdentityTime(), torch.linspace(0.0, 1.0, 61).double(), LENGTH),
     ):
         if times.block is None:
             yield compare(
@@ -157,7 +157,7 @@ def waiting_is_unseen(rule: TimeRule) -> Iterator[Gap]:
         yield compare(block.diff(dim=-1).clamp(max=0.0), 0.0, {"block": block[:, 1:]})
         latest = torch.where(times.speed > 0, block, -torch.inf).amax(-1, keepdim=True)
         earliest = torch.where(times.speed > 0, block, torch.inf).amin(-1, keepdim=True)
-        waiting = torch.zeros_like(times.clean) if times.waiting is None else times.waiting
+        waiting = torch.zeros_like(times.clean) if times.at_prior is None else times.at_prior
         yield compare((waiting & (block <= latest)).double(), 0.0, {"block of who waits": block})
         yield compare(
             (times.clean & (block >= earliest)).double(), 0.0, {"block of a clean position": block}

@@ -144,7 +144,7 @@ class DiffusionObjective:
             return times, decodes
         # The decoded sequences are neighbours in the batch, from a random first one. Times are
         # stratified by slot, so the times of the other sequences stay spread out.
-        place = (batch.index / slots + rng.shared("ends")) % 1.0
+        place = (batch.index / slots + rng.uniform_per_group("ends")) % 1.0
         chosen = (place < share).unsqueeze(-1)
         first, _ = self.times.ends(clock, rng, batch.index, slots, length)
         return _merge_times(chosen, first, times, share), decodes | chosen
@@ -231,7 +231,7 @@ def _merge_times(chosen: Tensor, first: Times, times: Times, share: float) -> Ti
         torch.where(chosen, first.t, times.t),
         torch.where(chosen, first.speed / share, times.speed / (1.0 - share)),
         torch.where(chosen, first.clean, times.clean),
-        _choose(chosen, first.waiting, times.waiting),
+        _choose(chosen, first.at_prior, times.at_prior),
         _choose(chosen, first.block, times.block),
         times.paired,
     )

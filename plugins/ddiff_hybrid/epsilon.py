@@ -19,10 +19,10 @@ from ddiff import (
     CosineSchedule,
     FlatVocabulary,
     ForwardProcess,
-    Informed,
     LinearSchedule,
     PowerSchedule,
     Schedule,
+    TrainedPart,
     Vocabulary,
     mask_distribution,
     token_distribution,
@@ -88,16 +88,18 @@ class EpsilonHybrid(ComponentProcess):
         return (1.0 - self.epsilon) * self.schedule.d_alpha(t)
 
     def coefficients(self, t: Tensor) -> Tensor:
-        return torch.stack([self.epsilon * self.schedule.alpha(t), self.schedule.noised(t)], -1)
+        return torch.stack(
+            [self.epsilon * self.schedule.alpha(t), self.schedule.one_minus_alpha(t)], -1
+        )
 
     def d_coefficients(self, t: Tensor) -> Tensor:
         d_alpha = self.schedule.d_alpha(t)
         return torch.stack([self.epsilon * d_alpha, -d_alpha], -1)
 
-    def informed(self, zt: Tensor) -> Tensor:
+    def trained_part(self, zt: Tensor) -> Tensor:
         """At tokens only the last draw trains the prediction, and only if epsilon > 0."""
-        at_token = Informed.ALL if self.epsilon > 0.0 else Informed.NONE
-        return torch.where(zt == self.vocabulary.root, int(Informed.ALL), int(at_token))
+        at_token = TrainedPart.ALL if self.epsilon > 0.0 else TrainedPart.NONE
+        return torch.where(zt == self.vocabulary.root, int(TrainedPart.ALL), int(at_token))
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:

@@ -38,7 +38,6 @@ from ddiff import (
     DenseDistribution,
     FlatVocabulary,
     ForwardProcess,
-    Informed,
     Kernel,
     LinearSchedule,
     MixtureProcess,
@@ -46,6 +45,7 @@ from ddiff import (
     Query,
     Schedule,
     Score,
+    TrainedPart,
     Vocabulary,
     interior,
     token_distribution,
@@ -82,7 +82,7 @@ class PowerOf(Schedule):
         outer = self.power * self.schedule.alpha(t) ** (self.power - 1.0)
         return outer * self.schedule.d_alpha(t)
 
-    def noised(self, t: Tensor) -> Tensor:
+    def one_minus_alpha(self, t: Tensor) -> Tensor:
         return -torch.expm1(self.log_alpha(t))
 
     def log_alpha(self, t: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class PowerOf(Schedule):
         alpha = self.schedule.alpha(t)
         power = torch.full_like(t, self.power)
         # xlogy and xlog1py are 0 for power 0, also where the logarithm is infinite.
-        near_one = torch.special.xlog1py(power, -self.schedule.noised(t))
+        near_one = torch.special.xlog1py(power, -self.schedule.one_minus_alpha(t))
         near_zero = torch.special.xlogy(power, alpha)
         return torch.where(alpha > 0.5, near_one, near_zero)
 
@@ -183,7 +183,7 @@ class GammaHybrid(ForwardProcess):
     def _make_prior(self) -> Prior:
         """Return the marginal at t = 1 of a uniform token."""
         num_tokens = self.vocabulary.num_tokens
-        masked = self.visible.noised(torch.ones(1, dtype=torch.float64))
+        masked = self.visible.one_minus_alpha(torch.ones(1, dtype=torch.float64))
         per_token = (1.0 - masked) / num_tokens
         return Prior(torch.cat([per_token.expand(num_tokens), masked]).log())
 
@@ -191,13 +191,13 @@ class GammaHybrid(ForwardProcess):
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         log_visible = self.visible.log_alpha(t).to(log_p.dtype)
-        log_masked = self.visible.noised(t).log().to(log_p.dtype)
+        log_masked = self.visible.one_minus_alpha(t).log().to(log_p.dtype)
         tokens = self.uniform.log_marginal(log_p, t) + log_visible.unsqueeze(-1)
         return torch.cat([tokens, log_masked.unsqueeze(-1)], -1)
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
         log_visible = self.visible.log_alpha(t).unsqueeze(-1)
-        log_masked = self.visible.noised(t).log().unsqueeze(-1)
+        log_masked = self.visible.one_minus_alpha(t).log().unsqueeze(-1)
         at_token = self.uniform.log_likelihood(self._token(zt), t) + log_visible
         return torch.where(self._is_masked(zt).unsqueeze(-1), log_masked, at_token)
 
@@ -205,9 +205,11 @@ class GammaHybrid(ForwardProcess):
         """A_t I(X; Z_t) of uniform diffusion: a mask carries no information on the token."""
         return self.visible.alpha(t) * self.uniform.information(t)
 
-    def moved(self, t: Tensor) -> Tensor:
+    def change_probability(self, t: Tensor) -> Tensor:
         """Probability of being masked, or redrawn as another token."""
-        return self.visible.noised(t) + self.visible.alpha(t) * self.uniform.moved(t)
+        return self.visible.one_minus_alpha(t) + self.visible.alpha(
+            t
+        ) * self.uniform.change_probability(t)
 
     def rates(self, t: Tensor) -> Kernel:
         """Tokens are masked at (1 - gamma) sigma' and redrawn at gamma sigma'; masks stay."""
@@ -238,7 +240,7 @@ class GammaHybrid(ForwardProcess):
         )
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return self._corrupt(x0, self.visible.noised(t), self.kept.noised(t), u)
+        return self._corrupt(x0, self.visible.one_minus_alpha(t), self.kept.one_minus_alpha(t), u)
 
     def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self._corrupt(zs, self.visible.lost(s, t), self.kept.lost(s, t), u)
@@ -258,7 +260,7 @@ class GammaHybrid(ForwardProcess):
         -A'/(1 - A) at masks, -B'/(V B) (1 - r_t(z|x)) / r_t(z|x) at tokens.
         """
         t = interior(t)
-        at_mask = -self.visible.d_alpha(t) / self.visible.noised(t)
+        at_mask = -self.visible.d_alpha(t) / self.visible.one_minus_alpha(t)
         at_token = self.uniform.weight(x0, self._token(zt), t)
         return torch.where(self._is_masked(zt), at_mask, at_token)
 
@@ -300,11 +302,11 @@ class GammaHybrid(ForwardProcess):
     def active(self, zt: Tensor) -> Tensor:
         return self._is_masked(zt) | (self.gamma > 0.0)
 
-    def informed(self, zt: Tensor) -> Tensor:
-        return torch.where(self.active(zt), int(Informed.ALL), int(Informed.NONE))
+    def trained_part(self, zt: Tensor) -> Tensor:
+        return torch.where(self.active(zt), int(TrainedPart.ALL), int(TrainedPart.NONE))
 
     @property
-    def monotone(self) -> bool:
+    def is_monotone(self) -> bool:
         return self.gamma == 0.0
 
     # ------------------------------------------------------------------ reverse
@@ -315,8 +317,8 @@ class GammaHybrid(ForwardProcess):
         The first probability does not depend on the network, and that of a token is bounded
         without it, so that the network is queried only at rows that may move.
         """
-        masked_s = self.visible.noised(s)
-        masked_t = self.visible.noised(t)
+        masked_s = self.visible.one_minus_alpha(s)
+        masked_t = self.visible.one_minus_alpha(t)
         reveal = torch.where(s < t, (masked_t - masked_s) / masked_t, 0.0)
         arrive = self.kept.lost(s, t) / self.vocabulary.num_tokens
         return self._move(query, zt, t, s, reveal, arrive, u)
@@ -457,7 +459,7 @@ class GammaHybrid(ForwardProcess):
         a candidate that `event` accepts or rejects.
         """
         t = interior(t)
-        log_noise = torch.log1p(-u * self.visible.noised(t)) / self.masking
+        log_noise = torch.log1p(-u * self.visible.one_minus_alpha(t)) / self.masking
         if self.redrawing > 0.0:
             log_kept = -torch.log1p(u * torch.expm1(-self.kept.log_alpha(t)))
             log_noise = torch.where(self._is_masked(zt), log_noise, log_kept / self.redrawing)
@@ -479,7 +481,7 @@ class GammaHybrid(ForwardProcess):
 
     def _redrawn_per_token(self, t: Tensor) -> Tensor:
         """[r] (1 - B_t)/V, the part of r_t(y) that is noise."""
-        return self.kept.noised(t) / self.vocabulary.num_tokens
+        return self.kept.one_minus_alpha(t) / self.vocabulary.num_tokens
 
     def _is_masked(self, zt: Tensor) -> Tensor:
         return zt == self.vocabulary.root

@@ -86,7 +86,9 @@ class EverywhereCrossEntropy(TrainingLoss[EpsilonHybrid]):
 
     def weight(self, process: EpsilonHybrid, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         epsilon = process.epsilon
-        masked = process.schedule.noised(t).clamp(min=1e-4)  # the floor of the published code
+        masked = process.schedule.one_minus_alpha(t).clamp(
+            min=1e-4
+        )  # the floor of the published code
         # Probability that the token was shuffled, given x0 and z; 1 if they differ.
         onto_itself = epsilon / process.vocabulary.num_tokens
         shuffled_if_equal = onto_itself / (1.0 - epsilon + onto_itself)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import closing_term, corrupt, decoding_term, diffusion_term, network_from_noisy
-from ddiff.core.information import OwnTime
+from ddiff.core.information import IdentityTime
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
-from ddiff.core.times import DrawsTimes, Noisy, Times
+from ddiff.core.times import Noisy, Times, TimeSampler
 from ddiff.testing.bound import all_sequences, enumerate_draws, random_joint
 from ddiff.testing.probes import likelihoods
 
@@ -51,11 +51,11 @@ class Scripted(CounterRng):
         drawn = self.told.get(channel, self.cells)
         return drawn if count == 1 else drawn.unsqueeze(-1).expand(-1, -1, count)
 
-    def shared(self, channel: str) -> Tensor:
+    def uniform_per_group(self, channel: str) -> Tensor:
         return self.turn
 
 
-def nodes(rule: DrawsTimes, order: int = 6) -> tuple[Tensor, Tensor]:
+def nodes(rule: TimeSampler, order: int = 6) -> tuple[Tensor, Tensor]:
     """Gauss-Legendre [n] on at least six panels of each window's way, with borders wherever a window opens or closes."""
     width, alone = getattr(rule, "width", LENGTH), not getattr(rule, "paired", True)
     panels = 6
@@ -108,7 +108,7 @@ def exact_law(process: ForwardProcess) -> Callable[[Noisy], Tensor]:
 
 
 def exact_terms(
-    process: ForwardProcess, rule: DrawsTimes, dist: Callable[[Noisy], Tensor] | None = None
+    process: ForwardProcess, rule: TimeSampler, dist: Callable[[Noisy], Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[27] the expectations of closing, diffusion and decoding term for every sequence."""
     twin, network = (
@@ -127,13 +127,13 @@ def exact_terms(
     zero = torch.zeros(6, dtype=torch.float64)
 
     def first(rng: CounterRng, slot: Tensor) -> Times:
-        return rule.ends(OwnTime(), rng, slot, 1, LENGTH)[0]
+        return rule.ends(IdentityTime(), rng, slot, 1, LENGTH)[0]
 
     def last(rng: CounterRng, slot: Tensor) -> Times:
-        return rule.ends(OwnTime(), rng, slot, 1, LENGTH)[1]
+        return rule.ends(IdentityTime(), rng, slot, 1, LENGTH)[1]
 
     def drawn(rng: CounterRng, slot: Tensor) -> Times:
-        return rule.draw(OwnTime(), rng, slot, 1, LENGTH)
+        return rule.draw(IdentityTime(), rng, slot, 1, LENGTH)
 
     def diffusion(x0: Tensor, times: Times, scored: Tensor, rng: CounterRng) -> Tensor:
         return diffusion_term(
@@ -198,7 +198,7 @@ def _chance(
     )
     distinct, place = times.t.unique(return_inverse=True)
     chance = likelihoods(process, distinct)[place, x0, zt]
-    prior = torch.zeros_like(times.clean) if times.waiting is None else times.waiting
+    prior = torch.zeros_like(times.clean) if times.at_prior is None else times.at_prior
     prior = prior | (times.speed > 0) if at_prior else prior
     # an enumerated prior reads its states off the uniforms from above
     from_above = process.vocabulary.num_states - 1 - zt

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.dense import DenseProcess
-from ddiff.core.information import MonotoneMap, OwnTime
+from ddiff.core.information import IdentityTime, MonotoneMap
 from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess
@@ -107,7 +107,7 @@ def test_draws_rise_through_the_window_at_their_own_slope(
 ) -> None:
     clock = PROCESSES[name].information_time
     v = torch.linspace(0.001, 0.999, 99, dtype=torch.float64).requires_grad_()
-    t, speed = clock.drawn(v, *window, length)
+    t, speed = clock.draw(v, *window, length)
     (slope,) = torch.autograd.grad(t.sum(), v)
     torch.testing.assert_close(speed, slope, **SLOPES)
     ends = clock.at(torch.tensor(window, dtype=torch.float64))[0]
@@ -121,7 +121,7 @@ def test_draws_have_the_density_of_least_variance() -> None:
     clock = TreeProcess(FlatVocabulary(7), LogTimeClock((1.0,))).information_time
     v = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     for length in (4, 64, 1024):
-        tau, _ = clock.drawn(v, 0.0, 1.0, length)
+        tau, _ = clock.draw(v, 0.0, 1.0, length)
         a = 1.0 / length
 
         def integral(tau: Tensor, a: float = a) -> Tensor:
@@ -212,5 +212,5 @@ def test_monotone_maps_rise_and_pass_through_their_knots(steps: list[float], see
 
 
 def test_own_time_is_the_identity() -> None:
-    assert OwnTime().at(TAU)[0] is TAU
-    assert torch.equal(OwnTime().drawn(TAU, 0.2, 0.6, 5)[0], 0.2 + (0.6 - 0.2) * TAU)
+    assert IdentityTime().at(TAU)[0] is TAU
+    assert torch.equal(IdentityTime().draw(TAU, 0.2, 0.6, 5)[0], 0.2 + (0.6 - 0.2) * TAU)

@@ -13,11 +13,9 @@ from torch import Tensor
 
 from ddiff.core.clock import CdfClock
 from ddiff.core.kernel import (
-    AbsorbingKernel,
     DenseKernel,
     InterpolatingKernel,
     Kernel,
-    uniform_kernel,
 )
 from ddiff.core.oracle import propagate
 from ddiff.core.schedule import PowerSchedule
@@ -34,13 +32,6 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def diagonal(values: Tensor, size: int = STATES) -> Tensor:
     return values[:, None, None] * torch.eye(size, dtype=torch.float64)
-
-
-def into(target: int, values: Tensor) -> Tensor:
-    """[r,S,S] every row y goes to `target` with values[r]."""
-    matrix = torch.zeros(ROWS, STATES, STATES, dtype=torch.float64)
-    matrix[:, :, target] = values.unsqueeze(-1)
-    return matrix
 
 
 def parents_one_by_one(tree: HierarchicalVocabulary, xi: tuple[float, ...]) -> Tensor:
@@ -80,13 +71,10 @@ def cases() -> dict[str, tuple[Kernel, Tensor]]:
         random(ROWS, 5, 5, seed=3),
     )
     mixed = diagonal(stay) + arrive.unsqueeze(1)
-    absorbing = diagonal(stay) + into(3, leave)
     return {
         "dense": (DenseKernel(full), full),
         "interpolating": (InterpolatingKernel(stay, arrive), mixed),
-        "uniform": (uniform_kernel(stay, leave, STATES), diagonal(stay) + leave[:, None, None]),
-        "absorbing": (AbsorbingKernel(stay, leave, 3, STATES), absorbing),
-        "sum": (DenseKernel(full) + AbsorbingKernel(stay, leave, 3, STATES), full + absorbing),
+        "sum": (DenseKernel(full) + InterpolatingKernel(stay, arrive), full + mixed),
         "multiple": (leave * InterpolatingKernel(stay, arrive), leave[:, None, None] * mixed),
         "tree": tree_case(),
     }

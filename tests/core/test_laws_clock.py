@@ -104,7 +104,7 @@ def test_a_slow_clock_sends_the_rest_to_the_root_after_the_last_interior_time(ra
     u = torch.tensor([0.1, 0.5, 0.9, 0.99, 0.999], dtype=torch.float64)
     level, end = torch.ones(5, dtype=torch.long), torch.ones(5, dtype=torch.float64)
     expected = torch.log1p(-u) / rate
-    found = torch.log1p(-clock.leave_time(level, end, u))
+    found = torch.log1p(-clock.entry_time(level, end, u))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
 
 

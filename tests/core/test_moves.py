@@ -286,8 +286,8 @@ def test_where_nothing_arrives_nothing_is_foreseen() -> None:
     assert times[:3].tolist() == [0.0] * 3
     # the mask of a linear schedule: s = u t, but for a slack of a hundredth in the rate of candidates
     assert 0.45 < float(times[3]) < 0.4525
-    assert process.monotone
-    assert not uneven().monotone
+    assert process.is_monotone
+    assert not uneven().is_monotone
 
 
 def test_a_process_without_events_says_so() -> None:

@@ -60,9 +60,6 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     whole = uniform(index=torch.arange(10))
     shuffled = torch.tensor([7, 2, 2, 9])
     assert torch.equal(uniform(index=shuffled), whole[shuffled])
-    assert torch.equal(
-        CounterRng(1, 2, torch.arange(10), 4).take(shuffled).uniform("channel"), whole[shuffled]
-    )
 
 
 def test_a_position_does_not_depend_on_the_length() -> None:
@@ -77,17 +74,13 @@ def test_several_uniforms_begin_with_the_single_one() -> None:
     assert torch.equal(three[..., 0], rng.uniform("x"))
 
 
-def test_the_noise_of_another_step_is_that_step_s_noise() -> None:
-    assert torch.equal(CounterRng(1, 0, INDEX, 4).at_step(2).uniform("channel"), uniform())
-
-
 def test_the_shared_number_does_not_depend_on_the_samples() -> None:
     one, other = (
-        CounterRng(4, 5, index, length).shared("x")
+        CounterRng(4, 5, index, length).uniform_per_group("x")
         for index, length in [(INDEX, 3), (torch.tensor([8]), 9)]
     )
     assert torch.equal(one[:1], other)
-    assert one[0] != CounterRng(4, 6, INDEX, 3).shared("x")[0]
+    assert one[0] != CounterRng(4, 6, INDEX, 3).uniform_per_group("x")[0]
     assert one.unique().numel() == 1
     assert 0.0 <= float(one[0]) < 1.0
 
@@ -95,9 +88,9 @@ def test_the_shared_number_does_not_depend_on_the_samples() -> None:
 def test_groups_share_their_own_numbers() -> None:
     group = torch.tensor([3, 7, 3])
     index = torch.arange(3)
-    shared = CounterRng(4, 5, index, 2, group=group).shared("x")
+    shared = CounterRng(4, 5, index, 2, group=group).uniform_per_group("x")
     assert shared[0] == shared[2] != shared[1]
-    assert shared[1] == CounterRng(4, 5, index[:1], 2, group=group[1:2]).shared("x")[0]
+    assert shared[1] == CounterRng(4, 5, index[:1], 2, group=group[1:2]).uniform_per_group("x")[0]
 
 
 def test_no_samples_give_an_empty_batch() -> None:
@@ -152,7 +145,7 @@ def test_numbers_for_different_things_are_uncorrelated() -> None:
         "positions": (x[:, :-1, 0], x[:, 1:, 0]),
         "block of four": (x[:, ::4, 0], x[:, 1::4, 0]),
         "samples": (x[:-1, :, 0], x[1:, :, 0]),
-        "steps": (x[..., 0], rng.at_step(1).uniform("x")),
+        "steps": (x[..., 0], CounterRng(0, 1, torch.arange(400), 100).uniform("x")),
         "seeds": (x[..., 0], CounterRng(1, 0, torch.arange(400), 100).uniform("x")),
         "purposes": (x[..., 0], CounterRng(0, 0, torch.arange(400), 100, "sampling").uniform("x")),
     }

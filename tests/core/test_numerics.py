@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.clock import LogTimeClock
-from ddiff.core.numerics import draw_index, interior, like_rows, log_or_never
+from ddiff.core.numerics import draw_index, interior, safe_log, to_column
 from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import RowFunction
 from ddiff.core.tree import TreeProcess
@@ -74,13 +74,13 @@ def test_interior_moves_only_the_ends() -> None:
 
 
 def test_rows_take_the_dtype_of_what_is_wide() -> None:
-    assert like_rows(torch.ones(2).double(), torch.ones(2, 5)).dtype == torch.float32
-    assert like_rows(torch.ones(2), torch.ones(2, 5)).shape == (2, 1)
+    assert to_column(torch.ones(2).double(), torch.ones(2, 5)).dtype == torch.float32
+    assert to_column(torch.ones(2), torch.ones(2, 5)).shape == (2, 1)
 
 
 def test_the_log_of_no_mass_has_no_gradient_and_nan_stays_nan() -> None:
     mass = torch.tensor([0.0, 0.5, math.nan], dtype=torch.float64, requires_grad=True)
-    log = log_or_never(mass)
+    log = safe_log(mass)
     assert log[:2].tolist() == [-math.inf, math.log(0.5)]
     assert log[2].isnan()
     log[:2].exp().sum().backward()

@@ -28,19 +28,19 @@ class DelayedSchedule(Schedule):
         self.start = start
 
     def alpha(self, t: Tensor) -> Tensor:
-        return 1.0 - self.noised(t)
+        return 1.0 - self.one_minus_alpha(t)
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return torch.where(t > self.start, -1.0 / (1.0 - self.start), 0.0).to(t)
 
-    def noised(self, t: Tensor) -> Tensor:
+    def one_minus_alpha(self, t: Tensor) -> Tensor:
         return (t - self.start).clamp(min=0.0) / (1.0 - self.start)
 
 
 def mean_charge(process: ForwardProcess, token: int, length: int, times: int = 2000) -> float:
     """The diffusion term of one token for a constant prediction, by midpoints in v and the sum over all states."""
     v = (torch.arange(times, dtype=torch.float64) + 0.5) / times
-    t, speed = process.information_time.drawn(v, 0.0, 1.0, length)
+    t, speed = process.information_time.draw(v, 0.0, 1.0, length)
     num_states = process.vocabulary.num_states
     rows = times * num_states
     time = t.repeat_interleave(num_states)
@@ -78,7 +78,7 @@ def test_draws_do_not_gather_where_a_discontinuous_chain_rests() -> None:
 
     clock = DenseProcess(BARE, late).information_time
     v = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    t = clock.drawn(v, 0.0, 1.0, 64)[0]
+    t = clock.draw(v, 0.0, 1.0, 64)[0]
     assert float((t < 0.3).double().mean()) < 0.3
 
 
@@ -93,7 +93,7 @@ def test_times_are_even_where_there_is_nothing_to_lose(name: str) -> None:
     }[name]
     tau = torch.tensor([0.0, 0.2, 0.7, 1.0], dtype=torch.float64)
     torch.testing.assert_close(process.information_time.at(tau)[0], tau)
-    t, speed = process.information_time.drawn(
+    t, speed = process.information_time.draw(
         torch.linspace(0.0, 1.0, 9, dtype=torch.float64), 0.1, 0.9, 64
     )
     assert t.isfinite().all()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddiff.core.information import OwnTime
+from ddiff.core.information import IdentityTime
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes, van_der_corput_order
 from ddiff.errors import ArgumentError
@@ -22,7 +22,7 @@ def drawn(
     slot = torch.arange(slots)
     return (
         (rule or FlatTimes())
-        .draw(OwnTime(), CounterRng(0, step, slot, length), slot, slots, length)
+        .draw(IdentityTime(), CounterRng(0, step, slot, length), slot, slots, length)
         .t
     )
 
@@ -71,7 +71,7 @@ def test_a_rank_draws_its_slice_of_the_global_batch() -> None:
     whole = drawn(24)
     for ranks in (1, 2, 3, 8):
         parts = [
-            FlatTimes().draw(OwnTime(), CounterRng(0, 0, part, 1), part, 24, 1).t
+            FlatTimes().draw(IdentityTime(), CounterRng(0, 0, part, 1), part, 24, 1).t
             for part in torch.arange(24).chunk(ranks)
         ]
         assert torch.equal(torch.cat(parts), whole)
@@ -81,13 +81,13 @@ def test_a_rank_draws_its_slice_of_the_global_batch() -> None:
 def test_times_stay_in_their_window_and_are_charged_its_width(start: float, stop: float) -> None:
     slot = torch.arange(64)
     rule, rng = FlatTimes(start, stop), CounterRng(0, 0, slot, 3)
-    times = rule.draw(OwnTime(), rng, slot, 64, 3)
+    times = rule.draw(IdentityTime(), rng, slot, 64, 3)
     assert start <= float(times.t.min()) <= start + (stop - start) / 64
     assert stop - (stop - start) / 64 <= float(times.t.max()) <= stop
     assert torch.equal(times.t, times.t[:, :1].expand(-1, 3))  # one time per sequence
     assert times.speed.unique().tolist() == [stop - start]
     assert not times.clean.any()
-    first, last = rule.ends(OwnTime(), rng, slot, 64, 3)
+    first, last = rule.ends(IdentityTime(), rng, slot, 64, 3)
     assert first.t.unique().tolist() == [start]
     assert last.t.unique().tolist() == [stop]
     assert first.speed.unique().tolist() == last.speed.unique().tolist() == [1.0]
@@ -106,7 +106,7 @@ def test_speed_times_a_function_of_time_is_an_unbiased_integral() -> None:
         slot, total = torch.arange(slots), 0.0
         for step in range(steps):
             times = FlatTimes(start, stop).draw(
-                OwnTime(), CounterRng(1, step, slot, 1), slot, slots, 1
+                IdentityTime(), CounterRng(1, step, slot, 1), slot, slots, 1
             )
             total += float((times.speed / times.t).mean()) / steps
         assert abs(total - expected) < 5.3 * math.sqrt(variance / (steps * slots))

@@ -199,7 +199,7 @@ def test_forward_draws_have_the_law_of_the_marginal_for_every_xi(xi: tuple[float
     chain = TreeProcess(deep, LogTimeClock((1.0, 0.6, 1.4)), xi)
     t = torch.full((POINTS,), 0.6).double()
     pi = chain.clock.pi(t[:1])[0]
-    climbed = torch.cat([torch.ones(1), chain.clock.climbed(t[:1])[0], torch.zeros(1)]).double()
+    climbed = torch.cat([torch.ones(1), chain.clock.cdf(t[:1])[0], torch.zeros(1)]).double()
     for word in range(6):
         certain = torch.full((1, 6), -torch.inf).double().index_fill(1, torch.tensor([word]), 0.0)
         marginal = chain.log_marginal(certain, t[:1])[0].exp()
@@ -321,7 +321,7 @@ def test_the_time_of_leaving_inverts_its_own_distribution(clock: LevelClock) -> 
     """P(still at the level at s | there at t) = u at the answer, and the answer lies before t."""
     level, u = torch.tensor([1, 2, 3, 3]), torch.tensor([0.2, 0.5, 0.01, 0.99]).double()
     t = torch.tensor([0.4, 0.9, 0.7, 1.0]).double()
-    s = clock.leave_time(level, t, u)
+    s = clock.entry_time(level, t, u)
     assert bool((s < t).all())
     stay = clock.transition(s, t)[torch.arange(4), level, level]
     held = clock.pi(s)[torch.arange(4), level] * stay / clock.pi(t)[torch.arange(4), level]

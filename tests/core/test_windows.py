@@ -24,7 +24,7 @@ from exact_windows import (
 
 from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.elbo import nelbo, network_from_noisy
-from ddiff.core.information import OwnTime, TimeChange
+from ddiff.core.information import IdentityTime, TimeChange
 from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
@@ -78,7 +78,7 @@ def cost(process: ForwardProcess, rule: TimeRule, window: tuple[float, float]) -
 def test_the_bound_of_the_exact_laws_is_the_entropy_and_what_the_ends_cost(
     process: str, rule: str
 ) -> None:
-    chain, times = PROCESSES[process], RULES[rule].over(*WINDOW)
+    chain, times = PROCESSES[process], RULES[rule].with_window(*WINDOW)
     closing, diffusion, decoding = exact_terms(chain, times)
     expected = float(ENTROPY) + cost(chain, times, WINDOW)
     assert mean(closing + diffusion + decoding) == pytest.approx(expected, abs=QUADRATURE)
@@ -86,7 +86,7 @@ def test_the_bound_of_the_exact_laws_is_the_entropy_and_what_the_ends_cost(
 
 @pytest.mark.parametrize("rule", ["block 2, paired", "slide 2, paired", "slide 2, alone"])
 def test_so_it_is_where_nodes_are_jumped_between(rule: str) -> None:
-    times = RULES[rule].over(*WINDOW)
+    times = RULES[rule].with_window(*WINDOW)
     total = mean(sum(exact_terms(STRAYING, times)))
     assert total == pytest.approx(float(ENTROPY) + cost(STRAYING, times, WINDOW), abs=QUADRATURE)
 
@@ -114,7 +114,7 @@ def test_what_closes_at_neither_end_pays_there_on_the_whole_of_time(process: str
 @pytest.mark.parametrize("paired", [True, False])
 def test_blocks_of_one_are_autoregression_for_every_sequence(process: str, paired: bool) -> None:
     """The law of the one noisy position does not change with its time: NELBO(x) = -ln p(x), not in the mean alone."""
-    terms = exact_terms(PROCESSES[process], WindowTimes(1, "block", paired).over(*WINDOW))
+    terms = exact_terms(PROCESSES[process], WindowTimes(1, "block", paired).with_window(*WINDOW))
     torch.testing.assert_close(sum(terms), -LOG_JOINT.reshape(-1), rtol=0, atol=10 * QUADRATURE)
 
 
@@ -131,7 +131,7 @@ def test_a_block_as_long_as_the_sequence_is_one_time_for_all_bit_for_bit(paired:
             network,
             SEQUENCES,
             scored,
-            rule.over(*WINDOW, LENGTH),
+            rule.with_window(*WINDOW, LENGTH),
             CounterRng(3, 0, slot, LENGTH),
             slot,
             len(slot),
@@ -139,7 +139,7 @@ def test_a_block_as_long_as_the_sequence_is_one_time_for_all_bit_for_bit(paired:
         for rule in (FlatTimes(tokens=LENGTH), WindowTimes(LENGTH, "block", paired=True))
     )
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(block[:3], flat[:3]))
-    ours = exact_terms(process, WindowTimes(LENGTH, "block", paired).over(*WINDOW))
+    ours = exact_terms(process, WindowTimes(LENGTH, "block", paired).with_window(*WINDOW))
     for one, other in zip(ours, exact_terms(process, FlatTimes(*WINDOW))):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
 
@@ -174,7 +174,7 @@ class WithoutSpeed:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_without_the_factor_of_speed_it_is_not(rule: str) -> None:
-    times = RULES[rule].over(*WINDOW)
+    times = RULES[rule].with_window(*WINDOW)
     total = mean(sum(exact_terms(PROCESSES["masked"], WithoutSpeed(times))))
     assert abs(total - float(ENTROPY) - cost(PROCESSES["masked"], times, WINDOW)) > 0.05
 
@@ -184,7 +184,7 @@ def test_a_law_that_sees_the_clean_words_of_its_own_window_falls_below_the_entro
     rule: str,
 ) -> None:
     """What sight is for: a bound below the entropy is the mark of a leak."""
-    honest, times = exact_law(PROCESSES["masked"]), RULES[rule].over(*WINDOW)
+    honest, times = exact_law(PROCESSES["masked"]), RULES[rule].with_window(*WINDOW)
 
     def peeking(noisy: Noisy) -> torch.Tensor:
         assert noisy.memory is not None
@@ -195,7 +195,7 @@ def test_a_law_that_sees_the_clean_words_of_its_own_window_falls_below_the_entro
 
 @pytest.mark.parametrize("rule", ["block 2, alone", "slide 2, alone"])
 def test_a_law_that_sees_who_waits_learns_nothing_of_it(rule: str) -> None:
-    honest, times = exact_law(PROCESSES["humped noise"]), RULES[rule].over(*WINDOW)
+    honest, times = exact_law(PROCESSES["humped noise"]), RULES[rule].with_window(*WINDOW)
     total, seeing = (
         mean(sum(exact_terms(PROCESSES["humped noise"], times, dist)))
         for dist in (honest, lambda noisy: honest(noisy._replace(block=None)))
@@ -223,13 +223,13 @@ def test_the_exact_law_is_that_of_the_joint() -> None:
 @pytest.mark.parametrize("window", [(0.0, 1.0), (0.05, 0.9)], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_window_rules_obey_every_law(rule: str, window: tuple[float, float]) -> None:
-    assert_laws(check_time_rule(RULES[rule].over(*window)))
+    assert_laws(check_time_rule(RULES[rule].with_window(*window)))
 
 
 def test_windows_of_a_sequence_stand_evenly_apart_in_time() -> None:
     """Sixteen windows, one in each sixteenth of the unit interval, whatever the sequence."""
     slot = torch.arange(5)
-    times = WindowTimes(4).draw(OwnTime(), CounterRng(0, 0, slot, 64), slot, 5, 64)
+    times = WindowTimes(4).draw(IdentityTime(), CounterRng(0, 0, slot, 64), slot, 5, 64)
     per_window = times.t.unflatten(1, (16, 4))
     assert torch.equal(per_window, per_window[..., :1].expand(-1, -1, 4))
     places = (per_window[..., 0] * 16).floor().long()
@@ -244,7 +244,7 @@ def test_windows_of_a_batch_are_stratified_jointly(slots: int, count: int) -> No
     for step in range(3):
         rng = CounterRng(0, step, slot, count)
         v = jointly_stratified(rng, slot, slots, count)
-        turn = rng.shared("time")[0] / slots if count > 1 else 0.0
+        turn = rng.uniform_per_group("time")[0] / slots if count > 1 else 0.0
         turned = (v - turn) % 1.0
         cells = (turned * slots * count).floor().long()
         assert sorted(cells.reshape(-1).tolist()) == list(range(slots * count))
@@ -266,18 +266,18 @@ def test_jointly_stratified_windows_are_uniform() -> None:
 
 def test_along_a_slide_times_rise_from_the_settled_side_and_the_window_glides() -> None:
     tau = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    times = WindowTimes(4, "slide").at(OwnTime(), tau, 12)
-    assert times.waiting is not None
+    times = WindowTimes(4, "slide").at(IdentityTime(), tau, 12)
+    assert times.at_prior is not None
     assert times.block is not None
     for row in range(3):
-        opened = ~times.clean[row] & ~times.waiting[row]
+        opened = ~times.clean[row] & ~times.at_prior[row]
         assert 3 <= int(opened.sum()) <= 4
         torch.testing.assert_close(
             times.t[row][opened].diff(), torch.full((int(opened.sum()) - 1,), 0.25).double()
         )
         assert times.block[row][opened].unique().tolist() == [0]
         assert (times.block[row][times.clean[row]] < 0).all()
-        assert (times.block[row][times.waiting[row]] > 0).all()
+        assert (times.block[row][times.at_prior[row]] > 0).all()
     for earlier, later in pairwise(times.clean):  # tau falls from 1 to 0 as text comes into being
         assert (later <= earlier).all()
 

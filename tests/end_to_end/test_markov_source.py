@@ -232,7 +232,7 @@ def test_bound_of_the_exact_distribution_is_the_entropy(name: str) -> None:
     network = exact_ask(
         process, source, "score" if recipe.head.component.name == "score" else "law"
     )
-    rule = recipe.times.build().over(*recipe.evaluate.window)
+    rule = recipe.times.build().with_window(*recipe.evaluate.window)
     terms = nelbo(
         process,
         network,

@@ -13,7 +13,7 @@ from ddiff_gidd.process import GeneralizedInterpolation
 from ddiff_hdlm.process import HierarchicalDiffusion
 from ddiff_mdlm.process import MaskedDiffusion
 
-from ddiff.core.information import OwnTime
+from ddiff.core.information import IdentityTime
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.testing.information import tail_variance_share, variance_has_no_tail
@@ -81,12 +81,14 @@ def test_intervals_cover_and_no_median_lies_below_the_truth() -> None:
 )
 def test_the_kit_tells_even_times_from_information_time(process: ForwardProcess) -> None:
     assert variance_has_no_tail(process).passed
-    assert float(tail_variance_share(process, OwnTime(), WHOLE)) > variance_has_no_tail.tolerance
+    assert (
+        float(tail_variance_share(process, IdentityTime(), WHOLE)) > variance_has_no_tail.tolerance
+    )
 
 
 def test_a_process_that_keeps_to_its_own_time_breaks_the_law_of_the_tail() -> None:
     process = gidd(FlatVocabulary(3), p_uniform=0.5, gamma=0.5)
-    process.__dict__["information_time"] = OwnTime()
+    process.__dict__["information_time"] = IdentityTime()
     report = variance_has_no_tail(process)
     assert not report.passed
     assert "Remedy" in str(report)

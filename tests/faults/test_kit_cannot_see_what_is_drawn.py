@@ -284,12 +284,12 @@ def test_positions_at_the_prior_say_nothing_of_their_token() -> None:
         torch.ones(x0.shape).double(),
         torch.zeros(x0.shape).double(),
         ~everywhere,
-        waiting=everywhere,
+        at_prior=everywhere,
     )
     noisy = CORRUPT(process, x0, times, everywhere, rng, "diffusion")
     stays = float((noisy.zt == x0).double().mean())
     assert stays == pytest.approx(1 / 3, abs=0.02), (
         "four standard errors; q_1 would keep .53 of them"
     )
-    begun = CORRUPT(process, x0, times._replace(waiting=~everywhere), everywhere, rng, "diffusion")
+    begun = CORRUPT(process, x0, times._replace(at_prior=~everywhere), everywhere, rng, "diffusion")
     assert float((begun.zt == x0).double().mean()) == pytest.approx(0.3 + 0.7 / 3, abs=0.02)

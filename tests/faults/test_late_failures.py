@@ -182,4 +182,4 @@ def test_python_arguments_have_the_same_limits(asked: dict, trained: Path) -> No
 def test_counter_rng_takes_every_seed_of_64_bits() -> None:
     import torch
 
-    assert 0.0 <= CounterRng(2**64 - 1, 0, torch.arange(1), 1).shared("x") < 1.0
+    assert 0.0 <= CounterRng(2**64 - 1, 0, torch.arange(1), 1).uniform_per_group("x") < 1.0

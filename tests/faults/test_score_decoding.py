@@ -80,8 +80,10 @@ def test_perfect_score_decodes_to_the_posterior(process: ForwardProcess) -> None
     """1e-12 where the noise hides the token by up to 100; beyond, 1e-14 times that, which is rounding of the score."""
     path = times(PATH)
     rows = ReachableRows(process, path, random_log_probs(process.vocabulary.num_tokens))
-    now = process.of_scores(rows.t)
-    hidden = condition_number(process, process.of_scores(path))[torch.searchsorted(path, rows.t)]
+    now = process.clamp_score_time(rows.t)
+    hidden = condition_number(process, process.clamp_score_time(path))[
+        torch.searchsorted(path, rows.t)
+    ]
     score = score_from_distribution(process, rows.log_p, rows.zt, now)
     got = process._decoding(score, rows.zt, rows.t).softmax(-1)
     error = (got - posterior(process, rows.log_p, rows.zt, rows.t)).abs().amax(-1)
@@ -204,7 +206,7 @@ def test_score_that_cannot_be_read_gives_what_is_stated() -> None:
         )
     masked = FlatVocabulary(3)
     absorbing = MixtureProcess(masked, LinearSchedule(), mask_distribution(masked))
-    late = absorbing.of_scores(t)
+    late = absorbing.clamp_score_time(t)
     mask = torch.tensor([3])
     score = score_from_distribution(absorbing, log_p, mask, late)
     torch.testing.assert_close(

@@ -24,7 +24,7 @@ from ddiff import (
     network_from_table,
     steered,
 )
-from ddiff.core.numerics import temper
+from ddiff.core.numerics import apply_temperature
 from ddiff.plugin.loader import load_plugins
 
 P = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
@@ -57,7 +57,7 @@ def test_tiny_temperature_shares_between_equal_tokens_and_zero_takes_the_first()
 def test_impossible_tokens_stay_impossible_at_every_temperature() -> None:
     log_p = torch.tensor([[-math.inf, -1.0, -2.0]])
     for temperature in (0.0, 1e-40, 0.5, 1.0, 1e30):
-        assert temper(log_p, temperature).softmax(-1)[0, 0] == 0.0
+        assert apply_temperature(log_p, temperature).softmax(-1)[0, 0] == 0.0
 
 
 @pytest.mark.parametrize("temperature", [-1e-9, math.inf, math.nan, -math.inf])

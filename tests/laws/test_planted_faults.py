@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.dense import DenseProcess
-from ddiff.core.information import InformationTime, OwnTime
+from ddiff.core.information import IdentityTime, InformationTime
 from ddiff.core.interpolating import MixtureProcess, mask_distribution
 from ddiff.core.kernel import DenseKernel, InterpolatingKernel, Kernel
 from ddiff.core.numerics import Constant, interior
 from ddiff.core.prediction import CleanDistribution, DenseDistribution, Score, SubtreeDistribution
-from ddiff.core.process import Informed, Query
+from ddiff.core.process import Query, TrainedPart
 from ddiff.core.schedule import (
     CosineSchedule,
     GeometricSchedule,
@@ -80,8 +80,8 @@ class ByPartialFractions(LogTimeClock):
 
 
 class LeavingBackwards(LogTimeClock):
-    def leave_time(self, level: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return super().leave_time(level, t, 1.0 - u)
+    def entry_time(self, level: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return super().entry_time(level, t, 1.0 - u)
 
 
 class GainingMass(LogTimeClock):
@@ -109,11 +109,11 @@ class Squeezed(CosineSchedule):
 
     eps = 1e-3
 
-    def noised(self, t: Tensor) -> Tensor:
-        return (1.0 - self.eps) * super().noised(t)
+    def one_minus_alpha(self, t: Tensor) -> Tensor:
+        return (1.0 - self.eps) * super().one_minus_alpha(t)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return 1.0 - self.noised(t)
+        return 1.0 - self.one_minus_alpha(t)
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return (1.0 - self.eps) * super().d_alpha(t)
@@ -142,8 +142,8 @@ class JumpingAtTheEnd(SaidToClose):
     def alpha(self, t: Tensor) -> Tensor:
         return torch.where(t < 1.0, super().alpha(t), 0.0)
 
-    def noised(self, t: Tensor) -> Tensor:
-        return torch.where(t < 1.0, super().noised(t), 1.0)
+    def one_minus_alpha(self, t: Tensor) -> Tensor:
+        return torch.where(t < 1.0, super().one_minus_alpha(t), 1.0)
 
 
 class NotFalling(PowerSchedule):
@@ -154,7 +154,7 @@ class NotFalling(PowerSchedule):
 class LosingDigits(PowerSchedule):
     """1 - alpha by subtraction: at t = 1e-6 nothing is left of t^3."""
 
-    noised = Schedule.noised
+    one_minus_alpha = Schedule.one_minus_alpha
 
 
 # ---------------------------------------------------------------------- parents, kernels, chains
@@ -406,8 +406,8 @@ class NarrowScope(TreeProcess):
 
 
 class NarrowlyInformed(TreeProcess):
-    def informed(self, zt: Tensor) -> Tensor:
-        return torch.where(self.active(zt), int(Informed.BELOW_NODE), int(Informed.NONE))
+    def trained_part(self, zt: Tensor) -> Tensor:
+        return torch.where(self.active(zt), int(TrainedPart.BELOW_NODE), int(TrainedPart.NONE))
 
 
 # ---------------------------------------------------------------------- rates, events, climbing
@@ -481,7 +481,7 @@ class AskingTwiceAnEvent(TreeProcess):
 class SaidToReveal(TreeProcess):
     """Clusters may be wrong, and yet a word is said to lie below the cluster seen."""
 
-    monotone = True
+    is_monotone = True
 
 
 class DividingByTheDiagonal(InterpolatingKernel):
@@ -537,7 +537,7 @@ class OneLevelTooFew(TreeProcess):
     """An off-by-one level in the draw."""
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        level = (u[:, :1] < self.clock.climbed(t)[:, :-1]).sum(-1)
+        level = (u[:, :1] < self.clock.cdf(t)[:, :-1]).sum(-1)
         return self.vocabulary.ancestor(x0, level)
 
 
@@ -801,7 +801,9 @@ class SlowClock:
 class SlowTree(TreeProcess):  # type: ignore[misc]
     @property
     def information_time(self) -> Any:  # type: ignore[override]
-        return SlowClock(InformationTime(self.information, self.information_lost, self.moved))
+        return SlowClock(
+            InformationTime(self.information, self.information_lost, self.change_probability)
+        )
 
 
 class EarlyMasks(TreeProcess):  # type: ignore[misc]
@@ -809,7 +811,7 @@ class EarlyMasks(TreeProcess):  # type: ignore[misc]
 
     @property
     def information_time(self) -> Any:  # type: ignore[override]
-        return OwnTime()
+        return IdentityTime()
 
 
 def masks_by_power(kind: type[TreeProcess]) -> Callable[[], TreeProcess]:

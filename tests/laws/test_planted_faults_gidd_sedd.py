@@ -119,7 +119,7 @@ class Unscaled(MixtureProcess):  # type: ignore[misc]
 
     def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         if isinstance(prediction, Score):
-            growth = (self.schedule.noised(t) / self.schedule.alpha(t)).log()
+            growth = (self.schedule.one_minus_alpha(t) / self.schedule.alpha(t)).log()
             masked = torch.where(zt == self.vocabulary.root, growth, 0.0).unsqueeze(-1)
             prediction = Score((prediction.log_ratio + masked).scatter(-1, zt.unsqueeze(-1), 0.0))
         return super().divergence(prediction, x0, zt, t)
@@ -159,7 +159,7 @@ class FromTheWord(GeometricSchedule):  # type: ignore[misc]
 
 
 class BySubtraction(GeometricSchedule):  # type: ignore[misc]
-    noised = Schedule.noised
+    one_minus_alpha = Schedule.one_minus_alpha
 
 
 FAULTS = [

@@ -83,7 +83,7 @@ class AllTheNoise(GammaHybrid):  # type: ignore[misc]
 
 class AllTheNoiseInTheDraw(GammaHybrid):  # type: ignore[misc]
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return self._corrupt(x0, self.visible.noised(t), _all(self).noised(t), u)
+        return self._corrupt(x0, self.visible.one_minus_alpha(t), _all(self).one_minus_alpha(t), u)
 
 
 def _all(process: GammaHybrid) -> PowerOf:

@@ -189,7 +189,7 @@ def test_so_it_is_on_a_window_of_times_with_what_the_ends_cost(
     """Blocks of two settle at once and begin at once, which costs; a position at a time costs nothing."""
     process, window = hdlm(**keys), (0.05, 0.9)
     cost = float(cost_of_ends(process, window, [[0, 1], [2]])) if rule == "block, paired" else 0.0
-    total = mean(sum(exact_terms(process, RULES[rule].over(*window))))
+    total = mean(sum(exact_terms(process, RULES[rule].with_window(*window))))
     # What six panels of six nodes leave of integrands that grow as 1/t.
     assert total == pytest.approx(float(ENTROPY) + cost, abs=1e-6)
 

@@ -151,7 +151,7 @@ def test_without_wrong_words_it_is_masked_diffusion(gamma: float, form: Form) ->
     torch.testing.assert_close(*steps, **CLOSE)
     states = torch.arange(WORDS + 1)
     assert ours.active(states).tolist() == masked.active(states).tolist()
-    assert ours.monotone
+    assert ours.is_monotone
     assert ours.prior.log_prob.exp().tolist() == masked.prior.log_prob.exp().tolist()
 
 

@@ -28,12 +28,12 @@ from ddiff import (
     FlatVocabulary,
     ForwardProcess,
     HierarchicalVocabulary,
-    Informed,
+    IdentityTime,
     LinearSchedule,
     Noisy,
-    OwnTime,
     Score,
     TokenHead,
+    TrainedPart,
     mask_distribution,
     token_distribution,
 )
@@ -204,8 +204,8 @@ def test_without_redrawing_both_are_masked_diffusion(process: ForwardProcess) ->
         ]
         torch.testing.assert_close(*steps, **CLOSE)
     assert process.active(states).tolist() == masked.active(states).tolist()
-    assert process.informed(states)[:WORDS].tolist() == [int(Informed.NONE)] * WORDS
-    assert (process.closes_at_clean, process.closes_at_prior, process.monotone) == (
+    assert process.trained_part(states)[:WORDS].tolist() == [int(TrainedPart.NONE)] * WORDS
+    assert (process.closes_at_clean, process.closes_at_prior, process.is_monotone) == (
         True,
         True,
         True,
@@ -436,7 +436,7 @@ def test_visible_words_are_read_if_they_count(epsilon: float, lam: float, everyt
     zt, clean = torch.tensor([[0, WORDS, 1, WORDS]]), torch.tensor([[False, False, True, False]])
     t = torch.full((1, 4), 0.5, dtype=torch.float64)
     speed = torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
-    timed = FlatTimes().at(OwnTime(), t[:, 0], 4)._replace(speed=speed, clean=clean)
+    timed = FlatTimes().at(IdentityTime(), t[:, 0], 4)._replace(speed=speed, clean=clean)
     reads = EverywhereCrossEntropy(lam).select_rows(process, Noisy(zt, t, clean), timed)
     assert reads.tolist() == [[everything, True, False, False]]
 

@@ -31,9 +31,9 @@ from ddiff import (
     FlatVocabulary,
     GeometricSchedule,
     HierarchicalVocabulary,
+    IdentityTime,
     MixtureProcess,
     Noisy,
-    OwnTime,
     Query,
     Score,
     TokenHead,
@@ -242,7 +242,7 @@ def test_a_window_that_closes_early_closes_under_a_score_as_under_its_law(
         return query
 
     noise_of_bound = CounterRng(3, 0, slot, WORDS)
-    _, last = rule.ends(OwnTime(), noise_of_bound, slot, 1, WORDS)
+    _, last = rule.ends(IdentityTime(), noise_of_bound, slot, 1, WORDS)
     closing = closing_term(process, network, x0, last, scored, noise_of_bound)
     dist = DenseDistribution(log_p.expand(WORDS, -1), process.vocabulary)
     expected = process.closing_kl(dist, x0[0], torch.full((WORDS,), stop, dtype=torch.float64))
@@ -345,7 +345,7 @@ device = "cpu"
 """
 
 
-def settings_of(graph: str, noise: str, head: str, run_dir: Path) -> list[str]:
+def format_settings(graph: str, noise: str, head: str, run_dir: Path) -> list[str]:
     return [
         f"process.graph={graph}", f"process.noise={noise}", f"denoiser.head={head}",
         f"vocabulary.mask={str(graph == 'absorb').lower()}", f"run_dir={str(run_dir)!r}",
@@ -388,7 +388,7 @@ def test_scores_are_trained_evaluated_and_sampled_by_a_recipe(
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)
     run = ddiff.run(
-        parse_recipe(RECIPE, settings=settings_of(graph, noise, "score", tmp_path / "run"))
+        parse_recipe(RECIPE, settings=format_settings(graph, noise, "score", tmp_path / "run"))
     )
     written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     (terms,) = [told for name, told in written.items() if name.startswith("terms_nats_per_")]

@@ -11,7 +11,7 @@ from ddiff_dit.dit import Condition, DiT
 from torch import Tensor
 
 from ddiff.core.clock import LogTimeClock
-from ddiff.core.information import OwnTime
+from ddiff.core.information import IdentityTime
 from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.prediction import CleanDistribution
 from ddiff.core.process import ForwardProcess
@@ -97,7 +97,7 @@ def test_reading_the_last_draw_takes_sequences_of_all_times(rule: str) -> None:
     watching, everything = Watching(), torch.arange(SLOTS)
     one = objective(watching, RULES[rule], share=0.1)
     one.process = copy.copy(one.process)
-    one.process.__dict__["information_time"] = OwnTime()
+    one.process.__dict__["information_time"] = IdentityTime()
     for step in range(100):
         loss_at(one, step, everything)
     t = torch.cat(watching.times)
@@ -208,7 +208,7 @@ def test_each_kind_of_row_counts_for_the_whole_batch(
     """
     one = objective(loss, RULES[rule], share)
     one.process = OneNat(VOCABULARY, LinearSchedule(), torch.full((5,), 0.2))
-    one.process.__dict__["information_time"] = OwnTime()
+    one.process.__dict__["information_time"] = IdentityTime()
     count = 40 if rule == "slide" else 2  # there a position is charged by chance
     steps = [loss_at(one, step, torch.arange(SLOTS)) for step in range(count)]
     total, diffusion = (sum(values) / len(steps) for values in zip(*steps))
@@ -246,7 +246,7 @@ class EarlyNoise(LinearSchedule):
     def alpha(self, t: Tensor) -> Tensor:
         return 0.9 * super().alpha(t)
 
-    def noised(self, t: Tensor) -> Tensor:
+    def one_minus_alpha(self, t: Tensor) -> Tensor:
         return 1.0 - self.alpha(t)
 
     def d_alpha(self, t: Tensor) -> Tensor:
@@ -285,7 +285,7 @@ def test_prompts_are_neither_counted_nor_charged() -> None:
     part = replace(shown, scored=(~prompt).expand(SLOTS, -1))
     assert one.counts(part)["tokens"].item() == 4 * SLOTS
     one.process = OneNat(VOCABULARY, LinearSchedule(), torch.full((5,), 0.2))
-    one.process.__dict__["information_time"] = OwnTime()
+    one.process.__dict__["information_time"] = IdentityTime()
     terms = one(part, CounterRng(4, 0, part.index, LENGTH), one.counts(part), SLOTS)
     assert terms.loss.item() == pytest.approx(1.0 - START)
     total, count = terms.metrics["nelbo_diffusion_nats_per_token"]
