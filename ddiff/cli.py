@@ -70,7 +70,7 @@ class Commands(TyperGroup):
 
 
 def _is_raised_by_main(error: BaseException) -> bool:
-    """Whether an error comes from the script that was started, not from a module it imports."""
+    """Return whether the script that was started raised an error, not a module it imports."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -136,7 +136,7 @@ VERIFY_RESUME = (
 # ---------------------------------------------------------------------- runs
 
 
-@app.command()
+@app.command("run")
 def run(
     recipe: RecipeName,
     settings: Settings = None,
@@ -202,7 +202,7 @@ def _check_only(name: str, settings: list[str], measure: int | None, fresh: bool
 
 
 def needs_launcher(recipe: Recipe) -> bool:
-    """Whether a recipe asks for several processes that have not been started yet."""
+    """Return whether a recipe asks for several processes that have not been started yet."""
     if recipe.backend_keys.processes == 1 or place() is not None:
         return False
     return recipe.backend.members.is_distributed
@@ -267,7 +267,7 @@ def evaluate(
         evaluate_run(run_dir, settings or (), out)
 
 
-@app.command()
+@app.command("export")
 def export(
     run_dir: RunDir,
     file: Annotated[
@@ -290,7 +290,7 @@ def export(
     typer.echo(f"{file}: the {metadata['weights']} weights of step {metadata['step']} of {run_dir}")
 
 
-@app.command()
+@app.command("sample")
 def sample(
     run_dir: RunDir,
     count: Annotated[
@@ -421,8 +421,8 @@ def compare_runs(
 # ---------------------------------------------------------------------- components
 
 
-@app.command()
-def evaluate_laws(
+@app.command("check")
+def check(
     name: Annotated[
         str,
         typer.Argument(
@@ -437,7 +437,7 @@ def evaluate_laws(
     raise typer.Exit(check_component(name, settings or []))
 
 
-@app.command()
+@app.command("plugins")
 def plugins(
     name: Annotated[
         str | None,
@@ -494,7 +494,7 @@ def _exit_after(errors: Iterable[str]) -> NoReturn:
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command("recipes")
 def recipes() -> None:
     """List the recipes that come with ddiff: `ddiff run NAME`."""
     from ddiff.recipe.sources import find_shipped_recipes
@@ -567,7 +567,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _is_query(arguments: list[str]) -> bool:
-    """Whether a command only prints, so that nothing is left to close when it has ended."""
+    """Return whether a command only prints, so that nothing is left to close at its end."""
     return arguments[:1] == ["plugins"] or (arguments[:1] == ["run"] and "--dry-run" in arguments)
 
 

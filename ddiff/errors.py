@@ -76,7 +76,7 @@ _DISK_FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
 def find_disk_full(error: BaseException) -> OSError | None:
     """Find a full disk or quota among an error and its causes; None if there is none.
 
-    Libraries raise errors of their own without the error number, so the text is searched as well.
+    Libraries raise other errors without the error number, so the text is searched as well.
     """
     current: BaseException | None = error
     while current is not None:
@@ -197,7 +197,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _contains(error: BaseException, texts: tuple[str, ...]) -> bool:
-    """Whether the message of an error that libraries raise contains one of the texts."""
+    """Return whether the message of an error that libraries raise contains one of the texts."""
     if not isinstance(error, RuntimeError | ValueError | OverflowError):
         return False
     message = str(error).lower()

@@ -344,7 +344,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def _is_import_machinery(filename: str) -> bool:
-    """Whether a frame belongs to the import itself, which says nothing about the plugin."""
+    """Return whether a frame belongs to the import itself, which says nothing about the plugin."""
     if filename.startswith("<frozen"):
         return True
     folder = Path(filename).parent

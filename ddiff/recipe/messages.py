@@ -207,7 +207,7 @@ def _format_location(location: Sequence[str | int]) -> str:
 
 
 def _is_in_union(model: type[BaseModel], location: Sequence[str | int]) -> bool:
-    """Whether pydantic put the branch of a union into the error's location, as its second part."""
+    """Return whether the second part of an error's location is a branch of a union."""
     field = model.model_fields.get(str(location[0])) if len(location) > 1 else None
     if field is None or get_origin(field.annotation) not in (Union, UnionType):
         return False

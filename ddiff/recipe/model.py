@@ -70,7 +70,7 @@ class ComponentSpec:
         return self._call("reads", self.members.reads, {})
 
     def takes_input(self, name: str) -> bool:
-        """Whether `build` names that input."""
+        """Return whether `build` names that input."""
         return name in inspect.signature(self.component.load().build).parameters
 
     @contextmanager

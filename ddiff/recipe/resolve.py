@@ -73,7 +73,7 @@ def read_recipe(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
     """
     tree = read_tree(str(name))
     if "extends" in tree.values:
-        # without a name of its own it would be written over the run of the recipe that it extends
+        # without its own name it would overwrite the run of the recipe that it extends
         tree.values.setdefault("name", PurePosixPath(tree.source).stem)
     return resolve(merge_bases(tree), settings)
 

@@ -245,7 +245,7 @@ class Table(NamedTuple):
         return [*self.slots, *(self.keys.model_fields if self.keys else ())]
 
     def has_default(self) -> bool:
-        """Whether a recipe may leave the table out."""
+        """Return whether a recipe may leave the table out."""
         if self.is_optional:
             return True
         if self.component is not None and self.component.default is None:

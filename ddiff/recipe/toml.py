@@ -443,7 +443,7 @@ class _Scanner:
         return self.counted_line
 
     def peek(self, token: str) -> bool:
-        """Whether the text continues with a token."""
+        """Return whether the text continues with a token."""
         return self.text.startswith(token, self.at)
 
     def skip(self, pattern: re.Pattern[str]) -> bool:

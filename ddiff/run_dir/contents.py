@@ -115,7 +115,7 @@ def format_names(names: list[str]) -> str:
 
 
 def _is_own_file(entry: Path, name: str) -> bool:
-    """Whether a run writes that entry; `name` is its name once it is complete."""
+    """Return whether a run writes that entry; `name` is its name once it is complete."""
     if _PROBE.fullmatch(entry.name):
         return entry.is_dir() and not any(entry.iterdir())
     return name in FILES and entry.is_file()

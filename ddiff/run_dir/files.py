@@ -106,7 +106,7 @@ def _check_shape(
 
 
 def _fits(value: Any, types: Any) -> bool:
-    """Whether a value has one of the types of a Shape."""
+    """Return whether a value has one of the types of a Shape."""
     if isinstance(types, tuple):
         return any(_fits(value, alternative) for alternative in types)
     if isinstance(types, Mapping):
@@ -195,7 +195,7 @@ def read_recipe_tree(path: Path) -> dict[str, Any]:
 
 
 def is_own_recipe(path: Path) -> bool:
-    """Whether ddiff wrote a recipe.toml, and no comment was added to it since."""
+    """Return whether ddiff wrote a recipe.toml, and no comment was added to it since."""
     if path.is_symlink() or not path.is_file():
         return False
     try:

@@ -50,7 +50,7 @@ DATA = ("training rows", "validation rows", "conditions", "validation conditions
 """Names of the fingerprints of the data."""
 
 LISTED_DIFFERENCES = 12  # in one message
-INLINE_DIFFERENCES = 6  # in one paragraph; more are listed on lines of their own
+INLINE_DIFFERENCES = 6  # in one paragraph; more are listed on separate lines
 
 
 class Difference(NamedTuple):

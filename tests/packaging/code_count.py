@@ -39,7 +39,7 @@ FSTRING_END = getattr(tokenize, "FSTRING_END", None)
 
 WORDS = {
     "What ...": r"\A(What|Who|Whose|How|Whether|Whatever)\b",
-    "is no": r"\bis no\b",
+    "is no": r"(?<!there )\bis no\b",
     "trunk": r"\btrunks?\b",
     "the law of": r"\bthe laws? of\b",
     "waiting": r"\bwaiting\b",
