@@ -155,7 +155,8 @@ def run(
     if measure is not None and not dry_run:
         raise ArgumentError(
             f"--measure {measure} goes with --dry-run: its steps are taken in a temporary "
-            "directory and train nothing. Add --dry-run to measure, or leave --measure out to train."
+            "directory and train nothing. Add --dry-run to measure, or leave --measure out to "
+            "train."
         )
     if verify_resume is not None and (fresh or dry_run):
         raise ArgumentError(
