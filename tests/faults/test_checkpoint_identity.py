@@ -38,11 +38,11 @@ FREE = {
 }
 
 
-def tree(text: str) -> dict[str, Any]:
+def parse_toml(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-def changed(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+def replace_key(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """Copy nested tables with another value at a dotted key; None: without the key."""
     copy = json.loads(json.dumps(tree))
     place = copy
@@ -56,7 +56,7 @@ def changed(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return copy
 
 
-def another(value: Any) -> Any:
+def change_value(value: Any) -> Any:
     """Return another value of the same type."""
     if isinstance(value, bool):
         return not value
@@ -69,27 +69,29 @@ def another(value: Any) -> Any:
     return [*value, value[0]] if value else [1]
 
 
-def mutations(text: str) -> Iterator[tuple[str, Any]]:
-    for key, value in flatten_keys(tree(text)).items():
+def iterate_mutations(text: str) -> Iterator[tuple[str, Any]]:
+    for key, value in flatten_keys(parse_toml(text)).items():
         if key.startswith(tuple(f"{table}." for table in MEANING)) or key in (
             "data.length",
             "seed",
             "train.ema",
         ):
-            yield key, another(value)
+            yield key, change_value(value)
             yield key, None
 
 
-def resolved() -> str:
+def resolve_text() -> str:
     return parse_recipe(RECIPE).to_toml()
 
 
-@pytest.mark.parametrize(("key", "value"), list(mutations(resolved())))
+@pytest.mark.parametrize(("key", "value"), list(iterate_mutations(resolve_text())))
 def test_every_changed_key_of_the_trained_recipe_is_named(
     key: str, value: Any, run_dir: Path
 ) -> None:
     recipe = run_dir / "recipe.toml"
-    recipe.write_text(write_toml(changed(tree(recipe.read_text()), key, value), "resolved"))
+    recipe.write_text(
+        write_toml(replace_key(parse_toml(recipe.read_text()), key, value), "resolved")
+    )
     state = newest_state(str(run_dir / "checkpoints"))
     assert state is not None
     is_needed = value is None and (
@@ -112,13 +114,13 @@ def test_added_keys_are_refused(run_dir: Path) -> None:
         "process.powers": [1.0, 2.0],
         "process.new": 1,
     }.items():
-        recipe.write_text(write_toml(changed(tree(before), key, value), "resolved"))
+        recipe.write_text(write_toml(replace_key(parse_toml(before), key, value), "resolved"))
         with pytest.raises(CheckpointError, match=f"{key}: was absent"):
             check_recorded(run_dir, state)
 
 
 def test_mutations_cover_every_table_that_matters() -> None:
-    keys = {key for key, _ in mutations(resolved())}
+    keys = {key for key, _ in iterate_mutations(resolve_text())}
     assert {
         "process.xi",
         "process.decoding",
@@ -138,7 +140,9 @@ def test_mutations_cover_every_table_that_matters() -> None:
 @pytest.mark.parametrize("key", FREE)
 def test_keys_that_do_not_affect_weights_may_differ(key: str, run_dir: Path) -> None:
     recipe = run_dir / "recipe.toml"
-    recipe.write_text(write_toml(changed(tree(recipe.read_text()), key, FREE[key]), "resolved"))
+    recipe.write_text(
+        write_toml(replace_key(parse_toml(recipe.read_text()), key, FREE[key]), "resolved")
+    )
     state = newest_state(str(run_dir / "checkpoints"))
     assert state is not None
     check_recorded(run_dir, state)
@@ -154,13 +158,13 @@ def test_training_keys_are_compared_if_training_resumes(run_dir: Path) -> None:
         "train.optimizer.kind": "muon",
         "train.clip": 0.5,
     }.items():
-        recipe.write_text(write_toml(changed(tree(before), key, value), "resolved"))
+        recipe.write_text(write_toml(replace_key(parse_toml(before), key, value), "resolved"))
         check_recorded(run_dir, state)
         with pytest.raises(CheckpointError, match=key):
             check_recorded(run_dir, state, training=True)
 
 
-def edited(run_dir: Path, old: str, new: str) -> None:
+def edit_recipe(run_dir: Path, old: str, new: str) -> None:
     recipe = run_dir / "recipe.toml"
     assert old in recipe.read_text()
     recipe.write_text(recipe.read_text().replace(old, new))
@@ -182,7 +186,7 @@ def test_every_reader_refuses_an_edited_process(
     command: str, run_dir: Path, ddiff: Command
 ) -> None:
     """Even if the recipe that is run was changed in the same way."""
-    edited(run_dir, "xi = 1.0", "xi = 0.7")
+    edit_recipe(run_dir, "xi = 1.0", "xi = 0.7")
     before = files(run_dir)
     assert is_refusal(ddiff(*COMMANDS[command]), "process.xi: was 1.0, is 0.7", "recipe.toml")
     assert files(run_dir) == before
@@ -190,7 +194,7 @@ def test_every_reader_refuses_an_edited_process(
     assert not Path("compare.json").exists()
 
 
-def retreed(run_dir: Path) -> None:
+def replace_tree(run_dir: Path) -> None:
     """Replace the tree of a run by another one over the same tokens."""
     path = str(run_dir / "vocabulary.safetensors")
     vocabulary = api.Vocabulary.load(path)
@@ -207,7 +211,7 @@ def retreed(run_dir: Path) -> None:
 def test_another_tree_over_the_same_tokens_is_refused(
     command: str, run_dir: Path, ddiff: Command
 ) -> None:
-    retreed(run_dir)
+    replace_tree(run_dir)
     before = files(run_dir)
     assert is_refusal(ddiff(*COMMANDS[command]), "vocabulary: was ")
     assert files(run_dir) == before
@@ -217,7 +221,7 @@ def test_another_tree_over_the_same_tokens_is_refused(
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_with_overrides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a tree and a process that were passed in from Python."""
     place = tmp_path_factory.mktemp("given")
     with pytest.MonkeyPatch.context() as patch:
@@ -230,56 +234,58 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         documents = recipe.data.build(length=recipe.length, seed=recipe.seed, cache=None)
         size = recipe.tokenizer.build(documents=documents, cache=None).num_tokens
         vocabulary = api.HierarchicalVocabulary([[token % 5 for token in range(size)]])
-        api.run(recipe, vocabulary=vocabulary, process=process_on(vocabulary, (1.0, 2.0)))
+        api.run(recipe, vocabulary=vocabulary, process=build_process(vocabulary, (1.0, 2.0)))
     return place
 
 
-def process_on(vocabulary: api.Vocabulary, rates: tuple[float, float]) -> api.ForwardProcess:
+def build_process(vocabulary: api.Vocabulary, rates: tuple[float, float]) -> api.ForwardProcess:
     return api.TreeProcess(vocabulary, api.LogTimeClock(rates))
 
 
 @pytest.fixture
-def given_run(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(given / "runs", tmp_path / "runs")
-    monkeypatch.setenv("DDIFF_CACHE", str(given / "cache"))
-    shutil.copy(given / "corpus.txt", tmp_path / "corpus.txt")
+def overridden_run(
+    run_with_overrides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    shutil.copytree(run_with_overrides / "runs", tmp_path / "runs")
+    monkeypatch.setenv("DDIFF_CACHE", str(run_with_overrides / "cache"))
+    shutil.copy(run_with_overrides / "corpus.txt", tmp_path / "corpus.txt")
     monkeypatch.chdir(tmp_path)
     return Path("runs/tiny")
 
 
 @pytest.mark.parametrize("environment", [None, "{}", '{"parameters": 1, "given": {}}'])
 def test_load_requires_the_process_that_was_passed_in(
-    environment: str | None, given_run: Path, ddiff: Command
+    environment: str | None, overridden_run: Path, ddiff: Command
 ) -> None:
-    (given_run / "environment.json").unlink()
+    (overridden_run / "environment.json").unlink()
     if environment is not None:
-        (given_run / "environment.json").write_text(environment)
+        (overridden_run / "environment.json").write_text(environment)
     assert is_refusal(ddiff("eval", "runs/tiny"))
     with pytest.raises(CheckpointError):
-        api.load(given_run)
+        api.load(overridden_run)
     if environment is None:
         with pytest.raises(CheckpointError, match="process given from Python"):
-            api.load(given_run)
+            api.load(overridden_run)
 
 
-def test_load_accepts_the_passed_process_and_refuses_another(given_run: Path) -> None:
-    vocabulary = api.Vocabulary.load(str(given_run / "vocabulary.safetensors"))
-    right = process_on(vocabulary, (1.0, 2.0))
-    assert api.load(given_run, process=right).process is right
+def test_load_accepts_the_passed_process_and_refuses_another(overridden_run: Path) -> None:
+    vocabulary = api.Vocabulary.load(str(overridden_run / "vocabulary.safetensors"))
+    right = build_process(vocabulary, (1.0, 2.0))
+    assert api.load(overridden_run, process=right).process is right
     with pytest.raises(CheckpointError, match="process"):
-        api.load(given_run, process=process_on(vocabulary, (1.0, 2.5)))
+        api.load(overridden_run, process=build_process(vocabulary, (1.0, 2.5)))
 
 
 def test_load_refuses_a_process_if_none_was_passed_in(run_dir: Path) -> None:
     vocabulary = api.Vocabulary.load(str(run_dir / "vocabulary.safetensors"))
-    same = process_on(vocabulary, (1.0, 1.0))
+    same = build_process(vocabulary, (1.0, 1.0))
     assert api.load(run_dir, process=same).process is same
     with pytest.raises(CheckpointError, match="process"):
-        api.load(run_dir, process=process_on(vocabulary, (2.0, 1.0)))
+        api.load(run_dir, process=build_process(vocabulary, (2.0, 1.0)))
 
 
-def test_checkpoint_records_the_components_passed_in(given_run: Path) -> None:
-    state = newest_state(str(given_run / "checkpoints"))
+def test_checkpoint_records_the_components_passed_in(overridden_run: Path) -> None:
+    state = newest_state(str(overridden_run / "checkpoints"))
     assert state is not None
     assert set(state["made_with"]["given"]) == {"vocabulary", "process"}
     assert state["made_with"]["given"]["process"].endswith(":TreeProcess")

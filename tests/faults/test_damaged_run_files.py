@@ -32,7 +32,7 @@ FILES = [
 ]
 
 
-def nulls(content: bytes) -> bytes:
+def replace_by_null(content: bytes) -> bytes:
     """Replace every value of every object by null, and other files by the word null."""
     try:
         lines = [json.loads(line) for line in content.splitlines()]
@@ -54,7 +54,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "a list": lambda content: b"[1]",
     "an empty object": lambda content: b"{}",
     "null": lambda content: b"null",
-    "null values": nulls,
+    "null values": replace_by_null,
     "cut off": lambda content: content[
         : content.rindex(b'"')
     ],  # inside a string, so that the rest is never valid JSON
@@ -86,7 +86,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 READS_NO_DATA = ("dry run", "export", "compare", "sample")
 
 
-def damage(run_dir: Path, file: str, kind: str) -> None:
+def damage_file(run_dir: Path, file: str, kind: str) -> None:
     path = run_dir / file
     if kind == "a folder":
         path.unlink()
@@ -95,7 +95,7 @@ def damage(run_dir: Path, file: str, kind: str) -> None:
         path.write_bytes(DAMAGES[kind](path.read_bytes()))
 
 
-def holds(answer: Any, file: str) -> bool:
+def works_or_names(answer: Any, file: str) -> bool:
     """Whether a command worked, or was refused with the name of the file and no traceback."""
     assert "Traceback" not in answer.err
     if answer.code in (0, 1):  # 1: a verification that found a difference
@@ -103,16 +103,16 @@ def holds(answer: Any, file: str) -> bool:
     return is_refusal(answer, Path(file).name)
 
 
-def check(file: str, kind: str, run_dir: Path, ddiff: Command, commands: Any) -> None:
+def check_commands(file: str, kind: str, run_dir: Path, ddiff: Command, commands: Any) -> None:
     whole = Path("whole").absolute()
     shutil.copytree(run_dir, whole)
     for name in commands:
         shutil.rmtree(run_dir)
         shutil.copytree(whole, run_dir)
-        damage(run_dir, file, kind)
+        damage_file(run_dir, file, kind)
         before = files(run_dir)
         answer = ddiff(*COMMANDS[name])
-        assert holds(answer, file), (name, answer)
+        assert works_or_names(answer, file), (name, answer)
         if answer.code == 2:
             assert files(run_dir) == before, (
                 name,
@@ -129,7 +129,7 @@ WORST = ("not UTF-8", "a list", "null values", "deeply nested", "a folder")
 def test_commands_without_data_work_or_name_the_damaged_file(
     file: str, kind: str, run_dir: Path, ddiff: Command
 ) -> None:
-    check(file, kind, run_dir, ddiff, READS_NO_DATA)
+    check_commands(file, kind, run_dir, ddiff, READS_NO_DATA)
 
 
 @pytest.mark.slow
@@ -138,13 +138,15 @@ def test_commands_without_data_work_or_name_the_damaged_file(
 def test_other_commands_work_or_name_the_damaged_file(
     file: str, kind: str, run_dir: Path, ddiff: Command
 ) -> None:
-    check(file, kind, run_dir, ddiff, [name for name in COMMANDS if name not in READS_NO_DATA])
+    check_commands(
+        file, kind, run_dir, ddiff, [name for name in COMMANDS if name not in READS_NO_DATA]
+    )
 
 
 # ---------------------------------------------------------------------- readers
 
 
-def read(path: Path) -> Any:
+def read_file(path: Path) -> Any:
     if path.name == "recipe.toml":
         return read_recipe_tree(path)
     return read_json_lines(path) if path.suffix == ".jsonl" else read_json(path)
@@ -153,17 +155,17 @@ def read(path: Path) -> Any:
 @pytest.mark.parametrize("kind", [*DAMAGES, "a folder"])
 @pytest.mark.parametrize("file", OBJECTS)
 def test_readers_name_the_damaged_file(file: str, kind: str, run_dir: Path) -> None:
-    before = read(run_dir / file)
-    damage(run_dir, file, kind)
+    before = read_file(run_dir / file)
+    damage_file(run_dir, file, kind)
     if kind == "empty" and file.endswith(".jsonl"):
-        assert read(run_dir / file) == []
+        assert read_file(run_dir / file) == []
     elif kind == "strings for numbers" and file in ("environment.json", "recipe.toml"):
-        assert read(run_dir / file).keys() == before.keys(), (
+        assert read_file(run_dir / file).keys() == before.keys(), (
             "keys that no reader asks for may hold anything"
         )
     else:
         with pytest.raises(CheckpointError, match=re.escape(f"{run_dir / file} is damaged: ")):
-            read(run_dir / file)
+            read_file(run_dir / file)
 
 
 KEYS = [(file, key) for file, shape in OBJECTS.items() for key in shape if file != "recipe.toml"]
@@ -183,14 +185,14 @@ def test_value_of_another_type_is_refused_with_its_key(
     if type(value) is type(right) or (right is None and value is None):
         return
     path.write_text("".join(json.dumps({**line, key: value}) + "\n" for line in lines))
-    if fits(right, key, value):
-        assert read(path)
+    if is_also_valid(right, key, value):
+        assert read_file(path)
         return
     with pytest.raises(CheckpointError, match=f'"{key}".* has the value'):
-        read(path)
+        read_file(path)
 
 
-def fits(right: Any, key: str, value: Any) -> bool:
+def is_also_valid(right: Any, key: str, value: Any) -> bool:
     """Whether another type is valid as well: 1.5 for a number, null for an optional key."""
     if value is None:
         return key in OPTIONAL
@@ -213,10 +215,10 @@ def test_missing_key_is_refused_unless_it_may_be_null(file: str, key: str, run_d
         path.write_text(json.dumps(line) + "\n")
         break
     if key in OPTIONAL:
-        assert read(path)
+        assert read_file(path)
         return
     with pytest.raises(CheckpointError, match=f'"{key}" is missing'):
-        read(path)
+        read_file(path)
 
 
 def test_damaged_line_is_named_with_its_number(run_dir: Path) -> None:
