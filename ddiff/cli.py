@@ -23,7 +23,13 @@ import typer
 from typer.core import TyperGroup
 
 from ddiff import __version__
-from ddiff.distributed.launcher import MISTAKE, end, follow_launcher, launch, place
+from ddiff.distributed.launcher import (
+    MISTAKE,
+    exit_with_launcher,
+    exit_with_message,
+    get_rank_info,
+    launch,
+)
 from ddiff.errors import (
     REPORT,
     TRACEBACK,
@@ -204,7 +210,7 @@ def _check_only(name: str, settings: list[str], measure: int | None, fresh: bool
 
 def needs_launcher(recipe: Recipe) -> bool:
     """Return whether a recipe asks for several processes that have not been started yet."""
-    if recipe.backend_keys.processes == 1 or place() is not None:
+    if recipe.backend_keys.processes == 1 or get_rank_info() is not None:
         return False
     return recipe.backend.members.is_distributed
 
@@ -543,10 +549,10 @@ def main(arguments: list[str] | None = None) -> None:
     # measured on two busy cores. The variable must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        if place() is not None:
+        if get_rank_info() is not None:
             # DDP warns in each run that every parameter was used, which is as it should be
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        follow_launcher()
+        exit_with_launcher()
         _escape_unencodable_output()
         with _exit_on_sigterm():
             try:
@@ -579,10 +585,10 @@ def _end_with(error: Exception) -> NoReturn:
     # another exit code
     _discard_output()
     if message is None:
-        end(f"{traceback.format_exc()}{REPORT}", 1)
+        exit_with_message(f"{traceback.format_exc()}{REPORT}", 1)
     if os.environ.get(TRACEBACK):
         message = f"{traceback.format_exc()}{message}"
-    end(shorten(message, LONGEST_MESSAGE), MISTAKE)
+    exit_with_message(shorten(message, LONGEST_MESSAGE), MISTAKE)
 
 
 @contextmanager
@@ -591,7 +597,7 @@ def _exit_on_sigterm() -> Iterator[None]:
 
     Worker processes leave the signal to training.
     """
-    if place() is not None or threading.current_thread() is not threading.main_thread():
+    if get_rank_info() is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
 

@@ -1,6 +1,7 @@
-"""A folder of files that are written once and then sealed: size and SHA-256 of each, in a marker that is written last.
+"""Folder of files that is complete or does not count.
 
-Without its marker the folder counts for nothing, so files go straight to their places: a store of objects cannot rename.
+A marker, written last, holds size and SHA-256 of every file. Without it the folder is incomplete. So
+files are written directly under their names, which also suits object stores: they cannot rename.
 """
 
 from __future__ import annotations
@@ -21,27 +22,26 @@ FORMAT = 2
 MARKER = "complete.json"
 STATE = "state.json"
 STEP = re.compile(r"step_(\d{8,})")
-_OWN = re.compile(
-    r"[\w.]+\.safetensors|(manifest|state)\.json"
-)  # of a checkpoint that was cut short
+# Files of a checkpoint whose marker does not list them, because writing it was interrupted.
+_OWN = re.compile(r"[\w.]+\.safetensors|(manifest|state)\.json")
 BLOCK = 1 << 24  # bytes that are hashed, read and written at a time
 
 
-class Seal(NamedTuple):
-    """What a file must be: so many bytes with this SHA-256."""
+class FileDigest(NamedTuple):
+    """Size and SHA-256 of a file."""
 
     bytes: int
     sha256: str
 
 
-class Sink(Protocol):
-    """Where a file's bytes go."""
+class Writable(Protocol):
+    """An object with the `write` method of a binary file."""
 
     def write(self, data: bytes | memoryview, /) -> Any: ...
 
 
 def complete_steps(fs: Any, root: str) -> list[int]:
-    """Steps of the complete checkpoints in a folder, ascending."""
+    """List the steps of the complete checkpoints in a folder, ascending."""
     if not fs.isdir(root):
         return []
     fs.invalidate_cache(root)
@@ -51,163 +51,170 @@ def complete_steps(fs: Any, root: str) -> list[int]:
 
 
 def step_name(step: int) -> str:
-    """The folder of a step's checkpoint."""
+    """Return the name of the folder of a step's checkpoint."""
     return f"step_{step:08d}"
 
 
 def newest_state(root: str) -> dict[str, Any] | None:
-    """The plain values of the newest checkpoint's state, read without torch; None without a checkpoint.
+    """Read the plain values of the newest checkpoint's state, without torch.
 
-    Raises CheckpointError when the file is damaged.
+    None if there is no checkpoint; CheckpointError if the file is damaged.
     """
     fs = LocalFileSystem()
     steps = complete_steps(fs, root)
     if not steps:
         return None
-    folder = Folder(
+    folder = AtomicFolder(
         fs,
         f"{root}/{step_name(steps[-1])}",
         lambda: "Repeat `ddiff run` with the recipe of that run.",
     )
-    return json.loads(folder.read(STATE))["state"]
+    return json.loads(folder.read_file(STATE))["state"]
 
 
 @final
-class Folder:
-    """A sealed folder, or one that shall be; `remedy` says what to do where it is damaged."""
+class AtomicFolder:
+    """A folder that is complete once its marker is written.
+
+    `remedy()` completes the messages about damage: it tells the user what to do.
+    """
 
     def __init__(self, fs: Any, path: str, remedy: Callable[[], str]) -> None:
-        self._fs, self.path, self._remedy = fs, path, remedy
-        self._seals: dict[str, Seal] | None = None
+        self._fs = fs
+        self.path = path
+        self._remedy = remedy
+        self._digests: dict[str, FileDigest] | None = None
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         return self._fs.exists(f"{self.path}/{MARKER}")
 
     # ------------------------------------------------------------------ writing
 
-    def make(self) -> None:
+    def create(self) -> None:
         """Make the folder, without files of an earlier checkpoint."""
         self.remove()
         self._fs.makedirs(self.path, exist_ok=True)
 
     def remove(self) -> None:
-        """Delete the checkpoint's files, and the folder unless something else stands in it."""
-        sealed = self._sealed_names()
-        if self.complete:  # first, so that a half-removed folder is an incomplete one
+        """Delete the checkpoint's files, and the folder unless it contains other files."""
+        listed = self._listed_names()
+        # The marker goes first, so that a half-removed folder is an incomplete one.
+        if self.is_complete:
             self._fs.rm(f"{self.path}/{MARKER}")
         if not self._fs.exists(self.path):
             return
         self._fs.invalidate_cache(self.path)
         entries = self._fs.ls(self.path, detail=True)
-        own = [entry["name"] for entry in entries if _is_own(entry, sealed)]
+        own = [entry["name"] for entry in entries if _is_own(entry, listed)]
         if len(own) == len(entries):
             self._fs.rm(self.path, recursive=True)
         elif own:
             self._fs.rm(own)
 
-    def _sealed_names(self) -> set[str]:
-        """The files that the marker names; none where there is no marker, or a damaged one."""
+    def _listed_names(self) -> set[str]:
+        """Return the files that the marker lists; none without a marker or with a damaged one."""
         try:
-            return set(self.seals) if self.complete else set()
+            return set(self.digests) if self.is_complete else set()
         except CheckpointError:
             return set()
 
-    def write(self, name: str, fill: Callable[[Sink], None]) -> Seal:
-        """Write a file by `fill(sink)`."""
+    def write_file(self, name: str, fill: Callable[[Writable], None]) -> FileDigest:
+        """Write a file by `fill(file)` and return its digest."""
         with self._fs.open(f"{self.path}/{name}", "wb") as file:
-            sink = _Sealing(file)
-            fill(sink)
-            self._reach_the_disk(file)
-        return sink.seal
+            writer = _HashingWriter(file)
+            fill(writer)
+            if isinstance(self._fs, LocalFileSystem):
+                # The marker must not reach the disk before the files that it vouches for.
+                file.flush()
+                os.fsync(file.fileno())
+        return writer.digest
 
-    def mark(self, step: int, seals: Mapping[str, Seal]) -> None:
-        """All files are written: from now on the folder counts."""
-        files = {name: seal._asdict() for name, seal in sorted(seals.items())}
+    def mark_complete(self, step: int, digests: Mapping[str, FileDigest]) -> None:
+        """Write the marker; to be called when all files are written."""
+        files = {name: digest._asdict() for name, digest in sorted(digests.items())}
         marker = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1).encode()
         path = f"{self.path}/{MARKER}"
-        if not isinstance(self._fs, LocalFileSystem):
-            self._fs.pipe_file(path, marker)  # an object is there whole or not at all
-            return
-        # A file exists as soon as it is opened, empty until it is written; to rename one is a single act.
-        write_atomic(path, marker, system=self._fs, sync=True)
-
-    def _reach_the_disk(self, file: IO[bytes]) -> None:
-        if isinstance(
-            self._fs, LocalFileSystem
-        ):  # the marker must not get there before what it speaks of
-            file.flush()
-            os.fsync(file.fileno())
+        if isinstance(self._fs, LocalFileSystem):
+            # A local file exists, empty, as soon as it is opened; a rename is a single act.
+            write_atomic(path, marker, system=self._fs, sync=True)
+        else:
+            self._fs.pipe_file(path, marker)  # an object exists completely or not at all
 
     # ------------------------------------------------------------------ reading
 
     def check(self) -> None:
-        """Raises CheckpointError unless every file is there in its size; the marker alone is read."""
+        """Raise CheckpointError unless every file exists with its size; only the marker is read."""
         self._fs.invalidate_cache(self.path)
-        there = {
+        sizes = {
             entry["name"].rsplit("/", 1)[-1]: entry["size"]
             for entry in self._fs.ls(self.path, detail=True)
         }
-        for name, seal in self.seals.items():
-            if name not in there:
+        for name, digest in self.digests.items():
+            if name not in sizes:
                 raise CheckpointError(
-                    f"{self.path}/{name} is missing though its checkpoint was completed. {self._remedy()}"
+                    f"{self.path}/{name} is missing though its checkpoint was completed. "
+                    f"{self._remedy()}"
                 )
-            if there[name] != seal.bytes:
+            if sizes[name] != digest.bytes:
                 raise CheckpointError(
-                    f"{self.path}/{name} has {there[name]} bytes and was completed with {seal.bytes}: it was cut off or "
-                    f"replaced later. {self._remedy()}"
+                    f"{self.path}/{name} has {sizes[name]} bytes and was completed with "
+                    f"{digest.bytes}: it was cut off or replaced later. {self._remedy()}"
                 )
 
     @property
-    def seals(self) -> dict[str, Seal]:
-        if self._seals is None:
-            self._seals = self._read_marker()
-        return self._seals
+    def digests(self) -> dict[str, FileDigest]:
+        """Digests of the files by name, from the marker."""
+        if self._digests is None:
+            self._digests = self._read_marker()
+        return self._digests
 
-    def read(self, name: str) -> bytes:
-        """A whole file; CheckpointError where it is damaged."""
-        size = self.seals[name].bytes if name in self.seals else 0
-        return b"".join(self.chunks(name, [(0, size)]))
+    def read_file(self, name: str) -> bytes:
+        """Read a whole file; CheckpointError if it is damaged."""
+        size = self.digests[name].bytes if name in self.digests else 0
+        return b"".join(self.read_ranges(name, [(0, size)]))
 
-    def chunks(self, name: str, places: Sequence[tuple[int, int]]) -> Iterator[bytearray]:
-        """The bytes of each (begin, length) of a file, in ascending order and apart from one another.
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytearray]:
+        """Yield the bytes of each range (begin, length) of a file.
 
-        The file is read once and whole. CheckpointError after the last chunk when its SHA-256 is not the sealed one.
+        Ranges ascend and do not overlap. The whole file is read, once, since its SHA-256 is checked:
+        CheckpointError after the last range if it is another one than recorded.
         """
-        if name not in self.seals:
-            raise CheckpointError(
-                f"{self.path} has no file {name} that its marker knows, though another file of it says so: it was changed "
-                f"later. {self._remedy()}"
-            )
-        if any(begin + length > self.seals[name].bytes for begin, length in places):
-            raise CheckpointError(
-                f"{self.path}/{name} has {self.seals[name].bytes} bytes, and a tensor is said to lie beyond them: the "
-                f"manifest was changed later. {self._remedy()}"
-            )
-        digest, at = hashlib.sha256(), 0
-        with self._opened(name) as file:
-            for begin, length in places:
-                for skipped in _blocks(file, begin - at):
+        self._check_ranges(name, ranges)
+        digest = hashlib.sha256()
+        position = 0
+        with self._open(name) as file:
+            for begin, length in ranges:
+                for skipped in _read_blocks(file, begin - position):
                     digest.update(skipped)
                 data = bytearray(length)
                 _read_into(file, memoryview(data))
                 digest.update(data)
                 yield data
-                at = begin + length
-            for skipped in _blocks(file, self.seals[name].bytes - at):
+                position = begin + length
+            for skipped in _read_blocks(file, self.digests[name].bytes - position):
                 digest.update(skipped)
-        if digest.hexdigest() != self.seals[name].sha256:
+        if digest.hexdigest() != self.digests[name].sha256:
             raise CheckpointError(
-                f"{self.path}/{name} is damaged: its SHA-256 is not the recorded one. {self._remedy()}"
+                f"{self.path}/{name} is damaged: its SHA-256 is not the recorded one. "
+                f"{self._remedy()}"
             )
 
-    def _opened(self, name: str) -> Any:
-        """A file of the folder, open for reading; CheckpointError when there is none, or a folder, or no access."""
-        if name not in self.seals:
+    def _check_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> None:
+        if name not in self.digests:
             raise CheckpointError(
-                f"{self.path}/{MARKER} is damaged: it does not list {name}, which every checkpoint has. {self._remedy()}"
+                f"{self.path} has no file {name} that its marker knows, though another file of it "
+                f"says so: it was changed later. {self._remedy()}"
             )
+        size = self.digests[name].bytes
+        if any(begin + length > size for begin, length in ranges):
+            raise CheckpointError(
+                f"{self.path}/{name} has {size} bytes, and a tensor is said to lie beyond them: "
+                f"the manifest was changed later. {self._remedy()}"
+            )
+
+    def _open(self, name: str) -> Any:
+        """Open a file for reading; CheckpointError if it is absent, a folder or not readable."""
         try:
             return self._fs.open(f"{self.path}/{name}", "rb")
         except OSError as error:
@@ -215,7 +222,7 @@ class Folder:
                 f"{self.path}/{name} cannot be read ({error.strerror or error}). {self._remedy()}"
             ) from error
 
-    def _read_marker(self) -> dict[str, Seal]:
+    def _read_marker(self) -> dict[str, FileDigest]:
         path = f"{self.path}/{MARKER}"
         try:
             marker = json.loads(self._fs.cat_file(path))
@@ -223,17 +230,19 @@ class Folder:
             raise self._no_marker() from error
         if not isinstance(marker, dict) or not _is_count(marker.get("format")):
             raise self._no_marker()
-        found, files = marker["format"], marker.get("files")
+        found = marker["format"]
         if found != FORMAT:
+            writer = "an older" if found < FORMAT else "a newer"
             raise CheckpointError(
-                f"{path} has format {found}; this ddiff reads format {FORMAT} alone: it was written by "
-                f"{'an older' if found < FORMAT else 'a newer'} ddiff. Go on with that one, or start anew with --fresh."
+                f"{path} has format {found}; this ddiff reads only format {FORMAT}: it was written "
+                f"by {writer} ddiff. Resume with that one, or start over with --fresh."
             )
-        if not isinstance(files, dict) or not files or not all(map(_is_seal, files.values())):
+        files = marker.get("files")
+        if not isinstance(files, dict) or not files or not all(map(_is_digest, files.values())):
             raise self._no_marker()
         if any("/" in name or "\\" in name or name in ("", ".", "..") for name in files):
             raise self._no_marker()
-        return {name: Seal(seal["bytes"], seal["sha256"]) for name, seal in files.items()}
+        return {name: FileDigest(file["bytes"], file["sha256"]) for name, file in files.items()}
 
     def _no_marker(self) -> CheckpointError:
         return CheckpointError(
@@ -241,18 +250,18 @@ class Folder:
         )
 
 
-def _is_own(entry: dict[str, Any], sealed: set[str]) -> bool:
-    """Whether an entry of a listing is a file of the checkpoint: one of those `sealed`, or named as if it were."""
+def _is_own(entry: dict[str, Any], listed: set[str]) -> bool:
+    """Whether an entry of a listing is a file of the checkpoint, by the marker or by its name."""
     name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
-    is_named = name in sealed if sealed else _OWN.fullmatch(name) is not None
-    return entry["type"] == "file" and (is_named or name.startswith(MARKER))
+    has_own_name = name in listed if listed else _OWN.fullmatch(name) is not None
+    return entry["type"] == "file" and (has_own_name or name.startswith(MARKER))
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_seal(value: Any) -> bool:
+def _is_digest(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and _is_count(value.get("bytes"))
@@ -260,11 +269,13 @@ def _is_seal(value: Any) -> bool:
     )
 
 
-class _Sealing:
-    """A file open for writing; what goes through is counted and hashed."""
+class _HashingWriter:
+    """Write to a file, counting and hashing the bytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._hash, self._bytes = file, hashlib.sha256(), 0
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
@@ -275,12 +286,12 @@ class _Sealing:
         self._bytes += len(view)
 
     @property
-    def seal(self) -> Seal:
-        return Seal(self._bytes, self._hash.hexdigest())
+    def digest(self) -> FileDigest:
+        return FileDigest(self._bytes, self._hash.hexdigest())
 
 
-def _blocks(file: IO[bytes], length: int) -> Iterator[memoryview]:
-    """The next `length` bytes, each block until the next is asked for."""
+def _read_blocks(file: IO[bytes], length: int) -> Iterator[memoryview]:
+    """Yield the next `length` bytes in blocks; each is valid until the next one is read."""
     block = memoryview(bytearray(min(length, BLOCK)))
     while length > 0:
         part = block[: min(length, BLOCK)]
@@ -290,6 +301,6 @@ def _blocks(file: IO[bytes], length: int) -> Iterator[memoryview]:
 
 
 def _read_into(file: Any, view: memoryview) -> None:
-    """Fill `view`; a file that has become shorter leaves the rest as it is, and its SHA-256 tells."""
+    """Fill `view`; the rest is left if the file has become shorter, which its SHA-256 reveals."""
     while len(view) and (count := file.readinto(view)):
         view = view[count:]

@@ -1,15 +1,15 @@
-"""Checkpoints: safetensors and JSON, no pickle; a directory per step that counts only when it is complete.
+"""Checkpoints of a run: safetensors and JSON, no pickle; one folder per step.
 
-    checkpoints/step_00000200/model.safetensors               tensors of the model, whole
-                              model.rank_00001.safetensors    the shards that rank 1 had, of a model in shards
-                              optimizer.safetensors, ...      the same of every other entry of the state that has tensors
-                              manifest.json                   each tensor: dtype, size, boxes with their file and place
-                              state.json                      everything else, with the names of those tensors
-                              complete.json                   size and SHA-256 of the others, written last
+    checkpoints/step_00000200/model.safetensors             whole tensors of the model
+                              model.rank_00001.safetensors  the shards of rank 1 of a sharded model
+                              optimizer.safetensors, ...    the same for each entry of the state
+                              manifest.json                 dtype, size and places of each tensor
+                              state.json                    everything else, and names of tensors
+                              complete.json                 size and SHA-256 of the others
 
-Saving is collective: tensors are copied at once and written behind the training. A directory without its marker is no
-checkpoint, whatever it holds, and is removed by a later save. Paths may be anything that fsspec writes; all ranks must see
-the same files.
+Saving is collective: tensors are copied at once and written while training continues. A folder
+without `complete.json`, which is written last, is not a checkpoint, and a later save removes it.
+Paths may be anything that fsspec writes; all ranks must see the same files.
 """
 
 from __future__ import annotations
@@ -27,11 +27,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ddiff.checkpoint.atomic_folder import STATE, STEP, Folder, Seal, complete_steps, step_name
+from ddiff.checkpoint.atomic_folder import (
+    STATE,
+    STEP,
+    AtomicFolder,
+    FileDigest,
+    Writable,
+    complete_steps,
+    step_name,
+)
 from ddiff.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
-    from ddiff.checkpoint.dcp_storage import Manifest, Staged
+    from ddiff.checkpoint.dcp_storage import Manifest, StagedTensors
 
 MANIFEST = "manifest.json"
 SLOWEST = timedelta(hours=1)  # how long ranks that have written their files wait for the others
@@ -39,16 +47,18 @@ SLOWEST = timedelta(hours=1)  # how long ranks that have written their files wai
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run was after `step` steps, opened: its tensors are not read yet.
+    """An opened checkpoint: a run after `step` steps, whose tensors are not read yet.
 
-    `state` is the tree that was saved, with tensors on the device "meta" in the place of its own.
+    Attributes:
+        state: the saved tree, with tensors on the device "meta" in place of the saved ones.
+        aliases: of the model: name of a tied tensor -> name under which it is stored.
     """
 
     step: int
     state: dict[str, Any]
     manifest: Manifest
-    aliases: Mapping[str, str]  # of the model: a tied tensor -> the one that it is stored as
-    folder: Folder
+    aliases: Mapping[str, str]
+    folder: AtomicFolder
 
     def __repr__(self) -> str:
         return f"Checkpoint(step {self.step}, {self.path})"
@@ -58,69 +68,75 @@ class Checkpoint:
         return self.folder.path
 
     def restore(self, module: nn.Module) -> None:
-        """Load the model's tensors into `module`, which may be sharded in any way, or not.
+        """Load the model's tensors into `module`, which may be sharded in any way, or not at all.
 
-        Raises CheckpointError when they are those of another model, or damaged.
+        Raises CheckpointError if they are those of another model, or damaged.
         """
-        from ddiff.checkpoint.dcp_storage import fill
+        from ddiff.checkpoint.dcp_storage import read_tensors
 
-        own, places = module.state_dict(), self._places()
+        own = module.state_dict()
+        places = self._model_places()
+        own_shapes = {name: tensor.shape for name, tensor in own.items()}
         shapes = {name: torch.Size(self.manifest[place].size) for name, place in places.items()}
-        _check_fit({name: tensor.shape for name, tensor in own.items()}, shapes, self.path)
-        fill(
-            {place: own[name] for name, place in places.items() if name not in self.aliases},
-            self.manifest,
-            self.folder,
-        )
-        module.load_state_dict(own | {alias: own[name] for alias, name in self.aliases.items()})
+        _check_same_model(own_shapes, shapes, self.path)
+        targets = {place: own[name] for name, place in places.items() if name not in self.aliases}
+        read_tensors(targets, self.manifest, self.folder)
+        tied = {alias: own[name] for alias, name in self.aliases.items()}
+        module.load_state_dict(own | tied)
 
-    def tree(self, like: Iterable[Tensor] = ()) -> dict[str, Any]:
-        """The state with its tensors: floats that have the size of a DTensor in `like` in shards as that one is, all others
-        whole, on the CPU. Raises CheckpointError when they are damaged."""
-        from ddiff.checkpoint.dcp_storage import fill, targets_like
+    def read_state(self, like: Iterable[Tensor] = ()) -> dict[str, Any]:
+        """Read the state with its tensors.
+
+        Floating-point tensors with the size of a DTensor in `like` are sharded as that one; all
+        others are whole, on the CPU. Raises CheckpointError if they are damaged.
+        """
+        from ddiff.checkpoint.dcp_storage import allocate_like, read_tensors
 
         stored = {
             name: tensor for name, tensor in self.manifest.items() if name.startswith("state.")
         }
-        tensors = targets_like(stored, list(like))
-        fill(tensors, self.manifest, self.folder)
-        return _filled(self.state, tensors, "state")
+        tensors = allocate_like(stored, list(like))
+        read_tensors(tensors, self.manifest, self.folder)
+        return _replace_tensors(self.state, tensors, "state")
 
-    def weights(self, *, average: bool = False) -> dict[str, Tensor]:
-        """The model's tensors by name, whole, on the CPU; with `average`, those of `state.ema.weights` in place of the ones
-        that they are averages of. Raises CheckpointError when there are none, or a file is damaged."""
-        from ddiff.checkpoint.dcp_storage import fill
+    def read_weights(self, *, average: bool = False) -> dict[str, Tensor]:
+        """Read the model's tensors by name, whole, on the CPU.
+
+        With `average`, those that have an exponential moving average are replaced by it. Raises
+        CheckpointError if there is no average, or a file is damaged.
+        """
+        from ddiff.checkpoint.dcp_storage import read_tensors
 
         averages = (self.state.get("ema") or {}).get("weights", {}) if average else {}
         if average and not averages:
             raise CheckpointError(
-                f"{self.path} holds no moving average of the weights: its run was trained without [train] ema. Take the "
-                "weights as they were trained."
+                f"{self.path} holds no moving average of the weights: its run was trained without "
+                "[train] ema. Take the weights as they were trained."
             )
-        places = self._places() | {name: f"state.ema.weights.{name}" for name in averages}
+        places = self._model_places()
+        places |= {name: f"state.ema.weights.{name}" for name in averages}
         places |= {alias: places[name] for alias, name in self.aliases.items()}
-        tensors = {place: self.manifest[place].empty() for place in places.values()}
-        fill(tensors, self.manifest, self.folder)
+        tensors = {place: self.manifest[place].allocate() for place in places.values()}
+        read_tensors(tensors, self.manifest, self.folder)
         return {name: tensors[place] for name, place in places.items()}
 
-    def _places(self) -> dict[str, str]:
-        """name -> its place in the manifest."""
-        stored = [
-            place.removeprefix("model.") for place in self.manifest if place.startswith("model.")
-        ]
-        return {name: f"model.{name}" for name in stored} | {
-            a: f"model.{b}" for a, b in self.aliases.items()
-        }
+    def _model_places(self) -> dict[str, str]:
+        """Return name of a model's tensor -> its name in the manifest."""
+        places: dict[str, str] = {}
+        for place in self.manifest:
+            if place.startswith("model."):
+                places[place.removeprefix("model.")] = place
+        return places | {alias: f"model.{name}" for alias, name in self.aliases.items()}
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load `weights` into `module`; `source` is named in the error when they do not fit."""
+    """Load `weights` into `module`; the CheckpointError of a misfit names `source`."""
     own = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    _check_fit(own, {name: tensor.shape for name, tensor in weights.items()}, source)
+    _check_same_model(own, {name: tensor.shape for name, tensor in weights.items()}, source)
     module.load_state_dict(weights)
 
 
-def _check_fit(
+def _check_same_model(
     own: Mapping[str, torch.Size], theirs: Mapping[str, torch.Size], source: str
 ) -> None:
     faults = [f"{name} is missing" for name in own if name not in theirs]
@@ -133,116 +149,128 @@ def _check_fit(
     if faults:
         more = f" and {len(faults) - 3} more differences" if len(faults) > 3 else ""
         raise CheckpointError(
-            f"{source} holds another model than the one that was built: {'; '.join(faults[:3])}{more}. "
-            "Load it with the recipe that it was trained with."
+            f"{source} holds another model than the one that was built: "
+            f"{'; '.join(faults[:3])}{more}. Load it with the recipe that it was trained with."
         )
 
 
 @final
 class Checkpoints:
-    """The directory of a run's checkpoints, of which the `keep` newest stay.
+    """The folder of a run's checkpoints, of which the newest `keep` stay.
 
-    Where processes form a group, each of them has one of these and all save together; every one reads for itself.
+    If processes form a group, each of them has one of these objects, and all save together. Each
+    process reads for itself.
     """
 
     def __init__(self, root: str | os.PathLike[str], keep: int = 2) -> None:
         if keep < 1:
             raise ArgumentError(
-                f"keep must be at least 1, the checkpoint that a run goes on from; got {keep}."
+                f"keep must be at least 1, the checkpoint that a run resumes from; got {keep}."
             )
         self.keep = keep
         self._fs, self.root = fsspec.core.url_to_fs(os.fspath(root))
-        self._behind = ThreadPoolExecutor(1, "checkpoint")
+        self._executor = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._ranks: dist.ProcessGroup | None = None
 
-    def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending; waits for what is being written here."""
-        self.wait()
-        return self._complete()
+    # ------------------------------------------------------------------ saving
 
     def save(self, step: int, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
-        """Write the checkpoint of `step`, then drop those beyond the `keep` newest; its path is returned.
+        """Write the checkpoint of `step`, drop those beyond the newest `keep`, return its path.
 
-        `state` is a tree of dicts, lists, tuples, tensors, numbers, strings and None, and comes back as the same tree; its
-        entries give the files their names. DTensors are written in their shards, all else as rank 0 has it.
+        `state` is a tree of dicts, lists, tuples, tensors, numbers, strings and None, and is read as
+        the same tree; its entries give the files their names. DTensors are written in their shards,
+        everything else as rank 0 has it.
         """
-        path = self.begin(step, model, state)
+        path = self.save_async(step, model, state)
         self.wait()
         return path
 
-    def begin(self, step: int, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
-        """`save`, behind the caller's back: what is saved is copied, and may change, when this returns.
+    def save_async(self, step: int, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
+        """Copy what `save` would write and write it in a thread; the originals may change then.
 
-        Waits for the one that was begun before, and raises what `wait` raises.
+        Waits for the previous call to end, and raises what `wait` raises.
         """
-        from ddiff.checkpoint.dcp_storage import distinct, stage
+        from ddiff.checkpoint.dcp_storage import deduplicate, stage
 
         self.wait()
-        once, aliases = distinct(model)
+        once, aliases = deduplicate(model)
         tensors = {f"model.{name}": tensor for name, tensor in once.items()}
-        tree = json.dumps(
-            {"step": step, "aliases": aliases, "state": _to_json(state, tensors, "state")}, indent=1
-        )
+        encoded = _to_json(state, tensors, "state")  # adds the tensors of the state
+        tree = json.dumps({"step": step, "aliases": aliases, "state": encoded}, indent=1)
         staged = stage(tensors, _file_and_key, self._group())
         folder = self._folder(step)
-        self._writing = self._behind.submit(self._write, folder, step, staged, tree)
+        self._writing = self._executor.submit(self._write, folder, step, staged, tree)
         return folder.path
 
     def wait(self) -> None:
-        """Until what was begun is written. CheckpointError, on all ranks, when one of them could not write."""
-        if self._writing is not None:
-            try:
-                self._writing.result()
-            finally:
-                self._writing = None if self._writing.done() else self._writing
+        """Wait until `save_async` has written; CheckpointError on all ranks if one could not."""
+        if self._writing is None:
+            return
+        try:
+            self._writing.result()
+        finally:
+            # After a KeyboardInterrupt here the thread is still writing.
+            if self._writing.done():
+                self._writing = None
+
+    # ------------------------------------------------------------------ reading
+
+    def steps(self) -> list[int]:
+        """List the steps of the complete checkpoints, ascending, after `wait`."""
+        self.wait()
+        return self._complete()
 
     def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, or None. Raises CheckpointError as `load` does."""
+        """Open the newest complete checkpoint, if there is one. Raises as `load` does."""
         steps = self.steps()
         return self.load(steps[-1]) if steps else None
 
     def load(self, step: int) -> Checkpoint:
-        """Open the checkpoint of `step`. Raises CheckpointError when it is incomplete, or a file of it missing or cut off.
+        """Open the checkpoint of `step`.
 
-        A damage inside a file of tensors is found when they are read.
+        Raises CheckpointError if it is incomplete, or one of its files is missing or cut off. Damage
+        inside a file of tensors is found when they are read.
         """
         from ddiff.checkpoint.dcp_storage import manifest_from_json
 
-        complete, folder = self.steps(), self._folder(step)
+        complete = self.steps()
+        folder = self._folder(step)
         if step not in complete:
             raise CheckpointError(
-                f"{self.root} holds no complete checkpoint of step {step}; it has those of {complete or 'no step'}."
+                f"{self.root} holds no complete checkpoint of step {step}; it has those of "
+                f"{complete or 'no step'}."
             )
         folder.check()
-        manifest = manifest_from_json(folder.read(MANIFEST), f"{folder.path}/{MANIFEST}")
+        manifest = manifest_from_json(folder.read_file(MANIFEST), f"{folder.path}/{MANIFEST}")
+        tensors = {name: stored.allocate(device="meta") for name, stored in manifest.items()}
         try:
-            tree = json.loads(folder.read(STATE))
-            state = _from_json(
-                tree["state"],
-                {name: stored.empty(device="meta") for name, stored in manifest.items()},
-            )
+            tree = json.loads(folder.read_file(STATE))
+            state = _from_json(tree["state"], tensors)
             aliases = dict(tree["aliases"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
-                f"{folder.path}/{STATE} is damaged: it is no state of a run ({type(error).__name__}: {error}). "
-                f"{self._remedy(step)}"
+                f"{folder.path}/{STATE} is damaged: it is no state of a run "
+                f"({type(error).__name__}: {error}). {self._remedy(step)}"
             ) from error
         return Checkpoint(step, state, manifest, aliases, folder)
 
-    def weights(self, step: int | None = None, *, average: bool = False) -> dict[str, Tensor]:
-        """The model's tensors alone, whole, of `step` or the newest, as `Checkpoint.weights` has them."""
+    def read_weights(self, step: int | None = None, *, average: bool = False) -> dict[str, Tensor]:
+        """Read only the model's tensors, of `step` or the newest; see `Checkpoint.read_weights`."""
         steps = self.steps()
         if not steps and step is None:
             raise CheckpointError(
                 f"{self.root} holds no complete checkpoint. Train first, or name another run."
             )
-        return self.load(steps[-1] if step is None else step).weights(average=average)
+        return self.load(steps[-1] if step is None else step).read_weights(average=average)
 
-    # ------------------------------------------------------------------ writing, in a thread of its own
+    # ------------------------------------------------------------------ writing, in a thread
 
     def _group(self) -> dist.ProcessGroup | None:
-        """The ranks, in a group of their own: they talk about checkpoints while training talks. None for one process."""
+        """Return a group of all ranks for checkpoints only; None in a single process.
+
+        Messages about checkpoints are exchanged while training uses its own group.
+        """
         if (
             self._ranks is None
             and dist.is_available()
@@ -252,103 +280,123 @@ class Checkpoints:
             self._ranks = dist.new_group(backend="gloo", timeout=SLOWEST)
         return self._ranks
 
-    def _write(self, folder: Folder, step: int, staged: Staged, tree: str) -> None:
-        leads = staged.manifest is not None
-        self._together(folder, lambda: folder.make() if leads else None)
+    def _write(self, folder: AtomicFolder, step: int, staged: StagedTensors, tree: str) -> None:
+        is_first = staged.manifest is not None
+        # Each call waits for all ranks: no file before the folder, no marker before all files.
+        self._together(folder, lambda: folder.create() if is_first else None)
         written = self._together(folder, lambda: _write_files(folder, staged, tree))
-        seals = {name: seal for of_rank in written for name, seal in of_rank.items()}
-        self._together(folder, lambda: self._finish(folder, step, seals) if leads else None)
+        digests: dict[str, FileDigest] = {}
+        for of_rank in written:
+            digests |= of_rank
+        self._together(folder, lambda: self._finish(folder, step, digests) if is_first else None)
 
-    def _together(self, folder: Folder, act: Callable[[], Any]) -> list[Any]:
-        """Each rank acts; what each has to give. CheckpointError on all of them when one has failed."""
-        failure, given = None, None
+    def _together(self, folder: AtomicFolder, act: Callable[[], Any]) -> list[Any]:
+        """Run `act` on every rank and gather the results.
+
+        CheckpointError on all ranks if one of them failed.
+        """
+        failure: str | None = None
+        result: Any = None
         try:
-            given = act()
+            result = act()
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
-        outcomes: list[Any] = [(failure, given)]
+        outcomes: list[Any] = [(failure, result)]
         if self._ranks is not None:
             outcomes = [None] * dist.get_world_size(self._ranks)
-            dist.all_gather_object(outcomes, (failure, given), group=self._ranks)
-        if told := [
-            f"{failure} on rank {rank}" for rank, (failure, _) in enumerate(outcomes) if failure
-        ]:
+            dist.all_gather_object(outcomes, (failure, result), group=self._ranks)
+        failures = [f"{text} on rank {rank}" for rank, (text, _) in enumerate(outcomes) if text]
+        if failures:
             raise CheckpointError(
-                f"{folder.path} could not be written ({told[0]}), so training ended. Free or mend the place where it goes; "
-                "the same command then goes on from the checkpoint before."
+                f"{folder.path} could not be written ({failures[0]}), so training ended. Free or "
+                "fix the place where it goes; the same command then resumes from the checkpoint "
+                "before."
             )
-        return [given for _, given in outcomes]
+        return [result for _, result in outcomes]
 
-    def _finish(self, folder: Folder, step: int, seals: Mapping[str, Seal]) -> None:
-        folder.mark(step, seals)
+    def _finish(self, folder: AtomicFolder, step: int, digests: Mapping[str, FileDigest]) -> None:
+        """Complete the checkpoint, then remove old and incomplete ones."""
+        folder.mark_complete(step, digests)
         kept = {step_name(step) for step in self._complete()[-self.keep :]}
-        for name in self._directories():
+        for name in self._folder_names():
             if name not in kept and STEP.fullmatch(name):
                 self._folder(int(name.removeprefix("step_"))).remove()
 
-    # ------------------------------------------------------------------ the directory
+    # ------------------------------------------------------------------ folders
 
     def _complete(self) -> list[int]:
         return complete_steps(self._fs, self.root)
 
-    def _folder(self, step: int) -> Folder:
-        return Folder(self._fs, f"{self.root}/{step_name(step)}", lambda: self._remedy(step))
+    def _folder(self, step: int) -> AtomicFolder:
+        path = f"{self.root}/{step_name(step)}"
+        return AtomicFolder(self._fs, path, lambda: self._remedy(step))
 
     def _remedy(self, step: int) -> str:
         earlier = [other for other in self._complete() if other < step]
-        there = f"{self.root}/{step_name(step)}"
+        folder = f"{self.root}/{step_name(step)}"
         if earlier:
-            return f"Delete the directory {there} to go on from step {earlier[-1]}, or start anew with --fresh."
-        return f"No earlier checkpoint is left: restore {there} from a copy, or start anew with --fresh."
+            return (
+                f"Delete the directory {folder} to resume from step {earlier[-1]}, or start over "
+                "with --fresh."
+            )
+        return (
+            f"No earlier checkpoint is left: restore {folder} from a copy, or start over with "
+            "--fresh."
+        )
 
-    def _directories(self) -> list[str]:
+    def _folder_names(self) -> list[str]:
         if not self._fs.isdir(self.root):
             return []
         self._fs.invalidate_cache(self.root)
-        return [
-            path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self.root, detail=False)
-        ]
+        paths = self._fs.ls(self.root, detail=False)
+        return [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
 
 
 def _file_and_key(place: str) -> tuple[str, str]:
-    """Of a tensor's place in the tree: the file, an entry of the tree, and the key there, the rest of the way."""
+    """Split a tensor's place in the tree into (file, key): the entry of the tree and the rest."""
     entry, _, key = place.removeprefix("state.").partition(".")
     return entry, key or entry
 
 
-def _write_files(folder: Folder, staged: Staged, tree: str) -> dict[str, Seal]:
-    """What this rank writes."""
+def _write_files(folder: AtomicFolder, staged: StagedTensors, tree: str) -> dict[str, FileDigest]:
+    """Write the files of this rank."""
     from ddiff.checkpoint.dcp_storage import manifest_to_json, write_tensors
 
-    seals = {}
+    digests: dict[str, FileDigest] = {}
     for name, tensors in staged.files.items():
-        seals[name] = folder.write(name, lambda sink, tensors=tensors: write_tensors(sink, tensors))  # type: ignore[misc]
+
+        def fill(file: Writable, tensors: Mapping[str, Tensor] = tensors) -> None:
+            write_tensors(file, tensors)
+
+        digests[name] = folder.write_file(name, fill)
     if staged.manifest is not None:
-        for name, text in ((MANIFEST, manifest_to_json(staged.manifest)), (STATE, tree)):
-            seals[name] = folder.write(name, lambda sink, text=text: sink.write(text.encode()))  # type: ignore[misc]
-    return seals
+        manifest = manifest_to_json(staged.manifest).encode()
+        digests[MANIFEST] = folder.write_file(MANIFEST, lambda file: file.write(manifest))
+        digests[STATE] = folder.write_file(STATE, lambda file: file.write(tree.encode()))
+    return digests
 
 
 # ---------------------------------------------------------------------- the state as JSON
 
 
 def _to_json(tree: Any, tensors: dict[str, Tensor], place: str) -> Any:
-    """JSON that `_from_json` turns back into the same tree; its tensors go to `tensors` under their place in it."""
+    """Encode a tree for `_from_json`; its tensors are added to `tensors` under their places."""
     if isinstance(tree, torch.Tensor):
         tensors[place] = tree
         return {"$tensor": place}
     if isinstance(tree, Mapping):
         items = [(key, _to_json(value, tensors, f"{place}.{key}")) for key, value in tree.items()]
-        plain = all(isinstance(key, str) and not key.startswith("$") for key in tree)
-        return dict(items) if plain else {"$items": items}
+        is_plain = all(isinstance(key, str) and not key.startswith("$") for key in tree)
+        return dict(items) if is_plain else {"$items": items}
     if isinstance(tree, list | tuple):
         values = [_to_json(value, tensors, f"{place}.{i}") for i, value in enumerate(tree)]
         return values if isinstance(tree, list) else {"$tuple": values}
     if tree is None or isinstance(tree, str | bool | int | float):
         return tree
     raise CheckpointError(
-        f"{place} is a {type(tree).__name__}, which a checkpoint cannot hold: state is made of dicts, lists, tuples, "
-        "tensors, numbers, strings and None. Give the optimizer or plugin that owns it such a state_dict."
+        f"{place} is a {type(tree).__name__}, which a checkpoint cannot hold: state is made of "
+        "dicts, lists, tuples, tensors, numbers, strings and None. Give the optimizer or plugin "
+        "that owns it such a state_dict."
     )
 
 
@@ -366,12 +414,15 @@ def _from_json(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: _from_json(value, tensors) for key, value in tree.items()}
 
 
-def _filled(tree: Any, tensors: Mapping[str, Tensor], place: str) -> Any:
-    """The tree with the tensors of these places."""
+def _replace_tensors(tree: Any, tensors: Mapping[str, Tensor], place: str) -> Any:
+    """Rebuild a tree with the tensors of the same places."""
     if isinstance(tree, torch.Tensor):
         return tensors[place]
     if isinstance(tree, dict):
-        return {key: _filled(value, tensors, f"{place}.{key}") for key, value in tree.items()}
+        return {
+            key: _replace_tensors(value, tensors, f"{place}.{key}") for key, value in tree.items()
+        }
     if isinstance(tree, list | tuple):
-        return type(tree)(_filled(value, tensors, f"{place}.{i}") for i, value in enumerate(tree))
+        values = (_replace_tensors(value, tensors, f"{place}.{i}") for i, value in enumerate(tree))
+        return type(tree)(values)
     return tree

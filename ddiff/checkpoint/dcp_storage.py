@@ -1,9 +1,17 @@
-"""Tensors of a checkpoint in files: safetensors and a manifest, as storage of torch.distributed.checkpoint.
+"""Storage of torch.distributed.checkpoint (DCP): safetensors files and a manifest.
 
-torch plans who writes which box of which tensor and who reads which; DTensors go in shards and come in any others.
-A plan is followed in two parts: `stage` copies what this rank shall write, at once, and `write_tensors` writes the copies,
-whenever that is. To import this module takes torch a second, so `checkpoint.py` does it when there is something to save or
-load.
+DCP plans which rank writes which box of which tensor, and which rank reads which box. DTensors are
+written in shards and read in any other shards. A plan is followed in two parts: `stage` copies at
+once what this rank has to write, and `write_tensors` writes the copies later, while training
+continues. Importing this module takes torch a second, so `checkpoints.py` imports it when something
+is saved or loaded.
+
+Why not DCP's own HuggingFaceStorageWriter (tried with torch 2.13)? It passes on correctness: with
+two ranks it restored bfloat16, int64, bool, 0-dim and empty tensors bit for bit on one. But it
+builds each file in memory before writing: 400 MB of tensors took 763 MB more, or 1126 MB with
+`async_save`, against 363 MB here, and the SHA-256 of the marker needs a second pass over the files.
+It also names the files by rank and number, not by entry of the state. For the same reason whole
+files are not written by `safetensors.torch.save`, which refuses tied tensors besides.
 """
 
 from __future__ import annotations
@@ -15,7 +23,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
 import torch
@@ -41,9 +49,10 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from ddiff.checkpoint.atomic_folder import Folder, Sink
+from ddiff.checkpoint.atomic_folder import AtomicFolder, Writable
 from ddiff.errors import CheckpointError
 
+# dtype -> its name in safetensors files
 CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -63,12 +72,15 @@ CODES = {
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
-# Names a file of the folder, and nothing outside of it.
+# A file of the folder, and nothing outside of it.
 _FILE = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
 
 
+# ------------------------------------------------------------------------------------ manifest
+
+
 class Chunk(NamedTuple):
-    """A box of a tensor and where it stands: under `key` in a safetensors file, from byte `begin` of that file."""
+    """A box of a tensor, stored under `key` in a safetensors file from byte `begin` of that file."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -77,21 +89,23 @@ class Chunk(NamedTuple):
     begin: int
 
 
-class Stored(NamedTuple):
-    """A tensor on disk, in boxes that fill it."""
+class StoredTensor(NamedTuple):
+    """A tensor on disk, in chunks that fill it."""
 
     dtype: torch.dtype
     size: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
-    def empty(self, **options: Any) -> Tensor:
+    def allocate(self, **options: Any) -> Tensor:
+        """Make an uninitialized tensor of this dtype and size."""
         return torch.empty(self.size, dtype=self.dtype, **options)
 
 
-Manifest = dict[str, Stored]
+Manifest = dict[str, StoredTensor]
 
 
 def manifest_to_json(manifest: Manifest) -> str:
+    """Write a manifest as JSON."""
     tensors = {
         name: {"dtype": CODES[dtype], "size": size, "chunks": [chunk._asdict() for chunk in chunks]}
         for name, (dtype, size, chunks) in sorted(manifest.items())
@@ -100,47 +114,47 @@ def manifest_to_json(manifest: Manifest) -> str:
 
 
 def manifest_from_json(text: str | bytes, path: str = "the manifest") -> Manifest:
-    """Read a manifest.
+    """Read a manifest, which is called `path` in errors.
 
-    CheckpointError, naming it as `path`, unless it says which bytes of which file of its folder each tensor is made of.
+    CheckpointError unless it says which bytes of which files of its folder each tensor consists of.
     """
     try:
-        return {
-            name: _stored(name, entry, path) for name, entry in json.loads(text)["tensors"].items()
-        }
+        entries = json.loads(text)["tensors"].items()
+        return {name: _parse_tensor(name, entry, path) for name, entry in entries}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _wrong_manifest(
             path, f"it cannot be read as one ({type(error).__name__}: {error})"
         ) from error
 
 
-def _stored(name: str, entry: Mapping[str, Any], path: str) -> Stored:
-    dtype, size = DTYPES[entry["dtype"]], _whole_numbers(entry["size"])
-    chunks = []
-    for written in entry["chunks"]:
-        if set(written) != set(Chunk._fields):
-            raise _wrong_manifest(path, f"a part of {name} has the keys {sorted(written)}")
-        file, offsets, sizes = (
-            written["file"],
-            _whole_numbers(written["offsets"]),
-            _whole_numbers(written["sizes"]),
-        )
-        if not isinstance(file, str) or not _FILE.fullmatch(file):
-            raise _wrong_manifest(
-                path, f"{name} lies in {file!r}, which is no safetensors file of its folder"
-            )
-        if not len(offsets) == len(sizes) == len(size):
-            raise _wrong_manifest(path, f"a part of {name} has other dimensions than {list(size)}")
-        if any(begin + length > whole for begin, length, whole in zip(offsets, sizes, size)):
-            raise _wrong_manifest(path, f"a part of {name} lies outside of {list(size)}")
-        (begin,) = _whole_numbers([written["begin"]])
-        chunks.append(Chunk(offsets, sizes, file, str(written["key"]), begin))
+def _parse_tensor(name: str, entry: Mapping[str, Any], path: str) -> StoredTensor:
+    dtype = DTYPES[entry["dtype"]]
+    size = _parse_sizes(entry["size"])
+    chunks = tuple(_parse_chunk(name, size, chunk, path) for chunk in entry["chunks"])
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
         raise _wrong_manifest(path, f"the parts of {name} do not fill {list(size)}")
-    return Stored(dtype, size, tuple(chunks))
+    return StoredTensor(dtype, size, chunks)
 
 
-def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...]:
+def _parse_chunk(name: str, size: tuple[int, ...], entry: Mapping[str, Any], path: str) -> Chunk:
+    if set(entry) != set(Chunk._fields):
+        raise _wrong_manifest(path, f"a part of {name} has the keys {sorted(entry)}")
+    file = entry["file"]
+    offsets = _parse_sizes(entry["offsets"])
+    sizes = _parse_sizes(entry["sizes"])
+    if not isinstance(file, str) or not _FILE.fullmatch(file):
+        raise _wrong_manifest(
+            path, f"{name} lies in {file!r}, which is no safetensors file of its folder"
+        )
+    if not len(offsets) == len(sizes) == len(size):
+        raise _wrong_manifest(path, f"a part of {name} has other dimensions than {list(size)}")
+    if any(begin + length > whole for begin, length, whole in zip(offsets, sizes, size)):
+        raise _wrong_manifest(path, f"a part of {name} lies outside of {list(size)}")
+    (begin,) = _parse_sizes([entry["begin"]])
+    return Chunk(offsets, sizes, file, str(entry["key"]), begin)
+
+
+def _parse_sizes(values: Sequence[Any]) -> tuple[int, ...]:
     if any(not isinstance(value, int) or isinstance(value, bool) or value < 0 for value in values):
         raise ValueError(f"{values!r} must be whole numbers from 0")
     return tuple(values)
@@ -148,106 +162,117 @@ def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...]:
 
 def _wrong_manifest(path: str, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is no manifest of a checkpoint that ddiff wrote: {what}. Nothing was read by it. Restore the checkpoint "
-        "from a copy, delete its directory to resume from an earlier one, or start anew with --fresh."
+        f"{path} is no manifest of a checkpoint that ddiff wrote: {what}. Nothing was read by it. "
+        "Restore the checkpoint from a copy, delete its directory to resume from an earlier one, or "
+        "start over with --fresh."
     )
 
 
+# ------------------------------------------------------------------------------------ files
+
+
 def write_tensors(
-    sink: Sink, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    file: Writable, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file of contiguous CPU tensors, one after the other and none copied."""
-    header = _header(tensors, metadata)
-    sink.write(len(header).to_bytes(8, "little") + header)
-    for name in _in_order(tensors):
-        sink.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    """Write contiguous CPU tensors as a safetensors file, one after the other, without a copy."""
+    header = _build_header(tensors, metadata)
+    file.write(len(header).to_bytes(8, "little") + header)
+    for name in _file_order(tensors):
+        file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Wide numbers first, so that every tensor starts at a multiple of its width, as readers of mapped memory like it."""
+def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Order tensors by descending item size.
+
+    Each then begins at a multiple of its item size, which readers of memory-mapped files need.
+    """
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+def _build_header(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> bytes:
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     begin = 0
-    for name in _in_order(tensors):
+    for name in _file_order(tensors):
         end = begin + tensors[name].nbytes
-        entry = {
+        entries[name] = {
             "dtype": CODES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
             "data_offsets": [begin, end],
         }
-        entries[name], begin = entry, end
+        begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
 
 
-def _begins(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """name -> the byte of the file at which its data begin."""
-    begins, begin = {}, 8 + len(_header(tensors))
-    for name in _in_order(tensors):
+def _begin_of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return by name the byte of the file at which the data of each tensor begin."""
+    begins: dict[str, int] = {}
+    begin = 8 + len(_build_header(tensors))
+    for name in _file_order(tensors):
         begins[name] = begin
         begin += tensors[name].nbytes
     return begins
 
 
-# ---------------------------------------------------------------------------------------------------------------- saving
+# ------------------------------------------------------------------------------------ saving
 
 
-def distinct(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors without repetition, and alias -> name for tied ones. On all ranks the same, empty shards included."""
+def deduplicate(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Drop tied tensors; return the others, and alias -> name for the dropped ones.
+
+    The result is the same on all ranks, also for tensors of which a rank has an empty shard.
+    """
     names: dict[tuple[Any, ...], str] = {}
     once: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
-        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        # The storage itself and not its address: all empty ones have the address 0.
-        place = (
-            part.untyped_storage()._cdata,
-            part.storage_offset(),
-            tensor.shape,
-            part.stride(),
-            tensor.dtype,
-        )
-        if tensor.numel() and place in names:
-            aliases[name] = names[place]
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        # The storage object, not its address: all empty storages have the address 0.
+        storage = local.untyped_storage()._cdata
+        key = (storage, local.storage_offset(), tensor.shape, local.stride(), tensor.dtype)
+        if tensor.numel() and key in names:
+            aliases[name] = names[key]
             continue
-        names[place] = name
+        names[key] = name
         once[name] = tensor
     return once, aliases
 
 
 @dataclass
-class Staged:
-    """What this rank shall write, copied: file -> key -> tensor; the manifest of all ranks, on rank 0 alone."""
+class StagedTensors:
+    """Copies of what this rank has to write: file -> key -> tensor.
 
-    files: dict[str, dict[str, Tensor]]
+    `manifest` covers the files of all ranks; only rank 0 has it.
+    """
+
+    files: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     manifest: Manifest | None = None
 
 
 def stage(
     tensors: Mapping[str, Tensor],
-    place: Callable[[str], tuple[str, str]],
+    locate: Callable[[str], tuple[str, str]],
     group: dist.ProcessGroup | None,
-) -> Staged:
-    """Plan with the ranks of `group` (None: alone) who writes what of `tensors`, and copy this rank's part.
+) -> StagedTensors:
+    """Plan with the ranks of `group` which of them writes what, and copy this rank's part.
 
-    Collective. A DTensor is written in its shards, any other tensor as rank 0 has it. `place`: name -> (the file's name
-    without its ending, key).
+    Collective; `group` is None in a single process. A DTensor is written in its shards, any other
+    tensor as rank 0 has it. `locate(name)` returns (name of the file without its ending, key).
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in CODES:
             raise CheckpointError(
-                f"{name} has dtype {tensor.dtype}, which safetensors does not store. Keep it as real numbers in the model "
-                "or state_dict that owns it."
+                f"{name} has dtype {tensor.dtype}, which safetensors does not store. Keep it as "
+                "real numbers in the model or state_dict that owns it."
             )
-    writer = _StagingWriter(place, dist.get_rank(group) if group else 0)
+    writer = _StagingWriter(locate, dist.get_rank(group) if group else 0)
     planner = dcp.DefaultSavePlanner(
         flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
     )
-    with _in_its_own_words(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that a process is alone
+    with _original_errors(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about a single process
         dcp.save(
             dict(tensors),
             storage_writer=writer,
@@ -260,35 +285,36 @@ def stage(
 
 @final
 class _StagingWriter(StorageWriter):
-    """Follows a plan by copying; the copies are written later."""
+    """Follow a save plan by copying; the copies are written later."""
 
-    def __init__(self, place: Callable[[str], tuple[str, str]], rank: int) -> None:
-        self._place, self._rank = place, rank
-        self.staged = Staged({})
+    def __init__(self, locate: Callable[[str], tuple[str, str]], rank: int) -> None:
+        self._locate = locate
+        self._rank = rank
+        self.staged = StagedTensors()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """One writer stages one checkpoint."""
+        pass  # one writer stages one checkpoint
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up."""
+        pass
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        # Of a tensor with fewer rows than ranks some have an empty shard.
+        # A tensor with fewer rows than ranks has empty shards, which are not stored.
         return SavePlan([item for item in plan.items if not _is_empty_shard(item)])
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        places = {item.index: self._where(item) for item in plan.items}
+        places = {item.index: self._place(item) for item in plan.items}
         for item in plan.items:
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, Tensor)
             file, key = places[item.index]
-            self.staged.files.setdefault(file, {})[key] = copied(tensor)
+            self.staged.files.setdefault(file, {})[key] = copy_to_cpu(tensor)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        begins = {file: _begins(tensors) for file, tensors in self.staged.files.items()}
+            torch.cuda.synchronize()  # the copies are under way; training may change the originals
+        begins = {file: _begin_of_tensors(tensors) for file, tensors in self.staged.files.items()}
         future: Future[list[WriteResult]] = Future()
         future.set_result(
             [
@@ -299,33 +325,32 @@ class _StagingWriter(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        where = {
-            (r.index.fqn, tuple(r.index.offset or ())): r.storage_data
-            for rank in results
-            for r in rank
+        # (name, offsets) -> (file, key, begin)
+        places = {
+            (result.index.fqn, tuple(result.index.offset or ())): result.storage_data
+            for of_rank in results
+            for result in of_rank
         }
-        self.staged.manifest = {
-            name: Stored(
-                tensor.properties.dtype,
-                tuple(tensor.size),
-                tuple(
-                    Chunk(
-                        tuple(chunk.offsets), tuple(chunk.sizes), *where[name, tuple(chunk.offsets)]
-                    )
-                    for chunk in tensor.chunks
-                ),
+        manifest: Manifest = {}
+        for name, tensor in metadata.state_dict_metadata.items():
+            if not isinstance(tensor, TensorStorageMetadata):
+                continue
+            chunks = []
+            for chunk in tensor.chunks:
+                offsets = tuple(chunk.offsets)
+                chunks.append(Chunk(offsets, tuple(chunk.sizes), *places[name, offsets]))
+            manifest[name] = StoredTensor(
+                tensor.properties.dtype, tuple(tensor.size), tuple(chunks)
             )
-            for name, tensor in metadata.state_dict_metadata.items()
-            if isinstance(tensor, TensorStorageMetadata)
-        }
+        self.staged.manifest = manifest
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return False  # it is given its places
+        return False  # files are located by `locate`
 
-    def _where(self, item: WriteItem) -> tuple[str, str]:
-        """(file, key) of a box: whole tensors in the one file, this rank's shards in its own."""
-        file, key = self._place(item.index.fqn)
+    def _place(self, item: WriteItem) -> tuple[str, str]:
+        """Return (file, key): whole tensors share a file, shards are in a file of their rank."""
+        file, key = self._locate(item.index.fqn)
         if item.type != WriteItemType.SHARD:
             return f"{file}.safetensors", key
         offsets = ",".join(map(str, item.index.offset or ()))
@@ -340,53 +365,51 @@ def _is_empty_shard(item: WriteItem) -> bool:
     )
 
 
-def copied(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU, from a GPU under way until the device is synchronised."""
-    # Pinned memory is kept by torch's allocator, so that only the first save pays for it.
+def copy_to_cpu(tensor: Tensor) -> Tensor:
+    """Make a contiguous CPU copy; from a GPU it is complete only after a synchronization."""
+    # torch's allocator keeps pinned memory, so that only the first save allocates it.
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
 
 
-# --------------------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------ loading
 
 
-def fill(targets: Mapping[str, Tensor], manifest: Manifest, folder: Folder) -> None:
-    """Read the stored tensors of these names into the targets, of the same sizes; a rank reads what its shards need."""
+def read_tensors(targets: Mapping[str, Tensor], manifest: Manifest, folder: AtomicFolder) -> None:
+    """Read stored tensors into targets of the same names and sizes.
+
+    Each rank reads what its shards need.
+    """
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _in_its_own_words(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        # Every rank reads for itself: who needs which box follows from the manifest, so there is nothing to agree upon.
-        dcp.load(
-            dict(targets), storage_reader=_Reader(manifest, folder), planner=planner, no_dist=True
-        )
+    reader = _ManifestReader(manifest, folder)
+    with _original_errors(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about a single process
+        # The manifest determines what each rank needs, so the ranks have nothing to agree on.
+        dcp.load(dict(targets), storage_reader=reader, planner=planner, no_dist=True)
 
 
 @final
-class _Reader(StorageReader):
-    def __init__(self, manifest: Manifest, folder: Folder) -> None:
+class _ManifestReader(StorageReader):
+    """Follow a load plan by reading the files that a manifest names."""
+
+    def __init__(self, manifest: Manifest, folder: AtomicFolder) -> None:
         self._folder = folder
-        self._chunks = {
-            (name, chunk.offsets): chunk
-            for name, stored in manifest.items()
-            for chunk in stored.chunks
-        }
-        self._metadata = Metadata(
-            {
-                name: TensorStorageMetadata(
-                    TensorProperties(dtype=dtype),
-                    torch.Size(size),
-                    [
-                        ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
-                        for chunk in chunks
-                    ],
-                )
-                for name, (dtype, size, chunks) in manifest.items()
-            }
-        )
-        self._dtypes = {name: stored.dtype for name, stored in manifest.items()}
+        self._chunks: dict[tuple[str, tuple[int, ...]], Chunk] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        tensors: dict[str, Any] = {}
+        for name, stored in manifest.items():
+            self._dtypes[name] = stored.dtype
+            boxes = []
+            for chunk in stored.chunks:
+                self._chunks[name, chunk.offsets] = chunk
+                offsets, sizes = torch.Size(chunk.offsets), torch.Size(chunk.sizes)
+                boxes.append(ChunkStorageMetadata(offsets, sizes))
+            properties = TensorProperties(dtype=stored.dtype)
+            tensors[name] = TensorStorageMetadata(properties, torch.Size(stored.size), boxes)
+        self._metadata = Metadata(tensors)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """One reader reads one checkpoint."""
+        pass  # one reader reads one checkpoint
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._metadata
@@ -394,7 +417,7 @@ class _Reader(StorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Nothing to set up."""
+        pass
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -403,25 +426,32 @@ class _Reader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        # file -> begin of a chunk -> the parts of it that are needed
         wanted: dict[str, dict[int, list[ReadItem]]] = {}
         for item in plan.items:
             chunk = self._chunk(item)
             wanted.setdefault(chunk.file, {}).setdefault(chunk.begin, []).append(item)
-        for file, at in sorted(wanted.items()):
-            # Of an empty tensor nothing is read, and it may begin where the next one does.
-            items = [
-                [item for item in at[begin] if math.prod(self._chunk(item).sizes)]
-                for begin in sorted(at)
-            ]
-            items = [group for group in items if group]
-            places = [(self._chunk(group[0]).begin, self._bytes(group[0])) for group in items]
-            # strict, so that the last chunk is followed by the check of the file
-            for group, data in zip(items, self._folder.chunks(file, places), strict=True):
-                for item in group:
-                    self._copy(item, data, planner)
+        for file, by_begin in sorted(wanted.items()):
+            self._read_file(file, by_begin, planner)
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _read_file(
+        self, file: str, by_begin: Mapping[int, Sequence[ReadItem]], planner: LoadPlanner
+    ) -> None:
+        groups = []
+        ranges = []
+        for begin, items in sorted(by_begin.items()):
+            # Nothing is read of an empty tensor, which may begin where the next tensor does.
+            filled = [item for item in items if self._num_bytes(item)]
+            if filled:
+                groups.append(filled)
+                ranges.append((begin, self._num_bytes(filled[0])))
+        # strict: the last range must be consumed completely, since the check of the file follows it
+        for group, data in zip(groups, self._folder.read_ranges(file, ranges), strict=True):
+            for item in group:
+                self._copy(item, data, planner)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -430,13 +460,12 @@ class _Reader(StorageReader):
     def _chunk(self, item: ReadItem) -> Chunk:
         return self._chunks[item.storage_index.fqn, tuple(item.storage_index.offset or ())]
 
-    def _bytes(self, item: ReadItem) -> int:
+    def _num_bytes(self, item: ReadItem) -> int:
         return math.prod(self._chunk(item).sizes) * self._dtypes[item.storage_index.fqn].itemsize
 
     def _copy(self, item: ReadItem, data: bytearray, planner: LoadPlanner) -> None:
-        box = torch.frombuffer(data, dtype=self._dtypes[item.storage_index.fqn]).reshape(
-            self._chunk(item).sizes
-        )
+        dtype = self._dtypes[item.storage_index.fqn]
+        box = torch.frombuffer(data, dtype=dtype).reshape(self._chunk(item).sizes)
         for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths)):
             box = box.narrow(dim, start, length)
         target = planner.resolve_tensor(item).detach()
@@ -444,20 +473,26 @@ class _Reader(StorageReader):
         planner.commit_tensor(item, target)
 
 
-def targets_like(stored: Mapping[str, Stored], like: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Room for stored tensors: of floats that have the size of a DTensor in `like`, in shards as that one; else plain."""
+def allocate_like(stored: Mapping[str, StoredTensor], like: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Allocate targets for stored tensors.
+
+    A floating-point tensor with the size of a DTensor in `like` is sharded as that one; any other
+    is a plain CPU tensor.
+    """
     sharded = {tuple(tensor.shape): tensor for tensor in like if isinstance(tensor, DTensor)}
-    return {
-        name: torch.empty_like(sharded[tensor.size], dtype=tensor.dtype, requires_grad=False)
-        if tensor.dtype.is_floating_point and tensor.size in sharded
-        else tensor.empty()
-        for name, tensor in stored.items()
-    }
+    targets: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        if tensor.dtype.is_floating_point and tensor.size in sharded:
+            pattern = sharded[tensor.size]
+            targets[name] = torch.empty_like(pattern, dtype=tensor.dtype, requires_grad=False)
+        else:
+            targets[name] = tensor.allocate()
+    return targets
 
 
 @contextmanager
-def _in_its_own_words() -> Iterator[None]:
-    """What went wrong on some rank is raised as it was, and not as torch's account of all ranks."""
+def _original_errors() -> Iterator[None]:
+    """Raise the error of a rank as it was, in place of DCP's summary of all ranks."""
     try:
         yield
     except dcp.CheckpointException as error:

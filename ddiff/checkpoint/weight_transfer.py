@@ -1,8 +1,9 @@
-"""Fine-tuning: another run's weights as the first weights of this one.
+"""Fine-tuning: initialize a run with the weights of another run.
 
-Tensors that do not stand on the vocabulary are taken as they are. Where the vocabulary is another one on the same
-tokenizer, tables of states and words are taken word by word: an embedding of a node starts from its words, the mask's from
-the old mask. A head whose rows mean something else starts anew.
+Tensors that do not depend on the vocabulary are taken as they are. If the vocabulary is another tree
+over the same tokens, tables of states and tokens are transferred token by token: an embedding of a
+node is the mean of its tokens, that of the mask is the old mask. A head whose rows have another
+meaning keeps its fresh weights.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from ddiff.nn.heads import Head, TokenHead, TreeHead
 Parts = Literal["all", "embeddings"]
 
 
-class Source(NamedTuple):
-    """A trained run: where it is, its weights by name, what they stand on."""
+class TrainedWeights(NamedTuple):
+    """Weights of a trained run by name, with its vocabulary and head; `place` names it in errors."""
 
     place: str
     weights: Mapping[str, Tensor]
@@ -32,138 +33,158 @@ class Source(NamedTuple):
     head: Head
 
 
-class Carried(NamedTuple):
-    """The new weights by name, and the names of those taken `whole`, `by_word`, and those that start `anew`."""
+class TransferredWeights(NamedTuple):
+    """Weights by name, and the names taken `whole`, taken `by_token`, and left `fresh`."""
 
     weights: dict[str, Tensor]
     whole: list[str]
-    by_word: list[str]
-    anew: list[str]
+    by_token: list[str]
+    fresh: list[str]
 
 
 @torch.no_grad()
-def carried(denoiser: Denoiser, source: Source, parts: Parts) -> Carried:
-    """What `denoiser` starts with: all that `source` has, or its embeddings of states alone.
+def transfer_weights(
+    denoiser: Denoiser, source: TrainedWeights, parts: Parts
+) -> TransferredWeights:
+    """Compute the initial weights of `denoiser` from `source`: all, or only state embeddings.
 
-    Raises CheckpointError when tensors that are due are missing there or have another shape.
+    Raises CheckpointError if tensors are missing there or have another shape.
     """
-    own, vocabulary = denoiser.state_dict(), denoiser.head.vocabulary
-    parts_of_it = denoiser.backbone.named_modules(prefix="backbone")
-    states = [f"{name}.weight" for name, part in parts_of_it if isinstance(part, StateEmbedding)]
+    own = denoiser.state_dict()
+    vocabulary = denoiser.head.vocabulary
+    states = _find_state_embeddings(denoiser)
     head = [name for name in own if name.startswith("head.")]
     if parts == "embeddings" and not states:
         raise CheckpointError(
-            f'[train] init parts = "embeddings": {type(denoiser.backbone).__name__} has no StateEmbedding to fill. '
-            'Take parts = "all".'
+            f'[train] init parts = "embeddings": {type(denoiser.backbone).__name__} has no '
+            'StateEmbedding to fill. Take parts = "all".'
         )
     taken = states if parts == "embeddings" else [name for name in own if name not in head]
-    _check(own, source, taken, states)
+    _check_shapes(own, source, taken, states)
     if parts == "all":
         _check_nothing_else(own, source)
-    same = vocabulary.fingerprint == source.vocabulary.fingerprint
-    weights = {
-        name: source.weights[name].to(own[name]) for name in taken if same or name not in states
-    }
-    by_word = (
-        {}
-        if same
-        else {name: _states(source.weights[name], source.vocabulary, vocabulary) for name in states}
-    )
+    is_same = vocabulary.fingerprint == source.vocabulary.fingerprint
+    weights: dict[str, Tensor] = {}
+    by_token: dict[str, Tensor] = {}
+    for name in taken:
+        if is_same or name not in states:
+            weights[name] = source.weights[name].to(own[name])
+        else:
+            table = source.weights[name]
+            by_token[name] = _transfer_states(table, source.vocabulary, vocabulary)
     if parts == "all":
-        if _same_head(denoiser.head, source.head, same):
-            _check(own, source, head)
+        if is_same and _is_same_head(denoiser.head, source.head):
+            _check_shapes(own, source, head)
             weights |= {name: source.weights[name].to(own[name]) for name in head}
-        elif _speaks_of_words(source.head) and isinstance(denoiser.head, TokenHead | TreeHead):
-            by_word |= _head(denoiser.head, source)
-    anew = [name for name in own if name not in weights and name not in by_word]
-    return Carried({**own, **weights, **by_word}, list(weights), list(by_word), anew)
+        elif _has_token_rows(source.head) and isinstance(denoiser.head, TokenHead | TreeHead):
+            by_token |= _transfer_head(denoiser.head, source)
+    fresh = [name for name in own if name not in weights and name not in by_token]
+    return TransferredWeights({**own, **weights, **by_token}, list(weights), list(by_token), fresh)
 
 
-def _check(
-    own: Mapping[str, Tensor], source: Source, names: Sequence[str], states: Sequence[str] = ()
+def _find_state_embeddings(denoiser: Denoiser) -> list[str]:
+    modules = denoiser.backbone.named_modules(prefix="backbone")
+    return [f"{name}.weight" for name, module in modules if isinstance(module, StateEmbedding)]
+
+
+def _check_shapes(
+    own: Mapping[str, Tensor],
+    source: TrainedWeights,
+    names: Sequence[str],
+    states: Sequence[str] = (),
 ) -> None:
-    """Raises CheckpointError unless `names` are there; tables of states may have other rows, not another width."""
+    """Raise CheckpointError unless `source` has `names` in the same shapes.
+
+    Tables of states may have another number of rows.
+    """
     faults = []
     for name in names:
         if name not in source.weights:
             faults.append(f"{name} is not there")
             continue
-        theirs, mine = source.weights[name].shape, own[name].shape
-        if theirs[1:] != mine[1:] if name in states else theirs != mine:
+        theirs = source.weights[name].shape
+        mine = own[name].shape
+        is_same = theirs[1:] == mine[1:] if name in states else theirs == mine
+        if not is_same:
             faults.append(f"{name} has shape {list(theirs)} there and {list(mine)} here")
-    _refuse(faults, source)
+    _raise_faults(faults, source)
 
 
-def _check_nothing_else(own: Mapping[str, Tensor], source: Source) -> None:
+def _check_nothing_else(own: Mapping[str, Tensor], source: TrainedWeights) -> None:
     others = [name for name in source.weights if name not in own and not name.startswith("head.")]
-    _refuse([f"{name} has no place here" for name in others], source)
+    _raise_faults([f"{name} has no place here" for name in others], source)
 
 
-def _refuse(faults: list[str], source: Source) -> None:
+def _raise_faults(faults: list[str], source: TrainedWeights) -> None:
     if faults:
         more = f" and {len(faults) - 3} more differences" if len(faults) > 3 else ""
         raise CheckpointError(
-            f"[train] init: the weights of {source.place} do not fit this denoiser: {'; '.join(faults[:3])}{more}. "
-            'Give [denoiser] the sizes of that run, or take parts = "embeddings".'
+            f"[train] init: the weights of {source.place} do not fit this denoiser: "
+            f"{'; '.join(faults[:3])}{more}. Give [denoiser] the sizes of that run, or take "
+            'parts = "embeddings".'
         )
 
 
-def _means(rows: Tensor, vocabulary: Vocabulary, level: int) -> Tensor:
-    """[n_l,d] the mean over the words of each node of rows [V,d]."""
-    index = (
-        vocabulary.ancestor(torch.arange(vocabulary.num_tokens), level) - vocabulary.offsets[level]
-    )
+def _average_tokens(rows: Tensor, vocabulary: Vocabulary, level: int) -> Tensor:
+    """Average rows [V,d] over the tokens of each node of a level: [n_l,d]."""
+    tokens = torch.arange(vocabulary.num_tokens)
+    index = vocabulary.ancestor(tokens, level) - vocabulary.offsets[level]
     sums = rows.new_zeros(vocabulary.level_sizes[level], rows.shape[1]).index_add(0, index, rows)
     return sums / torch.bincount(index, minlength=len(sums)).unsqueeze(-1).to(rows)
 
 
-def _states(theirs: Tensor, old: Vocabulary, new: Vocabulary) -> Tensor:
-    """[S,d] embeddings of states: words by word, nodes from their words, the mask from the old mask."""
-    words = theirs[: new.num_tokens]
-    weight = torch.cat([_means(words, new, level) for level in range(new.num_levels + 1)])
+def _transfer_states(theirs: Tensor, old: Vocabulary, new: Vocabulary) -> Tensor:
+    """Build embeddings of states [S,d]: tokens as they are, nodes as means, the old mask."""
+    tokens = theirs[: new.num_tokens]
+    levels = [_average_tokens(tokens, new, level) for level in range(new.num_levels + 1)]
+    weight = torch.cat(levels)
     if new.mask_id is not None and old.mask_id is not None:
         weight[new.mask_id] = theirs[old.mask_id]
     return weight
 
 
-def _same_head(mine: Head, theirs: Head, same_vocabulary: bool) -> bool:
-    kinds = [
-        (type(head), getattr(head, "kind", None), getattr(head, "reading", None))
-        for head in (mine, theirs)
-    ]
-    return same_vocabulary and kinds[0] == kinds[1]
+def _is_same_head(mine: Head, theirs: Head) -> bool:
+    """Whether the rows of two heads on the same vocabulary have the same meaning."""
+    if isinstance(mine, TreeHead) and isinstance(theirs, TreeHead) and mine.kind != theirs.kind:
+        return False
+    readings = [getattr(head, "reading", None) for head in (mine, theirs)]
+    return type(mine) is type(theirs) and readings[0] == readings[1]
 
 
-def _speaks_of_words(head: Head) -> bool:
-    """Whether a row of the table is a word's logit among all words."""
+def _has_token_rows(head: Head) -> bool:
+    """Whether each row of the table gives a token's logit among all tokens."""
     return isinstance(head, TokenHead) or (isinstance(head, TreeHead) and head.kind == "tied")
 
 
-def _head(mine: TokenHead | TreeHead, source: Source) -> dict[str, Tensor]:
-    """A head from one that speaks of words: their rows as they are, a node's the mean, its bias the log of the sum.
+def _transfer_head(mine: TokenHead | TreeHead, source: TrainedWeights) -> dict[str, Tensor]:
+    """Build a head's table and bias from those of a head with token rows.
 
-    The law of the words below a node of the lowest level is then the one that the old head had there.
+    A node's row is the mean over its tokens; its bias is the log of the sum of their exponentials.
+    The distribution over the tokens of a node of the lowest level then is that of the old head.
     """
-    words = torch.argsort(_nodes(source.head, 0))
-    table, bias = source.weights["head.table"][words], source.weights["head.bias"][words]
-    tables, biases = [], []
-    for level in range(getattr(mine, "levels", 1)):
-        nodes = _nodes(mine, level)
-        tables.append(_means(table, mine.vocabulary, level)[nodes])
-        biases.append(_log_sums(bias, mine.vocabulary, level)[nodes])
+    tokens = torch.argsort(_row_order(source.head, 0))
+    table = source.weights["head.table"][tokens]
+    bias = source.weights["head.bias"][tokens]
+    tables = []
+    biases = []
+    levels = mine.levels if isinstance(mine, TreeHead) else 1
+    for level in range(levels):
+        order = _row_order(mine, level)
+        tables.append(_average_tokens(table, mine.vocabulary, level)[order])
+        biases.append(_logsumexp_tokens(bias, mine.vocabulary, level)[order])
     return {"head.table": torch.cat(tables), "head.bias": torch.cat(biases)}
 
 
-def _nodes(head: Head, level: int) -> Tensor:
-    """[n_l] which node of a level each row of the head's table speaks of, counted from the level's first."""
+def _row_order(head: Head, level: int) -> Tensor:
+    """Return which node of a level each row of the head's table belongs to: [n_l], from 0."""
     vocabulary = head.vocabulary
     if isinstance(head, TreeHead):
         return vocabulary.order(level) - vocabulary.offsets[level]
     return torch.arange(vocabulary.num_tokens)
 
 
-def _log_sums(values: Tensor, vocabulary: Vocabulary, level: int) -> Tensor:
-    """[n_l] log of the sum of exp(values [V]) over the words of each node."""
-    words = torch.arange(vocabulary.num_tokens)
-    index = vocabulary.ancestor(words, level) - vocabulary.offsets[level]
+def _logsumexp_tokens(values: Tensor, vocabulary: Vocabulary, level: int) -> Tensor:
+    """Compute the log of the sum of exp(values [V]) over the tokens of each node: [n_l]."""
+    tokens = torch.arange(vocabulary.num_tokens)
+    index = vocabulary.ancestor(tokens, level) - vocabulary.offsets[level]
     return segment_logsumexp(values.unsqueeze(0), index, vocabulary.level_sizes[level]).squeeze(0)

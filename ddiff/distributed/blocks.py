@@ -1,4 +1,4 @@
-"""The blocks of a trunk: the layers of one shape that are sharded, compiled and recomputed one by one."""
+"""Blocks of a backbone: layers of one shape that are sharded, compiled and recomputed one by one."""
 
 from __future__ import annotations
 
@@ -10,30 +10,33 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The elements of every outermost `nn.ModuleList` with parameters of their own, in the order of the module."""
-    return [block for block in _listed(module) if any(True for _ in block.parameters())]
+def find_blocks(module: nn.Module) -> list[nn.Module]:
+    """List the elements, with parameters, of every outermost `nn.ModuleList`, in module order."""
+    return [block for block in _iterate_lists(module) if any(True for _ in block.parameters())]
 
 
 def recompute_activations(module: nn.Module) -> None:
-    """Keep of each block its input alone, and compute the rest again in the backward: less memory, a third more work."""
-    for block in blocks_of(module):
-        # in place of a wrapper, which would rename every parameter below it
+    """Keep only the input of each block and recompute the rest in the backward pass.
+
+    This takes less memory and a third more work.
+    """
+    for block in find_blocks(module):
+        # A wrapper module would rename every parameter below it.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compile each block in place (torch.compile, one graph without breaks), so that equal blocks are compiled once.
+    """Compile each block in place, as one graph, so that equal blocks are compiled once.
 
-    What is recomputed must be compiled first: compilers do not look through the recomputation.
+    To be called before `recompute_activations`: compilers do not see through the recomputation.
     """
-    for block in blocks_of(module):
+    for block in find_blocks(module):
         block.forward = torch.compile(block.forward, fullgraph=True)
 
 
-def _listed(module: nn.Module) -> Iterator[nn.Module]:
+def _iterate_lists(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child
         else:
-            yield from _listed(child)
+            yield from _iterate_lists(child)

@@ -1,7 +1,8 @@
-"""Several processes of one command on this machine, found by one another through the environment, as torchrun has it.
+"""Start several worker processes of one command on this machine, as torchrun does.
 
-`launch` starts the workers, hands signals on to all of them, and tells one error for all. It knows no torch: a worker is
-the same command with `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` set.
+`launch` starts the workers, passes signals on to all of them and prints one error for all. A worker
+is the same command with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set. This module
+imports no torch.
 """
 
 from __future__ import annotations
@@ -21,140 +22,148 @@ from typing import IO, NamedTuple, NoReturn
 
 from ddiff.errors import ArgumentError, shorten
 
-MISTAKE = 2  # the exit code of a mistake that the caller can mend
+MISTAKE = 2  # exit code of a mistake that the user can fix
 GRACE = 5.0  # seconds that workers have to end by themselves after one of them has failed
-_ALONE = "DDIFF_LAUNCH_CORES"  # the cores of a machine that workers were given equal shares of
-_REPORTS = (
-    "DDIFF_LAUNCH_REPORTS"  # the folder in which a worker leaves the message that it ends with
-)
+_CORES = "DDIFF_LAUNCH_CORES"  # cores of the machine, of which each worker got an equal share
+_REPORTS = "DDIFF_LAUNCH_REPORTS"  # folder in which a worker leaves its last message
 
 
-class Place(NamedTuple):
-    """Where a process stands among those that were started with it; `local_rank` counts those of its machine."""
+class RankInfo(NamedTuple):
+    """Rank of a process among those started together; `local_rank` counts within its machine."""
 
     rank: int
     local_rank: int
     world_size: int
 
 
-def place() -> Place | None:
-    """This process's place among those that torchrun or `launch` started; None when it stands alone."""
+def get_rank_info() -> RankInfo | None:
+    """Return the rank that torchrun or `launch` gave this process; None if it is the only one."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return None
-    rank, world_size = _count("RANK"), _count("WORLD_SIZE")
-    local_rank = _count("LOCAL_RANK") if "LOCAL_RANK" in os.environ else rank
+    rank = _read_number("RANK")
+    world_size = _read_number("WORLD_SIZE")
+    local_rank = _read_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else rank
     if rank >= world_size:
         raise ArgumentError(
-            f"The environment variable RANK must be below WORLD_SIZE; got {rank} and {world_size}. Unset both (and "
-            "MASTER_ADDR) to run one process, or start several with torchrun."
+            f"The environment variable RANK must be below WORLD_SIZE; got {rank} and {world_size}. "
+            "Unset both (and MASTER_ADDR) to run one process, or start several with torchrun."
         )
-    return Place(rank, local_rank, world_size)
+    return RankInfo(rank, local_rank, world_size)
 
 
 def check_address() -> None:
-    """Raises ArgumentError where MASTER_PORT, at which processes find one another, is no port."""
-    port = _count("MASTER_PORT") if "MASTER_PORT" in os.environ else 0
+    """Raise ArgumentError unless MASTER_PORT, where processes find one another, is a port."""
+    port = _read_number("MASTER_PORT") if "MASTER_PORT" in os.environ else 0
     if not 0 < port < 65536:
         raise ArgumentError(
-            f"The environment variable MASTER_PORT must be a port from 1 to 65535, as torchrun sets it; got "
-            f"{port or 'none'}. Unset RANK, WORLD_SIZE and MASTER_ADDR to run one process."
+            "The environment variable MASTER_PORT must be a port from 1 to 65535, as torchrun sets "
+            f"it; got {port or 'none'}. Unset RANK, WORLD_SIZE and MASTER_ADDR to run one process."
         )
 
 
-def _count(name: str) -> int:
-    """The whole number in an environment variable; ArgumentError when it holds something else."""
+def _read_number(name: str) -> int:
+    """Read a whole number from an environment variable; ArgumentError if it is none."""
     written = os.environ[name]
     if not written.isascii() or not written.strip().isdecimal():
         raise ArgumentError(
-            f"The environment variable {name} must be a whole number from 0, as torchrun sets it; got "
-            f"{shorten(written)!r}. Unset it to run one process."
+            f"The environment variable {name} must be a whole number from 0, as torchrun sets it; "
+            f"got {shorten(written)!r}. Unset it to run one process."
         )
     return int(written)
 
 
-def cores_alone() -> int | None:
-    """How many threads a worker may use once the others have ended; None where nobody has divided them."""
-    return int(os.environ[_ALONE]) if _ALONE in os.environ else None
+def get_machine_cores() -> int | None:
+    """Return the number of threads for a worker after the others ended; None if not divided."""
+    return int(os.environ[_CORES]) if _CORES in os.environ else None
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run `ddiff ARGUMENTS` as `processes` workers on this machine; the exit code that one process would have had.
+    """Run `ddiff ARGUMENTS` as `processes` workers; return the exit code of a single process.
 
-    Rank 0 writes to this process's own streams. When a worker fails, the others have five seconds to end, and the message
-    of the one that failed first is told. Workers end with this process, however it ends.
+    Rank 0 writes to the streams of this process. When a worker fails, the others have five seconds
+    to end, and the message of the one that failed first is printed. Workers end with this process,
+    however it ends.
     """
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     with tempfile.TemporaryDirectory(prefix="ddiff-") as folder:
-        port, reports = _free_port(), Path(folder)
+        port = _find_free_port()
+        reports = Path(folder)
         workers = [
-            _start(arguments, Place(rank, rank, processes), port, reports)
+            _start_worker(arguments, RankInfo(rank, rank, processes), port, reports)
             for rank in range(processes)
         ]
         try:
-            _wait(workers, received)
-            return _outcome(workers, reports)
+            _wait_for_workers(workers, received)
+            return _report_outcome(workers, reports)
         finally:
             for worker in workers:
                 worker.kill()
                 worker.wait()
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
 
-def end(message: str, code: int) -> NoReturn:
-    """End this process with a message: told here, or by the launcher, once for all workers."""
+def exit_with_message(message: str, code: int) -> NoReturn:
+    """End this process with a message, which the launcher prints once for all workers."""
     try:
-        there = place()
-    except ArgumentError:  # that is what is being told
-        there = None
+        info = get_rank_info()
+    except ArgumentError:  # the message is about these variables
+        info = None
     reports = os.environ.get(_REPORTS)
-    if there and reports:
-        Path(reports, str(there.rank)).write_text(message, encoding="utf-8")
+    if info and reports:
+        Path(reports, str(info.rank)).write_text(message, encoding="utf-8")
     else:
         print(message, file=sys.stderr)
-    if there is None:
+    if info is None:
         raise SystemExit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        code
-    )  # other ranks may wait in a collective: an orderly end would wait for them, or abort
+    # Other ranks may wait in a collective: an orderly exit would wait for them, or abort.
+    os._exit(code)
 
 
-def follow_launcher() -> None:
-    """A worker of `launch` ends when its launcher does: the launcher holds the other end of its standard input."""
+def exit_with_launcher() -> None:
+    """Make a worker of `launch` end when its launcher ends.
+
+    The launcher holds the other end of the worker's standard input, which is closed when it ends.
+    """
     if _REPORTS in os.environ:
-        threading.Thread(target=_end_at_end_of_input, daemon=True).start()
+        threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
 
 
-def _end_at_end_of_input() -> None:
+def _exit_at_end_of_input() -> None:
     while os.read(0, 1024):
         pass
     os._exit(1)
 
 
-def _start(
-    arguments: Sequence[str], there: Place, port: int, reports: Path
+def _start_worker(
+    arguments: Sequence[str], info: RankInfo, port: int, reports: Path
 ) -> subprocess.Popen[bytes]:
     environment = {
-        **_shares_of_cores(there.world_size),
+        **_divide_cores(info.world_size),
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
-        "RANK": str(there.rank),
-        "LOCAL_RANK": str(there.local_rank),
-        "WORLD_SIZE": str(there.world_size),
+        "RANK": str(info.rank),
+        "LOCAL_RANK": str(info.local_rank),
+        "WORLD_SIZE": str(info.world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         _REPORTS: str(reports),
     }
     command = [sys.executable, "-P", "-m", "ddiff", *arguments]
-    log: IO[bytes] | None = None if there.rank == 0 else open(reports / f"{there.rank}.log", "wb")  # noqa: SIM115
-    # A session of its own: a Ctrl-C reaches the workers once, through the launcher, and not from the terminal as well.
+    log: IO[bytes] | None = None
+    if info.rank > 0:
+        log = open(reports / f"{info.rank}.log", "wb")  # noqa: SIM115
+    # In a session of its own a worker gets a Ctrl-C once, from the launcher, and not from the
+    # terminal as well.
     worker = subprocess.Popen(
         command,
         env=environment,
@@ -168,8 +177,8 @@ def _start(
     return worker
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]], received: list[int]) -> None:
-    """Until all have ended, or GRACE after one has failed; signals go to all."""
+def _wait_for_workers(workers: Sequence[subprocess.Popen[bytes]], received: list[int]) -> None:
+    """Wait until all have ended, or GRACE after one has failed; pass signals on to all."""
     deadline = float("inf")
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
         while received:
@@ -181,45 +190,56 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], received: list[int]) -> No
         time.sleep(0.02)
 
 
-def _outcome(workers: Sequence[subprocess.Popen[bytes]], reports: Path) -> int:
-    """The exit code of the failure that came first, its message told; a mistake of the caller before its consequences."""
+def _report_outcome(workers: Sequence[subprocess.Popen[bytes]], reports: Path) -> int:
+    """Print the message of the first failure and return its exit code, 0 without a failure."""
     failed = [rank for rank, worker in enumerate(workers) if worker.returncode]
     if not failed:
         return 0
-
-    def order(rank: int) -> tuple[bool, int, int]:
-        report = reports / str(
-            rank
-        )  # who was killed left none, and the others' are what came of it
-        written = report.stat().st_mtime_ns if report.exists() else 0
-        return workers[rank].returncode != MISTAKE, written, rank
-
-    first = min(failed, key=order)
-    code, report, log = workers[first].returncode, reports / str(first), reports / f"{first}.log"
+    first = min(failed, key=lambda rank: _failure_order(workers[rank], reports, rank))
+    code = workers[first].returncode
+    report = reports / str(first)
     if report.exists():
         print(report.read_text(encoding="utf-8"), file=sys.stderr)
     elif code < 0:
-        said = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.exists() else ""
+        log = reports / f"{first}.log"
+        output = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.exists() else ""
         print(
-            f"{said}Worker {first} of {len(workers)} was ended by {signal.Signals(-code).name}, so all were; a machine "
-            "without memory to spare does that with SIGKILL. The same command goes on from the newest checkpoint.",
+            f"{output}Worker {first} of {len(workers)} was ended by {signal.Signals(-code).name}, "
+            "so all were; a machine without memory to spare does that with SIGKILL. The same "
+            "command resumes from the newest checkpoint.",
             file=sys.stderr,
         )
     return 128 - code if code < 0 else code
 
 
-def _shares_of_cores(workers: int) -> dict[str, str]:
-    """Each worker's share, unless the caller has said how many threads there shall be."""
+def _failure_order(
+    worker: subprocess.Popen[bytes], reports: Path, rank: int
+) -> tuple[bool, int, int]:
+    """Sort key of a failure: mistakes of the user before their consequences, then by time.
+
+    A worker that was killed left no report, and the other failures are its consequences: it has
+    time 0.
+    """
+    report = reports / str(rank)
+    written = report.stat().st_mtime_ns if report.exists() else 0
+    return worker.returncode != MISTAKE, written, rank
+
+
+def _divide_cores(workers: int) -> dict[str, str]:
+    """Give each worker its share of the cores, unless the user has set the number of threads."""
     if "OMP_NUM_THREADS" in os.environ:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, _cores() // workers)), _ALONE: str(_cores())}
+    cores = _count_cores()
+    return {"OMP_NUM_THREADS": str(max(1, cores // workers)), _CORES: str(cores)}
 
 
-def _free_port() -> int:
+def _find_free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _count_cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))  # containers restrict it
+    return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""One process on one device."""
+"""Backend of one process on one device."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ddiff.errors import ArgumentError
 
 @final
 class SingleBackend:
-    """One process, one device: `device` is "auto" (CUDA when there is one, else the CPU) or any torch device name."""
+    """One process, one device: "auto" (CUDA if there is one, else the CPU) or any torch device."""
 
     rank = 0
     world_size = 1
 
     def __init__(self, device: str = "auto") -> None:
-        self.device = device_named(device)
+        self.device = resolve_device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -32,27 +32,33 @@ class SingleBackend:
     def unwrap(self, module: nn.Module) -> nn.Module:
         return module
 
-    def accumulating(self, module: nn.Module) -> AbstractContextManager[None]:
+    def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def gather_weights(self, module: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
 
     def sum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(values)
 
-    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-        return clipped(parameters, max_norm)
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+        return clip_grad_norm(parameters, max_norm)
 
-    def first(self) -> AbstractContextManager[None]:
+    def main_process_first(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def barrier(self) -> None:
-        """Nothing to wait for."""
+        pass
 
     def close(self) -> None:
-        """Nothing to close."""
+        pass
 
 
-def clipped(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """The norm (0-d) of all gradients together; they are scaled to `max_norm` when it exceeds that."""
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale all gradients so that their common norm is at most `max_norm`; return the norm before.
+
+    As `torch.nn.utils.clip_grad_norm_`, but None clips nothing.
+    """
     parameters = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     if max_norm is not None:
@@ -60,8 +66,8 @@ def clipped(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tenso
     return norm
 
 
-def device_named(name: str) -> torch.device:
-    """The device of that name, "auto" for a GPU where there is one; ArgumentError when it cannot be used."""
+def resolve_device(name: str) -> torch.device:
+    """Return the device of that name, "auto" for a GPU if any; ArgumentError if it is unusable."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -72,12 +78,13 @@ def device_named(name: str) -> torch.device:
         ) from error
     if device.type == "mps":
         raise ArgumentError(
-            'device "mps" cannot be used: times, bounds and draws are computed in float64, which Metal does not have. '
-            'Use device = "cpu".'
+            'device "mps" cannot be used: times, bounds and draws are computed in float64, which '
+            'Metal does not have. Use device = "cpu".'
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ArgumentError(
             f'device must be one that torch {torch.__version__} sees; got "{name}", and there are '
-            f'{torch.cuda.device_count()} CUDA devices here. Use device = "auto", or install a CUDA build of torch.'
+            f'{torch.cuda.device_count()} CUDA devices here. Use device = "auto", or install a '
+            "CUDA build of torch."
         )
     return device

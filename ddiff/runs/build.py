@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
-from ddiff.distributed.launcher import place
-from ddiff.distributed.single import SingleBackend, device_named
+from ddiff.distributed.launcher import get_rank_info
+from ddiff.distributed.single import SingleBackend, resolve_device
 from ddiff.errors import ArgumentError, DataError
 from ddiff.evaluation.likelihood import Scored
 from ddiff.nn.denoiser import Denoiser
@@ -207,7 +207,7 @@ def build_backend(recipe: Recipe) -> Backend:
     """Build the backend that trains; ArgumentError if the processes cannot share the batch."""
     train = recipe.train
     backend = _build_backend(recipe, recipe.backend_keys.processes)
-    there = place()
+    there = get_rank_info()
     if there is not None and there.world_size != backend.world_size:
         raise ArgumentError(
             f'[backend] kind = "{recipe.backend.component.name}" runs {backend.world_size} '
@@ -233,7 +233,7 @@ def build_single_backend(recipe: Recipe) -> Backend:
 def check_backend(recipe: Recipe) -> None:
     """Raise ArgumentError for a backend that fails for certain, without starting processes."""
     if recipe.backend.members.is_distributed:
-        device_named(recipe.backend_keys.device)
+        resolve_device(recipe.backend_keys.device)
     else:
         build_backend(recipe).close()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddiff.distributed.blocks import blocks_of
+from ddiff.distributed.blocks import find_blocks
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.embedding import StateEmbedding
 from ddiff.nn.heads import Head
@@ -98,7 +98,7 @@ class Footprint:
 
 def gathered_bytes(denoiser: Denoiser) -> int:
     """Bytes of weights that FSDP gathers at once: all outside the blocks, and the largest block."""
-    blocks = [num_bytes(block.parameters()) for block in blocks_of(denoiser)]
+    blocks = [num_bytes(block.parameters()) for block in find_blocks(denoiser)]
     return num_bytes(denoiser.parameters()) - sum(blocks) + max(blocks, default=0)
 
 

@@ -48,7 +48,7 @@ def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto")
     }
     for name, value in newest.state["fingerprints"].items():
         metadata[f"{name} fingerprint"] = value
-    tensors = newest.weights(average=average)
+    tensors = newest.read_weights(average=average)
     write_file(target, lambda sink: write_tensors(sink, tensors, metadata))
     return metadata
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
-from ddiff.checkpoint.weight_transfer import Parts, Source, carried
+from ddiff.checkpoint.weight_transfer import Parts, TrainedWeights, transfer_weights
 from ddiff.clustering.files import load_model_embeddings
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.tokenizer import Tokenizer, load_tokenizer
@@ -81,14 +81,14 @@ def load_run_weights(
     recipe = read_recipe(directory / RECIPE)
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
     _check_components(directory, newest, theirs, vocabulary)
-    weights = newest.weights()
+    weights = newest.read_weights()
     # The head of the other run tells what the rows of its table stand for. It is built as wide as
     # that table, which may differ from this run's.
     width = denoiser.head.width
     if "head.table" in weights:
         width = weights["head.table"].shape[-1]
-    source = Source(run_dir, weights, vocabulary, build_head(recipe, vocabulary, width))
-    taken = carried(denoiser, source, parts)
+    source = TrainedWeights(run_dir, weights, vocabulary, build_head(recipe, vocabulary, width))
+    taken = transfer_weights(denoiser, source, parts)
     denoiser.load_state_dict(taken.weights)
     return {
         "run": run_dir,
@@ -98,8 +98,8 @@ def load_run_weights(
         "vocabulary": vocabulary.fingerprint,
         "recipe": recipe.fingerprint,
         "whole": taken.whole,
-        "by_word": taken.by_word,
-        "anew": taken.anew,
+        "by_word": taken.by_token,
+        "anew": taken.fresh,
     }
 
 

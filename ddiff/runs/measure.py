@@ -182,7 +182,7 @@ def _measure_session(
 
 def _footprint(denoiser: Denoiser, trainer: Trainer, rise: float) -> Footprint:
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    average = trainer.average
+    average = trainer.ema
     return Footprint(
         parameters=num_bytes(list(denoiser.parameters())),
         gradients=num_bytes(trained),

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ddiff.distributed.blocks import blocks_of
-from ddiff.distributed.single import device_named
+from ddiff.distributed.blocks import find_blocks
+from ddiff.distributed.single import resolve_device
 from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe.model import Recipe
@@ -47,7 +47,7 @@ def check_memory(recipe: Recipe, denoiser: Denoiser | None) -> str:
     `denoiser` may be on the meta device, or None if its size is not known yet.
     """
     need = estimate_need(recipe, denoiser)
-    room = total_memory(device_named(recipe.backend_keys.device))
+    room = total_memory(resolve_device(recipe.backend_keys.device))
     amount = f"{_format_bytes(need.total)} of memory at least, of {_format_bytes(room)}"
     sizes = _describe_sizes(recipe, need)
     if need.total > room:
@@ -77,7 +77,7 @@ def estimate_need(recipe: Recipe, denoiser: Denoiser | None) -> MemoryNeed:
     if denoiser is not None:
         parameters = sum(parameter.numel() for parameter in denoiser.parameters())
         width = int(denoiser.head.width)
-        layers = max(1, len(blocks_of(denoiser)))
+        layers = max(1, len(find_blocks(denoiser)))
     weight_bytes = 4.0 * parameters
     copies = 4 if train.ema else 3
     positions = train.batch // (train.accumulate * processes) * recipe.length

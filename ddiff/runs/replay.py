@@ -249,13 +249,13 @@ def compare_weights(theirs: Checkpoint, mine: Checkpoint) -> Deviation | None:
 
 
 def _flatten_weights(checkpoint: Checkpoint) -> Tensor:
-    weights = checkpoint.weights()
+    weights = checkpoint.read_weights()
     return torch.cat([weights[name].double().ravel() for name in sorted(weights)])
 
 
 def _flatten_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    tree: dict[str, Any] = {"model": checkpoint.weights()}
-    for name, entry in checkpoint.tree().items():
+    tree: dict[str, Any] = {"model": checkpoint.read_weights()}
+    for name, entry in checkpoint.read_state().items():
         if name in ("optimizer", "ema", "random"):
             tree[name] = entry
     return dict(_leaves(tree, ""))

@@ -193,5 +193,5 @@ class Run:
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Load the weights of a checkpoint, or their moving average, into the network."""
-        weights = checkpoint.weights(average=self.uses_ema)
+        weights = checkpoint.read_weights(average=self.uses_ema)
         load_weights(self.objective.module, weights, str(self.run_dir))

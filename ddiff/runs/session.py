@@ -19,7 +19,7 @@ from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.batch import Batch
 from ddiff.data.prefetch import Prefetcher
 from ddiff.distributed.blocks import compile_blocks, recompute_activations
-from ddiff.distributed.launcher import cores_alone
+from ddiff.distributed.launcher import get_machine_cores
 from ddiff.recipe.model import Recipe
 from ddiff.run_dir.identity import flatten_keys
 from ddiff.runs.build import (
@@ -60,7 +60,9 @@ def build_run(
     """
     backend = backend or build_single_backend(recipe)
     text = RunText(recipe)
-    with backend.first():  # rank 0 tokenises, the others then find the shards in the cache
+    with (
+        backend.main_process_first()
+    ):  # rank 0 tokenises, the others then find the shards in the cache
         text.train_rows  # noqa: B018
         text.check_repetitions()
         vocabulary = _choose_vocabulary(text, overrides)
@@ -154,7 +156,9 @@ class TrainingSession:
         is written.
         """
         if self.recipe.evaluate.every:
-            with self.backend.first():  # every rank evaluates; rank 0 packs the rows for all
+            with (
+                self.backend.main_process_first()
+            ):  # every rank evaluates; rank 0 packs the rows for all
                 self.data.validation_rows  # noqa: B018
         self.distribute()
         trainer = self.trainer()  # after wrapping: the optimizer takes the wrapped parameters
@@ -273,7 +277,7 @@ class TrainingSession:
 
     def load_trained_run(self) -> Run:
         """Assemble the plain network again and load the newest checkpoint, on every rank."""
-        if cores := cores_alone():  # of the other processes, which have ended
+        if cores := get_machine_cores():  # of the other processes, which have ended
             torch.set_num_threads(cores)
         # the process holds no weights, so it is not built again
         device = self.backend.device

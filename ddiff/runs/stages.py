@@ -16,7 +16,7 @@ from typing import Any
 
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
-from ddiff.distributed.launcher import place
+from ddiff.distributed.launcher import get_rank_info
 from ddiff.errors import ArgumentError
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import read_recipe
@@ -105,7 +105,7 @@ def _writes_unicode() -> bool:
 def _run_stages(recipe: Recipe, overrides: Overrides, fresh: bool) -> tuple[Run | None, int]:
     """Return the trained run and the exit code; no run if a signal ended the training."""
     directory = Path(recipe.run_dir)
-    there = place()  # None for one process
+    there = get_rank_info()  # None for one process
     check_directory(directory, recipe, overrides, fresh)
     leads = there is None or there.rank == 0
     if leads:

@@ -1,7 +1,8 @@
-"""Learning rates as functions of the step: a multiplier in (0, 1] of each parameter group's own rate.
+"""Learning-rate schedules: step -> factor in (0, 1] of each parameter group's own rate.
 
-Nothing of it needs storing, since the step says all. A run that is continued with a larger number of steps follows the
-cosine of the *new* total from there on, so its rate goes up again where the shorter run had come to its end.
+A schedule has no state, since the step determines it. A run that is resumed with a larger number of
+steps follows the cosine of the new total from there on, so its rate rises again where the shorter
+run had reached its end.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ class WarmupConstant:
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise ArgumentError(f"warmup must be a number of steps, at least 0; got {self.warmup}.")
+        _check_warmup(self.warmup)
 
     def __call__(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.warmup == 0:
+            return 1.0
+        return min(1.0, (step + 1) / self.warmup)
 
 
 @dataclass(frozen=True)
 class WarmupCosine:
-    """Warm-up as above, then half a cosine from 1 down to `floor`, which the last of `steps` steps has.
+    """Warm-up as in `WarmupConstant`, then half a cosine from 1 down to `floor` at the last step.
 
-    A run that is no longer than its warm-up is warm-up all through.
+    A run that is not longer than its warm-up only warms up.
     """
 
     steps: int
@@ -38,8 +40,7 @@ class WarmupCosine:
     floor: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise ArgumentError(f"warmup must be a number of steps, at least 0; got {self.warmup}.")
+        _check_warmup(self.warmup)
         if not 0.0 <= self.floor <= 1.0:
             raise ArgumentError(
                 f"floor must be a share of the learning rate in [0, 1]; got {self.floor}."
@@ -48,5 +49,11 @@ class WarmupCosine:
     def __call__(self, step: int) -> float:
         if step < self.warmup:
             return (step + 1) / self.warmup
-        passed = (step + 1 - self.warmup) / (self.steps - self.warmup)
-        return self.floor + (1.0 - self.floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, passed)))
+        progress = (step + 1 - self.warmup) / (self.steps - self.warmup)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return self.floor + (1.0 - self.floor) * cosine
+
+
+def _check_warmup(warmup: int) -> None:
+    if warmup < 0:
+        raise ArgumentError(f"warmup must be a number of steps, at least 0; got {warmup}.")

@@ -1,4 +1,4 @@
-"""The figures of every step: `metrics.jsonl` has one line per step, whatever was killed and started again."""
+"""Per-step metrics as JSON lines. Resuming after a kill neither repeats nor loses a step."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from ddiff.atomic import write_atomic
 from ddiff.errors import CheckpointError
 from ddiff.run_dir.files import METRICS as FILE
 
-WALL_CLOCK = (
-    "seconds",
-    "tokens_per_second",
-)  # the only fields that two runs of the same recipe may differ in
+# The only fields in which two runs of the same recipe may differ.
+WALL_CLOCK = ("seconds", "tokens_per_second")
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step. `step` counts from 1; `seconds` is wall-clock time; `metrics` are name -> (sum, count)."""
+    """Figures of one step.
+
+    `step` counts from 1, `seconds` is wall-clock time, `metrics` are name -> (sum, count).
+    """
 
     step: int
     loss: float
@@ -35,8 +36,8 @@ class StepRecord:
     metrics: Mapping[str, tuple[float, float]]
 
     @property
-    def finite(self) -> bool:
-        """Whether the step was taken: a loss or a gradient norm that is not finite leaves the parameters alone."""
+    def is_finite(self) -> bool:
+        """Whether the step was taken; a loss or norm that is not finite changes no parameter."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     def to_tree(self) -> dict[str, Any]:
@@ -47,12 +48,12 @@ class StepRecord:
         return cls(**tree)
 
 
-def means(records: Sequence[StepRecord]) -> dict[str, float]:
-    """Figures of consecutive steps together: sums over counts of the steps that were taken, tokens over seconds of all.
+def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
+    """Summarize consecutive steps: sums over counts of the steps taken, tokens over seconds of all.
 
-    `train_loss` is the mean over steps of the loss that was stepped on, in the objective's own unit.
+    `train_loss` is the mean over steps of the loss, in the objective's own unit.
     """
-    taken = [record for record in records if record.finite]
+    taken = [record for record in records if record.is_finite]
     figures: dict[str, float] = {}
     if taken:
         figures["train_loss"] = sum(record.loss for record in taken) / len(taken)
@@ -61,14 +62,14 @@ def means(records: Sequence[StepRecord]) -> dict[str, float]:
         pairs = [record.metrics[name] for record in taken if name in record.metrics]
         if count := sum(pair[1] for pair in pairs):
             figures[name] = sum(pair[0] for pair in pairs) / count
+    tokens = sum(record.tokens for record in records)
     seconds = sum(record.seconds for record in records)
-    return figures | {
-        "lr_multiplier": records[-1].lr_multiplier,
-        "skipped_steps": records[-1].skipped_steps,
-        "tokens": sum(record.tokens for record in records),
-        "seconds": seconds,
-        "tokens_per_second": sum(record.tokens for record in records) / max(seconds, 1e-9),
-    }
+    figures["lr_multiplier"] = records[-1].lr_multiplier
+    figures["skipped_steps"] = records[-1].skipped_steps
+    figures["tokens"] = tokens
+    figures["seconds"] = seconds
+    figures["tokens_per_second"] = tokens / max(seconds, 1e-9)
+    return figures
 
 
 @final
@@ -78,32 +79,30 @@ class MetricsFile:
     def __init__(self, run_dir: str | os.PathLike[str], start: int) -> None:
         self._fs, root = fsspec.core.url_to_fs(os.fspath(run_dir))
         self.path = f"{root}/{FILE}"
-        self._cut(start)
+        # An earlier process may have written lines after its last checkpoint: those steps are
+        # taken again.
+        lines = _read_lines(self._fs, self.path, start)
+        write_atomic(self.path, b"".join(lines), system=self._fs)
         self._file = self._fs.open(self.path, "ab")
 
     def append(self, record: StepRecord, validation: Mapping[str, float] = {}) -> None:
-        """Write the line of a step, with the figures of an evaluation after it if there was one."""
-        line = {"step": record.step} | means([record]) | dict(validation)
+        """Write the line of a step, with the figures of an evaluation after it, if there was one."""
+        line = {"step": record.step} | summarize([record]) | dict(validation)
         self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
-    def _cut(self, start: int) -> None:
-        """Drop what an earlier process wrote after its last checkpoint: those steps are done again."""
-        lines = recorded_lines(self._fs, self.path, start)
-        write_atomic(self.path, b"".join(lines), system=self._fs)
-
 
 def check_metrics(run_dir: str | os.PathLike[str], start: int) -> None:
-    """Raise CheckpointError unless `metrics.jsonl` of a run directory holds every step up to `start`."""
+    """Raise CheckpointError unless `metrics.jsonl` of a run directory has every step to `start`."""
     fs, root = fsspec.core.url_to_fs(os.fspath(run_dir))
-    recorded_lines(fs, f"{root}/{FILE}", start)
+    _read_lines(fs, f"{root}/{FILE}", start)
 
 
-def recorded_lines(fs: Any, path: str, start: int) -> list[bytes]:
-    """The lines of the first `start` steps; CheckpointError when one is missing or damaged."""
+def _read_lines(fs: Any, path: str, start: int) -> list[bytes]:
+    """Read the lines of the first `start` steps; CheckpointError if one is missing or damaged."""
     lines: list[bytes] = []
     try:
         if start and fs.exists(path):
@@ -111,22 +110,26 @@ def recorded_lines(fs: Any, path: str, start: int) -> list[bytes]:
                 lines = file.read().splitlines(keepends=True)[:start]
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror or error}): a run has a file of metrics there. Restore it from a "
-            "copy, or move away what stands there and start over with --fresh."
+            f"{path} cannot be read ({error.strerror or error}): a run has a file of metrics "
+            "there. Restore it from a copy, or move away what stands there and start over with "
+            "--fresh."
         ) from error
     whole = 0
-    while whole < len(lines) and _step(lines[whole]) == whole + 1:
+    while whole < len(lines) and _step_of(lines[whole]) == whole + 1:
         whole += 1
     if whole != start:
         raise CheckpointError(
-            f"{path} holds {whole} of the {start} steps that the checkpoint has behind it: it was changed or removed after "
-            "training wrote it. Restore it from a copy, or start over with --fresh."
+            f"{path} holds {whole} of the {start} steps that the checkpoint has behind it: it was "
+            "changed or removed after training wrote it. Restore it from a copy, or start over "
+            "with --fresh."
         )
     return lines
 
 
-def _step(line: bytes) -> int | None:
+def _step_of(line: bytes) -> int | None:
+    if not line.endswith(b"\n"):
+        return None
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else None
+        return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

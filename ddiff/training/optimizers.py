@@ -1,9 +1,10 @@
-"""AdamW, and Muon for hidden matrices beside AdamW for the rest.
+"""AdamW, and Muon for hidden matrices with AdamW for the rest.
 
-A *hidden matrix* maps hidden units to hidden units: a 2-D parameter that is no table. A *table* has a row per symbol or
-node: the weight of an `nn.Embedding`, a parameter marked by the attribute `is_table = True`, or any parameter inside a
-module so marked (heads mark theirs). Orthogonalised updates suit the former; rows of the latter are seen unevenly
-often, and Adam's own scale per entry suits them.
+A hidden matrix maps hidden units to hidden units: a 2-D parameter that is not a table. A table has a
+row per symbol or node: the weight of an `nn.Embedding`, a parameter with the attribute
+`is_table = True`, or any parameter inside a module with that attribute (heads have it).
+Orthogonalized updates suit hidden matrices. The rows of a table are used with very different
+frequencies, which Adam's scale per entry suits.
 """
 
 from __future__ import annotations
@@ -16,32 +17,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ddiff.training.protocols import Optimizer
+from ddiff.training.protocols import ConditionalOptimizer, Optimizer
 
 Betas = tuple[float, float]
 Decay = Literal["matrices", "all"]
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's share of a tensor that is sharded, the tensor itself otherwise; writing to it writes to the tensor."""
+def to_local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor, any other tensor as it is; both share memory with it."""
     return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; that module takes most of a second to import, and where it is not there is no DTensor."""
+    # Importing this module takes most of a second; before it is imported there is no DTensor.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def step_where(finite: Tensor, optimizer: Optimizer) -> None:
-    """A step of the optimizer where `finite` (0-d bool), none elsewhere.
+def step_if(finite: Tensor, optimizer: Optimizer) -> None:
+    """Take a step of the optimizer if `finite` (0-d bool) is true.
 
-    Decided on the device where the optimizer can: torch's fused ones read `found_inf`, ours have a `step_where`. For any
-    other the host waits.
+    Decided on the device by optimizers that can: ours, and the fused ones of torch by `found_inf`.
+    For any other the host waits for the device.
     """
-    if hasattr(optimizer, "step_where"):
-        optimizer.step_where(finite)
-    elif getattr(optimizer, "_step_supports_amp_scaling", False):
+    if isinstance(optimizer, ConditionalOptimizer):
+        optimizer.step_if(finite)
+    elif all(group.get("fused") for group in optimizer.param_groups):
         vars(optimizer).update(grad_scale=None, found_inf=(~finite).float())
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
@@ -50,21 +51,28 @@ def step_where(finite: Tensor, optimizer: Optimizer) -> None:
 
 
 def split_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """(hidden matrices, all others) by name, frozen parameters in neither. Tied to a table is a table."""
-    tables = {
-        id(parameter)
-        for owner in module.modules()
-        if isinstance(owner, nn.Embedding) or getattr(owner, "is_table", False)
-        for parameter in owner.parameters()
-    }
+    """Split the trained parameters into (hidden matrices, all others), by name.
+
+    A parameter that is tied to a table is a table.
+    """
+    tables: set[int] = set()
+    for owner in module.modules():
+        if isinstance(owner, nn.Embedding) or _is_marked(owner):
+            tables |= {id(parameter) for parameter in owner.parameters()}
     hidden: dict[str, nn.Parameter] = {}
     others: dict[str, nn.Parameter] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_table = id(parameter) in tables or getattr(parameter, "is_table", False)
-        (hidden if parameter.ndim == 2 and not is_table else others)[name] = parameter
+        is_table = id(parameter) in tables or _is_marked(parameter)
+        group = hidden if parameter.ndim == 2 and not is_table else others
+        group[name] = parameter
     return hidden, others
+
+
+def _is_marked(owner: nn.Module | nn.Parameter) -> bool:
+    # The mark may be set on modules and parameters of any library, which have no such member.
+    return getattr(owner, "is_table", False)
 
 
 def adamw(
@@ -75,7 +83,7 @@ def adamw(
     eps: float = 1e-8,
     decay: Decay = "matrices",
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over the module's parameters; hidden matrices alone decay, or all parameters."""
+    """Build AdamW (arXiv 1711.05101); `decay`: which parameters decay, hidden matrices or all."""
     hidden, others = split_parameters(module)
     groups = [_group(hidden, weight_decay), _group(others, weight_decay if decay == "all" else 0.0)]
     return _adamw([group for group in groups if group["params"]], lr, betas, eps)
@@ -90,10 +98,14 @@ def muon(
     table_betas: Betas = (0.9, 0.98),
     precision: torch.dtype | None = None,
 ) -> JointOptimizer:
-    """Muon (arXiv 2502.16982, with the scale sqrt(max(1, rows/columns))) for hidden matrices, AdamW for all the others.
+    """Build Muon (arXiv 2502.16982) for hidden matrices and AdamW for all other parameters.
 
-    `lr`: spectral size of one update of a hidden matrix. `table_lr`: AdamW's rate for tables, norms and biases, which
-    do not decay. `precision`: that of the orthogonalisation; None: bfloat16 on a GPU, the gradient's own on a CPU.
+    Muon's update is scaled by sqrt(max(1, rows/columns)).
+
+    Args:
+        lr: spectral size of one update of a hidden matrix.
+        table_lr: AdamW's rate for tables, norms and biases, which do not decay.
+        precision: dtype of the orthogonalization; None: bfloat16 on a GPU, the gradient's on a CPU.
     """
     hidden, others = split_parameters(module)
     parts: dict[str, Optimizer] = {}
@@ -117,17 +129,17 @@ def _group(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> dict[
 def _adamw(
     groups: Iterable[dict[str, Any]], lr: float, betas: Betas, eps: float = 1e-8
 ) -> torch.optim.AdamW:
-    # The fused kernel took 1.8 ms where the loop took 12 ms for 2.4 M parameters on one core.
+    # For 2.4 M parameters on one core the fused kernel took 1.8 ms, the loop 12 ms.
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 @final
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon` that orthogonalises in `precision`, and knows sharded matrices.
+    """`torch.optim.Muon` that orthogonalizes in `precision` and supports sharded matrices.
 
-    The iterates are rounded to `precision` (None: bfloat16 on a GPU as torch has it, the gradient's own on a CPU: without
-    bfloat16 units that took 2.8 s a step for 2.4 M parameters, where float32 takes 0.12 s). A matrix in shards is
-    gathered, orthogonalize whole by one rank, each taking its share of the matrices, and handed back.
+    With None, `precision` is bfloat16 on a GPU, as in torch, and the gradient's own dtype on a CPU:
+    without bfloat16 units a step for 2.4 M parameters took 2.8 s, in float32 0.12 s. A sharded
+    matrix is gathered and orthogonalized whole by one rank; the ranks take turns over the matrices.
     """
 
     def __init__(
@@ -142,12 +154,12 @@ class Muon(torch.optim.Muon):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         device = self.param_groups[0]["params"][0].device
-        self.step_where(torch.ones((), dtype=torch.bool, device=device))
+        self.step_if(torch.ones((), dtype=torch.bool, device=device))
         return None
 
     @torch.no_grad()
-    def step_where(self, finite: Tensor) -> None:
-        """A step where `finite` (0-d bool); nothing changes elsewhere, whatever the gradients hold."""
+    def step_if(self, finite: Tensor) -> None:
+        """Take a step if `finite` (0-d bool) is true; otherwise change nothing."""
         for group in self.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
             for turn, parameter in enumerate(trained):
@@ -155,60 +167,71 @@ class Muon(torch.optim.Muon):
 
     def _update(self, parameter: Tensor, group: dict[str, Any], turn: int, finite: Tensor) -> None:
         assert parameter.grad is not None
-        state, weights, gradient = self.state[parameter], local(parameter), local(parameter.grad)
+        state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        taken, gradient = finite.to(gradient.dtype), torch.where(finite, gradient, 0.0)
-        average = local(state["momentum_buffer"])
+        weights = to_local(parameter)
+        gradient = to_local(parameter.grad)
+        average = to_local(state["momentum_buffer"])
+        # A skipped step multiplies by 0 what it adds; a gradient of NaN or infinity would stay NaN.
+        taken = finite.to(gradient.dtype)
+        gradient = torch.where(finite, gradient, 0.0)
         average.lerp_(gradient, (taken * (1.0 - group["momentum"])).to(average.dtype))
         direction = gradient.lerp(average, group["momentum"]) if group["nesterov"] else average
-        rows, columns = parameter.shape
         weights.mul_(1.0 - taken * group["lr"] * group["weight_decay"])
-        turned = self._orthogonalize(direction, parameter, group, turn)
-        weights.sub_(turned.mul_(taken * group["lr"] * max(1.0, rows / columns) ** 0.5))
+        update = self._orthogonalize(direction, parameter, group, turn)
+        rows, columns = parameter.shape
+        weights.sub_(update.mul_(taken * group["lr"] * max(1.0, rows / columns) ** 0.5))
 
     def _orthogonalize(
         self, direction: Tensor, parameter: Tensor, group: dict[str, Any], turn: int
     ) -> Tensor:
-        """In layout and precision of `direction`, this rank's share of a matrix: by the rank whose `turn` it is."""
+        """Orthogonalize a matrix of which `direction` is this rank's shard; return the same shard.
+
+        The rank number `turn` (modulo their number) computes it for all.
+        """
         if not _is_sharded(parameter):
-            return self._whole(direction, group)
+            return self._orthogonalize_whole(direction, group)
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         assert isinstance(parameter, DTensor)
         mesh, placements = parameter.device_mesh, parameter.placements
-        shared = DTensor.from_local(
+        shard = DTensor.from_local(
             direction, mesh, placements, shape=parameter.shape, stride=parameter.stride()
         )
-        whole, owner = shared.full_tensor(), turn % mesh.size()
-        whole = (
-            self._whole(whole, group).contiguous()
-            if mesh.get_local_rank() == owner
-            else torch.empty_like(whole)
-        )
+        whole = shard.full_tensor()
+        owner = turn % mesh.size()
+        if mesh.get_local_rank() == owner:
+            whole = self._orthogonalize_whole(whole, group).contiguous()
+        else:
+            whole = torch.empty_like(whole)
         dist.broadcast(whole, group=mesh.get_group(), group_src=owner)
         return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local().clone()
 
-    def _whole(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
+    def _orthogonalize_whole(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
         dtype = self.precision or (matrix.dtype if matrix.device.type == "cpu" else torch.bfloat16)
-        turned = orthogonalize(
+        update = orthogonalize(
             matrix.to(dtype), group["ns_coefficients"], group["ns_steps"], group["eps"]
         )
-        return turned.to(matrix.dtype)
+        return update.to(matrix.dtype)
 
 
 def orthogonalize(
     matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
-    """U S' V^T of matrix = U S V^T with S' near 1: `steps` Newton-Schulz iterations X <- aX + (bA + cAA)X, A = XX^T."""
+    """Replace the singular values of a matrix by values near 1, by Newton-Schulz iterations.
+
+    For matrix = U S V^T the result is U S' V^T. Each of the `steps` iterations is
+    X <- a X + (b A + c A A) X with A = X X^T and `coefficients` (a, b, c).
+    """
     a, b, c = coefficients
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = matrix if wide else matrix.T
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    x = matrix if is_wide else matrix.T  # so that A has the smaller of the two sizes
     x = x / x.norm().clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if wide else x.T
+    return x if is_wide else x.T
 
 
 @final
@@ -226,9 +249,9 @@ class JointOptimizer:
         for part in self.parts.values():
             part.step()
 
-    def step_where(self, finite: Tensor) -> None:
+    def step_if(self, finite: Tensor) -> None:
         for part in self.parts.values():
-            step_where(finite, part)
+            step_if(finite, part)
 
     def zero_grad(self) -> None:
         for part in self.parts.values():

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks for a clean end after the step under way, the second ends at once."""
+"""SIGINT and SIGTERM during training: the first one ends it cleanly, the second one at once."""
 
 from __future__ import annotations
 
@@ -16,36 +16,39 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @final
 class StopSignals:
-    """While entered, the first signal sets `signal`, and a second raises KeyboardInterrupt or SystemExit(128 + signal).
+    """Context manager that records the first SIGINT or SIGTERM in `signal`.
 
-    Whoever waits for data looks at `signal` and gives up: nothing is under way then that could be lost.
+    A second signal raises KeyboardInterrupt or SystemExit(128 + signal). Code that waits for data
+    polls `signal` and gives up: nothing is under way then that could be lost.
 
-    Only the main thread can have handlers; elsewhere this does nothing and the signals do what they did before.
+    Only the main thread can install handlers; in other threads this changes nothing.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *raised: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def counts(self) -> Tensor:
-        """[2] float64: whether each of SIGINT and SIGTERM came; over ranks they are summed."""
-        return torch.tensor(
-            [float(self.signal == number) for number in SIGNALS], dtype=torch.float64
-        )
+    def to_counts(self) -> Tensor:
+        """Encode the signal as counts of SIGINT and SIGTERM, [2] float64, to be summed over ranks."""
+        received = [float(self.signal == number) for number in SIGNALS]
+        return torch.tensor(received, dtype=torch.float64)
 
     @staticmethod
-    def received(counts: Sequence[float]) -> int | None:
-        """The signal that some rank received, by the sums of `counts`."""
-        return next((int(number) for number, count in zip(SIGNALS, counts) if count), None)
+    def from_counts(counts: Sequence[float]) -> int | None:
+        """Return a signal that some rank received, from the summed `to_counts`."""
+        for number, count in zip(SIGNALS, counts):
+            if count:
+                return int(number)
+        return None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:

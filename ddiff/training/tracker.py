@@ -1,4 +1,4 @@
-"""The tracker of a run that keeps `metrics.jsonl` alone."""
+"""Tracker of a run that keeps only `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import final
 
 @final
 class NoTracker:
-    """Sends the figures nowhere."""
+    """Discard the figures."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing to send to."""
+        pass
 
     def close(self) -> None:
-        """Nothing to close."""
+        pass

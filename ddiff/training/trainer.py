@@ -1,4 +1,4 @@
-"""The training loop: batches to gradients to steps, with a record of each and a checkpoint now and then.
+"""Training loop: batches to gradients to steps, with a record of each step and checkpoints.
 
     optimizer = muon(backend.wrap(objective.module))
     settings = TrainerSettings(steps=1500, slots=64)
@@ -7,8 +7,12 @@
     )
     summary = trainer.fit(trainer.checkpoints.newest())
 
-Steps count from 0 where something is computed for them (`batch_at`, `rng_at`, `multiplier`), and finished steps count
-from 1 where they are recorded. Data and noise are functions of the step, so a step number is all that resuming needs.
+Steps count from 0 in `batch_at`, `rng_at` and `multiplier`. Finished steps count from 1 in records
+and checkpoints. Data and random draws are functions of the step, so that a step number is all that
+resuming needs.
+
+The host never waits for the device in the middle of a step. It launches a step, and reads the
+figures of the step before while the device works on the new one.
 """
 
 from __future__ import annotations
@@ -36,8 +40,8 @@ from ddiff.run_dir.identity import check_fingerprints
 from ddiff.training.device import to_device
 from ddiff.training.ema import ExponentialMovingAverage
 from ddiff.training.learning_rate import WarmupConstant
-from ddiff.training.metrics import MetricsFile, StepRecord, check_metrics, means
-from ddiff.training.optimizers import step_where
+from ddiff.training.metrics import MetricsFile, StepRecord, check_metrics, summarize
+from ddiff.training.optimizers import step_if
 from ddiff.training.protocols import Backend, Batch, Objective, Optimizer, Tracker
 from ddiff.training.signals import StopSignals
 from ddiff.training.tracker import NoTracker
@@ -61,74 +65,30 @@ class TrainingSummary:
     skipped_steps: int
     seconds: float
     tokens: float
-    metrics: Mapping[str, float]  # the last that were reported: means over up to log_every steps
+    metrics: Mapping[str, float]  # of the last report: means over up to log_every steps
     checkpoint: str | None
     signal: int | None = None
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 + signal as a shell has it."""
+        """0, or 128 + signal as in a shell."""
         return 128 + self.signal if self.signal is not None else 0
 
 
 @dataclass(frozen=True)
 class Validation:
-    """An evaluation after every `every` steps, of the moving average of the weights or of the weights themselves.
+    """An evaluation after every `every` steps.
 
-    `score()` gives figures by name, for metrics.jsonl and the tracker, and a sentence. Every rank calls it at the same
-    step, on the same rows: a module in shards needs all of them.
+    Args:
+        every: steps between two evaluations.
+        score: returns figures by name, for metrics.jsonl and the tracker, and a sentence. Every
+            rank calls it at the same step, on the same rows: a sharded module needs all ranks.
+        of_average: evaluate the moving average of the weights, not the weights themselves.
     """
 
     every: int
     score: Callable[[], tuple[Mapping[str, float], str]]
     of_average: bool = False
-
-
-@dataclass
-class _Run:
-    """Where a run stands: what a checkpoint holds besides model, optimizer and random state."""
-
-    step: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)  # what the tracker was last told
-    window: list[StepRecord] = field(default_factory=list)  # steps since then
-    end: int = 0  # the step after which this call of `fit` stops; in no checkpoint
-    signal: int | None = None  # that some rank has received, agreed upon by all; in no checkpoint
-    settled: float = field(
-        default_factory=time.monotonic
-    )  # when figures were last read; in no checkpoint
-
-    def to_tree(self) -> dict[str, Any]:
-        return {
-            "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "metrics": self.metrics,
-            "window": [record.to_tree() for record in self.window],
-        }
-
-    def count(self, finite: bool) -> None:
-        self.step += 1
-        self.skipped_steps += not finite
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-
-    @classmethod
-    def from_tree(cls, step: int, tree: Mapping[str, Any]) -> _Run:
-        window = [StepRecord.from_tree(record) for record in tree["window"]]
-        return cls(step, tree["skipped_steps"], tree["skipped_in_a_row"], tree["metrics"], window)
-
-
-@dataclass(frozen=True)
-class _Launched:
-    """A step that the device has been given, whose figures the host has not read: reading them waits for the device.
-
-    `figures` [k,2]: (gradient norm, tokens), signals, (loss, 0), then (sum, count) of each of `names`.
-    """
-
-    figures: Tensor
-    names: Sequence[str]
-    multiplier: float
-    read: torch.cuda.Event | None = None  # when the figures have arrived, on a GPU
 
 
 @dataclass(frozen=True)
@@ -156,8 +116,14 @@ class TrainerSettings:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "slots", "accumulate", "log_every", "checkpoint_every"):
-            value = getattr(self, name)
+        numbers = {
+            "steps": self.steps,
+            "slots": self.slots,
+            "accumulate": self.accumulate,
+            "log_every": self.log_every,
+            "checkpoint_every": self.checkpoint_every,
+        }
+        for name, value in numbers.items():
             if value < 1:
                 raise ArgumentError(f"TrainerSettings: {name} must be at least 1; got {value}.")
         if self.clip is not None and not self.clip > 0.0:
@@ -179,6 +145,49 @@ class Provenance:
     origins: Mapping[str, str] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     made_with: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _RunState:
+    """Position of a run: what a checkpoint holds besides model, optimizer and random state."""
+
+    step: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)  # last report to the tracker
+    window: list[StepRecord] = field(default_factory=list)  # steps since that report
+
+    def count_step(self, is_finite: bool) -> None:
+        self.step += 1
+        self.skipped_steps += not is_finite
+        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+
+    def to_tree(self) -> dict[str, Any]:
+        return {
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "metrics": self.metrics,
+            "window": [record.to_tree() for record in self.window],
+        }
+
+    @classmethod
+    def from_tree(cls, step: int, tree: Mapping[str, Any]) -> _RunState:
+        window = [StepRecord.from_tree(record) for record in tree["window"]]
+        return cls(step, tree["skipped_steps"], tree["skipped_in_a_row"], tree["metrics"], window)
+
+
+@dataclass(frozen=True)
+class _PendingStep:
+    """A step that the device has been given and whose figures the host has not read.
+
+    `figures` [k,2]: (gradient norm, tokens), counts of the two signals, (loss, 0), then
+    (sum, count) of each metric in `names`.
+    """
+
+    figures: Tensor
+    names: Sequence[str]
+    multiplier: float
+    arrived: torch.cuda.Event | None = None  # recorded after the copy of the figures, on a GPU
 
 
 @final
@@ -225,10 +234,10 @@ class Trainer:
         self.validation = validation
         self.provenance = provenance or Provenance()
         self.checkpoints = Checkpoints(f"{self.run_dir}/{CHECKPOINTS}", settings.keep)
-        self.average: ExponentialMovingAverage | None = None
+        self.ema: ExponentialMovingAverage | None = None
         if settings.ema:
             module = backend.unwrap(objective.module)
-            self.average = ExponentialMovingAverage(module, settings.ema)
+            self.ema = ExponentialMovingAverage(module, settings.ema)
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._seed = torch.initial_seed()
 
@@ -249,268 +258,23 @@ class Trainer:
         Raises CheckpointError when `start` does not fit this trainer, NonFiniteError after 20
         skipped steps in a row.
         """
-        run = self._resume(start, max_steps)
-        began = time.monotonic()
-        tokens = 0.0
-        checkpoint = start.path if start else None
-        saved = run.step  # the step of the newest checkpoint, 0 if there is none
-        file = MetricsFile(self.run_dir, run.step) if self.backend.rank == 0 else None
+        state = self._restore(start)
+        end = self.settings.steps
+        if max_steps is not None:
+            end = min(end, state.step + max_steps)
+        file = MetricsFile(self.run_dir, state.step) if self.backend.rank == 0 else None
+        loop = _Loop(self, state, end, file, on_step, start.path if start else None)
         self.objective.module.train()
-        launched: deque[_Launched] = deque()
         try:
-            with StopSignals() as interruption, self._progress(run) as bar:
-                while run.step < run.end and run.signal is None:
-                    step = run.step + len(launched)
-                    batches = self._batches(step, interruption)
-                    if batches is not None:
-                        launched.append(self._launch(step, batches, interruption))
-                    # The figures of a step are read once the device has the next one to do, so that it never waits; but
-                    # before anything is written of it.
-                    due = self._is_due(run, run.step + len(launched))
-                    while launched and (due or len(launched) > 1 or self._stops(run, interruption)):
-                        record = self._settle(run, launched.popleft())
-                        tokens += record.tokens
-                        figures = (
-                            self._validate(run, bar)
-                            if self._is_validated(run, interruption)
-                            else {}
-                        )
-                        if file:
-                            file.append(record, figures)
-                        if run.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
-                            raise NonFiniteError(self._too_many_skipped(record))
-                        self._report(run, bar)
-                        if on_step is not None:
-                            on_step(record)
-                    ends = self._stops(run, interruption) or self._is_saved(run.step)
-                    if not launched and ends and run.step > saved:
-                        checkpoint = self._save(run)
-                        saved = run.step
+            loop.run()
         finally:
             if file:
                 file.close()
             self.checkpoints.wait()
-        interrupted = run.step < self.settings.steps and run.signal is not None
-        finished = run.step == self.settings.steps
-        return TrainingSummary(
-            status="finished" if finished else "interrupted" if interrupted else "stopped",
-            step=run.step,
-            steps=self.settings.steps,
-            skipped_steps=run.skipped_steps,
-            seconds=time.monotonic() - began,
-            tokens=tokens,
-            metrics=run.metrics,
-            checkpoint=checkpoint,
-            signal=run.signal if interrupted else None,
-        )
-
-    def _is_saved(self, step: int) -> bool:
-        return step == self.settings.steps or step % self.settings.checkpoint_every == 0
-
-    def _is_due(self, run: _Run, step: int) -> bool:
-        """Whether something is told, evaluated or saved after that many steps."""
-        evaluated = self.validation is not None and step % self.validation.every == 0
-        reported = step == run.end or step % self.settings.log_every == 0
-        return self._is_saved(step) or evaluated or reported
-
-    def _is_validated(self, run: _Run, interruption: StopSignals) -> bool:
-        """Not once a signal has come: an evaluation may take longer than what sent it waits."""
-        due = self.validation is not None and run.step % self.validation.every == 0
-        return due and not self._stops(run, interruption)
-
-    def _validate(self, run: _Run, bar: Progress) -> Mapping[str, float]:
-        """The figures of an evaluation of the weights as they are; nothing that training goes on from is changed."""
-        assert self.validation is not None
-        module, before = (
-            self.backend.unwrap(self.objective.module),
-            _random_state(self.backend.device),
-        )
-        gathering = getattr(self.backend, "gathering", None)
-        averaged = (
-            self.average.installed()
-            if self.average and self.validation.of_average
-            else nullcontext()
-        )
-        with averaged, gathering(module) if gathering else nullcontext():
-            try:
-                figures, sentence = self.validation.score()
-            except NonFiniteError as error:  # worth knowing, and no reason to end the run
-                figures, sentence = {}, str(error)
-        self.objective.module.train()
-        _set_random_state(before, self.backend.device)
-        if self.backend.rank == 0 and figures:
-            self.tracker.log(run.step, figures)
-        bar.note(f"step {run.step}: {sentence}")
-        run.settled = time.monotonic()  # tokens/s are those of training
-        return figures
-
-    def _stops(self, run: _Run, interruption: StopSignals) -> bool:
-        if self.backend.world_size == 1:  # nobody to agree with
-            run.signal = interruption.signal
-        return run.signal is not None
-
-    def _progress(self, run: _Run) -> AbstractContextManager[Progress]:
-        console = None if self.backend.rank == 0 else Console(quiet=True, force_terminal=False)
-        return show_progress(run.end, "training", start=run.step, console=console)
-
-    def _batches(self, step: int, interruption: StopSignals) -> list[Batch] | None:
-        """The micro-batches of a step; None when a signal came while they were waited for."""
-        batches: list[Batch] = []
-        for micro in range(self.settings.accumulate):
-            # Several processes only stop together, after the same step.
-            if isinstance(self.batch_at, Prefetcher) and self.backend.world_size == 1:
-                batch = self.batch_at.fetch(step, micro, lambda: interruption.signal is not None)
-                if batch is None:
-                    return None
-            else:
-                batch = self.batch_at(step, micro)
-            batches.append(batch)
-        return batches
-
-    def _launch(self, step: int, batches: Sequence[Batch], interruption: StopSignals) -> _Launched:
-        """Take one step, without waiting for it."""
-        self._seed_rank(step)
-        denominators = self._denominators(batches)
-        shares = self._backward(step, batches, denominators)
-        totals = self.backend.sum(
-            {"signals": to_device(interruption.counts(), self.backend.device)} | shares
-        )
-        norm = self.backend.clip(self.objective.module.parameters(), self.settings.clip)
-        multiplier = self.multiplier(step)
-        self._update(multiplier, norm.isfinite() & totals["loss"].isfinite().all())
-        tokens = torch.stack(list(denominators.values())).sum()
-        figures = torch.stack([_pair(norm, tokens), *totals.values()])
-        read = None
-        if figures.device.type == "cuda":
-            figures, read = figures.to("cpu", non_blocking=True), torch.cuda.Event()
-            read.record()
-        return _Launched(figures, list(totals)[2:], multiplier, read)
-
-    def _settle(self, run: _Run, launched: _Launched) -> StepRecord:
-        """Read the figures of the oldest step that was launched: the one moment at which the host waits for the device."""
-        if launched.read:
-            launched.read.synchronize()
-        (grad_norm, items), signals, (loss, _), *pairs = launched.figures.tolist()
-        run.count(math.isfinite(loss) and math.isfinite(grad_norm))
-        run.signal = StopSignals.received(signals) or run.signal
-        now = time.monotonic()
-        record = StepRecord(
-            step=run.step,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr_multiplier=launched.multiplier,
-            tokens=items,
-            seconds=now - run.settled,
-            skipped_steps=run.skipped_steps,
-            metrics=dict(zip(launched.names, map(tuple, pairs))),
-        )
-        run.settled = now
-        run.window.append(record)
-        return record
-
-    def _denominators(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """field -> scored items of the global batch. From the data alone, so it is known before the first forward."""
-        totals: dict[str, Tensor] = {}
-        for batch in batches:
-            for name, count in self.objective.counts(batch).items():
-                count = to_device(torch.as_tensor(count, dtype=torch.float64), self.backend.device)
-                totals[name] = totals[name] + count if name in totals else count
-        return self.backend.sum(totals)
-
-    def _backward(
-        self, step: int, batches: Sequence[Batch], denominators: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Leave the gradients in the parameters; (loss, 0), then (sum, count) of each metric, as [2] tensors."""
-        self.optimizer.zero_grad()
-        totals = {"loss": torch.zeros(2, dtype=torch.float64, device=self.backend.device)}
-        for micro, batch in enumerate(batches, start=1):
-            with (
-                nullcontext()
-                if micro == len(batches)
-                else self.backend.accumulating(self.objective.module)
-            ):
-                terms = self.objective(
-                    batch, self.rng_at(step, batch), denominators, self.settings.slots
-                )
-                terms.loss.backward()
-            totals["loss"] = totals["loss"] + _pair(terms.loss, torch.zeros_like(terms.loss))
-            for name, (summed, count) in terms.metrics.items():
-                pair = _pair(summed, to_device(count, summed.device))
-                totals[name] = totals[name] + pair if name in totals else pair
-        return totals
-
-    def _update(self, multiplier: float, finite: Tensor) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self._rates):
-            group["lr"] = rate * multiplier
-        step_where(finite, self.optimizer)
-        if self.average:
-            self.average.update(finite)
-
-    def _report(self, run: _Run, bar: Progress) -> None:
-        """Show the step; at every `log_every`-th, and the last, tell the tracker the means since it was last told."""
-        if run.step % self.settings.log_every and run.step < run.end:
-            bar.advance()
-            return
-        run.metrics = means(run.window)
-        run.window.clear()
-        if self.backend.rank == 0:
-            self.tracker.log(run.step, run.metrics)
-        shown = {"train_loss": "loss", "tokens_per_second": "tokens_per_second"}
-        shown |= {"skipped_steps": "skipped"} if run.skipped_steps else {}
-        bar.advance(
-            1, **{shown[name]: value for name, value in run.metrics.items() if name in shown}
-        )
-
-    def _save(self, run: _Run) -> str:
-        state = {
-            "run": run.to_tree(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.average and self.average.to_tree(),
-            "random": _random_state(self.backend.device),
-            "multiplier": repr(self.multiplier),
-            "origins": dict(self.provenance.origins),
-            "fingerprints": dict(self.provenance.fingerprints),
-            "made_with": dict(self.provenance.made_with),
-        }
-        return self.checkpoints.begin(
-            run.step, self.backend.unwrap(self.objective.module).state_dict(), state
-        )
-
-    def _resume(self, start: Checkpoint | None, max_steps: int | None) -> _Run:
-        run = self._restore(start)
-        run.end = self.settings.steps
-        if max_steps is not None:
-            run.end = min(run.end, run.step + max_steps)
-        return run
-
-    def _restore(self, start: Checkpoint | None) -> _Run:
-        if start is None:
-            if found := self.checkpoints.steps():
-                raise CheckpointError(
-                    f"{self.checkpoints.root} already holds a run up to {_steps(found)}: training from the beginning "
-                    "would mix the two. Go on from its newest checkpoint, empty the run directory, or name another one."
-                )
-            return _Run()
-        self.check_fit(start)
-        module = self.backend.unwrap(self.objective.module)
-        start.restore(module)
-        state = start.tree(like=module.parameters())
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average and state.get("ema"):
-            self.average.load_tree(state["ema"])
-        elif self.average:  # the run had none so far: it starts with the weights as they are now
-            self.average = ExponentialMovingAverage(module, self.average.decay)
-        _set_random_state(state["random"], self.backend.device)
-        return _Run.from_tree(start.step, state["run"])
-
-    def _seed_rank(self, step: int) -> None:
-        """Give each rank but 0 a random state of its own, from the step alone: a checkpoint holds that of rank 0, and when
-        there is one must change nothing."""
-        if self.backend.rank > 0:
-            torch.manual_seed(zlib.crc32(f"{self._seed} {self.backend.rank} {step}".encode()))
+        return loop.to_summary()
 
     def check_fit(self, start: Checkpoint) -> None:
-        """Raises ArgumentError or CheckpointError when training cannot go on from `start`; `fit` asks this first."""
+        """Raise ArgumentError or CheckpointError if training cannot resume from `start`."""
         if start.step > self.settings.steps:
             raise ArgumentError(
                 f"Trainer: steps must be at least the {start.step} that {start.path} has behind it; "
@@ -524,13 +288,305 @@ class Trainer:
         )
         check_metrics(self.run_dir, start.step)
 
+    # ------------------------------------------------------------------ one step
+
+    def _launch(self, step: int, batches: Sequence[Batch], stop: StopSignals) -> _PendingStep:
+        """Take one step without waiting for the device."""
+        self._seed_rank(step)
+        denominators = self._denominators(batches)
+        shares = self._backward(step, batches, denominators)
+        signals = to_device(stop.to_counts(), self.backend.device)
+        # One reduction for all figures; signals are among them, so that all ranks stop together.
+        totals = self.backend.sum({"signals": signals} | shares)
+        parameters = self.objective.module.parameters()
+        norm = self.backend.clip_grad_norm(parameters, self.settings.clip)
+        multiplier = self.multiplier(step)
+        self._update(multiplier, norm.isfinite() & totals["loss"].isfinite().all())
+        tokens = torch.stack(list(denominators.values())).sum()
+        figures = torch.stack([_pair(norm, tokens), *totals.values()])
+        arrived = None
+        if figures.device.type == "cuda":
+            figures = figures.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        names = list(totals)[2:]  # after signals and loss
+        return _PendingStep(figures, names, multiplier, arrived)
+
+    def _seed_rank(self, step: int) -> None:
+        """Seed torch's generator on every rank but 0, from the step only.
+
+        A checkpoint holds the random state of rank 0, and when checkpoints are saved must not
+        change what the other ranks draw.
+        """
+        if self.backend.rank > 0:
+            torch.manual_seed(zlib.crc32(f"{self._seed} {self.backend.rank} {step}".encode()))
+
+    def _denominators(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Count the scored items of the global batch by field, before the first forward pass."""
+        totals: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, count in self.objective.counts(batch).items():
+                count = to_device(torch.as_tensor(count, dtype=torch.float64), self.backend.device)
+                totals[name] = totals[name] + count if name in totals else count
+        return self.backend.sum(totals)
+
+    def _backward(
+        self, step: int, batches: Sequence[Batch], denominators: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Compute the gradients; return "loss": (loss, 0) and (sum, count) of each metric, [2] each."""
+        self.optimizer.zero_grad()
+        totals = {"loss": torch.zeros(2, dtype=torch.float64, device=self.backend.device)}
+        for micro, batch in enumerate(batches, start=1):
+            is_last = micro == len(batches)
+            with nullcontext() if is_last else self.backend.no_sync(self.objective.module):
+                rng = self.rng_at(step, batch)
+                terms = self.objective(batch, rng, denominators, self.settings.slots)
+                terms.loss.backward()
+            totals["loss"] = totals["loss"] + _pair(terms.loss, torch.zeros_like(terms.loss))
+            for name, (summed, count) in terms.metrics.items():
+                pair = _pair(summed, to_device(count, summed.device))
+                totals[name] = totals[name] + pair if name in totals else pair
+        return totals
+
+    def _update(self, multiplier: float, finite: Tensor) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self._rates):
+            group["lr"] = rate * multiplier
+        step_if(finite, self.optimizer)
+        if self.ema:
+            self.ema.update(finite)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save(self, state: _RunState) -> str:
+        tree = {
+            "run": state.to_tree(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.to_tree() if self.ema else None,
+            "random": _random_state(self.backend.device),
+            "multiplier": repr(self.multiplier),
+            "origins": dict(self.provenance.origins),
+            "fingerprints": dict(self.provenance.fingerprints),
+            "made_with": dict(self.provenance.made_with),
+        }
+        module = self.backend.unwrap(self.objective.module)
+        return self.checkpoints.save_async(state.step, module.state_dict(), tree)
+
+    def _restore(self, start: Checkpoint | None) -> _RunState:
+        if start is None:
+            if found := self.checkpoints.steps():
+                raise CheckpointError(
+                    f"{self.checkpoints.root} already holds a run up to {_describe(found)}: "
+                    "training from the beginning would mix the two. Resume from its newest "
+                    "checkpoint, empty the run directory, or name another one."
+                )
+            return _RunState()
+        self.check_fit(start)
+        module = self.backend.unwrap(self.objective.module)
+        start.restore(module)
+        tree = start.read_state(like=module.parameters())
+        self.optimizer.load_state_dict(tree["optimizer"])
+        if self.ema and tree.get("ema"):
+            self.ema.load_tree(tree["ema"])
+        elif self.ema:
+            # The run had no average so far: it starts with the weights that were just restored.
+            self.ema = ExponentialMovingAverage(module, self.ema.decay)
+        _set_random_state(tree["random"], self.backend.device)
+        return _RunState.from_tree(start.step, tree["run"])
+
+
+class _Loop:
+    """One call of `Trainer.fit`: launches steps, reads their figures, reports, evaluates, saves."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        state: _RunState,
+        end: int,
+        file: MetricsFile | None,
+        on_step: Callable[[StepRecord], None] | None,
+        checkpoint: str | None,
+    ) -> None:
+        self.trainer = trainer
+        self.settings = trainer.settings
+        self.backend = trainer.backend
+        self.state = state
+        self.end = end  # the step after which this call stops
+        self.file = file
+        self.on_step = on_step
+        self.checkpoint = checkpoint  # path of the newest one
+        self.saved_step = state.step  # of the newest checkpoint, 0 if there is none
+        self.stop = StopSignals()
+        self.signal: int | None = None  # received by some rank, and known to all
+        self.pending: deque[_PendingStep] = deque()
+        self.tokens = 0.0
+        self.began = time.monotonic()
+        self.last_read = self.began  # when figures were last read
+
+    def run(self) -> None:
+        console = None if self.backend.rank == 0 else Console(quiet=True, force_terminal=False)
+        bar = show_progress(self.end, "training", start=self.state.step, console=console)
+        with self.stop, bar as shown:
+            while self.state.step < self.end and self.signal is None:
+                self._launch_next()
+                # The figures of a step are read when the device has the next step to do, so that
+                # it never idles; but at once if something is reported, evaluated or saved after it.
+                while self.pending and self._must_read():
+                    self._finish_oldest(shown)
+                self._save_if_due()
+
+    def to_summary(self) -> TrainingSummary:
+        """Describe how the loop ended."""
+        status: Literal["finished", "interrupted", "stopped"] = "finished"
+        if self.state.step < self.settings.steps:
+            status = "stopped" if self.signal is None else "interrupted"
+        return TrainingSummary(
+            status=status,
+            step=self.state.step,
+            steps=self.settings.steps,
+            skipped_steps=self.state.skipped_steps,
+            seconds=time.monotonic() - self.began,
+            tokens=self.tokens,
+            metrics=self.state.metrics,
+            checkpoint=self.checkpoint,
+            signal=self.signal if status == "interrupted" else None,
+        )
+
+    # ------------------------------------------------------------------ steps
+
+    def _launch_next(self) -> None:
+        step = self.state.step + len(self.pending)
+        batches = self._batches(step)
+        if batches is not None:
+            self.pending.append(self.trainer._launch(step, batches, self.stop))
+
+    def _batches(self, step: int) -> list[Batch] | None:
+        """Fetch the micro-batches of a step; None if a signal came while waiting for them."""
+        batch_at = self.trainer.batch_at
+        batches: list[Batch] = []
+        for micro in range(self.settings.accumulate):
+            # Several processes only stop together, after the same step.
+            if isinstance(batch_at, Prefetcher) and self.backend.world_size == 1:
+                batch = batch_at.fetch(step, micro, lambda: self.stop.signal is not None)
+                if batch is None:
+                    return None
+            else:
+                batch = batch_at(step, micro)
+            batches.append(batch)
+        return batches
+
+    def _must_read(self) -> bool:
+        newest = self.state.step + len(self.pending)
+        return self._is_due(newest) or len(self.pending) > 1 or self._is_stopping()
+
+    def _finish_oldest(self, bar: Progress) -> None:
+        """Read the figures of the oldest pending step and do what is due after it."""
+        record = self._read(self.pending.popleft())
+        self.tokens += record.tokens
+        figures: Mapping[str, float] = {}
+        # Not after a signal: an evaluation may take longer than the sender of the signal waits.
+        if self._is_validated(record.step) and not self._is_stopping():
+            figures = self._validate(bar)
+        if self.file:
+            self.file.append(record, figures)
+        if self.state.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(self._too_many_skipped(record))
+        self._report(bar)
+        if self.on_step is not None:
+            self.on_step(record)
+
+    def _read(self, pending: _PendingStep) -> StepRecord:
+        """Read the figures of a step: the only place where the host waits for the device."""
+        if pending.arrived:
+            pending.arrived.synchronize()
+        (grad_norm, items), signals, (loss, _), *pairs = pending.figures.tolist()
+        self.state.count_step(math.isfinite(loss) and math.isfinite(grad_norm))
+        self.signal = StopSignals.from_counts(signals) or self.signal
+        now = time.monotonic()
+        record = StepRecord(
+            step=self.state.step,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr_multiplier=pending.multiplier,
+            tokens=items,
+            seconds=now - self.last_read,
+            skipped_steps=self.state.skipped_steps,
+            metrics=dict(zip(pending.names, map(tuple, pairs))),
+        )
+        self.last_read = now
+        self.state.window.append(record)
+        return record
+
+    # ------------------------------------------------------------------ what is due
+
+    def _is_stopping(self) -> bool:
+        if self.backend.world_size == 1:  # no other rank has to agree
+            self.signal = self.stop.signal
+        return self.signal is not None
+
+    def _is_saved(self, step: int) -> bool:
+        return step == self.settings.steps or step % self.settings.checkpoint_every == 0
+
+    def _is_validated(self, step: int) -> bool:
+        validation = self.trainer.validation
+        return validation is not None and step % validation.every == 0
+
+    def _is_reported(self, step: int) -> bool:
+        return step == self.end or step % self.settings.log_every == 0
+
+    def _is_due(self, step: int) -> bool:
+        return self._is_saved(step) or self._is_validated(step) or self._is_reported(step)
+
+    def _save_if_due(self) -> None:
+        is_due = self._is_stopping() or self._is_saved(self.state.step)
+        if not self.pending and is_due and self.state.step > self.saved_step:
+            self.checkpoint = self.trainer._save(self.state)
+            self.saved_step = self.state.step
+
+    def _validate(self, bar: Progress) -> Mapping[str, float]:
+        """Evaluate the current weights without changing anything that training continues from."""
+        validation = self.trainer.validation
+        assert validation is not None
+        module = self.backend.unwrap(self.trainer.objective.module)
+        random_state = _random_state(self.backend.device)
+        weights: AbstractContextManager[None] = nullcontext()
+        if self.trainer.ema and validation.of_average:
+            weights = self.trainer.ema.apply()
+        with weights, self.backend.gather_weights(module):
+            try:
+                figures, sentence = validation.score()
+            except NonFiniteError as error:  # reported, but not a reason to end the run
+                figures, sentence = {}, str(error)
+        self.trainer.objective.module.train()
+        _set_random_state(random_state, self.backend.device)
+        if self.backend.rank == 0 and figures:
+            self.trainer.tracker.log(self.state.step, figures)
+        bar.note(f"step {self.state.step}: {sentence}")
+        self.last_read = time.monotonic()  # tokens per second are those of training
+        return figures
+
+    def _report(self, bar: Progress) -> None:
+        """Advance the bar; if a report is due, send the tracker the means since the last one."""
+        if not self._is_reported(self.state.step):
+            bar.advance()
+            return
+        metrics = summarize(self.state.window)
+        self.state.metrics = metrics
+        self.state.window.clear()
+        if self.backend.rank == 0:
+            self.trainer.tracker.log(self.state.step, metrics)
+        shown = {"train_loss": "loss", "tokens_per_second": "tokens_per_second"}
+        if self.state.skipped_steps:
+            shown["skipped_steps"] = "skipped"
+        bar.advance(1, **{shown[name]: value for name, value in metrics.items() if name in shown})
+
     def _too_many_skipped(self, record: StepRecord) -> str:
+        steps = self.trainer.checkpoints.steps()
         return (
-            f"Loss or gradient was not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row, the last of them step "
-            f"{record.step} (loss {record.loss}, gradient norm {record.grad_norm}); none of them changed the model. "
-            "Parameters, data or logits hold a NaN or overflow: lower the learning rate, lengthen the warm-up, clip "
-            "harder, or look at the rows of that step. The newest checkpoint is of "
-            f"{_steps(self.checkpoints.steps())}."
+            f"Loss or gradient was not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row, the last "
+            f"of them step {record.step} (loss {record.loss}, gradient norm {record.grad_norm}); "
+            "none of them changed the model. Parameters, data or logits hold a NaN or overflow: "
+            "lower the learning rate, lengthen the warm-up, clip harder, or look at the rows of "
+            f"that step. The newest checkpoint is of {_describe(steps)}."
         )
 
 
@@ -538,12 +594,12 @@ def _pair(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack([first.detach().to(torch.float64), second.detach().to(torch.float64)])
 
 
-def _steps(steps: Sequence[int]) -> str:
+def _describe(steps: Sequence[int]) -> str:
     return f"step {steps[-1]}" if steps else "no step"
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """torch's own generators. Noise is counter-based and needs none; dropout draws from these."""
+    """Return the state of torch's generators, which dropout draws from; `CounterRng` has no state."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

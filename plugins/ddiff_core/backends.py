@@ -39,7 +39,7 @@ class DataParallel:
     def build(config: ComponentConfig, *, device: str, processes: int) -> Backend:
         from ddiff import DistributedBackend, SingleBackend
 
-        if processes == 1 and not DistributedBackend.started():
+        if processes == 1 and not DistributedBackend.is_started():
             return SingleBackend(device)
         return DistributedBackend(device, processes)
 
@@ -58,6 +58,6 @@ class FullySharded:
     ) -> Backend:
         from ddiff import ShardedBackend, SingleBackend
 
-        if processes == 1 and not ShardedBackend.started():
+        if processes == 1 and not ShardedBackend.is_started():
             return SingleBackend(device)
         return ShardedBackend(device, processes, precision)

@@ -43,10 +43,10 @@ def test_export_takes_the_average_if_the_run_has_one(folder: Path, ddiff: Comman
     checkpoints = Checkpoints("runs/small/checkpoints")
     found = checkpoints.newest()
     assert found is not None
-    weights = found.weights()
+    weights = found.read_weights()
     name = next(iter(weights))
     ema = {"updates": 1, "weights": {name: weights[name] + 1.0}}
-    checkpoints.save(3, weights, found.tree() | {"ema": ema})
+    checkpoints.save(3, weights, found.read_state() | {"ema": ema})
     assert "the ema weights of step 3" in ddiff("export", "runs/small", "weights.safetensors")[1]
     assert torch.equal(load_file("weights.safetensors")[name], weights[name] + 1.0)
     assert ddiff("export", "runs/small", "weights.safetensors", "--weights", "trained")[0] == 0

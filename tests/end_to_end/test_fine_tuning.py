@@ -45,7 +45,7 @@ def initialized(*settings: str) -> tuple[api.Run, dict[str, Any]]:
 
 
 def weights(name: str) -> dict[str, torch.Tensor]:
-    return Checkpoints(f"runs/{name}/checkpoints").weights()
+    return Checkpoints(f"runs/{name}/checkpoints").read_weights()
 
 
 @pytest.mark.slow

@@ -258,7 +258,7 @@ def test_truncated_checkpoint_is_named_and_kept(
     damaged = newest(run_dir, file)
     damaged.write_bytes(damaged.read_bytes()[:-20])
     before = files(run_dir)
-    refused(ddiff(*COMMANDS[name]), file, "step_00000004", "go on from step 2")
+    refused(ddiff(*COMMANDS[name]), file, "step_00000004", "resume from step 2")
     assert files(run_dir) == before
 
 
@@ -325,7 +325,7 @@ def poison(run_dir: Path) -> None:
     checkpoints = Checkpoints(run_dir / "checkpoints")
     newest = checkpoints.newest()
     assert newest is not None
-    weights, state = newest.weights(), newest.tree()
+    weights, state = newest.read_weights(), newest.read_state()
     name = next(name for name in weights if name.endswith("head.bias"))
     weights[name] = torch.full_like(weights[name], torch.nan)
     checkpoints.save(newest.step, weights, state)

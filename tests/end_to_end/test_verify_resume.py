@@ -65,9 +65,9 @@ def test_verify_resume_names_a_differing_state(folder: Path, ddiff: Command) -> 
     checkpoints = Checkpoints("runs/small/checkpoints")
     found = checkpoints.newest()
     assert found is not None
-    state = found.tree()
+    state = found.read_state()
     state["optimizer"]["muon"]["state"][0]["momentum_buffer"][0, 0] += 1.0
-    checkpoints.save(6, found.weights(), state)
+    checkpoints.save(6, found.read_weights(), state)
     code, out, _ = ddiff(*RUN, "--verify-resume", "3")
     assert code == 1
     assert "losses and other figures: equal" in out

@@ -15,8 +15,7 @@ from commands import place, refusal, run_command
 from ddiff import ArgumentError, Cache, DataError, PluginError
 from ddiff.cli import _escape
 from ddiff.data.cache import default_root
-from ddiff.distributed.launcher import check_address
-from ddiff.distributed.launcher import place as placed
+from ddiff.distributed.launcher import check_address, get_rank_info
 from ddiff.errors import explain_error
 
 __all__ = ["place"]
@@ -38,7 +37,7 @@ def test_invalid_rank_variables_are_refused(
     for name, value in {"MASTER_ADDR": "127.0.0.1", **variables}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ArgumentError, match=expected):
-        placed()
+        get_rank_info()
     assert expected in refusal(run_command(capsys, "recipes"))
 
 

@@ -300,7 +300,7 @@ def test_checkpoint_refuses_a_changed_manifest(checkpoint: Path, edit: str) -> N
     CHECKPOINT_EDITS[edit](manifest)
     reseal(checkpoint, "manifest.json", json.dumps(manifest).encode())
     with pytest.raises(CheckpointError, match="step_00000008"):
-        Checkpoints(checkpoint.parent).weights()
+        Checkpoints(checkpoint.parent).read_weights()
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "state.json"])

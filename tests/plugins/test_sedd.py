@@ -39,7 +39,7 @@ from ddiff import (
     TokenHead,
     as_network,
 )
-from ddiff.checkpoint.weight_transfer import Source, carried
+from ddiff.checkpoint.weight_transfer import TrainedWeights, transfer_weights
 from ddiff.core.elbo import closing_term
 from ddiff.core.process import ForwardProcess, RowFunction
 from ddiff.plugin.loader import survey_plugins
@@ -474,8 +474,8 @@ def test_ratios_of_another_scale_are_not_carried_over(scaled: bool) -> None:
     theirs = ScoreHead(vocabulary, Constant.width, True)
     mine = Denoiser(Constant(), ScoreHead(vocabulary, Constant.width, scaled))
     weights = {f"head.{name}": value for name, value in theirs.state_dict().items()}
-    source = Source("there", {**mine.state_dict(), **weights}, vocabulary, theirs)
-    assert (carried(mine, source, "all").anew == []) == scaled
+    source = TrainedWeights("there", {**mine.state_dict(), **weights}, vocabulary, theirs)
+    assert (transfer_weights(mine, source, "all").fresh == []) == scaled
 
 
 def test_a_score_head_needs_a_flat_vocabulary_and_a_mask_to_scale_by() -> None:

@@ -86,7 +86,7 @@ def save_in_shards(folder: str) -> None:
     backend = DistributedBackend("cpu")
     net, optimizer, state = trained(sharded=True, rank=backend.rank)
     checkpoints = Checkpoints(folder)
-    checkpoints.begin(STEP, net.state_dict(), state)
+    checkpoints.save_async(STEP, net.state_dict(), state)
     with torch.no_grad():
         for tensor in (*net.parameters(), *state["ema"]["weights"].values(), net.counts):
             tensor.mul_(0)
@@ -103,7 +103,7 @@ def load_in_shards(folder: str, expected: str) -> None:
     found = Checkpoints(folder).newest()
     assert found is not None
     goes_on(net, optimizer, found, torch.load(expected))
-    ema = found.tree(like=net.parameters())["ema"]["weights"]
+    ema = found.read_state(like=net.parameters())["ema"]["weights"]
     for name, parameter in net.named_parameters():
         assert ema[name].placements == parameter.placements
         assert ema[name].device_mesh == parameter.device_mesh
@@ -115,7 +115,7 @@ def goes_on(
     net: nn.Module, optimizer: torch.optim.Optimizer, found: Checkpoint, expected: dict[str, Any]
 ) -> None:
     found.restore(net)
-    state = found.tree(like=net.parameters())
+    state = found.read_state(like=net.parameters())
     optimizer.load_state_dict(state["optimizer"])
     assert state["random"]["cpu"].tolist() == [0], "the state of rank 0, for any"
     for name, value in state["ema"]["weights"].items():
@@ -154,12 +154,12 @@ def fail_on_one_rank(folder: str) -> None:
     checkpoints = Checkpoints(folder)
     checkpoints.save(1, net.state_dict(), state)
     good, checkpoints._fs = checkpoints._fs, Full(checkpoints._fs)
-    checkpoints.begin(2, net.state_dict(), state)
+    checkpoints.save_async(2, net.state_dict(), state)
     with pytest.raises(
         CheckpointError,
         match=r"step_00000002 could not be written \(OSError.*No space.* on rank 1\)",
     ):
-        checkpoints.begin(3, net.state_dict(), state)
+        checkpoints.save_async(3, net.state_dict(), state)
     assert checkpoints.steps() == [1]
     checkpoints._fs = good
     checkpoints.save(3, net.state_dict(), state)

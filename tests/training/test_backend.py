@@ -42,7 +42,7 @@ def test_alone_it_sums_to_the_same_and_clips_to_the_norm() -> None:
         nn.Parameter(torch.zeros(1)),
     ]
     parameters[0].grad, parameters[1].grad = torch.tensor([2.0, 4.0]), torch.tensor([4.0])
-    assert backend.clip(parameters, None) == 6.0
-    assert backend.clip(parameters, 3.0) == 6.0
+    assert backend.clip_grad_norm(parameters, None) == 6.0
+    assert backend.clip_grad_norm(parameters, 3.0) == 6.0
     torch.testing.assert_close(parameters[0].grad, torch.tensor([1.0, 2.0]), rtol=1e-5, atol=0)
-    assert backend.clip(parameters, 100.0) == pytest.approx(3.0, rel=1e-5)
+    assert backend.clip_grad_norm(parameters, 100.0) == pytest.approx(3.0, rel=1e-5)

@@ -10,7 +10,7 @@ from ranks import SYMBOLS
 from torch import Tensor, nn
 
 from ddiff.core.rng import CounterRng
-from ddiff.distributed.blocks import blocks_of, compile_blocks, recompute_activations
+from ddiff.distributed.blocks import compile_blocks, find_blocks, recompute_activations
 from ddiff.nn.denoiser import CAPACITIES
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.run import Run
@@ -46,8 +46,8 @@ def with_random_head(run: Run) -> None:
 
 
 def test_blocks_are_the_elements_of_the_outermost_lists(run: Run) -> None:
-    assert blocks_of(run.denoiser) == list(run.denoiser.backbone.blocks)
-    assert len(blocks_of(run.denoiser)) == 3
+    assert find_blocks(run.denoiser) == list(run.denoiser.backbone.blocks)
+    assert len(find_blocks(run.denoiser)) == 3
 
 
 def test_what_is_recomputed_has_the_same_bits_dropout_included_and_keeps_its_names(

@@ -51,10 +51,10 @@ def test_the_same_tree_comes_back(tmp_path: Path, root: str) -> None:
     found = checkpoints.newest()
     assert found is not None
     assert (found.step, found.path) == (12, path)
-    assert same(found.tree(), state)
+    assert same(found.read_state(), state)
     in_order = dict(sorted(MODEL.items()))  # a set of named tensors, in no order of its own
-    assert same(dict(sorted(found.weights().items())), in_order)
-    assert same(dict(sorted(checkpoints.weights().items())), in_order)
+    assert same(dict(sorted(found.read_weights().items())), in_order)
+    assert same(dict(sorted(checkpoints.read_weights().items())), in_order)
 
 
 def test_tied_tensors_come_back_under_every_name(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_tied_tensors_come_back_under_every_name(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, net.state_dict(), {})
     found = checkpoints.load(1)
-    weights = found.weights()
+    weights = found.read_weights()
     assert torch.equal(weights["head.weight"], weights["embedding.weight"])
     other = Net()
     found.restore(other)
@@ -146,7 +146,7 @@ def test_death_at_any_moment_of_saving_leaves_a_checkpoint_to_go_on_from(tmp_pat
         found = checkpoints.newest()
         assert found is not None
         for step in checkpoints.steps():
-            assert checkpoints.weights(step)["weight"].tolist() == [float(step)] * 3
+            assert checkpoints.read_weights(step)["weight"].tolist() == [float(step)] * 3
         save(checkpoints, 15)
         assert [path.name for path in root.iterdir()] == ["step_00000015"], (
             "what the dead process left is swept up"
@@ -176,7 +176,7 @@ def test_a_truncated_file_is_named_with_what_to_do(tmp_path: Path, name: str) ->
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(
         CheckpointError,
-        match=rf"{name} .*Delete the directory .*step_00000010 to go on from step 5",
+        match=rf"{name} .*Delete the directory .*step_00000010 to resume from step 5",
     ):
         checkpoints.newest()
     assert checkpoints.load(5).step == 5
@@ -192,7 +192,7 @@ def test_a_flipped_bit_and_a_missing_file_are_named(tmp_path: Path) -> None:
     opened = checkpoints.newest()
     assert opened is not None
     for read in (
-        opened.weights,
+        opened.read_weights,
         lambda: opened.restore(nn.ParameterDict({"weight": torch.zeros(3)})),
     ):
         with pytest.raises(
@@ -201,12 +201,12 @@ def test_a_flipped_bit_and_a_missing_file_are_named(tmp_path: Path) -> None:
             read()
     file.unlink()
     with pytest.raises(CheckpointError, match=r"model.safetensors is missing"):
-        checkpoints.weights()
+        checkpoints.read_weights()
 
 
 def test_no_checkpoint_to_take_weights_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no complete checkpoint. Train first"):
-        Checkpoints(tmp_path / "nowhere").weights()
+        Checkpoints(tmp_path / "nowhere").read_weights()
 
 
 @pytest.mark.parametrize(("number", "age"), [(1, "an older"), (99, "a newer")])
@@ -216,7 +216,7 @@ def test_another_format_is_refused(tmp_path: Path, number: int, age: str) -> Non
     marker = tmp_path / "step_00000005" / "complete.json"
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": number}))
     with pytest.raises(
-        CheckpointError, match=rf"format {number}; this ddiff reads format 2 alone: .* {age} ddiff"
+        CheckpointError, match=rf"format {number}; this ddiff reads only format 2: .* {age} ddiff"
     ):
         checkpoints.newest()
 
@@ -280,7 +280,7 @@ def test_weights_without_an_average_say_so(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"step_00000005 holds no moving average .* without \[train\] ema"
     ):
-        checkpoints.weights(average=True)
+        checkpoints.read_weights(average=True)
 
 
 def test_what_is_saved_may_change_while_it_is_written(tmp_path: Path) -> None:
@@ -294,15 +294,15 @@ def test_what_is_saved_may_change_while_it_is_written(tmp_path: Path) -> None:
             return self._fs.open(path, mode)
 
     checkpoints._fs = Waiting(checkpoints._fs)
-    checkpoints.begin(1, {"weight": weight}, {"moments": moments})
+    checkpoints.save_async(1, {"weight": weight}, {"moments": moments})
     weight.fill_(2.0)
     moments["rate"].fill_(3.0)
     moments["rest"] = torch.zeros(1)
     changed.set()
     found = checkpoints.newest()
     assert found is not None
-    assert same(found.weights(), {"weight": torch.ones(3)})
-    assert same(found.tree(), {"moments": {"rate": torch.zeros(2)}})
+    assert same(found.read_weights(), {"weight": torch.ones(3)})
+    assert same(found.read_state(), {"moments": {"rate": torch.zeros(2)}})
 
 
 def test_what_could_not_be_written_is_told_at_the_next_wait_and_leaves_the_one_before(
@@ -317,7 +317,7 @@ def test_what_could_not_be_written_is_told_at_the_next_wait_and_leaves_the_one_b
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 5)
     good, checkpoints._fs = checkpoints._fs, Full(checkpoints._fs)
-    checkpoints.begin(10, MODEL, {})
+    checkpoints.save_async(10, MODEL, {})
     with pytest.raises(
         CheckpointError, match=r"step_00000010 could not be written \(OSError: .*No space left"
     ):

@@ -22,7 +22,7 @@ from toy import rows_at, toy_trainer
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.core.rng import CounterRng
 from ddiff.distributed.data_parallel import DistributedBackend
-from ddiff.distributed.launcher import launch, place
+from ddiff.distributed.launcher import get_rank_info, launch
 from ddiff.errors import ArgumentError, CheckpointError, RecipeError
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.build import Overrides
@@ -84,7 +84,7 @@ def losses(run_dir: Path) -> Tensor:
 
 def farthest(run_dir: Path, other: Path, step: int) -> float:
     """Of the parameters of two runs: the norm of the difference over that of the one."""
-    files = [Checkpoints(place / "checkpoints").weights(step) for place in (run_dir, other)]
+    files = [Checkpoints(place / "checkpoints").read_weights(step) for place in (run_dir, other)]
     assert files[0].keys() == files[1].keys()
     one, two = (torch.cat([file[name].double().ravel() for name in sorted(file)]) for file in files)
     return ((one - two).norm() / one.norm()).item()
@@ -296,7 +296,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_its_place() -> None:
 
 
 def test_a_process_that_was_started_alone_has_no_others() -> None:
-    assert place() is None
+    assert get_rank_info() is None
     with pytest.raises(ArgumentError, match="started by the command `ddiff run`, or by torchrun"):
         DistributedBackend("cpu", 2)
 

@@ -27,9 +27,7 @@ def test_a_step_is_launched_without_waiting_for_its_device(
     session.run.objective.module.to("meta")
     session.backend.device = torch.device("meta")
     trainer = session.trainer()
-    first, second = (trainer._batches(step, StopSignals()) for step in (0, 1))
-    assert first is not None
-    assert second is not None
+    first, second = ([trainer.batch_at(step, micro) for micro in (0, 1)] for step in (0, 1))
     trainer._launch(0, first, StopSignals())
     with no_answers():
         launched = trainer._launch(1, second, StopSignals())

@@ -18,7 +18,7 @@ from ddiff.training.optimizers import (
     muon,
     orthogonalize,
     split_parameters,
-    step_where,
+    step_if,
 )
 
 
@@ -143,7 +143,7 @@ def test_an_optimizer_goes_on_from_its_saved_state(make: type, tmp_path: object)
     other = Net()
     found.restore(other)
     fresh = make(other)
-    fresh.load_state_dict(found.tree()["optimizer"])
+    fresh.load_state_dict(found.read_state()["optimizer"])
     steps(other, fresh, 3, 6)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters()))
 
@@ -207,7 +207,7 @@ def test_a_step_is_taken_where_the_figures_are_finite_and_nothing_changes_elsewh
                 parameter.grad.fill_(torch.nan)
         else:
             plain.step()
-        step_where(torch.tensor(not broken), deciding)
+        step_if(torch.tensor(not broken), deciding)
         for one, two in zip(*(net.state_dict().values() for net in nets)):
             # float64: a factor of one that is a tensor may round elsewhere
             torch.testing.assert_close(two, one, rtol=1e-13, atol=1e-15)

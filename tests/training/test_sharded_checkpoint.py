@@ -53,11 +53,11 @@ def test_shards_are_loaded_by_one_process_without_a_group(saved: Path, expected:
     found = Checkpoints(saved).newest()
     assert found is not None
     goes_on(*made(1, sharded=False), found, wanted)
-    weights = Checkpoints(saved).weights()
+    weights = Checkpoints(saved).read_weights()
     assert weights.keys() == trained(sharded=False)[0].state_dict().keys()
     for name, value in weights.items():
         assert torch.equal(value, wanted["saved"][name])
-    averages = Checkpoints(saved).weights(average=True)
+    averages = Checkpoints(saved).read_weights(average=True)
     assert torch.equal(averages["head.weight"], wanted["ema"]["embedding.weight"]), (
         "tied weights have one average"
     )
@@ -108,7 +108,7 @@ def test_a_shard_that_is_damaged_or_gone_is_named(tmp_path: Path, saved: Path) -
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"model\.rank_00001\.safetensors is damaged"):
-        Checkpoints(tmp_path / "copy").weights()
+        Checkpoints(tmp_path / "copy").read_weights()
     file.unlink()
     with pytest.raises(CheckpointError, match=r"model\.rank_00001\.safetensors is missing"):
         Checkpoints(tmp_path / "copy").newest()

@@ -297,11 +297,11 @@ def test_an_average_that_a_run_goes_on_with_starts_from_the_weights_that_it_has_
     first.fit()
     then = toy_trainer(tmp_path, 7, ema=0.999)
     then.fit(then.checkpoints.newest())
-    assert then.average is not None
+    assert then.ema is not None
     before = weights(first)
     for name, now in weights(then).items():  # float64; the first decay is 1/10
         torch.testing.assert_close(
-            then.average.weights[name], 0.1 * before[name] + 0.9 * now, rtol=1e-14, atol=1e-15
+            then.ema.weights[name], 0.1 * before[name] + 0.9 * now, rtol=1e-14, atol=1e-15
         )
 
 

@@ -52,7 +52,7 @@ def without_validation(folder: str) -> list[dict[str, Any]]:
 def state(folder: str) -> dict[str, Any]:
     newest = Checkpoints(f"{folder}/checkpoints").newest()
     assert newest is not None
-    return {"model": newest.weights(), **newest.tree()}
+    return {"model": newest.read_weights(), **newest.read_state()}
 
 
 def assert_same(one: Any, two: Any) -> None:
@@ -167,7 +167,7 @@ def test_an_installed_average_leaves_the_weights_as_they_were() -> None:
     with torch.no_grad():
         module.weight += 1.0
     before = module.weight.clone()
-    with suppress(KeyError), average.installed():
+    with suppress(KeyError), average.apply():
         assert not torch.equal(module.weight, before)
         raise KeyError
     assert torch.equal(module.weight, before)
