@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddiff.data.sources import TextSource, open_file_source
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.data.tokenizer_workers import Chunk
 
@@ -43,10 +42,6 @@ def json_file(path: Path, texts: list[str]) -> str:
     """Write the texts as JSON lines and return the path."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
-
-
-def source_of(folder: Path, texts: list[str]) -> TextSource:
-    return open_file_source([parquet_files(folder, texts)])
 
 
 def chunks_of(texts: list[str], at_once: int = 8) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from corpora import WORDS
 from ddiff_core import COMPONENTS
 from ddiff_core.data import Bundled, Files, Hub, JsonLines, Markov, Shards, Symbols, Text
 from ddiff_core.tokenizers import Alphabet, BytePair, Pretrained, Saved
@@ -21,9 +22,6 @@ from ddiff.data.documents import Documents, documents_from_texts
 from ddiff.data.packing import pack
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
-
-TEXT = "the cat sat on a mat and the dog ran to the old red house by the sea with a hat"
-WORDS = TEXT.split()
 
 
 def sentences(count: int, seed: int) -> list[str]:
