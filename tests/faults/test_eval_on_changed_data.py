@@ -16,7 +16,7 @@ LINES = CORPUS.splitlines()
 
 
 def held_out() -> set[str]:
-    documents = api.load("runs/tiny").documents
+    documents = api.load("runs/tiny").data.documents
     return {text.strip() for text in documents.validation["text"]}
 
 

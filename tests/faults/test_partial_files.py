@@ -88,7 +88,7 @@ def test_failed_write_of_a_run_file_leaves_no_partial_file(
         monkeypatch.setattr("ddiff.atomic.os.replace", refuse)
         expected = CheckpointError
     with pytest.raises(expected):
-        directory.write(path, "after" * 9999)
+        directory.write_run_file(path, "after" * 9999)
     assert [entry.name for entry in tmp_path.iterdir()] == ["evaluation.json"]
     assert path.read_text() == "before"
 
