@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.integer]
+Floats = NDArray[np.float64]
+Tokens = tuple[Ints, Ints]
+"""Ids [n] and document numbers [n]."""
 
 
 class Baselines(NamedTuple):
@@ -18,8 +21,8 @@ class Baselines(NamedTuple):
 
 
 def score_baselines(
-    train: tuple[Ints, Ints],
-    validation: tuple[Ints, Ints],
+    train: Tokens,
+    validation: Tokens,
     num_tokens: int,
     counted: NDArray[np.bool_] | slice = slice(None),
 ) -> Baselines:
@@ -30,8 +33,8 @@ def score_baselines(
     scored by the unigram.
 
     Args:
-        train: ids [n] and document numbers [n] of the training tokens.
-        validation: ids [m] and document numbers [m] of the validation tokens.
+        train: the training tokens.
+        validation: the m validation tokens.
         num_tokens: size of the vocabulary.
         counted: [m] bool, tokens of the mean; all by default.
     """
@@ -40,31 +43,41 @@ def score_baselines(
     ids = validation[0].astype(np.int64)
     by_unigram = log_unigram[ids]
     by_bigram = _score_bigrams(train, validation, num_tokens, np.exp(log_unigram))
-    return Baselines(-float(by_unigram[counted].mean()), -float(by_bigram[counted].mean()))
+    return Baselines(
+        unigram_nats_per_token=-float(by_unigram[counted].mean()),
+        bigram_nats_per_token=-float(by_bigram[counted].mean()),
+    )
 
 
 def _score_bigrams(
-    train: tuple[Ints, Ints],
-    validation: tuple[Ints, Ints],
+    train: Tokens,
+    validation: Tokens,
     num_tokens: int,
-    unigram: NDArray[np.float64],
-) -> NDArray[np.float64]:
+    unigram: Floats,
+) -> Floats:
     """[m] log-probability of each validation token given the one before it."""
     pairs, _ = _encode_pairs(*train, num_tokens)
     codes, counts = np.unique(pairs, return_counts=True)
     seen = np.bincount(codes // num_tokens, weights=counts, minlength=num_tokens)  # c(a)
     followers = np.bincount(codes // num_tokens, minlength=num_tokens)  # T(a)
     wanted, inside = _encode_pairs(*validation, num_tokens)
-    place = np.clip(np.searchsorted(codes, wanted), 0, max(len(codes) - 1, 0))
     known = np.zeros(len(wanted))  # c(a,b)
     if len(codes):
+        place = np.searchsorted(codes, wanted)
+        place = place.clip(
+            0, len(codes) - 1
+        )  # a code above all of them has the place after the last
         known = np.where(codes[place] == wanted, counts[place], 0)
     before = wanted // num_tokens
     after = wanted % num_tokens
     total = seen[before] + followers[before]
-    smoothed = (known + followers[before] * unigram[after]) / np.maximum(total, 1)
-    log_p = np.log(unigram[validation[0].astype(np.int64)])
-    log_p[1:][inside] = np.log(np.where(total > 0, smoothed, unigram[after]))
+    mass = known + followers[before] * unigram[after]
+    smoothed = mass / np.maximum(total, 1)
+    # a token that nothing followed in training has no bigrams: the unigram takes their place
+    bigram = np.where(total > 0, smoothed, unigram[after])
+    ids = validation[0].astype(np.int64)
+    log_p = np.log(unigram[ids])
+    log_p[1:][inside] = np.log(bigram)
     return log_p
 
 

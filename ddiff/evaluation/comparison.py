@@ -88,10 +88,15 @@ class Comparison:
 
     def columns(self) -> tuple[list[str], list[list[str]]]:
         """Return the titles, and the cells of each row, as text."""
-        has_seeds = any(row.seeds > 1 for row in self.rows)
-        titles = [title for title in COLUMNS if title != "seeds" or has_seeds]
-        cells = [[COLUMNS[title](row) for title in titles] for row in self.rows]
-        return [title.format(unit=self.protocol["unit"]) for title in titles], cells
+        columns = dict(COLUMNS)
+        if all(row.seeds == 1 for row in self.rows):
+            del columns["seeds"]
+        unit = self.protocol["unit"]
+        titles = [title.format(unit=unit) for title in columns]
+        cells = []
+        for row in self.rows:
+            cells.append([cell(row) for cell in columns.values()])
+        return titles, cells
 
     def to_markdown(self, command: str) -> str:
         """Return the table, under the command that made it and above the remarks."""
@@ -159,15 +164,19 @@ def compare(run_dirs: Sequence[str | Path], *, group_seeds: bool = False) -> Com
     if not run_dirs:
         raise ArgumentError("ddiff compare: name at least one run directory, such as runs/<name>.")
     reports = [_Report(Path(run_dir)) for run_dir in run_dirs]
-    for place, count in Counter(str(report.place) for report in reports).items():
+    counts = Counter(str(report.place) for report in reports)
+    for place, count in counts.items():
         if count > 1:
             raise ArgumentError(f"ddiff compare: {place} is named twice. Name each run once.")
     protocol = _common_protocol(reports)
     first = reports[0].evaluation
     for name in (f"{first['unit']}s", "documents"):
         protocol[name] = first[name]
-    baselines = {name.split("_")[0]: value for name, value in first["baselines"].items()}
-    return Comparison(protocol, baselines, _make_rows(reports, group_seeds), _notes(reports))
+    baselines = {}
+    for name, value in first["baselines"].items():
+        baselines[name.split("_")[0]] = value  # unigram_nats_per_token -> unigram
+    rows = _make_rows(reports, group_seeds)
+    return Comparison(protocol, baselines, rows, _notes(reports))
 
 
 def _make_rows(reports: Sequence[_Report], group_seeds: bool) -> list[Row]:
@@ -179,8 +188,11 @@ def _make_rows(reports: Sequence[_Report], group_seeds: bool) -> list[Row]:
     if len({row.run for row in rows}) == len(rows):
         return rows
     # two recipes have one name: rows are then named by their directories
-    places = [", ".join(str(report.place) for report in group) for group in groups.values()]
-    return [replace(row, run=place) for row, place in zip(rows, places)]
+    named = []
+    for row, group in zip(rows, groups.values()):
+        places = ", ".join(str(report.place) for report in group)
+        named.append(replace(row, run=places))
+    return named
 
 
 def write_comparison(comparison: Comparison, directory: str | Path, command: str) -> list[Path]:
@@ -189,8 +201,9 @@ def write_comparison(comparison: Comparison, directory: str | Path, command: str
     Raises ArgumentError if the directory takes no files, or if a file of that name was not written
     by `ddiff compare`.
     """
+    tree = {"command": command, **comparison.to_dict()}
     texts = {
-        "compare.json": json.dumps({"command": command, **comparison.to_dict()}, indent=2) + "\n",
+        "compare.json": json.dumps(tree, indent=2) + "\n",
         "compare.md": comparison.to_markdown(command),
     }
     argument = "ddiff compare --out"
@@ -206,7 +219,7 @@ def write_comparison(comparison: Comparison, directory: str | Path, command: str
 
 
 def _is_comparison(file: IO[bytes]) -> bool:
-    """Whether a file begins as compare.json and compare.md do."""
+    """Return whether a file begins as compare.json and compare.md do."""
     start = file.read(200).lstrip()
     return start.startswith(b"`ddiff compare") or b'"command": "ddiff compare' in start
 
@@ -287,22 +300,25 @@ class _Report:
         unit = evaluation["unit"]
         tokens = sum(line["tokens"] for line in self.metrics)
         seconds = sum(line["seconds"] for line in self.metrics)
+        sampled = max(self.sampling["tokens"], 1)
         interval = evaluation.get("interval")
+        bound = evaluation["bound"]
+        entropies = [_entropy(sample["ids"]) for sample in self.samples]
         return Row(
             run=self.recipe["name"],
             process=_describe_process(self.recipe),
             seeds=1,
             parameters=self.environment["parameters"],
             tokens_seen=tokens,
-            bound=evaluation["bound"],
-            nats=evaluation[f"{evaluation['bound'].lower()}_nats_per_{unit}"],
+            bound=bound,
+            nats=evaluation[f"{bound.lower()}_nats_per_{unit}"],
             interval=(interval[0], interval[1]) if interval else None,
             bits_per_byte=evaluation.get("bits_per_byte"),
             sampler=self._describe_sampler(),
-            sample_entropy=_mean([_entropy(sample["ids"]) for sample in self.samples]),
+            sample_entropy=_mean(entropies),
             nfe=_mean([sample["nfe"] for sample in self.samples]),
             train_seconds=1000 * seconds / max(tokens, 1),
-            sample_seconds=1000 * self.sampling["seconds"] / max(self.sampling["tokens"], 1),
+            sample_seconds=1000 * self.sampling["seconds"] / sampled,
         )
 
     def _describe_sampler(self) -> str:
@@ -324,8 +340,11 @@ def _describe_process(recipe: Mapping[str, Any]) -> str:
 
 def _entropy(ids: Sequence[int]) -> float:
     """Entropy of the token frequencies of one sample, in nats."""
-    shares = [count / len(ids) for count in Counter(ids).values()]
-    return -sum(share * math.log(share) for share in shares)
+    entropy = 0.0
+    for count in Counter(ids).values():
+        share = count / len(ids)
+        entropy -= share * math.log(share)
+    return entropy
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -343,9 +362,10 @@ def _common_protocol(reports: Sequence[_Report]) -> dict[str, Any]:
             if protocol[name] is not None:
                 found[place] = protocol[name]
         common[name] = next(iter(found.values()), None)
-        if len({json.dumps(value) for value in found.values()}) > 1:
-            values = ", ".join(f"{value} in {place}" for place, value in found.items())
-            differing.append(f"  {name}: {values}")
+        distinct = {json.dumps(value) for value in found.values()}  # lists have no hash
+        if len(distinct) > 1:
+            values = [f"{value} in {place}" for place, value in found.items()]
+            differing.append(f"  {name}: {', '.join(values)}")
     if differing:
         lines = "\n".join(differing)
         raise ArgumentError(
@@ -366,8 +386,9 @@ def _average_seeds(reports: Sequence[_Report]) -> Row:
     mean = statistics.fmean(nats)
     half = student95(len(nats) - 1) * statistics.stdev(nats) / math.sqrt(len(nats))
     first = rows[0]
+    names = list(dict.fromkeys(row.run for row in rows))  # distinct, in order
     return Row(
-        run=_join_names(list(dict.fromkeys(row.run for row in rows))),
+        run=_join_names(names),
         process=first.process,
         seeds=len(rows),
         parameters=first.parameters,
@@ -415,7 +436,7 @@ def _notes(reports: Sequence[_Report]) -> list[str]:
     ]
     if any(report.evaluation["bound"] == "NLL" for report in reports):
         notes.append(
-            "NLL is exact; NELBO is an upper bound of it: the true NLL of those models is not known."
+            "NLL is exact; NELBO is an upper bound of it: the true NLL of those models is unknown."
         )
     places = set()
     for report in reports:

@@ -28,6 +28,9 @@ from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.evaluation.ratio import Error, RatioEstimate
 from ddiff.progress import show_progress
 
+Rows = NDArray[np.int64]
+"""Numbers of rows [B]."""
+
 LARGEST_MEAN = 700.0  # nats per token whose exponential is still a float64
 
 
@@ -59,7 +62,7 @@ class Evaluation:
             It covers two errors: that of random times and noise, and the differences between
             documents.
         monte_carlo_interval: 95 % interval of the bound of these very documents, from the first
-            error only; None for one draw, in which the two cannot be told apart.
+            error only; None for one draw, in which the two cannot be separated.
         standard_errors_nats_per_token: the errors by name: "total", "monte_carlo", "documents".
         terms_nats_per_token: terms that add up to the bound.
         parts_nats_per_token: parts that add up to the diffusion term.
@@ -95,27 +98,37 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, named by figure and unit: `nll_nats_per_symbol`."""
-        return {self._key(field): value for field, value in asdict(self).items()}
+        tree = {}
+        for field, value in asdict(self).items():
+            tree[_field_key(field, self.unit, self.bound)] = value
+        return tree
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Evaluation:
         """Read what `to_dict` returned, as JSON gives it back; KeyError if a field is missing."""
         # bound and unit decide how the other fields are named
-        named = cls(0.0, None, None, {}, 1.0, None, {}, {}, 0, 0, tree["unit"], {}, tree["bound"])
-        values = {field.name: tree[named._key(field.name)] for field in fields(cls)}
+        unit = tree["unit"]
+        bound = tree["bound"]
+        values = {}
+        for field in fields(cls):
+            values[field.name] = tree[_field_key(field.name, unit, bound)]
         for name in ("interval", "monte_carlo_interval"):
+            # JSON has no tuples
             values[name] = tuple(values[name]) if values[name] else None
         return cls(**values)
 
-    def _key(self, field: str) -> str:
-        if field == "tokens":
-            return f"{self.unit}s"
-        return field.replace("nelbo", self.bound.lower()).replace("per_token", f"per_{self.unit}")
+
+def _field_key(field: str, unit: str, bound: str) -> str:
+    """Name a field by its figure and unit: nelbo_nats_per_token -> nll_nats_per_symbol."""
+    if field == "tokens":
+        return f"{unit}s"
+    named = field.replace("nelbo", bound.lower())
+    return named.replace("per_token", f"per_{unit}")
 
 
 def evaluate(
     objective: Scored,
-    batch_of: Callable[[NDArray[np.int64]], Any],
+    batch_of: Callable[[Rows], Any],
     document: NDArray[np.int64],
     *,
     length: int,
@@ -164,9 +177,12 @@ def evaluate(
             rows_batch = batch_of(rows)
             group = torch.from_numpy(index[rows]).to(rows_batch.index.device)
             rng = CounterRng(seed, draw, rows_batch.index, length, "evaluate", group)
-            likelihood = objective.nll(rows_batch, rng, slot.to(device), slots.to(device), times)
+            slot = slot.to(device)
+            slots = slots.to(device)
+            likelihood = objective.nll(rows_batch, rng, slot, slots, times)
             total = reduce(add, likelihood.terms.values()).sum(-1)
             scored = rows_batch.scored.sum(-1).cpu().numpy()
+            # add.at, since several rows of a batch may be of the same document
             np.add.at(nats[:, draw], index[rows], total.cpu().numpy())
             np.add.at(tokens, index[rows], scored / draws)
             means.add(likelihood, float(scored.sum()))
@@ -185,7 +201,7 @@ def evaluate(
 def _check_finite(mean: float, unit: str) -> None:
     if not mean < LARGEST_MEAN:  # also for NaN
         raise NonFiniteError(
-            f"evaluate: the bound is {mean} nats per {unit}, for which there is no perplexity: "
+            f"evaluate: the bound is {mean} nats per {unit}, too large for a perplexity: "
             "some token has (nearly) no probability under the network. Its weights have exploded; "
             "go back to an earlier checkpoint or train more slowly."
         )
@@ -228,7 +244,7 @@ def _make_evaluation(
 
 def _deal_strata(
     index: NDArray[np.int64], draws: int, batch: int, seed: int
-) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor, int]]:
+) -> Iterator[tuple[Rows, Tensor, Tensor, int]]:
     """Yield (rows, slot, slots, draw) per batch.
 
     A document of n rows has n = `slots` strata of time; `slot` is the stratum of a row. In each
@@ -236,23 +252,26 @@ def _deal_strata(
     """
     counts = np.bincount(index)
     order = np.argsort(index, kind="stable")
+    first = np.cumsum(counts) - counts  # of each document, in the order of documents
     place = np.empty(len(index), np.int64)  # number of a row within its document
-    place[order] = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place[order] = np.arange(len(index)) - np.repeat(first, counts)
     documents = torch.arange(len(counts))
     slots = counts[index]
     for draw in range(draws):
         uniforms = CounterRng(seed, draw, documents, 1, "evaluate").uniform("rotation")
         turn = uniforms[:, 0].numpy()[index]
-        slot = (place + np.floor(turn * slots).astype(np.int64)) % slots
+        rotation = np.floor(turn * slots).astype(np.int64)
+        slot = torch.from_numpy((place + rotation) % slots)
         for start in range(0, len(index), batch):
             rows = np.arange(start, min(start + batch, len(index)))
-            yield rows, torch.from_numpy(slot[rows]), torch.from_numpy(slots[rows]), draw
+            yield rows, slot[rows], torch.from_numpy(slots[rows]), draw
 
 
 def _interval(mean: float, error: Error | None) -> tuple[float, float] | None:
     if error is None:
         return None
-    return mean - error.half_width, mean + error.half_width
+    half = error.half_width
+    return mean - half, mean + half
 
 
 def _standard_error(error: Error | None) -> float | None:
@@ -270,12 +289,14 @@ class _Means:
         # imported here, since it takes long and only evaluation needs it
         from torchmetrics.aggregation import MeanMetric
 
-        for kind, values in (("term", likelihood.terms), ("part", likelihood.parts)):
-            for name, value in values.items():
-                key = (kind, name)
-                if key not in self._metrics:
-                    self._metrics[key] = MeanMetric().set_dtype(torch.float64)
-                self._metrics[key].update(value.sum().cpu().double() / tokens, tokens)
+        figures = {("term", name): value for name, value in likelihood.terms.items()}
+        for name, value in likelihood.parts.items():
+            figures["part", name] = value
+        for key, value in figures.items():
+            if key not in self._metrics:
+                self._metrics[key] = MeanMetric().set_dtype(torch.float64)
+            mean = value.sum().cpu().double() / tokens
+            self._metrics[key].update(mean, tokens)
 
     def compute(self, kind: str) -> dict[str, float]:
         """Return the mean of each term ("term") or part ("part")."""

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from ddiff.evaluation.intervals import student95
 
+Floats = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Error:
@@ -39,7 +41,7 @@ class RatioEstimate:
     monte_carlo: Error | None
 
     @classmethod
-    def of(cls, nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> Self:
+    def of(cls, nats: Floats, tokens: Floats) -> Self:
         """Estimate from `nats` [D,K], D documents in K independent draws, and `tokens` [D].
 
         Documents without tokens are left out.
@@ -56,12 +58,11 @@ class RatioEstimate:
         """Standard error from the differences between documents only; None if it is not known."""
         if self.total is None or self.monte_carlo is None:
             return None
-        return math.sqrt(max(0.0, self.total.standard**2 - self.monte_carlo.standard**2))
+        variance = self.total.standard**2 - self.monte_carlo.standard**2
+        return math.sqrt(max(0.0, variance))  # both are estimates: the difference may be negative
 
 
-def _error_over_documents(
-    residual: NDArray[np.float64], tokens: NDArray[np.float64]
-) -> Error | None:
+def _error_over_documents(residual: Floats, tokens: Floats) -> Error | None:
     """Error of the mean from residual_d = nats_d - mean * tokens_d of each document d.
 
     Let h_d = tokens_d / sum of tokens. If Var(nats_d) is proportional to tokens_d, residual_d^2 is
@@ -74,16 +75,18 @@ def _error_over_documents(
     share = tokens / tokens.sum()
     variance = float((residual**2 / (1.0 - share)).sum())
     mixed = share**2 / (1.0 - share)
-    freedom = 1.0 / float((share**2).sum() + mixed.sum() ** 2 - (mixed**2).sum())
-    return Error(math.sqrt(variance) / float(tokens.sum()), freedom)
+    squared = (share**2).sum() + mixed.sum() ** 2 - (mixed**2).sum()
+    standard = math.sqrt(variance) / float(tokens.sum())
+    return Error(standard, freedom=1.0 / float(squared))
 
 
-def _error_over_draws(nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> Error | None:
+def _error_over_draws(nats: Floats, tokens: Floats) -> Error | None:
     """Error of the mean from the differences between the draws of each document."""
     draws = nats.shape[1]
     if draws < 2:
         return None
+    # documents are independent of each other, so the variances of their sums add up
     variance = float(nats.var(-1, ddof=1).sum()) / draws
     share = tokens / tokens.sum()
-    freedom = (draws - 1) / float((share**2).sum())
-    return Error(math.sqrt(variance) / float(tokens.sum()), freedom)
+    standard = math.sqrt(variance) / float(tokens.sum())
+    return Error(standard, freedom=(draws - 1) / float((share**2).sum()))

@@ -182,7 +182,7 @@ class SamplingPlan:
         network = self._network(Context(valid, None, conditions.values))
         if self.guidance == 1.0:
             return network
-        # The unconditional network has a cache of its own: its hidden states differ.
+        # The unconditional network has a separate cache: its hidden states differ.
         return guided(network, self._network(Context(valid)), self.guidance)
 
     def _network(self, context: Context) -> Network:

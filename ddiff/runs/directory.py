@@ -94,7 +94,7 @@ def _changed_keys(
 
 
 def _may_change(key: str, old: Any, new: Any) -> bool:
-    """Whether a run with another value of this key continues the recorded one."""
+    """Return whether a run with another value of this key continues the recorded one."""
     if key == "train.steps":
         return isinstance(old, int) and new >= old
     return key in ("run_dir", "evaluate.every") or key.startswith("backend.")
@@ -160,7 +160,7 @@ def _check_not_written_over(directory: Path) -> None:
         if is_own_recipe(own):
             return
         if Checkpoints(str(directory / CHECKPOINTS)).steps():
-            read_recipe_tree(own)  # the damaged record of a run has an error of its own
+            read_recipe_tree(own)  # the damaged record of a run has another error
         raise CheckpointError(
             f"{own} was written or annotated by hand, and a run writes a file of that name. Name "
             "another run_dir (--set run_dir=...); or, if it is the record of this run, keep your "
@@ -178,8 +178,8 @@ def _check_not_written_over(directory: Path) -> None:
         them = "it" if len(taken) == 1 else "them"
         raise CheckpointError(
             f"{directory} holds {format_names(taken)} and no {RECIPE} of ddiff's, so it is "
-            f"not a run, and a run would write over {them}. Name another run_dir (--set run_dir=...), or move "
-            f"{them} away."
+            f"not a run, and a run would write over {them}. Name another run_dir "
+            f"(--set run_dir=...), or move {them} away."
         )
 
 
@@ -207,8 +207,8 @@ def check_fresh(directory: Path, recipe: Recipe) -> None:
     if there and not is_own_recipe(directory / RECIPE):
         raise CheckpointError(
             f"--fresh: {directory} holds {format_names(there)} and no {RECIPE} of ddiff's, so it "
-            "is not a run of ddiff's and nothing there is deleted. Name another run_dir, or empty that "
-            "one yourself."
+            "is not a run of ddiff's and nothing there is deleted. Name another run_dir, or empty "
+            "that one yourself."
         )
     foreign = classify_contents(directory, tracked_names(recipe)).foreign
     if foreign:
@@ -350,7 +350,7 @@ def describe_layout(backend: Backend) -> dict[str, Any]:
 
 
 def read_recorded_steps(directory: Path) -> int | None:
-    """Read [train] steps of the run in the directory; None if there is no run."""
+    """Read [train] steps of the run in the directory; None without a run."""
     if not (directory / RECIPE).is_file():
         return None
     steps = _read_recorded(directory).get("train", {}).get("steps")

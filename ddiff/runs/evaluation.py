@@ -61,7 +61,7 @@ def score_texts(
     draws: int,
     conditions: Mapping[str, Any],
 ) -> Evaluation:
-    """Compute the bound of some texts, each a document of its own, all under the conditions."""
+    """Compute the bound of some texts, each a separate document, all under the conditions."""
     if isinstance(texts, str | bytes | dict) or not isinstance(texts, Iterable):
         raise ArgumentError(
             "run.nelbo: texts must be a list of texts, each a document; "

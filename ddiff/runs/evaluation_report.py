@@ -119,7 +119,7 @@ def evaluate_run(
 
 
 def _is_evaluation(file: IO[bytes]) -> bool:
-    """Whether a file holds figures that `ddiff eval` wrote."""
+    """Return whether a file holds figures that `ddiff eval` wrote."""
     try:
         found = json.load(file)
     except (ValueError, RecursionError):

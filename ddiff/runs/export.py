@@ -26,7 +26,7 @@ def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto")
             if the run has one.
 
     Returns the metadata of the file: which weights, step, fingerprints, version of ddiff. Raises
-    CheckpointError if there is no such checkpoint, ArgumentError if the file must not be written.
+    CheckpointError without such a checkpoint, ArgumentError if the file must not be written.
     """
     from ddiff.checkpoint.dcp_storage import write_tensors
 
@@ -54,7 +54,7 @@ def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto")
 
 
 def _is_export(file: IO[bytes]) -> bool:
-    """Whether a file is a safetensors file with the metadata of an export."""
+    """Return whether a file is a safetensors file with the metadata of an export."""
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length < _LONGEST_HEADER:
         return False

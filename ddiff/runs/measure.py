@@ -115,7 +115,7 @@ class Measurement:
 
     @property
     def is_off(self) -> bool:
-        """Whether the first loss is not that of the initial distribution on the same draws."""
+        """True if the first loss is not that of the initial distribution on the same draws."""
         if self.initial is None:
             return False
         allowed = ROUNDING * max(1.0, abs(self.initial.there))
@@ -308,7 +308,7 @@ class RandomText(RunText):
 
 
 def _alphabet(num_tokens: int) -> AlphabetTokenizer:
-    """A tokenizer of that size; it encodes nothing, as there is no text."""
+    """A tokenizer of that size; it has nothing to encode."""
     surrogates = range(0xD800, 0xE000)
     codes = (code for code in range(num_tokens + len(surrogates)) if code not in surrogates)
     return AlphabetTokenizer([chr(code) for code, _ in zip(codes, range(num_tokens))])
@@ -361,7 +361,7 @@ def _train_steps(trainer: Trainer, count: int) -> tuple[list[StepRecord], float]
 
 
 def _window(count: int) -> int:
-    """Steps between two reports: a quarter of all, or 1 if that is no whole number.
+    """Steps between two reports: a quarter of all, or 1 if 4 does not divide it.
 
     The host waits for the device at each report, so few of them disturb the measurement.
     """

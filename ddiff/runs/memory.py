@@ -97,7 +97,7 @@ def total_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     machine = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with suppress(OSError, ValueError):  # there is no control group, or its limit is "max"
+    with suppress(OSError, ValueError):  # without a control group, or with the limit "max"
         return min(machine, float(Path("/sys/fs/cgroup/memory.max").read_text()))
     return machine
 

@@ -32,7 +32,7 @@ class Template(NamedTuple):
 
     @property
     def has_suffix(self) -> bool:
-        """Whether tokens are given after a gap."""
+        """True if tokens are given after a gap."""
         return bool((self.given[1:] & ~self.given[:-1]).any())
 
 
@@ -40,7 +40,7 @@ class Frame(NamedTuple):
     """Templates on canvases of one length.
 
     `tokens` [B,L] long are kept where `clamped` [B,L]; `valid` [B,L] is False beyond the end of a
-    whole template, None if there is no such position.
+    whole template, None if no position is.
     """
 
     tokens: Tensor

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def component_fingerprints(run: Run) -> dict[str, str]:
-    """Fingerprints of tokenizer and vocabulary, which a run keeps in files of its own."""
+    """Fingerprints of tokenizer and vocabulary, of which a run keeps files."""
     return {
         "tokenizer": run.tokenizer.fingerprint,
         "vocabulary": run.vocabulary.fingerprint,

@@ -1,8 +1,8 @@
 """Replay of recorded steps, compared with the record: `ddiff run --verify-resume K`.
 
 Compared are the lines of `metrics.jsonl`, apart from wall-clock times, and the state of a
-checkpoint if the steps lead to one. In the layout of the record (`[backend]`, device, processes, threads,
-torch) the bits must be equal. In another layout figures and weights may differ by rounding, since
+checkpoint if the steps lead to one. In the layout of the record (`[backend]`, device, processes,
+threads, torch) the bits must be equal. In another layout figures and weights may differ by rounding, since
 sums are taken in another order.
 """
 
@@ -295,7 +295,7 @@ def read_records(directory: Path) -> list[Record]:
 
 
 def _is_record(line: Any, step: int) -> bool:
-    """Whether a line is the record of this step: numbers by name."""
+    """Return whether a line is the record of this step: numbers by name."""
     if not isinstance(line, dict) or line.get("step") != step:
         return False
     return all(isinstance(value, int | float) for value in line.values())

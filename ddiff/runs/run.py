@@ -101,7 +101,7 @@ class Run:
 
     @property
     def uses_ema(self) -> bool:
-        """Whether the exponential moving average of the weights is evaluated and sampled."""
+        """True if the exponential moving average of the weights is evaluated and sampled."""
         weights = self.recipe.evaluate.weights
         if weights == "auto":
             return self.recipe.train.ema > 0.0

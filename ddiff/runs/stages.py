@@ -95,7 +95,7 @@ def sample_run(run_dir: str | Path, count: int | None = None, **arguments: Any) 
 
 
 def _writes_unicode() -> bool:
-    """Whether standard output takes every character; if not, JSON escapes mean the same."""
+    """Return whether standard output takes every character; JSON escapes mean the same."""
     encoding = "utf-8"
     if sys.stdout is not None and sys.stdout.encoding:  # None if the stream is closed
         encoding = sys.stdout.encoding
