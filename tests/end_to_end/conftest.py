@@ -1,4 +1,4 @@
-"""A folder with a small recipe and its corpus, and the command line called on it. Lets the tests import `small`."""
+"""Fixtures: a folder with a small recipe and its corpus, and the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Called = tuple[int, str, str]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty place to work in with the recipe, its corpus and a cache of its own."""
+    """Change to an empty folder with the recipe, its corpus and a separate cache."""
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "work").mkdir()

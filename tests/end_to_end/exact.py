@@ -1,4 +1,4 @@
-"""The exact law of a Markov source in a network's place, for any process and any time rule."""
+"""Exact distribution of a Markov source as a network, for any process and any time rule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ddiff.core.process import Query
 
 
 def exact_ask(process: ForwardProcess, source: MarkovSource, predicts: str = "law") -> Network:
-    """Answers with P(x_i | what is in sight of position i, without its own state), or with the score of that law."""
+    """Network of P(x_i | what position i attends to, without its own state), or of its score."""
 
     def network(noisy: Noisy) -> Query:
         log_p = _law_of_rest(process, source, noisy).flatten(0, 1)
@@ -47,7 +47,7 @@ def ids_of(source: MarkovSource, count: int, length: int) -> Tensor:
 
 
 def _law_of_rest(process: ForwardProcess, source: MarkovSource, noisy: Noisy) -> Tensor:
-    """[B,L,V] log-probabilities. A draw of the prior, at t = 1, says nothing; with blocks, no later block is seen."""
+    """[B,L,V] log-probabilities; states at the prior are no evidence, nor are later blocks."""
     seen = (
         process.log_likelihood(noisy.zt.reshape(-1), noisy.t.reshape(-1))
         .softmax(-1)
@@ -67,7 +67,7 @@ def _law_of_rest(process: ForwardProcess, source: MarkovSource, noisy: Noisy) ->
 
 
 def _forward_backward(evidence: Tensor, source: MarkovSource) -> Tensor:
-    """[B,L,V] law of each symbol given the evidence [B,L,V] at all other positions."""
+    """[B,L,V] distribution of each symbol given the evidence [B,L,V] at all other positions."""
     move, start = torch.from_numpy(source.transition), torch.from_numpy(source.stationary)
     before, after = (
         [start.expand(len(evidence), -1)],

@@ -1,4 +1,4 @@
-"""Rows of two kinds, a-b and c-d, each with its kind as a label; a recipe that is told the kind, and one that is not."""
+"""Rows of two kinds, a-b and c-d, each with its kind as a label, and a recipe conditioned on it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import random
 
 RECIPE = """
-name = "told"
+name = "labelled"
 plugins = ["mdlm", "dit"]
 
 [data]
@@ -55,7 +55,7 @@ device = "cpu"
 
 
 def rows(count: int) -> str:
-    """JSON lines; every kind as often as the other, every symbol drawn evenly."""
+    """JSON lines with both kinds equally often and symbols drawn uniformly."""
     draw = random.Random(0)
     kinds = [(number % 2, "cd" if number % 2 else "ab") for number in range(count)]
     return "".join(

@@ -63,7 +63,7 @@ FLAT = ['vocabulary={kind="flat"}', 'process={kind="mdlm"}', 'denoiser.head="tok
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """`folder` with the recipe, its corpus and a cache of its own, for the fixtures of whole files."""
+    """Work in `folder` with the recipe, its corpus and a separate cache, for module fixtures."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -1,4 +1,4 @@
-"""`ddiff compare`: one table of runs that were evaluated alike, every figure from their files; anything else is refused."""
+"""`ddiff compare` makes one table of runs that were evaluated alike, from their files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHORT = ["train.steps=3", "denoiser.dropout=0.0"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """runs/tree, runs/flat, runs/flat1 (another seed), runs/long (rows of 12), runs/window (another window)."""
+    """Runs tree, flat, flat1 (another seed), long (rows of 12), window (another window)."""
     folder = tmp_path_factory.mktemp("compare")
     with working_in(folder):
         api.run("small.toml", settings=[*SHORT, 'name="tree"'])
@@ -185,7 +185,7 @@ def test_compare_refuses_unfinished_runs(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compare_shows_the_steps_that_the_sampler_took(place: Path, tmp_path: Path) -> None:
-    """A sampler that has none, whatever [sample] steps says, shows none."""
+    """A sampler whose steps depend on the draws shows none, even if [sample] steps is set."""
     asked = api.load(place / "flat").recipe.sample
     shown = []
     for name, steps in (("took", 7), ("none", None)):

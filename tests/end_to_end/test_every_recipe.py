@@ -1,4 +1,4 @@
-"""Every recipe that ships is found by its name, and is trained, evaluated and sampled by one call, small."""
+"""Every shipped recipe is found by its name and runs all stages, with smaller sizes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ BERT = ["hidden_size=32", "num_hidden_layers=1", "num_attention_heads=2", "inter
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a little of the bundled novels, and one cache for all: words and clusters are made once."""
+    """A folder with a part of the bundled novels, and one cache for all tests."""
     folder = tmp_path_factory.mktemp("recipes")
     novels = ddiff.load_bundled_novels()
     (folder / "train.txt").write_text(novels.train["text"][0], encoding="utf-8")
@@ -70,7 +70,7 @@ def test_every_shipped_recipe_is_listed() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_trains_evaluates_and_samples(name: str, place: Path) -> None:
-    """Only sizes are changed, and the corpus. Two steps teach nothing: the bound is near that of the even law, ln V."""
+    """Only sizes and the corpus are changed. After two steps the bound is still near ln V."""
     network = (
         [f"denoiser.settings.{setting}" for setting in BERT] if name.startswith("hf_") else NETWORK
     )

@@ -1,4 +1,4 @@
-"""`ddiff export`: the weights that the run is asked with, in one file that knows where it comes from."""
+"""`ddiff export` writes the weights that are evaluated to one file, with their origin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[train] init: a run that starts with another's weights, whole or by their words, and says so; prompts in training."""
+"""`[train] init` starts from the weights of another run or model; prefixes in training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORT = ["train.steps=4", "evaluate.draws=1"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with runs/flat (masking, a head of words), runs/tree (two levels, level-wise)."""
+    """A folder with runs/flat (masking, token head) and runs/tree (two levels, level-wise head)."""
     folder = tmp_path_factory.mktemp("tuning")
     with working_in(folder):
         api.run("small.toml", settings=[*SHORT, *FLAT, 'name="flat"', "train.steps=12"])
@@ -38,7 +38,7 @@ def _here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def initialized(*settings: str) -> tuple[api.Run, dict[str, Any]]:
-    """A run with its first weights, not trained, and the record of where they come from."""
+    """Open a run with its first weights, not trained, and the record of their origin."""
     session = TrainingSession.open(read_recipe("small.toml", [*SHORT, *settings]))
     init = session.initialize_weights()
     return session.run, init or {}
@@ -77,7 +77,7 @@ def test_init_of_a_tree_from_a_flat_run_averages_tokens_into_clusters() -> None:
 
 @pytest.mark.slow
 def test_init_keeps_the_token_distribution_within_clusters() -> None:
-    """Softmax of the old words' logits within each cluster, at random hidden rows."""
+    """Expected is the softmax of the old logits within each cluster, at random hidden rows."""
     run, _ = initialized('train.init={run="runs/flat"}')
     theirs = weights("flat")
     vocabulary, hidden = (
@@ -142,7 +142,7 @@ def test_init_is_recorded_and_not_needed_to_resume(place: Path) -> None:
 
 @pytest.mark.slow
 def test_init_from_a_model_takes_its_embeddings(tmp_path: Path) -> None:
-    """Words take its rows, a cluster the mean of its words' rows; what is not as wide is refused."""
+    """Tokens take its rows, a cluster their mean; another width is refused."""
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=8)
     model = transformers.AutoModel.from_config(config)
@@ -187,7 +187,7 @@ def test_cosine_schedule_ends_at_the_floor() -> None:
 
 @pytest.mark.slow
 def test_prefix_share_and_lengths_are_uniform() -> None:
-    """256 rows of 8 at a share of one half: 128 +- 4 sigma (32) with a chance of 7/8 of being seen, every length met."""
+    """Of 256 rows of 8 a share of 1/2 has a prefix, 7/8 of these of length > 0; 4 sigma is 32."""
     run, _ = initialized("train.prefix=0.5", "train.batch=256")
     batch = run.data.batch_at(3, 0)
     shown = (batch.valid & ~batch.scored).sum(-1)

@@ -1,4 +1,4 @@
-"""A run on shards of a large corpus is the run on the same documents held in memory, bit for bit."""
+"""A run on shards of a corpus equals the run on the same documents in memory, bit for bit."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_shards_train_and_evaluate_like_documents() -> None:
 
 
 def test_streamed_run_resumes_bit_for_bit() -> None:
-    """Blocks of four rows: a step's batch is one, and the second call begins in the middle of the text."""
+    """A step takes one block of four rows; the second call starts in the middle of the text."""
     stream = [
         *FILES,
         "data.streaming=true",

@@ -1,16 +1,18 @@
-"""The proof that cannot be tuned: no trained model reports a bound below the entropy of what it was trained on.
+"""No trained model reports a bound below the entropy of its source.
 
-The source is a Markov chain, the entropy of its finite rows is known exactly, and the bound's expectation is at least that
-entropy for any network. Asked of every family:
+The source is a Markov chain. The entropy of its finite rows is known exactly, and the expectation of
+the bound is at least that entropy for any network. Tested for every family:
 
-- **never below**: the 95 % interval of each reading reaches up to the entropy. Even a perfect model would miss that with
-  probability 2.5 % a reading; the seeds are fixed and the models a few percent above.
-- **down to it**: the last reading is within 5 % of the entropy, the half width of its interval under 4 %, so that the
-  context had to be learnt: the unigram law is 29 % and more above.
+- **never below**: the 95 % interval of each evaluation reaches up to the entropy. Even a perfect
+  model would miss that with probability 2.5 % each time; the seeds are fixed and the models a few
+  percent above.
+- **down to it**: the last evaluation is within 5 % of the entropy, and the half width of its
+  interval under 4 %. The unigram distribution is 29 % and more above, so the model uses the context.
 
-`FIRST` are read three times on the way, `OTHERS` once, on four symbols, after 160 steps; uniform noise needs 320, three
-levels 240 and the loss of their recipe, autoregression 60. Beside them every family has a twin that needs no training: the
-exact law of the source in the network's place, on the family's own process, times and answer.
+Models of `FIRST` are evaluated three times during training. Those of `OTHERS` are evaluated once, on
+four symbols, after 160 steps (uniform noise 320, three levels 240 and the loss of their recipe,
+autoregression 60). A second test needs no training: the exact distribution of the source takes the
+place of the network, with the process, the times and the parameterization of each family.
 """
 
 from __future__ import annotations
@@ -147,7 +149,7 @@ VOCABULARIES = {
 
 
 def swaps_and_masks() -> DenseProcess:
-    """Symbols are masked at rate 1 and changed into each other at uneven rates up to 0.2."""
+    """Process that masks symbols at rate 1 and swaps them at uneven rates up to 0.2."""
     matrix = torch.zeros(5, 5, dtype=torch.float64)
     matrix[:4, :4] = 0.2 * torch.rand(
         4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64
@@ -216,11 +218,12 @@ def test_bound_of_every_other_family_reaches_the_entropy(name: str, folder: Path
 
 @pytest.mark.parametrize("name", TWINS)
 def test_bound_of_the_exact_distribution_is_the_entropy(name: str) -> None:
-    """4,096 rows of 8 symbols: the bound less -ln P(row) has mean 0, within four standard errors (10 cases: 6e-4; seeds
-    fixed), which are under 3 % of the entropy.
+    """The bound minus -ln P(row) has mean 0 over 4,096 rows of 8 symbols.
 
-    Decoding at t = 0.01 and, with hybrid_epsilon, its last draw cost what positions that are wrong together know of each
-    other: under 1e-3 nats. The laws of tests/laws are exact to 1e-9 about the same; this goes through the recipe.
+    Allowed are four standard errors (10 cases: 6e-4; seeds fixed), which are under 3 % of the
+    entropy. Decoding at t = 0.01, and the last draw of hybrid_epsilon, cost the dependence between
+    positions that are wrong together: under 1e-3 nats. tests/laws tests the same to 1e-9; this test
+    goes through the recipe.
     """
     recipe = parse_recipe(RECIPE, settings={**FIRST, **OTHERS}[name])
     assert recipe.process is not None
@@ -250,7 +253,7 @@ def test_bound_of_the_exact_distribution_is_the_entropy(name: str) -> None:
 
 
 class Previous(torch.nn.Module):
-    """A trunk that says which symbol it is shown, one-hot; autoregression shows it the one before."""
+    """Backbone whose hidden states are the input symbols, one-hot."""
 
     reads_time = False
 
@@ -263,7 +266,7 @@ class Previous(torch.nn.Module):
 
 
 def test_exact_next_symbol_distribution_scores_minus_ln_p() -> None:
-    """Nothing is drawn, so that it holds row by row; 1e-12 for sums of eight logarithms in float64."""
+    """No randomness, so it holds row by row; 1e-12 for sums of eight logarithms in float64."""
     source, index, vocabulary = MarkovSource(4, peakedness=2.0), torch.arange(64), FlatVocabulary(4)
     head = TokenHead(vocabulary, vocabulary.num_states).double()
     laws = torch.from_numpy(

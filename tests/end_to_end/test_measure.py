@@ -1,4 +1,4 @@
-"""`ddiff run --dry-run --measure N` counts what a run costs, and knows its first loss before it trains."""
+"""`ddiff run --dry-run --measure N` counts the cost of a run and predicts its first loss."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def measured(settings: Sequence[str] = (), steps: int = 2, text: str = RECIPE) -
 
 
 def autoregressive() -> str:
-    """No process may stand in the recipe."""
+    """Recipe of an autoregressive model, which has no process."""
     return RECIPE.replace('[process]\nkind = "hdlm"\n', '[objective]\nkind = "ar"\n').replace(
         "steps = 4\n", 'sampler = "left_to_right"\n'
     )
@@ -47,7 +47,7 @@ def autoregressive() -> str:
 
 
 def test_backbone_flops_follow_from_its_shapes(folder: Path) -> None:
-    """24 d^2 for the matrices of a block (3 + 1 + 4 + 4 of 2 d^2), 4 L d for its attention; without time nothing else."""
+    """A block has 24 d^2 for its matrices (3 + 1 + 4 + 4 of 2 d^2) and 4 L d for attention."""
     found = measured([*FLAT, "denoiser.time=false"])
     assert found.cost.backbone_flops == LAYERS * (24 * WIDTH**2 + 4 * LENGTH * WIDTH)
     assert found.cost.head_flops == pytest.approx(2 * WIDTH * found.cost.logits)
@@ -99,7 +99,7 @@ def test_count_logits_stops_after_its_block(folder: Path) -> None:
 
 
 def test_memory_rise_sees_freed_memory() -> None:
-    """64 MiB that are written to and let go: within half of that, the interpreter does other things too."""
+    """64 MiB are written and freed; the interpreter may account for half as much."""
     rise = MemoryRise(torch.device("cpu"))
     torch.ones(2**24).sum()
     assert 48 * 2**20 < rise.bytes() < 96 * 2**20
@@ -115,7 +115,7 @@ def test_memory_rise_sees_freed_memory() -> None:
 def test_first_loss_equals_the_initial_loss_on_the_same_draws(
     folder: Path, settings: list[str], text: str
 ) -> None:
-    """The same rows, times and noise: nothing but rounding is between them, dropout included."""
+    """Equal to rounding on the same rows, times and noise, with dropout too."""
     found = measured(settings, text=text)
     assert found.initial is not None
     assert found.first_loss == pytest.approx(found.initial.there, rel=1e-6)
@@ -158,8 +158,8 @@ def test_initial_loss_is_unknown_with_other_weights(folder: Path, ddiff: Called)
 
 def test_measure_prints_one_table_and_leaves_no_file(folder: Path, ddiff: Called) -> None:
     before = sorted(path.name for path in folder.iterdir())
-    code, out, err = ddiff("run", "small.toml", "--dry-run", "--measure", "3", "--set", "backend.kind=ddp",
-                           "--set", "backend.processes=2")  # fmt: skip
+    settings = ("--set", "backend.kind=ddp", "--set", "backend.processes=2")
+    code, out, err = ddiff("run", "small.toml", "--dry-run", "--measure", "3", *settings)
     assert code == 0, err
     assert sorted(path.name for path in folder.iterdir()) == before
     assert out.startswith("small, one of 2 processes, on cpu, 2 rows of 8 tokens a step")

@@ -1,4 +1,4 @@
-"""Bad input through the command line: one paragraph that names what is wrong, exit code 2, nothing half-written."""
+"""Bad input on the command line gives one paragraph, exit code 2 and no partial file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHORT = ("--set", "train.steps=4", "--set", "train.checkpoint_every=2")
 
 
 def refused(answer: tuple[int, str, str], *expected: str) -> str:
-    """The message of a mistake that was answered as it should be."""
+    """Return the message of a command that was refused in the expected form."""
     code, out, err = answer
     shown = [line for line in err.splitlines() if not PROGRESS.match(line)]
     message = "\n".join(shown)
@@ -213,12 +213,12 @@ def test_mistake_with_fresh_keeps_the_old_run(run_dir: Path, ddiff: Command) -> 
     assert files(run_dir) == before
 
 
-# ---------------------------------------------------------------------- a run that was damaged afterwards
+# ---------------------------------------------------------------------- damaged runs
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run beside its recipe and corpus, to be copied and damaged."""
+    """A finished run next to its recipe and corpus, to be copied and damaged."""
     folder = tmp_path_factory.mktemp("finished")
     with working_in(folder):
         api.run("small.toml", settings=["train.steps=4", "train.checkpoint_every=2"])
@@ -321,7 +321,7 @@ def test_fewer_steps_than_trained_are_refused_with_a_remedy(run_dir: Path, ddiff
 
 
 def poison(run_dir: Path) -> None:
-    """NaN in the head, as a checkpoint of its own that is whole."""
+    """Write a complete checkpoint with NaN in the head."""
     checkpoints = Checkpoints(run_dir / "checkpoints")
     newest = checkpoints.newest()
     assert newest is not None
@@ -457,7 +457,7 @@ def test_full_disk_is_reported_and_the_same_command_resumes(
 
 
 def test_run_directory_is_locked(run_dir: Path, ddiff: Command) -> None:
-    """Not even --fresh takes the place of a run that is being trained; the lock goes with the process that held it."""
+    """Even --fresh is refused while a run trains; the lock is released with its process."""
     before = files(run_dir)
     code = "from ddiff.runs.directory import lock_run_dir; from pathlib import Path; import time\n"
     code += f"with lock_run_dir(Path({str(run_dir)!r})): print('held', flush=True); time.sleep(60)"
@@ -523,8 +523,9 @@ def test_tracker_is_closed_however_training_ends(
 
 
 GENERATED = (
-    "--set", 'data={kind="markov", alphabet=4, rows=64, validation=8, length=8}', "--set", 'tokenizer={kind="alphabet"}',
-    "--set", 'vocabulary={kind="flat"}', "--set", 'process={kind="mdlm"}', "--set", "denoiser.head=tokens",
+    "--set", 'data={kind="markov", alphabet=4, rows=64, validation=8, length=8}',
+    "--set", 'tokenizer={kind="alphabet"}', "--set", 'vocabulary={kind="flat"}',
+    "--set", 'process={kind="mdlm"}', "--set", "denoiser.head=tokens",
 )  # fmt: skip
 
 
@@ -561,7 +562,7 @@ def test_leftovers_of_a_killed_build_are_removed_after_a_day(tmp_path: Path) -> 
 
 
 def test_directory_without_checkpoint_takes_another_recipe(folder: Path, ddiff: Command) -> None:
-    """A run that died at its first step is mended under its own name."""
+    """A run that died at its first step may be repeated with a changed recipe."""
     (folder / "runs/small").mkdir(parents=True)
     (folder / "runs/small/recipe.toml").write_text(api.read_recipe("small.toml").to_toml())
     refused(ddiff("sample", "runs/small"), "runs/small", "no complete checkpoint")

@@ -1,4 +1,4 @@
-"""The recipes of published scale: each reads, has the published tokens and size, and trains where only sizes shrink."""
+"""Recipes of published scale have the published tokens and size, and train when shrunk."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def small(name: str) -> list[str]:
 
 
 def embeddings(source: str, num_tokens: int) -> np.ndarray:
-    """In place of a model's: far from their mean in every direction."""
+    """Random embeddings in place of a model's."""
     return np.random.default_rng(0).standard_normal((num_tokens, WIDTH)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A little text, one cache for all, and embeddings that need no connection."""
+    """A folder with a little text, one cache for all tests, and embeddings without download."""
     folder = tmp_path_factory.mktemp("paper")
     novels = ddiff.load_bundled_novels()
     (folder / "train.txt").write_text(novels.train["text"][0][:6000], encoding="utf-8")
@@ -117,7 +117,7 @@ def test_shrunk_paper_recipe_trains(name: str, place: Path) -> None:
 
 
 def train(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
-    """Weights before and after its steps, and the first loss."""
+    """Train; return the weights before and after, and the first loss."""
     recipe = read_recipe(name, small(name))
     session = TrainingSession.open(recipe)
     init = session.initialize_weights()
@@ -131,7 +131,7 @@ def train(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_recipe_has_the_published_token_count(name: str) -> None:
-    """Tokens by steps, batch and length; the noise and the loss by the papers' own tables."""
+    """Tokens are steps x batch x length."""
     recipe = read_recipe(name)
     tokens = recipe.train.steps * recipe.train.batch * recipe.length
     expected = {512: {131e9}, 128: {66e9}, 1024: {524e9, 682e9, 262e9}}[
@@ -144,7 +144,8 @@ def test_paper_recipe_has_the_published_token_count(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "millions", "tolerance"),
     [
-        # Ours have one modulation for all blocks where the published ones have one for each, 6 x 128 x width a block.
+        # Ours share one modulation among all blocks; the published ones have one in each block, of
+        # 6 x 128 x width parameters.
         ("mdlm_small", 169.7, 0.045),
         ("hdlm_small_64", 169.9, 0.045),
         ("hdlm_base_128", 424.8, 0.045),

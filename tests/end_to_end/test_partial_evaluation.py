@@ -1,4 +1,4 @@
-"""`[evaluate] rows`: a bound on some rows of the validation text, and baselines on the same tokens."""
+"""`[evaluate] rows` scores a part of the validation rows, with baselines on the same tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.run import Run
 from ddiff.runs.session import TrainingSession
 
-LONG = 'data={kind="text", files=["corpus.txt"], validation=["held_out.txt"], length=8}'  # one document of many rows
+# one document of many rows
+LONG = 'data={kind="text", files=["corpus.txt"], validation=["held_out.txt"], length=8}'
 
 
 def built(*settings: str) -> Run:
@@ -25,7 +26,7 @@ def built(*settings: str) -> Run:
 
 @pytest.fixture(autouse=True)
 def place(folder: Path) -> None:
-    """The recipe, its corpus and one document to evaluate on."""
+    """Write one document to evaluate on."""
     Path("held_out.txt").write_text(Path("corpus.txt").read_text().replace("cat", "dog"))
 
 
@@ -44,8 +45,10 @@ def test_partial_evaluation_and_its_baselines_use_the_same_rows() -> None:
 
 
 def test_untrained_bound_is_the_unigram_baseline_on_any_rows() -> None:
-    """At the first step the law is the unigram law, so that every row's bound is its tokens' log-counts, whatever is
-    drawn but how much of the row is masked: the mean over rows is the baseline's, within the interval of a few rows."""
+    """The untrained distribution is that of the unigrams, so the bound of a row is its log-counts.
+
+    Only the number of masked tokens is random; the mean over rows is that of the baseline.
+    """
     found, counted = built("evaluate.rows=12", "evaluate.draws=400").evaluate()
     assert found.nelbo_nats_per_token == pytest.approx(counted.unigram_nats_per_token, rel=0.02)
 

@@ -1,4 +1,4 @@
-"""What cannot be sampled, begun or compared says why, in one paragraph, and writes nothing."""
+"""Impossible samples, starts and comparisons are refused with a reason and write nothing."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ PROGRESS = re.compile(r"[a-z ]+: \d+/\d+ ")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Runs: `told` (dropout trained), `always` (none trained), `styled` (told a vector), `small` (a tree, of text)."""
+    """Runs `labelled` (label with dropout), `always` (without), `styled` (vector), `small` (a tree)."""
     folder = tmp_path_factory.mktemp("mistakes")
     with working_in(folder):
         Path("rows.jsonl").write_text(rows(60))
-        Path("told.toml").write_text(RECIPE.replace("steps = 80", "steps = 2"))
-        api.run("told.toml")
+        Path("labelled.toml").write_text(RECIPE.replace("steps = 80", "steps = 2"))
+        api.run("labelled.toml")
         always = ["denoiser.conditions.kind.dropout=0.0", "sample.conditions.kind=1"]
-        api.run("told.toml", settings=[*always, 'name="always"'])
+        api.run("labelled.toml", settings=[*always, 'name="always"'])
         styled = RECIPE.replace("rows.jsonl", "styled.jsonl").replace(
             'labels = ["kind"]', 'vectors = ["style"]'
         )
@@ -118,16 +118,16 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("nowhere.txt", "cannot be read"),
     ),
     "a file without a prompt": ("small", ("--prompts", "empty.txt"), ("empty.txt", "no prompt")),
-    "a prompt outside the alphabet": ("told", ("--prompt", "abx"), ("'abx'", "'x'", "a b c d")),
+    "a prompt outside the alphabet": ("labelled", ("--prompt", "abx"), ("'abx'", "'x'", "a b c d")),
     "a condition nobody reads": (
         "small",
         ("--condition", "kind=1"),
         ('reads no conditions; got "kind"',),
     ),
-    "another condition": ("told", ("--condition", "kid=1"), ('got "kid"', '"kind"')),
-    "a label that is no number": ("told", ("--condition", "kind=ab"), ('"kind"', "'ab'")),
+    "another condition": ("labelled", ("--condition", "kid=1"), ('got "kid"', '"kind"')),
+    "a label that is no number": ("labelled", ("--condition", "kind=ab"), ('"kind"', "'ab'")),
     "a label beyond the classes": (
-        "told",
+        "labelled",
         ("--condition", "kind=2"),
         ('"kind" is a label of 2 classes', "0 to 1", "got 2"),
     ),
@@ -137,7 +137,7 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ('"kind" is a label of 2 classes', "got -1"),
     ),
     "a vector for a label": (
-        "told",
+        "labelled",
         ("--condition", "kind=[0.0, 1.0]"),
         ('"kind" is a label of 2', "got [0.0, 1.0]"),
     ),
@@ -157,13 +157,17 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("3 finite numbers", "nan"),
     ),
     "a condition without a value": (
-        "told",
+        "labelled",
         ("--condition", "kind"),
         ("--condition kind: expected NAME=VALUE",),
     ),
-    "a broken vector": ("told", ("--condition", "kind=[0,"), ("--condition kind=[0,:", "author=2")),
-    "labels for other samples": ("told", ("--condition", "kind=[0, 1, 0]"), ("or 2 of them",)),
-    "guidance by nothing": ("told", ("--guidance", "2.0"), ("guidance", "needs a condition")),
+    "a broken vector": (
+        "labelled",
+        ("--condition", "kind=[0,"),
+        ("--condition kind=[0,:", "author=2"),
+    ),
+    "labels for other samples": ("labelled", ("--condition", "kind=[0, 1, 0]"), ("or 2 of them",)),
+    "guidance by nothing": ("labelled", ("--guidance", "2.0"), ("guidance", "needs a condition")),
     "guidance without trained dropout": (
         "always",
         ("--guidance", "2.0", "--condition", "kind=1"),
@@ -211,7 +215,7 @@ def test_whole_numbers_are_read_as_a_declared_vector(place: Path) -> None:
 
 
 class Plain(torch.nn.Module):
-    """A backbone that reads a condition and does not say of which form."""
+    """Backbone that reads a condition and declares no form."""
 
     width = 4
     condition_dropout: ClassVar = {"kind": 0.0}
@@ -244,9 +248,9 @@ def test_condition_never_dropped_must_be_given(place: Path) -> None:
 
 @pytest.mark.slow
 def test_unsuited_sampler_is_refused_before_training(place: Path) -> None:
-    """Unmasking by confidence keeps what is revealed; a chain that changes words needs another sampler."""
+    """Unmasking by confidence cannot revise tokens, as a chain that changes them needs."""
     process = api.DenseProcess(api.FlatVocabulary(4), torch.tensor(SWAPPING).double())
-    recipe = (place / "told.toml").read_text().replace('name = "told"', 'name = "swapping"')
+    recipe = (place / "labelled.toml").read_text().replace('name = "labelled"', 'name = "swapping"')
     (place / "swapping.toml").write_text(recipe + '\n[sample.sampler]\nkind = "confidence"\n')
     with pytest.raises(ArgumentError) as raised:
         api.run(
@@ -274,7 +278,7 @@ def test_sampling_refuses_weights_that_are_not_finite(place: Path, ddiff: Comman
 
 
 def resealed(weights: Path) -> None:
-    """Whoever changed the file also changed what its marker says of it."""
+    """Update the marker after a change to a file."""
     marker = weights.with_name("complete.json")
     content, data = json.loads(marker.read_text()), weights.read_bytes()
     content["files"][weights.name] = {
@@ -319,7 +323,7 @@ BEGINNING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("denoiser.conditions.kind.dropout=0.0", "sample.conditions.kind=1", "sample.guidance=2.0"),
         ("guidance", "never trained without"),
     ),
-    "a kind at the end that is not told": (
+    "a required label missing from [sample]": (
         ("denoiser.conditions.kind.dropout=0.0",),
         ("given with every",),
     ),
@@ -334,7 +338,7 @@ BEGINNING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("[train] init", '"run"', "got neither"),
     ),
     "weights of unknown parts": (
-        ('train.init={run="runs/told", parts="half"}',),
+        ('train.init={run="runs/labelled", parts="half"}',),
         ("parts", "half"),
     ),
     "weights on another tokenizer": (
@@ -342,15 +346,15 @@ BEGINNING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("[train] init", "another tokenizer"),
     ),
     "weights of another width": (
-        ('train.init={run="runs/told"}', "denoiser.width=32"),
+        ('train.init={run="runs/labelled"}', "denoiser.width=32"),
         ("[train] init", "shape", "do not fit"),
     ),
     "embeddings of another width": (
-        ('train.init={run="runs/told", parts="embeddings"}', "denoiser.width=32"),
+        ('train.init={run="runs/labelled", parts="embeddings"}', "denoiser.width=32"),
         ("[train] init", "embedding.weight has shape [5, 16] there and [5, 32] here"),
     ),
     "weights of another depth": (
-        ('train.init={run="runs/told"}', "denoiser.layers=2"),
+        ('train.init={run="runs/labelled"}', "denoiser.layers=2"),
         ("[train] init", "is not there"),
     ),
 }
@@ -364,7 +368,7 @@ def test_run_that_cannot_start_says_why_and_writes_nothing(
     monkeypatch.chdir(place)
     settings, expected = BEGINNING[name]
     named = [part for setting in ('run_dir="runs/never"', *settings) for part in ("--set", setting)]
-    refused(ddiff("run", "told.toml", *named), *expected)
+    refused(ddiff("run", "labelled.toml", *named), *expected)
     assert not Path("runs/never").exists()
 
 
@@ -373,17 +377,19 @@ def test_fresh_with_unfit_init_keeps_the_old_run(
     place: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
-    before = {path: path.read_bytes() for path in Path("runs/told").rglob("*") if path.is_file()}
+    before = {
+        path: path.read_bytes() for path in Path("runs/labelled").rglob("*") if path.is_file()
+    }
     refused(
-        ddiff("run", "told.toml", "--fresh", "--set", 'train.init={run="runs/small"}'),
+        ddiff("run", "labelled.toml", "--fresh", "--set", 'train.init={run="runs/small"}'),
         "another tokenizer",
     )
     refused(
-        ddiff("run", "told.toml", "--fresh", "--set", "denoiser.conditions.kind.classes=1"),
+        ddiff("run", "labelled.toml", "--fresh", "--set", "denoiser.conditions.kind.classes=1"),
         'label 1 in "kind"',
     )
     assert {
-        path: path.read_bytes() for path in Path("runs/told").rglob("*") if path.is_file()
+        path: path.read_bytes() for path in Path("runs/labelled").rglob("*") if path.is_file()
     } == before
 
 

@@ -1,4 +1,4 @@
-"""`ddiff run` again goes on where the run stands, bit for bit; what does not fit is refused; `--fresh` starts over."""
+"""`ddiff run` again resumes bit for bit, refuses another recipe, and starts over with --fresh."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def saved(run_dir: Path) -> int:
 
 
 def signalled(run_dir: Path, step: int, number: int) -> subprocess.Popen[str]:
-    """`ddiff run` in a process of its own, sent a signal once `step` stands in its metrics; ended."""
+    """Run `ddiff run` in a process, signal it after `step`, and wait for its end."""
     code = "import sys; from ddiff.cli import main; main(sys.argv[1:])"
     command = [
         sys.executable,
@@ -72,7 +72,7 @@ def signalled(run_dir: Path, step: int, number: int) -> subprocess.Popen[str]:
 def test_killed_and_interrupted_run_ends_like_an_undisturbed_one(
     folder: Path, ddiff: Command
 ) -> None:
-    """SIGKILL at one random step, SIGINT at a later one; dropout is on, so torch's random state matters too."""
+    """SIGKILL at a random step, SIGINT at a later one; dropout also tests torch's random state."""
     torn, straight = Path("torn"), Path("straight")
     draw = random.Random(5)
 

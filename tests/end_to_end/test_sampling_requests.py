@@ -1,4 +1,4 @@
-"""What a sample is asked for: conditions, guidance, prompts, gaps, another sampler; each does what it says and no more."""
+"""Arguments of `Run.sample`: conditions, guidance, prompts, infill texts, samplers."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with two trained runs: `told` of rows of two kinds, `small` of text."""
+    """A folder with two trained runs: `labelled` on labelled rows, `small` on text."""
     folder = tmp_path_factory.mktemp("asking")
     with working_in(folder):
         Path("rows.jsonl").write_text(rows(400))
-        Path("told.toml").write_text(RECIPE)
-        api.run("told.toml")
+        Path("labelled.toml").write_text(RECIPE)
+        api.run("labelled.toml")
         api.run("small.toml", settings=["train.steps=4", "data.length=24"])
         yield folder
 
 
 @pytest.fixture(scope="module")
-def told(place: Path) -> Run:
-    return api.load(place / "runs/told")
+def labelled(place: Path) -> Run:
+    return api.load(place / "runs/labelled")
 
 
 @pytest.fixture(scope="module")
@@ -49,60 +49,61 @@ def share(samples: list[dict[str, Any]], symbols: str) -> float:
 
 
 @pytest.mark.slow
-def test_samples_follow_the_label(told: Run) -> None:
-    """512 symbols each. Trained well, the share is above 0.99. Without a condition both kinds occur in 64 samples."""
-    assert share(told.sample(64, conditions={"kind": 0}, batch=64), "ab") > 0.95
-    assert share(told.sample(64, conditions={"kind": 1}, batch=64), "cd") > 0.95
-    assert 0.1 < share(told.sample(64, batch=64), "ab") < 0.9
+def test_samples_follow_the_label(labelled: Run) -> None:
+    """A share above 0.99 of 512 symbols is right; without a condition both kinds occur."""
+    assert share(labelled.sample(64, conditions={"kind": 0}, batch=64), "ab") > 0.95
+    assert share(labelled.sample(64, conditions={"kind": 1}, batch=64), "cd") > 0.95
+    assert 0.1 < share(labelled.sample(64, batch=64), "ab") < 0.9
 
 
 @pytest.mark.slow
-def test_label_per_sample_does_not_depend_on_the_batch(told: Run) -> None:
+def test_label_per_sample_does_not_depend_on_the_batch(labelled: Run) -> None:
     kinds = [0, 1, 1, 0, 1]
-    samples = told.sample(5, conditions={"kind": kinds}, batch=2)
+    samples = labelled.sample(5, conditions={"kind": kinds}, batch=2)
     assert [sample["ids"] for sample in samples] == [
-        sample["ids"] for sample in told.sample(5, conditions={"kind": kinds}, batch=5)
+        sample["ids"] for sample in labelled.sample(5, conditions={"kind": kinds}, batch=5)
     ]
-    alone = told.sample(5, conditions={"kind": 1}, batch=5)
+    alone = labelled.sample(5, conditions={"kind": 1}, batch=5)
     assert [samples[i]["ids"] for i in (1, 2, 4)] == [alone[i]["ids"] for i in (1, 2, 4)]
 
 
 @pytest.mark.slow
-def test_guidance_interpolates_and_extrapolates(told: Run) -> None:
-    """Weight 1 is the condition's own law, bit for bit; 0 the law without; beyond, both laws are asked."""
-    plain = told.sample(8, conditions={"kind": 1}, batch=8)
-    assert told.sample(8, conditions={"kind": 1}, guidance=1.0, batch=8) == plain
-    none = told.sample(8, conditions={"kind": 1}, guidance=0.0, batch=8)
+def test_guidance_interpolates_and_extrapolates(labelled: Run) -> None:
+    """Weight 1 is the conditional distribution, bit for bit, 0 the unconditional one."""
+    plain = labelled.sample(8, conditions={"kind": 1}, batch=8)
+    assert labelled.sample(8, conditions={"kind": 1}, guidance=1.0, batch=8) == plain
+    none = labelled.sample(8, conditions={"kind": 1}, guidance=0.0, batch=8)
     assert [sample["ids"] for sample in none] == [
-        sample["ids"] for sample in told.sample(8, batch=8)
+        sample["ids"] for sample in labelled.sample(8, batch=8)
     ]
-    strong = told.sample(8, conditions={"kind": 1}, guidance=3.0, batch=8)
+    strong = labelled.sample(8, conditions={"kind": 1}, guidance=3.0, batch=8)
     assert strong[0]["nfe"] > 1.5 * max(sample["nfe"] for sample in plain)
     assert share(strong, "cd") >= share(plain, "cd")
 
 
 @pytest.mark.slow
-def test_text_is_likelier_under_its_own_label(told: Run) -> None:
+def test_text_is_likelier_under_its_own_label(labelled: Run) -> None:
     own, other = (
-        told.nelbo(["abbaabab"], conditions={"kind": kind}).nelbo_nats_per_token for kind in (0, 1)
+        labelled.nelbo(["abbaabab"], conditions={"kind": kind}).nelbo_nats_per_token
+        for kind in (0, 1)
     )
     assert own + 2.0 < other
 
 
 @pytest.mark.slow
-def test_evaluation_conditions_on_the_documents_labels(told: Run) -> None:
-    """Knowing the kind is worth ln 2 per row of 8; every symbol has ln 2 left. Untold, no model is below (9/8) ln 2."""
-    evaluation, _ = told.evaluate()
-    untold = told.nelbo(told.data.documents.validation["text"][:], draws=1)
-    assert evaluation.nelbo_nats_per_token < untold.nelbo_nats_per_token
-    assert told.protocol()["conditions"] == ["kind"]
+def test_evaluation_conditions_on_the_documents_labels(labelled: Run) -> None:
+    """The label is worth ln 2 per row of 8 and a symbol has ln 2 left: (9/8) ln 2 without it."""
+    evaluation, _ = labelled.evaluate()
+    unconditional = labelled.nelbo(labelled.data.documents.validation["text"][:], draws=1)
+    assert evaluation.nelbo_nats_per_token < unconditional.nelbo_nats_per_token
+    assert labelled.protocol()["conditions"] == ["kind"]
 
 
 @pytest.mark.slow
-def test_sample_command_takes_conditions(place: Path, told: Run, ddiff: Command) -> None:
+def test_sample_command_takes_conditions(place: Path, labelled: Run, ddiff: Command) -> None:
     arguments = (
         "sample",
-        str(place / "runs/told"),
+        str(place / "runs/labelled"),
         "--count",
         "3",
         "--condition",
@@ -113,12 +114,12 @@ def test_sample_command_takes_conditions(place: Path, told: Run, ddiff: Command)
     code, out, _ = ddiff(*arguments)
     assert code == 0
     samples = [json.loads(line) for line in out.splitlines()]
-    assert samples == told.sample(3, conditions={"kind": 1}, guidance=2.5)
+    assert samples == labelled.sample(3, conditions={"kind": 1}, guidance=2.5)
 
 
 @pytest.mark.slow
 def test_vector_conditions_work_like_labels(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The linear map of the vector and the zeroed modulation are set by hand, so that other vectors mean other laws."""
+    """Weights are set by hand, so that other vectors give other distributions."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("DDIFF_CACHE", str(place / "cache"))
     lines = [
@@ -130,7 +131,7 @@ def test_vector_conditions_work_like_labels(place: Path, monkeypatch: pytest.Mon
         'labels = ["kind"]', 'vectors = ["style"]'
     )
     recipe = recipe.replace("kind = { classes = 2,", "style = { width = 2,").replace(
-        '"told"', '"vectors"'
+        '"labelled"', '"vectors"'
     )
     (place / "vectors.toml").write_text(recipe)
     run = api.run("vectors.toml", settings=["train.steps=2"])
@@ -224,14 +225,15 @@ def test_sample_command_reads_prompts_from_a_file(place: Path, small: Run, ddiff
 
 
 @pytest.mark.slow
-def test_sampler_settings_override_its_keys(told: Run, small: Run) -> None:
-    """A temperature of a hundredth takes the likelier of every pair of symbols: far fewer different rows are left."""
+def test_sampler_settings_override_its_keys(labelled: Run, small: Run) -> None:
+    """At temperature 0.01 the likelier symbol is always taken, so few distinct rows are left."""
     cold = {
         sample["text"]
-        for sample in told.sample(16, conditions={"kind": 0}, settings=["temperature=0.01"])
+        for sample in labelled.sample(16, conditions={"kind": 0}, settings=["temperature=0.01"])
     }
     assert (
-        len(cold) < len({sample["text"] for sample in told.sample(16, conditions={"kind": 0})}) / 2
+        len(cold)
+        < len({sample["text"] for sample in labelled.sample(16, conditions={"kind": 0})}) / 2
     )
     assert small.sample(2, steps=3, sampler="ancestral") == small.sample(2, steps=3)
 
@@ -248,6 +250,6 @@ def test_sample_takes_a_sampler_object_and_a_step_callback(small: Run) -> None:
 
 @pytest.mark.slow
 def test_nfe_is_counted_per_sample(small: Run) -> None:
-    """A text with one gap of one token is asked about fewer times than one that is open everywhere."""
+    """A gap of one token takes fewer evaluations than a text that is open everywhere."""
     closed, opened = small.sample(infill=["the old cat[MASK:1]", "[MASK:24]"], steps=24)
     assert closed["nfe"] < opened["nfe"] <= 24

@@ -1,4 +1,4 @@
-"""From the command to the first step: with a warm cache nothing is prepared, and what takes time is importing torch."""
+"""Startup with a warm cache: nothing is prepared, and importing torch takes most of the time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Where training would begin the command says how much CPU time it took until then, and what it has loaded and built.
+# Instead of training, the command prints its CPU time, what it has built and imported.
 SCRIPT = """
 import json, sys, time
 import ddiff.data.cache as cache
@@ -16,19 +16,26 @@ from ddiff.training.trainer import Trainer
 
 built = []
 publish = cache._publish
-cache._publish = lambda partial, place, identity: (built.append(place.parent.name), publish(partial, place, identity))
+
+def record(partial, place, identity):
+    built.append(place.parent.name)
+    return publish(partial, place, identity)
+
+cache._publish = record
 heavy = [{heavy}]
 
-def told(trainer, start=None, **limits):
-    print(json.dumps([time.process_time(), built, [name for name in heavy if name in sys.modules]]))
+def report(trainer, start=None, **limits):
+    loaded = [name for name in heavy if name in sys.modules]
+    print(json.dumps([time.process_time(), built, loaded]))
     sys.stdout.flush()
     raise SystemExit(0)
 
-Trainer.fit = told
+Trainer.fit = report
 main(["run", "small.toml", *{settings}])
 """
 HEAVY = ("transformers", "faiss", "scipy", "sklearn", "matplotlib", "tensorboard")
-SECONDS = 20.0  # 6 to 7 on a machine where importing torch and its compiler, which its optimizers load, takes 4
+# 6 to 7 seconds on a machine that takes 4 to import torch and its compiler
+SECONDS = 20.0
 
 
 def started(folder: Path, *settings: str) -> tuple[float, list[str], list[str]]:
@@ -43,7 +50,7 @@ def started(folder: Path, *settings: str) -> tuple[float, list[str], list[str]]:
 
 
 def test_warm_start_imports_and_builds_nothing(folder: Path) -> None:
-    """CPU seconds, since other work on the machine is not the command's; the cold start says that the counting works."""
+    """Measured in CPU seconds, which other work does not change; a cold start is the control."""
     _, cold, _ = started(folder)
     seconds, built, loaded = started(folder, "--set", "name=again")
     assert {"byte_pairs", "clusters"} <= set(cold)

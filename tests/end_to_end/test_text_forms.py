@@ -1,4 +1,4 @@
-"""What `print` shows of the objects that a person meets: one short line with the settings, and no tensor."""
+"""Objects of the public API print as one short line with settings and without tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ddiff.plugin.loader import survey_plugins
 
 
 def is_short(text: str) -> bool:
-    """One line that a terminal holds, without tensors and addresses."""
+    """Return whether a text is one short line without tensors and addresses."""
     return "\n" not in text and len(text) <= 240 and "tensor(" not in text and " at 0x" not in text
 
 
@@ -49,7 +49,8 @@ def test_nelbo_terms_repr_has_means() -> None:
     noisy = api.Noisy(ones.long(), ones, ones.bool())
     terms = NelboTerms(0 * ones, 2 * ones, ones / 4, noisy)
     assert repr(terms) == (
-        "NelboTerms(closing 0.0000, diffusion 2.0000, decoding 0.2500; mean nats per position of 2 x 3)"
+        "NelboTerms(closing 0.0000, diffusion 2.0000, decoding 0.2500; "
+        "mean nats per position of 2 x 3)"
     )
     assert is_short(repr(Likelihood({"closing": ones}, {"level 1": ones})))
     on_meta = terms._replace(diffusion=ones.to("meta"))

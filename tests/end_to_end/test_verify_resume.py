@@ -1,4 +1,4 @@
-"""`ddiff run --verify-resume K`: recorded steps are done again; what differs is said, with how much and where."""
+"""`ddiff run --verify-resume K` replays recorded steps and reports what differs, and where."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def test_verify_resume_finds_equal_steps_equal(folder: Path, ddiff: Command) -> 
     code, out, err = ddiff(*RUN, "--verify-resume", "3")
     assert code == 0, err
     assert out.splitlines() == [
-        "runs/small: steps 4 to 6 done again from step 3, in the layout of the record: equal bits are due.",
+        "runs/small: steps 4 to 6 done again from step 3, in the layout of the record: equal bits "
+        "are due.",
         "losses and other figures: equal",
         "state after step 6: equal",
     ]
@@ -54,8 +55,8 @@ def test_verify_resume_names_a_differing_figure(folder: Path, ddiff: Command) ->
     code, out, _ = ddiff(*RUN, "--verify-resume", "3")
     assert code == 1
     assert (
-        "losses and other figures: NOT equal; largest relative difference 1e-09, in train_loss of step 5"
-        in out
+        "losses and other figures: NOT equal; largest relative difference 1e-09, "
+        "in train_loss of step 5" in out
     )
     assert "state after step 6: equal" in out
 
@@ -123,12 +124,12 @@ def test_verify_resume_allows_rounding_in_another_layout(folder: Path, ddiff: Co
         [sys.executable, "-m", "ddiff", *run, *several], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    told = done.stdout
-    assert "steps 4 to 6 done again from step 3, in another layout: equal to rounding." in told
+    output = done.stdout
+    assert "steps 4 to 6 done again from step 3, in another layout: equal to rounding." in output
     assert re.search(
-        r"losses and other figures: (equal|within 1e-05; largest relative difference)", told
+        r"losses and other figures: (equal|within 1e-05; largest relative difference)", output
     )
     assert re.search(
-        r"weights after step 6: (equal|within 1e-05; largest relative difference)", told
+        r"weights after step 6: (equal|within 1e-05; largest relative difference)", output
     )
     assert contents(Path("runs/small")) == before

@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import `tables`."""
+"""Path setup: the tests of this folder import `tables`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many repeated evaluations in one: how often their intervals cover the value that is known."""
+"""Coverage of intervals over many repeated evaluations of a known bound."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS = 2  # of a document
 
 
 class Recorded(Known):
-    """Remembers the nats of every row, in the order in which rows are read."""
+    """Objective that records the nats of every row in reading order."""
 
     def __init__(self, process: ForwardProcess, prediction: Tensor) -> None:
         super().__init__(process, constant(prediction))
@@ -34,7 +34,7 @@ class Recorded(Known):
 
 
 class Repeats(NamedTuple):
-    """Of `runs` evaluations: their bounds [runs], and whether the interval covers and lies below the known value."""
+    """Bounds [runs] of repeated evaluations, and whether each interval covers the known value."""
 
     bounds: np.ndarray
     covers: np.ndarray
@@ -49,9 +49,9 @@ def repeated(
     prediction: Tensor,
     seed: int = 0,
 ) -> Repeats:
-    """`runs` evaluations of fresh texts of independent tokens, of 24 documents with two rows of 32 tokens each.
+    """Evaluate `runs` new texts of independent tokens: 24 documents of two rows of 32 tokens.
 
-    The network predicts the tokens' own distribution whatever it is shown, so that the bound of such texts is its entropy.
+    The network predicts the tokens' own distribution in any context, so the bound is its entropy.
     All runs are one call of `evaluate`, whose documents are read independently of each other.
     """
     count = runs * DOCUMENTS * ROWS

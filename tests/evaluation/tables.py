@@ -1,4 +1,4 @@
-"""Denoisers that are known exactly, to evaluate in a network's place, and the processes to evaluate them on."""
+"""Exact denoisers to evaluate instead of a network, and processes to evaluate them on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Table = Callable[[Tensor, Tensor], Tensor]
 
 
 def processes() -> dict[str, ForwardProcess]:
-    """Masking, a tree whose parents may be wrong, and an uneven dense chain, on four words."""
+    """Masking, a tree with wrong parents (xi < 1), and an uneven dense chain, on four tokens."""
     rates = torch.rand(4, 4, generator=torch.Generator().manual_seed(3)).double() + 0.2
     return {
         "masked": TreeProcess(FlatVocabulary(4), CdfClock([LinearSchedule()])),
@@ -38,7 +38,7 @@ def processes() -> dict[str, ForwardProcess]:
 
 
 class Known(Scored):
-    """What `evaluate` asks of an objective, of a table; notes the rows and strata that it was asked for."""
+    """Objective of a table of distributions; records the rows and strata that it scores."""
 
     def __init__(self, process: ForwardProcess, table: Table) -> None:
         self.process, self.network = process, network_from_table(table, process.vocabulary)
@@ -54,12 +54,12 @@ class Known(Scored):
 
 
 def constant(dist: Tensor) -> Table:
-    """The same law of words everywhere, whatever the context."""
+    """The same distribution of tokens at every position, in any context."""
     return lambda zt, t: dist.log().expand(*zt.shape, -1)
 
 
 def given_the_rest(process: ForwardProcess, source: MarkovSource) -> Table:
-    """The exact law of each symbol of a Markov row given the other positions' states, by forward and backward sums."""
+    """Exact distribution of each symbol of a Markov row given the other states, by sums."""
     move, start = torch.from_numpy(source.transition), torch.from_numpy(source.stationary)
 
     def table(zt: Tensor, t: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _law(weights: Tensor) -> Tensor:
 
 
 def full_rows(ids: Tensor) -> Callable[[NDArray[np.int64]], Batch]:
-    """Every position of `ids` [R,L] is scored."""
+    """Rows of `ids` [R,L], all positions scored."""
     return scored_rows(ids, torch.full((len(ids),), ids.shape[1]))
 
 

@@ -1,4 +1,4 @@
-"""The counting baselines against sums written out by hand."""
+"""Counting baselines equal sums written out by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals over documents: Student's quantile, unequal documents, the Monte-Carlo part, and their coverage."""
+"""Intervals over documents: Student's quantile, unequal documents, coverage."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_student95_matches_published_tables(freedom: float, quantile: float) -> 
 def test_document_variance_is_unbiased_if_proportional_to_tokens(
     tokens: np.ndarray,
 ) -> None:
-    """Exact: residuals are linear in the errors, so the expected square is a sum over unit errors of each document."""
+    """Exact, since residuals are linear in the errors: the expected square is a sum over them."""
     whole = tokens.sum()
     expected = 0.0
     for document, own in enumerate(tokens):
@@ -70,10 +70,10 @@ def test_equal_documents_have_d_minus_1_degrees_of_freedom() -> None:
 def test_document_interval_covers_for_normal_nats(
     tokens: np.ndarray, least: float, most: float, power: float
 ) -> None:
-    """Whether a document's error grows as the root of its tokens (its draws) or as their number (its subject).
+    """For errors that grow as the root of a document's tokens, and for ones in proportion.
 
-    10,000 texts: four standard errors are 0.9 %. For documents as unequal as 1 to 200 the degrees of freedom are on the
-    safe side where errors grow as the root.
+    10,000 texts: four standard errors are 0.9 %. For documents as unequal as 1 to 200 the degrees
+    of freedom are on the safe side if errors grow as the root.
     """
     generator = np.random.default_rng(0)
     covered = 0
@@ -90,8 +90,11 @@ def test_document_interval_covers_for_normal_nats(
 def test_monte_carlo_interval_covers_the_bound_of_these_documents(
     tokens: np.ndarray, readings: int
 ) -> None:
-    """Documents differ by far more than their readings do; 10,000 repeats, 95 % +- 1.2 % is five standard errors. Pooled
-    variances of unequal documents leave up to 1.5 % more."""
+    """Documents differ by far more than their draws.
+
+    10,000 repeats: 95 % +- 1.2 % is five standard errors. Pooled variances of unequal documents
+    leave up to 1.5 % more.
+    """
     generator = np.random.default_rng(1)
     own = tokens * (3.0 + generator.normal(size=len(tokens)))
     truth = own.sum() / tokens.sum()
@@ -106,7 +109,7 @@ def test_monte_carlo_interval_covers_the_bound_of_these_documents(
 
 
 def test_error_parts_add_up_to_the_total_variance() -> None:
-    """Between documents 0.5^2 per document, between readings 1: 400 documents, so both are known to a tenth."""
+    """Variance 0.25 between documents and 1 between draws; 400 documents give both to a tenth."""
     generator = np.random.default_rng(2)
     documents = 0.5 * generator.normal(size=400)
     nats = documents[:, None] + generator.normal(size=(400, 4))
@@ -132,9 +135,16 @@ def test_single_draw_or_document_leaves_its_error_unknown() -> None:
 
 
 KINDS = (
-    TreeProcess, MixtureProcess, DenseProcess, HierarchicalDiffusion, MaskedDiffusion, GeneralizedInterpolation,
-    ScoreEntropyDiffusion, EpsilonHybrid, GammaHybrid,
-)  # fmt: skip
+    TreeProcess,
+    MixtureProcess,
+    DenseProcess,
+    HierarchicalDiffusion,
+    MaskedDiffusion,
+    GeneralizedInterpolation,
+    ScoreEntropyDiffusion,
+    EpsilonHybrid,
+    GammaHybrid,
+)
 
 
 def examples() -> dict[str, ForwardProcess]:
@@ -148,9 +158,10 @@ def examples() -> dict[str, ForwardProcess]:
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [(1e-3, 1.0 - 1e-3), (0.0, 1.0)])
 def test_intervals_cover_on_all_examples(window: tuple[float, float]) -> None:
-    """40 evaluations of each of 44 examples: 93 to 97 % of all, five standard errors of 0.5 % about 95 being wider.
+    """93 to 97 % of 40 evaluations of each of 44 examples cover.
 
-    Of one example's 40 fewer than 31 cover with probability 5e-5 if 95 % do; seeds are fixed.
+    Five standard errors about 95 % would be 2.5 %. Of 40 evaluations fewer than 31 cover with
+    probability 5e-5 if 95 % do; seeds are fixed.
     """
     share = {}
     for number, (name, process) in enumerate(examples().items()):

@@ -1,4 +1,4 @@
-"""Evaluation: every token once, a bound that is right for any window, and an interval that covers."""
+"""Evaluation scores every token once, bounds for any window, with intervals that cover."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def words(rows: int, length: int, seed: int = 0) -> Tensor:
 def score(
     objective: Any, ids: Tensor, document: list[int] | None = None, **settings: Any
 ) -> Evaluation:
-    """Every row a document of its own unless told otherwise."""
+    """Evaluate rows, each a separate document by default."""
     numbers = np.arange(len(ids)) if document is None else np.array(document)
     settings = {"batch_of": full_rows(ids), "length": ids.shape[1], "times": WINDOW} | settings
     return evaluate(objective, document=numbers, **settings)
@@ -71,7 +71,7 @@ def test_evaluate_gives_a_document_each_stratum_once_per_draw() -> None:
 
 
 def test_evaluate_gives_a_row_any_stratum_of_its_document() -> None:
-    """Else the middle of a document would always be read at the same times. 120 seeds, 3 strata: 5 sigma is 26."""
+    """Otherwise a row would always have the same times. 120 seeds, 3 strata: 5 sigma is 26."""
     found: Counter[int] = Counter()
     for seed in range(120):
         objective = Known(processes()["masked"], constant(LAW))
@@ -97,9 +97,10 @@ def test_terms_add_up_to_the_bound_and_parts_to_diffusion(name: str) -> None:
 def test_constant_distribution_scores_its_cross_entropy_in_any_window(
     name: str, window: tuple[float, float]
 ) -> None:
-    """Symbols that the network calls independent have a tight bound: E NELBO = -mean ln p(x), whatever the window.
+    """For independent symbols the bound is tight: E NELBO = -mean ln p(x) in any window.
 
-    Sixteen seeds of times and noise on the same rows; |t_15| > 5 has probability 2e-4, nine cases: 1.4e-3, seeds fixed.
+    Sixteen seeds of times and noise on the same rows; |t_15| > 5 has probability 2e-4, in nine
+    cases 1.4e-3; seeds are fixed.
     """
     ids = words(24, 6)
     exact = -float(LAW.log()[ids].mean())
@@ -114,9 +115,10 @@ def test_constant_distribution_scores_its_cross_entropy_in_any_window(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_distribution_of_a_markov_source_scores_its_entropy(name: str) -> None:
-    """A tight bound over rows with context: the entropy lies within 4 sigma of each reading (3 cases: 2e-4, seeds fixed).
+    """The entropy lies within 4 sigma of the bound (3 cases: probability 2e-4, seeds fixed).
 
-    Starting at 0.02 loses at most the dependence of symbols given a row that is 2 % noised: under 1e-3 nats.
+    Times from 0.02 lose at most the dependence of symbols given a row that is 2 % noised: under
+    1e-3 nats.
     """
     source, process = MarkovSource(4, peakedness=2.0), processes()[name]
     known = Known(process, given_the_rest(process, source))
@@ -130,9 +132,10 @@ def test_exact_distribution_of_a_markov_source_scores_its_entropy(name: str) -> 
 
 
 def test_document_interval_covers_the_entropy() -> None:
-    """200 corpora of 40 documents of 1 to 3 padded rows; the bound's mean over corpora is the entropy of LAW.
+    """The mean bound of 200 corpora of 40 documents, 1 to 3 padded rows each, is the entropy of LAW.
 
-    Of 200 intervals at 95 %, fewer than 178 or more than 198 cover with probability 1e-3 (binomial). Seeds are fixed.
+    Of 200 intervals at 95 %, fewer than 178 or more than 198 cover with probability 1e-3
+    (binomial); seeds are fixed.
     """
     entropy = -float((LAW * LAW.log()).sum())
     objective, covered = Known(processes()["masked"], constant(LAW)), 0
@@ -174,7 +177,7 @@ def test_evaluate_refuses_no_rows_and_no_draws() -> None:
 
 
 class Mean(nn.Module):
-    """A backbone in which every valid position sees all others."""
+    """Backbone in which every valid position attends to all others."""
 
     width = 8
 
@@ -215,7 +218,7 @@ def test_batch_size_does_not_change_the_bound(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_does_not_change_the_bound(name: str) -> None:
-    """A position's noise does not depend on the row's length, so this is an equality up to float64 sums."""
+    """Equal up to float64 sums, since the noise of a position does not depend on the row length."""
     ids, num_valid, bounds = words(8, 9), torch.tensor([4, 2, 1, 4, 3, 4, 4, 2]), []
     for length, filler in ((4, 0), (4, 3), (9, 0), (9, 2)):
         padded = torch.where(torch.arange(length) < num_valid[:, None], ids[:, :length], filler)
