@@ -1,4 +1,4 @@
-"""`ddiff eval` scores the text that a run was trained and evaluated with, or says that it does not."""
+"""`ddiff eval` scores only the text that a run was trained and evaluated with."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def test_eval_of_the_same_data_writes_the_same_figures(run_dir: Path, ddiff: Com
     assert json.loads((run_dir / "evaluation.json").read_text()) == before
 
 
-def test_data_may_move(run_dir: Path, ddiff: Command) -> None:
-    """The same text at another place, named in the run's recipe: what the rows are made of is the same."""
+def test_eval_accepts_the_same_data_at_another_place(run_dir: Path, ddiff: Command) -> None:
+    """The text has moved, and the recipe of the run names the new place."""
     Path("moved.txt").write_text(CORPUS)
     Path("corpus.txt").unlink()
     recipe = run_dir / "recipe.toml"
@@ -83,7 +83,9 @@ def test_data_may_move(run_dir: Path, ddiff: Command) -> None:
     assert ddiff(*EVAL).code == 0
 
 
-def test_out_scores_other_data_beside_the_runs_own_figures(run_dir: Path, ddiff: Command) -> None:
+def test_eval_out_scores_other_data_and_keeps_evaluation_json(
+    run_dir: Path, ddiff: Command
+) -> None:
     write(change(LINES))
     before = files(run_dir)
     answer = ddiff(*EVAL, "--out", "other/data.json")
@@ -97,7 +99,7 @@ def test_out_scores_other_data_beside_the_runs_own_figures(run_dir: Path, ddiff:
     assert [path.name for path in Path("other").iterdir()] == ["data.json"]
 
 
-def test_out_without_a_change_says_nothing_of_one(run_dir: Path, ddiff: Command) -> None:
+def test_eval_out_on_the_same_data_reports_no_change(run_dir: Path, ddiff: Command) -> None:
     before = files(run_dir)
     answer = ddiff(*EVAL, "--set", "evaluate.draws=2", "--out", "two.json")
     assert (answer.code, "other data" in answer.err) == (0, False)
@@ -107,7 +109,7 @@ def test_out_without_a_change_says_nothing_of_one(run_dir: Path, ddiff: Command)
     assert "changed_data" not in written
 
 
-def test_python_evaluates_no_other_data_by_accident(run_dir: Path) -> None:
+def test_run_evaluate_refuses_changed_data(run_dir: Path) -> None:
     write(change(LINES))
     with pytest.raises(api.CheckpointError, match="validation rows"):
         api.load(run_dir).evaluate()
@@ -115,8 +117,8 @@ def test_python_evaluates_no_other_data_by_accident(run_dir: Path) -> None:
     assert evaluation.tokens > 0
 
 
-def test_a_finished_run_is_not_evaluated_on_other_data(run_dir: Path, ddiff: Command) -> None:
-    """Also where its figures are missing, and only the validation text differs."""
+def test_repeated_run_refuses_changed_data(run_dir: Path, ddiff: Command) -> None:
+    """Also if its figures are missing and only the validation text differs."""
     write(drop_validation(LINES))
     (run_dir / "evaluation.json").unlink()
     before = files(run_dir)
@@ -135,7 +137,7 @@ def labelled(shift: int) -> None:
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_changed_labels_are_changed_data(folder: Path, ddiff: Command) -> None:
+def test_eval_refuses_changed_labels(folder: Path, ddiff: Command) -> None:
     labelled(0)
     told = ("--set", "denoiser.conditions.topic={classes=2}")
     answer = ddiff("run", "tiny.toml", "--set", "train.steps=2", *LABELS, *told)
@@ -148,7 +150,9 @@ def test_changed_labels_are_changed_data(folder: Path, ddiff: Command) -> None:
 @pytest.mark.parametrize(
     "place", ["runs/tiny/evaluation.json", "runs/tiny/checkpoints/x.json", "corpus.txt", "."]
 )
-def test_out_writes_over_nothing_of_the_run(place: str, run_dir: Path, ddiff: Command) -> None:
+def test_eval_out_refuses_to_overwrite_files_of_the_run(
+    place: str, run_dir: Path, ddiff: Command
+) -> None:
     before = files(Path())
     assert is_refusal(ddiff(*EVAL, "--out", place), "ddiff eval --out")
     assert files(Path()) == before

@@ -1,4 +1,4 @@
-"""Processes that lose their tokens near one end of time: the reported bound and its interval are right for them too.
+"""Intervals cover for processes that change their tokens near one end of time.
 
 With t drawn evenly most evaluations of these processes report less than the truth, with an interval wholly below it in
 10 to 70 % of them. Information time takes the tail away.
