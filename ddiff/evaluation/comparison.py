@@ -89,6 +89,7 @@ class Comparison:
     def columns(self) -> tuple[list[str], list[list[str]]]:
         """Return the titles, and the cells of each row, as text."""
         columns = dict(COLUMNS)
+        # a column of ones says nothing
         if all(row.seeds == 1 for row in self.rows):
             del columns["seeds"]
         unit = self.protocol["unit"]
@@ -195,7 +196,11 @@ def _make_rows(reports: Sequence[_Report], group_seeds: bool) -> list[Row]:
     return named
 
 
-def write_comparison(comparison: Comparison, directory: str | Path, command: str) -> list[Path]:
+def write_comparison(
+    comparison: Comparison,
+    directory: str | Path,
+    command: str,
+) -> list[Path]:
     """Write compare.json and compare.md to a directory; return their paths.
 
     Raises ArgumentError if the directory takes no files, or if a file of that name was not written
@@ -291,7 +296,9 @@ class _Report:
 
     def recipe_without_seed(self) -> str:
         """Return the recipe as text, without the keys in which runs of one recipe may differ."""
-        shared = {key: value for key, value in self.recipe.items() if key not in OWN_KEYS}
+        shared = dict(self.recipe)
+        for key in OWN_KEYS:
+            shared.pop(key, None)
         return json.dumps(shared, sort_keys=True)
 
     def row(self) -> Row:
@@ -384,7 +391,9 @@ def _average_seeds(reports: Sequence[_Report]) -> Row:
     _check_seeds(reports)
     nats = [row.nats for row in rows]
     mean = statistics.fmean(nats)
-    half = student95(len(nats) - 1) * statistics.stdev(nats) / math.sqrt(len(nats))
+    # over seeds only: the intervals of the runs, over documents, do not enter
+    standard_error = statistics.stdev(nats) / math.sqrt(len(nats))
+    half = student95(len(nats) - 1) * standard_error
     first = rows[0]
     names = list(dict.fromkeys(row.run for row in rows))  # distinct, in order
     return Row(
@@ -440,7 +449,8 @@ def _notes(reports: Sequence[_Report]) -> list[str]:
         )
     places = set()
     for report in reports:
-        layout = [report.environment.get(key) for key in ("device", "threads", "machine")]
+        environment = report.environment
+        layout = [environment.get(key) for key in ("device", "threads", "machine")]
         places.add(str(layout))
     if len(places) > 1:
         notes.append(

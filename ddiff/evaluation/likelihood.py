@@ -46,7 +46,12 @@ class Scored(Protocol):
     times: TimeRule | None = None
 
     def nll(
-        self, batch: Any, rng: CounterRng, slot: Tensor, slots: Tensor, times: TimeRule
+        self,
+        batch: Any,
+        rng: CounterRng,
+        slot: Tensor,
+        slots: Tensor,
+        times: TimeRule,
     ) -> Likelihood:
         """Draw the nats of every position once, without bias."""
 
@@ -175,15 +180,17 @@ def evaluate(
     with show_progress(len(document) * draws, "evaluating", console=console) as bar:
         for rows, slot, slots, draw in _deal_strata(index, draws, batch, seed):
             rows_batch = batch_of(rows)
-            group = torch.from_numpy(index[rows]).to(rows_batch.index.device)
+            group = torch.from_numpy(index[rows])
+            group = group.to(rows_batch.index.device)
             rng = CounterRng(seed, draw, rows_batch.index, length, "evaluate", group)
             slot = slot.to(device)
             slots = slots.to(device)
             likelihood = objective.nll(rows_batch, rng, slot, slots, times)
-            total = reduce(add, likelihood.terms.values()).sum(-1)
+            total = reduce(add, likelihood.terms.values())
+            row_nats = total.sum(-1).cpu().numpy()
             scored = rows_batch.scored.sum(-1).cpu().numpy()
             # add.at, since several rows of a batch may be of the same document
-            np.add.at(nats[:, draw], index[rows], total.cpu().numpy())
+            np.add.at(nats[:, draw], index[rows], row_nats)
             np.add.at(tokens, index[rows], scored / draws)
             means.add(likelihood, float(scored.sum()))
             bar.advance(len(rows))
@@ -243,7 +250,10 @@ def _make_evaluation(
 
 
 def _deal_strata(
-    index: NDArray[np.int64], draws: int, batch: int, seed: int
+    index: NDArray[np.int64],
+    draws: int,
+    batch: int,
+    seed: int,
 ) -> Iterator[tuple[Rows, Tensor, Tensor, int]]:
     """Yield (rows, slot, slots, draw) per batch.
 
@@ -263,7 +273,8 @@ def _deal_strata(
         rotation = np.floor(turn * slots).astype(np.int64)
         slot = torch.from_numpy((place + rotation) % slots)
         for start in range(0, len(index), batch):
-            rows = np.arange(start, min(start + batch, len(index)))
+            stop = min(start + batch, len(index))
+            rows = np.arange(start, stop)
             yield rows, slot[rows], torch.from_numpy(slots[rows]), draw
 
 
