@@ -268,10 +268,7 @@ def evaluate(
     """
     from ddiff.runs.evaluation_report import evaluate_run
 
-    if out is None:
-        evaluate_run(run_dir, settings or ())
-    else:
-        evaluate_run(run_dir, settings or (), out)
+    evaluate_run(run_dir, settings or (), out)
 
 
 @app.command("export")
@@ -614,6 +611,7 @@ def _exit_on_sigterm() -> Iterator[None]:
 @contextmanager
 def _pause_garbage_collection() -> Iterator[None]:
     """Pause the garbage collector, which would search a million objects while torch is imported."""
+    # all of them stay alive, so that a search frees nothing
     was_enabled = gc.isenabled()
     gc.disable()
     try:

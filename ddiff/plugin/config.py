@@ -56,6 +56,7 @@ class ComponentConfig(BaseModel):
     Python callers may pass lists for tuples.
     """
 
+    # frozen, because a component and the recipe share the object
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )

@@ -148,6 +148,7 @@ def load_plugins(names: Iterable[str]) -> Registry:
     Raises PluginError for a name that is not installed or that two distributions claim, and for a
     plugin that fails.
     """
+    # core first, so that a conflict with it is an error of the other plugin
     wanted = list(dict.fromkeys([CORE, *names]))
     registry = Registry(unlisted=lambda: _components_outside(wanted))
     installed = installed_plugins()
@@ -161,6 +162,7 @@ def survey_plugins() -> Survey:
     registry = Registry()
     reports = []
     for claims in installed_plugins().values():
+        # each claim on a name that is taken twice has its own report
         for plugin in claims:
             reports.append(_load_into(registry, plugin, claims))
     return Survey(registry, reports)
@@ -207,6 +209,7 @@ def _check_single(name: str, claims: list[Plugin]) -> None:
 
 
 def _origin_of(entry_point: importlib.metadata.EntryPoint) -> Origin:
+    # "package.module:object" -> "package"
     package = entry_point.value.partition(":")[0].partition(".")[0].strip()
     distribution = entry_point.dist
     if distribution is None:

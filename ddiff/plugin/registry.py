@@ -226,6 +226,7 @@ class Registry:
 
     def merge(self, other: Registry) -> None:
         """Add all components of another registry; if a name is taken, PluginError and none."""
+        # checked first, so that a plugin is registered as a whole or not at all
         for key, component in other._components.items():
             if key in self._components:
                 raise duplicate_error(self._components[key], component)
@@ -256,6 +257,7 @@ class Registry:
                 f'There is no kind of component "{kind}".{suggest(kind, KINDS)} '
                 f"The kinds are: {', '.join(KINDS)}."
             )
+        # this imports every installed plugin, which is acceptable only for a message
         unlisted = [component for component in self._unlisted() if component.kind == kind]
         for component in unlisted:
             if component.name == name:
@@ -340,6 +342,7 @@ def describe_error(error: BaseException) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if not _is_import_machinery(frame.filename)
     ]
+    # the innermost frame is where the plugin's code raised
     return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else text
 
 

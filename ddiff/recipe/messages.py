@@ -132,6 +132,7 @@ def explain_unknown_key(table: str, key: str, owner: str, takes: Sequence[str]) 
 
 def format_value(value: Any) -> str:
     """Format a value as TOML does, and name a string one: its quotes may be the mistake."""
+    # not only ASCII, so that text in other scripts stays readable
     text = shorten(json.dumps(value, default=str, ensure_ascii=False))
     return f"{text} (a string)" if isinstance(value, str) else text
 
@@ -200,7 +201,7 @@ def _format_location(location: Sequence[str | int]) -> str:
     text = ""
     for key in location:
         text += f"[{key}]" if isinstance(key, int) else f".{key}"
-    return text.replace(".", " ", 1)
+    return text.replace(".", " ", 1)  # the first key follows the table after a space
 
 
 # ---------------------------------------------------------------------- fields of models
@@ -216,6 +217,7 @@ def _is_in_union(model: type[BaseModel], location: Sequence[str | int]) -> bool:
 
 
 def _drop_branch(error: Mapping[str, Any]) -> dict[str, Any]:
+    # ("xi", "float") -> ("xi",): a recipe does not name branches
     return {**error, "loc": (error["loc"][0], *error["loc"][2:])}
 
 

@@ -91,6 +91,7 @@ class ComponentSpec:
         wanted = {
             key: value for key, value in inputs.items() if takes_all or key in signature.parameters
         }
+        # bound before the call: a TypeError of the call itself would be a fault inside the function
         try:
             signature.bind(self.config, **wanted)
         except TypeError as error:
@@ -139,6 +140,7 @@ class Recipe:
     sampler: ComponentSpec
     tracker: ComponentSpec
 
+    # not compared: the same recipe may be read from another file and with more plugins installed
     registry: Registry = field(repr=False, compare=False)
     source: str = field(default="", repr=False, compare=False)
     """File that the recipe was read from."""
@@ -152,6 +154,7 @@ class Recipe:
         """Return the components by their place: `process`, `denoiser.head`, `train.optimizer`."""
         found = {}
         for path in SLOTS:
+            # vars(), because the names of the fields follow from the schema
             spec = vars(self)[component_field(path)]
             if spec is not None:
                 found[".".join(path)] = spec
@@ -168,7 +171,7 @@ class Recipe:
         """Return nested tables of plain values, with every default written out."""
         fields = vars(self)
         tree: dict[str, Any] = {key: fields[key] for key in TopLevelKeys.model_fields}
-        tree["plugins"] = list(self.plugins)
+        tree["plugins"] = list(self.plugins)  # TOML and JSON have lists only
         for name, table in TABLES.items():
             written: dict[str, Any] = {}
             spec = fields[component_field((name,))] if table.component else None
@@ -192,6 +195,7 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that identify `to_dict`."""
+        # sorted, so that the order of tables in the schema does not matter
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -88,6 +88,7 @@ def parse_recipe(text: str, source: str = "<text>", settings: Iterable[str] = ()
 
 def resolve(tree: RecipeTree, settings: Iterable[str] = ()) -> Recipe:
     """Check a merged tree of tables and load the components that it names."""
+    # a string would be read letter by letter, and a mapping without its values
     if isinstance(settings, str | Mapping):
         raise ArgumentError(
             'settings must be a list of "key=value" texts, such as ["train.steps=200"]; got '
@@ -97,6 +98,7 @@ def resolve(tree: RecipeTree, settings: Iterable[str] = ()) -> Recipe:
     tree = overrides.merge_over(tree, inherited_keys)
     _check_tables(tree)
     top = _read_top_level(tree)
+    # the plugins before the tables: only they know the components and their keys
     registry = _load_plugins(top, tree)
     reader = _TableReader(tree, registry)
 
@@ -106,6 +108,7 @@ def resolve(tree: RecipeTree, settings: Iterable[str] = ()) -> Recipe:
     for name, table in TABLES.items():
         if table.keys is not None:
             fields[keys_field(name)] = reader.read_engine_keys(name, table.keys)
+    # raises TypeError if the fields of Recipe are not those of the schema
     recipe = Recipe(registry=registry, source=tree.source, **fields)
     _check_batch(recipe, tree)
     _check_ema(recipe, tree)
@@ -144,6 +147,7 @@ def configure_sampler(
     settings = tuple(settings)
     if kind is None and not settings:
         return recipe.sampler
+    # the settings of the recipe belong to its own sampler; another kind starts from its defaults
     if kind in (None, recipe.sampler.component.name):
         defaults = recipe.sampler.config.model_dump(mode="json")
         return configure_component(recipe.sampler.component, settings, defaults)
@@ -253,7 +257,7 @@ def _read_top_level(tree: RecipeTree) -> TopLevelKeys:
     top = _validate(TopLevelKeys, values, tree, ())
     filled = {
         "run_dir": top.run_dir or f"runs/{top.name}",
-        "plugins": tuple(dict.fromkeys(top.plugins)),
+        "plugins": tuple(dict.fromkeys(top.plugins)),  # each once, in order
     }
     return top.model_copy(update=filled)
 
@@ -368,6 +372,7 @@ def _check_round_trip(spec: ComponentSpec) -> None:
 
     A run keeps its recipe in that form. One that it could not read again must fail before training.
     """
+    # as `Recipe.to_toml` writes it and `_validate` reads it again
     written = json.dumps(scalars_first(spec.config.model_dump(mode="json")))
     try:
         again = type(spec.config).model_validate_json(written, strict=True)

@@ -46,6 +46,7 @@ def merge_bases(tree: RecipeTree, chain: tuple[str, ...] = ()) -> RecipeTree:
     if "extends" not in tree.values:
         return tree
     place = tree.locate(("extends",))
+    # popped: the merged tree extends nothing, and `resolve` refuses the key in settings
     name = tree.values.pop("extends")
     if not isinstance(name, str):
         raise RecipeError(
@@ -60,6 +61,7 @@ def merge_bases(tree: RecipeTree, chain: tuple[str, ...] = ()) -> RecipeTree:
             "file."
         )
     base = read_tree(_resolve_base(name, tree.source), f"{place}: extends ")
+    # by real paths, so that ./a.toml and a.toml are one file
     if _identity(base.source) in [_identity(source) for source in chain]:
         raise RecipeError(
             f"{place}: extends goes in a circle: {' -> '.join((*chain, base.source))}. Take one "
@@ -104,12 +106,14 @@ def _read_text(name: str, place: str) -> tuple[str, str]:
     """Text of a recipe, and the name of its file."""
     is_remote = "://" in name
     source = name
+    # a file takes precedence over a shipped recipe of the same name
     if not is_remote and not _is_file(Path(name)):
         shipped = find_shipped_recipes()
         if name not in shipped:
             raise RecipeError(_explain_missing(name, place, shipped))
         source = str(_shorten_path(shipped[name]))
     try:
+        # "utf-8-sig" skips a byte order mark, which some editors write
         content = _read_remote(name) if is_remote else _read_local(Path(source))
         text = content.decode("utf-8-sig")
     # ValueError: bytes that are not UTF-8, or an unknown protocol
@@ -122,6 +126,7 @@ def _read_text(name: str, place: str) -> tuple[str, str]:
 
 
 def _read_local(path: Path) -> bytes:
+    # one byte more than allowed shows that a file is too large without reading all of it
     with path.open("rb") as file:
         return _check_size(file.read(LARGEST_FILE + 1))
 

@@ -179,6 +179,7 @@ def read_settings(settings: Iterable[str], source: str, option: str = "--set") -
         if fault:
             raise RecipeError(f"{place}: {fault}.")
         _insert(tree.values, path, value, place)
+        # the tables around the key as well, since the file may not have them
         for length in range(1, len(path) + 1):
             tree.places[path[:length]] = place
     return tree
@@ -210,6 +211,7 @@ def _parse_key(key: str) -> tuple[str, ...]:
     """Path of a dotted key. Raises TOMLDecodeError for a malformed one or a line break."""
     if "\n" in key or "\r" in key:
         raise tomllib.TOMLDecodeError("a key stands on one line")
+    # before tomllib, which recurses for every dot
     if key.count(".") > DEEPEST:
         raise ValueError(f"the key has more than {DEEPEST} parts")
     path: tuple[str, ...] = ()
@@ -252,6 +254,7 @@ def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any, place: str)
                 "table."
             )
         tree = below
+    # train.optimizer=muon after train.optimizer.lr=0.5 is the shorthand for the kind
     if isinstance(tree.get(path[-1]), dict) and isinstance(value, str):
         tree[path[-1]]["kind"] = value
     else:
@@ -263,7 +266,7 @@ def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any, place: str)
 
 def write_toml(tree: Mapping[str, Any], comment: str) -> str:
     """Write nested tables as TOML text under a comment line; None is left out."""
-    import tomlkit
+    import tomlkit  # here, because reading a recipe does not need it
 
     document = tomlkit.document()
     document.add(tomlkit.comment(comment))
@@ -294,6 +297,7 @@ def _merge_tables(
     """Merge two tables; places of replaced values are deleted from `places`."""
     keys = inherited(path, base, over)
     kept = {key: value for key, value in base.items() if keys is None or key in keys}
+    # copied, because settings and shorthand change a tree in place
     merged = copy.deepcopy(kept)
     for key, value in over.items():
         below = merged.get(key, {})
@@ -301,6 +305,7 @@ def _merge_tables(
             merged[key] = _merge_tables(below, value, (*path, key), places, inherited)
         else:
             merged[key] = copy.deepcopy(value)
+            # they point at lines of the base, and the new value is written elsewhere
             _delete_places(places, (*path, key))
     return merged
 

@@ -109,7 +109,7 @@ def find_enclosing_checkpoint(path: Path) -> Path | None:
 
 def _resolve(name: str, argument: str) -> Destination:
     """Find the file system and the path of a name."""
-    import fsspec
+    import fsspec  # here, so that importing this module stays quick
 
     if not name or "\0" in name:
         raise ArgumentError(f"{argument}: a path was expected; got {name!r}.")

@@ -171,7 +171,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = read_text(path).split("\n")
-    if lines[-1] == "":
+    if lines[-1] == "":  # the text after the last line break
         lines.pop()
     found = []
     for number, line in enumerate(lines, start=1):

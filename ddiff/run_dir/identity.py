@@ -96,6 +96,7 @@ def check_recipe(
         return  # an earlier version wrote the checkpoint
     now = flatten_keys(recipe)
     differences = []
+    # both sets of keys, so that added and removed ones are differences too
     for key in dict.fromkeys([*trained, *now]):
         if _is_compared(key, training) and trained.get(key) != now.get(key):
             differences.append(Difference(key, trained.get(key), now.get(key)))

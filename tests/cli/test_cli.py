@@ -268,7 +268,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list:
     )  # type: ignore[attr-defined]
     module.sample_run = lambda run_dir, **options: calls.append(("sample", run_dir, options))  # type: ignore[attr-defined]
     report = ModuleType("ddiff.runs.evaluation_report")
-    report.evaluate_run = lambda run_dir, settings: calls.append(("eval", run_dir, settings))  # type: ignore[attr-defined]
+    report.evaluate_run = lambda run_dir, settings, out: calls.append(  # type: ignore[attr-defined]
+        ("eval", run_dir, settings)
+    )
     command = ModuleType("ddiff.testing.check_command")
     command.check_component = lambda name, settings: calls.append(("check", name, settings)) or 1  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ddiff.runs.stages", module)
