@@ -1,7 +1,7 @@
-"""ddiff: discrete diffusion, one process object from which bound, loss, sampler and evaluation follow.
+"""Discrete diffusion: bound, loss, sampler and evaluation follow from one process object.
 
-Importing the package imports nothing else: `__init__.pyi` lists the public names, once for type
-checkers and for this module, which imports a name from its module when it is first used.
+Importing the package imports none of its modules. `__init__.pyi` lists the public names, for type
+checkers and for lazy_loader, which imports a name when it is first used.
 """
 
 import lazy_loader
