@@ -512,7 +512,7 @@ def recipes() -> None:
 
 
 def print_columns(titles: list[str], rows: list[list[str]]) -> None:
-    """Print aligned columns of plain text, as wide as they need to be, whatever the terminal."""
+    """Print aligned columns of plain text, whatever the width of the terminal."""
     widths = [max(map(len, column)) for column in zip(titles, *rows)]
     for line in (titles, *rows):
         cells = [f"{cell:{width}}" for cell, width in zip(line, widths)]
@@ -576,7 +576,7 @@ def _is_query(arguments: list[str]) -> bool:
 
 
 def _end_with(error: Exception) -> NoReturn:
-    """End with a paragraph for a mistake of the user; for a defect, with the traceback."""
+    """End with a paragraph for a mistake of the user, or a traceback for a defect."""
     message = explain_error(error)
     # Python would write what is left in the buffer again, fail again on a full disk, and end with
     # another exit code

@@ -1,4 +1,4 @@
-"""Errors that a user can cause, and the paragraph that the command line prints for one.
+"""Errors that a user can cause, and their explanation on the command line.
 
 Each message names the argument, what was expected, what came and what to do. The command line
 prints it and exits with 2. Any other exception is a defect, and its traceback is printed.
@@ -48,7 +48,7 @@ LONGEST = 160  # characters of a value that a message repeats
 
 
 def shorten(text: str, longest: int = LONGEST) -> str:
-    """Keep the beginning and the end of a long text and count the characters between them."""
+    """Replace the middle of a long text by its number of characters."""
     if len(text) <= longest:
         return text
     half = longest // 2

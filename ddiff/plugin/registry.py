@@ -1,4 +1,4 @@
-"""Registry of components by kind and name; each is a target "module:object" imported on first use.
+"""Registry of components by kind and name, which are imported on first use.
 
     registry.add("process", "kimura", "ddiff_kimura.process:Kimura")
     registry.component("process", "kimura").load()
@@ -81,7 +81,7 @@ def _preview_nothing(config: ComponentConfig) -> None:
 
 @dataclass(frozen=True)
 class Members:
-    """Members that the engine looks up on a component, with the defaults of the optional ones.
+    """Members that the engine looks up on a component, with defaults.
 
     A component is any object with `build`; it needs no base class. All its other members are found
     through this class only.

@@ -1,4 +1,4 @@
-"""Messages about the keys of a table: what they are, and what pydantic found wrong with them."""
+"""Descriptions of the keys of a table, and messages about its validation errors."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def explain_unknown_key(table: str, key: str, owner: str, takes: Sequence[str]) 
 
 
 def format_value(value: Any) -> str:
-    """Format a value as TOML does, and name a string one: its quotes may be the mistake."""
+    """Format a value as TOML does; mark a string, because its quotes may be the mistake."""
     # not only ASCII, so that text in other scripts stays readable
     text = shorten(json.dumps(value, default=str, ensure_ascii=False))
     return f"{text} (a string)" if isinstance(value, str) else text
@@ -197,7 +197,7 @@ def _count(error: Mapping[str, Any], limit: str) -> str:
 
 
 def _format_location(location: Sequence[str | int]) -> str:
-    """Format a key inside a table as ` sizes[0]` or ` clock.rates`; empty for the table itself."""
+    """Format a key inside a table as ` sizes[0]` or ` clock.rates`; empty for no key."""
     text = ""
     for key in location:
         text += f"[{key}]" if isinstance(key, int) else f".{key}"

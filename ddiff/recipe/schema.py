@@ -1,4 +1,4 @@
-"""Schema of a recipe: the top-level keys, and for each table its component, engine keys and slots.
+"""Schema of a recipe: top-level keys, and component, engine keys and slots of each table.
 
 `TABLES` is the one list of what a recipe holds. The fields of `Recipe`, their order in a written
 recipe, and the messages about unknown names follow from it.
@@ -226,7 +226,7 @@ class SampleKeys(ComponentConfig):
 
 
 class Slot(NamedTuple):
-    """A place that names a component: its kind, and the name it has if the recipe gives none."""
+    """A place that names a component: kind, and default name or None."""
 
     kind: str
     default: str | None
@@ -293,12 +293,12 @@ TOP_LEVEL = [*TopLevelKeys.model_fields, "extends", *TABLES]
 
 
 def component_field(path: TablePath) -> str:
-    """Name of the field of `Recipe` that holds the component at a place: the last part of it."""
+    """Name the field of `Recipe` for the component at a place: its last part."""
     return path[-1]
 
 
 def keys_field(table: str) -> str:
-    """Name of the field of `Recipe` that holds the engine's keys of a table.
+    """Name the field of `Recipe` for the engine's keys of a table.
 
     It is the table's name, with `_keys` if that name is taken by the table's component.
     """

@@ -187,7 +187,7 @@ def _shorten_path(path: Path) -> Path:
 
 
 def _resolve_base(name: str, source: str) -> str:
-    """Look for a relative path next to the file that extends it; else leave it as it stands."""
+    """Prefer a relative path next to the file that extends it."""
     neighbour = Path(source).parent / name
     return str(neighbour) if "://" not in source and _is_file(neighbour) else name
 

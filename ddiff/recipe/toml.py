@@ -166,7 +166,7 @@ _OPTIONS = {
 
 
 def read_settings(settings: Iterable[str], source: str, option: str = "--set") -> RecipeTree:
-    """Read `a.b=c` texts, whose value is TOML, or a bare word that stands for a string.
+    """Read `a.b=c` texts; the value is TOML, or a bare word for a string.
 
     `option`, "--set" or "--condition", is named in errors. Raises RecipeError for a text without
     `=`, a broken key or value, more than one key, and a path through a value that is not a table.

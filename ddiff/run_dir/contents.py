@@ -1,4 +1,4 @@
-"""Tell the files that a run wrote to a directory from all others, and delete only the former."""
+"""Classify files of a directory by whether a run wrote them, and delete only those."""
 
 from __future__ import annotations
 

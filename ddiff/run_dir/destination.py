@@ -1,4 +1,4 @@
-"""Check and write output files that a user names: a local path or any address that fsspec writes.
+"""Check and write output files that a user names, by a local path or fsspec address.
 
 A place is checked before any work, and refused if writing there would destroy something or is not
 possible.
@@ -152,7 +152,7 @@ def _check_outside_runs(place: Destination, folder: bool) -> None:
 def _check_existing(
     place: Destination, folder: bool, owned: Callable[[IO[bytes]], bool] | None
 ) -> None:
-    """Check that what exists at a place is of the right type and may be replaced."""
+    """Check that an existing entry has the right type and may be replaced."""
     try:
         is_folder = place.system.isdir(place.path)
         is_file = place.system.isfile(place.path)

@@ -220,7 +220,7 @@ def check_entry_types(directory: Path) -> None:
 
 
 def check_readable(directory: Path) -> None:
-    """Read all files that the stages of a run read back, so that damage shows before any work."""
+    """Read all files that a run reads back, so that damage shows before any work."""
     for name in (ENVIRONMENT, EVALUATION, SAMPLING):
         read_json(directory / name)
     read_json_lines(directory / SAMPLES)

@@ -158,7 +158,7 @@ def _compare_probabilities(trained: Sequence[float], now: Sequence[float]) -> Di
 
 
 def check_recorded(directory: Path, state: Mapping[str, Any], *, training: bool = False) -> None:
-    """Compare the files of a run directory with its checkpoint, as far as no plugin is needed.
+    """Compare the files of a run directory with its checkpoint, without loading plugins.
 
     Everything that reads a checkpoint of a run directory calls this first: load (evaluate, sample),
     export, compare, `--verify-resume`, `[train] init`, and a run that resumes.
