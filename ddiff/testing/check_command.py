@@ -143,7 +143,8 @@ def _prove_process(process: ForwardProcess) -> list[LawReport]:
 def _examples(component: Component) -> list[ForwardProcess]:
     """`examples()` of the component; those of an engine class that it derives from are examples of something else."""
     found = component.load()
-    owner = next((cls for cls in getattr(found, "__mro__", ()) if "examples" in vars(cls)), None)
+    bases = found.__mro__ if isinstance(found, type) else ()
+    owner = next((cls for cls in bases if "examples" in vars(cls)), None)
     if owner is None or (owner is not found and owner.__module__.startswith("ddiff.core.")):
         return []
     return found.examples()
@@ -151,7 +152,7 @@ def _examples(component: Component) -> list[ForwardProcess]:
 
 def _vocabularies(component: Component, examples: list[ForwardProcess]) -> list[Vocabulary]:
     """`example_vocabularies()` of the component, else those of its examples, else a few small ones."""
-    offered = getattr(component.load(), "example_vocabularies", None)
+    offered = component.members().example_vocabularies
     if offered is not None:
         return offered()
     distinct = {process.vocabulary.fingerprint: process.vocabulary for process in examples}
