@@ -1,12 +1,13 @@
-"""The conformance kit: the laws that a process, schedule, clock, vocabulary, head, denoiser or time rule must obey.
+"""The conformance kit: laws that processes, samplers, heads and other components must obey.
 
     from ddiff.testing import assert_laws, check_process
 
     def test_my_process_obeys_every_law():
         assert_laws(check_process(MyProcess(...)))      # a small instance, at most 64 states
 
-Each law is itself a callable with a `name`, a `tolerance` and a docstring that explains both: for example
-`chain.chapman_kolmogorov(process)` gives one `LawReport`. Everything is float64, by brute force, and never random.
+A law is a property that the kit tests. It is a callable with a `name`, a `tolerance` and a docstring
+that explains both: `chain.chapman_kolmogorov(process)` returns one `LawReport`. Laws compute in
+float64 by enumeration and quadrature, and give the same result at every call.
 """
 
 from ddiff.testing.clean_distribution import check_clean_distribution

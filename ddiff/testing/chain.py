@@ -1,4 +1,4 @@
-"""Laws of the forward chain: generator, transitions, marginals and ends, all against brute force."""
+"""Laws of the forward chain: generator, transitions, marginals and ends, checked by enumeration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from ddiff.testing.probes import (
 )
 from ddiff.testing.report import Gap, compare, law
 
+# (s, t) of transitions within [0, 1]
 PAIRS = ((0.31, 0.77), (0.02, 0.97), (0.5, 0.5), (1e-3, 0.5), (0.5, 1.0 - 1e-3))
+PAIRS_TO_ENDS = ((0.0, 1.0), (0.0, 0.0), (1.0, 1.0), (0.0, 0.5), (0.5, 1.0))
+PAIRS_FROM_CLEAN = ((0.0, 0.31), (0.0, 0.97), (0.0, 1.0), (1e-6, 0.5), (0.31, 0.77), (0.5, 1.0))
+# (s, u, t) with u between s and t
 TRIPLES = (
     (0.0, 0.31, 0.77),
     (1e-6, 0.02, 0.5),
@@ -34,17 +38,18 @@ TRIPLES = (
 
 @law("rates: rows sum to zero", tolerance=1e-9)
 def rates_rows_sum_to_zero(process: ForwardProcess) -> Iterator[Gap]:
-    """Each row of Q_t sums to 0, since a state only moves. Relative to the largest rate: rounding of S sums."""
+    """Each row of the generator Q_t sums to 0, because probability is conserved. Tolerance:
+    relative to the largest rate, rounding of sums over the states."""
     t = times(INNER, NEAR_ENDS, ENDS)
     rates = process.rates(t).dense()
-    yield compare(
-        rates.sum(-1), 0.0, {"t": t}, rates.abs().amax((1, 2)).clamp(min=1.0).unsqueeze(-1)
-    )
+    scale = rates.abs().amax((1, 2)).clamp(min=1.0).unsqueeze(-1)
+    yield compare(rates.sum(-1), 0.0, {"t": t}, scale)
 
 
-@law("rates: off the diagonal never negative", tolerance=1e-9)
+@law("rates: off-diagonal entries are not negative", tolerance=1e-9)
 def rates_are_not_negative(process: ForwardProcess) -> Iterator[Gap]:
-    """Q_t[y,z] >= 0 for y != z. Relative to the largest rate: a difference of two terms may round below 0."""
+    """Q_t[y,z] >= 0 for y != z. Tolerance: relative to the largest rate, since a difference of two
+    terms may round below 0."""
     t = times(INNER, NEAR_ENDS, ENDS)
     rates = process.rates(t).dense()
     off_diagonal = rates - torch.diag_embed(rates.diagonal(dim1=-2, dim2=-1))
@@ -54,31 +59,34 @@ def rates_are_not_negative(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("kernels: row, column and apply agree", tolerance=1e-12)
 def kernels_agree(process: ForwardProcess) -> Iterator[Gap]:
-    """`row`, `column` and `apply` are one matrix, for rates and transitions. Only the order of sums differs (relative)."""
+    """`row`, `column`, `apply` and `dense` describe one matrix, for rates and for transitions.
+    Tolerance: relative, the order of sums differs."""
     t, ids = product(times(INNER, NEAR_ENDS, ENDS), torch.arange(process.vocabulary.num_states))
     for kernel in (process.rates(t), process.transition(t * 0.3, t)):
         yield from kernel_gaps(kernel, ids, {"t": t})
 
 
 def kernel_gaps(kernel: Kernel, ids: Tensor, labels: dict[str, Tensor]) -> Iterator[Gap]:
-    """The gaps between a kernel's structured answers about states ids [r] and its dense form."""
+    """Compare the structured methods of a kernel with its rows, at states ids [r]."""
     states = torch.arange(kernel.num_states)
-    # rows one at a time are the definition: `dense` may be overridden too
+    # single rows are the definition, because a subclass may override `dense`
     dense = torch.stack([kernel.row(torch.full_like(ids, int(y))) for y in states], 1)
-    pick, here = torch.arange(len(ids)), {**labels, "state": ids}
+    row = torch.arange(len(ids))
+    at_state = {**labels, "state": ids}
     scale = dense.abs().amax((1, 2)).clamp(min=1.0).unsqueeze(-1)
     yield compare(kernel.dense(), dense, labels, scale.unsqueeze(-1))
-    yield compare(kernel.column(ids), dense[pick, :, ids], here, scale)
-    yield compare(kernel.row(ids), dense[pick, ids], here, scale)
+    yield compare(kernel.column(ids), dense[row, :, ids], at_state, scale)
+    yield compare(kernel.row(ids), dense[row, ids], at_state, scale)
     vector = random_log_probs(kernel.num_states, 1).exp().expand(len(ids), -1)
-    yield compare(kernel.apply(vector), (vector.unsqueeze(1) @ dense).squeeze(1), labels, scale)
+    expected = (vector.unsqueeze(1) @ dense).squeeze(1)
+    yield compare(kernel.apply(vector), expected, labels, scale)
 
 
-@law("transition: rows are laws", tolerance=1e-9)
-def transition_rows_are_laws(process: ForwardProcess) -> Iterator[Gap]:
-    """P(z_t | z_s) >= 0 with sum 1, the whole interval and s = t included. Rounding of time-ordered products: 1e-9."""
-    ends = ((0.0, 1.0), (0.0, 0.0), (1.0, 1.0), (0.0, 0.5), (0.5, 1.0))
-    s, t = times(*PAIRS, *ends).reshape(-1, 2).T
+@law("transition: rows are distributions", tolerance=1e-9)
+def transition_rows_are_distributions(process: ForwardProcess) -> Iterator[Gap]:
+    """P(z_t | z_s) >= 0 with sum 1, also over the whole interval and for s = t. Tolerance: rounding
+    of time-ordered products."""
+    s, t = times(*PAIRS, *PAIRS_TO_ENDS).reshape(-1, 2).T
     kernel = process.transition(s, t).dense()
     yield compare(kernel.sum(-1), 1.0, {"s": s, "t": t})
     yield compare(kernel.clamp(max=0.0), 0.0, {"s": s, "t": t})
@@ -86,94 +94,93 @@ def transition_rows_are_laws(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("transition = time-ordered integral of the rates", tolerance=1e-7)
 def transition_is_oracle(process: ForwardProcess) -> Iterator[Gap]:
-    """P solves dP/dt = P Q_t with P(s,s) = 1: equal to the Magnus oracle, whose 300 steps leave 1e-8 at most."""
+    """The transition solves dP/dt = P Q_t with P(s,s) = 1. Tolerance: the Magnus integrator that it
+    is compared with has an error of at most 1e-8 with 300 steps."""
+
+    def generator(time: Tensor) -> Tensor:
+        return process.rates(time).dense()
+
     s, t = times(*PAIRS).reshape(-1, 2).T
-    generator = lambda time: process.rates(time).dense()  # noqa: E731
     oracle = propagate(generator, s, t, process.vocabulary.num_states, steps=300)
     yield compare(process.transition(s, t).dense(), oracle, {"s": s, "t": t})
 
 
 @law("Chapman-Kolmogorov", tolerance=1e-6)
 def chapman_kolmogorov(process: ForwardProcess) -> Iterator[Gap]:
-    """P(s,u) P(u,t) = P(s,t), from clean to prior as well. A numerical product over all of [0,1] leaves 1e-7."""
+    """P(s,u) P(u,t) = P(s,t), also from the clean end to the prior. Tolerance: a numerical product
+    over all of [0,1] has an error of 1e-7."""
     s, u, t = times(*TRIPLES).reshape(-1, 3).T
     whole = process.transition(s, t).dense()
-    yield compare(
-        process.transition(s, u).dense() @ process.transition(u, t).dense(),
-        whole,
-        {"s": s, "u": u, "t": t},
-    )
+    composed = process.transition(s, u).dense() @ process.transition(u, t).dense()
+    yield compare(composed, whole, {"s": s, "u": u, "t": t})
 
 
 @law("marginal follows the transitions", tolerance=1e-6)
 def marginal_follows_transitions(process: ForwardProcess) -> Iterator[Gap]:
-    """q_t(.|x) = q_s(.|x) P(s,t), also from s = 0. A numerical product over all of [0,1] leaves 1e-7."""
-    s, t = (
-        times((0.0, 0.31), (0.0, 0.97), (0.0, 1.0), (1e-6, 0.5), (0.31, 0.77), (0.5, 1.0))
-        .reshape(-1, 2)
-        .T
-    )
+    """q_t(.|x) = q_s(.|x) P(s,t), also from s = 0. Tolerance: a numerical product over all of [0,1]
+    has an error of 1e-7."""
+    s, t = times(*PAIRS_FROM_CLEAN).reshape(-1, 2).T
     moved = likelihoods(process, s) @ process.transition(s, t).dense()
     yield compare(moved, likelihoods(process, t), {"s": s, "t": t})
 
 
 @law("marginal: total probability", tolerance=1e-10)
 def total_probability(process: ForwardProcess) -> Iterator[Gap]:
-    """log_marginal(p, t) is the mixture of q_t(.|x) over p and sums to 1, at both ends too. Rounding of V terms."""
+    """log_marginal(p, t) is the mixture of q_t(.|x) over x ~ p and sums to 1, also at both ends.
+    Tolerance: rounding of sums over the tokens."""
     t = times(INNER, NEAR_ENDS, ENDS)
-    for log_p in (
-        *random_log_probs(process.vocabulary.num_tokens),
-        *certain_log_probs(process.vocabulary.num_tokens),
-    ):
+    num_tokens = process.vocabulary.num_tokens
+    for log_p in (*random_log_probs(num_tokens), *certain_log_probs(num_tokens)):
         marginal = process.log_marginal(log_p.expand(len(t), -1), t).exp()
+        mixture = (log_p.exp().unsqueeze(0) @ likelihoods(process, t)).squeeze(1)
         yield compare(marginal.sum(-1), 1.0, {"t": t})
-        yield compare(
-            marginal, (log_p.exp().unsqueeze(0) @ likelihoods(process, t)).squeeze(1), {"t": t}
-        )
+        yield compare(marginal, mixture, {"t": t})
 
 
-@law("ends as declared", tolerance=1e-9)
+@law("ends: marginals are as declared", tolerance=1e-9)
 def ends_as_declared(process: ForwardProcess) -> Iterator[Gap]:
-    """closes_at_clean: q_0(.|x) = delta_x; closes_at_prior: q_1(.|x) = prior, a law. 1e-9 is what dense chains leave."""
-    clean, prior = likelihoods(process, times(ENDS))
-    yield compare(process.prior.log_prob.exp().sum(), 1.0, {"the prior's": "sum"})
+    """closes_at_clean: q_0(.|x) = delta_x; closes_at_prior: q_1(.|x) = prior; the prior sums to 1.
+    Tolerance: the error of dense chains."""
+    vocabulary = process.vocabulary
+    at_clean, at_prior = likelihoods(process, times(ENDS))
+    prior = process.prior.log_prob.exp()
+    yield compare(prior.sum(), 1.0, {"the prior's": "sum"})
     if process.closes_at_clean:
-        yield compare(
-            clean,
-            torch.eye(process.vocabulary.num_tokens, process.vocabulary.num_states).double(),
-            {"t": "0"},
-        )
+        certain = torch.eye(vocabulary.num_tokens, vocabulary.num_states).double()
+        yield compare(at_clean, certain, {"t": "0"})
     if process.closes_at_prior:
-        yield compare(prior, process.prior.log_prob.exp(), {"t": "1"})
+        yield compare(at_prior, prior, {"t": "1"})
 
 
-@law("ends are approached", tolerance=0.8)
+@law("ends: marginals are continuous", tolerance=0.8)
 def ends_are_approached(process: ForwardProcess) -> Iterator[Gap]:
-    """A thousand times nearer to an end, the marginal is nearer to its value there; a jump would be missed by the bound.
+    """A thousand times nearer to an end, the marginal is nearer to its value there; the bound would
+    miss a jump.
 
-    The error is the ratio of the two distances: 10^(-3a) for a chain that closes as (1-t)^a, so 0.8 admits a >= 0.04 and
-    refuses a jump (1). Distances below 1e-7 count as arrived: rounding of an oracle.
+    The error is the ratio of the two distances: 10^(-3a) for a chain that closes as (1-t)^a, so a
+    tolerance of 0.8 admits a >= 0.04 and rejects a jump (ratio 1). Distances below 1e-7 count as 0,
+    because that is the error of a numerical transition.
     """
     for end, far, near in ((0.0, 1e-9, 1e-12), (1.0, 1.0 - 1e-9, 1.0 - 1e-12)):
         at_end, at_far, at_near = likelihoods(process, times((end, far, near)))
         distance = (at_near - at_end).abs()
-        yield compare(
-            torch.where(distance > 1e-7, distance / (at_far - at_end).abs(), 0.0),
-            0.0,
-            {"t towards": end},
-        )
+        ratio = distance / (at_far - at_end).abs()
+        yield compare(torch.where(distance > 1e-7, ratio, 0.0), 0.0, {"t towards": end})
 
 
-@law("safe at both ends", tolerance=0.0)
+@law("ends: no NaN and finite rates", tolerance=0.0)
 def safe_at_ends(process: ForwardProcess) -> Iterator[Gap]:
-    """At t = 0 and t = 1 no marginal, likelihood, rate or transition is NaN, and rates are finite: nothing is allowed."""
+    """At t = 0 and t = 1 no marginal, likelihood or transition is NaN, and rates are finite.
+    Tolerance: none."""
     vocabulary = process.vocabulary
     t, zt = product(times(ENDS), torch.arange(vocabulary.num_states))
     log_p = random_log_probs(vocabulary.num_tokens, 1).expand(len(t), -1)
-    yield compare(process.rates(t).dense().isfinite().double(), 1.0, {"finite rates at t": t})
-    for name, values in (
-        ("log_marginal", process.log_marginal(log_p, t)),
-        ("log_likelihood", process.log_likelihood(zt, t)),
-        ("transition", process.transition(torch.zeros_like(t), t).dense()),
-    ):
-        yield compare(values.isnan().double(), 0.0, {f"NaN in {name} at t": t})
+    finite = process.rates(t).dense().isfinite()
+    yield compare(finite.double(), 1.0, {"finite rates at t": t})
+    values = {
+        "log_marginal": process.log_marginal(log_p, t),
+        "log_likelihood": process.log_likelihood(zt, t),
+        "transition": process.transition(torch.zeros_like(t), t).dense(),
+    }
+    for name, value in values.items():
+        yield compare(value.isnan().double(), 0.0, {f"NaN in {name} at t": t})

@@ -1,4 +1,4 @@
-"""`ddiff check NAME`: build small instances of a component and print every law with its largest error."""
+"""`ddiff check NAME`: check small instances of a component and print every law with its error."""
 
 from __future__ import annotations
 
@@ -29,79 +29,93 @@ from ddiff.testing.report import LawReport
 from ddiff.testing.sampler import check_sampler, find_accepted_processes
 from ddiff.testing.time_rule import check_time_rule
 
-WIDTH, LENGTH = 6, 6  # of the heads and sequences that are checked
-OF_PLUGINS = ("process", "sampler")  # kinds that are checked by the name of their plugin
+WIDTH = 6  # of the hidden states of checked heads
+LENGTH = 6  # of checked sequences
+KINDS_OF_PLUGINS = ("process", "sampler")  # kinds that are checked by the name of their plugin
 PIPED_WIDTH = 140  # columns of a table that no terminal limits
 
 
 class Instance(NamedTuple):
-    """Something that can be proven, and what it is called in the table."""
+    """Object to check: its label in the table, and a function that checks it."""
 
     label: str
-    prove: Callable[[], list[LawReport]]
+    check: Callable[[], list[LawReport]]
+
+
+class LabelledReport(NamedTuple):
+    """Report of a law with the label of its instance."""
+
+    label: str
+    report: LawReport
 
 
 def check_component(
     name: str, settings: Sequence[str], plugins: Sequence[str] | None = None
 ) -> int:
-    """Check a component, or every process and sampler of a plugin; 0 when all laws hold, 1 when one is broken.
+    """Check a component, or every process and sampler of a plugin; 0 if all laws hold, else 1.
 
-    `settings` are key=value texts for the component's Config. Without `plugins` everything installed is searched. Raises
-    PluginError for an unknown name, RecipeError for a wrong setting, ArgumentError when nothing fits the settings.
+    `settings` are key=value texts for the component's Config. Without `plugins`, all installed
+    plugins are searched. Raises PluginError for an unknown name, RecipeError for a wrong setting,
+    ArgumentError if no small instance accepts the settings.
     """
-    torch.set_num_threads(
-        1
-    )  # the laws' tensors are small: a second thread costs more than it brings
-    instances = [
-        one
-        for component in _named(name, plugins, bool(settings))
-        for one in _instances(component, settings)
-    ]
-    reports = list(_prove(instances))
-    _print(name, reports)
+    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it saves
+    instances = []
+    for component in find_components(name, plugins, bool(settings)):
+        instances += _make_instances(component, settings)
+    reports = list(_check_instances(instances))
+    _print_reports(reports)
     return 0 if all(report.passed for _, report in reports) else 1
 
 
 # ---------------------------------------------------------------------- which components
 
 
-def _named(name: str, plugins: Sequence[str] | None, configured: bool) -> list[Component]:
-    """The components called NAME that have laws, and the processes and samplers of the plugin called NAME.
+def find_components(name: str, plugins: Sequence[str] | None, configured: bool) -> list[Component]:
+    """Find the components called NAME that have laws, and those of the plugin called NAME.
 
-    Settings belong to one component, so with them the plugin is meant only where no component has the name.
+    Of a plugin, only processes and samplers count. Settings belong to one component, so with them a
+    plugin is only meant if no component has the name.
     """
     survey = survey_plugins() if plugins is None else Survey(load_plugins(plugins), [])
     registry = survey.registry
     same_name = [component for component in registry.components() if component.name == name]
-    found = [component for component in same_name if component.kind in INSTANCES]
-    of_plugin = [
-        part for kind in OF_PLUGINS for part in registry.components(kind) if part.plugin == name
-    ]
-    chosen = found if found and configured else list(dict.fromkeys([*found, *of_plugin]))
-    if chosen:
-        return chosen
+    found = [component for component in same_name if component.kind in MAKERS]
+    if not (found and configured):
+        for kind in KINDS_OF_PLUGINS:
+            found += [one for one in registry.components(kind) if one.plugin == name]
+    if found:
+        return list(dict.fromkeys(found))
     for plugin, _, error in survey.reports:
         if plugin.name == name and error is not None:
             raise error
-    raise PluginError(_explain(name, same_name, registry))
+    raise PluginError(_not_found_message(name, same_name, registry))
 
 
-def _explain(name: str, same_name: list[Component], registry: Registry) -> str:
-    known = [component for component in registry.components() if component.kind in INSTANCES]
-    there_is = ", ".join(f"{component.kind} {component.name}" for component in known) or "nothing"
+def _not_found_message(name: str, same_name: list[Component], registry: Registry) -> str:
+    known = [component for component in registry.components() if component.kind in MAKERS]
+    listed = ", ".join(f"{component.kind} {component.name}" for component in known) or "nothing"
     if same_name:
-        return f"ddiff check: the {same_name[0]} has no laws to check. Those that have: {there_is}."
+        return f"ddiff check: the {same_name[0]} has no laws to check. Those that have: {listed}."
     if any(component.plugin == name for component in registry.components()):
-        return f'ddiff check: the plugin "{name}" registers no process and no sampler. By name: {there_is}.'
+        return (
+            f'ddiff check: the plugin "{name}" registers no process and no sampler. '
+            f"By name: {listed}."
+        )
     names = [component.name for component in known] + [component.plugin for component in known]
-    return f'ddiff check: there is no component or plugin "{name}".{suggest(name, names)} There is: {there_is}.'
+    return (
+        f'ddiff check: there is no component or plugin "{name}".{suggest(name, names)} '
+        f"There is: {listed}."
+    )
 
 
 # ---------------------------------------------------------------------- instances of a component
 
 
 def small_vocabularies() -> list[Vocabulary]:
-    """Words alone, words and a mask, trees of two and three levels: one of them fits most processes."""
+    """Small vocabularies, of which most processes accept one.
+
+    Tokens only, tokens and a mask, and trees of two and three levels.
+    """
     return [
         FlatVocabulary(4, mask=False),
         FlatVocabulary(4),
@@ -110,48 +124,47 @@ def small_vocabularies() -> list[Vocabulary]:
     ]
 
 
-def _instances(component: Component, settings: Sequence[str]) -> list[Instance]:
-    return INSTANCES[component.kind](
-        component, configure_component(component, settings), bool(settings)
-    )
+def _make_instances(component: Component, settings: Sequence[str]) -> list[Instance]:
+    make = MAKERS[component.kind]
+    return make(component, configure_component(component, settings), bool(settings))
 
 
-def _processes(component: Component, part: ComponentSpec, configured: bool) -> list[Instance]:
-    """The class's own examples; with settings, the configured process on its vocabularies that fit."""
-    examples = _examples(component)
-    if examples and not configured:
-        built = examples
-    else:
-        built = _built_on(component, part, _vocabularies(component, examples))
-    return [
-        Instance(
-            f"{component.name} {place} on {_sizes(process.vocabulary)}",
-            partial(_prove_process, process),
-        )
-        for place, process in enumerate(built, start=1)
-    ]
+def _make_processes(component: Component, spec: ComponentSpec, configured: bool) -> list[Instance]:
+    """The class's own examples; with settings, the configured process on their vocabularies."""
+    processes = _load_examples(component)
+    if configured or not processes:
+        processes = _build_on(component, spec, _example_vocabularies(component, processes))
+    instances = []
+    for number, process in enumerate(processes, start=1):
+        label = f"{component.name} {number} on {_format_sizes(process.vocabulary)}"
+        instances.append(Instance(label, partial(_check_process_and_parts, process)))
+    return instances
 
 
-def _sizes(vocabulary: Vocabulary) -> str:
+def _format_sizes(vocabulary: Vocabulary) -> str:
     return " < ".join(map(str, vocabulary.level_sizes))
 
 
-def _prove_process(process: ForwardProcess) -> list[LawReport]:
+def _check_process_and_parts(process: ForwardProcess) -> list[LawReport]:
     return check_parts(process) + check_process(process)
 
 
-def _examples(component: Component) -> list[ForwardProcess]:
-    """`examples()` of the component; those of an engine class that it derives from are examples of something else."""
+def _load_examples(component: Component) -> list[ForwardProcess]:
+    """Examples of the component's process class, if it defines any of its own.
+
+    The examples that a plugin's class inherits from an engine class are of the engine class.
+    """
     found = component.load()
-    bases = found.__mro__ if isinstance(found, type) else ()
-    owner = next((cls for cls in bases if "examples" in vars(cls)), None)
-    if owner is None or (owner is not found and owner.__module__.startswith("ddiff.core.")):
-        return []
-    return found.examples()
+    classes = found.__mro__ if isinstance(found, type) else ()
+    for cls in classes:
+        if "examples" in vars(cls):
+            is_inherited = cls is not found and cls.__module__.startswith("ddiff.core.")
+            return [] if is_inherited else found.examples()
+    return []
 
 
-def _vocabularies(component: Component, examples: list[ForwardProcess]) -> list[Vocabulary]:
-    """`example_vocabularies()` of the component, else those of its examples, else a few small ones."""
+def _example_vocabularies(component: Component, examples: list[ForwardProcess]) -> list[Vocabulary]:
+    """`example_vocabularies()` of the component, else those of its examples, else small ones."""
     offered = component.members().example_vocabularies
     if offered is not None:
         return offered()
@@ -159,116 +172,125 @@ def _vocabularies(component: Component, examples: list[ForwardProcess]) -> list[
     return list(distinct.values()) or small_vocabularies()
 
 
-def _built_on(
-    component: Component, part: ComponentSpec, vocabularies: list[Vocabulary], **inputs: Any
+def _build_on(
+    component: Component, spec: ComponentSpec, vocabularies: list[Vocabulary], **inputs: Any
 ) -> list[Any]:
-    """What `build` makes of each vocabulary that it takes; its last refusal when it takes none."""
-    built, refusal = [], None
+    """Build the component on every vocabulary that it accepts; ArgumentError if it accepts none."""
+    built = []
+    rejection = None
     for vocabulary in vocabularies:
         try:
-            built.append(part.build(vocabulary=vocabulary, **inputs))
+            built.append(spec.build(vocabulary=vocabulary, **inputs))
         except ArgumentError as error:
-            refusal = error
+            rejection = error
     if built:
         return built
     raise ArgumentError(
-        f"ddiff check: the {component} fits none of {len(vocabularies)} small vocabularies with these settings. The last "
-        f"one was refused so: {refusal} A class may offer vocabularies of its own in example_vocabularies()."
+        f"ddiff check: the {component} accepts none of {len(vocabularies)} small vocabularies with "
+        f"these settings. The last error was: {rejection} A class may offer its own vocabularies in "
+        "example_vocabularies()."
     )
 
 
-def _heads(component: Component, part: ComponentSpec, configured: bool) -> list[Instance]:
-    built = _built_on(component, part, small_vocabularies(), width=WIDTH)
-    return [
-        Instance(f"{component.name} on {_sizes(head.vocabulary)}", partial(check_head, head))
-        for head in built
-    ]
+def _make_heads(component: Component, spec: ComponentSpec, configured: bool) -> list[Instance]:
+    instances = []
+    for head in _build_on(component, spec, small_vocabularies(), width=WIDTH):
+        label = f"{component.name} on {_format_sizes(head.vocabulary)}"
+        instances.append(Instance(label, partial(check_head, head)))
+    return instances
 
 
-def _time_rules(component: Component, part: ComponentSpec, configured: bool) -> list[Instance]:
-    rule = part.build()
-    return [Instance(component.name, partial(check_time_rule, rule))]
+def _make_time_rules(component: Component, spec: ComponentSpec, configured: bool) -> list[Instance]:
+    return [Instance(component.name, partial(check_time_rule, spec.build()))]
 
 
-def _backbones(component: Component, part: ComponentSpec, configured: bool) -> list[Instance]:
-    """A backbone with a plain head, beside a masked process."""
+def _make_backbones(component: Component, spec: ComponentSpec, configured: bool) -> list[Instance]:
+    """A backbone with a plain head, on a masked process."""
     vocabulary = FlatVocabulary(5)
-    backbone = _built_on(component, part, [vocabulary], length=LENGTH)[0]
+    backbone = _build_on(component, spec, [vocabulary], length=LENGTH)[0]
     denoiser = Denoiser(backbone, TokenHead(vocabulary, backbone.width))
     process = TreeProcess(vocabulary, LogTimeClock((1.0,)))
-    return [
-        Instance(
-            f"{component.name} on {_sizes(vocabulary)}", partial(check_denoiser, denoiser, process)
-        )
-    ]
+    label = f"{component.name} on {_format_sizes(vocabulary)}"
+    return [Instance(label, partial(check_denoiser, denoiser, process))]
 
 
-def _samplers(component: Component, part: ComponentSpec, configured: bool) -> list[Instance]:
-    """The sampler on each small process that it takes."""
-    subjects, refused = find_accepted_processes(
-        lambda vocabulary, steps: part.build(steps=steps, vocabulary=vocabulary)
-    )
-    if not subjects:
+def _make_samplers(component: Component, spec: ComponentSpec, configured: bool) -> list[Instance]:
+    """The sampler on each small process that it accepts."""
+
+    def build(vocabulary: Vocabulary, steps: int) -> Any:
+        return spec.build(steps=steps, vocabulary=vocabulary)
+
+    cases, rejected = find_accepted_processes(build)
+    if not cases:
         raise ArgumentError(
-            f"ddiff check: the {component} refuses every small process with these settings, so nothing can be checked. "
-            f"The last refusal: {refused[-1]}"
+            f"ddiff check: the {component} rejects every small process with these settings, so "
+            f"nothing can be checked. The last error was: {rejected[-1]}"
         )
-    return [
-        Instance(
-            f"{component.name} on {name}",
-            partial(check_sampler, subject.build, subject.process, subject.predicts),
-        )
-        for name, subject in subjects.items()
-    ]
+    instances = []
+    for name, case in cases.items():
+        check = partial(check_sampler, case.build, case.process, case.predicts)
+        instances.append(Instance(f"{component.name} on {name}", check))
+    return instances
 
 
-INSTANCES: dict[str, Callable[[Component, ComponentSpec, bool], list[Instance]]] = {
-    "process": _processes,
-    "head": _heads,
-    "time_rule": _time_rules,
-    "backbone": _backbones,
-    "sampler": _samplers,
+MAKERS: dict[str, Callable[[Component, ComponentSpec, bool], list[Instance]]] = {
+    "process": _make_processes,
+    "head": _make_heads,
+    "time_rule": _make_time_rules,
+    "backbone": _make_backbones,
+    "sampler": _make_samplers,
 }
-"""How to make small instances of each kind that has laws."""
+"""Functions that make small instances, for each kind that has laws."""
 
 
-# ---------------------------------------------------------------------- proving and printing
+# ---------------------------------------------------------------------- checking and printing
 
 
-def _prove(instances: list[Instance]) -> Iterator[tuple[str, LawReport]]:
-    """(label, report) of every law on every instance, with a progress line on a terminal."""
-    columns = SpinnerColumn(), TextColumn("{task.description}")
+def _check_instances(instances: list[Instance]) -> Iterator[LabelledReport]:
+    """Check every instance, with a progress line on a terminal."""
     console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as shown:
-        task = shown.add_task("", total=None)
-        for place, (label, prove) in enumerate(instances, start=1):
-            shown.update(task, description=f"{place}/{len(instances)} {label}")
-            yield from ((label, report) for report in prove())
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with progress:
+        task = progress.add_task("", total=None)
+        for number, (label, check) in enumerate(instances, start=1):
+            progress.update(task, description=f"{number}/{len(instances)} {label}")
+            for report in check():
+                yield LabelledReport(label, report)
 
 
-def _print(name: str, reports: list[tuple[str, LawReport]]) -> None:
-    """One line per law: its worst instance. Below, every broken law in words."""
-    worst: dict[str, tuple[str, LawReport]] = {}
-    for label, report in reports:
-        known = worst.get(report.law)
-        if known is None or _badness(report) > _badness(known[1]):
-            worst[report.law] = (label, report)
+def _print_reports(reports: list[LabelledReport]) -> None:
+    """Print one line per law, for its worst instance, and then explain every broken law."""
+    worst = _find_worst(reports)
     console = Console() if Console().is_terminal else Console(width=PIPED_WIDTH)
     table = Table("law", "largest error", "allowed", "worst instance", "", box=None, pad_edge=False)
-    for label, report in worst.values():
+    for label, report in worst:
         verdict = "[green]holds[/]" if report.passed else "[bold red]BROKEN[/]"
         table.add_row(report.law, f"{report.error:.1e}", f"{report.tolerance:.1e}", label, verdict)
     console.print(table)
-    for label, report in worst.values():
-        if not report.passed:
-            console.print(f"\n{label}: {report}", markup=False, highlight=False, soft_wrap=True)
-    broken = sum(not report.passed for _, report in worst.values())
+    broken = [one for one in worst if not one.report.passed]
+    for label, report in broken:
+        console.print(f"\n{label}: {report}", markup=False, highlight=False, soft_wrap=True)
     count = len({label for label, _ in reports})
-    console.print(f"\n{len(worst)} laws on {count} instance(s), {broken} broken.", highlight=False)
+    summary = f"\n{len(worst)} laws on {count} instance(s), {len(broken)} broken."
+    console.print(summary, highlight=False)
 
 
-def _badness(report: LawReport) -> float:
-    """How near to breaking, or how far beyond."""
+def _find_worst(reports: list[LabelledReport]) -> list[LabelledReport]:
+    """The report with the largest relative error of every law, in the order of the laws."""
+    worst: dict[str, LabelledReport] = {}
+    for one in reports:
+        known = worst.get(one.report.law)
+        if known is None or _relative_error(one.report) > _relative_error(known.report):
+            worst[one.report.law] = one
+    return list(worst.values())
+
+
+def _relative_error(report: LawReport) -> float:
+    """Error in units of the tolerance; if that is 0, an error outranks all others."""
     return report.error / report.tolerance if report.tolerance > 0 else report.error * 1e300

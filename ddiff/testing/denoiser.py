@@ -1,4 +1,4 @@
-"""Laws of a denoiser as the engine asks it: what a row is told depends on nothing that it should not."""
+"""Laws of a denoiser: a row's prediction depends on nothing that it must not depend on."""
 
 from __future__ import annotations
 
@@ -12,111 +12,130 @@ from ddiff.core.prediction import CleanDistribution, drop_own_evidence
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import Noisy
 from ddiff.nn.denoiser import PARAMETERIZATIONS, Context, Denoiser, as_network
-from ddiff.testing.head import in_float64
+from ddiff.testing.head import randomize_in_float64
 from ddiff.testing.probes import grid_of_uniforms
 from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, law
 
-BATCH, LENGTH = 3, 6
+BATCH = 3
+LENGTH = 6
 
 
-def _prepared(denoiser: Denoiser, process: ForwardProcess) -> tuple[Denoiser, Noisy]:
-    """A float64 copy with random parameters, in evaluation mode, and noisy sequences."""
-    twin = in_float64(denoiser, scale=0.5)
+def _prepare(denoiser: Denoiser, process: ForwardProcess) -> tuple[Denoiser, Noisy]:
+    """Copy the denoiser to float64 with random parameters, and make noisy sequences for it."""
+    twin = randomize_in_float64(denoiser, scale=0.5)
     generator = torch.Generator().manual_seed(3)
     x0 = torch.randint(process.vocabulary.num_tokens, (BATCH * LENGTH,), generator=generator)
     t = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64).repeat_interleave(LENGTH)
+    # the first Sobol point is 0, an unlikely corner of the cube
     u = grid_of_uniforms(BATCH * LENGTH + 1, process.uniforms_per_sample)[1:]
-    zt, shape = process.sample(x0, t, u), (BATCH, LENGTH)
-    return twin, Noisy(zt.reshape(shape), t.reshape(shape), torch.zeros(shape, dtype=torch.bool))
+    zt = process.sample(x0, t, u)
+    shape = (BATCH, LENGTH)
+    clean = torch.zeros(shape, dtype=torch.bool)
+    return twin, Noisy(zt.reshape(shape), t.reshape(shape), clean)
 
 
 def _log_p(denoiser: Denoiser, process: ForwardProcess, noisy: Noisy, context: Context) -> Tensor:
-    """[B,L,V] what every row is told at the root, in float64."""
+    """Predicted log-distribution of every row at the root: [B,L,V] float64."""
+
+    def log_mass(prediction: CleanDistribution) -> Tensor:
+        return prediction.log_mass(0).double()
+
     rows = torch.arange(noisy.zt.numel())
-    query = as_network(denoiser, process, context)(noisy)
     root = torch.full_like(rows, process.vocabulary.root)
-    log_p = query(rows, root, lambda prediction: prediction.log_mass(0).double())
-    return log_p.reshape(*noisy.zt.shape, -1)
+    query = as_network(denoiser, process, context)(noisy)
+    return query(rows, root, log_mass).reshape(*noisy.zt.shape, -1)
 
 
-def _some(noisy: Noisy, *index: slice) -> Noisy:
-    parts: list[Any] = [part if part is None else part[index] for part in noisy]
+def _slice(noisy: Noisy, *index: slice) -> Noisy:
+    parts: list[Any] = []
+    for part in noisy:
+        parts.append(None if part is None else part[index])
     return Noisy(*parts)
 
 
-@law("denoiser: a law for every row", tolerance=1e-9)
-def rows_have_laws(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
-    """Every row is told a law over the words: finite or impossible, with sum 1. Rounding of float64 softmaxes."""
-    twin, noisy = _prepared(denoiser, process)
-    yield compare(_log_p(twin, process, noisy, Context()).exp().sum(-1), 1.0, {"zt": noisy.zt})
+@law("denoiser: a distribution for every row", tolerance=1e-9)
+def rows_have_distributions(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
+    """Every row's prediction is a distribution over the tokens with sum 1. Tolerance: rounding of
+    float64 softmaxes."""
+    twin, noisy = _prepare(denoiser, process)
+    p = _log_p(twin, process, noisy, Context()).exp()
+    yield compare(p.sum(-1), 1.0, {"zt": noisy.zt})
 
 
 @law("denoiser: a sample does not depend on its batch", tolerance=1e-9)
 def batches_agree(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
-    """Asked alone, a sequence is told what it is told in company. Float64 products of other shapes: 1e-9."""
-    twin, noisy = _prepared(denoiser, process)
-    together = _log_p(twin, process, noisy, Context()).exp()
+    """A sequence has the same predictions in a batch of one as in a larger batch. Tolerance: float64
+    matrix products of other shapes."""
+    twin, noisy = _prepare(denoiser, process)
+    in_batch = _log_p(twin, process, noisy, Context()).exp()
     for i in range(BATCH):
-        alone = _log_p(twin, process, _some(noisy, slice(i, i + 1)), Context()).exp()
-        yield compare(alone, together[i : i + 1], {"sequence": i})
+        one = slice(i, i + 1)
+        single = _log_p(twin, process, _slice(noisy, one), Context()).exp()
+        yield compare(single, in_batch[one], {"sequence": i})
 
 
 @law("denoiser: padding does not matter", tolerance=1e-9)
 def padding_is_invisible(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
-    """What stands in padding, and that it is there, changes nothing for valid rows. Products of other shapes: 1e-9."""
-    twin, noisy = _prepared(denoiser, process)
-    kept = LENGTH - 2
-    valid = (torch.arange(LENGTH) < kept).expand(BATCH, -1)
-    bare = _log_p(twin, process, _some(noisy, slice(None), slice(kept)), Context()).exp()
-    for filling in (noisy.zt, torch.where(valid, noisy.zt, process.vocabulary.num_states - 1)):
-        padded = _log_p(twin, process, noisy._replace(zt=filling), Context(valid=valid)).exp()
-        yield compare(padded[:, :kept], bare, {"valid": valid[:, :kept].long()})
+    """Neither the contents nor the presence of padding changes a prediction at a valid row.
+    Tolerance: float64 matrix products of other shapes."""
+    twin, noisy = _prepare(denoiser, process)
+    length = LENGTH - 2
+    valid = (torch.arange(LENGTH) < length).expand(BATCH, -1)
+    unpadded = _slice(noisy, slice(None), slice(length))
+    expected = _log_p(twin, process, unpadded, Context()).exp()
+    filled = torch.where(valid, noisy.zt, process.vocabulary.num_states - 1)
+    for zt in (noisy.zt, filled):
+        padded = _log_p(twin, process, noisy._replace(zt=zt), Context(valid=valid)).exp()
+        yield compare(padded[:, :length], expected, {"valid": valid[:, :length].long()})
 
 
-@law("denoiser: documents in one row do not see each other", tolerance=1e-12)
-def documents_are_apart(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
-    """Changing one packed document changes nothing that the other is told. Masked attention adds exact zeros."""
-    twin, noisy = _prepared(denoiser, process)
-    document = (torch.arange(LENGTH) >= LENGTH // 2).long().expand(BATCH, -1)
-    before = _log_p(twin, process, noisy, Context(document=document)).exp()
-    changed = torch.where(document == 1, (noisy.zt + 1) % process.vocabulary.num_states, noisy.zt)
-    after = _log_p(twin, process, noisy._replace(zt=changed), Context(document=document)).exp()
-    yield compare(after[document == 0], before[document == 0], {"a row of": "the first document"})
+@law("denoiser: documents in one row do not attend to each other", tolerance=1e-12)
+def documents_are_separate(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
+    """Changing one packed document changes no prediction in the other. Tolerance: masked attention
+    adds exact zeros."""
+    twin, noisy = _prepare(denoiser, process)
+    second = torch.arange(LENGTH) >= LENGTH // 2
+    context = Context(document=second.long().expand(BATCH, -1))
+    before = _log_p(twin, process, noisy, context).exp()
+    other = (noisy.zt + 1) % process.vocabulary.num_states
+    changed = noisy._replace(zt=torch.where(second, other, noisy.zt))
+    after = _log_p(twin, process, changed, context).exp()
+    labels = {"a row of": "the first document"}
+    yield compare(after[:, ~second].flatten(0, 1), before[:, ~second].flatten(0, 1), labels)
 
 
-@law("denoiser: what it says excludes the row's own evidence", tolerance=1e-9)
+@law("denoiser: predictions exclude the row's own evidence", tolerance=1e-9)
 def evidence_is_dropped(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
-    """given="all": the engine reads p(x) / q_t(z|x), normalised; given="rest": what the network says. Rounding."""
-    twin, noisy = _prepared(denoiser, process)
+    """given="rest": the engine uses the head's distribution unchanged; given="all": it uses
+    p(x) / q_t(z|x), normalized. Tolerance: rounding."""
+    twin, noisy = _prepare(denoiser, process)
     rows = torch.arange(noisy.zt.numel())
     root = torch.full_like(rows, process.vocabulary.root)
-    said: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(prediction: CleanDistribution, idx: Tensor) -> Tensor:
-        said.append(prediction.log_mass(0).double())
+        outputs.append(prediction.log_mass(0).double())
         return idx
 
     twin.query(noisy, Context(), rows, root, keep)
-    expected = torch.cat(said)
-    if isinstance(
-        twin.reading, type(PARAMETERIZATIONS["all"])
-    ):  # a copy of the denoiser holds a copy of its reading
-        expected = drop_own_evidence(
-            expected, process.log_likelihood(noisy.zt.reshape(-1), noisy.t.reshape(-1))
-        )
+    expected = torch.cat(outputs)
+    # compared by type, since the copied denoiser holds a copy of its parameterization
+    if isinstance(twin.reading, type(PARAMETERIZATIONS["all"])):
+        evidence = process.log_likelihood(noisy.zt.reshape(-1), noisy.t.reshape(-1))
+        expected = drop_own_evidence(expected, evidence)
     got = _log_p(twin, process, noisy, Context()).reshape(len(rows), -1)
     yield compare(got.exp(), expected.exp(), {"zt": noisy.zt.reshape(-1)})
 
 
 DENOISER_LAWS: tuple[Law, ...] = (
-    rows_have_laws,
+    rows_have_distributions,
     batches_agree,
     padding_is_invisible,
-    documents_are_apart,
+    documents_are_separate,
     evidence_is_dropped,
 )
 
 
 def check_denoiser(denoiser: Denoiser, process: ForwardProcess) -> list[LawReport]:
-    """Every law of a denoiser (backbone + head) beside a small process on the same vocabulary."""
+    """Apply every law of a denoiser (backbone and head), with a small process on its vocabulary."""
     return evaluate_laws(denoiser, DENOISER_LAWS, process=process)

@@ -1,13 +1,15 @@
-"""Laws of what is drawn: samples, steps and last draws have the law that the formulas say, and are functions of their
-own uniforms alone.
+"""Laws of what a process draws: samples, reverse steps and last draws.
 
-A draw is a map from the unit cube to the states. Its law is measured exactly enough by mapping an even (Sobol) covering of
-the cube, so that no test here is random: with n points a probability is off by about (pieces of the map) * log n / n.
+A draw is a map from the unit cube to the states. Its distribution is measured by mapping Sobol
+points, which cover the cube evenly, so that no law here is random. With n points a probability has
+an error of about (pieces of the map) * log n / n.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,11 +31,11 @@ from ddiff.testing.report import Gap, compare, law
 
 POINTS = 2048
 
+Draw = Callable[[Tensor, Tensor], Tensor]  # (row [n], uniforms [n,dimensions]) -> state [n]
 
-def estimate_distribution(
-    draw: Callable[[Tensor, Tensor], Tensor], rows: int, dimensions: int, states: int
-) -> Tensor:
-    """[rows, states] the law of draw(which row [n], uniforms [n, dimensions]) over an even covering of the cube."""
+
+def estimate_distribution(draw: Draw, rows: int, dimensions: int, states: int) -> Tensor:
+    """Distribution [rows,states] of draw(row, uniforms) over POINTS Sobol points per row."""
     cube = grid_of_uniforms(POINTS, dimensions)
     row, point = product(torch.arange(rows), torch.arange(POINTS))
     drawn = draw(row, cube[point])
@@ -42,222 +44,287 @@ def estimate_distribution(
     return counts.reshape(rows, states) / POINTS
 
 
-@law("sample: its law = marginal", tolerance=5e-3)
+def make_query(process: ForwardProcess, rows: int) -> TableQuery:
+    """Query that predicts the same random distribution at every row."""
+    log_p = random_log_probs(process.vocabulary.num_tokens, 1, seed=3)
+    return TableQuery(log_p.expand(rows, -1), process.vocabulary)
+
+
+def possible_states(process: ForwardProcess, t: float, least: float = 0.0) -> Tensor:
+    """States whose probabilities at time t, summed over the clean tokens, exceed `least`."""
+    total = likelihoods(process, times((t,)))[0].sum(0)
+    return (total > least).nonzero().squeeze(-1)
+
+
+def full_time(like: Tensor, t: float) -> Tensor:
+    """Time t for every row of `like`, in float64."""
+    return torch.full(like.shape, t, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------ distributions of draws
+
+
+@law("sample: distributed as the marginal", tolerance=5e-3)
 def sample_follows_marginal(process: ForwardProcess) -> Iterator[Gap]:
-    """z_t drawn from x0 has the law q_t(.|x0), at both ends too. 2048 even points resolve a probability to 5e-3."""
-    vocabulary, distinct = process.vocabulary, times(INNER, ENDS)
+    """z_t drawn given x0 has the distribution q_t(.|x0), also at both ends, and `prior.draw` that of
+    the prior. Tolerance: 2048 Sobol points resolve a probability to 5e-3."""
+
+    def draw(row: Tensor, u: Tensor) -> Tensor:
+        return process.sample(x0[row], t[row], u)
+
+    def draw_prior(row: Tensor, u: Tensor) -> Tensor:
+        return process.prior.draw(u[:, 0])
+
+    vocabulary = process.vocabulary
+    distinct = times(INNER, ENDS)
     x0, t = product(torch.arange(vocabulary.num_tokens), distinct)
-    draw = lambda row, u: process.sample(x0[row], t[row], u)  # noqa: E731
     drawn = estimate_distribution(draw, len(x0), process.uniforms_per_sample, vocabulary.num_states)
     expected = likelihoods(process, distinct).transpose(0, 1).reshape(len(x0), -1)
     yield compare(drawn, expected, {"x0": x0, "t": t})
-    prior = estimate_distribution(
-        lambda row, u: process.prior.draw(u[:, 0]), 1, 1, vocabulary.num_states
-    )
+    prior = estimate_distribution(draw_prior, 1, 1, vocabulary.num_states)
     yield compare(prior, process.prior.log_prob.exp(), {"draws of": "the prior"})
 
 
-@law("step: its law = posterior", tolerance=5e-3)
+@law("step: distributed as the posterior", tolerance=5e-3)
 def step_follows_posterior(process: ForwardProcess) -> Iterator[Gap]:
-    """z_s drawn from z_t has the law reverse_log_probs, also in one step from t = 1 to s = 0: a mask becomes a word with
-    its true probability. 2048 even points resolve a probability to 5e-3."""
+    """z_s drawn given z_t has the distribution reverse_log_probs, also in one step from t = 1 to
+    s = 0. Tolerance: 2048 Sobol points resolve a probability to 5e-3."""
     for s, t in (*STEPS, (0.0, 1.0), (0.0, 0.31)):
         yield from _step_gaps(process, s, t)
 
 
 def _step_gaps(process: ForwardProcess, s: float, t: float) -> Iterator[Gap]:
-    vocabulary = process.vocabulary
-    log_p = random_log_probs(vocabulary.num_tokens, 1, seed=3)
-    reachable = (log_p.exp() @ likelihoods(process, times((t,)))[0])[0] > 1e-9
-    zt = reachable.nonzero().squeeze(-1)
-    last, first = (
-        torch.full((len(zt),), t, dtype=torch.float64),
-        torch.full((len(zt),), s, dtype=torch.float64),
-    )
-
     def draw(row: Tensor, u: Tensor) -> Tensor:
         query = TableQuery(log_p.expand(len(row), -1), vocabulary)
         return process.step(query, zt[row], last[row], first[row], u)
 
+    vocabulary = process.vocabulary
+    log_p = random_log_probs(vocabulary.num_tokens, 1, seed=3)
+    marginal = log_p.exp() @ likelihoods(process, times((t,)))[0]
+    zt = (marginal[0] > 1e-9).nonzero().squeeze(-1)
+    last = full_time(zt, t)
+    first = full_time(zt, s)
     drawn = estimate_distribution(draw, len(zt), process.uniforms_per_step, vocabulary.num_states)
     expected = process.reverse_log_probs(log_p.expand(len(zt), -1), zt, last, first).exp()
     yield compare(drawn, expected, {"zt": zt, "s": s, "t": t})
 
 
-@law("decode: its law = Bayes", tolerance=5e-3)
+@law("decode: distributed by Bayes' rule", tolerance=5e-3)
 def decode_follows_bayes(process: ForwardProcess) -> Iterator[Gap]:
-    """The last draw has the law p(x) q_t(z|x) / q_t-bar(z), the row's own evidence included, and at t = 0 a closed process
-    returns the state itself. 2048 even points resolve a probability to 5e-3."""
+    """The last draw has the distribution p(x) q_t(z|x) / sum_x' p(x') q_t(z|x'), own evidence
+    included; at t = 0 a process that closes at the clean end returns the state. Tolerance: 2048
+    Sobol points resolve a probability to 5e-3."""
+    for t in (0.0, 0.02, 0.5, 0.97):
+        yield from _decode_gaps(process, t)
+
+
+def _decode_gaps(process: ForwardProcess, t: float) -> Iterator[Gap]:
+    def draw(row: Tensor, u: Tensor) -> Tensor:
+        query = TableQuery(log_p.expand(len(row), -1), vocabulary)
+        return process.decode(query, zt[row], now[row], u)
+
     vocabulary = process.vocabulary
     log_p = random_log_probs(vocabulary.num_tokens, 1, seed=3)
-    for t in (0.0, 0.02, 0.5, 0.97):
-        joint = log_p.exp().T * likelihoods(process, times((t,)))[0]
-        zt = (joint.sum(0) > 1e-9).nonzero().squeeze(-1)
-        now = torch.full((len(zt),), t, dtype=torch.float64)
-
-        def draw(row: Tensor, u: Tensor, zt: Tensor = zt, now: Tensor = now) -> Tensor:
-            return process.decode(
-                TableQuery(log_p.expand(len(row), -1), vocabulary), zt[row], now[row], u
-            )
-
-        drawn = estimate_distribution(
-            draw, len(zt), process.uniforms_per_decode, vocabulary.num_tokens
-        )
-        yield compare(drawn, (joint / joint.sum(0)).T[zt], {"zt": zt, "t": t})
+    joint = log_p.exp().T * likelihoods(process, times((t,)))[0]  # [V,S]
+    zt = (joint.sum(0) > 1e-9).nonzero().squeeze(-1)
+    now = full_time(zt, t)
+    drawn = estimate_distribution(draw, len(zt), process.uniforms_per_decode, vocabulary.num_tokens)
+    expected = (joint / joint.sum(0)).T[zt]
+    yield compare(drawn, expected, {"zt": zt, "t": t})
 
 
-@law("step: asks at most once, and nothing when s = t", tolerance=0.0)
+# ------------------------------------------------------------------ queries
+
+
+@law("step: queries the network at most once, never if s = t", tolerance=0.0)
 def step_queries_once(process: ForwardProcess) -> Iterator[Gap]:
-    """One network call serves a whole step; only rows that are shown to the network may change; a step of no length
-    changes nothing and asks nothing. Counts: nothing is allowed."""
-    states = torch.arange(process.vocabulary.num_states)
-    u = grid_of_uniforms(64, process.uniforms_per_step)
-    zt, point = product(states, torch.arange(64))
-    possible = likelihoods(process, times((0.5,)))[0].sum(0) > 0
-    zt, point = zt[possible[zt]], point[possible[zt]]
-    query = _fresh_query(process, len(zt))
-    t = torch.full(zt.shape, 0.5, dtype=torch.float64)
-    zs = process.step(query, zt, t, t - 0.2, u[point])
-    yield compare(
-        torch.tensor(max(query.calls - 1, 0)), 0.0, {"extra calls in a step from 0.5 to": 0.3}
-    )
-    unasked = torch.ones(len(zt), dtype=torch.bool).index_fill(0, query.asked, False)
-    yield compare(zs[unasked], zt[unasked].double(), {"a row that was not asked, zt": zt[unasked]})
-    query = _fresh_query(process, len(zt))
-    zs = process.step(query, zt, t, t, u[point])
+    """A step takes one network call; only rows that it queries may change; a step with s = t changes
+    nothing and makes no call. Tolerance: none."""
+    zt, point = product(possible_states(process, 0.5), torch.arange(64))
+    u = grid_of_uniforms(64, process.uniforms_per_step)[point]
+    t = full_time(zt, 0.5)
+    query = make_query(process, len(zt))
+    zs = process.step(query, zt, t, t - 0.2, u)
+    extra_calls = torch.tensor(max(query.calls - 1, 0))
+    yield compare(extra_calls, 0.0, {"extra calls in a step from 0.5 to": 0.3})
+    yield compare_not_queried(query, zs, zt)
+    query = make_query(process, len(zt))
+    zs = process.step(query, zt, t, t, u)
     yield compare(torch.tensor(query.calls), 0.0, {"calls in a step from 0.5 to": 0.5})
     yield compare(zs, zt.double(), {"s = t = 0.5, zt": zt})
 
 
-@law("decode: asks at most once", tolerance=0.0)
+def compare_not_queried(query: TableQuery, zs: Tensor, zt: Tensor) -> Gap:
+    """Compare states before and after a step at the rows that were not queried."""
+    others = torch.ones(len(zt), dtype=torch.bool)
+    others[query.queried] = False
+    labels = {"a row that was not queried, zt": zt[others]}
+    return compare(zs[others], zt[others].double(), labels)
+
+
+@law("decode: queries the network at most once", tolerance=0.0)
 def decode_queries_once(process: ForwardProcess) -> Iterator[Gap]:
-    """One network call serves the last draw, none when a closed process is read at t = 0. Counts: nothing is allowed."""
+    """The last draw takes one network call, and none at t = 0 if the process closes at the clean
+    end. Tolerance: none."""
+    x0, point = product(torch.arange(process.vocabulary.num_tokens), torch.arange(16))
+    u_sample = grid_of_uniforms(16, process.uniforms_per_sample)[point]
+    u_decode = grid_of_uniforms(16, process.uniforms_per_decode)[point]
     for t in (0.0, 0.3):
-        x0, point = product(torch.arange(process.vocabulary.num_tokens), torch.arange(16))
-        now = torch.full(x0.shape, t, dtype=torch.float64)
-        zt = process.sample(x0, now, grid_of_uniforms(16, process.uniforms_per_sample)[point])
-        query = _fresh_query(process, len(zt))
-        process.decode(query, zt, now, grid_of_uniforms(16, process.uniforms_per_decode)[point])
+        now = full_time(x0, t)
+        zt = process.sample(x0, now, u_sample)
+        query = make_query(process, len(zt))
+        process.decode(query, zt, now, u_decode)
         allowed = 0 if process.closes_at_clean and t == 0.0 else 1
-        yield compare(torch.tensor(max(query.calls - allowed, 0)), 0.0, {"extra calls at t": t})
+        extra_calls = torch.tensor(max(query.calls - allowed, 0))
+        yield compare(extra_calls, 0.0, {"extra calls at t": t})
 
 
-@law("a draw depends on its own uniforms only", tolerance=0.0)
-def draws_are_their_own(process: ForwardProcess) -> Iterator[Gap]:
-    """A row draws the same alone, in any company and again: other rows' uniforms do not reach it. Equal states, exactly."""
-    x0 = torch.arange(process.vocabulary.num_tokens).repeat_interleave(24)
+# ------------------------------------------------------------------ independence of rows
+
+
+class RowDraws(NamedTuple):
+    """The draws of a process at fixed rows; each method is a `Draw`."""
+
+    process: ForwardProcess
+    x0: Tensor
+    zt: Tensor
+    t: Tensor
+    log_p: Tensor
+
+    def sample(self, row: Tensor, u: Tensor) -> Tensor:
+        return self.process.sample(self.x0[row], self.t[row], u)
+
+    def forward_step(self, row: Tensor, u: Tensor) -> Tensor:
+        return self.process.forward_step(self.zt[row], self.t[row] * 0.4, self.t[row], u)
+
+    def step(self, row: Tensor, u: Tensor) -> Tensor:
+        return self.process.step(self._query(row), self.zt[row], self.t[row], self.t[row] * 0.4, u)
+
+    def decode(self, row: Tensor, u: Tensor) -> Tensor:
+        return self.process.decode(self._query(row), self.zt[row], self.t[row], u)
+
+    def _query(self, row: Tensor) -> TableQuery:
+        return TableQuery(self.log_p[row], self.process.vocabulary)
+
+
+@law("draws: a row depends on its own uniforms only", tolerance=0.0)
+def draws_depend_on_own_uniforms(process: ForwardProcess) -> Iterator[Gap]:
+    """A row draws the same state in any batch, in any order, and again; the uniforms of other rows
+    do not matter. Tolerance: none."""
+    num_tokens = process.vocabulary.num_tokens
+    x0 = torch.arange(num_tokens).repeat_interleave(24)
     count = len(x0)
     t = times(INNER)[torch.arange(count) % len(INNER)]
-    u = {
-        name: grid_of_uniforms(count + 1, dimensions)[1:]
-        for name, dimensions in (
-            ("sample", process.uniforms_per_sample),
-            ("step", process.uniforms_per_step),
-            ("decode", process.uniforms_per_decode),
-            ("climb", process.uniforms_per_forward_step),
-        )
+    dimensions = {
+        "sample": process.uniforms_per_sample,
+        "forward_step": process.uniforms_per_forward_step,
+        "step": process.uniforms_per_step,
+        "decode": process.uniforms_per_decode,
     }
+    # the first Sobol point is 0, an unlikely corner of the cube
+    u = {name: grid_of_uniforms(count + 1, size)[1:] for name, size in dimensions.items()}
     zt = process.sample(x0, t, u["sample"])
-    table = random_log_probs(process.vocabulary.num_tokens, count, seed=2)
-
-    def stepped(rows: Tensor, uniforms: Tensor) -> Tensor:
-        return process.step(
-            TableQuery(table[rows], process.vocabulary), zt[rows], t[rows], t[rows] * 0.4, uniforms
-        )
-
-    def decoded(rows: Tensor, uniforms: Tensor) -> Tensor:
-        return process.decode(
-            TableQuery(table[rows], process.vocabulary), zt[rows], t[rows], uniforms
-        )
-
-    draws = {
-        "sample": lambda rows, v: process.sample(x0[rows], t[rows], v),
-        "climb": lambda rows, v: process.forward_step(zt[rows], t[rows] * 0.4, t[rows], v),
-        "step": stepped,
-        "decode": decoded,
-    }
-    for name, draw in draws.items():
-        yield from _company_gaps(name, draw, u[name])
+    draws = RowDraws(process, x0, zt, t, random_log_probs(num_tokens, count, seed=2))
+    yield from _batch_gaps("sample", draws.sample, u["sample"])
+    yield from _batch_gaps("forward_step", draws.forward_step, u["forward_step"])
+    yield from _batch_gaps("step", draws.step, u["step"])
+    yield from _batch_gaps("decode", draws.decode, u["decode"])
 
 
-def _company_gaps(name: str, draw: Callable[[Tensor, Tensor], Tensor], u: Tensor) -> Iterator[Gap]:
-    everybody = torch.arange(len(u))
-    together = draw(everybody, u)
-    labels = {"draw": name, "row": everybody}
-    yield compare(draw(everybody, u), together.double(), {**labels, "drawn": "again"})
-    mixed = (everybody * 7) % len(u)
+def _batch_gaps(name: str, draw: Draw, u: Tensor) -> Iterator[Gap]:
+    every = torch.arange(len(u))
+    expected = draw(every, u)
+
+    def gap(rows: Tensor, drawn: Tensor, how: str) -> Gap:
+        return compare(drawn, expected[rows].double(), {"draw": name, "row": rows, "drawn": how})
+
+    yield gap(every, draw(every, u), "again")
+    mixed = (every * 7) % len(u)
     if len(mixed.unique()) == len(mixed):
-        yield compare(
-            draw(mixed, u[mixed]), together[mixed].double(), {**labels, "drawn": "in another order"}
-        )
-    some = everybody[::5]
-    yield compare(
-        draw(some, u[some]),
-        together[some].double(),
-        {"draw": name, "row": some, "drawn": "in less company"},
-    )
-    others = torch.where((everybody % 2 == 0).unsqueeze(-1), u, 1.0 - u - 2.0**-40)
-    even = everybody[::2]
-    changed = draw(everybody, others)[even]
-    yield compare(
-        changed,
-        together[even].double(),
-        {"draw": name, "row": even, "changed": "the others' uniforms"},
-    )
+        yield gap(mixed, draw(mixed, u[mixed]), "in another order")
+    some = every[::5]
+    yield gap(some, draw(some, u[some]), "in a smaller batch")
+    is_even = (every % 2 == 0).unsqueeze(-1)
+    changed = torch.where(is_even, u, 1.0 - u - 2.0**-40)  # stays below 1
+    even = every[::2]
+    yield gap(even, draw(every, changed)[even], "with other uniforms at other rows")
+
+
+# ------------------------------------------------------------------ arguments
 
 
 @law("no function modifies its arguments", tolerance=0.0)
-def arguments_are_untouched(process: ForwardProcess) -> Iterator[Gap]:
-    """Every tensor that goes in comes out as it was. Exactly."""
-    vocabulary = process.vocabulary
-    x0 = torch.arange(vocabulary.num_tokens)
-    t = torch.full(x0.shape, 0.5, dtype=torch.float64)
-    s = t * 0.5
-    u_sample = grid_of_uniforms(len(x0), process.uniforms_per_sample)
-    u_step = grid_of_uniforms(len(x0), process.uniforms_per_step)
-    u_decode = grid_of_uniforms(len(x0), process.uniforms_per_decode)
-    zt = process.sample(x0.clone(), t, u_sample)
-    log_p = random_log_probs(vocabulary.num_tokens, len(x0))
-    query = TableQuery(log_p, vocabulary)
-    prediction = DenseDistribution(log_p, vocabulary)
-    u_climb = grid_of_uniforms(len(x0), process.uniforms_per_forward_step)
-    u_event = grid_of_uniforms(len(x0), process.uniforms_per_event)
-    vector = random_log_probs(vocabulary.num_states, len(x0)).exp()
-    calls: dict[str, tuple[Callable, tuple]] = {
-        "log_marginal": (process.log_marginal, (log_p, t)),
-        "sample": (process.sample, (x0, t, u_sample)),
-        "log_likelihood": (process.log_likelihood, (zt, t)),
-        "rates.apply": (process.rates(t).apply, (vector,)),
-        "rates.column": (process.rates(t).column, (zt,)),
-        "transition": (process.transition, (s, t)),
-        "transition.apply": (process.transition(s, t).apply, (vector,)),
-        "density": (lambda *rows: process.density(prediction, *rows), (x0, zt, t)),
-        "weight": (process.weight, (x0, zt, t)),
-        "divergence": (lambda *rows: process.divergence(prediction, *rows), (x0, zt, t)),
-        "transition.solve": (process.transition(s, t).solve, (vector,)),
-        "reverse_rates": (lambda *rows: process.reverse_rates(prediction, *rows), (zt, t)),
-        "climb": (process.forward_step, (x0, s, t, u_climb)),
-        "reverse_log_probs": (process.reverse_log_probs, (log_p, zt, t, s)),
-        "decode_nll": (lambda *rows: process.decode_nll(prediction, *rows), (x0, zt, t)),
-        "closing_kl": (lambda *rows: process.closing_kl(prediction, *rows), (x0, t)),
-        "active": (process.active, (zt,)),
-        "trained_part": (process.trained_part, (zt,)),
-        "scope": (process.scope, (zt,)),
-        "step": (lambda *rows: process.step(query, *rows), (zt, t, s, u_step)),
-        "decode": (lambda *rows: process.decode(query, *rows), (zt, t, u_decode)),
-    }
-    if process.has_events:
-        calls["event_time"] = (process.event_time, (zt, t, u_event[:, 0]))
-        calls["event"] = (lambda *rows: process.event(query, *rows), (zt, t, u_event))
-    for name, (call, arguments) in calls.items():
+def arguments_are_unchanged(process: ForwardProcess) -> Iterator[Gap]:
+    """Every tensor argument of a method has the same values after the call. Tolerance: none."""
+    num_tokens = process.vocabulary.num_tokens
+    log_p = random_log_probs(num_tokens, num_tokens)
+    for name, (call, arguments) in _calls(process, log_p).items():
         before = [argument.clone() for argument in (*arguments, log_p)]
         call(*arguments)
         for argument, copy in zip((*arguments, log_p), before):
             yield compare(argument, copy.double(), {"modified by": name})
 
 
-def _fresh_query(process: ForwardProcess, rows: int) -> TableQuery:
-    return TableQuery(
-        random_log_probs(process.vocabulary.num_tokens, 1, seed=3).expand(rows, -1),
-        process.vocabulary,
-    )
+Call = tuple[Callable[..., object], tuple[Tensor, ...]]
+
+
+def _calls(process: ForwardProcess, log_p: Tensor) -> dict[str, Call]:
+    """Methods of a process with tensor arguments for one row per token, by name."""
+    x0 = torch.arange(process.vocabulary.num_tokens)
+    t = full_time(x0, 0.5)
+    s = t * 0.5
+    zt = process.sample(x0.clone(), t, grid_of_uniforms(len(x0), process.uniforms_per_sample))
+    vector = random_log_probs(process.vocabulary.num_states, len(x0)).exp()
+    rates = process.rates(t)
+    transition = process.transition(s, t)
+    return {
+        "log_marginal": (process.log_marginal, (log_p, t)),
+        "log_likelihood": (process.log_likelihood, (zt, t)),
+        "rates.apply": (rates.apply, (vector,)),
+        "rates.column": (rates.column, (zt,)),
+        "transition": (process.transition, (s, t)),
+        "transition.apply": (transition.apply, (vector,)),
+        "transition.solve": (transition.solve, (vector,)),
+        "weight": (process.weight, (x0, zt, t)),
+        "reverse_log_probs": (process.reverse_log_probs, (log_p, zt, t, s)),
+        "active": (process.active, (zt,)),
+        "trained_part": (process.trained_part, (zt,)),
+        "scope": (process.scope, (zt,)),
+        **_calls_with_prediction(process, log_p, x0, zt, t),
+        **_calls_with_uniforms(process, log_p, x0, zt, t, s),
+    }
+
+
+def _calls_with_prediction(
+    process: ForwardProcess, log_p: Tensor, x0: Tensor, zt: Tensor, t: Tensor
+) -> dict[str, Call]:
+    prediction = DenseDistribution(log_p, process.vocabulary)
+    rows = (x0, zt, t)
+    return {
+        "density": (partial(process.density, prediction), rows),
+        "divergence": (partial(process.divergence, prediction), rows),
+        "decode_nll": (partial(process.decode_nll, prediction), rows),
+        "reverse_rates": (partial(process.reverse_rates, prediction), (zt, t)),
+        "closing_kl": (partial(process.closing_kl, prediction), (x0, t)),
+    }
+
+
+def _calls_with_uniforms(
+    process: ForwardProcess, log_p: Tensor, x0: Tensor, zt: Tensor, t: Tensor, s: Tensor
+) -> dict[str, Call]:
+    query = TableQuery(log_p, process.vocabulary)
+    u_sample = grid_of_uniforms(len(x0), process.uniforms_per_sample)
+    u_forward = grid_of_uniforms(len(x0), process.uniforms_per_forward_step)
+    u_step = grid_of_uniforms(len(x0), process.uniforms_per_step)
+    u_decode = grid_of_uniforms(len(x0), process.uniforms_per_decode)
+    calls: dict[str, Call] = {
+        "sample": (process.sample, (x0, t, u_sample)),
+        "forward_step": (process.forward_step, (x0, s, t, u_forward)),
+        "step": (partial(process.step, query), (zt, t, s, u_step)),
+        "decode": (partial(process.decode, query), (zt, t, u_decode)),
+    }
+    if process.has_events:
+        u_event = grid_of_uniforms(len(x0), process.uniforms_per_event)
+        calls["event_time"] = (process.event_time, (zt, t, u_event[:, 0]))
+        calls["event"] = (partial(process.event, query), (zt, t, u_event))
+    return calls

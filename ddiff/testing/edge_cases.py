@@ -1,4 +1,4 @@
-"""Laws at the edges of predictions: probabilities of 0 and 1e-400, where a term is infinite but never NaN."""
+"""Laws for predictions with probabilities of 0 and 1e-400: a term may be infinite but never NaN."""
 
 from __future__ import annotations
 
@@ -12,156 +12,200 @@ from ddiff.core.process import ForwardProcess
 from ddiff.testing.probes import (
     ReachableRows,
     certain_log_probs,
-    likelihoods,
+    likelihoods_by_row,
     random_log_probs,
     times,
 )
 from ddiff.testing.report import Gap, compare, law
 
-Term = Callable[[Prediction], Tensor]  # [r] nats of a prediction at rows that the term knows
-
 TINY = -921.0  # ln 1e-400, below the smallest positive float64
+TIMES = (0.02, 0.5, 0.97)
+TERMS = ("divergence", "density", "decode_nll", "closing_kl")
 
 
 def extreme_distributions(num_tokens: int) -> Tensor:
-    """[3V, V] log-distributions with token k impossible, of probability 1e-400, and certain."""
+    """Log-distributions [3V,V] in which token k is impossible, of probability 1e-400, or certain."""
     middle = random_log_probs(num_tokens, 1)[0]
     token = torch.arange(num_tokens)
     impossible = middle.repeat(num_tokens, 1)
     impossible[token, token] = -torch.inf
     tiny = middle.repeat(num_tokens, 1)
     tiny[token, token] = TINY
-    return torch.cat(
-        [impossible.log_softmax(-1), tiny.log_softmax(-1), certain_log_probs(num_tokens)]
-    )
-
-
-def _terms(process: ForwardProcess, rows: ReachableRows) -> dict[str, Term]:
-    asked = (rows.x0, rows.zt, rows.t)
-    return {
-        "divergence": lambda prediction: process.divergence(prediction, *asked),
-        "density": lambda prediction: process.density(prediction, *asked),
-        "decode_nll": lambda prediction: process.decode_nll(prediction, *asked),
-        "closing_kl": lambda prediction: process.closing_kl(prediction, rows.x0, rows.t),
-    }
+    certain = certain_log_probs(num_tokens)
+    return torch.cat([impossible.log_softmax(-1), tiny.log_softmax(-1), certain])
 
 
 def _extreme_rows(process: ForwardProcess) -> ReachableRows:
-    return ReachableRows(
-        process, times((0.02, 0.5, 0.97)), extreme_distributions(process.vocabulary.num_tokens)
-    )
+    log_probs = extreme_distributions(process.vocabulary.num_tokens)
+    return ReachableRows(process, times(TIMES), log_probs)
+
+
+def _evaluate(
+    process: ForwardProcess, term: str, prediction: Prediction, rows: ReachableRows
+) -> Tensor:
+    """One of TERMS in nats [r], for a prediction at the rows."""
+    if term == "divergence":
+        return process.divergence(prediction, *rows.args)
+    if term == "density":
+        return process.density(prediction, *rows.args)
+    if term == "decode_nll":
+        return process.decode_nll(prediction, *rows.args)
+    return process.closing_kl(prediction, rows.x0, rows.t)
+
+
+# ------------------------------------------------------------------ gradients
 
 
 @law("edges: gradients are finite where values are", tolerance=0.0)
 def gradients_are_finite(process: ForwardProcess) -> Iterator[Gap]:
-    """The gradient of every term by the prediction is finite wherever the term is, for distributions with probabilities of
-    0, 1e-400 and 1, and for the scores of those that do not rule z_t out. Counts: exactly."""
+    """The gradient of every term with respect to the prediction is finite wherever the term is.
+
+    Tried for distributions with probabilities of 0, 1e-400 and 1, and for the scores of those that
+    do not exclude z_t. Tolerance: none.
+    """
     rows = _extreme_rows(process)
     log_marginal = process.log_marginal(rows.log_p, rows.t)
     own = log_marginal.gather(-1, rows.zt.unsqueeze(-1))
-    for name, term in _terms(process, rows).items():
-        yield from _gradient(
-            lambda leaf: DenseDistribution(leaf, process.vocabulary), rows.log_p, term, name, rows
-        )
-        ratio = torch.where(own.isfinite(), log_marginal - own, 0.0)
-        yield from _gradient(Score, ratio, term, f"{name} of a score", rows)
+    ratio = torch.where(own.isfinite(), log_marginal - own, 0.0)
+
+    def distribution(leaf: Tensor) -> Prediction:
+        return DenseDistribution(leaf, process.vocabulary)
+
+    for term in TERMS:
+        yield from _gradient_gaps(process, term, distribution, rows.log_p, rows, term)
+        yield from _gradient_gaps(process, term, Score, ratio, rows, f"{term} of a score")
 
 
-def _gradient(
-    prediction: Callable[[Tensor], Prediction],
+def _gradient_gaps(
+    process: ForwardProcess,
+    term: str,
+    make_prediction: Callable[[Tensor], Prediction],
     values: Tensor,
-    term: Term,
-    name: str,
     rows: ReachableRows,
+    name: str,
 ) -> Iterator[Gap]:
     leaf = values.clone().requires_grad_()
-    value = term(prediction(leaf))
-    finite = value.isfinite()
+    value = _evaluate(process, term, make_prediction(leaf), rows)
     if not value.requires_grad:
         return
+    finite = value.isfinite()
     torch.where(finite, value, 0.0).sum().backward()
     assert leaf.grad is not None
-    smooth = leaf.grad.isfinite().all(-1)[finite].double()
-    labels = {key: label[finite] for key, label in rows.labels.items()}
-    yield compare(smooth, 1.0, {"finite gradient of": name, **labels})
+    has_gradient = leaf.grad.isfinite().all(-1)[finite]
+    labels = {"finite gradient of": name, **rows.select(finite).labels}
+    yield compare(has_gradient.double(), 1.0, labels)
+
+
+# ------------------------------------------------------------------ values
 
 
 @law(
-    "edges: a prediction that rules the truth out costs infinity, or what Bayes says",
+    "edges: excluding the true token costs infinity, or what Bayes' rule gives",
     tolerance=1e-9,
 )
 def impossible_truth_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
-    """Every term has the value of its definition for predictions with probabilities of 0, +inf included, and is never NaN.
+    """Every term has the value of its definition, +inf included, for predictions with probabilities
+    of 0, and is never NaN.
 
-    Where the prediction rules z_t out: infinity, but 0 where z_t can only have been x0, and 0 for the density where nothing
-    arrives in z_t. Relative rounding.
+    If the prediction excludes z_t, the terms are infinite. Two exceptions are 0: every term if z_t
+    can only have come from x0, and the density if nothing arrives in z_t. Tolerance: relative
+    rounding.
     """
     rows = _extreme_rows(process)
-    for name, term in _terms(process, rows).items():
-        yield compare(term(rows.dist).isnan().double(), 0.0, {"NaN in": name, **rows.labels})
-    # of 1e-400 float64 knows the logarithm alone, and the definitions are written in probabilities
+    for term in TERMS:
+        is_nan = _evaluate(process, term, rows.dist, rows).isnan()
+        yield compare(is_nan.double(), 0.0, {"NaN in": term, **rows.labels})
+    # float64 holds the logarithm of 1e-400 but not the number, which the definitions below need
     tiny = (rows.log_p < TINY / 2) & ~rows.log_p.isneginf()
-    rows = rows.take(~tiny.any(-1))
-    expected = _expected(process, rows)
-    for name, term in _terms(process, rows).items():
-        got = term(rows.dist)
-        if name not in expected:
-            continue
-        due = expected[name]
+    rows = rows.select(~tiny.any(-1))
+    expected = {
+        "closing_kl": _expected_closing(process, rows),
+        "decode_nll": _expected_decoding(process, rows),
+        "density": _expected_density(process, rows),
+    }
+    for term, due in expected.items():
+        got = _evaluate(process, term, rows.dist, rows)
         settled = ~due.isnan()
-        got, due = got[settled], due[settled]
-        yield compare(
-            got.isposinf().double(),
-            due.isposinf().double(),
-            {"infinite": name, **rows.take(settled).labels},
-        )
-        finite = due.isfinite() & got.isfinite()
-        labels = {key: label[finite] for key, label in rows.take(settled).labels.items()}
-        yield compare(got[finite], due[finite], {"term": name, **labels}, 1.0 + due[finite].abs())
+        yield from _value_gaps(term, got[settled], due[settled], rows.select(settled))
 
 
-def _expected(process: ForwardProcess, rows: ReachableRows) -> dict[str, Tensor]:
-    """The definitions, summed over all states; NaN where the density has no value of its own.
+def _value_gaps(term: str, got: Tensor, due: Tensor, rows: ReachableRows) -> Iterator[Gap]:
+    infinite = got.isposinf().double()
+    yield compare(infinite, due.isposinf().double(), {"infinite": term, **rows.labels})
+    finite = due.isfinite() & got.isfinite()
+    labels = {"term": term, **rows.select(finite).labels}
+    yield compare(got[finite], due[finite], labels, 1.0 + due[finite].abs())
 
-    That is where the prediction rules z_t out although several tokens may be under it, and yet whatever they are the chain
-    came from one state: then 0, which nearby predictions have, and infinity are both right.
-    """
-    distinct, place = rows.t.unique(return_inverse=True)
-    forward = likelihoods(process, distinct)[place]  # [r,V,S]
-    pick = rows.zt.unsqueeze(-1)
+
+def _true_marginal(process: ForwardProcess, rows: ReachableRows) -> Tensor:
+    """q_t(.|x0) [r,S]."""
     row = torch.arange(len(rows.zt))
-    truth = forward[row, rows.x0]
-    log_model = process.log_marginal(rows.log_p, rows.t)
-    log_truth = truth.log()
-    closing = torch.where(truth > 0, truth * (log_truth - log_model), 0.0).sum(-1)
+    return likelihoods_by_row(process, rows.t)[row, rows.x0]
 
-    evidence = forward[row, :, rows.zt]
+
+def _evidence(process: ForwardProcess, rows: ReachableRows) -> Tensor:
+    """q_t(z_t|x) [r,V]."""
+    row = torch.arange(len(rows.zt))
+    return likelihoods_by_row(process, rows.t)[row, :, rows.zt]
+
+
+def _has_one_origin(evidence: Tensor) -> Tensor:
+    """bool [r]: only one token can have become z_t."""
+    return (evidence > 0).sum(-1) == 1
+
+
+def _expected_closing(process: ForwardProcess, rows: ReachableRows) -> Tensor:
+    """KL( q_t(.|x0) || marginal under the prediction ), by its definition; [r]."""
+    truth = _true_marginal(process, rows)
+    log_model = process.log_marginal(rows.log_p, rows.t)
+    return torch.where(truth > 0, truth * (truth.log() - log_model), 0.0).sum(-1)
+
+
+def _expected_decoding(process: ForwardProcess, rows: ReachableRows) -> Tensor:
+    """-ln P(x0 | z_t) by Bayes' rule; [r]."""
+    row = torch.arange(len(rows.zt))
+    evidence = _evidence(process, rows)
     log_p = rows.log_p[row, rows.x0]
     log_joint = rows.log_p + evidence.log()
     decoding = log_joint.logsumexp(-1) - log_p - evidence[row, rows.x0].log()
-    told = (evidence > 0).sum(-1) == 1
     decoding = torch.where(log_p.isfinite(), decoding, torch.inf)
-    decoding = torch.where(told, 0.0, decoding)
+    return torch.where(_has_one_origin(evidence), 0.0, decoding)
 
-    inward = process.rates(rows.t).column(rows.zt).scatter(-1, pick, 0.0)
-    log_s = log_truth - log_truth.gather(-1, pick)
-    own = log_model.gather(-1, pick)
+
+def _expected_density(process: ForwardProcess, rows: ReachableRows) -> Tensor:
+    """Score entropy, summed over all states; [r], NaN if the density is not determined.
+
+    It is not determined if the prediction excludes z_t, several tokens may have become z_t, and
+    every one of them implies the same reverse rates: then 0, the value for nearby predictions, and
+    infinity are both right.
+    """
+    own_state = rows.zt.unsqueeze(-1)
+    inward = process.rates(rows.t).column(rows.zt).scatter(-1, own_state, 0.0)
+    log_truth = _true_marginal(process, rows).log()
+    log_model = process.log_marginal(rows.log_p, rows.t)
+    own = log_model.gather(-1, own_state)
+    log_s = log_truth - log_truth.gather(-1, own_state)
     log_s_model = log_model - torch.where(own > -torch.inf, own, 0.0)
     s = log_s.exp()
     cross = torch.where(s > 0, s * (log_s - log_s_model), 0.0)
     density = torch.where(inward > 0, inward * (log_s_model.exp() - s + cross), 0.0).sum(-1)
-    ruled_out = own.squeeze(-1).isneginf() & (inward > 0).any(-1)
-    density = torch.where(told, 0.0, density)
-    ruled_out = ruled_out & ~told
-    ratio = torch.where(inward.unsqueeze(1) > 0, forward / evidence.unsqueeze(-1), 0.0)  # [r,V,S]
-    under = (evidence > 0).unsqueeze(-1)
-    most = torch.where(under, ratio, 0.0).amax(1)
-    least = torch.where(under, ratio, torch.inf).amin(1)
-    alike = torch.isclose(most, least).all(-1)
-    density = torch.where(ruled_out & alike, torch.nan, density)
-    ruled_out = ruled_out & ~alike
-    return {
-        "closing_kl": closing,
-        "decode_nll": decoding,
-        "density": torch.where(ruled_out, torch.inf, density),
-    }
+
+    one_origin = _has_one_origin(_evidence(process, rows))
+    density = torch.where(one_origin, 0.0, density)
+    excluded = own.squeeze(-1).isneginf() & (inward > 0).any(-1) & ~one_origin
+    alike = _has_equal_reverse_rates(process, rows, inward)
+    density = torch.where(excluded & alike, torch.nan, density)
+    return torch.where(excluded & ~alike, torch.inf, density)
+
+
+def _has_equal_reverse_rates(
+    process: ForwardProcess, rows: ReachableRows, inward: Tensor
+) -> Tensor:
+    """bool [r]: q_t(y|x)/q_t(z|x) is the same for every token x that can have become z_t."""
+    forward = likelihoods_by_row(process, rows.t)  # [r,V,S]
+    evidence = _evidence(process, rows).unsqueeze(-1)
+    ratio = torch.where(inward.unsqueeze(1) > 0, forward / evidence, 0.0)
+    possible = evidence > 0
+    most = torch.where(possible, ratio, 0.0).amax(1)
+    least = torch.where(possible, ratio, torch.inf).amin(1)
+    return torch.isclose(most, least).all(-1)

@@ -1,10 +1,10 @@
-"""Laws of a head: what it says in chunks is one law, in value and in gradient."""
+"""Laws of a head: its chunked results equal one dense distribution, in value and in gradient."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,119 +16,136 @@ from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, la
 
 ROWS = 17
 
-
 Module = TypeVar("Module", bound=nn.Module)
+RowValue = Callable[[CleanDistribution, Tensor], Tensor]  # (prediction, row indices [k]) -> [k]
 
 
-def in_float64(module: Module, scale: float = 1.0) -> Module:
-    """A float64 copy in evaluation mode with random parameters, so that a start at zero hides nothing."""
+def randomize_in_float64(module: Module, scale: float = 1.0) -> Module:
+    """Copy a module to float64, in evaluation mode, with random parameters.
+
+    Parameters that are initialized to zero would hide faults.
+    """
     twin = copy.deepcopy(module).double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
-            parameter.copy_(
-                scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            )
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(scale * values)
     return twin
 
 
-def _questions(head: Head) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [n,d], and for every row a node that it asks below and a word below that node."""
+class HeadRows(NamedTuple):
+    """Rows on which a head is queried: hidden [n,d], the queried node [n], a token below it [n]."""
+
+    hidden: Tensor
+    node: Tensor
+    token: Tensor
+
+    def value(self, prediction: CleanDistribution, idx: Tensor) -> Tensor:
+        """A nonlinear function of log P(token | node), so that a wrong gradient shows."""
+        log_p = prediction.log_child(self.node[idx], self.token[idx])
+        return log_p.square() - log_p
+
+    @property
+    def labels(self) -> dict[str, Tensor]:
+        return {"node": self.node, "token": self.token}
+
+
+def _make_rows(head: Head) -> HeadRows:
     vocabulary = head.vocabulary
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(ROWS, head.width, generator=generator, dtype=torch.float64)
     nodes = torch.arange(vocabulary.num_tokens, vocabulary.root + 1)
     node = nodes[torch.arange(ROWS) * 5 % len(nodes)]
-    words = [below(vocabulary, n, 0) for n in node.tolist()]
-    word = torch.stack([below_node[i % len(below_node)] for i, below_node in enumerate(words)])
-    return hidden, node, word
+    tokens = []
+    for row, top in enumerate(node.tolist()):
+        candidates = below(vocabulary, top, 0)
+        tokens.append(candidates[row % len(candidates)])
+    return HeadRows(hidden, node, torch.stack(tokens))
 
 
-def _query(
-    head: Head,
-    hidden: Tensor,
-    node: Tensor,
-    question: Callable[[CleanDistribution, Tensor], Tensor],
-) -> Tensor:
-    (told,) = head.query(hidden, node, lambda prediction, idx: (question(prediction, idx), idx))[:1]
-    return told
+def _query_values(head: Head, hidden: Tensor, node: Tensor, value: RowValue) -> Tensor:
+    def with_index(prediction: CleanDistribution, idx: Tensor) -> tuple[Tensor, Tensor]:
+        return value(prediction, idx), idx
+
+    return head.query(hidden, node, with_index)[0]
 
 
-def _surprise(node: Tensor, word: Tensor) -> Callable[[CleanDistribution, Tensor], Tensor]:
-    return lambda prediction, idx: (
-        prediction.log_child(node[idx], word[idx]).square()
-        - prediction.log_child(node[idx], word[idx])
-    )
-
-
-@law("head: visit below a node = visit at the root", tolerance=1e-10)
+@law("head: query below a node = query at the root", tolerance=1e-10)
 def scopes_agree(head: Head) -> Iterator[Gap]:
-    """A row that asks below its node learns the same conditional law as one that asks about everything. Rounding."""
-    head = in_float64(head)
-    hidden, node, word = _questions(head)
-    question = _surprise(node, word)
-    whole = _query(head, hidden, torch.full_like(node, head.vocabulary.root), question)
-    yield compare(
-        _query(head, hidden, node, question), whole, {"node": node, "word": word}, 1.0 + whole.abs()
-    )
+    """A row queried below its node has the same conditional distribution as one queried at the
+    root. Tolerance: relative rounding."""
+    head = randomize_in_float64(head)
+    rows = _make_rows(head)
+    at_root = torch.full_like(rows.node, head.vocabulary.root)
+    whole = _query_values(head, rows.hidden, at_root, rows.value)
+    got = _query_values(head, rows.hidden, rows.node, rows.value)
+    yield compare(got, whole, rows.labels, 1.0 + whole.abs())
 
 
-@law("head: chunks change nothing", tolerance=1e-10)
+@law("head: chunking changes nothing", tolerance=1e-10)
 def chunks_agree(head: Head) -> Iterator[Gap]:
-    """Rows one at a time and all together give the same values, from `visit` and `total`, in the rows' order. Rounding."""
-    head = in_float64(head)
-    hidden, node, word = _questions(head)
-    question = _surprise(node, word)
-    whole = _query(head, hidden, node, question)
+    """`query` and `total` return the same values, in row order, whether rows are processed one by
+    one or together. Tolerance: relative rounding."""
+    head = randomize_in_float64(head)
+    rows = _make_rows(head)
+    labels = {"node": rows.node}
+    whole = _query_values(head, rows.hidden, rows.node, rows.value)
+    scale = 1.0 + whole.abs()
     head.chunk_logits = 1
-    total, values = head.total(hidden, node, question)
-    yield compare(_query(head, hidden, node, question), whole, {"node": node}, 1.0 + whole.abs())
-    yield compare(values, whole, {"node": node}, 1.0 + whole.abs())
+    total, values = head.total(rows.hidden, rows.node, rows.value)
+    chunked = _query_values(head, rows.hidden, rows.node, rows.value)
+    yield compare(chunked, whole, labels, scale)
+    yield compare(values, whole, labels, scale)
     yield compare(total, whole.sum(), {"the": "sum"}, 1.0 + whole.abs().sum())
 
 
-@law("head: gradients = autograd of the dense law", tolerance=1e-9)
+@law("head: gradients = autograd of the dense distribution", tolerance=1e-9)
 def gradients_agree(head: Head) -> Iterator[Gap]:
-    """`total`, chunked, has the gradient that autograd finds for the same sum when all logits exist at once. Relative."""
-    twin = in_float64(head)
-    hidden, node, word = _questions(head)
-    question, everybody = _surprise(node, word), torch.arange(ROWS)
-    inputs = [hidden.requires_grad_(), *twin.parameters()]
-    whole = twin.dist(
-        lambda a, b: hidden @ twin.table[a:b].t() + twin.bias[a:b], twin.vocabulary.root
-    )
-    expected = torch.autograd.grad(3.0 * question(whole, everybody).sum(), inputs)
+    """The chunked `total` has the gradient that autograd computes for the same sum when all logits
+    exist at once. Tolerance: relative rounding."""
+    twin = randomize_in_float64(head)
+    rows = _make_rows(head)
+    hidden = rows.hidden.requires_grad_()
+    parameters = dict(twin.named_parameters())
+    inputs = [hidden, *parameters.values()]
+
+    def logits(start: int, stop: int) -> Tensor:
+        return hidden @ twin.table[start:stop].t() + twin.bias[start:stop]
+
+    whole = twin.dist(logits, twin.vocabulary.root)
+    expected = torch.autograd.grad(3.0 * rows.value(whole, torch.arange(ROWS)).sum(), inputs)
     twin.chunk_logits = 1
-    got = torch.autograd.grad(3.0 * twin.total(hidden, node, question)[0], inputs)
-    for name, ours, dense in zip(
-        ("hidden", *(name for name, _ in twin.named_parameters())), got, expected
-    ):
-        yield compare(ours, dense, {"gradient of": name}, 1.0 + dense.abs().max())
+    total = twin.total(hidden, rows.node, rows.value)[0]
+    got = torch.autograd.grad(3.0 * total, inputs)
+    for name, chunked, dense in zip(("hidden", *parameters), got, expected):
+        yield compare(chunked, dense, {"gradient of": name}, 1.0 + dense.abs().max())
 
 
 HEAD_LAWS: tuple[Law, ...] = (scopes_agree, chunks_agree, gradients_agree)
 
 
 def check_head(head: Head) -> list[LawReport]:
-    """Every law of a head on a small vocabulary, and those of the laws that it gives at the root and below each node."""
+    """Apply every law of a head on a small vocabulary.
+
+    Its distributions at the root and below each node are checked too.
+    """
     reports = evaluate_laws(head, HEAD_LAWS)
-    for node in (
-        head.vocabulary.root,
-        *range(head.vocabulary.num_tokens, head.vocabulary.num_states - 1),
-    ):
-        reports += _law_reports(in_float64(head), node)
+    vocabulary = head.vocabulary
+    nodes = [vocabulary.root, *range(vocabulary.num_tokens, vocabulary.num_states - 1)]
+    for node in nodes:
+        reports += _check_distributions(randomize_in_float64(head), node)
     return reports
 
 
-def _law_reports(head: Head, node: int) -> list[LawReport]:
-    hidden = torch.randn(
-        3, head.width, generator=torch.Generator().manual_seed(2), dtype=torch.float64
-    )
-    gathered: list[LawReport] = []
+def _check_distributions(head: Head, node: int) -> list[LawReport]:
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(3, head.width, generator=generator, dtype=torch.float64)
+    reports: list[LawReport] = []
 
-    def question(prediction: CleanDistribution, idx: Tensor) -> Tensor:
-        gathered.extend(evaluate_laws(prediction, CLEAN_DISTRIBUTION_LAWS))
+    def check(prediction: CleanDistribution, idx: Tensor) -> Tensor:
+        reports.extend(evaluate_laws(prediction, CLEAN_DISTRIBUTION_LAWS))
         return torch.zeros(len(idx))
 
-    head.query(hidden, torch.full((3,), node), question)
-    return gathered
+    head.query(hidden, torch.full((3,), node), check)
+    return reports

@@ -1,4 +1,4 @@
-"""Laws of information time: the clock that draws of the bound follow, and the variance that it leaves."""
+"""Laws of information time, the clock by which times of the bound are drawn."""
 
 from __future__ import annotations
 
@@ -15,85 +15,93 @@ from ddiff.testing.probes import ENDS, INNER, NEAR_ENDS, likelihoods, product, t
 from ddiff.testing.report import Gap, compare, law
 
 WINDOWS = ((1e-3, 1.0 - 1e-3), (0.0, 1.0))
-TOKENS = 64  # of the sequence that draws are made for
-OUTER = 0.01  # share of the draws at either end
+TOKENS = 64  # length of the sequence that draws are made for
+OUTER = 0.01  # share of the draws at each end
 
 
-@law("information: that of the joint table of token and state", tolerance=1e-9)
+@law("information: matches the enumerated joint of token and state", tolerance=1e-9)
 def information_is_enumerated(process: ForwardProcess) -> Iterator[Gap]:
-    """`information` is I(X; Z_t) and `moved` is P(Z_t != X) for X uniform; `information_lost` is the rest. Rounding."""
+    """For X uniform, `information` is I(X; Z_t), `information_lost` is I(X; Z_0) - I(X; Z_t) and
+    `change_probability` is P(Z_t != X). Tolerance: rounding."""
     t = times(ENDS, NEAR_ENDS, INNER)
     q = likelihoods(process, t)
     mean = q.mean(1, keepdim=True)
+    # 0 ln 0 = 0: a ratio of 1 has logarithm 0
     ratio = torch.where(q > 0, q / torch.where(mean > 0, mean, 1.0), 1.0)
     expected = (q * ratio.log()).sum(-1).mean(-1)
     yield compare(process.information(t), expected, {"t": t})
     yield compare(process.information_lost(t), expected[0] - expected, {"t": t})
     stayed = q.diagonal(dim1=-2, dim2=-1).mean(-1)
-    yield compare(process.change_probability(t), 1.0 - stayed, {"moved at t": t})
+    yield compare(process.change_probability(t), 1.0 - stayed, {"change_probability at t": t})
 
 
-@law("information time: rises from the first time to the last at its own speed", tolerance=1e-3)
+@law("information time: increasing, with dt/dtau its derivative", tolerance=1e-3)
 def clock_is_a_time_change(process: ForwardProcess) -> Iterator[Gap]:
-    """t increases with tau, and dt/dtau is its derivative, since else every estimate is biased.
-
-    The integral of the speed between two tau is the difference of t; relative, Simpson's rule on 2000 panels.
-    """
-    clock = process.information_time
+    """t increases with tau, and the integral of dt/dtau between two tau is the difference of t;
+    otherwise every estimate of the bound would be biased. Tolerance: relative, Simpson's rule on
+    2000 panels."""
     tau = torch.linspace(0.01, 0.99, 4001, dtype=torch.float64)
-    t, speed = clock.at(tau)
+    t, speed = process.information_time.at(tau)
     yield compare((t.diff() > 0).double(), 1.0, {"after tau": tau[:-1]})
-    panels = (speed[:-2:2] + 4.0 * speed[1:-1:2] + speed[2::2]) * float(tau[1] - tau[0]) / 3.0
+    spacing = float(tau[1] - tau[0])
+    integrals = (speed[:-2:2] + 4.0 * speed[1:-1:2] + speed[2::2]) * spacing / 3.0
     moved = t[2::2] - t[:-2:2]
-    yield compare(panels, moved, {"tau": tau[1:-1:2]}, moved)
+    yield compare(integrals, moved, {"tau": tau[1:-1:2]}, moved)
 
 
 @law("information time: equal shares of tau lose equal information", tolerance=0.01)
 def tau_is_the_share_lost(process: ForwardProcess) -> Iterator[Gap]:
-    """As a share of what is lost from tau = 0 to 1. Only the variance of estimates rests on it: interpolation may leave
-    a percent."""
+    """tau is the share of the information lost between tau = 0 and tau = 1. Tolerance: a percent of
+    interpolation error, which affects only the variance of estimates."""
     tau = torch.linspace(0.0, 1.0, 41, dtype=torch.float64)
-    kept = process.information(process.information_time.at(tau)[0])
-    yield compare((kept[0] - kept) / (kept[0] - kept[-1]), tau, {"tau": tau})
+    t, _ = process.information_time.at(tau)
+    information = process.information(t)
+    lost = (information[0] - information) / (information[0] - information[-1])
+    yield compare(lost, tau, {"tau": tau})
 
 
-@law("bound: no end of time holds most of the variance", tolerance=0.4)
+@law("bound: the ends of the window hold little of the variance", tolerance=0.4)
 def variance_has_no_tail(process: ForwardProcess) -> Iterator[Gap]:
-    """The share of E[(speed * density)^2] in the first and the last percent of the draws, for the uniform prediction.
+    """The first and the last percent of the draws hold at most 0.4 of E[(speed * density)^2], for
+    the uniform prediction.
 
-    Where it is large, most estimates of the bound miss what a few are charged for, and report too little. With the
-    process's information time it is below 0.35 for shipped processes, with t drawn evenly 0.5 to 1. Remedy: correct
-    `information` and `moved` where they are overridden; else begin the window later.
+    With a larger share, most estimates of the bound miss the few expensive draws and report too
+    little. With information time, shipped processes are below 0.35; with t drawn evenly they are
+    between 0.5 and 1. Remedy: correct overridden `information` and `change_probability`; otherwise start the
+    window later.
     """
     for window in WINDOWS:
-        yield compare(
-            tail_variance_share(process, process.information_time, window), 0.0, {"window": window}
-        )
+        share = tail_variance_share(process, process.information_time, window)
+        yield compare(share, 0.0, {"window": window})
 
 
 def tail_variance_share(
     process: ForwardProcess, clock: TimeChange, window: tuple[float, float]
 ) -> Tensor:
-    """The share of the second moment of a token's charge that the outermost draws hold; infinite where that is."""
+    """Share of the second moment of a token's diffusion term in the outermost draws.
+
+    It is NaN if the second moment is infinite, which breaks the law.
+    """
     edge = torch.linspace(0.0, OUTER, 26, dtype=torch.float64)
     inner = torch.linspace(OUTER, 1.0 - OUTER, 99, dtype=torch.float64)
     edges = torch.cat([edge[:-1], inner, 1.0 - edge.flip(0)[1:]])
     middle = (edges[1:] + edges[:-1]) / 2.0
     t, speed = clock.draw(middle, *window, TOKENS)
-    held = edges.diff() * speed**2 * _second_moment(process, t)
+    moment = edges.diff() * speed**2 * _mean_square_density(process, t)
     outer = (middle < OUTER) | (middle > 1.0 - OUTER)
-    return held[outer].sum() / held.sum()
+    return moment[outer].sum() / moment.sum()
 
 
-def _second_moment(process: ForwardProcess, t: Tensor) -> Tensor:
-    """[n] E[density^2] over x uniform and z ~ q_t(.|x), for the uniform prediction."""
-    tokens = process.vocabulary.num_tokens
-    q = likelihoods(process, t)
+def _mean_square_density(process: ForwardProcess, t: Tensor) -> Tensor:
+    """E[density^2] [n] over x uniform and z ~ q_t(.|x), for the uniform prediction."""
+    vocabulary = process.vocabulary
+    num_tokens = vocabulary.num_tokens
     time, x0, zt = product(
-        torch.arange(len(t)), torch.arange(tokens), torch.arange(process.vocabulary.num_states)
+        torch.arange(len(t)), torch.arange(num_tokens), torch.arange(vocabulary.num_states)
     )
-    uniform = torch.full((len(x0), tokens), -math.log(tokens), dtype=torch.float64)
-    density = process.density(DenseDistribution(uniform, process.vocabulary), x0, zt, t[time])
-    chance = q.reshape(-1)
-    charged = torch.where(chance > 0, chance * density**2, 0.0)
-    return charged.reshape(len(t), -1).sum(-1) / tokens
+    log_p = torch.full((len(x0), num_tokens), -math.log(num_tokens), dtype=torch.float64)
+    density = process.density(DenseDistribution(log_p, vocabulary), x0, zt, t[time])
+    probability = likelihoods(process, t).reshape(-1)
+    # the density of a state that cannot occur may be infinite
+    charged = torch.where(probability > 0, probability * density**2, 0.0)
+    return charged.reshape(len(t), -1).sum(-1) / num_tokens

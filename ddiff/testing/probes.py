@@ -1,4 +1,7 @@
-"""What the laws are tried on: fixed laws, times, grids of uniforms and quadrature nodes. Nothing here is random twice."""
+"""Inputs on which laws are tried: distributions, times, grids of uniforms, quadrature nodes.
+
+Everything here is the same at every call.
+"""
 
 from __future__ import annotations
 
@@ -22,135 +25,196 @@ INNER = (0.02, 0.31, 0.5, 0.77, 0.97)
 NEAR_ENDS = (1e-6, 1.0 - 1e-6)
 ENDS = (0.0, 1.0)
 STEPS = ((0.31, 0.77), (0.02, 0.5), (0.5, 0.97), (0.1, 0.9))
+PANEL = 2.3  # units of logit t that one panel of a quadrature covers
 
 
 def times(*groups: tuple[float, ...]) -> Tensor:
+    """Concatenate groups of times to one float64 tensor."""
     return torch.tensor([t for group in groups for t in group], dtype=torch.float64)
 
 
 def random_log_probs(num_tokens: int, count: int = 3, seed: int = 0) -> Tensor:
-    """[count, V] log-laws from nearly even to peaked."""
-    logits = torch.randn(
-        count, num_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    """Draw log-distributions [count,V], from nearly even to peaked."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, num_tokens, generator=generator, dtype=torch.float64)
     sharpness = torch.linspace(0.5, 2.5, count, dtype=torch.float64)
     return (sharpness.unsqueeze(-1) * logits).log_softmax(-1)
 
 
 def certain_log_probs(num_tokens: int) -> Tensor:
-    """[V, V] the log-law that is sure of each word."""
+    """Log-distributions [V,V]: row x puts all its mass on token x."""
     return torch.eye(num_tokens, dtype=torch.float64).log()
 
 
 def product(*axes: Tensor) -> tuple[Tensor, ...]:
-    """All combinations of the entries of 1-d tensors, one flat tensor each."""
-    places = torch.meshgrid(*(torch.arange(len(axis)) for axis in axes), indexing="ij")
+    """All combinations of the entries of 1-d tensors, as one flat tensor per axis."""
+    indices = [torch.arange(len(axis)) for axis in axes]
+    places = torch.meshgrid(*indices, indexing="ij")
     return tuple(axis[place.reshape(-1)] for axis, place in zip(axes, places))
 
 
 def grid_of_uniforms(count: int, dimensions: int) -> Tensor:
-    """[count, dimensions] float64 Sobol points: an even covering of the unit cube, the same every time."""
+    """Sobol points [count,dimensions] in float64, which cover the unit cube evenly."""
     return torch.quasirandom.SobolEngine(dimensions).draw(count, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------ quadrature
+
+
+def logit_ends(start: float, stop: float) -> tuple[Tensor, Tensor]:
+    """Logits of two times, which are moved into the open interval (0, 1) first."""
+    first, last = torch.logit(interior(times((start, stop))))
+    return first, last
 
 
 def logit_nodes(
     start: float, stop: float, panels: int, order: int = 10
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Nodes for integrals over t in [start, stop] that resolve both ends: v in [0,1], logit t, and the weights of dv.
+    """Gauss-Legendre nodes on equal panels of logit t, which resolve both ends of [start, stop].
 
-    Gauss-Legendre on equal panels of logit t; v is logit t scaled to [0,1].
+    Returns v in [0,1] (logit t, rescaled), logit t, and the weights of dv.
     """
-    x, w = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(order))
+    x, w = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(order))
     left = torch.arange(panels, dtype=torch.float64).unsqueeze(-1)
     v = ((left + (x + 1.0) / 2.0) / panels).reshape(-1)
-    first, last = torch.logit(interior(torch.tensor([start, stop], dtype=torch.float64)))
-    return v, first + v * (last - first), (w / 2.0 / panels).repeat(panels)
+    first, last = logit_ends(start, stop)
+    weight = (w / 2.0 / panels).repeat(panels)
+    return v, first + v * (last - first), weight
 
 
 def num_panels(start: float, stop: float, finer: int = 1) -> int:
-    """One panel per 2.3 units of logit t (ten nodes each): most integrands here are analytic within pi of the real axis.
+    """Number of quadrature panels for [start, stop]: one per 2.3 units of logit t.
 
-    Steeper ones (a schedule that is an exponential of an exponential) need panels `finer` times as many.
+    With ten nodes each, this suffices for integrands that are analytic within pi of the real axis
+    of logit t, as most are here. Steeper ones (a schedule that is an exponential of an exponential)
+    need `finer` times as many panels.
     """
-    first, last = torch.logit(interior(torch.tensor([start, stop], dtype=torch.float64)))
-    return finer * max(2, math.ceil(float(last - first) / 2.3))
+    first, last = logit_ends(start, stop)
+    return finer * max(2, math.ceil(float(last - first) / PANEL))
+
+
+def integral(rate: Callable[[Tensor], Tensor], start: float, stop: float, finer: int = 1) -> Tensor:
+    """Integrate rate(t [n]) -> [n,k] over t in [start, stop] by Gauss-Legendre in logit t; [k]."""
+    _, y, weight = logit_nodes(start, stop, num_panels(start, stop, finer))
+    first, last = logit_ends(start, stop)
+    t = torch.sigmoid(y)
+    # dt = t (1 - t) d(logit t)
+    return (t * (1.0 - t) * (last - first) * weight) @ rate(t)
+
+
+# ------------------------------------------------------------------ marginals
 
 
 def likelihoods(process: ForwardProcess, t: Tensor) -> Tensor:
-    """[r, V, S] q_t(z|x), read from the marginal alone."""
+    """q_t(z|x) as [r,V,S] for t [r], computed from `log_marginal` only."""
     num_tokens = process.vocabulary.num_tokens
-    rows = process.log_marginal(
-        certain_log_probs(num_tokens).repeat(len(t), 1), t.repeat_interleave(num_tokens)
-    )
+    log_p = certain_log_probs(num_tokens).repeat(len(t), 1)
+    rows = process.log_marginal(log_p, t.repeat_interleave(num_tokens))
     return rows.exp().reshape(len(t), num_tokens, -1)
 
 
-class ReachableRows:
-    """Every (law, clean token, state, time) in which the state can occur: what the bound may meet."""
+def likelihoods_by_row(process: ForwardProcess, t: Tensor) -> Tensor:
+    """q_t(z|x) as [r,V,S] for times t [r] with repeats: each distinct time is computed once."""
+    distinct, place = t.unique(return_inverse=True)
+    return likelihoods(process, distinct)[place]
 
-    def __init__(self, process: ForwardProcess, t: Tensor, laws: Tensor | None = None) -> None:
+
+def token_likelihoods(process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
+    """q_t(z|x) of each row's state z, over all tokens x: [r,V] for zt, t [r]."""
+    distinct, place = t.unique(return_inverse=True)
+    return likelihoods(process, distinct)[place, :, zt]
+
+
+class ReachableRows:
+    """Every combination of distribution, clean token, state and time in which the state can occur.
+
+    Row-wise tensors: x0, zt [r] long, t [r], weight [r] = q_t(zt|x0), log_p [r,V]; `dist` holds
+    log_p as a distribution of the clean token.
+    """
+
+    def __init__(self, process: ForwardProcess, t: Tensor, log_probs: Tensor | None = None) -> None:
         vocabulary = process.vocabulary
-        self.dists = random_log_probs(vocabulary.num_tokens) if laws is None else laws
-        x0, zt = torch.arange(vocabulary.num_tokens), torch.arange(vocabulary.num_states)
-        law_index, time_index, x0, zt = product(
-            torch.arange(len(self.dists)), torch.arange(len(t)), x0, zt
+        if log_probs is None:
+            log_probs = random_log_probs(vocabulary.num_tokens)
+        index, time, x0, zt = product(
+            torch.arange(len(log_probs)),
+            torch.arange(len(t)),
+            torch.arange(vocabulary.num_tokens),
+            torch.arange(vocabulary.num_states),
         )
-        weight = likelihoods(process, t)[time_index, x0, zt]
+        weight = likelihoods(process, t)[time, x0, zt]
         possible = weight > 0
-        self.x0, self.zt, self.t = x0[possible], zt[possible], t[time_index[possible]]
-        self.weight, self.log_p = weight[possible], self.dists[law_index[possible]]
+        self.x0 = x0[possible]
+        self.zt = zt[possible]
+        self.t = t[time[possible]]
+        self.weight = weight[possible]
+        self.log_p = log_probs[index[possible]]
         self.dist = DenseDistribution(self.log_p, vocabulary)
 
-    def take(self, which: Tensor) -> ReachableRows:
-        """The rows marked by a bool [r]."""
-        some = copy.copy(self)
-        some.x0, some.zt, some.t = self.x0[which], self.zt[which], self.t[which]
-        some.weight, some.log_p = self.weight[which], self.log_p[which]
-        some.dist = DenseDistribution(some.log_p, self.dist.vocabulary)
-        return some
+    def select(self, chosen: Tensor) -> ReachableRows:
+        """Return the rows marked by a bool mask [r]."""
+        rows = copy.copy(self)
+        rows.x0 = self.x0[chosen]
+        rows.zt = self.zt[chosen]
+        rows.t = self.t[chosen]
+        rows.weight = self.weight[chosen]
+        rows.log_p = self.log_p[chosen]
+        rows.dist = DenseDistribution(rows.log_p, self.dist.vocabulary)
+        return rows
+
+    @property
+    def args(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(x0, zt, t), the arguments of the formulas of a process after the prediction."""
+        return self.x0, self.zt, self.t
 
     @property
     def labels(self) -> dict[str, Tensor]:
         return {"x0": self.x0, "zt": self.zt, "t": self.t}
 
 
-class TableQuery:
-    """A visit over fixed laws log_p [n,V] that gives away no more than was asked: below `node`, nothing above it.
+# ------------------------------------------------------------------ networks of fixed answers
 
-    `calls` counts visits, `asked` remembers the rows of the last one.
+
+class TableQuery:
+    """Query that answers from fixed log-distributions log_p [n,V].
+
+    A row's prediction holds only what lies below its `node`, so that a formula which needs more
+    fails. `calls` counts the calls; `queried` holds the rows of the last one.
     """
 
     def __init__(self, log_p: Tensor, vocabulary: Vocabulary) -> None:
-        self.log_p, self.vocabulary = log_p, vocabulary
+        self.log_p = log_p
+        self.vocabulary = vocabulary
         self.calls = 0
-        self.asked = torch.empty(0, dtype=torch.long)
+        self.queried = torch.empty(0, dtype=torch.long)
 
     def __call__(self, rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
         self.calls += 1
-        self.asked = rows
-        parts = []
+        self.queried = rows
+        indices = []
+        results = []
         for idx, dist in distributions_below(self.log_p[rows], node, self.vocabulary):
-            parts.append((idx, fn(dist, *(value[idx] for value in per_row))))
-        order = torch.cat([idx for idx, _ in parts])
-        if isinstance(parts[0][1], tuple):
-            return tuple(
-                _in_order(order, column) for column in zip(*(result for _, result in parts))
-            )
-        return _in_order(order, [result for _, result in parts])
+            indices.append(idx)
+            results.append(fn(dist, *(value[idx] for value in per_row)))
+        order = torch.cat(indices)
+        if isinstance(results[0], tuple):
+            return tuple(_restore_order(order, column) for column in zip(*results))
+        return _restore_order(order, results)
 
 
 def distributions_below(
     log_p: Tensor, node: Tensor, vocabulary: Vocabulary
 ) -> Iterator[tuple[Tensor, CleanDistribution]]:
-    """Rows grouped by the node that they ask below: (which rows, a law that knows nothing else)."""
+    """Group rows by their node: yields (row indices, distribution of what lies below the node)."""
     for top in node.unique().tolist():
         idx = (node == top).nonzero().squeeze(-1)
         if top == vocabulary.root:
             yield idx, DenseDistribution(log_p[idx], vocabulary)
             continue
         start, stop = vocabulary.node_range(torch.tensor(top), 0)
-        words = vocabulary.order(0)[int(start) : int(stop)]
-        yield idx, DenseDistribution(log_p[idx][:, words].log_softmax(-1), vocabulary, top)
+        tokens = vocabulary.order(0)[int(start) : int(stop)]
+        conditional = log_p[idx][:, tokens].log_softmax(-1)
+        yield idx, DenseDistribution(conditional, vocabulary, top)
 
 
 def evaluate_below(
@@ -160,29 +224,22 @@ def evaluate_below(
     vocabulary: Vocabulary,
     *arguments: Tensor,
 ) -> Tensor:
-    """[r] formula(law, *arguments) where every row's law knows only what lies below its node."""
+    """Evaluate formula(prediction, *arguments) with predictions restricted to below `node`; [r]."""
     rows = torch.arange(len(log_p))
     return TableQuery(log_p, vocabulary)(rows, node, formula, *arguments)
 
 
-def _in_order(order: Tensor, pieces: Any) -> Tensor:
+def _restore_order(order: Tensor, pieces: Any) -> Tensor:
     gathered = torch.cat(list(pieces))
     return torch.empty_like(gathered).index_copy_(0, order, gathered)
 
 
 def require_small(process: ForwardProcess) -> None:
-    """The kit works by brute force over all states."""
+    """Raise ArgumentError if the process has too many states to enumerate."""
     states = process.vocabulary.num_states
     if states > MAX_STATES:
         raise ArgumentError(
-            f"check_process: process must be a small instance, at most {MAX_STATES} states, because the laws are proven by "
-            f"brute force; got {states}. Build it on a toy vocabulary, as `examples()` does."
+            f"check_process: process must be a small instance, at most {MAX_STATES} states, "
+            f"because the laws are checked by enumeration; got {states}. Build it on a toy "
+            "vocabulary, as `examples()` does."
         )
-
-
-def integral(rate: Callable[[Tensor], Tensor], start: float, stop: float, finer: int = 1) -> Tensor:
-    """[k] the integral over t in [start, stop] of rate(t [n]) -> [n,k], by Gauss-Legendre in logit t."""
-    _, y, width = logit_nodes(start, stop, num_panels(start, stop, finer))
-    first, last = torch.logit(interior(times((start, stop))))
-    t = torch.sigmoid(y)
-    return (t * (1.0 - t) * (last - first) * width) @ rate(t)

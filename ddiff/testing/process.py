@@ -26,7 +26,7 @@ PROCESS_LAWS: tuple[Law, ...] = (
     chain.rates_rows_sum_to_zero,
     chain.rates_are_not_negative,
     chain.kernels_agree,
-    chain.transition_rows_are_laws,
+    chain.transition_rows_are_distributions,
     chain.transition_is_oracle,
     chain.chapman_kolmogorov,
     chain.marginal_follows_transitions,
@@ -38,22 +38,22 @@ PROCESS_LAWS: tuple[Law, ...] = (
     derived_formulas.posterior_is_derived,
     derived_formulas.likelihood_is_derived,
     derived_formulas.density_is_derived,
-    derived_formulas.score_is_law,
+    derived_formulas.density_accepts_scores,
     derived_formulas.weight_is_derived,
-    derived_formulas.factors_multiply,
+    derived_formulas.weight_times_divergence_is_density,
     derived_formulas.density_is_a_divergence,
     derived_formulas.decode_nll_is_derived,
     derived_formulas.closing_kl_is_derived,
     derived_formulas.active_covers_density,
     derived_formulas.scope_suffices,
-    derived_formulas.informed_is_enough,
+    derived_formulas.trained_part_suffices,
     draws.sample_follows_marginal,
     draws.step_follows_posterior,
     draws.decode_follows_bayes,
     draws.step_queries_once,
     draws.decode_queries_once,
-    draws.draws_are_their_own,
-    draws.arguments_are_untouched,
+    draws.draws_depend_on_own_uniforms,
+    draws.arguments_are_unchanged,
     edge_cases.gradients_are_finite,
     edge_cases.impossible_truth_is_bayes,
     reverse_process.from_clean_is_marginal,
@@ -62,7 +62,7 @@ PROCESS_LAWS: tuple[Law, ...] = (
     reverse_process.scores_decode_to_posterior,
     reverse_process.scores_are_decoded,
     reverse_process.reverse_flows_balance,
-    reverse_process.density_is_of_reverse_rates,
+    reverse_process.reverse_rates_make_density,
     reverse_process.reverse_rates_make_posterior,
     reverse_process.forward_step_follows_transition,
     reverse_process.events_follow_reverse_rates,
@@ -78,46 +78,44 @@ PROCESS_LAWS: tuple[Law, ...] = (
     bound.discrete_bound_converges,
     bound.entropy_equality,
     bound.speed_equality,
-    bound_terms.draws_of_the_bound,
+    bound_terms.terms_have_their_expectations,
 )
 
-OF_EXACT_STEPS = (
+# laws that a process which declares `exact_step = False` need not obey
+LAWS_OF_EXACT_STEPS = (
     draws.step_follows_posterior,
     draws.decode_follows_bayes,
     reverse_process.events_follow_reverse_rates,
 )
-"""What a process that declares `exact_step = False` does not promise."""
 
 
 def check_parts(process: ForwardProcess) -> list[LawReport]:
-    """The laws of the vocabulary, the clocks and the schedules that a process holds."""
+    """Apply the laws of the vocabulary, clocks and schedules that a process has as attributes."""
     reports = check_vocabulary(process.vocabulary)
     for part in vars(process).values():
         if isinstance(part, LevelClock):
             reports += check_clock(part)
-            reports += [
-                report for one in vars(part).get("schedules", ()) for report in check_schedule(one)
-            ]
+            for schedule in vars(part).get("schedules", ()):
+                reports += check_schedule(schedule)
         elif isinstance(part, Schedule):
             reports += check_schedule(part)
     return reports
 
 
 def check_process(process: ForwardProcess) -> list[LawReport]:
-    """Every law that applies to a small instance (at most 64 states), by brute force in float64.
+    """Apply every law of a process to a small instance (at most 64 states), in float64.
 
-    A process that declares `exact_step = False` is not held to its posterior. Raises ArgumentError for a larger one; a law
-    that the process breaks, or raises in, is a report that has not passed.
+    A process that declares `exact_step = False` need not draw from its posterior. Raises
+    ArgumentError for a larger instance. A law that is broken, or in which the process raises, is a
+    report that has not passed.
     """
     if not isinstance(process, ForwardProcess):
         raise ArgumentError(
-            f"check_process: process must be an instance of a ForwardProcess; got {process!r}. Build one first on a small "
-            "vocabulary: a class is no process yet, but its `examples()` are."
+            f"check_process: process must be an instance of a ForwardProcess; got {process!r}. "
+            "Build one first on a small vocabulary: a class is no process, but its `examples()` are."
         )
     require_small(process)
-    laws = (
-        PROCESS_LAWS
-        if process.exact_step
-        else [law for law in PROCESS_LAWS if law not in OF_EXACT_STEPS]
-    )
+    laws = list(PROCESS_LAWS)
+    if not process.exact_step:
+        laws = [law for law in laws if law not in LAWS_OF_EXACT_STEPS]
     return evaluate_laws(process, laws)

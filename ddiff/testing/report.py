@@ -1,4 +1,4 @@
-"""What a law says about an object: how far it is broken, where, and how much is allowed."""
+"""Laws as callables, and reports on the objects that they are applied to."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ddiff.errors import ArgumentError
 
-FINER = 4  # times the nodes, where a law of an integral seems to be broken
+FINER = 4  # factor on the quadrature nodes when an integral law seems to be broken
 
 
 class LawReport(NamedTuple):
-    """One law on one object: the largest `error`, the `tolerance`, `where` it was found and what the law says.
+    """Result of one law on one object: largest `error`, `tolerance`, and `where` it occurred.
 
     `probes` counts the numbers that were compared; a law with none does not apply to the object.
     """
@@ -35,13 +35,13 @@ class LawReport(NamedTuple):
     def __str__(self) -> str:
         verdict = "holds" if self.passed else "is broken"
         return (
-            f'"{self.law}" {verdict}: error {self.error:.3g}, allowed {self.tolerance:.3g}, largest at {self.where}. '
-            f"{self.explanation}"
+            f'"{self.law}" {verdict}: error {self.error:.3g}, allowed {self.tolerance:.3g}, '
+            f"largest at {self.where}. {self.explanation}"
         )
 
 
 class Gap(NamedTuple):
-    """The largest difference among `probes` numbers and where it is."""
+    """Largest difference among `probes` compared numbers, and its place."""
 
     error: float
     where: str
@@ -54,47 +54,60 @@ def compare(
     where: Mapping[str, Any] | None = None,
     relative_to: Tensor | float = 1.0,
 ) -> Gap:
-    """The largest |got - expected| / relative_to; NaN, and infinity on one side only, count as infinite.
+    """Find the largest |got - expected| / relative_to.
 
-    Labels in `where` are shown as they are; a tensor label is read at the worst place (its dimensions are the first
-    ones of `got`).
+    NaN, and infinity on one side only, count as infinite. `where` labels the place in the report:
+    tensor labels are indexed at the worst place (their dimensions are the first ones of `got`),
+    other labels are printed unchanged.
     """
-    due = torch.as_tensor(expected, dtype=torch.float64).detach()
-    got, due = torch.broadcast_tensors(got.detach().double(), due)
-    difference = torch.where(got == due, 0.0, (got - due).abs()) / relative_to
+    target = torch.as_tensor(expected, dtype=torch.float64).detach()
+    got, target = torch.broadcast_tensors(got.detach().double(), target)
+    # equal infinities have no difference, although inf - inf is NaN
+    difference = torch.where(got == target, 0.0, (got - target).abs()) / relative_to
     difference = difference.nan_to_num(nan=math.inf, posinf=math.inf)
     if difference.numel() == 0:
         return Gap(0.0, "nothing", 0)
     worst = int(difference.argmax())
     place = torch.unravel_index(torch.tensor(worst), difference.shape)
-    labels = [f"{name} = {_at(label, place)}" for name, label in (where or {}).items()]
-    values = f"got {float(got.reshape(-1)[worst]):.6g} for {float(due.reshape(-1)[worst]):.6g}"
-    entry = tuple(int(index) for index in place)
-    found = ", ".join([*labels, f"entry {entry}"] if entry else labels) or "its value"
-    return Gap(float(difference.reshape(-1)[worst]), f"{found}: {values}", difference.numel())
+    labels = []
+    for name, label in (where or {}).items():
+        labels.append(f"{name} = {_format_label(label, place)}")
+    if place:
+        entry = tuple(int(index) for index in place)
+        labels.append(f"entry {entry}")
+    found = ", ".join(labels) or "its value"
+    got_value = float(got.reshape(-1)[worst])
+    target_value = float(target.reshape(-1)[worst])
+    error = float(difference.reshape(-1)[worst])
+    values = f"got {got_value:.6g} for {target_value:.6g}"
+    return Gap(error, f"{found}: {values}", difference.numel())
 
 
-def _at(label: Any, place: tuple[Tensor, ...]) -> str:
+def _format_label(label: Any, place: tuple[Tensor, ...]) -> str:
     if not isinstance(label, Tensor):
         return str(label)
     value = label[tuple(place[: label.dim()])]
-    return f"{float(value):.9g}" if value.is_floating_point() else str(int(value))
+    if value.is_floating_point():
+        return f"{float(value):.9g}"
+    return str(int(value))
 
 
 Measure = Callable[..., Iterator[Gap]]
 
 
 class Law:
-    """A named law: called with an object (and options) it gives a `LawReport`.
+    """Named law: calling it with an object (and options) returns a `LawReport`.
 
-    `measure` yields gaps; its docstring says what must hold and why the tolerance is what it is. An object that raises
-    breaks the law, since whoever relies on the law would meet the same exception. A measure that integrates takes
-    `finer`, how many times more nodes, and is asked again with more before the law counts as broken: a steep integrand
-    is no fault.
+    `measure` yields gaps; its docstring states the property and the reason for the tolerance. An
+    exception in `measure` breaks the law, since code that relies on the law would meet the same
+    exception. A measure that integrates takes `finer`, a factor on its quadrature nodes. It runs
+    again with `finer=FINER` before the law counts as broken, because a steep integrand is no fault.
     """
 
     def __init__(self, name: str, tolerance: float, measure: Measure) -> None:
-        self.name, self.tolerance, self.measure = name, tolerance, measure
+        self.name = name
+        self.tolerance = tolerance
+        self.measure = measure
         self.__doc__ = measure.__doc__
         self.explanation = " ".join((measure.__doc__ or "").split())
 
@@ -118,18 +131,22 @@ class Law:
 
 
 def law(name: str, tolerance: float) -> Callable[[Measure], Law]:
-    """Make a law of a generator of gaps."""
-    return lambda measure: Law(name, tolerance, measure)
+    """Decorate a generator of gaps so that it becomes a `Law`."""
+
+    def decorate(measure: Measure) -> Law:
+        return Law(name, tolerance, measure)
+
+    return decorate
 
 
 def evaluate_laws(subject: Any, laws: Iterable[Law], **options: Any) -> list[LawReport]:
-    """The reports of all laws that apply to the object."""
+    """Return the reports of all laws that apply to the object."""
     reports = [one(subject, **options) for one in laws]
     return [report for report in reports if report.probes > 0]
 
 
 def assert_laws(reports: Iterable[LawReport]) -> None:
-    """Raise AssertionError with every broken law; ArgumentError when there is no report at all."""
+    """Raise AssertionError naming every broken law; ArgumentError if there is no report."""
     reports = list(reports)
     if not reports:
         raise ArgumentError(

@@ -1,8 +1,8 @@
-"""What a sampler declares, held against the distribution of its samples on small joints that are known.
+"""Laws of a sampler: what it declares, compared with the distribution of its samples.
 
-The network is exact (`enumerated.ExactNetwork`), so that what is left is the sampler's own error: the total variation
-between its samples and a joint of two symbols. `steps -> Sampler` is what is checked, since an order shows only over
-several numbers of steps.
+Samples are drawn on small known joints of two tokens under an exact network, so the total variation
+distance to the joint is the sampler's own error. A check takes `steps -> Sampler`, because an order
+of convergence shows only over several numbers of steps.
 """
 
 from __future__ import annotations
@@ -25,25 +25,31 @@ from ddiff.core.times import Noisy
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
 from ddiff.errors import ArgumentError
-from ddiff.sampling.loop import Canvas, Quality, Sampler, Says, generate
+from ddiff.sampling.loop import Quality, Sampler, Says, generate
 from ddiff.testing.report import Gap, LawReport, compare, evaluate_laws, law
-from ddiff.testing.sampler_distribution import ExactNetwork, FastRng
+from ddiff.testing.sampler_distribution import ExactNetwork, FastRng, make_canvas
 
 JOINT = torch.tensor(
     [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64
 )
-"""P(x_1, x_2), .41 in total variation from the product of its marginals."""
+"""P(x_1, x_2); its total variation distance to the product of its marginals is 0.41."""
 
-POINTS = 2**15  # samples: a distance of 0 is measured as about .006
-SAMPLING = 0.006  # what the noise of the samples adds to a distance
+POINTS = 2**15  # samples; a distance of 0 is then measured as about 0.006
+SAMPLING = 0.006  # what the randomness of the samples adds to a distance
 NOISE = 0.02
-TELLING = 0.05  # a distance from which an order can be measured
-FEW, MANY = 2, 8  # the numbers of steps, the first and the last, from which an order is measured
-SLACK = 0.6  # of an order: rates are cut off at 0 on this joint, which takes half of it from the second order
+MEASURABLE = 0.05  # distances from which an order can be measured
+FEW = 2  # fewest steps from which an order is measured
+MANY = 8  # most steps from which an order is measured
+SLACK = (
+    0.6  # of an order: on this joint, rates are clipped at 0, which costs second order half of it
+)
 
 
 class SamplerCase(NamedTuple):
-    """A sampler for any number of steps, the process that it reverses (None: next-token models), what it is told."""
+    """Sampler for any number of steps, the process that it reverses, and what the network predicts.
+
+    The process is None for next-token models.
+    """
 
     build: Callable[[int], Sampler]
     process: ForwardProcess | None
@@ -51,18 +57,25 @@ class SamplerCase(NamedTuple):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return FlatVocabulary(3) if self.process is None else self.process.vocabulary
+        return _vocabulary_of(self.process)
 
-    def network(self) -> Network:
-        return (
-            NextTokenNetwork(self.vocabulary)
-            if self.process is None
-            else ExactNetwork(self.process, JOINT, self.predicts)
+    def make_network(self) -> Network:
+        if self.process is None:
+            return NextTokenNetwork(self.vocabulary)
+        return ExactNetwork(self.process, JOINT, self.predicts)
+
+    def generate(self, steps: int, index: Tensor, seed: int, **options: Any) -> Tensor:
+        """Ids [B,2] of the samples numbered `index` [B]."""
+        sampler = self.build(steps)
+        network = self.make_network()
+        samples = generate(
+            sampler, self.process, network, index=index, length=2, seed=seed, **options
         )
+        return samples.ids
 
 
 class NextTokenNetwork:
-    """The distribution of each symbol of the joint given the one before it, from the states of a canvas [B,2]."""
+    """Network of a next-token model: each token of the joint given the one before it."""
 
     predicts: Says = "law"
 
@@ -72,22 +85,22 @@ class NextTokenNetwork:
     def __call__(self, noisy: Noisy) -> Query:
         def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
             before = noisy.zt[rows // 2, 0].clamp(max=len(JOINT) - 1)
-            p = torch.where((rows % 2 == 0).unsqueeze(-1), JOINT.sum(1), JOINT[before])
-            return fn(
-                DenseDistribution((p / p.sum(-1, keepdim=True)).log(), self.vocabulary), *per_row
-            )
+            is_first = (rows % 2 == 0).unsqueeze(-1)
+            p = torch.where(is_first, JOINT.sum(1), JOINT[before])
+            log_p = (p / p.sum(-1, keepdim=True)).log()
+            return fn(DenseDistribution(log_p, self.vocabulary), *per_row)
 
         return query
 
 
 def small_processes() -> dict[str, ForwardProcess | None]:
-    """Masks, a tree, uniform noise, and no process, on three tokens; a sampler refuses those that it does not suit."""
+    """Processes on three tokens by name: masks, a tree, uniform noise, and None."""
+    unmasked = FlatVocabulary(3, mask=False)
+    tree = HierarchicalVocabulary([[0, 1, 0]])
     return {
         "masks": TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()])),
-        "a tree": TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((1.0, 1.0))),
-        "uniform noise": MixtureProcess(
-            FlatVocabulary(3, mask=False), LinearSchedule(), torch.full((3,), 1 / 3)
-        ),
+        "a tree": TreeProcess(tree, LogTimeClock((1.0, 1.0))),
+        "uniform noise": MixtureProcess(unmasked, LinearSchedule(), torch.full((3,), 1 / 3)),
         "no process": None,
     }
 
@@ -95,181 +108,187 @@ def small_processes() -> dict[str, ForwardProcess | None]:
 def check_sampler(
     build: Callable[[int], Sampler], process: ForwardProcess | None, predicts: Says = "law"
 ) -> list[LawReport]:
-    """Every law of samplers on one process of three tokens, such as those of `small_processes`.
+    """Apply every law of samplers on one process of three tokens, as in `small_processes`.
 
-    `build(steps)` makes the sampler. Raises ArgumentError where it refuses the process: its `needs` then says why.
+    `build(steps)` makes the sampler. Raises ArgumentError if the sampler's `needs` rejects the
+    process.
     """
-    subject = SamplerCase(build, process, predicts)
+    case = SamplerCase(build, process, predicts)
     build(FEW).needs(process, predicts)
-    return evaluate_laws(subject, LAWS)
+    return evaluate_laws(case, SAMPLER_LAWS)
 
 
-def distance(subject: SamplerCase, steps: int) -> float:
-    """Total variation between the joint and `POINTS` samples."""
-    sampler, process = subject.build(steps), subject.process
-    if process is None:
-        index = torch.arange(POINTS // 4)
-        final = generate(sampler, None, subject.network(), index=index, length=2, seed=7).ids
+def measure_distance(case: SamplerCase, steps: int) -> float:
+    """Total variation distance between the joint and the samples (`POINTS` of a process)."""
+    if case.process is None:
+        final = case.generate(steps, torch.arange(POINTS // 4), seed=7)
     else:
-        noise: Any = FastRng(POINTS, seed=7)
-        start = process.prior.draw(noise.uniform("start"))
-        free = torch.ones(start.shape, dtype=torch.bool)
-        canvas = Canvas(start, torch.ones(start.shape, dtype=torch.float64), ~free, free)
-        for canvas in sampler.run(process, subject.network(), canvas, lambda step: noise):  # noqa: B007, B020
-            pass
-        final = canvas.zt
-    size = subject.vocabulary.num_states
-    counts = torch.bincount(final[:, 0] * size + final[:, 1], minlength=size * size).reshape(
-        size, size
-    )
-    due = torch.zeros(size, size, dtype=torch.float64)
-    due[: len(JOINT), : len(JOINT)] = JOINT
-    return 0.5 * float((counts / counts.sum() - due).abs().sum())
+        final = _draw_samples(case, case.process, steps)
+    size = case.vocabulary.num_states
+    cell = final[:, 0] * size + final[:, 1]
+    counts = torch.bincount(cell, minlength=size * size).reshape(size, size)
+    expected = torch.zeros(size, size, dtype=torch.float64)
+    expected[: len(JOINT), : len(JOINT)] = JOINT
+    return 0.5 * float((counts / counts.sum() - expected).abs().sum())
 
 
-@law("sampler: its declarations are whole", tolerance=0.0)
-def declarations_are_whole(subject: SamplerCase) -> Iterator[Gap]:
-    """`quality` is "exact", "of an order" or "heuristic", and `order` is at least 1 for the second and 0 for the others.
-    Counts: nothing is allowed."""
-    sampler = subject.build(FEW)
-    known = sampler.quality in get_args(Quality)
-    yield compare(torch.tensor(int(not known)), 0.0, {"quality": sampler.quality})
-    whole = sampler.order >= 1 if sampler.quality == "of an order" else sampler.order == 0
-    yield compare(
-        torch.tensor(int(not whole)), 0.0, {"quality": sampler.quality, "order": sampler.order}
-    )
+def _draw_samples(case: SamplerCase, process: ForwardProcess, steps: int) -> Tensor:
+    """Final states [POINTS,2], with a faster random generator than `generate` uses."""
+    rng = FastRng(POINTS, seed=7)
+    canvas = make_canvas(process.prior.draw(rng.uniform("start")), 1.0)
+    sampler = case.build(steps)
+    for moved in sampler.run(process, case.make_network(), canvas, lambda step: rng):
+        canvas = moved
+    return canvas.zt
 
 
-@law("sampler: as many canvases as steps", tolerance=0.0)
-def canvases_are_counted(subject: SamplerCase) -> Iterator[Gap]:
-    """`run` yields as many canvases as `steps` says, where it says a number. Counts: nothing is allowed."""
+# ------------------------------------------------------------------ laws
+
+
+@law("sampler: declarations are consistent", tolerance=0.0)
+def declarations_are_consistent(case: SamplerCase) -> Iterator[Gap]:
+    """`quality` is "exact", "of an order" or "heuristic"; `order` is at least 1 for the second and 0
+    for the others. Tolerance: none."""
+    sampler = case.build(FEW)
+    is_unknown = sampler.quality not in get_args(Quality)
+    yield compare(torch.tensor(int(is_unknown)), 0.0, {"quality": sampler.quality})
+    if sampler.quality == "of an order":
+        is_wrong = sampler.order < 1
+    else:
+        is_wrong = sampler.order != 0
+    labels = {"quality": sampler.quality, "order": sampler.order}
+    yield compare(torch.tensor(int(is_wrong)), 0.0, labels)
+
+
+@law("sampler: yields as many canvases as steps", tolerance=0.0)
+def canvases_are_counted(case: SamplerCase) -> Iterator[Gap]:
+    """`run` yields as many canvases as the property `steps` states, unless it is None. Tolerance:
+    none."""
     for steps in (1, 3):
-        sampler = subject.build(steps)
-        if sampler.steps is not None:
-            yield compare(
-                torch.tensor(_canvases(sampler, subject)), float(sampler.steps), {"steps": steps}
-            )
+        declared = case.build(steps).steps
+        if declared is not None:
+            count = torch.tensor(_count_canvases(case, steps))
+            yield compare(count, float(declared), {"steps": steps})
 
 
-def _canvases(sampler: Sampler, subject: SamplerCase) -> int:
-    """How many canvases a run yields."""
+def _count_canvases(case: SamplerCase, steps: int) -> int:
     seen: list[int] = []
-    index = torch.arange(4)
-    generate(
-        sampler,
-        subject.process,
-        subject.network(),
-        index=index,
-        length=2,
-        seed=3,
-        on_step=lambda k, _: seen.append(k),
-    )
+    case.generate(steps, torch.arange(4), seed=3, on_step=lambda k, _: seen.append(k))
     return len(seen)
 
 
-@law("sampler: ends in tokens and keeps what is given", tolerance=0.0)
-def ends_in_tokens(subject: SamplerCase) -> Iterator[Gap]:
-    """The last canvas holds only tokens, and given positions hold what was given, bit for bit.
-
-    Counts: nothing is allowed."""
+@law("sampler: ends in tokens and keeps given positions", tolerance=0.0)
+def ends_in_tokens(case: SamplerCase) -> Iterator[Gap]:
+    """The last canvas contains only tokens, and given positions keep their tokens. Tolerance: none."""
     index = torch.arange(64)
     given = torch.stack([index % 3, (index // 3) % 3], -1)
-    for where in ([False, False], [True, False], [True, True]):
-        clamped = torch.tensor(where).expand(64, 2)
-        ids = generate(
-            subject.build(3),
-            subject.process,
-            subject.network(),
-            index=index,
-            length=2,
-            seed=5,
-            given=given,
-            clamped=clamped,
-        ).ids
-        yield compare((ids >= len(JOINT)).sum(), 0.0, {"states that are no token, given": where})
-        yield compare((clamped & (ids != given)).sum(), 0.0, {"changed tokens, given": where})
+    for positions in ([False, False], [True, False], [True, True]):
+        clamped = torch.tensor(positions).expand(64, 2)
+        ids = case.generate(3, index, seed=5, given=given, clamped=clamped)
+        not_tokens = (ids >= len(JOINT)).sum()
+        changed = (clamped & (ids != given)).sum()
+        yield compare(not_tokens, 0.0, {"states that are no token, given": positions})
+        yield compare(changed, 0.0, {"changed tokens, given": positions})
 
 
 @law("sampler: a sample does not depend on its batch", tolerance=0.0)
-def samples_are_their_own(subject: SamplerCase) -> Iterator[Gap]:
-    """A sample is a function of its number and the seed: drawn alone, in company and again it is the same. Exactly."""
+def samples_are_independent_of_batch(case: SamplerCase) -> Iterator[Gap]:
+    """A sample depends on its number and the seed only: drawn again, in a smaller batch and in
+    another order it is the same. Tolerance: none."""
     index = torch.arange(24)
+    expected = case.generate(3, index, seed=11)
 
-    def drawn(chosen: Tensor) -> Tensor:
-        return generate(
-            subject.build(3), subject.process, subject.network(), index=chosen, length=2, seed=11
-        ).ids
+    def gap(rows: Tensor, how: str) -> Gap:
+        drawn = case.generate(3, rows, seed=11)
+        return compare(drawn, expected[rows].double(), {"drawn": how})
 
-    together = drawn(index)
-    yield compare(drawn(index), together.double(), {"drawn": "again"})
-    yield compare(drawn(index[5:9]), together[5:9].double(), {"drawn": "in less company"})
-    backwards = index.flip(0)
-    yield compare(drawn(backwards), together[backwards].double(), {"drawn": "in another order"})
+    yield gap(index, "again")
+    yield gap(index[5:9], "in a smaller batch")
+    yield gap(index.flip(0), "in another order")
 
 
-@law("sampler: exact where it says so", tolerance=NOISE)
-def exact_samplers_are_exact(subject: SamplerCase) -> Iterator[Gap]:
-    """Samples of an exact sampler have the joint distribution, whatever the steps: .006 is the noise of the samples."""
-    if subject.build(FEW).quality == "exact":
-        for steps in (1, FEW)[
-            : 1 if subject.build(1).steps is None else 2
-        ]:  # None: steps change nothing
-            yield compare(
-                torch.tensor(distance(subject, steps)), 0.0, {"total variation at steps": steps}
-            )
-
-
-@law("sampler: of the order that it declares", tolerance=SLACK)
-def orders_are_reached(subject: SamplerCase) -> Iterator[Gap]:
-    """Somewhere a fourfold number of steps divides the distance by 4^order; measured is by how much the best order falls
-    short. Steps grow until the distance is too small to tell an order from the noise of the samples. On this joint rates
-    are cut off at 0, which costs up to .6 of an order. Not measured on trees, where orders show only after many steps."""
-    sampler = subject.build(FEW)
-    if sampler.quality != "of an order" or subject.vocabulary.num_levels > 1:
+@law("sampler: exact if declared exact", tolerance=NOISE)
+def exact_samplers_are_exact(case: SamplerCase) -> Iterator[Gap]:
+    """Samples of an exact sampler have the joint distribution for any number of steps. Tolerance: the
+    randomness of the samples is 0.006."""
+    if case.build(FEW).quality != "exact":
         return
-    steps, few, best = FEW, distance(subject, FEW), -math.inf
-    while few >= TELLING and best < sampler.order - SLACK and steps <= MANY:
-        best = max(
-            best, math.log(few / max(distance(subject, 4 * steps) - SAMPLING, 1e-6)) / math.log(4)
-        )
+    has_steps = case.build(1).steps is not None
+    for steps in (1, FEW) if has_steps else (1,):
+        distance = torch.tensor(measure_distance(case, steps))
+        yield compare(distance, 0.0, {"total variation at steps": steps})
+
+
+@law("sampler: reaches its declared order", tolerance=SLACK)
+def orders_are_reached(case: SamplerCase) -> Iterator[Gap]:
+    """For some number of steps, four times as many divide the distance by 4^order; the error is by how
+    much the best measured order falls short.
+
+    Steps grow until the distance is too small to tell an order from the randomness of the samples.
+    Not measured on trees, where orders show only after many steps. Tolerance: on this joint rates
+    are clipped at 0, which costs up to 0.6 of an order.
+    """
+    sampler = case.build(FEW)
+    if sampler.quality != "of an order" or case.vocabulary.num_levels > 1:
+        return
+    steps = FEW
+    distance = measure_distance(case, steps)
+    best = -math.inf
+    while distance >= MEASURABLE and best < sampler.order - SLACK and steps <= MANY:
+        finer = max(measure_distance(case, 4 * steps) - SAMPLING, 1e-6)
+        best = max(best, math.log(distance / finer) / math.log(4))
         steps *= 2
-        few = distance(subject, steps)
-    missing = 0.0 if best == -math.inf and few < TELLING else max(0.0, sampler.order - best)
-    yield compare(
-        torch.tensor(missing), 0.0, {"order": sampler.order, "best measured": f"{best:.2f}"}
-    )
+        distance = measure_distance(case, steps)
+    missing = max(0.0, sampler.order - best)
+    if best == -math.inf and distance < MEASURABLE:
+        missing = 0.0  # too near to the joint from the start
+    labels = {"order": sampler.order, "best measured": f"{best:.2f}"}
+    yield compare(torch.tensor(missing), 0.0, labels)
 
 
-LAWS = (
-    declarations_are_whole,
+SAMPLER_LAWS = (
+    declarations_are_consistent,
     canvases_are_counted,
     ends_in_tokens,
-    samples_are_their_own,
+    samples_are_independent_of_batch,
     exact_samplers_are_exact,
     orders_are_reached,
 )
 
 
+# ------------------------------------------------------------------ which processes a sampler takes
+
+
 def find_accepted_processes(
     build: Callable[[Vocabulary, int], Sampler],
 ) -> tuple[dict[str, SamplerCase], list[str]]:
-    """The small processes that a sampler takes, by name, and the reasons for which it refuses the others.
+    """Find the small processes that a sampler accepts, by name, and its reasons to reject others.
 
-    `build(vocabulary, steps)` makes the sampler. What is no ArgumentError is no refusal, and is raised.
+    `build(vocabulary, steps)` makes the sampler. Only an ArgumentError counts as a rejection; other
+    exceptions are raised.
     """
-    subjects: dict[str, SamplerCase] = {}
-    refused: list[str] = []
+    cases: dict[str, SamplerCase] = {}
+    rejected: list[str] = []
+    for name, predicts, case in _candidates(build):
+        try:
+            case.build(FEW).needs(case.process, predicts)
+        except ArgumentError as error:
+            rejected.append(f"{name}, {predicts}: {error}")
+        else:
+            cases[f"{name}, {predicts}"] = case
+    return cases, rejected
+
+
+def _candidates(
+    build: Callable[[Vocabulary, int], Sampler],
+) -> Iterator[tuple[str, Says, SamplerCase]]:
     for name, process in small_processes().items():
-        for predicts in ("law", "score") if process is not None else ("law",):
-            subject = SamplerCase(partial(build, _vocabulary(process)), process, predicts)
-            try:
-                subject.build(FEW).needs(process, predicts)
-            except ArgumentError as error:
-                refused.append(f"{name}, {predicts}: {error}")
-            else:
-                subjects[f"{name}, {predicts}"] = subject
-    return subjects, refused
+        build_steps = partial(build, _vocabulary_of(process))
+        yield name, "law", SamplerCase(build_steps, process, "law")
+        # a next-token model has no score
+        if process is not None:
+            yield name, "score", SamplerCase(build_steps, process, "score")
 
 
-def _vocabulary(process: ForwardProcess | None) -> Vocabulary:
+def _vocabulary_of(process: ForwardProcess | None) -> Vocabulary:
     return FlatVocabulary(3) if process is None else process.vocabulary

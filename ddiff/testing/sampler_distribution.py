@@ -1,7 +1,7 @@
-"""The law of a sampler on a joint of two symbols, summed over all canvases: how far it is from the truth, and for how much.
+"""Distribution of a sampler's output on a joint of two tokens, under an exact network.
 
-The network is replaced by the exact law of each symbol given the other position's state, so that what is left is the
-sampler's own error.
+The network predicts the exact distribution of each token given the other position's state, so the
+distance to the joint is the sampler's own error.
 """
 
 from __future__ import annotations
@@ -13,107 +13,156 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
-from ddiff.core.prediction import DenseDistribution, Score
+from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess, Query, RowFunction
+from ddiff.core.rng import CounterRng
 from ddiff.core.times import Noisy
 from ddiff.sampling.grid_sampler import GridSampler
-from ddiff.sampling.loop import Canvas, Sampler, counting
+from ddiff.sampling.loop import Canvas, Sampler, Says, counting
+from ddiff.sampling.psi import PsiSampler
+from ddiff.testing.derived_formulas import score_from_distribution
 
-FEW_TIMES = 64  # up to which a table over times and states is shorter than one over rows
-FEWEST = 64  # draws of a canvas, however improbable
-DIMENSIONS = 32  # of the Sobol sequence: uniforms of one step
+FEW_TIMES = 64  # up to this number, a table over times and states is smaller than one over rows
+FEWEST = 64  # draws from a canvas, however improbable it is
+DIMENSIONS = 32  # of the Sobol points: uniforms of one step
 
 
 class SamplerMeasurement(NamedTuple):
-    """`law` [S,S] of the two final states; `runs`, how often a sequence went through the network, on average."""
+    """Distribution `dist` [S,S] of the two final states, and the mean number of network runs."""
 
     dist: Tensor
     runs: float
 
     def distance(self, joint: Tensor) -> float:
-        """Total variation to `joint` [V,V]."""
+        """Total variation distance to `joint` [V,V]."""
         whole = torch.zeros_like(self.dist)
         whole[: len(joint), : len(joint)] = joint
         return 0.5 * float((self.dist - whole).abs().sum())
 
 
+# ------------------------------------------------------------------ the exact network
+
+
 def condition_on_other(
     process: ForwardProcess, joint: Tensor, zt: Tensor, t: Tensor, clean: Tensor
 ) -> Tensor:
-    """[B,2] each -> [B,2,V] log of the exact law of each symbol given the other position: its word where it is clean."""
-    times, place = t.unique(return_inverse=True)
-    states = torch.arange(process.vocabulary.num_states)
-    if len(times) <= FEW_TIMES:  # one table for all canvases
-        table = process.log_likelihood(
-            states.repeat(len(times)), times.repeat_interleave(len(states))
-        )
-        evidence = table[place * len(states) + zt].exp()
-    else:
-        evidence = (
-            process.log_likelihood(zt.reshape(-1), t.reshape(-1)).exp().reshape(*zt.shape, -1)
-        )
-    certain = torch.nn.functional.one_hot(torch.where(clean, zt, 0), len(joint)).to(evidence)
+    """Log-distributions [B,2,V] of each token given the other position's state.
+
+    zt, t, clean [B,2]; a clean position's state is its token.
+    """
+    evidence = _evidence(process, zt, t)
+    token = torch.where(clean, zt, 0)
+    certain = torch.nn.functional.one_hot(token, len(joint)).to(evidence)
     evidence = torch.where(clean.unsqueeze(-1), certain, evidence)
-    laws = torch.stack([evidence[:, 1] @ joint.T, evidence[:, 0] @ joint], 1)
-    return (laws / laws.sum(-1, keepdim=True)).log()
+    p = torch.stack([evidence[:, 1] @ joint.T, evidence[:, 0] @ joint], 1)
+    return (p / p.sum(-1, keepdim=True)).log()
+
+
+def _evidence(process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
+    """q_t(zt|x) [B,2,V]."""
+    times, place = t.unique(return_inverse=True)
+    if len(times) > FEW_TIMES:
+        log_likelihood = process.log_likelihood(zt.reshape(-1), t.reshape(-1))
+        return log_likelihood.exp().reshape(*zt.shape, -1)
+    num_states = process.vocabulary.num_states
+    states = torch.arange(num_states).repeat(len(times))
+    table = process.log_likelihood(states, times.repeat_interleave(num_states))
+    return table[place * num_states + zt].exp()
 
 
 @final
 class ExactNetwork:
-    """An ask that knows `joint` [V,V]; `says = "score"` gives the ratios of the marginals under the same laws."""
+    """Network that knows `joint` [V,V].
 
-    def __init__(self, process: ForwardProcess, joint: Tensor, predicts: str = "law") -> None:
-        self.process, self.joint, self.predicts = process, joint, predicts
+    With `predicts = "score"` it returns the scores of the same distributions.
+    """
+
+    def __init__(self, process: ForwardProcess, joint: Tensor, predicts: Says = "law") -> None:
+        self.process = process
+        self.joint = joint
+        self.predicts = predicts
 
     def __call__(self, noisy: Noisy) -> Query:
-        def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
-            sequence, place = rows // 2, torch.arange(len(rows))
-            shown = (part[sequence] for part in (noisy.zt, noisy.t, noisy.clean))
-            log_p = condition_on_other(self.process, self.joint, *shown)[place, rows % 2]
-            if self.predicts == "law":
-                return fn(DenseDistribution(log_p, self.process.vocabulary), *per_row)
-            log_q = self.process.log_marginal(
-                log_p, self.process.clamp_score_time(noisy.t.reshape(-1)[rows])
-            )
-            return fn(
-                Score(log_q - log_q.gather(-1, noisy.zt.reshape(-1)[rows].unsqueeze(-1))), *per_row
-            )
-
-        return query
+        return ExactQuery(self, noisy)
 
 
 @final
-class FastRng:
-    """Uniforms of one generator, for hundreds of thousands of samples; `Noise` numbers each one and takes longer."""
+class ExactQuery:
+    """Query of an `ExactNetwork` at one noisy state of two positions."""
+
+    def __init__(self, network: ExactNetwork, noisy: Noisy) -> None:
+        self.network = network
+        self.noisy = noisy
+
+    def __call__(self, rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+        process = self.network.process
+        noisy = self.noisy
+        sequence = rows // 2
+        both = condition_on_other(
+            process,
+            self.network.joint,
+            noisy.zt[sequence],
+            noisy.t[sequence],
+            noisy.clean[sequence],
+        )
+        log_p = both[torch.arange(len(rows)), rows % 2]
+        if self.network.predicts == "law":
+            return fn(DenseDistribution(log_p, process.vocabulary), *per_row)
+        zt = noisy.zt.reshape(-1)[rows]
+        t = process.clamp_score_time(noisy.t.reshape(-1)[rows])
+        return fn(score_from_distribution(process, log_p, zt, t), *per_row)
+
+
+# ------------------------------------------------------------------ random numbers
+
+
+@final
+class FastRng(CounterRng):
+    """Uniforms of one ordinary generator, for hundreds of thousands of samples of two positions.
+
+    `CounterRng` seeds every sample separately, which takes longer.
+    """
 
     def __init__(self, count: int, seed: int) -> None:
-        self.count, self.generator = count, torch.Generator().manual_seed(seed)
+        super().__init__(seed, 0, torch.arange(count), 2)
+        self.count = count
+        self.generator = torch.Generator().manual_seed(seed)
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:
-        drawn = torch.rand(self.count, 2, count, generator=self.generator, dtype=torch.float64)
+        shape = (self.count, 2, count)
+        drawn = torch.rand(shape, generator=self.generator, dtype=torch.float64)
         return drawn.squeeze(-1) if count == 1 else drawn
 
 
 @final
-class ShiftedSobolRng:
-    """Uniforms for `counts` [c] rows of each canvas: one Sobol sequence, shifted at random per canvas, so without bias."""
+class ShiftedSobolRng(CounterRng):
+    """Sobol points for `counts` [c] rows of each canvas, with a random shift per canvas.
+
+    The shift makes them unbiased.
+    """
 
     def __init__(self, counts: Tensor, seed: int) -> None:
-        self.canvas = torch.arange(len(counts)).repeat_interleave(counts)
-        self.place = torch.arange(len(self.canvas)) - (counts.cumsum(0) - counts)[self.canvas]
-        self.points = torch.quasirandom.SobolEngine(DIMENSIONS).draw(
-            int(counts.max()), dtype=torch.float64
-        )
-        self.used, self.generator = 0, torch.Generator().manual_seed(seed)
+        canvas = torch.arange(len(counts)).repeat_interleave(counts)
+        super().__init__(seed, 0, torch.arange(len(canvas)), 2)
+        self.canvas = canvas
+        first_row = counts.cumsum(0) - counts
+        self.place = torch.arange(len(canvas)) - first_row[canvas]
+        sobol = torch.quasirandom.SobolEngine(DIMENSIONS)
+        self.points = sobol.draw(int(counts.max()), dtype=torch.float64)
+        self.used = 0
+        self.generator = torch.Generator().manual_seed(seed)
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:
-        own = self.points[:, self.used : self.used + 2 * count]
-        self.used += 2 * count
-        shift = torch.rand(
-            int(self.canvas.max()) + 1, 2 * count, generator=self.generator, dtype=torch.float64
-        )
+        size = 2 * count
+        own = self.points[:, self.used : self.used + size]
+        self.used += size
+        shape = (int(self.canvas.max()) + 1, size)
+        shift = torch.rand(shape, generator=self.generator, dtype=torch.float64)
         drawn = ((own[self.place] + shift[self.canvas]) % 1.0).reshape(-1, 2, count)
         return drawn.squeeze(-1) if count == 1 else drawn
+
+
+# ------------------------------------------------------------------ measurement
 
 
 def measure_sampler(
@@ -124,31 +173,34 @@ def measure_sampler(
     points: int = 2**15,
     apart: bool = False,
     seed: int = 7,
-    predicts: str = "law",
+    predicts: Says = "law",
 ) -> SamplerMeasurement:
-    """The law of the samples of `sampler`, the network being exact.
+    """Measure the distribution of a sampler's output under the exact network of `joint` [V,V].
 
-    `points` are the draws of a step, shared out among the canvases by their probability. A sampler on a grid that keeps no
-    notes starts every step from all canvases, and with `apart` (positions move independently given the canvas) goes to the
-    product of what each position does; the others draw `points` samples.
+    `points` draws per step are distributed over the canvases by their probability. A sampler on a
+    grid, which keeps nothing but the canvas from step to step, starts every step from all canvases.
+    With `apart` (positions move independently given the canvas), the product of both positions'
+    distributions is taken. Other samplers draw `points` whole samples.
     """
     network = ExactNetwork(process, joint, predicts)
-    sampler.needs(process, predicts)  # type: ignore[arg-type]
-    if isinstance(sampler, GridSampler) and not getattr(
-        getattr(sampler, "kappa", None), "watches", False
-    ):
-        return _step_by_step(sampler, process, network, points, apart, seed)
+    sampler.needs(process, predicts)
+    if isinstance(sampler, GridSampler) and not _keeps_notes(sampler):
+        return _measure_by_step(sampler, process, network, points, apart, seed)
     counted = counting(network)
-    noise: Any = FastRng(points, seed)
-    start = process.prior.draw(noise.uniform("start"))
-    for canvas in sampler.run(process, counted, _canvas(start, 1.0), lambda step: noise):  # noqa: B007
-        pass
-    return SamplerMeasurement(
-        _histogram(canvas.zt, torch.ones(points), process), float(counted.runs.double().mean())
-    )
+    rng = FastRng(points, seed)
+    canvas = make_canvas(process.prior.draw(rng.uniform("start")), 1.0)
+    for moved in sampler.run(process, counted, canvas, lambda step: rng):
+        canvas = moved
+    dist = _histogram(canvas.zt, torch.ones(points), process)
+    return SamplerMeasurement(dist, float(counted.runs.double().mean()))
 
 
-def _step_by_step(
+def _keeps_notes(sampler: GridSampler) -> bool:
+    """True if a step depends on more than the canvas's states and times."""
+    return isinstance(sampler, PsiSampler) and sampler.kappa.watches
+
+
+def _measure_by_step(
     sampler: GridSampler,
     process: ForwardProcess,
     network: Network,
@@ -156,53 +208,56 @@ def _step_by_step(
     apart: bool,
     seed: int,
 ) -> SamplerMeasurement:
-    size, times, runs = process.vocabulary.num_states, sampler.grid.times(), 0.0
+    """Propagate the distribution over all canvases from step to step."""
+    size = process.vocabulary.num_states
+    times = sampler.grid.times()
+    runs = 0.0
     canvases = torch.cartesian_prod(torch.arange(size), torch.arange(size))
     prior = process.prior.log_prob.exp()
-    law = torch.outer(prior, prior).reshape(-1)
+    dist = torch.outer(prior, prior).reshape(-1)
     for k, (t, s) in enumerate(itertools.pairwise(times)):
-        possible = (law > 0).nonzero().squeeze(-1)
-        counts = (points * law[possible]).long().clamp(min=FEWEST)
-        weight = (law[possible] / counts).repeat_interleave(counts)
-        noise: Any = ShiftedSobolRng(counts, seed + 1000 * k)
-        counted, canvas = (
-            counting(network),
-            _canvas(canvases[possible].repeat_interleave(counts, 0), t),
-        )
+        possible = (dist > 0).nonzero().squeeze(-1)
+        counts = (points * dist[possible]).long().clamp(min=FEWEST)
+        weight = (dist[possible] / counts).repeat_interleave(counts)
+        rng = ShiftedSobolRng(counts, seed + 1000 * k)
+        counted = counting(network)
+        canvas = make_canvas(canvases[possible].repeat_interleave(counts, 0), t)
         if k == len(times) - 2:
-            moved = sampler.finish(process, counted, canvas, noise)
+            moved = sampler.finish(process, counted, canvas, rng)
         else:
-            moved = sampler.move(process, counted, canvas, torch.full_like(canvas.t, s), noise)
-        runs += float(weight @ counted.runs.double()) if counted.calls else 0.0
-        law = (
-            _together(moved.zt, weight, noise.canvas, size)
-            if apart
-            else _histogram(moved.zt, weight, process)
-        )
-        law = law.reshape(-1)
-    return SamplerMeasurement(law.reshape(size, size), runs)
+            moved = sampler.move(process, counted, canvas, torch.full_like(canvas.t, s), rng)
+        if counted.calls:
+            runs += float(weight @ counted.runs.double())
+        if apart:
+            dist = _sum_of_products(moved.zt, weight, rng.canvas, size)
+        else:
+            dist = _histogram(moved.zt, weight, process)
+        dist = dist.reshape(-1)
+    return SamplerMeasurement(dist.reshape(size, size), runs)
 
 
-def _together(zt: Tensor, weight: Tensor, canvas: Tensor, size: int) -> Tensor:
-    """[S,S] the sum over canvases of the product of both positions' laws; rows zt [n,2] of a canvas have one weight."""
-    parts = [
-        torch.bincount(
-            canvas * size + zt[:, i], weights=weight, minlength=size * (int(canvas.max()) + 1)
-        ).reshape(-1, size)
-        for i in (0, 1)
-    ]
-    return parts[0].T @ (parts[1] / parts[1].sum(-1, keepdim=True))
+def _sum_of_products(zt: Tensor, weight: Tensor, canvas: Tensor, size: int) -> Tensor:
+    """Sum over canvases of the product of both positions' distributions: [S,S].
+
+    Rows zt [n,2] of the same canvas have the same weight.
+    """
+    bins = size * (int(canvas.max()) + 1)
+    first = torch.bincount(canvas * size + zt[:, 0], weights=weight, minlength=bins)
+    second = torch.bincount(canvas * size + zt[:, 1], weights=weight, minlength=bins)
+    first = first.reshape(-1, size)
+    second = second.reshape(-1, size)
+    return first.T @ (second / second.sum(-1, keepdim=True))
 
 
-def _canvas(zt: Tensor, t: float) -> Canvas:
+def make_canvas(zt: Tensor, t: float) -> Canvas:
+    """Canvas on which every position is free, at time t."""
     free = torch.ones(zt.shape, dtype=torch.bool)
     return Canvas(zt, torch.full(zt.shape, t, dtype=torch.float64), ~free, free)
 
 
 def _histogram(zt: Tensor, weight: Tensor, process: ForwardProcess) -> Tensor:
-    """[S,S] the law of rows zt [n,2] with weights [n]."""
+    """Distribution [S,S] of rows zt [n,2] with weights [n]."""
     size = process.vocabulary.num_states
-    counts = torch.bincount(
-        zt[:, 0] * size + zt[:, 1], weights=weight.double(), minlength=size * size
-    )
+    cell = zt[:, 0] * size + zt[:, 1]
+    counts = torch.bincount(cell, weights=weight.double(), minlength=size * size)
     return (counts / counts.sum()).reshape(size, size)

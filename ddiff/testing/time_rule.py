@@ -1,4 +1,4 @@
-"""Laws of a time rule."""
+"""Laws of a time rule, which draws the times at which each position of a batch is noised."""
 
 from __future__ import annotations
 
@@ -12,169 +12,183 @@ from ddiff.core.rng import CounterRng
 from ddiff.core.times import TimeRule, Times
 from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, law
 
-SLOTS, LENGTH, DRAWS = 64, 4, 128
+SLOTS = 64  # strata of the global batch
+LENGTH = 4
+DRAWS = 128  # batches
+SEED = 11
 
 
-def _drawn(rule: TimeRule, step: int, slot: Tensor) -> Times:
-    return rule.draw(IdentityTime(), CounterRng(11, step, slot, LENGTH), slot, SLOTS, LENGTH)
+def _draw(rule: TimeRule, step: int, slot: Tensor) -> Times:
+    rng = CounterRng(SEED, step, slot, LENGTH)
+    return rule.draw(IdentityTime(), rng, slot, SLOTS, LENGTH)
 
 
-def _draws(rule: TimeRule) -> list[Times]:
-    return [_drawn(rule, step, torch.arange(SLOTS)) for step in range(DRAWS)]
+def _draw_batch(rule: TimeRule, step: int = 0) -> Times:
+    return _draw(rule, step, torch.arange(SLOTS))
+
+
+def _ends(rule: TimeRule, step: int = 0) -> tuple[Times, Times]:
+    slot = torch.arange(SLOTS)
+    rng = CounterRng(SEED, step, slot, LENGTH)
+    return rule.ends(IdentityTime(), rng, slot, SLOTS, LENGTH)
 
 
 def _window(rule: TimeRule) -> tuple[Tensor, Tensor]:
-    """[L] each: the times between which each position is charged, as the ends that are read say."""
-    slot, found = torch.arange(SLOTS), []
-    for which in (0, 1):
-        end = rule.ends(IdentityTime(), CounterRng(11, 0, slot, LENGTH), slot, SLOTS, LENGTH)[which]
-        read = (end.speed > 0).double()
-        found.append((end.t * read).sum(0) / read.sum(0))
-    return found[0], found[1]
+    """First and last time [L] at which each position is charged, according to `ends`."""
+    first, last = _ends(rule)
+    return _mean_read_time(first), _mean_read_time(last)
 
 
-def _nowhere(times: Times) -> Tensor:
-    """Where a position is not charged: it is clean, or waits."""
-    return times.clean if times.at_prior is None else times.clean | times.at_prior
+def _mean_read_time(end: Times) -> Tensor:
+    """Mean time [L] over the sequences in which a position is read."""
+    read = (end.speed > 0).double()
+    return (end.t * read).sum(0) / read.sum(0)
+
+
+def _at_prior(times: Times) -> Tensor:
+    """bool [B,L]: positions that hold a draw of the prior."""
+    return torch.zeros_like(times.clean) if times.at_prior is None else times.at_prior
+
+
+def _outside(times: Times) -> Tensor:
+    """bool [B,L]: positions that are clean or at the prior, and so not charged."""
+    return times.clean | _at_prior(times)
 
 
 @law("times: within [0, 1], speeds not negative", tolerance=0.0)
-def times_are_times(rule: TimeRule) -> Iterator[Gap]:
-    """Every t lies in [0, 1], every speed is >= 0 and finite, and who is clean or waits has speed 0. Exactly."""
-    drawn = _drawn(rule, 0, torch.arange(SLOTS))
+def times_are_valid(rule: TimeRule) -> Iterator[Gap]:
+    """Every t is in [0, 1]; every speed is >= 0 and finite, and 0 at positions that are clean or at
+    the prior. Tolerance: none."""
+    drawn = _draw_batch(rule)
     yield compare(drawn.t.clamp(0.0, 1.0), drawn.t, {"t": drawn.t})
-    yield compare(
-        ((drawn.speed >= 0.0) & drawn.speed.isfinite()).double(), 1.0, {"speed": drawn.speed}
-    )
-    yield compare(
-        torch.where(_nowhere(drawn), drawn.speed, 0.0),
-        0.0,
-        {"speed of an uncharged position at t": drawn.t},
-    )
+    is_valid = (drawn.speed >= 0.0) & drawn.speed.isfinite()
+    yield compare(is_valid.double(), 1.0, {"speed": drawn.speed})
+    outside = torch.where(_outside(drawn), drawn.speed, 0.0)
+    yield compare(outside, 0.0, {"speed of an uncharged position at t": drawn.t})
 
 
 @law("times: a sample's time does not depend on its batch", tolerance=0.0)
-def times_are_their_own(rule: TimeRule) -> Iterator[Gap]:
-    """A slot has the same times in the whole batch and in any share of it, so ranks and micro-batches agree. Exactly."""
-    whole = _drawn(rule, 0, torch.arange(SLOTS))
-    for share in (torch.arange(8), torch.arange(40, 48), torch.arange(3, SLOTS, 7)):
-        yield compare(_drawn(rule, 0, share).t, whole.t[share], {"slot": share})
-        yield compare(_drawn(rule, 0, share).speed, whole.speed[share], {"slot": share})
+def times_are_independent_of_batch(rule: TimeRule) -> Iterator[Gap]:
+    """A slot has the same times in the whole batch and in any part of it, so that ranks and
+    micro-batches agree. Tolerance: none."""
+    whole = _draw_batch(rule)
+    for slots in (torch.arange(8), torch.arange(40, 48), torch.arange(3, SLOTS, 7)):
+        part = _draw(rule, 0, slots)
+        yield compare(part.t, whole.t[slots], {"slot": slots})
+        yield compare(part.speed, whole.speed[slots], {"slot": slots})
 
 
-@law("times: speeds make the sum a mean over the window", tolerance=0.04)
+@law("times: weighted sums are unbiased over the window", tolerance=0.04)
 def speeds_are_unbiased(rule: TimeRule) -> Iterator[Gap]:
-    """The mean of speed * g(t) is the integral of g over each position's window, for g = 1, t, t^2: each position's own
-    time is uniform there.
+    """The mean of speed * g(t) is the integral of g over each position's window, for g = 1, t, t^2.
 
-    Relative; 128 batches of 64 strata. The standard error is at most 0.01: where a position is charged in one of five
-    sequences, for all five, one stratum in a batch is cut by the ends of its window.
+    Tolerance: relative, for 128 batches of 64 strata. The standard error is at most 0.01. It is
+    largest for a rule that charges a position in one of five sequences, for all five, where the ends
+    of the window cut one stratum of every batch.
     """
-    t, speed = (torch.stack(parts) for parts in list(zip(*_draws(rule)))[:2])
+    batches = [_draw_batch(rule, step) for step in range(DRAWS)]
+    t = torch.stack([times.t for times in batches])
+    speed = torch.stack([times.speed for times in batches])
     first, last = _window(rule)
     for power in range(3):
         expected = (last ** (power + 1) - first ** (power + 1)) / (power + 1)
         got = (speed * t**power).mean((0, 1))
-        yield compare(
-            got, expected, {"position": torch.arange(LENGTH), "g = t to the": power}, expected
-        )
+        labels = {"position": torch.arange(LENGTH), "g = t to the": power}
+        yield compare(got, expected, labels, expected)
 
 
-@law("times: every position is read once at either end", tolerance=0.1)
+@law("times: every position is read once at each end", tolerance=0.1)
 def ends_are_read_once(rule: TimeRule) -> Iterator[Gap]:
-    """The mean speed of each position in `ends` is 1, and it is read at one time only, its window's.
+    """In `ends`, the mean speed of each position is 1, and it is read at one time only, the end of
+    its window.
 
-    Where one of four positions is read with speed 4, a mean over 128 batches of 64 has a standard error of 0.02.
+    Tolerance: if one of four positions is read with speed 4, the mean over 128 batches of 64 has a
+    standard error of 0.02.
     """
     first, last = _window(rule)
-    slot = torch.arange(SLOTS)
-    pairs = [
-        rule.ends(IdentityTime(), CounterRng(11, step, slot, LENGTH), slot, SLOTS, LENGTH)
-        for step in range(DRAWS)
-    ]
-    for name, times, ends in (
-        ("first", first, [a for a, _ in pairs]),
-        ("last", last, [b for _, b in pairs]),
-    ):
-        speed = torch.stack([end.speed for end in ends])
-        yield compare(speed.mean((0, 1)), 1.0, {"end": name, "position": torch.arange(LENGTH)})
-        t = torch.stack([torch.where(end.speed > 0, end.t, times) for end in ends])
-        yield compare(
-            (t - times).abs().amax((0, 1)), 0.0, {"end": name, "t where it is read": times}
-        )
+    pairs = [_ends(rule, step) for step in range(DRAWS)]
+    yield from _end_gaps("first", first, [pair[0] for pair in pairs])
+    yield from _end_gaps("last", last, [pair[1] for pair in pairs])
 
 
-@law("times: every share of the batch sees the whole window", tolerance=0.15)
-def shares_are_balanced(rule: TimeRule) -> Iterator[Gap]:
-    """Eight contiguous shares of a batch of 64 (ranks, micro-batches) have nearly the same mean time.
+def _end_gaps(name: str, expected: Tensor, ends: list[Times]) -> Iterator[Gap]:
+    speed = torch.stack([end.speed for end in ends])
+    yield compare(speed.mean((0, 1)), 1.0, {"end": name, "position": torch.arange(LENGTH)})
+    t = torch.stack([torch.where(end.speed > 0, end.t, expected) for end in ends])
+    largest = (t - expected).abs().amax((0, 1))
+    yield compare(largest, 0.0, {"end": name, "t where it is read": expected})
 
-    As a share of the window, clean positions being at 0 and waiting ones at 1: a share of 8 strata in van der Corput order
-    is off by its stratum's width 1/8, slices by 0.45.
+
+@law("times: every part of the batch covers the whole window", tolerance=0.15)
+def parts_are_balanced(rule: TimeRule) -> Iterator[Gap]:
+    """Eight contiguous parts of a batch of 64 (ranks, micro-batches) have nearly the same mean time,
+    in units of the window, with clean positions at 0 and positions at the prior at 1.
+
+    Tolerance: with 8 strata in van der Corput order the mean differs by up to the width 1/8 of a
+    stratum of the part; with contiguous slices it differs by 0.45.
     """
-    drawn, (first, last) = _drawn(rule, 0, torch.arange(SLOTS)), _window(rule)
-    waiting = torch.zeros_like(drawn.clean) if drawn.at_prior is None else drawn.at_prior
-    along = (
-        ((drawn.t - first) / (last - first)).masked_fill(drawn.clean, 0.0).masked_fill(waiting, 1.0)
-    )
-    means = along.reshape(8, -1).mean(-1)
-    yield compare(means, float(means.mean()), {"share": torch.arange(8)})
+    drawn = _draw_batch(rule)
+    first, last = _window(rule)
+    place = (drawn.t - first) / (last - first)
+    place = place.masked_fill(drawn.clean, 0.0).masked_fill(_at_prior(drawn), 1.0)
+    means = place.reshape(8, -1).mean(-1)
+    yield compare(means, float(means.mean()), {"part": torch.arange(8)})
 
 
-@law("times: the path goes forwards, at its speed", tolerance=1e-9)
-def paths_go_forwards(rule: TimeRule) -> Iterator[Gap]:
-    """Along `at`, with tau from 0 to 1, every position goes from clean over its window to waiting and never back, and
-    where it is charged dt/dtau is its speed. Difference quotients of straight lines leave 1e-10."""
+@law("times: the path moves forward at its declared speed", tolerance=1e-9)
+def paths_move_forward(rule: TimeRule) -> Iterator[Gap]:
+    """Along `at`, for tau from 0 to 1, every position goes from clean through its window to the
+    prior and never back; while it is charged, dt/dtau is its speed. Tolerance: difference quotients
+    of straight lines have an error of 1e-10."""
     tau = torch.linspace(0.0, 1.0, 241, dtype=torch.float64)
-    path, after = (
-        rule.at(IdentityTime(), tau, LENGTH),
-        {"after tau": tau[:-1].unsqueeze(-1).expand(-1, LENGTH)},
-    )
-    waiting = torch.zeros_like(path.clean) if path.at_prior is None else path.at_prior
-    stage = 1.0 - path.clean.double() + waiting.double()
-    yield compare(stage.diff(dim=0).clamp(max=0.0), 0.0, after)
+    path = rule.at(IdentityTime(), tau, LENGTH)
+    labels = {"after tau": tau[:-1].unsqueeze(-1).expand(-1, LENGTH)}
+    stage = 1.0 - path.clean.double() + _at_prior(path).double()  # 0 clean, 1 charged, 2 at prior
+    yield compare(stage.diff(dim=0).clamp(max=0.0), 0.0, labels)
     charged = path.speed > 0
     both = charged[1:] & charged[:-1]
     quotient = path.t.diff(dim=0) / tau.diff().unsqueeze(-1)
-    yield compare(torch.where(both, quotient, 0.0), torch.where(both, path.speed[1:], 0.0), after)
-    yield compare(path.t.diff(dim=0).clamp(max=0.0), 0.0, after)
+    got = torch.where(both, quotient, 0.0)
+    expected = torch.where(both, path.speed[1:], 0.0)
+    yield compare(got, expected, labels)
+    yield compare(path.t.diff(dim=0).clamp(max=0.0), 0.0, labels)
 
 
-@law("times: nobody who is charged sees a position that waits", tolerance=0.0)
-def waiting_is_unseen(rule: TimeRule) -> Iterator[Gap]:
-    """Blocks rise from left to right; what is clean is not after, and what waits is after, all that is charged. Exactly."""
-    for times in (
-        _drawn(rule, 0, torch.arange(SLOTS)),
-        rule.at(IdentityTime(), torch.linspace(0.0, 1.0, 61).double(), LENGTH),
-    ):
+@law("times: no charged position attends to one at the prior", tolerance=0.0)
+def prior_positions_are_hidden(rule: TimeRule) -> Iterator[Gap]:
+    """Block numbers rise from left to right; no clean position is in a later block, and no position
+    at the prior in an earlier or the same block, than a charged one. Tolerance: none."""
+    path = rule.at(IdentityTime(), torch.linspace(0.0, 1.0, 61).double(), LENGTH)
+    for times in (_draw_batch(rule), path):
         if times.block is None:
-            yield compare(
-                _nowhere(times).double(),
-                0.0,
-                {"no blocks, and yet a position is clean or waits at t": times.t},
-            )
-            continue
-        block = times.block.expand(times.t.shape).double()
-        yield compare(block.diff(dim=-1).clamp(max=0.0), 0.0, {"block": block[:, 1:]})
-        latest = torch.where(times.speed > 0, block, -torch.inf).amax(-1, keepdim=True)
-        earliest = torch.where(times.speed > 0, block, torch.inf).amin(-1, keepdim=True)
-        waiting = torch.zeros_like(times.clean) if times.at_prior is None else times.at_prior
-        yield compare((waiting & (block <= latest)).double(), 0.0, {"block of who waits": block})
-        yield compare(
-            (times.clean & (block >= earliest)).double(), 0.0, {"block of a clean position": block}
-        )
+            labels = {"no blocks, and yet a position is clean or at the prior, t": times.t}
+            yield compare(_outside(times).double(), 0.0, labels)
+        else:
+            yield from _block_gaps(times, times.block.expand(times.t.shape).double())
+
+
+def _block_gaps(times: Times, block: Tensor) -> Iterator[Gap]:
+    yield compare(block.diff(dim=-1).clamp(max=0.0), 0.0, {"block": block[:, 1:]})
+    charged = times.speed > 0
+    latest = torch.where(charged, block, -torch.inf).amax(-1, keepdim=True)
+    earliest = torch.where(charged, block, torch.inf).amin(-1, keepdim=True)
+    too_early = _at_prior(times) & (block <= latest)
+    too_late = times.clean & (block >= earliest)
+    yield compare(too_early.double(), 0.0, {"block of a position at the prior": block})
+    yield compare(too_late.double(), 0.0, {"block of a clean position": block})
 
 
 TIME_RULE_LAWS: tuple[Law, ...] = (
-    times_are_times,
-    times_are_their_own,
+    times_are_valid,
+    times_are_independent_of_batch,
     speeds_are_unbiased,
     ends_are_read_once,
-    shares_are_balanced,
-    paths_go_forwards,
-    waiting_is_unseen,
+    parts_are_balanced,
+    paths_move_forward,
+    prior_positions_are_hidden,
 )
 
 
 def check_time_rule(rule: TimeRule) -> list[LawReport]:
-    """Every law of a rule that draws times for a stratified global batch, each position through its whole window."""
+    """Apply every law of a rule whose batches are stratified and cover each position's window."""
     return evaluate_laws(rule, TIME_RULE_LAWS)

@@ -1,4 +1,4 @@
-"""Laws of a vocabulary: its tables say one tree. All counts; nothing is allowed."""
+"""Laws of a vocabulary: its tables describe one tree."""
 
 from __future__ import annotations
 
@@ -14,79 +14,76 @@ from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, la
 
 @law("vocabulary: ids run level by level", tolerance=0.0)
 def ids_run_by_level(vocabulary: Vocabulary) -> Iterator[Gap]:
-    """Words first, then each level's nodes, the root (= mask) alone and last."""
-    levels = torch.repeat_interleave(
-        torch.arange(vocabulary.num_levels + 1), torch.tensor(vocabulary.level_sizes)
-    )
+    """Leaf tokens come first, then the nodes of each level; the root (= mask) is last and the only
+    node of its level. Tolerance: none."""
+    sizes = torch.tensor(vocabulary.level_sizes)
+    levels = torch.repeat_interleave(torch.arange(vocabulary.num_levels + 1), sizes)
     ids = torch.arange(vocabulary.num_states)
     yield compare(vocabulary.level_of(ids), levels.double(), {"id": ids})
-    yield compare(
-        torch.tensor(sum(vocabulary.level_sizes)),
-        float(vocabulary.num_states),
-        {"sizes": vocabulary.level_sizes},
-    )
+    num_states = float(vocabulary.num_states)
+    yield compare(sizes.sum(), num_states, {"sizes": vocabulary.level_sizes})
     if vocabulary.num_levels:
-        yield compare(torch.tensor(vocabulary.level_sizes[-1]), 1.0, {"size of": "the last level"})
-        yield compare(
-            torch.tensor(vocabulary.mask_id or -1),
-            float(vocabulary.num_states - 1),
-            {"mask_id": "the root"},
-        )
+        mask = torch.tensor(vocabulary.mask_id or -1)
+        yield compare(sizes[-1], 1.0, {"size of": "the last level"})
+        yield compare(mask, num_states - 1.0, {"mask_id": "the root"})
 
 
-@law("vocabulary: ancestors climb one parent at a time", tolerance=0.0)
-def ancestors_climb(vocabulary: Vocabulary) -> Iterator[Gap]:
-    """ancestor(id, own level) is the id, and ancestor(id, l+1) the parent of ancestor(id, l), a node of that level."""
+@law("vocabulary: ancestors follow parents", tolerance=0.0)
+def ancestors_follow_parents(vocabulary: Vocabulary) -> Iterator[Gap]:
+    """ancestor(id, own level) is the id itself, and ancestor(id, l+1) is the parent of
+    ancestor(id, l), a node of level l+1. Tolerance: none."""
     ids = torch.arange(vocabulary.num_states)
     own = vocabulary.level_of(ids)
     yield compare(vocabulary.ancestor(ids, own), ids.double(), {"id": ids})
     for level in range(vocabulary.num_levels):
         below = ids[own <= level]
         above = vocabulary.ancestor(below, level + 1)
-        yield compare(
-            above,
-            vocabulary.parent(vocabulary.ancestor(below, level)).double(),
-            {"id": below, "level": level},
-        )
-        yield compare(
-            vocabulary.level_of(above),
-            level + 1.0,
-            {"id": below, "level of its ancestor at": level + 1},
-        )
+        parent = vocabulary.parent(vocabulary.ancestor(below, level))
+        yield compare(above, parent.double(), {"id": below, "level": level})
+        labels = {"id": below, "level of its ancestor at": level + 1}
+        yield compare(vocabulary.level_of(above), level + 1.0, labels)
 
 
-@law("vocabulary: in tree order every node owns a contiguous range", tolerance=0.0)
+@law("vocabulary: in tree order every node covers a contiguous range", tolerance=0.0)
 def ranges_are_contiguous(vocabulary: Vocabulary) -> Iterator[Gap]:
-    """order(l) is a permutation with inverse position(l), and node_range(node, l) holds exactly what lies below the node;
-    nodes without a word do not exist."""
-    nodes = torch.arange(vocabulary.num_states)
+    """order(l) is a permutation with inverse position(l), and node_range(node, l) contains exactly
+    the ids of level l below the node; no node is empty. Tolerance: none."""
     for level in range(vocabulary.num_levels + 1):
-        order, position = vocabulary.order(level), vocabulary.position(level)
-        ids = vocabulary.offsets[level] + torch.arange(vocabulary.level_sizes[level])
-        yield compare(order.sort().values, ids.double(), {"order of level": level})
-        yield compare(order[position], ids.double(), {"id": ids, "position at level": level})
-        above = nodes[vocabulary.level_of(nodes) >= level]
-        start, stop = vocabulary.node_range(above, level)
-        place = torch.arange(len(order))
-        inside = (place >= start.unsqueeze(-1)) & (place < stop.unsqueeze(-1))
-        below = vocabulary.ancestor(
-            order.unsqueeze(0), vocabulary.level_of(above).unsqueeze(-1)
-        ) == above.unsqueeze(-1)
-        yield compare(inside.double(), below.double(), {"node": above, "level": level})
-        yield compare(inside.any(-1).double(), 1.0, {"something below node": above, "level": level})
-        whole = vocabulary.node_range(torch.tensor(vocabulary.root), level)
-        yield compare(
-            torch.stack(whole),
-            torch.tensor([0.0, len(order)]),
-            {"range of the root at level": level},
-        )
+        yield from _order_gaps(vocabulary, level)
+        yield from _range_gaps(vocabulary, level)
 
 
-@law("vocabulary: children are those whose parent it is", tolerance=0.0)
-def children_are_parents_inverse(vocabulary: Vocabulary) -> Iterator[Gap]:
-    """children(node) lists the ids one level below whose parent is the node, num_children counts them."""
+def _order_gaps(vocabulary: Vocabulary, level: int) -> Iterator[Gap]:
+    order = vocabulary.order(level)
+    position = vocabulary.position(level)
+    ids = vocabulary.offsets[level] + torch.arange(vocabulary.level_sizes[level])
+    yield compare(order.sort().values, ids.double(), {"order of level": level})
+    yield compare(order[position], ids.double(), {"id": ids, "position at level": level})
+
+
+def _range_gaps(vocabulary: Vocabulary, level: int) -> Iterator[Gap]:
+    nodes = torch.arange(vocabulary.num_states)
+    nodes = nodes[vocabulary.level_of(nodes) >= level]
+    order = vocabulary.order(level)
+    start, stop = vocabulary.node_range(nodes, level)
+    place = torch.arange(len(order))
+    inside = (place >= start.unsqueeze(-1)) & (place < stop.unsqueeze(-1))  # [nodes, ids]
+    node_level = vocabulary.level_of(nodes).unsqueeze(-1)
+    below = vocabulary.ancestor(order.unsqueeze(0), node_level) == nodes.unsqueeze(-1)
+    yield compare(inside.double(), below.double(), {"node": nodes, "level": level})
+    yield compare(inside.any(-1).double(), 1.0, {"something below node": nodes, "level": level})
+    whole = torch.stack(vocabulary.node_range(torch.tensor(vocabulary.root), level))
+    expected = torch.tensor([0.0, len(order)])
+    yield compare(whole, expected, {"range of the root at level": level})
+
+
+@law("vocabulary: children = inverse of parent", tolerance=0.0)
+def children_invert_parent(vocabulary: Vocabulary) -> Iterator[Gap]:
+    """children(node) lists the ids whose parent is the node, and num_children counts them.
+    Tolerance: none."""
     ids = torch.arange(vocabulary.num_states)
     for node in ids.tolist():
+        # the root is its own parent
         expected = ids[(vocabulary.parent(ids) == node) & (ids != node)]
         listed = vocabulary.children(node).sort().values
         count = vocabulary.num_children(torch.tensor(node))
@@ -96,31 +93,30 @@ def children_are_parents_inverse(vocabulary: Vocabulary) -> Iterator[Gap]:
             yield compare(listed, expected.double(), {"children of": node})
 
 
-@law("vocabulary: saved and loaded it is the same tree", tolerance=0.0)
+@law("vocabulary: saving and loading preserve the tree", tolerance=0.0)
 def survives_saving(vocabulary: Vocabulary) -> Iterator[Gap]:
-    """load(save) has the same fingerprints, levels and ancestors."""
+    """A loaded vocabulary has the fingerprints and parents of the saved one. Tolerance: none."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "vocabulary.safetensors")
         vocabulary.save(path)
         loaded = Vocabulary.load(path)
-    same = (loaded.fingerprint, loaded.tokenizer_fingerprint) == (
-        vocabulary.fingerprint,
-        vocabulary.tokenizer_fingerprint,
-    )
-    yield compare(torch.tensor(float(same)), 1.0, {"fingerprint after loading": loaded.fingerprint})
+    same_tree = loaded.fingerprint == vocabulary.fingerprint
+    same_tokenizer = loaded.tokenizer_fingerprint == vocabulary.tokenizer_fingerprint
+    same = torch.tensor(float(same_tree and same_tokenizer))
+    yield compare(same, 1.0, {"fingerprint after loading": loaded.fingerprint})
     ids = torch.arange(vocabulary.num_states)
     yield compare(loaded.parent(ids), vocabulary.parent(ids).double(), {"parent of": ids})
 
 
 VOCABULARY_LAWS: tuple[Law, ...] = (
     ids_run_by_level,
-    ancestors_climb,
+    ancestors_follow_parents,
     ranges_are_contiguous,
-    children_are_parents_inverse,
+    children_invert_parent,
     survives_saving,
 )
 
 
 def check_vocabulary(vocabulary: Vocabulary) -> list[LawReport]:
-    """Every law of a vocabulary; for small ones, since nodes are gone through one by one."""
+    """Apply every law of a vocabulary. It should be small, since each node is visited in turn."""
     return evaluate_laws(vocabulary, VOCABULARY_LAWS)

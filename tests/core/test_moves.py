@@ -139,7 +139,7 @@ def test_only_rows_that_may_move_are_shown_to_the_network() -> None:
     assert query.calls == 0
     process.step(query, zt, full(0.5, zt), full(0.5 - 1 / 64, zt), u)
     bound = 1.0 - (0.5 / (0.5 + 1 / 64)) * (0.5 - 1 / 64) / 0.5
-    assert abs(len(query.asked) / 4096 - bound) < 0.02  # five standard deviations
+    assert abs(len(query.queried) / 4096 - bound) < 0.02  # five standard deviations
 
 
 class WideDoubles(TorchDispatchMode):

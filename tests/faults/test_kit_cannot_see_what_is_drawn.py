@@ -24,8 +24,8 @@ from ddiff.testing import bound, check_process
 from ddiff.testing.bound_terms import (
     InformationPath,
     SobolRng,
-    draws_of_the_bound,
-    half_information_window,
+    inner_information_window,
+    terms_have_their_expectations,
 )
 
 BARE = FlatVocabulary(3, mask=False)
@@ -193,7 +193,7 @@ LEAKS: dict[str, tuple[str, Callable[..., Any], str]] = {
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_the_shipped_bound_draws_what_it_charges(name: str) -> None:
-    report = draws_of_the_bound(PROCESSES[name])
+    report = terms_have_their_expectations(PROCESSES[name])
     assert report.passed, str(report)
     assert report.probes > 2 * 3 * 6
 
@@ -205,7 +205,7 @@ def test_a_planted_leak_breaks_the_law_of_draws(
 ) -> None:
     where, fault, term = LEAKS[leak]
     monkeypatch.setattr(elbo, where, fault)
-    report = draws_of_the_bound(PROCESSES[name])
+    report = terms_have_their_expectations(PROCESSES[name])
     assert not report.passed, str(report)
     assert "raised" not in report.where, (
         "found by its numbers, not because the plant itself is broken"
@@ -230,20 +230,20 @@ def test_channels_kept_apart_show_a_swap_to_the_entropy_law(
 def test_check_process_runs_the_law_of_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elbo, "closing_term", closing_shows(drawn_from_q_1))
     broken = {report.law for report in check_process(PROCESSES["masked"]) if not report.passed}
-    assert draws_of_the_bound.name in broken
+    assert terms_have_their_expectations.name in broken
 
 
 def test_the_leak_of_x0_lowers_the_bound_where_tokens_are_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Why it matters: with tokens left at t = 1, q_1(.|x0) at one position tells the network of x0 at the other."""
-    from ddiff.testing.bound_terms import draw_terms, enumerate_terms, sensitive_table
+    from ddiff.testing.bound_terms import Enumeration, draw_terms, sensitive_table
 
     process = PROCESSES["uniform, tokens left at t = 1"]
     x0 = torch.tensor([[0, 0], [2, 2]])
     scored = torch.ones_like(x0, dtype=torch.bool)
     table = sensitive_table(process)
-    due = enumerate_terms(process, table, x0, scored, (0.0, 1.0))["closing"].mean
+    due = Enumeration(process, table, x0, scored, (0.0, 1.0)).closing().mean
     monkeypatch.setattr(elbo, "closing_term", closing_shows(drawn_from_q_1))
     leaking = draw_terms(process, table, x0, scored, (0.0, 1.0))[0].closing.mean(1)
     assert float((due - leaking).abs().max()) > 1e-3
@@ -265,7 +265,7 @@ def test_covering_gives_every_channel_dimensions_of_its_own() -> None:
 @pytest.mark.parametrize("name", PROCESSES)
 def test_information_path_integrates_its_speed(name: str) -> None:
     process = PROCESSES[name]
-    window = half_information_window(process)
+    window = inner_information_window(process)
     v = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
     t, speed = InformationPath(process, window)(v, 2)
     for power in (0, 1, 2):

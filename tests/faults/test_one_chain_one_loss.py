@@ -23,11 +23,10 @@ from ddiff import (
     mask_distribution,
     token_distribution,
 )
-from ddiff.testing.derived_formulas import weight_is_derived
+from ddiff.testing.derived_formulas import score_from_distribution, weight_is_derived
 from ddiff.testing.probes import ReachableRows, times
 from ddiff.testing.process import PROCESS_LAWS
 from ddiff.testing.report import evaluate_laws
-from ddiff.testing.reverse_process import score_from_distribution
 
 TIMES = (1e-3, 0.02, 0.31, 0.5, 0.77, 0.99)
 
@@ -93,7 +92,7 @@ def test_families_of_one_chain_have_one_clipped_loss(chain: object, predicts: st
 def test_nearly_masked_text_counts_in_full() -> None:
     """At t = .99 the weight of -ln p(x) is 1/t in both; sedd had .10 of it under a clip of 10."""
     rows = ReachableRows(masks()["mdlm"], times((0.99,)))
-    mask = rows.take(rows.zt == 4)
+    mask = rows.select(rows.zt == 4)
     surprise = -mask.log_p.gather(-1, mask.x0.unsqueeze(-1)).squeeze(-1)
     for name in ("mdlm", "sedd"):
         _, _, clipped = factors(masks()[name], mask, "law", 10.0)

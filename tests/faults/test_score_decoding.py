@@ -26,12 +26,12 @@ from ddiff import (
     mask_distribution,
     token_distribution,
 )
+from ddiff.testing.derived_formulas import score_from_distribution
 from ddiff.testing.probes import ReachableRows, likelihoods, random_log_probs, times
 from ddiff.testing.report import evaluate_laws
 from ddiff.testing.reverse_process import (
     READABLE,
     condition_number,
-    score_from_distribution,
     scores_at_ends,
     scores_decode_to_posterior,
 )

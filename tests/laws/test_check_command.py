@@ -60,7 +60,7 @@ def stranger(distribution: Callable[..., Path]) -> None:
 def test_a_strangers_process_is_checked_on_its_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert check_component("swap", []) == 0
     out = capsys.readouterr().out
-    assert "constant denoiser: bound = -ln p(x)" in out
+    assert "bound: -ln p(x) for a constant denoiser" in out
     assert "swap 1 on 2" in out
     assert "on 1 instance(s), 0 broken" in out
 

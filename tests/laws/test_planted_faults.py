@@ -873,7 +873,7 @@ FAULTS = [
     ),
     Fault(
         "perturbation rows that do not sum to one",
-        chain.transition_rows_are_laws,
+        chain.transition_rows_are_distributions,
         lambda: with_parents(StochasticParents, PAIR, 0.8),
         lambda: with_parents(SharingWithItself, PAIR, 0.8),
     ),
@@ -963,12 +963,12 @@ FAULTS = [
     ),
     Fault(
         "another position's uniforms",
-        draws.draws_are_their_own,
+        draws.draws_depend_on_own_uniforms,
         on_pair(TreeProcess),
         on_pair(NeighboursUniforms),
     ),
     # the last line of seams.md, section 4
-    Fault("contiguous slices of time", time_rule.shares_are_balanced, FlatTimes, ContiguousSlices),
+    Fault("contiguous slices of time", time_rule.parts_are_balanced, FlatTimes, ContiguousSlices),
     Fault(
         "windows by their place in the grid",
         time_rule.speeds_are_unbiased,
@@ -983,13 +983,13 @@ FAULTS = [
     ),
     Fault(
         "a path at half its speed",
-        time_rule.paths_go_forwards,
+        time_rule.paths_move_forward,
         lambda: WindowTimes(2, "slide", paired=False),
         lambda: PathsAtHalfSpeed(2, "slide", paired=False),
     ),
     Fault(
         "who waits in sight of who is read",
-        time_rule.waiting_is_unseen,
+        time_rule.prior_positions_are_hidden,
         lambda: WindowTimes(2, paired=False),
         lambda: WaitingInSight(2, paired=False),
     ),
@@ -1001,7 +1001,7 @@ FAULTS = [
     ),
     Fault(
         "a level of one node with xi < 1",
-        chain.transition_rows_are_laws,
+        chain.transition_rows_are_distributions,
         lambda: with_parents(StochasticParents, SINGLE, 0.8),
         lambda: with_parents(WithoutACareForOne, SINGLE, 0.8),
     ),
@@ -1113,13 +1113,13 @@ FAULTS = [
     ),
     Fault(
         "factors of another density",
-        derived_formulas.factors_multiply,
+        derived_formulas.weight_times_divergence_is_density,
         on_pair(TreeProcess),
         on_pair(FactorsOfAnother),
     ),
     Fault(
         "scores charged twice",
-        derived_formulas.score_is_law,
+        derived_formulas.density_accepts_scores,
         mixture(MixtureProcess),
         mixture(ScoresTwice),
     ),
@@ -1155,7 +1155,7 @@ FAULTS = [
     ),
     Fault(
         "too little informed",
-        derived_formulas.informed_is_enough,
+        derived_formulas.trained_part_suffices,
         on_pair(TreeProcess, 0.8),
         on_pair(NarrowlyInformed, 0.8),
     ),
@@ -1174,7 +1174,7 @@ FAULTS = [
     ),
     Fault(
         "half the rates",
-        reverse_process.density_is_of_reverse_rates,
+        reverse_process.reverse_rates_make_density,
         uneven(MixtureProcess),
         uneven(HalfTheRates),
     ),
@@ -1269,7 +1269,7 @@ FAULTS = [
     ),
     Fault(
         "an argument that is written to",
-        draws.arguments_are_untouched,
+        draws.arguments_are_unchanged,
         on_pair(TreeProcess),
         on_pair(WritingIntoX0),
     ),
@@ -1280,16 +1280,16 @@ FAULTS = [
         LinearSchedule,
         lambda: SaidToClose(0.01),
     ),
-    Fault("a schedule that rises", schedule.alpha_falls, PowerSchedule, NotFalling),
+    Fault("a schedule that rises", schedule.alpha_decreases, PowerSchedule, NotFalling),
     Fault(
         "digits lost near t = 0",
-        schedule.noised_is_the_rest,
+        schedule.one_minus_alpha_is_accurate,
         lambda: PowerSchedule(3.0),
         lambda: LosingDigits(3.0),
     ),
     Fault(
         "hazards of another inflow",
-        clock.hazard_is_inflow_per_head,
+        clock.hazard_is_relative_inflow,
         lambda: CLOCK2,
         lambda: WithoutItsFactor((0.5, 1.0)),
     ),
@@ -1301,7 +1301,7 @@ FAULTS = [
     ),
     Fault(
         "a leave time of 1 - u",
-        clock.leave_time_inverts,
+        clock.entry_time_inverts,
         lambda: CLOCK2,
         lambda: LeavingBackwards((0.5, 1.0)),
     ),
@@ -1309,7 +1309,10 @@ FAULTS = [
         "a draw of t without its density", time_rule.speeds_are_unbiased, FlatTimes, WithoutDensity
     ),
     Fault(
-        "times by place in the batch", time_rule.times_are_their_own, FlatTimes, ByPlaceInTheBatch
+        "times by place in the batch",
+        time_rule.times_are_independent_of_batch,
+        FlatTimes,
+        ByPlaceInTheBatch,
     ),
     Fault(
         "ids taken for tree order",
@@ -1319,7 +1322,7 @@ FAULTS = [
     ),
     Fault(
         "masses above one",
-        clock.occupation_is_a_law,
+        clock.occupation_is_a_distribution,
         lambda: CLOCK2,
         lambda: GainingMass((0.5, 1.0)),
     ),
@@ -1336,17 +1339,17 @@ FAULTS = [
         lambda: CLOCK2,
         lambda: Tardy((0.5, 1.0)),
     ),
-    Fault("speeds below zero", time_rule.times_are_times, FlatTimes, BackInTime),
+    Fault("speeds below zero", time_rule.times_are_valid, FlatTimes, BackInTime),
     Fault("a root of no level", vocabulary.ids_run_by_level, lambda: PAIR, tree_of(WithoutARoot)),
     Fault(
         "everybody's parent is the root",
-        vocabulary.ancestors_climb,
+        vocabulary.ancestors_follow_parents,
         lambda: PAIR,
         tree_of(OrphansOfTheRoot),
     ),
     Fault(
         "grandchildren for children",
-        vocabulary.children_are_parents_inverse,
+        vocabulary.children_invert_parent,
         lambda: PAIR,
         tree_of(WithGrandchildren),
     ),
@@ -1371,13 +1374,13 @@ FAULTS = [
     ),
     Fault(
         "draws that forget the node",
-        clean_distribution.draws_follow_law,
+        clean_distribution.draws_follow_distribution,
         lambda: ALaw(THREE, THREE.root),
         lambda: ForgettingWhere(THREE, THREE.root),
     ),
     Fault(
         "logits for a law",
-        denoiser.rows_have_laws,
+        denoiser.rows_have_distributions,
         lambda: network(Trunk),
         lambda: network(Trunk, BareLogits),
         {"process": ONE_LEVEL},
@@ -1422,7 +1425,7 @@ FAULTS = [
     ),
     Fault(
         "documents that leak",
-        denoiser.documents_are_apart,
+        denoiser.documents_are_separate,
         lambda: network(Trunk),
         lambda: network(Unmasked),
         {"process": ONE_LEVEL},
@@ -1446,7 +1449,7 @@ def test_no_law_is_without_a_fault() -> None:
         bound.speed_equality.name,
         denoiser.evidence_is_dropped.name,
         reverse_process.scores_are_decoded.name,
-        bound_terms.draws_of_the_bound.name,
+        bound_terms.terms_have_their_expectations.name,
     }
 
 

@@ -225,11 +225,14 @@ FAULTS = [
         lambda: mixed(KeepingWhatIsLeft),
     ),
     Fault(
-        "e^sigma - 1 missing", derived_formulas.score_is_law, absorbing, lambda: absorbing(Unscaled)
+        "e^sigma - 1 missing",
+        derived_formulas.density_accepts_scores,
+        absorbing,
+        lambda: absorbing(Unscaled),
     ),
     Fault(
         "ratios of another noise",
-        derived_formulas.score_is_law,
+        derived_formulas.density_accepts_scores,
         uniform,
         lambda: uniform(ScoresForAProcessAtHalfTheNoise),
     ),
@@ -244,7 +247,7 @@ FAULTS = [
     ),
     Fault(
         "sigma' without its logarithm, integrated",
-        schedule.noised_is_the_rest,
+        schedule.one_minus_alpha_is_accurate,
         GeometricSchedule,
         lambda: RatesByTimeNotNoise(),
     ),
@@ -253,7 +256,7 @@ FAULTS = [
     ),
     Fault(
         "digits lost at little noise",
-        schedule.noised_is_the_rest,
+        schedule.one_minus_alpha_is_accurate,
         lambda: GeometricSchedule(1e-9, 1.0),
         lambda: BySubtraction(1e-9, 1.0),
     ),

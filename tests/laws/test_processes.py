@@ -62,7 +62,7 @@ def test_the_parts_of_a_chain_obey_theirs(name: str) -> None:
 
 ODD_AND_RIGHT: dict[str, tuple[Law, object]] = {
     "noise that is there from the start": (
-        schedule.noised_is_the_rest,
+        schedule.one_minus_alpha_is_accurate,
         GeometricSchedule(0.5, 0.5001),
     ),
     "one word, which costs nothing": (

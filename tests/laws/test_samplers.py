@@ -78,7 +78,7 @@ def test_a_declared_exactness_is_measured() -> None:
     [("of an order", 0), ("exact", 1), ("heuristic", 2), ("perfect", 0), ("of an order", -1)],
 )
 def test_declarations_that_contradict_each_other_are_seen(quality: str, order: int) -> None:
-    assert not laws.declarations_are_whole(claimed(AncestralSampler, quality, order)).passed
+    assert not laws.declarations_are_consistent(claimed(AncestralSampler, quality, order)).passed
 
 
 class StopsEarly(Claims):
@@ -102,15 +102,15 @@ class SharesNoise(Claims):
 def test_planted_faults_break_the_law_that_names_them() -> None:
     def broken(fault: type[Claims]) -> set[str]:
         subject = SamplerCase(lambda steps: fault(AncestralSampler(steps), "heuristic", 0), MASKS)
-        reports = [one(subject) for one in laws.LAWS]
+        reports = [one(subject) for one in laws.SAMPLER_LAWS]
         return {report.law.partition(": ")[2] for report in reports if not report.passed}
 
     assert broken(Claims) == set()
     assert broken(StopsEarly) == {
-        "as many canvases as steps",
-        "ends in tokens and keeps what is given",
+        "yields as many canvases as steps",
+        "ends in tokens and keeps given positions",
     }
-    assert "ends in tokens and keeps what is given" in broken(Forgets)
+    assert "ends in tokens and keeps given positions" in broken(Forgets)
     assert "a sample does not depend on its batch" in broken(SharesNoise)
 
 
@@ -184,9 +184,9 @@ def test_a_strangers_sampler_is_checked_by_name_and_by_plugin(
     assert check_component("honest", ["extra=3"]) == 0
     assert "on 3 instance(s), 0 broken" in capsys.readouterr().out
     assert check_component("boasting", []) == 1
-    assert '"sampler: exact where it says so" is broken: error 0.4' in capsys.readouterr().out
+    assert '"sampler: exact if declared exact" is broken: error 0.4' in capsys.readouterr().out
     with pytest.raises(
-        ArgumentError, match=r"refuses every small process.*Nowhere: nothing suits it"
+        ArgumentError, match=r"rejects every small process.*Nowhere: nothing suits it"
     ):
         check_component("choosy", [])
     with pytest.raises(ArgumentError, match="choosy"):
@@ -204,13 +204,13 @@ def test_what_has_no_laws_is_told_with_the_samplers_among_what_has() -> None:
 def test_a_plugin_that_shares_a_components_name_is_checked_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ddiff.testing.check_command import _named
+    from ddiff.testing.check_command import find_components
 
-    assert [part.name for part in _named("odd", None, configured=False)] == [
+    assert [part.name for part in find_components("odd", None, configured=False)] == [
         "boasting",
         "choosy",
         "honest",
     ]
-    assert [part.name for part in _named("hdlm", None, configured=True)] == ["hdlm"]
-    core = {(part.kind, part.name) for part in _named("core", None, configured=False)}
+    assert [part.name for part in find_components("hdlm", None, configured=True)] == ["hdlm"]
+    core = {(part.kind, part.name) for part in find_components("core", None, configured=False)}
     assert ("sampler", "trapezoidal") in core

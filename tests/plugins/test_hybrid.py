@@ -247,8 +247,8 @@ def test_masks_are_revealed_whatever_the_network_says() -> None:
     for log_p in random_log_probs(WORDS):
         query = TableQuery(log_p.expand(count, -1), process.vocabulary)
         zs = process.step(query, zt, t, s, u)
-        assert torch.equal((zs < WORDS).nonzero().squeeze(-1), query.asked.sort().values)
-        assert len(query.asked) == pytest.approx(0.25 * count, abs=2)
+        assert torch.equal((zs < WORDS).nonzero().squeeze(-1), query.queried.sort().values)
+        assert len(query.queried) == pytest.approx(0.25 * count, abs=2)
 
 
 def test_few_words_are_shown_to_the_network() -> None:
@@ -263,7 +263,7 @@ def test_few_words_are_shown_to_the_network() -> None:
     query = TableQuery(random_log_probs(WORDS, 1).expand(count, -1), process.vocabulary)
     process.step(query, zt, t, s, u)
     bound = (1.0 - 0.5 / 0.6) / 0.5 * (1.0 - 0.4 / WORDS)
-    assert len(query.asked) == pytest.approx(bound * count, abs=5)
+    assert len(query.queried) == pytest.approx(bound * count, abs=5)
 
 
 def test_a_score_is_taken_back_in_time_exactly() -> None:
