@@ -86,7 +86,7 @@ def test_a_broken_law_is_named_with_its_place_and_the_exit_code_is_one(
 @pytest.mark.usefixtures("stranger")
 def test_a_plugin_means_every_process_that_it_registers() -> None:
     with pytest.raises(
-        ArgumentError, match=r"fits none of .* small vocabularies.*nothing is good enough"
+        ArgumentError, match=r"accepts none of .* small vocabularies.*nothing is good enough"
     ):
         check_component("stranger", [])  # swap_picky is reached too
 
