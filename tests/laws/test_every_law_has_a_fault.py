@@ -1,0 +1,62 @@
+"""Every law of the kit has a planted fault that it detects."""
+
+from __future__ import annotations
+
+import test_planted_faults_bound
+import test_planted_faults_chain
+import test_planted_faults_clock_and_schedule
+import test_planted_faults_derived_formulas
+import test_planted_faults_draws
+import test_planted_faults_information
+import test_planted_faults_network
+import test_planted_faults_reverse_process
+import test_planted_faults_time_rule
+import test_planted_faults_vocabulary
+
+from ddiff.testing import (
+    bound,
+    bound_terms,
+    clean_distribution,
+    clock,
+    denoiser,
+    head,
+    reverse_process,
+    schedule,
+    time_rule,
+    vocabulary,
+)
+from ddiff.testing.process import PROCESS_LAWS
+
+MODULES = (
+    test_planted_faults_bound,
+    test_planted_faults_chain,
+    test_planted_faults_clock_and_schedule,
+    test_planted_faults_derived_formulas,
+    test_planted_faults_draws,
+    test_planted_faults_information,
+    test_planted_faults_network,
+    test_planted_faults_reverse_process,
+    test_planted_faults_time_rule,
+    test_planted_faults_vocabulary,
+)
+LAWS = (
+    *PROCESS_LAWS,
+    *clock.CLOCK_LAWS,
+    *schedule.SCHEDULE_LAWS,
+    *vocabulary.VOCABULARY_LAWS,
+    *time_rule.TIME_RULE_LAWS,
+    *clean_distribution.CLEAN_DISTRIBUTION_LAWS,
+    *head.HEAD_LAWS,
+    *denoiser.DENOISER_LAWS,
+)
+TESTED_ELSEWHERE = {
+    bound.speed_equality.name,  # test_planted_faults_bound.py, without a table
+    denoiser.evidence_is_dropped.name,  # test_planted_faults_network.py, without a table
+    reverse_process.scores_are_decoded.name,  # test_planted_faults_hybrid.py
+    bound_terms.terms_have_their_expectations.name,  # tests/faults
+}
+
+
+def test_every_law_has_a_planted_fault() -> None:
+    covered = {fault.law.name for module in MODULES for fault in module.FAULTS}
+    assert {law.name for law in LAWS} - covered == TESTED_ELSEWHERE
