@@ -36,7 +36,7 @@ from ddiff.testing.report import Gap, compare, law
 
 Window = tuple[float, float]
 Path = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""(v [n] in [0,1], position) -> the position's place between the ends of logit t, and d place/dv."""
+"""(v [n] in [0,1], position) -> place between the ends of logit t, and its derivative by v."""
 Table = Callable[[Tensor, Tensor], Tensor]
 """Network as a function: (zt [B,L], t [B,L]) -> log_p [B,L,V]."""
 
@@ -277,7 +277,7 @@ def constant_table(log_p: Tensor) -> Table:
 
 
 def _beyond_quadrature(process: ForwardProcess, log_p: Tensor) -> Tensor:
-    """Part [V] of the bound within 1e-12 of the ends: the end terms there minus those at the ends."""
+    """Part [V] of the bound within 1e-12 of the ends: end terms there minus those at the ends."""
     missing = _closing(process, log_p, LATEST) + _decoding(process, log_p, EARLIEST)
     if not process.closes_at_prior:
         missing = missing - _closing(process, log_p, 1.0)
@@ -475,9 +475,9 @@ def _discrete_bound(process: ForwardProcess, table: Table, window: Window, steps
 def weights_are_level_flows(
     process: ForwardProcess, windows: Sequence[Window] = FINITE
 ) -> Iterator[Gap]:
-    """In a tree process, the integrated expected weight of the rows at level l is F_l(t1) - F_l(t0),
-    where F_l(t) is the probability of having entered level l by time t; it is 1 over [0,1] if the
-    clock closes. Tolerance: quadrature has an error of 1e-9."""
+    """In a tree process, the integrated expected weight of the rows at level l is F_l(t1) -
+    F_l(t0), where F_l(t) is the probability of having entered level l by time t; it is 1 over [0,1]
+    if the clock closes. Tolerance: quadrature has an error of 1e-9."""
     if not isinstance(process, TreeProcess):
         return
     vocabulary = process.vocabulary

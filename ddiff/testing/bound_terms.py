@@ -73,7 +73,7 @@ class SobolRng(CounterRng):
 
 
 class InformationPath:
-    """Paths t_i(v) of the positions through the window, along which the diffusion term varies little.
+    """Paths t_i(v) through the window along which the diffusion term varies little.
 
     With times even in t, or in logit t, the diffusion term of some processes is a rare and large
     number. With times at which the information I(X; Z_t) of a uniform X falls evenly, its mean
@@ -115,7 +115,7 @@ class InformationPath:
 
 
 def inner_information_window(process: ForwardProcess) -> Window:
-    """Window within [0, 1] over which 40 % of the information is lost, so that every term is large."""
+    """Window over which 40 % of the information is lost, so that every term is large."""
     path = InformationPath(process, WHOLE)
     cell = torch.searchsorted(path.tau, times(INNER_SHARES) * path.tau[-1])
     start, stop = torch.sigmoid(path.y[cell]).tolist()

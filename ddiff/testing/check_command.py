@@ -187,8 +187,8 @@ def _build_on(
         return built
     raise ArgumentError(
         f"ddiff check: the {component} accepts none of {len(vocabularies)} small vocabularies with "
-        f"these settings. The last error was: {rejection} A class may offer its own vocabularies in "
-        "example_vocabularies()."
+        f"these settings. The last error was: {rejection} A class may offer its own vocabularies "
+        "in example_vocabularies()."
     )
 
 

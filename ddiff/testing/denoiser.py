@@ -64,8 +64,8 @@ def rows_have_distributions(denoiser: Denoiser, process: ForwardProcess) -> Iter
 
 @law("denoiser: a sample does not depend on its batch", tolerance=1e-9)
 def batches_agree(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
-    """A sequence has the same predictions in a batch of one as in a larger batch. Tolerance: float64
-    matrix products of other shapes."""
+    """A sequence has the same predictions in a batch of one as in a larger batch. Tolerance:
+    float64 matrix products of other shapes."""
     twin, noisy = _prepare(denoiser, process)
     in_batch = _log_p(twin, process, noisy, Context()).exp()
     for i in range(BATCH):

@@ -66,8 +66,8 @@ def full_time(like: Tensor, t: float) -> Tensor:
 
 @law("sample: distributed as the marginal", tolerance=5e-3)
 def sample_follows_marginal(process: ForwardProcess) -> Iterator[Gap]:
-    """z_t drawn given x0 has the distribution q_t(.|x0), also at both ends, and `prior.draw` that of
-    the prior. Tolerance: 2048 Sobol points resolve a probability to 5e-3."""
+    """z_t drawn given x0 has the distribution q_t(.|x0), also at both ends, and `prior.draw` that
+    of the prior. Tolerance: 2048 Sobol points resolve a probability to 5e-3."""
 
     def draw(row: Tensor, u: Tensor) -> Tensor:
         return process.sample(x0[row], t[row], u)
@@ -138,8 +138,8 @@ def _decode_gaps(process: ForwardProcess, t: float) -> Iterator[Gap]:
 
 @law("step: queries the network at most once, never if s = t", tolerance=0.0)
 def step_queries_once(process: ForwardProcess) -> Iterator[Gap]:
-    """A step takes one network call; only rows that it queries may change; a step with s = t changes
-    nothing and makes no call. Tolerance: none."""
+    """A step takes one network call; only rows that it queries may change; a step with s = t
+    changes nothing and makes no call. Tolerance: none."""
     zt, point = product(possible_states(process, 0.5), torch.arange(64))
     u = grid_of_uniforms(64, process.uniforms_per_step)[point]
     t = full_time(zt, 0.5)

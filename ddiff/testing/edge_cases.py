@@ -24,7 +24,7 @@ TERMS = ("divergence", "density", "decode_nll", "closing_kl")
 
 
 def extreme_distributions(num_tokens: int) -> Tensor:
-    """Log-distributions [3V,V] in which token k is impossible, of probability 1e-400, or certain."""
+    """Log-distributions [3V,V] with a token impossible, of probability 1e-400, or certain."""
     middle = random_log_probs(num_tokens, 1)[0]
     token = torch.arange(num_tokens)
     impossible = middle.repeat(num_tokens, 1)

@@ -67,8 +67,8 @@ def variance_has_no_tail(process: ForwardProcess) -> Iterator[Gap]:
 
     With a larger share, most estimates of the bound miss the few expensive draws and report too
     little. With information time, shipped processes are below 0.35; with t drawn evenly they are
-    between 0.5 and 1. Remedy: correct overridden `information` and `change_probability`; otherwise start the
-    window later.
+    between 0.5 and 1. Remedy: correct overridden `information` and `change_probability`; otherwise
+    start the window later.
     """
     for window in WINDOWS:
         share = tail_variance_share(process, process.information_time, window)

@@ -62,8 +62,8 @@ class ScoreQuery:
 
 @law("decode: a score is drawn as decode_nll charges it", tolerance=5e-3)
 def scores_are_decoded(process: ForwardProcess) -> Iterator[Gap]:
-    """The last draw under a score has the distribution exp(-decode_nll). Tolerance: 2048 Sobol points
-    resolve a probability to 5e-3."""
+    """The last draw under a score has the distribution exp(-decode_nll). Tolerance: 2048 Sobol
+    points resolve a probability to 5e-3."""
     for t in (0.02, 0.5, 0.97):
         yield from _decoded_score_gaps(process, t)
 
@@ -171,7 +171,8 @@ def scores_at_ends(process: ForwardProcess) -> Iterator[Gap]:
 @law("from_clean: row x is the marginal of token x", tolerance=1e-9)
 def from_clean_is_marginal(process: ForwardProcess) -> Iterator[Gap]:
     """Row x of `from_clean(t)` is q_t(.|x), including the noise that a process may have at t = 0,
-    and `solve` inverts it. Tolerance: rounding of an elimination, scaled by its condition number."""
+    and `solve` inverts it. Tolerance: rounding of an elimination, scaled by its condition number.
+    """
     t, x0 = product(times((0.0,), INNER), torch.arange(process.vocabulary.num_tokens))
     row = torch.arange(len(x0))
     expected = likelihoods_by_row(process, t)[row, x0]
@@ -197,8 +198,8 @@ def stay_probability_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("kernels: solve inverts apply", tolerance=1e-9)
 def solve_inverts(process: ForwardProcess) -> Iterator[Gap]:
-    """`transition.solve(v)` returns the x with x K = v. Tolerance: rounding of an elimination, times
-    a tenth of the condition number of K."""
+    """`transition.solve(v)` returns the x with x K = v. Tolerance: rounding of an elimination,
+    times a tenth of the condition number of K."""
     s, t = times((0.31, 0.5), (0.5, 0.77), (0.02, 0.31), (0.5, 0.5)).reshape(-1, 2).T
     kernel = process.transition(s, t)
     vector = random_log_probs(process.vocabulary.num_states, len(s)).exp()
@@ -211,9 +212,9 @@ def solve_inverts(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("reverse rates: probability flows balance", tolerance=1e-9)
 def reverse_flows_balance(process: ForwardProcess) -> Iterator[Gap]:
-    """The reverse flow from z to y equals the forward flow from y to z:
-    q_t(z) R[z,y] = q_t(y) Q_t[y,z], with q_t the marginal under a distribution, for that distribution
-    and for its score. Tolerance: rounding, relative to the largest flow."""
+    """The reverse flow from z to y equals the forward flow from y to z: q_t(z) R[z,y] = q_t(y)
+    Q_t[y,z], with q_t the marginal under a distribution, for that distribution and for its score.
+    Tolerance: rounding, relative to the largest flow."""
     rows = ReachableRows(process, times(INNER))
     own_state = rows.zt.unsqueeze(-1)
     marginal = process.log_marginal(rows.log_p, rows.t).exp()
@@ -289,8 +290,8 @@ def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("forward_step: distributed as the transition", tolerance=5e-3)
 def forward_step_follows_transition(process: ForwardProcess) -> Iterator[Gap]:
-    """z_t drawn given z_s has the distribution P(z_t | z_s), also over the whole interval, and is z_s
-    if s = t. Tolerance: 2048 Sobol points resolve a probability to 5e-3."""
+    """z_t drawn given z_s has the distribution P(z_t | z_s), also over the whole interval, and is
+    z_s if s = t. Tolerance: 2048 Sobol points resolve a probability to 5e-3."""
     for s, t in ((0.31, 0.77), (0.02, 0.5), (0.5, 1.0), (0.0, 0.97)):
         yield _forward_step_gap(process, s, t)
     states = torch.arange(process.vocabulary.num_states)
@@ -314,8 +315,8 @@ def _forward_step_gap(process: ForwardProcess, s: float, t: float) -> Gap:
 
 @law("events: occur at the reverse rates", tolerance=6e-3)
 def events_follow_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
-    """Candidate events come at a rate g(s), which follows from `event_time`; `event` accepts each of
-    them as a move to y with some probability. The product is the reverse rate to y.
+    """Candidate events come at a rate g(s), which follows from `event_time`; `event` accepts each
+    of them as a move to y with some probability. The product is the reverse rate to y.
 
     If `event_time` finds no event, the integral of the rates is at most -ln u. Tolerance: as shares
     of g, 2048 Sobol points resolve a probability to 5e-3.
@@ -373,8 +374,8 @@ def _no_event_gap(process: ForwardProcess, log_p: Tensor, zt: Tensor, u: Tensor,
 
 @law("events: one query at most, and only queried rows change", tolerance=0.0)
 def events_query_once(process: ForwardProcess) -> Iterator[Gap]:
-    """One network call serves the events of all rows; rows that it does not query keep their states.
-    Tolerance: none."""
+    """One network call serves the events of all rows; rows that it does not query keep their
+    states. Tolerance: none."""
     if not process.has_events:
         return
     zt, point = product(possible_states(process, 0.5), torch.arange(32))

@@ -147,8 +147,8 @@ def _draw_samples(case: SamplerCase, process: ForwardProcess, steps: int) -> Ten
 
 @law("sampler: declarations are consistent", tolerance=0.0)
 def declarations_are_consistent(case: SamplerCase) -> Iterator[Gap]:
-    """`quality` is "exact", "of an order" or "heuristic"; `order` is at least 1 for the second and 0
-    for the others. Tolerance: none."""
+    """`quality` is "exact", "of an order" or "heuristic"; `order` is at least 1 for the second and
+    0 for the others. Tolerance: none."""
     sampler = case.build(FEW)
     is_unknown = sampler.quality not in get_args(Quality)
     yield compare(torch.tensor(int(is_unknown)), 0.0, {"quality": sampler.quality})
@@ -179,7 +179,7 @@ def _count_canvases(case: SamplerCase, steps: int) -> int:
 
 @law("sampler: ends in tokens and keeps given positions", tolerance=0.0)
 def ends_in_tokens(case: SamplerCase) -> Iterator[Gap]:
-    """The last canvas contains only tokens, and given positions keep their tokens. Tolerance: none."""
+    """The last canvas holds only tokens, and given positions keep their tokens. Tolerance: none."""
     index = torch.arange(64)
     given = torch.stack([index % 3, (index // 3) % 3], -1)
     for positions in ([False, False], [True, False], [True, True]):
@@ -209,8 +209,8 @@ def samples_are_independent_of_batch(case: SamplerCase) -> Iterator[Gap]:
 
 @law("sampler: exact if declared exact", tolerance=NOISE)
 def exact_samplers_are_exact(case: SamplerCase) -> Iterator[Gap]:
-    """Samples of an exact sampler have the joint distribution for any number of steps. Tolerance: the
-    randomness of the samples is 0.006."""
+    """Samples of an exact sampler have the joint distribution for any number of steps. Tolerance:
+    the randomness of the samples is 0.006."""
     if case.build(FEW).quality != "exact":
         return
     has_steps = case.build(1).steps is not None
@@ -221,8 +221,8 @@ def exact_samplers_are_exact(case: SamplerCase) -> Iterator[Gap]:
 
 @law("sampler: reaches its declared order", tolerance=SLACK)
 def orders_are_reached(case: SamplerCase) -> Iterator[Gap]:
-    """For some number of steps, four times as many divide the distance by 4^order; the error is by how
-    much the best measured order falls short.
+    """For some number of steps, four times as many divide the distance by 4^order; the error is by
+    how much the best measured order falls short.
 
     Steps grow until the distance is too small to tell an order from the randomness of the samples.
     Not measured on trees, where orders show only after many steps. Tolerance: on this joint rates

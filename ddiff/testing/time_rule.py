@@ -83,8 +83,8 @@ def speeds_are_unbiased(rule: TimeRule) -> Iterator[Gap]:
     """The mean of speed * g(t) is the integral of g over each position's window, for g = 1, t, t^2.
 
     Tolerance: relative, for 128 batches of 64 strata. The standard error is at most 0.01. It is
-    largest for a rule that charges a position in one of five sequences, for all five, where the ends
-    of the window cut one stratum of every batch.
+    largest for a rule that charges a position in one of five sequences, for all five, where the
+    ends of the window cut one stratum of every batch.
     """
     batches = [_draw_batch(rule, step) for step in range(DRAWS)]
     t = torch.stack([times.t for times in batches])
@@ -121,8 +121,8 @@ def _end_gaps(name: str, expected: Tensor, ends: list[Times]) -> Iterator[Gap]:
 
 @law("times: every part of the batch covers the whole window", tolerance=0.15)
 def parts_are_balanced(rule: TimeRule) -> Iterator[Gap]:
-    """Eight contiguous parts of a batch of 64 (ranks, micro-batches) have nearly the same mean time,
-    in units of the window, with clean positions at 0 and positions at the prior at 1.
+    """Eight contiguous parts of a batch of 64 (ranks, micro-batches) have nearly the same mean
+    time, in units of the window, with clean positions at 0 and positions at the prior at 1.
 
     Tolerance: with 8 strata in van der Corput order the mean differs by up to the width 1/8 of a
     stratum of the part; with contiguous slices it differs by 0.45.

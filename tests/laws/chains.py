@@ -30,7 +30,8 @@ SINGLE = HierarchicalVocabulary([[0, 0, 0], [0]])  # a level of one node below t
 
 
 class HumpedNoise(InterpolatingProcess):
-    """Mask noise and a hump of uniform noise: q = [(1-t) x + t mask + c u] / (1 + c), c ~ sqrt(t(1-t))."""
+    """Mask noise and a hump of uniform noise: q = [(1-t) x + t mask + c u] / (1 + c), c ~
+    sqrt(t(1-t))."""
 
     def __init__(self, share: float = 0.2) -> None:
         self.vocabulary = FlatVocabulary(3)
@@ -50,7 +51,8 @@ class HumpedNoise(InterpolatingProcess):
 
 
 class HumpedComponents(ComponentProcess):
-    """`HumpedNoise`, said by its components: the mask and the words (arXiv 2503.04482), with any power of the hump."""
+    """`HumpedNoise`, said by its components: the mask and the words (arXiv 2503.04482), with any
+    power of the hump."""
 
     def __init__(self, vocabulary: FlatVocabulary, share: float = 0.2, gamma: float = 1.0) -> None:
         self.height, self.gamma = 2.0**gamma * share / (1.0 - share), gamma
@@ -70,7 +72,8 @@ class HumpedComponents(ComponentProcess):
 
 
 class CorruptedThenMasked(ComponentProcess):
-    """Words are corrupted at once, then masked: q = (1-t) [(1-e) x + e noise] + t mask. It never closes at clean."""
+    """Words are corrupted at once, then masked: q = (1-t) [(1-e) x + e noise] + t mask. It never
+    closes at clean."""
 
     def __init__(
         self, vocabulary: FlatVocabulary, share: float, noise: Tensor | None = None
@@ -94,7 +97,9 @@ class CorruptedThenMasked(ComponentProcess):
 class ShuffledThenMasked(ForwardProcess):
     """Words are redrawn at one rate and masked at another; masks stay.
 
-    Its marginals are those of an interpolating process, its generator is not: nothing leaves the mask."""
+    Its marginals are those of an interpolating process, its generator is not: nothing leaves the
+    mask.
+    """
 
     num_tokens, redraw, mask = 3, 0.6, 1.0
 

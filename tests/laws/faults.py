@@ -1,4 +1,5 @@
-"""Planted faults: an object that obeys a law of the kit, and one a line away that breaks it."""
+"""Planted faults: an object that obeys a law of the kit, and one that differs in a line and breaks
+it."""
 
 from __future__ import annotations
 
@@ -23,73 +24,96 @@ from ddiff.testing.report import Law
 
 
 class Fault(NamedTuple):
-    what: str
+    """A law with a builder of an object that obeys it and of one that does not."""
+
+    name: str
     law: Law
-    healthy: Callable[[], Any]
-    faulty: Callable[[], Any]
+    build_healthy: Callable[[], Any]
+    build_faulty: Callable[[], Any]
     options: Mapping[str, Any] = MappingProxyType({})
 
 
-def assert_found(fault: Fault) -> None:
-    """The law passes for the healthy one, with something to look at, and is broken by the faulty one."""
-    healthy = fault.law(fault.healthy(), **fault.options)
+def assert_detected(fault: Fault) -> None:
+    """Assert that the law holds for the healthy object and is broken by the faulty one."""
+    healthy = fault.law(fault.build_healthy(), **fault.options)
     assert healthy.passed, str(healthy)
     assert healthy.probes > 0
-    report = fault.law(fault.faulty(), **fault.options)
+    report = fault.law(fault.build_faulty(), **fault.options)
     assert not report.passed
-    assert "raised" not in report.where, (
-        report.where
-    )  # found by its numbers, not because the plant itself is broken
+    # the law must find it by its numbers, not because the planted code raises
+    assert "raised" not in report.where, report.where
 
 
-class OneLevelAtATime(LogTimeClock):
-    """A finite transition in which nobody climbs two levels."""
+# ---------------------------------------------------------------------- small objects
 
-    def transition(self, s: Tensor, t: Tensor) -> Tensor:
-        single = super().transition(s, t).tril(1)
-        return single / single.sum(-1, keepdim=True)
-
-
-class SaidToClose(LinearSchedule):
-    """alpha(1) = 0.01, declared 0."""
-
-    def __init__(self, floor: float) -> None:
-        super().__init__(floor)
-        self.closes_at_prior = True
+CLOCK2 = LogTimeClock((0.5, 1.0))
+CLOCK3 = LogTimeClock((1.0, 2.0, 1.0))
+UNMASKED = FlatVocabulary(3, mask=False)
+EVEN = torch.full((3,), 1.0 / 3.0)
+UNEVEN = torch.tensor([0.6, 0.3, 0.1])
+ONE_LEVEL = TreeProcess(FlatVocabulary(3), LogTimeClock((1.0,)))
+STOCHASTIC_PARENTS = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)), 0.8)
 
 
-def with_parents(
+def build_with_parents(
     kind: type[StochasticParents], tree: HierarchicalVocabulary, xi: float
 ) -> TreeProcess:
+    """Tree process whose stochastic parents are of this kind."""
     process = TreeProcess(tree, LogTimeClock((1.0,) * tree.num_levels), xi)
     process.parents = kind(tree, (xi,) * tree.num_levels)
     return process
 
 
-class RawDecoding(TreeProcess):
-    """-ln p(x) where -ln P(x|z) is due."""
-
-    def decode_nll(self, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return -law.log_prob(x0)
+def tree_on_pair(kind: type[TreeProcess], xi: float = 1.0) -> Callable[[], TreeProcess]:
+    """Builder of a two-level tree process."""
+    return lambda: kind(PAIR, CLOCK2, xi)
 
 
-class FreeClosing(TreeProcess):
-    def closing_kl(self, law: CleanDistribution, x0: Tensor, t: Tensor) -> Tensor:
-        return torch.zeros_like(t)
+def tree_with_clock(clock: LevelClock) -> Callable[[], TreeProcess]:
+    """Builder of a two-level tree process with this clock."""
+    return lambda: TreeProcess(PAIR, clock)
 
 
-class LatePosterior(MixtureProcess):
-    def reverse_log_probs(self, log_p: Tensor, zt: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return super().reverse_log_probs(log_p, zt, t, s + 0.5 * (t - s))
+def power_masking(kind: type[TreeProcess]) -> Callable[[], TreeProcess]:
+    """Builder of a masked process with alpha = 1 - t^0.3."""
+    return lambda: kind(FlatVocabulary(4), CdfClock([PowerSchedule(0.3)]))
 
 
-class IdleMasks(TreeProcess):
-    def active(self, zt: Tensor) -> Tensor:
-        return self.vocabulary.level_of(zt) == 1
+def uniform_noise(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
+    """Builder of a process with uniform noise."""
+    return lambda: kind(UNMASKED, LinearSchedule(), EVEN)  # type: ignore[call-arg]
 
 
-class Trunk(torch.nn.Module):
-    """Every position sees the valid positions of its own document, by their mean."""
+def uneven_noise(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
+    """Builder of a process with noise of unequal probabilities."""
+    return lambda: kind(UNMASKED, LinearSchedule(), UNEVEN)  # type: ignore[call-arg]
+
+
+def masking(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
+    """Builder of a masked process, as a mixture."""
+    vocabulary = ONE_LEVEL.vocabulary
+    noise = mask_distribution(vocabulary)
+    return lambda: kind(vocabulary, LinearSchedule(), noise)  # type: ignore[call-arg]
+
+
+def noisy_from_the_start(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
+    """Builder of a process with noise at t = 0."""
+    schedule = GeometricSchedule(0.1, 5.0)
+    return lambda: kind(UNMASKED, schedule, EVEN)  # type: ignore[call-arg]
+
+
+def non_commuting(kind: type[DenseProcess]) -> Callable[[], DenseProcess]:
+    """Builder of a dense process whose generators at different times do not commute."""
+    return lambda: kind.examples()[1]  # type: ignore[return-value]
+
+
+def small_tree(kind: type[HierarchicalVocabulary]) -> Callable[[], HierarchicalVocabulary]:
+    """Builder of a two-level vocabulary."""
+    return lambda: kind([[0, 1, 0, 0]], tokenizer_fingerprint="of a tokenizer")
+
+
+class MeanBackbone(torch.nn.Module):
+    """Every position attends to the valid positions of its own document, by their mean."""
 
     width = 4
 
@@ -99,71 +123,60 @@ class Trunk(torch.nn.Module):
 
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
         hidden = self.embedding(ids)
+        batch, length = ids.shape
         mask = context.attention_mask()
-        weight = (
-            torch.ones(ids.shape[0], ids.shape[1], ids.shape[1]).to(hidden)
-            if mask is None
-            else mask[:, 0].to(hidden)
-        )
-        return hidden + (weight @ hidden) / weight.sum(-1, keepdim=True) + t.unsqueeze(-1)
+        if mask is None:
+            weight = torch.ones(batch, length, length).to(hidden)
+        else:
+            weight = mask[:, 0].to(hidden)
+        mean = (weight @ hidden) / weight.sum(-1, keepdim=True)
+        return hidden + mean + t.unsqueeze(-1)
 
 
-def network(trunk: type[Trunk], head_: type[TokenHead] = TokenHead) -> Denoiser:
-    return Denoiser(trunk(), head_(FlatVocabulary(3), 4))
+def build_denoiser(backbone: type[MeanBackbone], head: type[TokenHead] = TokenHead) -> Denoiser:
+    return Denoiser(backbone(), head(FlatVocabulary(3), 4))
 
 
-def masks_by_power(kind: type[TreeProcess]) -> Callable[[], TreeProcess]:
-    return lambda: kind(FlatVocabulary(4), CdfClock([PowerSchedule(0.3)]))
+# ---------------------------------------------------------------------- faults of several laws
 
 
-CLOCK2, CLOCK3 = LogTimeClock((0.5, 1.0)), LogTimeClock((1.0, 2.0, 1.0))
+class OneLevelAtATime(LogTimeClock):
+    """A finite transition in which no token rises two levels."""
+
+    def transition(self, s: Tensor, t: Tensor) -> Tensor:
+        single = super().transition(s, t).tril(1)
+        return single / single.sum(-1, keepdim=True)
 
 
-BARE = FlatVocabulary(3, mask=False)
+class FalselyClosing(LinearSchedule):
+    """alpha(1) = 0.01, declared 0."""
+
+    def __init__(self, floor: float) -> None:
+        super().__init__(floor)
+        self.closes_at_prior = True
 
 
-EVEN = torch.full((3,), 1.0 / 3.0)
+class RawDecoding(TreeProcess):
+    """-ln p(x) in place of -ln P(x|z)."""
+
+    def decode_nll(
+        self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
+    ) -> Tensor:
+        return -prediction.log_prob(x0)
 
 
-UNEVEN = torch.tensor([0.6, 0.3, 0.1])
+class NoClosingTerm(TreeProcess):
+    def closing_kl(self, prediction: CleanDistribution, x0: Tensor, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
 
 
-ONE_LEVEL = TreeProcess(FlatVocabulary(3), LogTimeClock((1.0,)))
+class LatePosterior(MixtureProcess):
+    """Posterior of a later time than s."""
+
+    def reverse_log_probs(self, log_p: Tensor, zt: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return super().reverse_log_probs(log_p, zt, t, s + 0.5 * (t - s))
 
 
-STRAYING = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)), 0.8)
-
-
-def on_pair(kind: type[TreeProcess], xi: float = 1.0) -> Callable[[], TreeProcess]:
-    return lambda: kind(PAIR, CLOCK2, xi)
-
-
-def mixture(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
-    return lambda: kind(BARE, LinearSchedule(), EVEN)  # type: ignore[call-arg]
-
-
-def masking(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
-    return lambda: kind(
-        ONE_LEVEL.vocabulary, LinearSchedule(), mask_distribution(ONE_LEVEL.vocabulary)
-    )  # type: ignore[call-arg]
-
-
-def late(kind: type[MixtureProcess]) -> MixtureProcess:
-    """Noise that does not start at 0."""
-    return kind(BARE, GeometricSchedule(0.1, 5.0), EVEN)  # type: ignore[call-arg]
-
-
-def uneven(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
-    return lambda: kind(BARE, LinearSchedule(), UNEVEN)  # type: ignore[call-arg]
-
-
-def turning(kind: type[DenseProcess]) -> Callable[[], DenseProcess]:
-    return lambda: kind.examples()[1]  # type: ignore[return-value]
-
-
-def tree_of(kind: type[HierarchicalVocabulary]) -> Callable[[], HierarchicalVocabulary]:
-    return lambda: kind([[0, 1, 0, 0]], tokenizer_fingerprint="of a tokenizer")
-
-
-def of_clock(clock_: LevelClock) -> Callable[[], TreeProcess]:
-    return lambda: TreeProcess(PAIR, clock_)
+class InactiveMasks(TreeProcess):
+    def active(self, zt: Tensor) -> Tensor:
+        return self.vocabulary.level_of(zt) == 1

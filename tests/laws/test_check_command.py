@@ -1,4 +1,4 @@
-"""`ddiff check NAME` works for strangers as for the engine's own, and its exit code can be trusted."""
+"""`ddiff check NAME` checks components of any plugin, and its exit code tells the result."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Swap(DenseProcess):
         return [cls.build(cls.Config(), vocabulary=FlatVocabulary(2, mask=False))]
 
 class Broken(Swap):
-    def decode_nll(self, law, x0, zt, t):
-        return -law.log_prob(x0)
+    def decode_nll(self, prediction, x0, zt, t):
+        return -prediction.log_prob(x0)
 
 class Picky(DenseProcess):
     @classmethod
@@ -57,7 +57,7 @@ def stranger(distribution: Callable[..., Path]) -> None:
 
 
 @pytest.mark.usefixtures("stranger")
-def test_a_strangers_process_is_checked_on_its_examples(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_uses_examples_of_a_plugins_process(capsys: pytest.CaptureFixture[str]) -> None:
     assert check_component("swap", []) == 0
     out = capsys.readouterr().out
     assert "bound: -ln p(x) for a constant denoiser" in out
@@ -66,7 +66,7 @@ def test_a_strangers_process_is_checked_on_its_examples(capsys: pytest.CaptureFi
 
 
 @pytest.mark.usefixtures("stranger")
-def test_settings_fill_the_config_on_the_examples_vocabularies(
+def test_check_applies_settings_on_the_examples_vocabularies(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert check_component("swap", ["rate=3.0"]) == 0
@@ -74,7 +74,7 @@ def test_settings_fill_the_config_on_the_examples_vocabularies(
 
 
 @pytest.mark.usefixtures("stranger")
-def test_a_broken_law_is_named_with_its_place_and_the_exit_code_is_one(
+def test_check_reports_broken_law_and_returns_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert check_component("swap_broken", []) == 1
@@ -84,27 +84,25 @@ def test_a_broken_law_is_named_with_its_place_and_the_exit_code_is_one(
 
 
 @pytest.mark.usefixtures("stranger")
-def test_a_plugin_means_every_process_that_it_registers() -> None:
+def test_check_of_a_plugin_covers_all_its_processes() -> None:
     with pytest.raises(
         ArgumentError, match=r"accepts none of .* small vocabularies.*nothing is good enough"
     ):
-        check_component("stranger", [])  # swap_picky is reached too
+        check_component("stranger", [])  # swap_picky is checked too
 
 
 @pytest.mark.parametrize("name", ["levelwise", "flat"])
-def test_heads_and_time_rules_are_checked_by_name(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_accepts_heads_and_time_rules(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert check_component(name, []) == 0
     assert "0 broken" in capsys.readouterr().out
 
 
-def test_a_backbone_is_checked_within_a_denoiser(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_puts_a_backbone_into_a_denoiser(capsys: pytest.CaptureFixture[str]) -> None:
     assert check_component("dit", ["width=16", "layers=1", "heads=2"]) == 0
     assert "padding does not matter" in capsys.readouterr().out
 
 
-def test_the_shipped_families_hold(capsys: pytest.CaptureFixture[str]) -> None:
+def test_shipped_processes_obey_every_law(capsys: pytest.CaptureFixture[str]) -> None:
     assert check_component("mdlm", []) == 0
     assert check_component("hdlm", ["gamma=0.5", "xi=0.9"]) == 0
     assert capsys.readouterr().out.count("0 broken") == 2
@@ -117,11 +115,11 @@ def test_the_shipped_families_hold(capsys: pytest.CaptureFixture[str]) -> None:
         ("adamw", 'the optimizer "adamw" .* has no laws to check'),
     ],
 )
-def test_a_name_without_laws_is_explained(name: str, message: str) -> None:
+def test_check_explains_names_without_laws(name: str, message: str) -> None:
     with pytest.raises(PluginError, match=message):
         check_component(name, [])
 
 
-def test_a_wrong_setting_is_explained() -> None:
+def test_check_explains_wrong_settings() -> None:
     with pytest.raises(RecipeError, match="gama"):
         check_component("hdlm", ["gama=0.5"])

@@ -9,15 +9,15 @@ import torch
 from chains import uniform
 from faults import (
     ONE_LEVEL,
-    STRAYING,
+    STOCHASTIC_PARENTS,
     Fault,
-    FreeClosing,
-    IdleMasks,
+    InactiveMasks,
     LatePosterior,
+    NoClosingTerm,
     RawDecoding,
-    assert_found,
-    mixture,
-    on_pair,
+    assert_detected,
+    tree_on_pair,
+    uniform_noise,
 )
 from torch import Tensor
 
@@ -37,82 +37,90 @@ class SwappedWeights(TreeProcess):
 
 FAULTS = [
     Fault(
-        "raw -ln p(x) breaks the bound",
+        "-ln p(x) as decoding term, in the bound",
         bound.constant_denoiser,
-        on_pair(TreeProcess, 0.8),
-        on_pair(RawDecoding, 0.8),
+        tree_on_pair(TreeProcess, 0.8),
+        tree_on_pair(RawDecoding, 0.8),
     ),
     Fault(
         "swapped level weights",
         bound.weights_are_level_flows,
-        on_pair(TreeProcess),
-        on_pair(SwappedWeights),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(SwappedWeights),
     ),
     Fault(
-        "a posterior of other times in the limit",
+        "posterior of a later time, in the limit of small steps",
         bound.discrete_bound_converges,
-        mixture(MixtureProcess),
-        mixture(LatePosterior),
+        uniform_noise(MixtureProcess),
+        uniform_noise(LatePosterior),
     ),
     Fault(
-        "no closing term in the bound",
+        "closing term of 0, in the bound",
         bound.constant_denoiser,
-        on_pair(TreeProcess),
-        on_pair(FreeClosing),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(NoClosingTerm),
     ),
     Fault(
-        "masks that are idle, in the bound",
+        "inactive masks, in the bound",
         bound.entropy_equality,
-        on_pair(TreeProcess),
-        on_pair(IdleMasks),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(InactiveMasks),
     ),
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_law_detects_planted_fault(fault: Fault) -> None:
-    assert_found(fault)
+    assert_detected(fault)
 
 
-@pytest.mark.parametrize("process", [uniform(), STRAYING], ids=["uniform", "xi < 1"])
-def test_the_full_conditional_breaks_the_entropy_equality(process: Any) -> None:
+@pytest.mark.parametrize("process", [uniform(), STOCHASTIC_PARENTS], ids=["uniform", "xi < 1"])
+def test_full_conditional_breaks_entropy_equality(process: Any) -> None:
     assert bound.entropy_equality(process).passed
     report = bound.entropy_equality(process, denoiser=full_conditional_table)
-    assert report.error > 0.05  # tenths of a nat on these joints
+    assert report.error > 0.05  # nats
 
 
-def test_at_masks_both_conditionals_agree_which_hides_the_mistake() -> None:
+def test_full_conditional_passes_on_masked_process() -> None:
+    """A masked state is no evidence on its token, so the mistake does not show there."""
     assert bound.entropy_equality(ONE_LEVEL, denoiser=full_conditional_table).passed
 
 
 @pytest.mark.parametrize(
-    "process", [uniform(), STRAYING, ONE_LEVEL], ids=["uniform", "xi < 1", "masked"]
+    "process", [uniform(), STOCHASTIC_PARENTS, ONE_LEVEL], ids=["uniform", "xi < 1", "masked"]
 )
-def test_a_missing_speed_factor_breaks_the_speed_equality(process: Any) -> None:
+def test_path_without_speed_breaks_speed_equality(process: Any) -> None:
     assert bound.speed_equality(process).passed
-    forgetful = lambda v, position: (bent_path(v, position)[0], torch.ones_like(v))  # noqa: E731
-    assert not bound.speed_equality(process, path=forgetful).passed
+    assert not bound.speed_equality(process, path=path_without_speed).passed
 
 
-def test_a_bound_that_forgets_speed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def path_without_speed(v: Tensor, position: int) -> tuple[Tensor, Tensor]:
+    return bent_path(v, position)[0], torch.ones_like(v)
+
+
+def test_nelbo_with_mean_speed_breaks_speed_equality(monkeypatch: pytest.MonkeyPatch) -> None:
     from ddiff.core import elbo
 
     original = elbo.diffusion_term
 
-    def careless(process: Any, network: Any, x0: Tensor, noisy: Any, speed: Tensor) -> Tensor:
+    def use_mean_speed(process: Any, network: Any, x0: Tensor, noisy: Any, speed: Tensor) -> Tensor:
         return original(process, network, x0, noisy, speed.mean(-1, keepdim=True).expand_as(speed))
 
-    assert bound.speed_equality(STRAYING).passed
-    monkeypatch.setattr(elbo, "diffusion_term", careless)
-    assert not bound.speed_equality(STRAYING).passed
+    assert bound.speed_equality(STOCHASTIC_PARENTS).passed
+    monkeypatch.setattr(elbo, "diffusion_term", use_mean_speed)
+    assert not bound.speed_equality(STOCHASTIC_PARENTS).passed
 
 
 @pytest.mark.parametrize("term", ["closing_term", "decoding_term"])
-def test_a_bound_without_an_end_term_is_found(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nelbo_without_end_term_breaks_constant_denoiser(
+    term: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ddiff.core import elbo
 
-    assert bound.constant_denoiser(STRAYING).passed
-    monkeypatch.setattr(
-        elbo, term, lambda process, network, x0, *rest: torch.zeros(x0.shape, dtype=torch.float64)
-    )
-    assert not bound.constant_denoiser(STRAYING).passed
+    assert bound.constant_denoiser(STOCHASTIC_PARENTS).passed
+
+    def zero(process: Any, network: Any, x0: Tensor, *rest: Any) -> Tensor:
+        return torch.zeros(x0.shape, dtype=torch.float64)
+
+    monkeypatch.setattr(elbo, term, zero)
+    assert not bound.constant_denoiser(STOCHASTIC_PARENTS).passed

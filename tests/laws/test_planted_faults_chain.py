@@ -8,18 +8,18 @@ import pytest
 import torch
 from chains import PAIR, SINGLE, HumpedComponents, ShuffledThenMasked
 from faults import (
-    BARE,
     CLOCK2,
     EVEN,
+    UNMASKED,
+    FalselyClosing,
     Fault,
     OneLevelAtATime,
-    SaidToClose,
-    assert_found,
-    mixture,
-    of_clock,
-    on_pair,
-    turning,
-    with_parents,
+    assert_detected,
+    build_with_parents,
+    non_commuting,
+    tree_on_pair,
+    tree_with_clock,
+    uniform_noise,
 )
 from torch import Tensor
 
@@ -33,7 +33,7 @@ from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.testing import chain
 
 
-class JumpingAtTheEnd(SaidToClose):
+class JumpAtTheEnd(FalselyClosing):
     """alpha falls to 0.1 and then jumps to 0, so that the end itself looks right."""
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class JumpingAtTheEnd(SaidToClose):
         return torch.where(t < 1.0, super().one_minus_alpha(t), 1.0)
 
 
-class SharingWithItself(StochasticParents):
+class WrongSharesOfParents(StochasticParents):
     """The wrong parents share 1 - xi among n instead of n - 1, so that rows miss (1 - xi)/n."""
 
     def _climb(self, i: int, j: int) -> None:
@@ -54,7 +54,7 @@ class SharingWithItself(StochasticParents):
             self.stray[i][j] = stray * (size - 1) / size
 
 
-class WithoutACareForOne(StochasticParents):
+class DivisionByZeroNodes(StochasticParents):
     """(1 - xi)/(n - 1) at a level with one node."""
 
     def _climb(self, i: int, j: int) -> None:
@@ -63,17 +63,17 @@ class WithoutACareForOne(StochasticParents):
         self.stray[i][j] = torch.full((size,), 1.0 - xi).double() / torch.tensor(size - 1.0)
 
 
-class ConfusedKernel(TreeKernel):
+class RowAsColumn(TreeKernel):
     def column(self, ids: Tensor) -> Tensor:
         return self.row(ids)
 
 
-class ConfusedRates(TreeProcess):
+class RowAsColumnRates(TreeProcess):
     def rates(self, t: Tensor) -> Kernel:
-        return ConfusedKernel(self.clock.generator(interior(t)), self.parents)
+        return RowAsColumn(self.clock.generator(interior(t)), self.parents)
 
 
-class LeakyRates(ShuffledThenMasked):
+class RatesWithoutDiagonal(ShuffledThenMasked):
     """A generator without its diagonal."""
 
     def rates(self, t: Tensor) -> Kernel:
@@ -81,13 +81,13 @@ class LeakyRates(ShuffledThenMasked):
         return DenseKernel(matrix - torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1)))
 
 
-class BackwardRates(ShuffledThenMasked):
+class NegatedRates(ShuffledThenMasked):
     def rates(self, t: Tensor) -> Kernel:
         return DenseKernel(-super().rates(t).dense())
 
 
-class SameMarginalsAnotherGenerator(ShuffledThenMasked):
-    """The arrivals of the interpolating process with these very marginals: it leaves the mask."""
+class OtherGeneratorOfSameMarginals(ShuffledThenMasked):
+    """The generator of the interpolating process with the same marginals: tokens leave the mask."""
 
     def rates(self, t: Tensor) -> Kernel:
         left = 1.0 - interior(t)
@@ -102,7 +102,7 @@ class SameMarginalsAnotherGenerator(ShuffledThenMasked):
 
 
 class OneExponential(DenseProcess):
-    """exp of the integrated generator, which forgets the order of time."""
+    """exp of the integrated generator, right only if generators commute."""
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
         grid = torch.linspace(0.0, 1.0, 401, dtype=torch.float64)[:-1] + 1.0 / 800.0
@@ -111,8 +111,8 @@ class OneExponential(DenseProcess):
         return DenseKernel(torch.matrix_exp(mean * (t - s)[:, None, None]))
 
 
-class HastyMarginal(MixtureProcess):
-    """Noised twice as much as its own rates say."""
+class MarginalOfDoubleNoise(MixtureProcess):
+    """Corrupted twice as much as its rates imply."""
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         return super().log_marginal(super().log_marginal(log_p, t), t)
@@ -125,15 +125,15 @@ class WrongPrior(MixtureProcess):
 
 
 class NaNAtTheEnd(MixtureProcess):
-    """0/0 where alpha is 0."""
+    """0/0 if alpha is 0."""
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         alpha = self.alpha(t).unsqueeze(-1)
         return (alpha * (log_p.exp() + (1.0 - alpha) / alpha * self.target)).log()
 
 
-class SaidToBeEven(HumpedComponents):
-    """Noise of one value for all words, where it has two components with several."""
+class FalselyEvenComponents(HumpedComponents):
+    """Treats the noise as equal for all tokens, although a component is uneven."""
 
     def __init__(self) -> None:
         super().__init__(FlatVocabulary(3))
@@ -143,7 +143,7 @@ class SaidToBeEven(HumpedComponents):
         self._on = Constant(self.components).on
 
 
-class KnownToBeUneven(SaidToBeEven):
+class UnevenComponents(FalselyEvenComponents):
     def __init__(self) -> None:
         super().__init__()
         self._even = False
@@ -151,71 +151,89 @@ class KnownToBeUneven(SaidToBeEven):
 
 FAULTS = [
     Fault(
-        "perturbation rows that do not sum to one",
+        "rows of stochastic parents that do not sum to one",
         chain.transition_rows_are_distributions,
-        lambda: with_parents(StochasticParents, PAIR, 0.8),
-        lambda: with_parents(SharingWithItself, PAIR, 0.8),
+        lambda: build_with_parents(StochasticParents, PAIR, 0.8),
+        lambda: build_with_parents(WrongSharesOfParents, PAIR, 0.8),
     ),
     Fault(
-        "right marginals with another generator",
+        "right marginals, wrong generator",
         chain.transition_is_oracle,
         ShuffledThenMasked,
-        SameMarginalsAnotherGenerator,
+        OtherGeneratorOfSameMarginals,
     ),
     Fault(
-        "a level of one node with xi < 1",
+        "division by zero at a level of one node",
         chain.transition_rows_are_distributions,
-        lambda: with_parents(StochasticParents, SINGLE, 0.8),
-        lambda: with_parents(WithoutACareForOne, SINGLE, 0.8),
-    ),
-    Fault("rates without a diagonal", chain.rates_rows_sum_to_zero, ShuffledThenMasked, LeakyRates),
-    Fault(
-        "rates of the wrong sign", chain.rates_are_not_negative, ShuffledThenMasked, BackwardRates
+        lambda: build_with_parents(StochasticParents, SINGLE, 0.8),
+        lambda: build_with_parents(DivisionByZeroNodes, SINGLE, 0.8),
     ),
     Fault(
-        "a column that is a row", chain.kernels_agree, on_pair(TreeProcess), on_pair(ConfusedRates)
+        "rates without a diagonal",
+        chain.rates_rows_sum_to_zero,
+        ShuffledThenMasked,
+        RatesWithoutDiagonal,
+    ),
+    Fault(
+        "rates of the wrong sign", chain.rates_are_not_negative, ShuffledThenMasked, NegatedRates
+    ),
+    Fault(
+        "column returns the row",
+        chain.kernels_agree,
+        tree_on_pair(TreeProcess),
+        tree_on_pair(RowAsColumnRates),
     ),
     Fault(
         "one exponential for all times",
         chain.transition_is_oracle,
-        turning(DenseProcess),
-        turning(OneExponential),
+        non_commuting(DenseProcess),
+        non_commuting(OneExponential),
     ),
     Fault(
         "transitions one level at a time",
         chain.chapman_kolmogorov,
-        of_clock(CLOCK2),
-        of_clock(OneLevelAtATime((0.5, 1.0))),
+        tree_with_clock(CLOCK2),
+        tree_with_clock(OneLevelAtATime((0.5, 1.0))),
     ),
     Fault(
-        "marginals of another speed",
+        "marginals faster than the rates",
         chain.marginal_follows_transitions,
-        mixture(MixtureProcess),
-        mixture(HastyMarginal),
+        uniform_noise(MixtureProcess),
+        uniform_noise(MarginalOfDoubleNoise),
     ),
     Fault(
-        "parents that lose mass",
+        "stochastic parents that lose mass",
         chain.total_probability,
-        lambda: with_parents(StochasticParents, PAIR, 0.8),
-        lambda: with_parents(SharingWithItself, PAIR, 0.8),
+        lambda: build_with_parents(StochasticParents, PAIR, 0.8),
+        lambda: build_with_parents(WrongSharesOfParents, PAIR, 0.8),
     ),
     Fault(
-        "a prior that is not the end",
+        "a prior that is not q_1",
         chain.ends_as_declared,
-        mixture(MixtureProcess),
-        mixture(WrongPrior),
+        uniform_noise(MixtureProcess),
+        uniform_noise(WrongPrior),
     ),
     Fault(
         "a jump at the end",
         chain.ends_are_approached,
-        lambda: MixtureProcess(BARE, LinearSchedule(0.1), EVEN),
-        lambda: MixtureProcess(BARE, JumpingAtTheEnd(0.1), EVEN),
+        lambda: MixtureProcess(UNMASKED, LinearSchedule(0.1), EVEN),
+        lambda: MixtureProcess(UNMASKED, JumpAtTheEnd(0.1), EVEN),
     ),
-    Fault("0/0 at the end", chain.safe_at_ends, mixture(MixtureProcess), mixture(NaNAtTheEnd)),
-    Fault("noise said to be even", chain.total_probability, KnownToBeUneven, SaidToBeEven),
+    Fault(
+        "0/0 at the end",
+        chain.safe_at_ends,
+        uniform_noise(MixtureProcess),
+        uniform_noise(NaNAtTheEnd),
+    ),
+    Fault(
+        "uneven noise treated as even",
+        chain.total_probability,
+        UnevenComponents,
+        FalselyEvenComponents,
+    ),
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_law_detects_planted_fault(fault: Fault) -> None:
-    assert_found(fault)
+    assert_detected(fault)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from faults import CLOCK2, CLOCK3, Fault, OneLevelAtATime, SaidToClose, assert_found
+from faults import CLOCK2, CLOCK3, FalselyClosing, Fault, OneLevelAtATime, assert_detected
 from torch import Tensor
 
 from ddiff.core.clock import LogTimeClock
@@ -12,7 +12,7 @@ from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule, S
 from ddiff.testing import clock, schedule
 
 
-class WithoutItsFactor(LogTimeClock):
+class InflowWithoutFactor(LogTimeClock):
     """beta_m' without 1/(gamma - 1), as published: right for gamma = 2 only."""
 
     def inflow(self, t: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ class WithoutItsFactor(LogTimeClock):
 
 
 class ByPartialFractions(LogTimeClock):
-    """Textbook masses for distinct rates, the root being the rest."""
+    """Partial fractions for distinct rates, with the remaining mass at the root."""
 
     def pi(self, t: Tensor) -> Tensor:
         left, levels = (1.0 - t).log(), []
@@ -36,25 +36,25 @@ class ByPartialFractions(LogTimeClock):
         return torch.cat([pi, 1.0 - pi.sum(-1, keepdim=True)], -1)
 
 
-class LeavingBackwards(LogTimeClock):
+class ReversedEntryTime(LogTimeClock):
     def entry_time(self, level: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return super().entry_time(level, t, 1.0 - u)
 
 
-class GainingMass(LogTimeClock):
+class ExcessMass(LogTimeClock):
     def pi(self, t: Tensor) -> Tensor:
         return super().pi(t) * (1.0 + 1e-6 * t.unsqueeze(-1))
 
 
-class Tardy(LogTimeClock):
+class EarlierMasses(LogTimeClock):
     """Masses of an earlier time: at t = 1 some are not at the root."""
 
     def pi(self, t: Tensor) -> Tensor:
         return super().pi(0.999 * t)
 
 
-class Squeezed(CosineSchedule):
-    """The usual 1 - eps, in the function and in its derivative."""
+class ScaledCosine(CosineSchedule):
+    """Cosine scaled by 1 - eps, both the function and its derivative."""
 
     eps = 1e-3
 
@@ -70,20 +70,20 @@ class Squeezed(CosineSchedule):
     closes_at_prior = False
 
 
-class SqueezedInTheFunctionOnly(Squeezed):
-    """As in a published cosine schedule: every bound 0.1 % too high."""
+class ScaledFunctionOnly(ScaledCosine):
+    """As in a published cosine schedule; every bound is 0.1 % too high."""
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return CosineSchedule.d_alpha(self, t)
 
 
-class NotFalling(PowerSchedule):
+class IncreasingAlpha(PowerSchedule):
     def alpha(self, t: Tensor) -> Tensor:
         return super().alpha(t) + 0.2 * (6.2831853 * 2.0 * t).sin() * t
 
 
-class LosingDigits(PowerSchedule):
-    """1 - alpha by subtraction: at t = 1e-6 nothing is left of t^3."""
+class SubtractedAlpha(PowerSchedule):
+    """1 - alpha by subtraction: at t = 1e-6 no digit of t^3 is left."""
 
     one_minus_alpha = Schedule.one_minus_alpha
 
@@ -93,13 +93,13 @@ FAULTS = [
         "missing 1/(gamma-1)",
         clock.inflow_is_growth,
         lambda: CLOCK2,
-        lambda: WithoutItsFactor((0.5, 1.0)),
+        lambda: InflowWithoutFactor((0.5, 1.0)),
     ),
     Fault(
         "derivative without its 1-eps",
         schedule.derivative_is_autograd,
-        Squeezed,
-        SqueezedInTheFunctionOnly,
+        ScaledCosine,
+        ScaledFunctionOnly,
     ),
     Fault(
         "nearly equal rates by partial fractions",
@@ -108,43 +108,48 @@ FAULTS = [
         lambda: ByPartialFractions((1.0, 1.0001, 0.7)),
     ),
     Fault(
-        "a schedule said to close",
+        "a schedule falsely declared to close",
         schedule.schedule_ends,
         LinearSchedule,
-        lambda: SaidToClose(0.01),
+        lambda: FalselyClosing(0.01),
     ),
-    Fault("a schedule that rises", schedule.alpha_decreases, PowerSchedule, NotFalling),
+    Fault("alpha increases", schedule.alpha_decreases, PowerSchedule, IncreasingAlpha),
     Fault(
         "digits lost near t = 0",
         schedule.one_minus_alpha_is_accurate,
         lambda: PowerSchedule(3.0),
-        lambda: LosingDigits(3.0),
+        lambda: SubtractedAlpha(3.0),
     ),
     Fault(
-        "hazards of another inflow",
+        "hazard and inflow disagree",
         clock.hazard_is_relative_inflow,
         lambda: CLOCK2,
-        lambda: WithoutItsFactor((0.5, 1.0)),
+        lambda: InflowWithoutFactor((0.5, 1.0)),
     ),
     Fault(
-        "no two-level jumps in a clock",
+        "no two-level jumps in the transition",
         clock.clock_transition_is_oracle,
         lambda: CLOCK3,
         lambda: OneLevelAtATime((1.0, 2.0, 1.0)),
     ),
     Fault(
-        "a leave time of 1 - u",
+        "entry time of 1 - u",
         clock.entry_time_inverts,
         lambda: CLOCK2,
-        lambda: LeavingBackwards((0.5, 1.0)),
+        lambda: ReversedEntryTime((0.5, 1.0)),
     ),
     Fault(
         "masses above one",
         clock.occupation_is_a_distribution,
         lambda: CLOCK2,
-        lambda: GainingMass((0.5, 1.0)),
+        lambda: ExcessMass((0.5, 1.0)),
     ),
-    Fault("a clock said to close", clock.clock_ends, lambda: CLOCK2, lambda: Tardy((0.5, 1.0))),
+    Fault(
+        "a clock falsely declared to close",
+        clock.clock_ends,
+        lambda: CLOCK2,
+        lambda: EarlierMasses((0.5, 1.0)),
+    ),
     Fault(
         "one level per step",
         clock.clock_chapman_kolmogorov,
@@ -152,14 +157,14 @@ FAULTS = [
         lambda: OneLevelAtATime((1.0, 2.0, 1.0)),
     ),
     Fault(
-        "masses of another time",
+        "masses of an earlier time",
         clock.occupation_follows_transitions,
         lambda: CLOCK2,
-        lambda: Tardy((0.5, 1.0)),
+        lambda: EarlierMasses((0.5, 1.0)),
     ),
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_law_detects_planted_fault(fault: Fault) -> None:
-    assert_found(fault)
+    assert_detected(fault)

@@ -1,4 +1,4 @@
-"""Faults planted in the derived formulas and their edge cases, each found by the law meant for it."""
+"""Faults planted in the derived formulas and their edge cases, found by their laws."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 import torch
 from faults import (
     Fault,
-    FreeClosing,
-    IdleMasks,
+    InactiveMasks,
     LatePosterior,
+    NoClosingTerm,
     RawDecoding,
-    assert_found,
+    assert_detected,
     masking,
-    mixture,
-    on_pair,
+    tree_on_pair,
+    uniform_noise,
 )
 from torch import Tensor
 
@@ -29,32 +29,32 @@ from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.testing import derived_formulas, edge_cases
 
 
-class OneLevelOff(TreeProcess):
-    """Charges for the word at every node, where only the next node down is due."""
+class SurpriseOfTheToken(TreeProcess):
+    """Charges for the leaf token at every node, instead of the next node down."""
 
     def _surprise_below(
-        self, law: CleanDistribution, x0: Tensor, zt: Tensor, level: Tensor
+        self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, level: Tensor
     ) -> Tensor:
-        return -law.log_child(zt, x0)
+        return -prediction.log_child(zt, x0)
 
 
-class OneTermAtTheMask(TreeProcess):
-    """For xi < 1 the published loss keeps one term of the divergence, that of the right cluster."""
+class OneTermOfTheDivergence(TreeProcess):
+    """For xi < 1, the published loss keeps only the term of the true cluster."""
 
     def _parent_surprise(
-        self, law: CleanDistribution, x0: Tensor, zt: Tensor, level: int
+        self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, level: int
     ) -> Tensor:
         right = self.vocabulary.ancestor(x0, 1) - self.vocabulary.offsets[1]
         model = (
-            self.parents.log_spread(0, 1, law.log_mass(1))
+            self.parents.log_spread(0, 1, prediction.log_mass(1))
             .gather(-1, right.unsqueeze(-1))
             .squeeze(-1)
         )
         return self.parents.xi[0] * (self.parents.xi[0] / model.exp()).log()
 
 
-class NoTwoLevelJumps(TreeProcess):
-    """A posterior that takes a mask to its cluster at most."""
+class NoTwoLevelPosterior(TreeProcess):
+    """Posterior in which a mask becomes a cluster at most, never a leaf token."""
 
     def reverse_log_probs(self, log_p: Tensor, zt: Tensor, t: Tensor, s: Tensor) -> Tensor:
         log_probs = super().reverse_log_probs(log_p, zt, t, s)
@@ -63,20 +63,23 @@ class NoTwoLevelJumps(TreeProcess):
         return log_probs.masked_fill(far, -torch.inf).log_softmax(-1)
 
 
-class WrongLikelihood(TreeProcess):
+class NormalizedLikelihood(TreeProcess):
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
         return super().log_likelihood(zt, t).log_softmax(-1)
 
 
-class NegativeAtTheTruth(MixtureProcess):
-    """KL + rho - ln rho, without the -1 that makes it a divergence."""
+class DivergencePlusOne(MixtureProcess):
+    """KL + rho - ln rho without the -1, so that it is not 0 for the true token."""
 
-    def divergence(self, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return super().divergence(law, x0, zt, t) + 1.0
+    def divergence(
+        self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
+    ) -> Tensor:
+        return super().divergence(prediction, x0, zt, t) + 1.0
 
 
-class PublishedSplit(MixtureProcess):
-    """omega/q times KL + rho - 1 - ln rho: the same density, and another clipped loss than that of the same chain."""
+class PublishedFactors(MixtureProcess):
+    """omega/q times (KL + rho - 1 - ln rho), as published: right density, wrong weight for
+    clipping."""
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return super().weight(x0, zt, t) / self._elsewhere(x0, zt, interior(t))
@@ -85,13 +88,13 @@ class PublishedSplit(MixtureProcess):
         return self.mismatch(prediction, x0, zt, t)
 
 
-class FactorsOfAnother(TreeProcess):
+class DoubledDensity(TreeProcess):
     def density(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return 2.0 * super().density(prediction, x0, zt, t)
 
 
-class DroppedAfterwards(MixtureProcess):
-    """Words that no noise reaches are dropped after the logarithm of their probability was read."""
+class InfinityTimesZero(MixtureProcess):
+    """Masks inactive rows after the logarithm of a probability of 0 was taken."""
 
     def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         surprise = prediction.log_prob(x0).exp().log() if not isinstance(prediction, Score) else 0.0
@@ -100,134 +103,134 @@ class DroppedAfterwards(MixtureProcess):
         )
 
 
-class DifferenceOfInfinities(MixtureProcess):
-    """-ln P(x|z) as the difference of two logarithms, both infinite where z says what x is."""
+class InfinityMinusInfinity(MixtureProcess):
+    """-ln P(x|z) as a difference of two logarithms that may both be infinite."""
 
     def decode_nll(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         joint = self._decoding(prediction, zt, t)
         return joint.logsumexp(-1) - joint.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
 
 
-class ScoresTwice(MixtureProcess):
-    """A score is charged as if it were a law's marginal, not a ratio."""
+class DoubledScoreDensity(MixtureProcess):
+    """Doubles the density of scores."""
 
     def density(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         charged = super().density(prediction, x0, zt, t)
-        return 2.0 * charged if hasattr(prediction, "log_ratio") else charged
+        return 2.0 * charged if isinstance(prediction, Score) else charged
 
 
-class NarrowScope(TreeProcess):
-    """What is read of words is settled; what is open below them is not what they ask about."""
+class ScopeOfItself(TreeProcess):
+    """Uses z itself as scope, even if it is a leaf token."""
 
     def scope(self, zt: Tensor) -> Tensor:
         return zt
 
 
-class NarrowlyInformed(TreeProcess):
+class TooFewTrainedParts(TreeProcess):
     def trained_part(self, zt: Tensor) -> Tensor:
         return torch.where(self.active(zt), int(TrainedPart.BELOW_NODE), int(TrainedPart.NONE))
 
 
 FAULTS = [
     Fault(
-        "raw -ln p(x) as decoding term",
+        "-ln p(x) as decoding term",
         derived_formulas.decode_nll_is_derived,
-        on_pair(TreeProcess, 0.8),
-        on_pair(RawDecoding, 0.8),
+        tree_on_pair(TreeProcess, 0.8),
+        tree_on_pair(RawDecoding, 0.8),
     ),
     Fault(
-        "off-by-one level in the bound",
+        "surprise of the leaf token at every level",
         derived_formulas.density_is_derived,
-        on_pair(TreeProcess),
-        on_pair(OneLevelOff),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(SurpriseOfTheToken),
     ),
     Fault(
         "posterior without two-level jumps",
         derived_formulas.posterior_is_bayes,
-        on_pair(TreeProcess),
-        on_pair(NoTwoLevelJumps),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(NoTwoLevelPosterior),
     ),
     Fault(
-        "one-term perturbed-mask loss",
+        "one term of the divergence at the mask",
         derived_formulas.density_is_derived,
-        on_pair(TreeProcess, 0.8),
-        on_pair(OneTermAtTheMask, 0.8),
+        tree_on_pair(TreeProcess, 0.8),
+        tree_on_pair(OneTermOfTheDivergence, 0.8),
     ),
     Fault(
-        "a posterior of other times",
+        "posterior of a later time",
         derived_formulas.posterior_is_derived,
-        lambda: NoTwoLevelJumps(FlatVocabulary(3), LogTimeClock((1.0,))),
-        mixture(LatePosterior),
+        lambda: NoTwoLevelPosterior(FlatVocabulary(3), LogTimeClock((1.0,))),
+        uniform_noise(LatePosterior),
     ),
     Fault(
-        "normalised likelihoods",
+        "normalized likelihoods",
         derived_formulas.likelihood_is_derived,
-        on_pair(TreeProcess),
-        on_pair(WrongLikelihood),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(NormalizedLikelihood),
     ),
     Fault(
-        "a divergence that is not 0 at the truth",
+        "divergence not 0 for the true token",
         derived_formulas.density_is_a_divergence,
-        mixture(MixtureProcess),
-        mixture(NegativeAtTheTruth),
+        uniform_noise(MixtureProcess),
+        uniform_noise(DivergencePlusOne),
     ),
     Fault(
-        "the published split",
+        "published weight and divergence",
         derived_formulas.weight_is_derived,
-        mixture(MixtureProcess),
-        mixture(PublishedSplit),
+        uniform_noise(MixtureProcess),
+        uniform_noise(PublishedFactors),
     ),
     Fault(
-        "dropped infinities",
+        "infinity times zero in the gradient",
         edge_cases.gradients_are_finite,
         masking(MixtureProcess),
-        masking(DroppedAfterwards),
+        masking(InfinityTimesZero),
     ),
     Fault(
         "inf - inf",
         edge_cases.impossible_truth_is_bayes,
         masking(MixtureProcess),
-        masking(DifferenceOfInfinities),
+        masking(InfinityMinusInfinity),
     ),
     Fault(
-        "factors of another density",
+        "factors that do not multiply to the density",
         derived_formulas.weight_times_divergence_is_density,
-        on_pair(TreeProcess),
-        on_pair(FactorsOfAnother),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(DoubledDensity),
     ),
     Fault(
-        "scores charged twice",
+        "doubled density of scores",
         derived_formulas.density_accepts_scores,
-        mixture(MixtureProcess),
-        mixture(ScoresTwice),
+        uniform_noise(MixtureProcess),
+        uniform_noise(DoubledScoreDensity),
     ),
     Fault(
-        "no closing term",
+        "closing term of 0",
         derived_formulas.closing_kl_is_derived,
-        on_pair(TreeProcess),
-        on_pair(FreeClosing),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(NoClosingTerm),
     ),
     Fault(
-        "masks that are idle",
+        "inactive masks",
         derived_formulas.active_covers_density,
-        on_pair(TreeProcess),
-        on_pair(IdleMasks),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(InactiveMasks),
     ),
     Fault(
-        "a scope with nothing in it",
+        "scope without its siblings",
         derived_formulas.scope_suffices,
-        on_pair(TreeProcess),
-        on_pair(NarrowScope),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(ScopeOfItself),
     ),
     Fault(
-        "too little informed",
+        "trained_part names too little",
         derived_formulas.trained_part_suffices,
-        on_pair(TreeProcess, 0.8),
-        on_pair(NarrowlyInformed, 0.8),
+        tree_on_pair(TreeProcess, 0.8),
+        tree_on_pair(TooFewTrainedParts, 0.8),
     ),
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_law_detects_planted_fault(fault: Fault) -> None:
-    assert_found(fault)
+    assert_detected(fault)

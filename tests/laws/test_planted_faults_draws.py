@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from faults import Fault, assert_found, mixture, on_pair, uneven
+from faults import Fault, assert_detected, tree_on_pair, uneven_noise, uniform_noise
 from torch import Tensor
 
 from ddiff.core.interpolating import MixtureProcess
@@ -13,15 +13,15 @@ from ddiff.core.tree import TreeProcess
 from ddiff.testing import draws
 
 
-class MovingToTheSameTime(MixtureProcess):
-    """A step that draws from the marginal at t, where that at s is due."""
+class StepDrawsAtT(MixtureProcess):
+    """Step that draws from the marginal at t instead of s."""
 
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         return self._leave(query, zt, t, t, self._arrive_at(zt, s, t), u)
 
 
-class MovingWithTheBound(MixtureProcess):
-    """A step whose candidates all move."""
+class StepAcceptsAll(MixtureProcess):
+    """Step that accepts all candidate moves."""
 
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         arrive, before, now = self._arrive_at(zt, s, t), self.noise_at(zt, s), self.noise_at(zt, t)
@@ -31,28 +31,28 @@ class MovingWithTheBound(MixtureProcess):
         )
 
 
-class OneLevelTooFew(TreeProcess):
-    """An off-by-one level in the draw."""
+class SampleOneLevelOff(TreeProcess):
+    """Samples one level too low."""
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         level = (u[:, :1] < self.clock.cdf(t)[:, :-1]).sum(-1)
         return self.vocabulary.ancestor(x0, level)
 
 
-class NeighboursUniforms(TreeProcess):
-    """Draws with the right law from the uniforms of the row before."""
+class UniformsOfNeighbours(TreeProcess):
+    """Draws from the right distribution, with the uniforms of the row before."""
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return super().sample(x0, t, u.roll(1, 0))
 
 
-class WritingIntoX0(TreeProcess):
+class WritesIntoX0(TreeProcess):
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return x0.copy_(super().sample(x0, t, u))
 
 
-class StepByStep(TreeProcess):
-    """A step that descends one level at most, so that a mask never becomes a word at once."""
+class StepOneLevelAtATime(TreeProcess):
+    """Step that descends at most one level: a mask never becomes a leaf token at once."""
 
     def _down_to(self, query: Query, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
         return super()._down_to(
@@ -60,20 +60,20 @@ class StepByStep(TreeProcess):
         )
 
 
-class MostLikely(TreeProcess):
-    """A last draw that is no draw."""
+class MedianDecode(TreeProcess):
+    """Last draw with the uniform fixed at 0.5."""
 
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return super().decode(query, zt, t, torch.full_like(u, 0.5))
 
 
-class AskingTwice(TreeProcess):
+class TwoQueriesInAStep(TreeProcess):
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         halfway = super().step(query, zt, t, (s + t) / 2.0, u)
         return super().step(query, halfway, (s + t) / 2.0, s, u)
 
 
-class AskingAlways(MixtureProcess):
+class QueryForNothing(MixtureProcess):
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         query(torch.arange(len(zt)), self.scope(zt), lambda prediction: torch.arange(len(zt)))
         return super().decode(query, zt, t, u)
@@ -81,59 +81,62 @@ class AskingAlways(MixtureProcess):
 
 FAULTS = [
     Fault(
-        "off-by-one level in the draw",
+        "sample one level too low",
         draws.sample_follows_marginal,
-        on_pair(TreeProcess),
-        on_pair(OneLevelTooFew),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(SampleOneLevelOff),
     ),
     Fault(
         "step without two-level jumps",
         draws.step_follows_posterior,
-        on_pair(TreeProcess),
-        on_pair(StepByStep),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(StepOneLevelAtATime),
     ),
     Fault(
-        "another position's uniforms",
+        "uniforms of another row",
         draws.draws_depend_on_own_uniforms,
-        on_pair(TreeProcess),
-        on_pair(NeighboursUniforms),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(UniformsOfNeighbours),
     ),
     Fault(
-        "moving to the same time",
+        "step draws from the marginal at t",
         draws.step_follows_posterior,
-        uneven(MixtureProcess),
-        uneven(MovingToTheSameTime),
+        uneven_noise(MixtureProcess),
+        uneven_noise(StepDrawsAtT),
     ),
     Fault(
-        "moving with the bound",
+        "step accepts all candidates",
         draws.step_follows_posterior,
-        uneven(MixtureProcess),
-        uneven(MovingWithTheBound),
+        uneven_noise(MixtureProcess),
+        uneven_noise(StepAcceptsAll),
     ),
     Fault(
-        "an arg-max last draw",
+        "last draw without randomness",
         draws.decode_follows_bayes,
-        on_pair(TreeProcess),
-        on_pair(MostLikely),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(MedianDecode),
     ),
     Fault(
-        "two visits in a step", draws.step_queries_once, on_pair(TreeProcess), on_pair(AskingTwice)
+        "two queries in a step",
+        draws.step_queries_once,
+        tree_on_pair(TreeProcess),
+        tree_on_pair(TwoQueriesInAStep),
     ),
     Fault(
-        "a visit for nothing",
+        "a query for nothing",
         draws.decode_queries_once,
-        mixture(MixtureProcess),
-        mixture(AskingAlways),
+        uniform_noise(MixtureProcess),
+        uniform_noise(QueryForNothing),
     ),
     Fault(
-        "an argument that is written to",
+        "an argument is modified",
         draws.arguments_are_unchanged,
-        on_pair(TreeProcess),
-        on_pair(WritingIntoX0),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(WritesIntoX0),
     ),
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_law_detects_planted_fault(fault: Fault) -> None:
-    assert_found(fault)
+    assert_detected(fault)

@@ -1,4 +1,4 @@
-"""What goes wrong with these two families is found by the kit: each fault is one line away from what passes."""
+"""Faults planted in the gidd and sedd processes, each found by the law meant for it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from ddiff_gidd.losses import Dynamic
 from ddiff_gidd.process import MIXINGS, Form, GeneralizedInterpolation
 from ddiff_sedd.head import RatioDistribution, Ratios
 from ddiff_sedd.process import ScoreEntropyDiffusion
-from faults import Fault, assert_found
+from faults import Fault, assert_detected
 from torch import Tensor
 
 from ddiff import FlatVocabulary, MixtureProcess, Score
 from ddiff.core.schedule import GeometricSchedule, Schedule
 from ddiff.testing import bound, chain, derived_formulas, schedule
 from ddiff.testing.bound import full_conditional_table
+from ddiff.testing.probes import INNER, ReachableRows, times
 
-WORDS = FlatVocabulary(3)
+VOCABULARY = FlatVocabulary(3)
 
 
 def mixed(
@@ -26,20 +27,20 @@ def mixed(
     gamma: float = 1.0,
     form: Form = "current",
 ) -> GeneralizedInterpolation:
-    return kind(WORDS, MIXINGS[form](0.2, gamma, 3))
+    return kind(VOCABULARY, MIXINGS[form](0.2, gamma, 3))
 
 
 # ---------------------------------------------------------------------- mask and uniform noise
 
 
-class TrainedWeight(GeneralizedInterpolation):
-    """The weight of a training loss where the bound's is due."""
+class SnrWeight(GeneralizedInterpolation):
+    """The weight of a training loss in place of the bound's."""
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return Dynamic("snr").weight(self, x0, zt, t)
 
 
-class TrainedWeightAsIs(GeneralizedInterpolation):
+class SigmoidWeight(GeneralizedInterpolation):
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return Dynamic("sigmoid").weight(self, x0, zt, t)
 
@@ -49,16 +50,16 @@ class ClippedBound(GeneralizedInterpolation):
         return super().weight(x0, zt, t).clamp(0.0, 2.0)
 
 
-class WithoutTheHumpsSlope(GeneralizedInterpolation):
-    """The rates without c': the uniform noise is taken for constant."""
+class ConstantUniformNoise(GeneralizedInterpolation):
+    """The rates without c', as if the uniform noise were constant."""
 
     def d_coefficients(self, t: Tensor) -> Tensor:
         slope = super().d_coefficients(t)
         return torch.stack([slope[:, 0], torch.zeros_like(t)], -1)
 
 
-class WithoutItsPower(GeneralizedInterpolation):
-    """(v^g)' = -v^(g-1), as published before: right for g = 1 only. It changes alpha' and, by C', everything."""
+class MissingGamma(GeneralizedInterpolation):
+    """(v^g)' = -v^(g-1), as published in an older version: right for g = 1 only."""
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return super().d_alpha(t) + self._missing(t) * (1.0 - self.alpha(t))
@@ -67,28 +68,28 @@ class WithoutItsPower(GeneralizedInterpolation):
         return super().d_coefficients(t) - self._missing(t).unsqueeze(-1) * self.coefficients(t)
 
     def _missing(self, t: Tensor) -> Tensor:
-        """(g - 1) v^(g-1)/C, v and C both by the factor that makes the word end at t = 1."""
+        """(g - 1) v^(g-1)/C, both with the factor that makes the token end at t = 1."""
         gamma = self.mixing.gamma
         left = 1.0 - t + self.mixing.per_token ** (2.0 / gamma)
         return (gamma - 1.0) * left ** (gamma - 1.0) * self.coefficients(t)[:, 0] / t**gamma
 
 
-class WithoutTheMinusOne(GeneralizedInterpolation):
-    """The older split, KL + rho - ln rho, without the alpha'/alpha that makes it the bound on average."""
+class DivergencePlusOne(GeneralizedInterpolation):
+    """The older form, KL + rho - ln rho, without the -1."""
 
     def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return super().divergence(prediction, x0, zt, t) + 1.0
 
 
-class LeftOutWords(GeneralizedInterpolation):
-    """Rows are charged at masks alone, as if words were never wrong."""
+class InactiveTokens(GeneralizedInterpolation):
+    """Charges rows at masks only, as if visible tokens were never wrong."""
 
     def active(self, zt: Tensor) -> Tensor:
         return zt == self.vocabulary.root
 
 
-class KeepingWhatIsLeft(GeneralizedInterpolation):
-    """What still stands at the end is taken for the word itself, which the uniform noise forbids."""
+class FreeDecodingOfTokens(GeneralizedInterpolation):
+    """Takes a visible token at the end for the clean token, although noise may have replaced it."""
 
     def decode_nll(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return torch.where(
@@ -100,7 +101,9 @@ class KeepingWhatIsLeft(GeneralizedInterpolation):
 
 
 def absorbing(kind: type[MixtureProcess] = MixtureProcess) -> MixtureProcess:
-    return _as(kind, ScoreEntropyDiffusion.build(ScoreEntropyDiffusion.Config(), vocabulary=WORDS))
+    return _as(
+        kind, ScoreEntropyDiffusion.build(ScoreEntropyDiffusion.Config(), vocabulary=VOCABULARY)
+    )
 
 
 def uniform(kind: type[MixtureProcess] = MixtureProcess) -> MixtureProcess:
@@ -114,8 +117,8 @@ def _as(kind: type[MixtureProcess], process: MixtureProcess) -> MixtureProcess:
     return kind(process.vocabulary, process.schedule, process.target)
 
 
-class Unscaled(MixtureProcess):  # type: ignore[misc]
-    """Reads ratios to the mask as if e^sigma - 1 were not in them: the law's own p in place of p/(e^sigma - 1)."""
+class UnscaledScores(MixtureProcess):  # type: ignore[misc]
+    """Ratios to the mask without 1/(e^sigma - 1): p in place of p/(e^sigma - 1)."""
 
     def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         if isinstance(prediction, Score):
@@ -125,8 +128,8 @@ class Unscaled(MixtureProcess):  # type: ignore[misc]
         return super().divergence(prediction, x0, zt, t)
 
 
-class ScoresForAProcessAtHalfTheNoise(MixtureProcess):  # type: ignore[misc]
-    """The ratios of e^(sigma/2) where those of e^sigma are due."""
+class ScoresOfHalfTheNoise(MixtureProcess):  # type: ignore[misc]
+    """The ratios of e^(sigma/2) in place of those of e^sigma."""
 
     def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return super().divergence(
@@ -137,46 +140,44 @@ class ScoresForAProcessAtHalfTheNoise(MixtureProcess):  # type: ignore[misc]
         )
 
 
-class AsIfClosed(MixtureProcess):  # type: ignore[misc]
-    """Geometric noise that is said to end at the prior and to start from the word."""
+class FalselyClosing(MixtureProcess):  # type: ignore[misc]
+    """Geometric noise, declared to end at the prior and to start at the clean token."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.closes_at_clean = self.closes_at_prior = True
 
 
-class RatesByTimeNotNoise(GeometricSchedule):  # type: ignore[misc]
+class SlopeWithoutLogarithm(GeometricSchedule):  # type: ignore[misc]
     """d sigma/dt without ln(sigma_max/sigma_min)."""
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return -self.sigma(t) * self.alpha(t)
 
 
-class FromTheWord(GeometricSchedule):  # type: ignore[misc]
-    """A noise that has begun before t = 0, said to start from the word."""
+class FalselyClosingAtClean(GeometricSchedule):  # type: ignore[misc]
+    """Noise that starts before t = 0, declared to start at the clean token."""
 
     closes_at_clean = True
 
 
-class BySubtraction(GeometricSchedule):  # type: ignore[misc]
+class SubtractedAlpha(GeometricSchedule):  # type: ignore[misc]
     one_minus_alpha = Schedule.one_minus_alpha
 
 
 FAULTS = [
     Fault(
-        "dynamic weight in the density",
+        "snr weight in the density",
         derived_formulas.density_is_derived,
         mixed,
-        lambda: mixed(TrainedWeight),
+        lambda: mixed(SnrWeight),
     ),
+    Fault("snr weight in the bound", bound.constant_denoiser, mixed, lambda: mixed(SnrWeight)),
     Fault(
-        "dynamic weight in the bound", bound.constant_denoiser, mixed, lambda: mixed(TrainedWeight)
-    ),
-    Fault(
-        "dynamic weight as it is in the bound",
+        "sigmoid weight in the bound",
         bound.entropy_equality,
         mixed,
-        lambda: mixed(TrainedWeightAsIs),
+        lambda: mixed(SigmoidWeight),
     ),
     Fault(
         "clipped weight in the bound", bound.constant_denoiser, mixed, lambda: mixed(ClippedBound)
@@ -185,113 +186,120 @@ FAULTS = [
         "c' missing in the rates",
         chain.transition_is_oracle,
         mixed,
-        lambda: mixed(WithoutTheHumpsSlope),
+        lambda: mixed(ConstantUniformNoise),
     ),
     Fault(
         "c' missing in the bound",
         bound.constant_denoiser,
         mixed,
-        lambda: mixed(WithoutTheHumpsSlope),
+        lambda: mixed(ConstantUniformNoise),
     ),
     Fault(
         "gamma missing in (v^gamma)', rates",
         chain.transition_is_oracle,
         lambda: mixed(gamma=2.0, form="original"),
-        lambda: mixed(WithoutItsPower, 2.0, "original"),
+        lambda: mixed(MissingGamma, 2.0, "original"),
     ),
     Fault(
         "gamma missing in (v^gamma)', bound",
         bound.constant_denoiser,
         lambda: mixed(gamma=2.0, form="original"),
-        lambda: mixed(WithoutItsPower, 2.0, "original"),
+        lambda: mixed(MissingGamma, 2.0, "original"),
     ),
     Fault(
-        "no -1 beside rho - ln rho",
+        "rho - ln rho without -1",
         derived_formulas.density_is_a_divergence,
         mixed,
-        lambda: mixed(WithoutTheMinusOne),
+        lambda: mixed(DivergencePlusOne),
     ),
-    Fault("words that are never wrong", bound.entropy_equality, mixed, lambda: mixed(LeftOutWords)),
+    Fault("inactive tokens", bound.entropy_equality, mixed, lambda: mixed(InactiveTokens)),
     Fault(
-        "words that are right at the end",
+        "no decoding term at tokens",
         derived_formulas.decode_nll_is_derived,
         mixed,
-        lambda: mixed(KeepingWhatIsLeft),
+        lambda: mixed(FreeDecodingOfTokens),
     ),
     Fault(
-        "words that are right at the end, bound",
+        "no decoding term at tokens, in the bound",
         bound.constant_denoiser,
         mixed,
-        lambda: mixed(KeepingWhatIsLeft),
+        lambda: mixed(FreeDecodingOfTokens),
     ),
     Fault(
         "e^sigma - 1 missing",
         derived_formulas.density_accepts_scores,
         absorbing,
-        lambda: absorbing(Unscaled),
+        lambda: absorbing(UnscaledScores),
     ),
     Fault(
-        "ratios of another noise",
+        "ratios of half the noise",
         derived_formulas.density_accepts_scores,
         uniform,
-        lambda: uniform(ScoresForAProcessAtHalfTheNoise),
+        lambda: uniform(ScoresOfHalfTheNoise),
     ),
     Fault(
-        "open ends said to be closed", chain.ends_as_declared, uniform, lambda: uniform(AsIfClosed)
+        "falsely declared to close",
+        chain.ends_as_declared,
+        uniform,
+        lambda: uniform(FalselyClosing),
     ),
     Fault(
         "sigma' without its logarithm",
         schedule.derivative_is_autograd,
         lambda: GeometricSchedule(0.05, 3.0),
-        lambda: RatesByTimeNotNoise(0.05, 3.0),
+        lambda: SlopeWithoutLogarithm(0.05, 3.0),
     ),
     Fault(
         "sigma' without its logarithm, integrated",
         schedule.one_minus_alpha_is_accurate,
         GeometricSchedule,
-        lambda: RatesByTimeNotNoise(),
+        lambda: SlopeWithoutLogarithm(),
     ),
     Fault(
-        "noise before t = 0, not declared", schedule.schedule_ends, GeometricSchedule, FromTheWord
+        "noise before t = 0, not declared",
+        schedule.schedule_ends,
+        GeometricSchedule,
+        FalselyClosingAtClean,
     ),
     Fault(
-        "digits lost at little noise",
+        "digits lost at low noise",
         schedule.one_minus_alpha_is_accurate,
         lambda: GeometricSchedule(1e-9, 1.0),
-        lambda: BySubtraction(1e-9, 1.0),
+        lambda: SubtractedAlpha(1e-9, 1.0),
     ),
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
-def test_the_law_meant_for_a_fault_finds_it(fault: Fault) -> None:
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_law_detects_planted_fault(fault: Fault) -> None:
     torch.set_num_threads(1)
-    assert_found(fault)
+    assert_detected(fault)
 
 
 @pytest.mark.parametrize("form", list(MIXINGS))
-def test_a_law_of_visible_rows_by_cross_entropy_is_no_rest_law(form: Form) -> None:
-    """Plain cross-entropy at visible rows gives P(x|z) with the row's own evidence in it: tenths of a nat in the bound."""
+def test_full_conditional_breaks_entropy_equality(form: Form) -> None:
+    """Plain cross-entropy at visible rows trains P(x|z), which includes the row's own evidence."""
     process = mixed(form=form)
     assert bound.entropy_equality(process).passed
     assert bound.entropy_equality(process, denoiser=full_conditional_table).error > 0.05
 
 
-def test_an_unscaled_reading_is_not_the_score_of_its_law() -> None:
-    """What the head says for a law p, ln p + ln V, is the law's score with the scale and something else without."""
+def test_only_scaled_ratios_give_the_density_of_the_distribution() -> None:
+    """A head that outputs ln p + ln V gives the score of p with the scale, and not without it."""
     process = absorbing()
-    rows = derived_formulas.ReachableRows(process, derived_formulas.times(derived_formulas.INNER))
+    rows = ReachableRows(process, times(INNER))
     raw = torch.nn.functional.pad(rows.log_p + torch.tensor(3.0).double().log(), (0, 1))
-    expected, charged = process.density(rows.dist, rows.x0, rows.zt, rows.t), {}
+    expected = process.density(rows.dist, rows.x0, rows.zt, rows.t)
+    charged = {}
     for scaled in (True, False):
 
         def fn(prediction, idx):
             return process.density(prediction, rows.x0[idx], rows.zt[idx], rows.t[idx])
 
-        reading = Ratios(scaled)
-        question = reading.question(
-            fn, process, rows.zt, rows.t, reading.prepared(process, rows.zt, rows.t)
+        parameterization = Ratios(scaled)
+        question = parameterization.question(
+            fn, process, rows.zt, rows.t, parameterization.prepared(process, rows.zt, rows.t)
         )
-        charged[scaled] = question(RatioDistribution(raw, WORDS), torch.arange(len(rows.zt)))
+        charged[scaled] = question(RatioDistribution(raw, VOCABULARY), torch.arange(len(rows.zt)))
     torch.testing.assert_close(charged[True], expected, rtol=1e-10, atol=1e-10)
     assert (charged[False] - expected).abs().max() > 0.05

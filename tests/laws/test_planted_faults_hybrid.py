@@ -1,4 +1,4 @@
-"""The faults of the hybrids, each one line away from the process that passes, and the law that finds it."""
+"""Faults planted in the hybrid processes, each found by the law meant for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ddiff_hybrid.epsilon import EpsilonHybrid
 from ddiff_hybrid.gamma import GammaHybrid, PowerOf
 from ddiff_hybrid.losses import EverywhereCrossEntropy, MixedEntropies
-from faults import Fault, assert_found
+from faults import Fault, assert_detected
 from torch import Tensor
 
 from ddiff.core.interpolating import MixtureProcess, token_distribution
@@ -24,28 +24,30 @@ from ddiff.testing.bound import full_conditional_table, random_joint, rest_condi
 from ddiff.testing.probes import INNER, times
 from ddiff.testing.report import Gap, compare, law
 
-GAMMA, WORDS = 0.3, 3
+GAMMA = 0.3
+NUM_TOKENS = 3
 
 
 def gamma_hybrid(kind: type[GammaHybrid] = GammaHybrid) -> Callable[[], GammaHybrid]:
-    return lambda: kind(FlatVocabulary(WORDS), GAMMA)
+    return lambda: kind(FlatVocabulary(NUM_TOKENS), GAMMA)
 
 
 def epsilon_hybrid(kind: type[EpsilonHybrid] = EpsilonHybrid) -> Callable[[], EpsilonHybrid]:
-    return lambda: kind(FlatVocabulary(WORDS), LinearSchedule(), 0.3)
+    return lambda: kind(FlatVocabulary(NUM_TOKENS), LinearSchedule(), 0.3)
 
 
 @law("rates = the paper's", tolerance=1e-12)
 def rates_are_the_papers(process: GammaHybrid) -> Iterator[Gap]:
-    """Q_t = sigma' [ (1 - gamma) Q_absorb + gamma Q_uniform ] with (1 - gamma) sigma' = 1/(1 - t); relative rounding.
+    """Q_t = sigma' [ (1 - gamma) Q_absorb + gamma Q_uniform ] with (1 - gamma) sigma' = 1/(1 - t);
+    relative rounding.
 
-    Whoever changes rates and transitions together passes every law of the kit.
+    No law of the kit detects a change of rates and transitions together.
     """
     t = times(INNER)
-    mixed = -torch.eye(WORDS + 1, dtype=torch.float64)
-    mixed[:WORDS, :WORDS] += process.gamma / WORDS
-    mixed[:WORDS, WORDS] = 1.0 - process.gamma
-    mixed[WORDS] = 0.0
+    mixed = -torch.eye(NUM_TOKENS + 1, dtype=torch.float64)
+    mixed[:NUM_TOKENS, :NUM_TOKENS] += process.gamma / NUM_TOKENS
+    mixed[:NUM_TOKENS, NUM_TOKENS] = 1.0 - process.gamma
+    mixed[NUM_TOKENS] = 0.0
     expected = mixed / ((1.0 - t) * (1.0 - process.gamma))[:, None, None]
     yield compare(
         process.rates(t).dense(), expected, {"t": t}, expected.abs().amax((1, 2), keepdim=True)
@@ -53,7 +55,7 @@ def rates_are_the_papers(process: GammaHybrid) -> Iterator[Gap]:
 
 
 class PublishedAsBound(GammaHybrid):  # type: ignore[misc]
-    """The loss of the paper's code offered as the density."""
+    """The loss of the published code, used as the density."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -66,22 +68,22 @@ class PublishedAsBound(GammaHybrid):  # type: ignore[misc]
         return self.published.divergence(self, prediction, x0, zt, t)
 
 
-class AllTheNoise(GammaHybrid):  # type: ignore[misc]
-    """e^sigma where e^{gamma sigma} belongs, in the bound of words."""
+class TotalNoiseInDensity(GammaHybrid):  # type: ignore[misc]
+    """e^sigma in place of e^{gamma sigma}, in the density at visible tokens."""
 
     def density(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        words = self.uniform
+        own = self.uniform
         self.uniform = MixtureProcess(
-            words.vocabulary, _all(self), token_distribution(words.vocabulary)
+            own.vocabulary, _all(self), token_distribution(own.vocabulary)
         )
         charged = self.uniform.density(prediction, x0, self._token(zt), t)
-        self.uniform = words
+        self.uniform = own
         return torch.where(
             self._is_masked(zt), super().density(prediction, x0, zt, t), self.gamma * charged
         )
 
 
-class AllTheNoiseInTheDraw(GammaHybrid):  # type: ignore[misc]
+class TotalNoiseInSample(GammaHybrid):  # type: ignore[misc]
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self._corrupt(x0, self.visible.one_minus_alpha(t), _all(self).one_minus_alpha(t), u)
 
@@ -91,32 +93,34 @@ def _all(process: GammaHybrid) -> PowerOf:
     return PowerOf(process.noise, process.masking + process.redrawing)
 
 
-class Interpolating(GammaHybrid):  # type: ignore[misc]
-    """The interpolating process with these marginals: it arrives at words from the mask."""
+class InterpolatingRates(GammaHybrid):  # type: ignore[misc]
+    """The interpolating process with the same marginals: tokens arrive from the mask."""
 
     def rates(self, t: Tensor) -> Kernel:
         t = interior(t)
         masks = (self.masking + self.redrawing * t) / (1.0 - t)
-        words = torch.full((len(t), WORDS), self.redrawing / WORDS, dtype=torch.float64)
+        words = torch.full((len(t), NUM_TOKENS), self.redrawing / NUM_TOKENS, dtype=torch.float64)
         arrive = torch.cat([words, masks.unsqueeze(-1)], -1)
         return InterpolatingKernel(-arrive.sum(-1), arrive)
 
 
-class InterpolatingThroughout(Interpolating):
-    """Its transitions too, and the formulas that follow from both."""
+class InterpolatingTransitions(InterpolatingRates):
+    """Rates and transitions of the interpolating process."""
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
         left = torch.where(s < t, (1.0 - t) / (1.0 - s), 1.0) ** (self.masking + self.redrawing)
 
         def each(time: Tensor) -> Tensor:
-            return (self._redrawn_per_token(time) * (1.0 - time)).unsqueeze(-1).expand(-1, WORDS)
+            return (
+                (self._redrawn_per_token(time) * (1.0 - time)).unsqueeze(-1).expand(-1, NUM_TOKENS)
+            )
 
         before, after = (torch.cat([each(time), time.unsqueeze(-1)], -1) for time in (s, t))
         return InterpolatingKernel(left, (after - left.unsqueeze(-1) * before).clamp(min=0.0))
 
 
-class MixedStep(GammaHybrid):  # type: ignore[misc]
-    """Masks that are revealed to the word of the law itself, as if nothing had been redrawn before the mask came."""
+class RevealsPredictedToken(GammaHybrid):  # type: ignore[misc]
+    """Reveals masks as clean tokens, although tokens may be redrawn before they are masked."""
 
     def _move(
         self,
@@ -140,20 +144,20 @@ class MixedStep(GammaHybrid):  # type: ignore[misc]
         return moved
 
 
-class WithoutItsEvidence(GammaHybrid):  # type: ignore[misc]
-    """A score is drawn from by its shares alone, whatever word stands there."""
+class ScoreWithoutEvidence(GammaHybrid):  # type: ignore[misc]
+    """Draws from a score without the evidence of the row's own state."""
 
     def decode(self, query: Any, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         def draw(prediction: Any, z: Tensor, u: Tensor) -> Tensor:
-            log_p = prediction.log_ratio[:, :WORDS].log_softmax(-1)
+            log_p = prediction.log_ratio[:, :NUM_TOKENS].log_softmax(-1)
             root = torch.full_like(z, self.vocabulary.root)
             return DenseDistribution(log_p, self.vocabulary).draw(root, torch.zeros_like(z), u)
 
         return query(torch.arange(len(zt)), self.scope(zt), draw, zt, u[:, 1])
 
 
-class WithoutTheLastDraw(EpsilonHybrid):  # type: ignore[misc]
-    """What shuffled words cost is left out."""
+class FreeDecoding(EpsilonHybrid):  # type: ignore[misc]
+    """Leaves out the decoding term of redrawn tokens."""
 
     def decode_nll(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return torch.where(
@@ -161,8 +165,8 @@ class WithoutTheLastDraw(EpsilonHybrid):  # type: ignore[misc]
         )
 
 
-class RawLastDraw(EpsilonHybrid):  # type: ignore[misc]
-    """-ln p(x) where -ln P(x | z) is due."""
+class RawDecoding(EpsilonHybrid):  # type: ignore[misc]
+    """-ln p(x) in place of -ln P(x | z)."""
 
     def decode_nll(
         self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
@@ -170,30 +174,30 @@ class RawLastDraw(EpsilonHybrid):  # type: ignore[misc]
         return -prediction.log_prob(x0)
 
 
-class SaidToClose(EpsilonHybrid):  # type: ignore[misc]
+class FalselyClosing(EpsilonHybrid):  # type: ignore[misc]
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.closes_at_clean = True
 
 
-class AlwaysAnother(EpsilonHybrid):  # type: ignore[misc]
-    """A shuffled word never stays itself."""
+class NeverRedrawnAsItself(EpsilonHybrid):  # type: ignore[misc]
+    """A redrawn token is never the same token."""
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         drawn = super().sample(x0, t, u)
         redrawn = (drawn == x0) & (u[:, 0] >= self.alpha(t))
-        return torch.where(redrawn, (x0 + 1) % WORDS, drawn)
+        return torch.where(redrawn, (x0 + 1) % NUM_TOKENS, drawn)
 
 
 FAULTS = [
     Fault(
-        "the published loss as bound",
+        "published loss as density",
         derived_formulas.density_is_derived,
         gamma_hybrid(),
         gamma_hybrid(PublishedAsBound),
     ),
     Fault(
-        "the published loss is no bound",
+        "published loss as density, in the bound",
         bound.constant_denoiser,
         gamma_hybrid(),
         gamma_hybrid(PublishedAsBound),
@@ -202,76 +206,80 @@ FAULTS = [
         "e^sigma for e^(gamma sigma)",
         derived_formulas.density_is_derived,
         gamma_hybrid(),
-        gamma_hybrid(AllTheNoise),
+        gamma_hybrid(TotalNoiseInDensity),
     ),
     Fault(
-        "e^sigma for e^(gamma sigma) in the draw",
+        "e^sigma for e^(gamma sigma) in samples",
         draws.sample_follows_marginal,
         gamma_hybrid(),
-        gamma_hybrid(AllTheNoiseInTheDraw),
+        gamma_hybrid(TotalNoiseInSample),
     ),
     Fault(
         "interpolating rates",
         chain.transition_is_oracle,
         gamma_hybrid(),
-        gamma_hybrid(Interpolating),
+        gamma_hybrid(InterpolatingRates),
     ),
     Fault(
-        "an interpolating chain",
+        "interpolating rates and transitions",
         rates_are_the_papers,
         gamma_hybrid(),
-        gamma_hybrid(InterpolatingThroughout),
+        gamma_hybrid(InterpolatingTransitions),
     ),
     Fault(
-        "masks that hide clean words",
+        "masks reveal clean tokens",
         draws.step_follows_posterior,
         gamma_hybrid(),
-        gamma_hybrid(MixedStep),
+        gamma_hybrid(RevealsPredictedToken),
     ),
     Fault(
-        "a score without the evidence",
+        "score drawn without own evidence",
         reverse_process.scores_are_decoded,
         gamma_hybrid(),
-        gamma_hybrid(WithoutItsEvidence),
+        gamma_hybrid(ScoreWithoutEvidence),
     ),
     Fault(
-        "no last draw",
+        "no decoding term",
         derived_formulas.decode_nll_is_derived,
         epsilon_hybrid(),
-        epsilon_hybrid(WithoutTheLastDraw),
+        epsilon_hybrid(FreeDecoding),
     ),
     Fault(
-        "no last draw is no bound",
+        "no decoding term, in the bound",
         bound.constant_denoiser,
         epsilon_hybrid(),
-        epsilon_hybrid(WithoutTheLastDraw),
+        epsilon_hybrid(FreeDecoding),
     ),
     Fault(
-        "a raw last draw", bound.constant_denoiser, epsilon_hybrid(), epsilon_hybrid(RawLastDraw)
+        "-ln p(x) as decoding term",
+        bound.constant_denoiser,
+        epsilon_hybrid(),
+        epsilon_hybrid(RawDecoding),
     ),
     Fault(
-        "shuffling that is denied",
+        "falsely declared to close",
         chain.ends_as_declared,
         epsilon_hybrid(),
-        epsilon_hybrid(SaidToClose),
+        epsilon_hybrid(FalselyClosing),
     ),
     Fault(
-        "never shuffled onto itself",
+        "never redrawn as itself",
         draws.sample_follows_marginal,
         epsilon_hybrid(),
-        epsilon_hybrid(AlwaysAnother),
+        epsilon_hybrid(NeverRedrawnAsItself),
     ),
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
-def test_the_law_meant_for_a_fault_finds_it(fault: Fault) -> None:
-    assert_found(fault)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_law_detects_planted_fault(fault: Fault) -> None:
+    assert_detected(fault)
 
 
-def test_no_law_but_the_pinned_rates_sees_an_interpolating_chain() -> None:
-    """Why the rates are pinned: with another generator throughout everything that is derived agrees with itself."""
-    other = gamma_hybrid(InterpolatingThroughout)()
+def test_only_pinned_rates_detect_interpolating_transitions() -> None:
+    """A chain with another generator everywhere is consistent, so its rates are compared with the
+    paper's."""
+    other = gamma_hybrid(InterpolatingTransitions)()
     for one in (
         chain.transition_is_oracle,
         chain.chapman_kolmogorov,
@@ -284,33 +292,33 @@ def test_no_law_but_the_pinned_rates_sees_an_interpolating_chain() -> None:
 @pytest.mark.parametrize(
     "process", [epsilon_hybrid()(), gamma_hybrid()()], ids=["epsilon", "gamma"]
 )
-def test_cross_entropy_at_visible_words_read_as_the_law_of_the_rest_breaks_the_bound(
+def test_full_conditional_breaks_entropy_equality(
     process: Any,
 ) -> None:
-    """What the published epsilon-loss trains is the full conditional; the engine's formulas want the law of the rest."""
+    """The published epsilon-loss trains the full conditional; the engine needs the rest
+    conditional."""
     assert bound.entropy_equality(process).passed
-    assert (
-        bound.entropy_equality(process, denoiser=full_conditional_table).error > 0.05
-    )  # tenths of a nat on these joints
+    assert bound.entropy_equality(process, denoiser=full_conditional_table).error > 0.05  # nats
 
 
-def test_the_published_epsilon_loss_is_least_for_the_full_conditional() -> None:
-    """At a visible word its expected cross-entropy is that of P(x | z): the law of the rest put in its place does worse,
-    and converted from it does as well, exactly."""
-    process, log_joint = epsilon_hybrid()(), random_joint(WORDS)
+def test_published_epsilon_loss_is_minimal_for_full_conditional() -> None:
+    """At a visible token its expected cross-entropy is minimal for P(x | z). The rest conditional
+    does worse in its place, and exactly as well once the own evidence is multiplied in."""
+    process = epsilon_hybrid()()
+    log_joint = random_joint(NUM_TOKENS)
     t = times((0.4,))
-    seen = process.log_likelihood(torch.arange(WORDS), t.expand(WORDS)).exp().T  # [x, z]
-    chance = torch.einsum("ab,ai,bj->aij", log_joint.exp(), seen, seen)  # first word, both states
-    first, second = torch.cartesian_prod(torch.arange(WORDS), torch.arange(WORDS)).T
-    states, now = torch.stack([first, second], -1), t.expand(WORDS * WORDS)
+    seen = process.log_likelihood(torch.arange(NUM_TOKENS), t.expand(NUM_TOKENS)).exp().T  # [x, z]
+    chance = torch.einsum("ab,ai,bj->aij", log_joint.exp(), seen, seen)  # first token, both states
+    first, second = torch.cartesian_prod(torch.arange(NUM_TOKENS), torch.arange(NUM_TOKENS)).T
+    states, now = torch.stack([first, second], -1), t.expand(NUM_TOKENS * NUM_TOKENS)
     loss = EverywhereCrossEntropy()
 
     def expected(log_p: Tensor, plain: bool) -> float:
         total = 0.0
-        for x in range(WORDS):
+        for x in range(NUM_TOKENS):
             x0 = torch.full_like(first, x)
-            law_ = DenseDistribution(log_p, process.vocabulary)
-            nll = -law_.log_prob(x0) if plain else loss.divergence(process, law_, x0, first, now)
+            dist = DenseDistribution(log_p, process.vocabulary)
+            nll = -dist.log_prob(x0) if plain else loss.divergence(process, dist, x0, first, now)
             total += (chance[x].reshape(-1) * nll).sum().item()
         return total
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from faults import Fault, assert_found, masks_by_power, on_pair
+from faults import Fault, assert_detected, power_masking, tree_on_pair
 from torch import Tensor
 
 from ddiff.core.information import IdentityTime, InformationTime
@@ -14,15 +14,15 @@ from ddiff.core.tree import TreeProcess
 from ddiff.testing import information
 
 
-class MasksAlone(TreeProcess):  # type: ignore[misc]
-    """Clusters taken for masks: what a cluster says of its token is left out."""
+class InformationWithoutNodes(TreeProcess):  # type: ignore[misc]
+    """Leaves out the information of clusters about their tokens."""
 
     def information(self, t: Tensor) -> Tensor:
         return self.clock.pi(t)[:, 0] * math.log(self.vocabulary.num_tokens)
 
 
-class SlowClock:
-    """The times of another clock, told with half their speed."""
+class HalfSpeedClock:
+    """Times of another clock with half their speed."""
 
     def __init__(self, clock: InformationTime) -> None:
         self.clock = clock
@@ -32,16 +32,16 @@ class SlowClock:
         return t, speed / 2.0
 
 
-class SlowTree(TreeProcess):  # type: ignore[misc]
+class HalfSpeedTree(TreeProcess):  # type: ignore[misc]
     @property
     def information_time(self) -> Any:  # type: ignore[override]
-        return SlowClock(
+        return HalfSpeedClock(
             InformationTime(self.information, self.information_lost, self.change_probability)
         )
 
 
-class EarlyMasks(TreeProcess):  # type: ignore[misc]
-    """t^0.3 of the tokens are masked by t, and times are drawn evenly in t all the same."""
+class EvenTimesForEarlyMasks(TreeProcess):  # type: ignore[misc]
+    """Times are drawn evenly in t, although t^0.3 of the tokens are masked by t."""
 
     @property
     def information_time(self) -> Any:  # type: ignore[override]
@@ -50,32 +50,32 @@ class EarlyMasks(TreeProcess):  # type: ignore[misc]
 
 FAULTS = [
     Fault(
-        "information without clusters",
+        "information without that of clusters",
         information.information_is_enumerated,
-        on_pair(TreeProcess),
-        on_pair(MasksAlone),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(InformationWithoutNodes),
     ),
     Fault(
-        "a clock at half its speed",
+        "half the speed",
         information.clock_is_a_time_change,
-        on_pair(TreeProcess),
-        on_pair(SlowTree),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(HalfSpeedTree),
     ),
     Fault(
-        "a clock that does not follow the information",
+        "even times for early masks",
         information.tau_is_the_share_lost,
-        masks_by_power(TreeProcess),
-        masks_by_power(EarlyMasks),
+        power_masking(TreeProcess),
+        power_masking(EvenTimesForEarlyMasks),
     ),
     Fault(
-        "even times where tokens are masked early",
+        "even times for early masks, variance",
         information.variance_has_no_tail,
-        masks_by_power(TreeProcess),
-        masks_by_power(EarlyMasks),
+        power_masking(TreeProcess),
+        power_masking(EvenTimesForEarlyMasks),
     ),
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_law_detects_planted_fault(fault: Fault) -> None:
-    assert_found(fault)
+    assert_detected(fault)

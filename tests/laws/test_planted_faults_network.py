@@ -1,4 +1,4 @@
-"""Faults planted in clean distributions, heads and denoisers, each found by the law meant for it."""
+"""Faults planted in clean distributions, heads and denoisers, found by their laws."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from chains import PAIR, THREE
-from faults import ONE_LEVEL, Fault, Trunk, assert_found, network
+from faults import ONE_LEVEL, Fault, MeanBackbone, assert_detected, build_denoiser
 from torch import Tensor
 
 from ddiff.core.prediction import DenseDistribution, SubtreeDistribution
@@ -17,16 +17,16 @@ from ddiff.nn.heads import Logits, TokenHead, TreeHead
 from ddiff.testing import clean_distribution, denoiser, head
 
 
-class HalfALaw(SubtreeDistribution):
-    """Level-wise logits that were never normalised among siblings."""
+class UnnormalizedDistribution(SubtreeDistribution):
+    """Logits that are not normalized among siblings."""
 
     def log_below(self, level: int) -> Tensor:
         width = len(clean_distribution.below(self.vocabulary, self.top, level))
         return torch.linspace(-1.0, 0.5, width, dtype=torch.float64).expand(2, -1)
 
 
-class ALaw(HalfALaw):
-    """The healthy twin: words normalised, nodes their sums."""
+class NormalizedDistribution(UnnormalizedDistribution):
+    """The healthy counterpart: normalized tokens, and nodes as their sums."""
 
     def log_below(self, level: int) -> Tensor:
         words = super().log_below(0).log_softmax(-1)
@@ -35,27 +35,27 @@ class ALaw(HalfALaw):
         return torch.stack([words[:, int(a) : int(b)].logsumexp(-1) for a, b in spans], -1)
 
 
-class Unconditional(ALaw):
+class JointAsConditional(NormalizedDistribution):
     def log_child(self, node: Tensor, child: Tensor) -> Tensor:
         return self.log_prob(child)
 
 
-class SteppingFromTheTop(ALaw):
-    """A step to the node where the row is already costs what it takes to get there."""
+class StepFromTop(NormalizedDistribution):
+    """log_step from the top, even if the row is already at the node."""
 
     def log_step(self, node: Tensor, child: Tensor) -> Tensor:
         return self.log_prob(child)
 
 
-class ForgettingWhere(ALaw):
-    """Draws below the root, wherever a row is."""
+class DrawsBelowTop(NormalizedDistribution):
+    """Draws below the top, whatever node a row is at."""
 
     def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
         return super().draw(torch.full_like(node, self.top), level, u)
 
 
-class Reversed(TreeHead):
-    """The words of a node in another order than the table's."""
+class ReversedTokens(TreeHead):
+    """Reverses the tokens below a node."""
 
     def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
         def flipped(a, b):
@@ -64,120 +64,120 @@ class Reversed(TreeHead):
         return super().dist(flipped, top)
 
 
-class DetachedHidden(TokenHead):
-    """A head that trains its table and not the trunk."""
+class DetachedHiddenStates(TokenHead):
+    """Head that passes no gradient to the backbone."""
 
     def total(self, hidden: Tensor, node: Tensor, fn: Any) -> Any:
         return super().total(hidden.detach() + 0.0 * hidden, node, fn)
 
 
-class FirstChunkOnly(TokenHead):
+class FirstRowForAll(TokenHead):
     def query(self, hidden: Tensor, node: Tensor, fn: Any) -> Any:
         predictions = super().query(hidden, node, fn)
         return tuple(prediction[:1].expand_as(prediction) for prediction in predictions)
 
 
-class BareLogits(TokenHead):
-    """Logits handed on as if they were a law."""
+class LogitsAsLogProbs(TokenHead):
+    """Head that returns logits as log-probabilities."""
 
     def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
         return DenseDistribution(logits(0, self.vocabulary.num_tokens), self.vocabulary)
 
 
-class BatchNormalised(Trunk):
+class BatchNormalized(MeanBackbone):
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
         hidden = super().forward(ids, t, context)
         return hidden - hidden.mean((0, 1))
 
 
-class Unmasked(Trunk):
+class IgnoresMasks(MeanBackbone):
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
         return super().forward(ids, t, Context())
 
 
 FAULTS = [
     Fault(
-        "children with their nodes' mass",
+        "joint in place of conditional probabilities",
         clean_distribution.children_are_conditional,
-        lambda: ALaw(THREE, THREE.root),
-        lambda: Unconditional(THREE, THREE.root),
+        lambda: NormalizedDistribution(THREE, THREE.root),
+        lambda: JointAsConditional(THREE, THREE.root),
     ),
     Fault(
-        "steps that start at the top",
+        "log_step from the top",
         clean_distribution.children_are_conditional,
-        lambda: ALaw(THREE, THREE.root),
-        lambda: SteppingFromTheTop(THREE, THREE.root),
+        lambda: NormalizedDistribution(THREE, THREE.root),
+        lambda: StepFromTop(THREE, THREE.root),
     ),
     Fault(
-        "draws that forget the node",
+        "draws below the top",
         clean_distribution.draws_follow_distribution,
-        lambda: ALaw(THREE, THREE.root),
-        lambda: ForgettingWhere(THREE, THREE.root),
+        lambda: NormalizedDistribution(THREE, THREE.root),
+        lambda: DrawsBelowTop(THREE, THREE.root),
     ),
     Fault(
-        "logits for a law",
+        "logits as log-probabilities",
         denoiser.rows_have_distributions,
-        lambda: network(Trunk),
-        lambda: network(Trunk, BareLogits),
+        lambda: build_denoiser(MeanBackbone),
+        lambda: build_denoiser(MeanBackbone, LogitsAsLogProbs),
         {"process": ONE_LEVEL},
     ),
     Fault(
-        "a law that is not normalised",
+        "unnormalized distribution",
         clean_distribution.masses_add_up,
-        lambda: ALaw(THREE, THREE.root),
-        lambda: HalfALaw(THREE, THREE.root),
+        lambda: NormalizedDistribution(THREE, THREE.root),
+        lambda: UnnormalizedDistribution(THREE, THREE.root),
     ),
     Fault(
-        "words of a node in another order",
+        "reversed tokens below a node",
         head.scopes_agree,
         lambda: TreeHead(PAIR, 4, "tied"),
-        lambda: Reversed(PAIR, 4, "tied"),
+        lambda: ReversedTokens(PAIR, 4, "tied"),
     ),
     Fault(
-        "no gradient to the trunk",
+        "no gradient to the backbone",
         head.gradients_agree,
         lambda: TokenHead(PAIR, 4),
-        lambda: DetachedHidden(PAIR, 4),
+        lambda: DetachedHiddenStates(PAIR, 4),
     ),
     Fault(
-        "rows that all get the first answer",
+        "first row's result for all rows",
         head.chunks_agree,
         lambda: TokenHead(PAIR, 4),
-        lambda: FirstChunkOnly(PAIR, 4),
+        lambda: FirstRowForAll(PAIR, 4),
     ),
     Fault(
-        "statistics over the batch",
+        "batch statistics",
         denoiser.batches_agree,
-        lambda: network(Trunk),
-        lambda: network(BatchNormalised),
+        lambda: build_denoiser(MeanBackbone),
+        lambda: build_denoiser(BatchNormalized),
         {"process": ONE_LEVEL},
     ),
     Fault(
-        "padding that is seen",
+        "padding is attended to",
         denoiser.padding_is_invisible,
-        lambda: network(Trunk),
-        lambda: network(Unmasked),
+        lambda: build_denoiser(MeanBackbone),
+        lambda: build_denoiser(IgnoresMasks),
         {"process": ONE_LEVEL},
     ),
     Fault(
-        "documents that leak",
+        "documents attend to each other",
         denoiser.documents_are_separate,
-        lambda: network(Trunk),
-        lambda: network(Unmasked),
+        lambda: build_denoiser(MeanBackbone),
+        lambda: build_denoiser(IgnoresMasks),
         {"process": ONE_LEVEL},
     ),
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_law_detects_planted_fault(fault: Fault) -> None:
-    assert_found(fault)
+    assert_detected(fault)
 
 
-def test_a_full_conditional_that_is_not_converted_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unconverted_full_conditional_breaks_evidence_law(monkeypatch: pytest.MonkeyPatch) -> None:
     from ddiff.nn import denoiser as engine
 
-    given_all = Denoiser(Trunk(), TokenHead(FlatVocabulary(3), 4), given="all")
+    given_all = Denoiser(MeanBackbone(), TokenHead(FlatVocabulary(3), 4), given="all")
     assert denoiser.evidence_is_dropped(given_all, process=ONE_LEVEL).passed
     monkeypatch.setattr(engine.FullParameterization, "question", lambda self, fn, *rest: fn)
     assert not denoiser.evidence_is_dropped(given_all, process=ONE_LEVEL).passed

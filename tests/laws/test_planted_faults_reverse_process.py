@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 from chains import THREE
-from faults import CLOCK3, Fault, LatePosterior, assert_found, late, mixture, on_pair, uneven
+from faults import (
+    CLOCK3,
+    Fault,
+    LatePosterior,
+    assert_detected,
+    noisy_from_the_start,
+    tree_on_pair,
+    uneven_noise,
+    uniform_noise,
+)
 from torch import Tensor
 
 from ddiff.core.interpolating import MixtureProcess
@@ -18,209 +27,209 @@ from ddiff.core.tree import TreeProcess
 from ddiff.testing import reverse_process
 
 
-class DecodedByShares(MixtureProcess):
-    """A score is decoded by its own shares among the words, as if they were not mixed with noise."""
+class DecodedWithoutNoise(MixtureProcess):
+    """Decodes a score by the probabilities of its tokens, ignoring that noise is mixed in."""
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
         return score.log_ratio[:, : self.vocabulary.num_tokens].log_softmax(-1)
 
 
-class FromTheNoiseAtZero(MixtureProcess):
-    """The operator from the clean token begins at z_0, which has noise in it already."""
+class FromNoisyStart(MixtureProcess):
+    """Operator that starts at z_0, which is already noisy."""
 
     def from_clean(self, t: Tensor) -> Kernel:
         return self.transition(torch.zeros_like(t), t)
 
 
-class StayingByAlpha(MixtureProcess):
-    """A word that is redrawn as itself is taken for changed."""
+class AlphaAsStayProbability(MixtureProcess):
+    """Counts a token that noise replaces by itself as changed."""
 
     def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
         return self.alpha(t)
 
 
-class EvidenceLeftOut(MixtureProcess):
-    """A score decoded by itself, without what the row's own state says."""
+class DecodedWithoutEvidence(MixtureProcess):
+    """Decodes a score without the evidence of the row's own state."""
 
     def decode_nll(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        if not hasattr(prediction, "log_ratio"):
+        if not isinstance(prediction, Score):
             return super().decode_nll(prediction, x0, zt, t)
         return -prediction.log_ratio.log_softmax(-1).gather(-1, x0.unsqueeze(-1)).squeeze(-1)
 
 
-class OutwardRates(MixtureProcess):
-    """Q[z,y] where Q[y,z] is due."""
+class ForwardRatesOut(MixtureProcess):
+    """Q[z,y] in place of Q[y,z]."""
 
     def reverse_rates(self, prediction: Any, zt: Tensor, t: Tensor) -> Tensor:
         outward = self.rates(t).row(zt).scatter(-1, zt.unsqueeze(-1), 0.0)
         return outward * self._log_ratio(prediction, zt, t).exp()
 
 
-class HalfTheRates(MixtureProcess):
+class HalvedRates(MixtureProcess):
     def reverse_rates(self, prediction: Any, zt: Tensor, t: Tensor) -> Tensor:
         return 0.5 * super().reverse_rates(prediction, zt, t)
 
 
-class ClimbingFromTheStart(TreeProcess):
+class ForwardStepFromZero(TreeProcess):
     def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return super().forward_step(zs, torch.zeros_like(s), t, u)
 
 
-class StrayingOnceMore(TreeProcess):
-    """A climb that strays from the wrong level's parents: as if every row started at its word."""
+class ParentsOfTheWrongLevel(TreeProcess):
+    """Draws wrong parents as if every row started at its leaf token."""
 
     def _stray(self, right: Tensor, i: int, j: int, u: Tensor) -> Tensor:
         return super()._stray(right, 0, j, u)
 
 
-class TakingEveryCandidate(MixtureProcess):
-    """No thinning: the bound taken for the rate."""
+class AcceptEveryEvent(MixtureProcess):
+    """No thinning: every candidate event is accepted."""
 
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return super().event(query, zt, t, u * torch.tensor([0.0, 1.0], dtype=torch.float64))
 
 
-class EventsToTheWords(TreeProcess):
-    """A mask's event reveals its word, clusters skipped."""
+class EventsSkipLevels(TreeProcess):
+    """An event reveals the leaf token and skips the clusters."""
 
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self.decode(query, zt, t, u)
 
 
-class EventsTooOften(TreeProcess):
-    """Candidates at twice the rate."""
+class EventsAtDoubleRate(TreeProcess):
+    """Candidate events at twice the rate."""
 
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return super().event_time(zt, t, u.sqrt())
 
 
-class NothingForeseen(MixtureProcess):
+class MissedEvents(MixtureProcess):
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return torch.where(zt == 0, 0.0, super().event_time(zt, t, u))
 
 
-class AskingTwiceAnEvent(TreeProcess):
+class TwoQueriesInAnEvent(TreeProcess):
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return super().event(query, super().event(query, zt, t, u), t, u)
 
 
-class SaidToReveal(TreeProcess):
-    """Clusters may be wrong, and yet a word is said to lie below the cluster seen."""
+class FalselyMonotone(TreeProcess):
+    """Declares monotone although clusters may be wrong."""
 
     is_monotone = True
 
 
-class DividingByTheDiagonal(InterpolatingKernel):
+class DiagonalSolveKernel(InterpolatingKernel):
     def solve(self, vector: Tensor) -> Tensor:
         return vector / self.stay.unsqueeze(-1)
 
 
-class SolvedByTheDiagonal(MixtureProcess):
+class DiagonalSolve(MixtureProcess):
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
         kernel = super().transition(s, t)
-        return DividingByTheDiagonal(kernel.stay, kernel.arrive)  # type: ignore[attr-defined]
+        return DiagonalSolveKernel(kernel.stay, kernel.arrive)  # type: ignore[attr-defined]
 
 
 FAULTS = [
     Fault(
-        "scores decoded by shares",
+        "score decoded as if there were no noise",
         reverse_process.scores_decode_to_posterior,
-        mixture(MixtureProcess),
-        mixture(DecodedByShares),
+        uniform_noise(MixtureProcess),
+        uniform_noise(DecodedWithoutNoise),
     ),
     Fault(
-        "from z_0, not from x",
+        "operator from z_0 instead of x",
         reverse_process.from_clean_is_marginal,
-        lambda: late(MixtureProcess),
-        lambda: late(FromTheNoiseAtZero),
+        noisy_from_the_start(MixtureProcess),
+        noisy_from_the_start(FromNoisyStart),
     ),
     Fault(
-        "alpha for q(x|x)",
+        "alpha in place of q(x|x)",
         reverse_process.stay_probability_is_derived,
-        mixture(MixtureProcess),
-        mixture(StayingByAlpha),
+        uniform_noise(MixtureProcess),
+        uniform_noise(AlphaAsStayProbability),
     ),
     Fault(
-        "a score without evidence",
+        "score decoded without own evidence",
         reverse_process.scores_at_ends,
-        uneven(MixtureProcess),
-        uneven(EvidenceLeftOut),
+        uneven_noise(MixtureProcess),
+        uneven_noise(DecodedWithoutEvidence),
     ),
     Fault(
-        "rates turned round",
+        "forward rates out of the state",
         reverse_process.reverse_flows_balance,
-        uneven(MixtureProcess),
-        uneven(OutwardRates),
+        uneven_noise(MixtureProcess),
+        uneven_noise(ForwardRatesOut),
     ),
     Fault(
-        "half the rates",
+        "halved rates",
         reverse_process.reverse_rates_make_density,
-        uneven(MixtureProcess),
-        uneven(HalfTheRates),
+        uneven_noise(MixtureProcess),
+        uneven_noise(HalvedRates),
     ),
     Fault(
-        "rates of another posterior",
+        "posterior of a later time",
         reverse_process.reverse_rates_make_posterior,
-        uneven(MixtureProcess),
-        uneven(LatePosterior),
+        uneven_noise(MixtureProcess),
+        uneven_noise(LatePosterior),
     ),
     Fault(
-        "climbing from the start",
+        "forward step from time 0",
         reverse_process.forward_step_follows_transition,
-        on_pair(TreeProcess),
-        on_pair(ClimbingFromTheStart),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(ForwardStepFromZero),
     ),
     Fault(
-        "straying as from a word",
+        "wrong parents of the wrong level",
         reverse_process.forward_step_follows_transition,
         lambda: TreeProcess(THREE, CLOCK3, (0.8, 0.7)),
-        lambda: StrayingOnceMore(THREE, CLOCK3, (0.8, 0.7)),
+        lambda: ParentsOfTheWrongLevel(THREE, CLOCK3, (0.8, 0.7)),
     ),
     Fault(
-        "every candidate taken",
+        "every candidate event accepted",
         reverse_process.events_follow_reverse_rates,
-        uneven(MixtureProcess),
-        uneven(TakingEveryCandidate),
+        uneven_noise(MixtureProcess),
+        uneven_noise(AcceptEveryEvent),
     ),
     Fault(
-        "events that skip a level",
+        "events skip a level",
         reverse_process.events_follow_reverse_rates,
-        on_pair(TreeProcess),
-        on_pair(EventsToTheWords),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(EventsSkipLevels),
     ),
     Fault(
-        "events too often",
+        "events at double rate",
         reverse_process.events_follow_reverse_rates,
-        on_pair(TreeProcess),
-        on_pair(EventsTooOften),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(EventsAtDoubleRate),
     ),
     Fault(
-        "nothing foreseen",
+        "missed events",
         reverse_process.events_follow_reverse_rates,
-        uneven(MixtureProcess),
-        uneven(NothingForeseen),
+        uneven_noise(MixtureProcess),
+        uneven_noise(MissedEvents),
     ),
     Fault(
-        "two visits in an event",
+        "two queries in an event",
         reverse_process.events_query_once,
-        on_pair(TreeProcess),
-        on_pair(AskingTwiceAnEvent),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(TwoQueriesInAnEvent),
     ),
     Fault(
-        "words said to be settled",
+        "falsely declared monotone",
         reverse_process.monotone_moves_reveal,
-        on_pair(TreeProcess),
-        on_pair(SaidToReveal, 0.8),
+        tree_on_pair(TreeProcess),
+        tree_on_pair(FalselyMonotone, 0.8),
     ),
     Fault(
-        "solved by the diagonal",
+        "solve divides by the diagonal",
         reverse_process.solve_inverts,
-        uneven(MixtureProcess),
-        uneven(SolvedByTheDiagonal),
+        uneven_noise(MixtureProcess),
+        uneven_noise(DiagonalSolve),
     ),
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_law_detects_planted_fault(fault: Fault) -> None:
-    assert_found(fault)
+    assert_detected(fault)

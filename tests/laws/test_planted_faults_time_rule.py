@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from faults import Fault, assert_found
+from faults import Fault, assert_detected
 from torch import Tensor
 
 from ddiff.core.times import FlatTimes, Times, WindowTimes, stratified
@@ -14,14 +14,14 @@ from ddiff.testing import time_rule
 
 
 class ContiguousSlices(FlatTimes):
-    """Slot i of n reads (i + u)/n: every rank sees its own slice of time."""
+    """Slot i of n has time (i + u)/n: every rank has its own slice of time."""
 
     def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
         t = (slot.unsqueeze(-1) + noise.uniform("time")[:, :1]) / slots
         return super().draw(clock, noise, slot, slots, length)._replace(t=t.expand(-1, length))
 
 
-class WithoutDensity(FlatTimes):
+class SquaredUniformTimes(FlatTimes):
     """t drawn as u^2 with the speed of a uniform draw."""
 
     def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
@@ -29,19 +29,19 @@ class WithoutDensity(FlatTimes):
         return drawn._replace(t=drawn.t**2)
 
 
-class BackInTime(FlatTimes):
+class NegativeSpeeds(FlatTimes):
     def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
         drawn = super().draw(clock, noise, slot, slots, length)
         return drawn._replace(speed=-drawn.speed)
 
 
-class ByPlaceInTheBatch(FlatTimes):
+class TimesByBatchPosition(FlatTimes):
     def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
         return super().draw(clock, noise, torch.arange(len(slot)), slots, length)
 
 
-class WindowsByPlaceInTheGrid(WindowTimes):  # type: ignore[misc]
-    """Times of all windows of a batch dealt out in one grid: a window then always has the same quarter of time."""
+class StrataSharedByWindows(WindowTimes):  # type: ignore[misc]
+    """Strata shared by all windows: a window then always has the same quarter of time."""
 
     def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
         drawn = super().draw(clock, noise, slot, slots, length)
@@ -49,8 +49,8 @@ class WindowsByPlaceInTheGrid(WindowTimes):  # type: ignore[misc]
         return drawn._replace(t=stratified(noise.uniform("time"), stratum, slots * length))
 
 
-class DecodedTwice(WindowTimes):  # type: ignore[misc]
-    """Both the window that settles and the next one are read where a window settles."""
+class TwoWindowsDecoded(WindowTimes):  # type: ignore[misc]
+    """Reads the window that gets clean and the next one at the first end."""
 
     def ends(
         self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int
@@ -59,14 +59,14 @@ class DecodedTwice(WindowTimes):  # type: ignore[misc]
         return first._replace(speed=first.speed + first.speed.roll(1, -1)), last
 
 
-class PathsAtHalfSpeed(WindowTimes):  # type: ignore[misc]
+class HalvedPathSpeed(WindowTimes):  # type: ignore[misc]
     def at(self, clock: Any, tau: Tensor, length: int) -> Times:
         path = super().at(clock, tau, length)
         return path._replace(speed=path.speed / 2)
 
 
-class WaitingInSight(WindowTimes):  # type: ignore[misc]
-    """What is settled is in one block, all else in the next."""
+class PriorInSight(WindowTimes):  # type: ignore[misc]
+    """Clean positions are in one block, all others in the next."""
 
     def at(self, clock: Any, tau: Tensor, length: int) -> Times:
         path = super().at(clock, tau, length)
@@ -76,42 +76,45 @@ class WaitingInSight(WindowTimes):  # type: ignore[misc]
 FAULTS = [
     Fault("contiguous slices of time", time_rule.parts_are_balanced, FlatTimes, ContiguousSlices),
     Fault(
-        "windows by their place in the grid",
+        "strata shared by the windows",
         time_rule.speeds_are_unbiased,
         lambda: WindowTimes(1),
-        lambda: WindowsByPlaceInTheGrid(1),
+        lambda: StrataSharedByWindows(1),
     ),
     Fault(
-        "two windows decoded at once",
+        "two windows read at one end",
         time_rule.ends_are_read_once,
         lambda: WindowTimes(2, "slide"),
-        lambda: DecodedTwice(2, "slide"),
+        lambda: TwoWindowsDecoded(2, "slide"),
     ),
     Fault(
         "a path at half its speed",
         time_rule.paths_move_forward,
         lambda: WindowTimes(2, "slide", paired=False),
-        lambda: PathsAtHalfSpeed(2, "slide", paired=False),
+        lambda: HalvedPathSpeed(2, "slide", paired=False),
     ),
     Fault(
-        "who waits in sight of who is read",
+        "positions at the prior in a charged block",
         time_rule.prior_positions_are_hidden,
         lambda: WindowTimes(2, paired=False),
-        lambda: WaitingInSight(2, paired=False),
+        lambda: PriorInSight(2, paired=False),
     ),
     Fault(
-        "a draw of t without its density", time_rule.speeds_are_unbiased, FlatTimes, WithoutDensity
+        "squared uniforms with the speed of uniforms",
+        time_rule.speeds_are_unbiased,
+        FlatTimes,
+        SquaredUniformTimes,
     ),
     Fault(
-        "times by place in the batch",
+        "times by position in the batch",
         time_rule.times_are_independent_of_batch,
         FlatTimes,
-        ByPlaceInTheBatch,
+        TimesByBatchPosition,
     ),
-    Fault("speeds below zero", time_rule.times_are_valid, FlatTimes, BackInTime),
+    Fault("negative speeds", time_rule.times_are_valid, FlatTimes, NegativeSpeeds),
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_law_detects_planted_fault(fault: Fault) -> None:
-    assert_found(fault)
+    assert_detected(fault)

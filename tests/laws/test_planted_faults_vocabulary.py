@@ -5,31 +5,31 @@ from __future__ import annotations
 import pytest
 import torch
 from chains import PAIR
-from faults import Fault, assert_found, tree_of
+from faults import Fault, assert_detected, small_tree
 from torch import Tensor
 
 from ddiff.core.vocabulary import HierarchicalVocabulary
 from ddiff.testing import clean_distribution, vocabulary
 
 
-class InIdOrder(HierarchicalVocabulary):  # type: ignore[misc]
-    """Ids taken for tree order."""
+class IdOrderAsTreeOrder(HierarchicalVocabulary):  # type: ignore[misc]
+    """Returns ids in id order instead of tree order."""
 
     def order(self, level: int, device: torch.device | None = None) -> Tensor:
         return self.offsets[level] + torch.arange(self.level_sizes[level])
 
 
-class WithoutARoot(HierarchicalVocabulary):  # type: ignore[misc]
+class RootBelowItsLevel(HierarchicalVocabulary):  # type: ignore[misc]
     def level_of(self, ids: Tensor) -> Tensor:
         return super().level_of(ids).clamp(max=self.num_levels - 1)
 
 
-class OrphansOfTheRoot(HierarchicalVocabulary):  # type: ignore[misc]
+class RootAsEveryParent(HierarchicalVocabulary):  # type: ignore[misc]
     def parent(self, ids: Tensor) -> Tensor:
         return torch.full_like(ids, self.root)
 
 
-class WithGrandchildren(HierarchicalVocabulary):  # type: ignore[misc]
+class GrandchildrenAsChildren(HierarchicalVocabulary):  # type: ignore[misc]
     def children(self, node: int) -> Tensor:
         return (
             clean_distribution.below(self, node, 0)
@@ -38,40 +38,45 @@ class WithGrandchildren(HierarchicalVocabulary):  # type: ignore[misc]
         )
 
 
-class Forgetful(HierarchicalVocabulary):  # type: ignore[misc]
+class FingerprintNotSaved(HierarchicalVocabulary):  # type: ignore[misc]
     def save(self, path: str) -> None:
         HierarchicalVocabulary(self.parents).save(path)
 
 
 FAULTS = [
     Fault(
-        "ids taken for tree order",
+        "id order in place of tree order",
         vocabulary.ranges_are_contiguous,
         lambda: PAIR,
-        lambda: InIdOrder([[0, 1, 0, 0]]),
+        lambda: IdOrderAsTreeOrder([[0, 1, 0, 0]]),
     ),
-    Fault("a root of no level", vocabulary.ids_run_by_level, lambda: PAIR, tree_of(WithoutARoot)),
     Fault(
-        "everybody's parent is the root",
+        "root below its level",
+        vocabulary.ids_run_by_level,
+        lambda: PAIR,
+        small_tree(RootBelowItsLevel),
+    ),
+    Fault(
+        "the root as every parent",
         vocabulary.ancestors_follow_parents,
         lambda: PAIR,
-        tree_of(OrphansOfTheRoot),
+        small_tree(RootAsEveryParent),
     ),
     Fault(
-        "grandchildren for children",
+        "grandchildren in place of children",
         vocabulary.children_invert_parent,
         lambda: PAIR,
-        tree_of(WithGrandchildren),
+        small_tree(GrandchildrenAsChildren),
     ),
     Fault(
         "a fingerprint that is not saved",
         vocabulary.survives_saving,
-        tree_of(HierarchicalVocabulary),
-        tree_of(Forgetful),
+        small_tree(HierarchicalVocabulary),
+        small_tree(FingerprintNotSaved),
     ),
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_law_detects_planted_fault(fault: Fault) -> None:
-    assert_found(fault)
+    assert_detected(fault)

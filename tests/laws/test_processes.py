@@ -1,4 +1,4 @@
-"""Every chain obeys every law of the kit."""
+"""Every process obeys every law of the kit."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ddiff_hybrid.epsilon import EpsilonHybrid
 from ddiff.core.interpolating import MixtureProcess, mask_distribution, token_distribution
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import GeometricSchedule, LinearSchedule, PowerSchedule
+from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.errors import ArgumentError
 from ddiff.testing import (
@@ -25,12 +26,12 @@ from ddiff.testing import (
 )
 from ddiff.testing.process import PROCESS_LAWS, check_parts
 
-BARE = FlatVocabulary(3, mask=False)
+UNMASKED = FlatVocabulary(3, mask=False)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Tensors are tiny here: a second thread only waits."""
+    """Tensors are tiny here, so that a second thread only costs time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,66 +39,67 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_chain_obeys_every_law(name: str) -> None:
+def test_process_obeys_every_law(name: str) -> None:
     reports = check_process(EVERY[name])
     assert_laws(reports)
-    # laws of overrides, of trees and of what is declared do not apply to every chain; the others do, or the kit is blind
+    # laws of overrides, trees and declarations need not apply; all others must
     undeclared = (0 if EVERY[name].has_events else 2) + (0 if EVERY[name].is_monotone else 1)
     assert len(reports) >= len(PROCESS_LAWS) - 8 - undeclared
 
 
-def test_every_law_applies_to_some_chain() -> None:
+def test_every_law_applies_to_some_process() -> None:
     chains = (EVERY["three levels, powers, xi"], EVERY["mixture: mask, cosine"])
     seen = {report.law for process in chains for report in check_process(process)}
-    # no shipped family overrides the dense posterior; the faulty ones of test_planted_faults.py do
+    # only planted faults override the dense posterior
     assert {one.name for one in PROCESS_LAWS} - seen == {"override = derived: reverse_log_probs"}
 
 
 @pytest.mark.parametrize(
     "name", ["three levels, nearly equal", "two levels, powers", "mixture: uniform"]
 )
-def test_the_parts_of_a_chain_obey_theirs(name: str) -> None:
+def test_parts_of_a_process_obey_their_laws(name: str) -> None:
     assert_laws(check_parts(EVERY[name]))
 
 
-ODD_AND_RIGHT: dict[str, tuple[Law, object]] = {
-    "noise that is there from the start": (
+EXTREME_AND_CORRECT: dict[str, tuple[Law, object]] = {
+    "noise from t = 0 on": (
         schedule.one_minus_alpha_is_accurate,
         GeometricSchedule(0.5, 0.5001),
     ),
-    "one word, which costs nothing": (
+    "one token, which costs nothing": (
         bound.discrete_bound_converges,
         MixtureProcess(FlatVocabulary(1), LinearSchedule(), mask_distribution(FlatVocabulary(1))),
     ),
-    "a transition that hardly remembers": (
+    "a transition close to stationary": (
         reverse_process.solve_inverts,
-        MixtureProcess(BARE, GeometricSchedule(1.0, 100.0), token_distribution(BARE)),
+        MixtureProcess(UNMASKED, GeometricSchedule(1.0, 100.0), token_distribution(UNMASKED)),
     ),
-    "early masks over shuffled words": (
+    "early masks over redrawn tokens": (
         bound.constant_denoiser,
         EpsilonHybrid(FlatVocabulary(3), PowerSchedule(0.5), 0.1),
     ),
 }
 
 
-@pytest.mark.parametrize("name", ODD_AND_RIGHT)
-def test_what_is_odd_and_right_is_not_called_broken(name: str) -> None:
-    one, subject = ODD_AND_RIGHT[name]
+@pytest.mark.parametrize("name", EXTREME_AND_CORRECT)
+def test_correct_extreme_cases_pass(name: str) -> None:
+    one, subject = EXTREME_AND_CORRECT[name]
     assert_laws([one(subject)])
 
 
-def test_a_large_instance_is_refused() -> None:
-    large = type(EVERY["one level, linear"])(FlatVocabulary(100), EVERY["one level, linear"].clock)  # type: ignore[attr-defined]
+def test_check_process_rejects_large_instances() -> None:
+    clock = EVERY["one level, linear"].clock  # type: ignore[attr-defined]
+    large = TreeProcess(FlatVocabulary(100), clock)
     with pytest.raises(ArgumentError, match=r"at most 64 states.*got 101"):
         check_process(large)
 
 
-def test_no_report_proves_nothing() -> None:
+def test_assert_laws_rejects_empty_reports() -> None:
     with pytest.raises(ArgumentError, match="nothing was proven"):
         assert_laws([])
 
 
-def test_a_broken_law_says_which_where_and_by_how_much() -> None:
+def test_broken_law_message_has_place_and_error() -> None:
     report = LawReport("rows sum to one", 0.25, 1e-9, "zt = 3, t = 0.5", "Because.")
     with pytest.raises(AssertionError) as raised:
         assert_laws([report])
@@ -107,7 +109,7 @@ def test_a_broken_law_says_which_where_and_by_how_much() -> None:
     )
 
 
-def test_a_chain_that_raises_breaks_the_law_and_says_so() -> None:
+def test_process_that_raises_breaks_the_law() -> None:
     class Raising(type(EVERY["kimura"])):  # type: ignore[misc]
         def rates(self, t: torch.Tensor) -> None:
             raise RuntimeError("no rates today")

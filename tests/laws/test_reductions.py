@@ -1,4 +1,5 @@
-"""Families that are one another's special cases agree, and published closed forms are what the engine computes."""
+"""Processes that are special cases of each other agree with each other and with published closed
+forms."""
 
 from __future__ import annotations
 
@@ -17,20 +18,21 @@ from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.testing.probes import INNER, ReachableRows, product, random_log_probs, times
 
-# Both sides are a few dozen float64 operations on numbers up to 1e3 (weights at t = 0.02), compared relatively.
+# relative rounding of a few dozen float64 operations on numbers up to 1e3 (weights at t = 0.02)
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 SCHEDULES: list[Schedule] = [LinearSchedule(), CosineSchedule(), PowerSchedule(2.5)]
 
 
-def charged(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    return process.density(rows.dist, rows.x0, rows.zt, rows.t)
+def density_at(process: ForwardProcess, rows: ReachableRows) -> Tensor:
+    return process.density(rows.dist, *rows.args)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
-def test_a_tree_of_one_level_is_the_absorbing_mixture(schedule: Schedule) -> None:
-    tree, mixture = TreeProcess(FlatVocabulary(4), CdfClock([schedule])), masked(schedule)  # type: ignore[arg-type]
+def test_tree_of_one_level_equals_absorbing_mixture(schedule: Schedule) -> None:
+    tree = TreeProcess(FlatVocabulary(4), CdfClock([schedule]))
+    mixture = masked(schedule)  # type: ignore[arg-type]
     rows = ReachableRows(tree, times(INNER))
-    torch.testing.assert_close(charged(tree, rows), charged(mixture, rows), **CLOSE)
+    torch.testing.assert_close(density_at(tree, rows), density_at(mixture, rows), **CLOSE)
     for s in (0.0, 0.3):
         start = s * rows.t
         steps = [
@@ -40,8 +42,9 @@ def test_a_tree_of_one_level_is_the_absorbing_mixture(schedule: Schedule) -> Non
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
-def test_the_masked_loss_is_the_absorbing_score_entropy(schedule: Schedule) -> None:
-    """arXiv 2406.07524, eq. 10, and arXiv 2310.16834 with the score s(y) = alpha/(1-alpha) p(y) at the mask."""
+def test_masked_loss_equals_absorbing_score_entropy(schedule: Schedule) -> None:
+    """arXiv 2406.07524, eq. 10, and arXiv 2310.16834 with the score s(y) = alpha/(1-alpha) p(y) at
+    the mask."""
     process = TreeProcess(FlatVocabulary(4), CdfClock([schedule]))
     log_p, x0, t = (
         random_log_probs(4, 4)[:, None].expand(-1, 5, -1).reshape(20, 4),
@@ -60,8 +63,9 @@ def test_the_masked_loss_is_the_absorbing_score_entropy(schedule: Schedule) -> N
     )
 
 
-def test_uniform_noise_is_the_closed_score_entropy() -> None:
-    """arXiv 2310.16834: sigma'/N sum_{y != z} ( s_theta - s ln s_theta + s (ln s - 1) ), for any law."""
+def test_uniform_noise_has_closed_form_score_entropy() -> None:
+    """arXiv 2310.16834: sigma'/N sum_{y != z} ( s_theta - s ln s_theta + s (ln s - 1) ), for any
+    distribution."""
     process, size = uniform(4), 4
     rows = ReachableRows(process, times(INNER))
     alpha = (1.0 - rows.t).unsqueeze(-1)
@@ -71,7 +75,7 @@ def test_uniform_noise_is_the_closed_score_entropy() -> None:
     s, s_theta = q / q.gather(-1, pick), q_bar / q_bar.gather(-1, pick)
     terms = s_theta - s * s_theta.log() + s * (s.log() - 1.0)
     expected = terms.scatter(-1, pick, 0.0).sum(-1) / (1.0 - rows.t) / size
-    torch.testing.assert_close(charged(process, rows), expected, **CLOSE)
+    torch.testing.assert_close(density_at(process, rows), expected, **CLOSE)
 
 
 def masses(gamma: float, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -87,7 +91,7 @@ def masses(gamma: float, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 3.0])
-def test_the_two_cross_entropies_of_the_paper_are_the_density(gamma: float) -> None:
+def test_two_level_density_equals_published_cross_entropies(gamma: float) -> None:
     process = TreeProcess(PAIR, LogTimeClock((gamma, 1.0)))
     rows = ReachableRows(process, times(INNER))
     _, beta_c, beta_m, d_beta_m = masses(gamma, rows.t)
@@ -100,18 +104,18 @@ def test_the_two_cross_entropies_of_the_paper_are_the_density(gamma: float) -> N
     )
     # beta_m is a difference of numbers near 1: at t = 0.02 it keeps 12 digits
     torch.testing.assert_close(
-        charged(process, rows), torch.where(level == 0, 0.0, expected), rtol=1e-10, atol=1e-10
+        density_at(process, rows), torch.where(level == 0, 0.0, expected), rtol=1e-10, atol=1e-10
     )
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 3.0])
-def test_finite_steps_are_those_of_the_paper(gamma: float) -> None:
+def test_level_transitions_equal_published_ones(gamma: float) -> None:
     s, t = product(times((0.0, 0.2, 0.5)), times((0.5, 0.7, 0.95)))
     ratio = (1.0 - t) / (1.0 - s)
-    climbed = masses(gamma, 1.0 - ratio)[1]  # word -> own cluster is beta_c read at u = r
+    to_cluster = masses(gamma, 1.0 - ratio)[1]  # token -> own cluster is beta_c at u = ratio
     got = LogTimeClock((gamma, 1.0)).transition(s, t)
     rows = {
-        (0, 0): ratio**gamma, (0, 1): climbed, (0, 2): 1.0 - ratio**gamma - climbed,
+        (0, 0): ratio**gamma, (0, 1): to_cluster, (0, 2): 1.0 - ratio**gamma - to_cluster,
         (1, 1): ratio, (1, 2): 1.0 - ratio, (2, 2): torch.ones_like(t), (1, 0): torch.zeros_like(t),
     }  # fmt: skip
     for (i, j), expected in rows.items():
@@ -119,7 +123,7 @@ def test_finite_steps_are_those_of_the_paper(gamma: float) -> None:
 
 
 @pytest.mark.parametrize("xi", [0.9, 0.8])
-def test_the_perturbed_bound_is_the_exact_one(xi: float) -> None:
+def test_stochastic_parents_density_has_closed_form(xi: float) -> None:
     """w_m KL(rho_x || rho^) at masks, w_c (-ln [ rho_x(k) p(x) / rho^_k ]) at any cluster k."""
     process = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)), xi)
     rows = ReachableRows(process, times(INNER))
@@ -135,19 +139,21 @@ def test_the_perturbed_bound_is_the_exact_one(xi: float) -> None:
     at_cluster = -(evidence + rows.dist.log_prob(rows.x0)) / beta_c
     level = PAIR.level_of(rows.zt)
     expected = torch.where(level == 2, at_mask, torch.where(level == 1, at_cluster, 0.0))
-    torch.testing.assert_close(charged(process, rows), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(density_at(process, rows), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_humped_noise_without_a_hump_is_masked_diffusion() -> None:
+def test_hump_of_zero_equals_masked_diffusion() -> None:
     flat, tree = HumpedNoise(0.0), TreeProcess(FlatVocabulary(3), LogTimeClock((1.0,)))
     rows = ReachableRows(tree, times(INNER))
-    torch.testing.assert_close(charged(flat, rows), charged(tree, rows), **CLOSE)
+    torch.testing.assert_close(density_at(flat, rows), density_at(tree, rows), **CLOSE)
 
 
-def test_humped_noise_has_the_published_weights() -> None:
-    """arXiv 2503.04482 with g = 1: 1/(t(1-t)) at the mask, 1/(2t(1-t)) at another word, its formula at the clean one.
+def test_humped_noise_has_published_weights() -> None:
+    """arXiv 2503.04482 with g = 1: 1/(t(1-t)) at the mask, 1/(2t(1-t)) at another token, and its
+    formula at the clean one.
 
-    Those are omega/q; the weight of every family is the rate out of z, omega (1 - q)/q.
+    These are omega/q, where omega is the total rate of arrival in z and q = q_t(z|x). The weight of
+    a process is the true reverse rate out of z, omega (1 - q)/q.
     """
     process, size = HumpedNoise(0.2), 3
     rows = ReachableRows(process, times(INNER))
@@ -163,8 +169,11 @@ def test_humped_noise_has_the_published_weights() -> None:
     )
 
 
-def test_a_mask_becomes_a_word_in_one_step_with_its_true_probability() -> None:
-    """P(z_s = x | z_t = mask) = alpha_s P(word -> mask over s..t) / beta_m(t) p(x); the published sampler gives it 0."""
+def test_mask_becomes_leaf_token_in_one_step() -> None:
+    """P(z_s = x | z_t = mask) = alpha_s P(token -> mask over s..t) / beta_m(t) p(x).
+
+    The published sampler gives it probability 0.
+    """
     process, s, t = TreeProcess(PAIR, LogTimeClock((0.5, 1.0))), times((0.3,)), times((0.8,))
     log_p = random_log_probs(4, 1)
     alpha = masses(0.5, s)[0]

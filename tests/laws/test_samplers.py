@@ -1,4 +1,4 @@
-"""`ddiff check` sees a sampler that is not what it declares, and takes a stranger's as the engine's own."""
+"""Laws of samplers detect false declarations; `ddiff check` accepts samplers of any plugin."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ from ddiff.testing.sampler import SamplerCase, find_accepted_processes, small_pr
 MASKS = small_processes()["masks"]
 
 
-class Claims:
-    """Another sampler under a claim of its own."""
+class Declares:
+    """Sampler with a declaration that differs from that of its inner sampler."""
 
-    cached, looks_ahead = False, True
+    cached = False
+    looks_ahead = True
 
     def __init__(self, inner: Any, quality: str, order: int) -> None:
-        self.inner, self.quality, self.order = inner, quality, order
+        self.inner = inner
+        self.quality = quality
+        self.order = order
 
     @property
     def steps(self) -> int | None:
@@ -42,10 +45,10 @@ class Claims:
         yield from self.inner.run(*arguments)
 
 
-def claimed(
+def declare(
     build: Callable[[int], Any], quality: str, order: int, predicts: Any = "law"
 ) -> SamplerCase:
-    return SamplerCase(lambda steps: Claims(build(steps), quality, order), MASKS, predicts)
+    return SamplerCase(lambda steps: Declares(build(steps), quality, order), MASKS, predicts)
 
 
 @pytest.mark.parametrize(
@@ -55,21 +58,21 @@ def claimed(
         (AncestralSampler, 2, False),
         (TrapezoidalSampler, 2, True),
         (TrapezoidalSampler, 3, False),
-        (UnmaskingSampler, 1, False),  # the surest first: it does not tend to the joint at all
+        (UnmaskingSampler, 1, False),  # most confident first: does not converge to the joint
     ],
 )
-def test_a_declared_order_is_measured(build: Any, order: int, holds: bool) -> None:
-    assert laws.orders_are_reached(claimed(build, "of an order", order)).passed is holds
+def test_order_law_detects_false_orders(build: Any, order: int, holds: bool) -> None:
+    assert laws.orders_are_reached(declare(build, "of an order", order)).passed is holds
 
 
-def test_a_declared_exactness_is_measured() -> None:
+def test_exactness_law_detects_inexact_samplers() -> None:
     assert laws.exact_samplers_are_exact(
-        claimed(lambda n: FirstHittingSampler(), "exact", 0)
+        declare(lambda n: FirstHittingSampler(), "exact", 0)
     ).passed
-    report = laws.exact_samplers_are_exact(claimed(AncestralSampler, "exact", 0))
+    report = laws.exact_samplers_are_exact(declare(AncestralSampler, "exact", 0))
     assert not report.passed
     assert report.error == pytest.approx(0.408, abs=0.02), (
-        "one step draws both symbols from their marginals"
+        "one step draws both tokens from their marginals"
     )
 
 
@@ -77,53 +80,53 @@ def test_a_declared_exactness_is_measured() -> None:
     ("quality", "order"),
     [("of an order", 0), ("exact", 1), ("heuristic", 2), ("perfect", 0), ("of an order", -1)],
 )
-def test_declarations_that_contradict_each_other_are_seen(quality: str, order: int) -> None:
-    assert not laws.declarations_are_consistent(claimed(AncestralSampler, quality, order)).passed
+def test_declaration_law_detects_contradictions(quality: str, order: int) -> None:
+    assert not laws.declarations_are_consistent(declare(AncestralSampler, quality, order)).passed
 
 
-class StopsEarly(Claims):
+class StopsEarly(Declares):
     def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
         yield from list(self.inner.run(process, network, canvas, rng_at))[:-1]
 
 
-class Forgets(Claims):
+class ForgetsGiven(Declares):
     def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
         for canvas in self.inner.run(process, network, canvas, rng_at):  # noqa: B020
             yield canvas
         yield canvas.moved(torch.zeros_like(canvas.zt), canvas.t)
 
 
-class SharesNoise(Claims):
+class SharesRandomness(Declares):
     def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
         for canvas in self.inner.run(process, network, canvas, rng_at):  # noqa: B020
             yield canvas.moved(canvas.zt.roll(1, 0), canvas.t)
 
 
-def test_planted_faults_break_the_law_that_names_them() -> None:
-    def broken(fault: type[Claims]) -> set[str]:
-        subject = SamplerCase(lambda steps: fault(AncestralSampler(steps), "heuristic", 0), MASKS)
-        reports = [one(subject) for one in laws.SAMPLER_LAWS]
+def test_planted_faults_break_their_laws() -> None:
+    def broken(fault: type[Declares]) -> set[str]:
+        case = SamplerCase(lambda steps: fault(AncestralSampler(steps), "heuristic", 0), MASKS)
+        reports = [one(case) for one in laws.SAMPLER_LAWS]
         return {report.law.partition(": ")[2] for report in reports if not report.passed}
 
-    assert broken(Claims) == set()
+    assert broken(Declares) == set()
     assert broken(StopsEarly) == {
         "yields as many canvases as steps",
         "ends in tokens and keeps given positions",
     }
-    assert "ends in tokens and keeps given positions" in broken(Forgets)
-    assert "a sample does not depend on its batch" in broken(SharesNoise)
+    assert "ends in tokens and keeps given positions" in broken(ForgetsGiven)
+    assert "a sample does not depend on its batch" in broken(SharesRandomness)
 
 
-def test_the_kit_checks_a_sampler_by_its_builder() -> None:
+def test_check_sampler_takes_a_builder() -> None:
     assert_laws(check_sampler(lambda steps: FirstHittingSampler(), MASKS))
     with pytest.raises(ArgumentError, match="UnmaskingSampler"):
         check_sampler(UnmaskingSampler, small_processes()["uniform noise"])
 
 
-def test_refusals_are_told_apart_from_errors() -> None:
-    subjects, refused = find_accepted_processes(lambda vocabulary, steps: UnmaskingSampler(steps))
-    assert sorted(subjects) == ["a tree, law", "masks, law"]
-    assert len(refused) == 5
+def test_find_accepted_processes_raises_other_errors() -> None:
+    cases, rejected = find_accepted_processes(lambda vocabulary, steps: UnmaskingSampler(steps))
+    assert sorted(cases) == ["a tree, law", "masks, law"]
+    assert len(rejected) == 5
 
     def broken(vocabulary: Any, steps: int) -> Any:
         raise TypeError("no sampler")
@@ -161,7 +164,7 @@ class Boasting:
         return sampler
 
 class Nowhere(AncestralSampler):
-    def needs(self, process, says):
+    def needs(self, process, predicts):
         raise ArgumentError("Nowhere: nothing suits it.")
 
 class Choosy:
@@ -178,7 +181,7 @@ def stranger(distribution: Callable[..., Path]) -> None:
 
 
 @pytest.mark.usefixtures("stranger")
-def test_a_strangers_sampler_is_checked_by_name_and_by_plugin(
+def test_check_finds_samplers_by_name_and_by_plugin(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert check_component("honest", ["extra=3"]) == 0
@@ -190,18 +193,16 @@ def test_a_strangers_sampler_is_checked_by_name_and_by_plugin(
     ):
         check_component("choosy", [])
     with pytest.raises(ArgumentError, match="choosy"):
-        check_component(
-            "odd", []
-        )  # by the plugin's name all of its samplers, and processes, are meant
+        check_component("odd", [])  # a plugin's name means all of its samplers and processes
 
 
-def test_what_has_no_laws_is_told_with_the_samplers_among_what_has() -> None:
+def test_check_lists_components_that_have_laws() -> None:
     with pytest.raises(PluginError, match=r"has no laws to check.*sampler ancestral"):
         check_component("wandb", [])
 
 
 @pytest.mark.usefixtures("stranger")
-def test_a_plugin_that_shares_a_components_name_is_checked_whole(
+def test_find_components_covers_plugin_of_the_same_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from ddiff.testing.check_command import find_components

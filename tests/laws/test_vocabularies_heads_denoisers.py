@@ -22,7 +22,7 @@ from ddiff.testing import (
 from ddiff.testing.probes import random_log_probs
 
 VOCABULARIES = {
-    "words": FlatVocabulary(3, mask=False),
+    "no mask": FlatVocabulary(3, mask=False),
     "one level": FlatVocabulary(4),
     "two levels": PAIR,
     "one node below the root": SINGLE,
@@ -40,7 +40,7 @@ def test_vocabularies_obey_every_law(vocabulary: Vocabulary) -> None:
     assert_laws(check_vocabulary(vocabulary))
 
 
-def test_dense_laws_obey_every_law(vocabulary: Vocabulary) -> None:
+def test_dense_distributions_obey_every_law(vocabulary: Vocabulary) -> None:
     assert_laws(
         check_clean_distribution(
             DenseDistribution(random_log_probs(vocabulary.num_tokens), vocabulary)
@@ -50,13 +50,16 @@ def test_dense_laws_obey_every_law(vocabulary: Vocabulary) -> None:
 
 @pytest.mark.parametrize("kind", ["tokens", "tied", "levelwise"])
 def test_heads_obey_every_law(kind: str, vocabulary: Vocabulary) -> None:
-    head = TokenHead(vocabulary, 5) if kind == "tokens" else TreeHead(vocabulary, 5, kind)  # type: ignore[arg-type]
+    if kind == "tokens":
+        head = TokenHead(vocabulary, 5)
+    else:
+        head = TreeHead(vocabulary, 5, kind)  # type: ignore[arg-type]
     assert_laws(check_head(head))
 
 
 @pytest.mark.parametrize("given", ["rest", "all"])
 @pytest.mark.parametrize("xi", [1.0, 0.8])
-def test_a_transformer_obeys_every_law_of_a_denoiser(given: str, xi: float) -> None:
+def test_transformer_denoiser_obeys_every_law(given: str, xi: float) -> None:
     from ddiff_dit.dit import DiT
 
     torch.manual_seed(0)
