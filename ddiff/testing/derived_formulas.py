@@ -177,8 +177,8 @@ def posterior_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: decode_nll", tolerance=1e-9)
 def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """decode_nll includes the row's own evidence: it is -ln of p(x) q_t(z|x), normalized over x, and
-    not -ln p(x). Tolerance: relative rounding."""
+    """decode_nll includes the row's own evidence: it is -ln of p(x) q_t(z|x), normalized over x,
+    and not -ln p(x). Tolerance: relative rounding."""
     if is_overridden(process, "decode_nll"):
         rows = ReachableRows(process, times(INNER, ENDS, (1e-6,)))
         evidence = token_likelihoods(process, rows.zt, rows.t).log()

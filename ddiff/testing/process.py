@@ -112,7 +112,7 @@ def check_process(process: ForwardProcess) -> list[LawReport]:
     if not isinstance(process, ForwardProcess):
         raise ArgumentError(
             f"check_process: process must be an instance of a ForwardProcess; got {process!r}. "
-            "Build one first on a small vocabulary: not the class but its `examples()` are processes."
+            "Build one first on a small vocabulary: a class is no process, its `examples()` are."
         )
     require_small(process)
     laws = list(PROCESS_LAWS)
