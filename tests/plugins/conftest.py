@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import `exact_windows` of the core, the examples and the benchmarks."""
+"""Put `exact_windows` of the core tests, the examples and the benchmarks on the import path."""
 
 from __future__ import annotations
 

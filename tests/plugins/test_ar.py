@@ -1,4 +1,4 @@
-"""Autoregression: a law of sequences, exact in evaluation and sampling, its cache included."""
+"""Autoregression: exact likelihood and sampling, with and without the cache."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ def nll(one: AutoregressiveObjective, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("vocabulary", [TREE, FlatVocabulary(3)], ids=["tree", "flat"])
-def test_probabilities_of_all_sequences_sum_to_one(vocabulary: Vocabulary) -> None:
-    """81 sequences of four words; 1e-12 for sums in float64. And they are no uniform law."""
+def test_ar_probabilities_of_all_sequences_sum_to_one(vocabulary: Vocabulary) -> None:
+    """81 sequences of four tokens; 1e-12 for sums in float64. The distribution is not uniform."""
     sequences = torch.cartesian_prod(*[torch.arange(3)] * LENGTH)
     probability = (-nll(objective(vocabulary), batch_of(sequences)).sum(-1)).exp()
     assert float(probability.sum()) == pytest.approx(1.0, abs=1e-12)
     assert float(probability.max() / probability.min()) > 2.0
 
 
-def test_the_likelihood_does_not_depend_on_noise_times_or_company() -> None:
+def test_ar_likelihood_is_independent_of_rng_times_and_batch() -> None:
     one, ids = objective(), torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
     slot = torch.arange(2)
     several = [
@@ -83,7 +83,7 @@ def test_the_likelihood_does_not_depend_on_noise_times_or_company() -> None:
     torch.testing.assert_close(nll(one, batch_of(ids[1:])), several[0][1:], rtol=0, atol=1e-12)
 
 
-def test_only_scored_words_count_and_padding_changes_nothing() -> None:
+def test_ar_nll_counts_scored_tokens_and_ignores_padding() -> None:
     one, ids = objective(), torch.tensor([[0, 1, 2, 0, 1, 1]])
     valid = torch.tensor([[True, True, True, True, False, False]])
     padded = nll(one, batch_of(ids, valid=valid, scored=valid))
@@ -91,8 +91,9 @@ def test_only_scored_words_count_and_padding_changes_nothing() -> None:
     torch.testing.assert_close(padded[:, :4], nll(one, batch_of(ids[:, :4])), rtol=0, atol=1e-12)
 
 
-def test_prompts_are_read_and_cost_nothing_in_training_and_evaluation() -> None:
-    """Valid and not scored: the tokens guide those after them, and neither loss nor likelihood nor count holds them."""
+def test_ar_conditions_on_prompts_without_scoring_them() -> None:
+    """Prompts are valid but not scored: later tokens depend on them, but no sum or count has
+    them."""
     one, ids = objective(), torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
     prompt = torch.tensor([[True, True, False, False], [True, False, False, False]])
     whole, part = batch_of(ids), batch_of(ids, scored=~prompt)
@@ -104,17 +105,19 @@ def test_prompts_are_read_and_cost_nothing_in_training_and_evaluation() -> None:
     total, count = terms.metrics["nll_nats_per_token"]
     assert (total.item(), count.item()) == (pytest.approx(float(kept.sum()), rel=1e-12), 5)
     other = batch_of(torch.tensor([[1, 1, 2, 0], [0, 2, 1, 0]]), scored=~prompt)
-    assert not torch.allclose(nll(one, other), kept, rtol=0, atol=1e-6), "prompts guide"
+    assert not torch.allclose(nll(one, other), kept, rtol=0, atol=1e-6), (
+        "predictions depend on prompts"
+    )
 
 
-def test_packed_documents_are_scored_as_if_alone() -> None:
+def test_ar_scores_packed_documents_as_separate_rows() -> None:
     one, ids = objective(), torch.tensor([[0, 1, 2, 0, 1, 1]])
     packed = nll(one, batch_of(ids, document=torch.tensor([[0, 0, 0, 1, 1, 1]]), packed=True))
     alone = torch.cat([nll(one, batch_of(ids[:, :3])), nll(one, batch_of(ids[:, 3:]))], 1)
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
 
 
-def test_the_loss_is_the_likelihood_and_reaches_every_weight() -> None:
+def test_ar_loss_equals_nll_and_trains_every_weight() -> None:
     one, ids = objective(), torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
     batch = batch_of(ids)
     terms = one(
@@ -146,22 +149,22 @@ def sampled(
 @pytest.mark.parametrize(
     "config", [{}, {"temperature": 0.7, "top_k": 2}, {"top_p": 0.8}, {"min_p": 0.2}], ids=str
 )
-def test_with_the_cache_the_words_are_the_same_bit_for_bit(
+def test_left_to_right_cache_gives_identical_tokens(
     vocabulary: Vocabulary, config: dict[str, Any]
 ) -> None:
     one = objective(vocabulary, scale=0.2)
     drawn, plain = (sampled(one, 16, cached, config=config) for cached in (True, False))
     assert torch.equal(drawn.ids, plain.ids)
     assert drawn.nfe == 12
-    assert plain.nfe <= 12, "a drawn word that already stood there changes nothing"
+    assert plain.nfe <= 12, "a query is skipped if the drawn token was there already"
     assert len(drawn.ids.unique(dim=0)) > 8
 
 
-def test_ragged_prompts_are_kept_and_sampled_in_one_batch_as_alone() -> None:
+def test_left_to_right_ragged_prompts_sample_as_separate_rows() -> None:
     one = objective(FlatVocabulary(9))
     given = torch.randint(9, (3, 12), generator=torch.Generator().manual_seed(0))
     clamped = torch.arange(12) < torch.tensor([[2], [7], [5]])
-    clamped[2, 9] = True  # given further right: kept
+    clamped[2, 9] = True  # a given token further right is kept
     drawn, plain = (
         sampled(one, 3, cached, given=given, clamped=clamped) for cached in (True, False)
     )
@@ -170,16 +173,23 @@ def test_ragged_prompts_are_kept_and_sampled_in_one_batch_as_alone() -> None:
     for row in range(3):
         sampler = LeftToRightSampler(one.vocabulary)
         alone = generate(
-            sampler, None, as_network(one.denoiser, cached=True), index=torch.tensor([row]), length=12, seed=5,
-            given=given[row : row + 1], clamped=clamped[row : row + 1],
-        )  # fmt: skip
+            sampler,
+            None,
+            as_network(one.denoiser, cached=True),
+            index=torch.tensor([row]),
+            length=12,
+            seed=5,
+            given=given[row : row + 1],
+            clamped=clamped[row : row + 1],
+        )
         assert torch.equal(alone.ids[0], drawn.ids[row])
     assert drawn.runs.tolist() == [10] * 3, "a pass with a cache is over the whole batch"
     assert (plain.runs <= torch.tensor([10, 5, 6])).all()
 
 
-def test_samples_have_the_law_that_is_scored() -> None:
-    """20 000 samples of two words: chi-square of nine cells is above 35 with probability 2.7e-5; seed fixed."""
+def test_left_to_right_samples_follow_the_scored_distribution() -> None:
+    """20 000 samples of two tokens: chi-square of nine cells is above 35 with probability
+    2.7e-5."""
     one = objective()
     sequences = torch.cartesian_prod(torch.arange(3), torch.arange(3))
     expected = (-nll(one, batch_of(sequences)).sum(-1)).exp() * 20_000
@@ -191,7 +201,7 @@ def test_samples_have_the_law_that_is_scored() -> None:
 # ---------------------------------------------------------------------- refusals
 
 
-def test_parts_that_make_no_autoregression_are_refused() -> None:
+def test_ar_refuses_parts_that_are_not_autoregressive() -> None:
     backbone = DiT(TREE, 8, layers=1, heads=2)
     with pytest.raises(ArgumentError, match='inputs = "previous"; got "own"'):
         AutoregressiveObjective(Denoiser(backbone, TokenHead(TREE, 8)))
@@ -209,7 +219,6 @@ def test_parts_that_make_no_autoregression_are_refused() -> None:
 RECIPE = """
 name = "markov"
 plugins = ["ar", "dit"]
-data = { kind = "markov", alphabet = 8, peakedness = 2.0, rows = 8192, validation = 1024, length = 16 }
 tokenizer = "alphabet"
 vocabulary = "flat"
 denoiser = { kind = "dit", width = 32, layers = 2, heads = 2, time = false }
@@ -218,13 +227,21 @@ train = { steps = 100, batch = 128, warmup = 20, optimizer = "muon" }
 evaluate = { batch = 512 }
 sample = { sampler = "left_to_right", count = 1 }
 backend = { kind = "single", device = "cpu" }
+
+[data]
+kind = "markov"
+alphabet = 8
+peakedness = 2.0
+rows = 8192
+validation = 1024
+length = 16
 """
 
 
-def test_products_are_rounded_as_the_recipe_has_it(
+def test_ar_objective_keeps_the_precision_of_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The objective asks by a denoiser of its own, which is no reason to compute in another precision."""
+    """The objective runs the denoiser of the run, in the precision of the backend."""
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     run = build_run(
         parse_recipe(RECIPE, settings=["data.rows=16", "backend.precision=bfloat16"]), Overrides()
@@ -246,11 +263,12 @@ def test_products_are_rounded_as_the_recipe_has_it(
 
 
 @pytest.mark.slow
-def test_the_likelihood_of_a_markov_source_comes_down_to_its_entropy(
+def test_ar_learns_a_markov_source_to_its_entropy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The entropy of 16 symbols is known exactly; no model is below it but by the luck of the validation rows (its 95 %
-    interval then still covers it), and this one learns the source to 3 %: the unigram law is 30 % above."""
+    """The entropy of 16 symbols is known exactly. A model is below it only by chance of the
+    validation rows, and its 95 % interval then still covers it. This one learns the source to 3 %,
+    while the unigram distribution is 30 % above."""
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)
     run = ddiff.run(parse_recipe(RECIPE, settings=[f"run_dir={str(tmp_path / 'run')!r}"]))
@@ -265,7 +283,7 @@ def test_the_likelihood_of_a_markov_source_comes_down_to_its_entropy(
     )
 
 
-def test_the_recipe_is_that_of_masked_diffusion_in_everything_else() -> None:
+def test_ar_small_shares_all_other_tables_with_mdlm_small() -> None:
     ours, theirs = (
         ddiff.read_recipe(find_shipped_recipes()[name]).to_dict()
         for name in ("ar_small", "mdlm_small")

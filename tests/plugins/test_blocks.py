@@ -1,4 +1,4 @@
-"""Block diffusion: one network, any process inside a block, settled blocks cached."""
+"""Block diffusion: any process inside a block, finished blocks in the cache."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def drawn(process: ForwardProcess, cached: bool, time: bool, **settings: Any) ->
 
 
 def prompts() -> tuple[Tensor, Tensor]:
-    """At least a word each: where all is masked all positions are alike, and rounding says which is surest."""
+    """At least one token each: if all is masked all positions are alike, and rounding decides."""
     given = torch.randint(7, (6, LENGTH), generator=torch.Generator().manual_seed(1))
     return given, torch.arange(LENGTH) < torch.tensor([[1], [3], [4], [5], [9], [14]])
 
 
 @pytest.mark.parametrize("time", [True, False], ids=["time", "no time"])
 @pytest.mark.parametrize("name", PROCESSES)
-def test_with_the_cache_the_words_are_the_same_bit_for_bit(name: str, time: bool) -> None:
+def test_blockwise_cache_gives_identical_tokens(name: str, time: bool) -> None:
     process = PROCESSES[name]
     cached, plain = (drawn(process, cache, time).ids for cache in (True, False))
     assert torch.equal(cached, plain)
@@ -78,7 +78,7 @@ def test_with_the_cache_the_words_are_the_same_bit_for_bit(name: str, time: bool
 
 
 @pytest.mark.parametrize("inner", ["confidence", "first_hitting", "psi"])
-def test_so_they_are_with_other_samplers_inside_and_ragged_prompts(inner: str) -> None:
+def test_blockwise_cache_is_exact_with_inner_samplers_and_prompts(inner: str) -> None:
     given, clamped = prompts()
     cached, plain = (
         drawn(PROCESSES["masked"], cache, False, inner=inner, given=given, clamped=clamped).ids
@@ -88,8 +88,8 @@ def test_so_they_are_with_other_samplers_inside_and_ragged_prompts(inner: str) -
     assert torch.equal(cached[clamped], given[clamped])
 
 
-def test_earlier_blocks_do_not_see_later_ones() -> None:
-    """A longer canvas has the same beginning: what is generated can go on for ever."""
+def test_blockwise_earlier_blocks_do_not_attend_to_later_ones() -> None:
+    """A longer canvas has the same beginning, so that generation can continue without end."""
     process = PROCESSES["masked"]
     sampler, network = (
         Blockwise.build(Blockwise.Config(width=4), steps=5),
@@ -102,7 +102,7 @@ def test_earlier_blocks_do_not_see_later_ones() -> None:
     assert torch.equal(short, long[:, :8])
 
 
-def test_the_time_rules_of_a_recipe() -> None:
+def test_time_rule_components_build_window_times() -> None:
     rule = Block.build(WindowConfig(width=16))
     assert (rule.width, rule.shape, rule.paired, rule.start, rule.stop) == (
         16,

@@ -1,4 +1,4 @@
-"""Every key of the engine's own components reaches what they build."""
+"""Every key of the built-in components reaches the object they build."""
 
 from __future__ import annotations
 
@@ -23,14 +23,23 @@ def built(component: Any, **settings: Any) -> Any:
 
 
 ON_A_GRID = [
-    samplers.Ancestral, samplers.TauLeaping, samplers.Analytic, samplers.Trapezoidal, samplers.Surest, samplers.Margin,
-    samplers.Psi, samplers.Remasking, samplers.Correcting, samplers.Returning, samplers.OneLevel,
-]  # fmt: skip
+    samplers.Ancestral,
+    samplers.TauLeaping,
+    samplers.Analytic,
+    samplers.Trapezoidal,
+    samplers.Surest,
+    samplers.Margin,
+    samplers.Psi,
+    samplers.Remasking,
+    samplers.Correcting,
+    samplers.Returning,
+    samplers.OneLevel,
+]
 INSIDE = [samplers.SelfCorrecting, samplers.Blockwise, samplers.Hyperschedule]
 
 
 @pytest.mark.parametrize("component", [*ON_A_GRID, *INSIDE], ids=lambda one: one.__name__)
-def test_sampler_walks_the_grid_of_its_settings(component: Any) -> None:
+def test_sampler_uses_the_grid_of_its_settings(component: Any) -> None:
     for spacing in ("uniform", "cosine", "log"):
         sampler = built(component, grid=spacing)
         sampler = sampler.inner if component in INSIDE else sampler
@@ -97,13 +106,13 @@ def test_sampler_is_built_from_its_settings(
     ("setting", "rule"),
     [("cap", Cap), ("rescale", Rescale), ("confidence", Confidence), ("loop", Loop)],
 )
-def test_remasking_has_the_rule_that_is_named(setting: Any, rule: type) -> None:
+def test_remasking_uses_the_named_rule(setting: Any, rule: type) -> None:
     sampler = built(samplers.Remasking, setting=setting, eta=0.3)
     assert isinstance(sampler.kappa, rule)
     assert sampler.kappa.eta == 0.3
 
 
-def test_a_remasking_loop_rests_at_hold() -> None:
+def test_remasking_loop_stays_at_hold() -> None:
     assert (
         built(samplers.Remasking, setting="loop", hold=0.3).grid.times()
         == LoopGrid(7, hold=0.3).times()
@@ -114,18 +123,22 @@ def test_a_remasking_loop_rests_at_hold() -> None:
 @pytest.mark.parametrize(
     "inner", ["ancestral", "tau_leaping", "confidence", "psi", "first_hitting", "entropy"]
 )
-def test_blockwise_moves_by_the_inner_sampler_that_is_named(inner: Any) -> None:
+def test_blockwise_uses_the_named_inner_sampler(inner: Any) -> None:
     expected = {
-        "ancestral": "AncestralSampler", "tau_leaping": "TauLeapingSampler", "confidence": "UnmaskingSampler",
-        "psi": "PsiSampler", "first_hitting": "FirstHittingSampler", "entropy": "EntropyBoundSampler",
-    }  # fmt: skip
+        "ancestral": "AncestralSampler",
+        "tau_leaping": "TauLeapingSampler",
+        "confidence": "UnmaskingSampler",
+        "psi": "PsiSampler",
+        "first_hitting": "FirstHittingSampler",
+        "entropy": "EntropyBoundSampler",
+    }
     assert type(built(samplers.Blockwise, inner=inner).inner).__name__ == expected[inner]
 
 
 # ---------------------------------------------------------------------- losses and times
 
 
-def test_clip_holds_weights_between_its_settings() -> None:
+def test_clip_keeps_weights_in_its_range() -> None:
     from ddiff_mdlm.process import MaskedDiffusion
 
     process = MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(3))
@@ -137,7 +150,7 @@ def test_clip_holds_weights_between_its_settings() -> None:
     assert (Clip.Config().smallest, Clip.Config().largest) == (0.0, 2.0)
 
 
-def test_windows_of_positions_are_what_is_named() -> None:
+def test_window_rules_have_the_named_shape() -> None:
     block = Block.build(WindowConfig(width=3, start=0.1, stop=0.8, paired=False))
     slide = Slide.build(WindowConfig(width=4))
     single = Quenched.build(Quenched.Config())

@@ -1,4 +1,4 @@
-"""Crossings that nobody has written a line for: noise within a tree's levels, hyperschedules and remasking over a tree."""
+"""Combinations without special code: noise within a tree's levels, hyperschedules and remasking."""
 
 from __future__ import annotations
 
@@ -42,10 +42,8 @@ from ddiff.testing.bound import WHOLE, exact_nelbo, random_joint, rest_condition
 from ddiff.testing.probes import INNER, ReachableRows, likelihoods, times
 from ddiff.testing.sampler_distribution import ExactNetwork, ShiftedSobolRng, measure_sampler
 
-CLOSE = {
-    "rtol": 1e-11,
-    "atol": 1e-11,
-}  # a few dozen float64 operations on numbers up to 1e4, compared relatively
+# A few dozen float64 operations on numbers up to 1e4, compared relatively.
+CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 JOINT = torch.tensor(
     [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64
 )
@@ -65,27 +63,28 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-# ---------------------------------------------------------------------- a tree with uniform noise within its levels
+# ---------------------------------------------------------------------- noise within levels
 
 
-@pytest.mark.parametrize("process", RestlessTree.examples(), ids=["words", "words and clusters"])
-def test_a_tree_with_noise_within_its_levels_obeys_every_law(process: ForwardProcess) -> None:
+@pytest.mark.parametrize("process", RestlessTree.examples(), ids=["tokens", "tokens and clusters"])
+def test_restless_tree_passes_every_law(process: ForwardProcess) -> None:
     assert_laws(check_process(process))
 
 
-class OnlyClimbing(RestlessTree):
-    """Rates that forget that words are redrawn."""
+class RatesWithoutRedrawing(RestlessTree):
+    """Rates without the redrawing of tokens."""
 
     def rates(self, t: Tensor) -> Kernel:
         return TreeKernel(self.clock.generator(t), self.parents)
 
 
-def test_rates_that_forget_the_redrawing_are_caught() -> None:
+def test_oracle_law_detects_rates_without_redrawing() -> None:
     assert chain.transition_is_oracle(restless(1)).passed
-    assert not chain.transition_is_oracle(OnlyClimbing(TREE, LogTimeClock((1.0, 1.0)), 0.7)).passed
+    faulty = RatesWithoutRedrawing(TREE, LogTimeClock((1.0, 1.0)), 0.7)
+    assert not chain.transition_is_oracle(faulty).passed
 
 
-def test_without_redrawing_it_is_the_tree() -> None:
+def test_restless_tree_without_redrawing_is_the_tree() -> None:
     process, tree = restless(2, 0.0), TreeProcess(TREE, LogTimeClock((1.0, 1.0)))
     t = times(INNER)
     torch.testing.assert_close(likelihoods(process, t), likelihoods(tree, t), **CLOSE)
@@ -95,8 +94,8 @@ def test_without_redrawing_it_is_the_tree() -> None:
     torch.testing.assert_close(process.density(*asked), tree.density(*asked), **CLOSE)
 
 
-def test_without_clusters_it_is_words_redrawn_until_they_are_masked() -> None:
-    """Redrawn at gamma/(1 - gamma) times the rate of masking: what the gamma-hybrid has closed forms for."""
+def test_restless_tree_without_clusters_is_the_gamma_hybrid() -> None:
+    """Redrawing at gamma/(1 - gamma) times the rate of masking is the gamma-hybrid."""
     flat, gamma = FlatVocabulary(4), 0.4
     process, hybrid = (
         RestlessTree(flat, LogTimeClock((1.0,)), gamma / (1.0 - gamma)),
@@ -112,8 +111,9 @@ def test_without_clusters_it_is_words_redrawn_until_they_are_masked() -> None:
     torch.testing.assert_close(process.density(*asked), hybrid.density(*asked), **CLOSE)
 
 
-def test_words_keep_to_their_family_until_they_climb_above_it() -> None:
-    """Words 0 and 2 are siblings, word 1 is alone; clusters 3 and 4 have the shares 2/3 and 1/3 of all words."""
+def test_restless_tree_redraws_tokens_within_their_family() -> None:
+    """Tokens 0 and 2 are siblings, token 1 has none; clusters 3 and 4 hold 2/3 and 1/3 of the
+    tokens."""
     within, across = (likelihoods(restless(below), times((0.5,)))[0] for below in (1, 2))
     assert within[0, 1] == within[1, 0] == within[1, 2] == within[0, 4] == within[1, 3] == 0.0
     assert within[0, 2] > 0.05
@@ -122,20 +122,20 @@ def test_words_keep_to_their_family_until_they_climb_above_it() -> None:
 
 
 @pytest.mark.parametrize("below", [1, 2])
-def test_the_bound_of_its_exact_laws_is_the_entropy(below: int) -> None:
+def test_restless_tree_bound_of_exact_prediction_is_the_entropy(below: int) -> None:
     log_joint = random_joint(3)
     entropy = -(log_joint.exp() * log_joint).sum()
     process = restless(below)
     total = exact_nelbo(process, rest_conditional_table(process, log_joint), 2, WHOLE).total
-    # Quadrature leaves 1e-9; so does what lies beyond 1e-12 from the ends.
+    # Quadrature has an error of 1e-9, and so have the times within 1e-12 of the ends.
     assert float((log_joint.exp().reshape(-1) * total).sum()) == pytest.approx(
         float(entropy), abs=1e-8
     )
 
 
 @pytest.mark.parametrize("below", [1, 2])
-def test_ancestral_steps_through_it_tend_to_the_joint(below: int) -> None:
-    """Order 1: sixteen times the steps leave a sixteenth of .14 or .17; with the noise .007 to .017 over five seeds."""
+def test_ancestral_samples_of_restless_tree_tend_to_the_joint(below: int) -> None:
+    """Order 1: 16 times the steps leave a 16th of .14 or .17; .007 to .017 over five seeds."""
     far, near = (
         measure_sampler(
             AncestralSampler(steps), restless(below), JOINT, points=2**12, apart=True
@@ -146,7 +146,7 @@ def test_ancestral_steps_through_it_tend_to_the_joint(below: int) -> None:
     assert far > 4 * near
 
 
-def test_a_rate_or_a_level_that_makes_no_sense_is_refused() -> None:
+def test_restless_tree_refuses_invalid_rate_and_level() -> None:
     for arguments in (
         {"redrawing": -1.0},
         {"redrawing": 1.0, "below": 3},
@@ -164,17 +164,16 @@ def test_a_rate_or_a_level_that_makes_no_sense_is_refused() -> None:
 RULES: dict[str, TimeRule] = {
     "flat": FlatTimes(),
     "quenched": WindowTimes(1),
-    **{
-        f"{shape}, {'paired' if paired else 'alone'}": WindowTimes(2, shape, paired)  # type: ignore[arg-type]
-        for shape in ("block", "slide")
-        for paired in (True, False)
-    },
+    "block, paired": WindowTimes(2, "block", True),
+    "block, single": WindowTimes(2, "block", False),
+    "slide, paired": WindowTimes(2, "slide", True),
+    "slide, single": WindowTimes(2, "slide", False),
 }
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_on_the_whole_of_time_the_bound_under_every_rule_is_the_entropy(rule: str) -> None:
-    """gamma = 2 has polynomials for marginals: rounding is all that the quadrature leaves."""
+def test_hdlm_bound_is_the_entropy_under_every_time_rule(rule: str) -> None:
+    """The marginals of gamma = 2 are polynomials, so that quadrature is exact up to rounding."""
     closing, diffusion, decoding = exact_terms(hdlm(gamma=2.0), RULES[rule])
     assert not closing.any()
     assert not decoding.any()
@@ -183,20 +182,20 @@ def test_on_the_whole_of_time_the_bound_under_every_rule_is_the_entropy(rule: st
 
 @pytest.mark.parametrize("keys", [{"gamma": 0.5}, {"gamma": 1.0, "xi": 0.8}], ids=str)
 @pytest.mark.parametrize("rule", ["quenched", "block, paired", "slide, paired"])
-def test_so_it_is_on_a_window_of_times_with_what_the_ends_cost(
+def test_hdlm_bound_on_a_window_is_the_entropy_plus_end_costs(
     rule: str, keys: dict[str, float]
 ) -> None:
-    """Blocks of two settle at once and begin at once, which costs; a position at a time costs nothing."""
+    """Blocks of two start and end together, which costs nats; single positions cost nothing."""
     process, window = hdlm(**keys), (0.05, 0.9)
     cost = float(cost_of_ends(process, window, [[0, 1], [2]])) if rule == "block, paired" else 0.0
     total = mean(sum(exact_terms(process, RULES[rule].with_window(*window))))
-    # What six panels of six nodes leave of integrands that grow as 1/t.
+    # The error of six panels of six nodes for integrands that grow as 1/t.
     assert total == pytest.approx(float(ENTROPY) + cost, abs=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["block, paired", "slide, paired"])
-def test_a_law_blind_to_the_words_before_its_window_pays_for_it(rule: str) -> None:
-    """What the equality above would not see if the memory were not read: the bound is then above the entropy."""
+def test_hdlm_bound_rises_if_the_clean_prefix_is_ignored(rule: str) -> None:
+    """Control for the equality above: without the clean prefix the bound is above the entropy."""
     process, blind = hdlm(gamma=2.0), exact_law(hdlm(gamma=2.0))
 
     def forgetful(noisy: Noisy) -> Tensor:
@@ -243,7 +242,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def learns(run: ddiff.Run) -> None:
-    """The bound of text like that it has read is below that of even words."""
+    """Check that the bound of similar text is below that of uniform tokens."""
     assert run.nelbo(CORPUS.splitlines()[:8]).nelbo_nats_per_token < math.log(269)
 
 
@@ -260,7 +259,7 @@ HYPER = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rule", "xi"), [*((rule, 1.0) for rule in HYPER), ("slide", 0.8)])
-def test_a_tree_trains_and_samples_under_a_hyperschedule(place: Path, rule: str, xi: float) -> None:
+def test_hdlm_trains_and_samples_under_a_hyperschedule(place: Path, rule: str, xi: float) -> None:
     times_of, sampler = HYPER[rule]
     named = f"hyper_{rule.replace(' ', '_')}_{xi}"
     asked = [
@@ -293,7 +292,7 @@ def flat(place: Path) -> ddiff.Run:
     ],
     ids=str,
 )
-def test_remasking_a_tree_takes_words_back_up_and_ends_in_words(
+def test_remasking_on_a_tree_moves_tokens_up_and_ends_in_tokens(
     flat: ddiff.Run, sampler: str, settings: list[str]
 ) -> None:
     seen: list[Canvas] = []
@@ -315,8 +314,8 @@ def test_remasking_a_tree_takes_words_back_up_and_ends_in_words(
 
 
 @pytest.mark.slow
-def test_a_restless_tree_trains_and_samples_through_a_recipe(place: Path) -> None:
-    """A process from Python under a shipped recipe, with a corrector that only noise among the words makes sense of."""
+def test_restless_tree_trains_and_samples_through_a_recipe(place: Path) -> None:
+    """A process from Python in a shipped recipe; "acs" needs noise on visible tokens."""
     vocabulary = HierarchicalVocabulary([[word % 8 for word in range(270)]])
     process = RestlessTree(vocabulary, LogTimeClock((1.0, 1.0)), redrawing=0.5, below=2)
     recipe = ddiff.read_recipe("hdlm_small", [*SMALL, "name=restless"])
@@ -331,7 +330,10 @@ def test_a_restless_tree_trains_and_samples_through_a_recipe(place: Path) -> Non
 
 
 def after_a_psi_step(process: ForwardProcess, sampler: PsiSampler, t: float, s: float) -> Tensor:
-    """[S,S] the law of (first position at s, second at t) when the first alone makes a step, from canvases of law q_t."""
+    """[S,S] joint probability of (first position at s, second at t) after a step of the first only.
+
+    The canvases before the step follow q_t.
+    """
     size, points = process.vocabulary.num_states, 2**15
     marginal = likelihoods(process, times((t,)))[0]
     before = torch.einsum("ab,ai,bj->ij", JOINT, marginal, marginal).reshape(-1)
@@ -355,7 +357,7 @@ def after_a_psi_step(process: ForwardProcess, sampler: PsiSampler, t: float, s: 
 
 
 def law_at(process: ForwardProcess, s: float, t: float) -> Tensor:
-    """[S,S] of the first position at s and the second at t."""
+    """[S,S] joint probability of the first position at s and the second at t."""
     first, second = likelihoods(process, times((s, t)))
     return torch.einsum("ab,ai,bj->ij", JOINT, first, second)
 
@@ -368,7 +370,7 @@ PSI = {
     "rescale": (PsiSampler(8, Rescale(0.5)), 0.3, 0.2),
     "loop": (PsiSampler(8, Loop(0.4)), 0.3, 0.3),
 }
-# 2^15 Sobol points shared out among the canvases: the distance was at most .0040 over seeds 0..9 (the seed is fixed).
+# 2^15 Sobol points over all canvases: the distance was at most .0040 over seeds 0..9.
 EVEN = 0.006
 
 
@@ -376,10 +378,9 @@ EVEN = 0.006
     "process", [hdlm(gamma=0.5), hdlm(gamma=2.0, xi=0.8)], ids=["sure", "unsure"]
 )
 @pytest.mark.parametrize("case", PSI)
-def test_a_psi_step_keeps_the_law_of_the_noise_on_a_tree(
-    case: str, process: ForwardProcess
-) -> None:
-    """What makes psi psi: at any kappa the position that moved has the law of time s, jointly with its neighbour at t."""
+def test_psi_step_keeps_the_marginals_on_a_tree(case: str, process: ForwardProcess) -> None:
+    """At any kappa the position that moved has its marginal at s, jointly with its neighbour at
+    t."""
     sampler, t, s = PSI[case]
     moved = after_a_psi_step(process, sampler, t, s)
     assert 0.5 * float((moved - law_at(process, s, t)).abs().sum()) < EVEN
@@ -387,10 +388,14 @@ def test_a_psi_step_keeps_the_law_of_the_noise_on_a_tree(
         assert 0.5 * float((moved - law_at(process, t, t)).abs().sum()) > 5 * EVEN
 
 
-def test_a_word_that_goes_back_to_the_noise_of_another_time_is_seen() -> None:
+def test_psi_check_detects_noise_of_another_time() -> None:
     process = hdlm(gamma=0.5)
     late = copy.copy(process)
-    late.sample = lambda x0, t, u: process.sample(x0, torch.full_like(t, 0.7), u)  # type: ignore[method-assign]
+
+    def sample_late(x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return process.sample(x0, torch.full_like(t, 0.7), u)
+
+    late.sample = sample_late  # type: ignore[method-assign]
     sampler, t, s = PSI["half"]
     moved = after_a_psi_step(late, sampler, t, s)
     assert 0.5 * float((moved - law_at(process, s, t)).abs().sum()) > 5 * EVEN

@@ -1,8 +1,9 @@
-"""The diffusion transformer: what it may see, what it starts as."""
+"""The diffusion transformer: attention, initialization, conditions, sizes."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,11 @@ BATCH, LENGTH, WIDTH = 2, 12, 16
 
 
 def make(time: bool = True, trained: bool = True, **kwargs: float) -> DiT:
-    """A DiT in float64; `trained` fills what starts at zero, so that every path carries a signal."""
+    """A DiT in float64; `trained` fills parameters that start at zero, so that every path is
+    active."""
     torch.manual_seed(0)
-    model = DiT(VOCABULARY, WIDTH, layers=2, heads=2, time=time, **kwargs).double().eval()  # type: ignore[arg-type]
+    options: dict[str, Any] = {"layers": 2, "heads": 2, "time": time, **kwargs}
+    model = DiT(VOCABULARY, WIDTH, **options).double().eval()
     if trained:
         with torch.no_grad():
             for parameter in model.parameters():
@@ -39,21 +42,21 @@ def inputs() -> tuple[Tensor, Tensor]:
     return ids, torch.rand(BATCH, LENGTH, generator=generator, dtype=torch.float64)
 
 
-def test_hidden_states_have_the_declared_width_and_the_module_its_own_dtype() -> None:
+def test_dit_output_has_the_declared_width_and_module_dtype() -> None:
     ids, t = inputs()
     model = make()
     assert model(ids, t, UNPADDED).shape == (BATCH, LENGTH, model.width)
-    assert model.float()(ids, t, UNPADDED).dtype == torch.float32  # times stay float64 outside
+    assert model.float()(ids, t, UNPADDED).dtype == torch.float32  # times stay float64
 
 
-def test_blocks_start_as_the_identity() -> None:
+def test_dit_blocks_start_as_the_identity() -> None:
     ids, t = inputs()
     model = make(trained=False)
     start = torch.nn.functional.layer_norm(model.embedding(ids), (WIDTH,))
     assert torch.equal(model(ids, t, UNPADDED), start)
 
 
-def test_the_first_loss_is_that_of_the_uniform_law() -> None:
+def test_dit_first_loss_is_that_of_the_uniform_distribution() -> None:
     ids, t = inputs()
     denoiser = Denoiser(make(trained=False), TokenHead(VOCABULARY, WIDTH).double())
     rows = torch.arange(ids.numel())
@@ -65,7 +68,7 @@ def test_the_first_loss_is_that_of_the_uniform_law() -> None:
     assert total.item() == pytest.approx(len(rows) * math.log(VOCABULARY.num_tokens), rel=1e-12)
 
 
-def test_products_of_turned_vectors_depend_on_the_difference_of_positions_alone() -> None:
+def test_rotation_products_depend_only_on_position_differences() -> None:
     """Rounding of an angle of 40 radians is 1e-14 in float64."""
     rotation = Rotation(torch.zeros(1, 40, WIDTH, dtype=torch.float64), 8, torch.arange(40))
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 40, 1, 8)
@@ -74,10 +77,10 @@ def test_products_of_turned_vectors_depend_on_the_difference_of_positions_alone(
         torch.testing.assert_close(
             products[shift:, shift:], products[:-shift, :-shift], rtol=0, atol=1e-12
         )
-    assert (products[0, 0] - products[0, 5]).abs() > 0.01  # and do depend on it
+    assert (products[0, 0] - products[0, 5]).abs() > 0.01  # they do depend on the difference
 
 
-def test_a_document_may_stand_anywhere_in_its_row() -> None:
+def test_dit_document_is_independent_of_its_place_in_the_row() -> None:
     ids, t = inputs()
     model = make()
     alone = model(ids[:, 5:9], t[:, 5:9], UNPADDED)
@@ -86,7 +89,7 @@ def test_a_document_may_stand_anywhere_in_its_row() -> None:
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
 
 
-def test_documents_of_one_row_do_not_see_each_other() -> None:
+def test_dit_packed_documents_do_not_attend_to_each_other() -> None:
     """Bit for bit: a masked position has the weight exp(-inf) = 0."""
     ids, t = inputs()
     model = make()
@@ -99,7 +102,7 @@ def test_documents_of_one_row_do_not_see_each_other() -> None:
     assert not torch.equal(after[:, :5], before[:, :5])
 
 
-def test_padding_changes_nothing() -> None:
+def test_dit_ignores_padding() -> None:
     ids, t = inputs()
     model = make()
     valid = (torch.arange(LENGTH) < 7).expand(BATCH, -1)
@@ -109,13 +112,12 @@ def test_padding_changes_nothing() -> None:
     after = model(ids, t, Context(valid=valid))
     assert torch.equal(after[:, :7], before[:, :7])
     unpadded = model(ids[:, :7], t[:, :7], UNPADDED)
-    torch.testing.assert_close(
-        after[:, :7], unpadded, rtol=0, atol=1e-12
-    )  # longer rows are summed in another order
+    # Longer rows are summed in another order.
+    torch.testing.assert_close(after[:, :7], unpadded, rtol=0, atol=1e-12)
     assert model(ids, t, Context(valid=torch.zeros_like(valid))).isfinite().all()
 
 
-def test_without_a_mask_everybody_is_seen() -> None:
+def test_dit_attends_to_every_position_without_a_mask() -> None:
     ids, t = inputs()
     model = make()
     before = model(ids, t, UNPADDED)
@@ -123,7 +125,7 @@ def test_without_a_mask_everybody_is_seen() -> None:
     assert ((model(ids, t, UNPADDED) - before).abs().amax(-1) > 1e-6).all()
 
 
-def test_time_is_read_per_position_or_not_at_all() -> None:
+def test_dit_uses_time_per_position_or_not_at_all() -> None:
     ids, t = inputs()
     later = t.clone()
     later[:, 3] = 1 - later[:, 3]
@@ -132,13 +134,15 @@ def test_time_is_read_per_position_or_not_at_all() -> None:
     model = make()
     change = (model(ids, later, UNPADDED) - model(ids, t, UNPADDED)).abs().amax(-1)
     assert (change > 1e-6).all()  # position 3 itself, and through attention the others
-    apart = Context(document=torch.arange(LENGTH).expand(BATCH, -1))  # nobody sees anybody
+    apart = Context(
+        document=torch.arange(LENGTH).expand(BATCH, -1)
+    )  # no position attends to another
     change = (model(ids, later, apart) - model(ids, t, apart)).abs().amax(-1)
     assert (change[:, 3] > 1e-6).all()
     assert not change[:, torch.arange(LENGTH) != 3].any()
 
 
-def test_dropout_is_off_in_evaluation() -> None:
+def test_dit_dropout_is_off_in_evaluation() -> None:
     ids, t = inputs()
     model = make(dropout=0.5)
     assert torch.equal(model(ids, t, UNPADDED), model(ids, t, UNPADDED))
@@ -146,7 +150,7 @@ def test_dropout_is_off_in_evaluation() -> None:
     assert not torch.equal(model(ids, t, UNPADDED), model(ids, t, UNPADDED))
 
 
-def test_every_parameter_learns() -> None:
+def test_dit_every_parameter_gets_a_gradient() -> None:
     ids, t = inputs()
     model = make()
     weight = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64)
@@ -156,7 +160,7 @@ def test_every_parameter_learns() -> None:
     )
 
 
-def test_muon_gets_the_matrices_of_blocks_and_no_tables() -> None:
+def test_muon_gets_matrices_of_dit_blocks_and_no_tables() -> None:
     hidden, _ = split_parameters(Denoiser(make(), TokenHead(VOCABULARY, WIDTH)))
     assert {name.split(".")[-2] for name in hidden} == {
         "qkv",
@@ -168,7 +172,7 @@ def test_muon_gets_the_matrices_of_blocks_and_no_tables() -> None:
     }  # 0, 2: the time MLP
 
 
-def test_sizes_and_explicit_numbers() -> None:
+def test_dit_explicit_numbers_override_the_size() -> None:
     config = DiT.Config(size="tiny", width=128, layers=3)
     model = DiT.build(config, vocabulary=FlatVocabulary(10), length=8)
     assert (model.width, len(model.blocks), model.blocks[0].heads) == (128, 3, 2)
@@ -177,7 +181,7 @@ def test_sizes_and_explicit_numbers() -> None:
     assert (published.width, len(published.blocks), published.blocks[0].heads) == (512, 8, 8)
 
 
-def test_numbers_that_do_not_fit_and_unread_conditions_are_refused() -> None:
+def test_dit_refuses_invalid_heads_and_unknown_conditions() -> None:
     with pytest.raises(ArgumentError, match="heads"):
         DiT(VOCABULARY, width=20, layers=1, heads=3)
     ids, t = inputs()
@@ -185,7 +189,7 @@ def test_numbers_that_do_not_fit_and_unread_conditions_are_refused() -> None:
         make()(ids, t, Context(conditions={"label": ids}))
 
 
-def test_what_it_reads_is_said_and_a_label_beyond_its_classes_names_its_condition() -> None:
+def test_dit_declares_conditions_and_refuses_too_large_labels() -> None:
     conditions = {"author": Condition(classes=3), "style": Condition(width=2)}
     model = DiT(VOCABULARY, WIDTH, layers=1, heads=1, conditions=conditions)
     assert model.condition_forms == {"author": Label(3), "style": Vector(2)}

@@ -1,4 +1,4 @@
-"""Mask and uniform noise in one process: published formulas, the limit without wrong words, the training weights."""
+"""Mask and uniform noise in one process: published formulas, limits, training weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def name_of(process: ForwardProcess) -> str:
 
 
 @pytest.mark.parametrize("process", GeneralizedInterpolation.examples(), ids=name_of)
-def test_every_setting_obeys_every_law(process: ForwardProcess) -> None:
+def test_gidd_every_setting_passes_every_law(process: ForwardProcess) -> None:
     torch.set_num_threads(1)
     assert_laws(check_process(process))
 
@@ -48,7 +48,7 @@ def hump(process: GeneralizedInterpolation, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
-def test_weights_and_density_are_those_of_the_paper(gamma: float) -> None:
+def test_gidd_weight_and_density_are_those_of_the_paper(gamma: float) -> None:
     process = make(0.2, gamma)
     rows = ReachableRows(process, times(INNER))
     t, (c, d_c) = rows.t, hump(process, rows.t)
@@ -58,9 +58,8 @@ def test_weights_and_density_are_those_of_the_paper(gamma: float) -> None:
     weight = torch.where(
         rows.zt == WORDS, at_mask, torch.where(rows.zt == rows.x0, at_clean, at_other)
     )
-    elsewhere = (
-        1.0 - rows.weight
-    )  # the weight of every family is the rate out of z, which is not to z itself
+    # The weight of every process is the rate out of z, which excludes z itself.
+    elsewhere = 1.0 - rows.weight
     torch.testing.assert_close(process.weight(rows.x0, rows.zt, t), weight * elsewhere, **CLOSE)
 
     words = torch.nn.functional.one_hot(rows.x0, WORDS).double()
@@ -81,8 +80,8 @@ def test_weights_and_density_are_those_of_the_paper(gamma: float) -> None:
 
 
 @pytest.mark.parametrize("form", list(MIXINGS))
-def test_the_older_bound_is_the_same_on_average(form: Form) -> None:
-    """It has no -1 beside rho - ln rho, and alpha'/alpha instead: the mean of omega/q is -alpha'/alpha."""
+def test_gidd_older_bound_is_equal_on_average(form: Form) -> None:
+    """It has alpha'/alpha instead of -1 in the bracket: the mean of omega/q is -alpha'/alpha."""
     process, t = make(0.3, 1.5, form), times(INNER)
     for x in range(WORDS):
         states = torch.arange(WORDS + 1)
@@ -100,11 +99,12 @@ def test_the_older_bound_is_the_same_on_average(form: Form) -> None:
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("p_uniform", [0.0, 0.2, 0.6])
-def test_the_original_form_is_the_published_one_until_nothing_is_left(
+def test_gidd_original_form_is_the_published_one_while_alpha_is_positive(
     p_uniform: float, gamma: float
 ) -> None:
-    """The code before had alpha = (v^g - c)/C, t^g/C at the mask, c/C at every word, C = t^g + v^g + (S - 2) c with
-    c = b (t v)^(g/2) and 1/b = 1 + S (1 - p)/(2 p), S states; it goes on where alpha is negative."""
+    """The older code has alpha = (v^g - c)/C, t^g/C at the mask and c/C at every token, with
+    C = t^g + v^g + (S - 2) c, c = b (t v)^(g/2), 1/b = 1 + S (1 - p)/(2 p) and S states. It also
+    uses times at which alpha is negative."""
     process, states = make(p_uniform, gamma, "original"), WORDS + 1
     b = 2.0 * p_uniform / (2.0 * p_uniform + (1.0 - p_uniform) * states)
     end = 1.0 / (1.0 + b ** (2.0 / gamma))
@@ -122,10 +122,10 @@ def test_the_original_form_is_the_published_one_until_nothing_is_left(
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
-def test_p_uniform_is_the_share_of_uniform_noise_half_way(gamma: float) -> None:
+def test_gidd_p_uniform_is_the_share_of_uniform_noise_half_way(gamma: float) -> None:
     half = times((0.5,))
     assert make(0.3, gamma).coefficients(half)[0, 1].item() == pytest.approx(0.3, abs=1e-14)
-    # in the original form p/S on every word, at its own time 1/2
+    # In the original form it is p/S on every token, at time 1/2 of that code.
     process = make(0.3, gamma, "original")
     end = 1.0 / (1.0 + process.mixing.per_token ** (2.0 / gamma))
     assert process.coefficients(half / end)[0, 1].item() == pytest.approx(
@@ -139,7 +139,7 @@ def test_p_uniform_is_the_share_of_uniform_noise_half_way(gamma: float) -> None:
 @pytest.mark.parametrize(
     ("gamma", "form"), [(0.5, "current"), (1.0, "current"), (2.0, "current"), (1.0, "original")]
 )
-def test_without_wrong_words_it_is_masked_diffusion(gamma: float, form: Form) -> None:
+def test_gidd_without_uniform_noise_is_masked_diffusion(gamma: float, form: Form) -> None:
     ours = make(0.0, gamma, form)
     masked = MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(WORDS))
     rows = ReachableRows(masked, times(INNER))
@@ -157,8 +157,8 @@ def test_without_wrong_words_it_is_masked_diffusion(gamma: float, form: Form) ->
 
 @pytest.mark.parametrize("form", list(MIXINGS))
 @pytest.mark.parametrize("words", [2, 4, 50_000])
-def test_nothing_ever_arrives_at_a_negative_rate(form: Form, words: int) -> None:
-    """For every setting that is allowed, to within 1e-12 of both ends; alpha falls from 1 to 0."""
+def test_gidd_arrival_rates_are_never_negative(form: Form, words: int) -> None:
+    """For every allowed setting, to within 1e-12 of both ends; alpha falls from 1 to 0."""
     t = torch.sigmoid(torch.linspace(-27.0, 27.0, 200, dtype=torch.float64))
     for p_uniform in (0.0, 1e-3, 0.2, 0.9, 0.9999):
         for gamma in (0.3, 1.0, 1.5, 2.0):
@@ -174,7 +174,7 @@ def test_nothing_ever_arrives_at_a_negative_rate(form: Form, words: int) -> None
 # ---------------------------------------------------------------------- training weights
 
 
-def test_the_dynamic_weights_are_the_published_ones() -> None:
+def test_gidd_dynamic_weights_are_the_published_ones() -> None:
     process = make(0.2, 1.5)
     t = times(INNER)
     x0 = torch.zeros(len(t), dtype=torch.long)
@@ -191,9 +191,10 @@ def test_the_dynamic_weights_are_the_published_ones() -> None:
     assert at(Dynamic("snr", smallest=0.5, largest=1.5), 0).min() == 0.5
 
 
-def test_read_by_the_signal_the_dynamic_weight_is_the_bounds_without_its_poles() -> None:
-    """2 t (1 - t) times omega/q at gamma = 1: exactly at masks and wrong tokens; at the clean token for few wrong tokens
-    and many tokens (here one wrong in a million, one token in a thousand, so to 0.2 %). The other reading is not."""
+def test_gidd_snr_dynamic_weight_is_that_of_the_bound_without_poles() -> None:
+    """The weight is 2 t (1 - t) omega/q at gamma = 1, exactly at masks and wrong tokens. At the
+    clean token it holds for few wrong tokens and a large vocabulary: 0.2 % with one wrong token in
+    a million and 1000 tokens. "sigmoid" is not proportional."""
     process = make(1e-6, 1.0, words=1000)
     t = times(INNER)
     x0 = torch.zeros(len(t), dtype=torch.long)
@@ -221,13 +222,13 @@ def test_read_by_the_signal_the_dynamic_weight_is_the_bounds_without_its_poles()
     "keys",
     [{"p_uniform": 1.0}, {"p_uniform": -0.1}, {"gamma": 0.0}, {"gamma": 2.5}, {"form": "new"}],
 )
-def test_settings_out_of_range_are_refused(keys: dict[str, float]) -> None:
+def test_gidd_settings_out_of_range_are_refused(keys: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(keys))):
         GeneralizedInterpolation.Config(**keys)
 
 
 @pytest.mark.parametrize("form", ["current", "original"])
-def test_noise_that_comes_before_the_earliest_time_is_refused(form: Form) -> None:
+def test_gidd_refuses_noise_before_the_earliest_time(form: Form) -> None:
     build = lambda **keys: GeneralizedInterpolation.build(  # noqa: E731
         GeneralizedInterpolation.Config(form=form, **keys), vocabulary=FlatVocabulary(WORDS)
     )
@@ -241,18 +242,18 @@ def test_noise_that_comes_before_the_earliest_time_is_refused(form: Form) -> Non
 @pytest.mark.parametrize(
     "vocabulary", [FlatVocabulary(4, mask=False), HierarchicalVocabulary([[0, 1, 0, 1]])]
 )
-def test_a_vocabulary_that_does_not_fit_is_refused(vocabulary: FlatVocabulary) -> None:
+def test_gidd_refuses_a_vocabulary_that_does_not_fit(vocabulary: FlatVocabulary) -> None:
     with pytest.raises(ArgumentError, match=r'needs tokens and a mask.*kind = "flat"'):
         GeneralizedInterpolation.build(GeneralizedInterpolation.Config(), vocabulary=vocabulary)
 
 
 @pytest.mark.parametrize("loss", [Dynamic, ClippedLoss])
-def test_a_range_of_weights_inside_out_is_refused(loss: type[Dynamic] | type[ClippedLoss]) -> None:
+def test_losses_refuse_smallest_above_largest(loss: type[Dynamic] | type[ClippedLoss]) -> None:
     with pytest.raises(ArgumentError, match=r"smallest <= largest.*got smallest = 3.*largest = 2"):
         loss(smallest=3.0)
 
 
-def test_the_dynamic_loss_needs_this_process() -> None:
+def test_dynamic_loss_refuses_other_processes() -> None:
     masked = MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(WORDS))
     with pytest.raises(ArgumentError, match=r"needs the process gidd.*; got MaskedDiffusion"):
         Dynamic.build(Dynamic.Config(), process=masked)

@@ -1,4 +1,4 @@
-"""xi < 1: the table of the README is what its command computes, and says of bound and published expression what is true."""
+"""xi < 1: the README table is what benchmarks/xi_bounds.py computes, and its statements hold."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def number(written: str) -> float:
     return float(written.strip("*"))
 
 
-def test_the_table_is_what_its_command_computes() -> None:
+def test_readme_table_is_what_xi_bounds_computes() -> None:
     written = README.partition(command.BEGIN)[2].partition(command.END)[0]
     for gamma, xi in ((0.5, 0.8), (2.0, 0.95)):
         (*_, line) = command.table(command.rows((gamma,), (xi,))).splitlines()
@@ -49,7 +49,7 @@ def test_the_table_is_what_its_command_computes() -> None:
     assert len(written.splitlines()) == 2 + len(command.GAMMAS) * len(command.XIS)
 
 
-def test_the_table_holds_every_law_under_every_setting() -> None:
+def test_readme_table_has_every_prediction_and_setting() -> None:
     dists = ("exact", "bent", "constant", "flattering")
     expected = {
         (gamma, xi, dist) for gamma in command.GAMMAS for xi in command.XIS for dist in dists
@@ -57,7 +57,7 @@ def test_the_table_holds_every_law_under_every_setting() -> None:
     assert {cell[:3] for cell in cells()} == expected
 
 
-def test_the_bound_is_never_below_the_entropy_and_is_it_for_the_exact_law() -> None:
+def test_readme_bound_is_at_least_the_entropy_and_equal_if_exact() -> None:
     for cell in cells():
         assert number(cell.exact) >= command.entropy() - ROUNDED
         assert "*" not in cell.exact
@@ -69,7 +69,7 @@ def test_the_bound_is_never_below_the_entropy_and_is_it_for_the_exact_law() -> N
             )
 
 
-def test_the_published_expression_is_above_it_or_below_as_the_page_says() -> None:
+def test_readme_published_expression_is_above_or_below_as_stated() -> None:
     for cell in cells():
         exact, published = number(cell.exact), number(cell.published)
         assert ("*" in cell.published) == (published < command.entropy() - ROUNDED)
@@ -81,15 +81,15 @@ def test_the_published_expression_is_above_it_or_below_as_the_page_says() -> Non
             assert published > exact + 0.001
 
 
-def test_the_page_quotes_the_entropies_of_the_command() -> None:
+def test_readme_quotes_the_entropies_of_xi_bounds() -> None:
     assert re.findall(r"entropy of (\d\.\d{4}) nats", README) == [f"{command.entropy():.4f}"]
     assert re.findall(r"cross-entropy is (\d\.\d{4}) ", README) == [
         f"{command.surprise_of_single_words():.4f}"
     ]
 
 
-def test_no_law_nearby_pleases_the_published_expression_more() -> None:
-    """`flattering` is its minimum: any tilt of the law at any state costs."""
+def test_flattering_minimizes_the_published_expression() -> None:
+    """`flattering` is its minimum: any change of the prediction at any state increases it."""
     published = command.process_of(command.Published, 1.0, 0.8)
     best = command.laws(command.process_of(command.TreeProcess, 1.0, 0.8))["flattering"]
 
@@ -106,7 +106,7 @@ def test_no_law_nearby_pleases_the_published_expression_more() -> None:
         assert nats(0.05 * tilt) > least + 1e-4
 
 
-def test_the_command_writes_between_its_marks_and_nothing_else(
+def test_xi_bounds_writes_only_between_its_marks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = tmp_path / "page.md"

@@ -1,4 +1,4 @@
-"""Models of the transformers library as trunks; all are built here, nothing is fetched."""
+"""Models of the transformers library as backbones; all are built here, nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -72,29 +72,29 @@ def inputs(seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def moved_by(model: PretrainedBackbone, position: int, context: Context = UNPADDED) -> Tensor:
-    """[B,L] whose hidden states change with the id at a position; 1e-9 is far above rounding."""
+    """bool [B,L]: hidden states that change with the id at a position; 1e-9 is far above
+    rounding."""
     ids, t = inputs()
     before = model(ids, t, context)
     ids[:, position] = (ids[:, position] + 1) % TREE.num_states
     return (model(ids, t, context) - before).abs().amax(-1) > 1e-9
 
 
-def test_words_keep_their_embeddings_and_nodes_start_as_their_mean(path: str) -> None:
+def test_hf_tokens_keep_embeddings_and_nodes_start_as_their_mean(path: str) -> None:
     table = trunk(path).model.get_input_embeddings().weight
     theirs = load_model(path).get_input_embeddings().weight.double()
     assert table.shape == (TREE.num_states, WIDTH)
     assert torch.equal(table[:V], theirs[:V])
-    torch.testing.assert_close(
-        table[V], theirs[[0, 3, 6, 9]].mean(0), rtol=0, atol=1e-6
-    )  # kept as float32
+    # The table is float32 until `trunk` converts it.
+    torch.testing.assert_close(table[V], theirs[[0, 3, 6, 9]].mean(0), rtol=0, atol=1e-6)
     masked = trunk(path, mask_token=V + 1).model.get_input_embeddings().weight
     assert torch.equal(masked[TREE.root], theirs[V + 1])
     anew = trunk(path, pretrained=False).model.get_input_embeddings().weight
     assert not torch.equal(anew[:V], theirs[:V])
 
 
-def test_words_alone_give_the_models_own_hidden_states(path: str) -> None:
-    """As it stands in its library, causal where it is a decoder: positions and all; the mask adds -1e308, not -inf."""
+def test_hf_hidden_states_of_tokens_are_those_of_the_library(path: str) -> None:
+    """Equal to the library's model, a decoder being causal; the mask adds -1e308, not -inf."""
     ids, t = inputs()
     ids = ids % V
     ids = torch.where(ids == 1, 2, ids)  # RoBERTa takes 1 for padding
@@ -105,7 +105,7 @@ def test_words_alone_give_the_models_own_hidden_states(path: str) -> None:
     )
 
 
-def test_everybody_sees_everybody_unless_the_model_is_left_causal(path: str) -> None:
+def test_hf_attends_to_every_position_unless_causal(path: str) -> None:
     model = trunk(path)
     assert moved_by(model, LENGTH - 1).all()
     assert moved_by(model, 0).all()
@@ -113,7 +113,7 @@ def test_everybody_sees_everybody_unless_the_model_is_left_causal(path: str) -> 
     assert torch.equal(causal, (torch.arange(LENGTH) >= 3).expand(BATCH, -1))
 
 
-def test_padding_and_other_documents_are_not_seen(path: str) -> None:
+def test_hf_does_not_attend_to_padding_or_other_documents(path: str) -> None:
     model = trunk(path)
     valid = (torch.arange(LENGTH) < 6).expand(BATCH, -1)
     assert not moved_by(model, 7, Context(valid=valid))[:, :6].any()
@@ -122,8 +122,8 @@ def test_padding_and_other_documents_are_not_seen(path: str) -> None:
 
 
 @pytest.mark.parametrize("inputs_", ["own", "previous"])
-def test_blocks_beside_clean_words_and_autoregression(path: str, inputs_: Any) -> None:
-    """What the engine proves of its own trunk: each block is as if alone behind its clean prefix."""
+def test_hf_blocks_and_autoregression_match_separate_passes(path: str, inputs_: Any) -> None:
+    """Each block gives the same as a separate pass of that block after its clean prefix."""
     model = Denoiser(trunk(path), TokenHead(TREE, WIDTH).double(), inputs=inputs_)
     (zt, t), memory = inputs(2), inputs(3)[0] % V
     block = torch.arange(LENGTH) // 3
@@ -137,26 +137,26 @@ def test_blocks_beside_clean_words_and_autoregression(path: str, inputs_: Any) -
     for number in range(3):
         own, stop = block == number, int((block <= number).sum())
         shown = noisy._replace(zt=torch.where(own, zt, memory), memory=None)
-        alone = model.trunk(Noisy(*(p[:, :stop] for p in shown[:4])), UNPADDED)  # type: ignore[index]
+        prefix: Any = [part[:, :stop] for part in shown[:4]]  # type: ignore[index]
+        alone = model.trunk(Noisy(*prefix), UNPADDED)
         torch.testing.assert_close(
             together[:, own], alone.detach().unflatten(0, (BATCH, -1))[:, own[:stop]], **CLOSE
         )
 
 
-def test_gradients_reach_the_model_and_tables_are_no_hidden_matrices(path: str) -> None:
+def test_hf_weights_get_gradients_and_tables_go_to_adamw(path: str) -> None:
     model = trunk(path)
     ids, t = inputs()
     model(ids, t, UNPADDED).square().sum().backward()
     used = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     unused = {name for name, _ in model.named_parameters()} - used
-    assert all("pooler" in name or "key.bias" in name for name in unused), (
-        unused
-    )  # a key's bias shifts all logits alike
+    # A key's bias shifts all attention logits equally, so that it has no gradient.
+    assert all("pooler" in name or "key.bias" in name for name in unused), unused
     hidden, _ = split_parameters(model)
     assert not any("emb" in name or "wte" in name or "wpe" in name for name in hidden)
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path, path: str) -> None:
+def test_hf_refuses_models_and_inputs_that_do_not_fit(tmp_path: Path, path: str) -> None:
     config = PretrainedBackbone.Config(path=path)
     with pytest.raises(
         ArgumentError, match=r"embeddings of 13 tokens; got a vocabulary of 20 tokens"
@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, path: str) -> None:
         load_model(str(both))
 
 
-def test_an_architecture_is_made_from_its_settings() -> None:
+def test_hf_builds_an_architecture_from_settings() -> None:
     settings = {
         "hidden_size": 16,
         "num_hidden_layers": 1,
@@ -211,7 +211,7 @@ backend = { kind = "single", device = "cpu" }
 """
 
 
-def test_a_model_with_its_own_tokenizer_is_fine_tuned_sampled_and_loaded(
+def test_hf_model_with_its_tokenizer_is_fine_tuned_and_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

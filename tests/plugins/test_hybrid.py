@@ -1,4 +1,4 @@
-"""Masks and uniform noise together, by evolution and by rates: the paper's generators, exact steps, what was published."""
+"""Epsilon- and gamma-hybrid: generators of the paper, exact steps, published losses."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def name_of(process: ForwardProcess) -> str:
 @pytest.mark.parametrize(
     "process", [*GammaHybrid.examples(), *EpsilonHybrid.examples()], ids=name_of
 )
-def test_every_setting_obeys_every_law(process: ForwardProcess) -> None:
+def test_hybrid_every_setting_passes_every_law(process: ForwardProcess) -> None:
     torch.set_num_threads(1)
     assert_laws([*check_process(process), *check_parts(process)])
 
@@ -111,8 +111,8 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("keys", SETTINGS, ids=str)
-def test_rates_are_the_mixture_of_both_generators(keys: dict[str, Any]) -> None:
-    """The marginals are those of an interpolating process, so this and the next are what tells it from one."""
+def test_gamma_hybrid_rates_mix_both_generators(keys: dict[str, Any]) -> None:
+    """The marginals are those of an interpolating process; only rates and transitions differ."""
     process, t = gamma_hybrid(**keys), times(INNER)
     absorb, uniform = generators()
     mixed = (1.0 - process.gamma) * absorb + process.gamma * uniform
@@ -121,7 +121,7 @@ def test_rates_are_the_mixture_of_both_generators(keys: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("keys", SETTINGS, ids=str)
-def test_transitions_are_the_exponential_of_the_mixture(keys: dict[str, Any]) -> None:
+def test_gamma_hybrid_transitions_are_the_exponential_of_the_mixture(keys: dict[str, Any]) -> None:
     process = gamma_hybrid(**keys)
     absorb, uniform = generators()
     mixed = (1.0 - process.gamma) * absorb + process.gamma * uniform
@@ -151,7 +151,7 @@ class Twin(ComponentProcess):
         return torch.stack([(1.0 - t) - self.alpha(t), t], -1)
 
 
-def test_marginals_do_not_tell_it_from_an_interpolating_process() -> None:
+def test_gamma_hybrid_has_the_marginals_of_an_interpolating_process() -> None:
     process = gamma_hybrid(0.3)
     twin, t = Twin(process), times(INNER)
     torch.testing.assert_close(likelihoods(process, t), likelihoods(twin, t), **CLOSE)
@@ -161,11 +161,11 @@ def test_marginals_do_not_tell_it_from_an_interpolating_process() -> None:
     assert ((ours - its).abs() > 0.01 * its).double().mean() > 0.5  # and is charged otherwise
 
 
-def test_both_clocks_read_one_chain() -> None:
-    """Where the clocks show the same noise, transitions are the same and densities differ by the speed of the clocks."""
+def test_gamma_hybrid_times_describe_one_chain() -> None:
+    """At equal noise transitions are equal, and densities differ by the speed of the time."""
     masked, rng = gamma_hybrid(0.4), gamma_hybrid(0.4, time="noise", floor=0.005)
     rows = ReachableRows(rng, times(INNER))
-    there = -torch.expm1(-0.6 * noise_of(rng, rows.t)[0])  # t of the other clock: 1 - A
+    there = -torch.expm1(-0.6 * noise_of(rng, rows.t)[0])  # t of "masked": 1 - A
     speed = noise_of(rng, rows.t)[1] / noise_of(masked, there)[1]
     asked = (rows.dist, rows.x0, rows.zt)
     torch.testing.assert_close(
@@ -179,7 +179,7 @@ def test_both_clocks_read_one_chain() -> None:
 
 
 def _earlier(process: GammaHybrid, masked: Tensor) -> Tensor:
-    """t of the clock "noise" at which a share `masked` is masked."""
+    """t of time = "noise" at which a share `masked` is masked."""
     return (1.0 - (1.0 - masked) ** (1.0 / (1.0 - process.gamma))) / (1.0 - process.noise.floor)
 
 
@@ -189,7 +189,7 @@ def _earlier(process: GammaHybrid, masked: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "process", [gamma_hybrid(0.0), epsilon_hybrid(0.0)], ids=["gamma 0", "epsilon 0"]
 )
-def test_without_redrawing_both_are_masked_diffusion(process: ForwardProcess) -> None:
+def test_hybrids_without_uniform_noise_are_masked_diffusion(process: ForwardProcess) -> None:
     masked = masked_diffusion()
     rows, states = ReachableRows(masked, times(INNER)), torch.arange(WORDS + 1)
     asked = (rows.dist, rows.x0, rows.zt, rows.t)
@@ -213,8 +213,8 @@ def test_without_redrawing_both_are_masked_diffusion(process: ForwardProcess) ->
     assert process.prior.log_prob.exp().tolist() == masked.prior.log_prob.exp().tolist()
 
 
-def test_the_epsilon_hybrid_is_an_instant_of_shuffling_and_then_masks() -> None:
-    """Its transitions only mask, and nothing is charged at words but the last draw."""
+def test_epsilon_hybrid_shuffles_at_zero_and_then_only_masks() -> None:
+    """Transitions only mask, and at tokens only the last draw is charged."""
     process, masked = epsilon_hybrid(), masked_diffusion()
     s, t = product(times((0.0, 0.2, 0.5)), times((0.5, 0.9, 1.0)))
     torch.testing.assert_close(
@@ -229,7 +229,7 @@ def test_the_epsilon_hybrid_is_an_instant_of_shuffling_and_then_masks() -> None:
     density = process.density(rows.dist, rows.x0, rows.zt, rows.t)
     assert (density[rows.zt < WORDS] == 0).all()
     assert (density[rows.zt == WORDS] > 0).all()
-    # a mask hides the shuffled word: 1/t KL( shuffled x || shuffled p )
+    # A mask hides the shuffled token: 1/t KL( shuffled x || shuffled p ).
     here = rows.zt == WORDS
     truth, dist = shuffled[rows.x0[here]], rows.log_p[here].exp() @ shuffled
     expected_density = (truth * (truth / dist).log()).sum(-1) / rows.t[here]
@@ -239,8 +239,8 @@ def test_the_epsilon_hybrid_is_an_instant_of_shuffling_and_then_masks() -> None:
 # ---------------------------------------------------------------------- steps
 
 
-def test_masks_are_revealed_whatever_the_network_says() -> None:
-    """A share 1 - (1 - A_s)/(1 - A_t) = 1 - s/t of the masks is asked about, and each of those is revealed."""
+def test_gamma_hybrid_reveals_masks_independent_of_the_network() -> None:
+    """A step queries a share 1 - (1 - A_s)/(1 - A_t) = 1 - s/t of the masks and reveals each."""
     process, count = gamma_hybrid(0.3), 4096
     u = grid_of_uniforms(count, process.uniforms_per_step)
     zt, t, s = torch.full((count,), WORDS), times((0.8,)).expand(count), times((0.6,)).expand(count)
@@ -251,8 +251,9 @@ def test_masks_are_revealed_whatever_the_network_says() -> None:
         assert len(query.queried) == pytest.approx(0.25 * count, abs=2)
 
 
-def test_few_words_are_shown_to_the_network() -> None:
-    """Of words at most 1 - B_ts over 1 - B_t times all others: here a fifth, where the dense step shows all."""
+def test_gamma_hybrid_step_queries_few_tokens() -> None:
+    """A step queries at most the share (1 - B_ts)/(1 - B_t) (1 - (1 - B_s)/V) of tokens: a fifth
+    here."""
     process, count = gamma_hybrid(0.5), 4096
     u = grid_of_uniforms(count, process.uniforms_per_step)
     zt, t, s = (
@@ -266,8 +267,8 @@ def test_few_words_are_shown_to_the_network() -> None:
     assert len(query.queried) == pytest.approx(bound * count, abs=5)
 
 
-def test_a_score_is_taken_back_in_time_exactly() -> None:
-    """The staggered score r e^{-D Q} is q_s/q_t(z); mixed linearly, as published, it is not, by the square of the step."""
+def test_gamma_hybrid_kernel_inverts_scores_exactly() -> None:
+    """r e^{-D Q} is q_s/q_t(z); the published linear mix has an error of the square of the step."""
     process = gamma_hybrid(0.5, time="noise", floor=0.005)
     absorb, uniform = generators()
     rows = ReachableRows(process, times(INNER))
@@ -291,8 +292,9 @@ def test_a_score_is_taken_back_in_time_exactly() -> None:
     assert errors[0] / errors[1] == pytest.approx(4.0, rel=0.1)
 
 
-def test_nothing_as_wide_as_the_vocabulary_is_float64() -> None:
-    """With a float32 law of 3000 words: bound, ends, noise and events; only a draw sums its own row in float64."""
+def test_gamma_hybrid_makes_no_float64_tensor_of_vocabulary_width() -> None:
+    """Bound, ends, noise and events with a float32 prediction of 3000 tokens; draws may use
+    float64."""
     words, count = 3000, 6
     vocabulary = FlatVocabulary(words)
     process = GammaHybrid(vocabulary, 0.3)
@@ -340,7 +342,7 @@ def test_nothing_as_wide_as_the_vocabulary_is_float64() -> None:
 
 
 def coded_mixture(gamma: float, sigma: Tensor, log_s: Tensor, x0: Tensor, zt: Tensor) -> Tensor:
-    """The paper's loss per unit of sigma: (1 - gamma) L_absorb at masks, gamma L_uniform at words, both at all of sigma.
+    """Loss of the code per unit of sigma: (1 - gamma) L_absorb at masks, gamma L_uniform at tokens.
 
     arXiv 2310.16834: K(r) = r (ln r - 1); a = e^sigma - 1, L_absorb = sum s - ln s(x)/a + K(1/a).
     """
@@ -359,7 +361,7 @@ def coded_mixture(gamma: float, sigma: Tensor, log_s: Tensor, x0: Tensor, zt: Te
 
 
 @pytest.mark.parametrize("keys", SETTINGS, ids=str)
-def test_the_published_gamma_loss_is_the_coded_mixture(keys: dict[str, Any]) -> None:
+def test_published_gamma_loss_is_that_of_the_code(keys: dict[str, Any]) -> None:
     process = gamma_hybrid(**keys)
     loss, rows = MixedEntropies(process), ReachableRows(process, times(INNER))
     sigma, speed = noise_of(process, rows.t)
@@ -369,12 +371,12 @@ def test_the_published_gamma_loss_is_the_coded_mixture(keys: dict[str, Any]) -> 
     asked = (rows.x0, rows.zt, rows.t)
     for prediction in (rows.dist, Score(log_s)):
         got = loss.weight(process, *asked) * loss.divergence(process, prediction, *asked)
-        # at t = .97 and gamma = .9 e^sigma is 1e15: what differs by one part of it is lost in either form
+        # At t = .97 and gamma = .9 e^sigma is 1e15, near the resolution of float64.
         torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
 
 
-def test_the_published_gamma_loss_is_not_the_bound() -> None:
-    """To an even law wrong words are charged some ninety times too little; at masks the truth itself is charged."""
+def test_published_gamma_loss_is_not_the_bound() -> None:
+    """A uniform prediction pays 90 times too little at wrong tokens; an exact one pays at masks."""
     process = GammaHybrid(FlatVocabulary(6), 0.05, "noise", 0.005)
     loss, even = MixedEntropies(process), torch.full((1, 6), 1.0 / 6.0, dtype=torch.float64).log()
     asked = (
@@ -399,9 +401,9 @@ def test_the_published_gamma_loss_is_not_the_bound() -> None:
 
 @pytest.mark.parametrize("weights", ["flat", "annealing"])
 @pytest.mark.parametrize("lam", [1.0, 0.1])
-def test_the_published_epsilon_weights_are_the_coded_ones(weights: Any, lam: float) -> None:
-    """1/p at masks; lam (1 - e) at shuffled words and lam e at the others, over 1 - p if flat. On average over who was
-    shuffled, which is not seen where a word was drawn onto itself."""
+def test_published_epsilon_weights_are_those_of_the_code(weights: Any, lam: float) -> None:
+    """1/p at masks; lam (1 - e) at shuffled tokens and lam e at the others, over 1 - p if flat. It
+    is a mean if a token was drawn onto itself, since the state does not show that."""
     process, loss, t = epsilon_hybrid(), EverywhereCrossEntropy(lam, weights), times(INNER)
     x0 = torch.zeros(len(t), dtype=torch.long)
     share = 1.0 - t if weights == "flat" else torch.ones_like(t)
@@ -416,8 +418,8 @@ def test_the_published_epsilon_weights_are_the_coded_ones(weights: Any, lam: flo
     )
 
 
-def test_the_published_epsilon_loss_is_cross_entropy_of_the_full_conditional() -> None:
-    """-ln P(x | z): of a network that gives it (given = "all") it is plain cross-entropy against the clean word."""
+def test_published_epsilon_loss_is_full_conditional_cross_entropy() -> None:
+    """-ln P(x | z): with given = "all" it is plain cross-entropy with the clean token."""
     process, loss = epsilon_hybrid(), EverywhereCrossEntropy()
     rows = ReachableRows(process, times(INNER))
     rest = drop_own_evidence(rows.log_p, process.log_likelihood(rows.zt, rows.t))
@@ -431,7 +433,9 @@ def test_the_published_epsilon_loss_is_cross_entropy_of_the_full_conditional() -
 @pytest.mark.parametrize(
     ("epsilon", "lam", "everything"), [(0.3, 1.0, True), (0.0, 1.0, False), (0.3, 0.0, False)]
 )
-def test_visible_words_are_read_if_they_count(epsilon: float, lam: float, everything: bool) -> None:
+def test_published_epsilon_selects_visible_tokens_with_weight(
+    epsilon: float, lam: float, everything: bool
+) -> None:
     process = epsilon_hybrid(epsilon)
     zt, clean = torch.tensor([[0, WORDS, 1, WORDS]]), torch.tensor([[False, False, True, False]])
     t = torch.full((1, 4), 0.5, dtype=torch.float64)
@@ -445,7 +449,7 @@ def test_visible_words_are_read_if_they_count(epsilon: float, lam: float, everyt
 
 
 class Unigram(torch.nn.Module):
-    """A backbone that sees the position's own state."""
+    """Backbone whose output depends only on the state of the position."""
 
     width = 8
     reads_time = False
@@ -465,7 +469,8 @@ def trained_on(
     given: Any = "rest",
     window: tuple[float, float] = (1e-3, 1.0),
 ) -> tuple[Any, Denoiser]:
-    """The objective's terms on a batch of 64 x 8 even words, and the denoiser with the gradients they leave."""
+    """The objective's terms on a batch of 64 x 8 uniform tokens, and the denoiser with
+    gradients."""
     denoiser = Denoiser(
         Unigram(), TokenHead(process.vocabulary, Unigram.width), given=given
     ).double()
@@ -485,8 +490,8 @@ def visible_gradient(denoiser: Denoiser) -> float:
     return denoiser.backbone.embedding.weight.grad[:WORDS].abs().max().item()
 
 
-def test_the_elbo_of_the_epsilon_hybrid_trains_its_last_draw() -> None:
-    """Nothing else reaches what a network says at visible words."""
+def test_epsilon_hybrid_elbo_trains_the_last_draw() -> None:
+    """Only the last draw trains the prediction at visible tokens."""
     terms, denoiser = trained_on(epsilon_hybrid(), ElboLoss())
     assert visible_gradient(denoiser) > 0
     assert not any("published" in name for name in terms.metrics)
@@ -496,9 +501,7 @@ def test_the_elbo_of_the_epsilon_hybrid_trains_its_last_draw() -> None:
 
 @pytest.mark.parametrize("given", ["rest", "all"])
 @pytest.mark.parametrize("process", [epsilon_hybrid(), gamma_hybrid()], ids=["epsilon", "gamma"])
-def test_published_losses_are_logged_by_their_name_and_the_bound_by_its_own(
-    process: ForwardProcess, given: Any
-) -> None:
+def test_published_losses_are_logged_next_to_the_bound(process: ForwardProcess, given: Any) -> None:
     loss = Published.build(Published.Config(), process=process)
     terms, denoiser = trained_on(process, loss, given)
     total, count = terms.metrics["loss_published_nats_per_token"]
@@ -509,9 +512,9 @@ def test_published_losses_are_logged_by_their_name_and_the_bound_by_its_own(
     assert all(parameter.grad.isfinite().all() for parameter in denoiser.parameters())
 
 
-def test_rows_that_the_bound_does_not_charge_count_with_their_own_speed() -> None:
-    """A window of times ten times as wide stands for ten times as much, visible words included; its times are the same to
-    1e-3, and few rows of 512 differ for it."""
+def test_published_epsilon_loss_scales_with_the_window_of_times() -> None:
+    """A window ten times as wide has ten times the loss, visible tokens included. Its times are
+    equal to 1e-3, so that few rows of 512 differ."""
     losses = [
         trained_on(epsilon_hybrid(), EverywhereCrossEntropy(), "rest", (0.4, 0.4 + h))[0].loss
         for h in (1e-3, 1e-4)
@@ -525,7 +528,7 @@ def test_rows_that_the_bound_does_not_charge_count_with_their_own_speed() -> Non
 @pytest.mark.parametrize(
     "keys", [{"gamma": 0.96}, {"gamma": -0.1}, {"time": "log"}, {"floor": 0.1}, {"floor": 1.0}]
 )
-def test_gamma_settings_out_of_range_are_refused(keys: dict[str, Any]) -> None:
+def test_gamma_hybrid_settings_out_of_range_are_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(keys))):
         GammaHybrid.Config(**keys)
 
@@ -541,12 +544,12 @@ def test_gamma_settings_out_of_range_are_refused(keys: dict[str, Any]) -> None:
         {"power": 1e4, "schedule": "power"},
     ],
 )
-def test_epsilon_settings_out_of_range_are_refused(keys: dict[str, Any]) -> None:
+def test_epsilon_hybrid_settings_out_of_range_are_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(keys))):
         EpsilonHybrid.Config(**keys)
 
 
-def test_masks_that_come_too_slowly_for_float64_are_refused() -> None:
+def test_gamma_hybrid_refuses_masking_too_slow_for_float64() -> None:
     with pytest.raises(ArgumentError, match=r"masked at 1 - gamma = 0\.1/\(1 - t\).*time = masked"):
         gamma_hybrid(0.9, time="noise")
 
@@ -555,12 +558,14 @@ def test_masks_that_come_too_slowly_for_float64_are_refused() -> None:
     "vocabulary", [FlatVocabulary(4, mask=False), HierarchicalVocabulary([[0, 1, 0, 1]])]
 )
 @pytest.mark.parametrize("kind", [EpsilonHybrid, GammaHybrid])
-def test_a_vocabulary_that_does_not_fit_is_refused(kind: Any, vocabulary: FlatVocabulary) -> None:
+def test_hybrids_refuse_a_vocabulary_that_does_not_fit(
+    kind: Any, vocabulary: FlatVocabulary
+) -> None:
     with pytest.raises(ArgumentError, match=r'hybrid_\w+ needs tokens and a mask.*kind = "flat"'):
         kind.build(kind.Config(), vocabulary=vocabulary)
 
 
-def test_the_published_loss_says_whose_it_is() -> None:
+def test_published_loss_refuses_other_processes_and_keys() -> None:
     with pytest.raises(ArgumentError, match=r"hybrid_epsilon or hybrid_gamma; got MaskedDiffusion"):
         Published.build(Published.Config(), process=masked_diffusion())
     with pytest.raises(
@@ -569,7 +574,7 @@ def test_the_published_loss_says_whose_it_is() -> None:
         Published.build(Published.Config(lam=1.0), process=gamma_hybrid())
 
 
-def test_what_has_forgotten_is_not_solved() -> None:
+def test_redraw_kernel_refuses_to_solve_if_singular() -> None:
     process, vector = gamma_hybrid(), torch.ones(1, WORDS + 1, dtype=torch.float64)
     assert process.transition(times((0.2,)), times((0.9,))).solve(vector).isfinite().all()
     for kernel in (process.transition(times((0.2,)), times((1.0,))), process.rates(times((0.5,)))):
@@ -577,8 +582,8 @@ def test_what_has_forgotten_is_not_solved() -> None:
             kernel.solve(vector)
 
 
-def test_a_score_without_a_possible_token_has_finite_gradients() -> None:
-    """At t = 1 only the mask is possible, and the tokens of a perfect score are alike."""
+def test_gamma_hybrid_score_without_possible_token_has_finite_gradient() -> None:
+    """At t = 1 only the mask is possible, and a perfect score rates all tokens equally."""
     log_ratio = torch.full((1, WORDS + 1), -torch.inf, dtype=torch.float64)
     log_ratio[0, WORDS] = 0.0
     log_ratio.requires_grad_()

@@ -1,4 +1,4 @@
-"""Score entropy: both graphs, both noises, scores and laws on one bound; what others publish is the same bound."""
+"""Score entropy: both graphs and noises; scores, distributions and published bounds agree."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ WORDS = 5
 def make(
     graph: str, noise: str = "loglinear", words: int = WORDS, **keys: float
 ) -> ComponentProcess:
-    config = ScoreEntropyDiffusion.Config(graph=graph, noise=noise, **keys)  # type: ignore[arg-type]
+    config = ScoreEntropyDiffusion.Config.model_validate({"graph": graph, "noise": noise, **keys})
     return ScoreEntropyDiffusion.build(
         config, vocabulary=FlatVocabulary(words, mask=graph == "absorb")
     )
@@ -73,13 +73,13 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("process", ScoreEntropyDiffusion.examples(), ids=named)
-def test_every_setting_obeys_every_law(process: ForwardProcess) -> None:
+def test_sedd_every_setting_passes_every_law(process: ForwardProcess) -> None:
     torch.set_num_threads(1)
     assert_laws(check_process(process))
 
 
 @pytest.mark.parametrize("sigmas", [(1e-4, 20.0), (1e-3, 1.0), (0.05, 3.0)])
-def test_geometric_noise_is_a_schedule(sigmas: tuple[float, float]) -> None:
+def test_geometric_schedule_passes_the_schedule_laws(sigmas: tuple[float, float]) -> None:
     schedule = GeometricSchedule(*sigmas)
     assert_laws(check_schedule(schedule))
     ends = schedule.sigma(times((0.0, 0.5, 1.0)))
@@ -88,7 +88,7 @@ def test_geometric_noise_is_a_schedule(sigmas: tuple[float, float]) -> None:
 
 
 @pytest.mark.parametrize("sigmas", [(0.0, 1.0), (2.0, 1.0), (1.0, 1.0)])
-def test_geometric_noise_has_to_grow(sigmas: tuple[float, float]) -> None:
+def test_geometric_schedule_refuses_sigmas_that_do_not_grow(sigmas: tuple[float, float]) -> None:
     with pytest.raises(ArgumentError, match="0 < sigma_min < sigma_max"):
         GeometricSchedule(*sigmas)
 
@@ -103,7 +103,7 @@ def sigmas(process: ComponentProcess, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def any_scores(rows: ReachableRows, states: int) -> Tensor:
-    """log s(y) that come from no law, 0 at the row's own state."""
+    """log s(y) that belong to no distribution, 0 at the current state."""
     generator = torch.Generator().manual_seed(8)
     log_s = 1.5 * torch.randn(len(rows.zt), states, generator=generator, dtype=torch.float64)
     return log_s.scatter(-1, rows.zt.unsqueeze(-1), 0.0)
@@ -115,8 +115,8 @@ def times_log_less_one(ratio: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
-def test_any_score_is_charged_the_absorbing_score_entropy(noise: str) -> None:
-    """sigma' ( sum_y s(y) - ln s(x)/(e^sigma - 1) + K(1/(e^sigma - 1)) ) at masks, y over the words; 0 at words."""
+def test_sedd_absorb_density_is_the_published_score_entropy(noise: str) -> None:
+    """sigma' ( sum_y s(y) - ln s(x)/(e^sigma - 1) + K(1/(e^sigma - 1)) ) at masks; 0 at tokens."""
     process = make("absorb", noise)
     rows = ReachableRows(process, times(INNER))
     log_s, (sigma, d_sigma) = any_scores(rows, WORDS + 1), sigmas(process, rows.t)
@@ -130,8 +130,9 @@ def test_any_score_is_charged_the_absorbing_score_entropy(noise: str) -> None:
 
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
-def test_any_score_is_charged_the_uniform_score_entropy(noise: str) -> None:
-    """The published closed form, with rho = (e^sigma - 1)/(e^sigma - 1 + V) and means over all V words."""
+def test_sedd_uniform_density_is_the_published_score_entropy(noise: str) -> None:
+    """The published closed form, with rho = (e^sigma - 1)/(e^sigma - 1 + V), means over V
+    tokens."""
     process = make("uniform", noise)
     rows = ReachableRows(process, times(INNER))
     log_s, (sigma, d_sigma) = any_scores(rows, WORDS), sigmas(process, rows.t)
@@ -148,9 +149,10 @@ def test_any_score_is_charged_the_uniform_score_entropy(noise: str) -> None:
 
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
-def test_the_bound_of_udlm_and_duo_is_the_uniform_one(noise: str) -> None:
-    """arXiv 2412.10193 and 2506.10892: with xbar = V alpha p + 1 - alpha, and xbar0 the same of the clean word,
-    alpha'/(V alpha) [ V/xbar0_z - V/xbar_z - sum_j (xbar0_j/xbar0_z) ln( xbar_z xbar0_j / (xbar_j xbar0_z) ) ]."""
+def test_sedd_uniform_density_is_that_of_udlm_and_duo(noise: str) -> None:
+    """arXiv 2412.10193 and 2506.10892: with xbar = V alpha p + 1 - alpha and xbar0 that of the
+    clean token, alpha'/(V alpha) [ V/xbar0_z - V/xbar_z - sum_j (xbar0_j/xbar0_z) ln( xbar_z
+    xbar0_j / (xbar_j xbar0_z) ) ]."""
     process = make("uniform", noise)
     rows = ReachableRows(process, times(INNER))
     alpha = process.alpha(rows.t).unsqueeze(-1)
@@ -161,13 +163,13 @@ def test_the_bound_of_udlm_and_duo_is_the_uniform_one(noise: str) -> None:
     bracket = WORDS / at_z[0] - WORDS / at_z[1] - (bars[0] / at_z[0] * logs).sum(-1, keepdim=True)
     duo = (process.d_alpha(rows.t).unsqueeze(-1) / (WORDS * alpha) * bracket).squeeze(-1)
     torch.testing.assert_close(process.density(rows.dist, rows.x0, rows.zt, rows.t), duo, **CLOSE)
-    # and with the score of those numbers, ln s(y) = ln xbar_y - ln xbar_z
+    # The same with the score ln s(y) = ln xbar_y - ln xbar_z.
     score = Score((bars[1] / at_z[1]).log())
     torch.testing.assert_close(process.density(score, rows.x0, rows.zt, rows.t), duo, **CLOSE)
 
 
 def read(head: ScoreHead, process: ForwardProcess, raw: Tensor, zt: Tensor, t: Tensor) -> Score:
-    """What the head's reading makes of ratios [r,S]."""
+    """The score that the head's parameterization gives for raw log-ratios [r,S]."""
     taken: list[Score] = []
     question = head.reading.question(
         lambda prediction, idx: taken.append(prediction),
@@ -181,9 +183,9 @@ def read(head: ScoreHead, process: ForwardProcess, raw: Tensor, zt: Tensor, t: T
 
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
-def test_scaled_scores_of_a_law_are_charged_the_masked_loss(noise: str) -> None:
-    """s = p/(e^sigma - 1), which the head says with logits ln p + ln V: the loss of arXiv 2406.07524, sigma'/(e^sigma - 1)
-    times -ln p(x). Unscaled they are charged something else."""
+def test_sedd_scaled_score_of_a_distribution_has_the_masked_loss(noise: str) -> None:
+    """Logits ln p + ln V give s = p/(e^sigma - 1) and the loss of arXiv 2406.07524,
+    sigma'/(e^sigma - 1) times -ln p(x). Unscaled scores have another loss."""
     process = make("absorb", noise)
     rows = ReachableRows(process, times(INNER))
     raw = torch.nn.functional.pad(rows.log_p + torch.tensor(float(WORDS)).double().log(), (0, 1))
@@ -208,7 +210,9 @@ def test_scaled_scores_of_a_law_are_charged_the_masked_loss(noise: str) -> None:
 
 
 @pytest.mark.parametrize(("graph", "noise"), SETTINGS)
-def test_a_score_that_comes_from_a_law_costs_what_the_law_costs(graph: str, noise: str) -> None:
+def test_sedd_density_of_exact_score_equals_that_of_its_distribution(
+    graph: str, noise: str
+) -> None:
     process = make(graph, noise)
     rows = ReachableRows(process, times(INNER))
     asked = (rows.x0, rows.zt, rows.t)
@@ -221,10 +225,8 @@ def test_a_score_that_comes_from_a_law_costs_what_the_law_costs(graph: str, nois
 
 @pytest.mark.parametrize("stop", [0.5, 0.9, 1.0])
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
-def test_a_window_that_closes_early_closes_under_a_score_as_under_its_law(
-    noise: str, stop: float
-) -> None:
-    """The score is that of t = 1, where hardly a word is left: read as the law of z at t = 0.5 it is nats too dear."""
+def test_sedd_early_closing_term_of_score_equals_its_distributions(noise: str, stop: float) -> None:
+    """The score is that of t = 1, with hardly a token left; used for z at t = 0.5 it costs nats."""
     process, rule = make("absorb", noise), FlatTimes(0.05, stop)
     log_p = torch.tensor([[0.4, 0.3, 0.2, 0.06, 0.04]], dtype=torch.float64).log()
     x0, scored, slot = (
@@ -253,12 +255,12 @@ def test_a_window_that_closes_early_closes_under_a_score_as_under_its_law(
 
 
 @pytest.mark.parametrize("mask", [True, False])
-def test_the_head_obeys_the_laws_of_heads(mask: bool) -> None:
+def test_score_head_passes_the_laws_of_heads(mask: bool) -> None:
     vocabulary = FlatVocabulary(WORDS, mask)
     assert_laws(check_head(ScoreHead.build(ScoreHead.Config(), vocabulary=vocabulary, width=6)))
 
 
-def test_the_first_score_is_that_of_the_unigram_law() -> None:
+def test_score_head_starts_at_the_unigram_distribution() -> None:
     process, counts = make("absorb"), torch.tensor([0, 1, 2, 5, 90])
     head = ScoreHead.build(ScoreHead.Config(), vocabulary=process.vocabulary, width=3).double()
     head.start_from_counts(counts)
@@ -272,7 +274,7 @@ def test_the_first_score_is_that_of_the_unigram_law() -> None:
     )
 
 
-def test_without_a_mask_the_first_score_is_one_everywhere() -> None:
+def test_score_head_without_mask_starts_at_ratio_one() -> None:
     process = make("uniform")
     head = ScoreHead.build(ScoreHead.Config(), vocabulary=process.vocabulary, width=3)
     head.start_from_counts(torch.ones(WORDS))
@@ -282,7 +284,7 @@ def test_without_a_mask_the_first_score_is_one_everywhere() -> None:
     assert (score.log_ratio == 0).all()
 
 
-def test_where_everything_is_masked_the_scale_is_finite() -> None:
+def test_score_head_scale_is_finite_at_time_one() -> None:
     process = make("absorb", floor=0.0)
     head = ScoreHead.build(ScoreHead.Config(), vocabulary=process.vocabulary, width=3)
     score = read(head, process, torch.zeros(1, WORDS + 1), torch.tensor([WORDS]), times((1.0,)))
@@ -347,17 +349,21 @@ device = "cpu"
 
 def format_settings(graph: str, noise: str, head: str, run_dir: Path) -> list[str]:
     return [
-        f"process.graph={graph}", f"process.noise={noise}", f"denoiser.head={head}",
-        f"vocabulary.mask={str(graph == 'absorb').lower()}", f"run_dir={str(run_dir)!r}",
-    ]  # fmt: skip
+        f"process.graph={graph}",
+        f"process.noise={noise}",
+        f"denoiser.head={head}",
+        f"vocabulary.mask={str(graph == 'absorb').lower()}",
+        f"run_dir={str(run_dir)!r}",
+    ]
 
 
 @pytest.mark.parametrize("head", ["score", "tokens"])
 @pytest.mark.parametrize(("graph", "noise"), SETTINGS)
-def test_a_few_steps_lower_the_loss_of_either_parameterisation(
+def test_sedd_training_lowers_the_loss_of_scores_and_distributions(
     graph: str, noise: str, head: str
 ) -> None:
-    """On one batch with one noise, so that the loss is a function of the weights: descent must lower it, a score or not."""
+    """One batch and one noise: the loss is a function of the weights only, and descent lowers
+    it."""
     torch.set_num_threads(1)
     process = make(graph, noise)
     torch.manual_seed(0)
@@ -377,12 +383,12 @@ def test_a_few_steps_lower_the_loss_of_either_parameterisation(
         optimizer.step()
         losses.append(float(prediction.loss.detach()))
         assert math.isfinite(losses[-1])
-    # a single step may be thrown far up again, which one rounding decides
+    # A single step may rise again, depending on rounding: use the median.
     assert statistics.median(losses[-10:]) < 0.7 * losses[0], losses
 
 
 @pytest.mark.parametrize(("graph", "noise"), [("absorb", "loglinear"), ("uniform", "geometric")])
-def test_scores_are_trained_evaluated_and_sampled_by_a_recipe(
+def test_sedd_recipe_trains_evaluates_and_samples_scores(
     graph: str, noise: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
@@ -408,7 +414,7 @@ def test_scores_are_trained_evaluated_and_sampled_by_a_recipe(
         assert ids.max() < 6
 
 
-def test_what_draws_words_from_a_law_refuses_a_score() -> None:
+def test_ancestral_sampler_refuses_a_score() -> None:
     process = make("absorb")
     head = ScoreHead.build(ScoreHead.Config(), vocabulary=process.vocabulary, width=4)
     denoiser = Denoiser(Constant(), head)
@@ -445,17 +451,17 @@ class Constant(torch.nn.Module):
         ({"noise": "geometric", "sigma_max": 2000.0}, "sigma_max"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(keys: dict[str, object], named: str) -> None:
+def test_sedd_settings_that_do_not_fit_are_refused(keys: dict[str, object], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         ScoreEntropyDiffusion.Config(**keys)
 
 
-def test_sigmas_in_the_wrong_order_are_refused() -> None:
+def test_sedd_refuses_sigmas_in_the_wrong_order() -> None:
     with pytest.raises(ArgumentError, match="0 < sigma_min < sigma_max"):
         make("uniform", "geometric", sigma_min=0.5, sigma_max=0.2)
 
 
-def test_a_graph_needs_its_vocabulary() -> None:
+def test_sedd_graph_refuses_the_other_vocabulary() -> None:
     build = ScoreEntropyDiffusion.build
     with pytest.raises(
         ArgumentError, match=r'graph = "absorb" needs tokens and a mask.*mask = true'
@@ -468,8 +474,8 @@ def test_a_graph_needs_its_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_ratios_of_another_scale_are_not_carried_over(scaled: bool) -> None:
-    """A scaled head's logits read without the scale are ratios that are off by V (e^sigma - 1)."""
+def test_weight_transfer_skips_a_score_head_of_another_scale(scaled: bool) -> None:
+    """Logits of a scaled head used without the scale are off by V (e^sigma - 1)."""
     vocabulary = FlatVocabulary(WORDS)
     theirs = ScoreHead(vocabulary, Constant.width, True)
     mine = Denoiser(Constant(), ScoreHead(vocabulary, Constant.width, scaled))
@@ -478,14 +484,14 @@ def test_ratios_of_another_scale_are_not_carried_over(scaled: bool) -> None:
     assert (transfer_weights(mine, source, "all").fresh == []) == scaled
 
 
-def test_a_score_head_needs_a_flat_vocabulary_and_a_mask_to_scale_by() -> None:
+def test_score_head_refuses_trees_and_scaling_without_a_mask() -> None:
     with pytest.raises(ArgumentError, match='"tied" or "levelwise"'):
         ScoreHead(HierarchicalVocabulary([[0, 1, 0, 1]]), 4, scaled=False)
     with pytest.raises(ArgumentError, match="leave scaled out"):
         ScoreHead(FlatVocabulary(4, mask=False), 4, scaled=True)
 
 
-def test_what_a_law_is_given_is_refused_beside_a_head_that_says_scores() -> None:
+def test_denoiser_refuses_given_with_a_score_head() -> None:
     head = ScoreHead(FlatVocabulary(3), 8, scaled=True)
     backbone = torch.nn.Linear(1, 1)
     backbone.width = 8  # type: ignore[assignment]

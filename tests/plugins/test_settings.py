@@ -1,4 +1,4 @@
-"""What a setting does, by numbers: clocks and schedules as they are built, and settings of 0 that are no defaults."""
+"""Numerical effect of settings: clocks, schedules, and zeros that must not become defaults."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ T = times(INNER)
 
 
 def levels(process: Any, t: Tensor) -> Tensor:
-    """[n,L+1] how much of token 0 is at each level, from the marginal."""
+    """[n,L+1] probability of each level for token 0, from the marginal."""
     mass = likelihoods(process, t)[:, 0]
     return torch.stack(
         [part.sum(-1) for part in mass.split(process.vocabulary.level_sizes, -1)], -1
@@ -55,13 +55,14 @@ def test_hdlm_gamma_is_the_hazard_of_leaving_the_tokens(gamma: float) -> None:
     close(levels(process, T), torch.stack([clean, cluster, 1.0 - clean - cluster], -1))
 
 
-def test_hdlm_gamma_is_one_unless_given() -> None:
+def test_hdlm_gamma_is_one_by_default() -> None:
     process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(), vocabulary=TWO)
     close(levels(process, T)[:, 1], -(1.0 - T) * torch.log1p(-T))
 
 
-def test_hdlm_rates_run_from_the_tokens_up() -> None:
-    """The fast level of (4, .5) is the first: tokens are left as (1 - t)^4, clusters as (1 - t)^.5."""
+def test_hdlm_rates_are_ordered_from_the_tokens_up() -> None:
+    """The fast level of (4, .5) is the first: tokens are left as (1 - t)^4, clusters as (1 -
+    t)^.5."""
     process = HierarchicalDiffusion.build(
         HierarchicalDiffusion.Config(rates=(4.0, 0.5)), vocabulary=TWO
     )
@@ -70,7 +71,7 @@ def test_hdlm_rates_run_from_the_tokens_up() -> None:
     close(levels(process, T), torch.stack([clean, cluster, 1.0 - clean - cluster], -1))
 
 
-def test_hdlm_gamma_leaves_all_levels_above_at_one() -> None:
+def test_hdlm_gamma_keeps_higher_levels_at_rate_one() -> None:
     built = [
         HierarchicalDiffusion.build(HierarchicalDiffusion.Config(**keys), vocabulary=THREE)
         for keys in ({"gamma": 2.0}, {"rates": (2.0, 1.0, 1.0)})
@@ -78,14 +79,14 @@ def test_hdlm_gamma_leaves_all_levels_above_at_one() -> None:
     close(levels(built[0], T), levels(built[1], T))
 
 
-def test_hdlm_powers_are_of_the_levels_from_the_lowest_up() -> None:
+def test_hdlm_powers_are_ordered_from_the_lowest_level_up() -> None:
     process = HierarchicalDiffusion.build(
         HierarchicalDiffusion.Config(powers=(0.8, 3.0)), vocabulary=TWO
     )
     close(levels(process, T), torch.stack([1.0 - T**0.8, T**0.8 - T**3, T**3], -1))
 
 
-def test_hdlm_xi_is_the_chance_of_the_own_parent() -> None:
+def test_hdlm_xi_is_the_probability_of_the_own_parent() -> None:
     process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(xi=0.7), vocabulary=TWO)
     at_clusters = likelihoods(process, T)[:, 0, 6:9]
     close(at_clusters / at_clusters.sum(-1, keepdim=True), times((0.7, 0.15, 0.15)).expand(5, -1))
@@ -101,7 +102,7 @@ def test_hdlm_xi_is_the_chance_of_the_own_parent() -> None:
     ],
     ids=["linear", "cosine", "power .4", "power 2.5"],
 )
-def test_mdlm_schedule_is_the_one_that_is_named(keys: dict[str, Any], alpha: Any) -> None:
+def test_mdlm_uses_the_named_schedule(keys: dict[str, Any], alpha: Any) -> None:
     process = MaskedDiffusion.build(MaskedDiffusion.Config(**keys), vocabulary=FlatVocabulary(4))
     close(levels(process, T)[:, 0], alpha(T))
 
@@ -113,7 +114,7 @@ def test_mdlm_schedule_is_the_one_that_is_named(keys: dict[str, Any], alpha: Any
 @pytest.mark.parametrize(
     ("keys", "left"), [({}, 1e-3), ({"floor": 0.0}, 0.0), ({"floor": 0.2}, 0.2)], ids=str
 )
-def test_sedd_floor_is_what_is_left_of_tokens(
+def test_sedd_floor_is_the_share_of_tokens_left_at_time_one(
     graph: Any, keys: dict[str, float], left: float
 ) -> None:
     vocabulary = FlatVocabulary(3, mask=graph == "absorb")
@@ -131,7 +132,7 @@ def test_sedd_floor_is_what_is_left_of_tokens(
     [({}, (1e-4, 20.0)), ({"sigma_min": 0.1}, (0.1, 20.0)), ({"sigma_max": 3.0}, (1e-4, 3.0))],
     ids=str,
 )
-def test_sedd_geometric_noise_runs_between_its_sigmas(
+def test_sedd_geometric_noise_runs_from_sigma_min_to_sigma_max(
     keys: dict[str, float], sigmas: tuple[float, float]
 ) -> None:
     config = ScoreEntropyDiffusion.Config(noise="geometric", **keys)
@@ -140,29 +141,32 @@ def test_sedd_geometric_noise_runs_between_its_sigmas(
     close(schedule.alpha(T), torch.exp(-(least ** (1.0 - T)) * most**T))
 
 
-def test_remasking_with_strength_zero_remasks_nothing() -> None:
+def test_remasking_keeps_eta_zero() -> None:
     for setting, default in (
         ("cap", 0.008),
         ("rescale", 0.015),
         ("confidence", 1.0),
         ("loop", 0.02),
     ):
-        eta = lambda **keys: Remasking.build(Remasking.Config(**keys), steps=4).kappa.eta  # noqa: E731
-        assert eta(setting=setting, eta=0.0) == 0.0
-        assert eta(setting=setting) == default
+        zero = Remasking.Config(setting=setting, eta=0.0)  # type: ignore[arg-type]
+        assert Remasking.build(zero, steps=4).kappa.eta == 0.0
+        unset = Remasking.Config(setting=setting)  # type: ignore[arg-type]
+        assert Remasking.build(unset, steps=4).kappa.eta == default
 
 
-def test_published_loss_with_lambda_zero_reads_masks_only() -> None:
+def test_published_loss_keeps_lambda_zero() -> None:
     process = EpsilonHybrid.build(EpsilonHybrid.Config(), vocabulary=FlatVocabulary(3))
-    assert Published.build(Published.Config(lam=0.0), process=process).lam == 0.0  # type: ignore[union-attr]
-    assert Published.build(Published.Config(), process=process).lam == 1.0  # type: ignore[union-attr]
+    for config, lam in ((Published.Config(lam=0.0), 0.0), (Published.Config(), 1.0)):
+        loss: Any = Published.build(config, process=process)
+        assert loss.lam == lam
 
 
-def test_entropy_bound_of_zero_is_zero() -> None:
-    assert EntropyBound.build(EntropyBound.Config(bound=0.0), steps=4).bound == 0.0  # type: ignore[attr-defined]
+def test_entropy_sampler_keeps_bound_zero() -> None:
+    sampler: Any = EntropyBound.build(EntropyBound.Config(bound=0.0), steps=4)
+    assert sampler.bound == 0.0
 
 
-def test_gidd_without_uniform_noise_has_none() -> None:
+def test_gidd_p_uniform_zero_has_no_wrong_tokens() -> None:
     config = GeneralizedInterpolation.Config(p_uniform=0.0)
     process = GeneralizedInterpolation.build(config, vocabulary=FlatVocabulary(3))
     assert float(likelihoods(process, T)[:, 0, 1:3].max()) == 0.0
@@ -172,7 +176,7 @@ def test_gidd_without_uniform_noise_has_none() -> None:
 
 
 def test_hdlm_empirical_weights_are_the_fitted_ones() -> None:
-    """t^2 - t + 3 at masks and 3 - 2t at clusters, whatever the clock; what is read is the bound's divergence."""
+    """t^2 - t + 3 at masks and 3 - 2t at clusters for any clock; the divergence is the bound's."""
     process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(gamma=2.0), vocabulary=TWO)
     loss = Empirical.build(ComponentConfig(), process=process)
     t = times((0.0, 0.25, 1.0))
@@ -193,8 +197,8 @@ def test_hdlm_empirical_weights_are_the_fitted_ones() -> None:
     )  # its cluster: .3 + .2
 
 
-def test_hdlm_hard_reads_the_token_itself_at_every_level() -> None:
-    """The bound's weight, at most `largest`, times -ln P(x | node)."""
+def test_hdlm_hard_loss_predicts_the_token_at_every_level() -> None:
+    """The weight of the bound, at most `largest`, times -ln P(x | node)."""
     process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(gamma=1.0), vocabulary=TWO)
     loss = HardTokens.build(HardTokens.Config(largest=1.5), process=process)
     assert HardTokens.Config().largest == 2.0
@@ -211,8 +215,8 @@ def test_hdlm_hard_reads_the_token_itself_at_every_level() -> None:
     assert float(process.weight(x0, zt, early).max()) > 1.5
 
 
-def test_hybrid_gamma_floor_is_what_is_left_of_the_noise() -> None:
-    """With time = noise, e^-sigma at t = 1 is the floor: 0.005 unless given, and 0 where 0 is given."""
+def test_gamma_hybrid_floor_is_the_noise_left_at_time_one() -> None:
+    """With time = noise, e^-sigma at t = 1 is the floor: 0.005 by default, and 0 if 0 is given."""
     for keys, left in (({}, 0.005), ({"floor": 0.0}, 0.0), ({"floor": 0.2}, 0.2)):
         config = GammaHybrid.Config(gamma=0.3, time="noise", **keys)
         process = GammaHybrid.build(config, vocabulary=FlatVocabulary(3))
@@ -234,8 +238,8 @@ def test_defaults_are_the_documented_ones() -> None:
     assert (EARLIEST, LATEST) == (1e-12, 1.0 - 1e-12)
 
 
-def test_score_is_zero_at_the_state_itself() -> None:
-    """The ratio of the probability of z_t to itself is 1, whatever the head's logits are."""
+def test_score_log_ratio_is_zero_at_the_current_state() -> None:
+    """The ratio of the probability of z_t to itself is 1 for any logits."""
     process = ScoreEntropyDiffusion.build(
         ScoreEntropyDiffusion.Config(), vocabulary=FlatVocabulary(3)
     )
