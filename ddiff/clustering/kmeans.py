@@ -49,13 +49,16 @@ def nested_kmeans(
     impossible sizes or shares, DataError for NaN.
     """
     vectors = np.ascontiguousarray(embeddings, dtype=np.float32)
-    is_special = np.isin(np.arange(len(vectors)), np.asarray(special_ids, dtype=np.int64))
-    _check(vectors, sizes, min_share, max_share, int((~is_special).sum()))
+    token_ids = np.arange(len(vectors))
+    is_special = np.isin(token_ids, np.asarray(special_ids, dtype=np.int64))
+    num_regular = int((~is_special).sum())
+    _check(vectors, sizes, min_share, max_share, num_regular)
     parents = []
     centroids = []
     # The mean is subtracted, because embeddings share a large common component.
-    points = _normalize(vectors - vectors[~is_special].mean(0))
-    node_of_token: _Ints = np.arange(len(vectors))
+    mean = vectors[~is_special].mean(0)
+    points = _normalize(vectors - mean)
+    node_of_token: _Ints = token_ids
     for size in sizes:
         # A level of one node has no room for a separate special node.
         has_special_node = bool(is_special.any()) and size > 1
@@ -181,7 +184,10 @@ def _give_away(
     choices = affinity[np.ix_(members, open_clusters)]
     target = open_clusters[choices.argmax(1)]
     loss = affinity[members, cluster] - choices.max(1)
-    for place in np.argsort(loss, kind="stable")[: counts[cluster] - upper]:
+    # Stable sorts here and below, so that equal losses are always taken in the same order.
+    order = np.argsort(loss, kind="stable")
+    excess = counts[cluster] - upper
+    for place in order[:excess]:
         if counts[target[place]] == upper:
             return
         assignment[members[place]] = target[place]
@@ -191,8 +197,11 @@ def _give_away(
 
 def _take_in(affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, lower: int) -> None:
     """Move points to `cluster` until it has `lower` points, from clusters above the limit."""
-    loss = affinity[np.arange(len(assignment)), assignment] - affinity[:, cluster]
-    for point in np.argsort(loss, kind="stable"):
+    points = np.arange(len(assignment))
+    to_own_cluster = affinity[points, assignment]
+    loss = to_own_cluster - affinity[:, cluster]
+    order = np.argsort(loss, kind="stable")
+    for point in order:
         if counts[cluster] >= lower:
             return
         donor = assignment[point]
