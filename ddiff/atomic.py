@@ -38,7 +38,12 @@ def original_name(name: str) -> str:
 
 
 @contextmanager
-def open_atomic(path: str | Path, *, system: Any = None, sync: bool = False) -> Iterator[IO[bytes]]:
+def open_atomic(
+    path: str | Path,
+    *,
+    system: Any = None,
+    sync: bool = False,
+) -> Iterator[IO[bytes]]:
     """Open a file for writing that gets its name `path` only when the block ends without an error.
 
     Missing folders are made. After an error nothing is left behind, and an OSError names `path`.
@@ -65,7 +70,11 @@ def open_atomic(path: str | Path, *, system: Any = None, sync: bool = False) -> 
 
 
 def write_atomic(
-    path: str | Path, content: bytes | str, *, system: Any = None, sync: bool = False
+    path: str | Path,
+    content: bytes | str,
+    *,
+    system: Any = None,
+    sync: bool = False,
 ) -> None:
     """Write a file at once, text as UTF-8; the arguments are those of `open_atomic`."""
     with open_atomic(path, system=system, sync=sync) as file:
@@ -106,7 +115,7 @@ def lock_file(file: IO[Any], patience: float = 0.0) -> bool:
 
 
 def _locate(path: str | Path, system: Any) -> tuple[Any, str]:
-    """Return (file system, path in it), with None for local files: the standard library has them."""
+    """Return (file system, path in it); the file system is None for local files."""
     if isinstance(path, Path):
         return None, str(path)
     # Imported here because `ddiff --help` needs no fsspec.
@@ -120,7 +129,11 @@ def _locate(path: str | Path, system: Any) -> tuple[Any, str]:
 
 
 @contextmanager
-def _publish(system: Any, partial: str, place: str) -> Iterator[None]:
+def _publish(
+    system: Any,
+    partial: str,
+    place: str,
+) -> Iterator[None]:
     """Rename `partial` to `place` after the block; remove it after an error."""
     try:
         yield
@@ -135,7 +148,8 @@ def _publish(system: Any, partial: str, place: str) -> Iterator[None]:
                 os.unlink(partial)
             else:
                 system.rm(partial)
-        # Without an errno the message would be lost: str() of an OSError with a filename ignores it.
+        # Without an errno the message would be lost: str() of an OSError with a filename shows only
+        # errno and filename.
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = place
         raise

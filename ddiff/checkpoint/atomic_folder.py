@@ -1,7 +1,7 @@
 """Folder of files that is complete or does not count.
 
-A marker, written last, holds size and SHA-256 of every file. Without it the folder is incomplete. So
-files are written directly under their names, which also suits object stores: they cannot rename.
+A marker, written last, holds size and SHA-256 of every file. Without it the folder is incomplete.
+So files are written directly under their names, which suits object stores: they cannot rename.
 """
 
 from __future__ import annotations
@@ -45,9 +45,17 @@ def complete_steps(fs: Any, root: str) -> list[int]:
     if not fs.isdir(root):
         return []
     fs.invalidate_cache(root)
-    names = [path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)]
-    steps = [int(match[1]) for name in names if (match := STEP.fullmatch(name))]
-    return sorted(step for step in steps if fs.exists(f"{root}/{step_name(step)}/{MARKER}"))
+    steps: list[int] = []
+    for path in fs.ls(root, detail=False):
+        match = STEP.fullmatch(base_name(path))
+        if match and fs.exists(f"{root}/{step_name(int(match[1]))}/{MARKER}"):
+            steps.append(int(match[1]))
+    return sorted(steps)
+
+
+def base_name(path: str) -> str:
+    """Return the last part of a path of a listing, which may end in a slash."""
+    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def step_name(step: int) -> str:
@@ -79,7 +87,12 @@ class AtomicFolder:
     `remedy()` completes the messages about damage: it tells the user what to do.
     """
 
-    def __init__(self, fs: Any, path: str, remedy: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        fs: Any,
+        path: str,
+        remedy: Callable[[], str],
+    ) -> None:
         self._fs = fs
         self.path = path
         self._remedy = remedy
@@ -133,7 +146,8 @@ class AtomicFolder:
     def mark_complete(self, step: int, digests: Mapping[str, FileDigest]) -> None:
         """Write the marker; to be called when all files are written."""
         files = {name: digest._asdict() for name, digest in sorted(digests.items())}
-        marker = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1).encode()
+        content = {"format": FORMAT, "step": step, "files": files}
+        marker = json.dumps(content, indent=1).encode()
         path = f"{self.path}/{MARKER}"
         if isinstance(self._fs, LocalFileSystem):
             # A local file exists, empty, as soon as it is opened; a rename is a single act.
@@ -146,10 +160,8 @@ class AtomicFolder:
     def check(self) -> None:
         """Raise CheckpointError unless every file exists with its size; only the marker is read."""
         self._fs.invalidate_cache(self.path)
-        sizes = {
-            entry["name"].rsplit("/", 1)[-1]: entry["size"]
-            for entry in self._fs.ls(self.path, detail=True)
-        }
+        entries = self._fs.ls(self.path, detail=True)
+        sizes = {base_name(entry["name"]): entry["size"] for entry in entries}
         for name, digest in self.digests.items():
             if name not in sizes:
                 raise CheckpointError(
@@ -177,7 +189,7 @@ class AtomicFolder:
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytearray]:
         """Yield the bytes of each range (begin, length) of a file.
 
-        Ranges ascend and do not overlap. The whole file is read, once, since its SHA-256 is checked:
+        Ranges ascend and do not overlap. The whole file is read, once, to check its SHA-256:
         CheckpointError after the last range if it is another one than recorded.
         """
         self._check_ranges(name, ranges)
@@ -238,11 +250,16 @@ class AtomicFolder:
                 f"by {writer} ddiff. Resume with that one, or start over with --fresh."
             )
         files = marker.get("files")
-        if not isinstance(files, dict) or not files or not all(map(_is_digest, files.values())):
+        if not isinstance(files, dict) or not files:
             raise self._no_marker()
-        if any("/" in name or "\\" in name or name in ("", ".", "..") for name in files):
+        if not all(map(_is_digest, files.values())):
             raise self._no_marker()
-        return {name: FileDigest(file["bytes"], file["sha256"]) for name, file in files.items()}
+        if not all(map(_is_file_name, files)):
+            raise self._no_marker()
+        digests: dict[str, FileDigest] = {}
+        for name, file in files.items():
+            digests[name] = FileDigest(file["bytes"], file["sha256"])
+        return digests
 
     def _no_marker(self) -> CheckpointError:
         return CheckpointError(
@@ -252,9 +269,14 @@ class AtomicFolder:
 
 def _is_own(entry: dict[str, Any], listed: set[str]) -> bool:
     """Whether an entry of a listing is a file of the checkpoint, by the marker or by its name."""
-    name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
+    name = base_name(entry["name"])
     has_own_name = name in listed if listed else _OWN.fullmatch(name) is not None
     return entry["type"] == "file" and (has_own_name or name.startswith(MARKER))
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a name from a marker stays within the folder."""
+    return "/" not in name and "\\" not in name and name not in ("", ".", "..")
 
 
 def _is_count(value: Any) -> bool:

@@ -33,6 +33,7 @@ from ddiff.checkpoint.atomic_folder import (
     AtomicFolder,
     FileDigest,
     Writable,
+    base_name,
     complete_steps,
     step_name,
 )
@@ -75,11 +76,14 @@ class Checkpoint:
         from ddiff.checkpoint.dcp_storage import read_tensors
 
         own = module.state_dict()
-        places = self._model_places()
-        own_shapes = {name: tensor.shape for name, tensor in own.items()}
-        shapes = {name: torch.Size(self.manifest[place].size) for name, place in places.items()}
-        _check_same_model(own_shapes, shapes, self.path)
-        targets = {place: own[name] for name, place in places.items() if name not in self.aliases}
+        targets: dict[str, Tensor] = {}
+        shapes: dict[str, torch.Size] = {}
+        for name, place in self._model_places().items():
+            shapes[name] = torch.Size(self.manifest[place].size)
+            # A tied tensor is read once; a missing one is reported by the check below.
+            if name not in self.aliases and name in own:
+                targets[place] = own[name]
+        _check_same_model(_shapes(own), shapes, self.path)
         read_tensors(targets, self.manifest, self.folder)
         tied = {alias: own[name] for alias, name in self.aliases.items()}
         module.load_state_dict(own | tied)
@@ -107,15 +111,11 @@ class Checkpoint:
         """
         from ddiff.checkpoint.dcp_storage import read_tensors
 
-        averages = (self.state.get("ema") or {}).get("weights", {}) if average else {}
-        if average and not averages:
-            raise CheckpointError(
-                f"{self.path} holds no moving average of the weights: its run was trained without "
-                "[train] ema. Take the weights as they were trained."
-            )
         places = self._model_places()
-        places |= {name: f"state.ema.weights.{name}" for name in averages}
-        places |= {alias: places[name] for alias, name in self.aliases.items()}
+        if average:
+            places |= self._average_places()
+        for alias, name in self.aliases.items():
+            places[alias] = places[name]
         tensors = {place: self.manifest[place].allocate() for place in places.values()}
         read_tensors(tensors, self.manifest, self.folder)
         return {name: tensors[place] for name, place in places.items()}
@@ -126,26 +126,47 @@ class Checkpoint:
         for place in self.manifest:
             if place.startswith("model."):
                 places[place.removeprefix("model.")] = place
-        return places | {alias: f"model.{name}" for alias, name in self.aliases.items()}
+        for alias, name in self.aliases.items():
+            places[alias] = f"model.{name}"
+        return places
+
+    def _average_places(self) -> dict[str, str]:
+        """Return name of a model's tensor -> name of its moving average in the manifest."""
+        ema = self.state.get("ema") or {}
+        averages = ema.get("weights", {})
+        if not averages:
+            raise CheckpointError(
+                f"{self.path} holds no moving average of the weights: its run was trained without "
+                "[train] ema. Take the weights as they were trained."
+            )
+        return {name: f"state.ema.weights.{name}" for name in averages}
 
 
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+def load_weights(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str,
+) -> None:
     """Load `weights` into `module`; the CheckpointError of a misfit names `source`."""
-    own = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    _check_same_model(own, {name: tensor.shape for name, tensor in weights.items()}, source)
+    _check_same_model(_shapes(module.state_dict()), _shapes(weights), source)
     module.load_state_dict(weights)
 
 
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
 def _check_same_model(
-    own: Mapping[str, torch.Size], theirs: Mapping[str, torch.Size], source: str
+    own: Mapping[str, torch.Size],
+    theirs: Mapping[str, torch.Size],
+    source: str,
 ) -> None:
     faults = [f"{name} is missing" for name in own if name not in theirs]
     faults += [f"{name} is not in the model" for name in theirs if name not in own]
-    faults += [
-        f"{name} has shape {list(theirs[name])}, the model's has {list(own[name])}"
-        for name in own
-        if name in theirs and theirs[name] != own[name]
-    ]
+    for name, shape in own.items():
+        if name in theirs and theirs[name] != shape:
+            found = list(theirs[name])
+            faults.append(f"{name} has shape {found}, the model's has {list(shape)}")
     if faults:
         more = f" and {len(faults) - 3} more differences" if len(faults) > 3 else ""
         raise CheckpointError(
@@ -175,18 +196,28 @@ class Checkpoints:
 
     # ------------------------------------------------------------------ saving
 
-    def save(self, step: int, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
+    def save(
+        self,
+        step: int,
+        model: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+    ) -> str:
         """Write the checkpoint of `step`, drop those beyond the newest `keep`, return its path.
 
-        `state` is a tree of dicts, lists, tuples, tensors, numbers, strings and None, and is read as
-        the same tree; its entries give the files their names. DTensors are written in their shards,
-        everything else as rank 0 has it.
+        `state` is a tree of dicts, lists, tuples, tensors, numbers, strings and None, and is read
+        as the same tree; its entries give the files their names. DTensors are written in their
+        shards, everything else as rank 0 has it.
         """
         path = self.save_async(step, model, state)
         self.wait()
         return path
 
-    def save_async(self, step: int, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
+    def save_async(
+        self,
+        step: int,
+        model: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+    ) -> str:
         """Copy what `save` would write and write it in a thread; the originals may change then.
 
         Waits for the previous call to end, and raises what `wait` raises.
@@ -197,7 +228,8 @@ class Checkpoints:
         once, aliases = deduplicate(model)
         tensors = {f"model.{name}": tensor for name, tensor in once.items()}
         encoded = _to_json(state, tensors, "state")  # adds the tensors of the state
-        tree = json.dumps({"step": step, "aliases": aliases, "state": encoded}, indent=1)
+        content = {"step": step, "aliases": aliases, "state": encoded}
+        tree = json.dumps(content, indent=1)
         staged = stage(tensors, _file_and_key, self._group())
         folder = self._folder(step)
         self._writing = self._executor.submit(self._write, folder, step, staged, tree)
@@ -229,8 +261,8 @@ class Checkpoints:
     def load(self, step: int) -> Checkpoint:
         """Open the checkpoint of `step`.
 
-        Raises CheckpointError if it is incomplete, or one of its files is missing or cut off. Damage
-        inside a file of tensors is found when they are read.
+        Raises CheckpointError if it is incomplete, or one of its files is missing or cut off.
+        Damage inside a file of tensors is found when they are read.
         """
         from ddiff.checkpoint.dcp_storage import manifest_from_json
 
@@ -262,7 +294,9 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.root} holds no complete checkpoint. Train first, or name another run."
             )
-        return self.load(steps[-1] if step is None else step).read_weights(average=average)
+        if step is None:
+            step = steps[-1]
+        return self.load(step).read_weights(average=average)
 
     # ------------------------------------------------------------------ writing, in a thread
 
@@ -280,15 +314,28 @@ class Checkpoints:
             self._ranks = dist.new_group(backend="gloo", timeout=SLOWEST)
         return self._ranks
 
-    def _write(self, folder: AtomicFolder, step: int, staged: StagedTensors, tree: str) -> None:
-        is_first = staged.manifest is not None
-        # Each call waits for all ranks: no file before the folder, no marker before all files.
-        self._together(folder, lambda: folder.create() if is_first else None)
-        written = self._together(folder, lambda: _write_files(folder, staged, tree))
+    def _write(
+        self,
+        folder: AtomicFolder,
+        step: int,
+        staged: StagedTensors,
+        tree: str,
+    ) -> None:
         digests: dict[str, FileDigest] = {}
-        for of_rank in written:
-            digests |= of_rank
-        self._together(folder, lambda: self._finish(folder, step, digests) if is_first else None)
+
+        def create() -> None:
+            if staged.manifest is not None:  # on rank 0
+                folder.create()
+
+        def finish() -> None:
+            if staged.manifest is not None:
+                self._finish(folder, step, digests)
+
+        # Each call waits for all ranks: no file before the folder, no marker before all files.
+        self._together(folder, create)
+        for written in self._together(folder, lambda: _write_files(folder, staged, tree)):
+            digests |= written
+        self._together(folder, finish)
 
     def _together(self, folder: AtomicFolder, act: Callable[[], Any]) -> list[Any]:
         """Run `act` on every rank and gather the results.
@@ -305,16 +352,21 @@ class Checkpoints:
         if self._ranks is not None:
             outcomes = [None] * dist.get_world_size(self._ranks)
             dist.all_gather_object(outcomes, (failure, result), group=self._ranks)
-        failures = [f"{text} on rank {rank}" for rank, (text, _) in enumerate(outcomes) if text]
-        if failures:
-            raise CheckpointError(
-                f"{folder.path} could not be written ({failures[0]}), so training ended. Free or "
-                "fix the place where it goes; the same command then resumes from the checkpoint "
-                "before."
-            )
+        for rank, (text, _) in enumerate(outcomes):
+            if text is not None:
+                raise CheckpointError(
+                    f"{folder.path} could not be written ({text} on rank {rank}), so training "
+                    "ended. Free or fix the place where it goes; the same command then resumes "
+                    "from the checkpoint before."
+                )
         return [result for _, result in outcomes]
 
-    def _finish(self, folder: AtomicFolder, step: int, digests: Mapping[str, FileDigest]) -> None:
+    def _finish(
+        self,
+        folder: AtomicFolder,
+        step: int,
+        digests: Mapping[str, FileDigest],
+    ) -> None:
         """Complete the checkpoint, then remove old and incomplete ones."""
         folder.mark_complete(step, digests)
         kept = {step_name(step) for step in self._complete()[-self.keep :]}
@@ -348,8 +400,7 @@ class Checkpoints:
         if not self._fs.isdir(self.root):
             return []
         self._fs.invalidate_cache(self.root)
-        paths = self._fs.ls(self.root, detail=False)
-        return [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
+        return [base_name(path) for path in self._fs.ls(self.root, detail=False)]
 
 
 def _file_and_key(place: str) -> tuple[str, str]:
@@ -358,7 +409,11 @@ def _file_and_key(place: str) -> tuple[str, str]:
     return entry, key or entry
 
 
-def _write_files(folder: AtomicFolder, staged: StagedTensors, tree: str) -> dict[str, FileDigest]:
+def _write_files(
+    folder: AtomicFolder,
+    staged: StagedTensors,
+    tree: str,
+) -> dict[str, FileDigest]:
     """Write the files of this rank."""
     from ddiff.checkpoint.dcp_storage import manifest_to_json, write_tensors
 
@@ -371,25 +426,35 @@ def _write_files(folder: AtomicFolder, staged: StagedTensors, tree: str) -> dict
         digests[name] = folder.write_file(name, fill)
     if staged.manifest is not None:
         manifest = manifest_to_json(staged.manifest).encode()
+        state = tree.encode()
         digests[MANIFEST] = folder.write_file(MANIFEST, lambda file: file.write(manifest))
-        digests[STATE] = folder.write_file(STATE, lambda file: file.write(tree.encode()))
+        digests[STATE] = folder.write_file(STATE, lambda file: file.write(state))
     return digests
 
 
 # ---------------------------------------------------------------------- the state as JSON
 
 
-def _to_json(tree: Any, tensors: dict[str, Tensor], place: str) -> Any:
+def _to_json(
+    tree: Any,
+    tensors: dict[str, Tensor],
+    place: str,
+) -> Any:
     """Encode a tree for `_from_json`; its tensors are added to `tensors` under their places."""
     if isinstance(tree, torch.Tensor):
         tensors[place] = tree
         return {"$tensor": place}
     if isinstance(tree, Mapping):
-        items = [(key, _to_json(value, tensors, f"{place}.{key}")) for key, value in tree.items()]
+        items: list[tuple[Any, Any]] = []
+        for key, value in tree.items():
+            items.append((key, _to_json(value, tensors, f"{place}.{key}")))
+        # JSON has only strings as keys, and keys with "$" have a meaning here.
         is_plain = all(isinstance(key, str) and not key.startswith("$") for key in tree)
         return dict(items) if is_plain else {"$items": items}
     if isinstance(tree, list | tuple):
-        values = [_to_json(value, tensors, f"{place}.{i}") for i, value in enumerate(tree)]
+        values: list[Any] = []
+        for number, value in enumerate(tree):
+            values.append(_to_json(value, tensors, f"{place}.{number}"))
         return values if isinstance(tree, list) else {"$tuple": values}
     if tree is None or isinstance(tree, str | bool | int | float):
         return tree
@@ -414,15 +479,22 @@ def _from_json(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: _from_json(value, tensors) for key, value in tree.items()}
 
 
-def _replace_tensors(tree: Any, tensors: Mapping[str, Tensor], place: str) -> Any:
+def _replace_tensors(
+    tree: Any,
+    tensors: Mapping[str, Tensor],
+    place: str,
+) -> Any:
     """Rebuild a tree with the tensors of the same places."""
     if isinstance(tree, torch.Tensor):
         return tensors[place]
     if isinstance(tree, dict):
-        return {
-            key: _replace_tensors(value, tensors, f"{place}.{key}") for key, value in tree.items()
-        }
+        replaced: dict[Any, Any] = {}
+        for key, value in tree.items():
+            replaced[key] = _replace_tensors(value, tensors, f"{place}.{key}")
+        return replaced
     if isinstance(tree, list | tuple):
-        values = (_replace_tensors(value, tensors, f"{place}.{i}") for i, value in enumerate(tree))
+        values: list[Any] = []
+        for number, value in enumerate(tree):
+            values.append(_replace_tensors(value, tensors, f"{place}.{number}"))
         return type(tree)(values)
     return tree

@@ -80,7 +80,7 @@ _FILE = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
 
 
 class Chunk(NamedTuple):
-    """A box of a tensor, stored under `key` in a safetensors file from byte `begin` of that file."""
+    """A box of a tensor, stored under `key` in a safetensors file, from its byte `begin`."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -106,17 +106,20 @@ Manifest = dict[str, StoredTensor]
 
 def manifest_to_json(manifest: Manifest) -> str:
     """Write a manifest as JSON."""
-    tensors = {
-        name: {"dtype": CODES[dtype], "size": size, "chunks": [chunk._asdict() for chunk in chunks]}
-        for name, (dtype, size, chunks) in sorted(manifest.items())
-    }
+    tensors: dict[str, Any] = {}
+    for name, stored in sorted(manifest.items()):
+        tensors[name] = {
+            "dtype": CODES[stored.dtype],
+            "size": stored.size,
+            "chunks": [chunk._asdict() for chunk in stored.chunks],
+        }
     return json.dumps({"tensors": tensors})
 
 
 def manifest_from_json(text: str | bytes, path: str = "the manifest") -> Manifest:
     """Read a manifest, which is called `path` in errors.
 
-    CheckpointError unless it says which bytes of which files of its folder each tensor consists of.
+    CheckpointError unless it says of which bytes of which files of its folder a tensor consists.
     """
     try:
         entries = json.loads(text)["tensors"].items()
@@ -127,16 +130,26 @@ def manifest_from_json(text: str | bytes, path: str = "the manifest") -> Manifes
         ) from error
 
 
-def _parse_tensor(name: str, entry: Mapping[str, Any], path: str) -> StoredTensor:
+def _parse_tensor(
+    name: str,
+    entry: Mapping[str, Any],
+    path: str,
+) -> StoredTensor:
     dtype = DTYPES[entry["dtype"]]
     size = _parse_sizes(entry["size"])
     chunks = tuple(_parse_chunk(name, size, chunk, path) for chunk in entry["chunks"])
-    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
+    num_stored = sum(math.prod(chunk.sizes) for chunk in chunks)
+    if num_stored != math.prod(size):
         raise _wrong_manifest(path, f"the parts of {name} do not fill {list(size)}")
     return StoredTensor(dtype, size, chunks)
 
 
-def _parse_chunk(name: str, size: tuple[int, ...], entry: Mapping[str, Any], path: str) -> Chunk:
+def _parse_chunk(
+    name: str,
+    size: tuple[int, ...],
+    entry: Mapping[str, Any],
+    path: str,
+) -> Chunk:
     if set(entry) != set(Chunk._fields):
         raise _wrong_manifest(path, f"a part of {name} has the keys {sorted(entry)}")
     file = entry["file"]
@@ -148,23 +161,25 @@ def _parse_chunk(name: str, size: tuple[int, ...], entry: Mapping[str, Any], pat
         )
     if not len(offsets) == len(sizes) == len(size):
         raise _wrong_manifest(path, f"a part of {name} has other dimensions than {list(size)}")
-    if any(begin + length > whole for begin, length, whole in zip(offsets, sizes, size)):
-        raise _wrong_manifest(path, f"a part of {name} lies outside of {list(size)}")
+    for offset, length, whole in zip(offsets, sizes, size):
+        if offset + length > whole:
+            raise _wrong_manifest(path, f"a part of {name} lies outside of {list(size)}")
     (begin,) = _parse_sizes([entry["begin"]])
     return Chunk(offsets, sizes, file, str(entry["key"]), begin)
 
 
 def _parse_sizes(values: Sequence[Any]) -> tuple[int, ...]:
-    if any(not isinstance(value, int) or isinstance(value, bool) or value < 0 for value in values):
-        raise ValueError(f"{values!r} must be whole numbers from 0")
+    for value in values:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{values!r} must be whole numbers from 0")
     return tuple(values)
 
 
 def _wrong_manifest(path: str, what: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is no manifest of a checkpoint that ddiff wrote: {what}. Nothing was read by it. "
-        "Restore the checkpoint from a copy, delete its directory to resume from an earlier one, or "
-        "start over with --fresh."
+        "Restore the checkpoint from a copy, delete its directory to resume from an earlier one, "
+        "or start over with --fresh."
     )
 
 
@@ -172,13 +187,17 @@ def _wrong_manifest(path: str, what: str) -> CheckpointError:
 
 
 def write_tensors(
-    file: Writable, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    file: Writable,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write contiguous CPU tensors as a safetensors file, one after the other, without a copy."""
+    """Write contiguous CPU tensors as a safetensors file, one by one, without a copy."""
     header = _build_header(tensors, metadata)
     file.write(len(header).to_bytes(8, "little") + header)
     for name in _file_order(tensors):
-        file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        # Over uint8, since NumPy has no bfloat16; reshape(-1) because a 0-dim tensor has no view.
+        flat = tensors[name].reshape(-1).view(torch.uint8)
+        file.write(flat.numpy().data)
 
 
 def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -203,7 +222,8 @@ def _build_header(
         }
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
+    padding = b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8 bytes
+    return text + padding
 
 
 def _begin_of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -231,7 +251,8 @@ def deduplicate(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         # The storage object, not its address: all empty storages have the address 0.
         storage = local.untyped_storage()._cdata
-        key = (storage, local.storage_offset(), tensor.shape, local.stride(), tensor.dtype)
+        layout = (local.storage_offset(), tensor.shape, local.stride())
+        key = (storage, *layout, tensor.dtype)
         if tensor.numel() and key in names:
             aliases[name] = names[key]
             continue
@@ -314,23 +335,23 @@ class _StagingWriter(StorageWriter):
             self.staged.files.setdefault(file, {})[key] = copy_to_cpu(tensor)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies are under way; training may change the originals
-        begins = {file: _begin_of_tensors(tensors) for file, tensors in self.staged.files.items()}
+        begins: dict[str, dict[str, int]] = {}
+        for file, tensors in self.staged.files.items():
+            begins[file] = _begin_of_tensors(tensors)
+        results: list[WriteResult] = []
+        for index, (file, key) in places.items():
+            results.append(WriteResult(index, 0, (file, key, begins[file][key])))
         future: Future[list[WriteResult]] = Future()
-        future.set_result(
-            [
-                WriteResult(index, 0, (file, key, begins[file][key]))
-                for index, (file, key) in places.items()
-            ]
-        )
+        future.set_result(results)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         # (name, offsets) -> (file, key, begin)
-        places = {
-            (result.index.fqn, tuple(result.index.offset or ())): result.storage_data
-            for of_rank in results
-            for result in of_rank
-        }
+        places: dict[tuple[str, tuple[int, ...]], Any] = {}
+        for of_rank in results:
+            for result in of_rank:
+                offsets = tuple(result.index.offset or ())
+                places[result.index.fqn, offsets] = result.storage_data
         manifest: Manifest = {}
         for name, tensor in metadata.state_dict_metadata.items():
             if not isinstance(tensor, TensorStorageMetadata):
@@ -338,7 +359,8 @@ class _StagingWriter(StorageWriter):
             chunks = []
             for chunk in tensor.chunks:
                 offsets = tuple(chunk.offsets)
-                chunks.append(Chunk(offsets, tuple(chunk.sizes), *places[name, offsets]))
+                file, key, begin = places[name, offsets]
+                chunks.append(Chunk(offsets, tuple(chunk.sizes), file, key, begin))
             manifest[name] = StoredTensor(
                 tensor.properties.dtype, tuple(tensor.size), tuple(chunks)
             )
@@ -375,7 +397,11 @@ def copy_to_cpu(tensor: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------ loading
 
 
-def read_tensors(targets: Mapping[str, Tensor], manifest: Manifest, folder: AtomicFolder) -> None:
+def read_tensors(
+    targets: Mapping[str, Tensor],
+    manifest: Manifest,
+    folder: AtomicFolder,
+) -> None:
     """Read stored tensors into targets of the same names and sizes.
 
     Each rank reads what its shards need.
@@ -402,7 +428,8 @@ class _ManifestReader(StorageReader):
             boxes = []
             for chunk in stored.chunks:
                 self._chunks[name, chunk.offsets] = chunk
-                offsets, sizes = torch.Size(chunk.offsets), torch.Size(chunk.sizes)
+                offsets = torch.Size(chunk.offsets)
+                sizes = torch.Size(chunk.sizes)
                 boxes.append(ChunkStorageMetadata(offsets, sizes))
             properties = TensorProperties(dtype=stored.dtype)
             tensors[name] = TensorStorageMetadata(properties, torch.Size(stored.size), boxes)
@@ -430,7 +457,8 @@ class _ManifestReader(StorageReader):
         wanted: dict[str, dict[int, list[ReadItem]]] = {}
         for item in plan.items:
             chunk = self._chunk(item)
-            wanted.setdefault(chunk.file, {}).setdefault(chunk.begin, []).append(item)
+            by_begin = wanted.setdefault(chunk.file, {})
+            by_begin.setdefault(chunk.begin, []).append(item)
         for file, by_begin in sorted(wanted.items()):
             self._read_file(file, by_begin, planner)
         future: Future[None] = Future()
@@ -438,7 +466,10 @@ class _ManifestReader(StorageReader):
         return future
 
     def _read_file(
-        self, file: str, by_begin: Mapping[int, Sequence[ReadItem]], planner: LoadPlanner
+        self,
+        file: str,
+        by_begin: Mapping[int, Sequence[ReadItem]],
+        planner: LoadPlanner,
     ) -> None:
         groups = []
         ranges = []
@@ -458,14 +489,22 @@ class _ManifestReader(StorageReader):
         return False
 
     def _chunk(self, item: ReadItem) -> Chunk:
-        return self._chunks[item.storage_index.fqn, tuple(item.storage_index.offset or ())]
+        index = item.storage_index
+        return self._chunks[index.fqn, tuple(index.offset or ())]
 
     def _num_bytes(self, item: ReadItem) -> int:
-        return math.prod(self._chunk(item).sizes) * self._dtypes[item.storage_index.fqn].itemsize
+        dtype = self._dtypes[item.storage_index.fqn]
+        return math.prod(self._chunk(item).sizes) * dtype.itemsize
 
-    def _copy(self, item: ReadItem, data: bytearray, planner: LoadPlanner) -> None:
+    def _copy(
+        self,
+        item: ReadItem,
+        data: bytearray,
+        planner: LoadPlanner,
+    ) -> None:
         dtype = self._dtypes[item.storage_index.fqn]
         box = torch.frombuffer(data, dtype=dtype).reshape(self._chunk(item).sizes)
+        # A shard may need only a part of the box.
         for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths)):
             box = box.narrow(dim, start, length)
         target = planner.resolve_tensor(item).detach()
@@ -479,14 +518,17 @@ def allocate_like(stored: Mapping[str, StoredTensor], like: Sequence[Tensor]) ->
     A floating-point tensor with the size of a DTensor in `like` is sharded as that one; any other
     is a plain CPU tensor.
     """
-    sharded = {tuple(tensor.shape): tensor for tensor in like if isinstance(tensor, DTensor)}
+    sharded: dict[tuple[int, ...], Tensor] = {}
+    for tensor in like:
+        if isinstance(tensor, DTensor):
+            sharded[tuple(tensor.shape)] = tensor
     targets: dict[str, Tensor] = {}
-    for name, tensor in stored.items():
-        if tensor.dtype.is_floating_point and tensor.size in sharded:
-            pattern = sharded[tensor.size]
-            targets[name] = torch.empty_like(pattern, dtype=tensor.dtype, requires_grad=False)
+    for name, saved in stored.items():
+        if saved.dtype.is_floating_point and saved.size in sharded:
+            pattern = sharded[saved.size]
+            targets[name] = torch.empty_like(pattern, dtype=saved.dtype, requires_grad=False)
         else:
-            targets[name] = tensor.allocate()
+            targets[name] = saved.allocate()
     return targets
 
 

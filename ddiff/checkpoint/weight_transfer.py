@@ -1,9 +1,9 @@
 """Fine-tuning: initialize a run with the weights of another run.
 
-Tensors that do not depend on the vocabulary are taken as they are. If the vocabulary is another tree
-over the same tokens, tables of states and tokens are transferred token by token: an embedding of a
-node is the mean of its tokens, that of the mask is the old mask. A head whose rows have another
-meaning keeps its fresh weights.
+Tensors that do not depend on the vocabulary are taken as they are. If the vocabulary is another
+tree over the same tokens, tables of states and tokens are transferred token by token: an embedding
+of a node is the mean of its tokens, that of the mask is the old mask. A head whose rows have
+another meaning keeps its fresh weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Parts = Literal["all", "embeddings"]
 
 
 class TrainedWeights(NamedTuple):
-    """Weights of a trained run by name, with its vocabulary and head; `place` names it in errors."""
+    """Weights of a trained run by name, its vocabulary and its head; `place` is for messages."""
 
     place: str
     weights: Mapping[str, Tensor]
@@ -75,16 +75,25 @@ def transfer_weights(
     if parts == "all":
         if is_same and _is_same_head(denoiser.head, source.head):
             _check_shapes(own, source, head)
-            weights |= {name: source.weights[name].to(own[name]) for name in head}
+            for name in head:
+                weights[name] = source.weights[name].to(own[name])
         elif _has_token_rows(source.head) and isinstance(denoiser.head, TokenHead | TreeHead):
             by_token |= _transfer_head(denoiser.head, source)
-    fresh = [name for name in own if name not in weights and name not in by_token]
-    return TransferredWeights({**own, **weights, **by_token}, list(weights), list(by_token), fresh)
+    transferred = weights | by_token
+    return TransferredWeights(
+        weights=own | transferred,
+        whole=list(weights),
+        by_token=list(by_token),
+        fresh=[name for name in own if name not in transferred],
+    )
 
 
 def _find_state_embeddings(denoiser: Denoiser) -> list[str]:
-    modules = denoiser.backbone.named_modules(prefix="backbone")
-    return [f"{name}.weight" for name, module in modules if isinstance(module, StateEmbedding)]
+    names: list[str] = []
+    for name, module in denoiser.backbone.named_modules(prefix="backbone"):
+        if isinstance(module, StateEmbedding):
+            names.append(f"{name}.weight")
+    return names
 
 
 def _check_shapes(
@@ -104,15 +113,21 @@ def _check_shapes(
             continue
         theirs = source.weights[name].shape
         mine = own[name].shape
-        is_same = theirs[1:] == mine[1:] if name in states else theirs == mine
-        if not is_same:
+        if name in states:  # one row per state, so their number may differ
+            theirs_compared, mine_compared = theirs[1:], mine[1:]
+        else:
+            theirs_compared, mine_compared = theirs, mine
+        if theirs_compared != mine_compared:
             faults.append(f"{name} has shape {list(theirs)} there and {list(mine)} here")
     _raise_faults(faults, source)
 
 
 def _check_nothing_else(own: Mapping[str, Tensor], source: TrainedWeights) -> None:
-    others = [name for name in source.weights if name not in own and not name.startswith("head.")]
-    _raise_faults([f"{name} has no place here" for name in others], source)
+    faults: list[str] = []
+    for name in source.weights:
+        if name not in own and not name.startswith("head."):
+            faults.append(f"{name} has no place here")
+    _raise_faults(faults, source)
 
 
 def _raise_faults(faults: list[str], source: TrainedWeights) -> None:
@@ -129,8 +144,10 @@ def _average_tokens(rows: Tensor, vocabulary: Vocabulary, level: int) -> Tensor:
     """Average rows [V,d] over the tokens of each node of a level: [n_l,d]."""
     tokens = torch.arange(vocabulary.num_tokens)
     index = vocabulary.ancestor(tokens, level) - vocabulary.offsets[level]
-    sums = rows.new_zeros(vocabulary.level_sizes[level], rows.shape[1]).index_add(0, index, rows)
-    return sums / torch.bincount(index, minlength=len(sums)).unsqueeze(-1).to(rows)
+    size = vocabulary.level_sizes[level]
+    sums = rows.new_zeros(size, rows.shape[1]).index_add(0, index, rows)
+    counts = torch.bincount(index, minlength=size)
+    return sums / counts.unsqueeze(-1).to(rows)
 
 
 def _transfer_states(theirs: Tensor, old: Vocabulary, new: Vocabulary) -> Tensor:
@@ -162,6 +179,7 @@ def _transfer_head(mine: TokenHead | TreeHead, source: TrainedWeights) -> dict[s
     A node's row is the mean over its tokens; its bias is the log of the sum of their exponentials.
     The distribution over the tokens of a node of the lowest level then is that of the old head.
     """
+    # Rows of the old head in the order of the tokens' ids.
     tokens = torch.argsort(_row_order(source.head, 0))
     table = source.weights["head.table"][tokens]
     bias = source.weights["head.bias"][tokens]
@@ -178,6 +196,7 @@ def _transfer_head(mine: TokenHead | TreeHead, source: TrainedWeights) -> dict[s
 def _row_order(head: Head, level: int) -> Tensor:
     """Return which node of a level each row of the head's table belongs to: [n_l], from 0."""
     vocabulary = head.vocabulary
+    # A tree head stores the nodes of a subtree next to one another.
     if isinstance(head, TreeHead):
         return vocabulary.order(level) - vocabulary.offsets[level]
     return torch.arange(vocabulary.num_tokens)
@@ -187,4 +206,5 @@ def _logsumexp_tokens(values: Tensor, vocabulary: Vocabulary, level: int) -> Ten
     """Compute the log of the sum of exp(values [V]) over the tokens of each node: [n_l]."""
     tokens = torch.arange(vocabulary.num_tokens)
     index = vocabulary.ancestor(tokens, level) - vocabulary.offsets[level]
-    return segment_logsumexp(values.unsqueeze(0), index, vocabulary.level_sizes[level]).squeeze(0)
+    size = vocabulary.level_sizes[level]
+    return segment_logsumexp(values.unsqueeze(0), index, size).squeeze(0)

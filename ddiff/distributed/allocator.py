@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
     """Make glibc keep freed blocks of up to 32 MB, and a gigabyte in all; return whether it does.
 
     A step on a CPU allocates the same chunks again and again, and glibc maps large ones again each
-    time: a quarter of a step of masked diffusion at V = 50257 went into page faults. Nothing changes
-    with another C library, or if the user has set MALLOC_MMAP_THRESHOLD_.
+    time: a quarter of a step of masked diffusion at V = 50257 went into page faults. Nothing
+    changes with another C library, or if the user has set MALLOC_MMAP_THRESHOLD_.
     """
     if "MALLOC_MMAP_THRESHOLD_" in os.environ or os.name != "posix":
         return False

@@ -1,4 +1,4 @@
-"""Blocks of a backbone: layers of one shape that are sharded, compiled and recomputed one by one."""
+"""Blocks of a backbone, which are sharded, compiled and recomputed one by one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Data-parallel backends: each process takes its share of each global batch.
 
 Losses are shares of one sum over global counts, so gradients are summed over the ranks and not
-averaged. What a step computes does not depend on the number of processes, up to the rounding of sums
-in another order.
+averaged. What a step computes does not depend on the number of processes, up to the rounding of
+sums in another order.
 """
 
 from __future__ import annotations
@@ -163,7 +163,10 @@ class ShardedBackend(_RankBackend):
     """
 
     def __init__(
-        self, device: str = "auto", processes: int = 1, precision: torch.dtype | None = None
+        self,
+        device: str = "auto",
+        processes: int = 1,
+        precision: torch.dtype | None = None,
     ) -> None:
         super().__init__(device, processes)
         self.precision = precision

@@ -25,7 +25,11 @@ def build_context(batch: Batch) -> Context:
     return Context(valid, document, batch.conditions)
 
 
-def drop_conditions(context: Context, dropout: Mapping[str, float], rng: CounterRng) -> Context:
+def drop_conditions(
+    context: Context,
+    dropout: Mapping[str, float],
+    rng: CounterRng,
+) -> Context:
     """Mark each condition absent in a random share `dropout[name]` of the samples.
 
     The network then also learns the distribution without the condition, which classifier-free
@@ -34,6 +38,7 @@ def drop_conditions(context: Context, dropout: Mapping[str, float], rng: Counter
     conditions = dict(context.conditions)
     for name, share in dropout.items():
         if name in conditions and share > 0:
+            # A sample keeps its condition whole or not at all, also where it has one per position.
             dropped = rng.uniform(f"condition.{name}")[:, 0] < share
             conditions[name] = mark_absent(conditions[name], dropped)
     return context._replace(conditions=conditions)
@@ -42,5 +47,5 @@ def drop_conditions(context: Context, dropout: Mapping[str, float], rng: Counter
 def mark_absent(condition: Tensor, dropped: Tensor) -> Tensor:
     """Mark a condition absent in the samples `dropped` [B] bool: labels become -1, vectors NaN."""
     absent = torch.nan if condition.is_floating_point() else -1
-    per_sample = dropped.reshape(-1, *(1,) * (condition.dim() - 1))
-    return condition.masked_fill(per_sample, absent)
+    ones = [1] * (condition.dim() - 1)  # to broadcast over what follows the batch dimension
+    return condition.masked_fill(dropped.reshape(-1, *ones), absent)

@@ -24,7 +24,8 @@ def to_device(parts: Any, device: torch.device) -> Any:
             return parts.pin_memory().to(device, non_blocking=True)
         return parts.to(device)
     if isinstance(parts, dict):
-        return type(parts)((name, to_device(value, device)) for name, value in parts.items())
+        copies = {name: to_device(value, device) for name, value in parts.items()}
+        return type(parts)(copies)
     if isinstance(parts, tuple):
         moved = [to_device(value, device) for value in parts]
         # A NamedTuple takes its fields one by one.

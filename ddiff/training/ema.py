@@ -28,18 +28,23 @@ class ExponentialMovingAverage:
                 f"ExponentialMovingAverage: decay must be in (0, 1), such as 0.9999; got {decay}."
             )
         self.decay = decay
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.weights = {name: _widen(p.detach()).clone() for name, p in self._parameters.items()}
+        self._parameters: dict[str, nn.Parameter] = {}
+        self.weights: dict[str, Tensor] = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                self._parameters[name] = parameter
+                self.weights[name] = _widen(parameter.detach()).clone()
         # The count lives on the device, since it is decided there whether a step was taken.
         device = next(iter(self._parameters.values())).device
         self.updates = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
-        """Average the current parameters in, unless `finite` (0-d bool) says the step was skipped."""
+        """Average the current parameters in, unless the step was skipped: `finite` (0-d bool)."""
         taken = finite.to(torch.float64)
-        decay = ((1.0 + self.updates) / (10.0 + self.updates)).clamp(max=self.decay)
-        share = taken * (1.0 - decay)
+        ramp = (1.0 + self.updates) / (10.0 + self.updates)
+        # A factor of 0 and no branch: whether the step was taken is known on the device only.
+        share = taken * (1.0 - ramp.clamp(max=self.decay))
         self.updates += taken
         for name, average in self.weights.items():
             own = to_local(average)
@@ -48,9 +53,11 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def apply(self) -> Iterator[None]:
-        """Evaluate with the averages: the module has them inside the block, its own bits after it."""
-        own = {name: to_local(p.detach()).clone() for name, p in self._parameters.items()}
-        self._copy_to_module({name: to_local(average) for name, average in self.weights.items()})
+        """Give the module the averages inside the block, and its own bits back after it."""
+        own: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            own[name] = to_local(parameter.detach()).clone()
+        self._copy_to_module(self.weights)
         try:
             yield
         finally:
@@ -59,7 +66,7 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def _copy_to_module(self, weights: Mapping[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
-            to_local(parameter).copy_(weights[name])
+            to_local(parameter).copy_(to_local(weights[name]))
 
     def to_tree(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
@@ -69,10 +76,10 @@ class ExponentialMovingAverage:
     def load_tree(self, tree: dict[str, Any]) -> None:
         """Load what `to_tree` returned; CheckpointError if it is the average of another model."""
         if tree["weights"].keys() != self.weights.keys():
-            differing = sorted(tree["weights"].keys() ^ self.weights.keys())[:3]
+            differing = sorted(tree["weights"].keys() ^ self.weights.keys())
             raise CheckpointError(
                 "The moving average in the checkpoint is of another model: "
-                f"{', '.join(differing)} differ."
+                f"{', '.join(differing[:3])} differ."
             )
         self.updates.copy_(tree["updates"])
         for name, average in self.weights.items():
@@ -80,4 +87,6 @@ class ExponentialMovingAverage:
 
 
 def _widen(weight: Tensor) -> Tensor:
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+    # In bfloat16 an update of 1e-4 would be rounded away.
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(dtype)

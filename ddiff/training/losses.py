@@ -26,17 +26,33 @@ class TrainingLoss(Generic[Process]):
     name: str | None = None
     """If set, the mean of the loss is logged as `loss_{name}_nats_per_token`."""
 
-    def weight(self, process: Process, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def weight(
+        self,
+        process: Process,
+        x0: Tensor,
+        zt: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """Return the weights [r], per unit of a row's own time; called once for all rows."""
         return process.weight(x0, zt, t)
 
     def divergence(
-        self, process: Process, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor
+        self,
+        process: Process,
+        prediction: Prediction,
+        x0: Tensor,
+        zt: Tensor,
+        t: Tensor,
     ) -> Tensor:
         """Return the divergences [r] in nats; called for each chunk of rows."""
         return process.divergence(prediction, x0, zt, t)
 
-    def select_rows(self, process: Process, noisy: Noisy, times: Times) -> Tensor:
+    def select_rows(
+        self,
+        process: Process,
+        noisy: Noisy,
+        times: Times,
+    ) -> Tensor:
         """Select other rows than those that the bound charges: bool [B,L].
 
         A row without a speed (times.speed = 0) counts with speed 1.
@@ -77,5 +93,11 @@ class ClippedLoss(TrainingLoss[ForwardProcess]):
         self.smallest = smallest
         self.largest = largest
 
-    def weight(self, process: ForwardProcess, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def weight(
+        self,
+        process: ForwardProcess,
+        x0: Tensor,
+        zt: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         return process.weight(x0, zt, t).clamp(self.smallest, self.largest)

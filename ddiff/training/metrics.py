@@ -58,10 +58,13 @@ def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
     if taken:
         figures["train_loss"] = sum(record.loss for record in taken) / len(taken)
         figures["grad_norm"] = sum(record.grad_norm for record in taken) / len(taken)
-    for name in dict.fromkeys(name for record in taken for name in record.metrics):
+    names = dict.fromkeys(name for record in taken for name in record.metrics)  # in order
+    for name in names:
         pairs = [record.metrics[name] for record in taken if name in record.metrics]
-        if count := sum(pair[1] for pair in pairs):
-            figures[name] = sum(pair[0] for pair in pairs) / count
+        total = sum(pair[0] for pair in pairs)
+        count = sum(pair[1] for pair in pairs)
+        if count:
+            figures[name] = total / count
     tokens = sum(record.tokens for record in records)
     seconds = sum(record.seconds for record in records)
     figures["lr_multiplier"] = records[-1].lr_multiplier
@@ -86,9 +89,10 @@ class MetricsFile:
         self._file = self._fs.open(self.path, "ab")
 
     def append(self, record: StepRecord, validation: Mapping[str, float] = {}) -> None:
-        """Write the line of a step, with the figures of an evaluation after it, if there was one."""
-        line = {"step": record.step} | summarize([record]) | dict(validation)
-        self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())
+        """Write the line of a step, with the figures of an evaluation after it, if any."""
+        figures = {"step": record.step} | summarize([record]) | dict(validation)
+        line = json.dumps(figures, allow_nan=False) + "\n"
+        self._file.write(line.encode())
         self._file.flush()
 
     def close(self) -> None:
@@ -101,7 +105,11 @@ def check_metrics(run_dir: str | os.PathLike[str], start: int) -> None:
     _read_lines(fs, f"{root}/{FILE}", start)
 
 
-def _read_lines(fs: Any, path: str, start: int) -> list[bytes]:
+def _read_lines(
+    fs: Any,
+    path: str,
+    start: int,
+) -> list[bytes]:
     """Read the lines of the first `start` steps; CheckpointError if one is missing or damaged."""
     lines: list[bytes] = []
     try:

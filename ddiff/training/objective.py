@@ -84,7 +84,11 @@ class DiffusionObjective:
         return {"tokens": batch.scored.sum()}
 
     def __call__(
-        self, batch: Batch, rng: CounterRng, denominators: Mapping[str, Tensor], slots: int
+        self,
+        batch: Batch,
+        rng: CounterRng,
+        denominators: Mapping[str, Tensor],
+        slots: int,
     ) -> LossTerms:
         """Return (sum of the rows' losses) / (tokens of the global batch), in nats per token."""
         process = self.process
@@ -106,12 +110,18 @@ class DiffusionObjective:
             metrics[f"loss_{self.loss.name}_nats_per_token"] = (total, batch.scored.sum())
         return LossTerms(loss, metrics)
 
-    def _draw(self, batch: Batch, rng: CounterRng, slots: int) -> _Rows:
+    def _draw(
+        self,
+        batch: Batch,
+        rng: CounterRng,
+        slots: int,
+    ) -> _Rows:
         """Draw times and noisy states of a batch and select the rows that are read."""
         process = self.process
         times, decodes = self._draw_times(batch, rng, slots)
         noisy = corrupt(process, batch.ids, times, batch.scored, rng, "diffusion")
-        charged = (times.speed > 0) & ~noisy.clean & (process.active(noisy.zt) | decodes)
+        can_change = process.active(noisy.zt) | decodes
+        charged = (times.speed > 0) & ~noisy.clean & can_change
         selected = charged
         if self.loss.has_own_rows:
             selected = self.loss.select_rows(process, noisy, times) & batch.scored
@@ -122,8 +132,9 @@ class DiffusionObjective:
         speed = _take(times.speed, rows)
         is_decoded = _take(decodes, rows)
         exact = process.weight(x0, zt, t)
-        # The weight of the bound is not computed twice.
-        weight = exact if isinstance(self.loss, ElboLoss) else self.loss.weight(process, x0, zt, t)
+        weight = exact
+        if not isinstance(self.loss, ElboLoss):  # whose weight is not computed twice
+            weight = self.loss.weight(process, x0, zt, t)
         bound_weight = torch.where(_take(charged, rows), speed * exact, 0.0)
         loss_weight = torch.where(speed > 0, speed, 1.0) * weight
         if self.decoding_share == 0.0:
@@ -133,7 +144,12 @@ class DiffusionObjective:
         loss_weight = torch.where(is_decoded, speed, loss_weight)
         return _Rows(noisy, rows, x0, zt, t, bound_weight, loss_weight, is_decoded)
 
-    def _draw_times(self, batch: Batch, rng: CounterRng, slots: int) -> tuple[Times, Tensor]:
+    def _draw_times(
+        self,
+        batch: Batch,
+        rng: CounterRng,
+        slots: int,
+    ) -> tuple[Times, Tensor]:
         """Draw the times of a batch; also return [B,L] bool, the positions of the decoding term."""
         share = self.decoding_share
         clock = self.process.information_time
@@ -158,11 +174,14 @@ class DiffusionObjective:
         weight = drawn.loss_weight / tokens
 
         def question(dist: CleanDistribution, idx: Tensor) -> tuple[Tensor, ...]:
-            chunk = (drawn.x0[idx], drawn.zt[idx], drawn.t[idx])
-            loss, divergence = self._divergences(dist, chunk)
+            x0 = drawn.x0[idx]
+            zt = drawn.zt[idx]
+            t = drawn.t[idx]
+            loss, divergence = self._divergences(dist, x0, zt, t)
             if drawn.is_decoded is not None:
                 is_decoded = drawn.is_decoded[idx]
-                loss = torch.where(is_decoded, process.decode_nll(dist, *chunk), loss)
+                decode_nll = process.decode_nll(dist, x0, zt, t)
+                loss = torch.where(is_decoded, decode_nll, loss)
                 # Only the diffusion term is reported.
                 divergence = torch.where(is_decoded, 0.0, divergence)
             return weight[idx] * loss, drawn.bound_weight[idx] * divergence
@@ -170,16 +189,20 @@ class DiffusionObjective:
         return cast(Question, question)
 
     def _divergences(
-        self, dist: CleanDistribution, chunk: tuple[Tensor, Tensor, Tensor]
+        self,
+        dist: CleanDistribution,
+        x0: Tensor,
+        zt: Tensor,
+        t: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return the divergence of the loss with its graph and that of the bound without one."""
         if not self.loss.has_own_divergence:
-            divergence = self.process.divergence(dist, *chunk)
+            divergence = self.process.divergence(dist, x0, zt, t)
             return divergence, divergence.detach()
         # The loss comes first: a distribution caches what it computes, and the cache needs a graph.
-        loss = self.loss.divergence(self.process, dist, *chunk)
+        loss = self.loss.divergence(self.process, dist, x0, zt, t)
         with torch.no_grad():
-            return loss, self.process.divergence(dist, *chunk)
+            return loss, self.process.divergence(dist, x0, zt, t)
 
     def _metrics(
         self, density: Tensor, zt: Tensor, batch: Batch
@@ -190,7 +213,8 @@ class DiffusionObjective:
         if vocabulary.num_levels > 1:
             level = vocabulary.level_of(zt)
             for l in range(1, vocabulary.num_levels + 1):
-                metrics[f"nelbo_level{l}_nats_per_token"] = ((density * (level == l)).sum(), count)
+                total = (density * (level == l)).sum()
+                metrics[f"nelbo_level{l}_nats_per_token"] = (total, count)
         return metrics
 
     def network(self, batch: Batch) -> Network:
@@ -198,12 +222,21 @@ class DiffusionObjective:
         return as_network(self.denoiser, self.process, build_context(batch))
 
     def nll(
-        self, batch: Batch, rng: CounterRng, slot: Tensor, slots: int | Tensor, times: TimeRule
+        self,
+        batch: Batch,
+        rng: CounterRng,
+        slot: Tensor,
+        slots: int | Tensor,
+        times: TimeRule,
     ) -> Likelihood:
-        """Draw the bound once for every position of the batch: unbiased, without training weights."""
+        """Draw the bound once for every position of the batch, without training weights."""
         network = self.network(batch)
         terms = nelbo(self.process, network, batch.ids, batch.scored, times, rng, slot, slots)
-        named = {"closing": terms.closing, "diffusion": terms.diffusion, "decoding": terms.decoding}
+        named = {
+            "closing": terms.closing,
+            "diffusion": terms.diffusion,
+            "decoding": terms.decoding,
+        }
         return Likelihood(named, self._by_level(terms))
 
     def _by_level(self, terms: NelboTerms) -> dict[str, Tensor]:
@@ -222,14 +255,20 @@ def _take(values: Tensor, rows: Tensor) -> Tensor:
     return values.reshape(-1)[rows]
 
 
-def _merge_times(chosen: Tensor, first: Times, times: Times, share: float) -> Times:
+def _merge_times(
+    chosen: Tensor,
+    first: Times,
+    times: Times,
+    share: float,
+) -> Times:
     """Take the times of the sequences `chosen` [B,1] from `first`, all others from `times`.
 
     The speeds are divided by the share of each kind, so that each kind counts for all sequences.
     """
+    speed = torch.where(chosen, first.speed / share, times.speed / (1.0 - share))
     return Times(
         torch.where(chosen, first.t, times.t),
-        torch.where(chosen, first.speed / share, times.speed / (1.0 - share)),
+        speed,
         torch.where(chosen, first.clean, times.clean),
         _choose(chosen, first.at_prior, times.at_prior),
         _choose(chosen, first.block, times.block),

@@ -1,7 +1,7 @@
 """AdamW, and Muon for hidden matrices with AdamW for the rest.
 
-A hidden matrix maps hidden units to hidden units: a 2-D parameter that is not a table. A table has a
-row per symbol or node: the weight of an `nn.Embedding`, a parameter with the attribute
+A hidden matrix maps hidden units to hidden units: a 2-D parameter that is not a table. A table has
+a row per symbol or node: the weight of an `nn.Embedding`, a parameter with the attribute
 `is_table = True`, or any parameter inside a module with that attribute (heads have it).
 Orthogonalized updates suit hidden matrices. The rows of a table are used with very different
 frequencies, which Adam's scale per entry suits.
@@ -10,7 +10,7 @@ frequencies, which Adam's scale per entry suits.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, final
 
 import torch
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from ddiff.training.protocols import ConditionalOptimizer, Optimizer
 
 Betas = tuple[float, float]
+Parameters = dict[str, nn.Parameter]
 Decay = Literal["matrices", "all"]
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor, any other tensor as it is; both share memory with it."""
+    """Return this rank's shard of a DTensor (sharing its memory), any other tensor as it is."""
     return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -50,7 +51,7 @@ def step_if(finite: Tensor, optimizer: Optimizer) -> None:
         optimizer.step()
 
 
-def split_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+def split_parameters(module: nn.Module) -> tuple[Parameters, Parameters]:
     """Split the trained parameters into (hidden matrices, all others), by name.
 
     A parameter that is tied to a table is a table.
@@ -59,14 +60,16 @@ def split_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[s
     for owner in module.modules():
         if isinstance(owner, nn.Embedding) or _is_marked(owner):
             tables |= {id(parameter) for parameter in owner.parameters()}
-    hidden: dict[str, nn.Parameter] = {}
-    others: dict[str, nn.Parameter] = {}
+    hidden: Parameters = {}
+    others: Parameters = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         is_table = id(parameter) in tables or _is_marked(parameter)
-        group = hidden if parameter.ndim == 2 and not is_table else others
-        group[name] = parameter
+        if parameter.ndim == 2 and not is_table:
+            hidden[name] = parameter
+        else:
+            others[name] = parameter
     return hidden, others
 
 
@@ -85,8 +88,10 @@ def adamw(
 ) -> torch.optim.AdamW:
     """Build AdamW (arXiv 1711.05101); `decay`: which parameters decay, hidden matrices or all."""
     hidden, others = split_parameters(module)
-    groups = [_group(hidden, weight_decay), _group(others, weight_decay if decay == "all" else 0.0)]
-    return _adamw([group for group in groups if group["params"]], lr, betas, eps)
+    other_decay = weight_decay if decay == "all" else 0.0
+    groups = [_group(hidden, weight_decay), _group(others, other_decay)]
+    filled = [group for group in groups if group["params"]]
+    return _adamw(filled, lr, betas, eps)
 
 
 def muon(
@@ -127,7 +132,10 @@ def _group(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> dict[
 
 
 def _adamw(
-    groups: Iterable[dict[str, Any]], lr: float, betas: Betas, eps: float = 1e-8
+    groups: Iterable[dict[str, Any]],
+    lr: float,
+    betas: Betas,
+    eps: float = 1e-8,
 ) -> torch.optim.AdamW:
     # For 2.4 M parameters on one core the fused kernel took 1.8 ms, the loop 12 ms.
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
@@ -152,10 +160,9 @@ class Muon(torch.optim.Muon):
         super().__init__(params, **settings)
         self.precision = precision
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         device = self.param_groups[0]["params"][0].device
         self.step_if(torch.ones((), dtype=torch.bool, device=device))
-        return None
 
     @torch.no_grad()
     def step_if(self, finite: Tensor) -> None:
@@ -165,7 +172,13 @@ class Muon(torch.optim.Muon):
             for turn, parameter in enumerate(trained):
                 self._update(parameter, group, turn, finite)
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], turn: int, finite: Tensor) -> None:
+    def _update(
+        self,
+        parameter: Tensor,
+        group: dict[str, Any],
+        turn: int,
+        finite: Tensor,
+    ) -> None:
         assert parameter.grad is not None
         state = self.state[parameter]
         if "momentum_buffer" not in state:
@@ -176,15 +189,23 @@ class Muon(torch.optim.Muon):
         # A skipped step multiplies by 0 what it adds; a gradient of NaN or infinity would stay NaN.
         taken = finite.to(gradient.dtype)
         gradient = torch.where(finite, gradient, 0.0)
-        average.lerp_(gradient, (taken * (1.0 - group["momentum"])).to(average.dtype))
-        direction = gradient.lerp(average, group["momentum"]) if group["nesterov"] else average
+        share = taken * (1.0 - group["momentum"])
+        average.lerp_(gradient, share.to(average.dtype))
+        direction = average
+        if group["nesterov"]:
+            direction = gradient.lerp(average, group["momentum"])
         weights.mul_(1.0 - taken * group["lr"] * group["weight_decay"])
         update = self._orthogonalize(direction, parameter, group, turn)
         rows, columns = parameter.shape
-        weights.sub_(update.mul_(taken * group["lr"] * max(1.0, rows / columns) ** 0.5))
+        scale = taken * group["lr"] * max(1.0, rows / columns) ** 0.5
+        weights.sub_(update.mul_(scale))
 
     def _orthogonalize(
-        self, direction: Tensor, parameter: Tensor, group: dict[str, Any], turn: int
+        self,
+        direction: Tensor,
+        parameter: Tensor,
+        group: dict[str, Any],
+        turn: int,
     ) -> Tensor:
         """Orthogonalize a matrix of which `direction` is this rank's shard; return the same shard.
 
@@ -206,10 +227,14 @@ class Muon(torch.optim.Muon):
         else:
             whole = torch.empty_like(whole)
         dist.broadcast(whole, group=mesh.get_group(), group_src=owner)
-        return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local().clone()
+        # Every rank has the whole matrix now and takes its shard, without communication.
+        shards = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        return shards.to_local().clone()
 
     def _orthogonalize_whole(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
-        dtype = self.precision or (matrix.dtype if matrix.device.type == "cpu" else torch.bfloat16)
+        dtype = self.precision
+        if dtype is None:
+            dtype = matrix.dtype if matrix.device.type == "cpu" else torch.bfloat16
         update = orthogonalize(
             matrix.to(dtype), group["ns_coefficients"], group["ns_steps"], group["eps"]
         )
@@ -217,7 +242,10 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalize(
-    matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+    matrix: Tensor,
+    coefficients: tuple[float, float, float],
+    steps: int,
+    eps: float,
 ) -> Tensor:
     """Replace the singular values of a matrix by values near 1, by Newton-Schulz iterations.
 
@@ -230,7 +258,8 @@ def orthogonalize(
     x = x / x.norm().clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, polynomial, x, beta=a)
     return x if is_wide else x.T
 
 

@@ -46,7 +46,11 @@ class Objective(Protocol):
         ...
 
     def __call__(
-        self, batch: Batch, rng: CounterRng, denominators: Mapping[str, Tensor], slots: int
+        self,
+        batch: Batch,
+        rng: CounterRng,
+        denominators: Mapping[str, Tensor],
+        slots: int,
     ) -> LossTerms:
         """Compute the loss of a micro-batch.
 

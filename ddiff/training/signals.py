@@ -38,7 +38,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def to_counts(self) -> Tensor:
-        """Encode the signal as counts of SIGINT and SIGTERM, [2] float64, to be summed over ranks."""
+        """Return counts of SIGINT and SIGTERM, [2] float64, to be summed over the ranks."""
         received = [float(self.signal == number) for number in SIGNALS]
         return torch.tensor(received, dtype=torch.float64)
 

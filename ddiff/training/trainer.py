@@ -56,7 +56,8 @@ MOST_SKIPPED_IN_A_ROW = 20
 class TrainingSummary:
     """How `fit` ended: `step` of `steps` are done; `seconds` and `tokens` count this process only.
 
-    `status`: "finished" after the last step, "interrupted" by a signal, "stopped" after `max_steps`.
+    `status`: "finished" after the last step, "interrupted" by a signal, or "stopped" after
+    `max_steps`.
     """
 
     status: Literal["finished", "interrupted", "stopped"]
@@ -100,7 +101,8 @@ class TrainerSettings:
         slots: rows of the global batch, over all micro-batches and ranks.
         accumulate: micro-batches per step.
         clip: largest gradient norm; None: no clipping.
-        ema: decay of the exponential moving average of the weights, stored in each checkpoint; 0: none.
+        ema: decay of the exponential moving average of the weights, which checkpoints store;
+            0: none.
         log_every: steps between two reports to the tracker.
         checkpoint_every: steps between two checkpoints.
         keep: number of checkpoints that stay on disk.
@@ -138,7 +140,8 @@ class Provenance:
 
     Args:
         origins: component -> where it came from (distribution and version).
-        fingerprints: vocabulary, data and whatever else a checkpoint must fit; compared on resuming.
+        fingerprints: of what a checkpoint must fit, such as vocabulary and data; compared on
+            resuming.
         made_with: recipe and parts (see ddiff.run_dir.identity).
     """
 
@@ -277,8 +280,8 @@ class Trainer:
         """Raise ArgumentError or CheckpointError if training cannot resume from `start`."""
         if start.step > self.settings.steps:
             raise ArgumentError(
-                f"Trainer: steps must be at least the {start.step} that {start.path} has behind it; "
-                f"got {self.settings.steps}. Set more steps, or start over with --fresh."
+                f"Trainer: steps must be at least the {start.step} that {start.path} has behind "
+                f"it; got {self.settings.steps}. Set more steps, or start over with --fresh."
             )
         check_fingerprints(
             start.path,
@@ -290,7 +293,12 @@ class Trainer:
 
     # ------------------------------------------------------------------ one step
 
-    def _launch(self, step: int, batches: Sequence[Batch], stop: StopSignals) -> _PendingStep:
+    def _launch(
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        stop: StopSignals,
+    ) -> _PendingStep:
         """Take one step without waiting for the device."""
         self._seed_rank(step)
         denominators = self._denominators(batches)
@@ -331,9 +339,15 @@ class Trainer:
         return self.backend.sum(totals)
 
     def _backward(
-        self, step: int, batches: Sequence[Batch], denominators: Mapping[str, Tensor]
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        denominators: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """Compute the gradients; return "loss": (loss, 0) and (sum, count) of each metric, [2] each."""
+        """Compute the gradients.
+
+        Return by name (loss, 0) for "loss" and (sum, count) for each metric, as tensors [2].
+        """
         self.optimizer.zero_grad()
         totals = {"loss": torch.zeros(2, dtype=torch.float64, device=self.backend.device)}
         for micro, batch in enumerate(batches, start=1):
@@ -599,7 +613,7 @@ def _describe(steps: Sequence[int]) -> str:
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of torch's generators, which dropout draws from; `CounterRng` has no state."""
+    """Return the state of torch's generators, for dropout; a `CounterRng` has no state."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
