@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import `toy`, which is also a program that they start and kill."""
+"""Let the tests of this folder import `toy`, which is also a program that they start and kill."""
 
 from __future__ import annotations
 

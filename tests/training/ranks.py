@@ -1,4 +1,4 @@
-"""Programs for several processes of this machine, forked from one that has imported everything: they cost little."""
+"""Programs for several processes, forked from one that has imported everything to be cheap."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SYMBOLS = Path(__file__).parent / "symbols.toml"
 
 
 def on_ranks(world_size: int, work: Callable[..., None], *arguments: Any) -> None:
-    """`work(*arguments)` on every rank; AssertionError with what a rank said when one does not end with 0."""
+    """Run `work(*arguments)` on every rank; AssertionError with the output of a rank that fails."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
@@ -80,7 +80,7 @@ def _rank(
 
 
 def train_symbols(settings: list[str], cache: str) -> None:
-    """The recipe of this folder with the settings, trained."""
+    """Train the recipe of this folder with the settings."""
     os.environ["DDIFF_CACHE"] = cache
     with TrainingSession.open(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings)) as session:
         start = session.run.checkpoints.newest()
@@ -90,7 +90,7 @@ def train_symbols(settings: list[str], cache: str) -> None:
 
 
 class BrokenOn(Identify):
-    """The toy's loss, not a number in one step on one rank alone."""
+    """The toy's loss, NaN in one step on one rank."""
 
     def __init__(self, module: torch.nn.Module, rank: int, step: int) -> None:
         super().__init__(module)
@@ -120,7 +120,7 @@ def shares_at(backend: DistributedBackend, accumulate: int) -> Callable[[int, in
 
 
 def train_toys(folder: str) -> None:
-    """In one start: the toy in micro-batches; one with a step that is broken on the last rank; signals on one rank."""
+    """Train the toy whole, in micro-batches, and with a broken step on the last rank."""
     backend = DistributedBackend("cpu")
     for name, accumulate in (("whole", 1), ("micro", 2)):
         torch.manual_seed(0)
@@ -151,7 +151,7 @@ def train_toys(folder: str) -> None:
 
 
 def train_with_dropout(folder: str) -> None:
-    """The toy in three: with two checkpoints, with many, and stopped by a signal in between."""
+    """Train the toy with few checkpoints, with many, and stopped by a signal in between."""
     backend = DistributedBackend("cpu")
     rows = shares_at(backend, 1)
     for name, checkpoint_every, starts in (("few", 6, 1), ("many", 1, 1), ("stopped", 6, 2)):
@@ -182,8 +182,10 @@ def _save(backend: DistributedBackend, objective: Identify, place: Path) -> None
 
 
 def stop_one(folder: str) -> None:
-    """SIGTERM reaches the last rank alone, in the third step: all stop after the same one, the fourth, since figures are
-    read when the next step is under way."""
+    """Send SIGTERM to the last rank only, in the third step: all ranks stop after the fourth.
+
+    Figures are read when the next step is under way.
+    """
     backend = DistributedBackend("cpu")
     torch.manual_seed(0)
     rows = shares_at(backend, 1)

@@ -1,4 +1,4 @@
-"""Programs for ranks that hold a model in shards: they save it, change it behind the save, and load it."""
+"""Programs for ranks of a sharded model: save it, change it during the save, load it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEP = 7
 
 
 class Uneven(nn.Module):
-    """Tied tables of five rows, a matrix of one row, a scale, a buffer: nothing that two or three ranks share evenly."""
+    """Tied tables of five rows, a matrix of one row, a scale, a buffer: uneven shares."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def made(seed: int, *, sharded: bool) -> tuple[Uneven, torch.optim.AdamW]:
 
 
 def take_step(net: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
-    """With gradients that depend on the step and the name alone, and on no forward."""
+    """Take a step with gradients that depend only on the step and the parameter's name."""
     for place, parameter in enumerate(net.parameters()):
         generator = torch.Generator().manual_seed(100 * number + place)
         gradient = torch.randn(tuple(parameter.shape), generator=generator)
@@ -60,7 +60,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def parts(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that there is, whole."""
+    """Gather model, optimizer and average as whole tensors."""
     state = optimizer.state_dict()["state"]
     moments = {
         f"{i}.{name}": value for i, values in state.items() for name, value in values.items()
@@ -82,7 +82,7 @@ def trained(sharded: bool, rank: int = 0) -> tuple[Uneven, torch.optim.AdamW, di
 
 
 def save_in_shards(folder: str) -> None:
-    """Save, and go on before it is written."""
+    """Save, and continue before the checkpoint is written."""
     backend = DistributedBackend("cpu")
     net, optimizer, state = trained(sharded=True, rank=backend.rank)
     checkpoints = Checkpoints(folder)
@@ -97,7 +97,7 @@ def save_in_shards(folder: str) -> None:
 
 
 def load_in_shards(folder: str, expected: str) -> None:
-    """What was saved, however it was, on these ranks in their shards; and one step from there."""
+    """Load a checkpoint in the shards of these ranks, and take one step."""
     backend = DistributedBackend("cpu")
     net, optimizer = made(1, sharded=True)
     found = Checkpoints(folder).newest()
@@ -133,7 +133,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 class Full:
-    """A disk that is full where the shards go."""
+    """File system that is full where shards are written."""
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
@@ -148,7 +148,7 @@ class Full:
 
 
 def fail_on_one_rank(folder: str) -> None:
-    """Rank 1 cannot write: all are told at the next wait, nothing is marked, and they can go on saving."""
+    """Rank 1 cannot write: all ranks raise in `wait`, no marker is written, saving still works."""
     backend = DistributedBackend("cpu")
     net, optimizer, state = trained(sharded=True)
     checkpoints = Checkpoints(folder)

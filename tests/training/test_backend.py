@@ -1,4 +1,4 @@
-"""The single backend: its device, and what it does alone."""
+"""Backend of a single process and its device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddiff.errors import ArgumentError
 from ddiff.plugin.config import ComponentConfig
 
 
-def test_auto_is_cuda_when_there_is_one_and_else_the_cpu() -> None:
+def test_auto_device_is_cuda_if_available() -> None:
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     component = Single.build(ComponentConfig(), device="auto", processes=1)
     assert SingleBackend().device.type == component.device.type == expected
@@ -22,17 +22,17 @@ def test_auto_is_cuda_when_there_is_one_and_else_the_cpu() -> None:
     ("device", "reason"),
     [("mps", "float64"), ("cuda:99", "CUDA devices here"), ("gpu", 'got "gpu"')],
 )
-def test_a_device_that_cannot_be_used_is_refused_with_the_reason(device: str, reason: str) -> None:
+def test_resolve_device_refuses_unusable_devices(device: str, reason: str) -> None:
     with pytest.raises(ArgumentError, match=reason):
         SingleBackend(device)
 
 
-def test_one_process_is_all_it_runs() -> None:
+def test_single_backend_runs_one_process() -> None:
     with pytest.raises(ArgumentError, match='kind "single" runs one process; got processes = 2'):
         Single.build(ComponentConfig(), device="cpu", processes=2)
 
 
-def test_alone_it_sums_to_the_same_and_clips_to_the_norm() -> None:
+def test_single_backend_sums_to_the_values_and_clips_to_the_norm() -> None:
     backend = SingleBackend("cpu")
     assert (backend.rank, backend.world_size) == (0, 1)
     assert backend.sum({"a": torch.tensor(2.0)}) == {"a": torch.tensor(2.0)}

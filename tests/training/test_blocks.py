@@ -1,4 +1,4 @@
-"""Blocks of a trunk: what is recomputed or compiled computes the same; matrix products in bfloat16, laws in float32."""
+"""Recomputed and compiled blocks compute the same; only matrix products are in bfloat16."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def with_random_head(run: Run) -> None:
         nn.init.normal_(block.modulation, std=0.3)
 
 
-def test_blocks_are_the_elements_of_the_outermost_lists(run: Run) -> None:
+def test_find_blocks_lists_the_outermost_module_lists(run: Run) -> None:
     assert find_blocks(run.denoiser) == list(run.denoiser.backbone.blocks)
     assert len(find_blocks(run.denoiser)) == 3
 
 
-def test_what_is_recomputed_has_the_same_bits_dropout_included_and_keeps_its_names(
+def test_recompute_activations_changes_no_bit_and_no_name(
     run: Run,
 ) -> None:
     with_random_head(run)
@@ -63,7 +63,7 @@ def test_what_is_recomputed_has_the_same_bits_dropout_included_and_keeps_its_nam
         assert torch.equal(recomputed[name], gradient), name
 
 
-def test_recomputing_keeps_less_for_the_backward(run: Run) -> None:
+def test_recompute_activations_saves_fewer_tensors(run: Run) -> None:
     def kept() -> int:
         sizes: list[int] = []
 
@@ -83,7 +83,7 @@ def test_recomputing_keeps_less_for_the_backward(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_equal_blocks_are_one_graph_without_breaks_that_is_compiled_once(run: Run) -> None:
+def test_compile_blocks_compiles_equal_blocks_once(run: Run) -> None:
     from torch._dynamo.utils import counters
 
     with_random_head(run)
@@ -104,7 +104,7 @@ def test_equal_blocks_are_one_graph_without_breaks_that_is_compiled_once(run: Ru
         torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_rows_that_fill_a_step_up_count_nothing_and_leave_few_shapes(
+def test_padding_rows_do_not_change_the_loss_and_leave_few_shapes(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_random_head(run)
@@ -127,7 +127,7 @@ def test_rows_that_fill_a_step_up_count_nothing_and_leave_few_shapes(
     assert all(size % (positions // CAPACITIES) == 0 for size in shapes)
 
 
-def test_products_are_rounded_and_laws_are_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_matrix_products_are_in_bfloat16(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with_random_head(run)
     exact, _ = step(run)
     seen: dict[str, Any] = {}
@@ -146,5 +146,5 @@ def test_products_are_rounded_and_laws_are_not(run: Run, monkeypatch: pytest.Mon
     rounded, gradients = step(run)
     assert seen == {"law": torch.float32, "product": torch.bfloat16}
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
-    # bfloat16 has eight bits: a mean of a hundred losses is off by less than a percent, and not by nothing
+    # bfloat16 has eight bits: a mean of a hundred losses is off by less than a percent.
     assert 0.0 < abs(rounded - exact) < 1e-2 * exact

@@ -1,4 +1,4 @@
-"""Checkpoints: the same tree comes back, whole or not at all, and damage is named."""
+"""Checkpoints restore the same tree, are complete or absent, and name damaged files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("root", ["{tmp}/checkpoints", "memory://checkpoints_of_a_tree"])
-def test_the_same_tree_comes_back(tmp_path: Path, root: str) -> None:
+def test_checkpoint_restores_the_same_tree(tmp_path: Path, root: str) -> None:
     state = {
         "ints": {
             0: torch.tensor(1.0, dtype=torch.float64),
@@ -57,7 +57,7 @@ def test_the_same_tree_comes_back(tmp_path: Path, root: str) -> None:
     assert same(dict(sorted(checkpoints.read_weights().items())), in_order)
 
 
-def test_tied_tensors_come_back_under_every_name(tmp_path: Path) -> None:
+def test_checkpoint_restores_tied_tensors_under_every_name(tmp_path: Path) -> None:
     net = Net()
     net.head.weight = net.embedding.weight
     checkpoints = Checkpoints(tmp_path)
@@ -70,7 +70,7 @@ def test_tied_tensors_come_back_under_every_name(tmp_path: Path) -> None:
     assert torch.equal(other.head.weight, net.embedding.weight)
 
 
-def test_only_the_newest_stay(tmp_path: Path) -> None:
+def test_checkpoints_keep_only_the_newest(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 5, 10, 15, 20)
     assert checkpoints.steps() == [15, 20]
@@ -80,11 +80,11 @@ def test_only_the_newest_stay(tmp_path: Path) -> None:
 
 
 class Death(BaseException):
-    """What no code of ours catches, as none of it runs after SIGKILL."""
+    """Exception that no code catches, as no code runs after SIGKILL."""
 
 
 class Store:
-    """A folder taken for a store of objects: an object put at once is there whole or not at all."""
+    """Local folder that behaves like an object store: no rename, objects appear at once."""
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
@@ -94,7 +94,7 @@ class Store:
 
 
 class Mortal(Store):
-    """One that dies before its `last`-th change."""
+    """Object store that dies before its `last`-th change."""
 
     def __init__(self, fs: Any, last: int) -> None:
         super().__init__(fs)
@@ -130,7 +130,7 @@ class Mortal(Store):
         return self._fs.open(path, mode)
 
 
-def test_death_at_any_moment_of_saving_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+def test_kill_at_any_moment_of_saving_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     survived = []
     for last in range(20):
         root = tmp_path / str(last)
@@ -151,11 +151,11 @@ def test_death_at_any_moment_of_saving_leaves_a_checkpoint_to_go_on_from(tmp_pat
         assert [path.name for path in root.iterdir()] == ["step_00000015"], (
             "what the dead process left is swept up"
         )
-    # a directory, three files, the marker; the old marker and its directory: the loop has died at each
+    # A folder, three files, the marker, the old marker and its folder: it has died at each of them.
     assert survived[0] == 7
 
 
-def test_a_checkpoint_without_its_marker_is_skipped(tmp_path: Path) -> None:
+def test_newest_skips_a_checkpoint_without_marker(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 5, 10)
     (tmp_path / "step_00000010" / "complete.json").unlink()
@@ -169,7 +169,7 @@ def test_a_checkpoint_without_its_marker_is_skipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "manifest.json", "state.json", "complete.json"]
 )
-def test_a_truncated_file_is_named_with_what_to_do(tmp_path: Path, name: str) -> None:
+def test_load_names_a_truncated_file_and_the_remedy(tmp_path: Path, name: str) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 5, 10)
     file = tmp_path / "step_00000010" / name
@@ -182,7 +182,7 @@ def test_a_truncated_file_is_named_with_what_to_do(tmp_path: Path, name: str) ->
     assert checkpoints.load(5).step == 5
 
 
-def test_a_flipped_bit_and_a_missing_file_are_named(tmp_path: Path) -> None:
+def test_reading_names_a_file_with_a_flipped_bit_or_missing(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     save(checkpoints, 5)
     file = tmp_path / "step_00000005" / "model.safetensors"
@@ -204,13 +204,13 @@ def test_a_flipped_bit_and_a_missing_file_are_named(tmp_path: Path) -> None:
         checkpoints.read_weights()
 
 
-def test_no_checkpoint_to_take_weights_from(tmp_path: Path) -> None:
+def test_read_weights_without_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no complete checkpoint. Train first"):
         Checkpoints(tmp_path / "nowhere").read_weights()
 
 
 @pytest.mark.parametrize(("number", "age"), [(1, "an older"), (99, "a newer")])
-def test_another_format_is_refused(tmp_path: Path, number: int, age: str) -> None:
+def test_load_refuses_another_format(tmp_path: Path, number: int, age: str) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 5)
     marker = tmp_path / "step_00000005" / "complete.json"
@@ -221,7 +221,7 @@ def test_another_format_is_refused(tmp_path: Path, number: int, age: str) -> Non
         checkpoints.newest()
 
 
-def test_another_model_is_refused_by_what_differs(tmp_path: Path) -> None:
+def test_restore_refuses_another_model_and_names_the_differences(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, Net().state_dict(), {})
     wider = nn.ModuleDict({"hidden": nn.Linear(4, 9)})
@@ -232,7 +232,7 @@ def test_another_model_is_refused_by_what_differs(tmp_path: Path) -> None:
         checkpoints.load(1).restore(wider)
 
 
-def test_a_state_that_json_cannot_hold_is_refused_by_its_place(tmp_path: Path) -> None:
+def test_save_names_the_place_of_a_value_that_json_cannot_hold(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(CheckpointError, match=r"state.optimizer.rule is a function"):
         checkpoints.save(1, MODEL, {"optimizer": {"rule": lambda x: x}})
@@ -240,7 +240,9 @@ def test_a_state_that_json_cannot_hold_is_refused_by_its_place(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_pickle_is_written_or_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_write_and_read_no_pickle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a pickle")
 
@@ -262,7 +264,7 @@ def test_no_pickle_is_written_or_read(tmp_path: Path, monkeypatch: pytest.Monkey
         assert start[:1] == b"{" or start[8:9] == b"{", f"{file} is neither JSON nor safetensors"
 
 
-def test_a_checkpoint_says_where_its_components_came_from(tmp_path: Path) -> None:
+def test_checkpoint_records_origins_and_fingerprints(tmp_path: Path) -> None:
     trainer = toy_trainer(
         tmp_path, 5, origins={"process": "ddiff_x 1.0"}, fingerprints={"vocabulary": "aa"}
     )
@@ -274,7 +276,7 @@ def test_a_checkpoint_says_where_its_components_came_from(tmp_path: Path) -> Non
     assert state["fingerprints"] == {"vocabulary": "aa"}
 
 
-def test_weights_without_an_average_say_so(tmp_path: Path) -> None:
+def test_read_weights_without_ema_is_an_error(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 5)
     with pytest.raises(
@@ -283,8 +285,8 @@ def test_weights_without_an_average_say_so(tmp_path: Path) -> None:
         checkpoints.read_weights(average=True)
 
 
-def test_what_is_saved_may_change_while_it_is_written(tmp_path: Path) -> None:
-    """The file waits for the change, and holds what was there before."""
+def test_save_async_writes_what_was_there_when_called(tmp_path: Path) -> None:
+    """The file is written after the change, and holds the values from before it."""
     checkpoints, changed = Checkpoints(tmp_path), threading.Event()
     weight, moments = torch.ones(3), {"rate": torch.zeros(2)}
 
@@ -305,7 +307,7 @@ def test_what_is_saved_may_change_while_it_is_written(tmp_path: Path) -> None:
     assert same(found.read_state(), {"moments": {"rate": torch.zeros(2)}})
 
 
-def test_what_could_not_be_written_is_told_at_the_next_wait_and_leaves_the_one_before(
+def test_wait_reports_a_failed_save_and_the_previous_one_stays(
     tmp_path: Path,
 ) -> None:
     class Full(Store):
@@ -328,7 +330,7 @@ def test_what_could_not_be_written_is_told_at_the_next_wait_and_leaves_the_one_b
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000005", "step_00000015"]
 
 
-def test_a_tensor_that_the_files_cannot_hold_is_refused_by_its_place(tmp_path: Path) -> None:
+def test_save_names_the_place_of_a_tensor_of_complex_dtype(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state.optimizer.phase has dtype torch.complex64"):
         Checkpoints(tmp_path).save(
             1, MODEL, {"optimizer": {"phase": torch.zeros(2, dtype=torch.complex64)}}

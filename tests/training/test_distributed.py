@@ -1,4 +1,4 @@
-"""Several processes do what one does: the same draws bit for bit, the same losses but for the rounding of sums."""
+"""Several processes compute the same as one: equal draws, losses equal up to rounding of sums."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def draws(built: Any, world_size: int, accumulate: int, step: int) -> dict[str, Tensor]:
-    """What all ranks and micro-batches see of a step, in the order of the slots, and the scored tokens of each share."""
+    """Draws of a step over all ranks and micro-batches, by slot; scored tokens of each share."""
     recipe, parts = built.recipe, []
     object.__setattr__(recipe.train, "accumulate", accumulate)
     for rank in range(world_size):
@@ -55,7 +55,7 @@ def draws(built: Any, world_size: int, accumulate: int, step: int) -> dict[str, 
     return {name: value[order] for name, value in zip(names, (index, *seen))} | {"counts": counts}
 
 
-def test_rows_times_and_noise_are_the_same_bits_however_the_batch_is_shared(
+def test_draws_do_not_depend_on_how_the_batch_is_shared(
     cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", cache)
@@ -83,7 +83,7 @@ def losses(run_dir: Path) -> Tensor:
 
 
 def farthest(run_dir: Path, other: Path, step: int) -> float:
-    """Of the parameters of two runs: the norm of the difference over that of the one."""
+    """Relative distance of the parameters of two runs."""
     files = [Checkpoints(place / "checkpoints").read_weights(step) for place in (run_dir, other)]
     assert files[0].keys() == files[1].keys()
     one, two = (torch.cat([file[name].double().ravel() for name in sorted(file)]) for file in files)
@@ -92,7 +92,7 @@ def farthest(run_dir: Path, other: Path, step: int) -> float:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Callable[..., Path]:
-    """The run of one process with these settings, trained once."""
+    """Run of one process with these settings, trained once."""
 
     @functools.cache
     def trained(*long: str) -> Path:
@@ -109,7 +109,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Callable[...,
     ("optimizer", "accumulate", "numbers", "allowed"),
     [("adamw", 1, (2, 4), 1e-6), ("muon", 2, (2, 4), 1e-5)],
 )
-def test_losses_and_parameters_do_not_depend_on_the_number_of_processes(
+def test_training_does_not_depend_on_the_number_of_processes(
     tmp_path: Path,
     cache: str,
     alone: Callable[..., Path],
@@ -119,9 +119,10 @@ def test_losses_and_parameters_do_not_depend_on_the_number_of_processes(
     numbers: tuple[int, ...],
     allowed: float,
 ) -> None:
-    # float32 sums in another order are off by 1e-7 relative; fifty steps of AdamW may carry that to 1e-6 of the loss, and
-    # the orthogonalisation of Muon, whose small singular values are all rounding, to 1e-5. The parameters get ten times
-    # as much: Adam divides by the gradient's own size, which for some entries is all rounding.
+    # float32 sums in another order are off by 1e-7 relative. Fifty steps of AdamW may carry that to
+    # 1e-6 of the loss, and the orthogonalization of Muon, whose small singular values are all
+    # rounding, to 1e-5. The parameters get ten times as much: Adam divides by the gradient's own
+    # size, which for some entries is all rounding.
     long = (
         f"train.steps={STEPS}",
         f"train.optimizer.kind={optimizer}",
@@ -139,7 +140,7 @@ def test_losses_and_parameters_do_not_depend_on_the_number_of_processes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_on_as_many_processes_a_run_goes_on_bit_for_bit_dropout_included(
+def test_resuming_on_as_many_processes_changes_no_bit(
     tmp_path: Path, cache: str, kind: str
 ) -> None:
     long = (
@@ -159,9 +160,12 @@ def test_on_as_many_processes_a_run_goes_on_bit_for_bit_dropout_included(
 
 
 @pytest.mark.slow
-def test_a_model_of_the_library_trains_sharded_in_bfloat16(tmp_path: Path, cache: str) -> None:
-    """Its layer norms have weights, which stay what they are. The first losses differ by float32 sums; gradients are
-    products in bfloat16, eight bits, summed over the rank's rows before the ranks'."""
+def test_transformers_model_trains_sharded_in_bfloat16(tmp_path: Path, cache: str) -> None:
+    """A backbone whose layer norms have weights trains in shards as in one process.
+
+    The first losses differ by the order of float32 sums; gradients are products in bfloat16, eight
+    bits, summed over a rank's rows before they are summed over ranks.
+    """
     sizes = "hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32"
     bert = f"denoiser={{kind='hf', architecture='bert', settings={{{sizes}}}}}"
     long = (
@@ -180,9 +184,7 @@ def test_a_model_of_the_library_trains_sharded_in_bfloat16(tmp_path: Path, cache
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 4])
-def test_shares_add_up_and_a_step_broken_on_one_rank_is_skipped_on_all(
-    tmp_path: Path, number: int
-) -> None:
+def test_losses_of_ranks_add_up_and_all_skip_a_broken_step(tmp_path: Path, number: int) -> None:
     on_ranks(number, train_toys, str(tmp_path))
 
     def saved(name: str, rank: int) -> dict[str, Tensor]:
@@ -214,10 +216,10 @@ def test_shares_add_up_and_a_step_broken_on_one_rank_is_skipped_on_all(
 
 
 @pytest.mark.slow
-def test_dropout_on_several_ranks_does_not_depend_on_when_checkpoints_are_written(
+def test_dropout_on_ranks_does_not_depend_on_checkpoints(
     tmp_path: Path,
 ) -> None:
-    """Neither by their number nor by a signal between two of them."""
+    """Neither their number nor a signal between two of them changes the run."""
     on_ranks(2, train_with_dropout, str(tmp_path))
     expected = torch.load(tmp_path / "few" / "rank0.pt")
     for name in ("many", "stopped"):
@@ -226,7 +228,7 @@ def test_dropout_on_several_ranks_does_not_depend_on_when_checkpoints_are_writte
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
+def test_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
     on_ranks(2, stop_one, str(tmp_path))
     assert Checkpoints(tmp_path / "checkpoints").steps() == [4]
 
@@ -243,7 +245,7 @@ def ddiff_run(
 
 
 @pytest.mark.slow
-def test_a_killed_run_of_the_command_goes_on_with_other_processes_another_backend_and_none(
+def test_killed_run_resumes_on_other_process_counts_and_backends(
     tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", cache)
@@ -279,14 +281,14 @@ def test_a_killed_run_of_the_command_goes_on_with_other_processes_another_backen
     torch.testing.assert_close(losses(torn), losses(straight), rtol=2e-6, atol=0.0)
 
 
-def test_a_mistake_of_all_workers_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_launch_prints_a_common_mistake_once(capfd: pytest.CaptureFixture[str]) -> None:
     assert launch(["run", "no_such_recipe"], 2) == 2
     told = capfd.readouterr().err
     assert told.count("no_such_recipe") == 1, told
     assert "Traceback" not in told
 
 
-def test_a_batch_that_cannot_be_shared_is_refused_with_its_place() -> None:
+def test_batch_that_cannot_be_shared_is_refused() -> None:
     with pytest.raises(
         RecipeError, match=r"symbols\.toml:\d+: \[train\] batch must be a multiple .* processes = 3"
     ):
@@ -295,13 +297,13 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_its_place() -> None:
         )
 
 
-def test_a_process_that_was_started_alone_has_no_others() -> None:
+def test_distributed_backend_needs_a_launcher() -> None:
     assert get_rank_info() is None
     with pytest.raises(ArgumentError, match="started by the command `ddiff run`, or by torchrun"):
         DistributedBackend("cpu", 2)
 
 
-def test_another_backend_goes_on_with_a_run_and_another_recipe_does_not(tmp_path: Path) -> None:
+def test_run_resumes_with_another_backend_but_not_another_recipe(tmp_path: Path) -> None:
     recipe = parse_recipe(SYMBOLS.read_text(), "symbols.toml", settings(tmp_path, 2))
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     Checkpoints(tmp_path / "checkpoints").save(

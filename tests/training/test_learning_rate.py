@@ -1,4 +1,4 @@
-"""Learning rates by step."""
+"""Learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from ddiff.errors import ArgumentError
 from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
 
 
-def test_warm_up_rises_evenly_from_its_first_step_and_then_stays() -> None:
+def test_warmup_rises_linearly_and_then_stays() -> None:
     rate = WarmupConstant(4)
     assert [rate(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert WarmupConstant()(0) == 1.0
 
 
-def test_the_cosine_starts_after_warm_up_and_ends_at_its_floor_with_the_last_step() -> None:
+def test_cosine_ends_at_its_floor_with_the_last_step() -> None:
     rate = WarmupCosine(steps=12, warmup=4, floor=0.1)
     assert [rate(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert rate(7) == pytest.approx(
@@ -24,17 +24,17 @@ def test_the_cosine_starts_after_warm_up_and_ends_at_its_floor_with_the_last_ste
     assert all(rate(step) > rate(step + 1) for step in range(3, 11))
 
 
-def test_a_longer_run_follows_the_cosine_of_its_new_length() -> None:
+def test_cosine_of_a_longer_run_has_its_new_length() -> None:
     assert WarmupCosine(20)(9) == pytest.approx(0.55)
     assert WarmupCosine(10)(9) == pytest.approx(0.1)
 
 
-def test_a_run_no_longer_than_its_warm_up_is_warm_up_all_through() -> None:
+def test_run_not_longer_than_its_warmup_only_warms_up() -> None:
     assert [WarmupCosine(steps=2, warmup=4)(step) for step in range(2)] == [0.25, 0.5]
     assert WarmupCosine(steps=4, warmup=4)(3) == 1.0
 
 
-def test_settings_out_of_range_are_refused() -> None:
+def test_schedules_refuse_settings_out_of_range() -> None:
     with pytest.raises(ArgumentError, match="warmup must be a number of steps, at least 0; got -1"):
         WarmupCosine(steps=10, warmup=-1)
     with pytest.raises(ArgumentError, match="floor must be a share"):

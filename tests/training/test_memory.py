@@ -1,4 +1,4 @@
-"""Memory that is freed is kept for the next step, unless its owner has said otherwise."""
+"""Freed memory is kept for the next step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ print(int(told), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_blocks_of_a_step_are_not_faulted_in_again_where_nobody_has_set_it_otherwise() -> None:
+def test_keep_freed_memory_saves_page_faults() -> None:
     def told_and_faults(**environment: str) -> list[int]:
         command = [sys.executable, "-c", STEPS]
         answer = subprocess.run(
@@ -35,7 +35,8 @@ def test_blocks_of_a_step_are_not_faulted_in_again_where_nobody_has_set_it_other
         return [int(number) for number in answer.stdout.split()]
 
     told, kept = told_and_faults()
-    # 320 MB in all: 80,000 pages of 4 KB, or 160 large ones; kept, a step needs none, but a few for whatever else goes on
+    # 320 MB in all: 80,000 pages of 4 KB, or 160 large ones. A step that keeps them needs none, but
+    # other work of the process needs a few.
     assert told == 1
     assert kept < 80
     told, given_back = told_and_faults(MALLOC_MMAP_THRESHOLD_="1048576")

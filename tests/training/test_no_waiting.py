@@ -1,4 +1,4 @@
-"""A training step never waits for its device: on one whose tensors have no values, it is launched all the same."""
+"""A training step never waits for its device: it runs on "meta", whose tensors have no values."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ddiff.training.signals import StopSignals
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_is_launched_without_waiting_for_its_device(
+def test_training_step_does_not_wait_for_the_device(
     optimizer: str,
     no_answers: Any,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Noise, forward, backward, clipping, the decision whether to step, Muon, the average and the figures."""
+    """Draws, forward, backward, clipping, skipping, Muon, moving average and metrics."""
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     settings = [f"train.optimizer={optimizer}", "train.ema=0.9", "train.accumulate=2"]
     session = TrainingSession.open(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings))
@@ -34,7 +34,7 @@ def test_a_step_is_launched_without_waiting_for_its_device(
     assert launched.figures.is_meta
 
 
-def test_waiting_is_found(no_answers: Any) -> None:
+def test_no_sync_guard_detects_blocking_copies(no_answers: Any) -> None:
     with no_answers(), pytest.raises(AssertionError, match="waits"):
         torch.ones(2).to("meta")
     with pytest.raises(RuntimeError, match="meta"):

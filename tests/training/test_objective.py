@@ -1,4 +1,4 @@
-"""The diffusion objective reads what the bound charges: windows, the last draw, withheld conditions."""
+"""Diffusion objective: rows, decoding term, training losses, dropped conditions."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ RULES = {
 }
 
 
-class Watching(TrainingLoss[ForwardProcess]):
-    """The bound's own loss; keeps the times of the rows that it is asked about."""
+class RecordingLoss(TrainingLoss[ForwardProcess]):
+    """Loss of the bound that records the times of its rows."""
 
     def __init__(self) -> None:
         self.times: list[Tensor] = []
@@ -48,9 +48,9 @@ class Watching(TrainingLoss[ForwardProcess]):
         return process.weight(x0, zt, t)
 
     def divergence(
-        self, process: ForwardProcess, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
+        self, process: ForwardProcess, dist: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        return process.divergence(law, x0, zt, t)
+        return process.divergence(dist, x0, zt, t)
 
 
 def batch(slots: Tensor) -> Batch:
@@ -60,7 +60,7 @@ def batch(slots: Tensor) -> Batch:
 
 
 def objective(
-    loss: ElboLoss | ClippedLoss | Watching, rule: TimeRule, share: float
+    loss: ElboLoss | ClippedLoss | RecordingLoss, rule: TimeRule, share: float
 ) -> DiffusionObjective:
     torch.manual_seed(0)
     model = Denoiser(DiT(VOCABULARY, 8, layers=1, heads=2), TokenHead(VOCABULARY, 8)).double()
@@ -72,7 +72,7 @@ def objective(
 
 
 def loss_at(one: DiffusionObjective, step: int, slots: Tensor) -> tuple[float, float]:
-    """The loss per token and the diffusion part of the bound."""
+    """Return the loss per token and the diffusion part of the bound."""
     shown = batch(slots)
     terms = one(
         shown,
@@ -86,15 +86,14 @@ def loss_at(one: DiffusionObjective, step: int, slots: Tensor) -> tuple[float, f
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_reading_the_last_draw_takes_sequences_of_all_times(rule: str) -> None:
-    """Over 100 steps the other sequences' times are uniform over the window: each tenth of it holds a tenth of the rows.
+def test_decoded_sequences_leave_the_times_of_others_uniform(rule: str) -> None:
+    """Over 100 steps each tenth of the window holds a tenth of the other sequences' times.
 
-    The process keeps to its own time here, so that even draws are even in t.
-
-    12 000 rows, of which a tenth in each bin has a standard error of 0.003 even if they were independent; 0.015 is five.
-    Were the sequences taken from those of early times, the first tenth would be empty.
+    The process has its own time here, so that even draws are even in t. The share of a bin of
+    12 000 independent rows has a standard error of 0.003; 0.015 is five of them. If the decoded
+    sequences were those of early times, the first tenth would be empty.
     """
-    watching, everything = Watching(), torch.arange(SLOTS)
+    watching, everything = RecordingLoss(), torch.arange(SLOTS)
     one = objective(watching, RULES[rule], share=0.1)
     one.process = copy.copy(one.process)
     one.process.__dict__["information_time"] = IdentityTime()
@@ -111,8 +110,8 @@ def test_reading_the_last_draw_takes_sequences_of_all_times(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_loss_is_the_diffusion_and_the_decoding_term_in_the_mean(rule: str) -> None:
-    """Against `nll` on the same text, 60 steps each: 5 sigma, sigma being at most 8 %."""
+def test_loss_is_diffusion_plus_decoding_term_on_average(rule: str) -> None:
+    """Compared with `nll` on the same text, 60 steps each; 5 sigma, sigma is at most 8 %."""
     one, everything = objective(ElboLoss(), RULES[rule], share=0.1), torch.arange(SLOTS)
     losses, parts = torch.tensor([loss_at(one, step, everything) for step in range(60)]).T
     terms = [
@@ -135,7 +134,7 @@ def test_the_loss_is_the_diffusion_and_the_decoding_term_in_the_mean(rule: str) 
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_micro_batches_add_up_to_the_global_batch(rule: str) -> None:
+def test_losses_of_micro_batches_add_up(rule: str) -> None:
     one, everything = objective(ElboLoss(), RULES[rule], share=0.1), torch.arange(SLOTS)
     whole = loss_at(one, 3, everything)
     for size in (10, 5, 7):
@@ -143,7 +142,7 @@ def test_micro_batches_add_up_to_the_global_batch(rule: str) -> None:
         assert [sum(values) for values in zip(*shares)] == pytest.approx(whole, rel=1e-10)
 
 
-def test_conditions_are_withheld_from_their_share_of_the_samples() -> None:
+def test_drop_conditions_drops_the_share_of_each_condition() -> None:
     label, vector = torch.zeros(2000, dtype=torch.long), torch.ones(2000, LENGTH, 3)
     context = Context(conditions={"label": label, "vector": vector, "always": label})
     rng = CounterRng(0, 0, torch.arange(2000), LENGTH)
@@ -162,7 +161,7 @@ def test_conditions_are_withheld_from_their_share_of_the_samples() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
-def test_a_loss_without_a_reading_of_its_own_reads_what_the_bound_does_once(share: float) -> None:
+def test_loss_without_own_divergence_computes_it_once(share: float) -> None:
     slots = torch.arange(SLOTS)
     calls = []
 
@@ -172,7 +171,7 @@ def test_a_loss_without_a_reading_of_its_own_reads_what_the_bound_does_once(shar
             return super().divergence(*asked)
 
     found = []
-    for loss in (ElboLoss(), Watching()):
+    for loss in (ElboLoss(), RecordingLoss()):
         one = objective(loss, RULES["flat"], share)
         one.process = Counting(VOCABULARY, LinearSchedule(), torch.full((5,), 0.2))
         calls.clear()
@@ -183,28 +182,28 @@ def test_a_loss_without_a_reading_of_its_own_reads_what_the_bound_does_once(shar
 
 
 class OneNat(MixtureProcess):
-    """Every row that is read costs one nat, in the diffusion term per unit of time and in the decoding term."""
+    """Every row costs one nat, per unit of time in the diffusion term."""
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
-    def divergence(self, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return 0.0 * law.log_prob(x0) + 1.0
+    def divergence(self, dist: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return 0.0 * dist.log_prob(x0) + 1.0
 
-    def decode_nll(self, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        return 0.0 * law.log_prob(x0) + 1.0
+    def decode_nll(self, dist: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        return 0.0 * dist.log_prob(x0) + 1.0
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("loss", [ElboLoss(), Watching()], ids=["elbo", "own divergence"])
-def test_each_kind_of_row_counts_for_the_whole_batch(
-    rule: str, loss: ElboLoss | Watching, share: float
+@pytest.mark.parametrize("loss", [ElboLoss(), RecordingLoss()], ids=["elbo", "own divergence"])
+def test_decoded_and_other_rows_each_count_for_the_whole_batch(
+    rule: str, loss: ElboLoss | RecordingLoss, share: float
 ) -> None:
-    """20 sequences, of which exactly a share is decoded, each for 1/share, the others for 1/(1 - share).
+    """Of 20 sequences a share is decoded with factor 1/share, the others have 1/(1 - share).
 
-    So the diffusion rows sum up to the width of the window per token, and those of the decoding term to one. Times are
-    even: with one nat per unit of t, draws that crowd would leave a variance.
+    So the diffusion rows sum to the width of the window per token, and those of the decoding term
+    to one. Times are even: with one nat per unit of t, crowded draws would leave a variance.
     """
     one = objective(loss, RULES[rule], share)
     one.process = OneNat(VOCABULARY, LinearSchedule(), torch.full((5,), 0.2))
@@ -214,14 +213,14 @@ def test_each_kind_of_row_counts_for_the_whole_batch(
     total, diffusion = (sum(values) / len(steps) for values in zip(*steps))
     tolerance = (0.02, 0.1) if rule == "slide" else (1e-9, 1e-9)
     assert diffusion == pytest.approx(1.0 - START, abs=tolerance[0])
-    # every window settles one position at a time in the gliding rule, so which ones are decoded is drawn
+    # The sliding rule settles one position at a time, so which of them are decoded is random.
     assert total == pytest.approx(1.0 - START + (share > 0.0), abs=tolerance[1])
 
 
-def test_no_share_is_decoded_where_none_is_asked_for() -> None:
-    """0 is a share, and not the default; the default depends on what the process declares and the loss reads."""
+def test_default_decoding_share_follows_process_and_loss() -> None:
+    """0 differs from None; the default depends on `closes_at_clean` and `select_rows`."""
 
-    class Choosing(Watching):
+    class Choosing(RecordingLoss):
         def select_rows(self, process: ForwardProcess, noisy: Noisy, times: Times) -> Tensor:
             return times.speed > 0
 
@@ -253,8 +252,8 @@ class EarlyNoise(LinearSchedule):
         return 0.9 * super().d_alpha(t)
 
 
-def test_a_clipped_loss_clips_the_weight_and_not_the_speed() -> None:
-    """Weights are held in [smallest, largest] per unit of the row's own time."""
+def test_clipped_loss_clips_the_weight_per_unit_of_own_time() -> None:
+    """Weights are clipped to [smallest, largest] before they are multiplied by the speed."""
     x0 = torch.tensor([0, 0, 1])
     zt = torch.tensor([1, 1, 1])
     t = torch.tensor([1e-3, 0.5, 0.999], dtype=torch.float64)
@@ -267,8 +266,8 @@ def test_a_clipped_loss_clips_the_weight_and_not_the_speed() -> None:
     assert (ClippedLoss().smallest, ClippedLoss().largest) == (0.0, 2.0)
 
 
-def test_the_reported_bound_is_that_of_the_process_whatever_is_trained() -> None:
-    """A clipped loss changes the loss, and the diffusion part that is logged stays the bound's."""
+def test_reported_bound_does_not_depend_on_the_loss() -> None:
+    """A clipped loss changes the loss; the logged diffusion part stays that of the bound."""
     slots = torch.arange(SLOTS)
     (bound, reported), (clipped, still) = (
         loss_at(objective(loss, RULES["flat"], 0.0), 3, slots)
@@ -292,15 +291,15 @@ def test_prompts_are_neither_counted_nor_charged() -> None:
     assert (total.item(), count.item()) == (pytest.approx(4 * SLOTS * (1.0 - START)), 4 * SLOTS)
 
 
-def test_each_level_reports_its_own_rows() -> None:
-    """A tree on which clusters cost nothing and masks one nat: all of it is the second level's."""
+def test_metrics_of_a_level_contain_only_its_rows() -> None:
+    """On a tree where clusters cost nothing and masks one nat, only the second level has a cost."""
 
     class MasksCost(TreeProcess):
         def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
             return torch.ones_like(t)
 
-        def divergence(self, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-            return 0.0 * super().divergence(law, x0, zt, t) + (zt == self.vocabulary.root)
+        def divergence(self, dist: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+            return 0.0 * super().divergence(dist, x0, zt, t) + (zt == self.vocabulary.root)
 
     tree = HierarchicalVocabulary([[0, 1, 0, 1, 1]])
     model = Denoiser(DiT(tree, 8, layers=1, heads=2), TreeHead(tree, 8, "levelwise")).double()
@@ -321,8 +320,8 @@ def test_each_level_reports_its_own_rows() -> None:
     assert (parts["level1"].sum().item(), sorted(parts)) == (0.0, ["level1", "level2"])
 
 
-def test_a_loss_that_chooses_its_rows_is_not_given_prompts() -> None:
-    class Everything(Watching):
+def test_select_rows_never_selects_prompts() -> None:
+    class Everything(RecordingLoss):
         def select_rows(self, process: ForwardProcess, noisy: Noisy, times: Times) -> Tensor:
             return torch.ones_like(noisy.clean)
 

@@ -1,4 +1,4 @@
-"""Optimizers: who gets which, and Muon against torch's own and against its mathematics."""
+"""Optimizers: parameter groups, and Muon against torch and against its mathematics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ddiff.training.optimizers import (
 
 
 class Everything(nn.Module):
-    """One parameter of each sort."""
+    """A parameter of each kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Everything(nn.Module):
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
 
 
-def test_a_hidden_matrix_is_a_2d_weight_that_is_no_table() -> None:
+def test_split_parameters_separates_2d_weights_from_tables() -> None:
     hidden, others = split_parameters(Everything())
     assert set(hidden) == {"block.0.weight"}
     assert set(others) == {
@@ -55,7 +55,7 @@ def test_a_hidden_matrix_is_a_2d_weight_that_is_no_table() -> None:
     }
 
 
-def test_muon_reaches_hidden_matrices_only() -> None:
+def test_muon_trains_only_hidden_matrices_with_muon() -> None:
     module = Everything()
     optimizer = muon(module)
     reached = {id(p) for group in optimizer.parts["muon"].param_groups for p in group["params"]}
@@ -64,7 +64,7 @@ def test_muon_reaches_hidden_matrices_only() -> None:
     assert sorted(everyone) == sorted(id(p) for p in module.parameters() if p.requires_grad)
 
 
-def test_only_hidden_matrices_decay() -> None:
+def test_adamw_decays_only_hidden_matrices_by_default() -> None:
     for make in (adamw, muon):
         module = Everything()
         hidden, _ = split_parameters(module)
@@ -74,7 +74,7 @@ def test_only_hidden_matrices_decay() -> None:
         assert decaying == {id(p) for p in hidden.values()}
 
 
-def test_everything_decays_where_asked_to() -> None:
+def test_adamw_decays_all_parameters_on_request() -> None:
     module = Everything()
     groups = adamw(module, weight_decay=0.02, eps=1e-9, decay="all").param_groups
     decaying = {
@@ -84,14 +84,15 @@ def test_everything_decays_where_asked_to() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
-def test_an_orthogonalize_matrix_keeps_its_directions_and_evens_its_stretch(
+def test_orthogonalize_keeps_singular_vectors_and_evens_the_values(
     shape: tuple[int, int],
 ) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     result = orthogonalize(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     core = u.T @ result @ v.T
-    # an odd polynomial of the matrix has its singular vectors exactly; these coefficients bring s to 0.7 .. 1.2
+    # An odd polynomial of the matrix has its singular vectors; these coefficients bring s to
+    # 0.7 .. 1.2.
     torch.testing.assert_close(core, torch.diag(core.diag()), rtol=0, atol=1e-12)
     assert (s / s.norm()).min() > 0.01
     assert core.diag().min() > 0.6
@@ -109,10 +110,11 @@ def steps_of(make: type[torch.optim.Optimizer], shape: tuple[int, int]) -> Tenso
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (3, 6)])
-def test_muon_on_a_cpu_is_torchs_muon_in_a_finer_precision(
+def test_muon_on_a_cpu_equals_torch_muon_up_to_precision(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # torch's iterates are bfloat16, 8 bits: four steps of 0.1 times a matrix of norm < 3 differ by a few times 2^-8.
+    # torch's iterates are bfloat16, 8 bits: four steps of 0.1 times a matrix of norm < 3 differ by a
+    # few times 2^-8.
     torch.testing.assert_close(
         steps_of(Muon, shape), steps_of(torch.optim.Muon, shape), rtol=0, atol=0.02
     )
@@ -123,7 +125,7 @@ def test_muon_on_a_cpu_is_torchs_muon_in_a_finer_precision(
 
 
 @pytest.mark.parametrize("make", [adamw, muon])
-def test_an_optimizer_goes_on_from_its_saved_state(make: type, tmp_path: object) -> None:
+def test_optimizer_resumes_from_its_saved_state(make: type, tmp_path: object) -> None:
     def steps(net: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
         for step in range(first, last):
             generator = torch.Generator().manual_seed(step)
@@ -149,7 +151,7 @@ def test_an_optimizer_goes_on_from_its_saved_state(make: type, tmp_path: object)
 
 
 @pytest.mark.parametrize("component", [AdamW, MuonComponent])
-def test_a_component_hands_every_key_on(component: type) -> None:
+def test_optimizer_component_passes_every_key(component: type) -> None:
     keys = {"AdamW": {"lr": 0.5, "betas": (0.1, 0.2), "weight_decay": 0.7}}
     keys["Muon"] = {
         "lr": 0.5,
@@ -168,7 +170,7 @@ def test_a_component_hands_every_key_on(component: type) -> None:
 
 
 @pytest.mark.parametrize("make", [adamw, muon])
-def test_an_optimizer_reaches_a_distant_target(make: type) -> None:
+def test_optimizer_reaches_a_distant_target(make: type) -> None:
     torch.manual_seed(0)
     net, target = Net(), Net()
     optimizer, ids = make(net), torch.arange(5)[None]
@@ -191,7 +193,7 @@ def test_an_optimizer_reaches_a_distant_target(make: type) -> None:
     ],
     ids=["adamw", "muon", "sgd"],
 )
-def test_a_step_is_taken_where_the_figures_are_finite_and_nothing_changes_elsewhere(
+def test_step_if_skips_steps_that_are_not_finite(
     made: Any,
 ) -> None:
     nets = [Net().double() for _ in range(2)]

@@ -1,4 +1,4 @@
-"""A run that is killed with SIGKILL and started again is the run that was not, bit for bit."""
+"""A run that is killed and resumed equals an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def start(run_dir: Path) -> subprocess.Popen[str]:
 
 
 def steps_until_killed(process: subprocess.Popen[str], step: int, number: int) -> list[int]:
-    """The steps that the process began before it was sent a signal in step `step`."""
+    """Send a signal in step `step`; return the steps that the process had begun."""
     assert process.stdout
     begun = []
     for line in process.stdout:
@@ -46,7 +46,7 @@ def records(run_dir: Path) -> list[dict[str, float]]:
     ]
 
 
-def test_killed_twice_and_terminated_once_it_ends_as_if_never_interrupted(tmp_path: Path) -> None:
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     draw = random.Random(4)
     ends = [draw.randrange(6, 14), draw.randrange(16, 24), draw.randrange(26, 34)]
@@ -64,7 +64,7 @@ def test_killed_twice_and_terminated_once_it_ends_as_if_never_interrupted(tmp_pa
                 "the step under way is finished and saved"
             )
         else:
-            # what was being written when the process died is no checkpoint; at most one is on its way
+            # A checkpoint that was being written is not complete; at most one is being written.
             assert begun[-1] - 2 * EVERY - 1 <= went_on_from < begun[-1]
     process = start(killed)
     output, _ = process.communicate()
@@ -80,7 +80,7 @@ def test_killed_twice_and_terminated_once_it_ends_as_if_never_interrupted(tmp_pa
         assert places[0].read_bytes() == places[1].read_bytes(), name
 
 
-def test_dropout_makes_the_random_state_matter(tmp_path: Path) -> None:
+def test_random_state_of_torch_changes_the_toy_run(tmp_path: Path) -> None:
     # What the test above would not notice without: the toy's loss depends on torch's own generator.
     runs = []
     for name, seed in (("a", 0), ("b", 1)):

@@ -1,4 +1,4 @@
-"""A model in shards comes back on any number of processes, in shards or whole, and goes on from there bit for bit."""
+"""Sharded checkpoints are restored on any number of processes and resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process without a group has: when it is saved, and one step later."""
+    """Results of one process without a group: when it saves, and one step later."""
     net, optimizer, state = trained(sharded=False)
     saved = parts(net, optimizer)
     take_step(net, optimizer, 2)
@@ -48,7 +48,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_shards_are_loaded_by_one_process_without_a_group(saved: Path, expected: Path) -> None:
+def test_one_process_loads_a_sharded_checkpoint(saved: Path, expected: Path) -> None:
     wanted = torch.load(expected)
     found = Checkpoints(saved).newest()
     assert found is not None
@@ -65,17 +65,17 @@ def test_shards_are_loaded_by_one_process_without_a_group(saved: Path, expected:
     assert torch.equal(averages["scale"], wanted["ema"]["scale"])
 
 
-def test_shards_are_loaded_in_other_shards(saved: Path, expected: Path) -> None:
+def test_ranks_load_shards_of_another_number_of_ranks(saved: Path, expected: Path) -> None:
     on_ranks(3, load_in_shards, str(saved), str(expected))
 
 
-def test_what_was_whole_is_loaded_in_shards(tmp_path: Path, expected: Path) -> None:
+def test_ranks_load_a_whole_checkpoint_in_shards(tmp_path: Path, expected: Path) -> None:
     net, _, state = trained(sharded=False)
     Checkpoints(tmp_path).save(STEP, net.state_dict(), state)
     on_ranks(2, load_in_shards, str(tmp_path), str(expected))
 
 
-def test_every_rank_writes_its_shards_and_one_of_them_the_rest(saved: Path) -> None:
+def test_each_rank_writes_its_shards_and_one_the_rest(saved: Path) -> None:
     folder = saved / f"step_{STEP:08d}"
     shards = {
         f"{part}.rank_0000{rank}.safetensors"
@@ -101,7 +101,7 @@ def test_every_rank_writes_its_shards_and_one_of_them_the_rest(saved: Path) -> N
     ]
 
 
-def test_a_shard_that_is_damaged_or_gone_is_named(tmp_path: Path, saved: Path) -> None:
+def test_reading_names_a_damaged_or_missing_shard(tmp_path: Path, saved: Path) -> None:
     shutil.copytree(saved, tmp_path / "copy")
     file = tmp_path / "copy" / f"step_{STEP:08d}" / "model.rank_00001.safetensors"
     data = bytearray(file.read_bytes())
@@ -114,5 +114,5 @@ def test_a_shard_that_is_damaged_or_gone_is_named(tmp_path: Path, saved: Path) -
         Checkpoints(tmp_path / "copy").newest()
 
 
-def test_a_rank_that_cannot_write_is_told_on_all(tmp_path: Path) -> None:
+def test_failed_write_on_one_rank_raises_on_all(tmp_path: Path) -> None:
     on_ranks(2, fail_on_one_rank, str(tmp_path))

@@ -1,4 +1,4 @@
-"""Three of the fifty trials of `make soak`: runs that are killed at random moments end as the one that was left alone."""
+"""Three of the fifty trials of `make soak`: runs killed at random moments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SOAK = Path(__file__).parents[2] / "benchmarks/soak.py"
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_again_and_again_end_as_if_left_alone() -> None:
+def test_runs_killed_at_random_equal_uninterrupted_runs() -> None:
     done = subprocess.run(
         [sys.executable, str(SOAK), "--trials", "3", "--seed", "0"], capture_output=True, text=True
     )

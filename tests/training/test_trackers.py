@@ -1,4 +1,4 @@
-"""Trackers: silent without a login, and wandb imported only when it is used."""
+"""Trackers: wandb is off without a login, and imported only when used."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ddiff.training.tracker import NoTracker
 
 @pytest.fixture(autouse=True)
 def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user who never logged in."""
+    """Environment of a user who never logged in."""
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, mode: str) -> str:
-    """The mode that wandb would be started in, or "off"."""
+    """Mode that wandb would be started in, or "off"."""
     monkeypatch.setattr(trackers, "WandbTracker", lambda mode, *rest: mode)
     tracker = WeightsAndBiases.build(
         WeightsAndBiases.Config(mode=mode), run_dir="unused", recipe={}
@@ -32,12 +32,12 @@ def chosen(monkeypatch: pytest.MonkeyPatch, mode: str) -> str:
     return "off" if isinstance(tracker, NoTracker) else tracker  # type: ignore[return-value]
 
 
-def test_auto_is_off_without_a_login(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_auto_mode_is_off_without_a_login(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(monkeypatch, "auto") == "off"
     assert isinstance(Disabled.build(Disabled.Config(), run_dir="unused", recipe={}), NoTracker)
 
 
-def test_auto_follows_a_key_a_login_or_wandb_mode(
+def test_wandb_auto_mode_follows_key_login_and_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -55,13 +55,13 @@ def test_auto_follows_a_key_a_login_or_wandb_mode(
     assert chosen(monkeypatch, "auto") == "online"
 
 
-def test_a_mode_that_is_named_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_uses_the_mode_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
     assert chosen(monkeypatch, "offline") == "offline"
     assert chosen(monkeypatch, "off") == "off"
 
 
-def test_wandb_is_imported_only_when_it_is_used(tmp_path: Path) -> None:
+def test_wandb_is_imported_only_when_used(tmp_path: Path) -> None:
     program = """
 import sys
 from ddiff_core.trackers import WeightsAndBiases
@@ -71,7 +71,7 @@ assert "wandb" not in sys.modules
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
 
 
-def test_a_run_goes_on_under_its_id_and_online_without_a_key_is_explained(
+def test_wandb_resumes_its_id_and_explains_a_missing_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import wandb

@@ -1,4 +1,4 @@
-"""The loop: what one step adds up to, when it is skipped, what is on record, how signals end it."""
+"""Training loop: gradients, skipped steps, records, signals, resuming."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def weights(trainer: Any) -> dict[str, Tensor]:
 
 
 class Broken(Identify):
-    """The same loss, except that `break_loss` is applied to it in the steps named."""
+    """Loss that is NaN, or has an infinite gradient, in the given steps."""
 
     def __init__(self, module: nn.Module, steps: set[int], kind: str = "loss") -> None:
         super().__init__(module)
@@ -68,9 +68,10 @@ def broken_trainer(
     return toy_trainer(run_dir, steps, objective=objective, **settings)
 
 
-def test_a_global_batch_gives_the_same_gradient_however_it_is_split(tmp_path: Path) -> None:
-    # Rows score between 1 and 6 symbols each, so that a mean of micro-batch means would be off by per cents. What is
-    # allowed is float64 rounding of sums in another order, ~1e-16 relative, grown by six steps.
+def test_training_does_not_depend_on_accumulation(tmp_path: Path) -> None:
+    # Rows score between 1 and 6 symbols each, so that a mean of micro-batch means would be off by
+    # per cents. Allowed is the float64 rounding of sums in another order, ~1e-16 relative, grown by
+    # six steps.
     whole = toy_trainer(tmp_path / "1", 6, optimizer=sgd, accumulate=1)
     whole.fit()
     for accumulate in (2, 4, 8):
@@ -84,7 +85,7 @@ def test_a_global_batch_gives_the_same_gradient_however_it_is_split(tmp_path: Pa
             assert other["nats_per_symbol"] == pytest.approx(one["nats_per_symbol"], rel=1e-12)
 
 
-def test_the_first_gradient_is_that_of_the_loss_over_the_global_count(tmp_path: Path) -> None:
+def test_gradient_is_that_of_the_loss_over_the_global_count(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, 1, optimizer=sgd, accumulate=4, clip=None)
     before, rows = weights(trainer), rows_at(1)(0, 0)
     net = Net().double()
@@ -99,7 +100,7 @@ def test_the_first_gradient_is_that_of_the_loss_over_the_global_count(tmp_path: 
         )
 
 
-def test_clipping_bounds_the_step_and_reports_the_norm_before_it(tmp_path: Path) -> None:
+def test_clip_bounds_the_step_and_reports_the_norm_before(tmp_path: Path) -> None:
     trainer = toy_trainer(
         tmp_path, 1, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=1.0), clip=1e-3
     )
@@ -113,7 +114,7 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before_it(tmp_path: Path)
     assert lines(tmp_path)[0]["grad_norm"] > 0.1
 
 
-def test_each_step_has_its_learning_rate(tmp_path: Path) -> None:
+def test_each_step_uses_its_learning_rate(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, 3, optimizer=sgd, multiplier=WarmupConstant(4), batch_at=None)
     rates = []
     step = trainer.optimizer.step
@@ -124,9 +125,7 @@ def test_each_step_has_its_learning_rate(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
-    tmp_path: Path, kind: str
-) -> None:
+def test_non_finite_step_changes_nothing_and_is_counted(tmp_path: Path, kind: str) -> None:
     skipped = {2, 3}
     trainer = broken_trainer(tmp_path, 6, skipped, kind)
     seen, batch_at = [], trainer.batch_at
@@ -149,7 +148,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     ]
 
 
-def test_twenty_skipped_steps_in_a_row_end_the_run_with_a_reason(tmp_path: Path) -> None:
+def test_twenty_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     nearly = broken_trainer(tmp_path / "nearly", 30, set(range(5, 24)))
     assert nearly.fit().skipped_steps == 19
     trainer = broken_trainer(tmp_path / "run", 30, set(range(3, 30)))
@@ -163,25 +162,25 @@ def test_twenty_skipped_steps_in_a_row_end_the_run_with_a_reason(tmp_path: Path)
         again.fit(again.checkpoints.newest())
 
 
-class Listening:
-    """A tracker that keeps what it is told, wall-clock aside."""
+class RecordingTracker:
+    """Tracker that records the figures except wall-clock times."""
 
     def __init__(self) -> None:
-        self.heard: list[tuple[int, dict[str, float]]] = []
+        self.records: list[tuple[int, dict[str, float]]] = []
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.heard.append(
+        self.records.append(
             (step, {name: value for name, value in metrics.items() if name not in WALL_CLOCK})
         )
 
     def close(self) -> None: ...
 
 
-def test_the_tracker_hears_means_of_sums_over_counts(tmp_path: Path) -> None:
-    tracker = Listening()
+def test_tracker_gets_means_of_sums_over_counts(tmp_path: Path) -> None:
+    tracker = RecordingTracker()
     summary = toy_trainer(tmp_path, 10, tracker=tracker, log_every=4).fit()
-    assert [step for step, _ in tracker.heard] == [4, 8, 10]
-    rows, figures = lines(tmp_path)[:4], tracker.heard[0][1]
+    assert [step for step, _ in tracker.records] == [4, 8, 10]
+    rows, figures = lines(tmp_path)[:4], tracker.records[0][1]
     tokens = sum(row["tokens"] for row in rows)
     mean = sum(row["nats_per_symbol"] * row["tokens"] for row in rows) / tokens
     assert figures["nats_per_symbol"] == pytest.approx(mean, rel=1e-12)
@@ -191,23 +190,23 @@ def test_the_tracker_hears_means_of_sums_over_counts(tmp_path: Path) -> None:
     )
     assert {
         name: value for name, value in summary.metrics.items() if name not in WALL_CLOCK
-    } == tracker.heard[-1][1]
+    } == tracker.records[-1][1]
 
 
-def test_the_tracker_hears_the_same_from_a_run_that_went_on_between_two_reports(
+def test_tracker_gets_the_same_from_a_run_resumed_between_reports(
     tmp_path: Path,
 ) -> None:
-    straight, went_on = Listening(), Listening()
+    straight, resumed = RecordingTracker(), RecordingTracker()
     toy_trainer(tmp_path / "straight", 12, tracker=straight, log_every=4).fit()
     first = toy_trainer(
-        tmp_path / "run", 12, tracker=went_on, log_every=4, checkpoint_every=6, batch_at=stop_in(6)
+        tmp_path / "run", 12, tracker=resumed, log_every=4, checkpoint_every=6, batch_at=stop_in(6)
     )
     with pytest.raises(KeyboardInterrupt):
         first.fit()
-    again = toy_trainer(tmp_path / "run", 12, tracker=went_on, log_every=4)
+    again = toy_trainer(tmp_path / "run", 12, tracker=resumed, log_every=4)
     assert again.checkpoints.steps() == [6]
     again.fit(again.checkpoints.newest())
-    assert went_on.heard == straight.heard
+    assert resumed.records == straight.records
 
 
 def stop_in(last: int) -> Callable[[int, int], Rows]:
@@ -219,7 +218,7 @@ def stop_in(last: int) -> Callable[[int, int], Rows]:
     return batch_at
 
 
-def test_a_line_keeps_wall_clock_apart_from_what_must_repeat(tmp_path: Path) -> None:
+def test_metrics_of_two_runs_differ_only_in_wall_clock(tmp_path: Path) -> None:
     for name in ("a", "b"):
         toy_trainer(tmp_path / name, 4).fit()
     a, b = (
@@ -231,7 +230,7 @@ def test_a_line_keeps_wall_clock_apart_from_what_must_repeat(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_after_its_step_and_the_run_goes_on_later(
+def test_signal_ends_the_run_after_its_step_and_it_resumes(
     tmp_path: Path, number: int, code: int
 ) -> None:
     trainer, rows = toy_trainer(tmp_path / "run", 9), rows_at(1)
@@ -259,7 +258,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_run_goes_on_later(
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
-def test_a_second_signal_ends_at_once(
+def test_second_signal_ends_the_run_at_once(
     tmp_path: Path, number: int, error: type[BaseException]
 ) -> None:
     trainer = toy_trainer(tmp_path, 9)
@@ -275,7 +274,7 @@ def test_a_second_signal_ends_at_once(
     assert trainer.checkpoints.steps() == []
 
 
-def test_more_steps_continue_a_finished_run(tmp_path: Path) -> None:
+def test_finished_run_continues_with_more_steps(tmp_path: Path) -> None:
     short = toy_trainer(tmp_path / "run", 7)
     assert short.fit().status == "finished"
     done = toy_trainer(tmp_path / "run", 7)
@@ -290,7 +289,7 @@ def test_more_steps_continue_a_finished_run(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 13))
 
 
-def test_an_average_that_a_run_goes_on_with_starts_from_the_weights_that_it_has_come_to(
+def test_ema_added_on_resuming_starts_from_the_restored_weights(
     tmp_path: Path,
 ) -> None:
     first = toy_trainer(tmp_path, 6)
@@ -305,7 +304,7 @@ def test_an_average_that_a_run_goes_on_with_starts_from_the_weights_that_it_has_
         )
 
 
-def test_a_trainer_refuses_what_it_cannot_go_on_from(tmp_path: Path) -> None:
+def test_trainer_refuses_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     toy_trainer(tmp_path, 6, fingerprints={"vocabulary": "aa"}).fit()
     with pytest.raises(CheckpointError, match="already holds a run up to step 6"):
         toy_trainer(tmp_path, 9).fit()
@@ -322,18 +321,18 @@ def test_a_trainer_refuses_what_it_cannot_go_on_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["steps", "slots", "accumulate", "log_every", "checkpoint_every"])
-def test_numbers_below_one_are_refused(tmp_path: Path, name: str) -> None:
+def test_trainer_settings_refuse_numbers_below_one(tmp_path: Path, name: str) -> None:
     with pytest.raises(ArgumentError, match=f"{name} must be at least 1; got 0"):
         toy_trainer(tmp_path, batch_at=rows_at(1), **{name: 0})
 
 
-def test_a_clip_that_is_not_positive_is_refused(tmp_path: Path) -> None:
+def test_trainer_settings_refuse_a_clip_that_is_not_positive(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="clip must be positive"):
         toy_trainer(tmp_path, clip=0.0)
 
 
 def test_fit_stops_after_max_steps_without_a_checkpoint(tmp_path: Path) -> None:
-    tracker = Listening()
+    tracker = RecordingTracker()
     trainer = toy_trainer(tmp_path, 20, log_every=4, checkpoint_every=20, tracker=tracker)
     records: list[StepRecord] = []
     summary = trainer.fit(max_steps=6, on_step=records.append)
@@ -342,7 +341,7 @@ def test_fit_stops_after_max_steps_without_a_checkpoint(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert [record.loss for record in records] == [line["train_loss"] for line in lines(tmp_path)]
     assert trainer.checkpoints.steps() == []
-    assert [step for step, _ in tracker.heard] == [4, 6]
+    assert [step for step, _ in tracker.records] == [4, 6]
 
 
 def test_max_steps_counts_from_the_resumed_step_and_changes_no_bit(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation while training: logged with its interval, the same as `evaluate` gives, and no bit of training changes."""
+"""Validation during training: same figures as `evaluate`, and no bit of training changes."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def assert_same(one: Any, two: Any) -> None:
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_evaluation_while_training_changes_no_bit_of_it(ema: float) -> None:
+def test_validation_changes_no_bit_of_training(ema: float) -> None:
     trained("plain", f"train.ema={ema}", *DROPOUT)
     trained("watched", f"train.ema={ema}", "evaluate.every=2", *DROPOUT)
     assert without_validation("plain") == without_validation("watched")
     assert_same(state("plain"), state("watched"))
 
 
-def test_the_line_of_a_step_has_the_bound_that_evaluate_finds_there(
+def test_validation_logs_the_bound_of_evaluate(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for weights in ("ema", "trained"):
@@ -105,7 +105,7 @@ def test_the_line_of_a_step_has_the_bound_that_evaluate_finds_there(
     assert lines("ema")[-1][BOUND] != lines("trained")[-1][BOUND]
 
 
-def test_a_run_that_was_stopped_and_resumed_logs_the_same_evaluations() -> None:
+def test_resumed_run_logs_the_same_validations() -> None:
     trained("straight", "evaluate.every=2", *DROPOUT)
     trained("torn", "evaluate.every=2", "train.steps=3", "train.schedule=constant", *DROPOUT)
     trained("whole", "evaluate.every=2", "train.schedule=constant", *DROPOUT)
@@ -118,13 +118,13 @@ def test_a_run_that_was_stopped_and_resumed_logs_the_same_evaluations() -> None:
     assert sum(BOUND in line for line in lines("torn")) == 3
 
 
-def test_a_run_may_be_resumed_with_other_intervals_of_evaluation() -> None:
+def test_run_resumes_with_another_validation_interval() -> None:
     trained("run", "train.steps=3", "train.schedule=constant", *DROPOUT)
     trained("run", "evaluate.every=1", "train.schedule=constant", *DROPOUT)
     assert [BOUND in line for line in lines("run")] == [False] * 3 + [True] * 3
 
 
-def test_verified_steps_are_evaluated_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_resume_repeats_validations(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ['run_dir="run"', "evaluate.every=2", *DROPOUT]
     trained("run", *settings[1:])
     capsys.readouterr()
@@ -132,7 +132,7 @@ def test_verified_steps_are_evaluated_again(capsys: pytest.CaptureFixture[str]) 
     assert "losses and other figures: equal" in capsys.readouterr().out
 
 
-def test_a_bound_that_is_no_number_is_told_and_ends_nothing(
+def test_non_finite_validation_is_reported_and_training_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(self: Any) -> Any:
@@ -144,7 +144,7 @@ def test_a_bound_that_is_no_number_is_told_and_ends_nothing(
     assert not any(BOUND in line for line in lines("run"))
 
 
-def test_a_tracker_is_told_at_the_step_of_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracker_gets_validations_at_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, bool]] = []
 
     class Listening:
@@ -161,7 +161,7 @@ def test_a_tracker_is_told_at_the_step_of_the_evaluation(monkeypatch: pytest.Mon
     assert told == [(4, True), (5, False), (6, False)]
 
 
-def test_an_installed_average_leaves_the_weights_as_they_were() -> None:
+def test_ema_apply_restores_the_weights_after_an_error() -> None:
     module = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
     average = ExponentialMovingAverage(module, 0.9)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_an_installed_average_leaves_the_weights_as_they_were() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_ranks_evaluate_together_and_train_as_without(
+def test_validation_on_ranks_changes_no_bit_of_training(
     kind: str, ema: float, tmp_path: Path
 ) -> None:
     common = [
@@ -197,7 +197,7 @@ def test_ranks_evaluate_together_and_train_as_without(
     assert figures[0] == pytest.approx(figures[1], rel=0.05)
 
 
-def test_notes_stand_between_the_lines_of_a_log_and_above_a_bar() -> None:
+def test_notes_are_printed_between_progress_lines_and_above_a_bar() -> None:
     import io
 
     for terminal in (False, True):

@@ -1,4 +1,4 @@
-"""A model of four inputs, a regression with ragged rows, and a trainer over them; also a program that trains it.
+"""Toy model, objective and trainer; also a program that trains it.
 
 python toy.py RUN_DIR STEPS [SECONDS_PER_STEP]
 """
@@ -32,7 +32,7 @@ class Rows:
 
 
 class Net(nn.Module):
-    """An embedding, a hidden matrix, dropout, a table of outputs."""
+    """Embedding, hidden matrix, dropout, output table."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Net(nn.Module):
 
 
 class Identify:
-    """Cross-entropy of naming each symbol again; noise is one number per row that is added to the loss's weight."""
+    """Cross-entropy of each symbol given itself; `noise` adds one number per row to its weight."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -114,7 +114,7 @@ def toy_trainer(
 
 
 def main(run_dir: str, steps: str, seconds: str = "0") -> int:
-    """Train with dropout, telling on stdout which steps are done here; goes on where the directory stands."""
+    """Train with dropout from the newest checkpoint, printing the steps that are taken here."""
     rows = rows_at(1)
 
     def batch_at(step: int, micro: int) -> Rows:

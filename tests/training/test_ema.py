@@ -1,4 +1,4 @@
-"""The moving average of the weights."""
+"""Exponential moving average of the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddiff.training.ema import ExponentialMovingAverage
 YES, NO = torch.tensor(True), torch.tensor(False)
 
 
-def test_it_is_the_weighted_sum_of_what_was_shown_with_weights_that_add_up_to_one() -> None:
+def test_ema_is_a_weighted_mean_of_the_parameters() -> None:
     net = nn.Linear(3, 2).double()
     shown = [net.weight.detach().clone()]
     average = ExponentialMovingAverage(net, decay=0.3)
@@ -33,7 +33,7 @@ def test_it_is_the_weighted_sum_of_what_was_shown_with_weights_that_add_up_to_on
     )  # seven sums in float64
 
 
-def test_a_step_that_was_not_taken_leaves_it_alone() -> None:
+def test_ema_ignores_skipped_steps() -> None:
     net = nn.Linear(3, 2)
     average = ExponentialMovingAverage(net, decay=0.9)
     before = average.weights["weight"].clone()
@@ -48,12 +48,12 @@ def test_a_step_that_was_not_taken_leaves_it_alone() -> None:
     assert not torch.equal(average.weights["weight"], before)
 
 
-def test_it_is_kept_in_float32_where_the_weights_are_not() -> None:
+def test_ema_of_bfloat16_weights_is_float32() -> None:
     average = ExponentialMovingAverage(nn.Linear(3, 2).bfloat16(), decay=0.9999)
     assert average.weights["weight"].dtype == torch.float32
 
 
-def test_it_goes_on_from_its_own_tree() -> None:
+def test_ema_resumes_from_its_tree() -> None:
     nets = [nn.Linear(3, 2) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     first, second = ExponentialMovingAverage(nets[0], 0.9), ExponentialMovingAverage(nets[1], 0.9)
@@ -67,6 +67,6 @@ def test_it_goes_on_from_its_own_tree() -> None:
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.1])
-def test_a_decay_outside_of_zero_and_one_is_refused(decay: float) -> None:
+def test_ema_refuses_a_decay_outside_0_and_1(decay: float) -> None:
     with pytest.raises(ArgumentError, match=r"decay must be in \(0, 1\)"):
         ExponentialMovingAverage(nn.Linear(3, 2), decay)
