@@ -113,8 +113,8 @@ def steps_of(make: type[torch.optim.Optimizer], shape: tuple[int, int]) -> Tenso
 def test_muon_on_a_cpu_equals_torch_muon_up_to_precision(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # torch's iterates are bfloat16, 8 bits: four steps of 0.1 times a matrix of norm < 3 differ by a
-    # few times 2^-8.
+    # torch's iterates are bfloat16, 8 bits: four steps of 0.1 times a matrix of norm < 3 differ by
+    # a few times 2^-8.
     torch.testing.assert_close(
         steps_of(Muon, shape), steps_of(torch.optim.Muon, shape), rtol=0, atol=0.02
     )
