@@ -85,8 +85,9 @@ class Checkpoint:
                 targets[place] = own[name]
         _check_same_model(_shapes(own), shapes, self.path)
         read_tensors(targets, self.manifest, self.folder)
-        tied = {alias: own[name] for alias, name in self.aliases.items()}
-        module.load_state_dict(own | tied)
+        for alias, name in self.aliases.items():
+            own[alias] = own[name]
+        module.load_state_dict(own)
 
     def read_state(self, like: Iterable[Tensor] = ()) -> dict[str, Any]:
         """Read the state with its tensors.
@@ -96,9 +97,10 @@ class Checkpoint:
         """
         from ddiff.checkpoint.dcp_storage import allocate_like, read_tensors
 
-        stored = {
-            name: tensor for name, tensor in self.manifest.items() if name.startswith("state.")
-        }
+        stored: Manifest = {}
+        for name, tensor in self.manifest.items():
+            if name.startswith("state."):
+                stored[name] = tensor
         tensors = allocate_like(stored, list(like))
         read_tensors(tensors, self.manifest, self.folder)
         return _replace_tensors(self.state, tensors, "state")

@@ -50,7 +50,8 @@ class WarmupCosine:
         if step < self.warmup:
             return (step + 1) / self.warmup
         progress = (step + 1 - self.warmup) / (self.steps - self.warmup)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        angle = math.pi * min(1.0, progress)
+        cosine = 0.5 * (1.0 + math.cos(angle))
         return self.floor + (1.0 - self.floor) * cosine
 
 

@@ -176,7 +176,13 @@ class _RunState:
     @classmethod
     def from_tree(cls, step: int, tree: Mapping[str, Any]) -> _RunState:
         window = [StepRecord.from_tree(record) for record in tree["window"]]
-        return cls(step, tree["skipped_steps"], tree["skipped_in_a_row"], tree["metrics"], window)
+        return cls(
+            step=step,
+            skipped_steps=tree["skipped_steps"],
+            skipped_in_a_row=tree["skipped_in_a_row"],
+            metrics=tree["metrics"],
+            window=window,
+        )
 
 
 @dataclass(frozen=True)
@@ -309,7 +315,9 @@ class Trainer:
         parameters = self.objective.module.parameters()
         norm = self.backend.clip_grad_norm(parameters, self.settings.clip)
         multiplier = self.multiplier(step)
-        self._update(multiplier, norm.isfinite() & totals["loss"].isfinite().all())
+        # The device decides whether the step is taken: the host does not know these figures yet.
+        finite = norm.isfinite() & totals["loss"].isfinite().all()
+        self._update(multiplier, finite)
         tokens = torch.stack(list(denominators.values())).sum()
         figures = torch.stack([_pair(norm, tokens), *totals.values()])
         arrived = None
@@ -334,8 +342,9 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         for batch in batches:
             for name, count in self.objective.counts(batch).items():
-                count = to_device(torch.as_tensor(count, dtype=torch.float64), self.backend.device)
-                totals[name] = totals[name] + count if name in totals else count
+                counted = torch.as_tensor(count, dtype=torch.float64)
+                counted = to_device(counted, self.backend.device)
+                totals[name] = totals[name] + counted if name in totals else counted
         return self.backend.sum(totals)
 
     def _backward(
@@ -349,14 +358,16 @@ class Trainer:
         Return by name (loss, 0) for "loss" and (sum, count) for each metric, as tensors [2].
         """
         self.optimizer.zero_grad()
-        totals = {"loss": torch.zeros(2, dtype=torch.float64, device=self.backend.device)}
+        device = self.backend.device
+        totals = {"loss": torch.zeros(2, dtype=torch.float64, device=device)}
         for micro, batch in enumerate(batches, start=1):
             is_last = micro == len(batches)
             with nullcontext() if is_last else self.backend.no_sync(self.objective.module):
                 rng = self.rng_at(step, batch)
                 terms = self.objective(batch, rng, denominators, self.settings.slots)
                 terms.loss.backward()
-            totals["loss"] = totals["loss"] + _pair(terms.loss, torch.zeros_like(terms.loss))
+            zero = torch.zeros_like(terms.loss)
+            totals["loss"] = totals["loss"] + _pair(terms.loss, zero)
             for name, (summed, count) in terms.metrics.items():
                 pair = _pair(summed, to_device(count, summed.device))
                 totals[name] = totals[name] + pair if name in totals else pair
@@ -591,7 +602,11 @@ class _Loop:
         shown = {"train_loss": "loss", "tokens_per_second": "tokens_per_second"}
         if self.state.skipped_steps:
             shown["skipped_steps"] = "skipped"
-        bar.advance(1, **{shown[name]: value for name, value in metrics.items() if name in shown})
+        figures: dict[str, float] = {}
+        for name, value in metrics.items():
+            if name in shown:
+                figures[shown[name]] = value
+        bar.advance(1, **figures)
 
     def _too_many_skipped(self, record: StepRecord) -> str:
         steps = self.trainer.checkpoints.steps()
@@ -605,7 +620,8 @@ class _Loop:
 
 
 def _pair(first: Tensor, second: Tensor) -> Tensor:
-    return torch.stack([first.detach().to(torch.float64), second.detach().to(torch.float64)])
+    pair = [first.detach(), second.detach()]
+    return torch.stack([value.to(torch.float64) for value in pair])
 
 
 def _describe(steps: Sequence[int]) -> str:
