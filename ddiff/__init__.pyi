@@ -8,6 +8,10 @@ from .clustering.kmeans import nested_kmeans as nested_kmeans
 from .core.clock import CdfClock as CdfClock
 from .core.clock import LevelClock as LevelClock
 from .core.clock import LogTimeClock as LogTimeClock
+from .core.components import ComponentProcess as ComponentProcess
+from .core.components import MixtureProcess as MixtureProcess
+from .core.components import mask_distribution as mask_distribution
+from .core.components import token_distribution as token_distribution
 from .core.dense import DenseProcess as DenseProcess
 from .core.elbo import Likelihood as Likelihood
 from .core.elbo import NelboTerms as NelboTerms
@@ -18,11 +22,7 @@ from .core.elbo import network_from_table as network_from_table
 from .core.information import IdentityTime as IdentityTime
 from .core.information import InformationTime as InformationTime
 from .core.information import TimeChange as TimeChange
-from .core.interpolating import ComponentProcess as ComponentProcess
 from .core.interpolating import InterpolatingProcess as InterpolatingProcess
-from .core.interpolating import MixtureProcess as MixtureProcess
-from .core.interpolating import mask_distribution as mask_distribution
-from .core.interpolating import token_distribution as token_distribution
 from .core.kernel import DenseKernel as DenseKernel
 from .core.kernel import InterpolatingKernel as InterpolatingKernel
 from .core.kernel import Kernel as Kernel

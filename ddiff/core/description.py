@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+# Attributes that follow from others, by the beginnings of their names.
 _DERIVED = (
     "closes_at_",
     "uniforms_per_",
@@ -16,39 +17,50 @@ _DERIVED = (
     "vocabulary",
     "prior",
 )
-_DEEPEST = 2  # objects within objects
-_LONGEST = 8  # entries of a tuple
+_MAX_DEPTH = 2  # objects within objects
+_MAX_ENTRIES = 8  # entries of a tuple
 
 
 class SettingsRepr:
-    """Print as `Class(setting=value, ...)`, of the public attributes that are settings and not tables."""
+    """Mixin: print as `Class(setting=value, ...)`, from the public attributes that are settings."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(format_settings(self))})"
 
 
-def format_settings(owner: object, depth: int = _DEEPEST) -> Iterator[str]:
-    """`name=value` of each public attribute that is a number, a text, a tuple of such, or an object with settings."""
+def format_settings(owner: object, depth: int = _MAX_DEPTH) -> Iterator[str]:
+    """Yield `name=value` for each public attribute that is a setting.
+
+    Settings are numbers, texts, tuples of these and objects with settings; tensors and modules are
+    not.
+    """
     for name, value in vars(owner).items():
         if name.startswith(("_", *_DERIVED)):
             continue
-        shown = _shown(value, depth)
-        if shown is not None:
-            yield f"{name}={shown}"
+        text = _format_value(value, depth)
+        if text is not None:
+            yield f"{name}={text}"
 
 
-def _shown(value: Any, depth: int) -> str | None:
-    """The text of a setting; None for what is none."""
+def _format_value(value: Any, depth: int) -> str | None:
+    """Text of a setting; None if the value is not a setting."""
     if isinstance(value, float):
         return f"{value:g}"
     if value is None or isinstance(value, bool | int | str):
         return repr(value)
     if isinstance(value, tuple | list):
-        entries = [_shown(entry, depth) for entry in value]
-        if not 0 < len(entries) <= _LONGEST or None in entries:
-            return None
-        return f"({', '.join(map(str, entries))}{',' if len(entries) == 1 else ''})"
+        return _format_tuple(value, depth)
     is_table = isinstance(value, Tensor | nn.Module | type) or callable(value)
-    if is_table or depth == 0 or not hasattr(value, "__dict__") or hasattr(value, "vocabulary"):
+    if is_table or depth == 0 or not hasattr(value, "__dict__"):
+        return None
+    if "vocabulary" in vars(value):  # a process or a distribution
         return None
     return f"{type(value).__name__}({', '.join(format_settings(value, depth - 1))})"
+
+
+def _format_tuple(values: tuple[Any, ...] | list[Any], depth: int) -> str | None:
+    entries = [_format_value(entry, depth) for entry in values]
+    if not 0 < len(entries) <= _MAX_ENTRIES or None in entries:
+        return None
+    comma = "," if len(entries) == 1 else ""
+    return f"({', '.join(map(str, entries))}{comma})"

@@ -1,7 +1,8 @@
-"""Kernels: one linear operator on the states per row. Generators and finite transitions are both kernels.
+"""Kernels: one linear operator on the states per row, for generators and finite transitions.
 
-Row convention: K[y,z] is the rate, or the probability, of going from y to z; laws are row vectors and `apply(v) = v K`.
-Structured kernels answer `row`, `column` and `apply` without ever forming [S,S]; `dense` is for the oracle.
+Row convention: K[y,z] is the rate, or the probability, of going from y to z. Distributions are row
+vectors and `apply(v)` is v K. Structured kernels compute `row`, `column` and `apply` without forming
+[S,S]; `dense` is for the oracle.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from torch import Tensor
 from ddiff.core.numerics import to_column
 from ddiff.errors import ArgumentError
 
+# Largest number of states of a kernel that is solved as a dense matrix.
 MAX_DENSE = 512
-FORGOTTEN = 1e-13  # singular values, relative to the largest, below which only the rounding of a vector would be read
+
+# Singular values below this share of the largest hold only the rounding errors of a vector.
+MIN_SINGULAR_SHARE = 1e-13
 
 
 class Kernel(ABC):
@@ -26,11 +30,11 @@ class Kernel(ABC):
 
     @abstractmethod
     def row(self, ids: Tensor) -> Tensor:
-        """[r,S] K[ids, .]: where each row's state goes."""
+        """[r,S] K[ids, .]: where the state of each row goes."""
 
     @abstractmethod
     def column(self, ids: Tensor) -> Tensor:
-        """[r,S] K[., ids]: where each row's state may have come from."""
+        """[r,S] K[., ids]: where the state of each row may have come from."""
 
     @abstractmethod
     def apply(self, vector: Tensor) -> Tensor:
@@ -38,22 +42,25 @@ class Kernel(ABC):
 
     def dense(self) -> Tensor:
         """[r,S,S] the whole operator, from its rows. Oracle only: O(r S^2) memory."""
-        rows = [self.row(torch.full((self._num_rows(),), y)) for y in range(self.num_states)]
+        rows = []
+        for state in range(self.num_states):
+            ids = torch.full((self._num_rows(),), state)
+            rows.append(self.row(ids))
         return torch.stack(rows, 1)
 
     def solve(self, vector: Tensor) -> Tensor:
-        """[r,S] x with x K = vector, in the vector's dtype; ArgumentError where K is singular.
+        """[r,S] x with x K = vector, in the vector's dtype; ArgumentError if K is singular.
 
         Derived: dense linear algebra, O(r S^3), for kernels of at most 512 states.
         """
         if self.num_states > MAX_DENSE:
             raise ArgumentError(
-                f"{type(self).__name__}.solve: the kernel must have at most {MAX_DENSE} states, since it is solved as "
-                f"a dense matrix; got {self.num_states}. Use a process whose transition has a structure of its own."
+                f"{type(self).__name__}.solve: the kernel must have at most {MAX_DENSE} states, "
+                f"since it is solved as a dense matrix; got {self.num_states}. Use a process whose "
+                "transition has its own structure."
             )
-        solved, info = torch.linalg.solve_ex(
-            self.dense().transpose(-1, -2), vector.double().unsqueeze(-1)
-        )
+        transposed = self.dense().transpose(-1, -2)
+        solved, info = torch.linalg.solve_ex(transposed, vector.double().unsqueeze(-1))
         require_invertible(info != 0, type(self).__name__)
         return solved.squeeze(-1).to(vector.dtype)
 
@@ -68,37 +75,40 @@ class Kernel(ABC):
 
 
 def require_invertible(singular: Tensor, name: str) -> None:
-    """ArgumentError where a row of a kernel [r] has no inverse."""
+    """Raise ArgumentError if a row of a kernel has no inverse; singular bool [r]."""
     if bool(singular.any()):
         raise ArgumentError(
-            f"{name}.solve: the kernel must be invertible in every row; {int(singular.sum())} of {len(singular)} are "
-            f"singular, the first at row {int(singular.nonzero()[0, 0])}. A transition up to t = 1 forgets where it came "
-            "from, and a generator has no inverse: start below t = 1."
+            f"{name}.solve: the kernel must be invertible in every row; {int(singular.sum())} of "
+            f"{len(singular)} are singular, the first at row {int(singular.nonzero()[0, 0])}. A "
+            "transition up to t = 1 forgets where it came from, and a generator has no inverse: "
+            "start below t = 1."
         )
 
 
-def solve_nearest(matrix: Tensor, base: Tensor, vectors: Tensor, place: Tensor) -> Tensor:
-    """[r,A] distributions x with x matrix[place] = vectors [r,S], where several may be, the nearest to base[place].
+def solve_nearest(matrix: Tensor, base: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
+    """[r,A] distributions x with x matrix[index] = vectors [r,S], nearest to base[index].
 
-    matrix [n,A,S] holds transition probabilities, base [n,A] a distribution of where they start, place [r] which of the n
-    a row is of. Columns are divided by what base makes of them: states that are rare, such as tokens late in masking, then
-    count as much as frequent ones. What is left is how well starts can be told from one another; directions in which they
-    cannot be told are those of base. From base on, three steps of refinement by the residual: small probabilities get a
-    relative accuracy of their own, which evidence of 1/t multiplies.
+    matrix [n,A,S] holds transition probabilities, base [n,A] a distribution of their starts, and
+    index [r] the one of the n problems that a row belongs to. Columns are divided by their
+    probability under base: rare states, such as tokens late in masking, then count as much as
+    frequent ones. Directions in which the starts cannot be told apart are those of base. Starting
+    from base, three steps of refinement by the residual give small probabilities their own relative
+    accuracy, which evidence of 1/t multiplies.
     """
     reached = (base.unsqueeze(1) @ matrix).squeeze(1)
-    scale = torch.where(reached > 0, 1.0 / torch.where(reached > 0, reached, 1.0), 0.0)
+    inverse_reached = 1.0 / torch.where(reached > 0, reached, 1.0)
+    scale = torch.where(reached > 0, inverse_reached, 0.0)
     scaled = matrix * scale.unsqueeze(1)
-    inverse = torch.linalg.pinv(scaled, rtol=FORGOTTEN)
-    targets = vectors * scale[place]
+    inverse = torch.linalg.pinv(scaled, rtol=MIN_SINGULAR_SHARE)
+    targets = vectors * scale[index]
     x = torch.zeros(len(vectors), matrix.shape[1], dtype=vectors.dtype, device=vectors.device)
-    for k in range(
-        len(matrix)
-    ):  # one by one: [r,A,S] would be as large as the batch times the square of S
-        rows = (place == k).nonzero().squeeze(-1)
+    # One problem at a time: [r,A,S] would be as large as the batch times the square of S.
+    for k in range(len(matrix)):
+        rows = (index == k).nonzero().squeeze(-1)
         solved = base[k].expand(len(rows), -1)
         for _ in range(3):
-            solved = solved + (targets[rows] - solved @ scaled[k]) @ inverse[k]
+            residual = targets[rows] - solved @ scaled[k]
+            solved = solved + residual @ inverse[k]
         x = x.index_copy(0, rows, solved)
     return x
 
@@ -112,13 +122,16 @@ class DenseKernel(Kernel):
         self.num_states = matrix.shape[-1]
 
     def row(self, ids: Tensor) -> Tensor:
-        return self.matrix[torch.arange(len(ids), device=ids.device), ids]
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.matrix[rows, ids]
 
     def column(self, ids: Tensor) -> Tensor:
-        return self.matrix[torch.arange(len(ids), device=ids.device), :, ids]
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.matrix[rows, :, ids]
 
     def apply(self, vector: Tensor) -> Tensor:
-        return (vector.unsqueeze(1) @ self.matrix.to(vector.dtype)).squeeze(1)
+        product = vector.unsqueeze(1) @ self.matrix.to(vector.dtype)
+        return product.squeeze(1)
 
     def dense(self) -> Tensor:
         return self.matrix
@@ -129,13 +142,15 @@ class DenseKernel(Kernel):
 
 @final
 class InterpolatingKernel(Kernel):
-    """K[y,z] = stay 1[y=z] + arrive[z]: a diagonal plus rank one, the same arrivals from every state.
+    """K[y,z] = stay 1[y=z] + arrive[z]: a diagonal plus rank one, equal arrivals from every state.
 
-    stay [r], arrive [r,S]. As a transition: keep with `stay`, else redraw. As a generator: stay = -sum(arrive).
+    stay [r], arrive [r,S]. As a transition: keep the state with probability `stay`, else redraw it
+    in proportion to `arrive`. As a generator: stay = -sum(arrive).
     """
 
     def __init__(self, stay: Tensor, arrive: Tensor) -> None:
-        self.stay, self.arrive = stay, arrive
+        self.stay = stay
+        self.arrive = arrive
         self.num_states = arrive.shape[-1]
 
     def row(self, ids: Tensor) -> Tensor:
@@ -146,19 +161,23 @@ class InterpolatingKernel(Kernel):
 
     def apply(self, vector: Tensor) -> Tensor:
         total = vector.sum(-1, keepdim=True)
-        return to_column(self.stay, vector) * vector + total * self.arrive.to(vector.dtype)
+        kept = to_column(self.stay, vector) * vector
+        return kept + total * self.arrive.to(vector.dtype)
 
     def solve(self, vector: Tensor) -> Tensor:
         """x = (v - |x| arrive) / stay, with |x| = |v| / (stay + |arrive|)."""
-        leaving = self.stay + self.arrive.sum(-1)
-        require_invertible(
-            (self.stay == 0) | (leaving.abs() <= 1e-15 * self.stay.abs()), type(self).__name__
-        )
-        total = vector.sum(-1, keepdim=True) / to_column(leaving, vector)
-        return (vector - total * self.arrive.to(vector.dtype)) / to_column(self.stay, vector)
+        row_sum = self.stay + self.arrive.sum(-1)
+        # A row sum that is rounding of `stay` alone is the 0 of a generator.
+        singular = (self.stay == 0) | (row_sum.abs() <= 1e-15 * self.stay.abs())
+        require_invertible(singular, type(self).__name__)
+        total = vector.sum(-1, keepdim=True) / to_column(row_sum, vector)
+        arrived = total * self.arrive.to(vector.dtype)
+        return (vector - arrived) / to_column(self.stay, vector)
 
     def _diagonal(self, ids: Tensor) -> Tensor:
-        return torch.zeros_like(self.arrive).scatter(-1, ids.unsqueeze(-1), self.stay.unsqueeze(-1))
+        """[r,S] `stay` at ids, 0 elsewhere."""
+        zeros = torch.zeros_like(self.arrive)
+        return zeros.scatter(-1, ids.unsqueeze(-1), self.stay.unsqueeze(-1))
 
     def _num_rows(self) -> int:
         return len(self.stay)
@@ -166,10 +185,11 @@ class InterpolatingKernel(Kernel):
 
 @final
 class SumKernel(Kernel):
-    """The sum of two kernels."""
+    """Sum of two kernels."""
 
     def __init__(self, first: Kernel, second: Kernel) -> None:
-        self.first, self.second = first, second
+        self.first = first
+        self.second = second
         self.num_states = first.num_states
 
     def row(self, ids: Tensor) -> Tensor:
@@ -190,7 +210,8 @@ class ScaledKernel(Kernel):
     """A kernel times a factor per row [r]."""
 
     def __init__(self, factor: Tensor, kernel: Kernel) -> None:
-        self.factor, self.kernel = factor, kernel
+        self.factor = factor
+        self.kernel = kernel
         self.num_states = kernel.num_states
 
     def row(self, ids: Tensor) -> Tensor:

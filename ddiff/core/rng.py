@@ -1,6 +1,7 @@
-"""Counter-based randomness: a number is a pure function of what it is for, never of what was drawn before it.
+"""Counter-based random generator: each number is a pure function of its purpose and position.
 
-World size, micro-batches, workers and restarts then cannot change a run, and a sample does not depend on its batch.
+A number never depends on earlier draws. World size, micro-batches, workers and restarts therefore
+cannot change a run, and a sample does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -15,12 +16,23 @@ from ddiff.errors import ArgumentError
 
 
 class CounterRng:
-    """Uniforms for one step: `uniform(channel)` depends on (seed, purpose, step, sample index, position, channel) only.
+    """Uniform random numbers for the samples of one step.
 
-    `index` [B] long numbers the samples globally (>= 0); `length` L is the number of positions; `purpose` keeps training,
-    evaluation and sampling apart under one seed; `group` [B] numbers the samples that share the number that `shared` draws.
-    A position's value does not depend on L. Philox-4x64 (Salmon et al. 2011) is run with (seed, purpose) as key and
-    (position block, index, step, channel) as counter.
+    A number depends only on (seed, purpose, step, sample index, position, channel). The number of a
+    position does not depend on `length`. Philox-4x64 (Salmon et al. 2011) is run with (seed, purpose)
+    as key and (position block, index, step, channel) as counter.
+
+        rng = CounterRng(seed=1, step=7, index=torch.arange(4), length=16)
+        u = rng.uniform("time")           # [4,16]; "time" is the channel
+
+    Args:
+        seed: in [0, 2^64).
+        step: training or sampling step, >= 0.
+        index: [B] long, global numbers of the samples, >= 0.
+        length: number of positions L.
+        purpose: separates training, evaluation and sampling under one seed.
+        group: [B] long; samples of one group share the numbers of `uniform_per_group`. Without it
+            all samples are one group.
     """
 
     def __init__(
@@ -34,45 +46,52 @@ class CounterRng:
     ) -> None:
         if not 0 <= seed < 2**64 or step < 0:
             raise ArgumentError(
-                f"Noise: seed must be in [0, 2^64) and step >= 0; got seed {seed}, step {step}."
+                f"CounterRng: seed must be in [0, 2^64) and step >= 0; got seed {seed}, step {step}."
             )
-        self.seed, self.step, self.index, self.length, self.purpose = (
-            seed,
-            step,
-            index,
-            length,
-            purpose,
-        )
+        self.seed = seed
+        self.step = step
+        self.index = index
+        self.length = length
+        self.purpose = purpose
         self.group = torch.zeros_like(index) if group is None else group
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:
-        """[B,L] (count 1) or [B,L,count] float64 in [0,1), on the device of `index`. Channels are names."""
-        draws = [self._one(f"{channel}.{i}") for i in range(count)]
-        return draws[0] if count == 1 else torch.stack(draws, -1)
+        """[B,L] (count 1) or [B,L,count] float64 in [0,1), on the device of `index`.
 
-    def _one(self, channel: str) -> Tensor:
-        words = [self._words(i, channel, self.length) for i in self.index.tolist()]
-        stacked = np.stack(words) if words else np.empty((0, self.length), dtype=np.uint64)
-        return torch.from_numpy((stacked >> np.uint64(11)).astype(np.float64) * 2.0**-53).to(
-            self.index.device
-        )
+        `channel` is a name for the use of the numbers; different channels are independent.
+        """
+        draws = [self._draw_channel(f"{channel}.{i}") for i in range(count)]
+        if count == 1:
+            return draws[0]
+        return torch.stack(draws, -1)
+
+    def _draw_channel(self, channel: str) -> Tensor:
+        rows = [self._raw_bits(i, channel, self.length) for i in self.index.tolist()]
+        if rows:
+            bits = np.stack(rows)
+        else:
+            bits = np.empty((0, self.length), dtype=np.uint64)
+        # The upper 53 bits are the digits of a float64 in [0,1).
+        numbers = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return torch.from_numpy(numbers).to(self.index.device)
 
     def uniform_per_group(self, channel: str) -> Tensor:
-        """[B] one uniform for all samples of a group (without groups: of the global batch) in this step."""
+        """[B] float64 in [0,1), one number for all samples of a group in this step."""
         groups, place = self.group.unique(return_inverse=True)
-        words = [
-            int(self._words(i, f"shared.{channel}", 1)[0] >> np.uint64(11)) for i in groups.tolist()
-        ]
-        return (torch.tensor(words, dtype=torch.float64) * 2.0**-53).to(self.index.device)[place]
+        numbers = []
+        for group in groups.tolist():
+            bits = self._raw_bits(group, f"shared.{channel}", 1)
+            numbers.append(int(bits[0] >> np.uint64(11)))
+        uniforms = torch.tensor(numbers, dtype=torch.float64) * 2.0**-53
+        return uniforms.to(self.index.device)[place]
 
-    def _words(self, index: int, channel: str, count: int) -> np.ndarray:
+    def _raw_bits(self, index: int, channel: str, count: int) -> np.ndarray:
+        """[count] uint64 of one sample and channel."""
         counter = np.array([0, index, self.step, _hash(channel)], np.uint64)
-        bits = np.random.Philox(
-            key=np.array([self.seed, _hash(self.purpose)], np.uint64), counter=counter
-        )
-        return bits.random_raw(count)
+        key = np.array([self.seed, _hash(self.purpose)], np.uint64)
+        return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
 def _hash(name: str) -> int:
-    """A number for a name that never changes between runs or machines."""
+    """Number for a name that never changes between runs or machines."""
     return zlib.crc32(name.encode())

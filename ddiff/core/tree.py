@@ -509,7 +509,7 @@ class TreeProcess(ForwardProcess):
 
         def draw(prediction: Prediction, z: Tensor, target: Tensor, t: Tensor, u: Tensor) -> Tensor:
             if isinstance(prediction, Score):
-                return draw_index(self._decoding(prediction, z, t).softmax(-1), u)
+                return draw_index(self._log_decode_weights(prediction, z, t).softmax(-1), u)
             return self._draw_below(prediction, z, target, u)
 
         return self._descend(query, zt, target, draw, target, t, u[:, 0])

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LogTimeClock
+from ddiff.core.components import MixtureProcess
 from ddiff.core.elbo import Network
-from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess, Query, RowFunction
 from ddiff.core.schedule import LinearSchedule

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddiff.core.components import MixtureProcess
 from ddiff.core.dense import DenseProcess
-from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess, RowFunction
 from ddiff.core.schedule import LinearSchedule

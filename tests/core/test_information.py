@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LogTimeClock
+from ddiff.core.components import MixtureProcess
 from ddiff.core.dense import DenseProcess
 from ddiff.core.information import IdentityTime, MonotoneMap
-from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import GeometricSchedule, LinearSchedule, PowerSchedule

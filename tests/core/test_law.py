@@ -12,7 +12,7 @@ from random_trees import below, forward_step, trees
 from torch import Tensor
 
 from ddiff.core.clock import LogTimeClock
-from ddiff.core.interpolating import MixtureProcess
+from ddiff.core.components import MixtureProcess
 from ddiff.core.prediction import DenseDistribution, drop_own_evidence, segment_logsumexp
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule

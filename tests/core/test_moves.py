@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddiff.core.clock import CdfClock, LogTimeClock
-from ddiff.core.dense import DenseProcess
-from ddiff.core.interpolating import (
+from ddiff.core.components import (
     ComponentProcess,
-    InterpolatingProcess,
     MixtureProcess,
     mask_distribution,
     token_distribution,
 )
+from ddiff.core.dense import DenseProcess
+from ddiff.core.interpolating import InterpolatingProcess
 from ddiff.core.kernel import DenseKernel, InterpolatingKernel, Kernel
 from ddiff.core.prediction import DenseDistribution, Score
 from ddiff.core.process import ForwardProcess
@@ -165,7 +165,7 @@ class WideDoubles(TorchDispatchMode):
 def test_component_noise_makes_nothing_wide_in_float64(even: bool) -> None:
     vocabulary, rows = FlatVocabulary(500), 64
     process = MaskAndWords(vocabulary)
-    process._even = even
+    process._is_even_on_tokens = even
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, 500, generator=generator, requires_grad=True)
     x0, t = (

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddiff.core.components import MixtureProcess, mask_distribution, token_distribution
 from ddiff.core.dense import DenseProcess
-from ddiff.core.interpolating import MixtureProcess, mask_distribution, token_distribution
 from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule, Schedule

@@ -23,9 +23,9 @@ from exact_windows import (
 )
 
 from ddiff.core.clock import CdfClock, LogTimeClock
+from ddiff.core.components import MixtureProcess
 from ddiff.core.elbo import nelbo, network_from_noisy
 from ddiff.core.information import IdentityTime, TimeChange
-from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
 from ddiff.core.schedule import LinearSchedule, Schedule

@@ -14,8 +14,8 @@ from ddiff_hybrid.gamma import GammaHybrid
 from ddiff_mdlm.process import MaskedDiffusion
 from ddiff_sedd.process import ScoreEntropyDiffusion
 
+from ddiff.core.components import MixtureProcess
 from ddiff.core.dense import DenseProcess
-from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.process import ForwardProcess
 from ddiff.core.tree import TreeProcess
 from ddiff.evaluation.intervals import student95

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ddiff.core import elbo
 from ddiff.core.clock import CdfClock, LogTimeClock
+from ddiff.core.components import MixtureProcess, token_distribution
 from ddiff.core.elbo import Network
-from ddiff.core.interpolating import MixtureProcess, token_distribution
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
 from ddiff.core.schedule import LinearSchedule, Schedule
@@ -72,7 +72,7 @@ def closing_shows(zt_of: Callable[..., Tensor], told: float | None = 1.0) -> Cal
         root = process.vocabulary.root
         formula = partial(elbo._closing_kl, process)
         whole = lambda zt: torch.full_like(zt, root)  # noqa: E731
-        return times.speed * elbo._read(network, shown, reads, whole, formula, x0, times.t)
+        return times.speed * elbo._evaluate_at(network, shown, reads, whole, formula, x0, times.t)
 
     return closing
 

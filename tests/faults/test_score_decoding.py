@@ -85,7 +85,7 @@ def test_perfect_score_decodes_to_the_posterior(process: ForwardProcess) -> None
         torch.searchsorted(path, rows.t)
     ]
     score = score_from_distribution(process, rows.log_p, rows.zt, now)
-    got = process._decoding(score, rows.zt, rows.t).softmax(-1)
+    got = process._log_decode_weights(score, rows.zt, rows.t).softmax(-1)
     error = (got - posterior(process, rows.log_p, rows.zt, rows.t)).abs().amax(-1)
     readable = hidden < READABLE
     assert bool((error[readable] <= 1e-12 * (hidden[readable] / 100.0).clamp(min=1.0)).all())

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LogTimeClock
-from ddiff.core.dense import DenseProcess
-from ddiff.core.interpolating import (
+from ddiff.core.components import (
     ComponentProcess,
-    InterpolatingProcess,
     MixtureProcess,
     mask_distribution,
     token_distribution,
 )
+from ddiff.core.dense import DenseProcess
+from ddiff.core.interpolating import InterpolatingProcess
 from ddiff.core.kernel import DenseKernel, Kernel
 from ddiff.core.numerics import draw_index, interior
 from ddiff.core.process import ForwardProcess, Prior

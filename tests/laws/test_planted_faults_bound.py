@@ -21,7 +21,7 @@ from faults import (
 )
 from torch import Tensor
 
-from ddiff.core.interpolating import MixtureProcess
+from ddiff.core.components import MixtureProcess
 from ddiff.core.tree import TreeProcess
 from ddiff.testing import bound
 from ddiff.testing.bound import bent_path, full_conditional_table

@@ -24,7 +24,7 @@ from faults import (
 from torch import Tensor
 
 from ddiff.core.dense import DenseProcess
-from ddiff.core.interpolating import MixtureProcess
+from ddiff.core.components import MixtureProcess
 from ddiff.core.kernel import DenseKernel, InterpolatingKernel, Kernel
 from ddiff.core.numerics import Constant, interior
 from ddiff.core.schedule import LinearSchedule
@@ -46,8 +46,8 @@ class JumpAtTheEnd(FalselyClosing):
 class WrongSharesOfParents(StochasticParents):
     """The wrong parents share 1 - xi among n instead of n - 1, so that rows miss (1 - xi)/n."""
 
-    def _climb(self, i: int, j: int) -> None:
-        super()._climb(i, j)
+    def _add_level(self, i: int, j: int) -> None:
+        super()._add_level(i, j)
         size = self.vocabulary.level_sizes[j]
         stray = self.stray[i][j]
         if stray is not None and size > 1:
@@ -57,8 +57,8 @@ class WrongSharesOfParents(StochasticParents):
 class DivisionByZeroNodes(StochasticParents):
     """(1 - xi)/(n - 1) at a level with one node."""
 
-    def _climb(self, i: int, j: int) -> None:
-        super()._climb(i, j)
+    def _add_level(self, i: int, j: int) -> None:
+        super()._add_level(i, j)
         size, xi = self.vocabulary.level_sizes[j], 0.8
         self.stray[i][j] = torch.full((size,), 1.0 - xi).double() / torch.tensor(size - 1.0)
 
@@ -140,13 +140,13 @@ class FalselyEvenComponents(HumpedComponents):
         self.components = torch.tensor(
             [[0.0, 0.0, 0.0, 1.0], [0.5, 0.3, 0.2, 0.0]], dtype=torch.float64
         )
-        self._on = Constant(self.components).on
+        self._components_on = Constant(self.components).on
 
 
 class UnevenComponents(FalselyEvenComponents):
     def __init__(self) -> None:
         super().__init__()
-        self._even = False
+        self._is_even_on_tokens = False
 
 
 FAULTS = [

@@ -20,7 +20,7 @@ from faults import (
 from torch import Tensor
 
 from ddiff.core.clock import LogTimeClock
-from ddiff.core.interpolating import MixtureProcess
+from ddiff.core.components import MixtureProcess
 from ddiff.core.numerics import interior
 from ddiff.core.prediction import CleanDistribution, Score
 from ddiff.core.process import TrainedPart
@@ -32,7 +32,7 @@ from ddiff.testing import derived_formulas, edge_cases
 class SurpriseOfTheToken(TreeProcess):
     """Charges for the leaf token at every node, instead of the next node down."""
 
-    def _surprise_below(
+    def _kl_below(
         self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, level: Tensor
     ) -> Tensor:
         return -prediction.log_child(zt, x0)
@@ -41,7 +41,7 @@ class SurpriseOfTheToken(TreeProcess):
 class OneTermOfTheDivergence(TreeProcess):
     """For xi < 1, the published loss keeps only the term of the true cluster."""
 
-    def _parent_surprise(
+    def _kl_at_level(
         self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, level: int
     ) -> Tensor:
         right = self.vocabulary.ancestor(x0, 1) - self.vocabulary.offsets[1]
@@ -107,7 +107,7 @@ class InfinityMinusInfinity(MixtureProcess):
     """-ln P(x|z) as a difference of two logarithms that may both be infinite."""
 
     def decode_nll(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        joint = self._decoding(prediction, zt, t)
+        joint = self._log_decode_weights(prediction, zt, t)
         return joint.logsumexp(-1) - joint.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
 
 

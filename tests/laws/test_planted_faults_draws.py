@@ -7,7 +7,7 @@ import torch
 from faults import Fault, assert_detected, tree_on_pair, uneven_noise, uniform_noise
 from torch import Tensor
 
-from ddiff.core.interpolating import MixtureProcess
+from ddiff.core.components import MixtureProcess
 from ddiff.core.process import Query
 from ddiff.core.tree import TreeProcess
 from ddiff.testing import draws
@@ -54,8 +54,8 @@ class WritesIntoX0(TreeProcess):
 class StepOneLevelAtATime(TreeProcess):
     """Step that descends at most one level: a mask never becomes a leaf token at once."""
 
-    def _down_to(self, query: Query, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
-        return super()._down_to(
+    def _draw_at_level(self, query: Query, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
+        return super()._draw_at_level(
             query, zt, torch.maximum(target, self.vocabulary.level_of(zt) - 1), u
         )
 

@@ -13,7 +13,7 @@ from ddiff_hybrid.losses import EverywhereCrossEntropy, MixedEntropies
 from faults import Fault, assert_detected
 from torch import Tensor
 
-from ddiff.core.interpolating import MixtureProcess, token_distribution
+from ddiff.core.components import MixtureProcess, token_distribution
 from ddiff.core.kernel import InterpolatingKernel, Kernel
 from ddiff.core.numerics import interior
 from ddiff.core.prediction import CleanDistribution, DenseDistribution

@@ -19,7 +19,7 @@ from faults import (
 )
 from torch import Tensor
 
-from ddiff.core.interpolating import MixtureProcess
+from ddiff.core.components import MixtureProcess
 from ddiff.core.kernel import InterpolatingKernel, Kernel
 from ddiff.core.prediction import Score
 from ddiff.core.process import Query
@@ -78,8 +78,8 @@ class ForwardStepFromZero(TreeProcess):
 class ParentsOfTheWrongLevel(TreeProcess):
     """Draws wrong parents as if every row started at its leaf token."""
 
-    def _stray(self, right: Tensor, i: int, j: int, u: Tensor) -> Tensor:
-        return super()._stray(right, 0, j, u)
+    def _draw_stray(self, ancestor: Tensor, i: int, j: int, u: Tensor) -> Tensor:
+        return super()._draw_stray(ancestor, 0, j, u)
 
 
 class AcceptEveryEvent(MixtureProcess):

@@ -9,7 +9,7 @@ import torch
 from chains import EVERY
 from ddiff_hybrid.epsilon import EpsilonHybrid
 
-from ddiff.core.interpolating import MixtureProcess, mask_distribution, token_distribution
+from ddiff.core.components import MixtureProcess, mask_distribution, token_distribution
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import GeometricSchedule, LinearSchedule, PowerSchedule
 from ddiff.core.tree import TreeProcess

@@ -14,8 +14,8 @@ from ddiff_mdlm.process import MaskedDiffusion
 from dense_heads import KINDS, dense_law, make_head
 from torch import Tensor, nn
 
+from ddiff.core.components import MixtureProcess
 from ddiff.core.dense import DenseProcess
-from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.prediction import CleanDistribution
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng

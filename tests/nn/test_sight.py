@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
-from ddiff.core.interpolating import MixtureProcess, token_distribution
+from ddiff.core.components import MixtureProcess, token_distribution
 from ddiff.core.rng import CounterRng
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import FlatTimes, Noisy, WindowTimes

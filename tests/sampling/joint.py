@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LogTimeClock
+from ddiff.core.components import MixtureProcess
 from ddiff.core.dense import DenseProcess
 from ddiff.core.elbo import Network, network_from_table
-from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule, Schedule
 from ddiff.core.tree import TreeProcess

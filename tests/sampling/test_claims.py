@@ -20,8 +20,8 @@ from ddiff import (
     guided,
 )
 from ddiff.core.clock import CdfClock, LogTimeClock
+from ddiff.core.components import token_distribution
 from ddiff.core.elbo import network_from_noisy
-from ddiff.core.interpolating import token_distribution
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import Noisy
 from ddiff.plugin.loader import load_plugins

@@ -17,8 +17,8 @@ from ddiff_hybrid.epsilon import EpsilonHybrid
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LogTimeClock
+from ddiff.core.components import MixtureProcess, token_distribution
 from ddiff.core.elbo import Network, network_from_noisy
-from ddiff.core.interpolating import MixtureProcess, token_distribution
 from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import Noisy, WindowTimes

@@ -10,8 +10,8 @@ import torch
 from all_samplers import SAMPLERS
 from joint import JOINT, EarlyNoise, exact_ask, processes
 
+from ddiff.core.components import MixtureProcess
 from ddiff.core.elbo import network_from_noisy, network_from_table
-from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes, WindowTimes

@@ -9,8 +9,8 @@ import torch
 from joint import JOINT, EarlyNoise, distance, exact_ask, given_the_rest, law_of_chain, processes
 from torch import Tensor
 
+from ddiff.core.components import MixtureProcess
 from ddiff.core.elbo import network_from_table
-from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.errors import ArgumentError

@@ -11,8 +11,8 @@ from ddiff_dit.dit import Condition, DiT
 from torch import Tensor
 
 from ddiff.core.clock import LogTimeClock
+from ddiff.core.components import MixtureProcess
 from ddiff.core.information import IdentityTime
-from ddiff.core.interpolating import MixtureProcess
 from ddiff.core.prediction import CleanDistribution
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng

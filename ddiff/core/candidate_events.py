@@ -1,0 +1,93 @@
+"""Candidate events of the interpolating family: event times that need no network.
+
+The rate at which the reversed chain leaves a state depends on the network, but it has a bound that
+does not. Candidates are drawn at the bound, and `InterpolatingProcess.event` accepts each with the
+ratio of the two rates (thinning).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ddiff.core.numerics import EARLIEST, LATEST, interior
+
+# Number of cells of logit time, each with one rate of candidate events.
+NUM_CELLS = 1024
+
+# A smooth rate inside a cell exceeds the larger of its ends by a thousandth at most.
+MAX_RISE = 1.01
+
+
+class NoiseTables(Protocol):
+    """Noise b_t and arrivals omega_t of a process, for some states at some times."""
+
+    def representative(self, zt: Tensor) -> Tensor:
+        """[r] a state with the same noise as z_t at all times."""
+
+    def noise_table(self, states: Tensor, t: Tensor) -> Tensor:
+        """[n,m] b_t of states [m] at times [n]."""
+
+    def arrivals_table(self, states: Tensor, t: Tensor) -> Tensor:
+        """[n,m] omega_t of states [m] at times [n]."""
+
+
+class CandidateEvents:
+    """Candidate events of rows in states zt [r], with one rate per cell and unit of logit time.
+
+    The rate is above omega_t(z) (1 - b_t(z)) / b_t(z) (omega and b as in `InterpolatingProcess`),
+    which is above the true rate of leaving z for every prediction.
+    """
+
+    def __init__(self, process: NoiseTables, zt: Tensor) -> None:
+        ends = torch.tensor([EARLIEST, LATEST], dtype=torch.float64)
+        low, high = torch.logit(ends).tolist()
+        self.low = low
+        self.width = (high - low) / NUM_CELLS
+        cells = torch.arange(NUM_CELLS + 1, dtype=torch.float64, device=zt.device)
+        t = torch.sigmoid(low + self.width * cells)
+        states, self.state_index = process.representative(zt).unique(return_inverse=True)
+        noise = process.noise_table(states, t)
+        arrivals = process.arrivals_table(states, t)
+        hazard = torch.where(arrivals > 0, arrivals * (1.0 - noise) / noise, 0.0)
+        hazard = hazard * (t * (1.0 - t)).unsqueeze(-1)
+        # [NUM_CELLS, states]
+        self.rates = MAX_RISE * torch.maximum(hazard[:-1], hazard[1:])
+        # [NUM_CELLS + 1, states] integral of the rates from the lowest edge to each edge
+        integral = self.rates.cumsum(0) * self.width
+        self.total = torch.nn.functional.pad(integral, (0, 0, 1, 0))
+
+    def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """[r] the cell of each row, and its distance from the cell's lower edge in logit time."""
+        depth = torch.logit(interior(t)) - self.low
+        cell = (depth / self.width).long().clamp(0, NUM_CELLS - 1)
+        return cell, depth - cell * self.width
+
+    def rate(self, t: Tensor) -> Tensor:
+        """[r] candidates per unit of t."""
+        cell, _ = self._locate(t)
+        return self.rates[cell, self.state_index] / (t * (1.0 - t))
+
+    def next_time(self, t: Tensor, u: Tensor) -> Tensor:
+        """[r] s with P(no candidate in (s,t]) = u; 0 if that is below the lowest cell."""
+        cell, offset = self._locate(t)
+        total = self.total[cell, self.state_index]
+        goal = total + self.rates[cell, self.state_index] * offset + u.log()
+        cell = self._find_cell(goal, cell)
+        rate = self.rates[cell, self.state_index]
+        offset = (goal - self.total[cell, self.state_index]) / rate
+        s = torch.sigmoid(self.low + cell * self.width + offset)
+        return torch.where((goal > 0) & (rate > 0), torch.minimum(s, t), 0.0)
+
+    def _find_cell(self, goal: Tensor, last: Tensor) -> Tensor:
+        """[r] the largest cell up to `last` whose integral is at most goal, by bisection."""
+        low = torch.zeros_like(last)
+        high = last
+        for _ in range(NUM_CELLS.bit_length()):
+            middle = (low + high + 1) // 2
+            is_below = self.total[middle, self.state_index] <= goal
+            high = torch.where(is_below, high, (middle - 1).clamp(min=0))
+            low = torch.where(is_below, middle, low)
+        return low

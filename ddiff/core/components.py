@@ -1,0 +1,237 @@
+"""Interpolating processes whose noise is a mixture of a few fixed distributions.
+
+Notation as in `ddiff.core.interpolating`: q_t(.|x) = alpha_t delta_x + b_t, and omega_t are the
+arrivals.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ddiff.core.interpolating import ROUNDING, InterpolatingProcess, subtract_or_zero
+from ddiff.core.numerics import Constant, draw_index, evaluate_per_time, interior
+from ddiff.core.process import ForwardProcess, Prior
+from ddiff.core.schedule import LinearSchedule, Schedule
+from ddiff.core.vocabulary import FlatVocabulary, Vocabulary
+from ddiff.errors import ArgumentError
+
+
+class ComponentProcess(InterpolatingProcess):
+    """Noise of a few fixed distributions: b_t = sum_k c_k(t) nu_k, sum_k c_k = 1 - alpha.
+
+    A subclass defines alpha and c. `components` are the distributions nu_k [S] (`mask_distribution`,
+    `token_distribution` or any other). Only oracles make tensors of width S in float64.
+
+    The declarations on the ends (alpha(0) = 1, alpha(1) = 0) and the prior b_1/|b_1| are computed from
+    alpha and c, so a subclass sets what they need before `super().__init__`. Each component must have
+    non-negative arrivals: c_k' >= (alpha'/alpha) c_k.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, components: Sequence[Tensor]) -> None:
+        self.vocabulary = vocabulary
+        checked = [_check_distribution(self, vocabulary, dist) for dist in components]
+        self.components = torch.stack(checked)
+        self._components_on = Constant(self.components).on
+        at_tokens = self.components[:, : vocabulary.num_tokens]
+        # Then b_t is one number per row over the tokens.
+        self._is_even_on_tokens = bool((at_tokens == at_tokens[:, :1]).all())
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        alpha_first, alpha_last = self.alpha(ends).tolist()
+        self.closes_at_clean = abs(1.0 - alpha_first) < ROUNDING
+        self.closes_at_prior = abs(alpha_last) < ROUNDING
+        noise = self.noise(torch.ones(1, dtype=torch.float64))[0]
+        self.prior = Prior((noise / noise.sum()).log())
+
+    @abstractmethod
+    def coefficients(self, t: Tensor) -> Tensor:
+        """[r,K] c_k(t) >= 0, the mass of each component."""
+
+    def d_coefficients(self, t: Tensor) -> Tensor:
+        """[r,K] d c / dt, by forward differentiation of `coefficients`; may be overridden."""
+        return torch.func.jvp(self.coefficients, (t,), (torch.ones_like(t),))[1]
+
+    def _component_rates(self, t: Tensor) -> Tensor:
+        """[r,K] rate at which each component arrives."""
+        t = interior(t)
+        log_decay = (self.d_alpha(t) / self.alpha(t)).unsqueeze(-1)
+        return subtract_or_zero(self.d_coefficients(t), log_decay * self.coefficients(t))
+
+    def _component_arrivals(self, s: Tensor, t: Tensor) -> Tensor:
+        """[r,K] mass of each component that arrives between s and t."""
+        kept = self._stay(s, t).unsqueeze(-1) * self.coefficients(s)
+        return subtract_or_zero(self.coefficients(t), kept).clamp(min=0.0)
+
+    def _components_at(self, zt: Tensor) -> Tensor:
+        """[r,K] nu_k(z_t)."""
+        return self._components_on(zt.device).T[zt]
+
+    # ------------------------------------------------------------------ noise and arrivals
+
+    def noise(self, t: Tensor) -> Tensor:
+        return self.coefficients(t) @ self._components_on(t.device)
+
+    def d_noise(self, t: Tensor) -> Tensor:
+        return self.d_coefficients(t) @ self._components_on(t.device)
+
+    def arrivals(self, t: Tensor) -> Tensor:
+        return self._component_rates(t) @ self._components_on(t.device)
+
+    def noise_at(self, zt: Tensor, t: Tensor) -> Tensor:
+        mass = evaluate_per_time(self.coefficients, t)
+        return (mass * self._components_at(zt)).sum(-1)
+
+    def arrivals_at(self, zt: Tensor, t: Tensor) -> Tensor:
+        rates = evaluate_per_time(self._component_rates, t)
+        return (rates * self._components_at(zt)).sum(-1)
+
+    def _noise_elsewhere(self, zt: Tensor, t: Tensor) -> Tensor:
+        mass = evaluate_per_time(self.coefficients, t)
+        return (mass * (1.0 - self._components_at(zt))).sum(-1)
+
+    def representative(self, zt: Tensor) -> Tensor:
+        return self._representatives.on(zt.device)[zt]
+
+    @cached_property
+    def _representatives(self) -> Constant:
+        """[S] the first state with the same share of every component."""
+        _, kind = self.components.T.unique(dim=0, return_inverse=True)
+        states = torch.arange(len(kind))
+        no_state = torch.full_like(kind, len(kind))
+        first = no_state.scatter_reduce(0, kind, states, "amin")
+        return Constant(first[kind])
+
+    def _largest_arrivals(self, t: Tensor) -> Tensor:
+        return self._component_rates(t).amax(0) @ self._components_on(t.device)
+
+    def noise_table(self, states: Tensor, t: Tensor) -> Tensor:
+        return self.coefficients(t) @ self._components_on(t.device)[:, states]
+
+    def arrivals_table(self, states: Tensor, t: Tensor) -> Tensor:
+        return self._component_rates(t) @ self._components_on(t.device)[:, states]
+
+    def split_noise(self, log_p: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        mass = self.coefficients(t).to(log_p.dtype)
+        components = self._components_on(log_p.device).to(log_p.dtype)
+        num_tokens = self.vocabulary.num_tokens
+        width = 1 if self._is_even_on_tokens else num_tokens
+        at_tokens = _weighted_sum(mass, components[:, :width])
+        beyond = _weighted_sum(mass, components[:, num_tokens:])
+        return at_tokens, beyond
+
+    def _arrive_at(self, zt: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return (self._component_arrivals(s, t) * self._components_at(zt)).sum(-1)
+
+    # ------------------------------------------------------------------ forward draws
+
+    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        stay = evaluate_per_time(self.alpha, t)
+        mass = evaluate_per_time(self.coefficients, t)
+        return self._redraw(x0, stay, mass, u)
+
+    def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return self._redraw(zs, self._stay(s, t), self._component_arrivals(s, t), u)
+
+    def _redraw(self, ids: Tensor, stay: Tensor, mass: Tensor, u: Tensor) -> Tensor:
+        """Keep each row with probability `stay`; else draw a component by its mass, then a state."""
+        drawn = ids.clone()
+        redrawn = (u[:, 0] >= stay).nonzero().squeeze(-1)
+        mass = mass[redrawn]
+        uniform = u[redrawn, 1]
+        cdf = mass.cumsum(-1) / mass.sum(-1, keepdim=True)
+        component = draw_index(mass, uniform)
+        upper = cdf.gather(-1, component.unsqueeze(-1)).squeeze(-1)
+        previous = (component - 1).clamp(min=0).unsqueeze(-1)
+        lower = torch.where(component > 0, cdf.gather(-1, previous).squeeze(-1), 0.0)
+        # The place of the uniform within its component's interval is uniform again.
+        rest = ((uniform - lower) / (upper - lower)).clamp(0.0, 1.0 - 2.0**-53)
+        for k, dist in enumerate(self._components_on(ids.device)):
+            rows = component == k
+            drawn[redrawn[rows]] = Prior(dist.log()).draw(rest[rows])
+        return drawn
+
+
+@final
+class MixtureProcess(ComponentProcess):
+    """Noise of one fixed distribution: b_t = (1 - alpha_t) target.
+
+    `target` [S] sums to 1 and is the prior if the schedule closes. A point at the mask is masked
+    diffusion, 1/V at every token uniform diffusion.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, schedule: Schedule, target: Tensor) -> None:
+        self.schedule = schedule
+        super().__init__(vocabulary, [target])
+        self.target = self.components[0]
+        self.closes_at_clean = schedule.closes_at_clean
+        self.closes_at_prior = schedule.closes_at_prior
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.schedule.alpha(t)
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return self.schedule.d_alpha(t)
+
+    def coefficients(self, t: Tensor) -> Tensor:
+        return self.schedule.one_minus_alpha(t).unsqueeze(-1)
+
+    def d_coefficients(self, t: Tensor) -> Tensor:
+        return -self.schedule.d_alpha(t).unsqueeze(-1)
+
+    @classmethod
+    def examples(cls) -> list[ForwardProcess]:
+        masked = FlatVocabulary(4)
+        bare = FlatVocabulary(4, mask=False)
+        uneven = torch.tensor([0.4, 0.3, 0.2, 0.1])
+        return [
+            cls(masked, LinearSchedule(), mask_distribution(masked)),
+            cls(bare, LinearSchedule(), token_distribution(bare)),
+            cls(bare, LinearSchedule(floor=0.01), uneven),
+        ]
+
+
+def mask_distribution(vocabulary: Vocabulary) -> Tensor:
+    """[S] all mass on the mask."""
+    if vocabulary.mask_id is None:
+        raise ArgumentError(
+            f"mask_distribution: vocabulary must have a mask; {vocabulary} has none. Use "
+            "FlatVocabulary(mask=True)."
+        )
+    zeros = torch.zeros(vocabulary.num_states, dtype=torch.float64)
+    return zeros.index_fill(0, torch.tensor([vocabulary.mask_id]), 1.0)
+
+
+def token_distribution(vocabulary: Vocabulary) -> Tensor:
+    """[S] uniform over the tokens."""
+    num_tokens = vocabulary.num_tokens
+    beyond = vocabulary.num_states - num_tokens
+    even = torch.full((num_tokens,), 1.0 / num_tokens, dtype=torch.float64)
+    return torch.nn.functional.pad(even, (0, beyond))
+
+
+def _check_distribution(process: object, vocabulary: Vocabulary, dist: Tensor) -> Tensor:
+    """Normalize a noise distribution; ArgumentError if it is none over the states."""
+    dist = dist.double()
+    sums_to_one = torch.isclose(dist.sum(), dist.new_ones(()))
+    is_valid = bool((dist >= 0).all()) and sums_to_one
+    if dist.shape != (vocabulary.num_states,) or not is_valid:
+        raise ArgumentError(
+            f"{type(process).__name__}: the noise must be a distribution over the "
+            f"{vocabulary.num_states} states, with no negative entry and sum 1; got shape "
+            f"{tuple(dist.shape)}, smallest entry {float(dist.min()):.3g} and sum "
+            f"{float(dist.sum()):.6g}."
+        )
+    return dist / dist.sum()
+
+
+def _weighted_sum(mass: Tensor, dists: Tensor) -> Tensor:
+    """[r,K], [K,n] -> [r,n]; a matrix product may be rounded to fewer digits on an accelerator."""
+    total = mass[:, :1] * dists[:1]
+    for k in range(1, len(dists)):
+        total = total + mass[:, k : k + 1] * dists[k : k + 1]
+    return total

@@ -1,0 +1,58 @@
+"""Sum over tokens in the KL divergence of the interpolating family, with its gradient by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class TokenDivergence(torch.autograd.Function):
+    """[r] sum over tokens y != x of b_y phi(alpha p_y / b_y), with phi(v) = v - ln(1 + v).
+
+    b is the noise and alpha the share of the clean token; a term with b_y = 0 is alpha p_y. Also
+    returns ln p_x and ln p_z. log_p [r,V], alpha [r,1], noise [r,1] or [r,V], x0 and z [r] tokens.
+
+    Autograd would keep every intermediate result, and add one gradient as wide as the vocabulary for
+    each token that is read. The derivative by ln p_y is b v^2 / (1 + v) with v = alpha p_y / b_y.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        log_p: Tensor,
+        alpha: Tensor,
+        noise: Tensor,
+        x0: Tensor,
+        z: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        picked = torch.stack([x0, z], -1)
+        # b phi(v) tends to alpha p for b -> 0; the clamp keeps v finite.
+        scale = noise.clamp(min=torch.finfo(noise.dtype).tiny)
+        v = log_p.exp().mul_(alpha / scale)
+        v = v.scatter_(-1, x0.unsqueeze(-1), 0.0)
+        ctx.save_for_backward(v, scale, picked)
+        log_term = v.log1p()
+        phi = torch.sub(v, log_term, out=log_term)
+        if scale.shape[-1] == 1:
+            others = (phi.sum(-1, keepdim=True) * scale).squeeze(-1)
+        else:
+            others = (phi * scale).sum(-1)
+        log_p_x, log_p_z = log_p.gather(-1, picked).unbind(-1)
+        return others, log_p_x, log_p_z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any,
+        d_others: Tensor,
+        d_x: Tensor,
+        d_z: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        v, scale, picked = ctx.saved_tensors
+        gradient = v + 1.0
+        gradient = torch.div(v, gradient, out=gradient).mul_(v)
+        gradient = gradient.mul_(scale * d_others.unsqueeze(-1))
+        gradient = gradient.scatter_add_(-1, picked, torch.stack([d_x, d_z], -1))
+        return gradient, None, None, None, None
