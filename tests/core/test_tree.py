@@ -254,7 +254,7 @@ def test_xi_outside_its_range_or_of_the_wrong_length_is_refused(
 def test_a_clock_of_other_levels_is_refused(clock: LevelClock) -> None:
     with pytest.raises(
         ArgumentError,
-        match=rf"one level per level above the words, 2 .* a clock of {clock.num_levels}",
+        match=rf"one level per level above the tokens, 2 .* a clock of {clock.num_levels}",
     ):
         TreeProcess(tree, clock)
 
@@ -277,7 +277,7 @@ def test_an_unknown_decoding_rule_is_answered_with_the_nearest() -> None:
 )
 def test_rates_that_are_no_rates_are_refused(rates: tuple[float, ...]) -> None:
     with pytest.raises(
-        ArgumentError, match=r"rates must be one number in \(0, 20\] per level above the words; got"
+        ArgumentError, match=r"rates must be one number in \(0, 20\] per level above the tokens; got"
     ):
         LogTimeClock(rates)
 
