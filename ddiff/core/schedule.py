@@ -1,7 +1,7 @@
-"""Schedules: how much of the clean token survives until t.
+"""Schedules: alpha_t, the probability that a token is untouched at time t.
 
-A schedule defines ONE function, alpha. Its derivative comes from it by autograd; a closed form is allowed for speed and
-is tested against autograd.
+A schedule defines one function, alpha. Its derivative comes from it by autograd; a closed form is
+allowed for speed and is tested against autograd.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from ddiff.errors import ArgumentError
 
 
 class Schedule(SettingsRepr, ABC):
-    """alpha(t): the probability that a token is untouched at t; decreasing on [0,1].
+    """Probability alpha(t) that a token is untouched at t, decreasing on [0,1].
 
-    `closes_at_clean` declares alpha(0) = 1, `closes_at_prior` declares alpha(1) = 0; the conformance kit holds both.
+    `closes_at_clean` declares alpha(0) = 1, `closes_at_prior` declares alpha(1) = 0; the conformance
+    kit tests both.
     """
 
     closes_at_clean: bool = True
@@ -28,7 +29,7 @@ class Schedule(SettingsRepr, ABC):
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """Survival probability at t, same shape, float64."""
+        """alpha at t, same shape, float64."""
 
     def d_alpha(self, t: Tensor) -> Tensor:
         """d alpha / dt <= 0, from `alpha` by autograd. May be overridden for speed."""
@@ -37,13 +38,16 @@ class Schedule(SettingsRepr, ABC):
             return torch.autograd.grad(self.alpha(time).sum(), time)[0]
 
     def one_minus_alpha(self, t: Tensor) -> Tensor:
-        """1 - alpha(t). May be overridden to stay accurate where alpha is near 1."""
+        """1 - alpha(t). May be overridden to stay accurate if alpha is near 1."""
         return 1.0 - self.alpha(t)
 
 
 @final
 class LinearSchedule(Schedule):
-    """alpha = 1 - (1 - floor) t, the log-linear noise of arXiv 2310.16834 and 2406.07524; floor in [0,1)."""
+    """alpha = 1 - (1 - floor) t; floor in [0,1).
+
+    The log-linear noise of arXiv 2310.16834 and 2406.07524.
+    """
 
     def __init__(self, floor: float = 0.0) -> None:
         if not 0.0 <= floor < 1.0:
@@ -63,10 +67,13 @@ class LinearSchedule(Schedule):
 
 @final
 class CosineSchedule(Schedule):
-    """alpha = 1 - sin(pi t / 2), so that little is lost early (Chang et al., arXiv 2202.04200, turned to our t)."""
+    """alpha = 1 - sin(pi t / 2).
+
+    The cosine schedule of Chang et al. (arXiv 2202.04200), with t = 0 at the clean end.
+    """
 
     def alpha(self, t: Tensor) -> Tensor:
-        # 1 - sin(x) = 2 sin^2((pi/2 - x)/2) keeps its relative accuracy where alpha is near 0
+        # 1 - sin(x) = 2 sin^2((pi/2 - x)/2) keeps its relative accuracy if alpha is near 0.
         return 2.0 * torch.sin((1.0 - t) * (math.pi / 4)) ** 2
 
     def d_alpha(self, t: Tensor) -> Tensor:
@@ -78,7 +85,7 @@ class CosineSchedule(Schedule):
 
 @final
 class PowerSchedule(Schedule):
-    """alpha = 1 - t^power; power > 0. Large powers lose words late, small ones early."""
+    """alpha = 1 - t^power; power > 0. Large powers lose tokens late, small ones early."""
 
     def __init__(self, power: float = 1.0) -> None:
         if not power > 0:
@@ -86,7 +93,7 @@ class PowerSchedule(Schedule):
         self.power = power
 
     def alpha(self, t: Tensor) -> Tensor:
-        # -expm1(p ln t) keeps its relative accuracy where alpha is near 0
+        # -expm1(p ln t) keeps its relative accuracy if alpha is near 0.
         return -torch.expm1(self.power * torch.log(t))
 
     def d_alpha(self, t: Tensor) -> Tensor:
@@ -98,9 +105,10 @@ class PowerSchedule(Schedule):
 
 @final
 class GeometricSchedule(Schedule):
-    """alpha = exp(-sigma), sigma = sigma_min^(1-t) sigma_max^t: the noise of arXiv 2310.16834, which reaches neither end.
+    """alpha = exp(-sigma), sigma = sigma_min^(1-t) sigma_max^t; 0 < sigma_min < sigma_max.
 
-    0 < sigma_min < sigma_max. A share 1 - exp(-sigma_min) is noise at t = 0 already, exp(-sigma_max) is clean at t = 1.
+    The geometric noise of arXiv 2310.16834, which reaches neither end: a share 1 - exp(-sigma_min) is
+    noise at t = 0 already, and exp(-sigma_max) is still clean at t = 1.
     """
 
     closes_at_clean = False
@@ -109,9 +117,11 @@ class GeometricSchedule(Schedule):
     def __init__(self, sigma_min: float = 1e-4, sigma_max: float = 20.0) -> None:
         if not 0.0 < sigma_min < sigma_max:
             raise ArgumentError(
-                f"GeometricSchedule: 0 < sigma_min < sigma_max must hold; got {sigma_min} and {sigma_max}."
+                f"GeometricSchedule: 0 < sigma_min < sigma_max must hold; got {sigma_min} and "
+                f"{sigma_max}."
             )
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
 
     def sigma(self, t: Tensor) -> Tensor:
         """The total noise -ln alpha(t)."""

@@ -79,7 +79,7 @@ def test_rounding_in_the_rows_of_a_float32_matrix_is_accepted() -> None:
 def test_noise_that_is_no_law_is_refused(target: Tensor) -> None:
     with pytest.raises(
         ArgumentError,
-        match="the noise must be a law over the 3 states, with no negative entry and sum 1",
+        match="the noise must be a distribution over the 3 states, with no negative entry and sum 1",
     ):
         MixtureProcess(bare, LinearSchedule(), target)
 

@@ -230,7 +230,8 @@ def test_a_score_is_drawn_from_by_no_step() -> None:
     tree = TreeProcess(FlatVocabulary(4), LogTimeClock((1.0,)))
     for process in (masked, tree):
         with pytest.raises(
-            ArgumentError, match=r"must be a law of the clean token.*got a Score.*tau-leaping"
+            ArgumentError,
+            match=r"must be a distribution of the clean token.*got a Score.*tau-leaping",
         ):
             process.step(query, zt, full(0.5, zt), full(0.2, zt), u)
         assert process.decode(query, zt, full(0.5, zt), u).max() < 4  # a last draw is made a law of
@@ -357,7 +358,8 @@ def test_noise_that_is_no_law_and_masks_that_are_none_are_refused() -> None:
         torch.ones(2) / 2,
     ):
         with pytest.raises(
-            ArgumentError, match=r"Wrong: the noise must be a law over the 4 states.*got shape"
+            ArgumentError,
+            match=r"Wrong: the noise must be a distribution over the 4 states.*got shape",
         ):
             Wrong(dist)
     with pytest.raises(ArgumentError, match="vocabulary must have a mask"):

@@ -277,7 +277,8 @@ def test_an_unknown_decoding_rule_is_answered_with_the_nearest() -> None:
 )
 def test_rates_that_are_no_rates_are_refused(rates: tuple[float, ...]) -> None:
     with pytest.raises(
-        ArgumentError, match=r"rates must be one number in \(0, 20\] per level above the tokens; got"
+        ArgumentError,
+        match=r"rates must be one number in \(0, 20\] per level above the tokens; got",
     ):
         LogTimeClock(rates)
 

@@ -12,8 +12,8 @@ from chains import PAIR
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
-from ddiff.core.dense import DenseProcess
 from ddiff.core.components import MixtureProcess, mask_distribution
+from ddiff.core.dense import DenseProcess
 from ddiff.core.prediction import CleanDistribution
 from ddiff.core.schedule import GeometricSchedule, LinearSchedule, PowerSchedule
 from ddiff.core.tree import StochasticParents, TreeProcess

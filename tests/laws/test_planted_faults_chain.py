@@ -23,8 +23,8 @@ from faults import (
 )
 from torch import Tensor
 
-from ddiff.core.dense import DenseProcess
 from ddiff.core.components import MixtureProcess
+from ddiff.core.dense import DenseProcess
 from ddiff.core.kernel import DenseKernel, InterpolatingKernel, Kernel
 from ddiff.core.numerics import Constant, interior
 from ddiff.core.schedule import LinearSchedule
