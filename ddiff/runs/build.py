@@ -189,7 +189,9 @@ def build_precision(recipe: Recipe) -> torch.dtype | None:
     keys = recipe.backend_keys
     if keys.precision == "bfloat16":
         return torch.bfloat16
-    on_gpu = keys.device.startswith("cuda") or (keys.device == "auto" and torch.cuda.is_available())
+    on_gpu = keys.device.startswith("cuda")
+    if keys.device == "auto":
+        on_gpu = torch.cuda.is_available()
     if keys.precision == "auto" and on_gpu:
         return torch.bfloat16
     return None

@@ -27,7 +27,8 @@ def sample_noising(process: ForwardProcess | None) -> list[float]:
         certain = torch.full((1, num_tokens), -torch.inf, dtype=torch.float64)
         certain[0, token] = 0.0
         for time in TIMES:
-            log_q = process.log_marginal(certain, torch.tensor([time], dtype=torch.float64))[0]
+            t = torch.tensor([time], dtype=torch.float64)
+            log_q = process.log_marginal(certain, t)[0]
             probabilities = log_q.double().exp()
             found.append(float(probabilities[token]))
             found.append(float(probabilities[likeliest]))

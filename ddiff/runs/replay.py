@@ -233,8 +233,9 @@ def _relative_difference(a: Any, b: Any) -> float | None:
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
         if torch.equal(a, b):
             return None
-        scale = max(a.double().abs().max().item(), 1e-300)
-        return (a.double() - b.double()).abs().max().item() / scale
+        scale = max(a.double().abs().max().item(), 1e-300)  # a tensor may be zero everywhere
+        difference = (a.double() - b.double()).abs().max().item()
+        return difference / scale
     return None if a == b else float("inf")
 
 
@@ -250,7 +251,10 @@ def compare_weights(theirs: Checkpoint, mine: Checkpoint) -> Deviation | None:
 
 def _flatten_weights(checkpoint: Checkpoint) -> Tensor:
     weights = checkpoint.read_weights()
-    return torch.cat([weights[name].double().ravel() for name in sorted(weights)])
+    flat = []
+    for name in sorted(weights):
+        flat.append(weights[name].double().ravel())
+    return torch.cat(flat)
 
 
 def _flatten_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -290,7 +294,9 @@ def read_records(directory: Path) -> list[Record]:
             break
         if not _is_record(found, len(records) + 1):
             break
-        records.append({name: value for name, value in found.items() if name not in WALL_CLOCK})
+        for name in WALL_CLOCK:
+            found.pop(name, None)
+        records.append(found)
     return records
 
 

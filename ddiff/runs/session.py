@@ -60,9 +60,8 @@ def build_run(
     """
     backend = backend or build_single_backend(recipe)
     text = RunText(recipe)
-    with (
-        backend.main_process_first()
-    ):  # rank 0 tokenises, the others then find the shards in the cache
+    # rank 0 tokenises, the others then find the shards in the cache
+    with backend.main_process_first():
         text.train_rows  # noqa: B018
         text.check_repetitions()
         vocabulary = _choose_vocabulary(text, overrides)
@@ -156,9 +155,8 @@ class TrainingSession:
         is written.
         """
         if self.recipe.evaluate.every:
-            with (
-                self.backend.main_process_first()
-            ):  # every rank evaluates; rank 0 packs the rows for all
+            # every rank evaluates; rank 0 packs the rows for all
+            with self.backend.main_process_first():
                 self.data.validation_rows  # noqa: B018
         self.distribute()
         trainer = self.trainer()  # after wrapping: the optimizer takes the wrapped parameters
@@ -190,7 +188,10 @@ class TrainingSession:
         objective.module = self.backend.wrap(objective.module)
 
     def trainer(
-        self, folder: Path | None = None, end: int | None = None, tracker: Tracker | None = None
+        self,
+        folder: Path | None = None,
+        end: int | None = None,
+        tracker: Tracker | None = None,
     ) -> Trainer:
         """Build the trainer of the recipe; a replay has another folder, last step and tracker."""
         keys = self.recipe.train
@@ -277,7 +278,8 @@ class TrainingSession:
 
     def load_trained_run(self) -> Run:
         """Assemble the plain network again and load the newest checkpoint, on every rank."""
-        if cores := get_machine_cores():  # of the other processes, which have ended
+        cores = get_machine_cores()
+        if cores:  # the other processes have ended, and leave their cores to this one
             torch.set_num_threads(cores)
         # the process holds no weights, so it is not built again
         device = self.backend.device
