@@ -12,16 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddiff.data.token_stream import Shard, TokenStream
 from ddiff.data.tokenizer_workers import Chunk, hash_to_unit
 from ddiff.errors import DataError
-
-if TYPE_CHECKING:
-    from ddiff.data.shards import Shard, TokenStream
 
 _AT_ONCE = 2**13  # tokens or documents per step, so that the arrays of a step fit into the cache
 _MANY = 0.05  # share of repeated documents in a part above which a warning is given

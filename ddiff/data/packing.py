@@ -24,7 +24,8 @@ from ddiff.data.cache import fingerprint
 from ddiff.data.conditions import Conditions
 from ddiff.data.documents import documents_from_texts
 from ddiff.data.permutation import row_at
-from ddiff.data.shards import TokenStream, encode_in_memory, stream_from_ids
+from ddiff.data.shards import encode_in_memory, stream_from_ids
+from ddiff.data.token_stream import TokenStream
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.data.tokenizer_workers import DOCUMENTS_AT_ONCE, TRAIN, Chunk
 from ddiff.errors import ArgumentError, DataError

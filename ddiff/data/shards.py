@@ -20,7 +20,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
@@ -31,8 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddiff.atomic import PARTIAL, lock_file, open_atomic, write_atomic
-from ddiff.data.cache import fingerprint, not_writable_error
+from ddiff.data.cache import not_writable_error
 from ddiff.data.overlap import find_overlap
+from ddiff.data.token_stream import Shard, ShardRecord, TokenStream
 from ddiff.data.tokenizer import Tokenizer, check_round_trip
 from ddiff.data.tokenizer_workers import (
     TRAIN,
@@ -58,114 +59,6 @@ _COUNT_AT_ONCE = 2**22  # tokens; np.bincount makes a 64-bit copy of them
 _NO_ENDS: NDArray[np.int64] = np.empty(0, np.int64)
 Chunks = Callable[[Any], Iterable[Chunk]]
 """Function (cursor): yield the chunks of a source after a cursor, all for None."""
-
-
-@final
-@dataclass(frozen=True)
-class ShardRecord:
-    """Entry of a shard in the manifest: sizes, and the SHA-256 of both files.
-
-    `shortest` and `longest` are the numbers of tokens of the shortest and the longest document.
-    """
-
-    name: str
-    documents: int
-    tokens: int
-    bytes: int
-    shortest: int
-    longest: int
-    tokens_sha256: str
-    ends_sha256: str
-
-
-@final
-@dataclass(frozen=True)
-class Shard:
-    """Documents one after another.
-
-    tokens: [n] ids.
-    ends: [k] place after the last token of each document.
-    """
-
-    tokens: NDArray[np.unsignedinteger]
-    ends: NDArray[np.int64]
-    record: ShardRecord
-
-    def read(self, start: int, stop: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
-        """Return ids [stop - start] and the document of each, counted from the shard's first."""
-        # The document at a position is the number of ends at or before it. Only the ends within
-        # the range are searched for each position.
-        first, last = np.searchsorted(self.ends, (start, stop - 1), side="right")
-        ends = self.ends[first:last]
-        positions = np.arange(start, stop)
-        inside = np.searchsorted(ends, positions, side="right")
-        return self.tokens[start:stop], first + inside
-
-
-@final
-class TokenStream:
-    """Shards of a part as one stream of tokens, read from disk on demand."""
-
-    def __init__(self, shards: Sequence[Shard], counts: Callable[[], NDArray[np.int64]]) -> None:
-        """Take the shards; `counts()` returns the number of occurrences of each token, [V]."""
-        self.shards = shards
-        self.counts = counts
-        # [number of shards + 1] tokens and documents before each shard, the totals last.
-        self._starts = _cumulative_sums(shard.record.tokens for shard in shards)
-        self._documents = _cumulative_sums(shard.record.documents for shard in shards)
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self._starts[-1])
-
-    @property
-    def num_documents(self) -> int:
-        return int(self._documents[-1])
-
-    @property
-    def num_bytes(self) -> int:
-        """Number of UTF-8 bytes of the text."""
-        return sum(shard.record.bytes for shard in self.shards)
-
-    def read(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Return ids [stop - start] of a range, and the document of each."""
-        ids = np.empty(stop - start, np.int32)
-        document = np.empty(stop - start, np.int64)
-        # Number of the shard that contains `start`: side="right" skips empty shards before it.
-        number = int(np.searchsorted(self._starts, start, side="right")) - 1
-        at = start
-        while at < stop:
-            base = int(self._starts[number])
-            end = min(stop, int(self._starts[number + 1]))
-            if at < end:  # a shard may be empty
-                here = slice(at - start, end - start)
-                ids[here], document_in_shard = self.shards[number].read(at - base, end - base)
-                document[here] = self._documents[number] + document_in_shard
-            at = end
-            number += 1
-        return ids, document
-
-    def document_ends(self) -> Iterator[NDArray[np.int64]]:
-        """Yield the ends of the documents in the stream, shard by shard."""
-        for start, shard in zip(self._starts, self.shards):
-            yield start + shard.ends
-
-    def find_wrong_size(self, size: int) -> tuple[int, int] | None:
-        """Return number and size of the first document without `size` tokens, or None."""
-        for first, shard in zip(self._documents, self.shards):
-            record = shard.record
-            if record.documents and not record.shortest == record.longest == size:
-                # Only now are the ends read: the record tells for most shards.
-                sizes = np.diff(shard.ends, prepend=0)
-                wrong = int(np.argmax(sizes != size))
-                return int(first) + wrong, int(sizes[wrong])
-        return None
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """32 hexadecimal digits of the content, from the checksums of its shards."""
-        records = [shard.record for shard in self.shards]
-        return fingerprint([[record.tokens_sha256, record.ends_sha256] for record in records])
 
 
 @final
@@ -653,10 +546,6 @@ def _lock_folder(folder: Path) -> Iterator[None]:
     with lock:
         lock_file(lock, patience=math.inf)
         yield
-
-
-def _cumulative_sums(sizes: Iterable[int]) -> NDArray[np.int64]:
-    return np.cumsum([0, *sizes], dtype=np.int64)
 
 
 def _concatenate(arrays: list[Any], dtype: np.dtype[Any]) -> Any:
