@@ -1,4 +1,4 @@
-"""A score is decoded by Tweedie's formula: with a perfect score the last draw is the posterior."""
+"""Scores are decoded by Tweedie's formula: for a perfect score the last draw is the posterior."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ from ddiff import (
     token_distribution,
 )
 from ddiff.testing.derived_formulas import score_from_distribution
-from ddiff.testing.probes import ReachableRows, likelihoods, random_log_probs, times
+from ddiff.testing.probes import (
+    ReachableRows,
+    likelihoods,
+    random_log_probs,
+    times,
+    token_likelihoods,
+)
 from ddiff.testing.report import evaluate_laws
 from ddiff.testing.reverse_process import (
     READABLE,
@@ -49,13 +55,12 @@ def uniform(num_tokens: int) -> MixtureProcess:
 
 
 def posterior(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-    distinct, place = t.unique(return_inverse=True)
-    joint = log_p.exp() * likelihoods(process, distinct)[place, :, zt]
+    joint = log_p.exp() * token_likelihoods(process, zt, t)
     return joint / joint.sum(-1, keepdim=True)
 
 
-def test_the_reported_case_is_decoded_to_its_token() -> None:
-    """Uniform noise over 7 tokens, t = 0.7, a perfect score of data that is always token 1, z = 6: P(x = 1) = 1."""
+def test_perfect_score_of_certain_data_decodes_to_its_token() -> None:
+    """Uniform noise on 7 tokens, t = 0.7, data that are always token 1, z = 6: P(x = 1) = 1."""
     process = uniform(7)
     log_p = torch.full((1, 7), -torch.inf, dtype=torch.float64)
     log_p[0, 1] = 0.0
@@ -70,50 +75,57 @@ def test_the_reported_case_is_decoded_to_its_token() -> None:
         .unsqueeze(-1)
         .expand(-1, process.uniforms_per_decode)
     )
-    answer = Score(score.log_ratio.expand(64, -1))
-    query = lambda rows, node, fn, *per_row: fn(answer, *per_row)  # noqa: E731
+
+    def query(rows: Tensor, node: Tensor, fn: Any, *per_row: Tensor) -> Any:
+        return fn(Score(score.log_ratio.expand(len(rows), -1)), *per_row)
+
     assert process.decode(query, zt.expand(64), t.expand(64), u).tolist() == [1] * 64
 
 
 @pytest.mark.parametrize("process", every_example())
 def test_perfect_score_decodes_to_the_posterior(process: ForwardProcess) -> None:
-    """1e-12 where the noise hides the token by up to 100; beyond, 1e-14 times that, which is rounding of the score."""
+    """Tolerance: 1e-12 up to a condition number of 100, and 1e-14 times it above, the rounding of
+    the score."""
     path = times(PATH)
     rows = ReachableRows(process, path, random_log_probs(process.vocabulary.num_tokens))
     now = process.clamp_score_time(rows.t)
-    hidden = condition_number(process, process.clamp_score_time(path))[
+    condition = condition_number(process, process.clamp_score_time(path))[
         torch.searchsorted(path, rows.t)
     ]
     score = score_from_distribution(process, rows.log_p, rows.zt, now)
     got = process._log_decode_weights(score, rows.zt, rows.t).softmax(-1)
     error = (got - posterior(process, rows.log_p, rows.zt, rows.t)).abs().amax(-1)
-    readable = hidden < READABLE
-    assert bool((error[readable] <= 1e-12 * (hidden[readable] / 100.0).clamp(min=1.0)).all())
-    early = (rows.t <= 0.5) & (hidden < 100.0)
+    readable = condition < READABLE
+    assert bool((error[readable] <= 1e-12 * (condition[readable] / 100.0).clamp(min=1.0)).all())
+    early = (rows.t <= 0.5) & (condition < 100.0)
     assert bool(early.any())
     assert float(error[early].max()) <= 1e-12
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_perfect_score_is_charged_as_its_distribution(process: ForwardProcess) -> None:
-    """The decoding term of a perfect score is not above that of the distribution, at t0 = 0.1 and at t0 = 0."""
+def test_perfect_score_has_decode_nll_of_its_distribution(process: ForwardProcess) -> None:
+    """At t = 0.1 and at t = 0."""
     rows = ReachableRows(process, times((0.0, 0.1)))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
     of_score = process.decode_nll(score, rows.x0, rows.zt, rows.t)
-    of_law = process.decode_nll(rows.dist, rows.x0, rows.zt, rows.t)
-    assert float((of_score - of_law).abs().max()) < 1e-9
+    of_distribution = process.decode_nll(rows.dist, rows.x0, rows.zt, rows.t)
+    assert float((of_score - of_distribution).abs().max()) < 1e-9
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_kit_asserts_the_posterior(process: ForwardProcess) -> None:
+def test_processes_obey_the_laws_of_scores(process: ForwardProcess) -> None:
     for report in evaluate_laws(process, (scores_at_ends, scores_decode_to_posterior)):
         assert report.passed, str(report)
 
 
-def test_kit_sees_a_score_that_is_decoded_by_its_shares() -> None:
-    """The planted fault weighs tokens by s(x) q_t(z|x), as scores were decoded before."""
+def test_laws_detect_scores_decoded_without_tweedie() -> None:
+    """The planted fault weights tokens by s(x) q_t(z|x)."""
     faulty = uniform(4)
-    faulty.tweedie = lambda score, t: score.log_ratio[:, :4].double().log_softmax(-1)  # type: ignore[method-assign]
+
+    def tweedie(score: Score, t: Tensor) -> Tensor:
+        return score.log_ratio[:, :4].double().log_softmax(-1)
+
+    faulty.tweedie = tweedie  # type: ignore[method-assign]
     for report in evaluate_laws(faulty, (scores_at_ends, scores_decode_to_posterior)):
         assert not report.passed, str(report)
 
@@ -137,39 +149,36 @@ def test_kit_sees_a_score_that_is_decoded_by_its_shares() -> None:
         ),
     ],
 )
-def test_samples_from_scores_are_as_near_as_from_distributions(
-    sampler: Any, process: ForwardProcess
-) -> None:
-    """Both are computed with the same draws, so that they differ by rounding alone, at 8 steps and at 32."""
+def test_samplers_are_equally_accurate_with_scores(sampler: Any, process: ForwardProcess) -> None:
+    """Both use the same random numbers, so that they differ by rounding only."""
     for steps in (8, 32):
-        of_law, of_score = (
+        of_distribution, of_score = (
             measure_sampler(
                 sampler(steps), process, JOINT, points=512, apart=True, predicts=predicts
             ).distance(JOINT)
             for predicts in ("law", "score")
         )
-        assert of_score == pytest.approx(of_law, abs=1e-3)
+        assert of_score == pytest.approx(of_distribution, abs=1e-3)
 
 
-def test_analytic_sampler_gives_no_impossible_tokens() -> None:
-    """Log-linear uniform noise, data without tokens 4 and 5 (1.18 % of the samples were impossible at 16 steps)."""
+def test_score_samplers_draw_no_impossible_tokens() -> None:
+    """Uniform noise, data without tokens 4 and 5."""
     process = uniform(6)
     p = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0, 0.0], dtype=torch.float64)
     joint = torch.outer(p, p)
-    law = measure_sampler(
+    dist = measure_sampler(
         AnalyticSampler(16), process, joint, points=512, apart=True, predicts="score"
     ).dist
-    assert float(law[4:].sum() + law[:, 4:].sum()) < 1e-6
-    law = measure_sampler(
+    assert float(dist[4:].sum() + dist[:, 4:].sum()) < 1e-6
+    dist = measure_sampler(
         TauLeapingSampler(8), process, joint, points=512, apart=True, predicts="score"
     ).dist
-    assert float(law[4:].sum() + law[:, 4:].sum()) < 1e-6
+    assert float(dist[4:].sum() + dist[:, 4:].sum()) < 1e-6
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_raw_scores_give_a_finite_bound_with_a_gradient(process: ForwardProcess) -> None:
-    """Ratios that no distribution has: every decoding term is finite, and so is its gradient (a bound of +inf would be no
-    use, and a last draw that is trained would stop)."""
+def test_arbitrary_scores_have_finite_decode_nll_and_gradient(process: ForwardProcess) -> None:
+    """The ratios belong to no distribution, as those of an untrained network."""
     rows = ReachableRows(process, times((1e-3, 0.02, 0.5, 0.97)))
     generator = torch.Generator().manual_seed(1)
     raw = 6.0 * torch.randn(
@@ -193,12 +202,13 @@ def test_raw_scores_give_a_finite_bound_with_a_gradient(process: ForwardProcess)
     torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-9, atol=0.0)
 
 
-def test_score_that_cannot_be_read_gives_what_is_stated() -> None:
-    """At t = 1 a dense chain has forgotten the token: p is even. Uniform noise has only the shares of s, which are even."""
-    bare = FlatVocabulary(3, mask=False)
-    dense = DenseProcess(bare, [[-3, 2, 1], [0.5, -1.5, 1], [1, 1, -2]])
+def test_uninformative_score_decodes_to_even_distribution() -> None:
+    """At t = 1 the state carries no information on the token."""
+    unmasked = FlatVocabulary(3, mask=False)
+    dense = DenseProcess(unmasked, [[-3, 2, 1], [0.5, -1.5, 1], [1, 1, -2]])
     log_p = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log()
-    zt, t = torch.tensor([0]), times((1.0,))
+    zt = torch.tensor([0])
+    t = times((1.0,))
     for process in (dense, uniform(3)):
         score = score_from_distribution(process, log_p, zt, t)
         torch.testing.assert_close(
@@ -211,11 +221,11 @@ def test_score_that_cannot_be_read_gives_what_is_stated() -> None:
     score = score_from_distribution(absorbing, log_p, mask, late)
     torch.testing.assert_close(
         absorbing.tweedie(score, t), log_p, atol=1e-12, rtol=0
-    )  # masks hide, and do not mix
+    )  # masks do not mix tokens: the ratios are those of p
 
 
-def test_from_clean_has_the_noise_of_the_beginning() -> None:
-    """Geometric noise at sigma_min = 0.2 is on tokens at t = 0; `transition(0, t)` starts after it."""
+def test_from_clean_includes_the_noise_at_t_0() -> None:
+    """With sigma_min = 0.2 tokens are noisy at t = 0; `transition(0, t)` starts after that noise."""
     vocabulary = FlatVocabulary(4, mask=False)
     process = MixtureProcess(
         vocabulary, GeometricSchedule(0.2, 5.0), token_distribution(vocabulary)
@@ -231,19 +241,21 @@ def test_from_clean_has_the_noise_of_the_beginning() -> None:
         rtol=0,
         msg="derived from marginals",
     )
-    started = process.transition(torch.zeros_like(t), t).row(x0)
-    assert float((started - marginal).abs().max()) > 0.05
+    from_start = process.transition(torch.zeros_like(t), t).row(x0)
+    assert float((from_start - marginal).abs().max()) > 0.05
 
 
-def test_dense_kernel_still_refuses_what_is_singular() -> None:
-    """`Kernel.solve` states that it cannot; only decoding has a fallback, which its docstring names."""
+def test_dense_kernel_rejects_singular_matrices() -> None:
+    """Only decoding has a fallback."""
     process = DenseProcess(FlatVocabulary(2, mask=False), [[-1.0, 1.0], [1.0, -1.0]])
     kernel = process.transition(times((0.0,)), times((1.0,)))
     with pytest.raises(ArgumentError, match="must be invertible in every row"):
         kernel.solve(torch.tensor([[0.6, 0.4]], dtype=torch.float64))
-    law = DenseDistribution(
+    prediction = DenseDistribution(
         torch.tensor([[0.6, 0.4]], dtype=torch.float64).log(), process.vocabulary
     )
     assert bool(
-        process.decode_nll(law, torch.tensor([0]), torch.tensor([1]), times((1.0,))).isfinite()
+        process.decode_nll(
+            prediction, torch.tensor([0]), torch.tensor([1]), times((1.0,))
+        ).isfinite()
     )

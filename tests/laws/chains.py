@@ -1,4 +1,4 @@
-"""Chains on which the laws are tried, beside those that ship: what a stranger might write."""
+"""Processes on which the laws are tried, in addition to the shipped ones."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 
-PAIR = HierarchicalVocabulary(
-    [[0, 1, 0, 0]]
-)  # four words under two nodes, not in tree order, unbalanced
+# four leaf tokens under two nodes, unbalanced, not in tree order
+PAIR = HierarchicalVocabulary([[0, 1, 0, 0]])
 THREE = HierarchicalVocabulary([[2, 0, 1, 0, 1], [1, 0, 1]])
 FOUR = HierarchicalVocabulary([[2, 0, 1, 0], [0, 0, 1], [0, 1]])
-SINGLE = HierarchicalVocabulary([[0, 0, 0], [0]])  # a level of one node below the root
+# a level of one node below the root
+SINGLE = HierarchicalVocabulary([[0, 0, 0], [0]])
 
 
 class HumpedNoise(InterpolatingProcess):
-    """Mask noise and a hump of uniform noise: q = [(1-t) x + t mask + c u] / (1 + c), c ~
-    sqrt(t(1-t))."""
+    """Mask noise with a hump of uniform noise.
+
+    q = [(1-t) x + t mask + c u] / (1 + c) with c proportional to sqrt(t(1-t)).
+    """
 
     def __init__(self, share: float = 0.2) -> None:
         self.vocabulary = FlatVocabulary(3)
@@ -51,11 +53,11 @@ class HumpedNoise(InterpolatingProcess):
 
 
 class HumpedComponents(ComponentProcess):
-    """`HumpedNoise`, said by its components: the mask and the words (arXiv 2503.04482), with any
-    power of the hump."""
+    """`HumpedNoise` as two components, mask and tokens (arXiv 2503.04482), with any power gamma."""
 
     def __init__(self, vocabulary: FlatVocabulary, share: float = 0.2, gamma: float = 1.0) -> None:
-        self.height, self.gamma = 2.0**gamma * share / (1.0 - share), gamma
+        self.height = 2.0**gamma * share / (1.0 - share)
+        self.gamma = gamma
         super().__init__(
             vocabulary, [mask_distribution(vocabulary), token_distribution(vocabulary)]
         )
@@ -72,8 +74,10 @@ class HumpedComponents(ComponentProcess):
 
 
 class CorruptedThenMasked(ComponentProcess):
-    """Words are corrupted at once, then masked: q = (1-t) [(1-e) x + e noise] + t mask. It never
-    closes at clean."""
+    """Tokens are corrupted at t = 0 and then masked, so that it does not close at the clean end.
+
+    q = (1-t) [(1-e) x + e noise] + t mask.
+    """
 
     def __init__(
         self, vocabulary: FlatVocabulary, share: float, noise: Tensor | None = None
@@ -95,27 +99,27 @@ class CorruptedThenMasked(ComponentProcess):
 
 
 class ShuffledThenMasked(ForwardProcess):
-    """Words are redrawn at one rate and masked at another; masks stay.
+    """Tokens are redrawn at one rate and masked at another; masks stay.
 
     Its marginals are those of an interpolating process, its generator is not: nothing leaves the
     mask.
     """
 
-    num_tokens, redraw, mask = 3, 0.6, 1.0
+    num_tokens = 3
+    redraw = 0.6
+    mask = 1.0
 
     def __init__(self) -> None:
         self.vocabulary = FlatVocabulary(self.num_tokens)
         self.prior = Prior.point(self.num_tokens, self.num_tokens + 1)
 
     def _finite(self, left: Tensor) -> Tensor:
-        """[r,S,S] the transition over which 1 - t falls to a share `left` [r] of itself."""
+        """Transition [r,S,S] over which 1 - t is multiplied by `left` [r]."""
         size = self.num_tokens
-        kept, unmasked = left**self.redraw, left**self.mask
-        words = kept[:, None, None] * torch.eye(size).double() + (1.0 - kept)[:, None, None] / size
-        top = torch.cat(
-            [unmasked[:, None, None] * words, (1.0 - unmasked)[:, None, None].expand(-1, size, 1)],
-            -1,
-        )
+        kept = (left**self.redraw)[:, None, None]
+        unmasked = (left**self.mask)[:, None, None]
+        tokens = kept * torch.eye(size).double() + (1.0 - kept) / size
+        top = torch.cat([unmasked * tokens, (1.0 - unmasked).expand(-1, size, 1)], -1)
         bottom = torch.eye(size + 1, dtype=torch.float64)[-1].expand(len(left), 1, -1)
         return torch.cat([top, bottom], 1)
 
@@ -165,7 +169,7 @@ def masked(schedule: CosineSchedule | LinearSchedule | PowerSchedule) -> Mixture
 
 
 def trees() -> dict[str, TreeProcess]:
-    """One to four levels, all clocks, xi at no, one and two levels."""
+    """Trees of one to four levels, with all clocks, and xi < 1 at zero, one and two levels."""
     log_time, three_powers = LogTimeClock, (0.8, 1.5, 3.0)
     powers = lambda *p: CdfClock([PowerSchedule(power) for power in p])  # noqa: E731
     made = {
@@ -197,7 +201,7 @@ def trees() -> dict[str, TreeProcess]:
 
 
 def others() -> dict[str, ForwardProcess]:
-    """Everything that is no tree."""
+    """All processes that are not trees."""
     examples = DenseProcess.examples()
     return {
         "mixture: mask, cosine": masked(CosineSchedule()),

@@ -53,7 +53,7 @@ TESTED_ELSEWHERE = {
     bound.speed_equality.name,  # test_planted_faults_bound.py, without a table
     denoiser.evidence_is_dropped.name,  # test_planted_faults_network.py, without a table
     reverse_process.scores_are_decoded.name,  # test_planted_faults_hybrid.py
-    bound_terms.terms_have_their_expectations.name,  # tests/faults
+    bound_terms.terms_have_their_expectations.name,  # tests/faults/test_bound_terms_law.py
 }
 
 

@@ -1,7 +1,7 @@
-"""Intervals cover for processes that change their tokens near one end of time.
+"""Confidence intervals cover the truth for processes that corrupt mostly near one end of time.
 
-With t drawn evenly most evaluations of these processes report less than the truth, with an interval wholly below it in
-10 to 70 % of them. Information time takes the tail away.
+With t drawn evenly, most evaluations of these processes report less than the truth, and 10 to 70 %
+of the intervals lie below it. Information time removes the heavy tail.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ CASES = [
 
 
 @pytest.mark.slow
-def test_intervals_cover_and_no_median_lies_below_the_truth() -> None:
+def test_intervals_cover_and_medians_are_unbiased() -> None:
     """60 evaluations of each of ten cases: 93 to 97 % of all intervals cover.
 
-    A median has a standard error of 1.25 sd/sqrt(60); that one of ten lies three of them below has probability 1 %. Of one
-    case's 60 intervals fewer than 50 cover with probability 5e-4 if 95 % do. Seeds are fixed.
+    A median has a standard error of 1.25 sd/sqrt(60); one of ten is three standard errors below
+    with probability 1 %. If 95 % of the intervals cover, fewer than 50 of 60 do with probability
+    5e-4. Seeds are fixed.
     """
     covered = []
     for number, (process, window) in enumerate(CASES):
@@ -79,14 +80,14 @@ def test_intervals_cover_and_no_median_lies_below_the_truth() -> None:
         gidd(FlatVocabulary(3)),
     ],
 )
-def test_the_kit_tells_even_times_from_information_time(process: ForwardProcess) -> None:
+def test_law_separates_even_times_from_information_time(process: ForwardProcess) -> None:
     assert variance_has_no_tail(process).passed
     assert (
         float(tail_variance_share(process, IdentityTime(), WHOLE)) > variance_has_no_tail.tolerance
     )
 
 
-def test_a_process_that_keeps_to_its_own_time_breaks_the_law_of_the_tail() -> None:
+def test_process_without_information_time_breaks_tail_law() -> None:
     process = gidd(FlatVocabulary(3), p_uniform=0.5, gamma=0.5)
     process.__dict__["information_time"] = IdentityTime()
     report = variance_has_no_tail(process)

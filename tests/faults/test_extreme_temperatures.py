@@ -1,4 +1,4 @@
-"""Temperatures and guidance weights at their limits: drawn as written, or refused as such; the weights are not blamed."""
+"""Extreme temperatures and guidance weights are applied exactly or rejected with their name."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def distribution(shaper: Any, p: Tensor = P, dtype: torch.dtype = torch.float32)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1e-40, 1e-308, 5e-324, 1e-12])
-def test_any_temperature_above_zero_leaves_the_likeliest_token(
+def test_tiny_temperature_keeps_only_the_likeliest_token(
     temperature: float, dtype: torch.dtype
 ) -> None:
     assert distribution(Temperature(temperature), dtype=dtype) == [1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("temperature", [1e20, 1e300])
-def test_a_huge_temperature_is_uniform(temperature: float) -> None:
+def test_huge_temperature_is_uniform(temperature: float) -> None:
     assert distribution(Temperature(temperature)) == pytest.approx([1 / 3] * 3)
 
 
-def test_tiny_temperature_shares_between_equal_tokens_and_zero_takes_the_first() -> None:
+def test_ties_are_shared_at_tiny_temperature_but_not_at_zero() -> None:
     assert distribution(Temperature(1e-30), TIES) == [0.0, 0.5, 0.5]
     assert distribution(Temperature(0.0), TIES) == [0.0, 1.0, 0.0]
     assert distribution(TopK(1), TIES) == distribution(Temperature(0.0), TIES)
@@ -61,18 +61,18 @@ def test_impossible_tokens_stay_impossible_at_every_temperature() -> None:
 
 
 @pytest.mark.parametrize("temperature", [-1e-9, math.inf, math.nan, -math.inf])
-def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
+def test_temperature_rejects_negative_and_non_finite_values(temperature: float) -> None:
     with pytest.raises(ArgumentError, match="Temperature: must be"):
         Temperature(temperature)
 
 
 @pytest.mark.parametrize("share", [1e-320, 1e-12, 1.0])
-def test_the_limits_of_top_p_keep_the_likeliest(share: float) -> None:
+def test_extreme_top_p_keeps_the_likeliest_token(share: float) -> None:
     assert distribution(TopP(share))[0] >= 0.5
     assert sum(distribution(TopP(share))) == pytest.approx(1.0)
 
 
-def test_the_limits_of_min_p_and_top_k() -> None:
+def test_extreme_min_p_and_top_k() -> None:
     assert distribution(MinP(1.0)) == [1.0, 0.0, 0.0]
     assert distribution(MinP(0.0)) == pytest.approx(P[0].tolist())
     assert distribution(TopK(2**31 - 1)) == pytest.approx(P[0].tolist())
@@ -92,10 +92,11 @@ VOCABULARIES = [FlatVocabulary(3), HierarchicalVocabulary([[0, 0, 1]])]
 
 
 def guided_distribution(vocabulary: Any, weight: float) -> list[float]:
-    """Of a position at the prior, told p = .5, .3, .2 under the condition and .2, .3, .5 without."""
-    told = P.log().float()
-    network = network_from_table(lambda zt, t: told.expand(*zt.shape, 3), vocabulary)
-    null = network_from_table(lambda zt, t: told.flip(-1).expand(*zt.shape, 3), vocabulary)
+    """Of a position at the prior: p = 0.5, 0.3, 0.2 with the condition and 0.2, 0.3, 0.5 without.
+    """
+    log_p = P.log().float()
+    network = network_from_table(lambda zt, t: log_p.expand(*zt.shape, 3), vocabulary)
+    null = network_from_table(lambda zt, t: log_p.flip(-1).expand(*zt.shape, 3), vocabulary)
     noisy = Noisy(
         torch.full((1, 1), vocabulary.root),
         torch.ones(1, 1).double(),
@@ -103,25 +104,25 @@ def guided_distribution(vocabulary: Any, weight: float) -> list[float]:
     )
     query = guided(network, null, weight)(noisy)
     node = torch.tensor([vocabulary.root])
-    return query(torch.tensor([0]), node, lambda law: law.log_mass(0).exp())[0].tolist()
+    return query(torch.tensor([0]), node, lambda prediction: prediction.log_mass(0).exp())[
+        0
+    ].tolist()
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES, ids=["flat", "tree"])
 @pytest.mark.parametrize("weight", [1e30, 1e38, 1e308])
-def test_a_huge_guidance_weight_leaves_what_the_condition_raises_most(
-    vocabulary: Any, weight: float
-) -> None:
+def test_huge_guidance_keeps_the_token_raised_most(vocabulary: Any, weight: float) -> None:
     assert guided_distribution(vocabulary, weight) == pytest.approx([1.0, 0.0, 0.0], abs=1e-6)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 1.000001, 3.0])
-def test_guidance_follows_its_formula_on_both_sides_of_one(weight: float) -> None:
+def test_guidance_follows_its_formula(weight: float) -> None:
     expected = (weight * P.log() + (1 - weight) * P.flip(-1).log()).softmax(-1)[0].tolist()
     assert guided_distribution(VOCABULARIES[0], weight) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("weight", [math.inf, -math.inf, math.nan])
-def test_a_guidance_weight_that_is_no_number_is_refused(weight: float) -> None:
+def test_guidance_rejects_non_finite_weights(weight: float) -> None:
     network = network_from_table(lambda zt, t: P.log().expand(*zt.shape, 3), FlatVocabulary(3))
     with pytest.raises(ArgumentError, match="guided: weight must be a finite number"):
         guided(network, network, weight)
@@ -130,7 +131,7 @@ def test_a_guidance_weight_that_is_no_number_is_refused(weight: float) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_classifier_that_gives_no_numbers_is_named(value: float) -> None:
+def test_steered_rejects_non_finite_classifiers(value: float) -> None:
     vocabulary = FlatVocabulary(3)
     network = network_from_table(lambda zt, t: P.log().expand(*zt.shape, 3), vocabulary)
     noisy = Noisy(
@@ -138,7 +139,7 @@ def test_a_classifier_that_gives_no_numbers_is_named(value: float) -> None:
     )
     query = steered(network, lambda noisy, rows: torch.full((len(rows), 3), value).double())(noisy)
     with pytest.raises(ArgumentError, match=r"steered: .*Mend log_likelihood"):
-        query(torch.tensor([0]), torch.tensor([3]), lambda law: law.log_mass(0))
+        query(torch.tensor([0]), torch.tensor([3]), lambda prediction: prediction.log_mass(0))
 
 
 # ---------------------------------------------------------------------- whole samplers
@@ -151,7 +152,7 @@ SHAPED = sorted(
 
 
 @pytest.mark.parametrize("name", SHAPED)
-def test_every_sampler_is_drawn_from_at_temperature_zero_and_near_it(name: str) -> None:
+def test_samplers_accept_temperature_zero_and_near_it(name: str) -> None:
     from ddiff import generate
 
     assert len(SHAPED) >= 15

@@ -1,4 +1,4 @@
-"""The kit sees from which distribution each term of `nelbo` draws: leaks that are planted into it break a law."""
+"""Faults planted in the draws of `nelbo` break the law of its terms."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from ddiff.testing.bound_terms import (
     terms_have_their_expectations,
 )
 
-BARE = FlatVocabulary(3, mask=False)
+UNMASKED = FlatVocabulary(3, mask=False)
 
 
-class NoisyFromTheStart(Schedule):
+class NoisyAtBothEnds(Schedule):
     """alpha = 0.9 - 0.6 t: noise at t = 0, tokens at t = 1."""
 
     closes_at_clean = False
@@ -44,20 +44,26 @@ class NoisyFromTheStart(Schedule):
 PROCESSES: dict[str, ForwardProcess] = {
     "masked": TreeProcess(FlatVocabulary(4), CdfClock([LinearSchedule()])),
     "tree": TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((0.5, 1.0)), 0.9),
-    "uniform": MixtureProcess(BARE, LinearSchedule(), token_distribution(BARE)),
+    "uniform": MixtureProcess(UNMASKED, LinearSchedule(), token_distribution(UNMASKED)),
     "uniform, tokens left at t = 1": MixtureProcess(
-        BARE, LinearSchedule(0.3), token_distribution(BARE)
+        UNMASKED, LinearSchedule(0.3), token_distribution(UNMASKED)
     ),
-    "uniform, never closed": MixtureProcess(BARE, NoisyFromTheStart(), token_distribution(BARE)),
+    "uniform, never closed": MixtureProcess(
+        UNMASKED, NoisyAtBothEnds(), token_distribution(UNMASKED)
+    ),
 }
-CORRUPT, DIFFUSION, DECODING = elbo.corrupt, elbo.diffusion_term, elbo.decoding_term
+CORRUPT = elbo.corrupt
+DIFFUSION = elbo.diffusion_term
+DECODING = elbo.decoding_term
 
 
 # ---------------------------------------------------------------------- planted faults
 
 
-def closing_shows(zt_of: Callable[..., Tensor], told: float | None = 1.0) -> Callable[..., Tensor]:
-    """The closing term with other states, or another time (None: the end of the window), where positions are charged."""
+def closing_with(
+    make_states: Callable[..., Tensor], query_t: float | None = 1.0
+) -> Callable[..., Tensor]:
+    """Closing term that queries other states, or at another time (None: the end of the window)."""
 
     def closing(
         process: Any, network: Network, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng
@@ -65,31 +71,33 @@ def closing_shows(zt_of: Callable[..., Tensor], told: float | None = 1.0) -> Cal
         charged = (times.speed > 0) & ~times.clean & scored
         reads = charged & (times.t < 1) if process.closes_at_prior else charged
         noisy = CORRUPT(process, x0, times, scored, rng, "closing")
-        states = torch.where(charged, zt_of(process, x0, times, scored, rng, noisy), noisy.zt)
-        shown = noisy._replace(
-            zt=states, t=noisy.t if told is None else torch.where(charged, told, noisy.t)
-        )
-        root = process.vocabulary.root
+        states = make_states(process, x0, times, scored, rng, noisy)
+        shown = noisy._replace(zt=torch.where(charged, states, noisy.zt))
+        if query_t is not None:
+            shown = shown._replace(t=torch.where(charged, query_t, noisy.t))
         formula = partial(elbo._closing_kl, process)
-        whole = lambda zt: torch.full_like(zt, root)  # noqa: E731
+
+        def whole(zt: Tensor) -> Tensor:
+            return torch.full_like(zt, process.vocabulary.root)
+
         return times.speed * elbo._evaluate_at(network, shown, reads, whole, formula, x0, times.t)
 
     return closing
 
 
-def drawn_from_q_1(
+def draw_from_q_1(
     process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, noisy: Noisy
 ) -> Tensor:
     return CORRUPT(process, x0, times._replace(t=torch.ones_like(times.t)), scored, rng, "prior").zt
 
 
-def drawn_from_the_prior(
+def draw_from_prior(
     process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, noisy: Noisy
 ) -> Tensor:
     return process.prior.draw(rng.uniform("prior"))
 
 
-def states_at_the_end(
+def states_at_end(
     process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, noisy: Noisy
 ) -> Tensor:
     return noisy.zt
@@ -102,7 +110,7 @@ def corrupt_earlier(
     return early._replace(t=torch.where(early.clean, 0.0, times.t))
 
 
-def tell_an_earlier_time(
+def report_earlier_time(
     process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, channel: str
 ) -> Noisy:
     noisy = CORRUPT(process, x0, times, scored, rng, channel)
@@ -122,7 +130,7 @@ def decode_noised_at_zero(
 
 
 def corrupt_by(name: str) -> Callable[..., Noisy]:
-    """Every draw reads one channel of the noise."""
+    """Every draw reads the same channel of the random generator."""
 
     def corrupt(
         process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, channel: str
@@ -132,17 +140,17 @@ def corrupt_by(name: str) -> Callable[..., Noisy]:
     return corrupt
 
 
-def corrupt_alike(
+def corrupt_with_shared_uniforms(
     process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, channel: str
 ) -> Noisy:
-    """Both positions read the uniforms of the first."""
+    """Both positions read the uniforms of the first one."""
 
-    class OfTheFirst(CounterRng):
+    class FirstPosition(CounterRng):
         def uniform(self, channel: str, count: int = 1) -> Tensor:
             u = rng.uniform(channel, count)
             return u[:, :1].expand_as(u)
 
-    return CORRUPT(process, x0, times, scored, OfTheFirst(0, 0, rng.index, rng.length), channel)
+    return CORRUPT(process, x0, times, scored, FirstPosition(0, 0, rng.index, rng.length), channel)
 
 
 def corrupt_prompts(
@@ -151,92 +159,89 @@ def corrupt_prompts(
     return CORRUPT(process, x0, times, torch.ones_like(scored), rng, channel)
 
 
-def speeds_swapped(
-    process: Any, network: Network, x0: Tensor, noisy: Noisy, speed: Tensor
-) -> Tensor:
+def swap_speeds(process: Any, network: Network, x0: Tensor, noisy: Noisy, speed: Tensor) -> Tensor:
     return DIFFUSION(process, network, x0, noisy, speed.flip(-1))
 
 
-def speed_squared(
-    process: Any, network: Network, x0: Tensor, noisy: Noisy, speed: Tensor
-) -> Tensor:
+def square_speed(process: Any, network: Network, x0: Tensor, noisy: Noisy, speed: Tensor) -> Tensor:
     return speed * DIFFUSION(process, network, x0, noisy, speed)
 
 
-LEAKS: dict[str, tuple[str, Callable[..., Any], str]] = {
-    "the closing term shows a draw of q_1(.|x0)": (
+FAULTS: dict[str, tuple[str, Callable[..., Any], str]] = {
+    "closing states drawn from q_1(.|x0)": (
         "closing_term",
-        closing_shows(drawn_from_q_1),
+        closing_with(draw_from_q_1),
         "closing",
     ),
-    "the closing term shows z at the end of the window": (
+    "closing states of the end of the window": (
         "closing_term",
-        closing_shows(states_at_the_end),
+        closing_with(states_at_end),
         "closing",
     ),
-    "the closing term tells the end of the window": (
+    "closing queried at the end of the window": (
         "closing_term",
-        closing_shows(drawn_from_the_prior, None),
+        closing_with(draw_from_prior, None),
         "closing",
     ),
     "z is drawn at 0.9 t": ("corrupt", corrupt_earlier, "diffusion"),
-    "a time of 0.8 t is told": ("corrupt", tell_an_earlier_time, "diffusion"),
-    "decoding is noised at 0": ("decoding_term", decode_noised_at_zero, "decoding"),
+    "0.8 t is reported": ("corrupt", report_earlier_time, "diffusion"),
+    "decoding corrupted at 0": ("decoding_term", decode_noised_at_zero, "decoding"),
     "terms share a channel": ("corrupt", corrupt_by("diffusion"), "channel"),
     "times and states share a channel": ("corrupt", corrupt_by("time"), "channel"),
-    "positions share their uniforms": ("corrupt", corrupt_alike, "diffusion"),
-    "what is not scored is noised": ("corrupt", corrupt_prompts, "diffusion"),
-    "speeds belong to the other position": ("diffusion_term", speeds_swapped, "diffusion"),
-    "speed counts twice": ("diffusion_term", speed_squared, "diffusion"),
+    "positions share their uniforms": ("corrupt", corrupt_with_shared_uniforms, "diffusion"),
+    "unscored positions are corrupted": ("corrupt", corrupt_prompts, "diffusion"),
+    "speeds of the other position": ("diffusion_term", swap_speeds, "diffusion"),
+    "speed counts twice": ("diffusion_term", square_speed, "diffusion"),
 }
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_the_shipped_bound_draws_what_it_charges(name: str) -> None:
+def test_nelbo_obeys_the_law_of_its_terms(name: str) -> None:
     report = terms_have_their_expectations(PROCESSES[name])
     assert report.passed, str(report)
     assert report.probes > 2 * 3 * 6
 
 
-@pytest.mark.parametrize("leak", LEAKS)
+@pytest.mark.parametrize("fault_name", FAULTS)
 @pytest.mark.parametrize("name", PROCESSES)
-def test_a_planted_leak_breaks_the_law_of_draws(
-    name: str, leak: str, monkeypatch: pytest.MonkeyPatch
+def test_planted_fault_breaks_the_law_of_terms(
+    name: str, fault_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where, fault, term = LEAKS[leak]
+    where, fault, term = FAULTS[fault_name]
     monkeypatch.setattr(elbo, where, fault)
     report = terms_have_their_expectations(PROCESSES[name])
     assert not report.passed, str(report)
-    assert "raised" not in report.where, (
-        "found by its numbers, not because the plant itself is broken"
-    )
-    if where != "corrupt":  # that one is read by all three terms
+    # the law must find it by its numbers, not because the planted code raises
+    assert "raised" not in report.where
+    if where != "corrupt":  # all three terms use that one
         assert term in report.where
 
 
 @pytest.mark.parametrize(
     "fault", [corrupt_by("prior"), corrupt_by("decoding")], ids=["prior", "decoding"]
 )
-def test_channels_kept_apart_show_a_swap_to_the_entropy_law(
+def test_entropy_law_detects_swapped_channels(
     fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The enumeration reads each channel off cells of its own, so states of another channel have other probabilities."""
+    """The enumeration encodes other states in each channel, so a wrong channel has wrong
+    probabilities."""
     process = PROCESSES["uniform"]
     assert bound.entropy_equality(process).passed
     monkeypatch.setattr(elbo, "corrupt", fault)
     assert not bound.entropy_equality(process).passed
 
 
-def test_check_process_runs_the_law_of_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elbo, "closing_term", closing_shows(drawn_from_q_1))
+def test_check_process_includes_the_law_of_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elbo, "closing_term", closing_with(draw_from_q_1))
     broken = {report.law for report in check_process(PROCESSES["masked"]) if not report.passed}
     assert terms_have_their_expectations.name in broken
 
 
-def test_the_leak_of_x0_lowers_the_bound_where_tokens_are_left(
+def test_closing_states_from_q_1_lower_the_closing_term(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Why it matters: with tokens left at t = 1, q_1(.|x0) at one position tells the network of x0 at the other."""
+    """With tokens left at t = 1, q_1(.|x0) at one position leaks x0 into predictions at the other.
+    """
     from ddiff.testing.bound_terms import Enumeration, draw_terms, sensitive_table
 
     process = PROCESSES["uniform, tokens left at t = 1"]
@@ -244,7 +249,7 @@ def test_the_leak_of_x0_lowers_the_bound_where_tokens_are_left(
     scored = torch.ones_like(x0, dtype=torch.bool)
     table = sensitive_table(process)
     due = Enumeration(process, table, x0, scored, (0.0, 1.0)).closing().mean
-    monkeypatch.setattr(elbo, "closing_term", closing_shows(drawn_from_q_1))
+    monkeypatch.setattr(elbo, "closing_term", closing_with(draw_from_q_1))
     leaking = draw_terms(process, table, x0, scored, (0.0, 1.0))[0].closing.mean(1)
     assert float((due - leaking).abs().max()) > 1e-3
 
@@ -252,7 +257,7 @@ def test_the_leak_of_x0_lowers_the_bound_where_tokens_are_left(
 # ---------------------------------------------------------------------- the parts of the law
 
 
-def test_covering_gives_every_channel_dimensions_of_its_own() -> None:
+def test_sobol_rng_gives_channels_separate_dimensions() -> None:
     rng = SobolRng(torch.arange(256), 256, 2)
     drawn = torch.cat([rng.uniform("a"), rng.uniform("b", 3).flatten(1), rng.uniform("c")], 1)
     assert torch.equal(rng.uniform("a"), drawn[:, :2])
@@ -274,8 +279,8 @@ def test_information_path_integrates_its_speed(name: str) -> None:
     assert bool((t.diff(dim=0) > 0).all())
 
 
-def test_positions_at_the_prior_say_nothing_of_their_token() -> None:
-    """Tokens are left at t = 1 of this process; what has not begun yet is a draw of the prior all the same."""
+def test_positions_at_the_prior_are_independent_of_x0() -> None:
+    """A position before its window is a draw of the prior, even if tokens are left at t = 1."""
     process = PROCESSES["uniform, tokens left at t = 1"]
     x0 = torch.arange(3).repeat(4096).reshape(-1, 2)
     rng = CounterRng(0, 0, torch.arange(len(x0)), 2)
@@ -288,8 +293,6 @@ def test_positions_at_the_prior_say_nothing_of_their_token() -> None:
     )
     noisy = CORRUPT(process, x0, times, everywhere, rng, "diffusion")
     stays = float((noisy.zt == x0).double().mean())
-    assert stays == pytest.approx(1 / 3, abs=0.02), (
-        "four standard errors; q_1 would keep .53 of them"
-    )
+    assert stays == pytest.approx(1 / 3, abs=0.02)  # four standard errors; q_1 gives 0.53
     begun = CORRUPT(process, x0, times._replace(at_prior=~everywhere), everywhere, rng, "diffusion")
     assert float((begun.zt == x0).double().mean()) == pytest.approx(0.3 + 0.7 / 3, abs=0.02)

@@ -1,4 +1,5 @@
-"""Where noise sets in as a root of t, first hitting follows events until a share of noise, not until a time."""
+"""First hitting ends at a share of noise, not at a time, so that it is exact for fast early noise.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ JOINT = torch.tensor(
     [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64
 )
 POINTS = 2**13
-NOISE = 0.02  # total variation that 2^13 samples leave: 0.012 on average, 0.003 its deviation
+NOISE = 0.02  # total variation of 2^13 samples: 0.012 on average, standard deviation 0.003
 
 
 def gidd(
@@ -39,7 +40,7 @@ def gidd(
     return GeneralizedInterpolation.build(config, vocabulary=FlatVocabulary(num_tokens))
 
 
-def kept(process: ForwardProcess, t: float) -> float:
+def stay_probability(process: ForwardProcess, t: float) -> float:
     """q_t(x | x) for token 0."""
     return float(
         process.stay_probability(torch.tensor([0]), torch.tensor([t], dtype=torch.float64))
@@ -56,10 +57,9 @@ def kept(process: ForwardProcess, t: float) -> float:
         (0.2, 1.0, "current"),
     ],
 )
-def test_samples_of_gidd_have_the_joint_distribution(
-    p_uniform: float, gamma: float, form: Form
-) -> None:
-    """By default. With a time in place of a share, p .9 and gamma .5 came out at 0.274."""
+def test_first_hitting_is_exact_on_gidd(p_uniform: float, gamma: float, form: Form) -> None:
+    """With the default `until`. Ending at a fixed time has a distance of 0.274 at p 0.9, gamma 0.5.
+    """
     result = measure_sampler(
         FirstHittingSampler(), gidd(p_uniform, gamma, form), JOINT, points=POINTS
     )
@@ -68,28 +68,29 @@ def test_samples_of_gidd_have_the_joint_distribution(
 
 @pytest.mark.parametrize("length", [2, 128, 512])
 @pytest.mark.parametrize(("p_uniform", "gamma"), [(0.1, 1.0), (0.2, 1.0), (0.1, 2.0)])
-def test_few_positions_change_at_once_at_any_length(
+def test_between_leaves_until_positions_at_any_length(
     p_uniform: float, gamma: float, length: int
 ) -> None:
-    """Between t_1 and t_0 events are followed; `until` positions of a sequence are noise at t_0 and known at t_1."""
+    """At the last time that events are followed, `until` positions of a sequence are expected to be
+    noise; at the first, `until` are expected to be clean."""
     until = 1e-3
     process = gidd(p_uniform, gamma)
     begin, finish = between(process, until, length)
     assert EARLIEST <= finish < begin <= LATEST
-    assert length * (1.0 - kept(process, finish)) == pytest.approx(until, rel=1e-3)
+    assert length * (1.0 - stay_probability(process, finish)) == pytest.approx(until, rel=1e-3)
     alpha = float(process.alpha(torch.tensor([begin], dtype=torch.float64)))
     assert length * alpha == pytest.approx(until, rel=1e-3)
 
 
-def test_ends_lie_deeper_in_longer_sequences() -> None:
+def test_between_widens_with_the_length() -> None:
     process = gidd(0.2, 1.0)
     begins, finishes = zip(*(between(process, 1e-3, length) for length in (2, 16, 128)))
     assert begins[0] < begins[1] < begins[2]
     assert finishes[0] > finishes[1] > finishes[2]
 
 
-def test_tokens_of_unequal_rates_are_all_read() -> None:
-    """Uneven noise: the token that is lost first sets the end."""
+def test_between_uses_the_fastest_token() -> None:
+    """With uneven noise, the token that is lost fastest decides."""
     vocabulary = FlatVocabulary(3, mask=False)
     process = MixtureProcess(vocabulary, LinearSchedule(), torch.tensor([0.98, 0.01, 0.01]))
     _, finish = between(process, 1e-3, 10)
@@ -99,8 +100,9 @@ def test_tokens_of_unequal_rates_are_all_read() -> None:
     assert float(lost[0]) < 0.05 * float(lost.max())
 
 
-def test_noise_too_early_for_the_length_is_refused_with_the_number() -> None:
-    """p .9, gamma .5: 1.3 % of the tokens are noise at the earliest time that is read."""
+def test_between_rejects_noise_too_early_for_the_length() -> None:
+    """With p 0.9, gamma 0.5, 1.3 % of the tokens are noise at the earliest time that rates are
+    evaluated."""
     process = gidd(0.9, 0.5)
     with pytest.raises(
         ArgumentError,
@@ -108,11 +110,11 @@ def test_noise_too_early_for_the_length_is_refused_with_the_number() -> None:
     ):
         between(process, 1e-3, 128)
     assert between(process, 1e-3, 2)[1] == pytest.approx(EARLIEST)
-    assert 2 * (1.0 - kept(process, EARLIEST)) < MOST_AT_ONCE
+    assert 2 * (1.0 - stay_probability(process, EARLIEST)) < MOST_AT_ONCE
 
 
-def test_noise_that_is_there_at_t_0_does_not_move_the_ends() -> None:
-    """Geometric noise starts with 5 % of the tokens: those come off in the last draw of any sampler."""
+def test_between_ignores_the_noise_at_t_0() -> None:
+    """5 % of the tokens are noise at t = 0; the last draw of any sampler removes it."""
     vocabulary = FlatVocabulary(3, mask=False)
     process = MixtureProcess(
         vocabulary, GeometricSchedule(0.05, 20.0), token_distribution(vocabulary)
@@ -137,11 +139,11 @@ def test_noise_that_is_there_at_t_0_does_not_move_the_ends() -> None:
         pytest.param(GammaHybrid(FlatVocabulary(3), 0.0), id="hybrid without noise"),
     ],
 )
-def test_without_noise_among_tokens_every_event_is_followed(process: ForwardProcess) -> None:
+def test_between_is_everything_without_noise_among_tokens(process: ForwardProcess) -> None:
     assert between(process, 0.3, 64) == (LATEST, EARLIEST)
 
 
 @pytest.mark.parametrize("until", [0.0, -1.0, 0.5, float("nan")])
-def test_until_out_of_range_is_refused_with_its_meaning(until: float) -> None:
+def test_first_hitting_rejects_until_out_of_range(until: float) -> None:
     with pytest.raises(ArgumentError, match=r"until must be in \(0, 1/2\).*number of positions"):
         FirstHittingSampler(until)

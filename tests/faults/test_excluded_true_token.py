@@ -1,4 +1,5 @@
-"""A prediction that gives the truth probability 0 costs infinity, or what Bayes says, and never NaN."""
+"""A prediction that excludes the true token costs infinity, or what Bayes' rule gives; never NaN.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from ddiff.testing.report import evaluate_laws
 
 
 def absorbing(num_tokens: int = 2) -> list[ForwardProcess]:
-    """The same chain, masks one by one, in every family that has it."""
+    """The masked process in all of its implementations."""
     vocabulary = FlatVocabulary(num_tokens)
     states = num_tokens + 1
     rates = -torch.eye(states, dtype=torch.float64)
@@ -47,68 +48,78 @@ IDS = ["sedd", "mdlm", "hybrid_gamma", "dense"]
 
 
 @pytest.mark.parametrize("process", absorbing(), ids=IDS)
-def test_visible_token_under_masks_tells_what_it_is(process: ForwardProcess) -> None:
-    law = DenseDistribution(
+def test_visible_token_of_masked_process_costs_nothing(process: ForwardProcess) -> None:
+    prediction = DenseDistribution(
         torch.tensor([[-torch.inf, 0.0]], dtype=torch.float64), process.vocabulary
     )
-    x0, t = torch.tensor([0]), torch.tensor([1e-3], dtype=torch.float64)
+    x0 = torch.tensor([0])
+    t = torch.tensor([1e-3], dtype=torch.float64)
     for term in (process.decode_nll, process.divergence, process.density):
-        assert float(term(law, x0, x0, t)) == 0.0, term
+        assert float(term(prediction, x0, x0, t)) == 0.0, term
     mask = torch.tensor([2])
     for term in (process.decode_nll, process.divergence, process.density):
-        assert float(term(law, x0, mask, t)) == math.inf, term
-    assert float(process.closing_kl(law, x0, t)) == math.inf
+        assert float(term(prediction, x0, mask, t)) == math.inf, term
+    assert float(process.closing_kl(prediction, x0, t)) == math.inf
 
 
-def test_reported_case_is_zero() -> None:
-    """sedd absorb with geometric noise reads its last draw at visible tokens, since it does not close at the clean end."""
-    config = ScoreEntropyDiffusion.Config(graph="absorb", rng="geometric")
+def test_sedd_decoding_of_visible_tokens_is_zero() -> None:
+    """With geometric noise, sedd evaluates the decoding term at visible tokens too, since the
+    process does not close at the clean end."""
+    config = ScoreEntropyDiffusion.Config(graph="absorb", noise="geometric")
     process = ScoreEntropyDiffusion.build(config, vocabulary=FlatVocabulary(2))
-    law = DenseDistribution(
+    prediction = DenseDistribution(
         torch.tensor([[-torch.inf, 0.0]], dtype=torch.float64), process.vocabulary
     )
     zero = torch.tensor([0])
     assert (
-        float(process.decode_nll(law, zero, zero, torch.tensor([1e-3], dtype=torch.float64))) == 0.0
+        float(process.decode_nll(prediction, zero, zero, torch.tensor([1e-3], dtype=torch.float64)))
+        == 0.0
     )
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_terms_are_bayes_by_the_law_of_the_kit(process: ForwardProcess) -> None:
+def test_processes_obey_the_law_of_excluded_tokens(process: ForwardProcess) -> None:
     (report,) = evaluate_laws(process, (impossible_truth_is_bayes,))
     assert report.passed, str(report)
     assert impossible_truth_is_bayes in PROCESS_LAWS
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_bound_of_a_network_that_rules_tokens_out_is_no_nan(process: ForwardProcess) -> None:
-    """The three terms as they are assembled, for a network that is sure of token 0 everywhere."""
+def test_nelbo_is_not_nan_for_a_network_that_excludes_tokens(process: ForwardProcess) -> None:
+    """For a network that is certain of token 0 everywhere."""
     num_tokens = process.vocabulary.num_tokens
-    sure = torch.full((num_tokens,), -torch.inf, dtype=torch.float64)
-    sure[0] = 0.0
-    network = network_from_table(lambda zt, t: sure.expand(*zt.shape, -1), process.vocabulary)
+    certain = torch.full((num_tokens,), -torch.inf, dtype=torch.float64)
+    certain[0] = 0.0
+    network = network_from_table(lambda zt, t: certain.expand(*zt.shape, -1), process.vocabulary)
     x0 = torch.arange(num_tokens).repeat(16).unsqueeze(-1)
     index = torch.arange(len(x0))
     for window in ((0.0, 1.0), (1e-3, 0.9)):
         terms = nelbo(
-            process, network, x0, torch.ones_like(x0, dtype=torch.bool), FlatTimes(*window), CounterRng(0, 0, index, 1),
-            index, len(index),
-        )  # fmt: skip
+            process,
+            network,
+            x0,
+            torch.ones_like(x0, dtype=torch.bool),
+            FlatTimes(*window),
+            CounterRng(0, 0, index, 1),
+            index,
+            len(index),
+        )
         assert not bool(terms.total.isnan().any())
         assert bool(terms.total[x0[:, 0] == 0].isfinite().all())
 
 
-def test_node_that_the_prediction_rules_out_is_infinite_and_its_only_child_sure() -> None:
+def test_log_child_below_an_impossible_node() -> None:
     vocabulary = HierarchicalVocabulary([[0, 0, 1]])
-    law = DenseDistribution(
+    prediction = DenseDistribution(
         torch.tensor([[-torch.inf, -torch.inf, 0.0]], dtype=torch.float64), vocabulary
     )
     other = DenseDistribution(
         torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log(), vocabulary
     )
-    first, second = torch.tensor([3]), torch.tensor([4])
-    assert law.log_child(first, torch.tensor([1])).item() == -math.inf
-    assert law.log_child(first, first).item() == 0.0
+    first = torch.tensor([3])
+    second = torch.tensor([4])
+    assert prediction.log_child(first, torch.tensor([1])).item() == -math.inf
+    assert prediction.log_child(first, first).item() == 0.0
     assert (
         other.log_child(second, torch.tensor([2])).item() == 0.0
-    )  # whatever is under node 4 is token 2
+    )  # token 2 is the only one below node 4

@@ -1,4 +1,4 @@
-"""The same chain and prediction have the same weight and divergence in every family, so a clipped loss is one function."""
+"""Weight, divergence and clipped loss of one chain are equal in all of its implementations."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ddiff import (
     mask_distribution,
     token_distribution,
 )
+from ddiff.core.prediction import Prediction
 from ddiff.testing.derived_formulas import score_from_distribution, weight_is_derived
 from ddiff.testing.probes import ReachableRows, times
 from ddiff.testing.process import PROCESS_LAWS
@@ -32,7 +33,7 @@ TIMES = (1e-3, 0.02, 0.31, 0.5, 0.77, 0.99)
 
 
 def masks() -> dict[str, ForwardProcess]:
-    """Masks one by one, alpha = 1 - t."""
+    """Masked processes with alpha = 1 - t."""
     vocabulary = FlatVocabulary(4)
     rates = -torch.eye(5, dtype=torch.float64)
     rates[:, -1] = 1.0
@@ -51,8 +52,8 @@ def masks() -> dict[str, ForwardProcess]:
     }
 
 
-def redrawn() -> dict[str, ForwardProcess]:
-    """Uniform noise among tokens, alpha = 1 - t."""
+def uniform() -> dict[str, ForwardProcess]:
+    """Processes with uniform noise and alpha = 1 - t."""
     vocabulary = FlatVocabulary(4, mask=False)
     rates = torch.full((4, 4), 0.25, dtype=torch.float64) - torch.eye(4, dtype=torch.float64)
     sedd = ScoreEntropyDiffusion.Config(graph="uniform", floor=0.0)
@@ -63,55 +64,54 @@ def redrawn() -> dict[str, ForwardProcess]:
     }
 
 
-def factors(
+def evaluate_loss(
     process: ForwardProcess, rows: ReachableRows, predicts: str, largest: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weight, divergence and clipped loss at every row."""
-    law = DenseDistribution(rows.log_p, process.vocabulary)
-    answer = (
-        law if predicts == "law" else score_from_distribution(process, rows.log_p, rows.zt, rows.t)
-    )
-    asked = (rows.x0, rows.zt, rows.t)
-    weight = process.weight(*asked)
-    divergence = process.divergence(answer, *asked)
-    return weight, divergence, ClippedLoss(largest=largest).weight(process, *asked) * divergence
+    prediction: Prediction = DenseDistribution(rows.log_p, process.vocabulary)
+    if predicts == "score":
+        prediction = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
+    weight = process.weight(*rows.args)
+    divergence = process.divergence(prediction, *rows.args)
+    clipped = ClippedLoss(largest=largest).weight(process, *rows.args) * divergence
+    return weight, divergence, clipped
 
 
 @pytest.mark.parametrize("predicts", ["law", "score"])
-@pytest.mark.parametrize("chain", [masks, redrawn])
-def test_families_of_one_chain_have_one_clipped_loss(chain: object, predicts: str) -> None:
-    """Relative rounding: the dense chain has its noise from a matrix exponential."""
+@pytest.mark.parametrize("chain", [masks, uniform])
+def test_implementations_of_one_chain_have_equal_losses(chain: object, predicts: str) -> None:
+    """Tolerance: the dense process computes a matrix exponential."""
     processes = chain()  # type: ignore[operator]
     rows = ReachableRows(processes["mixture"], times(TIMES))
-    expected = factors(processes["mixture"], rows, predicts, 10.0)
+    expected = evaluate_loss(processes["mixture"], rows, predicts, 10.0)
     for name, process in processes.items():
-        for part, due in zip(factors(process, rows, predicts, 10.0), expected):
+        for part, due in zip(evaluate_loss(process, rows, predicts, 10.0), expected):
             torch.testing.assert_close(part, due, rtol=1e-8, atol=1e-9, msg=f"{name}, {predicts}")
 
 
-def test_nearly_masked_text_counts_in_full() -> None:
-    """At t = .99 the weight of -ln p(x) is 1/t in both; sedd had .10 of it under a clip of 10."""
+def test_clipping_keeps_the_loss_at_nearly_masked_text() -> None:
+    """At t = 0.99 the weight of -ln p(x) is 1/t in both processes, far below a clip of 10."""
     rows = ReachableRows(masks()["mdlm"], times((0.99,)))
     mask = rows.select(rows.zt == 4)
     surprise = -mask.log_p.gather(-1, mask.x0.unsqueeze(-1)).squeeze(-1)
     for name in ("mdlm", "sedd"):
-        _, _, clipped = factors(masks()[name], mask, "law", 10.0)
+        _, _, clipped = evaluate_loss(masks()[name], mask, "law", 10.0)
         torch.testing.assert_close(clipped, surprise / 0.99, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_weight_is_the_total_true_reverse_rate(process: ForwardProcess) -> None:
+def test_processes_obey_the_law_of_the_weight(process: ForwardProcess) -> None:
     (report,) = evaluate_laws(process, (weight_is_derived,))
     assert report.passed, str(report)
     assert weight_is_derived in PROCESS_LAWS
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_clipped_loss_is_never_above_the_density(process: ForwardProcess) -> None:
-    """Near t = 0 the divergence at the clean token grows as 1/t and its weight falls as t: the loss stays the density,
-    which is finite there. `smallest` above 0 would lose that."""
+def test_clipped_loss_is_at_most_the_density(process: ForwardProcess) -> None:
+    """Near t = 0 the divergence at the clean token grows as 1/t and its weight falls as t, so that
+    the loss is the density, which is finite there. `smallest` above 0 would break this."""
     rows = ReachableRows(process, times((1e-9, 1e-6, 1e-3, 0.5, 1.0 - 1e-6)))
-    density = process.density(rows.dist, rows.x0, rows.zt, rows.t)
-    _, _, clipped = factors(process, rows, "law", 10.0)
+    density = process.density(rows.dist, *rows.args)
+    _, _, clipped = evaluate_loss(process, rows, "law", 10.0)
     assert bool(clipped.isfinite().all())
     assert bool((clipped <= density * (1.0 + 1e-6) + 1e-6).all())
