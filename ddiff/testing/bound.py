@@ -64,7 +64,12 @@ class Expectation(NamedTuple):
 class NodeTimes:
     """Time rule that returns given quadrature nodes t, speed [B,L] and the ends of the window."""
 
-    def __init__(self, t: Tensor, speed: Tensor, window: Window) -> None:
+    def __init__(
+        self,
+        t: Tensor,
+        speed: Tensor,
+        window: Window,
+    ) -> None:
         self.t = t
         self.speed = speed
         self.window = window
@@ -81,7 +86,11 @@ class NodeTimes:
         return self._at(first), self._at(last)
 
     def _at(self, t: float) -> Times:
-        return Times(torch.full_like(self.t, t), torch.ones_like(self.t), self._nowhere())
+        return Times(
+            torch.full_like(self.t, t),
+            torch.ones_like(self.t),
+            self._nowhere(),
+        )
 
     def _nowhere(self) -> Tensor:
         return torch.zeros_like(self.t, dtype=torch.bool)
@@ -99,12 +108,25 @@ class EnumeratedRng(CounterRng):
     that its probabilities do not belong to.
     """
 
-    def __init__(self, zt: Tensor, num_states: int) -> None:
-        super().__init__(0, 0, torch.arange(len(zt)), zt.shape[1])
+    def __init__(
+        self,
+        zt: Tensor,
+        num_states: int,
+    ) -> None:
+        super().__init__(
+            0,
+            0,
+            torch.arange(len(zt)),
+            zt.shape[1],
+        )
         self.zt = zt
         self.num_states = num_states
 
-    def uniform(self, channel: str, count: int = 1) -> Tensor:
+    def uniform(
+        self,
+        channel: str,
+        count: int = 1,
+    ) -> Tensor:
         states = shift_states(self.zt, channel, self.num_states)
         cells = (states.double() + 0.5) / self.num_states
         if count == 1:
@@ -112,7 +134,11 @@ class EnumeratedRng(CounterRng):
         return cells.unsqueeze(-1).expand(-1, -1, count)
 
 
-def shift_states(zt: Tensor, channel: str, num_states: int) -> Tensor:
+def shift_states(
+    zt: Tensor,
+    channel: str,
+    num_states: int,
+) -> Tensor:
     """States that a channel of `EnumeratedRng` encodes."""
     shift = CHANNELS.index(channel) if channel in CHANNELS else len(CHANNELS)
     return (zt + shift) % num_states
@@ -132,7 +158,11 @@ def enumerate_draws(process: ForwardProcess) -> ForwardProcess:
     """Copy a process so that its draws are read off the uniforms: state = floor(u S)."""
     states = process.vocabulary.num_states
 
-    def sample(x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def sample(
+        x0: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         return (u[:, 0] * states).long()
 
     twin = copy.copy(process)
@@ -141,12 +171,18 @@ def enumerate_draws(process: ForwardProcess) -> ForwardProcess:
     return twin
 
 
-def straight_path(v: Tensor, position: int) -> tuple[Tensor, Tensor]:
+def straight_path(
+    v: Tensor,
+    position: int,
+) -> tuple[Tensor, Tensor]:
     """Path that all positions share: evenly in logit t."""
     return v, torch.ones_like(v)
 
 
-def bent_path(v: Tensor, position: int) -> tuple[Tensor, Tensor]:
+def bent_path(
+    v: Tensor,
+    position: int,
+) -> tuple[Tensor, Tensor]:
     """Path between the same ends that differs from position to position."""
     bend = 0.4 * (-1.0) ** position
     return v + bend * v * (1.0 - v), 1.0 + bend * (1.0 - 2.0 * v)
@@ -173,7 +209,11 @@ def exact_nelbo(
     """
     vocabulary = process.vocabulary
     order = NODES if length == 1 else FEWER_NODES
-    v, _, weight = logit_nodes(*window, num_panels(*window, finer), order)
+    v, _, weight = logit_nodes(
+        *window,
+        num_panels(*window, finer),
+        order,
+    )
     t, speed = _times_of_nodes(v, weight, window, length, path)
     sequences = all_sequences(vocabulary.num_tokens, length)
     states = all_sequences(vocabulary.num_states, length)
@@ -248,7 +288,10 @@ def _probabilities(
 
 
 @law("bound: -ln p(x) for a constant denoiser", tolerance=1e-9)
-def constant_denoiser(process: ForwardProcess, finer: int = 1) -> Iterator[Gap]:
+def constant_denoiser(
+    process: ForwardProcess,
+    finer: int = 1,
+) -> Iterator[Gap]:
     """A denoiser that always predicts p gives the exact reversal for data distributed as p, so the
     bound is -ln p(x) for every token x on any window.
 
@@ -286,15 +329,26 @@ def _beyond_quadrature(process: ForwardProcess, log_p: Tensor) -> Tensor:
     return missing
 
 
-def _closing(process: ForwardProcess, log_p: Tensor, t: float) -> Tensor:
+def _closing(
+    process: ForwardProcess,
+    log_p: Tensor,
+    t: float,
+) -> Tensor:
     """Closing term [V] at time t for the constant prediction log_p [V]."""
     tokens = torch.arange(process.vocabulary.num_tokens)
-    prediction = DenseDistribution(log_p.expand(len(tokens), -1), process.vocabulary)
+    prediction = DenseDistribution(
+        log_p.expand(len(tokens), -1),
+        process.vocabulary,
+    )
     at_t = torch.full(tokens.shape, t, dtype=torch.float64)
     return ForwardProcess.closing_kl(process, prediction, tokens, at_t)
 
 
-def _decoding(process: ForwardProcess, log_p: Tensor, t: float) -> Tensor:
+def _decoding(
+    process: ForwardProcess,
+    log_p: Tensor,
+    t: float,
+) -> Tensor:
     """Decoding term [V] at time t for the constant prediction log_p [V]."""
     p = log_p.exp().unsqueeze(-1)
     joint = p * likelihoods(process, times((t,)))[0]
@@ -306,7 +360,11 @@ def _decoding(process: ForwardProcess, log_p: Tensor, t: float) -> Tensor:
 # ------------------------------------------------------------------ two dependent positions
 
 
-def random_joint(num_tokens: int, length: int = 2, seed: int = 4) -> Tensor:
+def random_joint(
+    num_tokens: int,
+    length: int = 2,
+    seed: int = 4,
+) -> Tensor:
     """Log-probabilities [V, ..., V] of sequences whose positions depend on each other strongly."""
     shape = (num_tokens,) * length
     generator = torch.Generator().manual_seed(seed)
@@ -339,13 +397,20 @@ def full_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
     rest = rest_conditional_table(process, log_joint)
 
     def table(zt: Tensor, t: Tensor) -> Tensor:
-        own = torch.stack([_evidence(process, zt[:, i], t[:, i]) for i in (0, 1)], 1)
+        own = torch.stack(
+            [_evidence(process, zt[:, i], t[:, i]) for i in (0, 1)],
+            1,
+        )
         return (rest(zt, t) + own.log()).log_softmax(-1)
 
     return table
 
 
-def _evidence(process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
+def _evidence(
+    process: ForwardProcess,
+    zt: Tensor,
+    t: Tensor,
+) -> Tensor:
     """q_t(z|x) [B,V] over the tokens x; 1 at t = 1."""
     evidence = token_likelihoods(process, zt, t)
     return torch.where((t < 1.0).unsqueeze(-1), evidence, 1.0)
@@ -363,9 +428,19 @@ def entropy_equality(
     window (t0, t1). Tolerance: quadrature and rounding of logarithms have an error of 1e-9.
     """
     log_joint = random_joint(process.vocabulary.num_tokens)
-    terms = exact_nelbo(process, denoiser(process, log_joint), 2, window, finer=finer)
+    terms = exact_nelbo(
+        process,
+        denoiser(process, log_joint),
+        2,
+        window,
+        finer=finer,
+    )
     got = _mean(log_joint, terms.total)
-    yield compare(got, entropy_of_window(process, log_joint, window), {"window": window})
+    yield compare(
+        got,
+        entropy_of_window(process, log_joint, window),
+        {"window": window},
+    )
 
 
 @law("bound: unchanged if every position has its own time", tolerance=1e-8)
@@ -379,14 +454,22 @@ def speed_equality(
     table = rest_conditional_table(process, log_joint)
     terms = exact_nelbo(process, table, 2, window, path, finer)
     got = _mean(log_joint, terms.total)
-    yield compare(got, entropy_of_window(process, log_joint, window), {"window": window})
+    yield compare(
+        got,
+        entropy_of_window(process, log_joint, window),
+        {"window": window},
+    )
 
 
 def _mean(log_joint: Tensor, values: Tensor) -> Tensor:
     return (log_joint.exp().reshape(-1) * values).sum()
 
 
-def entropy_of_window(process: ForwardProcess, log_joint: Tensor, window: Window) -> Tensor:
+def entropy_of_window(
+    process: ForwardProcess,
+    log_joint: Tensor,
+    window: Window,
+) -> Tensor:
     """H(X) + [sum_i H(X_i|Z_t0) - H(X|Z_t0)] + [sum_i H(Z_i,t1) - H(Z_t1)] in nats."""
     joint = log_joint.exp()
     early, late = likelihoods(process, times(window))
@@ -403,7 +486,10 @@ def _entropy(p: Tensor) -> Tensor:
     return torch.where(p > 0, -p * p.log(), 0.0).sum()
 
 
-def _conditional_entropy(p: Tensor, unknown: tuple[int, ...]) -> Tensor:
+def _conditional_entropy(
+    p: Tensor,
+    unknown: tuple[int, ...],
+) -> Tensor:
     """H(unknown axes | the other axes)."""
     return _entropy(p) - _entropy(p.sum(unknown))
 
@@ -429,14 +515,23 @@ def discrete_bound_converges(process: ForwardProcess) -> Iterator[Gap]:
     limit = (8.0 * fine - 6.0 * middle + coarse) / 3.0  # Richardson extrapolation, twice
     tokens = torch.arange(process.vocabulary.num_tokens)
     scale = integral.abs().clamp(min=1e-9)
-    yield compare(limit, integral, {"x0": tokens, "window": window}, scale)
+    yield compare(
+        limit,
+        integral,
+        {"x0": tokens, "window": window},
+        relative_to=scale,
+    )
 
 
 def state_and_time_table(process: ForwardProcess) -> Table:
     """Network without symmetry: logits linear in t, with coefficients of the row's own state."""
     generator = torch.Generator().manual_seed(6)
     shape = (2, process.vocabulary.num_states, process.vocabulary.num_tokens)
-    level, slope = torch.randn(shape, generator=generator, dtype=torch.float64)
+    level, slope = torch.randn(
+        shape,
+        generator=generator,
+        dtype=torch.float64,
+    )
 
     def table(zt: Tensor, t: Tensor) -> Tensor:
         return (level[zt] + slope[zt] * t.unsqueeze(-1)).log_softmax(-1)
@@ -444,7 +539,12 @@ def state_and_time_table(process: ForwardProcess) -> Table:
     return table
 
 
-def _discrete_bound(process: ForwardProcess, table: Table, window: Window, steps: int) -> Tensor:
+def _discrete_bound(
+    process: ForwardProcess,
+    table: Table,
+    window: Window,
+    steps: int,
+) -> Tensor:
     """Discrete-time bound [V] without its end terms, with steps even in logit t."""
     vocabulary = process.vocabulary
     num_tokens = vocabulary.num_tokens
@@ -460,7 +560,12 @@ def _discrete_bound(process: ForwardProcess, table: Table, window: Window, steps
     zt = zt[possible]
     s = grid[step]
     t = grid[step + 1]
-    truth = process.reverse_log_probs(certain_log_probs(num_tokens)[x0], zt, t, s)
+    truth = process.reverse_log_probs(
+        certain_log_probs(num_tokens)[x0],
+        zt,
+        t,
+        s,
+    )
     log_p = table(zt.unsqueeze(1), t.unsqueeze(1)).squeeze(1)
     model = process.reverse_log_probs(log_p, zt, t, s)
     kl = torch.where(truth.isfinite(), truth.exp() * (truth - model), 0.0).sum(-1)
@@ -502,6 +607,18 @@ def _expected_weight_by_level(process: TreeProcess, window: Window) -> Tensor:
     dt = t * (1.0 - t) * logit_width * node_weight
     chance = likelihoods(process, t)[node, x0, zt]
     weight = process.weight(x0, zt, t[node])
-    charged = torch.where(chance > 0, chance * weight * dt[node], 0.0)
-    flow = torch.zeros(num_tokens, vocabulary.num_levels + 1, dtype=torch.float64)
-    return flow.index_put_((x0, vocabulary.level_of(zt)), charged, accumulate=True)
+    charged = torch.where(
+        chance > 0,
+        chance * weight * dt[node],
+        0.0,
+    )
+    flow = torch.zeros(
+        num_tokens,
+        vocabulary.num_levels + 1,
+        dtype=torch.float64,
+    )
+    return flow.index_put_(
+        (x0, vocabulary.level_of(zt)),
+        charged,
+        accumulate=True,
+    )

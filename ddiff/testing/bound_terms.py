@@ -52,7 +52,12 @@ class SobolRng(CounterRng):
     counts the queries. `point` [B] is the index below `points` of the point that a sequence reads.
     """
 
-    def __init__(self, point: Tensor, points: int, length: int) -> None:
+    def __init__(
+        self,
+        point: Tensor,
+        points: int,
+        length: int,
+    ) -> None:
         super().__init__(0, 0, torch.arange(len(point)), length)
         sobol = torch.quasirandom.SobolEngine(DIMENSIONS).draw(points, dtype=torch.float64)
         # the first Sobol point is 0, the edge of every cell, so all are shifted by half a cell
@@ -61,7 +66,11 @@ class SobolRng(CounterRng):
         self.used = 0
         self.queries: Counter[str] = Counter()
 
-    def uniform(self, channel: str, count: int = 1) -> Tensor:
+    def uniform(
+        self,
+        channel: str,
+        count: int = 1,
+    ) -> Tensor:
         self.queries[channel] += 1
         size = self.length * count
         if channel not in self.first:
@@ -81,9 +90,19 @@ class InformationPath:
     `bent_path` makes the path of every position different.
     """
 
-    def __init__(self, process: ForwardProcess, window: Window, nodes: int = 400) -> None:
+    def __init__(
+        self,
+        process: ForwardProcess,
+        window: Window,
+        nodes: int = 400,
+    ) -> None:
         first, last = torch.logit(interior(times(window)))
-        self.y = torch.linspace(float(first), float(last), nodes, dtype=torch.float64)  # logit t
+        self.y = torch.linspace(
+            float(first),
+            float(last),
+            nodes,
+            dtype=torch.float64,
+        )  # logit t
         q = likelihoods(process, torch.sigmoid(self.y)) / process.vocabulary.num_tokens
         lost = torch.where(q > 0, q * (q.sum(1, keepdim=True) / q).log(), 0.0).sum((1, 2))
         # rounding near the ends must not reverse the path; a share of logit t keeps it increasing
@@ -91,7 +110,11 @@ class InformationPath:
         steps = 0.98 * steps / steps.sum() + 0.02 / len(steps)
         self.tau = torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)])
 
-    def __call__(self, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self,
+        v: Tensor,
+        length: int,
+    ) -> tuple[Tensor, Tensor]:
         """Times [n,L] of every position when the window is at v [n] in [0,1], and dt_i/dv."""
         t = []
         speed = []
@@ -104,7 +127,10 @@ class InformationPath:
             speed.append(at_v * (1.0 - at_v) * slope)
         return torch.stack(t, -1), torch.stack(speed, -1)
 
-    def _interpolate(self, tau: Tensor) -> tuple[Tensor, Tensor]:
+    def _interpolate(
+        self,
+        tau: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """(t, d logit t / dtau) at tau [n], linear between the nodes."""
         cell = torch.searchsorted(self.tau, tau.contiguous(), right=True)
         right = cell.clamp(1, len(self.tau) - 1)
@@ -117,7 +143,10 @@ class InformationPath:
 def inner_information_window(process: ForwardProcess) -> Window:
     """Window over which 40 % of the information is lost, so that every term is large."""
     path = InformationPath(process, WHOLE)
-    cell = torch.searchsorted(path.tau, times(INNER_SHARES) * path.tau[-1])
+    cell = torch.searchsorted(
+        path.tau,
+        times(INNER_SHARES) * path.tau[-1],
+    )
     start, stop = torch.sigmoid(path.y[cell]).tolist()
     return start, stop
 
@@ -142,8 +171,15 @@ def sensitive_table(process: ForwardProcess) -> Table:
     def table(zt: Tensor, t: Tensor) -> Tensor:
         distinct, place = t.clamp(max=latest).unique(return_inverse=True)
         evidence = likelihoods(process, distinct).transpose(1, 2)[place, zt]  # [B,2,V]
-        evidence = torch.where(evidence.sum(-1, keepdim=True) > 0, evidence, 1.0)
-        stacked = torch.stack([evidence[:, 1] @ joint.T, evidence[:, 0] @ joint], 1)
+        evidence = torch.where(
+            evidence.sum(-1, keepdim=True) > 0,
+            evidence,
+            1.0,
+        )
+        stacked = torch.stack(
+            [evidence[:, 1] @ joint.T, evidence[:, 0] @ joint],
+            1,
+        )
         flatness = 1.0 - 0.5 * ((t - latest) / (1.0 - latest)).clamp(min=0.0)
         return (flatness.unsqueeze(-1) * stacked.log()).log_softmax(-1)
 
@@ -174,9 +210,16 @@ def draw_terms(
     Times lie on an `InformationPath`.
     """
     length = x0.shape[1]
-    sequence, point = product(torch.arange(len(x0)), torch.arange(points))
+    sequence, point = product(
+        torch.arange(len(x0)),
+        torch.arange(points),
+    )
     # every sequence has points of its own, so that errors do not add up in their sum
-    rng = SobolRng(sequence * points + point, len(x0) * points, length)
+    rng = SobolRng(
+        sequence * points + point,
+        len(x0) * points,
+        length,
+    )
     # the middle of one of CELLS cells, so that the enumeration can use the same times
     v = ((rng.uniform("time")[:, 0] * CELLS).floor() + 0.5) / CELLS
     t, speed = InformationPath(process, window)(v, length)
@@ -230,29 +273,65 @@ class Enumeration:
     def closing(self) -> Moments:
         """The network is queried at t = 1; the term is evaluated at the end of the window."""
 
-        def formula(prediction: DenseDistribution, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-            return self.process.closing_kl(prediction, x, torch.full_like(t, self.window[1]))
+        def formula(
+            prediction: DenseDistribution,
+            x: Tensor,
+            z: Tensor,
+            t: Tensor,
+        ) -> Tensor:
+            return self.process.closing_kl(
+                prediction,
+                x,
+                torch.full_like(t, self.window[1]),
+            )
 
         last = self._everywhere(self.window[1])
         one = torch.ones_like(last)
         prior = self.process.prior.log_prob.exp()
-        probabilities = prior.expand(1, 1, self.process.vocabulary.num_tokens, -1)
-        return self._moments(last, one, probabilities, formula, query_t=one)
+        probabilities = prior.expand(
+            1,
+            1,
+            self.process.vocabulary.num_tokens,
+            -1,
+        )
+        return self._moments(
+            last,
+            one,
+            probabilities,
+            formula,
+            query_t=one,
+        )
 
     def diffusion(self) -> Moments:
         v = (torch.arange(CELLS, dtype=torch.float64) + 0.5) / CELLS
         t, speed = InformationPath(self.process, self.window)(v, self.x0.shape[1])
-        return self._moments(t, speed, self._marginals(t), self.process.density, query_t=t)
+        return self._moments(
+            t,
+            speed,
+            self._marginals(t),
+            self.process.density,
+            query_t=t,
+        )
 
     def decoding(self) -> Moments:
         first = self._everywhere(self.window[0])
         one = torch.ones_like(first)
         marginals = self._marginals(first)
-        return self._moments(first, one, marginals, self.process.decode_nll, query_t=first)
+        return self._moments(
+            first,
+            one,
+            marginals,
+            self.process.decode_nll,
+            query_t=first,
+        )
 
     def _everywhere(self, t: float) -> Tensor:
         """[1,L]"""
-        return torch.full((1, self.x0.shape[1]), t, dtype=torch.float64)
+        return torch.full(
+            (1, self.x0.shape[1]),
+            t,
+            dtype=torch.float64,
+        )
 
     def _marginals(self, t: Tensor) -> Tensor:
         """q_t(z|x) [n,L,V,S] at t [n,L]."""
@@ -281,14 +360,26 @@ class Enumeration:
         zt = states[state[possible]]
         x0 = self.x0[n]
         free = self.scored[n]
-        log_p = self.table(zt, torch.where(free, query_t[node], 0.0))
+        log_p = self.table(
+            zt,
+            torch.where(free, query_t[node], 0.0),
+        )
         mean = torch.zeros(self.x0.shape, dtype=torch.float64)
         square = torch.zeros_like(mean)
         total = torch.zeros_like(chance)
         for i in range(length):
             prediction = DenseDistribution(log_p[:, i], vocabulary)
-            value = formula(prediction, x0[:, i], zt[:, i], t[node, i])
-            value = torch.where(free[:, i], weight[node, i] * value, 0.0)
+            value = formula(
+                prediction,
+                x0[:, i],
+                zt[:, i],
+                t[node, i],
+            )
+            value = torch.where(
+                free[:, i],
+                weight[node, i] * value,
+                0.0,
+            )
             mean[:, i].index_add_(0, n, chance * value / len(t))
             square[:, i].index_add_(0, n, chance * value**2 / len(t))
             total += value
@@ -296,7 +387,13 @@ class Enumeration:
         square_of_sum.index_add_(0, n, chance * total**2 / len(t))
         return Moments(mean, square, square_of_sum)
 
-    def _chance(self, probabilities: Tensor, node: Tensor, n: Tensor, zt: Tensor) -> Tensor:
+    def _chance(
+        self,
+        probabilities: Tensor,
+        node: Tensor,
+        n: Tensor,
+        zt: Tensor,
+    ) -> Tensor:
         """Probability [r] of the states zt [r,L] of sequence n [r] at a node [r]."""
         length = self.x0.shape[1]
         x0 = self.x0[n]
@@ -311,7 +408,10 @@ class Enumeration:
 
 
 @law("nelbo: every drawn term has its exact expectation", tolerance=1.0)
-def terms_have_their_expectations(process: ForwardProcess, points: int = POINTS) -> Iterator[Gap]:
+def terms_have_their_expectations(
+    process: ForwardProcess,
+    points: int = POINTS,
+) -> Iterator[Gap]:
     """The closing, diffusion and decoding terms drawn by `nelbo` have, term by term and position by
     position, the expectations of an enumeration over all states, on [0, 1] and on a window within;
     positions that are not scored keep their tokens and cost nothing; no channel of the random
@@ -326,14 +426,36 @@ def terms_have_their_expectations(process: ForwardProcess, points: int = POINTS)
     scored = torch.tensor([[True, True], [True, True], [True, False]])
     process = replace_prior(process)
     for window in (WHOLE, inner_information_window(process)):
-        terms, rng = draw_terms(process, table, x0, scored, window, points)
+        terms, rng = draw_terms(
+            process,
+            table,
+            x0,
+            scored,
+            window,
+            points,
+        )
         exact = Enumeration(process, table, x0, scored, window)
         labels = {"window": window, "term": "closing"}
-        yield from _moment_gaps(terms.closing, exact.closing(), x0, labels)
+        yield from _moment_gaps(
+            terms.closing,
+            exact.closing(),
+            x0,
+            labels,
+        )
         labels = {"window": window, "term": "diffusion"}
-        yield from _moment_gaps(terms.diffusion, exact.diffusion(), x0, labels)
+        yield from _moment_gaps(
+            terms.diffusion,
+            exact.diffusion(),
+            x0,
+            labels,
+        )
         labels = {"window": window, "term": "decoding"}
-        yield from _moment_gaps(terms.decoding, exact.decoding(), x0, labels)
+        yield from _moment_gaps(
+            terms.decoding,
+            exact.decoding(),
+            x0,
+            labels,
+        )
         for channel, count in rng.queries.items():
             label = {"times that a channel of the random generator is used": channel}
             yield compare(torch.tensor(count), 1.0, label)
@@ -347,12 +469,30 @@ def _moment_gaps(
     got = drawn.mean(1)
     position = torch.arange(x0.shape[1]).expand(x0.shape)
     allowed = _allowed(exact.mean, exact.square, points)
-    yield compare(got, exact.mean, {**labels, "x0": x0, "position": position}, allowed)
+    yield compare(
+        got,
+        exact.mean,
+        {**labels, "x0": x0, "position": position},
+        relative_to=allowed,
+    )
     total = exact.mean.sum()
-    allowed = _allowed(total, exact.square_of_sum.sum(), points)
-    yield compare(got.sum(), total, {**labels, "summed over": "all sequences"}, allowed)
+    allowed = _allowed(
+        total,
+        exact.square_of_sum.sum(),
+        points,
+    )
+    yield compare(
+        got.sum(),
+        total,
+        {**labels, "summed over": "all sequences"},
+        relative_to=allowed,
+    )
 
 
-def _allowed(mean: Tensor, square: Tensor, points: int) -> Tensor:
+def _allowed(
+    mean: Tensor,
+    square: Tensor,
+    points: int,
+) -> Tensor:
     """Largest accepted distance of a mean over `points` points from its expectation."""
     return 0.005 * mean + 2.0 * (square / points).sqrt() + EXACT

@@ -43,7 +43,7 @@ def rates_rows_sum_to_zero(process: ForwardProcess) -> Iterator[Gap]:
     t = times(INNER, NEAR_ENDS, ENDS)
     rates = process.rates(t).dense()
     scale = rates.abs().amax((1, 2)).clamp(min=1.0).unsqueeze(-1)
-    yield compare(rates.sum(-1), 0.0, {"t": t}, scale)
+    yield compare(rates.sum(-1), 0.0, {"t": t}, relative_to=scale)
 
 
 @law("rates: off-diagonal entries are not negative", tolerance=1e-9)
@@ -54,32 +54,62 @@ def rates_are_not_negative(process: ForwardProcess) -> Iterator[Gap]:
     rates = process.rates(t).dense()
     off_diagonal = rates - torch.diag_embed(rates.diagonal(dim1=-2, dim2=-1))
     scale = rates.abs().amax((1, 2), keepdim=True).clamp(min=1.0)
-    yield compare((-off_diagonal).clamp(min=0.0), 0.0, {"t": t}, scale)
+    yield compare(
+        (-off_diagonal).clamp(min=0.0),
+        0.0,
+        {"t": t},
+        relative_to=scale,
+    )
 
 
 @law("kernels: row, column and apply agree", tolerance=1e-12)
 def kernels_agree(process: ForwardProcess) -> Iterator[Gap]:
     """`row`, `column`, `apply` and `dense` describe one matrix, for rates and for transitions.
     Tolerance: relative, the order of sums differs."""
-    t, ids = product(times(INNER, NEAR_ENDS, ENDS), torch.arange(process.vocabulary.num_states))
+    t, ids = product(
+        times(INNER, NEAR_ENDS, ENDS),
+        torch.arange(process.vocabulary.num_states),
+    )
     for kernel in (process.rates(t), process.transition(t * 0.3, t)):
         yield from kernel_gaps(kernel, ids, {"t": t})
 
 
-def kernel_gaps(kernel: Kernel, ids: Tensor, labels: dict[str, Tensor]) -> Iterator[Gap]:
+def kernel_gaps(
+    kernel: Kernel,
+    ids: Tensor,
+    labels: dict[str, Tensor],
+) -> Iterator[Gap]:
     """Compare the structured methods of a kernel with its rows, at states ids [r]."""
     states = torch.arange(kernel.num_states)
     # single rows are the definition, because a subclass may override `dense`
-    dense = torch.stack([kernel.row(torch.full_like(ids, int(y))) for y in states], 1)
+    dense = torch.stack(
+        [kernel.row(torch.full_like(ids, int(y))) for y in states],
+        1,
+    )
     row = torch.arange(len(ids))
     at_state = {**labels, "state": ids}
     scale = dense.abs().amax((1, 2)).clamp(min=1.0).unsqueeze(-1)
-    yield compare(kernel.dense(), dense, labels, scale.unsqueeze(-1))
-    yield compare(kernel.column(ids), dense[row, :, ids], at_state, scale)
-    yield compare(kernel.row(ids), dense[row, ids], at_state, scale)
+    yield compare(
+        kernel.dense(),
+        dense,
+        labels,
+        relative_to=scale.unsqueeze(-1),
+    )
+    yield compare(
+        kernel.column(ids),
+        dense[row, :, ids],
+        at_state,
+        relative_to=scale,
+    )
+    yield compare(
+        kernel.row(ids),
+        dense[row, ids],
+        at_state,
+        relative_to=scale,
+    )
     vector = random_log_probs(kernel.num_states, 1).exp().expand(len(ids), -1)
     expected = (vector.unsqueeze(1) @ dense).squeeze(1)
-    yield compare(kernel.apply(vector), expected, labels, scale)
+    yield compare(kernel.apply(vector), expected, labels, relative_to=scale)
 
 
 @law("transition: rows are distributions", tolerance=1e-9)
@@ -89,7 +119,11 @@ def transition_rows_are_distributions(process: ForwardProcess) -> Iterator[Gap]:
     s, t = times(*PAIRS, *PAIRS_TO_ENDS).reshape(-1, 2).T
     kernel = process.transition(s, t).dense()
     yield compare(kernel.sum(-1), 1.0, {"s": s, "t": t})
-    yield compare(kernel.clamp(max=0.0), 0.0, {"s": s, "t": t})
+    yield compare(
+        kernel.clamp(max=0.0),
+        0.0,
+        {"s": s, "t": t},
+    )
 
 
 @law("transition = time-ordered integral of the rates", tolerance=1e-7)
@@ -101,8 +135,18 @@ def transition_is_oracle(process: ForwardProcess) -> Iterator[Gap]:
         return process.rates(time).dense()
 
     s, t = times(*PAIRS).reshape(-1, 2).T
-    oracle = propagate(generator, s, t, process.vocabulary.num_states, steps=300)
-    yield compare(process.transition(s, t).dense(), oracle, {"s": s, "t": t})
+    oracle = propagate(
+        generator,
+        s,
+        t,
+        process.vocabulary.num_states,
+        steps=300,
+    )
+    yield compare(
+        process.transition(s, t).dense(),
+        oracle,
+        {"s": s, "t": t},
+    )
 
 
 @law("Chapman-Kolmogorov", tolerance=1e-6)
@@ -112,7 +156,11 @@ def chapman_kolmogorov(process: ForwardProcess) -> Iterator[Gap]:
     s, u, t = times(*TRIPLES).reshape(-1, 3).T
     whole = process.transition(s, t).dense()
     composed = process.transition(s, u).dense() @ process.transition(u, t).dense()
-    yield compare(composed, whole, {"s": s, "u": u, "t": t})
+    yield compare(
+        composed,
+        whole,
+        {"s": s, "u": u, "t": t},
+    )
 
 
 @law("marginal follows the transitions", tolerance=1e-6)
@@ -121,7 +169,11 @@ def marginal_follows_transitions(process: ForwardProcess) -> Iterator[Gap]:
     has an error of 1e-7."""
     s, t = times(*PAIRS_FROM_CLEAN).reshape(-1, 2).T
     moved = likelihoods(process, s) @ process.transition(s, t).dense()
-    yield compare(moved, likelihoods(process, t), {"s": s, "t": t})
+    yield compare(
+        moved,
+        likelihoods(process, t),
+        {"s": s, "t": t},
+    )
 
 
 @law("marginal: total probability", tolerance=1e-10)
@@ -165,7 +217,11 @@ def ends_are_approached(process: ForwardProcess) -> Iterator[Gap]:
         at_end, at_far, at_near = likelihoods(process, times((end, far, near)))
         distance = (at_near - at_end).abs()
         ratio = distance / (at_far - at_end).abs()
-        yield compare(torch.where(distance > 1e-7, ratio, 0.0), 0.0, {"t towards": end})
+        yield compare(
+            torch.where(distance > 1e-7, ratio, 0.0),
+            0.0,
+            {"t towards": end},
+        )
 
 
 @law("ends: no NaN and finite rates", tolerance=0.0)
@@ -173,7 +229,10 @@ def safe_at_ends(process: ForwardProcess) -> Iterator[Gap]:
     """At t = 0 and t = 1 no marginal, likelihood or transition is NaN, and rates are finite.
     Tolerance: none."""
     vocabulary = process.vocabulary
-    t, zt = product(times(ENDS), torch.arange(vocabulary.num_states))
+    t, zt = product(
+        times(ENDS),
+        torch.arange(vocabulary.num_states),
+    )
     log_p = random_log_probs(vocabulary.num_tokens, 1).expand(len(t), -1)
     finite = process.rates(t).dense().isfinite()
     yield compare(finite.double(), 1.0, {"finite rates at t": t})
@@ -183,4 +242,8 @@ def safe_at_ends(process: ForwardProcess) -> Iterator[Gap]:
         "transition": process.transition(torch.zeros_like(t), t).dense(),
     }
     for name, value in values.items():
-        yield compare(value.isnan().double(), 0.0, {f"NaN in {name} at t": t})
+        yield compare(
+            value.isnan().double(),
+            0.0,
+            {f"NaN in {name} at t": t},
+        )

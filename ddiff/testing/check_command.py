@@ -70,7 +70,11 @@ def check_component(
 # ---------------------------------------------------------------------- which components
 
 
-def find_components(name: str, plugins: Sequence[str] | None, configured: bool) -> list[Component]:
+def find_components(
+    name: str,
+    plugins: Sequence[str] | None,
+    configured: bool,
+) -> list[Component]:
     """Find the components called NAME that have laws, and those of the plugin called NAME.
 
     Of a plugin, only processes and samplers count. Settings belong to one component, so with them a
@@ -91,7 +95,11 @@ def find_components(name: str, plugins: Sequence[str] | None, configured: bool) 
     raise PluginError(_not_found_message(name, same_name, registry))
 
 
-def _not_found_message(name: str, same_name: list[Component], registry: Registry) -> str:
+def _not_found_message(
+    name: str,
+    same_name: list[Component],
+    registry: Registry,
+) -> str:
     known = [component for component in registry.components() if component.kind in MAKERS]
     listed = ", ".join(f"{component.kind} {component.name}" for component in known) or "nothing"
     if same_name:
@@ -124,12 +132,23 @@ def small_vocabularies() -> list[Vocabulary]:
     ]
 
 
-def _make_instances(component: Component, settings: Sequence[str]) -> list[Instance]:
+def _make_instances(
+    component: Component,
+    settings: Sequence[str],
+) -> list[Instance]:
     make = MAKERS[component.kind]
-    return make(component, configure_component(component, settings), bool(settings))
+    return make(
+        component,
+        configure_component(component, settings),
+        bool(settings),
+    )
 
 
-def _make_processes(component: Component, spec: ComponentSpec, configured: bool) -> list[Instance]:
+def _make_processes(
+    component: Component,
+    spec: ComponentSpec,
+    configured: bool,
+) -> list[Instance]:
     """The class's own examples; with settings, the configured process on their vocabularies."""
     processes = _load_examples(component)
     if configured or not processes:
@@ -163,7 +182,10 @@ def _load_examples(component: Component) -> list[ForwardProcess]:
     return []
 
 
-def _example_vocabularies(component: Component, examples: list[ForwardProcess]) -> list[Vocabulary]:
+def _example_vocabularies(
+    component: Component,
+    examples: list[ForwardProcess],
+) -> list[Vocabulary]:
     """`example_vocabularies()` of the component, else those of its examples, else small ones."""
     offered = component.members().example_vocabularies
     if offered is not None:
@@ -192,7 +214,11 @@ def _build_on(
     )
 
 
-def _make_heads(component: Component, spec: ComponentSpec, configured: bool) -> list[Instance]:
+def _make_heads(
+    component: Component,
+    spec: ComponentSpec,
+    configured: bool,
+) -> list[Instance]:
     instances = []
     for head in _build_on(component, spec, small_vocabularies(), width=WIDTH):
         label = f"{component.name} on {_format_sizes(head.vocabulary)}"
@@ -200,11 +226,19 @@ def _make_heads(component: Component, spec: ComponentSpec, configured: bool) -> 
     return instances
 
 
-def _make_time_rules(component: Component, spec: ComponentSpec, configured: bool) -> list[Instance]:
+def _make_time_rules(
+    component: Component,
+    spec: ComponentSpec,
+    configured: bool,
+) -> list[Instance]:
     return [Instance(component.name, partial(check_time_rule, spec.build()))]
 
 
-def _make_backbones(component: Component, spec: ComponentSpec, configured: bool) -> list[Instance]:
+def _make_backbones(
+    component: Component,
+    spec: ComponentSpec,
+    configured: bool,
+) -> list[Instance]:
     """A backbone with a plain head, on a masked process."""
     vocabulary = FlatVocabulary(5)
     backbone = _build_on(component, spec, [vocabulary], length=LENGTH)[0]
@@ -214,7 +248,11 @@ def _make_backbones(component: Component, spec: ComponentSpec, configured: bool)
     return [Instance(label, partial(check_denoiser, denoiser, process))]
 
 
-def _make_samplers(component: Component, spec: ComponentSpec, configured: bool) -> list[Instance]:
+def _make_samplers(
+    component: Component,
+    spec: ComponentSpec,
+    configured: bool,
+) -> list[Instance]:
     """The sampler on each small process that it accepts."""
 
     def build(vocabulary: Vocabulary, steps: int) -> Any:
@@ -228,7 +266,12 @@ def _make_samplers(component: Component, spec: ComponentSpec, configured: bool) 
         )
     instances = []
     for name, case in cases.items():
-        check = partial(check_sampler, case.build, case.process, case.predicts)
+        check = partial(
+            check_sampler,
+            case.build,
+            case.process,
+            case.predicts,
+        )
         instances.append(Instance(f"{component.name} on {name}", check))
     return instances
 
@@ -268,14 +311,33 @@ def _print_reports(reports: list[LabelledReport]) -> None:
     """Print one line per law, for its worst instance, and then explain every broken law."""
     worst = _find_worst(reports)
     console = Console() if Console().is_terminal else Console(width=PIPED_WIDTH)
-    table = Table("law", "largest error", "allowed", "worst instance", "", box=None, pad_edge=False)
+    table = Table(
+        "law",
+        "largest error",
+        "allowed",
+        "worst instance",
+        "",
+        box=None,
+        pad_edge=False,
+    )
     for label, report in worst:
         verdict = "[green]holds[/]" if report.passed else "[bold red]BROKEN[/]"
-        table.add_row(report.law, f"{report.error:.1e}", f"{report.tolerance:.1e}", label, verdict)
+        table.add_row(
+            report.law,
+            f"{report.error:.1e}",
+            f"{report.tolerance:.1e}",
+            label,
+            verdict,
+        )
     console.print(table)
     broken = [one for one in worst if not one.report.passed]
     for label, report in broken:
-        console.print(f"\n{label}: {report}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"\n{label}: {report}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     count = len({label for label, _ in reports})
     summary = f"\n{len(worst)} laws on {count} instance(s), {len(broken)} broken."
     console.print(summary, highlight=False)

@@ -12,7 +12,11 @@ from ddiff.core.vocabulary import Vocabulary
 from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, law
 
 
-def below(vocabulary: Vocabulary, node: int, level: int) -> Tensor:
+def below(
+    vocabulary: Vocabulary,
+    node: int,
+    level: int,
+) -> Tensor:
     """Ids of `level` that lie below a node, in tree order."""
     start, stop = vocabulary.node_range(torch.tensor(node), level)
     return vocabulary.order(level)[int(start) : int(stop)]
@@ -54,12 +58,23 @@ def masses_add_up(prediction: CleanDistribution) -> Iterator[Gap]:
     for level in range(_level_of(vocabulary, prediction.top)):
         nodes = below(vocabulary, prediction.top, level)
         mass = prediction.log_below(level).double()
-        place = torch.empty(vocabulary.num_states, dtype=torch.long)
+        place = torch.empty(
+            vocabulary.num_states,
+            dtype=torch.long,
+        )
         place[nodes] = torch.arange(len(nodes))
         segment = place[vocabulary.ancestor(tokens, level)]
         summed = segment_logsumexp(log_p, segment, len(nodes))
-        yield compare(mass.exp().sum(-1), 1.0, {"sum of level": level})
-        yield compare(mass.exp(), summed.exp(), {"level": level})
+        yield compare(
+            mass.exp().sum(-1),
+            1.0,
+            {"sum of level": level},
+        )
+        yield compare(
+            mass.exp(),
+            summed.exp(),
+            {"level": level},
+        )
 
 
 @law("clean distribution: log_child is conditional", tolerance=1e-10)
@@ -111,8 +126,16 @@ def draws_follow_distribution(prediction: CleanDistribution) -> Iterator[Gap]:
             wide = width[:, place] > 1e-6
             for share in (1e-4, 0.5, 1.0 - 1e-4):
                 u = right[:, place] - (1.0 - share) * width[:, place]
-                drawn = prediction.draw(parent, target, u.clamp(0.0, 1.0 - 1e-12))
-                yield compare(drawn[wide], float(ids[place]), {"node": node, "u": u[wide]})
+                drawn = prediction.draw(
+                    parent,
+                    target,
+                    u.clamp(0.0, 1.0 - 1e-12),
+                )
+                yield compare(
+                    drawn[wide],
+                    float(ids[place]),
+                    {"node": node, "u": u[wide]},
+                )
 
 
 CLEAN_DISTRIBUTION_LAWS: tuple[Law, ...] = (

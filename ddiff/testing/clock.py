@@ -52,7 +52,12 @@ def inflow_is_growth(clock: LevelClock) -> Iterator[Gap]:
         start = t / 1000.0
         grown = (clock.cdf(times((t,))) - clock.cdf(times((start,))))[0]
         flow = integral(clock.inflow, start, t)
-        yield compare(grown, flow, {"level": level, "t": t}, flow.abs())
+        yield compare(
+            grown,
+            flow,
+            {"level": level, "t": t},
+            relative_to=flow.abs(),
+        )
 
 
 @law("clock: hazard = inflow / occupation", tolerance=1e-9)
@@ -61,7 +66,12 @@ def hazard_is_relative_inflow(clock: LevelClock) -> Iterator[Gap]:
     relative, two roundings."""
     t = times(OPEN)
     inflow = clock.inflow(t)
-    yield compare(clock.hazard(t) * clock.pi(t)[:, :-1], inflow, {"t": t}, inflow.abs())
+    yield compare(
+        clock.hazard(t) * clock.pi(t)[:, :-1],
+        inflow,
+        {"t": t},
+        relative_to=inflow.abs(),
+    )
 
 
 @law("clock: transition = time-ordered integral of the hazards", tolerance=1e-8)
@@ -70,9 +80,19 @@ def clock_transition_is_oracle(clock: LevelClock) -> Iterator[Gap]:
     Tolerance: the integrator has an error of 1e-9 with 600 Magnus steps."""
     s, t = times(*PAIRS).reshape(-1, 2).T
     got = clock.transition(s, t)
-    oracle = propagate(clock.generator, s, t, clock.num_levels + 1, steps=600)
+    oracle = propagate(
+        clock.generator,
+        s,
+        t,
+        clock.num_levels + 1,
+        steps=600,
+    )
     yield compare(got, oracle, {"s": s, "t": t})
-    yield compare(got.sum(-1), 1.0, {"sum from s": s, "t": t})
+    yield compare(
+        got.sum(-1),
+        1.0,
+        {"sum from s": s, "t": t},
+    )
 
 
 @law("clock: Chapman-Kolmogorov", tolerance=1e-6)
@@ -81,7 +101,11 @@ def clock_chapman_kolmogorov(clock: LevelClock) -> Iterator[Gap]:
     prior. Tolerance: a numerical product over all of [0,1] has an error of 1e-7."""
     s, u, t = times(*TRIPLES).reshape(-1, 3).T
     composed = clock.transition(s, u) @ clock.transition(u, t)
-    yield compare(composed, clock.transition(s, t), {"s": s, "u": u, "t": t})
+    yield compare(
+        composed,
+        clock.transition(s, t),
+        {"s": s, "u": u, "t": t},
+    )
 
 
 @law("clock: occupation follows the transitions", tolerance=1e-6)
@@ -99,12 +123,20 @@ def entry_time_inverts(clock: LevelClock) -> Iterator[Gap]:
     pi_l(s) K_ll(s,t) / pi_l(t), equals u. Tolerance: the bisection ends at the rounding of s,
     and numerical transitions have an error of 1e-9."""
     levels = torch.arange(1, clock.num_levels + 1)
-    level, t, u = product(levels, times((0.3, 0.97)), times((0.1, 0.7)))
+    level, t, u = product(
+        levels,
+        times((0.3, 0.97)),
+        times((0.1, 0.7)),
+    )
     s = clock.entry_time(level, t, u)
     row = torch.arange(len(s))
     stay = clock.transition(s, t)[row, level, level]
     entered_before = clock.pi(s)[row, level] * stay / clock.pi(t)[row, level]
-    yield compare(entered_before, u, {"level": level, "t": t, "u": u})
+    yield compare(
+        entered_before,
+        u,
+        {"level": level, "t": t, "u": u},
+    )
 
 
 CLOCK_LAWS: tuple[Law, ...] = (

@@ -20,11 +20,18 @@ BATCH = 3
 LENGTH = 6
 
 
-def _prepare(denoiser: Denoiser, process: ForwardProcess) -> tuple[Denoiser, Noisy]:
+def _prepare(
+    denoiser: Denoiser,
+    process: ForwardProcess,
+) -> tuple[Denoiser, Noisy]:
     """Copy the denoiser to float64 with random parameters, and make noisy sequences for it."""
     twin = randomize_in_float64(denoiser, scale=0.5)
     generator = torch.Generator().manual_seed(3)
-    x0 = torch.randint(process.vocabulary.num_tokens, (BATCH * LENGTH,), generator=generator)
+    x0 = torch.randint(
+        process.vocabulary.num_tokens,
+        (BATCH * LENGTH,),
+        generator=generator,
+    )
     t = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64).repeat_interleave(LENGTH)
     # the first Sobol point is 0, an unlikely corner of the cube
     u = grid_of_uniforms(BATCH * LENGTH + 1, process.uniforms_per_sample)[1:]
@@ -34,7 +41,12 @@ def _prepare(denoiser: Denoiser, process: ForwardProcess) -> tuple[Denoiser, Noi
     return twin, Noisy(zt.reshape(shape), t.reshape(shape), clean)
 
 
-def _log_p(denoiser: Denoiser, process: ForwardProcess, noisy: Noisy, context: Context) -> Tensor:
+def _log_p(
+    denoiser: Denoiser,
+    process: ForwardProcess,
+    noisy: Noisy,
+    context: Context,
+) -> Tensor:
     """Predicted log-distribution of every row at the root: [B,L,V] float64."""
 
     def log_mass(prediction: CleanDistribution) -> Tensor:
@@ -54,7 +66,10 @@ def _slice(noisy: Noisy, *index: slice) -> Noisy:
 
 
 @law("denoiser: a distribution for every row", tolerance=1e-9)
-def rows_have_distributions(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
+def rows_have_distributions(
+    denoiser: Denoiser,
+    process: ForwardProcess,
+) -> Iterator[Gap]:
     """Every row's prediction is a distribution over the tokens with sum 1. Tolerance: rounding of
     float64 softmaxes."""
     twin, noisy = _prepare(denoiser, process)
@@ -63,7 +78,10 @@ def rows_have_distributions(denoiser: Denoiser, process: ForwardProcess) -> Iter
 
 
 @law("denoiser: a sample does not depend on its batch", tolerance=1e-9)
-def batches_agree(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
+def batches_agree(
+    denoiser: Denoiser,
+    process: ForwardProcess,
+) -> Iterator[Gap]:
     """A sequence has the same predictions in a batch of one as in a larger batch. Tolerance:
     float64 matrix products of other shapes."""
     twin, noisy = _prepare(denoiser, process)
@@ -75,7 +93,10 @@ def batches_agree(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
 
 
 @law("denoiser: padding does not matter", tolerance=1e-9)
-def padding_is_invisible(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
+def padding_is_invisible(
+    denoiser: Denoiser,
+    process: ForwardProcess,
+) -> Iterator[Gap]:
     """Neither the contents nor the presence of padding changes a prediction at a valid row.
     Tolerance: float64 matrix products of other shapes."""
     twin, noisy = _prepare(denoiser, process)
@@ -83,14 +104,25 @@ def padding_is_invisible(denoiser: Denoiser, process: ForwardProcess) -> Iterato
     valid = (torch.arange(LENGTH) < length).expand(BATCH, -1)
     unpadded = _slice(noisy, slice(None), slice(length))
     expected = _log_p(twin, process, unpadded, Context()).exp()
-    filled = torch.where(valid, noisy.zt, process.vocabulary.num_states - 1)
+    filled = torch.where(
+        valid,
+        noisy.zt,
+        process.vocabulary.num_states - 1,
+    )
     for zt in (noisy.zt, filled):
         padded = _log_p(twin, process, noisy._replace(zt=zt), Context(valid=valid)).exp()
-        yield compare(padded[:, :length], expected, {"valid": valid[:, :length].long()})
+        yield compare(
+            padded[:, :length],
+            expected,
+            {"valid": valid[:, :length].long()},
+        )
 
 
 @law("denoiser: documents in one row do not attend to each other", tolerance=1e-12)
-def documents_are_separate(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
+def documents_are_separate(
+    denoiser: Denoiser,
+    process: ForwardProcess,
+) -> Iterator[Gap]:
     """Changing one packed document changes no prediction in the other. Tolerance: masked attention
     adds exact zeros."""
     twin, noisy = _prepare(denoiser, process)
@@ -101,11 +133,18 @@ def documents_are_separate(denoiser: Denoiser, process: ForwardProcess) -> Itera
     changed = noisy._replace(zt=torch.where(second, other, noisy.zt))
     after = _log_p(twin, process, changed, context).exp()
     labels = {"a row of": "the first document"}
-    yield compare(after[:, ~second].flatten(0, 1), before[:, ~second].flatten(0, 1), labels)
+    yield compare(
+        after[:, ~second].flatten(0, 1),
+        before[:, ~second].flatten(0, 1),
+        labels,
+    )
 
 
 @law("denoiser: predictions exclude the row's own evidence", tolerance=1e-9)
-def evidence_is_dropped(denoiser: Denoiser, process: ForwardProcess) -> Iterator[Gap]:
+def evidence_is_dropped(
+    denoiser: Denoiser,
+    process: ForwardProcess,
+) -> Iterator[Gap]:
     """given="rest": the engine uses the head's distribution unchanged; given="all": it uses
     p(x) / q_t(z|x), normalized. Tolerance: rounding."""
     twin, noisy = _prepare(denoiser, process)
@@ -121,10 +160,17 @@ def evidence_is_dropped(denoiser: Denoiser, process: ForwardProcess) -> Iterator
     expected = torch.cat(outputs)
     # compared by type, since the copied denoiser holds a copy of its parameterization
     if isinstance(twin.reading, type(PARAMETERIZATIONS["all"])):
-        evidence = process.log_likelihood(noisy.zt.reshape(-1), noisy.t.reshape(-1))
+        evidence = process.log_likelihood(
+            noisy.zt.reshape(-1),
+            noisy.t.reshape(-1),
+        )
         expected = drop_own_evidence(expected, evidence)
     got = _log_p(twin, process, noisy, Context()).reshape(len(rows), -1)
-    yield compare(got.exp(), expected.exp(), {"zt": noisy.zt.reshape(-1)})
+    yield compare(
+        got.exp(),
+        expected.exp(),
+        {"zt": noisy.zt.reshape(-1)},
+    )
 
 
 DENOISER_LAWS: tuple[Law, ...] = (
@@ -136,6 +182,9 @@ DENOISER_LAWS: tuple[Law, ...] = (
 )
 
 
-def check_denoiser(denoiser: Denoiser, process: ForwardProcess) -> list[LawReport]:
+def check_denoiser(
+    denoiser: Denoiser,
+    process: ForwardProcess,
+) -> list[LawReport]:
     """Apply every law of a denoiser (backbone and head), with a small process on its vocabulary."""
     return evaluate_laws(denoiser, DENOISER_LAWS, process=process)

@@ -40,7 +40,12 @@ def is_overridden(process: ForwardProcess, method: str) -> bool:
     return False
 
 
-def score_from_distribution(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: Tensor) -> Score:
+def score_from_distribution(
+    process: ForwardProcess,
+    log_p: Tensor,
+    zt: Tensor,
+    t: Tensor,
+) -> Score:
     """Score of the states [r,S] that a distribution log_p [r,V] of the clean token implies."""
     log_marginal = process.log_marginal(log_p, t)
     return Score(log_marginal - log_marginal.gather(-1, zt.unsqueeze(-1)))
@@ -66,11 +71,20 @@ def posterior_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
 
     vocabulary = process.vocabulary
     pairs = times(*STEPS, (0.5, 0.5)).reshape(-1, 2)
-    moves = propagate(generator, pairs[:, 0], pairs[:, 1], vocabulary.num_states, 300)
+    moves = propagate(
+        generator,
+        pairs[:, 0],
+        pairs[:, 1],
+        vocabulary.num_states,
+        300,
+    )
     before = likelihoods(process, pairs[:, 0])
     for log_p in random_log_probs(vocabulary.num_tokens):
         joint = (log_p.exp() @ before).unsqueeze(-1) * moves  # [pairs, y, z]
-        pair, zt = product(torch.arange(len(pairs)), torch.arange(vocabulary.num_states))
+        pair, zt = product(
+            torch.arange(len(pairs)),
+            torch.arange(vocabulary.num_states),
+        )
         likely = joint.sum(1)[pair, zt] > 1e-3
         pair = pair[likely]
         zt = zt[likely]
@@ -78,7 +92,11 @@ def posterior_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
         expected = expected / expected.sum(-1, keepdim=True)
         s, t = pairs[pair].T
         got = process.reverse_log_probs(log_p.expand(len(zt), -1), zt, t, s).exp()
-        yield compare(got, expected, {"zt": zt, "s": s, "t": t})
+        yield compare(
+            got,
+            expected,
+            {"zt": zt, "s": s, "t": t},
+        )
 
 
 # ------------------------------------------------------------------ the diffusion term
@@ -92,7 +110,12 @@ def density_is_derived(process: ForwardProcess) -> Iterator[Gap]:
         rows = ReachableRows(process, times(INNER, NEAR_ENDS))
         derived = ForwardProcess.density(process, rows.dist, *rows.args)
         got = process.density(rows.dist, *rows.args)
-        yield compare(got, derived, rows.labels, 1.0 + derived.abs())
+        yield compare(
+            got,
+            derived,
+            rows.labels,
+            relative_to=1.0 + derived.abs(),
+        )
 
 
 @law("density: equal for a score and its distribution", tolerance=1e-9)
@@ -103,7 +126,12 @@ def density_accepts_scores(process: ForwardProcess) -> Iterator[Gap]:
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
     expected = process.density(rows.dist, *rows.args)
     got = process.density(score, *rows.args)
-    yield compare(got, expected, rows.labels, 1.0 + expected.abs())
+    yield compare(
+        got,
+        expected,
+        rows.labels,
+        relative_to=1.0 + expected.abs(),
+    )
 
 
 @law("override = derived: weight", tolerance=1e-9)
@@ -116,7 +144,12 @@ def weight_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """
     rows = ReachableRows(process, times(INNER, NEAR_ENDS))
     expected = ForwardProcess.weight(process, *rows.args)
-    yield compare(process.weight(*rows.args), expected, rows.labels, 1.0 + expected)
+    yield compare(
+        process.weight(*rows.args),
+        expected,
+        rows.labels,
+        relative_to=1.0 + expected,
+    )
 
 
 @law("weight * divergence = density", tolerance=1e-9)
@@ -127,7 +160,12 @@ def weight_times_divergence_is_density(process: ForwardProcess) -> Iterator[Gap]
     weight = process.weight(*rows.args)
     divergence = process.divergence(rows.dist, *rows.args)
     density = process.density(rows.dist, *rows.args)
-    yield compare(weight * divergence, density, rows.labels, 1.0 + density.abs())
+    yield compare(
+        weight * divergence,
+        density,
+        rows.labels,
+        relative_to=1.0 + density.abs(),
+    )
     yield compare(weight.clamp(max=0.0), 0.0, rows.labels)
     yield compare(divergence.clamp(max=0.0), 0.0, rows.labels)
 
@@ -140,13 +178,30 @@ def density_is_a_divergence(process: ForwardProcess) -> Iterator[Gap]:
     Tolerance: relative to the weight of the row, since at 1e-6 from an end a weight of 1e6
     multiplies the rounding of a divergence of 0.
     """
-    rows = ReachableRows(process, times(INNER, (1e-6, 1.0 - 1e-6)))
+    rows = ReachableRows(
+        process,
+        times(INNER, (1e-6, 1.0 - 1e-6)),
+    )
     density = process.density(rows.dist, *rows.args)
     scale = 1.0 + process.weight(*rows.args)
-    yield compare(density.clamp(max=0.0), 0.0, rows.labels, scale)
-    yield compare(density.isfinite().double(), 1.0, {"finite density at": "", **rows.labels})
+    yield compare(
+        density.clamp(max=0.0),
+        0.0,
+        rows.labels,
+        relative_to=scale,
+    )
+    yield compare(
+        density.isfinite().double(),
+        1.0,
+        {"finite density at": "", **rows.labels},
+    )
     certain = make_certain(process, rows.x0)
-    yield compare(process.density(certain, *rows.args), 0.0, rows.labels, scale)
+    yield compare(
+        process.density(certain, *rows.args),
+        0.0,
+        rows.labels,
+        relative_to=scale,
+    )
 
 
 # ------------------------------------------------------------------ posterior and end terms
@@ -157,9 +212,16 @@ def likelihood_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """log_likelihood(z, t) lists log q_t(z|x) over the tokens x, as given by the marginal.
     Tolerance: rounding of probabilities."""
     if is_overridden(process, "log_likelihood"):
-        t, zt = product(times(INNER, ENDS), torch.arange(process.vocabulary.num_states))
+        t, zt = product(
+            times(INNER, ENDS),
+            torch.arange(process.vocabulary.num_states),
+        )
         derived = ForwardProcess.log_likelihood(process, zt, t).exp()
-        yield compare(process.log_likelihood(zt, t).exp(), derived, {"zt": zt, "t": t})
+        yield compare(
+            process.log_likelihood(zt, t).exp(),
+            derived,
+            {"zt": zt, "t": t},
+        )
 
 
 @law("override = derived: reverse_log_probs", tolerance=1e-9)
@@ -185,7 +247,12 @@ def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
         posterior = (rows.log_p + evidence).log_softmax(-1)
         expected = -posterior.gather(-1, rows.x0.unsqueeze(-1)).squeeze(-1)
         got = process.decode_nll(rows.dist, *rows.args)
-        yield compare(got, expected, rows.labels, 1.0 + expected.abs())
+        yield compare(
+            got,
+            expected,
+            rows.labels,
+            relative_to=1.0 + expected.abs(),
+        )
 
 
 @law("override = derived: closing_kl", tolerance=1e-9)
@@ -195,7 +262,11 @@ def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     vocabulary = process.vocabulary
     log_probs = random_log_probs(vocabulary.num_tokens)
     tokens = torch.arange(vocabulary.num_tokens)
-    index, x0, t = product(torch.arange(len(log_probs)), tokens, times(INNER, (1.0,)))
+    index, x0, t = product(
+        torch.arange(len(log_probs)),
+        tokens,
+        times(INNER, (1.0,)),
+    )
     prediction = DenseDistribution(log_probs[index], vocabulary)
     got = process.closing_kl(prediction, x0, t)
     if is_overridden(process, "closing_kl"):
@@ -205,7 +276,11 @@ def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
         yield compare(got, expected, {"x0": x0, "t": t})
     if process.closes_at_prior:
         at_prior = t == 1.0
-        yield compare(got[at_prior], 0.0, {"x0": x0[at_prior], "t": "1"})
+        yield compare(
+            got[at_prior],
+            0.0,
+            {"x0": x0[at_prior], "t": "1"},
+        )
 
 
 # ------------------------------------------------------------------ what the formulas read
@@ -218,7 +293,11 @@ def active_covers_density(process: ForwardProcess) -> Iterator[Gap]:
     rows = ReachableRows(process, times(INNER))
     inactive = ~process.active(rows.zt)
     density = process.density(rows.dist, *rows.args)
-    yield compare(density[inactive], 0.0, rows.select(inactive).labels)
+    yield compare(
+        density[inactive],
+        0.0,
+        rows.select(inactive).labels,
+    )
 
 
 @law("scope: formulas need nothing above the scope node", tolerance=1e-9)
@@ -228,7 +307,11 @@ def scope_suffices(process: ForwardProcess) -> Iterator[Gap]:
     rows = ReachableRows(process, times(INNER))
     scope = process.scope(rows.zt)
     is_node = scope >= process.vocabulary.num_tokens
-    yield compare(is_node.double(), 1.0, {"more than one token in the scope of zt": rows.zt})
+    yield compare(
+        is_node.double(),
+        1.0,
+        {"more than one token in the scope of zt": rows.zt},
+    )
     # the divergence is only evaluated in active states
     everywhere = torch.ones_like(rows.zt, dtype=torch.bool)
     formulas = (
@@ -238,9 +321,20 @@ def scope_suffices(process: ForwardProcess) -> Iterator[Gap]:
     for formula, chosen in formulas:
         some = rows.select(chosen)
         vocabulary = process.vocabulary
-        got = evaluate_below(formula, some.log_p, scope[chosen], vocabulary, *some.args)
+        got = evaluate_below(
+            formula,
+            some.log_p,
+            scope[chosen],
+            vocabulary,
+            *some.args,
+        )
         expected = formula(some.dist, *some.args)
-        yield compare(got, expected, some.labels, 1.0 + expected.abs())
+        yield compare(
+            got,
+            expected,
+            some.labels,
+            relative_to=1.0 + expected.abs(),
+        )
 
 
 @law("trained_part: the density ignores the rest", tolerance=1e-9)
@@ -259,7 +353,12 @@ def trained_part_suffices(process: ForwardProcess) -> Iterator[Gap]:
         changed = DenseDistribution(log_p, process.vocabulary)
         got = process.density(changed, *rows.args)[here]
         due = expected[here]
-        yield compare(got, due, rows.select(here).labels, 1.0 + due.abs())
+        yield compare(
+            got,
+            due,
+            rows.select(here).labels,
+            relative_to=1.0 + due.abs(),
+        )
 
 
 def _change_everywhere(log_p: Tensor) -> Tensor:
@@ -267,10 +366,17 @@ def _change_everywhere(log_p: Tensor) -> Tensor:
     return (0.5 * log_p + tilt).log_softmax(-1)
 
 
-def _change_outside(process: ForwardProcess, log_p: Tensor, zt: Tensor) -> Tensor:
+def _change_outside(
+    process: ForwardProcess,
+    log_p: Tensor,
+    zt: Tensor,
+) -> Tensor:
     """Keep the conditional distribution below z_t; change the mass of z_t and everything else."""
     vocabulary = process.vocabulary
     tokens = torch.arange(vocabulary.num_tokens).unsqueeze(0)
-    ancestor = vocabulary.ancestor(tokens, vocabulary.level_of(zt).unsqueeze(-1))
+    ancestor = vocabulary.ancestor(
+        tokens,
+        vocabulary.level_of(zt).unsqueeze(-1),
+    )
     below = ancestor == zt.unsqueeze(-1)
     return torch.where(below, log_p + 0.7, _change_everywhere(log_p)).log_softmax(-1)

@@ -34,23 +34,46 @@ POINTS = 2048
 Draw = Callable[[Tensor, Tensor], Tensor]  # (row [n], uniforms [n,dimensions]) -> state [n]
 
 
-def estimate_distribution(draw: Draw, rows: int, dimensions: int, states: int) -> Tensor:
+def estimate_distribution(
+    draw: Draw,
+    rows: int,
+    dimensions: int,
+    states: int,
+) -> Tensor:
     """Distribution [rows,states] of draw(row, uniforms) over POINTS Sobol points per row."""
     cube = grid_of_uniforms(POINTS, dimensions)
-    row, point = product(torch.arange(rows), torch.arange(POINTS))
+    row, point = product(
+        torch.arange(rows),
+        torch.arange(POINTS),
+    )
     drawn = draw(row, cube[point])
     counts = torch.zeros(rows * states, dtype=torch.float64)
-    counts.index_add_(0, row * states + drawn, torch.ones(len(row), dtype=torch.float64))
+    counts.index_add_(
+        0,
+        row * states + drawn,
+        torch.ones(len(row), dtype=torch.float64),
+    )
     return counts.reshape(rows, states) / POINTS
 
 
 def make_query(process: ForwardProcess, rows: int) -> TableQuery:
     """Query that predicts the same random distribution at every row."""
-    log_p = random_log_probs(process.vocabulary.num_tokens, 1, seed=3)
-    return TableQuery(log_p.expand(rows, -1), process.vocabulary)
+    log_p = random_log_probs(
+        process.vocabulary.num_tokens,
+        1,
+        seed=3,
+    )
+    return TableQuery(
+        log_p.expand(rows, -1),
+        process.vocabulary,
+    )
 
 
-def possible_states(process: ForwardProcess, t: float, least: float = 0.0) -> Tensor:
+def possible_states(
+    process: ForwardProcess,
+    t: float,
+    least: float = 0.0,
+) -> Tensor:
     """States whose probabilities at time t, summed over the clean tokens, exceed `least`."""
     total = likelihoods(process, times((t,)))[0].sum(0)
     return (total > least).nonzero().squeeze(-1)
@@ -77,12 +100,24 @@ def sample_follows_marginal(process: ForwardProcess) -> Iterator[Gap]:
 
     vocabulary = process.vocabulary
     distinct = times(INNER, ENDS)
-    x0, t = product(torch.arange(vocabulary.num_tokens), distinct)
-    drawn = estimate_distribution(draw, len(x0), process.uniforms_per_sample, vocabulary.num_states)
+    x0, t = product(
+        torch.arange(vocabulary.num_tokens),
+        distinct,
+    )
+    drawn = estimate_distribution(
+        draw,
+        len(x0),
+        process.uniforms_per_sample,
+        vocabulary.num_states,
+    )
     expected = likelihoods(process, distinct).transpose(0, 1).reshape(len(x0), -1)
     yield compare(drawn, expected, {"x0": x0, "t": t})
     prior = estimate_distribution(draw_prior, 1, 1, vocabulary.num_states)
-    yield compare(prior, process.prior.log_prob.exp(), {"draws of": "the prior"})
+    yield compare(
+        prior,
+        process.prior.log_prob.exp(),
+        {"draws of": "the prior"},
+    )
 
 
 @law("step: distributed as the posterior", tolerance=5e-3)
@@ -93,10 +128,20 @@ def step_follows_posterior(process: ForwardProcess) -> Iterator[Gap]:
         yield from _step_gaps(process, s, t)
 
 
-def _step_gaps(process: ForwardProcess, s: float, t: float) -> Iterator[Gap]:
+def _step_gaps(
+    process: ForwardProcess,
+    s: float,
+    t: float,
+) -> Iterator[Gap]:
     def draw(row: Tensor, u: Tensor) -> Tensor:
         query = TableQuery(log_p.expand(len(row), -1), vocabulary)
-        return process.step(query, zt[row], last[row], first[row], u)
+        return process.step(
+            query,
+            zt[row],
+            last[row],
+            first[row],
+            u,
+        )
 
     vocabulary = process.vocabulary
     log_p = random_log_probs(vocabulary.num_tokens, 1, seed=3)
@@ -104,9 +149,18 @@ def _step_gaps(process: ForwardProcess, s: float, t: float) -> Iterator[Gap]:
     zt = (marginal[0] > 1e-9).nonzero().squeeze(-1)
     last = full_time(zt, t)
     first = full_time(zt, s)
-    drawn = estimate_distribution(draw, len(zt), process.uniforms_per_step, vocabulary.num_states)
+    drawn = estimate_distribution(
+        draw,
+        len(zt),
+        process.uniforms_per_step,
+        vocabulary.num_states,
+    )
     expected = process.reverse_log_probs(log_p.expand(len(zt), -1), zt, last, first).exp()
-    yield compare(drawn, expected, {"zt": zt, "s": s, "t": t})
+    yield compare(
+        drawn,
+        expected,
+        {"zt": zt, "s": s, "t": t},
+    )
 
 
 @law("decode: distributed by Bayes' rule", tolerance=5e-3)
@@ -118,7 +172,10 @@ def decode_follows_bayes(process: ForwardProcess) -> Iterator[Gap]:
         yield from _decode_gaps(process, t)
 
 
-def _decode_gaps(process: ForwardProcess, t: float) -> Iterator[Gap]:
+def _decode_gaps(
+    process: ForwardProcess,
+    t: float,
+) -> Iterator[Gap]:
     def draw(row: Tensor, u: Tensor) -> Tensor:
         query = TableQuery(log_p.expand(len(row), -1), vocabulary)
         return process.decode(query, zt[row], now[row], u)
@@ -128,7 +185,12 @@ def _decode_gaps(process: ForwardProcess, t: float) -> Iterator[Gap]:
     joint = log_p.exp().T * likelihoods(process, times((t,)))[0]  # [V,S]
     zt = (joint.sum(0) > 1e-9).nonzero().squeeze(-1)
     now = full_time(zt, t)
-    drawn = estimate_distribution(draw, len(zt), process.uniforms_per_decode, vocabulary.num_tokens)
+    drawn = estimate_distribution(
+        draw,
+        len(zt),
+        process.uniforms_per_decode,
+        vocabulary.num_tokens,
+    )
     expected = (joint / joint.sum(0)).T[zt]
     yield compare(drawn, expected, {"zt": zt, "t": t})
 
@@ -140,7 +202,10 @@ def _decode_gaps(process: ForwardProcess, t: float) -> Iterator[Gap]:
 def step_queries_once(process: ForwardProcess) -> Iterator[Gap]:
     """A step takes one network call; only rows that it queries may change; a step with s = t
     changes nothing and makes no call. Tolerance: none."""
-    zt, point = product(possible_states(process, 0.5), torch.arange(64))
+    zt, point = product(
+        possible_states(process, 0.5),
+        torch.arange(64),
+    )
     u = grid_of_uniforms(64, process.uniforms_per_step)[point]
     t = full_time(zt, 0.5)
     query = make_query(process, len(zt))
@@ -150,23 +215,38 @@ def step_queries_once(process: ForwardProcess) -> Iterator[Gap]:
     yield compare_not_queried(query, zs, zt)
     query = make_query(process, len(zt))
     zs = process.step(query, zt, t, t, u)
-    yield compare(torch.tensor(query.calls), 0.0, {"calls in a step from 0.5 to": 0.5})
+    yield compare(
+        torch.tensor(query.calls),
+        0.0,
+        {"calls in a step from 0.5 to": 0.5},
+    )
     yield compare(zs, zt.double(), {"s = t = 0.5, zt": zt})
 
 
-def compare_not_queried(query: TableQuery, zs: Tensor, zt: Tensor) -> Gap:
+def compare_not_queried(
+    query: TableQuery,
+    zs: Tensor,
+    zt: Tensor,
+) -> Gap:
     """Compare states before and after a step at the rows that were not queried."""
     others = torch.ones(len(zt), dtype=torch.bool)
     others[query.queried] = False
     labels = {"a row that was not queried, zt": zt[others]}
-    return compare(zs[others], zt[others].double(), labels)
+    return compare(
+        zs[others],
+        zt[others].double(),
+        labels,
+    )
 
 
 @law("decode: queries the network at most once", tolerance=0.0)
 def decode_queries_once(process: ForwardProcess) -> Iterator[Gap]:
     """The last draw takes one network call, and none at t = 0 if the process closes at the clean
     end. Tolerance: none."""
-    x0, point = product(torch.arange(process.vocabulary.num_tokens), torch.arange(16))
+    x0, point = product(
+        torch.arange(process.vocabulary.num_tokens),
+        torch.arange(16),
+    )
     u_sample = grid_of_uniforms(16, process.uniforms_per_sample)[point]
     u_decode = grid_of_uniforms(16, process.uniforms_per_decode)[point]
     for t in (0.0, 0.3):
@@ -191,20 +271,55 @@ class RowDraws(NamedTuple):
     t: Tensor
     log_p: Tensor
 
-    def sample(self, row: Tensor, u: Tensor) -> Tensor:
+    def sample(
+        self,
+        row: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         return self.process.sample(self.x0[row], self.t[row], u)
 
-    def forward_step(self, row: Tensor, u: Tensor) -> Tensor:
-        return self.process.forward_step(self.zt[row], self.t[row] * 0.4, self.t[row], u)
+    def forward_step(
+        self,
+        row: Tensor,
+        u: Tensor,
+    ) -> Tensor:
+        return self.process.forward_step(
+            self.zt[row],
+            self.t[row] * 0.4,
+            self.t[row],
+            u,
+        )
 
-    def step(self, row: Tensor, u: Tensor) -> Tensor:
-        return self.process.step(self._query(row), self.zt[row], self.t[row], self.t[row] * 0.4, u)
+    def step(
+        self,
+        row: Tensor,
+        u: Tensor,
+    ) -> Tensor:
+        return self.process.step(
+            self._query(row),
+            self.zt[row],
+            self.t[row],
+            self.t[row] * 0.4,
+            u,
+        )
 
-    def decode(self, row: Tensor, u: Tensor) -> Tensor:
-        return self.process.decode(self._query(row), self.zt[row], self.t[row], u)
+    def decode(
+        self,
+        row: Tensor,
+        u: Tensor,
+    ) -> Tensor:
+        return self.process.decode(
+            self._query(row),
+            self.zt[row],
+            self.t[row],
+            u,
+        )
 
     def _query(self, row: Tensor) -> TableQuery:
-        return TableQuery(self.log_p[row], self.process.vocabulary)
+        return TableQuery(
+            self.log_p[row],
+            self.process.vocabulary,
+        )
 
 
 @law("draws: a row depends on its own uniforms only", tolerance=0.0)
@@ -224,30 +339,60 @@ def draws_depend_on_own_uniforms(process: ForwardProcess) -> Iterator[Gap]:
     # the first Sobol point is 0, an unlikely corner of the cube
     u = {name: grid_of_uniforms(count + 1, size)[1:] for name, size in dimensions.items()}
     zt = process.sample(x0, t, u["sample"])
-    draws = RowDraws(process, x0, zt, t, random_log_probs(num_tokens, count, seed=2))
+    draws = RowDraws(
+        process,
+        x0,
+        zt,
+        t,
+        random_log_probs(num_tokens, count, seed=2),
+    )
     yield from _batch_gaps("sample", draws.sample, u["sample"])
     yield from _batch_gaps("forward_step", draws.forward_step, u["forward_step"])
     yield from _batch_gaps("step", draws.step, u["step"])
     yield from _batch_gaps("decode", draws.decode, u["decode"])
 
 
-def _batch_gaps(name: str, draw: Draw, u: Tensor) -> Iterator[Gap]:
+def _batch_gaps(
+    name: str,
+    draw: Draw,
+    u: Tensor,
+) -> Iterator[Gap]:
     every = torch.arange(len(u))
     expected = draw(every, u)
 
-    def gap(rows: Tensor, drawn: Tensor, how: str) -> Gap:
-        return compare(drawn, expected[rows].double(), {"draw": name, "row": rows, "drawn": how})
+    def gap(
+        rows: Tensor,
+        drawn: Tensor,
+        how: str,
+    ) -> Gap:
+        return compare(
+            drawn,
+            expected[rows].double(),
+            {"draw": name, "row": rows, "drawn": how},
+        )
 
     yield gap(every, draw(every, u), "again")
     mixed = (every * 7) % len(u)
     if len(mixed.unique()) == len(mixed):
-        yield gap(mixed, draw(mixed, u[mixed]), "in another order")
+        yield gap(
+            mixed,
+            draw(mixed, u[mixed]),
+            "in another order",
+        )
     some = every[::5]
-    yield gap(some, draw(some, u[some]), "in a smaller batch")
+    yield gap(
+        some,
+        draw(some, u[some]),
+        "in a smaller batch",
+    )
     is_even = (every % 2 == 0).unsqueeze(-1)
     changed = torch.where(is_even, u, 1.0 - u - 2.0**-40)  # stays below 1
     even = every[::2]
-    yield gap(even, draw(every, changed)[even], "with other uniforms at other rows")
+    yield gap(
+        even,
+        draw(every, changed)[even],
+        "with other uniforms at other rows",
+    )
 
 
 # ------------------------------------------------------------------ arguments
@@ -268,12 +413,19 @@ def arguments_are_unchanged(process: ForwardProcess) -> Iterator[Gap]:
 Call = tuple[Callable[..., object], tuple[Tensor, ...]]
 
 
-def _calls(process: ForwardProcess, log_p: Tensor) -> dict[str, Call]:
+def _calls(
+    process: ForwardProcess,
+    log_p: Tensor,
+) -> dict[str, Call]:
     """Methods of a process with tensor arguments for one row per token, by name."""
     x0 = torch.arange(process.vocabulary.num_tokens)
     t = full_time(x0, 0.5)
     s = t * 0.5
-    zt = process.sample(x0.clone(), t, grid_of_uniforms(len(x0), process.uniforms_per_sample))
+    zt = process.sample(
+        x0.clone(),
+        t,
+        grid_of_uniforms(len(x0), process.uniforms_per_sample),
+    )
     vector = random_log_probs(process.vocabulary.num_states, len(x0)).exp()
     rates = process.rates(t)
     transition = process.transition(s, t)

@@ -66,14 +66,32 @@ def gradients_are_finite(process: ForwardProcess) -> Iterator[Gap]:
     rows = _extreme_rows(process)
     log_marginal = process.log_marginal(rows.log_p, rows.t)
     own = log_marginal.gather(-1, rows.zt.unsqueeze(-1))
-    ratio = torch.where(own.isfinite(), log_marginal - own, 0.0)
+    ratio = torch.where(
+        own.isfinite(),
+        log_marginal - own,
+        0.0,
+    )
 
     def distribution(leaf: Tensor) -> Prediction:
         return DenseDistribution(leaf, process.vocabulary)
 
     for term in TERMS:
-        yield from _gradient_gaps(process, term, distribution, rows.log_p, rows, term)
-        yield from _gradient_gaps(process, term, Score, ratio, rows, f"{term} of a score")
+        yield from _gradient_gaps(
+            process,
+            term,
+            distribution,
+            rows.log_p,
+            rows,
+            term,
+        )
+        yield from _gradient_gaps(
+            process,
+            term,
+            Score,
+            ratio,
+            rows,
+            f"{term} of a score",
+        )
 
 
 def _gradient_gaps(
@@ -114,7 +132,11 @@ def impossible_truth_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
     rows = _extreme_rows(process)
     for term in TERMS:
         is_nan = _evaluate(process, term, rows.dist, rows).isnan()
-        yield compare(is_nan.double(), 0.0, {"NaN in": term, **rows.labels})
+        yield compare(
+            is_nan.double(),
+            0.0,
+            {"NaN in": term, **rows.labels},
+        )
     # float64 holds the logarithm of 1e-400 but not the number, which the definitions below need
     tiny = (rows.log_p < TINY / 2) & ~rows.log_p.isneginf()
     rows = rows.select(~tiny.any(-1))
@@ -126,15 +148,34 @@ def impossible_truth_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
     for term, due in expected.items():
         got = _evaluate(process, term, rows.dist, rows)
         settled = ~due.isnan()
-        yield from _value_gaps(term, got[settled], due[settled], rows.select(settled))
+        yield from _value_gaps(
+            term,
+            got[settled],
+            due[settled],
+            rows.select(settled),
+        )
 
 
-def _value_gaps(term: str, got: Tensor, due: Tensor, rows: ReachableRows) -> Iterator[Gap]:
+def _value_gaps(
+    term: str,
+    got: Tensor,
+    due: Tensor,
+    rows: ReachableRows,
+) -> Iterator[Gap]:
     infinite = got.isposinf().double()
-    yield compare(infinite, due.isposinf().double(), {"infinite": term, **rows.labels})
+    yield compare(
+        infinite,
+        due.isposinf().double(),
+        {"infinite": term, **rows.labels},
+    )
     finite = due.isfinite() & got.isfinite()
     labels = {"term": term, **rows.select(finite).labels}
-    yield compare(got[finite], due[finite], labels, 1.0 + due[finite].abs())
+    yield compare(
+        got[finite],
+        due[finite],
+        labels,
+        relative_to=1.0 + due[finite].abs(),
+    )
 
 
 def _true_marginal(process: ForwardProcess, rows: ReachableRows) -> Tensor:
@@ -204,7 +245,11 @@ def _has_equal_reverse_rates(
     """bool [r]: q_t(y|x)/q_t(z|x) is the same for every token x that can have become z_t."""
     forward = likelihoods_by_row(process, rows.t)  # [r,V,S]
     evidence = _evidence(process, rows).unsqueeze(-1)
-    ratio = torch.where(inward.unsqueeze(1) > 0, forward / evidence, 0.0)
+    ratio = torch.where(
+        inward.unsqueeze(1) > 0,
+        forward / evidence,
+        0.0,
+    )
     possible = evidence > 0
     most = torch.where(possible, ratio, 0.0).amax(1)
     least = torch.where(possible, ratio, torch.inf).amin(1)

@@ -20,7 +20,10 @@ Module = TypeVar("Module", bound=nn.Module)
 RowValue = Callable[[CleanDistribution, Tensor], Tensor]  # (prediction, row indices [k]) -> [k]
 
 
-def randomize_in_float64(module: Module, scale: float = 1.0) -> Module:
+def randomize_in_float64(
+    module: Module,
+    scale: float = 1.0,
+) -> Module:
     """Copy a module to float64, in evaluation mode, with random parameters.
 
     Parameters that are initialized to zero would hide faults.
@@ -29,7 +32,11 @@ def randomize_in_float64(module: Module, scale: float = 1.0) -> Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
-            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            values = torch.randn(
+                parameter.shape,
+                generator=generator,
+                dtype=torch.float64,
+            )
             parameter.copy_(scale * values)
     return twin
 
@@ -41,7 +48,11 @@ class HeadRows(NamedTuple):
     node: Tensor
     token: Tensor
 
-    def value(self, prediction: CleanDistribution, idx: Tensor) -> Tensor:
+    def value(
+        self,
+        prediction: CleanDistribution,
+        idx: Tensor,
+    ) -> Tensor:
         """A nonlinear function of log P(token | node), so that a wrong gradient shows."""
         log_p = prediction.log_child(self.node[idx], self.token[idx])
         return log_p.square() - log_p
@@ -54,8 +65,16 @@ class HeadRows(NamedTuple):
 def _make_rows(head: Head) -> HeadRows:
     vocabulary = head.vocabulary
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(ROWS, head.width, generator=generator, dtype=torch.float64)
-    nodes = torch.arange(vocabulary.num_tokens, vocabulary.root + 1)
+    hidden = torch.randn(
+        ROWS,
+        head.width,
+        generator=generator,
+        dtype=torch.float64,
+    )
+    nodes = torch.arange(
+        vocabulary.num_tokens,
+        vocabulary.root + 1,
+    )
     node = nodes[torch.arange(ROWS) * 5 % len(nodes)]
     tokens = []
     for row, top in enumerate(node.tolist()):
@@ -64,8 +83,16 @@ def _make_rows(head: Head) -> HeadRows:
     return HeadRows(hidden, node, torch.stack(tokens))
 
 
-def _query_values(head: Head, hidden: Tensor, node: Tensor, value: RowValue) -> Tensor:
-    def with_index(prediction: CleanDistribution, idx: Tensor) -> tuple[Tensor, Tensor]:
+def _query_values(
+    head: Head,
+    hidden: Tensor,
+    node: Tensor,
+    value: RowValue,
+) -> Tensor:
+    def with_index(
+        prediction: CleanDistribution,
+        idx: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         return value(prediction, idx), idx
 
     return head.query(hidden, node, with_index)[0]
@@ -79,8 +106,18 @@ def scopes_agree(head: Head) -> Iterator[Gap]:
     rows = _make_rows(head)
     at_root = torch.full_like(rows.node, head.vocabulary.root)
     whole = _query_values(head, rows.hidden, at_root, rows.value)
-    got = _query_values(head, rows.hidden, rows.node, rows.value)
-    yield compare(got, whole, rows.labels, 1.0 + whole.abs())
+    got = _query_values(
+        head,
+        rows.hidden,
+        rows.node,
+        rows.value,
+    )
+    yield compare(
+        got,
+        whole,
+        rows.labels,
+        relative_to=1.0 + whole.abs(),
+    )
 
 
 @law("head: chunking changes nothing", tolerance=1e-10)
@@ -90,14 +127,29 @@ def chunks_agree(head: Head) -> Iterator[Gap]:
     head = randomize_in_float64(head)
     rows = _make_rows(head)
     labels = {"node": rows.node}
-    whole = _query_values(head, rows.hidden, rows.node, rows.value)
+    whole = _query_values(
+        head,
+        rows.hidden,
+        rows.node,
+        rows.value,
+    )
     scale = 1.0 + whole.abs()
     head.chunk_logits = 1
     total, values = head.total(rows.hidden, rows.node, rows.value)
-    chunked = _query_values(head, rows.hidden, rows.node, rows.value)
-    yield compare(chunked, whole, labels, scale)
-    yield compare(values, whole, labels, scale)
-    yield compare(total, whole.sum(), {"the": "sum"}, 1.0 + whole.abs().sum())
+    chunked = _query_values(
+        head,
+        rows.hidden,
+        rows.node,
+        rows.value,
+    )
+    yield compare(chunked, whole, labels, relative_to=scale)
+    yield compare(values, whole, labels, relative_to=scale)
+    yield compare(
+        total,
+        whole.sum(),
+        {"the": "sum"},
+        relative_to=1.0 + whole.abs().sum(),
+    )
 
 
 @law("head: gradients = autograd of the dense distribution", tolerance=1e-9)
@@ -114,12 +166,20 @@ def gradients_agree(head: Head) -> Iterator[Gap]:
         return hidden @ twin.table[start:stop].t() + twin.bias[start:stop]
 
     whole = twin.dist(logits, twin.vocabulary.root)
-    expected = torch.autograd.grad(3.0 * rows.value(whole, torch.arange(ROWS)).sum(), inputs)
+    expected = torch.autograd.grad(
+        3.0 * rows.value(whole, torch.arange(ROWS)).sum(),
+        inputs,
+    )
     twin.chunk_logits = 1
     total = twin.total(hidden, rows.node, rows.value)[0]
     got = torch.autograd.grad(3.0 * total, inputs)
     for name, chunked, dense in zip(("hidden", *parameters), got, expected):
-        yield compare(chunked, dense, {"gradient of": name}, 1.0 + dense.abs().max())
+        yield compare(
+            chunked,
+            dense,
+            {"gradient of": name},
+            relative_to=1.0 + dense.abs().max(),
+        )
 
 
 HEAD_LAWS: tuple[Law, ...] = (scopes_agree, chunks_agree, gradients_agree)
@@ -138,9 +198,17 @@ def check_head(head: Head) -> list[LawReport]:
     return reports
 
 
-def _check_distributions(head: Head, node: int) -> list[LawReport]:
+def _check_distributions(
+    head: Head,
+    node: int,
+) -> list[LawReport]:
     generator = torch.Generator().manual_seed(2)
-    hidden = torch.randn(3, head.width, generator=generator, dtype=torch.float64)
+    hidden = torch.randn(
+        3,
+        head.width,
+        generator=generator,
+        dtype=torch.float64,
+    )
     reports: list[LawReport] = []
 
     def check(prediction: CleanDistribution, idx: Tensor) -> Tensor:

@@ -30,13 +30,25 @@ PANEL = 2.3  # units of logit t that one panel of a quadrature covers
 
 def times(*groups: tuple[float, ...]) -> Tensor:
     """Concatenate groups of times to one float64 tensor."""
-    return torch.tensor([t for group in groups for t in group], dtype=torch.float64)
+    return torch.tensor(
+        [t for group in groups for t in group],
+        dtype=torch.float64,
+    )
 
 
-def random_log_probs(num_tokens: int, count: int = 3, seed: int = 0) -> Tensor:
+def random_log_probs(
+    num_tokens: int,
+    count: int = 3,
+    seed: int = 0,
+) -> Tensor:
     """Draw log-distributions [count,V], from nearly even to peaked."""
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(count, num_tokens, generator=generator, dtype=torch.float64)
+    logits = torch.randn(
+        count,
+        num_tokens,
+        generator=generator,
+        dtype=torch.float64,
+    )
     sharpness = torch.linspace(0.5, 2.5, count, dtype=torch.float64)
     return (sharpness.unsqueeze(-1) * logits).log_softmax(-1)
 
@@ -61,7 +73,10 @@ def grid_of_uniforms(count: int, dimensions: int) -> Tensor:
 # ------------------------------------------------------------------ quadrature
 
 
-def logit_ends(start: float, stop: float) -> tuple[Tensor, Tensor]:
+def logit_ends(
+    start: float,
+    stop: float,
+) -> tuple[Tensor, Tensor]:
     """Logits of two times, which are moved into the open interval (0, 1) first."""
     first, last = torch.logit(interior(times((start, stop))))
     return first, last
@@ -82,7 +97,11 @@ def logit_nodes(
     return v, first + v * (last - first), weight
 
 
-def num_panels(start: float, stop: float, finer: int = 1) -> int:
+def num_panels(
+    start: float,
+    stop: float,
+    finer: int = 1,
+) -> int:
     """Number of quadrature panels for [start, stop]: one per 2.3 units of logit t.
 
     With ten nodes each, this suffices for integrands that are analytic within pi of the real axis
@@ -93,9 +112,18 @@ def num_panels(start: float, stop: float, finer: int = 1) -> int:
     return finer * max(2, math.ceil(float(last - first) / PANEL))
 
 
-def integral(rate: Callable[[Tensor], Tensor], start: float, stop: float, finer: int = 1) -> Tensor:
+def integral(
+    rate: Callable[[Tensor], Tensor],
+    start: float,
+    stop: float,
+    finer: int = 1,
+) -> Tensor:
     """Integrate rate(t [n]) -> [n,k] over t in [start, stop] by Gauss-Legendre in logit t; [k]."""
-    _, y, weight = logit_nodes(start, stop, num_panels(start, stop, finer))
+    _, y, weight = logit_nodes(
+        start,
+        stop,
+        num_panels(start, stop, finer),
+    )
     first, last = logit_ends(start, stop)
     t = torch.sigmoid(y)
     # dt = t (1 - t) d(logit t)
@@ -119,7 +147,11 @@ def likelihoods_by_row(process: ForwardProcess, t: Tensor) -> Tensor:
     return likelihoods(process, distinct)[place]
 
 
-def token_likelihoods(process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
+def token_likelihoods(
+    process: ForwardProcess,
+    zt: Tensor,
+    t: Tensor,
+) -> Tensor:
     """q_t(z|x) of each row's state z, over all tokens x: [r,V] for zt, t [r]."""
     distinct, place = t.unique(return_inverse=True)
     return likelihoods(process, distinct)[place, :, zt]
@@ -132,7 +164,12 @@ class ReachableRows:
     log_p as a distribution of the clean token.
     """
 
-    def __init__(self, process: ForwardProcess, t: Tensor, log_probs: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        process: ForwardProcess,
+        t: Tensor,
+        log_probs: Tensor | None = None,
+    ) -> None:
         vocabulary = process.vocabulary
         if log_probs is None:
             log_probs = random_log_probs(vocabulary.num_tokens)
@@ -182,7 +219,11 @@ class TableQuery:
     fails. `calls` counts the calls; `queried` holds the rows of the last one.
     """
 
-    def __init__(self, log_p: Tensor, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        log_p: Tensor,
+        vocabulary: Vocabulary,
+    ) -> None:
         self.log_p = log_p
         self.vocabulary = vocabulary
         self.calls = 0

@@ -83,7 +83,10 @@ def compare(
     return Gap(error, f"{found}: {values}", difference.numel())
 
 
-def _format_label(label: Any, place: tuple[Tensor, ...]) -> str:
+def _format_label(
+    label: Any,
+    place: tuple[Tensor, ...],
+) -> str:
     if not isinstance(label, Tensor):
         return str(label)
     value = label[tuple(place[: label.dim()])]
@@ -104,7 +107,12 @@ class Law:
     again with `finer=FINER` before the law counts as broken, because a steep integrand is no fault.
     """
 
-    def __init__(self, name: str, tolerance: float, measure: Measure) -> None:
+    def __init__(
+        self,
+        name: str,
+        tolerance: float,
+        measure: Measure,
+    ) -> None:
         self.name = name
         self.tolerance = tolerance
         self.measure = measure
@@ -117,20 +125,37 @@ class Law:
             return report
         return self._report(subject, {"finer": FINER, **options})
 
-    def _report(self, subject: Any, options: Mapping[str, Any]) -> LawReport:
+    def _report(
+        self,
+        subject: Any,
+        options: Mapping[str, Any],
+    ) -> LawReport:
         try:
             gaps = list(self.measure(subject, **options))
         except Exception as error:
             where = f"a call that raised {type(error).__name__}: {error}"
-            return LawReport(self.name, math.inf, self.tolerance, where, self.explanation)
-        worst = max(gaps, key=lambda found: found.error, default=Gap(0.0, "nothing", 0))
+            return LawReport(
+                self.name,
+                math.inf,
+                self.tolerance,
+                where,
+                self.explanation,
+            )
+        worst = max(
+            gaps,
+            key=lambda found: found.error,
+            default=Gap(0.0, "nothing", 0),
+        )
         probes = sum(found.probes for found in gaps)
         return LawReport(
             self.name, worst.error, self.tolerance, worst.where, self.explanation, probes
         )
 
 
-def law(name: str, tolerance: float) -> Callable[[Measure], Law]:
+def law(
+    name: str,
+    tolerance: float,
+) -> Callable[[Measure], Law]:
     """Decorate a generator of gaps so that it becomes a `Law`."""
 
     def decorate(measure: Measure) -> Law:

@@ -48,7 +48,13 @@ READABLE = 1e10  # condition numbers up to which a clean token can be read off a
 class ScoreQuery:
     """Query that answers with the scores of a fixed distribution log_p [1,V]."""
 
-    def __init__(self, process: ForwardProcess, log_p: Tensor, zt: Tensor, t: Tensor) -> None:
+    def __init__(
+        self,
+        process: ForwardProcess,
+        log_p: Tensor,
+        zt: Tensor,
+        t: Tensor,
+    ) -> None:
         self.process = process
         self.log_p = log_p
         self.zt = zt
@@ -56,7 +62,12 @@ class ScoreQuery:
 
     def __call__(self, rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
         log_p = self.log_p.expand(len(rows), -1)
-        score = score_from_distribution(self.process, log_p, self.zt[rows], self.t[rows])
+        score = score_from_distribution(
+            self.process,
+            log_p,
+            self.zt[rows],
+            self.t[rows],
+        )
         return fn(score, *per_row)
 
 
@@ -68,7 +79,10 @@ def scores_are_decoded(process: ForwardProcess) -> Iterator[Gap]:
         yield from _decoded_score_gaps(process, t)
 
 
-def _decoded_score_gaps(process: ForwardProcess, t: float) -> Iterator[Gap]:
+def _decoded_score_gaps(
+    process: ForwardProcess,
+    t: float,
+) -> Iterator[Gap]:
     def draw(row: Tensor, u: Tensor) -> Tensor:
         query = ScoreQuery(process, log_p, zt[row], now[row])
         return process.decode(query, zt[row], now[row], u)
@@ -77,10 +91,20 @@ def _decoded_score_gaps(process: ForwardProcess, t: float) -> Iterator[Gap]:
     log_p = random_log_probs(len(tokens), 1, seed=3)
     zt = possible_states(process, t, least=1e-9)
     now = full_time(zt, t)
-    drawn = estimate_distribution(draw, len(zt), process.uniforms_per_decode, len(tokens))
+    drawn = estimate_distribution(
+        draw,
+        len(zt),
+        process.uniforms_per_decode,
+        len(tokens),
+    )
     state, x0 = product(zt, tokens)
     then = full_time(x0, t)
-    score = score_from_distribution(process, log_p.expand(len(x0), -1), state, then)
+    score = score_from_distribution(
+        process,
+        log_p.expand(len(x0), -1),
+        state,
+        then,
+    )
     charged = process.decode_nll(score, x0, state, then)
     expected = charged.neg().exp().reshape(drawn.shape)
     yield compare(drawn, expected, {"zt": zt, "t": t})
@@ -95,17 +119,33 @@ def scores_decode_to_posterior(process: ForwardProcess) -> Iterator[Gap]:
     Tolerance: rounding of s, multiplied by `condition_number`. Above 1e10 the score carries no
     information on the token, and the law only requires a distribution.
     """
-    grid = times((1e-6, 1e-3), INNER, (0.999, 1.0 - 1e-6, 1.0 - 1e-12, 1.0))
+    grid = times(
+        (1e-6, 1e-3),
+        INNER,
+        (0.999, 1.0 - 1e-6, 1.0 - 1e-12, 1.0),
+    )
     condition = condition_number(process, process.clamp_score_time(grid))
     log_probs = _distributions_with_zeros(process.vocabulary.num_tokens)
     rows = ReachableRows(process, grid, log_probs)
-    log_marginal = process.log_marginal(rows.log_p, process.clamp_score_time(rows.t))
+    log_marginal = process.log_marginal(
+        rows.log_p,
+        process.clamp_score_time(rows.t),
+    )
     own = log_marginal.gather(-1, rows.zt.unsqueeze(-1)).squeeze(-1)
     # a score is a ratio to the probability of z_t, which must not be 0
     rows = rows.select(own.isfinite())
-    score = score_from_distribution(process, rows.log_p, rows.zt, process.clamp_score_time(rows.t))
+    score = score_from_distribution(
+        process,
+        rows.log_p,
+        rows.zt,
+        process.clamp_score_time(rows.t),
+    )
     decoded = process.tweedie(score, rows.t)
-    yield compare(decoded.exp().sum(-1), 1.0, rows.labels)
+    yield compare(
+        decoded.exp().sum(-1),
+        1.0,
+        rows.labels,
+    )
 
     evidence = process.log_likelihood(rows.zt, rows.t)
     got = (decoded + evidence).softmax(-1)
@@ -113,7 +153,12 @@ def scores_decode_to_posterior(process: ForwardProcess) -> Iterator[Gap]:
     condition = condition[torch.searchsorted(grid, rows.t)]
     readable = condition < READABLE
     scale = (condition[readable] / 100.0).clamp(min=1.0).unsqueeze(-1)
-    yield compare(got[readable], expected[readable], rows.select(readable).labels, scale)
+    yield compare(
+        got[readable],
+        expected[readable],
+        rows.select(readable).labels,
+        relative_to=scale,
+    )
 
 
 def _distributions_with_zeros(num_tokens: int) -> Tensor:
@@ -131,7 +176,11 @@ def condition_number(process: ForwardProcess, t: Tensor) -> Tensor:
     """
     forward = likelihoods(process, t)
     mean = forward.mean(1, keepdim=True)
-    scaled = torch.where(mean > 0, forward / torch.where(mean > 0, mean, 1.0), 0.0)
+    scaled = torch.where(
+        mean > 0,
+        forward / torch.where(mean > 0, mean, 1.0),
+        0.0,
+    )
     singular = torch.linalg.svdvals(scaled)
     return singular[:, 0] / singular[:, -1].clamp(min=1e-300)
 
@@ -155,14 +204,28 @@ def scores_at_ends(process: ForwardProcess) -> Iterator[Gap]:
     readable = condition < READABLE
     scale = 1.0 + expected + 1e-4 * condition
     labels = rows.select(readable).labels
-    yield compare(got[readable], expected[readable], labels, scale[readable])
+    yield compare(
+        got[readable],
+        expected[readable],
+        labels,
+        relative_to=scale[readable],
+    )
 
     closing = process.closing_kl(rows.dist, rows.x0, rows.t)
-    yield compare(process.closing_kl(score, rows.x0, rows.t), closing, rows.labels)
+    yield compare(
+        process.closing_kl(score, rows.x0, rows.t),
+        closing,
+        rows.labels,
+    )
 
     density = process.density(score, *rows.args)
     product_of_factors = process.weight(*rows.args) * process.divergence(score, *rows.args)
-    yield compare(product_of_factors, density, rows.labels, 1.0 + density.abs())
+    yield compare(
+        product_of_factors,
+        density,
+        rows.labels,
+        relative_to=1.0 + density.abs(),
+    )
 
 
 # ------------------------------------------------------------------ operators
@@ -173,27 +236,41 @@ def from_clean_is_marginal(process: ForwardProcess) -> Iterator[Gap]:
     """Row x of `from_clean(t)` is q_t(.|x), including the noise that a process may have at t = 0,
     and `solve` inverts it. Tolerance: rounding of an elimination, scaled by its condition number.
     """
-    t, x0 = product(times((0.0,), INNER), torch.arange(process.vocabulary.num_tokens))
+    t, x0 = product(
+        times((0.0,), INNER),
+        torch.arange(process.vocabulary.num_tokens),
+    )
     row = torch.arange(len(x0))
     expected = likelihoods_by_row(process, t)[row, x0]
     kernel = process.from_clean(t)
-    yield compare(kernel.row(x0), expected, {"x0": x0, "t": t})
+    yield compare(
+        kernel.row(x0),
+        expected,
+        {"x0": x0, "t": t},
+    )
     solved = kernel.solve(expected)
     clean = torch.nn.functional.one_hot(x0, process.vocabulary.num_states).double()
     condition = torch.linalg.cond(kernel.dense())
     solvable = condition < READABLE
     scale = (condition[solvable].unsqueeze(-1) / 10.0).clamp(min=1.0)
     labels = {"x0": x0[solvable], "t": t[solvable]}
-    yield compare(solved[solvable], clean[solvable], labels, scale)
+    yield compare(solved[solvable], clean[solvable], labels, relative_to=scale)
 
 
 @law("override = derived: stay_probability", tolerance=1e-9)
 def stay_probability_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """alpha_t = q_t(x|x), the probability that z_t is the clean token, is that of the marginal.
     Tolerance: rounding."""
-    t, x0 = product(times(INNER, (0.0, 1.0)), torch.arange(process.vocabulary.num_tokens))
+    t, x0 = product(
+        times(INNER, (0.0, 1.0)),
+        torch.arange(process.vocabulary.num_tokens),
+    )
     expected = ForwardProcess.stay_probability(process, x0, t)
-    yield compare(process.stay_probability(x0, t), expected, {"x0": x0, "t": t})
+    yield compare(
+        process.stay_probability(x0, t),
+        expected,
+        {"x0": x0, "t": t},
+    )
 
 
 @law("kernels: solve inverts apply", tolerance=1e-9)
@@ -204,7 +281,12 @@ def solve_inverts(process: ForwardProcess) -> Iterator[Gap]:
     kernel = process.transition(s, t)
     vector = random_log_probs(process.vocabulary.num_states, len(s)).exp()
     scale = (torch.linalg.cond(kernel.dense()).unsqueeze(-1) / 10.0).clamp(min=1.0)
-    yield compare(kernel.solve(kernel.apply(vector)), vector, {"s": s, "t": t}, scale)
+    yield compare(
+        kernel.solve(kernel.apply(vector)),
+        vector,
+        {"s": s, "t": t},
+        relative_to=scale,
+    )
 
 
 # ------------------------------------------------------------------ reverse rates
@@ -225,7 +307,7 @@ def reverse_flows_balance(process: ForwardProcess) -> Iterator[Gap]:
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
     for prediction in (rows.dist, score):
         backward = own * process.reverse_rates(prediction, rows.zt, rows.t)
-        yield compare(backward, forward, rows.labels, scale)
+        yield compare(backward, forward, rows.labels, relative_to=scale)
 
 
 @law("reverse rates: reproduce the density", tolerance=1e-9)
@@ -234,11 +316,24 @@ def reverse_rates_make_density(process: ForwardProcess) -> Iterator[Gap]:
     of z under the prediction and R* those for the clean token. Tolerance: relative rounding."""
     rows = ReachableRows(process, times(INNER))
     model = process.reverse_rates(rows.dist, rows.zt, rows.t)
-    truth = process.reverse_rates(make_certain(process, rows.x0), rows.zt, rows.t)
-    cross = torch.where(truth > 0, truth * (truth.log() - model.log()), 0.0)
+    truth = process.reverse_rates(
+        make_certain(process, rows.x0),
+        rows.zt,
+        rows.t,
+    )
+    cross = torch.where(
+        truth > 0,
+        truth * (truth.log() - model.log()),
+        0.0,
+    )
     density = process.density(rows.dist, *rows.args)
     scale = 1.0 + density + process.weight(*rows.args)
-    yield compare((model - truth + cross).sum(-1), density, rows.labels, scale)
+    yield compare(
+        (model - truth + cross).sum(-1),
+        density,
+        rows.labels,
+        relative_to=scale,
+    )
 
 
 @law("reverse rates: reproduce the posterior", tolerance=1e-6)
@@ -256,7 +351,12 @@ def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
         t, zt = product(1.0 - backward_time, possible)
         prediction = DenseDistribution(log_p.expand(len(t), -1), vocabulary)
         rates = process.reverse_rates(prediction, zt, t)
-        matrix = torch.zeros(count, num_states, num_states, dtype=torch.float64)
+        matrix = torch.zeros(
+            count,
+            num_states,
+            num_states,
+            dtype=torch.float64,
+        )
         matrix[:, possible] = rates.reshape(count, -1, num_states)
         return matrix - torch.diag_embed(matrix.sum(-1))
 
@@ -265,7 +365,11 @@ def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
     pair, zt = product(torch.arange(len(s)), possible)
     expected = process.reverse_log_probs(log_p.expand(len(pair), -1), zt, t[pair], s[pair]).exp()
     labels = {"zt": zt, "s": s[pair], "t": t[pair]}
-    yield compare(moved.reshape(len(pair), -1), expected, labels)
+    yield compare(
+        moved.reshape(len(pair), -1),
+        expected,
+        labels,
+    )
 
 
 @law("monotone: reverse transitions only reveal", tolerance=0.0)
@@ -279,7 +383,10 @@ def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
     states = torch.arange(vocabulary.num_states)
     level = vocabulary.level_of(states)
     own_level = vocabulary.level_of(rows.zt).unsqueeze(-1)
-    ancestor = vocabulary.ancestor(states.unsqueeze(0), torch.maximum(own_level, level))
+    ancestor = vocabulary.ancestor(
+        states.unsqueeze(0),
+        torch.maximum(own_level, level),
+    )
     below = (level < own_level) & (ancestor == rows.zt.unsqueeze(-1))
     rates = process.reverse_rates(rows.dist, rows.zt, rows.t)
     yield compare(rates.masked_fill(below, 0.0), 0.0, rows.labels)
@@ -301,16 +408,29 @@ def forward_step_follows_transition(process: ForwardProcess) -> Iterator[Gap]:
     yield compare(stepped, states.double(), {"s = t = 0.5, zs": states})
 
 
-def _forward_step_gap(process: ForwardProcess, s: float, t: float) -> Gap:
+def _forward_step_gap(
+    process: ForwardProcess,
+    s: float,
+    t: float,
+) -> Gap:
     def draw(row: Tensor, u: Tensor) -> Tensor:
         return process.forward_step(states[row], first[row], last[row], u)
 
     states = torch.arange(process.vocabulary.num_states)
     first = full_time(states, s)
     last = full_time(states, t)
-    drawn = estimate_distribution(draw, len(states), process.uniforms_per_forward_step, len(states))
+    drawn = estimate_distribution(
+        draw,
+        len(states),
+        process.uniforms_per_forward_step,
+        len(states),
+    )
     expected = process.transition(first, last).row(states)
-    return compare(drawn, expected, {"zs": states, "s": s, "t": t})
+    return compare(
+        drawn,
+        expected,
+        {"zs": states, "s": s, "t": t},
+    )
 
 
 @law("events: occur at the reverse rates", tolerance=6e-3)
@@ -323,9 +443,16 @@ def events_follow_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
     """
     if not process.has_events:
         return
-    log_p = random_log_probs(process.vocabulary.num_tokens, 1, seed=3)
+    log_p = random_log_probs(
+        process.vocabulary.num_tokens,
+        1,
+        seed=3,
+    )
     for t in (0.97, 0.5):
-        zt, u = product(possible_states(process, t), times(UNIFORMS))
+        zt, u = product(
+            possible_states(process, t),
+            times(UNIFORMS),
+        )
         start = full_time(u, t)
         s = process.event_time(zt, start, u)
         labels = {"an event before t = ": t, "zt": zt, "u": u}
@@ -333,7 +460,14 @@ def events_follow_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
         none = s == 0
         yield _no_event_gap(process, log_p, zt[none], u[none], t)
         some = s > 1e-6
-        yield _event_gap(process, log_p, zt[some], s[some], u[some], start[some])
+        yield _event_gap(
+            process,
+            log_p,
+            zt[some],
+            s[some],
+            u[some],
+            start[some],
+        )
 
 
 def _event_gap(
@@ -350,26 +484,48 @@ def _event_gap(
     later = process.event_time(zt, start, u * (1.0 + NEAR))
     earlier = process.event_time(zt, start, u * (1.0 - NEAR))
     candidate_rate = 2.0 * NEAR / (later - earlier)
-    drawn = estimate_distribution(draw, len(zt), process.uniforms_per_event, vocabulary.num_states)
+    drawn = estimate_distribution(
+        draw,
+        len(zt),
+        process.uniforms_per_event,
+        vocabulary.num_states,
+    )
     moved = drawn.scatter(-1, zt.unsqueeze(-1), 0.0)
     prediction = DenseDistribution(log_p.expand(len(zt), -1), vocabulary)
     rates = process.reverse_rates(prediction, zt, s)
-    return compare(moved, rates / candidate_rate.unsqueeze(-1), {"zt": zt, "s": s})
+    return compare(
+        moved,
+        rates / candidate_rate.unsqueeze(-1),
+        {"zt": zt, "s": s},
+    )
 
 
-def _no_event_gap(process: ForwardProcess, log_p: Tensor, zt: Tensor, u: Tensor, t: float) -> Gap:
+def _no_event_gap(
+    process: ForwardProcess,
+    log_p: Tensor,
+    zt: Tensor,
+    u: Tensor,
+    t: float,
+) -> Gap:
     """Excess of the integrated reverse rates from 0 to t over -ln u, if no event was found."""
     states, place = zt.unique(return_inverse=True)
 
     def leaving(time: Tensor) -> Tensor:
         t, z = product(time, states)
-        prediction = DenseDistribution(log_p.expand(len(z), -1), process.vocabulary)
+        prediction = DenseDistribution(
+            log_p.expand(len(z), -1),
+            process.vocabulary,
+        )
         rates = process.reverse_rates(prediction, z, t)
         return rates.sum(-1).reshape(len(time), len(states))
 
     expected = integral(leaving, 1e-9, t)[place]
     excess = (expected + u.log()).clamp(min=0.0)
-    return compare(excess, 0.0, {"no event found before t = ": t, "zt": zt, "u": u})
+    return compare(
+        excess,
+        0.0,
+        {"no event found before t = ": t, "zt": zt, "u": u},
+    )
 
 
 @law("events: one query at most, and only queried rows change", tolerance=0.0)
@@ -378,7 +534,10 @@ def events_query_once(process: ForwardProcess) -> Iterator[Gap]:
     states. Tolerance: none."""
     if not process.has_events:
         return
-    zt, point = product(possible_states(process, 0.5), torch.arange(32))
+    zt, point = product(
+        possible_states(process, 0.5),
+        torch.arange(32),
+    )
     u = grid_of_uniforms(32, process.uniforms_per_event)[point]
     query = make_query(process, len(zt))
     zs = process.event(query, zt, full_time(zt, 0.5), u)

@@ -121,7 +121,11 @@ def check_sampler(
 def measure_distance(case: SamplerCase, steps: int) -> float:
     """Total variation distance between the joint and the samples (`POINTS` of a process)."""
     if case.process is None:
-        final = case.generate(steps, torch.arange(POINTS // 4), seed=7)
+        final = case.generate(
+            steps,
+            torch.arange(POINTS // 4),
+            seed=7,
+        )
     else:
         final = _draw_samples(case, case.process, steps)
     size = case.vocabulary.num_states
@@ -132,10 +136,17 @@ def measure_distance(case: SamplerCase, steps: int) -> float:
     return 0.5 * float((counts / counts.sum() - expected).abs().sum())
 
 
-def _draw_samples(case: SamplerCase, process: ForwardProcess, steps: int) -> Tensor:
+def _draw_samples(
+    case: SamplerCase,
+    process: ForwardProcess,
+    steps: int,
+) -> Tensor:
     """Final states [POINTS,2], with a faster random generator than `generate` uses."""
     rng = FastRng(POINTS, seed=7)
-    canvas = make_canvas(process.prior.draw(rng.uniform("start")), 1.0)
+    canvas = make_canvas(
+        process.prior.draw(rng.uniform("start")),
+        1.0,
+    )
     sampler = case.build(steps)
     for moved in sampler.run(process, case.make_network(), canvas, lambda step: rng):
         canvas = moved
@@ -151,7 +162,11 @@ def declarations_are_consistent(case: SamplerCase) -> Iterator[Gap]:
     0 for the others. Tolerance: none."""
     sampler = case.build(FEW)
     is_unknown = sampler.quality not in get_args(Quality)
-    yield compare(torch.tensor(int(is_unknown)), 0.0, {"quality": sampler.quality})
+    yield compare(
+        torch.tensor(int(is_unknown)),
+        0.0,
+        {"quality": sampler.quality},
+    )
     if sampler.quality == "of an order":
         is_wrong = sampler.order < 1
     else:
@@ -173,7 +188,12 @@ def canvases_are_counted(case: SamplerCase) -> Iterator[Gap]:
 
 def _count_canvases(case: SamplerCase, steps: int) -> int:
     seen: list[int] = []
-    case.generate(steps, torch.arange(4), seed=3, on_step=lambda k, _: seen.append(k))
+    case.generate(
+        steps,
+        torch.arange(4),
+        seed=3,
+        on_step=lambda k, _: seen.append(k),
+    )
     return len(seen)
 
 
@@ -184,7 +204,13 @@ def ends_in_tokens(case: SamplerCase) -> Iterator[Gap]:
     given = torch.stack([index % 3, (index // 3) % 3], -1)
     for positions in ([False, False], [True, False], [True, True]):
         clamped = torch.tensor(positions).expand(64, 2)
-        ids = case.generate(3, index, seed=5, given=given, clamped=clamped)
+        ids = case.generate(
+            3,
+            index,
+            seed=5,
+            given=given,
+            clamped=clamped,
+        )
         not_tokens = (ids >= len(JOINT)).sum()
         changed = (clamped & (ids != given)).sum()
         yield compare(not_tokens, 0.0, {"states that are no token, given": positions})
@@ -200,7 +226,11 @@ def samples_are_independent_of_batch(case: SamplerCase) -> Iterator[Gap]:
 
     def gap(rows: Tensor, how: str) -> Gap:
         drawn = case.generate(3, rows, seed=11)
-        return compare(drawn, expected[rows].double(), {"drawn": how})
+        return compare(
+            drawn,
+            expected[rows].double(),
+            {"drawn": how},
+        )
 
     yield gap(index, "again")
     yield gap(index[5:9], "in a smaller batch")
@@ -235,8 +265,14 @@ def orders_are_reached(case: SamplerCase) -> Iterator[Gap]:
     distance = measure_distance(case, steps)
     best = -math.inf
     while distance >= MEASURABLE and best < sampler.order - SLACK and steps <= MANY:
-        finer = max(measure_distance(case, 4 * steps) - SAMPLING, 1e-6)
-        best = max(best, math.log(distance / finer) / math.log(4))
+        finer = max(
+            measure_distance(case, 4 * steps) - SAMPLING,
+            1e-6,
+        )
+        best = max(
+            best,
+            math.log(distance / finer) / math.log(4),
+        )
         steps *= 2
         distance = measure_distance(case, steps)
     missing = max(0.0, sampler.order - best)

@@ -54,11 +54,18 @@ def condition_on_other(
     token = torch.where(clean, zt, 0)
     certain = torch.nn.functional.one_hot(token, len(joint)).to(evidence)
     evidence = torch.where(clean.unsqueeze(-1), certain, evidence)
-    p = torch.stack([evidence[:, 1] @ joint.T, evidence[:, 0] @ joint], 1)
+    p = torch.stack(
+        [evidence[:, 1] @ joint.T, evidence[:, 0] @ joint],
+        1,
+    )
     return (p / p.sum(-1, keepdim=True)).log()
 
 
-def _evidence(process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
+def _evidence(
+    process: ForwardProcess,
+    zt: Tensor,
+    t: Tensor,
+) -> Tensor:
     """q_t(zt|x) [B,2,V]."""
     times, place = t.unique(return_inverse=True)
     if len(times) > FEW_TIMES:
@@ -77,7 +84,12 @@ class ExactNetwork:
     With `predicts = "score"` it returns the scores of the same distributions.
     """
 
-    def __init__(self, process: ForwardProcess, joint: Tensor, predicts: Says = "law") -> None:
+    def __init__(
+        self,
+        process: ForwardProcess,
+        joint: Tensor,
+        predicts: Says = "law",
+    ) -> None:
         self.process = process
         self.joint = joint
         self.predicts = predicts
@@ -90,7 +102,11 @@ class ExactNetwork:
 class ExactQuery:
     """Query of an `ExactNetwork` at one noisy state of two positions."""
 
-    def __init__(self, network: ExactNetwork, noisy: Noisy) -> None:
+    def __init__(
+        self,
+        network: ExactNetwork,
+        noisy: Noisy,
+    ) -> None:
         self.network = network
         self.noisy = noisy
 
@@ -110,7 +126,10 @@ class ExactQuery:
             return fn(DenseDistribution(log_p, process.vocabulary), *per_row)
         zt = noisy.zt.reshape(-1)[rows]
         t = process.clamp_score_time(noisy.t.reshape(-1)[rows])
-        return fn(score_from_distribution(process, log_p, zt, t), *per_row)
+        return fn(
+            score_from_distribution(process, log_p, zt, t),
+            *per_row,
+        )
 
 
 # ------------------------------------------------------------------ random numbers
@@ -123,14 +142,26 @@ class FastRng(CounterRng):
     `CounterRng` seeds every sample separately, which takes longer.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
+    def __init__(
+        self,
+        count: int,
+        seed: int,
+    ) -> None:
         super().__init__(seed, 0, torch.arange(count), 2)
         self.count = count
         self.generator = torch.Generator().manual_seed(seed)
 
-    def uniform(self, channel: str, count: int = 1) -> Tensor:
+    def uniform(
+        self,
+        channel: str,
+        count: int = 1,
+    ) -> Tensor:
         shape = (self.count, 2, count)
-        drawn = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        drawn = torch.rand(
+            shape,
+            generator=self.generator,
+            dtype=torch.float64,
+        )
         return drawn.squeeze(-1) if count == 1 else drawn
 
 
@@ -141,7 +172,11 @@ class ShiftedSobolRng(CounterRng):
     The shift makes them unbiased.
     """
 
-    def __init__(self, counts: Tensor, seed: int) -> None:
+    def __init__(
+        self,
+        counts: Tensor,
+        seed: int,
+    ) -> None:
         canvas = torch.arange(len(counts)).repeat_interleave(counts)
         super().__init__(seed, 0, torch.arange(len(canvas)), 2)
         self.canvas = canvas
@@ -152,12 +187,20 @@ class ShiftedSobolRng(CounterRng):
         self.used = 0
         self.generator = torch.Generator().manual_seed(seed)
 
-    def uniform(self, channel: str, count: int = 1) -> Tensor:
+    def uniform(
+        self,
+        channel: str,
+        count: int = 1,
+    ) -> Tensor:
         size = 2 * count
         own = self.points[:, self.used : self.used + size]
         self.used += size
         shape = (int(self.canvas.max()) + 1, size)
-        shift = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        shift = torch.rand(
+            shape,
+            generator=self.generator,
+            dtype=torch.float64,
+        )
         drawn = ((own[self.place] + shift[self.canvas]) % 1.0).reshape(-1, 2, count)
         return drawn.squeeze(-1) if count == 1 else drawn
 
@@ -188,11 +231,17 @@ def measure_sampler(
         return _measure_by_step(sampler, process, network, points, apart, seed)
     counted = counting(network)
     rng = FastRng(points, seed)
-    canvas = make_canvas(process.prior.draw(rng.uniform("start")), 1.0)
+    canvas = make_canvas(
+        process.prior.draw(rng.uniform("start")),
+        1.0,
+    )
     for moved in sampler.run(process, counted, canvas, lambda step: rng):
         canvas = moved
     dist = _histogram(canvas.zt, torch.ones(points), process)
-    return SamplerMeasurement(dist, float(counted.runs.double().mean()))
+    return SamplerMeasurement(
+        dist,
+        float(counted.runs.double().mean()),
+    )
 
 
 def _keeps_notes(sampler: GridSampler) -> bool:
@@ -221,11 +270,20 @@ def _measure_by_step(
         weight = (dist[possible] / counts).repeat_interleave(counts)
         rng = ShiftedSobolRng(counts, seed + 1000 * k)
         counted = counting(network)
-        canvas = make_canvas(canvases[possible].repeat_interleave(counts, 0), t)
+        canvas = make_canvas(
+            canvases[possible].repeat_interleave(counts, 0),
+            t,
+        )
         if k == len(times) - 2:
             moved = sampler.finish(process, counted, canvas, rng)
         else:
-            moved = sampler.move(process, counted, canvas, torch.full_like(canvas.t, s), rng)
+            moved = sampler.move(
+                process,
+                counted,
+                canvas,
+                torch.full_like(canvas.t, s),
+                rng,
+            )
         if counted.calls:
             runs += float(weight @ counted.runs.double())
         if apart:
@@ -236,14 +294,27 @@ def _measure_by_step(
     return SamplerMeasurement(dist.reshape(size, size), runs)
 
 
-def _sum_of_products(zt: Tensor, weight: Tensor, canvas: Tensor, size: int) -> Tensor:
+def _sum_of_products(
+    zt: Tensor,
+    weight: Tensor,
+    canvas: Tensor,
+    size: int,
+) -> Tensor:
     """Sum over canvases of the product of both positions' distributions: [S,S].
 
     Rows zt [n,2] of the same canvas have the same weight.
     """
     bins = size * (int(canvas.max()) + 1)
-    first = torch.bincount(canvas * size + zt[:, 0], weights=weight, minlength=bins)
-    second = torch.bincount(canvas * size + zt[:, 1], weights=weight, minlength=bins)
+    first = torch.bincount(
+        canvas * size + zt[:, 0],
+        weights=weight,
+        minlength=bins,
+    )
+    second = torch.bincount(
+        canvas * size + zt[:, 1],
+        weights=weight,
+        minlength=bins,
+    )
     first = first.reshape(-1, size)
     second = second.reshape(-1, size)
     return first.T @ (second / second.sum(-1, keepdim=True))
@@ -252,12 +323,25 @@ def _sum_of_products(zt: Tensor, weight: Tensor, canvas: Tensor, size: int) -> T
 def make_canvas(zt: Tensor, t: float) -> Canvas:
     """Canvas on which every position is free, at time t."""
     free = torch.ones(zt.shape, dtype=torch.bool)
-    return Canvas(zt, torch.full(zt.shape, t, dtype=torch.float64), ~free, free)
+    return Canvas(
+        zt,
+        torch.full(zt.shape, t, dtype=torch.float64),
+        ~free,
+        free,
+    )
 
 
-def _histogram(zt: Tensor, weight: Tensor, process: ForwardProcess) -> Tensor:
+def _histogram(
+    zt: Tensor,
+    weight: Tensor,
+    process: ForwardProcess,
+) -> Tensor:
     """Distribution [S,S] of rows zt [n,2] with weights [n]."""
     size = process.vocabulary.num_states
     cell = zt[:, 0] * size + zt[:, 1]
-    counts = torch.bincount(cell, weights=weight.double(), minlength=size * size)
+    counts = torch.bincount(
+        cell,
+        weights=weight.double(),
+        minlength=size * size,
+    )
     return (counts / counts.sum()).reshape(size, size)

@@ -20,7 +20,12 @@ def derivative_is_autograd(schedule: Schedule) -> Iterator[Gap]:
     relative rounding of both."""
     t = times(OPEN)
     expected = Schedule.d_alpha(schedule, t)
-    yield compare(schedule.d_alpha(t), expected, {"t": t}, 1.0 + expected.abs())
+    yield compare(
+        schedule.d_alpha(t),
+        expected,
+        {"t": t},
+        relative_to=1.0 + expected.abs(),
+    )
 
 
 @law("schedule: alpha decreases within [0, 1]", tolerance=1e-12)
@@ -29,9 +34,17 @@ def alpha_decreases(schedule: Schedule) -> Iterator[Gap]:
     t = torch.linspace(0.0, 1.0, 1001, dtype=torch.float64)
     alpha = schedule.alpha(t)
     yield compare(alpha.clamp(0.0, 1.0), alpha, {"t": t})
-    yield compare(alpha.diff().clamp(min=0.0), 0.0, {"t": t})
+    yield compare(
+        alpha.diff().clamp(min=0.0),
+        0.0,
+        {"t": t},
+    )
     t = times(OPEN)
-    yield compare(schedule.d_alpha(t).clamp(min=0.0), 0.0, {"t": t})
+    yield compare(
+        schedule.d_alpha(t).clamp(min=0.0),
+        0.0,
+        {"t": t},
+    )
 
 
 @law("schedule: ends as declared", tolerance=1e-12)
@@ -44,11 +57,18 @@ def schedule_ends(schedule: Schedule) -> Iterator[Gap]:
         yield compare(alpha[0], 1.0, {"t": 0})
     if schedule.closes_at_prior:
         yield compare(alpha[1], 0.0, {"t": 1})
-    yield compare(alpha.isfinite().double(), 1.0, {"finite alpha at t": ends})
+    yield compare(
+        alpha.isfinite().double(),
+        1.0,
+        {"finite alpha at t": ends},
+    )
 
 
 @law("schedule: one_minus_alpha is accurate near t = 0", tolerance=1e-9)
-def one_minus_alpha_is_accurate(schedule: Schedule, finer: int = 1) -> Iterator[Gap]:
+def one_minus_alpha_is_accurate(
+    schedule: Schedule,
+    finer: int = 1,
+) -> Iterator[Gap]:
     """one_minus_alpha + alpha = 1. From t/1000 to t, one_minus_alpha grows by the integral of
     -d_alpha, relative to itself, so that no digits are lost when alpha is near 1. Tolerance: the
     quadrature has an error of 1e-11."""
@@ -57,7 +77,11 @@ def one_minus_alpha_is_accurate(schedule: Schedule, finer: int = 1) -> Iterator[
         return -schedule.d_alpha(t).unsqueeze(-1)
 
     t = times(OPEN, ENDS)
-    yield compare(schedule.one_minus_alpha(t) + schedule.alpha(t), 1.0, {"t": t})
+    yield compare(
+        schedule.one_minus_alpha(t) + schedule.alpha(t),
+        1.0,
+        {"t": t},
+    )
     for end in OPEN:
         start = end / 1000.0
         rest = schedule.one_minus_alpha(times((end,)))
@@ -65,7 +89,7 @@ def one_minus_alpha_is_accurate(schedule: Schedule, finer: int = 1) -> Iterator[
         expected = integral(growth, start, end, finer)
         # a constant schedule has 1 - alpha = 0 everywhere
         scale = rest.abs().clamp(min=1e-300)
-        yield compare(grown, expected, {"t": end}, scale)
+        yield compare(grown, expected, {"t": end}, relative_to=scale)
 
 
 SCHEDULE_LAWS: tuple[Law, ...] = (

@@ -17,11 +17,22 @@ def ids_run_by_level(vocabulary: Vocabulary) -> Iterator[Gap]:
     """Leaf tokens come first, then the nodes of each level; the root (= mask) is last and the only
     node of its level. Tolerance: none."""
     sizes = torch.tensor(vocabulary.level_sizes)
-    levels = torch.repeat_interleave(torch.arange(vocabulary.num_levels + 1), sizes)
+    levels = torch.repeat_interleave(
+        torch.arange(vocabulary.num_levels + 1),
+        sizes,
+    )
     ids = torch.arange(vocabulary.num_states)
-    yield compare(vocabulary.level_of(ids), levels.double(), {"id": ids})
+    yield compare(
+        vocabulary.level_of(ids),
+        levels.double(),
+        {"id": ids},
+    )
     num_states = float(vocabulary.num_states)
-    yield compare(sizes.sum(), num_states, {"sizes": vocabulary.level_sizes})
+    yield compare(
+        sizes.sum(),
+        num_states,
+        {"sizes": vocabulary.level_sizes},
+    )
     if vocabulary.num_levels:
         mask = torch.tensor(vocabulary.mask_id or -1)
         yield compare(sizes[-1], 1.0, {"size of": "the last level"})
@@ -34,12 +45,20 @@ def ancestors_follow_parents(vocabulary: Vocabulary) -> Iterator[Gap]:
     ancestor(id, l), a node of level l+1. Tolerance: none."""
     ids = torch.arange(vocabulary.num_states)
     own = vocabulary.level_of(ids)
-    yield compare(vocabulary.ancestor(ids, own), ids.double(), {"id": ids})
+    yield compare(
+        vocabulary.ancestor(ids, own),
+        ids.double(),
+        {"id": ids},
+    )
     for level in range(vocabulary.num_levels):
         below = ids[own <= level]
         above = vocabulary.ancestor(below, level + 1)
         parent = vocabulary.parent(vocabulary.ancestor(below, level))
-        yield compare(above, parent.double(), {"id": below, "level": level})
+        yield compare(
+            above,
+            parent.double(),
+            {"id": below, "level": level},
+        )
         labels = {"id": below, "level of its ancestor at": level + 1}
         yield compare(vocabulary.level_of(above), level + 1.0, labels)
 
@@ -53,15 +72,29 @@ def ranges_are_contiguous(vocabulary: Vocabulary) -> Iterator[Gap]:
         yield from _range_gaps(vocabulary, level)
 
 
-def _order_gaps(vocabulary: Vocabulary, level: int) -> Iterator[Gap]:
+def _order_gaps(
+    vocabulary: Vocabulary,
+    level: int,
+) -> Iterator[Gap]:
     order = vocabulary.order(level)
     position = vocabulary.position(level)
     ids = vocabulary.offsets[level] + torch.arange(vocabulary.level_sizes[level])
-    yield compare(order.sort().values, ids.double(), {"order of level": level})
-    yield compare(order[position], ids.double(), {"id": ids, "position at level": level})
+    yield compare(
+        order.sort().values,
+        ids.double(),
+        {"order of level": level},
+    )
+    yield compare(
+        order[position],
+        ids.double(),
+        {"id": ids, "position at level": level},
+    )
 
 
-def _range_gaps(vocabulary: Vocabulary, level: int) -> Iterator[Gap]:
+def _range_gaps(
+    vocabulary: Vocabulary,
+    level: int,
+) -> Iterator[Gap]:
     nodes = torch.arange(vocabulary.num_states)
     nodes = nodes[vocabulary.level_of(nodes) >= level]
     order = vocabulary.order(level)
@@ -70,8 +103,16 @@ def _range_gaps(vocabulary: Vocabulary, level: int) -> Iterator[Gap]:
     inside = (place >= start.unsqueeze(-1)) & (place < stop.unsqueeze(-1))  # [nodes, ids]
     node_level = vocabulary.level_of(nodes).unsqueeze(-1)
     below = vocabulary.ancestor(order.unsqueeze(0), node_level) == nodes.unsqueeze(-1)
-    yield compare(inside.double(), below.double(), {"node": nodes, "level": level})
-    yield compare(inside.any(-1).double(), 1.0, {"something below node": nodes, "level": level})
+    yield compare(
+        inside.double(),
+        below.double(),
+        {"node": nodes, "level": level},
+    )
+    yield compare(
+        inside.any(-1).double(),
+        1.0,
+        {"something below node": nodes, "level": level},
+    )
     whole = torch.stack(vocabulary.node_range(torch.tensor(vocabulary.root), level))
     expected = torch.tensor([0.0, len(order)])
     yield compare(whole, expected, {"range of the root at level": level})
@@ -87,8 +128,16 @@ def children_invert_parent(vocabulary: Vocabulary) -> Iterator[Gap]:
         expected = ids[(vocabulary.parent(ids) == node) & (ids != node)]
         listed = vocabulary.children(node).sort().values
         count = vocabulary.num_children(torch.tensor(node))
-        yield compare(count, float(len(expected)), {"num_children of": node})
-        yield compare(torch.tensor(len(listed)), float(len(expected)), {"children of": node})
+        yield compare(
+            count,
+            float(len(expected)),
+            {"num_children of": node},
+        )
+        yield compare(
+            torch.tensor(len(listed)),
+            float(len(expected)),
+            {"children of": node},
+        )
         if len(listed) == len(expected):
             yield compare(listed, expected.double(), {"children of": node})
 
@@ -105,7 +154,11 @@ def survives_saving(vocabulary: Vocabulary) -> Iterator[Gap]:
     same = torch.tensor(float(same_tree and same_tokenizer))
     yield compare(same, 1.0, {"fingerprint after loading": loaded.fingerprint})
     ids = torch.arange(vocabulary.num_states)
-    yield compare(loaded.parent(ids), vocabulary.parent(ids).double(), {"parent of": ids})
+    yield compare(
+        loaded.parent(ids),
+        vocabulary.parent(ids).double(),
+        {"parent of": ids},
+    )
 
 
 VOCABULARY_LAWS: tuple[Law, ...] = (

@@ -50,7 +50,10 @@ def rates_are_the_papers(process: GammaHybrid) -> Iterator[Gap]:
     mixed[NUM_TOKENS] = 0.0
     expected = mixed / ((1.0 - t) * (1.0 - process.gamma))[:, None, None]
     yield compare(
-        process.rates(t).dense(), expected, {"t": t}, expected.abs().amax((1, 2), keepdim=True)
+        process.rates(t).dense(),
+        expected,
+        {"t": t},
+        relative_to=expected.abs().amax((1, 2), keepdim=True),
     )
 
 
