@@ -240,8 +240,7 @@ def test_check_process_includes_the_law_of_terms(monkeypatch: pytest.MonkeyPatch
 def test_closing_states_from_q_1_lower_the_closing_term(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With tokens left at t = 1, q_1(.|x0) at one position leaks x0 into predictions at the other.
-    """
+    """With tokens left at t = 1, q_1(.|x0) at one position leaks x0 into predictions at the other."""
     from ddiff.testing.bound_terms import Enumeration, draw_terms, sensitive_table
 
     process = PROCESSES["uniform, tokens left at t = 1"]

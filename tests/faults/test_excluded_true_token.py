@@ -1,5 +1,4 @@
-"""A prediction that excludes the true token costs infinity, or what Bayes' rule gives; never NaN.
-"""
+"""A prediction that excludes the true token costs infinity, or what Bayes' rule gives; never NaN."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Gradients of every term are finite where the term is, for networks that are certain of a token.
-"""
+"""Gradients of every term are finite where the term is, for networks that are certain of a token."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""First hitting ends at a share of noise, not at a time, so that it is exact for fast early noise.
-"""
+"""First hitting ends at a share of noise, not at a time, so that it is exact for fast early noise."""
 
 from __future__ import annotations
 
@@ -58,8 +57,7 @@ def stay_probability(process: ForwardProcess, t: float) -> float:
     ],
 )
 def test_first_hitting_is_exact_on_gidd(p_uniform: float, gamma: float, form: Form) -> None:
-    """With the default `until`. Ending at a fixed time has a distance of 0.274 at p 0.9, gamma 0.5.
-    """
+    """With the default `until`. Ending at a fixed time has a distance of 0.274 at p 0.9, gamma 0.5."""
     result = measure_sampler(
         FirstHittingSampler(), gidd(p_uniform, gamma, form), JOINT, points=POINTS
     )
