@@ -11,7 +11,7 @@ two ranks it restored bfloat16, int64, bool, 0-dim and empty tensors bit for bit
 builds each file in memory before writing: 400 MB of tensors took 763 MB more, or 1126 MB with
 `async_save`, against 363 MB here, and the SHA-256 of the marker needs a second pass over the files.
 It also names the files by rank and number, not by entry of the state. For the same reason whole
-files are not written by `safetensors.torch.save`, which refuses tied tensors besides.
+files are not written by `safetensors.torch.save`, which also refuses tied tensors.
 """
 
 from __future__ import annotations

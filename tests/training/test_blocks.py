@@ -134,17 +134,17 @@ def test_only_matrix_products_are_in_bfloat16(run: Run, monkeypatch: pytest.Monk
 
     divergence = run.process.divergence
 
-    def watched(law: Any, *rows: Tensor) -> Tensor:
-        seen["law"] = law.log_mass(0).dtype
-        return divergence(law, *rows)
+    def record_dtype(dist: Any, *rows: Tensor) -> Tensor:
+        seen["distribution"] = dist.log_mass(0).dtype
+        return divergence(dist, *rows)
 
-    monkeypatch.setattr(run.process, "divergence", watched)
+    monkeypatch.setattr(run.process, "divergence", record_dtype)
     run.denoiser.backbone.blocks[0].up.register_forward_hook(
         lambda m, i, out: seen.update(product=out.dtype)
     )
     run.denoiser.precision = torch.bfloat16
     rounded, gradients = step(run)
-    assert seen == {"law": torch.float32, "product": torch.bfloat16}
+    assert seen == {"distribution": torch.float32, "product": torch.bfloat16}
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
     # bfloat16 has eight bits: a mean of a hundred losses is off by less than a percent.
     assert 0.0 < abs(rounded - exact) < 1e-2 * exact

@@ -283,9 +283,9 @@ def test_killed_run_resumes_on_other_process_counts_and_backends(
 
 def test_launch_prints_a_common_mistake_once(capfd: pytest.CaptureFixture[str]) -> None:
     assert launch(["run", "no_such_recipe"], 2) == 2
-    told = capfd.readouterr().err
-    assert told.count("no_such_recipe") == 1, told
-    assert "Traceback" not in told
+    message = capfd.readouterr().err
+    assert message.count("no_such_recipe") == 1, message
+    assert "Traceback" not in message
 
 
 def test_batch_that_cannot_be_shared_is_refused() -> None:

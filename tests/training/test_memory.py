@@ -13,7 +13,7 @@ STEPS = """
 import resource
 import torch
 from ddiff.distributed.allocator import keep_freed_memory
-told = keep_freed_memory()
+is_kept = keep_freed_memory()
 def step():
     for _ in range(5):
         held = [torch.ones(4 << 20) for _ in range(4)]  # 16 MB each
@@ -21,24 +21,24 @@ def step():
 step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 step()
-print(int(told), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(int(is_kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_keep_freed_memory_saves_page_faults() -> None:
-    def told_and_faults(**environment: str) -> list[int]:
+    def run_and_count_faults(**environment: str) -> list[int]:
         command = [sys.executable, "-c", STEPS]
         answer = subprocess.run(
             command, capture_output=True, text=True, check=True, env=os.environ | environment
         )
         return [int(number) for number in answer.stdout.split()]
 
-    told, kept = told_and_faults()
+    is_kept, kept = run_and_count_faults()
     # 320 MB in all: 80,000 pages of 4 KB, or 160 large ones. A step that keeps them needs none, but
     # other work of the process needs a few.
-    assert told == 1
+    assert is_kept == 1
     assert kept < 80
-    told, given_back = told_and_faults(MALLOC_MMAP_THRESHOLD_="1048576")
-    assert told == 0
+    is_kept, given_back = run_and_count_faults(MALLOC_MMAP_THRESHOLD_="1048576")
+    assert is_kept == 0
     assert given_back >= 160

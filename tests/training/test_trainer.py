@@ -158,7 +158,7 @@ def test_twenty_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     ):
         trainer.fit()
     again = broken_trainer(tmp_path / "run", 30, set(range(3, 30)))
-    with pytest.raises(NonFiniteError, match="step 23"):  # the count goes on too, not from nought
+    with pytest.raises(NonFiniteError, match="step 23"):  # the count is resumed too
         again.fit(again.checkpoints.newest())
 
 

@@ -145,11 +145,11 @@ def test_non_finite_validation_is_reported_and_training_goes_on(
 
 
 def test_tracker_gets_validations_at_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[int, bool]] = []
+    logged: list[tuple[int, bool]] = []
 
     class Listening:
         def log(self, step: int, metrics: Any) -> None:
-            told.append((step, BOUND in metrics))
+            logged.append((step, BOUND in metrics))
 
         def close(self) -> None:
             pass
@@ -158,7 +158,7 @@ def test_tracker_gets_validations_at_their_step(monkeypatch: pytest.MonkeyPatch)
         "ddiff.runs.session.TrainingSession._build_tracker", lambda self: Listening()
     )
     trained("run", "evaluate.every=4")
-    assert told == [(4, True), (5, False), (6, False)]
+    assert logged == [(4, True), (5, False), (6, False)]
 
 
 def test_ema_apply_restores_the_weights_after_an_error() -> None:
