@@ -6,7 +6,7 @@ import pytest
 
 from ddiff.errors import PluginError
 from ddiff.plugin.loader import load_plugins
-from ddiff.plugin.registry import KINDS, Origin, Registry
+from ddiff.plugin.registry import KINDS, Members, NoKeys, Origin, Registry
 
 HERE = Origin("toy", "toy_pkg", "toy-dist", "1.0")
 
@@ -90,6 +90,20 @@ def test_component_that_fails_to_load_names_distribution_and_reason(
     text = message(load_plugins(["toy"]).component("process", "toy").load)
     assert expected in text
     assert "toy-dist 1.0" in text
+
+
+def test_members_of_an_object_with_only_build_have_defaults():
+    class Plain:
+        @staticmethod
+        def build(config):
+            return None
+
+    members = Members.of(Plain)
+    assert members.build is Plain.build
+    assert (members.Config, members.slots, members.writes) == (NoKeys, None, ())
+    assert not members.is_distributed
+    assert members.reads(NoKeys()) == ()
+    assert members.preview(NoKeys()) is None
 
 
 def test_target_may_be_nested_in_a_class(distribution):

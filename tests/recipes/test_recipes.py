@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import fields
 
 import fsspec
 import pytest
 
 from ddiff.errors import PluginError, RecipeError
 from ddiff.plugin.loader import load_plugins
-from ddiff.recipe.model import diff_recipes
+from ddiff.recipe.model import Recipe, diff_recipes
 from ddiff.recipe.resolve import configure_component, parse_recipe, read_recipe
+from ddiff.recipe.schema import SLOTS, TABLES, TopLevelKeys, component_field, keys_field
 
 from .conftest import RECIPE
 
@@ -43,6 +45,13 @@ def test_recipe_is_completed_with_every_default(write):
     assert (recipe.backend_keys.device, recipe.backend_keys.processes) == ("auto", 1)
     assert recipe.evaluate.window == (1e-3, 0.999)
     assert (recipe.sample.steps, recipe.sample.count) == (64, 8)
+
+
+def test_fields_of_recipe_are_those_of_the_schema():
+    expected = {*TopLevelKeys.model_fields, "registry", "source"}
+    expected |= {component_field(path) for path in SLOTS}
+    expected |= {keys_field(name) for name, table in TABLES.items() if table.keys is not None}
+    assert {field.name for field in fields(Recipe)} == expected
 
 
 def test_resolved_recipe_reads_back_as_itself(write):
