@@ -79,7 +79,8 @@ class CandidateEvents:
         rate = self.rates[cell, self.state_index]
         offset = (goal - self.total[cell, self.state_index]) / rate
         s = torch.sigmoid(self.low + cell * self.width + offset)
-        return torch.where((goal > 0) & (rate > 0), torch.minimum(s, t), 0.0)
+        exists = (goal > 0) & (rate > 0)
+        return torch.where(exists, torch.minimum(s, t), 0.0)
 
     def _find_cell(self, goal: Tensor, last: Tensor) -> Tensor:
         """[r] the largest cell up to `last` whose integral is at most goal, by bisection."""

@@ -58,11 +58,13 @@ class LevelClock(SettingsRepr, ABC):
 
     def hazard(self, t: Tensor) -> Tensor:
         """[r,L] lambda_l for l = 0..L-1: the rate of leaving level l, F_{l+1}' / pi_l."""
-        return self.inflow(t) / self.pi(interior(t))[:, :-1]
+        below = self.pi(interior(t))[:, :-1]
+        return self.inflow(t) / below
 
     def cdf(self, t: Tensor) -> Tensor:
         """[r,L] F_l(t) for l = 1..L: the probability of having reached level l."""
-        return self.pi(t).flip(-1).cumsum(-1).flip(-1)[:, 1:]
+        from_root = self.pi(t).flip(-1).cumsum(-1)
+        return from_root.flip(-1)[:, 1:]
 
     def generator(self, t: Tensor) -> Tensor:
         """[r,L+1,L+1] generator of the chain of levels."""
@@ -73,13 +75,19 @@ class LevelClock(SettingsRepr, ABC):
 
     # ------------------------------------------------------------------ entry times
 
-    def entry_time(self, level: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def entry_time(
+        self,
+        level: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """[r] time s < t at which a row found at `level` >= 1 at t entered it.
 
         0 if that is before 1e-12, or never. P(still at level at s | at level at t)
         = pi_l(s) K_ll(s,t) / pi_l(t) = exp(-int_s^t F_l'/pi_l) = u.
         """
-        goal = self._integral_to(level, t) + u.log() + self._inflow_at_end(level, t)
+        reached = self._integral_to(level, t)
+        goal = reached + u.log() + self._inflow_at_end(level, t)
         cell = self._find_cell(level, goal)
         position = torch.full_like(t, 0.5)
         # Newton's method on a nearly straight line, since cells are narrow.
@@ -102,7 +110,8 @@ class LevelClock(SettingsRepr, ABC):
 
     def _entry_rates(self, t: Tensor) -> Tensor:
         """[r,L] F_l'/pi_l per unit of logit t: the rate at which the reversed chain leaves level l."""
-        rates = self.inflow(t) / self.pi(t)[:, 1:] * (t * (1.0 - t)).unsqueeze(-1)
+        dt_dlogit = (t * (1.0 - t)).unsqueeze(-1)
+        rates = self.inflow(t) / self.pi(t)[:, 1:] * dt_dlogit
         # At the very ends pi may be lost to rounding.
         return rates.nan_to_num(0.0, 0.0, 0.0)
 
@@ -113,9 +122,13 @@ class LevelClock(SettingsRepr, ABC):
         nodes = torch.from_numpy(gauss_nodes)
         weights = torch.from_numpy(gauss_weights)
         edges = LOWEST + CELL * torch.arange(CELLS + 1, dtype=torch.float64)
-        inside = torch.sigmoid(edges[:-1].unsqueeze(-1) + CELL * (nodes + 1.0) / 2.0)
-        rates = self._entry_rates(inside.reshape(-1)).reshape(CELLS, len(nodes), -1)
-        per_cell = (rates * (CELL / 2.0 * weights).unsqueeze(-1)).sum(1)
+        offsets = CELL * (nodes + 1.0) / 2.0
+        inside = torch.sigmoid(edges[:-1].unsqueeze(-1) + offsets)
+        rates = self._entry_rates(inside.reshape(-1))
+        rates = rates.reshape(CELLS, len(nodes), -1)
+        scaled_weights = (CELL / 2.0 * weights).unsqueeze(-1)
+        per_cell = (rates * scaled_weights).sum(1)
+        # A row of zeros in front: the integral at the lowest edge.
         totals = torch.nn.functional.pad(per_cell.cumsum(0), (0, 0, 1, 0))
         return totals, self._entry_rates(torch.sigmoid(edges))
 
@@ -203,14 +216,17 @@ class LogTimeClock(LevelClock):
         # The rows of a sequence, or of a step, share their times.
         times, time_index = torch.unique(tau, return_inverse=True)
         mean = (self._max_rate * times).unsqueeze(-1)
-        ratios = mean / torch.arange(1, count, dtype=tau.dtype, device=tau.device)
-        series = torch.cat([torch.ones_like(mean), ratios.cumprod(-1)], -1)
+        k = torch.arange(1, count, dtype=tau.dtype, device=tau.device)
+        # mean^k / k!, as products of ratios
+        powers_of_mean = (mean / k).cumprod(-1)
+        series = torch.cat([torch.ones_like(mean), powers_of_mean], -1)
         weights = series * (-mean).exp()
         exponential = weights @ powers.reshape(count, -1)
         return exponential.reshape(len(times), *powers.shape[1:])[time_index]
 
     def pi(self, t: Tensor) -> Tensor:
-        levels = self._exponential(-torch.log1p(-t.clamp(max=LATEST)), row=0)
+        log_time = -torch.log1p(-t.clamp(max=LATEST))
+        levels = self._exponential(log_time, row=0)
         has_ended = (t >= 1.0).unsqueeze(-1)
         return torch.where(has_ended, _all_at_root(levels), levels)
 
@@ -222,8 +238,9 @@ class LogTimeClock(LevelClock):
         return self.hazard(t) * self.pi(interior(t))[:, :-1]
 
     def transition(self, s: Tensor, t: Tensor) -> Tensor:
-        elapsed = torch.log1p(-s.clamp(max=LATEST)) - torch.log1p(-t.clamp(max=LATEST))
-        levels = self._exponential(elapsed)
+        start = torch.log1p(-s.clamp(max=LATEST))
+        stop = torch.log1p(-t.clamp(max=LATEST))
+        levels = self._exponential(start - stop)
         has_ended = ((t >= 1.0) & (s < 1.0))[:, None, None]
         return torch.where(has_ended, _all_at_root(levels), levels)
 
@@ -257,9 +274,9 @@ class CdfClock(LevelClock):
         inside = self.cdf(torch.cat([near, middle, 1.0 - near]))
         # At the ends themselves F may be equal.
         ends = self.cdf(torch.tensor([0.0, 1.0], dtype=torch.float64))
-        is_unordered = (inside[:, :-1] <= inside[:, 1:]).any(0)
-        is_unordered = is_unordered | (ends[:, :-1] < ends[:, 1:]).any(0)
-        unordered = is_unordered.nonzero()
+        inside_fails = (inside[:, :-1] <= inside[:, 1:]).any(0)
+        ends_fail = (ends[:, :-1] < ends[:, 1:]).any(0)
+        unordered = (inside_fails | ends_fail).nonzero()
         if len(unordered):
             level = int(unordered[0]) + 1
             raise ArgumentError(
@@ -283,7 +300,8 @@ class CdfClock(LevelClock):
     def transition(self, s: Tensor, t: Tensor) -> Tensor:
         if self.num_levels == 1:
             return self._one_level_transition(s, t)
-        pairs, pair_index = torch.unique(torch.stack([s, t], -1), dim=0, return_inverse=True)
+        both = torch.stack([s, t], -1)
+        pairs, pair_index = torch.unique(both, dim=0, return_inverse=True)
         start = pairs[:, 0]
         stop = pairs[:, 1]
         moved = propagate(self.generator, start, stop, self.num_levels + 1, self.steps)
@@ -298,7 +316,8 @@ class CdfClock(LevelClock):
         # For s = t the ratio may be 0 / 0.
         stay = torch.where(s < t, ratio, torch.ones_like(t))
         from_token = torch.stack([stay, 1.0 - stay], -1)
-        from_root = torch.tensor([0.0, 1.0]).to(t).expand(len(t), 2)
+        from_root = torch.tensor([0.0, 1.0]).to(t)
+        from_root = from_root.expand(len(t), 2)
         return torch.stack([from_token, from_root], 1)
 
 

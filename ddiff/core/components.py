@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.interpolating import ROUNDING, InterpolatingProcess, subtract_or_zero
-from ddiff.core.numerics import Constant, draw_index, evaluate_per_time, interior
+from ddiff.core.numerics import Constant, draw_index, evaluate_per_time, find_rows, interior, pick
 from ddiff.core.process import ForwardProcess, Prior
 from ddiff.core.schedule import LinearSchedule, Schedule
 from ddiff.core.vocabulary import FlatVocabulary, Vocabulary
@@ -54,7 +54,8 @@ class ComponentProcess(InterpolatingProcess):
 
     def d_coefficients(self, t: Tensor) -> Tensor:
         """[r,K] d c / dt, by forward differentiation of `coefficients`; may be overridden."""
-        return torch.func.jvp(self.coefficients, (t,), (torch.ones_like(t),))[1]
+        ones = torch.ones_like(t)
+        return torch.func.jvp(self.coefficients, (t,), (ones,))[1]
 
     def _component_rates(self, t: Tensor) -> Tensor:
         """[r,K] rate at which each component arrives."""
@@ -124,35 +125,62 @@ class ComponentProcess(InterpolatingProcess):
         beyond = _weighted_sum(mass, components[:, num_tokens:])
         return at_tokens, beyond
 
-    def _arrive_at(self, zt: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        return (self._component_arrivals(s, t) * self._components_at(zt)).sum(-1)
+    def _arrive_at(
+        self,
+        zt: Tensor,
+        s: Tensor,
+        t: Tensor,
+    ) -> Tensor:
+        mass = self._component_arrivals(s, t)
+        return (mass * self._components_at(zt)).sum(-1)
 
     # ------------------------------------------------------------------ forward draws
 
-    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def sample(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         stay = evaluate_per_time(self.alpha, t)
         mass = evaluate_per_time(self.coefficients, t)
         return self._redraw(x0, stay, mass, u)
 
-    def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        return self._redraw(zs, self._stay(s, t), self._component_arrivals(s, t), u)
+    def forward_step(
+        self,
+        zs: Tensor,
+        s: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
+        stay = self._stay(s, t)
+        mass = self._component_arrivals(s, t)
+        return self._redraw(zs, stay, mass, u)
 
-    def _redraw(self, ids: Tensor, stay: Tensor, mass: Tensor, u: Tensor) -> Tensor:
+    def _redraw(
+        self,
+        ids: Tensor,
+        stay: Tensor,
+        mass: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Keep each row with probability `stay`; else draw a component by its mass, then a state."""
         drawn = ids.clone()
-        redrawn = (u[:, 0] >= stay).nonzero().squeeze(-1)
+        redrawn = find_rows(u[:, 0] >= stay)
         mass = mass[redrawn]
         uniform = u[redrawn, 1]
         cdf = mass.cumsum(-1) / mass.sum(-1, keepdim=True)
         component = draw_index(mass, uniform)
-        upper = cdf.gather(-1, component.unsqueeze(-1)).squeeze(-1)
-        previous = (component - 1).clamp(min=0).unsqueeze(-1)
-        lower = torch.where(component > 0, cdf.gather(-1, previous).squeeze(-1), 0.0)
+        upper = pick(cdf, component)
+        previous = (component - 1).clamp(min=0)
+        lower = torch.where(component > 0, pick(cdf, previous), 0.0)
         # The place of the uniform within its component's interval is uniform again.
-        rest = ((uniform - lower) / (upper - lower)).clamp(0.0, 1.0 - 2.0**-53)
+        rest = (uniform - lower) / (upper - lower)
+        rest = rest.clamp(0.0, 1.0 - 2.0**-53)
         for k, dist in enumerate(self._components_on(ids.device)):
             rows = component == k
-            drawn[redrawn[rows]] = Prior(dist.log()).draw(rest[rows])
+            states = Prior(dist.log()).draw(rest[rows])
+            drawn[redrawn[rows]] = states
         return drawn
 
 
@@ -164,7 +192,12 @@ class MixtureProcess(ComponentProcess):
     diffusion, 1/V at every token uniform diffusion.
     """
 
-    def __init__(self, vocabulary: Vocabulary, schedule: Schedule, target: Tensor) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        schedule: Schedule,
+        target: Tensor,
+    ) -> None:
         self.schedule = schedule
         super().__init__(vocabulary, [target])
         self.target = self.components[0]

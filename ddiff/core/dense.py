@@ -60,7 +60,8 @@ class DenseProcess(ForwardProcess):
         else:
             self._matrix = self._check_generator(_as_tensor(matrix))
         self._last_times: Tensor | None = None
-        at_end = self._transition_from_clean(torch.ones(1).double())[0, : vocabulary.num_tokens]
+        end = torch.ones(1).double()
+        at_end = self._transition_from_clean(end)[0, : vocabulary.num_tokens]
         mean = at_end.mean(0)
         self.prior = Prior(mean.clamp(min=0.0).log())
         self.closes_at_prior = bool((at_end - mean).abs().max() < 1e-9)
@@ -120,9 +121,10 @@ class DenseProcess(ForwardProcess):
 
         With it the transition from 0 to any time costs one short step.
         """
-        ends = torch.logit(interior(torch.tensor([0.0, 1.0], dtype=torch.float64)))
-        first, last = ends.tolist()
-        knots = torch.sigmoid(torch.linspace(first, last, self.steps + 1, dtype=torch.float64))
+        ends = interior(torch.tensor([0.0, 1.0], dtype=torch.float64))
+        first, last = torch.logit(ends).tolist()
+        logit_knots = torch.linspace(first, last, self.steps + 1, dtype=torch.float64)
+        knots = torch.sigmoid(logit_knots)
         size = self.vocabulary.num_states
         moves = propagate(self._generator, knots[:-1], knots[1:], size, steps=4)
         reached = [torch.eye(size, dtype=torch.float64)]
@@ -164,7 +166,12 @@ class DenseProcess(ForwardProcess):
         diagonal = self._transition_from_clean(times).diagonal(dim1=-2, dim2=-1)
         return diagonal[time_index, x0]
 
-    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def sample(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         return draw_index(self.from_clean(t).row(x0), u[:, 0])
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:

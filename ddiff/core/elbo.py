@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddiff.core.numerics import find_rows
 from ddiff.core.prediction import DenseDistribution, Prediction, Score
 from ddiff.core.process import ForwardProcess, Query, RowFunction
 from ddiff.core.rng import CounterRng
@@ -124,7 +125,8 @@ def corrupt(
     Other positions are clean, at time 0. Positions marked `at_prior` hold draws of the prior.
     """
     u = rng.uniform(channel, process.uniforms_per_sample).reshape(x0.numel(), -1)
-    zt = process.sample(x0.reshape(-1), times.t.reshape(-1), u).reshape(x0.shape)
+    flat = process.sample(x0.reshape(-1), times.t.reshape(-1), u)
+    zt = flat.reshape(x0.shape)
     if times.at_prior is not None:
         # A draw of the prior carries no information on x0, even if q_1 does.
         prior = process.prior.draw(rng.uniform(f"{channel}.waiting"))
@@ -263,7 +265,7 @@ def _evaluate_at(
     *arguments: Tensor,
 ) -> Tensor:
     """[B,L] formula(prediction, *arguments) at the marked positions of one network call, else 0."""
-    rows = evaluated.reshape(-1).nonzero().squeeze(-1)
+    rows = find_rows(evaluated.reshape(-1))
     values = torch.zeros(evaluated.numel(), dtype=torch.float64, device=evaluated.device)
     if len(rows):
         node = scope(noisy.zt.reshape(-1)[rows])
@@ -276,7 +278,12 @@ def network_from_noisy(log_probs: Callable[[Noisy], Tensor], vocabulary: Vocabul
     """Make a `Network` from a plain function noisy -> log_p [B,L,V]."""
 
     def network(noisy: Noisy) -> Query:
-        def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+        def query(
+            rows: Tensor,
+            node: Tensor,
+            fn: RowFunction,
+            *per_row: Tensor,
+        ) -> Any:
             log_p = log_probs(noisy).reshape(-1, vocabulary.num_tokens)[rows]
             return fn(DenseDistribution(log_p, vocabulary), *per_row)
 

@@ -29,7 +29,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
-from ddiff.core.numerics import EARLIEST, LATEST, Constant
+from ddiff.core.numerics import EARLIEST, LATEST, Constant, find_rows
 
 TimeFunction = Callable[[Tensor], Tensor]
 
@@ -58,7 +58,13 @@ class TimeChange(Protocol):
     def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
         """tau of any shape, float64 -> (t, dt/dtau) of the same shape; dt/dtau is finite."""
 
-    def draw(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
+    def draw(
+        self,
+        v: Tensor,
+        start: float,
+        stop: float,
+        length: int,
+    ) -> tuple[Tensor, Tensor]:
         """v uniform in [0,1] -> (t, dt/dv), t rising from tau = start to tau = stop.
 
         The density of the draws has the least variance for a sequence of `length` tokens.
@@ -72,7 +78,13 @@ class IdentityTime:
     def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
         return tau, torch.ones_like(tau)
 
-    def draw(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
+    def draw(
+        self,
+        v: Tensor,
+        start: float,
+        stop: float,
+        length: int,
+    ) -> tuple[Tensor, Tensor]:
         return start + (stop - start) * v, torch.full_like(v, stop - start)
 
 
@@ -92,7 +104,9 @@ class MonotoneMap:
         """x of any shape in (0,1) -> (y, dy/dx)."""
         logit_y, slope = self._interpolate(torch.logit(x))
         y = torch.sigmoid(logit_y)
-        return y, y * torch.sigmoid(-logit_y) * slope / (x * (1.0 - x))
+        # d logit(x) / dx = 1 / (x (1 - x)), and 1 - y = sigmoid(-logit_y).
+        derivative = y * torch.sigmoid(-logit_y) * slope / (x * (1.0 - x))
+        return y, derivative
 
     def _interpolate(self, logit_x: Tensor) -> tuple[Tensor, Tensor]:
         x, y, slopes = self._knots.on(logit_x.device)
@@ -167,7 +181,13 @@ class InformationTime:
         t = torch.where(tau <= 0.0, self._first_t, t)
         return t, width * speed
 
-    def draw(self, v: Tensor, start: float, stop: float, length: int) -> tuple[Tensor, Tensor]:
+    def draw(
+        self,
+        v: Tensor,
+        start: float,
+        stop: float,
+        length: int,
+    ) -> tuple[Tensor, Tensor]:
         window = (start, stop, length)
         if window not in self._quantile_maps:
             self._quantile_maps[window] = self._make_quantiles(*window)
@@ -175,7 +195,12 @@ class InformationTime:
         t, speed = self.at(start + (stop - start) * share)
         return t, (stop - start) * slope * speed
 
-    def _make_quantiles(self, start: float, stop: float, length: int) -> MonotoneMap:
+    def _make_quantiles(
+        self,
+        start: float,
+        stop: float,
+        length: int,
+    ) -> MonotoneMap:
         """Map v to the share of the window that is the v-quantile of the density of `draw`."""
         logit_share = torch.linspace(-27.0, 27.0, KNOTS, dtype=torch.float64)
         share = torch.sigmoid(logit_share)
@@ -184,8 +209,10 @@ class InformationTime:
         # Trapezoids between the knots. Below the first knot the density is at most a square root of
         # 1 / share, hence the 2.
         cells = (density[1:] + density[:-1]) / 2.0 * share.diff()
-        below = torch.cat([2.0 * density[:1] * share[:1], cells]).cumsum(0)
-        above = torch.cat([cells.flip(0).cumsum(0).flip(0), cells.new_zeros(1)])
+        first = 2.0 * density[:1] * share[:1]
+        below = torch.cat([first, cells]).cumsum(0)
+        from_end = cells.flip(0).cumsum(0).flip(0)
+        above = torch.cat([from_end, cells.new_zeros(1)])
         above = above + density[-1] * torch.sigmoid(-logit_share[-1])
         return MonotoneMap((below / above).log(), logit_share)
 
@@ -238,12 +265,13 @@ def _refine_knots(shares: TimeFunction, logit_t: Tensor) -> tuple[Tensor, Tensor
         before, after = shares_at.clamp(min=RELIABLE)
         # The running maximum bounds the number of steep cells, also if rounding makes tau fall.
         logit_tau = (before / after).log().cummax(0).values
-        steep = (logit_tau.diff() > STEEP).nonzero().squeeze(-1)
+        steep = find_rows(logit_tau.diff() > STEEP)
         if len(steep) == 0:
             break
         middle = (logit_t[steep] + logit_t[steep + 1]) / 2.0
         logit_t, order = torch.cat([logit_t, middle]).sort()
-        shares_at = torch.cat([shares_at, shares(torch.sigmoid(middle))], -1)[:, order]
+        at_middle = shares(torch.sigmoid(middle))
+        shares_at = torch.cat([shares_at, at_middle], -1)[:, order]
     return shares_at, logit_t
 
 

@@ -39,6 +39,7 @@ from ddiff.core.numerics import (
     LATEST,
     Constant,
     draw_index,
+    find_rows,
     interior,
     log_normalize,
     safe_log,
@@ -89,11 +90,13 @@ class InterpolatingProcess(ForwardProcess):
 
     def d_alpha(self, t: Tensor) -> Tensor:
         """[r] d alpha / dt, by forward differentiation of `alpha`; may be overridden."""
-        return torch.func.jvp(self.alpha, (t,), (torch.ones_like(t),))[1]
+        ones = torch.ones_like(t)
+        return torch.func.jvp(self.alpha, (t,), (ones,))[1]
 
     def d_noise(self, t: Tensor) -> Tensor:
         """[r,S] d b / dt, by forward differentiation of `noise`; may be overridden."""
-        return torch.func.jvp(self.noise, (t,), (torch.ones_like(t),))[1]
+        ones = torch.ones_like(t)
+        return torch.func.jvp(self.noise, (t,), (ones,))[1]
 
     def arrivals(self, t: Tensor) -> Tensor:
         """[r,S] omega_t(z), the rate into z from any other state."""
@@ -130,11 +133,14 @@ class InterpolatingProcess(ForwardProcess):
 
     def noise_table(self, states: Tensor, t: Tensor) -> Tensor:
         """[n,m] b_t of some states [m] at times [n]."""
-        return torch.cat([self.noise(chunk)[:, states] for chunk in t.split(64)])
+        # In chunks: all states at all times would be too large.
+        chunks = [self.noise(chunk)[:, states] for chunk in t.split(64)]
+        return torch.cat(chunks)
 
     def arrivals_table(self, states: Tensor, t: Tensor) -> Tensor:
         """[n,m] omega_t of some states [m] at times [n]."""
-        return torch.cat([self.arrivals(chunk)[:, states] for chunk in t.split(64)])
+        chunks = [self.arrivals(chunk)[:, states] for chunk in t.split(64)]
+        return torch.cat(chunks)
 
     def _noise_elsewhere(self, zt: Tensor, t: Tensor) -> Tensor:
         """[r] sum of b_t(y) over y != z_t."""
@@ -144,7 +150,12 @@ class InterpolatingProcess(ForwardProcess):
         noise = self.noise(t)
         return noise.sum(-1, keepdim=True) - noise
 
-    def _arrive_at(self, zt: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    def _arrive_at(
+        self,
+        zt: Tensor,
+        s: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """[r] P(z_t | z_s = y) for y != z_t: what arrives from any other state between s and t."""
         kept = self._stay(s, t) * self.noise_at(zt, s)
         return subtract_or_zero(self.noise_at(zt, t), kept).clamp(min=0.0)
@@ -152,7 +163,8 @@ class InterpolatingProcess(ForwardProcess):
     def _stay(self, s: Tensor, t: Tensor) -> Tensor:
         """[r] alpha_t / alpha_s."""
         alpha_s = self.alpha(s)
-        return torch.where(alpha_s > 0, self.alpha(t) / alpha_s, torch.ones_like(t))
+        ratio = self.alpha(t) / alpha_s
+        return torch.where(alpha_s > 0, ratio, torch.ones_like(t))
 
     # ------------------------------------------------------------------ forward
 
@@ -171,20 +183,31 @@ class InterpolatingProcess(ForwardProcess):
         arrive = self.noise(t) - stay.unsqueeze(-1) * self.noise(s)
         return InterpolatingKernel(stay, arrive.clamp(min=0.0))
 
-    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def sample(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Keep the token with probability alpha_t, otherwise draw from b_t."""
         zt = x0.clone()
-        redrawn = (u[:, 0] >= self.alpha(t)).nonzero().squeeze(-1)
+        redrawn = find_rows(u[:, 0] >= self.alpha(t))
         # Only the redrawn rows: at t = 0 there may be no noise to draw from.
         noise = self.noise(t[redrawn])
         zt[redrawn] = draw_index(noise, u[redrawn, 1])
         return zt
 
-    def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def forward_step(
+        self,
+        zs: Tensor,
+        s: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Keep the state with probability alpha_ts, otherwise draw from b_t - alpha_ts b_s."""
         zt = zs.clone()
         stay = self._stay(s, t)
-        redrawn = (u[:, 0] >= stay).nonzero().squeeze(-1)
+        redrawn = find_rows(u[:, 0] >= stay)
         kept = stay[redrawn].unsqueeze(-1) * self.noise(s[redrawn])
         arrive = self.noise(t[redrawn]) - kept
         zt[redrawn] = draw_index(arrive.clamp(min=0.0), u[redrawn, 1])
@@ -221,7 +244,12 @@ class InterpolatingProcess(ForwardProcess):
 
     # ------------------------------------------------------------------ the bound
 
-    def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def weight(
+        self,
+        x0: Tensor,
+        zt: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """omega_t(z) (1 - q_t(z|x)) / q_t(z|x), the total true reverse rate.
 
         1 if that is 0 because z is certain under x, but something may arrive: there, other tokens that
@@ -310,13 +338,23 @@ class InterpolatingProcess(ForwardProcess):
         nll = self._log_marginal_at(log_p_z, zt, t) - log_p_x - evidence
         return torch.where(certain, 0.0, nll)
 
-    def closing_kl(self, prediction: Prediction, x0: Tensor, t: Tensor) -> Tensor:
+    def closing_kl(
+        self,
+        prediction: Prediction,
+        x0: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         if isinstance(prediction, Score):
             return super().closing_kl(prediction, x0, t)
         others, log_p_x, _ = self._read_prediction(prediction, x0, x0, t)
         return self._kl(others, log_p_x, x0, t)
 
-    def reverse_rates(self, prediction: Prediction, zt: Tensor, t: Tensor) -> Tensor:
+    def reverse_rates(
+        self,
+        prediction: Prediction,
+        zt: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         ratio = self._log_ratio(prediction, zt, interior(t)).exp()
         arrive = to_column(self.arrivals_at(zt, t), ratio)
         rates = torch.where(arrive > 0, arrive * ratio, 0.0)
@@ -338,7 +376,13 @@ class InterpolatingProcess(ForwardProcess):
         alpha = to_column(self.alpha(t), log_p)
         return TokenDivergence.apply(log_p, alpha, noise, x0, self._token_or_first(zt))
 
-    def _kl(self, others: Tensor, log_p_x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    def _kl(
+        self,
+        others: Tensor,
+        log_p_x: Tensor,
+        x0: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """[r] KL( q_t(.|x) || q_t-bar ).
 
         = q_x phi(-delta) + sum_{y != x} b_y phi(alpha p_y / b_y), with q_x = q_t(x|x),
@@ -370,20 +414,29 @@ class InterpolatingProcess(ForwardProcess):
         t: Tensor,
     ) -> Tensor:
         log_ratio = score.log_ratio
-        pick = x0.unsqueeze(-1)
+        own = x0.unsqueeze(-1)
         at_tokens, beyond = self.split_noise(log_ratio, t)
-        q = torch.cat([at_tokens.expand(-1, self.vocabulary.num_tokens), beyond], -1)
-        q = q.scatter(-1, pick, q.gather(-1, pick) + to_column(self.alpha(t), q))
-        log_model = log_ratio + to_column(self._likelihood(x0, zt, t).log(), log_ratio)
+        at_tokens = at_tokens.expand(-1, self.vocabulary.num_tokens)
+        q = torch.cat([at_tokens, beyond], -1)
+        clean = to_column(self.alpha(t), q)
+        q = q.scatter(-1, own, q.gather(-1, own) + clean)
+        log_here = self._likelihood(x0, zt, t).log()
+        log_model = log_ratio + to_column(log_here, log_ratio)
         cross = torch.where(q > 0, q * (q.log() - log_model), 0.0)
         terms = log_model.exp() - q + cross
-        return terms.scatter(-1, zt.unsqueeze(-1), 0.0).sum(-1).double()
+        others = terms.scatter(-1, zt.unsqueeze(-1), 0.0)
+        return others.sum(-1).double()
 
     def _token_or_first(self, zt: Tensor) -> Tensor:
         """[r] z_t if it is a token, else token 0."""
         return torch.where(zt < self.vocabulary.num_tokens, zt, 0)
 
-    def _log_marginal_at(self, log_p_z: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def _log_marginal_at(
+        self,
+        log_p_z: Tensor,
+        zt: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """[r] ln q_t-bar(z_t); ln alpha + ln p without noise, since p of a token may underflow."""
         noise = self.noise_at(zt, t)
         is_token = zt < self.vocabulary.num_tokens
@@ -391,13 +444,25 @@ class InterpolatingProcess(ForwardProcess):
         log_noise = torch.where(noise > 0, noise, 1.0).log()
         return torch.where(is_token | (noise == 0), mixed, log_noise)
 
-    def _likelihood(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def _likelihood(
+        self,
+        x0: Tensor,
+        zt: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """[r] q_t(z|x)."""
-        return self.noise_at(zt, t) + torch.where(zt == x0, self.alpha(t), 0.0)
+        clean = torch.where(zt == x0, self.alpha(t), 0.0)
+        return self.noise_at(zt, t) + clean
 
-    def _elsewhere(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def _elsewhere(
+        self,
+        x0: Tensor,
+        zt: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """[r] 1 - q_t(z|x), as the sum of b_t(y) over y != z, plus alpha_t if z is not x."""
-        return self._noise_elsewhere(zt, t) + torch.where(zt == x0, 0.0, self.alpha(t))
+        clean = torch.where(zt == x0, 0.0, self.alpha(t))
+        return self._noise_elsewhere(zt, t) + clean
 
     # ------------------------------------------------------------------ information
 
@@ -409,10 +474,12 @@ class InterpolatingProcess(ForwardProcess):
         noise = self.noise_table(tokens, t)
         # Terms of `_kl` with p = 1/V at every token.
         gained = torch.where(noise > 0, alpha / (num_tokens * noise), 0.0)
-        other = torch.where(noise > 0, noise * (gained - gained.log1p()), alpha / num_tokens)
+        phi = gained - gained.log1p()
+        other = torch.where(noise > 0, noise * phi, alpha / num_tokens)
         truth = alpha + noise
         delta = torch.where(truth > 0, alpha * (1.0 - 1.0 / num_tokens) / truth, 0.0)
-        own = torch.where(truth > 0, -truth * (delta + torch.log1p(-delta)), 0.0)
+        log_rest = torch.log1p(-delta)
+        own = torch.where(truth > 0, -truth * (delta + log_rest), 0.0)
         share = counts.to(t.dtype) / num_tokens
         all_others = (counts * other).sum(-1, keepdim=True)
         return ((own - other + all_others) * share).sum(-1)
@@ -460,12 +527,20 @@ class InterpolatingProcess(ForwardProcess):
 
     # ------------------------------------------------------------------ reverse
 
-    def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
+    def step(
+        self,
+        query: Query,
+        zt: Tensor,
+        t: Tensor,
+        s: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Draw z_s: leave z with the probability of the exact reverse transition, for y ~ q_s-bar.
 
         P(z_s != z | z_t = z) = arrive_ts(z) (1 - q_s-bar(z)) / q_t-bar(z).
         """
-        return self._leave(query, zt, t, s, self._arrive_at(zt, s, t), u)
+        arrive = self._arrive_at(zt, s, t)
+        return self._leave(query, zt, t, s, arrive, u)
 
     def _leave(
         self,
@@ -485,7 +560,7 @@ class InterpolatingProcess(ForwardProcess):
         noise_t = self.noise_at(zt, t)
         bound = torch.where(arrive > 0, arrive * (1.0 - noise_s) / noise_t, 0.0)
         zs = zt.clone()
-        candidates = (u[:, 0] < bound).nonzero().squeeze(-1)
+        candidates = find_rows(u[:, 0] < bound)
         if len(candidates) == 0:
             return zs
         z = zt[candidates]
@@ -523,7 +598,13 @@ class InterpolatingProcess(ForwardProcess):
         leave_probability = arrive * total / log_here.double().exp()
         return torch.where(u[:, 0] < leave_probability, drawn, zt)
 
-    def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def decode(
+        self,
+        query: Query,
+        zt: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Keep z with probability alpha p(z) / q_t-bar(z), otherwise draw x ~ p.
 
         The noise carries no information on x.
@@ -533,7 +614,7 @@ class InterpolatingProcess(ForwardProcess):
         x0 = zt.clone()
         noise = self.noise_at(zt, t)
         is_token = zt < self.vocabulary.num_tokens
-        uncertain = (~is_token | (noise > 0)).nonzero().squeeze(-1)
+        uncertain = find_rows(~is_token | (noise > 0))
         if len(uncertain) == 0:
             return x0
         z = zt[uncertain]
@@ -569,11 +650,22 @@ class InterpolatingProcess(ForwardProcess):
 
     # ------------------------------------------------------------------ events
 
-    def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def event_time(
+        self,
+        zt: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Time of the next candidate event before t (`CandidateEvents`)."""
         return CandidateEvents(self, zt).next_time(t, u)
 
-    def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def event(
+        self,
+        query: Query,
+        zt: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Accept a candidate with probability (rate of leaving z_t) / (rate of candidates).
 
         An accepted candidate draws a y ~ q_t-bar other than z_t.

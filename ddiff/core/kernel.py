@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ddiff.core.numerics import to_column
+from ddiff.core.numerics import find_rows, to_column
 from ddiff.errors import ArgumentError
 
 # Largest number of states of a kernel that is solved as a dense matrix.
@@ -60,7 +60,8 @@ class Kernel(ABC):
                 "transition has its own structure."
             )
         transposed = self.dense().transpose(-1, -2)
-        solved, info = torch.linalg.solve_ex(transposed, vector.double().unsqueeze(-1))
+        target = vector.double().unsqueeze(-1)
+        solved, info = torch.linalg.solve_ex(transposed, target)
         require_invertible(info != 0, type(self).__name__)
         return solved.squeeze(-1).to(vector.dtype)
 
@@ -85,7 +86,12 @@ def require_invertible(singular: Tensor, name: str) -> None:
         )
 
 
-def solve_nearest(matrix: Tensor, base: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
+def solve_nearest(
+    matrix: Tensor,
+    base: Tensor,
+    vectors: Tensor,
+    index: Tensor,
+) -> Tensor:
     """[r,A] distributions x with x matrix[index] = vectors [r,S], nearest to base[index].
 
     matrix [n,A,S] holds transition probabilities, base [n,A] a distribution of their starts, and
@@ -101,10 +107,10 @@ def solve_nearest(matrix: Tensor, base: Tensor, vectors: Tensor, index: Tensor) 
     scaled = matrix * scale.unsqueeze(1)
     inverse = torch.linalg.pinv(scaled, rtol=MIN_SINGULAR_SHARE)
     targets = vectors * scale[index]
-    x = torch.zeros(len(vectors), matrix.shape[1], dtype=vectors.dtype, device=vectors.device)
+    x = vectors.new_zeros(len(vectors), matrix.shape[1])
     # One problem at a time: [r,A,S] would be as large as the batch times the square of S.
     for k in range(len(matrix)):
-        rows = (index == k).nonzero().squeeze(-1)
+        rows = find_rows(index == k)
         solved = base[k].expand(len(rows), -1)
         for _ in range(3):
             residual = targets[rows] - solved @ scaled[k]
@@ -157,7 +163,8 @@ class InterpolatingKernel(Kernel):
         return self.arrive + self._diagonal(ids)
 
     def column(self, ids: Tensor) -> Tensor:
-        return self.arrive.gather(-1, ids.unsqueeze(-1)) + self._diagonal(ids)
+        arrive = self.arrive.gather(-1, ids.unsqueeze(-1))
+        return arrive + self._diagonal(ids)
 
     def apply(self, vector: Tensor) -> Tensor:
         total = vector.sum(-1, keepdim=True)
@@ -168,7 +175,8 @@ class InterpolatingKernel(Kernel):
         """x = (v - |x| arrive) / stay, with |x| = |v| / (stay + |arrive|)."""
         row_sum = self.stay + self.arrive.sum(-1)
         # A row sum that is rounding of `stay` alone is the 0 of a generator.
-        singular = (self.stay == 0) | (row_sum.abs() <= 1e-15 * self.stay.abs())
+        is_rounding = row_sum.abs() <= 1e-15 * self.stay.abs()
+        singular = (self.stay == 0) | is_rounding
         require_invertible(singular, type(self).__name__)
         total = vector.sum(-1, keepdim=True) / to_column(row_sum, vector)
         arrived = total * self.arrive.to(vector.dtype)
@@ -177,7 +185,8 @@ class InterpolatingKernel(Kernel):
     def _diagonal(self, ids: Tensor) -> Tensor:
         """[r,S] `stay` at ids, 0 elsewhere."""
         zeros = torch.zeros_like(self.arrive)
-        return zeros.scatter(-1, ids.unsqueeze(-1), self.stay.unsqueeze(-1))
+        stay = self.stay.unsqueeze(-1)
+        return zeros.scatter(-1, ids.unsqueeze(-1), stay)
 
     def _num_rows(self) -> int:
         return len(self.stay)

@@ -38,7 +38,8 @@ def to_column(values: Tensor, wide: Tensor) -> Tensor:
 def safe_log(mass: Tensor) -> Tensor:
     """ln mass; -inf if the mass is 0, and no gradient there (the plain log gives 0/0 = NaN)."""
     is_zero = mass == 0
-    return torch.where(is_zero, 1.0, mass).log().masked_fill(is_zero, -torch.inf)
+    log_mass = torch.where(is_zero, 1.0, mass).log()
+    return log_mass.masked_fill(is_zero, -torch.inf)
 
 
 def log_normalize(log_mass: Tensor) -> Tensor:
@@ -67,6 +68,16 @@ def apply_temperature(log_p: Tensor, temperature: float) -> Tensor:
     # Below the smallest normal number 1/T would be infinite, and 0 * inf is NaN.
     scale = max(temperature, torch.finfo(log_p.dtype).tiny)
     return torch.where(log_p == largest, 0.0, (log_p - largest) / scale)
+
+
+def find_rows(condition: Tensor) -> Tensor:
+    """[k] long, indices of the true entries of a bool [r]. Synchronizes an accelerator."""
+    return condition.nonzero().squeeze(-1)
+
+
+def pick(values: Tensor, index: Tensor) -> Tensor:
+    """[r,n] values, [r] column of each row -> [r] one value per row."""
+    return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
 def evaluate_per_time(values: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, final
 import torch
 from torch import Tensor
 
-from ddiff.core.numerics import draw_index, may_be_true, safe_log, where_or_zero
+from ddiff.core.numerics import draw_index, find_rows, may_be_true, pick, safe_log, where_or_zero
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 
@@ -43,7 +43,12 @@ class CleanDistribution(Protocol):
     def log_mass(self, level: int) -> Tensor:
         """[r,n_level] log P of every node of a level, in id order; level 0 is the dense log_p."""
 
-    def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
+    def draw(
+        self,
+        node: Tensor,
+        level: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """[r] nodes, [r] target levels, [r] uniforms -> [r] a descendant of each node at its level."""
 
 
@@ -78,7 +83,12 @@ class SubtreeDistribution(ABC):
     `top_is_query_node` says that every row was queried at exactly `top`; `log_step` is cheaper then.
     """
 
-    def __init__(self, vocabulary: Vocabulary, top: int, top_is_query_node: bool = False) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        top: int,
+        top_is_query_node: bool = False,
+    ) -> None:
         self.vocabulary = vocabulary
         self.top = top
         self.top_is_query_node = top_is_query_node
@@ -126,23 +136,36 @@ class SubtreeDistribution(ABC):
             return mass
         return _select_columns(mass, self.vocabulary.position(level, mass.device))
 
-    def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
+    def draw(
+        self,
+        node: Tensor,
+        level: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         drawn = node.clone()
         own_level = self.vocabulary.level_of(node)
         for target in range(max(self.vocabulary.num_levels, 1)):
             moves = (level == target) & (own_level > target)
-            rows = moves.nonzero().squeeze(-1)
+            rows = find_rows(moves)
             if len(rows):
                 drawn[rows] = self._draw_at(node[rows], target, u[rows], rows)
         return drawn
 
-    def _draw_at(self, node: Tensor, level: int, u: Tensor, rows: Tensor) -> Tensor:
+    def _draw_at(
+        self,
+        node: Tensor,
+        level: int,
+        u: Tensor,
+        rows: Tensor,
+    ) -> Tensor:
         """Draw one descendant at `level` per row, by inverse CDF within the node's range."""
         log_p = self.log_below(level)[rows]
         start, stop = self._local_range(node, level)
         place = torch.arange(log_p.shape[1], device=log_p.device)
-        is_inside = (place >= start.unsqueeze(-1)) & (place < stop.unsqueeze(-1))
-        peak = log_p.masked_fill(~is_inside, -torch.inf).amax(-1, keepdim=True)
+        is_after_start = place >= start.unsqueeze(-1)
+        is_inside = is_after_start & (place < stop.unsqueeze(-1))
+        inside = log_p.masked_fill(~is_inside, -torch.inf)
+        peak = inside.amax(-1, keepdim=True)
         finite_peak = peak.masked_fill(peak == -torch.inf, 0.0)
         weights = (log_p - finite_peak).exp().masked_fill(~is_inside, 0.0)
         drawn_place = self._below[level].start + draw_index(weights, u)
@@ -150,7 +173,7 @@ class SubtreeDistribution(ABC):
 
     def _log_at(self, level: int, place: Tensor) -> Tensor:
         """[r] log P(node | top) of one node of `level` per row, by its place below top."""
-        return self.log_below(level).gather(-1, place.unsqueeze(-1)).squeeze(-1)
+        return pick(self.log_below(level), place)
 
     def _width(self, level: int) -> int:
         """Number of nodes of `level` below top; 1 at the level of top itself."""
@@ -201,7 +224,12 @@ class DenseDistribution(SubtreeDistribution):
     tokens below top, in tree order, normalized there (tied heads).
     """
 
-    def __init__(self, log_p: Tensor, vocabulary: Vocabulary, top: int | None = None) -> None:
+    def __init__(
+        self,
+        log_p: Tensor,
+        vocabulary: Vocabulary,
+        top: int | None = None,
+    ) -> None:
         super().__init__(vocabulary, vocabulary.root if top is None else top)
         is_in_tree_order = vocabulary.num_levels <= 1 or top is not None
         if not is_in_tree_order:
@@ -273,7 +301,8 @@ class LogitDistribution(SubtreeDistribution):
         if may_check and bool((sums < smallest).any()):
             return segment_logsumexp(self.log_below(0), segment, len(nodes))
         softmax = self._softmax.add_reader()
-        return _SegmentMasses.apply(self._logits, softmax, sums.clamp(min=smallest), segment)
+        sums = sums.clamp(min=smallest)
+        return _SegmentMasses.apply(self._logits, softmax, sums, segment)
 
 
 class _Softmax:
@@ -326,10 +355,16 @@ class _PickToken(torch.autograd.Function):
     """[r] log-probability of one token per row."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, softmax: _Softmax, place: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        softmax: _Softmax,
+        place: Tensor,
+    ) -> Tensor:
         ctx.softmax = softmax
         ctx.place = place.unsqueeze(-1)
-        return (logits.gather(-1, ctx.place) - softmax.log_total).squeeze(-1)
+        picked = logits.gather(-1, ctx.place)
+        return (picked - softmax.log_total).squeeze(-1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -360,7 +395,8 @@ class _SegmentMasses(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         softmax = ctx.softmax
         softmax.readers -= 1
-        per_segment = gradient / ctx.sums - gradient.sum(-1, keepdim=True) / softmax.total
+        total = gradient.sum(-1, keepdim=True)
+        per_segment = gradient / ctx.sums - total / softmax.total
         per_token = _select_columns(per_segment, ctx.segment, softmax.exponentials)
         return per_token.mul_(softmax.exponentials), None, None, None
 
@@ -373,7 +409,12 @@ def _select_columns(values: Tensor, index: Tensor, like: Tensor | None = None) -
     return values.t().index_select(0, index).t()
 
 
-def _segments(vocabulary: Vocabulary, top: int, level: int, device: torch.device) -> Tensor:
+def _segments(
+    vocabulary: Vocabulary,
+    top: int,
+    level: int,
+    device: torch.device,
+) -> Tensor:
     """[w] for each token below top, in tree order: the place below top of its ancestor at `level`."""
     below = vocabulary.subtree(top)
     tokens = vocabulary.order(0, device)[below[0]]

@@ -31,9 +31,11 @@ from ddiff.core.numerics import (
     FLOOR,
     LATEST,
     draw_index,
+    find_rows,
     interior,
     log_normalize,
     may_be_true,
+    pick,
     safe_log,
     where_or_zero,
 )
@@ -55,7 +57,14 @@ class Query(Protocol):
     results come back in the order of `rows`.
     """
 
-    def __call__(self, rows: Tensor, node: Tensor, fn: RowFunction, /, *per_row: Tensor) -> Any: ...
+    def __call__(
+        self,
+        rows: Tensor,
+        node: Tensor,
+        fn: RowFunction,
+        /,
+        *per_row: Tensor,
+    ) -> Any: ...
 
 
 # Largest condition number of an operator that elimination inverts to the last digits.
@@ -102,7 +111,8 @@ class Prior:
         weights = self.log_prob.exp().to(u.device)
         # One cumulative sum for all rows: no tensor as large as u times the states is made.
         cdf = weights.cumsum(0)
-        drawn = torch.searchsorted(cdf, u.contiguous() * cdf[-1], right=True)
+        target = u.contiguous() * cdf[-1]
+        drawn = torch.searchsorted(cdf, target, right=True)
         last_possible = int(weights.nonzero().max())
         return drawn.clamp(max=last_possible)
 
@@ -155,7 +165,12 @@ class ForwardProcess(ABC):
         """Generator Q_t, evaluated at interior times."""
 
     @abstractmethod
-    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def sample(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Draw z_t [r] given x0 from uniforms u [r, uniforms_per_sample]."""
 
     @classmethod
@@ -189,7 +204,8 @@ class ForwardProcess(ABC):
         start at 0, `transition(0, t)` starts from z_0, and this operator also contains the noise of
         t = 0. Rows of states that are not tokens only keep the operator invertible.
         """
-        kernel = self.transition(torch.zeros_like(t), t)
+        start = torch.zeros_like(t)
+        kernel = self.transition(start, t)
         if self.closes_at_clean:
             return kernel
         num_tokens = self.vocabulary.num_tokens
@@ -197,19 +213,27 @@ class ForwardProcess(ABC):
         certain = identity.log().repeat(len(t), 1)
         tokens = self.log_marginal(certain, t.repeat_interleave(num_tokens)).exp()
         beyond = kernel.dense()[:, num_tokens:]
-        return DenseKernel(torch.cat([tokens.reshape(len(t), num_tokens, -1), beyond], 1))
+        tokens = tokens.reshape(len(t), num_tokens, -1)
+        return DenseKernel(torch.cat([tokens, beyond], 1))
 
     def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
         """[r] alpha_t = q_t(x | x), the probability that z_t is the clean token x."""
         marginal = self.log_marginal(self._log_one_hot(x0), t)
-        return _pick(marginal, x0).exp()
+        return pick(marginal, x0).exp()
 
-    def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def forward_step(
+        self,
+        zs: Tensor,
+        s: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Draw z_t [r] given z_s from the forward transition, s <= t; evaluates no network.
 
         u [r, uniforms_per_forward_step].
         """
-        return draw_index(self.transition(s, t).row(zs), u[:, 0])
+        probabilities = self.transition(s, t).row(zs)
+        return draw_index(probabilities, u[:, 0])
 
     # ------------------------------------------------------------------ scores
 
@@ -279,7 +303,12 @@ class ForwardProcess(ABC):
         certain = _is_only_possible_token(self.log_likelihood(zt, t), x0)
         return torch.where(undefined, torch.where(certain, 0.0, torch.inf), density)
 
-    def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def weight(
+        self,
+        x0: Tensor,
+        zt: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """[r] total true reverse rate, sum_{y != z} Q[y,z] s(y); no prediction enters it.
 
         The same number for the same chain, whatever family implements it, so that a loss which clamps
@@ -288,8 +317,9 @@ class ForwardProcess(ABC):
         """
         inward = self._inward_rates(zt, t)
         log_s = self._true_log_ratio(x0, zt, interior(t))
-        weight = torch.where(inward > 0, inward * log_s.exp(), 0.0).sum(-1)
-        something_arrives = (inward > 0).any(-1)
+        arrives = inward > 0
+        weight = torch.where(arrives, inward * log_s.exp(), 0.0).sum(-1)
+        something_arrives = arrives.any(-1)
         return torch.where(weight > 0, weight, something_arrives.to(weight))
 
     def divergence(
@@ -320,13 +350,18 @@ class ForwardProcess(ABC):
         log_joint = self._log_clean(prediction, t)
         log_joint = log_joint + log_likelihood.to(log_joint.dtype)
         certain = _is_only_possible_token(log_likelihood, x0)
-        finite = _pick(log_joint, x0).isfinite()
+        finite = pick(log_joint, x0).isfinite()
         # Rows whose result is dropped must not send an infinite gradient back.
         log_joint = where_or_zero((finite & ~certain).unsqueeze(-1), log_joint)
-        nll = log_joint.logsumexp(-1) - _pick(log_joint, x0)
+        nll = log_joint.logsumexp(-1) - pick(log_joint, x0)
         return torch.where(certain, 0.0, torch.where(finite, nll, torch.inf))
 
-    def closing_kl(self, prediction: Prediction, x0: Tensor, t: Tensor) -> Tensor:
+    def closing_kl(
+        self,
+        prediction: Prediction,
+        x0: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """[r] KL( q_t(.|x) || q_t-bar ) in nats; q_t-bar of a score is softmax(log_ratio)."""
         log_q = self.log_marginal(self._log_one_hot(x0), t)
         if isinstance(prediction, Score):
@@ -381,7 +416,7 @@ class ForwardProcess(ABC):
 
     def _change_probability_of(self, x0: Tensor, t: Tensor) -> Tensor:
         marginal = self.log_marginal(self._log_one_hot(x0), t)
-        return -torch.expm1(_pick(marginal, x0))
+        return -torch.expm1(pick(marginal, x0))
 
     def _mean_over_tokens(self, values: Callable[[Tensor, Tensor], Tensor], t: Tensor) -> Tensor:
         """[n] mean of values(x, t) over the tokens x, or over 64 evenly spread ones."""
@@ -413,7 +448,12 @@ class ForwardProcess(ABC):
         """Whether reverse moves only reveal: the reversed chain leaves a state for states below it."""
         return False
 
-    def reverse_rates(self, prediction: Prediction, zt: Tensor, t: Tensor) -> Tensor:
+    def reverse_rates(
+        self,
+        prediction: Prediction,
+        zt: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """[r,S] rates out of z_t of the reversed chain, Q_t[y,z_t] s_theta(y), per unit of t.
 
         0 at z_t itself.
@@ -434,14 +474,25 @@ class ForwardProcess(ABC):
         joint = self.log_marginal(log_p, s) + arrive.log()
         return joint.log_softmax(-1)
 
-    def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def event_time(
+        self,
+        zt: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """[r] latest time before t at which z_t may change, 0 if it never does; u [r].
 
         P(no event in (s,t]) = u at the returned s. Evaluates no network.
         """
         raise ArgumentError(self._no_events_message("event_time"))
 
-    def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def event(
+        self,
+        query: Query,
+        zt: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """[r] state after the candidate event at t, possibly z_t itself.
 
         u [r, uniforms_per_event]. Queries the network at most once.
@@ -455,7 +506,14 @@ class ForwardProcess(ABC):
             "steps, such as ancestral or tau-leaping."
         )
 
-    def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
+    def step(
+        self,
+        query: Query,
+        zt: Tensor,
+        t: Tensor,
+        s: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Draw z_s [r] given z_t from the exact reverse transition.
 
         u [r, uniforms_per_step]. Queries the network at most once. Derived: every row with s < t is
@@ -463,7 +521,7 @@ class ForwardProcess(ABC):
         query the network only there.
         """
         zs = zt.clone()
-        moving = (s < t).nonzero().squeeze(-1)
+        moving = find_rows(s < t)
         if len(moving) == 0:
             return zs
         z = zt[moving]
@@ -490,7 +548,13 @@ class ForwardProcess(ABC):
         log_probs = self.reverse_log_probs(dist.log_mass(0), zt, t, s)
         return draw_index(log_probs.exp(), u[:, 0])
 
-    def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def decode(
+        self,
+        query: Query,
+        zt: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Draw the clean token [r], x ~ p(x) q_t(z|x) / q_t-bar(z), own evidence included.
 
         u [r, uniforms_per_decode].
@@ -527,19 +591,34 @@ class ForwardProcess(ABC):
         column = self.rates(interior(t)).column(zt)
         return column.scatter(-1, zt.unsqueeze(-1), 0.0)
 
-    def _true_log_ratio(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def _true_log_ratio(
+        self,
+        x0: Tensor,
+        zt: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """[r,S] log s(y) = log q_t(y|x)/q_t(z|x)."""
         marginal = self.log_marginal(self._log_one_hot(x0), t)
         return _subtract_at(marginal, zt)
 
-    def _log_ratio(self, prediction: Prediction, zt: Tensor, t: Tensor) -> Tensor:
+    def _log_ratio(
+        self,
+        prediction: Prediction,
+        zt: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """[r,S] log s_theta(y), the predicted ratio of the probability of y to that of z_t."""
         if isinstance(prediction, Score):
             return prediction.log_ratio
         marginal = self.log_marginal(prediction.log_mass(0), t)
         return _subtract_at(marginal, zt)
 
-    def _log_decode_weights(self, prediction: Prediction, zt: Tensor, t: Tensor) -> Tensor:
+    def _log_decode_weights(
+        self,
+        prediction: Prediction,
+        zt: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """[r,V] log of the unnormalized weights of `decode`."""
         log_p = self._log_clean(prediction, t)
         return log_p + self.log_likelihood(zt, t).to(log_p.dtype)
@@ -551,15 +630,21 @@ class ForwardProcess(ABC):
         return prediction.log_mass(0)
 
 
-def _solve_well_conditioned(square: Tensor, s: Tensor, time_index: Tensor, p: Tensor) -> Tensor:
+def _solve_well_conditioned(
+    square: Tensor,
+    s: Tensor,
+    time_index: Tensor,
+    p: Tensor,
+) -> Tensor:
     """[r,V] p, replaced by the result of elimination where square [n,S,S] is well conditioned.
 
     Early in time elimination keeps the relative accuracy of small probabilities, which evidence of
     1/t multiplies.
     """
     well_conditioned = torch.linalg.cond(square) < WELL_CONDITIONED
-    for k in well_conditioned.nonzero().squeeze(-1).tolist():
-        rows = (time_index == k).nonzero().squeeze(-1)
+    for k in find_rows(well_conditioned).tolist():
+        rows = find_rows(time_index == k)
+        # Row vectors: p K = s is K^T p^T = s^T.
         solved = torch.linalg.solve(square[k].T, s[rows].T).T
         p = p.index_copy(0, rows, solved[:, : p.shape[1]])
     return p
@@ -569,12 +654,7 @@ def _is_only_possible_token(log_likelihood: Tensor, x0: Tensor) -> Tensor:
     """bool [r]: whether x0 is the only token with q_t(z|x) > 0; log_likelihood [r,V]."""
     possible = log_likelihood > -torch.inf
     is_unique = possible.sum(-1) == 1
-    return is_unique & possible.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
-
-
-def _pick(values: Tensor, ids: Tensor) -> Tensor:
-    """[r,n] values, [r] column ids -> [r] one value per row."""
-    return values.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return is_unique & pick(possible, x0)
 
 
 def _subtract_at(log_values: Tensor, ids: Tensor) -> Tensor:

@@ -66,7 +66,9 @@ class CounterRng:
         return torch.stack(draws, -1)
 
     def _draw_channel(self, channel: str) -> Tensor:
-        rows = [self._raw_bits(i, channel, self.length) for i in self.index.tolist()]
+        rows = []
+        for sample in self.index.tolist():
+            rows.append(self._raw_bits(sample, channel, self.length))
         if rows:
             bits = np.stack(rows)
         else:
@@ -85,8 +87,14 @@ class CounterRng:
         uniforms = torch.tensor(numbers, dtype=torch.float64) * 2.0**-53
         return uniforms.to(self.index.device)[place]
 
-    def _raw_bits(self, index: int, channel: str, count: int) -> np.ndarray:
+    def _raw_bits(
+        self,
+        index: int,
+        channel: str,
+        count: int,
+    ) -> np.ndarray:
         """[count] uint64 of one sample and channel."""
+        # Philox counts the blocks of a sample's positions in the first number.
         counter = np.array([0, index, self.step, _hash(channel)], np.uint64)
         key = np.array([self.seed, _hash(self.purpose)], np.uint64)
         return np.random.Philox(key=key, counter=counter).random_raw(count)

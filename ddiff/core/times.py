@@ -101,13 +101,23 @@ class TimeSampler(Protocol):
 class TimeRule(TimeSampler, Protocol):
     """Time sampler with the path that it draws from."""
 
-    def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
+    def at(
+        self,
+        clock: TimeChange,
+        tau: Tensor,
+        length: int,
+    ) -> Times:
         """State of the path at tau [B] in [0,1]: 0 all settled, 1 all at the prior.
 
         Samplers follow this path.
         """
 
-    def with_window(self, start: float, stop: float, tokens: int = 16) -> TimeRule:
+    def with_window(
+        self,
+        start: float,
+        stop: float,
+        tokens: int = 16,
+    ) -> TimeRule:
         """The same rule on another window of tau, with draws for sequences of `tokens` tokens."""
 
 
@@ -121,7 +131,12 @@ class FlatTimes:
     sequence do not depend on its padding.
     """
 
-    def __init__(self, start: float = 0.0, stop: float = 1.0, tokens: int = 16) -> None:
+    def __init__(
+        self,
+        start: float = 0.0,
+        stop: float = 1.0,
+        tokens: int = 16,
+    ) -> None:
         _check_window("FlatTimes", start, stop)
         if tokens < 1:
             raise ArgumentError(f"FlatTimes: tokens must be at least 1; got {tokens}.")
@@ -137,11 +152,16 @@ class FlatTimes:
         slots: int | Tensor,
         length: int,
     ) -> Times:
-        v = stratified(rng.uniform("time")[:, :1], slot.unsqueeze(-1), slots)
+        v = _one_per_sample(rng, slot, slots)
         t, speed = clock.draw(v, self.start, self.stop, self.tokens)
         return _full_attention_times(t.expand(-1, length), speed.expand(-1, length))
 
-    def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
+    def at(
+        self,
+        clock: TimeChange,
+        tau: Tensor,
+        length: int,
+    ) -> Times:
         width = self.stop - self.start
         t, speed = clock.at((self.start + width * tau).unsqueeze(-1))
         speed = width * speed
@@ -162,7 +182,12 @@ class FlatTimes:
         last = _full_attention_times(t[1] * ones, ones)
         return first, last
 
-    def with_window(self, start: float, stop: float, tokens: int = 16) -> FlatTimes:
+    def with_window(
+        self,
+        start: float,
+        stop: float,
+        tokens: int = 16,
+    ) -> FlatTimes:
         return FlatTimes(start, stop, tokens)
 
 
@@ -202,7 +227,12 @@ class WindowTimes:
         self.start = start
         self.stop = stop
 
-    def with_window(self, start: float, stop: float, tokens: int = 16) -> WindowTimes:
+    def with_window(
+        self,
+        start: float,
+        stop: float,
+        tokens: int = 16,
+    ) -> WindowTimes:
         return WindowTimes(self.width, self.shape, self.paired, start, stop)
 
     def draw(
@@ -216,7 +246,7 @@ class WindowTimes:
         if not self.paired:
             return self._draw_one_window(clock, rng, slot, slots, length)
         if self.shape == "slide":
-            phase = stratified(rng.uniform("time")[:, :1], slot.unsqueeze(-1), slots)
+            phase = _one_per_sample(rng, slot, slots)
             return self._all_slides(clock, phase * self.width, length)
         v = jointly_stratified(rng, slot, slots, self._num_windows(length))
         return self._all_blocks(clock, v, length)
@@ -237,16 +267,36 @@ class WindowTimes:
 
     # ------------------------------------------------------------------ paired: every window at once
 
-    def _paired_times(self, t: Tensor, speed: Tensor, window: Tensor) -> Times:
+    def _paired_times(
+        self,
+        t: Tensor,
+        speed: Tensor,
+        window: Tensor,
+    ) -> Times:
         return Times(t, speed, _all_false(t), block=window, paired=True)
 
-    def _all_blocks(self, clock: TimeChange, v: Tensor, length: int) -> Times:
+    def _all_blocks(
+        self,
+        clock: TimeChange,
+        v: Tensor,
+        length: int,
+    ) -> Times:
         """Every block at its own v [B,count]."""
         window = self._window_numbers(length, v.device)
         t, speed = clock.draw(v, self.start, self.stop, self.width)
-        return self._paired_times(t[:, window[0]], speed[:, window[0]], window)
+        block_of_position = window[0]
+        return self._paired_times(
+            t[:, block_of_position],
+            speed[:, block_of_position],
+            window,
+        )
 
-    def _all_slides(self, clock: TimeChange, offset: Tensor, length: int) -> Times:
+    def _all_slides(
+        self,
+        clock: TimeChange,
+        offset: Tensor,
+        length: int,
+    ) -> Times:
         """Every window of a slide.
 
         `offset` [B,1] in [0, width) is the part of the first window beyond the left edge.
@@ -271,7 +321,7 @@ class WindowTimes:
         slots: int | Tensor,
         length: int,
     ) -> Times:
-        v = stratified(rng.uniform("time")[:, :1], slot.unsqueeze(-1), slots).squeeze(-1)
+        v = _one_per_sample(rng, slot, slots).squeeze(-1)
         if self.shape == "slide":
             return self.at(clock, v, length)
         count = self._num_windows(length)
@@ -281,7 +331,12 @@ class WindowTimes:
         t, speed = clock.draw(current + 1 - settled, self.start, self.stop, self.width)
         return self._one_open_block(t, speed * count, current, length)
 
-    def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
+    def at(
+        self,
+        clock: TimeChange,
+        tau: Tensor,
+        length: int,
+    ) -> Times:
         share = 1.0 - tau.unsqueeze(-1)
         if self.shape == "block":
             count = self._num_windows(length)
@@ -295,7 +350,13 @@ class WindowTimes:
         speed = speed * ((length + self.width) / self.width)
         return self._one_open_window(t, speed, depth <= 0, depth > 1, _window_numbers_at(depth))
 
-    def _one_open_block(self, t: Tensor, speed: Tensor, current: Tensor, length: int) -> Times:
+    def _one_open_block(
+        self,
+        t: Tensor,
+        speed: Tensor,
+        current: Tensor,
+        length: int,
+    ) -> Times:
         """[B,1] each: block `current` is at t, earlier blocks are clean, later ones at the prior."""
         window = self._window_numbers(length, t.device)
         wide = torch.zeros_like(window, dtype=t.dtype)
@@ -416,7 +477,8 @@ def _window_numbers_at(depth: Tensor) -> Tensor:
 
 def _with_weight(times: Times, counted: Tensor, weight: float) -> Times:
     """Give the counted positions a weight, and the others 0."""
-    return times._replace(speed=torch.where(counted, weight, 0.0).to(times.t))
+    speed = torch.where(counted, weight, 0.0)
+    return times._replace(speed=speed.to(times.t))
 
 
 def _all_false(like: Tensor) -> Tensor:
@@ -444,7 +506,18 @@ def stratified(u: Tensor, stratum: Tensor, strata: int | Tensor) -> Tensor:
     return (_van_der_corput_rank(stratum, counts) + u) / counts
 
 
-def jointly_stratified(rng: CounterRng, slot: Tensor, slots: int | Tensor, count: int) -> Tensor:
+def _one_per_sample(rng: CounterRng, slot: Tensor, slots: int | Tensor) -> Tensor:
+    """[B,1] one stratified number per sample."""
+    u = rng.uniform("time")[:, :1]
+    return stratified(u, slot.unsqueeze(-1), slots)
+
+
+def jointly_stratified(
+    rng: CounterRng,
+    slot: Tensor,
+    slots: int | Tensor,
+    count: int,
+) -> Tensor:
     """[B,count] numbers in [0,1), one for each of `count` windows of samples with strata `slot`.
 
     The windows of a sample are evenly spaced. Each window is stratified over the slots, and all

@@ -34,9 +34,11 @@ from ddiff.core.numerics import (
     Constant,
     draw_index,
     evaluate_per_time,
+    find_rows,
     interior,
     log_normalize,
     may_be_true,
+    pick,
     safe_log,
     to_column,
     where_or_zero,
@@ -66,6 +68,7 @@ class StochasticParents:
     def __init__(self, vocabulary: Vocabulary, xi: Sequence[float]) -> None:
         self.vocabulary = vocabulary
         upper_sizes = vocabulary.level_sizes[1:]
+        # At a level with one node that node is the own parent.
         self.xi = tuple(1.0 if n == 1 else float(x) for x, n in zip(xi, upper_sizes))
         self.is_deterministic = all(x == 1.0 for x in self.xi)
         levels = range(vocabulary.num_levels + 1)
@@ -106,26 +109,44 @@ class StochasticParents:
         stray = self.stray[0][level]
         if stray is None:
             stray = torch.zeros(self.vocabulary.level_sizes[level], dtype=torch.float64)
-        return torch.stack([torch.full_like(stray, self.sure[0][level]), stray])
+        sure = torch.full_like(stray, self.sure[0][level])
+        return torch.stack([sure, stray])
 
     def from_tokens(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """[r], [r] A_0l and r_0l(z) for ids z of any level l."""
         sure, stray = self._from_tokens.on(z.device)[:, z]
         return sure, stray
 
-    def entry(self, i: int, j: int, y: Tensor, z: Tensor) -> Tensor:
+    def entry(
+        self,
+        i: int,
+        j: int,
+        y: Tensor,
+        z: Tensor,
+    ) -> Tensor:
         """[r] kappa_ij(y,z) for ids y of level i and z of level j."""
         is_ancestor = self.vocabulary.ancestor(y, j) == z
-        return self.sure[i][j] * is_ancestor.double() + self.stray_at(i, j, z)
+        sure = self.sure[i][j] * is_ancestor.double()
+        return sure + self.stray_at(i, j, z)
 
-    def stray_at(self, i: int, j: int, z: Tensor) -> Tensor:
+    def stray_at(
+        self,
+        i: int,
+        j: int,
+        z: Tensor,
+    ) -> Tensor:
         """[r] r_ij(z) for ids z of level j."""
         stray = self._stray_constants[i][j]
         if stray is None:
             return torch.zeros(z.shape, dtype=torch.float64, device=z.device)
         return stray.on(z.device)[z - self.vocabulary.offsets[j]]
 
-    def log_spread(self, i: int, j: int, log_mass: Tensor) -> Tensor:
+    def log_spread(
+        self,
+        i: int,
+        j: int,
+        log_mass: Tensor,
+    ) -> Tensor:
         """[r,n_j] log distribution at level j, given that of the ancestors at level j of the states.
 
         `log_mass` [r,n_j] is the log-probability of each node of level j to be the ancestor of the
@@ -154,20 +175,39 @@ class TreeKernel(Kernel):
         values = self._zeros(ids)
         for i, j in self._level_pairs():
             rows, nodes, y, z = self._block(ids, i, j)
-            block = self.parents.entry(i, j, y, z).reshape(len(rows), len(nodes))
-            values[rows.unsqueeze(-1), nodes] = self.levels[rows, i, j].unsqueeze(-1) * block
+            entries = self.parents.entry(i, j, y, z)
+            self._write_block(values, rows, nodes, i, j, entries)
         return values
 
     def column(self, ids: Tensor) -> Tensor:
         values = self._zeros(ids)
         for i, j in self._level_pairs():
             rows, nodes, z, y = self._block(ids, j, i)
-            block = self.parents.entry(i, j, y, z).reshape(len(rows), len(nodes))
-            values[rows.unsqueeze(-1), nodes] = self.levels[rows, i, j].unsqueeze(-1) * block
+            entries = self.parents.entry(i, j, y, z)
+            self._write_block(values, rows, nodes, i, j, entries)
         return values
 
+    def _write_block(
+        self,
+        values: Tensor,
+        rows: Tensor,
+        nodes: Tensor,
+        i: int,
+        j: int,
+        entries: Tensor,
+    ) -> None:
+        """Write the entries of the rows at the nodes, flat, times the level kernel K_ij."""
+        block = entries.reshape(len(rows), len(nodes))
+        weight = self.levels[rows, i, j].unsqueeze(-1)
+        values[rows.unsqueeze(-1), nodes] = weight * block
+
     def _zeros(self, ids: Tensor) -> Tensor:
-        return torch.zeros(len(ids), self.num_states, dtype=self.levels.dtype, device=ids.device)
+        return torch.zeros(
+            len(ids),
+            self.num_states,
+            dtype=self.levels.dtype,
+            device=ids.device,
+        )
 
     def _level_pairs(self) -> list[tuple[int, int]]:
         """All pairs of a level i and a level j >= i."""
@@ -182,7 +222,7 @@ class TreeKernel(Kernel):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows with ids at `own_level`, all nodes of `other_level`, and the pairs of both, flat."""
         vocabulary = self.parents.vocabulary
-        rows = (vocabulary.level_of(ids) == own_level).nonzero().squeeze(-1)
+        rows = find_rows(vocabulary.level_of(ids) == own_level)
         nodes = _level_ids(vocabulary, other_level, ids.device)
         own = ids[rows].repeat_interleave(len(nodes))
         return rows, nodes, own, nodes.repeat(len(rows))
@@ -213,7 +253,12 @@ class TreeKernel(Kernel):
             solved[:, ids] = rest / to_column(diagonal[:, j], vector)
         return solved
 
-    def _push(self, vector: Tensor, i: int, j: int) -> Tensor:
+    def _push(
+        self,
+        vector: Tensor,
+        i: int,
+        j: int,
+    ) -> Tensor:
         """[r,n_j] the part of `vector` at level i, moved to level j by kappa_ij."""
         vocabulary = self.parents.vocabulary
         block = vector[:, _level_slice(vocabulary, i)]
@@ -311,19 +356,37 @@ class TreeProcess(ForwardProcess):
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
         return TreeKernel(self.clock.transition(s, t), self.parents)
 
-    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def sample(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Draw the level first, from F_l(t), then the node."""
-        level = (u[:, :1] < evaluate_per_time(self.clock.cdf, t)).sum(-1)
+        cdf = evaluate_per_time(self.clock.cdf, t)
+        # F_l falls with l: the number of levels with u < F_l is the level.
+        level = (u[:, :1] < cdf).sum(-1)
         return self._draw_ancestor(x0, level, u)
 
-    def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def forward_step(
+        self,
+        zs: Tensor,
+        s: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Draw the level at t first, from K_ij(s,t) for own level i, then the node."""
         own = self.vocabulary.level_of(zs)
         rows = torch.arange(len(zs), device=zs.device)
         level_weights = self.clock.transition(s, t)[rows, own]
         return self._draw_ancestor(zs, draw_index(level_weights, u[:, 0]), u)
 
-    def _draw_ancestor(self, ids: Tensor, level: Tensor, u: Tensor) -> Tensor:
+    def _draw_ancestor(
+        self,
+        ids: Tensor,
+        level: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Draw a node of the given levels [r] from kappa_ij(ids, .), with uniforms u[:,1]."""
         ancestor = self.vocabulary.ancestor(ids, level)
         if self.parents.is_deterministic:
@@ -332,12 +395,19 @@ class TreeProcess(ForwardProcess):
         own = self.vocabulary.level_of(ids)
         for i in range(self.vocabulary.num_levels):
             for j in range(i + 1, self.vocabulary.num_levels + 1):
-                rows = ((own == i) & (level == j)).nonzero().squeeze(-1)
+                rows = find_rows((own == i) & (level == j))
                 if self.parents.stray[i][j] is not None and len(rows):
-                    drawn[rows] = self._draw_stray(ancestor[rows], i, j, u[rows, 1])
+                    stray = self._draw_stray(ancestor[rows], i, j, u[rows, 1])
+                    drawn[rows] = stray
         return drawn
 
-    def _draw_stray(self, ancestor: Tensor, i: int, j: int, u: Tensor) -> Tensor:
+    def _draw_stray(
+        self,
+        ancestor: Tensor,
+        i: int,
+        j: int,
+        u: Tensor,
+    ) -> Tensor:
         """Draw from A_ij 1[. = ancestor] + r_ij; A_ij < 0 if xi < 1/n."""
         stray = self.parents.stray[i][j]
         assert stray is not None
@@ -353,8 +423,10 @@ class TreeProcess(ForwardProcess):
         ancestors = self.vocabulary.ancestor(tokens.unsqueeze(0), level.unsqueeze(-1))
         is_ancestor = ancestors == zt.unsqueeze(-1)
         sure, stray = self.parents.from_tokens(zt)
-        kappa = torch.where(is_ancestor, sure.unsqueeze(-1), 0.0) + stray.unsqueeze(-1)
-        return (self._level_probability(zt, t).unsqueeze(-1) * kappa).log()
+        kappa = torch.where(is_ancestor, sure.unsqueeze(-1), 0.0)
+        kappa = kappa + stray.unsqueeze(-1)
+        pi = self._level_probability(zt, t).unsqueeze(-1)
+        return (pi * kappa).log()
 
     def from_clean(self, t: Tensor) -> Kernel:
         """As `transition(0, t)`, with pi(t) for the levels that a token reaches."""
@@ -373,21 +445,28 @@ class TreeProcess(ForwardProcess):
 
     def _level_probability(self, zt: Tensor, t: Tensor) -> Tensor:
         """[r] pi_l(t), l the level of z_t."""
-        level = self.vocabulary.level_of(zt).unsqueeze(-1)
-        return evaluate_per_time(self.clock.pi, t).gather(-1, level).squeeze(-1)
+        pi = evaluate_per_time(self.clock.pi, t)
+        return pick(pi, self.vocabulary.level_of(zt))
 
     # ------------------------------------------------------------------ the bound
 
-    def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+    def weight(
+        self,
+        x0: Tensor,
+        zt: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """F_l'/pi_l, the total true reverse rate; 0 at tokens.
 
         E[weight 1{level l}] = 1 per level if the clock closes.
         """
         level = self.vocabulary.level_of(zt)
         t = interior(t)
-        index = (level - 1).clamp(min=0).unsqueeze(-1)
-        inflow = evaluate_per_time(self.clock.inflow, t).gather(-1, index).squeeze(-1)
-        return torch.where(level > 0, inflow / self._level_probability(zt, t), 0.0)
+        inflows = evaluate_per_time(self.clock.inflow, t)
+        # Column l - 1 holds the flow into level l.
+        inflow = pick(inflows, (level - 1).clamp(min=0))
+        rate = inflow / self._level_probability(zt, t)
+        return torch.where(level > 0, rate, 0.0)
 
     def divergence(
         self,
@@ -454,11 +533,13 @@ class TreeProcess(ForwardProcess):
         below = level - 1
         log_mass = dist.log_mass(below)
         nodes = _level_ids(self.vocabulary, below, zt.device)
-        onward = self._kappa_to(below, level, nodes, zt).to(log_mass.dtype).log()
+        kappa = self._kappa_to(below, level, nodes, zt)
+        onward = kappa.to(log_mass.dtype).log()
         is_ancestor = self.vocabulary.ancestor(x0, below).unsqueeze(-1) == nodes
         truth = is_ancestor.double() * self.parents.sure[0][below]
         truth = truth + self.parents.stray_at(0, below, nodes)
-        log_truth = (truth.to(log_mass.dtype).log() + onward).log_softmax(-1)
+        log_truth = truth.to(log_mass.dtype).log() + onward
+        log_truth = log_truth.log_softmax(-1)
         log_model = self.parents.log_spread(0, below, log_mass) + onward
         # A prediction that rules z_t out has no state below it: the divergence is infinite.
         possible = (log_model > -torch.inf).any(-1, keepdim=True)
@@ -468,13 +549,24 @@ class TreeProcess(ForwardProcess):
         divergence = torch.where(has_mass, terms, 0.0).sum(-1)
         return torch.where(possible.squeeze(-1), divergence, torch.inf)
 
-    def _kappa_to(self, i: int, j: int, nodes: Tensor, zt: Tensor) -> Tensor:
+    def _kappa_to(
+        self,
+        i: int,
+        j: int,
+        nodes: Tensor,
+        zt: Tensor,
+    ) -> Tensor:
         """[r,n_i] kappa_ij(y, z_t) for all nodes y of level i."""
         is_ancestor = self.vocabulary.ancestor(nodes, j) == zt.unsqueeze(-1)
         stray = self.parents.stray_at(i, j, zt).unsqueeze(-1)
         return self.parents.sure[i][j] * is_ancestor.double() + stray
 
-    def _token_nll(self, dist: CleanDistribution, x0: Tensor, zt: Tensor) -> Tensor:
+    def _token_nll(
+        self,
+        dist: CleanDistribution,
+        x0: Tensor,
+        zt: Tensor,
+    ) -> Tensor:
         """[r] -ln P(x0 | z_t) for xi < 1; 0 at tokens.
 
         = ln( A P(z) + r(z) ) - ln( (A 1[anc(x0) = z] + r(z)) p(x0) ), with P(z) the predicted mass of
@@ -511,7 +603,12 @@ class TreeProcess(ForwardProcess):
             return -prediction.log_child(zt, x0)
         return self._token_nll(prediction, x0, zt)
 
-    def closing_kl(self, prediction: Prediction, x0: Tensor, t: Tensor) -> Tensor:
+    def closing_kl(
+        self,
+        prediction: Prediction,
+        x0: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """sum_l pi_l(t) (-ln P(anc_l(x0))) below the root, for xi = 1."""
         if isinstance(prediction, Score) or not self.parents.is_deterministic:
             return super().closing_kl(prediction, x0, t)
@@ -531,7 +628,8 @@ class TreeProcess(ForwardProcess):
             below_root = TrainedPart.BELOW_NODE
         else:
             below_root = TrainedPart.ALL
-        part = torch.where(zt == self.vocabulary.root, int(TrainedPart.ALL), int(below_root))
+        is_root = zt == self.vocabulary.root
+        part = torch.where(is_root, int(TrainedPart.ALL), int(below_root))
         return torch.where(self.active(zt), part, int(TrainedPart.NONE))
 
     def scope(self, zt: Tensor) -> Tensor:
@@ -550,7 +648,8 @@ class TreeProcess(ForwardProcess):
     def information_lost(self, t: Tensor) -> Tensor:
         """sum_l (pi_l(t) - pi_l(0)) (I(X; X) - I(X; node at level l)): no term cancels another."""
         levels = self._level_information
-        gained = self.clock.pi(t) - self.clock.pi(torch.zeros_like(t))
+        start = torch.zeros_like(t)
+        gained = self.clock.pi(t) - self.clock.pi(start)
         return gained @ (levels[0] - levels)
 
     def change_probability(self, t: Tensor) -> Tensor:
@@ -577,7 +676,8 @@ class TreeProcess(ForwardProcess):
         # Given X, every node has its stray share, and the ancestor has `sure` in addition.
         at_ancestor = torch.special.xlogy(sure + stray, sure + stray)
         at_ancestor = at_ancestor - torch.special.xlogy(stray, stray)
-        conditional = torch.special.xlogy(stray, stray).sum() + (mass * at_ancestor).sum()
+        conditional = torch.special.xlogy(stray, stray).sum()
+        conditional = conditional + (mass * at_ancestor).sum()
         return conditional - torch.special.xlogy(spread, spread).sum()
 
     # ------------------------------------------------------------------ reverse
@@ -586,7 +686,14 @@ class TreeProcess(ForwardProcess):
     def is_monotone(self) -> bool:
         return self.parents.is_deterministic
 
-    def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
+    def step(
+        self,
+        query: Query,
+        zt: Tensor,
+        t: Tensor,
+        s: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Draw the level at s first, without the network, then the node.
 
         P(i | j) = pi_i(s) K_ij(s,t) / pi_j(t) for level j at t and i at s.
@@ -598,9 +705,23 @@ class TreeProcess(ForwardProcess):
         target = draw_index(self.clock.pi(s) * arrive, u[:, 0])
         return self._draw_at_level(query, zt, target, u[:, 1])
 
-    def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def decode(
+        self,
+        query: Query,
+        zt: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         target = torch.zeros_like(zt)
-        return self._descend(query, zt, target, self._draw_token_below, target, t, u[:, 0])
+        return self._descend(
+            query,
+            zt,
+            target,
+            self._draw_token_below,
+            target,
+            t,
+            u[:, 0],
+        )
 
     def _draw_token_below(
         self,
@@ -615,23 +736,44 @@ class TreeProcess(ForwardProcess):
             return draw_index(weights, u)
         return self._draw_below(prediction, zt, target, u)
 
-    def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def event_time(
+        self,
+        zt: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Time at which the row entered its level; events go one level down at the rate F_l'/pi_l.
 
         That rate does not depend on the network.
         """
         level = self.vocabulary.level_of(zt)
         s = torch.zeros_like(t)
-        above = (level > 0).nonzero().squeeze(-1)
+        above = find_rows(level > 0)
         if len(above):
-            s[above] = self.clock.entry_time(level[above], t[above], u[above])
+            s[above] = self.clock.entry_time(
+                level[above],
+                t[above],
+                u[above],
+            )
         return s
 
-    def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def event(
+        self,
+        query: Query,
+        zt: Tensor,
+        t: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         target = (self.vocabulary.level_of(zt) - 1).clamp(min=0)
         return self._draw_at_level(query, zt, target, u[:, 0])
 
-    def _draw_at_level(self, query: Query, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
+    def _draw_at_level(
+        self,
+        query: Query,
+        zt: Tensor,
+        target: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Draw the state at level `target` [r] given z_t."""
         return self._descend(query, zt, target, self._draw_step_below, target, u)
 
@@ -657,7 +799,7 @@ class TreeProcess(ForwardProcess):
 
         No other row is queried.
         """
-        moving = (target < self.vocabulary.level_of(zt)).nonzero().squeeze(-1)
+        moving = find_rows(target < self.vocabulary.level_of(zt))
         zs = zt.clone()
         if len(moving):
             z = zt[moving]
@@ -665,7 +807,13 @@ class TreeProcess(ForwardProcess):
             zs[moving] = query(moving, self.scope(z), draw, z, *values)
         return zs
 
-    def _draw_below(self, dist: CleanDistribution, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
+    def _draw_below(
+        self,
+        dist: CleanDistribution,
+        zt: Tensor,
+        target: Tensor,
+        u: Tensor,
+    ) -> Tensor:
         """Draw the state at level `target` [r] below z_t by the decoding rule."""
         if self.parents.is_deterministic or self.decoding == "within":
             return dist.draw(zt, target, u)
@@ -675,24 +823,36 @@ class TreeProcess(ForwardProcess):
         level = self.vocabulary.level_of(zt)
         for i in range(self.vocabulary.num_levels):
             for j in range(i + 1, self.vocabulary.num_levels + 1):
-                rows = ((target == i) & (level == j)).nonzero().squeeze(-1)
+                rows = find_rows((target == i) & (level == j))
                 if len(rows):
-                    weights = self._weights_below(dist.log_mass(i)[rows], zt[rows], i, j)
-                    drawn[rows] = self.vocabulary.offsets[i] + draw_index(weights, u[rows])
+                    log_mass = dist.log_mass(i)[rows]
+                    weights = self._weights_below(log_mass, zt[rows], i, j)
+                    index = draw_index(weights, u[rows])
+                    drawn[rows] = self.vocabulary.offsets[i] + index
         return drawn
 
-    def _weights_below(self, log_mass: Tensor, zt: Tensor, i: int, j: int) -> Tensor:
+    def _weights_below(
+        self,
+        log_mass: Tensor,
+        zt: Tensor,
+        i: int,
+        j: int,
+    ) -> Tensor:
         """[r,n_i] unnormalized distribution of the state at level i below z_t at level j."""
         nodes = _level_ids(self.vocabulary, i, zt.device)
         if self.decoding == "bayes":
             kappa = self._kappa_to(i, j, nodes, zt)
-            return (self.parents.log_spread(0, i, log_mass) + kappa.log()).softmax(-1)
+            log_spread = self.parents.log_spread(0, i, log_mass)
+            return (log_spread + kappa.log()).softmax(-1)
         is_inside = self.vocabulary.ancestor(nodes, j) == zt.unsqueeze(-1)
         own = log_mass.masked_fill(~is_inside, -torch.inf).softmax(-1)
         if bool(is_inside.all()):
             return own
-        others = log_mass.masked_fill(is_inside, -torch.inf).softmax(-1).nan_to_num(0.0)
-        right = self.parents.sure[i][j] + self.parents.stray_at(i, j, zt).unsqueeze(-1)
+        # NaN for rows without nodes elsewhere, whose weights are then 0.
+        others = log_mass.masked_fill(is_inside, -torch.inf).softmax(-1)
+        others = others.nan_to_num(0.0)
+        stray = self.parents.stray_at(i, j, zt).unsqueeze(-1)
+        right = self.parents.sure[i][j] + stray
         return right * own + (1.0 - right) * others
 
     @classmethod

@@ -1,11 +1,12 @@
-"""State spaces: the words, and any number of levels above them.
+"""State spaces: the tokens, and any number of levels above them.
 
-A vocabulary is a tree. Level 0 holds the V words in tokenizer order, level l the nodes that stand for sets of words, and
-the last level one root, which is the mask. A flat vocabulary with a mask is the tree of one level; without a mask it is
-the words alone. State ids run level by level, words first, root last, and are never renumbered. "Tree order" is a
-permutation of each level in which every node above it owns a contiguous range.
+A vocabulary is a tree. Level 0 holds the V tokens in tokenizer order, level l nodes that stand for
+sets of tokens, and the last level one root, which is the mask. A flat vocabulary with a mask is the
+tree of one level; without a mask it is the tokens only. State ids count level by level, tokens first,
+root last, and are never renumbered. "Tree order" is a permutation of each level in which every node
+above it has a contiguous range.
 
-    >>> tree = HierarchicalVocabulary([[0, 0, 1, 1], [0, 0]])     # four words, two nodes, one root
+    >>> tree = HierarchicalVocabulary([[0, 0, 1, 1], [0, 0]])     # four tokens, two nodes, one root
     >>> tree.level_sizes, tree.mask_id
     ((4, 2, 1), 6)
 """
@@ -30,12 +31,20 @@ from ddiff.errors import ArgumentError, DataError
 
 
 class Vocabulary:
-    """The states of one position: words 0..V-1, then each level's nodes, the root (= mask) last.
+    """States of one position: tokens 0..V-1, then the nodes of each level, the root (= mask) last.
 
-    Attributes: `num_tokens` V, `num_states` S, `num_levels` L (levels above the words), `level_sizes` (V, n_1, ..., n_L),
-    `offsets` (id of each level's first node), `mask_id` (the root, None when L = 0), `root` (the root's id, or S as a
-    mere name of "the whole" when L = 0), `fingerprint` (of the tree), `tokenizer_fingerprint` (of the tokenizer that it
-    was built for, where known) and `centroids` (per level above the words [n_l, d], where known).
+    Attributes:
+        num_tokens: V.
+        num_states: S.
+        num_levels: L, the number of levels above the tokens.
+        level_sizes: (V, n_1, ..., n_L).
+        offsets: id of the first node of each level.
+        mask_id: the root; None if L = 0.
+        root: id of the root; if L = 0 it is S, which stands for the whole and is no state.
+        parents: for each level below the root, the index of each node's parent in the next level.
+        centroids: per level above the tokens [n_l,d] or None, if known.
+        fingerprint: hash of the tree.
+        tokenizer_fingerprint: of the tokenizer that it was built for, if known.
     """
 
     def __init__(
@@ -46,16 +55,18 @@ class Vocabulary:
         tokenizer_fingerprint: str | None = None,
     ) -> None:
         self.num_tokens = num_tokens
-        self.level_sizes = (num_tokens, *(int(p.max()) + 1 for p in parents))
         self.num_levels = len(parents)
-        self.offsets = tuple(sum(self.level_sizes[:level]) for level in range(self.num_levels + 1))
+        upper_sizes = [int(level.max()) + 1 for level in parents]
+        self.level_sizes = (num_tokens, *upper_sizes)
+        # One offset for each level, the first one 0.
+        self.offsets = tuple(itertools.accumulate((0, *self.level_sizes[:-1])))
         self.num_states = sum(self.level_sizes)
         self.mask_id = self.num_states - 1 if parents else None
         self.root = self.num_states - 1 if parents else self.num_states
         self.parents = tuple(parents)
-        self.centroids = _checked_centroids(centroids, self.level_sizes)
+        self.centroids = _check_centroids(centroids, self.level_sizes)
         self.tokenizer_fingerprint = tokenizer_fingerprint
-        self.fingerprint = _fingerprint(self.level_sizes, self.parents)
+        self.fingerprint = _fingerprint_tree(self.level_sizes, self.parents)
         self._subtrees: dict[int, tuple[slice, ...]] = {}
         self._tables = {name: Constant(table) for name, table in _build_tables(self).items()}
 
@@ -64,19 +75,19 @@ class Vocabulary:
         return self._tables[name].on(device)
 
     def level_of(self, ids: Tensor) -> Tensor:
-        """The level of each id, 0..L; any shape. The name of the whole lies one above the words when there is no mask."""
+        """Level of each id, 0..L; any shape. Without a mask, `root` is at level 1."""
         return self._table("level", ids.device)[ids]
 
     def ancestor(self, ids: Tensor, level: int | Tensor) -> Tensor:
-        """The id at `level` that each id lies below (or is); `level` must not be under the id's own (else -1)."""
+        """Id at `level` that each id is below (or equal to); -1 if its own level is higher."""
         return self._table("ancestor", ids.device)[ids, level]
 
     def parent(self, ids: Tensor) -> Tensor:
-        """The id one level up; the root is its own parent. Without a mask the name of the whole stands above the words."""
+        """Id one level up; the root is its own parent. Without a mask, `root` is above the tokens."""
         return self._table("parent", ids.device)[ids]
 
     def children(self, node: int) -> Tensor:
-        """The ids one level below `node` in tree order; for `root` the nodes of the level below it; none for a word."""
+        """Ids one level below `node` in tree order; for `root` the level below it; none for a token."""
         below = int(self.level_of(torch.tensor(node))) - 1
         if below < 0:
             return torch.empty(0, dtype=torch.long)
@@ -84,36 +95,43 @@ class Vocabulary:
         return self.order(below)[int(start) : int(stop)]
 
     def num_children(self, ids: Tensor) -> Tensor:
-        """How many ids lie one level below each id; 0 for words."""
+        """Number of ids one level below each id; 0 for tokens."""
         return self._table("num_children", ids.device)[ids]
 
     def order(self, level: int, device: torch.device | None = None) -> Tensor:
-        """[n_l] the ids of a level in tree order."""
+        """[n_l] ids of a level in tree order."""
         return self._table(f"order{level}", device or torch.device("cpu"))
 
     def position(self, level: int, device: torch.device | None = None) -> Tensor:
-        """[n_l] the place in `order(level)` of each node of the level, by its index in the level."""
+        """[n_l] place in `order(level)` of each node of the level, by its index in the level."""
         return self._table(f"position{level}", device or torch.device("cpu"))
 
     def node_range(self, ids: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """First and one-past-last place in `order(level)` of what lies below each id (itself at its own level).
+        """First and one-past-last place in `order(level)` of the nodes below each id.
 
-        Ids may be `root`, which covers the level. Nodes under `level` have an empty range.
+        At its own level a node has itself in its range. `root` covers the level. Nodes under `level`
+        have an empty range.
         """
         table = self._table(f"range{level}", ids.device)[ids]
         return table[..., 0], table[..., 1]
 
     def subtree(self, node: int) -> tuple[slice, ...]:
-        """The places below one node in the order of each level under it: as many slices as the node's level. Kept."""
+        """Places below one node in the order of each level under it, from level 0; cached."""
         if node not in self._subtrees:
             ids = torch.tensor(node)
-            ranges = [self.node_range(ids, level) for level in range(int(self.level_of(ids)))]
-            self._subtrees[node] = tuple(slice(int(start), int(stop)) for start, stop in ranges)
+            slices = []
+            for level in range(int(self.level_of(ids))):
+                start, stop = self.node_range(ids, level)
+                slices.append(slice(int(start), int(stop)))
+            self._subtrees[node] = tuple(slices)
         return self._subtrees[node]
 
     def save(self, path: str) -> None:
-        """Write the tree, its centroids and fingerprints to one safetensors file (any fsspec path), whole or not at all."""
-        tensors = {f"parents.{i}": p.contiguous() for i, p in enumerate(self.parents)}
+        """Write the tree, its centroids and fingerprints atomically to one safetensors file.
+
+        `path` is any fsspec path.
+        """
+        tensors = {f"parents.{i}": level.contiguous() for i, level in enumerate(self.parents)}
         for i, centroid in enumerate(self.centroids or ()):
             if centroid is not None:
                 tensors[f"centroids.{i + 1}"] = centroid.contiguous()
@@ -124,22 +142,26 @@ class Vocabulary:
 
     @staticmethod
     def load(path: str) -> Vocabulary:
-        """Read what `save` wrote; DataError when the file is not a vocabulary or its tree does not fit its fingerprint."""
+        """Read a file written by `save`.
+
+        DataError if the file is not a vocabulary or its tree does not match its fingerprint.
+        """
         try:
             with fsspec.open(path, "rb") as file:
-                vocabulary, written = _parse(file.read())
+                vocabulary, written = _parse_file(file.read())
         except FileNotFoundError:
             raise DataError(
                 f"Vocabulary.load: path must name a saved vocabulary; {path} does not exist."
             ) from None
         except Exception as error:
             raise DataError(
-                f"Vocabulary.load: {path} is not a whole vocabulary file ({error}). Build the vocabulary again."
+                f"Vocabulary.load: {path} is not a whole vocabulary file ({error}). Build the "
+                "vocabulary again."
             ) from error
         if vocabulary.fingerprint != written:
             raise DataError(
-                f"Vocabulary.load: the tree in {path} has fingerprint {vocabulary.fingerprint}, but the file names "
-                f"{written}: it was damaged. Build the vocabulary again."
+                f"Vocabulary.load: the tree in {path} has fingerprint {vocabulary.fingerprint}, but "
+                f"the file names {written}: it was damaged. Build the vocabulary again."
             )
         return vocabulary
 
@@ -150,10 +172,13 @@ class Vocabulary:
 
 @final
 class FlatVocabulary(Vocabulary):
-    """V words and, unless `mask=False`, one mask: the tree of one level."""
+    """V tokens and, unless `mask=False`, one mask: the tree of one level."""
 
     def __init__(
-        self, num_tokens: int, mask: bool = True, tokenizer_fingerprint: str | None = None
+        self,
+        num_tokens: int,
+        mask: bool = True,
+        tokenizer_fingerprint: str | None = None,
     ) -> None:
         if num_tokens < 1:
             raise ArgumentError(f"FlatVocabulary: num_tokens must be at least 1; got {num_tokens}.")
@@ -163,10 +188,10 @@ class FlatVocabulary(Vocabulary):
 
 @final
 class HierarchicalVocabulary(Vocabulary):
-    """Words under any number of levels of nodes.
+    """Tokens under any number of levels of nodes.
 
-    `parents[l]` gives for each node of level l the index (within level l+1) of its parent; level 0 are the words. Every
-    node must have a child. A root is added when the last level has more than one node.
+    `parents[l]` gives for each node of level l the index (within level l+1) of its parent; level 0 are
+    the tokens. Every node must have a child. A root is added if the last level has more than one node.
     """
 
     def __init__(
@@ -177,23 +202,26 @@ class HierarchicalVocabulary(Vocabulary):
     ) -> None:
         if len(parents) == 0:
             raise ArgumentError(
-                "HierarchicalVocabulary: parents must hold at least one level; got none. "
-                "For words alone use FlatVocabulary."
+                "HierarchicalVocabulary: parents must hold at least one level; got none. For tokens "
+                "only use FlatVocabulary."
             )
-        levels = [_checked_parents(p, level) for level, p in enumerate(parents)]
+        levels = [_check_parents(values, level) for level, values in enumerate(parents)]
         for level, (below, above) in enumerate(itertools.pairwise(levels)):
-            if int(below.max()) + 1 != len(above):
+            num_named = int(below.max()) + 1
+            if num_named != len(above):
                 raise ArgumentError(
-                    f"HierarchicalVocabulary: parents[{level}] names {int(below.max()) + 1} nodes, but "
-                    f"parents[{level + 1}] has {len(above)} entries; each node of level {level + 1} needs exactly one."
+                    f"HierarchicalVocabulary: parents[{level}] names {num_named} nodes, but "
+                    f"parents[{level + 1}] has {len(above)} entries; each node of level {level + 1} "
+                    "needs exactly one."
                 )
-        if int(levels[-1].max()) > 0:
-            levels.append(torch.zeros(int(levels[-1].max()) + 1, dtype=torch.long))
-        tensors = (
-            None
-            if centroids is None
-            else [None if c is None else torch.as_tensor(c) for c in centroids]
-        )
+        num_top = int(levels[-1].max()) + 1
+        if num_top > 1:
+            levels.append(torch.zeros(num_top, dtype=torch.long))
+        tensors: list[Tensor | None] | None = None
+        if centroids is not None:
+            tensors = []
+            for values in centroids:
+                tensors.append(None if values is None else torch.as_tensor(values))
         super().__init__(len(levels[0]), levels, tensors, tokenizer_fingerprint)
 
     @classmethod
@@ -203,10 +231,11 @@ class HierarchicalVocabulary(Vocabulary):
         label: Callable[[str], Hashable | tuple[Hashable, ...]],
         tokenizer_fingerprint: str | None = None,
     ) -> HierarchicalVocabulary:
-        """A tree from a function that names each token's groups, finest first: `("noun", "open class")`.
+        """Make a tree from a function that names the groups of each token, finest first.
 
-        The nodes of level l are the distinct (label_l, ..., label_last), so that equal names under different coarser
-        groups stay apart. A plain label counts as one level.
+        For example `label("cat")` is `("noun", "open class")`. The nodes of level l are the distinct
+        (label_l, ..., label_last), so that equal names under different coarser groups are different
+        nodes. A plain label counts as one level.
         """
         paths = []
         for token in tokens:
@@ -215,10 +244,12 @@ class HierarchicalVocabulary(Vocabulary):
         depths = {len(path) for path in paths}
         if len(depths) != 1 or 0 in depths:
             raise ArgumentError(
-                f"HierarchicalVocabulary.from_labels: label must name the same number of groups (at least one) for every "
-                f"token; got depths {sorted(depths)}. Give short branches a group of their own."
+                "HierarchicalVocabulary.from_labels: label must name the same number of groups (at "
+                f"least one) for every token; got depths {sorted(depths)}. Give short branches a group "
+                "of their own."
             )
-        parents, below = [], [(i, *path) for i, path in enumerate(paths)]
+        parents = []
+        below = [(i, *path) for i, path in enumerate(paths)]
         for _ in range(depths.pop()):
             above = list(dict.fromkeys(path[1:] for path in below))
             index = {path: i for i, path in enumerate(above)}
@@ -227,21 +258,30 @@ class HierarchicalVocabulary(Vocabulary):
         return cls(parents, tokenizer_fingerprint=tokenizer_fingerprint)
 
 
-def _metadata(content: bytes) -> dict[str, str]:
-    """The string table in the header of a safetensors file: eight bytes of length, then JSON."""
-    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+# ---------------------------------------------------------------------- files
 
 
-def _parse(content: bytes) -> tuple[Vocabulary, str]:
-    """The vocabulary in a file's content, and the fingerprint written beside it."""
-    tensors, metadata = load_safetensors(content), _metadata(content)
-    parents = [
-        tensors[f"parents.{i}"] for i in range(sum(key.startswith("parents.") for key in tensors))
-    ]
-    centroids = [tensors.get(f"centroids.{level}") for level in range(1, len(parents) + 1)]
-    known = centroids if any(c is not None for c in centroids) else None
+def _read_metadata(content: bytes) -> dict[str, str]:
+    """String table in the header of a safetensors file: eight bytes of length, then JSON."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    return header["__metadata__"]
+
+
+def _parse_file(content: bytes) -> tuple[Vocabulary, str]:
+    """Vocabulary in the content of a file, and the fingerprint written next to it."""
+    tensors = load_safetensors(content)
+    metadata = _read_metadata(content)
+    num_levels = sum(key.startswith("parents.") for key in tensors)
+    parents = [tensors[f"parents.{i}"] for i in range(num_levels)]
+    centroids: list[Tensor | None] | None = None
+    if any(key.startswith("centroids.") for key in tensors):
+        centroids = [tensors.get(f"centroids.{level + 1}") for level in range(num_levels)]
     vocabulary = _restore(
-        int(metadata["num_tokens"]), parents, known, metadata.get("tokenizer_fingerprint")
+        int(metadata["num_tokens"]),
+        parents,
+        centroids,
+        metadata.get("tokenizer_fingerprint"),
     )
     return vocabulary, metadata["fingerprint"]
 
@@ -252,17 +292,21 @@ def _restore(
     centroids: list[Tensor | None] | None,
     tokenizer_fingerprint: str | None,
 ) -> Vocabulary:
-    if len(parents) == 0 or (
-        len(parents) == 1 and int(parents[0].max()) == 0 and centroids is None
-    ):
+    is_one_level = len(parents) == 1 and int(parents[0].max()) == 0
+    if len(parents) == 0 or (is_one_level and centroids is None):
         return FlatVocabulary(
-            num_tokens, mask=bool(parents), tokenizer_fingerprint=tokenizer_fingerprint
+            num_tokens,
+            mask=bool(parents),
+            tokenizer_fingerprint=tokenizer_fingerprint,
         )
     return HierarchicalVocabulary(parents, centroids, tokenizer_fingerprint)
 
 
-def _checked_parents(parents: Any, level: int) -> Tensor:
-    """One level of parents as int64, refused when empty, negative or with a childless node."""
+# ---------------------------------------------------------------------- checks
+
+
+def _check_parents(parents: Any, level: int) -> Tensor:
+    """One level of parents as int64; ArgumentError if empty, negative or with a childless node."""
     tensor = torch.as_tensor(parents)
     if tensor.dim() != 1 or tensor.numel() == 0 or tensor.is_floating_point():
         raise ArgumentError(
@@ -278,79 +322,104 @@ def _checked_parents(parents: Any, level: int) -> Tensor:
     if int(counts.min()) == 0:
         empty = int((counts == 0).nonzero()[0])
         raise ArgumentError(
-            f"HierarchicalVocabulary: node {empty} of level {level + 1} has no child in parents[{level}]. "
-            "A node without words has no probability; number the nodes without gaps."
+            f"HierarchicalVocabulary: node {empty} of level {level + 1} has no child in "
+            f"parents[{level}]. A node without tokens has no probability; number the nodes without "
+            "gaps."
         )
     return tensor
 
 
-def _checked_centroids(
-    centroids: Sequence[Tensor | None] | None, level_sizes: tuple[int, ...]
+def _check_centroids(
+    centroids: Sequence[Tensor | None] | None,
+    level_sizes: tuple[int, ...],
 ) -> tuple[Tensor | None, ...] | None:
+    """Centroids with None at levels that are not given; ArgumentError if they do not fit."""
     if centroids is None:
         return None
-    padded = [*centroids, *[None] * (len(level_sizes) - 1 - len(centroids))]
+    num_missing = len(level_sizes) - 1 - len(centroids)
+    padded = [*centroids, *[None] * num_missing]
     for level, centroid in enumerate(padded, start=1):
-        if level >= len(level_sizes) or (
-            centroid is not None and len(centroid) != level_sizes[level]
-        ):
+        is_extra = level >= len(level_sizes)
+        if is_extra or (centroid is not None and len(centroid) != level_sizes[level]):
+            shape = None if centroid is None else tuple(centroid.shape)
             raise ArgumentError(
                 f"Vocabulary: centroids of level {level} must have one row per node of that level; got "
-                f"{None if centroid is None else tuple(centroid.shape)} for level sizes {level_sizes}."
+                f"{shape} for level sizes {level_sizes}."
             )
     return tuple(padded)
 
 
-def _fingerprint(level_sizes: tuple[int, ...], parents: Sequence[Tensor]) -> str:
+def _fingerprint_tree(level_sizes: tuple[int, ...], parents: Sequence[Tensor]) -> str:
     digest = hashlib.sha256(repr(level_sizes).encode())
     for level in parents:
+        # Little-endian, so that the fingerprint is the same on every machine.
         digest.update(level.numpy().astype("<i8").tobytes())
     return digest.hexdigest()[:16]
 
 
+# ---------------------------------------------------------------------- tables
+
+
 def _build_tables(vocabulary: Vocabulary) -> dict[str, Tensor]:
-    """Every look-up table by id. When there is no root state one more row stands for the whole."""
-    sizes, offsets, num_levels = vocabulary.level_sizes, vocabulary.offsets, vocabulary.num_levels
-    rows = max(vocabulary.num_states, vocabulary.root + 1)
-    level = torch.ones(
-        rows, dtype=torch.long
-    )  # without a root state, the whole still lies above the words
-    ancestor = torch.full((rows, num_levels + 1), -1)
-    for own, (offset, size) in enumerate(zip(offsets, sizes)):
-        level[offset : offset + size] = own
-        climbing = torch.arange(size)
-        for above in range(own, num_levels + 1):
-            ancestor[offset : offset + size, above] = offsets[above] + climbing
-            if above < num_levels:
-                climbing = vocabulary.parents[above][climbing]
-    ids = torch.arange(rows)
-    parent = ancestor[ids, (level + 1).clamp(max=num_levels)]
-    if not num_levels:
-        parent = torch.full_like(ids, vocabulary.root)
-    num_children = torch.bincount(parent[: vocabulary.root], minlength=rows)
-    tables = {"level": level, "ancestor": ancestor, "parent": parent, "num_children": num_children}
+    """Every look-up table, by id. Without a root state one more row stands for the whole."""
+    num_levels = vocabulary.num_levels
+    num_rows = max(vocabulary.num_states, vocabulary.root + 1)
+    # Without a root state, the whole is still one level above the tokens.
+    level = torch.ones(num_rows, dtype=torch.long)
+    ancestor = torch.full((num_rows, num_levels + 1), -1)
     for own in range(num_levels + 1):
-        tables |= _order_tables(own, ancestor, offsets[own], sizes[own], rows, vocabulary)
+        offset = vocabulary.offsets[own]
+        size = vocabulary.level_sizes[own]
+        level[offset : offset + size] = own
+        index = torch.arange(size)
+        for above in range(own, num_levels + 1):
+            ancestor[offset : offset + size, above] = vocabulary.offsets[above] + index
+            if above < num_levels:
+                index = vocabulary.parents[above][index]
+    ids = torch.arange(num_rows)
+    if num_levels:
+        parent = ancestor[ids, (level + 1).clamp(max=num_levels)]
+    else:
+        parent = torch.full_like(ids, vocabulary.root)
+    tables = {
+        "level": level,
+        "ancestor": ancestor,
+        "parent": parent,
+        "num_children": torch.bincount(parent[: vocabulary.root], minlength=num_rows),
+    }
+    for own in range(num_levels + 1):
+        tables |= _build_order_tables(vocabulary, own, ancestor)
     return tables
 
 
-def _order_tables(
-    level: int, ancestor: Tensor, offset: int, size: int, rows: int, vocabulary: Vocabulary
-) -> dict[str, Tensor]:
+def _build_order_tables(vocabulary: Vocabulary, level: int, ancestor: Tensor) -> dict[str, Tensor]:
     """Tree order of one level: sorted by the path from the root down, ids breaking ties."""
+    offset = vocabulary.offsets[level]
+    size = vocabulary.level_sizes[level]
+    num_rows = len(ancestor)
     paths = ancestor[offset : offset + size]
     order = torch.arange(size)
+    # Stable sorts from the finest ancestor to the coarsest sort by the whole path.
     for above in range(level + 1, vocabulary.num_levels + 1):
-        order = order[torch.argsort(paths[order, above], stable=True)]
+        keys = paths[order, above]
+        order = order[torch.argsort(keys, stable=True)]
     position = torch.empty_like(order)
     position[order] = torch.arange(size)
-    ranges = torch.zeros(rows, 2, dtype=torch.long)
+    ranges = torch.zeros(num_rows, 2, dtype=torch.long)
     for above in range(level, vocabulary.num_levels + 1):
         nodes = paths[:, above]
-        start = torch.full((rows,), size).scatter_reduce(0, nodes, position, "amin")
-        stop = torch.zeros(rows, dtype=torch.long).scatter_reduce(0, nodes, position + 1, "amax")
-        owned = vocabulary.offsets[above] + torch.arange(vocabulary.level_sizes[above])
-        ranges[owned] = torch.stack([start, stop], -1)[owned]
+        start = torch.full((num_rows,), size)
+        start = start.scatter_reduce(0, nodes, position, "amin")
+        stop = torch.zeros(num_rows, dtype=torch.long)
+        stop = stop.scatter_reduce(0, nodes, position + 1, "amax")
+        first = vocabulary.offsets[above]
+        ids = slice(first, first + vocabulary.level_sizes[above])
+        ranges[ids, 0] = start[ids]
+        ranges[ids, 1] = stop[ids]
     if vocabulary.mask_id is None:
         ranges[vocabulary.root] = torch.tensor([0, size])
-    return {f"order{level}": order + offset, f"position{level}": position, f"range{level}": ranges}
+    return {
+        f"order{level}": order + offset,
+        f"position{level}": position,
+        f"range{level}": ranges,
+    }

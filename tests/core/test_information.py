@@ -69,7 +69,7 @@ def test_information_is_that_of_the_joint_table(name: str) -> None:
 def test_overrides_equal_the_derived_information(name: str) -> None:
     process = PROCESSES[name]
     t = torch.tensor([0.0, 1e-9, 0.01, 0.3, 0.8, 0.999, 1.0], dtype=torch.float64)
-    for method in ("information", "moved"):
+    for method in ("information", "change_probability"):
         derived = getattr(ForwardProcess, method)(process, t)
         torch.testing.assert_close(getattr(process, method)(t), derived, rtol=0, atol=1e-12)
 

@@ -210,7 +210,7 @@ def test_a_law_that_knows_only_below_its_top_says_the_same_there(
 def test_what_lies_above_the_top_cannot_be_asked() -> None:
     dist = DenseDistribution(torch.zeros(1, 2).double().log_softmax(-1), some_tree, top=7)
     for network in (lambda: dist.log_prob(torch.tensor([1])), lambda: dist.log_mass(0)):
-        with pytest.raises(ArgumentError, match="the rows asked below node 7 only"):
+        with pytest.raises(ArgumentError, match="the rows were queried below node 7 only"):
             network()
 
 
