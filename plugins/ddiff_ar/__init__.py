@@ -1,4 +1,4 @@
-"""Autoregression: word by word from left to right, with the exact likelihood."""
+"""Autoregression from left to right, with exact likelihood and sampling."""
 
 from __future__ import annotations
 

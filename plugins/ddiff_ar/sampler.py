@@ -1,4 +1,4 @@
-"""Word by word from left to right."""
+"""Left-to-right sampling, one token after the other."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ from ddiff import (
 
 @final
 class LeftToRightSampler:
-    """Each position in turn is drawn from P(x_i | x_<i): exact, one network call a position; given words are kept.
+    """Exact sampler that draws every position in turn from P(x_i | x_<i).
 
-    With a cache every call runs one column. What is given after a position does not guide it.
+    It makes one network call per free position, which runs one column with a cache. Given tokens
+    are kept; a position is not conditioned on tokens given after it.
     """
 
     quality: Literal["exact", "of an order", "heuristic"] = "exact"
     order = 0
     steps: int | None = None
-    cached, looks_ahead = True, False
+    cached = True
+    looks_ahead = False
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
@@ -51,24 +53,23 @@ class LeftToRightSampler:
     def needs(self, process: ForwardProcess | None, predicts: str) -> None:
         if process is not None:
             raise ArgumentError(
-                f"LeftToRightSampler: a model of the next word is needed, trained without a process; this one was trained "
-                f'to undo {type(process).__name__}. Use sampler = "ancestral" or "blockwise".'
+                "LeftToRightSampler: the model must predict the next token, trained without a "
+                f"process; this one was trained to reverse {type(process).__name__}. "
+                'Use sampler = "ancestral" or "blockwise".'
             )
 
     def run(self, process: Any, network: Network, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
         place = torch.arange(canvas.zt.shape[1], device=canvas.zt.device)
         rng: CounterRng = rng_at(1)
-        u, free = rng.uniform("word").reshape(-1), canvas.free
+        u = rng.uniform("word").reshape(-1)
+        free = canvas.free
+        # Every position is a block, so that it attends only to earlier positions.
         canvas = replace(canvas, block=place.unsqueeze(0))
 
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             root = torch.full_like(rows, self.vocabulary.root)
-
-            def draw_token(dist: CleanDistribution, root: Tensor, u: Tensor) -> Tensor:
-                return dist.draw(root, torch.zeros_like(root), u)
-
             numbers = torch.arange(len(rows), device=rows.device)
-            return query(numbers, root, draw_token, root, u[rows])
+            return query(numbers, root, _draw_token, root, u[rows])
 
         for position in place.tolist():
             here = free & (place == position)
@@ -80,21 +81,25 @@ class LeftToRightSampler:
             yield canvas
 
 
+def _draw_token(dist: CleanDistribution, root: Tensor, u: Tensor) -> Tensor:
+    return dist.draw(root, torch.zeros_like(root), u)
+
+
 @final
 class LeftToRight:
-    """From left to right; as many network calls as there are free positions, whatever `steps` says."""
+    """Exact left-to-right sampling, one network call per free position; `steps` is not used."""
 
     class Config(ComponentConfig):
-        """What each conditional passes through before it is drawn from; the defaults change nothing."""
+        """Transformations of every conditional before the draw; the defaults change nothing."""
 
         temperature: NonNegativeFloat = 1.0
-        """p^(1/temperature); 0 is greedy."""
+        """Draw from p^(1/temperature), normalized; 0 is greedy."""
         top_k: PositiveInt | None = None
-        """The k likeliest alone."""
+        """Draw only from the k most likely tokens."""
         top_p: Share = 1.0
-        """The likeliest that hold this mass together."""
+        """Draw only from the most likely tokens with this total probability."""
         min_p: Probability = 0.0
-        """Those of at least this share of the likeliest one's probability."""
+        """Draw only from tokens with at least this share of the largest probability."""
 
     @staticmethod
     def build(config: Config, *, steps: int, vocabulary: Vocabulary) -> Sampler:

@@ -54,7 +54,7 @@ class PretrainedBackbone(nn.Module):
         bidirectional: bool = True
         """Every position attends to every position; false keeps a decoder causal."""
         mask_token: NonNegativeInt | None = None
-        """Token id whose embedding the mask state starts from; by default the mean of the tokens."""
+        """Token id whose embedding the mask starts from; by default the mean of the tokens."""
 
         @model_validator(mode="after")
         def _check_one_model(self) -> Self:

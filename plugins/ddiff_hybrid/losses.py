@@ -39,7 +39,7 @@ class Published:
         lam: NonNegativeFloat | None = None
         """hybrid_epsilon: weight of visible tokens, lambda of the paper; 1 by default."""
         weights: Literal["flat", "annealing"] | None = None
-        """hybrid_epsilon: "flat" (default) divides visible tokens by 1 - p, "annealing" does not."""
+        """hybrid_epsilon: "flat" (default) divides visible tokens by 1 - p, "annealing" not."""
 
     @classmethod
     def build(
