@@ -1,9 +1,9 @@
-"""Learning curves of runs, by level where there are levels: a Markdown table, and a picture.
+"""Print learning curves of runs, by level for trees, as a Markdown table, and draw them as SVG.
 
     python benchmarks/curves.py runs/side/{mdlm,hdlm}_small_seed0 --svg docs/learning_curves.svg
 
-A figure is the mean of `metrics.jsonl` over the training steps since the one before: nats per token of the training text,
-unclipped. It has the diffusion term alone, without what the two ends cost.
+Each number is the mean of `metrics.jsonl` over the training steps since the previous one: unclipped
+nats per token of the training text. It is the diffusion term without the two end terms.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Curve(NamedTuple):
 
 
 def curves(run_dir: Path, every: int) -> list[Curve]:
-    """The bound of a run and, under it, its parts; each point the mean of `every` steps."""
+    """Return the bound of a run, then its parts; each point is the mean of `every` steps."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     groups = [lines[first : first + every] for first in range(0, len(lines), every)]
     names = [name for name in lines[0] if name.startswith(("nelbo_", "nll_"))]
@@ -59,11 +59,10 @@ def table(all_curves: Sequence[Curve]) -> str:
 
 
 def picture(whole: Sequence[Curve]) -> str:
-    """An SVG of the bounds over the steps."""
+    """Return an SVG of the bounds over the steps."""
     low = min(min(curve.nats) for curve in whole)
-    high = max(
-        max(curve.nats[1:] or curve.nats) for curve in whole
-    )  # the first points fall from the random start
+    # Without the first points, which are high after the random initialization.
+    high = max(max(curve.nats[1:] or curve.nats) for curve in whole)
     last = max(curve.steps[-1] for curve in whole)
 
     def x(step: float) -> float:

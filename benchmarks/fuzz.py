@@ -1,11 +1,11 @@
-"""Mutate recipes and hand them to the command line: each is accepted or refused in words, and what is accepted runs.
+"""Mutate recipes and pass them to the command line: each must be refused with a message or run.
 
 python benchmarks/fuzz.py                          # 1,000 dry runs, and two-step runs of a tenth of what passes
 python benchmarks/fuzz.py --recipes 100 --runs 5 --seed 3
 
-Everything happens in one process and in a temporary directory. A recipe that is answered with a traceback, with an empty or
-endless message, too slowly, or that leaves files behind is a fault; it is printed with the recipe's text and its number;
-`--seed S --only N` repeats it. The exit code is 1 where there was one.
+Everything runs in one process and in a temporary directory. A fault is a traceback, an empty or very
+long message, a slow answer, or a file left behind. Each fault is printed with the recipe and its
+number; `--seed S --only N` repeats it. The exit code is 1 after a fault.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ddiff.recipe.resolve import read_recipe
 from ddiff.recipe.schema import SLOTS
 from ddiff.recipe.sources import find_shipped_recipes
 
-SECONDS = 20.0  # of CPU: what a dry run, and a run of two steps, may take
+SECONDS = 20.0  # CPU limit of a dry run, and of a run of two steps
 LONGEST = 4000  # characters of a refusal
 CORPUS = "\n".join(
     f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd"
@@ -101,7 +101,7 @@ TEXTS = [
 
 
 class Fault(NamedTuple):
-    """What went wrong with which recipe."""
+    """A recipe with an unacceptable answer."""
 
     number: int
     what: str
@@ -119,7 +119,7 @@ class Answer(NamedTuple):
 
 
 def bases() -> list[dict[str, Any]]:
-    """The shipped small recipes with every default written out, smaller still, and two kinds of data."""
+    """Return the shipped small recipes with all defaults written out, reduced, on two datasets."""
     plugins = [name for name in installed_plugins() if name != "core"]
     found = []
     for name in find_shipped_recipes():
@@ -181,7 +181,7 @@ def set_oddly(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list
 
 
 def near_limits(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
-    """A number of the same type: what is most often accepted."""
+    """Replace a number by one of the same type, which is most often accepted."""
     numbers = [
         path for path in leaves(tree) if type(inside(tree, path[:-1])[path[-1]]) in (int, float)
     ]
@@ -212,7 +212,7 @@ def swap_kind(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list
 
 
 def wrap(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
-    """A list in place of a scalar, a scalar in place of a list, a table around either."""
+    """Replace a scalar by a list, a list by a scalar, or wrap either in a table."""
     *path, key = chance.choice(list(leaves(tree)))
     table = inside(tree, path)
     value = table[key]
@@ -242,7 +242,7 @@ MUTATIONS = [
 
 
 def mutate_text(text: str, chance: random.Random) -> str:
-    """Damage that no tree has: cut off, doubled, with characters that do not belong there."""
+    """Damage the text: truncated, doubled, or with misplaced characters."""
     at = chance.randrange(len(text) + 1)
     return chance.choice(
         [
@@ -258,7 +258,7 @@ def mutate_text(text: str, chance: random.Random) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as TOML, whatever it is: libraries would refuse to write some of what a user can."""
+    """Return any value as TOML; libraries refuse to write some values that users can write."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
@@ -289,13 +289,13 @@ def written(value: Any) -> str:
 
 
 def mutant(number: int, seed: int, trees: list[dict[str, Any]], kinds: dict[str, list[str]]) -> str:
-    """The text of a mutated recipe: a function of its number and the seed."""
+    """Return the text of a mutated recipe, a function of its number and the seed."""
     import copy
 
     chance = random.Random(f"{seed} {number}")
     tree = copy.deepcopy(chance.choice(trees))
     for _ in range(chance.choice([1, 1, 1, 1, 2, 3])):
-        with contextlib.suppress(KeyError, IndexError, TypeError):  # what an earlier one took away
+        with contextlib.suppress(KeyError, IndexError, TypeError):  # removed by an earlier mutation
             chance.choice(MUTATIONS)(tree, chance, kinds)
     text = (
         "\n".join(f"{written(str(key))} = {written(value)}" for key, value in tree.items()) + "\n"
@@ -303,15 +303,15 @@ def mutant(number: int, seed: int, trees: list[dict[str, Any]], kinds: dict[str,
     return mutate_text(text, chance) if chance.random() < 0.1 else text
 
 
-# ---------------------------------------------------------------------- what is asked of each
+# ---------------------------------------------------------------------- checks
 
 
 class TooSlow(BaseException):
-    """Not an Exception: no handler of the command line may take it for its own."""
+    """Raised at the time limit. Not an Exception, so that no handler of the command line catches it."""
 
 
 def called(*arguments: str) -> Answer:
-    """`ddiff ARGUMENTS` in this process."""
+    """Run `ddiff ARGUMENTS` in this process."""
     out, err = io.StringIO(), io.StringIO()
     began, code = time.process_time(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -343,7 +343,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def wrong_with(answer: Answer, running: bool) -> str | None:
-    """What is wrong with an answer; a run may take longer than the limit, since a recipe may ask for much."""
+    """Return the fault of an answer, if any; a run may exceed the limit, since recipes may be large."""
     if answer.code == -1:
         return None if running else f"no answer after {SECONDS} s"
     if "Traceback" in answer.err or answer.code not in (0, 2):
@@ -360,7 +360,7 @@ def wrong_with(answer: Answer, running: bool) -> str | None:
 
 
 def fuzz(recipes: Sequence[int], runs: int, seed: int, told: Callable[[str], None]) -> list[Fault]:
-    """Dry runs of these numbers, then real runs of `runs` of those that pass, evenly spread."""
+    """Dry-run these recipes, then run `runs` of the accepted ones, evenly spread."""
     registry = survey_plugins().registry
     kinds: dict[str, list[str]] = {}
     for component in registry.components():

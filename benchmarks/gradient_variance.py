@@ -1,11 +1,12 @@
-"""Variance of training gradients under several clocks: even t, even information time, and its draws for many or few tokens.
+"""Variance of training gradients for several distributions of the training times.
 
     python benchmarks/gradient_variance.py runs/variance [RECIPE ...]
 
-Each recipe is trained for a few steps, so that the gradient is that of a network at work. Then the same rows are noised
-again and again: what differs between the gradients is the times and the noise alone. The figure is
-trace(Cov(gradient)) / |mean gradient|^2 for one batch of the recipe, with its loss as the recipe has it and with the bound
-itself as loss.
+The distributions are uniform t, uniform information time tau, and the draws of `FlatTimes` for
+several numbers of tokens. Each recipe is trained for a few steps first. Then the same rows are
+noised repeatedly, so that gradients differ only by times and noise. The result is
+trace(Cov(gradient)) / |mean gradient|^2 for one batch, with the loss of the recipe and with the
+bound as loss.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""All families on equal footing: the small recipes with one trunk, one number of tokens and one corpus.
+"""Train all families under equal conditions: one backbone, number of tokens and corpus.
 
     python benchmarks/side_by_side.py runs/side            # then: ddiff compare --seeds runs/side/*_seed?
-    python benchmarks/side_by_side.py runs/side --gap      # hierarchical diffusion trained in other ways, beside them
+    python benchmarks/side_by_side.py runs/side --gap      # other ways to train hierarchical diffusion
 
-Each run is its recipe with the same steps, batch and validation; three seeds for the first three, one for the others.
-It may be stopped and called again: what is done is not done twice.
+All runs have the same steps, batch and validation; the first three families have three seeds, the
+others one. The command can be stopped and started again: finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ONE_SEED = (
 
 
 class Trained(NamedTuple):
-    """A recipe with settings over it; `{side}` in them is the directory of the runs."""
+    """A recipe with overrides; `{side}` in them stands for the directory of the runs."""
 
     name: str
     recipe: str
@@ -43,8 +43,9 @@ def after(name: str, steps: int, parts: str = "all") -> tuple[str, str]:
     return f'train.init={{run="{{side}}/{name}", parts="{parts}"}}', f"train.steps={steps}"
 
 
-# What may make two levels learn later than masks alone: one change to hdlm_small each, seed 0. Runs that others start from
-# stand before them; masks are given the same start where it may help them as well. Low times show most of the words.
+# Possible reasons for two levels to learn later than masks: one change to hdlm_small each, seed 0.
+# Runs that others start from come first. Masks get the same start if it may help them too. At low
+# times most tokens are visible.
 GAP = (
     Trained("mdlm_200", "mdlm_small", ("train.steps=200",)),
     Trained("mdlm_300", "mdlm_small", ("train.steps=300",)),

@@ -1,4 +1,4 @@
-"""Kill runs at random moments and resume them: each must end as the run that was left alone.
+"""Kill runs at random moments and resume them: each must end like an uninterrupted run.
 
     python benchmarks/soak.py --trials 50 --seed 0
 
@@ -85,7 +85,7 @@ PRELOAD = [
 
 
 class Fate(NamedTuple):
-    """When a run is killed: after a share of the steps that it still has, some seconds later, or then in a save."""
+    """Moment of a kill: after a share of the remaining steps, plus a delay, or then in a save."""
 
     share: float
     delay: float
@@ -156,7 +156,7 @@ def drawn(draw: random.Random) -> Fate:
 
 
 class Run:
-    """The recipe's run in a directory, started in a layout."""
+    """A run of the recipe in a directory, with a layout of processes."""
 
     def __init__(self, place: Path, layout: str, kind: str, every: int) -> None:
         self.place, self.layout = place, layout
@@ -173,7 +173,7 @@ class Run:
         self.log = place.with_suffix(".log")
 
     def finish(self) -> None:
-        """To the end; RuntimeError with what it said when that is not one."""
+        """Run to the end; raise RuntimeError with the log if it fails."""
         ranks = self._start()
         deadline = time.monotonic() + PATIENCE
         for rank in ranks:
@@ -186,7 +186,7 @@ class Run:
             )
 
     def killed(self, fate: Fate) -> str:
-        """Killed as it is fated, unless it ends before; when that was."""
+        """Kill the run at the given moment, unless it ends before, and return when that was."""
         before = self._lines()
         ranks = self._start()
         deadline = time.monotonic() + PATIENCE
@@ -202,7 +202,7 @@ class Run:
         assert last.pid
         if fate.all_ranks or len(ranks) == 1 or not alive:
             _kill(ranks)
-        else:  # the others find that out, or wait for it in vain, as they would for a lost machine
+        else:  # the others notice, or wait in vain as for a lost machine
             os.kill(last.pid, signal.SIGKILL)
             for rank in ranks:
                 rank.join(10.0)
@@ -233,14 +233,14 @@ class Run:
         return path.read_bytes().count(b"\n") if path.is_file() else 0
 
     def _unfinished(self) -> list[str]:
-        """Checkpoints that are being written, or never were."""
+        """Checkpoints without a marker: being written, or interrupted."""
         folder = self.place / "checkpoints"
         names = sorted(os.listdir(folder)) if folder.is_dir() else []
         return [name for name in names if not (folder / name / "complete.json").exists()]
 
 
 def train(rank: int, world: int, port: int, settings: list[str], log: str, path: list[str]) -> None:
-    """One process of the run, in a process of its own."""
+    """Run one rank of the run, in a separate process."""
     sys.path[:] = path
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)

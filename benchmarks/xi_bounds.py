@@ -1,10 +1,10 @@
-"""Wrong parents, xi < 1: the exact bound beside the published approximation of it, with nothing drawn.
+"""Compare the exact bound at xi < 1 with its published approximation, without random draws.
 
 python benchmarks/xi_bounds.py                      # the table into plugins/ddiff_hdlm/README.md, a minute
 
-Two words from a known joint law, four words under three clusters; states and times are summed over in float64. Both columns
-are the same assembly of the bound (closing, diffusion, decoding) on the same noise, over the whole of time, with the same
-weights; they differ in the divergence of a row alone.
+The data are two tokens with a known joint distribution, four tokens under three clusters; states
+and times are summed over in float64. Both numbers have the same terms (closing, diffusion,
+decoding), noise, times and weights, and differ only in the divergence of a row.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ GAMMAS = (0.5, 1.0, 2.0)
 XIS = (1.0, 0.95, 0.9, 0.8, 0.6)
 TREE = HierarchicalVocabulary([[0, 0, 1, 2]])
 LOG_JOINT = random_joint(TREE.num_tokens)
-UNREAD = 1e-5  # a millionth of the words has still to climb at the last time that is read, 1 - 1e-12, at gamma = 0.5
+# At gamma = 0.5 a millionth of the tokens has not moved at the last evaluated time, 1 - 1e-12.
+UNREAD = 1e-5
 README = Path(__file__).parents[1] / "plugins" / "ddiff_hdlm" / "README.md"
 BEGIN, END = "<!-- benchmarks/xi_bounds.py -->\n", "<!-- end -->\n"
 
 
 class Published(TreeProcess):
-    """The objective of arXiv 2510.08632's code for xi < 1 (`simplified`), on two levels.
+    """Objective of the code of arXiv 2510.08632 for xi < 1 (`simplified`), on two levels.
 
     With rho = xi P_c + (1 - xi)(1 - P_c)/(n - 1) of the right cluster c: at masks xi (-ln(rho / xi)), one term of the
-    divergence; at the right cluster -ln(xi p(x) / rho), which is exact; at any other -ln p(x), without its normaliser.
+    divergence; at the right cluster -ln(xi p(x) / rho), which is exact; at any other -ln p(x), without
+    its normalizer.
     """
 
     def divergence(self, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
@@ -61,7 +63,7 @@ class Published(TreeProcess):
 
 
 class Row(NamedTuple):
-    """Nats of two words on average: the bound and the published expression under one law."""
+    """Mean nats of two tokens: the bound and the published expression for one prediction."""
 
     gamma: float
     xi: float
@@ -75,7 +77,7 @@ def process_of(kind: type[TreeProcess], gamma: float, xi: float) -> TreeProcess:
 
 
 def laws(process: TreeProcess) -> dict[str, Table]:
-    """What stands in for a network."""
+    """Return the predictions that stand in for a network, by name."""
     true, bend = (
         rest_conditional_table(process, LOG_JOINT),
         torch.tensor([1.0, -0.5, 0.5, -1.0], dtype=torch.float64),
@@ -89,9 +91,9 @@ def laws(process: TreeProcess) -> dict[str, Table]:
 
 
 def flattering(process: TreeProcess, log_p: Tensor, zt: Tensor) -> Tensor:
-    """[B,L,V] the law that is least under the published expression, and what a network trained on it tends to.
+    """[B,L,V] the prediction that minimizes the published expression.
 
-    From the exact law p of x given the rest, with b = (1 - xi)/(n - 1). At masks P_k = (mu p_k - b)+/(xi - b), mu such that
+    From the exact distribution p of x given the rest, with b = (1 - xi)/(n - 1). At masks P_k = (mu p_k - b)+/(xi - b), mu such that
     it sums to 1. At a cluster k that is right with probability A, what is below it gets s, the positive root of
     (1 - A)(xi - b) s^2 + b s - A b = 0, and the other words 1 - s.
     """
@@ -122,7 +124,7 @@ def flattering(process: TreeProcess, log_p: Tensor, zt: Tensor) -> Tensor:
 
 
 def single_words() -> Tensor:
-    """[V] log of the law of a word, wherever it stands."""
+    """[V] log of the distribution of a single token, at either position."""
     return (0.5 * (LOG_JOINT.exp().sum(0) + LOG_JOINT.exp().sum(1))).log()
 
 
@@ -131,7 +133,7 @@ def entropy() -> float:
 
 
 def surprise_of_single_words() -> float:
-    """E[-ln p(x_1) p(x_2)] under the constant law: what a bound of it must be."""
+    """E[-ln p(x_1) p(x_2)], the bound of the constant prediction."""
     single = single_words()
     return -mean((single.unsqueeze(-1) + single).reshape(-1))
 
@@ -141,7 +143,7 @@ def mean(values: Tensor) -> float:
 
 
 def rows(gammas: Sequence[float] = GAMMAS, xis: Sequence[float] = XIS) -> list[Row]:
-    """Every gamma, xi and law, to 1e-5 nats (`UNREAD`)."""
+    """Compute every gamma, xi and prediction, to 1e-5 nats (`UNREAD`)."""
     found = []
     for gamma in gammas:
         for xi in xis:
@@ -156,7 +158,7 @@ def rows(gammas: Sequence[float] = GAMMAS, xis: Sequence[float] = XIS) -> list[R
 
 
 def table(found: Sequence[Row]) -> str:
-    """Markdown: a line for each gamma and xi, bound and published for each law; what is below the entropy in bold."""
+    """Return a Markdown table of bound and published expression; bold if below the entropy."""
     names = list(dict.fromkeys(row.law for row in found))
     lines = ["| gamma | xi | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for gamma, xi in dict.fromkeys((row.gamma, row.xi) for row in found):

@@ -1,9 +1,10 @@
-"""What ddiff costs, beside the obvious way: `make bench`, or `python benchmarks/bench`.
+"""Compare the cost of ddiff with a plain implementation: `make bench`, or `python benchmarks/bench`.
 
-Every case is a process of its own, in which the sides take turns (A B A B); what counts are CPU seconds, and of them the
-ratios of neighbours: least, median, greatest. A table goes to the terminal, everything to a JSON file.
+Every case runs in a separate process, in which the sides alternate (A B A B). The results are CPU
+seconds and the ratios of neighbours: least, median, greatest. Tables are printed, and all numbers
+go to a JSON file.
 
-    python benchmarks/bench --quick              # a look: fewer rounds
+    python benchmarks/bench --quick              # fewer rounds
     python benchmarks/bench --only train,memory  # some parts
 """
 
@@ -39,7 +40,7 @@ RISE_TARGET, HANDWRITTEN_TARGET, DDP_TARGET = 0.25, 1.05, 1.10
 
 
 class Effort(NamedTuple):
-    """Rounds of each part; plain sampling at the large vocabulary runs so many steps a round."""
+    """Rounds of each part, and steps per round of plain sampling at the large vocabulary."""
 
     train: int = 5
     sample: int = 4
@@ -78,7 +79,7 @@ def train(effort: Effort) -> list[dict[str, Any]]:
             found = in_process("train", family=family, vocabulary=vocabulary, rounds=effort.train)
             over = ratios(found["plain"], found["trunk"])
             limit = PLAIN_LIMITS.get(family) if vocabulary == LARGE else None
-            # What the plain side costs beyond its limit is the machine's page faults: it does not count for us.
+            # Beyond its limit the plain side measures page faults of the machine: cut it there.
             counted = [
                 min(p, limit * t) if limit else p for p, t in zip(found["plain"], found["trunk"])
             ]
@@ -99,7 +100,7 @@ def train(effort: Effort) -> list[dict[str, Any]]:
 
 
 def sample(effort: Effort) -> list[dict[str, Any]]:
-    """A whole sampling run. The plain side's steps cost the same wherever they are, so some of them stand for all."""
+    """A whole sampling run. All steps of the plain side cost the same, so only some are run."""
     say(
         f"\n## Sampling, 4x128, N = {STEPS} (ar: {LENGTH} words, ours cached): CPU seconds of a run\n"
     )
@@ -113,7 +114,7 @@ def sample(effort: Effort) -> list[dict[str, Any]]:
             steps = LENGTH if family == "ar" else STEPS
             few = vocabulary == LARGE or effort == QUICK
             each = min(steps, effort.plain_steps if few else -(-steps // effort.sample))
-            if family == "ar":  # its prefix grows, so only whole runs compare
+            if family == "ar":  # its prefix grows, so that only whole runs are comparable
                 each = steps
             found = in_process(
                 "sample",
@@ -141,7 +142,7 @@ def sample(effort: Effort) -> list[dict[str, Any]]:
 
 
 def memory(effort: Effort) -> list[dict[str, Any]]:
-    """Each side in a process of its own."""
+    """Peak memory of a step or a run, each side in a separate process."""
     say(f"\n## Rise of memory over the model, gradients included, V = {LARGE}: MB\n")
     say("| what | family | ours | plain | ours/plain | target |")
     say("|---|---|---|---|---|---|")
@@ -227,7 +228,7 @@ GROWTH += [
 
 
 def growth(effort: Effort) -> list[dict[str, Any]]:
-    """Ours alone: what grows with what."""
+    """Growth of our cost with vocabulary, length, levels and steps."""
     say(f"\n## Growth of our cost, V = {SMALL} where it is not said: CPU seconds\n")
     say("| with | family | what | CPU seconds |")
     say("|---|---|---|---|")
@@ -247,7 +248,7 @@ def growth(effort: Effort) -> list[dict[str, Any]]:
 
 
 def ddp(effort: Effort) -> list[dict[str, Any]]:
-    """Two ranks, a thread each; a step of 8 rows per rank, by itself and with the gradients summed."""
+    """Two ranks with one thread each: a step of 8 rows per rank, without and with all-reduce."""
     say("\n## Two processes (ddp, gloo) beside one, mdlm, 8x128 for each\n")
     say("| V | alone | together | CPU, together/alone [least, greatest] | wall clock | target |")
     say("|---|---|---|---|---|---|")
@@ -276,7 +277,7 @@ def ddp(effort: Effort) -> list[dict[str, Any]]:
 
 
 def _on_ranks(count: int, work: str, **arguments: Any) -> Any:
-    """`work` on `count` processes that find each other as under torchrun; rank 0 answers."""
+    """Run `work` on `count` processes as under torchrun and return the result of rank 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -304,11 +305,11 @@ def _on_ranks(count: int, work: str, **arguments: Any) -> Any:
     return json.loads(said[0][0].splitlines()[-1])
 
 
-GPU_BATCHES = (64, 128, 256)  # of 512 words; the plain side is asked how many it can hold
+GPU_BATCHES = (64, 128, 256)  # rows of 512 tokens; larger batches test which fit
 
 
 def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
-    """The small transformer at 64x512; the ratios of HDLM, MDLM and AR; how large a batch each side holds."""
+    """The small transformer at 64x512: ratios of HDLM, MDLM and AR, and the batches that fit."""
     say("\n## On an accelerator: 12 layers, width 768, V = 50257, bfloat16, 64x512\n")
     if not rehearsal and not torch.cuda.is_available():
         say("no GPU here")
@@ -375,7 +376,7 @@ def main() -> None:
     parser.add_argument(
         "--rehearse-gpu",
         action="store_true",
-        help="go through the GPU part in miniature on the CPU",
+        help="run the GPU part in miniature on the CPU",
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=Path("runs/bench.json"))

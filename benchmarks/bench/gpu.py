@@ -1,7 +1,8 @@
-"""On an accelerator: the small diffusion transformer in bfloat16, compiled and not, all families with one trunk.
+"""GPU benchmark: the small diffusion transformer in bfloat16, compiled and eager, for all families.
 
-FLOPs are those that a step needs: 6 per parameter of the trunk and position, attention, and 6 per logit, channel and row
-that is read. MFU is their rate over what the card does densely in bfloat16, where that is known.
+FLOPs are those that a step needs: 6 per parameter of the backbone and position, attention, and 6
+per logit, channel and row of the head. MFU is their rate over the dense bfloat16 rate of the card,
+if that is known.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ WARM, TIMED = 10, 30
 def gpu_step(
     family: str, compiled: bool, size: Size = SMALL, device: str = "cuda", timed: int = TIMED
 ) -> dict[str, Any]:
-    """Milliseconds of a training step (forward and backward), tokens/s, MFU and the greatest memory."""
+    """Measure a training step (forward and backward): milliseconds, tokens/s, MFU, peak memory."""
     case = Case(family, size)
     denoiser = denoiser_of(case).to(device)
     objective = objective_of(case, denoiser)
@@ -69,7 +70,7 @@ def gpu_step(
 def plain_gpu_step(
     family: str, size: Size = SMALL, device: str = "cuda", timed: int = TIMED
 ) -> dict[str, Any]:
-    """The plain side on the same card, eager and in bfloat16; what it says when it does not fit."""
+    """Measure the plain side on the same card, eager, in bfloat16; None if it does not fit."""
     try:
         step = plain_training_step(Case(family, size), device)
 
@@ -87,7 +88,7 @@ def plain_gpu_step(
 
 
 def _logits_of(denoiser: Any, step: Callable[[], None], steps: int = 4) -> float:
-    """The mean number of logits that a step's rows need, over some steps that are not timed."""
+    """Return the mean number of logits per step, over some steps that are not timed."""
     head, counted = denoiser.head, []
     total = head.total
 
@@ -103,7 +104,7 @@ def _logits_of(denoiser: Any, step: Callable[[], None], steps: int = 4) -> float
 
 
 def _timed(step: Callable[[], None], device: str, timed: int) -> tuple[float, float]:
-    """Median milliseconds after a warm-up, and the greatest memory in GB."""
+    """Return median milliseconds after a warm-up, and peak memory in GB."""
     cuda = torch.device(device).type == "cuda"
     wait = torch.cuda.synchronize if cuda else (lambda: None)
     for _ in range(WARM if cuda else 2):

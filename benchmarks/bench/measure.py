@@ -1,4 +1,4 @@
-"""CPU seconds of sides in turn, the rise of memory in a process of its own, and where it was measured."""
+"""Measure CPU seconds of alternating sides, and peak memory in a separate process."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Seconds = dict[str, list[float]]
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """CPU seconds of this process, all its threads together: other people's work counts as little as may be."""
+    """Return CPU seconds of all threads of this process, which other load affects least."""
     began = time.process_time()
     run()
     return time.process_time() - began
 
 
 def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int, warm: bool = True) -> Seconds:
-    """A B A B ... after a first round that is not counted."""
+    """Run the sides alternately, A B A B ..., after a first round that is not counted."""
     if warm:
         for run in sides.values():
             run()
@@ -40,15 +40,15 @@ def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int, warm: bool =
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """Of paired runs: least, median, greatest."""
+    """Return least, median and greatest ratio of paired runs."""
     each = [a / b for a, b in zip(above, below, strict=True)]
     return {"least": min(each), "median": statistics.median(each), "greatest": max(each)}
 
 
 def rise_mb(run: Callable[[], object]) -> float:
-    """How far the resident memory of this process rises above where it stands while `run` runs, in MB."""
+    """Return by how many MB `run` raises the peak of this process's resident memory."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
         run()
         return (_status("VmHWM") - before) / 1024
@@ -59,13 +59,13 @@ def rise_mb(run: Callable[[], object]) -> float:
 
 
 def _status(name: str) -> int:
-    """kB"""
+    """Return a field of /proc/self/status in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def in_process(work: str, **arguments: Any) -> Any:
-    """What `work` of workers.py answers in a fresh process; its last line of output is JSON."""
+    """Run `work` of workers.py in a new process; its last line of output is the JSON result."""
     command = [sys.executable, str(BENCH / "workers.py"), work, json.dumps(arguments)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""What both sides share: the cases, their vocabularies, and one trunk; and our side of each case."""
+"""Cases, vocabularies and the backbone of both sides, and our side of each case."""
 
 from __future__ import annotations
 
@@ -35,17 +35,19 @@ from ddiff import (
 from ddiff.sampling.loop import generate
 
 P_UNIFORM = 0.2
-CLUSTERS = {
-    50257: 128
-}  # the published clustering of GPT-2's words; elsewhere in proportion to sqrt(V)
-SMALLEST, LARGEST = 24 / 393, 1801 / 393  # cluster sizes of that clustering, relative to their mean
-SPREAD = (
-    0.68  # of ln size: its words sit in clusters of 626 words on average, 1.6 times the mean size
-)
+# The published clustering of GPT-2's tokens; other vocabularies have clusters in proportion to
+# sqrt(V).
+CLUSTERS = {50257: 128}
+# Smallest and largest cluster of that clustering, relative to the mean size.
+SMALLEST = 24 / 393
+LARGEST = 1801 / 393
+# Standard deviation of ln size. A token is in a cluster of 626 tokens on average, 1.6 times the
+# mean size.
+SPREAD = 0.68
 
 
 class Size(NamedTuple):
-    """How large a case is; `batch` sequences in training, `samples` of them drawn."""
+    """Size of a case: `batch` sequences in training, `samples` sequences in sampling."""
 
     vocabulary: int
     width: int = 256
@@ -58,20 +60,20 @@ class Size(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A family at a size. `family`: mdlm, gidd, hdlm-tied, hdlm-levelwise or ar."""
+    """A family (mdlm, gidd, hdlm-tied, hdlm-levelwise or ar) at a size."""
 
     family: str
     size: Size
-    levels: int = 2  # above the words, where there is a tree
+    levels: int = 2  # above the tokens, for a tree
 
     def __str__(self) -> str:
         return f"{self.family} V={self.size.vocabulary}"
 
 
 def cluster_sizes(num_words: int, clusters: int) -> list[int]:
-    """Sizes as unequal as those of the published clustering: log-normal quantiles between its least and its greatest.
+    """Return cluster sizes as unequal as those of the published clustering.
 
-    A few clusters cannot be; they are even.
+    They are log-normal quantiles between its smallest and largest; fewer than 16 clusters are equal.
     """
     mean = num_words / clusters
     if clusters < 16:
@@ -92,7 +94,7 @@ def clusters_of(num_words: int) -> int:
 
 
 def vocabulary_of(case: Case) -> Vocabulary:
-    """Words scattered over their clusters, as k-means leaves them."""
+    """Return a vocabulary whose tokens are scattered over clusters, as after k-means."""
     num_words = case.size.vocabulary
     if not case.family.startswith("hdlm"):
         return FlatVocabulary(num_words)
@@ -130,7 +132,7 @@ def trunk_of(case: Case, vocabulary: Vocabulary) -> DiT:
 
 
 def awake(module: nn.Module) -> nn.Module:
-    """Parameters that start at zero made small random numbers: a network in the middle of its training."""
+    """Replace zero parameters by small random numbers, as in the middle of training."""
     for parameter in module.parameters():
         if not parameter.detach().any():
             nn.init.normal_(parameter, std=0.02)
@@ -193,7 +195,7 @@ def step_of(
 
 
 def our_sampler(case: Case) -> Callable[[], float]:
-    """One whole run; the share of words that it drew is returned, which is 1."""
+    """Return a function that samples once and returns the share of tokens among the states, 1."""
     denoiser = denoiser_of(case).eval()
     index, length = torch.arange(case.size.samples), case.size.length
     if case.family == "ar":

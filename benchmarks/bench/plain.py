@@ -1,8 +1,8 @@
-"""The plain side: each family in the obvious way of paper code, eager, on the same trunk.
+"""The plain side: each family in the direct way of paper code, eager, on the same backbone.
 
-Every position goes through the head, words are one-hot rows, laws of z_t are tensors [B,L,S], and a sampler draws by
-Gumbel noise in float64 over the whole vocabulary at every position of every step. Nothing is wasted on purpose: what one
-line of torch does is done by that line.
+Every position goes through the head, tokens are one-hot rows, distributions of z_t are tensors
+[B,L,S], and a sampler draws by Gumbel noise in float64 over the whole vocabulary at every position
+of every step. The code is not made slower on purpose: one line of torch does what it can do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ddiff.core.times import Noisy
 
 
 class PlainModel(nn.Module):
-    """The trunk and one linear head over all states."""
+    """The backbone and one linear head over all states."""
 
     def __init__(self, case: Case, vocabulary: Vocabulary, outputs: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def categorical(probs: Tensor) -> Tensor:
 
 
 class Masked:
-    """Masks: log-softmax over all states, unmasked positions overwritten by themselves, -ln p(x) / t at every position."""
+    """Masked diffusion: log-softmax over all states, -ln p(x) / t at every position."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
@@ -84,7 +84,7 @@ class Masked:
 
 
 class Mixed:
-    """Masks and uniform noise: one-hot words, q_t(.|x) and q_t(.|x_hat) as tensors, their KL element by element."""
+    """Masks and uniform noise: q_t(.|x) and q_t(.|x_hat) as tensors, with an elementwise KL."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
@@ -93,7 +93,7 @@ class Mixed:
         self.model = PlainModel(case, self.vocabulary, self.states)
 
     def law(self, words: Tensor, t: Tensor) -> Tensor:
-        """[B,L,S] q_t when the clean token has the law `words` [B,L,S]."""
+        """[B,L,S] q_t for a clean token with the distribution `words` [B,L,S]."""
         hump = self.height * (t * (1.0 - t)).sqrt()
         noise = (
             (hump / (1.0 + hump) / (self.states - 1)).unsqueeze(-1).expand(-1, self.states).clone()
@@ -102,7 +102,7 @@ class Mixed:
         return ((1.0 - t) / (1.0 + hump))[:, None, None] * words + noise.unsqueeze(1)
 
     def weight(self, zt: Tensor, t: Tensor) -> Tensor:
-        """[B,L] the rate at which z_t arrives."""
+        """[B,L] rate of arriving at z_t."""
         root, t = (t * (1.0 - t)).sqrt().unsqueeze(-1), t.unsqueeze(-1)
         each = self.height / (2.0 * root * (1.0 + self.height * root) * (self.states - 1))
         return torch.where(zt == self.mask, 1.0 / ((1.0 + self.height * root) * (1.0 - t)), each)
@@ -147,7 +147,7 @@ class Mixed:
 
 
 class Clustered:
-    """Words under clusters: clusters by a matrix of memberships, the law one level down by masking q."""
+    """Hierarchical diffusion: a matrix of memberships, q masked to the level below."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
@@ -158,7 +158,7 @@ class Clustered:
         self.model = PlainModel(case, self.vocabulary, self.words)
 
     def law(self, words: Tensor, t: Tensor) -> Tensor:
-        """[B,L,S] q_t when the clean token has the law `words` [B,L,V]."""
+        """[B,L,S] q_t for a clean token with the distribution `words` [B,L,V]."""
         clean, cluster = (1.0 - t)[:, None, None], (-(1.0 - t) * torch.log1p(-t))[:, None, None]
         mask = (1.0 - clean - cluster).expand(*words.shape[:2], 1)
         return torch.cat([clean * words, cluster * (words @ self.members.to(words)), mask], -1)
@@ -168,7 +168,7 @@ class Clustered:
         return categorical(q), q
 
     def below(self, q: Tensor, zt: Tensor) -> Tensor:
-        """[B,L,V+n] the law of the state one level under z_t, in proportion to q there."""
+        """[B,L,V+n] distribution of the state one level below z_t, proportional to q."""
         at_mask, cluster = (zt == self.mask).unsqueeze(-1), (zt - self.words).unsqueeze(-1)
         open_ = torch.cat(
             [self.cluster_of == cluster, at_mask.expand(*zt.shape, self.clusters)], -1
@@ -190,7 +190,7 @@ class Clustered:
         return torch.full(shape, self.mask)
 
     def move(self, logits: Tensor, zt: Tensor, t: float, s: float) -> Tensor:
-        """At most one level down, as the published sampler does it."""
+        """Move at most one level down, as the published sampler does."""
         p = logits.softmax(-1)
         cluster = self.words + gumbel_draw(p @ self.members)
         inside = self.cluster_of == (zt - self.words).unsqueeze(-1)
@@ -207,7 +207,7 @@ class Clustered:
 
 
 class Autoregressive:
-    """-ln p(x_i | x_<i) by one cross-entropy; a sampler runs the whole prefix for every word."""
+    """Autoregression by one cross-entropy; sampling runs the whole prefix for every token."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
@@ -228,7 +228,7 @@ class Autoregressive:
         return F.cross_entropy(self.model["head"](self.hidden(x0)), x0.reshape(-1))
 
     def word(self, ids: Tensor) -> Tensor:
-        """[B] the next word after ids [B,n], of which the last place is a stand-in."""
+        """[B] next token after ids [B,n], whose last position is a placeholder."""
         last = self.hidden(ids).reshape(*ids.shape, -1)[:, -1]
         return gumbel_draw(self.model["head"](last).softmax(-1))
 
@@ -246,7 +246,7 @@ def side_of(case: Case) -> Diffusing | Autoregressive:
 
 
 def plain_training_step(case: Case, device: str = "cpu") -> Callable[[], float]:
-    """Draw t, noise, forward, loss, backward; on another device, call it with that one as torch's default."""
+    """Draw t, noise, forward, loss, backward; needs `device` as torch's default device."""
     side, x0 = side_of(case), words_of(case).to(device)
     side.model.to(device)
     if isinstance(side, Clustered):
@@ -267,7 +267,7 @@ def plain_training_step(case: Case, device: str = "cpu") -> Callable[[], float]:
 
 
 def plain_sampling(case: Case) -> Iterator[None]:
-    """A run that goes on for ever, one step at a time: what a step costs does not depend on where it is."""
+    """Sample without end, one step at a time; all steps cost the same."""
     side = side_of(case)
     side.model.eval()
     while True:

@@ -1,4 +1,4 @@
-"""What is measured in a process of its own: `python workers.py WORK ARGUMENTS`, the answer as JSON on the last line."""
+"""Measurements in a separate process: `python workers.py WORK ARGUMENTS` prints JSON last."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ TINY = Size(64, width=16, layers=1, heads=1, length=8, batch=2, samples=2, steps
 
 
 def train(family: str, vocabulary: int, rounds: int) -> dict[str, Any]:
-    """Seconds of a training step: ours with each head, the plain one, and the trunk's forward and backward alone."""
-    keep_freed_memory()  # both sides keep the memory that they have freed, as training does
+    """Seconds of a training step: ours with each head, the plain one, and only the backbone."""
+    keep_freed_memory()  # for both sides, as in training
     case = Case(FAMILIES[family][0], Size(vocabulary))
     sides = {name: our_training_step(Case(name, Size(vocabulary))) for name in FAMILIES[family]}
     return in_turn({**sides, "plain": plain_training_step(case), "trunk": trunk_step(case)}, rounds)
@@ -58,7 +58,7 @@ def trunk_step(case: Case) -> Any:
 
 
 def sample(family: str, vocabulary: int, rounds: int, plain_steps: int) -> dict[str, Any]:
-    """Seconds of whole runs of ours, and between them of `plain_steps` steps of the plain side, one by one."""
+    """Seconds of our whole runs, alternating with `plain_steps` single steps of the plain side."""
     keep_freed_memory()
     size = Size(vocabulary)
     ours = {name: our_sampler(Case(name, size)) for name in FAMILIES[family]}
@@ -73,7 +73,7 @@ def sample(family: str, vocabulary: int, rounds: int, plain_steps: int) -> dict[
 
 
 def memory(what: str, side: str, family: str, vocabulary: int) -> float:
-    """MB by which one step, or a run, raises the memory of a fresh process above that of its model."""
+    """MB by which one step, or a run, raises a new process's memory above that of its model."""
     warm, case = Case(family, TINY), Case(family, Size(vocabulary))
     make = {("train", "ours"): our_training_step, ("train", "plain"): plain_training_step}
     make |= {
@@ -93,7 +93,7 @@ def handwritten(vocabulary: int, rounds: int) -> dict[str, Any]:
 
 
 def grow(family: str, what: str, rounds: int, levels: int = 2, **size: int) -> list[float]:
-    """Seconds of ours alone at another size."""
+    """Seconds of our side at another size."""
     keep_freed_memory()
     case = Case(family, Size(**{"vocabulary": 8192, **size}), levels)
     run = our_training_step(case) if what == "train" else our_sampler(case)
@@ -101,7 +101,7 @@ def grow(family: str, what: str, rounds: int, levels: int = 2, **size: int) -> l
 
 
 def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
-    """On each of two ranks in turn: a step of its own rows alone, and the same step with the others' gradients."""
+    """On each rank in turn: a step without all-reduce, and the same step with all-reduce."""
     backend = DistributedBackend("cpu", int(os.environ["WORLD_SIZE"]))
     case = Case("mdlm", Size(vocabulary))
     alone, together = denoiser_of(case), denoiser_of(case)
@@ -139,7 +139,7 @@ def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
 
 
 def gpu(family: str, side: str, batch: int, rehearsal: bool = False) -> dict[str, Any]:
-    """A step on the accelerator; `rehearsal` is a tiny one on the CPU, to see that this runs where there is none."""
+    """A step on the GPU; `rehearsal` is a tiny one on the CPU, to test this code without a GPU."""
     size, where = (
         (TINY._replace(batch=batch), ("cpu", 1))
         if rehearsal

@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import the parts of `benchmarks/bench`."""
+"""Put the modules of `benchmarks/bench` on the import path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmark compares with is right: the plain side computes our bound, the hand-written loop our loss."""
+"""The other sides of the benchmark are correct: the plain bound and the hand-written loss."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SMALL = Size(20, width=8, layers=1, heads=1, length=16, batch=4)
 
 
 @pytest.mark.parametrize("family", ["mdlm", "gidd", "hdlm"])
-def test_the_plain_side_computes_the_density(family: str) -> None:
-    """Float32 beside float64, with weights of at most some hundreds: 1e-4."""
+def test_plain_side_computes_the_density_of_the_process(family: str) -> None:
+    """Float32 against float64, with weights of at most some hundreds: 1e-4."""
     torch.manual_seed(0)
     case = Case(family, SMALL)
     side, process = side_of(case), process_of(case, vocabulary_of(case))
@@ -36,8 +36,8 @@ def test_the_plain_side_computes_the_density(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["mdlm", "gidd", "hdlm"])
-def test_a_plain_run_leaves_no_mask(family: str) -> None:
-    """Nor a cluster, but where the published rule goes down one level a step."""
+def test_plain_sampling_leaves_no_mask(family: str) -> None:
+    """No cluster remains either, except for hdlm, which moves down one level per step."""
     torch.manual_seed(0)
     side, steps = side_of(Case(family, SMALL)), 8
     zt = side.start((4, 16))
@@ -48,7 +48,7 @@ def test_a_plain_run_leaves_no_mask(family: str) -> None:
     assert (zt < (side.mask if family == "hdlm" else 20)).all()
 
 
-def test_the_hand_written_loss_is_cross_entropy() -> None:
+def test_handwritten_loss_is_cross_entropy() -> None:
     torch.manual_seed(0)
     hidden, table = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (40, 7))
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
@@ -66,8 +66,8 @@ def test_the_hand_written_loss_is_cross_entropy() -> None:
         torch.testing.assert_close(ours, expected)
 
 
-def test_clusters_are_as_unequal_as_the_published_ones() -> None:
-    """128 clusters of GPT-2's words: mean 393, least 24, greatest about 1801, 626 weighted by size."""
+def test_cluster_sizes_are_as_unequal_as_published() -> None:
+    """128 clusters of GPT-2's tokens: mean 393, least 24, greatest about 1801, 626 weighted by size."""
     sizes = torch.tensor(cluster_sizes(50257, CLUSTERS[50257])).double()
     assert sizes.sum() == 50257
     assert int(sizes.min()) == 24
