@@ -93,9 +93,10 @@ def laws(process: TreeProcess) -> dict[str, Table]:
 def flattering(process: TreeProcess, log_p: Tensor, zt: Tensor) -> Tensor:
     """[B,L,V] the prediction that minimizes the published expression.
 
-    From the exact distribution p of x given the rest, with b = (1 - xi)/(n - 1). At masks P_k = (mu p_k - b)+/(xi - b), mu such that
-    it sums to 1. At a cluster k that is right with probability A, what is below it gets s, the positive root of
-    (1 - A)(xi - b) s^2 + b s - A b = 0, and the other words 1 - s.
+    From the exact distribution p of x given the rest, with b = (1 - xi)/(n - 1). At masks
+    P_k = (mu p_k - b)+/(xi - b), mu such that it sums to 1. At a cluster k that is right with
+    probability A, the tokens below it get s, the positive root of
+    (1 - A)(xi - b) s^2 + b s - A b = 0, and the other tokens 1 - s.
     """
     xi, count = process.parents.xi[0], TREE.level_sizes[1]
     if xi == 1.0:
