@@ -65,7 +65,7 @@ from their marginals gives {far:.3f}. The small number below each distance is th
 
 | accuracy | meaning |
 |---|---|
-| exact | samples follow the distribution of the network; with uniform noise `first_hitting` has an error of 1e-6 (its docstring has the bound) |
+| exact | samples follow the network; with uniform noise `first_hitting` errs by 1e-6 |
 | order n | the error falls as 1/N^n |
 | heuristic | the error does not vanish, or no proof is known |
 
