@@ -223,6 +223,7 @@ def exact_nelbo(
     x0 = sequences[sequence]
     zt = states[state]
     probabilities = _probabilities(process, t, window, node, x0, zt)
+    # states that no term can have are not shown to the network
     possible = sum(probabilities) > 0
     node = node[possible]
     x0 = x0[possible]
@@ -234,6 +235,7 @@ def exact_nelbo(
         torch.ones_like(x0, dtype=torch.bool),
         NodeTimes(t[node], speed[node], window),
         EnumeratedRng(zt, vocabulary.num_states),
+        # one slot per row: NodeTimes ignores them
         torch.arange(len(node)),
         len(node),
     )
@@ -251,6 +253,7 @@ def _times_of_nodes(
     v: Tensor, weight: Tensor, window: Window, length: int, path: Path
 ) -> tuple[Tensor, Tensor]:
     """Times [n,L] of every position at the nodes v [n], and dt_i/dv times the node's weight."""
+    # rates are evaluated at interior times only
     first, last = torch.logit(times((max(window[0], EARLIEST), min(window[1], LATEST))))
     t = []
     speed = []
@@ -258,6 +261,7 @@ def _times_of_nodes(
         place, slope = path(v, position)
         at_node = torch.sigmoid(first + place * (last - first))
         t.append(at_node)
+        # dt/dv by the chain rule, times the weight of the node
         speed.append(at_node * (1.0 - at_node) * (last - first) * slope * weight)
     return torch.stack(t, -1), torch.stack(speed, -1)
 
@@ -280,6 +284,7 @@ def _probabilities(
     diffusion = torch.ones(len(node), dtype=torch.float64)
     for position in range(x0.shape[1]):
         marginal = likelihoods_by_row(process, t[:, position])  # [nodes,V,S]
+        # positions are corrupted independently given x0
         diffusion = diffusion * marginal[node, x0[:, position], zt[:, position]]
     return closing, diffusion, decoding
 
@@ -368,6 +373,7 @@ def random_joint(
     """Log-probabilities [V, ..., V] of sequences whose positions depend on each other strongly."""
     shape = (num_tokens,) * length
     generator = torch.Generator().manual_seed(seed)
+    # 1.5 makes positions strongly dependent, as in text
     logits = 1.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
     return logits - logits.logsumexp(tuple(range(length)))
 
@@ -473,6 +479,7 @@ def entropy_of_window(
     """H(X) + [sum_i H(X_i|Z_t0) - H(X|Z_t0)] + [sum_i H(Z_i,t1) - H(Z_t1)] in nats."""
     joint = log_joint.exp()
     early, late = likelihoods(process, times(window))
+    # the joint distribution of tokens and states
     full = torch.einsum("ab,ai,bj->abij", joint, early, early)  # x_1, x_2, z_1, z_2 at t0
     first_given_z = _conditional_entropy(full.sum(1), (0,))
     second_given_z = _conditional_entropy(full.sum(0), (0,))
@@ -549,6 +556,7 @@ def _discrete_bound(
     vocabulary = process.vocabulary
     num_tokens = vocabulary.num_tokens
     first, last = torch.logit(times(window))
+    # even in logit t, which resolves both ends
     grid = torch.sigmoid(torch.linspace(float(first), float(last), steps + 1, dtype=torch.float64))
     step, x0, zt = product(
         torch.arange(steps), torch.arange(num_tokens), torch.arange(vocabulary.num_states)
@@ -568,6 +576,7 @@ def _discrete_bound(
     )
     log_p = table(zt.unsqueeze(1), t.unsqueeze(1)).squeeze(1)
     model = process.reverse_log_probs(log_p, zt, t, s)
+    # states that the truth excludes contribute 0
     kl = torch.where(truth.isfinite(), truth.exp() * (truth - model), 0.0).sum(-1)
     total = torch.zeros(num_tokens, dtype=torch.float64)
     return total.index_add(0, x0, chance[possible] * kl)
@@ -587,6 +596,7 @@ def weights_are_level_flows(
         return
     vocabulary = process.vocabulary
     for window in windows:
+        # level 0 is never entered
         flow = _expected_weight_by_level(process, window)[:, 1:]
         start, stop = process.clock.cdf(times(window))
         levels = torch.arange(1, vocabulary.num_levels + 1).expand(vocabulary.num_tokens, -1)

@@ -77,6 +77,7 @@ class SobolRng(CounterRng):
             self.first[channel] = self.used
             self.used += size
         start = self.first[channel]
+        # the same dimensions at every query of a channel
         drawn = self.cube[:, start : start + size].reshape(-1, self.length, count)
         return drawn.squeeze(-1) if count == 1 else drawn
 
@@ -104,6 +105,7 @@ class InformationPath:
             dtype=torch.float64,
         )  # logit t
         q = likelihoods(process, torch.sigmoid(self.y)) / process.vocabulary.num_tokens
+        # H(X | Z), which is the information up to its sign and a constant
         lost = torch.where(q > 0, q * (q.sum(1, keepdim=True) / q).log(), 0.0).sum((1, 2))
         # rounding near the ends must not reverse the path; a share of logit t keeps it increasing
         steps = lost.diff().clamp(min=0.0)
@@ -421,9 +423,11 @@ def terms_have_their_expectations(
     standard errors of as many random points; Sobol points use half of it.
     """
     table = sensitive_table(process)
+    # first, middle and last token, at either position
     last = process.vocabulary.num_tokens - 1
     x0 = torch.tensor([[0, last], [last, last // 2], [last // 2, 0]])
     scored = torch.tensor([[True, True], [True, True], [True, False]])
+    # a prior that is not q_1 exposes closing states that are drawn from q_1
     process = replace_prior(process)
     for window in (WHOLE, inner_information_window(process)):
         terms, rng = draw_terms(

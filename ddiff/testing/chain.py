@@ -52,6 +52,7 @@ def rates_are_not_negative(process: ForwardProcess) -> Iterator[Gap]:
     terms may round below 0."""
     t = times(INNER, NEAR_ENDS, ENDS)
     rates = process.rates(t).dense()
+    # the diagonal is negative by definition
     off_diagonal = rates - torch.diag_embed(rates.diagonal(dim1=-2, dim2=-1))
     scale = rates.abs().amax((1, 2), keepdim=True).clamp(min=1.0)
     yield compare(
@@ -70,6 +71,7 @@ def kernels_agree(process: ForwardProcess) -> Iterator[Gap]:
         times(INNER, NEAR_ENDS, ENDS),
         torch.arange(process.vocabulary.num_states),
     )
+    # transitions from 0.3 t include long and short steps
     for kernel in (process.rates(t), process.transition(t * 0.3, t)):
         yield from kernel_gaps(kernel, ids, {"t": t})
 
@@ -168,6 +170,7 @@ def marginal_follows_transitions(process: ForwardProcess) -> Iterator[Gap]:
     """q_t(.|x) = q_s(.|x) P(s,t), also from s = 0. Tolerance: a numerical product over all of [0,1]
     has an error of 1e-7."""
     s, t = times(*PAIRS_FROM_CLEAN).reshape(-1, 2).T
+    # row vectors: q_t = q_s P
     moved = likelihoods(process, s) @ process.transition(s, t).dense()
     yield compare(
         moved,
@@ -194,6 +197,7 @@ def ends_as_declared(process: ForwardProcess) -> Iterator[Gap]:
     """closes_at_clean: q_0(.|x) = delta_x; closes_at_prior: q_1(.|x) = prior; the prior sums to 1.
     Tolerance: the error of dense chains."""
     vocabulary = process.vocabulary
+    # [V,S] each
     at_clean, at_prior = likelihoods(process, times(ENDS))
     prior = process.prior.log_prob.exp()
     yield compare(prior.sum(), 1.0, {"the prior's": "sum"})
@@ -233,6 +237,7 @@ def safe_at_ends(process: ForwardProcess) -> Iterator[Gap]:
         times(ENDS),
         torch.arange(vocabulary.num_states),
     )
+    # one prediction is enough: values at the ends do not depend on it
     log_p = random_log_probs(vocabulary.num_tokens, 1).expand(len(t), -1)
     finite = process.rates(t).dense().isfinite()
     yield compare(finite.double(), 1.0, {"finite rates at t": t})

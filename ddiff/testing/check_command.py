@@ -84,11 +84,13 @@ def find_components(
     registry = survey.registry
     same_name = [component for component in registry.components() if component.name == name]
     found = [component for component in same_name if component.kind in MAKERS]
+    # settings fit one component, not a whole plugin
     if not (found and configured):
         for kind in KINDS_OF_PLUGINS:
             found += [one for one in registry.components(kind) if one.plugin == name]
     if found:
         return list(dict.fromkeys(found))
+    # a plugin that failed to load may have had the name
     for plugin, _, error in survey.reports:
         if plugin.name == name and error is not None:
             raise error
@@ -203,6 +205,7 @@ def _build_on(
     for vocabulary in vocabularies:
         try:
             built.append(spec.build(vocabulary=vocabulary, **inputs))
+        # only a rejected argument; other errors are bugs of the component
         except ArgumentError as error:
             rejection = error
     if built:
@@ -310,6 +313,7 @@ def _check_instances(instances: list[Instance]) -> Iterator[LabelledReport]:
 def _print_reports(reports: list[LabelledReport]) -> None:
     """Print one line per law, for its worst instance, and then explain every broken law."""
     worst = _find_worst(reports)
+    # without a terminal rich assumes 80 columns and wraps the names
     console = Console() if Console().is_terminal else Console(width=PIPED_WIDTH)
     table = Table(
         "law",

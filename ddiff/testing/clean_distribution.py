@@ -29,6 +29,7 @@ def _level_of(vocabulary: Vocabulary, node: int) -> int:
 def _nodes_and_levels(prediction: CleanDistribution) -> list[tuple[int, int]]:
     """Every node in the subtree of `top`, with every level below that node."""
     vocabulary = prediction.vocabulary
+    # level 0 has no levels below it
     nodes = [prediction.top]
     for level in range(1, _level_of(vocabulary, prediction.top)):
         nodes.extend(below(vocabulary, prediction.top, level).tolist())
@@ -120,6 +121,7 @@ def draws_follow_distribution(prediction: CleanDistribution) -> Iterator[Gap]:
         for child in ids:
             columns.append(prediction.log_child(parent, torch.full((rows,), int(child))))
         width = torch.stack(columns, -1).double().exp()
+        # right ends of the cells
         right = width.cumsum(-1)
         for place in range(len(ids)):
             # rounding of the sum may cross a narrower cell

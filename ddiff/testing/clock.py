@@ -35,6 +35,7 @@ def clock_ends(clock: LevelClock) -> Iterator[Gap]:
         yield compare(start[0], 1.0, {"level 0 at t": 0})
     if clock.closes_at_prior:
         yield compare(stop[-1], 1.0, {"the root at t": 1})
+        # a numerical transition must arrive as well, not only the occupation
         to_root = clock.transition(times((0.3,)), times((1.0,)))[0, :, -1]
         yield compare(to_root, 1.0, {"the root from 0.3 to t": 1})
 
@@ -49,6 +50,7 @@ def inflow_is_growth(clock: LevelClock) -> Iterator[Gap]:
     """
     level = torch.arange(1, clock.num_levels + 1)
     for t in OPEN:
+        # three decades of growth, so that the law also tests small t
         start = t / 1000.0
         grown = (clock.cdf(times((t,))) - clock.cdf(times((start,))))[0]
         flow = integral(clock.inflow, start, t)

@@ -101,6 +101,7 @@ def padding_is_invisible(
     Tolerance: float64 matrix products of other shapes."""
     twin, noisy = _prepare(denoiser, process)
     length = LENGTH - 2
+    # padding at the end, as batches have it
     valid = (torch.arange(LENGTH) < length).expand(BATCH, -1)
     unpadded = _slice(noisy, slice(None), slice(length))
     expected = _log_p(twin, process, unpadded, Context()).exp()
@@ -127,6 +128,7 @@ def documents_are_separate(
     adds exact zeros."""
     twin, noisy = _prepare(denoiser, process)
     second = torch.arange(LENGTH) >= LENGTH // 2
+    # both halves of a row are documents of their own
     context = Context(document=second.long().expand(BATCH, -1))
     before = _log_p(twin, process, noisy, context).exp()
     other = (noisy.zt + 1) % process.vocabulary.num_states

@@ -71,6 +71,7 @@ def posterior_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
 
     vocabulary = process.vocabulary
     pairs = times(*STEPS, (0.5, 0.5)).reshape(-1, 2)
+    # P(z|y), independent of the process's own transition
     moves = propagate(
         generator,
         pairs[:, 0],
@@ -85,6 +86,7 @@ def posterior_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
             torch.arange(len(pairs)),
             torch.arange(vocabulary.num_states),
         )
+        # dividing by a small probability would multiply the error of the integration
         likely = joint.sum(1)[pair, zt] > 1e-3
         pair = pair[likely]
         zt = zt[likely]
@@ -166,6 +168,7 @@ def weight_times_divergence_is_density(process: ForwardProcess) -> Iterator[Gap]
         rows.labels,
         relative_to=1.0 + density.abs(),
     )
+    # the densities may agree with two wrong signs
     yield compare(weight.clamp(max=0.0), 0.0, rows.labels)
     yield compare(divergence.clamp(max=0.0), 0.0, rows.labels)
 
@@ -362,6 +365,7 @@ def trained_part_suffices(process: ForwardProcess) -> Iterator[Gap]:
 
 
 def _change_everywhere(log_p: Tensor) -> Tensor:
+    # another seed than the predictions have
     tilt = random_log_probs(log_p.shape[-1], 1, seed=5)
     return (0.5 * log_p + tilt).log_softmax(-1)
 
@@ -379,4 +383,5 @@ def _change_outside(
         vocabulary.level_of(zt).unsqueeze(-1),
     )
     below = ancestor == zt.unsqueeze(-1)
+    # a constant below the node keeps the conditional distribution there
     return torch.where(below, log_p + 0.7, _change_everywhere(log_p)).log_softmax(-1)

@@ -46,6 +46,7 @@ def estimate_distribution(
         torch.arange(rows),
         torch.arange(POINTS),
     )
+    # every row sees the same points, so that rows can be compared
     drawn = draw(row, cube[point])
     counts = torch.zeros(rows * states, dtype=torch.float64)
     counts.index_add_(
@@ -110,6 +111,7 @@ def sample_follows_marginal(process: ForwardProcess) -> Iterator[Gap]:
         process.uniforms_per_sample,
         vocabulary.num_states,
     )
+    # rows are ordered by x0, then t
     expected = likelihoods(process, distinct).transpose(0, 1).reshape(len(x0), -1)
     yield compare(drawn, expected, {"x0": x0, "t": t})
     prior = estimate_distribution(draw_prior, 1, 1, vocabulary.num_states)
@@ -145,6 +147,7 @@ def _step_gaps(
 
     vocabulary = process.vocabulary
     log_p = random_log_probs(vocabulary.num_tokens, 1, seed=3)
+    # a state that cannot occur has no posterior
     marginal = log_p.exp() @ likelihoods(process, times((t,)))[0]
     zt = (marginal[0] > 1e-9).nonzero().squeeze(-1)
     last = full_time(zt, t)
@@ -182,6 +185,7 @@ def _decode_gaps(
 
     vocabulary = process.vocabulary
     log_p = random_log_probs(vocabulary.num_tokens, 1, seed=3)
+    # the last draw includes the evidence of the state
     joint = log_p.exp().T * likelihoods(process, times((t,)))[0]  # [V,S]
     zt = (joint.sum(0) > 1e-9).nonzero().squeeze(-1)
     now = full_time(zt, t)
@@ -213,6 +217,7 @@ def step_queries_once(process: ForwardProcess) -> Iterator[Gap]:
     extra_calls = torch.tensor(max(query.calls - 1, 0))
     yield compare(extra_calls, 0.0, {"extra calls in a step from 0.5 to": 0.3})
     yield compare_not_queried(query, zs, zt)
+    # a new query, since calls are counted
     query = make_query(process, len(zt))
     zs = process.step(query, zt, t, t, u)
     yield compare(
@@ -372,6 +377,7 @@ def _batch_gaps(
         )
 
     yield gap(every, draw(every, u), "again")
+    # a permutation if 7 does not divide the count
     mixed = (every * 7) % len(u)
     if len(mixed.unique()) == len(mixed):
         yield gap(
@@ -420,6 +426,7 @@ def _calls(
     """Methods of a process with tensor arguments for one row per token, by name."""
     x0 = torch.arange(process.vocabulary.num_tokens)
     t = full_time(x0, 0.5)
+    # inside (0, 1), where every method is defined
     s = t * 0.5
     zt = process.sample(
         x0.clone(),

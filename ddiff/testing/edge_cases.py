@@ -107,8 +107,10 @@ def _gradient_gaps(
     if not value.requires_grad:
         return
     finite = value.isfinite()
+    # as a loss would mask infinite values
     torch.where(finite, value, 0.0).sum().backward()
     assert leaf.grad is not None
+    # the whole row: 0 * inf may occur in any column
     has_gradient = leaf.grad.isfinite().all(-1)[finite]
     labels = {"finite gradient of": name, **rows.select(finite).labels}
     yield compare(has_gradient.double(), 1.0, labels)
@@ -221,11 +223,13 @@ def _expected_density(process: ForwardProcess, rows: ReachableRows) -> Tensor:
     infinity are both right.
     """
     own_state = rows.zt.unsqueeze(-1)
+    # Q[y,z] for y != z
     inward = process.rates(rows.t).column(rows.zt).scatter(-1, own_state, 0.0)
     log_truth = _true_marginal(process, rows).log()
     log_model = process.log_marginal(rows.log_p, rows.t)
     own = log_model.gather(-1, own_state)
     log_s = log_truth - log_truth.gather(-1, own_state)
+    # -inf - (-inf) would be NaN; excluded states are handled below
     log_s_model = log_model - torch.where(own > -torch.inf, own, 0.0)
     s = log_s.exp()
     cross = torch.where(s > 0, s * (log_s - log_s_model), 0.0)
@@ -251,6 +255,7 @@ def _has_equal_reverse_rates(
         0.0,
     )
     possible = evidence > 0
+    # over the tokens that can have become z_t
     most = torch.where(possible, ratio, 0.0).amax(1)
     least = torch.where(possible, ratio, torch.inf).amin(1)
     return torch.isclose(most, least).all(-1)

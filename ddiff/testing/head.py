@@ -75,6 +75,7 @@ def _make_rows(head: Head) -> HeadRows:
         vocabulary.num_tokens,
         vocabulary.root + 1,
     )
+    # 5 is coprime to most counts, so that rows of one node are not contiguous
     node = nodes[torch.arange(ROWS) * 5 % len(nodes)]
     tokens = []
     for row, top in enumerate(node.tolist()):
@@ -134,6 +135,7 @@ def chunks_agree(head: Head) -> Iterator[Gap]:
         rows.value,
     )
     scale = 1.0 + whole.abs()
+    # the smallest chunks: one row each
     head.chunk_logits = 1
     total, values = head.total(rows.hidden, rows.node, rows.value)
     chunked = _query_values(
@@ -192,6 +194,7 @@ def check_head(head: Head) -> list[LawReport]:
     """
     reports = evaluate_laws(head, HEAD_LAWS)
     vocabulary = head.vocabulary
+    # the root is the last id
     nodes = [vocabulary.root, *range(vocabulary.num_tokens, vocabulary.num_states - 1)]
     for node in nodes:
         reports += _check_distributions(randomize_in_float64(head), node)

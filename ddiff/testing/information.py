@@ -25,6 +25,7 @@ def information_is_enumerated(process: ForwardProcess) -> Iterator[Gap]:
     `change_probability` is P(Z_t != X). Tolerance: rounding."""
     t = times(ENDS, NEAR_ENDS, INNER)
     q = likelihoods(process, t)
+    # the marginal for X uniform
     mean = q.mean(1, keepdim=True)
     # 0 ln 0 = 0: a ratio of 1 has logarithm 0
     ratio = torch.where(
@@ -60,6 +61,7 @@ def clock_is_a_time_change(process: ForwardProcess) -> Iterator[Gap]:
         {"after tau": tau[:-1]},
     )
     spacing = float(tau[1] - tau[0])
+    # Simpson's rule on pairs of panels
     integrals = (speed[:-2:2] + 4.0 * speed[1:-1:2] + speed[2::2]) * spacing / 3.0
     moved = t[2::2] - t[:-2:2]
     yield compare(
@@ -103,6 +105,7 @@ def tail_variance_share(
 
     It is NaN if the second moment is infinite, which breaks the law.
     """
+    # fine cells where the integrand may be steep
     edge = torch.linspace(0.0, OUTER, 26, dtype=torch.float64)
     inner = torch.linspace(
         OUTER,

@@ -49,6 +49,7 @@ def random_log_probs(
         generator=generator,
         dtype=torch.float64,
     )
+    # a law should hold for flat and for peaked predictions
     sharpness = torch.linspace(0.5, 2.5, count, dtype=torch.float64)
     return (sharpness.unsqueeze(-1) * logits).log_softmax(-1)
 
@@ -61,6 +62,7 @@ def certain_log_probs(num_tokens: int) -> Tensor:
 def product(*axes: Tensor) -> tuple[Tensor, ...]:
     """All combinations of the entries of 1-d tensors, as one flat tensor per axis."""
     indices = [torch.arange(len(axis)) for axis in axes]
+    # "ij": the last axis varies fastest, as in nested loops
     places = torch.meshgrid(*indices, indexing="ij")
     return tuple(axis[place.reshape(-1)] for axis, place in zip(axes, places))
 
@@ -89,6 +91,7 @@ def logit_nodes(
 
     Returns v in [0,1] (logit t, rescaled), logit t, and the weights of dv.
     """
+    # nodes in [-1, 1], moved to each panel
     x, w = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(order))
     left = torch.arange(panels, dtype=torch.float64).unsqueeze(-1)
     v = ((left + (x + 1.0) / 2.0) / panels).reshape(-1)
@@ -179,6 +182,7 @@ class ReachableRows:
             torch.arange(vocabulary.num_tokens),
             torch.arange(vocabulary.num_states),
         )
+        # states that cannot occur have no defined density
         weight = likelihoods(process, t)[time, x0, zt]
         possible = weight > 0
         self.x0 = x0[possible]
@@ -231,12 +235,14 @@ class TableQuery:
 
     def __call__(self, rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
         self.calls += 1
+        # of the last call only: laws test single calls
         self.queried = rows
         indices = []
         results = []
         for idx, dist in distributions_below(self.log_p[rows], node, self.vocabulary):
             indices.append(idx)
             results.append(fn(dist, *(value[idx] for value in per_row)))
+        # groups come sorted by node, but results must be in the order of `rows`
         order = torch.cat(indices)
         if isinstance(results[0], tuple):
             return tuple(_restore_order(order, column) for column in zip(*results))
@@ -254,6 +260,7 @@ def distributions_below(
             continue
         start, stop = vocabulary.node_range(torch.tensor(top), 0)
         tokens = vocabulary.order(0)[int(start) : int(stop)]
+        # the mass of the node is dropped, so that a formula cannot use it
         conditional = log_p[idx][:, tokens].log_softmax(-1)
         yield idx, DenseDistribution(conditional, vocabulary, top)
 

@@ -61,12 +61,14 @@ def compare(
     other labels are printed unchanged.
     """
     target = torch.as_tensor(expected, dtype=torch.float64).detach()
+    # float64 even for ids and float32 results, so that the comparison adds no rounding
     got, target = torch.broadcast_tensors(got.detach().double(), target)
     # equal infinities have no difference, although inf - inf is NaN
     difference = torch.where(got == target, 0.0, (got - target).abs()) / relative_to
     difference = difference.nan_to_num(nan=math.inf, posinf=math.inf)
     if difference.numel() == 0:
         return Gap(0.0, "nothing", 0)
+    # one place is enough: a report shows the worst
     worst = int(difference.argmax())
     place = torch.unravel_index(torch.tensor(worst), difference.shape)
     labels = []
@@ -117,6 +119,7 @@ class Law:
         self.tolerance = tolerance
         self.measure = measure
         self.__doc__ = measure.__doc__
+        # one line, since reports are printed in one paragraph
         self.explanation = " ".join((measure.__doc__ or "").split())
 
     def __call__(self, subject: Any, **options: Any) -> LawReport:
@@ -131,6 +134,7 @@ class Law:
         options: Mapping[str, Any],
     ) -> LawReport:
         try:
+            # a generator raises only when it is consumed
             gaps = list(self.measure(subject, **options))
         except Exception as error:
             where = f"a call that raised {type(error).__name__}: {error}"
@@ -167,6 +171,7 @@ def law(
 def evaluate_laws(subject: Any, laws: Iterable[Law], **options: Any) -> list[LawReport]:
     """Return the reports of all laws that apply to the object."""
     reports = [one(subject, **options) for one in laws]
+    # a law that yields nothing does not apply, which is neither passed nor broken
     return [report for report in reports if report.probes > 0]
 
 

@@ -89,6 +89,7 @@ def _decoded_score_gaps(
 
     tokens = torch.arange(process.vocabulary.num_tokens)
     log_p = random_log_probs(len(tokens), 1, seed=3)
+    # a score is relative to the probability of z_t
     zt = possible_states(process, t, least=1e-9)
     now = full_time(zt, t)
     drawn = estimate_distribution(
@@ -181,6 +182,7 @@ def condition_number(process: ForwardProcess, t: Tensor) -> Tensor:
         forward / torch.where(mean > 0, mean, 1.0),
         0.0,
     )
+    # sorted, the largest first
     singular = torch.linalg.svdvals(scaled)
     return singular[:, 0] / singular[:, -1].clamp(min=1e-300)
 
@@ -248,6 +250,7 @@ def from_clean_is_marginal(process: ForwardProcess) -> Iterator[Gap]:
         expected,
         {"x0": x0, "t": t},
     )
+    # marginals solve to one-hot distributions
     solved = kernel.solve(expected)
     clean = torch.nn.functional.one_hot(x0, process.vocabulary.num_states).double()
     condition = torch.linalg.cond(kernel.dense())
@@ -277,6 +280,7 @@ def stay_probability_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 def solve_inverts(process: ForwardProcess) -> Iterator[Gap]:
     """`transition.solve(v)` returns the x with x K = v. Tolerance: rounding of an elimination,
     times a tenth of the condition number of K."""
+    # short steps: long ones forget the state and cannot be inverted
     s, t = times((0.31, 0.5), (0.5, 0.77), (0.02, 0.31), (0.5, 0.5)).reshape(-1, 2).T
     kernel = process.transition(s, t)
     vector = random_log_probs(process.vocabulary.num_states, len(s)).exp()
@@ -304,6 +308,7 @@ def reverse_flows_balance(process: ForwardProcess) -> Iterator[Gap]:
     forward = marginal * rates_into
     scale = forward.amax(-1, keepdim=True).clamp(min=1.0)
     own = marginal.gather(-1, own_state)
+    # distribution and score have the same reverse rates
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
     for prediction in (rows.dist, score):
         backward = own * process.reverse_rates(prediction, rows.zt, rows.t)
@@ -387,6 +392,7 @@ def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
         states.unsqueeze(0),
         torch.maximum(own_level, level),
     )
+    # strictly below: a state is not its own descendant
     below = (level < own_level) & (ancestor == rows.zt.unsqueeze(-1))
     rates = process.reverse_rates(rows.dist, rows.zt, rows.t)
     yield compare(rates.masked_fill(below, 0.0), 0.0, rows.labels)
@@ -459,6 +465,7 @@ def events_follow_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
         yield compare((s < start).double(), 1.0, labels)
         none = s == 0
         yield _no_event_gap(process, log_p, zt[none], u[none], t)
+        # the difference quotient is unreliable next to t = 0
         some = s > 1e-6
         yield _event_gap(
             process,
@@ -490,6 +497,7 @@ def _event_gap(
         process.uniforms_per_event,
         vocabulary.num_states,
     )
+    # a rejected candidate leaves the state unchanged, which is no event
     moved = drawn.scatter(-1, zt.unsqueeze(-1), 0.0)
     prediction = DenseDistribution(log_p.expand(len(zt), -1), vocabulary)
     rates = process.reverse_rates(prediction, zt, s)

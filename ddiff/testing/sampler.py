@@ -84,6 +84,7 @@ class NextTokenNetwork:
 
     def __call__(self, noisy: Noisy) -> Query:
         def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+            # a state that is no token may stand there before the first draw
             before = noisy.zt[rows // 2, 0].clamp(max=len(JOINT) - 1)
             is_first = (rows % 2 == 0).unsqueeze(-1)
             p = torch.where(is_first, JOINT.sum(1), JOINT[before])

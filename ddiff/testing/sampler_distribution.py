@@ -52,6 +52,7 @@ def condition_on_other(
     """
     evidence = _evidence(process, zt, t)
     token = torch.where(clean, zt, 0)
+    # a clean position is certain, whatever its state would mean at time 0
     certain = torch.nn.functional.one_hot(token, len(joint)).to(evidence)
     evidence = torch.where(clean.unsqueeze(-1), certain, evidence)
     p = torch.stack(
@@ -266,7 +267,9 @@ def _measure_by_step(
     dist = torch.outer(prior, prior).reshape(-1)
     for k, (t, s) in enumerate(itertools.pairwise(times)):
         possible = (dist > 0).nonzero().squeeze(-1)
+        # in proportion to the probability of the canvas
         counts = (points * dist[possible]).long().clamp(min=FEWEST)
+        # so that the draws of a canvas sum to its probability
         weight = (dist[possible] / counts).repeat_interleave(counts)
         rng = ShiftedSobolRng(counts, seed + 1000 * k)
         counted = counting(network)

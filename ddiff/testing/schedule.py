@@ -19,6 +19,7 @@ def derivative_is_autograd(schedule: Schedule) -> Iterator[Gap]:
     """d_alpha is the derivative of alpha with respect to t, as computed by autograd. Tolerance:
     relative rounding of both."""
     t = times(OPEN)
+    # the base class differentiates alpha by autograd
     expected = Schedule.d_alpha(schedule, t)
     yield compare(
         schedule.d_alpha(t),

@@ -63,6 +63,7 @@ def _window(rule: TimeRule) -> tuple[Tensor, Tensor]:
 
 def _mean_read_time(end: Times) -> Tensor:
     """Mean time [L] over the sequences in which a position is read."""
+    # a position is read in some sequences only if the rule uses windows
     read = (end.speed > 0).double()
     return (end.t * read).sum(0) / read.sum(0)
 
@@ -184,6 +185,7 @@ def parts_are_balanced(rule: TimeRule) -> Iterator[Gap]:
     drawn = _draw_batch(rule)
     first, last = _window(rule)
     place = (drawn.t - first) / (last - first)
+    # clean is before the window, the prior is after it
     place = place.masked_fill(drawn.clean, 0.0).masked_fill(_at_prior(drawn), 1.0)
     means = place.reshape(8, -1).mean(-1)
     yield compare(
@@ -208,6 +210,7 @@ def paths_move_forward(rule: TimeRule) -> Iterator[Gap]:
         labels,
     )
     charged = path.speed > 0
+    # a quotient across an end of the window mixes two speeds
     both = charged[1:] & charged[:-1]
     quotient = path.t.diff(dim=0) / tau.diff().unsqueeze(-1)
     got = torch.where(both, quotient, 0.0)
@@ -250,6 +253,7 @@ def _block_gaps(
         {"block": block[:, 1:]},
     )
     charged = times.speed > 0
+    # per sequence; no charged position: no constraint
     latest = torch.where(charged, block, -torch.inf).amax(-1, keepdim=True)
     earliest = torch.where(charged, block, torch.inf).amin(-1, keepdim=True)
     too_early = _at_prior(times) & (block <= latest)

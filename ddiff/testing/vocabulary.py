@@ -34,6 +34,7 @@ def ids_run_by_level(vocabulary: Vocabulary) -> Iterator[Gap]:
         {"sizes": vocabulary.level_sizes},
     )
     if vocabulary.num_levels:
+        # -1 if there is no mask, which differs from the root
         mask = torch.tensor(vocabulary.mask_id or -1)
         yield compare(sizes[-1], 1.0, {"size of": "the last level"})
         yield compare(mask, num_states - 1.0, {"mask_id": "the root"})
