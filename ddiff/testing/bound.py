@@ -297,11 +297,11 @@ def constant_denoiser(
     process: ForwardProcess,
     finer: int = 1,
 ) -> Iterator[Gap]:
-    """A denoiser that always predicts p gives the exact reversal for data distributed as p, so the
-    bound is -ln p(x) for every token x on any window.
+    """The bound of a denoiser that always predicts p is -ln p(x), on any window.
 
-    On [0, 1] quadrature ends at 1e-12 from the ends; what is left there is added. Tolerance:
-    quadrature and rounding have an error of 1e-10.
+    It gives the exact reversal for data distributed as p. On [0, 1] quadrature ends at 1e-12 from
+    the ends; what is left there is added. Tolerance: quadrature and rounding have an error of
+    1e-10.
     """
     num_tokens = process.vocabulary.num_tokens
     tokens = torch.arange(num_tokens)
@@ -429,9 +429,11 @@ def entropy_equality(
     denoiser: Callable[..., Table] = rest_conditional_table,
     finer: int = 1,
 ) -> Iterator[Gap]:
-    """With the exact distribution of each position given the REST, for a random joint of two
-    positions, E NELBO - H(X) = [sum_i H(X_i|Z_t0) - H(X|Z_t0)] + [sum_i H(Z_i,t1) - H(Z_t1)] on any
-    window (t0, t1). Tolerance: quadrature and rounding of logarithms have an error of 1e-9.
+    """With exact conditionals, the expected bound is the entropy plus the cost of factorization.
+
+    For a random joint of two positions and the exact distribution of each position given the REST,
+    E NELBO - H(X) = [sum_i H(X_i|Z_t0) - H(X|Z_t0)] + [sum_i H(Z_i,t1) - H(Z_t1)] on any window
+    (t0, t1). Tolerance: quadrature and rounding of logarithms have an error of 1e-9.
     """
     log_joint = random_joint(process.vocabulary.num_tokens)
     terms = exact_nelbo(
@@ -453,9 +455,11 @@ def entropy_equality(
 def speed_equality(
     process: ForwardProcess, window: Window = (0.05, 0.9), path: Path = bent_path, finer: int = 1
 ) -> Iterator[Gap]:
-    """If each position follows its own path t_i = f_i(tau) between the same ends, the factor
-    dt_i/dtau makes the bound equal to that of the common path, because only the ends matter.
-    Tolerance: quadrature has an error of 1e-9."""
+    """The bound does not change if each position follows its own path between the same ends.
+
+    With paths t_i = f_i(tau), the factor dt_i/dtau makes it equal to that of the common path,
+    because only the ends matter. Tolerance: quadrature has an error of 1e-9.
+    """
     log_joint = random_joint(process.vocabulary.num_tokens)
     table = rest_conditional_table(process, log_joint)
     terms = exact_nelbo(process, table, 2, window, path, finer)
@@ -506,12 +510,12 @@ def _conditional_entropy(
 
 @law("bound: the discrete-time bound converges to it as O(1/N)", tolerance=1e-3)
 def discrete_bound_converges(process: ForwardProcess) -> Iterator[Gap]:
-    """sum_k E KL( q(z_s|z_t,x) || reverse(z_s|z_t,prediction) ) over N steps differs from the
-    integral of the density by c/N + d/N^2 + ...; after both are removed by extrapolation from
-    N = 32, 64, 128, an error of order (c/N)^3 is left.
+    """The bound over N discrete steps converges to the integral of the density as O(1/N).
 
-    The prediction depends on state and time, so density and reverse step must belong to the same
-    generator. Tolerance: relative, down to 1e-9 nats.
+    sum_k E KL( q(z_s|z_t,x) || reverse(z_s|z_t,prediction) ) differs from the integral by c/N +
+    d/N^2 + ...; after both are removed by extrapolation from N = 32, 64, 128, an error of order
+    (c/N)^3 is left. The prediction depends on state and time, so density and reverse step must
+    belong to the same generator. Tolerance: relative, down to 1e-9 nats.
     """
     window = FINITE[1]
     table = state_and_time_table(process)
@@ -589,9 +593,11 @@ def _discrete_bound(
 def weights_are_level_flows(
     process: ForwardProcess, windows: Sequence[Window] = FINITE
 ) -> Iterator[Gap]:
-    """In a tree process, the integrated expected weight of the rows at level l is F_l(t1) -
-    F_l(t0), where F_l(t) is the probability of having entered level l by time t; it is 1 over [0,1]
-    if the clock closes. Tolerance: quadrature has an error of 1e-9."""
+    """In a tree, the expected weight of a level integrates to the flow into that level.
+
+    The flow is F_l(t1) - F_l(t0), where F_l(t) is the probability of having entered level l by time
+    t; it is 1 over [0,1] if the clock closes. Tolerance: quadrature has an error of 1e-9.
+    """
     if not isinstance(process, TreeProcess):
         return
     vocabulary = process.vocabulary

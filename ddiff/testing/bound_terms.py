@@ -414,13 +414,13 @@ def terms_have_their_expectations(
     process: ForwardProcess,
     points: int = POINTS,
 ) -> Iterator[Gap]:
-    """The closing, diffusion and decoding terms drawn by `nelbo` have, term by term and position by
-    position, the expectations of an enumeration over all states, on [0, 1] and on a window within;
-    positions that are not scored keep their tokens and cost nothing; no channel of the random
-    generator is used for two draws.
+    """Every term that `nelbo` draws has the expectation of an enumeration over all states.
 
-    The prediction depends on the other position. Tolerance: the unit of the error is 0.5 % plus two
-    standard errors of as many random points; Sobol points use half of it.
+    Closing, diffusion and decoding terms are compared one by one and position by position, on [0,
+    1] and on a window within. Positions that are not scored keep their tokens and cost nothing. No
+    channel of the random generator is used for two draws. The prediction depends on the other
+    position. Tolerance: the unit of the error is 0.5 % plus two standard errors of as many random
+    points; Sobol points use half of it.
     """
     table = sensitive_table(process)
     # first, middle and last token, at either position

@@ -181,8 +181,10 @@ def marginal_follows_transitions(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("marginal: total probability", tolerance=1e-10)
 def total_probability(process: ForwardProcess) -> Iterator[Gap]:
-    """log_marginal(p, t) is the mixture of q_t(.|x) over x ~ p and sums to 1, also at both ends.
-    Tolerance: rounding of sums over the tokens."""
+    """log_marginal(p, t) is the mixture of q_t(.|x) over x ~ p, and sums to 1.
+
+    Both ends are included. Tolerance: rounding of sums over the tokens.
+    """
     t = times(INNER, NEAR_ENDS, ENDS)
     num_tokens = process.vocabulary.num_tokens
     for log_p in (*random_log_probs(num_tokens), *certain_log_probs(num_tokens)):
@@ -230,8 +232,10 @@ def ends_are_approached(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("ends: no NaN and finite rates", tolerance=0.0)
 def safe_at_ends(process: ForwardProcess) -> Iterator[Gap]:
-    """At t = 0 and t = 1 no marginal, likelihood or transition is NaN, and rates are finite.
-    Tolerance: none."""
+    """At both ends no marginal, likelihood or transition is NaN, and rates are finite.
+
+    Tolerance: none.
+    """
     vocabulary = process.vocabulary
     t, zt = product(
         times(ENDS),

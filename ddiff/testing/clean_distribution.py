@@ -51,8 +51,10 @@ def _log_mass(prediction: CleanDistribution, node: int) -> Tensor:
 
 @law("clean distribution: masses add up", tolerance=1e-10)
 def masses_add_up(prediction: CleanDistribution) -> Iterator[Gap]:
-    """log_below(l) sums to 1 at every level, and a node's mass is the sum over the leaf tokens
-    below it. Tolerance: rounding of log-sum-exps."""
+    """Masses sum to 1 at every level, and a node's mass is that of its leaf tokens.
+
+    Tolerance: rounding of log-sum-exps.
+    """
     vocabulary = prediction.vocabulary
     tokens = below(vocabulary, prediction.top, 0)
     log_p = prediction.log_below(0).double()
@@ -80,8 +82,11 @@ def masses_add_up(prediction: CleanDistribution) -> Iterator[Gap]:
 
 @law("clean distribution: log_child is conditional", tolerance=1e-10)
 def children_are_conditional(prediction: CleanDistribution) -> Iterator[Gap]:
-    """log P(child | node) is the ratio of their masses at any depth, and 0 for the node itself;
-    log_prob is the same ratio from the root. Tolerance: rounding of log-sum-exps."""
+    """log_child is the ratio of the masses of child and node, at any depth.
+
+    It is 0 for the node itself; log_prob is the same ratio from the root. Tolerance: rounding of
+    log-sum-exps.
+    """
     rows = len(prediction.log_below(0))
     vocabulary = prediction.vocabulary
     top_level = _level_of(vocabulary, prediction.top)
@@ -107,10 +112,11 @@ def children_are_conditional(prediction: CleanDistribution) -> Iterator[Gap]:
 
 @law("clean distribution: draws follow it", tolerance=1e-9)
 def draws_follow_distribution(prediction: CleanDistribution) -> Iterator[Gap]:
-    """draw(node, level, u) is the inverse CDF: it returns the descendant whose cell of the unit
-    interval holds u, with cells in tree order and of width exp(log_child).
+    """draw(node, level, u) is the inverse CDF over the descendants in tree order.
 
-    Tried in the middle of every cell and just inside its ends. Tolerance: ids are exact.
+    It returns the descendant whose cell of the unit interval holds u, cells having the width
+    exp(log_child). Tried in the middle of every cell and just inside its ends. Tolerance: ids are
+    exact.
     """
     rows = len(prediction.log_below(0))
     for node, level in _nodes_and_levels(prediction):

@@ -42,11 +42,11 @@ def clock_ends(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: inflow = derivative of the fraction that has entered", tolerance=1e-9)
 def inflow_is_growth(clock: LevelClock) -> Iterator[Gap]:
-    """F_l(t) - F_l(t/1000) is the integral of inflow_l, where F_l(t) is the probability of having
-    entered level l by time t.
+    """inflow_l is the derivative of F_l(t), the probability of having entered level l by t.
 
-    Relative to itself for t >= 1e-6, so that no digits are lost while a level is rare. Tolerance:
-    quadrature and rounding have an error of 1e-11.
+    F_l(t) - F_l(t/1000) is compared with the integral of inflow_l, relative to itself for t >=
+    1e-6, so that no digits are lost while a level is rare. Tolerance: quadrature and rounding have
+    an error of 1e-11.
     """
     level = torch.arange(1, clock.num_levels + 1)
     for t in OPEN:
@@ -78,8 +78,10 @@ def hazard_is_relative_inflow(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: transition = time-ordered integral of the hazards", tolerance=1e-8)
 def clock_transition_is_oracle(clock: LevelClock) -> Iterator[Gap]:
-    """P(level j at t | level i at s) solves the chain of the hazards, and its rows sum to 1.
-    Tolerance: the integrator has an error of 1e-9 with 600 Magnus steps."""
+    """The transition of the levels solves the chain of the hazards; its rows sum to 1.
+
+    Tolerance: the integrator has an error of 1e-9 with 600 Magnus steps.
+    """
     s, t = times(*PAIRS).reshape(-1, 2).T
     got = clock.transition(s, t)
     oracle = propagate(
@@ -99,8 +101,11 @@ def clock_transition_is_oracle(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: Chapman-Kolmogorov", tolerance=1e-6)
 def clock_chapman_kolmogorov(clock: LevelClock) -> Iterator[Gap]:
-    """K(s,u) K(u,t) = K(s,t) for the transition K of the levels, also from the clean end to the
-    prior. Tolerance: a numerical product over all of [0,1] has an error of 1e-7."""
+    """K(s,u) K(u,t) = K(s,t) for the transition K of the levels.
+
+    Tried also from the clean end to the prior. Tolerance: a numerical product over all of [0,1] has
+    an error of 1e-7.
+    """
     s, u, t = times(*TRIPLES).reshape(-1, 3).T
     composed = clock.transition(s, u) @ clock.transition(u, t)
     yield compare(
@@ -121,9 +126,12 @@ def occupation_follows_transitions(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: entry_time inverts its distribution", tolerance=1e-7)
 def entry_time_inverts(clock: LevelClock) -> Iterator[Gap]:
-    """At s = entry_time(l, t, u), the probability that level l was entered before s,
-    pi_l(s) K_ll(s,t) / pi_l(t), equals u. Tolerance: the bisection ends at the rounding of s,
-    and numerical transitions have an error of 1e-9."""
+    """entry_time(l, t, u) is the u-quantile of the time at which level l was entered.
+
+    At s = entry_time(l, t, u), the probability that level l was entered before s, given level l at
+    t, is pi_l(s) K_ll(s,t) / pi_l(t) = u. Tolerance: the bisection ends at the rounding of s, and
+    numerical transitions have an error of 1e-9.
+    """
     levels = torch.arange(1, clock.num_levels + 1)
     level, t, u = product(
         levels,

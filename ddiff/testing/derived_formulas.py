@@ -122,8 +122,11 @@ def density_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("density: equal for a score and its distribution", tolerance=1e-9)
 def density_accepts_scores(process: ForwardProcess) -> Iterator[Gap]:
-    """The density of a score, the ratios of the marginals under a distribution, equals the density
-    of that distribution. Tolerance: relative rounding."""
+    """A score has the density of the distribution that it is computed from.
+
+    The score holds the ratios of the marginals under the distribution. Tolerance: relative
+    rounding.
+    """
     rows = ReachableRows(process, times(INNER))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
     expected = process.density(rows.dist, *rows.args)
@@ -175,8 +178,7 @@ def weight_times_divergence_is_density(process: ForwardProcess) -> Iterator[Gap]
 
 @law("density: finite, not negative, zero for the true token", tolerance=1e-9)
 def density_is_a_divergence(process: ForwardProcess) -> Iterator[Gap]:
-    """In every state that can occur the density is finite and >= 0, and it is 0 for a prediction
-    that is certain of the clean token.
+    """The density is finite and >= 0, and 0 for a prediction certain of the clean token.
 
     Tolerance: relative to the weight of the row, since at 1e-6 from an end a weight of 1e6
     multiplies the rounding of a divergence of 0.
@@ -229,8 +231,10 @@ def likelihood_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: reverse_log_probs", tolerance=1e-9)
 def posterior_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """The process's posterior is Bayes' rule applied to its own marginal and transition, also from
-    t = 1 to s = 0. Tolerance: rounding."""
+    """The posterior is Bayes' rule applied to the process's own marginal and transition.
+
+    Tried also from t = 1 to s = 0. Tolerance: rounding.
+    """
     if is_overridden(process, "reverse_log_probs"):
         for s, t in (*STEPS, (0.0, 1.0), (0.0, 0.5)):
             rows = ReachableRows(process, times((t,)))
@@ -242,8 +246,10 @@ def posterior_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: decode_nll", tolerance=1e-9)
 def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """decode_nll includes the row's own evidence: it is -ln of p(x) q_t(z|x), normalized over x,
-    and not -ln p(x). Tolerance: relative rounding."""
+    """decode_nll includes the row's own evidence; it is not -ln p(x).
+
+    It is -ln of p(x) q_t(z|x), normalized over x. Tolerance: relative rounding.
+    """
     if is_overridden(process, "decode_nll"):
         rows = ReachableRows(process, times(INNER, ENDS, (1e-6,)))
         evidence = token_likelihoods(process, rows.zt, rows.t).log()
@@ -260,8 +266,10 @@ def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: closing_kl", tolerance=1e-9)
 def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """closing_kl is KL( q_t(.|x) || marginal under the prediction ), over every state, and 0 at
-    t = 1 if the process closes at the prior. Tolerance: rounding."""
+    """closing_kl is KL( q_t(.|x) || marginal under the prediction ) over all states.
+
+    It is 0 at t = 1 if the process closes at the prior. Tolerance: rounding.
+    """
     vocabulary = process.vocabulary
     log_probs = random_log_probs(vocabulary.num_tokens)
     tokens = torch.arange(vocabulary.num_tokens)

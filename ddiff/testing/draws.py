@@ -124,8 +124,11 @@ def sample_follows_marginal(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("step: distributed as the posterior", tolerance=5e-3)
 def step_follows_posterior(process: ForwardProcess) -> Iterator[Gap]:
-    """z_s drawn given z_t has the distribution reverse_log_probs, also in one step from t = 1 to
-    s = 0. Tolerance: 2048 Sobol points resolve a probability to 5e-3."""
+    """z_s drawn given z_t has the distribution reverse_log_probs.
+
+    Tried also in one step from t = 1 to s = 0. Tolerance: 2048 Sobol points resolve a probability
+    to 5e-3.
+    """
     for s, t in (*STEPS, (0.0, 1.0), (0.0, 0.31)):
         yield from _step_gaps(process, s, t)
 
@@ -246,8 +249,10 @@ def compare_not_queried(
 
 @law("decode: queries the network at most once", tolerance=0.0)
 def decode_queries_once(process: ForwardProcess) -> Iterator[Gap]:
-    """The last draw takes one network call, and none at t = 0 if the process closes at the clean
-    end. Tolerance: none."""
+    """The last draw takes at most one network call.
+
+    It takes none at t = 0 if the process closes at the clean end. Tolerance: none.
+    """
     x0, point = product(
         torch.arange(process.vocabulary.num_tokens),
         torch.arange(16),

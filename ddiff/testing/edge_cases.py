@@ -124,12 +124,11 @@ def _gradient_gaps(
     tolerance=1e-9,
 )
 def impossible_truth_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
-    """Every term has the value of its definition, +inf included, for predictions with probabilities
-    of 0, and is never NaN.
+    """Every term has the value of its definition for predictions with probabilities of 0.
 
-    If the prediction excludes z_t, the terms are infinite. Two exceptions are 0: every term if z_t
-    can only have come from x0, and the density if nothing arrives in z_t. Tolerance: relative
-    rounding.
+    The value may be +inf but is never NaN. If the prediction excludes z_t, the terms are infinite.
+    Two exceptions are 0: every term if z_t can only have come from x0, and the density if nothing
+    arrives in z_t. Tolerance: relative rounding.
     """
     rows = _extreme_rows(process)
     for term in TERMS:

@@ -123,8 +123,10 @@ def scopes_agree(head: Head) -> Iterator[Gap]:
 
 @law("head: chunking changes nothing", tolerance=1e-10)
 def chunks_agree(head: Head) -> Iterator[Gap]:
-    """`query` and `total` return the same values, in row order, whether rows are processed one by
-    one or together. Tolerance: relative rounding."""
+    """`query` and `total` return the same values for chunks of one row as for all rows.
+
+    Values are in row order. Tolerance: relative rounding.
+    """
     head = randomize_in_float64(head)
     rows = _make_rows(head)
     labels = {"node": rows.node}
@@ -156,8 +158,10 @@ def chunks_agree(head: Head) -> Iterator[Gap]:
 
 @law("head: gradients = autograd of the dense distribution", tolerance=1e-9)
 def gradients_agree(head: Head) -> Iterator[Gap]:
-    """The chunked `total` has the gradient that autograd computes for the same sum when all logits
-    exist at once. Tolerance: relative rounding."""
+    """The chunked `total` has the gradient that autograd computes from all logits at once.
+
+    Tolerance: relative rounding.
+    """
     twin = randomize_in_float64(head)
     rows = _make_rows(head)
     hidden = rows.hidden.requires_grad_()

@@ -85,13 +85,12 @@ def tau_is_the_share_lost(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("bound: the ends of the window hold little of the variance", tolerance=0.4)
 def variance_has_no_tail(process: ForwardProcess) -> Iterator[Gap]:
-    """The first and the last percent of the draws hold at most 0.4 of E[(speed * density)^2], for
-    the uniform prediction.
+    """The outermost draws hold at most 0.4 of E[(speed * density)^2].
 
-    With a larger share, most estimates of the bound miss the few expensive draws and report too
-    little. With information time, shipped processes are below 0.35; with t drawn evenly they are
-    between 0.5 and 1. Remedy: correct overridden `information` and `change_probability`; otherwise
-    start the window later.
+    Outermost are the first and the last percent, for the uniform prediction. With a larger share,
+    most estimates of the bound miss the few expensive draws and report too little. With information
+    time, shipped processes are below 0.35; with t drawn evenly they are between 0.5 and 1. Remedy:
+    correct overridden `information` and `change_probability`; otherwise start the window later.
     """
     for window in WINDOWS:
         share = tail_variance_share(process, process.information_time, window)

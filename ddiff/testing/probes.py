@@ -213,7 +213,7 @@ class ReachableRows:
         return {"x0": self.x0, "zt": self.zt, "t": self.t}
 
 
-# ------------------------------------------------------------------ networks of fixed answers
+# ------------------------------------------------------------------ queries with fixed predictions
 
 
 class TableQuery:

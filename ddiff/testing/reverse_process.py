@@ -113,12 +113,12 @@ def _decoded_score_gaps(
 
 @law("tweedie: a perfect score decodes to the posterior", tolerance=1e-12)
 def scores_decode_to_posterior(process: ForwardProcess) -> Iterator[Gap]:
-    """Tweedie's formula p = s K^-1, K = `from_clean(t)`, returns the distribution p of the clean
-    token whose score s is. The posterior p(x) q_t(z|x), normalized, is then exact for every z from
-    t = 1e-6 on.
+    """Tweedie's formula recovers from a score the distribution that it is computed from.
 
-    Tolerance: rounding of s, multiplied by `condition_number`. Above 1e10 the score carries no
-    information on the token, and the law only requires a distribution.
+    The formula is p = s K^-1 with K = `from_clean(t)`. The posterior p(x) q_t(z|x), normalized, is
+    then exact for every z from t = 1e-6 on. Tolerance: rounding of s, multiplied by
+    `condition_number`. Above 1e10 the score carries no information on the token, and only a
+    distribution is required.
     """
     grid = times(
         (1e-6, 1e-3),
@@ -235,8 +235,10 @@ def scores_at_ends(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("from_clean: row x is the marginal of token x", tolerance=1e-9)
 def from_clean_is_marginal(process: ForwardProcess) -> Iterator[Gap]:
-    """Row x of `from_clean(t)` is q_t(.|x), including the noise that a process may have at t = 0,
-    and `solve` inverts it. Tolerance: rounding of an elimination, scaled by its condition number.
+    """Row x of `from_clean(t)` is q_t(.|x), and `solve` inverts it.
+
+    The row includes the noise that a process may have at t = 0. Tolerance: rounding of an
+    elimination, scaled by its condition number.
     """
     t, x0 = product(
         times((0.0,), INNER),
@@ -298,9 +300,11 @@ def solve_inverts(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("reverse rates: probability flows balance", tolerance=1e-9)
 def reverse_flows_balance(process: ForwardProcess) -> Iterator[Gap]:
-    """The reverse flow from z to y equals the forward flow from y to z: q_t(z) R[z,y] = q_t(y)
-    Q_t[y,z], with q_t the marginal under a distribution, for that distribution and for its score.
-    Tolerance: rounding, relative to the largest flow."""
+    """The reverse flow from z to y equals the forward flow from y to z.
+
+    q_t(z) R[z,y] = q_t(y) Q_t[y,z], where q_t is the marginal under a distribution and R are its
+    reverse rates, or those of its score. Tolerance: rounding, relative to the largest flow.
+    """
     rows = ReachableRows(process, times(INNER))
     own_state = rows.zt.unsqueeze(-1)
     marginal = process.log_marginal(rows.log_p, rows.t).exp()
@@ -317,8 +321,11 @@ def reverse_flows_balance(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("reverse rates: reproduce the density", tolerance=1e-9)
 def reverse_rates_make_density(process: ForwardProcess) -> Iterator[Gap]:
-    """The density is sum_y R(y) - R*(y) + R*(y) ln (R*(y)/R(y)), where R are the reverse rates out
-    of z under the prediction and R* those for the clean token. Tolerance: relative rounding."""
+    """The density is the divergence between true and predicted reverse rates.
+
+    It is sum_y R(y) - R*(y) + R*(y) ln (R*(y)/R(y)), where R are the reverse rates out of z under
+    the prediction and R* those for the clean token. Tolerance: relative rounding.
+    """
     rows = ReachableRows(process, times(INNER))
     model = process.reverse_rates(rows.dist, rows.zt, rows.t)
     truth = process.reverse_rates(
@@ -343,8 +350,11 @@ def reverse_rates_make_density(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("reverse rates: reproduce the posterior", tolerance=1e-6)
 def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
-    """For a prediction that does not depend on z, the chain with these rates from t to s is
-    reverse_log_probs. Tolerance: the 4th-order integrator has an error of 1e-8."""
+    """The chain with the reverse rates, run from t to s, has reverse_log_probs as transition.
+
+    This holds for a prediction that does not depend on z. Tolerance: the 4th-order integrator has
+    an error of 1e-8.
+    """
     vocabulary = process.vocabulary
     num_states = vocabulary.num_states
     log_p = random_log_probs(vocabulary.num_tokens, 1, seed=3)
@@ -379,8 +389,10 @@ def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("monotone: reverse transitions only reveal", tolerance=0.0)
 def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
-    """If a process declares `is_monotone`, every positive reverse rate leads to a state below the
-    current one in the tree. Tolerance: none."""
+    """In a monotone process, reverse rates lead only to states below the current one.
+
+    Applies if the process declares `is_monotone`. Tolerance: none.
+    """
     if not process.is_monotone:
         return
     vocabulary = process.vocabulary
@@ -403,8 +415,10 @@ def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("forward_step: distributed as the transition", tolerance=5e-3)
 def forward_step_follows_transition(process: ForwardProcess) -> Iterator[Gap]:
-    """z_t drawn given z_s has the distribution P(z_t | z_s), also over the whole interval, and is
-    z_s if s = t. Tolerance: 2048 Sobol points resolve a probability to 5e-3."""
+    """z_t drawn given z_s has the distribution P(z_t | z_s), and is z_s if s = t.
+
+    Tried also over the whole interval. Tolerance: 2048 Sobol points resolve a probability to 5e-3.
+    """
     for s, t in ((0.31, 0.77), (0.02, 0.5), (0.5, 1.0), (0.0, 0.97)):
         yield _forward_step_gap(process, s, t)
     states = torch.arange(process.vocabulary.num_states)

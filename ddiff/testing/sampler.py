@@ -220,8 +220,10 @@ def ends_in_tokens(case: SamplerCase) -> Iterator[Gap]:
 
 @law("sampler: a sample does not depend on its batch", tolerance=0.0)
 def samples_are_independent_of_batch(case: SamplerCase) -> Iterator[Gap]:
-    """A sample depends on its number and the seed only: drawn again, in a smaller batch and in
-    another order it is the same. Tolerance: none."""
+    """A sample depends on its number and the seed only.
+
+    Drawn again, in a smaller batch and in another order it is the same. Tolerance: none.
+    """
     index = torch.arange(24)
     expected = case.generate(3, index, seed=11)
 

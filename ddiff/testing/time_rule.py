@@ -100,8 +100,10 @@ def times_are_valid(rule: TimeRule) -> Iterator[Gap]:
 
 @law("times: a sample's time does not depend on its batch", tolerance=0.0)
 def times_are_independent_of_batch(rule: TimeRule) -> Iterator[Gap]:
-    """A slot has the same times in the whole batch and in any part of it, so that ranks and
-    micro-batches agree. Tolerance: none."""
+    """A slot has the same times in the whole batch and in any part of it.
+
+    Ranks and micro-batches then agree. Tolerance: none.
+    """
     whole = _draw_batch(rule)
     for slots in (torch.arange(8), torch.arange(40, 48), torch.arange(3, SLOTS, 7)):
         part = _draw(rule, 0, slots)
@@ -119,11 +121,11 @@ def times_are_independent_of_batch(rule: TimeRule) -> Iterator[Gap]:
 
 @law("times: weighted sums are unbiased over the window", tolerance=0.04)
 def speeds_are_unbiased(rule: TimeRule) -> Iterator[Gap]:
-    """The mean of speed * g(t) is the integral of g over each position's window, for g = 1, t, t^2.
+    """The mean of speed * g(t) is the integral of g over each position's window.
 
-    Tolerance: relative, for 128 batches of 64 strata. The standard error is at most 0.01. It is
-    largest for a rule that charges a position in one of five sequences, for all five, where the
-    ends of the window cut one stratum of every batch.
+    Tried for g = 1, t, t^2. Tolerance: relative, for 128 batches of 64 strata. The standard error
+    is at most 0.01. It is largest for a rule that charges a position in one of five sequences, for
+    all five, where the ends of the window cut one stratum of every batch.
     """
     batches = [_draw_batch(rule, step) for step in range(DRAWS)]
     t = torch.stack([times.t for times in batches])
@@ -138,8 +140,7 @@ def speeds_are_unbiased(rule: TimeRule) -> Iterator[Gap]:
 
 @law("times: every position is read once at each end", tolerance=0.1)
 def ends_are_read_once(rule: TimeRule) -> Iterator[Gap]:
-    """In `ends`, the mean speed of each position is 1, and it is read at one time only, the end of
-    its window.
+    """Each position is read at the ends of its window, with a mean speed of 1.
 
     Tolerance: if one of four positions is read with speed 4, the mean over 128 batches of 64 has a
     standard error of 0.02.
@@ -176,9 +177,9 @@ def _end_gaps(
 
 @law("times: every part of the batch covers the whole window", tolerance=0.15)
 def parts_are_balanced(rule: TimeRule) -> Iterator[Gap]:
-    """Eight contiguous parts of a batch of 64 (ranks, micro-batches) have nearly the same mean
-    time, in units of the window, with clean positions at 0 and positions at the prior at 1.
+    """Eight contiguous parts of a batch (ranks, micro-batches) have nearly the same mean time.
 
+    Times are in units of the window, with clean positions at 0 and positions at the prior at 1.
     Tolerance: with 8 strata in van der Corput order the mean differs by up to the width 1/8 of a
     stratum of the part; with contiguous slices it differs by 0.45.
     """
@@ -197,9 +198,11 @@ def parts_are_balanced(rule: TimeRule) -> Iterator[Gap]:
 
 @law("times: the path moves forward at its declared speed", tolerance=1e-9)
 def paths_move_forward(rule: TimeRule) -> Iterator[Gap]:
-    """Along `at`, for tau from 0 to 1, every position goes from clean through its window to the
-    prior and never back; while it is charged, dt/dtau is its speed. Tolerance: difference quotients
-    of straight lines have an error of 1e-10."""
+    """Along `at`, positions go from clean through their windows to the prior, and never back.
+
+    tau runs from 0 to 1. While a position is charged, dt/dtau is its speed. Tolerance: difference
+    quotients of straight lines have an error of 1e-10.
+    """
     tau = torch.linspace(0.0, 1.0, 241, dtype=torch.float64)
     path = rule.at(IdentityTime(), tau, LENGTH)
     labels = {"after tau": tau[:-1].unsqueeze(-1).expand(-1, LENGTH)}
@@ -225,8 +228,11 @@ def paths_move_forward(rule: TimeRule) -> Iterator[Gap]:
 
 @law("times: no charged position attends to one at the prior", tolerance=0.0)
 def prior_positions_are_hidden(rule: TimeRule) -> Iterator[Gap]:
-    """Block numbers rise from left to right; no clean position is in a later block, and no position
-    at the prior in an earlier or the same block, than a charged one. Tolerance: none."""
+    """No charged position attends to a position at the prior.
+
+    Block numbers rise from left to right; no clean position is in a later block, and no position at
+    the prior in an earlier or the same block, than a charged one. Tolerance: none.
+    """
     path = rule.at(
         IdentityTime(),
         torch.linspace(0.0, 1.0, 61).double(),

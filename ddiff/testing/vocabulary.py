@@ -42,8 +42,10 @@ def ids_run_by_level(vocabulary: Vocabulary) -> Iterator[Gap]:
 
 @law("vocabulary: ancestors follow parents", tolerance=0.0)
 def ancestors_follow_parents(vocabulary: Vocabulary) -> Iterator[Gap]:
-    """ancestor(id, own level) is the id itself, and ancestor(id, l+1) is the parent of
-    ancestor(id, l), a node of level l+1. Tolerance: none."""
+    """ancestor(id, l+1) is the parent of ancestor(id, l), and a node of level l+1.
+
+    ancestor(id, own level) is the id itself. Tolerance: none.
+    """
     ids = torch.arange(vocabulary.num_states)
     own = vocabulary.level_of(ids)
     yield compare(
@@ -66,8 +68,10 @@ def ancestors_follow_parents(vocabulary: Vocabulary) -> Iterator[Gap]:
 
 @law("vocabulary: in tree order every node covers a contiguous range", tolerance=0.0)
 def ranges_are_contiguous(vocabulary: Vocabulary) -> Iterator[Gap]:
-    """order(l) is a permutation with inverse position(l), and node_range(node, l) contains exactly
-    the ids of level l below the node; no node is empty. Tolerance: none."""
+    """node_range(node, l) holds exactly the ids of level l below the node, in tree order.
+
+    order(l) is a permutation with inverse position(l); no node is empty. Tolerance: none.
+    """
     for level in range(vocabulary.num_levels + 1):
         yield from _order_gaps(vocabulary, level)
         yield from _range_gaps(vocabulary, level)

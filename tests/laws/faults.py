@@ -1,5 +1,7 @@
-"""Planted faults: an object that obeys a law of the kit, and one that differs in a line and breaks
-it."""
+"""Planted faults: pairs of an object that obeys a law and one that breaks it.
+
+The two differ in a line.
+"""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from ddiff import hookimpl
 
 @hookimpl
 def ddiff_register(registry):
-    registry.add("process", "swap", "stranger.process:Swap")
-    registry.add("process", "swap_broken", "stranger.process:Broken")
-    registry.add("process", "swap_picky", "stranger.process:Picky")
+    registry.add("process", "swap", "swapping.process:Swap")
+    registry.add("process", "swap_broken", "swapping.process:Broken")
+    registry.add("process", "swap_picky", "swapping.process:Picky")
 """
 
 PROCESS = """
@@ -51,12 +51,12 @@ class Picky(DenseProcess):
 
 
 @pytest.fixture
-def stranger(distribution: Callable[..., Path]) -> None:
-    modules = {"stranger_plugin": PLUGIN, "stranger.__init__": "", "stranger.process": PROCESS}
-    distribution("stranger-swap", "1.0", {"stranger": "stranger_plugin"}, modules)
+def swap_plugin(distribution: Callable[..., Path]) -> None:
+    modules = {"swapping_plugin": PLUGIN, "swapping.__init__": "", "swapping.process": PROCESS}
+    distribution("swapping", "1.0", {"swapping": "swapping_plugin"}, modules)
 
 
-@pytest.mark.usefixtures("stranger")
+@pytest.mark.usefixtures("swap_plugin")
 def test_check_uses_examples_of_a_plugins_process(capsys: pytest.CaptureFixture[str]) -> None:
     assert check_component("swap", []) == 0
     out = capsys.readouterr().out
@@ -65,7 +65,7 @@ def test_check_uses_examples_of_a_plugins_process(capsys: pytest.CaptureFixture[
     assert "on 1 instance(s), 0 broken" in out
 
 
-@pytest.mark.usefixtures("stranger")
+@pytest.mark.usefixtures("swap_plugin")
 def test_check_applies_settings_on_the_examples_vocabularies(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -73,7 +73,7 @@ def test_check_applies_settings_on_the_examples_vocabularies(
     assert "swap 1 on 2" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("stranger")
+@pytest.mark.usefixtures("swap_plugin")
 def test_check_reports_broken_law_and_returns_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -83,12 +83,12 @@ def test_check_reports_broken_law_and_returns_1(
     assert "largest at x0 = " in out
 
 
-@pytest.mark.usefixtures("stranger")
+@pytest.mark.usefixtures("swap_plugin")
 def test_check_of_a_plugin_covers_all_its_processes() -> None:
     with pytest.raises(
         ArgumentError, match=r"accepts none of .* small vocabularies.*nothing is good enough"
     ):
-        check_component("stranger", [])  # swap_picky is checked too
+        check_component("swapping", [])  # swap_picky is checked too
 
 
 @pytest.mark.parametrize("name", ["levelwise", "flat"])

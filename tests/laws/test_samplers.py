@@ -175,12 +175,12 @@ class Choosy:
 
 
 @pytest.fixture
-def stranger(distribution: Callable[..., Path]) -> None:
+def odd_plugin(distribution: Callable[..., Path]) -> None:
     modules = {"odd_plugin": PLUGIN, "odd.__init__": "", "odd.samplers": SAMPLERS}
     distribution("odd-samplers", "1.0", {"odd": "odd_plugin"}, modules)
 
 
-@pytest.mark.usefixtures("stranger")
+@pytest.mark.usefixtures("odd_plugin")
 def test_check_finds_samplers_by_name_and_by_plugin(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -201,7 +201,7 @@ def test_check_lists_components_that_have_laws() -> None:
         check_component("wandb", [])
 
 
-@pytest.mark.usefixtures("stranger")
+@pytest.mark.usefixtures("odd_plugin")
 def test_find_components_covers_plugin_of_the_same_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
