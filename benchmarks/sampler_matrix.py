@@ -20,8 +20,8 @@ from ddiff import (
     AnalyticSampler,
     AncestralSampler,
     BlockwiseSampler,
-    Cap,
-    Confidence,
+    CapRemasking,
+    ConfidenceRemasking,
     DenseProcess,
     EntropyBoundSampler,
     FirstHittingSampler,
@@ -29,12 +29,12 @@ from ddiff import (
     ForwardBackward,
     ForwardProcess,
     HierarchicalVocabulary,
-    Loop,
     LoopGrid,
+    LoopRemasking,
     OneLevelSampler,
     PredictorCorrectorSampler,
     PsiSampler,
-    Rescale,
+    RescaleRemasking,
     Sampler,
     SelfCorrectingSampler,
     TauLeapingSampler,
@@ -108,10 +108,10 @@ SAMPLERS: dict[str, Entry] = {
     "dfm": Entry(lambda n: PredictorCorrectorSampler(AncestralSampler(n), ForwardBackward())),
     "psi, kappa .9": Entry(PsiSampler, apart=True),
     "psi, kappa .5": Entry(lambda n: PsiSampler(n, 0.5), apart=True),
-    "remdm cap": Entry(lambda n: PsiSampler(n, Cap()), apart=True),
-    "remdm rescale": Entry(lambda n: PsiSampler(n, Rescale()), apart=True),
-    "remdm confidence": Entry(lambda n: PsiSampler(n, Confidence())),
-    "remdm loop": Entry(lambda n: PsiSampler(LoopGrid(n), Loop()), apart=True),
+    "remdm cap": Entry(lambda n: PsiSampler(n, CapRemasking()), apart=True),
+    "remdm rescale": Entry(lambda n: PsiSampler(n, RescaleRemasking()), apart=True),
+    "remdm confidence": Entry(lambda n: PsiSampler(n, ConfidenceRemasking())),
+    "remdm loop": Entry(lambda n: PsiSampler(LoopGrid(n), LoopRemasking()), apart=True),
     "acs": Entry(AdaptiveCorrectionSampler, apart=True),
     "self_correction": Entry(lambda n: SelfCorrectingSampler(AncestralSampler(n), rounds=16)),
     "confidence": Entry(UnmaskingSampler),
@@ -156,11 +156,11 @@ def rows(
     for label, entry in SAMPLERS.items():
         sampler = entry.build(4)
         try:
-            sampler.needs(process, "law")
+            sampler.check_supported(process, "distribution")
         except ArgumentError as error:
             refused.setdefault(f"{label} on {name}", str(error))
             continue
-        yield row(label, entry, process, steps, points, "law", name)
+        yield row(label, entry, process, steps, points, "distribution", name)
         if takes_scores(sampler, process):
             yield row(f"{label}, score", entry, process, steps, points, "score", name)
 
@@ -170,7 +170,7 @@ def takes_scores(sampler: Sampler, process: ForwardProcess) -> bool:
     if process.vocabulary.num_levels > 1:
         return False
     try:
-        sampler.needs(process, "score")
+        sampler.check_supported(process, "score")
     except ArgumentError:
         return False
     return True

@@ -222,7 +222,7 @@ class Autoregressive:
 
     def hidden(self, ids: Tensor) -> Tensor:
         noisy = Noisy(ids, torch.zeros(ids.shape), torch.ones_like(ids, dtype=torch.bool))
-        return self.denoiser.trunk(noisy, Context())
+        return self.denoiser.hidden_states(noisy, Context())
 
     def training_loss(self, x0: Tensor) -> Tensor:
         return F.cross_entropy(self.model["head"](self.hidden(x0)), x0.reshape(-1))

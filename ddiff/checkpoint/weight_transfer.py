@@ -162,10 +162,11 @@ def _transfer_states(theirs: Tensor, old: Vocabulary, new: Vocabulary) -> Tensor
 
 def _is_same_head(mine: Head, theirs: Head) -> bool:
     """Whether the rows of two heads on the same vocabulary have the same meaning."""
-    if isinstance(mine, TreeHead) and isinstance(theirs, TreeHead) and mine.kind != theirs.kind:
-        return False
-    readings = [getattr(head, "reading", None) for head in (mine, theirs)]
-    return type(mine) is type(theirs) and readings[0] == readings[1]
+    return (
+        type(mine) is type(theirs)
+        and mine.kind == theirs.kind
+        and mine.parameterization == theirs.parameterization
+    )
 
 
 def _has_token_rows(head: Head) -> bool:
@@ -185,8 +186,7 @@ def _transfer_head(mine: TokenHead | TreeHead, source: TrainedWeights) -> dict[s
     bias = source.weights["head.bias"][tokens]
     tables = []
     biases = []
-    levels = mine.levels if isinstance(mine, TreeHead) else 1
-    for level in range(levels):
+    for level in range(mine.levels):
         order = _row_order(mine, level)
         tables.append(_average_tokens(table, mine.vocabulary, level)[order])
         biases.append(_logsumexp_tokens(bias, mine.vocabulary, level)[order])

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-Seen = Tensor | BlockMask | None
+AttentionMask = Tensor | BlockMask | None
 """Who sees whom as `attend` takes it: a mask [B or 1,1,L,m+L], the same in flex attention's form, None for everybody."""
 
 TILE = 128  # columns, flex attention's own default
 NARROWEST = 16  # channels of a head that its kernels take
 
 
-class Sight(NamedTuple):
+class AttentionLayout(NamedTuple):
     """Of the columns that a backbone is run on: `position` [n] in the sequence, `block` [1 or B,n], and `noisy` [n] bool.
 
     Without `noisy`, a column sees its own and earlier blocks. With it, noisy columns see the noisy ones of their own block
@@ -30,7 +30,7 @@ class Sight(NamedTuple):
     noisy: Tensor | None = None
 
 
-class Columns(NamedTuple):
+class PositionFacts(NamedTuple):
     """Of each of n columns what decides who sees it, [1 or B,n]: its `place` in the row, and what is known beside it."""
 
     place: Tensor
@@ -39,18 +39,18 @@ class Columns(NamedTuple):
     block: Tensor | None = None
     noisy: Tensor | None = None
 
-    def each(self, pick: Callable[[Tensor], Tensor]) -> Columns:
+    def each(self, pick: Callable[[Tensor], Tensor]) -> PositionFacts:
         """The same of the columns that `pick` takes out of each fact."""
-        return Columns(
+        return PositionFacts(
             pick(self.place), *(None if fact is None else pick(fact) for fact in self[1:])
         )
 
-    def at(self, row: Tensor, column: Tensor) -> Columns:
+    def at(self, row: Tensor, column: Tensor) -> PositionFacts:
         """Those of one column: row and column are numbers of no dimension."""
         return self.each(lambda fact: fact[row if len(fact) > 1 else 0, column])
 
 
-def sees(query: Columns, key: Columns) -> Tensor:
+def sees(query: PositionFacts, key: PositionFacts) -> Tensor:
     """May the column `query` look at the column `key`? Bool, of the shape that their facts broadcast to.
 
     It may if the key is valid, of the same document and within sight. A column always sees itself, so that no row of the
@@ -70,13 +70,13 @@ def sees(query: Columns, key: Columns) -> Tensor:
     return seen | (query.place == key.place)
 
 
-def dense_mask(columns: Columns, cached: int = 0) -> Tensor:
+def dense_mask(columns: PositionFacts, cached: int = 0) -> Tensor:
     """[1 or B,1,n-m,n] bool: what the columns behind the m cached ones see."""
     query = columns.each(lambda fact: fact[:, cached:].unsqueeze(-1))
     return sees(query, columns.each(lambda fact: fact.unsqueeze(-2))).unsqueeze(1)
 
 
-def block_mask(columns: Columns) -> BlockMask:
+def block_mask(columns: PositionFacts) -> BlockMask:
     """What flex attention (arXiv 2412.05496) wants to know: which tiles are seen in part and which as a whole.
 
     A tile's rows are looked at together and forgotten, so that n^2 entries are never held at once.
@@ -118,7 +118,7 @@ def flexes(x: Tensor, width: int) -> bool:
     return x.is_cuda and x.dtype != torch.float64 and width >= NARROWEST and fused
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: AttentionMask) -> Tensor:
     """softmax(q k^T / sqrt(w)) v over the columns seen: q [B,heads,L,w], k and v [B,heads,m+L,w] -> [B,heads,L,w].
 
     `seen` is what `Context.seen` gave for the whole pass. Flex attention leaves out what nobody sees.
@@ -136,7 +136,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 @final
-class KeyValues:
+class KeyValueCache:
     """Keys and values [B,heads,m,w] of settled columns by layer, their hidden states, and what those were made from.
 
     A settled column sees only settled ones, so nothing of it changes while its ids and those before it stay: the cache is
@@ -152,16 +152,16 @@ class KeyValues:
         self._settling = 0
 
     @property
-    def columns(self) -> int:
+    def length(self) -> int:
         """How many columns it holds."""
         return self.ids.shape[1]
 
-    def forget(self, ids: Tensor, block: Tensor, settled: int) -> int:
+    def crop(self, ids: Tensor, block: Tensor, settled: int) -> int:
         """Keep the longest run of first columns, of the `settled` ones, that still holds for ids [B,L] and block [L].
 
         Its length is returned. A block is kept whole or not at all, since its columns see each other.
         """
-        held = min(self.columns, settled) if len(self.ids) == len(ids) else 0
+        held = min(self.length, settled) if len(self.ids) == len(ids) else 0
         if held:
             same = (self.ids[:, :held] == ids[:, :held]).all(0) & (
                 self.block[:held] == block[:held]
@@ -173,7 +173,7 @@ class KeyValues:
         ):  # where they agree they agree on borders, so the second leaves the first true
             if held < len(numbers):
                 held = int((numbers[:held] < numbers[held]).sum())
-        if held < self.columns:
+        if held < self.length:
             self.keys, self.values = (
                 [x[:, :, :held] for x in layers] for layers in (self.keys, self.values)
             )
@@ -181,33 +181,33 @@ class KeyValues:
             self.hidden = None if self.hidden is None else self.hidden[:, :held]
         return held
 
-    def expect(self, columns: int) -> None:
+    def begin_update(self, columns: int) -> None:
         """The first `columns` of the next pass are settled: their keys and values are to be stored."""
         self._settling = columns
 
-    def extended(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """What `layer` attends to, [B,heads,m+n,w] each, for the keys and values of n new columns."""
         if layer == len(self.keys):
             self.keys.append(k[:, :, :0])
             self.values.append(v[:, :, :0])
-        if self.columns:
+        if self.length:
             k, v = torch.cat([self.keys[layer], k], 2), torch.cat([self.values[layer], v], 2)
         if self._settling:
-            settled = self.columns + self._settling
+            settled = self.length + self._settling
             self.keys[layer], self.values[layer] = k[:, :, :settled], v[:, :, :settled]
         return k, v
 
-    def settle(self, ids: Tensor, block: Tensor, hidden: Tensor) -> Tensor:
+    def finish_update(self, ids: Tensor, block: Tensor, hidden: Tensor) -> Tensor:
         """After a pass over columns up to L' = those of ids [B,L'], block [L']: all their hidden states [B,L',width].
 
         `hidden` [B,n,width] are those of the pass. What it stored counts from now on.
         """
         whole = (
             torch.cat([self.hidden, hidden], 1)
-            if self.hidden is not None and self.columns
+            if self.hidden is not None and self.length
             else hidden
         )
-        settled = self.columns + self._settling
+        settled = self.length + self._settling
         self.ids, self.block, self.hidden = ids[:, :settled], block[:settled], whole[:, :settled]
         self._settling = 0
         return whole

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, final, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ddiff.core.network import CountingNetwork, Predicts
 from ddiff.core.prediction import (
     CleanDistribution,
     DenseDistribution,
@@ -17,15 +19,23 @@ from ddiff.core.prediction import (
 from ddiff.core.times import Noisy
 from ddiff.data.condition_forms import Form
 from ddiff.errors import ArgumentError
-from ddiff.nn.attention import Columns, KeyValues, Seen, Sight, block_mask, dense_mask, flexes
-from ddiff.nn.heads import Head, Question
+from ddiff.nn.attention import (
+    AttentionLayout,
+    AttentionMask,
+    KeyValueCache,
+    PositionFacts,
+    block_mask,
+    dense_mask,
+    flexes,
+)
+from ddiff.nn.heads import Head, HeadCallback
 
 if TYPE_CHECKING:
     from ddiff.core.process import ForwardProcess, RowFunction
 
-CAPACITIES = 32
+NUM_ROW_COUNTS = 32
 
-Given = Literal["rest", "all"]
+ParameterizationName = Literal["rest", "all"]
 Inputs = Literal["own", "previous"]
 
 
@@ -42,19 +52,17 @@ class Context(NamedTuple):
     valid: Tensor | None = None
     document: Tensor | None = None
     conditions: Mapping[str, Tensor] = {}
-    sight: Sight | None = None
-    cache: KeyValues | None = None
+    layout: AttentionLayout | None = None
+    cache: KeyValueCache | None = None
 
     def attention_mask(self) -> Tensor | None:
         """[B or 1,1,L,m+L] bool, who may look at whom, the m cached columns first; None when everybody at all."""
         columns = self._columns()
         return (
-            None
-            if columns is None
-            else dense_mask(columns, self.cache.columns if self.cache else 0)
+            None if columns is None else dense_mask(columns, self.cache.length if self.cache else 0)
         )
 
-    def seen(self, x: Tensor, width: int) -> Seen:
+    def kernel_mask(self, x: Tensor, width: int) -> AttentionMask:
         """The same as `attend` takes it, for hidden states x [B,L,d] and heads `width` wide: made once for all layers.
 
         A GPU is given tiles for flex attention, but beside a cache, where L changes from pass to pass.
@@ -64,29 +72,29 @@ class Context(NamedTuple):
         columns = self._columns()
         return None if columns is None else block_mask(columns)
 
-    def _columns(self) -> Columns | None:
+    def _columns(self) -> PositionFacts | None:
         """What is known of the columns, the cached ones first; None when it hides nothing."""
         block, noisy = self._blocks(), None
-        if self.sight is not None and self.sight.noisy is not None:
-            noisy = self.sight.noisy.unsqueeze(0)
+        if self.layout is not None and self.layout.noisy is not None:
+            noisy = self.layout.noisy.unsqueeze(0)
         known = [fact for fact in (self.valid, self.document, block) if fact is not None]
         if not known:
             return None
         place = torch.arange(known[0].shape[-1], device=known[0].device).unsqueeze(0)
-        return Columns(place, self.valid, self.document, block, noisy)
+        return PositionFacts(place, self.valid, self.document, block, noisy)
 
     def _blocks(self) -> Tensor | None:
         """[1 or B,m+L]: cached columns are seen by all the others, as their first block is."""
-        if self.sight is None or self.cache is None:
-            return None if self.sight is None else self.sight.block
-        first = self.sight.block.amin(-1, keepdim=True)
-        if bool((self.sight.block == first).all()):
+        if self.layout is None or self.cache is None:
+            return None if self.layout is None else self.layout.block
+        first = self.layout.block.amin(-1, keepdim=True)
+        if bool((self.layout.block == first).all()):
             return None
-        return torch.cat([first.expand(-1, self.cache.columns), self.sight.block], -1)
+        return torch.cat([first.expand(-1, self.cache.length), self.layout.block], -1)
 
     def positions(self, length: int, device: torch.device) -> Tensor:
         """[L] long: where each column stands in its sequence."""
-        return torch.arange(length, device=device) if self.sight is None else self.sight.position
+        return torch.arange(length, device=device) if self.layout is None else self.layout.position
 
     def rows(self, sequences: Tensor) -> Context:
         """The same for some of the sequences [b]."""
@@ -116,33 +124,40 @@ def _by_position(value: Tensor, length: int) -> bool:
 UNPADDED = Context()
 
 
-class Backbone(Protocol):
-    """An nn.Module from noisy ids [B,L] and their times t [B,L] to hidden states [B,L,width].
+class Backbone(nn.Module):
+    """Base class of backbones: noisy ids [B,L] and times t [B,L] -> hidden states [B,L,width].
 
-    It reads `context.positions` and, for `attend`, `context.seen` (or `context.attention_mask()`). It may declare
-    `reads_time = False` (its hidden states depend on the ids alone), `caches = True` (it passes its keys and values
-    through `context.cache`), `condition_dropout`, the conditions it reads with the share of samples from which each is
-    withheld in training, and `condition_forms`, what each is, so that what does not fit is refused before the network is
-    asked.
+    `forward` passes the mask `context.kernel_mask` to `attend` (or uses `context.attention_mask()`)
+    and takes positions from `context.positions`, so that padding, documents and blocks are
+    respected.
     """
 
     width: int
+    reads_time: bool = True
+    """The hidden states depend on t. False: on the ids only."""
+    caches: bool = False
+    """Keys and values pass through `context.cache`."""
+    condition_dropout: Mapping[str, float] = MappingProxyType({})
+    """Conditions by name, with the share of samples from which training withholds each."""
+    condition_forms: Mapping[str, Form] = MappingProxyType({})
+    """The form of each condition, to refuse values that do not fit before the network is run."""
 
-    def __call__(self, ids: Tensor, t: Tensor, context: Context) -> Tensor: ...
+    def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
+        raise NotImplementedError
 
 
 class Parameterization(Protocol):
     """What a head's output says: how a question about an answer becomes a question to the head."""
 
     @property
-    def predicts(self) -> Literal["law", "score"]: ...
+    def predicts(self) -> Predicts: ...
 
-    def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor | None:
+    def prepare(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor | None:
         """[k] what the question needs to know of rows in states zt [k] at times t [k], found where they were drawn."""
 
-    def question(
-        self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
-    ) -> Question:
+    def wrap_callback(
+        self, fn: HeadCallback, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
+    ) -> HeadCallback:
         """`fn` as the head can call it; the rows, and what is `prepared` of them, are where the head is."""
 
     def scope(self, node: Tensor, process: ForwardProcess) -> Tensor:
@@ -150,17 +165,17 @@ class Parameterization(Protocol):
 
 
 @final
-class RestParameterization:
+class LeaveOneOutParameterization:
     """The law given the rest of the sequence: what the engine's formulas want."""
 
-    predicts: Literal["law"] = "law"
+    predicts: Predicts = "distribution"
 
-    def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> None:
+    def prepare(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> None:
         return None
 
-    def question(
-        self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
-    ) -> Question:
+    def wrap_callback(
+        self, fn: HeadCallback, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
+    ) -> HeadCallback:
         return fn
 
     def scope(self, node: Tensor, process: ForwardProcess) -> Tensor:
@@ -168,17 +183,17 @@ class RestParameterization:
 
 
 @final
-class FullParameterization:
+class FullConditionalParameterization:
     """The full conditional P(x_i | z), as plain cross-entropy at visible rows trains it: divided by q_t(z_i | x)."""
 
-    predicts: Literal["law"] = "law"
+    predicts: Predicts = "distribution"
 
-    def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> None:
+    def prepare(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> None:
         return None
 
-    def question(
-        self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
-    ) -> Question:
+    def wrap_callback(
+        self, fn: HeadCallback, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
+    ) -> HeadCallback:
         def question(dist: CleanDistribution, idx: Tensor) -> Tensor | tuple[Tensor, ...]:
             log_p = drop_own_evidence(dist.log_mass(0), process.log_likelihood(zt[idx], t[idx]))
             return fn(DenseDistribution(log_p, process.vocabulary), idx)
@@ -190,8 +205,8 @@ class FullParameterization:
 
 
 PARAMETERIZATIONS: Mapping[str, Parameterization] = {
-    "rest": RestParameterization(),
-    "all": FullParameterization(),
+    "rest": LeaveOneOutParameterization(),
+    "all": FullConditionalParameterization(),
 }
 
 
@@ -207,56 +222,62 @@ class Denoiser(nn.Module):
     """Of matrix products (None: that of the weights); laws and sums are float32 at least whatever it is."""
 
     fixed_shapes = False
-    """Whether the rows of a step are filled up to one of `CAPACITIES` numbers, so that few shapes reach the head."""
+    """Whether the rows of a step are filled up to one of `NUM_ROW_COUNTS` numbers, so that few shapes reach the head."""
 
     def __init__(
-        self, backbone: nn.Module, head: Head, given: Given = "rest", inputs: Inputs = "own"
+        self,
+        backbone: Backbone,
+        head: Head,
+        parameterization: ParameterizationName = "rest",
+        inputs: Inputs = "own",
     ) -> None:
         super().__init__()
         if inputs not in get_args(Inputs):
             raise ArgumentError(f'Denoiser: inputs must be "own" or "previous"; got {inputs!r}.')
-        if given not in PARAMETERIZATIONS:
-            raise ArgumentError(f'Denoiser: given must be "rest" or "all"; got {given!r}.')
+        if parameterization not in PARAMETERIZATIONS:
+            raise ArgumentError(
+                f'Denoiser: parameterization must be "rest" or "all" (the recipe key given); got {parameterization!r}.'
+            )
         if backbone.width != head.width:
             raise ArgumentError(
                 f"Denoiser: head must be as wide as backbone; got {head.width} for a backbone of {backbone.width}."
             )
-        own = getattr(head, "reading", None)
-        if own is not None and given != "rest":
+        own = head.parameterization
+        if own is not None and parameterization != "rest":
             raise ArgumentError(
-                f'Denoiser: given="{given}" is about a law, and the head {type(head).__name__} says how it is read itself. '
-                "Leave given out, or take a head that gives a law."
+                f'Denoiser: parameterization="{parameterization}" applies to a distribution, and the head {type(head).__name__} has '
+                "a parameterization of its own. Leave it out (in a recipe, the key given), or use a head that predicts a distribution."
             )
         self.backbone = backbone
         self.head = head
-        self.reading: Parameterization = own or PARAMETERIZATIONS[given]
+        self.parameterization: Parameterization = own or PARAMETERIZATIONS[parameterization]
         self.inputs = inputs
 
     @property
     def reads_time(self) -> bool:
-        return getattr(self.backbone, "reads_time", True)
+        return self.backbone.reads_time
 
     @property
     def caches(self) -> bool:
-        return getattr(self.backbone, "caches", False)
+        return self.backbone.caches
 
     @property
     def condition_dropout(self) -> Mapping[str, float]:
-        return getattr(self.backbone, "condition_dropout", {})
+        return self.backbone.condition_dropout
 
     @property
     def condition_forms(self) -> Mapping[str, Form]:
-        return getattr(self.backbone, "condition_forms", {})
+        return self.backbone.condition_forms
 
-    def trunk(self, noisy: Noisy, context: Context) -> Tensor:
+    def hidden_states(self, noisy: Noisy, context: Context) -> Tensor:
         """Hidden states [B*L, width] of flat positions."""
         with self._products_in(noisy.zt.device):
-            return self._trunk(noisy, context)
+            return self._hidden_states(noisy, context)
 
     def _products_in(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self.precision, enabled=self.precision is not None)
 
-    def _trunk(self, noisy: Noisy, context: Context) -> Tensor:
+    def _hidden_states(self, noisy: Noisy, context: Context) -> Tensor:
         if self.inputs == "previous":
             return self._causal(noisy, context)
         if noisy.block is None:
@@ -266,25 +287,25 @@ class Denoiser(nn.Module):
             torch.arange(noisy.zt.shape[1], device=noisy.zt.device),
         )
         if noisy.memory is None:
-            context = context._replace(sight=Sight(position, noisy.block))
+            context = context._replace(layout=AttentionLayout(position, noisy.block))
             return self.backbone(noisy.zt, noisy.t, context).flatten(0, 1)
         twice = torch.cat([position, position])
         half = torch.arange(2 * length, device=position.device) >= length
-        sight = Sight(twice, torch.cat([noisy.block, noisy.block], -1), half)
+        layout = AttentionLayout(twice, torch.cat([noisy.block, noisy.block], -1), half)
         both, t = (
             torch.cat([noisy.memory, noisy.zt], 1),
             torch.cat([torch.zeros_like(noisy.t), noisy.t], 1),
         )
-        hidden = self.backbone(both, t, context.columns(twice, length)._replace(sight=sight))
+        hidden = self.backbone(both, t, context.columns(twice, length)._replace(layout=layout))
         return hidden[:, length:].flatten(0, 1)
 
     def _causal(self, noisy: Noisy, context: Context) -> Tensor:
         position = torch.arange(noisy.zt.shape[1], device=noisy.zt.device)
-        sight = Sight(position, position.unsqueeze(0))
+        layout = AttentionLayout(position, position.unsqueeze(0))
         ids = self._previous(noisy.zt if noisy.memory is None else noisy.memory, context.document)
-        return self.backbone(ids, torch.zeros_like(noisy.t), context._replace(sight=sight)).flatten(
-            0, 1
-        )
+        return self.backbone(
+            ids, torch.zeros_like(noisy.t), context._replace(layout=layout)
+        ).flatten(0, 1)
 
     def _previous(self, ids: Tensor, document: Tensor | None) -> Tensor:
         """[B,L] the word before each; the mask where a document starts."""
@@ -302,10 +323,12 @@ class Denoiser(nn.Module):
         return torch.where(same, before, start)
 
     @torch.no_grad()
-    def extend(self, noisy: Noisy, context: Context, cache: KeyValues) -> tuple[Tensor, Tensor]:
+    def extend_cache(
+        self, noisy: Noisy, context: Context, cache: KeyValueCache
+    ) -> tuple[Tensor, Tensor]:
         """Hidden states [B,n,width] of the first block that is not clean everywhere, and its columns [n].
 
-        All sequences share their blocks, in rising order. Columns before that block that the cache lacks are run along
+        All sequences share their blocks, in rising order. PositionFacts before that block that the cache lacks are run along
         and kept; later blocks are not run at all. The result is that of `trunk`. ArgumentError when noisy.block is none, or
         differs between sequences.
         """
@@ -325,58 +348,58 @@ class Denoiser(nn.Module):
                 first_open + 1,
             )
             seen = torch.arange(len(block), device=block.device)
-        held = cache.forget(ids, seen, settled)
+        held = cache.crop(ids, seen, settled)
         columns, until = (
             torch.arange(held, stop, device=block.device),
             torch.arange(stop, device=block.device),
         )
         hidden: Tensor | None = None
         if len(columns):
-            cache.expect(settled - held)
+            cache.begin_update(settled - held)
             shown = context.columns(until, len(block))._replace(
                 conditions=context.columns(columns, len(block)).conditions,
-                sight=Sight(columns, seen[columns].unsqueeze(0)),
+                layout=AttentionLayout(columns, seen[columns].unsqueeze(0)),
                 cache=cache,
             )
             with self._products_in(block.device):
                 computed = self.backbone(ids[:, columns], t[:, columns], shown)
-            hidden = cache.settle(ids[:, :stop], seen[:stop], computed)
+            hidden = cache.finish_update(ids[:, :stop], seen[:stop], computed)
         else:
             hidden = cache.hidden
         assert hidden is not None
         return hidden[:, start:stop], until[start:]
 
-    def read(self, hidden: Tensor, node: Tensor, fn: Question) -> Tensor | tuple[Tensor, ...]:
+    def read(self, hidden: Tensor, node: Tensor, fn: HeadCallback) -> Tensor | tuple[Tensor, ...]:
         """fn's results for hidden rows [k,width] that ask below node [k]; no gradients."""
         with self._products_in(hidden.device):
             return self.head.query(hidden, node, fn)
 
     def forward(
-        self, noisy: Noisy, context: Context, rows: Tensor, node: Tensor, fn: Question
+        self, noisy: Noisy, context: Context, rows: Tensor, node: Tensor, fn: HeadCallback
     ) -> tuple[Tensor, ...]:
         """One training step's pass: (sum of fn's first result over flat positions `rows` [k], *results detached)."""
         count = len(rows)
         if self.fixed_shapes and count:
-            rows, node, fn = _filled(rows, node, fn, noisy.zt.numel())
-        hidden = self.trunk(noisy, context).index_select(0, rows)
+            rows, node, fn = _pad_rows(rows, node, fn, noisy.zt.numel())
+        hidden = self.hidden_states(noisy, context).index_select(0, rows)
         with self._products_in(hidden.device):
             total, *results = self.head.total(hidden, node, fn)
         return total, *(result[:count] for result in results)
 
     @torch.no_grad()
     def query(
-        self, noisy: Noisy, context: Context, rows: Tensor, node: Tensor, fn: Question
+        self, noisy: Noisy, context: Context, rows: Tensor, node: Tensor, fn: HeadCallback
     ) -> Tensor | tuple[Tensor, ...]:
         """fn's results for flat positions `rows` [k] that ask below node [k], in row order; no gradients."""
-        return self.read(self.trunk(noisy, context).index_select(0, rows), node, fn)
+        return self.read(self.hidden_states(noisy, context).index_select(0, rows), node, fn)
 
 
-def _filled(
-    rows: Tensor, node: Tensor, fn: Question, positions: int
-) -> tuple[Tensor, Tensor, Question]:
-    """Rows and nodes [k], the last repeated up to a multiple of `positions` / CAPACITIES, and an fn that counts it once."""
+def _pad_rows(
+    rows: Tensor, node: Tensor, fn: HeadCallback, positions: int
+) -> tuple[Tensor, Tensor, HeadCallback]:
+    """Rows and nodes [k], the last repeated up to a multiple of `positions` / NUM_ROW_COUNTS, and an fn that counts it once."""
     count = len(rows)
-    missing = -count % max(1, positions // CAPACITIES)
+    missing = -count % max(1, positions // NUM_ROW_COUNTS)
 
     def question(dist: CleanDistribution, idx: Tensor) -> tuple[Tensor, ...]:
         prediction = fn(dist, idx.clamp(max=count - 1))
@@ -387,7 +410,7 @@ def _filled(
     return rows[again], node[again.to(node.device)], question
 
 
-class DenoiserNetwork:
+class DenoiserNetwork(CountingNetwork):
     """`ask` over a network: each ask(noisy) gives a visit that runs the network for the sequences it is asked about.
 
     No sequence is run twice in a visit, nor again while neither its ids nor, where the backbone reads them, its times
@@ -403,20 +426,16 @@ class DenoiserNetwork:
         context: Context = UNPADDED,
         cached: bool = False,
     ) -> None:
+        super().__init__()
         if cached and not denoiser.caches:
             raise ArgumentError(
                 f"Asking: cached=True needs a backbone that keeps keys and values; {type(denoiser.backbone).__name__} does "
                 "not declare `caches = True`. Leave it out: the result is the same, only slower."
             )
         self.denoiser, self.process, self.context = denoiser, process, context
-        self.cache = KeyValues() if cached else None
-        self.calls = 0
-        self.runs: Tensor | None = None
+        self.cache = KeyValueCache() if cached else None
+        self.predicts = denoiser.parameterization.predicts
         self.last: _Query | None = None
-
-    @property
-    def predicts(self) -> str:
-        return self.denoiser.reading.predicts
 
     def __call__(self, noisy: Noisy) -> _Query:
         return _Query(self, noisy)
@@ -436,25 +455,25 @@ class _Query:
         def on_chunk(prediction: Prediction, idx: Tensor) -> Any:
             return fn(prediction, *(value[idx] for value in per_row))
 
-        question: Question = on_chunk
+        question: HeadCallback = on_chunk
         hidden = self._hidden(rows).index_select(0, rows)
         self._check_within(rows)
         denoiser, process = self.as_network.denoiser, self.as_network.process
         if process is not None:
-            reading, zt, t = (
-                denoiser.reading,
+            parameterization, zt, t = (
+                denoiser.parameterization,
                 self.noisy.zt.flatten()[rows],
                 self.noisy.t.flatten()[rows],
             )
-            prepared = reading.prepared(process, zt, t)
-            question = reading.question(question, process, zt, t, prepared)
-            node = reading.scope(node, process)
+            prepared = parameterization.prepare(process, zt, t)
+            question = parameterization.wrap_callback(question, process, zt, t, prepared)
+            node = parameterization.scope(node, process)
         return denoiser.read(hidden, node, question)
 
     def _hidden(self, rows: Tensor) -> Tensor:
         """Hidden states that hold at least those of the asked rows."""
         if self.hidden is None:
-            self._take_over(self.as_network.last)
+            self._reuse_hidden_states(self.as_network.last)
             self.as_network.last = self
         wanted = torch.zeros_like(self.known)
         wanted[rows // self.noisy.zt.shape[1]] = True
@@ -464,7 +483,7 @@ class _Query:
         assert self.hidden is not None
         return self.hidden
 
-    def _take_over(self, last: _Query | None) -> None:
+    def _reuse_hidden_states(self, last: _Query | None) -> None:
         """What is still true of the visit before."""
         if last is None or last.hidden is None or not _same_sight(last.noisy, self.noisy):
             return
@@ -480,12 +499,9 @@ class _Query:
 
     def _run(self, sequences: Tensor) -> None:
         as_network, (batch, length) = self.as_network, self.noisy.zt.shape
-        as_network.calls += 1
-        if as_network.runs is None or len(as_network.runs) != batch:
-            as_network.runs = torch.zeros(batch, dtype=torch.long)
         columns = torch.arange(length, device=self.known.device)
         if as_network.cache is not None:
-            hidden, columns = as_network.denoiser.extend(
+            hidden, columns = as_network.denoiser.extend_cache(
                 self.noisy, as_network.context, as_network.cache
             )
             sequences, self.columns = torch.arange(batch, device=self.known.device), columns
@@ -493,8 +509,8 @@ class _Query:
             noisy, context = self.noisy, as_network.context
             if len(sequences) < batch:
                 noisy, context = _some(noisy, sequences), context.rows(sequences)
-            hidden = as_network.denoiser.trunk(noisy, context).unflatten(0, noisy.zt.shape)
-        as_network.runs[sequences.cpu()] += 1
+            hidden = as_network.denoiser.hidden_states(noisy, context).unflatten(0, noisy.zt.shape)
+        as_network._count(batch, sequences.cpu())
         if self.hidden is None:
             self.hidden = hidden.new_zeros(self.noisy.zt.numel(), hidden.shape[-1])
         self.hidden[(sequences.unsqueeze(-1) * length + columns).flatten()] = hidden.flatten(0, 1)
@@ -531,7 +547,7 @@ def _shared_block(noisy: Noisy) -> Tensor:
             else f"{block.tolist()}"
         )
         raise ArgumentError(
-            "Denoiser.extend: noisy.block must number the blocks of the sequence from left to right, the same in all "
+            "Denoiser.extend_cache: noisy.block must number the blocks of the sequence from left to right, the same in all "
             f"sequences, without a memory; got {came}. Without cached=True any numbers will do."
         )
     return block[0]

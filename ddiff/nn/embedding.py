@@ -20,7 +20,7 @@ class StateEmbedding(nn.Embedding):
         initialise_nodes(self.weight, vocabulary)
 
     @torch.no_grad()
-    def start_from_words(self, words: Tensor) -> None:
+    def start_from_tokens(self, words: Tensor) -> None:
         """Set the words' rows to `words` [V,width], and the nodes from them."""
         self.weight[: self.vocabulary.num_tokens] = words.to(self.weight)
         initialise_nodes(self.weight, self.vocabulary)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,10 @@ from ddiff.core.prediction import (
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError, NonFiniteError
 
-Question = Callable[[CleanDistribution, Tensor], Tensor | tuple[Tensor, ...]]
+if TYPE_CHECKING:
+    from ddiff.nn.denoiser import Parameterization
+
+HeadCallback = Callable[[CleanDistribution, Tensor], Tensor | tuple[Tensor, ...]]
 Logits = Callable[[int, int], Tensor]
 TreeKind = Literal["tied", "levelwise"]
 
@@ -42,6 +45,12 @@ class Head(nn.Module, ABC):
 
     is_table = True  # an optimizer for hidden matrices (Muon) must leave these parameters alone
     chunk_logits: int | None = None  # logits held at once; None: what suits the device
+    kind: TreeKind | None = None
+    """Layout of the table; None: one row per token or state."""
+    levels: int = 1
+    """Levels of the tree that have rows in the table."""
+    parameterization: Parameterization | None = None
+    """How predictions follow from the logits; None: the head predicts a distribution."""
     on_logits: Callable[[int], None] | None = None
     """Called with the number of logits of every product; None: nothing is counted."""
 
@@ -64,7 +73,7 @@ class Head(nn.Module, ABC):
     def start_from_counts(self, counts: Tensor) -> None:
         """Set the biases so that the first law is the unigram law of `counts` [V], each count raised by one."""
 
-    def total(self, hidden: Tensor, node: Tensor, fn: Question) -> tuple[Tensor, ...]:
+    def total(self, hidden: Tensor, node: Tensor, fn: HeadCallback) -> tuple[Tensor, ...]:
         """Sum of fn's first result over all rows, differentiable in hidden and tables, then all results detached.
 
         hidden [n,d], node [n]: the subtree in which each row asks, best on the host, where rows are grouped by it.
@@ -77,7 +86,7 @@ class Head(nn.Module, ABC):
         )
 
     @torch.no_grad()
-    def query(self, hidden: Tensor, node: Tensor, fn: Question) -> Tensor | tuple[Tensor, ...]:
+    def query(self, hidden: Tensor, node: Tensor, fn: HeadCallback) -> Tensor | tuple[Tensor, ...]:
         """fn's results in row order, without gradients; NonFiniteError when a logit is NaN or infinite."""
         results, finite = [], torch.ones((), dtype=torch.bool, device=hidden.device)
         grouped, groups = self._grouped(node)
@@ -116,7 +125,7 @@ class Head(nn.Module, ABC):
         if self.on_logits is not None:
             logits = partial(self._report_logits, logits)
         return (
-            SettledLaw(self.vocabulary, top)
+            PointDistribution(self.vocabulary, top)
             if top < self.vocabulary.num_tokens
             else self.dist(logits, top)
         )
@@ -241,7 +250,7 @@ class LevelwiseDistribution(SubtreeDistribution):
         return logits + (above - segment_logsumexp(logits, parent, above.shape[-1]))[:, parent]
 
 
-class SettledLaw(SubtreeDistribution):
+class PointDistribution(SubtreeDistribution):
     """Rows that ask below words: P(word | word) = 1 and nothing lies below, so no logit is computed."""
 
     def log_below(self, level: int) -> Tensor:
@@ -313,7 +322,7 @@ class _ChunkedSum(torch.autograd.Function):
         bias: Tensor,
         head: Head,
         node: Tensor,
-        fn: Question,
+        fn: HeadCallback,
         with_gradient: bool,
     ) -> tuple[Tensor, ...]:
         grouped, groups = head._grouped(node)

@@ -20,7 +20,7 @@ from ddiff.distributed.launcher import get_rank_info
 from ddiff.distributed.single import SingleBackend, resolve_device
 from ddiff.errors import ArgumentError, DataError
 from ddiff.evaluation.likelihood import Scored
-from ddiff.nn.denoiser import Denoiser
+from ddiff.nn.denoiser import Backbone, Denoiser
 from ddiff.nn.heads import Head
 from ddiff.recipe.model import Recipe
 from ddiff.training.protocols import Backend, Objective
@@ -87,7 +87,7 @@ def assemble(
     device: torch.device,
     *,
     process: ForwardProcess | None = None,
-    backbone: nn.Module | None = None,
+    backbone: Backbone | None = None,
 ) -> Model:
     """Build the process, the denoiser and the objective of a recipe, on `device`.
 
@@ -127,7 +127,7 @@ def build_head(recipe: Recipe, vocabulary: Vocabulary, width: int) -> Head:
 
 
 def _build_denoiser(
-    recipe: Recipe, vocabulary: Vocabulary, backbone: nn.Module | None = None
+    recipe: Recipe, vocabulary: Vocabulary, backbone: Backbone | None = None
 ) -> Denoiser:
     if backbone is None:
         torch.manual_seed(recipe.seed)  # dropout continues from the state after building
@@ -135,8 +135,7 @@ def _build_denoiser(
     inputs = recipe.objective.members.inputs
     # P(x_i | x_<i) has no evidence of position i to divide out, whatever the recipe says
     given = recipe.denoiser_keys.given if inputs == "own" else "rest"
-    width: Any = backbone.width
-    head = build_head(recipe, vocabulary, width)
+    head = build_head(recipe, vocabulary, backbone.width)
     denoiser = Denoiser(backbone, head, given, inputs)
     denoiser.precision = build_precision(recipe)
     return denoiser

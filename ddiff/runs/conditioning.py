@@ -22,8 +22,8 @@ from ddiff.nn.denoiser import Context, Denoiser, as_network
 from ddiff.plugin.config import LARGEST
 from ddiff.recipe.model import Recipe
 from ddiff.runs.build import Model, ModelObjective
-from ddiff.sampling.loop import Sampler, looks_ahead
-from ddiff.sampling.shaping import guided
+from ddiff.sampling.loop import Sampler
+from ddiff.sampling.shaping import guide_network
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,11 @@ class SamplingPlan:
                 "left."
             )
         # here and again in `generate`, but here before a run is trained
-        sampler.needs(model.process, model.denoiser.reading.predicts)
+        sampler.check_supported(model.process, model.denoiser.parameterization.predicts)
         if guidance != 1.0:
             _check_guidance(model.denoiser, conditions, guidance)
         _check_windows(model.objective, sampler, length)
-        is_cached = bool(getattr(sampler, "cached", False)) and model.denoiser.caches
+        is_cached = sampler.cached and model.denoiser.caches
         return cls(model, sampler, conditions, guidance, is_cached)
 
     def network(self, samples: slice, valid: Tensor | None = None) -> Network:
@@ -183,7 +183,7 @@ class SamplingPlan:
         if self.guidance == 1.0:
             return network
         # The unconditional network has a separate cache: its hidden states differ.
-        return guided(network, self._network(Context(valid)), self.guidance)
+        return guide_network(network, self._network(Context(valid)), self.guidance)
 
     def _network(self, context: Context) -> Network:
         return as_network(self.model.denoiser, self.model.process, context, self.is_cached)
@@ -219,7 +219,7 @@ def _check_windows(objective: ModelObjective, sampler: Sampler, length: int) -> 
     A time rule with several blocks trains each window on the clean windows before it; such a model
     has never attended to noise after the window that it predicts.
     """
-    if objective.times is None or not looks_ahead(sampler):
+    if objective.times is None or not sampler.looks_ahead:
         return
     # a time in the middle: each end may have no window under way
     middle = torch.full((1,), 0.5, dtype=torch.float64)

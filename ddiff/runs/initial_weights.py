@@ -59,7 +59,7 @@ def load_model_weights(denoiser: Denoiser, tokenizer: Tokenizer, source: str) ->
             f"network of this run has {', '.join(widths) or 'no embeddings of states'}. Take a "
             "model as wide as [denoiser], or leave init out."
         )
-    tables[0].start_from_words(embeddings)
+    tables[0].start_from_tokens(embeddings)
     return {"model": source, "parts": "embeddings", "tokenizer": tokenizer.fingerprint}
 
 

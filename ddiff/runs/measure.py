@@ -17,7 +17,7 @@ from typing import NamedTuple, final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddiff.core.rng import CounterRng
 from ddiff.core.vocabulary import Vocabulary
@@ -25,7 +25,7 @@ from ddiff.data.batch import Batch
 from ddiff.data.packing import PackedRows, batch_rows, pack_ids
 from ddiff.data.tokenizer import AlphabetTokenizer
 from ddiff.errors import ArgumentError, DataError
-from ddiff.nn.denoiser import UNPADDED, Context, Denoiser
+from ddiff.nn.denoiser import UNPADDED, Backbone, Context, Denoiser
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.build import assemble, build_backend
@@ -391,7 +391,7 @@ def _backbone_flops(session: TrainingSession) -> float:
 # ---------------------------------------------------------------------- the first loss
 
 
-class ZeroBackbone(nn.Module):
+class ZeroBackbone(Backbone):
     """A backbone whose hidden states [B,L,1] are zero."""
 
     width = 1

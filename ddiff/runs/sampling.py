@@ -17,7 +17,7 @@ from ddiff.recipe.resolve import configure_sampler
 from ddiff.runs.build import Model
 from ddiff.runs.conditioning import SampleConditions, SamplingPlan
 from ddiff.runs.prompts import Template, check_no_suffix, make_frame, make_templates
-from ddiff.sampling.loop import Canvas, OnStep, Sampler, generate, looks_ahead
+from ddiff.sampling.loop import Canvas, OnStep, Sampler, generate
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _check_suffixes(templates: Sequence[Template], plan: SamplingPlan) -> None:
     """Raise ArgumentError for text after a gap that neither network nor sampler attends to."""
     if plan.model.denoiser.inputs == "previous":
         check_no_suffix(templates, "this run's network", "take a run that attends to both sides")
-    elif not looks_ahead(plan.sampler):
+    elif not plan.sampler.looks_ahead:
         check_no_suffix(
             templates,
             f"the sampler {type(plan.sampler).__name__}",
@@ -150,8 +150,8 @@ class _BatchSampler:
             index=index,
             length=self.length,
             seed=self.seed,
-            given=frame.tokens if frame else None,
-            clamped=frame.clamped if frame else None,
+            prompt=frame.tokens if frame else None,
+            prompt_mask=frame.clamped if frame else None,
             on_step=on_step,
         )
         ids = self._cut(drawn.ids.tolist(), templates)

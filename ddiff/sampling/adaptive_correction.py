@@ -12,8 +12,16 @@ from ddiff.core.process import ForwardProcess, Query, TrainedPart
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import Steps
-from ddiff.sampling.grid_sampler import GridSampler, kept, uniforms
-from ddiff.sampling.loop import Canvas, Quality, Says, need_law, need_process, restrict, step_rows
+from ddiff.sampling.grid_sampler import GridSampler, compute_alpha, draw_uniforms
+from ddiff.sampling.loop import (
+    Canvas,
+    Predicts,
+    Quality,
+    require_distribution,
+    require_process,
+    restrict,
+    step_rows,
+)
 
 
 @final
@@ -36,19 +44,19 @@ class AdaptiveCorrectionSampler(GridSampler):
             )
         self.eta = eta
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
-        need_informed_words(self, process, predicts)
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        require_informed_tokens(self, process, predicts)
 
     def move(
         self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
-        alpha_s = kept(process, s, canvas.zt)
-        alpha_t = kept(process, canvas.t, canvas.zt)
+        alpha_s = compute_alpha(process, s, canvas.zt)
+        alpha_t = compute_alpha(process, canvas.t, canvas.zt)
         reveal = ((alpha_s - alpha_t) / (1.0 - alpha_t)).clamp(0.0, 1.0)
         word = canvas.zt < process.vocabulary.num_tokens
         again = (word & (rng.uniform("correct") < self.eta * (1.0 - reveal))).reshape(-1)
-        step = uniforms(rng, "step", process.uniforms_per_step)
-        last = uniforms(rng, "x", process.uniforms_per_decode)
+        step = draw_uniforms(rng, "step", process.uniforms_per_step)
+        last = draw_uniforms(rng, "x", process.uniforms_per_decode)
         then = s.reshape(-1)
 
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
@@ -66,12 +74,14 @@ class AdaptiveCorrectionSampler(GridSampler):
                 )
             return zs
 
-        return canvas.moved(step_rows(network, canvas, draw, process.active(canvas.zt)), s)
+        return canvas.advance(step_rows(network, canvas, draw, process.active(canvas.zt)), s)
 
 
-def need_informed_words(sampler: object, process: ForwardProcess | None, predicts: Says) -> None:
-    need_process(sampler, process)
-    need_law(sampler, predicts)
+def require_informed_tokens(
+    sampler: object, process: ForwardProcess | None, predicts: Predicts
+) -> None:
+    require_process(sampler, process)
+    require_distribution(sampler, predicts)
     if (
         process is not None
         and int(process.trained_part(torch.zeros(1, dtype=torch.long))[0]) == TrainedPart.NONE

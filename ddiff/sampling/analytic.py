@@ -14,8 +14,8 @@ from ddiff.core.numerics import draw_index, interior
 from ddiff.core.prediction import Prediction, Score
 from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
-from ddiff.sampling.grid_sampler import GridSampler, every_row, root_of, uniforms
-from ddiff.sampling.loop import Canvas, Says, need_process, step_rows
+from ddiff.sampling.grid_sampler import GridSampler, draw_uniforms, every_row, root_of
+from ddiff.sampling.loop import CLAMPED_MASS, Canvas, Predicts, require_process, step_rows
 
 
 @final
@@ -24,17 +24,17 @@ class AnalyticSampler(GridSampler):
 
     With a law r K^-1 is q_s-bar/q_t-bar(z) and this is the ancestral step, dense. A raw score need not be a ratio of
     probabilities and may give negative entries: they are set to 0, the rest is drawn from in proportion, and their sum is
-    counted in the canvas's note `clamped`.
+    counted in the canvas's extra `clamped_mass`.
     """
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
-        need_process(self, process)
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        require_process(self, process)
 
     def move(
         self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
-        u, then = uniforms(rng, "step", 1)[:, 0], s.reshape(-1)
-        clamped = canvas.notes.get("clamped", torch.zeros_like(canvas.t)).reshape(-1).clone()
+        u, then = draw_uniforms(rng, "step", 1)[:, 0], s.reshape(-1)
+        clamped = canvas.extras.get(CLAMPED_MASS, torch.zeros_like(canvas.t)).reshape(-1).clone()
 
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             def jump(
@@ -47,7 +47,7 @@ class AnalyticSampler(GridSampler):
             return query(every_row(zt), root_of(process, zt), jump, zt, t, then[rows], rows)
 
         zt = step_rows(network, canvas, draw, process.active(canvas.zt))
-        return canvas.moved(zt, s, clamped=clamped.reshape(s.shape))
+        return canvas.advance(zt, s, **{CLAMPED_MASS: clamped.reshape(s.shape)})
 
 
 def reverse_probs(

@@ -15,11 +15,11 @@ from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import Steps
 from ddiff.sampling.grid_sampler import (
     GridSampler,
-    draw_words,
+    draw_tokens,
+    draw_uniforms,
     every_row,
-    open_at,
+    find_undetermined,
     root_of,
-    uniforms,
 )
 from ddiff.sampling.loop import Canvas, step_rows
 
@@ -41,13 +41,13 @@ class AncestralSampler(GridSampler):
     def move(
         self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
-        return reverse(process, network, canvas, s, rng, "step")
+        return reverse_step(process, network, canvas, s, rng, "step")
 
     def finish(
         self, process: ForwardProcess, network: Network, canvas: Canvas, rng: CounterRng
     ) -> Canvas:
         if self.last == "draw":
-            return draw_words(process, network, canvas, rng)
+            return draw_tokens(process, network, canvas, rng)
 
         def choose(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             def likeliest(dist: CleanDistribution, z: Tensor, t: Tensor) -> Tensor:
@@ -55,12 +55,13 @@ class AncestralSampler(GridSampler):
 
             return query(every_row(zt), root_of(process, zt), likeliest, zt, t)
 
-        return canvas.moved(
-            step_rows(network, canvas, choose, open_at(process, canvas)), torch.zeros_like(canvas.t)
+        return canvas.advance(
+            step_rows(network, canvas, choose, find_undetermined(process, canvas)),
+            torch.zeros_like(canvas.t),
         )
 
 
-def reverse(
+def reverse_step(
     process: ForwardProcess,
     network: Network,
     canvas: Canvas,
@@ -69,9 +70,9 @@ def reverse(
     channel: str,
 ) -> Canvas:
     """One exact reverse transition of every free position from its time to s [B,L]."""
-    u, then = uniforms(rng, channel, process.uniforms_per_step), s.reshape(-1)
+    u, then = draw_uniforms(rng, channel, process.uniforms_per_step), s.reshape(-1)
 
     def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         return process.step(query, zt, t, then[rows], u[rows])
 
-    return canvas.moved(step_rows(network, canvas, draw, process.active(canvas.zt)), s)
+    return canvas.advance(step_rows(network, canvas, draw, process.active(canvas.zt)), s)

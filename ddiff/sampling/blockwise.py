@@ -11,21 +11,19 @@ import torch
 from ddiff.core.elbo import Network
 from ddiff.core.process import ForwardProcess
 from ddiff.errors import ArgumentError
-from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says, looks_ahead
+from ddiff.sampling.loop import Canvas, Predicts, Quality, RngAt, Sampler
 
 WindowSight = Literal["blocks", "all"]
 
 
 @final
-class BlockwiseSampler:
+class BlockwiseSampler(Sampler):
     """Windows of `width` positions, each from noise to words by `inner`, seeing the settled ones before it.
 
     Later windows wait at the prior. `sight = "blocks"`: no position sees a later window, as block diffusion is trained, nor
     words given there; "all": the network sees them wait. Of the quality of `inner`. Positions draw from their own noise,
     so all windows may use the same steps of it.
     """
-
-    steps: int | None = None
 
     def __init__(self, inner: Sampler, width: int, sight: WindowSight = "blocks") -> None:
         if width < 1:
@@ -36,15 +34,15 @@ class BlockwiseSampler:
             )
         self.inner, self.width, self.sight = inner, width, sight
         self.cached = sight == "blocks"  # then settled windows see nothing that comes later
-        self.looks_ahead = sight == "all" and looks_ahead(inner)
+        self.looks_ahead = sight == "all" and inner.looks_ahead
         self.quality: Quality = inner.quality
         self.order = inner.order
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
-        self.inner.needs(process, predicts)
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        self.inner.check_supported(process, predicts)
 
     def run(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: NoiseAt
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
     ) -> Iterator[Canvas]:
         block = torch.arange(canvas.zt.shape[1], device=canvas.zt.device) // self.width
         free, sight = canvas.free, block.unsqueeze(0) if self.sight == "blocks" else None

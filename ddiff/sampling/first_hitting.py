@@ -14,16 +14,25 @@ from ddiff.core.elbo import Network
 from ddiff.core.numerics import EARLIEST, LATEST
 from ddiff.core.process import ForwardProcess
 from ddiff.errors import ArgumentError
-from ddiff.sampling.ancestral import reverse
-from ddiff.sampling.grid_sampler import draw_words, some_tokens, uniforms
-from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says, need_law, need_process, step_rows
+from ddiff.sampling.ancestral import reverse_step
+from ddiff.sampling.grid_sampler import draw_tokens, draw_uniforms, pick_tokens
+from ddiff.sampling.loop import (
+    Canvas,
+    Predicts,
+    Quality,
+    RngAt,
+    Sampler,
+    require_distribution,
+    require_process,
+    step_rows,
+)
 
 MOST_AT_ONCE = 0.05  # positions of a sequence: an error of at most 0.00125 in total variation
 READ = 2**16  # entries of a kernel's rows that are held to find the ends
 
 
 @final
-class FirstHittingSampler:
+class FirstHittingSampler(Sampler):
     """Each sequence jumps to the latest candidate event of its positions, where that position alone draws. Exact.
 
     Candidates come from `process.event_time` without the network (thinned by `process.event` where the rate depends on
@@ -42,14 +51,13 @@ class FirstHittingSampler:
 
     quality: Quality = "exact"
     order: int = 0
-    steps: int | None = None
 
     def __init__(self, until: float = 1e-3) -> None:
         self.until = _checked(until)
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
-        need_process(self, process)
-        need_law(self, predicts)
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        require_process(self, process)
+        require_distribution(self, predicts)
         if process is not None and not process.has_events:
             raise ArgumentError(
                 f"FirstHittingSampler: process must have events; {type(process).__name__} bounds its reverse rate by "
@@ -57,15 +65,15 @@ class FirstHittingSampler:
             )
 
     def run(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: NoiseAt
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
     ) -> Iterator[Canvas]:
         begin, finish = between(process, self.until, canvas.zt.shape[1])
         words = replace(canvas, free=canvas.free & (canvas.zt < process.vocabulary.num_tokens))
-        begun = reverse(process, network, words, canvas.t.clamp(max=begin), rng_at(0), "first")
+        begun = reverse_step(process, network, words, canvas.t.clamp(max=begin), rng_at(0), "first")
         canvas = replace(begun, free=canvas.free)
         for k in count():
             is_word = canvas.zt < process.vocabulary.num_tokens
-            u = uniforms(rng_at(k), "when", 1)[:, 0]
+            u = draw_uniforms(rng_at(k), "when", 1)[:, 0]
             when = process.event_time(canvas.zt.reshape(-1), canvas.t.reshape(-1), u).reshape(
                 canvas.t.shape
             )
@@ -74,14 +82,14 @@ class FirstHittingSampler:
             happens = torch.zeros_like(canvas.free).scatter(-1, place, latest > 0)
             # candidates of other states are read down to EARLIEST
             end = torch.full_like(canvas.t, EARLIEST).masked_fill(is_word, finish)
-            canvas = canvas.moved(canvas.zt, torch.minimum(canvas.t, torch.maximum(latest, end)))
+            canvas = canvas.advance(canvas.zt, torch.minimum(canvas.t, torch.maximum(latest, end)))
             if not bool(happens.any()):
                 break
-            u = uniforms(rng_at(k), "event", process.uniforms_per_event)
+            u = draw_uniforms(rng_at(k), "event", process.uniforms_per_event)
             draw = lambda query, zt, t, rows: process.event(query, zt, t, u[rows])  # noqa: B023, E731
-            canvas = canvas.moved(step_rows(network, canvas, draw, happens), canvas.t)
+            canvas = canvas.advance(step_rows(network, canvas, draw, happens), canvas.t)
             yield canvas
-        yield draw_words(
+        yield draw_tokens(
             process, network, canvas, rng_at(0)
         )  # not of step k, at which the slowest of the batch ended
 
@@ -151,7 +159,7 @@ def _left(process: ForwardProcess, t: float) -> float:
 def _some_rows(process: ForwardProcess, t: float) -> tuple[Tensor, Tensor]:
     """Tokens whose rows are read, two at least, and the time for each."""
     vocabulary = process.vocabulary
-    tokens = some_tokens(
+    tokens = pick_tokens(
         vocabulary.num_tokens, max(2, READ // vocabulary.num_states), torch.device("cpu")
     )
     return tokens, torch.full(tokens.shape, t, dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -12,12 +12,21 @@ from ddiff.core.elbo import Network
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
 from ddiff.sampling.grid import Grid, Steps
-from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says, need_law, need_process, step_rows
+from ddiff.sampling.loop import (
+    Canvas,
+    Predicts,
+    Quality,
+    RngAt,
+    Sampler,
+    require_distribution,
+    require_process,
+    step_rows,
+)
 
 SAMPLED = 512  # tokens that an average over tokens reads
 
 
-class GridSampler(ABC):
+class GridSampler(Sampler):
     """A rule that moves the canvas from t to s, walked along a grid; the last step draws the words.
 
     That last draw, x ~ p(x) q_t(z|x) / q_t-bar(z), is the exact step from t to 0 of any process, so nothing is left at the
@@ -34,12 +43,12 @@ class GridSampler(ABC):
     def steps(self) -> int:
         return self.grid.steps
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
-        need_process(self, process)
-        need_law(self, predicts)
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        require_process(self, process)
+        require_distribution(self, predicts)
 
     def run(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: NoiseAt
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
     ) -> Iterator[Canvas]:
         for k, s in enumerate(self.grid.times()[1:-1]):
             canvas = self.move(process, network, canvas, torch.full_like(canvas.t, s), rng_at(k))
@@ -56,26 +65,27 @@ class GridSampler(ABC):
         self, process: ForwardProcess, network: Network, canvas: Canvas, rng: CounterRng
     ) -> Canvas:
         """Words at every free position, drawn at its own time."""
-        return draw_words(process, network, canvas, rng)
+        return draw_tokens(process, network, canvas, rng)
 
 
-def draw_words(
+def draw_tokens(
     process: ForwardProcess, network: Network, canvas: Canvas, rng: CounterRng
 ) -> Canvas:
     """The last draw at every free position whose state does not tell its word."""
-    u = uniforms(rng, "last", process.uniforms_per_decode)
+    u = draw_uniforms(rng, "last", process.uniforms_per_decode)
     draw = lambda query, zt, t, rows: process.decode(query, zt, t, u[rows])  # noqa: E731
-    return canvas.moved(
-        step_rows(network, canvas, draw, open_at(process, canvas)), torch.zeros_like(canvas.t)
+    return canvas.advance(
+        step_rows(network, canvas, draw, find_undetermined(process, canvas)),
+        torch.zeros_like(canvas.t),
     )
 
 
-def open_at(process: ForwardProcess, canvas: Canvas) -> Tensor:
+def find_undetermined(process: ForwardProcess, canvas: Canvas) -> Tensor:
     """[B,L] bool: positions whose word is not sure. Where a process closes, a state that nothing enters is a word."""
     return process.active(canvas.zt) | (not process.closes_at_clean)
 
 
-def uniforms(rng: CounterRng, channel: str, count: int) -> Tensor:
+def draw_uniforms(rng: CounterRng, channel: str, count: int) -> Tensor:
     """[B*L, count]."""
     return rng.uniform(channel, count).reshape(-1, count)
 
@@ -89,14 +99,14 @@ def every_row(zt: Tensor) -> Tensor:
     return torch.arange(len(zt), device=zt.device)
 
 
-def kept(process: ForwardProcess, t: Tensor, zt: Tensor | None = None) -> Tensor:
+def compute_alpha(process: ForwardProcess, t: Tensor, zt: Tensor | None = None) -> Tensor:
     """Like t: alpha_t = q_t(x | x), the probability that a token is still clean, for the tokens among the states zt.
 
     Where no token stands (masks, nodes of a tree), or without zt, it is the mean over tokens, over 512 of them where there
     are more: only dense chains have tokens of unequal rates, and they have no more states.
     """
     times, place = torch.unique(t, return_inverse=True)
-    tokens = some_tokens(process.vocabulary.num_tokens, SAMPLED, t.device)
+    tokens = pick_tokens(process.vocabulary.num_tokens, SAMPLED, t.device)
     each = process.stay_probability(tokens.repeat(len(times)), times.repeat_interleave(len(tokens)))
     mean = each.reshape(len(times), -1).mean(-1)[place]
     if zt is None:
@@ -106,7 +116,7 @@ def kept(process: ForwardProcess, t: Tensor, zt: Tensor | None = None) -> Tensor
     return torch.where(is_token, own.reshape(t.shape), mean)
 
 
-def some_tokens(num_tokens: int, count: int, device: torch.device) -> Tensor:
+def pick_tokens(num_tokens: int, count: int, device: torch.device) -> Tensor:
     """At most `count` tokens, evenly spread over the vocabulary, all of them where there are no more."""
     if num_tokens <= count:
         return torch.arange(num_tokens, device=device)

@@ -15,11 +15,11 @@ from ddiff.core.information import IdentityTime
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import TimeRule, Times
 from ddiff.sampling.grid_sampler import GridSampler
-from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says
+from ddiff.sampling.loop import Canvas, Predicts, Quality, RngAt, Sampler
 
 
 @final
-class HyperscheduleSampler:
+class HyperscheduleSampler(Sampler):
     """The moves of `inner` from rule.at(tau_k) to rule.at(tau_{k+1}), tau on the grid of `inner`; of its quality.
 
     A position that settles within a step draws its word, one that comes off the prior begins; both read what the network
@@ -39,11 +39,11 @@ class HyperscheduleSampler:
     def steps(self) -> int:
         return self.inner.steps
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
-        self.inner.needs(process, predicts)
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        self.inner.check_supported(process, predicts)
 
     def run(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: NoiseAt
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
     ) -> Iterator[Canvas]:
         open_ = canvas.free
         for k, (tau, then) in enumerate(pairwise(self.inner.grid.times())):
@@ -51,7 +51,7 @@ class HyperscheduleSampler:
             later = self._at(process, then, canvas)
             settles = open_ & (later.clean | (then == 0.0))
             shown = replace(canvas, clean=canvas.clean | ~open_, t=_times(now), block=now.block)
-            query = network(shown.noisy())
+            query = network(shown.network_input())
             shared = lambda noisy, query=query: query  # noqa: E731
             moved = self.inner.move(
                 process, shared, replace(shown, free=open_ & ~settles), _times(later), rng_at(k)

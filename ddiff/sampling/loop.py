@@ -1,34 +1,43 @@
-"""The one sampling loop: a canvas that a sampler moves, positions that are kept, network calls counted."""
+"""Sampling loop: a sampler advances a canvas step by step; prompts are kept, evaluations counted.
+
+Time runs from t = 1 (a draw from the prior) to t = 0 (tokens); a step goes from t to s < t.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
+from ddiff.core.network import Predicts, count_evaluations
 from ddiff.core.process import ForwardProcess, Query, RowFunction
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError
 
 Quality = Literal["exact", "of an order", "heuristic"]
-Says = Literal["law", "score"]
-NoiseAt = Callable[[int], CounterRng]
+RngAt = Callable[[int], CounterRng]
 OnStep = Callable[[int, "Canvas"], None]
-Draw = Callable[[Query, Tensor, Tensor, Tensor], Tensor]
+DrawRows = Callable[[Query, Tensor, Tensor, Tensor], Tensor]
+"""draw(query, zt [r], t [r], rows [r]) -> [r] new states; `rows` are flat positions b * L + i."""
+
+CLAMPED_MASS = "clamped_mass"
+"""Name of the extra in which samplers that read a score sum the negative probability."""
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """Sequences on their way: states zt [B,L], own times t [B,L] float64, and who may still move.
+    """Sequences while they are sampled: states zt [B,L] and the time t [B,L] of each position.
 
-    `clean` [B,L] bool: given or settled, never changed. `free` [B,L] bool: may move now; what is neither waits at the
-    prior. `block` [1 or B,L] long says who sees whom (`Noisy`). `notes` are [B,L] tensors that a sampler keeps from step to
-    step, by name; `clamped` among them counts probability that was negative and set to 0.
+    `clean` [B,L] bool: prompt or finished tokens, which never change. `free` [B,L] bool: positions
+    that may change now. Positions that are neither stay at the prior. `block` [1 or B,L] long
+    numbers blocks for attention (`Noisy`). `extras` are [B,L] tensors by name that a sampler keeps
+    from step to step.
     """
 
     zt: Tensor
@@ -36,62 +45,71 @@ class Canvas:
     clean: Tensor
     free: Tensor
     block: Tensor | None = None
-    notes: Mapping[str, Tensor] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def noisy(self) -> Noisy:
-        """What the network is shown: clean positions are clean, at time 0."""
+    def network_input(self) -> Noisy:
+        """Return the input of the network, in which clean positions have time 0."""
         return Noisy(self.zt, torch.where(self.clean, 0.0, self.t), self.clean, self.block)
 
-    def moved(self, zt: Tensor, s: Tensor, **notes: Tensor) -> Canvas:
-        """The canvas with states zt, free positions at time s [B,L]."""
-        return replace(
-            self, zt=zt, t=torch.where(self.free, s, self.t), notes={**self.notes, **notes}
-        )
+    def advance(self, zt: Tensor, s: Tensor, **extras: Tensor) -> Canvas:
+        """Return the canvas with states zt [B,L] and free positions at time s [B,L]."""
+        t = torch.where(self.free, s, self.t)
+        return replace(self, zt=zt, t=t, extras={**self.extras, **extras})
 
 
-class Sampler(Protocol):
-    """A way from noise to text; `quality` says what it is when the network is right.
+class Sampler(ABC):
+    """Base class of samplers: from a draw of the prior to tokens.
 
-    "exact": the law of the samples is the network's own, whatever the steps. "of an order": it tends to it as
-    1/steps^order. "heuristic": it does not, or nobody has shown that it does. Two things a sampler may say beside:
-    `cached = True`, settled positions see nothing that comes later; `looks_ahead = False`, see `looks_ahead`.
+    `quality` holds if the network is right. "exact": samples have the distribution of the network,
+    whatever the number of steps. "of an order": the distance to it falls as 1/steps^order.
+    "heuristic": neither is proven.
     """
 
-    quality: Quality
-    order: int  # 0 where there is none
+    quality: Quality = "heuristic"
+    order: int = 0
+    """Order of convergence; 0 unless the quality is "of an order"."""
+    cached: bool = False
+    """Finished positions attend to nothing that comes later, so keys and values can be cached."""
+    looks_ahead: bool = True
+    """Prompt tokens after a gap influence what is drawn into it.
+
+    False for samplers that go from left to right: they keep such tokens, but draw the gap as if
+    these were not there.
+    """
+    keeps_extras: bool = False
+    """Steps depend on `Canvas.extras`, so a step cannot be measured from a canvas without them."""
 
     @property
     def steps(self) -> int | None:
-        """How many canvases `run` yields; None where that depends on the draws or on the length."""
+        """Number of canvases that `run` yields; None if it depends on the draws or the length."""
+        return None
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
-        """Raises ArgumentError with the reason where this sampler makes no sense for a process or for what is answered."""
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:  # noqa: B027
+        """Raise ArgumentError if the sampler cannot work with this process or prediction."""
 
+    @abstractmethod
     def run(
-        self, process: Any, network: Network, canvas: Canvas, rng_at: NoiseAt
+        self, process: Any, network: Network, canvas: Canvas, rng_at: RngAt
     ) -> Iterator[Canvas]:
-        """The canvas after each step; the last one holds words at free positions. Step k draws from `rng_at(k)`."""
+        """Yield the canvas after each step; the last one holds tokens at free positions.
 
-
-def looks_ahead(sampler: Sampler) -> bool:
-    """Whether words given after a gap guide what is drawn into it: all samplers but those from left to right.
-
-    Those keep such words, bit for bit, and draw the gap as if they were not there: `looks_ahead = False` is theirs to say.
-    """
-    return bool(getattr(sampler, "looks_ahead", True))
+        Step k draws its uniforms from `rng_at(k)`.
+        """
 
 
 @dataclass(frozen=True)
 class Samples:
-    """ids [B,L] words; `nfe`, network calls over the batch; runs [B] those in which a sequence took part; clamped [B].
+    """Drawn tokens and what they cost.
 
-    `clamped` is the probability that came out negative, in states per position, and was set to 0 (scores only).
+    ids [B,L] tokens. `nfe`: network evaluations of the batch. runs [B]: evaluations in which a
+    sequence took part. clamped_mass [B]: probability that came out negative and was set to 0, in
+    states per position (scores only).
     """
 
     ids: Tensor
     nfe: int
     runs: Tensor
-    clamped: Tensor
+    clamped_mass: Tensor
 
     def __repr__(self) -> str:
         count, length = self.ids.shape
@@ -106,44 +124,59 @@ def generate(
     index: Tensor,
     length: int,
     seed: int,
-    given: Tensor | None = None,
-    clamped: Tensor | None = None,
+    prompt: Tensor | None = None,
+    prompt_mask: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Samples:
-    """Draw one sequence per entry of `index` [B] (the samples' numbers: a sample does not depend on its batch).
+    """Draw one sequence of `length` tokens per entry of `index` [B].
 
-    `given` [B,L] words with `clamped` [B,L] bool, any positions of each row, are kept bit for bit. `on_step(k, canvas)`
-    sees every canvas, k = 1, 2, ... Raises ArgumentError when they do not fit, or the sampler not the process.
+    `index` numbers the samples: a sample depends on its number and the seed, not on its batch.
+    Tokens of `prompt` [B,L] are kept where `prompt_mask` [B,L] is True, at any positions.
+    `on_step(k, canvas)` is called with every canvas, k = 1, 2, ... Raises ArgumentError if the
+    prompt does not fit, or the sampler does not support the process.
     """
-    sampler.needs(process, getattr(network, "predicts", "law"))
-    rng_at = lambda step: CounterRng(seed, step, index, length, "sample")  # noqa: E731
-    counted, batch = counting(network), len(index)
-    calls, runs = counted.calls, runs_of(counted, batch)
-    start = _first_canvas(process, rng_at(0), index, length, given, clamped)
+    batch = len(index)
+    counted = count_evaluations(network)
+    sampler.check_supported(process, counted.predicts)
+
+    def rng_at(step: int) -> CounterRng:
+        return CounterRng(seed, step, index, length, "sample")
+
+    # A network that counts may have been evaluated before.
+    calls_before = counted.calls
+    runs_before = counted.runs_of_batch(batch)
+    start = _initial_canvas(process, rng_at(0), index, length, prompt, prompt_mask)
     canvas = start
     for step, canvas in enumerate(sampler.run(process, counted, start, rng_at), start=1):
         if on_step:
             on_step(step, canvas)
-    lost = canvas.notes.get("clamped", torch.zeros_like(canvas.t))
-    return Samples(canvas.zt, counted.calls - calls, runs_of(counted, batch) - runs, lost.sum(-1))
+    return Samples(
+        ids=canvas.zt,
+        nfe=counted.calls - calls_before,
+        runs=counted.runs_of_batch(batch) - runs_before,
+        clamped_mass=canvas.extras.get(CLAMPED_MASS, torch.zeros_like(canvas.t)).sum(-1),
+    )
 
 
-def step_rows(network: Network, canvas: Canvas, draw: Draw, among: Tensor | None = None) -> Tensor:
-    """[B,L] states after `draw(visit, zt[r], t[r], rows[r])` over the free positions, or those of `among` [B,L] bool.
+def step_rows(
+    network: Network, canvas: Canvas, draw: DrawRows, among: Tensor | None = None
+) -> Tensor:
+    """Return the states [B,L] after drawing the free positions, or those in `among` [B,L] bool.
 
-    `rows` are flat positions b * L + i. Nobody is asked when there are none.
+    Calls `draw(query, zt [r], t [r], rows [r])`, where `rows` are flat positions b * L + i and row
+    k of the query is `rows[k]`. Without such positions the network is not evaluated.
     """
     chosen = canvas.free if among is None else canvas.free & among
     rows = chosen.reshape(-1).nonzero().squeeze(-1)
-    moved = canvas.zt.reshape(-1).clone()
+    states = canvas.zt.reshape(-1).clone()
     if len(rows):
-        query = restrict(network(canvas.noisy()), rows)
-        moved[rows] = draw(query, moved[rows], canvas.t.reshape(-1)[rows], rows)
-    return moved.reshape(canvas.zt.shape)
+        query = restrict(network(canvas.network_input()), rows)
+        states[rows] = draw(query, states[rows], canvas.t.reshape(-1)[rows], rows)
+    return states.reshape(canvas.zt.shape)
 
 
 def restrict(query: Query, rows: Tensor) -> Query:
-    """Restrict a query to some rows and renumber them: row k of the result is rows[k] of `query`."""
+    """Restrict a query to some rows and renumber them: row k of the result is `rows[k]`."""
 
     def restricted(chosen: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
         return query(rows[chosen], node, fn, *per_row)
@@ -151,90 +184,81 @@ def restrict(query: Query, rows: Tensor) -> Query:
     return restricted
 
 
-def need_process(sampler: object, process: ForwardProcess | None) -> None:
+def query_at_root(
+    query: Query, process: ForwardProcess, fn: RowFunction, zt: Tensor, *per_row: Tensor
+) -> Any:
+    """Evaluate `fn(prediction, zt, *per_row)` at every row, with predictions over all tokens."""
+    rows = torch.arange(len(zt), device=zt.device)
+    root = torch.full_like(zt, process.vocabulary.root)
+    return query(rows, root, fn, zt, *per_row)
+
+
+def require_process(sampler: object, process: ForwardProcess | None) -> None:
+    """Raise ArgumentError if there is no process."""
     if process is None:
         raise ArgumentError(
-            f"{type(sampler).__name__}: process must be a forward process; this run has none. A model without a process is "
-            "sampled from left to right."
+            f"{type(sampler).__name__}: process must be a forward process; this run has none. "
+            "A model without a process is sampled from left to right."
         )
 
 
-def need_law(sampler: object, predicts: Says) -> None:
-    if predicts != "law":
+def require_distribution(sampler: object, predicts: Predicts) -> None:
+    """Raise ArgumentError if the network predicts a score."""
+    if predicts != "distribution":
         raise ArgumentError(
-            f"{type(sampler).__name__}: the denoiser must answer with a law of the clean token; this one answers with a "
-            "score, from which no token can be drawn. Use tau_leaping, analytic or trapezoidal, which read rates."
+            f"{type(sampler).__name__}: the denoiser must predict a distribution of the clean "
+            "token; this one predicts a score, from which no token can be drawn. "
+            "Use tau_leaping, analytic or trapezoidal, which need only rates."
         )
 
 
-def _first_canvas(
+def _initial_canvas(
     process: ForwardProcess | None,
     rng: CounterRng,
     index: Tensor,
     length: int,
-    given: Tensor | None,
-    clamped: Tensor | None,
+    prompt: Tensor | None,
+    prompt_mask: Tensor | None,
 ) -> Canvas:
-    """Prior draws at t = 1 everywhere (word 0 without a process), given words where clamped."""
+    """Draw the prior at t = 1 (token 0 without a process) and put the prompt in."""
     shape = (len(index), length)
     times = torch.ones(shape, dtype=torch.float64, device=index.device)
-    prior = (
-        process.prior.draw(rng.uniform("start"))
-        if process
-        else torch.zeros_like(times, dtype=torch.long)
-    )
-    if clamped is not None and given is None:
-        raise ArgumentError("generate: clamped needs given, the words to keep at those positions.")
-    if clamped is None:
-        clamped = torch.zeros(shape, dtype=torch.bool, device=index.device)
-    given = prior if given is None else given
-    if given.shape != shape or clamped.shape != shape:
+    if process is None:
+        prior = torch.zeros_like(times, dtype=torch.long)
+    else:
+        prior = process.prior.draw(rng.uniform("start"))
+    if prompt_mask is not None and prompt is None:
         raise ArgumentError(
-            f"generate: given and clamped must be [{shape[0]}, {shape[1]}] like the canvas; got {tuple(given.shape)} and "
-            f"{tuple(clamped.shape)}. A prompt longer than the canvas needs a larger length."
+            "generate: prompt_mask needs prompt, the tokens to keep at those positions."
         )
-    kept, num_tokens = given[clamped], process.vocabulary.num_tokens if process else 2**62
-    if bool(((kept < 0) | (kept >= num_tokens)).any()):
-        raise ArgumentError(
-            f"generate: clamped positions of given must hold words, ids 0..{num_tokens - 1}; got ids from "
-            f"{int(kept.min())} to {int(kept.max())}. Clamp only where there is a word."
-        )
+    if prompt_mask is None:
+        prompt_mask = torch.zeros(shape, dtype=torch.bool, device=index.device)
+    if prompt is None:
+        prompt = prior
+    _check_prompt(process, prompt, prompt_mask, shape)
     return Canvas(
-        torch.where(clamped, given, prior), torch.where(clamped, 0.0, times), clamped, ~clamped
+        zt=torch.where(prompt_mask, prompt, prior),
+        t=torch.where(prompt_mask, 0.0, times),
+        clean=prompt_mask,
+        free=~prompt_mask,
     )
 
 
-class CountedNetwork:
-    """Counts the asks that reached a network which does not count for itself: over the batch, and per sequence."""
-
-    def __init__(self, network: Network) -> None:
-        self.network, self.calls, self.runs = network, 0, torch.zeros(0, dtype=torch.long)
-
-    def __call__(self, noisy: Noisy) -> Query:
-        query, (batch, length) = self.network(noisy), noisy.zt.shape
-        self.runs = self.runs if len(self.runs) == batch else torch.zeros(batch, dtype=torch.long)
-        seen = torch.zeros(batch, dtype=torch.bool)
-
-        def counted(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
-            asked = torch.zeros_like(seen).index_fill(0, (rows // length).cpu(), True) & ~seen
-            self.calls += int(not bool(seen.any()))
-            self.runs += asked
-            seen.logical_or_(asked)
-            return query(rows, node, fn, *per_row)
-
-        return counted
-
-
-def counting(network: Network) -> Any:
-    """An ask with `calls` and `runs` [B]: itself where it has them."""
-    return network if hasattr(network, "runs") else CountedNetwork(network)
-
-
-def runs_of(network: Any, batch: int) -> Tensor:
-    """[B] how often each sequence has gone through the network so far."""
-    runs: Tensor | None = network.runs
-    return (
-        runs.clone()
-        if runs is not None and len(runs) == batch
-        else torch.zeros(batch, dtype=torch.long)
-    )
+def _check_prompt(
+    process: ForwardProcess | None, prompt: Tensor, prompt_mask: Tensor, shape: tuple[int, int]
+) -> None:
+    """Raise ArgumentError if a prompt does not have the shape, or holds no tokens at its mask."""
+    if prompt.shape != shape or prompt_mask.shape != shape:
+        raise ArgumentError(
+            f"generate: prompt and prompt_mask must be [{shape[0]}, {shape[1]}] like the canvas; "
+            f"got {tuple(prompt.shape)} and {tuple(prompt_mask.shape)}. "
+            "A prompt longer than the canvas needs a larger length."
+        )
+    tokens = prompt[prompt_mask]
+    num_tokens = process.vocabulary.num_tokens if process else 2**62
+    if bool(((tokens < 0) | (tokens >= num_tokens)).any()):
+        raise ArgumentError(
+            f"generate: prompt must hold tokens, ids 0..{num_tokens - 1}, where prompt_mask is "
+            f"True; got ids from {int(tokens.min())} to {int(tokens.max())}. "
+            "Set prompt_mask only where there is a token."
+        )

@@ -11,9 +11,9 @@ from ddiff.core.elbo import Network
 from ddiff.core.prediction import CleanDistribution
 from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
-from ddiff.sampling.grid_sampler import GridSampler, uniforms
-from ddiff.sampling.loop import Canvas, Says, step_rows
-from ddiff.sampling.unmasking import need_monotone
+from ddiff.sampling.grid_sampler import GridSampler, draw_uniforms
+from ddiff.sampling.loop import Canvas, Predicts, step_rows
+from ddiff.sampling.unmasking import require_monotone
 
 
 @final
@@ -25,13 +25,13 @@ class OneLevelSampler(GridSampler):
     draws words. Needs a monotone process.
     """
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
-        need_monotone(self, process, predicts)
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        require_monotone(self, process, predicts)
 
     def move(
         self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
-        u, then = uniforms(rng, "level", 2), s.reshape(-1)
+        u, then = draw_uniforms(rng, "level", 2), s.reshape(-1)
         level_of = process.vocabulary.level_of
 
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class OneLevelSampler(GridSampler):
                 )
             return zs
 
-        return canvas.moved(step_rows(network, canvas, draw, process.active(canvas.zt)), s)
+        return canvas.advance(step_rows(network, canvas, draw, process.active(canvas.zt)), s)
 
 
 def draw_below(dist: CleanDistribution, node: Tensor, level: Tensor, u: Tensor) -> Tensor:

@@ -11,15 +11,15 @@ from ddiff.core.elbo import Network
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
-from ddiff.sampling.ancestral import reverse
-from ddiff.sampling.grid_sampler import GridSampler, uniforms
-from ddiff.sampling.loop import Canvas, Quality, Says, need_law, need_process
+from ddiff.sampling.ancestral import reverse_step
+from ddiff.sampling.grid_sampler import GridSampler, draw_uniforms
+from ddiff.sampling.loop import Canvas, Predicts, Quality, require_distribution, require_process
 
 
 class Corrector(Protocol):
     """Moves a canvas without moving its time."""
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None: ...
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None: ...
 
     def correct(
         self,
@@ -46,9 +46,9 @@ class ForwardBackward:
             raise ArgumentError(f"ForwardBackward: share of a step must be above 0; got {share}.")
         self.share = share
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
-        need_process(self, process)
-        need_law(self, predicts)
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        require_process(self, process)
+        require_distribution(self, predicts)
 
     def correct(
         self,
@@ -59,13 +59,13 @@ class ForwardBackward:
         rng: CounterRng,
         channel: str,
     ) -> Canvas:
-        u = uniforms(rng, f"{channel}.up", process.uniforms_per_forward_step)
+        u = draw_uniforms(rng, f"{channel}.up", process.uniforms_per_forward_step)
         s, above = canvas.t, (canvas.t + self.share * span).clamp(max=1.0)
         climbed = process.forward_step(
             canvas.zt.reshape(-1), s.reshape(-1), above.reshape(-1), u
         ).reshape(s.shape)
-        higher = canvas.moved(torch.where(canvas.free, climbed, canvas.zt), above)
-        return reverse(process, network, higher, s, rng, f"{channel}.down")
+        higher = canvas.advance(torch.where(canvas.free, climbed, canvas.zt), above)
+        return reverse_step(process, network, higher, s, rng, f"{channel}.down")
 
 
 @final
@@ -82,9 +82,9 @@ class PredictorCorrectorSampler(GridSampler):
         self.quality: Quality = inner.quality
         self.order = inner.order
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
-        self.inner.needs(process, predicts)
-        self.corrector.needs(process, predicts)
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        self.inner.check_supported(process, predicts)
+        self.corrector.check_supported(process, predicts)
 
     def move(
         self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng

@@ -13,14 +13,21 @@ from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import Steps
-from ddiff.sampling.grid_sampler import GridSampler, every_row, kept, open_at, root_of, uniforms
+from ddiff.sampling.grid_sampler import (
+    GridSampler,
+    compute_alpha,
+    draw_uniforms,
+    every_row,
+    find_undetermined,
+    root_of,
+)
 from ddiff.sampling.loop import Canvas, Quality, restrict, step_rows
 
 
 class Kappa(Protocol):
-    """How much of the posterior is in a step; `watches`: reads the note `sureness`, ln p of each word when it was drawn."""
+    """How much of the posterior is in a step; `records_log_p`: reads the note `sureness`, ln p of each word when it was drawn."""
 
-    watches: bool
+    records_log_p: bool
 
     def __call__(self, process: ForwardProcess, canvas: Canvas, s: Tensor) -> Tensor:
         """[B,L] in [0,1]."""
@@ -40,18 +47,19 @@ class PsiSampler(GridSampler):
 
     def __init__(self, grid: Steps | int = 64, kappa: float | Kappa = 0.9) -> None:
         super().__init__(grid)
-        self.kappa: Kappa = _Constant(kappa) if isinstance(kappa, (int, float)) else kappa
+        self.kappa: Kappa = _ConstantKappa(kappa) if isinstance(kappa, (int, float)) else kappa
+        self.keeps_extras = self.kappa.records_log_p
 
     def move(
         self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
         keeps = rng.uniform("kappa") < self.kappa(process, canvas, s)
-        step = uniforms(rng, "step", process.uniforms_per_step)
-        decode = uniforms(rng, "x", process.uniforms_per_decode)
-        again, then = uniforms(rng, "again", process.uniforms_per_sample), s.reshape(-1)
-        uncertain = open_at(process, canvas).reshape(-1)
+        step = draw_uniforms(rng, "step", process.uniforms_per_step)
+        decode = draw_uniforms(rng, "x", process.uniforms_per_decode)
+        again, then = draw_uniforms(rng, "again", process.uniforms_per_sample), s.reshape(-1)
+        uncertain = find_undetermined(process, canvas).reshape(-1)
         sureness = (
-            canvas.notes.get("sureness", torch.full_like(canvas.t, torch.inf)).reshape(-1).clone()
+            canvas.extras.get("sureness", torch.full_like(canvas.t, torch.inf)).reshape(-1).clone()
         )
 
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
@@ -71,14 +79,14 @@ class PsiSampler(GridSampler):
                 )
             redrawn = process.sample(x, then[rows], again[rows])
             zs = torch.where(keep, zs, redrawn)
-            if self.kappa.watches:
+            if self.kappa.records_log_p:
                 new = ((zs != zt) & (zs < process.vocabulary.num_tokens)).nonzero().squeeze(-1)
                 sureness[rows[new]] = _log_p(process, restrict(query, new), zs[new])
             return zs
 
-        zs = step_rows(network, canvas, draw, open_at(process, canvas) | ~keeps)
-        return canvas.moved(
-            zs, s, **({"sureness": sureness.reshape(s.shape)} if self.kappa.watches else {})
+        zs = step_rows(network, canvas, draw, find_undetermined(process, canvas) | ~keeps)
+        return canvas.advance(
+            zs, s, **({"sureness": sureness.reshape(s.shape)} if self.kappa.records_log_p else {})
         )
 
 
@@ -93,8 +101,8 @@ def _log_p(process: ForwardProcess, query: Query, words: Tensor) -> Tensor:
     return query(every_row(words), root_of(process, words), read, words)
 
 
-class _Constant:
-    watches = False
+class _ConstantKappa:
+    records_log_p = False
 
     def __init__(self, kappa: float) -> None:
         if not 0.0 <= kappa <= 1.0:
@@ -115,7 +123,7 @@ class _Remasking:
     where tokens have rates of their own (dense chains), each goes back to noise with sigma, and kappa depends on it.
     """
 
-    watches = False
+    records_log_p = False
 
     def __init__(self, eta: float) -> None:
         if not 0.0 <= eta <= 1.0:
@@ -125,8 +133,8 @@ class _Remasking:
         self.eta = eta
 
     def __call__(self, process: ForwardProcess, canvas: Canvas, s: Tensor) -> Tensor:
-        alpha_s = kept(process, s, canvas.zt)
-        alpha_t = kept(process, canvas.t, canvas.zt)
+        alpha_s = compute_alpha(process, s, canvas.zt)
+        alpha_t = compute_alpha(process, canvas.t, canvas.zt)
         largest = ((1.0 - alpha_s) / alpha_t).nan_to_num(1.0).clamp(max=1.0)
         gone = self.sigma(process, canvas, s, largest) / (1.0 - alpha_s).clamp(min=1e-300)
         return 1.0 - gone.clamp(max=1.0)
@@ -137,7 +145,7 @@ class _Remasking:
 
 
 @final
-class Cap(_Remasking):
+class CapRemasking(_Remasking):
     """sigma = min(eta, sigma_max)."""
 
     def __init__(self, eta: float = 0.008) -> None:
@@ -148,7 +156,7 @@ class Cap(_Remasking):
 
 
 @final
-class Rescale(_Remasking):
+class RescaleRemasking(_Remasking):
     """sigma = eta sigma_max."""
 
     def __init__(self, eta: float = 0.015) -> None:
@@ -159,26 +167,26 @@ class Rescale(_Remasking):
 
 
 @final
-class Confidence(_Remasking):
+class ConfidenceRemasking(_Remasking):
     """sigma_i = eta sigma_max softmax_i(-p_i) over the words of a sequence, p_i the probability it was drawn with.
 
     With eta = 1 the published rule, where a sequence remasks at most one word a step.
     """
 
-    watches = True
+    records_log_p = True
 
     def __init__(self, eta: float = 1.0) -> None:
         super().__init__(eta)
 
     def sigma(self, process: ForwardProcess, canvas: Canvas, s: Tensor, largest: Tensor) -> Tensor:
-        sureness = canvas.notes.get("sureness", torch.full_like(s, torch.inf))
+        sureness = canvas.extras.get("sureness", torch.full_like(s, torch.inf))
         is_word = (canvas.zt < process.vocabulary.num_tokens) & canvas.free & sureness.isfinite()
         weight = torch.where(is_word, -sureness.exp(), -torch.inf).softmax(-1).nan_to_num(0.0)
         return self.eta * largest * weight
 
 
 @final
-class Loop(_Remasking):
+class LoopRemasking(_Remasking):
     """sigma = eta while time rests, as it does on a `LoopGrid`; elsewhere 0."""
 
     def __init__(self, eta: float = 0.02) -> None:

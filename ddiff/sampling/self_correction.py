@@ -14,13 +14,13 @@ from ddiff.core.prediction import CleanDistribution
 from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
-from ddiff.sampling.adaptive_correction import need_informed_words
-from ddiff.sampling.grid_sampler import every_row, root_of, uniforms
-from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Sampler, Says, looks_ahead, step_rows
+from ddiff.sampling.adaptive_correction import require_informed_tokens
+from ddiff.sampling.grid_sampler import draw_uniforms, every_row, root_of
+from ddiff.sampling.loop import Canvas, Predicts, Quality, RngAt, Sampler, step_rows
 
 
 @final
-class SelfCorrectingSampler:
+class SelfCorrectingSampler(Sampler):
     """Rounds over the finished text: each word x' ~ P(x | z, rest)^(1/T), and the `commit` likeliest changes stay.
 
     Heuristic. The network is told the time `at`, as if that much noise were left. A sequence stops when nothing changes, or
@@ -30,7 +30,6 @@ class SelfCorrectingSampler:
 
     quality: Quality = "heuristic"
     order = 0
-    steps: int | None = None
 
     def __init__(
         self,
@@ -52,14 +51,14 @@ class SelfCorrectingSampler:
             )
         self.inner, self.rounds, self.commit = inner, rounds, commit
         self.temperature, self.at, self.patience = temperature, at, patience
-        self.looks_ahead = looks_ahead(inner)
+        self.looks_ahead = inner.looks_ahead
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
-        self.inner.needs(process, predicts)
-        need_informed_words(self, process, predicts)
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        self.inner.check_supported(process, predicts)
+        require_informed_tokens(self, process, predicts)
 
     def run(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: NoiseAt
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
     ) -> Iterator[Canvas]:
         for canvas in self.inner.run(process, network, canvas, rng_at):  # noqa: B020
             yield canvas
@@ -68,14 +67,16 @@ class SelfCorrectingSampler:
         for k in range(self.rounds):
             if not bool(going.any()):
                 break
-            shown = canvas.moved(canvas.zt, torch.full_like(canvas.t, self.at))
-            drawn, score, right = proposals(
+            shown = canvas.advance(canvas.zt, torch.full_like(canvas.t, self.at))
+            drawn, score, right = propose_changes(
                 process, network, shown, going, rng_at(k), self.temperature
             )
             rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
             change = (rank < self.commit) & (drawn != canvas.zt)
             going = going & change.any(-1) & patient(right.sum(-1))
-            canvas = canvas.moved(torch.where(change, drawn, canvas.zt), torch.zeros_like(canvas.t))
+            canvas = canvas.advance(
+                torch.where(change, drawn, canvas.zt), torch.zeros_like(canvas.t)
+            )
             yield canvas
 
 
@@ -92,7 +93,7 @@ class _Patience:
         return self.since <= self.rounds
 
 
-def proposals(
+def propose_changes(
     process: ForwardProcess,
     network: Network,
     canvas: Canvas,
@@ -101,7 +102,7 @@ def proposals(
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[B,L] each: a draw, its ln p where it is new (else -inf), whether what stands is the likeliest word."""
-    u = uniforms(rng, "again", 1)[:, 0]
+    u = draw_uniforms(rng, "again", 1)[:, 0]
     score, right = (
         torch.full_like(canvas.t, -torch.inf).reshape(-1),
         torch.zeros_like(canvas.free).reshape(-1),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
+from ddiff.core.network import CountingNetwork, count_evaluations
 from ddiff.core.numerics import apply_temperature, draw_index
 from ddiff.core.prediction import CleanDistribution, DenseDistribution, SubtreeDistribution
 from ddiff.core.process import ForwardProcess, Query, RowFunction
@@ -22,13 +23,10 @@ from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError
 from ddiff.sampling.loop import (
     Canvas,
-    NoiseAt,
+    Predicts,
     Quality,
+    RngAt,
     Sampler,
-    Says,
-    counting,
-    looks_ahead,
-    runs_of,
 )
 
 Shape = Callable[..., Tensor]
@@ -192,18 +190,17 @@ class MinP:
 # ---------------------------------------------------------------------- asks
 
 
-class _Composed:
+class _Composed(CountingNetwork):
     """An ask made of others: their calls and runs add up."""
 
-    predicts = "law"
-
     def __init__(self, name: str, *parts: Network) -> None:
-        if any(getattr(part, "predicts", "law") != "law" for part in parts):
+        super().__init__()
+        self.parts = [count_evaluations(part) for part in parts]
+        if any(part.predicts != "distribution" for part in self.parts):
             raise ArgumentError(
-                f"{name}: ask must answer with a law of the clean token, since a law is what is reshaped; this denoiser "
-                "answers with a score. Sample without it."
+                f"{name}: the network must predict a distribution of the clean token, which is what is "
+                "reshaped; this denoiser predicts a score. Sample without it."
             )
-        self.parts = [counting(part) for part in parts]
 
     @property
     def calls(self) -> int:
@@ -212,13 +209,13 @@ class _Composed:
     @property
     def runs(self) -> Tensor:
         batch = max(0 if part.runs is None else len(part.runs) for part in self.parts)
-        return torch.stack([runs_of(part, batch) for part in self.parts]).sum(0)
+        return torch.stack([part.runs_of_batch(batch) for part in self.parts]).sum(0)
 
 
 @final
 class _Shaped(_Composed):
     def __init__(self, network: Network, shapers: Sequence[Callable[[Tensor], Tensor]]) -> None:
-        super().__init__("shaped", network)
+        super().__init__("shape_network", network)
         self.shapers = shapers
 
     def __call__(self, noisy: Noisy) -> Query:
@@ -241,8 +238,8 @@ class _Shaped(_Composed):
 @final
 class _Guided(_Composed):
     def __init__(self, network: Network, null_network: Network, weight: float) -> None:
-        super().__init__("guided", network, null_network)
-        self.weight = _finite("guided", weight)
+        super().__init__("guide_network", network, null_network)
+        self.weight = _finite("guide_network", weight)
 
     def __call__(self, noisy: Noisy) -> Query:
         query, null_query = (part(noisy) for part in self.parts)
@@ -253,7 +250,7 @@ class _Guided(_Composed):
             ) -> Any:
                 def mixed(null: CleanDistribution, place: Tensor, *part: Tensor) -> Any:
                     whole = len(place) == len(rows)
-                    conditional = dist if whole else _Rows(dist, place)
+                    conditional = dist if whole else _RowSubset(dist, place)
                     return fn(ShapedDistribution([conditional, null], self._shape), *part)
 
                 # The unconditional head may split these rows again; `place` says which rows a chunk
@@ -280,7 +277,7 @@ class _Guided(_Composed):
 
 
 @final
-class _Rows(SubtreeDistribution):
+class _RowSubset(SubtreeDistribution):
     """Some rows of a law."""
 
     def __init__(self, dist: CleanDistribution, rows: Tensor) -> None:
@@ -294,8 +291,8 @@ class _Rows(SubtreeDistribution):
 @final
 class _Steered(_Composed):
     def __init__(self, network: Network, log_likelihood: Classifier, weight: float) -> None:
-        super().__init__("steered", network)
-        self.log_likelihood, self.weight = log_likelihood, _finite("steered", weight)
+        super().__init__("guide_by_classifier", network)
+        self.log_likelihood, self.weight = log_likelihood, _finite("guide_by_classifier", weight)
 
     def __call__(self, noisy: Noisy) -> Query:
         query = self.parts[0](noisy)
@@ -314,15 +311,15 @@ class _Steered(_Composed):
         evidence = self.log_likelihood(noisy, rows)
         if evidence.shape != (len(rows), vocabulary.num_tokens):
             raise ArgumentError(
-                f"steered: log_likelihood must give [{len(rows)}, {vocabulary.num_tokens}], log p(y | x_i = v) for each "
+                f"guide_by_classifier: log_likelihood must give [{len(rows)}, {vocabulary.num_tokens}], log p(y | x_i = v) for each "
                 f"asked row and word; got {tuple(evidence.shape)}."
             )
         steered = log_p + self.weight * evidence.to(log_p)[:, words]
         if bool(steered.isnan().any()) or not bool(steered.isfinite().any(-1).all()):
             raise ArgumentError(
-                f"steered: log p + weight * log_likelihood must be a number, and above -inf for some token of every row; "
+                f"guide_by_classifier: log p + weight * log_likelihood must be a number, and above -inf for some token of every row; "
                 f"the classifier's values are in [{float(evidence.min())}, {float(evidence.max())}], the weight is "
-                f"{self.weight}. Mend log_likelihood, or take a smaller weight."
+                f"{self.weight}. Fix log_likelihood, or take a smaller weight."
             )
         return DenseDistribution(steered.log_softmax(-1), vocabulary, dist.top)
 
@@ -335,12 +332,12 @@ def _finite(name: str, weight: float) -> float:
     return weight
 
 
-def shaped(network: Network, shapers: Sequence[Callable[[Tensor], Tensor]]) -> Network:
+def shape_network(network: Network, shapers: Sequence[Callable[[Tensor], Tensor]]) -> Network:
     """The same network, each conditional passed through `shapers` in turn, [k,w] log_p -> log_p each."""
     return _Shaped(network, shapers) if shapers else network
 
 
-def guided(network: Network, null_network: Network, weight: float) -> Network:
+def guide_network(network: Network, null_network: Network, weight: float) -> Network:
     """Guide the distribution of the clean token, classifier-free: log p ~ (1-w) log p_null + w log p, normalised.
 
     On each conditional. w = 1 is the conditional law, 0 the unconditional one, above 1 more of the condition. Two network
@@ -352,35 +349,37 @@ def guided(network: Network, null_network: Network, weight: float) -> Network:
     return _Guided(network, null_network, weight)
 
 
-def steered(network: Network, log_likelihood: Classifier, weight: float = 1.0) -> Network:
+def guide_by_classifier(
+    network: Network, log_likelihood: Classifier, weight: float = 1.0
+) -> Network:
     """Classifier guidance: p(x) p(y | x_i = x)^w over words; `log_likelihood(noisy, rows[k]) -> [k,V]`, rows flat."""
     return _Steered(network, log_likelihood, weight)
 
 
 @final
-class ShapedSampler:
+class ShapedSampler(Sampler):
     """A sampler whose every conditional passes through `shapers`; of the quality of the sampler, for the reshaped law."""
 
     def __init__(self, inner: Sampler, shapers: Sequence[Callable[[Tensor], Tensor]]) -> None:
         self.inner, self.shapers = inner, shapers
         self.quality: Quality = inner.quality
         self.order = inner.order
-        self.cached = getattr(inner, "cached", False)
-        self.looks_ahead = looks_ahead(inner)
+        self.cached = inner.cached
+        self.looks_ahead = inner.looks_ahead
 
     @property
     def steps(self) -> int | None:
         return self.inner.steps
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
-        if predicts != "law":
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        if predicts != "distribution":
             raise ArgumentError(
-                "ShapedSampler: temperature, top_k, top_p and min_p reshape laws of words; this denoiser answers with a "
-                "score, which has none. Leave them out, or take a head that gives a law."
+                "ShapedSampler: temperature, top_k, top_p and min_p reshape distributions of tokens; this "
+                "denoiser predicts a score. Leave them out, or use a head that predicts a distribution."
             )
-        self.inner.needs(process, predicts)
+        self.inner.check_supported(process, predicts)
 
     def run(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: NoiseAt
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
     ) -> Iterator[Canvas]:
-        return self.inner.run(process, shaped(network, self.shapers), canvas, rng_at)
+        return self.inner.run(process, shape_network(network, self.shapers), canvas, rng_at)

@@ -12,9 +12,9 @@ from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import Steps
-from ddiff.sampling.grid_sampler import GridSampler, every_row, root_of, uniforms
-from ddiff.sampling.loop import Canvas, Says, need_process, step_rows
-from ddiff.sampling.tau_leaping import leap
+from ddiff.sampling.grid_sampler import GridSampler, draw_uniforms, every_row, root_of
+from ddiff.sampling.loop import Canvas, Predicts, require_process, step_rows
+from ddiff.sampling.tau_leaping import tau_leap
 
 
 @final
@@ -39,15 +39,15 @@ class TrapezoidalSampler(GridSampler):
             raise ArgumentError(f"TrapezoidalSampler: theta must be in (0, 1); got {theta}.")
         self.theta, self.ahead = theta, 0.5 / (theta * (1.0 - theta))
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
-        need_process(self, process)
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        require_process(self, process)
 
     def move(
         self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
-        first, second = uniforms(rng, "first", 2), uniforms(rng, "second", 2)
+        first, second = draw_uniforms(rng, "first", 2), draw_uniforms(rng, "second", 2)
         start_zt, start_t, then = canvas.zt.reshape(-1), canvas.t.reshape(-1), s.reshape(-1)
-        start = network(canvas.noisy())
+        start = network(canvas.network_input())
         rho = canvas.t - self.theta * (canvas.t - s)
 
         def early(rows: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class TrapezoidalSampler(GridSampler):
             def jump(
                 prediction: Prediction, z: Tensor, t: Tensor, rho: Tensor, u: Tensor
             ) -> Tensor:
-                return leap(process.reverse_rates(prediction, z, t), z, t - rho, u)
+                return tau_leap(process.reverse_rates(prediction, z, t), z, t - rho, u)
 
             root = root_of(process, zt)
             return query(every_row(zt), root, jump, zt, t, rho.reshape(-1)[rows], first[rows])
@@ -71,10 +71,10 @@ class TrapezoidalSampler(GridSampler):
                 still = (z == start_zt[rows]).nonzero().squeeze(-1)
                 earlier = (self.ahead - 1.0) * early(rows[still])
                 rates[still] = (rates[still] - earlier).clamp(min=0.0)
-                return leap(rates, z, t - then[rows], second[rows])
+                return tau_leap(rates, z, t - then[rows], second[rows])
 
             return query(every_row(zt), root_of(process, zt), jump, zt, t, rows)
 
         shared = lambda noisy: start  # noqa: E731
-        middle = canvas.moved(step_rows(shared, canvas, halfway, process.active(canvas.zt)), rho)
-        return middle.moved(step_rows(network, middle, onward, process.active(middle.zt)), s)
+        middle = canvas.advance(step_rows(shared, canvas, halfway, process.active(canvas.zt)), rho)
+        return middle.advance(step_rows(network, middle, onward, process.active(middle.zt)), s)

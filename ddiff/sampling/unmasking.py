@@ -14,8 +14,17 @@ from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError, suggest
 from ddiff.sampling.grid import Steps
-from ddiff.sampling.grid_sampler import GridSampler, draw_words, every_row, uniforms
-from ddiff.sampling.loop import Canvas, NoiseAt, Quality, Says, need_law, need_process, step_rows
+from ddiff.sampling.grid_sampler import GridSampler, draw_tokens, draw_uniforms, every_row
+from ddiff.sampling.loop import (
+    Canvas,
+    Predicts,
+    Quality,
+    RngAt,
+    Sampler,
+    require_distribution,
+    require_process,
+    step_rows,
+)
 from ddiff.sampling.shaping import next_log_p, unfiltered
 
 TIE = 2.0**12  # nats, or probabilities, that differ by less than one in so many are equal
@@ -50,8 +59,8 @@ class UnmaskingSampler(GridSampler):
             )
         self.by, self.noise = by, noise
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
-        need_monotone(self, process, predicts)
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        require_monotone(self, process, predicts)
 
     def move(
         self,
@@ -61,23 +70,25 @@ class UnmaskingSampler(GridSampler):
         s: Tensor,
         noise: CounterRng,
     ) -> Canvas:
-        drawn, sureness = descents(process, network, canvas, noise, self.by)
+        drawn, sureness = propose_descents(process, network, canvas, noise, self.by)
         gumbel = (
-            -(-uniforms(noise, "gumbel", 1)[:, 0].clamp(min=2.0**-54).log()).log().reshape(s.shape)
+            -(-draw_uniforms(noise, "gumbel", 1)[:, 0].clamp(min=2.0**-54).log())
+            .log()
+            .reshape(s.shape)
         )
         sureness = sureness + self.noise * s * gumbel
         share = torch.where(canvas.free, s, 0.0).amax(-1)
         budget = (
-            left(process, canvas)
+            count_descents_left(process, canvas)
             - (process.vocabulary.num_levels * canvas.free.sum(-1) * share).floor().long()
         )
-        best = surest_first(sureness, noise).argsort(dim=-1)
+        best = rank_by_confidence(sureness, noise).argsort(dim=-1)
         chosen = (best < budget.unsqueeze(-1)) & process.active(canvas.zt) & canvas.free
-        return canvas.moved(torch.where(chosen, drawn, canvas.zt), s)
+        return canvas.advance(torch.where(chosen, drawn, canvas.zt), s)
 
 
 @final
-class EntropyBoundSampler:
+class EntropyBoundSampler(Sampler):
     """As many positions a step as the summed entropy without the largest stays within `bound` nats. Heuristic.
 
     Positions are taken by rising entropy of their next conditional; that sum bounds what drawing them independently can
@@ -87,7 +98,6 @@ class EntropyBoundSampler:
 
     quality: Quality = "heuristic"
     order = 0
-    steps: int | None = None
 
     def __init__(self, bound: float = 0.1) -> None:
         if not 0.0 <= bound < float("inf"):
@@ -96,41 +106,44 @@ class EntropyBoundSampler:
             )
         self.bound = bound
 
-    def needs(self, process: ForwardProcess | None, predicts: Says) -> None:
-        need_monotone(self, process, predicts)
+    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        require_monotone(self, process, predicts)
 
     def run(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: NoiseAt
+        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
     ) -> Iterator[Canvas]:
         total = (process.vocabulary.num_levels * canvas.free.sum(-1)).clamp(min=1)
-        for k in range(int(left(process, canvas).max())):
+        for k in range(int(count_descents_left(process, canvas).max())):
             is_open = process.active(canvas.zt) & canvas.free
             if not bool(is_open.any()):
                 break
-            drawn, sureness = descents(process, network, canvas, rng_at(k), "entropy")
-            order = surest_first(sureness, rng_at(k))
+            drawn, sureness = propose_descents(process, network, canvas, rng_at(k), "entropy")
+            order = rank_by_confidence(sureness, rng_at(k))
             entropy = -sureness.gather(-1, order)
             held = entropy.masked_fill(entropy.isinf(), 0.0)
             ranked = held.cumsum(-1) - held <= self.bound
             within = ranked.scatter(-1, order, ranked)
-            canvas = canvas.moved(torch.where(within & is_open, drawn, canvas.zt), canvas.t)
-            canvas = canvas.moved(
+            canvas = canvas.advance(torch.where(within & is_open, drawn, canvas.zt), canvas.t)
+            canvas = canvas.advance(
                 canvas.zt,
-                (left(process, canvas) / total).double().unsqueeze(-1).expand_as(canvas.t),
+                (count_descents_left(process, canvas) / total)
+                .double()
+                .unsqueeze(-1)
+                .expand_as(canvas.t),
             )
             yield canvas
         if not process.closes_at_clean:
-            yield draw_words(
+            yield draw_tokens(
                 process, network, canvas, rng_at(process.vocabulary.num_levels * canvas.zt.shape[1])
             )
 
 
-def left(process: ForwardProcess, canvas: Canvas) -> Tensor:
+def count_descents_left(process: ForwardProcess, canvas: Canvas) -> Tensor:
     """[B] descents that the free positions still have before them."""
     return torch.where(canvas.free, process.vocabulary.level_of(canvas.zt), 0).sum(-1)
 
 
-def surest_first(sureness: Tensor, noise: CounterRng) -> Tensor:
+def rank_by_confidence(sureness: Tensor, noise: CounterRng) -> Tensor:
     """[B,L] positions by falling sureness [B,L], equal ones at random.
 
     Where all positions are masked they may all be equally sure, and what rounding makes of that depends on the batch.
@@ -140,11 +153,11 @@ def surest_first(sureness: Tensor, noise: CounterRng) -> Tensor:
     return shuffled.gather(-1, rounded.argsort(dim=-1, descending=True, stable=True))
 
 
-def descents(
+def propose_descents(
     process: ForwardProcess, network: Network, canvas: Canvas, noise: CounterRng, by: Sureness
 ) -> tuple[Tensor, Tensor]:
     """What every open position would draw one level down [B,L], and how sure that is [B,L], -inf elsewhere."""
-    u = uniforms(noise, "descent", 1)[:, 0]
+    u = draw_uniforms(noise, "descent", 1)[:, 0]
     sureness = torch.full_like(canvas.t, -torch.inf).reshape(-1)
 
     def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
@@ -185,9 +198,9 @@ def _sureness(
     return value
 
 
-def need_monotone(sampler: object, process: ForwardProcess | None, predicts: Says) -> None:
-    need_process(sampler, process)
-    need_law(sampler, predicts)
+def require_monotone(sampler: object, process: ForwardProcess | None, predicts: Predicts) -> None:
+    require_process(sampler, process)
+    require_distribution(sampler, predicts)
     if process is not None and not process.is_monotone:
         raise ArgumentError(
             f"{type(sampler).__name__}: process must be monotone, its reverse moves revealing and nothing else (masks, "

@@ -161,11 +161,8 @@ def evidence_is_dropped(
     twin.query(noisy, Context(), rows, root, keep)
     expected = torch.cat(outputs)
     # compared by type, since the copied denoiser holds a copy of its parameterization
-    if isinstance(twin.reading, type(PARAMETERIZATIONS["all"])):
-        evidence = process.log_likelihood(
-            noisy.zt.reshape(-1),
-            noisy.t.reshape(-1),
-        )
+    if isinstance(twin.parameterization, type(PARAMETERIZATIONS["all"])):
+        evidence = process.log_likelihood(noisy.zt.reshape(-1), noisy.t.reshape(-1))
         expected = drop_own_evidence(expected, evidence)
     got = _log_p(twin, process, noisy, Context()).reshape(len(rows), -1)
     yield compare(

@@ -18,6 +18,7 @@ from torch import Tensor
 from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.components import MixtureProcess
 from ddiff.core.elbo import Network
+from ddiff.core.network import Predicts, count_evaluations
 from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess, Query, RowFunction
 from ddiff.core.schedule import LinearSchedule
@@ -25,7 +26,7 @@ from ddiff.core.times import Noisy
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
 from ddiff.errors import ArgumentError
-from ddiff.sampling.loop import Quality, Sampler, Says, generate
+from ddiff.sampling.loop import Quality, Sampler, generate
 from ddiff.testing.report import Gap, LawReport, compare, evaluate_laws, law
 from ddiff.testing.sampler_distribution import ExactNetwork, FastRng, make_canvas
 
@@ -53,7 +54,7 @@ class SamplerCase(NamedTuple):
 
     build: Callable[[int], Sampler]
     process: ForwardProcess | None
-    predicts: Says = "law"
+    predicts: Predicts = "distribution"
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -62,7 +63,8 @@ class SamplerCase(NamedTuple):
     def make_network(self) -> Network:
         if self.process is None:
             return NextTokenNetwork(self.vocabulary)
-        return ExactNetwork(self.process, JOINT, self.predicts)
+        exact = ExactNetwork(self.process, JOINT, self.predicts)
+        return count_evaluations(exact, self.predicts)
 
     def generate(self, steps: int, index: Tensor, seed: int, **options: Any) -> Tensor:
         """Ids [B,2] of the samples numbered `index` [B]."""
@@ -76,8 +78,6 @@ class SamplerCase(NamedTuple):
 
 class NextTokenNetwork:
     """Network of a next-token model: each token of the joint given the one before it."""
-
-    predicts: Says = "law"
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
@@ -107,15 +107,17 @@ def small_processes() -> dict[str, ForwardProcess | None]:
 
 
 def check_sampler(
-    build: Callable[[int], Sampler], process: ForwardProcess | None, predicts: Says = "law"
+    build: Callable[[int], Sampler],
+    process: ForwardProcess | None,
+    predicts: Predicts = "distribution",
 ) -> list[LawReport]:
     """Apply every law of samplers on one process of three tokens, as in `small_processes`.
 
-    `build(steps)` makes the sampler. Raises ArgumentError if the sampler's `needs` rejects the
+    `build(steps)` makes the sampler. Raises ArgumentError if the sampler's `check_supported` rejects the
     process.
     """
     case = SamplerCase(build, process, predicts)
-    build(FEW).needs(process, predicts)
+    build(FEW).check_supported(process, predicts)
     return evaluate_laws(case, SAMPLER_LAWS)
 
 
@@ -202,18 +204,12 @@ def _count_canvases(case: SamplerCase, steps: int) -> int:
 def ends_in_tokens(case: SamplerCase) -> Iterator[Gap]:
     """The last canvas holds only tokens, and given positions keep their tokens. Tolerance: none."""
     index = torch.arange(64)
-    given = torch.stack([index % 3, (index // 3) % 3], -1)
+    prompt = torch.stack([index % 3, (index // 3) % 3], -1)
     for positions in ([False, False], [True, False], [True, True]):
-        clamped = torch.tensor(positions).expand(64, 2)
-        ids = case.generate(
-            3,
-            index,
-            seed=5,
-            given=given,
-            clamped=clamped,
-        )
+        prompt_mask = torch.tensor(positions).expand(64, 2)
+        ids = case.generate(3, index, seed=5, prompt=prompt, prompt_mask=prompt_mask)
         not_tokens = (ids >= len(JOINT)).sum()
-        changed = (clamped & (ids != given)).sum()
+        changed = (prompt_mask & (ids != prompt)).sum()
         yield compare(not_tokens, 0.0, {"states that are no token, given": positions})
         yield compare(changed, 0.0, {"changed tokens, given": positions})
 
@@ -310,7 +306,7 @@ def find_accepted_processes(
     rejected: list[str] = []
     for name, predicts, case in _candidates(build):
         try:
-            case.build(FEW).needs(case.process, predicts)
+            case.build(FEW).check_supported(case.process, predicts)
         except ArgumentError as error:
             rejected.append(f"{name}, {predicts}: {error}")
         else:
@@ -320,10 +316,10 @@ def find_accepted_processes(
 
 def _candidates(
     build: Callable[[Vocabulary, int], Sampler],
-) -> Iterator[tuple[str, Says, SamplerCase]]:
+) -> Iterator[tuple[str, Predicts, SamplerCase]]:
     for name, process in small_processes().items():
         build_steps = partial(build, _vocabulary_of(process))
-        yield name, "law", SamplerCase(build_steps, process, "law")
+        yield name, "distribution", SamplerCase(build_steps, process, "distribution")
         # a next-token model has no score
         if process is not None:
             yield name, "score", SamplerCase(build_steps, process, "score")

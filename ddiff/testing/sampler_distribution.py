@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
+from ddiff.core.network import Predicts, count_evaluations
 from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import ForwardProcess, Query, RowFunction
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import Noisy
 from ddiff.sampling.grid_sampler import GridSampler
-from ddiff.sampling.loop import Canvas, Sampler, Says, counting
-from ddiff.sampling.psi import PsiSampler
+from ddiff.sampling.loop import Canvas, Sampler
 from ddiff.testing.derived_formulas import score_from_distribution
 
 FEW_TIMES = 64  # up to this number, a table over times and states is smaller than one over rows
@@ -86,10 +86,7 @@ class ExactNetwork:
     """
 
     def __init__(
-        self,
-        process: ForwardProcess,
-        joint: Tensor,
-        predicts: Says = "law",
+        self, process: ForwardProcess, joint: Tensor, predicts: Predicts = "distribution"
     ) -> None:
         self.process = process
         self.joint = joint
@@ -123,7 +120,7 @@ class ExactQuery:
             noisy.clean[sequence],
         )
         log_p = both[torch.arange(len(rows)), rows % 2]
-        if self.network.predicts == "law":
+        if self.network.predicts == "distribution":
             return fn(DenseDistribution(log_p, process.vocabulary), *per_row)
         zt = noisy.zt.reshape(-1)[rows]
         t = process.clamp_score_time(noisy.t.reshape(-1)[rows])
@@ -217,7 +214,7 @@ def measure_sampler(
     points: int = 2**15,
     apart: bool = False,
     seed: int = 7,
-    predicts: Says = "law",
+    predicts: Predicts = "distribution",
 ) -> SamplerMeasurement:
     """Measure the distribution of a sampler's output under the exact network of `joint` [V,V].
 
@@ -227,10 +224,10 @@ def measure_sampler(
     distributions is taken. Other samplers draw `points` whole samples.
     """
     network = ExactNetwork(process, joint, predicts)
-    sampler.needs(process, predicts)
-    if isinstance(sampler, GridSampler) and not _keeps_notes(sampler):
+    sampler.check_supported(process, predicts)
+    if isinstance(sampler, GridSampler) and not sampler.keeps_extras:
         return _measure_by_step(sampler, process, network, points, apart, seed)
-    counted = counting(network)
+    counted = count_evaluations(network)
     rng = FastRng(points, seed)
     canvas = make_canvas(
         process.prior.draw(rng.uniform("start")),
@@ -239,15 +236,7 @@ def measure_sampler(
     for moved in sampler.run(process, counted, canvas, lambda step: rng):
         canvas = moved
     dist = _histogram(canvas.zt, torch.ones(points), process)
-    return SamplerMeasurement(
-        dist,
-        float(counted.runs.double().mean()),
-    )
-
-
-def _keeps_notes(sampler: GridSampler) -> bool:
-    """True if a step depends on more than the canvas's states and times."""
-    return isinstance(sampler, PsiSampler) and sampler.kappa.watches
+    return SamplerMeasurement(dist, float(counted.runs_of_batch(points).double().mean()))
 
 
 def _measure_by_step(
@@ -272,11 +261,8 @@ def _measure_by_step(
         # so that the draws of a canvas sum to its probability
         weight = (dist[possible] / counts).repeat_interleave(counts)
         rng = ShiftedSobolRng(counts, seed + 1000 * k)
-        counted = counting(network)
-        canvas = make_canvas(
-            canvases[possible].repeat_interleave(counts, 0),
-            t,
-        )
+        counted = count_evaluations(network)
+        canvas = make_canvas(canvases[possible].repeat_interleave(counts, 0), t)
         if k == len(times) - 2:
             moved = sampler.finish(process, counted, canvas, rng)
         else:
@@ -288,7 +274,7 @@ def _measure_by_step(
                 rng,
             )
         if counted.calls:
-            runs += float(weight @ counted.runs.double())
+            runs += float(weight @ counted.runs_of_batch(len(weight)).double())
         if apart:
             dist = _sum_of_products(moved.zt, weight, rng.canvas, size)
         else:

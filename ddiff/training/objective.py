@@ -15,7 +15,7 @@ from ddiff.core.rng import CounterRng
 from ddiff.core.times import Noisy, TimeRule, Times
 from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Denoiser, as_network
-from ddiff.nn.heads import Question
+from ddiff.nn.heads import HeadCallback
 from ddiff.training.context import build_context, drop_conditions
 from ddiff.training.device import get_device, to_device
 from ddiff.training.losses import ElboLoss, TrainingLoss
@@ -92,17 +92,19 @@ class DiffusionObjective:
     ) -> LossTerms:
         """Return (sum of the rows' losses) / (tokens of the global batch), in nats per token."""
         process = self.process
-        reading = self.denoiser.reading
+        parameterization = self.denoiser.parameterization
         # Everything that depends on what was drawn is computed on the host, where the batch is: a
         # step must not wait for the device to learn, for example, how many rows there are.
         drawn = self._draw(batch, rng, slots)
-        node = reading.scope(process.scope(drawn.zt), process)
+        node = parameterization.scope(process.scope(drawn.zt), process)
         context = drop_conditions(build_context(batch), self.denoiser.condition_dropout, rng)
-        prepared = reading.prepared(process, drawn.zt, drawn.t)
+        prepared = parameterization.prepare(process, drawn.zt, drawn.t)
         parts = (drawn, context, prepared)
         drawn, context, prepared = to_device(parts, get_device(self.module))
         tokens = denominators["tokens"]
-        fn = reading.question(self._question(drawn, tokens), process, drawn.zt, drawn.t, prepared)
+        fn = parameterization.wrap_callback(
+            self._question(drawn, tokens), process, drawn.zt, drawn.t, prepared
+        )
         loss, _, density = self.module(drawn.noisy, context, drawn.rows, node, fn)
         metrics = self._metrics(density, drawn.zt, batch)
         if self.loss.name is not None:
@@ -165,7 +167,7 @@ class DiffusionObjective:
         first, _ = self.times.ends(clock, rng, batch.index, slots, length)
         return _merge_times(chosen, first, times, share), decodes | chosen
 
-    def _question(self, drawn: _Rows, tokens: Tensor) -> Question:
+    def _question(self, drawn: _Rows, tokens: Tensor) -> HeadCallback:
         """Build the callback on the predicted distribution of a chunk of rows.
 
         It returns the row's share of the mean loss over `tokens`, and its density in the bound.
@@ -186,7 +188,7 @@ class DiffusionObjective:
                 divergence = torch.where(is_decoded, 0.0, divergence)
             return weight[idx] * loss, drawn.bound_weight[idx] * divergence
 
-        return cast(Question, question)
+        return cast(HeadCallback, question)
 
     def _divergences(
         self,

@@ -47,7 +47,7 @@ class AutoregressiveObjective:
                 "AutoregressiveObjective: the denoiser must take the token before each position as "
                 f'input, inputs = "previous"; got "{denoiser.inputs}".'
             )
-        if denoiser.reading.predicts != "law":
+        if denoiser.parameterization.predicts != "distribution":
             raise ArgumentError(
                 "AutoregressiveObjective: the head must predict a distribution of the next token; "
                 f"{type(denoiser.head).__name__} predicts a score. "

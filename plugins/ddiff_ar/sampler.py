@@ -34,7 +34,7 @@ from ddiff import (
 
 
 @final
-class LeftToRightSampler:
+class LeftToRightSampler(Sampler):
     """Exact sampler that draws every position in turn from P(x_i | x_<i).
 
     It makes one network call per free position, which runs one column with a cache. Given tokens
@@ -42,15 +42,13 @@ class LeftToRightSampler:
     """
 
     quality: Literal["exact", "of an order", "heuristic"] = "exact"
-    order = 0
-    steps: int | None = None
     cached = True
     looks_ahead = False
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
 
-    def needs(self, process: ForwardProcess | None, predicts: str) -> None:
+    def check_supported(self, process: ForwardProcess | None, predicts: str) -> None:
         if process is not None:
             raise ArgumentError(
                 "LeftToRightSampler: the model must predict the next token, trained without a "
@@ -76,7 +74,7 @@ class LeftToRightSampler:
             if not bool(here.any()):
                 continue
             canvas = replace(canvas, free=here)
-            canvas = canvas.moved(step_rows(network, canvas, draw), torch.zeros_like(canvas.t))
+            canvas = canvas.advance(step_rows(network, canvas, draw), torch.zeros_like(canvas.t))
             canvas = replace(canvas, clean=canvas.clean | here)
             yield canvas
 

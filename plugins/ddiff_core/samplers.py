@@ -12,16 +12,16 @@ from ddiff import (
     AnalyticSampler,
     AncestralSampler,
     BlockwiseSampler,
-    Cap,
+    CapRemasking,
     ComponentConfig,
-    Confidence,
+    ConfidenceRemasking,
     EntropyBoundSampler,
     FirstHittingSampler,
     ForwardBackward,
     Grid,
     HyperscheduleSampler,
-    Loop,
     LoopGrid,
+    LoopRemasking,
     MinP,
     NonNegativeFloat,
     OneLevelSampler,
@@ -30,7 +30,7 @@ from ddiff import (
     PredictorCorrectorSampler,
     Probability,
     PsiSampler,
-    Rescale,
+    RescaleRemasking,
     Sampler,
     SelfCorrectingSampler,
     ShapedSampler,
@@ -210,9 +210,12 @@ class Remasking:
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
-        rule = {"cap": Cap, "rescale": Rescale, "confidence": Confidence, "loop": Loop}[
-            config.setting
-        ]
+        rule = {
+            "cap": CapRemasking,
+            "rescale": RescaleRemasking,
+            "confidence": ConfidenceRemasking,
+            "loop": LoopRemasking,
+        }[config.setting]
         kappa = rule() if config.eta is None else rule(config.eta)
         grid = (
             LoopGrid(steps, hold=config.hold)

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from ddiff import (
     ArgumentError,
+    AttentionMask,
+    Backbone,
     ComponentConfig,
     Context,
     Label,
     PositiveInt,
     Probability,
-    Seen,
     StateEmbedding,
     Vector,
     Vocabulary,
@@ -75,7 +76,7 @@ class Condition(ComponentConfig):
         return Vector(self.width) if self.classes is None else Label(self.classes)
 
 
-class DiT(nn.Module):
+class DiT(Backbone):
     """Diffusion transformer: ids [B,L] of any level and times t [B,L] -> hidden states [B,L,width].
 
     With `time=False` the hidden states do not depend on t. Embeddings of conditions are added to
@@ -161,7 +162,7 @@ class DiT(nn.Module):
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
         self._check_conditions(context)
         x = self.embedding(ids)
-        seen = context.seen(x, self.head_width)
+        seen = context.kernel_mask(x, self.head_width)
         positions = context.positions(ids.shape[1], ids.device)
         rotation = Rotation(x, self.head_width, positions)
         shared = None
@@ -170,7 +171,7 @@ class DiT(nn.Module):
         for layer, block in enumerate(self.blocks):
             extend = None
             if context.cache is not None:
-                extend = partial(context.cache.extended, layer)
+                extend = partial(context.cache.update, layer)
             x = block(x, shared, rotation, seen, extend)
         shift, scale = add_shared(self.out_modulation, None if shared is None else shared[6:])
         return modulate(x, shift, scale)
@@ -213,7 +214,7 @@ class Block(nn.Module):
         x: Tensor,
         shared: ModulationVectors | None,
         rotation: Rotation,
-        seen: Seen,
+        seen: AttentionMask,
         extend: ExtendCache | None,
     ) -> Tensor:
         vectors = add_shared(self.modulation, None if shared is None else shared[:6])
@@ -224,7 +225,7 @@ class Block(nn.Module):
         return torch.addcmul(x, mlp_gate, self.dropout(self.down(hidden)))
 
     def _attend(
-        self, x: Tensor, rotation: Rotation, seen: Seen, extend: ExtendCache | None
+        self, x: Tensor, rotation: Rotation, seen: AttentionMask, extend: ExtendCache | None
     ) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width))
         # Queries and keys are rotated in one operation; values are not rotated.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ddiff import (
     ArgumentError,
+    Backbone,
     ComponentConfig,
     Context,
     NonNegativeInt,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @final
-class PretrainedBackbone(nn.Module):
+class PretrainedBackbone(Backbone):
     """Pretrained model: ids [B,L] of any level -> last hidden states [B,L,width].
 
     Times are not used. The denoiser's mask replaces the model's own mask, a decoder's causal mask
@@ -114,7 +115,7 @@ class PretrainedBackbone(nn.Module):
         positions = context.positions(ids.shape[1], ids.device)
         if self.takes_positions:
             options["position_ids"] = (positions + self.first_position).expand(ids.shape)
-        elif context.sight is not None and context.sight.noisy is not None:
+        elif context.layout is not None and context.layout.noisy is not None:
             raise ArgumentError(
                 f"PretrainedBackbone: {type(self.model).__name__} numbers its positions itself, so "
                 "that a clean and a noisy token cannot share one. "
@@ -223,7 +224,7 @@ def _make_embedding(
             f"vocabulary of {vocabulary.num_tokens} tokens. Use the model's tokenizer, "
             '[tokenizer] kind = "pretrained" with the same path, or pretrained = false.'
         )
-    embedding.start_from_words(weight[: vocabulary.num_tokens])
+    embedding.start_from_tokens(weight[: vocabulary.num_tokens])
     if mask_token is not None:
         with torch.no_grad():
             embedding.weight[vocabulary.mask_id] = weight[mask_token]

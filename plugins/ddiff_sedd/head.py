@@ -27,7 +27,7 @@ from ddiff import (
 # Ratios to the mask diverge at t = 1, where every token is masked.
 LATEST = 1.0 - 1e-12
 
-Question = Callable[[Any, Tensor], Any]
+HeadCallback = Callable[[Any, Tensor], Any]
 
 
 @final
@@ -58,7 +58,7 @@ class Ratios:
     scaled: bool
     predicts: ClassVar[Literal["score"]] = "score"
 
-    def prepared(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
+    def prepare(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
         """[k] ln(V (e^sigma - 1)) at masks, 0 elsewhere.
 
         e^sigma - 1 is the probability of the mask over that of all tokens together. It is taken
@@ -80,9 +80,9 @@ class Ratios:
         scale[masked] = log_scale[place]
         return scale
 
-    def question(
-        self, fn: Question, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
-    ) -> Question:
+    def wrap_callback(
+        self, fn: HeadCallback, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
+    ) -> HeadCallback:
         def question(dist: RatioDistribution, idx: Tensor) -> Any:
             own = zt[idx].unsqueeze(-1)
             log_ratio = dist.raw - prepared[idx].to(dist.raw.dtype).unsqueeze(-1)
@@ -102,6 +102,8 @@ class ScoreHead(Head):
     ratio starts at 1. `Ratios` is its parameterization.
     """
 
+    parameterization: Ratios
+
     class Config(ComponentConfig):
         scaled: bool | None = None
         """Divide ratios to the mask by V (e^sigma - 1); by default if the vocabulary has a mask."""
@@ -119,7 +121,7 @@ class ScoreHead(Head):
                 "leave scaled out."
             )
         super().__init__(vocabulary, width, vocabulary.num_states)
-        self.reading = Ratios(scaled)
+        self.parameterization = Ratios(scaled)
 
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary, width: int) -> ScoreHead:
@@ -135,7 +137,7 @@ class ScoreHead(Head):
     @torch.no_grad()
     def start_from_counts(self, counts: Tensor) -> None:
         """Set the biases so that exp(bias)/V is the unigram distribution; only if scaled."""
-        if self.reading.scaled:
+        if self.parameterization.scaled:
             share = counts.double().add(1)
             tokens = (share / share.mean()).log()
             self.bias[: len(tokens)] = tokens.to(self.bias)

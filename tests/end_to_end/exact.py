@@ -12,7 +12,9 @@ from ddiff.core.elbo import Network, RowFunction
 from ddiff.core.process import Query
 
 
-def exact_ask(process: ForwardProcess, source: MarkovSource, predicts: str = "law") -> Network:
+def exact_ask(
+    process: ForwardProcess, source: MarkovSource, predicts: str = "distribution"
+) -> Network:
     """Network of P(x_i | what position i attends to, without its own state), or of its score."""
 
     def network(noisy: Noisy) -> Query:
@@ -20,7 +22,7 @@ def exact_ask(process: ForwardProcess, source: MarkovSource, predicts: str = "la
         zt, t = noisy.zt.reshape(-1), noisy.t.reshape(-1)
 
         def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
-            if predicts == "law":
+            if predicts == "distribution":
                 return fn(DenseDistribution(log_p[rows], process.vocabulary), *per_row)
             log_q = process.log_marginal(log_p[rows], t[rows])
             return fn(Score(log_q - log_q.gather(-1, zt[rows].unsqueeze(-1))), *per_row)

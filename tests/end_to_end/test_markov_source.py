@@ -29,6 +29,7 @@ from torch import Tensor
 
 import ddiff
 from ddiff import (
+    Backbone,
     Batch,
     CounterRng,
     DenseProcess,
@@ -233,7 +234,7 @@ def test_bound_of_the_exact_distribution_is_the_entropy(name: str) -> None:
     source, index = MarkovSource(4, peakedness=2.0), torch.arange(4096)
     x0 = ids_of(source, len(index), 8)
     network = exact_ask(
-        process, source, "score" if recipe.head.component.name == "score" else "law"
+        process, source, "score" if recipe.head.component.name == "score" else "distribution"
     )
     rule = recipe.times.build().with_window(*recipe.evaluate.window)
     terms = nelbo(
@@ -252,7 +253,7 @@ def test_bound_of_the_exact_distribution_is_the_entropy(name: str) -> None:
     assert abs(float(excess.mean())) < 4.0 * error
 
 
-class Previous(torch.nn.Module):
+class Previous(Backbone):
     """Backbone whose hidden states are the input symbols, one-hot."""
 
     reads_time = False

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from small import working_in
 
 import ddiff as api
+from ddiff import Backbone
 from ddiff.errors import ArgumentError, DataError
 from ddiff.runs.conditioning import SampleConditions
 from ddiff.runs.prompts import read_prompts
@@ -214,11 +215,11 @@ def test_whole_numbers_are_read_as_a_declared_vector(place: Path) -> None:
         assert found.tolist() == torch.tensor(fractions).expand(2, 3).tolist()
 
 
-class Plain(torch.nn.Module):
+class Plain(Backbone):
     """Backbone that reads a condition and declares no form."""
 
     width = 4
-    condition_dropout: ClassVar = {"kind": 0.0}
+    condition_dropout: ClassVar[dict[str, float]] = {"kind": 0.0}
 
 
 def test_undeclared_condition_form_follows_the_value() -> None:

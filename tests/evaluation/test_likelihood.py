@@ -13,6 +13,7 @@ import torch
 from tables import Known, constant, full_rows, given_the_rest, processes, scored_rows, symbols
 from torch import Tensor, nn
 
+from ddiff import Backbone
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes
@@ -176,7 +177,7 @@ def test_evaluate_refuses_no_rows_and_no_draws() -> None:
 # ---------------------------------------------------------------------- with a network
 
 
-class Mean(nn.Module):
+class Mean(Backbone):
     """Backbone in which every valid position attends to all others."""
 
     width = 8

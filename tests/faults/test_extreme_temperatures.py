@@ -20,9 +20,9 @@ from ddiff import (
     TopK,
     TopP,
     TreeProcess,
-    guided,
+    guide_by_classifier,
+    guide_network,
     network_from_table,
-    steered,
 )
 from ddiff.core.numerics import apply_temperature
 from ddiff.plugin.loader import load_plugins
@@ -101,7 +101,7 @@ def guided_distribution(vocabulary: Any, weight: float) -> list[float]:
         torch.ones(1, 1).double(),
         torch.zeros(1, 1, dtype=torch.bool),
     )
-    query = guided(network, null, weight)(noisy)
+    query = guide_network(network, null, weight)(noisy)
     node = torch.tensor([vocabulary.root])
     return query(torch.tensor([0]), node, lambda prediction: prediction.log_mass(0).exp())[
         0
@@ -123,10 +123,10 @@ def test_guidance_follows_its_formula(weight: float) -> None:
 @pytest.mark.parametrize("weight", [math.inf, -math.inf, math.nan])
 def test_guidance_rejects_non_finite_weights(weight: float) -> None:
     network = network_from_table(lambda zt, t: P.log().expand(*zt.shape, 3), FlatVocabulary(3))
-    with pytest.raises(ArgumentError, match="guided: weight must be a finite number"):
-        guided(network, network, weight)
-    with pytest.raises(ArgumentError, match="steered: weight must be a finite number"):
-        steered(network, lambda noisy, rows: torch.zeros(len(rows), 3), weight)
+    with pytest.raises(ArgumentError, match="guide_network: weight must be a finite number"):
+        guide_network(network, network, weight)
+    with pytest.raises(ArgumentError, match="guide_by_classifier: weight must be a finite number"):
+        guide_by_classifier(network, lambda noisy, rows: torch.zeros(len(rows), 3), weight)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -136,8 +136,10 @@ def test_steered_rejects_non_finite_classifiers(value: float) -> None:
     noisy = Noisy(
         torch.full((1, 1), 3), torch.ones(1, 1).double(), torch.zeros(1, 1, dtype=torch.bool)
     )
-    query = steered(network, lambda noisy, rows: torch.full((len(rows), 3), value).double())(noisy)
-    with pytest.raises(ArgumentError, match=r"steered: .*Mend log_likelihood"):
+    query = guide_by_classifier(
+        network, lambda noisy, rows: torch.full((len(rows), 3), value).double()
+    )(noisy)
+    with pytest.raises(ArgumentError, match=r"guide_by_classifier: .*Fix log_likelihood"):
         query(torch.tensor([0]), torch.tensor([3]), lambda prediction: prediction.log_mass(0))
 
 
@@ -163,7 +165,7 @@ def test_samplers_accept_temperature_zero_and_near_it(name: str) -> None:
     for temperature in (0.0, 1e-320):
         sampler = component.build(component.Config(temperature=temperature), steps=3)
         try:
-            sampler.needs(process, "law")
+            sampler.check_supported(process, "distribution")
         except ArgumentError:
             pytest.skip("needs another process")
         drawn = generate(sampler, process, network, index=torch.arange(4), length=4, seed=0)

@@ -77,7 +77,7 @@ def evaluate_loss(
     return weight, divergence, clipped
 
 
-@pytest.mark.parametrize("predicts", ["law", "score"])
+@pytest.mark.parametrize("predicts", ["distribution", "score"])
 @pytest.mark.parametrize("chain", [masks, uniform])
 def test_implementations_of_one_chain_have_equal_losses(chain: object, predicts: str) -> None:
     """Tolerance: the dense process computes a matrix exponential."""
@@ -95,7 +95,7 @@ def test_clipping_keeps_the_loss_at_nearly_masked_text() -> None:
     mask = rows.select(rows.zt == 4)
     surprise = -mask.log_p.gather(-1, mask.x0.unsqueeze(-1)).squeeze(-1)
     for name in ("mdlm", "sedd"):
-        _, _, clipped = evaluate_loss(masks()[name], mask, "law", 10.0)
+        _, _, clipped = evaluate_loss(masks()[name], mask, "distribution", 10.0)
         torch.testing.assert_close(clipped, surprise / 0.99, rtol=1e-12, atol=1e-12)
 
 
@@ -112,6 +112,6 @@ def test_clipped_loss_is_at_most_the_density(process: ForwardProcess) -> None:
     the loss is the density, which is finite there. `smallest` above 0 would break this."""
     rows = ReachableRows(process, times((1e-9, 1e-6, 1e-3, 0.5, 1.0 - 1e-6)))
     density = process.density(rows.dist, *rows.args)
-    _, _, clipped = evaluate_loss(process, rows, "law", 10.0)
+    _, _, clipped = evaluate_loss(process, rows, "distribution", 10.0)
     assert bool(clipped.isfinite().all())
     assert bool((clipped <= density * (1.0 + 1e-6) + 1e-6).all())

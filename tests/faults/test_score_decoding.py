@@ -156,7 +156,7 @@ def test_samplers_are_equally_accurate_with_scores(sampler: Any, process: Forwar
             measure_sampler(
                 sampler(steps), process, JOINT, points=512, apart=True, predicts=predicts
             ).distance(JOINT)
-            for predicts in ("law", "score")
+            for predicts in ("distribution", "score")
         )
         assert of_score == pytest.approx(of_distribution, abs=1e-3)
 

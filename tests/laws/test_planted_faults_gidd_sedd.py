@@ -297,8 +297,8 @@ def test_only_scaled_ratios_give_the_density_of_the_distribution() -> None:
             return process.density(prediction, rows.x0[idx], rows.zt[idx], rows.t[idx])
 
         parameterization = Ratios(scaled)
-        question = parameterization.question(
-            fn, process, rows.zt, rows.t, parameterization.prepared(process, rows.zt, rows.t)
+        question = parameterization.wrap_callback(
+            fn, process, rows.zt, rows.t, parameterization.prepare(process, rows.zt, rows.t)
         )
         charged[scaled] = question(RatioDistribution(raw, VOCABULARY), torch.arange(len(rows.zt)))
     torch.testing.assert_close(charged[True], expected, rtol=1e-10, atol=1e-10)

@@ -179,5 +179,7 @@ def test_unconverted_full_conditional_breaks_evidence_law(monkeypatch: pytest.Mo
 
     given_all = Denoiser(MeanBackbone(), TokenHead(FlatVocabulary(3), 4), given="all")
     assert denoiser.evidence_is_dropped(given_all, process=ONE_LEVEL).passed
-    monkeypatch.setattr(engine.FullParameterization, "question", lambda self, fn, *rest: fn)
+    monkeypatch.setattr(
+        engine.FullConditionalParameterization, "question", lambda self, fn, *rest: fn
+    )
     assert not denoiser.evidence_is_dropped(given_all, process=ONE_LEVEL).passed

@@ -38,15 +38,15 @@ class Declares:
     def steps(self) -> int | None:
         return self.inner.steps
 
-    def needs(self, process: Any, predicts: str) -> None:
-        self.inner.needs(process, predicts)
+    def check_supported(self, process: Any, predicts: str) -> None:
+        self.inner.check_supported(process, predicts)
 
     def run(self, *arguments: Any) -> Iterator[Canvas]:
         yield from self.inner.run(*arguments)
 
 
 def declare(
-    build: Callable[[int], Any], quality: str, order: int, predicts: Any = "law"
+    build: Callable[[int], Any], quality: str, order: int, predicts: Any = "distribution"
 ) -> SamplerCase:
     return SamplerCase(lambda steps: Declares(build(steps), quality, order), MASKS, predicts)
 
@@ -93,13 +93,13 @@ class ForgetsGiven(Declares):
     def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
         for canvas in self.inner.run(process, network, canvas, rng_at):  # noqa: B020
             yield canvas
-        yield canvas.moved(torch.zeros_like(canvas.zt), canvas.t)
+        yield canvas.advance(torch.zeros_like(canvas.zt), canvas.t)
 
 
 class SharesRandomness(Declares):
     def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
         for canvas in self.inner.run(process, network, canvas, rng_at):  # noqa: B020
-            yield canvas.moved(canvas.zt.roll(1, 0), canvas.t)
+            yield canvas.advance(canvas.zt.roll(1, 0), canvas.t)
 
 
 def test_planted_faults_break_their_laws() -> None:
@@ -164,7 +164,7 @@ class Boasting:
         return sampler
 
 class Nowhere(AncestralSampler):
-    def needs(self, process, predicts):
+    def check_supported(self, process, predicts):
         raise ArgumentError("Nowhere: nothing suits it.")
 
 class Choosy:

@@ -7,6 +7,7 @@ import torch
 from dense_heads import TREES, asked_nodes, dense_law, make_head, word_below
 from torch import Tensor, nn
 
+from ddiff import Backbone
 from ddiff.core.clock import LogTimeClock
 from ddiff.core.prediction import CleanDistribution
 from ddiff.core.times import Noisy
@@ -19,7 +20,7 @@ VOCABULARY = TREES["two levels"]
 BATCH, LENGTH, WIDTH = 3, 4, 5
 
 
-class Trunk(nn.Module):
+class CountingBackbone(Backbone):
     """Hidden states that depend on ids, times and every weight; counts its runs."""
 
     width = WIDTH
@@ -37,7 +38,7 @@ class Trunk(nn.Module):
 @pytest.fixture
 def denoiser() -> Denoiser:
     torch.manual_seed(1)
-    return Denoiser(Trunk(), make_head("levelwise", VOCABULARY, WIDTH)).double()
+    return Denoiser(CountingBackbone(), make_head("levelwise", VOCABULARY, WIDTH)).double()
 
 
 def shown() -> Noisy:
@@ -55,7 +56,9 @@ def test_one_forward_trains_trunk_and_head(denoiser: Denoiser) -> None:
     word = word_below(VOCABULARY, node, torch.Generator().manual_seed(0))
     fn = lambda dist, idx: -dist.log_child(node[idx], word[idx])  # noqa: E731
     total, values = denoiser(noisy, UNPADDED, rows, node, fn)
-    dense = fn(dense_law(denoiser.head, denoiser.trunk(noisy, UNPADDED)[rows]), torch.arange(4))
+    dense = fn(
+        dense_law(denoiser.head, denoiser.hidden_states(noisy, UNPADDED)[rows]), torch.arange(4)
+    )
     torch.testing.assert_close(values, dense.detach(), rtol=1e-12, atol=1e-12)
     parameters = list(denoiser.parameters())
     for ours, expected in zip(
@@ -108,7 +111,7 @@ def test_only_sequences_that_are_asked_about_and_have_changed_are_run(denoiser: 
         assert network.runs.tolist()[0] == runs[0]
 
 
-class FullConditional(nn.Module):
+class FullConditional(Backbone):
     """Hidden states that are the exact log P(x | z), own evidence included, for given rest-laws [B,L,V]."""
 
     width = VOCABULARY.num_tokens
@@ -166,9 +169,9 @@ def test_attention_is_unmasked_unless_somebody_must_not_be_seen() -> None:
 
 def test_parts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ArgumentError, match="as wide as"):
-        Denoiser(Trunk(), TokenHead(VOCABULARY, WIDTH + 1))
-    with pytest.raises(ArgumentError, match="given"):
-        Denoiser(Trunk(), TokenHead(VOCABULARY, WIDTH), given="some")  # type: ignore[arg-type]
+        Denoiser(CountingBackbone(), TokenHead(VOCABULARY, WIDTH + 1))
+    with pytest.raises(ArgumentError, match="parameterization must be"):
+        Denoiser(CountingBackbone(), TokenHead(VOCABULARY, WIDTH), parameterization="some")  # type: ignore[arg-type]
 
 
 def test_law_protocol_is_what_visits_hand_out(denoiser: Denoiser) -> None:

@@ -283,7 +283,7 @@ def test_a_start_from_counts_is_the_unigram_law() -> None:
 
 
 def test_state_survives_a_round_trip(head: Head) -> None:
-    kind = getattr(head, "kind", "tokens")
+    kind = head.kind or "tokens"
     again = make_head(kind, head.vocabulary)
     again.load_state_dict(head.state_dict())
     hidden, _, word, _ = rows_of(head)

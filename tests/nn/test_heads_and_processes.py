@@ -22,7 +22,7 @@ from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes
 from ddiff.core.tree import TreeProcess
 from ddiff.data.batch import Batch
-from ddiff.nn.denoiser import Context, Denoiser
+from ddiff.nn.denoiser import Backbone, Context, Denoiser
 from ddiff.nn.heads import Head
 from ddiff.training.losses import ElboLoss
 from ddiff.training.objective import DiffusionObjective
@@ -95,15 +95,16 @@ def test_no_step_asks_its_device_anything(name: str, kind: str, no_answers: Any)
     assert head.table.grad is not None
 
 
-class Rows(nn.Embedding):
+class Rows(Backbone):
     """A backbone without attention: hidden states of ids alone."""
 
     def __init__(self, process: ForwardProcess, head: Head) -> None:
-        super().__init__(process.vocabulary.num_states, head.width, dtype=torch.float64)
+        super().__init__()
         self.width = head.width
+        self.table = nn.Embedding(process.vocabulary.num_states, head.width, dtype=torch.float64)
 
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
-        return super().forward(ids)
+        return self.table(ids)
 
 
 def drawn(process: ForwardProcess) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
+from ddiff import Backbone
 from ddiff.core.components import MixtureProcess, token_distribution
 from ddiff.core.rng import CounterRng
 from ddiff.core.schedule import LinearSchedule
@@ -27,7 +28,7 @@ from ddiff.data.batch import Batch
 from ddiff.errors import ArgumentError
 from ddiff.nn import attention
 from ddiff.nn import denoiser as asked
-from ddiff.nn.attention import KeyValues, Sight, attend
+from ddiff.nn.attention import AttentionLayout, KeyValueCache, attend
 from ddiff.nn.denoiser import UNPADDED, Context, Denoiser, Inputs, as_network
 from ddiff.nn.heads import TokenHead
 from ddiff.training.losses import ElboLoss
@@ -95,7 +96,7 @@ def words(seed: int) -> Tensor:
 
 
 def hidden(model: Denoiser, noisy: Noisy, context: Context = UNPADDED) -> Tensor:
-    return model.trunk(noisy, context).unflatten(0, (BATCH, -1)).detach()
+    return model.hidden_states(noisy, context).unflatten(0, (BATCH, -1)).detach()
 
 
 def dense(context: Context) -> Tensor:
@@ -177,7 +178,7 @@ def test_the_mask_is_that_of_block_diffusion() -> None:
     """Written out for two blocks of two, clean columns first (arXiv 2503.09573, figure 3)."""
     block = torch.tensor([[0, 0, 1, 1]])
     twice = Context(
-        sight=Sight(torch.arange(4).repeat(2), block.repeat(1, 2), torch.arange(8) >= 4)
+        layout=AttentionLayout(torch.arange(4).repeat(2), block.repeat(1, 2), torch.arange(8) >= 4)
     )
     rows = [
         "11......",
@@ -190,12 +191,14 @@ def test_the_mask_is_that_of_block_diffusion() -> None:
         "11....11",
     ]
     assert ["".join(".1"[int(x)] for x in row) for row in dense(twice)[0]] == rows
-    cache = KeyValues()
+    cache = KeyValueCache()
     cache.ids = torch.zeros(1, 2, dtype=torch.long)
-    beside = Context(sight=Sight(torch.arange(2), torch.tensor([[0, 1]])), cache=cache)
+    beside = Context(layout=AttentionLayout(torch.arange(2), torch.tensor([[0, 1]])), cache=cache)
     assert dense(beside)[0].tolist() == [[True, True, True, False], [True, True, True, True]]
     assert (
-        beside._replace(sight=Sight(torch.arange(2), torch.tensor([[4, 4]]))).attention_mask()
+        beside._replace(
+            layout=AttentionLayout(torch.arange(2), torch.tensor([[4, 4]]))
+        ).attention_mask()
         is None
     )
 
@@ -231,7 +234,7 @@ def test_a_document_starts_with_the_mask_wherever_it_stands(backbone: DiT) -> No
     packed = hidden(model, noisy, Context(document=DOCUMENTS))
     for row, first, last in ((1, 5, 10), (2, 3, 6), (2, 6, 10)):
         alone = Noisy(*(part[row : row + 1, first:last] for part in noisy[:3]))
-        own = model.trunk(alone, UNPADDED).detach()
+        own = model.hidden_states(alone, UNPADDED).detach()
         torch.testing.assert_close(packed[row, first:last], own, **CLOSE)
 
 
@@ -261,7 +264,7 @@ def test_cached_block_by_block_is_the_whole_pass(
 ) -> None:
     """Every block is asked twice with other noise, as a sampler does, and then settled."""
     model, context, block = denoiser(backbone, inputs), CONTEXTS[name], BLOCKS[blocks]
-    clean, cache, final = PROMPTS[prompt].clone(), KeyValues(), words(12)
+    clean, cache, final = PROMPTS[prompt].clone(), KeyValueCache(), words(12)
     for number in block.unique().tolist():
         own = block == number
         if bool(clean[:, own].all()):
@@ -269,13 +272,13 @@ def test_cached_block_by_block_is_the_whole_pass(
         for seed in (13, 14):
             rng = drawn(seed + 10 * number, clean)
             noisy = rng._replace(zt=torch.where(clean, final, rng.zt), block=block.unsqueeze(0))
-            got, columns = model.extend(noisy, context, cache)
+            got, columns = model.extend_cache(noisy, context, cache)
             assert torch.equal(columns, own.nonzero().squeeze(-1))
             torch.testing.assert_close(got, hidden(model, noisy, context)[:, own], **CLOSE)
         clean = clean | own
 
 
-class Counting(torch.nn.Module):
+class Counting(Backbone):
     """A backbone that notes how many columns it is run on."""
 
     caches = True
@@ -295,7 +298,7 @@ def test_settled_columns_are_run_once(backbone: DiT) -> None:
     counted = Counting(backbone)
     model, cache, clean = (
         Denoiser(counted, TokenHead(VOCABULARY, WIDTH)),
-        KeyValues(),
+        KeyValueCache(),
         PROMPTS["no prompt"].clone(),
     )
     for number in range(3):
@@ -305,14 +308,17 @@ def test_settled_columns_are_run_once(backbone: DiT) -> None:
             noisy = rng._replace(
                 zt=torch.where(clean, words(3), rng.zt), block=BLOCKS["fours"].unsqueeze(0)
             )
-            model.extend(noisy, UNPADDED, cache)
+            model.extend_cache(noisy, UNPADDED, cache)
         clean = clean | own
     assert counted.ran == [4, 4, 8, 4, 6, 2]
     counted.ran.clear()
-    model, cache = Denoiser(counted, TokenHead(VOCABULARY, WIDTH), inputs="previous"), KeyValues()
+    model, cache = (
+        Denoiser(counted, TokenHead(VOCABULARY, WIDTH), inputs="previous"),
+        KeyValueCache(),
+    )
     for position in range(4, LENGTH):
         clean = (torch.arange(LENGTH) < position).expand(BATCH, -1)
-        model.extend(
+        model.extend_cache(
             Noisy(words(4), (~clean).double(), clean, BLOCKS["singles"].unsqueeze(0)),
             UNPADDED,
             cache,
@@ -323,7 +329,7 @@ def test_settled_columns_are_run_once(backbone: DiT) -> None:
 @pytest.mark.parametrize("inputs", ["own", "previous"])
 def test_a_cache_forgets_what_no_longer_agrees(backbone: DiT, inputs: Inputs) -> None:
     """A settled word that changes, blocks drawn anew, another batch: the result is the whole pass's all the same."""
-    model, cache, final = denoiser(backbone, inputs), KeyValues(), words(15)
+    model, cache, final = denoiser(backbone, inputs), KeyValueCache(), words(15)
     changed = final.clone()
     changed[1, 2] = (changed[1, 2] + 1) % VOCABULARY.num_tokens
     for ids, blocks, stop in (
@@ -341,8 +347,8 @@ def test_a_cache_forgets_what_no_longer_agrees(backbone: DiT, inputs: Inputs) ->
         rng = drawn(16, clean if len(clean) == BATCH else None)
         zt = torch.where(clean, ids, rng.zt[: len(ids)])
         noisy = Noisy(zt, rng.t[: len(ids)].masked_fill(clean, 0.0), clean, block.unsqueeze(0))
-        got, columns = model.extend(noisy, UNPADDED, cache)
-        whole = model.trunk(noisy, UNPADDED).detach().unflatten(0, zt.shape)
+        got, columns = model.extend_cache(noisy, UNPADDED, cache)
+        whole = model.hidden_states(noisy, UNPADDED).detach().unflatten(0, zt.shape)
         torch.testing.assert_close(got, whole[:, columns], **CLOSE)
 
 
@@ -367,9 +373,9 @@ def test_what_a_cache_cannot_do_is_refused(backbone: DiT) -> None:
     blocks = torch.stack([BLOCKS["fours"], BLOCKS["fours"], BLOCKS["uneven"]])
     for wrong in (None, blocks, BLOCKS["fours"].flip(0).unsqueeze(0)):
         with pytest.raises(ArgumentError, match="block must number the blocks"):
-            model.extend(noisy._replace(block=wrong), UNPADDED, KeyValues())
-    plain = torch.nn.Identity()
-    plain.width = WIDTH  # type: ignore[assignment]
+            model.extend_cache(noisy._replace(block=wrong), UNPADDED, KeyValueCache())
+    plain = Backbone()
+    plain.width = WIDTH
     with pytest.raises(ArgumentError, match="caches = True"):
         as_network(Denoiser(plain, TokenHead(VOCABULARY, WIDTH)), cached=True)
 
@@ -390,10 +396,10 @@ OWN = torch.stack([BLOCKS[name] for name in ("fours", "singles", "uneven")])
 TWICE, HALF = torch.arange(LENGTH).repeat(2), torch.arange(2 * LENGTH) >= LENGTH
 SIGHTS = {
     "all": None,
-    "blocks": Sight(torch.arange(LENGTH), BLOCKS["fours"].unsqueeze(0)),
-    "own blocks": Sight(torch.arange(LENGTH), OWN),
-    "paired": Sight(TWICE, BLOCKS["fours"][TWICE].unsqueeze(0), HALF),
-    "own paired": Sight(TWICE, OWN[:, TWICE], HALF),
+    "blocks": AttentionLayout(torch.arange(LENGTH), BLOCKS["fours"].unsqueeze(0)),
+    "own blocks": AttentionLayout(torch.arange(LENGTH), OWN),
+    "paired": AttentionLayout(TWICE, BLOCKS["fours"][TWICE].unsqueeze(0), HALF),
+    "own paired": AttentionLayout(TWICE, OWN[:, TWICE], HALF),
 }
 
 
@@ -401,7 +407,7 @@ def contexts() -> Iterator[tuple[str, Context]]:
     """Padding, documents, blocks and paired blocks, with one another, where anything is hidden."""
     for sight_name, sight in SIGHTS.items():
         for name in ("alone", "packed", "padded", "both"):
-            context = CONTEXTS[name]._replace(sight=sight)
+            context = CONTEXTS[name]._replace(layout=sight)
             if sight is not None and sight.noisy is not None:
                 context = context.columns(TWICE, LENGTH)
             if (name, sight) != ("alone", None):
@@ -419,7 +425,7 @@ def test_flex_attention_sees_what_the_mask_shows(flex: None, name: str) -> None:
     mask = context.attention_mask()
     assert mask is not None
     size = mask.shape[-1]
-    seen = context.seen(torch.empty(0), WIDTH)
+    seen = context.kernel_mask(torch.empty(0), WIDTH)
     assert isinstance(seen, flex_attention.BlockMask)
     assert seen.shape == (*mask.shape[:2], size, size)
     assert torch.equal(
@@ -440,7 +446,7 @@ def test_flex_attention_sees_what_the_mask_shows(flex: None, name: str) -> None:
 
 
 def test_where_nothing_is_hidden_there_is_nothing_to_make(flex: None) -> None:
-    assert UNPADDED.seen(torch.empty(0), WIDTH) is None
+    assert UNPADDED.kernel_mask(torch.empty(0), WIDTH) is None
 
 
 @torch.no_grad()
@@ -464,7 +470,7 @@ def test_beside_a_cache_there_is_a_mask(backbone: DiT, flex: None) -> None:
         denoiser(backbone),
         drawn(22, PROMPTS["ragged"])._replace(block=BLOCKS["fours"].unsqueeze(0)),
     )
-    got, columns = model.extend(noisy, CONTEXTS["both"], KeyValues())
+    got, columns = model.extend_cache(noisy, CONTEXTS["both"], KeyValueCache())
     torch.testing.assert_close(got, hidden(model, noisy, CONTEXTS["both"])[:, columns], **CLOSE)
 
 
@@ -494,11 +500,11 @@ def test_the_kernels_have_the_values_and_gradients_of_the_mask(sight: str) -> No
             else shown.noisy[wide * len(shown.noisy) // length].to(device)
         )
         columns = wide * shown.block.shape[-1] // length
-        shown = Sight(wide.to(device), shown.block[:, columns].to(device), noisy)
+        shown = AttentionLayout(wide.to(device), shown.block[:, columns].to(device), noisy)
     context = Context(VALID[:, stretch].to(device), DOCUMENTS[:, stretch].to(device), sight=shown)
     parts = [torch.randn(BATCH, 2, length, 16, device=device, requires_grad=True) for _ in range(3)]
     values, gradients = [], []
-    for seen in (context.attention_mask(), context.seen(parts[0], 16)):
+    for seen in (context.attention_mask(), context.kernel_mask(parts[0], 16)):
         values.append(attend(*parts, seen))
         gradients.append(torch.stack(torch.autograd.grad(values[-1].square().sum(), parts)))
     assert isinstance(seen, flex_attention.BlockMask)

@@ -38,10 +38,10 @@ PROCESSES = {
 }
 SAMPLER_PARTS = (
     ddiff.ForwardBackward,
-    ddiff.Cap,
-    ddiff.Rescale,
-    ddiff.Confidence,
-    ddiff.Loop,
+    ddiff.CapRemasking,
+    ddiff.RescaleRemasking,
+    ddiff.ConfidenceRemasking,
+    ddiff.LoopRemasking,
 )
 """Small classes that a sampler is given; each is an idea as well."""
 

@@ -162,14 +162,14 @@ def test_left_to_right_cache_gives_identical_tokens(
 
 def test_left_to_right_ragged_prompts_sample_as_separate_rows() -> None:
     one = objective(FlatVocabulary(9))
-    given = torch.randint(9, (3, 12), generator=torch.Generator().manual_seed(0))
-    clamped = torch.arange(12) < torch.tensor([[2], [7], [5]])
-    clamped[2, 9] = True  # a given token further right is kept
+    prompt = torch.randint(9, (3, 12), generator=torch.Generator().manual_seed(0))
+    prompt_mask = torch.arange(12) < torch.tensor([[2], [7], [5]])
+    prompt_mask[2, 9] = True  # a given token further right is kept
     drawn, plain = (
-        sampled(one, 3, cached, given=given, clamped=clamped) for cached in (True, False)
+        sampled(one, 3, cached, prompt=prompt, prompt_mask=prompt_mask) for cached in (True, False)
     )
     assert torch.equal(drawn.ids, plain.ids)
-    assert torch.equal(drawn.ids[clamped], given[clamped])
+    assert torch.equal(drawn.ids[prompt_mask], prompt[prompt_mask])
     for row in range(3):
         sampler = LeftToRightSampler(one.vocabulary)
         alone = generate(
@@ -179,8 +179,8 @@ def test_left_to_right_ragged_prompts_sample_as_separate_rows() -> None:
             index=torch.tensor([row]),
             length=12,
             seed=5,
-            given=given[row : row + 1],
-            clamped=clamped[row : row + 1],
+            prompt=prompt[row : row + 1],
+            prompt_mask=prompt_mask[row : row + 1],
         )
         assert torch.equal(alone.ids[0], drawn.ids[row])
     assert drawn.runs.tolist() == [10] * 3, "a pass with a cache is over the whole batch"
@@ -210,7 +210,7 @@ def test_ar_refuses_parts_that_are_not_autoregressive() -> None:
         AutoregressiveObjective(Denoiser(backbone, TokenHead(bare, 8), inputs="previous"))
     process = ddiff.MixtureProcess(bare, ddiff.LinearSchedule(), torch.full((3,), 1 / 3))
     with pytest.raises(ArgumentError, match="trained without a process"):
-        LeftToRightSampler(TREE).needs(process, "law")
+        LeftToRightSampler(TREE).check_supported(process, "distribution")
 
 
 # ---------------------------------------------------------------------- recipes

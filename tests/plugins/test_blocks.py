@@ -55,7 +55,7 @@ def denoiser(process: ForwardProcess, time: bool) -> Denoiser:
 def drawn(process: ForwardProcess, cached: bool, time: bool, **settings: Any) -> Samples:
     config = Blockwise.Config(width=4, inner=settings.pop("inner", "ancestral"))
     sampler = Blockwise.build(config, steps=5)
-    assert getattr(sampler, "cached", False)
+    assert sampler.cached
     network = as_network(denoiser(process, time), process, cached=cached)
     return generate(
         sampler, process, network, index=torch.arange(6), length=LENGTH, seed=2, **settings
@@ -64,8 +64,8 @@ def drawn(process: ForwardProcess, cached: bool, time: bool, **settings: Any) ->
 
 def prompts() -> tuple[Tensor, Tensor]:
     """At least one token each: if all is masked all positions are alike, and rounding decides."""
-    given = torch.randint(7, (6, LENGTH), generator=torch.Generator().manual_seed(1))
-    return given, torch.arange(LENGTH) < torch.tensor([[1], [3], [4], [5], [9], [14]])
+    prompt = torch.randint(7, (6, LENGTH), generator=torch.Generator().manual_seed(1))
+    return prompt, torch.arange(LENGTH) < torch.tensor([[1], [3], [4], [5], [9], [14]])
 
 
 @pytest.mark.parametrize("time", [True, False], ids=["time", "no time"])
@@ -79,13 +79,15 @@ def test_blockwise_cache_gives_identical_tokens(name: str, time: bool) -> None:
 
 @pytest.mark.parametrize("inner", ["confidence", "first_hitting", "psi"])
 def test_blockwise_cache_is_exact_with_inner_samplers_and_prompts(inner: str) -> None:
-    given, clamped = prompts()
+    prompt, prompt_mask = prompts()
     cached, plain = (
-        drawn(PROCESSES["masked"], cache, False, inner=inner, given=given, clamped=clamped).ids
+        drawn(
+            PROCESSES["masked"], cache, False, inner=inner, prompt=prompt, prompt_mask=prompt_mask
+        ).ids
         for cache in (True, False)
     )
     assert torch.equal(cached, plain)
-    assert torch.equal(cached[clamped], given[clamped])
+    assert torch.equal(cached[prompt_mask], prompt[prompt_mask])
 
 
 def test_blockwise_earlier_blocks_do_not_attend_to_later_ones() -> None:

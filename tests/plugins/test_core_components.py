@@ -12,7 +12,7 @@ from ddiff_core.objectives import Block, Clip, Flat, Quenched, Slide, WindowConf
 from ddiff.core.times import FlatTimes, WindowTimes
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.sampling.grid import Grid, LoopGrid
-from ddiff.sampling.psi import Cap, Confidence, Loop, Rescale
+from ddiff.sampling.psi import CapRemasking, ConfidenceRemasking, LoopRemasking, RescaleRemasking
 from ddiff.sampling.shaping import MinP, Temperature, TopK, TopP
 
 TREE = HierarchicalVocabulary([[0, 1, 0]])
@@ -104,7 +104,12 @@ def test_sampler_is_built_from_its_settings(
 
 @pytest.mark.parametrize(
     ("setting", "rule"),
-    [("cap", Cap), ("rescale", Rescale), ("confidence", Confidence), ("loop", Loop)],
+    [
+        ("cap", CapRemasking),
+        ("rescale", RescaleRemasking),
+        ("confidence", ConfidenceRemasking),
+        ("loop", LoopRemasking),
+    ],
 )
 def test_remasking_uses_the_named_rule(setting: Any, rule: type) -> None:
     sampler = built(samplers.Remasking, setting=setting, eta=0.3)

@@ -20,17 +20,17 @@ import ddiff
 from ddiff import (
     AncestralSampler,
     ArgumentError,
-    Cap,
+    CapRemasking,
     FlatTimes,
     FlatVocabulary,
     ForwardProcess,
     HierarchicalVocabulary,
     Kernel,
     LogTimeClock,
-    Loop,
+    LoopRemasking,
     Noisy,
     PsiSampler,
-    Rescale,
+    RescaleRemasking,
     TimeRule,
     TreeKernel,
     TreeProcess,
@@ -366,9 +366,9 @@ PSI = {
     "ancestral": (PsiSampler(8, 1.0), 0.7, 0.4),
     "half": (PsiSampler(8, 0.5), 0.7, 0.4),
     "none": (PsiSampler(8, 0.0), 0.7, 0.4),
-    "cap": (PsiSampler(8, Cap(0.2)), 0.3, 0.2),
-    "rescale": (PsiSampler(8, Rescale(0.5)), 0.3, 0.2),
-    "loop": (PsiSampler(8, Loop(0.4)), 0.3, 0.3),
+    "cap": (PsiSampler(8, CapRemasking(0.2)), 0.3, 0.2),
+    "rescale": (PsiSampler(8, RescaleRemasking(0.5)), 0.3, 0.2),
+    "loop": (PsiSampler(8, LoopRemasking(0.4)), 0.3, 0.3),
 }
 # 2^15 Sobol points over all canvases: the distance was at most .0040 over seeds 0..9.
 EVEN = 0.006

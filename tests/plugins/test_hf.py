@@ -59,7 +59,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return str(directory)
 
 
-def trunk(path: str, **settings: Any) -> PretrainedBackbone:
+def build_backbone(path: str, **settings: Any) -> PretrainedBackbone:
     config = PretrainedBackbone.Config(path=path, **settings)
     return PretrainedBackbone.build(config, vocabulary=TREE, length=LENGTH).double().eval()
 
@@ -81,15 +81,15 @@ def moved_by(model: PretrainedBackbone, position: int, context: Context = UNPADD
 
 
 def test_hf_tokens_keep_embeddings_and_nodes_start_as_their_mean(path: str) -> None:
-    table = trunk(path).model.get_input_embeddings().weight
+    table = build_backbone(path).model.get_input_embeddings().weight
     theirs = load_model(path).get_input_embeddings().weight.double()
     assert table.shape == (TREE.num_states, WIDTH)
     assert torch.equal(table[:V], theirs[:V])
     # The table is float32 until `trunk` converts it.
     torch.testing.assert_close(table[V], theirs[[0, 3, 6, 9]].mean(0), rtol=0, atol=1e-6)
-    masked = trunk(path, mask_token=V + 1).model.get_input_embeddings().weight
+    masked = build_backbone(path, mask_token=V + 1).model.get_input_embeddings().weight
     assert torch.equal(masked[TREE.root], theirs[V + 1])
-    anew = trunk(path, pretrained=False).model.get_input_embeddings().weight
+    anew = build_backbone(path, pretrained=False).model.get_input_embeddings().weight
     assert not torch.equal(anew[:V], theirs[:V])
 
 
@@ -98,7 +98,11 @@ def test_hf_hidden_states_of_tokens_are_those_of_the_library(path: str) -> None:
     ids, t = inputs()
     ids = ids % V
     ids = torch.where(ids == 1, 2, ids)  # RoBERTa takes 1 for padding
-    model = trunk(path, bidirectional=False) if "bert" not in Path(path).name else trunk(path)
+    model = (
+        build_backbone(path, bidirectional=False)
+        if "bert" not in Path(path).name
+        else build_backbone(path)
+    )
     theirs = load_model(path).double().eval()
     torch.testing.assert_close(
         model(ids, t, UNPADDED), theirs(input_ids=ids).last_hidden_state, **CLOSE
@@ -106,15 +110,15 @@ def test_hf_hidden_states_of_tokens_are_those_of_the_library(path: str) -> None:
 
 
 def test_hf_attends_to_every_position_unless_causal(path: str) -> None:
-    model = trunk(path)
+    model = build_backbone(path)
     assert moved_by(model, LENGTH - 1).all()
     assert moved_by(model, 0).all()
-    causal = moved_by(trunk(path, bidirectional=False), 3)
+    causal = moved_by(build_backbone(path, bidirectional=False), 3)
     assert torch.equal(causal, (torch.arange(LENGTH) >= 3).expand(BATCH, -1))
 
 
 def test_hf_does_not_attend_to_padding_or_other_documents(path: str) -> None:
-    model = trunk(path)
+    model = build_backbone(path)
     valid = (torch.arange(LENGTH) < 6).expand(BATCH, -1)
     assert not moved_by(model, 7, Context(valid=valid))[:, :6].any()
     document = (torch.arange(LENGTH) >= 5).long().expand(BATCH, -1)
@@ -124,28 +128,28 @@ def test_hf_does_not_attend_to_padding_or_other_documents(path: str) -> None:
 @pytest.mark.parametrize("inputs_", ["own", "previous"])
 def test_hf_blocks_and_autoregression_match_separate_passes(path: str, inputs_: Any) -> None:
     """Each block gives the same as a separate pass of that block after its clean prefix."""
-    model = Denoiser(trunk(path), TokenHead(TREE, WIDTH).double(), inputs=inputs_)
+    model = Denoiser(build_backbone(path), TokenHead(TREE, WIDTH).double(), inputs=inputs_)
     (zt, t), memory = inputs(2), inputs(3)[0] % V
     block = torch.arange(LENGTH) // 3
     noisy = Noisy(zt, t, torch.zeros_like(zt, dtype=torch.bool), block.unsqueeze(0), memory)
-    together = model.trunk(noisy, UNPADDED).detach().unflatten(0, zt.shape)
+    together = model.hidden_states(noisy, UNPADDED).detach().unflatten(0, zt.shape)
     if inputs_ == "previous":
         shifted = torch.cat([torch.full_like(memory[:, :1], TREE.root), memory[:, :-1]], 1)
-        causal = trunk(path, bidirectional=False)(shifted, t, UNPADDED)
+        causal = build_backbone(path, bidirectional=False)(shifted, t, UNPADDED)
         torch.testing.assert_close(together, causal, **CLOSE)
         return
     for number in range(3):
         own, stop = block == number, int((block <= number).sum())
         shown = noisy._replace(zt=torch.where(own, zt, memory), memory=None)
         prefix: Any = [part[:, :stop] for part in shown[:4]]  # type: ignore[index]
-        alone = model.trunk(Noisy(*prefix), UNPADDED)
+        alone = model.hidden_states(Noisy(*prefix), UNPADDED)
         torch.testing.assert_close(
             together[:, own], alone.detach().unflatten(0, (BATCH, -1))[:, own[:stop]], **CLOSE
         )
 
 
 def test_hf_weights_get_gradients_and_tables_go_to_adamw(path: str) -> None:
-    model = trunk(path)
+    model = build_backbone(path)
     ids, t = inputs()
     model(ids, t, UNPADDED).square().sum().backward()
     used = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -165,9 +169,11 @@ def test_hf_refuses_models_and_inputs_that_do_not_fit(tmp_path: Path, path: str)
     with pytest.raises(ArgumentError, match="positions; got rows of 64"):
         PretrainedBackbone.build(config, vocabulary=TREE, length=64)
     with pytest.raises(ArgumentError, match="mask_token must be one of"):
-        trunk(path, mask_token=99)
+        build_backbone(path, mask_token=99)
     with pytest.raises(ArgumentError, match=r"takes no conditions; got \['author'\]"):
-        trunk(path)(*inputs(), Context(conditions={"author": torch.zeros(BATCH, dtype=torch.long)}))
+        build_backbone(path)(
+            *inputs(), Context(conditions={"author": torch.zeros(BATCH, dtype=torch.long)})
+        )
     with pytest.raises(DataError, match="That directory holds no model that can be read"):
         load_model(str(tmp_path))
     both = tmp_path / "t5"

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddiff import (
     ArgumentError,
+    Backbone,
     Batch,
     ComponentProcess,
     Context,
@@ -448,7 +449,7 @@ def test_published_epsilon_selects_visible_tokens_with_weight(
 # ---------------------------------------------------------------------- training
 
 
-class Unigram(torch.nn.Module):
+class Unigram(Backbone):
     """Backbone whose output depends only on the state of the position."""
 
     width = 8
@@ -472,7 +473,7 @@ def trained_on(
     """The objective's terms on a batch of 64 x 8 uniform tokens, and the denoiser with
     gradients."""
     denoiser = Denoiser(
-        Unigram(), TokenHead(process.vocabulary, Unigram.width), given=given
+        Unigram(), TokenHead(process.vocabulary, Unigram.width), parameterization=given
     ).double()
     with torch.no_grad():
         for parameter in denoiser.head.parameters():

@@ -19,6 +19,7 @@ import ddiff
 from ddiff import (
     AncestralSampler,
     ArgumentError,
+    Backbone,
     Batch,
     ComponentProcess,
     Context,
@@ -171,12 +172,12 @@ def test_sedd_uniform_density_is_that_of_udlm_and_duo(noise: str) -> None:
 def read(head: ScoreHead, process: ForwardProcess, raw: Tensor, zt: Tensor, t: Tensor) -> Score:
     """The score that the head's parameterization gives for raw log-ratios [r,S]."""
     taken: list[Score] = []
-    question = head.reading.question(
+    question = head.parameterization.wrap_callback(
         lambda prediction, idx: taken.append(prediction),
         process,
         zt,
         t,
-        head.reading.prepared(process, zt, t),
+        head.parameterization.prepare(process, zt, t),
     )
     question(RatioDistribution(raw, process.vocabulary), torch.arange(len(zt)))
     return taken[0]
@@ -429,7 +430,7 @@ def test_ancestral_sampler_refuses_a_score() -> None:
         )
 
 
-class Constant(torch.nn.Module):
+class Constant(Backbone):
     width = 4
 
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
@@ -495,5 +496,5 @@ def test_denoiser_refuses_given_with_a_score_head() -> None:
     head = ScoreHead(FlatVocabulary(3), 8, scaled=True)
     backbone = torch.nn.Linear(1, 1)
     backbone.width = 8  # type: ignore[assignment]
-    with pytest.raises(ArgumentError, match='given="all" is about a law'):
-        Denoiser(backbone, head, given="all")
+    with pytest.raises(ArgumentError, match='parameterization="all" applies to a distribution'):
+        Denoiser(backbone, head, parameterization="all")

@@ -244,12 +244,12 @@ def test_score_log_ratio_is_zero_at_the_current_state() -> None:
         ScoreEntropyDiffusion.Config(), vocabulary=FlatVocabulary(3)
     )
     zt, t = torch.tensor([3, 1]), times((0.5, 0.5))
-    reading = Ratios(True)
+    parameterization = Ratios(True)
     raw = RatioDistribution(
         torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]]).double(), process.vocabulary
     )
-    network = reading.question(
-        lambda score, idx: score.log_ratio, process, zt, t, reading.prepared(process, zt, t)
+    network = parameterization.wrap_callback(
+        lambda score, idx: score.log_ratio, process, zt, t, parameterization.prepare(process, zt, t)
     )
     ratio = network(raw, torch.arange(2))
     assert ratio.gather(-1, zt.unsqueeze(-1)).tolist() == [[0.0], [0.0]]

@@ -13,7 +13,13 @@ from ddiff.sampling.grid import Grid, LoopGrid
 from ddiff.sampling.loop import Sampler
 from ddiff.sampling.one_level import OneLevelSampler
 from ddiff.sampling.predictor_corrector import ForwardBackward, PredictorCorrectorSampler
-from ddiff.sampling.psi import Cap, Confidence, Loop, PsiSampler, Rescale
+from ddiff.sampling.psi import (
+    CapRemasking,
+    ConfidenceRemasking,
+    LoopRemasking,
+    PsiSampler,
+    RescaleRemasking,
+)
 from ddiff.sampling.self_correction import SelfCorrectingSampler
 from ddiff.sampling.shaping import ShapedSampler, Temperature, TopP
 from ddiff.sampling.tau_leaping import TauLeapingSampler
@@ -41,10 +47,10 @@ SAMPLERS: dict[str, tuple[Callable[[int], Sampler], set[str]]] = {
     "margin": (lambda n: UnmaskingSampler(n, "margin"), NOT_MONOTONE),
     "entropy": (lambda n: EntropyBoundSampler(0.5), NOT_MONOTONE),
     "psi": (lambda n: PsiSampler(n, 0.5), set()),
-    "cap": (lambda n: PsiSampler(n, Cap(0.3)), set()),
-    "rescale": (lambda n: PsiSampler(n, Rescale(0.3)), set()),
-    "remdm confidence": (lambda n: PsiSampler(n, Confidence()), set()),
-    "loop": (lambda n: PsiSampler(LoopGrid(2 * n), Loop(0.1)), set()),
+    "cap": (lambda n: PsiSampler(n, CapRemasking(0.3)), set()),
+    "rescale": (lambda n: PsiSampler(n, RescaleRemasking(0.3)), set()),
+    "remdm confidence": (lambda n: PsiSampler(n, ConfidenceRemasking()), set()),
+    "loop": (lambda n: PsiSampler(LoopGrid(2 * n), LoopRemasking(0.1)), set()),
     "acs": (AdaptiveCorrectionSampler, SILENT_WORDS),
     "self_correction": (
         lambda n: SelfCorrectingSampler(AncestralSampler(n), rounds=4),

@@ -75,7 +75,7 @@ def test_along_flat_times_equals_the_inner_sampler_on_information_time(name: str
 
 def test_given_words_stay_and_what_waits_is_at_the_prior() -> None:
     process, seen = processes()["masked"], []
-    given, clamped = (
+    prompt, prompt_mask = (
         torch.tensor([[2, 0, 1, 0]] * 6),
         torch.tensor([[False, True, False, False]] * 6),
     )
@@ -84,7 +84,7 @@ def test_given_words_stay_and_what_waits_is_at_the_prior() -> None:
         seen.append(canvas)
         waits = canvas.t == 1.0
         assert bool((canvas.zt[waits] == process.vocabulary.root).all())
-        assert torch.equal(canvas.zt[:, 1], given[:, 1])
+        assert torch.equal(canvas.zt[:, 1], prompt[:, 1])
         assert bool((canvas.zt[canvas.clean] < 3).all())
 
     def uniform_law(zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -98,8 +98,8 @@ def test_given_words_stay_and_what_waits_is_at_the_prior() -> None:
         index=torch.arange(6),
         length=4,
         seed=1,
-        given=given,
-        clamped=clamped,
+        prompt=prompt,
+        prompt_mask=prompt_mask,
         on_step=look,
     )
     assert len(seen) == sampler.steps

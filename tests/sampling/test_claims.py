@@ -17,7 +17,7 @@ from ddiff import (
     HierarchicalVocabulary,
     MixtureProcess,
     TreeProcess,
-    guided,
+    guide_network,
 )
 from ddiff.core.clock import CdfClock, LogTimeClock
 from ddiff.core.components import token_distribution
@@ -103,11 +103,11 @@ def test_scores_fall_as_distributions_do(process: str, sampler: str) -> None:
 @pytest.mark.parametrize(
     ("process", "label", "predicts", "steps"),
     [
-        ("mdlm", "ancestral", "law", 2),
+        ("mdlm", "ancestral", "distribution", 2),
         ("mdlm", "analytic", "score", 4),
         ("sedd uniform", "tau_leaping", "score", 4),
         ("hybrid_gamma", "analytic", "score", 2),
-        ("hybrid_epsilon", "tau_leaping", "law", 2),
+        ("hybrid_epsilon", "tau_leaping", "distribution", 2),
         ("dense", "analytic", "score", 2),
     ],
 )
@@ -127,7 +127,7 @@ def test_numbers_of_the_page_are_computed(
     )
     computed = float(line.split("|")[3].partition("<")[0])
     place = (1, 2, 4, 8, 16, 32, 64).index(steps)
-    _, distances = TABLES[process][label if predicts == "law" else f"{label}, score"]
+    _, distances = TABLES[process][label if predicts == "distribution" else f"{label}, score"]
     assert computed == pytest.approx(distances[place], abs=3e-3)
 
 
@@ -135,7 +135,7 @@ def test_readme_lists_every_sampler_under_what_it_declares() -> None:
     lines = README[README.index("**Samplers**") :].splitlines()
     group = ""
     listed: dict[str, str] = {}
-    for line in lines[lines.index("| | `kind` | |") + 2 :]:
+    for line in lines[lines.index("| accuracy | `kind` | method |") + 2 :]:
         if not line.startswith("|"):
             break
         kind, names, _ = [cell.strip() for cell in line.strip("|").split("|", 2)]
@@ -155,7 +155,7 @@ def test_readme_lists_every_sampler_under_what_it_declares() -> None:
             f"order {sampler.order}" if sampler.quality == "of an order" else sampler.quality
         )
     for name, said in listed.items():
-        if said != "as what they hold":
+        if said != "as their inner sampler":
             assert said.startswith(declared[name]), name
     assert {"first_hitting", "trapezoidal", "ancestral", "psi"} <= set(listed)
 
@@ -188,7 +188,7 @@ def _guided(
         network_from_noisy(lambda noisy, log_p=log_p: log_p.expand(1, 1, 3), process.vocabulary)
         for log_p in (told, untold)
     ]
-    network = guided(asks[0], asks[1], weight)
+    network = guide_network(asks[0], asks[1], weight)
     now = torch.full((1, 1), t, dtype=torch.float64)
     noisy = Noisy(zt.reshape(1, 1), now, torch.zeros(1, 1, dtype=torch.bool))
     query = network(noisy)

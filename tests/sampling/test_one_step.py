@@ -29,12 +29,18 @@ from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.grid import LoopGrid
 from ddiff.sampling.grid_sampler import GridSampler
 from ddiff.sampling.hyperschedule import HyperscheduleSampler
-from ddiff.sampling.loop import Canvas, generate
+from ddiff.sampling.loop import Canvas, Sampler, generate
 from ddiff.sampling.one_level import OneLevelSampler
 from ddiff.sampling.predictor_corrector import ForwardBackward, PredictorCorrectorSampler
-from ddiff.sampling.psi import Cap, Confidence, Loop, PsiSampler, Rescale
-from ddiff.sampling.self_correction import SelfCorrectingSampler, _Patience, proposals
-from ddiff.sampling.tau_leaping import TauLeapingSampler, leap
+from ddiff.sampling.psi import (
+    CapRemasking,
+    ConfidenceRemasking,
+    LoopRemasking,
+    PsiSampler,
+    RescaleRemasking,
+)
+from ddiff.sampling.self_correction import SelfCorrectingSampler, _Patience, propose_changes
+from ddiff.sampling.tau_leaping import TauLeapingSampler, tau_leap
 from ddiff.sampling.trapezoidal import TrapezoidalSampler
 from ddiff.sampling.unmasking import EntropyBoundSampler, UnmaskingSampler
 from ddiff.testing.bound_terms import SobolRng
@@ -96,7 +102,7 @@ def test_leap_leaves_with_one_minus_exp_of_rate_times_span() -> None:
     rates = torch.tensor([[0.0, 1.5, 0.5]], dtype=torch.float64).expand(POINTS, -1)
     zt = torch.zeros(POINTS, dtype=torch.long)
     u = covering(2).uniform("leap")
-    after = leap(rates, zt, torch.full((POINTS,), 0.4, dtype=torch.float64), u)
+    after = tau_leap(rates, zt, torch.full((POINTS,), 0.4, dtype=torch.float64), u)
     gone = 1.0 - math.exp(-2.0 * 0.4)
     assert shares(after, 3) == near([1.0 - gone, 0.75 * gone, 0.25 * gone])
 
@@ -156,15 +162,15 @@ def test_psi_is_kappa_of_the_posterior_and_the_rest_drawn_again() -> None:
 @pytest.mark.parametrize(
     ("rule", "t", "s", "sigma"),
     [
-        (Cap(0.2), 0.45, 0.3, 0.2),
-        (Cap(0.9), 0.45, 0.3, 0.3),  # at most 1 - alpha_s, whatever sigma_max = .545 says
-        (Cap(0.2), 0.5, 0.05, 0.05),
-        (Rescale(0.4), 0.45, 0.3, 0.4 * 0.3 / 0.55),
-        (Rescale(0.5), 0.3, 0.1, 0.5 * 0.1 / 0.7),
-        (Rescale(0.3), 0.9, 0.6, 0.3),  # sigma_max = min(1, .6/.1)
-        (Rescale(0.0), 0.5, 0.3, 0.0),
-        (Loop(0.15), 0.4, 0.4, 0.15),
-        (Loop(0.15), 0.4, 0.3, 0.0),
+        (CapRemasking(0.2), 0.45, 0.3, 0.2),
+        (CapRemasking(0.9), 0.45, 0.3, 0.3),  # at most 1 - alpha_s, whatever sigma_max = .545 says
+        (CapRemasking(0.2), 0.5, 0.05, 0.05),
+        (RescaleRemasking(0.4), 0.45, 0.3, 0.4 * 0.3 / 0.55),
+        (RescaleRemasking(0.5), 0.3, 0.1, 0.5 * 0.1 / 0.7),
+        (RescaleRemasking(0.3), 0.9, 0.6, 0.3),  # sigma_max = min(1, .6/.1)
+        (RescaleRemasking(0.0), 0.5, 0.3, 0.0),
+        (LoopRemasking(0.15), 0.4, 0.4, 0.15),
+        (LoopRemasking(0.15), 0.4, 0.3, 0.0),
     ],
     ids=lambda value: type(value).__name__ if callable(value) else str(value),
 )
@@ -182,8 +188,10 @@ def test_confidence_remasks_tokens_that_were_drawn_with_low_probability() -> Non
     sureness[3] = torch.inf  # given, or there from the start
     canvas = canvas_of((0, 1, 0, 1, MASK), t)
     note = torch.cat([sureness, torch.tensor([-0.2]).double()]).expand(POINTS, -1)
-    canvas = replace(canvas, notes={"sureness": note})
-    after = moved(PsiSampler(4, Confidence(eta)), MASKED, predicting(MASKED, P), canvas, s).zt
+    canvas = replace(canvas, extras={"sureness": note})
+    after = moved(
+        PsiSampler(4, ConfidenceRemasking(eta)), MASKED, predicting(MASKED, P), canvas, s
+    ).zt
     weights = [math.exp(-p) for p in (0.9, 0.1, 0.5)]
     expected = [eta * 0.3 / 0.55 * weight / sum(weights) for weight in weights]
     assert (after[:, :4] == MASK).double().mean(0).tolist() == near([*expected, 0.0])
@@ -191,8 +199,10 @@ def test_confidence_remasks_tokens_that_were_drawn_with_low_probability() -> Non
 
 def test_psi_notes_how_probable_new_tokens_were() -> None:
     canvas = canvas_of((MASK, 1), 0.8, POINTS)
-    after = moved(PsiSampler(4, Confidence(0.0)), MASKED, predicting(MASKED, P), canvas, 0.2)
-    first, second = after.notes["sureness"].unbind(-1)
+    after = moved(
+        PsiSampler(4, ConfidenceRemasking(0.0)), MASKED, predicting(MASKED, P), canvas, 0.2
+    )
+    first, second = after.extras["sureness"].unbind(-1)
     revealed = after.zt[:, 0] != MASK
     log_p = torch.tensor(P, dtype=torch.float64).log()
     torch.testing.assert_close(first[revealed], log_p[after.zt[:, 0][revealed]], rtol=0, atol=1e-12)
@@ -243,8 +253,8 @@ def test_corrected_sampler_gives_the_corrector_the_span_of_the_step() -> None:
     spans: list[float] = []
     channels: list[str] = []
 
-    class Watching:
-        def needs(self, process: Any, predicts: Any) -> None: ...
+    class RecordSpans:
+        def check_supported(self, process: Any, predicts: Any) -> None: ...
 
         def correct(
             self, process: Any, network: Any, canvas: Canvas, span: Tensor, rng: Any, channel: str
@@ -254,7 +264,7 @@ def test_corrected_sampler_gives_the_corrector_the_span_of_the_step() -> None:
             channels.append(channel)
             return canvas
 
-    sampler = PredictorCorrectorSampler(AncestralSampler(4), Watching(), rounds=2)
+    sampler = PredictorCorrectorSampler(AncestralSampler(4), RecordSpans(), rounds=2)  # type: ignore[arg-type]
     moved(sampler, MASKED, predicting(MASKED, P), canvas_of((MASK,), 0.8, POINTS), 0.3)
     assert spans == pytest.approx([0.5, 0.5])
     assert len(set(channels)) == 2, "each round draws for itself"
@@ -268,7 +278,7 @@ def test_self_correction_proposes_with_own_evidence_at_its_temperature() -> None
     at, temperature, state = 0.4, 0.7, 2
     canvas = canvas_of((state,), at)
     going = torch.ones(POINTS, dtype=torch.bool)
-    drawn, score, right = proposals(
+    drawn, score, right = propose_changes(
         UNIFORM, predicting(UNIFORM, P), canvas, going, covering(1), temperature
     )
     log_q = UNIFORM.log_likelihood(torch.tensor([state]), torch.tensor([at], dtype=torch.float64))[
@@ -304,15 +314,11 @@ def test_self_correction_tells_its_time_and_keeps_the_likeliest_changes() -> Non
         shown.append(noisy)
         return log_p.expand(len(noisy.zt), -1, -1)
 
-    class Overrides:
-        quality, order, steps = "exact", 0, 1
-
-        def needs(self, process: Any, predicts: Any) -> None: ...
-
+    class OneCanvas(Sampler):
         def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
-            yield canvas.moved(torch.tensor([[2, 0, 1]]), torch.zeros_like(canvas.t))
+            yield canvas.advance(torch.tensor([[2, 0, 1]]), torch.zeros_like(canvas.t))
 
-    sampler = SelfCorrectingSampler(Overrides(), rounds=1, commit=2, temperature=0.5, at=0.9)  # type: ignore[arg-type]
+    sampler = SelfCorrectingSampler(OneCanvas(), rounds=1, commit=2, temperature=0.5, at=0.9)  # type: ignore[arg-type]
     rng: Callable[[int], Any] = lambda k: SobolRng(torch.zeros(1, dtype=torch.long), 64, 3)  # noqa: E731
     *_, last = sampler.run(
         UNIFORM, network_from_noisy(network, BARE), canvas_of((0, 0, 0), 1.0, 1), rng
@@ -409,19 +415,15 @@ def test_generate_draws_from_the_noise_of_its_seed_purpose_and_step() -> None:
     """Samples are no replay of the training noise of the same seed, and another seed draws others."""
     seen: list[tuple[int, int, str, list[int], int]] = []
 
-    class Watching:
-        quality, order, steps = "heuristic", 0, 2
-
-        def needs(self, process: Any, predicts: Any) -> None: ...
-
+    class RecordRng(Sampler):
         def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
             for step in (0, 7):
                 rng = rng_at(step)
                 seen.append((rng.seed, rng.step, rng.purpose, rng.index.tolist(), rng.length))
-            yield canvas.moved(torch.zeros_like(canvas.zt), torch.zeros_like(canvas.t))
+            yield canvas.advance(torch.zeros_like(canvas.zt), torch.zeros_like(canvas.t))
 
     index = torch.tensor([4, 9])
-    generate(Watching(), MASKED, predicting(MASKED, P), index=index, length=3, seed=5)  # type: ignore[arg-type]
+    generate(RecordRng(), MASKED, predicting(MASKED, P), index=index, length=3, seed=5)
     assert seen == [(5, 0, "sample", [4, 9], 3), (5, 7, "sample", [4, 9], 3)]
     drawn = [
         generate(
@@ -446,11 +448,11 @@ def test_given_tokens_are_shown_at_time_zero_wherever_the_window_is(shape: Any) 
         return torch.tensor(P, dtype=torch.float64).log().expand(*noisy.zt.shape, -1)
 
     sampler = HyperscheduleSampler(AncestralSampler(6), WindowTimes(2, shape, paired=False))
-    given, clamped = (
+    prompt, prompt_mask = (
         torch.tensor([[1, 2, 0, 1, 2]]),
         torch.tensor([[False, True, False, True, False]]),
     )
-    settings: dict[str, Any] = {"given": given, "clamped": clamped}
+    settings: dict[str, Any] = {"prompt": prompt, "prompt_mask": prompt_mask}
     generate(
         sampler,
         MASKED,
@@ -463,23 +465,23 @@ def test_given_tokens_are_shown_at_time_zero_wherever_the_window_is(shape: Any) 
     assert len(shown) >= 3
     for noisy in shown:
         assert bool((noisy.t[noisy.clean] == 0.0).all())
-        assert bool(noisy.clean[clamped].all())
-        assert bool((noisy.zt == given)[clamped].all())
+        assert bool(noisy.clean[prompt_mask].all())
+        assert bool((noisy.zt == prompt)[prompt_mask].all())
 
 
 def test_only_free_positions_move_in_time() -> None:
     canvas = canvas_of((MASK, MASK), 0.9, 1)
     canvas = replace(canvas, free=torch.tensor([[True, False]]))
-    moved_on = canvas.moved(canvas.zt, torch.full_like(canvas.t, 0.4))
+    moved_on = canvas.advance(canvas.zt, torch.full_like(canvas.t, 0.4))
     assert moved_on.t.tolist() == [[0.4, 0.9]]
 
 
 def test_given_tokens_are_at_time_zero_on_every_canvas() -> None:
-    given, clamped = torch.tensor([[1, 2, 0]]), torch.tensor([[False, True, False]])
+    prompt, prompt_mask = torch.tensor([[1, 2, 0]]), torch.tensor([[False, True, False]])
     times: list[Tensor] = []
     settings: dict[str, Any] = {
-        "given": given,
-        "clamped": clamped,
+        "prompt": prompt,
+        "prompt_mask": prompt_mask,
         "on_step": lambda k, canvas: times.append(canvas.t),
     }
     network = predicting(MASKED, P)
@@ -514,10 +516,15 @@ def test_last_draw_corrects_tokens_that_no_noise_enters_but_that_were_corrupted_
 
 
 def test_kappa_is_a_probability_at_both_ends_of_time() -> None:
-    for rule in (Cap(1.0), Rescale(1.0), Confidence(1.0), Loop(1.0)):
+    for rule in (
+        CapRemasking(1.0),
+        RescaleRemasking(1.0),
+        ConfidenceRemasking(1.0),
+        LoopRemasking(1.0),
+    ):
         for t, s in ((1.0, 0.99), (0.5, 0.5), (0.01, 0.001), (1e-9, 0.0)):
             canvas = replace(
-                canvas_of((0, MASK), t, 1), notes={"sureness": torch.full((1, 2), -1.0).double()}
+                canvas_of((0, MASK), t, 1), extras={"sureness": torch.full((1, 2), -1.0).double()}
             )
             kappa = rule(MASKED, canvas, torch.full_like(canvas.t, s))
             assert bool(((kappa >= 0.0) & (kappa <= 1.0)).all()), (rule, t, s)
@@ -529,11 +536,11 @@ def test_confidence_shares_remasking_among_free_positions_only() -> None:
     canvas = replace(
         canvas,
         free=torch.tensor([[True, False]]),
-        notes={"sureness": torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()},
+        extras={"sureness": torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()},
     )
     s = torch.full_like(canvas.t, 0.3)
     largest = torch.full_like(s, 0.5)
-    assert Confidence(1.0).sigma(MASKED, canvas, s, largest).tolist() == [[0.5, 0.0]]
+    assert ConfidenceRemasking(1.0).sigma(MASKED, canvas, s, largest).tolist() == [[0.5, 0.0]]
 
 
 def test_unmasking_counts_descents_of_all_levels() -> None:

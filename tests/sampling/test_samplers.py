@@ -12,6 +12,7 @@ from joint import JOINT, EarlyNoise, exact_ask, processes
 
 from ddiff.core.components import MixtureProcess
 from ddiff.core.elbo import network_from_noisy, network_from_table
+from ddiff.core.network import count_evaluations
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes, WindowTimes
@@ -23,17 +24,17 @@ from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.blockwise import BlockwiseSampler
 from ddiff.sampling.first_hitting import FirstHittingSampler
 from ddiff.sampling.grid import Grid, LoopGrid
-from ddiff.sampling.grid_sampler import kept
+from ddiff.sampling.grid_sampler import compute_alpha
 from ddiff.sampling.hyperschedule import HyperscheduleSampler
-from ddiff.sampling.loop import Canvas, Sampler, Samples, generate, looks_ahead
+from ddiff.sampling.loop import Canvas, Sampler, Samples, generate
 from ddiff.sampling.one_level import OneLevelSampler
 from ddiff.sampling.predictor_corrector import ForwardBackward, PredictorCorrectorSampler
-from ddiff.sampling.psi import Cap, PsiSampler
+from ddiff.sampling.psi import CapRemasking, PsiSampler
 from ddiff.sampling.self_correction import SelfCorrectingSampler
 from ddiff.sampling.shaping import ShapedSampler, Temperature
 from ddiff.sampling.tau_leaping import TauLeapingSampler
 from ddiff.sampling.trapezoidal import TrapezoidalSampler
-from ddiff.sampling.unmasking import EntropyBoundSampler, UnmaskingSampler, surest_first
+from ddiff.sampling.unmasking import EntropyBoundSampler, UnmaskingSampler, rank_by_confidence
 from ddiff.testing.sampler_distribution import ExactNetwork, FastRng, measure_sampler
 
 PROCESSES = processes()
@@ -54,13 +55,13 @@ def test_given_words_stay_bit_for_bit_and_all_others_end_as_words(
     sampler: str, process: str
 ) -> None:
     """Ragged: each row has its own words given, one row has none and one has all."""
-    given = torch.tensor([[1, 0], [2, 2], [0, 1], [1, 1]])
-    clamped = torch.tensor([[True, False], [False, True], [False, False], [True, True]])
+    prompt = torch.tensor([[1, 0], [2, 2], [0, 1], [1, 1]])
+    prompt_mask = torch.tensor([[True, False], [False, True], [False, False], [True, True]])
     states: list[torch.Tensor] = []
     keep = lambda step, canvas: states.append(canvas.zt)  # noqa: E731
-    settings: dict[str, Any] = {"given": given, "clamped": clamped, "on_step": keep}
+    settings: dict[str, Any] = {"prompt": prompt, "prompt_mask": prompt_mask, "on_step": keep}
     drawn = draw(SAMPLERS[sampler][0](4), PROCESSES[process], [0, 1, 2, 3], **settings)
-    assert all(bool((zt == given)[clamped].all()) for zt in [*states, drawn.ids])
+    assert all(bool((zt == prompt)[prompt_mask].all()) for zt in [*states, drawn.ids])
     assert bool((drawn.ids < 3).all())
     assert drawn.runs[3] == 0, "nothing is free in the last row"
 
@@ -97,8 +98,8 @@ def test_positions_that_are_equally_sure_but_for_rounding_are_ranked_the_same() 
     jitter = 1e-7 * torch.randn(
         sureness.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
-    order = surest_first(sureness, rng)
-    assert torch.equal(order, surest_first(sureness + jitter, rng))
+    order = rank_by_confidence(sureness, rng)
+    assert torch.equal(order, rank_by_confidence(sureness + jitter, rng))
     assert bool((order[:, :10] % 7 == 0).all()), "the surest stand first"
     assert not torch.equal(order[0], order[1]), (
         "equal ones are not taken from left to right in every row"
@@ -121,11 +122,13 @@ def test_a_score_is_taken_where_rates_are_read_and_refused_where_a_law_is(sample
     process = PROCESSES["masked"]
     if "masked" in SAMPLERS[sampler][1]:
         process = PROCESSES["uniform"]
-    settings: dict[str, Any] = {"network": ExactNetwork(process, JOINT, "score")}
+    settings: dict[str, Any] = {
+        "network": count_evaluations(ExactNetwork(process, JOINT, "score"), "score")
+    }
     if sampler in ("tau_leaping", "analytic", "trapezoidal"):
         assert bool((draw(SAMPLERS[sampler][0](4), process, [0, 1], **settings).ids < 3).all())
         return
-    with pytest.raises(ArgumentError, match="answers with a score"):
+    with pytest.raises(ArgumentError, match="predicts a score"):
         draw(SAMPLERS[sampler][0](4), process, [0], **settings)
 
 
@@ -153,7 +156,7 @@ def test_numbers_out_of_range_are_refused() -> None:
         lambda: UnmaskingSampler(4, noise=-1.0),
         lambda: EntropyBoundSampler(-0.1),
         lambda: PsiSampler(4, 1.5),
-        lambda: PsiSampler(4, Cap(2.0)),
+        lambda: PsiSampler(4, CapRemasking(2.0)),
         lambda: AdaptiveCorrectionSampler(4, -0.1),
         lambda: SelfCorrectingSampler(inner, rounds=0),
         lambda: PredictorCorrectorSampler(inner, ForwardBackward(), rounds=0),
@@ -280,12 +283,14 @@ def test_remasking_is_psi_on_masks() -> None:
     zt = torch.tensor([[0, 3]]).repeat(count, 1)
     free = torch.ones_like(zt, dtype=torch.bool)
     canvas = Canvas(zt, torch.full(zt.shape, t).double(), ~free, free)
-    sampler, rng = PsiSampler(2, Cap(0.3)), FastRng(count, 5)
+    sampler, rng = PsiSampler(2, CapRemasking(0.3)), FastRng(count, 5)
     moved = sampler.move(process, exact_ask(process), canvas, torch.full_like(canvas.t, s), rng).zt  # type: ignore[arg-type]
     masked = (moved == 3).double().mean(0)
     revealed = ((1 - s) - 0.7 * (1 - t)) / t
     assert masked.tolist() == pytest.approx([0.3, 1 - revealed], abs=0.0125)
-    assert kept(process, torch.tensor([0.25, 0.5]).double()).tolist() == pytest.approx([0.75, 0.5])
+    assert compute_alpha(process, torch.tensor([0.25, 0.5]).double()).tolist() == pytest.approx(
+        [0.75, 0.5]
+    )
 
 
 def test_on_one_level_a_level_at_a_time_is_the_posterior() -> None:
@@ -308,14 +313,14 @@ def test_a_score_and_the_law_that_it_comes_from_make_the_same_analytic_steps() -
             AnalyticSampler(8),
             process,
             list(range(60)),
-            network=ExactNetwork(process, JOINT, "score"),
+            network=count_evaluations(ExactNetwork(process, JOINT, "score"), "score"),
             on_step=keep,
         )
         assert float((states[6] == states[14]).double().mean()) > 0.98, (
             "the last of eight steps decodes in other ways"
         )
-        assert dist.clamped.tolist() == [0.0] * 60
-        assert float(score.clamped.max()) < 1e-3
+        assert dist.clamped_mass.tolist() == [0.0] * 60
+        assert float(score.clamped_mass.max()) < 1e-3
 
 
 def test_probability_that_a_raw_score_makes_negative_is_set_to_zero_and_reported() -> None:
@@ -335,10 +340,10 @@ def test_probability_that_a_raw_score_makes_negative_is_set_to_zero_and_reported
             *per_row,
         )
 
-    tilted.predicts = "score"  # type: ignore[attr-defined]
-    drawn = draw(AnalyticSampler(8), process, list(range(10)), network=tilted)
-    assert float(drawn.clamped.min()) >= 0
-    assert float(drawn.clamped.max()) > 0.01
+    score = count_evaluations(tilted, "score")
+    drawn = draw(AnalyticSampler(8), process, list(range(10)), network=score)
+    assert float(drawn.clamped_mass.min()) >= 0
+    assert float(drawn.clamped_mass.max()) > 0.01
     assert bool((drawn.ids < 3).all())
 
 
@@ -355,16 +360,16 @@ def even_table(zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 def test_on_masks_an_event_is_a_reveal_and_costs_one_call() -> None:
     process = PROCESSES["masked"]
-    network, clamped = (
+    network, prompt_mask = (
         network_from_table(even_table, process.vocabulary),
         torch.zeros(3, 9, dtype=torch.bool),
     )
-    clamped[1, 2:6] = True
+    prompt_mask[1, 2:6] = True
     settings: dict[str, Any] = {
         "network": network,
         "length": 9,
-        "given": torch.zeros(3, 9, dtype=torch.long),
-        "clamped": clamped,
+        "prompt": torch.zeros(3, 9, dtype=torch.long),
+        "prompt_mask": prompt_mask,
     }
     steps: list[int] = []
     drawn = draw(
@@ -464,19 +469,19 @@ def test_samplers_from_left_to_right_say_that_they_do_not_look_ahead() -> None:
     ]
     for samplers, expected in ((blind, False), (seeing, True)):
         for sampler in samplers:
-            assert looks_ahead(sampler) is expected
+            assert sampler.looks_ahead is expected
             for around in (
                 ShapedSampler(sampler, [Temperature(0.5)]),
                 SelfCorrectingSampler(sampler),
             ):
-                assert looks_ahead(around) is expected
-            assert looks_ahead(BlockwiseSampler(sampler, 2, "all")) is expected
+                assert around.looks_ahead is expected
+            assert BlockwiseSampler(sampler, 2, "all").looks_ahead is expected
 
 
 def test_who_does_not_look_ahead_draws_a_gap_as_if_nothing_came_after_it() -> None:
     """P(x_1 | x_2 = 1) is (.08, .80, .12) and its marginal (.40, .25, .35): what is drawn tells which one it was."""
     process, count = PROCESSES["masked"], 400
-    given, clamped = torch.tensor([[0, 1]] * count), torch.tensor([[False, True]] * count)
+    prompt, prompt_mask = torch.tensor([[0, 1]] * count), torch.tensor([[False, True]] * count)
     for sampler in (
         AncestralSampler(2),
         BlockwiseSampler(AncestralSampler(2), 1),
@@ -485,10 +490,15 @@ def test_who_does_not_look_ahead_draws_a_gap_as_if_nothing_came_after_it() -> No
     ):
         network = BlindAsk(process)
         drawn = draw(
-            sampler, process, list(range(count)), network=network, given=given, clamped=clamped
+            sampler,
+            process,
+            list(range(count)),
+            network=network,
+            prompt=prompt,
+            prompt_mask=prompt_mask,
         ).ids
         share = float((drawn[:, 0] == 1).double().mean())
-        assert share == pytest.approx(0.8 if looks_ahead(sampler) else 0.25, abs=0.1), (
+        assert share == pytest.approx(0.8 if sampler.looks_ahead else 0.25, abs=0.1), (
             "five deviations"
         )
 

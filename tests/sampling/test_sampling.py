@@ -85,11 +85,11 @@ def test_the_sampler_draws_from_the_law_of_that_chain(name: str, steps: int) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_given_words_are_kept_bit_for_bit_and_guide_the_others(name: str) -> None:
-    process, given = processes()[name], torch.tensor([[1, 0]] * 400)
-    clamped = torch.tensor([[True, False]] * 400)
+    process, prompt = processes()[name], torch.tensor([[1, 0]] * 400)
+    prompt_mask = torch.tensor([[True, False]] * 400)
     seen: list[Tensor] = []
     keep = lambda step, canvas: seen.append(canvas.zt[:, 0].clone())  # noqa: E731
-    drawn = draw(process, list(range(400)), given=given, clamped=clamped, on_step=keep)
+    drawn = draw(process, list(range(400)), prompt=prompt, prompt_mask=prompt_mask, on_step=keep)
     assert len(seen) == 6
     assert all(bool((states == 1).all()) for states in seen)
     # With one free symbol the chain is exact in any number of steps: P(x_2 = 1 | x_1 = 1) = 0.8; 5 sigma is 0.1.
@@ -125,10 +125,12 @@ def test_network_calls_are_counted(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_where_nothing_moves_the_network_is_not_asked(name: str) -> None:
-    given = torch.tensor([[0, 2], [1, 1]])
-    drawn = draw(processes()[name], [0, 1], given=given, clamped=torch.ones(2, 2, dtype=torch.bool))
+    prompt = torch.tensor([[0, 2], [1, 1]])
+    drawn = draw(
+        processes()[name], [0, 1], prompt=prompt, prompt_mask=torch.ones(2, 2, dtype=torch.bool)
+    )
     assert drawn.nfe == 0
-    assert torch.equal(drawn.ids, given)
+    assert torch.equal(drawn.ids, prompt)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -161,15 +163,15 @@ def test_what_has_not_closed_at_the_clean_end_is_decoded_into_words(last: Any) -
 def test_given_words_that_do_not_fit_are_refused() -> None:
     process, keep = processes()["masked"], torch.ones(2, 2, dtype=torch.bool)
     with pytest.raises(ArgumentError, match=r"must be \[2, 2\].*\(2, 3\)"):
-        draw(process, [0, 1], given=torch.zeros(2, 3, dtype=torch.long), clamped=keep)
+        draw(process, [0, 1], prompt=torch.zeros(2, 3, dtype=torch.long), prompt_mask=keep)
     with pytest.raises(ArgumentError, match=r"must be \[2, 2\].*\(1, 2\)"):
-        draw(process, [0, 1], given=torch.zeros(2, 2, dtype=torch.long), clamped=keep[:1])
-    with pytest.raises(ArgumentError, match=r"must hold words, ids 0\.\.2"):
-        draw(process, [0, 1], given=torch.full((2, 2), 3), clamped=keep)
-    with pytest.raises(ArgumentError, match=r"must hold words, ids 0\.\.2"):
-        draw(process, [0, 1], given=torch.full((2, 2), -1), clamped=keep)
-    with pytest.raises(ArgumentError, match="clamped needs given"):
-        draw(process, [0, 1], clamped=keep)
+        draw(process, [0, 1], prompt=torch.zeros(2, 2, dtype=torch.long), prompt_mask=keep[:1])
+    with pytest.raises(ArgumentError, match=r"must hold tokens, ids 0\.\.2"):
+        draw(process, [0, 1], prompt=torch.full((2, 2), 3), prompt_mask=keep)
+    with pytest.raises(ArgumentError, match=r"must hold tokens, ids 0\.\.2"):
+        draw(process, [0, 1], prompt=torch.full((2, 2), -1), prompt_mask=keep)
+    with pytest.raises(ArgumentError, match="prompt_mask needs prompt"):
+        draw(process, [0, 1], prompt_mask=keep)
 
 
 def test_a_sampler_takes_at_least_one_step() -> None:

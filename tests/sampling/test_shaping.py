@@ -12,6 +12,7 @@ from joint import exact_ask, processes
 from torch import Tensor
 
 from ddiff.core.elbo import network_from_table
+from ddiff.core.network import count_evaluations
 from ddiff.core.prediction import DenseDistribution
 from ddiff.core.times import Noisy
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
@@ -26,9 +27,9 @@ from ddiff.sampling.shaping import (
     Temperature,
     TopK,
     TopP,
-    guided,
-    shaped,
-    steered,
+    guide_by_classifier,
+    guide_network,
+    shape_network,
 )
 from ddiff.sampling.tau_leaping import TauLeapingSampler
 from ddiff.sampling.unmasking import UnmaskingSampler
@@ -180,13 +181,13 @@ def test_guidance_mixes_log_probabilities_whatever_the_chunks(weight: float) -> 
     told, silent = read(table(1)), read(table(2))
     expected = (told.log() * weight + silent.log() * (1 - weight)).softmax(-1)
     for cut, null_cut in (((), ()), ((1,), ()), ((), (2,)), ((3,), (1, 1))):
-        network = guided(in_chunks(table(1), cut), in_chunks(table(2), null_cut), weight)
+        network = guide_network(in_chunks(table(1), cut), in_chunks(table(2), null_cut), weight)
         assert torch.allclose(read(network), expected)
 
 
 def test_guidance_counts_both_networks() -> None:
     process = processes()["masked"]
-    network = guided(exact_ask(process), exact_ask(process), 1.5)
+    network = guide_network(exact_ask(process), exact_ask(process), 1.5)
     drawn = generate(AncestralSampler(1), process, network, index=torch.arange(3), length=2, seed=0)
     assert (drawn.nfe, drawn.runs.tolist()) == (2, [2, 2, 2])
 
@@ -195,24 +196,28 @@ def test_steering_is_bayes_on_words() -> None:
     evidence = torch.rand(4, 3, generator=torch.Generator().manual_seed(5)).double()
     plain = read(table(1))
     steered_law = read(
-        steered(in_chunks(table(1), (1, 2)), lambda noisy, rows: evidence[rows].log(), 2.0)
+        guide_by_classifier(
+            in_chunks(table(1), (1, 2)), lambda noisy, rows: evidence[rows].log(), 2.0
+        )
     )
     expected = plain * evidence**2
     assert torch.allclose(steered_law, expected / expected.sum(-1, keepdim=True))
     with pytest.raises(ArgumentError, match=r"must give \[4, 3\].*\(4, 2\)"):
-        read(steered(table(1), lambda noisy, rows: evidence[rows, :2]))
+        read(guide_by_classifier(table(1), lambda noisy, rows: evidence[rows, :2]))
 
 
 def test_a_score_cannot_be_reshaped() -> None:
     process = processes()["masked"]
-    score = ExactNetwork(process, torch.full((3, 3), 1 / 9).double(), "score")
+    score = count_evaluations(
+        ExactNetwork(process, torch.full((3, 3), 1 / 9).double(), "score"), "score"
+    )
     makers: list[Any] = [
-        lambda: shaped(score, [TopK(1)]),
-        lambda: guided(score, score, 2.0),
-        lambda: steered(score, lambda noisy, rows: LOG),
+        lambda: shape_network(score, [TopK(1)]),
+        lambda: guide_network(score, score, 2.0),
+        lambda: guide_by_classifier(score, lambda noisy, rows: LOG),
     ]
     for make in makers:
-        with pytest.raises(ArgumentError, match="answers with a score"):
+        with pytest.raises(ArgumentError, match=r"predicts? a score"):
             make()
 
 

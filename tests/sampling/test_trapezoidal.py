@@ -51,7 +51,7 @@ def laws_of_leaps(
     size, dists, now = process.vocabulary.num_states, [], start
     active = process.active(start.reshape(-1))
 
-    def leap(rates: Tensor, zt: Tensor, span: Tensor, u: Tensor) -> Tensor:
+    def tau_leap(rates: Tensor, zt: Tensor, span: Tensor, u: Tensor) -> Tensor:
         nonlocal now
         stays = torch.exp(-rates.sum(-1) * span)
         moves = rates * ((1.0 - stays) / rates.sum(-1).clamp(min=1e-300)).unsqueeze(-1)
@@ -67,7 +67,7 @@ def laws_of_leaps(
     times = torch.full(start.shape, t, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         for module in (trapezoidal, tau_leaping):
-            patch.setattr(module, "leap", leap)
+            patch.setattr(module, "tau_leap", tau_leap)
         canvas = Canvas(start, times, ~free, free)
         sampler.move(process, network, canvas, torch.full_like(times, s), Zeros(len(start)))  # type: ignore[arg-type]
     return dists
@@ -99,7 +99,7 @@ def distance(sampler: GridSampler, process: ForwardProcess, joint: Tensor) -> fl
         torch.full((2 * int((dist > 0).sum()),), times[-2], dtype=torch.float64),
     )
     log_p: list[Tensor] = []
-    ask_all = network(Canvas(start, last.reshape(-1, 2), start < 0, start >= 0).noisy())
+    ask_all = network(Canvas(start, last.reshape(-1, 2), start < 0, start >= 0).network_input())
     ask_all(
         torch.arange(len(last)),
         start.reshape(-1),

@@ -9,7 +9,7 @@ from torch import Tensor
 from ddiff import (
     AdaptiveCorrectionSampler,
     Canvas,
-    Cap,
+    CapRemasking,
     DenseDistribution,
     DenseProcess,
     FlatVocabulary,
@@ -19,7 +19,7 @@ from ddiff import (
 )
 from ddiff.core.clock import CdfClock
 from ddiff.core.schedule import LinearSchedule
-from ddiff.sampling.grid_sampler import kept
+from ddiff.sampling.grid_sampler import compute_alpha
 from ddiff.testing.sampler_distribution import FastRng
 
 RATES = torch.tensor([[-0.2, 0.1, 0.1], [2.0, -4.0, 2.0], [0.5, 0.5, -1.0]], dtype=torch.float64)
@@ -36,15 +36,15 @@ def test_alpha_is_that_of_the_token_at_each_position() -> None:
     tokens = torch.tensor([[0, 1, 2]])
     t = torch.full(tokens.shape, T, dtype=torch.float64)
     diagonal = PROCESS.from_clean(t[0, :1]).dense()[0].diagonal()
-    torch.testing.assert_close(kept(PROCESS, t, tokens)[0], diagonal)
+    torch.testing.assert_close(compute_alpha(PROCESS, t, tokens)[0], diagonal)
     assert float(diagonal.max() - diagonal.min()) > 0.3
-    torch.testing.assert_close(kept(PROCESS, t), diagonal.mean().expand_as(t))
+    torch.testing.assert_close(compute_alpha(PROCESS, t), diagonal.mean().expand_as(t))
 
 
 def test_alpha_where_no_token_stands_is_the_mean_over_tokens() -> None:
     masked = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))
     t = torch.tensor([[0.25, 0.5]], dtype=torch.float64)
-    assert kept(masked, t, torch.tensor([[3, 1]])).tolist() == [[0.75, 0.5]]
+    assert compute_alpha(masked, t, torch.tensor([[3, 1]])).tolist() == [[0.75, 0.5]]
 
 
 def test_remasking_sends_every_token_back_with_the_same_probability() -> None:
@@ -52,8 +52,8 @@ def test_remasking_sends_every_token_back_with_the_same_probability() -> None:
     tokens = torch.tensor([[0, 1, 2]])
     canvas = canvas_of(tokens, T)
     s = torch.full(tokens.shape, S, dtype=torch.float64)
-    back = 1.0 - Cap(0.05)(PROCESS, canvas, s)
-    alpha_s = kept(PROCESS, s, tokens)
+    back = 1.0 - CapRemasking(0.05)(PROCESS, canvas, s)
+    alpha_s = compute_alpha(PROCESS, s, tokens)
     assert float(alpha_s.max() - alpha_s.min()) > 0.3
     torch.testing.assert_close(back * (1.0 - alpha_s), torch.full_like(back, 0.05))
 
@@ -63,7 +63,7 @@ def test_names_of_tokens_do_not_matter(order: list[int]) -> None:
     """The same chain with its tokens renumbered: the same probability of leaving, from 2^15 draws (five sigma .014)."""
     place = torch.tensor(order)
     renamed = DenseProcess(FlatVocabulary(3, mask=False), RATES[place][:, place])
-    for sampler in (PsiSampler(2, Cap(0.3)), AdaptiveCorrectionSampler(2, eta=0.9)):
+    for sampler in (PsiSampler(2, CapRemasking(0.3)), AdaptiveCorrectionSampler(2, eta=0.9)):
         first = _leaving(sampler, PROCESS)
         second = _leaving(sampler, renamed)
         torch.testing.assert_close(second, first[place], atol=0.02, rtol=0.0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddiff.core.rng import CounterRng
 from ddiff.distributed.blocks import compile_blocks, find_blocks, recompute_activations
-from ddiff.nn.denoiser import CAPACITIES
+from ddiff.nn.denoiser import NUM_ROW_COUNTS
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.run import Run
 from ddiff.runs.session import build_run
@@ -124,7 +124,7 @@ def test_padding_rows_do_not_change_the_loss_and_leave_few_shapes(
             torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-6)
     positions = 8 * run.recipe.length
     assert len(shapes) > 1
-    assert all(size % (positions // CAPACITIES) == 0 for size in shapes)
+    assert all(size % (positions // NUM_ROW_COUNTS) == 0 for size in shapes)
 
 
 def test_only_matrix_products_are_in_bfloat16(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

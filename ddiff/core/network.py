@@ -1,0 +1,85 @@
+"""Networks that count how often they are evaluated."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from ddiff.core.elbo import Network
+from ddiff.core.process import Query, RowFunction
+from ddiff.core.times import Noisy
+
+Predicts = Literal["distribution", "score"]
+"""What a query predicts: the distribution of the clean token, or a score (ratios of marginals)."""
+
+
+class CountingNetwork(ABC):
+    """Network that counts its evaluations; base class of the networks that samplers receive."""
+
+    predicts: Predicts = "distribution"
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._runs: Tensor | None = None
+
+    @abstractmethod
+    def __call__(self, noisy: Noisy) -> Query:
+        """Return the query of one noisy state. Nothing is evaluated before the query is called."""
+
+    @property
+    def calls(self) -> int:
+        """Evaluations so far, each over some sequences of the batch (NFE)."""
+        return self._calls
+
+    @property
+    def runs(self) -> Tensor | None:
+        """[B] evaluations in which each sequence took part; None before the first."""
+        return self._runs
+
+    def runs_of_batch(self, batch: int) -> Tensor:
+        """Return a copy of `runs` [batch]; zeros before the first evaluation at this batch size."""
+        runs = self.runs
+        if runs is None or len(runs) != batch:
+            return torch.zeros(batch, dtype=torch.long)
+        return runs.clone()
+
+    def _count(self, batch: int, sequences: Tensor, new_call: bool = True) -> None:
+        """Count an evaluation of `sequences`: indices or a mask, on the host."""
+        self._calls += int(new_call)
+        if self._runs is None or len(self._runs) != batch:
+            self._runs = torch.zeros(batch, dtype=torch.long)
+        self._runs[sequences] += 1
+
+
+@final
+class EvaluationCounter(CountingNetwork):
+    """Count the queries of a plain function: one evaluation per noisy state and sequence."""
+
+    def __init__(self, network: Network, predicts: Predicts) -> None:
+        super().__init__()
+        self.network = network
+        self.predicts = predicts
+
+    def __call__(self, noisy: Noisy) -> Query:
+        query = self.network(noisy)
+        batch, length = noisy.zt.shape
+        evaluated = torch.zeros(batch, dtype=torch.bool)
+
+        def counted(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+            queried = torch.zeros_like(evaluated).index_fill(0, (rows // length).cpu(), True)
+            # Queries of one state share its evaluation: only the first is a new call.
+            self._count(batch, queried & ~evaluated, new_call=not bool(evaluated.any()))
+            evaluated.logical_or_(queried)
+            return query(rows, node, fn, *per_row)
+
+        return counted
+
+
+def count_evaluations(network: Network, predicts: Predicts = "distribution") -> CountingNetwork:
+    """Return the network itself if it counts, else wrap it; `predicts` describes a plain function."""
+    if isinstance(network, CountingNetwork):
+        return network
+    return EvaluationCounter(network, predicts)
