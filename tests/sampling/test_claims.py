@@ -54,7 +54,7 @@ def tables() -> dict[str, Table]:
     for line in PAGE.splitlines():
         if line.startswith("## "):
             name = line[3:]
-        elif line.startswith("| ") and not line.startswith("| sampler"):
+        elif name and line.startswith("| ") and not line.startswith("| sampler"):
             label, kind, *cells = [cell.strip() for cell in line.strip("|").split("|")]
             numbers = [float(cell.partition("<")[0]) for cell in cells if cell]
             found.setdefault(name, {})[label] = (kind, numbers)
