@@ -317,7 +317,8 @@ class _Steered(_Composed):
         steered = log_p + self.weight * evidence.to(log_p)[:, words]
         if bool(steered.isnan().any()) or not bool(steered.isfinite().any(-1).all()):
             raise ArgumentError(
-                f"guide_by_classifier: log p + weight * log_likelihood must be a number, and above -inf for some token of every row; "
+                f"guide_by_classifier: log p + weight * log_likelihood must not be NaN, and must be "
+                f"finite for some token of every row; "
                 f"the classifier's values are in [{float(evidence.min())}, {float(evidence.max())}], the weight is "
                 f"{self.weight}. Fix log_likelihood, or take a smaller weight."
             )
