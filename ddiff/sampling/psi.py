@@ -25,7 +25,7 @@ from ddiff.sampling.loop import Canvas, Quality, restrict, step_rows
 
 
 class Kappa(Protocol):
-    """How much of the posterior is in a step; `records_log_p`: reads the note `sureness`, ln p of each word when it was drawn."""
+    """Fraction of the posterior in a step; `records_log_p`: reads the extra `sureness`, ln p of drawn tokens."""
 
     records_log_p: bool
 

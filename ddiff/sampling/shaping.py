@@ -311,7 +311,8 @@ class _Steered(_Composed):
         evidence = self.log_likelihood(noisy, rows)
         if evidence.shape != (len(rows), vocabulary.num_tokens):
             raise ArgumentError(
-                f"guide_by_classifier: log_likelihood must give [{len(rows)}, {vocabulary.num_tokens}], log p(y | x_i = v) for each "
+                f"guide_by_classifier: log_likelihood must give "
+                f"[{len(rows)}, {vocabulary.num_tokens}], log p(y | x_i = v) for each "
                 f"asked row and word; got {tuple(evidence.shape)}."
             )
         steered = log_p + self.weight * evidence.to(log_p)[:, words]
