@@ -489,8 +489,9 @@ def entropy_of_window(
     second_given_z = _conditional_entropy(full.sum(0), (0,))
     decoding = first_given_z + second_given_z - _conditional_entropy(full, (0, 1))
     noisy = torch.einsum("ab,ai,bj->ij", joint, late, late)
-    marginals = _entropy(noisy.sum(0)) + _entropy(noisy.sum(1))
-    return _entropy(joint) + decoding + marginals - _entropy(noisy)
+    total = _entropy(joint) + decoding
+    total = total + _entropy(noisy.sum(0)) + _entropy(noisy.sum(1))
+    return total - _entropy(noisy)
 
 
 def _entropy(p: Tensor) -> Tensor:

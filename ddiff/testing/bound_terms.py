@@ -124,9 +124,10 @@ class InformationPath:
             place, slope = bent_path(v, position)
             at_v, steepness = self._interpolate(place**2 * (3.0 - 2.0 * place) * self.tau[-1])
             t.append(at_v)
-            # d logit t / dv, by the chain rule through tau and place
-            slope = steepness * self.tau[-1] * 6.0 * place * (1.0 - place) * slope
-            speed.append(at_v * (1.0 - at_v) * slope)
+            # dt_i/dv, by the chain rule through logit t, tau and place
+            dt_dtau = at_v * (1.0 - at_v) * steepness
+            dt_dplace = dt_dtau * self.tau[-1] * 6.0 * place * (1.0 - place)
+            speed.append(dt_dplace * slope)
         return torch.stack(t, -1), torch.stack(speed, -1)
 
     def _interpolate(
