@@ -147,8 +147,8 @@ def evidence_is_dropped(
     denoiser: Denoiser,
     process: ForwardProcess,
 ) -> Iterator[Gap]:
-    """given="rest": the engine uses the head's distribution unchanged; given="all": it uses
-    p(x) / q_t(z|x), normalized. Tolerance: rounding."""
+    """With parameterization "rest", the engine uses the head's distribution unchanged; with "all"
+    it uses p(x) / q_t(z|x), normalized. Tolerance: rounding."""
     twin, noisy = _prepare(denoiser, process)
     rows = torch.arange(noisy.zt.numel())
     root = torch.full_like(rows, process.vocabulary.root)

@@ -113,8 +113,8 @@ def check_sampler(
 ) -> list[LawReport]:
     """Apply every law of samplers on one process of three tokens, as in `small_processes`.
 
-    `build(steps)` makes the sampler. Raises ArgumentError if the sampler's `check_supported` rejects the
-    process.
+    `build(steps)` makes the sampler. Raises ArgumentError if the sampler's `check_supported`
+    rejects the process.
     """
     case = SamplerCase(build, process, predicts)
     build(FEW).check_supported(process, predicts)
@@ -207,7 +207,13 @@ def ends_in_tokens(case: SamplerCase) -> Iterator[Gap]:
     prompt = torch.stack([index % 3, (index // 3) % 3], -1)
     for positions in ([False, False], [True, False], [True, True]):
         prompt_mask = torch.tensor(positions).expand(64, 2)
-        ids = case.generate(3, index, seed=5, prompt=prompt, prompt_mask=prompt_mask)
+        ids = case.generate(
+            3,
+            index,
+            seed=5,
+            prompt=prompt,
+            prompt_mask=prompt_mask,
+        )
         not_tokens = (ids >= len(JOINT)).sum()
         changed = (prompt_mask & (ids != prompt)).sum()
         yield compare(not_tokens, 0.0, {"states that are no token, given": positions})

@@ -236,7 +236,10 @@ def measure_sampler(
     for moved in sampler.run(process, counted, canvas, lambda step: rng):
         canvas = moved
     dist = _histogram(canvas.zt, torch.ones(points), process)
-    return SamplerMeasurement(dist, float(counted.runs_of_batch(points).double().mean()))
+    return SamplerMeasurement(
+        dist,
+        float(counted.runs_of_batch(points).double().mean()),
+    )
 
 
 def _measure_by_step(
@@ -262,7 +265,10 @@ def _measure_by_step(
         weight = (dist[possible] / counts).repeat_interleave(counts)
         rng = ShiftedSobolRng(counts, seed + 1000 * k)
         counted = count_evaluations(network)
-        canvas = make_canvas(canvases[possible].repeat_interleave(counts, 0), t)
+        canvas = make_canvas(
+            canvases[possible].repeat_interleave(counts, 0),
+            t,
+        )
         if k == len(times) - 2:
             moved = sampler.finish(process, counted, canvas, rng)
         else:

@@ -20,7 +20,7 @@ from ddiff.core.prediction import CleanDistribution
 from ddiff.core.schedule import GeometricSchedule, LinearSchedule, PowerSchedule
 from ddiff.core.tree import StochasticParents, TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
-from ddiff.nn.denoiser import Context, Denoiser
+from ddiff.nn.denoiser import Backbone, Context, Denoiser
 from ddiff.nn.heads import TokenHead
 from ddiff.testing.report import Law
 
@@ -114,7 +114,7 @@ def small_tree(kind: type[HierarchicalVocabulary]) -> Callable[[], HierarchicalV
     return lambda: kind([[0, 1, 0, 0]], tokenizer_fingerprint="of a tokenizer")
 
 
-class MeanBackbone(torch.nn.Module):
+class MeanBackbone(Backbone):
     """Every position attends to the valid positions of its own document, by their mean."""
 
     width = 4

@@ -177,9 +177,9 @@ def test_law_detects_planted_fault(fault: Fault) -> None:
 def test_unconverted_full_conditional_breaks_evidence_law(monkeypatch: pytest.MonkeyPatch) -> None:
     from ddiff.nn import denoiser as engine
 
-    given_all = Denoiser(MeanBackbone(), TokenHead(FlatVocabulary(3), 4), given="all")
+    given_all = Denoiser(MeanBackbone(), TokenHead(FlatVocabulary(3), 4), parameterization="all")
     assert denoiser.evidence_is_dropped(given_all, process=ONE_LEVEL).passed
     monkeypatch.setattr(
-        engine.FullConditionalParameterization, "question", lambda self, fn, *rest: fn
+        engine.FullConditionalParameterization, "wrap_callback", lambda self, fn, *rest: fn
     )
     assert not denoiser.evidence_is_dropped(given_all, process=ONE_LEVEL).passed

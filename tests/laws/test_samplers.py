@@ -125,7 +125,7 @@ def test_check_sampler_takes_a_builder() -> None:
 
 def test_find_accepted_processes_raises_other_errors() -> None:
     cases, rejected = find_accepted_processes(lambda vocabulary, steps: UnmaskingSampler(steps))
-    assert sorted(cases) == ["a tree, law", "masks, law"]
+    assert sorted(cases) == ["a tree, distribution", "masks, distribution"]
     assert len(rejected) == 5
 
     def broken(vocabulary: Any, steps: int) -> Any:
