@@ -1,8 +1,8 @@
 """Level clocks: when a position moves from one level of the tree to the next.
 
-A position starts at level 0 (its token) and moves through levels 1..L; level L is the root. pi_l(t)
-is the probability of level l, F_l = sum_{j>=l} pi_j that of having reached level l, and lambda_l the
-hazard of leaving level l upwards:
+A position starts at level 0 (its token) and moves through levels 1..L; level L is the root.
+pi_l(t) is the probability of level l, F_l = sum_{j>=l} pi_j that of having reached level l, and
+lambda_l the hazard of leaving level l upwards:
 
     pi_l' = lambda_{l-1} pi_{l-1} - lambda_l pi_l,    F_l' = lambda_{l-1} pi_{l-1}.
 """
@@ -29,7 +29,8 @@ from ddiff.errors import ArgumentError
 LOWEST = math.log(EARLIEST / (1.0 - EARLIEST))
 HIGHEST = math.log(LATEST / (1.0 - LATEST))
 
-# Cells of logit time on which the entry rates are integrated; a cubic between their ends leaves 1e-9.
+# Cells of logit time on which the entry rates are integrated; a cubic between their ends has an
+# error of 1e-9.
 CELLS = 2048
 CELL = (HIGHEST - LOWEST) / CELLS
 
@@ -109,7 +110,7 @@ class LevelClock(SettingsRepr, ABC):
         return cell.clamp(0, CELLS - 1)
 
     def _entry_rates(self, t: Tensor) -> Tensor:
-        """[r,L] F_l'/pi_l per unit of logit t: the rate at which the reversed chain leaves level l."""
+        """[r,L] F_l'/pi_l per unit of logit t: rate at which the reversed chain leaves level l."""
         dt_dlogit = (t * (1.0 - t)).unsqueeze(-1)
         rates = self.inflow(t) / self.pi(t)[:, 1:] * dt_dlogit
         # At the very ends pi may be lost to rounding.
@@ -117,7 +118,7 @@ class LevelClock(SettingsRepr, ABC):
 
     @cached_property
     def _entry_table(self) -> tuple[Tensor, Tensor]:
-        """[CELLS+1,L] integral of the entry rates from 1e-12 to each cell edge, and the rates there."""
+        """[CELLS+1,L] integrals of the entry rates from 1e-12 to each edge, and the rates there."""
         gauss_nodes, gauss_weights = np.polynomial.legendre.leggauss(4)
         nodes = torch.from_numpy(gauss_nodes)
         weights = torch.from_numpy(gauss_weights)
@@ -175,10 +176,11 @@ class LevelClock(SettingsRepr, ABC):
 class LogTimeClock(LevelClock):
     """Hazards g_l / (1 - t): homogeneous with rates g_0..g_{L-1} in log-time -ln(1 - t).
 
-    `rates` must be positive and at most 20; equal and nearly equal ones are allowed. (1,) is linear
-    masking, (gamma, 1) the two-level clock of arXiv 2510.08632. With A the generator in log-time,
-    exp(tau A) is computed by uniformization, a series of positive terms, so that every entry keeps
-    its relative accuracy (1e-10 for t >= 1e-6); partial fractions and "root = the rest" would cancel.
+    `rates` must be positive and at most 20; equal and nearly equal ones are allowed. (1,) is
+    linear masking, (gamma, 1) the two-level clock of arXiv 2510.08632. With A the generator in
+    log-time, exp(tau A) is computed by uniformization, a series of positive terms, so that every
+    entry keeps its relative accuracy (1e-10 for t >= 1e-6); partial fractions and "root = the
+    rest" would cancel.
     """
 
     def __init__(self, rates: Sequence[float]) -> None:
@@ -208,7 +210,7 @@ class LogTimeClock(LevelClock):
         return torch.stack(powers)
 
     def _exponential(self, tau: Tensor, row: int | None = None) -> Tensor:
-        """exp(tau A) = sum_k Poisson(k; q tau) (I + A/q)^k; only one row of it if `row` is given."""
+        """exp(tau A) = sum_k Poisson(k; q tau) (I + A/q)^k; only one row if `row` is given."""
         powers = self._powers.to(tau.device)
         if row is not None:
             powers = powers[:, row]
@@ -250,7 +252,8 @@ class CdfClock(LevelClock):
     """F_l given directly, one schedule per level: F_l = 1 - alpha_l with F_1 > F_2 > ... on (0,1).
 
     pi_l = F_l - F_{l+1}. With one level the finite step has a closed form; with more it is a
-    time-ordered product over 400 fourth-order Magnus steps (error 8e-13 measured for powers .8, 1.5, 3).
+    time-ordered product over 400 fourth-order Magnus steps (error 8e-13 measured for powers
+    .8, 1.5 and 3).
     """
 
     steps = 400
@@ -281,8 +284,8 @@ class CdfClock(LevelClock):
             level = int(unordered[0]) + 1
             raise ArgumentError(
                 "CdfClock: every level must be reached before the next, "
-                f"F_{level}(t) > F_{level + 1}(t) on (0,1), but schedules {level - 1} and {level} do "
-                "not keep that order. Give the higher level a slower schedule."
+                f"F_{level}(t) > F_{level + 1}(t) on (0,1), but schedules {level - 1} and {level} "
+                "do not keep that order. Give the higher level a slower schedule."
             )
 
     def cdf(self, t: Tensor) -> Tensor:

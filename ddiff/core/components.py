@@ -25,12 +25,13 @@ from ddiff.errors import ArgumentError
 class ComponentProcess(InterpolatingProcess):
     """Noise of a few fixed distributions: b_t = sum_k c_k(t) nu_k, sum_k c_k = 1 - alpha.
 
-    A subclass defines alpha and c. `components` are the distributions nu_k [S] (`mask_distribution`,
-    `token_distribution` or any other). Only oracles make tensors of width S in float64.
+    A subclass defines alpha and c. `components` are the distributions nu_k [S]
+    (`mask_distribution`, `token_distribution` or any other). Only oracles make tensors of width S
+    in float64.
 
-    The declarations on the ends (alpha(0) = 1, alpha(1) = 0) and the prior b_1/|b_1| are computed from
-    alpha and c, so a subclass sets what they need before `super().__init__`. Each component must have
-    non-negative arrivals: c_k' >= (alpha'/alpha) c_k.
+    The declarations on the ends (alpha(0) = 1, alpha(1) = 0) and the prior b_1/|b_1| are computed
+    from alpha and c, so a subclass sets what they need before `super().__init__`. Each component
+    must have non-negative arrivals: c_k' >= (alpha'/alpha) c_k.
     """
 
     def __init__(self, vocabulary: Vocabulary, components: Sequence[Tensor]) -> None:
@@ -164,7 +165,7 @@ class ComponentProcess(InterpolatingProcess):
         mass: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Keep each row with probability `stay`; else draw a component by its mass, then a state."""
+        """Keep each row with probability `stay`; else draw a component, then a state from it."""
         drawn = ids.clone()
         redrawn = find_rows(u[:, 0] >= stay)
         mass = mass[redrawn]

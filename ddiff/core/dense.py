@@ -30,10 +30,11 @@ class DenseProcess(ForwardProcess):
     says that these are within 1e-9 of each other. Cost O(S^3) per distinct time.
 
     Args:
-        matrix: one generator [S,S], a tensor or nested lists (rows sum to 0, off-diagonal >= 0), or a
-            function t[r] -> Q_t [r,S,S]. One generator runs at the speed of the schedule:
-            Q_t = rate(t) matrix with rate = -alpha'/alpha, so that the total noise is -ln alpha. A
-            function must be continuous: a step across a jump of it is as inaccurate as it is long.
+        matrix: one generator [S,S], a tensor or nested lists (rows sum to 0, off-diagonal >= 0),
+            or a function t[r] -> Q_t [r,S,S]. One generator runs at the speed of the schedule:
+            Q_t = rate(t) matrix with rate = -alpha'/alpha, so that the total noise is -ln alpha.
+            A function must be continuous: a step across a jump of it is as inaccurate as it is
+            long.
         schedule: not used if `matrix` is a function.
     """
 
@@ -85,8 +86,8 @@ class DenseProcess(ForwardProcess):
         leaks = row_sums > 1e-6 * matrix.abs().max()
         if not matrix.isfinite().all() or has_negative_rates or leaks:
             raise ArgumentError(
-                "DenseProcess: matrix must be a generator: finite, off-diagonal rates >= 0, rows that "
-                "sum to 0 (row y holds the rates from y); got a smallest rate of "
+                "DenseProcess: matrix must be a generator: finite, off-diagonal rates >= 0, rows "
+                "that sum to 0 (row y holds the rates from y); got a smallest rate of "
                 f"{float(off_diagonal.min()):.3g} and a row sum of {float(row_sums):.3g}."
             )
         return matrix - matrix.sum(-1).diag()

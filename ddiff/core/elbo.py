@@ -1,8 +1,10 @@
 """Bound (NELBO): closing term + diffusion term + decoding term, for any process and time rule.
 
-    NELBO(x) = E_{z1 ~ prior} KL( q_{t1}(.|x) || prediction of z_{t1} at z1 )    one call at t = 1
-             + E_tau sum_i speed_i density_i(z_i, x_i)                           one call, random times
-             + E_{z ~ q_{t0}} sum_i -ln P(x_i | z_i)                             one call, first times
+    NELBO(x) = E_{z1 ~ prior} KL( q_{t1}(.|x) || prediction of z_{t1} at z1 )   closing, at t = 1
+             + E_tau sum_i speed_i density_i(z_i, x_i)                          diffusion
+             + E_{z ~ q_{t0}} sum_i -ln P(x_i | z_i)                            decoding
+
+Each term takes one network call.
 
 t0 and t1 are the first and the last times of the rule, z1 a draw of the prior. tau is the process's
 information time, in which times are drawn, and speed_i = dt_i/dtau (`ddiff.core.information`). The

@@ -1,23 +1,23 @@
 """Information time: the time change under which a constant prediction has an even density.
 
-With X uniform over the tokens, I(X; Z_t) is the information in nats that the state at time t carries
-about its token. The share of it that is lost by t,
+With X uniform over the tokens, I(X; Z_t) is the information in nats that the state at time t
+carries about its token. The share of it that is lost by t,
 
     tau(t) = (I(X; Z_0) - I(X; Z_t)) / (I(X; Z_0) - I(X; Z_1)),
 
-rises from 0 to 1. Its derivative is the mean density of the bound for the constant uniform prediction.
-With tau uniform, no time therefore has more weight than another, and the estimate of the bound is not
-skewed. In t this fails if a process loses its tokens quickly near one end. The integral of the
-density's weight could not serve as a time: it diverges for uniform noise near t = 1.
+rises from 0 to 1. Its derivative is the mean density of the bound for the constant uniform
+prediction. With tau uniform, no time therefore has more weight than another, and the estimate of
+the bound is not skewed. In t this fails if a process loses its tokens quickly near one end. The
+integral of the density's weight could not serve as a time: it diverges for uniform noise at t = 1.
 
 For linear masking tau = t. A tree has tau in closed form, a sum over its levels
 (`TreeProcess.information`).
 
 An even mean still leaves the variance of single tokens. A token is noise with probability P(tau),
-small for small tau, and then costs about 1/P, so that the sum over a sequence of L tokens has a second
-moment proportional to 1 + 1/(L P(tau)). Draws whose density is the square root of that have the least
-variance. This density is used: nearly flat for long sequences, concentrated near tau = 0 for short
-ones.
+small for small tau, and then costs about 1/P, so that the sum over a sequence of L tokens has a
+second moment proportional to 1 + 1/(L P(tau)). Draws whose density is the square root of that
+have the least variance. This density is used: nearly flat for long sequences, concentrated near
+tau = 0 for short ones.
 """
 
 from __future__ import annotations
@@ -133,12 +133,12 @@ class InformationTime:
     dt/dtau is the exact derivative of the interpolant, so that a bound estimated in tau is unbiased
     whatever the interpolation error, which affects only its variance.
 
-    If logit tau rises by more than 2 between two knots, for example because a process starts to lose
-    information in the middle of time, the cell is halved until it does not.
+    If logit tau rises by more than 2 between two knots, for example because a process starts to
+    lose information in the middle of time, the cell is halved until it does not.
 
-    Rates are evaluated at interior times only. If more than 1e-9 of the information is lost before the
-    first of them, tau = 0 is that time and not t = 0, and the bound decodes there; likewise at the
-    last.
+    Rates are evaluated at interior times only. If more than 1e-9 of the information is lost
+    before the first of them, tau = 0 is that time and not t = 0, and the bound decodes there;
+    likewise at the last.
 
     Args:
         information: t [n] -> I(X; Z_t) in nats.
@@ -288,7 +288,7 @@ def _select_rising(shares_at: Tensor, logit_t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _monotone_slopes(x: Tensor, y: Tensor) -> Tensor:
-    """[k] slopes of a monotone cubic through rising knots: harmonic means of neighbouring secants."""
+    """[k] slopes of a monotone cubic through rising knots: harmonic means of secants."""
     width = x.diff()
     secant = y.diff() / width
     near = 2.0 * width[1:] + width[:-1]

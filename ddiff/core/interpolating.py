@@ -2,8 +2,9 @@
 
     q_t(.|x) = alpha_t delta_x + b_t
 
-alpha_t is the probability that the token is clean and never redrawn; b_t(z) the noise, a vector over
-the states with sum 1 - alpha_t. From every state, the generator adds arrivals in z at the rate
+alpha_t is the probability that the token is clean and never redrawn; b_t(z) the noise, a vector
+over the states with sum 1 - alpha_t. From every state, the generator adds arrivals in z at the
+rate
 
     omega_t(z) = b_t'(z) - (alpha'/alpha) b_t(z) >= 0.
 
@@ -67,10 +68,10 @@ REACHED_TIMES = 129
 class InterpolatingProcess(ForwardProcess):
     """q_t(.|x) = alpha_t delta_x + b_t; a subclass defines alpha and b, derivatives follow.
 
-    A subclass sets `vocabulary` and `prior`, which is b_1 / |b_1| for the process to close. Near t = 0
-    b must keep its relative accuracy, since rates divide by it: write t^2 nu, not (1 - alpha_t) nu,
-    which float64 rounds to 0 there. Noise that is a sum of a few fixed distributions has cheaper
-    formulas: `ComponentProcess`.
+    A subclass sets `vocabulary` and `prior`, which is b_1 / |b_1| for the process to close. Near
+    t = 0, b must keep its relative accuracy, since rates divide by it: write t^2 nu, not
+    (1 - alpha_t) nu, which float64 rounds to 0 there. Noise that is a sum of a few fixed
+    distributions has cheaper formulas: `ComponentProcess`.
     """
 
     uniforms_per_sample = 2
@@ -104,7 +105,7 @@ class InterpolatingProcess(ForwardProcess):
         log_decay = (self.d_alpha(t) / self.alpha(t)).unsqueeze(-1)
         return subtract_or_zero(self.d_noise(t), log_decay * self.noise(t))
 
-    # ------------------------------------------------------------------ the noise at some states only
+    # ------------------------------------------------------------------ noise at some states only
 
     def noise_at(self, zt: Tensor, t: Tensor) -> Tensor:
         """[r] b_t(z_t)."""
@@ -252,8 +253,8 @@ class InterpolatingProcess(ForwardProcess):
     ) -> Tensor:
         """omega_t(z) (1 - q_t(z|x)) / q_t(z|x), the total true reverse rate.
 
-        1 if that is 0 because z is certain under x, but something may arrive: there, other tokens that
-        become z add to the bound.
+        1 if that is 0 because z is certain under x, but something may arrive: there, other tokens
+        that become z add to the bound.
         """
         t = interior(t)
         arrive = self.arrivals_at(zt, t)
@@ -293,16 +294,16 @@ class InterpolatingProcess(ForwardProcess):
     ) -> Tensor:
         """[r] KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho, the term that published losses weigh.
 
-        0 if nothing arrives in z_t. For a score, the sum over y != z of the same terms between q_t(y|x)
-        and q_t(z|x) s_theta(y), in the dtype of the score.
+        0 if nothing arrives in z_t. For a score, the sum over y != z of the same terms between
+        q_t(y|x) and q_t(z|x) s_theta(y), in the dtype of the score.
         """
         t = interior(t)
         arrives = self.arrivals_at(zt, t) > 0
         if isinstance(prediction, Score):
             return torch.where(arrives, self._mismatch_of_score(prediction, x0, zt, t), 0.0)
         others, log_p_x, log_p_z = self._read_prediction(prediction, x0, zt, t)
-        # Dropped where nothing arrives: there ln 0 of a token that the prediction rules out would be
-        # infinite in both terms.
+        # Dropped where nothing arrives: there ln 0 of a token that the prediction rules out would
+        # be infinite in both terms.
         log_marginal = self._log_marginal_at(where_or_zero(arrives, log_p_z), zt, t)
         log_rho = self._likelihood(x0, zt, t).log() - log_marginal
         kl = self._kl(others, where_or_zero(arrives, log_p_x), x0, t)
@@ -386,9 +387,9 @@ class InterpolatingProcess(ForwardProcess):
         """[r] KL( q_t(.|x) || q_t-bar ).
 
         = q_x phi(-delta) + sum_{y != x} b_y phi(alpha p_y / b_y), with q_x = q_t(x|x),
-        phi(v) = v - ln(1 + v) and delta = alpha (1 - p_x) / q_x; alpha p_y if b_y = 0. No term is
-        negative, so nothing cancels if alpha is small. States beyond the tokens have the same noise on
-        both sides and add nothing.
+        delta = alpha (1 - p_x) / q_x and phi(v) = v - ln(1 + v); a term is alpha p_y if b_y = 0.
+        No term is negative, so nothing cancels if alpha is small. States beyond the tokens have
+        the same noise on both sides and add nothing.
         """
         alpha = self.alpha(t)
         truth = self._likelihood(x0, x0, t)
@@ -551,10 +552,10 @@ class InterpolatingProcess(ForwardProcess):
         arrive: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Leave z with probability arrive (1 - q_s-bar(z)) / q_t-bar(z), for a y ~ q_s-bar; u [r,2].
+        """Leave z with probability arrive (1 - q_s-bar(z)) / q_t-bar(z), for a y ~ q_s-bar.
 
-        b instead of q-bar bounds that probability without the network, so only rows whose uniform is
-        below the bound are queried.
+        u [r,2]. b instead of q-bar bounds that probability without the network, so only rows
+        whose uniform is below the bound are queried.
         """
         noise_s = self.noise_at(zt, s)
         noise_t = self.noise_at(zt, t)
@@ -585,7 +586,7 @@ class InterpolatingProcess(ForwardProcess):
         arrive: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw another state at candidates that leave under the prediction; keep z at the others."""
+        """Draw another state for candidates that leave under the prediction; keep z for others."""
         dist = require_distribution(prediction, "InterpolatingProcess.step")
         marginal = self.log_marginal(dist.log_mass(0), s).exp()
         elsewhere = marginal.scatter(-1, zt.unsqueeze(-1), 0.0)

@@ -1,8 +1,8 @@
 """Kernels: one linear operator on the states per row, for generators and finite transitions.
 
-Row convention: K[y,z] is the rate, or the probability, of going from y to z. Distributions are row
-vectors and `apply(v)` is v K. Structured kernels compute `row`, `column` and `apply` without forming
-[S,S]; `dense` is for the oracle.
+Row convention: K[y,z] is the rate, or the probability, of going from y to z. Distributions are
+row vectors and `apply(v)` is v K. Structured kernels compute `row`, `column` and `apply` without
+forming [S,S]; `dense` is for the oracle.
 """
 
 from __future__ import annotations

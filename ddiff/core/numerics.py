@@ -1,9 +1,9 @@
 """Numerics policy of the engine.
 
-Formulas contain no epsilon. Marginals are exact at t = 0 and t = 1. Rates and weights may diverge at
-an end where their state has probability zero, so they are evaluated at the nearest interior time.
-Times and per-row weights are float64; tensors as wide as the vocabulary keep the dtype of the
-predicted distribution.
+Formulas contain no epsilon. Marginals are exact at t = 0 and t = 1. Rates and weights may diverge
+at an end where their state has probability zero, so they are evaluated at the nearest interior
+time. Times and per-row weights are float64; tensors as wide as the vocabulary keep the dtype of
+the predicted distribution.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class Constant:
 def draw_index(weights: Tensor, u: Tensor) -> Tensor:
     """Draw an index per row by inverse CDF; weights [r,n] >= 0, u [r] -> [r].
 
-    The first index whose cumulative weight exceeds u * total. Sums are float64; the index is clamped
-    to the last positive weight, so that rounding at u -> 1 never draws an impossible one.
+    The first index whose cumulative weight exceeds u * total. Sums are float64; the index is
+    clamped to the last positive weight, so that rounding at u -> 1 never draws an impossible one.
     NonFiniteError if the weights of a row have no positive finite sum.
     """
     cdf = weights.double().cumsum(-1)

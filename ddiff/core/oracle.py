@@ -32,8 +32,8 @@ def propagate(
     """[r,S,S] transition from s to t of the chain with generator `generator(t[n]) -> [n,S,S]`.
 
     s, t [r] float64, s <= t; the identity if they are equal. Cost O(r steps S^3). Errors fall as
-    steps^-4: 200 steps give about 1e-10 over (0.001, 0.999) (Blanes et al., Phys. Rep. 470, eq. 253,
-    in the row convention).
+    steps^-4: 200 steps give about 1e-10 over (0.001, 0.999) (Blanes et al., Phys. Rep. 470, eq.
+    253, in the row convention).
     """
     first = torch.logit(interior(s))
     last = torch.logit(interior(t))
@@ -63,7 +63,7 @@ def _step_transitions(generator: Generator, middle: Tensor, width: Tensor) -> Te
 
 
 def _generator_in_logit_time(generator: Generator, logit_t: Tensor) -> Tensor:
-    """Generator per unit of logit t: Q_t dt/dlogit(t) = Q_t t (1 - t); logit_t [k,r] -> [k,r,S,S]."""
+    """Generator per unit of logit t, Q_t t (1 - t); logit_t [k,r] -> [k,r,S,S]."""
     t = torch.sigmoid(logit_t.reshape(-1))
     rates = generator(t) * (t * (1.0 - t))[:, None, None]
     return rates.unflatten(0, logit_t.shape)

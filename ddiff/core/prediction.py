@@ -1,9 +1,10 @@
 """Predicted distribution of the clean token given the REST of the noisy sequence.
 
-The evidence of a row's own state z_i is excluded; every formula of the engine multiplies it in. With
-the full conditional P(x_i | z) instead, the bound is off by tenths of a nat wherever a visible token
-may be wrong. Networks that predict the full conditional (plain cross-entropy at visible rows) declare
-`parameterization="all"` and are converted by `drop_own_evidence`. A `Score` is no distribution.
+The evidence of a row's own state z_i is excluded; every formula of the engine multiplies it in.
+With the full conditional P(x_i | z) instead, the bound is off by tenths of a nat wherever a
+visible token may be wrong. Networks that predict the full conditional (plain cross-entropy at
+visible rows) declare `parameterization="all"` and are converted by `drop_own_evidence`. A `Score` is no
+distribution.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class CleanDistribution(Protocol):
         """[r] ids of any level -> [r] log P(token below node)."""
 
     def log_child(self, node: Tensor, child: Tensor) -> Tensor:
-        """[r], [r] -> [r] log P(child | node), child at any depth below node; 0 if they are equal."""
+        """[r], [r] -> [r] log P(child | node), child at any depth below node; 0 if equal."""
 
     def log_step(self, node: Tensor, child: Tensor) -> Tensor:
         """`log_child` for the nodes of the query, with children one level down or equal to them."""
@@ -49,13 +50,14 @@ class CleanDistribution(Protocol):
         level: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """[r] nodes, [r] target levels, [r] uniforms -> [r] a descendant of each node at its level."""
+        """[r] nodes, target levels and uniforms -> [r] a descendant of each node at its level."""
 
 
 class Score(NamedTuple):
     """Predicted ratios of probabilities, from which no token can be drawn.
 
-    log_ratio [r,S]: log s_theta(y), the log ratio of state y to z_t, for every state; 0 at z_t itself.
+    log_ratio [r,S]: log s_theta(y), the log ratio of state y to z_t, for every state; 0 at z_t
+    itself.
     """
 
     log_ratio: Tensor
@@ -77,10 +79,11 @@ def require_distribution(prediction: Prediction, caller: str) -> CleanDistributi
 
 
 class SubtreeDistribution(ABC):
-    """CleanDistribution of rows below one node `top`, from the distribution of each level given top.
+    """CleanDistribution below one node `top`, from the distribution of each level given top.
 
     Nothing above `top` is known, so `log_prob` and `log_mass` need `top` to be the root.
-    `top_is_query_node` says that every row was queried at exactly `top`; `log_step` is cheaper then.
+    `top_is_query_node` says that every row was queried at exactly `top`; `log_step` is cheaper
+    then.
     """
 
     def __init__(
@@ -116,7 +119,7 @@ class SubtreeDistribution(ABC):
         return torch.where(certain, 0.0, where_or_zero(~certain, difference))
 
     def _covers_node(self, node: Tensor, child: Tensor) -> Tensor:
-        """bool [r]: whether all tokens below the node are below the child, so P(child | node) = 1."""
+        """bool [r]: whether all tokens below the node are below the child: P(child | node) = 1."""
         first, last = self.vocabulary.node_range(node, 0)
         child_first, child_last = self.vocabulary.node_range(child, 0)
         return (last - first) == (child_last - child_first)
@@ -210,9 +213,9 @@ class SubtreeDistribution(ABC):
     def _require_root(self, name: str) -> None:
         if self.top != self.vocabulary.root:
             raise ArgumentError(
-                f"CleanDistribution.{name}: the rows were queried below node {self.top} only, so the "
-                "distribution above it is not known. Query at the root (ForwardProcess.scope), or use "
-                "log_child."
+                f"CleanDistribution.{name}: the rows were queried below node {self.top} only, so "
+                "the distribution above it is not known. Query at the root (ForwardProcess.scope), "
+                "or use log_child."
             )
 
 
@@ -220,8 +223,8 @@ class SubtreeDistribution(ABC):
 class DenseDistribution(SubtreeDistribution):
     """Distribution given by the log-probabilities of tokens.
 
-    `log_p` [r,V] in id order covers the whole vocabulary; with `top` below the root it holds only the
-    tokens below top, in tree order, normalized there (tied heads).
+    `log_p` [r,V] in id order covers the whole vocabulary; with `top` below the root it holds only
+    the tokens below top, in tree order, normalized there (tied heads).
     """
 
     def __init__(
@@ -251,9 +254,9 @@ class DenseDistribution(SubtreeDistribution):
 class LogitDistribution(SubtreeDistribution):
     """Distribution given by logits of tokens: their softmax, never written out for all tokens.
 
-    `logits` [r,w] in id order cover the whole vocabulary; with `top` below the root, the tokens below
-    top in tree order. The exponentials are computed once. Each read (one token, the masses of a level)
-    sends back one product with them, in whichever memory order the logits are.
+    `logits` [r,w] in id order cover the whole vocabulary; with `top` below the root, the tokens
+    below top in tree order. The exponentials are computed once. Each read (one token, the masses
+    of a level) sends back one product with them, in whichever memory order the logits are.
     """
 
     def __init__(
@@ -308,9 +311,10 @@ class LogitDistribution(SubtreeDistribution):
 class _Softmax:
     """Parts of a softmax of logits [r,w], shared by several reads; constants to autograd.
 
-    exponentials [r,w] are exp(logit - peak), total [r,1] their sums, log_total [r,1] the logs of the
-    sums of exp(logit). Each read with a gradient is counted. The graph of a chunk is walked once, so
-    the last read to send its gradient back writes it over the exponentials, to save memory.
+    exponentials [r,w] are exp(logit - peak), total [r,1] their sums, log_total [r,1] the logs of
+    the sums of exp(logit). Each read with a gradient is counted. The graph of a chunk is walked
+    once, so the last read to send its gradient back writes it over the exponentials, to save
+    memory.
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -328,7 +332,7 @@ class _Softmax:
         return self
 
     def scale_probabilities(self, factor: Tensor, addend: Tensor | None = None) -> Tensor:
-        """[r,w] probabilities times a factor per row [r], plus an addend: the gradient of a read."""
+        """[r,w] probabilities times a factor per row [r], plus an addend: gradient of a read."""
         self.readers -= 1
         scale = factor.unsqueeze(-1) / self.total
         out = self.exponentials if self.readers == 0 else None
@@ -415,7 +419,7 @@ def _segments(
     level: int,
     device: torch.device,
 ) -> Tensor:
-    """[w] for each token below top, in tree order: the place below top of its ancestor at `level`."""
+    """[w] for each token below top, in tree order: place below top of its ancestor at `level`."""
     below = vocabulary.subtree(top)
     tokens = vocabulary.order(0, device)[below[0]]
     if level == len(below):

@@ -45,16 +45,16 @@ from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 
 RowFunction = Callable[..., Any]
-"""fn(prediction, *values): a result, or a tuple of results, with one entry per row of the prediction."""
+"""fn(prediction, *values): one result or a tuple, with an entry per row of the prediction."""
 
 
 class Query(Protocol):
     """Evaluate the network at some rows of one noisy state.
 
     `rows` [k] are flat row numbers, `node` [k] the node below which each row needs the predicted
-    distribution. The network may answer in chunks: for each chunk it calls `fn(prediction, *values)`,
-    `values` being the entries of `per_row` (tensors with k entries each) that belong to the chunk. The
-    results come back in the order of `rows`.
+    distribution. The network may answer in chunks: for each chunk it calls `fn(prediction,
+    *values)`, `values` being the entries of `per_row` (tensors with k entries each) that belong
+    to the chunk. The results come back in the order of `rows`.
     """
 
     def __call__(
@@ -80,8 +80,8 @@ REFERENCE_ENTRIES = 2**21
 class TrainedPart(IntEnum):
     """Part of the predicted distribution that receives training signal at a row.
 
-    NONE: no part of it. BELOW_NODE: only the conditional distribution below the row's node. ALL: the
-    whole distribution.
+    NONE: no part of it. BELOW_NODE: only the conditional distribution below the row's node. ALL:
+    the whole distribution.
     """
 
     NONE = 0
@@ -238,7 +238,7 @@ class ForwardProcess(ABC):
     # ------------------------------------------------------------------ scores
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """[r,V] float64 log of the clean-token distribution p with this score: p = s K^-1 on tokens.
+        """[r,V] float64 log of the clean-token distribution with this score, p = s K^-1 on tokens.
 
         K is `from_clean(t)`. Negative values, which no true ratio gives, are raised to 1e-14 of the
         token's share of s, so that every probability is positive and its logarithm has a gradient;
@@ -311,9 +311,9 @@ class ForwardProcess(ABC):
     ) -> Tensor:
         """[r] total true reverse rate, sum_{y != z} Q[y,z] s(y); no prediction enters it.
 
-        The same number for the same chain, whatever family implements it, so that a loss which clamps
-        weights is the same function. 0 if nothing arrives in z_t, where the density is 0 too; 1 if
-        something may arrive, but never does for this x.
+        The same number for the same chain, whatever family implements it, so that a loss which
+        clamps weights is the same function. 0 if nothing arrives in z_t, where the density is 0
+        too; 1 if something may arrive, but never does for this x.
         """
         inward = self._inward_rates(zt, t)
         log_s = self._true_log_ratio(x0, zt, interior(t))
@@ -377,7 +377,7 @@ class ForwardProcess(ABC):
         return torch.ones_like(zt, dtype=torch.bool)
 
     def trained_part(self, zt: Tensor) -> Tensor:
-        """[r] `TrainedPart` codes: the part of the prediction that the bound trains in this state."""
+        """[r] `TrainedPart` codes: part of the prediction that the bound trains in this state."""
         return torch.full_like(zt, TrainedPart.ALL)
 
     def scope(self, zt: Tensor) -> Tensor:
@@ -445,7 +445,7 @@ class ForwardProcess(ABC):
 
     @property
     def is_monotone(self) -> bool:
-        """Whether reverse moves only reveal: the reversed chain leaves a state for states below it."""
+        """Whether reverse moves only reveal: a state is left for states below it only."""
         return False
 
     def reverse_rates(

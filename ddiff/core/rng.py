@@ -18,9 +18,9 @@ from ddiff.errors import ArgumentError
 class CounterRng:
     """Uniform random numbers for the samples of one step.
 
-    A number depends only on (seed, purpose, step, sample index, position, channel). The number of a
-    position does not depend on `length`. Philox-4x64 (Salmon et al. 2011) is run with (seed, purpose)
-    as key and (position block, index, step, channel) as counter.
+    A number depends only on (seed, purpose, step, sample index, position, channel). The number of
+    a position does not depend on `length`. Philox-4x64 (Salmon et al. 2011) is run with (seed,
+    purpose) as key and (position block, index, step, channel) as counter.
 
         rng = CounterRng(seed=1, step=7, index=torch.arange(4), length=16)
         u = rng.uniform("time")           # [4,16]; "time" is the channel
@@ -46,7 +46,8 @@ class CounterRng:
     ) -> None:
         if not 0 <= seed < 2**64 or step < 0:
             raise ArgumentError(
-                f"CounterRng: seed must be in [0, 2^64) and step >= 0; got seed {seed}, step {step}."
+                f"CounterRng: seed must be in [0, 2^64) and step >= 0; got seed {seed}, step "
+                f"{step}."
             )
         self.seed = seed
         self.step = step

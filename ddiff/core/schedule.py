@@ -20,8 +20,8 @@ from ddiff.errors import ArgumentError
 class Schedule(SettingsRepr, ABC):
     """Probability alpha(t) that a token is untouched at t, decreasing on [0,1].
 
-    `closes_at_clean` declares alpha(0) = 1, `closes_at_prior` declares alpha(1) = 0; the conformance
-    kit tests both.
+    `closes_at_clean` declares alpha(0) = 1, `closes_at_prior` declares alpha(1) = 0; the
+    conformance kit tests both.
     """
 
     closes_at_clean: bool = True
@@ -107,8 +107,8 @@ class PowerSchedule(Schedule):
 class GeometricSchedule(Schedule):
     """alpha = exp(-sigma), sigma = sigma_min^(1-t) sigma_max^t; 0 < sigma_min < sigma_max.
 
-    The geometric noise of arXiv 2310.16834, which reaches neither end: a share 1 - exp(-sigma_min) is
-    noise at t = 0 already, and exp(-sigma_max) is still clean at t = 1.
+    The geometric noise of arXiv 2310.16834, which reaches neither end: a share 1 -
+    exp(-sigma_min) is noise at t = 0 already, and exp(-sigma_max) is still clean at t = 1.
     """
 
     closes_at_clean = False

@@ -27,10 +27,10 @@ class Times(NamedTuple):
     Attributes:
         t: [B,L] float64, the time of each position.
         speed: [B,L] dt_i/dv for a draw with v uniform in [0,1], 0 if the position adds nothing.
-        clean: bool [B,L], whether the position holds its token: it is settled, or this rule does not
-            corrupt it.
-        at_prior: bool [B,L], whether the position holds a draw of the prior and no position that adds
-            to the bound attends to it. None: no position does.
+        clean: bool [B,L], whether the position holds its token: it is settled, or this rule does
+            not corrupt it.
+        at_prior: bool [B,L], whether the position holds a draw of the prior and no position that
+            adds to the bound attends to it. None: no position does.
         block: [1 or B,L] long, block numbers that restrict attention (see `Noisy`). None: every
             position attends to every other.
         paired: whether later blocks attend to the clean tokens of earlier ones (`Noisy.memory`).
@@ -50,8 +50,8 @@ class Noisy(NamedTuple):
     Attributes:
         zt: [B,L] states.
         t: [B,L] float64 times, 0 at clean positions.
-        clean: bool [B,L], whether a position holds its token. This is not t = 0: a process that does
-            not close corrupts at t = 0 too, and a prompt never is corrupted.
+        clean: bool [B,L], whether a position holds its token. This is not t = 0: a process that
+            does not close corrupts at t = 0 too, and a prompt never is corrupted.
         block: [1 or B,L] long. Without it every position attends to every other. With it a position
             attends to its own and earlier blocks of zt.
         memory: [B,L] clean tokens. With it a position attends to its own block of zt and to the
@@ -67,7 +67,7 @@ class Noisy(NamedTuple):
 
 
 class TimeSampler(Protocol):
-    """Draw times for a global batch of `slots` samples, as a pure function of the random generator."""
+    """Draw times for a global batch of `slots` samples, a pure function of the generator."""
 
     def draw(
         self,
@@ -125,10 +125,10 @@ class TimeRule(TimeSampler, Protocol):
 class FlatTimes:
     """One tau per sequence in [start, stop], stratified: slot i of n has its stratum.
 
-    Strata are dealt out in van der Corput order, so that every contiguous share of the slots (a rank,
-    a micro-batch) gets times from the whole window. `tokens` is the sequence length for which the
-    density of draws has the least variance; it is not the length of the batch, so that the times of a
-    sequence do not depend on its padding.
+    Strata are dealt out in van der Corput order, so that every contiguous share of the slots (a
+    rank, a micro-batch) gets times from the whole window. `tokens` is the sequence length for
+    which the density of draws has the least variance; it is not the length of the batch, so that
+    the times of a sequence do not depend on its padding.
     """
 
     def __init__(
@@ -198,10 +198,10 @@ class WindowTimes:
     Positions before the window are settled, positions after it are at the prior.
 
     "block": windows next to each other, all positions of one at the same time (arXiv 2503.09573;
-    width 1 is autoregression, width L one t for all). "slide": the window slides from left to right,
-    and tau rises along it from the settled side to the side at the prior (arXiv 2504.06416). In both a
-    position passes once through [start, stop], and its path is part of a path of the whole sequence,
-    so the sum is a bound for any process.
+    width 1 is autoregression, width L one t for all). "slide": the window slides from left to
+    right, and tau rises along it from the settled side to the side at the prior (arXiv 2504.06416).
+    In both a position passes once through [start, stop], and its path is part of a path of the
+    whole sequence, so the sum is a bound for any process.
 
     `paired` evaluates every window in one pass, each next to the clean tokens before it
     (`Noisy.memory`). Without it one window of the sequence is evaluated and counts for all of them:
@@ -265,7 +265,7 @@ class WindowTimes:
             return self._paired_slide_ends(clock, rng, slot, length)
         return self._slide_ends(clock, rng, slot, length)
 
-    # ------------------------------------------------------------------ paired: every window at once
+    # ------------------------------------------------------------------ paired: all windows at once
 
     def _paired_times(
         self,
@@ -357,7 +357,7 @@ class WindowTimes:
         current: Tensor,
         length: int,
     ) -> Times:
-        """[B,1] each: block `current` is at t, earlier blocks are clean, later ones at the prior."""
+        """[B,1] each: block `current` is at t, earlier blocks are clean, later at the prior."""
         window = self._window_numbers(length, t.device)
         wide = torch.zeros_like(window, dtype=t.dtype)
         return self._one_open_window(
@@ -412,7 +412,7 @@ class WindowTimes:
         slot: Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        """A position settles when it is first in its window, and leaves the prior when it is last."""
+        """A position settles when first in its window, and leaves the prior when last."""
         place = torch.arange(length, device=slot.device)
         shift = (rng.uniform("window")[:, :1] * self.width).floor()
         first = self._all_slides(clock, shift, length)
@@ -496,8 +496,8 @@ def _full_attention_times(t: Tensor, speed: Tensor) -> Times:
 def stratified(u: Tensor, stratum: Tensor, strata: int | Tensor) -> Tensor:
     """[B,k] uniforms and strata -> [B,k] numbers in [0,1), each in its stratum of `strata`.
 
-    `strata` is one number, or [B]. Strata are dealt out in van der Corput order, so that a contiguous
-    share of them covers the whole interval evenly.
+    `strata` is one number, or [B]. Strata are dealt out in van der Corput order, so that a
+    contiguous share of them covers the whole interval evenly.
     """
     counts = torch.as_tensor(strata, device=stratum.device)
     if counts.dim():
@@ -521,9 +521,9 @@ def jointly_stratified(
     """[B,count] numbers in [0,1), one for each of `count` windows of samples with strata `slot`.
 
     The windows of a sample are evenly spaced. Each window is stratified over the slots, and all
-    windows of all slots together, one in each of slots * count cells. The cells are rotated by a number
-    that is shared within a group, since otherwise a window would only get one cell of each of its
-    strata.
+    windows of all slots together, one in each of slots * count cells. The cells are rotated by a
+    number that is shared within a group, since otherwise a window would only get one cell of each
+    of its strata.
     """
     u = rng.uniform("time")[:, :1]
     if count == 1:
@@ -531,8 +531,8 @@ def jointly_stratified(
     strata = torch.as_tensor(slots, device=slot.device).expand_as(slot).unsqueeze(-1)
     rank = _van_der_corput_rank(slot.unsqueeze(-1), strata)
     window = van_der_corput_order(count).to(slot.device)
-    # Modulo count, strata * window repeats after count / common windows: these would share cells, so
-    # each repetition is moved by one.
+    # Modulo count, strata * window repeats after count / common windows: these would share cells,
+    # so each repetition is moved by one.
     common = torch.gcd(strata, torch.full_like(strata, count))
     cell = count * rank + strata * window + window // (count // common)
     rotation = rng.uniform_per_group("time").unsqueeze(-1)

@@ -14,8 +14,9 @@ class TokenDivergence(torch.autograd.Function):
     b is the noise and alpha the share of the clean token; a term with b_y = 0 is alpha p_y. Also
     returns ln p_x and ln p_z. log_p [r,V], alpha [r,1], noise [r,1] or [r,V], x0 and z [r] tokens.
 
-    Autograd would keep every intermediate result, and add one gradient as wide as the vocabulary for
-    each token that is read. The derivative by ln p_y is b v^2 / (1 + v) with v = alpha p_y / b_y.
+    Autograd would keep every intermediate result, and add one gradient as wide as the vocabulary
+    for each token that is read. The derivative by ln p_y is b v^2 / (1 + v) with v = alpha p_y /
+    b_y.
     """
 
     @staticmethod

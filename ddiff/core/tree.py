@@ -1,21 +1,23 @@
-"""Tree family: a position moves from its token to coarser and coarser nodes, the root being the mask.
+"""Tree family: a position moves from its token to ever coarser nodes; the root is the mask.
 
-One level above the tokens is masked diffusion (arXiv 2406.07524), two levels the hierarchical model of
-arXiv 2510.08632; any number of levels works. Parents may be stochastic: level l is entered at the own
-parent with probability xi_l and at each other node with (1 - xi_l)/(n_l - 1).
+One level above the tokens is masked diffusion (arXiv 2406.07524), two levels the hierarchical
+model of arXiv 2510.08632; any number of levels works. Parents may be stochastic: level l is
+entered at the own parent with probability xi_l and at each other node with (1 - xi_l)/(n_l - 1).
 
 Notation: pi_l(t) is the probability of level l at time t and F_l(t) = sum_{j>=l} pi_j(t)
-(`ddiff.core.clock`); anc_j(y) the ancestor of y at level j; kappa_ij(y,z) the probability of node z
-when a position moves from node y of level i to level j. It is split into A_ij, the probability that
-every parent on the way was the own one by certainty, and a remainder r_ij that does not depend on y:
+(`ddiff.core.clock`); anc_j(y) the ancestor of y at level j; kappa_ij(y,z) the probability of node
+z when a position moves from node y of level i to level j. It is split into a part A_ij at the
+ancestor of y, and a remainder r_ij that does not depend on y:
 
     kappa_ij(y,z) = A_ij 1[anc_j(y) = z] + r_ij(z)
     q_t(z|x)      = pi_j(t) kappa_0j(x,z)                     j the level of z
-    density       = (F_l'/pi_l) KL( P(y | z,x) || P(y | z) )  y the state one level below z, l its level
+    density       = (F_l'/pi_l) KL( P(y | z,x) || P(y | z) )  y one level below z, l the level of z
 
-P(y | z) is under the predicted distribution. For xi = 1 the density is
-(F_l'/pi_l) (-ln P(a_{l-1} | a_l)), with a_l = anc_l(x); it is a true bound for xi < 1 too, unlike the
-published one.
+P(y | z) is under the predicted distribution. For xi = 1 and a_l = anc_l(x) the density is
+
+    (F_l'/pi_l) (-ln P(a_{l-1} | a_l)).
+
+It is a true bound for xi < 1 too, unlike the published one.
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ DECODING = ("bayes", "within", "between", "free")
 class StochasticParents:
     """kappa_ij for all pairs of levels, from xi_l per level (1 if a level has one node).
 
-    `sure[i][j]` is the number A_ij; `stray[i][j]` the vector r_ij [n_j] in the id order of level j, or
-    None if it is zero. `is_deterministic` says that all xi are 1.
+    `sure[i][j]` is the number A_ij; `stray[i][j]` the vector r_ij [n_j] in the id order of level
+    j, or None if it is zero. `is_deterministic` says that all xi are 1.
     """
 
     def __init__(self, vocabulary: Vocabulary, xi: Sequence[float]) -> None:
@@ -147,7 +149,7 @@ class StochasticParents:
         j: int,
         log_mass: Tensor,
     ) -> Tensor:
-        """[r,n_j] log distribution at level j, given that of the ancestors at level j of the states.
+        """[r,n_j] log distribution at level j, from that of the ancestors at level j.
 
         `log_mass` [r,n_j] is the log-probability of each node of level j to be the ancestor of the
         state, which is at level i.
@@ -281,8 +283,8 @@ class TreeProcess(ForwardProcess):
     Args:
         vocabulary: at least one level above the tokens.
         clock: when a position moves up; as many levels as the vocabulary.
-        xi: probability of the own parent, one number in (0,1] for every level with several nodes, or
-            one per level 1..L.
+        xi: probability of the own parent, one number in (0,1] for every level with several nodes,
+            or one per level 1..L.
         decoding: how a step draws below a node if xi < 1. `bayes` is the exact posterior; `within`
             stays among the tokens below the node; `between` gives these the mass xi and the others
             1 - xi, each in proportion to the predicted distribution; `free` ignores the node.
@@ -324,8 +326,8 @@ class TreeProcess(ForwardProcess):
         num_levels = vocabulary.num_levels
         if num_levels == 0:
             raise ArgumentError(
-                f"{name}: vocabulary must have a mask or more levels; {vocabulary} has tokens only. "
-                "Use FlatVocabulary(num_tokens, mask=True)."
+                f"{name}: vocabulary must have a mask or more levels; {vocabulary} has tokens "
+                "only. Use FlatVocabulary(num_tokens, mask=True)."
             )
         if clock.num_levels != num_levels:
             raise ArgumentError(
@@ -439,7 +441,7 @@ class TreeProcess(ForwardProcess):
         return self._level_probability(x0, t)
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """The shares of the score among tokens: no other token becomes x, so q_t-bar(x) = pi_0 p(x)."""
+        """Shares of the score among tokens: no other token becomes x, so q_t-bar(x) = pi_0 p(x)."""
         at_tokens = score.log_ratio[:, : self.vocabulary.num_tokens]
         return log_normalize(at_tokens.double())
 
@@ -510,7 +512,8 @@ class TreeProcess(ForwardProcess):
             here = level == l
             if not may_be_true(here):
                 continue
-            # Rows of other levels are evaluated at an ancestor of x0, where all is finite, and dropped.
+            # Rows of other levels are evaluated at an ancestor of x0, where all is finite, and
+            # dropped.
             z = torch.where(here, zt, self.vocabulary.ancestor(x0, l))
             if l == 1:
                 kl = self._token_nll(dist, x0, z)
@@ -569,8 +572,8 @@ class TreeProcess(ForwardProcess):
     ) -> Tensor:
         """[r] -ln P(x0 | z_t) for xi < 1; 0 at tokens.
 
-        = ln( A P(z) + r(z) ) - ln( (A 1[anc(x0) = z] + r(z)) p(x0) ), with P(z) the predicted mass of
-        the tokens below z.
+        = ln( A P(z) + r(z) ) - ln( (A 1[anc(x0) = z] + r(z)) p(x0) ), with P(z) the predicted
+        mass of the tokens below z.
         """
         level = self.vocabulary.level_of(zt)
         is_token = level == 0
@@ -635,8 +638,8 @@ class TreeProcess(ForwardProcess):
     def scope(self, zt: Tensor) -> Tensor:
         if not self.parents.is_deterministic:
             return torch.full_like(zt, self.vocabulary.root)
-        # Nothing is open below a token. If one is read at all, with a clock that does not close, its
-        # parent can be queried.
+        # Nothing is open below a token. If one is read at all, with a clock that does not close,
+        # its parent can be queried.
         return torch.where(self.active(zt), zt, self.vocabulary.parent(zt))
 
     # ------------------------------------------------------------------ information
@@ -657,7 +660,7 @@ class TreeProcess(ForwardProcess):
 
     @cached_property
     def _level_information(self) -> Tensor:
-        """[L+1] I(X; node at level l) in nats for X uniform over the tokens, node ~ kappa_0l(X, .)."""
+        """[L+1] I(X; node at level l) in nats, X uniform over the tokens, node ~ kappa_0l(X, .)."""
         reference = uniform_reference(self.vocabulary.num_tokens)
         dist = DenseDistribution(reference, self.vocabulary)
         values = []
@@ -890,8 +893,8 @@ def _check_xi(xi: float | Sequence[float], num_levels: int) -> tuple[float, ...]
         values = (*values, 1.0)
     if len(values) != num_levels or not all(0.0 < x <= 1.0 for x in values):
         raise ArgumentError(
-            f"TreeProcess: xi must be one number in (0, 1], or one for each of the {num_levels} levels "
-            f"above the tokens; got {xi}. xi is the probability that a position moves to its own "
-            "parent; 1 is the plain tree."
+            f"TreeProcess: xi must be one number in (0, 1], or one for each of the {num_levels} "
+            f"levels above the tokens; got {xi}. xi is the probability that a position moves to "
+            "its own parent; 1 is the plain tree."
         )
     return values

@@ -1,10 +1,10 @@
 """State spaces: the tokens, and any number of levels above them.
 
-A vocabulary is a tree. Level 0 holds the V tokens in tokenizer order, level l nodes that stand for
-sets of tokens, and the last level one root, which is the mask. A flat vocabulary with a mask is the
-tree of one level; without a mask it is the tokens only. State ids count level by level, tokens first,
-root last, and are never renumbered. "Tree order" is a permutation of each level in which every node
-above it has a contiguous range.
+A vocabulary is a tree. Level 0 holds the V tokens in tokenizer order, level l nodes that stand
+for sets of tokens, and the last level one root, which is the mask. A flat vocabulary with a mask
+is the tree of one level; without a mask it is the tokens only. State ids count level by level,
+tokens first, root last, and are never renumbered. "Tree order" is a permutation of each level in
+which every node above it has a contiguous range.
 
     >>> tree = HierarchicalVocabulary([[0, 0, 1, 1], [0, 0]])     # four tokens, two nodes, one root
     >>> tree.level_sizes, tree.mask_id
@@ -83,11 +83,11 @@ class Vocabulary:
         return self._table("ancestor", ids.device)[ids, level]
 
     def parent(self, ids: Tensor) -> Tensor:
-        """Id one level up; the root is its own parent. Without a mask, `root` is above the tokens."""
+        """Parent of each id; the root is its own. Without a mask, `root` is that of all tokens."""
         return self._table("parent", ids.device)[ids]
 
     def children(self, node: int) -> Tensor:
-        """Ids one level below `node` in tree order; for `root` the level below it; none for a token."""
+        """Ids one level below `node` in tree order; none for a token."""
         below = int(self.level_of(torch.tensor(node))) - 1
         if below < 0:
             return torch.empty(0, dtype=torch.long)
@@ -109,8 +109,8 @@ class Vocabulary:
     def node_range(self, ids: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """First and one-past-last place in `order(level)` of the nodes below each id.
 
-        At its own level a node has itself in its range. `root` covers the level. Nodes under `level`
-        have an empty range.
+        At its own level a node has itself in its range. `root` covers the level. Nodes under
+        `level` have an empty range.
         """
         table = self._table(f"range{level}", ids.device)[ids]
         return table[..., 0], table[..., 1]
@@ -160,8 +160,8 @@ class Vocabulary:
             ) from error
         if vocabulary.fingerprint != written:
             raise DataError(
-                f"Vocabulary.load: the tree in {path} has fingerprint {vocabulary.fingerprint}, but "
-                f"the file names {written}: it was damaged. Build the vocabulary again."
+                f"Vocabulary.load: the tree in {path} has fingerprint {vocabulary.fingerprint}, "
+                f"but the file names {written}: it was damaged. Build the vocabulary again."
             )
         return vocabulary
 
@@ -190,8 +190,9 @@ class FlatVocabulary(Vocabulary):
 class HierarchicalVocabulary(Vocabulary):
     """Tokens under any number of levels of nodes.
 
-    `parents[l]` gives for each node of level l the index (within level l+1) of its parent; level 0 are
-    the tokens. Every node must have a child. A root is added if the last level has more than one node.
+    `parents[l]` gives for each node of level l the index (within level l+1) of its parent; level
+    0 are the tokens. Every node must have a child. A root is added if the last level has more
+    than one node.
     """
 
     def __init__(
@@ -202,8 +203,8 @@ class HierarchicalVocabulary(Vocabulary):
     ) -> None:
         if len(parents) == 0:
             raise ArgumentError(
-                "HierarchicalVocabulary: parents must hold at least one level; got none. For tokens "
-                "only use FlatVocabulary."
+                "HierarchicalVocabulary: parents must hold at least one level; got none. For "
+                "tokens only use FlatVocabulary."
             )
         levels = [_check_parents(values, level) for level, values in enumerate(parents)]
         for level, (below, above) in enumerate(itertools.pairwise(levels)):
@@ -211,8 +212,8 @@ class HierarchicalVocabulary(Vocabulary):
             if num_named != len(above):
                 raise ArgumentError(
                     f"HierarchicalVocabulary: parents[{level}] names {num_named} nodes, but "
-                    f"parents[{level + 1}] has {len(above)} entries; each node of level {level + 1} "
-                    "needs exactly one."
+                    f"parents[{level + 1}] has {len(above)} entries; each node of level "
+                    f"{level + 1} needs exactly one."
                 )
         num_top = int(levels[-1].max()) + 1
         if num_top > 1:
@@ -233,9 +234,9 @@ class HierarchicalVocabulary(Vocabulary):
     ) -> HierarchicalVocabulary:
         """Make a tree from a function that names the groups of each token, finest first.
 
-        For example `label("cat")` is `("noun", "open class")`. The nodes of level l are the distinct
-        (label_l, ..., label_last), so that equal names under different coarser groups are different
-        nodes. A plain label counts as one level.
+        For example `label("cat")` is `("noun", "open class")`. The nodes of level l are the
+        distinct (label_l, ..., label_last), so that equal names under different coarser groups
+        are different nodes. A plain label counts as one level.
         """
         paths = []
         for token in tokens:
@@ -245,8 +246,8 @@ class HierarchicalVocabulary(Vocabulary):
         if len(depths) != 1 or 0 in depths:
             raise ArgumentError(
                 "HierarchicalVocabulary.from_labels: label must name the same number of groups (at "
-                f"least one) for every token; got depths {sorted(depths)}. Give short branches a group "
-                "of their own."
+                f"least one) for every token; got depths {sorted(depths)}. Give short branches a "
+                "group of their own."
             )
         parents = []
         below = [(i, *path) for i, path in enumerate(paths)]
@@ -343,8 +344,8 @@ def _check_centroids(
         if is_extra or (centroid is not None and len(centroid) != level_sizes[level]):
             shape = None if centroid is None else tuple(centroid.shape)
             raise ArgumentError(
-                f"Vocabulary: centroids of level {level} must have one row per node of that level; got "
-                f"{shape} for level sizes {level_sizes}."
+                f"Vocabulary: centroids of level {level} must have one row per node of that level; "
+                f"got {shape} for level sizes {level_sizes}."
             )
     return tuple(padded)
 
