@@ -51,19 +51,19 @@ chain = torch.tensor([[-1.0, 0.5, 0.5], [0.2, -0.2, 0.0], [1.0, 3.0, -4.0]], dty
         "function late",
     ],
 )
-def test_a_matrix_that_generates_no_chain_is_refused(
+def test_dense_process_rejects_matrix_that_is_no_generator(
     matrix: Tensor | Callable[[Tensor], Tensor], message: str
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
         DenseProcess(bare, matrix)
 
 
-def test_too_many_states_are_refused_before_any_work() -> None:
+def test_dense_process_rejects_too_many_states_before_any_work() -> None:
     with pytest.raises(ArgumentError, match=r"S at most 512; got \(513, 513\).*structured process"):
         DenseProcess(FlatVocabulary(512), torch.zeros(513, 513))
 
 
-def test_rounding_in_the_rows_of_a_float32_matrix_is_accepted() -> None:
+def test_dense_process_accepts_rounding_in_rows_of_float32_matrix() -> None:
     """And leaks no probability: what is left of a row's sum is taken off its diagonal."""
     thirds = torch.full((3, 3), 1 / 3) - torch.eye(3)
     assert float(thirds.double().sum(-1).abs().max()) > 1e-9
@@ -76,7 +76,7 @@ def test_rounding_in_the_rows_of_a_float32_matrix_is_accepted() -> None:
 @pytest.mark.parametrize(
     "target", [torch.ones(4), torch.tensor([0.5, 0.2, 0.2]), torch.full((3,), math.nan)]
 )
-def test_noise_that_is_no_law_is_refused(target: Tensor) -> None:
+def test_mixture_process_rejects_noise_that_does_not_sum_to_one(target: Tensor) -> None:
     with pytest.raises(
         ArgumentError,
         match="the noise must be a distribution over the 3 states, with no negative entry and sum 1",
@@ -84,7 +84,7 @@ def test_noise_that_is_no_law_is_refused(target: Tensor) -> None:
         MixtureProcess(bare, LinearSchedule(), target)
 
 
-def test_noise_of_negative_probability_is_refused() -> None:
+def test_mixture_process_rejects_negative_noise() -> None:
     with pytest.raises(ArgumentError, match=r"smallest entry -0\.25 and sum 1\."):
         MixtureProcess(bare, LinearSchedule(), torch.tensor([1.5, -0.25, -0.25]))
 
@@ -102,7 +102,7 @@ def unmasked_mixture() -> ForwardProcess:
 
 @pytest.mark.parametrize("make", [idle_mask, unmasked_mixture])
 @pytest.mark.parametrize("derived", [True, False])
-def test_a_state_that_is_never_reached_leaves_value_and_gradient_finite(
+def test_unreachable_state_leaves_value_and_gradient_finite(
     make: Callable[[], ForwardProcess], derived: bool
 ) -> None:
     process = make()
@@ -122,7 +122,7 @@ def test_a_state_that_is_never_reached_leaves_value_and_gradient_finite(
     assert float(logits.grad[:-1].abs().min(-1).values.min()) > 0
 
 
-def test_a_word_whose_probability_underflows_leaves_the_gradient_finite() -> None:
+def test_underflowing_token_probability_leaves_gradient_finite() -> None:
     """exp(-200) is 0 in float32: the marginal of a masked chain is then 0 at a word that a row is not in."""
     vocabulary = FlatVocabulary(3)
     process = MixtureProcess(vocabulary, LinearSchedule(), torch.tensor([0.0, 0.0, 0.0, 1.0]))
@@ -135,7 +135,7 @@ def test_a_word_whose_probability_underflows_leaves_the_gradient_finite() -> Non
     torch.testing.assert_close(logits.grad, torch.tensor([[-1.0, 1.0, 0.0]]))
 
 
-def test_a_step_from_a_law_of_nan_is_an_error_and_not_a_word() -> None:
+def test_step_from_nan_distribution_raises() -> None:
     process = DenseProcess(bare, chain)
 
     def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def enumerated_information(process: ForwardProcess, t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_information_is_that_of_the_joint_table(name: str) -> None:
+def test_information_equals_that_of_joint_table(name: str) -> None:
     process = PROCESSES[name]
     t = torch.tensor([0.0, 1e-6, 0.01, 0.3, 0.8, 0.999, 1.0], dtype=torch.float64)
     expected = enumerated_information(process, t)
@@ -88,7 +88,7 @@ def test_equal_steps_of_tau_lose_equal_information(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_speed_is_the_exact_derivative_of_t(name: str) -> None:
+def test_speed_is_exact_derivative_of_t(name: str) -> None:
     """By autograd through the interpolant, so that no estimate in tau is biased by interpolation."""
     tau = TAU.clone().requires_grad_()
     t, speed = PROCESSES[name].information_time.at(tau)
@@ -102,7 +102,7 @@ def test_speed_is_the_exact_derivative_of_t(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["TreeProcess 1", "MixtureProcess 1", "DenseProcess 1", "late tree"]
 )
-def test_draws_rise_through_the_window_at_their_own_slope(
+def test_time_draws_rise_through_window_with_exact_slope(
     name: str, window: tuple[float, float], length: int
 ) -> None:
     clock = PROCESSES[name].information_time
@@ -115,7 +115,7 @@ def test_draws_rise_through_the_window_at_their_own_slope(
     assert bool((ends[0] <= t[0]) & (t[-1] <= ends[1]))
 
 
-def test_draws_have_the_density_of_least_variance() -> None:
+def test_time_draws_have_density_of_least_variance() -> None:
     """For masks P(tau) = tau, so that the v-quantile of sqrt(1 + 1/(L tau)) is known: with a = 1/L its integral is
     sqrt(tau (tau + a)) + a asinh(sqrt(tau / a)). Trapezoids between 257 knots leave 1e-3."""
     clock = TreeProcess(FlatVocabulary(7), LogTimeClock((1.0,))).information_time
@@ -142,7 +142,7 @@ def test_linear_masking_has_tau_equal_to_t() -> None:
         torch.testing.assert_close(speed, torch.ones_like(TAU), rtol=1e-9, atol=0)
 
 
-def test_a_tree_sums_over_its_levels() -> None:
+def test_tree_information_is_sum_over_levels() -> None:
     """Hazards (1, 1): pi_0 = 1 - t, pi_1 = -(1 - t) ln(1 - t); five tokens in clusters of two and three."""
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     process = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)))
@@ -152,7 +152,7 @@ def test_a_tree_sums_over_its_levels() -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_the_mean_density_of_the_uniform_prediction_is_flat_in_tau(name: str) -> None:
+def test_mean_density_of_uniform_prediction_is_flat_in_tau(name: str) -> None:
     """Enumerated over x and z; the identity behind the clock, d/dtau of the information that is lost."""
     process = PROCESSES[name]
     clock = process.information_time
@@ -176,7 +176,7 @@ def test_the_mean_density_of_the_uniform_prediction_is_flat_in_tau(name: str) ->
     assert charged == pytest.approx([expected] * 5, rel=5e-3)
 
 
-def test_information_beyond_the_interior_times_is_left_to_the_ends() -> None:
+def test_information_beyond_interior_times_is_left_to_end_terms() -> None:
     """(1e-12)^0.05 = 25 % of the tokens are masked before the first interior time: there the bound decodes."""
     early = PROCESSES["early masks"].information_time
     assert early.first == pytest.approx(1e-12**0.05, rel=1e-6)
@@ -188,7 +188,7 @@ def test_information_beyond_the_interior_times_is_left_to_the_ends() -> None:
     assert plain.at(torch.tensor([0.0, 1.0]).double())[0].tolist() == [0.0, 1.0]
 
 
-def test_a_process_that_closes_at_neither_end_keeps_its_window() -> None:
+def test_process_that_closes_at_neither_end_keeps_its_window() -> None:
     process = MixtureProcess(
         FlatVocabulary(3), GeometricSchedule(0.05, 3.0), torch.tensor([0.2, 0.3, 0.5, 0.0])
     )
@@ -197,7 +197,7 @@ def test_a_process_that_closes_at_neither_end_keeps_its_window() -> None:
 
 @given(st.lists(st.floats(0.01, 1.0), min_size=3, max_size=12), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=40)
-def test_monotone_maps_rise_and_pass_through_their_knots(steps: list[float], seed: int) -> None:
+def test_monotone_map_rises_and_passes_through_its_knots(steps: list[float], seed: int) -> None:
     rises = torch.rand(len(steps), generator=torch.Generator().manual_seed(seed)).double() + 0.01
     x = torch.tensor(steps, dtype=torch.float64).cumsum(0) - sum(steps) / 2
     y = rises.cumsum(0) - float(rises.sum()) / 2
@@ -211,6 +211,6 @@ def test_monotone_maps_rise_and_pass_through_their_knots(steps: list[float], see
     assert bool((mapped(fine)[1] >= 0).all())
 
 
-def test_own_time_is_the_identity() -> None:
+def test_identity_time_is_the_identity() -> None:
     assert IdentityTime().at(TAU)[0] is TAU
     assert torch.equal(IdentityTime().draw(TAU, 0.2, 0.6, 5)[0], 0.2 + (0.6 - 0.2) * TAU)

@@ -81,7 +81,7 @@ def cases() -> dict[str, tuple[Kernel, Tensor]]:
 
 
 @pytest.mark.parametrize("name", cases())
-def test_a_structured_kernel_is_the_matrix_that_it_stands_for(name: str) -> None:
+def test_structured_kernel_equals_its_dense_matrix(name: str) -> None:
     kernel, matrix = cases()[name]
     states, rows = matrix.shape[-1], torch.arange(ROWS)
     assert kernel.num_states == states
@@ -99,14 +99,14 @@ def test_a_structured_kernel_is_the_matrix_that_it_stands_for(name: str) -> None
 
 
 @pytest.mark.parametrize("name", cases())
-def test_applying_a_kernel_keeps_the_dtype_of_the_law(name: str) -> None:
+def test_kernel_apply_keeps_dtype_of_the_vector(name: str) -> None:
     kernel, _ = cases()[name]
     assert kernel.apply(torch.rand(ROWS, kernel.num_states)).dtype == torch.float32
 
 
 @given(trees(), st.lists(st.floats(0.05, 1.0), min_size=4, max_size=4))
 @settings(deadline=None, max_examples=25)
-def test_stochastic_parents_are_products_of_their_one_level_kernels(
+def test_stochastic_parents_are_products_of_one_level_kernels(
     tree: HierarchicalVocabulary, xi: list[float]
 ) -> None:
     parents = StochasticParents(tree, xi[: tree.num_levels])
@@ -145,7 +145,7 @@ def pair(s: float, t: float) -> tuple[Tensor, Tensor]:
     return torch.tensor([s], dtype=torch.float64), torch.tensor([t], dtype=torch.float64)
 
 
-def test_the_oracle_solves_the_forward_equation_in_its_time_order() -> None:
+def test_propagate_solves_forward_equation_in_time_order() -> None:
     expected = runge_kutta(0.1, 0.9)
     got = propagate(turning, *pair(0.1, 0.9), 4)[0]
     torch.testing.assert_close(got, expected, rtol=0.0, atol=1e-8)
@@ -159,7 +159,7 @@ def test_the_oracle_solves_the_forward_equation_in_its_time_order() -> None:
     assert float((generators[0] @ generators[1] - generators[1] @ generators[0]).abs().max()) > 1e-1
 
 
-def test_the_oracle_converges_with_the_fourth_power_of_its_steps() -> None:
+def test_propagate_converges_with_fourth_power_of_steps() -> None:
     """Twice the steps, a sixteenth of the error; a commutator left out or of the wrong sign makes it a quarter."""
     best = propagate(turning, *pair(0.1, 0.9), 4, steps=640)
     errors = [
@@ -171,14 +171,14 @@ def test_the_oracle_converges_with_the_fourth_power_of_its_steps() -> None:
         assert coarse / fine == pytest.approx(16.0, rel=0.15)
 
 
-def test_one_exponential_of_the_integrated_generator_is_not_enough() -> None:
+def test_single_exponential_differs_if_generators_do_not_commute() -> None:
     """What the oracle must not be: exact only where generators commute."""
     grid = torch.linspace(0.1, 0.9, 2001, dtype=torch.float64)
     once = torch.matrix_exp(torch.trapezoid(turning(grid), grid, dim=0))
     assert float((once - propagate(turning, *pair(0.1, 0.9), 4)[0]).abs().max()) > 1e-3
 
 
-def test_the_oracle_meets_the_marginals_of_a_clock_that_has_them_in_closed_form() -> None:
+def test_propagate_agrees_with_closed_form_clock_marginals() -> None:
     """The first row from 0 is pi(t), whose hazards diverge at both ends."""
     clock = CdfClock([PowerSchedule(0.8), PowerSchedule(1.5), PowerSchedule(3.0)])
     t = torch.tensor([0.01, 0.4, 0.99], dtype=torch.float64)
@@ -188,7 +188,7 @@ def test_the_oracle_meets_the_marginals_of_a_clock_that_has_them_in_closed_form(
     torch.testing.assert_close(reached, clock.pi(t), rtol=0.0, atol=1e-9)
 
 
-def test_no_time_is_no_change_and_rows_do_not_mix() -> None:
+def test_propagate_over_no_time_is_identity_and_rows_do_not_mix() -> None:
     s = torch.tensor([0.3, 0.0, 1.0, 0.2], dtype=torch.float64)
     t = torch.tensor([0.3, 0.0, 1.0, 0.8], dtype=torch.float64)
     moved = propagate(turning, s, t, 4)

@@ -24,22 +24,22 @@ def drawn(weights: list[float], *u: float) -> list[int]:
     return draw_index(rows, torch.tensor(u, dtype=torch.float64)).tolist()
 
 
-def test_each_index_owns_the_half_open_interval_of_its_weight() -> None:
+def test_draw_index_gives_each_index_a_half_open_interval() -> None:
     assert drawn([1.0, 2.0, 1.0], 0.0, 0.2499, 0.25, 0.7499, 0.75, LARGEST) == [0, 0, 1, 1, 2, 2]
 
 
-def test_weights_need_no_normalisation() -> None:
+def test_draw_index_needs_no_normalization() -> None:
     u = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights = torch.rand(500, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     # powers of two scale without rounding, so the draws agree exactly
     assert torch.equal(draw_index(weights, u), draw_index(weights * 2.0**-40, u))
 
 
-def test_a_zero_weight_is_never_drawn() -> None:
+def test_draw_index_never_draws_zero_weight() -> None:
     assert drawn([0.0, 0.0, 1.0, 0.0, 1.0, 0.0], 0.0, 0.5, LARGEST, 0.499) == [2, 4, 4, 2]
 
 
-def test_rounding_at_the_largest_uniform_names_the_last_possible_index() -> None:
+def test_draw_index_at_largest_uniform_is_last_possible_index() -> None:
     """u * total may round up to total itself; then the search falls off the end, or into the zeros there."""
     for seed in range(200):
         weights = torch.rand(
@@ -50,7 +50,7 @@ def test_rounding_at_the_largest_uniform_names_the_last_possible_index() -> None
     assert draw_index(torch.ones(1, 3).double(), torch.tensor([1.0]).double()).item() == 2
 
 
-def test_small_weights_in_single_precision_are_summed_in_double() -> None:
+def test_draw_index_sums_float32_weights_in_float64() -> None:
     weights = torch.cat([torch.ones(1), torch.full((4096,), 2.0**-25)])  # 1 + 2^-25 == 1 in float32
     total = 1.0 + 4096 * 2.0**-25
     u = torch.tensor([(1.0 + 2048.5 * 2.0**-25) / total], dtype=torch.float64)
@@ -58,27 +58,27 @@ def test_small_weights_in_single_precision_are_summed_in_double() -> None:
 
 
 @pytest.mark.parametrize("row", [[0.0, 0.0], [1.0, math.nan], [1.0, math.inf]])
-def test_a_row_from_which_nothing_can_be_drawn_is_an_error(row: list[float]) -> None:
+def test_draw_index_rejects_rows_without_finite_weight(row: list[float]) -> None:
     weights = torch.tensor([[1.0, 1.0], row])
     with pytest.raises(NonFiniteError, match="positive, finite sum in every row; got"):
         draw_index(weights, torch.tensor([0.5, 0.5]).double())
 
 
-def test_no_rows_give_no_draws() -> None:
+def test_draw_index_without_rows_gives_no_draws() -> None:
     assert draw_index(torch.empty(0, 3), torch.empty(0).double()).shape == (0,)
 
 
-def test_interior_moves_only_the_ends() -> None:
+def test_interior_changes_only_the_ends() -> None:
     t = torch.tensor([0.0, 1e-12, 0.3, 1.0], dtype=torch.float64)
     assert interior(t).tolist() == [1e-12, 1e-12, 0.3, 1.0 - 1e-12]
 
 
-def test_rows_take_the_dtype_of_what_is_wide() -> None:
+def test_to_column_takes_dtype_of_wide_tensor() -> None:
     assert to_column(torch.ones(2).double(), torch.ones(2, 5)).dtype == torch.float32
     assert to_column(torch.ones(2), torch.ones(2, 5)).shape == (2, 1)
 
 
-def test_the_log_of_no_mass_has_no_gradient_and_nan_stays_nan() -> None:
+def test_safe_log_of_zero_has_no_gradient_and_nan_stays_nan() -> None:
     mass = torch.tensor([0.0, 0.5, math.nan], dtype=torch.float64, requires_grad=True)
     log = safe_log(mass)
     assert log[:2].tolist() == [-math.inf, math.log(0.5)]
@@ -111,12 +111,12 @@ def race_in_single_precision(reveal: float) -> Tensor:
     return 2.0**-24 / torch.expm1(smallest * (1.0 - reveal) / (reveal * ZIPF))
 
 
-def test_single_precision_uniforms_are_multiples_of_two_to_the_minus_24() -> None:
+def test_float32_uniforms_are_multiples_of_2_to_the_minus_24() -> None:
     u = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0)).double() * 2.0**24
     assert torch.equal(u, u.round())
 
 
-def test_a_joint_race_in_single_precision_starves_the_tail() -> None:
+def test_joint_float32_race_starves_the_tail() -> None:
     """What the two-stage draw is for: a quarter of the mass all but vanishes, and the text looks likelier than it is."""
     revealed = race_in_single_precision(reveal=2 * STEP)
     share = revealed / revealed.sum()
@@ -126,7 +126,7 @@ def test_a_joint_race_in_single_precision_starves_the_tail() -> None:
     assert float(revealed.sum()) < 0.9 * 2 * STEP  # fewer words are revealed at all
 
 
-def test_deciding_first_and_drawing_then_gives_the_tail_its_mass_in_single_precision() -> None:
+def test_deciding_before_drawing_keeps_tail_mass_in_float32() -> None:
     """One step of masked diffusion with a float32 law, over a midpoint grid of the second uniform.
 
     Words stand in order of -ln p, so the grid's error in its mean is at most its range, ln V, over the number of points.
@@ -152,7 +152,7 @@ def test_deciding_first_and_drawing_then_gives_the_tail_its_mass_in_single_preci
     )
 
 
-def test_a_word_is_revealed_with_its_exact_probability() -> None:
+def test_rare_token_is_revealed_with_exact_probability() -> None:
     """(t - s)/t for linear masked diffusion, over a grid of the first uniform: right to one grid point."""
     vocabulary, points = FlatVocabulary(2), 100_000
     process = TreeProcess(vocabulary, LogTimeClock((1.0,)))

@@ -8,7 +8,7 @@ from ddiff.core.numerics import draw_index
 from ddiff.core.process import Prior
 
 
-def test_draws_are_the_inverse_cdf_in_any_shape() -> None:
+def test_prior_draws_are_inverse_cdf_in_any_shape() -> None:
     mass = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0], dtype=torch.float64)
     u = torch.tensor([[0.0, 0.1, 0.2], [0.69, 0.71, 1.0 - 2.0**-53]], dtype=torch.float64)
     drawn = Prior(mass.log()).draw(u)
@@ -16,12 +16,12 @@ def test_draws_are_the_inverse_cdf_in_any_shape() -> None:
     assert drawn.tolist() == [[1, 1, 3], [3, 4, 4]]
 
 
-def test_a_point_is_drawn_for_every_uniform() -> None:
+def test_point_prior_is_drawn_for_every_uniform() -> None:
     u = torch.tensor([0.0, 0.5, 1.0 - 2.0**-53], dtype=torch.float64)
     assert Prior.point(2, 4).draw(u).tolist() == [2, 2, 2]
 
 
-def test_no_table_of_rows_by_states_is_made() -> None:
+def test_prior_draw_makes_no_table_of_rows_by_states() -> None:
     many = 2**20  # such a table would take 8 TB
     assert bool(
         (Prior.point(many - 1, many).draw(torch.zeros(many, dtype=torch.float64)) == many - 1).all()

@@ -29,24 +29,24 @@ def drawn(
 
 @given(st.integers(1, 300))
 @settings(deadline=None)
-def test_the_van_der_corput_order_is_a_permutation(count: int) -> None:
+def test_van_der_corput_order_is_a_permutation(count: int) -> None:
     assert van_der_corput_order(count).sort().values.tolist() == list(range(count))
 
 
-def test_a_power_of_two_is_ordered_by_reversed_bits() -> None:
+def test_van_der_corput_order_of_power_of_two_reverses_bits() -> None:
     assert van_der_corput_order(8).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
 
 
 @given(st.integers(1, 130), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=50)
-def test_every_stratum_has_one_sample(slots: int, step: int) -> None:
+def test_flat_times_put_one_sample_in_every_stratum(slots: int, step: int) -> None:
     assert (drawn(slots, step=step)[:, 0] * slots).floor().long().sort().values.tolist() == list(
         range(slots)
     )
 
 
 @pytest.mark.parametrize("slots", [4, 16, 64, 512])
-def test_every_contiguous_quarter_of_a_power_of_two_is_stratified_itself(slots: int) -> None:
+def test_contiguous_quarter_of_power_of_two_is_stratified(slots: int) -> None:
     for step in range(5):
         for quarter in drawn(slots, step=step)[:, 0].reshape(4, -1):
             share = len(quarter)
@@ -54,7 +54,7 @@ def test_every_contiguous_quarter_of_a_power_of_two_is_stratified_itself(slots: 
 
 
 @pytest.mark.parametrize("slots", [20, 48, 96, 100, 300, 500])
-def test_every_contiguous_quarter_of_any_batch_has_times_around_a_half(slots: int) -> None:
+def test_contiguous_quarter_of_any_batch_has_mean_time_near_half(slots: int) -> None:
     """m points of the order have a mean within 1.2/m of 1/2 (measured to 500), their draws move it by half a stratum."""
     share = slots // 4
     for step in range(5):
@@ -62,12 +62,12 @@ def test_every_contiguous_quarter_of_any_batch_has_times_around_a_half(slots: in
         assert float((means - 0.5).abs().max()) < 1.2 / share + 0.5 / slots
 
 
-def test_in_plain_order_the_quarters_would_differ() -> None:
+def test_plain_order_would_give_uneven_quarters() -> None:
     """What the order is for (field survey 4.8): contiguous strata give the first rank a mean time of 1/8."""
     assert float(torch.arange(64).double().add(0.5).div(64).reshape(4, -1).mean(-1)[0]) == 0.125
 
 
-def test_a_rank_draws_its_slice_of_the_global_batch() -> None:
+def test_rank_draws_its_slice_of_the_global_batch() -> None:
     whole = drawn(24)
     for ranks in (1, 2, 3, 8):
         parts = [
@@ -78,7 +78,7 @@ def test_a_rank_draws_its_slice_of_the_global_batch() -> None:
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0.0, 1.0), (0.001, 0.999), (0.2, 0.3)])
-def test_times_stay_in_their_window_and_are_charged_its_width(start: float, stop: float) -> None:
+def test_flat_times_stay_in_window_with_its_width_as_speed(start: float, stop: float) -> None:
     slot = torch.arange(64)
     rule, rng = FlatTimes(start, stop), CounterRng(0, 0, slot, 3)
     times = rule.draw(IdentityTime(), rng, slot, 64, 3)
@@ -93,7 +93,7 @@ def test_times_stay_in_their_window_and_are_charged_its_width(start: float, stop
     assert first.speed.unique().tolist() == last.speed.unique().tolist() == [1.0]
 
 
-def test_speed_times_a_function_of_time_is_an_unbiased_integral() -> None:
+def test_speed_weighted_mean_is_unbiased_integral() -> None:
     """E speed f(t) = int f over the window, for the steep f = 1/t, at every count of slots.
 
     A batch's mean has at most the variance of one draw over the slots, (1/a - 1/b) w - ln^2(b/a) over the window [a,b]
@@ -115,6 +115,6 @@ def test_speed_times_a_function_of_time_is_an_unbiased_integral() -> None:
 @pytest.mark.parametrize(
     ("start", "stop"), [(0.5, 0.5), (0.9, 0.1), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0)]
 )
-def test_a_window_outside_the_unit_interval_is_refused(start: float, stop: float) -> None:
+def test_flat_times_reject_window_outside_unit_interval(start: float, stop: float) -> None:
     with pytest.raises(ArgumentError, match=r"need 0 <= start < stop <= 1; got start ="):
         FlatTimes(start, stop)

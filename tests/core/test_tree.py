@@ -71,7 +71,7 @@ def words_by_rule(decoding: str, node: int) -> Tensor:
 
 @pytest.mark.parametrize("decoding", ["bayes", "within", "between", "free"])
 @pytest.mark.parametrize("node", [0, 1, 2])
-def test_the_word_below_a_node_follows_the_formula_of_its_rule(decoding: str, node: int) -> None:
+def test_token_below_node_follows_formula_of_decoding_rule(decoding: str, node: int) -> None:
     zt, t = torch.full((POINTS,), 6 + node), torch.full((POINTS,), 0.4, dtype=torch.float64)
     expected = words_by_rule(decoding, node)
     assert float(expected.sum()) == pytest.approx(1.0)
@@ -80,14 +80,14 @@ def test_the_word_below_a_node_follows_the_formula_of_its_rule(decoding: str, no
 
 
 @pytest.mark.parametrize("decoding", ["bayes", "within", "between", "free"])
-def test_at_the_root_every_rule_draws_the_law_s_words(decoding: str) -> None:
+def test_decoding_rules_agree_at_the_root(decoding: str) -> None:
     zt, t = torch.full((POINTS,), 9), torch.full((POINTS,), 0.4, dtype=torch.float64)
     drawn = process(decoding).decode(query, zt, t, GRID.unsqueeze(-1))
     torch.testing.assert_close(shares(drawn)[:6], P, rtol=0.0, atol=1.5 / POINTS)
 
 
 @pytest.mark.parametrize("decoding", ["bayes", "within", "between", "free"])
-def test_from_the_root_only_bayes_draws_wrong_nodes_as_often_as_the_forward_chain_makes_them(
+def test_only_bayes_decoding_draws_stray_nodes_as_often_as_forward_chain(
     decoding: str,
 ) -> None:
     rule, t, s = (
@@ -105,7 +105,7 @@ def test_from_the_root_only_bayes_draws_wrong_nodes_as_often_as_the_forward_chai
     torch.testing.assert_close(shares(drawn)[6:9], expected, rtol=0.0, atol=1.5 / POINTS)
 
 
-def test_the_default_step_is_the_exact_reverse_transition_over_both_uniforms() -> None:
+def test_default_step_is_exact_reverse_transition() -> None:
     """Level decided by one uniform and state drawn by the other make the dense posterior; 300 x 300 grid points."""
     side = 300
     edge = (torch.arange(side, dtype=torch.float64) + 0.5) / side
@@ -123,14 +123,14 @@ def test_the_default_step_is_the_exact_reverse_transition_over_both_uniforms() -
         torch.testing.assert_close(shares(drawn), exact, rtol=0.0, atol=2.0 / side)
 
 
-def test_words_stay_and_are_not_shown_to_the_network() -> None:
+def test_tree_step_keeps_tokens_without_querying() -> None:
     zt, t = torch.tensor([0, 5]), torch.tensor([0.8, 0.9]).double()
     u = torch.tensor([[0.1, 0.2], [0.99, 0.5]]).double()
     assert torch.equal(process().step(never, zt, t, t / 2, u), zt)
     assert torch.equal(process().decode(never, zt, t, u[:, :1]), zt)
 
 
-def test_levels_without_stray_parents_below_others_with_them_decode_exactly() -> None:
+def test_levels_without_strays_below_others_decode_exactly() -> None:
     """xi = 1 under xi < 1: a node's own level is certain, the one above is not; Bayes by enumeration of all paths."""
     deep = HierarchicalVocabulary([[0, 1, 2, 3, 0], [0, 1, 0, 1]])
     chain = TreeProcess(deep, LogTimeClock((1.0, 1.0, 1.0)), xi=(1.0, 0.7, 1.0))
@@ -148,7 +148,7 @@ def test_levels_without_stray_parents_below_others_with_them_decode_exactly() ->
         torch.testing.assert_close(shares(drawn, 12)[:5], expected, rtol=0.0, atol=1.5 / POINTS)
 
 
-def test_a_node_whose_mass_underflows_is_charged_and_trained_below_where_nothing_strays() -> None:
+def test_node_with_underflowing_mass_is_counted_and_trained() -> None:
     three = HierarchicalVocabulary([[0, 0, 1, 1], [0, 1], [0, 0]])
     process = TreeProcess(three, LogTimeClock((1.0, 1.0, 1.0)), xi=(1.0, 0.8, 1.0))
     logits = torch.tensor(
@@ -165,7 +165,7 @@ def test_a_node_whose_mass_underflows_is_charged_and_trained_below_where_nothing
     torch.testing.assert_close(logits.grad, expected, rtol=0.0, atol=1e-4)
 
 
-def test_a_law_that_underflows_below_a_node_still_decodes_there() -> None:
+def test_distribution_that_underflows_below_node_still_decodes() -> None:
     """In float32 e^-200 is 0; the weights below the node must be formed relative to their largest."""
     chain = TreeProcess(tree, LogTimeClock((0.7, 1.0)), xi=0.8)
     deep = HierarchicalVocabulary([[0, 1, 1], [0, 0]])
@@ -193,7 +193,7 @@ def test_a_law_that_underflows_below_a_node_still_decodes_there() -> None:
 
 
 @pytest.mark.parametrize("xi", [(0.8, 1.0), (0.3, 0.6), (0.05, 0.2), (1.0, 0.7)])
-def test_forward_draws_have_the_law_of_the_marginal_for_every_xi(xi: tuple[float, float]) -> None:
+def test_forward_draws_follow_the_marginal_for_every_xi(xi: tuple[float, float]) -> None:
     """xi below 1/n included, where the right parent is less likely than each wrong one."""
     deep = HierarchicalVocabulary([[2, 0, 1, 0, 1, 2], [1, 0, 1]])
     chain = TreeProcess(deep, LogTimeClock((1.0, 0.6, 1.4)), xi)
@@ -216,7 +216,7 @@ def test_forward_draws_have_the_law_of_the_marginal_for_every_xi(xi: tuple[float
             )
 
 
-def test_the_level_of_a_forward_draw_has_the_occupation_of_the_clock() -> None:
+def test_level_of_forward_draw_follows_the_clock() -> None:
     chain = process(xi=1.0)
     t = torch.full((POINTS,), 0.35).double()
     level = tree.level_of(chain.sample(torch.zeros(POINTS).long(), t, GRID.unsqueeze(-1)))
@@ -226,7 +226,7 @@ def test_the_level_of_a_forward_draw_has_the_occupation_of_the_clock() -> None:
 
 
 @pytest.mark.parametrize("xi", [1.0, 0.8])
-def test_forward_draws_are_the_token_at_0_and_the_root_at_1(xi: float) -> None:
+def test_forward_draw_is_token_at_0_and_root_at_1(xi: float) -> None:
     chain, x0 = process(xi=xi), torch.arange(6)
     u = torch.tensor([[1e-300, 0.999]]).double().expand(6, -1)
     assert torch.equal(chain.sample(x0, torch.zeros(6).double(), u), x0)
@@ -239,7 +239,7 @@ def test_forward_draws_are_the_token_at_0_and_the_root_at_1(xi: float) -> None:
 
 
 @pytest.mark.parametrize("xi", [0.0, -0.1, 1.5, float("nan"), (0.9, 0.0), (0.9, 0.9, 0.9), ()])
-def test_xi_outside_its_range_or_of_the_wrong_length_is_refused(
+def test_tree_process_rejects_invalid_xi(
     xi: float | Sequence[float],
 ) -> None:
     with pytest.raises(
@@ -251,7 +251,7 @@ def test_xi_outside_its_range_or_of_the_wrong_length_is_refused(
 @pytest.mark.parametrize(
     "clock", [LogTimeClock((1.0,)), LogTimeClock((1.0, 1.0, 1.0)), CdfClock([LinearSchedule()])]
 )
-def test_a_clock_of_other_levels_is_refused(clock: LevelClock) -> None:
+def test_tree_process_rejects_clock_with_other_number_of_levels(clock: LevelClock) -> None:
     with pytest.raises(
         ArgumentError,
         match=rf"one level per level above the tokens, 2 .* a clock of {clock.num_levels}",
@@ -259,12 +259,12 @@ def test_a_clock_of_other_levels_is_refused(clock: LevelClock) -> None:
         TreeProcess(tree, clock)
 
 
-def test_words_without_a_mask_have_nothing_to_climb() -> None:
+def test_tree_process_rejects_vocabulary_without_mask() -> None:
     with pytest.raises(ArgumentError, match="vocabulary must have a mask or more levels"):
         TreeProcess(FlatVocabulary(4, mask=False), LogTimeClock((1.0,)))
 
 
-def test_an_unknown_decoding_rule_is_answered_with_the_nearest() -> None:
+def test_unknown_decoding_rule_error_suggests_nearest() -> None:
     with pytest.raises(
         ArgumentError,
         match=r'one of bayes, within, between, free; got .withn.. Did you mean "within"',
@@ -275,7 +275,7 @@ def test_an_unknown_decoding_rule_is_answered_with_the_nearest() -> None:
 @pytest.mark.parametrize(
     "rates", [(), (0.0,), (1.0, -1.0), (20.5,), (float("nan"),), (float("inf"),)]
 )
-def test_rates_that_are_no_rates_are_refused(rates: tuple[float, ...]) -> None:
+def test_log_time_clock_rejects_invalid_rates(rates: tuple[float, ...]) -> None:
     with pytest.raises(
         ArgumentError,
         match=r"rates must be one number in \(0, 20\] per level above the tokens; got",
@@ -298,14 +298,14 @@ def test_rates_that_are_no_rates_are_refused(rates: tuple[float, ...]) -> None:
         (lambda: PowerSchedule(float("nan")), "power must be > 0; got nan"),
     ],
 )
-def test_clocks_and_schedules_say_what_is_wrong_with_them(
+def test_clocks_and_schedules_reject_invalid_arguments(
     make: Callable[[], object], message: str
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
         make()
 
 
-def test_a_crossing_of_higher_levels_names_them() -> None:
+def test_cdf_clock_error_names_crossing_levels() -> None:
     with pytest.raises(ArgumentError, match=r"F_2\(t\) > F_3\(t\).*schedules 1 and 2"):
         CdfClock([PowerSchedule(0.5), PowerSchedule(3.0), CosineSchedule()])
 
@@ -318,7 +318,7 @@ def test_a_crossing_of_higher_levels_names_them() -> None:
     ],
     ids=["log-time", "cdf"],
 )
-def test_the_time_of_leaving_inverts_its_own_distribution(clock: LevelClock) -> None:
+def test_entry_time_inverts_its_distribution(clock: LevelClock) -> None:
     """P(still at the level at s | there at t) = u at the answer, and the answer lies before t."""
     level, u = torch.tensor([1, 2, 3, 3]), torch.tensor([0.2, 0.5, 0.01, 0.99]).double()
     t = torch.tensor([0.4, 0.9, 0.7, 1.0]).double()

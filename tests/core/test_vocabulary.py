@@ -21,7 +21,7 @@ many = settings(max_examples=60, deadline=None)
 
 @given(parent_lists())
 @many
-def test_words_come_first_then_each_level_and_the_root_last(parents: Parents) -> None:
+def test_state_ids_are_tokens_then_levels_then_root(parents: Parents) -> None:
     tree = HierarchicalVocabulary(parents)
     sizes = [len(level) for level in parents]
     top = max(parents[-1]) + 1
@@ -35,7 +35,7 @@ def test_words_come_first_then_each_level_and_the_root_last(parents: Parents) ->
 
 @given(trees())
 @many
-def test_every_ancestor_is_what_climbing_finds(tree: HierarchicalVocabulary) -> None:
+def test_ancestor_equals_repeated_parent(tree: HierarchicalVocabulary) -> None:
     for id_ in range(tree.num_states):
         path, node = forward_step(tree, id_), torch.tensor(id_)
         level = tree.num_levels + 1 - len(path)
@@ -46,7 +46,7 @@ def test_every_ancestor_is_what_climbing_finds(tree: HierarchicalVocabulary) -> 
 
 @given(trees())
 @many
-def test_what_lies_below_a_node_is_one_range_of_every_level_in_tree_order(
+def test_descendants_are_one_range_of_every_level_in_tree_order(
     tree: HierarchicalVocabulary,
 ) -> None:
     ids = torch.arange(tree.num_states)
@@ -64,7 +64,7 @@ def test_what_lies_below_a_node_is_one_range_of_every_level_in_tree_order(
 
 @given(trees())
 @many
-def test_tree_order_sorts_by_the_path_from_the_root_down(tree: HierarchicalVocabulary) -> None:
+def test_tree_order_sorts_by_path_from_the_root(tree: HierarchicalVocabulary) -> None:
     """Heads keep their tables in this order, so it is part of every checkpoint."""
     for level in range(tree.num_levels + 1):
         order = tree.order(level).tolist()
@@ -73,7 +73,7 @@ def test_tree_order_sorts_by_the_path_from_the_root_down(tree: HierarchicalVocab
 
 @given(trees())
 @many
-def test_children_are_the_descendants_one_level_down_in_tree_order(
+def test_children_are_descendants_one_level_down_in_tree_order(
     tree: HierarchicalVocabulary,
 ) -> None:
     for id_ in range(tree.num_states):
@@ -87,7 +87,7 @@ def test_children_are_the_descendants_one_level_down_in_tree_order(
             assert children == [c for c in tree.order(level - 1).tolist() if c in children]
 
 
-def test_lookups_keep_the_shape_and_take_a_level_per_id() -> None:
+def test_lookups_keep_shape_and_take_a_level_per_id() -> None:
     tree = HierarchicalVocabulary([[0, 1, 0], [0, 0]])
     ids = torch.tensor([[0, 1, 2], [3, 4, 5]])
     assert tree.level_of(ids).tolist() == [[0, 0, 0], [1, 1, 2]]
@@ -99,14 +99,14 @@ def test_lookups_keep_the_shape_and_take_a_level_per_id() -> None:
     assert start.shape == stop.shape == ids.shape
 
 
-def test_a_flat_vocabulary_with_a_mask_is_the_tree_of_one_level() -> None:
+def test_flat_vocabulary_with_mask_is_tree_of_one_level() -> None:
     flat, tree = FlatVocabulary(3), HierarchicalVocabulary([[0, 0, 0]])
     assert (flat.num_levels, flat.level_sizes, flat.mask_id) == (1, (3, 1), 3)
     assert flat.fingerprint == tree.fingerprint
     assert flat.children(3).tolist() == [0, 1, 2]
 
 
-def test_without_a_mask_the_root_names_the_whole_and_is_no_state() -> None:
+def test_root_without_mask_is_no_state() -> None:
     bare = FlatVocabulary(3, mask=False)
     assert (bare.num_levels, bare.num_states, bare.mask_id, bare.root) == (0, 3, None, 3)
     assert bare.level_of(torch.arange(4)).tolist() == [0, 0, 0, 1]
@@ -118,7 +118,7 @@ def test_without_a_mask_the_root_names_the_whole_and_is_no_state() -> None:
     assert stop.tolist() == [1, 2, 3, 3]
 
 
-def test_a_root_is_added_only_when_it_is_missing() -> None:
+def test_root_is_added_only_if_missing() -> None:
     assert HierarchicalVocabulary([[0, 1, 0]]).level_sizes == (3, 2, 1)
     assert HierarchicalVocabulary([[0, 1, 0], [0, 0]]).level_sizes == (3, 2, 1)
 
@@ -126,7 +126,7 @@ def test_a_root_is_added_only_when_it_is_missing() -> None:
 # ---------------------------------------------------------------------- labels
 
 
-def test_labels_make_a_node_per_distinct_path() -> None:
+def test_from_labels_makes_a_node_per_distinct_path() -> None:
     labels = {
         "run": ("verb", "open"),
         "red": ("colour", "open"),
@@ -147,14 +147,14 @@ def test_labels_make_a_node_per_distinct_path() -> None:
     assert far[0] == far[1] == far[3] != far[2]
 
 
-def test_a_plain_label_is_one_level() -> None:
+def test_from_labels_takes_plain_label_as_one_level() -> None:
     tree = HierarchicalVocabulary.from_labels(["a", "1", "b"], str.isalpha)
     assert tree.level_sizes == (3, 2, 1)
     assert tree.ancestor(torch.arange(3), 1).tolist() == [3, 4, 3]
 
 
 @pytest.mark.parametrize("label", [lambda token: ("x",) * len(token), lambda token: ()])
-def test_ragged_or_empty_labels_are_refused(label: Callable[[str], tuple[str, ...]]) -> None:
+def test_from_labels_rejects_ragged_or_empty_labels(label: Callable[[str], tuple[str, ...]]) -> None:
     with pytest.raises(
         ArgumentError, match=r"from_labels: label must name the same number of groups.*depths \["
     ):
@@ -177,23 +177,23 @@ def test_ragged_or_empty_labels_are_refused(label: Callable[[str], tuple[str, ..
         ([[0, 1], [0, 0, 0]], r"parents\[0\] names 2 nodes, but parents\[1\] has 3 entries"),
     ],
 )
-def test_a_list_that_is_no_tree_is_refused(parents: Parents, message: str) -> None:
+def test_hierarchical_vocabulary_rejects_lists_that_are_no_tree(parents: Parents, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         HierarchicalVocabulary(parents)
 
 
-def test_no_words_at_all_are_refused() -> None:
+def test_flat_vocabulary_rejects_zero_tokens() -> None:
     with pytest.raises(ArgumentError, match="num_tokens must be at least 1; got 0"):
         FlatVocabulary(0)
 
 
 @pytest.mark.parametrize("rows", [[3], [2, 2], [2, 1, 1]])
-def test_centroids_must_fit_their_levels(rows: list[int]) -> None:
+def test_vocabulary_rejects_centroids_of_other_sizes(rows: list[int]) -> None:
     with pytest.raises(ArgumentError, match="one row per node of that level"):
         HierarchicalVocabulary([[0, 1, 1]], centroids=[torch.zeros(n, 2) for n in rows])
 
 
-def test_the_caller_s_tensors_are_not_shared() -> None:
+def test_vocabulary_copies_the_tensors_of_the_caller() -> None:
     mine = torch.tensor([0, 1, 0])
     tree = HierarchicalVocabulary([mine])
     mine[0] = 1
@@ -203,7 +203,7 @@ def test_the_caller_s_tensors_are_not_shared() -> None:
 # ---------------------------------------------------------------------- fingerprints
 
 
-def test_the_fingerprint_is_of_the_tree_alone_and_never_changes() -> None:
+def test_fingerprint_depends_only_on_tree_and_never_changes() -> None:
     tree = HierarchicalVocabulary([[0, 1, 0], [0, 0]])
     assert (
         tree.fingerprint == "e2dfc7c2d7a902ba"
@@ -239,7 +239,7 @@ def test_different_trees_have_different_fingerprints(one: Parents, other: Parent
     ],
     ids=repr,
 )
-def test_a_saved_vocabulary_comes_back_whole(vocabulary: Vocabulary) -> None:
+def test_vocabulary_save_and_load_round_trip(vocabulary: Vocabulary) -> None:
     path = f"memory://vocabularies/{vocabulary.fingerprint}/vocabulary.safetensors"
     vocabulary.save(path)
     again = Vocabulary.load(path)
@@ -254,7 +254,7 @@ def test_a_saved_vocabulary_comes_back_whole(vocabulary: Vocabulary) -> None:
         assert loaded is saved if saved is None else torch.equal(loaded, saved)
 
 
-def test_a_write_that_fails_leaves_the_old_file(
+def test_failed_vocabulary_save_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tmp_path / "new" / "folder" / "vocabulary.safetensors")
@@ -278,25 +278,25 @@ def _saved(tree: Vocabulary) -> bytes:
         return file.read()
 
 
-def test_a_missing_file_is_named() -> None:
+def test_vocabulary_load_names_missing_file() -> None:
     with pytest.raises(DataError, match="memory://nowhere does not exist"):
         Vocabulary.load("memory://nowhere")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 60, -1])
-def test_a_truncated_file_is_refused(kept: int) -> None:
+def test_vocabulary_load_rejects_truncated_file(kept: int) -> None:
     content = _saved(HierarchicalVocabulary([[0, 1, 0]]))
     with pytest.raises(DataError, match="not a whole vocabulary file"):
         Vocabulary.load(_written(content[:kept]))
 
 
-def test_a_file_of_other_tensors_is_refused() -> None:
+def test_vocabulary_load_rejects_other_tensors() -> None:
     for metadata in (None, {"format": "pt"}):
         with pytest.raises(DataError, match="not a whole vocabulary file"):
             Vocabulary.load(_written(save({"weight": torch.zeros(2)}, metadata)))
 
 
-def test_a_tree_that_was_changed_inside_its_file_is_refused() -> None:
+def test_vocabulary_load_rejects_changed_tree() -> None:
     content = bytearray(_saved(HierarchicalVocabulary([[0, 1, 0, 1]])))
     where = content.rindex(torch.tensor([0, 1, 0, 1]).numpy().tobytes())
     content[where] = 1

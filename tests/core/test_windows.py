@@ -75,7 +75,7 @@ def cost(process: ForwardProcess, rule: TimeRule, window: tuple[float, float]) -
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("process", PROCESSES)
-def test_the_bound_of_the_exact_laws_is_the_entropy_and_what_the_ends_cost(
+def test_bound_of_exact_prediction_is_entropy_plus_cost_of_ends(
     process: str, rule: str
 ) -> None:
     chain, times = PROCESSES[process], RULES[rule].with_window(*WINDOW)
@@ -85,14 +85,14 @@ def test_the_bound_of_the_exact_laws_is_the_entropy_and_what_the_ends_cost(
 
 
 @pytest.mark.parametrize("rule", ["block 2, paired", "slide 2, paired", "slide 2, alone"])
-def test_so_it_is_where_nodes_are_jumped_between(rule: str) -> None:
+def test_bound_of_exact_prediction_holds_for_jumps_between_nodes(rule: str) -> None:
     times = RULES[rule].with_window(*WINDOW)
     total = mean(sum(exact_terms(STRAYING, times)))
     assert total == pytest.approx(float(ENTROPY) + cost(STRAYING, times, WINDOW), abs=QUADRATURE)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_on_the_whole_of_time_masking_costs_nothing_at_the_ends(rule: str) -> None:
+def test_masking_on_whole_time_has_no_cost_of_ends(rule: str) -> None:
     """The integrand is a polynomial there: rounding is all that is left."""
     closing, diffusion, decoding = exact_terms(PROCESSES["masked"], RULES[rule])
     assert not closing.any()
@@ -101,7 +101,7 @@ def test_on_the_whole_of_time_masking_costs_nothing_at_the_ends(rule: str) -> No
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_what_closes_at_neither_end_pays_there_on_the_whole_of_time(process: str) -> None:
+def test_process_closing_at_neither_end_has_cost_of_ends(process: str) -> None:
     rule = RULES["slide 2, paired"]
     terms = exact_terms(PROCESSES[process], rule)
     closes = PROCESSES[process].closes_at_clean
@@ -112,14 +112,14 @@ def test_what_closes_at_neither_end_pays_there_on_the_whole_of_time(process: str
 
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("paired", [True, False])
-def test_blocks_of_one_are_autoregression_for_every_sequence(process: str, paired: bool) -> None:
+def test_blocks_of_one_equal_autoregression_for_every_sequence(process: str, paired: bool) -> None:
     """The law of the one noisy position does not change with its time: NELBO(x) = -ln p(x), not in the mean alone."""
     terms = exact_terms(PROCESSES[process], WindowTimes(1, "block", paired).with_window(*WINDOW))
     torch.testing.assert_close(sum(terms), -LOG_JOINT.reshape(-1), rtol=0, atol=10 * QUADRATURE)
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_a_block_as_long_as_the_sequence_is_one_time_for_all_bit_for_bit(paired: bool) -> None:
+def test_block_as_long_as_sequence_equals_flat_times_exactly(paired: bool) -> None:
     process, slot = PROCESSES["closes at neither end"], torch.arange(len(SEQUENCES))
     network, scored = (
         network_from_noisy(exact_law(process), process.vocabulary),
@@ -173,14 +173,14 @@ class WithoutSpeed:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_without_the_factor_of_speed_it_is_not(rule: str) -> None:
+def test_bound_without_speed_differs_from_entropy(rule: str) -> None:
     times = RULES[rule].with_window(*WINDOW)
     total = mean(sum(exact_terms(PROCESSES["masked"], WithoutSpeed(times))))
     assert abs(total - float(ENTROPY) - cost(PROCESSES["masked"], times, WINDOW)) > 0.05
 
 
 @pytest.mark.parametrize("rule", ["block 2, paired", "slide 2, paired"])
-def test_a_law_that_sees_the_clean_words_of_its_own_window_falls_below_the_entropy(
+def test_attending_to_clean_tokens_of_own_window_gives_less_than_entropy(
     rule: str,
 ) -> None:
     """What sight is for: a bound below the entropy is the mark of a leak."""
@@ -194,7 +194,7 @@ def test_a_law_that_sees_the_clean_words_of_its_own_window_falls_below_the_entro
 
 
 @pytest.mark.parametrize("rule", ["block 2, alone", "slide 2, alone"])
-def test_a_law_that_sees_who_waits_learns_nothing_of_it(rule: str) -> None:
+def test_attending_to_positions_at_prior_gives_no_information(rule: str) -> None:
     honest, times = exact_law(PROCESSES["humped noise"]), RULES[rule].with_window(*WINDOW)
     total, seeing = (
         mean(sum(exact_terms(PROCESSES["humped noise"], times, dist)))
@@ -203,7 +203,7 @@ def test_a_law_that_sees_who_waits_learns_nothing_of_it(rule: str) -> None:
     assert seeing == pytest.approx(total, abs=1e-12)
 
 
-def test_the_exact_law_is_that_of_the_joint() -> None:
+def test_exact_prediction_is_that_of_the_joint() -> None:
     """Against sums written out: x_1 behind a clean x_0 beside a masked x_2, and beside a clean one in its block."""
     joint, dist = JOINT.reshape(3, 3, 3), exact_law(PROCESSES["masked"])
     zt, t = torch.tensor([[2, 3, 1]]), torch.tensor([[0.0, 0.5, 0.3]], dtype=torch.float64)
@@ -222,11 +222,11 @@ def test_the_exact_law_is_that_of_the_joint() -> None:
 
 @pytest.mark.parametrize("window", [(0.0, 1.0), (0.05, 0.9)], ids=str)
 @pytest.mark.parametrize("rule", RULES)
-def test_window_rules_obey_every_law(rule: str, window: tuple[float, float]) -> None:
+def test_window_times_pass_every_law(rule: str, window: tuple[float, float]) -> None:
     assert_laws(check_time_rule(RULES[rule].with_window(*window)))
 
 
-def test_windows_of_a_sequence_stand_evenly_apart_in_time() -> None:
+def test_windows_of_a_sequence_are_evenly_spaced_in_time() -> None:
     """Sixteen windows, one in each sixteenth of the unit interval, whatever the sequence."""
     slot = torch.arange(5)
     times = WindowTimes(4).draw(IdentityTime(), CounterRng(0, 0, slot, 64), slot, 5, 64)
@@ -264,7 +264,7 @@ def test_jointly_stratified_windows_are_uniform() -> None:
     assert float((drawn.square().mean((0, 1)) - 1 / 3).abs().max()) < 5 * 0.30 / 12_000**0.5
 
 
-def test_along_a_slide_times_rise_from_the_settled_side_and_the_window_glides() -> None:
+def test_slide_times_rise_from_settled_side_as_window_moves() -> None:
     tau = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     times = WindowTimes(4, "slide").at(IdentityTime(), tau, 12)
     assert times.at_prior is not None
@@ -290,6 +290,6 @@ def test_along_a_slide_times_rise_from_the_settled_side_and_the_window_glides() 
         ({"width": 2, "start": 0.5, "stop": 0.5}, "0 <= start < stop <= 1"),
     ],
 )
-def test_a_rule_that_makes_no_sense_is_refused(arguments: dict[str, object], match: str) -> None:
+def test_window_times_reject_invalid_arguments(arguments: dict[str, object], match: str) -> None:
     with pytest.raises(ArgumentError, match=match):
         WindowTimes(**arguments)  # type: ignore[arg-type]

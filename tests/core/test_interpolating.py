@@ -113,7 +113,7 @@ def law_of_step(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: float, s:
 
 @pytest.mark.parametrize("name", THINNED)
 @pytest.mark.parametrize(("t", "s"), [(0.77, 0.31), (0.5, 0.49), (1.0, 0.6), (0.4, 0.0)])
-def test_the_law_of_a_thinned_step_is_the_dense_posterior(name: str, t: float, s: float) -> None:
+def test_thinned_step_follows_the_dense_posterior(name: str, t: float, s: float) -> None:
     process = THINNED[name]()
     log_p = random_log_probs(process.vocabulary.num_tokens, 1, seed=3)
     reached = process.log_marginal(log_p, full(t, log_p[:, 0]))[0].exp() > 1e-12
@@ -126,7 +126,7 @@ def test_the_law_of_a_thinned_step_is_the_dense_posterior(name: str, t: float, s
     )
 
 
-def test_only_rows_that_may_move_are_shown_to_the_network() -> None:
+def test_thinned_step_queries_only_rows_that_may_move() -> None:
     """Words of uniform noise step by 1/64 of the way: about 1/64 of t (1 - t) of them are candidates, and none at s = t."""
     vocabulary = FlatVocabulary(1000, mask=False)
     process = MixtureProcess(vocabulary, LinearSchedule(), token_distribution(vocabulary))
@@ -162,7 +162,7 @@ class WideDoubles(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("even", [True, False])
-def test_component_noise_makes_nothing_wide_in_float64(even: bool) -> None:
+def test_component_process_makes_no_wide_float64_tensor(even: bool) -> None:
     vocabulary, rows = FlatVocabulary(500), 64
     process = MaskAndWords(vocabulary)
     process._is_even_on_tokens = even
@@ -198,7 +198,7 @@ def test_component_noise_makes_nothing_wide_in_float64(even: bool) -> None:
         )  # the law is float32
 
 
-def test_a_law_that_is_sure_of_the_state_itself_leaves_it_there() -> None:
+def test_step_keeps_state_that_the_prediction_is_certain_of() -> None:
     process = uneven()
     log_p = torch.eye(4).double().log()
     zt, u = torch.arange(4), torch.tensor([[0.0, 0.5]]).double().expand(4, -1)
@@ -210,7 +210,7 @@ def test_a_law_that_is_sure_of_the_state_itself_leaves_it_there() -> None:
     ]
 
 
-def test_a_law_of_nan_is_an_error_and_not_a_row_that_stays() -> None:
+def test_thinned_step_from_nan_distribution_raises() -> None:
     zt, u = torch.arange(4), torch.zeros(4, 2).double()
     query = TableQuery(torch.full((4, 4), torch.nan).double(), WORDS)
     for draw in (lambda: uneven().step(query, zt, full(0.5, zt), full(0.2, zt), u),
@@ -219,7 +219,7 @@ def test_a_law_of_nan_is_an_error_and_not_a_row_that_stays() -> None:
             draw()
 
 
-def test_a_score_is_drawn_from_by_no_step() -> None:
+def test_step_rejects_scores() -> None:
     def query(rows: Tensor, node: Tensor, fn: Callable[..., Tensor], *per_row: Tensor) -> Tensor:
         return fn(Score(torch.zeros(len(rows), 5)), *per_row)
 
@@ -252,7 +252,7 @@ EVENTFUL: dict[str, Callable[[], ForwardProcess]] = {
 
 
 @pytest.mark.parametrize("name", EVENTFUL)
-def test_the_chain_of_events_has_the_law_of_the_posterior(name: str) -> None:
+def test_chain_of_events_follows_the_posterior(name: str) -> None:
     """20,000 chains from t = 0.9 to s = 0.15 under a law that does not depend on z. A share is off by more than five
     standard deviations (at most 0.018) once in 1.7 million; 35 shares are compared, so one run in 50,000 fails by chance,
     and with this seed none does."""
@@ -280,7 +280,7 @@ def test_the_chain_of_events_has_the_law_of_the_posterior(name: str) -> None:
         assert bool(((shares - expected).abs() <= limit).all()), (z, shares, expected)
 
 
-def test_where_nothing_arrives_nothing_is_foreseen() -> None:
+def test_event_time_is_zero_if_nothing_arrives() -> None:
     process = MixtureProcess(MASKED, LinearSchedule(), mask_distribution(MASKED))
     zt = torch.arange(4)
     times = process.event_time(zt, full(0.5, zt), full(0.9, zt))
@@ -291,7 +291,7 @@ def test_where_nothing_arrives_nothing_is_foreseen() -> None:
     assert not uneven().is_monotone
 
 
-def test_a_process_without_events_says_so() -> None:
+def test_process_without_events_raises_with_advice() -> None:
     chain = torch.tensor([[-1.0, 1.0], [2.0, -2.0]])
     process = DenseProcess(FlatVocabulary(2, mask=False), chain)
     assert not process.has_events
@@ -303,7 +303,7 @@ def test_a_process_without_events_says_so() -> None:
         process.event_time(zt, full(0.5, zt), full(0.5, zt))
 
 
-def test_arrivals_that_leap_within_a_cell_are_refused_and_not_thinned_wrongly() -> None:
+def test_event_rejects_arrivals_that_jump_within_a_cell() -> None:
     class Leaping(MixtureProcess):  # type: ignore[misc]
         """Arrivals three times as many in a thousandth of time, which the edges of the cells do not see."""
 
@@ -326,7 +326,7 @@ def test_arrivals_that_leap_within_a_cell_are_refused_and_not_thinned_wrongly() 
 # ---------------------------------------------------------------------- components and inverses
 
 
-def test_components_are_the_process_written_out() -> None:
+def test_component_process_equals_process_with_explicit_noise() -> None:
     first, second = MaskAndWords(MASKED), WrittenOut(MASKED)
     zt = torch.arange(4).repeat(5)
     t = torch.linspace(0.05, 1.0, 20, dtype=torch.float64)
@@ -341,13 +341,13 @@ def test_components_are_the_process_written_out() -> None:
         )
 
 
-def test_a_process_of_components_reads_its_ends_off_its_coefficients() -> None:
+def test_component_process_derives_its_ends_from_coefficients() -> None:
     assert MaskAndWords(MASKED).closes_at_clean
     assert MaskAndWords(MASKED).closes_at_prior
     assert MaskAndWords(MASKED).prior.log_prob.exp().tolist() == [0.0, 0.0, 0.0, 1.0]
 
 
-def test_noise_that_is_no_law_and_masks_that_are_none_are_refused() -> None:
+def test_component_process_rejects_invalid_noise_and_missing_mask() -> None:
     class Wrong(MaskAndWords):
         def __init__(self, dist: Tensor) -> None:
             ComponentProcess.__init__(self, MASKED, [mask_distribution(MASKED), dist])
@@ -366,7 +366,7 @@ def test_noise_that_is_no_law_and_masks_that_are_none_are_refused() -> None:
         mask_distribution(WORDS)
 
 
-def test_solve_inverts_what_it_is_given() -> None:
+def test_kernel_solve_inverts_apply() -> None:
     """Scaled and summed kernels too; diagonals outweigh the rest, so that rounding alone is lost."""
     noise = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
     matrix = torch.eye(4, dtype=torch.float64) + 0.2 * noise
@@ -387,7 +387,7 @@ def test_solve_inverts_what_it_is_given() -> None:
 @pytest.mark.parametrize(
     "process", [uneven(), TreeProcess(PAIR, LogTimeClock((1.0, 1.0)))], ids=["uneven", "tree"]
 )
-def test_a_kernel_that_forgets_has_no_inverse(process: ForwardProcess) -> None:
+def test_kernel_solve_rejects_singular_kernels(process: ForwardProcess) -> None:
     vector = random_log_probs(process.vocabulary.num_states, 2).exp()
     s, t = torch.tensor([0.2, 0.3]).double(), torch.tensor([0.5, 1.0]).double()
     for kernel in (
@@ -399,6 +399,6 @@ def test_a_kernel_that_forgets_has_no_inverse(process: ForwardProcess) -> None:
             kernel.solve(vector)
 
 
-def test_a_large_matrix_is_not_solved() -> None:
+def test_kernel_solve_rejects_large_dense_kernels() -> None:
     with pytest.raises(ArgumentError, match=r"at most 512 states.*got 600"):
         DenseKernel(torch.zeros(1, 600, 600)).solve(torch.zeros(1, 600))

@@ -41,7 +41,7 @@ def mass(tree: Vocabulary, log_p: Tensor, node: int) -> Tensor:
 
 @given(trees(), st.integers(0, 99), st.booleans())
 @many
-def test_masses_are_sums_over_the_words_below(
+def test_masses_are_sums_over_tokens_below(
     tree: HierarchicalVocabulary, seed: int, impossible: bool
 ) -> None:
     log_p = random_log_p(tree.num_tokens, seed, impossible=impossible)
@@ -59,7 +59,7 @@ def test_masses_are_sums_over_the_words_below(
 
 @given(trees(), st.integers(0, 99))
 @many
-def test_log_child_is_the_conditional_at_any_depth(tree: HierarchicalVocabulary, seed: int) -> None:
+def test_log_child_is_conditional_at_any_depth(tree: HierarchicalVocabulary, seed: int) -> None:
     log_p = random_log_p(tree.num_tokens, seed)
     dist = DenseDistribution(log_p, tree)
     for child in range(tree.num_states):
@@ -69,7 +69,7 @@ def test_log_child_is_the_conditional_at_any_depth(tree: HierarchicalVocabulary,
             torch.testing.assert_close(got, expected, rtol=0.0, atol=1e-11, check_dtype=False)
 
 
-def test_a_node_given_itself_is_certain_even_where_it_is_impossible() -> None:
+def test_log_child_of_equal_nodes_is_zero_even_if_impossible() -> None:
     dist = DenseDistribution(
         torch.tensor([[-torch.inf, 0.0]]).double(), HierarchicalVocabulary([[0, 1]])
     )
@@ -77,14 +77,14 @@ def test_a_node_given_itself_is_certain_even_where_it_is_impossible() -> None:
         assert dist.log_child(torch.tensor([node]), torch.tensor([node])).tolist() == [0.0]
 
 
-def test_a_law_keeps_the_dtype_of_what_is_as_wide_as_the_vocabulary() -> None:
+def test_distribution_keeps_dtype_of_wide_tensors() -> None:
     dist = DenseDistribution(random_log_p(7, 0).float(), some_tree)
     assert {dist.log_mass(level).dtype for level in range(3)} == {torch.float32}
 
 
 @given(trees(), st.integers(0, 99), st.booleans())
 @many
-def test_a_draw_is_the_inverse_cdf_below_the_node_in_tree_order(
+def test_draw_is_inverse_cdf_below_the_node_in_tree_order(
     tree: HierarchicalVocabulary, seed: int, impossible: bool
 ) -> None:
     log_p = random_log_p(tree.num_tokens, seed, rows=1, impossible=impossible)
@@ -106,7 +106,7 @@ def test_a_draw_is_the_inverse_cdf_below_the_node_in_tree_order(
         assert drawn == [inside[min(int((edges <= u).sum()), len(inside) - 1)] for u in uniforms]
 
 
-def test_the_law_of_a_draw_is_the_conditional() -> None:
+def test_draws_follow_the_conditional_distribution() -> None:
     """Over a midpoint grid of N uniforms every node is drawn N p times, give or take the grid points at its two ends."""
     points = 2000
     grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points
@@ -128,7 +128,7 @@ def test_the_law_of_a_draw_is_the_conditional() -> None:
         torch.testing.assert_close(share, expected, rtol=0.0, atol=1.01 / points)
 
 
-def test_rows_of_one_call_draw_at_their_own_node_and_level() -> None:
+def test_each_row_draws_at_its_own_node_and_level() -> None:
     dist = DenseDistribution(random_log_p(7, 5, rows=1).expand(4, -1), some_tree)
     node, level = torch.tensor([13, 13, 11, 4]), torch.tensor([2, 0, 1, 0])
     u = torch.tensor([0.1, 0.7, 0.5, 0.9], dtype=torch.float64)
@@ -145,7 +145,7 @@ def test_rows_of_one_call_draw_at_their_own_node_and_level() -> None:
     assert some_tree.level_of(together).tolist() == level.tolist()
 
 
-def test_uniforms_at_both_ends_stay_below_the_node() -> None:
+def test_draws_at_extreme_uniforms_stay_below_the_node() -> None:
     """In float32 the cumulative sum may end under or over 1; the draw must not fall off the range."""
     ends = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
     tree = HierarchicalVocabulary([[i % 7 for i in range(500)]])
@@ -156,7 +156,7 @@ def test_uniforms_at_both_ends_stay_below_the_node() -> None:
             assert tree.parent(drawn).tolist() == [node, node]
 
 
-def test_an_impossible_word_is_never_drawn() -> None:
+def test_impossible_token_is_never_drawn() -> None:
     log_p = torch.tensor([[-torch.inf, 0.5, 0.0, 0.5, -torch.inf]]).log_softmax(-1).double()
     grid = torch.linspace(0, 1 - 2.0**-53, 101, dtype=torch.float64)
     drawn = DenseDistribution(log_p.expand(101, -1), FlatVocabulary(5)).draw(
@@ -165,7 +165,7 @@ def test_an_impossible_word_is_never_drawn() -> None:
     assert set(drawn.tolist()) == {1, 2, 3}
 
 
-def test_nothing_is_drawn_from_a_law_of_nan() -> None:
+def test_draw_from_nan_distribution_raises() -> None:
     log_p = random_log_p(7, 0)
     log_p[1, 2] = torch.nan
     dist = DenseDistribution(log_p, some_tree)
@@ -173,7 +173,7 @@ def test_nothing_is_drawn_from_a_law_of_nan() -> None:
         dist.draw(torch.tensor([13, 13]), torch.zeros(2).long(), torch.tensor([0.1, 0.2]).double())
 
 
-def test_nothing_is_drawn_below_a_node_without_probability() -> None:
+def test_draw_below_node_without_probability_raises() -> None:
     log_p = random_log_p(7, 0)
     log_p[:, sorted(below(some_tree, 8, 0))] = -torch.inf
     dist = DenseDistribution(log_p, some_tree)
@@ -183,7 +183,7 @@ def test_nothing_is_drawn_below_a_node_without_probability() -> None:
 
 @given(trees(max_levels=3), st.integers(0, 99))
 @many
-def test_a_law_that_knows_only_below_its_top_says_the_same_there(
+def test_subtree_distribution_agrees_with_whole_below_its_top(
     tree: HierarchicalVocabulary, seed: int
 ) -> None:
     log_p, u = random_log_p(tree.num_tokens, seed), torch.tensor([0.2, 0.8], dtype=torch.float64)
@@ -207,14 +207,14 @@ def test_a_law_that_knows_only_below_its_top_says_the_same_there(
                     )
 
 
-def test_what_lies_above_the_top_cannot_be_asked() -> None:
+def test_subtree_distribution_rejects_reads_above_its_top() -> None:
     dist = DenseDistribution(torch.zeros(1, 2).double().log_softmax(-1), some_tree, top=7)
     for network in (lambda: dist.log_prob(torch.tensor([1])), lambda: dist.log_mass(0)):
         with pytest.raises(ArgumentError, match="the rows were queried below node 7 only"):
             network()
 
 
-def test_segments_sum_where_everything_and_nothing_is_possible() -> None:
+def test_segment_logsumexp_handles_certain_and_impossible_segments() -> None:
     values = torch.tensor([[-1000.0, -1001.0, -torch.inf, 5.0, 800.0]], dtype=torch.float64)
     sums = segment_logsumexp(values, torch.tensor([0, 0, 1, 2, 2]), 3)
     torch.testing.assert_close(
@@ -222,7 +222,7 @@ def test_segments_sum_where_everything_and_nothing_is_possible() -> None:
     )
 
 
-def test_segment_sums_have_the_gradient_of_logsumexp() -> None:
+def test_segment_logsumexp_has_gradient_of_logsumexp() -> None:
     values = random_log_p(6, 1).requires_grad_()
     segment_logsumexp(values, torch.tensor([0, 0, 0, 1, 1, 2]), 3).pow(2).sum().backward()
     plain = values.detach().clone().requires_grad_()
@@ -231,7 +231,7 @@ def test_segment_sums_have_the_gradient_of_logsumexp() -> None:
     torch.testing.assert_close(values.grad, plain.grad)
 
 
-def test_a_segment_without_mass_sends_no_gradient() -> None:
+def test_segment_without_mass_sends_no_gradient() -> None:
     values = torch.tensor(
         [[0.3, -0.2, -torch.inf, -torch.inf]], dtype=torch.float64, requires_grad=True
     )
@@ -243,7 +243,7 @@ def test_a_segment_without_mass_sends_no_gradient() -> None:
 # ---------------------------------------------------------------------- own evidence
 
 
-def test_a_full_conditional_trains_below_a_node_that_rules_tokens_out() -> None:
+def test_full_conditional_trains_below_node_that_rules_tokens_out() -> None:
     process = TreeProcess(HierarchicalVocabulary([[0, 1, 0, 1]]), LogTimeClock((1.0, 1.0)))
     logits = torch.tensor([[0.1, 0.2, -0.3, 0.4]], dtype=torch.float64, requires_grad=True)
     node, x0, t = torch.tensor([4]), torch.tensor([2]), torch.tensor([0.4], dtype=torch.float64)
@@ -275,7 +275,7 @@ def conditionals(
     ],
     ids=["stochastic parents", "uniform noise"],
 )
-def test_dropping_the_own_evidence_of_the_full_conditional_leaves_the_rest_law(
+def test_drop_own_evidence_of_full_conditional_gives_rest_distribution(
     process: ForwardProcess,
 ) -> None:
     joint = torch.rand(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

@@ -23,13 +23,13 @@ def uniform(
     return CounterRng(seed, step, index, length, purpose).uniform("channel")
 
 
-def test_the_same_arguments_give_the_same_numbers_for_ever() -> None:
+def test_rng_numbers_never_change() -> None:
     assert torch.equal(uniform(), uniform())
     # runs are resumed and repeated by these numbers: a change of the generator is a change of every result
     assert uniform()[0, :2].tolist() == [0.27460777260881075, 0.10581297539501044]
 
 
-def test_numbers_are_doubles_in_the_half_open_unit_interval() -> None:
+def test_rng_numbers_are_float64_in_half_open_unit_interval() -> None:
     u = CounterRng(0, 0, torch.arange(500), 200).uniform("x")
     assert u.dtype == torch.float64
     assert float(u.min()) >= 0.0
@@ -38,17 +38,17 @@ def test_numbers_are_doubles_in_the_half_open_unit_interval() -> None:
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"step": 3}, {"purpose": "evaluation"}])
-def test_seed_step_and_purpose_each_change_every_number(change: dict[str, int]) -> None:
+def test_rng_seed_step_and_purpose_each_change_every_number(change: dict[str, int]) -> None:
     assert not (uniform() == uniform(**change)).any()  # type: ignore[arg-type]
 
 
-def test_channels_samples_and_positions_have_numbers_of_their_own() -> None:
+def test_rng_channels_samples_and_positions_have_distinct_numbers() -> None:
     rng = CounterRng(0, 0, torch.arange(6), 7)
     everything = torch.cat([rng.uniform("a").flatten(), rng.uniform("b", 3).flatten()])
     assert len(everything.unique()) == 6 * 7 * 4
 
 
-def test_the_roles_of_seed_step_and_index_are_not_interchangeable() -> None:
+def test_rng_roles_of_seed_step_and_index_are_not_interchangeable() -> None:
     draws = [
         uniform(seed=a, step=b, index=torch.tensor([c]))
         for a, b, c in itertools.permutations((3, 4, 5))
@@ -56,25 +56,25 @@ def test_the_roles_of_seed_step_and_index_are_not_interchangeable() -> None:
     assert len(torch.cat(draws).unique()) == 6 * 4
 
 
-def test_a_sample_does_not_depend_on_its_batch() -> None:
+def test_rng_sample_does_not_depend_on_its_batch() -> None:
     whole = uniform(index=torch.arange(10))
     shuffled = torch.tensor([7, 2, 2, 9])
     assert torch.equal(uniform(index=shuffled), whole[shuffled])
 
 
-def test_a_position_does_not_depend_on_the_length() -> None:
+def test_rng_position_does_not_depend_on_length() -> None:
     for length in (1, 3, 4, 5, 8, 33):  # the generator makes blocks of four
         assert torch.equal(uniform(length=33)[:, :length], uniform(length=length))
 
 
-def test_several_uniforms_begin_with_the_single_one() -> None:
+def test_rng_first_of_several_uniforms_equals_the_single_one() -> None:
     rng = CounterRng(3, 1, INDEX, 4)
     three = rng.uniform("x", 3)
     assert three.shape == (3, 4, 3)
     assert torch.equal(three[..., 0], rng.uniform("x"))
 
 
-def test_the_shared_number_does_not_depend_on_the_samples() -> None:
+def test_rng_group_number_does_not_depend_on_the_samples() -> None:
     one, other = (
         CounterRng(4, 5, index, length).uniform_per_group("x")
         for index, length in [(INDEX, 3), (torch.tensor([8]), 9)]
@@ -85,7 +85,7 @@ def test_the_shared_number_does_not_depend_on_the_samples() -> None:
     assert 0.0 <= float(one[0]) < 1.0
 
 
-def test_groups_share_their_own_numbers() -> None:
+def test_rng_groups_have_distinct_shared_numbers() -> None:
     group = torch.tensor([3, 7, 3])
     index = torch.arange(3)
     shared = CounterRng(4, 5, index, 2, group=group).uniform_per_group("x")
@@ -93,11 +93,11 @@ def test_groups_share_their_own_numbers() -> None:
     assert shared[1] == CounterRng(4, 5, index[:1], 2, group=group[1:2]).uniform_per_group("x")[0]
 
 
-def test_no_samples_give_an_empty_batch() -> None:
+def test_rng_without_samples_gives_empty_batch() -> None:
     assert uniform(index=torch.empty(0, dtype=torch.long)).shape == (0, 4)
 
 
-def test_torch_and_numpy_state_play_no_part() -> None:
+def test_rng_ignores_and_keeps_torch_global_state() -> None:
     torch.manual_seed(0)
     before = uniform()
     torch.rand(7)
@@ -120,13 +120,13 @@ def distance_from_uniform(u: Tensor) -> float:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**40])
-def test_numbers_are_uniform(seed: int) -> None:
+def test_rng_numbers_are_uniform(seed: int) -> None:
     u = CounterRng(seed, 17, torch.arange(400), 250).uniform("x")
     # Dvoretzky-Kiefer-Wolfowitz-Massart: P(D > d) <= 2 exp(-2 n d^2)
     assert distance_from_uniform(u) < math.sqrt(math.log(2 / FAILURE) / (2 * u.numel()))
 
 
-def test_the_first_position_is_uniform_over_samples_and_steps() -> None:
+def test_rng_first_position_is_uniform_over_samples_and_steps() -> None:
     """Stratified times read one number per sample: there the counter changes and the block does not."""
     over_samples = CounterRng(0, 3, torch.arange(20_000), 1).uniform("time")
     over_steps = torch.cat(
@@ -136,7 +136,7 @@ def test_the_first_position_is_uniform_over_samples_and_steps() -> None:
         assert distance_from_uniform(u) < math.sqrt(math.log(2 / FAILURE) / (2 * u.numel()))
 
 
-def test_numbers_for_different_things_are_uncorrelated() -> None:
+def test_rng_channels_positions_and_seeds_are_uncorrelated() -> None:
     rng = CounterRng(0, 0, torch.arange(400), 100)
     x = rng.uniform("x", 2)
     pairs = {

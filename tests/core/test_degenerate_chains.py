@@ -57,7 +57,7 @@ def mean_charge(process: ForwardProcess, token: int, length: int, times: int = 2
 @pytest.mark.parametrize("start", [0.1, 0.6, 0.9999])
 @pytest.mark.parametrize("length", [1, 4096])
 @pytest.mark.parametrize("noise", ["mask", "tokens"])
-def test_bound_charges_all_of_a_process_that_starts_late(
+def test_bound_counts_all_of_a_process_that_starts_late(
     noise: str, length: int, start: float
 ) -> None:
     masked = noise == "mask"
@@ -69,7 +69,7 @@ def test_bound_charges_all_of_a_process_that_starts_late(
         assert mean_charge(process, token, length) == pytest.approx(expected, abs=3e-3)
 
 
-def test_draws_do_not_gather_where_a_discontinuous_chain_rests() -> None:
+def test_time_draws_do_not_cluster_where_discontinuous_chain_pauses() -> None:
     matrix = torch.ones(3, 3, dtype=torch.float64) - 3.0 * torch.eye(3, dtype=torch.float64)
 
     def late(t: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def test_draws_do_not_gather_where_a_discontinuous_chain_rests() -> None:
 
 
 @pytest.mark.parametrize("name", ["one token", "one masked token", "no rates"])
-def test_times_are_even_where_there_is_nothing_to_lose(name: str) -> None:
+def test_time_draws_are_even_without_information_to_lose(name: str) -> None:
     alone = FlatVocabulary(1, mask=False)
     hidden = FlatVocabulary(1)
     process: ForwardProcess = {
@@ -102,7 +102,7 @@ def test_times_are_even_where_there_is_nothing_to_lose(name: str) -> None:
 
 
 @pytest.mark.parametrize("t", [1e-6, 0.4, 1.0 - 1e-6])
-def test_noise_that_is_one_token_is_charged_at_that_token(t: float) -> None:
+def test_single_token_noise_is_counted_at_that_token(t: float) -> None:
     """x = 0 can only be in state 0, but the prediction expects other tokens there."""
     target = torch.tensor([1.0, 0.0, 0.0])
     process = MixtureProcess(BARE, LinearSchedule(), target)
@@ -123,7 +123,7 @@ def test_noise_that_is_one_token_is_charged_at_that_token(t: float) -> None:
 
 
 @pytest.mark.parametrize("token", [0, 1, 2])
-def test_bound_is_minus_log_p_where_noise_is_one_token(token: int) -> None:
+def test_bound_is_minus_log_p_for_single_token_noise(token: int) -> None:
     process = MixtureProcess(BARE, LinearSchedule(), torch.tensor([1.0, 0.0, 0.0]))
     expected = -math.log(float(PREDICTION[token]))
     assert mean_charge(process, token, 64) == pytest.approx(expected, abs=1e-3)

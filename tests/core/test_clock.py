@@ -40,7 +40,7 @@ def exact_masses(rates: tuple[float, ...], t: float) -> list[float]:
 
 
 @pytest.mark.parametrize("rates", RATES, ids=str)
-def test_masses_are_exact_to_ten_digits(rates: tuple[float, ...]) -> None:
+def test_log_time_clock_is_exact_to_ten_digits(rates: tuple[float, ...]) -> None:
     t = torch.tensor(TIMES, dtype=torch.float64)
     expected = torch.tensor([exact_masses(rates, time) for time in TIMES], dtype=torch.float64)
     got = LogTimeClock(rates).pi(t)
@@ -48,12 +48,12 @@ def test_masses_are_exact_to_ten_digits(rates: tuple[float, ...]) -> None:
 
 
 @pytest.mark.parametrize("rates", RATES, ids=str)
-def test_log_time_clocks_obey_every_law(rates: tuple[float, ...]) -> None:
+def test_log_time_clock_passes_every_law(rates: tuple[float, ...]) -> None:
     assert_laws(check_clock(LogTimeClock(rates)))
 
 
 @pytest.mark.parametrize("powers", [(1.0,), (1.0, 2.0), (0.8, 1.5, 3.0)], ids=str)
-def test_clocks_of_given_masses_obey_every_law(powers: tuple[float, ...]) -> None:
+def test_cdf_clock_passes_every_law(powers: tuple[float, ...]) -> None:
     assert_laws(check_clock(CdfClock([PowerSchedule(power) for power in powers])))
 
 
@@ -69,12 +69,12 @@ def test_clocks_of_given_masses_obey_every_law(powers: tuple[float, ...]) -> Non
     ],
     ids=lambda schedule: f"{type(schedule).__name__} {vars(schedule)}",
 )
-def test_schedules_obey_every_law(schedule: Schedule) -> None:
+def test_schedules_pass_every_law(schedule: Schedule) -> None:
     assert_laws(check_schedule(schedule))
 
 
 @pytest.mark.parametrize("window", [(0.0, 1.0), (1e-3, 1.0 - 1e-3), (0.05, 0.9)], ids=str)
-def test_flat_times_obey_every_law(window: tuple[float, float]) -> None:
+def test_flat_times_pass_every_law(window: tuple[float, float]) -> None:
     assert_laws(check_time_rule(FlatTimes(*window)))
 
 
@@ -86,18 +86,18 @@ def test_flat_times_obey_every_law(window: tuple[float, float]) -> None:
     ],
     ids=["at the end", "in the last hundredth"],
 )
-def test_masses_that_turn_negative_near_the_ends_are_refused(schedules: list[Schedule]) -> None:
+def test_cdf_clock_rejects_crossing_near_the_ends(schedules: list[Schedule]) -> None:
     with pytest.raises(ArgumentError, match="do not keep that order"):
         CdfClock(schedules)
 
 
-def test_masses_may_meet_at_the_ends() -> None:
+def test_cdf_clock_accepts_equal_schedules_at_the_ends() -> None:
     clock = CdfClock([CosineSchedule(), PowerSchedule(1.0), PowerSchedule(1.001)])
     assert float(clock.pi(torch.tensor([0.0, *TIMES, 1.0], dtype=torch.float64)).min()) >= 0.0
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.5, 1.0])
-def test_a_slow_clock_sends_the_rest_to_the_root_after_the_last_interior_time(rate: float) -> None:
+def test_slow_clock_sends_rest_to_root_after_last_interior_time(rate: float) -> None:
     """P(at the root at s | at the root at 1) = 1 - (1 - s)^rate = u, though at rate .3 a share of 2.5e-4 gets there within
     1e-12 of the end; 1 - s is resolved to 1e-16, and a table of entry times to 1e-6 of its logarithm."""
     clock = LogTimeClock((rate,))
@@ -108,7 +108,7 @@ def test_a_slow_clock_sends_the_rest_to_the_root_after_the_last_interior_time(ra
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
 
 
-def test_two_levels_that_are_reached_together_are_refused() -> None:
+def test_cdf_clock_rejects_levels_reached_at_the_same_time() -> None:
     """No position is ever at the lower of them, and its rates would be 0/0."""
     with pytest.raises(ArgumentError, match=r"F_1\(t\) > F_2\(t\)"):
         CdfClock([PowerSchedule(1.5), PowerSchedule(1.5)])
