@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import `random_trees`, `exact_windows` and the `chains` of the laws."""
+"""Make `random_trees`, `exact_windows` and the `chains` of tests/laws importable."""
 
 from __future__ import annotations
 

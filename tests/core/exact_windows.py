@@ -1,7 +1,8 @@
-"""The bound of a window rule on a joint of three symbols, with nothing drawn: every expectation is summed.
+"""Exact bound of a window rule on a joint of three symbols: every expectation is a sum.
 
-States, the window that an end is read at, and the nodes of a quadrature over times stand in place of noise; the terms are
-computed by the engine's own assembly, at the exact conditional laws of what a network would be shown.
+States, the window that an end is read at, and the nodes of a quadrature over times stand in place
+of noise; the terms are computed by the engine's own assembly, at the exact conditional laws of
+what a network would be shown.
 """
 
 from __future__ import annotations
@@ -30,33 +31,36 @@ ENTROPY = -(JOINT * JOINT.log()).sum()
 
 
 class Scripted(CounterRng):
-    """`time` and `window` as they are told, every other channel the middle of the cell of a state.
+    """Generator with given numbers for `time` and `window`; other channels draw a given state.
 
-    With `turned` the time is told as the number that a group shares, which turns all windows together.
+    With `rotated` the time is the number shared by a group, which rotates all windows together.
     """
 
     def __init__(
-        self, time: Tensor, window: Tensor, zt: Tensor, num_states: int, turned: bool = False
+        self, time: Tensor, window: Tensor, zt: Tensor, num_states: int, rotated: bool = False
     ) -> None:
         super().__init__(0, 0, torch.arange(len(zt)), LENGTH)
-        self.turn = time
-        time = torch.zeros_like(time) if turned else time
-        self.told = {
+        self.rotation = time
+        time = torch.zeros_like(time) if rotated else time
+        self.given = {
             "time": time.unsqueeze(-1).expand(-1, LENGTH),
             "window": window.unsqueeze(-1).expand(-1, LENGTH),
         }
         self.cells = (zt.double() + 0.5) / num_states
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:
-        drawn = self.told.get(channel, self.cells)
+        drawn = self.given.get(channel, self.cells)
         return drawn if count == 1 else drawn.unsqueeze(-1).expand(-1, -1, count)
 
     def uniform_per_group(self, channel: str) -> Tensor:
-        return self.turn
+        return self.rotation
 
 
 def nodes(rule: TimeSampler, order: int = 6) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre [n] on at least six panels of each window's way, with borders wherever a window opens or closes."""
+    """Gauss-Legendre nodes and weights [n] on at least six panels of each window's path.
+
+    Panels have borders wherever a window opens or closes.
+    """
     width, alone = getattr(rule, "width", LENGTH), not getattr(rule, "paired", True)
     panels = 6
     if alone:
@@ -71,7 +75,10 @@ def nodes(rule: TimeSampler, order: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def exact_law(process: ForwardProcess) -> Callable[[Noisy], Tensor]:
-    """P(x_i | what is in sight of i, without its own state) under the joint; a draw of the prior says nothing."""
+    """P(x_i | the states that i attends to, without its own) under the joint.
+
+    A draw of the prior carries no information.
+    """
 
     def dist(noisy: Noisy) -> Tensor:
         batch = len(noisy.zt)
@@ -110,17 +117,15 @@ def exact_law(process: ForwardProcess) -> Callable[[Noisy], Tensor]:
 def exact_terms(
     process: ForwardProcess, rule: TimeSampler, dist: Callable[[Noisy], Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[27] the expectations of closing, diffusion and decoding term for every sequence."""
+    """[27] expectations of closing, diffusion and decoding term for every sequence."""
     twin, network = (
         enumerate_draws(process),
         network_from_noisy(dist or exact_law(process), process.vocabulary),
     )
     u, weight = nodes(rule)
     blocks = getattr(rule, "paired", False) and getattr(rule, "shape", "") == "block"
-    turned = (
-        blocks and rule.width < LENGTH
-    )  # a window as long as the sequence has no other to be turned with
-    scripted = partial(Scripted, turned=turned)
+    rotated = blocks and rule.width < LENGTH  # a single window has no other to be rotated with
+    scripted = partial(Scripted, rotated=rotated)
     cells = (
         torch.arange(6, dtype=torch.float64) + 0.5
     ) / 6.0  # windows, places in a window, positions: 1, 2 or 3 each
@@ -160,7 +165,7 @@ def _expected(
     term: Callable[[Tensor, Times, Tensor, CounterRng], Tensor],
     at_prior: bool = False,
 ) -> Tensor:
-    """[27] the mean of a term over nodes (weight [n]) and states, for every sequence."""
+    """[27] mean of a term over nodes (weight [n]) and states, for every sequence."""
     states = process.vocabulary.num_states
     grid = all_sequences(states, LENGTH)
     total = torch.zeros(len(SEQUENCES), dtype=torch.float64)
@@ -191,7 +196,10 @@ def _chance(
     zt: Tensor,
     at_prior: bool,
 ) -> Tensor:
-    """[n] the probability of states zt: clean words, draws of the prior (waiting, or charged at the end), else q_t."""
+    """[n] probability of states zt: clean tokens, draws of the prior, else q_t(.|x0).
+
+    Draws of the prior are positions marked `at_prior`, and those counted in the closing term.
+    """
     times = times_of(
         scripted(time, window, zt, process.vocabulary.num_states),
         torch.zeros(len(zt), dtype=torch.long),
@@ -200,7 +208,7 @@ def _chance(
     chance = likelihoods(process, distinct)[place, x0, zt]
     prior = torch.zeros_like(times.clean) if times.at_prior is None else times.at_prior
     prior = prior | (times.speed > 0) if at_prior else prior
-    # an enumerated prior reads its states off the uniforms from above
+    # an enumerated prior assigns its states to the uniforms from above
     from_above = process.vocabulary.num_states - 1 - zt
     chance = torch.where(prior, process.prior.log_prob.exp()[from_above], chance)
     return torch.where(times.clean, (x0 == zt).double(), chance).prod(-1)
@@ -209,9 +217,10 @@ def _chance(
 def cost_of_ends(
     process: ForwardProcess, window: tuple[float, float], blocks: Sequence[Sequence[int]]
 ) -> Tensor:
-    """What it costs that all positions of a block are decoded at once, and come off the prior at once.
+    """Cost of decoding all positions of a block at once, and of leaving the prior at once.
 
-    The sum over blocks of [sum_i H(X_i | Z_t0, before) - H(X | Z_t0, before)] and the same of Z_t1 without words.
+    The sum over blocks of [sum_i H(X_i | Z_t0, before) - H(X | Z_t0, before)] and the same of
+    Z_t1 without words.
     """
     early, late = likelihoods(process, torch.tensor(window, dtype=torch.float64))
     cost = torch.zeros((), dtype=torch.float64)
@@ -220,10 +229,10 @@ def cost_of_ends(
         words = JOINT.reshape((NUM_WORDS,) * LENGTH)
         words = (words.sum(rest) if rest else words).reshape(
             -1, *(NUM_WORDS,) * n
-        )  # [before, words of the block]
+        )  # [before, tokens of the block]
         x_axes = tuple(range(1, n + 1))
         with_early, with_late = words, words
-        for axis in x_axes:  # the states come after the words, one axis each
+        for axis in x_axes:  # the states come after the tokens, one axis each
             with_early, with_late = (
                 p.unsqueeze(-1)
                 * rows.reshape([-1 if a == axis else 1 for a in range(p.dim())] + [rows.shape[-1]])

@@ -1,4 +1,4 @@
-"""Trees for hypothesis, and what a tree means, said the slow way."""
+"""Random trees for hypothesis, and slow reference implementations of tree look-ups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ Parents = list[list[int]]
 
 @st.composite
 def parent_lists(draw: st.DrawFn, max_tokens: int = 9, max_levels: int = 3) -> Parents:
-    """Parents of 1..max_tokens words under 1..max_levels levels, in no order and with only children, before any root."""
+    """Parents of 1..max_tokens tokens under 1..max_levels levels.
+
+    In random order, with only children among them, and without an added root.
+    """
     size, levels = draw(st.integers(1, max_tokens)), []
     for _ in range(draw(st.integers(1, max_levels))):
         labels = draw(st.lists(st.integers(0, size - 1), min_size=size, max_size=size))
@@ -26,7 +29,7 @@ def trees(max_tokens: int = 9, max_levels: int = 3) -> st.SearchStrategy[Hierarc
 
 
 def forward_step(tree: Vocabulary, node: int) -> list[int]:
-    """The ids from a node up to the root, itself first, by following `parents` one step at a time."""
+    """Ids from a node up to the root, itself first, by following `parents` step by step."""
     level = next(l for l in reversed(range(tree.num_levels + 1)) if tree.offsets[l] <= node)
     path, index = [node], node - tree.offsets[level]
     for above in range(level, tree.num_levels):
@@ -36,7 +39,7 @@ def forward_step(tree: Vocabulary, node: int) -> list[int]:
 
 
 def below(tree: Vocabulary, node: int, level: int) -> set[int]:
-    """The ids of `level` that lie below a node or are it."""
+    """Ids of `level` below a node, or the node itself."""
     first = tree.offsets[level]
     return {
         id_

@@ -1,4 +1,4 @@
-"""Level masses of log-time clocks keep ten digits where a level is rare, whatever the rates."""
+"""Level clocks: accuracy at rare levels, the laws of the kit, and invalid schedules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ TIMES = (1e-6, 1e-4, 1e-3, 0.02, 0.5, 0.97, 1.0 - 1e-6)
 
 
 def exact_masses(rates: tuple[float, ...], t: float) -> list[float]:
-    """First row of exp(tau A), tau = -ln(1 - t), by its power series in 80 digits (terms reach e^28 before they fall)."""
+    """First row of exp(tau A), tau = -ln(1 - t), by its power series in 80 digits.
+
+    The terms of the series reach e^28 before they fall.
+    """
     with localcontext() as context:
         context.prec = 80
         tau = -(Decimal(1) - Decimal(t)).ln()
@@ -98,8 +101,11 @@ def test_cdf_clock_accepts_equal_schedules_at_the_ends() -> None:
 
 @pytest.mark.parametrize("rate", [0.3, 0.5, 1.0])
 def test_slow_clock_sends_rest_to_root_after_last_interior_time(rate: float) -> None:
-    """P(at the root at s | at the root at 1) = 1 - (1 - s)^rate = u, though at rate .3 a share of 2.5e-4 gets there within
-    1e-12 of the end; 1 - s is resolved to 1e-16, and a table of entry times to 1e-6 of its logarithm."""
+    """P(at the root at s | at the root at 1) = 1 - (1 - s)^rate = u.
+
+    At rate .3 a share of 2.5e-4 enters the root within 1e-12 of the end; 1 - s is resolved to
+    1e-16, and a table of entry times to 1e-6 of its logarithm.
+    """
     clock = LogTimeClock((rate,))
     u = torch.tensor([0.1, 0.5, 0.9, 0.99, 0.999], dtype=torch.float64)
     level, end = torch.ones(5, dtype=torch.long), torch.ones(5, dtype=torch.float64)
@@ -109,6 +115,6 @@ def test_slow_clock_sends_rest_to_root_after_last_interior_time(rate: float) -> 
 
 
 def test_cdf_clock_rejects_levels_reached_at_the_same_time() -> None:
-    """No position is ever at the lower of them, and its rates would be 0/0."""
+    """No position would ever be at the lower level, and its rates would be 0/0."""
     with pytest.raises(ArgumentError, match=r"F_1\(t\) > F_2\(t\)"):
         CdfClock([PowerSchedule(1.5), PowerSchedule(1.5)])

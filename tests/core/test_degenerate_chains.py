@@ -1,4 +1,4 @@
-"""Processes that rest, or that make a state certain: the bound charges all of -ln p there, and times are finite."""
+"""Processes that pause, or that make a state certain: bound and times stay exact there."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ class DelayedSchedule(Schedule):
 
 
 def mean_charge(process: ForwardProcess, token: int, length: int, times: int = 2000) -> float:
-    """The diffusion term of one token for a constant prediction, by midpoints in v and the sum over all states."""
+    """Diffusion term of one token for a constant prediction.
+
+    By midpoints in v and the sum over all states.
+    """
     v = (torch.arange(times, dtype=torch.float64) + 0.5) / times
     t, speed = process.information_time.draw(v, 0.0, 1.0, length)
     num_states = process.vocabulary.num_states

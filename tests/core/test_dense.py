@@ -1,4 +1,4 @@
-"""Dense and mixture processes: what they refuse, and that no derived formula gives NaN where a state is unreached."""
+"""Dense and mixture processes: invalid arguments, and derived formulas at unreached states."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_dense_process_rejects_too_many_states_before_any_work() -> None:
 
 
 def test_dense_process_accepts_rounding_in_rows_of_float32_matrix() -> None:
-    """And leaks no probability: what is left of a row's sum is taken off its diagonal."""
+    """No probability is lost: the rest of a row's sum is subtracted from its diagonal."""
     thirds = torch.full((3, 3), 1 / 3) - torch.eye(3)
     assert float(thirds.double().sum(-1).abs().max()) > 1e-9
     process = DenseProcess(bare, thirds)
@@ -79,7 +79,8 @@ def test_dense_process_accepts_rounding_in_rows_of_float32_matrix() -> None:
 def test_mixture_process_rejects_noise_that_does_not_sum_to_one(target: Tensor) -> None:
     with pytest.raises(
         ArgumentError,
-        match="the noise must be a distribution over the 3 states, with no negative entry and sum 1",
+        match="the noise must be a distribution over the 3 states, with no negative entry and "
+        "sum 1",
     ):
         MixtureProcess(bare, LinearSchedule(), target)
 
@@ -90,7 +91,7 @@ def test_mixture_process_rejects_negative_noise() -> None:
 
 
 def idle_mask() -> ForwardProcess:
-    """Three words that change into each other beside a mask that nothing ever enters."""
+    """Three tokens that change into each other, and a mask that is never entered."""
     matrix = torch.zeros(4, 4, dtype=torch.float64)
     matrix[:3, :3] = chain
     return DenseProcess(FlatVocabulary(3), matrix)
@@ -123,7 +124,7 @@ def test_unreachable_state_leaves_value_and_gradient_finite(
 
 
 def test_underflowing_token_probability_leaves_gradient_finite() -> None:
-    """exp(-200) is 0 in float32: the marginal of a masked chain is then 0 at a word that a row is not in."""
+    """exp(-200) is 0 in float32: the marginal of a masked chain is then 0 at another token."""
     vocabulary = FlatVocabulary(3)
     process = MixtureProcess(vocabulary, LinearSchedule(), torch.tensor([0.0, 0.0, 0.0, 1.0]))
     logits = torch.tensor([[0.0, 0.0, -200.0]], requires_grad=True)

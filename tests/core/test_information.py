@@ -1,4 +1,4 @@
-"""Information time: what a process loses by t, the time change that follows from it, and draws of least variance."""
+"""Information time: information lost by t, the time change, and draws of least variance."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_overrides_equal_the_derived_information(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_equal_steps_of_tau_lose_equal_information(name: str) -> None:
-    """Between the ends of the clock; 257 knots with a cubic between them leave 2e-4 of the information."""
+    """Between the ends of the clock, up to the error of 257 knots, 2e-4 of the information."""
     process = PROCESSES[name]
     clock = process.information_time
     t, _ = clock.at(TAU)
@@ -89,7 +89,7 @@ def test_equal_steps_of_tau_lose_equal_information(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_speed_is_exact_derivative_of_t(name: str) -> None:
-    """By autograd through the interpolant, so that no estimate in tau is biased by interpolation."""
+    """By autograd through the interpolant: interpolation biases no estimate in tau."""
     tau = TAU.clone().requires_grad_()
     t, speed = PROCESSES[name].information_time.at(tau)
     (slope,) = torch.autograd.grad(t.sum(), tau)
@@ -116,8 +116,11 @@ def test_time_draws_rise_through_window_with_exact_slope(
 
 
 def test_time_draws_have_density_of_least_variance() -> None:
-    """For masks P(tau) = tau, so that the v-quantile of sqrt(1 + 1/(L tau)) is known: with a = 1/L its integral is
-    sqrt(tau (tau + a)) + a asinh(sqrt(tau / a)). Trapezoids between 257 knots leave 1e-3."""
+    """Masking has P(tau) = tau, so the v-quantile of sqrt(1 + 1/(L tau)) is known.
+
+    With a = 1/L its integral is sqrt(tau (tau + a)) + a asinh(sqrt(tau / a)). Trapezoids between
+    257 knots have an error of 1e-3.
+    """
     clock = TreeProcess(FlatVocabulary(7), LogTimeClock((1.0,))).information_time
     v = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     for length in (4, 64, 1024):
@@ -143,7 +146,7 @@ def test_linear_masking_has_tau_equal_to_t() -> None:
 
 
 def test_tree_information_is_sum_over_levels() -> None:
-    """Hazards (1, 1): pi_0 = 1 - t, pi_1 = -(1 - t) ln(1 - t); five tokens in clusters of two and three."""
+    """Hazards (1, 1): pi_0 = 1 - t, pi_1 = -(1 - t) ln(1 - t); clusters of two and three."""
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     process = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)))
     clusters = -(0.4 * math.log(0.4) + 0.6 * math.log(0.6))
@@ -153,7 +156,7 @@ def test_tree_information_is_sum_over_levels() -> None:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_mean_density_of_uniform_prediction_is_flat_in_tau(name: str) -> None:
-    """Enumerated over x and z; the identity behind the clock, d/dtau of the information that is lost."""
+    """Enumerated over x and z: the clock is defined by this identity."""
     process = PROCESSES[name]
     clock = process.information_time
     states, tokens = process.vocabulary.num_states, process.vocabulary.num_tokens
@@ -177,7 +180,7 @@ def test_mean_density_of_uniform_prediction_is_flat_in_tau(name: str) -> None:
 
 
 def test_information_beyond_interior_times_is_left_to_end_terms() -> None:
-    """(1e-12)^0.05 = 25 % of the tokens are masked before the first interior time: there the bound decodes."""
+    """(1e-12)^0.05 = 25 % of the tokens are masked before the first interior time."""
     early = PROCESSES["early masks"].information_time
     assert early.first == pytest.approx(1e-12**0.05, rel=1e-6)
     assert float(early.at(torch.zeros(1).double())[0]) == 1e-12

@@ -1,4 +1,4 @@
-"""Thinned steps are exact, events make the chain, inverses invert, and nothing as wide as the vocabulary is float64."""
+"""Interpolating processes: thinned steps, events, components and inverse kernels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PAIR = HierarchicalVocabulary([[0, 1, 0, 0]])
 
 
 class MaskAndWords(ComponentProcess):
-    """t of mask and t(1-t)/2 of even words."""
+    """Noise with mass t at the mask and t(1-t)/2 over even tokens."""
 
     def __init__(self, vocabulary: FlatVocabulary) -> None:
         super().__init__(
@@ -49,7 +49,7 @@ class MaskAndWords(ComponentProcess):
 
 
 class WrittenOut(InterpolatingProcess):
-    """The same without components."""
+    """The same noise without components."""
 
     def __init__(self, vocabulary: FlatVocabulary) -> None:
         self.vocabulary, self._twin = vocabulary, MaskAndWords(vocabulary)
@@ -91,7 +91,7 @@ def last_before(holds: Callable[[Tensor], Tensor], count: int) -> Tensor:
 
 
 def law_of_step(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: float, s: float) -> Tensor:
-    """[r,S] the law of a step whose first uniform decides (below a threshold) and whose second draws in the order of ids.
+    """[r,S] distribution of a step: its first uniform decides, its second draws by id.
 
     Both integrals over the uniforms are exact: the thresholds are bisected to 2^-52.
     """
@@ -127,7 +127,10 @@ def test_thinned_step_follows_the_dense_posterior(name: str, t: float, s: float)
 
 
 def test_thinned_step_queries_only_rows_that_may_move() -> None:
-    """Words of uniform noise step by 1/64 of the way: about 1/64 of t (1 - t) of them are candidates, and none at s = t."""
+    """A step over 1/64 of the time: about t (1 - t) / 64 of the tokens are candidates.
+
+    None at s = t.
+    """
     vocabulary = FlatVocabulary(1000, mask=False)
     process = MixtureProcess(vocabulary, LinearSchedule(), token_distribution(vocabulary))
     zt, u = (
@@ -143,7 +146,7 @@ def test_thinned_step_queries_only_rows_that_may_move() -> None:
 
 
 class WideDoubles(TorchDispatchMode):
-    """Notes every float64 tensor of at least `size` entries that is made."""
+    """Record every new float64 tensor of at least `size` entries."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -195,7 +198,7 @@ def test_component_process_makes_no_wide_float64_tensor(even: bool) -> None:
     ):
         torch.testing.assert_close(
             got, derived, rtol=1e-4, atol=1e-4, check_dtype=False
-        )  # the law is float32
+        )  # the distribution is float32
 
 
 def test_step_keeps_state_that_the_prediction_is_certain_of() -> None:
@@ -234,7 +237,9 @@ def test_step_rejects_scores() -> None:
             match=r"must be a distribution of the clean token.*got a Score.*tau-leaping",
         ):
             process.step(query, zt, full(0.5, zt), full(0.2, zt), u)
-        assert process.decode(query, zt, full(0.5, zt), u).max() < 4  # a last draw is made a law of
+        assert (
+            process.decode(query, zt, full(0.5, zt), u).max() < 4
+        )  # decode turns scores into a distribution
 
 
 # ---------------------------------------------------------------------- events
@@ -253,8 +258,11 @@ EVENTFUL: dict[str, Callable[[], ForwardProcess]] = {
 
 @pytest.mark.parametrize("name", EVENTFUL)
 def test_chain_of_events_follows_the_posterior(name: str) -> None:
-    """20,000 chains from t = 0.9 to s = 0.15 under a law that does not depend on z. A share is off by more than five
-    standard deviations (at most 0.018) once in 1.7 million; 35 shares are compared, so one run in 50,000 fails by chance,
+    """20,000 chains from t = 0.9 to s = 0.15 under a constant prediction.
+
+    A share is off by more than five
+    standard deviations (at most 0.018) once in 1.7 million; 35 shares are compared, so one run in
+    50,000 fails by chance,
     and with this seed none does."""
     process, count, s = EVENTFUL[name](), 20_000, 0.15
     log_p = random_log_probs(process.vocabulary.num_tokens, 1, seed=3)
@@ -285,7 +293,8 @@ def test_event_time_is_zero_if_nothing_arrives() -> None:
     zt = torch.arange(4)
     times = process.event_time(zt, full(0.5, zt), full(0.9, zt))
     assert times[:3].tolist() == [0.0] * 3
-    # the mask of a linear schedule: s = u t, but for a slack of a hundredth in the rate of candidates
+    # the mask of a linear schedule: s = u t, but for a slack of a hundredth in the rate of
+    # candidates
     assert 0.45 < float(times[3]) < 0.4525
     assert process.is_monotone
     assert not uneven().is_monotone
@@ -305,7 +314,7 @@ def test_process_without_events_raises_with_advice() -> None:
 
 def test_event_rejects_arrivals_that_jump_within_a_cell() -> None:
     class Leaping(MixtureProcess):  # type: ignore[misc]
-        """Arrivals three times as many in a thousandth of time, which the edges of the cells do not see."""
+        """Arrivals that triple within a thousandth of time, between the edges of the cells."""
 
         def d_coefficients(self, t: Tensor) -> Tensor:
             return super().d_coefficients(t) * torch.where(
@@ -333,9 +342,14 @@ def test_component_process_equals_process_with_explicit_noise() -> None:
     log_p, x0 = random_log_probs(3, 20), torch.arange(20) % 3
     dist = DenseDistribution(log_p, MASKED)
     for method, arguments in (
-        ("noise_at", (zt, t)), ("arrivals_at", (zt, t)), ("log_marginal", (log_p, t)), ("reverse_rates", (dist, zt, t)),
-        ("density", (dist, x0, zt, t)), ("decode_nll", (dist, x0, zt, t)), ("closing_kl", (dist, x0, t)),
-    ):  # fmt: skip
+        ("noise_at", (zt, t)),
+        ("arrivals_at", (zt, t)),
+        ("log_marginal", (log_p, t)),
+        ("reverse_rates", (dist, zt, t)),
+        ("density", (dist, x0, zt, t)),
+        ("decode_nll", (dist, x0, zt, t)),
+        ("closing_kl", (dist, x0, t)),
+    ):
         torch.testing.assert_close(
             getattr(first, method)(*arguments), getattr(second, method)(*arguments)
         )
@@ -367,7 +381,7 @@ def test_component_process_rejects_invalid_noise_and_missing_mask() -> None:
 
 
 def test_kernel_solve_inverts_apply() -> None:
-    """Scaled and summed kernels too; diagonals outweigh the rest, so that rounding alone is lost."""
+    """Scaled and summed kernels too; dominant diagonals, so that errors are rounding."""
     noise = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
     matrix = torch.eye(4, dtype=torch.float64) + 0.2 * noise
     factor, vector = torch.tensor([0.5, 2.0, 3.0]).double(), random_log_probs(4, 3).exp()

@@ -1,4 +1,4 @@
-"""Structured kernels against plain matrices, and the oracle against an integrator of its own."""
+"""Structured kernels against dense matrices, and the oracle against a Runge-Kutta method."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def diagonal(values: Tensor, size: int = STATES) -> Tensor:
 
 
 def parents_one_by_one(tree: HierarchicalVocabulary, xi: tuple[float, ...]) -> Tensor:
-    """[S,S] kappa_ij for all pairs of levels, as products of the one-level kernels, straight from the definition of xi."""
+    """[S,S] kappa_ij for all pairs of levels, as products of one-level kernels defined by xi."""
     size = tree.num_states
     kappa = torch.eye(size, dtype=torch.float64)
     up = torch.zeros(size, size, dtype=torch.float64)
@@ -63,7 +63,7 @@ def tree_case(seed: int = 5) -> tuple[Kernel, Tensor]:
 
 
 def cases() -> dict[str, tuple[Kernel, Tensor]]:
-    """Each structure beside the matrix that it stands for, written without it."""
+    """Each structured kernel, next to its dense matrix."""
     stay, leave, arrive, full = (
         random(ROWS),
         random(ROWS, seed=1),
@@ -128,7 +128,7 @@ def turning(t: Tensor) -> Tensor:
 
 
 def runge_kutta(s: float, t: float, steps: int = 400) -> Tensor:
-    """dP/dt = P Q_t by the classical fourth-order rule: error about (h |Q|)^4 h < 1e-9 at 400 steps."""
+    """dP/dt = P Q_t by the classical fourth-order rule; error (h |Q|)^4 h < 1e-9 at 400 steps."""
     total, h = torch.eye(4, dtype=torch.float64), (t - s) / steps
     rate = lambda time: turning(torch.tensor([time], dtype=torch.float64))[0]  # noqa: E731
     for step in range(steps):
@@ -160,7 +160,7 @@ def test_propagate_solves_forward_equation_in_time_order() -> None:
 
 
 def test_propagate_converges_with_fourth_power_of_steps() -> None:
-    """Twice the steps, a sixteenth of the error; a commutator left out or of the wrong sign makes it a quarter."""
+    """Twice the steps give 1/16 of the error; a missing or wrong commutator would give 1/4."""
     best = propagate(turning, *pair(0.1, 0.9), 4, steps=640)
     errors = [
         float((propagate(turning, *pair(0.1, 0.9), 4, steps=n) - best).abs().max())
@@ -172,7 +172,7 @@ def test_propagate_converges_with_fourth_power_of_steps() -> None:
 
 
 def test_single_exponential_differs_if_generators_do_not_commute() -> None:
-    """What the oracle must not be: exact only where generators commute."""
+    """A single exponential is exact only if generators commute."""
     grid = torch.linspace(0.1, 0.9, 2001, dtype=torch.float64)
     once = torch.matrix_exp(torch.trapezoid(turning(grid), grid, dim=0))
     assert float((once - propagate(turning, *pair(0.1, 0.9), 4)[0]).abs().max()) > 1e-3

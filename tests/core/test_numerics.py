@@ -1,4 +1,4 @@
-"""Draws by inverse CDF: their edges, their law, and the tail that a single-precision race starves."""
+"""Draws by inverse CDF: edges, distribution, and rare tokens in single precision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.errors import NonFiniteError
 
-LARGEST = 1.0 - 2.0**-53  # the largest uniform that Noise can give
+LARGEST = 1.0 - 2.0**-53  # the largest uniform of CounterRng
 
 
 def drawn(weights: list[float], *u: float) -> list[int]:
@@ -40,7 +40,7 @@ def test_draw_index_never_draws_zero_weight() -> None:
 
 
 def test_draw_index_at_largest_uniform_is_last_possible_index() -> None:
-    """u * total may round up to total itself; then the search falls off the end, or into the zeros there."""
+    """u * total may round up to total, where the search would end after the last index."""
     for seed in range(200):
         weights = torch.rand(
             1, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
@@ -88,7 +88,8 @@ def test_safe_log_of_zero_has_no_gradient_and_nan_stays_nan() -> None:
     assert mass.grad[:2].tolist() == [0.0, 1.0]
 
 
-# ---------------------------------------------------------------------- the tail (Zheng et al., arXiv 2409.02908)
+# ---------------------------------------------------------------------- rare tokens
+# (Zheng et al., arXiv 2409.02908)
 
 ZIPF = (1.0 / torch.arange(1, 50_258, dtype=torch.float64)) / (
     1.0 / torch.arange(1, 50_258, dtype=torch.float64)
@@ -96,16 +97,17 @@ ZIPF = (1.0 / torch.arange(1, 50_258, dtype=torch.float64)) / (
 ENTROPY = float(-(ZIPF * ZIPF.log()).sum())  # 7.566 nats
 STEP = 1.0 / 1024  # the step from t = 1/2 that 1,024 steps take
 RARE = (
-    3e-5  # the likeliest word that the race starves; the words below it hold a quarter of the mass
+    3e-5  # the most likely token that the race starves; less likely ones hold a quarter of the mass
 )
 
 
 def race_in_single_precision(reveal: float) -> Tensor:
-    """[V] P(word is revealed) when word and mask race exponentials of float32 uniforms, exactly, by its grid.
+    """[V] exact P(token is revealed) if token and mask race with float32 uniforms.
 
-    A float32 uniform is a multiple of 2^-24, so the exponential -ln(1 - k 2^-24) takes steps of e = 6e-8 near 0. A word of
-    weight w beats the mask's E/(1 - reveal) with probability sum_k 2^-24 exp(-k a) = 2^-24 / (e^a - 1), where
-    a = e (1 - reveal)/w; in exact arithmetic with 2^-24 / a = w/(1 - reveal).
+    A float32 uniform is a multiple of 2^-24, so the exponential -ln(1 - k 2^-24) takes steps of e
+    = 6e-8 near 0. A word of weight w beats the mask's E/(1 - reveal) with probability sum_k 2^-24
+    exp(-k a) = 2^-24 / (e^a - 1), where a = e (1 - reveal)/w; in exact arithmetic with 2^-24 / a
+    = w/(1 - reveal).
     """
     smallest = float(-torch.log1p(-torch.tensor(2.0**-24)))
     return 2.0**-24 / torch.expm1(smallest * (1.0 - reveal) / (reveal * ZIPF))
@@ -117,19 +119,20 @@ def test_float32_uniforms_are_multiples_of_2_to_the_minus_24() -> None:
 
 
 def test_joint_float32_race_starves_the_tail() -> None:
-    """What the two-stage draw is for: a quarter of the mass all but vanishes, and the text looks likelier than it is."""
+    """A quarter of the mass almost vanishes, and the text looks more likely than it is."""
     revealed = race_in_single_precision(reveal=2 * STEP)
     share = revealed / revealed.sum()
     assert float(ZIPF[ZIPF < RARE].sum()) == pytest.approx(0.25, abs=0.01)
     assert float(share[ZIPF < RARE].sum()) < 0.1
     assert float(-(share * ZIPF.log()).sum()) < ENTROPY - 1.0
-    assert float(revealed.sum()) < 0.9 * 2 * STEP  # fewer words are revealed at all
+    assert float(revealed.sum()) < 0.9 * 2 * STEP  # fewer tokens are revealed at all
 
 
 def test_deciding_before_drawing_keeps_tail_mass_in_float32() -> None:
-    """One step of masked diffusion with a float32 law, over a midpoint grid of the second uniform.
+    """One step of masked diffusion with a float32 prediction, over a grid of uniforms.
 
-    Words stand in order of -ln p, so the grid's error in its mean is at most its range, ln V, over the number of points.
+    Words stand in order of -ln p, so the grid's error in its mean is at most its range, ln V,
+    over the number of points.
     """
     vocabulary, points, chunk = FlatVocabulary(len(ZIPF)), 1024, 64
     process = TreeProcess(vocabulary, LogTimeClock((1.0,)))
@@ -153,7 +156,7 @@ def test_deciding_before_drawing_keeps_tail_mass_in_float32() -> None:
 
 
 def test_rare_token_is_revealed_with_exact_probability() -> None:
-    """(t - s)/t for linear masked diffusion, over a grid of the first uniform: right to one grid point."""
+    """(t - s)/t for linear masked diffusion, exact to one point of a grid of uniforms."""
     vocabulary, points = FlatVocabulary(2), 100_000
     process = TreeProcess(vocabulary, LogTimeClock((1.0,)))
     t = torch.full((points,), 0.5, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The clean law against sums over words, its draws against the inverse CDF, and the rest-law of an enumerated joint."""
+"""Predicted distributions: sums over tokens, draws, and own evidence of an enumerated joint."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def random_log_p(num_tokens: int, seed: int, rows: int = 2, impossible: bool = F
 
 
 def mass(tree: Vocabulary, log_p: Tensor, node: int) -> Tensor:
-    """[r] P(token below node), word by word."""
+    """[r] P(token below node), token by token."""
     return log_p[:, sorted(below(tree, node, 0))].exp().sum(-1)
 
 
@@ -99,7 +99,7 @@ def test_draw_is_inverse_cdf_below_the_node_in_tree_order(
         dist = DenseDistribution(log_p.expand(rows, -1), tree)
         drawn = dist.draw(torch.full((rows,), node), torch.full((rows,), level), uniforms).tolist()
         if not inside or level == int(tree.level_of(torch.tensor(node))):
-            assert drawn == [node] * rows  # nothing of that level lies below: the row stays
+            assert drawn == [node] * rows  # no node of that level is below: the row stays
             continue
         share = torch.cat([mass(tree, log_p, z) for z in inside])
         edges = (share / share.sum()).cumsum(0)
@@ -107,7 +107,7 @@ def test_draw_is_inverse_cdf_below_the_node_in_tree_order(
 
 
 def test_draws_follow_the_conditional_distribution() -> None:
-    """Over a midpoint grid of N uniforms every node is drawn N p times, give or take the grid points at its two ends."""
+    """A midpoint grid of N uniforms draws every node N p times, up to its two ends."""
     points = 2000
     grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     log_p = random_log_p(7, 3, rows=1)
@@ -146,7 +146,7 @@ def test_each_row_draws_at_its_own_node_and_level() -> None:
 
 
 def test_draws_at_extreme_uniforms_stay_below_the_node() -> None:
-    """In float32 the cumulative sum may end under or over 1; the draw must not fall off the range."""
+    """In float32 the cumulative sum may end under or over 1; the draw must stay in range."""
     ends = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
     tree = HierarchicalVocabulary([[i % 7 for i in range(500)]])
     for seed in range(20):
@@ -259,12 +259,13 @@ def test_full_conditional_trains_below_node_that_rules_tokens_out() -> None:
 def conditionals(
     process: ForwardProcess, zt: Tensor, t: float, joint: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """[2,V] P(x_i | z) and P(x_i | z without z_i), by enumeration of a joint over two tokens [V,V]."""
+    """[2,V] P(x_i | z) and P(x_i | z without z_i), by enumeration of a joint [V,V]."""
     evidence = process.log_likelihood(zt, torch.full((2,), t, dtype=torch.float64)).exp()
     first, second = evidence[0].unsqueeze(1), evidence[1].unsqueeze(0)
     full = joint * first * second
     dists = [full.sum(1), full.sum(0)], [(joint * second).sum(1), (joint * first).sum(0)]
-    return tuple(torch.stack([p / p.sum() for p in dist]) for dist in dists)  # type: ignore[return-value]
+    full, rest = (torch.stack([p / p.sum() for p in dist]) for dist in dists)
+    return full, rest
 
 
 @pytest.mark.parametrize(
@@ -291,4 +292,4 @@ def test_drop_own_evidence_of_full_conditional_gives_rest_distribution(
         checked += int(informative.sum())
         possible = torch.where(likelihood.isfinite(), rest, 0.0)
         torch.testing.assert_close(got, possible / possible.sum(-1, keepdim=True), **EXACT)
-    assert checked >= process.vocabulary.num_states  # a law about nothing would pass unnoticed
+    assert checked >= process.vocabulary.num_states  # a test of no case would pass unnoticed

@@ -1,4 +1,4 @@
-"""The prior's draws are the inverse CDF, and cost memory for the uniforms and the states, not for their product."""
+"""Draws of the prior: inverse CDF, without a table of uniforms times states."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Noise is a pure function of what it is for, and uniform.
+"""CounterRng: numbers are a pure function of their purpose, and uniform.
 
-Statistical tests have fixed seeds; each was given a one-in-a-million chance to fail before its seed was tried.
+Statistical tests have fixed seeds; each was given a one-in-a-million chance to fail before its
+seed was tried.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def uniform(
 
 def test_rng_numbers_never_change() -> None:
     assert torch.equal(uniform(), uniform())
-    # runs are resumed and repeated by these numbers: a change of the generator is a change of every result
+    # runs are resumed and repeated by these numbers: a change of the generator changes
+    # every result
     assert uniform()[0, :2].tolist() == [0.27460777260881075, 0.10581297539501044]
 
 
@@ -127,7 +129,7 @@ def test_rng_numbers_are_uniform(seed: int) -> None:
 
 
 def test_rng_first_position_is_uniform_over_samples_and_steps() -> None:
-    """Stratified times read one number per sample: there the counter changes and the block does not."""
+    """Stratified times use one number per sample: the counter changes, the block does not."""
     over_samples = CounterRng(0, 3, torch.arange(20_000), 1).uniform("time")
     over_steps = torch.cat(
         [CounterRng(0, step, torch.tensor([6]), 1).uniform("time") for step in range(5_000)]
@@ -151,5 +153,6 @@ def test_rng_channels_positions_and_seeds_are_uncorrelated() -> None:
     }
     for name, (one, other) in pairs.items():
         correlation = torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]
-        # nearly normal with variance 1/n: |z| > 5.3 has probability 1.2e-7, and there are eight pairs
+        # nearly normal with variance 1/n: |z| > 5.3 has probability 1.2e-7, and there are eight
+        # pairs
         assert abs(float(correlation)) < 5.3 / math.sqrt(one.numel()), name

@@ -1,4 +1,4 @@
-"""Flat times: one sample per stratum of the global batch, however the batch is cut."""
+"""Flat times: one sample per stratum of the global batch, for any split of the batch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def test_contiguous_quarter_of_power_of_two_is_stratified(slots: int) -> None:
 
 @pytest.mark.parametrize("slots", [20, 48, 96, 100, 300, 500])
 def test_contiguous_quarter_of_any_batch_has_mean_time_near_half(slots: int) -> None:
-    """m points of the order have a mean within 1.2/m of 1/2 (measured to 500), their draws move it by half a stratum."""
+    """m points of the order have a mean within 1.2/m of 1/2 (measured up to 500).
+
+    Their draws change it by half a stratum.
+    """
     share = slots // 4
     for step in range(5):
         means = drawn(slots, step=step)[:, 0].reshape(4, share).mean(-1)
@@ -63,7 +66,7 @@ def test_contiguous_quarter_of_any_batch_has_mean_time_near_half(slots: int) -> 
 
 
 def test_plain_order_would_give_uneven_quarters() -> None:
-    """What the order is for (field survey 4.8): contiguous strata give the first rank a mean time of 1/8."""
+    """Contiguous strata would give the first rank a mean time of 1/8."""
     assert float(torch.arange(64).double().add(0.5).div(64).reshape(4, -1).mean(-1)[0]) == 0.125
 
 
@@ -96,8 +99,9 @@ def test_flat_times_stay_in_window_with_its_width_as_speed(start: float, stop: f
 def test_speed_weighted_mean_is_unbiased_integral() -> None:
     """E speed f(t) = int f over the window, for the steep f = 1/t, at every count of slots.
 
-    A batch's mean has at most the variance of one draw over the slots, (1/a - 1/b) w - ln^2(b/a) over the window [a,b]
-    of width w; 600 steps in 5 cases with |z| > 5.3 allowed fail with probability under one in a million.
+    A batch's mean has at most the variance of one draw over the slots, (1/a - 1/b) w - ln^2(b/a)
+    over the window [a,b] of width w; 600 steps in 5 cases with |z| > 5.3 allowed fail with
+    probability under one in a million.
     """
     start, stop, steps = 0.05, 0.9, 600
     expected, width = math.log(stop / start), stop - start

@@ -1,6 +1,8 @@
-"""The tree family: forward draws and decoding rules against their formulas, term by term, and mistakes.
+"""Tree family: forward draws and decoding rules against their formulas, invalid arguments.
 
-Laws of draws are read off a midpoint grid of N uniforms, which hits an interval of length p between N p - 1 and N p + 1
+Distributions of draws are measured on a midpoint grid of N uniforms, which hits an interval of
+length p
+    between N p - 1 and N p + 1
 times: exact to 1/N per interval, without chance.
 """
 
@@ -28,7 +30,7 @@ GRID = (torch.arange(POINTS, dtype=torch.float64) + 0.5) / POINTS
 
 tree = HierarchicalVocabulary(
     [[0, 1, 0, 2, 1, 1]]
-)  # six words under three nodes (6, 7, 8) under the root 9
+)  # six tokens under three nodes (6, 7, 8) under the root 9
 PARENT = [0, 1, 0, 2, 1, 1]
 P = torch.tensor([0.3, 0.05, 0.1, 0.25, 0.2, 0.1], dtype=torch.float64)
 MASS = torch.tensor([0.4, 0.35, 0.25], dtype=torch.float64)
@@ -55,7 +57,7 @@ def process(decoding: str = "bayes", xi: float | Sequence[float] = XI) -> TreePr
 
 
 def words_by_rule(decoding: str, node: int) -> Tensor:
-    """[V] the law of the word below node k, from the formulas: rho_x(k) the climb of x, rho^_k that of the law."""
+    """[V] distribution of the token below node k by the formula of the decoding rule."""
     n = 3
     inside = torch.tensor([parent == node for parent in PARENT])
     forward_step = torch.where(inside, XI, (1 - XI) / (n - 1))
@@ -106,7 +108,7 @@ def test_only_bayes_decoding_draws_stray_nodes_as_often_as_forward_chain(
 
 
 def test_default_step_is_exact_reverse_transition() -> None:
-    """Level decided by one uniform and state drawn by the other make the dense posterior; 300 x 300 grid points."""
+    """One uniform decides the level, the other the state; 300 x 300 grid points."""
     side = 300
     edge = (torch.arange(side, dtype=torch.float64) + 0.5) / side
     u = torch.cartesian_prod(edge, edge)
@@ -131,7 +133,7 @@ def test_tree_step_keeps_tokens_without_querying() -> None:
 
 
 def test_levels_without_strays_below_others_decode_exactly() -> None:
-    """xi = 1 under xi < 1: a node's own level is certain, the one above is not; Bayes by enumeration of all paths."""
+    """xi = 1 at a level below one with xi < 1; Bayes by enumeration of all paths."""
     deep = HierarchicalVocabulary([[0, 1, 2, 3, 0], [0, 1, 0, 1]])
     chain = TreeProcess(deep, LogTimeClock((1.0, 1.0, 1.0)), xi=(1.0, 0.7, 1.0))
     p = torch.tensor([0.3, 0.1, 0.2, 0.15, 0.25], dtype=torch.float64)
@@ -166,7 +168,7 @@ def test_node_with_underflowing_mass_is_counted_and_trained() -> None:
 
 
 def test_distribution_that_underflows_below_node_still_decodes() -> None:
-    """In float32 e^-200 is 0; the weights below the node must be formed relative to their largest."""
+    """In float32 e^-200 is 0; weights below the node must be relative to their largest."""
     chain = TreeProcess(tree, LogTimeClock((0.7, 1.0)), xi=0.8)
     deep = HierarchicalVocabulary([[0, 1, 1], [0, 0]])
     certain = TreeProcess(deep, LogTimeClock((0.7, 1.0)))
@@ -186,7 +188,7 @@ def test_distribution_that_underflows_below_node_still_decodes() -> None:
     drawn = chain.decode(
         faint_query, torch.tensor([7]), torch.tensor([0.5]).double(), torch.tensor([[0.5]]).double()
     )
-    assert drawn.tolist() == [0]  # the node itself is then the likelier mistake
+    assert drawn.tolist() == [0]  # the node itself is then the more likely error
 
 
 # ---------------------------------------------------------------------- forward draws
@@ -194,7 +196,7 @@ def test_distribution_that_underflows_below_node_still_decodes() -> None:
 
 @pytest.mark.parametrize("xi", [(0.8, 1.0), (0.3, 0.6), (0.05, 0.2), (1.0, 0.7)])
 def test_forward_draws_follow_the_marginal_for_every_xi(xi: tuple[float, float]) -> None:
-    """xi below 1/n included, where the right parent is less likely than each wrong one."""
+    """Including xi below 1/n, for which the own parent is less likely than each other one."""
     deep = HierarchicalVocabulary([[2, 0, 1, 0, 1, 2], [1, 0, 1]])
     chain = TreeProcess(deep, LogTimeClock((1.0, 0.6, 1.4)), xi)
     t = torch.full((POINTS,), 0.6).double()
@@ -206,7 +208,7 @@ def test_forward_draws_follow_the_marginal_for_every_xi(xi: tuple[float, float])
         for level in range(4):
             middle = (
                 climbed[level] + climbed[level + 1]
-            ) / 2  # a first uniform that means this level
+            ) / 2  # a first uniform that draws this level
             u = torch.stack([middle.expand(POINTS), GRID], -1)[:, : chain.uniforms_per_sample]
             drawn = chain.sample(torch.full((POINTS,), word), t, u)
             here = deep.level_of(torch.arange(deep.num_states)) == level
@@ -319,7 +321,7 @@ def test_cdf_clock_error_names_crossing_levels() -> None:
     ids=["log-time", "cdf"],
 )
 def test_entry_time_inverts_its_distribution(clock: LevelClock) -> None:
-    """P(still at the level at s | there at t) = u at the answer, and the answer lies before t."""
+    """P(still at the level at s | there at t) = u at the returned s < t."""
     level, u = torch.tensor([1, 2, 3, 3]), torch.tensor([0.2, 0.5, 0.01, 0.99]).double()
     t = torch.tensor([0.4, 0.9, 0.7, 1.0]).double()
     s = clock.entry_time(level, t, u)

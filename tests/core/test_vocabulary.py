@@ -1,4 +1,4 @@
-"""Vocabularies: ids, trees against their definition, fingerprints, files and mistakes."""
+"""Vocabularies: ids, trees against their definition, fingerprints, files, invalid arguments."""
 
 from __future__ import annotations
 
@@ -154,7 +154,9 @@ def test_from_labels_takes_plain_label_as_one_level() -> None:
 
 
 @pytest.mark.parametrize("label", [lambda token: ("x",) * len(token), lambda token: ()])
-def test_from_labels_rejects_ragged_or_empty_labels(label: Callable[[str], tuple[str, ...]]) -> None:
+def test_from_labels_rejects_ragged_or_empty_labels(
+    label: Callable[[str], tuple[str, ...]],
+) -> None:
     with pytest.raises(
         ArgumentError, match=r"from_labels: label must name the same number of groups.*depths \["
     ):
@@ -177,7 +179,9 @@ def test_from_labels_rejects_ragged_or_empty_labels(label: Callable[[str], tuple
         ([[0, 1], [0, 0, 0]], r"parents\[0\] names 2 nodes, but parents\[1\] has 3 entries"),
     ],
 )
-def test_hierarchical_vocabulary_rejects_lists_that_are_no_tree(parents: Parents, message: str) -> None:
+def test_hierarchical_vocabulary_rejects_lists_that_are_no_tree(
+    parents: Parents, message: str
+) -> None:
     with pytest.raises(ArgumentError, match=message):
         HierarchicalVocabulary(parents)
 
@@ -207,7 +211,7 @@ def test_fingerprint_depends_only_on_tree_and_never_changes() -> None:
     tree = HierarchicalVocabulary([[0, 1, 0], [0, 0]])
     assert (
         tree.fingerprint == "e2dfc7c2d7a902ba"
-    )  # stored in checkpoints: a change here makes all of them foreign
+    )  # stored in checkpoints: a change here would reject all of them
     same = HierarchicalVocabulary(
         [torch.tensor([0, 1, 0], dtype=torch.int32)], [torch.zeros(2, 3)], "tok"
     )

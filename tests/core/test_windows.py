@@ -1,6 +1,7 @@
-"""Windows of noise: with the exact conditional laws of a joint of three symbols the bound is its entropy.
+"""Window rules: with exact conditional distributions the bound of a joint is its entropy.
 
-Nothing is drawn: states, windows and quadrature nodes are summed over (`exact_windows`).
+The joint is over three symbols. No number is drawn: states, windows and quadrature nodes are
+summed over (`exact_windows`).
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ from ddiff.errors import ArgumentError
 from ddiff.testing import assert_laws, check_time_rule
 
 WINDOW = (0.05, 0.9)
-QUADRATURE = 1e-6  # what six panels of six nodes leave of integrands that grow as 1/t; the effects here are 1e-3 and more
+# Error of six panels of six nodes for integrands that grow as 1/t; effects here are 1e-3 and more.
+QUADRATURE = 1e-6
 
 
 class EarlyNoise(Schedule):
-    """alpha = 0.05 + 0.85 (1 - t): noise at t = 0, and words that survive t = 1."""
+    """alpha = 0.05 + 0.85 (1 - t): noise at t = 0, and tokens that survive t = 1."""
 
     closes_at_clean = closes_at_prior = False
 
@@ -65,7 +67,10 @@ RULES = {
 
 
 def cost(process: ForwardProcess, rule: TimeRule, window: tuple[float, float]) -> float:
-    """Positions of a block are decoded at once and come off the prior at once; those of a gliding window one by one."""
+    """Positions of a block are decoded at once, and leave the prior at once.
+
+    Those of a sliding window are decoded one by one.
+    """
     if getattr(rule, "shape", "block") == "slide":
         return 0.0
     width = getattr(rule, "width", LENGTH)
@@ -75,9 +80,7 @@ def cost(process: ForwardProcess, rule: TimeRule, window: tuple[float, float]) -
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("process", PROCESSES)
-def test_bound_of_exact_prediction_is_entropy_plus_cost_of_ends(
-    process: str, rule: str
-) -> None:
+def test_bound_of_exact_prediction_is_entropy_plus_cost_of_ends(process: str, rule: str) -> None:
     chain, times = PROCESSES[process], RULES[rule].with_window(*WINDOW)
     closing, diffusion, decoding = exact_terms(chain, times)
     expected = float(ENTROPY) + cost(chain, times, WINDOW)
@@ -93,7 +96,7 @@ def test_bound_of_exact_prediction_holds_for_jumps_between_nodes(rule: str) -> N
 
 @pytest.mark.parametrize("rule", RULES)
 def test_masking_on_whole_time_has_no_cost_of_ends(rule: str) -> None:
-    """The integrand is a polynomial there: rounding is all that is left."""
+    """The integrand is a polynomial there, so that the error is rounding."""
     closing, diffusion, decoding = exact_terms(PROCESSES["masked"], RULES[rule])
     assert not closing.any()
     assert not decoding.any()
@@ -113,7 +116,7 @@ def test_process_closing_at_neither_end_has_cost_of_ends(process: str) -> None:
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("paired", [True, False])
 def test_blocks_of_one_equal_autoregression_for_every_sequence(process: str, paired: bool) -> None:
-    """The law of the one noisy position does not change with its time: NELBO(x) = -ln p(x), not in the mean alone."""
+    """NELBO(x) = -ln p(x) for every x: the prediction at the one noisy position is constant."""
     terms = exact_terms(PROCESSES[process], WindowTimes(1, "block", paired).with_window(*WINDOW))
     torch.testing.assert_close(sum(terms), -LOG_JOINT.reshape(-1), rtol=0, atol=10 * QUADRATURE)
 
@@ -145,7 +148,7 @@ def test_block_as_long_as_sequence_equals_flat_times_exactly(paired: bool) -> No
 
 
 class WithoutSpeed:
-    """A rule that forgets dt_i/dtau and how many windows a reading stands for."""
+    """Rule without dt_i/dtau and without the number of windows that one window counts for."""
 
     def __init__(self, rule: WindowTimes) -> None:
         self.rule, self.width, self.shape, self.paired = rule, rule.width, rule.shape, rule.paired
@@ -183,7 +186,7 @@ def test_bound_without_speed_differs_from_entropy(rule: str) -> None:
 def test_attending_to_clean_tokens_of_own_window_gives_less_than_entropy(
     rule: str,
 ) -> None:
-    """What sight is for: a bound below the entropy is the mark of a leak."""
+    """A bound below the entropy shows a leak of clean tokens."""
     honest, times = exact_law(PROCESSES["masked"]), RULES[rule].with_window(*WINDOW)
 
     def peeking(noisy: Noisy) -> torch.Tensor:
@@ -204,7 +207,7 @@ def test_attending_to_positions_at_prior_gives_no_information(rule: str) -> None
 
 
 def test_exact_prediction_is_that_of_the_joint() -> None:
-    """Against sums written out: x_1 behind a clean x_0 beside a masked x_2, and beside a clean one in its block."""
+    """Against explicit sums: x_1 after a clean x_0, next to a masked or a clean x_2."""
     joint, dist = JOINT.reshape(3, 3, 3), exact_law(PROCESSES["masked"])
     zt, t = torch.tensor([[2, 3, 1]]), torch.tensor([[0.0, 0.5, 0.3]], dtype=torch.float64)
     clean = torch.tensor([[True, False, False]])
@@ -239,7 +242,7 @@ def test_windows_of_a_sequence_are_evenly_spaced_in_time() -> None:
 
 @pytest.mark.parametrize(("slots", "count"), [(4, 4), (6, 4), (5, 16), (8, 6), (7, 1), (1, 5)])
 def test_windows_of_a_batch_are_stratified_jointly(slots: int, count: int) -> None:
-    """One in each of slots * count cells, and each window one in each of `slots` strata, once the turn is undone."""
+    """One number per cell, and per stratum of each window, after undoing the rotation."""
     slot = torch.arange(slots)
     for step in range(3):
         rng = CounterRng(0, step, slot, count)
@@ -255,7 +258,7 @@ def test_windows_of_a_batch_are_stratified_jointly(slots: int, count: int) -> No
 
 
 def test_jointly_stratified_windows_are_uniform() -> None:
-    """Every window's v over 4,000 steps: means of t and t^2 within five standard errors of 1/2 and 1/3."""
+    """Means of v and v^2 over 4,000 steps within five standard errors of 1/2 and 1/3."""
     slot = torch.arange(3)
     drawn = torch.stack(
         [jointly_stratified(CounterRng(1, step, slot, 4), slot, 3, 4) for step in range(4000)]
@@ -278,7 +281,7 @@ def test_slide_times_rise_from_settled_side_as_window_moves() -> None:
         assert times.block[row][opened].unique().tolist() == [0]
         assert (times.block[row][times.clean[row]] < 0).all()
         assert (times.block[row][times.at_prior[row]] > 0).all()
-    for earlier, later in pairwise(times.clean):  # tau falls from 1 to 0 as text comes into being
+    for earlier, later in pairwise(times.clean):  # tau falls from 1 to 0 as text is generated
         assert (later <= earlier).all()
 
 
