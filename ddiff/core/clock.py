@@ -307,7 +307,13 @@ class CdfClock(LevelClock):
         pairs, pair_index = torch.unique(both, dim=0, return_inverse=True)
         start = pairs[:, 0]
         stop = pairs[:, 1]
-        moved = propagate(self.generator, start, stop, self.num_levels + 1, self.steps)
+        moved = propagate(
+            self.generator,
+            start,
+            stop,
+            self.num_levels + 1,
+            self.steps,
+        )
         if self.closes_at_prior:
             has_ended = ((stop >= 1.0) & (start < 1.0))[:, None, None]
             moved = torch.where(has_ended, _all_at_root(moved), moved)

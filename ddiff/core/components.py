@@ -42,6 +42,7 @@ class ComponentProcess(InterpolatingProcess):
         at_tokens = self.components[:, : vocabulary.num_tokens]
         # Then b_t is one number per row over the tokens.
         self._is_even_on_tokens = bool((at_tokens == at_tokens[:, :1]).all())
+        # Computed, since a subclass only defines alpha and c.
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
         alpha_first, alpha_last = self.alpha(ends).tolist()
         self.closes_at_clean = abs(1.0 - alpha_first) < ROUNDING
@@ -121,6 +122,7 @@ class ComponentProcess(InterpolatingProcess):
         mass = self.coefficients(t).to(log_p.dtype)
         components = self._components_on(log_p.device).to(log_p.dtype)
         num_tokens = self.vocabulary.num_tokens
+        # One column stands for all tokens if their noise is equal, and broadcasts over them.
         width = 1 if self._is_even_on_tokens else num_tokens
         at_tokens = _weighted_sum(mass, components[:, :width])
         beyond = _weighted_sum(mass, components[:, num_tokens:])

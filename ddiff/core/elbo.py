@@ -103,9 +103,28 @@ def nelbo(
     """
     length = x0.shape[1]
     clock = process.information_time
-    first, last = rule.ends(clock, rng, slot, slots, length)
-    times = rule.draw(clock, rng, slot, slots, length)
-    noisy = corrupt(process, x0, times, scored, rng, "diffusion")
+    first, last = rule.ends(
+        clock,
+        rng,
+        slot,
+        slots,
+        length,
+    )
+    times = rule.draw(
+        clock,
+        rng,
+        slot,
+        slots,
+        length,
+    )
+    noisy = corrupt(
+        process,
+        x0,
+        times,
+        scored,
+        rng,
+        "diffusion",
+    )
     return NelboTerms(
         closing=closing_term(process, network, x0, last, scored, rng),
         diffusion=diffusion_term(process, network, x0, noisy, times.speed),
@@ -130,7 +149,8 @@ def corrupt(
     flat = process.sample(x0.reshape(-1), times.t.reshape(-1), u)
     zt = flat.reshape(x0.shape)
     if times.at_prior is not None:
-        # A draw of the prior carries no information on x0, even if q_1 does.
+        # A draw of the prior carries no information on x0, even if q_1 does. The channel's name is
+        # part of the counter: another name would change every recorded draw.
         prior = process.prior.draw(rng.uniform(f"{channel}.waiting"))
         zt = torch.where(times.at_prior, prior, zt)
     clean = times.clean | ~scored
@@ -151,6 +171,7 @@ def diffusion_term(
     speed: Tensor,
 ) -> Tensor:
     """[B,L] speed * weight * divergence, evaluated only where it can be non-zero."""
+    # States with density 0 are not queried.
     evaluated = (speed > 0) & ~noisy.clean & process.active(noisy.zt)
     divergence = _evaluate_at(
         network,
@@ -181,7 +202,14 @@ def decoding_term(
     rng: CounterRng,
 ) -> Tensor:
     """[B,L] -ln P(x0 | z) at the first times, own evidence included; 0 where the process closed."""
-    noisy = corrupt(process, x0, times, scored, rng, "decoding")
+    noisy = corrupt(
+        process,
+        x0,
+        times,
+        scored,
+        rng,
+        "decoding",
+    )
     evaluated = (times.speed > 0) & ~noisy.clean
     if process.closes_at_clean:
         # A state in which nothing ever arrives then still holds its clean token.
@@ -214,8 +242,16 @@ def closing_term(
     counted = (times.speed > 0) & ~times.clean & scored
     evaluated = counted
     if process.closes_at_prior:
+        # At t = 1 the KL is then 0.
         evaluated = counted & (times.t < 1)
-    noisy = corrupt(process, x0, times, scored, rng, "closing")
+    noisy = corrupt(
+        process,
+        x0,
+        times,
+        scored,
+        rng,
+        "closing",
+    )
     prior = process.prior.draw(rng.uniform("prior"))
     noisy = noisy._replace(
         zt=torch.where(counted, prior, noisy.zt),
@@ -269,6 +305,7 @@ def _evaluate_at(
     """[B,L] formula(prediction, *arguments) at the marked positions of one network call, else 0."""
     rows = find_rows(evaluated.reshape(-1))
     values = torch.zeros(evaluated.numel(), dtype=torch.float64, device=evaluated.device)
+    # Without rows the network is not run at all.
     if len(rows):
         node = scope(noisy.zt.reshape(-1)[rows])
         flat = [argument.reshape(-1)[rows] for argument in arguments]

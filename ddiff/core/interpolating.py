@@ -318,6 +318,7 @@ class InterpolatingProcess(ForwardProcess):
         t: Tensor,
     ) -> Tensor:
         weight = self.weight(x0, zt, t)
+        # At weight 0 the divergence may be infinite, and 0 * inf is NaN.
         is_weighted = weight > 0
         divergence = where_or_zero(is_weighted, self.divergence(prediction, x0, zt, t))
         return torch.where(is_weighted, weight * divergence, 0.0)
@@ -375,7 +376,13 @@ class InterpolatingProcess(ForwardProcess):
         log_p = dist.log_mass(0)
         noise, _ = self.split_noise(log_p, t)
         alpha = to_column(self.alpha(t), log_p)
-        return TokenDivergence.apply(log_p, alpha, noise, x0, self._token_or_first(zt))
+        return TokenDivergence.apply(
+            log_p,
+            alpha,
+            noise,
+            x0,
+            self._token_or_first(zt),
+        )
 
     def _kl(
         self,
@@ -541,7 +548,14 @@ class InterpolatingProcess(ForwardProcess):
         P(z_s != z | z_t = z) = arrive_ts(z) (1 - q_s-bar(z)) / q_t-bar(z).
         """
         arrive = self._arrive_at(zt, s, t)
-        return self._leave(query, zt, t, s, arrive, u)
+        return self._leave(
+            query,
+            zt,
+            t,
+            s,
+            arrive,
+            u,
+        )
 
     def _leave(
         self,
@@ -682,7 +696,14 @@ class InterpolatingProcess(ForwardProcess):
                 f"within one of {NUM_CELLS} cells of logit time, so that candidate events are too "
                 "few. Give it a smoother schedule, or use a sampler with steps."
             )
-        return self._leave(query, zt, t, t, arrive, u)
+        return self._leave(
+            query,
+            zt,
+            t,
+            t,
+            arrive,
+            u,
+        )
 
 
 def subtract_or_zero(total: Tensor, part: Tensor) -> Tensor:

@@ -562,7 +562,14 @@ class ForwardProcess(ABC):
         if self.closes_at_clean and bool((t == 0.0).all()):
             return zt.clone()
         rows = torch.arange(len(zt), device=zt.device)
-        return query(rows, self.scope(zt), self._draw_clean_token, zt, t, u)
+        return query(
+            rows,
+            self.scope(zt),
+            self._draw_clean_token,
+            zt,
+            t,
+            u,
+        )
 
     def _draw_clean_token(
         self,

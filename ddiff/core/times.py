@@ -233,7 +233,13 @@ class WindowTimes:
         stop: float,
         tokens: int = 16,
     ) -> WindowTimes:
-        return WindowTimes(self.width, self.shape, self.paired, start, stop)
+        return WindowTimes(
+            self.width,
+            self.shape,
+            self.paired,
+            start,
+            stop,
+        )
 
     def draw(
         self,
@@ -244,10 +250,17 @@ class WindowTimes:
         length: int,
     ) -> Times:
         if not self.paired:
-            return self._draw_one_window(clock, rng, slot, slots, length)
+            return self._draw_one_window(
+                clock,
+                rng,
+                slot,
+                slots,
+                length,
+            )
         if self.shape == "slide":
             phase = _one_per_sample(rng, slot, slots)
             return self._all_slides(clock, phase * self.width, length)
+        # All windows are evaluated in one pass, each at its own time.
         v = jointly_stratified(rng, slot, slots, self._num_windows(length))
         return self._all_blocks(clock, v, length)
 
@@ -273,7 +286,13 @@ class WindowTimes:
         speed: Tensor,
         window: Tensor,
     ) -> Times:
-        return Times(t, speed, _all_false(t), block=window, paired=True)
+        return Times(
+            t,
+            speed,
+            _all_false(t),
+            block=window,
+            paired=True,
+        )
 
     def _all_blocks(
         self,
@@ -327,6 +346,7 @@ class WindowTimes:
         count = self._num_windows(length)
         # Number of windows that are settled, as a real number: its fraction is the time.
         settled = (1.0 - v).unsqueeze(-1) * count
+        # v = 0 would name a window beyond the last.
         current = settled.long().clamp(max=count - 1)
         t, speed = clock.draw(current + 1 - settled, self.start, self.stop, self.width)
         return self._one_open_block(t, speed * count, current, length)
@@ -348,7 +368,13 @@ class WindowTimes:
         depth = (place - first) / self.width
         t, speed = self._at_share(clock, depth.clamp(0.0, 1.0))
         speed = speed * ((length + self.width) / self.width)
-        return self._one_open_window(t, speed, depth <= 0, depth > 1, _window_numbers_at(depth))
+        return self._one_open_window(
+            t,
+            speed,
+            depth <= 0,
+            depth > 1,
+            _window_numbers_at(depth),
+        )
 
     def _one_open_block(
         self,
@@ -379,7 +405,13 @@ class WindowTimes:
         """Times of sequences with one open window, which counts for all windows."""
         t = t.masked_fill(clean, 0.0).masked_fill(at_prior, 1.0)
         speed = speed.masked_fill(clean | at_prior, 0.0)
-        return Times(t, speed, clean, at_prior, block)
+        return Times(
+            t,
+            speed,
+            clean,
+            at_prior,
+            block,
+        )
 
     # ------------------------------------------------------------------ ends
 
@@ -440,12 +472,24 @@ class WindowTimes:
         before = (place - chosen) / self.width
         t, speed = self._at_share(clock, before.clamp(0.0, 1.0))
         window = before.floor().long()
-        decoded = self._one_open_window(t, speed, before < 0, before >= 1, window)
+        decoded = self._one_open_window(
+            t,
+            speed,
+            before < 0,
+            before >= 1,
+            window,
+        )
         # ... and leaves the prior when the last one has settled.
         after = before + 1.0
         t, speed = self._at_share(clock, after.clamp(0.0, 1.0))
         window = _window_numbers_at(after)
-        closed = self._one_open_window(t, speed, after <= 0, after > 1, window)
+        closed = self._one_open_window(
+            t,
+            speed,
+            after <= 0,
+            after > 1,
+            window,
+        )
         weight = float(length)
         return (
             _with_weight(decoded, place == chosen, weight),

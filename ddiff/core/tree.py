@@ -178,7 +178,14 @@ class TreeKernel(Kernel):
         for i, j in self._level_pairs():
             rows, nodes, y, z = self._block(ids, i, j)
             entries = self.parents.entry(i, j, y, z)
-            self._write_block(values, rows, nodes, i, j, entries)
+            self._write_block(
+                values,
+                rows,
+                nodes,
+                i,
+                j,
+                entries,
+            )
         return values
 
     def column(self, ids: Tensor) -> Tensor:
@@ -186,7 +193,14 @@ class TreeKernel(Kernel):
         for i, j in self._level_pairs():
             rows, nodes, z, y = self._block(ids, j, i)
             entries = self.parents.entry(i, j, y, z)
-            self._write_block(values, rows, nodes, i, j, entries)
+            self._write_block(
+                values,
+                rows,
+                nodes,
+                i,
+                j,
+                entries,
+            )
         return values
 
     def _write_block(
@@ -245,6 +259,7 @@ class TreeKernel(Kernel):
         vocabulary = self.parents.vocabulary
         diagonal = self.levels.diagonal(dim1=-2, dim2=-1)
         require_invertible((diagonal == 0).any(-1), type(self).__name__)
+        # Block back substitution: `solved` is complete below level j.
         solved = torch.zeros_like(vector)
         for j in range(vocabulary.num_levels + 1):
             ids = _level_slice(vocabulary, j)
@@ -393,6 +408,7 @@ class TreeProcess(ForwardProcess):
         ancestor = self.vocabulary.ancestor(ids, level)
         if self.parents.is_deterministic:
             return ancestor
+        # Pairs of levels one by one, since r_ij differs in length.
         drawn = ancestor.clone()
         own = self.vocabulary.level_of(ids)
         for i in range(self.vocabulary.num_levels):
@@ -432,6 +448,7 @@ class TreeProcess(ForwardProcess):
 
     def from_clean(self, t: Tensor) -> Kernel:
         """As `transition(0, t)`, with pi(t) for the levels that a token reaches."""
+        # Cloned, since it is written to, and the clock may keep or share its tensor.
         levels = self.clock.transition(torch.zeros_like(t), t).clone()
         levels[:, 0] = self.clock.pi(t)
         return TreeKernel(levels, self.parents)
@@ -492,6 +509,7 @@ class TreeProcess(ForwardProcess):
         if isinstance(prediction, Score):
             return super().density(prediction, x0, zt, t)
         weight = self.weight(x0, zt, t)
+        # At weight 0 the divergence may be infinite, and 0 * inf is NaN.
         is_weighted = weight > 0
         divergence = where_or_zero(is_weighted, self.divergence(prediction, x0, zt, t))
         return torch.where(is_weighted, weight * divergence, 0.0)
@@ -504,6 +522,7 @@ class TreeProcess(ForwardProcess):
         level: Tensor,
     ) -> Tensor:
         """[r] KL( P(y | z,x) || P(y | z) ), y the state one level below z; 0 at tokens."""
+        # For xi = 1, x determines y, and the divergence is -ln P(y | z).
         if self.parents.is_deterministic:
             child = self.vocabulary.ancestor(x0, (level - 1).clamp(min=0))
             return -dist.log_step(zt, child)
@@ -778,7 +797,14 @@ class TreeProcess(ForwardProcess):
         u: Tensor,
     ) -> Tensor:
         """Draw the state at level `target` [r] given z_t."""
-        return self._descend(query, zt, target, self._draw_step_below, target, u)
+        return self._descend(
+            query,
+            zt,
+            target,
+            self._draw_step_below,
+            target,
+            u,
+        )
 
     def _draw_step_below(
         self,
@@ -804,10 +830,17 @@ class TreeProcess(ForwardProcess):
         """
         moving = find_rows(target < self.vocabulary.level_of(zt))
         zs = zt.clone()
+        # Without moving rows the network is not run.
         if len(moving):
             z = zt[moving]
             values = [value[moving] for value in per_row]
-            zs[moving] = query(moving, self.scope(z), draw, z, *values)
+            zs[moving] = query(
+                moving,
+                self.scope(z),
+                draw,
+                z,
+                *values,
+            )
         return zs
 
     def _draw_below(
