@@ -3,8 +3,8 @@
 The evidence of a row's own state z_i is excluded; every formula of the engine multiplies it in.
 With the full conditional P(x_i | z) instead, the bound is off by tenths of a nat wherever a
 visible token may be wrong. Networks that predict the full conditional (plain cross-entropy at
-visible rows) declare `parameterization="all"` and are converted by `drop_own_evidence`. A `Score` is no
-distribution.
+visible rows) declare `parameterization="all"` and are converted by `drop_own_evidence`. A `Score`
+is no distribution.
 """
 
 from __future__ import annotations
