@@ -79,7 +79,10 @@ class EvaluationCounter(CountingNetwork):
 
 
 def count_evaluations(network: Network, predicts: Predicts = "distribution") -> CountingNetwork:
-    """Return the network itself if it counts, else wrap it; `predicts` describes a plain function."""
+    """Return the network itself if it counts its calls, else wrap it.
+
+    `predicts` describes the prediction of a plain function.
+    """
     if isinstance(network, CountingNetwork):
         return network
     return EvaluationCounter(network, predicts)

@@ -74,7 +74,7 @@ def nodes(rule: TimeSampler, order: int = 6) -> tuple[Tensor, Tensor]:
     return ((left + (x + 1.0) / 2.0) / panels).reshape(-1), (w / 2.0 / panels).repeat(panels)
 
 
-def exact_law(process: ForwardProcess) -> Callable[[Noisy], Tensor]:
+def exact_prediction(process: ForwardProcess) -> Callable[[Noisy], Tensor]:
     """P(x_i | the states that i attends to, without its own) under the joint.
 
     A draw of the prior carries no information.
@@ -120,7 +120,7 @@ def exact_terms(
     """[27] expectations of closing, diffusion and decoding term for every sequence."""
     twin, network = (
         enumerate_draws(process),
-        network_from_noisy(dist or exact_law(process), process.vocabulary),
+        network_from_noisy(dist or exact_prediction(process), process.vocabulary),
     )
     u, weight = nodes(rule)
     blocks = getattr(rule, "paired", False) and getattr(rule, "shape", "") == "block"

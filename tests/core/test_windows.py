@@ -18,7 +18,7 @@ from exact_windows import (
     LOG_JOINT,
     SEQUENCES,
     cost_of_ends,
-    exact_law,
+    exact_prediction,
     exact_terms,
     mean,
 )
@@ -125,7 +125,7 @@ def test_blocks_of_one_equal_autoregression_for_every_sequence(process: str, pai
 def test_block_as_long_as_sequence_equals_flat_times_exactly(paired: bool) -> None:
     process, slot = PROCESSES["closes at neither end"], torch.arange(len(SEQUENCES))
     network, scored = (
-        network_from_noisy(exact_law(process), process.vocabulary),
+        network_from_noisy(exact_prediction(process), process.vocabulary),
         torch.ones_like(SEQUENCES, dtype=torch.bool),
     )
     flat, block = (
@@ -187,7 +187,7 @@ def test_attending_to_clean_tokens_of_own_window_gives_less_than_entropy(
     rule: str,
 ) -> None:
     """A bound below the entropy shows a leak of clean tokens."""
-    honest, times = exact_law(PROCESSES["masked"]), RULES[rule].with_window(*WINDOW)
+    honest, times = exact_prediction(PROCESSES["masked"]), RULES[rule].with_window(*WINDOW)
 
     def peeking(noisy: Noisy) -> torch.Tensor:
         assert noisy.memory is not None
@@ -198,7 +198,7 @@ def test_attending_to_clean_tokens_of_own_window_gives_less_than_entropy(
 
 @pytest.mark.parametrize("rule", ["block 2, alone", "slide 2, alone"])
 def test_attending_to_positions_at_prior_gives_no_information(rule: str) -> None:
-    honest, times = exact_law(PROCESSES["humped noise"]), RULES[rule].with_window(*WINDOW)
+    honest, times = exact_prediction(PROCESSES["humped noise"]), RULES[rule].with_window(*WINDOW)
     total, seeing = (
         mean(sum(exact_terms(PROCESSES["humped noise"], times, dist)))
         for dist in (honest, lambda noisy: honest(noisy._replace(block=None)))
@@ -208,7 +208,7 @@ def test_attending_to_positions_at_prior_gives_no_information(rule: str) -> None
 
 def test_exact_prediction_is_that_of_the_joint() -> None:
     """Against explicit sums: x_1 after a clean x_0, next to a masked or a clean x_2."""
-    joint, dist = JOINT.reshape(3, 3, 3), exact_law(PROCESSES["masked"])
+    joint, dist = JOINT.reshape(3, 3, 3), exact_prediction(PROCESSES["masked"])
     zt, t = torch.tensor([[2, 3, 1]]), torch.tensor([[0.0, 0.5, 0.3]], dtype=torch.float64)
     clean = torch.tensor([[True, False, False]])
     behind = dist(Noisy(zt, t, clean, torch.tensor([[0, 1, 2]])))[0, 1].exp()

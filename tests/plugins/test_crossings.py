@@ -12,7 +12,7 @@ import pytest
 import torch
 from ddiff_hdlm.process import HierarchicalDiffusion
 from ddiff_hybrid.gamma import GammaHybrid
-from exact_windows import ENTROPY, cost_of_ends, exact_law, exact_terms, mean
+from exact_windows import ENTROPY, cost_of_ends, exact_prediction, exact_terms, mean
 from restless_tree import RestlessTree
 from torch import Tensor
 
@@ -196,7 +196,7 @@ def test_hdlm_bound_on_a_window_is_the_entropy_plus_end_costs(
 @pytest.mark.parametrize("rule", ["block, paired", "slide, paired"])
 def test_hdlm_bound_rises_if_the_clean_prefix_is_ignored(rule: str) -> None:
     """Control for the equality above: without the clean prefix the bound is above the entropy."""
-    process, blind = hdlm(gamma=2.0), exact_law(hdlm(gamma=2.0))
+    process, blind = hdlm(gamma=2.0), exact_prediction(hdlm(gamma=2.0))
 
     def forgetful(noisy: Noisy) -> Tensor:
         alone = torch.arange(noisy.zt.shape[1]).expand(len(noisy.zt), -1)
