@@ -1,8 +1,9 @@
 """Atomic file writes on local and fsspec paths, and locks between processes.
 
-A file is written next to its place under a partial name, `NAME.partial-XXXXXXXX`, and renamed
-when it is whole, so that a reader finds the old file, the new one or none. A killed process leaves
-its partial file behind; the owner of the folder finds it by `original_name` and removes it.
+A file is first written under the partial name `NAME.partial-XXXXXXXX` in the same folder, and
+renamed when it is complete. A reader finds the old file, the new file or no file, but never an
+incomplete file. A killed process leaves its partial file; later runs recognize partial files by
+`original_name` and remove them.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from pathlib import Path
 from typing import IO, Any
 
 PARTIAL = ".partial-"  # followed by 8 hexadecimal digits
-# `.part` and `.XXXXXXXX.part` are names that earlier versions wrote under.
+# Earlier versions of ddiff used the partial names `NAME.part` and `NAME.XXXXXXXX.part`.
 _SUFFIX = re.compile(r"(\.([0-9a-f]{8}\.)?part|\.partial-[0-9a-f]{8})$")
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of a file system without locks
 _POLL = 0.1  # seconds between two attempts to lock
 
 
 def partial_name(name: str) -> str:
-    """Return a new name for a file or folder that is written there before it is whole."""
+    """Return a new temporary name for a file or folder that is not complete yet."""
     return f"{name}{PARTIAL}{uuid.uuid4().hex[:8]}"
 
 
 def original_name(name: str) -> str:
-    """Return the name that a partial file was meant for; any other name as it is."""
+    """Return the final name of a partial file. Other names are returned unchanged."""
     return _SUFFIX.sub("", name)
 
 
@@ -44,15 +45,15 @@ def open_atomic(
     system: Any = None,
     sync: bool = False,
 ) -> Iterator[IO[bytes]]:
-    """Open a file for writing that gets its name `path` only when the block ends without an error.
+    """Open a file for writing that appears at `path` only if the block ends without an error.
 
-    Missing folders are made. After an error nothing is left behind, and an OSError names `path`.
+    Missing folders are created. After an error the partial file is removed, and an OSError names
+    `path`.
 
     Args:
-        path: a local path, or any path that fsspec knows when it is a string.
-        system: the fsspec file system of `path`, if it has been looked up already.
-        sync: write through to the disk before the file gets its name. Local files only: an object
-            store has no such step.
+        path: a local path, or a string with any fsspec address.
+        system: the fsspec file system of `path`. None: found from `path`.
+        sync: flush a local file to the disk before the rename. No effect on other file systems.
     """
     system, place = _locate(path, system)
     folder = place.rpartition("/")[0]
@@ -76,16 +77,19 @@ def write_atomic(
     system: Any = None,
     sync: bool = False,
 ) -> None:
-    """Write a file at once, text as UTF-8; the arguments are those of `open_atomic`."""
+    """Write a whole file atomically, text as UTF-8. For the arguments see `open_atomic`."""
     with open_atomic(path, system=system, sync=sync) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def copy_atomic(source: Path, path: str, system: Any) -> None:
-    """Copy a local file to a path of an fsspec file system whose folder exists."""
+    """Copy a local file atomically to `path` on an fsspec file system.
+
+    The folder of `path` must exist.
+    """
     system, place = _locate(path, system)
-    # The same name in each attempt, so that a repeated copy overwrites what a killed one left: no
-    # process cleans up a folder that the user has named.
+    # Every attempt uses the same partial name, so that a repeated copy overwrites the partial file
+    # of a killed copy. No later run would remove it from a folder of the user.
     partial = f"{place}.partial"
     with _publish(system, partial, place):
         if system is None:
@@ -95,10 +99,11 @@ def copy_atomic(source: Path, path: str, system: Any) -> None:
 
 
 def lock_file(file: IO[Any], patience: float = 0.0) -> bool:
-    """Take an exclusive lock on an open file; False if it is still taken after `patience` seconds.
+    """Lock an open file exclusively, waiting up to `patience` seconds for the lock.
 
-    The lock is released when the file is closed or the process ends, however it ends. Raises
-    OSError with an errno of NO_LOCKS on a file system without locks.
+    Return False if another process still holds the lock after that time. The lock is released when
+    the file is closed or the process ends, even if it is killed. On a file system without locks,
+    raises OSError with an errno in NO_LOCKS.
     """
     if math.isinf(patience):
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -115,10 +120,10 @@ def lock_file(file: IO[Any], patience: float = 0.0) -> bool:
 
 
 def _locate(path: str | Path, system: Any) -> tuple[Any, str]:
-    """Return (file system, path in it); the file system is None for local files."""
+    """Split an address into (file system, path). The file system is None for local files."""
     if isinstance(path, Path):
         return None, str(path)
-    # Imported here because `ddiff --help` needs no fsspec.
+    # Imported only when needed, so that `ddiff --help` starts without fsspec.
     import fsspec
     from fsspec.implementations.local import LocalFileSystem
 
@@ -134,7 +139,10 @@ def _publish(
     partial: str,
     place: str,
 ) -> Iterator[None]:
-    """Rename `partial` to `place` after the block; remove it after an error."""
+    """Context manager: rename the file `partial` to `place` after the block.
+
+    After an error in the block, the file `partial` is deleted instead.
+    """
     try:
         yield
         if system is None:
@@ -142,14 +150,15 @@ def _publish(
         else:
             system.mv(partial, place)
     except BaseException as error:
-        # On a full disk the room is needed. An error of the removal would hide the first one.
+        # Remove the partial file, since the disk may be full. If the removal fails too, the first
+        # error is more useful than the second.
         with suppress(Exception):
             if system is None:
                 os.unlink(partial)
             else:
                 system.rm(partial)
-        # Without an errno the message would be lost: str() of an OSError with a filename shows only
-        # errno and filename.
+        # Only if there is an errno: str() of an OSError with a filename shows errno and filename
+        # but no other message.
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = place
         raise

@@ -1,7 +1,8 @@
-"""Folder of files that is complete or does not count.
+"""Folder of files that counts as complete only when a marker file is written.
 
-A marker, written last, holds size and SHA-256 of every file. Without it the folder is incomplete.
-So files are written directly under their names, which suits object stores: they cannot rename.
+The marker is written last and holds size and SHA-256 of every other file. A folder without a marker
+is incomplete. No file has to be renamed, so the method also works on object stores, which cannot
+rename files atomically.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ FORMAT = 2
 MARKER = "complete.json"
 STATE = "state.json"
 STEP = re.compile(r"step_(\d{8,})")
-# Files of a checkpoint whose marker does not list them, because writing it was interrupted.
+# Names of checkpoint files. They identify the files of a folder without a marker.
 _OWN = re.compile(r"[\w.]+\.safetensors|(manifest|state)\.json")
-BLOCK = 1 << 24  # bytes that are hashed, read and written at a time
+BLOCK = 1 << 24  # number of bytes that are hashed, read or written at a time
 
 
 class FileDigest(NamedTuple):
@@ -54,19 +55,19 @@ def complete_steps(fs: Any, root: str) -> list[int]:
 
 
 def base_name(path: str) -> str:
-    """Return the last part of a path of a listing, which may end in a slash."""
+    """Return the last component of a path that may end in a slash."""
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def step_name(step: int) -> str:
-    """Return the name of the folder of a step's checkpoint."""
+    """Return the name of the checkpoint folder of a step."""
     return f"step_{step:08d}"
 
 
 def newest_state(root: str) -> dict[str, Any] | None:
-    """Read the plain values of the newest checkpoint's state, without torch.
+    """Read the state of the newest checkpoint as JSON values, without importing torch.
 
-    None if there is no checkpoint; CheckpointError if the file is damaged.
+    Return None if there is no checkpoint. Raises CheckpointError if the file is damaged.
     """
     fs = LocalFileSystem()
     steps = complete_steps(fs, root)
@@ -82,9 +83,9 @@ def newest_state(root: str) -> dict[str, Any] | None:
 
 @final
 class AtomicFolder:
-    """A folder that is complete once its marker is written.
+    """Folder that is complete once its marker file is written.
 
-    `remedy()` completes the messages about damage: it tells the user what to do.
+    `remedy()` returns a sentence with the advice that ends each error message about damaged files.
     """
 
     def __init__(
@@ -105,14 +106,14 @@ class AtomicFolder:
     # ------------------------------------------------------------------ writing
 
     def create(self) -> None:
-        """Make the folder, without files of an earlier checkpoint."""
+        """Create the folder, and delete the files of an earlier checkpoint in the folder."""
         self.remove()
         self._fs.makedirs(self.path, exist_ok=True)
 
     def remove(self) -> None:
-        """Delete the checkpoint's files, and the folder unless it contains other files."""
+        """Delete the files of the checkpoint, and the folder if no other file is left."""
         listed = self._listed_names()
-        # The marker goes first, so that a half-removed folder is an incomplete one.
+        # The marker is deleted first, so that a partly deleted checkpoint counts as incomplete.
         if self.is_complete:
             self._fs.rm(f"{self.path}/{MARKER}")
         if not self._fs.exists(self.path):
@@ -126,7 +127,7 @@ class AtomicFolder:
             self._fs.rm(own)
 
     def _listed_names(self) -> set[str]:
-        """Return the files that the marker lists; none without a marker or with a damaged one."""
+        """Return the file names in the marker, or an empty set if the marker cannot be read."""
         try:
             return set(self.digests) if self.is_complete else set()
         except CheckpointError:
@@ -138,59 +139,64 @@ class AtomicFolder:
             writer = _HashingWriter(file)
             fill(writer)
             if isinstance(self._fs, LocalFileSystem):
-                # The marker must not reach the disk before the files that it vouches for.
+                # The marker must not reach the disk before the files that the marker lists.
                 file.flush()
                 os.fsync(file.fileno())
         return writer.digest
 
     def mark_complete(self, step: int, digests: Mapping[str, FileDigest]) -> None:
-        """Write the marker; to be called when all files are written."""
+        """Write the marker. Call this method after all files are written."""
         files = {name: digest._asdict() for name, digest in sorted(digests.items())}
         content = {"format": FORMAT, "step": step, "files": files}
         marker = json.dumps(content, indent=1).encode()
         path = f"{self.path}/{MARKER}"
         if isinstance(self._fs, LocalFileSystem):
-            # A local file exists, empty, as soon as it is opened; a rename is a single act.
+            # A local file exists, still empty, as soon as it is opened; a rename is atomic.
             write_atomic(path, marker, system=self._fs, sync=True)
         else:
-            self._fs.pipe_file(path, marker)  # an object exists completely or not at all
+            self._fs.pipe_file(path, marker)  # object stores create an object atomically
 
     # ------------------------------------------------------------------ reading
 
     def check(self) -> None:
-        """Raise CheckpointError unless every file exists with its size; only the marker is read."""
+        """Raise CheckpointError unless every file exists with the size that the marker records.
+
+        Only the marker is read, not the other files.
+        """
         self._fs.invalidate_cache(self.path)
         entries = self._fs.ls(self.path, detail=True)
         sizes = {base_name(entry["name"]): entry["size"] for entry in entries}
         for name, digest in self.digests.items():
             if name not in sizes:
                 raise CheckpointError(
-                    f"{self.path}/{name} is missing though its checkpoint was completed. "
-                    f"{self._remedy()}"
+                    f"{self.path}/{name} is missing: it was removed after the checkpoint was "
+                    f"saved. {self._remedy()}"
                 )
             if sizes[name] != digest.bytes:
                 raise CheckpointError(
-                    f"{self.path}/{name} has {sizes[name]} bytes and was completed with "
-                    f"{digest.bytes}: it was cut off or replaced later. {self._remedy()}"
+                    f"{self.path}/{name} has {sizes[name]} bytes and was saved with "
+                    f"{digest.bytes} bytes: the file was truncated or replaced later. "
+                    f"{self._remedy()}"
                 )
 
     @property
     def digests(self) -> dict[str, FileDigest]:
-        """Digests of the files by name, from the marker."""
+        """Size and SHA-256 of each file by name, from the marker."""
         if self._digests is None:
             self._digests = self._read_marker()
         return self._digests
 
     def read_file(self, name: str) -> bytes:
-        """Read a whole file; CheckpointError if it is damaged."""
+        """Read a whole file. Raises CheckpointError if the file is damaged."""
         size = self.digests[name].bytes if name in self.digests else 0
         return b"".join(self.read_ranges(name, [(0, size)]))
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytearray]:
         """Yield the bytes of each range (begin, length) of a file.
 
-        Ranges ascend and do not overlap. The whole file is read, once, to check its SHA-256:
-        CheckpointError after the last range if it is another one than recorded.
+        The ranges must be in ascending order and must not overlap. The whole file is read once, to
+        compute its SHA-256. After the last range, raises CheckpointError if the SHA-256 differs
+        from that in the marker.
         """
         self._check_ranges(name, ranges)
         digest = hashlib.sha256()
@@ -208,25 +214,29 @@ class AtomicFolder:
                 digest.update(skipped)
         if digest.hexdigest() != self.digests[name].sha256:
             raise CheckpointError(
-                f"{self.path}/{name} is damaged: its SHA-256 is not the recorded one. "
+                f"{self.path}/{name} is damaged: its SHA-256 differs from the value in {MARKER}. "
                 f"{self._remedy()}"
             )
 
     def _check_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> None:
         if name not in self.digests:
             raise CheckpointError(
-                f"{self.path} has no file {name} that its marker knows, though another file of it "
-                f"says so: it was changed later. {self._remedy()}"
+                f"{self.path}/{MARKER} does not list the file {name}, which the checkpoint needs: "
+                f"the checkpoint was changed after it was saved. {self._remedy()}"
             )
         size = self.digests[name].bytes
         if any(begin + length > size for begin, length in ranges):
             raise CheckpointError(
-                f"{self.path}/{name} has {size} bytes, and a tensor is said to lie beyond them: "
-                f"the manifest was changed later. {self._remedy()}"
+                f"{self.path}/{name} has {size} bytes, but the manifest places a tensor after the "
+                "end of the file: the manifest was changed after the checkpoint was saved. "
+                f"{self._remedy()}"
             )
 
     def _open(self, name: str) -> Any:
-        """Open a file for reading; CheckpointError if it is absent, a folder or not readable."""
+        """Open a file for reading.
+
+        Raises CheckpointError if the file is missing, is a folder or cannot be read.
+        """
         try:
             return self._fs.open(f"{self.path}/{name}", "rb")
         except OSError as error:
@@ -246,8 +256,9 @@ class AtomicFolder:
         if found != FORMAT:
             writer = "an older" if found < FORMAT else "a newer"
             raise CheckpointError(
-                f"{path} has format {found}; this ddiff reads only format {FORMAT}: it was written "
-                f"by {writer} ddiff. Resume with that one, or start over with --fresh."
+                f"{path} has format {found}; this ddiff reads only format {FORMAT}: the checkpoint "
+                f"was written by {writer} ddiff. Resume with that version of ddiff, or start over "
+                "with --fresh."
             )
         files = marker.get("files")
         if not isinstance(files, dict) or not files:
@@ -263,19 +274,23 @@ class AtomicFolder:
 
     def _no_marker(self) -> CheckpointError:
         return CheckpointError(
-            f"{self.path}/{MARKER} is damaged: it is no checkpoint marker. {self._remedy()}"
+            f"{self.path}/{MARKER} is damaged: its content is not a list of checkpoint files with "
+            f"sizes and SHA-256. {self._remedy()}"
         )
 
 
 def _is_own(entry: dict[str, Any], listed: set[str]) -> bool:
-    """Whether an entry of a listing is a file of the checkpoint, by the marker or by its name."""
+    """Whether a directory entry is a file of the checkpoint.
+
+    The marker decides if there is one (`listed` is not empty), otherwise the name of the file.
+    """
     name = base_name(entry["name"])
     has_own_name = name in listed if listed else _OWN.fullmatch(name) is not None
     return entry["type"] == "file" and (has_own_name or name.startswith(MARKER))
 
 
 def _is_file_name(name: str) -> bool:
-    """Whether a name from a marker stays within the folder."""
+    """Whether a name from a marker is a plain file name, without a path to another folder."""
     return "/" not in name and "\\" not in name and name not in ("", ".", "..")
 
 
@@ -292,7 +307,7 @@ def _is_digest(value: Any) -> bool:
 
 
 class _HashingWriter:
-    """Write to a file, counting and hashing the bytes."""
+    """File writer that counts and hashes the bytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -313,7 +328,7 @@ class _HashingWriter:
 
 
 def _read_blocks(file: IO[bytes], length: int) -> Iterator[memoryview]:
-    """Yield the next `length` bytes in blocks; each is valid until the next one is read."""
+    """Yield the next `length` bytes in blocks. A block is overwritten when the next one is read."""
     block = memoryview(bytearray(min(length, BLOCK)))
     while length > 0:
         part = block[: min(length, BLOCK)]
@@ -323,6 +338,9 @@ def _read_blocks(file: IO[bytes], length: int) -> Iterator[memoryview]:
 
 
 def _read_into(file: Any, view: memoryview) -> None:
-    """Fill `view`; the rest is left if the file has become shorter, which its SHA-256 reveals."""
+    """Fill `view` with the next bytes of a file.
+
+    If the file is too short, the rest of `view` remains unchanged, and the SHA-256 will differ.
+    """
     while len(view) and (count := file.readinto(view)):
         view = view[count:]

@@ -1,15 +1,16 @@
-"""Checkpoints of a run: safetensors and JSON, no pickle; one folder per step.
+"""Checkpoints of a run: one folder per step with safetensors and JSON files, without pickle.
 
-    checkpoints/step_00000200/model.safetensors             whole tensors of the model
-                              model.rank_00001.safetensors  the shards of rank 1 of a sharded model
-                              optimizer.safetensors, ...    the same for each entry of the state
-                              manifest.json                 dtype, size and places of each tensor
-                              state.json                    everything else, and names of tensors
-                              complete.json                 size and SHA-256 of the others
+    checkpoints/step_00000200/model.safetensors             unsharded tensors of the model
+                              model.rank_00001.safetensors  shards of rank 1 of a sharded model
+                              optimizer.safetensors, ...    tensors of each entry of the state
+                              manifest.json                 dtype, size and file of each tensor
+                              state.json                    all other values of the state
+                              complete.json                 size and SHA-256 of all other files
 
-Saving is collective: tensors are copied at once and written while training continues. A folder
-without `complete.json`, which is written last, is not a checkpoint, and a later save removes it.
-Paths may be anything that fsspec writes; all ranks must see the same files.
+All ranks must call `save` or `save_async`. `save_async` first copies the tensors to the CPU, then
+writes the files in a thread while training continues. `complete.json` is written last. A folder
+without `complete.json` is not a checkpoint, and a later save removes the folder. The root may be on
+any fsspec file system to which all ranks have access.
 """
 
 from __future__ import annotations
@@ -43,16 +44,18 @@ if TYPE_CHECKING:
     from ddiff.checkpoint.dcp_storage import Manifest, StagedTensors
 
 MANIFEST = "manifest.json"
-SLOWEST = timedelta(hours=1)  # how long ranks that have written their files wait for the others
+SLOWEST = timedelta(hours=1)  # time that a rank waits until the slowest rank has written its files
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: a run after `step` steps, whose tensors are not read yet.
+    """Opened checkpoint of a run after `step` steps, whose tensors are not read yet.
 
     Attributes:
-        state: the saved tree, with tensors on the device "meta" in place of the saved ones.
-        aliases: of the model: name of a tied tensor -> name under which it is stored.
+        state: saved state, a tree in which tensors on the device "meta" replace the saved tensors.
+        manifest: name of a tensor -> dtype, size and location in the files.
+        aliases: name of a tied model tensor -> name under which the shared tensor is stored.
+        folder: folder of the checkpoint.
     """
 
     step: int
@@ -69,9 +72,10 @@ class Checkpoint:
         return self.folder.path
 
     def restore(self, module: nn.Module) -> None:
-        """Load the model's tensors into `module`, which may be sharded in any way, or not at all.
+        """Load the saved tensors of the model into `module`.
 
-        Raises CheckpointError if they are those of another model, or damaged.
+        `module` may be sharded in another way than the saved model, or not sharded. Raises
+        CheckpointError if names or shapes of the tensors differ, or a file is damaged.
         """
         from ddiff.checkpoint.dcp_storage import read_tensors
 
@@ -80,7 +84,7 @@ class Checkpoint:
         shapes: dict[str, torch.Size] = {}
         for name, place in self._model_places().items():
             shapes[name] = torch.Size(self.manifest[place].size)
-            # A tied tensor is read once; a missing one is reported by the check below.
+            # A tied tensor is read once. `_check_same_model` reports a missing tensor.
             if name not in self.aliases and name in own:
                 targets[place] = own[name]
         _check_same_model(_shapes(own), shapes, self.path)
@@ -90,10 +94,11 @@ class Checkpoint:
         module.load_state_dict(own)
 
     def read_state(self, like: Iterable[Tensor] = ()) -> dict[str, Any]:
-        """Read the state with its tensors.
+        """Read the saved state with its tensors.
 
-        Floating-point tensors with the size of a DTensor in `like` are sharded as that one; all
-        others are whole, on the CPU. Raises CheckpointError if they are damaged.
+        A floating-point tensor with the size of a DTensor in `like` gets the sharding of this
+        DTensor. All other tensors are unsharded CPU tensors. Raises CheckpointError if a file is
+        damaged.
         """
         from ddiff.checkpoint.dcp_storage import allocate_like, read_tensors
 
@@ -106,10 +111,10 @@ class Checkpoint:
         return _replace_tensors(self.state, tensors, "state")
 
     def read_weights(self, *, average: bool = False) -> dict[str, Tensor]:
-        """Read the model's tensors by name, whole, on the CPU.
+        """Read the model's tensors by name, as unsharded CPU tensors.
 
-        With `average`, those that have an exponential moving average are replaced by it. Raises
-        CheckpointError if there is no average, or a file is damaged.
+        With `average`, return the exponential moving average of each tensor that has one. Raises
+        CheckpointError if the checkpoint has no averages, or a file is damaged.
         """
         from ddiff.checkpoint.dcp_storage import read_tensors
 
@@ -123,7 +128,7 @@ class Checkpoint:
         return {name: tensors[place] for name, place in places.items()}
 
     def _model_places(self) -> dict[str, str]:
-        """Return name of a model's tensor -> its name in the manifest."""
+        """Map the name of each model tensor to its name in the manifest."""
         places: dict[str, str] = {}
         for place in self.manifest:
             if place.startswith("model."):
@@ -133,13 +138,13 @@ class Checkpoint:
         return places
 
     def _average_places(self) -> dict[str, str]:
-        """Return name of a model's tensor -> name of its moving average in the manifest."""
+        """Map the name of each averaged model tensor to the average's name in the manifest."""
         ema = self.state.get("ema") or {}
         averages = ema.get("weights", {})
         if not averages:
             raise CheckpointError(
-                f"{self.path} holds no moving average of the weights: its run was trained without "
-                "[train] ema. Take the weights as they were trained."
+                f"{self.path} holds no moving average of the weights: the run was trained without "
+                "[train] ema. Use the trained weights instead of their average."
             )
         return {name: f"state.ema.weights.{name}" for name in averages}
 
@@ -149,7 +154,10 @@ def load_weights(
     weights: Mapping[str, Tensor],
     source: str,
 ) -> None:
-    """Load `weights` into `module`; the CheckpointError of a misfit names `source`."""
+    """Load `weights` into `module`.
+
+    Raises CheckpointError, which names `source`, if names or shapes of the tensors differ.
+    """
     _check_same_model(_shapes(module.state_dict()), _shapes(weights), source)
     module.load_state_dict(weights)
 
@@ -168,27 +176,29 @@ def _check_same_model(
     for name, shape in own.items():
         if name in theirs and theirs[name] != shape:
             found = list(theirs[name])
-            faults.append(f"{name} has shape {found}, the model's has {list(shape)}")
+            faults.append(f"{name} has shape {found}, but the model needs {list(shape)}")
     if faults:
         more = f" and {len(faults) - 3} more differences" if len(faults) > 3 else ""
         raise CheckpointError(
-            f"{source} holds another model than the one that was built: "
-            f"{'; '.join(faults[:3])}{more}. Load it with the recipe that it was trained with."
+            f"The weights in {source} do not fit the model: "
+            f"{'; '.join(faults[:3])}{more}. Build the model from the recipe of the run that saved "
+            "the weights."
         )
 
 
 @final
 class Checkpoints:
-    """The folder of a run's checkpoints, of which the newest `keep` stay.
+    """Folder with the newest `keep` checkpoints of a run.
 
-    If processes form a group, each of them has one of these objects, and all save together. Each
-    process reads for itself.
+    In a distributed run every rank has its own `Checkpoints` object. Saving is collective: all
+    ranks must call it. Reading is not collective.
     """
 
     def __init__(self, root: str | os.PathLike[str], keep: int = 2) -> None:
         if keep < 1:
             raise ArgumentError(
-                f"keep must be at least 1, the checkpoint that a run resumes from; got {keep}."
+                "keep must be at least 1, because a run resumes from its newest checkpoint; got "
+                f"{keep}."
             )
         self.keep = keep
         self._fs, self.root = fsspec.core.url_to_fs(os.fspath(root))
@@ -204,11 +214,12 @@ class Checkpoints:
         model: Mapping[str, Tensor],
         state: Mapping[str, Any],
     ) -> str:
-        """Write the checkpoint of `step`, drop those beyond the newest `keep`, return its path.
+        """Write the checkpoint of `step` and return its path.
 
-        `state` is a tree of dicts, lists, tuples, tensors, numbers, strings and None, and is read
-        as the same tree; its entries give the files their names. DTensors are written in their
-        shards, everything else as rank 0 has it.
+        Afterwards only the newest `keep` checkpoints are kept. `state` is a tree of dicts, lists,
+        tuples, tensors, numbers, strings and None, which `Checkpoint.read_state` restores. Each key
+        of `state` with tensors has files of its own. Every rank writes its shards of DTensors;
+        everything else is written by rank 0.
         """
         path = self.save_async(step, model, state)
         self.wait()
@@ -220,9 +231,10 @@ class Checkpoints:
         model: Mapping[str, Tensor],
         state: Mapping[str, Any],
     ) -> str:
-        """Copy what `save` would write and write it in a thread; the originals may change then.
+        """Copy `model` and `state`, and write the checkpoint in a thread.
 
-        Waits for the previous call to end, and raises what `wait` raises.
+        The arguments are those of `save`; the tensors may change after this call. First waits for
+        the previous save and raises CheckpointError if the previous save failed.
         """
         from ddiff.checkpoint.dcp_storage import deduplicate, stage
 
@@ -238,7 +250,10 @@ class Checkpoints:
         return folder.path
 
     def wait(self) -> None:
-        """Wait until `save_async` has written; CheckpointError on all ranks if one could not."""
+        """Wait until the last `save_async` has written its files.
+
+        Raises CheckpointError on all ranks if a rank could not write.
+        """
         if self._writing is None:
             return
         try:
@@ -251,20 +266,24 @@ class Checkpoints:
     # ------------------------------------------------------------------ reading
 
     def steps(self) -> list[int]:
-        """List the steps of the complete checkpoints, ascending, after `wait`."""
+        """Wait for the last save, and list the steps of the complete checkpoints, ascending."""
         self.wait()
         return self._complete()
 
     def newest(self) -> Checkpoint | None:
-        """Open the newest complete checkpoint, if there is one. Raises as `load` does."""
+        """Open the newest complete checkpoint.
+
+        Return None if there is no complete checkpoint. Raises CheckpointError if a file of the
+        checkpoint is missing, truncated or damaged.
+        """
         steps = self.steps()
         return self.load(steps[-1]) if steps else None
 
     def load(self, step: int) -> Checkpoint:
         """Open the checkpoint of `step`.
 
-        Raises CheckpointError if it is incomplete, or one of its files is missing or cut off.
-        Damage inside a file of tensors is found when they are read.
+        Raises CheckpointError if the checkpoint is incomplete, or one of its files is missing or
+        truncated. Damage inside a safetensors file is detected when its tensors are read.
         """
         from ddiff.checkpoint.dcp_storage import manifest_from_json
 
@@ -272,8 +291,10 @@ class Checkpoints:
         folder = self._folder(step)
         if step not in complete:
             raise CheckpointError(
-                f"{self.root} holds no complete checkpoint of step {step}; it has those of "
-                f"{complete or 'no step'}."
+                f"{self.root} holds no complete checkpoint of step {step}. Choose one of the steps "
+                f"{complete}."
+                if complete
+                else f"{self.root} holds no complete checkpoint. Train the run first."
             )
         folder.check()
         manifest = manifest_from_json(folder.read_file(MANIFEST), f"{folder.path}/{MANIFEST}")
@@ -284,17 +305,21 @@ class Checkpoints:
             aliases = dict(tree["aliases"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
-                f"{folder.path}/{STATE} is damaged: it is no state of a run "
-                f"({type(error).__name__}: {error}). {self._remedy(step)}"
+                f"{folder.path}/{STATE} is damaged: the file cannot be parsed as the state of a "
+                f"run ({type(error).__name__}: {error}). {self._remedy(step)}"
             ) from error
         return Checkpoint(step, state, manifest, aliases, folder)
 
     def read_weights(self, step: int | None = None, *, average: bool = False) -> dict[str, Tensor]:
-        """Read only the model's tensors, of `step` or the newest; see `Checkpoint.read_weights`."""
+        """Read the model's tensors from the checkpoint of `step`, or from the newest checkpoint.
+
+        See `Checkpoint.read_weights`.
+        """
         steps = self.steps()
         if not steps and step is None:
             raise CheckpointError(
-                f"{self.root} holds no complete checkpoint. Train first, or name another run."
+                f"{self.root} holds no complete checkpoint. Train the run first, or choose another "
+                "run."
             )
         if step is None:
             step = steps[-1]
@@ -303,9 +328,10 @@ class Checkpoints:
     # ------------------------------------------------------------------ writing, in a thread
 
     def _group(self) -> dist.ProcessGroup | None:
-        """Return a group of all ranks for checkpoints only; None in a single process.
+        """Return the process group of all ranks that is used only for checkpoints.
 
-        Messages about checkpoints are exchanged while training uses its own group.
+        Return None in a single process. The thread that writes a checkpoint communicates at the
+        same time as training, so the two need separate groups.
         """
         if (
             self._ranks is None
@@ -333,16 +359,17 @@ class Checkpoints:
             if staged.manifest is not None:
                 self._finish(folder, step, digests)
 
-        # Each call waits for all ranks: no file before the folder, no marker before all files.
+        # `_together` waits for all ranks, so that the folder exists before a rank writes a file,
+        # and all files are written before the marker.
         self._together(folder, create)
         for written in self._together(folder, lambda: _write_files(folder, staged, tree)):
             digests |= written
         self._together(folder, finish)
 
     def _together(self, folder: AtomicFolder, act: Callable[[], Any]) -> list[Any]:
-        """Run `act` on every rank and gather the results.
+        """Run `act` on every rank and gather the results of all ranks.
 
-        CheckpointError on all ranks if one of them failed.
+        Raises CheckpointError on all ranks if `act` failed on a rank.
         """
         failure: str | None = None
         result: Any = None
@@ -358,8 +385,8 @@ class Checkpoints:
             if text is not None:
                 raise CheckpointError(
                     f"{folder.path} could not be written ({text} on rank {rank}), so training "
-                    "ended. Free or fix the place where it goes; the same command then resumes "
-                    "from the checkpoint before."
+                    "ended. Free disk space or make the folder writable; then the same command "
+                    "resumes from the previous checkpoint."
                 )
         return [result for _, result in outcomes]
 
@@ -369,7 +396,7 @@ class Checkpoints:
         step: int,
         digests: Mapping[str, FileDigest],
     ) -> None:
-        """Complete the checkpoint, then remove old and incomplete ones."""
+        """Mark the checkpoint complete, then remove old and incomplete checkpoints."""
         folder.mark_complete(step, digests)
         kept = {step_name(step) for step in self._complete()[-self.keep :]}
         for name in self._folder_names():
@@ -406,7 +433,10 @@ class Checkpoints:
 
 
 def _file_and_key(place: str) -> tuple[str, str]:
-    """Split a tensor's place in the tree into (file, key): the entry of the tree and the rest."""
+    """Split a tensor name such as "state.optimizer.0.step" into (file, key).
+
+    The file is the first component after "state.", the key is the rest.
+    """
     entry, _, key = place.removeprefix("state.").partition(".")
     return entry, key or entry
 
@@ -416,7 +446,7 @@ def _write_files(
     staged: StagedTensors,
     tree: str,
 ) -> dict[str, FileDigest]:
-    """Write the files of this rank."""
+    """Write the checkpoint files of this rank and return their digests by name."""
     from ddiff.checkpoint.dcp_storage import manifest_to_json, write_tensors
 
     digests: dict[str, FileDigest] = {}
@@ -442,7 +472,10 @@ def _to_json(
     tensors: dict[str, Tensor],
     place: str,
 ) -> Any:
-    """Encode a tree for `_from_json`; its tensors are added to `tensors` under their places."""
+    """Encode a tree as JSON values, which `_from_json` decodes.
+
+    Each tensor is added to `tensors` under its path in the tree, and encoded as this path.
+    """
     if isinstance(tree, torch.Tensor):
         tensors[place] = tree
         return {"$tensor": place}
@@ -450,7 +483,7 @@ def _to_json(
         items: list[tuple[Any, Any]] = []
         for key, value in tree.items():
             items.append((key, _to_json(value, tensors, f"{place}.{key}")))
-        # JSON has only strings as keys, and keys with "$" have a meaning here.
+        # JSON keys must be strings, and keys that begin with "$" are reserved for this encoding.
         is_plain = all(isinstance(key, str) and not key.startswith("$") for key in tree)
         return dict(items) if is_plain else {"$items": items}
     if isinstance(tree, list | tuple):
@@ -461,9 +494,9 @@ def _to_json(
     if tree is None or isinstance(tree, str | bool | int | float):
         return tree
     raise CheckpointError(
-        f"{place} is a {type(tree).__name__}, which a checkpoint cannot hold: state is made of "
-        "dicts, lists, tuples, tensors, numbers, strings and None. Give the optimizer or plugin "
-        "that owns it such a state_dict."
+        f"{place} is a {type(tree).__name__}, which a checkpoint cannot store: a state may contain "
+        "only dicts, lists, tuples, tensors, numbers, strings and None. Change the state_dict of "
+        f"the optimizer or plugin that returned {place}."
     )
 
 
@@ -486,7 +519,7 @@ def _replace_tensors(
     tensors: Mapping[str, Tensor],
     place: str,
 ) -> Any:
-    """Rebuild a tree with the tensors of the same places."""
+    """Copy a tree, with each tensor replaced by the entry of `tensors` for its path."""
     if isinstance(tree, torch.Tensor):
         return tensors[place]
     if isinstance(tree, dict):

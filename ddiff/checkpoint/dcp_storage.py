@@ -1,17 +1,17 @@
-"""Storage of torch.distributed.checkpoint (DCP): safetensors files and a manifest.
+"""Storage of torch.distributed.checkpoint (DCP) in safetensors files and a manifest.
 
-DCP plans which rank writes which box of which tensor, and which rank reads which box. DTensors are
-written in shards and read in any other shards. A plan is followed in two parts: `stage` copies at
-once what this rank has to write, and `write_tensors` writes the copies later, while training
-continues. Importing this module takes torch a second, so `checkpoints.py` imports it when something
-is saved or loaded.
+DCP plans which rank writes and reads which box (hyperrectangle) of each tensor. DTensors are
+written as shards, and may be read with another sharding. Saving has two steps: `stage` copies the
+tensors that this rank has to write, and `write_tensors` writes the copies later, while training
+continues. Importing this module takes about a second, so `checkpoints.py` imports the module only
+when a checkpoint is saved or loaded.
 
-Why not DCP's own HuggingFaceStorageWriter (tried with torch 2.13)? It passes on correctness: with
-two ranks it restored bfloat16, int64, bool, 0-dim and empty tensors bit for bit on one. But it
-builds each file in memory before writing: 400 MB of tensors took 763 MB more, or 1126 MB with
-`async_save`, against 363 MB here, and the SHA-256 of the marker needs a second pass over the files.
-It also names the files by rank and number, not by entry of the state. For the same reason whole
-files are not written by `safetensors.torch.save`, which also refuses tied tensors.
+DCP's own HuggingFaceStorageWriter (tested with torch 2.13) is not used because of its memory. It
+builds each file in memory before writing: for 400 MB of tensors it took 763 MB of additional
+memory, or 1126 MB with `async_save`, and this module takes 363 MB. The SHA-256 of the marker would
+also need a second pass over the files, and the files would be named by rank and number instead of
+by the key of the state. `safetensors.torch.save` also builds a file in memory, and refuses tied
+tensors.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ CODES = {
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
-# A file of the folder, and nothing outside of it.
+# A plain file name without slashes: a manifest cannot name a file outside its folder.
 _FILE = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
 
 
@@ -80,7 +80,11 @@ _FILE = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
 
 
 class Chunk(NamedTuple):
-    """A box of a tensor, stored under `key` in a safetensors file, from its byte `begin`."""
+    """Box of a tensor that is stored under `key` in a safetensors file.
+
+    The box begins at the index `offsets` of the tensor and has the shape `sizes`. Its data begin at
+    byte `begin` of the file.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -90,14 +94,14 @@ class Chunk(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """A tensor on disk, in chunks that fill it."""
+    """Tensor on disk, stored in chunks that together cover the tensor."""
 
     dtype: torch.dtype
     size: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
     def allocate(self, **options: Any) -> Tensor:
-        """Make an uninitialized tensor of this dtype and size."""
+        """Allocate an uninitialized tensor with the dtype and size of the stored tensor."""
         return torch.empty(self.size, dtype=self.dtype, **options)
 
 
@@ -105,7 +109,7 @@ Manifest = dict[str, StoredTensor]
 
 
 def manifest_to_json(manifest: Manifest) -> str:
-    """Write a manifest as JSON."""
+    """Encode a manifest as JSON."""
     tensors: dict[str, Any] = {}
     for name, stored in sorted(manifest.items()):
         tensors[name] = {
@@ -117,16 +121,17 @@ def manifest_to_json(manifest: Manifest) -> str:
 
 
 def manifest_from_json(text: str | bytes, path: str = "the manifest") -> Manifest:
-    """Read a manifest, which is called `path` in errors.
+    """Parse the JSON text of a manifest.
 
-    CheckpointError unless it says of which bytes of which files of its folder a tensor consists.
+    `path` is the name of the manifest file in error messages. Raises CheckpointError unless the chunks of each tensor have valid file names, positions and
+    sizes and together cover the tensor.
     """
     try:
         entries = json.loads(text)["tensors"].items()
         return {name: _parse_tensor(name, entry, path) for name, entry in entries}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _wrong_manifest(
-            path, f"it cannot be read as one ({type(error).__name__}: {error})"
+            path, f"the JSON cannot be parsed ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -140,7 +145,7 @@ def _parse_tensor(
     chunks = tuple(_parse_chunk(name, size, chunk, path) for chunk in entry["chunks"])
     num_stored = sum(math.prod(chunk.sizes) for chunk in chunks)
     if num_stored != math.prod(size):
-        raise _wrong_manifest(path, f"the parts of {name} do not fill {list(size)}")
+        raise _wrong_manifest(path, f"the chunks of {name} do not cover its shape {list(size)}")
     return StoredTensor(dtype, size, chunks)
 
 
@@ -151,19 +156,21 @@ def _parse_chunk(
     path: str,
 ) -> Chunk:
     if set(entry) != set(Chunk._fields):
-        raise _wrong_manifest(path, f"a part of {name} has the keys {sorted(entry)}")
+        raise _wrong_manifest(path, f"a chunk of {name} has the keys {sorted(entry)}")
     file = entry["file"]
     offsets = _parse_sizes(entry["offsets"])
     sizes = _parse_sizes(entry["sizes"])
     if not isinstance(file, str) or not _FILE.fullmatch(file):
         raise _wrong_manifest(
-            path, f"{name} lies in {file!r}, which is no safetensors file of its folder"
+            path, f"{name} is stored in {file!r}, which is not a safetensors file of this folder"
         )
     if not len(offsets) == len(sizes) == len(size):
-        raise _wrong_manifest(path, f"a part of {name} has other dimensions than {list(size)}")
+        raise _wrong_manifest(
+            path, f"a chunk of {name} has another number of dimensions than its shape {list(size)}"
+        )
     for offset, length, whole in zip(offsets, sizes, size):
         if offset + length > whole:
-            raise _wrong_manifest(path, f"a part of {name} lies outside of {list(size)}")
+            raise _wrong_manifest(path, f"a chunk of {name} is outside its shape {list(size)}")
     (begin,) = _parse_sizes([entry["begin"]])
     return Chunk(offsets, sizes, file, str(entry["key"]), begin)
 
@@ -171,15 +178,15 @@ def _parse_chunk(
 def _parse_sizes(values: Sequence[Any]) -> tuple[int, ...]:
     for value in values:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{values!r} must be whole numbers from 0")
+            raise ValueError(f"{values!r} must be integers of at least 0")
     return tuple(values)
 
 
 def _wrong_manifest(path: str, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is no manifest of a checkpoint that ddiff wrote: {what}. Nothing was read by it. "
-        "Restore the checkpoint from a copy, delete its directory to resume from an earlier one, "
-        "or start over with --fresh."
+        f"{path} is not a manifest that ddiff wrote: {what}. No tensor was read. Restore the "
+        "checkpoint from a copy, delete its directory to resume from an earlier checkpoint, or "
+        "start over with --fresh."
     )
 
 
@@ -191,19 +198,24 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write contiguous CPU tensors as a safetensors file, one by one, without a copy."""
+    """Write contiguous CPU tensors to a safetensors file.
+
+    The tensors are written one by one, without a copy in memory.
+    """
     header = _build_header(tensors, metadata)
     file.write(len(header).to_bytes(8, "little") + header)
     for name in _file_order(tensors):
-        # Over uint8, since NumPy has no bfloat16; reshape(-1) because a 0-dim tensor has no view.
+        # View as uint8, since NumPy has no bfloat16. A 0-dim tensor cannot be viewed as another
+        # dtype, hence reshape(-1).
         flat = tensors[name].reshape(-1).view(torch.uint8)
         file.write(flat.numpy().data)
 
 
 def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Order tensors by descending item size.
+    """Return the names of the tensors by descending item size.
 
-    Each then begins at a multiple of its item size, which readers of memory-mapped files need.
+    In this order each tensor begins at a multiple of its item size, which is necessary to read the
+    tensors from a memory-mapped file.
     """
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
@@ -227,7 +239,7 @@ def _build_header(
 
 
 def _begin_of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return by name the byte of the file at which the data of each tensor begin."""
+    """Map the name of each tensor to the byte of the file at which its data begin."""
     begins: dict[str, int] = {}
     begin = 8 + len(_build_header(tensors))
     for name in _file_order(tensors):
@@ -240,16 +252,17 @@ def _begin_of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def deduplicate(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Drop tied tensors; return the others, and alias -> name for the dropped ones.
+    """Keep only one name of each group of tied tensors.
 
-    The result is the same on all ranks, also for tensors of which a rank has an empty shard.
+    Return (tensors by name, alias -> name of the kept tensor). The result is the same on all ranks,
+    even if a rank has an empty shard of a tensor.
     """
     names: dict[tuple[Any, ...], str] = {}
     once: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        # The storage object, not its address: all empty storages have the address 0.
+        # Identify the storage object, not the data address: all empty storages have address 0.
         storage = local.untyped_storage()._cdata
         layout = (local.storage_offset(), tensor.shape, local.stride())
         key = (storage, *layout, tensor.dtype)
@@ -263,9 +276,10 @@ def deduplicate(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
 @dataclass
 class StagedTensors:
-    """Copies of what this rank has to write: file -> key -> tensor.
+    """Copies of the tensors that this rank has to write.
 
-    `manifest` covers the files of all ranks; only rank 0 has it.
+    `files` maps file -> key -> tensor. `manifest` describes the files of all ranks, and is None on
+    every rank except rank 0.
     """
 
     files: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -277,16 +291,17 @@ def stage(
     locate: Callable[[str], tuple[str, str]],
     group: dist.ProcessGroup | None,
 ) -> StagedTensors:
-    """Plan with the ranks of `group` which of them writes what, and copy this rank's part.
+    """Plan which rank writes which tensors, and copy the tensors of this rank.
 
-    Collective; `group` is None in a single process. A DTensor is written in its shards, any other
-    tensor as rank 0 has it. `locate(name)` returns (name of the file without its ending, key).
+    All ranks of `group` must call this function; `group` is None in a single process. Every rank
+    writes its shards of DTensors, and rank 0 writes all other tensors. `locate(name)` returns (name
+    of the file without its extension, key).
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in CODES:
             raise CheckpointError(
-                f"{name} has dtype {tensor.dtype}, which safetensors does not store. Keep it as "
-                "real numbers in the model or state_dict that owns it."
+                f"{name} has dtype {tensor.dtype}, which safetensors does not support. Store "
+                f"{name} as real numbers in the model or state_dict."
             )
     writer = _StagingWriter(locate, dist.get_rank(group) if group else 0)
     planner = dcp.DefaultSavePlanner(
@@ -306,7 +321,7 @@ def stage(
 
 @final
 class _StagingWriter(StorageWriter):
-    """Follow a save plan by copying; the copies are written later."""
+    """DCP storage writer that copies the tensors of a save plan instead of writing them."""
 
     def __init__(self, locate: Callable[[str], tuple[str, str]], rank: int) -> None:
         self._locate = locate
@@ -334,7 +349,8 @@ class _StagingWriter(StorageWriter):
             file, key = places[item.index]
             self.staged.files.setdefault(file, {})[key] = copy_to_cpu(tensor)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies are under way; training may change the originals
+            # The copies must be complete before training changes the tensors.
+            torch.cuda.synchronize()
         begins: dict[str, dict[str, int]] = {}
         for file, tensors in self.staged.files.items():
             begins[file] = _begin_of_tensors(tensors)
@@ -371,7 +387,10 @@ class _StagingWriter(StorageWriter):
         return False  # files are located by `locate`
 
     def _place(self, item: WriteItem) -> tuple[str, str]:
-        """Return (file, key): whole tensors share a file, shards are in a file of their rank."""
+        """Return (file, key) of a tensor or shard.
+
+        Shards are stored in a separate file per rank.
+        """
         file, key = self._locate(item.index.fqn)
         if item.type != WriteItemType.SHARD:
             return f"{file}.safetensors", key
@@ -388,8 +407,11 @@ def _is_empty_shard(item: WriteItem) -> bool:
 
 
 def copy_to_cpu(tensor: Tensor) -> Tensor:
-    """Make a contiguous CPU copy; from a GPU it is complete only after a synchronization."""
-    # torch's allocator keeps pinned memory, so that only the first save allocates it.
+    """Make a contiguous CPU copy of a tensor.
+
+    The copy of a GPU tensor is complete only after `torch.cuda.synchronize()`.
+    """
+    # torch caches pinned memory, so that only the first save allocates memory.
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
 
@@ -402,21 +424,21 @@ def read_tensors(
     manifest: Manifest,
     folder: AtomicFolder,
 ) -> None:
-    """Read stored tensors into targets of the same names and sizes.
+    """Read stored tensors into the tensors `targets` with the same names and sizes.
 
-    Each rank reads what its shards need.
+    Each rank reads only the files with data of its own shards.
     """
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     reader = _ManifestReader(manifest, folder)
     with _original_errors(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about a single process
-        # The manifest determines what each rank needs, so the ranks have nothing to agree on.
+        # no_dist: each rank plans its reads from the manifest, without communication.
         dcp.load(dict(targets), storage_reader=reader, planner=planner, no_dist=True)
 
 
 @final
 class _ManifestReader(StorageReader):
-    """Follow a load plan by reading the files that a manifest names."""
+    """DCP storage reader for the files that a manifest lists."""
 
     def __init__(self, manifest: Manifest, folder: AtomicFolder) -> None:
         self._folder = folder
@@ -453,7 +475,7 @@ class _ManifestReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        # file -> begin of a chunk -> the parts of it that are needed
+        # file -> begin of a chunk -> read items of this chunk
         wanted: dict[str, dict[int, list[ReadItem]]] = {}
         for item in plan.items:
             chunk = self._chunk(item)
@@ -474,12 +496,12 @@ class _ManifestReader(StorageReader):
         groups = []
         ranges = []
         for begin, items in sorted(by_begin.items()):
-            # Nothing is read of an empty tensor, which may begin where the next tensor does.
+            # Empty tensors are skipped: they begin at the same byte as the next tensor.
             filled = [item for item in items if self._num_bytes(item)]
             if filled:
                 groups.append(filled)
                 ranges.append((begin, self._num_bytes(filled[0])))
-        # strict: the last range must be consumed completely, since the check of the file follows it
+        # strict: exhaust the generator, because it checks the SHA-256 after the last range.
         for group, data in zip(groups, self._folder.read_ranges(file, ranges), strict=True):
             for item in group:
                 self._copy(item, data, planner)
@@ -513,10 +535,10 @@ class _ManifestReader(StorageReader):
 
 
 def allocate_like(stored: Mapping[str, StoredTensor], like: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Allocate targets for stored tensors.
+    """Allocate tensors with the dtypes and sizes of stored tensors.
 
-    A floating-point tensor with the size of a DTensor in `like` is sharded as that one; any other
-    is a plain CPU tensor.
+    A floating-point tensor with the size of a DTensor in `like` gets the sharding of this DTensor.
+    All other tensors are plain CPU tensors.
     """
     sharded: dict[tuple[int, ...], Tensor] = {}
     for tensor in like:
@@ -534,7 +556,7 @@ def allocate_like(stored: Mapping[str, StoredTensor], like: Sequence[Tensor]) ->
 
 @contextmanager
 def _original_errors() -> Iterator[None]:
-    """Raise the error of a rank as it was, in place of DCP's summary of all ranks."""
+    """Context manager that re-raises the original error instead of DCP's summary of all ranks."""
     try:
         yield
     except dcp.CheckpointException as error:

@@ -1,9 +1,10 @@
-"""Fine-tuning: initialize a run with the weights of another run.
+"""Weight transfer for fine-tuning: initialize a run with the weights of another run.
 
-Tensors that do not depend on the vocabulary are taken as they are. If the vocabulary is another
-tree over the same tokens, tables of states and tokens are transferred token by token: an embedding
-of a node is the mean of its tokens, that of the mask is the old mask. A head whose rows have
-another meaning keeps its fresh weights.
+Tensors that do not depend on the vocabulary are copied unchanged. If the new vocabulary is another
+tree over the same tokens, embedding and output tables are transferred token by token. The embedding
+of a tree node is then the mean over the tokens below the node, and the embedding of the mask is
+that of the old mask. A head keeps its initial weights if its rows have another meaning than the
+rows of the old head.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ Parts = Literal["all", "embeddings"]
 
 
 class TrainedWeights(NamedTuple):
-    """Weights of a trained run by name, its vocabulary and its head; `place` is for messages."""
+    """Weights (by name), vocabulary and head of a trained run.
+
+    `place` is the name of the run in error messages.
+    """
 
     place: str
     weights: Mapping[str, Tensor]
@@ -34,7 +38,14 @@ class TrainedWeights(NamedTuple):
 
 
 class TransferredWeights(NamedTuple):
-    """Weights by name, and the names taken `whole`, taken `by_token`, and left `fresh`."""
+    """Result of `transfer_weights`.
+
+    Attributes:
+        weights: initial weights of the new run, by name.
+        whole: names of tensors that were copied unchanged.
+        by_token: names of tensors that were transferred token by token.
+        fresh: names of tensors that keep their random initialization.
+    """
 
     weights: dict[str, Tensor]
     whole: list[str]
@@ -46,9 +57,10 @@ class TransferredWeights(NamedTuple):
 def transfer_weights(
     denoiser: Denoiser, source: TrainedWeights, parts: Parts
 ) -> TransferredWeights:
-    """Compute the initial weights of `denoiser` from `source`: all, or only state embeddings.
+    """Compute the initial weights of `denoiser` from the trained weights `source`.
 
-    Raises CheckpointError if tensors are missing there or have another shape.
+    `parts` selects all weights or only the state embeddings. Raises CheckpointError if tensors are
+    missing in `source` or have another shape.
     """
     own = denoiser.state_dict()
     vocabulary = denoiser.head.vocabulary
@@ -57,7 +69,7 @@ def transfer_weights(
     if parts == "embeddings" and not states:
         raise CheckpointError(
             f'[train] init parts = "embeddings": {type(denoiser.backbone).__name__} has no '
-            'StateEmbedding to fill. Take parts = "all".'
+            'StateEmbedding to initialize. Use parts = "all".'
         )
     taken = states if parts == "embeddings" else [name for name in own if name not in head]
     _check_shapes(own, source, taken, states)
@@ -102,14 +114,14 @@ def _check_shapes(
     names: Sequence[str],
     states: Sequence[str] = (),
 ) -> None:
-    """Raise CheckpointError unless `source` has `names` in the same shapes.
+    """Raise CheckpointError unless `source` has the tensors `names` with the shapes in `own`.
 
-    Tables of states may have another number of rows.
+    The tensors `states` have one row per state and may differ in the number of rows.
     """
     faults = []
     for name in names:
         if name not in source.weights:
-            faults.append(f"{name} is not there")
+            faults.append(f"{name} is missing in the trained run")
             continue
         theirs = source.weights[name].shape
         mine = own[name].shape
@@ -118,7 +130,9 @@ def _check_shapes(
         else:
             theirs_compared, mine_compared = theirs, mine
         if theirs_compared != mine_compared:
-            faults.append(f"{name} has shape {list(theirs)} there and {list(mine)} here")
+            faults.append(
+                f"{name} has shape {list(theirs)} in the trained run and {list(mine)} in this run"
+            )
     _raise_faults(faults, source)
 
 
@@ -126,7 +140,7 @@ def _check_nothing_else(own: Mapping[str, Tensor], source: TrainedWeights) -> No
     faults: list[str] = []
     for name in source.weights:
         if name not in own and not name.startswith("head."):
-            faults.append(f"{name} has no place here")
+            faults.append(f"{name} does not exist in this run")
     _raise_faults(faults, source)
 
 
@@ -135,13 +149,16 @@ def _raise_faults(faults: list[str], source: TrainedWeights) -> None:
         more = f" and {len(faults) - 3} more differences" if len(faults) > 3 else ""
         raise CheckpointError(
             f"[train] init: the weights of {source.place} do not fit this denoiser: "
-            f"{'; '.join(faults[:3])}{more}. Give [denoiser] the sizes of that run, or take "
-            'parts = "embeddings".'
+            f"{'; '.join(faults[:3])}{more}. Set the sizes in [denoiser] to those of the trained "
+            'run, or use parts = "embeddings".'
         )
 
 
 def _average_tokens(rows: Tensor, vocabulary: Vocabulary, level: int) -> Tensor:
-    """Average rows [V,d] over the tokens of each node of a level: [n_l,d]."""
+    """Average rows [V,d] over the tokens below each node of a level.
+
+    V is the number of tokens. Return [n,d] for the n nodes of the level.
+    """
     tokens = torch.arange(vocabulary.num_tokens)
     index = vocabulary.ancestor(tokens, level) - vocabulary.offsets[level]
     size = vocabulary.level_sizes[level]
@@ -151,7 +168,11 @@ def _average_tokens(rows: Tensor, vocabulary: Vocabulary, level: int) -> Tensor:
 
 
 def _transfer_states(theirs: Tensor, old: Vocabulary, new: Vocabulary) -> Tensor:
-    """Build embeddings of states [S,d]: tokens as they are, nodes as means, the old mask."""
+    """Build the embeddings [S,d] of all S states of the vocabulary `new`.
+
+    Token embeddings are copied, node embeddings are the means over the tokens below the node, and
+    the embedding of the mask is that of the old mask.
+    """
     tokens = theirs[: new.num_tokens]
     levels = [_average_tokens(tokens, new, level) for level in range(new.num_levels + 1)]
     weight = torch.cat(levels)
@@ -161,7 +182,7 @@ def _transfer_states(theirs: Tensor, old: Vocabulary, new: Vocabulary) -> Tensor
 
 
 def _is_same_head(mine: Head, theirs: Head) -> bool:
-    """Whether the rows of two heads on the same vocabulary have the same meaning."""
+    """Whether the rows of the output tables of two heads have the same meaning."""
     return (
         type(mine) is type(theirs)
         and mine.kind == theirs.kind
@@ -170,17 +191,18 @@ def _is_same_head(mine: Head, theirs: Head) -> bool:
 
 
 def _has_token_rows(head: Head) -> bool:
-    """Whether each row of the table gives a token's logit among all tokens."""
+    """Whether each row of the head's output table yields the logit of one token."""
     return isinstance(head, TokenHead) or (isinstance(head, TreeHead) and head.kind == "tied")
 
 
 def _transfer_head(mine: TokenHead | TreeHead, source: TrainedWeights) -> dict[str, Tensor]:
-    """Build a head's table and bias from those of a head with token rows.
+    """Build table and bias of the head `mine` from those of a head with one row per token.
 
-    A node's row is the mean over its tokens; its bias is the log of the sum of their exponentials.
-    The distribution over the tokens of a node of the lowest level then is that of the old head.
+    The row of a node is the mean of the rows of the tokens below the node. The bias of a node is
+    the log-sum-exp of the biases of these tokens. Within a node of the lowest level, the predicted
+    distribution over tokens is then the same as that of the old head.
     """
-    # Rows of the old head in the order of the tokens' ids.
+    # Rows of the old head, sorted by token id.
     tokens = torch.argsort(_row_order(source.head, 0))
     table = source.weights["head.table"][tokens]
     bias = source.weights["head.bias"][tokens]
@@ -194,16 +216,22 @@ def _transfer_head(mine: TokenHead | TreeHead, source: TrainedWeights) -> dict[s
 
 
 def _row_order(head: Head, level: int) -> Tensor:
-    """Return which node of a level each row of the head's table belongs to: [n_l], from 0."""
+    """Return the node number of each row of the head's table at a level.
+
+    The result has shape [n] for the n nodes of the level, which are numbered from 0.
+    """
     vocabulary = head.vocabulary
-    # A tree head stores the nodes of a subtree next to one another.
+    # A tree head stores the nodes of a subtree in consecutive rows.
     if isinstance(head, TreeHead):
         return vocabulary.order(level) - vocabulary.offsets[level]
     return torch.arange(vocabulary.num_tokens)
 
 
 def _logsumexp_tokens(values: Tensor, vocabulary: Vocabulary, level: int) -> Tensor:
-    """Compute the log of the sum of exp(values [V]) over the tokens of each node: [n_l]."""
+    """Compute the log-sum-exp of values [V] over the tokens below each node of a level.
+
+    V is the number of tokens. Return [n] for the n nodes of the level.
+    """
     tokens = torch.arange(vocabulary.num_tokens)
     index = vocabulary.ancestor(tokens, level) - vocabulary.offsets[level]
     size = vocabulary.level_sizes[level]

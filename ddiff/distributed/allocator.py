@@ -1,4 +1,4 @@
-"""Keep freed memory for the next step instead of returning it to the kernel."""
+"""Setting of the C allocator that keeps freed memory for the next training step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ _SETTINGS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 1 << 30, _TOP_PAD: 64 <
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed blocks of up to 32 MB, and a gigabyte in all; return whether it does.
+    """Make glibc keep freed blocks of up to 32 MB, and 1 GB in total, for later allocations.
 
-    A step on a CPU allocates the same chunks again and again, and glibc maps large ones again each
-    time: a quarter of a step of masked diffusion at V = 50257 went into page faults. Nothing
-    changes with another C library, or if the user has set MALLOC_MMAP_THRESHOLD_.
+    Return whether the setting took effect. It has no effect with another C library, or if the user
+    has set MALLOC_MMAP_THRESHOLD_.
+
+    Every training step on a CPU allocates blocks of the same sizes. By default, glibc returns large
+    blocks to the kernel and maps new pages each time: page faults took a quarter of the time of a
+    step of masked diffusion with 50257 tokens.
     """
     if "MALLOC_MMAP_THRESHOLD_" in os.environ or os.name != "posix":
         return False

@@ -1,4 +1,4 @@
-"""Blocks of a backbone, which are sharded, compiled and recomputed one by one."""
+"""Blocks of a backbone, the units of sharding, compilation and activation recomputation."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from torch.utils.checkpoint import checkpoint
 
 
 def find_blocks(module: nn.Module) -> list[nn.Module]:
-    """List the elements, with parameters, of every outermost `nn.ModuleList`, in module order."""
+    """List the blocks of a module, in module order.
+
+    Blocks are the elements of every outermost `nn.ModuleList` that have parameters.
+    """
     return [block for block in _iterate_lists(module) if any(True for _ in block.parameters())]
 
 
 def recompute_activations(module: nn.Module) -> None:
-    """Keep only the input of each block and recompute the rest in the backward pass.
+    """Store only the input of each block, and recompute its activations in the backward pass.
 
-    This takes less memory and a third more work.
+    This needs less memory, and about a third more computation.
     """
     for block in find_blocks(module):
-        # A wrapper module would rename every parameter below it.
+        # Replace `forward`, because a wrapper module would change the names of the parameters.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compile each block in place, as one graph, so that equal blocks are compiled once.
+    """Compile each block in place, as one graph.
 
-    To be called before `recompute_activations`: compilers do not see through the recomputation.
+    Blocks with the same code and shapes share a compiled graph. Call this function before
+    `recompute_activations`, because torch.compile cannot compile the recomputation as one graph.
     """
     for block in find_blocks(module):
         block.forward = torch.compile(block.forward, fullgraph=True)

@@ -1,8 +1,8 @@
-"""Data-parallel backends: each process takes its share of each global batch.
+"""Data-parallel backends: each process trains on a part of each global batch.
 
-Losses are shares of one sum over global counts, so gradients are summed over the ranks and not
-averaged. What a step computes does not depend on the number of processes, up to the rounding of
-sums in another order.
+The loss of a rank is already divided by the token count of the global batch, so gradients are
+summed over the ranks and not averaged. The result of a step does not depend on the number of
+processes, except for rounding: floating-point sums are computed in another order.
 """
 
 from __future__ import annotations
@@ -27,37 +27,40 @@ from ddiff.distributed.launcher import check_address, get_rank_info
 from ddiff.distributed.single import clip_grad_norm, resolve_device
 from ddiff.errors import ArgumentError
 
-_PREPARING = timedelta(days=7)  # how long the other ranks wait while rank 0 prepares data
+_PREPARING = timedelta(days=7)  # timeout of the other ranks while rank 0 prepares data
 
 
 class _RankBackend:
-    """One of several processes that torchrun or `ddiff run` started.
+    """Base class of the backends for processes that torchrun or `ddiff run` started.
 
-    Raises ArgumentError if this process was started as the only one.
+    Raises ArgumentError if this process was not started by torchrun or `ddiff run` as one of
+    several.
 
     Args:
-        device: "auto" (a GPU for each process of this machine if there are any, else the CPU),
-            "cpu" (gloo) or "cuda" (nccl).
-        processes: the number that was started, or 1 for any number.
+        device: "cuda" (one GPU per process, with NCCL), "cpu" (with Gloo), or "auto" ("cuda" if the
+            machine has a GPU, otherwise "cpu").
+        processes: number of processes, which must be the number that was started. 1 accepts any
+            number.
     """
 
     def __init__(self, device: str = "auto", processes: int = 1) -> None:
         info = get_rank_info()
         if info is None:
             raise ArgumentError(
-                f"processes = {processes} are started by the command `ddiff run`, or by torchrun "
-                "around a Python script; this process was started alone. Use one of them, or leave "
-                "processes out."
+                f"processes = {processes} needs {processes} processes, which are started by the "
+                "command `ddiff run`, or by torchrun for a Python script; this process was started "
+                "without them. Use `ddiff run` or torchrun, or remove `processes`."
             )
         if processes not in (1, info.world_size):
             raise ArgumentError(
-                f"processes must be the {info.world_size} that torchrun started, or be left out; "
-                f"got {processes}."
+                f"processes must be {info.world_size}, the number of processes that torchrun "
+                f"started, or be omitted; got {processes}."
             )
         if device not in ("auto", "cpu", "cuda"):
             raise ArgumentError(
-                'device must be "auto", "cpu" or "cuda" with several processes, each of which '
-                f'takes its own GPU; got "{device}". Choose the GPUs with CUDA_VISIBLE_DEVICES.'
+                'With several processes, device must be "auto", "cpu" or "cuda", because each '
+                f'process uses its own GPU; got "{device}". Select the GPUs with '
+                "CUDA_VISIBLE_DEVICES."
             )
         self.rank = info.rank
         self.world_size = info.world_size
@@ -76,7 +79,7 @@ class _RankBackend:
             world_size=info.world_size,
             device_id=self.device if on_gpu else None,
         )
-        self._turns = 0  # blocks of `main_process_first` so far
+        self._turns = 0  # number of calls of `main_process_first`
 
     @staticmethod
     def is_started() -> bool:
@@ -99,7 +102,7 @@ class _RankBackend:
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        # A barrier gives up after minutes, and rank 0 may tokenize for hours: use the store.
+        # A barrier times out after minutes, but rank 0 may tokenize for hours: use the store.
         key = f"ddiff/first/{self._turns}"
         self._turns += 1
         if self.rank > 0:
@@ -114,24 +117,26 @@ class _RankBackend:
     def close(self) -> None:
         if dist.is_initialized():
             dist.barrier()
-            gc.collect()  # a wrapper that is released must be gone before its process group
+            gc.collect()  # destroy released DDP wrappers before their process group
             dist.destroy_process_group()
 
 
 @final
 class DistributedBackend(_RankBackend):
-    """Every process holds the whole model (DDP)."""
+    """Data-parallel backend in which every process holds the whole model (DDP)."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
         with warnings.catch_warnings():
-            # broadcast_buffers has a newer name that torch 2.9 does not know.
+            # Newer versions of torch warn that broadcast_buffers is renamed; torch 2.9 does not
+            # have the new name.
             warnings.simplefilter("ignore", FutureWarning)
-            # A parameter may be unused on some rank or in some step, such as the embedding of a
-            # condition that no row of this rank's share has.
+            # Some ranks may not use a parameter in a step, such as the embedding of a condition
+            # that no sequence of the rank has.
             wrapped = DistributedDataParallel(
                 module.to(self.device), broadcast_buffers=False, find_unused_parameters=True
             )
-        # DDP checks the annotations of a named function, which are strings here.
+        # A lambda, because DDP checks the annotations of a function, which are strings in this
+        # module.
         wrapped.register_comm_hook(None, lambda _, bucket: _sum_bucket(bucket))
         return wrapped
 
@@ -139,8 +144,8 @@ class DistributedBackend(_RankBackend):
         return module.module if isinstance(module, DistributedDataParallel) else module
 
     def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
-        # Not only faster but necessary: gradients that are summed already would be summed again
-        # together with those of the next micro-batch.
+        # Required for correctness: without no_sync, gradients that are already summed over the
+        # ranks would be summed again together with those of the next micro-batch.
         assert isinstance(module, DistributedDataParallel)
         return module.no_sync()
 
@@ -150,16 +155,19 @@ class DistributedBackend(_RankBackend):
 
 @final
 class ShardedBackend(_RankBackend):
-    """Every process holds a shard of parameters, gradients and optimizer state (FSDP2, 2304.11277).
+    """Data-parallel backend in which every process holds a shard of the model (FSDP2).
 
-    Each block of the backbone is gathered when it runs and released again, forward and backward.
-    What is outside the blocks, embeddings and head, stays gathered from forward to backward.
-    Gradients are summed in float32. A parameter that a rank does not use in a step has a zero
-    gradient there, and so decays; before torch 2.13 such a step ends the run.
+    Parameters, gradients and optimizer state are sharded (arXiv 2304.11277). The weights of each
+    block of the backbone are gathered for its forward pass and again for its backward pass.
+    Embeddings and head, which are outside the blocks, remain gathered from forward to backward.
+    Gradients are summed in float32.
+
+    If a rank does not use a parameter in a step, its gradient on this rank is zero, so that weight
+    decay still applies. This needs torch 2.13; with older versions such a step raises an error.
 
     Args:
         device, processes: as in `DistributedBackend`.
-        precision: dtype in which a GPU gathers blocks; None: that of the weights.
+        precision: dtype of the gathered weights on a GPU. None: the dtype of the weights.
     """
 
     def __init__(
@@ -174,8 +182,8 @@ class ShardedBackend(_RankBackend):
     def wrap(self, module: nn.Module) -> nn.Module:
         mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
         module = module.to(self.device)
-        # A CPU has no layer norm of float32 hidden states with bfloat16 weights, and gathers
-        # through memory anyway.
+        # On a CPU, torch has no layer norm of float32 inputs with bfloat16 weights, and gathering
+        # in bfloat16 would save little time.
         precision = None if self.device.type == "cpu" else self.precision
         policy = MixedPrecisionPolicy(
             param_dtype=precision,
@@ -184,8 +192,8 @@ class ShardedBackend(_RankBackend):
         )
         for block in find_blocks(module):
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        # One group for the rest. The head is called through the module's forward, so that its
-        # table is gathered for all chunks of rows.
+        # Embeddings and head form one group. The module's forward calls the head, so that the
+        # output table is gathered once for all chunks of rows.
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
         for shard in module.modules():
             if isinstance(shard, FSDPModule):
@@ -204,7 +212,8 @@ class ShardedBackend(_RankBackend):
 
     @contextmanager
     def gather_weights(self, module: nn.Module) -> Iterator[None]:
-        # An evaluation queries embeddings and head without the module's forward.
+        # An evaluation calls embeddings and head without the module's forward, which would gather
+        # their weights.
         shards = cast(FSDPModule, module)
         shards.unshard()
         try:
@@ -222,7 +231,7 @@ def _sum_gradients(shard: FSDPModule) -> None:
 
 
 def _sum_bucket(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Sum a bucket of gradients over the ranks; DDP's own hook would average them."""
+    """Sum a bucket of gradients over the ranks. DDP's default hook would average the gradients."""
     future: torch.futures.Future[list[Tensor]] = dist.all_reduce(
         bucket.buffer(), async_op=True
     ).get_future()

@@ -1,8 +1,8 @@
-"""Start several worker processes of one command on this machine, as torchrun does.
+"""Launcher of several worker processes of one command on this machine, as torchrun.
 
-`launch` starts the workers, passes signals on to all of them and prints one error for all. A worker
-is the same command with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set. This module
-imports no torch.
+`launch` starts the workers, forwards signals to all workers and prints one error message for all of
+them. A worker runs the same command with the environment variables RANK, LOCAL_RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import IO, NamedTuple, NoReturn
 from ddiff.errors import ArgumentError, shorten
 
 MISTAKE = 2  # exit code of a mistake that the user can fix
-GRACE = 5.0  # seconds that workers have to end by themselves after one of them has failed
-_CORES = "DDIFF_LAUNCH_CORES"  # cores of the machine, of which each worker got an equal share
-_REPORTS = "DDIFF_LAUNCH_REPORTS"  # folder in which a worker leaves its last message
+GRACE = 5.0  # seconds until the other workers are killed after one worker has failed
+_CORES = "DDIFF_LAUNCH_CORES"  # number of cores, which are divided among the workers
+_REPORTS = "DDIFF_LAUNCH_REPORTS"  # folder in which a worker writes its error message
 
 
 class RankInfo(NamedTuple):
-    """Rank of a process among those started together; `local_rank` counts within its machine."""
+    """Rank of a process among all `world_size` processes, and among those of its machine."""
 
     rank: int
     local_rank: int
@@ -37,7 +37,11 @@ class RankInfo(NamedTuple):
 
 
 def get_rank_info() -> RankInfo | None:
-    """Return the rank that torchrun or `launch` gave this process; None if it is the only one."""
+    """Return the rank that torchrun or `launch` assigned to this process.
+
+    Return None if the process was started without a launcher. Raises ArgumentError if the
+    environment variables are invalid.
+    """
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return None
     rank = _read_number("RANK")
@@ -45,44 +49,53 @@ def get_rank_info() -> RankInfo | None:
     local_rank = _read_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else rank
     if rank >= world_size:
         raise ArgumentError(
-            f"The environment variable RANK must be below WORLD_SIZE; got {rank} and {world_size}. "
-            "Unset both (and MASTER_ADDR) to run one process, or start several with torchrun."
+            "The environment variable RANK must be less than WORLD_SIZE; got RANK = "
+            f"{rank} and WORLD_SIZE = {world_size}. Unset RANK, WORLD_SIZE and MASTER_ADDR to run "
+            "one process, or start several processes with torchrun."
         )
     return RankInfo(rank, local_rank, world_size)
 
 
 def check_address() -> None:
-    """Raise ArgumentError unless MASTER_PORT, where processes find one another, is a port."""
+    """Raise ArgumentError unless the environment variable MASTER_PORT is a port from 1 to 65535."""
     port = _read_number("MASTER_PORT") if "MASTER_PORT" in os.environ else 0
     if not 0 < port < 65536:
         raise ArgumentError(
-            "The environment variable MASTER_PORT must be a port from 1 to 65535, as torchrun sets "
-            f"it; got {port or 'none'}. Unset RANK, WORLD_SIZE and MASTER_ADDR to run one process."
+            "The environment variable MASTER_PORT, which torchrun sets, must be a port from 1 to "
+            f"65535; got {port or 'none'}. Unset RANK, WORLD_SIZE and MASTER_ADDR to run one "
+            "process."
         )
 
 
 def _read_number(name: str) -> int:
-    """Read a whole number from an environment variable; ArgumentError if it is none."""
+    """Read an integer of at least 0 from an environment variable.
+
+    Raises ArgumentError if the value is not such an integer.
+    """
     written = os.environ[name]
     if not written.isascii() or not written.strip().isdecimal():
         raise ArgumentError(
-            f"The environment variable {name} must be a whole number from 0, as torchrun sets it; "
-            f"got {shorten(written)!r}. Unset it to run one process."
+            f"The environment variable {name}, which torchrun sets, must be an integer of at least "
+            f"0; got {shorten(written)!r}. Unset {name} to run one process."
         )
     return int(written)
 
 
 def get_machine_cores() -> int | None:
-    """Return the number of threads for a worker after the others ended; None if not divided."""
+    """Return the number of cores of the machine, for a worker that `launch` started.
+
+    Each worker uses only a part of the cores while the other workers run. Return None if the
+    launcher did not divide the cores.
+    """
     return int(os.environ[_CORES]) if _CORES in os.environ else None
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run `ddiff ARGUMENTS` as `processes` workers; return the exit code of a single process.
+    """Run `ddiff ARGUMENTS` in `processes` workers and return the exit code for the shell.
 
-    Rank 0 writes to the streams of this process. When a worker fails, the others have five seconds
-    to end, and the message of the one that failed first is printed. Workers end with this process,
-    however it ends.
+    Rank 0 writes to stdout and stderr of this process. After a worker has failed, the other workers
+    are killed after five seconds, and the error message of the first failed worker is printed.
+    Workers end when this process ends, even if it is killed.
     """
     received: list[int] = []
 
@@ -111,10 +124,10 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 
 def exit_with_message(message: str, code: int) -> NoReturn:
-    """End this process with a message, which the launcher prints once for all workers."""
+    """End this process with an error message, which the launcher prints once for all workers."""
     try:
         info = get_rank_info()
-    except ArgumentError:  # the message is about these variables
+    except ArgumentError:  # `message` already reports the invalid variables
         info = None
     reports = os.environ.get(_REPORTS)
     if info and reports:
@@ -125,14 +138,15 @@ def exit_with_message(message: str, code: int) -> NoReturn:
         raise SystemExit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Other ranks may wait in a collective: an orderly exit would wait for them, or abort.
+    # Other ranks may be waiting in a collective. A normal exit would wait for them, or abort.
     os._exit(code)
 
 
 def exit_with_launcher() -> None:
-    """Make a worker of `launch` end when its launcher ends.
+    """Make a worker end when its launcher ends.
 
-    The launcher holds the other end of the worker's standard input, which is closed when it ends.
+    The standard input of a worker is a pipe from the launcher, which is closed when the launcher
+    ends, even if it is killed.
     """
     if _REPORTS in os.environ:
         threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
@@ -162,8 +176,8 @@ def _start_worker(
     log: IO[bytes] | None = None
     if info.rank > 0:
         log = open(reports / f"{info.rank}.log", "wb")  # noqa: SIM115
-    # In a session of its own a worker gets a Ctrl-C once, from the launcher, and not from the
-    # terminal as well.
+    # start_new_session: on Ctrl-C the terminal signals only the launcher, which forwards the
+    # signal. Otherwise a worker would receive the signal twice.
     worker = subprocess.Popen(
         command,
         env=environment,
@@ -178,7 +192,10 @@ def _start_worker(
 
 
 def _wait_for_workers(workers: Sequence[subprocess.Popen[bytes]], received: list[int]) -> None:
-    """Wait until all have ended, or GRACE after one has failed; pass signals on to all."""
+    """Wait until all workers have ended, and forward received signals to all workers.
+
+    After a worker has failed, wait at most GRACE seconds for the other workers.
+    """
     deadline = float("inf")
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
         while received:
@@ -191,7 +208,10 @@ def _wait_for_workers(workers: Sequence[subprocess.Popen[bytes]], received: list
 
 
 def _report_outcome(workers: Sequence[subprocess.Popen[bytes]], reports: Path) -> int:
-    """Print the message of the first failure and return its exit code, 0 without a failure."""
+    """Print the error message of the first failed worker and return its exit code.
+
+    Return 0 if no worker failed.
+    """
     failed = [rank for rank, worker in enumerate(workers) if worker.returncode]
     if not failed:
         return 0
@@ -204,9 +224,10 @@ def _report_outcome(workers: Sequence[subprocess.Popen[bytes]], reports: Path) -
         log = reports / f"{first}.log"
         output = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.exists() else ""
         print(
-            f"{output}Worker {first} of {len(workers)} was ended by {signal.Signals(-code).name}, "
-            "so all were; a machine without memory to spare does that with SIGKILL. The same "
-            "command resumes from the newest checkpoint.",
+            f"{output}Worker {first} of {len(workers)} was killed by "
+            f"{signal.Signals(-code).name}, so all workers were ended. If the signal is SIGKILL, "
+            "the machine may be out of memory. The same command resumes from the newest "
+            "checkpoint.",
             file=sys.stderr,
         )
     return 128 - code if code < 0 else code
@@ -215,10 +236,10 @@ def _report_outcome(workers: Sequence[subprocess.Popen[bytes]], reports: Path) -
 def _failure_order(
     worker: subprocess.Popen[bytes], reports: Path, rank: int
 ) -> tuple[bool, int, int]:
-    """Sort key of a failure: mistakes of the user before their consequences, then by time.
+    """Return the sort key of a failed worker.
 
-    A worker that was killed left no report, and the other failures are its consequences: it has
-    time 0.
+    The worker with the smallest key is taken as the cause of all failures. Errors with exit code MISTAKE come first, then failures by the time of their report. A killed
+    worker has no report and gets time 0, because it caused the failures of the other workers.
     """
     report = reports / str(rank)
     written = report.stat().st_mtime_ns if report.exists() else 0
@@ -226,7 +247,10 @@ def _failure_order(
 
 
 def _divide_cores(workers: int) -> dict[str, str]:
-    """Give each worker its share of the cores, unless the user has set the number of threads."""
+    """Return environment variables that divide the cores equally among the workers.
+
+    The dictionary is empty if the user has set OMP_NUM_THREADS.
+    """
     if "OMP_NUM_THREADS" in os.environ:
         return {}
     cores = _count_cores()
@@ -241,5 +265,5 @@ def _find_free_port() -> int:
 
 def _count_cores() -> int:
     if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))  # containers restrict it
+        return len(os.sched_getaffinity(0))  # a container may have fewer cores than the machine
     return os.cpu_count() or 1

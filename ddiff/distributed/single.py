@@ -1,4 +1,4 @@
-"""Backend of one process on one device."""
+"""Backend for a single process on one device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from ddiff.errors import ArgumentError
 
 @final
 class SingleBackend:
-    """One process, one device: "auto" (CUDA if there is one, else the CPU) or any torch device."""
+    """Backend for a single process on one device.
+
+    `device` is the name of a torch device, or "auto" for CUDA if available and otherwise the CPU.
+    """
 
     rank = 0
     world_size = 1
@@ -55,9 +58,10 @@ class SingleBackend:
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale all gradients so that their common norm is at most `max_norm`; return the norm before.
+    """Scale the gradients so that their total norm is at most `max_norm`.
 
-    As `torch.nn.utils.clip_grad_norm_`, but None clips nothing.
+    Return the norm before clipping. Like `torch.nn.utils.clip_grad_norm_`, except that
+    `max_norm = None` does not clip.
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -67,7 +71,10 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device of that name, "auto" for a GPU if any; ArgumentError if it is unusable."""
+    """Return the torch device with the name `name`.
+
+    "auto" is CUDA if available and otherwise the CPU. Raises ArgumentError if the device does not exist or cannot be used.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -78,13 +85,13 @@ def resolve_device(name: str) -> torch.device:
         ) from error
     if device.type == "mps":
         raise ArgumentError(
-            'device "mps" cannot be used: times, bounds and draws are computed in float64, which '
-            'Metal does not have. Use device = "cpu".'
+            'device "mps" cannot be used: noise times, bounds and samples are computed in float64, '
+            'which Metal does not support. Use device = "cpu".'
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ArgumentError(
-            f'device must be one that torch {torch.__version__} sees; got "{name}", and there are '
-            f'{torch.cuda.device_count()} CUDA devices here. Use device = "auto", or install a '
-            "CUDA build of torch."
+            f'device must be available to torch {torch.__version__}; got "{name}", and torch finds '
+            f'{torch.cuda.device_count()} CUDA devices. Use device = "auto", or install a CUDA '
+            "build of torch."
         )
     return device

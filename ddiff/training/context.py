@@ -1,4 +1,4 @@
-"""What the backbone is conditioned on in a batch, and dropping conditions during training."""
+"""Build the context of a batch (padding, documents, conditions) and drop conditions in training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def build_context(batch: Batch) -> Context:
     """Collect padding, document numbers and conditions of a batch.
 
-    Without padding or packing these fields are None, so that attention runs without a mask.
+    Without padding the field `valid` is None, and without packing the field `document` is None, so
+    that attention runs without a mask.
     """
     valid = None if bool(batch.valid.all()) else batch.valid
     document = batch.document if batch.packed else None
@@ -30,22 +31,25 @@ def drop_conditions(
     dropout: Mapping[str, float],
     rng: CounterRng,
 ) -> Context:
-    """Mark each condition absent in a random share `dropout[name]` of the samples.
+    """Mark each condition absent in a random fraction `dropout[name]` of the samples.
 
-    The network then also learns the distribution without the condition, which classifier-free
-    guidance compares with.
+    The network then also learns the unconditional distribution, which classifier-free guidance
+    needs.
     """
     conditions = dict(context.conditions)
     for name, share in dropout.items():
         if name in conditions and share > 0:
-            # A sample keeps its condition whole or not at all, also where it has one per position.
+            # One decision per sample: a condition per position is also dropped at all positions.
             dropped = rng.uniform(f"condition.{name}")[:, 0] < share
             conditions[name] = mark_absent(conditions[name], dropped)
     return context._replace(conditions=conditions)
 
 
 def mark_absent(condition: Tensor, dropped: Tensor) -> Tensor:
-    """Mark a condition absent in the samples `dropped` [B] bool: labels become -1, vectors NaN."""
+    """Mark a condition absent in the samples `dropped` [B] bool.
+
+    Labels become -1, vectors become NaN.
+    """
     absent = torch.nan if condition.is_floating_point() else -1
-    ones = [1] * (condition.dim() - 1)  # to broadcast over what follows the batch dimension
+    ones = [1] * (condition.dim() - 1)  # to broadcast over the dimensions after the batch
     return condition.masked_fill(dropped.reshape(-1, *ones), absent)

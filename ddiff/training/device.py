@@ -1,4 +1,4 @@
-"""Move tensors to a device without waiting for it."""
+"""Copy tensors to a device without waiting for pending work of the device."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ def get_device(module: nn.Module) -> torch.device:
 
 
 def to_device(parts: Any, device: torch.device) -> Any:
-    """Copy a tensor, or the tensors in nested tuples and dicts, to a device; other values stay.
+    """Copy a tensor, or the tensors in nested tuples and dicts, to a device.
 
-    The host does not wait for work that the device is still doing.
+    Values that are not tensors are returned unchanged. The host does not wait for pending work of
+    the device.
     """
     if isinstance(parts, Tensor):
         if device.type == "cuda" and parts.device.type == "cpu":
-            # A copy from memory that is not pinned would wait for the device.
+            # A copy from unpinned memory would block the host until the device is ready.
             return parts.pin_memory().to(device, non_blocking=True)
         return parts.to(device)
     if isinstance(parts, dict):

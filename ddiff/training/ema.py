@@ -15,11 +15,12 @@ from ddiff.training.optimizers import to_local
 
 @final
 class ExponentialMovingAverage:
-    """Average w of the trained parameters p: w <- d w + (1 - d) p after each step.
+    """Exponential moving average w of the trained parameters p.
 
-    At the n-th step d = min(decay, (1 + n) / (10 + n)), so that the first weights are soon
-    forgotten. Averages have the device and sharding of their parameters, in float32 at least.
-    ArgumentError unless the decay is in (0, 1).
+    After each optimizer step w <- d w + (1 - d) p. At the n-th step d = min(decay,
+    (1 + n) / (10 + n)), so that the initial weights are soon forgotten. Averages have the device
+    and the sharding of the parameters, in float32 at least. Raises ArgumentError unless `decay` is
+    in (0, 1).
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -34,16 +35,19 @@ class ExponentialMovingAverage:
             if parameter.requires_grad:
                 self._parameters[name] = parameter
                 self.weights[name] = _widen(parameter.detach()).clone()
-        # The count lives on the device, since it is decided there whether a step was taken.
+        # The count is a tensor on the device, where it is decided whether a step is taken.
         device = next(iter(self._parameters.values())).device
         self.updates = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
-        """Average the current parameters in, unless the step was skipped: `finite` (0-d bool)."""
+        """Update the averages with the current parameters.
+
+        `finite` (0-d bool) is false if the optimizer step was skipped; then nothing changes.
+        """
         taken = finite.to(torch.float64)
         ramp = (1.0 + self.updates) / (10.0 + self.updates)
-        # A factor of 0 and no branch: whether the step was taken is known on the device only.
+        # A factor of 0, not a branch: the host does not know whether the step was taken.
         share = taken * (1.0 - ramp.clamp(max=self.decay))
         self.updates += taken
         for name, average in self.weights.items():
@@ -53,7 +57,10 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def apply(self) -> Iterator[None]:
-        """Give the module the averages inside the block, and its own bits back after it."""
+        """Context manager: replace the module's parameters by the averages inside the block.
+
+        After the block the parameters are bitwise identical to those before it.
+        """
         own: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             own[name] = to_local(parameter.detach()).clone()
@@ -69,17 +76,21 @@ class ExponentialMovingAverage:
             to_local(parameter).copy_(to_local(weights[name]))
 
     def to_tree(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
+        """Return the averages and their number of updates, for a checkpoint."""
         return {"updates": self.updates, "weights": self.weights}
 
     @torch.no_grad()
     def load_tree(self, tree: dict[str, Any]) -> None:
-        """Load what `to_tree` returned; CheckpointError if it is the average of another model."""
+        """Load a tree that `to_tree` returned.
+
+        Raises CheckpointError if the tree has averages of other parameters.
+        """
         if tree["weights"].keys() != self.weights.keys():
             differing = sorted(tree["weights"].keys() ^ self.weights.keys())
             raise CheckpointError(
-                "The moving average in the checkpoint is of another model: "
-                f"{', '.join(differing[:3])} differ."
+                "The moving average in the checkpoint belongs to another model: only one of the "
+                f"two has the parameters {', '.join(differing[:3])}. Resume with the recipe that "
+                "the run was trained with."
             )
         self.updates.copy_(tree["updates"])
         for name, average in self.weights.items():
@@ -87,6 +98,6 @@ class ExponentialMovingAverage:
 
 
 def _widen(weight: Tensor) -> Tensor:
-    # In bfloat16 an update of 1e-4 would be rounded away.
+    # bfloat16 has 8 bits of precision: it would round an update of relative size 1e-4 to nothing.
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return weight.to(dtype)

@@ -1,8 +1,8 @@
-"""Learning-rate schedules: step -> factor in (0, 1] of each parameter group's own rate.
+"""Learning-rate schedules: functions from the step to a factor in (0, 1].
 
-A schedule has no state, since the step determines it. A run that is resumed with a larger number of
-steps follows the cosine of the new total from there on, so its rate rises again where the shorter
-run had reached its end.
+The trainer multiplies the learning rate of each parameter group by the factor. A schedule has no
+state: the step determines the factor. A run that is resumed with a larger total number of steps
+follows the cosine of the new total, so that its learning rate rises again after the resumption.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from ddiff.errors import ArgumentError
 
 @dataclass(frozen=True)
 class WarmupConstant:
-    """(step + 1) / warmup during the first `warmup` steps, then 1. Steps count from 0."""
+    """Linear warm-up, then a constant learning rate.
+
+    The factor is (step + 1) / warmup during the first `warmup` steps and 1 after them. Steps count
+    from 0.
+    """
 
     warmup: int = 0
 
@@ -30,9 +34,9 @@ class WarmupConstant:
 
 @dataclass(frozen=True)
 class WarmupCosine:
-    """Warm-up as in `WarmupConstant`, then half a cosine from 1 down to `floor` at the last step.
+    """Linear warm-up, then a cosine decay from 1 to `floor` at the last step.
 
-    A run that is not longer than its warm-up only warms up.
+    The warm-up is that of `WarmupConstant`. If `steps <= warmup`, there is no decay.
     """
 
     steps: int
@@ -43,7 +47,7 @@ class WarmupCosine:
         _check_warmup(self.warmup)
         if not 0.0 <= self.floor <= 1.0:
             raise ArgumentError(
-                f"floor must be a share of the learning rate in [0, 1]; got {self.floor}."
+                f"floor must be a fraction of the learning rate, in [0, 1]; got {self.floor}."
             )
 
     def __call__(self, step: int) -> float:

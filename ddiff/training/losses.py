@@ -1,4 +1,4 @@
-"""Training losses of the rows of a batch. The reported bound never uses them."""
+"""Training losses per row of a batch. The reported bound does not depend on the training loss."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ Process = TypeVar("Process", bound=ForwardProcess)
 
 
 class TrainingLoss(Generic[Process]):
-    """Loss of a row: a weight without the network times a divergence of the predicted distribution.
+    """Training loss of a row: a weight times a divergence of the predicted distribution.
 
-    The defaults are those of the bound; a subclass overrides what differs. `Process` is the family
-    that it supports.
+    The weight does not depend on the network. The methods of this class compute weight and
+    divergence of the bound (NELBO); a subclass overrides some of them. `Process` is the type of
+    forward process that the loss supports.
 
-    Shapes: [r] rows, with clean tokens `x0`, states `zt` and times `t` (float64).
+    Shapes: r rows, with clean tokens `x0` [r], states `zt` [r] and noise times `t` [r] (float64).
     """
 
     name: str | None = None
@@ -33,7 +34,10 @@ class TrainingLoss(Generic[Process]):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return the weights [r], per unit of a row's own time; called once for all rows."""
+        """Return the weights [r], per unit of a row's own noise time t.
+
+        Called once per batch, for all rows.
+        """
         return process.weight(x0, zt, t)
 
     def divergence(
@@ -44,7 +48,10 @@ class TrainingLoss(Generic[Process]):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return the divergences [r] in nats; called for each chunk of rows."""
+        """Return the divergences [r] in nats.
+
+        Called once per chunk of rows, with the predicted distribution of the chunk.
+        """
         return process.divergence(prediction, x0, zt, t)
 
     def select_rows(
@@ -53,9 +60,10 @@ class TrainingLoss(Generic[Process]):
         noisy: Noisy,
         times: Times,
     ) -> Tensor:
-        """Select other rows than those that the bound charges: bool [B,L].
+        """Select the rows that enter the training loss, as bool [B,L].
 
-        A row without a speed (times.speed = 0) counts with speed 1.
+        Optional: without an override the loss uses the rows that the bound scores. Each selected
+        row is multiplied by its speed (`times.speed`), or by 1 if its speed is 0.
         """
         raise NotImplementedError
 
@@ -72,16 +80,17 @@ class TrainingLoss(Generic[Process]):
 
 @final
 class ElboLoss(TrainingLoss[ForwardProcess]):
-    """The bound itself."""
+    """The bound (NELBO) as the training loss."""
 
 
 @final
 class ClippedLoss(TrainingLoss[ForwardProcess]):
-    """The bound with its weight clipped to [smallest, largest]: steadier gradients, not a bound.
+    """Training loss of the bound with its weight clipped to [smallest, largest].
 
-    The weight is the total true reverse rate, so that the same chain has the same loss in every
-    family. Keep `smallest` at 0 for processes with uniform noise: a clean token weighs almost
-    nothing near t = 0, and its divergence grows as 1/t.
+    Clipping reduces the variance of the gradients; the clipped loss is not a bound. The weight is
+    the total rate of the true reverse process, so that two implementations of the same Markov chain
+    have the same loss. Keep `smallest` at 0 for processes with uniform noise: near t = 0 the weight
+    of a clean token goes to 0 as t, and its divergence grows as 1/t.
     """
 
     def __init__(self, smallest: float = 0.0, largest: float = 2.0) -> None:

@@ -1,4 +1,7 @@
-"""Per-step metrics as JSON lines. Resuming after a kill neither repeats nor loses a step."""
+"""Per-step metrics as JSON lines.
+
+Resuming a killed run neither repeats nor loses the line of a step.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ WALL_CLOCK = ("seconds", "tokens_per_second")
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Figures of one step.
+    """Loss, gradient norm and other figures of one training step.
 
-    `step` counts from 1, `seconds` is wall-clock time, `metrics` are name -> (sum, count).
+    `step` counts from 1, `seconds` is wall-clock time, and `metrics` maps names to (sum, count).
     """
 
     step: int
@@ -37,7 +40,7 @@ class StepRecord:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the step was taken; a loss or norm that is not finite changes no parameter."""
+        """Whether loss and gradient norm are finite. If not, the step changed no parameter."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     def to_tree(self) -> dict[str, Any]:
@@ -49,9 +52,11 @@ class StepRecord:
 
 
 def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
-    """Summarize consecutive steps: sums over counts of the steps taken, tokens over seconds of all.
+    """Summarize the records of consecutive steps.
 
-    `train_loss` is the mean over steps of the loss, in the objective's own unit.
+    Metrics are total sum / total count over the steps with finite loss and gradient norm.
+    `tokens_per_second` is over all steps. `train_loss` is the mean loss per step, in the unit of
+    the objective.
     """
     taken = [record for record in records if record.is_finite]
     figures: dict[str, float] = {}
@@ -77,19 +82,22 @@ def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
 
 @final
 class MetricsFile:
-    """`metrics.jsonl` of a run directory, open for appending after the line of step `start`."""
+    """Writer of `metrics.jsonl` in a run directory.
+
+    Lines of steps after `start` are deleted, and new lines are appended.
+    """
 
     def __init__(self, run_dir: str | os.PathLike[str], start: int) -> None:
         self._fs, root = fsspec.core.url_to_fs(os.fspath(run_dir))
         self.path = f"{root}/{FILE}"
-        # An earlier process may have written lines after its last checkpoint: those steps are
-        # taken again.
+        # An earlier process may have written lines after its last checkpoint. They are dropped,
+        # because their steps are repeated.
         lines = _read_lines(self._fs, self.path, start)
         write_atomic(self.path, b"".join(lines), system=self._fs)
         self._file = self._fs.open(self.path, "ab")
 
     def append(self, record: StepRecord, validation: Mapping[str, float] = {}) -> None:
-        """Write the line of a step, with the figures of an evaluation after it, if any."""
+        """Write the line of a step, with the figures of a validation after the step if given."""
         figures = {"step": record.step} | summarize([record]) | dict(validation)
         line = json.dumps(figures, allow_nan=False) + "\n"
         self._file.write(line.encode())
@@ -100,7 +108,7 @@ class MetricsFile:
 
 
 def check_metrics(run_dir: str | os.PathLike[str], start: int) -> None:
-    """Raise CheckpointError unless `metrics.jsonl` of a run directory has every step to `start`."""
+    """Raise CheckpointError unless `metrics.jsonl` has the lines of steps 1 to `start`."""
     fs, root = fsspec.core.url_to_fs(os.fspath(run_dir))
     _read_lines(fs, f"{root}/{FILE}", start)
 
@@ -110,7 +118,10 @@ def _read_lines(
     path: str,
     start: int,
 ) -> list[bytes]:
-    """Read the lines of the first `start` steps; CheckpointError if one is missing or damaged."""
+    """Read the lines of the first `start` steps.
+
+    Raises CheckpointError if a line is missing or damaged.
+    """
     lines: list[bytes] = []
     try:
         if start and fs.exists(path):
@@ -118,18 +129,17 @@ def _read_lines(
                 lines = file.read().splitlines(keepends=True)[:start]
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror or error}): a run has a file of metrics "
-            "there. Restore it from a copy, or move away what stands there and start over with "
-            "--fresh."
+            f"The metrics file {path} cannot be read ({error.strerror or error}). Restore the file "
+            "from a copy, or remove it and start over with --fresh."
         ) from error
     whole = 0
     while whole < len(lines) and _step_of(lines[whole]) == whole + 1:
         whole += 1
     if whole != start:
         raise CheckpointError(
-            f"{path} holds {whole} of the {start} steps that the checkpoint has behind it: it was "
-            "changed or removed after training wrote it. Restore it from a copy, or start over "
-            "with --fresh."
+            f"{path} has valid lines for only the first {whole} of the {start} training steps "
+            "before the checkpoint: the file was changed or removed after training wrote it. "
+            "Restore the file from a copy, or start over with --fresh."
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""Diffusion objective: the densities of the bound, weighted by a training loss."""
+"""Diffusion objective: training loss and reported bound (NELBO) of a denoiser on a batch."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ DECODING_SHARE = 0.1  # of the sequences of a batch, if the process is still noi
 
 
 class _Rows(NamedTuple):
-    """The k rows of a batch that a step reads.
+    """The k rows (positions) of a batch at which a training step evaluates the head.
 
-    `rows` [k]: positions in the flattened batch; `x0`, `zt`, `t` [k]: their clean tokens, states
-    and times; `bound_weight`, `loss_weight` [k]: factors of the bound and of the loss;
-    `is_decoded` [k] bool: rows of the decoding term (None: no row).
+    `rows` [k]: indices in the flattened batch. `x0`, `zt`, `t` [k]: clean tokens, states and noise
+    times of the rows. `bound_weight`, `loss_weight` [k]: factors of the bound and of the training
+    loss. `is_decoded` [k] bool: rows of the decoding term; None if the bound has no such term.
     """
 
     noisy: Noisy
@@ -47,13 +47,18 @@ class _Rows(NamedTuple):
 
 @final
 class DiffusionObjective:
-    """Train a denoiser on a process: `times` draws the times of the rows, `loss` weights them.
+    """Training objective of a denoiser on a forward process.
 
-    If the process does not close at the clean end, the bound has a decoding term, -ln P(x | z) at
-    the first times. Then a `decoding_share` of the sequences of a batch is read at the first times
-    and counts for all of them; the other sequences are read at drawn times.
+    `times` draws a noise time for each row, and `loss` computes the loss of each row.
 
-    `module` is what the trainer and its backend hold: the denoiser, or a wrapper around it.
+    If states are still noisy at t = 0 (`process.closes_at_clean` is false), the bound has a
+    decoding term, -ln P(x | z) at the smallest noise time. A random fraction `decoding_share` of
+    the sequences of a batch then estimates the decoding term, with weight 1 / decoding_share. The
+    other sequences estimate the diffusion term at random noise times, with weight
+    1 / (1 - decoding_share).
+
+    `module` is the module that the trainer calls: the denoiser, or the backend's wrapper of the
+    denoiser.
     """
 
     bound = "NELBO"
@@ -90,11 +95,14 @@ class DiffusionObjective:
         denominators: Mapping[str, Tensor],
         slots: int,
     ) -> LossTerms:
-        """Return (sum of the rows' losses) / (tokens of the global batch), in nats per token."""
+        """Return the sum of the losses of all rows / the number of tokens of the global batch.
+
+        The unit is nats per token.
+        """
         process = self.process
         parameterization = self.denoiser.parameterization
-        # Everything that depends on what was drawn is computed on the host, where the batch is: a
-        # step must not wait for the device to learn, for example, how many rows there are.
+        # Row selection and weights are computed on the host, where the batch is. On the device, for
+        # example, the number of selected rows would be known only after a synchronization.
         drawn = self._draw(batch, rng, slots)
         node = parameterization.scope(process.scope(drawn.zt), process)
         context = drop_conditions(build_context(batch), self.denoiser.condition_dropout, rng)
@@ -118,7 +126,7 @@ class DiffusionObjective:
         rng: CounterRng,
         slots: int,
     ) -> _Rows:
-        """Draw times and noisy states of a batch and select the rows that are read."""
+        """Draw noise times and noisy states of a batch and select the rows that are evaluated."""
         process = self.process
         times, decodes = self._draw_times(batch, rng, slots)
         noisy = corrupt(process, batch.ids, times, batch.scored, rng, "diffusion")
@@ -135,13 +143,13 @@ class DiffusionObjective:
         is_decoded = _take(decodes, rows)
         exact = process.weight(x0, zt, t)
         weight = exact
-        if not isinstance(self.loss, ElboLoss):  # whose weight is not computed twice
+        if not isinstance(self.loss, ElboLoss):  # the weight of ElboLoss is `exact`
             weight = self.loss.weight(process, x0, zt, t)
         bound_weight = torch.where(_take(charged, rows), speed * exact, 0.0)
         loss_weight = torch.where(speed > 0, speed, 1.0) * weight
         if self.decoding_share == 0.0:
             return _Rows(noisy, rows, x0, zt, t, bound_weight, loss_weight, None)
-        # A row of the decoding term weighs its speed, which is 1/share.
+        # A row of the decoding term has weight 1/decoding_share, stored as its speed.
         bound_weight = torch.where(is_decoded, speed, bound_weight)
         loss_weight = torch.where(is_decoded, speed, loss_weight)
         return _Rows(noisy, rows, x0, zt, t, bound_weight, loss_weight, is_decoded)
@@ -152,7 +160,10 @@ class DiffusionObjective:
         rng: CounterRng,
         slots: int,
     ) -> tuple[Times, Tensor]:
-        """Draw the times of a batch; also return [B,L] bool, the positions of the decoding term."""
+        """Draw the noise times of a batch.
+
+        Also return [B,L] bool, true at the positions that estimate the decoding term.
+        """
         share = self.decoding_share
         clock = self.process.information_time
         length = batch.ids.shape[1]
@@ -160,17 +171,19 @@ class DiffusionObjective:
         decodes = torch.zeros_like(batch.scored)
         if share == 0.0:
             return times, decodes
-        # The decoded sequences are neighbours in the batch, from a random first one. Times are
-        # stratified by slot, so the times of the other sequences stay spread out.
+        # The sequences of the decoding term are consecutive in the batch, from a random first
+        # sequence. Noise times are stratified by slot, so the noise times of the other sequences
+        # remain evenly spread.
         place = (batch.index / slots + rng.uniform_per_group("ends")) % 1.0
         chosen = (place < share).unsqueeze(-1)
         first, _ = self.times.ends(clock, rng, batch.index, slots, length)
         return _merge_times(chosen, first, times, share), decodes | chosen
 
     def _question(self, drawn: _Rows, tokens: Tensor) -> HeadCallback:
-        """Build the callback on the predicted distribution of a chunk of rows.
+        """Build the callback that the head applies to the predicted distributions of its rows.
 
-        It returns the row's share of the mean loss over `tokens`, and its density in the bound.
+        For each row the callback returns loss / `tokens` and the row's contribution to the
+        diffusion term of the bound in nats.
         """
         process = self.process
         weight = drawn.loss_weight / tokens
@@ -197,11 +210,15 @@ class DiffusionObjective:
         zt: Tensor,
         t: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return the divergence of the loss with its graph and that of the bound without one."""
+        """Return the divergence of the training loss and the divergence of the bound.
+
+        Only the divergence of the training loss has a gradient.
+        """
         if not self.loss.has_own_divergence:
             divergence = self.process.divergence(dist, x0, zt, t)
             return divergence, divergence.detach()
-        # The loss comes first: a distribution caches what it computes, and the cache needs a graph.
+        # The training loss is computed first: the distribution caches intermediate tensors, and
+        # those cached under no_grad would have no gradient.
         loss = self.loss.divergence(self.process, dist, x0, zt, t)
         with torch.no_grad():
             return loss, self.process.divergence(dist, x0, zt, t)
@@ -220,7 +237,7 @@ class DiffusionObjective:
         return metrics
 
     def network(self, batch: Batch) -> Network:
-        """Return the denoiser as the network that samplers and the bound query for this batch."""
+        """Return the denoiser, with the context of this batch, as a network for samplers and bound."""
         return as_network(self.denoiser, self.process, build_context(batch))
 
     def nll(
@@ -231,7 +248,10 @@ class DiffusionObjective:
         slots: int | Tensor,
         times: TimeRule,
     ) -> Likelihood:
-        """Draw the bound once for every position of the batch, without training weights."""
+        """Estimate the bound once for every position of the batch.
+
+        The training loss, its weights and `decoding_share` have no effect.
+        """
         network = self.network(batch)
         terms = nelbo(self.process, network, batch.ids, batch.scored, times, rng, slot, slots)
         named = {
@@ -244,7 +264,7 @@ class DiffusionObjective:
     def _by_level(self, terms: NelboTerms) -> dict[str, Tensor]:
         vocabulary = self.process.vocabulary
         level = vocabulary.level_of(terms.noisy.zt)
-        # Level 0, the tokens, is charged only if there is no level above them.
+        # The bound scores states of level 0 (tokens) only if the vocabulary has no higher level.
         first = 1 if vocabulary.num_levels else 0
         return {
             f"level{l}": torch.where(level == l, terms.diffusion, 0.0)
@@ -253,7 +273,7 @@ class DiffusionObjective:
 
 
 def _take(values: Tensor, rows: Tensor) -> Tensor:
-    """Select rows [k] of values [B,L]."""
+    """Return the entries of values [B,L] at the flattened indices `rows` [k], as [k]."""
     return values.reshape(-1)[rows]
 
 
@@ -263,9 +283,11 @@ def _merge_times(
     times: Times,
     share: float,
 ) -> Times:
-    """Take the times of the sequences `chosen` [B,1] from `first`, all others from `times`.
+    """Combine the noise times of decoded and other sequences of a batch.
 
-    The speeds are divided by the share of each kind, so that each kind counts for all sequences.
+    Decoded sequences (`chosen` [B,1] is true) get the times `first`, all others get `times`. The
+    speeds of decoded sequences are divided by `share`, those of the others by 1 - share, so that
+    each of the two groups estimates a sum over the whole batch.
     """
     speed = torch.where(chosen, first.speed / share, times.speed / (1.0 - share))
     return Times(

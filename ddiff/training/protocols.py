@@ -1,4 +1,7 @@
-"""Interfaces of the parts that the trainer drives: it depends on no process, network or text."""
+"""Interfaces of objective, backend, optimizer and tracker for the trainer.
+
+The trainer depends only on these interfaces, not on a diffusion process, network or data format.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,13 @@ Batch = (
 
 @dataclass(frozen=True)
 class LossTerms:
-    """One micro-batch's share of the global loss, with metrics to report.
+    """Contribution of a micro-batch to the loss of the global batch, and its metrics.
 
     Attributes:
-        loss: (local sum) / (global count), a scalar with its graph. Shares of micro-batches and
-            ranks add up to the loss of the global batch.
-        metrics: name -> (sum, count); divided once after everything has been added up.
+        loss: (sum over the micro-batch) / (count over the global batch), a scalar with gradient.
+            The losses of all micro-batches and ranks add up to the loss of the global batch.
+        metrics: name -> (sum, count). Sums and counts of all micro-batches and ranks are added up
+            before the division.
     """
 
     loss: Tensor
@@ -34,7 +38,7 @@ class LossTerms:
 
 
 class Objective(Protocol):
-    """A loss with the module whose parameters it trains."""
+    """Training loss together with the module whose parameters are trained."""
 
     module: nn.Module
 
@@ -55,17 +59,18 @@ class Objective(Protocol):
         """Compute the loss of a micro-batch.
 
         Args:
-            denominators: global counts by field (0-d float64).
-            slots: rows of the global batch.
+            denominators: sums of `counts` over the global batch, by field (0-d float64).
+            slots: number of sequences in the global batch.
         """
         ...
 
 
 class Backend(Protocol):
-    """Devices and processes of a run; no other module knows them.
+    """Devices and processes of a run, which the rest of the trainer does not depend on.
 
-    Losses are shares that add up, so a backend with several processes sums gradients and does not
-    average them. Rank 0 writes, reports, evaluates and samples; the others only train.
+    The losses of the ranks add up to the global loss, so a backend with several processes sums
+    gradients and does not average them. Rank 0 writes, reports, evaluates and samples. The other
+    ranks only train.
     """
 
     rank: int
@@ -73,7 +78,10 @@ class Backend(Protocol):
     device: torch.device
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Move the module to the device(s); to be called before an optimizer is made for it."""
+        """Move the module to the device(s) and wrap it for parallel training.
+
+        Call it before building the optimizer.
+        """
         ...
 
     def unwrap(self, module: nn.Module) -> nn.Module:
@@ -81,36 +89,48 @@ class Backend(Protocol):
         ...
 
     def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Keep gradients on their rank, for all micro-batches of a step but the last."""
+        """Context manager that skips the sum of gradients over the ranks.
+
+        Used for all micro-batches of a step except the last one.
+        """
         ...
 
     def gather_weights(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Make the weights outside the blocks whole, for an evaluation between two steps."""
+        """Context manager that gathers sharded weights outside the blocks, for an evaluation."""
         ...
 
     def sum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sum each value over the ranks; every rank gets the result."""
+        """Sum each value over all ranks, and return the sums on every rank."""
         ...
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-        """Scale gradients down to `max_norm` if they exceed it; return the norm before (0-d)."""
+        """Scale the gradients so that their total norm is at most `max_norm`.
+
+        Return the norm before clipping (0-d). None does not clip.
+        """
         ...
 
     def main_process_first(self) -> AbstractContextManager[None]:
-        """Run the block on rank 0, then on the others, which find what it has put into caches."""
+        """Context manager that runs the block on rank 0 first, then on the other ranks.
+
+        The other ranks find the files that rank 0 has cached.
+        """
         ...
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called `barrier`."""
         ...
 
     def close(self) -> None:
-        """Leave the group of processes; on all ranks, after the wrapped module is released."""
+        """Destroy the process group.
+
+        Call it on all ranks, after the wrapped module is released.
+        """
         ...
 
 
 class Optimizer(Protocol):
-    """The part of `torch.optim.Optimizer` that the trainer uses."""
+    """Subset of the methods of `torch.optim.Optimizer` that the trainer uses."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
@@ -126,15 +146,15 @@ class Optimizer(Protocol):
 
 @runtime_checkable
 class ConditionalOptimizer(Optimizer, Protocol):
-    """An optimizer that decides on the device whether a step is taken."""
+    """Optimizer that can skip a step by a condition on the device, without a synchronization."""
 
     def step_if(self, finite: Tensor) -> None:
-        """Take a step if `finite` (0-d bool) is true; otherwise change nothing."""
+        """Take a step if `finite` (0-d bool) is true, otherwise change no parameter and no state."""
         ...
 
 
 class Tracker(Protocol):
-    """A second destination of the figures that `metrics.jsonl` has in any case."""
+    """Logger of training metrics, such as wandb, in addition to `metrics.jsonl`."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 

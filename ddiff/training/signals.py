@@ -1,4 +1,8 @@
-"""SIGINT and SIGTERM during training: the first one ends it cleanly, the second one at once."""
+"""Handling of SIGINT and SIGTERM during training.
+
+After the first signal the step is finished and a checkpoint saved. The second signal ends training
+immediately.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,10 @@ class StopSignals:
     """Context manager that records the first SIGINT or SIGTERM in `signal`.
 
     A second signal raises KeyboardInterrupt or SystemExit(128 + signal). Code that waits for data
-    polls `signal` and gives up: nothing is under way then that could be lost.
+    polls `signal` and stops waiting, because no step would be lost.
 
-    Only the main thread can install handlers; in other threads this changes nothing.
+    Python installs signal handlers only in the main thread. In other threads this context manager
+    has no effect.
     """
 
     def __init__(self) -> None:
@@ -44,7 +49,10 @@ class StopSignals:
 
     @staticmethod
     def from_counts(counts: Sequence[float]) -> int | None:
-        """Return a signal that some rank received, from the summed `to_counts`."""
+        """Return a signal that some rank received, or None.
+
+        `counts` is the sum of `to_counts` over the ranks.
+        """
         for number, count in zip(SIGNALS, counts):
             if count:
                 return int(number)

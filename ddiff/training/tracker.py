@@ -1,4 +1,4 @@
-"""Tracker of a run that keeps only `metrics.jsonl`."""
+"""Tracker that logs nothing, for runs whose only metrics file is `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import final
 
 @final
 class NoTracker:
-    """Discard the figures."""
+    """Tracker that discards the metrics."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         pass

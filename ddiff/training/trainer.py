@@ -1,4 +1,4 @@
-"""Training loop: batches to gradients to steps, with a record of each step and checkpoints.
+"""Training loop with gradient accumulation, per-step metrics, validation and checkpoints.
 
     optimizer = muon(backend.wrap(objective.module))
     settings = TrainerSettings(steps=1500, slots=64)
@@ -8,11 +8,11 @@
     summary = trainer.fit(trainer.checkpoints.newest())
 
 Steps count from 0 in `batch_at`, `rng_at` and `multiplier`. Finished steps count from 1 in records
-and checkpoints. Data and random draws are functions of the step, so that a step number is all that
-resuming needs.
+and checkpoints. Data and random numbers are functions of the step, so that a resumed run needs no
+other position than the step number.
 
-The host never waits for the device in the middle of a step. It launches a step, and reads the
-figures of the step before while the device works on the new one.
+The host never waits for the device in the middle of a step. The host launches a step, and reads the
+loss and metrics of the previous step while the device works on the new step.
 """
 
 from __future__ import annotations
@@ -54,10 +54,16 @@ MOST_SKIPPED_IN_A_ROW = 20
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """How `fit` ended: `step` of `steps` are done; `seconds` and `tokens` count this process only.
+    """Result of `Trainer.fit`.
 
-    `status`: "finished" after the last step, "interrupted" by a signal, or "stopped" after
-    `max_steps`.
+    Attributes:
+        status: "finished" after the last step, "interrupted" by a signal, or "stopped" after
+            `max_steps`.
+        step: number of finished steps, of `steps` in total.
+        seconds: wall-clock time of this process; earlier processes of a resumed run do not count.
+        tokens: tokens trained on by this process.
+        checkpoint: path of the newest checkpoint.
+        signal: number of the signal that interrupted training.
     """
 
     status: Literal["finished", "interrupted", "stopped"]
@@ -72,19 +78,20 @@ class TrainingSummary:
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 + signal as in a shell."""
+        """Exit code for a shell: 0, or 128 + signal after an interruption."""
         return 128 + self.signal if self.signal is not None else 0
 
 
 @dataclass(frozen=True)
 class Validation:
-    """An evaluation after every `every` steps.
+    """Evaluation of the model at regular intervals during training.
 
     Args:
-        every: steps between two evaluations.
-        score: returns figures by name, for metrics.jsonl and the tracker, and a sentence. Every
-            rank calls it at the same step, on the same rows: a sharded module needs all ranks.
-        of_average: evaluate the moving average of the weights, not the weights themselves.
+        every: number of steps between two evaluations.
+        score: callable that returns metrics by name, for metrics.jsonl and the tracker, and a
+            sentence to print. Every rank calls `score` at the same step with the same rows, because
+            the forward pass of a sharded module needs all ranks.
+        of_average: evaluate the exponential moving average of the weights if the run has one.
     """
 
     every: int
@@ -94,18 +101,20 @@ class Validation:
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """Sizes and intervals of a training run. ArgumentError when one is out of range.
+    """Sizes and intervals of a training run.
+
+    Raises ArgumentError if a value is out of range.
 
     Args:
         steps: optimizer steps of the whole run.
-        slots: rows of the global batch, over all micro-batches and ranks.
+        slots: sequences of the global batch, over all micro-batches and ranks.
         accumulate: micro-batches per step.
-        clip: largest gradient norm; None: no clipping.
-        ema: decay of the exponential moving average of the weights, which checkpoints store;
-            0: none.
-        log_every: steps between two reports to the tracker.
-        checkpoint_every: steps between two checkpoints.
-        keep: number of checkpoints that stay on disk.
+        clip: largest gradient norm. None: no clipping.
+        ema: decay of the exponential moving average of the weights, which checkpoints store.
+            0: no average.
+        log_every: number of steps between two reports to the tracker.
+        checkpoint_every: number of steps between two checkpoints.
+        keep: number of newest checkpoints that are kept on disk.
     """
 
     steps: int
@@ -136,13 +145,13 @@ class TrainerSettings:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Plain values that a checkpoint records about the run that wrote it.
+    """Record in a checkpoint of the components, data and recipe of its run.
 
     Args:
-        origins: component -> where it came from (distribution and version).
-        fingerprints: of what a checkpoint must fit, such as vocabulary and data; compared on
-            resuming.
-        made_with: recipe and parts (see ddiff.run_dir.identity).
+        origins: name of a component -> Python distribution and version that provided the component.
+        fingerprints: name -> fingerprint, such as those of vocabulary and data. A run resumes only
+            with equal fingerprints.
+        made_with: recipe, and components given from Python (see ddiff.run_dir.identity).
     """
 
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -152,7 +161,7 @@ class Provenance:
 
 @dataclass
 class _RunState:
-    """Position of a run: what a checkpoint holds besides model, optimizer and random state."""
+    """Progress of a run, saved in checkpoints next to model, optimizer and random state."""
 
     step: int = 0
     skipped_steps: int = 0
@@ -187,9 +196,9 @@ class _RunState:
 
 @dataclass(frozen=True)
 class _PendingStep:
-    """A step that the device has been given and whose figures the host has not read.
+    """A step that is launched on the device and whose results the host has not read yet.
 
-    `figures` [k,2]: (gradient norm, tokens), counts of the two signals, (loss, 0), then
+    `figures` [k,2] has the rows (gradient norm, tokens), counts of the two signals, (loss, 0), and
     (sum, count) of each metric in `names`.
     """
 
@@ -201,16 +210,18 @@ class _PendingStep:
 
 @final
 class Trainer:
-    """Train `objective.module`, one global batch per step.
+    """Training loop of `objective.module`, with one global batch per step.
 
     Args:
-        objective: the loss; its module is on the backend already (`backend.wrap`).
-        optimizer: made of the parameters of that module.
-        batch_at: (step, micro) -> this rank's micro-batch, on the device that the objective
-            expects; a pure function. A `ddiff.data.prefetch.Prefetcher` of one reads ahead.
-        rng_at: (step, batch) -> the random generator of the batch; a pure function.
-        multiplier: (step) -> factor in (0, 1] of every group's learning rate; None: always 1.
-        validation: an evaluation during training; it changes no bit of what is trained.
+        objective: training loss, whose module was already wrapped by `backend.wrap`.
+        optimizer: optimizer of the parameters of the wrapped module.
+        batch_at: pure function (step, micro) -> micro-batch of this rank, on the device that the
+            objective expects. Wrap the function in `ddiff.data.prefetch.Prefetcher` to read ahead.
+        rng_at: pure function (step, batch) -> random generator of the batch.
+        multiplier: function (step) -> factor in (0, 1] for the learning rate of every parameter
+            group. None: always 1.
+        validation: evaluation during training. The trained weights are bitwise identical with and
+            without validation.
 
     A step whose loss or gradient norm is not finite changes neither parameters nor optimizer state
     and is counted as skipped.
@@ -257,14 +268,16 @@ class Trainer:
         max_steps: int | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> TrainingSummary:
-        """Train from `start` (None: from the beginning) to the last step.
+        """Train from the checkpoint `start`, or from the beginning, to the last step.
 
-        Training ends earlier with the step under way when any rank receives SIGINT or SIGTERM (one
-        process waiting for data that is read ahead ends at once), or after `max_steps` steps of
-        this call. The latter saves no checkpoint of its own. `on_step` is called with the record of
-        each step, in order, on every rank, after the record is in metrics.jsonl.
+        If a rank receives SIGINT or SIGTERM, all ranks finish the current step, save a checkpoint
+        and return. A single process that waits for a `Prefetcher` returns without waiting for the
+        data. After `max_steps` steps of this call, `fit` returns without an additional checkpoint.
 
-        Raises CheckpointError when `start` does not fit this trainer, NonFiniteError after 20
+        `on_step` is called on every rank with the record of each step, in order, after the record
+        is written to metrics.jsonl.
+
+        Raises CheckpointError if `start` does not fit this trainer, and NonFiniteError after 20
         skipped steps in a row.
         """
         state = self._restore(start)
@@ -286,14 +299,15 @@ class Trainer:
         """Raise ArgumentError or CheckpointError if training cannot resume from `start`."""
         if start.step > self.settings.steps:
             raise ArgumentError(
-                f"Trainer: steps must be at least the {start.step} that {start.path} has behind "
-                f"it; got {self.settings.steps}. Set more steps, or start over with --fresh."
+                f"Trainer: steps must be at least {start.step}, the step of the checkpoint "
+                f"{start.path}; got {self.settings.steps}. Set more steps, or start over with "
+                "--fresh."
             )
         check_fingerprints(
             start.path,
             start.state,
             self.provenance.fingerprints,
-            "Restore what it was trained with, or start over with --fresh.",
+            "Restore the data and settings of the run, or start over with --fresh.",
         )
         check_metrics(self.run_dir, start.step)
 
@@ -305,7 +319,7 @@ class Trainer:
         batches: Sequence[Batch],
         stop: StopSignals,
     ) -> _PendingStep:
-        """Take one step without waiting for the device."""
+        """Launch one training step without waiting for the device."""
         self._seed_rank(step)
         denominators = self._denominators(batches)
         shares = self._backward(step, batches, denominators)
@@ -315,7 +329,7 @@ class Trainer:
         parameters = self.objective.module.parameters()
         norm = self.backend.clip_grad_norm(parameters, self.settings.clip)
         multiplier = self.multiplier(step)
-        # The device decides whether the step is taken: the host does not know these figures yet.
+        # The device decides whether the step is taken: norm and loss are not on the host yet.
         finite = norm.isfinite() & totals["loss"].isfinite().all()
         self._update(multiplier, finite)
         tokens = torch.stack(list(denominators.values())).sum()
@@ -329,16 +343,16 @@ class Trainer:
         return _PendingStep(figures, names, multiplier, arrived)
 
     def _seed_rank(self, step: int) -> None:
-        """Seed torch's generator on every rank but 0, from the step only.
+        """Seed torch's generator on every rank except 0 from seed, rank and step.
 
-        A checkpoint holds the random state of rank 0, and when checkpoints are saved must not
-        change what the other ranks draw.
+        Checkpoints store only the random state of rank 0. With this seed the random numbers of the
+        other ranks do not depend on when the run was saved or resumed.
         """
         if self.backend.rank > 0:
             torch.manual_seed(zlib.crc32(f"{self._seed} {self.backend.rank} {step}".encode()))
 
     def _denominators(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Count the scored items of the global batch by field, before the first forward pass."""
+        """Sum the counts of the objective over the global batch, before the first forward pass."""
         totals: dict[str, Tensor] = {}
         for batch in batches:
             for name, count in self.objective.counts(batch).items():
@@ -353,9 +367,9 @@ class Trainer:
         batches: Sequence[Batch],
         denominators: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """Compute the gradients.
+        """Compute the gradients of all micro-batches of this rank.
 
-        Return by name (loss, 0) for "loss" and (sum, count) for each metric, as tensors [2].
+        Return a dictionary of tensors [2]: (loss, 0) for "loss", and (sum, count) for each metric.
         """
         self.optimizer.zero_grad()
         device = self.backend.device
@@ -400,9 +414,10 @@ class Trainer:
         if start is None:
             if found := self.checkpoints.steps():
                 raise CheckpointError(
-                    f"{self.checkpoints.root} already holds a run up to {_describe(found)}: "
-                    "training from the beginning would mix the two. Resume from its newest "
-                    "checkpoint, empty the run directory, or name another one."
+                    f"{self.checkpoints.root} already holds checkpoints of a run, up to "
+                    f"{_describe(found)}: training from the beginning would mix two runs. Resume "
+                    "from the newest checkpoint, empty the run directory, or choose another run "
+                    "directory."
                 )
             return _RunState()
         self.check_fit(start)
@@ -413,14 +428,17 @@ class Trainer:
         if self.ema and tree.get("ema"):
             self.ema.load_tree(tree["ema"])
         elif self.ema:
-            # The run had no average so far: it starts with the weights that were just restored.
+            # The checkpoint has no average: the average starts from the restored weights.
             self.ema = ExponentialMovingAverage(module, self.ema.decay)
         _set_random_state(tree["random"], self.backend.device)
         return _RunState.from_tree(start.step, tree["run"])
 
 
 class _Loop:
-    """One call of `Trainer.fit`: launches steps, reads their figures, reports, evaluates, saves."""
+    """State and steps of one call of `Trainer.fit`.
+
+    Launches steps, reads their results, writes reports, evaluates and saves checkpoints.
+    """
 
     def __init__(
         self,
@@ -438,14 +456,14 @@ class _Loop:
         self.end = end  # the step after which this call stops
         self.file = file
         self.on_step = on_step
-        self.checkpoint = checkpoint  # path of the newest one
-        self.saved_step = state.step  # of the newest checkpoint, 0 if there is none
+        self.checkpoint = checkpoint  # path of the newest checkpoint
+        self.saved_step = state.step  # step of the newest checkpoint, 0 if there is none
         self.stop = StopSignals()
-        self.signal: int | None = None  # received by some rank, and known to all
+        self.signal: int | None = None  # signal that some rank received, equal on all ranks
         self.pending: deque[_PendingStep] = deque()
         self.tokens = 0.0
         self.began = time.monotonic()
-        self.last_read = self.began  # when figures were last read
+        self.last_read = self.began  # time of the last call of `_read`
 
     def run(self) -> None:
         console = None if self.backend.rank == 0 else Console(quiet=True, force_terminal=False)
@@ -453,14 +471,15 @@ class _Loop:
         with self.stop, bar as shown:
             while self.state.step < self.end and self.signal is None:
                 self._launch_next()
-                # The figures of a step are read when the device has the next step to do, so that
-                # it never idles; but at once if something is reported, evaluated or saved after it.
+                # Normally the results of a step are read after the next step is launched, so that
+                # the device never idles. They are read at once if a report, an evaluation or a
+                # checkpoint follows the step.
                 while self.pending and self._must_read():
                     self._finish_oldest(shown)
                 self._save_if_due()
 
     def to_summary(self) -> TrainingSummary:
-        """Describe how the loop ended."""
+        """Return the result of `Trainer.fit`."""
         status: Literal["finished", "interrupted", "stopped"] = "finished"
         if self.state.step < self.settings.steps:
             status = "stopped" if self.signal is None else "interrupted"
@@ -485,11 +504,14 @@ class _Loop:
             self.pending.append(self.trainer._launch(step, batches, self.stop))
 
     def _batches(self, step: int) -> list[Batch] | None:
-        """Fetch the micro-batches of a step; None if a signal came while waiting for them."""
+        """Fetch the micro-batches of a step.
+
+        Return None if a signal was received while waiting for the data.
+        """
         batch_at = self.trainer.batch_at
         batches: list[Batch] = []
         for micro in range(self.settings.accumulate):
-            # Several processes only stop together, after the same step.
+            # Several ranks must stop after the same step, so a rank cannot stop waiting by itself.
             if isinstance(batch_at, Prefetcher) and self.backend.world_size == 1:
                 batch = batch_at.fetch(step, micro, lambda: self.stop.signal is not None)
                 if batch is None:
@@ -504,11 +526,12 @@ class _Loop:
         return self._is_due(newest) or len(self.pending) > 1 or self._is_stopping()
 
     def _finish_oldest(self, bar: Progress) -> None:
-        """Read the figures of the oldest pending step and do what is due after it."""
+        """Read the results of the oldest pending step, then validate and report if due."""
         record = self._read(self.pending.popleft())
         self.tokens += record.tokens
         figures: Mapping[str, float] = {}
-        # Not after a signal: an evaluation may take longer than the sender of the signal waits.
+        # No evaluation after a signal: it could take longer than, for example, a job scheduler
+        # waits before it sends SIGKILL.
         if self._is_validated(record.step) and not self._is_stopping():
             figures = self._validate(bar)
         if self.file:
@@ -520,7 +543,10 @@ class _Loop:
             self.on_step(record)
 
     def _read(self, pending: _PendingStep) -> StepRecord:
-        """Read the figures of a step: the only place where the host waits for the device."""
+        """Read the results of a step from the device.
+
+        This is the only place where the host waits for the device.
+        """
         if pending.arrived:
             pending.arrived.synchronize()
         (grad_norm, items), signals, (loss, _), *pairs = pending.figures.tolist()
@@ -541,7 +567,7 @@ class _Loop:
         self.state.window.append(record)
         return record
 
-    # ------------------------------------------------------------------ what is due
+    # ------------------------------------------------------------------ after a step
 
     def _is_stopping(self) -> bool:
         if self.backend.world_size == 1:  # no other rank has to agree
@@ -568,7 +594,11 @@ class _Loop:
             self.saved_step = self.state.step
 
     def _validate(self, bar: Progress) -> Mapping[str, float]:
-        """Evaluate the current weights without changing anything that training continues from."""
+        """Evaluate the current weights, or their average, and return the metrics.
+
+        Training mode and random state are restored, so that the trained weights are bitwise
+        identical with and without validation.
+        """
         validation = self.trainer.validation
         assert validation is not None
         module = self.backend.unwrap(self.trainer.objective.module)
@@ -586,11 +616,11 @@ class _Loop:
         if self.backend.rank == 0 and figures:
             self.trainer.tracker.log(self.state.step, figures)
         bar.note(f"step {self.state.step}: {sentence}")
-        self.last_read = time.monotonic()  # tokens per second are those of training
+        self.last_read = time.monotonic()  # tokens per second exclude the evaluation
         return figures
 
     def _report(self, bar: Progress) -> None:
-        """Advance the bar; if a report is due, send the tracker the means since the last one."""
+        """Advance the progress bar, and log the means since the last report if a report is due."""
         if not self._is_reported(self.state.step):
             bar.advance()
             return
@@ -611,11 +641,11 @@ class _Loop:
     def _too_many_skipped(self, record: StepRecord) -> str:
         steps = self.trainer.checkpoints.steps()
         return (
-            f"Loss or gradient was not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row, the last "
-            f"of them step {record.step} (loss {record.loss}, gradient norm {record.grad_norm}); "
-            "none of them changed the model. Parameters, data or logits hold a NaN or overflow: "
-            "lower the learning rate, lengthen the warm-up, clip harder, or look at the rows of "
-            f"that step. The newest checkpoint is of {_describe(steps)}."
+            f"Loss or gradient norm was not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row, up "
+            f"to step {record.step} (loss {record.loss}, gradient norm {record.grad_norm}). These "
+            "steps did not change the model. Parameters, data or logits contain a NaN or overflow: "
+            "lower the learning rate, lengthen the warm-up, lower `clip`, or inspect the data "
+            f"of that step. The newest checkpoint is of {_describe(steps)}."
         )
 
 
@@ -629,7 +659,10 @@ def _describe(steps: Sequence[int]) -> str:
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of torch's generators, for dropout; a `CounterRng` has no state."""
+    """Return the state of torch's random generators, which dropout uses.
+
+    The other random numbers of training are those of a `CounterRng`, which has no state.
+    """
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

@@ -352,11 +352,14 @@ BEGINNING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "embeddings of another width": (
         ('train.init={run="runs/labelled", parts="embeddings"}', "denoiser.width=32"),
-        ("[train] init", "embedding.weight has shape [5, 16] there and [5, 32] here"),
+        (
+            "[train] init",
+            "embedding.weight has shape [5, 16] in the trained run and [5, 32] in this run",
+        ),
     ),
     "weights of another depth": (
         ('train.init={run="runs/labelled"}', "denoiser.layers=2"),
-        ("[train] init", "is not there"),
+        ("[train] init", "is missing in the trained run"),
     ),
 }
 

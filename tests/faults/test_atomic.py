@@ -20,7 +20,7 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_partial_names_differ_and_lead_back_to_the_name() -> None:
+def test_original_name_inverts_unique_partial_names() -> None:
     one, two = partial_name("tokenizer.json"), partial_name("tokenizer.json")
     assert one != two
     assert original_name(one) == original_name(two) == "tokenizer.json"
@@ -37,7 +37,7 @@ def test_partial_names_differ_and_lead_back_to_the_name() -> None:
         ("recipe.toml.part.txt", "recipe.toml.part.txt"),
     ],
 )
-def test_original_name_knows_today_s_and_earlier_partial_names(name: str, original: str) -> None:
+def test_original_name_recognizes_partial_names_of_all_versions(name: str, original: str) -> None:
     assert original_name(name) == original
 
 
@@ -63,7 +63,9 @@ def test_write_atomic_writes_to_any_fsspec_path() -> None:
 
 
 @pytest.mark.parametrize("where", ["local", "memory"])
-def test_an_error_while_writing_keeps_the_old_file_and_names_it(tmp_path: Path, where: str) -> None:
+def test_write_atomic_error_keeps_the_old_file_and_names_the_path(
+    tmp_path: Path, where: str
+) -> None:
     folder = str(tmp_path) if where == "local" else "memory://atomic_errors"
     path = f"{folder}/a.txt"
     write(path, "old")
@@ -82,7 +84,7 @@ def test_an_error_while_writing_keeps_the_old_file_and_names_it(tmp_path: Path, 
     assert [Path(name).name for name in system.ls(place, detail=False)] == ["a.txt"]
 
 
-def test_copy_atomic_overwrites_what_a_killed_copy_left(tmp_path: Path) -> None:
+def test_copy_atomic_overwrites_the_partial_file_of_a_killed_copy(tmp_path: Path) -> None:
     (tmp_path / "source").write_text("whole")
     system = fsspec.filesystem("memory")
     system.pipe_file("/atomic_copy/target.partial", b"half")
@@ -104,7 +106,7 @@ with open(sys.argv[1], "w") as file:
 """
 
 
-def test_a_lock_is_refused_while_held_and_free_once_its_process_is_killed(tmp_path: Path) -> None:
+def test_file_lock_is_released_when_its_process_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     command = [sys.executable, "-c", HOLD, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:

@@ -83,7 +83,7 @@ def test_base_recipe_trains_evaluates_and_samples(folder: Path, settings: list[s
 
 
 @pytest.mark.parametrize("settings", [[], ["--set", LINES]], ids=["base", "txt"])
-def test_base_recipe_passes_a_dry_run_and_writes_nothing(folder: Path, settings: list[str]) -> None:
+def test_dry_run_of_base_recipes_writes_no_file(folder: Path, settings: list[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["run", "base.toml", "--dry-run", *settings])
     assert sorted(path.name for path in folder.iterdir()) == ["base.toml", "corp"]

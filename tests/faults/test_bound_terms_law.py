@@ -196,7 +196,7 @@ FAULTS: dict[str, tuple[str, Callable[..., Any], str]] = {
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_nelbo_obeys_the_law_of_its_terms(name: str) -> None:
+def test_nelbo_satisfies_the_law_of_bound_terms(name: str) -> None:
     report = terms_have_their_expectations(PROCESSES[name])
     assert report.passed, str(report)
     assert report.probes > 2 * 3 * 6
@@ -204,7 +204,7 @@ def test_nelbo_obeys_the_law_of_its_terms(name: str) -> None:
 
 @pytest.mark.parametrize("fault_name", FAULTS)
 @pytest.mark.parametrize("name", PROCESSES)
-def test_planted_fault_breaks_the_law_of_terms(
+def test_law_of_bound_terms_detects_planted_faults(
     name: str, fault_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where, fault, term = FAULTS[fault_name]
@@ -220,7 +220,7 @@ def test_planted_fault_breaks_the_law_of_terms(
 @pytest.mark.parametrize(
     "fault", [corrupt_by("prior"), corrupt_by("decoding")], ids=["prior", "decoding"]
 )
-def test_entropy_law_detects_swapped_channels(
+def test_entropy_law_detects_swapped_channels_of_the_random_generator(
     fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The enumeration encodes other states in each channel, so a wrong channel has wrong
@@ -231,13 +231,13 @@ def test_entropy_law_detects_swapped_channels(
     assert not bound.entropy_equality(process).passed
 
 
-def test_check_process_includes_the_law_of_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_process_includes_the_law_of_bound_terms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elbo, "closing_term", closing_with(draw_from_q_1))
     broken = {report.law for report in check_process(PROCESSES["masked"]) if not report.passed}
     assert terms_have_their_expectations.name in broken
 
 
-def test_closing_states_from_q_1_lower_the_closing_term(
+def test_closing_term_is_too_low_if_its_states_are_drawn_from_q_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With tokens left at t = 1, q_1(.|x0) at one position leaks x0 into predictions at the other."""
@@ -256,7 +256,7 @@ def test_closing_states_from_q_1_lower_the_closing_term(
 # ---------------------------------------------------------------------- the parts of the law
 
 
-def test_sobol_rng_gives_channels_separate_dimensions() -> None:
+def test_sobol_rng_uses_separate_dimensions_for_each_channel() -> None:
     rng = SobolRng(torch.arange(256), 256, 2)
     drawn = torch.cat([rng.uniform("a"), rng.uniform("b", 3).flatten(1), rng.uniform("c")], 1)
     assert torch.equal(rng.uniform("a"), drawn[:, :2])
@@ -267,7 +267,7 @@ def test_sobol_rng_gives_channels_separate_dimensions() -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_information_path_integrates_its_speed(name: str) -> None:
+def test_information_path_equals_the_integral_of_its_speed(name: str) -> None:
     process = PROCESSES[name]
     window = inner_information_window(process)
     v = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096

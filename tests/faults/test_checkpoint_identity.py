@@ -85,7 +85,7 @@ def resolve_text() -> str:
 
 
 @pytest.mark.parametrize(("key", "value"), list(iterate_mutations(resolve_text())))
-def test_every_changed_key_of_the_trained_recipe_is_named(
+def test_load_error_names_each_changed_key_of_the_trained_recipe(
     key: str, value: Any, run_dir: Path
 ) -> None:
     recipe = run_dir / "recipe.toml"
@@ -104,7 +104,7 @@ def test_every_changed_key_of_the_trained_recipe_is_named(
         check_recorded(run_dir, state)
 
 
-def test_added_keys_are_refused(run_dir: Path) -> None:
+def test_load_refuses_keys_added_to_the_trained_recipe(run_dir: Path) -> None:
     """TOML leaves None out, so hdlm's `rates` and `powers` are absent unless they are set."""
     recipe, before = run_dir / "recipe.toml", (run_dir / "recipe.toml").read_text()
     state = newest_state(str(run_dir / "checkpoints"))
@@ -119,7 +119,7 @@ def test_added_keys_are_refused(run_dir: Path) -> None:
             check_recorded(run_dir, state)
 
 
-def test_mutations_cover_every_table_that_matters() -> None:
+def test_changed_keys_cover_every_recipe_table_that_affects_weights() -> None:
     keys = {key for key, _ in iterate_mutations(resolve_text())}
     assert {
         "process.xi",
@@ -138,7 +138,7 @@ def test_mutations_cover_every_table_that_matters() -> None:
 
 
 @pytest.mark.parametrize("key", FREE)
-def test_keys_that_do_not_affect_weights_may_differ(key: str, run_dir: Path) -> None:
+def test_load_accepts_changed_keys_that_do_not_affect_weights(key: str, run_dir: Path) -> None:
     recipe = run_dir / "recipe.toml"
     recipe.write_text(
         write_toml(replace_key(parse_toml(recipe.read_text()), key, FREE[key]), "resolved")
@@ -148,7 +148,7 @@ def test_keys_that_do_not_affect_weights_may_differ(key: str, run_dir: Path) -> 
     check_recorded(run_dir, state)
 
 
-def test_training_keys_are_compared_if_training_resumes(run_dir: Path) -> None:
+def test_resume_refuses_changed_training_keys_that_load_accepts(run_dir: Path) -> None:
     recipe, before = run_dir / "recipe.toml", (run_dir / "recipe.toml").read_text()
     state = newest_state(str(run_dir / "checkpoints"))
     assert state is not None
@@ -182,7 +182,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_reader_refuses_an_edited_process(
+def test_every_command_refuses_a_checkpoint_of_another_process(
     command: str, run_dir: Path, ddiff: Command
 ) -> None:
     """Even if the recipe that is run was changed in the same way."""
@@ -208,7 +208,7 @@ def replace_tree(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["eval", "sample", "init"])
-def test_another_tree_over_the_same_tokens_is_refused(
+def test_load_refuses_another_vocabulary_tree_over_the_same_tokens(
     command: str, run_dir: Path, ddiff: Command
 ) -> None:
     replace_tree(run_dir)
@@ -254,7 +254,7 @@ def overridden_run(
 
 
 @pytest.mark.parametrize("environment", [None, "{}", '{"parameters": 1, "given": {}}'])
-def test_load_requires_the_process_that_was_passed_in(
+def test_load_requires_a_process_that_training_got_from_python(
     environment: str | None, overridden_run: Path, ddiff: Command
 ) -> None:
     (overridden_run / "environment.json").unlink()
@@ -268,7 +268,7 @@ def test_load_requires_the_process_that_was_passed_in(
             api.load(overridden_run)
 
 
-def test_load_accepts_the_passed_process_and_refuses_another(overridden_run: Path) -> None:
+def test_load_accepts_only_the_same_process_from_python(overridden_run: Path) -> None:
     vocabulary = api.Vocabulary.load(str(overridden_run / "vocabulary.safetensors"))
     right = build_process(vocabulary, (1.0, 2.0))
     assert api.load(overridden_run, process=right).process is right
@@ -276,7 +276,7 @@ def test_load_accepts_the_passed_process_and_refuses_another(overridden_run: Pat
         api.load(overridden_run, process=build_process(vocabulary, (1.0, 2.5)))
 
 
-def test_load_refuses_a_process_if_none_was_passed_in(run_dir: Path) -> None:
+def test_load_accepts_a_process_only_if_it_equals_that_of_the_recipe(run_dir: Path) -> None:
     vocabulary = api.Vocabulary.load(str(run_dir / "vocabulary.safetensors"))
     same = build_process(vocabulary, (1.0, 1.0))
     assert api.load(run_dir, process=same).process is same
@@ -284,7 +284,7 @@ def test_load_refuses_a_process_if_none_was_passed_in(run_dir: Path) -> None:
         api.load(run_dir, process=build_process(vocabulary, (2.0, 1.0)))
 
 
-def test_checkpoint_records_the_components_passed_in(overridden_run: Path) -> None:
+def test_checkpoint_records_components_given_from_python(overridden_run: Path) -> None:
     state = newest_state(str(overridden_run / "checkpoints"))
     assert state is not None
     assert set(state["made_with"]["given"]) == {"vocabulary", "process"}

@@ -206,7 +206,7 @@ def test_model_embeddings_refuse_nan(model_folder: Path) -> None:
         load_model_embeddings(str(model_folder), 8)
 
 
-def test_load_pretrained_passes_errors_of_ddiff_through() -> None:
+def test_load_pretrained_does_not_wrap_errors_of_ddiff() -> None:
     def load(*_: Any, **__: Any) -> None:
         raise DdiffError("as it was")
 

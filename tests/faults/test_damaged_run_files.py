@@ -126,7 +126,7 @@ WORST = ("not UTF-8", "a list", "null values", "deeply nested", "a folder")
 
 @pytest.mark.parametrize("kind", WORST)
 @pytest.mark.parametrize("file", FILES)
-def test_commands_without_data_work_or_name_the_damaged_file(
+def test_commands_without_data_succeed_or_name_the_damaged_file(
     file: str, kind: str, run_dir: Path, ddiff: Command
 ) -> None:
     check_commands(file, kind, run_dir, ddiff, READS_NO_DATA)
@@ -135,7 +135,7 @@ def test_commands_without_data_work_or_name_the_damaged_file(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WORST)
 @pytest.mark.parametrize("file", [file for file in FILES if "/" not in file])
-def test_other_commands_work_or_name_the_damaged_file(
+def test_commands_with_data_succeed_or_name_the_damaged_file(
     file: str, kind: str, run_dir: Path, ddiff: Command
 ) -> None:
     check_commands(
@@ -173,7 +173,7 @@ KEYS = [(file, key) for file, shape in OBJECTS.items() for key in shape if file 
 
 @pytest.mark.parametrize("value", ["text", [1], {"a": "b"}, True, 1.5, None], ids=str)
 @pytest.mark.parametrize(("file", "key"), KEYS)
-def test_value_of_another_type_is_refused_with_its_key(
+def test_run_files_with_a_value_of_another_type_name_the_key(
     file: str, key: str, value: Any, run_dir: Path
 ) -> None:
     path = run_dir / file
@@ -205,7 +205,7 @@ OPTIONAL = ("init", "interval", "bits_per_byte")
 
 
 @pytest.mark.parametrize(("file", "key"), KEYS)
-def test_missing_key_is_refused_unless_it_may_be_null(file: str, key: str, run_dir: Path) -> None:
+def test_run_files_without_a_required_key_name_the_key(file: str, key: str, run_dir: Path) -> None:
     path = run_dir / file
     lines = [
         json.loads(line) for line in path.read_text().split("\n") if line and file.endswith("l")
@@ -221,7 +221,7 @@ def test_missing_key_is_refused_unless_it_may_be_null(file: str, key: str, run_d
         read_file(path)
 
 
-def test_damaged_line_is_named_with_its_number(run_dir: Path) -> None:
+def test_read_samples_error_names_the_number_of_a_damaged_line(run_dir: Path) -> None:
     path = run_dir / "samples.jsonl"
     lines = path.read_text().splitlines()
     path.write_text(f"{lines[0]}\n[]\n")
@@ -229,12 +229,12 @@ def test_damaged_line_is_named_with_its_number(run_dir: Path) -> None:
         read_json_lines(path)
 
 
-def test_missing_files_read_as_empty(run_dir: Path) -> None:
+def test_readers_return_empty_results_for_missing_run_files(run_dir: Path) -> None:
     assert (read_json(run_dir / "no.json"), read_json_lines(run_dir / "no.jsonl")) == ({}, [])
 
 
 @pytest.mark.parametrize("command", ["run", "eval", "compare", "export"])
-def test_file_in_place_of_the_checkpoints_folder_is_named(
+def test_commands_name_a_file_at_the_path_of_the_checkpoints_folder(
     command: str, run_dir: Path, ddiff: Command
 ) -> None:
     shutil.rmtree(run_dir / "checkpoints")
@@ -259,7 +259,7 @@ MARKERS = {
 
 
 @pytest.mark.parametrize("name", MARKERS)
-def test_checkpoint_marker_of_another_shape_is_refused(
+def test_commands_refuse_a_checkpoint_marker_of_wrong_json_structure(
     name: str, run_dir: Path, ddiff: Command
 ) -> None:
     (run_dir / STEP / "complete.json").write_text(MARKERS[name])
@@ -280,7 +280,7 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("key", FIGURES)
-def test_evaluation_figures_of_another_shape_are_refused(
+def test_run_command_refuses_evaluation_json_of_wrong_structure(
     key: str, run_dir: Path, ddiff: Command
 ) -> None:
     path = run_dir / "evaluation.json"
@@ -289,7 +289,9 @@ def test_evaluation_figures_of_another_shape_are_refused(
     assert is_refusal(answer, "evaluation.json is damaged")
 
 
-def test_run_initialised_from_a_model_can_be_compared(run_dir: Path, ddiff: Command) -> None:
+def test_compare_accepts_a_run_initialised_from_a_pretrained_model(
+    run_dir: Path, ddiff: Command
+) -> None:
     path = run_dir / "environment.json"
     init = {"model": "some/model", "parts": "embeddings", "tokenizer": "0"}
     path.write_text(json.dumps({**json.loads(path.read_text()), "init": init}))

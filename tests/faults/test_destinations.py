@@ -65,7 +65,7 @@ ADDRESSES = {
 
 @pytest.mark.parametrize("name", ADDRESSES)
 @pytest.mark.parametrize("command", ["export", "data", "compare", "eval"])
-def test_unwritable_places_are_named(
+def test_commands_name_an_output_path_that_is_not_writable(
     name: str, command: str, run_dir: Path, ddiff: Command
 ) -> None:
     call, file = {
@@ -83,7 +83,7 @@ def test_unwritable_places_are_named(
 
 
 @pytest.mark.skipif(is_root, reason="root writes everywhere")
-def test_read_only_folders_are_named(run_dir: Path, ddiff: Command) -> None:
+def test_commands_name_a_read_only_output_folder(run_dir: Path, ddiff: Command) -> None:
     Path("locked").mkdir(mode=0o555)
     for call in ((*EXPORT, "locked/w.safetensors"), (*DATA, "locked/shards"), (*COMPARE, "locked")):
         assert is_refusal(ddiff(*call), "locked")
@@ -126,7 +126,7 @@ def test_export_onto_a_folder_is_refused(run_dir: Path, ddiff: Command) -> None:
     assert list(Path("w.safetensors").iterdir()) == []
 
 
-def test_export_makes_folders_and_leaves_no_partial_file(
+def test_export_creates_folders_and_leaves_no_partial_file(
     run_dir: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ddiff(*EXPORT, "new/deep/w.safetensors").code == 0
@@ -141,14 +141,14 @@ def test_export_makes_folders_and_leaves_no_partial_file(
     assert files(Path()) == before
 
 
-def test_paths_from_python_are_checked(run_dir: Path) -> None:
+def test_python_functions_check_output_paths_like_commands(run_dir: Path) -> None:
     with pytest.raises(ArgumentError, match="lost a slash"):
         export_run(run_dir, Path("s3://bucket/w.safetensors"))
     with pytest.raises(ArgumentError, match="checkpoint"):
         export_run(run_dir, Path(STEP) / "model.safetensors")
 
 
-def test_data_out_overwrites_nothing(run_dir: Path, ddiff: Command) -> None:
+def test_data_out_does_not_overwrite_existing_files(run_dir: Path, ddiff: Command) -> None:
     Path("mine").mkdir()
     Path("mine/tokenizer.json").write_text("precious")
     Path("file").write_text("precious")
@@ -200,7 +200,7 @@ def test_failed_write_leaves_the_old_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("tilde", ["~/out.safetensors"])
-def test_home_is_expanded(tilde: str, run_dir: Path, ddiff: Command) -> None:
+def test_output_paths_expand_the_home_directory(tilde: str, run_dir: Path, ddiff: Command) -> None:
     Path(os.environ["HOME"]).mkdir()
     assert ddiff(*EXPORT, tilde).code == 0
     assert (Path.home() / "out.safetensors").is_file()

@@ -25,13 +25,16 @@ COMMAND = [sys.executable, "-m", "ddiff"]
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK must be a whole number"),
-        ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE must be a whole number"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK must be below WORLD_SIZE"),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": ""}, "LOCAL_RANK must be a whole number"),
+        ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK, which torchrun sets, must be an integer"),
+        ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE, which torchrun sets, must be an integer"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK must be less than WORLD_SIZE"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": ""},
+            "LOCAL_RANK, which torchrun sets, must be an integer",
+        ),
     ],
 )
-def test_invalid_rank_variables_are_refused(
+def test_commands_refuse_invalid_rank_environment_variables(
     variables: dict, expected: str, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     for name, value in {"MASTER_ADDR": "127.0.0.1", **variables}.items():
@@ -42,7 +45,9 @@ def test_invalid_rank_variables_are_refused(
 
 
 @pytest.mark.parametrize("port", [None, "abc", "0", "70000", "-1"])
-def test_invalid_master_port_is_refused(port: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_address_refuses_an_invalid_master_port(
+    port: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MASTER_PORT", raising=False)
     if port is not None:
         monkeypatch.setenv("MASTER_PORT", port)
@@ -61,7 +66,7 @@ def test_cache_folder_must_be_local_and_tilde_is_expanded(
 
 
 @pytest.mark.parametrize("folder", ["/dev/null", "/dev/null/x", "/proc/x"])
-def test_unwritable_cache_is_named(
+def test_commands_name_an_unwritable_cache_folder(
     folder: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", folder)
@@ -97,7 +102,7 @@ def test_samples_are_json_in_every_encoding(encoding: str, monkeypatch: pytest.M
     assert json.loads(out.buffer.getvalue().decode(encoding)) == {"text": "é😀"}
 
 
-def test_closed_and_full_outputs_end_without_a_traceback() -> None:
+def test_closed_or_full_stdout_ends_a_command_without_a_traceback() -> None:
     shell = f"{' '.join(COMMAND)} recipes"
     for redirected, codes in (
         (f"{shell} >&-", (0,)),
@@ -137,7 +142,7 @@ def test_closed_and_full_outputs_end_without_a_traceback() -> None:
         (ConnectionError("gone"), "gone"),
     ],
 )
-def test_python_errors_are_explained(
+def test_explain_error_explains_errors_of_python_and_torch(
     error: BaseException, expected: str, monkeypatch, capsys
 ) -> None:
     assert expected in str(explain_error(error))
@@ -149,7 +154,7 @@ def test_python_errors_are_explained(
     assert expected in refusal(run_command(capsys, "recipes"))
 
 
-def test_defect_keeps_its_traceback_and_asks_for_a_report(monkeypatch, capsys) -> None:
+def test_internal_error_prints_a_traceback_and_asks_for_a_report(monkeypatch, capsys) -> None:
     monkeypatch.setattr("ddiff.recipe.sources.find_shipped_recipes", lambda: 1 / 0)
     code, _, err = run_command(capsys, "recipes")
     assert code == 1
@@ -157,7 +162,7 @@ def test_defect_keeps_its_traceback_and_asks_for_a_report(monkeypatch, capsys) -
     assert "Please report it" in err
 
 
-def test_traceback_of_a_mistake_is_shown_on_request(monkeypatch, capsys) -> None:
+def test_traceback_of_a_user_error_is_shown_on_request(monkeypatch, capsys) -> None:
     monkeypatch.setenv("DDIFF_TRACEBACK", "1")
     code, _, err = run_command(capsys, "run", "nowhere.toml")
     assert code == 2

@@ -57,7 +57,7 @@ CHANGES: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_eval_refuses_changed_data_and_names_what_differs(
+def test_eval_refuses_changed_data_and_names_the_difference(
     name: str, run_dir: Path, ddiff: Command
 ) -> None:
     changed, expected = CHANGES[name]
@@ -67,14 +67,14 @@ def test_eval_refuses_changed_data_and_names_what_differs(
     assert files(run_dir) == before
 
 
-def test_eval_of_the_same_data_writes_the_same_figures(run_dir: Path, ddiff: Command) -> None:
+def test_eval_of_unchanged_data_writes_the_same_results(run_dir: Path, ddiff: Command) -> None:
     before = json.loads((run_dir / "evaluation.json").read_text())
     answer = ddiff(*EVAL)
     assert answer.code == 0, answer.err
     assert json.loads((run_dir / "evaluation.json").read_text()) == before
 
 
-def test_eval_accepts_the_same_data_at_another_place(run_dir: Path, ddiff: Command) -> None:
+def test_eval_accepts_the_same_data_at_another_path(run_dir: Path, ddiff: Command) -> None:
     """The text has moved, and the recipe of the run names the new place."""
     Path("moved.txt").write_text(CORPUS)
     Path("corpus.txt").unlink()

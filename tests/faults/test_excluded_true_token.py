@@ -47,7 +47,7 @@ IDS = ["sedd", "mdlm", "hybrid_gamma", "dense"]
 
 
 @pytest.mark.parametrize("process", absorbing(), ids=IDS)
-def test_visible_token_of_masked_process_costs_nothing(process: ForwardProcess) -> None:
+def test_bound_of_a_visible_token_is_zero_in_masked_processes(process: ForwardProcess) -> None:
     prediction = DenseDistribution(
         torch.tensor([[-torch.inf, 0.0]], dtype=torch.float64), process.vocabulary
     )
@@ -77,14 +77,14 @@ def test_sedd_decoding_of_visible_tokens_is_zero() -> None:
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_processes_obey_the_law_of_excluded_tokens(process: ForwardProcess) -> None:
+def test_processes_satisfy_the_law_of_excluded_tokens(process: ForwardProcess) -> None:
     (report,) = evaluate_laws(process, (impossible_truth_is_bayes,))
     assert report.passed, str(report)
     assert impossible_truth_is_bayes in PROCESS_LAWS
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_nelbo_is_not_nan_for_a_network_that_excludes_tokens(process: ForwardProcess) -> None:
+def test_nelbo_is_not_nan_if_predictions_exclude_the_true_token(process: ForwardProcess) -> None:
     """For a network that is certain of token 0 everywhere."""
     num_tokens = process.vocabulary.num_tokens
     certain = torch.full((num_tokens,), -torch.inf, dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_nelbo_is_not_nan_for_a_network_that_excludes_tokens(process: ForwardPro
         assert bool(terms.total[x0[:, 0] == 0].isfinite().all())
 
 
-def test_log_child_below_an_impossible_node() -> None:
+def test_log_child_is_not_nan_below_a_node_of_probability_zero() -> None:
     vocabulary = HierarchicalVocabulary([[0, 0, 1]])
     prediction = DenseDistribution(
         torch.tensor([[-torch.inf, -torch.inf, 0.0]], dtype=torch.float64), vocabulary

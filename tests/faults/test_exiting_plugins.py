@@ -71,7 +71,7 @@ PLACES = {"import": at_import, "hook": in_the_hook, "attribute": at_an_attribute
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("place", PLACES)
-def test_plugins_reports_an_exiting_plugin_and_lists_the_others(
+def test_plugins_command_reports_an_exiting_plugin_and_lists_all_others(
     place: str, ending: str, distribution: Distribution, ddiff: Command
 ) -> None:
     distribution("bad-dist", "1.0", {"bad": "bad_mod"}, PLACES[place](ENDINGS[ending]))
@@ -104,7 +104,7 @@ def test_exiting_plugin_does_not_affect_other_commands(
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_component_that_exits_is_reported(
+def test_commands_report_a_component_that_exits_on_import(
     ending: str, distribution: Distribution, ddiff: Command
 ) -> None:
     distribution("bad-dist", "1.0", {"bad": "bad_mod"}, in_a_component(ENDINGS[ending]))
@@ -127,7 +127,7 @@ class Good:
 """
 
 
-def test_broken_component_does_not_hide_keys_of_the_others(
+def test_plugins_command_lists_valid_components_next_to_a_broken_one(
     distribution: Distribution, ddiff: Command
 ) -> None:
     body = (
@@ -156,7 +156,7 @@ def test_command_fails_if_a_component_exits(
     assert is_refusal(ddiff("run", "tiny.toml", *settings), "ended the command", "leaver_parts")
 
 
-def test_unreadable_metadata_do_not_break_the_list(
+def test_plugins_command_ignores_unreadable_package_metadata(
     distribution: Distribution, ddiff: Command
 ) -> None:
     folder = distribution(
@@ -173,7 +173,7 @@ def refusal(error: BaseException) -> PluginError:
     return PluginError(type(error).__name__)
 
 
-def test_ctrl_c_of_the_user_stays_a_keyboard_interrupt() -> None:
+def test_convert_errors_does_not_convert_a_real_ctrl_c() -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), convert_errors(refusal):
         signal.raise_signal(signal.SIGINT)
@@ -183,7 +183,7 @@ def test_ctrl_c_of_the_user_stays_a_keyboard_interrupt() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_plugins_load_in_other_threads() -> None:
+def test_convert_errors_works_outside_the_main_thread() -> None:
     told: list[str] = []
 
     def load() -> None:

@@ -32,7 +32,9 @@ NESTED = {
 
 
 @pytest.mark.parametrize("name", NESTED)
-def test_deep_nesting_is_refused(name: str, place: Path, capsys) -> None:
+def test_deeply_nested_recipe_is_refused_without_a_traceback(
+    name: str, place: Path, capsys
+) -> None:
     Path("deep.toml").write_text(f'name = "x"\nextends = "mdlm_small"\n{NESTED[name]}\n')
     assert "nested deeper than 16" in refusal(dry(capsys, "deep.toml"))
     if "\n" not in NESTED[name] and "=" in NESTED[name]:
@@ -100,7 +102,7 @@ OUT_OF_RANGE = {
 
 
 @pytest.mark.parametrize("key", OUT_OF_RANGE)
-def test_numbers_out_of_range_are_refused_with_their_key(key: str, place: Path, capsys) -> None:
+def test_recipe_error_names_the_key_of_a_number_out_of_range(key: str, place: Path, capsys) -> None:
     kind = ["train.optimizer.kind=adamw"] if "optimizer" in key else []
     message = refusal(dry(capsys, "tiny.toml", *kind, f"{key}={OUT_OF_RANGE[key]}"))
     assert key.split(".")[-1] in message
@@ -116,12 +118,14 @@ FLOATS = [
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
 @pytest.mark.parametrize("key", FLOATS)
-def test_every_float_refuses_nan_and_infinity(key: str, value: str, place: Path) -> None:
+def test_every_float_key_of_a_recipe_refuses_nan_and_infinity(
+    key: str, value: str, place: Path
+) -> None:
     with pytest.raises(RecipeError, match=key.split(".")[-1]):
         read_recipe("tiny.toml", [f"{key}={value}"])
 
 
-def test_pairs_of_floats_refuse_nan_and_infinity(place: Path) -> None:
+def test_recipe_keys_with_two_floats_refuse_nan_and_infinity(place: Path) -> None:
     for setting in ("evaluate.window=[nan, 0.9]", "evaluate.window=[0.1, inf]"):
         with pytest.raises(RecipeError, match="window"):
             read_recipe("tiny.toml", [setting])
@@ -142,7 +146,9 @@ ABSURD = {
 
 
 @pytest.mark.parametrize("name", ABSURD)
-def test_absurd_sizes_are_refused_before_they_are_allocated(name: str, place: Path, capsys) -> None:
+def test_huge_model_sizes_are_refused_before_memory_is_allocated(
+    name: str, place: Path, capsys
+) -> None:
     message = refusal(dry(capsys, "tiny.toml", *ABSURD[name]))
     assert any(
         text in message
@@ -157,13 +163,13 @@ def chain(length: int) -> None:
     Path(f"c{length}.toml").write_text(TINY)
 
 
-def test_long_chain_of_extends_is_refused(place: Path, capsys) -> None:
+def test_long_chain_of_extended_recipes_is_refused(place: Path, capsys) -> None:
     chain(1200)
     assert "extend one another more than 32 times" in refusal(dry(capsys, "c0.toml"))
     assert dry(capsys, "c1185.toml")[0] == 0
 
 
-def test_extends_in_a_circle_is_refused(place: Path, capsys) -> None:
+def test_recipe_that_extends_itself_is_refused(place: Path, capsys) -> None:
     Path("a.toml").write_text('extends = "b.toml"\n')
     Path("b.toml").write_text('extends = "./a.toml"\n')
     assert "goes in a circle" in refusal(dry(capsys, "a.toml"))
@@ -197,23 +203,23 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=[ascii(setting)[:30] for setting in SETTINGS])
-def test_malformed_settings_are_refused(setting: str, place: Path, capsys) -> None:
+def test_malformed_set_options_are_refused(setting: str, place: Path, capsys) -> None:
     refusal(dry(capsys, "tiny.toml", setting))
     assert entries(place) == BUILT_IN
 
 
-def test_set_takes_a_value_over_several_lines() -> None:
+def test_set_option_accepts_a_value_of_several_lines() -> None:
     assert read_settings(["data.files=[\n'a',\n'b']"], "x").values == {
         "data": {"files": ["a", "b"]}
     }
 
 
 @pytest.mark.parametrize("value", ["a/😀", '"a/😀"', "naïve", "日本"])
-def test_set_takes_any_text_bare_or_in_quotes(value: str, place: Path) -> None:
+def test_set_option_accepts_any_text_with_or_without_quotes(value: str, place: Path) -> None:
     assert read_recipe("tiny.toml", [f"run_dir={value}"]).run_dir == value.strip('"')
 
 
-def test_message_shortens_a_long_value(place: Path, capsys) -> None:
+def test_recipe_error_shortens_a_long_value(place: Path, capsys) -> None:
     for setting in (
         f"train.steps={'x' * 100_000}",
         f"{'y' * 100_000}=1",
@@ -222,7 +228,7 @@ def test_message_shortens_a_long_value(place: Path, capsys) -> None:
         assert "more characters" in refusal(dry(capsys, "tiny.toml", setting))
 
 
-def test_text_that_is_not_utf8_is_refused_in_every_place(place: Path, capsys) -> None:
+def test_recipes_and_set_options_refuse_text_that_is_not_utf8(place: Path, capsys) -> None:
     Path("latin.toml").write_bytes(TINY.replace('"tiny"', '"café"').encode("latin-1"))
     assert "cannot be read" in refusal(dry(capsys, "latin.toml"))
     Path("utf16.toml").write_text(TINY, encoding="utf-16")
@@ -231,7 +237,7 @@ def test_text_that_is_not_utf8_is_refused_in_every_place(place: Path, capsys) ->
     assert "there is no such file" in refusal(dry(capsys, os.fsdecode(b"caf\xe9.toml")))
 
 
-def test_byte_order_mark_is_skipped(place: Path) -> None:
+def test_recipe_reader_skips_a_byte_order_mark(place: Path) -> None:
     Path("bom.toml").write_text(TINY, encoding="utf-8-sig")
     assert read_recipe("bom.toml").name == "tiny"
 
@@ -243,7 +249,7 @@ def test_file_too_large_for_a_recipe_is_refused(place: Path, capsys) -> None:
     assert "is a directory" in refusal(dry(capsys, "folder.toml"))
 
 
-def test_key_lines_is_linear_in_the_length_of_a_recipe() -> None:
+def test_key_lines_takes_linear_time_in_the_length_of_a_recipe() -> None:
     """Counting lines from the start for every key took minutes; places must stay right."""
     draft = read_toml("\n".join(f"k{i} = [1,\n2]" for i in range(20_000)), "x.toml")
     assert draft.places[("k0",)] == "x.toml:1"

@@ -44,11 +44,11 @@ def test_tiny_temperature_keeps_only_the_likeliest_token(
 
 
 @pytest.mark.parametrize("temperature", [1e20, 1e300])
-def test_huge_temperature_is_uniform(temperature: float) -> None:
+def test_huge_temperature_gives_the_uniform_distribution(temperature: float) -> None:
     assert distribution(Temperature(temperature)) == pytest.approx([1 / 3] * 3)
 
 
-def test_ties_are_shared_at_tiny_temperature_but_not_at_zero() -> None:
+def test_tiny_temperature_splits_ties_and_zero_temperature_does_not() -> None:
     assert distribution(Temperature(1e-30), TIES) == [0.0, 0.5, 0.5]
     assert distribution(Temperature(0.0), TIES) == [0.0, 1.0, 0.0]
     assert distribution(TopK(1), TIES) == distribution(Temperature(0.0), TIES)
@@ -72,7 +72,7 @@ def test_extreme_top_p_keeps_the_likeliest_token(share: float) -> None:
     assert sum(distribution(TopP(share))) == pytest.approx(1.0)
 
 
-def test_extreme_min_p_and_top_k() -> None:
+def test_extreme_min_p_and_top_k_keep_the_expected_tokens() -> None:
     assert distribution(MinP(1.0)) == [1.0, 0.0, 0.0]
     assert distribution(MinP(0.0)) == pytest.approx(P[0].tolist())
     assert distribution(TopK(2**31 - 1)) == pytest.approx(P[0].tolist())
@@ -110,12 +110,14 @@ def guided_distribution(vocabulary: Any, weight: float) -> list[float]:
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES, ids=["flat", "tree"])
 @pytest.mark.parametrize("weight", [1e30, 1e38, 1e308])
-def test_huge_guidance_keeps_the_token_raised_most(vocabulary: Any, weight: float) -> None:
+def test_huge_guidance_selects_the_token_with_the_largest_ratio(
+    vocabulary: Any, weight: float
+) -> None:
     assert guided_distribution(vocabulary, weight) == pytest.approx([1.0, 0.0, 0.0], abs=1e-6)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 1.000001, 3.0])
-def test_guidance_follows_its_formula(weight: float) -> None:
+def test_guided_distribution_matches_the_guidance_formula(weight: float) -> None:
     expected = (weight * P.log() + (1 - weight) * P.flip(-1).log()).softmax(-1)[0].tolist()
     assert guided_distribution(VOCABULARIES[0], weight) == pytest.approx(expected, abs=1e-5)
 
@@ -153,7 +155,7 @@ SHAPED = sorted(
 
 
 @pytest.mark.parametrize("name", SHAPED)
-def test_samplers_accept_temperature_zero_and_near_it(name: str) -> None:
+def test_samplers_accept_temperatures_0_and_1e_minus_320(name: str) -> None:
     from ddiff import generate
 
     assert len(SHAPED) >= 15

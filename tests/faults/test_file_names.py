@@ -129,7 +129,7 @@ def test_find_files_matches_sorted_files_and_no_folders(folder: Path) -> None:
     assert find_files(f"{folder}/*/e/*.txt") == [f"{folder}/d/e/c.txt"]
 
 
-def test_find_files_stops_at_circular_links(folder: Path) -> None:
+def test_find_files_terminates_on_circular_symbolic_links(folder: Path) -> None:
     (folder / "d" / "e").mkdir(parents=True)
     (folder / "d" / "a.txt").write_text("a")
     for number in range(3):  # followed without a limit, they would give 3**40 folders

@@ -16,7 +16,7 @@ from ddiff.testing.report import evaluate_laws
 
 
 @pytest.mark.parametrize("state", [4, 1])
-def test_hybrid_gamma_zero_has_gradient_at_masks_and_tokens(state: int) -> None:
+def test_hybrid_gamma_0_has_finite_gradients_at_masks_and_tokens(state: int) -> None:
     """A head whose logits differ by 2e4 is certain of token 1, the true one."""
     process = GammaHybrid(FlatVocabulary(4), 0.0)
     head = TokenHead(process.vocabulary, 4)
@@ -37,14 +37,16 @@ def test_hybrid_gamma_zero_has_gradient_at_masks_and_tokens(state: int) -> None:
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_processes_obey_the_law_of_finite_gradients(process: ForwardProcess) -> None:
+def test_processes_satisfy_the_law_of_finite_gradients(process: ForwardProcess) -> None:
     (report,) = evaluate_laws(process, (gradients_are_finite,))
     assert report.passed, str(report)
 
 
 @pytest.mark.parametrize("process", every_example())
 @pytest.mark.parametrize("difference", [50.0, 2e4])
-def test_terms_have_finite_gradients_of_logits(process: ForwardProcess, difference: float) -> None:
+def test_bound_terms_have_finite_gradients_at_extreme_logits(
+    process: ForwardProcess, difference: float
+) -> None:
     """Logits of a head, in float32: certain of every token in turn, the true one and others."""
     vocabulary = process.vocabulary
     certain = difference * torch.eye(vocabulary.num_tokens)

@@ -66,7 +66,7 @@ def test_first_hitting_is_exact_on_gidd(p_uniform: float, gamma: float, form: Fo
 
 @pytest.mark.parametrize("length", [2, 128, 512])
 @pytest.mark.parametrize(("p_uniform", "gamma"), [(0.1, 1.0), (0.2, 1.0), (0.1, 2.0)])
-def test_between_leaves_until_positions_at_any_length(
+def test_first_hitting_range_is_set_by_until_at_any_length(
     p_uniform: float, gamma: float, length: int
 ) -> None:
     """At the last time that events are followed, `until` positions of a sequence are expected to be
@@ -80,14 +80,14 @@ def test_between_leaves_until_positions_at_any_length(
     assert length * alpha == pytest.approx(until, rel=1e-3)
 
 
-def test_between_widens_with_the_length() -> None:
+def test_first_hitting_follows_events_longer_in_longer_sequences() -> None:
     process = gidd(0.2, 1.0)
     begins, finishes = zip(*(between(process, 1e-3, length) for length in (2, 16, 128)))
     assert begins[0] < begins[1] < begins[2]
     assert finishes[0] > finishes[1] > finishes[2]
 
 
-def test_between_uses_the_fastest_token() -> None:
+def test_first_hitting_range_is_set_by_the_token_that_decays_fastest() -> None:
     """With uneven noise, the token that is lost fastest decides."""
     vocabulary = FlatVocabulary(3, mask=False)
     process = MixtureProcess(vocabulary, LinearSchedule(), torch.tensor([0.98, 0.01, 0.01]))
@@ -98,7 +98,7 @@ def test_between_uses_the_fastest_token() -> None:
     assert float(lost[0]) < 0.05 * float(lost.max())
 
 
-def test_between_rejects_noise_too_early_for_the_length() -> None:
+def test_first_hitting_rejects_processes_with_too_much_early_noise() -> None:
     """With p 0.9, gamma 0.5, 1.3 % of the tokens are noise at the earliest time that rates are
     evaluated."""
     process = gidd(0.9, 0.5)
@@ -111,7 +111,7 @@ def test_between_rejects_noise_too_early_for_the_length() -> None:
     assert 2 * (1.0 - stay_probability(process, EARLIEST)) < MOST_AT_ONCE
 
 
-def test_between_ignores_the_noise_at_t_0() -> None:
+def test_first_hitting_range_ignores_the_noise_at_t_0() -> None:
     """5 % of the tokens are noise at t = 0; the last draw of any sampler removes it."""
     vocabulary = FlatVocabulary(3, mask=False)
     process = MixtureProcess(
@@ -137,11 +137,11 @@ def test_between_ignores_the_noise_at_t_0() -> None:
         pytest.param(GammaHybrid(FlatVocabulary(3), 0.0), id="hybrid without noise"),
     ],
 )
-def test_between_is_everything_without_noise_among_tokens(process: ForwardProcess) -> None:
+def test_first_hitting_range_is_0_to_1_without_noise_among_tokens(process: ForwardProcess) -> None:
     assert between(process, 0.3, 64) == (LATEST, EARLIEST)
 
 
 @pytest.mark.parametrize("until", [0.0, -1.0, 0.5, float("nan")])
-def test_first_hitting_rejects_until_out_of_range(until: float) -> None:
+def test_first_hitting_rejects_a_parameter_until_out_of_range(until: float) -> None:
     with pytest.raises(ArgumentError, match=r"until must be in \(0, 1/2\).*number of positions"):
         FirstHittingSampler(until)

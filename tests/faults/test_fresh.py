@@ -73,7 +73,7 @@ def test_fresh_deletes_partial_files_of_a_killed_run(run_dir: Path) -> None:
     assert list(run_dir.iterdir()) == []
 
 
-def test_every_file_of_a_finished_run_is_classified_as_its_own(run_dir: Path) -> None:
+def test_every_file_of_a_finished_run_is_recognized_as_a_run_file(run_dir: Path) -> None:
     found = classify_contents(run_dir)
     assert found.foreign == []
     assert {str(run_dir / name) for name in files(run_dir)} <= set(map(str, found.written))
@@ -144,7 +144,7 @@ def test_run_does_not_overwrite_a_recipe_of_the_user(folder: Path, ddiff: Comman
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "recipe.toml"])
-def test_first_run_refuses_a_directory_with_a_file_of_its_names(
+def test_first_run_refuses_a_directory_with_files_named_like_its_own(
     name: str, folder: Path, ddiff: Command
 ) -> None:
     put(Path("model") / name)
@@ -162,7 +162,9 @@ def test_first_run_reports_and_keeps_foreign_files(folder: Path, ddiff: Command)
     assert Path("own/thesis.tex").read_text() == "precious"
 
 
-def test_comments_added_to_a_runs_recipe_are_kept(run_dir: Path, ddiff: Command) -> None:
+def test_resuming_keeps_comments_added_to_the_recipe_of_a_run(
+    run_dir: Path, ddiff: Command
+) -> None:
     recipe = run_dir / "recipe.toml"
     recipe.write_text(recipe.read_text() + "# the best so far\n")
     before = files(run_dir)
@@ -172,7 +174,7 @@ def test_comments_added_to_a_runs_recipe_are_kept(run_dir: Path, ddiff: Command)
     assert ddiff("sample", "runs/tiny", "--count", "1").code == 0
 
 
-def test_fresh_deletes_the_files_that_a_tracker_declares(run_dir: Path) -> None:
+def test_fresh_deletes_files_that_a_tracker_declares_as_its_own(run_dir: Path) -> None:
     put(run_dir / "wandb/offline-run/log.txt")
     (run_dir / "wandb/latest").symlink_to(Path("corpus.txt").absolute())
     put(run_dir / "wandb_id")
@@ -210,14 +212,16 @@ def test_fresh_refuses_to_delete_inputs_of_its_recipe(
     assert files(run_dir) == before
 
 
-def test_run_dir_inside_checkpoints_is_refused(run_dir: Path, ddiff: Command) -> None:
+def test_run_refuses_a_run_dir_inside_a_checkpoints_folder(run_dir: Path, ddiff: Command) -> None:
     before = files(run_dir)
     for place in ("runs/tiny/checkpoints/mine", "runs/tiny/checkpoints/step_00000004"):
         assert is_refusal(ddiff("run", "tiny.toml", "--set", f"run_dir={place}"), "checkpoints")
     assert files(run_dir) == before
 
 
-def test_pruning_checkpoints_keeps_foreign_files_in_them(run_dir: Path, ddiff: Command) -> None:
+def test_deleting_old_checkpoints_keeps_foreign_files_in_their_folders(
+    run_dir: Path, ddiff: Command
+) -> None:
     """`[train] keep` deletes the checkpoint of step 2, but no notes or weights of others in it."""
     old = run_dir / "checkpoints/step_00000002"
     put(old / "notes.txt")
@@ -230,7 +234,9 @@ def test_pruning_checkpoints_keeps_foreign_files_in_them(run_dir: Path, ddiff: C
     assert steps == ["step_00000002", "step_00000004", "step_00000006"]
 
 
-def test_first_run_refuses_checkpoints_of_another_tool(folder: Path, ddiff: Command) -> None:
+def test_first_run_refuses_a_directory_with_checkpoints_of_another_tool(
+    folder: Path, ddiff: Command
+) -> None:
     put(Path("own/checkpoints/step_00000001/model.safetensors"))
     for more in ((), ("--fresh",)):
         assert is_refusal(ddiff("run", "tiny.toml", "--set", "run_dir=own", *more), "checkpoints")

@@ -55,7 +55,7 @@ CASES = [
 
 
 @pytest.mark.slow
-def test_intervals_cover_and_medians_are_unbiased() -> None:
+def test_confidence_intervals_have_coverage_near_95_percent() -> None:
     """60 evaluations of each of ten cases: 93 to 97 % of all intervals cover.
 
     A median has a standard error of 1.25 sd/sqrt(60); one of ten is three standard errors below
@@ -80,14 +80,14 @@ def test_intervals_cover_and_medians_are_unbiased() -> None:
         gidd(FlatVocabulary(3)),
     ],
 )
-def test_law_separates_even_times_from_information_time(process: ForwardProcess) -> None:
+def test_tail_law_rejects_even_times_and_accepts_information_time(process: ForwardProcess) -> None:
     assert variance_has_no_tail(process).passed
     assert (
         float(tail_variance_share(process, IdentityTime(), WHOLE)) > variance_has_no_tail.tolerance
     )
 
 
-def test_process_without_information_time_breaks_tail_law() -> None:
+def test_process_without_information_time_fails_the_tail_law() -> None:
     process = gidd(FlatVocabulary(3), p_uniform=0.5, gamma=0.5)
     process.__dict__["information_time"] = IdentityTime()
     report = variance_has_no_tail(process)

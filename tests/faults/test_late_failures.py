@@ -33,7 +33,7 @@ class Every(ComponentConfig):
     share: NonNegativeFloat = 0.0
 
 
-def test_config_types_have_lower_and_upper_limits() -> None:
+def test_bounded_config_types_refuse_values_outside_their_limits() -> None:
     most = Every(
         count=COUNTS - 1, label=COUNTS - 1, seed=2**64 - 1, rate=LARGEST / 2, share=LARGEST / 2
     )
@@ -50,7 +50,7 @@ def test_config_types_have_lower_and_upper_limits() -> None:
             Every(**{key: value})
 
 
-def test_integers_of_every_config_have_limits() -> None:
+def test_every_integer_key_of_every_component_has_an_upper_limit() -> None:
     """Every integer of every component has a largest value, which torch can represent."""
     open_ended = []
     for component in survey_plugins().registry.components():
@@ -83,7 +83,9 @@ LATE = {
 
 
 @pytest.mark.parametrize("key", LATE)
-def test_values_that_would_fail_late_are_refused_first(key: str, place: Path, capsys) -> None:
+def test_dry_run_refuses_values_that_would_fail_late_in_a_run(
+    key: str, place: Path, capsys
+) -> None:
     for dry in ([], ["--dry-run"]):
         message = refusal(
             run_command(capsys, "run", "tiny.toml", *dry, "--set", f"{key}={LATE[key]}")
@@ -158,7 +160,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_options_of_sample_out_of_range_are_refused(name: str, trained: Path, capsys) -> None:
+def test_sample_command_refuses_options_out_of_range(name: str, trained: Path, capsys) -> None:
     refusal(run_command(capsys, "sample", str(trained), *ASKED[name]))
 
 
@@ -174,12 +176,12 @@ def test_options_of_sample_out_of_range_are_refused(name: str, trained: Path, ca
     ],
     ids=str,
 )
-def test_python_arguments_have_the_same_limits(asked: dict, trained: Path) -> None:
+def test_sample_in_python_refuses_arguments_out_of_range(asked: dict, trained: Path) -> None:
     with pytest.raises(ArgumentError, match=next(iter(asked))):
         load(trained).sample(**asked)
 
 
-def test_counter_rng_takes_every_seed_of_64_bits() -> None:
+def test_counter_rng_accepts_every_64_bit_seed() -> None:
     import torch
 
     assert 0.0 <= CounterRng(2**64 - 1, 0, torch.arange(1), 1).uniform_per_group("x") < 1.0

@@ -79,7 +79,9 @@ def evaluate_loss(
 
 @pytest.mark.parametrize("predicts", ["distribution", "score"])
 @pytest.mark.parametrize("chain", [masks, uniform])
-def test_implementations_of_one_chain_have_equal_losses(chain: object, predicts: str) -> None:
+def test_implementations_of_one_markov_chain_have_equal_losses(
+    chain: object, predicts: str
+) -> None:
     """Tolerance: the dense process computes a matrix exponential."""
     processes = chain()  # type: ignore[operator]
     rows = ReachableRows(processes["mixture"], times(TIMES))
@@ -89,7 +91,7 @@ def test_implementations_of_one_chain_have_equal_losses(chain: object, predicts:
             torch.testing.assert_close(part, due, rtol=1e-8, atol=1e-9, msg=f"{name}, {predicts}")
 
 
-def test_clipping_keeps_the_loss_at_nearly_masked_text() -> None:
+def test_clipped_loss_at_t_0_99_equals_the_unclipped_loss() -> None:
     """At t = 0.99 the weight of -ln p(x) is 1/t in both processes, far below a clip of 10."""
     rows = ReachableRows(masks()["mdlm"], times((0.99,)))
     mask = rows.select(rows.zt == 4)
@@ -100,14 +102,14 @@ def test_clipping_keeps_the_loss_at_nearly_masked_text() -> None:
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_processes_obey_the_law_of_the_weight(process: ForwardProcess) -> None:
+def test_processes_satisfy_the_law_of_the_loss_weight(process: ForwardProcess) -> None:
     (report,) = evaluate_laws(process, (weight_is_derived,))
     assert report.passed, str(report)
     assert weight_is_derived in PROCESS_LAWS
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_clipped_loss_is_at_most_the_density(process: ForwardProcess) -> None:
+def test_clipped_loss_is_at_most_the_density_of_the_bound(process: ForwardProcess) -> None:
     """Near t = 0 the divergence at the clean token grows as 1/t and its weight falls as t, so that
     the loss is the density, which is finite there. `smallest` above 0 would break this."""
     rows = ReachableRows(process, times((1e-9, 1e-6, 1e-3, 0.5, 1.0 - 1e-6)))

@@ -59,7 +59,7 @@ def posterior(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: Tensor) -> 
     return joint / joint.sum(-1, keepdim=True)
 
 
-def test_perfect_score_of_certain_data_decodes_to_its_token() -> None:
+def test_score_decoding_of_constant_data_gives_its_only_token() -> None:
     """Uniform noise on 7 tokens, t = 0.7, data that are always token 1, z = 6: P(x = 1) = 1."""
     process = uniform(7)
     log_p = torch.full((1, 7), -torch.inf, dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_perfect_score_of_certain_data_decodes_to_its_token() -> None:
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_perfect_score_decodes_to_the_posterior(process: ForwardProcess) -> None:
+def test_decoding_the_exact_score_gives_the_exact_posterior(process: ForwardProcess) -> None:
     """Tolerance: 1e-12 up to a condition number of 100, and 1e-14 times it above, the rounding of
     the score."""
     path = times(PATH)
@@ -103,7 +103,7 @@ def test_perfect_score_decodes_to_the_posterior(process: ForwardProcess) -> None
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_perfect_score_has_decode_nll_of_its_distribution(process: ForwardProcess) -> None:
+def test_decode_nll_of_exact_scores_and_exact_posteriors_is_equal(process: ForwardProcess) -> None:
     """At t = 0.1 and at t = 0."""
     rows = ReachableRows(process, times((0.0, 0.1)))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
@@ -113,12 +113,12 @@ def test_perfect_score_has_decode_nll_of_its_distribution(process: ForwardProces
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_processes_obey_the_laws_of_scores(process: ForwardProcess) -> None:
+def test_processes_satisfy_the_laws_of_scores(process: ForwardProcess) -> None:
     for report in evaluate_laws(process, (scores_at_ends, scores_decode_to_posterior)):
         assert report.passed, str(report)
 
 
-def test_laws_detect_scores_decoded_without_tweedie() -> None:
+def test_score_laws_detect_decoding_without_tweedies_formula() -> None:
     """The planted fault weights tokens by s(x) q_t(z|x)."""
     faulty = uniform(4)
 
@@ -149,7 +149,9 @@ def test_laws_detect_scores_decoded_without_tweedie() -> None:
         ),
     ],
 )
-def test_samplers_are_equally_accurate_with_scores(sampler: Any, process: ForwardProcess) -> None:
+def test_sampler_error_is_equal_for_scores_and_probabilities(
+    sampler: Any, process: ForwardProcess
+) -> None:
     """Both use the same random numbers, so that they differ by rounding only."""
     for steps in (8, 32):
         of_distribution, of_score = (
@@ -161,7 +163,7 @@ def test_samplers_are_equally_accurate_with_scores(sampler: Any, process: Forwar
         assert of_score == pytest.approx(of_distribution, abs=1e-3)
 
 
-def test_score_samplers_draw_no_impossible_tokens() -> None:
+def test_score_samplers_draw_no_token_of_probability_zero() -> None:
     """Uniform noise, data without tokens 4 and 5."""
     process = uniform(6)
     p = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0, 0.0], dtype=torch.float64)
@@ -202,7 +204,7 @@ def test_arbitrary_scores_have_finite_decode_nll_and_gradient(process: ForwardPr
     torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-9, atol=0.0)
 
 
-def test_uninformative_score_decodes_to_even_distribution() -> None:
+def test_uninformative_score_decodes_to_the_uniform_distribution() -> None:
     """At t = 1 the state carries no information on the token."""
     unmasked = FlatVocabulary(3, mask=False)
     dense = DenseProcess(unmasked, [[-3, 2, 1], [0.5, -1.5, 1], [1, 1, -2]])
@@ -224,7 +226,7 @@ def test_uninformative_score_decodes_to_even_distribution() -> None:
     )  # masks do not mix tokens: the ratios are those of p
 
 
-def test_from_clean_includes_the_noise_at_t_0() -> None:
+def test_from_clean_transition_includes_the_noise_at_t_0() -> None:
     """With sigma_min = 0.2 tokens are noisy at t = 0; `transition(0, t)` starts after that noise."""
     vocabulary = FlatVocabulary(4, mask=False)
     process = MixtureProcess(

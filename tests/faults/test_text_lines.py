@@ -87,7 +87,7 @@ ENDS = {"unix": "\n", "old Mac": "\r", "Windows": "\r\n", "Windows, written twic
 @pytest.mark.parametrize("reader", [from_text, from_files])
 @pytest.mark.parametrize("split", ["line", "paragraph"])
 @pytest.mark.parametrize("end", list(ENDS))
-def test_readers_accept_every_kind_of_line_end(
+def test_text_readers_accept_lf_crlf_and_cr_line_ends(
     tmp_path: Path, reader: Any, split: str, end: str
 ) -> None:
     content = "\ufeff" + (ENDS[end] * 2).join(PARAGRAPHS) + ENDS[end]

@@ -20,19 +20,19 @@ def test_auto_device_is_cuda_if_available() -> None:
 
 @pytest.mark.parametrize(
     ("device", "reason"),
-    [("mps", "float64"), ("cuda:99", "CUDA devices here"), ("gpu", 'got "gpu"')],
+    [("mps", "float64"), ("cuda:99", "CUDA devices"), ("gpu", 'got "gpu"')],
 )
 def test_resolve_device_refuses_unusable_devices(device: str, reason: str) -> None:
     with pytest.raises(ArgumentError, match=reason):
         SingleBackend(device)
 
 
-def test_single_backend_runs_one_process() -> None:
+def test_single_backend_refuses_more_than_one_process() -> None:
     with pytest.raises(ArgumentError, match='kind "single" runs one process; got processes = 2'):
         Single.build(ComponentConfig(), device="cpu", processes=2)
 
 
-def test_single_backend_sums_to_the_values_and_clips_to_the_norm() -> None:
+def test_single_backend_sum_is_identity_and_clipping_bounds_the_norm() -> None:
     backend = SingleBackend("cpu")
     assert (backend.rank, backend.world_size) == (0, 1)
     assert backend.sum({"a": torch.tensor(2.0)}) == {"a": torch.tensor(2.0)}

@@ -50,7 +50,7 @@ def test_find_blocks_lists_the_outermost_module_lists(run: Run) -> None:
     assert len(find_blocks(run.denoiser)) == 3
 
 
-def test_recompute_activations_changes_no_bit_and_no_name(
+def test_recompute_activations_keeps_loss_gradients_and_names(
     run: Run,
 ) -> None:
     with_random_head(run)
@@ -104,7 +104,7 @@ def test_compile_blocks_compiles_equal_blocks_once(run: Run) -> None:
         torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_padding_rows_do_not_change_the_loss_and_leave_few_shapes(
+def test_padding_rows_keep_the_loss_and_limit_the_number_of_shapes(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_random_head(run)

@@ -130,7 +130,7 @@ class Mortal(Store):
         return self._fs.open(path, mode)
 
 
-def test_kill_at_any_moment_of_saving_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
+def test_kill_during_save_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     survived = []
     for last in range(20):
         root = tmp_path / str(last)
@@ -161,7 +161,7 @@ def test_newest_skips_a_checkpoint_without_marker(tmp_path: Path) -> None:
     (tmp_path / "step_00000010" / "complete.json").unlink()
     assert checkpoints.newest().step == 5  # type: ignore[union-attr]
     with pytest.raises(
-        CheckpointError, match=r"no complete checkpoint of step 10; it has those of \[5\]"
+        CheckpointError, match=r"no complete checkpoint of step 10\. Choose one of the steps \[5\]"
     ):
         checkpoints.load(10)
 
@@ -169,7 +169,7 @@ def test_newest_skips_a_checkpoint_without_marker(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "manifest.json", "state.json", "complete.json"]
 )
-def test_load_names_a_truncated_file_and_the_remedy(tmp_path: Path, name: str) -> None:
+def test_load_error_names_the_truncated_file_and_the_remedy(tmp_path: Path, name: str) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 5, 10)
     file = tmp_path / "step_00000010" / name
@@ -182,7 +182,7 @@ def test_load_names_a_truncated_file_and_the_remedy(tmp_path: Path, name: str) -
     assert checkpoints.load(5).step == 5
 
 
-def test_reading_names_a_file_with_a_flipped_bit_or_missing(tmp_path: Path) -> None:
+def test_restore_error_names_the_damaged_or_missing_file(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     save(checkpoints, 5)
     file = tmp_path / "step_00000005" / "model.safetensors"
@@ -204,13 +204,15 @@ def test_reading_names_a_file_with_a_flipped_bit_or_missing(tmp_path: Path) -> N
         checkpoints.read_weights()
 
 
-def test_read_weights_without_checkpoint_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no complete checkpoint. Train first"):
+def test_read_weights_without_checkpoint_raises_checkpoint_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no complete checkpoint. Train the run"):
         Checkpoints(tmp_path / "nowhere").read_weights()
 
 
 @pytest.mark.parametrize(("number", "age"), [(1, "an older"), (99, "a newer")])
-def test_load_refuses_another_format(tmp_path: Path, number: int, age: str) -> None:
+def test_load_refuses_checkpoints_of_another_format_version(
+    tmp_path: Path, number: int, age: str
+) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 5)
     marker = tmp_path / "step_00000005" / "complete.json"
@@ -221,18 +223,18 @@ def test_load_refuses_another_format(tmp_path: Path, number: int, age: str) -> N
         checkpoints.newest()
 
 
-def test_restore_refuses_another_model_and_names_the_differences(tmp_path: Path) -> None:
+def test_restore_error_names_tensors_that_differ_from_the_model(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, Net().state_dict(), {})
     wider = nn.ModuleDict({"hidden": nn.Linear(4, 9)})
     with pytest.raises(
         CheckpointError,
-        match=r"hidden.weight has shape \[4, 4\], the model's has \[9, 4\]|is not in the",
+        match=r"hidden.weight has shape \[4, 4\], but the model needs \[9, 4\]|is not in the",
     ):
         checkpoints.load(1).restore(wider)
 
 
-def test_save_names_the_place_of_a_value_that_json_cannot_hold(tmp_path: Path) -> None:
+def test_save_error_names_the_key_of_an_unsupported_value(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(CheckpointError, match=r"state.optimizer.rule is a function"):
         checkpoints.save(1, MODEL, {"optimizer": {"rule": lambda x: x}})
@@ -276,7 +278,7 @@ def test_checkpoint_records_origins_and_fingerprints(tmp_path: Path) -> None:
     assert state["fingerprints"] == {"vocabulary": "aa"}
 
 
-def test_read_weights_without_ema_is_an_error(tmp_path: Path) -> None:
+def test_read_weights_of_a_missing_ema_raises_checkpoint_error(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 5)
     with pytest.raises(
@@ -285,7 +287,7 @@ def test_read_weights_without_ema_is_an_error(tmp_path: Path) -> None:
         checkpoints.read_weights(average=True)
 
 
-def test_save_async_writes_what_was_there_when_called(tmp_path: Path) -> None:
+def test_save_async_writes_the_values_at_the_time_of_the_call(tmp_path: Path) -> None:
     """The file is written after the change, and holds the values from before it."""
     checkpoints, changed = Checkpoints(tmp_path), threading.Event()
     weight, moments = torch.ones(3), {"rate": torch.zeros(2)}
@@ -307,7 +309,7 @@ def test_save_async_writes_what_was_there_when_called(tmp_path: Path) -> None:
     assert same(found.read_state(), {"moments": {"rate": torch.zeros(2)}})
 
 
-def test_wait_reports_a_failed_save_and_the_previous_one_stays(
+def test_wait_raises_a_failed_save_and_keeps_the_old_checkpoint(
     tmp_path: Path,
 ) -> None:
     class Full(Store):
@@ -330,7 +332,7 @@ def test_wait_reports_a_failed_save_and_the_previous_one_stays(
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000005", "step_00000015"]
 
 
-def test_save_names_the_place_of_a_tensor_of_complex_dtype(tmp_path: Path) -> None:
+def test_save_error_names_the_key_of_a_complex_tensor(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state.optimizer.phase has dtype torch.complex64"):
         Checkpoints(tmp_path).save(
             1, MODEL, {"optimizer": {"phase": torch.zeros(2, dtype=torch.complex64)}}

@@ -55,7 +55,7 @@ def draws(built: Any, world_size: int, accumulate: int, step: int) -> dict[str, 
     return {name: value[order] for name, value in zip(names, (index, *seen))} | {"counts": counts}
 
 
-def test_draws_do_not_depend_on_how_the_batch_is_shared(
+def test_random_draws_do_not_depend_on_ranks_and_micro_batches(
     cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", cache)
@@ -140,7 +140,7 @@ def test_training_does_not_depend_on_the_number_of_processes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_resuming_on_as_many_processes_changes_no_bit(
+def test_resumed_run_on_equally_many_ranks_is_bitwise_identical(
     tmp_path: Path, cache: str, kind: str
 ) -> None:
     long = (
@@ -160,7 +160,7 @@ def test_resuming_on_as_many_processes_changes_no_bit(
 
 
 @pytest.mark.slow
-def test_transformers_model_trains_sharded_in_bfloat16(tmp_path: Path, cache: str) -> None:
+def test_transformers_backbone_trains_with_fsdp_in_bfloat16(tmp_path: Path, cache: str) -> None:
     """A backbone whose layer norms have weights trains in shards as in one process.
 
     The first losses differ by the order of float32 sums; gradients are products in bfloat16, eight
@@ -184,7 +184,9 @@ def test_transformers_model_trains_sharded_in_bfloat16(tmp_path: Path, cache: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 4])
-def test_losses_of_ranks_add_up_and_all_skip_a_broken_step(tmp_path: Path, number: int) -> None:
+def test_rank_losses_sum_to_the_loss_and_all_ranks_skip_a_nan_step(
+    tmp_path: Path, number: int
+) -> None:
     on_ranks(number, train_toys, str(tmp_path))
 
     def saved(name: str, rank: int) -> dict[str, Tensor]:
@@ -216,7 +218,7 @@ def test_losses_of_ranks_add_up_and_all_skip_a_broken_step(tmp_path: Path, numbe
 
 
 @pytest.mark.slow
-def test_dropout_on_ranks_does_not_depend_on_checkpoints(
+def test_dropout_on_ranks_does_not_depend_on_checkpoint_times(
     tmp_path: Path,
 ) -> None:
     """Neither their number nor a signal between two of them changes the run."""
@@ -228,7 +230,7 @@ def test_dropout_on_ranks_does_not_depend_on_checkpoints(
 
 
 @pytest.mark.slow
-def test_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
+def test_signal_to_one_rank_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
     on_ranks(2, stop_one, str(tmp_path))
     assert Checkpoints(tmp_path / "checkpoints").steps() == [4]
 
@@ -245,7 +247,7 @@ def ddiff_run(
 
 
 @pytest.mark.slow
-def test_killed_run_resumes_on_other_process_counts_and_backends(
+def test_killed_run_resumes_on_another_backend_and_process_count(
     tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", cache)
@@ -281,14 +283,14 @@ def test_killed_run_resumes_on_other_process_counts_and_backends(
     torch.testing.assert_close(losses(torn), losses(straight), rtol=2e-6, atol=0.0)
 
 
-def test_launch_prints_a_common_mistake_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_launch_prints_an_error_of_all_ranks_only_once(capfd: pytest.CaptureFixture[str]) -> None:
     assert launch(["run", "no_such_recipe"], 2) == 2
     message = capfd.readouterr().err
     assert message.count("no_such_recipe") == 1, message
     assert "Traceback" not in message
 
 
-def test_batch_that_cannot_be_shared_is_refused() -> None:
+def test_batch_size_must_be_a_multiple_of_the_process_count() -> None:
     with pytest.raises(
         RecipeError, match=r"symbols\.toml:\d+: \[train\] batch must be a multiple .* processes = 3"
     ):
@@ -297,7 +299,7 @@ def test_batch_that_cannot_be_shared_is_refused() -> None:
         )
 
 
-def test_distributed_backend_needs_a_launcher() -> None:
+def test_distributed_backend_without_a_launcher_raises_argument_error() -> None:
     assert get_rank_info() is None
     with pytest.raises(ArgumentError, match="started by the command `ddiff run`, or by torchrun"):
         DistributedBackend("cpu", 2)

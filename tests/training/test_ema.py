@@ -12,7 +12,7 @@ from ddiff.training.ema import ExponentialMovingAverage
 YES, NO = torch.tensor(True), torch.tensor(False)
 
 
-def test_ema_is_a_weighted_mean_of_the_parameters() -> None:
+def test_ema_equals_the_weighted_mean_of_all_past_parameters() -> None:
     net = nn.Linear(3, 2).double()
     shown = [net.weight.detach().clone()]
     average = ExponentialMovingAverage(net, decay=0.3)
@@ -53,7 +53,7 @@ def test_ema_of_bfloat16_weights_is_float32() -> None:
     assert average.weights["weight"].dtype == torch.float32
 
 
-def test_ema_resumes_from_its_tree() -> None:
+def test_ema_load_tree_restores_averages_and_update_count() -> None:
     nets = [nn.Linear(3, 2) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     first, second = ExponentialMovingAverage(nets[0], 0.9), ExponentialMovingAverage(nets[1], 0.9)
@@ -67,6 +67,6 @@ def test_ema_resumes_from_its_tree() -> None:
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.1])
-def test_ema_refuses_a_decay_outside_0_and_1(decay: float) -> None:
+def test_ema_refuses_a_decay_outside_the_interval_0_to_1(decay: float) -> None:
     with pytest.raises(ArgumentError, match=r"decay must be in \(0, 1\)"):
         ExponentialMovingAverage(nn.Linear(3, 2), decay)

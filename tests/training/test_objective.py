@@ -86,7 +86,7 @@ def loss_at(one: DiffusionObjective, step: int, slots: Tensor) -> tuple[float, f
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_decoded_sequences_leave_the_times_of_others_uniform(rule: str) -> None:
+def test_noise_times_stay_uniform_without_the_decoded_sequences(rule: str) -> None:
     """Over 100 steps each tenth of the window holds a tenth of the other sequences' times.
 
     The process has its own time here, so that even draws are even in t. The share of a bin of
@@ -110,7 +110,7 @@ def test_decoded_sequences_leave_the_times_of_others_uniform(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_loss_is_diffusion_plus_decoding_term_on_average(rule: str) -> None:
+def test_expected_loss_equals_diffusion_plus_decoding_term(rule: str) -> None:
     """Compared with `nll` on the same text, 60 steps each; 5 sigma, sigma is at most 8 %."""
     one, everything = objective(ElboLoss(), RULES[rule], share=0.1), torch.arange(SLOTS)
     losses, parts = torch.tensor([loss_at(one, step, everything) for step in range(60)]).T
@@ -134,7 +134,7 @@ def test_loss_is_diffusion_plus_decoding_term_on_average(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_losses_of_micro_batches_add_up(rule: str) -> None:
+def test_losses_of_micro_batches_sum_to_the_loss_of_the_batch(rule: str) -> None:
     one, everything = objective(ElboLoss(), RULES[rule], share=0.1), torch.arange(SLOTS)
     whole = loss_at(one, 3, everything)
     for size in (10, 5, 7):
@@ -142,7 +142,7 @@ def test_losses_of_micro_batches_add_up(rule: str) -> None:
         assert [sum(values) for values in zip(*shares)] == pytest.approx(whole, rel=1e-10)
 
 
-def test_drop_conditions_drops_the_share_of_each_condition() -> None:
+def test_drop_conditions_drops_each_condition_at_its_own_rate() -> None:
     label, vector = torch.zeros(2000, dtype=torch.long), torch.ones(2000, LENGTH, 3)
     context = Context(conditions={"label": label, "vector": vector, "always": label})
     rng = CounterRng(0, 0, torch.arange(2000), LENGTH)
@@ -161,7 +161,7 @@ def test_drop_conditions_drops_the_share_of_each_condition() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
-def test_loss_without_own_divergence_computes_it_once(share: float) -> None:
+def test_loss_with_default_divergence_computes_it_only_once(share: float) -> None:
     slots = torch.arange(SLOTS)
     calls = []
 
@@ -197,7 +197,7 @@ class OneNat(MixtureProcess):
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("loss", [ElboLoss(), RecordingLoss()], ids=["elbo", "own divergence"])
-def test_decoded_and_other_rows_each_count_for_the_whole_batch(
+def test_decoding_and_diffusion_rows_are_weighted_by_inverse_share(
     rule: str, loss: ElboLoss | RecordingLoss, share: float
 ) -> None:
     """Of 20 sequences a share is decoded with factor 1/share, the others have 1/(1 - share).
@@ -217,7 +217,7 @@ def test_decoded_and_other_rows_each_count_for_the_whole_batch(
     assert total == pytest.approx(1.0 - START + (share > 0.0), abs=tolerance[1])
 
 
-def test_default_decoding_share_follows_process_and_loss() -> None:
+def test_default_decoding_share_depends_on_process_and_loss() -> None:
     """0 differs from None; the default depends on `closes_at_clean` and `select_rows`."""
 
     class Choosing(RecordingLoss):
@@ -252,7 +252,7 @@ class EarlyNoise(LinearSchedule):
         return 0.9 * super().d_alpha(t)
 
 
-def test_clipped_loss_clips_the_weight_per_unit_of_own_time() -> None:
+def test_clipped_loss_clips_the_weight_before_the_speed_factor() -> None:
     """Weights are clipped to [smallest, largest] before they are multiplied by the speed."""
     x0 = torch.tensor([0, 0, 1])
     zt = torch.tensor([1, 1, 1])
@@ -266,7 +266,7 @@ def test_clipped_loss_clips_the_weight_per_unit_of_own_time() -> None:
     assert (ClippedLoss().smallest, ClippedLoss().largest) == (0.0, 2.0)
 
 
-def test_reported_bound_does_not_depend_on_the_loss() -> None:
+def test_reported_bound_does_not_depend_on_the_training_loss() -> None:
     """A clipped loss changes the loss; the logged diffusion part stays that of the bound."""
     slots = torch.arange(SLOTS)
     (bound, reported), (clipped, still) = (
@@ -278,7 +278,7 @@ def test_reported_bound_does_not_depend_on_the_loss() -> None:
     assert clipped < 0.9 * bound
 
 
-def test_prompts_are_neither_counted_nor_charged() -> None:
+def test_prompt_tokens_are_not_counted_and_have_no_loss() -> None:
     one, shown = objective(ElboLoss(), RULES["flat"], 0.0), batch(torch.arange(SLOTS))
     prompt = torch.arange(LENGTH) < 2
     part = replace(shown, scored=(~prompt).expand(SLOTS, -1))
@@ -291,7 +291,7 @@ def test_prompts_are_neither_counted_nor_charged() -> None:
     assert (total.item(), count.item()) == (pytest.approx(4 * SLOTS * (1.0 - START)), 4 * SLOTS)
 
 
-def test_metrics_of_a_level_contain_only_its_rows() -> None:
+def test_level_metrics_contain_only_rows_at_that_tree_level() -> None:
     """On a tree where clusters cost nothing and masks one nat, only the second level has a cost."""
 
     class MasksCost(TreeProcess):
@@ -320,7 +320,7 @@ def test_metrics_of_a_level_contain_only_its_rows() -> None:
     assert (parts["level1"].sum().item(), sorted(parts)) == (0.0, ["level1", "level2"])
 
 
-def test_select_rows_never_selects_prompts() -> None:
+def test_rows_of_a_custom_select_rows_exclude_prompt_tokens() -> None:
     class Everything(RecordingLoss):
         def select_rows(self, process: ForwardProcess, noisy: Noisy, times: Times) -> Tensor:
             return torch.ones_like(noisy.clean)

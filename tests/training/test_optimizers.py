@@ -39,7 +39,7 @@ class Everything(nn.Module):
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
 
 
-def test_split_parameters_separates_2d_weights_from_tables() -> None:
+def test_split_parameters_separates_hidden_matrices_from_tables() -> None:
     hidden, others = split_parameters(Everything())
     assert set(hidden) == {"block.0.weight"}
     assert set(others) == {
@@ -55,7 +55,7 @@ def test_split_parameters_separates_2d_weights_from_tables() -> None:
     }
 
 
-def test_muon_trains_only_hidden_matrices_with_muon() -> None:
+def test_muon_assigns_all_but_hidden_matrices_to_adamw() -> None:
     module = Everything()
     optimizer = muon(module)
     reached = {id(p) for group in optimizer.parts["muon"].param_groups for p in group["params"]}
@@ -74,7 +74,7 @@ def test_adamw_decays_only_hidden_matrices_by_default() -> None:
         assert decaying == {id(p) for p in hidden.values()}
 
 
-def test_adamw_decays_all_parameters_on_request() -> None:
+def test_adamw_with_decay_all_decays_all_parameters() -> None:
     module = Everything()
     groups = adamw(module, weight_decay=0.02, eps=1e-9, decay="all").param_groups
     decaying = {
@@ -84,7 +84,7 @@ def test_adamw_decays_all_parameters_on_request() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
-def test_orthogonalize_keeps_singular_vectors_and_evens_the_values(
+def test_orthogonalize_keeps_singular_vectors_and_maps_values_near_1(
     shape: tuple[int, int],
 ) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -110,7 +110,7 @@ def steps_of(make: type[torch.optim.Optimizer], shape: tuple[int, int]) -> Tenso
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (3, 6)])
-def test_muon_on_a_cpu_equals_torch_muon_up_to_precision(
+def test_muon_on_a_cpu_equals_torch_muon_up_to_bfloat16_rounding(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # torch's iterates are bfloat16, 8 bits: four steps of 0.1 times a matrix of norm < 3 differ by
@@ -151,7 +151,7 @@ def test_optimizer_resumes_from_its_saved_state(make: type, tmp_path: object) ->
 
 
 @pytest.mark.parametrize("component", [AdamW, MuonComponent])
-def test_optimizer_component_passes_every_key(component: type) -> None:
+def test_optimizer_component_passes_every_key_to_the_optimizer(component: type) -> None:
     keys = {"AdamW": {"lr": 0.5, "betas": (0.1, 0.2), "weight_decay": 0.7}}
     keys["Muon"] = {
         "lr": 0.5,
@@ -170,7 +170,7 @@ def test_optimizer_component_passes_every_key(component: type) -> None:
 
 
 @pytest.mark.parametrize("make", [adamw, muon])
-def test_optimizer_reaches_a_distant_target(make: type) -> None:
+def test_optimizer_converges_to_a_distant_minimum(make: type) -> None:
     torch.manual_seed(0)
     net, target = Net(), Net()
     optimizer, ids = make(net), torch.arange(5)[None]
@@ -193,7 +193,7 @@ def test_optimizer_reaches_a_distant_target(make: type) -> None:
     ],
     ids=["adamw", "muon", "sgd"],
 )
-def test_step_if_skips_steps_that_are_not_finite(
+def test_step_if_false_changes_neither_parameters_nor_state(
     made: Any,
 ) -> None:
     nets = [Net().double() for _ in range(2)]

@@ -34,14 +34,14 @@ def shown(clock: Clock, total: int | None, seconds: float, count: int, start: in
     return out.getvalue().splitlines()
 
 
-def test_progress_prints_a_line_per_ten_seconds_or_twentieth(clock: Clock) -> None:
+def test_progress_log_prints_every_ten_seconds_or_twentieth_of_work(clock: Clock) -> None:
     slow = shown(clock, 1000, seconds=2.0, count=20)
     assert [line.split()[1] for line in slow] == ["5/1000", "10/1000", "15/1000", "20/1000"]
     fast = shown(clock, 100, seconds=0.5, count=100)
     assert [line.split()[1] for line in fast] == [f"{n}/100" for n in range(5, 101, 5)]
 
 
-def test_progress_of_a_long_job_prints_by_the_clock(clock: Clock) -> None:
+def test_progress_log_of_a_long_job_prints_at_fixed_time_intervals(clock: Clock) -> None:
     def minutes(seconds: float, count: int) -> list[str]:
         clock.now = 0.0
         return shown(clock, 10**9, seconds, count)
@@ -53,21 +53,21 @@ def test_progress_of_a_long_job_prints_by_the_clock(clock: Clock) -> None:
     assert len(minutes(0.01, 5000)) == 5, "a line every ten seconds at first"
 
 
-def test_progress_of_a_short_job_prints_one_line(clock: Clock) -> None:
+def test_progress_log_of_a_short_job_prints_only_one_line(clock: Clock) -> None:
     lines = shown(clock, 40, seconds=0.1, count=10, start=20)
     assert lines == [
         "training: 30/40 (75%)  loss 4.215  tokens/s 5.31k  0:00:01 elapsed  ETA 0:00:01"
     ]
 
 
-def test_progress_of_unknown_length_shows_no_total(clock: Clock) -> None:
+def test_progress_log_of_unknown_length_shows_no_total(clock: Clock) -> None:
     assert shown(clock, None, seconds=6.0, count=3) == [
         "training: 2  loss 4.215  tokens/s 5.31k  0:00:12 elapsed",
         "training: 3  loss 4.215  tokens/s 5.31k  0:00:18 elapsed",
     ]
 
 
-def test_progress_on_a_terminal_is_a_bar_with_figures() -> None:
+def test_progress_on_a_terminal_shows_a_bar_with_metrics() -> None:
     out = io.StringIO()
     with show_progress(
         3, "training", start=1, console=Console(file=out, force_terminal=True, width=120)

@@ -46,7 +46,7 @@ def records(run_dir: Path) -> list[dict[str, float]]:
     ]
 
 
-def test_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_run(tmp_path: Path) -> None:
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     draw = random.Random(4)
     ends = [draw.randrange(6, 14), draw.randrange(16, 24), draw.randrange(26, 34)]
@@ -80,7 +80,7 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> N
         assert places[0].read_bytes() == places[1].read_bytes(), name
 
 
-def test_random_state_of_torch_changes_the_toy_run(tmp_path: Path) -> None:
+def test_toy_run_depends_on_the_random_state_of_torch(tmp_path: Path) -> None:
     # What the test above would not notice without: the toy's loss depends on torch's own generator.
     runs = []
     for name, seed in (("a", 0), ("b", 1)):

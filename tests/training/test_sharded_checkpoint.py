@@ -48,7 +48,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_one_process_loads_a_sharded_checkpoint(saved: Path, expected: Path) -> None:
+def test_single_process_loads_a_sharded_checkpoint(saved: Path, expected: Path) -> None:
     wanted = torch.load(expected)
     found = Checkpoints(saved).newest()
     assert found is not None
@@ -65,17 +65,17 @@ def test_one_process_loads_a_sharded_checkpoint(saved: Path, expected: Path) -> 
     assert torch.equal(averages["scale"], wanted["ema"]["scale"])
 
 
-def test_ranks_load_shards_of_another_number_of_ranks(saved: Path, expected: Path) -> None:
+def test_sharded_checkpoint_loads_on_another_number_of_ranks(saved: Path, expected: Path) -> None:
     on_ranks(3, load_in_shards, str(saved), str(expected))
 
 
-def test_ranks_load_a_whole_checkpoint_in_shards(tmp_path: Path, expected: Path) -> None:
+def test_unsharded_checkpoint_loads_into_a_sharded_model(tmp_path: Path, expected: Path) -> None:
     net, _, state = trained(sharded=False)
     Checkpoints(tmp_path).save(STEP, net.state_dict(), state)
     on_ranks(2, load_in_shards, str(tmp_path), str(expected))
 
 
-def test_each_rank_writes_its_shards_and_one_the_rest(saved: Path) -> None:
+def test_save_writes_shards_on_each_rank_and_all_else_on_rank_0(saved: Path) -> None:
     folder = saved / f"step_{STEP:08d}"
     shards = {
         f"{part}.rank_0000{rank}.safetensors"
@@ -101,7 +101,7 @@ def test_each_rank_writes_its_shards_and_one_the_rest(saved: Path) -> None:
     ]
 
 
-def test_reading_names_a_damaged_or_missing_shard(tmp_path: Path, saved: Path) -> None:
+def test_load_error_names_the_damaged_or_missing_shard(tmp_path: Path, saved: Path) -> None:
     shutil.copytree(saved, tmp_path / "copy")
     file = tmp_path / "copy" / f"step_{STEP:08d}" / "model.rank_00001.safetensors"
     data = bytearray(file.read_bytes())
@@ -114,5 +114,5 @@ def test_reading_names_a_damaged_or_missing_shard(tmp_path: Path, saved: Path) -
         Checkpoints(tmp_path / "copy").newest()
 
 
-def test_failed_write_on_one_rank_raises_on_all(tmp_path: Path) -> None:
+def test_failed_write_on_one_rank_raises_on_all_ranks(tmp_path: Path) -> None:
     on_ranks(2, fail_on_one_rank, str(tmp_path))

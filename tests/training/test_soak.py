@@ -13,7 +13,7 @@ SOAK = Path(__file__).parents[2] / "benchmarks/soak.py"
 
 
 @pytest.mark.slow
-def test_runs_killed_at_random_equal_uninterrupted_runs() -> None:
+def test_runs_killed_at_random_times_equal_uninterrupted_runs() -> None:
     done = subprocess.run(
         [sys.executable, str(SOAK), "--trials", "3", "--seed", "0"], capture_output=True, text=True
     )

@@ -55,13 +55,15 @@ def test_wandb_auto_mode_follows_key_login_and_environment(
     assert chosen(monkeypatch, "auto") == "online"
 
 
-def test_wandb_uses_the_mode_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_mode_of_the_recipe_overrides_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
     assert chosen(monkeypatch, "offline") == "offline"
     assert chosen(monkeypatch, "off") == "off"
 
 
-def test_wandb_is_imported_only_when_used(tmp_path: Path) -> None:
+def test_wandb_is_imported_only_by_runs_that_use_the_tracker(tmp_path: Path) -> None:
     program = """
 import sys
 from ddiff_core.trackers import WeightsAndBiases
@@ -71,7 +73,7 @@ assert "wandb" not in sys.modules
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
 
 
-def test_wandb_resumes_its_id_and_explains_a_missing_key(
+def test_wandb_tracker_reuses_its_run_id_and_explains_a_missing_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import wandb

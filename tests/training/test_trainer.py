@@ -85,7 +85,7 @@ def test_training_does_not_depend_on_accumulation(tmp_path: Path) -> None:
             assert other["nats_per_symbol"] == pytest.approx(one["nats_per_symbol"], rel=1e-12)
 
 
-def test_gradient_is_that_of_the_loss_over_the_global_count(tmp_path: Path) -> None:
+def test_gradient_is_divided_by_the_token_count_of_the_global_batch(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, 1, optimizer=sgd, accumulate=4, clip=None)
     before, rows = weights(trainer), rows_at(1)(0, 0)
     net = Net().double()
@@ -100,7 +100,7 @@ def test_gradient_is_that_of_the_loss_over_the_global_count(tmp_path: Path) -> N
         )
 
 
-def test_clip_bounds_the_step_and_reports_the_norm_before(tmp_path: Path) -> None:
+def test_clip_bounds_the_update_and_reports_the_norm_before_clipping(tmp_path: Path) -> None:
     trainer = toy_trainer(
         tmp_path, 1, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=1.0), clip=1e-3
     )
@@ -114,7 +114,7 @@ def test_clip_bounds_the_step_and_reports_the_norm_before(tmp_path: Path) -> Non
     assert lines(tmp_path)[0]["grad_norm"] > 0.1
 
 
-def test_each_step_uses_its_learning_rate(tmp_path: Path) -> None:
+def test_each_step_uses_the_learning_rate_of_the_schedule(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, 3, optimizer=sgd, multiplier=WarmupConstant(4), batch_at=None)
     rates = []
     step = trainer.optimizer.step
@@ -125,7 +125,9 @@ def test_each_step_uses_its_learning_rate(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_non_finite_step_changes_nothing_and_is_counted(tmp_path: Path, kind: str) -> None:
+def test_non_finite_step_changes_no_parameter_and_counts_as_skipped(
+    tmp_path: Path, kind: str
+) -> None:
     skipped = {2, 3}
     trainer = broken_trainer(tmp_path, 6, skipped, kind)
     seen, batch_at = [], trainer.batch_at
@@ -154,7 +156,7 @@ def test_twenty_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     trainer = broken_trainer(tmp_path / "run", 30, set(range(3, 30)))
     with pytest.raises(
         NonFiniteError,
-        match=r"20 steps in a row, the last of them step 23.*newest checkpoint is of step 20",
+        match=r"20 steps in a row, up to step 23.*newest checkpoint is of step 20",
     ):
         trainer.fit()
     again = broken_trainer(tmp_path / "run", 30, set(range(3, 30)))
@@ -176,7 +178,7 @@ class RecordingTracker:
     def close(self) -> None: ...
 
 
-def test_tracker_gets_means_of_sums_over_counts(tmp_path: Path) -> None:
+def test_tracker_receives_total_sum_over_total_count(tmp_path: Path) -> None:
     tracker = RecordingTracker()
     summary = toy_trainer(tmp_path, 10, tracker=tracker, log_every=4).fit()
     assert [step for step, _ in tracker.records] == [4, 8, 10]
@@ -193,7 +195,7 @@ def test_tracker_gets_means_of_sums_over_counts(tmp_path: Path) -> None:
     } == tracker.records[-1][1]
 
 
-def test_tracker_gets_the_same_from_a_run_resumed_between_reports(
+def test_tracker_metrics_do_not_change_if_a_run_is_resumed(
     tmp_path: Path,
 ) -> None:
     straight, resumed = RecordingTracker(), RecordingTracker()
@@ -218,7 +220,7 @@ def stop_in(last: int) -> Callable[[int, int], Rows]:
     return batch_at
 
 
-def test_metrics_of_two_runs_differ_only_in_wall_clock(tmp_path: Path) -> None:
+def test_metrics_of_equal_runs_differ_only_in_wall_clock_time(tmp_path: Path) -> None:
     for name in ("a", "b"):
         toy_trainer(tmp_path / name, 4).fit()
     a, b = (
@@ -230,7 +232,7 @@ def test_metrics_of_two_runs_differ_only_in_wall_clock(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_ends_the_run_after_its_step_and_it_resumes(
+def test_signal_ends_training_after_the_step_and_training_resumes(
     tmp_path: Path, number: int, code: int
 ) -> None:
     trainer, rows = toy_trainer(tmp_path / "run", 9), rows_at(1)
@@ -258,7 +260,7 @@ def test_signal_ends_the_run_after_its_step_and_it_resumes(
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
-def test_second_signal_ends_the_run_at_once(
+def test_second_signal_ends_training_immediately(
     tmp_path: Path, number: int, error: type[BaseException]
 ) -> None:
     trainer = toy_trainer(tmp_path, 9)
@@ -274,7 +276,7 @@ def test_second_signal_ends_the_run_at_once(
     assert trainer.checkpoints.steps() == []
 
 
-def test_finished_run_continues_with_more_steps(tmp_path: Path) -> None:
+def test_finished_run_resumes_with_a_larger_number_of_steps(tmp_path: Path) -> None:
     short = toy_trainer(tmp_path / "run", 7)
     assert short.fit().status == "finished"
     done = toy_trainer(tmp_path / "run", 7)
@@ -304,19 +306,21 @@ def test_ema_added_on_resuming_starts_from_the_restored_weights(
         )
 
 
-def test_trainer_refuses_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
+def test_trainer_refuses_checkpoints_of_another_run(tmp_path: Path) -> None:
     toy_trainer(tmp_path, 6, fingerprints={"vocabulary": "aa"}).fit()
-    with pytest.raises(CheckpointError, match="already holds a run up to step 6"):
+    with pytest.raises(CheckpointError, match="already holds checkpoints of a run, up to step 6"):
         toy_trainer(tmp_path, 9).fit()
     shorter = toy_trainer(tmp_path, 3, fingerprints={"vocabulary": "aa"})
-    with pytest.raises(ArgumentError, match="at least the 6 that"):
+    with pytest.raises(ArgumentError, match="at least 6, the step of"):
         shorter.fit(shorter.checkpoints.newest())
     other = toy_trainer(tmp_path, 9, fingerprints={"vocabulary": "bb"})
     with pytest.raises(CheckpointError, match=r"vocabulary: was .aa., is .bb."):
         other.fit(other.checkpoints.newest())
     (tmp_path / "metrics.jsonl").write_text("")
     emptied = toy_trainer(tmp_path, 9, fingerprints={"vocabulary": "aa"})
-    with pytest.raises(CheckpointError, match=r"metrics.jsonl holds 0 of the 6 steps"):
+    with pytest.raises(
+        CheckpointError, match=r"metrics.jsonl has valid lines for only the first 0 of the 6"
+    ):
         emptied.fit(emptied.checkpoints.newest())
 
 
@@ -344,7 +348,7 @@ def test_fit_stops_after_max_steps_without_a_checkpoint(tmp_path: Path) -> None:
     assert [step for step, _ in tracker.records] == [4, 6]
 
 
-def test_max_steps_counts_from_the_resumed_step_and_changes_no_bit(tmp_path: Path) -> None:
+def test_max_steps_counts_from_the_resumed_step_and_keeps_results(tmp_path: Path) -> None:
     first = toy_trainer(tmp_path / "run", 12)
     assert first.fit(max_steps=7).step == 7  # its newest checkpoint is of step 5
     second = toy_trainer(tmp_path / "run", 12)

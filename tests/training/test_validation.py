@@ -76,14 +76,14 @@ def assert_same(one: Any, two: Any) -> None:
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_validation_changes_no_bit_of_training(ema: float) -> None:
+def test_trained_weights_are_bitwise_equal_with_and_without_validation(ema: float) -> None:
     trained("plain", f"train.ema={ema}", *DROPOUT)
     trained("watched", f"train.ema={ema}", "evaluate.every=2", *DROPOUT)
     assert without_validation("plain") == without_validation("watched")
     assert_same(state("plain"), state("watched"))
 
 
-def test_validation_logs_the_bound_of_evaluate(
+def test_validation_logs_the_same_bound_as_evaluate(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for weights in ("ema", "trained"):
@@ -105,7 +105,7 @@ def test_validation_logs_the_bound_of_evaluate(
     assert lines("ema")[-1][BOUND] != lines("trained")[-1][BOUND]
 
 
-def test_resumed_run_logs_the_same_validations() -> None:
+def test_resumed_run_logs_the_same_validation_results() -> None:
     trained("straight", "evaluate.every=2", *DROPOUT)
     trained("torn", "evaluate.every=2", "train.steps=3", "train.schedule=constant", *DROPOUT)
     trained("whole", "evaluate.every=2", "train.schedule=constant", *DROPOUT)
@@ -124,7 +124,7 @@ def test_run_resumes_with_another_validation_interval() -> None:
     assert [BOUND in line for line in lines("run")] == [False] * 3 + [True] * 3
 
 
-def test_verify_resume_repeats_validations(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_resume_reproduces_validation_results(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ['run_dir="run"', "evaluate.every=2", *DROPOUT]
     trained("run", *settings[1:])
     capsys.readouterr()
@@ -132,7 +132,7 @@ def test_verify_resume_repeats_validations(capsys: pytest.CaptureFixture[str]) -
     assert "losses and other figures: equal" in capsys.readouterr().out
 
 
-def test_non_finite_validation_is_reported_and_training_goes_on(
+def test_training_continues_after_a_non_finite_validation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(self: Any) -> Any:
@@ -144,7 +144,7 @@ def test_non_finite_validation_is_reported_and_training_goes_on(
     assert not any(BOUND in line for line in lines("run"))
 
 
-def test_tracker_gets_validations_at_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracker_receives_validation_results_at_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[tuple[int, bool]] = []
 
     class Listening:
@@ -176,7 +176,7 @@ def test_ema_apply_restores_the_weights_after_an_error() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_validation_on_ranks_changes_no_bit_of_training(
+def test_distributed_training_is_bitwise_equal_with_validation(
     kind: str, ema: float, tmp_path: Path
 ) -> None:
     common = [
@@ -197,7 +197,7 @@ def test_validation_on_ranks_changes_no_bit_of_training(
     assert figures[0] == pytest.approx(figures[1], rel=0.05)
 
 
-def test_notes_are_printed_between_progress_lines_and_above_a_bar() -> None:
+def test_progress_notes_are_printed_between_lines_or_above_the_bar() -> None:
     import io
 
     for terminal in (False, True):
