@@ -123,8 +123,8 @@ def manifest_to_json(manifest: Manifest) -> str:
 def manifest_from_json(text: str | bytes, path: str = "the manifest") -> Manifest:
     """Parse the JSON text of a manifest.
 
-    `path` is the name of the manifest file in error messages. Raises CheckpointError unless the chunks of each tensor have valid file names, positions and
-    sizes and together cover the tensor.
+    `path` is the name of the manifest file in error messages. Raises CheckpointError unless the
+    chunks of each tensor have valid file names, positions and sizes and together cover the tensor.
     """
     try:
         entries = json.loads(text)["tensors"].items()

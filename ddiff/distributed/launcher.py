@@ -238,8 +238,9 @@ def _failure_order(
 ) -> tuple[bool, int, int]:
     """Return the sort key of a failed worker.
 
-    The worker with the smallest key is taken as the cause of all failures. Errors with exit code MISTAKE come first, then failures by the time of their report. A killed
-    worker has no report and gets time 0, because it caused the failures of the other workers.
+    The worker with the smallest key is taken as the cause of all failures. Errors with exit code
+    MISTAKE come first, then failures by the time of their report. A killed worker has no report and
+    gets time 0, because it caused the failures of the other workers.
     """
     report = reports / str(rank)
     written = report.stat().st_mtime_ns if report.exists() else 0

@@ -73,7 +73,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 def resolve_device(name: str) -> torch.device:
     """Return the torch device with the name `name`.
 
-    "auto" is CUDA if available and otherwise the CPU. Raises ArgumentError if the device does not exist or cannot be used.
+    "auto" is CUDA if available and otherwise the CPU. Raises ArgumentError if the device does not
+    exist or cannot be used.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
