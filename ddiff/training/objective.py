@@ -237,7 +237,10 @@ class DiffusionObjective:
         return metrics
 
     def network(self, batch: Batch) -> Network:
-        """Return the denoiser, with the context of this batch, as a network for samplers and bound."""
+        """Return the denoiser, with the context of this batch, as a network.
+
+        Samplers and the evaluation of the bound query this network.
+        """
         return as_network(self.denoiser, self.process, build_context(batch))
 
     def nll(

@@ -25,7 +25,10 @@ Decay = Literal["matrices", "all"]
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor, without a copy. Other tensors are returned unchanged."""
+    """Return this rank's shard of a DTensor, without a copy.
+
+    Other tensors are returned unchanged.
+    """
     return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -176,7 +179,10 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step_if(self, finite: Tensor) -> None:
-        """Take a step if `finite` (0-d bool) is true, otherwise change no parameter and no state."""
+        """Take a step if `finite` (0-d bool) is true.
+
+        Otherwise parameters and optimizer state remain unchanged.
+        """
         for group in self.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
             for turn, parameter in enumerate(trained):

@@ -149,7 +149,10 @@ class ConditionalOptimizer(Optimizer, Protocol):
     """Optimizer that can skip a step by a condition on the device, without a synchronization."""
 
     def step_if(self, finite: Tensor) -> None:
-        """Take a step if `finite` (0-d bool) is true, otherwise change no parameter and no state."""
+        """Take a step if `finite` (0-d bool) is true.
+
+        Otherwise parameters and optimizer state remain unchanged.
+        """
         ...
 
 
