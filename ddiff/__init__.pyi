@@ -101,12 +101,12 @@ from .nn.attention import attend as attend
 from .nn.denoiser import Backbone as Backbone
 from .nn.denoiser import Context as Context
 from .nn.denoiser import Denoiser as Denoiser
-from .nn.denoiser import Parameterization as Parameterization
-from .nn.denoiser import as_network as as_network
 from .nn.embedding import StateEmbedding as StateEmbedding
 from .nn.heads import Head as Head
 from .nn.heads import TokenHead as TokenHead
 from .nn.heads import TreeHead as TreeHead
+from .nn.network import as_network as as_network
+from .nn.parameterization import Parameterization as Parameterization
 from .plugin.config import ComponentConfig as ComponentConfig
 from .plugin.config import NonNegativeFloat as NonNegativeFloat
 from .plugin.config import NonNegativeInt as NonNegativeInt

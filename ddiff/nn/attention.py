@@ -1,4 +1,8 @@
-"""Who sees whom: the one place where padding, packed documents, blocks and cached columns become an attention mask."""
+"""Attention masks for padding, packed documents, blocks and cached positions; key-value cache.
+
+A backbone may run on other inputs than the L positions of a sequence: on 2L (a clean copy next to
+the noisy one), or only on those that a cache lacks. "Input" below means one of these n inputs.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,18 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 AttentionMask = Tensor | BlockMask | None
-"""Who sees whom as `attend` takes it: a mask [B or 1,1,L,m+L], the same in flex attention's form, None for everybody."""
+"""Mask for `attend`: bool [B or 1,1,L,m+L], a flex attention mask, or None (no mask)."""
 
-TILE = 128  # columns, flex attention's own default
-NARROWEST = 16  # channels of a head that its kernels take
+TILE = 128  # inputs; flex attention's default block size
+MIN_HEAD_WIDTH = 16  # channels; the smallest that flex attention's kernels take
 
 
 class AttentionLayout(NamedTuple):
-    """Of the columns that a backbone is run on: `position` [n] in the sequence, `block` [1 or B,n], and `noisy` [n] bool.
+    """Inputs of a backbone: `position` [n] in the sequence, `block` [1 or B,n], `noisy` [n] bool.
 
-    Without `noisy`, a column sees its own and earlier blocks. With it, noisy columns see the noisy ones of their own block
-    and the clean ones of earlier blocks, clean columns the clean ones of their own and earlier blocks.
+    Without `noisy`, an input attends to its own and earlier blocks. With `noisy`, noisy inputs
+    attend to the noisy ones of their own block and the clean ones of earlier blocks, and clean
+    inputs to the clean ones of their own and earlier blocks.
     """
 
     position: Tensor
@@ -31,7 +36,10 @@ class AttentionLayout(NamedTuple):
 
 
 class PositionFacts(NamedTuple):
-    """Of each of n columns what decides who sees it, [1 or B,n]: its `place` in the row, and what is known beside it."""
+    """Everything that decides which of n inputs attend to each other, [1 or B,n] each.
+
+    `place` numbers the inputs; None means that a fact is the same for all inputs.
+    """
 
     place: Tensor
     valid: Tensor | None = None
@@ -39,95 +47,102 @@ class PositionFacts(NamedTuple):
     block: Tensor | None = None
     noisy: Tensor | None = None
 
-    def each(self, pick: Callable[[Tensor], Tensor]) -> PositionFacts:
-        """The same of the columns that `pick` takes out of each fact."""
-        return PositionFacts(
-            pick(self.place), *(None if fact is None else pick(fact) for fact in self[1:])
-        )
+    def map(self, fn: Callable[[Tensor], Tensor]) -> PositionFacts:
+        """Apply `fn` to every fact that is present."""
+        others = (None if fact is None else fn(fact) for fact in self[1:])
+        return PositionFacts(fn(self.place), *others)
 
-    def at(self, row: Tensor, column: Tensor) -> PositionFacts:
-        """Those of one column: row and column are numbers of no dimension."""
-        return self.each(lambda fact: fact[row if len(fact) > 1 else 0, column])
+    def select(self, row: Tensor, index: Tensor) -> PositionFacts:
+        """Return the facts of one input; `row` and `index` are tensors without dimensions."""
+        return self.map(lambda fact: fact[row if len(fact) > 1 else 0, index])
 
 
-def sees(query: PositionFacts, key: PositionFacts) -> Tensor:
-    """May the column `query` look at the column `key`? Bool, of the shape that their facts broadcast to.
+def may_attend(query: PositionFacts, key: PositionFacts) -> Tensor:
+    """Return where `query` may attend to `key`: bool, of the shape that their facts broadcast to.
 
-    It may if the key is valid, of the same document and within sight. A column always sees itself, so that no row of the
-    softmax is empty.
+    The key must be valid, of the same document and in a visible block. An input always attends to
+    itself, so that no row of the softmax is empty.
     """
-    seen = query.place != key.place  # all the others, to begin with
+    is_self = query.place == key.place
+    allowed = ~is_self  # a tensor of True would not carry the broadcast shape
     if query.block is not None and key.block is not None:
-        before, same = key.block < query.block, key.block == query.block
+        is_earlier = key.block < query.block
+        is_same = key.block == query.block
         if query.noisy is None or key.noisy is None:
-            seen = seen & (before | same)
+            allowed = allowed & (is_earlier | is_same)
         else:
-            seen = seen & torch.where(key.noisy, query.noisy & same, before | (~query.noisy & same))
+            to_noisy_key = query.noisy & is_same
+            to_clean_key = is_earlier | (~query.noisy & is_same)
+            allowed = allowed & torch.where(key.noisy, to_noisy_key, to_clean_key)
     if query.document is not None and key.document is not None:
-        seen = seen & (query.document == key.document)
+        allowed = allowed & (query.document == key.document)
     if key.valid is not None:
-        seen = seen & key.valid
-    return seen | (query.place == key.place)
+        allowed = allowed & key.valid
+    return allowed | is_self
 
 
-def dense_mask(columns: PositionFacts, cached: int = 0) -> Tensor:
-    """[1 or B,1,n-m,n] bool: what the columns behind the m cached ones see."""
-    query = columns.each(lambda fact: fact[:, cached:].unsqueeze(-1))
-    return sees(query, columns.each(lambda fact: fact.unsqueeze(-2))).unsqueeze(1)
+def build_dense_mask(facts: PositionFacts, cached: int = 0) -> Tensor:
+    """Build the mask [1 or B,1,n-m,n] of the inputs after the m cached ones."""
+    query = facts.map(lambda fact: fact[:, cached:].unsqueeze(-1))
+    key = facts.map(lambda fact: fact.unsqueeze(-2))
+    return may_attend(query, key).unsqueeze(1)
 
 
-def block_mask(columns: PositionFacts) -> BlockMask:
-    """What flex attention (arXiv 2412.05496) wants to know: which tiles are seen in part and which as a whole.
+def build_block_mask(facts: PositionFacts) -> BlockMask:
+    """Build flex attention's mask (arXiv 2412.05496): the tiles attended to in part, and in full.
 
-    A tile's rows are looked at together and forgotten, so that n^2 entries are never held at once.
+    Rows of tiles are computed one after the other, so that no tensor of n^2 entries exists.
     """
-    length = columns.place.shape[-1]
-    key, count = columns.each(lambda fact: fact.unsqueeze(-2)), []
-    for start in range(0, length, TILE):
-        query = columns.each(lambda fact: fact[:, start : start + TILE].unsqueeze(-1))  # noqa: B023  # called at once
-        seen = F.pad(sees(query, key), (0, -length % TILE))
-        count.append(seen.unflatten(-1, (-1, TILE)).sum((1, 3)))
-    seen_of = torch.stack(count, 1).unsqueeze(1)
-    whole = seen_of == TILE * TILE
+    length = facts.place.shape[-1]
+    key = facts.map(lambda fact: fact.unsqueeze(-2))
+    counts = [_count_in_tiles(facts, key, start, length) for start in range(0, length, TILE)]
+    count = torch.stack(counts, 1).unsqueeze(1)
+    is_full = count == TILE * TILE
+    is_partial = (count > 0) & ~is_full
 
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return sees(columns.at(row, query), columns.at(row, key))
+        return may_attend(facts.select(row, query), facts.select(row, key))
 
     return BlockMask.from_kv_blocks(
-        *_in_order((seen_of > 0) & ~whole),
-        *_in_order(whole),
+        *_sort_tiles(is_partial),
+        *_sort_tiles(is_full),
         TILE,
         mask_mod,
         seq_lengths=(length, length),
     )
 
 
-def _in_order(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """How many tiles of each row are marked, and all tiles with the marked ones first."""
-    marked = tiles.int()
-    return marked.sum(-1, dtype=torch.int32), marked.argsort(
-        dim=-1, descending=True, stable=True
-    ).int()
+def _count_in_tiles(facts: PositionFacts, key: PositionFacts, start: int, length: int) -> Tensor:
+    """Count the allowed pairs per tile, for the row of tiles that begins at `start`."""
+    query = facts.map(lambda fact: fact[:, start : start + TILE].unsqueeze(-1))
+    allowed = F.pad(may_attend(query, key), (0, -length % TILE))
+    return allowed.unflatten(-1, (-1, TILE)).sum((1, 3))
 
 
-def flexes(x: Tensor, width: int) -> bool:
-    """Whether flex attention has a fused kernel for values like x, in heads of that width, and `sdpa_kernel` allows one."""
-    fused = (
-        torch.backends.cuda.flash_sdp_enabled()
-    )  # not where products are counted, and attention written out for that
-    return x.is_cuda and x.dtype != torch.float64 and width >= NARROWEST and fused
+def _sort_tiles(is_marked: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the marked tiles of each row, and list all tiles with the marked ones first."""
+    marked = is_marked.int()
+    order = marked.argsort(dim=-1, descending=True, stable=True)
+    return marked.sum(-1, dtype=torch.int32), order.int()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: AttentionMask) -> Tensor:
-    """softmax(q k^T / sqrt(w)) v over the columns seen: q [B,heads,L,w], k and v [B,heads,m+L,w] -> [B,heads,L,w].
+def has_flex_kernel(x: Tensor, head_width: int) -> bool:
+    """Return whether flex attention has a fused kernel for values like x in heads of that width."""
+    # FLOP counting disables fused kernels through `sdpa_kernel`: attention is then written out.
+    is_allowed = torch.backends.cuda.flash_sdp_enabled()
+    return x.is_cuda and x.dtype != torch.float64 and head_width >= MIN_HEAD_WIDTH and is_allowed
 
-    `seen` is what `Context.seen` gave for the whole pass. Flex attention leaves out what nobody sees.
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Compute softmax(q k^T / sqrt(w)) v: q [B,heads,L,w], k and v [B,heads,m+L,w] -> q's shape.
+
+    `mask` is the `Context.kernel_mask` of the pass. Flex attention skips tiles that are masked.
     """
-    if seen is None or isinstance(seen, Tensor):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    # what is itself being compiled takes it in
+    if mask is None or isinstance(mask, Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # Inside torch.compile the plain function is compiled with its caller.
     flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    return flex(q, k, v, block_mask=seen)
+    return flex(q, k, v, block_mask=mask)
 
 
 @cache
@@ -137,10 +152,11 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 @final
 class KeyValueCache:
-    """Keys and values [B,heads,m,w] of settled columns by layer, their hidden states, and what those were made from.
+    """Keys and values [B,heads,m,w] of final inputs by layer, and their hidden states.
 
-    A settled column sees only settled ones, so nothing of it changes while its ids and those before it stay: the cache is
-    exact, and forgets what no longer agrees with what it is shown.
+    An input is final if its token will not change any more and all that it attends to is final.
+    Its keys and values then stay the same, so the cache is exact. A pass over new inputs calls
+    `begin_update`, then `update` in every layer, then `finish_update`.
     """
 
     def __init__(self) -> None:
@@ -149,65 +165,66 @@ class KeyValueCache:
         self.ids = torch.empty(0, 0, dtype=torch.long)
         self.block = torch.empty(0, dtype=torch.long)
         self.hidden: Tensor | None = None
-        self._settling = 0
+        self._num_new = 0  # inputs of the current pass that become final
 
     @property
     def length(self) -> int:
-        """How many columns it holds."""
+        """Number of cached inputs."""
         return self.ids.shape[1]
 
-    def crop(self, ids: Tensor, block: Tensor, settled: int) -> int:
-        """Keep the longest run of first columns, of the `settled` ones, that still holds for ids [B,L] and block [L].
+    def crop(self, ids: Tensor, block: Tensor, num_final: int) -> int:
+        """Crop the cache to the longest prefix that agrees with ids [B,L] and block [L].
 
-        Its length is returned. A block is kept whole or not at all, since its columns see each other.
+        At most `num_final` inputs are kept. Returns the new length. A block is kept as a whole or
+        not at all, since its inputs attend to each other.
         """
-        held = min(self.length, settled) if len(self.ids) == len(ids) else 0
-        if held:
-            same = (self.ids[:, :held] == ids[:, :held]).all(0) & (
-                self.block[:held] == block[:held]
-            )
-            held = int(same.long().cumprod(0).sum())
-        for numbers in (
-            block,
-            self.block,
-        ):  # where they agree they agree on borders, so the second leaves the first true
-            if held < len(numbers):
-                held = int((numbers[:held] < numbers[held]).sum())
-        if held < self.length:
-            self.keys, self.values = (
-                [x[:, :, :held] for x in layers] for layers in (self.keys, self.values)
-            )
-            self.ids, self.block = self.ids[:, :held], self.block[:held]
-            self.hidden = None if self.hidden is None else self.hidden[:, :held]
-        return held
+        length = min(self.length, num_final) if len(self.ids) == len(ids) else 0
+        if length:
+            same_ids = (self.ids[:, :length] == ids[:, :length]).all(0)
+            same = same_ids & (self.block[:length] == block[:length])
+            length = int(same.long().cumprod(0).sum())
+        # Both block numberings agree on the prefix, so the second pass keeps the first one's result.
+        for numbers in (block, self.block):
+            if length < len(numbers):
+                length = int((numbers[:length] < numbers[length]).sum())
+        if length < self.length:
+            self.keys = [k[:, :, :length] for k in self.keys]
+            self.values = [v[:, :, :length] for v in self.values]
+            self.ids = self.ids[:, :length]
+            self.block = self.block[:length]
+            if self.hidden is not None:
+                self.hidden = self.hidden[:, :length]
+        return length
 
-    def begin_update(self, columns: int) -> None:
-        """The first `columns` of the next pass are settled: their keys and values are to be stored."""
-        self._settling = columns
+    def begin_update(self, num_new: int) -> None:
+        """Announce that the first `num_new` inputs of the next pass are final."""
+        self._num_new = num_new
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """What `layer` attends to, [B,heads,m+n,w] each, for the keys and values of n new columns."""
+        """Return the keys and values [B,heads,m+n,w] of `layer`, given those of n new inputs."""
         if layer == len(self.keys):
             self.keys.append(k[:, :, :0])
             self.values.append(v[:, :, :0])
         if self.length:
-            k, v = torch.cat([self.keys[layer], k], 2), torch.cat([self.values[layer], v], 2)
-        if self._settling:
-            settled = self.length + self._settling
-            self.keys[layer], self.values[layer] = k[:, :, :settled], v[:, :, :settled]
+            k = torch.cat([self.keys[layer], k], 2)
+            v = torch.cat([self.values[layer], v], 2)
+        if self._num_new:
+            length = self.length + self._num_new
+            self.keys[layer] = k[:, :, :length]
+            self.values[layer] = v[:, :, :length]
         return k, v
 
     def finish_update(self, ids: Tensor, block: Tensor, hidden: Tensor) -> Tensor:
-        """After a pass over columns up to L' = those of ids [B,L'], block [L']: all their hidden states [B,L',width].
+        """Return the hidden states [B,L',width] of all inputs after a pass up to input L'.
 
-        `hidden` [B,n,width] are those of the pass. What it stored counts from now on.
+        ids [B,L'] and block [L'] include the cached inputs, `hidden` [B,n,width] is of the pass.
+        What `update` stored becomes part of the cache.
         """
-        whole = (
-            torch.cat([self.hidden, hidden], 1)
-            if self.hidden is not None and self.length
-            else hidden
-        )
-        settled = self.length + self._settling
-        self.ids, self.block, self.hidden = ids[:, :settled], block[:settled], whole[:, :settled]
-        self._settling = 0
-        return whole
+        if self.hidden is not None and self.length:
+            hidden = torch.cat([self.hidden, hidden], 1)
+        length = self.length + self._num_new
+        self.ids = ids[:, :length]
+        self.block = block[:length]
+        self.hidden = hidden[:, :length]
+        self._num_new = 0
+        return hidden

@@ -1,11 +1,13 @@
-"""Heads: from hidden rows to laws of the clean token, a chunk of rows at a time.
+"""Heads: from hidden states to predictions of the clean token, one chunk of rows at a time.
 
-A head never returns a law. It is called back: `fn(law, idx)` sees one chunk of rows that ask below one node, and only
-the logits of that node's part of the table exist then, so nothing of shape [positions, V] is ever held. In training the
-gradients are formed inside the same chunk (three matrix products, as for a fused cross-entropy) and added in place into
-one buffer per table: slicing the table under autograd instead makes a zero-filled [V,d] gradient per slice.
+A head never returns a prediction. It calls back: `fn(prediction, idx)` gets one chunk of rows that
+ask below the same node. Only the logits of that node's part of the table exist then, so a tensor
+[positions, V] is never held. In training the gradients are formed inside the chunk (three matrix
+products, as in a fused cross-entropy) and added in place into one buffer per table: slicing the
+table under autograd would make a zero-filled [V,d] gradient per slice.
 
-Tables stand in tree order, so that what lies below a node is one range of rows; ids outside keep tokenizer order.
+Tables are in tree order, so that the states below a node are one range of rows; ids outside of heads
+keep the order of the tokenizer.
 """
 
 from __future__ import annotations
@@ -13,44 +15,44 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddiff.core.prediction import (
-    CleanDistribution,
     LogitDistribution,
     SubtreeDistribution,
     segment_logsumexp,
 )
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError, NonFiniteError
+from ddiff.nn.parameterization import HeadCallback, Parameterization
 
-if TYPE_CHECKING:
-    from ddiff.nn.denoiser import Parameterization
-
-HeadCallback = Callable[[CleanDistribution, Tensor], Tensor | tuple[Tensor, ...]]
 Logits = Callable[[int, int], Tensor]
+"""logits(start, stop) -> [r, stop-start] for those rows of the table."""
+
 TreeKind = Literal["tied", "levelwise"]
 
 
 class Head(nn.Module, ABC):
-    """A linear table over rows `table` [rows, width] with one `bias` per row, read as laws.
+    """Linear head: a table [rows,width] and a bias per row.
 
-    A subclass says how many rows it has, which logits a node needs (`law`) and how many (`logits_per_row`). Table and
-    bias start at zero: the first law is uniform among whatever shares a softmax.
+    A subclass defines the number of rows, which logits a node needs (`dist`) and how many
+    (`logits_per_row`). Table and bias start at zero, so that the first prediction is uniform within
+    each softmax.
     """
 
-    is_table = True  # an optimizer for hidden matrices (Muon) must leave these parameters alone
-    chunk_logits: int | None = None  # logits held at once; None: what suits the device
+    is_table = True  # Muon, an optimizer for hidden matrices, must not update these parameters
+    chunk_logits: int | None = None
+    """Logits that are held at a time; None: a number that suits the device."""
     kind: TreeKind | None = None
     """Layout of the table; None: one row per token or state."""
     levels: int = 1
     """Levels of the tree that have rows in the table."""
     parameterization: Parameterization | None = None
-    """How predictions follow from the logits; None: the head predicts a distribution."""
+    """What the logits mean; None: they give a distribution."""
     on_logits: Callable[[int], None] | None = None
     """Called with the number of logits of every product; None: nothing is counted."""
 
@@ -63,23 +65,26 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
-        """The law below `top`; `logits(start, stop)` gives [r, stop-start] for those rows of the table."""
+        """Return the predicted distribution below the node `top`."""
 
     @abstractmethod
     def logits_per_row(self, top: int) -> int:
-        """How many logits a row that asks below `top` is expected to need: it bounds the rows of a chunk."""
+        """Return how many logits a row below `top` usually needs; it limits the rows of a chunk."""
 
     @abstractmethod
     def start_from_counts(self, counts: Tensor) -> None:
-        """Set the biases so that the first law is the unigram law of `counts` [V], each count raised by one."""
+        """Set the biases so that the first prediction is the unigram distribution.
+
+        `counts` [V] are those of the tokens; each is raised by one.
+        """
 
     def total(self, hidden: Tensor, node: Tensor, fn: HeadCallback) -> tuple[Tensor, ...]:
-        """Sum of fn's first result over all rows, differentiable in hidden and tables, then all results detached.
+        """Sum fn's first result over all rows, differentiably in hidden and table.
 
-        hidden [n,d], node [n]: the subtree in which each row asks, best on the host, where rows are grouped by it.
-        `fn(law, idx)` answers for the rows `idx` [k] with [k] or a tuple of [k,...]; what it closes over gets no
-        gradient. Returns (sum, *results in row order). With no
-        rows, fn is asked once about an empty law and the sum is 0 with zero gradients.
+        hidden [n,d], node [n]: the node below which each row asks; best on the host, since rows are
+        grouped by it. `fn(prediction, idx)` returns [k] or a tuple of [k,...] for the rows idx [k];
+        tensors that it closes over get no gradient. Returns (sum, *detached results in row order).
+        Without rows fn is called once with an empty prediction, and the sum is 0.
         """
         return _ChunkedSum.apply(
             hidden, self.table, self.bias, self, node, fn, torch.is_grad_enabled()
@@ -87,29 +92,36 @@ class Head(nn.Module, ABC):
 
     @torch.no_grad()
     def query(self, hidden: Tensor, node: Tensor, fn: HeadCallback) -> Tensor | tuple[Tensor, ...]:
-        """fn's results in row order, without gradients; NonFiniteError when a logit is NaN or infinite."""
-        results, finite = [], torch.ones((), dtype=torch.bool, device=hidden.device)
-        grouped, groups = self._grouped(node)
-        grouped = grouped.to(hidden.device)
+        """Return fn's results in row order, without gradients.
+
+        Raises NonFiniteError if a logit is NaN or infinite.
+        """
+        results = []
+        is_finite = torch.ones((), dtype=torch.bool, device=hidden.device)
+        order, groups = self._group_rows(node)
+        order = order.to(hidden.device)
         dtype = _product_dtype(hidden)
-        with _outside_autocast(hidden.device):
-            for top, first, last in self._chunks(groups):
-                idx = grouped[first:last]
+        with _disable_autocast(hidden.device):
+            for top, first, last in self._split_into_chunks(groups):
+                idx = order[first:last]
                 logits = _ChunkLogits(
                     hidden[idx].to(dtype), self.table, self.bias, with_gradient=False
                 )
-                results.append(_as_tuple(fn(self._law(logits, top), idx)))
-                finite &= logits.finite()
-        if not bool(finite):
+                results.append(_as_tuple(fn(self._predict(logits, top), idx)))
+                # Checked once after the loop: reading it here would synchronize in every chunk.
+                is_finite &= logits.are_finite()
+        if not bool(is_finite):
             raise NonFiniteError(
-                "Head.visit: the denoiser's logits hold NaN or infinity, so nothing can be drawn or scored. Its weights "
-                "or its inputs are not finite: go back to an earlier checkpoint, or train with a smaller learning rate."
+                "Head.query: the denoiser's logits contain NaN or infinity, so nothing can be "
+                "drawn or scored. Its weights or its inputs are not finite: resume from an earlier "
+                "checkpoint, or train with a smaller learning rate."
             )
-        gathered = _gather(results, grouped)
+        gathered = _to_row_order(results, order)
         return gathered[0] if len(gathered) == 1 else gathered
 
-    def _grouped(self, node: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Rows sorted by asked node: their indices [n], and (node, how many) per group; words make one group."""
+    def _group_rows(self, node: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Sort rows by their node: indices [n], and (node, count) of each group."""
+        # All tokens form one group, since a row below a token needs no logits.
         node = node.clamp(min=self.vocabulary.num_tokens - 1)
         order = torch.argsort(node, stable=True)
         tops, counts = torch.unique_consecutive(node[order], return_counts=True)
@@ -121,44 +133,45 @@ class Head(nn.Module, ABC):
             self.on_logits(computed.numel())
         return computed
 
-    def _law(self, logits: Logits, top: int) -> SubtreeDistribution:
+    def _predict(self, logits: Logits, top: int) -> SubtreeDistribution:
         if self.on_logits is not None:
             logits = partial(self._report_logits, logits)
-        return (
-            PointDistribution(self.vocabulary, top)
-            if top < self.vocabulary.num_tokens
-            else self.dist(logits, top)
-        )
+        if top < self.vocabulary.num_tokens:
+            return PointDistribution(self.vocabulary, top)
+        return self.dist(logits, top)
 
-    def _chunks(self, groups: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-        """(node, first, last) of each chunk of the grouped rows; one empty chunk at the root when there are no rows."""
-        # a chunk should stay in a CPU's caches (16 MB in float32), while an accelerator wants few and large ones
-        most = self.chunk_logits or (2**22 if self.table.device.type == "cpu" else 2**26)
-        chunks, first = [], 0
+    def _split_into_chunks(self, groups: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+        """Return (node, first, last) of each chunk of the sorted rows.
+
+        Without rows, one empty chunk at the root.
+        """
+        limit = self.chunk_logits
+        if limit is None:
+            # A chunk should fit a CPU's caches (16 MB in float32); a GPU wants few large chunks.
+            limit = 2**22 if self.table.device.type == "cpu" else 2**26
+        chunks = []
+        first = 0
         for top, count in groups:
-            size = max(1, most // self.logits_per_row(top))
-            size -= size % 16 if size > 16 else 0  # products are fastest at whole tiles
-            chunks += [
-                (top, first + i, first + min(i + size, count)) for i in range(0, count, size)
-            ]
+            size = max(1, limit // self.logits_per_row(top))
+            if size > 16:
+                size -= size % 16  # matrix products are fastest with whole tiles
+            for i in range(0, count, size):
+                chunks.append((top, first + i, first + min(i + size, count)))
             first += count
         return chunks or [(self.vocabulary.root, 0, 0)]
 
 
 class TokenHead(Head):
-    """One logit per word, in id order; every row asks at the root: P(node) = sum of its words' probabilities."""
+    """One logit per token, in id order; P(node) is the sum over its tokens."""
 
     def __init__(self, vocabulary: Vocabulary, width: int) -> None:
         super().__init__(vocabulary, width, vocabulary.num_tokens)
 
     def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
-        # where there is one level all rows ask below the root; elsewhere some ask further down
-        top_is_query_node = self.vocabulary.num_levels == 1
-        return LogitDistribution(
-            logits(0, self.vocabulary.num_tokens),
-            self.vocabulary,
-            top_is_query_node=top_is_query_node,
-        )
+        # With one level all rows ask below the root; with more, some ask further down.
+        has_one_level = self.vocabulary.num_levels == 1
+        all_logits = logits(0, self.vocabulary.num_tokens)
+        return LogitDistribution(all_logits, self.vocabulary, top_is_query_node=has_one_level)
 
     def logits_per_row(self, top: int) -> int:
         return self.vocabulary.num_tokens
@@ -166,17 +179,19 @@ class TokenHead(Head):
     def start_from_counts(self, counts: Tensor) -> None:
         _set(self.bias, counts.double().add(1).log())
 
-    def _grouped(self, node: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+    def _group_rows(self, node: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
         rows = torch.arange(len(node), device=node.device)
-        return rows, [(self.vocabulary.root, len(node))] if len(node) else []
+        groups = [(self.vocabulary.root, len(node))] if len(node) else []
+        return rows, groups
 
 
 class TreeHead(Head):
-    """A head that computes only the part of the tree that a row asks about.
+    """Head that computes only the part of the tree below a row's node.
 
-    "tied": one row per word; P(node) is the sum of its words, and a row that asks below a node needs that node's words.
-    "levelwise": one row per state except the root, with logits among siblings; a row needs as many logits as its node
-    has children, and the levels under them, when they are asked for, follow by the chain rule.
+    "tied": one row per token; P(node) is the sum over its tokens, and a row below a node needs the
+    logits of that node's tokens. "levelwise": one row per state except the root, with a softmax
+    among siblings; a row needs one logit per child of its node, and lower levels, if they are asked
+    for, follow by the chain rule.
     """
 
     def __init__(self, vocabulary: Vocabulary, width: int, kind: TreeKind) -> None:
@@ -189,36 +204,39 @@ class TreeHead(Head):
 
     def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
         if self.kind == "tied":
-            words = self.vocabulary.subtree(top)[0]
-            return LogitDistribution(
-                logits(words.start, words.stop), self.vocabulary, top, top_is_query_node=True
-            )
+            tokens = self.vocabulary.subtree(top)[0]
+            token_logits = logits(tokens.start, tokens.stop)
+            return LogitDistribution(token_logits, self.vocabulary, top, top_is_query_node=True)
         return LevelwiseDistribution(logits, self.vocabulary, top, top_is_query_node=True)
 
     def logits_per_row(self, top: int) -> int:
-        below = [places.stop - places.start for places in self.vocabulary.subtree(top)]
-        if not below:  # a word
+        widths = [places.stop - places.start for places in self.vocabulary.subtree(top)]
+        if not widths:  # a token
             return 1
-        words, children = below[0], below[-1]
+        tokens = widths[0]
+        children = widths[-1]
         if self.kind == "tied":
-            return words
-        return (
-            children + words // 16
-        )  # a question about words must not break the bound by more than this
+            return tokens
+        # A callback may also ask for tokens, which then exceeds the limit at most 16 times.
+        return children + tokens // 16
 
     def start_from_counts(self, counts: Tensor) -> None:
         counts = counts.double().cpu().add(1)
-        words = torch.arange(self.vocabulary.num_tokens)
+        tokens = torch.arange(self.vocabulary.num_tokens)
         masses = []
         for level, size in enumerate(self.vocabulary.level_sizes[: self.levels]):
-            index = self.vocabulary.ancestor(words, level) - self.vocabulary.offsets[level]
+            first = self.vocabulary.offsets[level]
+            index = self.vocabulary.ancestor(tokens, level) - first
             mass = torch.zeros(size, dtype=counts.dtype).index_add(0, index, counts)
-            masses.append(mass[self.vocabulary.order(level) - self.vocabulary.offsets[level]])
+            masses.append(mass[self.vocabulary.order(level) - first])
         _set(self.bias, torch.cat(masses).log())
 
 
 class LevelwiseDistribution(SubtreeDistribution):
-    """A law from logits among siblings: log P(node | top) = sum of log-softmaxes along the path from top to node."""
+    """Distribution from logits among siblings.
+
+    log P(node | top) is the sum of log-softmaxes along the path from top to node.
+    """
 
     def __init__(
         self, logits: Logits, vocabulary: Vocabulary, top: int, top_is_query_node: bool = False
@@ -229,77 +247,77 @@ class LevelwiseDistribution(SubtreeDistribution):
 
     def log_below(self, level: int) -> Tensor:
         if level not in self._levels:
-            self._levels[level] = self._chain(level)
+            self._levels[level] = self._apply_chain_rule(level)
         return self._levels[level]
 
-    def _chain(self, level: int) -> Tensor:
-        vocabulary, places, first = (
-            self.vocabulary,
-            self._below[level],
-            self.vocabulary.offsets[level],
-        )
+    def _apply_chain_rule(self, level: int) -> Tensor:
+        vocabulary = self.vocabulary
+        places = self._below[level]
+        first = vocabulary.offsets[level]
         logits = self._logits(first + places.start, first + places.stop)
         if level + 1 == len(self._below):
             return logits.log_softmax(-1)
-        above = self.log_below(level + 1)
+        log_parent = self.log_below(level + 1)
         nodes = vocabulary.order(level, logits.device)[places]
-        parent = vocabulary.position(level + 1, logits.device)[
-            vocabulary.parent(nodes) - vocabulary.offsets[level + 1]
-        ]
+        position = vocabulary.position(level + 1, logits.device)
+        parent = position[vocabulary.parent(nodes) - vocabulary.offsets[level + 1]]
         parent = parent - self._below[level + 1].start
-        return logits + (above - segment_logsumexp(logits, parent, above.shape[-1]))[:, parent]
+        # log_softmax among siblings, plus the parent's log-probability.
+        log_sum = segment_logsumexp(logits, parent, log_parent.shape[-1])
+        return logits + (log_parent - log_sum)[:, parent]
 
 
 class PointDistribution(SubtreeDistribution):
-    """Rows that ask below words: P(word | word) = 1 and nothing lies below, so no logit is computed."""
+    """Distribution of rows below tokens: P(token | token) = 1, computed without logits."""
 
     def log_below(self, level: int) -> Tensor:
         raise ArgumentError(
-            f"CleanDistribution: level must be below the node that a row asks in; got level {level} for rows at words, "
-            "under which nothing is open. Ask at the root (ForwardProcess.scope), or leave these rows out."
+            "CleanDistribution: level must be below the node of the rows; "
+            f"got level {level} for rows at tokens, below which there is nothing. "
+            "Query at the root (ForwardProcess.scope), or leave these rows out."
         )
 
 
 class _ChunkLogits:
-    """Logits of one chunk, one table slice at a time, each a leaf of fn's graph."""
+    """Logits of one chunk, computed by slices of the table; each slice is a leaf of fn's graph."""
 
     def __init__(self, hidden: Tensor, table: Tensor, bias: Tensor, with_gradient: bool) -> None:
-        self.hidden, self.table, self.bias = hidden, table, bias
+        self.hidden = hidden
+        self.table = table
+        self.bias = bias
         self.with_gradient = with_gradient
-        self.read: list[tuple[slice, Tensor]] = []
+        self.computed: list[tuple[slice, Tensor]] = []
 
     def __call__(self, start: int, stop: int) -> Tensor:
         rows = slice(start, stop)
         with torch.no_grad():
+            weight = self._weight(rows)
             if self.with_gradient and self.hidden.device.type == "cpu":
-                # word by word in memory: on a CPU all three products are faster, the first by half
-                product = (self._weight(rows) @ self.hidden.t()).t()
+                # Token-major in memory: all three products of training are faster on a CPU.
+                product = (weight @ self.hidden.t()).t()
             else:
-                product = F.linear(self.hidden, self._weight(rows))
-            # laws are float32 at least, whatever the product was computed in
-            logits = product.to(torch.promote_types(self.table.dtype, torch.float32)).add_(
-                self.bias[rows]
-            )
-        self.read.append((rows, logits.requires_grad_(self.with_gradient)))
+                product = F.linear(self.hidden, weight)
+            # Distributions are float32 at least, whatever dtype the product had.
+            dtype = torch.promote_types(self.table.dtype, torch.float32)
+            logits = product.to(dtype).add_(self.bias[rows])
+        self.computed.append((rows, logits.requires_grad_(self.with_gradient)))
         return logits
 
-    def finite(self) -> Tensor:
-        """[] whether every logit that was read is finite."""
-        checks = [logits.isfinite().all() for _, logits in self.read]
-        return (
-            torch.stack(checks).all()
-            if checks
-            else torch.ones((), dtype=torch.bool, device=self.hidden.device)
-        )
+    def are_finite(self) -> Tensor:
+        """Return [] bool: every logit that was computed is finite."""
+        if not self.computed:
+            return torch.ones((), dtype=torch.bool, device=self.hidden.device)
+        return torch.stack([logits.isfinite().all() for _, logits in self.computed]).all()
 
-    def push(self, value: Tensor, d_hidden: Tensor, d_table: Tensor, d_bias: Tensor) -> None:
-        """Add the gradient of `value` to the buffers, in place; d_hidden holds this chunk's rows only."""
+    def add_gradients(
+        self, value: Tensor, d_hidden: Tensor, d_table: Tensor, d_bias: Tensor
+    ) -> None:
+        """Add the gradient of `value` to the buffers, in place; d_hidden is of this chunk's rows."""
         if not value.requires_grad:
             return
-        gradients = torch.autograd.grad(
-            value, [logits for _, logits in self.read], allow_unused=True
-        )
-        for (rows, _), gradient in zip(self.read, gradients):
+        leaves = [logits for _, logits in self.computed]
+        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+        for (rows, _), gradient in zip(self.computed, gradients):
             if gradient is None:
                 continue
             d_bias[rows] += gradient.sum(0)
@@ -312,7 +330,7 @@ class _ChunkLogits:
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """Head.total: gradients of the sum are formed with it, chunk by chunk; backward only scales them."""
+    """Function of `Head.total`: forward also forms the gradients, backward only scales them."""
 
     @staticmethod
     def forward(
@@ -325,48 +343,53 @@ class _ChunkedSum(torch.autograd.Function):
         fn: HeadCallback,
         with_gradient: bool,
     ) -> tuple[Tensor, ...]:
-        grouped, groups = head._grouped(node)
-        grouped = grouped.to(hidden.device, non_blocking=True)
-        sorted_hidden = hidden.detach()[grouped].to(_product_dtype(hidden))
-        buffers = (
-            [torch.zeros_like(tensor) for tensor in (hidden, table, bias)] if with_gradient else []
-        )
+        order, groups = head._group_rows(node)
+        order = order.to(hidden.device, non_blocking=True)
+        sorted_hidden = hidden.detach()[order].to(_product_dtype(hidden))
+        buffers: list[Tensor] = []
+        if with_gradient:
+            buffers = [torch.zeros_like(tensor) for tensor in (hidden, table, bias)]
         results = []
-        with _outside_autocast(hidden.device), torch.set_grad_enabled(with_gradient):
-            for top, first, last in head._chunks(groups):
+        with _disable_autocast(hidden.device), torch.set_grad_enabled(with_gradient):
+            for top, first, last in head._split_into_chunks(groups):
                 logits = _ChunkLogits(
                     sorted_hidden[first:last], table.detach(), bias.detach(), with_gradient
                 )
-                prediction = _as_tuple(fn(head._law(logits, top), grouped[first:last]))
+                prediction = head._predict(logits, top)
+                chunk = _as_tuple(fn(prediction, order[first:last]))
                 if with_gradient:
-                    logits.push(prediction[0].sum(), buffers[0][first:last], *buffers[1:])
-                results.append(tuple(tensor.detach() for tensor in prediction))
-                del logits, prediction  # before the next chunk is made: one chunk is held at a time
+                    d_hidden, d_table, d_bias = buffers
+                    logits.add_gradients(chunk[0].sum(), d_hidden[first:last], d_table, d_bias)
+                results.append(tuple(tensor.detach() for tensor in chunk))
+                # Free this chunk's logits before the next one is made.
+                del logits, prediction, chunk
         if with_gradient:
-            ctx.save_for_backward(grouped, *buffers)
-        rows = _gather(results, grouped)
+            ctx.save_for_backward(order, *buffers)
+        rows = _to_row_order(results, order)
         ctx.mark_non_differentiable(*rows)
         return rows[0].sum(), *rows
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grouped, d_hidden, d_table, d_bias = ctx.saved_tensors
-        in_row_order = torch.empty_like(d_hidden).index_copy_(0, grouped, d_hidden)
+        order, d_hidden, d_table, d_bias = ctx.saved_tensors
+        in_row_order = torch.empty_like(d_hidden).index_copy_(0, order, d_hidden)
         gradients = [in_row_order, d_table, d_bias]
-        # A loss is the sum itself, mostly; to look costs nothing on the CPU, and the table's gradient need not be copied.
+        # A loss usually is the sum itself: on a CPU the test is free and saves a copy of the table's
+        # gradient; on a GPU it would wait for the device.
         if d_sum.device.type != "cpu" or float(d_sum) != 1.0:
             gradients = [gradient * d_sum.to(gradient.dtype) for gradient in gradients]
         return *gradients, None, None, None, None
 
 
-def _gather(results: list[tuple[Tensor, ...]], grouped: Tensor) -> tuple[Tensor, ...]:
-    """Chunks' results, in grouped order, back in row order."""
+def _to_row_order(results: list[tuple[Tensor, ...]], order: Tensor) -> tuple[Tensor, ...]:
+    """Concatenate the chunks' results and put them from sorted order back into row order."""
     columns = [torch.cat(column) for column in zip(*results)]
-    return tuple(torch.empty_like(column).index_copy_(0, grouped, column) for column in columns)
+    return tuple(torch.empty_like(column).index_copy_(0, order, column) for column in columns)
 
 
 def _add_product(buffer: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to the buffer; addmm_ needs equal dtypes but saves a copy."""
     if buffer.dtype == left.dtype:
         buffer.addmm_(left, right)
     else:
@@ -374,17 +397,17 @@ def _add_product(buffer: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """What the products of logits are computed in: the autocast dtype where autocast is on."""
+    """Return the dtype of the logits' products: autocast's if it is on."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _outside_autocast(device: torch.device) -> torch.autocast:
+def _disable_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def _as_tuple(prediction: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return prediction if isinstance(prediction, tuple) else (prediction,)
+def _as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _set(parameter: Tensor, values: Tensor) -> None:

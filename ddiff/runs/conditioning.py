@@ -18,7 +18,8 @@ from ddiff.core.elbo import Network
 from ddiff.core.information import IdentityTime
 from ddiff.data.condition_forms import Form, Label, Vector
 from ddiff.errors import ArgumentError, suggest
-from ddiff.nn.denoiser import Context, Denoiser, as_network
+from ddiff.nn.denoiser import Context, Denoiser
+from ddiff.nn.network import as_network
 from ddiff.plugin.config import LARGEST
 from ddiff.recipe.model import Recipe
 from ddiff.runs.build import Model, ModelObjective

@@ -1,4 +1,4 @@
-"""The analytic (Tweedie) sampler: the reverse transition in closed form, also from a score (arXiv 2310.16834, sec. 4.3)."""
+"""Analytic (Tweedie) sampler: the reverse transition in closed form (arXiv 2310.16834, sec. 4.3)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,29 @@ from torch import Tensor
 from ddiff.core.dense import distinct_pairs
 from ddiff.core.elbo import Network
 from ddiff.core.kernel import Kernel, solve_nearest
+from ddiff.core.network import Predicts
 from ddiff.core.numerics import draw_index, interior
 from ddiff.core.prediction import Prediction, Score
 from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
-from ddiff.sampling.grid_sampler import GridSampler, draw_uniforms, every_row, root_of
-from ddiff.sampling.loop import CLAMPED_MASS, Canvas, Predicts, require_process, step_rows
+from ddiff.sampling.grid_sampler import GridSampler, draw_uniforms
+from ddiff.sampling.loop import (
+    CLAMPED_MASS,
+    Canvas,
+    query_at_root,
+    require_process,
+    step_rows,
+)
 
 
 @final
 class AnalyticSampler(GridSampler):
-    """P(z_s = y | z_t) = (r K^-1)(y) K[y, z_t], r(y) = q_t(y)/q_t(z_t), K = P(z_t | z_s); order 1.
+    """Draw z_s from P(z_s = y | z_t) = (r K^-1)(y) K[y, z_t]; order 1.
 
-    With a law r K^-1 is q_s-bar/q_t-bar(z) and this is the ancestral step, dense. A raw score need not be a ratio of
-    probabilities and may give negative entries: they are set to 0, the rest is drawn from in proportion, and their sum is
-    counted in the canvas's extra `clamped_mass`.
+    r(y) = q_t(y)/q_t(z_t) is the predicted ratio and K = P(z_t | z_s) the forward transition. For a
+    predicted distribution, r K^-1 is q-bar_s/q-bar_t(z), and this is the ancestral step, computed
+    densely. A raw score need not be a ratio of probabilities and may give negative entries: they are
+    set to 0, the rest is drawn from in proportion, and their sum goes to the extra `clamped_mass`.
     """
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
@@ -33,30 +41,29 @@ class AnalyticSampler(GridSampler):
     def move(
         self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
-        u, then = draw_uniforms(rng, "step", 1)[:, 0], s.reshape(-1)
+        u = draw_uniforms(rng, "step", 1)[:, 0]
+        flat_s = s.reshape(-1)
         clamped = canvas.extras.get(CLAMPED_MASS, torch.zeros_like(canvas.t)).reshape(-1).clone()
 
+        def jump(prediction: Prediction, z: Tensor, t: Tensor, s: Tensor, rows: Tensor) -> Tensor:
+            probability = reverse_probs(process, prediction, z, t, s)
+            clamped[rows] += probability.clamp(max=0.0).sum(-1).neg().double()
+            return draw_index(probability.clamp(min=0.0), u[rows])
+
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            def jump(
-                prediction: Prediction, z: Tensor, t: Tensor, s: Tensor, rows: Tensor
-            ) -> Tensor:
-                probability = reverse_probs(process, prediction, z, t, s)
-                clamped[rows] += probability.clamp(max=0.0).sum(-1).neg().double()
-                return draw_index(probability.clamp(min=0.0), u[rows])
+            return query_at_root(query, process, jump, zt, t, flat_s[rows], rows)
 
-            return query(every_row(zt), root_of(process, zt), jump, zt, t, then[rows], rows)
-
-        zt = step_rows(network, canvas, draw, process.active(canvas.zt))
-        return canvas.advance(zt, s, **{CLAMPED_MASS: clamped.reshape(s.shape)})
+        zs = step_rows(network, canvas, draw, process.active(canvas.zt))
+        return canvas.advance(zs, s, **{CLAMPED_MASS: clamped.reshape(s.shape)})
 
 
 def reverse_probs(
     process: ForwardProcess, prediction: Prediction, zt: Tensor, t: Tensor, s: Tensor
 ) -> Tensor:
-    """[r,S] P(z_s | z_t); sums to 1, and is a law unless the answer is a score.
+    """Return P(z_s | z_t) [r,S]; sums to 1, but may be negative if the prediction is a score.
 
-    Where K has forgotten z_s to rounding, as a dense chain has at t = 1, a score says nothing of it, and z_s is distributed
-    as for an even clean token.
+    If K has lost z_s to rounding, as a dense chain at t = 1, a score does not determine it, and z_s
+    is distributed as for a uniform clean token.
     """
     if not isinstance(prediction, Score):
         return process.reverse_log_probs(prediction.log_mass(0), zt, t, s).exp()

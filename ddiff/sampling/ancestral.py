@@ -1,4 +1,4 @@
-"""The ancestral sampler: the exact reverse transition of the process, step by step from t = 1 to t = 0."""
+"""Ancestral sampler: the exact reverse transition of the process, from t = 1 to t = 0."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from ddiff.sampling.grid_sampler import (
     GridSampler,
     draw_tokens,
     draw_uniforms,
-    every_row,
     find_undetermined,
-    root_of,
 )
-from ddiff.sampling.loop import Canvas, step_rows
+from ddiff.sampling.loop import Canvas, query_at_root, step_rows
 
 
 @final
 class AncestralSampler(GridSampler):
-    """P(z_s | z_t) = sum_x p(x) q(z_s | z_t, x) at every position, independently given the network's laws. Order 1.
+    """Draw z_s from P(z_s | z_t) = sum_x p(x) q(z_s | z_t, x), independently per position. Order 1.
 
-    Each single position is exact whatever the step; what a step loses is how the positions of that step depend on each
-    other. A step may go from mask to word through any number of levels. The last draw is a draw, unless `last = "argmax"`.
+    Each single position is exact for any step. The error is that positions of one step are drawn
+    independently. A step may go from mask to token through any number of levels. The last step
+    draws tokens, or takes the most likely ones with `last = "argmax"`.
     """
 
     def __init__(self, grid: Steps | int = 64, last: Literal["draw", "argmax"] = "draw") -> None:
@@ -49,16 +48,14 @@ class AncestralSampler(GridSampler):
         if self.last == "draw":
             return draw_tokens(process, network, canvas, rng)
 
+        def most_likely(dist: CleanDistribution, z: Tensor, t: Tensor) -> Tensor:
+            return (dist.log_mass(0) + process.log_likelihood(z, t)).argmax(-1)
+
         def choose(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            def likeliest(dist: CleanDistribution, z: Tensor, t: Tensor) -> Tensor:
-                return (dist.log_mass(0) + process.log_likelihood(z, t)).argmax(-1)
+            return query_at_root(query, process, most_likely, zt, t)
 
-            return query(every_row(zt), root_of(process, zt), likeliest, zt, t)
-
-        return canvas.advance(
-            step_rows(network, canvas, choose, find_undetermined(process, canvas)),
-            torch.zeros_like(canvas.t),
-        )
+        tokens = step_rows(network, canvas, choose, find_undetermined(process, canvas))
+        return canvas.advance(tokens, torch.zeros_like(canvas.t))
 
 
 def reverse_step(
@@ -69,10 +66,12 @@ def reverse_step(
     rng: CounterRng,
     channel: str,
 ) -> Canvas:
-    """One exact reverse transition of every free position from its time to s [B,L]."""
-    u, then = draw_uniforms(rng, channel, process.uniforms_per_step), s.reshape(-1)
+    """Move every free position from its time to s [B,L] by the exact reverse transition."""
+    u = draw_uniforms(rng, channel, process.uniforms_per_step)
+    flat_s = s.reshape(-1)
 
     def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        return process.step(query, zt, t, then[rows], u[rows])
+        return process.step(query, zt, t, flat_s[rows], u[rows])
 
-    return canvas.advance(step_rows(network, canvas, draw, process.active(canvas.zt)), s)
+    zs = step_rows(network, canvas, draw, process.active(canvas.zt))
+    return canvas.advance(zs, s)

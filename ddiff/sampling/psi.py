@@ -1,4 +1,4 @@
-"""The psi family, from the posterior step to predictor-corrector, with remasking (arXiv 2602.21185, 2503.00307)."""
+"""Psi samplers: posterior steps mixed with redraws, and remasking (arXiv 2602.21185, 2503.00307)."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ from ddiff.sampling.grid_sampler import (
     GridSampler,
     compute_alpha,
     draw_uniforms,
-    every_row,
     find_undetermined,
-    root_of,
 )
-from ddiff.sampling.loop import Canvas, Quality, restrict, step_rows
+from ddiff.sampling.loop import Canvas, Quality, query_at_root, restrict, step_rows
+
+DRAWN_LOG_P = "drawn_log_p"
 
 
 class Kappa(Protocol):
-    """Fraction of the posterior in a step; `records_log_p`: reads the extra `sureness`, ln p of drawn tokens."""
+    """Probability of the posterior step.
+
+    `records_log_p`: it uses the extra `drawn_log_p`, ln p of each token when it was drawn.
+    """
 
     records_log_p: bool
 
     def __call__(self, process: ForwardProcess, canvas: Canvas, s: Tensor) -> Tensor:
-        """[B,L] in [0,1]."""
+        """Return kappa [B,L] in [0,1] for a step to times s [B,L]."""
 
 
 @final
 class PsiSampler(GridSampler):
-    """With probability kappa the posterior step, else x ~ P(x | z_t, rest) and z_s ~ q_s(. | x): every position can change.
+    """With probability kappa the posterior step, else x ~ P(x | z_t, rest) and z_s ~ q_s(. | x).
 
-    One network call a step. kappa = 1 is ancestral. Each single position keeps its distribution for any kappa that does not
-    depend on its state; redrawing dependent positions together is an error of its own, which fades with the steps but at no
-    proven order.
+    Every position can change. One network call a step. kappa = 1 is ancestral sampling. Each single
+    position keeps its distribution for any kappa that does not depend on its state. Redrawing
+    dependent positions together is an error, which falls with the steps at no proven order.
     """
 
     quality: Quality = "heuristic"
@@ -54,60 +57,69 @@ class PsiSampler(GridSampler):
         self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
         keeps = rng.uniform("kappa") < self.kappa(process, canvas, s)
-        step = draw_uniforms(rng, "step", process.uniforms_per_step)
-        decode = draw_uniforms(rng, "x", process.uniforms_per_decode)
-        again, then = draw_uniforms(rng, "again", process.uniforms_per_sample), s.reshape(-1)
-        uncertain = find_undetermined(process, canvas).reshape(-1)
-        sureness = (
-            canvas.extras.get("sureness", torch.full_like(canvas.t, torch.inf)).reshape(-1).clone()
-        )
+        flat_keeps = keeps.reshape(-1)
+        u_step = draw_uniforms(rng, "step", process.uniforms_per_step)
+        u_decode = draw_uniforms(rng, "x", process.uniforms_per_decode)
+        u_noise = draw_uniforms(rng, "again", process.uniforms_per_sample)
+        flat_s = s.reshape(-1)
+        undetermined = find_undetermined(process, canvas)
+        flat_undetermined = undetermined.reshape(-1)
+        drawn_log_p = _drawn_log_p(canvas).reshape(-1).clone()
 
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            keep, asked, zs = keeps.reshape(-1)[rows], uncertain[rows], zt.clone()
-            on, back, x = (
-                (keep & asked).nonzero().squeeze(-1),
-                (~keep & asked).nonzero().squeeze(-1),
-                zt.clone(),
-            )
-            if len(on):
-                zs[on] = process.step(
-                    restrict(query, on), zt[on], t[on], then[rows[on]], step[rows[on]]
+            keep = flat_keeps[rows]
+            needs_network = flat_undetermined[rows]
+            step = (keep & needs_network).nonzero().squeeze(-1)
+            decode = (~keep & needs_network).nonzero().squeeze(-1)
+            zs = zt.clone()
+            x = zt.clone()  # where the state determines the token, it is the token
+            if len(step):
+                zs[step] = process.step(
+                    restrict(query, step), zt[step], t[step], flat_s[rows[step]], u_step[rows[step]]
                 )
-            if len(back):
-                x[back] = process.decode(
-                    restrict(query, back), zt[back], t[back], decode[rows[back]]
+            if len(decode):
+                x[decode] = process.decode(
+                    restrict(query, decode), zt[decode], t[decode], u_decode[rows[decode]]
                 )
-            redrawn = process.sample(x, then[rows], again[rows])
-            zs = torch.where(keep, zs, redrawn)
+            noised = process.sample(x, flat_s[rows], u_noise[rows])
+            zs = torch.where(keep, zs, noised)
             if self.kappa.records_log_p:
-                new = ((zs != zt) & (zs < process.vocabulary.num_tokens)).nonzero().squeeze(-1)
-                sureness[rows[new]] = _log_p(process, restrict(query, new), zs[new])
+                is_new = (zs != zt) & (zs < process.vocabulary.num_tokens)
+                new = is_new.nonzero().squeeze(-1)
+                drawn_log_p[rows[new]] = _log_p(process, restrict(query, new), zs[new])
             return zs
 
-        zs = step_rows(network, canvas, draw, find_undetermined(process, canvas) | ~keeps)
-        return canvas.advance(
-            zs, s, **({"sureness": sureness.reshape(s.shape)} if self.kappa.records_log_p else {})
-        )
+        zs = step_rows(network, canvas, draw, undetermined | ~keeps)
+        if not self.kappa.records_log_p:
+            return canvas.advance(zs, s)
+        return canvas.advance(zs, s, **{DRAWN_LOG_P: drawn_log_p.reshape(s.shape)})
 
 
-def _log_p(process: ForwardProcess, query: Query, words: Tensor) -> Tensor:
-    """[k] ln p of words just drawn."""
-    if len(words) == 0:
-        return words.double()
+def _drawn_log_p(canvas: Canvas) -> Tensor:
+    """Return the extra `drawn_log_p`; +inf marks tokens that were not drawn."""
+    return canvas.extras.get(DRAWN_LOG_P, torch.full_like(canvas.t, torch.inf))
 
-    def read(dist: CleanDistribution, tokens: Tensor) -> Tensor:
+
+def _log_p(process: ForwardProcess, query: Query, tokens: Tensor) -> Tensor:
+    """Return ln p [k] of tokens just drawn."""
+    if len(tokens) == 0:
+        return tokens.double()
+
+    def log_prob(dist: CleanDistribution, tokens: Tensor) -> Tensor:
         return dist.log_prob(tokens).double()
 
-    return query(every_row(words), root_of(process, words), read, words)
+    return query_at_root(query, process, log_prob, tokens)
 
 
 class _ConstantKappa:
+    """The same kappa at every position and time."""
+
     records_log_p = False
 
     def __init__(self, kappa: float) -> None:
         if not 0.0 <= kappa <= 1.0:
             raise ArgumentError(
-                f"PsiSampler: kappa must be in [0, 1]; got {kappa}. 1 is the posterior step alone."
+                f"PsiSampler: kappa must be in [0, 1]; got {kappa}. 1 is the posterior step only."
             )
         self.kappa = kappa
 
@@ -116,11 +128,12 @@ class _ConstantKappa:
 
 
 class _Remasking:
-    """kappa = 1 - sigma/(1 - alpha_s): a word goes back to noise with probability sigma.
+    """kappa = 1 - sigma/(1 - alpha_s): a token returns to noise with probability sigma.
 
-    sigma is at most sigma_max = min(1, (1 - alpha_s)/alpha_t) in the paper; kappa >= 0 keeps it to 1 - alpha_s, which is
-    less by alpha_t and binds in the last steps only. alpha is q_t(x|x) of the token x that stands there, pi_0 on a tree:
-    where tokens have rates of their own (dense chains), each goes back to noise with sigma, and kappa depends on it.
+    In the paper sigma is at most sigma_max = min(1, (1 - alpha_s)/alpha_t); kappa >= 0 limits it to
+    1 - alpha_s, which is less by the factor alpha_t and matters in the last steps only. alpha is
+    q_t(x|x) of the token x at the position (pi_0 on a tree). If tokens have unequal rates (dense
+    chains), each returns to noise with probability sigma, and kappa depends on the token.
     """
 
     records_log_p = False
@@ -135,12 +148,15 @@ class _Remasking:
     def __call__(self, process: ForwardProcess, canvas: Canvas, s: Tensor) -> Tensor:
         alpha_s = compute_alpha(process, s, canvas.zt)
         alpha_t = compute_alpha(process, canvas.t, canvas.zt)
+        # 0/0 where no token is clean at t: there sigma_max is 1.
         largest = ((1.0 - alpha_s) / alpha_t).nan_to_num(1.0).clamp(max=1.0)
-        gone = self.sigma(process, canvas, s, largest) / (1.0 - alpha_s).clamp(min=1e-300)
-        return 1.0 - gone.clamp(max=1.0)
+        sigma = self.sigma(process, canvas, s, largest)
+        # At alpha_s = 1 sigma is 0 too; the floor avoids 0/0 and changes no other quotient.
+        share = sigma / (1.0 - alpha_s).clamp(min=1e-300)
+        return 1.0 - share.clamp(max=1.0)
 
     def sigma(self, process: ForwardProcess, canvas: Canvas, s: Tensor, largest: Tensor) -> Tensor:
-        """[B,L] the chance that a word is remasked in this step."""
+        """Return the probability [B,L] that a token is remasked in this step."""
         raise NotImplementedError
 
 
@@ -168,9 +184,10 @@ class RescaleRemasking(_Remasking):
 
 @final
 class ConfidenceRemasking(_Remasking):
-    """sigma_i = eta sigma_max softmax_i(-p_i) over the words of a sequence, p_i the probability it was drawn with.
+    """sigma_i = eta sigma_max softmax_i(-p_i) over the tokens of a sequence.
 
-    With eta = 1 the published rule, where a sequence remasks at most one word a step.
+    p_i is the probability with which token i was drawn. eta = 1 is the published rule, in which a
+    sequence remasks at most one token a step on average.
     """
 
     records_log_p = True
@@ -179,15 +196,16 @@ class ConfidenceRemasking(_Remasking):
         super().__init__(eta)
 
     def sigma(self, process: ForwardProcess, canvas: Canvas, s: Tensor, largest: Tensor) -> Tensor:
-        sureness = canvas.extras.get("sureness", torch.full_like(s, torch.inf))
-        is_word = (canvas.zt < process.vocabulary.num_tokens) & canvas.free & sureness.isfinite()
-        weight = torch.where(is_word, -sureness.exp(), -torch.inf).softmax(-1).nan_to_num(0.0)
+        log_p = _drawn_log_p(canvas)
+        is_token = (canvas.zt < process.vocabulary.num_tokens) & canvas.free & log_p.isfinite()
+        # A row without tokens is all -inf, whose softmax is NaN.
+        weight = torch.where(is_token, -log_p.exp(), -torch.inf).softmax(-1).nan_to_num(0.0)
         return self.eta * largest * weight
 
 
 @final
 class LoopRemasking(_Remasking):
-    """sigma = eta while time rests, as it does on a `LoopGrid`; elsewhere 0."""
+    """sigma = eta while time is constant, as it is within a `LoopGrid`; 0 elsewhere."""
 
     def __init__(self, eta: float = 0.02) -> None:
         super().__init__(eta)

@@ -1,4 +1,4 @@
-"""Self-correction: the changes that the network is surest of, until nothing is gained (arXiv 2503.04482)."""
+"""Self-correction: repeat the most likely changes until nothing is gained (arXiv 2503.04482)."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
+from ddiff.core.network import Predicts
 from ddiff.core.numerics import apply_temperature, draw_index
 from ddiff.core.prediction import CleanDistribution
 from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.adaptive_correction import require_informed_tokens
-from ddiff.sampling.grid_sampler import draw_uniforms, every_row, root_of
-from ddiff.sampling.loop import Canvas, Predicts, Quality, RngAt, Sampler, step_rows
+from ddiff.sampling.grid_sampler import draw_uniforms
+from ddiff.sampling.loop import Canvas, Quality, RngAt, Sampler, query_at_root, step_rows
 
 
 @final
 class SelfCorrectingSampler(Sampler):
-    """Rounds over the finished text: each word x' ~ P(x | z, rest)^(1/T), and the `commit` likeliest changes stay.
+    """Rounds over finished text that make the `commit` most likely changes each. Heuristic.
 
-    Heuristic. The network is told the time `at`, as if that much noise were left. A sequence stops when nothing changes, or
-    when for `patience` rounds no more of its words are the likeliest ones. Needs a process whose bound trains the law at
-    words.
+    Proposals are x' ~ P(x | z, rest)^(1/temperature). The network is conditioned on the time `at`,
+    as if the text had the noise of that time. A sequence stops if nothing changes, or if for
+    `patience` rounds no more of its tokens are the most likely ones. Needs a process whose bound
+    trains the prediction at tokens.
     """
 
     quality: Quality = "heuristic"
@@ -40,17 +42,19 @@ class SelfCorrectingSampler(Sampler):
         at: float = 0.01,
         patience: int = 32,
     ) -> None:
-        if (
-            min(rounds, commit, patience) < 1
-            or not 0.0 <= temperature < float("inf")
-            or not 0.0 < at < 1.0
-        ):
+        has_valid_counts = min(rounds, commit, patience) >= 1
+        if not (has_valid_counts and 0.0 <= temperature < float("inf") and 0.0 < at < 1.0):
             raise ArgumentError(
-                "SelfCorrectingSampler: rounds, commit and patience must be at least 1, temperature at least 0 and at in "
-                f"(0, 1); got {rounds}, {commit}, {patience}, {temperature} and {at}."
+                "SelfCorrectingSampler: rounds, commit and patience must be at least 1, "
+                "temperature at least 0 and at in (0, 1); "
+                f"got {rounds}, {commit}, {patience}, {temperature} and {at}."
             )
-        self.inner, self.rounds, self.commit = inner, rounds, commit
-        self.temperature, self.at, self.patience = temperature, at, patience
+        self.inner = inner
+        self.rounds = rounds
+        self.commit = commit
+        self.temperature = temperature
+        self.at = at
+        self.patience = patience
         self.looks_ahead = inner.looks_ahead
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
@@ -62,34 +66,36 @@ class SelfCorrectingSampler(Sampler):
     ) -> Iterator[Canvas]:
         for canvas in self.inner.run(process, network, canvas, rng_at):  # noqa: B020
             yield canvas
-        going = canvas.free.any(-1)
-        patient = _Patience(self.patience, going)
+        is_active = canvas.free.any(-1)
+        patience = _Patience(self.patience, is_active)
         for k in range(self.rounds):
-            if not bool(going.any()):
+            if not bool(is_active.any()):
                 break
-            shown = canvas.advance(canvas.zt, torch.full_like(canvas.t, self.at))
-            drawn, score, right = propose_changes(
-                process, network, shown, going, rng_at(k), self.temperature
+            noisy = canvas.advance(canvas.zt, torch.full_like(canvas.t, self.at))
+            drawn, score, is_best = propose_changes(
+                process, network, noisy, is_active, rng_at(k), self.temperature
             )
+            # The second argsort inverts the first: the rank of each position.
             rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
             change = (rank < self.commit) & (drawn != canvas.zt)
-            going = going & change.any(-1) & patient(right.sum(-1))
-            canvas = canvas.advance(
-                torch.where(change, drawn, canvas.zt), torch.zeros_like(canvas.t)
-            )
+            is_active = is_active & change.any(-1) & patience(is_best.sum(-1))
+            zt = torch.where(change, drawn, canvas.zt)
+            canvas = canvas.advance(zt, torch.zeros_like(canvas.t))
             yield canvas
 
 
 class _Patience:
-    """Which sequences have gained within the last `rounds` rounds; told how many of their words [B] are the likeliest."""
+    """Find the sequences that have improved within the last `rounds` rounds."""
 
-    def __init__(self, rounds: int, going: Tensor) -> None:
-        self.rounds, self.since = rounds, torch.zeros_like(going, dtype=torch.long)
+    def __init__(self, rounds: int, is_active: Tensor) -> None:
+        self.rounds = rounds
+        self.since = torch.zeros_like(is_active, dtype=torch.long)
         self.best = torch.full_like(self.since, -1)
 
-    def __call__(self, agreeing: Tensor) -> Tensor:
-        self.since = torch.where(agreeing > self.best, 0, self.since + 1)
-        self.best = torch.maximum(self.best, agreeing)
+    def __call__(self, num_best: Tensor) -> Tensor:
+        """Return [B] bool, given how many tokens [B] are the most likely ones."""
+        self.since = torch.where(num_best > self.best, 0, self.since + 1)
+        self.best = torch.maximum(self.best, num_best)
         return self.since <= self.rounds
 
 
@@ -97,31 +103,33 @@ def propose_changes(
     process: ForwardProcess,
     network: Network,
     canvas: Canvas,
-    going: Tensor,
+    is_active: Tensor,
     rng: CounterRng,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B,L] each: a draw, its ln p where it is new (else -inf), whether what stands is the likeliest word."""
+    """Draw a token for every free position of the active sequences.
+
+    Returns [B,L] each: the token, its ln p if it is a change (else -inf), and bool, whether the
+    present token is the most likely one.
+    """
     u = draw_uniforms(rng, "again", 1)[:, 0]
-    score, right = (
-        torch.full_like(canvas.t, -torch.inf).reshape(-1),
-        torch.zeros_like(canvas.free).reshape(-1),
-    )
+    score = torch.full_like(canvas.t, -torch.inf).reshape(-1)
+    is_best = torch.zeros_like(canvas.free).reshape(-1)
+
+    def propose(
+        dist: CleanDistribution, z: Tensor, t: Tensor, u: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # With the position's own evidence; normalized after the temperature.
+        full = dist.log_mass(0).double() + process.log_likelihood(z, t)
+        tempered = apply_temperature(full, temperature).log_softmax(-1)
+        drawn = draw_index(tempered.exp(), u)
+        log_p = tempered.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+        return drawn, log_p, full.argmax(-1) == z
 
     def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        def again(
-            dist: CleanDistribution, z: Tensor, t: Tensor, u: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            full = dist.log_mass(0).double() + process.log_likelihood(z, t)
-            tempered = apply_temperature(full, temperature).log_softmax(-1)
-            drawn = draw_index(tempered.exp(), u)
-            log_p = tempered.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
-            return drawn, log_p, full.argmax(-1) == z
-
-        root = root_of(process, zt)
-        drawn, log_p, right[rows] = query(every_row(zt), root, again, zt, t, u[rows])
+        drawn, log_p, is_best[rows] = query_at_root(query, process, propose, zt, t, u[rows])
         score[rows] = torch.where(drawn != zt, log_p, -torch.inf)
         return drawn
 
-    drawn = step_rows(network, canvas, draw, going.unsqueeze(-1).expand_as(canvas.free))
-    return drawn, score.reshape(canvas.t.shape), right.reshape(canvas.t.shape)
+    drawn = step_rows(network, canvas, draw, is_active.unsqueeze(-1).expand_as(canvas.free))
+    return drawn, score.reshape(canvas.t.shape), is_best.reshape(canvas.t.shape)

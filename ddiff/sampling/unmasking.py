@@ -14,7 +14,7 @@ from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError, suggest
 from ddiff.sampling.grid import Steps
-from ddiff.sampling.grid_sampler import GridSampler, draw_tokens, draw_uniforms, every_row
+from ddiff.sampling.grid_sampler import GridSampler, draw_tokens, draw_uniforms
 from ddiff.sampling.loop import (
     Canvas,
     Predicts,
@@ -170,7 +170,9 @@ def propose_descents(
             return drawn, _sureness(unfiltered(dist), node, below, drawn, by)
 
         scope = process.scope(zt)
-        drawn, sureness[rows] = query(every_row(zt), scope, descend, zt, below, u[rows])
+        drawn, sureness[rows] = query(
+            torch.arange(len(zt), device=zt.device), scope, descend, zt, below, u[rows]
+        )
         return drawn
 
     return step_rows(network, canvas, draw, process.active(canvas.zt)), sureness.reshape(

@@ -11,7 +11,9 @@ from torch import Tensor
 from ddiff.core.prediction import CleanDistribution, drop_own_evidence
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import Noisy
-from ddiff.nn.denoiser import PARAMETERIZATIONS, Context, Denoiser, as_network
+from ddiff.nn.denoiser import Context, Denoiser
+from ddiff.nn.network import as_network
+from ddiff.nn.parameterization import PARAMETERIZATIONS
 from ddiff.testing.head import randomize_in_float64
 from ddiff.testing.probes import grid_of_uniforms
 from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, law

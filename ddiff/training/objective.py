@@ -14,8 +14,9 @@ from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import Noisy, TimeRule, Times
 from ddiff.errors import ArgumentError
-from ddiff.nn.denoiser import Denoiser, as_network
-from ddiff.nn.heads import HeadCallback
+from ddiff.nn.denoiser import Denoiser
+from ddiff.nn.network import as_network
+from ddiff.nn.parameterization import HeadCallback
 from ddiff.training.context import build_context, drop_conditions
 from ddiff.training.device import get_device, to_device
 from ddiff.training.losses import ElboLoss, TrainingLoss

@@ -175,7 +175,7 @@ def test_law_detects_planted_fault(fault: Fault) -> None:
 
 
 def test_unconverted_full_conditional_breaks_evidence_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddiff.nn import denoiser as engine
+    from ddiff.nn import parameterization as engine
 
     given_all = Denoiser(MeanBackbone(), TokenHead(FlatVocabulary(3), 4), parameterization="all")
     assert denoiser.evidence_is_dropped(given_all, process=ONE_LEVEL).passed

@@ -13,8 +13,9 @@ from ddiff.core.prediction import CleanDistribution
 from ddiff.core.times import Noisy
 from ddiff.core.tree import TreeProcess
 from ddiff.errors import ArgumentError
-from ddiff.nn.denoiser import UNPADDED, Context, Denoiser, as_network
+from ddiff.nn.denoiser import UNPADDED, Context, Denoiser
 from ddiff.nn.heads import TokenHead
+from ddiff.nn.network import as_network
 
 VOCABULARY = TREES["two levels"]
 BATCH, LENGTH, WIDTH = 3, 4, 5

@@ -6,7 +6,7 @@ import torch
 from dense_heads import TREES
 
 from ddiff.core.vocabulary import HierarchicalVocabulary
-from ddiff.nn.embedding import StateEmbedding, initialise_nodes
+from ddiff.nn.embedding import StateEmbedding, init_nodes
 
 
 def test_every_node_starts_at_the_mean_of_its_words() -> None:
@@ -27,7 +27,7 @@ def test_centroids_are_taken_where_their_width_fits() -> None:
     vocabulary = HierarchicalVocabulary([[0, 1, 1], [0, 0]], centroids=centroids)
     weight = torch.randn(vocabulary.num_states, 4)
     words = weight[:3].clone()
-    initialise_nodes(weight, vocabulary)
+    init_nodes(weight, vocabulary)
     assert torch.equal(weight[:3], words)
     assert torch.equal(weight[3:5], centroids[0])
     torch.testing.assert_close(weight[5], words.mean(0))

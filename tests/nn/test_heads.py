@@ -181,7 +181,7 @@ def test_rows_at_words_are_certain_and_cost_no_logits() -> None:
     total, _, surprise = head.total(hidden, node, fn)
     assert not surprise[::3].any()
     assert not gradients(total, hidden, head)[0][::3].any()
-    with pytest.raises(ArgumentError, match="nothing is open"):
+    with pytest.raises(ArgumentError, match="below which there is nothing"):
         head.query(hidden, word, lambda dist, idx: dist.log_below(0))
 
 

@@ -29,8 +29,9 @@ from ddiff.errors import ArgumentError
 from ddiff.nn import attention
 from ddiff.nn import denoiser as asked
 from ddiff.nn.attention import AttentionLayout, KeyValueCache, attend
-from ddiff.nn.denoiser import UNPADDED, Context, Denoiser, Inputs, as_network
+from ddiff.nn.denoiser import UNPADDED, Context, Denoiser, Inputs
 from ddiff.nn.heads import TokenHead
+from ddiff.nn.network import as_network
 from ddiff.training.losses import ElboLoss
 from ddiff.training.objective import DiffusionObjective
 
@@ -106,7 +107,7 @@ def dense(context: Context) -> Tensor:
 
 
 def cut(context: Context, stop: int) -> Context:
-    return context.columns(torch.arange(stop), LENGTH)
+    return context.select_positions(torch.arange(stop), LENGTH)
 
 
 # ---------------------------------------------------------------------- beside the clean words
@@ -386,7 +387,7 @@ def test_what_a_cache_cannot_do_is_refused(backbone: DiT) -> None:
 @pytest.fixture
 def flex(monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks in flex attention's form, in tiles of four, and that form written out: what a CPU can do, without gradients."""
-    monkeypatch.setattr(asked, "flexes", lambda x, width: True)
+    monkeypatch.setattr(asked, "has_flex_kernel", lambda x, width: True)
     monkeypatch.setattr(attention, "TILE", 4)
     monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention.flex_attention)
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
@@ -409,7 +410,7 @@ def contexts() -> Iterator[tuple[str, Context]]:
         for name in ("alone", "packed", "padded", "both"):
             context = CONTEXTS[name]._replace(layout=sight)
             if sight is not None and sight.noisy is not None:
-                context = context.columns(TWICE, LENGTH)
+                context = context.select_positions(TWICE, LENGTH)
             if (name, sight) != ("alone", None):
                 yield f"{name}, {sight_name}", context
 
@@ -459,7 +460,7 @@ def test_a_pass_through_flex_attention_is_the_pass_through_the_mask(
     memory = plain._replace(block=OWN, memory=words(21))
     for noisy in (plain, memory, memory._replace(memory=None), memory._replace(block=OWN[:1])):
         with monkeypatch.context() as patch:
-            patch.setattr(asked, "flexes", attention.flexes)
+            patch.setattr(asked, "has_flex_kernel", attention.has_flex_kernel)
             expected = hidden(model, noisy, CONTEXTS[name])
         torch.testing.assert_close(hidden(model, noisy, CONTEXTS[name]), expected, **CLOSE)
 
@@ -475,15 +476,15 @@ def test_beside_a_cache_there_is_a_mask(backbone: DiT, flex: None) -> None:
 
 
 def test_flex_attention_is_for_what_has_a_kernel() -> None:
-    assert not attention.flexes(torch.empty(1), 64)
+    assert not attention.has_flex_kernel(torch.empty(1), 64)
     with FakeTensorMode():
         x = torch.empty(1, device="cuda")
-        assert attention.flexes(x, 16)
-        assert attention.flexes(x.bfloat16(), 64)
-        assert not attention.flexes(x.double(), 64)
-        assert not attention.flexes(x, 8)
+        assert attention.has_flex_kernel(x, 16)
+        assert attention.has_flex_kernel(x.bfloat16(), 64)
+        assert not attention.has_flex_kernel(x.double(), 64)
+        assert not attention.has_flex_kernel(x, 8)
         with sdpa_kernel(SDPBackend.MATH):  # whoever counts products wants them written out
-            assert not attention.flexes(x, 64)
+            assert not attention.has_flex_kernel(x, 64)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

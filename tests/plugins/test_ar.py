@@ -21,8 +21,9 @@ from ddiff.core.times import FlatTimes
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
 from ddiff.data.batch import Batch
 from ddiff.errors import ArgumentError
-from ddiff.nn.denoiser import Context, Denoiser, as_network
+from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import TokenHead, TreeHead
+from ddiff.nn.network import as_network
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.recipe.sources import find_shipped_recipes
 from ddiff.runs.build import Overrides

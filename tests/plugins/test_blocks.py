@@ -18,8 +18,9 @@ from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import WindowTimes
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
-from ddiff.nn.denoiser import Denoiser, as_network
+from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.heads import TokenHead, TreeHead
+from ddiff.nn.network import as_network
 from ddiff.sampling.loop import Samples, generate
 
 LENGTH = 14  # three blocks of four and one of two

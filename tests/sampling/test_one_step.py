@@ -188,7 +188,7 @@ def test_confidence_remasks_tokens_that_were_drawn_with_low_probability() -> Non
     sureness[3] = torch.inf  # given, or there from the start
     canvas = canvas_of((0, 1, 0, 1, MASK), t)
     note = torch.cat([sureness, torch.tensor([-0.2]).double()]).expand(POINTS, -1)
-    canvas = replace(canvas, extras={"sureness": note})
+    canvas = replace(canvas, extras={"drawn_log_p": note})
     after = moved(
         PsiSampler(4, ConfidenceRemasking(eta)), MASKED, predicting(MASKED, P), canvas, s
     ).zt
@@ -202,7 +202,7 @@ def test_psi_notes_how_probable_new_tokens_were() -> None:
     after = moved(
         PsiSampler(4, ConfidenceRemasking(0.0)), MASKED, predicting(MASKED, P), canvas, 0.2
     )
-    first, second = after.extras["sureness"].unbind(-1)
+    first, second = after.extras["drawn_log_p"].unbind(-1)
     revealed = after.zt[:, 0] != MASK
     log_p = torch.tensor(P, dtype=torch.float64).log()
     torch.testing.assert_close(first[revealed], log_p[after.zt[:, 0][revealed]], rtol=0, atol=1e-12)
@@ -524,7 +524,8 @@ def test_kappa_is_a_probability_at_both_ends_of_time() -> None:
     ):
         for t, s in ((1.0, 0.99), (0.5, 0.5), (0.01, 0.001), (1e-9, 0.0)):
             canvas = replace(
-                canvas_of((0, MASK), t, 1), extras={"sureness": torch.full((1, 2), -1.0).double()}
+                canvas_of((0, MASK), t, 1),
+                extras={"drawn_log_p": torch.full((1, 2), -1.0).double()},
             )
             kappa = rule(MASKED, canvas, torch.full_like(canvas.t, s))
             assert bool(((kappa >= 0.0) & (kappa <= 1.0)).all()), (rule, t, s)
@@ -536,7 +537,7 @@ def test_confidence_shares_remasking_among_free_positions_only() -> None:
     canvas = replace(
         canvas,
         free=torch.tensor([[True, False]]),
-        extras={"sureness": torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()},
+        extras={"drawn_log_p": torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()},
     )
     s = torch.full_like(canvas.t, 0.3)
     largest = torch.full_like(s, 0.5)

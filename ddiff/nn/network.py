@@ -1,0 +1,184 @@
+"""A denoiser as the network of samplers and evaluation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ddiff.core.network import CountingNetwork
+from ddiff.core.prediction import Prediction
+from ddiff.core.times import Noisy
+from ddiff.errors import ArgumentError
+from ddiff.nn.attention import KeyValueCache
+from ddiff.nn.denoiser import UNPADDED, Context, Denoiser
+from ddiff.nn.parameterization import HeadCallback
+
+if TYPE_CHECKING:
+    from ddiff.core.process import ForwardProcess, RowFunction
+
+
+class DenoiserNetwork(CountingNetwork):
+    """Network over a denoiser: network(noisy) returns a query that runs it when it is called.
+
+    A query runs only sequences that are asked for, each once. A sequence is not run again while its
+    ids and, if the backbone reads them, its times stay the same. `cached=True` also keeps keys and
+    values of finished blocks. `process` may be None if the head's prediction is used as it is.
+    Dropout follows the mode of the denoiser: call `.eval()` first.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        process: ForwardProcess | None = None,
+        context: Context = UNPADDED,
+        cached: bool = False,
+    ) -> None:
+        super().__init__()
+        if cached and not denoiser.caches:
+            raise ArgumentError(
+                "as_network: cached=True needs a backbone that caches keys and values; "
+                f"{type(denoiser.backbone).__name__} does not declare `caches = True`. "
+                "Leave it out: the result is the same, only slower."
+            )
+        self.denoiser = denoiser
+        self.process = process
+        self.context = context
+        self.cache = KeyValueCache() if cached else None
+        self.predicts = denoiser.parameterization.predicts
+        self.last: _DenoiserQuery | None = None
+
+    def __call__(self, noisy: Noisy) -> _DenoiserQuery:
+        return _DenoiserQuery(self, noisy)
+
+
+class _DenoiserQuery:
+    """Query of one noisy state, with the hidden states [B*L,width] computed so far."""
+
+    def __init__(self, network: DenoiserNetwork, noisy: Noisy) -> None:
+        self.network = network
+        self.noisy = noisy
+        self.hidden: Tensor | None = None
+        self.is_known = torch.zeros(len(noisy.zt), dtype=torch.bool, device=noisy.zt.device)
+        # Positions with hidden states; None: all. A cache leaves some out.
+        self.positions: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+        def on_chunk(prediction: Prediction, idx: Tensor) -> Any:
+            return fn(prediction, *(value[idx] for value in per_row))
+
+        callback: HeadCallback = on_chunk
+        hidden = self._hidden_states(rows).index_select(0, rows)
+        self._check_computed(rows)
+        denoiser = self.network.denoiser
+        process = self.network.process
+        if process is not None:
+            parameterization = denoiser.parameterization
+            zt = self.noisy.zt.flatten()[rows]
+            t = self.noisy.t.flatten()[rows]
+            prepared = parameterization.prepare(process, zt, t)
+            callback = parameterization.wrap_callback(callback, process, zt, t, prepared)
+            node = parameterization.scope(node, process)
+        return denoiser.query_head(hidden, node, callback)
+
+    def _hidden_states(self, rows: Tensor) -> Tensor:
+        """Return hidden states that contain at least those of the rows."""
+        if self.hidden is None:
+            self._reuse_hidden_states(self.network.last)
+            self.network.last = self
+        is_needed = torch.zeros_like(self.is_known)
+        is_needed[rows // self.noisy.zt.shape[1]] = True
+        missing = (is_needed & ~self.is_known).nonzero().squeeze(-1)
+        if len(missing):
+            self._run(missing)
+        assert self.hidden is not None
+        return self.hidden
+
+    def _reuse_hidden_states(self, last: _DenoiserQuery | None) -> None:
+        """Take over hidden states of the previous query that still hold."""
+        if last is None or last.hidden is None or not _is_same_attention(last.noisy, self.noisy):
+            return
+        same = last.is_known & (last.noisy.zt == self.noisy.zt).all(-1)
+        if self.network.denoiser.reads_time:
+            same &= (last.noisy.t == self.noisy.t).all(-1)
+        if last.positions is not None:
+            # A cached pass covers all sequences, at the block that is open in any of them.
+            same &= same.all() & torch.equal(last.noisy.clean, self.noisy.clean)
+        if bool(same.any()):
+            self.hidden = last.hidden.clone()
+            self.is_known = same
+            self.positions = last.positions
+
+    def _run(self, sequences: Tensor) -> None:
+        """Run the denoiser for some sequences and store their hidden states."""
+        network = self.network
+        batch, length = self.noisy.zt.shape
+        positions = torch.arange(length, device=self.is_known.device)
+        if network.cache is not None:
+            # The cache holds all sequences, so all are run.
+            sequences = torch.arange(batch, device=self.is_known.device)
+            hidden, positions = network.denoiser.extend_cache(
+                self.noisy, network.context, network.cache
+            )
+            self.positions = positions
+        else:
+            noisy = self.noisy
+            context = network.context
+            if len(sequences) < batch:
+                noisy = _select_sequences(noisy, sequences)
+                context = context.select_sequences(sequences)
+            hidden = network.denoiser.hidden_states(noisy, context).unflatten(0, noisy.zt.shape)
+        network._count(batch, sequences.cpu())
+        if self.hidden is None:
+            self.hidden = hidden.new_zeros(self.noisy.zt.numel(), hidden.shape[-1])
+        rows = (sequences.unsqueeze(-1) * length + positions).flatten()
+        self.hidden[rows] = hidden.flatten(0, 1)
+        self.is_known[sequences] = True
+
+    def _check_computed(self, rows: Tensor) -> None:
+        """Raise ArgumentError for rows outside of the block that a cached pass computed."""
+        if self.positions is None or not len(rows):
+            return
+        position = rows % self.noisy.zt.shape[1]
+        first = int(self.positions[0])
+        last = int(self.positions[-1])
+        if bool(((position < first) | (position > last)).any()):
+            raise ArgumentError(
+                "as_network: with cached=True only the first block that is not clean can be "
+                f"queried, here positions {first} to {last}; got positions "
+                f"{sorted(set(position.tolist()))}. Query without the cache."
+            )
+
+
+def _is_same_attention(first: Noisy, second: Noisy) -> bool:
+    """Return whether positions attend to each other in the same way in two noisy states."""
+    if first.zt.shape != second.zt.shape or first.memory is not None or second.memory is not None:
+        return False
+    if first.block is None or second.block is None:
+        return first.block is second.block
+    return torch.equal(first.block, second.block)
+
+
+def _select_sequences(noisy: Noisy, sequences: Tensor) -> Noisy:
+    block = noisy.block
+    if block is not None and len(block) > 1:
+        block = block[sequences]
+    return Noisy(
+        zt=noisy.zt[sequences],
+        t=noisy.t[sequences],
+        clean=noisy.clean[sequences],
+        block=block,
+        memory=None if noisy.memory is None else noisy.memory[sequences],
+    )
+
+
+def as_network(
+    denoiser: Denoiser,
+    process: ForwardProcess | None = None,
+    context: Context = UNPADDED,
+    cached: bool = False,
+) -> DenoiserNetwork:
+    """Return the denoiser as a network(noisy) -> query for samplers and evaluation."""
+    return DenoiserNetwork(denoiser, process, context, cached)

@@ -1,0 +1,91 @@
+"""Output parameterizations: what the output of a head means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol, final
+
+import torch
+from torch import Tensor
+
+from ddiff.core.network import Predicts
+from ddiff.core.prediction import CleanDistribution, DenseDistribution, drop_own_evidence
+
+if TYPE_CHECKING:
+    from ddiff.core.process import ForwardProcess
+
+HeadCallback = Callable[[CleanDistribution, Tensor], Tensor | tuple[Tensor, ...]]
+"""fn(prediction, idx [k]) -> [k] or a tuple of [k,...], for one chunk of rows."""
+
+ParameterizationName = Literal["rest", "all"]
+
+
+class Parameterization(Protocol):
+    """Adapts a callback on the predicted distribution or score to the raw output of a head."""
+
+    @property
+    def predicts(self) -> Predicts: ...
+
+    def prepare(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor | None:
+        """Compute what `wrap_callback` needs to know of rows in states zt [k] at times t [k].
+
+        Called where the rows were drawn: the host in training, the head's device in sampling.
+        """
+
+    def wrap_callback(
+        self, fn: HeadCallback, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
+    ) -> HeadCallback:
+        """Return the callback for the head; all tensors are on the head's device."""
+
+    def scope(self, node: Tensor, process: ForwardProcess) -> Tensor:
+        """Return the nodes [k] below which logits are needed to predict below `node` [k]."""
+
+
+@final
+class LeaveOneOutParameterization:
+    """P(x_i | z without z_i), the form that the formulas of the engine use."""
+
+    predicts: Predicts = "distribution"
+
+    def prepare(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> None:
+        return None
+
+    def wrap_callback(
+        self, fn: HeadCallback, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
+    ) -> HeadCallback:
+        return fn
+
+    def scope(self, node: Tensor, process: ForwardProcess) -> Tensor:
+        return node
+
+
+@final
+class FullConditionalParameterization:
+    """P(x_i | z), as plain cross-entropy at visible rows trains it; divided by q_t(z_i | x_i)."""
+
+    predicts: Predicts = "distribution"
+
+    def prepare(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> None:
+        return None
+
+    def wrap_callback(
+        self, fn: HeadCallback, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
+    ) -> HeadCallback:
+        def on_full_conditional(
+            dist: CleanDistribution, idx: Tensor
+        ) -> Tensor | tuple[Tensor, ...]:
+            evidence = process.log_likelihood(zt[idx], t[idx])
+            log_p = drop_own_evidence(dist.log_mass(0), evidence)
+            return fn(DenseDistribution(log_p, process.vocabulary), idx)
+
+        return on_full_conditional
+
+    def scope(self, node: Tensor, process: ForwardProcess) -> Tensor:
+        # The evidence changes the probability of every token, so the whole vocabulary is needed.
+        return torch.full_like(node, process.vocabulary.root)
+
+
+PARAMETERIZATIONS: Mapping[ParameterizationName, Parameterization] = {
+    "rest": LeaveOneOutParameterization(),
+    "all": FullConditionalParameterization(),
+}
