@@ -49,7 +49,7 @@ def shown() -> Noisy:
     return Noisy(zt, t, torch.zeros_like(zt, dtype=torch.bool))
 
 
-def test_one_forward_trains_trunk_and_head(denoiser: Denoiser) -> None:
+def test_one_forward_gives_gradients_to_backbone_and_head(denoiser: Denoiser) -> None:
     """Gradients through the chunks reach the trunk as plain autograd's do; float64, sums in another order."""
     noisy = shown()
     rows = torch.tensor([7, 0, 3, 10])
@@ -71,7 +71,7 @@ def test_one_forward_trains_trunk_and_head(denoiser: Denoiser) -> None:
     )
 
 
-def test_the_network_runs_at_the_first_visit_and_never_again(denoiser: Denoiser) -> None:
+def test_network_runs_once_for_repeated_queries_of_one_state(denoiser: Denoiser) -> None:
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)))
     network = as_network(denoiser, process)
     noisy = shown()
@@ -87,7 +87,7 @@ def test_the_network_runs_at_the_first_visit_and_never_again(denoiser: Denoiser)
     assert network.calls == 1, "nothing has changed since"
 
 
-def test_only_sequences_that_are_asked_about_and_have_changed_are_run(denoiser: Denoiser) -> None:
+def test_network_runs_only_queried_sequences_that_changed(denoiser: Denoiser) -> None:
     """A network that reads no time depends on the ids alone; what is kept is what would be computed again."""
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)))
     noisy, fn = shown(), lambda dist: dist.log_below(0).logsumexp(-1)
@@ -128,7 +128,7 @@ class FullConditional(Backbone):
         return (self.log_rest + likelihood).log_softmax(-1)
 
 
-def test_a_network_given_all_is_asked_for_the_rest() -> None:
+def test_full_conditional_denoiser_predicts_given_the_rest_after_division() -> None:
     """p(x) q_t(z|x) divided by q_t(z|x) is p(x) again, whatever node the row asks below; 1e-12 for float64."""
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)), xi=0.8)
     log_rest = torch.randn(BATCH, LENGTH, VOCABULARY.num_tokens, dtype=torch.float64).log_softmax(
@@ -152,7 +152,7 @@ def test_a_network_given_all_is_asked_for_the_rest() -> None:
     assert ((dists["rest"] - expected).abs().amax(-1) > 0.1)[nodes].all()
 
 
-def test_attention_is_unmasked_unless_somebody_must_not_be_seen() -> None:
+def test_attention_has_no_mask_unless_a_position_is_hidden() -> None:
     assert UNPADDED.attention_mask() is None
     valid = torch.tensor([[True, True, False]])
     document = torch.tensor([[0, 1, 1]])
@@ -168,14 +168,14 @@ def test_attention_is_unmasked_unless_somebody_must_not_be_seen() -> None:
     ]
 
 
-def test_parts_that_do_not_fit_are_refused() -> None:
+def test_denoiser_refuses_parts_that_do_not_fit() -> None:
     with pytest.raises(ArgumentError, match="as wide as"):
         Denoiser(CountingBackbone(), TokenHead(VOCABULARY, WIDTH + 1))
     with pytest.raises(ArgumentError, match="parameterization must be"):
         Denoiser(CountingBackbone(), TokenHead(VOCABULARY, WIDTH), parameterization="some")  # type: ignore[arg-type]
 
 
-def test_law_protocol_is_what_visits_hand_out(denoiser: Denoiser) -> None:
+def test_query_calls_back_for_each_row_exactly_once(denoiser: Denoiser) -> None:
     """A question sees each asked row exactly once."""
     noisy = shown()
     seen: list[int] = []

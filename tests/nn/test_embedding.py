@@ -9,7 +9,7 @@ from ddiff.core.vocabulary import HierarchicalVocabulary
 from ddiff.nn.embedding import StateEmbedding, init_nodes
 
 
-def test_every_node_starts_at_the_mean_of_its_words() -> None:
+def test_node_embeddings_start_at_the_mean_of_their_tokens() -> None:
     for vocabulary in TREES.values():
         weight = StateEmbedding(vocabulary, 8).weight
         assert weight.shape == (vocabulary.num_states, 8)
@@ -22,7 +22,7 @@ def test_every_node_starts_at_the_mean_of_its_words() -> None:
             )  # float32 sums in another order
 
 
-def test_centroids_are_taken_where_their_width_fits() -> None:
+def test_node_embeddings_start_from_centroids_of_equal_width() -> None:
     centroids = [torch.randn(2, 4), torch.randn(1, 3)]
     vocabulary = HierarchicalVocabulary([[0, 1, 1], [0, 0]], centroids=centroids)
     weight = torch.randn(vocabulary.num_states, 4)
@@ -33,5 +33,5 @@ def test_centroids_are_taken_where_their_width_fits() -> None:
     torch.testing.assert_close(weight[5], words.mean(0))
 
 
-def test_the_embedding_is_marked_for_the_optimizer() -> None:
+def test_state_embedding_is_marked_as_a_table_for_the_optimizer() -> None:
     assert StateEmbedding(TREES["words"], 4).is_table

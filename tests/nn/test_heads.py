@@ -57,7 +57,9 @@ def gradients(value: Tensor, hidden: Tensor, head: Head) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("chunk_logits", [1, 20, 2**22])
-def test_total_equals_the_dense_law_in_value_and_gradients(head: Head, chunk_logits: int) -> None:
+def test_head_total_equals_the_dense_loss_in_value_and_gradients(
+    head: Head, chunk_logits: int
+) -> None:
     head.chunk_logits = chunk_logits
     hidden, node, _, child = rows_of(head)
     weight = torch.rand(ROWS, dtype=torch.float64)
@@ -76,7 +78,7 @@ def test_total_equals_the_dense_law_in_value_and_gradients(head: Head, chunk_log
         torch.testing.assert_close(ours, dense, **EXACT)
 
 
-def test_laws_at_the_root_know_every_mass(head: Head) -> None:
+def test_distribution_at_the_root_gives_the_mass_of_every_level(head: Head) -> None:
     hidden, _, word, _ = rows_of(head)
     root = torch.full_like(word, head.vocabulary.root)
     dense = dense_law(head, hidden)
@@ -99,7 +101,7 @@ def test_laws_at_the_root_know_every_mass(head: Head) -> None:
         torch.testing.assert_close(mass, dense.log_mass(level).detach(), **EXACT)
 
 
-def test_gradients_of_a_mass_at_the_root_pass_through_all_levels(head: Head) -> None:
+def test_gradient_of_a_mass_at_the_root_passes_through_all_levels(head: Head) -> None:
     """A question that no closed form has: the entropy of every level of the law."""
     hidden, _, word, _ = rows_of(head)
     root = torch.full_like(word, head.vocabulary.root)
@@ -119,7 +121,7 @@ def test_gradients_of_a_mass_at_the_root_pass_through_all_levels(head: Head) -> 
         torch.testing.assert_close(ours, expected, **EXACT)
 
 
-def test_visit_gathers_what_total_returns(head: Head) -> None:
+def test_head_query_returns_the_row_results_of_total(head: Head) -> None:
     hidden, node, _, child = rows_of(head)
     fn = weighted_surprise(node, child, torch.rand(ROWS, dtype=torch.float64))
     head.chunk_logits = 20
@@ -129,7 +131,7 @@ def test_visit_gathers_what_total_returns(head: Head) -> None:
         torch.testing.assert_close(visited, returned, **EXACT)
 
 
-def test_draws_are_those_of_the_dense_law(head: Head) -> None:
+def test_head_draws_equal_draws_of_the_dense_distribution(head: Head) -> None:
     hidden, node, _, _ = rows_of(head, 200)
     level, u = torch.zeros_like(node), torch.rand(200, dtype=torch.float64)
     fn = lambda dist, idx: dist.draw(node[idx], level[idx], u[idx])  # noqa: E731
@@ -137,7 +139,7 @@ def test_draws_are_those_of_the_dense_law(head: Head) -> None:
     assert torch.equal(drawn, fn(dense_law(head, hidden.detach()), torch.arange(200)))
 
 
-def test_gradcheck() -> None:
+def test_head_total_passes_gradcheck() -> None:
     """Finite differences know nothing of chunks; gradcheck's defaults are made for float64."""
     head = make_head("levelwise", TREES["three levels"], width=3)
     head.chunk_logits = 10
@@ -161,7 +163,7 @@ class _Total(torch.nn.Module):
         return self.head.total(hidden, node, fn)[0]
 
 
-def test_without_rows_the_sum_is_zero_and_so_are_the_gradients(head: Head) -> None:
+def test_head_total_of_no_rows_is_zero_with_zero_gradients(head: Head) -> None:
     """Every parameter still gets a gradient: a rank without rows must not keep the others waiting."""
     hidden, node, _, child = rows_of(head)
     fn = weighted_surprise(node[:0], child[:0], torch.rand(0, dtype=torch.float64))
@@ -172,7 +174,7 @@ def test_without_rows_the_sum_is_zero_and_so_are_the_gradients(head: Head) -> No
     assert len(head.query(hidden[:0], node[:0], fn)[0]) == 0
 
 
-def test_rows_at_words_are_certain_and_cost_no_logits() -> None:
+def test_rows_at_clean_tokens_cost_no_logits() -> None:
     """A process that leaves words as they are may still ask there; mixed with others they change nothing."""
     head = make_head("tied", TREES["two levels"])
     hidden, node, word, _ = rows_of(head)
@@ -185,14 +187,14 @@ def test_rows_at_words_are_certain_and_cost_no_logits() -> None:
         head.query(hidden, word, lambda dist, idx: dist.log_below(0))
 
 
-def test_no_gradient_is_formed_without_autograd(head: Head) -> None:
+def test_head_forms_no_gradient_without_autograd(head: Head) -> None:
     hidden, node, _, child = rows_of(head)
     with torch.no_grad():
         total, *_ = head.total(hidden, node, weighted_surprise(node, child, torch.ones(ROWS)))
     assert not total.requires_grad
 
 
-def test_backward_twice_scales_the_same_gradients(head: Head) -> None:
+def test_head_gradients_scale_with_the_backward_argument(head: Head) -> None:
     hidden, node, _, child = rows_of(head)
     total = head.total(hidden, node, weighted_surprise(node, child, torch.ones(ROWS)))[0]
     once = torch.autograd.grad(total, head.table, retain_graph=True)[0]
@@ -215,7 +217,7 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["tied", "levelwise"])
-def test_one_gradient_buffer_however_many_slices(kind: str) -> None:
+def test_head_uses_one_gradient_buffer_for_any_number_of_chunks(kind: str) -> None:
     """64 nodes are asked, yet tensors of the table's size are made twice: the buffer and its product with d_sum.
 
     Slicing the table under autograd would make one per node: 36 times slower at a vocabulary of 50k.
@@ -234,7 +236,7 @@ def test_one_gradient_buffer_however_many_slices(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tied", "levelwise"])
-def test_a_row_computes_only_the_logits_below_its_node(kind: str) -> None:
+def test_head_computes_only_logits_below_the_queried_node(kind: str) -> None:
     head = make_head(kind, TREES["three levels"])
     assert isinstance(head, TreeHead)
     vocabulary, read = head.vocabulary, []
@@ -251,7 +253,7 @@ def test_a_row_computes_only_the_logits_below_its_node(kind: str) -> None:
     assert read == [words if kind == "tied" else len(children)]
 
 
-def test_the_first_law_is_uniform() -> None:
+def test_new_head_predicts_the_uniform_distribution() -> None:
     vocabulary = TREES["three levels"]
     root = torch.tensor([vocabulary.root])
     mass = lambda dist, idx: dist.log_mass(0)  # noqa: E731
@@ -269,7 +271,7 @@ def test_the_first_law_is_uniform() -> None:
         assert log_p[word] == pytest.approx(-math.log(choices), abs=1e-6)  # float32
 
 
-def test_a_start_from_counts_is_the_unigram_law() -> None:
+def test_head_started_from_counts_predicts_the_unigram_distribution() -> None:
     for vocabulary in TREES.values():
         counts = torch.randint(50, (vocabulary.num_tokens,))
         counts[0] = 0  # a word that was never seen keeps a finite loss
@@ -282,7 +284,7 @@ def test_a_start_from_counts_is_the_unigram_law() -> None:
             torch.testing.assert_close(log_p, unigram, **EXACT)
 
 
-def test_state_survives_a_round_trip(head: Head) -> None:
+def test_head_state_dict_survives_a_round_trip(head: Head) -> None:
     kind = head.kind or "tokens"
     again = make_head(kind, head.vocabulary)
     again.load_state_dict(head.state_dict())
@@ -292,7 +294,7 @@ def test_state_survives_a_round_trip(head: Head) -> None:
     assert torch.equal(again.query(hidden, root, mass), head.query(hidden, root, mass))
 
 
-def test_laws_are_float32_under_autocast() -> None:
+def test_predicted_distributions_are_float32_under_autocast() -> None:
     """The product may round to bfloat16 (relative 2^-8 of logits of size 1-3), the softmax may not: it sums to one."""
     head = make_head("levelwise", TREES["two levels"]).float()
     hidden, node, _, child = rows_of(head)
@@ -318,12 +320,12 @@ def test_laws_are_float32_under_autocast() -> None:
     assert torch.nn.functional.cosine_similarity(ours, expected, dim=0) > 0.999
 
 
-def test_tables_are_marked_for_the_optimizer() -> None:
+def test_head_tables_are_marked_for_the_optimizer() -> None:
     assert all(make_head(kind, FlatVocabulary(4)).is_table for kind in KINDS)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_visit_refuses_logits_that_are_not_finite(head: Head, value: float) -> None:
+def test_query_refuses_logits_that_are_not_finite(head: Head, value: float) -> None:
     hidden, node, _, child = rows_of(head)
     with torch.no_grad():
         hidden[4, 2] = value
@@ -331,12 +333,12 @@ def test_a_visit_refuses_logits_that_are_not_finite(head: Head, value: float) ->
         head.query(hidden, node, lambda dist, idx: dist.log_child(node[idx], child[idx]))
 
 
-def test_an_unknown_kind_is_named() -> None:
+def test_tree_head_refuses_an_unknown_kind_by_name() -> None:
     with pytest.raises(ArgumentError, match="tied"):
         TreeHead(FlatVocabulary(4), 3, "flat")  # type: ignore[arg-type]
 
 
-def test_levelwise_laws_read_a_level_once() -> None:
+def test_levelwise_distribution_computes_each_level_once() -> None:
     calls = []
 
     def logits(start: int, stop: int) -> Tensor:

@@ -45,7 +45,7 @@ ROWS = 40
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PROCESSES)
-def test_every_head_trains_every_process_on_its_dense_bound(name: str, kind: str) -> None:
+def test_every_head_and_process_has_the_gradient_of_the_dense_bound(name: str, kind: str) -> None:
     """The dense side is the derived density, from rates and marginals alone, under plain autograd.
 
     The two share no formula. Both are float64 sums of fewer than a hundred terms; ratios of marginals near t = 0 are as
@@ -75,7 +75,9 @@ def test_every_head_trains_every_process_on_its_dense_bound(name: str, kind: str
 @pytest.mark.parametrize(
     "name", [name for name in PROCESSES if "Dense" not in name]
 )  # an oracle, which may wait
-def test_no_step_asks_its_device_anything(name: str, kind: str, no_answers: Any) -> None:
+def test_training_step_of_every_head_and_process_runs_on_meta_tensors(
+    name: str, kind: str, no_answers: Any
+) -> None:
     """A tensor on "meta" has no values: whoever asked it how many, which or whether would be refused."""
     process = PROCESSES[name]
     head = make_head(kind, process.vocabulary)

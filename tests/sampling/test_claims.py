@@ -72,7 +72,7 @@ def test_every_process_of_the_benchmark_has_a_table() -> None:
 @pytest.mark.parametrize(
     ("process", "label"), [row for row in ROWS if TABLES[row[0]][row[1]][0] == "exact"]
 )
-def test_exact_samplers_are_as_near_as_the_noise(process: str, label: str) -> None:
+def test_distances_of_exact_samplers_are_within_sampling_noise(process: str, label: str) -> None:
     """hybrid_epsilon shuffles a tenth of the words at t = 0, which the last draw undoes for both at once: .1^2 L^2 / 2."""
     _, distances = TABLES[process][label]
     shuffled = (0.1 * 2) ** 2 / 2 if process == "hybrid_epsilon" else 0.0
@@ -82,7 +82,7 @@ def test_exact_samplers_are_as_near_as_the_noise(process: str, label: str) -> No
 @pytest.mark.parametrize(
     ("process", "label"), [row for row in ROWS if "order" in TABLES[row[0]][row[1]][0]]
 )
-def test_samplers_of_an_order_fall_with_the_steps(process: str, label: str) -> None:
+def test_distances_of_samplers_with_an_order_fall_with_the_steps(process: str, label: str) -> None:
     """From N = 8 to N = 64 order 1 falls to an eighth: to less than a third here, down to the noise of a distance."""
     _, distances = TABLES[process][label]
     floor = (0.1 * 2) ** 2 / 2 if process == "hybrid_epsilon" else 0.0
@@ -91,7 +91,7 @@ def test_samplers_of_an_order_fall_with_the_steps(process: str, label: str) -> N
 
 @pytest.mark.parametrize("process", [name for name in TABLES if "hdlm" not in name])
 @pytest.mark.parametrize("sampler", ["analytic", "tau_leaping", "trapezoidal"])
-def test_scores_fall_as_distributions_do(process: str, sampler: str) -> None:
+def test_distances_from_scores_fall_as_from_distributions(process: str, sampler: str) -> None:
     """A process on words, or words and a mask, has rows of scores; they are those of distributions, up to noise."""
     _, of_law = TABLES[process][sampler]
     _, of_score = TABLES[process][f"{sampler}, score"]
@@ -111,7 +111,7 @@ def test_scores_fall_as_distributions_do(process: str, sampler: str) -> None:
         ("dense", "analytic", "score", 2),
     ],
 )
-def test_numbers_of_the_page_are_computed(
+def test_numbers_of_the_sampler_page_match_a_computation(
     process: str, label: str, predicts: str, steps: int
 ) -> None:
     """The benchmark's own call: its draws are the same every time, to what another machine rounds."""
@@ -131,7 +131,7 @@ def test_numbers_of_the_page_are_computed(
     assert computed == pytest.approx(distances[place], abs=3e-3)
 
 
-def test_readme_lists_every_sampler_under_what_it_declares() -> None:
+def test_readme_lists_every_sampler_with_its_declared_accuracy() -> None:
     lines = README[README.index("**Samplers**") :].splitlines()
     group = ""
     listed: dict[str, str] = {}
@@ -160,7 +160,7 @@ def test_readme_lists_every_sampler_under_what_it_declares() -> None:
     assert {"first_hitting", "trapezoidal", "ancestral", "psi"} <= set(listed)
 
 
-def test_first_hitting_is_refused_where_it_would_not_be_exact() -> None:
+def test_first_hitting_is_refused_if_it_would_not_be_exact() -> None:
     """The README calls it exact for every process with events."""
     gidd = load_plugins(["gidd"]).component("process", "gidd").load()
     process = gidd.build(gidd.Config(p_uniform=0.9, gamma=0.5), vocabulary=FlatVocabulary(3))
@@ -216,13 +216,13 @@ def _guided_transition(
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 3.0])
-def test_guided_masks_come_off_at_the_rate_of_the_process(weight: float) -> None:
+def test_guidance_does_not_change_the_rate_of_unmasking(weight: float) -> None:
     process = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))
     mask = torch.tensor([3])
     assert float(_guided(process, mask, 0.8, 0.4, weight)[3]) == pytest.approx(0.5, abs=1e-12)
 
 
-def test_guided_clean_distribution_is_another_than_a_guided_transition() -> None:
+def test_guided_clean_distribution_differs_from_a_guided_transition() -> None:
     """They agree at w = 0 and w = 1. At w = 3 a guided transition also changes how fast masks come off."""
     process = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))
     bare = FlatVocabulary(3, mask=False)
@@ -237,7 +237,7 @@ def test_guided_clean_distribution_is_another_than_a_guided_transition() -> None
         assert float(gap.abs().max()) > 0.05
 
 
-def test_tau_leaping_does_not_converge_on_a_tree_that_leaves_late() -> None:
+def test_tau_leaping_does_not_converge_on_trees_with_gamma_below_one() -> None:
     """Its rate of leaving the root is infinite at t = 1, as docs/samplers.md says of hdlm with gamma < 1."""
     tree = HierarchicalVocabulary([[0, 1, 0]])
     late = TreeProcess(tree, LogTimeClock((0.5, 1.0)), xi=0.8)

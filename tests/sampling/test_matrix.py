@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_matrix_is_written_by_its_command(tmp_path: Path) -> None:
+def test_sampler_matrix_command_writes_the_page(tmp_path: Path) -> None:
     page = tmp_path / "samplers.md"
     command = [
         sys.executable,

@@ -98,7 +98,7 @@ def near(expected: Any) -> Any:
 # ---------------------------------------------------------------------- rates
 
 
-def test_leap_leaves_with_one_minus_exp_of_rate_times_span() -> None:
+def test_tau_leap_leaves_with_probability_one_minus_exp_rate_span() -> None:
     rates = torch.tensor([[0.0, 1.5, 0.5]], dtype=torch.float64).expand(POINTS, -1)
     zt = torch.zeros(POINTS, dtype=torch.long)
     u = covering(2).uniform("leap")
@@ -107,7 +107,7 @@ def test_leap_leaves_with_one_minus_exp_of_rate_times_span() -> None:
     assert shares(after, 3) == near([1.0 - gone, 0.75 * gone, 0.25 * gone])
 
 
-def test_tau_leaping_holds_the_rates_of_the_start() -> None:
+def test_tau_leaping_uses_rates_at_the_start_of_the_step() -> None:
     """Masks are revealed at the rate 1/t."""
     gone = 1.0 - math.exp(-(0.8 - 0.3) / 0.8)
     expected = [*(gone * p for p in P), 1.0 - gone]
@@ -115,7 +115,7 @@ def test_tau_leaping_holds_the_rates_of_the_start() -> None:
 
 
 @pytest.mark.parametrize("theta", [0.3, 0.5, 0.8])
-def test_trapezoidal_extrapolates_from_theta_of_the_step(theta: float) -> None:
+def test_trapezoidal_extrapolates_rates_from_its_theta_point(theta: float) -> None:
     """A mask stays for theta of the step at 1/t, then at [a/rho - (a - 1)/t]_+, rho being where the first stage ends."""
     t, s = 0.8, 0.3
     rho, ahead = t - theta * (t - s), 0.5 / (theta * (1.0 - theta))
@@ -129,7 +129,7 @@ def test_trapezoidal_extrapolates_from_theta_of_the_step(theta: float) -> None:
 
 
 @pytest.mark.parametrize(("state", "level"), [(5, 2), (3, 1)])
-def test_one_level_falls_by_the_flow_out_of_its_level(state: int, level: int) -> None:
+def test_one_level_moves_with_the_flow_out_of_its_level(state: int, level: int) -> None:
     """The share (F_l(t) - F_l(s)) / pi_l(t) goes one level down and no further; tokens stay."""
     t, s = 0.7, 0.5
     now, then = TREE.clock.pi(torch.tensor([t, s], dtype=torch.float64))
@@ -147,7 +147,7 @@ def test_one_level_falls_by_the_flow_out_of_its_level(state: int, level: int) ->
 # ---------------------------------------------------------------------- remasking
 
 
-def test_psi_is_kappa_of_the_posterior_and_the_rest_drawn_again() -> None:
+def test_psi_step_mixes_posterior_and_fresh_noise_by_kappa() -> None:
     t, s, kappa = 0.6, 0.4, 0.7
     stays = (
         kappa * s / t + (1.0 - kappa) * s
@@ -197,7 +197,7 @@ def test_confidence_remasks_tokens_that_were_drawn_with_low_probability() -> Non
     assert (after[:, :4] == MASK).double().mean(0).tolist() == near([*expected, 0.0])
 
 
-def test_psi_notes_how_probable_new_tokens_were() -> None:
+def test_psi_records_log_probabilities_of_new_tokens() -> None:
     canvas = canvas_of((MASK, 1), 0.8, POINTS)
     after = moved(
         PsiSampler(4, ConfidenceRemasking(0.0)), MASKED, predicting(MASKED, P), canvas, 0.2
@@ -210,7 +210,7 @@ def test_psi_notes_how_probable_new_tokens_were() -> None:
     assert bool(second.isinf().all()), "a token that stays keeps its note"
 
 
-def test_loop_grid_rests_between_on_and_off() -> None:
+def test_loop_grid_holds_time_between_on_and_off() -> None:
     """tau = 1, .9, ...: from 1 to `on` down to `hold`, rest, and from `off` down to 0."""
     times = LoopGrid(10, on=0.6, off=0.2, hold=0.3).times()
     expected = [1.0, 0.825, 0.65, 0.475, 0.3, 0.3, 0.3, 0.3, 0.3, 0.15, 0.0]
@@ -221,7 +221,7 @@ def test_loop_grid_rests_between_on_and_off() -> None:
 
 
 @pytest.mark.parametrize(("t", "s"), [(0.8, 0.4), (0.5, 0.45)])
-def test_acs_redraws_by_what_is_not_revealed(t: float, s: float) -> None:
+def test_acs_redraws_with_eta_times_one_minus_reveal_probability(t: float, s: float) -> None:
     """With probability eta (1 - pi), pi = (alpha_s - alpha_t)/(1 - alpha_t) = (t - s)/t, Bayes; else the posterior."""
     eta = 0.6
     again = eta * (1.0 - (t - s) / t)
@@ -234,7 +234,9 @@ def test_acs_redraws_by_what_is_not_revealed(t: float, s: float) -> None:
 
 
 @pytest.mark.parametrize(("share", "above"), [(1.0, 0.7), (0.5, 0.6), (4.0, 1.0)])
-def test_forward_backward_climbs_a_share_of_the_step(share: float, above: float) -> None:
+def test_forward_backward_steps_forward_by_its_fraction_of_the_step(
+    share: float, above: float
+) -> None:
     """From t = .5 after a step of .2 to `above`, at most 1; a token goes up with (above - t)/(1 - t), and of those that did
     t/above are still masked after the way back."""
     canvas = canvas_of((0,), 0.5)
@@ -249,7 +251,7 @@ def test_forward_backward_climbs_a_share_of_the_step(share: float, above: float)
     assert shares(after.zt[:, 0], 4) == near(expected)
 
 
-def test_corrected_sampler_gives_the_corrector_the_span_of_the_step() -> None:
+def test_predictor_corrector_passes_the_span_of_the_step() -> None:
     spans: list[float] = []
     channels: list[str] = []
 
@@ -298,14 +300,14 @@ def test_self_correction_proposes_with_own_evidence_at_its_temperature() -> None
     )
 
 
-def test_patience_ends_after_so_many_rounds_without_gain() -> None:
+def test_self_correction_stops_after_patience_rounds_without_gain() -> None:
     patient = _Patience(2, torch.ones(1, dtype=torch.bool))
     told = [3, 3, 4, 4, 2, 4]
     going = [bool(patient(torch.tensor([agreeing]))[0]) for agreeing in told]
     assert going == [True, True, True, True, True, False], "the third round without more than 4"
 
 
-def test_self_correction_tells_its_time_and_keeps_the_likeliest_changes() -> None:
+def test_self_correction_keeps_the_most_likely_changes_at_its_time() -> None:
     shown: list[Noisy] = []
     rows = ((0.8, 0.1, 0.1), (0.05, 0.9, 0.05), (0.01, 0.01, 0.98))
     log_p = torch.tensor(rows, dtype=torch.float64).log()
@@ -348,19 +350,19 @@ def first_revealed(
 PEAKED, SPREAD = (0.6, 0.4, *(0.0,) * 10), (0.2, *(0.8 / 11,) * 11)
 
 
-def test_margin_is_between_probabilities_not_logarithms() -> None:
+def test_margin_compares_probabilities_not_logarithms() -> None:
     """.6 - .4 is more than .2 - .073, though .6/.4 is less than .2/.073."""
     assert first_revealed(UnmaskingSampler(4, "margin"), (PEAKED, SPREAD), 0.5) == [1.0, 0.0]
 
 
-def test_top_ranks_by_the_likeliest_and_confidence_by_what_is_drawn() -> None:
+def test_top_ranks_by_largest_and_confidence_by_drawn_probability() -> None:
     rows = ((0.55, 0.45), (0.6, 0.4))
     assert first_revealed(UnmaskingSampler(4, "top"), rows, 0.5) == [0.0, 1.0]
     # the second is likelier unless it draws .4, which is less than whatever the first draws
     assert first_revealed(UnmaskingSampler(4, "confidence"), rows, 0.5) == near([0.4, 0.6])
 
 
-def test_entropy_reveals_the_lowest_first() -> None:
+def test_entropy_sampler_reveals_the_lowest_entropy_first() -> None:
     rows = (
         (0.5, 0.48, 0.02),
         (0.55, 0.225, 0.225),
@@ -370,7 +372,7 @@ def test_entropy_reveals_the_lowest_first() -> None:
 
 
 @pytest.mark.parametrize("s", [0.5, 0.8])
-def test_gumbel_noise_fades_with_time(s: float) -> None:
+def test_gumbel_noise_of_unmasking_scales_with_time(s: float) -> None:
     """Of two positions the surer one is first with probability 1/(1 + e^(-d/b)), b = noise s."""
     rows = ((0.8, 0.2), (0.5, 0.5))
     first = 1.0 / (1.0 + math.exp(-math.log(0.8 / 0.5) / (2.0 * s)))
@@ -392,13 +394,13 @@ def steps_of_entropy_bound(
     return [int((step.zt == MASK).sum()) for step in steps], [float(step.t[0, 0]) for step in steps]
 
 
-def test_entropy_bound_includes_the_bound_itself() -> None:
+def test_entropy_bound_accepts_equality() -> None:
     """Positions that are certain hold no entropy, and a bound of 0 takes all of them at once."""
     certain = (1.0, 0.0, 0.0)
     assert steps_of_entropy_bound(0.0, (certain, certain, certain)) == ([0], [0.0])
 
 
-def test_entropy_bound_counts_all_but_the_largest() -> None:
+def test_entropy_bound_sums_all_entropies_but_the_largest() -> None:
     """Entropies h, h, h with h = ln 3: with a bound between h and 2 h two positions move, with one below h a single one."""
     flat = (1 / 3, 1 / 3, 1 / 3)
     assert steps_of_entropy_bound(1.5, (flat, flat, flat))[0] == [1, 0]
@@ -411,7 +413,7 @@ def test_entropy_bound_counts_all_but_the_largest() -> None:
 # ---------------------------------------------------------------------- the loop around the steps
 
 
-def test_generate_draws_from_the_noise_of_its_seed_purpose_and_step() -> None:
+def test_generate_uses_uniforms_of_its_seed_purpose_and_step() -> None:
     """Samples are no replay of the training noise of the same seed, and another seed draws others."""
     seen: list[tuple[int, int, str, list[int], int]] = []
 
@@ -440,7 +442,7 @@ def test_generate_draws_from_the_noise_of_its_seed_purpose_and_step() -> None:
 
 
 @pytest.mark.parametrize("shape", ["block", "slide"])
-def test_given_tokens_are_shown_at_time_zero_wherever_the_window_is(shape: Any) -> None:
+def test_prompt_tokens_are_network_inputs_at_time_zero_in_any_window(shape: Any) -> None:
     shown: list[Noisy] = []
 
     def network(noisy: Noisy) -> Tensor:
@@ -476,7 +478,7 @@ def test_only_free_positions_move_in_time() -> None:
     assert moved_on.t.tolist() == [[0.4, 0.9]]
 
 
-def test_given_tokens_are_at_time_zero_on_every_canvas() -> None:
+def test_prompt_tokens_are_at_time_zero_on_every_canvas() -> None:
     prompt, prompt_mask = torch.tensor([[1, 2, 0]]), torch.tensor([[False, True, False]])
     times: list[Tensor] = []
     settings: dict[str, Any] = {
@@ -492,7 +494,7 @@ def test_given_tokens_are_at_time_zero_on_every_canvas() -> None:
     assert [t[0, 0].item() for t in times] == pytest.approx([2 / 3, 1 / 3, 0.0])
 
 
-def test_every_step_of_a_grid_draws_from_noise_of_its_own() -> None:
+def test_every_grid_step_uses_separate_uniforms() -> None:
     asked: list[int] = []
 
     def rng_at(step: int) -> Any:
@@ -503,9 +505,7 @@ def test_every_step_of_a_grid_draws_from_noise_of_its_own() -> None:
     assert asked == [0, 1, 2, 3]
 
 
-def test_last_draw_corrects_tokens_that_no_noise_enters_but_that_were_corrupted_from_the_start() -> (
-    None
-):
+def test_final_decoding_corrects_tokens_corrupted_at_time_zero() -> None:
     """Shuffled, then masked: nothing arrives in a token, and yet .3 of them are not the token that was there."""
     process = EpsilonHybrid(FlatVocabulary(3), LinearSchedule(), 0.3)
     assert process.active(torch.arange(4)).tolist() == [False, False, False, True]
@@ -515,7 +515,7 @@ def test_last_draw_corrects_tokens_that_no_noise_enters_but_that_were_corrupted_
     assert shares(after[:, 0], 3) == near((joint / joint.sum()).tolist())
 
 
-def test_kappa_is_a_probability_at_both_ends_of_time() -> None:
+def test_kappa_stays_in_unit_interval_at_both_ends_of_time() -> None:
     for rule in (
         CapRemasking(1.0),
         RescaleRemasking(1.0),
@@ -531,7 +531,7 @@ def test_kappa_is_a_probability_at_both_ends_of_time() -> None:
             assert bool(((kappa >= 0.0) & (kappa <= 1.0)).all()), (rule, t, s)
 
 
-def test_confidence_shares_remasking_among_free_positions_only() -> None:
+def test_confidence_remasking_ignores_prompt_positions() -> None:
     """A settled token of an earlier window has a note, too, and no share."""
     canvas = canvas_of((0, 1), 0.45, 1)
     canvas = replace(

@@ -51,9 +51,7 @@ def draw(sampler: Sampler, process: ForwardProcess, index: list[int], **settings
 
 
 @pytest.mark.parametrize(("sampler", "process"), PAIRS)
-def test_given_words_stay_bit_for_bit_and_all_others_end_as_words(
-    sampler: str, process: str
-) -> None:
+def test_prompts_are_unchanged_and_free_positions_end_as_tokens(sampler: str, process: str) -> None:
     """Ragged: each row has its own words given, one row has none and one has all."""
     prompt = torch.tensor([[1, 0], [2, 2], [0, 1], [1, 1]])
     prompt_mask = torch.tensor([[True, False], [False, True], [False, False], [True, True]])
@@ -74,7 +72,7 @@ def test_a_sample_does_not_depend_on_its_batch(sampler: str, process: str) -> No
 
 
 @pytest.mark.parametrize("process", ["uniform", "masked"])
-def test_first_hitting_ends_each_row_by_its_own_events(process: str) -> None:
+def test_first_hitting_stops_each_sequence_separately(process: str) -> None:
     """Rows end after different numbers of events; what the last draw of one is must not tell when the slowest ended."""
     dist = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
     network = network_from_noisy(
@@ -90,7 +88,7 @@ def test_first_hitting_ends_each_row_by_its_own_events(process: str) -> None:
         )
 
 
-def test_positions_that_are_equally_sure_but_for_rounding_are_ranked_the_same() -> None:
+def test_confidences_equal_up_to_rounding_rank_alike() -> None:
     """Ties of 64 positions, moved by what float32 rounding moves them, at a value that is no edge of the rounding."""
     rng = CounterRng(0, 1, torch.arange(4), 64)
     sureness = torch.full((4, 64), -1.2345, dtype=torch.float64)
@@ -107,7 +105,9 @@ def test_positions_that_are_equally_sure_but_for_rounding_are_ranked_the_same() 
 
 
 @pytest.mark.parametrize(("sampler", "process"), REFUSED)
-def test_a_pair_that_makes_no_sense_is_refused_with_the_reason(sampler: str, process: str) -> None:
+def test_unsupported_sampler_and_process_are_refused_with_a_reason(
+    sampler: str, process: str
+) -> None:
     reason = {"first_hitting": "must have events", "blockwise events": "must have events"}
     reads_words = {"acs", "self_correction"}
     expected = reason.get(
@@ -118,7 +118,7 @@ def test_a_pair_that_makes_no_sense_is_refused_with_the_reason(sampler: str, pro
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_score_is_taken_where_rates_are_read_and_refused_where_a_law_is(sampler: str) -> None:
+def test_scores_are_accepted_by_rate_samplers_and_refused_by_others(sampler: str) -> None:
     process = PROCESSES["masked"]
     if "masked" in SAMPLERS[sampler][1]:
         process = PROCESSES["uniform"]
@@ -133,7 +133,7 @@ def test_a_score_is_taken_where_rates_are_read_and_refused_where_a_law_is(sample
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_without_a_process_there_is_nothing_to_run_backwards(sampler: str) -> None:
+def test_diffusion_samplers_refuse_a_run_without_process(sampler: str) -> None:
     with pytest.raises(ArgumentError, match="this run has none"):
         generate(
             SAMPLERS[sampler][0](4),
@@ -172,7 +172,7 @@ def test_numbers_out_of_range_are_refused() -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_network_that_says_nan_is_named(sampler: str) -> None:
+def test_sampling_names_a_network_that_predicts_nan(sampler: str) -> None:
     process = PROCESSES["uniform" if "masked" in SAMPLERS[sampler][1] else "masked"]
     network = network_from_table(
         lambda zt, t: torch.full((*zt.shape, 3), torch.nan).double(), process.vocabulary
@@ -185,7 +185,7 @@ def test_a_network_that_says_nan_is_named(sampler: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["masked", "tree", "uncertain tree", "uniform"])
-def test_from_event_to_event_the_samples_have_the_joint_law(name: str) -> None:
+def test_first_hitting_samples_follow_the_joint(name: str) -> None:
     """Chi-square of nine cells is above 35 with probability 2.7e-5; four cases, seed fixed."""
     count = 2**12 if name == "uniform" else 2**15
     dist = measure_sampler(FirstHittingSampler(), PROCESSES[name], JOINT, points=count).dist[:3, :3]
@@ -206,7 +206,7 @@ def test_one_position_at_a_time_is_exact_in_any_number_of_steps(inner: Any) -> N
 
 @pytest.mark.parametrize("name", ["masked", "uniform"])
 @pytest.mark.parametrize("build", [TauLeapingSampler, AnalyticSampler])
-def test_first_order(build: Any, name: str) -> None:
+def test_ancestral_error_is_first_order_in_the_steps(build: Any, name: str) -> None:
     """Four times the steps, a quarter of the distance; summed over canvases, noise below 4e-4 of distances above 8e-3."""
     few, many = (
         measure_sampler(build(n), PROCESSES[name], JOINT, apart=True, points=2**14).distance(JOINT)
@@ -216,7 +216,7 @@ def test_first_order(build: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["masked", "uniform"])
-def test_second_order_beats_the_first_at_equal_cost(name: str) -> None:
+def test_trapezoidal_beats_tau_leaping_at_equal_cost(name: str) -> None:
     """Euler halves its distance with twice the steps. This one quarters it while extrapolated rates stay positive; symbols
     that depend on each other as much as these cut some off, and it comes to 2.7 (noise of a distance is about 2e-3)."""
     process = PROCESSES[name]
@@ -229,7 +229,7 @@ def test_second_order_beats_the_first_at_equal_cost(name: str) -> None:
     assert many.runs < euler.runs + 1e-9
 
 
-def test_a_last_draw_that_has_noise_to_remove_leaves_a_plateau() -> None:
+def test_error_has_a_plateau_if_decoding_must_remove_noise() -> None:
     """A tenth of the words is noise at t = 0; both symbols are cleaned at once, and no number of steps helps."""
     process = MixtureProcess(FlatVocabulary(3, mask=False), EarlyNoise(), torch.full((3,), 1 / 3))
     near, nearer = (
@@ -243,7 +243,7 @@ def test_a_last_draw_that_has_noise_to_remove_leaves_a_plateau() -> None:
     assert near.distance(JOINT) < 1.9 * nearer.distance(JOINT), "first order would halve it"
 
 
-def test_the_surest_draw_first_is_not_a_law_of_the_joint() -> None:
+def test_confidence_sampler_does_not_follow_the_joint() -> None:
     """Choosing positions by what they drew favours likely words, whatever the steps; by their laws alone it does not."""
     process = PROCESSES["masked"]
     assert (
@@ -266,7 +266,7 @@ def test_the_surest_draw_first_is_not_a_law_of_the_joint() -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_psi_without_redraws_and_correction_without_strength_are_ancestral(name: str) -> None:
+def test_psi_kappa_one_and_acs_eta_zero_equal_ancestral(name: str) -> None:
     process, index = PROCESSES[name], list(range(40))
     plain = draw(AncestralSampler(6), process, index).ids
     assert torch.equal(draw(PsiSampler(6, 1.0), process, index).ids, plain)
@@ -274,7 +274,7 @@ def test_psi_without_redraws_and_correction_without_strength_are_ancestral(name:
         assert torch.equal(draw(AdaptiveCorrectionSampler(6, eta=0.0), process, index).ids, plain)
 
 
-def test_remasking_is_psi_on_masks() -> None:
+def test_remdm_equals_psi_on_masks() -> None:
     """With sigma = .3: a word is masked with .3; a mask is revealed with (alpha_s - .7 alpha_t)/(1 - alpha_t) (2503.00307).
 
     Five sigma of 40 000 draws is at most .0125.
@@ -293,7 +293,7 @@ def test_remasking_is_psi_on_masks() -> None:
     )
 
 
-def test_on_one_level_a_level_at_a_time_is_the_posterior() -> None:
+def test_one_level_sampler_on_one_level_equals_the_posterior() -> None:
     """The same law from other uniforms: distances agree to the noise of the sum, 1e-3."""
     process = PROCESSES["masked"]
     one, plain = (
@@ -303,7 +303,7 @@ def test_on_one_level_a_level_at_a_time_is_the_posterior() -> None:
     assert one.distance(JOINT) == pytest.approx(plain.distance(JOINT), abs=1e-3)
 
 
-def test_a_score_and_the_law_that_it_comes_from_make_the_same_analytic_steps() -> None:
+def test_analytic_steps_from_a_score_and_its_distribution_agree() -> None:
     """Ratios near t = 1 are differences of 1e-12, so uniform noise loses the last digits of its first step."""
     for name in ("masked", "uniform"):
         process, states = PROCESSES[name], []
@@ -323,7 +323,7 @@ def test_a_score_and_the_law_that_it_comes_from_make_the_same_analytic_steps() -
         assert float(score.clamped_mass.max()) < 1e-3
 
 
-def test_probability_that_a_raw_score_makes_negative_is_set_to_zero_and_reported() -> None:
+def test_negative_probability_from_a_raw_score_is_clamped_and_reported() -> None:
     process = PROCESSES["uniform"]
     exact = ExactNetwork(process, JOINT, "score")
 
@@ -358,7 +358,7 @@ def even_table(zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     )
 
 
-def test_on_masks_an_event_is_a_reveal_and_costs_one_call() -> None:
+def test_first_hitting_on_masks_costs_one_evaluation_per_position() -> None:
     process = PROCESSES["masked"]
     network, prompt_mask = (
         network_from_table(even_table, process.vocabulary),
@@ -384,7 +384,7 @@ def test_on_masks_an_event_is_a_reveal_and_costs_one_call() -> None:
     assert steps == list(range(1, 11))
 
 
-def test_candidate_events_of_words_end_before_they_are_too_many() -> None:
+def test_first_hitting_limits_candidate_events_of_tokens() -> None:
     """Uniform noise: they come at about 1/t and 2/(3 (1 - t)), 16 a position from where 1e-4 of two positions are left to
     where 1e-4 of them are noise; from 1 - 1e-12 to 1e-12 it would be 46. A larger `until` takes fewer; its error is what
     the symbols lose that change there together, at most until^2 / 2 at each end (sampling adds 0.02)."""
@@ -399,7 +399,7 @@ def test_candidate_events_of_words_end_before_they_are_too_many() -> None:
 
 
 @pytest.mark.parametrize("name", ["masked", "tree", "uncertain tree"])
-def test_events_that_are_no_candidates_do_not_end(name: str) -> None:
+def test_first_hitting_ignores_until_without_uniform_noise(name: str) -> None:
     """Where words are no noise, `until` is read by nobody: the samples are the same bit for bit."""
     plain, other = (
         draw(FirstHittingSampler(until), PROCESSES[name], list(range(50))).ids
@@ -412,7 +412,7 @@ def test_events_that_are_no_candidates_do_not_end(name: str) -> None:
     ("sampler", "most"),
     [("ancestral", 5), ("trapezoidal", 9), ("dfm", 13), ("margin", 5), ("psi", 5)],
 )
-def test_calls_are_bounded_by_what_a_step_needs(sampler: str, most: int) -> None:
+def test_network_evaluations_per_step_are_bounded(sampler: str, most: int) -> None:
     process = PROCESSES["tree"]
     network = network_from_table(even_table, process.vocabulary)
     drawn = draw(SAMPLERS[sampler][0](5), process, list(range(8)), network=network, length=12)
@@ -421,7 +421,7 @@ def test_calls_are_bounded_by_what_a_step_needs(sampler: str, most: int) -> None
 
 
 @pytest.mark.parametrize("by", ["confidence", "top", "margin", "entropy"])
-def test_the_grid_sets_how_many_are_revealed(by: Any) -> None:
+def test_grid_sets_the_number_of_revealed_positions(by: Any) -> None:
     process, left = PROCESSES["masked"], []
     network = network_from_table(even_table, process.vocabulary)
     keep = lambda k, canvas: left.append((canvas.zt == 3).sum(-1).tolist())  # noqa: E731
@@ -436,7 +436,7 @@ def test_the_grid_sets_how_many_are_revealed(by: Any) -> None:
     assert left == [[9, 9], [7, 7], [3, 3], [0, 0]]  # floor of 10 cos(pi k / 8)
 
 
-def test_a_window_settles_before_the_next_one_starts_and_nobody_sees_later_ones() -> None:
+def test_blockwise_finishes_a_block_before_the_next_and_hides_later_ones() -> None:
     process, shown = PROCESSES["masked"], []
 
     def table(zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -458,7 +458,7 @@ def test_a_window_settles_before_the_next_one_starts_and_nobody_sees_later_ones(
         assert noisy.t[0][later].tolist() == [1.0] * int(later.sum())
 
 
-def test_samplers_from_left_to_right_say_that_they_do_not_look_ahead() -> None:
+def test_left_to_right_samplers_declare_looks_ahead_false() -> None:
     inner, window = AncestralSampler(4), WindowTimes(2, "slide", paired=False)
     blind: list[Any] = [BlockwiseSampler(inner, 2), HyperscheduleSampler(inner, window)]
     seeing: list[Any] = [
@@ -478,7 +478,7 @@ def test_samplers_from_left_to_right_say_that_they_do_not_look_ahead() -> None:
             assert BlockwiseSampler(sampler, 2, "all").looks_ahead is expected
 
 
-def test_who_does_not_look_ahead_draws_a_gap_as_if_nothing_came_after_it() -> None:
+def test_samplers_without_look_ahead_ignore_text_after_a_gap() -> None:
     """P(x_1 | x_2 = 1) is (.08, .80, .12) and its marginal (.40, .25, .35): what is drawn tells which one it was."""
     process, count = PROCESSES["masked"], 400
     prompt, prompt_mask = torch.tensor([[0, 1]] * count), torch.tensor([[False, True]] * count)
@@ -532,7 +532,7 @@ class BlindAsk:
         return query
 
 
-def test_self_correction_changes_at_most_one_word_a_round_and_stops() -> None:
+def test_self_correction_changes_at_most_one_token_per_round_and_stops() -> None:
     process, canvases = PROCESSES["uniform"], []
     sampler = SelfCorrectingSampler(AncestralSampler(1), rounds=30, at=0.7)
     drawn = draw(
@@ -550,21 +550,21 @@ def test_self_correction_changes_at_most_one_word_a_round_and_stops() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 64])
 @pytest.mark.parametrize("spacing", ["uniform", "cosine", "log"])
-def test_a_grid_falls_from_one_to_zero(spacing: Any, steps: int) -> None:
+def test_grid_times_fall_from_one_to_zero(spacing: Any, steps: int) -> None:
     times = Grid(spacing, steps).times()
     assert len(times) == steps + 1
     assert (times[0], times[-1]) == (1.0, 0.0)
     assert all(later < sooner for sooner, later in itertools.pairwise(times))
 
 
-def test_the_log_grid_is_even_in_its_clock_and_starts_with_an_even_step() -> None:
+def test_log_grid_is_uniform_in_log_time_after_its_first_step() -> None:
     times = torch.tensor(Grid("log", 9).times()[1:], dtype=torch.float64)
     assert float(times[0]) == pytest.approx(1 - 1 / 9)
     elapsed = -(-times).log1p()
     assert elapsed.diff().tolist() == pytest.approx([float(elapsed.diff()[0])] * 8)
 
 
-def test_a_loop_rests_where_it_is_told_to() -> None:
+def test_loop_grid_holds_its_configured_time() -> None:
     times = LoopGrid(40, on=0.5, off=0.1, hold=0.2).times()
     assert (times[0], times[-1], len(times)) == (1.0, 0.0, 41)
     assert sum(abs(t - 0.2) < 1e-12 for t in times) == 17  # tau from .5 to .1 in steps of 1/40

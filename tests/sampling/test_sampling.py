@@ -53,7 +53,7 @@ def draw(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_law_of_the_samples_tends_to_the_joint_as_one_over_the_steps(name: str) -> None:
+def test_ancestral_error_falls_as_one_over_the_steps(name: str) -> None:
     """First order: four times the steps, a quarter of the distance, once the steps are short (3.5 to 4.5 from 16 to 64).
 
     Summed over all canvases, no sampling error. One step draws both symbols from their marginals. Masking is wrong only
@@ -73,7 +73,7 @@ def test_the_law_of_the_samples_tends_to_the_joint_as_one_over_the_steps(name: s
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_sampler_draws_from_the_law_of_that_chain(name: str, steps: int) -> None:
+def test_ancestral_samples_follow_the_enumerated_chain(name: str, steps: int) -> None:
     """20 000 samples: chi-square of nine cells is above 35 with probability 2.7e-5; ten cases, seed fixed."""
     process, count = processes()[name], 20_000
     ids = many(process, steps, count)
@@ -84,7 +84,7 @@ def test_the_sampler_draws_from_the_law_of_that_chain(name: str, steps: int) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_given_words_are_kept_bit_for_bit_and_guide_the_others(name: str) -> None:
+def test_prompt_tokens_are_unchanged_and_condition_the_others(name: str) -> None:
     process, prompt = processes()[name], torch.tensor([[1, 0]] * 400)
     prompt_mask = torch.tensor([[True, False]] * 400)
     seen: list[Tensor] = []
@@ -106,7 +106,7 @@ def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_network_calls_are_counted(name: str) -> None:
+def test_generate_counts_network_evaluations(name: str) -> None:
     process, calls = processes()[name], 0
 
     def table(zt: Tensor, t: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def test_network_calls_are_counted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_where_nothing_moves_the_network_is_not_asked(name: str) -> None:
+def test_network_is_not_evaluated_if_no_position_moves(name: str) -> None:
     prompt = torch.tensor([[0, 2], [1, 1]])
     drawn = draw(
         processes()[name], [0, 1], prompt=prompt, prompt_mask=torch.ones(2, 2, dtype=torch.bool)
@@ -134,7 +134,7 @@ def test_where_nothing_moves_the_network_is_not_asked(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_last_step_takes_the_likeliest_word_when_asked_to(name: str) -> None:
+def test_ancestral_argmax_takes_the_most_likely_token_last(name: str) -> None:
     """One step from the prior, which says nothing of the words: each symbol is its marginal's mode, P = .40 and .37."""
     drawn = draw(processes()[name], list(range(20)), sampler=AncestralSampler(1, last="argmax"))
     assert drawn.ids.tolist() == [[int(JOINT.sum(1).argmax()), int(JOINT.sum(0).argmax())]] * 20
@@ -143,7 +143,7 @@ def test_the_last_step_takes_the_likeliest_word_when_asked_to(name: str) -> None
 
 
 @pytest.mark.parametrize("last", ["draw", "argmax"])
-def test_what_has_not_closed_at_the_clean_end_is_decoded_into_words(last: Any) -> None:
+def test_process_open_at_the_clean_end_is_decoded_into_tokens(last: Any) -> None:
     """A tenth of the tokens is masked even at t = 0; the last draw fills them."""
     point = torch.tensor([0.0, 0.0, 0.0, 1.0])
     process = MixtureProcess(FlatVocabulary(3), EarlyNoise(), point)
@@ -160,7 +160,7 @@ def test_what_has_not_closed_at_the_clean_end_is_decoded_into_words(last: Any) -
         assert float((found - JOINT.sum(1)).abs().max()) < 0.15
 
 
-def test_given_words_that_do_not_fit_are_refused() -> None:
+def test_generate_refuses_prompts_that_do_not_fit() -> None:
     process, keep = processes()["masked"], torch.ones(2, 2, dtype=torch.bool)
     with pytest.raises(ArgumentError, match=r"must be \[2, 2\].*\(2, 3\)"):
         draw(process, [0, 1], prompt=torch.zeros(2, 3, dtype=torch.long), prompt_mask=keep)
@@ -174,6 +174,6 @@ def test_given_words_that_do_not_fit_are_refused() -> None:
         draw(process, [0, 1], prompt_mask=keep)
 
 
-def test_a_sampler_takes_at_least_one_step() -> None:
+def test_grid_sampler_refuses_zero_steps() -> None:
     with pytest.raises(ArgumentError, match=r"steps must be at least 1.*got 0"):
         AncestralSampler(0)

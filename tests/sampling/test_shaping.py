@@ -44,7 +44,7 @@ def listed(shape: Any, log_p: Tensor = LOG) -> list[float]:
     return shape(log_p).softmax(-1)[0].tolist()
 
 
-def test_filters_on_a_law_of_three() -> None:
+def test_filters_on_three_tokens_have_their_closed_form() -> None:
     assert listed(TopK(2)) == pytest.approx([0.90 / 0.98, 0.08 / 0.98, 0.0])
     assert listed(TopP(0.9)) == pytest.approx([1.0, 0.0, 0.0])
     assert listed(TopP(0.91)) == pytest.approx([0.90 / 0.98, 0.08 / 0.98, 0.0])
@@ -76,7 +76,7 @@ def test_filters_out_of_range_are_refused() -> None:
         lambda n: UnmaskingSampler(n, "top"),
     ],
 )
-def test_a_filter_gives_its_frequencies_through_every_way_of_drawing(build: Any) -> None:
+def test_filter_frequencies_agree_in_every_sampler(build: Any) -> None:
     """Two of three words, 45 to 4: the third never comes; the second has 4/49, five sigma of 1200 draws being .04."""
     process = processes()["masked"]
     network = network_from_table(lambda zt, t: LOG.expand(*zt.shape, 3), process.vocabulary)
@@ -91,7 +91,7 @@ def sharpened(dist: Tensor) -> Tensor:
     return dist**2 / (dist**2).sum(-1, keepdim=True)
 
 
-def test_on_a_tree_each_conditional_is_reshaped_not_the_words() -> None:
+def test_filters_on_a_tree_reshape_each_conditional() -> None:
     dist = ShapedDistribution([DenseDistribution(WORDS.log(), TREE)], Temperature(0.5))
     parent = torch.tensor([0, 1, 0, 1, 1, 0])
     mass = torch.stack([WORDS[0][parent == node].sum() for node in (0, 1)])
@@ -111,7 +111,7 @@ def test_on_a_tree_each_conditional_is_reshaped_not_the_words() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [TREE, FlatVocabulary(6), FlatVocabulary(6, mask=False)])
-def test_one_uniform_draws_the_whole_way_down(vocabulary: Any) -> None:
+def test_shaped_draw_uses_one_uniform_for_all_levels(vocabulary: Any) -> None:
     """20 001 even uniforms hit every word in proportion, within one hit per cell boundary and level."""
     count = 20_001
     dist = ShapedDistribution(
@@ -126,7 +126,7 @@ def test_one_uniform_draws_the_whole_way_down(vocabulary: Any) -> None:
     assert float(found.min()) == 0.0
 
 
-def test_below_a_node_the_draw_is_from_its_own_children() -> None:
+def test_shaped_draw_below_a_node_uses_its_children() -> None:
     dist = ShapedDistribution(
         [DenseDistribution(WORDS.log().expand(2, -1), TREE)], Temperature(0.7)
     )
@@ -177,7 +177,7 @@ def in_chunks(network: Any, sizes: tuple[int, ...]) -> Any:
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
-def test_guidance_mixes_log_probabilities_whatever_the_chunks(weight: float) -> None:
+def test_guidance_mixes_log_probabilities_for_any_chunks(weight: float) -> None:
     told, silent = read(table(1)), read(table(2))
     expected = (told.log() * weight + silent.log() * (1 - weight)).softmax(-1)
     for cut, null_cut in (((), ()), ((1,), ()), ((), (2,)), ((3,), (1, 1))):
@@ -185,14 +185,14 @@ def test_guidance_mixes_log_probabilities_whatever_the_chunks(weight: float) -> 
         assert torch.allclose(read(network), expected)
 
 
-def test_guidance_counts_both_networks() -> None:
+def test_guidance_counts_evaluations_of_both_networks() -> None:
     process = processes()["masked"]
     network = guide_network(exact_ask(process), exact_ask(process), 1.5)
     drawn = generate(AncestralSampler(1), process, network, index=torch.arange(3), length=2, seed=0)
     assert (drawn.nfe, drawn.runs.tolist()) == (2, [2, 2, 2])
 
 
-def test_steering_is_bayes_on_words() -> None:
+def test_classifier_guidance_is_bayes_rule_on_tokens() -> None:
     evidence = torch.rand(4, 3, generator=torch.Generator().manual_seed(5)).double()
     plain = read(table(1))
     steered_law = read(
@@ -206,7 +206,7 @@ def test_steering_is_bayes_on_words() -> None:
         read(guide_by_classifier(table(1), lambda noisy, rows: evidence[rows, :2]))
 
 
-def test_a_score_cannot_be_reshaped() -> None:
+def test_filters_refuse_scores() -> None:
     process = processes()["masked"]
     score = count_evaluations(
         ExactNetwork(process, torch.full((3, 3), 1 / 9).double(), "score"), "score"
@@ -222,7 +222,7 @@ def test_a_score_cannot_be_reshaped() -> None:
 
 
 @pytest.mark.parametrize("by", ["top", "margin", "entropy"])
-def test_the_order_of_reveals_is_that_of_the_law_without_filters(by: Any) -> None:
+def test_reveal_order_ignores_filters(by: Any) -> None:
     """At low temperature every margin is 1 and every entropy 0 to the last digit, and the order would be lost."""
     process = processes()["masked"]
     generator = torch.Generator().manual_seed(3)
@@ -258,7 +258,7 @@ def configured(settings: dict[str, float]) -> list[Any]:
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["ancestral", "left_to_right"])
-def test_temperature_acts_before_top_p_and_top_k_before_both_shares(which: int) -> None:
+def test_filters_apply_in_order_temperature_top_k_top_p_min_p(which: int) -> None:
     """p = (.4, .3, .2, .1): squared it is (16, 9, 4, 1)/30, of which two hold .8; of p itself it takes three."""
     p = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     got = law_of(configured({"temperature": 0.5, "top_p": 0.8})[which], p)
@@ -271,7 +271,7 @@ def test_temperature_acts_before_top_p_and_top_k_before_both_shares(which: int) 
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["ancestral", "left_to_right"])
-def test_filters_at_their_defaults_are_left_out(which: int) -> None:
+def test_filters_at_default_values_are_omitted(which: int) -> None:
     for settings in ({}, {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}):
         assert not isinstance(configured(settings)[which], ShapedSampler)
     for one in ({"temperature": 0.9}, {"top_k": 1}, {"top_p": 0.99}, {"min_p": 0.01}):

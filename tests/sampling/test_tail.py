@@ -96,7 +96,7 @@ def raced(generator: torch.Generator) -> Tensor:
     return words
 
 
-def test_a_joint_race_in_single_precision_starves_the_tail() -> None:
+def test_float32_gumbel_race_over_tokens_and_mask_starves_the_tail() -> None:
     """The same counts of what published samplers draw (arXiv 2409.02908): all become words, too few of them rare."""
     words = raced(torch.Generator().manual_seed(0))
     assert int(words.max()) < WORDS
@@ -104,7 +104,7 @@ def test_a_joint_race_in_single_precision_starves_the_tail() -> None:
     assert off(words, 0.01) < -4.0
 
 
-def test_the_race_itself_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_exponential_race_gives_the_tail_its_mass(monkeypatch: pytest.MonkeyPatch) -> None:
     """With exponentials of all their digits it passes: what starves the tail is the precision."""
     monkeypatch.setitem(globals(), "exponential", lambda u: -u.log())
     words = raced(torch.Generator().manual_seed(0))

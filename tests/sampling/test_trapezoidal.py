@@ -114,7 +114,7 @@ def distance(sampler: GridSampler, process: ForwardProcess, joint: Tensor) -> fl
 
 
 @pytest.mark.parametrize(("name", "least"), [("uniform", 3.6), ("masked", 3.3)])
-def test_second_order_where_extrapolated_rates_stay_positive(name: str, least: float) -> None:
+def test_trapezoidal_is_second_order_if_rates_stay_positive(name: str, least: float) -> None:
     """Twice the steps, a quarter of the distance (measured 3.8); on masks ln N / N^2, 3.2 to 3.5. Euler: a half."""
     process = processes()[name]
     few, many = (distance(TrapezoidalSampler(n), process, MILD) for n in (12, 24))
@@ -125,7 +125,7 @@ def test_second_order_where_extrapolated_rates_stay_positive(name: str, least: f
     assert many < 0.1 * euler[1]
 
 
-def test_two_jumps_of_one_position_within_a_step_come_with_their_probability() -> None:
+def test_two_jumps_in_one_step_have_their_probability() -> None:
     """Symbols that do not depend on each other, one word likely: measured 3.5; 2.2 where earlier rates of the state that
     was left are subtracted from those of the state that was reached, since that is cut off at 0."""
     common = torch.tensor([0.9, 0.06, 0.04], dtype=torch.float64)
@@ -136,13 +136,13 @@ def test_two_jumps_of_one_position_within_a_step_come_with_their_probability() -
     assert few / many > 3.1
 
 
-def test_any_theta_is_of_second_order() -> None:
+def test_trapezoidal_is_second_order_for_any_theta() -> None:
     process = processes()["uniform"]
     few, many = (distance(TrapezoidalSampler(n, theta=0.4), process, MILD) for n in (12, 24))
     assert few / many > 3.4
 
 
-def test_symbols_that_depend_strongly_take_the_order_away_but_not_the_advantage() -> None:
+def test_strong_dependence_costs_trapezoidal_its_order_not_its_lead() -> None:
     """A word of JOINT can make another one six times less likely: rates are cut off at 0, an error of the first order."""
     process = processes()["masked"]
     few, many = (distance(TrapezoidalSampler(n), process, JOINT) for n in (16, 32))

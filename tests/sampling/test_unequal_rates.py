@@ -32,7 +32,7 @@ def canvas_of(tokens: Tensor, t: float) -> Canvas:
     return Canvas(tokens, torch.full(tokens.shape, t, dtype=torch.float64), ~free, free)
 
 
-def test_alpha_is_that_of_the_token_at_each_position() -> None:
+def test_alpha_of_a_position_is_that_of_its_token() -> None:
     tokens = torch.tensor([[0, 1, 2]])
     t = torch.full(tokens.shape, T, dtype=torch.float64)
     diagonal = PROCESS.from_clean(t[0, :1]).dense()[0].diagonal()
@@ -41,13 +41,13 @@ def test_alpha_is_that_of_the_token_at_each_position() -> None:
     torch.testing.assert_close(compute_alpha(PROCESS, t), diagonal.mean().expand_as(t))
 
 
-def test_alpha_where_no_token_stands_is_the_mean_over_tokens() -> None:
+def test_alpha_at_non_tokens_is_the_mean_over_tokens() -> None:
     masked = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))
     t = torch.tensor([[0.25, 0.5]], dtype=torch.float64)
     assert compute_alpha(masked, t, torch.tensor([[3, 1]])).tolist() == [[0.75, 0.5]]
 
 
-def test_remasking_sends_every_token_back_with_the_same_probability() -> None:
+def test_remasking_probability_is_equal_for_all_tokens() -> None:
     """sigma = .05: kappa_i = 1 - sigma/(1 - alpha_s(x_i)), so that noise replaces each token with .05, fast or slow."""
     tokens = torch.tensor([[0, 1, 2]])
     canvas = canvas_of(tokens, T)
@@ -59,7 +59,7 @@ def test_remasking_sends_every_token_back_with_the_same_probability() -> None:
 
 
 @pytest.mark.parametrize("order", [[1, 0, 2], [2, 0, 1]])
-def test_names_of_tokens_do_not_matter(order: list[int]) -> None:
+def test_sampling_is_equivariant_under_permutation_of_tokens(order: list[int]) -> None:
     """The same chain with its tokens renumbered: the same probability of leaving, from 2^15 draws (five sigma .014)."""
     place = torch.tensor(order)
     renamed = DenseProcess(FlatVocabulary(3, mask=False), RATES[place][:, place])

@@ -34,7 +34,7 @@ def test_one_position_at_a_time_is_exact_in_any_number_of_steps(name: str) -> No
 
 
 @pytest.mark.parametrize("name", CLOSING)
-def test_a_sliding_window_tends_to_the_joint(name: str) -> None:
+def test_sliding_window_samples_converge_to_the_joint(name: str) -> None:
     """Order 1 in the steps: at 96 steps of a path half as steep the ancestral error is below .02 beside the noise."""
     rule = WindowTimes(2, "slide", paired=False)
     far, near = (
@@ -62,7 +62,7 @@ class InformationGrid:
 
 
 @pytest.mark.parametrize("name", [*CLOSING, "dense"])
-def test_along_flat_times_equals_the_inner_sampler_on_information_time(name: str) -> None:
+def test_hyperschedule_of_flat_times_equals_its_inner_sampler(name: str) -> None:
     process = processes()[name]
     settings = {"index": torch.arange(50), "length": 2, "seed": 5}
     plain = generate(
@@ -73,7 +73,7 @@ def test_along_flat_times_equals_the_inner_sampler_on_information_time(name: str
     assert torch.equal(plain.ids, along.ids)
 
 
-def test_given_words_stay_and_what_waits_is_at_the_prior() -> None:
+def test_hyperschedule_keeps_prompts_and_later_positions_at_the_prior() -> None:
     process, seen = processes()["masked"], []
     prompt, prompt_mask = (
         torch.tensor([[2, 0, 1, 0]] * 6),

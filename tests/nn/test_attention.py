@@ -115,7 +115,7 @@ def cut(context: Context, stop: int) -> Context:
 
 @pytest.mark.parametrize("name", CONTEXTS)
 @pytest.mark.parametrize("blocks", BLOCKS)
-def test_one_pass_beside_the_clean_words_is_every_block_alone_behind_its_clean_prefix(
+def test_paired_pass_equals_each_block_after_its_clean_prefix(
     backbone: DiT, blocks: str, name: str
 ) -> None:
     model, block, context = denoiser(backbone), BLOCKS[blocks], CONTEXTS[name]
@@ -137,9 +137,7 @@ def test_one_pass_beside_the_clean_words_is_every_block_alone_behind_its_clean_p
 
 
 @pytest.mark.parametrize("memory", [False, True])
-def test_a_block_sees_itself_and_what_is_before_it_and_nothing_else(
-    backbone: DiT, memory: bool
-) -> None:
+def test_block_attends_only_to_itself_and_earlier_blocks(backbone: DiT, memory: bool) -> None:
     """Bit for bit: what is out of sight has the weight exp(-inf) = 0. And everything in sight counts."""
     model, block = denoiser(backbone), BLOCKS["fours"]
     noisy = drawn(3)._replace(block=block.unsqueeze(0), memory=words(4) if memory else None)
@@ -154,7 +152,7 @@ def test_a_block_sees_itself_and_what_is_before_it_and_nothing_else(
             assert torch.equal(moved, expected.expand(BATCH, -1)), (field, position)
 
 
-def test_each_sequence_may_have_blocks_of_its_own(backbone: DiT) -> None:
+def test_sequences_of_a_batch_may_have_different_blocks(backbone: DiT) -> None:
     model, context = denoiser(backbone), CONTEXTS["both"]
     blocks = torch.stack([BLOCKS[name] for name in ("fours", "singles", "uneven")])
     for memory in (None, words(5)):
@@ -165,7 +163,7 @@ def test_each_sequence_may_have_blocks_of_its_own(backbone: DiT) -> None:
             torch.testing.assert_close(together[row], alone[row], **CLOSE)
 
 
-def test_one_block_is_no_block(backbone: DiT) -> None:
+def test_single_block_equals_full_attention(backbone: DiT) -> None:
     model, noisy = denoiser(backbone), drawn(7)
     flat = hidden(model, noisy)
     block = BLOCKS["one"].unsqueeze(0)
@@ -175,7 +173,7 @@ def test_one_block_is_no_block(backbone: DiT) -> None:
     )
 
 
-def test_the_mask_is_that_of_block_diffusion() -> None:
+def test_paired_mask_is_the_published_block_diffusion_mask() -> None:
     """Written out for two blocks of two, clean columns first (arXiv 2503.09573, figure 3)."""
     block = torch.tensor([[0, 0, 1, 1]])
     twice = Context(
@@ -208,9 +206,7 @@ def test_the_mask_is_that_of_block_diffusion() -> None:
 
 
 @pytest.mark.parametrize("name", CONTEXTS)
-def test_shown_the_word_before_a_position_depends_on_no_later_one_nor_on_itself(
-    backbone: DiT, name: str
-) -> None:
+def test_previous_inputs_hide_a_position_and_all_later_ones(backbone: DiT, name: str) -> None:
     model, context = denoiser(backbone, "previous"), CONTEXTS[name]
     noisy = Noisy(
         words(9), torch.zeros(BATCH, LENGTH).double(), torch.ones(BATCH, LENGTH, dtype=torch.bool)
@@ -227,7 +223,7 @@ def test_shown_the_word_before_a_position_depends_on_no_later_one_nor_on_itself(
         assert torch.equal(moved & seen, later & seen), position
 
 
-def test_a_document_starts_with_the_mask_wherever_it_stands(backbone: DiT) -> None:
+def test_previous_inputs_start_every_document_with_the_mask(backbone: DiT) -> None:
     model, ids = denoiser(backbone, "previous"), words(10)
     noisy = Noisy(
         ids, torch.zeros(BATCH, LENGTH).double(), torch.ones(BATCH, LENGTH, dtype=torch.bool)
@@ -239,7 +235,7 @@ def test_a_document_starts_with_the_mask_wherever_it_stands(backbone: DiT) -> No
         torch.testing.assert_close(packed[row, first:last], own, **CLOSE)
 
 
-def test_the_first_position_is_shown_the_mask_and_times_are_not_shown(backbone: DiT) -> None:
+def test_previous_inputs_start_with_the_mask_and_ignore_times(backbone: DiT) -> None:
     model, noisy = denoiser(backbone, "previous"), drawn(11)
     shown = torch.cat([torch.full((BATCH, 1), VOCABULARY.root), noisy.zt[:, :-1]], 1)
     causal = Noisy(shown, torch.zeros_like(noisy.t), noisy.clean, torch.arange(LENGTH).unsqueeze(0))
@@ -260,7 +256,7 @@ PROMPTS = {
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("name", CONTEXTS)
-def test_cached_block_by_block_is_the_whole_pass(
+def test_cached_pass_block_by_block_equals_the_full_pass(
     backbone: DiT, blocks: str, prompt: str, inputs: Inputs, name: str
 ) -> None:
     """Every block is asked twice with other noise, as a sampler does, and then settled."""
@@ -293,7 +289,7 @@ class Counting(Backbone):
         return self.backbone(ids, t, context)
 
 
-def test_settled_columns_are_run_once(backbone: DiT) -> None:
+def test_clean_columns_run_once_with_a_cache(backbone: DiT) -> None:
     """Two steps in each of the blocks of four: a settled block goes along once more, as clean as it then is. Word by word
     nothing is run twice."""
     counted = Counting(backbone)
@@ -328,7 +324,7 @@ def test_settled_columns_are_run_once(backbone: DiT) -> None:
 
 
 @pytest.mark.parametrize("inputs", ["own", "previous"])
-def test_a_cache_forgets_what_no_longer_agrees(backbone: DiT, inputs: Inputs) -> None:
+def test_cache_is_cropped_at_the_first_changed_column(backbone: DiT, inputs: Inputs) -> None:
     """A settled word that changes, blocks drawn anew, another batch: the result is the whole pass's all the same."""
     model, cache, final = denoiser(backbone, inputs), KeyValueCache(), words(15)
     changed = final.clone()
@@ -353,7 +349,7 @@ def test_a_cache_forgets_what_no_longer_agrees(backbone: DiT, inputs: Inputs) ->
         torch.testing.assert_close(got, whole[:, columns], **CLOSE)
 
 
-def test_the_engine_asks_with_a_cache_as_without(backbone: DiT) -> None:
+def test_queries_with_and_without_cache_agree(backbone: DiT) -> None:
     model, clean = denoiser(backbone), PROMPTS["ragged"]
     rng = drawn(17, clean)
     noisy = rng._replace(block=BLOCKS["fours"].unsqueeze(0))
@@ -369,7 +365,7 @@ def test_the_engine_asks_with_a_cache_as_without(backbone: DiT) -> None:
         cached(noisy)(torch.tensor([5]), node[:1], mass)
 
 
-def test_what_a_cache_cannot_do_is_refused(backbone: DiT) -> None:
+def test_cache_refuses_layouts_that_it_does_not_support(backbone: DiT) -> None:
     model, noisy = denoiser(backbone), drawn(18)
     blocks = torch.stack([BLOCKS["fours"], BLOCKS["fours"], BLOCKS["uneven"]])
     for wrong in (None, blocks, BLOCKS["fours"].flip(0).unsqueeze(0)):
@@ -419,7 +415,7 @@ ALL = dict(contexts())
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_flex_attention_sees_what_the_mask_shows(flex: None, name: str) -> None:
+def test_flex_tiles_equal_the_dense_mask(flex: None, name: str) -> None:
     """Entry by entry, and tile by tile as torch finds them from the dense mask. The values then are softmaxes over the
     same columns: 1e-5 in float32, 1e-13 in float64."""
     context = ALL[name]
@@ -446,14 +442,14 @@ def test_flex_attention_sees_what_the_mask_shows(flex: None, name: str) -> None:
         torch.testing.assert_close(attend(q, k, v, seen), expected, rtol=0, atol=atol)
 
 
-def test_where_nothing_is_hidden_there_is_nothing_to_make(flex: None) -> None:
+def test_kernel_mask_is_none_if_no_position_is_hidden(flex: None) -> None:
     assert UNPADDED.kernel_mask(torch.empty(0), WIDTH) is None
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("inputs", ["own", "previous"])
 @pytest.mark.parametrize("name", CONTEXTS)
-def test_a_pass_through_flex_attention_is_the_pass_through_the_mask(
+def test_flex_attention_forward_equals_masked_sdpa_forward(
     backbone: DiT, flex: None, monkeypatch: pytest.MonkeyPatch, inputs: Inputs, name: str
 ) -> None:
     model, plain = denoiser(backbone, inputs), drawn(20)
@@ -466,7 +462,7 @@ def test_a_pass_through_flex_attention_is_the_pass_through_the_mask(
 
 
 @torch.no_grad()
-def test_beside_a_cache_there_is_a_mask(backbone: DiT, flex: None) -> None:
+def test_context_with_a_cache_uses_a_dense_mask(backbone: DiT, flex: None) -> None:
     model, noisy = (
         denoiser(backbone),
         drawn(22, PROMPTS["ragged"])._replace(block=BLOCKS["fours"].unsqueeze(0)),
@@ -475,7 +471,7 @@ def test_beside_a_cache_there_is_a_mask(backbone: DiT, flex: None) -> None:
     torch.testing.assert_close(got, hidden(model, noisy, CONTEXTS["both"])[:, columns], **CLOSE)
 
 
-def test_flex_attention_is_for_what_has_a_kernel() -> None:
+def test_flex_attention_is_chosen_only_where_it_has_a_kernel() -> None:
     assert not attention.has_flex_kernel(torch.empty(1), 64)
     with FakeTensorMode():
         x = torch.empty(1, device="cuda")
@@ -489,7 +485,7 @@ def test_flex_attention_is_for_what_has_a_kernel() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("sight", SIGHTS)
-def test_the_kernels_have_the_values_and_gradients_of_the_mask(sight: str) -> None:
+def test_flex_kernels_match_masked_sdpa_in_value_and_gradient(sight: str) -> None:
     """float32 in another order, 1e-4; rows of 300 are no multiple of the tiles."""
     length, device = 300, "cuda"
     wide, stretch = torch.arange(length), torch.arange(length) * LENGTH // length
@@ -514,9 +510,7 @@ def test_the_kernels_have_the_values_and_gradients_of_the_mask(sight: str) -> No
 
 
 @torch.no_grad()
-def test_blocks_that_are_compiled_take_flex_attention_in_and_new_masks_compile_nothing(
-    backbone: DiT, flex: None
-) -> None:
+def test_new_flex_masks_do_not_recompile_blocks(backbone: DiT, flex: None) -> None:
     """Traced and not run by a compiler: one graph without breaks for all blocks and batches."""
     model = denoiser(deepcopy(backbone))
     noisy = drawn(23)._replace(block=OWN, memory=words(24))
@@ -545,7 +539,7 @@ def elsewhere(ids: Tensor, there: Tensor) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("inputs", ["own", "previous"])
 @pytest.mark.parametrize("name", ["packed", "both"])
-def test_hidden_states_and_laws_of_a_document_are_its_own(
+def test_packing_does_not_change_hidden_states_or_predictions(
     backbone: DiT, name: str, inputs: Inputs
 ) -> None:
     """Bit for bit, whatever the tokens, times and clean words of the other documents of the row."""
@@ -585,7 +579,9 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_bound_loss_and_gradient_of_a_document_are_its_own(backbone: DiT, rule: str) -> None:
+def test_packing_does_not_change_bound_loss_or_gradient_of_a_document(
+    backbone: DiT, rule: str
+) -> None:
     """The words of other documents in a row move neither the terms of the bound at its positions, nor, where it alone is
     scored, its training loss and what that teaches the network. Bit for bit: all words are noised by a uniform law here,
     so that the same positions are read."""
