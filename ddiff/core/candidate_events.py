@@ -1,8 +1,8 @@
-"""Candidate events of the interpolating family: event times that need no network.
+"""Candidate event times of the interpolating family, drawn without a network.
 
-The rate at which the reversed chain leaves a state depends on the network, but it has a bound that
-does not. Candidates are drawn at the bound, and `InterpolatingProcess.event` accepts each with the
-ratio of the two rates (thinning).
+The rate at which the reversed chain leaves a state depends on the network, but it has an upper
+bound that does not. `CandidateEvents` draws times at this upper bound. `InterpolatingProcess.event`
+accepts each candidate with the ratio of the true rate to the upper bound (thinning).
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ MAX_RISE = 1.01
 
 
 class NoiseTables(Protocol):
-    """Noise b_t and arrivals omega_t of a process, for some states at some times."""
+    """Interface of a process that tabulates its noise b_t and its arrival rates omega_t."""
 
     def representative(self, zt: Tensor) -> Tensor:
-        """[r] a state with the same noise as z_t at all times."""
+        """Return a state per row [r] that has the same noise as z_t at all times."""
 
     def noise_table(self, states: Tensor, t: Tensor) -> Tensor:
-        """[n,m] b_t of states [m] at times [n]."""
+        """Return the noise b_t [n,m] of states [m] at times [n]."""
 
     def arrivals_table(self, states: Tensor, t: Tensor) -> Tensor:
-        """[n,m] omega_t of states [m] at times [n]."""
+        """Return the arrival rates omega_t [n,m] of states [m] at times [n]."""
 
 
 class CandidateEvents:
-    """Candidate events of rows in states zt [r], with one rate per cell and unit of logit time.
+    """Candidate events of rows in states zt [r], at a constant rate within each cell of logit time.
 
-    The rate is above omega_t(z) (1 - b_t(z)) / b_t(z) (omega and b as in `InterpolatingProcess`),
-    which is above the true rate of leaving z for every prediction.
+    The candidate rate is above omega_t(z) (1 - b_t(z)) / b_t(z), with omega and b as in
+    `InterpolatingProcess`. This number is above the true rate of leaving z for every prediction.
     """
 
     def __init__(self, process: NoiseTables, zt: Tensor) -> None:
@@ -60,18 +60,21 @@ class CandidateEvents:
         self.total = torch.nn.functional.pad(integral, (0, 0, 1, 0))
 
     def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """[r] the cell of each row, and its distance from the cell's lower edge in logit time."""
+        """Return the cell of each row, and its logit-time distance from the cell's lower edge."""
         depth = torch.logit(interior(t)) - self.low
         cell = (depth / self.width).long().clamp(0, NUM_CELLS - 1)
         return cell, depth - cell * self.width
 
     def rate(self, t: Tensor) -> Tensor:
-        """[r] candidates per unit of t."""
+        """Return the candidate rate of each row, per unit of t."""
         cell, _ = self._locate(t)
         return self.rates[cell, self.state_index] / (t * (1.0 - t))
 
     def next_time(self, t: Tensor, u: Tensor) -> Tensor:
-        """[r] s with P(no candidate in (s,t]) = u; 0 if that is below the lowest cell."""
+        """Draw the latest candidate time s < t of each row from a uniform u [r].
+
+        P(no candidate in (s,t]) = u. The time is 0 if it would fall below the lowest cell.
+        """
         cell, offset = self._locate(t)
         total = self.total[cell, self.state_index]
         goal = total + self.rates[cell, self.state_index] * offset + u.log()
@@ -83,7 +86,7 @@ class CandidateEvents:
         return torch.where(exists, torch.minimum(s, t), 0.0)
 
     def _find_cell(self, goal: Tensor, last: Tensor) -> Tensor:
-        """[r] the largest cell up to `last` whose integral is at most goal, by bisection."""
+        """Return the largest cell up to `last` whose integral is at most `goal`, by bisection."""
         low = torch.zeros_like(last)
         high = last
         for _ in range(NUM_CELLS.bit_length()):

@@ -1,8 +1,8 @@
-"""Level clocks: when a position moves from one level of the tree to the next.
+"""Level clocks: distributions of the time at which a position moves from level to level.
 
-A position starts at level 0 (its token) and moves through levels 1..L; level L is the root.
-pi_l(t) is the probability of level l, F_l = sum_{j>=l} pi_j that of having reached level l, and
-lambda_l the hazard of leaving level l upwards:
+A position starts at level 0 (its token) and moves through levels 1..L. Level L is the root. pi_l(t)
+is the probability of level l at time t, F_l = sum_{j>=l} pi_j the probability of having reached
+level l, and lambda_l the rate (hazard) of leaving level l upwards:
 
     pi_l' = lambda_{l-1} pi_{l-1} - lambda_l pi_l,    F_l' = lambda_{l-1} pi_{l-1}.
 """
@@ -39,7 +39,10 @@ MAX_RATE = 20.0
 
 
 class LevelClock(SettingsRepr, ABC):
-    """Distribution of the level over time, for L levels above the tokens. Times are float64 [r]."""
+    """Distribution of the level over time, for L levels above the tokens.
+
+    Times are float64 tensors [r], one time per row.
+    """
 
     num_levels: int
     closes_at_clean: bool = True
@@ -47,28 +50,31 @@ class LevelClock(SettingsRepr, ABC):
 
     @abstractmethod
     def pi(self, t: Tensor) -> Tensor:
-        """[r,L+1] pi_l(t), the probability of each level; exact at t = 0 and t = 1."""
+        """Return pi_l(t) [r,L+1], the probability of each level at t; exact at t = 0 and t = 1."""
 
     @abstractmethod
     def inflow(self, t: Tensor) -> Tensor:
-        """[r,L] F_l'(t) for l = 1..L: the flow into level l from below, per unit of time."""
+        """Return F_l'(t) [r,L] for l = 1..L, the flow into level l from below, per unit of time."""
 
     @abstractmethod
     def transition(self, s: Tensor, t: Tensor) -> Tensor:
-        """[r,L+1,L+1] K_ij(s,t) = P(level j at t | level i at s), s <= t, upper triangular."""
+        """Return K_ij(s,t) = P(level j at t | level i at s), [r,L+1,L+1], for s <= t.
+
+        The matrices are upper triangular, since levels only rise.
+        """
 
     def hazard(self, t: Tensor) -> Tensor:
-        """[r,L] lambda_l for l = 0..L-1: the rate of leaving level l, F_{l+1}' / pi_l."""
+        """Return the rates lambda_l = F_{l+1}' / pi_l [r,L] of leaving levels l = 0..L-1."""
         below = self.pi(interior(t))[:, :-1]
         return self.inflow(t) / below
 
     def cdf(self, t: Tensor) -> Tensor:
-        """[r,L] F_l(t) for l = 1..L: the probability of having reached level l."""
+        """Return F_l(t) [r,L] for l = 1..L, the probability of having reached level l."""
         from_root = self.pi(t).flip(-1).cumsum(-1)
         return from_root.flip(-1)[:, 1:]
 
     def generator(self, t: Tensor) -> Tensor:
-        """[r,L+1,L+1] generator of the chain of levels."""
+        """Return the generator [r,L+1,L+1] of the chain of levels at t."""
         hazard = self.hazard(t)
         zero = torch.zeros_like(hazard[:, :1])
         outflow = torch.diag_embed(torch.cat([hazard, zero], -1))
@@ -82,10 +88,11 @@ class LevelClock(SettingsRepr, ABC):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """[r] time s < t at which a row found at `level` >= 1 at t entered it.
+        """Draw the time s < t at which a row that is at `level` >= 1 at time t entered this level.
 
-        0 if that is before 1e-12, or never. P(still at level at s | at level at t)
-        = pi_l(s) K_ll(s,t) / pi_l(t) = exp(-int_s^t F_l'/pi_l) = u.
+        The draw inverts P(still at level at s | at level at t) = pi_l(s) K_ll(s,t) / pi_l(t) =
+        exp(-int_s^t F_l'/pi_l) = u. The result is 0 if the entry lies before 1e-12, or if there was
+        no entry.
         """
         reached = self._integral_to(level, t)
         goal = reached + u.log() + self._inflow_at_end(level, t)
@@ -100,7 +107,7 @@ class LevelClock(SettingsRepr, ABC):
         return torch.where(goal > 0, torch.minimum(s, t), 0.0)
 
     def _find_cell(self, level: Tensor, goal: Tensor) -> Tensor:
-        """[r] the cell in which the integral of the level's entry rate reaches goal."""
+        """Return the cell in which the integral of the level's entry rate reaches `goal`."""
         totals = self._entry_table[0].to(goal.device)
         cell = torch.zeros_like(level)
         for l in range(1, self.num_levels + 1):
@@ -110,7 +117,10 @@ class LevelClock(SettingsRepr, ABC):
         return cell.clamp(0, CELLS - 1)
 
     def _entry_rates(self, t: Tensor) -> Tensor:
-        """[r,L] F_l'/pi_l per unit of logit t: rate at which the reversed chain leaves level l."""
+        """Return the rates F_l'/pi_l [r,L], per unit of logit t.
+
+        The reversed chain leaves level l at this rate.
+        """
         dt_dlogit = (t * (1.0 - t)).unsqueeze(-1)
         rates = self.inflow(t) / self.pi(t)[:, 1:] * dt_dlogit
         # At the very ends pi may be lost to rounding.
@@ -118,7 +128,10 @@ class LevelClock(SettingsRepr, ABC):
 
     @cached_property
     def _entry_table(self) -> tuple[Tensor, Tensor]:
-        """[CELLS+1,L] integrals of the entry rates from 1e-12 to each edge, and the rates there."""
+        """Tabulate the integrals of the entry rates from 1e-12 to each cell edge.
+
+        Returns the integrals and the entry rates at the edges, [CELLS+1,L] each.
+        """
         gauss_nodes, gauss_weights = np.polynomial.legendre.leggauss(4)
         nodes = torch.from_numpy(gauss_nodes)
         weights = torch.from_numpy(gauss_weights)
@@ -134,15 +147,16 @@ class LevelClock(SettingsRepr, ABC):
         return totals, self._entry_rates(torch.sigmoid(edges))
 
     def _integral_to(self, level: Tensor, t: Tensor) -> Tensor:
-        """[r] the integral of a level's entry rate from 1e-12 to t."""
+        """Return the integral of the entry rate of each row's level from 1e-12 to t."""
         depth = (torch.logit(interior(t)) - LOWEST) / CELL
         cell = depth.long().clamp(0, CELLS - 1)
         return self._interpolate_integral(level, cell, depth - cell)[0]
 
     def _inflow_at_end(self, level: Tensor, t: Tensor) -> Tensor:
-        """[r] the integral after the last interior time, for rows at the root at t = 1.
+        """Return the integral of the entry rate after the last interior time, for rows at t = 1.
 
-        A slow clock still sends mass to the root there.
+        A slow clock still moves probability to the root after this time. The value is 0 for rows
+        that are not at the root.
         """
         ends = torch.tensor([LATEST, 1.0], dtype=torch.float64, device=t.device)
         log_root = self.pi(ends)[:, -1].log()
@@ -155,9 +169,9 @@ class LevelClock(SettingsRepr, ABC):
         cell: Tensor,
         position: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """[r] the integral and its slope at a position (0..1) in a cell.
+        """Return the integral of the entry rate, and its slope, at a position (0..1) within a cell.
 
-        By the cubic through both ends of the cell and their slopes.
+        The interpolant is the cubic through both ends of the cell with the slopes there.
         """
         totals = self._entry_table[0].to(position.device)
         rates = self._entry_table[1].to(position.device)
@@ -174,13 +188,14 @@ class LevelClock(SettingsRepr, ABC):
 
 @final
 class LogTimeClock(LevelClock):
-    """Hazards g_l / (1 - t): homogeneous with rates g_0..g_{L-1} in log-time -ln(1 - t).
+    """Hazards g_l / (1 - t): a chain with constant rates g_0..g_{L-1} in log-time -ln(1 - t).
 
-    `rates` must be positive and at most 20; equal and nearly equal ones are allowed. (1,) is
-    linear masking, (gamma, 1) the two-level clock of arXiv 2510.08632. With A the generator in
-    log-time, exp(tau A) is computed by uniformization, a series of positive terms, so that every
-    entry keeps its relative accuracy (1e-10 for t >= 1e-6); partial fractions and "root = the
-    rest" would cancel.
+    `rates` must be positive and at most 20. Equal and nearly equal rates are allowed. (1,) is
+    linear masking, (gamma, 1) the two-level clock of arXiv 2510.08632.
+
+    exp(tau A), with A the generator in log-time, is computed by uniformization. This is a series of
+    positive terms, so every entry keeps its relative accuracy (1e-10 for t >= 1e-6). Partial
+    fractions, or the root as 1 minus the other levels, would lose digits by cancellation.
     """
 
     def __init__(self, rates: Sequence[float]) -> None:
@@ -196,7 +211,10 @@ class LogTimeClock(LevelClock):
         self._powers = self._matrix_powers()
 
     def _matrix_powers(self) -> Tensor:
-        """[K,L+1,L+1] powers of I + A/q, q = max(rates); enough for the latest interior time."""
+        """Return the powers [K,L+1,L+1] of I + A/q, with q = max(rates).
+
+        The last power is the one that the latest interior time needs.
+        """
         size = self.num_levels + 1
         rates = torch.tensor((*self.rates, 0.0), dtype=torch.float64)
         stay = torch.diag(1.0 - rates / self._max_rate)
@@ -210,7 +228,7 @@ class LogTimeClock(LevelClock):
         return torch.stack(powers)
 
     def _exponential(self, tau: Tensor, row: int | None = None) -> Tensor:
-        """exp(tau A) = sum_k Poisson(k; q tau) (I + A/q)^k; only one row if `row` is given."""
+        """Return exp(tau A) = sum_k Poisson(k; q tau) (I + A/q)^k, or one row of the matrix."""
         powers = self._powers.to(tau.device)
         if row is not None:
             powers = powers[:, row]

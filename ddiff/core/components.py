@@ -23,15 +23,16 @@ from ddiff.errors import ArgumentError
 
 
 class ComponentProcess(InterpolatingProcess):
-    """Noise of a few fixed distributions: b_t = sum_k c_k(t) nu_k, sum_k c_k = 1 - alpha.
+    """Noise that mixes a few fixed distributions: b_t = sum_k c_k(t) nu_k, sum_k c_k = 1 - alpha.
 
-    A subclass defines alpha and c. `components` are the distributions nu_k [S]
-    (`mask_distribution`, `token_distribution` or any other). Only oracles make tensors of width S
-    in float64.
+    A subclass defines alpha and the coefficients c_k. `components` are the distributions nu_k over
+    the S states (`mask_distribution`, `token_distribution` or any other). No float64 tensor of
+    width S is made outside of oracles.
 
-    The declarations on the ends (alpha(0) = 1, alpha(1) = 0) and the prior b_1/|b_1| are computed
-    from alpha and c, so a subclass sets what they need before `super().__init__`. Each component
-    must have non-negative arrivals: c_k' >= (alpha'/alpha) c_k.
+    `closes_at_clean` (alpha(0) = 1), `closes_at_prior` (alpha(1) = 0) and the prior b_1/|b_1| are
+    computed from alpha and c_k. A subclass therefore sets the attributes that alpha and c_k use
+    before it calls `super().__init__`. Each component must have non-negative arrivals: c_k' >=
+    (alpha'/alpha) c_k.
     """
 
     def __init__(self, vocabulary: Vocabulary, components: Sequence[Tensor]) -> None:
@@ -52,26 +53,29 @@ class ComponentProcess(InterpolatingProcess):
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> Tensor:
-        """[r,K] c_k(t) >= 0, the mass of each component."""
+        """Return the coefficients c_k(t) >= 0 of the components, [r,K]."""
 
     def d_coefficients(self, t: Tensor) -> Tensor:
-        """[r,K] d c / dt, by forward differentiation of `coefficients`; may be overridden."""
+        """Return the derivatives dc_k/dt [r,K], by forward differentiation of `coefficients`.
+
+        A subclass may override this method with a closed form.
+        """
         ones = torch.ones_like(t)
         return torch.func.jvp(self.coefficients, (t,), (ones,))[1]
 
     def _component_rates(self, t: Tensor) -> Tensor:
-        """[r,K] rate at which each component arrives."""
+        """Return the rate at which each component arrives, [r,K]."""
         t = interior(t)
         log_decay = (self.d_alpha(t) / self.alpha(t)).unsqueeze(-1)
         return subtract_or_zero(self.d_coefficients(t), log_decay * self.coefficients(t))
 
     def _component_arrivals(self, s: Tensor, t: Tensor) -> Tensor:
-        """[r,K] mass of each component that arrives between s and t."""
+        """Return the probability of each component that arrives between s and t, [r,K]."""
         kept = self._stay(s, t).unsqueeze(-1) * self.coefficients(s)
         return subtract_or_zero(self.coefficients(t), kept).clamp(min=0.0)
 
     def _components_at(self, zt: Tensor) -> Tensor:
-        """[r,K] nu_k(z_t)."""
+        """Return nu_k(z_t), shape [r,K]."""
         return self._components_on(zt.device).T[zt]
 
     # ------------------------------------------------------------------ noise and arrivals
@@ -102,7 +106,7 @@ class ComponentProcess(InterpolatingProcess):
 
     @cached_property
     def _representatives(self) -> Constant:
-        """[S] the first state with the same share of every component."""
+        """First state with the same probability under every component, for each state [S]."""
         _, kind = self.components.T.unique(dim=0, return_inverse=True)
         states = torch.arange(len(kind))
         no_state = torch.full_like(kind, len(kind))
@@ -167,7 +171,7 @@ class ComponentProcess(InterpolatingProcess):
         mass: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Keep each row with probability `stay`; else draw a component, then a state from it."""
+        """Keep each row with probability `stay`; otherwise redraw it from a random component."""
         drawn = ids.clone()
         redrawn = find_rows(u[:, 0] >= stay)
         mass = mass[redrawn]
@@ -191,8 +195,9 @@ class ComponentProcess(InterpolatingProcess):
 class MixtureProcess(ComponentProcess):
     """Noise of one fixed distribution: b_t = (1 - alpha_t) target.
 
-    `target` [S] sums to 1 and is the prior if the schedule closes. A point at the mask is masked
-    diffusion, 1/V at every token uniform diffusion.
+    `target` is a distribution over the states. It is also the prior if the schedule closes. All
+    probability on the mask gives masked diffusion; 1/V on each of the V tokens gives uniform
+    diffusion.
     """
 
     def __init__(
@@ -232,7 +237,7 @@ class MixtureProcess(ComponentProcess):
 
 
 def mask_distribution(vocabulary: Vocabulary) -> Tensor:
-    """[S] all mass on the mask."""
+    """Return the distribution over the states with all probability on the mask."""
     if vocabulary.mask_id is None:
         raise ArgumentError(
             f"mask_distribution: vocabulary must have a mask; {vocabulary} has none. Use "
@@ -243,7 +248,7 @@ def mask_distribution(vocabulary: Vocabulary) -> Tensor:
 
 
 def token_distribution(vocabulary: Vocabulary) -> Tensor:
-    """[S] uniform over the tokens."""
+    """Return the distribution over the states that is uniform on the tokens."""
     num_tokens = vocabulary.num_tokens
     beyond = vocabulary.num_states - num_tokens
     even = torch.full((num_tokens,), 1.0 / num_tokens, dtype=torch.float64)
@@ -251,7 +256,10 @@ def token_distribution(vocabulary: Vocabulary) -> Tensor:
 
 
 def _check_distribution(process: object, vocabulary: Vocabulary, dist: Tensor) -> Tensor:
-    """Normalize a noise distribution; ArgumentError if it is none over the states."""
+    """Return the normalized noise distribution `dist`.
+
+    Raises ArgumentError if `dist` is not a distribution over the states.
+    """
     dist = dist.double()
     sums_to_one = torch.isclose(dist.sum(), dist.new_ones(()))
     is_valid = bool((dist >= 0).all()) and sums_to_one
@@ -266,7 +274,10 @@ def _check_distribution(process: object, vocabulary: Vocabulary, dist: Tensor) -
 
 
 def _weighted_sum(mass: Tensor, dists: Tensor) -> Tensor:
-    """[r,K], [K,n] -> [r,n]; a matrix product may be rounded to fewer digits on an accelerator."""
+    """Return mass [r,K] @ dists [K,n], summed term by term.
+
+    A matrix product may be rounded to fewer digits on an accelerator (TF32).
+    """
     total = mass[:, :1] * dists[:1]
     for k in range(1, len(dists)):
         total = total + mass[:, k : k + 1] * dists[k : k + 1]

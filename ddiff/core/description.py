@@ -1,4 +1,4 @@
-"""Short text forms of processes, schedules and clocks: class and settings, no tensors."""
+"""Short text forms of processes, schedules and clocks: class name and settings, without tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX_ENTRIES = 8  # entries of a tuple
 
 
 class SettingsRepr:
-    """Mixin: print as `Class(setting=value, ...)`, from the public attributes that are settings."""
+    """Mixin whose repr lists the settings of an object: `Class(setting=value, ...)`."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(format_settings(self))})"
@@ -31,8 +31,8 @@ class SettingsRepr:
 def format_settings(owner: object, depth: int = _MAX_DEPTH) -> Iterator[str]:
     """Yield `name=value` for each public attribute that is a setting.
 
-    Settings are numbers, texts, tuples of these and objects with settings; tensors and modules are
-    not.
+    Numbers, strings, tuples of these, and objects with settings are settings. Tensors and modules
+    are not.
     """
     for name, value in vars(owner).items():
         if name.startswith(("_", *_DERIVED)):
@@ -43,7 +43,7 @@ def format_settings(owner: object, depth: int = _MAX_DEPTH) -> Iterator[str]:
 
 
 def _format_value(value: Any, depth: int) -> str | None:
-    """Text of a setting; None if the value is not a setting."""
+    """Return the text of a setting, or None if the value is not a setting."""
     if isinstance(value, float):
         return f"{value:g}"
     if value is None or isinstance(value, bool | int | str):

@@ -1,15 +1,15 @@
-"""Bound (NELBO): closing term + diffusion term + decoding term, for any process and time rule.
+"""Bound (NELBO) = closing term + diffusion term + decoding term, for any process and time rule.
 
     NELBO(x) = E_{z1 ~ prior} KL( q_{t1}(.|x) || prediction of z_{t1} at z1 )   closing, at t = 1
              + E_tau sum_i speed_i density_i(z_i, x_i)                          diffusion
              + E_{z ~ q_{t0}} sum_i -ln P(x_i | z_i)                            decoding
 
-Each term takes one network call.
+Each term takes one network call. t0 and t1 are the first and the last times of the time rule, and
+z1 is a draw from the prior. tau is the information time of the process, in which times are drawn,
+and speed_i = dt_i/dtau (`ddiff.core.information`).
 
-t0 and t1 are the first and the last times of the rule, z1 a draw of the prior. tau is the process's
-information time, in which times are drawn, and speed_i = dt_i/dtau (`ddiff.core.information`). The
-bound is exact for any window, finite where a point prior would give infinity, and independent of
-training weights.
+The bound holds for any window of times and does not depend on training weights. Because z1 is drawn
+from the prior, the closing term is also finite for a prior on a single state.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Network = Callable[[Noisy], Query]
 
 
 class NelboTerms(NamedTuple):
-    """Terms of the bound, [B,L] float64 nats each, 0 at positions that are not scored.
+    """Terms of the bound in nats, [B,L] float64 each, 0 at positions that are not scored.
 
-    `noisy` is the batch at which the diffusion term was evaluated.
+    `noisy` is the corrupted batch at which the diffusion term was evaluated.
     """
 
     closing: Tensor
@@ -50,17 +50,17 @@ class NelboTerms(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """[B] nats per sequence."""
+        """Return the sum of the terms per sequence [B], in nats."""
         return (self.closing + self.diffusion + self.decoding).sum(-1)
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Nats per position [B,L].
+    """Terms of the bound per position, in nats.
 
     Attributes:
-        terms: by term of the bound.
-        parts: the diffusion term by its parts, for example by level.
+        terms: name of each term of the bound -> values [B,L].
+        parts: name of each part of the diffusion term, for example a level -> values [B,L].
     """
 
     terms: Mapping[str, Tensor]
@@ -93,13 +93,14 @@ def nelbo(
     slot: Tensor,
     slots: int | Tensor,
 ) -> NelboTerms:
-    """Draw one unbiased estimate of the three terms per sequence.
+    """Draw one unbiased estimate of the three terms of the bound per sequence.
 
     Args:
         x0: [B,L] clean tokens.
-        scored: bool [B,L]; the other positions stay clean and add nothing.
+        scored: bool [B,L]. Positions that are not scored stay clean and add nothing.
         slot: [B] stratum of each sequence among `slots`.
-        slots: number of strata, or [B] if sequences are stratified in separate groups.
+        slots: number of strata, or one number per sequence [B] if sequences are stratified in
+            separate groups.
     """
     length = x0.shape[1]
     clock = process.information_time
@@ -141,9 +142,10 @@ def corrupt(
     rng: CounterRng,
     channel: str,
 ) -> Noisy:
-    """Draw z_t ~ q_t(.|x0) at scored positions that the rule corrupts.
+    """Draw z_t ~ q_t(.|x0) at scored positions that the time rule corrupts.
 
-    Other positions are clean, at time 0. Positions marked `at_prior` hold draws of the prior.
+    Positions that are not corrupted stay clean, at time 0. Positions marked `at_prior` hold draws
+    from the prior.
     """
     u = rng.uniform(channel, process.uniforms_per_sample).reshape(x0.numel(), -1)
     flat = process.sample(x0.reshape(-1), times.t.reshape(-1), u)
@@ -170,7 +172,10 @@ def diffusion_term(
     noisy: Noisy,
     speed: Tensor,
 ) -> Tensor:
-    """[B,L] speed * weight * divergence, evaluated only where it can be non-zero."""
+    """Return speed * weight * divergence [B,L].
+
+    The network is queried only at positions where this product can be non-zero.
+    """
     # States with density 0 are not queried.
     evaluated = (speed > 0) & ~noisy.clean & process.active(noisy.zt)
     divergence = _evaluate_at(
@@ -201,7 +206,10 @@ def decoding_term(
     scored: Tensor,
     rng: CounterRng,
 ) -> Tensor:
-    """[B,L] -ln P(x0 | z) at the first times, own evidence included; 0 where the process closed."""
+    """Return -ln P(x0 | z) [B,L] at the first times, with the row's own evidence included.
+
+    The term is 0 at positions where the process has closed.
+    """
     noisy = corrupt(
         process,
         x0,
@@ -235,9 +243,9 @@ def closing_term(
     scored: Tensor,
     rng: CounterRng,
 ) -> Tensor:
-    """[B,L] KL at the last times, with counted positions at draws of the prior.
+    """Return the KL at the last times [B,L], with scored positions at draws from the prior.
 
-    0 where the process has closed.
+    The term is 0 at positions where the process has closed.
     """
     counted = (times.speed > 0) & ~times.clean & scored
     evaluated = counted
@@ -270,7 +278,7 @@ def closing_term(
 
 
 def _root_scope(process: ForwardProcess, zt: Tensor) -> Tensor:
-    """[r] the root for every row, since `closing_kl` needs the whole distribution."""
+    """Return the root for every row, since `closing_kl` needs the whole distribution."""
     return torch.full_like(zt, process.vocabulary.root)
 
 
@@ -280,10 +288,11 @@ def _closing_kl(
     x0: Tensor,
     t: Tensor,
 ) -> Tensor:
-    """[r] KL at t of a prediction made at t = 1.
+    """Return the KL at time t of a prediction that was made at t = 1, per row.
 
-    A score at t = 1 says which states are likely there, not how much noise is left at an earlier t,
-    which the process knows: its shares among the tokens are taken as their distribution.
+    A score at t = 1 gives the relative probabilities of states there, not the amount of noise at an
+    earlier t, which only the process knows. The score is therefore normalized over the tokens, and
+    the result is used as the predicted distribution at t < 1.
     """
     if not isinstance(prediction, Score):
         return process.closing_kl(prediction, x0, t)
@@ -302,7 +311,10 @@ def _evaluate_at(
     formula: Callable[..., Tensor],
     *arguments: Tensor,
 ) -> Tensor:
-    """[B,L] formula(prediction, *arguments) at the marked positions of one network call, else 0."""
+    """Return formula(prediction, *arguments) [B,L] at the marked positions, else 0.
+
+    The network is called once.
+    """
     rows = find_rows(evaluated.reshape(-1))
     values = torch.zeros(evaluated.numel(), dtype=torch.float64, device=evaluated.device)
     # Without rows the network is not run at all.
@@ -337,7 +349,7 @@ def network_from_table(
 ) -> Network:
     """Make a `Network` from a plain function (zt [B,L], t [B,L]) -> log_p [B,L,V].
 
-    For toy models, oracles and networks of your own.
+    Toy models, oracles and custom networks are evaluated and sampled in this way.
     """
 
     def log_probs(noisy: Noisy) -> Tensor:

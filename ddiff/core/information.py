@@ -1,23 +1,25 @@
-"""Information time: the time change under which a constant prediction has an even density.
+"""Information time: a time change under which a constant prediction has a constant mean density.
 
 With X uniform over the tokens, I(X; Z_t) is the information in nats that the state at time t
-carries about its token. The share of it that is lost by t,
+carries about its token. The fraction of information that is lost by time t,
 
     tau(t) = (I(X; Z_0) - I(X; Z_t)) / (I(X; Z_0) - I(X; Z_1)),
 
-rises from 0 to 1. Its derivative is the mean density of the bound for the constant uniform
-prediction. With tau uniform, no time therefore has more weight than another, and the estimate of
-the bound is not skewed. In t this fails if a process loses its tokens quickly near one end. The
-integral of the density's weight could not serve as a time: it diverges for uniform noise at t = 1.
+rises from 0 to 1. Its derivative is proportional to the mean density of the bound under the uniform
+prediction. If tau is drawn uniformly, every time therefore has the same mean density, and the
+estimate of the bound is not skewed. If t is drawn uniformly, the estimate is skewed for processes
+that lose their tokens quickly near one end. The integral of the density's weight is no alternative:
+for uniform noise it diverges at t = 1.
 
-For linear masking tau = t. A tree has tau in closed form, a sum over its levels
+For linear masking tau = t. For a tree, tau is a closed-form sum over levels
 (`TreeProcess.information`).
 
-An even mean still leaves the variance of single tokens. A token is noise with probability P(tau),
-small for small tau, and then costs about 1/P, so that the sum over a sequence of L tokens has a
-second moment proportional to 1 + 1/(L P(tau)). Draws whose density is the square root of that
-have the least variance. This density is used: nearly flat for long sequences, concentrated near
-tau = 0 for short ones.
+A constant mean density still leaves the variance of single tokens. A token is noise with
+probability P(tau), which is small for small tau, and a noisy token then costs about 1/P. The sum
+over a sequence of L tokens thus has a second moment proportional to 1 + 1/(L P(tau)). Time draws
+with a density proportional to the square root of this moment have the least variance.
+`TimeChange.draw` uses this density. It is nearly flat for long sequences and concentrated near tau
+= 0 for short sequences.
 """
 
 from __future__ import annotations
@@ -53,10 +55,10 @@ SMALLEST = 2.0**-53
 
 
 class TimeChange(Protocol):
-    """Strictly increasing map from tau in [0,1] to t in [0,1]: the clock of a time rule."""
+    """Strictly increasing map from tau in [0,1] to t in [0,1], with its derivative."""
 
     def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """tau of any shape, float64 -> (t, dt/dtau) of the same shape; dt/dtau is finite."""
+        """Return t(tau) and dt/dtau, both of the shape of tau. dt/dtau is finite."""
 
     def draw(
         self,
@@ -65,15 +67,15 @@ class TimeChange(Protocol):
         stop: float,
         length: int,
     ) -> tuple[Tensor, Tensor]:
-        """v uniform in [0,1] -> (t, dt/dv), t rising from tau = start to tau = stop.
+        """Map v uniform in [0,1] to (t, dt/dv), with t rising from tau = `start` to tau = `stop`.
 
-        The density of the draws has the least variance for a sequence of `length` tokens.
+        The density of these draws has the least variance for a sequence of `length` tokens.
         """
 
 
 @final
 class IdentityTime:
-    """Identity t = tau, with even draws."""
+    """Identity t = tau, with uniform draws."""
 
     def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
         return tau, torch.ones_like(tau)
@@ -92,8 +94,9 @@ class IdentityTime:
 class MonotoneMap:
     """Strictly increasing map of (0,1) onto itself through given knots, with its exact derivative.
 
-    Between the knots logit y is a monotone cubic of logit x (Fritsch & Carlson 1980), beyond them a
-    straight line, which is a power law. Knots [k] are given by their logits, both rising.
+    Between the knots logit y is a monotone cubic of logit x (Fritsch & Carlson 1980). Beyond the
+    outermost knots logit y is linear in logit x, which is a power law. `logit_x` and `logit_y` [k]
+    are the logits of the knots, both rising.
     """
 
     def __init__(self, logit_x: Tensor, logit_y: Tensor) -> None:
@@ -101,7 +104,7 @@ class MonotoneMap:
         self._knots = Constant(torch.stack([logit_x, logit_y, slopes]))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x of any shape in (0,1) -> (y, dy/dx)."""
+        """Return y and dy/dx at x in (0,1), both of the shape of x."""
         logit_y, slope = self._interpolate(torch.logit(x))
         y = torch.sigmoid(logit_y)
         # d logit(x) / dx = 1 / (x (1 - x)), and 1 - y = sigmoid(-logit_y).
@@ -128,17 +131,18 @@ class MonotoneMap:
 
 @final
 class InformationTime:
-    """t as a function of tau, by interpolation of information that is known at knots.
+    """t as a function of tau, by interpolation of the information at knots.
 
-    dt/dtau is the exact derivative of the interpolant, so that a bound estimated in tau is unbiased
-    whatever the interpolation error, which affects only its variance.
+    dt/dtau is the exact derivative of the interpolant. A bound estimated in tau is therefore
+    unbiased whatever the interpolation error is; this error affects only the variance.
 
     If logit tau rises by more than 2 between two knots, for example because a process starts to
-    lose information in the middle of time, the cell is halved until it does not.
+    lose information only at t = 1/2, the cell between them is halved until the rise is at most 2.
 
-    Rates are evaluated at interior times only. If more than 1e-9 of the information is lost
-    before the first of them, tau = 0 is that time and not t = 0, and the bound decodes there;
-    likewise at the last.
+    Rates are evaluated at interior times only. If more than 1e-9 of the information is lost before
+    the first interior time, tau = 0 denotes the first interior time instead of t = 0, and the
+    decoding term of the bound is evaluated there. The last interior time and tau = 1 are treated in
+    the same way.
 
     Args:
         information: t [n] -> I(X; Z_t) in nats.
@@ -201,7 +205,7 @@ class InformationTime:
         stop: float,
         length: int,
     ) -> MonotoneMap:
-        """Map v to the share of the window that is the v-quantile of the density of `draw`."""
+        """Return the quantile function of the density of `draw`: v -> fraction of the window."""
         logit_share = torch.linspace(-27.0, 27.0, KNOTS, dtype=torch.float64)
         share = torch.sigmoid(logit_share)
         tau = start + (stop - start) * share
@@ -217,7 +221,7 @@ class InformationTime:
         return MonotoneMap((below / above).log(), logit_share)
 
     def _noise_probability(self, tau: Tensor) -> Tensor:
-        """P(tau) [n]: the probability that a token has become noise since the first time."""
+        """Return P(tau) [n], the probability that a token has become noise since the first time."""
         changed = self._change_probability(self.at(tau)[0])
         # Tokens that are noise from t = 0 on add nothing to the bound for becoming noise.
         since_start = changed - self._change_at_start
@@ -229,7 +233,7 @@ class InformationTime:
 
 
 class _InformationShares:
-    """Shares [2,n] of the information that are lost before and after times t [n]."""
+    """Fractions of the information that are lost before and after times t [n], shape [2,n]."""
 
     def __init__(
         self,
@@ -251,14 +255,14 @@ class _InformationShares:
 
 
 def uniform_reference(num_tokens: int) -> Tensor:
-    """[1,V] log-probabilities of the uniform reference distribution."""
+    """Return the log-probabilities [1,V] of the uniform distribution over V tokens."""
     return torch.full((1, num_tokens), -math.log(num_tokens), dtype=torch.float64)
 
 
 def _refine_knots(shares: TimeFunction, logit_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Insert knots until logit tau rises by at most STEEP between them.
+    """Insert knots until logit tau rises by at most STEEP between neighbouring knots.
 
-    Returns the shares [2,k] at the knots, and logit t [k] of the knots.
+    Returns the information fractions [2,k] at the knots, and logit t [k] of the knots.
     """
     shares_at = shares(torch.sigmoid(logit_t))
     for _ in range(REFINEMENTS):
@@ -276,7 +280,7 @@ def _refine_knots(shares: TimeFunction, logit_t: Tensor) -> tuple[Tensor, Tensor
 
 
 def _select_rising(shares_at: Tensor, logit_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep the knots at which logit tau is reliable and higher than at every earlier one."""
+    """Keep the knots at which logit tau is reliable and higher than at every earlier knot."""
     before, after = shares_at
     is_reliable = (before > RELIABLE) & (after > RELIABLE)
     logit_tau = (before / after).log()[is_reliable]
@@ -288,7 +292,7 @@ def _select_rising(shares_at: Tensor, logit_t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _monotone_slopes(x: Tensor, y: Tensor) -> Tensor:
-    """[k] slopes of a monotone cubic through rising knots: harmonic means of secants."""
+    """Return the slopes [k] of a monotone cubic at rising knots: harmonic means of secants."""
     width = x.diff()
     secant = y.diff() / width
     near = 2.0 * width[1:] + width[:-1]

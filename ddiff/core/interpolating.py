@@ -1,10 +1,9 @@
-"""Interpolating family: the clean token is mixed with noise that does not depend on it.
+"""Interpolating family: the clean token is mixed with noise that does not depend on the token.
 
     q_t(.|x) = alpha_t delta_x + b_t
 
-alpha_t is the probability that the token is clean and never redrawn; b_t(z) the noise, a vector
-over the states with sum 1 - alpha_t. From every state, the generator adds arrivals in z at the
-rate
+alpha_t is the probability that the token is clean and was never redrawn. The noise b_t is a vector
+over the states with sum 1 - alpha_t. The generator moves any state to state z at the arrival rate
 
     omega_t(z) = b_t'(z) - (alpha'/alpha) b_t(z) >= 0.
 
@@ -14,13 +13,13 @@ With q_t-bar = alpha_t p + b_t for a predicted distribution p, the bound has the
     density = (omega_t(z) / q_t(z|x)) [ KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho ],
     rho     = q_t(z|x) / q_t-bar(z).
 
-The bracket is `mismatch`. The weight is the total true reverse rate, as in every family,
-omega_t(z) (1 - q_t(z|x)) / q_t(z|x), and the divergence is the rest, mismatch / (1 - q_t(z|x)).
+`mismatch` is the bracket. `weight` is the total true reverse rate, as in every family, omega_t(z)
+(1 - q_t(z|x)) / q_t(z|x). `divergence` is density / weight = mismatch / (1 - q_t(z|x)).
 
-Masked diffusion, uniform diffusion and their mixtures belong to this family. The reversed chain
-leaves z at the rate omega_t(z) (1 - q_t-bar(z)) / q_t-bar(z), for a y ~ q_t-bar other than z. Since
-q_t-bar >= b_t, b_t in the place of q_t-bar gives a bound of that rate without a network: only rows
-that may move are queried (thinning).
+Masked diffusion, uniform diffusion and mixtures of the two belong to this family. The reversed
+chain leaves z at the rate omega_t(z) (1 - q_t-bar(z)) / q_t-bar(z), for a state y != z drawn from
+q_t-bar. Since q_t-bar >= b_t, replacing q_t-bar by b_t gives an upper bound of this rate that needs
+no network. Only rows that may move under the upper bound are queried (thinning).
 """
 
 from __future__ import annotations
@@ -66,12 +65,12 @@ REACHED_TIMES = 129
 
 
 class InterpolatingProcess(ForwardProcess):
-    """q_t(.|x) = alpha_t delta_x + b_t; a subclass defines alpha and b, derivatives follow.
+    """Process with q_t(.|x) = alpha_t delta_x + b_t. A subclass defines alpha and b.
 
-    A subclass sets `vocabulary` and `prior`, which is b_1 / |b_1| for the process to close. Near
-    t = 0, b must keep its relative accuracy, since rates divide by it: write t^2 nu, not
-    (1 - alpha_t) nu, which float64 rounds to 0 there. Noise that is a sum of a few fixed
-    distributions has cheaper formulas: `ComponentProcess`.
+    A subclass also sets `vocabulary` and `prior`. A process that closes has the prior b_1 / |b_1|.
+    Rates divide by b_t, so b_t must keep its relative accuracy near t = 0: compute t^2 nu, for
+    example, and not (1 - alpha_t) nu, which float64 rounds to 0 there. `ComponentProcess` has
+    cheaper formulas for noise that mixes a few fixed distributions.
     """
 
     uniforms_per_sample = 2
@@ -83,24 +82,30 @@ class InterpolatingProcess(ForwardProcess):
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """[r] alpha_t, the share of the clean token."""
+        """Return alpha_t [r], the probability that the token is clean and was never redrawn."""
 
     @abstractmethod
     def noise(self, t: Tensor) -> Tensor:
-        """[r,S] b_t, with sum 1 - alpha_t."""
+        """Return the noise b_t [r,S], with sum 1 - alpha_t."""
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        """[r] d alpha / dt, by forward differentiation of `alpha`; may be overridden."""
+        """Return d alpha / dt [r], by forward differentiation of `alpha`.
+
+        A subclass may override this method with a closed form.
+        """
         ones = torch.ones_like(t)
         return torch.func.jvp(self.alpha, (t,), (ones,))[1]
 
     def d_noise(self, t: Tensor) -> Tensor:
-        """[r,S] d b / dt, by forward differentiation of `noise`; may be overridden."""
+        """Return d b / dt [r,S], by forward differentiation of `noise`.
+
+        A subclass may override this method with a closed form.
+        """
         ones = torch.ones_like(t)
         return torch.func.jvp(self.noise, (t,), (ones,))[1]
 
     def arrivals(self, t: Tensor) -> Tensor:
-        """[r,S] omega_t(z), the rate into z from any other state."""
+        """Return omega_t(z) [r,S], the rate into state z from any other state."""
         t = interior(t)
         log_decay = (self.d_alpha(t) / self.alpha(t)).unsqueeze(-1)
         return subtract_or_zero(self.d_noise(t), log_decay * self.noise(t))
@@ -108,17 +113,17 @@ class InterpolatingProcess(ForwardProcess):
     # ------------------------------------------------------------------ noise at some states only
 
     def noise_at(self, zt: Tensor, t: Tensor) -> Tensor:
-        """[r] b_t(z_t)."""
+        """Return b_t(z_t) per row [r]."""
         return _gather_at_times(self.noise, zt, t)
 
     def arrivals_at(self, zt: Tensor, t: Tensor) -> Tensor:
-        """[r] omega_t(z_t)."""
+        """Return omega_t(z_t) per row [r]."""
         return _gather_at_times(self.arrivals, zt, t)
 
     def split_noise(self, log_p: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """b_t in the dtype of log_p: over tokens, and beyond them [r,S-V].
+        """Return b_t on the tokens and b_t on the other states [r,S-V], in the dtype of log_p.
 
-        Over tokens [r,V], or [r,1] if all tokens have the same noise.
+        The first tensor is [r,V], or [r,1] if all tokens have the same noise.
         """
         times, time_index = t.unique(return_inverse=True)
         noise = self.noise(times).to(log_p.dtype)[time_index]
@@ -126,25 +131,25 @@ class InterpolatingProcess(ForwardProcess):
         return noise[:, :num_tokens], noise[:, num_tokens:]
 
     def representative(self, zt: Tensor) -> Tensor:
-        """[r] a state with the same noise as z_t at all times, the same one for many states.
+        """Return for each row a state that has the same noise as z_t at all times.
 
-        Tables are made for representatives only.
+        Many states may share one representative. Tables of noise are made for representatives only.
         """
         return zt
 
     def noise_table(self, states: Tensor, t: Tensor) -> Tensor:
-        """[n,m] b_t of some states [m] at times [n]."""
+        """Return b_t [n,m] of the given states [m] at times [n]."""
         # In chunks: all states at all times would be too large.
         chunks = [self.noise(chunk)[:, states] for chunk in t.split(64)]
         return torch.cat(chunks)
 
     def arrivals_table(self, states: Tensor, t: Tensor) -> Tensor:
-        """[n,m] omega_t of some states [m] at times [n]."""
+        """Return omega_t [n,m] of the given states [m] at times [n]."""
         chunks = [self.arrivals(chunk)[:, states] for chunk in t.split(64)]
         return torch.cat(chunks)
 
     def _noise_elsewhere(self, zt: Tensor, t: Tensor) -> Tensor:
-        """[r] sum of b_t(y) over y != z_t."""
+        """Return the sum of b_t(y) over all states y != z_t, per row [r]."""
         return _gather_at_times(self._noise_of_others, zt, t)
 
     def _noise_of_others(self, t: Tensor) -> Tensor:
@@ -157,12 +162,12 @@ class InterpolatingProcess(ForwardProcess):
         s: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """[r] P(z_t | z_s = y) for y != z_t: what arrives from any other state between s and t."""
+        """Return P(z_t | z_s = y), which is the same for every state y != z_t, per row [r]."""
         kept = self._stay(s, t) * self.noise_at(zt, s)
         return subtract_or_zero(self.noise_at(zt, t), kept).clamp(min=0.0)
 
     def _stay(self, s: Tensor, t: Tensor) -> Tensor:
-        """[r] alpha_t / alpha_s."""
+        """Return alpha_t / alpha_s per row [r]."""
         alpha_s = self.alpha(s)
         ratio = self.alpha(t) / alpha_s
         return torch.where(alpha_s > 0, ratio, torch.ones_like(t))
@@ -179,7 +184,10 @@ class InterpolatingProcess(ForwardProcess):
         return InterpolatingKernel(-arrive.sum(-1), arrive)
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
-        """alpha_ts I + 1 (x) (b_t - alpha_ts b_s), alpha_ts = alpha_t / alpha_s."""
+        """Return the transition from s to t, alpha_ts I + 1 (x) (b_t - alpha_ts b_s).
+
+        alpha_ts = alpha_t / alpha_s.
+        """
         stay = self._stay(s, t)
         arrive = self.noise(t) - stay.unsqueeze(-1) * self.noise(s)
         return InterpolatingKernel(stay, arrive.clamp(min=0.0))
@@ -222,17 +230,18 @@ class InterpolatingProcess(ForwardProcess):
         return (noise + clean).log()
 
     def from_clean(self, t: Tensor) -> Kernel:
-        """alpha_t I + 1 (x) b_t."""
+        """Return the operator alpha_t I + 1 (x) b_t from the clean token to z_t."""
         return InterpolatingKernel(self.alpha(t), self.noise(t))
 
     def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
         return self._likelihood(x0, x0, t)
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """p = (s / sum s - b_t) / alpha_t on tokens, the inverse of alpha_t I + 1 (x) b_t.
+        """Return the log of p = (s / sum s - b_t) / alpha_t on tokens, for a score s.
 
-        Relative to s it is 1 - b_t sum s / s, clamped above 1e-14: if a score is nothing but noise,
-        at t near 1, the shares of its tokens are left.
+        This inverts alpha_t I + 1 (x) b_t. The factor of p relative to s, 1 - b_t sum s / s, is
+        raised to at least 1e-14. A score that holds only noise, at t near 1, thus gives a p that is
+        proportional to s on the tokens.
         """
         num_tokens = self.vocabulary.num_tokens
         log_s = score.log_ratio.double().log_softmax(-1)[:, :num_tokens]
@@ -251,10 +260,10 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """omega_t(z) (1 - q_t(z|x)) / q_t(z|x), the total true reverse rate.
+        """Return the total true reverse rate, omega_t(z) (1 - q_t(z|x)) / q_t(z|x).
 
-        1 if that is 0 because z is certain under x, but something may arrive: there, other tokens
-        that become z add to the bound.
+        If q_t(z|x) = 1 this rate is 0, although the bound may be positive: other tokens could have
+        become z. The weight is then 1 if some state can arrive in z, else 0.
         """
         t = interior(t)
         arrive = self.arrivals_at(zt, t)
@@ -272,9 +281,10 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """mismatch / (1 - q_t(z|x)); the density itself if the weight is 1 because z is certain.
+        """Return mismatch / (1 - q_t(z|x)) per row.
 
-        0 if nothing arrives.
+        If q_t(z|x) = 1 and the weight is 1, the divergence is the density itself. It is 0 if no
+        state can arrive in z.
         """
         inner = interior(t)
         elsewhere = self._elsewhere(x0, zt, inner)
@@ -292,10 +302,11 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """[r] KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho, the term that published losses weigh.
+        """Return KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho per row.
 
-        0 if nothing arrives in z_t. For a score, the sum over y != z of the same terms between
-        q_t(y|x) and q_t(z|x) s_theta(y), in the dtype of the score.
+        rho = q_t(z|x) / q_t-bar(z). Published losses weight this term. It is 0 if no state can
+        arrive in z_t. For a score the same terms are summed over y != z, between q_t(y|x) and
+        q_t(z|x) s_theta(y), in the dtype of the score.
         """
         t = interior(t)
         arrives = self.arrivals_at(zt, t) > 0
@@ -369,9 +380,9 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[r] each: the sum of `_kl` over the tokens other than x0, ln p(x0), and ln p(z_t).
+        """Return per row the sum of `_kl` over the tokens other than x0, ln p(x0), and ln p(z_t).
 
-        The last is some number if z_t is no token.
+        ln p(z_t) is an arbitrary number if z_t is not a token.
         """
         log_p = dist.log_mass(0)
         noise, _ = self.split_noise(log_p, t)
@@ -391,12 +402,10 @@ class InterpolatingProcess(ForwardProcess):
         x0: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """[r] KL( q_t(.|x) || q_t-bar ).
+        """Return KL( q_t(.|x) || q_t-bar ) per row [r].
 
-        = q_x phi(-delta) + sum_{y != x} b_y phi(alpha p_y / b_y), with q_x = q_t(x|x),
-        delta = alpha (1 - p_x) / q_x and phi(v) = v - ln(1 + v); a term is alpha p_y if b_y = 0.
-        No term is negative, so nothing cancels if alpha is small. States beyond the tokens have
-        the same noise on both sides and add nothing.
+        The KL is q_x phi(-delta) + sum_{y != x} b_y phi(alpha p_y / b_y), with q_x = q_t(x|x),
+        delta = alpha (1 - p_x) / q_x and phi(v) = v - ln(1 + v). A term with b_y = 0 is alpha p_y.
         """
         alpha = self.alpha(t)
         truth = self._likelihood(x0, x0, t)
@@ -436,7 +445,7 @@ class InterpolatingProcess(ForwardProcess):
         return others.sum(-1).double()
 
     def _token_or_first(self, zt: Tensor) -> Tensor:
-        """[r] z_t if it is a token, else token 0."""
+        """Return z_t per row if it is a token, else token 0."""
         return torch.where(zt < self.vocabulary.num_tokens, zt, 0)
 
     def _log_marginal_at(
@@ -445,7 +454,10 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """[r] ln q_t-bar(z_t); ln alpha + ln p without noise, since p of a token may underflow."""
+        """Return ln q_t-bar(z_t) per row [r].
+
+        Without noise the sum ln alpha + ln p is used, since p of a token may underflow.
+        """
         noise = self.noise_at(zt, t)
         is_token = zt < self.vocabulary.num_tokens
         mixed = _log_mixture(noise, self.alpha(t), log_p_z)
@@ -458,7 +470,7 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """[r] q_t(z|x)."""
+        """Return q_t(z|x) per row [r]."""
         clean = torch.where(zt == x0, self.alpha(t), 0.0)
         return self.noise_at(zt, t) + clean
 
@@ -468,14 +480,20 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """[r] 1 - q_t(z|x), as the sum of b_t(y) over y != z, plus alpha_t if z is not x."""
+        """Return 1 - q_t(z|x) per row, without cancellation.
+
+        The sum of b_t(y) over y != z, plus alpha_t if z is not x, keeps its relative accuracy.
+        """
         clean = torch.where(zt == x0, 0.0, self.alpha(t))
         return self._noise_elsewhere(zt, t) + clean
 
     # ------------------------------------------------------------------ information
 
     def information(self, t: Tensor) -> Tensor:
-        """Mean over tokens x of KL( q_t(.|x) || q_t-bar ), computed once per representative."""
+        """Return the mean over tokens x of KL( q_t(.|x) || q_t-bar ).
+
+        The KL is computed once per representative.
+        """
         num_tokens = self.vocabulary.num_tokens
         tokens, counts = self._token_representatives()
         alpha = self.alpha(t).unsqueeze(-1)
@@ -499,27 +517,27 @@ class InterpolatingProcess(ForwardProcess):
         return (1.0 - kept).clamp(min=0.0)
 
     def _token_representatives(self) -> tuple[Tensor, Tensor]:
-        """[m] the distinct representatives of the tokens, [m] how many tokens each stands for."""
+        """Return the m distinct representatives of the tokens, and the number of tokens of each."""
         tokens = torch.arange(self.vocabulary.num_tokens)
         return self.representative(tokens).unique(return_counts=True)
 
     # ------------------------------------------------------------------ reachable states
 
     def active(self, zt: Tensor) -> Tensor:
-        """False for states in which nothing arrives: their density is 0."""
+        """Return False for states in which no state can arrive, since their density is 0."""
         return self._reached.on(zt.device)[zt]
 
     @property
     def is_monotone(self) -> bool:
-        """Whether nothing arrives except in the mask, so that a revealed token stays."""
+        """Whether all arrivals are at the mask: a revealed token then never changes."""
         reached = self._reached.on(torch.device("cpu"))
         return not bool(reached[: self.vocabulary.root].any())
 
     @cached_property
     def _reached(self) -> Constant:
-        """bool [S]: states with arrivals at some of REACHED_TIMES times.
+        """Return bool [S]: whether a state has arrivals at any of REACHED_TIMES times.
 
-        A schedule may pause at any single time, so one time is not enough.
+        A schedule may pause at a single time, so several times are checked.
         """
         ends = torch.tensor([EARLIEST, LATEST], dtype=torch.float64)
         low, high = torch.logit(ends).tolist()
@@ -527,7 +545,7 @@ class InterpolatingProcess(ForwardProcess):
         return Constant(self._largest_arrivals(torch.sigmoid(logit_times)) > 0)
 
     def _largest_arrivals(self, t: Tensor) -> Tensor:
-        """[S] maximum of the arrivals over times t [n]."""
+        """Return the maximum of the arrivals of each state [S] over times t [n]."""
         largest = self.arrivals(t[:1])[0]
         for chunk in t.split(8):
             largest = torch.maximum(largest, self.arrivals(chunk).amax(0))
@@ -543,9 +561,11 @@ class InterpolatingProcess(ForwardProcess):
         s: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw z_s: leave z with the probability of the exact reverse transition, for y ~ q_s-bar.
+        """Draw z_s from the exact reverse transition, without querying rows that cannot move.
 
-        P(z_s != z | z_t = z) = arrive_ts(z) (1 - q_s-bar(z)) / q_t-bar(z).
+        Rows leave z with probability P(z_s != z | z_t = z) = arrive_ts(z) (1 - q_s-bar(z)) /
+        q_t-bar(z), where arrive_ts(z) is the probability of arriving in z between s and t. The new
+        state y != z is drawn from q_s-bar.
         """
         arrive = self._arrive_at(zt, s, t)
         return self._leave(
@@ -566,10 +586,11 @@ class InterpolatingProcess(ForwardProcess):
         arrive: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Leave z with probability arrive (1 - q_s-bar(z)) / q_t-bar(z), for a y ~ q_s-bar.
+        """Leave z with probability arrive (1 - q_s-bar(z)) / q_t-bar(z).
 
-        u [r,2]. b instead of q-bar bounds that probability without the network, so only rows
-        whose uniform is below the bound are queried.
+        The new state y != z is drawn from q_s-bar. Uniforms u are [r,2]. With b in place of q-bar
+        the formula gives an upper bound of the probability that needs no network. Only rows whose
+        uniform is below the upper bound are queried.
         """
         noise_s = self.noise_at(zt, s)
         noise_t = self.noise_at(zt, t)
@@ -600,7 +621,10 @@ class InterpolatingProcess(ForwardProcess):
         arrive: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw another state for candidates that leave under the prediction; keep z for others."""
+        """Draw another state for the candidates that leave under the prediction.
+
+        The other rows keep their state z.
+        """
         dist = require_distribution(prediction, "InterpolatingProcess.step")
         marginal = self.log_marginal(dist.log_mass(0), s).exp()
         elsewhere = marginal.scatter(-1, zt.unsqueeze(-1), 0.0)
@@ -620,9 +644,9 @@ class InterpolatingProcess(ForwardProcess):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Keep z with probability alpha p(z) / q_t-bar(z), otherwise draw x ~ p.
+        """Keep z with probability alpha p(z) / q_t-bar(z), otherwise draw the token x ~ p.
 
-        The noise carries no information on x.
+        A redrawn state carries no information on x, so p alone is its posterior.
         """
         if self.closes_at_clean and bool((t == 0.0).all()):
             return zt.clone()
@@ -671,7 +695,7 @@ class InterpolatingProcess(ForwardProcess):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Time of the next candidate event before t (`CandidateEvents`)."""
+        """Draw the time of the latest candidate event before t (`CandidateEvents`)."""
         return CandidateEvents(self, zt).next_time(t, u)
 
     def event(
@@ -681,9 +705,9 @@ class InterpolatingProcess(ForwardProcess):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Accept a candidate with probability (rate of leaving z_t) / (rate of candidates).
+        """Accept a candidate event with probability (rate of leaving z_t) / (candidate rate).
 
-        An accepted candidate draws a y ~ q_t-bar other than z_t.
+        An accepted candidate moves to a state y != z_t drawn from q_t-bar.
         """
         t = interior(t)
         candidates = CandidateEvents(self, zt).rate(t)
@@ -707,20 +731,26 @@ class InterpolatingProcess(ForwardProcess):
 
 
 def subtract_or_zero(total: Tensor, part: Tensor) -> Tensor:
-    """total - part, and exactly 0 if the two cancel up to rounding."""
+    """Return total - part, and exactly 0 if the difference is only a rounding error."""
     difference = total - part
     is_significant = difference.abs() > ROUNDING * (total.abs() + part.abs())
     return torch.where(is_significant, difference, 0.0)
 
 
 def _log_mixture(noise: Tensor, alpha: Tensor, log_p: Tensor) -> Tensor:
-    """[r] ln(b + alpha p); ln alpha + ln p without noise, since p of a token may underflow."""
+    """Return ln(b + alpha p) per row [r].
+
+    Without noise the sum ln alpha + ln p is used, since p of a token may underflow.
+    """
     log_clean = alpha.log() + log_p
     mixture = torch.where(noise > 0, noise + log_clean.exp(), 1.0)
     return torch.where(noise > 0, mixture.log(), log_clean)
 
 
 def _gather_at_times(values: Callable[[Tensor], Tensor], zt: Tensor, t: Tensor) -> Tensor:
-    """[r] values(t)[z_t] of a function t [n] -> [n,S], evaluated once per distinct time."""
+    """Return values(t)[z_t] per row, for a function `values` from t [n] to [n,S].
+
+    The function is called once per distinct time.
+    """
     times, time_index = t.unique(return_inverse=True)
     return values(times)[time_index, zt]

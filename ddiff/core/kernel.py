@@ -1,8 +1,8 @@
-"""Kernels: one linear operator on the states per row, for generators and finite transitions.
+"""Kernels: one linear operator on the S states per row, as a generator or a finite transition.
 
-Row convention: K[y,z] is the rate, or the probability, of going from y to z. Distributions are
-row vectors and `apply(v)` is v K. Structured kernels compute `row`, `column` and `apply` without
-forming [S,S]; `dense` is for the oracle.
+K[y,z] is the rate, or the probability, of going from state y to state z. Distributions are row
+vectors, and `apply(v)` is v K. Structured kernels compute `row`, `column` and `apply` without
+forming the [S,S] matrix. `dense` forms the matrix, for tests and small chains.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ MIN_SINGULAR_SHARE = 1e-13
 
 
 class Kernel(ABC):
-    """r operators on S states; ids [r] long, vectors [r,S]."""
+    """A batch of r linear operators on S states; ids are long [r], vectors [r,S]."""
 
     num_states: int
 
     @abstractmethod
     def row(self, ids: Tensor) -> Tensor:
-        """[r,S] K[ids, .]: where the state of each row goes."""
+        """Return K[ids, .] [r,S]: the rate or probability of each target state."""
 
     @abstractmethod
     def column(self, ids: Tensor) -> Tensor:
-        """[r,S] K[., ids]: where the state of each row may have come from."""
+        """Return K[., ids] [r,S]: the rate or probability of arriving from each source state."""
 
     @abstractmethod
     def apply(self, vector: Tensor) -> Tensor:
-        """[r,S] vector @ K."""
+        """Return vector @ K, shape [r,S]."""
 
     def dense(self) -> Tensor:
-        """[r,S,S] the whole operator, from its rows. Oracle only: O(r S^2) memory."""
+        """Return the whole operators [r,S,S], with O(r S^2) memory; for tests and small chains."""
         rows = []
         for state in range(self.num_states):
             ids = torch.full((self._num_rows(),), state)
@@ -49,9 +49,10 @@ class Kernel(ABC):
         return torch.stack(rows, 1)
 
     def solve(self, vector: Tensor) -> Tensor:
-        """[r,S] x with x K = vector, in the vector's dtype; ArgumentError if K is singular.
+        """Return the solution x [r,S] of x K = vector, in the dtype of the vector.
 
-        Derived: dense linear algebra, O(r S^3), for kernels of at most 512 states.
+        The default uses dense linear algebra, O(r S^3), for kernels of at most 512 states. Raises
+        ArgumentError if K is singular in some row.
         """
         if self.num_states > MAX_DENSE:
             raise ArgumentError(
@@ -76,7 +77,10 @@ class Kernel(ABC):
 
 
 def require_invertible(singular: Tensor, name: str) -> None:
-    """Raise ArgumentError if a row of a kernel has no inverse; singular bool [r]."""
+    """Raise ArgumentError if the kernel of any row is singular.
+
+    `singular` is bool [r].
+    """
     if bool(singular.any()):
         raise ArgumentError(
             f"{name}.solve: the kernel must be invertible in every row; {int(singular.sum())} of "
@@ -92,14 +96,17 @@ def solve_nearest(
     vectors: Tensor,
     index: Tensor,
 ) -> Tensor:
-    """[r,A] distributions x with x matrix[index] = vectors [r,S], nearest to base[index].
+    """Return distributions x [r,A] with x matrix[index] = vectors [r,S], nearest to base[index].
 
-    matrix [n,A,S] holds transition probabilities, base [n,A] a distribution of their starts, and
-    index [r] the one of the n problems that a row belongs to. Columns are divided by their
-    probability under base: rare states, such as tokens late in masking, then count as much as
-    frequent ones. Directions in which the starts cannot be told apart are those of base. Starting
-    from base, three steps of refinement by the residual give small probabilities their own relative
-    accuracy, which evidence of 1/t multiplies.
+    `matrix` [n,A,S] holds the transition probabilities of n problems from A start states to S
+    states, `base` [n,A] a distribution over the start states, and `index` [r] the problem of each
+    row.
+
+    Columns are divided by their probability under `base`, so that rare states (tokens late in
+    masking) count as much as frequent states. If a mixture of start states cannot be determined
+    from the vector, x agrees with `base` in this direction. Three steps of iterative refinement,
+    starting from `base`, give small probabilities their own relative accuracy. The decoding
+    formulas multiply small probabilities by factors of order 1/t.
     """
     reached = (base.unsqueeze(1) @ matrix).squeeze(1)
     inverse_reached = 1.0 / torch.where(reached > 0, reached, 1.0)
@@ -121,7 +128,7 @@ def solve_nearest(
 
 @final
 class DenseKernel(Kernel):
-    """Any matrices [r,S,S]."""
+    """Kernel of explicit matrices [r,S,S]."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -148,10 +155,10 @@ class DenseKernel(Kernel):
 
 @final
 class InterpolatingKernel(Kernel):
-    """K[y,z] = stay 1[y=z] + arrive[z]: a diagonal plus rank one, equal arrivals from every state.
+    """Diagonal plus rank one: K[y,z] = stay 1[y=z] + arrive[z], with `stay` [r] and `arrive` [r,S].
 
-    stay [r], arrive [r,S]. As a transition: keep the state with probability `stay`, else redraw it
-    in proportion to `arrive`. As a generator: stay = -sum(arrive).
+    As a transition: keep the state with probability `stay`, otherwise redraw it in proportion to
+    `arrive`. As a generator: stay = -sum(arrive).
     """
 
     def __init__(self, stay: Tensor, arrive: Tensor) -> None:
@@ -172,7 +179,10 @@ class InterpolatingKernel(Kernel):
         return kept + total * self.arrive.to(vector.dtype)
 
     def solve(self, vector: Tensor) -> Tensor:
-        """x = (v - |x| arrive) / stay, with |x| = |v| / (stay + |arrive|)."""
+        """Return x = (v - |x| arrive) / stay for the vector v, with |x| = |v| / (stay + |arrive|).
+
+        |x| denotes the sum of the entries of x.
+        """
         row_sum = self.stay + self.arrive.sum(-1)
         # A row sum that is rounding of `stay` alone is the 0 of a generator.
         is_rounding = row_sum.abs() <= 1e-15 * self.stay.abs()
@@ -183,7 +193,7 @@ class InterpolatingKernel(Kernel):
         return (vector - arrived) / to_column(self.stay, vector)
 
     def _diagonal(self, ids: Tensor) -> Tensor:
-        """[r,S] `stay` at ids, 0 elsewhere."""
+        """Return a matrix [r,S] with `stay` at the ids and 0 elsewhere."""
         zeros = torch.zeros_like(self.arrive)
         stay = self.stay.unsqueeze(-1)
         return zeros.scatter(-1, ids.unsqueeze(-1), stay)
@@ -216,7 +226,7 @@ class SumKernel(Kernel):
 
 @final
 class ScaledKernel(Kernel):
-    """A kernel times a factor per row [r]."""
+    """Product of a kernel and one factor per row [r]."""
 
     def __init__(self, factor: Tensor, kernel: Kernel) -> None:
         self.factor = factor

@@ -27,27 +27,27 @@ class CountingNetwork(ABC):
 
     @abstractmethod
     def __call__(self, noisy: Noisy) -> Query:
-        """Return the query of one noisy state. Nothing is evaluated before the query is called."""
+        """Return the query of one noisy state. The network runs only when the query is called."""
 
     @property
     def calls(self) -> int:
-        """Evaluations so far, each over some sequences of the batch (NFE)."""
+        """Number of evaluations so far (NFE), each of one or more sequences of the batch."""
         return self._calls
 
     @property
     def runs(self) -> Tensor | None:
-        """[B] evaluations in which each sequence took part; None before the first."""
+        """Number of evaluations that included each sequence [B]; None before the first one."""
         return self._runs
 
     def runs_of_batch(self, batch: int) -> Tensor:
-        """Return a copy of `runs` [batch]; zeros before the first evaluation at this batch size."""
+        """Return a copy of `runs` for a batch size; zeros before the first such batch."""
         runs = self.runs
         if runs is None or len(runs) != batch:
             return torch.zeros(batch, dtype=torch.long)
         return runs.clone()
 
     def _count(self, batch: int, sequences: Tensor, new_call: bool = True) -> None:
-        """Count an evaluation of `sequences`: indices or a mask, on the host."""
+        """Count one evaluation of `sequences`, given as indices or as a mask on the host."""
         self._calls += int(new_call)
         if self._runs is None or len(self._runs) != batch:
             self._runs = torch.zeros(batch, dtype=torch.long)
@@ -56,7 +56,7 @@ class CountingNetwork(ABC):
 
 @final
 class EvaluationCounter(CountingNetwork):
-    """Count the queries of a plain function: one evaluation per noisy state and sequence."""
+    """Network that counts the queries of a plain function: one evaluation per noisy state."""
 
     def __init__(self, network: Network, predicts: Predicts) -> None:
         super().__init__()
@@ -79,9 +79,9 @@ class EvaluationCounter(CountingNetwork):
 
 
 def count_evaluations(network: Network, predicts: Predicts = "distribution") -> CountingNetwork:
-    """Return the network itself if it counts its calls, else wrap it.
+    """Return the network itself if it counts its evaluations, else wrap the network.
 
-    `predicts` describes the prediction of a plain function.
+    `predicts` states the kind of prediction that a plain function makes.
     """
     if isinstance(network, CountingNetwork):
         return network

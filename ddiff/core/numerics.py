@@ -1,9 +1,9 @@
-"""Numerics policy of the engine.
+"""Numerical conventions of the engine, and helpers that implement them.
 
 Formulas contain no epsilon. Marginals are exact at t = 0 and t = 1. Rates and weights may diverge
-at an end where their state has probability zero, so they are evaluated at the nearest interior
-time. Times and per-row weights are float64; tensors as wide as the vocabulary keep the dtype of
-the predicted distribution.
+at t = 0 or t = 1 if their state has probability zero there, so they are evaluated at the nearest
+interior time. Times and per-row weights are float64. Tensors with an entry per token or state keep
+the dtype of the predicted distribution.
 """
 
 from __future__ import annotations
@@ -30,37 +30,44 @@ def interior(t: Tensor) -> Tensor:
 def to_column(values: Tensor, wide: Tensor) -> Tensor:
     """Turn per-row values [r] into a column [r,1] in the dtype of `wide` [r,S].
 
-    The product with `wide` then stays in its dtype, not float64.
+    The product of the column and `wide` then keeps the dtype of `wide` instead of float64.
     """
     return values.to(wide.dtype).unsqueeze(-1)
 
 
 def safe_log(mass: Tensor) -> Tensor:
-    """ln mass; -inf if the mass is 0, and no gradient there (the plain log gives 0/0 = NaN)."""
+    """Return the logarithm of `mass`: -inf without a gradient where the mass is 0.
+
+    The gradient of the plain logarithm would be 0/0 = NaN there.
+    """
     is_zero = mass == 0
     log_mass = torch.where(is_zero, 1.0, mass).log()
     return log_mass.masked_fill(is_zero, -torch.inf)
 
 
 def log_normalize(log_mass: Tensor) -> Tensor:
-    """[r,n] log of normalized masses; the uniform distribution if a row has no mass at all."""
+    """Return the log of normalized masses [r,n] from their logs.
+
+    A row without any mass gives the uniform distribution.
+    """
     is_empty = log_mass.isneginf().all(-1, keepdim=True)
     return log_mass.masked_fill(is_empty, 0.0).log_softmax(-1)
 
 
 def where_or_zero(condition: Tensor, values: Tensor) -> Tensor:
-    """`values` if the condition holds, else 0; for the input of a formula whose result is dropped.
+    """Return `values` where the condition holds, else 0, as the input of a further formula.
 
-    To drop the result is not enough: if it is infinite, its gradient is 0 * inf = NaN.
+    Selecting after the formula is not enough: an infinite result that is dropped still has the
+    gradient 0 * inf = NaN.
     """
     return torch.where(condition, values, 0.0)
 
 
 def apply_temperature(log_p: Tensor, temperature: float) -> Tensor:
-    """Log-weights of p^(1/T) along the last dimension, T >= 0; 0 keeps the first most likely entry.
+    """Return the log-weights of p^(1/T) along the last dimension, T >= 0.
 
-    The largest log p is subtracted before the division, so that every T > 0 is finite at the most
-    likely entry.
+    T = 0 keeps only the first most likely entry. The largest log p is subtracted before the
+    division, so that the most likely entry is finite for every T > 0.
     """
     largest, first = log_p.max(-1, keepdim=True)
     if temperature == 0.0:
@@ -71,20 +78,20 @@ def apply_temperature(log_p: Tensor, temperature: float) -> Tensor:
 
 
 def find_rows(condition: Tensor) -> Tensor:
-    """[k] long, indices of the true entries of a bool [r]. Synchronizes an accelerator."""
+    """Return the indices [k] of the true entries of a bool [r]. Synchronizes an accelerator."""
     return condition.nonzero().squeeze(-1)
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:
-    """[r,n] values, [r] column of each row -> [r] one value per row."""
+    """Return one entry per row [r] of values [r,n], at the given column of each row."""
     return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
 def evaluate_per_time(values: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """values(t) [r,...] for t [r], evaluated once for neighbours with equal times.
+    """Return values(t) [r,...], calling the function once per run of equal neighbouring times.
 
     Positions of a sequence mostly share their time. On an accelerator the number of distinct times
-    would need a synchronization, so every row is evaluated.
+    would need a synchronization, so every row is evaluated there.
     """
     if t.device.type != "cpu":
         return values(t)
@@ -93,30 +100,34 @@ def evaluate_per_time(values: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 
 def may_be_true(condition: Tensor) -> bool:
-    """Whether any entry may be true; without a synchronization an accelerator always says yes."""
+    """Return whether any entry may be true.
+
+    On an accelerator the result is always True, since the exact answer would synchronize the
+    device.
+    """
     return condition.device.type != "cpu" or bool(condition.any())
 
 
 class Constant:
-    """Tensor that is copied once to each device that reads it."""
+    """Tensor that is copied once to each device that uses it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._copies = {tensor.device: tensor}
         self._original = tensor
 
     def on(self, device: torch.device) -> Tensor:
-        """The copy on `device`, made at the first call."""
+        """Return the copy on `device`, which the first call makes."""
         if device not in self._copies:
             self._copies[device] = self._original.to(device)
         return self._copies[device]
 
 
 def draw_index(weights: Tensor, u: Tensor) -> Tensor:
-    """Draw an index per row by inverse CDF; weights [r,n] >= 0, u [r] -> [r].
+    """Draw an index [r] per row by inverse CDF, from weights [r,n] >= 0 and uniforms u [r].
 
-    The first index whose cumulative weight exceeds u * total. Sums are float64; the index is
-    clamped to the last positive weight, so that rounding at u -> 1 never draws an impossible one.
-    NonFiniteError if the weights of a row have no positive finite sum.
+    The result is the first index whose cumulative weight exceeds u * total. Sums are float64. The
+    index is clamped to the last positive weight, so that rounding at u near 1 never draws an index
+    of weight 0. Raises NonFiniteError if the weights of a row have no positive finite sum.
     """
     cdf = weights.double().cumsum(-1)
     total = cdf[:, -1]

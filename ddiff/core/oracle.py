@@ -1,8 +1,8 @@
-"""Dense oracle: finite transitions of any generator, by brute force, in the right time order.
+"""Dense oracle: finite transitions of any generator, integrated in the right time order.
 
 dP/dt = P Q_t is integrated by the fourth-order Magnus method on a grid that is uniform in logit t,
-which resolves both ends. One exponential of the integrated generator would be exact only if
-generators at different times commute; no formula here relies on that.
+which resolves both ends of time. One exponential of the integrated generator would be exact only if
+generators at different times commute. No formula in this module relies on this property.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def propagate(
     num_states: int,
     steps: int = 200,
 ) -> Tensor:
-    """[r,S,S] transition from s to t of the chain with generator `generator(t[n]) -> [n,S,S]`.
+    """Return the transitions [r,S,S] from s to t of the chain with generator(t [n]) -> [n,S,S].
 
-    s, t [r] float64, s <= t; the identity if they are equal. Cost O(r steps S^3). Errors fall as
-    steps^-4: 200 steps give about 1e-10 over (0.001, 0.999) (Blanes et al., Phys. Rep. 470, eq.
-    253, in the row convention).
+    Times s <= t are float64 [r]; equal times give the identity. The cost is O(r steps S^3). Errors
+    fall as steps^-4: 200 steps give about 1e-10 over (0.001, 0.999) (Blanes et al., Phys. Rep. 470,
+    eq. 253, in the row convention).
     """
     first = torch.logit(interior(s))
     last = torch.logit(interior(t))
@@ -51,7 +51,10 @@ def propagate(
 
 
 def _step_transitions(generator: Generator, middle: Tensor, width: Tensor) -> Tensor:
-    """[k,r,S,S] transitions over k steps of `width` [r] around `middle` [k,r] in logit time."""
+    """Return the transitions [k,r,S,S] over k steps.
+
+    Each step has `width` [r] around `middle` [k,r] in logit time.
+    """
     offset = math.sqrt(3.0) / 6.0
     early = _generator_in_logit_time(generator, middle - offset * width)
     late = _generator_in_logit_time(generator, middle + offset * width)
@@ -63,7 +66,7 @@ def _step_transitions(generator: Generator, middle: Tensor, width: Tensor) -> Te
 
 
 def _generator_in_logit_time(generator: Generator, logit_t: Tensor) -> Tensor:
-    """Generator per unit of logit t, Q_t t (1 - t); logit_t [k,r] -> [k,r,S,S]."""
+    """Return the generator per unit of logit t, Q_t t (1 - t), at logit_t [k,r] -> [k,r,S,S]."""
     t = torch.sigmoid(logit_t.reshape(-1))
     rates = generator(t) * (t * (1.0 - t))[:, None, None]
     return rates.unflatten(0, logit_t.shape)

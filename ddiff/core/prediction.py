@@ -1,10 +1,10 @@
 """Predicted distribution of the clean token given the REST of the noisy sequence.
 
-The evidence of a row's own state z_i is excluded; every formula of the engine multiplies it in.
-With the full conditional P(x_i | z) instead, the bound is off by tenths of a nat wherever a
-visible token may be wrong. Networks that predict the full conditional (plain cross-entropy at
-visible rows) declare `parameterization="all"` and are converted by `drop_own_evidence`. A `Score`
-is no distribution.
+The evidence of a row's own state z_i is excluded, and every formula of the engine multiplies the
+evidence in. With the full conditional P(x_i | z) instead, the bound would be wrong by tenths of a
+nat wherever a visible token may be corrupted. Networks that predict the full conditional (plain
+cross-entropy at visible rows) declare `parameterization="all"`, and `drop_own_evidence` converts
+their output. A `Score` is not a distribution.
 """
 
 from __future__ import annotations
@@ -21,28 +21,31 @@ from ddiff.errors import ArgumentError
 
 
 class CleanDistribution(Protocol):
-    """r rows of P(x_i | the rest of the sequence), read through the vocabulary's tree.
+    """Predicted distribution P(x_i | the rest of the sequence) of r rows, by nodes of the tree.
 
-    All rows are conditioned on one node `top`; nothing above it is known.
+    All rows are conditioned on one node `top`. Probabilities of nodes above `top` are not known.
     """
 
     vocabulary: Vocabulary
     top: int
 
     def log_below(self, level: int) -> Tensor:
-        """[r,w] log P(node | top) for the w nodes of `level` below top, in tree order."""
+        """Return log P(node | top) [r,w] for the w nodes of `level` below top, in tree order."""
 
     def log_prob(self, node: Tensor) -> Tensor:
-        """[r] ids of any level -> [r] log P(token below node)."""
+        """Return log P(token below node) [r] for one node (an id of any level) per row."""
 
     def log_child(self, node: Tensor, child: Tensor) -> Tensor:
-        """[r], [r] -> [r] log P(child | node), child at any depth below node; 0 if equal."""
+        """Return log P(child | node) [r], for a child at any depth below the node; 0 if equal."""
 
     def log_step(self, node: Tensor, child: Tensor) -> Tensor:
-        """`log_child` for the nodes of the query, with children one level down or equal to them."""
+        """Return log P(child | node) [r] for the queried nodes and children one level below.
+
+        A child that equals its node gives 0.
+        """
 
     def log_mass(self, level: int) -> Tensor:
-        """[r,n_level] log P of every node of a level, in id order; level 0 is the dense log_p."""
+        """Return log P of the n nodes of a level [r,n] in id order; level 0 is the dense log_p."""
 
     def draw(
         self,
@@ -50,14 +53,14 @@ class CleanDistribution(Protocol):
         level: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """[r] nodes, target levels and uniforms -> [r] a descendant of each node at its level."""
+        """Draw a descendant of each node [r] at the target level of the row, by one uniform."""
 
 
 class Score(NamedTuple):
-    """Predicted ratios of probabilities, from which no token can be drawn.
+    """Predicted ratios of probabilities. A token cannot be drawn from a score.
 
-    log_ratio [r,S]: log s_theta(y), the log ratio of state y to z_t, for every state; 0 at z_t
-    itself.
+    log_ratio [r,S] is log s_theta(y), the log of the probability of state y relative to z_t. It is
+    0 at z_t itself.
     """
 
     log_ratio: Tensor
@@ -68,7 +71,10 @@ Prediction = CleanDistribution | Score
 
 
 def require_distribution(prediction: Prediction, caller: str) -> CleanDistribution:
-    """Return the prediction if it is a distribution, else raise ArgumentError naming the caller."""
+    """Return the prediction if it is a distribution.
+
+    Raises ArgumentError, with the name of the caller, if the prediction is a score.
+    """
     if isinstance(prediction, Score):
         raise ArgumentError(
             f"{caller}: the prediction must be a distribution of the clean token, since a token is "
@@ -79,11 +85,11 @@ def require_distribution(prediction: Prediction, caller: str) -> CleanDistributi
 
 
 class SubtreeDistribution(ABC):
-    """CleanDistribution below one node `top`, from the distribution of each level given top.
+    """Distribution of the token below one node `top`, from the distribution of each level.
 
-    Nothing above `top` is known, so `log_prob` and `log_mass` need `top` to be the root.
-    `top_is_query_node` says that every row was queried at exactly `top`; `log_step` is cheaper
-    then.
+    `log_prob` and `log_mass` need `top` to be the root, since nothing above `top` is known.
+    `top_is_query_node` states that every row was queried at exactly `top`, which makes `log_step`
+    cheaper.
     """
 
     def __init__(
@@ -100,7 +106,7 @@ class SubtreeDistribution(ABC):
 
     @abstractmethod
     def log_below(self, level: int) -> Tensor:
-        """[r,w] log P(node | top) for the w nodes of `level` below top, in tree order."""
+        """Return log P(node | top) [r,w] for the w nodes of `level` below top, in tree order."""
 
     def log_prob(self, node: Tensor) -> Tensor:
         self._require_root("log_prob")
@@ -119,7 +125,10 @@ class SubtreeDistribution(ABC):
         return torch.where(certain, 0.0, where_or_zero(~certain, difference))
 
     def _covers_node(self, node: Tensor, child: Tensor) -> Tensor:
-        """bool [r]: whether all tokens below the node are below the child: P(child | node) = 1."""
+        """Return bool [r]: whether all tokens below the node are below the child.
+
+        Then P(child | node) = 1.
+        """
         first, last = self.vocabulary.node_range(node, 0)
         child_first, child_last = self.vocabulary.node_range(child, 0)
         return (last - first) == (child_last - child_first)
@@ -175,28 +184,31 @@ class SubtreeDistribution(ABC):
         return self.vocabulary.order(level, node.device)[drawn_place]
 
     def _log_at(self, level: int, place: Tensor) -> Tensor:
-        """[r] log P(node | top) of one node of `level` per row, by its place below top."""
+        """Return log P(node | top) [r] of one node of `level` per row, by its place below top."""
         return pick(self.log_below(level), place)
 
     def _width(self, level: int) -> int:
-        """Number of nodes of `level` below top; 1 at the level of top itself."""
+        """Return the number of nodes of `level` below top; 1 at the level of top itself."""
         if level == len(self._below):
             return 1
         return self._below[level].stop - self._below[level].start
 
     def _place(self, node: Tensor, level: int) -> Tensor:
-        """[r] place of each node among those of `level` below top; arbitrary if it is not there."""
+        """Return the place [r] of each node among the nodes of `level` below top.
+
+        The place is arbitrary if the node is not of this level or not below top.
+        """
         start, _ = self._local_range(node, level)
         return start.clamp(0, self._width(level) - 1)
 
     def _local_range(self, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """[r] the node's range of places at `level`, counted from the first place below top."""
+        """Return the range of places of each node at `level`, counted from the first below top."""
         start, stop = self.vocabulary.node_range(node, level)
         first = self._below[level].start
         return start - first, stop - first
 
     def _log_given_top(self, node: Tensor, lowest: int = 0) -> Tensor:
-        """[r] log P(node | top); 0 at top itself and at levels under `lowest`."""
+        """Return log P(node | top) [r]; 0 at top itself and at levels under `lowest`."""
         own_level = self.vocabulary.level_of(node)
         value: Tensor | None = None
         for level in range(lowest, len(self._below)):
@@ -223,8 +235,8 @@ class SubtreeDistribution(ABC):
 class DenseDistribution(SubtreeDistribution):
     """Distribution given by the log-probabilities of tokens.
 
-    `log_p` [r,V] in id order covers the whole vocabulary; with `top` below the root it holds only
-    the tokens below top, in tree order, normalized there (tied heads).
+    `log_p` [r,V] in id order covers the whole vocabulary. With `top` below the root, `log_p` holds
+    only the tokens below top, in tree order and normalized (tied heads).
     """
 
     def __init__(
@@ -252,11 +264,12 @@ class DenseDistribution(SubtreeDistribution):
 
 @final
 class LogitDistribution(SubtreeDistribution):
-    """Distribution given by logits of tokens: their softmax, never written out for all tokens.
+    """Distribution given by logits of tokens. The softmax over all tokens is never stored.
 
-    `logits` [r,w] in id order cover the whole vocabulary; with `top` below the root, the tokens
-    below top in tree order. The exponentials are computed once. Each read (one token, the masses
-    of a level) sends back one product with them, in whichever memory order the logits are.
+    `logits` [r,w] in id order cover the whole vocabulary; with `top` below the root, only the
+    tokens below top, in tree order. The exponentials are computed once. In the backward pass each
+    read (one token, or the masses of a level) adds one product with the exponentials. Row-major and
+    column-major logits are both supported without a copy.
     """
 
     def __init__(
@@ -289,7 +302,10 @@ class LogitDistribution(SubtreeDistribution):
         return _PickToken.apply(self._logits, self._softmax.add_reader(), place)
 
     def _log_masses(self, level: int) -> Tensor:
-        """[r,n] log mass of each node of `level`: segment log-sum-exp over contiguous tokens."""
+        """Return the log mass [r,n] of the n nodes of `level`.
+
+        The mass is a log-sum-exp over the contiguous tokens below each node.
+        """
         nodes = self.vocabulary.order(level)[self._below[level]]
         first, last = self.vocabulary.node_range(nodes, 0)
         sizes = (last - first).tolist()
@@ -309,12 +325,12 @@ class LogitDistribution(SubtreeDistribution):
 
 
 class _Softmax:
-    """Parts of a softmax of logits [r,w], shared by several reads; constants to autograd.
+    """Exponentials and sums of a softmax of logits [r,w], shared by several reads.
 
-    exponentials [r,w] are exp(logit - peak), total [r,1] their sums, log_total [r,1] the logs of
-    the sums of exp(logit). Each read with a gradient is counted. The graph of a chunk is walked
-    once, so the last read to send its gradient back writes it over the exponentials, to save
-    memory.
+    exponentials [r,w] are exp(logit - peak), total [r,1] their sums, and log_total [r,1] the logs
+    of the sums of exp(logit). All are constants to autograd. Each read with a gradient is counted.
+    The backward pass runs once, so the last read in it overwrites the exponentials with its
+    gradient, to save memory.
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -332,7 +348,7 @@ class _Softmax:
         return self
 
     def scale_probabilities(self, factor: Tensor, addend: Tensor | None = None) -> Tensor:
-        """[r,w] probabilities times a factor per row [r], plus an addend: gradient of a read."""
+        """Return the gradient of a read [r,w]: probabilities times a factor [r], plus an addend."""
         self.readers -= 1
         scale = factor.unsqueeze(-1) / self.total
         out = self.exponentials if self.readers == 0 else None
@@ -342,7 +358,7 @@ class _Softmax:
 
 
 class _LogSoftmax(torch.autograd.Function):
-    """[r,w] log-probabilities of all tokens."""
+    """Log-probabilities [r,w] of all tokens."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, softmax: _Softmax) -> Tensor:
@@ -356,7 +372,7 @@ class _LogSoftmax(torch.autograd.Function):
 
 
 class _PickToken(torch.autograd.Function):
-    """[r] log-probability of one token per row."""
+    """Log-probability [r] of one token per row."""
 
     @staticmethod
     def forward(
@@ -379,7 +395,7 @@ class _PickToken(torch.autograd.Function):
 
 
 class _SegmentMasses(torch.autograd.Function):
-    """[r,n] log-probability of each segment of tokens, from the sums of its exponentials."""
+    """Log-probability [r,n] of each segment of tokens, from the sums of its exponentials."""
 
     @staticmethod
     def forward(
@@ -406,7 +422,7 @@ class _SegmentMasses(torch.autograd.Function):
 
 
 def _select_columns(values: Tensor, index: Tensor, like: Tensor | None = None) -> Tensor:
-    """values[:, index] in the memory order of `like`, or of `values` without it."""
+    """Return values[:, index] in the memory order of `like`, or of `values` by default."""
     template = values if like is None else like
     if template.stride(-1) == 1:
         return values.index_select(-1, index)
@@ -419,7 +435,10 @@ def _segments(
     level: int,
     device: torch.device,
 ) -> Tensor:
-    """[w] for each token below top, in tree order: place below top of its ancestor at `level`."""
+    """Return for each of the w tokens below top the place of its ancestor at `level`.
+
+    Tokens are in tree order; places count from the first node below top.
+    """
     below = vocabulary.subtree(top)
     tokens = vocabulary.order(0, device)[below[0]]
     if level == len(below):
@@ -429,9 +448,9 @@ def _segments(
 
 
 def segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """Log of the sum of exponentials per segment of columns.
+    """Return the log of the sum of exponentials per segment of columns, [r,num_segments].
 
-    values [r,n], segment [n] of each column -> [r,num_segments].
+    values is [r,n]; segment [n] holds the segment number of each column.
     """
     index = segment.expand_as(values)
     constants = values.detach()
@@ -447,8 +466,9 @@ def segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Ten
 def drop_own_evidence(log_p: Tensor, log_likelihood: Tensor) -> Tensor:
     """Turn the full conditional P(x | z) into P(x | rest), proportional to p(x) / q_t(z_i | x).
 
-    log_p [r,V], log_likelihood [r,V] = `ForwardProcess.log_likelihood(zt, t)` -> [r,V]. Tokens that
-    cannot have become z_i keep probability 0: the full conditional carries no information on them.
+    log_p [r,V] is the log of the full conditional, log_likelihood [r,V] the result of
+    `ForwardProcess.log_likelihood(zt, t)`. Tokens that cannot have become z_i keep probability 0,
+    since the full conditional carries no information on them.
     """
     possible = log_likelihood.isfinite()
     quotient = torch.where(possible, log_p - log_likelihood, -torch.inf)

@@ -1,16 +1,17 @@
-"""Forward process: the interface of a process family, and every formula derived from it.
+"""Forward process: the interface of a process family, and all formulas derived from it.
 
 A family implements the marginal, the rates and a way to sample. Transition, bound density, reverse
-step, end terms and the last draw are derived here by formulas that hold for any continuous-time
-Markov chain. A derived method may be overridden for speed or accuracy; the conformance kit then
-tests that both agree (`ForwardProcess.density(process, ...)` is the derived one).
+step, end terms and the final decoding are derived in this module by formulas that hold for any
+continuous-time Markov chain. A family may override a derived method for speed or accuracy. The
+conformance kit then tests that the override agrees with the derived method, which it calls through
+the base class: `ForwardProcess.density(process, ...)`.
 
 Notation: Q_t[y,z] is the rate from state y to state z, q_t(z|x) the marginal of z_t given the clean
 token x, and q_t-bar(z) = sum_x p(x) q_t(z|x) the marginal when x is drawn from the predicted
 distribution p. s(y) = q_t(y|x) / q_t(z|x) is the true ratio of state y to the current state z, and
-s_theta(y) = q_t-bar(y) / q_t-bar(z) the predicted one.
+s_theta(y) = q_t-bar(y) / q_t-bar(z) the predicted ratio.
 
-Shapes: x0, zt [r] long; t, s [r] float64; log_p [r,V] for V tokens. States run over S.
+Shapes for r rows, V tokens and S states: x0, zt [r] long; t, s [r] float64; log_p [r,V].
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ RowFunction = Callable[..., Any]
 class Query(Protocol):
     """Evaluate the network at some rows of one noisy state.
 
-    `rows` [k] are flat row numbers, `node` [k] the node below which each row needs the predicted
-    distribution. The network may answer in chunks: for each chunk it calls `fn(prediction,
-    *values)`, `values` being the entries of `per_row` (tensors with k entries each) that belong
-    to the chunk. The results come back in the order of `rows`.
+    `rows` [k] are flat row numbers, and `node` [k] is the node below which each row needs the
+    predicted distribution. The network may work in chunks: for each chunk it calls `fn(prediction,
+    *values)`, where `values` are the entries of `per_row` (tensors with k entries each) that belong
+    to the chunk. The results are returned in the order of `rows`.
     """
 
     def __call__(
@@ -80,8 +81,8 @@ REFERENCE_ENTRIES = 2**21
 class TrainedPart(IntEnum):
     """Part of the predicted distribution that receives training signal at a row.
 
-    NONE: no part of it. BELOW_NODE: only the conditional distribution below the row's node. ALL:
-    the whole distribution.
+    NONE: no part. BELOW_NODE: only the conditional distribution below the row's node. ALL: the
+    whole distribution.
     """
 
     NONE = 0
@@ -97,7 +98,7 @@ class Prior:
 
     @classmethod
     def point(cls, state: int, num_states: int) -> Prior:
-        """All probability on one state."""
+        """Return the prior with all probability on one state."""
         log_prob = torch.full((num_states,), -torch.inf)
         return cls(log_prob.index_fill(0, torch.tensor([state]), 0.0))
 
@@ -123,8 +124,8 @@ class ForwardProcess(ABC):
     Attributes:
         vocabulary: the states.
         prior: distribution of z_1 that sampling starts from.
-        closes_at_clean: declares q_0(.|x) = delta_x.
-        closes_at_prior: declares q_1(.|x) = prior for every x.
+        closes_at_clean: whether q_0(.|x) = delta_x.
+        closes_at_prior: whether q_1(.|x) = prior for every x.
         exact_step: False if `step` was configured to be a heuristic, not the reverse transition.
         uniforms_per_sample, uniforms_per_step, uniforms_per_decode, uniforms_per_forward_step,
             uniforms_per_event: number of uniforms per position that each draw takes.
@@ -151,18 +152,18 @@ class ForwardProcess(ABC):
         return f"{type(self).__name__}({sizes}; {', '.join(self._settings())})"
 
     def _settings(self) -> Iterable[str]:
-        """List the settings that the text form shows."""
+        """Return the settings that repr shows."""
         return format_settings(self)
 
     # ------------------------------------------------------------------ implemented by a family
 
     @abstractmethod
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
-        """[r,S] log of the distribution of z_t when x0 ~ p."""
+        """Return the log-probabilities [r,S] of z_t when x0 is drawn from p."""
 
     @abstractmethod
     def rates(self, t: Tensor) -> Kernel:
-        """Generator Q_t, evaluated at interior times."""
+        """Return the generator Q_t, evaluated at interior times."""
 
     @abstractmethod
     def sample(
@@ -175,13 +176,13 @@ class ForwardProcess(ABC):
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        """Small instances on which the conformance kit can run (V <= 8)."""
+        """Return small instances (V <= 8) on which the conformance kit can run."""
         return []
 
     # ------------------------------------------------------------------ forward, derived
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
-        """[r,V] log q_t(z_t | x) for every token x."""
+        """Return log q_t(z_t | x) [r,V] for every token x."""
         num_tokens = self.vocabulary.num_tokens
         num_rows = len(zt)
         identity = torch.eye(num_tokens, dtype=torch.float64, device=zt.device)
@@ -191,18 +192,19 @@ class ForwardProcess(ABC):
         return at_zt.reshape(num_rows, num_tokens)
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
-        """P(z_t | z_s), integrated from the rates."""
+        """Return the transition P(z_t | z_s), integrated from the rates."""
         return DenseKernel(propagate(self._dense_rates, s, t, self.vocabulary.num_states))
 
     def _dense_rates(self, t: Tensor) -> Tensor:
         return self.rates(t).dense()
 
     def from_clean(self, t: Tensor) -> Kernel:
-        """Operator from the clean token to z_t: row x is q_t(.|x), for every token x.
+        """Return the operator from the clean token to z_t: row x is q_t(.|x), for every token x.
 
-        Equal to `transition(0, t)` if the process closes at the clean end. If the noise does not
-        start at 0, `transition(0, t)` starts from z_0, and this operator also contains the noise of
-        t = 0. Rows of states that are not tokens only keep the operator invertible.
+        If the process closes at the clean end, the operator equals `transition(0, t)`. If there is
+        already noise at t = 0, `transition(0, t)` starts from z_0, and this operator also contains
+        the noise of t = 0. Rows of states that are not tokens have no meaning; they keep the
+        operator square and invertible.
         """
         start = torch.zeros_like(t)
         kernel = self.transition(start, t)
@@ -217,7 +219,7 @@ class ForwardProcess(ABC):
         return DenseKernel(torch.cat([tokens, beyond], 1))
 
     def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
-        """[r] alpha_t = q_t(x | x), the probability that z_t is the clean token x."""
+        """Return alpha_t = q_t(x | x) [r], the probability that z_t is the clean token x."""
         marginal = self.log_marginal(self._log_one_hot(x0), t)
         return pick(marginal, x0).exp()
 
@@ -228,9 +230,9 @@ class ForwardProcess(ABC):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw z_t [r] given z_s from the forward transition, s <= t; evaluates no network.
+        """Draw z_t given z_s from the forward transition, s <= t, without a network.
 
-        u [r, uniforms_per_forward_step].
+        u is [r, uniforms_per_forward_step].
         """
         probabilities = self.transition(s, t).row(zs)
         return draw_index(probabilities, u[:, 0])
@@ -238,12 +240,13 @@ class ForwardProcess(ABC):
     # ------------------------------------------------------------------ scores
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """[r,V] float64 log of the clean-token distribution with this score, p = s K^-1 on tokens.
+        """Return the log of the clean-token distribution p [r,V] that has this score, in float64.
 
-        K is `from_clean(t)`. Negative values, which no true ratio gives, are raised to 1e-14 of the
-        token's share of s, so that every probability is positive and its logarithm has a gradient;
-        then p is normalized. Rounding errors of s reach p multiplied by the condition number of K.
-        Directions of p that K shrinks below 1e-13 cannot be recovered from s: p is even along them.
+        p = s K^-1 on tokens, with K = `from_clean(t)`. A true ratio gives no negative p. Negative
+        entries are raised to 1e-14 of the token's fraction of s, so that every probability is
+        positive and its logarithm has a gradient; then p is normalized. Rounding errors of s are
+        multiplied by the condition number of K. Directions of p that K shrinks below 1e-13 cannot
+        be recovered from s; p is uniform along them.
         """
         num_tokens = self.vocabulary.num_tokens
         s = score.log_ratio.double().softmax(-1)
@@ -266,7 +269,7 @@ class ForwardProcess(ABC):
         return log_normalize(safe_log(torch.maximum(p, least)))
 
     def clamp_score_time(self, t: Tensor) -> Tensor:
-        """Move t = 1 to 1 - 1e-12 if the process closes.
+        """Move t = 1 to 1 - 1e-12 if the process closes at the prior.
 
         At t = 1 a score holds the ratios of the prior, which carry no information on the token.
         """
@@ -281,11 +284,11 @@ class ForwardProcess(ABC):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """[r] nats per unit of the row's own t that the bound adds at (z_t, t).
+        """Return the nats per unit of the row's own t that the bound adds at (z_t, t), per row.
 
-        sum_{y != z} Q[y,z] ( s_theta(y) - s(y) + s(y) ln(s(y)/s_theta(y)) ): score entropy (arXiv
-        2310.16834, eq. 5) for any generator. +inf if the prediction rules out z_t or a state that
-        z_t may have come from; 0 if z_t can only have been x0.
+        The density is sum_{y != z} Q[y,z] ( s_theta(y) - s(y) + s(y) ln(s(y)/s_theta(y)) ): score
+        entropy (arXiv 2310.16834, eq. 5) for any generator. It is +inf if the prediction rules out
+        z_t or a state that z_t may have come from, and 0 if z_t can only have been x0.
         """
         t = interior(t)
         inward = self._inward_rates(zt, t)
@@ -309,11 +312,12 @@ class ForwardProcess(ABC):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """[r] total true reverse rate, sum_{y != z} Q[y,z] s(y); no prediction enters it.
+        """Return the total true reverse rate per row, sum_{y != z} Q[y,z] s(y).
 
-        The same number for the same chain, whatever family implements it, so that a loss which
-        clamps weights is the same function. 0 if nothing arrives in z_t, where the density is 0
-        too; 1 if something may arrive, but never does for this x.
+        No prediction is used. All families return the same number for the same chain, so a loss
+        that clamps weights does not depend on the family. The weight is 0 if no state can arrive in
+        z_t; the density is then 0 too. It is 1 if some state can arrive in z_t, but none can for
+        this x.
         """
         inward = self._inward_rates(zt, t)
         log_s = self._true_log_ratio(x0, zt, interior(t))
@@ -329,7 +333,7 @@ class ForwardProcess(ABC):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """[r] density / weight; 0 if both are 0."""
+        """Return density / weight per row; 0 if both are 0."""
         weight = self.weight(x0, zt, t)
         density = self.density(prediction, x0, zt, t)
         return density / torch.where(weight > 0, weight, 1.0)
@@ -341,10 +345,11 @@ class ForwardProcess(ABC):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """[r] -ln P(x0 | z_t) in nats, own evidence included: -ln [ p(x) q_t(z|x) / q_t-bar(z) ].
+        """Return -ln P(x0 | z_t) = -ln [ p(x) q_t(z|x) / q_t-bar(z) ] per row, in nats.
 
-        p of a score is `tweedie`. +inf if the prediction rules x0 out; 0 if z_t can only have been
-        x0, whatever the prediction.
+        The row's own evidence is included. For a score, p is the result of `tweedie`. The value is
+        +inf if the prediction rules x0 out, and 0 if z_t can only have been x0, whatever the
+        prediction.
         """
         log_likelihood = self.log_likelihood(zt, t)
         log_joint = self._log_clean(prediction, t)
@@ -362,7 +367,10 @@ class ForwardProcess(ABC):
         x0: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """[r] KL( q_t(.|x) || q_t-bar ) in nats; q_t-bar of a score is softmax(log_ratio)."""
+        """Return KL( q_t(.|x) || q_t-bar ) per row, in nats.
+
+        For a score, q_t-bar is softmax(log_ratio).
+        """
         log_q = self.log_marginal(self._log_one_hot(x0), t)
         if isinstance(prediction, Score):
             log_q_theta = prediction.log_ratio.log_softmax(-1)
@@ -373,44 +381,47 @@ class ForwardProcess(ABC):
         return torch.where(q > 0, terms, 0.0).sum(-1)
 
     def active(self, zt: Tensor) -> Tensor:
-        """bool [r]: whether the density can be non-zero in this state."""
+        """Return bool [r]: whether the density can be non-zero in this state."""
         return torch.ones_like(zt, dtype=torch.bool)
 
     def trained_part(self, zt: Tensor) -> Tensor:
-        """[r] `TrainedPart` codes: part of the prediction that the bound trains in this state."""
+        """Return the `TrainedPart` code per row: which part of the prediction the bound trains."""
         return torch.full_like(zt, TrainedPart.ALL)
 
     def scope(self, zt: Tensor) -> Tensor:
-        """[r] node below which the formulas of a row read the predicted distribution.
+        """Return the node per row below which the formulas use the predicted distribution.
 
-        The root, unless a family needs less.
+        The default is the root.
         """
         return torch.full_like(zt, self.vocabulary.root)
 
     # ------------------------------------------------------------------ information
 
     def information(self, t: Tensor) -> Tensor:
-        """[n] I(X; Z_t) in nats for X uniform over the tokens, t [n].
+        """Return I(X; Z_t) [n] in nats at times t [n], for X uniform over the tokens.
 
-        Derived: the mean of KL( q_t(.|x) || q_t-bar ) over the tokens x, or over 64 evenly spread
-        ones if there are more. Only the variance of estimates depends on its accuracy, never their
-        mean.
+        The default is the mean of KL( q_t(.|x) || q_t-bar ) over the tokens x, or over 64 evenly
+        spaced tokens if there are more. An inaccurate value changes only the variance of estimates
+        of the bound, never their mean.
         """
         return self._mean_over_tokens(self._kl_to_uniform, t)
 
     def _kl_to_uniform(self, x0: Tensor, t: Tensor) -> Tensor:
-        """[r] KL( q_t(.|x) || q_t-bar ) for the uniform prediction."""
+        """Return KL( q_t(.|x) || q_t-bar ) per row, for the uniform prediction."""
         log_p = uniform_reference(self.vocabulary.num_tokens).expand(len(x0), -1)
         return self.closing_kl(DenseDistribution(log_p, self.vocabulary), x0, t)
 
     def information_lost(self, t: Tensor) -> Tensor:
-        """[n] I(X; Z_0) - I(X; Z_t) in nats. May be overridden to stay accurate near t = 0."""
+        """Return I(X; Z_0) - I(X; Z_t) [n] in nats.
+
+        A family may override this method to keep relative accuracy near t = 0.
+        """
         return self.information(torch.zeros_like(t[:1])) - self.information(t)
 
     def change_probability(self, t: Tensor) -> Tensor:
-        """[n] P(Z_t != X) for X uniform over the tokens, t [n].
+        """Return P(Z_t != X) [n] at times t [n], for X uniform over the tokens.
 
-        Derived from marginals as `information` is.
+        Like `information`, the default is a mean over at most 64 tokens.
         """
         return self._mean_over_tokens(self._change_probability_of, t)
 
@@ -419,7 +430,7 @@ class ForwardProcess(ABC):
         return -torch.expm1(pick(marginal, x0))
 
     def _mean_over_tokens(self, values: Callable[[Tensor, Tensor], Tensor], t: Tensor) -> Tensor:
-        """[n] mean of values(x, t) over the tokens x, or over 64 evenly spread ones."""
+        """Return the mean of values(x, t) [n] over all tokens x, or over 64 evenly spaced ones."""
         num_tokens = self.vocabulary.num_tokens
         count = min(num_tokens, REFERENCE_TOKENS)
         tokens = torch.linspace(0, num_tokens - 1, count).round().long()
@@ -434,7 +445,7 @@ class ForwardProcess(ABC):
 
     @cached_property
     def information_time(self) -> InformationTime:
-        """Clock of the time rules: t as a function of the share of the information that is lost."""
+        """Information time of the process: t as a function of the fraction of information lost."""
         return InformationTime(
             self.information,
             self.information_lost,
@@ -445,7 +456,7 @@ class ForwardProcess(ABC):
 
     @property
     def is_monotone(self) -> bool:
-        """Whether reverse moves only reveal: a state is left for states below it only."""
+        """Whether the reversed chain moves only to states below the current state in the tree."""
         return False
 
     def reverse_rates(
@@ -454,9 +465,9 @@ class ForwardProcess(ABC):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """[r,S] rates out of z_t of the reversed chain, Q_t[y,z_t] s_theta(y), per unit of t.
+        """Return the rates [r,S] of the reversed chain out of z_t, per unit of t.
 
-        0 at z_t itself.
+        The rate into state y is Q_t[y,z_t] s_theta(y). The entry at z_t itself is 0.
         """
         inward = self._inward_rates(zt, t)
         log_ratio = self._log_ratio(prediction, zt, interior(t))
@@ -469,7 +480,10 @@ class ForwardProcess(ABC):
         t: Tensor,
         s: Tensor,
     ) -> Tensor:
-        """[r,S] log P(z_s | z_t) when x0 ~ p: q_s-bar(y) P(z_t | z_s = y) / q_t-bar(z_t)."""
+        """Return log P(z_s | z_t) [r,S] when x0 is drawn from p.
+
+        P(z_s = y | z_t) = q_s-bar(y) P(z_t | z_s = y) / q_t-bar(z_t).
+        """
         arrive = self.transition(s, t).column(zt).to(log_p.dtype)
         joint = self.log_marginal(log_p, s) + arrive.log()
         return joint.log_softmax(-1)
@@ -480,9 +494,10 @@ class ForwardProcess(ABC):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """[r] latest time before t at which z_t may change, 0 if it never does; u [r].
+        """Draw the latest time before t at which z_t may change, per row, from uniforms u [r].
 
-        P(no event in (s,t]) = u at the returned s. Evaluates no network.
+        P(no event in (s,t]) = u at the returned time s. The time is 0 if z_t does not change. No
+        network is evaluated.
         """
         raise ArgumentError(self._no_events_message("event_time"))
 
@@ -493,9 +508,9 @@ class ForwardProcess(ABC):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """[r] state after the candidate event at t, possibly z_t itself.
+        """Draw the state after the candidate event at t, which may be z_t itself.
 
-        u [r, uniforms_per_event]. Queries the network at most once.
+        u is [r, uniforms_per_event]. The network is queried at most once.
         """
         raise ArgumentError(self._no_events_message("event"))
 
@@ -514,11 +529,11 @@ class ForwardProcess(ABC):
         s: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw z_s [r] given z_t from the exact reverse transition.
+        """Draw z_s given z_t from the exact reverse transition.
 
-        u [r, uniforms_per_step]. Queries the network at most once. Derived: every row with s < t is
-        queried, and one float64 draw over S decides. Families first choose the rows that jump and
-        query the network only there.
+        u is [r, uniforms_per_step]. The network is queried at most once. By default every row with
+        s < t is queried, and one float64 draw over the S states decides. Families first choose the
+        rows that jump and query the network only there.
         """
         zs = zt.clone()
         moving = find_rows(s < t)
@@ -555,9 +570,9 @@ class ForwardProcess(ABC):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw the clean token [r], x ~ p(x) q_t(z|x) / q_t-bar(z), own evidence included.
+        """Draw the clean token, x ~ p(x) q_t(z|x) / q_t-bar(z).
 
-        u [r, uniforms_per_decode].
+        The row's own evidence is included. u is [r, uniforms_per_decode].
         """
         if self.closes_at_clean and bool((t == 0.0).all()):
             return zt.clone()
@@ -584,7 +599,7 @@ class ForwardProcess(ABC):
     # ------------------------------------------------------------------ parts of the formulas above
 
     def _log_one_hot(self, x0: Tensor) -> Tensor:
-        """[r,V] log of the distribution with all mass on x0."""
+        """Return the log-probabilities [r,V] of the distribution with all probability on x0."""
         log_p = torch.full(
             (len(x0), self.vocabulary.num_tokens),
             -torch.inf,
@@ -594,7 +609,7 @@ class ForwardProcess(ABC):
         return log_p.scatter(-1, x0.unsqueeze(-1), 0.0)
 
     def _inward_rates(self, zt: Tensor, t: Tensor) -> Tensor:
-        """[r,S] Q_t[y, z_t] for y != z_t, 0 at z_t."""
+        """Return Q_t[y, z_t] [r,S] for y != z_t, and 0 at z_t."""
         column = self.rates(interior(t)).column(zt)
         return column.scatter(-1, zt.unsqueeze(-1), 0.0)
 
@@ -604,7 +619,7 @@ class ForwardProcess(ABC):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """[r,S] log s(y) = log q_t(y|x)/q_t(z|x)."""
+        """Return the true log ratio, log s(y) = log q_t(y|x)/q_t(z|x) [r,S]."""
         marginal = self.log_marginal(self._log_one_hot(x0), t)
         return _subtract_at(marginal, zt)
 
@@ -614,7 +629,7 @@ class ForwardProcess(ABC):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """[r,S] log s_theta(y), the predicted ratio of the probability of y to that of z_t."""
+        """Return log s_theta(y) [r,S], the predicted log ratio of state y to z_t."""
         if isinstance(prediction, Score):
             return prediction.log_ratio
         marginal = self.log_marginal(prediction.log_mass(0), t)
@@ -626,12 +641,12 @@ class ForwardProcess(ABC):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """[r,V] log of the unnormalized weights of `decode`."""
+        """Return the log of the unnormalized weights of `decode` [r,V]."""
         log_p = self._log_clean(prediction, t)
         return log_p + self.log_likelihood(zt, t).to(log_p.dtype)
 
     def _log_clean(self, prediction: Prediction, t: Tensor) -> Tensor:
-        """[r,V] log of the predicted distribution of the clean token."""
+        """Return the log of the predicted distribution of the clean token [r,V]."""
         if isinstance(prediction, Score):
             return self.tweedie(prediction, t)
         return prediction.log_mass(0)
@@ -643,10 +658,10 @@ def _solve_well_conditioned(
     time_index: Tensor,
     p: Tensor,
 ) -> Tensor:
-    """[r,V] p, replaced by the result of elimination where square [n,S,S] is well conditioned.
+    """Return p [r,V], with elimination instead of iteration where K is well conditioned.
 
-    Early in time elimination keeps the relative accuracy of small probabilities, which evidence of
-    1/t multiplies.
+    Early in time elimination keeps the relative accuracy of small probabilities, and the decoding
+    formulas multiply small probabilities by factors of order 1/t.
     """
     well_conditioned = torch.linalg.cond(square) < WELL_CONDITIONED
     for k in find_rows(well_conditioned).tolist():
@@ -658,12 +673,12 @@ def _solve_well_conditioned(
 
 
 def _is_only_possible_token(log_likelihood: Tensor, x0: Tensor) -> Tensor:
-    """bool [r]: whether x0 is the only token with q_t(z|x) > 0; log_likelihood [r,V]."""
+    """Return bool [r]: whether x0 is the only token with q_t(z|x) > 0."""
     possible = log_likelihood > -torch.inf
     is_unique = possible.sum(-1) == 1
     return is_unique & pick(possible, x0)
 
 
 def _subtract_at(log_values: Tensor, ids: Tensor) -> Tensor:
-    """Subtract from every row [r,S] its value at ids [r]."""
+    """Subtract from every row of a tensor [r,S] its entry at ids [r]."""
     return log_values - log_values.gather(-1, ids.unsqueeze(-1))

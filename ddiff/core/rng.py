@@ -57,9 +57,10 @@ class CounterRng:
         self.group = torch.zeros_like(index) if group is None else group
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:
-        """[B,L] (count 1) or [B,L,count] float64 in [0,1), on the device of `index`.
+        """Return uniforms in [0,1), float64, on the device of `index`.
 
-        `channel` is a name for the use of the numbers; different channels are independent.
+        The shape is [B,L] for count 1, else [B,L,count]. `channel` names the use of the numbers;
+        different channels are independent.
         """
         draws = [self._draw_channel(f"{channel}.{i}") for i in range(count)]
         if count == 1:
@@ -79,7 +80,10 @@ class CounterRng:
         return torch.from_numpy(numbers).to(self.index.device)
 
     def uniform_per_group(self, channel: str) -> Tensor:
-        """[B] float64 in [0,1), one number for all samples of a group in this step."""
+        """Return float64 uniforms [B] in [0,1), one number per group for all its samples.
+
+        The number changes from step to step.
+        """
         groups, place = self.group.unique(return_inverse=True)
         numbers = []
         for group in groups.tolist():
@@ -94,7 +98,7 @@ class CounterRng:
         channel: str,
         count: int,
     ) -> np.ndarray:
-        """[count] uint64 of one sample and channel."""
+        """Return `count` random uint64 numbers of one sample and channel."""
         # Philox counts the blocks of a sample's positions in the first number.
         counter = np.array([0, index, self.step, _hash(channel)], np.uint64)
         key = np.array([self.seed, _hash(self.purpose)], np.uint64)
@@ -102,5 +106,5 @@ class CounterRng:
 
 
 def _hash(name: str) -> int:
-    """Number for a name that never changes between runs or machines."""
+    """Return an integer for a name that is the same in every run and on every machine."""
     return zlib.crc32(name.encode())

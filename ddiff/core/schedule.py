@@ -1,7 +1,8 @@
-"""Schedules: alpha_t, the probability that a token is untouched at time t.
+"""Schedules: alpha_t, the probability that a token is still clean at time t.
 
-A schedule defines one function, alpha. Its derivative comes from it by autograd; a closed form is
-allowed for speed and is tested against autograd.
+A schedule defines one function, alpha. The derivative of alpha is computed by autograd. A subclass
+may override the derivative with a closed form for speed; the conformance kit compares it with
+autograd.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from ddiff.errors import ArgumentError
 
 
 class Schedule(SettingsRepr, ABC):
-    """Probability alpha(t) that a token is untouched at t, decreasing on [0,1].
+    """Probability alpha(t) that a token is still clean at time t, decreasing on [0,1].
 
-    `closes_at_clean` declares alpha(0) = 1, `closes_at_prior` declares alpha(1) = 0; the
+    `closes_at_clean` declares alpha(0) = 1, and `closes_at_prior` declares alpha(1) = 0. The
     conformance kit tests both.
     """
 
@@ -29,24 +30,30 @@ class Schedule(SettingsRepr, ABC):
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """alpha at t, same shape, float64."""
+        """Return alpha(t), float64, in the shape of t."""
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        """d alpha / dt <= 0, from `alpha` by autograd. May be overridden for speed."""
+        """Return d alpha / dt <= 0, by autograd of `alpha`.
+
+        A subclass may override this method with a closed form.
+        """
         with torch.enable_grad():
             time = t.detach().requires_grad_()
             return torch.autograd.grad(self.alpha(time).sum(), time)[0]
 
     def one_minus_alpha(self, t: Tensor) -> Tensor:
-        """1 - alpha(t). May be overridden to stay accurate if alpha is near 1."""
+        """Return 1 - alpha(t).
+
+        A subclass may override this method to stay accurate if alpha is near 1.
+        """
         return 1.0 - self.alpha(t)
 
 
 @final
 class LinearSchedule(Schedule):
-    """alpha = 1 - (1 - floor) t; floor in [0,1).
+    """Linear schedule, alpha = 1 - (1 - floor) t, with floor = alpha(1) in [0,1).
 
-    The log-linear noise of arXiv 2310.16834 and 2406.07524.
+    For floor = 0 this is the log-linear noise of arXiv 2310.16834 and 2406.07524.
     """
 
     def __init__(self, floor: float = 0.0) -> None:
@@ -67,9 +74,9 @@ class LinearSchedule(Schedule):
 
 @final
 class CosineSchedule(Schedule):
-    """alpha = 1 - sin(pi t / 2).
+    """Cosine schedule, alpha = 1 - sin(pi t / 2).
 
-    The cosine schedule of Chang et al. (arXiv 2202.04200), with t = 0 at the clean end.
+    It was proposed by Chang et al. (arXiv 2202.04200); here t = 0 is the clean end.
     """
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -85,7 +92,10 @@ class CosineSchedule(Schedule):
 
 @final
 class PowerSchedule(Schedule):
-    """alpha = 1 - t^power; power > 0. Large powers lose tokens late, small ones early."""
+    """Power schedule, alpha = 1 - t^power, with power > 0.
+
+    With a large power most tokens are lost near t = 1, with a small power near t = 0.
+    """
 
     def __init__(self, power: float = 1.0) -> None:
         if not power > 0:
@@ -105,10 +115,11 @@ class PowerSchedule(Schedule):
 
 @final
 class GeometricSchedule(Schedule):
-    """alpha = exp(-sigma), sigma = sigma_min^(1-t) sigma_max^t; 0 < sigma_min < sigma_max.
+    """Geometric schedule, alpha = exp(-sigma), sigma = sigma_min^(1-t) sigma_max^t.
 
-    The geometric noise of arXiv 2310.16834, which reaches neither end: a share 1 -
-    exp(-sigma_min) is noise at t = 0 already, and exp(-sigma_max) is still clean at t = 1.
+    0 < sigma_min < sigma_max. This is the geometric noise of arXiv 2310.16834. It closes at neither
+    end: the probability of noise at t = 0 is 1 - exp(-sigma_min), and the probability of a clean
+    token at t = 1 is exp(-sigma_max).
     """
 
     closes_at_clean = False
@@ -124,7 +135,7 @@ class GeometricSchedule(Schedule):
         self.sigma_max = sigma_max
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The total noise -ln alpha(t)."""
+        """Return the total noise -ln alpha(t)."""
         return self.sigma_min * torch.exp(self._growth * t)
 
     def alpha(self, t: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Times: the t at which each position is evaluated, and its share of the bound.
+"""Time rules: the time t of each position, and the weight of the position in the bound.
 
-A time rule works in tau, the share of the information that is lost (`ddiff.core.information`): its
-windows are shares of tau and its draws are made in tau. The process's clock, a `TimeChange`, turns
-them into the times t of the formulas.
+A time rule works in tau, the fraction of information that is lost (`ddiff.core.information`): its
+windows are intervals of tau, and its draws are made in tau. The information time of the process, a
+`TimeChange`, turns tau into the time t of the formulas.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Shape = Literal["block", "slide"]
 class Times(NamedTuple):
     """Times at which the positions of a batch are evaluated.
 
-    A sum of speed * density over the positions is an unbiased estimate of the diffusion term.
+    The sum of speed * density over the positions is an unbiased estimate of the diffusion term.
 
     Attributes:
         t: [B,L] float64, the time of each position.
         speed: [B,L] dt_i/dv for a draw with v uniform in [0,1], 0 if the position adds nothing.
-        clean: bool [B,L], whether the position holds its token: it is settled, or this rule does
-            not corrupt it.
-        at_prior: bool [B,L], whether the position holds a draw of the prior and no position that
-            adds to the bound attends to it. None: no position does.
+        clean: bool [B,L], whether the position has its clean token: it is already decoded, or
+            this rule does not corrupt it.
+        at_prior: bool [B,L], whether the position has a draw from the prior and no position that
+            adds to the bound attends to it. None: no position is at the prior.
         block: [1 or B,L] long, block numbers that restrict attention (see `Noisy`). None: every
-            position attends to every other.
-        paired: whether later blocks attend to the clean tokens of earlier ones (`Noisy.memory`).
+            position attends to every other position.
+        paired: whether later blocks attend to the clean tokens of earlier blocks (`Noisy.memory`).
     """
 
     t: Tensor
@@ -50,12 +50,12 @@ class Noisy(NamedTuple):
     Attributes:
         zt: [B,L] states.
         t: [B,L] float64 times, 0 at clean positions.
-        clean: bool [B,L], whether a position holds its token. This is not t = 0: a process that
-            does not close corrupts at t = 0 too, and a prompt never is corrupted.
-        block: [1 or B,L] long. Without it every position attends to every other. With it a position
-            attends to its own and earlier blocks of zt.
-        memory: [B,L] clean tokens. With it a position attends to its own block of zt and to the
-            earlier blocks of the memory, so that the network predicts P(x_i | memory before its
+        clean: bool [B,L], whether a position has its clean token. This is not the same as t = 0:
+            a process that does not close corrupts at t = 0 too, but never a prompt.
+        block: [1 or B,L] long. If None, every position attends to every other position. Otherwise
+            a position attends to its own and earlier blocks of zt.
+        memory: [B,L] clean tokens. If given, a position attends to its own block of zt and to the
+            earlier blocks of the memory. The network then predicts P(x_i | memory before its
             block, its block of zt), and all blocks can be evaluated in one pass.
     """
 
@@ -67,7 +67,10 @@ class Noisy(NamedTuple):
 
 
 class TimeSampler(Protocol):
-    """Draw times for a global batch of `slots` samples, a pure function of the generator."""
+    """Interface of an object that draws times for a global batch of `slots` samples.
+
+    The times are a pure function of the random generator.
+    """
 
     def draw(
         self,
@@ -77,10 +80,10 @@ class TimeSampler(Protocol):
         slots: int | Tensor,
         length: int,
     ) -> Times:
-        """Times for samples that hold the strata `slot` [B] of `slots`.
+        """Draw times for samples in the strata `slot` [B] of `slots` strata.
 
-        Strata are those of a global batch, or of the document of each sample. `clock` is the
-        process's: t and dt/dtau at a share tau of lost information.
+        Strata divide a global batch, or the draws of one document. `clock` is the information time
+        of the process: it gives t and dt/dtau at each tau.
         """
 
     def ends(
@@ -91,15 +94,15 @@ class TimeSampler(Protocol):
         slots: int | Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        """Times of the decoding term and of the closing term; speed is the weight of a position.
+        """Return the times of the decoding term and of the closing term, with weights as `speed`.
 
-        In the closing term exactly the positions with speed > 0 hold draws of the prior, the others
-        are at their times.
+        In the closing term, exactly the positions with speed > 0 have draws from the prior. The
+        other positions have the states of their times.
         """
 
 
 class TimeRule(TimeSampler, Protocol):
-    """Time sampler with the path that it draws from."""
+    """Time sampler that also defines the path from which it draws."""
 
     def at(
         self,
@@ -107,9 +110,9 @@ class TimeRule(TimeSampler, Protocol):
         tau: Tensor,
         length: int,
     ) -> Times:
-        """State of the path at tau [B] in [0,1]: 0 all settled, 1 all at the prior.
+        """Return the state of the path at tau [B] in [0,1], which samplers follow.
 
-        Samplers follow this path.
+        All positions are decoded at tau = 0 and at the prior at tau = 1.
         """
 
     def with_window(
@@ -118,17 +121,20 @@ class TimeRule(TimeSampler, Protocol):
         stop: float,
         tokens: int = 16,
     ) -> TimeRule:
-        """The same rule on another window of tau, with draws for sequences of `tokens` tokens."""
+        """Return the same rule on another window of tau.
+
+        The draws have the least variance for sequences of `tokens` tokens.
+        """
 
 
 @final
 class FlatTimes:
-    """One tau per sequence in [start, stop], stratified: slot i of n has its stratum.
+    """One tau per sequence in [start, stop], stratified over the slots of a batch.
 
-    Strata are dealt out in van der Corput order, so that every contiguous share of the slots (a
-    rank, a micro-batch) gets times from the whole window. `tokens` is the sequence length for
-    which the density of draws has the least variance; it is not the length of the batch, so that
-    the times of a sequence do not depend on its padding.
+    Strata are assigned to slots in van der Corput order, so that every contiguous fraction of the
+    slots (a rank, a micro-batch) gets times from the whole window. `tokens` is the sequence length
+    for which the density of draws has the least variance. It is not the length of the batch, so
+    that the times of a sequence do not depend on its padding.
     """
 
     def __init__(
@@ -193,19 +199,22 @@ class FlatTimes:
 
 @final
 class WindowTimes:
-    """A window of `width` positions is denoised at a time, from left to right.
+    """Window of `width` positions that are denoised together, from left to right.
 
-    Positions before the window are settled, positions after it are at the prior.
+    Positions before the window are clean. Positions after the window are at the prior.
 
-    "block": windows next to each other, all positions of one at the same time (arXiv 2503.09573;
-    width 1 is autoregression, width L one t for all). "slide": the window slides from left to
-    right, and tau rises along it from the settled side to the side at the prior (arXiv 2504.06416).
-    In both a position passes once through [start, stop], and its path is part of a path of the
-    whole sequence, so the sum is a bound for any process.
+    "block": windows next to each other; all positions of one window have the same time (arXiv
+    2503.09573). Width 1 is autoregression, width L one time for the whole sequence.
 
-    `paired` evaluates every window in one pass, each next to the clean tokens before it
-    (`Noisy.memory`). Without it one window of the sequence is evaluated and counts for all of them:
-    no wider input, but more variance.
+    "slide": the window slides from left to right, and tau rises along the window from its left edge
+    to its right edge (arXiv 2504.06416).
+
+    In both shapes each position passes once through [start, stop] along a path of the whole
+    sequence, so the sum over positions is a bound for any process.
+
+    `paired` evaluates all windows in one pass, each next to the clean tokens before it
+    (`Noisy.memory`). Without `paired`, one random window of the sequence is evaluated and
+    represents all windows: the input is half as wide, but the variance is higher.
     """
 
     def __init__(
@@ -300,7 +309,7 @@ class WindowTimes:
         v: Tensor,
         length: int,
     ) -> Times:
-        """Every block at its own v [B,count]."""
+        """Return times with every block at its own v [B,count]."""
         window = self._window_numbers(length, v.device)
         t, speed = clock.draw(v, self.start, self.stop, self.width)
         block_of_position = window[0]
@@ -316,7 +325,7 @@ class WindowTimes:
         offset: Tensor,
         length: int,
     ) -> Times:
-        """Every window of a slide.
+        """Return times with every window of a slide at its own offset.
 
         `offset` [B,1] in [0, width) is the part of the first window beyond the left edge.
         """
@@ -326,7 +335,7 @@ class WindowTimes:
         return self._paired_times(t, speed, window)
 
     def _at_share(self, clock: TimeChange, share: Tensor) -> tuple[Tensor, Tensor]:
-        """t and dt/dshare at a share in [0,1] of the way from start to stop."""
+        """Return t and dt/dshare at a fraction `share` in [0,1] of the way from start to stop."""
         t, speed = clock.at(self.start + (self.stop - self.start) * share)
         return t, speed * (self.stop - self.start)
 
@@ -383,7 +392,10 @@ class WindowTimes:
         current: Tensor,
         length: int,
     ) -> Times:
-        """[B,1] each: block `current` is at t, earlier blocks are clean, later at the prior."""
+        """Return times with block `current` at t.
+
+        Earlier blocks are clean, later blocks are at the prior.
+        """
         window = self._window_numbers(length, t.device)
         wide = torch.zeros_like(window, dtype=t.dtype)
         return self._one_open_window(
@@ -402,7 +414,7 @@ class WindowTimes:
         at_prior: Tensor,
         block: Tensor,
     ) -> Times:
-        """Times of sequences with one open window, which counts for all windows."""
+        """Return times of sequences with one open window, which represents all windows."""
         t = t.masked_fill(clean, 0.0).masked_fill(at_prior, 1.0)
         speed = speed.masked_fill(clean | at_prior, 0.0)
         return Times(
@@ -444,7 +456,11 @@ class WindowTimes:
         slot: Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        """A position settles when first in its window, and leaves the prior when last."""
+        """Return the ends of all positions of a paired slide.
+
+        A position is decoded when it is the first of its window, and leaves the prior when it is
+        the last.
+        """
         place = torch.arange(length, device=slot.device)
         shift = (rng.uniform("window")[:, :1] * self.width).floor()
         first = self._all_slides(clock, shift, length)
@@ -465,7 +481,7 @@ class WindowTimes:
         slot: Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        """Ends of one randomly chosen position, which counts for all positions."""
+        """Return the ends of one randomly chosen position, which represents all positions."""
         place = torch.arange(length, device=slot.device)
         chosen = (rng.uniform("window")[:, :1] * length).floor()
         # The chosen position is decoded while the next one is still at the prior ...
@@ -497,7 +513,7 @@ class WindowTimes:
         )
 
     def _window_numbers(self, length: int, device: torch.device) -> Tensor:
-        """[1,L] window of each position."""
+        """Return the number of the window of each position, [1,L]."""
         return (torch.arange(length, device=device) // self.width).unsqueeze(0)
 
     def _num_windows(self, length: int) -> int:
@@ -512,15 +528,15 @@ def _check_window(name: str, start: float, stop: float) -> None:
 
 
 def _window_numbers_at(depth: Tensor) -> Tensor:
-    """Window numbers by depth in units of windows: the open window holds depths (0, 1].
+    """Return window numbers from depths in units of windows: the open window is at depths (0, 1].
 
-    Before and after it windows follow each other as if all were open.
+    Windows before and after the open window are numbered as if all were open.
     """
     return depth.ceil().long() - 1
 
 
 def _with_weight(times: Times, counted: Tensor, weight: float) -> Times:
-    """Give the counted positions a weight, and the others 0."""
+    """Return times that give the counted positions the given weight, and the others 0."""
     speed = torch.where(counted, weight, 0.0)
     return times._replace(speed=speed.to(times.t))
 
@@ -530,7 +546,7 @@ def _all_false(like: Tensor) -> Tensor:
 
 
 def _full_attention_times(t: Tensor, speed: Tensor) -> Times:
-    """Times without clean positions, without positions at the prior and without blocks."""
+    """Return times without clean positions, positions at the prior, or blocks."""
     return Times(t, speed, _all_false(t))
 
 
@@ -538,10 +554,10 @@ def _full_attention_times(t: Tensor, speed: Tensor) -> Times:
 
 
 def stratified(u: Tensor, stratum: Tensor, strata: int | Tensor) -> Tensor:
-    """[B,k] uniforms and strata -> [B,k] numbers in [0,1), each in its stratum of `strata`.
+    """Move uniforms [B,k] into strata: numbers [B,k] in [0,1), each within its stratum.
 
-    `strata` is one number, or [B]. Strata are dealt out in van der Corput order, so that a
-    contiguous share of them covers the whole interval evenly.
+    `strata` is the number of strata, or one number per sample [B]. Strata are assigned in van der
+    Corput order, so that a contiguous fraction of them covers the whole interval evenly.
     """
     counts = torch.as_tensor(strata, device=stratum.device)
     if counts.dim():
@@ -551,7 +567,7 @@ def stratified(u: Tensor, stratum: Tensor, strata: int | Tensor) -> Tensor:
 
 
 def _one_per_sample(rng: CounterRng, slot: Tensor, slots: int | Tensor) -> Tensor:
-    """[B,1] one stratified number per sample."""
+    """Return one stratified number per sample, [B,1]."""
     u = rng.uniform("time")[:, :1]
     return stratified(u, slot.unsqueeze(-1), slots)
 
@@ -562,12 +578,12 @@ def jointly_stratified(
     slots: int | Tensor,
     count: int,
 ) -> Tensor:
-    """[B,count] numbers in [0,1), one for each of `count` windows of samples with strata `slot`.
+    """Return numbers in [0,1) [B,count], one for each of the `count` windows of each sample.
 
     The windows of a sample are evenly spaced. Each window is stratified over the slots, and all
-    windows of all slots together, one in each of slots * count cells. The cells are rotated by a
-    number that is shared within a group, since otherwise a window would only get one cell of each
-    of its strata.
+    windows of all slots are stratified together, with one number in each of slots * count cells.
+    The cells are rotated by a random number per group; without this rotation a window would only
+    use one cell of each of its strata.
     """
     u = rng.uniform("time")[:, :1]
     if count == 1:
@@ -584,7 +600,7 @@ def jointly_stratified(
 
 
 def _van_der_corput_rank(stratum: Tensor, counts: Tensor) -> Tensor:
-    """[B,k] place of each stratum in the van der Corput order of its number of strata."""
+    """Return the place of each stratum [B,k] in the van der Corput order of its strata."""
     rank = torch.zeros_like(stratum)
     for count in counts.unique().tolist():
         order = van_der_corput_order(count).to(stratum)
@@ -593,7 +609,7 @@ def _van_der_corput_rank(stratum: Tensor, counts: Tensor) -> Tensor:
 
 
 def van_der_corput_order(count: int) -> Tensor:
-    """[count] permutation of 0..count-1: the ranks of the bit-reversed indices."""
+    """Return the permutation [count] of 0..count-1 by the ranks of the bit-reversed indices."""
     bits = max(count - 1, 1).bit_length()
     index = torch.arange(count)
     reversed_index = torch.zeros_like(index)

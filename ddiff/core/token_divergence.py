@@ -1,4 +1,4 @@
-"""Sum over tokens in the KL divergence of the interpolating family, with its gradient by hand."""
+"""Sum over tokens in the KL divergence of the interpolating family, with explicit gradient."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class TokenDivergence(torch.autograd.Function):
-    """[r] sum over tokens y != x of b_y phi(alpha p_y / b_y), with phi(v) = v - ln(1 + v).
+    """Sum over tokens y != x of b_y phi(alpha p_y / b_y) per row, with phi(v) = v - ln(1 + v).
 
-    b is the noise and alpha the share of the clean token; a term with b_y = 0 is alpha p_y. Also
-    returns ln p_x and ln p_z. log_p [r,V], alpha [r,1], noise [r,1] or [r,V], x0 and z [r] tokens.
+    b is the noise, alpha the probability that the token is clean, and p the predicted distribution.
+    A term with b_y = 0 is alpha p_y. The function also returns ln p_x and ln p_z. log_p is [r,V],
+    alpha [r,1], noise [r,1] or [r,V]; x0 and z are tokens [r].
 
-    Autograd would keep every intermediate result, and add one gradient as wide as the vocabulary
-    for each token that is read. The derivative by ln p_y is b v^2 / (1 + v) with v = alpha p_y /
-    b_y.
+    Autograd would store every intermediate result, and would add one gradient of width V for each
+    token that is read. The derivative by ln p_y is b v^2 / (1 + v) with v = alpha p_y / b_y.
     """
 
     @staticmethod

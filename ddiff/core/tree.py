@@ -1,23 +1,24 @@
 """Tree family: a position moves from its token to ever coarser nodes; the root is the mask.
 
-One level above the tokens is masked diffusion (arXiv 2406.07524), two levels the hierarchical
-model of arXiv 2510.08632; any number of levels works. Parents may be stochastic: level l is
-entered at the own parent with probability xi_l and at each other node with (1 - xi_l)/(n_l - 1).
+One level above the tokens is masked diffusion (arXiv 2406.07524), two levels the hierarchical model
+of arXiv 2510.08632. Any number of levels is possible. Parents may be stochastic: level l is entered
+at the own parent with probability xi_l, and at each other of its n_l nodes with probability (1 -
+xi_l)/(n_l - 1).
 
-Notation: pi_l(t) is the probability of level l at time t and F_l(t) = sum_{j>=l} pi_j(t)
-(`ddiff.core.clock`); anc_j(y) the ancestor of y at level j; kappa_ij(y,z) the probability of node
-z when a position moves from node y of level i to level j. It is split into a part A_ij at the
-ancestor of y, and a remainder r_ij that does not depend on y:
+Notation: pi_l(t) is the probability of level l at time t, and F_l(t) = sum_{j>=l} pi_j(t)
+(`ddiff.core.clock`). anc_j(y) is the ancestor of y at level j. kappa_ij(y,z) is the probability of
+node z when a position moves from node y of level i to level j. kappa is the sum of a part A_ij at
+the ancestor of y and a remainder r_ij that does not depend on y:
 
     kappa_ij(y,z) = A_ij 1[anc_j(y) = z] + r_ij(z)
     q_t(z|x)      = pi_j(t) kappa_0j(x,z)                     j the level of z
     density       = (F_l'/pi_l) KL( P(y | z,x) || P(y | z) )  y one level below z, l the level of z
 
-P(y | z) is under the predicted distribution. For xi = 1 and a_l = anc_l(x) the density is
+P(y | z) is computed from the predicted distribution. For xi = 1 and a_l = anc_l(x) the density is
 
     (F_l'/pi_l) (-ln P(a_{l-1} | a_l)).
 
-It is a true bound for xi < 1 too, unlike the published one.
+The density gives a true bound for xi < 1 too, unlike the published formula.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ DECODING = ("bayes", "within", "between", "free")
 
 
 class StochasticParents:
-    """kappa_ij for all pairs of levels, from xi_l per level (1 if a level has one node).
+    """kappa_ij for all pairs of levels, from the xi of each level (1 if a level has one node).
 
-    `sure[i][j]` is the number A_ij; `stray[i][j]` the vector r_ij [n_j] in the id order of level
-    j, or None if it is zero. `is_deterministic` says that all xi are 1.
+    `sure[i][j]` is the number A_ij. `stray[i][j]` is the vector r_ij over the nodes of level j in
+    id order, or None if it is zero. `is_deterministic` is true if all xi are 1.
     """
 
     def __init__(self, vocabulary: Vocabulary, xi: Sequence[float]) -> None:
@@ -90,7 +91,7 @@ class StochasticParents:
     def _add_level(self, i: int, j: int) -> None:
         """Extend kappa from level j-1 to j: p -> a push(p) + b, a = xi - b, b = (1 - xi)/(n - 1).
 
-        push(p) moves the mass of each node to its own parent.
+        push(p) moves the probability of each node to its own parent.
         """
         size = self.vocabulary.level_sizes[j]
         xi = self.xi[j - 1]
@@ -107,7 +108,7 @@ class StochasticParents:
         self.stray[i][j] = a * pushed + b
 
     def _table_from_tokens(self, level: int) -> Tensor:
-        """[2,n] A_0l and r_0l(z) for the nodes z of a level."""
+        """Return A_0l and r_0l(z) [2,n] for the n nodes z of a level."""
         stray = self.stray[0][level]
         if stray is None:
             stray = torch.zeros(self.vocabulary.level_sizes[level], dtype=torch.float64)
@@ -115,7 +116,7 @@ class StochasticParents:
         return torch.stack([sure, stray])
 
     def from_tokens(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """[r], [r] A_0l and r_0l(z) for ids z of any level l."""
+        """Return A_0l and r_0l(z) per row, for ids z of any level l."""
         sure, stray = self._from_tokens.on(z.device)[:, z]
         return sure, stray
 
@@ -126,7 +127,7 @@ class StochasticParents:
         y: Tensor,
         z: Tensor,
     ) -> Tensor:
-        """[r] kappa_ij(y,z) for ids y of level i and z of level j."""
+        """Return kappa_ij(y,z) per row, for ids y of level i and z of level j."""
         is_ancestor = self.vocabulary.ancestor(y, j) == z
         sure = self.sure[i][j] * is_ancestor.double()
         return sure + self.stray_at(i, j, z)
@@ -137,7 +138,7 @@ class StochasticParents:
         j: int,
         z: Tensor,
     ) -> Tensor:
-        """[r] r_ij(z) for ids z of level j."""
+        """Return r_ij(z) per row, for ids z of level j."""
         stray = self._stray_constants[i][j]
         if stray is None:
             return torch.zeros(z.shape, dtype=torch.float64, device=z.device)
@@ -149,10 +150,10 @@ class StochasticParents:
         j: int,
         log_mass: Tensor,
     ) -> Tensor:
-        """[r,n_j] log distribution at level j, from that of the ancestors at level j.
+        """Return the log distribution of the state at level j, from that of its ancestors.
 
-        `log_mass` [r,n_j] is the log-probability of each node of level j to be the ancestor of the
-        state, which is at level i.
+        `log_mass` [r,n_j] is the log-probability of each of the n_j nodes of level j to be the
+        ancestor of the state, which is at level i.
         """
         stray = self._stray_constants[i][j]
         if stray is None:
@@ -165,7 +166,7 @@ class StochasticParents:
 class TreeKernel(Kernel):
     """Kernel on a tree: `levels` [r,L+1,L+1] between levels, `parents` between nodes of two levels.
 
-    Block upper triangular, since a position only moves to higher levels.
+    The kernel is block upper triangular, since a position only moves to higher levels.
     """
 
     def __init__(self, levels: Tensor, parents: StochasticParents) -> None:
@@ -212,7 +213,7 @@ class TreeKernel(Kernel):
         j: int,
         entries: Tensor,
     ) -> None:
-        """Write the entries of the rows at the nodes, flat, times the level kernel K_ij."""
+        """Write the entries at the rows' nodes (flat), times the level kernel K_ij."""
         block = entries.reshape(len(rows), len(nodes))
         weight = self.levels[rows, i, j].unsqueeze(-1)
         values[rows.unsqueeze(-1), nodes] = weight * block
@@ -226,7 +227,7 @@ class TreeKernel(Kernel):
         )
 
     def _level_pairs(self) -> list[tuple[int, int]]:
-        """All pairs of a level i and a level j >= i."""
+        """Return all pairs of a level i and a level j >= i."""
         count = self.parents.vocabulary.num_levels + 1
         return [(i, j) for i in range(count) for j in range(i, count)]
 
@@ -236,7 +237,7 @@ class TreeKernel(Kernel):
         own_level: int,
         other_level: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows with ids at `own_level`, all nodes of `other_level`, and the pairs of both, flat."""
+        """Return the rows at `own_level`, all nodes of `other_level`, and their flat pairs."""
         vocabulary = self.parents.vocabulary
         rows = find_rows(vocabulary.level_of(ids) == own_level)
         nodes = _level_ids(vocabulary, other_level, ids.device)
@@ -255,7 +256,10 @@ class TreeKernel(Kernel):
         return torch.cat(levels, -1)
 
     def solve(self, vector: Tensor) -> Tensor:
-        """Level by level from the tokens up: x_j = (v_j - sum_{i<j} K_ij push(x_i)) / K_jj."""
+        """Solve x K = v level by level, from the tokens up.
+
+        x_j = (v_j - sum_{i<j} K_ij push(x_i)) / K_jj.
+        """
         vocabulary = self.parents.vocabulary
         diagonal = self.levels.diagonal(dim1=-2, dim2=-1)
         require_invertible((diagonal == 0).any(-1), type(self).__name__)
@@ -276,7 +280,7 @@ class TreeKernel(Kernel):
         i: int,
         j: int,
     ) -> Tensor:
-        """[r,n_j] the part of `vector` at level i, moved to level j by kappa_ij."""
+        """Return `vector` at level i, moved to the n_j nodes of level j by kappa_ij."""
         vocabulary = self.parents.vocabulary
         block = vector[:, _level_slice(vocabulary, i)]
         ids = _level_ids(vocabulary, i, vector.device)
@@ -293,16 +297,20 @@ class TreeKernel(Kernel):
 
 
 class TreeProcess(ForwardProcess):
-    """Tokens move up a vocabulary tree by a level clock, with stochastic parents if xi < 1.
+    """Process that moves tokens up a vocabulary tree by a level clock.
+
+    Parents are stochastic if xi < 1.
 
     Args:
         vocabulary: at least one level above the tokens.
-        clock: when a position moves up; as many levels as the vocabulary.
+        clock: distribution of the times at which a position moves up, with as many levels as the
+            vocabulary.
         xi: probability of the own parent, one number in (0,1] for every level with several nodes,
-            or one per level 1..L.
-        decoding: how a step draws below a node if xi < 1. `bayes` is the exact posterior; `within`
-            stays among the tokens below the node; `between` gives these the mass xi and the others
-            1 - xi, each in proportion to the predicted distribution; `free` ignores the node.
+            or one number per level 1..L.
+        decoding: rule by which a step draws below a node if xi < 1. `bayes` is the exact posterior.
+            `within` draws only tokens below the node. `between` gives the tokens below the node
+            the probability xi and all other tokens 1 - xi, each in proportion to the predicted
+            distribution. `free` ignores the node.
     """
 
     has_events = True
@@ -447,23 +455,29 @@ class TreeProcess(ForwardProcess):
         return (pi * kappa).log()
 
     def from_clean(self, t: Tensor) -> Kernel:
-        """As `transition(0, t)`, with pi(t) for the levels that a token reaches."""
+        """Return the operator from the clean token to z_t, with pi(t) as its first level row.
+
+        The other rows are those of `transition(0, t)`.
+        """
         # Cloned, since it is written to, and the clock may keep or share its tensor.
         levels = self.clock.transition(torch.zeros_like(t), t).clone()
         levels[:, 0] = self.clock.pi(t)
         return TreeKernel(levels, self.parents)
 
     def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
-        """[r] pi_0(t)."""
+        """Return pi_0(t) per row [r]."""
         return self._level_probability(x0, t)
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """Shares of the score among tokens: no other token becomes x, so q_t-bar(x) = pi_0 p(x)."""
+        """Return the log of the score normalized over the tokens.
+
+        No other token can become x, so q_t-bar(x) = pi_0 p(x).
+        """
         at_tokens = score.log_ratio[:, : self.vocabulary.num_tokens]
         return log_normalize(at_tokens.double())
 
     def _level_probability(self, zt: Tensor, t: Tensor) -> Tensor:
-        """[r] pi_l(t), l the level of z_t."""
+        """Return pi_l(t) per row, with l the level of z_t."""
         pi = evaluate_per_time(self.clock.pi, t)
         return pick(pi, self.vocabulary.level_of(zt))
 
@@ -475,9 +489,9 @@ class TreeProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """F_l'/pi_l, the total true reverse rate; 0 at tokens.
+        """Return F_l'/pi_l, the total true reverse rate; 0 at tokens.
 
-        E[weight 1{level l}] = 1 per level if the clock closes.
+        If the clock closes, the expected integral of the weight over the times at level l is 1.
         """
         level = self.vocabulary.level_of(zt)
         t = interior(t)
@@ -494,7 +508,7 @@ class TreeProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """KL( P(y | z,x) || P(y | z) ), y the state one level below z; 0 at tokens."""
+        """Return KL( P(y | z,x) || P(y | z) ), with y the state one level below z; 0 at tokens."""
         if isinstance(prediction, Score):
             return super().divergence(prediction, x0, zt, t)
         return self._kl_below(prediction, x0, zt, self.vocabulary.level_of(zt))
@@ -521,7 +535,7 @@ class TreeProcess(ForwardProcess):
         zt: Tensor,
         level: Tensor,
     ) -> Tensor:
-        """[r] KL( P(y | z,x) || P(y | z) ), y the state one level below z; 0 at tokens."""
+        """Return KL( P(y | z,x) || P(y | z) ), with y the state one level below z; 0 at tokens."""
         # For xi = 1, x determines y, and the divergence is -ln P(y | z).
         if self.parents.is_deterministic:
             child = self.vocabulary.ancestor(x0, (level - 1).clamp(min=0))
@@ -551,7 +565,7 @@ class TreeProcess(ForwardProcess):
         zt: Tensor,
         level: int,
     ) -> Tensor:
-        """[r] the divergence at one level >= 2, where x determines y only up to kappa."""
+        """Return the divergence at one level >= 2, at which x determines y only up to kappa."""
         below = level - 1
         log_mass = dist.log_mass(below)
         nodes = _level_ids(self.vocabulary, below, zt.device)
@@ -578,7 +592,7 @@ class TreeProcess(ForwardProcess):
         nodes: Tensor,
         zt: Tensor,
     ) -> Tensor:
-        """[r,n_i] kappa_ij(y, z_t) for all nodes y of level i."""
+        """Return kappa_ij(y, z_t) [r,n_i] for all n_i nodes y of level i."""
         is_ancestor = self.vocabulary.ancestor(nodes, j) == zt.unsqueeze(-1)
         stray = self.parents.stray_at(i, j, zt).unsqueeze(-1)
         return self.parents.sure[i][j] * is_ancestor.double() + stray
@@ -589,10 +603,10 @@ class TreeProcess(ForwardProcess):
         x0: Tensor,
         zt: Tensor,
     ) -> Tensor:
-        """[r] -ln P(x0 | z_t) for xi < 1; 0 at tokens.
+        """Return -ln P(x0 | z_t) per row for xi < 1; 0 at tokens.
 
-        = ln( A P(z) + r(z) ) - ln( (A 1[anc(x0) = z] + r(z)) p(x0) ), with P(z) the predicted
-        mass of the tokens below z.
+        The value is ln( A P(z) + r(z) ) - ln( (A 1[anc(x0) = z] + r(z)) p(x0) ), with P(z) the
+        predicted probability of the tokens below z.
         """
         level = self.vocabulary.level_of(zt)
         is_token = level == 0
@@ -631,7 +645,7 @@ class TreeProcess(ForwardProcess):
         x0: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """sum_l pi_l(t) (-ln P(anc_l(x0))) below the root, for xi = 1."""
+        """Return sum_l pi_l(t) (-ln P(anc_l(x0))) over the levels below the root, for xi = 1."""
         if isinstance(prediction, Score) or not self.parents.is_deterministic:
             return super().closing_kl(prediction, x0, t)
         pi = self.clock.pi(t)
@@ -664,11 +678,17 @@ class TreeProcess(ForwardProcess):
     # ------------------------------------------------------------------ information
 
     def information(self, t: Tensor) -> Tensor:
-        """sum_l pi_l(t) I(X; node at level l): the level itself carries no information."""
+        """Return sum_l pi_l(t) I(X; node at level l).
+
+        The level itself carries no information on the token.
+        """
         return self.clock.pi(t) @ self._level_information
 
     def information_lost(self, t: Tensor) -> Tensor:
-        """sum_l (pi_l(t) - pi_l(0)) (I(X; X) - I(X; node at level l)): no term cancels another."""
+        """Return sum_l (pi_l(t) - pi_l(0)) (I(X; X) - I(X; node at level l)).
+
+        All terms are positive, so the sum has no cancellation.
+        """
         levels = self._level_information
         start = torch.zeros_like(t)
         gained = self.clock.pi(t) - self.clock.pi(start)
@@ -679,7 +699,10 @@ class TreeProcess(ForwardProcess):
 
     @cached_property
     def _level_information(self) -> Tensor:
-        """[L+1] I(X; node at level l) in nats, X uniform over the tokens, node ~ kappa_0l(X, .)."""
+        """Return I(X; node at level l) for l = 0..L in nats.
+
+        X is uniform over the tokens, and the node is drawn from kappa_0l(X, .).
+        """
         reference = uniform_reference(self.vocabulary.num_tokens)
         dist = DenseDistribution(reference, self.vocabulary)
         values = []
@@ -689,7 +712,10 @@ class TreeProcess(ForwardProcess):
         return torch.stack(values)
 
     def _information_at(self, level: int, mass: Tensor) -> Tensor:
-        """H(node) - H(node | X), with `mass` [n] the probability that a node is the ancestor."""
+        """Return H(node) - H(node | X) in nats.
+
+        `mass` [n] is the probability of each node to be the ancestor of the token X.
+        """
         stray = self.parents.stray[0][level]
         if stray is None:
             return -torch.special.xlogy(mass, mass).sum()
@@ -764,9 +790,10 @@ class TreeProcess(ForwardProcess):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Time at which the row entered its level; events go one level down at the rate F_l'/pi_l.
+        """Draw the time at which the row entered its level, without a network.
 
-        That rate does not depend on the network.
+        An event moves a row one level down, at the rate F_l'/pi_l, which does not depend on the
+        network.
         """
         level = self.vocabulary.level_of(zt)
         s = torch.zeros_like(t)
@@ -824,9 +851,9 @@ class TreeProcess(ForwardProcess):
         draw: Callable[..., Tensor],
         *per_row: Tensor,
     ) -> Tensor:
-        """Replace z_t by draw(prediction, z_t, *per_row) if the target level is below it.
+        """Replace z_t by draw(prediction, z_t, *per_row) if the target level is below its level.
 
-        No other row is queried.
+        Rows that keep their level are not queried.
         """
         moving = find_rows(target < self.vocabulary.level_of(zt))
         zs = zt.clone()
@@ -874,7 +901,10 @@ class TreeProcess(ForwardProcess):
         i: int,
         j: int,
     ) -> Tensor:
-        """[r,n_i] unnormalized distribution of the state at level i below z_t at level j."""
+        """Return unnormalized probabilities [r,n_i] of the nodes at level i.
+
+        The state z_t at level j moves down to one of these nodes.
+        """
         nodes = _level_ids(self.vocabulary, i, zt.device)
         if self.decoding == "bayes":
             kappa = self._kappa_to(i, j, nodes, zt)
@@ -906,18 +936,21 @@ class TreeProcess(ForwardProcess):
 
 
 def _level_slice(vocabulary: Vocabulary, level: int) -> slice:
-    """Ids of a level."""
+    """Return the ids of a level as a slice."""
     offset = vocabulary.offsets[level]
     return slice(offset, offset + vocabulary.level_sizes[level])
 
 
 def _level_ids(vocabulary: Vocabulary, level: int, device: torch.device) -> Tensor:
-    """[n] ids of a level."""
+    """Return the ids of a level as a tensor [n]."""
     return vocabulary.offsets[level] + torch.arange(vocabulary.level_sizes[level], device=device)
 
 
 def _check_xi(xi: float | Sequence[float], num_levels: int) -> tuple[float, ...]:
-    """One xi per level, 1 for a root that is not listed; ArgumentError if they do not fit."""
+    """Return one xi per level, with 1 for a root that is not listed.
+
+    Raises ArgumentError if the number of values or their range does not fit.
+    """
     if isinstance(xi, (int, float)):
         values = (float(xi),) * num_levels
     else:

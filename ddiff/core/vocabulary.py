@@ -34,17 +34,17 @@ class Vocabulary:
     """States of one position: tokens 0..V-1, then the nodes of each level, the root (= mask) last.
 
     Attributes:
-        num_tokens: V.
-        num_states: S.
-        num_levels: L, the number of levels above the tokens.
-        level_sizes: (V, n_1, ..., n_L).
+        num_tokens: number of tokens, V.
+        num_states: number of states, S.
+        num_levels: number of levels above the tokens, L.
+        level_sizes: number of nodes of each level, (V, n_1, ..., n_L).
         offsets: id of the first node of each level.
-        mask_id: the root; None if L = 0.
-        root: id of the root; if L = 0 it is S, which stands for the whole and is no state.
+        mask_id: id of the root; None if L = 0.
+        root: id of the root. If L = 0, the id S stands for all tokens together and is no state.
         parents: for each level below the root, the index of each node's parent in the next level.
-        centroids: per level above the tokens [n_l,d] or None, if known.
+        centroids: centroids [n_l,d] or None for each level above the tokens; None if unknown.
         fingerprint: hash of the tree.
-        tokenizer_fingerprint: of the tokenizer that it was built for, if known.
+        tokenizer_fingerprint: fingerprint of the tokenizer of these tokens, or None.
     """
 
     def __init__(
@@ -71,23 +71,32 @@ class Vocabulary:
         self._tables = {name: Constant(table) for name, table in _build_tables(self).items()}
 
     def _table(self, name: str, device: torch.device) -> Tensor:
-        """A named table on a device."""
+        """Return a named table on a device."""
         return self._tables[name].on(device)
 
     def level_of(self, ids: Tensor) -> Tensor:
-        """Level of each id, 0..L; any shape. Without a mask, `root` is at level 1."""
+        """Return the level 0..L of each id, in the shape of `ids`.
+
+        Without a mask, the id `root` is at level 1.
+        """
         return self._table("level", ids.device)[ids]
 
     def ancestor(self, ids: Tensor, level: int | Tensor) -> Tensor:
-        """Id at `level` that each id is below (or equal to); -1 if its own level is higher."""
+        """Return the ancestor of each id at `level`, which is the id itself at its own level.
+
+        The result is -1 if the id's own level is higher than `level`.
+        """
         return self._table("ancestor", ids.device)[ids, level]
 
     def parent(self, ids: Tensor) -> Tensor:
-        """Parent of each id; the root is its own. Without a mask, `root` is that of all tokens."""
+        """Return the parent of each id; the root is its own parent.
+
+        Without a mask, `root` is the parent of all tokens.
+        """
         return self._table("parent", ids.device)[ids]
 
     def children(self, node: int) -> Tensor:
-        """Ids one level below `node` in tree order; none for a token."""
+        """Return the ids one level below `node` in tree order; a token has none."""
         below = int(self.level_of(torch.tensor(node))) - 1
         if below < 0:
             return torch.empty(0, dtype=torch.long)
@@ -95,28 +104,34 @@ class Vocabulary:
         return self.order(below)[int(start) : int(stop)]
 
     def num_children(self, ids: Tensor) -> Tensor:
-        """Number of ids one level below each id; 0 for tokens."""
+        """Return the number of ids one level below each id; 0 for tokens."""
         return self._table("num_children", ids.device)[ids]
 
     def order(self, level: int, device: torch.device | None = None) -> Tensor:
-        """[n_l] ids of a level in tree order."""
+        """Return the ids of a level in tree order, [n] for a level of n nodes."""
         return self._table(f"order{level}", device or torch.device("cpu"))
 
     def position(self, level: int, device: torch.device | None = None) -> Tensor:
-        """[n_l] place in `order(level)` of each node of the level, by its index in the level."""
+        """Return the place in `order(level)` of each node of the level.
+
+        The nodes are indexed by their number within the level.
+        """
         return self._table(f"position{level}", device or torch.device("cpu"))
 
     def node_range(self, ids: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """First and one-past-last place in `order(level)` of the nodes below each id.
+        """Return the first and one-past-last place in `order(level)` of the nodes below each id.
 
-        At its own level a node has itself in its range. `root` covers the level. Nodes under
-        `level` have an empty range.
+        A node at `level` has the range of itself. The range of `root` is the whole level. A node at
+        a lower level than `level` has an empty range.
         """
         table = self._table(f"range{level}", ids.device)[ids]
         return table[..., 0], table[..., 1]
 
     def subtree(self, node: int) -> tuple[slice, ...]:
-        """Places below one node in the order of each level under it, from level 0; cached."""
+        """Return the places below one node in the order of each level under it, from level 0.
+
+        The result is cached.
+        """
         if node not in self._subtrees:
             ids = torch.tensor(node)
             slices = []
@@ -142,9 +157,9 @@ class Vocabulary:
 
     @staticmethod
     def load(path: str) -> Vocabulary:
-        """Read a file written by `save`.
+        """Read a vocabulary file written by `save`.
 
-        DataError if the file is not a vocabulary or its tree does not match its fingerprint.
+        Raises DataError if the file is not a vocabulary or its tree does not match its fingerprint.
         """
         try:
             with fsspec.open(path, "rb") as file:
@@ -172,7 +187,7 @@ class Vocabulary:
 
 @final
 class FlatVocabulary(Vocabulary):
-    """V tokens and, unless `mask=False`, one mask: the tree of one level."""
+    """V tokens and, unless `mask=False`, one mask, which is the root of a tree of one level."""
 
     def __init__(
         self,
@@ -190,9 +205,9 @@ class FlatVocabulary(Vocabulary):
 class HierarchicalVocabulary(Vocabulary):
     """Tokens under any number of levels of nodes.
 
-    `parents[l]` gives for each node of level l the index (within level l+1) of its parent; level
-    0 are the tokens. Every node must have a child. A root is added if the last level has more
-    than one node.
+    `parents[l]` gives for each node of level l the index of its parent within level l+1. Level 0
+    holds the tokens. Every node must have a child. A root is added if the last level has more than
+    one node.
     """
 
     def __init__(
@@ -232,11 +247,11 @@ class HierarchicalVocabulary(Vocabulary):
         label: Callable[[str], Hashable | tuple[Hashable, ...]],
         tokenizer_fingerprint: str | None = None,
     ) -> HierarchicalVocabulary:
-        """Make a tree from a function that names the groups of each token, finest first.
+        """Make a tree from a function that names the groups of each token, finest group first.
 
         For example `label("cat")` is `("noun", "open class")`. The nodes of level l are the
-        distinct (label_l, ..., label_last), so that equal names under different coarser groups
-        are different nodes. A plain label counts as one level.
+        distinct tuples (label_l, ..., label_last), so equal names under different coarser groups
+        are different nodes. A label that is not a tuple counts as one level.
         """
         paths = []
         for token in tokens:
@@ -263,14 +278,18 @@ class HierarchicalVocabulary(Vocabulary):
 
 
 def _read_metadata(content: bytes) -> dict[str, str]:
-    """String table in the header of a safetensors file: eight bytes of length, then JSON."""
+    """Return the string table in the header of a safetensors file.
+
+    The file starts with eight bytes that hold the length of the header, and then the header as
+    JSON.
+    """
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     return header["__metadata__"]
 
 
 def _parse_file(content: bytes) -> tuple[Vocabulary, str]:
-    """Vocabulary in the content of a file, and the fingerprint written next to it."""
+    """Return the vocabulary in the content of a file, and the fingerprint stored in the file."""
     tensors = load_safetensors(content)
     metadata = _read_metadata(content)
     num_levels = sum(key.startswith("parents.") for key in tensors)
@@ -307,7 +326,11 @@ def _restore(
 
 
 def _check_parents(parents: Any, level: int) -> Tensor:
-    """One level of parents as int64; ArgumentError if empty, negative or with a childless node."""
+    """Return the parents of one level as int64.
+
+    Raises ArgumentError if the list is empty, holds negative numbers, or leaves a node without
+    children.
+    """
     tensor = torch.as_tensor(parents)
     if tensor.dim() != 1 or tensor.numel() == 0 or tensor.is_floating_point():
         raise ArgumentError(
@@ -334,7 +357,10 @@ def _check_centroids(
     centroids: Sequence[Tensor | None] | None,
     level_sizes: tuple[int, ...],
 ) -> tuple[Tensor | None, ...] | None:
-    """Centroids with None at levels that are not given; ArgumentError if they do not fit."""
+    """Return the centroids per level, with None at levels without centroids.
+
+    Raises ArgumentError if the number of centroids does not fit the level sizes.
+    """
     if centroids is None:
         return None
     num_missing = len(level_sizes) - 1 - len(centroids)
@@ -362,7 +388,10 @@ def _fingerprint_tree(level_sizes: tuple[int, ...], parents: Sequence[Tensor]) -
 
 
 def _build_tables(vocabulary: Vocabulary) -> dict[str, Tensor]:
-    """Every look-up table, by id. Without a root state one more row stands for the whole."""
+    """Return every look-up table, indexed by id.
+
+    Without a root state, one more row stands for all tokens together.
+    """
     num_levels = vocabulary.num_levels
     num_rows = max(vocabulary.num_states, vocabulary.root + 1)
     # Without a root state, the whole is still one level above the tokens.
@@ -394,7 +423,10 @@ def _build_tables(vocabulary: Vocabulary) -> dict[str, Tensor]:
 
 
 def _build_order_tables(vocabulary: Vocabulary, level: int, ancestor: Tensor) -> dict[str, Tensor]:
-    """Tree order of one level: sorted by the path from the root down, ids breaking ties."""
+    """Return the tree-order tables of one level.
+
+    Nodes are sorted by the path from the root down; ties are broken by id.
+    """
     offset = vocabulary.offsets[level]
     size = vocabulary.level_sizes[level]
     num_rows = len(ancestor)
