@@ -1,6 +1,6 @@
-"""Command line of ddiff. `--help` and lists import no torch; the work is done in `ddiff.runs`.
+"""Command line of ddiff. Commands call functions of `ddiff.runs`; `--help` does not import torch.
 
-A mistake that the caller can fix is printed as one paragraph, and the exit code is 2.
+An error that the caller can fix is printed as one paragraph, and the exit code is 2.
 """
 
 from __future__ import annotations
@@ -45,16 +45,17 @@ if TYPE_CHECKING:
     from ddiff.recipe.model import Recipe
 
 MOST = 2**31 - 1  # of counts and steps, as in a recipe
-LONGEST_MESSAGE = 6000  # characters; most messages shorten what they repeat themselves
+LONGEST_MESSAGE = 6000  # characters of an error message
 BROKEN_PIPE = 128 + signal.SIGPIPE
 TERMINATED = 128 + signal.SIGTERM
 
 
 class Commands(TyperGroup):
-    """Command group that turns exits of libraries and plugins into errors.
+    """Command group that converts `SystemExit` of libraries and plugins into errors.
 
-    typer prints "Aborted." at the end of a file, and ends with 1 and no message if the reader of a
-    pipe has gone. A plugin that exits with 0 would look like a check that has passed.
+    A plugin that exits with 0 would otherwise look like a passed check. For an end of file typer
+    would print only "Aborted."; for a pipe that the reader has closed typer would exit with 1 and
+    no message.
     """
 
     def invoke(self, ctx: Any) -> Any:
@@ -66,17 +67,17 @@ class Commands(TyperGroup):
             _discard_output()
             raise typer.Exit(BROKEN_PIPE) from error
         except SystemExit as stop:
-            # the second SIGTERM of an impatient user, or the script that calls `main`
+            # raised by a second SIGTERM, or by the script that calls `main`
             if stop.code == TERMINATED or _is_raised_by_main(stop):
                 raise
             raise PluginError(
-                f"A plugin, or a library that it uses, ended the command: {describe_error(stop)}. "
-                "Nothing can be said of what was asked. Fix or uninstall that distribution."
+                f"A plugin, or a library of a plugin, ended the command: {describe_error(stop)}. "
+                "The command has no result. Fix or uninstall the distribution of that plugin."
             ) from stop
 
 
 def _is_raised_by_main(error: BaseException) -> bool:
-    """Return whether the script that was started raised an error, not a module it imports."""
+    """Return whether an error was raised in the main script rather than in an imported module."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -85,9 +86,7 @@ def _is_raised_by_main(error: BaseException) -> bool:
 
 app = typer.Typer(
     cls=Commands,
-    help=(
-        "Discrete diffusion: train, evaluate and sample from recipes; prove a plugin's mathematics."
-    ),
+    help=("Discrete diffusion: train and evaluate models, draw samples, and check plugins."),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -109,34 +108,35 @@ def _set_option(help: str) -> Any:
 
 
 Settings = Annotated[
-    list[str] | None, _set_option("A dotted key and its TOML value; may be repeated.")
+    list[str] | None,
+    _set_option("Replace the value of a dotted key by a TOML value; may be repeated."),
 ]
 EvaluateSettings = Annotated[
-    list[str] | None, _set_option("A key of \\[evaluate], such as evaluate.draws=4.")
+    list[str] | None, _set_option("Replace a key of \\[evaluate], such as evaluate.draws=4.")
 ]
 SamplerSettings = Annotated[
-    list[str] | None, _set_option("A key of the sampler, such as temperature=0.9.")
+    list[str] | None, _set_option("Replace a key of the sampler, such as temperature=0.9.")
 ]
 
 DRY_RUN = (
-    "Check the recipe, print it resolved with a verdict below, and stop. Checked are keys, the run "
-    "directory, files that are named, the device, the memory, and how the components fit if the "
-    "recipe says how many tokens there are. Not checked is what only the data shows: the texts "
-    "themselves, an alphabet found in them, external tokenizers and models, checkpoints."
+    "Check the recipe, print the resolved recipe and a verdict, and stop. The check covers the "
+    "keys, the run directory, the named files, the device, the memory, and the shapes of the "
+    "components if the recipe gives the number of tokens. Not checked: the texts, an alphabet that "
+    "is found in the texts, external tokenizers and models, and checkpoints."
 )
 MEASURE = (
-    "With --dry-run: take that many training steps in a temporary directory and print, in place of "
-    "the recipe, what it costs: parameters, FLOPs and logits per token, memory per rank, tokens/s, "
-    "MFU, ETA, checkpoint size, the first loss."
+    "With --dry-run: run STEPS training steps in a temporary directory and print the cost of the "
+    "recipe instead of the recipe: parameters, FLOPs and logits per token, memory per rank, "
+    "tokens/s, MFU, ETA, checkpoint size, and the first loss."
 )
 FRESH = (
-    "Delete the run in the run directory, and start over. Refused if anything there was not "
-    "written by ddiff."
+    "Delete the run in the run directory, and start a new run. Refused if the run directory "
+    "contains files that ddiff did not write."
 )
 VERIFY_RESUME = (
-    "Repeat K recorded steps from a checkpoint, compare losses and state with the recorded ones, "
-    "and stop. The exit code is 0 if they are equal (up to rounding, if \\[backend] or the machine "
-    "differs from the record's), else 1."
+    "Repeat K recorded training steps from a checkpoint, compare their losses and final state with "
+    "the recorded losses and state, and stop. The exit code is 0 if they are equal, else 1. "
+    "Rounding differences are accepted if \\[backend] or the machine has changed."
 )
 
 # ---------------------------------------------------------------------- runs
@@ -156,17 +156,21 @@ def run(
         typer.Option("--verify-resume", metavar="K", min=1, max=MOST, help=VERIFY_RESUME),
     ] = None,
 ) -> None:
-    """Train, evaluate and sample as a recipe says; run again to resume."""
+    """Train the model of a recipe, evaluate it and draw samples.
+
+    Repeat the command to resume an interrupted run.
+    """
     settings = settings or []
     if measure is not None and not dry_run:
         raise ArgumentError(
-            f"--measure {measure} goes with --dry-run: its steps are taken in a temporary "
-            "directory and train nothing. Add --dry-run to measure, or leave --measure out to "
-            "train."
+            f"--measure {measure} needs --dry-run, because measured steps run in a temporary "
+            "directory and their weights are not kept. Add --dry-run to measure, or remove "
+            "--measure to train."
         )
     if verify_resume is not None and (fresh or dry_run):
         raise ArgumentError(
-            "--verify-resume repeats steps of an existing run: leave out --fresh and --dry-run."
+            "--verify-resume repeats steps of an existing run, so it excludes --fresh and "
+            "--dry-run. Remove these options."
         )
     if dry_run:
         _check_only(recipe, settings, measure, fresh)
@@ -187,7 +191,7 @@ def run(
 
 
 def _check_only(name: str, settings: list[str], measure: int | None, fresh: bool) -> None:
-    """Check a recipe and print it with a verdict, or what it costs."""
+    """Check a recipe, and print the resolved recipe with a verdict, or the measured cost."""
     if measure is not None:
         # a measurement downloads nothing; libraries read this variable when they are imported
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -199,7 +203,7 @@ def _check_only(name: str, settings: list[str], measure: int | None, fresh: bool
         verdict = rehearse(resolved, fresh=fresh)
     if measure is None:
         print(resolved.to_toml(), end="")
-        print(f"# {verdict}")  # as a comment, so that the output is a recipe
+        print(f"# {verdict}")  # a TOML comment, so that the output is a valid recipe
         return
     from ddiff.runs.cost_table import print_measurement
     from ddiff.runs.measure import measure as measure_recipe
@@ -209,7 +213,10 @@ def _check_only(name: str, settings: list[str], measure: int | None, fresh: bool
 
 
 def needs_launcher(recipe: Recipe) -> bool:
-    """Return whether a recipe asks for several processes that have not been started yet."""
+    """Return whether the launcher must start the processes of a recipe.
+
+    False if the recipe uses one process, or if this process was started by a launcher.
+    """
     if recipe.backend_keys.processes == 1 or get_rank_info() is not None:
         return False
     return recipe.backend.members.is_distributed
@@ -218,7 +225,7 @@ def needs_launcher(recipe: Recipe) -> bool:
 def _launch_run(
     recipe: Recipe, name: str, settings: list[str], fresh: bool, verify_resume: int | None
 ) -> int:
-    """Start the processes of a recipe with the same command; return their exit code."""
+    """Start the same command in each process of a recipe, and return the exit code."""
     arguments = ["run"]
     arguments += [f"--set={setting}" for setting in settings]
     if fresh:
@@ -234,12 +241,12 @@ def prepare(
     settings: Settings = None,
     out: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Copy the shards there: a folder, or any fsspec path."),
+        typer.Option(metavar="DIR", help="Also copy the shards to this folder or fsspec path."),
     ] = None,
 ) -> None:
-    """Tokenise the text of a recipe ahead of its run.
+    """Tokenise the data set of a recipe before training.
 
-    An interrupted build is resumed, a complete one is verified.
+    An interrupted tokenization is resumed. A complete one is verified.
     """
     from ddiff.recipe.resolve import read_recipe
     from ddiff.runs.tokenize import prepare_data
@@ -258,13 +265,13 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Write the figures there, NAME.json, and leave the run's own as they are.",
+            help="Write the results to NAME.json instead of evaluation.json of the run.",
         ),
     ] = None,
 ) -> None:
-    """Evaluate the likelihood bound of a trained run on its validation text.
+    """Evaluate the likelihood bound of a trained run on the validation text.
 
-    The result has confidence intervals and baselines.
+    The results include confidence intervals and baselines.
     """
     from ddiff.runs.evaluation_report import evaluate_run
 
@@ -277,17 +284,18 @@ def export(
     file: Annotated[
         str,
         typer.Argument(
-            metavar="FILE", help="The file to write, NAME.safetensors; any fsspec path."
+            metavar="FILE", help="Output file NAME.safetensors, a local or fsspec path."
         ),
     ],
     weights: Annotated[
         Literal["auto", "ema", "trained"],
         typer.Option(
-            help="The moving average, the weights as trained, or the average if the run keeps one."
+            help="ema: the moving average; trained: the trained weights; auto: ema if the run "
+            "has a moving average."
         ),
     ] = "auto",
 ) -> None:
-    """Write a trained run's weights, whole, into one safetensors file."""
+    """Write all weights of a trained run to one safetensors file."""
     from ddiff.runs.export import export_run
 
     metadata = export_run(run_dir, file, weights)
@@ -298,32 +306,34 @@ def export(
 def sample(
     run_dir: RunDir,
     count: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Samples to draw; the recipe's by default.")
+        int | None,
+        typer.Option(min=1, max=MOST, help="Number of samples; by default \\[sample] count."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Steps from noise to text.")
+        int | None, typer.Option(min=1, max=MOST, help="Number of sampling steps.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same samples.")
+        int | None, typer.Option(min=0, max=2**64 - 1, help="Seed; equal seeds give equal samples.")
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST, help="Samples drawn at a time; changes no sample."),
+        typer.Option(min=1, max=MOST, help="Samples per batch; does not change the samples."),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="A text to continue; may be repeated.")
+        list[str] | None, typer.Option(help="Text to continue; may be repeated.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompts, one a line.")
+        Path | None, typer.Option(metavar="FILE", help="File with one prompt per line.")
     ] = None,
     infill: Annotated[
         list[str] | None,
-        typer.Option(help='A text with gaps: "She [MASK:8] to Bath"; may be repeated.'),
+        typer.Option(help='Text with gaps, such as "She [MASK:8] to Bath"; may be repeated.'),
     ] = None,
     condition: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=VALUE", help="A label, or a vector [0.5, 1.0]; may be repeated."
+            metavar="NAME=VALUE",
+            help="Condition with a label (2) or a vector ([0.5, 1.0]); may be repeated.",
         ),
     ] = None,
     guidance: Annotated[
@@ -335,11 +345,15 @@ def sample(
         ),
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option(metavar="KIND", help="Another sampler than the recipe's.")
+        str | None,
+        typer.Option(metavar="KIND", help="Sampler to use instead of \\[sample] sampler."),
     ] = None,
     settings: SamplerSettings = None,
 ) -> None:
-    """Draw samples from a trained run as JSON lines; prompts and infill texts are kept."""
+    """Draw samples from a trained run, as JSON lines.
+
+    The tokens of prompts and infill texts stay unchanged in the samples.
+    """
     from ddiff.runs.stages import sample_run
 
     sample_run(
@@ -358,10 +372,13 @@ def sample(
 
 
 def read_prompts(prompts: list[str] | None, file: Path | None) -> str | list[str] | None:
-    """Read --prompt or --prompts; of a single --prompt, --count samples are drawn."""
+    """Read the prompts of --prompt or --prompts.
+
+    A single --prompt is returned as a string, from which --count samples are drawn.
+    """
     if prompts and file is not None:
         raise ArgumentError(
-            "--prompt and --prompts exclude each other: write all prompts into the file, one a "
+            "--prompt and --prompts exclude each other. Write all prompts into the file, one per "
             "line."
         )
     if file is None:
@@ -378,7 +395,7 @@ def _unwrap_single(texts: list[str] | None) -> str | list[str] | None:
 
 
 def read_conditions(texts: list[str] | None) -> dict[str, object] | None:
-    """Read `NAME=VALUE` texts, whose values are written as in a recipe."""
+    """Read the `NAME=VALUE` texts of --condition, whose values are TOML values."""
     if not texts:
         return None
     from ddiff.recipe.toml import read_settings
@@ -390,7 +407,7 @@ def read_conditions(texts: list[str] | None) -> dict[str, object] | None:
             if name in found:
                 raise ArgumentError(
                     f'--condition {shorten(text)}: "{shorten(name)}" is given twice. Give each '
-                    "condition once: one value for all samples, or a list with one for each."
+                    "condition once, with one value for all samples or a list of one per sample."
                 )
             found[name] = value
     return found
@@ -399,16 +416,19 @@ def read_conditions(texts: list[str] | None) -> dict[str, object] | None:
 @app.command("compare")
 def compare_runs(
     run_dirs: Annotated[
-        list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs, such as runs/<name>.")
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of evaluated runs.")
     ],
     seeds: Annotated[
-        bool, typer.Option("--seeds", help="Average runs that differ only in their seed.")
+        bool, typer.Option("--seeds", help="Average over runs that differ only in the seed.")
     ] = False,
     out: Annotated[
         str, typer.Option(metavar="DIR", help="Folder for compare.json and compare.md.")
     ] = ".",
 ) -> None:
-    """Compare runs in one table; refused unless all were evaluated in the same way."""
+    """Compare evaluated runs in one table.
+
+    All runs must have been evaluated in the same way.
+    """
     from ddiff.evaluation.comparison import compare, write_comparison
 
     comparison = compare(run_dirs, group_seeds=seeds)
@@ -430,12 +450,13 @@ def check(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="A component, or a plugin: then all its processes and samplers."
+            metavar="NAME",
+            help="Component, or plugin to check all its processes and samplers.",
         ),
     ],
     settings: Settings = None,
 ) -> None:
-    """Prove the laws that a component must obey; print the largest error of each."""
+    """Check that a component obeys its laws, and print the largest error of each law."""
     from ddiff.testing.check_command import check_component
 
     raise typer.Exit(check_component(name, settings or []))
@@ -445,15 +466,15 @@ def check(
 def plugins(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="A plugin, to see the keys of its tables."),
+        typer.Argument(metavar="[NAME]", help="Plugin whose components and keys are listed."),
     ] = None,
     components: Annotated[
         bool, typer.Option("--components", help="List what each plugin registers.")
     ] = False,
 ) -> None:
-    """List the installed plugins, or the keys of one.
+    """List the installed plugins, or the components and keys of one plugin.
 
-    A broken plugin is reported and does not hide the others.
+    A plugin that cannot be loaded is reported, and the working plugins are listed.
     """
     if name is not None:
         _print_plugin(name)
@@ -478,7 +499,7 @@ def plugins(
 
 
 def _print_plugin(name: str) -> None:
-    """Print the components of a plugin, their places and their keys."""
+    """Print the components of a plugin, with their tables and keys."""
     with _pause_garbage_collection():
         from ddiff.recipe.listing import list_plugin
 
@@ -490,7 +511,7 @@ def _print_plugin(name: str) -> None:
 
 
 def _exit_after(errors: Iterable[str]) -> NoReturn:
-    """Print errors and exit: with 2 if there are any, else with 0."""
+    """Print errors and exit with 2, or exit with 0 if there are no errors."""
     code = 0
     for error in errors:
         typer.echo(error, err=True)
@@ -500,7 +521,7 @@ def _exit_after(errors: Iterable[str]) -> NoReturn:
 
 @app.command("recipes")
 def recipes() -> None:
-    """List the recipes that come with ddiff: `ddiff run NAME`."""
+    """List the recipes that are shipped with ddiff, for `ddiff run NAME`."""
     from ddiff.recipe.sources import find_shipped_recipes
 
     shipped = find_shipped_recipes()
@@ -512,7 +533,7 @@ def recipes() -> None:
 
 
 def print_columns(titles: list[str], rows: list[list[str]]) -> None:
-    """Print aligned columns of plain text, whatever the width of the terminal."""
+    """Print aligned columns of plain text, without wrapping at the width of the terminal."""
     widths = [max(map(len, column)) for column in zip(titles, *rows)]
     for line in (titles, *rows):
         cells = [f"{cell:{width}}" for cell, width in zip(line, widths)]
@@ -541,13 +562,13 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; the entry point `ddiff`. Exits with 2 after a mistake of the caller."""
-    # Threads that wait by spinning stall if another process runs: 0.4 steps a second against 1.9,
-    # measured on two busy cores. The variable must be set before torch is imported.
+    """Run the command line (entry point `ddiff`). Exits with 2 after an error of the caller."""
+    # OpenMP threads that spin while they wait slow down other processes: 0.4 instead of 1.9 steps
+    # per second on two busy cores. The variable must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if get_rank_info() is not None:
-            # DDP warns in each run that every parameter was used, which is as it should be
+            # DDP warns in each run that every parameter was used, which is the normal case
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         exit_with_launcher()
         _escape_unencodable_output()
@@ -555,12 +576,12 @@ def main(arguments: list[str] | None = None) -> None:
             try:
                 app(arguments)
             finally:
-                # here, where a full disk or a closed pipe is still reported
+                # flush here, where a full disk or a closed pipe is still reported
                 for stream in filter(None, (sys.stdout, sys.stderr)):
                     stream.flush()
     except SystemExit as ending:
         if arguments is None and _is_query(sys.argv[1:]):
-            # unloading torch takes half a second, and nothing is left to close
+            # skip the unloading of torch, which takes half a second
             os._exit(ending.code if isinstance(ending.code, int) else 0)
         raise
     except BrokenPipeError:
@@ -571,15 +592,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _is_query(arguments: list[str]) -> bool:
-    """Return whether a command only prints, so that nothing is left to close at its end."""
+    """Return whether a command only prints, so that the process can end without cleanup."""
     return arguments[:1] == ["plugins"] or (arguments[:1] == ["run"] and "--dry-run" in arguments)
 
 
 def _end_with(error: Exception) -> NoReturn:
-    """End with a paragraph for a mistake of the user, or a traceback for a defect."""
+    """Exit with one paragraph about an error of the user, or with the traceback of a defect."""
     message = explain_error(error)
-    # Python would write what is left in the buffer again, fail again on a full disk, and end with
-    # another exit code
+    # At exit Python would write the rest of the buffer again, fail again on a full disk, and
+    # replace the exit code.
     _discard_output()
     if message is None:
         exit_with_message(f"{traceback.format_exc()}{REPORT}", 1)
@@ -590,9 +611,9 @@ def _end_with(error: Exception) -> NoReturn:
 
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind the stack like Ctrl-C, so that locks and partial files are removed.
+    """Raise SystemExit on SIGTERM, so that locks and partial files are removed.
 
-    Worker processes leave the signal to training.
+    Worker processes of a distributed run do not install the handler: training handles SIGTERM.
     """
     if get_rank_info() is not None or threading.current_thread() is not threading.main_thread():
         yield
@@ -610,8 +631,8 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _pause_garbage_collection() -> Iterator[None]:
-    """Pause the garbage collector, which would search a million objects while torch is imported."""
-    # all of them stay alive, so that a search frees nothing
+    """Pause the garbage collector, which would scan a million live objects during imports."""
+    # all imported objects stay alive, so that a scan frees no memory
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -622,7 +643,7 @@ def _pause_garbage_collection() -> Iterator[None]:
 
 
 def _escape_unencodable_output() -> None:
-    """Escape characters that the output's encoding lacks, so that TOML and JSON read them back."""
+    """Escape characters that the encoding of stdout lacks as `\\uXXXX`, as in TOML and JSON."""
     codecs.register_error("ddiff", _escape)
     for stream in (sys.stdout, sys.stderr):
         # a test or a notebook may have put another kind of stream there
@@ -631,7 +652,7 @@ def _escape_unencodable_output() -> None:
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
-    """Handler of encoding errors: \\uXXXX, or \\UXXXXXXXX beyond the first 65536 characters."""
+    """Replace characters that cannot be encoded by \\uXXXX, or by \\UXXXXXXXX above 65535."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     escapes = ""
@@ -642,7 +663,7 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 
 
 def _discard_output() -> None:
-    """Discard output that cannot be written, so that Python does not fail on it at exit."""
+    """Discard output that cannot be written, so that Python does not fail at exit."""
     with open(os.devnull, "w") as nowhere:
         for stream in (sys.stdout, sys.stderr):
             try:

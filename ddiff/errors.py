@@ -1,7 +1,8 @@
-"""Errors that a user can cause, and their explanation on the command line.
+"""Exceptions for errors that a user can cause, and their explanation on the command line.
 
-Each message names the argument, what was expected, what came and what to do. The command line
-prints it and exits with 2. Any other exception is a defect, and its traceback is printed.
+Each message names the argument, the expected value, the given value and the remedy. The command
+line prints the message and exits with 2. Any other exception is a defect of ddiff or of a plugin,
+and its traceback is printed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from difflib import get_close_matches
 
 
 class DdiffError(Exception):
-    """A mistake that the caller can fix."""
+    """Base class of errors that the caller can fix."""
 
 
 class ArgumentError(DdiffError, ValueError):
@@ -23,32 +24,35 @@ class ArgumentError(DdiffError, ValueError):
 
 
 class RecipeError(DdiffError):
-    """A recipe is wrong; the message begins with `file:line:`."""
+    """A recipe is wrong. The message begins with `file:line:`."""
 
 
 class PluginError(DdiffError):
-    """A plugin or component is unknown, claimed twice, or does not load."""
+    """A plugin or component is unknown, is registered twice, or cannot be loaded."""
 
 
 class DataError(DdiffError):
-    """A text, corpus, tokenizer or cluster file cannot be used as it is."""
+    """A text, corpus, tokenizer or cluster file is unusable."""
 
 
 class CheckpointError(DdiffError):
-    """A checkpoint or run directory is truncated, missing or belongs to another run."""
+    """A checkpoint or run directory is missing, is damaged, or belongs to another run."""
 
 
 class NonFiniteError(DdiffError):
     """A result is NaN or infinite."""
 
 
-# ---------------------------------------------------------------------- parts of messages
+# ---------------------------------------------------------------------- formatting of messages
 
-LONGEST = 160  # characters of a value that a message repeats
+LONGEST = 160  # characters of a value in a message; longer values are shortened
 
 
 def shorten(text: str, longest: int = LONGEST) -> str:
-    """Replace the middle of a long text by its number of characters."""
+    """Shorten a text of more than `longest` characters.
+
+    The middle of the text is replaced by the number of characters that are left out.
+    """
     if len(text) <= longest:
         return text
     half = longest // 2
@@ -56,7 +60,10 @@ def shorten(text: str, longest: int = LONGEST) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Format ` Did you mean "x"?` for the most similar known name; empty if none is similar."""
+    """Return ` Did you mean "x"?` with the known name that is most similar to `name`.
+
+    The text is empty if no known name is similar.
+    """
     if len(name) > LONGEST:
         return ""
     similar = get_close_matches(name, list(known), n=1, cutoff=0.5)
@@ -74,9 +81,10 @@ _DISK_FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
 
 
 def find_disk_full(error: BaseException) -> OSError | None:
-    """Find a full disk or quota among an error and its causes; None if there is none.
+    """Find an error about a full disk or an exceeded quota in an exception and its causes.
 
-    Libraries raise other errors without the error number, so the text is searched as well.
+    Returns None if there is none. The message texts are searched too, because some libraries raise
+    errors without an error number.
     """
     current: BaseException | None = error
     while current is not None:
@@ -86,7 +94,7 @@ def find_disk_full(error: BaseException) -> OSError | None:
         for text in _DISK_FULL_TEXTS:
             if text.lower() in str(current).lower():
                 return OSError(errno.ENOSPC, text)
-        # numpy's tofile has neither number nor text: it only says how much it wrote
+        # the error of numpy's tofile has no number and only says how many items were written
         is_short_write = isinstance(current, OSError) and str(current).endswith(" written")
         if is_short_write and number is None:
             return OSError(errno.ENOSPC, "No space left on device")
@@ -97,24 +105,24 @@ def find_disk_full(error: BaseException) -> OSError | None:
 # ---------------------------------------------------------------------- paragraphs for the user
 
 TRACEBACK = "DDIFF_TRACEBACK"
-"""Environment variable that prints the traceback of a mistake as well."""
+"""Name of the environment variable that adds the traceback to the message of a user's error."""
 
 REPORT = (
-    "This is a defect of ddiff or of a plugin, not of your input. Please report it with the "
-    "command, the recipe and the lines above."
+    "This is a defect of ddiff or of a plugin, not an error in your input. Please report it with "
+    "the command, the recipe and the lines above."
 )
 
 _REMEDIES = {
-    errno.EACCES: "Change its permissions, or name another place.",
-    errno.EPERM: "Change its permissions, or name another place.",
-    errno.EROFS: "Name a place that can be written.",
-    errno.EISDIR: "A file is needed there: name one.",
-    errno.ENOTDIR: "A folder is needed there: name one.",
-    errno.ENOENT: "Check the path; relative paths start where ddiff runs.",
+    errno.EACCES: "Change its permissions, or use another path.",
+    errno.EPERM: "Change its permissions, or use another path.",
+    errno.EROFS: "Use a path on a writable file system.",
+    errno.EISDIR: "This path must be a file, not a folder.",
+    errno.ENOTDIR: "Every part of this path before the last must be a folder.",
+    errno.ENOENT: "Check the path. Relative paths start in the working directory.",
     errno.ENAMETOOLONG: "Shorten the name.",
     errno.EMFILE: "Raise the limit of open files: ulimit -n 4096.",
-    errno.ENFILE: "The machine has too many open files: end something else first.",
-    errno.ELOOP: "Symbolic links form a circle there: fix them.",
+    errno.ENFILE: "The machine has too many open files. Stop other programs first.",
+    errno.ELOOP: "The symbolic links of this path form a cycle. Fix the links.",
     errno.ECONNREFUSED: "Check the address and the network.",
 }
 
@@ -134,7 +142,7 @@ _NO_THREADS_TEXTS = ("can't start new thread",)
 
 
 def explain_error(error: BaseException) -> str | None:
-    """Write one paragraph for an exception that a user can cause; None for a defect."""
+    """Write one paragraph about an exception that a user can cause. Returns None for a defect."""
     if isinstance(error, DdiffError):
         return str(error)
     disk_full = find_disk_full(error)
@@ -145,31 +153,30 @@ def explain_error(error: BaseException) -> str | None:
     text = shorten(" ".join(str(error).split()))
     if isinstance(error, EOFError):
         return (
-            f"A file or the standard input ended too early ({text or 'nothing more to read'}). "
-            "Make it whole again."
+            f"A file or the standard input ended too early ({text or 'unexpected end of file'}). "
+            "Check that the file is complete."
         )
     if isinstance(error, RecursionError):
-        return "Something in the input is nested too deep to be read. Write it with fewer levels."
+        return "A value in the input is nested too deeply. Use fewer levels of tables and lists."
     if isinstance(error, UnicodeError):
         return (
-            f"A text is not in the encoding that was expected: {text}. Save it as UTF-8, and set "
+            f"A text is not in the expected encoding: {text}. Save the text as UTF-8, and set "
             "PYTHONIOENCODING=utf-8."
         )
     if _is_out_of_memory(error):
         return (
-            f"The memory does not suffice: {text or 'an allocation was refused'}. Take a smaller "
-            "batch ([train] batch, [evaluate] batch, [sample] batch), a shorter [data] length or a "
-            "smaller network."
+            f"Out of memory: {text or 'an allocation failed'}. Use a smaller batch ([train] batch, "
+            "[evaluate] batch, [sample] batch), a shorter [data] length or a smaller network."
         )
     if isinstance(error, OverflowError) or _contains(error, _OVERFLOW_TEXTS):
         return (
-            f"A number is too large to be computed with: {text}. Look for it among the sizes, "
-            "counts and rates given."
+            f"A number is too large for the computation: {text}. Check the sizes, counts and "
+            "rates in the recipe and in the command."
         )
     if isinstance(error, RuntimeError) and _contains(error, _NO_THREADS_TEXTS):
         return (
-            "The system starts no more threads. Lower [backend] workers and OMP_NUM_THREADS, or "
-            "raise ulimit -u."
+            "The system cannot start another thread. Lower [backend] workers and OMP_NUM_THREADS, "
+            "or raise ulimit -u."
         )
     return None
 
@@ -181,8 +188,9 @@ def _explain_os_error(error: OSError) -> str:
     what = f"{reason}: {places}" if places else reason
     if error.errno in DISK_FULL:
         return (
-            f"{what}. What was being written is lost, nothing that was there before. Make room, or "
-            "name another folder, and repeat the command: a run resumes from its last checkpoint."
+            f"{what}. The file being written is lost; existing files are intact. Free disk space, "
+            "or use another folder, and repeat the command. A run resumes from its last "
+            "checkpoint."
         )
     remedy = _REMEDIES.get(error.errno or 0, "")
     return f"{what.rstrip('.')}. {remedy}".rstrip()
@@ -197,7 +205,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _contains(error: BaseException, texts: tuple[str, ...]) -> bool:
-    """Return whether the message of an error that libraries raise contains one of the texts."""
+    """Return whether an error of a library has one of the texts in its message."""
     if not isinstance(error, RuntimeError | ValueError | OverflowError):
         return False
     message = str(error).lower()

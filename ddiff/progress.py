@@ -1,6 +1,6 @@
-"""Progress of a long job: a live bar on a terminal, plain lines elsewhere.
+"""Progress display of a long job: a live bar on a terminal, plain lines in a log file or pipe.
 
-Everything is printed on stderr, because stdout is for results.
+All progress is printed on stderr, because stdout is reserved for results.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
-# The interval between lines grows with the job: a log of days should have hundreds of lines, not
-# ten thousand.
-LINE_EVERY_SECONDS = 10.0  # at first
+# The interval between two lines grows with the elapsed time, so that the log of a job of several
+# days has hundreds of lines instead of ten thousand.
+LINE_EVERY_SECONDS = 10.0  # at the start of a job
 LINE_EVERY_SECONDS_AT_MOST = 300.0
-LINE_EVERY_SHARE = 0.05  # of the elapsed time, and of the items of a short job
+LINE_EVERY_SHARE = 0.05  # fraction of the elapsed time, and of the items of a short job
 SHORTEST_INTERVAL = 1.0  # seconds between two lines of a short job
 
 
 class Progress(Protocol):
-    """A running job."""
+    """Handle of a running job, on which the job reports its progress."""
 
     def advance(self, n: int = 1, **figures: float) -> None:
-        """Count `n` more items and show `figures`, such as `tokens_per_second=5300.0`."""
+        """Count `n` more finished items and show `figures`, e.g. `tokens_per_second=5300.0`."""
         ...
 
     def note(self, text: str) -> None:
-        """Print a separate line now."""
+        """Print a text on a separate line immediately."""
         ...
 
 
@@ -47,7 +47,14 @@ class Progress(Protocol):
 def show_progress(
     total: int | None, title: str, *, start: int = 0, console: Console | None = None
 ) -> Iterator[Progress]:
-    """Show a job of `total` items (None: unknown), of which `start` were done before."""
+    """Show the progress of a job inside a `with` block.
+
+    Args:
+        total: number of items; None if the number is unknown.
+        title: name of the job.
+        start: number of items that were finished before, such as the steps of a resumed run.
+        console: output; stderr by default.
+    """
     console = console or Console(stderr=True)
     if not console.is_terminal:
         lines = ProgressLines(total, title, start, console)
@@ -70,7 +77,10 @@ def show_progress(
 
 @contextmanager
 def show_activity(title: str, *, console: Console | None = None) -> Iterator[None]:
-    """Show that a job of unknown size is running: a spinner, or a line every ten seconds."""
+    """Show that a job of unknown size is running.
+
+    On a terminal a spinner is shown; elsewhere a line is printed every ten seconds.
+    """
     console = console or Console(stderr=True)
     if console.is_terminal:
         with console.status(title):
@@ -94,15 +104,15 @@ def _print_elapsed(title: str, console: Console, ended: threading.Event) -> None
 
 
 def print_line(line: str, console: Console | None = None) -> None:
-    """Print a line unchanged on stderr, above a live bar if there is one."""
+    """Print a line unchanged on stderr, above the live bar if a bar is shown."""
     console = console or Console(stderr=True)
-    # without markup and highlight, text in brackets and numbers stay as they are
+    # rich would style numbers and interpret text in brackets as markup
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @final
 class ProgressBar:
-    """A live bar."""
+    """Live progress bar on a terminal."""
 
     def __init__(self, bar: RichProgress, task: TaskID) -> None:
         self._bar = bar
@@ -119,10 +129,11 @@ class ProgressBar:
 
 @final
 class ProgressLines:
-    """Lines every ten seconds, later every twentieth of the elapsed time, at most 300 seconds.
+    """Progress as plain lines, for a log file or a pipe.
 
-    A short job has a line for each twentieth of its items, at most one a second. The clock decides,
-    not the number of calls of `advance`.
+    The interval between two lines is 5 % of the elapsed time, but at least 10 and at most 300
+    seconds. A short job prints a line after each 5 % of its items, at most one line per second.
+    The interval does not depend on the number of calls of `advance`.
     """
 
     def __init__(self, total: int | None, title: str, start: int, console: Console) -> None:
@@ -152,7 +163,7 @@ class ProgressLines:
         print_line(text, self._console)
 
     def finish(self) -> None:
-        """Print the end of the job, unless the last line was it."""
+        """Print the final count, unless the last line shows that count already."""
         if self._printed != self._done:
             self._print()
 
@@ -176,7 +187,7 @@ def _format_seconds(seconds: float) -> str:
 
 
 def _format_figures(figures: dict[str, float]) -> str:
-    """Format figures as `loss 4.215  tokens/s 5.31k`."""
+    """Format named numbers as `loss 4.215  tokens/s 5.31k`."""
     parts = []
     for name, value in figures.items():
         label = name.replace("_per_second", "/s").replace("_", " ")

@@ -20,10 +20,10 @@ __all__ = [
 COUNTS = 2**31
 """Exclusive upper bound of counts, steps and sizes.
 
-torch and numpy index with 64 bits, and a product of two counts must fit."""
+torch and numpy use 64-bit indices, and a product of two counts must be below 2^63."""
 
 LARGEST = 1e30
-"""Exclusive upper bound of floats; a larger one times a weight overflows float32."""
+"""Exclusive upper bound of floats. Products of larger floats overflow float32."""
 
 PositiveInt = Annotated[int, Field(gt=0, lt=COUNTS)]
 """A count in [1, 2^31)."""
@@ -50,13 +50,13 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 class ComponentConfig(BaseModel):
     """Keys of a component's table in a recipe, with types, ranges, defaults and descriptions.
 
-    A component nests a subclass as `Config`. Unknown keys are refused, values are frozen, and
-    infinity and NaN are not accepted as numbers. The docstring under a key is its description,
-    which `ddiff plugins NAME` prints. A recipe is read strictly (no "3" for 3, no 1 for true);
-    Python callers may pass lists for tuples.
+    A component has a subclass as its attribute `Config`. Unknown keys, infinity and NaN are
+    refused, and instances are immutable. The docstring below a key is the description of the key
+    that `ddiff plugins NAME` prints. Values in a recipe are validated strictly ("3" is not a
+    number, 1 is not true); Python callers may pass lists for tuples.
     """
 
-    # frozen, because a component and the recipe share the object
+    # frozen, because a component and the recipe share one instance
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )

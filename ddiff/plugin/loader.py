@@ -1,4 +1,4 @@
-"""Discovery and loading of plugins: entry points of the group `ddiff`, the engine's own included.
+"""Discovery and loading of plugins, which are entry points of the group `ddiff`.
 
 A plugin is a module with one function:
 
@@ -8,7 +8,7 @@ A plugin is a module with one function:
     def ddiff_register(registry):
         registry.add("process", "kimura", "ddiff_kimura.process:Kimura")
 
-Only the plugins that a recipe lists are imported, and a component only when the recipe names it.
+A recipe imports only the plugins that it lists, and only the components that it names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ddiff.plugin.registry import Component, Origin, Registry, convert_errors, d
 
 GROUP = "ddiff"
 CORE = "core"
-"""The plugin with the engine's own components; every recipe has it without listing it."""
+"""Name of the plugin with the components of ddiff, which every recipe loads without listing it."""
 
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
@@ -45,7 +45,7 @@ HOOKS = tuple(name for name in vars(Hooks) if name.startswith("ddiff_"))
 
 @dataclass(frozen=True)
 class Plugin:
-    """An installed plugin, not yet imported."""
+    """Installed plugin that may not be imported yet."""
 
     name: str
     origin: Origin
@@ -55,10 +55,10 @@ class Plugin:
         return f'"{self.name}" ({self.origin})'
 
     def register_components(self) -> Registry:
-        """Import the plugin and let its hook fill a new registry.
+        """Import the plugin and register its components in a new registry.
 
         Raises PluginError if the import or the hook fails, and if the plugin implements no hook or
-        an unknown one.
+        an unknown hook.
         """
         registry = Registry(self.origin)
         with convert_errors(self._import_error):
@@ -70,25 +70,26 @@ class Plugin:
 
     def _import_error(self, error: BaseException) -> PluginError:
         return PluginError(
-            f'The plugin {self} does not load: importing "{self.entry_point.value}" raised '
-            f"{describe_error(error)}. Fix, reinstall or uninstall that distribution, or leave the "
-            "plugin out; the others are not affected."
+            f'The plugin {self} cannot be loaded: importing "{self.entry_point.value}" raised '
+            f"{describe_error(error)}. Fix, reinstall or uninstall the distribution, or remove the "
+            "plugin from the recipe."
         )
 
     def _register_error(self, error: BaseException) -> PluginError:
         return PluginError(
-            f"The plugin {self} fails to register: ddiff_register raised {describe_error(error)}."
+            f"The plugin {self} cannot register its components: ddiff_register raised "
+            f"{describe_error(error)}. Fix or uninstall the distribution."
         )
 
     def _arguments_error(self, reason: str) -> PluginError:
         return PluginError(
-            f"The plugin {self} has a hook with wrong arguments: {reason}. The hook is: "
+            f"The plugin {self} has a hook with wrong arguments: {reason}. Define the hook as "
             "def ddiff_register(registry)."
         )
 
     def _checked_hooks(self, module: Any) -> pluggy.HookRelay:
-        """Collect the module's hooks. Raises PluginError for unknown, wrong or missing ones."""
-        # a manager for this plugin only, so that its hook is called for no other
+        """Collect the hooks of the module. Raises PluginError for an invalid or missing hook."""
+        # one manager per plugin, so that only the hook of this plugin is called
         manager = pluggy.PluginManager(GROUP)
         manager.add_hookspecs(Hooks)
         try:
@@ -101,12 +102,12 @@ class Plugin:
             if name not in HOOKS:
                 raise PluginError(
                     f'The plugin {self} implements a hook "{name}", which does not exist.'
-                    f"{suggest(name, HOOKS)} The hooks are: {', '.join(HOOKS)}."
+                    f"{suggest(name, HOOKS)} Valid hooks: {', '.join(HOOKS)}."
                 )
         # pluggy accepts a hook that takes fewer arguments than its specification
         for implementation in manager.hook.ddiff_register.get_hookimpls():
             if implementation.argnames != ("registry",):
-                raise self._arguments_error("it does not take registry")
+                raise self._arguments_error("the parameter registry is missing")
         if not implemented:
             raise PluginError(
                 f'The plugin {self} implements no hook: "{self.entry_point.value}" must have a '
@@ -116,7 +117,7 @@ class Plugin:
 
 
 class PluginReport(NamedTuple):
-    """Result of loading one installed plugin: its components, or the error."""
+    """Result of loading one installed plugin: either its components or an error."""
 
     plugin: Plugin
     components: list[Component]
@@ -124,16 +125,17 @@ class PluginReport(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """All installed plugins: a registry of all that load, and a report of each."""
+    """Registry of the components of all working plugins, and a report about every plugin."""
 
     registry: Registry
     reports: list[PluginReport]
 
 
 def installed_plugins() -> dict[str, list[Plugin]]:
-    """Find the installed plugins by name, without importing any.
+    """Find the installed plugins by name, without importing them.
 
-    A name with more than one entry is claimed by several distributions, which is a conflict.
+    A list with more than one plugin is a conflict of several distributions with the same plugin
+    name.
     """
     claims = defaultdict(list)
     for entry_point in importlib.metadata.entry_points(group=GROUP):
@@ -143,12 +145,12 @@ def installed_plugins() -> dict[str, list[Plugin]]:
 
 
 def load_plugins(names: Iterable[str]) -> Registry:
-    """Load `core` and the named plugins into one registry; no other plugin is imported.
+    """Load `core` and the named plugins into one registry.
 
-    Raises PluginError for a name that is not installed or that two distributions claim, and for a
-    plugin that fails.
+    Raises PluginError for a plugin that is not installed, is provided by two distributions, or
+    cannot be loaded.
     """
-    # core first, so that a conflict with it is an error of the other plugin
+    # core is first, so that in a conflict with core the other plugin is reported
     wanted = list(dict.fromkeys([CORE, *names]))
     registry = Registry(unlisted=lambda: _components_outside(wanted))
     installed = installed_plugins()
@@ -158,11 +160,14 @@ def load_plugins(names: Iterable[str]) -> Registry:
 
 
 def survey_plugins() -> Survey:
-    """Load every installed plugin; a broken one is reported and does not hide the others."""
+    """Load every installed plugin.
+
+    A plugin that cannot be loaded has an error in its report, and all other plugins are loaded.
+    """
     registry = Registry()
     reports = []
     for claims in installed_plugins().values():
-        # each claim on a name that is taken twice has its own report
+        # several plugins with the same name have one report each
         for plugin in claims:
             reports.append(_load_into(registry, plugin, claims))
     return Survey(registry, reports)
@@ -179,7 +184,7 @@ def _load_into(registry: Registry, plugin: Plugin, claims: list[Plugin]) -> Plug
 
 
 def _components_outside(listed: list[str]) -> list[Component]:
-    """Components of the installed plugins that are not listed."""
+    """Return the components of all installed plugins that are not listed."""
     found: list[Component] = []
     for report in survey_plugins().reports:
         if report.plugin.name not in listed:
@@ -188,12 +193,12 @@ def _components_outside(listed: list[str]) -> list[Component]:
 
 
 def _single_plugin(name: str, installed: Mapping[str, list[Plugin]]) -> Plugin:
-    """The one installed plugin of a name. Raises PluginError if there are none or several."""
+    """Return the installed plugin of a name. Raises PluginError if there are none or several."""
     if name not in installed:
         raise PluginError(
             f'There is no plugin "{shorten(name)}".{suggest(name, installed)} '
-            f"Installed: {', '.join(installed) or 'none'}. A plugin is the name of an entry point "
-            f'in the group "{GROUP}"; `ddiff plugins` lists them.'
+            f"Installed plugins: {', '.join(installed) or 'none'}. Install the distribution of the "
+            f'plugin, which must have an entry point in the group "{GROUP}".'
         )
     _check_single(name, installed[name])
     return installed[name][0]
@@ -204,7 +209,7 @@ def _check_single(name: str, claims: list[Plugin]) -> None:
         owners = " and ".join(str(plugin.origin) for plugin in claims)
         raise PluginError(
             f'{len(claims)} distributions claim the plugin name "{name}": {owners}. Uninstall all '
-            "but one."
+            "distributions but one."
         )
 
 
@@ -216,7 +221,7 @@ def _origin_of(entry_point: importlib.metadata.EntryPoint) -> Origin:
         return Origin(entry_point.name, package, "no distribution", "0")
     try:
         name, version = distribution.name, distribution.version
-    except Exception:  # metadata may be missing or damaged, which raises errors of many types
+    except Exception:  # missing or damaged metadata raises errors of many types
         name, version = None, None
     return Origin(
         entry_point.name, package, name or "a distribution without metadata", version or "0"

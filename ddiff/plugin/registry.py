@@ -1,9 +1,9 @@
-"""Registry of components by kind and name, which are imported on first use.
+"""Registry of components by kind and name. Components are imported on first use.
 
     registry.add("process", "kimura", "ddiff_kimura.process:Kimura")
     registry.component("process", "kimura").load()
 
-Kinds are known by name only: nothing here imports torch or a room of the engine.
+This module does not import torch or other packages of the engine.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ KINDS: dict[str, str] = {
     "sampler": "[sample] sampler: build(config, *, steps, vocabulary) -> Sampler",
     "tracker": "[tracker]: build(config, *, run_dir, recipe) -> Tracker",
 }
-"""Kind -> its place in a recipe, the arguments of `build` and the type that it returns."""
+"""Kind -> table in a recipe, arguments of `build`, and return type of `build`."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 class NoKeys(ComponentConfig):
-    """`Config` of a component that declares none: its table takes no keys."""
+    """Default `Config`, for components whose table has no keys."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Origin:
 UNPACKAGED = Origin(
     plugin="(none)", package="this session", distribution="no distribution", version="0"
 )
-"""Origin of components that are added to a registry by hand, outside a plugin."""
+"""Origin of components that are added to a registry without a plugin."""
 
 
 def _read_nothing(config: ComponentConfig) -> tuple[str, ...]:
@@ -76,39 +76,39 @@ def _read_nothing(config: ComponentConfig) -> tuple[str, ...]:
 
 
 def _preview_nothing(config: ComponentConfig) -> None:
-    """Default of `preview`: nothing is known before `build`."""
+    """Default of `preview`: the result of `build` is unknown before `build` is called."""
 
 
 @dataclass(frozen=True)
 class Members:
-    """Members that the engine looks up on a component, with defaults.
+    """Members of a component that the engine uses, with defaults.
 
-    A component is any object with `build`; it needs no base class. All its other members are found
-    through this class only.
+    A component is any object with the member `build`; it needs no base class. The engine accesses
+    all other members through this class.
     """
 
     build: Callable[..., Any] | None = None
-    """`build(config, **inputs)` with the inputs of its kind that it names; required."""
+    """`build(config, **inputs)`, with any of the inputs of its kind as parameters; required."""
     Config: type[ComponentConfig] = NoKeys
     """Keys of the component's table."""
     reads: Callable[..., tuple[str, ...]] = _read_nothing
     """`reads(config)`: paths and globs that `build` will read."""
     preview: Callable[..., Any] = _preview_nothing
-    """`preview(config, **inputs)`: what is known of the result before any data is read, or None."""
+    """`preview(config, **inputs)`: description of the result without reading data, or None."""
     slots: tuple[str, ...] | None = None
-    """Slots of its table that the component uses; None: all of them."""
+    """Slots of its table that the component uses; None: all slots."""
     inputs: Literal["own", "previous"] = "own"
-    """Of an objective: what its denoiser sees at a position, its own state or the token before."""
+    """Objectives only: input of the denoiser at a position, its own state or the previous token."""
     is_distributed: bool = False
-    """Of a backend: it can run several processes, started by the launcher."""
+    """Backends only: whether the backend supports several processes."""
     writes: tuple[str, ...] = ()
-    """Of a tracker: names in the run directory that it writes, which `--fresh` may delete."""
+    """Trackers only: names in the run directory that the tracker writes and `--fresh` deletes."""
     example_vocabularies: Callable[[], list[Any]] | None = None
-    """Of a process: vocabularies on which `ddiff check` builds it."""
+    """Processes only: vocabularies for which `ddiff check` builds the process."""
 
     @classmethod
     def of(cls, target: object) -> Members:
-        """Look up all members on the object behind a component's target."""
+        """Collect the members of the object that the target of a component names."""
         found: dict[str, Any] = {}
         for member in fields(cls):
             found[member.name] = getattr(target, member.name, member.default)
@@ -117,7 +117,7 @@ class Members:
 
 @dataclass(frozen=True)
 class Component:
-    """A registered name of a kind. Nothing is imported before `load`."""
+    """Registered component, whose target is imported by `load`."""
 
     kind: str
     name: str
@@ -140,16 +140,16 @@ class Component:
         return f'{self.kind} "{self.name}" (from {self.origin})'
 
     def load(self) -> Any:
-        """Import the object behind the target and check that it has `build` and a valid `Config`.
+        """Import the target and check that it has `build` and a valid `Config`.
 
-        Raises PluginError if the import fails or the object does not keep that contract.
+        Raises PluginError if the import or a check fails.
         """
         module, _, path = self.target.partition(":")
 
         def to_plugin_error(error: BaseException) -> PluginError:
             return PluginError(
-                f'The {self} does not load: importing its target "{self.target}" raised '
-                f"{describe_error(error)}. Fix or reinstall that distribution, or name another "
+                f'The {self} cannot be loaded: importing its target "{self.target}" raised '
+                f"{describe_error(error)}. Fix or reinstall the distribution, or use another "
                 f"{self.kind}."
             )
 
@@ -159,7 +159,7 @@ class Component:
         return found
 
     def members(self) -> Members:
-        """Load the component and look up its members. Raises as `load` does."""
+        """Load the component and collect its members. Raises PluginError as `load` does."""
         return Members.of(self.load())
 
     def config_class(self) -> type[ComponentConfig]:
@@ -169,8 +169,8 @@ class Component:
     def _check_contract(self, members: Members) -> None:
         if not callable(members.build):
             raise PluginError(
-                f'The {self} has no build: "{self.target}" must offer '
-                f"{KINDS[self.kind].partition(': ')[2]}, as a class method or static method."
+                f'The {self} has no build: "{self.target}" must have '
+                f"{KINDS[self.kind].partition(': ')[2]} as a class method or static method."
             )
         config = members.Config
         if not (isinstance(config, type) and issubclass(config, ComponentConfig)):
@@ -182,12 +182,12 @@ class Component:
 
 
 class Registry:
-    """Components by kind and name. A plugin's hook receives one and fills it with `add`.
+    """Registry of components by kind and name. The hook of a plugin calls `add`.
 
     Args:
         origin: source of the components that `add` registers.
-        unlisted: returns the components of installed plugins that a recipe does not list; called
-            only to explain an unknown name.
+        unlisted: function that returns the components of installed plugins that the recipe does
+            not list; called only for the message about an unknown name.
     """
 
     def __init__(
@@ -200,22 +200,22 @@ class Registry:
     def add(self, kind: str, name: str, target: str) -> None:
         """Register `target` ("module:object") under a kind and a name.
 
-        Raises PluginError for an unknown kind, a malformed name or target, and a taken name.
+        Raises PluginError for an unknown kind, an invalid name or target, and a duplicate name.
         """
         if kind not in KINDS:
             raise PluginError(
                 f'registry.add: there is no kind "{kind}" (for the component "{name}" from '
-                f"{self.origin}).{suggest(str(kind), KINDS)} The kinds are: {', '.join(KINDS)}."
+                f"{self.origin}).{suggest(str(kind), KINDS)} Valid kinds: {', '.join(KINDS)}."
             )
         if not (isinstance(name, str) and _NAME.fullmatch(name)):
             raise PluginError(
-                f"registry.add: the name of a {kind} must be a word of letters, digits, _ . and -; "
+                f"registry.add: the name of a {kind} must consist of letters, digits, _ . and -; "
                 f"got {name!r} (from {self.origin})."
             )
         if not (isinstance(target, str) and _TARGET.fullmatch(target)):
             raise PluginError(
                 f'registry.add: the target of {kind} "{name}" must be a string "module:object", '
-                f"which is imported only when a recipe names it; got {target!r} (from "
+                f"so that the component is imported on first use; got {target!r} (from "
                 f"{self.origin})."
             )
         component = Component(kind, name, target, self.origin)
@@ -225,22 +225,25 @@ class Registry:
         self._components[key] = component
 
     def merge(self, other: Registry) -> None:
-        """Add all components of another registry; if a name is taken, PluginError and none."""
-        # checked first, so that a plugin is registered as a whole or not at all
+        """Add all components of another registry.
+
+        Raises PluginError for a duplicate name; then no component is added.
+        """
+        # checked first, so that either all components of a plugin are added or none
         for key, component in other._components.items():
             if key in self._components:
                 raise duplicate_error(self._components[key], component)
         self._components.update(other._components)
 
     def component(self, kind: str, name: str) -> Component:
-        """Return the component of a kind and name; PluginError lists the known names."""
+        """Return the component of a kind and name. Raises PluginError for an unknown name."""
         found = self._components.get((kind, name))
         if found is None:
             raise PluginError(self._explain_unknown(kind, name))
         return found
 
     def components(self, kind: str | None = None) -> list[Component]:
-        """List all components, or those of one kind, in the order of KINDS and by name."""
+        """List all components or the components of one kind, sorted by kind and name."""
         chosen = [
             component for component in self._components.values() if kind in (None, component.kind)
         ]
@@ -248,16 +251,16 @@ class Registry:
         return sorted(chosen, key=lambda component: (order.index(component.kind), component.name))
 
     def names(self, kind: str) -> list[str]:
-        """List the names of one kind."""
+        """List the names of the components of one kind."""
         return [component.name for component in self.components(kind)]
 
     def _explain_unknown(self, kind: str, name: str) -> str:
         if kind not in KINDS:
             return (
                 f'There is no kind of component "{kind}".{suggest(kind, KINDS)} '
-                f"The kinds are: {', '.join(KINDS)}."
+                f"Valid kinds: {', '.join(KINDS)}."
             )
-        # this imports every installed plugin, which is acceptable only for a message
+        # this call imports every installed plugin, which is too slow except for an error message
         unlisted = [component for component in self._unlisted() if component.kind == kind]
         for component in unlisted:
             if component.name == name:
@@ -272,22 +275,22 @@ class Registry:
             more += f'; "{other}" with plugin "{plugin}"'
         return (
             f'There is no {kind} "{shorten(name)}".{suggest(name, [*known, *others])} '
-            f"There is: {', '.join(known) or 'none in the listed plugins'}{more}."
+            f"Available: {', '.join(known) or 'none in the listed plugins'}{more}."
         )
 
 
 def duplicate_error(first: Component, second: Component) -> PluginError:
-    """Make the error for two components that claim one name."""
+    """Return the PluginError for two components with the same kind and name."""
     if first.origin == second.origin:
         return PluginError(
             f'The plugin "{first.plugin}" ({first.origin}) registers the {first.kind} '
-            f'"{first.name}" twice, as "{first.target}" and as "{second.target}". Give each its '
-            "own name."
+            f'"{first.name}" twice, as "{first.target}" and as "{second.target}". Rename one '
+            "of them."
         )
     return PluginError(
         f'Two plugins claim the {first.kind} "{first.name}": "{first.plugin}" ({first.origin}) and '
-        f'"{second.plugin}" ({second.origin}). List only one of them in plugins, or have one '
-        "renamed."
+        f'"{second.plugin}" ({second.origin}). List only one of these plugins in the recipe, or '
+        "rename one component."
     )
 
 
@@ -296,10 +299,10 @@ def duplicate_error(first: Component, second: Component) -> PluginError:
 
 @contextmanager
 def convert_errors(convert: Callable[[BaseException], PluginError]) -> Iterator[None]:
-    """Run code of a plugin; turn any exception into a PluginError, SystemExit included.
+    """Convert every exception of plugin code, including SystemExit, to a PluginError.
 
-    A KeyboardInterrupt that the plugin raises is converted too. One that comes from the user's
-    Ctrl-C passes through: a handler notes whether SIGINT arrived.
+    A KeyboardInterrupt is converted if the plugin raised it, but not if the user pressed Ctrl-C. A
+    signal handler records whether SIGINT arrived.
     """
     interrupts: list[int] = []
     previous: Any = None
@@ -308,8 +311,8 @@ def convert_errors(convert: Callable[[BaseException], PluginError]) -> Iterator[
         interrupts.append(number)
         previous(number, frame)
 
-    # Only the main thread may set handlers. A handler that is not callable means that the signal is
-    # ignored, or handled outside of Python; then it stays as it is.
+    # Only the main thread may set handlers. If the present handler is not callable, the signal is
+    # ignored or handled outside of Python, and no handler is installed.
     is_main = threading.current_thread() is threading.main_thread()
     if is_main:
         previous = signal.getsignal(signal.SIGINT)
@@ -325,16 +328,16 @@ def convert_errors(convert: Callable[[BaseException], PluginError]) -> Iterator[
             raise
         raise convert(error) from error
     finally:
-        # a handler that the plugin has set since then stays
+        # keep a handler that the plugin has installed in the meantime
         if installs and signal.getsignal(signal.SIGINT) is note_interrupt:
             signal.signal(signal.SIGINT, previous)
 
 
 def describe_error(error: BaseException) -> str:
-    """Format an exception of plugin code as `ValueError: message (file.py, line 3)`."""
+    """Format an exception of plugin code, as `ValueError: message (file.py, line 3)`."""
     try:
         message = str(error)
-    except Exception:  # the exception class of a plugin may fail to format itself
+    except Exception:  # `__str__` of an exception class in a plugin may fail
         message = ""
     text = " ".join(f"{type(error).__name__}: {message}".split())
     frames = [
@@ -342,12 +345,12 @@ def describe_error(error: BaseException) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if not _is_import_machinery(frame.filename)
     ]
-    # the innermost frame is where the plugin's code raised
+    # the innermost frame is the line of the plugin that raised the exception
     return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else text
 
 
 def _is_import_machinery(filename: str) -> bool:
-    """Return whether a frame belongs to the import itself, which says nothing about the plugin."""
+    """Return whether a frame belongs to the import machinery, not to the plugin."""
     if filename.startswith("<frozen"):
         return True
     folder = Path(filename).parent

@@ -1,4 +1,4 @@
-"""List the components of a plugin with their places and keys, for `ddiff plugins NAME`."""
+"""List the components of a plugin with their tables and keys, for `ddiff plugins NAME`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,26 @@ from ddiff.recipe.schema import TABLES, TopLevelKeys
 
 
 class PluginListing(NamedTuple):
-    """A paragraph for each component of a plugin, and the errors of those that do not load."""
+    """Description of a plugin.
+
+    Args:
+        paragraphs: one for each component.
+        errors: errors of components that cannot be loaded.
+    """
 
     paragraphs: list[str]
     errors: list[PluginError]
 
 
 def list_plugin(name: str) -> PluginListing:
-    """List the components of a plugin; for `core`, the keys of the engine first."""
+    """List the components of a plugin.
+
+    The listing of the plugin `core` begins with the keys that the engine defines.
+    """
     registry = load_plugins([name])
     listing = PluginListing([], [])
     if name == CORE:
-        listing.paragraphs.append(_list_keys("above all tables:", TopLevelKeys))
+        listing.paragraphs.append(_list_keys("top level:", TopLevelKeys))
         for table, entry in TABLES.items():
             if entry.keys is not None:
                 title = f"[{table}], keys of the engine:"

@@ -1,4 +1,4 @@
-"""Descriptions of the keys of a table, and messages about its validation errors."""
+"""Descriptions of the keys of a table, and messages about validation errors in a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ddiff.plugin.config import COUNTS, LARGEST
 
 
 class KeyDescription(NamedTuple):
-    """A key of a table, its type with default, and its description."""
+    """Key of a table with its type, default and description."""
 
     key: str
     type: str
@@ -25,7 +25,7 @@ class KeyDescription(NamedTuple):
 
 
 def describe_keys(model: type[BaseModel]) -> list[KeyDescription]:
-    """Describe every key of a table; the description is the docstring under the key."""
+    """Describe every key of a table. The description is the docstring below the field."""
     schema = model.model_json_schema()
     required = schema.get("required", ())
     rows = []
@@ -61,7 +61,7 @@ def _format_type(schema: Mapping[str, Any]) -> str:
         return "list of " + " and ".join(distinct)
     bounds = []
     for bound, sign in _BOUNDS.items():
-        # the limits of every count and number would only lengthen the list
+        # the technical limits that all counts and floats share are not shown
         if bound in schema and schema[bound] not in (COUNTS, LARGEST):
             bounds.append(f"{sign} {schema[bound]:g}")
     return f"{_TYPE_NAMES.get(kind, kind)} {' and '.join(bounds)}".rstrip()
@@ -71,18 +71,19 @@ def _format_type(schema: Mapping[str, Any]) -> str:
 
 
 def first_error(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> Mapping[str, Any]:
-    """Choose the entry of `ValidationError.errors()` to report.
+    """Return the entry of `ValidationError.errors()` that is reported to the user.
 
-    Its `loc` is the key as the recipe writes it. The errors of a union's branches become one, of
-    type "union" with the expected types in `ctx`.
+    The `loc` of the entry is the key as written in the recipe. If a union type refuses a value, its
+    branches have one error each; they are merged to one error of type "union" with the expected
+    types in `ctx`.
     """
-    # an unknown key first, for it is often the misspelt one that is missing
+    # An unknown key comes first: a missing key is often misspelt, and then unknown too.
     first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
     if not _is_in_union(model, first["loc"]):
         return first
     branches = [_drop_branch(error) for error in errors if error["loc"][0] == first["loc"][0]]
     for branch in branches:
-        # one branch accepted the type and refused the value: that is the mistake
+        # A branch that accepts the type and refuses the value has the most specific error.
         if not branch["type"].endswith("_type"):
             return branch
     expected = dict.fromkeys(_expectation(branch).removeprefix("must be ") for branch in branches)
@@ -97,13 +98,15 @@ def explain_validation(
     known: Sequence[str],
     whole: str = "the recipe",
 ) -> str:
-    """Write one paragraph for a `first_error`.
+    """Return the message, one paragraph, for an error that `first_error` returned.
 
     Args:
-        path: place of the table in the recipe.
+        error: entry of `ValidationError.errors()`.
+        model: model of the table.
+        path: path of the table in the recipe.
         owner: component that owns the table, as ` for kind "..." (from ...)`, or empty.
-        known: keys that the table takes.
-        whole: what has the keys if the path is empty.
+        known: valid keys of the table.
+        whole: name of the object that has the keys if the path is empty.
     """
     location = error["loc"]
     kind = error["type"]
@@ -123,22 +126,22 @@ def explain_validation(
 
 
 def explain_unknown_key(table: str, key: str, owner: str, takes: Sequence[str]) -> str:
-    """Write the paragraph for a key that a table does not take."""
+    """Return the message, one paragraph, about a key that a table does not have."""
     return (
         f'{table} has no key "{shorten(key)}"{owner}.{suggest(key, takes)} '
-        f"It takes: {', '.join(takes) or 'no keys'}."
+        f"Valid keys: {', '.join(takes) or 'none'}."
     )
 
 
 def format_value(value: Any) -> str:
-    """Format a value as TOML does; mark a string, because its quotes may be the mistake."""
-    # not only ASCII, so that text in other scripts stays readable
+    """Format a value as in TOML. A string is marked as such, in case its quotes are the error."""
+    # not only ASCII, so that text in all scripts stays readable
     text = shorten(json.dumps(value, default=str, ensure_ascii=False))
     return f"{text} (a string)" if isinstance(value, str) else text
 
 
 def format_table(path: Sequence[str | int], whole: str = "the recipe") -> str:
-    """Format a table's place as `[train.optimizer]`, or `whole` above all tables."""
+    """Format the path of a table as `[train.optimizer]`; return `whole` for an empty path."""
     return f"[{'.'.join(map(str, path))}]" if path else whole
 
 
@@ -162,11 +165,11 @@ _EXPECTATIONS = {
     "multiple_of": "a multiple of {multiple_of}",
     "literal_error": "{expected}",
 }
-"""Type of a pydantic error -> what the value must be, with the entries of its `ctx`."""
+"""Type of a pydantic error -> description of the expected value, a template for its `ctx`."""
 
 
 def _expectation(error: Mapping[str, Any]) -> str:
-    """Format what was expected in place of the value, as `must be greater than 0`."""
+    """Format the requirement that a value violates, as `must be greater than 0`."""
     context = {key: _format_limit(value) for key, value in error.get("ctx", {}).items()}
     kind = error["type"]
     if kind in _EXPECTATIONS:
@@ -177,7 +180,7 @@ def _expectation(error: Mapping[str, Any]) -> str:
         return f"must have at most {_count(error, 'max_length')}"
     if kind == "string_pattern_mismatch":
         return f"must match the pattern {context['pattern']}"
-    # any other type, which a plugin may use, in pydantic's own words
+    # for other types, which plugins may use, the text of pydantic
     text = error["msg"].replace("Input should be", "must be").replace("'", '"')
     return text if text.startswith("must") else f"is not valid: {text[:1].lower()}{text[1:]}"
 
@@ -185,19 +188,19 @@ def _expectation(error: Mapping[str, Any]) -> str:
 def _format_limit(value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST:
         return str(int(value))
-    # pydantic writes choices as 'x' or 'y', TOML takes "x"
+    # pydantic uses single quotes for choices; the messages use double quotes, as TOML
     return str(value).replace("'", '"')
 
 
 def _count(error: Mapping[str, Any], limit: str) -> str:
-    """Format a limit of length with its unit, as `1 character` or `2 items`."""
+    """Format a limit on the length of a value, as `1 character` or `2 items`."""
     number = error["ctx"][limit]
     unit = "character" if error["type"].startswith("string") else "item"
     return f"{number} {unit}{'' if number == 1 else 's'}"
 
 
 def _format_location(location: Sequence[str | int]) -> str:
-    """Format a key inside a table as ` sizes[0]` or ` clock.rates`; empty for no key."""
+    """Format the location of a key in a table, as ` sizes[0]` or ` clock.rates`."""
     text = ""
     for key in location:
         text += f"[{key}]" if isinstance(key, int) else f".{key}"
@@ -208,7 +211,7 @@ def _format_location(location: Sequence[str | int]) -> str:
 
 
 def _is_in_union(model: type[BaseModel], location: Sequence[str | int]) -> bool:
-    """Return whether the second part of an error's location is a branch of a union."""
+    """Return whether the second entry of an error location names a branch of a union type."""
     field = model.model_fields.get(str(location[0])) if len(location) > 1 else None
     if field is None or get_origin(field.annotation) not in (Union, UnionType):
         return False
@@ -217,12 +220,12 @@ def _is_in_union(model: type[BaseModel], location: Sequence[str | int]) -> bool:
 
 
 def _drop_branch(error: Mapping[str, Any]) -> dict[str, Any]:
-    # ("xi", "float") -> ("xi",): a recipe does not name branches
+    # ("xi", "float") -> ("xi",), because a recipe does not name branches
     return {**error, "loc": (error["loc"][0], *error["loc"][2:])}
 
 
 def _suggest_choice(model: type[BaseModel], location: Sequence[str | int], came: Any) -> str:
-    """Suggest the most similar of the strings that a key may be."""
+    """Suggest the allowed string that is most similar to a given string value."""
     field = model.model_fields.get(str(location[0])) if len(location) == 1 else None
     if field is None or not isinstance(came, str):
         return ""
@@ -233,12 +236,12 @@ def _suggest_choice(model: type[BaseModel], location: Sequence[str | int], came:
 def _describe_type(model: type[BaseModel], location: Sequence[str | int]) -> str:
     annotation = model.model_fields[str(location[0])].annotation if len(location) == 1 else None
     if annotation is None:
-        return "it has no default"
+        return "the key has no default"
     return f"a value of type {inspect.formatannotation(annotation)}"
 
 
 def _nested_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """List the keys of a table inside a component's table."""
+    """List the keys of a table that is nested in the table of a component."""
     for key in location:
         if isinstance(key, int) or key not in model.model_fields:
             continue

@@ -1,4 +1,4 @@
-"""Resolved recipes: the checked settings of an experiment and the components that it names."""
+"""Resolved recipes: the checked settings of an experiment and its components."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class ComponentSpec:
 
     Args:
         component: the registered component.
-        config: its checked settings.
-        table: its place in a recipe, as messages write it, such as "[train.optimizer]".
+        config: checked settings of the component.
+        table: table of the component in a recipe, such as "[train.optimizer]", for messages.
     """
 
     component: Component
@@ -49,20 +49,20 @@ class ComponentSpec:
 
     @property
     def members(self) -> Members:
-        """Members of the component, with the defaults of the optional ones."""
+        """Members of the component, with defaults for missing optional members."""
         return self.component.members()
 
     def build(self, **inputs: Any) -> Any:
-        """Call `build(config, ...)` with those of the inputs that it names.
+        """Call `build(config, ...)` of the component with the inputs that its signature names.
 
         A component names only the inputs that it uses, so a new input of a kind breaks no plugin.
-        Raises PluginError if it names an input that its kind does not have. An ArgumentError or
-        DataError that it raises begins with the component's table.
+        Raises PluginError if `build` has a parameter that is not an input of its kind. The message
+        of an ArgumentError or DataError that `build` raises begins with the component's table.
         """
         return self._call("build", self.component.load().build, inputs)
 
     def preview(self, **inputs: Any) -> Any:
-        """Call `preview(config, ...)`: what is known of the result before any data is read."""
+        """Call `preview(config, ...)`, which describes the result without reading data."""
         return self._call("preview", self.members.preview, inputs)
 
     def input_paths(self) -> tuple[str, ...]:
@@ -70,12 +70,12 @@ class ComponentSpec:
         return self._call("reads", self.members.reads, {})
 
     def takes_input(self, name: str) -> bool:
-        """Return whether `build` names that input."""
+        """Return whether `build` has a parameter for an input."""
         return name in inspect.signature(self.component.load().build).parameters
 
     @contextmanager
     def prefix_errors(self) -> Iterator[None]:
-        """Begin the message of an ArgumentError or DataError raised inside with the table."""
+        """Put the table before the message of an ArgumentError or DataError raised in the block."""
         try:
             yield
         except (ArgumentError, DataError) as error:
@@ -91,19 +91,19 @@ class ComponentSpec:
         wanted = {
             key: value for key, value in inputs.items() if takes_all or key in signature.parameters
         }
-        # bound before the call: a TypeError of the call itself would be a fault inside the function
+        # bound before the call, because a TypeError of the call may be a defect inside the function
         try:
             signature.bind(self.config, **wanted)
         except TypeError as error:
             raise PluginError(
-                f"The {self.component} cannot be built: its {name}{signature} may ask for config "
-                f"and {', '.join(inputs) or 'nothing else'}, but {error}."
+                f"The {self.component} cannot be built: its {name}{signature} may only have the "
+                f"parameters {', '.join(['config', *inputs])}, but {error}."
             ) from error
         with self.prefix_errors():
             return function(self.config, **wanted)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the component's table: its kind and every key, defaults included."""
+        """Return the table of the component: its kind and all keys, including defaults."""
         return {"kind": self.component.name, **self.config.model_dump(mode="json")}
 
 
@@ -111,8 +111,8 @@ class ComponentSpec:
 class Recipe:
     """A recipe with every default filled in.
 
-    The fields are those of `schema.TABLES`, which fixes their names (`component_field`,
-    `keys_field`); here each gets its type. A component is None if the recipe has none.
+    The names of the fields follow from `schema.TABLES` (`component_field`, `keys_field`). The
+    field of a component is None if the recipe has no such component.
     """
 
     name: str
@@ -140,35 +140,35 @@ class Recipe:
     sampler: ComponentSpec
     tracker: ComponentSpec
 
-    # not compared: the same recipe may be read from another file and with more plugins installed
+    # not compared, because equal recipes may be read from different files
     registry: Registry = field(repr=False, compare=False)
     source: str = field(default="", repr=False, compare=False)
-    """File that the recipe was read from."""
+    """Path of the recipe file."""
 
     @property
     def length(self) -> int:
-        """Tokens in a row: [data] length."""
+        """Number of tokens in a row: [data] length."""
         return self.data_keys.length
 
     def components(self) -> dict[str, ComponentSpec]:
-        """Return the components by their place: `process`, `denoiser.head`, `train.optimizer`."""
+        """Return the components by path, such as `process` or `train.optimizer`."""
         found = {}
         for path in SLOTS:
-            # vars(), because the names of the fields follow from the schema
+            # vars(), because the schema determines the names of the fields
             spec = vars(self)[component_field(path)]
             if spec is not None:
                 found[".".join(path)] = spec
         return found
 
     def origins(self) -> dict[str, str]:
-        """Describe the origin of each component: `kimura (ddiff_kimura, ddiff-kimura 1.0)`."""
+        """Return the origin of each component, as `kimura (ddiff_kimura, ddiff-kimura 1.0)`."""
         return {
             place: f"{spec.component.name} ({spec.component.origin})"
             for place, spec in self.components().items()
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return nested tables of plain values, with every default written out."""
+        """Return the recipe as nested dicts of plain values, including every default."""
         fields = vars(self)
         tree: dict[str, Any] = {key: fields[key] for key in TopLevelKeys.model_fields}
         tree["plugins"] = list(self.plugins)  # TOML and JSON have lists only
@@ -178,7 +178,7 @@ class Recipe:
             if spec is not None:
                 written |= spec.to_dict()
             if table.keys is not None:
-                # after the component's keys: one that repeats a key of the engine has its value
+                # The engine's keys replace keys of the component that have the same name.
                 written |= fields[keys_field(name)].model_dump(mode="json")
             for slot in table.slots:
                 slot_spec = fields[component_field((name, slot))]
@@ -189,19 +189,22 @@ class Recipe:
         return scalars_first({key: tree[key] for key in TOP_LEVEL if key in tree})
 
     def to_toml(self) -> str:
-        """Write `to_dict` as TOML text, which reads back as the same recipe."""
+        """Return the recipe as TOML text. Reading this text gives an equal recipe."""
         return write_toml(self.to_dict(), f"{HEADER} {__version__} resolved it.")
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that identify `to_dict`."""
-        # sorted, so that the order of tables in the schema does not matter
+        """Hash of `to_dict` as sixteen hexadecimal digits."""
+        # sorted, so that the hash does not depend on the order of tables in the schema
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def diff_recipes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """List the dotted keys in which two `Recipe.to_dict` differ, with both values; None: absent."""
+    """List the differences of two `Recipe.to_dict` as (dotted key, old value, new value).
+
+    The value of an absent key is None.
+    """
     before = flatten_keys(old)
     after = flatten_keys(new)
     changed = []

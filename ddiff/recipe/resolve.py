@@ -1,23 +1,23 @@
-"""Resolve recipes: TOML text -> checked settings and the components that they name.
+"""Resolve recipes: TOML text -> checked settings and components.
 
     recipe = read_recipe("recipes/mine.toml", settings=["train.steps=200"])
     recipe.process.build(vocabulary=vocabulary)
 
-The steps, each of which raises RecipeError with the file and the line:
+Every step raises RecipeError with the file and the line:
 
-1. `sources.read_tree`, `sources.merge_bases`: read the file and what it extends.
-2. `resolve`: merge `--set` texts over it, check the names of tables, load the listed plugins.
+1. `sources.read_tree`, `sources.merge_bases`: read the file and the recipes that it extends.
+2. `resolve`: apply `--set` texts, check the names of tables, load the listed plugins.
 3. `_TableReader`: for each table of `schema.TABLES`, find its component, split its keys into those
    of the engine and those of the component's `Config`, and validate both.
-4. Check what concerns several tables.
+4. `_check_batch`, `_check_ema`: check values that depend on several tables.
 
-A table may hold keys of the engine; its other keys belong to the component that its `kind` names. A
-slot is a key that names a component inside a table (`[train] optimizer`). Wherever a component is
-named, a string stands for a table with only a kind: `optimizer = "muon"` is
+A table may contain keys of the engine; its other keys belong to the component that `kind` names. A
+slot is a key that names a further component inside a table (`[train] optimizer`). A string in
+place of a component's table is a shorthand for a table with only a kind: `optimizer = "muon"` means
 `optimizer = {kind = "muon"}`.
 
-Reading a recipe imports the components that it names, because their `Config` lists their keys.
-Importing this module imports none.
+Reading a recipe imports its components, because their `Config` classes define their keys. Importing
+this module imports no component.
 """
 
 from __future__ import annotations
@@ -63,17 +63,17 @@ Keys = TypeVar("Keys", bound=ComponentConfig)
 
 
 def read_recipe(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
-    """Read and resolve a recipe by path or by the name of a shipped one.
+    """Read and resolve a recipe.
 
     Args:
         name: path, name of a shipped recipe, or fsspec address.
-        settings: texts "key=value" as of `--set`, which replace the recipe's values.
+        settings: "key=value" texts, as for `--set`, which replace values of the recipe.
 
-    Raises RecipeError (file, line, key, what came and what was expected) and PluginError.
+    Raises RecipeError for an error in the recipe, and PluginError for an error in a plugin.
     """
     tree = read_tree(str(name))
     if "extends" in tree.values:
-        # without its own name it would overwrite the run of the recipe that it extends
+        # an inherited name would make this run overwrite the run of the base recipe
         tree.values.setdefault("name", PurePosixPath(tree.source).stem)
     return resolve(merge_bases(tree), settings)
 
@@ -81,14 +81,14 @@ def read_recipe(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
 def parse_recipe(text: str, source: str = "<text>", settings: Iterable[str] = ()) -> Recipe:
     """Resolve a recipe given as TOML text.
 
-    `source` stands for the file in messages, and `extends` looks for files next to it first.
+    `source` is the file name in messages. Paths in `extends` may be relative to its folder.
     """
     return resolve(merge_bases(expand_shorthand(read_toml(text, source))), settings)
 
 
 def resolve(tree: RecipeTree, settings: Iterable[str] = ()) -> Recipe:
     """Check a merged tree of tables and load the components that it names."""
-    # a string would be read letter by letter, and a mapping without its values
+    # a string would be iterated by characters, and a mapping by keys without values
     if isinstance(settings, str | Mapping):
         raise ArgumentError(
             'settings must be a list of "key=value" texts, such as ["train.steps=200"]; got '
@@ -98,7 +98,7 @@ def resolve(tree: RecipeTree, settings: Iterable[str] = ()) -> Recipe:
     tree = overrides.merge_over(tree, inherited_keys)
     _check_tables(tree)
     top = _read_top_level(tree)
-    # the plugins before the tables: only they know the components and their keys
+    # plugins are loaded before tables are read, because they define components and their keys
     registry = _load_plugins(top, tree)
     reader = _TableReader(tree, registry)
 
@@ -108,7 +108,7 @@ def resolve(tree: RecipeTree, settings: Iterable[str] = ()) -> Recipe:
     for name, table in TABLES.items():
         if table.keys is not None:
             fields[keys_field(name)] = reader.read_engine_keys(name, table.keys)
-    # raises TypeError if the fields of Recipe are not those of the schema
+    # raises TypeError if the fields of Recipe differ from those of the schema
     recipe = Recipe(registry=registry, source=tree.source, **fields)
     _check_batch(recipe, tree)
     _check_ema(recipe, tree)
@@ -120,9 +120,9 @@ def configure_component(
     settings: Iterable[str] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> ComponentSpec:
-    """Configure a component outside a recipe with "key=value" texts over `defaults`.
+    """Configure a component without a recipe, from "key=value" texts over `defaults`.
 
-    `ddiff check NAME --set` and `ddiff sample --set` read their settings with it.
+    Used for the settings of `ddiff check NAME --set` and `ddiff sample --set`.
     """
     base = RecipeTree(dict(defaults or {}), "--set")
     tree = read_settings(settings, "--set").merge_over(base, _inherit_all)
@@ -130,9 +130,9 @@ def configure_component(
     for name in tree.values:
         if name in TABLES and name not in config.model_fields:
             raise RecipeError(
-                f"{tree.locate((name,))}: outside a recipe there are no tables, and keys are the "
-                f"{component}'s own: leave out {name} and the dot. It takes: "
-                f"{', '.join(config.model_fields) or 'no keys'}."
+                f"{tree.locate((name,))}: outside a recipe there are no tables, so the keys of the "
+                f"{component} have no prefix. Remove {name} and the dot. Valid keys: "
+                f"{', '.join(config.model_fields) or 'none'}."
             )
     checked = _validate(
         config, tree.values, tree, (), known=config.model_fields, whole=f"the {component}"
@@ -143,11 +143,17 @@ def configure_component(
 def configure_sampler(
     recipe: Recipe, kind: str | None = None, settings: Iterable[str] = ()
 ) -> ComponentSpec:
-    """Choose the recipe's sampler or another kind, with "key=value" texts over its settings."""
+    """Return the sampler of a recipe, or a sampler of another kind, with changed settings.
+
+    Args:
+        recipe: recipe whose sampler and sampler settings are the defaults.
+        kind: kind of the sampler; None for the sampler of the recipe.
+        settings: "key=value" texts, which replace settings of the sampler.
+    """
     settings = tuple(settings)
     if kind is None and not settings:
         return recipe.sampler
-    # the settings of the recipe belong to its own sampler; another kind starts from its defaults
+    # the settings in the recipe are those of its own sampler; another kind has its own defaults
     if kind in (None, recipe.sampler.component.name):
         defaults = recipe.sampler.config.model_dump(mode="json")
         return configure_component(recipe.sampler.component, settings, defaults)
@@ -155,23 +161,24 @@ def configure_sampler(
 
 
 def _inherit_all(path: tuple[str, ...], base: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Let a table keep every key of the table below it."""
+    """Return None, so that a table inherits every key of its base table."""
 
 
 # ---------------------------------------------------------------------- tables
 
 
 class _TableReader:
-    """Reads the components and the engine's keys of one tree."""
+    """Reader of the components and the keys of the engine in one tree."""
 
     def __init__(self, tree: RecipeTree, registry: Registry) -> None:
         self.tree = tree
         self.registry = registry
 
     def read_slot(self, path: TablePath) -> ComponentSpec | None:
-        """Read the component at a place; None if the recipe has none there.
+        """Read the component at a path.
 
-        That is a slot that the table's component does not use, or an optional table.
+        Returns None for an optional table that the recipe omits, and for a slot that the component
+        of the table does not use.
         """
         table, *rest = path
         if TABLES[table].is_optional and table not in self.tree.values:
@@ -181,11 +188,11 @@ class _TableReader:
         return self._read_component(path)
 
     def read_engine_keys(self, name: str, model: type[Keys]) -> Keys:
-        """Validate the keys of a table that the engine reads."""
+        """Validate those keys of a table that the engine defines."""
         table = TABLES[name]
         values = {}
         for key, value in self._values((name,)).items():
-            # in a table without a component, any other key is an unknown key of the engine
+            # in a table without a component, all keys are checked against the keys of the engine
             is_own = key in model.model_fields or table.component is None
             if is_own and key not in table.slots:
                 values[key] = value
@@ -207,7 +214,7 @@ class _TableReader:
             if key in config.model_fields:
                 values[key] = value
         if engine_model is not None:
-            # a Config that repeats a key of the engine has the engine's value, default or not
+            # a key of Config with the name of a key of the engine gets the same value
             shared = self.read_engine_keys(path[0], engine_model).model_dump(mode="json")
             values |= {key: value for key, value in shared.items() if key in config.model_fields}
         checked = _validate(config, values, self.tree, path, component, known)
@@ -225,8 +232,8 @@ class _TableReader:
             came = f"; got {format_value(name)}" if "kind" in table else ""
             names = ", ".join(self.registry.names(slot.kind))
             raise RecipeError(
-                f"{place}: {label} needs a kind, the {slot.kind}'s name in quotes{came}. "
-                f"There is: {names or 'none in the listed plugins'}."
+                f"{place}: {label} needs a kind, the name of the {slot.kind} in quotes{came}. "
+                f"Available: {names or 'none in the listed plugins'}."
             )
         try:
             return self.registry.component(slot.kind, name)
@@ -235,7 +242,7 @@ class _TableReader:
             raise RecipeError(f'{place}: {label} kind = "{shorten(name)}": {error}') from error
 
     def _used_slots(self, path: TablePath) -> list[str]:
-        """Slots of a table that its component uses, by its attribute `slots`; by default all."""
+        """List the slots of a table that its component uses, given by `slots` of the component."""
         if len(path) > 1:
             return []
         offered = TABLES[path[0]].slots
@@ -252,12 +259,12 @@ class _TableReader:
 
 
 def _read_top_level(tree: RecipeTree) -> TopLevelKeys:
-    """Validate the keys above all tables and fill in the run directory."""
+    """Validate the top-level keys and fill in the run directory."""
     values = {key: tree.values[key] for key in TopLevelKeys.model_fields if key in tree.values}
     top = _validate(TopLevelKeys, values, tree, ())
     filled = {
         "run_dir": top.run_dir or f"runs/{top.name}",
-        "plugins": tuple(dict.fromkeys(top.plugins)),  # each once, in order
+        "plugins": tuple(dict.fromkeys(top.plugins)),  # without duplicates, in order
     }
     return top.model_copy(update=filled)
 
@@ -268,7 +275,7 @@ def _load_plugins(top: TopLevelKeys, tree: RecipeTree) -> Registry:
     except PluginError as error:
         remedy = ""
         if not set(top.plugins) <= set(installed_plugins()):
-            remedy = " Install the distribution that brings it: pip install -e path/to/it."
+            remedy = " Install the distribution of the plugin: pip install -e path/to/plugin."
         raise RecipeError(
             f"{tree.locate(('plugins',))}: plugins = {format_value(list(top.plugins))}: "
             f"{error}{remedy}"
@@ -284,16 +291,19 @@ def _validate(
     known: Iterable[str] = (),
     whole: str = "the recipe",
 ) -> Keys:
-    """Validate a table's values; RecipeError explains the first wrong one.
+    """Validate the values of a table. Raises RecipeError for the first wrong value.
 
     Args:
-        path: the table's place in the recipe.
+        model: model of the table.
+        values: values of the table.
+        tree: tree that contains the table, for file and line in messages.
+        path: path of the table in the recipe.
         component: owner of the table, for messages.
-        known: the keys that the table takes.
-        whole: what has the keys if the path is empty.
+        known: valid keys of the table.
+        whole: name of the object that has the keys if the path is empty.
     """
-    # Strict validation of JSON lets an array become a tuple and 1 become 1.0, while "3" stays a
-    # string. Strict validation of Python values would refuse the lists of TOML as tuples.
+    # Strict validation of JSON accepts an array as a tuple and 1 as 1.0, but not "3" as a number.
+    # Strict validation of Python values would refuse a list for a tuple.
     text = json.dumps(values, default=str)
     try:
         return model.model_validate_json(text, strict=True)
@@ -311,13 +321,15 @@ def _owner(component: Component | None) -> str:
 
 
 def _check_tables(tree: RecipeTree) -> None:
-    """Check that top-level names are known, tables are tables, and required ones are present."""
+    """Check that all names are known, tables are tables, and no required table is missing."""
     for name in tree.values:
         if name not in TOP_LEVEL:
             raise RecipeError(_explain_unknown_name(name, tree))
     if "extends" in tree.values:
         place = tree.locate(("extends",))
-        raise RecipeError(f"{place}: extends belongs into a recipe file; it cannot be set.")
+        raise RecipeError(
+            f"{place}: extends is only valid in a recipe file and cannot be given by --set."
+        )
     paths: list[TablePath] = [(name,) for name in TABLES]
     for path in [*paths, *SLOTS]:
         _check_is_table(tree, path)
@@ -325,8 +337,8 @@ def _check_tables(tree: RecipeTree) -> None:
     missing = [name for name in required if name not in tree.values]
     if missing:
         raise RecipeError(
-            f"{tree.source}: there is no [{missing[0]}] table. A recipe needs "
-            f'{", ".join(required)}; extends = "<recipe>" takes what is missing from another one.'
+            f"{tree.source}: there is no [{missing[0]}] table. A recipe needs the tables "
+            f'{", ".join(required)}, or extends = "<recipe>" to inherit them from another recipe.'
         )
 
 
@@ -338,7 +350,7 @@ def _explain_unknown_name(name: str, tree: RecipeTree) -> str:
             break
     return (
         f'{tree.locate((name,))}: a recipe has no key or table "{shorten(name)}".{suggestion} '
-        f"It takes: {', '.join(TOP_LEVEL)}."
+        f"Valid names: {', '.join(TOP_LEVEL)}."
     )
 
 
@@ -348,7 +360,8 @@ def _check_is_table(tree: RecipeTree, path: TablePath) -> None:
         value = value.get(key, {})
     if isinstance(value, dict):
         return
-    alternative = f", or the {SLOTS[path].kind}'s name in quotes" if path in SLOTS else ""
+    kind = SLOTS[path].kind if path in SLOTS else None
+    alternative = f", or the name of the {kind} in quotes" if kind else ""
     raise RecipeError(
         f"{tree.locate(path)}: {'.'.join(path)} must be a table{alternative}; got "
         f"{format_value(value)}."
@@ -358,19 +371,20 @@ def _check_is_table(tree: RecipeTree, path: TablePath) -> None:
 def _check_reserved_keys(
     component: Component, config: type[ComponentConfig], slots: Iterable[str]
 ) -> None:
-    """Check that a Config has no key that names a component in its table."""
+    """Check that a Config has no key named `kind` or like a slot of its table."""
     for key in ("kind", *slots):
         if key in config.model_fields:
             raise PluginError(
-                f'The Config of the {component} has the key "{key}", which names a component in '
-                "that table of a recipe. Give the key another name."
+                f'The Config of the {component} has the key "{key}", which is reserved: in that '
+                "table of a recipe it names a component. Rename the key of the Config."
             )
 
 
 def _check_round_trip(spec: ComponentSpec) -> None:
-    """Check that a table reads back as itself once every default is written out.
+    """Check that a table with all defaults written out is read back as an equal table.
 
-    A run keeps its recipe in that form. One that it could not read again must fail before training.
+    A run stores its recipe in that form, so a recipe that cannot be read back must fail before
+    training.
     """
     # as `Recipe.to_toml` writes it and `_validate` reads it again
     written = json.dumps(scalars_first(spec.config.model_dump(mode="json")))
@@ -380,14 +394,14 @@ def _check_round_trip(spec: ComponentSpec) -> None:
         reason = error.errors(include_url=False)[0]["msg"]
         raise _round_trip_error(spec, f"is refused: {reason}") from error
     if again != spec.config:
-        raise _round_trip_error(spec, "is read as other values")
+        raise _round_trip_error(spec, "is read back with other values")
 
 
 def _round_trip_error(spec: ComponentSpec, what: str) -> PluginError:
     return PluginError(
-        f"The Config of the {spec.component} {what} once every default is written out, as a run "
-        "keeps its recipe. In the plugin: give keys that exclude each other the default None, and "
-        "let validators leave values as they came."
+        f"The Config of the {spec.component} {what} once every default is written out, as in the "
+        "recipe.toml of a run. In the plugin, give keys that exclude each other the default None, "
+        "and write validators that do not change values."
     )
 
 
@@ -398,7 +412,7 @@ def _check_batch(recipe: Recipe, tree: RecipeTree) -> None:
     if batch % (accumulate * processes):
         raise RecipeError(
             f"{tree.locate(('train', 'batch'))}: [train] batch must be a multiple of accumulate "
-            "times [backend] processes, so that every process has as many rows; got "
+            "* [backend] processes, so that all processes have equally many rows; got "
             f"batch = {batch}, accumulate = {accumulate}, processes = {processes}."
         )
 
@@ -406,7 +420,7 @@ def _check_batch(recipe: Recipe, tree: RecipeTree) -> None:
 def _check_ema(recipe: Recipe, tree: RecipeTree) -> None:
     if recipe.evaluate.weights == "ema" and not recipe.train.ema:
         raise RecipeError(
-            f'{tree.locate(("evaluate", "weights"))}: [evaluate] weights = "ema" wants a moving '
-            "average of the weights, and the run keeps none. Set [train] ema, such as 0.9999, or "
-            'leave weights at "auto".'
+            f'{tree.locate(("evaluate", "weights"))}: [evaluate] weights = "ema" needs a moving '
+            "average of the weights, but [train] ema is 0. Set [train] ema, such as 0.9999, or set "
+            'weights to "auto".'
         )

@@ -1,7 +1,7 @@
-"""Schema of a recipe: top-level keys, and component, engine keys and slots of each table.
+"""Schema of a recipe: its tables, the keys of each table, and the components that tables name.
 
-`TABLES` is the one list of what a recipe holds. The fields of `Recipe`, their order in a written
-recipe, and the messages about unknown names follow from it.
+`TABLES` is the only list of the tables. The fields of `Recipe`, their order in a written recipe,
+and the messages about unknown names are derived from `TABLES`.
 """
 
 from __future__ import annotations
@@ -24,37 +24,41 @@ from ddiff.plugin.config import (
 )
 
 NAME_BYTES = 200
-"""Largest size of a file name. Systems take 255, and ddiff adds endings (.NAME.lock, NAME.part)."""
+"""Largest size of a file name. Most systems allow 255 bytes;
+ddiff appends an ending such as `.part`."""
 
 PATH_BYTES = 3800
-"""Largest size of a whole path. Systems take 4096, and checkpoints lie two folders below."""
+"""Largest size of a path. Linux allows 4096 bytes, and ddiff creates files two folders below."""
 
 Processes = Annotated[int, Field(gt=0, le=1024)]
-"""Processes on one machine."""
+"""Number of processes on one machine."""
 
 Threads = Annotated[int, Field(ge=0, le=256)]
-"""Threads of one process."""
+"""Number of threads of one process."""
 
 
-# ---------------------------------------------------------------------- keys that the engine reads
+# ---------------------------------------------------------------------- keys of the engine
 
 
 class TopLevelKeys(ComponentConfig):
-    """Keys above all tables."""
+    """Top-level keys of a recipe."""
 
     name: str = Field(min_length=1)
+    """Name of the run."""
     seed: Seed = 0
+    """Seed of initial weights, data order, training noise and dropout."""
     run_dir: str = ""
     """Directory of the run; by default `runs/<name>`."""
     plugins: tuple[str, ...] = ()
+    """Names of the plugins whose components the recipe uses."""
 
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
         if name in (".", "..") or not name.isprintable() or set(name) & set("/\\"):
             raise ValueError(
-                "a name cannot be a path: it takes no slash, backslash or control character; got "
-                f"{name!r}. Say with run_dir where the run is written"
+                "a name must not be a path or contain a slash, backslash or control character; got "
+                f"{name!r}. Use run_dir to choose the directory of the run"
             )
         _check_path("name", name)
         return name
@@ -67,15 +71,15 @@ class TopLevelKeys(ComponentConfig):
 
 
 def _check_path(key: str, path: str) -> None:
-    """Raise ValueError for a path that no file system takes."""
+    """Raise ValueError if a path has control characters or is too long for a file system."""
     if not path.isprintable():
-        raise ValueError(f"{key} takes no control characters; got {shorten(path)!r}")
+        raise ValueError(f"{key} must not contain control characters; got {shorten(path)!r}")
     longest = max(path.split("/"), key=lambda part: len(os.fsencode(part)))
     size = len(os.fsencode(longest))
     if size > NAME_BYTES:
         raise ValueError(
-            f"{key} must have at most {NAME_BYTES} bytes between slashes, since it names a folder; "
-            f"got {size} bytes, {shorten(longest)!r}"
+            f"{key} must have at most {NAME_BYTES} bytes between slashes, because file names are "
+            f"limited; got {size} bytes, {shorten(longest)!r}"
         )
     size = len(os.fsencode(path))
     if size > PATH_BYTES:
@@ -83,31 +87,32 @@ def _check_path(key: str, path: str) -> None:
 
 
 class DataKeys(ComponentConfig):
-    """Keys of the engine in [data]."""
+    """Keys of [data] that the engine defines, for every data set."""
 
     length: PositiveInt
-    """Tokens in a row."""
+    """Number of tokens in a row."""
 
 
 class DenoiserKeys(ComponentConfig):
-    """Keys of the engine in [denoiser], in addition to the head's own table."""
+    """Keys of [denoiser] that the engine defines, for every backbone."""
 
     given: Literal["rest", "all"] = "rest"
-    """Observations that the predicted distribution at a visible position is conditioned on.
+    """Evidence that the predicted distribution at a visible position is conditioned on.
 
-    "rest": the other positions; "all": its own state too (plain cross-entropy at visible rows), and
-    the engine divides that evidence out. Ignored by a head with its own parameterization."""
+    "rest": the states of all other positions. "all": the states of all positions, including the
+    position itself; the loss there is plain cross-entropy, and the engine divides out the evidence
+    of the position's own state. A head with its own parameterization ignores this key."""
 
 
 class InitKeys(ComponentConfig):
-    """[train] init: initial weights, of another run or of a model of the transformers library."""
+    """Keys of [train] init: initial weights from another run or a transformers model."""
 
     run: str | None = Field(None, min_length=1)
-    """Directory of another run."""
+    """Directory of the run whose weights are loaded."""
     model: str | None = Field(None, min_length=1)
-    """In place of a run: a directory or hub name, whose input embeddings initialise the tokens'."""
+    """Directory or hub name of a transformers model whose input embeddings are loaded."""
     parts: Literal["all", "embeddings"] = "all"
-    """All weights of that run, or only its embeddings of states."""
+    """Weights to load from the run: all weights, or only the state embeddings."""
 
     @model_validator(mode="after")
     def _check_one_source(self) -> InitKeys:
@@ -117,36 +122,40 @@ class InitKeys(ComponentConfig):
             came = f"run = {self.run!r} and model = {self.model!r}"
         else:
             return self
-        raise ValueError(f'name either "run", or "model", whose embeddings are taken; got {came}')
+        raise ValueError(f'exactly one of the keys "run" and "model" must be given; got {came}')
 
 
 class TrainKeys(ComponentConfig):
-    """Keys of [train], in addition to the optimizer's own table."""
+    """Keys of [train] that the engine defines."""
 
     steps: PositiveInt
+    """Number of training steps."""
     batch: PositiveInt
-    """Rows in the global batch of one step."""
+    """Number of rows in the global batch of one step."""
     warmup: NonNegativeInt = 100
-    """Steps in which the learning rate rises linearly."""
+    """Number of steps in which the learning rate rises linearly."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate schedule after the warmup."""
     floor: Probability = 0.1
-    """Share of the learning rate at which the cosine ends."""
+    """Final learning rate of the cosine schedule, as a fraction of the largest one."""
     clip: PositiveFloat = 1.0
-    """Largest norm of the whole gradient."""
+    """Gradient norm above which the gradient is scaled down (clipping)."""
     accumulate: PositiveInt = 1
-    """Micro-batches that a step's batch is cut into."""
+    """Number of micro-batches into which the batch of a step is split."""
     log_every: PositiveInt = 10
+    """Number of steps between two lines of progress."""
     checkpoint_every: PositiveInt = 200
+    """Number of steps between two checkpoints."""
     keep: PositiveInt = 2
-    """Number of checkpoints that are kept, the newest ones."""
+    """Number of newest checkpoints that are kept."""
     prefix: Probability = 0.0
-    """Share of training rows with a prompt, whose tokens stay clean and do not count in the loss.
+    """Fraction of the training rows that begin with a prompt of uniformly drawn length.
 
-    Its length is drawn uniformly."""
+    The tokens of a prompt stay clean and do not count in the loss."""
     init: InitKeys | None = None
-    """Start with the weights of another run on the same tokenizer (fine-tuning)."""
+    """Source of the initial weights: a run with the same tokenizer, or a transformers model."""
     ema: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Decay of the exponential moving average of the weights, such as 0.9999; 0: none is kept."""
+    """Decay of the exponential moving average of the weights, such as 0.9999; 0: no average."""
 
     @model_validator(mode="after")
     def _check_batch_divides(self) -> TrainKeys:
@@ -159,81 +168,104 @@ class TrainKeys(ComponentConfig):
 
 
 class BackendKeys(ComponentConfig):
-    """Keys of the engine in [backend]."""
+    """Keys of [backend] that the engine defines, for every backend."""
 
     device: str = "auto"
+    """Device of the network, such as "cpu" or "cuda:0"; "auto": a GPU if there is one."""
     processes: Processes = 1
-    """Processes on this machine, each with its share of [train] batch.
+    """Number of processes on this machine, which split [train] batch evenly.
 
-    More than one needs kind = "ddp" or "fsdp"."""
+    More than one process needs kind = "ddp" or "fsdp"."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; weights, distributions and sums are float32 at least.
+    """Precision of matrix products; "auto": bfloat16 on a GPU, float32 on the CPU.
 
-    "auto": bfloat16 on a GPU, float32 on the CPU."""
+    Weights, distributions and sums have at least float32 precision."""
     compile: bool = False
     """Compile the blocks of the backbone (torch.compile); the first step takes about a minute."""
     workers: Threads = 1
-    """Threads that read batches ahead of their step; 0: none. Results do not depend on it."""
+    """Number of threads that load batches in advance; 0: none. Does not change the results."""
     activation_checkpointing: bool = False
     """Keep only the input of each block and recompute the rest in backward, to save memory."""
 
 
 class EvaluateKeys(ComponentConfig):
-    """Keys of [evaluate]: the likelihood bound on the validation rows."""
+    """Keys of [evaluate], for the likelihood bound on the validation rows."""
 
     every: PositiveInt | None = None
-    """Steps between evaluations during training; by default only the end is evaluated."""
+    """Number of training steps between two evaluations; by default only after the last step."""
     batch: PositiveInt = 64
+    """Number of rows in a batch."""
     window: tuple[float, float] = (1e-3, 0.999)
-    """Shares of tau between which the diffusion term is integrated.
+    """Limits of tau, in [0, 1], between which the diffusion term of the bound is integrated.
 
-    The two end terms of the bound cover the rest."""
+    The decoding term and the closing term of the bound cover the rest."""
     draws: PositiveInt = 1
-    """Times drawn per row; with two or more, the differences between documents give the error."""
+    """Number of noise times drawn per row.
+
+    With two or more, the confidence interval is computed from the differences between documents."""
     rows: PositiveInt | None = None
-    """Number of rows, spread evenly over the validation text; by default all."""
+    """Number of rows to evaluate, spread evenly over the validation text; by default all."""
     seed: Seed = 0
+    """Seed of the noise times and the noise."""
     weights: Literal["auto", "ema", "trained"] = "auto"
-    """Weights to evaluate, sample and load; "auto": the moving average if [train] ema keeps one."""
+    """Weights for evaluation and sampling.
+
+    "auto": the moving average if [train] ema is not 0, else the trained weights."""
 
     @model_validator(mode="after")
     def _check_window(self) -> EvaluateKeys:
         start, stop = self.window
         if not 0.0 <= start < stop <= 1.0:
             raise ValueError(
-                "window must be two shares of tau with 0 <= start < stop <= 1; got "
+                "window must be two values of tau with 0 <= start < stop <= 1; got "
                 f"[{start}, {stop}]"
             )
         return self
 
 
 class SampleKeys(ComponentConfig):
-    """Keys of [sample], in addition to the sampler's own table."""
+    """Keys of [sample] that the engine defines, for every sampler."""
 
     steps: PositiveInt = 64
+    """Number of sampling steps."""
     count: PositiveInt = 8
+    """Number of samples."""
     batch: PositiveInt = 8
+    """Number of samples in a batch. Does not change the samples."""
     seed: Seed = 0
+    """Seed of the samples."""
     conditions: dict[str, NonNegativeInt | tuple[float, ...]] = Field(default_factory=dict)
-    """Values of [denoiser] conditions that the network is conditioned on: a label, or a vector."""
+    """Label or vector for each name in [denoiser] conditions."""
     guidance: NonNegativeFloat = 1.0
     """Weight of classifier-free guidance.
 
-    0: unconditional; 1: off; above 1: follow the conditions more closely."""
+    0: unconditional samples; 1: no guidance; above 1: the conditions have more influence."""
 
 
 # ---------------------------------------------------------------------- tables
 
 
 class Slot(NamedTuple):
-    """A place that names a component: kind, and default name or None."""
+    """Key or table of a recipe that names a component.
+
+    Args:
+        kind: kind of the component.
+        default: name of the default component; None if a recipe must name one.
+    """
 
     kind: str
     default: str | None
 
 
 class Table(NamedTuple):
-    """A table of a recipe: keys of the engine, the component that owns the others, and slots."""
+    """Description of one table of a recipe.
+
+    Args:
+        component: slot of the component that `kind` names and that defines the other keys.
+        keys: model of the keys that the engine defines.
+        slots: keys that name further components.
+        is_optional: whether a recipe that omits the table has no such component.
+    """
 
     component: Slot | None = None
     keys: type[ComponentConfig] | None = None
@@ -241,11 +273,11 @@ class Table(NamedTuple):
     is_optional: bool = False
 
     def engine_keys(self) -> list[str]:
-        """Names that do not belong to the table's component: slots and keys of the engine."""
+        """List the keys of the table that the engine defines, including slots."""
         return [*self.slots, *(self.keys.model_fields if self.keys else ())]
 
     def has_default(self) -> bool:
-        """Return whether a recipe may leave the table out."""
+        """Return whether a recipe may omit the table."""
         if self.is_optional:
             return True
         if self.component is not None and self.component.default is None:
@@ -272,7 +304,7 @@ TABLES: dict[str, Table] = {
 }
 
 TablePath = tuple[str, ...]
-"""Place of a component: `("process",)`, or `("train", "optimizer")` for a slot."""
+"""Path of a component in a recipe: `("process",)`, or `("train", "optimizer")` for a slot."""
 
 
 def _list_slots() -> dict[TablePath, Slot]:
@@ -286,20 +318,20 @@ def _list_slots() -> dict[TablePath, Slot]:
 
 
 SLOTS: dict[TablePath, Slot] = _list_slots()
-"""Every place in a recipe that names a component, in the order of the tables."""
+"""Every path in a recipe that names a component, in the order of the tables."""
 
 TOP_LEVEL = [*TopLevelKeys.model_fields, "extends", *TABLES]
-"""Every name that may stand above or begin a table."""
+"""Every name that a recipe may have at its top level: keys and tables."""
 
 
 def component_field(path: TablePath) -> str:
-    """Name the field of `Recipe` for the component at a place: its last part."""
+    """Return the name of the `Recipe` field for a component: the last part of its path."""
     return path[-1]
 
 
 def keys_field(table: str) -> str:
-    """Name the field of `Recipe` for the engine's keys of a table.
+    """Return the name of the `Recipe` field for the keys of a table that the engine defines.
 
-    It is the table's name, with `_keys` if that name is taken by the table's component.
+    The field is named like the table, with the ending `_keys` if the table also has a component.
     """
     return table if TABLES[table].component is None else f"{table}_keys"

@@ -1,4 +1,7 @@
-"""Find and read recipe files: paths, shipped recipes, fsspec addresses, and chains of `extends`."""
+"""Find and read recipe files, and merge recipes along `extends`.
+
+A recipe is named by a path, by the name of a shipped recipe, or by an fsspec address.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from ddiff.recipe.messages import format_value
 from ddiff.recipe.schema import SLOTS, TABLES
 from ddiff.recipe.toml import RecipeTree, read_toml
 
-LONGEST_CHAIN = 32  # recipes that extend one another
-LARGEST_FILE = 2**20  # bytes of a recipe; the shipped ones have two thousand
+LONGEST_CHAIN = 32  # recipes, each of which extends the next
+LARGEST_FILE = 2**20  # bytes of a recipe; shipped recipes have about two thousand
 
 
 def find_shipped_recipes() -> dict[str, Path]:
-    """Find the recipes that come with ddiff, by name; `paper/<name>` in a sub-folder."""
+    """Find the shipped recipes by name; a recipe in a sub-folder is named `paper/<name>`."""
     package = Path(__file__).parents[1]
-    # in a wheel they are inside the package, in a checkout next to it
+    # recipes are inside the package in a wheel, and next to the package in a checkout
     folder = package / "_recipes"
     if not folder.is_dir():
         folder = package.parent / "recipes"
@@ -33,20 +36,24 @@ def read_tree(name: str, place: str = "") -> RecipeTree:
 
     Args:
         name: path, name of a shipped recipe, or fsspec address.
-        place: where that name was written, to begin an error message.
+        place: beginning of an error message: file and line that contain the name.
     """
     return expand_shorthand(read_toml(*_read_text(name, place)))
 
 
 def merge_bases(tree: RecipeTree, chain: tuple[str, ...] = ()) -> RecipeTree:
-    """Merge a recipe over the one that it extends, recursively.
+    """Merge a recipe over the recipe that it extends, recursively.
 
-    `chain` are the files that extend this one. Raises RecipeError if they form a circle.
+    Args:
+        tree: the recipe.
+        chain: files of the recipes that extend `tree`, directly or indirectly.
+
+    Raises RecipeError if the recipes form a cycle.
     """
     if "extends" not in tree.values:
         return tree
     place = tree.locate(("extends",))
-    # popped: the merged tree extends nothing, and `resolve` refuses the key in settings
+    # removed, because `resolve` refuses a tree that still has the key, which settings may add
     name = tree.values.pop("extends")
     if not isinstance(name, str):
         raise RecipeError(
@@ -56,16 +63,16 @@ def merge_bases(tree: RecipeTree, chain: tuple[str, ...] = ()) -> RecipeTree:
     chain = (*chain, tree.source)
     if len(chain) > LONGEST_CHAIN:
         raise RecipeError(
-            f"{place}: recipes extend one another more than {LONGEST_CHAIN} times: {chain[0]} -> "
-            f"{chain[1]} -> ... -> {shorten(name)}. Write the tables of the first few into one "
+            f"{place}: a chain of extends has more than {LONGEST_CHAIN} recipes: {chain[0]} -> "
+            f"{chain[1]} -> ... -> {shorten(name)}. Merge the tables of several recipes into one "
             "file."
         )
     base = read_tree(_resolve_base(name, tree.source), f"{place}: extends ")
-    # by real paths, so that ./a.toml and a.toml are one file
+    # compare real paths, so that ./a.toml and a.toml are equal
     if _identity(base.source) in [_identity(source) for source in chain]:
         raise RecipeError(
-            f"{place}: extends goes in a circle: {' -> '.join((*chain, base.source))}. Take one "
-            "link out."
+            f"{place}: recipes extend each other in a cycle: "
+            f"{' -> '.join((*chain, base.source))}. Remove the key extends from one of these files."
         )
     places = {
         path: f"{written} (extended by {tree.source})" for path, written in base.places.items()
@@ -88,9 +95,9 @@ def expand_shorthand(tree: RecipeTree) -> RecipeTree:
 def inherited_keys(
     path: tuple[str, ...], base: Mapping[str, Any], new: Mapping[str, Any]
 ) -> frozenset[str] | None:
-    """Choose the keys of a base table that a table over it inherits; None: all.
+    """Return the keys of a base table that an overriding table inherits; None: all keys.
 
-    Another kind has other keys, so only the keys of the engine are inherited then.
+    If the kind changes, only keys of the engine are inherited, because each kind has its own keys.
     """
     if path not in SLOTS or "kind" not in new:
         return None
@@ -103,7 +110,7 @@ def inherited_keys(
 
 
 def _read_text(name: str, place: str) -> tuple[str, str]:
-    """Text of a recipe, and the name of its file."""
+    """Return the text of a recipe and the name of its file."""
     is_remote = "://" in name
     source = name
     # a file takes precedence over a shipped recipe of the same name
@@ -139,18 +146,18 @@ def _read_remote(name: str) -> bytes:
             return _check_size(file.read(LARGEST_FILE + 1))
     except (OSError, ValueError, ImportError):
         raise
-    except Exception as error:  # each protocol raises error classes of its library
+    except Exception as error:  # each fsspec protocol raises exception classes of its own library
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def _check_size(content: bytes) -> bytes:
     if len(content) > LARGEST_FILE:
-        raise ValueError(f"it has more than {LARGEST_FILE:,} bytes, too many for a recipe")
+        raise ValueError(f"the file has more than {LARGEST_FILE:,} bytes, the limit for a recipe")
     return content
 
 
 def _is_file(path: Path) -> bool:
-    # `Path.is_file` raises on a name that no file can have
+    # `Path.is_file` raises for names that are not valid file names
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -172,7 +179,7 @@ def _explain_missing(name: str, place: str, shipped: Mapping[str, Path]) -> str:
         what = "is a directory, not a recipe file"
     else:
         what = "there is no such file and no shipped recipe of that name"
-    # those in sub-folders are many, so they are only counted
+    # the many recipes in sub-folders are only counted
     listed = [shipped_name for shipped_name in shipped if "/" not in shipped_name]
     more = f"; all {len(shipped)}: ddiff recipes" if len(listed) < len(shipped) else ""
     return (
@@ -182,12 +189,12 @@ def _explain_missing(name: str, place: str, shipped: Mapping[str, Path]) -> str:
 
 
 def _shorten_path(path: Path) -> Path:
-    """Make a path relative if it lies in the working directory; messages show it."""
+    """Make a path relative to the working directory if possible, for short messages."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _resolve_base(name: str, source: str) -> str:
-    """Prefer a relative path next to the file that extends it."""
+    """Return the path of a base recipe, relative to the extending file if that path exists."""
     neighbour = Path(source).parent / name
     return str(neighbour) if "://" not in source and _is_file(neighbour) else name
 

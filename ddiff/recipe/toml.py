@@ -1,8 +1,9 @@
-"""TOML text with the line of each key, and the merging of trees of tables.
+"""TOML text with the line number of each key, and merging of nested tables.
 
-`tomllib` returns values without places. `key_lines` walks the same text and returns places without
-values. A `RecipeTree` holds both, so that an error can begin with `recipes/mine.toml:14`. Trees are
-merged: the recipe that is extended below, `--set` texts above.
+`tomllib` returns values without line numbers. `key_lines` parses the same text and returns the line
+numbers. A `RecipeTree` contains both, so that an error message can begin with
+`recipes/mine.toml:14`. In a merge, `--set` texts replace values of the recipe, and the recipe
+replaces values of the recipe that it extends.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from typing import Any
 from ddiff.errors import RecipeError, shorten
 
 KeyPath = tuple[str | int, ...]
-"""A path into nested tables; integers index arrays."""
+"""Path of a value in nested tables and arrays; integers are array indices."""
 
 InheritedKeys = Callable[
     [tuple[str, ...], Mapping[str, Any], Mapping[str, Any]], frozenset[str] | None
 ]
-"""(path, base table, table over it) -> keys of the base that are inherited; None: all."""
+"""Function (path, base table, overriding table) -> inherited keys of the base; None: all keys."""
 
 DEEPEST = 16
-"""Largest depth of nested tables and lists; a recipe has four."""
+"""Largest depth of nested tables and lists. Recipes usually have four levels."""
 
 SMALLEST_INTEGER = -(2**63)
 INTEGER_LIMIT = 2**64
-"""Integers are in [SMALLEST_INTEGER, INTEGER_LIMIT): 64 bits, signed or not."""
+"""Integers are in [SMALLEST_INTEGER, INTEGER_LIMIT), the range of int64 and uint64."""
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _STRING = re.compile(
@@ -43,12 +44,12 @@ _PARSER_LINE = re.compile(r" \(at line (\d+), column \d+\)$")
 
 @dataclass(frozen=True)
 class RecipeTree:
-    """Nested tables as they were written.
+    """Nested tables with the file and line of each key.
 
     Args:
         values: the tables.
-        source: name of the file or option that they come from.
-        places: printable place of every key, such as "mine.toml:14".
+        source: name of the file or option that contains the tables.
+        places: file and line of every key, such as "mine.toml:14".
     """
 
     values: dict[str, Any]
@@ -56,16 +57,19 @@ class RecipeTree:
     places: dict[KeyPath, str] = field(default_factory=dict)
 
     def locate(self, path: KeyPath) -> str:
-        """Return the place of a key, of the nearest table around it, or the source."""
+        """Return the file and line of a key or of the innermost table around the key.
+
+        Returns the source if no table around the key has a line.
+        """
         for length in range(len(path), 0, -1):
             if path[:length] in self.places:
                 return self.places[path[:length]]
         return self.source
 
     def merge_over(self, base: RecipeTree, inherited: InheritedKeys) -> RecipeTree:
-        """Return this tree with the keys of `base` that it lacks, table by table.
+        """Merge this tree with a base tree, whose values it replaces, table by table.
 
-        `inherited` may limit the keys that a table takes from the table below it.
+        `inherited` may limit the keys that a table inherits from the base table.
         """
         places = dict(base.places)
         values = _merge_tables(base.values, self.values, (), places, inherited)
@@ -76,18 +80,24 @@ class RecipeTree:
 
 
 def read_toml(text: str, source: str) -> RecipeTree:
-    """Parse TOML text. RecipeError names `source` and the line that is broken or not allowed."""
+    """Parse TOML text of a recipe.
+
+    Raises RecipeError, with the line, for text that is not valid TOML, and for a
+    value which no recipe may contain.
+    """
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         found = _PARSER_LINE.search(str(error))
         place = f"{source}:{found[1]}" if found else source
         raise RecipeError(
-            f"{place}: this is not TOML: {_toml_reason(error)}. Fix that line."
+            f"{place}: the text is not valid TOML: {_toml_reason(error)}. Fix this line."
         ) from error
     except (RecursionError, ValueError) as error:
-        raise RecipeError(f"{source}: this is not a recipe: {_parser_reason(error)}.") from error
-    # before the lines are found: the scanner recurses as deep as the text is nested
+        raise RecipeError(
+            f"{source}: the text is not a recipe: {_parser_reason(error)}."
+        ) from error
+    # checked before the scan for lines, which recurses once per level of nesting
     fault = _find_fault(values)
     if fault:
         raise RecipeError(f"{source}: {fault}.")
@@ -96,24 +106,27 @@ def read_toml(text: str, source: str) -> RecipeTree:
 
 
 def key_lines(text: str) -> dict[KeyPath, int]:
-    """Find the line (from 1) of every key, table header and array element of valid TOML text."""
+    """Return the line, counted from 1, of every key, table header and array element.
+
+    The text must be valid TOML.
+    """
     return _Scanner(text).scan()
 
 
 def _find_fault(value: Any) -> str | None:
-    """Describe a value that no recipe may hold; None if there is none.
+    """Describe a value that no recipe may contain. Returns None if there is none.
 
-    Refused are nesting below DEEPEST, integers of more than 64 bits, and dates.
+    Forbidden are more than DEEPEST levels of nesting, integers of more than 64 bits, and dates.
     """
-    # iterative, because it must survive values that are nested too deep for recursion
+    # iterative, because the value may be nested too deeply for recursion
     pending: list[tuple[Any, int, str]] = [(value, 0, "")]
     while pending:
         current, depth, name = pending.pop()
-        about = f"{shorten(name)} " if name else "it "
+        about = f"{shorten(name)} " if name else "the value "
         if depth > DEEPEST:
             return (
-                f"{about}is nested deeper than {DEEPEST} tables and lists, and no recipe has more "
-                "than a few"
+                f"{about}has more than {DEEPEST} levels of nested tables and lists, the limit for "
+                "a recipe"
             )
         if isinstance(current, dict):
             for key, below in current.items():
@@ -122,23 +135,26 @@ def _find_fault(value: Any) -> str | None:
             for below in current:
                 pending.append((below, depth + 1, name))
         elif isinstance(current, int) and not SMALLEST_INTEGER <= current < INTEGER_LIMIT:
-            return f"{about}holds an integer of more than 64 bits, which no key takes"
+            return f"{about}contains an integer of more than 64 bits, which no key accepts"
         elif isinstance(current, datetime.date | datetime.time):
-            return f"{about}holds a date or time, {current}, which no key takes: put it in quotes"
+            return (
+                f"{about}contains a date or time, {current}, which no key accepts. Put quotes "
+                "around the value"
+            )
     return None
 
 
 def _toml_reason(error: tomllib.TOMLDecodeError) -> str:
-    """Reason of a TOML error without its position, to stand inside a sentence."""
+    """Return the reason of a TOML error without the line and column."""
     reason = shorten(_PARSER_LINE.sub("", str(error)))
     return reason[:1].lower() + reason[1:]
 
 
 def _parser_reason(error: Exception) -> str:
-    """Reason why the parser gave up on text whose syntax it accepted."""
+    """Return the reason why the parser failed on syntactically valid text."""
     if isinstance(error, RecursionError):
-        return f"it is nested deeper than {DEEPEST} tables and lists"
-    return f"the parser refuses it ({shorten(str(error))})"
+        return f"it has more than {DEEPEST} levels of nested tables and lists"
+    return f"the parser refuses the text ({shorten(str(error))})"
 
 
 # ---------------------------------------------------------------------- settings
@@ -146,7 +162,7 @@ def _parser_reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class _Option:
-    """Parts of messages about a command-line option that takes `key=value` texts."""
+    """Message texts about a command-line option that takes `key=value` texts."""
 
     expected: str
     examples: str
@@ -166,10 +182,15 @@ _OPTIONS = {
 
 
 def read_settings(settings: Iterable[str], source: str, option: str = "--set") -> RecipeTree:
-    """Read `a.b=c` texts; the value is TOML, or a bare word for a string.
+    """Read `a.b=c` texts. A value that is not valid TOML is a string, so quotes may be omitted.
 
-    `option`, "--set" or "--condition", is named in errors. Raises RecipeError for a text without
-    `=`, a broken key or value, more than one key, and a path through a value that is not a table.
+    Args:
+        settings: the texts.
+        source: name of the tree, for messages.
+        option: "--set" or "--condition", for messages.
+
+    Raises RecipeError for a text without `=`, an invalid key or value, more than one key, and a key
+    below a value that is not a table.
     """
     tree = RecipeTree({}, source)
     for setting in settings:
@@ -179,14 +200,14 @@ def read_settings(settings: Iterable[str], source: str, option: str = "--set") -
         if fault:
             raise RecipeError(f"{place}: {fault}.")
         _insert(tree.values, path, value, place)
-        # the tables around the key as well, since the file may not have them
+        # also for the tables around the key, which the recipe file may not contain
         for length in range(1, len(path) + 1):
             tree.places[path[:length]] = place
     return tree
 
 
 def _parse_setting(setting: str, option: str, place: str) -> tuple[tuple[str, ...], Any]:
-    """Key path and value of one `key=value` text."""
+    """Return the key path and the value of one `key=value` text."""
     key, equals, value = setting.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"{place}: expected {_OPTIONS[option].expected}.")
@@ -195,7 +216,7 @@ def _parse_setting(setting: str, option: str, place: str) -> tuple[tuple[str, ..
     except UnicodeEncodeError as error:
         byte = setting[error.start : error.start + 1]
         raise RecipeError(
-            f"{place}: the bytes are not UTF-8 text (byte {byte!a} at {error.start})."
+            f"{place}: the setting is not UTF-8 text (byte {byte!a} at {error.start})."
         ) from error
     examples = _OPTIONS[option].examples
     try:
@@ -208,10 +229,10 @@ def _parse_setting(setting: str, option: str, place: str) -> tuple[tuple[str, ..
 
 
 def _parse_key(key: str) -> tuple[str, ...]:
-    """Path of a dotted key. Raises TOMLDecodeError for a malformed one or a line break."""
+    """Return the path of a dotted key. Raises TOMLDecodeError for an invalid key."""
     if "\n" in key or "\r" in key:
-        raise tomllib.TOMLDecodeError("a key stands on one line")
-    # before tomllib, which recurses for every dot
+        raise tomllib.TOMLDecodeError("a key must be on one line")
+    # checked before tomllib, which recurses once per dot
     if key.count(".") > DEEPEST:
         raise ValueError(f"the key has more than {DEEPEST} parts")
     path: tuple[str, ...] = ()
@@ -225,25 +246,25 @@ def _parse_key(key: str) -> tuple[str, ...]:
 
 
 def _parse_value(path: tuple[str, ...], key: str, value: str) -> Any:
-    """TOML value, or the bare word as a string."""
+    """Return the TOML value of a text, or the text itself as a string."""
     try:
         tree: Any = tomllib.loads(f"{key} = {value}")
     except tomllib.TOMLDecodeError:
-        # a broken list, table or string must not become a bare word silently
+        # an invalid list, table or quoted string is an error, not an unquoted string
         if value.strip()[:1] in tuple("[{\"'"):
             raise
         return value.strip()
     for name in path:
         if not isinstance(tree, dict) or list(tree) != [name]:
             raise tomllib.TOMLDecodeError(
-                "one setting takes one key; repeat the option for the next one"
+                "one setting has one key; repeat the option for the next key"
             )
         tree = tree[name]
     return tree
 
 
 def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any, place: str) -> None:
-    """Insert a value at a path, and a string over a table as its kind."""
+    """Insert a value at a path. A string in place of a table sets the kind of the table."""
     for depth, key in enumerate(path[:-1], start=1):
         below = tree.setdefault(key, {})
         if isinstance(below, str):  # an earlier setting used the shorthand for {kind = "..."}
@@ -265,8 +286,8 @@ def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any, place: str)
 
 
 def write_toml(tree: Mapping[str, Any], comment: str) -> str:
-    """Write nested tables as TOML text under a comment line; None is left out."""
-    import tomlkit  # here, because reading a recipe does not need it
+    """Return nested tables as TOML text below a comment line. Keys with value None are omitted."""
+    import tomlkit  # imported here, because reading a recipe does not need tomlkit
 
     document = tomlkit.document()
     document.add(tomlkit.comment(comment))
@@ -276,7 +297,10 @@ def write_toml(tree: Mapping[str, Any], comment: str) -> str:
 
 
 def scalars_first(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Order tables as TOML needs it: sub-tables last, at every level. None is left out."""
+    """Order keys as TOML requires: at every level sub-tables are last.
+
+    Keys with value None are omitted.
+    """
     scalars: dict[str, Any] = {}
     tables: dict[str, Any] = {}
     for key, value in tree.items():
@@ -294,10 +318,10 @@ def _merge_tables(
     places: dict[KeyPath, str],
     inherited: InheritedKeys,
 ) -> dict[str, Any]:
-    """Merge two tables; places of replaced values are deleted from `places`."""
+    """Merge two tables, and delete the places of replaced values from `places`."""
     keys = inherited(path, base, over)
     kept = {key: value for key, value in base.items() if keys is None or key in keys}
-    # copied, because settings and shorthand change a tree in place
+    # copied, because settings and the shorthand change trees in place
     merged = copy.deepcopy(kept)
     for key, value in over.items():
         below = merged.get(key, {})
@@ -305,13 +329,13 @@ def _merge_tables(
             merged[key] = _merge_tables(below, value, (*path, key), places, inherited)
         else:
             merged[key] = copy.deepcopy(value)
-            # they point at lines of the base, and the new value is written elsewhere
+            # these places are lines of the base, which do not contain the new value
             _delete_places(places, (*path, key))
     return merged
 
 
 def _delete_places(places: dict[KeyPath, str], path: KeyPath) -> None:
-    """Delete the places of a value and of everything inside it."""
+    """Delete the places of a value and of all values inside it."""
     for known in list(places):
         if known[: len(path)] == path:
             del places[known]
@@ -321,9 +345,9 @@ def _delete_places(places: dict[KeyPath, str], path: KeyPath) -> None:
 
 
 class _Scanner:
-    """One pass over TOML text that finds the line of each key.
+    """Scanner that finds the line of each key in TOML text.
 
-    tomllib has accepted the text before, so only the shape of keys and values matters here.
+    The text must be accepted by tomllib, so the scanner does not check the syntax.
     """
 
     def __init__(self, text: str) -> None:
@@ -331,7 +355,7 @@ class _Scanner:
         self.at = 0
         self.found: dict[KeyPath, int] = {}
         self.array_sizes: dict[KeyPath, int] = {}
-        # lines are counted from the last counted position on, not from the start each time
+        # line numbers are counted incrementally from the last counted position
         self.counted_at = 0
         self.counted_line = 1
 
@@ -348,7 +372,7 @@ class _Scanner:
         return self.found
 
     def read_header(self) -> KeyPath:
-        """Read `[table]` or `[[array]]`; return the path of the keys below it."""
+        """Read `[table]` or `[[array]]`, and return the path of the table."""
         line = self.line()
         is_array = self.peek("[[")
         brackets = 2 if is_array else 1
@@ -364,7 +388,7 @@ class _Scanner:
         return path
 
     def resolve(self, path: KeyPath) -> KeyPath:
-        """Insert indices: a header below an array of tables means the array's last element."""
+        """Insert array indices into a path: a header refers to the last element of an array."""
         resolved: KeyPath = ()
         for key in path[:-1]:
             resolved = (*resolved, key)
@@ -373,7 +397,7 @@ class _Scanner:
         return (*resolved, path[-1])
 
     def read_pair(self, table: KeyPath) -> None:
-        """Read `key = value`."""
+        """Read a line `key = value`."""
         line = self.line()
         path = (*table, *self.read_key())
         for length in range(len(table) + 1, len(path) + 1):
@@ -382,7 +406,7 @@ class _Scanner:
         self.read_value(path)
 
     def read_key(self) -> KeyPath:
-        """Read a dotted key, up to the text that follows it."""
+        """Read a dotted key and the blanks after the key."""
         parts: list[str] = []
         while True:
             self.skip(_BLANK)
@@ -398,7 +422,7 @@ class _Scanner:
             self.at += 1
 
     def read_value(self, path: KeyPath) -> None:
-        """Read a value; mark the elements of an array and the keys of an inline table."""
+        """Read a value, and record the lines of array elements and inline keys."""
         self.skip(_BLANK)
         if self.peek("["):
             self.read_array(path)
@@ -426,19 +450,19 @@ class _Scanner:
         self.at += 1
 
     def enter(self) -> None:
-        """Skip an opening bracket."""
+        """Skip an opening bracket and the blanks after the bracket."""
         self.at += 1
         self.skip(_BLANK)
 
     def skip_comma(self) -> None:
-        """Skip the comma after an element, if there is one, and blanks around it."""
+        """Skip an optional comma with the blanks around the comma."""
         self.skip(_BLANK)
         if self.peek(","):
             self.at += 1
             self.skip(_BLANK)
 
     def mark(self, path: KeyPath, line: int) -> None:
-        """Record the first line of a path."""
+        """Record the line of a path, unless the path has a line already."""
         self.found.setdefault(path, line)
 
     def line(self) -> int:
@@ -452,7 +476,7 @@ class _Scanner:
         return self.text.startswith(token, self.at)
 
     def skip(self, pattern: re.Pattern[str]) -> bool:
-        """Skip a match of the pattern; whether there was one."""
+        """Skip a match of the pattern, and return whether the pattern matched."""
         found = pattern.match(self.text, self.at)
         if found is not None:
             self.at = found.end()

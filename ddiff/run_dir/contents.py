@@ -1,4 +1,4 @@
-"""Classify files of a directory by whether a run wrote them, and delete only those."""
+"""Find the files of a directory that a run wrote, and delete only these files."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ from ddiff.run_dir.files import (
     is_own_recipe,
 )
 
-LISTED_NAMES = 5  # that a message lists
+LISTED_NAMES = 5  # largest number of names in a message
 
 _STEP = re.compile(r"step_\d{8,}")
 _STEP_FILE = re.compile(
     r"(model|optimizer|ema|random|run)(\.rank_\d{5,})?\.safetensors"
     r"|(manifest|state|complete)\.json(\.part|\.partial-[0-9a-f]{8})?"
 )
-_PROBE = re.compile(r"\.ddiff-\w+")  # the empty folder of a writability check that was killed
+_PROBE = re.compile(
+    r"\.ddiff-\w+"
+)  # empty folder, left by an interrupted check for write permission
 
 
 class Contents(NamedTuple):
     """Entries of a directory.
 
     Args:
-        written: files and folders that a run wrote, in the order in which they may be deleted.
-        foreign: names of all others, relative to the directory.
+        written: files and folders that a run wrote, in a safe order of deletion.
+        foreign: names of all other entries, relative to the directory.
     """
 
     written: list[Path]
@@ -43,17 +45,17 @@ class Contents(NamedTuple):
 
 
 def classify_contents(directory: Path, also: Iterable[str] = ()) -> Contents:
-    """Classify the entries of a directory, without its lock.
+    """Classify the entries of a directory, except the lock file.
 
-    `also` are names that the run's tracker writes there. Symbolic links are always foreign, and
-    they are not followed.
+    `also` contains the names that the tracker of the run writes. Symbolic links are always foreign
+    and are not followed.
     """
     found = Contents([], [])
     tracked = set(also)
     for entry in _list_entries(directory):
         name = original_name(entry.name)
         if entry.name == LOCK:
-            continue  # its lock is held by the process that writes here
+            continue  # this process has the lock of the directory
         if entry.is_symlink():
             found.foreign.append(entry.name)
         elif name in tracked:
@@ -68,14 +70,17 @@ def classify_contents(directory: Path, also: Iterable[str] = ()) -> Contents:
             _classify_replay(entry, directory, found)
         else:
             found.foreign.append(entry.name)
-    # The recipe goes last: it identifies what is left of an interrupted deletion as a run.
+    # The recipe is last, so that the rest of an interrupted deletion is recognized as a run.
     found.written.sort(key=lambda path: path == directory / RECIPE)
     found.foreign.sort()
     return found
 
 
 def delete_run(directory: Path, also: Iterable[str] = ()) -> None:
-    """Delete what a run wrote to a directory; if it holds anything else, CheckpointError."""
+    """Delete the files that a run wrote to a directory.
+
+    Raises CheckpointError, and deletes nothing, if the directory has other files.
+    """
     also = set(also)
     written, foreign = classify_contents(directory, also)
     if foreign:
@@ -85,7 +90,7 @@ def delete_run(directory: Path, also: Iterable[str] = ()) -> None:
             if not path.is_dir():
                 path.unlink()
             elif path.name in also:
-                # a folder of the tracker; links inside are removed, not followed
+                # a folder of the tracker; rmtree removes links without following them
                 shutil.rmtree(path)
             else:
                 path.rmdir()
@@ -93,29 +98,29 @@ def delete_run(directory: Path, also: Iterable[str] = ()) -> None:
             continue  # another process deleted it first
         except OSError as error:
             raise CheckpointError(
-                f"--fresh: {path} cannot be deleted ({error.strerror}). Delete it yourself, or "
-                "name another run_dir."
+                f"--fresh: {path} cannot be deleted ({error.strerror}). Delete the path manually, "
+                "or set another run_dir."
             ) from error
 
 
 def foreign_message(directory: Path, foreign: list[str]) -> str:
-    """Write the message for a --fresh that would delete files of others."""
-    pronoun = "it" if len(foreign) == 1 else "them"
+    """Return the message for a --fresh that would delete files which ddiff did not write."""
+    files = "this entry" if len(foreign) == 1 else "these entries"
     return (
-        f"--fresh: {directory} holds {format_names(foreign)}, which ddiff did not write, so "
-        f"nothing there is deleted. Move {pronoun} away, or name another run_dir."
+        f"--fresh: {directory} contains {format_names(foreign)}, which ddiff did not write, so "
+        f"nothing was deleted. Move {files} away, or set another run_dir."
     )
 
 
 def format_names(names: list[str]) -> str:
-    """Format names as `a, b, c`, or with `and 4 more` if there are many."""
+    """Format names as `a, b, c`; of many names, as `a, b, c, d, e and 4 more`."""
     text = ", ".join(names[:LISTED_NAMES])
     rest = len(names) - LISTED_NAMES
     return f"{text} and {rest} more" if rest > 0 else text
 
 
 def _is_own_file(entry: Path, name: str) -> bool:
-    """Return whether a run writes that entry; `name` is its name once it is complete."""
+    """Return whether a run wrote an entry; `name` is its name without the ending `.part`."""
     if _PROBE.fullmatch(entry.name):
         return entry.is_dir() and not any(entry.iterdir())
     return name in FILES and entry.is_file()
@@ -126,7 +131,7 @@ def _classify_checkpoints(folder: Path, root: Path, found: Contents) -> None:
         if step.is_symlink() or not (_STEP.fullmatch(step.name) and step.is_dir()):
             found.foreign.append(str(step.relative_to(root)))
             continue
-        # the marker first, so that a step whose deletion is interrupted is not a checkpoint
+        # complete.json is first, so that a partly deleted step is not a complete checkpoint
         entries = sorted(_list_entries(step), key=lambda path: path.name != "complete.json")
         for entry in entries:
             if _STEP_FILE.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink():
@@ -151,5 +156,5 @@ def _classify_replay(folder: Path, root: Path, found: Contents) -> None:
 
 
 def _list_entries(directory: Path) -> Iterator[Path]:
-    """Iterate over the entries of a directory by name; none if it does not exist."""
+    """Iterate over the entries of a directory, sorted by name. Empty if there is no directory."""
     yield from sorted(directory.iterdir()) if directory.is_dir() else ()

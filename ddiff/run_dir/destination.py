@@ -1,7 +1,7 @@
-"""Check and write output files that a user names, by a local path or fsspec address.
+"""Check and write the output files of a user, at a local path or fsspec address.
 
-A place is checked before any work, and refused if writing there would destroy something or is not
-possible.
+An output path is checked before any work. It is refused if it is not writable, or if writing would
+overwrite files of a run or of the user.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ddiff.run_dir.files import CHECKPOINTS, FILES, RECIPE, REPLAY
 
 
 class Destination(NamedTuple):
-    """A place for output that has been checked.
+    """Checked path of an output file or folder.
 
     Args:
-        name: the place as the user wrote it.
-        system: the fsspec file system.
-        path: the path in that file system.
-        argument: the option or argument that named it, for messages.
+        name: path or address as written by the user.
+        system: fsspec file system.
+        path: path in the file system.
+        argument: option or argument with the path, for messages.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Destination(NamedTuple):
 
     @property
     def local(self) -> Path | None:
-        """Path on this machine; None if the place is elsewhere."""
+        """Path on this machine; None for a remote file system."""
         from fsspec.implementations.local import LocalFileSystem
 
         return Path(self.path) if isinstance(self.system, LocalFileSystem) else None
@@ -48,21 +48,22 @@ def check_destination(
     folder: bool = False,
     owned: Callable[[IO[bytes]], bool] | None = None,
 ) -> Destination:
-    """Check a file (or, with `folder`, a folder) before it is written.
+    """Check the path of an output file or folder before any work.
 
     Args:
-        name: the place as the user wrote it.
-        argument: the option or argument that named it, such as "ddiff eval --out".
+        name: path or address as written by the user.
+        argument: option or argument with the path, such as "ddiff eval --out", for messages.
         suffix: required ending of a file.
-        owned: returns whether ddiff wrote an existing file, so that it may be replaced; None: any
-            file may be.
+        folder: whether the output is a folder.
+        owned: function that returns whether ddiff wrote an existing file, so that the file may be
+            replaced; None: every file may be replaced.
 
-    Raises ArgumentError if the place cannot or must not be written.
+    Raises ArgumentError if the path is not writable or must not be overwritten.
     """
     place = _resolve(str(name), argument)
     if suffix and not folder and Path(place.path).suffix != suffix:
         raise ArgumentError(
-            f"{argument}: the file must end in {suffix}; got {name}. Name it {name}{suffix}."
+            f"{argument}: the file name must end in {suffix}; got {name}. Use {name}{suffix}."
         )
     if place.local is not None:
         _check_outside_runs(place, folder)
@@ -73,7 +74,10 @@ def check_destination(
 
 
 def write_file(place: Destination, fill: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file atomically by `fill(file)`; ArgumentError if the place is not writable."""
+    """Write a file atomically, with the content that `fill(file)` writes.
+
+    Raises ArgumentError if the path is not writable.
+    """
     try:
         with open_atomic(place.path, system=place.system) as file:
             fill(file)
@@ -89,16 +93,19 @@ def write_text(place: Destination, text: str) -> None:
 
 
 def unwritable_error(place: Destination, error: Exception) -> ArgumentError:
-    """Make the error for a place that cannot be written."""
+    """Return the ArgumentError for a path that is not writable."""
     system_reason = error.strerror if isinstance(error, OSError) else None
     reason = system_reason or str(error) or type(error).__name__
     return ArgumentError(
-        f"{place.argument}: {place.name} cannot be written ({reason}). Name another place."
+        f"{place.argument}: {place.name} cannot be written ({reason}). Use another path."
     )
 
 
 def find_enclosing_checkpoint(path: Path) -> Path | None:
-    """Find the checkpoint, or folder of checkpoints, that contains a resolved path; else None."""
+    """Find the checkpoint or folder of checkpoints that contains a resolved path.
+
+    Returns None if the path is outside of all checkpoints.
+    """
     for above in (path, *path.parents):
         if above.name in (CHECKPOINTS, REPLAY) and (above.parent / RECIPE).is_file():
             return above
@@ -108,71 +115,70 @@ def find_enclosing_checkpoint(path: Path) -> Path | None:
 
 
 def _resolve(name: str, argument: str) -> Destination:
-    """Find the file system and the path of a name."""
-    import fsspec  # here, so that importing this module stays quick
+    """Find the file system of a path or address, and the path in this file system."""
+    import fsspec  # imported here, so that importing this module stays fast
 
     if not name or "\0" in name:
-        raise ArgumentError(f"{argument}: a path was expected; got {name!r}.")
+        raise ArgumentError(f"{argument}: expected a path; got {name!r}.")
     is_address = "://" in name
     first = Path(name).parts[:1]
     if not is_address and first and first[0].endswith(":"):
         raise ArgumentError(
-            f"{argument}: {name} looks like an address that has lost a slash, as pathlib.Path "
-            f'leaves it. Give it as text: "{first[0]}//...".'
+            f"{argument}: {name} looks like an address without its second slash, which "
+            f'pathlib.Path removes. Pass the address as a string: "{first[0]}//...".'
         )
     try:
         full_name = name if is_address else os.path.abspath(os.path.expanduser(name))
         system, path = fsspec.url_to_fs(full_name)
     except (ValueError, ImportError, OSError) as error:
         raise ArgumentError(
-            f"{argument}: {name} cannot be written: {error}. Name a local path, or install what "
-            "that address needs."
+            f"{argument}: {name} cannot be written: {error}. Use a local path, or install the "
+            "package that the protocol of the address needs."
         ) from error
     return Destination(name, system, str(path).rstrip("/") or "/", argument)
 
 
 def _check_outside_runs(place: Destination, folder: bool) -> None:
-    """Check that a place is neither inside checkpoints nor one of a run's own files."""
+    """Check that a path is neither inside a checkpoint nor a file of a run."""
     path = Path(place.path)
-    # writing to a link replaces the link, so for a file only the folders above it are resolved
+    # writing to a symbolic link replaces the link, so only the folders above a file are resolved
     real = path.resolve() if folder else path.parent.resolve() / path.name
     above = find_enclosing_checkpoint(real)
     if above is not None:
         raise ArgumentError(
-            f"{place.argument}: {place.name} lies in {above}, where a checkpoint would be damaged. "
-            "Name a place outside of the run's checkpoints."
+            f"{place.argument}: {place.name} is in {above}, where output would damage a "
+            "checkpoint. Use a path outside of the checkpoints of a run."
         )
     if real.name in FILES and (real.parent / RECIPE).is_file():
         raise ArgumentError(
-            f"{place.argument}: {place.name} is a file of the run {real.parent} itself. Name "
-            "another file."
+            f"{place.argument}: {place.name} is a file of the run {real.parent}. Use another path."
         )
 
 
 def _check_existing(
     place: Destination, folder: bool, owned: Callable[[IO[bytes]], bool] | None
 ) -> None:
-    """Check that an existing entry has the right type and may be replaced."""
+    """Check that an existing path is of the expected type and may be replaced."""
     try:
         is_folder = place.system.isdir(place.path)
         is_file = place.system.isfile(place.path)
         if is_file and folder:
             raise ArgumentError(
-                f"{place.argument}: {place.name} is a file; a folder was expected. Name another "
-                "one."
+                f"{place.argument}: {place.name} is a file; a folder was expected. Use "
+                "another path."
             )
         if is_folder and not folder:
             raise ArgumentError(
-                f"{place.argument}: {place.name} is a folder; a file was expected. Name a file in "
-                "it."
+                f"{place.argument}: {place.name} is a folder; a file was expected. Add a "
+                "file name to the path."
             )
         if is_file and owned is not None:
             with place.system.open(place.path, "rb") as file:
                 is_owned = owned(file)
             if not is_owned:
                 raise ArgumentError(
-                    f"{place.argument}: {place.name} exists already, and ddiff did not write it. "
-                    "Name another file, or delete that one."
+                    f"{place.argument}: {place.name} exists, and ddiff did not write this file. "
+                    "Use another path, or delete the file."
                 )
     except ArgumentError:  # which is a ValueError too
         raise
@@ -181,7 +187,7 @@ def _check_existing(
 
 
 def _check_writable(place: Destination, folder: bool) -> None:
-    """Write into the nearest existing folder and clean up, because permissions do not tell all."""
+    """Check that the nearest existing folder is writable, by creating a temporary folder."""
     import tempfile
 
     path = Path(place.path)
@@ -192,6 +198,6 @@ def _check_writable(place: Destination, folder: bool) -> None:
             pass
     except OSError as error:
         raise ArgumentError(
-            f"{place.argument}: {place.name} cannot be written, as {existing} takes no files "
-            f"({error.strerror}). Name another place."
+            f"{place.argument}: {place.name} cannot be written, because {existing} is not "
+            f"writable ({error.strerror}). Use another path."
         ) from error

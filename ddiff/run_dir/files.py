@@ -1,6 +1,6 @@
-"""Names of the files of a run directory, and readers that check what they hold.
+"""Names of the files in a run directory, and readers that check the contents of these files.
 
-Imports no torch, so that `ddiff compare` and error messages are quick.
+This module does not import torch, so that `ddiff compare` and error messages are fast.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ SAMPLES = "samples.jsonl"
 SAMPLING = "sampling.json"
 CHECKPOINTS = "checkpoints"
 REPLAY = "replay"
-"""Folder of `--verify-resume`, which exists only while it runs."""
+"""Temporary folder of `--verify-resume`."""
 LOCK = ".lock"
 
 FILES = (RECIPE, ENVIRONMENT, TOKENIZER, VOCABULARY, METRICS, EVALUATION, SAMPLES, SAMPLING)
 
 REPEATABLE = (EVALUATION, SAMPLES, SAMPLING)
-"""Files that the same command writes again."""
+"""Files that can be deleted, because `ddiff run` writes them again."""
 
 HEADER = "Every key of this recipe with its value, as ddiff"
-"""Beginning of the comment in the first line of a resolved recipe."""
+"""Beginning of the comment line at the top of a resolved recipe."""
 
 # ---------------------------------------------------------------------- shapes
 
 NUMBER = (int, float)
-"""Types of a JSON number, without `true` and `false`."""
+"""Python types of a JSON number."""
 
 Shape = Mapping[str, Any]
-"""Key -> types of its value: a type, a tuple of alternatives, [types] for a list, or a Shape.
+"""Expected types of the values of a JSON object, by key.
 
-None in a tuple stands for null or a missing key; the key "*" stands for every key of an object."""
+Each entry is a type, a tuple of alternatives, [types] for a list, or a Shape for an object. None in
+a tuple means null or a missing key. The key "*" means every key of the object."""
 
 OBJECTS: dict[str, Shape] = {
     ENVIRONMENT: {"parameters": int, "given": {}, "init": ({}, None)},
@@ -68,11 +69,11 @@ OBJECTS: dict[str, Shape] = {
         "sample": {"steps": int, "sampler": {"kind": str}},
     },
 }
-"""Keys that readers rely on, by file; in `.jsonl` files, of every line."""
+"""Shape of each file with the keys that readers need; in `.jsonl` files, shape of every line."""
 
 
 def _evaluation_figures(found: Mapping[str, Any]) -> Shape:
-    """Shape of an evaluation's figures, whose names contain its bound and unit."""
+    """Return the shape of the numbers in evaluation.json, whose keys contain bound and unit."""
     unit = found["unit"]
     return {
         f"{found['bound'].lower()}_nats_per_{unit}": NUMBER,
@@ -90,7 +91,7 @@ def _check_shape(
     *,
     allow_missing: bool = False,
 ) -> None:
-    """Raise CheckpointError for a missing key or a value of another type."""
+    """Raise CheckpointError if a key is missing or a value has a wrong type."""
     for key, types in shape.items():
         if key == "*":
             wrong = [name for name, value in found.items() if not _fits(value, types)]
@@ -102,7 +103,7 @@ def _check_shape(
             wrong = [] if _fits(found[key], types) else [key]
         if wrong:
             value = _format_json(found[wrong[0]])
-            raise damage_error(path, f'the key "{wrong[0]}"{where} has the value {value}')
+            raise damage_error(path, f'the key "{wrong[0]}"{where} has the invalid value {value}')
 
 
 def _fits(value: Any, types: Any) -> bool:
@@ -115,7 +116,7 @@ def _fits(value: Any, types: Any) -> bool:
         return isinstance(value, list) and all(_fits(entry, types[0]) for entry in value)
     if types is None:
         return value is None
-    # a bool is an int for Python, and never a number in JSON
+    # bool is a subclass of int in Python, but true and false are not numbers in JSON
     if isinstance(value, bool) and types is not bool:
         return False
     return isinstance(value, types)
@@ -133,26 +134,26 @@ def _fits_shape(value: Mapping[str, Any], shape: Shape) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file of a run; CheckpointError if it cannot be read."""
+    """Read a UTF-8 file of a run. Raises CheckpointError if the file cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        reason = f"it is not UTF-8 text ({error.reason} at byte {error.start})"
+        reason = f"the file is not UTF-8 text ({error.reason} at byte {error.start})"
         raise damage_error(path, reason) from error
     except IsADirectoryError as error:
-        raise damage_error(path, "it is a folder, and a run has a file there") from error
+        raise damage_error(path, "a file was expected, and the path is a folder") from error
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}). Make it readable, or restore it from a "
-            "copy."
+            f"{path} cannot be read ({error.strerror}). Change its permissions, or restore the "
+            "file from a copy."
         ) from error
 
 
 def read_json(path: Path, *, allow_missing: bool = False) -> dict[str, Any]:
-    """Read the object in a JSON file of a run; {} without the file.
+    """Read a JSON file of a run. Returns {} if the file does not exist.
 
-    Raises CheckpointError if it is not an object of the file's shape. `allow_missing` accepts an
-    object without some of the keys.
+    Raises CheckpointError if the content is not an object of the expected shape. `allow_missing`
+    accepts an object in which keys are missing.
     """
     if not path.exists():
         return {}
@@ -162,12 +163,17 @@ def read_json(path: Path, *, allow_missing: bool = False) -> dict[str, Any]:
         _check_shape(found, _evaluation_figures(found), path)
         interval = found.get("interval")
         if interval is not None and len(interval) != 2:
-            raise damage_error(path, f"an interval has two ends, got {_format_json(interval)}")
+            raise damage_error(
+                path, f"an interval must have two ends; got {_format_json(interval)}"
+            )
     return found
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the objects in a `.jsonl` file of a run; [] without the file. Raises as `read_json`."""
+    """Read a `.jsonl` file of a run. Returns [] if the file does not exist.
+
+    Raises CheckpointError if a line is not an object of the expected shape.
+    """
     if not path.exists():
         return []
     lines = read_text(path).split("\n")
@@ -183,19 +189,22 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_recipe_tree(path: Path) -> dict[str, Any]:
-    """Read the tables of a run's recipe without its plugins; CheckpointError if it is damaged."""
+    """Read the recipe of a run as nested tables, without loading plugins.
+
+    Raises CheckpointError if the file is damaged.
+    """
     try:
         found = tomllib.loads(read_text(path))
     except ValueError as error:
         raise damage_error(path, str(error)) from error
     except RecursionError as error:
-        raise damage_error(path, "it is nested too deeply") from error
+        raise damage_error(path, "its tables are nested too deeply") from error
     _check_shape(found, OBJECTS[RECIPE], path)
     return found
 
 
 def is_own_recipe(path: Path) -> bool:
-    """Return whether ddiff wrote a recipe.toml, and no comment was added to it since."""
+    """Return whether ddiff wrote a recipe.toml and the user added no comment to the file."""
     if path.is_symlink() or not path.is_file():
         return False
     try:
@@ -207,20 +216,20 @@ def is_own_recipe(path: Path) -> bool:
 
 
 def check_entry_types(directory: Path) -> None:
-    """Raise CheckpointError for a folder in the place of a run's file, or a file for a folder."""
+    """Raise CheckpointError if a file of a run is a folder, or a folder of a run is a file."""
     for name in FILES:
         path = directory / name
         if path.is_dir():
-            raise damage_error(path, "it is a folder, and a run has a file there")
+            raise damage_error(path, "a file was expected, and the path is a folder")
     path = directory / CHECKPOINTS
     if path.exists() and not path.is_dir():
         raise CheckpointError(
-            f"{path} is a file, and a run has a folder there. Move it away and repeat the command."
+            f"{path} is a file; a folder was expected. Move the file away and repeat the command."
         )
 
 
 def check_readable(directory: Path) -> None:
-    """Read all files that a run reads back, so that damage shows before any work."""
+    """Read all result files of a run, so that damage is reported before any work."""
     for name in (ENVIRONMENT, EVALUATION, SAMPLING):
         read_json(directory / name)
     read_json_lines(directory / SAMPLES)
@@ -230,12 +239,12 @@ def _parse_object(text: str, path: Path, where: str = "") -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise damage_error(path, f"no JSON{where} ({error})") from error
+        raise damage_error(path, f"invalid JSON{where} ({error})") from error
     except RecursionError as error:
-        raise damage_error(path, f"JSON{where} that is nested too deeply") from error
+        raise damage_error(path, f"the JSON{where} is nested too deeply") from error
     if not isinstance(found, dict):
         came = _format_json(found)
-        raise damage_error(path, f"a JSON object was expected{where}, got {came}")
+        raise damage_error(path, f"a JSON object was expected{where}; got {came}")
     return found
 
 
@@ -248,18 +257,18 @@ def _format_json(value: Any) -> str:
 
 
 def damage_error(path: Path, what: str) -> CheckpointError:
-    """Make the error for a file that is not as the run wrote it."""
+    """Return the CheckpointError for a damaged file of a run."""
     return CheckpointError(f"{path} is damaged: {what}. {_remedy(path)}")
 
 
 def _remedy(path: Path) -> str:
     if path.name in REPEATABLE:
-        return "Delete it, and `ddiff run` with the run's recipe writes it again."
+        return "Delete the file, and repeat `ddiff run` to write it again."
     if path.name == RECIPE and not is_own_recipe(path):
-        return "Restore it from a copy, or train again under another name."
+        return "Restore the file from a copy, or train again with another name."
     if path.is_dir():
         return (
-            "Move the folder away and restore the file from a copy, or repeat `ddiff run` with "
-            "--fresh after that."
+            "Move the folder away. Then restore the file from a copy, or repeat `ddiff run` with "
+            "--fresh."
         )
-    return "Restore it from a copy, or start over with `ddiff run` and --fresh."
+    return "Restore the file from a copy, or start a new run with `ddiff run` and --fresh."

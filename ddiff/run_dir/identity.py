@@ -1,13 +1,14 @@
-"""Identity of the weights in a checkpoint, compared with what a run has now.
+"""Checks that a checkpoint was trained with the recipe, components and data of a run.
 
-A checkpoint's state holds `fingerprints` (of tokenizer, vocabulary and rows) and `made_with`:
+The state of a checkpoint contains `fingerprints` (of tokenizer, vocabulary and rows) and
+`made_with`:
 
     recipe      the whole recipe, by dotted keys
-    given       components that were passed in from Python in place of the recipe's
-    noising     some transition probabilities of the process, which change with its settings or code
+    given       components that a Python caller passed to replace components of the recipe
+    noising     some transition probabilities of the process, to detect changes of settings or code
 
-A reader of a checkpoint calls `check_recipe`, `check_fingerprints` and `check_noising`. Each raises
-one error that lists every difference. Imports no torch.
+Code that reads a checkpoint calls `check_recipe`, `check_fingerprints` and `check_noising`. Each
+function raises one error that lists all differences. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ READING = (
     "seed",
     "train.ema",
 )
-"""Tables and keys that decide what the weights mean and which of them are read.
+"""Tables and keys that must be equal to use the weights of a checkpoint.
 
-Others may differ: where the data lie (their rows have fingerprints), how long and where the run was
-trained, and how it is evaluated, sampled, tracked and named."""
+Other keys may differ: the location of the data (whose rows have fingerprints), the duration and
+device of training, and the settings of evaluation, sampling and tracking."""
 
 CONTINUING = (
     "train.steps",
@@ -44,17 +45,17 @@ CONTINUING = (
 """Keys of [train] that may change when training resumes; the other keys of [train] may not."""
 
 TOLERANCE = 1e-6
-"""Difference of a probability that another machine may cause with the same formula."""
+"""Largest accepted relative difference of a probability, for rounding on another machine."""
 
 DATA = ("training rows", "validation rows", "conditions", "validation conditions")
 """Names of the fingerprints of the data."""
 
-LISTED_DIFFERENCES = 12  # in one message
-INLINE_DIFFERENCES = 6  # in one paragraph; more are listed on separate lines
+LISTED_DIFFERENCES = 12  # largest number in one message
+INLINE_DIFFERENCES = 6  # if there are more, each has a separate line
 
 
 class Difference(NamedTuple):
-    """A key with its value in the checkpoint and now; None stands for absent."""
+    """Key with its value in the checkpoint and its present value; None if the key is absent."""
 
     key: str
     was: Any
@@ -67,7 +68,7 @@ class Difference(NamedTuple):
 
 
 def flatten_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested tables to one dict by dotted keys."""
+    """Flatten nested tables to one dict with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -83,26 +84,25 @@ def flatten_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_recipe(
     place: object, state: Mapping[str, Any], recipe: Mapping[str, Any], *, training: bool = False
 ) -> None:
-    """Raise CheckpointError if a run's recipe is not the one that its checkpoint was trained with.
+    """Raise CheckpointError if a checkpoint was trained with another recipe.
 
     Args:
-        place: the run directory, as messages name it.
+        place: run directory, for messages.
         state: state of the checkpoint.
-        recipe: nested tables, as a run's recipe.toml holds them.
-        training: whether training is to resume, so that keys of [train] are compared too.
+        recipe: present recipe of the run, as nested tables.
+        training: whether training will resume, so that keys of [train] are also compared.
     """
     trained = state.get("made_with", {}).get("recipe")
     if trained is None:
         return  # an earlier version wrote the checkpoint
     now = flatten_keys(recipe)
     differences = []
-    # both sets of keys, so that added and removed ones are differences too
+    # the union of the keys, so that added and removed keys are differences
     for key in dict.fromkeys([*trained, *now]):
         if _is_compared(key, training) and trained.get(key) != now.get(key):
             differences.append(Difference(key, trained.get(key), now.get(key)))
     remedy = (
-        f"Put these keys of {Path(str(place)) / RECIPE} back as they were; another recipe is "
-        "another run, under its own name."
+        f"Restore these keys of {Path(str(place)) / RECIPE}, or start a new run with another name."
     )
     raise_differences(place, differences, remedy)
 
@@ -116,8 +116,8 @@ def check_fingerprints(
 ) -> None:
     """Raise CheckpointError if components or data differ from those of a checkpoint.
 
-    Compared are `names`, by default all that the checkpoint records. A fingerprint that an earlier
-    version did not record is not compared.
+    The fingerprints in `names` are compared, by default all fingerprints in the checkpoint. A
+    fingerprint that is missing in the checkpoint of an earlier version is not compared.
     """
     differences = compare_fingerprints(state.get("fingerprints", {}), now, names)
     raise_differences(place, differences, remedy)
@@ -126,7 +126,13 @@ def check_fingerprints(
 def compare_fingerprints(
     trained: Mapping[str, str], now: Mapping[str, str], names: Iterable[str] | None = None
 ) -> list[Difference]:
-    """List the fingerprints that differ; the arguments are those of `check_fingerprints`."""
+    """List the differences between the fingerprints of a checkpoint and the present ones.
+
+    Args:
+        trained: fingerprints in the checkpoint.
+        now: present fingerprints.
+        names: fingerprints to compare; None: all in `trained`.
+    """
     compared = list(trained) if names is None else [name for name in names if name in trained]
     return [
         Difference(name, trained[name], now.get(name))
@@ -138,7 +144,14 @@ def compare_fingerprints(
 def check_noising(
     place: object, state: Mapping[str, Any], now: Sequence[float], remedy: str
 ) -> None:
-    """Raise CheckpointError if a process has other probabilities than that of a checkpoint."""
+    """Raise CheckpointError if the transition probabilities of a process have changed.
+
+    Args:
+        place: run directory, for messages.
+        state: state of the checkpoint.
+        now: present probabilities of the process.
+        remedy: last sentence of the message.
+    """
     trained = state.get("made_with", {}).get("noising")
     if trained is None:
         return
@@ -148,9 +161,9 @@ def check_noising(
 
 
 def _compare_probabilities(trained: Sequence[float], now: Sequence[float]) -> Difference | None:
-    label = "probabilities of the process, such as one that"
+    label = "transition probability of the process"
     for was, value in zip(trained, now):
-        if not abs(was - value) <= TOLERANCE * max(1.0, abs(was)):  # NaN differs from everything
+        if not abs(was - value) <= TOLERANCE * max(1.0, abs(was)):  # NaN differs from all numbers
             return Difference(label, was, value)
     if len(trained) != len(now):
         return Difference(label, len(trained), len(now))
@@ -160,8 +173,8 @@ def _compare_probabilities(trained: Sequence[float], now: Sequence[float]) -> Di
 def check_recorded(directory: Path, state: Mapping[str, Any], *, training: bool = False) -> None:
     """Compare the files of a run directory with its checkpoint, without loading plugins.
 
-    Everything that reads a checkpoint of a run directory calls this first: load (evaluate, sample),
-    export, compare, `--verify-resume`, `[train] init`, and a run that resumes.
+    All code that reads a checkpoint calls this function first: evaluation, sampling, export,
+    comparison, `--verify-resume`, `[train] init` and resumed training.
     """
     check_recipe(directory, state, read_recipe_tree(directory / RECIPE), training=training)
     recorded = read_json(directory / ENVIRONMENT).get("given")
@@ -170,20 +183,20 @@ def check_recorded(directory: Path, state: Mapping[str, Any], *, training: bool 
         return
     keys = dict.fromkeys([*given, *recorded])
     differences = [Difference(f"given {key}", given.get(key), recorded.get(key)) for key in keys]
-    remedy = f"Restore {directory / ENVIRONMENT} from a copy, or delete it."
+    remedy = f"Restore {directory / ENVIRONMENT} from a copy, or delete this file."
     raise_differences(directory, differences, remedy)
 
 
 def recorded_overrides(state: Mapping[str, Any]) -> Mapping[str, str] | None:
-    """Return the components that were passed in from Python for a checkpoint.
+    """Return the components that a Python caller passed to the run that wrote a checkpoint.
 
-    None if a version wrote the checkpoint that did not record them.
+    Returns None for a checkpoint of an earlier version, which did not record these components.
     """
     return state.get("made_with", {}).get("given")
 
 
 def raise_differences(place: object, differences: Sequence[Difference], remedy: str) -> None:
-    """Raise the CheckpointError that lists the differences, if there are any."""
+    """Raise a CheckpointError that lists the differences. Return if there are none."""
     if not differences:
         return
     lines = [str(difference) for difference in differences[:LISTED_DIFFERENCES]]
@@ -194,7 +207,7 @@ def raise_differences(place: object, differences: Sequence[Difference], remedy: 
     else:
         text = "".join(f"\n  {line}" for line in lines) + "\n"
     raise CheckpointError(
-        f"{place} was trained with something else than this run has:{text}{remedy}"
+        f"{place} was trained with other settings, components or data:{text}{remedy}"
     )
 
 

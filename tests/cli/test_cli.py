@@ -53,7 +53,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
         ["data", "--help"],
     ],
 )
-def test_help_and_lists_take_half_a_second_and_import_no_torch(arguments):
+def test_help_and_list_commands_take_half_a_second_without_torch(arguments):
     # CPU time of the whole process, best of three: other work on the machine inflates a timing
     seconds = []
     for _ in range(3):
@@ -73,7 +73,7 @@ def test_help_and_lists_take_half_a_second_and_import_no_torch(arguments):
     assert min(seconds) < 0.5
 
 
-def test_import_ddiff_imports_no_submodule():
+def test_importing_ddiff_imports_no_submodule():
     heavy = ("ddiff", "torch", "pydantic")
     names = f"name for name in sys.modules if name.startswith({heavy})"
     code = f"import sys, ddiff; print(sorted({names}))"
@@ -83,7 +83,7 @@ def test_import_ddiff_imports_no_submodule():
     assert done.stdout.strip() == "['ddiff']"
 
 
-def test_help_names_every_command(capsys):
+def test_help_option_lists_every_command(capsys):
     code, out, _ = call(capsys, "--help")
     assert code == 0
     assert [
@@ -104,12 +104,12 @@ def test_help_names_every_command(capsys):
     assert len(app.registered_commands) == 9
 
 
-def test_version_equals_that_of_the_distribution(capsys):
+def test_version_option_prints_version_of_the_distribution(capsys):
     assert call(capsys, "--version")[1] == f"ddiff {ddiff.__version__}\n"
     assert {plugin.origin.version for plugin in installed_plugins()["core"]} == {ddiff.__version__}
 
 
-def test_plugins_lists_every_installed_plugin_and_component(capsys):
+def test_plugins_command_lists_all_plugins_and_components(capsys):
     code, out, _ = call(capsys, "plugins", "--components")
     registry, reports = survey_plugins()
     assert code == 0
@@ -122,7 +122,7 @@ def test_plugins_lists_every_installed_plugin_and_component(capsys):
 
 
 @pytest.mark.parametrize("name", list(installed_plugins()))
-def test_plugins_name_shows_every_key_of_every_component(capsys, name):
+def test_plugins_command_lists_every_key_of_a_plugin(capsys, name):
     code, out, _ = call(capsys, "plugins", name)
     assert code == 0
     blocks = {block.partition(": ")[0]: block for block in out.split("\n\n")}
@@ -133,7 +133,7 @@ def test_plugins_name_shows_every_key_of_every_component(capsys, name):
             assert keys == list(component.config_class().model_fields)
 
 
-def test_plugins_name_shows_type_default_and_description_of_keys(capsys, distribution):
+def test_plugins_command_prints_type_default_and_description_of_keys(capsys, distribution):
     parts = """
         from typing import Literal
         from ddiff import ComponentConfig, PositiveFloat, Share
@@ -179,17 +179,17 @@ def test_plugins_name_shows_type_default_and_description_of_keys(capsys, distrib
     ]
 
 
-def test_plugins_suggests_a_name_for_an_unknown_plugin(capsys):
+def test_plugins_command_suggests_a_name_for_an_unknown_plugin(capsys):
     code, out, err = call(capsys, "plugins", "hdml")
     assert (code, out) == (2, "")
     assert 'Did you mean "hdlm"?' in err
 
 
-def test_help_lists_what_a_dry_run_does_not_check(capsys):
+def test_run_help_states_the_limits_of_a_dry_run(capsys):
     assert "Not checked" in call(capsys, "run", "--help")[1]
 
 
-def test_plugins_reports_a_broken_plugin_and_lists_the_others(capsys, distribution):
+def test_plugins_command_reports_broken_plugin_and_lists_working_plugins(capsys, distribution):
     distribution(
         "broken-dist", "0.3", {"broken": "broken_pkg"}, {"broken_pkg": "import does_not_exist"}
     )
@@ -200,14 +200,14 @@ def test_plugins_reports_a_broken_plugin_and_lists_the_others(capsys, distributi
     assert "No module named 'does_not_exist'" in err
 
 
-def test_recipes_lists_every_shipped_recipe_with_its_first_line(capsys):
+def test_recipes_command_lists_shipped_recipes_with_descriptions(capsys):
     _, out, _ = call(capsys, "recipes")
     lines = dict(line.split("  ", 1) for line in out.splitlines())
     assert [name.strip() for name in lines] == list(find_shipped_recipes())
     assert all(text.strip().endswith(".") for text in lines.values())
 
 
-def test_every_shipped_recipe_resolves_and_reads_back_as_itself(capsys, tmp_path):
+def test_every_shipped_recipe_passes_dry_run_and_reads_back_equal(capsys, tmp_path):
     assert {"hdlm_small", "hdlm_three_level", "mdlm_small"} <= set(find_shipped_recipes())
     for name in find_shipped_recipes():
         code, out, err = call(capsys, "run", name, "--dry-run")
@@ -223,7 +223,7 @@ def test_every_shipped_recipe_resolves_and_reads_back_as_itself(capsys, tmp_path
         assert tomllib.loads(out)["name"] == name.replace("/", "_")
 
 
-def test_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
+def test_dry_run_writes_no_files(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call(capsys, "run", sorted(find_shipped_recipes())[0], "--dry-run")
     assert list(tmp_path.iterdir()) == []
@@ -244,7 +244,7 @@ def test_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
         (["run", "hdlm_small", "--set", "plugins=[]"], 'Add "hdlm" to plugins'),
     ],
 )
-def test_mistake_is_one_paragraph_on_stderr_with_exit_code_two(capsys, arguments, expected):
+def test_user_error_is_one_paragraph_on_stderr_with_exit_code_2(capsys, arguments, expected):
     code, out, err = call(capsys, *arguments)
     assert (code, out) == (2, "")
     assert expected in err
@@ -252,7 +252,7 @@ def test_mistake_is_one_paragraph_on_stderr_with_exit_code_two(capsys, arguments
     assert "Traceback" not in err
 
 
-def test_unknown_option_exits_with_two(capsys):
+def test_unknown_option_exits_with_code_2(capsys):
     code, _, err = call(capsys, "run", "hdlm_small", "--freesh")
     assert code == 2
     assert "--fresh" in err
@@ -284,7 +284,7 @@ NOTHING = dict.fromkeys(
 ) | {"settings": ()}
 
 
-def test_commands_pass_arguments_on_and_return_the_exit_code(capsys, runs):
+def test_commands_pass_on_arguments_and_return_exit_code(capsys, runs):
     assert call(capsys, "run", "mdlm_small", "--set", "train.steps=3", "--fresh")[0] == 130
     assert call(capsys, "eval", "runs/x", "--set", "evaluate.draws=2")[0] == 0
     assert call(capsys, "sample", "runs/x", "--count", "4", "--seed", "1")[0] == 0
@@ -351,7 +351,7 @@ finally:
 
 
 @pytest.mark.parametrize("arguments", list(ANSWERS))
-def test_query_commands_import_no_slow_library_but_torch(arguments, tmp_path):
+def test_dry_run_and_plugins_commands_import_no_slow_library_but_torch(arguments, tmp_path):
     """They take two seconds of CPU, most for torch; each of these libraries would add seconds."""
     script = LOADED.format(arguments=list(arguments), heavy=HEAVY)
     done = subprocess.run(
@@ -361,7 +361,7 @@ def test_query_commands_import_no_slow_library_but_torch(arguments, tmp_path):
     assert ANSWERS[arguments] in done.stdout
 
 
-def test_dry_run_ends_with_its_verdict_as_a_toml_comment(capsys, tmp_path, monkeypatch):
+def test_dry_run_prints_the_verdict_as_a_toml_comment_at_the_end(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = call(capsys, "run", "mdlm_small", "--dry-run")[1]
     assert out.splitlines()[-1].startswith("# fits: ")

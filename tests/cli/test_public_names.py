@@ -21,11 +21,11 @@ MODULE_OF = {
 
 
 @pytest.mark.parametrize("name", sorted(MODULE_OF))
-def test_public_name_is_the_attribute_of_its_module(name):
+def test_public_name_of_ddiff_is_the_object_of_its_module(name):
     assert getattr(ddiff, name) is getattr(importlib.import_module(MODULE_OF[name]), name)
 
 
-def test_no_public_name_is_the_name_of_a_submodule():
+def test_no_public_name_equals_a_submodule_name():
     submodules = {module.name for module in pkgutil.iter_modules(ddiff.__path__)}
     assert not submodules & set(MODULE_OF)
 
@@ -35,6 +35,6 @@ def test_public_names_of_stub_and_package_agree():
     assert set(MODULE_OF) <= set(dir(ddiff))
 
 
-def test_unknown_name_raises_attribute_error():
+def test_unknown_attribute_of_ddiff_raises_attribute_error():
     with pytest.raises(AttributeError, match="Vocabulry"):
         _ = ddiff.Vocabulry

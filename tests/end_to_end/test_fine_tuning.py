@@ -171,7 +171,7 @@ def test_init_from_a_model_takes_its_embeddings(tmp_path: Path) -> None:
 def test_init_names_a_run_or_a_model() -> None:
     for init in ("{parts='all'}", "{run='a', model='b'}"):
         with pytest.raises(
-            RecipeError, match='name either "run", or "model", whose embeddings are taken'
+            RecipeError, match='exactly one of the keys "run" and "model" must be given'
         ):
             read_recipe("small.toml", [f"train.init={init}"])
 

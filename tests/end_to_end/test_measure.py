@@ -184,7 +184,7 @@ def test_measure_prints_one_table_and_leaves_no_file(folder: Path, ddiff: Called
 def test_measure_needs_dry_run(folder: Path, ddiff: Called) -> None:
     code, _, err = ddiff("run", "small.toml", "--measure", "3")
     assert code == 2
-    assert "--measure 3 goes with --dry-run" in err
+    assert "--measure 3 needs --dry-run" in err
     assert not (folder / "runs").exists()
 
 

@@ -86,7 +86,7 @@ def test_verify_resume_refuses_what_cannot_be_replayed(folder: Path, ddiff: Comm
     assert "Changed keys:" in err or "train.steps must be the 6" in err
     code, _, err = ddiff(*RUN, "--fresh", "--verify-resume", "3")
     assert code == 2
-    assert "leave out --fresh" in err
+    assert "excludes --fresh" in err
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_run_files_with_a_value_of_another_type_name_the_key(
     if is_also_valid(right, key, value):
         assert read_file(path)
         return
-    with pytest.raises(CheckpointError, match=f'"{key}".* has the value'):
+    with pytest.raises(CheckpointError, match=f'"{key}".* has the invalid value'):
         read_file(path)
 
 

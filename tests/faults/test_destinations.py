@@ -142,7 +142,7 @@ def test_export_creates_folders_and_leaves_no_partial_file(
 
 
 def test_python_functions_check_output_paths_like_commands(run_dir: Path) -> None:
-    with pytest.raises(ArgumentError, match="lost a slash"):
+    with pytest.raises(ArgumentError, match="without its second slash"):
         export_run(run_dir, Path("s3://bucket/w.safetensors"))
     with pytest.raises(ArgumentError, match="checkpoint"):
         export_run(run_dir, Path(STEP) / "model.safetensors")

@@ -149,7 +149,7 @@ def test_command_reports_every_full_disk_error_in_one_line(
     assert ended.value.code == 2
     output = capsys.readouterr().err
     assert output.startswith(("No space left on device", "Disk quota exceeded", "File too large"))
-    assert "Make room" in output
+    assert "Free disk space" in output
     assert len(output.splitlines()) == 1
 
 

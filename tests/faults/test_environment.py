@@ -123,22 +123,25 @@ def test_closed_or_full_stdout_ends_a_command_without_a_traceback() -> None:
     ("error", "expected"),
     [
         (EOFError(), "ended too early"),
-        (RecursionError("maximum"), "nested too deep"),
+        (RecursionError("maximum"), "nested too deeply"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "UTF-8"),
         (OverflowError("int too large"), "too large"),
-        (MemoryError(), "memory does not suffice"),
+        (MemoryError(), "Out of memory"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
-            "memory does not suffice",
+            "Out of memory",
         ),
         (RuntimeError("Storage size calculation overflowed"), "too large"),
-        (RuntimeError("can't start new thread"), "no more threads"),
-        (IsADirectoryError(21, "Is a directory", "x"), "Is a directory: x. A file is needed there"),
+        (RuntimeError("can't start new thread"), "cannot start another thread"),
+        (
+            IsADirectoryError(21, "Is a directory", "x"),
+            "Is a directory: x. This path must be a file",
+        ),
         (
             PermissionError(13, "Permission denied", "x"),
             "Permission denied: x. Change its permissions",
         ),
-        (OSError(28, "No space left on device"), "Make room"),
+        (OSError(28, "No space left on device"), "Free disk space"),
         (ConnectionError("gone"), "gone"),
     ],
 )

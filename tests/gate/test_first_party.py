@@ -19,7 +19,7 @@ COMPONENTS = survey_plugins().registry.components()
 @pytest.mark.parametrize(
     "component", COMPONENTS, ids=lambda component: f"{component.kind}-{component.name}"
 )
-def test_every_component_loads_and_build_has_the_inputs_of_its_kind(component: Component):
+def test_every_component_loads_and_its_build_has_valid_parameters(component: Component):
     built = component.load()
     config = component.config_class()
     assert all(field != "kind" for field in config.model_fields)
@@ -31,7 +31,7 @@ def test_every_component_loads_and_build_has_the_inputs_of_its_kind(component: C
         signature.bind("config", **{name: None for name in offered if name in signature.parameters})
 
 
-def test_every_buildable_class_of_core_is_registered():
+def test_every_core_class_with_build_method_is_registered():
     registered = {component.target for component in COMPONENTS if component.plugin == "core"}
     for module in pkgutil.iter_modules(ddiff_core.__path__, "ddiff_core."):
         for name, found in vars(importlib.import_module(module.name)).items():

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from ddiff.errors import PluginError
 from ddiff.plugin import loader as plugin
 from ddiff.plugin.loader import installed_plugins, load_plugins, survey_plugins
 
@@ -23,15 +22,7 @@ def hook(kind: str = "process", name: str = "toy", target: str = "toy_parts:Toy"
     return HOOK.format(kind=kind, name=name, target=target)
 
 
-def message(call, *arguments) -> str:
-    with pytest.raises(PluginError) as caught:
-        call(*arguments)
-    text = str(caught.value)
-    assert "\n" not in text, "an error is one paragraph"
-    return text
-
-
-def test_external_plugin_loads_like_a_first_party_one(distribution):
+def test_external_plugin_loads_like_a_first_party_plugin(distribution):
     distribution("toy-dist", "1.5", {"toy": "toy_pkg"}, {"toy_pkg": hook()})
     component = load_plugins(["toy"]).component("process", "toy")
     assert (component.plugin, component.distribution, component.version) == (
@@ -43,7 +34,7 @@ def test_external_plugin_loads_like_a_first_party_one(distribution):
     assert (own.plugin, own.distribution) == ("core", "discrete-diffusion")
 
 
-def test_load_plugins_imports_listed_plugins_without_components(
+def test_load_plugins_imports_only_listed_plugins_and_no_components(
     distribution,
 ):
     modules = {
@@ -58,7 +49,7 @@ def test_load_plugins_imports_listed_plugins_without_components(
     assert not {"other_pkg", "toy_parts"} & set(sys.modules)
 
 
-def test_unknown_plugin_message_suggests_and_lists_names(distribution):
+def test_unknown_plugin_message_suggests_and_lists_plugin_names(distribution, message):
     distribution("toy-dist", "1.0", {"kimura": "toy_pkg"}, {"toy_pkg": hook()})
     text = message(load_plugins, ["kimra"])
     assert 'no plugin "kimra"' in text
@@ -66,7 +57,7 @@ def test_unknown_plugin_message_suggests_and_lists_names(distribution):
     assert "core, " in text
 
 
-def test_two_distributions_claiming_one_plugin_name_are_both_named(distribution):
+def test_message_about_duplicate_plugin_names_both_distributions(distribution, message):
     distribution("first-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": hook()})
     distribution("second-dist", "2.0", {"toy": "toy_two"}, {"toy_two": hook()})
     text = message(load_plugins, ["toy"])
@@ -75,16 +66,14 @@ def test_two_distributions_claiming_one_plugin_name_are_both_named(distribution)
     assert "second-dist 2.0" in text
 
 
-def test_plugin_cannot_replace_the_engines_own_components(distribution):
+def test_external_plugin_named_core_is_refused(distribution, message):
     distribution("thief", "1.0", {plugin.CORE: "thief_pkg"}, {"thief_pkg": hook()})
     text = message(load_plugins, [])
     assert "thief 1.0" in text
     assert "discrete-diffusion" in text
 
 
-def test_conflict_of_two_plugins_names_both_and_registers_all_or_none(
-    distribution,
-):
+def test_conflicting_plugin_is_refused_and_registers_no_component(distribution, message):
     distribution("first-dist", "1.0", {"one": "toy_one"}, {"toy_one": hook(name="same")})
     both = hook(name="alone") + "    registry.add('process', 'same', 'toy_parts:Toy')\n"
     distribution("second-dist", "2.0", {"two": "toy_two"}, {"toy_two": both})
@@ -102,7 +91,7 @@ def test_conflict_of_two_plugins_names_both_and_registers_all_or_none(
 @pytest.mark.parametrize(
     "source", ["import does_not_exist", "this is no Python", "raise ValueError('sulking')"]
 )
-def test_plugin_that_fails_to_import_is_named_and_others_load(distribution, source):
+def test_plugin_that_fails_to_import_is_reported_and_others_load(distribution, source, message):
     distribution("broken-dist", "0.3", {"broken": "broken_pkg"}, {"broken_pkg": source})
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": hook()})
     assert load_plugins(["toy"]).component("process", "toy")
@@ -119,7 +108,7 @@ def test_plugin_that_fails_to_import_is_named_and_others_load(distribution, sour
     ]
 
 
-def test_unknown_hook_is_named_with_a_suggestion(distribution):
+def test_unknown_hook_message_suggests_the_correct_name(distribution, message):
     source = hook().replace("ddiff_register", "ddiff_registr")
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": source})
     text = message(load_plugins, ["toy"])
@@ -127,20 +116,20 @@ def test_unknown_hook_is_named_with_a_suggestion(distribution):
     assert 'Did you mean "ddiff_register"?' in text
 
 
-def test_misspelt_hook_is_refused_next_to_a_correct_one(distribution):
+def test_plugin_with_a_correct_and_an_unknown_hook_is_refused(distribution, message):
     source = hook() + "\n@hookimpl\ndef ddiff_unregister(registry): pass\n"
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": source})
     assert '"ddiff_unregister", which does not exist' in message(load_plugins, ["toy"])
 
 
-def test_hook_without_hookimpl_is_refused(distribution):
+def test_hook_without_hookimpl_decorator_is_refused(distribution, message):
     source = "def ddiff_register(registry): registry.add('process', 'toy', 'toy_parts:Toy')"
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": source})
     assert "@ddiff.hookimpl" in message(load_plugins, ["toy"])
 
 
 @pytest.mark.parametrize("arguments", ["registry, more", "registrar", ""])
-def test_hook_with_wrong_arguments_is_refused_with_the_right_ones(distribution, arguments):
+def test_message_about_wrong_hook_arguments_gives_the_signature(distribution, arguments, message):
     source = f"from ddiff import hookimpl\n@hookimpl\ndef ddiff_register({arguments}): pass\n"
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": source})
     text = message(load_plugins, ["toy"])
@@ -148,7 +137,7 @@ def test_hook_with_wrong_arguments_is_refused_with_the_right_ones(distribution, 
     assert "def ddiff_register(registry)" in text
 
 
-def test_hook_that_raises_is_named_with_plugin_and_line(distribution):
+def test_message_about_failing_hook_names_file_and_line(distribution, message):
     source = "from ddiff import hookimpl\n@hookimpl\ndef ddiff_register(registry):\n    1 / 0\n"
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": source})
     text = message(load_plugins, ["toy"])
@@ -156,6 +145,6 @@ def test_hook_that_raises_is_named_with_plugin_and_line(distribution):
     assert "toy_pkg.py, line 4" in text
 
 
-def test_first_party_plugins_all_register():
+def test_all_first_party_plugins_load():
     broken = [report.error for report in survey_plugins().reports if report.error]
     assert not broken

@@ -54,7 +54,7 @@ def write_command(path: Path, script: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["run", "test"])
-def test_make_refuses_an_old_python_before_pip_runs(bare_machine: Path, target: str) -> None:
+def test_make_refuses_python_3_9_before_running_pip(bare_machine: Path, target: str) -> None:
     write_command(
         bare_machine / "python3", 'case "$1" in --version) echo "Python 3.9.2";; *) exit 1;; esac'
     )
@@ -65,13 +65,13 @@ def test_make_refuses_an_old_python_before_pip_runs(bare_machine: Path, target: 
     assert not (bare_machine.parent / "clone" / ".venv").exists()
 
 
-def test_make_refuses_a_machine_without_python(bare_machine: Path) -> None:
+def test_make_fails_with_a_message_if_python_is_missing(bare_machine: Path) -> None:
     done = make(bare_machine, "run")
     assert done.returncode != 0
     assert "ddiff needs Python 3.11 or newer. Found: none." in done.stderr
 
 
-def test_make_finds_a_newer_python_next_to_an_old_one(bare_machine: Path) -> None:
+def test_make_uses_newer_python_if_python3_is_too_old(bare_machine: Path) -> None:
     write_command(
         bare_machine / "python3", 'case "$1" in --version) echo "Python 3.9.2";; *) exit 1;; esac'
     )
@@ -85,7 +85,7 @@ def test_make_finds_a_newer_python_next_to_an_old_one(bare_machine: Path) -> Non
     assert not (bare_machine.parent / "clone" / ".venv" / ".made").exists()
 
 
-def test_make_without_venv_module_names_the_package_to_install(bare_machine: Path) -> None:
+def test_make_names_missing_package_if_python_has_no_venv_module(bare_machine: Path) -> None:
     write_command(
         bare_machine / "python3",
         'case "$*" in *ensurepip*) exit 1;; --version) echo "Python 3.11.2";; esac',
@@ -106,7 +106,7 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
         assert command in script
 
 
-def test_oldest_python_version_is_the_same_in_every_file() -> None:
+def test_minimum_python_version_is_equal_in_all_files() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == ">=3.11"
     assert "(3, 11)" in (ROOT / "Makefile").read_text()
@@ -114,7 +114,7 @@ def test_oldest_python_version_is_the_same_in_every_file() -> None:
 
 
 @pytest.mark.slow
-def test_process_written_in_the_readme_obeys_every_law() -> None:
+def test_example_process_of_the_readme_passes_check_process() -> None:
     blocks = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
     )
@@ -122,7 +122,7 @@ def test_process_written_in_the_readme_obeys_every_law() -> None:
     exec(written, {})
 
 
-def test_links_of_readmes_and_guides_lead_to_files() -> None:
+def test_links_in_readmes_point_to_existing_files() -> None:
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
     pages += [*(ROOT / "plugins").glob("*/README.md"), *(ROOT / "examples").glob("*/README.md")]
     assert len(pages) >= 6

@@ -47,13 +47,13 @@ SAMPLER_PARTS = (
 
 
 @pytest.mark.parametrize("file", PROCESSES)
-def test_process_of_family_is_one_small_class(file: str) -> None:
+def test_process_class_of_model_family_has_at_most_560_tokens(file: str) -> None:
     tokens, methods = class_size(ROOT / "plugins" / file, PROCESSES[file])
     assert tokens <= PROCESS_TOKENS
     assert methods <= PROCESS_METHODS
 
 
-def test_process_outside_the_core_families_is_as_small() -> None:
+def test_gamma_hybrid_processes_stay_below_their_token_limits() -> None:
     """The chain of hybrid_gamma, masks over redrawn tokens, needs only what a process must write.
 
     The plugin's own class also writes what the engine derives densely from these (density, step,
@@ -81,7 +81,7 @@ def processes_of(plugin: Path) -> set[str]:
     return found
 
 
-def test_every_process_of_a_plugin_is_counted() -> None:
+def test_every_process_class_of_plugins_has_a_token_limit() -> None:
     """ddiff_sedd defines no process class: it builds the core's mixture."""
     plugins = [path.parent for path in sorted((ROOT / "plugins").glob("*/__init__.py"))]
     found = set().union(*map(processes_of, plugins))
@@ -101,7 +101,7 @@ def samplers_of(file: Path) -> list[type]:
     ]
 
 
-def test_every_sampler_is_one_small_class() -> None:
+def test_every_sampler_class_has_at_most_650_tokens() -> None:
     found = [sampler for file in sorted(SAMPLING.glob("*.py")) for sampler in samplers_of(file)]
     assert len(found) >= 15  # a wrong folder would make this true
     sizes = {

@@ -26,7 +26,7 @@ def sources(*rooms: str) -> list[Path]:
     return found
 
 
-def test_engine_files_name_no_model_family() -> None:
+def test_engine_files_contain_no_name_of_a_model_family() -> None:
     named = {
         str(path): match[0]
         for path in sources()
@@ -35,7 +35,7 @@ def test_engine_files_name_no_model_family() -> None:
     assert named == {}
 
 
-def test_engine_code_does_not_name_the_example_plugin() -> None:
+def test_engine_code_does_not_mention_the_example_plugin() -> None:
     spoken = {
         str(path): list(names_and_strings(path.read_text(encoding="utf-8"))) for path in sources()
     }
@@ -49,7 +49,7 @@ def test_family_pattern_matches_names_strings_and_comments(line: str) -> None:
     assert FAMILIES.search(line)
 
 
-def test_no_room_below_training_uses_torch_distributed() -> None:
+def test_packages_below_training_do_not_use_torch_distributed() -> None:
     """import-linter cannot forbid a part of torch."""
     naming = [
         path
@@ -115,7 +115,7 @@ def private_uses(source: str) -> list[str]:
     ]
 
 
-def test_plugins_and_examples_use_only_public_names() -> None:
+def test_plugins_and_examples_use_only_public_names_of_ddiff() -> None:
     """They use only what an external plugin may use."""
     outside = [
         path for room in ("plugins", "examples") for path in sorted((ROOT / room).rglob("*.py"))
@@ -141,11 +141,11 @@ def test_plugins_and_examples_use_only_public_names() -> None:
         "import ddiff\nddiff.core.prediction.DenseDistribution",
     ],
 )
-def test_private_use_is_found_in_every_form(line: str) -> None:
+def test_import_check_detects_every_form_of_private_import(line: str) -> None:
     assert private_uses(line) != []
 
 
-def test_public_uses_are_accepted() -> None:
+def test_import_check_accepts_public_imports() -> None:
     lines = (
         "import ddiff",
         "from ddiff import Vocabulary",

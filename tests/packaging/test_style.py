@@ -59,29 +59,29 @@ def words() -> dict[str, list[str]]:
     return find_words([*python_files(), *pages()])
 
 
-def test_code_lines_are_not_dense(style: Style) -> None:
+def test_tokens_per_code_line_stay_below_limit(style: Style) -> None:
     assert style.tokens_per_line <= TOKENS_PER_LINE
 
 
-def test_lines_are_at_most_100_columns_wide(style: Style) -> None:
+def test_fraction_of_lines_over_100_columns_stays_below_limit(style: Style) -> None:
     assert style.wide_share <= WIDE_SHARE, f"{PLACES} wide"
 
 
-def test_comments_are_not_lost(style: Style) -> None:
+def test_number_of_comments_stays_above_limit(style: Style) -> None:
     assert style.comments_per_thousand >= COMMENTS_PER_THOUSAND
 
 
-def test_functions_stay_short(style: Style) -> None:
+def test_function_lengths_stay_below_limits(style: Style) -> None:
     assert style.ninetieth_length <= NINETIETH_LENGTH, f"{PLACES} long"
     assert style.longest_function <= LONGEST_FUNCTION, f"{PLACES} long"
 
 
-def test_optional_members_are_declared_not_probed(style: Style) -> None:
+def test_calls_of_getattr_and_hasattr_stay_below_limit(style: Style) -> None:
     assert len(style.probes) <= PROBES, f"{PLACES} probes"
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_prose_avoids_word(words: dict[str, list[str]], name: str) -> None:
+def test_discouraged_words_stay_below_limit(words: dict[str, list[str]], name: str) -> None:
     assert len(words[name]) <= WORD_LIMITS[name], f"{PLACES} {name}"
 
 
@@ -129,7 +129,7 @@ def f():
 '''
 
 
-def test_words_are_found_in_docstrings_comments_and_messages(tmp_path: Path) -> None:
+def test_find_words_searches_docstrings_comments_and_messages(tmp_path: Path) -> None:
     file = tmp_path / "spoken.py"
     file.write_text(SPOKEN)
     found = {name: places for name, places in find_words([file]).items() if places}
@@ -142,14 +142,14 @@ def test_words_are_found_in_docstrings_comments_and_messages(tmp_path: Path) -> 
     }
 
 
-def test_words_are_found_in_pages(tmp_path: Path) -> None:
+def test_find_words_searches_markdown_pages(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# What to do\n\nA run goes on.\n")
     assert find_words([page])["go on"] == [f"{page}:3"]
     assert find_words([page])["What ..."] == []
 
 
-def test_wide_lines_long_functions_and_probes_are_found(tmp_path: Path) -> None:
+def test_measure_style_finds_wide_lines_functions_and_getattr_calls(tmp_path: Path) -> None:
     file = tmp_path / "wide.py"
     file.write_text(f'def f():\n    return getattr(x, "y")\n\n\nlong = "{"a" * 100}"\n')
     style = measure_style([file])

@@ -37,7 +37,7 @@ def files_under(folder: Path, pattern: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_wheel_holds_modules_recipes_and_novels_but_no_tests(wheel: Path) -> None:
+def test_wheel_contains_modules_recipes_and_novels_but_no_tests(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     assert {f"ddiff/{name}" for name in files_under(ROOT / "ddiff", "*.py")} <= inside
     assert files_under(ROOT / "plugins", "*.py") <= inside

@@ -48,7 +48,7 @@ def test_mutated_recipes_are_accepted_or_refused_with_a_message(
         (lambda *_, **__: "", "no verdict"),
     ],
 )
-def test_fuzzer_detects_tracebacks_leftover_files_and_no_verdict(
+def test_fuzzer_detects_tracebacks_leftover_files_and_missing_verdict(
     fuzz: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -62,7 +62,7 @@ def test_fuzzer_detects_tracebacks_leftover_files_and_no_verdict(
     assert expected in capsys.readouterr().out
 
 
-def test_mutant_depends_only_on_its_number_and_the_seed(fuzz: ModuleType) -> None:
+def test_mutated_recipe_depends_only_on_number_and_seed(fuzz: ModuleType) -> None:
     trees, kinds = (
         [{"a": {"b": 1}, "train": {"kind": "x"}, "data": {"kind": "y"}}],
         {"dataset": ["y"]},

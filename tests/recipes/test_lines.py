@@ -64,7 +64,7 @@ def paths(value: object, path: KeyPath = ()) -> Iterator[KeyPath]:
         yield from paths(below, (*path, key))
 
 
-def test_key_lines_finds_awkward_keys():
+def test_key_lines_returns_lines_of_quoted_dotted_and_array_keys():
     found = key_lines(AWKWARD)
     assert {path: found[path] for path in LINES} == LINES
 
@@ -72,7 +72,7 @@ def test_key_lines_finds_awkward_keys():
 @pytest.mark.parametrize(
     "text", [AWKWARD, *(path.read_text() for path in find_shipped_recipes().values())]
 )
-def test_key_lines_finds_exactly_the_keys_of_tomllib(text):
+def test_key_lines_returns_the_same_keys_as_tomllib(text):
     implied_by_dotted_headers = {("train",)}  # [train.optimizer] implies [train] without a line
     assert set(paths(tomllib.loads(text))) - set(key_lines(text)) <= implied_by_dotted_headers
     assert set(key_lines(text)) <= set(paths(tomllib.loads(text)))
@@ -94,7 +94,7 @@ tables = st.recursive(
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.dictionaries(keys, tables, max_size=4))
-def test_written_tables_read_back_with_a_line_for_every_value(tree):
+def test_key_lines_has_a_line_for_every_value_of_written_toml(tree):
     text = write_toml(tree, "any tables")
     assert tomllib.loads(text) == tree
     found = key_lines(text)

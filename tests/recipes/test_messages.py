@@ -24,12 +24,12 @@ def line_of(text: str, part: str) -> int:
     return text[: text.index(part)].count("\n") + 1
 
 
-def test_unknown_key_message_is_complete(write):
+def test_unknown_key_message_names_line_component_and_valid_keys(write):
     path = write(RECIPE.replace("gamma = 2", "gama = 2"), "recipes/mine.toml")
     assert message(path) == (
         'recipes/mine.toml:21: [process] has no key "gama" for kind "toy" (from toy_pkg, '
         "toy-dist 1.0). "
-        'Did you mean "gamma"? It takes: gamma, xi, clock, note.'
+        'Did you mean "gamma"? Valid keys: gamma, xi, clock, note.'
     )
 
 
@@ -68,7 +68,7 @@ REPLACED = [
     (
         "steps = 10",
         "stepps = 10",
-        '[train] has no key "stepps". Did you mean "steps"? It takes: optimizer, steps, batch,',
+        '[train] has no key "stepps". Did you mean "steps"? Valid keys: optimizer, steps, batch,',
     ),
     (
         "steps = 10",
@@ -83,7 +83,7 @@ REPLACED = [
     (
         'name = "mine"',
         'name = "mine"\nevaluate.weights = "ema"',
-        '[evaluate] weights = "ema" wants a moving average of the weights, and the run keeps none. '
+        '[evaluate] weights = "ema" needs a moving average of the weights, but [train] ema is 0. '
         "Set [train] ema",
     ),
     (
@@ -94,14 +94,14 @@ REPLACED = [
     (
         "steps = 10",
         "steps = 10\noptimizer = 3",
-        "train.optimizer must be a table, or the optimizer's name in quotes; got 3.",
+        "train.optimizer must be a table, or the name of the optimizer in quotes; got 3.",
     ),
     ('name = "mine"', "name = 7", "the recipe name must be a string in quotes; got 7."),
     *(
         (
             'name = "mine"',
             f"name = '{path}'",
-            "the recipe name: a name cannot be a path: it takes no slash",
+            "the recipe name: a name must not be a path or contain a slash",
         )
         for path in ("../mine", "a/b", "..", "a\\b")
     ),
@@ -132,18 +132,19 @@ REPLACED = [
         'kind = "toy"',
         'kind = "tyo"',
         '[process] kind = "tyo": There is no process "tyo". Did you mean "toy"? '
-        "There is: choosy, halving, toy",
+        "Available: choosy, halving, toy",
     ),
     (
         'kind = "toy"',
         "kind = 3",
-        "[process] needs a kind, the process's name in quotes; got 3. "
-        "There is: choosy, halving, toy.",
+        "[process] needs a kind, the name of the process in quotes; got 3. "
+        "Available: choosy, halving, toy.",
     ),
     (
         'kind = "toy"',
         "xi = 1.0",
-        "[process] needs a kind, the process's name in quotes. There is: choosy, halving, toy.",
+        "[process] needs a kind, the name of the process in quotes. "
+        "Available: choosy, halving, toy.",
     ),
     (
         'head = "tied"',
@@ -158,7 +159,7 @@ REPLACED = [
     REPLACED,
     ids=[wrong.strip().rpartition("\n")[2] or "nothing" for _, wrong, _ in REPLACED],
 )
-def test_wrong_key_or_value_is_named_with_its_line(write, right, wrong, expected):
+def test_message_about_wrong_key_or_value_names_file_and_line(write, right, wrong, expected):
     text = RECIPE.replace(right, wrong)
     assert text != RECIPE
     written = message(write(text))
@@ -167,20 +168,20 @@ def test_wrong_key_or_value_is_named_with_its_line(write, right, wrong, expected
     file, _, line = place.partition(":")
     assert file == "mine.toml"
     last_line_of_the_change = line_of(text, wrong or "[data]") + wrong.strip().count("\n")
-    header = {"batch must": "[train]", "needs the key": "[data]", "quotes. There": "[process]"}
+    header = {"batch must": "[train]", "needs the key": "[data]", "quotes. Available": "[process]"}
     around = [line_of(text, table) for sign, table in header.items() if sign in written]
     assert int(line) in (around or [last_line_of_the_change])
 
 
-def test_missing_table_is_named_with_all_required_ones(write):
+def test_missing_table_message_lists_all_required_tables(write):
     text = message(write(RECIPE.replace('[tokenizer]\nkind = "plain"\n', "")))
     assert text.startswith(
         "mine.toml: there is no [tokenizer] table. "
-        "A recipe needs data, tokenizer, vocabulary, denoiser, train;"
+        "A recipe needs the tables data, tokenizer, vocabulary, denoiser, train, or extends"
     )
 
 
-def test_missing_key_is_named_with_its_type(write):
+def test_missing_key_message_names_key_and_type(write):
     text = message(write(RECIPE.replace("sizes = [\n    64,\n    8,\n]\n", "")))
     assert text.startswith(
         'mine.toml:12: [vocabulary] needs the key "sizes" for kind "clusters" '
@@ -193,9 +194,9 @@ def test_missing_key_is_named_with_its_type(write):
 @pytest.mark.parametrize(
     "broken", ["gamma = ", "gamma = [1", "gamma 2", 'gamma = "2', "gamma = 2\ngamma = 3", "[data]"]
 )
-def test_broken_toml_is_named_with_its_line(write, broken):
+def test_invalid_toml_message_names_the_line(write, broken):
     text = message(write(RECIPE.replace("gamma = 2", broken)))
-    assert "this is not TOML: " in text
+    assert "the text is not valid TOML: " in text
     line = text.partition(": ")[0].removeprefix("mine.toml:")
     assert line == "mine.toml" or int(line) >= 21
 
@@ -216,12 +217,12 @@ def test_missing_file_message_suggests_a_shipped_recipe(write):
     assert "cannot be read" in message("memory://nowhere.toml")
 
 
-def test_missing_base_message_names_the_extending_file(write):
+def test_message_about_missing_base_recipe_names_extending_file(write):
     text = message(write('name = "x"\nextends = "mone.toml"'))
     assert text.startswith("mine.toml:2: extends mone.toml: there is no such file")
 
 
-def test_message_about_a_set_key_names_the_setting(write):
+def test_message_about_key_given_by_set_option_names_the_option(write):
     assert message(write(), ("process.gama=3",)).startswith(
         '--set process.gama=3: [process] has no key "gama"'
     )
@@ -236,7 +237,7 @@ def test_message_about_a_set_key_names_the_setting(write):
     )
 
 
-def test_message_about_an_inherited_key_names_both_files(write):
+def test_message_about_inherited_key_names_both_recipe_files(write):
     write(RECIPE.replace("gamma = 2", "gama = 2"), "base.toml")
     text = message(write('extends = "base.toml"\n[process]\nxi = 1.0', "child.toml"))
     assert text.startswith('base.toml:21 (extended by child.toml): [process] has no key "gama"')
@@ -252,32 +253,32 @@ def test_message_about_an_inherited_key_names_both_files(write):
         (("process.note='half",), "Write a dotted key and a TOML value"),
         (("train=3", "train.steps=4"), "gives train a value that is not a table"),
         (("train.steps=3", "train=4"), "train must be a table; got 4"),
-        (("extends=other",), "extends belongs into a recipe file"),
+        (("extends=other",), "extends is only valid in a recipe file"),
     ],
 )
-def test_malformed_set_is_refused_with_a_reason(write, settings, expected):
+def test_malformed_set_option_is_refused_with_a_reason(write, settings, expected):
     text = message(write(), settings)
     assert text.startswith("--set ")
     assert expected in text
 
 
-def test_unknown_name_message_lists_every_top_level_name(write):
+def test_unknown_table_message_lists_all_top_level_names(write):
     text = message(write(RECIPE + "\n[zzz]\n"))
     assert text.startswith(f"mine.toml:{RECIPE.count(chr(10)) + 2}: ")
-    assert text.endswith(f"It takes: {', '.join(TOP_LEVEL)}.")
+    assert text.endswith(f"Valid names: {', '.join(TOP_LEVEL)}.")
 
 
 @pytest.mark.parametrize("settings", ["train.steps=3", {"train.steps": 3}])
-def test_settings_must_be_a_list_of_texts(write, settings):
+def test_read_recipe_refuses_settings_that_are_not_a_list(write, settings):
     with pytest.raises(ArgumentError, match="settings must be a list"):
         read_recipe(write(), settings)
 
 
-def test_missing_plugin_message_says_how_to_install_it(write):
+def test_missing_plugin_message_contains_the_pip_command(write):
     assert "pip install -e" in message(write(RECIPE.replace('["toy"]', '["kimura"]')))
 
 
-def test_error_of_a_component_begins_with_its_table(write):
+def test_error_of_component_build_begins_with_recipe_table(write):
     recipe = read_recipe(write(), ("denoiser.head=choosy_head",))
     with pytest.raises(ArgumentError, match=r"^\[denoiser.head\]: width must be 3; got 4\.$"):
         recipe.head.build(vocabulary=None, width=4)
@@ -298,7 +299,7 @@ def test_error_of_a_component_begins_with_its_table(write):
         ("process.gamma=2", "outside a recipe there are no tables"),
     ],
 )
-def test_messages_outside_a_recipe_name_the_component(toy, setting, expected):
+def test_message_about_settings_without_recipe_names_the_component(toy, setting, expected):
     with pytest.raises(RecipeError) as caught:
         configure_component(load_plugins(["toy"]).component("process", "toy"), [setting])
     assert expected in str(caught.value)

@@ -17,7 +17,7 @@ from ddiff.recipe.schema import SLOTS, TABLES, TopLevelKeys, component_field, ke
 from .conftest import RECIPE
 
 
-def test_recipe_is_completed_with_every_default(write):
+def test_read_recipe_fills_in_every_default(write):
     recipe = read_recipe(write())
     assert (recipe.name, recipe.seed, recipe.run_dir, recipe.plugins, recipe.length) == (
         "mine",
@@ -47,14 +47,14 @@ def test_recipe_is_completed_with_every_default(write):
     assert (recipe.sample.steps, recipe.sample.count) == (64, 8)
 
 
-def test_fields_of_recipe_are_those_of_the_schema():
+def test_fields_of_recipe_class_match_the_schema():
     expected = {*TopLevelKeys.model_fields, "registry", "source"}
     expected |= {component_field(path) for path in SLOTS}
     expected |= {keys_field(name) for name, table in TABLES.items() if table.keys is not None}
     assert {field.name for field in fields(Recipe)} == expected
 
 
-def test_resolved_recipe_reads_back_as_itself(write):
+def test_resolved_recipe_reads_back_as_equal_recipe(write):
     recipe = read_recipe(
         write(), ["train.optimizer=muon", "process.clock.rates=[1, 2]", "sample.seed=3"]
     )
@@ -64,7 +64,7 @@ def test_resolved_recipe_reads_back_as_itself(write):
     assert again.fingerprint == recipe.fingerprint
 
 
-def test_fingerprint_depends_on_keys_not_on_shorthand(write):
+def test_fingerprint_changes_with_values_but_not_with_shorthand(write):
     recipe = read_recipe(write())
     assert read_recipe(write(), ["process.xi=0.9"]).fingerprint != recipe.fingerprint
     assert (
@@ -73,14 +73,14 @@ def test_fingerprint_depends_on_keys_not_on_shorthand(write):
     )
 
 
-def test_string_stands_for_a_table_with_that_kind(write):
+def test_string_is_shorthand_for_a_table_with_only_a_kind(write):
     text = RECIPE.replace('[tokenizer]\nkind = "plain"\n', "").replace(
         'name = "mine"', 'name = "mine"\ntokenizer = "plain"'
     )
     assert read_recipe(write(text)) == read_recipe(write())
 
 
-def test_component_is_built_from_its_settings(write):
+def test_component_spec_builds_component_from_its_settings(write):
     process = read_recipe(write()).process
     assert process.build(vocabulary="words") == (2.0, "words")
     with pytest.raises(
@@ -89,11 +89,11 @@ def test_component_is_built_from_its_settings(write):
         process.build()
 
 
-def test_origins_name_the_distribution_of_a_component(write):
+def test_recipe_origins_name_the_distribution_of_each_component(write):
     assert read_recipe(write()).origins()["process"] == "toy (toy_pkg, toy-dist 1.0)"
 
 
-def test_objective_may_use_no_slots_and_no_process(write):
+def test_recipe_needs_no_process_if_objective_uses_no_slots(write):
     text = RECIPE.replace('[process]\nkind = "toy"\ngamma = 2\n', '[objective]\nkind = "next"\n')
     recipe = read_recipe(write(text))
     assert (recipe.process, recipe.loss, recipe.times) == (None, None, None)
@@ -102,18 +102,18 @@ def test_objective_may_use_no_slots_and_no_process(write):
         read_recipe(write(text), ["objective.loss=elbo"])
 
 
-def test_component_key_equal_to_an_engine_key_has_its_value(write):
+def test_component_key_named_like_an_engine_key_gets_engine_value(write):
     recipe = read_recipe(write())
     assert recipe.backend.config.device == recipe.backend_keys.device == "auto"
 
 
-def test_component_key_with_the_name_of_a_slot_is_refused(write):
+def test_component_key_named_like_a_slot_is_refused(write):
     with pytest.raises(PluginError, match=r'backbone "greedy" .*has the key "head"'):
         read_recipe(write(), ["denoiser.kind=greedy"])
 
 
 @pytest.mark.parametrize(("kind", "key"), [("choosy", "rates=[1.0]"), ("halving", "rate=2.0")])
-def test_component_whose_table_does_not_read_back_is_refused(write, kind, key):
+def test_component_config_that_cannot_be_read_back_is_refused(write, kind, key):
     with pytest.raises(PluginError, match=f'process "{kind}" .* every default is written out'):
         read_recipe(write(), [f"process.kind={kind}", f"process.{key}"])
 
@@ -121,7 +121,7 @@ def test_component_whose_table_does_not_read_back_is_refused(write, kind, key):
 # extends
 
 
-def test_extends_merges_table_by_table(write):
+def test_extends_merges_recipes_table_by_table(write):
     write()
     recipe = read_recipe(
         write('extends = "mine.toml"\nname = "child"\n[process]\nxi = 0.5\n', "child.toml")
@@ -134,14 +134,14 @@ def test_extends_merges_table_by_table(write):
     )
 
 
-def test_extends_looks_next_to_the_extending_file(write):
+def test_extends_finds_base_recipe_in_folder_of_extending_file(write):
     write(name="base/mine.toml")
     assert (
         read_recipe(write('extends = "mine.toml"\nname = "child"', "base/child.toml")).length == 16
     )
 
 
-def test_another_kind_inherits_only_the_keys_of_the_engine(write):
+def test_table_with_changed_kind_inherits_only_keys_of_the_engine(write):
     write(
         RECIPE.replace('head = "tied"', 'head = "tied"\nwidth = 32').replace(
             "steps = 10", 'steps = 10\noptimizer = {kind = "muon", lr = 1.0}'
@@ -163,14 +163,14 @@ def test_another_kind_inherits_only_the_keys_of_the_engine(write):
         read_recipe("mine.toml", ["process.kind=other"])
 
 
-def test_circle_of_extends_is_refused(write):
+def test_cycle_of_extends_is_refused(write):
     write('extends = "two.toml"', "one.toml")
     write('extends = "./one.toml"', "two.toml")
-    with pytest.raises(RecipeError, match=r"two.toml:1 .*circle: .*one.toml"):
+    with pytest.raises(RecipeError, match=r"two.toml:1 .*cycle: .*one.toml"):
         read_recipe("one.toml")
 
 
-def test_recipe_is_read_from_any_fsspec_path(toy):
+def test_recipe_is_read_from_fsspec_address(toy):
     with fsspec.open("memory://recipes/mine.toml", "w") as file:
         file.write(RECIPE)
     assert read_recipe("memory://recipes/mine.toml").name == "mine"
@@ -192,11 +192,11 @@ def test_recipe_is_read_from_any_fsspec_path(toy):
         ("process={kind = 'toy', gamma = 3.0}", "process", "gamma", 3.0),
     ],
 )
-def test_set_takes_a_toml_value_or_a_bare_word(write, setting, table, key, value):
+def test_set_option_accepts_toml_values_and_unquoted_strings(write, setting, table, key, value):
     assert read_recipe(write(), [setting]).to_dict()[table][key] == value
 
 
-def test_set_replaces_a_top_level_list(write):
+def test_set_option_replaces_a_top_level_list(write):
     assert read_recipe(write(), ['plugins=["toy", "toy"]']).plugins == ("toy",)
 
 
@@ -209,17 +209,17 @@ def test_set_replaces_a_top_level_list(write):
         ["train.optimizer={kind='muon', lr=0.5}"],
     ],
 )
-def test_set_expands_a_shorthand_in_any_order(write, settings):
+def test_set_option_expands_shorthand_in_any_order(write, settings):
     optimizer = read_recipe(write(), settings).optimizer
     assert (optimizer.component.name, optimizer.config.lr) == ("muon", 0.5)
 
 
-def test_set_changes_a_key_below_a_shorthand_of_the_file(write):
+def test_set_option_changes_key_of_component_given_by_shorthand(write):
     path = write(RECIPE.replace("steps = 10", 'steps = 10\noptimizer = "muon"'))
     assert read_recipe(path, ["train.optimizer.lr=0.5"]).optimizer.config.lr == 0.5
 
 
-def test_component_is_configured_without_a_recipe(toy):
+def test_configure_component_needs_no_recipe(toy):
     component = load_plugins(["toy"]).component("process", "toy")
     assert configure_component(component, ["gamma=0.5", "xi=0.9"]).config.gamma == 0.5
     with pytest.raises(
