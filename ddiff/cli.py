@@ -395,7 +395,7 @@ def _unwrap_single(texts: list[str] | None) -> str | list[str] | None:
 
 
 def read_conditions(texts: list[str] | None) -> dict[str, object] | None:
-    """Read the `NAME=VALUE` texts of --condition, whose values are TOML values."""
+    """Parse the texts `NAME=VALUE` of --condition. Values are TOML values."""
     if not texts:
         return None
     from ddiff.recipe.toml import read_settings

@@ -242,7 +242,7 @@ class _TableReader:
             raise RecipeError(f'{place}: {label} kind = "{shorten(name)}": {error}') from error
 
     def _used_slots(self, path: TablePath) -> list[str]:
-        """List the slots of a table that its component uses, given by `slots` of the component."""
+        """List the keys of a table that name further components used by the table's component."""
         if len(path) > 1:
             return []
         offered = TABLES[path[0]].slots

@@ -87,14 +87,14 @@ def _check_path(key: str, path: str) -> None:
 
 
 class DataKeys(ComponentConfig):
-    """Keys of [data] that the engine defines, for every data set."""
+    """Keys of the recipe table [data] that exist for every data set."""
 
     length: PositiveInt
     """Number of tokens in a row."""
 
 
 class DenoiserKeys(ComponentConfig):
-    """Keys of [denoiser] that the engine defines, for every backbone."""
+    """Keys of the recipe table [denoiser] that exist for every backbone."""
 
     given: Literal["rest", "all"] = "rest"
     """Evidence that the predicted distribution at a visible position is conditioned on.
@@ -105,7 +105,7 @@ class DenoiserKeys(ComponentConfig):
 
 
 class InitKeys(ComponentConfig):
-    """Keys of [train] init: initial weights from another run or a transformers model."""
+    """Keys of the recipe table [train.init]: source of the initial weights."""
 
     run: str | None = Field(None, min_length=1)
     """Directory of the run whose weights are loaded."""
@@ -126,7 +126,7 @@ class InitKeys(ComponentConfig):
 
 
 class TrainKeys(ComponentConfig):
-    """Keys of [train] that the engine defines."""
+    """Keys of the recipe table [train]."""
 
     steps: PositiveInt
     """Number of training steps."""
@@ -168,7 +168,7 @@ class TrainKeys(ComponentConfig):
 
 
 class BackendKeys(ComponentConfig):
-    """Keys of [backend] that the engine defines, for every backend."""
+    """Keys of the recipe table [backend] that exist for every backend."""
 
     device: str = "auto"
     """Device of the network, such as "cpu" or "cuda:0"; "auto": a GPU if there is one."""
@@ -189,7 +189,7 @@ class BackendKeys(ComponentConfig):
 
 
 class EvaluateKeys(ComponentConfig):
-    """Keys of [evaluate], for the likelihood bound on the validation rows."""
+    """Keys of the recipe table [evaluate], for the likelihood bound on validation rows."""
 
     every: PositiveInt | None = None
     """Number of training steps between two evaluations; by default only after the last step."""
@@ -224,7 +224,7 @@ class EvaluateKeys(ComponentConfig):
 
 
 class SampleKeys(ComponentConfig):
-    """Keys of [sample] that the engine defines, for every sampler."""
+    """Keys of the recipe table [sample] that exist for every sampler."""
 
     steps: PositiveInt = 64
     """Number of sampling steps."""

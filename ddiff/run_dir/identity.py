@@ -188,7 +188,7 @@ def check_recorded(directory: Path, state: Mapping[str, Any], *, training: bool 
 
 
 def recorded_overrides(state: Mapping[str, Any]) -> Mapping[str, str] | None:
-    """Return the components that a Python caller passed to the run that wrote a checkpoint.
+    """Return the components that a Python caller used instead of those in the recipe.
 
     Returns None for a checkpoint of an earlier version, which did not record these components.
     """

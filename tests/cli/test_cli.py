@@ -1,4 +1,4 @@
-"""Command line: quick help and lists, arguments passed on, mistakes as one paragraph."""
+"""Command line: import time of commands, passing of arguments, and error messages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ print(json.dumps([code, time.process_time(), sorted(sys.modules)]), file=sys.std
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Run one command in this process; return exit code, stdout and stderr."""
+    """Run one command in this process, and return exit code, stdout and stderr."""
     code = 0
     try:
         main(list(arguments))
@@ -54,7 +54,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     ],
 )
 def test_help_and_list_commands_take_half_a_second_without_torch(arguments):
-    # CPU time of the whole process, best of three: other work on the machine inflates a timing
+    # minimum CPU time of three processes, because other load on the machine increases a timing
     seconds = []
     for _ in range(3):
         done = subprocess.run(
@@ -213,7 +213,7 @@ def test_every_shipped_recipe_passes_dry_run_and_reads_back_equal(capsys, tmp_pa
         code, out, err = call(capsys, "run", name, "--dry-run")
         if (
             name == "paper/hdlm_small_64_embeddings"
-        ):  # starts with weights of another run, which is missing here
+        ):  # this recipe needs the weights of another run, which does not exist here
             assert (code, "is not a trained run" in err) == (2, True)
             continue
         assert code == 0, err
@@ -260,7 +260,7 @@ def test_unknown_option_exits_with_code_2(capsys):
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Replace the modules that do the work by recorders of their arguments."""
+    """Replace the functions behind the commands by functions that record their arguments."""
     calls: list = []
     module = ModuleType("ddiff.runs.stages")
     module.run_recipe = lambda recipe, *, fresh: (
@@ -352,7 +352,7 @@ finally:
 
 @pytest.mark.parametrize("arguments", list(ANSWERS))
 def test_dry_run_and_plugins_commands_import_no_slow_library_but_torch(arguments, tmp_path):
-    """They take two seconds of CPU, most for torch; each of these libraries would add seconds."""
+    """The commands take two seconds, mostly for torch. Each of these libraries would add seconds."""
     script = LOADED.format(arguments=list(arguments), heavy=HEAVY)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path

@@ -1,4 +1,4 @@
-"""`from ddiff import name` works for every public name, and `ddiff.run` stays a function."""
+"""Public names of ddiff: `from ddiff import name` works for every name in the stub file."""
 
 from __future__ import annotations
 

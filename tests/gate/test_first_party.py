@@ -1,4 +1,4 @@
-"""First-party plugins: every target loads and keeps the contract of its kind."""
+"""First-party plugins: every component can be imported and has a valid `build` and `Config`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_every_component_loads_and_its_build_has_valid_parameters(component: Com
     signature = inspect.signature(built.build)
     given = re.search(r"build\(config(?:, \*, (.*?))?\)", KINDS[component.kind])
     assert given is not None
-    if component.kind != "objective":  # its inputs depend on its slots
+    if component.kind != "objective":  # inputs of an objective depend on its slots
         offered = given[1].split(", ") if given[1] else []
         signature.bind("config", **{name: None for name in offered if name in signature.parameters})
 

@@ -1,4 +1,4 @@
-"""Plugin loader: loads the listed plugins and explains every failure."""
+"""Plugin loader: loading of listed plugins, and messages about plugins that cannot be loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registry: components by name, imported on first use; unknown names are explained."""
+"""Registry of components: registration, import on first use, and error messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_message_about_invalid_registration_names_distribution(arguments, expect
 def test_registry_refuses_a_name_registered_twice(message):
     registry = Registry(HERE)
     registry.add("process", "toy", "a:b")
-    registry.add("sampler", "toy", "a:c")  # the same name is free in another kind
+    registry.add("sampler", "toy", "a:c")  # components of different kinds may have the same name
     assert 'registers the process "toy" twice' in message(registry.add, "process", "toy", "a:d")
 
 

@@ -1,10 +1,10 @@
-"""Measure source code and prose: density, line widths, comments, function lengths, probes, words.
+"""Style measurements of source code: density, line widths, comments, function lengths, words.
 
-Run as a script, it prints the figures of `ddiff` and `plugins`; with the name of a figure, the
-places behind it:
+Run as a script, this module prints the measurements of `ddiff` and `plugins`. With the name of a
+measurement, the script prints the lines that count:
 
     python tests/packaging/code_count.py
-    python tests/packaging/code_count.py waiting    # every place that uses a word of WORDS
+    python tests/packaging/code_count.py waiting    # lines with a word of WORDS
     python tests/packaging/code_count.py probes     # getattr and hasattr calls; or: wide, long
 """
 
@@ -32,8 +32,8 @@ SILENT = {
     tokenize.ENCODING,
     tokenize.ENDMARKER,
 }
-# From Python 3.12 on an f-string is several tokens. It counts as one, so that figures are the same
-# under every version.
+# From Python 3.12 on, an f-string consists of several tokens. An f-string is counted as one token,
+# so that the counts do not depend on the version.
 FSTRING_START = getattr(tokenize, "FSTRING_START", None)
 FSTRING_END = getattr(tokenize, "FSTRING_END", None)
 
@@ -53,19 +53,17 @@ WORDS = {
     "of its own": r"\bof (its|their) own\b",
     "alone": r"\balone\b",
 }
-"""Openings and words that the style of this project avoids, as patterns.
-
-"What ..." is the first word of a docstring."""
+"""Patterns of discouraged words. "What ..." is matched only at the beginning of a docstring."""
 
 
 # ---------------------------------------------------------------------- tokens and lines of code
 
 
 def code_tokens(source: str) -> list[tokenize.TokenInfo]:
-    """List the tokens that are neither comments, docstrings nor layout."""
+    """List the tokens of a file without comments, docstrings and whitespace."""
     docs = _docstring_lines(source)
     kept = []
-    depth = 0  # of f-strings inside one another
+    depth = 0  # nesting of f-strings
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if FSTRING_END is not None and token.type == FSTRING_END:
             depth -= 1
@@ -78,7 +76,7 @@ def code_tokens(source: str) -> list[tokenize.TokenInfo]:
 
 
 def code_lines(source: str) -> set[int]:
-    """Return the numbers of the lines that hold code."""
+    """Return the numbers of the lines that contain code."""
     lines: set[int] = set()
     docs = _docstring_lines(source)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -88,7 +86,7 @@ def code_lines(source: str) -> set[int]:
 
 
 def class_size(path: Path, name: str) -> tuple[int, int]:
-    """Count code tokens and methods of a class at the top of a file, with its decorators."""
+    """Count the code tokens and methods of a top-level class, including decorators."""
     source = path.read_text(encoding="utf-8")
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
@@ -103,7 +101,7 @@ def class_size(path: Path, name: str) -> tuple[int, int]:
 
 
 def docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
-    """Iterate over docstrings: of modules, classes and functions, and below fields."""
+    """Iterate over the docstrings of modules, classes, functions and fields."""
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Expr)
@@ -114,18 +112,21 @@ def docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
 
 
 def names_and_strings(source: str) -> Iterator[str]:
-    """Iterate over identifiers, imported modules and strings of a file, without docstrings."""
+    """Iterate over the identifiers and strings of a file, without docstrings."""
     yield from (text for _, text in _messages(ast.parse(source)))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     yield from (token.string for token in tokens if token.type == tokenize.NAME)
 
 
-# ---------------------------------------------------------------------- figures of style
+# ---------------------------------------------------------------------- measurements
 
 
 @dataclass
 class Style:
-    """Totals over files. `lengths` are those of functions, in lines from `def` to the last one."""
+    """Totals of style measurements over files.
+
+    `functions` contains the length in lines and the location of each function.
+    """
 
     tokens: int = 0
     code_lines: int = 0
@@ -141,17 +142,17 @@ class Style:
 
     @property
     def wide_share(self) -> float:
-        """Percentage of all lines that have more than WIDEST columns."""
+        """Percentage of lines with more than WIDEST columns."""
         return 100 * len(self.wide) / self.lines
 
     @property
     def comments_per_thousand(self) -> float:
-        """Comments per 1000 lines of code."""
+        """Number of comments per 1000 lines of code."""
         return 1000 * self.comments / self.code_lines
 
     @property
     def ninetieth_length(self) -> int:
-        """90th percentile of the lengths of functions."""
+        """90th percentile of the function lengths, in lines."""
         lengths = sorted(length for length, _ in self.functions)
         return lengths[int(0.9 * len(lengths))]
 
@@ -161,7 +162,7 @@ class Style:
 
 
 def measure_style(paths: Iterable[Path]) -> Style:
-    """Measure Python files."""
+    """Measure the style of Python files."""
     style = Style()
     for path in paths:
         source = path.read_text(encoding="utf-8")
@@ -192,14 +193,14 @@ def _measure_functions(path: Path, tree: ast.AST, style: Style) -> None:
 
 
 def find_words(paths: Iterable[Path]) -> dict[str, list[str]]:
-    """Find the places that use each of WORDS, in the prose of Python files and of pages."""
+    """Find the lines that contain each of WORDS, in prose of Python files and Markdown pages."""
     found: dict[str, list[str]] = {name: [] for name in WORDS}
     for path in paths:
         source = path.read_text(encoding="utf-8")
         prose = _python_prose(source) if path.suffix == ".py" else _page_prose(source)
         for line, text, is_docstring in prose:
             for name, pattern in WORDS.items():
-                # the kit tests laws: there the word has its meaning
+                # "law" is a term of ddiff.testing
                 if name == "the law of" and "testing" in path.parts:
                     continue
                 if name == "What ..." and not is_docstring:
@@ -212,7 +213,7 @@ def find_words(paths: Iterable[Path]) -> dict[str, list[str]]:
 
 
 def _python_prose(source: str) -> Iterator[tuple[int, str, bool]]:
-    """(line, text, is it a docstring) of docstrings, comments and strings."""
+    """Iterate over (line, text, whether a docstring) of docstrings, strings and comments."""
     tree = ast.parse(source)
     for node in docstrings(tree):
         yield node.lineno, str(node.value), True
@@ -228,7 +229,7 @@ def _page_prose(source: str) -> Iterator[tuple[int, str, bool]]:
 
 
 def _messages(tree: ast.AST) -> Iterator[tuple[ast.Constant, str]]:
-    """Strings that are not docstrings, the literal parts of f-strings included."""
+    """Iterate over strings that are not docstrings, including literal parts of f-strings."""
     docs = set(map(id, docstrings(tree)))
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
@@ -239,13 +240,13 @@ def _messages(tree: ast.AST) -> Iterator[tuple[ast.Constant, str]]:
 
 
 def python_files() -> list[Path]:
-    """Every module of the engine and of the first-party plugins."""
+    """List the Python files of the engine and of the first-party plugins."""
     files = [path for room in ("ddiff", "plugins") for path in sorted((ROOT / room).rglob("*.py"))]
     return [path for path in files if "__pycache__" not in path.parts]
 
 
 def pages() -> list[Path]:
-    """README, the guides, and the READMEs of plugins and examples."""
+    """List README.md, CONTRIBUTING.md, the pages in docs, and the READMEs of plugins."""
     found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
     return [*found, *sorted((ROOT / "plugins").glob("*/README.md"))]
 
@@ -262,7 +263,7 @@ def _relative(path: Path) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Print all figures, or the places behind the one that is named."""
+    """Print all measurements, or the lines that count in one measurement."""
     style = measure_style(python_files())
     words = find_words([*python_files(), *pages()])
     long_functions = [

@@ -1,4 +1,4 @@
-"""Make `code_count` importable for the tests of this folder."""
+"""Make the module `code_count` importable for the tests in this folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands of the README on a machine without a suitable Python, and its links."""
+"""Commands of the Makefile without a suitable Python, and examples and links of the README."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOOLS = ("sh", "make", "touch")
 
 @pytest.fixture
 def bare_machine(tmp_path: Path) -> Path:
-    """A folder of shell commands without Python."""
+    """Folder with the shell commands that make needs, but without Python."""
     commands = tmp_path / "bin"
     commands.mkdir()
     for tool in TOOLS:
@@ -29,7 +29,7 @@ def bare_machine(tmp_path: Path) -> Path:
 
 
 def make(commands: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `make` in a copy of the repository, with only these commands on the path."""
+    """Run `make` in a copy of the repository with `commands` as the only folder on PATH."""
     folder = commands.parent / "clone"
     (folder / "ci").mkdir(parents=True)
     for name in ("Makefile", "pyproject.toml", "ci/constraints.txt"):
@@ -79,7 +79,7 @@ def test_make_uses_newer_python_if_python3_is_too_old(bare_machine: Path) -> Non
         bare_machine / "python3.12", 'echo "$@" >> "$0.log"; case "$1" in -m) exit 7;; esac'
     )
     done = make(bare_machine, "install")
-    assert done.returncode != 0  # the stand-in for python3.12 cannot make an environment
+    assert done.returncode != 0  # the fake python3.12 cannot create an environment
     assert "Making .venv with python3.12" in done.stdout
     assert "-m venv --clear .venv" in (bare_machine / "python3.12.log").read_text()
     assert not (bare_machine.parent / "clone" / ".venv" / ".made").exists()

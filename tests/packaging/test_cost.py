@@ -1,11 +1,10 @@
-"""Cost of an idea: a process is a class of at most 560 code tokens, a sampler one of at most 650.
+"""Size limits: a process class has at most 560 code tokens, and a sampler class at most 650.
 
-Counted are the tokens of the class as Python's tokenizer gives them, without comments, docstrings
-and layout, and its methods. Lines are not counted: a cap on lines makes code dense, and a cap on
-tokens leaves it room. Code spread over more methods counts the same, up to
-the limit of methods, beyond which a class does more than one thing.
+Tokens of Python's tokenizer are counted, without comments, docstrings and whitespace. Lines are not
+counted, because a limit on lines leads to dense code. The number of methods is limited too, because
+a class with many methods has more than one purpose.
 
-The process of the example plugin, whose whole file is small, is counted in tests/examples.
+The process of the example plugin is checked in tests/examples.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ SAMPLER_PARTS = (
     ddiff.ConfidenceRemasking,
     ddiff.LoopRemasking,
 )
-"""Small classes that a sampler is given; each is an idea as well."""
+"""Small classes that samplers use. The limits of samplers hold for these classes too."""
 
 
 @pytest.mark.parametrize("file", PROCESSES)
@@ -54,11 +53,11 @@ def test_process_class_of_model_family_has_at_most_560_tokens(file: str) -> None
 
 
 def test_gamma_hybrid_processes_stay_below_their_token_limits() -> None:
-    """The chain of hybrid_gamma, masks over redrawn tokens, needs only what a process must write.
+    """Check two implementations of the GammaHybrid process, which masks and replaces tokens.
 
-    The plugin's own class also writes what the engine derives densely from these (density, step,
-    events, last draw, ends), for vocabularies of any size. That buys speed and accuracy with six
-    times the code, and is not part of the promise.
+    The minimal class in tests/laws has only the required methods and must meet the limit. The class
+    of the plugin also overrides methods that the engine would derive with dense matrices, for speed
+    with large vocabularies, and has a higher limit.
     """
     tokens, methods = class_size(ROOT / "tests/laws/chains.py", "ShuffledThenMasked")
     assert tokens <= PROCESS_TOKENS
@@ -69,7 +68,7 @@ def test_gamma_hybrid_processes_stay_below_their_token_limits() -> None:
 
 
 def processes_of(plugin: Path) -> set[str]:
-    """Names of the process classes that a plugin defines."""
+    """Return the names of the process classes that a plugin defines."""
     found = set()
     for file in plugin.glob("*.py"):
         if file.stem == "__init__":
@@ -82,14 +81,14 @@ def processes_of(plugin: Path) -> set[str]:
 
 
 def test_every_process_class_of_plugins_has_a_token_limit() -> None:
-    """ddiff_sedd defines no process class: it builds the core's mixture."""
+    """Check that PROCESSES is complete. ddiff_sedd uses a process class of the engine."""
     plugins = [path.parent for path in sorted((ROOT / "plugins").glob("*/__init__.py"))]
     found = set().union(*map(processes_of, plugins))
     assert found == {*PROCESSES.values(), "GammaHybrid"} - {"ScoreEntropyDiffusion"}
 
 
 def samplers_of(file: Path) -> list[type]:
-    """The sampler classes that a module of ddiff.sampling defines: those that have `run`."""
+    """Return the classes with a method `run` that a module of ddiff.sampling defines."""
     module = importlib.import_module(f"ddiff.sampling.{file.stem}")
     return [
         value
@@ -103,7 +102,7 @@ def samplers_of(file: Path) -> list[type]:
 
 def test_every_sampler_class_has_at_most_650_tokens() -> None:
     found = [sampler for file in sorted(SAMPLING.glob("*.py")) for sampler in samplers_of(file)]
-    assert len(found) >= 15  # a wrong folder would make this true
+    assert len(found) >= 15  # with a wrong folder this test would pass
     sizes = {
         sampler.__name__: class_size(Path(inspect.getfile(sampler)), sampler.__name__)
         for sampler in (*found, *SAMPLER_PARTS)

@@ -1,4 +1,4 @@
-"""Names that files of the engine must not contain, and names that other files may use."""
+"""Forbidden names in files of the engine, and public names that plugins may import."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ import ddiff
 ROOT = Path(__file__).parents[2]
 ENGINE = Path(ddiff.__file__).parent
 FAMILIES = re.compile(r"(?<![a-z])(hdlm|mdlm|gidd|sedd|udlm|duo(?![a-z])|remdm|bd3)", re.IGNORECASE)
-EXAMPLE = re.compile(r"kimura", re.IGNORECASE)  # docstrings show a plugin of this name
+EXAMPLE = re.compile(
+    r"kimura", re.IGNORECASE
+)  # docstrings contain examples with a plugin of this name
 BELOW_TRAINING = ("core", "nn", "sampling", "data", "clustering")
 
 
 def sources(*rooms: str) -> list[Path]:
     found = [path for room in rooms or ("",) for path in sorted((ENGINE / room).rglob("*.py"))]
-    assert len(found) >= 3 * max(1, len(rooms))  # a wrong folder would make every test here pass
+    assert len(found) >= 3 * max(
+        1, len(rooms)
+    )  # with a wrong folder every test in this file would pass
     return found
 
 
@@ -50,7 +54,7 @@ def test_family_pattern_matches_names_strings_and_comments(line: str) -> None:
 
 
 def test_packages_below_training_do_not_use_torch_distributed() -> None:
-    """import-linter cannot forbid a part of torch."""
+    """Check the sources as text, because import-linter cannot forbid a submodule of torch."""
     naming = [
         path
         for path in sources(*BELOW_TRAINING)
@@ -60,7 +64,7 @@ def test_packages_below_training_do_not_use_torch_distributed() -> None:
 
 
 def uses(tree: ast.AST) -> Iterator[str]:
-    """Iterate over all imports of a file, as `module` or `module:name`."""
+    """Iterate over the imports of a file, as `module` or `module:name`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -75,7 +79,7 @@ def uses(tree: ast.AST) -> Iterator[str]:
 
 
 def is_public(use: str) -> bool:
-    """Whether an import of ddiff is the package, a public name, or the kit."""
+    """Return whether an import of ddiff is the package, a public name, or ddiff.testing."""
     module, _, name = use.partition(":")
     return module == "ddiff.testing" or (
         module == "ddiff" and name in {"", "testing", *ddiff.__all__}
@@ -92,7 +96,7 @@ def plugins_used(source: str) -> set[str]:
 
 
 def test_plugins_do_not_import_each_other() -> None:
-    """Find the plugins that the contract of pyproject.toml must list, so that none is missing."""
+    """Check imports between plugins, and that the contract in pyproject.toml lists all plugins."""
     plugins = {path.parent for path in (ROOT / "plugins").glob("*/__init__.py")}
     assert {plugin.name for plugin in plugins} >= {"ddiff_core", "ddiff_hdlm", "ddiff_mdlm"}
     used = {
@@ -116,11 +120,11 @@ def private_uses(source: str) -> list[str]:
 
 
 def test_plugins_and_examples_use_only_public_names_of_ddiff() -> None:
-    """They use only what an external plugin may use."""
+    """Check that plugins and examples import only names that external plugins may import."""
     outside = [
         path for room in ("plugins", "examples") for path in sorted((ROOT / room).rglob("*.py"))
     ]
-    assert len(outside) >= 15  # a wrong folder would make this pass
+    assert len(outside) >= 15  # with a wrong folder this test would pass
     private = {
         str(path): found
         for path in outside

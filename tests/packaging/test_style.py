@@ -1,8 +1,8 @@
-"""Style of the engine and the first-party plugins: figures that may only improve.
+"""Style limits for the engine and the first-party plugins.
 
-Every limit is the figure of the day on which it was last lowered. Code that makes a figure worse is
-rewritten; the limit stays. `python tests/packaging/code_count.py` prints all figures, and with the
-name of a figure the places behind it.
+Each limit is the measured value at the time of its last change. Limits may only be tightened: code
+that exceeds a limit must be rewritten. `python tests/packaging/code_count.py` prints all
+measurements; with the name of a measurement, it prints the lines that count.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from code_count import (
     python_files,
 )
 
-TOKENS_PER_LINE = 9.4  # code tokens per code line; dense lines are slow to read
+TOKENS_PER_LINE = 9.4  # code tokens per code line, because dense lines are hard to read
 WIDE_SHARE = 6.2  # % of lines over 100 columns
-COMMENTS_PER_THOUSAND = 22.0  # at least, per 1000 code lines
+COMMENTS_PER_THOUSAND = 22.0  # minimum number per 1000 code lines
 NINETIETH_LENGTH = 28  # 90th percentile of function lengths, in lines
 LONGEST_FUNCTION = 80
-PROBES = 72  # calls of getattr and hasattr, which no type checker sees through
+PROBES = 72  # calls of getattr and hasattr, which type checkers cannot check
 
 WORD_LIMITS = {
     "What ...": 167,
@@ -44,9 +44,9 @@ WORD_LIMITS = {
     "of its own": 76,
     "alone": 90,
 }
-"""Places that may still use a word which the style avoids."""
+"""Largest number of occurrences of each discouraged word."""
 
-PLACES = "See the places: python tests/packaging/code_count.py"
+PLACES = "List the lines with: python tests/packaging/code_count.py"
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_discouraged_words_stay_below_limit(words: dict[str, list[str]], name: s
     assert len(words[name]) <= WORD_LIMITS[name], f"{PLACES} {name}"
 
 
-# ---------------------------------------------------------------------- the measures themselves
+# ---------------------------------------------------------------------- tests of code_count
 
 
 def test_code_lines_exclude_comments_and_docstrings() -> None:

@@ -1,4 +1,4 @@
-"""Wheel: holds engine, first-party plugins, recipes, novels and types."""
+"""Wheel: contains the engine, first-party plugins, recipes, novels and type information."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An external plugin with a component of every kind, without torch, and a recipe that uses it."""
+"""External plugin with a component of every kind, without torch, and a recipe with this plugin."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ batch = 4
 
 @pytest.fixture
 def toy(distribution, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Install the toy plugin, in place of `core` too, so that no test here imports torch."""
+    """Install the toy plugin, which also replaces `core`, so that these tests do not import torch."""
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": REGISTER, "toy_parts": PARTS})
     monkeypatch.setattr(plugin, "CORE", "toy")
 

@@ -1,4 +1,4 @@
-"""Fuzzer: mutated recipes are accepted or refused with a message, and it detects all else."""
+"""Fuzzer: every mutated recipe is accepted or refused with a message."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fuzz() -> ModuleType:
 def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(
         "DDIFF_CACHE", str(tmp_path / "cache")
-    )  # main() sets it, and it must not leak into the next test
+    )  # main() sets this variable, which must not affect the next test
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
@@ -35,9 +35,9 @@ def test_mutated_recipes_are_accepted_or_refused_with_a_message(
     fuzz: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fuzz.main(["--recipes", "25", "--runs", "1", "--seed", "2"]) == 0
-    told = capsys.readouterr().out
-    assert "25 recipes: " in told
-    assert "25 recipes: 0 accepted" not in told
+    output = capsys.readouterr().out
+    assert "25 recipes: " in output
+    assert "25 recipes: 0 accepted" not in output
 
 
 @pytest.mark.parametrize(

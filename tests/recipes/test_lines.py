@@ -1,4 +1,4 @@
-"""`key_lines`: finds the keys of tomllib, at the lines where they are written."""
+"""`key_lines`: returns the keys that tomllib returns, with the line of each key."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ LINES = {
 
 
 def paths(value: object, path: KeyPath = ()) -> Iterator[KeyPath]:
-    """Iterate over every path of a parsed value."""
+    """Iterate over the paths of all values in nested tables and arrays."""
     items = (
         value.items()
         if isinstance(value, dict)
@@ -73,7 +73,7 @@ def test_key_lines_returns_lines_of_quoted_dotted_and_array_keys():
     "text", [AWKWARD, *(path.read_text() for path in find_shipped_recipes().values())]
 )
 def test_key_lines_returns_the_same_keys_as_tomllib(text):
-    implied_by_dotted_headers = {("train",)}  # [train.optimizer] implies [train] without a line
+    implied_by_dotted_headers = {("train",)}  # [train.optimizer] creates [train] without a line
     assert set(paths(tomllib.loads(text))) - set(key_lines(text)) <= implied_by_dotted_headers
     assert set(key_lines(text)) <= set(paths(tomllib.loads(text)))
 

@@ -1,4 +1,4 @@
-"""Messages about mistakes in a recipe: file, line, key, what came and what was expected."""
+"""Messages about errors in a recipe: file, line, key, expected value and given value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .conftest import RECIPE
 def message(name: str, settings: tuple[str, ...] = ()) -> str:
     with pytest.raises(RecipeError) as caught:
         read_recipe(name, settings)
-    assert "\n" not in str(caught.value), "an error is one paragraph"
+    assert "\n" not in str(caught.value), "an error message must be one paragraph"
     return str(caught.value)
 
 

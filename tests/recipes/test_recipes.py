@@ -1,4 +1,4 @@
-"""Recipes are validated, completed with every default, and read back as the same recipe."""
+"""Recipes: reading, defaults, `extends`, `--set`, and reading back a resolved recipe."""
 
 from __future__ import annotations
 
