@@ -352,7 +352,7 @@ finally:
 
 @pytest.mark.parametrize("arguments", list(ANSWERS))
 def test_dry_run_and_plugins_commands_import_no_slow_library_but_torch(arguments, tmp_path):
-    """The commands take two seconds, mostly for torch. Each of these libraries would add seconds."""
+    """Each of these libraries would add seconds to the two seconds that torch takes."""
     script = LOADED.format(arguments=list(arguments), heavy=HEAVY)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path

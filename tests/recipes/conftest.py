@@ -153,7 +153,7 @@ batch = 4
 
 @pytest.fixture
 def toy(distribution, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Install the toy plugin, which also replaces `core`, so that these tests do not import torch."""
+    """Install the toy plugin and replace `core` by it, so that these tests do not import torch."""
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": REGISTER, "toy_parts": PARTS})
     monkeypatch.setattr(plugin, "CORE", "toy")
 
