@@ -105,7 +105,7 @@ def evaluate_run(
         check_writable(run.run_dir)  # before an evaluation that may take hours
     changed = _find_changes(run)
     if changed and target is None:
-        raise changed_data_error(run, changed)
+        raise changed_data_error(run.run_dir, changed)
     report = make_report(run, changed_data=bool(changed))
     if changed:
         report = _mark_changed(run, report, changed)
@@ -129,7 +129,7 @@ def _is_evaluation(file: IO[bytes]) -> bool:
 
 def _find_changes(run: Run) -> list[Difference]:
     """List the data that differ from those of the checkpoint or of evaluation.json."""
-    changed = find_changed_data(run)
+    changed = find_changed_data(run.checkpoints.newest(), run.data, run.model)
     if any(difference.key == "validation rows" for difference in changed):
         return changed
     saved = read_json(run.run_dir / EVALUATION, allow_missing=True)

@@ -51,7 +51,7 @@ def load(
     text = RunText(recipe, tokenizer)
     device = build_single_backend(recipe).device
     run = Run.assemble(text, vocabulary, device, Overrides(process=process))
-    check_checkpoint(run, newest)
+    check_checkpoint(newest, run.data, run.model, run.overrides)
     run.load_weights(newest)
     return run
 

@@ -116,9 +116,10 @@ class Run:
         those that the run was trained with, unless `changed_data` allows it.
         """
         # checked here and not on loading, which must work without the data
-        changed = [] if changed_data else find_changed_data(self)
-        if changed:
-            raise changed_data_error(self, changed)
+        if not changed_data:
+            changed = find_changed_data(self.checkpoints.newest(), self.data, self.model)
+            if changed:
+                raise changed_data_error(self.run_dir, changed)
         found = score_validation(self.model, self.data, self.recipe)
         num_tokens = self.vocabulary.num_tokens
         return found, count_baselines(self.data, self.recipe, num_tokens)

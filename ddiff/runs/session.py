@@ -163,14 +163,14 @@ class TrainingSession:
         with closing(trainer.tracker), closing(self._batches):
             if start is not None:
                 trainer.check_fit(start)
-                check_checkpoint(self.run, start)
+                check_checkpoint(start, self.data, self.run.model, self.overrides)
             accepted()
             return trainer.fit(start)
 
     def replay(self, start: Checkpoint | None, end: int, folder: Path) -> TrainingSummary:
         """Train again from `start` to step `end`, written to `folder`, without a tracker."""
         if start is not None:
-            check_checkpoint(self.run, start)
+            check_checkpoint(start, self.data, self.run.model, self.overrides)
         self.distribute()
         with closing(self._batches):
             return self.trainer(folder, end, NoTracker()).fit(start)
@@ -235,7 +235,7 @@ class TrainingSession:
     def _provenance(self) -> Provenance:
         return Provenance(
             origins=self.recipe.origins(),
-            fingerprints=run_fingerprints(self.run),
+            fingerprints=run_fingerprints(self.data, self.run.model),
             made_with={
                 "recipe": flatten_keys(self.recipe.to_dict()),
                 "given": self.overrides.to_dict(),
