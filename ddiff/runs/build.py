@@ -1,7 +1,7 @@
-"""Build the components of a recipe, and check that they fit together.
+"""Build the components of a recipe, and check that the components are compatible.
 
-`assemble` is the only place where a process, a denoiser and an objective are put together.
-Training, loading, dry runs and measurements all call it.
+Only `assemble` combines a process, a denoiser and an objective. Training, loading, dry runs and
+measurements all call `assemble`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ddiff.nn.heads import Head
 from ddiff.recipe.model import Recipe
 from ddiff.training.protocols import Backend, Objective
 
-if TYPE_CHECKING:  # these load text libraries, which most dry runs do not need
+if TYPE_CHECKING:  # these modules import text libraries, which most dry runs do not need
     from ddiff.data.cache import Cache
     from ddiff.data.corpus import Corpus
     from ddiff.data.documents import Documents
@@ -46,7 +46,7 @@ _FILLS = {
 
 @dataclass(frozen=True)
 class Overrides:
-    """Components that a Python caller passes in place of the recipe's."""
+    """Components from a Python caller that replace the components of the recipe."""
 
     vocabulary: Vocabulary | None = None
     process: ForwardProcess | None = None
@@ -64,12 +64,12 @@ NO_OVERRIDES: Overrides = Overrides()
 
 
 class ModelObjective(Objective, Scored, Protocol):
-    """An objective that trains a denoiser and scores text with it."""
+    """Objective that trains a denoiser and computes the likelihood of text under the denoiser."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A denoiser with the process that it reverses and the objective that trains and scores it.
+    """Denoiser with its forward process and its objective.
 
     `process` is None for a model without a forward process (autoregression).
     """
@@ -89,11 +89,11 @@ def assemble(
     process: ForwardProcess | None = None,
     backbone: Backbone | None = None,
 ) -> Model:
-    """Build the process, the denoiser and the objective of a recipe, on `device`.
+    """Build the process, the denoiser and the objective of a recipe on `device`.
 
-    Weights are drawn from the recipe's seed. `process` and `backbone` replace the recipe's own.
-    On the meta device weights take no memory and are not drawn, unless a component computes with
-    them while it is built.
+    The seed of the recipe determines the initial weights. `process` and `backbone` replace the
+    components of the recipe. On the meta device, weights take no memory and are not initialized,
+    unless the constructor of a component computes with its weights.
     """
     if process is None:
         process = build_process(recipe, vocabulary)
@@ -109,7 +109,11 @@ def assemble(
 
 
 def build_process(recipe: Recipe, vocabulary: Vocabulary) -> ForwardProcess | None:
-    """Build the process; None if the recipe has none and its objective takes none."""
+    """Build the forward process of a recipe.
+
+    Returns None if the recipe has no [process] and its objective takes none. Raises ArgumentError
+    if the objective needs a process and the recipe has none.
+    """
     if recipe.process is not None:
         return recipe.process.build(vocabulary=vocabulary)
     if recipe.objective.takes_input("process"):
@@ -121,7 +125,7 @@ def build_process(recipe: Recipe, vocabulary: Vocabulary) -> ForwardProcess | No
 
 
 def build_head(recipe: Recipe, vocabulary: Vocabulary, width: int) -> Head:
-    """Build the head on hidden states of `width`."""
+    """Build the output head for hidden states of size `width`."""
     assert recipe.head is not None
     return recipe.head.build(vocabulary=vocabulary, width=width)
 
@@ -133,7 +137,7 @@ def _build_denoiser(
         torch.manual_seed(recipe.seed)  # dropout continues from the state after building
         backbone = recipe.denoiser.build(vocabulary=vocabulary, length=recipe.length)
     inputs = recipe.objective.members.inputs
-    # P(x_i | x_<i) has no evidence of position i to divide out, whatever the recipe says
+    # P(x_i | x_<i) contains no evidence from position i that could be divided out
     given = recipe.denoiser_keys.given if inputs == "own" else "rest"
     head = build_head(recipe, vocabulary, backbone.width)
     denoiser = Denoiser(backbone, head, given, inputs)
@@ -142,10 +146,10 @@ def _build_denoiser(
 
 
 def build_denoiser_on_meta(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser | None:
-    """Build the denoiser on the meta device, in no time and memory whatever its size.
+    """Build the denoiser on the meta device, without memory for its weights.
 
-    Returns None if a component computes with its weights while it is built. Raises ArgumentError
-    for sizes that overflow 64 bits.
+    Returns None if the constructor of a component computes with its weights, which the meta device
+    does not support. Raises ArgumentError if the number of bytes of a tensor overflows 64 bits.
     """
     try:
         with torch.device("meta"), _SkipFills():
@@ -161,7 +165,10 @@ def build_denoiser_on_meta(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser |
 
 
 class _SkipFills(TorchFunctionMode):
-    """Skip random fills of meta tensors, for which torch would load its compiler (a second)."""
+    """Skip random initialization of meta tensors.
+
+    For such a fill, torch would import its compiler, which takes a second.
+    """
 
     def __torch_function__(
         self,
@@ -184,7 +191,7 @@ def _build_objective(recipe: Recipe, process: ForwardProcess | None, denoiser: D
 
 
 def build_precision(recipe: Recipe) -> torch.dtype | None:
-    """Return the dtype of matrix products; None: that of the weights."""
+    """Return the dtype of matrix products, or None for the dtype of the weights."""
     keys = recipe.backend_keys
     if keys.precision == "bfloat16":
         return torch.bfloat16
@@ -197,7 +204,7 @@ def build_precision(recipe: Recipe) -> torch.dtype | None:
 
 
 def build_documents(recipe: Recipe, cache: Cache) -> Documents | Corpus:
-    """Build the data set of [data]."""
+    """Build the data set that [data] describes."""
     return recipe.data.build(length=recipe.length, seed=recipe.seed, cache=cache)
 
 
@@ -205,15 +212,18 @@ def build_documents(recipe: Recipe, cache: Cache) -> Documents | Corpus:
 
 
 def build_backend(recipe: Recipe) -> Backend:
-    """Build the backend that trains; ArgumentError if the processes cannot share the batch."""
+    """Build the backend of the training.
+
+    Raises ArgumentError if the batch cannot be divided among the processes.
+    """
     train = recipe.train
     backend = _build_backend(recipe, recipe.backend_keys.processes)
     there = get_rank_info()
     if there is not None and there.world_size != backend.world_size:
         raise ArgumentError(
             f'[backend] kind = "{recipe.backend.component.name}" runs {backend.world_size} '
-            f"process, but {there.world_size} were started, and each would write the same run. "
-            'Set kind = "ddp" or "fsdp", or start one.'
+            f"process, but {there.world_size} processes were started, and each would write the same "
+            'run. Set kind = "ddp" or "fsdp", or start one process.'
         )
     if train.batch % (train.accumulate * backend.world_size):
         raise ArgumentError(
@@ -225,14 +235,17 @@ def build_backend(recipe: Recipe) -> Backend:
 
 
 def build_single_backend(recipe: Recipe) -> Backend:
-    """Build a backend of one process, for a run that any number of processes has trained."""
+    """Build a backend of one process, to evaluate or sample a run.
+
+    Any number of processes may have trained the run.
+    """
     if recipe.backend.members.is_distributed:
         return SingleBackend(recipe.backend_keys.device)
     return _build_backend(recipe, 1)
 
 
 def check_backend(recipe: Recipe) -> None:
-    """Raise ArgumentError for a backend that fails for certain, without starting processes."""
+    """Raise ArgumentError if the backend cannot start. No process is started for this check."""
     if recipe.backend.members.is_distributed:
         resolve_device(recipe.backend_keys.device)
     else:
@@ -266,9 +279,10 @@ def check_tokenizer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
 
 
 def check_process(process: ForwardProcess | None, vocabulary: Vocabulary) -> None:
-    """Raise ArgumentError if the process stands on another vocabulary."""
+    """Raise ArgumentError if the process was built on a different vocabulary."""
     if process is not None and process.vocabulary.fingerprint != vocabulary.fingerprint:
         raise ArgumentError(
-            f"process must be on the run's vocabulary {vocabulary}; got one on "
-            f"{process.vocabulary}. Pass both, or build the process on that vocabulary."
+            f"process must be on the run's vocabulary {vocabulary}; got a process on "
+            f"{process.vocabulary}. Pass vocabulary as well, or build the process on the run's "
+            "vocabulary."
         )

@@ -1,8 +1,8 @@
-"""Conditions, guidance and cache of the network that a sampler queries.
+"""Conditions and guidance of the network that a sampler queries.
 
 conditions = SampleConditions.parse(model.denoiser, {"author": 2}, count=8)
 plan = SamplingPlan.check(model, sampler, conditions, guidance=1.5, length=128)
-network = plan.network(slice(0, 4))  # of the first four samples
+network = plan.network(slice(0, 4))  # for the first four samples
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ddiff.sampling.shaping import guide_network
 
 @dataclass(frozen=True)
 class SampleConditions:
-    """Conditions of some samples by name: labels [B] long, vectors [B,d] float32."""
+    """Conditions of B samples by name: labels [B] long or vectors [B,d] float32."""
 
     values: Mapping[str, Tensor]
 
@@ -37,27 +37,29 @@ class SampleConditions:
     def parse(
         cls, denoiser: Denoiser, conditions: Mapping[str, Any], count: int
     ) -> SampleConditions:
-        """Read the conditions of `count` samples, one value for all of them or one for each.
+        """Parse the conditions of `count` samples.
 
-        Each is a label or a vector, as the backbone declares in `condition_forms`; without a
-        declaration whole numbers are labels and fractions vectors. Raises ArgumentError for a
-        condition that the denoiser does not read, for a value of another form, and for a missing
-        condition that no training sample was without.
+        Each condition has one value for all samples or one value per sample. A value is a label or
+        a vector, as the backbone declares in `condition_forms`. Without a declaration, an integer
+        is a label and a floating-point value is a vector.
+
+        Raises ArgumentError for a condition that the denoiser does not use, for a value of the
+        wrong form, and for a missing condition whose dropout was 0 in training.
         """
         known = denoiser.condition_dropout
         for name in conditions:
             if name not in known:
                 raise ArgumentError(
                     f"conditions: this denoiser reads {sorted(known) or 'no conditions'}; got "
-                    f'"{name}".{suggest(name, known)} [denoiser] conditions says what a run is '
-                    "trained with."
+                    f'"{name}".{suggest(name, known)} [denoiser] conditions lists the conditions '
+                    "of a run."
                 )
         due = [name for name, share in known.items() if share == 0.0 and name not in conditions]
         if due:
             raise ArgumentError(
                 f'conditions: "{due[0]}" was given with every training sample (its dropout is 0), '
-                "so the model has no distribution without it. Give it: [sample] conditions, "
-                f"--condition {due[0]}=... or conditions={{...}}."
+                f'so the model has no distribution without "{due[0]}". Give a value: '
+                f"[sample] conditions, --condition {due[0]}=... or conditions={{...}}."
             )
         forms = denoiser.condition_forms
         values = {
@@ -76,7 +78,10 @@ class SampleConditions:
 
 
 def _parse_values(name: str, value: Any, count: int, declared: Form | None) -> Tensor:
-    """Read one condition as [count] or [count,d]; ArgumentError if it does not have the form."""
+    """Convert one condition to a tensor [count] of labels or [count,d] of vectors.
+
+    Raises ArgumentError if the value has neither the declared form nor `count` entries.
+    """
     try:
         values = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -94,7 +99,11 @@ def _parse_values(name: str, value: Any, count: int, declared: Form | None) -> T
 
 
 def _parse_labels(values: Tensor, count: int, form: Label) -> Tensor | None:
-    """[count] long; None for fractions, another number of values, and labels out of range."""
+    """Return labels [count] long.
+
+    Returns None for fractions, for a number of values other than 1 and `count`, and for labels out
+    of range.
+    """
     if values.is_floating_point() or values.dim() > 1:
         return None
     if values.dim() == 1 and len(values) != count:
@@ -108,8 +117,12 @@ def _parse_labels(values: Tensor, count: int, form: Label) -> Tensor | None:
 
 
 def _parse_vectors(values: Tensor, count: int, form: Vector) -> Tensor | None:
-    """[count,d] float32; None for another number of vectors or width, and for NaN or infinity."""
-    # not finite: NaN marks an absent vector in training and must not come in by mistake
+    """Return vectors [count,d] float32.
+
+    Returns None for a number of vectors other than 1 and `count`, for a width d other than the
+    declared one, and for NaN or infinity.
+    """
+    # NaN marks an absent vector in training, so a given vector must be finite
     if values.dim() not in (1, 2) or not bool(values.isfinite().all()):
         return None
     if values.dim() == 2 and len(values) != count:
@@ -123,16 +136,17 @@ def _parse_vectors(values: Tensor, count: int, form: Vector) -> Tensor | None:
 def _form_error(name: str, value: Any, count: int, form: Form | None) -> ArgumentError:
     shown = list(value) if isinstance(value, tuple) else repr(value)
     return ArgumentError(
-        f'conditions: "{name}" is {form or f"{Label()} or {Vector()}"}. Give one, or {count} of '
-        f"them, one per sample; got {shown}."
+        f'conditions: "{name}" is {form or f"{Label()} or {Vector()}"}. Give one value for all '
+        f"samples, or {count} values, one per sample; got {shown}."
     )
 
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """A sampler with the model and the conditions that it draws from, checked to fit together.
+    """Sampler with a compatible model and conditions.
 
-    `check` makes one, before anything is drawn; `network` then binds it to each batch.
+    `SamplingPlan.check` returns a plan, or raises an error before anything is sampled.
+    `SamplingPlan.network` returns the network for one batch of samples.
     """
 
     model: Model
@@ -150,22 +164,25 @@ class SamplingPlan:
         guidance: float,
         length: int,
     ) -> SamplingPlan:
-        """Return the plan; ArgumentError if this sampler cannot draw from this model.
+        """Return the plan of a sampler on a model.
 
         Args:
             model: the denoiser with its process and objective.
-            sampler: must suit the process and what the denoiser predicts.
-            conditions: of all samples.
-            guidance: classifier-free guidance weight; 1 is off.
-            length: tokens of a sample.
+            sampler: must support the process and the prediction of the denoiser.
+            conditions: conditions of all samples.
+            guidance: classifier-free guidance weight; 1 turns guidance off.
+            length: number of tokens per sample.
+
+        Raises ArgumentError if the sampler does not support the model, if the guidance weight is
+        out of range, or if guidance has no condition.
         """
         if not 0.0 <= guidance < LARGEST:
             raise ArgumentError(
                 f"guidance: must be a number in [0, {LARGEST:g}); got {guidance}. 1 is off, 2 to 8 "
-                "are usual, and far above that only the likeliest token under the condition is "
-                "left."
+                "are usual. Far larger weights leave only the token that is most likely under the "
+                "condition."
             )
-        # here and again in `generate`, but here before a run is trained
+        # `generate` makes this check too, but only after a run is trained
         sampler.check_supported(model.process, model.denoiser.parameterization.predicts)
         if guidance != 1.0:
             _check_guidance(model.denoiser, conditions, guidance)
@@ -174,11 +191,12 @@ class SamplingPlan:
         return cls(model, sampler, conditions, guidance, is_cached)
 
     def network(self, samples: slice, valid: Tensor | None = None) -> Network:
-        """Return the network of a batch of samples, under their conditions and with guidance.
+        """Return the network for a batch of samples, with their conditions and guidance.
 
-        `valid` [B,L] is False at positions beyond the end of a text; None: there are none.
+        `valid` [B,L] is False at positions after the end of a text. None means that every position
+        is valid.
         """
-        # moved here, batch by batch: vectors of all samples may not fit on the device
+        # move one batch at a time: the vectors of all samples may not fit on the device
         conditions = self.conditions.rows(samples).to(self.model.device)
         network = self._network(Context(valid, None, conditions.values))
         if self.guidance == 1.0:
@@ -191,7 +209,10 @@ class SamplingPlan:
 
 
 def check_sampling(recipe: Recipe, model: Model) -> SamplingPlan:
-    """Plan the samples at the end of a run; ArgumentError if they cannot be drawn."""
+    """Return the plan for the samples that a run draws after training.
+
+    Raises ArgumentError if the recipe's sampler, conditions or guidance do not fit the model.
+    """
     keys = recipe.sample
     sampler = recipe.sampler.build(steps=keys.steps, vocabulary=model.vocabulary)
     conditions = SampleConditions.parse(model.denoiser, keys.conditions, keys.count)
@@ -202,33 +223,34 @@ def _check_guidance(denoiser: Denoiser, conditions: SampleConditions, guidance: 
     """Raise ArgumentError unless the model was also trained without each condition."""
     if not conditions.values:
         raise ArgumentError(
-            f"guidance: {guidance} needs a condition to be guided by; got none. Give one, "
+            f"guidance: a weight of {guidance} needs a condition; got no condition. Give "
             "--condition NAME=VALUE, or leave guidance at 1."
         )
     for name in conditions.values:
         if denoiser.condition_dropout[name] == 0.0:
             raise ArgumentError(
-                f'guidance: {guidance} compares the distribution under "{name}" with the one '
-                "without it, and this run was never trained without: its dropout is 0. Train with "
+                f"guidance: a weight of {guidance} compares the distributions with and without "
+                f'"{name}", and this run was never trained without "{name}" (dropout 0). Train with '
                 f"[denoiser] conditions.{name}.dropout = 0.1, or leave guidance at 1."
             )
 
 
 def _check_windows(objective: ModelObjective, sampler: Sampler, length: int) -> None:
-    """Raise ArgumentError if a model trained left to right would attend to later noise.
+    """Raise ArgumentError if the sampler queries a block diffusion model at all positions at once.
 
-    A time rule with several blocks trains each window on the clean windows before it; such a model
-    has never attended to noise after the window that it predicts.
+    A time rule with several blocks trains the prediction of each block from the clean blocks before
+    the block. Such a model has never attended to noisy tokens after the predicted block.
     """
     if objective.times is None or not sampler.looks_ahead:
         return
-    # a time in the middle: each end may have no window under way
+    # t = 0.5: at t = 0 and t = 1 possibly no window is partly noised
     middle = torch.full((1,), 0.5, dtype=torch.float64)
     block = objective.times.at(IdentityTime(), middle, length).block
     if block is not None and bool((block != block[:, :1]).any()):
         raise ArgumentError(
-            f"{type(sampler).__name__}: this run was trained in windows from left to right "
-            "([objective] times) and never attended to noise after the window that it draws; this "
-            "sampler shows it all positions at once. Use blockwise or hyperschedule with the width "
-            "of the run, or set looks_ahead = False on your own sampler if it goes left to right."
+            f"{type(sampler).__name__}: the model of this run was trained in windows from left to "
+            "right ([objective] times) and never attended to noise after the current window, but "
+            "this sampler passes all positions to the network at once. Use the sampler blockwise "
+            "or hyperschedule with the width of the run, or set looks_ahead = False on a custom "
+            "sampler that works from left to right."
         )

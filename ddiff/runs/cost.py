@@ -1,4 +1,4 @@
-"""Counted cost of a model: parameters, FLOPs, logits and bytes; and what devices can do."""
+"""Counted cost of a model: parameters, FLOPs, logits and bytes. Peak FLOPs of devices."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.embedding import StateEmbedding
 from ddiff.nn.heads import Head
 
-# FLOPs of a training step over those of its forward pass: the backward pass computes two products
-# for each one of the forward pass.
+# Ratio of the FLOPs of a training step to the FLOPs of the forward pass: the backward pass computes
+# two matrix products for each product of the forward pass.
 TRAINING = 3
-# Dense bfloat16 FLOPs per second by the data sheets; the first name that occurs in the device's.
+# Dense bfloat16 FLOPs per second from the data sheets, by a part of the device name.
 PEAKS = (("H200", 989e12), ("H100", 989e12), ("A100", 312e12))
 
 
 class Parameters(NamedTuple):
-    """Numbers of parameters of the backbone, of its state embeddings, and of the head.
+    """Numbers of parameters of the backbone, of the state embeddings, and of the head.
 
-    `backbone` does not include the embeddings.
+    `backbone` does not include the state embeddings.
     """
 
     backbone: int
@@ -53,16 +53,17 @@ class Parameters(NamedTuple):
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of parameters of a module."""
+    """Return the number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on one rank while it trains.
+    """Bytes of memory on one rank during training.
 
-    `activations` is the rise during a step above what is held between steps; `exchange` are the
-    buffers of gradients or gathered weights.
+    `activations` is the peak during a step minus the bytes that are allocated between steps.
+    `average` are the bytes of the exponential moving average. `exchange` are the bytes of the
+    communication buffers: gradients for DDP, gathered weights for FSDP.
     """
 
     parameters: float
@@ -78,13 +79,17 @@ class Footprint:
         return standing + self.activations + self.exchange
 
     def replicate(self) -> Footprint:
-        """Footprint under DDP: every rank holds everything, and buckets of the gradients' size."""
+        """Return the footprint under DDP.
+
+        Every rank holds the whole model, and gradient buckets as large as the gradients.
+        """
         return replace(self, exchange=self.gradients)
 
     def shard(self, ranks: int, gathered: float) -> Footprint:
-        """Footprint under FSDP: a share of everything, and `gathered` bytes of weights.
+        """Return the footprint under FSDP.
 
-        The gathered weights have gradients of the same size, before these are reduced.
+        Each rank holds 1 / `ranks` of the model and `gathered` bytes of gathered weights. The
+        gradients of the gathered weights take as many bytes again, until the gradients are reduced.
         """
         return Footprint(
             parameters=self.parameters / ranks,
@@ -97,13 +102,16 @@ class Footprint:
 
 
 def gathered_bytes(denoiser: Denoiser) -> int:
-    """Bytes of weights that FSDP gathers at once: all outside the blocks, and the largest block."""
+    """Return the bytes of weights that FSDP gathers at once.
+
+    These are all weights outside the blocks of the backbone, and the weights of the largest block.
+    """
     blocks = [num_bytes(block.parameters()) for block in find_blocks(denoiser)]
     return num_bytes(denoiser.parameters()) - sum(blocks) + max(blocks, default=0)
 
 
 def num_bytes(tree: Any) -> int:
-    """Bytes of all tensors in a tree of dicts, lists and iterators."""
+    """Return the bytes of all tensors in nested dicts, lists and iterators."""
     if isinstance(tree, Tensor):
         return tree.numel() * tree.element_size()
     if isinstance(tree, dict):
@@ -125,7 +133,7 @@ class LogitCount:
 
 @contextmanager
 def count_logits(head: Head) -> Iterator[LogitCount]:
-    """Count every logit that the head computes in the block."""
+    """Count the logits that the head computes inside the `with` block."""
     logits = LogitCount()
     head.on_logits = logits.add
     try:
@@ -136,16 +144,20 @@ def count_logits(head: Head) -> Iterator[LogitCount]:
 
 @contextmanager
 def count_flops() -> Iterator[FlopCounterMode]:
-    """Count the matrix products in the block by their shapes, 2 n m k FLOPs each.
+    """Count the FLOPs of matrix products inside the `with` block.
 
-    Attention is computed by its plain formula there, since fused kernels would not be counted.
+    The product of an n x m and an m x k matrix counts 2 n m k FLOPs. Attention uses the
+    mathematical kernel of torch inside the block, because FLOPs of fused kernels are not counted.
     """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         yield counter
 
 
 def peak_flops(device: torch.device) -> tuple[float, str]:
-    """Highest FLOPs per second, and where the figure comes from: a data sheet, or timed here."""
+    """Return the peak FLOPs per second of a device, and the source of the number as text.
+
+    The source is a data sheet, or a matrix product that is timed on the device.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, figure in PEAKS:
@@ -157,7 +169,7 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
 
 
 def _time_products(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of the fastest of six matrix products."""
+    """Return the FLOPs per second of the fastest of six matrix products."""
     n = 8192 if device.type == "cuda" else 1024
     matrix = torch.randn(n, n, device=device, dtype=dtype)
     best = float("inf")
@@ -171,7 +183,7 @@ def _time_products(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes that are free on the device, or available in this machine's memory."""
+    """Return the free bytes of a GPU, or the available bytes of main memory for a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:
@@ -185,6 +197,6 @@ def free_bytes(device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all work of a GPU."""
+    """Wait until a GPU has finished all queued kernels; do nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

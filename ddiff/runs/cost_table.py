@@ -1,4 +1,4 @@
-"""Printed measurement of a recipe: one table of figures, then memory by backend."""
+"""Printed measurement of a recipe: a table of figures, then a table of memory by backend."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ FILE_WIDTH = 130  # columns of a line in a file or pipe, where no terminal break
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 Row = tuple[str, str, str]
-"""Name of a figure, its value, how it was found."""
+"""Name of a figure, value, method of measurement."""
 
 
 def print_measurement(measured: Measurement) -> None:
-    """Print all figures of a measurement, and a warning if the first loss is not as expected."""
+    """Print all figures of a measurement.
+
+    A warning follows if the first loss differs from the expected first loss.
+    """
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(width=FILE_WIDTH, highlight=False, markup=False)
@@ -116,7 +119,10 @@ def _loss_rows(measured: Measurement) -> list[Row]:
 
 
 def _memory_table(measured: Measurement) -> Table:
-    """Bytes on each rank; activations are those measured for the micro-batch of one rank."""
+    """Return the table of bytes on each rank.
+
+    The bytes of activations were measured for the micro-batch of one rank.
+    """
     footprint = measured.cost.footprint
     ranks = measured.recipe.backend_keys.processes
     columns = ("parameters", "gradients", "optimizer", "exchange", "step's rise", "in all")
@@ -146,10 +152,10 @@ def _memory_table(measured: Measurement) -> Table:
 def _warning(measured: Measurement) -> str:
     assert measured.initial is not None
     return (
-        f"WARNING: the first loss is {measured.first_loss:.4f}, and the head's initial "
-        f"distribution has {measured.initial.there:.4f} on the same rows, times and noise, "
-        "whatever the hidden states are. What is summed, weighted or counted in training differs "
-        "from the objective: look at the loss, its denominators and what the backend does to them."
+        f"WARNING: the first loss is {measured.first_loss:.4f}, but the initial distribution of the "
+        f"head has the loss {measured.initial.there:.4f} on the same rows, times and noise, for any "
+        "hidden states. Training therefore sums, weights or counts differently from the objective. "
+        "Check the loss, its denominators, and the reduction of both by the backend."
     )
 
 
@@ -158,7 +164,7 @@ def _plural(count: int, one: str, more: str) -> str:
 
 
 def _format_count(value: float) -> str:
-    """Four digits and a prefix, with the space before a unit."""
+    """Format four digits and an SI prefix, with the space that precedes a unit."""
     for size, letter in _PREFIXES:
         if value >= size:
             return f"{value / size:.4g} {letter}"

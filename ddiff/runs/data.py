@@ -1,4 +1,4 @@
-"""The data of a run: documents, tokenizer, rows, conditions and fingerprints, read at first use."""
+"""Data of a run: documents, tokenizer, rows, conditions and fingerprints, loaded at first use."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from ddiff.runs.build import build_documents
 
 
 class RunText:
-    """Documents of a recipe and their tokens, packed into rows of [data] length.
+    """Documents of a recipe, tokenized and packed into rows of [data] length tokens.
 
-    `tokenizer` is the saved one of a trained run; without it the recipe's own is built, for which
-    it may have to read the documents.
+    `tokenizer` is the saved tokenizer of a trained run. None means that the tokenizer of the recipe
+    is built at first use; some tokenizers are trained on the documents.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer | None = None) -> None:
@@ -62,24 +62,25 @@ class RunText:
         )
 
     def check_repetitions(self) -> None:
-        """Raise DataError if the validation documents are part of the training text."""
+        """Raise DataError if the training text contains the validation documents."""
         shards = load_or_build_shards(self.documents, self.tokenizer, self._cache)
         check_repetitions(self.documents, shards)
 
     def build_vocabulary(self) -> Vocabulary:
-        """Build the recipe's vocabulary of these tokens."""
+        """Build the vocabulary of the recipe for the tokenizer and the training rows."""
         return self.recipe.vocabulary.build(
             tokenizer=self.tokenizer, rows=self.train_rows, cache=self._cache
         )
 
 
 class RunData:
-    """The rows of a run with the conditions that its denoiser reads.
+    """Rows of a run, with the conditions that the denoiser takes as input.
 
     Args:
         text: documents, tokenizer and rows.
-        condition_names: columns of the documents, as the backbone's `condition_dropout` has them.
-        condition_forms: label or vector by name, as the backbone declares.
+        condition_names: columns of the documents that are conditions; the keys of the backbone's
+            `condition_dropout`.
+        condition_forms: form (label or vector) of each condition, as the backbone declares.
     """
 
     def __init__(
@@ -122,13 +123,16 @@ class RunData:
         return read_conditions(self.documents.validation, self._names, self._forms)
 
     def read_conditions(self) -> None:
-        """Read the conditions of both parts; DataError if the denoiser cannot read a column."""
-        # properties that are read only once: looking at them is enough
+        """Load the conditions of the training and the validation documents.
+
+        Raises DataError if a column does not have the form that the denoiser declares.
+        """
+        # cached properties: the first access loads the values
         self.train_conditions  # noqa: B018
         self.validation_conditions  # noqa: B018
 
     def fingerprints(self) -> dict[str, str]:
-        """Fingerprints of rows and conditions, by the names that a checkpoint records."""
+        """Return the fingerprints of rows and conditions, by their names in a checkpoint."""
         found = {
             "training rows": self.train_rows.fingerprint,
             "validation rows": self.validation_rows.fingerprint,
@@ -140,10 +144,11 @@ class RunData:
         return found
 
     def batch_at(self, step: int, micro: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """Return the rows of one micro-batch of a rank, on the host.
+        """Return the rows of one micro-batch of one rank, on the CPU.
 
-        Slot s of step k holds row `order(seed, k * batch + s)`, so a batch depends on neither the
-        number of ranks nor that of micro-batches. Slots go to (micro-batch, rank) in order.
+        Slot s of the global batch of step k holds row `order(seed, k * batch + s)`. The global
+        batch therefore depends neither on the number of ranks nor on the number of micro-batches.
+        Slots are assigned to pairs (micro-batch, rank) in lexicographic order.
         """
         keys = self.recipe.train
         size = keys.batch // (keys.accumulate * world_size)
@@ -156,8 +161,12 @@ class RunData:
         return batch
 
     def _draw_prefixes(self, step: int, index: Tensor) -> Tensor:
-        """[B] lengths of the clean prefixes: uniform for a share of the rows, else 0."""
-        # two uniforms for each row: whether it has a prefix, and how long that is
+        """Draw the lengths [B] of the clean prefixes.
+
+        A row has a prefix with probability [train] prefix. Its length is then uniform on
+        0..length-1; the other rows have length 0.
+        """
+        # two uniforms per row: the first decides about a prefix, the second is its length
         uniforms = CounterRng(self.recipe.seed, step, index, 2).uniform("prefix")
         chosen, size = uniforms.unbind(-1)
         lengths = (size * self.recipe.length).long()

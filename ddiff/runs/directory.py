@@ -1,4 +1,4 @@
-"""The run directory: checks before a run, the lock, and the record of what the run is made of."""
+"""Run directory: checks before a run, the lock, and the record of recipe and components."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ddiff.training.protocols import Backend
 
 Change = tuple[str, Any, Any]
-"""A dotted key with its old and its new value."""
+"""Dotted key, old value, new value."""
 
 PATIENCE = 5.0  # seconds to wait for the lock: a killed process may take a moment to release it
 
@@ -53,10 +53,11 @@ PATIENCE = 5.0  # seconds to wait for the lock: a killed process may take a mome
 
 
 def check_directory(directory: Path, recipe: Recipe, overrides: Overrides, fresh: bool) -> None:
-    """Refuse a run directory that the run must not be written to, or `fresh` must not empty.
+    """Raise an error if the run must not be written to the directory.
 
-    A run that resumes may differ from the recorded recipe in more steps and in [backend] only. A
-    file that ddiff did not write is never overwritten or deleted.
+    With `fresh`, raise an error if the directory must not be emptied. A run that resumes may change
+    only run_dir, [backend], [evaluate] every, and train.steps to a larger number. A file that ddiff
+    did not write is never overwritten or deleted.
     """
     check_local(recipe.run_dir)
     check_writable(directory)
@@ -70,7 +71,7 @@ def check_directory(directory: Path, recipe: Recipe, overrides: Overrides, fresh
     check_readable(directory)
     newest = Checkpoints(str(directory / CHECKPOINTS)).newest()
     if newest is None:
-        return  # nothing is lost: a run that died at its first step may be fixed and repeated
+        return  # nothing is lost: no checkpoint was written yet
     check_recorded(directory, newest.state, training=True)
     changed = _changed_keys(directory, newest, recipe, overrides)
     if changed:
@@ -80,13 +81,13 @@ def check_directory(directory: Path, recipe: Recipe, overrides: Overrides, fresh
 def _changed_keys(
     directory: Path, newest: Checkpoint, recipe: Recipe, overrides: Overrides
 ) -> list[Change]:
-    """List the keys in which the recipe differs from the recorded one, as (key, old, new)."""
+    """List the keys in which the recipe differs from the recorded recipe, as (key, old, new)."""
     changed = []
     for key, old, new in diff_recipes(_read_recorded(directory), recipe.to_dict()):
         if not _may_change(key, old, new):
             changed.append((key, old, new))
     given = recorded_overrides(newest.state)
-    if given is None:  # a checkpoint of a version that recorded it elsewhere
+    if given is None:  # an earlier version recorded the overrides in environment.json
         given = read_json(directory / ENVIRONMENT).get("given", {})
     for key, old, new in diff_recipes(given, overrides.to_dict()):
         changed.append((f"given {key}", old, new))
@@ -94,7 +95,7 @@ def _changed_keys(
 
 
 def _may_change(key: str, old: Any, new: Any) -> bool:
-    """Return whether a run with another value of this key continues the recorded one."""
+    """Return True if a run can resume with the new value of this key."""
     if key == "train.steps":
         return isinstance(old, int) and new >= old
     return key in ("run_dir", "evaluate.every") or key.startswith("backend.")
@@ -104,43 +105,43 @@ def _explain_changes(directory: Path, changed: Sequence[Change]) -> str:
     if [key for key, _, _ in changed] == ["train.steps"]:
         _, old, new = changed[0]
         return (
-            f"{directory} is a run of {old} steps (train.steps: was {old}, is {new}). Repeat with "
-            f"train.steps >= {old} to resume; read it as it is with `ddiff eval {directory}`, "
-            f'`ddiff sample {directory}` or ddiff.load("{directory}"); or start over with --fresh.'
+            f"{directory} is a run of {old} steps (train.steps: was {old}, is {new}). To resume, "
+            f"set train.steps >= {old}. To use the trained run, call `ddiff eval {directory}`, "
+            f'`ddiff sample {directory}` or ddiff.load("{directory}"). To start over, use --fresh.'
         )
     lines = "\n".join(f"  {key}: was {old!r}, is {new!r}" for key, old, new in changed)
     tables = {key.split(".")[0] for key, _, _ in changed}
     if tables <= {"evaluate", "sample"}:
         remedy = (
-            f"The training is the same: `ddiff eval {directory} --set ...` and "
-            f"`ddiff sample {directory} --set ...` read it with other settings. For a separate "
-            "run: --set name=..."
+            "These keys do not affect training. To use other settings, call "
+            f"`ddiff eval {directory} --set ...` or `ddiff sample {directory} --set ...`. To make "
+            "a separate run, use --set name=..."
         )
     else:
         remedy = (
-            "Give this one another name (--set name=...), or start over there with --fresh, which "
-            "deletes what was trained. (More train.steps, or another [backend], continue.)"
+            "Give the new run another name (--set name=...), or delete the trained run and start "
+            "over with --fresh. Only train.steps may grow and [backend] may change on resuming."
         )
     return f"{directory} was made with another recipe. Changed keys:\n{lines}\n{remedy}"
 
 
 def check_local(run_dir: str) -> None:
-    """Raise ArgumentError for a run directory that is a URL: runs are written to file systems."""
+    """Raise ArgumentError for a run directory that is a URL or lies inside a checkpoint folder."""
     if "://" in run_dir:
         raise ArgumentError(
-            f"run_dir must be a directory of this machine; got {run_dir}. Name one, or mount the "
-            "place and name that: --set run_dir=..."
+            f"run_dir must be a directory of this machine; got the URL {run_dir}. Set a local "
+            "directory (--set run_dir=...); remote storage must be mounted first."
         )
     run = find_enclosing_checkpoint(Path(run_dir).resolve())
     if run is not None:
         raise ArgumentError(
-            f"run_dir must not lie among the checkpoints of a run; got {run_dir}, in {run}. Name "
-            "another one: --set run_dir=..."
+            f"run_dir must not be inside the checkpoints of a run; got {run_dir}, inside {run}. "
+            "Set another directory: --set run_dir=..."
         )
 
 
 def check_writable(directory: Path) -> None:
-    """Raise CheckpointError if a run cannot be written there; leave nothing behind."""
+    """Raise CheckpointError if the directory is not writable. The check leaves no file behind."""
     places = (directory, *directory.absolute().parents)
     existing = next(place for place in places if os.path.exists(place))
     try:
@@ -148,8 +149,8 @@ def check_writable(directory: Path) -> None:
             pass
     except OSError as error:
         raise CheckpointError(
-            f"run_dir must be a directory that can be written; got {directory}, and {existing} "
-            f"takes no files ({error.strerror}). Name another one: --set run_dir=..."
+            f"run_dir must be a writable directory; got {directory}, but {existing} cannot be "
+            f"written ({error.strerror}). Set another directory: --set run_dir=..."
         ) from error
 
 
@@ -162,9 +163,9 @@ def _check_not_written_over(directory: Path) -> None:
         if Checkpoints(str(directory / CHECKPOINTS)).steps():
             read_recipe_tree(own)  # the damaged record of a run has another error
         raise CheckpointError(
-            f"{own} was written or annotated by hand, and a run writes a file of that name. Name "
-            "another run_dir (--set run_dir=...); or, if it is the record of this run, keep your "
-            "comments in another file and take them out here."
+            f"{own} was written or annotated by hand, and a run would overwrite the file. Set "
+            "another run_dir (--set run_dir=...). If the file is the record of this run, move your "
+            "comments to another file."
         )
     taken = []
     for name in FILES:
@@ -173,12 +174,14 @@ def _check_not_written_over(directory: Path) -> None:
             taken.append(name)
     checkpoints = directory / CHECKPOINTS
     if checkpoints.is_symlink() or (checkpoints.is_dir() and any(checkpoints.iterdir())):
-        taken.append(CHECKPOINTS)  # another tool's: steps beyond [train] keep would be deleted
+        taken.append(
+            CHECKPOINTS
+        )  # another tool wrote them; a run would delete steps beyond [train] keep
     if taken:
-        them = "it" if len(taken) == 1 else "them"
+        them = "this file" if len(taken) == 1 else "these files"
         raise CheckpointError(
-            f"{directory} holds {format_names(taken)} and no {RECIPE} of ddiff's, so it is "
-            f"not a run, and a run would write over {them}. Name another run_dir "
+            f"{directory} contains {format_names(taken)} but no {RECIPE} of ddiff, so the "
+            f"directory is not a run, and a run would overwrite {them}. Set another run_dir "
             f"(--set run_dir=...), or move {them} away."
         )
 
@@ -187,28 +190,28 @@ def _check_not_written_over(directory: Path) -> None:
 
 
 def check_fresh(directory: Path, recipe: Recipe) -> None:
-    """Raise CheckpointError if --fresh would delete more than what a run has written there."""
+    """Raise CheckpointError if --fresh would delete anything that no run has written."""
     if not directory.exists():
         return
     reason = _find_protection(directory, recipe.source)
     if reason is not None:
         raise CheckpointError(
-            f"--fresh: {directory} {reason}, so nothing there is deleted. Name another run_dir "
-            "(--set run_dir=...), or empty that one yourself."
+            f"--fresh: {directory} {reason}, so nothing is deleted. Set another run_dir "
+            "(--set run_dir=...), or empty the directory yourself."
         )
     for table, path in _input_paths(recipe):
         if directory.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
             raise CheckpointError(
-                f"--fresh: {directory} holds {path}, which this recipe reads ([{table}]), so "
-                "nothing there is deleted. Name another run_dir (--set run_dir=...), or copy that "
+                f"--fresh: {directory} contains {path}, which this recipe reads ([{table}]), so "
+                "nothing is deleted. Set another run_dir (--set run_dir=...), or move the input "
                 "file elsewhere first."
             )
     there = sorted(path.name for path in directory.iterdir())
     if there and not is_own_recipe(directory / RECIPE):
         raise CheckpointError(
-            f"--fresh: {directory} holds {format_names(there)} and no {RECIPE} of ddiff's, so it "
-            "is not a run of ddiff's and nothing there is deleted. Name another run_dir, or empty "
-            "that one yourself."
+            f"--fresh: {directory} contains {format_names(there)} but no {RECIPE} of ddiff, so the "
+            "directory is not a run and nothing is deleted. Set another run_dir "
+            "(--set run_dir=...), or empty the directory yourself."
         )
     foreign = classify_contents(directory, tracked_names(recipe)).foreign
     if foreign:
@@ -216,7 +219,7 @@ def check_fresh(directory: Path, recipe: Recipe) -> None:
 
 
 def _find_protection(directory: Path, recipe: str) -> str | None:
-    """Say why a directory must never be emptied; None if it may be."""
+    """Return the reason why a directory must not be emptied, or None if there is no reason."""
     real = directory.resolve()
     if directory.is_symlink():
         return f"is a symbolic link to {real}"
@@ -237,7 +240,7 @@ def _find_protection(directory: Path, recipe: str) -> str | None:
 
 
 def _input_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """List the local paths that a recipe reads, each after the table that names it."""
+    """Yield (table, path) for each local path that a recipe reads."""
     for table, component in recipe.components().items():
         for path in component.input_paths():
             if "://" not in path:
@@ -248,19 +251,19 @@ def _input_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def tracked_names(recipe: Recipe) -> tuple[str, ...]:
-    """Names in a run directory that the recipe's tracker writes."""
+    """Return the names of files that the tracker of the recipe writes to a run directory."""
     return recipe.tracker.members.writes
 
 
 def print_foreign(directory: Path, recipe: Recipe) -> None:
-    """Print a warning if a first run is written next to files that ddiff did not write."""
+    """Print a warning if a new run is written to a directory with files of other programs."""
     if is_own_recipe(directory / RECIPE):
         return
     foreign = classify_contents(directory, tracked_names(recipe)).foreign
     if foreign:
         print(
-            f"{directory} already holds {format_names(foreign)}, which ddiff did not write: the "
-            "run is written next to that, and --fresh will refuse to empty the directory.",
+            f"{directory} already contains {format_names(foreign)}, which ddiff did not write. The "
+            "run is written to the same directory, and --fresh will refuse to empty the directory.",
             file=sys.stderr,
         )
 
@@ -270,24 +273,28 @@ def print_foreign(directory: Path, recipe: Recipe) -> None:
 
 @contextmanager
 def lock_run_dir(directory: Path) -> Iterator[None]:
-    """Let one process at a time write to a run directory; CheckpointError if another one does.
+    """Lock a run directory, so that only one process at a time writes to it.
 
-    The lock is held on a file next to the directory and is released when the process ends, however
-    it ends. On a file system without locks nothing is locked.
+    The lock file is next to the directory. The operating system releases the lock when the process
+    ends, also after SIGKILL. A file system without locks is not locked. Raises CheckpointError if
+    another process holds the lock.
     """
     parent = directory.absolute().parent
     was_there = parent.exists()
     parent.mkdir(parents=True, exist_ok=True)
     place = parent / f".{directory.name}.lock"
-    if not os.access(parent, os.W_OK):  # of a mounted volume only the directory may be writable
+    if not os.access(
+        parent, os.W_OK
+    ):  # in a container, often only the mounted directory itself is writable
         place = directory / LOCK
     with place.open("a+") as lock:
         if not _take_lock(lock):
             lock.seek(0)
             owner = lock.read().strip() or "unknown"
             raise CheckpointError(
-                f"{directory} is being written by another process ({owner}). Wait until it has "
-                "ended, stop it, or give this run another name: --set name=..."
+                f"{directory} is being written by another process ({owner}). Wait until that "
+                "process has ended, stop the process, or give this run another name: "
+                "--set name=..."
             )
         lock.truncate(0)
         lock.write(f"{os.getpid()} on {platform.node()}")
@@ -297,12 +304,15 @@ def lock_run_dir(directory: Path) -> Iterator[None]:
         finally:
             place.unlink(missing_ok=True)
             if not was_there:
-                with suppress(OSError):  # the parent may hold a run by now
+                with suppress(OSError):  # another run may have been written to the parent directory
                     parent.rmdir()
 
 
 def _take_lock(lock: IO[str]) -> bool:
-    """Take the lock; False if another process has it. A file system without locks gives True."""
+    """Acquire the lock.
+
+    Returns False if another process holds the lock, True on a file system without locks.
+    """
     try:
         return lock_file(lock, PATIENCE)
     except OSError as error:
@@ -315,10 +325,10 @@ def _take_lock(lock: IO[str]) -> bool:
 
 
 def record_run(run: Run, backend: Backend, init: Mapping[str, Any] | None = None) -> None:
-    """Write the recipe and the components of a run, so that it can be loaded without its data.
+    """Write the recipe and the components of a run, so that a load needs no training data.
 
-    `init` is the record of [train] init, None when training resumes. The recipe goes first: a
-    directory with files of a run has one, however early the run is killed.
+    `init` is the record of [train] init, or None when training resumes. The recipe is written
+    first, so that a directory with any other file of a run has a recipe even after an early kill.
     """
     directory = run.run_dir
     directory.mkdir(parents=True, exist_ok=True)
@@ -339,7 +349,10 @@ def record_run(run: Run, backend: Backend, init: Mapping[str, Any] | None = None
 
 
 def describe_layout(backend: Backend) -> dict[str, Any]:
-    """Describe where steps are computed: in the same layout a step has the same bits."""
+    """Return torch version, machine, threads, device and processes of a backend.
+
+    Two computations of a training step with equal layouts are bitwise identical.
+    """
     return {
         "torch": torch.__version__,
         "machine": platform.machine(),
@@ -350,7 +363,7 @@ def describe_layout(backend: Backend) -> dict[str, Any]:
 
 
 def read_recorded_steps(directory: Path) -> int | None:
-    """Read [train] steps of the run in the directory; None without a run."""
+    """Read [train] steps of the run in the directory, or return None without a run."""
     if not (directory / RECIPE).is_file():
         return None
     steps = _read_recorded(directory).get("train", {}).get("steps")
@@ -358,47 +371,53 @@ def read_recorded_steps(directory: Path) -> int | None:
 
 
 def _read_recorded(directory: Path) -> dict[str, Any]:
-    """Read the recipe of a run as nested tables."""
+    """Read the recorded recipe of a run as nested tables."""
     path = directory / RECIPE
     recorded = read_recipe_tree(path)
     try:
-        # parsed again, for the defaults of keys that are newer than the file
+        # parse again, to add defaults of keys that are newer than the file
         return parse_recipe(read_text(path), str(path)).to_dict()
     except DdiffError:
-        return recorded  # plugins have changed: the differences are then listed key by key
+        return recorded  # the plugins have changed; the caller lists the different keys
 
 
 def open_checkpoints(directory: Path) -> Checkpoints:
-    """Open the checkpoints of a trained run; CheckpointError if the directory holds none."""
+    """Open the checkpoints of a trained run.
+
+    Raises CheckpointError if the directory is not a run or has no complete checkpoint.
+    """
     if not (directory / RECIPE).is_file():
         raise CheckpointError(
-            f"{directory} is not a run directory: it has no {RECIPE}. Name one that `ddiff run` "
-            "wrote, such as runs/<name>."
+            f"{directory} is not a run directory: there is no {RECIPE} in it. Give a directory that "
+            "`ddiff run` wrote, such as runs/<name>."
         )
     checkpoints = Checkpoints(str(directory / CHECKPOINTS))
     if not checkpoints.steps():
         raise CheckpointError(
-            f"{directory} is not a trained run: it has a {RECIPE} and no complete checkpoint. "
-            "`ddiff run` with that recipe resumes it."
+            f"{directory} is not a trained run: it has a {RECIPE} but no complete checkpoint. "
+            "Repeat `ddiff run` with the same recipe to train it."
         )
     return checkpoints
 
 
 def write_run_file(path: Path, text: str) -> None:
-    """Write a file of the run at once; CheckpointError if its place takes no file."""
+    """Write a file of the run atomically. Raises CheckpointError if the path is not writable."""
     try:
         write_atomic(path, text)
     except OSError as error:
         if find_disk_full(error) is not None:
             raise  # the command line has a message for a full disk
         raise CheckpointError(
-            f"{path} cannot be written ({error.strerror}). Make room for it: move away what stands "
-            "there, or make the directory writable; then repeat the command."
+            f"{path} cannot be written ({error.strerror}). Move away whatever has this path, or "
+            "make the directory writable, then repeat the command."
         ) from error
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove partial files that killed processes left behind; the directory must be locked."""
+    """Remove partially written files of killed processes.
+
+    The caller must hold the lock of the directory.
+    """
     for name in FILES:
         for path in directory.glob(f"{name}.*"):
             if original_name(path.name) == name and path.is_file():

@@ -1,4 +1,4 @@
-"""Dry run: refuse what is known to fail before any data is read, in two seconds."""
+"""Dry run: reject a recipe that cannot run, before any data is read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ddiff.runs.memory import check_memory
 
 
 def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:
-    """Check a recipe without its data; return the verdict, `fits: 2.1 M parameters, ...`.
+    """Check a recipe without reading its data; return one line, `fits: 2.1 M parameters, ...`.
 
-    Checked are the run directory, the files that are named, the device and the memory. If the
-    recipe determines the number of tokens, the model is assembled too, on the meta device and on a
-    vocabulary of the same shape.
+    The checks cover the run directory, the existence of input files, the device and the memory. If
+    the recipe determines the number of tokens, the model is also built on the meta device, on a
+    vocabulary of the same shape. Raises an error of the DdiffError family if a check fails.
     """
     check_directory(Path(recipe.run_dir), recipe, NO_OVERRIDES, fresh)
     print_foreign(Path(recipe.run_dir), recipe)
@@ -40,11 +40,11 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:
 
 
 def _check_files(recipe: Recipe) -> None:
-    """Raise DataError for a path or glob that finds no file."""
+    """Raise DataError for a path or glob pattern that matches no file."""
     for component in recipe.components().values():
         patterns = component.input_paths()
         if patterns:
-            from ddiff.data.paths import find_files  # slow to import, and few recipes name files
+            from ddiff.data.paths import find_files  # slow to import; few recipes need it
 
             with component.prefix_errors(), _name_table(component.table):
                 for pattern in patterns:
@@ -63,7 +63,7 @@ def _check_init(recipe: Recipe) -> None:
 
 @contextmanager
 def _name_table(table: str) -> Iterator[None]:
-    """Begin the message of an error of the file system with the table that names the file."""
+    """Convert an OSError to an ArgumentError whose message begins with the table's name."""
     try:
         yield
     except OSError as error:

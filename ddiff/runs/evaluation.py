@@ -23,14 +23,15 @@ from ddiff.runs.build import Model
 from ddiff.runs.conditioning import SampleConditions
 from ddiff.runs.data import RunData
 
-# Training tokens whose pairs are counted; sorting all of them would take longer than an evaluation.
+# Number of training tokens whose bigrams are counted. Counting sorts the bigrams; to sort a whole
+# large corpus would take longer than the evaluation.
 _COUNTED_TOKENS = 2**26
 
 
 def score_validation(
     model: Model, data: RunData, recipe: Recipe, console: Console | None = None
 ) -> Evaluation:
-    """Compute the bound of the rows of the validation text that [evaluate] names."""
+    """Compute the likelihood bound of the validation rows that [evaluate] rows selects."""
     return score_rows(
         model,
         data.validation_rows,
@@ -44,12 +45,12 @@ def score_validation(
 
 
 def evaluated_rows(data: RunData, recipe: Recipe) -> NDArray[np.int64]:
-    """Numbers of the validation rows that are evaluated, spread evenly over the text."""
+    """Return the indices of the evaluated validation rows, evenly spaced over the text."""
     count = len(data.validation_rows)
     wanted = recipe.evaluate.rows
     if wanted is None or wanted >= count:
         return np.arange(count)
-    # evenly spread, since neighbouring rows are of the same document
+    # evenly spaced, since neighbouring rows often belong to the same document
     return np.arange(wanted) * count // wanted
 
 
@@ -61,11 +62,15 @@ def score_texts(
     draws: int,
     conditions: Mapping[str, Any],
 ) -> Evaluation:
-    """Compute the bound of some texts, each a separate document, all under the conditions."""
+    """Compute the likelihood bound of given texts.
+
+    Each text is a separate document. `conditions` maps a name to one value for all texts or to one
+    value per text.
+    """
     if isinstance(texts, str | bytes | dict) or not isinstance(texts, Iterable):
         raise ArgumentError(
-            "run.nelbo: texts must be a list of texts, each a document; "
-            f"got {texts!r}. Write [text]."
+            "run.nelbo: texts must be a list of str, one per document; "
+            f"got {texts!r}. For one text, pass [text]."
         )
     texts = [check_text(text, f"run.nelbo: text {number}") for number, text in enumerate(texts)]
     parsed = SampleConditions.parse(model.denoiser, conditions, len(texts))
@@ -92,14 +97,15 @@ def score_rows(
     conditions: Conditions,
     console: Console | None = None,
 ) -> Evaluation:
-    """Compute the bound of the rows `numbers` [R], with the settings of [evaluate].
+    """Compute the likelihood bound of the rows with indices `numbers` [R].
 
-    `conditions` are those of the documents that the rows were packed from.
+    The settings are those of [evaluate]. `conditions` has one entry for each document from which
+    the rows were packed.
     """
     keys = recipe.evaluate
-    # symbols have no bytes that mean anything, and the bytes of a part of the rows are not known
+    # The bytes of symbols have no meaning, and the number of bytes in a subset of rows is unknown.
     has_bytes = tokenizer.unit == "token" and len(numbers) == len(rows)
-    # an objective without times is exact: the rule that it is given has no effect
+    # an objective without times is exact, so the time rule has no effect
     times = model.objective.times or FlatTimes()
 
     def batch_of(places: NDArray[np.int64]) -> Batch:
@@ -123,7 +129,7 @@ def score_rows(
 
 
 def count_baselines(data: RunData, recipe: Recipe, num_tokens: int) -> Baselines:
-    """Score the evaluated tokens by unigram and bigram counts of the training text."""
+    """Compute unigram and bigram baselines of the evaluated tokens from training counts."""
     return score_baselines(
         data.train_rows.stream(_COUNTED_TOKENS),
         data.validation_rows.stream(),
@@ -133,7 +139,7 @@ def count_baselines(data: RunData, recipe: Recipe, num_tokens: int) -> Baselines
 
 
 def evaluation_protocol(data: RunData, recipe: Recipe) -> dict[str, Any]:
-    """Settings in which two evaluations must agree before their figures can be compared."""
+    """Return the settings in which two evaluations must agree to be comparable."""
     rows = data.validation_rows
     read = len(evaluated_rows(data, recipe))
     fingerprint = rows.fingerprint

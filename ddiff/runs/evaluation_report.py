@@ -1,4 +1,4 @@
-"""Figures of an evaluation as `evaluation.json` holds them, and the command `ddiff eval`."""
+"""Content of `evaluation.json`, and the command `ddiff eval`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ddiff.runs.summary import print_evaluation
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """An evaluation with its baselines; `written` is what evaluation.json holds."""
+    """Evaluation with its baselines. `written` is the content of evaluation.json."""
 
     evaluation: Evaluation
     baselines: Baselines
@@ -34,7 +34,11 @@ class EvaluationReport:
 
 
 def evaluate_once(run: Run) -> EvaluationReport:
-    """Evaluate a run and write evaluation.json, unless the file holds the same evaluation."""
+    """Evaluate a run and write evaluation.json.
+
+    If the file already contains an evaluation of the same step with the same settings, the file is
+    read instead.
+    """
     path = run.run_dir / EVALUATION
     saved = read_json(path)
     report = _read_report(run, path, saved) if saved else None
@@ -45,7 +49,7 @@ def evaluate_once(run: Run) -> EvaluationReport:
 
 
 def _read_report(run: Run, path: Path, saved: Mapping[str, Any]) -> EvaluationReport | None:
-    """Return the saved evaluation; None if it is of another step or under other settings."""
+    """Return the saved evaluation, or None if its step or its settings differ from the run's."""
     wanted, protocol = _settings(run)
     # other keys, such as the batch size or the version, do not change the figures
     found = {**saved, **saved["protocol"]}
@@ -55,12 +59,12 @@ def _read_report(run: Run, path: Path, saved: Mapping[str, Any]) -> EvaluationRe
         evaluation = Evaluation.from_dict(saved)
         counted = Baselines(*saved["baselines"].values())
     except (KeyError, TypeError) as error:
-        raise damage_error(path, f"not every figure of an evaluation is there ({error})") from error
+        raise damage_error(path, f"a figure of the evaluation is missing ({error})") from error
     return EvaluationReport(evaluation, counted, saved)
 
 
 def make_report(run: Run, changed_data: bool = False) -> EvaluationReport:
-    """Evaluate a run on its validation text, with everything that evaluation.json records."""
+    """Evaluate a run on its validation text and return the full content of evaluation.json."""
     wanted, protocol = _settings(run)
     evaluation, counted = run.evaluate(changed_data=changed_data)
     figures = evaluation.to_dict()
@@ -79,7 +83,7 @@ def make_report(run: Run, changed_data: bool = False) -> EvaluationReport:
 
 
 def _settings(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what is evaluated, and the protocol by which it is."""
+    """Return two dicts: the evaluated step and weights, and the settings of the evaluation."""
     keys = run.recipe.evaluate
     wanted = {"step": run.step, "weights": "ema" if run.uses_ema else "trained"}
     return wanted, {"draws": keys.draws, "seed": keys.seed, **run.protocol()}
@@ -91,11 +95,11 @@ def _settings(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
 def evaluate_run(
     run_dir: str | Path, settings: Iterable[str] = (), out: str | Path | None = None
 ) -> Evaluation:
-    """`ddiff eval`: evaluate a trained run again, with `settings` over [evaluate].
+    """Run `ddiff eval`: evaluate a trained run again and write the results.
 
-    The figures replace those in evaluation.json, or go to the JSON file `out`. Raises
-    CheckpointError if the data are not those that the run was trained and evaluated with, unless
-    `out` names a place for the figures of other data.
+    `settings` are `key=value` texts that override keys of [evaluate]. The results replace the
+    content of evaluation.json, or are written to the JSON file `out`. Raises CheckpointError if the
+    data differ from the data of training and `out` is None.
     """
     target = None
     if out is not None:
@@ -119,7 +123,7 @@ def evaluate_run(
 
 
 def _is_evaluation(file: IO[bytes]) -> bool:
-    """Return whether a file holds figures that `ddiff eval` wrote."""
+    """Return True if a file contains results that `ddiff eval` wrote."""
     try:
         found = json.load(file)
     except (ValueError, RecursionError):
@@ -128,14 +132,14 @@ def _is_evaluation(file: IO[bytes]) -> bool:
 
 
 def _find_changes(run: Run) -> list[Difference]:
-    """List the data that differ from those of the checkpoint or of evaluation.json."""
+    """List the data whose fingerprints differ from the checkpoint or from evaluation.json."""
     changed = find_changed_data(run.checkpoints.newest(), run.data, run.model)
     if any(difference.key == "validation rows" for difference in changed):
         return changed
     saved = read_json(run.run_dir / EVALUATION, allow_missing=True)
     recorded = saved.get("protocol", {}).get("data")
     if isinstance(recorded, str):
-        was = recorded.partition(",")[0]  # after the comma: how many of the rows were evaluated
+        was = recorded.partition(",")[0]  # after the comma: the number of evaluated rows
         now = run.data.validation_rows.fingerprint
         if was != now:
             changed.append(Difference("validation rows", was, now))
@@ -145,12 +149,12 @@ def _find_changes(run: Run) -> list[Difference]:
 def _mark_changed(
     run: Run, report: EvaluationReport, changed: list[Difference]
 ) -> EvaluationReport:
-    """Add to the figures, and print, that they belong to other data."""
+    """Print a warning that the results belong to other data, and record the differences."""
     differences = [str(difference) for difference in changed]
     print(
-        f"These figures are of other data than {run.run_dir} was trained and evaluated with "
-        f"({'; '.join(differences)}): do not compare them with its own. Text that is scored here "
-        "may have been trained on.",
+        f"These results are for other data than the data of training and evaluation of "
+        f"{run.run_dir} ({'; '.join(differences)}). Do not compare these results with "
+        "evaluation.json. The evaluated text may be part of the training text.",
         file=sys.stderr,
     )
     written = {**report.written, "changed_data": differences}
@@ -158,7 +162,7 @@ def _mark_changed(
 
 
 def _write_report(run: Run, report: EvaluationReport, target: Destination | None) -> str:
-    """Write the figures; return the place."""
+    """Write the results and return the path."""
     if target is not None:
         write_text(target, report.to_json())
         return target.name

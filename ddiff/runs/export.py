@@ -1,4 +1,4 @@
-"""Export of a trained run's weights to one safetensors file, which needs no ddiff to read."""
+"""Export of the weights of a trained run to one safetensors file."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ _LONGEST_HEADER = 1 << 27
 
 
 def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto") -> dict[str, str]:
-    """Write the weights of the newest checkpoint, whole, however many processes trained them.
+    """Write the weights of the newest checkpoint of a run to a safetensors file.
+
+    Sharded weights are assembled to whole tensors.
 
     Args:
-        run_dir: a trained run.
-        file: a local path, or any that fsspec writes; only an earlier export is overwritten.
-        weights: "trained" as they are, "ema" their exponential moving average, "auto" the average
-            if the run has one.
+        run_dir: directory of a trained run.
+        file: local path or fsspec URL. An existing file is overwritten only if it is an export.
+        weights: "trained" for the trained weights, "ema" for their exponential moving average,
+            "auto" for the average if the run has one, else the trained weights.
 
-    Returns the metadata of the file: which weights, step, fingerprints, version of ddiff. Raises
-    CheckpointError without such a checkpoint, ArgumentError if the file must not be written.
+    Returns the metadata of the file: kind of weights, step, fingerprints, version of ddiff. Raises
+    CheckpointError if the run has no checkpoint or no average, ArgumentError if the file must not
+    be written.
     """
     from ddiff.checkpoint.dcp_storage import write_tensors
 
     if Path(file).suffix != ".safetensors":
         raise ArgumentError(
-            "export: the file is in the safetensors format, and readers go by its name; got "
-            f"{file}. Name it {Path(file).name}.safetensors."
+            "export: the file name must end in .safetensors, because readers choose the format by "
+            f"the name; got {file}. Use the name {Path(file).name}.safetensors."
         )
     newest = open_checkpoints(Path(run_dir)).newest()
     assert newest is not None  # `open_checkpoints` refuses a run without one
@@ -54,7 +57,7 @@ def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto")
 
 
 def _is_export(file: IO[bytes]) -> bool:
-    """Return whether a file is a safetensors file with the metadata of an export."""
+    """Return True if a file is a safetensors file with the metadata of an export."""
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length < _LONGEST_HEADER:
         return False

@@ -1,4 +1,4 @@
-"""First weights of a run from another run, or from the embeddings of a model: `[train] init`."""
+"""Initial weights from another run or from a pretrained model: `[train] init`."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ from ddiff.runs.build import build_head
 def load_initial_weights(
     denoiser: Denoiser, tokenizer: Tokenizer, init: InitKeys
 ) -> dict[str, Any]:
-    """Load the weights that [train] init names; return a record of what was taken."""
+    """Load the weights that [train] init selects. Returns a record for environment.json."""
     if init.run is None:
         return load_model_weights(denoiser, tokenizer, str(init.model))
     return load_run_weights(denoiser, tokenizer, init.run, init.parts)
 
 
 def check_source(run_dir: str) -> Path:
-    """Return the directory of a trained run; CheckpointError if it is not one."""
+    """Return the directory of a trained run. Raises CheckpointError for any other directory."""
     directory = Path(run_dir)
     has_recipe = (directory / RECIPE).is_file()
     if not has_recipe or not Checkpoints(str(directory / CHECKPOINTS)).steps():
         raise CheckpointError(
             f"[train] init: {run_dir} is not a trained run: it has no {RECIPE} or no complete "
-            "checkpoint. Name a directory that `ddiff run` has trained, relative to where ddiff "
-            "runs."
+            "checkpoint. Give the directory of a finished `ddiff run`; a relative path starts at "
+            "the working directory."
         )
     return directory
 
 
 def load_model_weights(denoiser: Denoiser, tokenizer: Tokenizer, source: str) -> dict[str, Any]:
-    """Load the state embeddings of tokens from a model of the transformers library.
+    """Load the embeddings of tokens from a model of the transformers library.
 
-    A node of a tree starts from the mean of its tokens.
+    The embedding of a cluster starts as the mean of the embeddings of its tokens.
     """
-    # with several tables it is not known which one holds the tokens
+    # with several embedding tables, the table of the tokens is ambiguous
     tables = [part for part in denoiser.backbone.modules() if isinstance(part, StateEmbedding)]
     embeddings = torch.from_numpy(load_model_embeddings(source, tokenizer.num_tokens))
     if len(tables) != 1 or tables[0].embedding_dim != embeddings.shape[1]:
         widths = [str(table.embedding_dim) for table in tables]
         raise ArgumentError(
-            f"[train] init: {source} has embeddings of width {embeddings.shape[1]}, and the "
-            f"network of this run has {', '.join(widths) or 'no embeddings of states'}. Take a "
-            "model as wide as [denoiser], or leave init out."
+            f"[train] init: {source} has embeddings of width {embeddings.shape[1]}, but the "
+            f"network of this run has {', '.join(widths) or 'no state embeddings'}. Choose a model "
+            "with the width of [denoiser], or remove init."
         )
     tables[0].start_from_tokens(embeddings)
     return {"model": source, "parts": "embeddings", "tokenizer": tokenizer.fingerprint}
@@ -66,7 +66,11 @@ def load_model_weights(denoiser: Denoiser, tokenizer: Tokenizer, source: str) ->
 def load_run_weights(
     denoiser: Denoiser, tokenizer: Tokenizer, run_dir: str, parts: Parts
 ) -> dict[str, Any]:
-    """Load the weights of another run on the same tokenizer, all or the state embeddings."""
+    """Load the weights of another run with the same tokenizer.
+
+    `parts` is "all", or "embeddings" for the state embeddings only. Raises DataError if the
+    tokenizers differ.
+    """
     directory = check_source(run_dir)
     newest = Checkpoints(str(directory / CHECKPOINTS)).newest()
     assert newest is not None  # `check_source` refuses a run without one
@@ -74,16 +78,15 @@ def load_run_weights(
     theirs = load_tokenizer(str(directory / TOKENIZER)).fingerprint
     if theirs != tokenizer.fingerprint:
         raise DataError(
-            f"[train] init: {run_dir} has another tokenizer ({theirs}) than this run "
-            f"({tokenizer.fingerprint}), so the rows of its tables belong to other tokens. Use "
-            "the same [tokenizer] on the same [data]."
+            f"[train] init: both runs must have the same tokenizer; got {theirs} in {run_dir} and "
+            f"{tokenizer.fingerprint} in this run. Use the same [tokenizer] on the same [data]."
         )
     recipe = read_recipe(directory / RECIPE)
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
     _check_components(directory, newest, theirs, vocabulary)
     weights = newest.read_weights()
-    # The head of the other run tells what the rows of its table stand for. It is built as wide as
-    # that table, which may differ from this run's.
+    # The head of the other run maps the rows of its table to states. The head is built with the
+    # width of that table, which may differ from the width of this run.
     width = denoiser.head.width
     if "head.table" in weights:
         width = weights["head.table"].shape[-1]
@@ -106,7 +109,7 @@ def load_run_weights(
 def _check_components(
     directory: Path, newest: Checkpoint, tokenizer: str, vocabulary: Vocabulary
 ) -> None:
-    """Raise CheckpointError if the files of the other run do not belong to its checkpoint."""
+    """Raise CheckpointError if tokenizer or vocabulary do not belong to the checkpoint."""
     found = {"tokenizer": tokenizer, "vocabulary": vocabulary.fingerprint}
     remedy = f"Restore the files of {directory} from a copy."
     check_fingerprints(directory, newest.state, found, remedy, found)

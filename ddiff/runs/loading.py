@@ -1,4 +1,4 @@
-"""Loading of trained runs."""
+"""Loading of trained runs: `ddiff.load`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ def load(
     """Load a trained run with the weights of its newest checkpoint.
 
     Args:
-        run_dir: the directory that `ddiff run` wrote.
-        process: needed if the run was trained with a process from Python.
-        settings: `--set` texts of [evaluate] and [sample], which change nothing that was trained.
+        run_dir: directory that `ddiff run` wrote.
+        process: forward process, required if a process was passed to `ddiff.run`.
+        settings: `key=value` texts that override keys of [evaluate] and [sample].
+
+    Raises CheckpointError if the run has no complete checkpoint or its files do not belong to the
+    checkpoint, ArgumentError for other settings.
     """
     directory = Path(run_dir)
     newest = open_checkpoints(directory).newest()
@@ -42,8 +45,9 @@ def load(
     given = _recorded_overrides(directory, newest)
     if "process" in given and process is None:
         raise CheckpointError(
-            f"{run_dir} was trained with a process given from Python ({given['process']}), which "
-            "no recipe can name. Load it with ddiff.load(run_dir, process=...)."
+            f"{run_dir} was trained with a process that was passed from Python "
+            f"({given['process']}), so the recipe does not define the process. Load the run with "
+            "ddiff.load(run_dir, process=...)."
         )
     tokenizer = load_tokenizer(str(directory / TOKENIZER))
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
@@ -57,17 +61,18 @@ def load(
 
 
 def _check_settings(settings: Iterable[str]) -> None:
-    """Raise ArgumentError for a setting that would make another run."""
+    """Raise ArgumentError for a setting outside [evaluate] and [sample]."""
     for setting in settings:
         if not setting.lstrip().startswith(("evaluate.", "sample.")):
             raise ArgumentError(
                 "settings of a trained run must be a list of keys of [evaluate] or [sample], such "
-                f"as evaluate.draws=4; got {setting!r}. Any other key makes another run."
+                f"as evaluate.draws=4; got {setting!r}. Other keys define the trained run and "
+                "cannot change."
             )
 
 
 def _recorded_overrides(directory: Path, newest: Checkpoint) -> Mapping[str, Any]:
     given = recorded_overrides(newest.state)
-    if given is None:  # a checkpoint of a version that recorded them elsewhere
+    if given is None:  # an earlier version recorded the overrides only in environment.json
         return read_json(directory / ENVIRONMENT).get("given", {})
     return given
